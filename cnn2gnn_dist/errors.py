@@ -1,0 +1,39 @@
+"""Errors that are the user's to mend: what is wrong, where, and the remedy."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """A mistake in input, configuration or environment that a person can mend.
+
+    The command line prints it without a traceback and exits with ``exit_code``.
+
+    Args:
+        what: what is wrong, in one sentence.
+        where: the file, shard, key or configuration field concerned.
+        remedy: what to do about it.
+    """
+
+    exit_code = 2
+
+    def __init__(self, what: str, *, where: str = "", remedy: str = "") -> None:
+        super().__init__(what, where, remedy)
+        self.what = what
+        self.where = where
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        if self.where:
+            lines.append(f"  where:  {self.where}")
+        if self.remedy:
+            lines.append(f"  remedy: {self.remedy}")
+        return "\n".join(lines)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Ray and multiprocessing pickle exceptions; keyword-only arguments need help.
+        return (_rebuild, (type(self), self.what, self.where, self.remedy))
+
+
+def _rebuild(cls: type[UserError], what: str, where: str, remedy: str) -> UserError:
+    return cls(what, where=where, remedy=remedy)
