@@ -1,0 +1,292 @@
+"""Packers: images as they are found → WebDataset shards, for training to stream.
+
+Encoded images pass through untouched, arrays are written as PNG, and the same inputs give the same
+bytes. Every packer takes ``limit`` (only that many samples) and returns the shards' paths.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from cnn2gnn_dist.data.parquet import open_parquet, read_classes, read_labels
+from cnn2gnn_dist.data.rows import IMAGE_SUFFIXES
+from cnn2gnn_dist.data.shards import Source, encode_png, image_suffix, write_shards
+from cnn2gnn_dist.errors import UserError
+
+
+def pack_digits(
+    out: str | os.PathLike[str],
+    *,
+    shard_size: int = 512,
+    image_size: int = 32,
+    prefix: str = "digits",
+    limit: int | None = None,
+    progress: bool = True,
+) -> list[Path]:
+    """Pack scikit-learn's 1,797 handwritten digits: classes '0' to '9', nothing to download.
+
+    The 8×8 grey images (0..16) are enlarged smoothly (bicubic) to ``image_size`` and made RGB.
+    """
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    grey_NHW = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    count = _limited(len(grey_NHW), limit)
+
+    def sources() -> Iterator[Source]:
+        for number, (grey_HW, label) in enumerate(zip(grey_NHW, digits.target, strict=True)):
+            small = Image.fromarray(grey_HW)
+            large = small.resize((image_size, image_size), Image.Resampling.BICUBIC)
+            image = encode_png(np.asarray(large.convert("RGB")))
+            yield Source(f"{prefix}-{number:05d}", image, "png", int(label))
+
+    return write_shards(
+        islice(sources(), count),
+        count,
+        out,
+        prefix=prefix,
+        shard_size=shard_size,
+        classes=[str(name) for name in digits.target_names],
+        progress=progress,
+    )
+
+
+def pack_parquet(
+    files: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    *,
+    shard_size: int = 10_000,
+    prefix: str = "train",
+    image_column: str = "image",
+    label_column: str = "label",
+    limit: int | None = None,
+    progress: bool = True,
+) -> list[Path]:
+    """Pack Parquet files in Hugging Face's image layout, row by row in the order of the files.
+
+    Args:
+        files: Parquet files with ``image`` (struct<bytes, path> or binary) and ``label`` (int);
+            class names come from the schema metadata ``huggingface``, else are the numbers.
+        out: folder of the shards.
+        shard_size: samples a shard.
+        prefix: begins the names of shards and samples; one for each split.
+        image_column: the images' column, where it is not called so.
+        label_column: the labels' column, where it is not called so.
+        limit: pack only so many rows.
+        progress: show a progress bar when on a terminal.
+
+    Raises:
+        UserError: a file is missing or not Parquet, lacks a column (those it has are named), names
+            other classes than the first; a row has no image or no label within the classes.
+    """
+    paths = [Path(files)] if isinstance(files, str | os.PathLike) else [Path(f) for f in files]
+    labels = [read_labels(path, image_column, label_column) for path in paths]
+    if not labels or not sum(map(len, labels)):
+        raise UserError("There are no rows to pack.", remedy="Name at least one Parquet file.")
+    classes = read_classes(paths, label_column, max(int(x.max(initial=0)) for x in labels))
+    for path, label_N in zip(paths, labels, strict=True):
+        wrong = np.flatnonzero((label_N < 0) | (label_N >= len(classes)))
+        if len(wrong):
+            raise UserError(
+                f"Row {wrong[0]} has the label {label_N[wrong[0]]}; "
+                f"there are {len(classes)} classes, numbered from 0.",
+                where=str(path),
+                remedy="Label -1 is Hugging Face's for hidden labels: pack a split with labels.",
+            )
+    count = _limited(sum(map(len, labels)), limit)
+    return write_shards(
+        islice(_parquet_sources(paths, labels, prefix, image_column), count),
+        count,
+        out,
+        prefix=prefix,
+        shard_size=shard_size,
+        classes=classes,
+        progress=progress,
+    )
+
+
+def _parquet_sources(
+    paths: Sequence[Path], labels: Sequence[np.ndarray], prefix: str, image_column: str
+) -> Iterator[Source]:
+    number = 0
+    for path, label_N in zip(paths, labels, strict=True):
+        row = 0
+        with open_parquet(path) as file:
+            for batch in file.iter_batches(batch_size=256, columns=[image_column]):
+                for image in batch.column(0).to_pylist():
+                    data, name = image, ""
+                    if isinstance(image, dict):
+                        data, name = image["bytes"], image.get("path") or ""
+                    if not data:
+                        raise UserError(
+                            f"Row {row} has no image bytes"
+                            + (f", only the path '{name}'." if name else "."),
+                            where=str(path),
+                            remedy="Save the data set with the images embedded.",
+                        )
+                    about = {"filename": name} if name else {}
+                    suffix = _suffix(data, name, f"{path}, row {row}")
+                    yield Source(f"{prefix}-{number:08d}", data, suffix, int(label_N[row]), about)
+                    row += 1
+                    number += 1
+
+
+def _suffix(data: bytes, name: str, where: str) -> str:
+    """Go by the first bytes (ImageNet has a PNG named .JPEG), else by the name."""
+    named = Path(name).suffix.lower().lstrip(".")
+    suffix = image_suffix(data) or (named if named in IMAGE_SUFFIXES else None)
+    if suffix is None:
+        raise UserError(
+            "The bytes are no image of a known format.",
+            where=where,
+            remedy=f"Remove it, or convert it to one of: {', '.join(IMAGE_SUFFIXES)}.",
+        )
+    return suffix
+
+
+def pack_imagefolder(
+    root: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    shard_size: int = 10_000,
+    prefix: str = "train",
+    seed: int = 0,
+    limit: int | None = None,
+    progress: bool = True,
+) -> list[Path]:
+    """Pack a tree ``root/CLASS/…/IMAGE``: the classes are the sorted names of root's folders.
+
+    Images are written in a shuffled order (by ``seed``), since shards of one class each would leave
+    little to mix while streaming. Keys tell the path; hidden files and other formats are left out.
+
+    Raises:
+        UserError: root is missing or holds no folders; a class has no images.
+    """
+    base = Path(root)
+    if not base.is_dir():
+        raise UserError("There is no such folder.", where=str(base), remedy="Check the path.")
+    folders = sorted(p for p in base.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if not folders:
+        raise UserError(
+            "The folder holds no class folders.",
+            where=str(base),
+            remedy="The layout is FOLDER/CLASS/IMAGE.",
+        )
+    files: list[tuple[Path, int]] = []
+    for label, folder in enumerate(folders):
+        images = _images_below(folder)
+        if not images:
+            raise UserError(
+                f"Class '{folder.name}' has no images.",
+                where=str(folder),
+                remedy=f"Add images ({', '.join(IMAGE_SUFFIXES)}) or remove the folder.",
+            )
+        files += [(image, label) for image in images]
+    keys = _path_keys([image.relative_to(base) for image, _ in files])
+    count = _limited(len(files), limit)
+    order = np.random.default_rng(seed).permutation(len(files))[:count]
+
+    def sources() -> Iterator[Source]:
+        for i in order:
+            image, label = files[i]
+            data = image.read_bytes()
+            about = {"filename": image.relative_to(base).as_posix()}
+            yield Source(keys[i], data, _suffix(data, image.name, str(image)), label, about)
+
+    return write_shards(
+        sources(),
+        count,
+        out,
+        prefix=prefix,
+        shard_size=shard_size,
+        classes=[folder.name for folder in folders],
+        progress=progress,
+    )
+
+
+def _images_below(folder: Path) -> list[Path]:
+    found = []
+    for path in folder.rglob("*"):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if not hidden and path.suffix.lower().lstrip(".") in IMAGE_SUFFIXES and path.is_file():
+            found.append(path)
+    return sorted(found)
+
+
+def _path_keys(paths: Sequence[Path]) -> list[str]:
+    """Make a key of each path, without the dots and slashes that end or split keys."""
+    used: dict[str, int] = {}
+    keys = []
+    for path in paths:
+        plain = re.sub(r"[^\w-]", "_", path.with_suffix("").as_posix())
+        key = plain
+        while key in used:  # "a.b.jpg" beside "a_b.jpg", "a.jpg" beside "a.png"
+            used[plain] += 1
+            key = f"{plain}_{used[plain]}"
+        used[key] = 1
+        keys.append(key)
+    return keys
+
+
+def pack_torchvision(
+    name: str,
+    root: str | os.PathLike[str],
+    train: bool,
+    out: str | os.PathLike[str],
+    *,
+    shard_size: int = 10_000,
+    prefix: str | None = None,
+    limit: int | None = None,
+    progress: bool = True,
+) -> list[Path]:
+    """Pack torchvision's 'cifar10' or 'cifar100' as PNG, downloading it to ``root`` if not there.
+
+    Raises:
+        UserError: an unknown name; the data set is not at ``root`` and cannot be downloaded.
+    """
+    from cnn2gnn_dist.compat import import_torchvision
+
+    kinds = {"cifar10": "CIFAR10", "cifar100": "CIFAR100"}
+    if name not in kinds:
+        raise UserError(
+            f"torchvision's '{name}' cannot be packed.",
+            remedy=f"Choose one of: {', '.join(kinds)}; or pack its images as a folder tree.",
+        )
+    kind = getattr(import_torchvision().datasets, kinds[name])
+    try:
+        dataset = kind(str(root), train=train, download=True)  # looks first whether it is there
+    except (OSError, RuntimeError) as failure:  # URLError is an OSError; RuntimeError: bad checksum
+        raise UserError(
+            f"{kinds[name]} is not there and cannot be downloaded: {failure}.",
+            where=str(root),
+            remedy=f"Where there is a network, fetch {getattr(kind, 'url', kinds[name])} "
+            "and put the file into this folder; or pack it from Parquet.",
+        ) from failure
+    begin = prefix or ("train" if train else "test")
+    count = _limited(len(dataset.targets), limit)
+
+    def sources() -> Iterator[Source]:
+        for number in range(count):
+            image = encode_png(np.asarray(dataset.data[number]))
+            yield Source(f"{begin}-{number:08d}", image, "png", int(dataset.targets[number]))
+
+    return write_shards(
+        sources(),
+        count,
+        out,
+        prefix=begin,
+        shard_size=shard_size,
+        classes=list(dataset.classes),
+        progress=progress,
+    )
+
+
+def _limited(count: int, limit: int | None) -> int:
+    return count if limit is None else min(count, limit)
