@@ -291,12 +291,10 @@ def index(
     for number, path in enumerate(map(os.path.abspath, bar)):
         length, count = rows.add(number, path)
         found.append(Shard(path, length, count))
-    label_N = np.asarray(rows.columns["label"], np.int32)
+    label_N = rows.column("label")
     names = rows.classes if rows.classes is not None else class_names(label_N, rows.names)
     _refuse_empty_classes(label_N, names, allow_empty_classes)
-    columns: dict[str, Any] = {
-        f"{name}_N": np.asarray(rows.columns[name], kind) for name, kind in COLUMNS.items()
-    }
+    columns: dict[str, Any] = {f"{name}_N": rows.column(name) for name in COLUMNS}
     return Manifest(tuple(found), names, **columns, keys=pa.array(rows.keys, pa.string()))
 
 

@@ -30,9 +30,13 @@ class Rows:
     def __init__(self, classes: tuple[str, ...] | None, require_labels: bool) -> None:
         self.classes = classes
         self.require_labels = require_labels
-        self.columns: dict[str, list[int]] = {name: [] for name in COLUMNS}
+        self.parts: dict[str, list[np.ndarray]] = {name: [] for name in COLUMNS}
         self.keys: list[str] = []
         self.names: dict[int, str | None] = {}
+
+    def column(self, name: str) -> np.ndarray:
+        """Return a column of all rows so far, [N]."""
+        return np.concatenate(self.parts[name])
 
     def add(self, number: int, path: str) -> tuple[int, int]:
         """Append the rows of a shard; return its length in bytes and its number of samples."""
@@ -46,14 +50,19 @@ class Rows:
         images = [_image(path, sample) for sample in listed]
         fd = os.open(path, os.O_RDONLY)
         try:
-            self.columns["label"] += [self._label(path, fd, sample) for sample in listed]
+            labels = [self._label(path, fd, sample) for sample in listed]
             length = os.fstat(fd).st_size
         finally:
             os.close(fd)
-        self.columns["shard"] += [number] * len(listed)
-        self.columns["offset"] += [image.offset for image in images]
-        self.columns["size"] += [image.size for image in images]
-        self.columns["row_in_shard"] += range(len(listed))
+        values = {
+            "shard": [number] * len(listed),
+            "offset": [image.offset for image in images],
+            "size": [image.size for image in images],
+            "label": labels,
+            "row_in_shard": range(len(listed)),
+        }
+        for name, kind in COLUMNS.items():
+            self.parts[name].append(np.asarray(values[name], kind))
         self.keys += [sample.key for sample in listed]
         return length, len(listed)
 
@@ -118,7 +127,7 @@ def _class_name(fd: int, sample: TarSample) -> str | None:
 def class_names(label_N: np.ndarray, found: dict[int, str | None]) -> tuple[str, ...]:
     """Name the classes 0..max; two of one name (ImageNet has two cranes) get their number added."""
     count = int(label_N.max(initial=-1)) + 1
-    if count > len(label_N) * 100:  # a stray 4000000000 should not allocate that many names
+    if count > max(1 << 20, len(label_N)):  # a stray 999999999 should not make that many names
         raise UserError(
             f"The highest label is {count - 1:,}, with {len(label_N):,} samples.",
             remedy="Number the classes from 0 without gaps, or give the class names.",

@@ -204,10 +204,11 @@ def _decimal(tar: _File, text: str, position: int) -> int:
 
 def _check_sum(tar: _File, header: bytes, position: int) -> None:
     stated = _number(tar, header[148:156], position)
-    rest = header[:148] + b" " * 8 + header[156:]
-    if stated == sum(rest):
+    total = sum(header) - sum(header[148:156]) + 8 * ord(" ")  # the field itself counts as blanks
+    if stated == total:
         return
-    if stated != sum(rest) - 256 * sum(byte > 127 for byte in rest):  # some tars sum signed bytes
+    # Some old tars sum signed bytes.
+    if stated != total - 256 * sum(byte > 127 for byte in header[:148] + header[156:]):
         raise tar.damaged("a header with a wrong checksum", position)
 
 

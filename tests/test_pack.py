@@ -1,0 +1,339 @@
+"""Packers: pixels and bytes survive, the same input gives the same shards, bad input is named."""
+
+from __future__ import annotations
+
+import io
+import json
+import types
+import urllib.error
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from helpers import data_dir, encode_image, random_images
+from PIL import Image
+
+from cnn2gnn_dist.data import tar
+from cnn2gnn_dist.data.manifest import index
+from cnn2gnn_dist.data.pack import (
+    pack_digits,
+    pack_imagefolder,
+    pack_parquet,
+    pack_torchvision,
+)
+from cnn2gnn_dist.data.shards import Source, image_suffix, write_shards
+from cnn2gnn_dist.errors import UserError
+
+IMAGES = random_images(6, 8, 8)
+
+
+def contents(paths: list[Path]) -> list[tuple[str, dict[str, bytes]]]:
+    found = []
+    for path in paths:
+        data = path.read_bytes()
+        for sample in tar.samples(path):
+            fields = {s: data[m.offset : m.offset + m.size] for s, m in sample.fields.items()}
+            found.append((sample.key, fields))
+    return found
+
+
+def write_parquet(
+    path: Path,
+    images: list[Any],
+    labels: list[Any],
+    names: list[str] | dict[str, str] | None = None,
+    columns: tuple[str, str] = ("image", "label"),
+) -> Path:
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    table = pa.table({columns[0]: pa.array(images, kind), columns[1]: pa.array(labels, pa.int64())})
+    if names is not None:
+        about = {"info": {"features": {columns[1]: {"names": names, "_type": "ClassLabel"}}}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps(about)})
+    pq.write_table(table, path, row_group_size=2)
+    return path
+
+
+def test_digits(tmp_path: Path) -> None:
+    paths = pack_digits(tmp_path / "a", shard_size=1000)
+    manifest = index(paths)
+    assert [p.name for p in paths] == ["digits-000000.tar", "digits-000001.tar"]
+    assert manifest.shard_sizes.tolist() == [1000, 797]
+    assert manifest.classes == tuple("0123456789")
+    assert json.loads((tmp_path / "a" / "digits-classes.json").read_text()) == list("0123456789")
+
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    assert manifest.label_N.tolist() == digits.target.tolist()
+    for row in (0, 999):
+        sample = contents(paths[:1])[row][1]
+        image = np.asarray(Image.open(io.BytesIO(sample["png"])))
+        assert image.shape == (32, 32, 3)
+        assert np.array_equal(image[..., 0], image[..., 2])
+        # Smooth enlargement: shrunk again it is close to the original.
+        back = image[..., 0].reshape(8, 4, 8, 4).mean((1, 3))
+        assert np.corrcoef(back.ravel(), digits.images[row].ravel())[0, 1] > 0.98
+
+
+def test_same_input_same_bytes_and_rerun_replaces(tmp_path: Path) -> None:
+    first = pack_digits(tmp_path / "a", shard_size=16, limit=40)
+    second = pack_digits(tmp_path / "b", shard_size=16, limit=40)
+    bytes_of = [p.read_bytes() for p in first]
+    assert bytes_of == [p.read_bytes() for p in second]
+    assert bytes_of == [
+        p.read_bytes() for p in pack_digits(tmp_path / "a", shard_size=16, limit=40)
+    ]
+    assert len(list((tmp_path / "a").iterdir())) == 4  # three shards and the class names
+    with pytest.raises(UserError, match="1 shards of an earlier, larger run") as caught:
+        pack_digits(tmp_path / "a", shard_size=16, limit=32)
+    assert caught.value.where.endswith("digits-000002.tar")
+    pack_digits(tmp_path / "a", shard_size=16, limit=32, prefix="other")
+
+
+def test_interrupted_pack_leaves_whole_shards_only(tmp_path: Path) -> None:
+    def sources() -> Any:
+        for i in range(3):
+            yield Source(f"k{i}", b"x", "jpg", 0)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(
+            sources(), 6, tmp_path, prefix="p", shard_size=2, classes=["a"], progress=False
+        )
+    assert [p.name for p in tmp_path.iterdir()] == ["p-000000.tar"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prefix": "a.b"}, "prefix 'a.b'"),
+        ({"prefix": ""}, "prefix ''"),
+        ({"shard_size": 0}, "shard size is 0"),
+        ({"limit": 0}, "no images to pack"),
+    ],
+)
+def test_arguments(tmp_path: Path, options: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        pack_digits(tmp_path, **options)
+
+
+def test_parquet_bytes_pass_untouched(tmp_path: Path) -> None:
+    encoded = [encode_image(IMAGES[i], s) for i, s in enumerate(["jpg", "png", "webp", "gif"])]
+    rows = [{"bytes": data, "path": f"{i}.JPEG"} for i, data in enumerate(encoded)]
+    a = write_parquet(tmp_path / "a.parquet", rows[:3], [2, 0, 1], ["ant", "owl", "yak"])
+    b = write_parquet(tmp_path / "b.parquet", rows[3:], [2], ["ant", "owl", "yak"])
+    found = contents(pack_parquet([a, b], tmp_path / "out", shard_size=3, prefix="val"))
+    assert [key for key, _ in found] == [f"val-{i:08d}" for i in range(4)]
+    suffixes = ["jpg", "png", "webp", "gif"]  # by the bytes, not by the name
+    for (_, fields), data, suffix in zip(found, encoded, suffixes, strict=True):
+        assert set(fields) == {"cls", "json", suffix}
+        assert fields[suffix] == data
+    assert [f["cls"] for _, f in found] == [b"2", b"0", b"1", b"2"]
+    assert json.loads(found[0][1]["json"]) == {
+        "class_name": "yak",
+        "filename": "0.JPEG",
+        "label": 2,
+    }
+    manifest = index(sorted((tmp_path / "out").glob("*.tar")))
+    assert manifest.classes == ("ant", "owl", "yak")
+
+
+def test_parquet_variants(tmp_path: Path) -> None:
+    data = encode_image(IMAGES[0])
+    row = {"bytes": data, "path": None}
+    names = {str(i): f"c{i}" for i in range(12)}
+    a = write_parquet(tmp_path / "a.parquet", [row], [11], names, ("img", "fine_label"))
+    paths = pack_parquet(
+        a, tmp_path / "a", image_column="img", label_column="fine_label", progress=False
+    )
+    assert json.loads(contents(paths)[0][1]["json"]) == {"class_name": "c11", "label": 11}
+    # plain binary, no names
+    plain = pa.table({"image": pa.array([data, data], pa.binary()), "label": pa.array([1, 0])})
+    pq.write_table(plain, tmp_path / "b.parquet")
+    paths = pack_parquet(str(tmp_path / "b.parquet"), tmp_path / "b")
+    assert index(paths).classes == ("0", "1")
+
+
+def test_parquet_that_does_not_fit(tmp_path: Path) -> None:
+    good = {"bytes": encode_image(IMAGES[0]), "path": "a.png"}
+    out = tmp_path / "out"
+    write = write_parquet
+
+    def refuses(files: Any, message: str, where: str) -> None:
+        with pytest.raises(UserError, match=message) as caught:
+            pack_parquet(files, out)
+        assert where in caught.value.where
+        assert caught.value.remedy
+        assert not list(out.glob("*.tar"))
+        out.mkdir(exist_ok=True)
+
+    a = write(tmp_path / "a.parquet", [good], [0], ["x", "y"])
+    b = write(tmp_path / "b.parquet", [good], [0], ["x", "z"])
+    refuses([a, b], "class names differ", "b.parquet")
+    b = write(tmp_path / "b.parquet", [good], [0], None, ("img", "label"))
+    refuses([a, b], "no column 'image', only: img, label", "b.parquet")
+    b = write(tmp_path / "b.parquet", [good], [0], None, ("image", "target"))
+    refuses(b, "no column 'label', only: image, target", "b.parquet")
+    refuses(write(tmp_path / "b.parquet", [good, good], [0, 2], ["x", "y"]), "Row 1 has", "b.pa")
+    refuses(write(tmp_path / "b.parquet", [good, good], [-1, 0], ["x", "y"]), "label -1", "b.pa")
+    refuses(write(tmp_path / "b.parquet", [good, good], [0, None]), "Row 1 has", "b.parquet")
+    none = {"bytes": None, "path": "cat.jpg"}
+    b = write(tmp_path / "b.parquet", [good, good, none], [0, 0, 0])
+    refuses(b, "Row 2 has no image bytes, only the path 'cat.jpg'", "b.parquet")
+    b = write(tmp_path / "b.parquet", [good, {"bytes": b"text", "path": "a.txt"}], [0, 0])
+    refuses(b, "no image of a known format", "row 1")
+    pq.write_table(pa.table({"image": ["a"], "label": [0]}), b)
+    refuses(b, "is string, not encoded images", "b.parquet")
+    pq.write_table(pa.table({"image": [b"a"], "label": ["cat"]}), b)
+    refuses(b, "is string, not the number", "b.parquet")
+    b.write_bytes(a.read_bytes()[:-9])
+    refuses([a, b], "cannot be read", "b.parquet")
+    refuses([a, tmp_path / "none.parquet"], "cannot be read", "none.parquet")
+    with pytest.raises(UserError, match="no rows"):
+        pack_parquet([], out)
+
+
+def tree(root: Path, files: dict[str, bytes]) -> Path:
+    for name, data in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return root
+
+
+def test_imagefolder(tmp_path: Path) -> None:
+    jpg, png = encode_image(IMAGES[0], "jpg"), encode_image(IMAGES[1])
+    root = tree(
+        tmp_path / "in",
+        {
+            "zebra/1.JPEG": jpg,
+            "zebra/1.png": png,
+            "zebra/sub.x/a.b.jpeg": jpg,
+            "zebra/sub_x/a_b.jpg": png,  # a PNG by its bytes
+            "ant/é.jpg": jpg,
+            "ant/broken.jpg": b"nothing",  # the reader's business, not a reason to stop here
+            "ant/._é.jpg": b"",
+            "ant/notes.txt": b"",
+            ".cache/x.jpg": jpg,
+            "README.md": b"",
+        },
+    )
+    paths = pack_imagefolder(root, tmp_path / "out", shard_size=4)
+    found = dict(contents(paths))
+    assert index(paths).classes == ("ant", "zebra")
+    assert {k: (set(f) - {"cls", "json"}).pop() for k, f in found.items()} == {
+        "zebra_1": "jpg",
+        "zebra_1_2": "png",
+        "zebra_sub_x_a_b": "jpg",
+        "zebra_sub_x_a_b_2": "png",
+        "ant_é": "jpg",
+        "ant_broken": "jpg",
+    }
+    assert found["zebra_1"]["jpg"] == jpg
+    assert found["zebra_sub_x_a_b_2"]["png"] == png
+    assert json.loads(found["ant_é"]["json"]) == {
+        "class_name": "ant",
+        "filename": "ant/é.jpg",
+        "label": 0,
+    }
+    again = pack_imagefolder(root, tmp_path / "again", shard_size=4)
+    assert [p.read_bytes() for p in again] == [p.read_bytes() for p in paths]
+    other = pack_imagefolder(root, tmp_path / "other", shard_size=4, seed=1)
+    assert [k for k, _ in contents(other)] != [k for k, _ in contents(paths)]  # shuffled
+    assert dict(contents(other)) == found
+
+
+def test_imagefolder_that_does_not_fit(tmp_path: Path) -> None:
+    root = tree(tmp_path / "in", {"ant/1.jpg": b"\xff\xd8\xff", "bee/readme.txt": b""})
+    with pytest.raises(UserError, match="Class 'bee' has no images") as caught:
+        pack_imagefolder(root, tmp_path / "out")
+    assert caught.value.where == str(root / "bee")
+    with pytest.raises(UserError, match="no class folders"):
+        pack_imagefolder(root / "ant", tmp_path / "out")
+    with pytest.raises(UserError, match="no such folder"):
+        pack_imagefolder(tmp_path / "none", tmp_path / "out")
+
+
+def stub_torchvision(monkeypatch: pytest.MonkeyPatch, failure: Exception | None) -> None:
+    class CIFAR10:
+        url = "https://example.invalid/cifar-10.tar.gz"
+
+        def __init__(self, root: str, train: bool, download: bool) -> None:
+            if failure is not None:
+                raise failure
+            self.data = IMAGES if train else IMAGES[::-1]
+            self.targets = [0, 1, 2, 0, 1, 2]
+            self.classes = ["ant", "owl", "yak"]
+
+    module = types.SimpleNamespace(datasets=types.SimpleNamespace(CIFAR10=CIFAR10))
+    monkeypatch.setattr("cnn2gnn_dist.compat.import_torchvision", lambda: module)
+
+
+def test_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stub_torchvision(monkeypatch, None)
+    train = pack_torchvision("cifar10", tmp_path, True, tmp_path / "out", shard_size=4)
+    test = pack_torchvision("cifar10", tmp_path, False, tmp_path / "out", limit=3)
+    assert [p.name for p in train + test] == [
+        *["train-000000.tar", "train-000001.tar", "test-000000.tar"]
+    ]
+    assert index(train).classes == ("ant", "owl", "yak")
+    pixels = [np.asarray(Image.open(io.BytesIO(f["png"]))) for _, f in contents(train)]
+    assert np.array_equal(pixels, IMAGES)
+    with pytest.raises(UserError, match="'mnist' cannot be packed"):
+        pack_torchvision("mnist", tmp_path, True, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "failure", [urllib.error.URLError("unreachable"), RuntimeError("File not found or corrupted.")]
+)
+def test_torchvision_out_of_reach(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception
+) -> None:
+    stub_torchvision(monkeypatch, failure)
+    with pytest.raises(UserError, match="CIFAR10 is not there and cannot be downloaded") as caught:
+        pack_torchvision("cifar10", tmp_path / "cifar", True, tmp_path / "out")
+    assert caught.value.where == str(tmp_path / "cifar")
+    assert "https://example.invalid" in caught.value.remedy
+
+
+def test_torchvision_names_what_we_use() -> None:
+    from cnn2gnn_dist.compat import import_torchvision
+
+    for name in ("CIFAR10", "CIFAR100"):
+        kind = getattr(import_torchvision().datasets, name)
+        assert kind.url.startswith("https://")
+
+
+def test_magic_bytes() -> None:
+    for suffix, form in [
+        *[("jpg", "JPEG"), ("png", "PNG"), ("webp", "WEBP"), ("gif", "GIF"), ("bmp", "BMP")],
+        *[("tif", "TIFF"), ("ppm", "PPM")],
+    ]:
+        file = io.BytesIO()
+        Image.fromarray(IMAGES[0]).save(file, form)
+        assert image_suffix(file.getvalue()) == suffix
+    assert image_suffix(b"") is None
+    assert image_suffix(b"<html>") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "classes", "first"),
+    [
+        ("cifar10", "test-00000-of-00001.parquet", 10, "airplane"),
+        ("mini-imagenet", "val-00000-of-00001.parquet", 100, "n01532829"),
+    ],
+)
+def test_real_parquet(tmp_path: Path, name: str, file: str, classes: int, first: str) -> None:
+    source = data_dir(name) / file
+    paths = pack_parquet(source, tmp_path, shard_size=300, prefix="val", limit=500)
+    manifest = index(paths, allow_empty_classes=True)
+    names = json.loads((tmp_path / "val-classes.json").read_text())
+    assert (len(names), names[0]) == (classes, first)
+    assert manifest.classes == tuple(names)
+    table = next(pq.ParquetFile(source).iter_batches(500))
+    assert manifest.label_N.tolist() == table.column("label").to_pylist()
+    images = table.column("image").to_pylist()
+    assert [f["jpg"] for _, f in contents(paths)] == [image["bytes"] for image in images]

@@ -1,0 +1,243 @@
+"""Our walk over tar headers against webdataset 1.0.2 and tarfile themselves."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import io
+import tarfile
+import tempfile
+from pathlib import Path
+
+import pytest
+from helpers import data_dir, write_tar
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from webdataset import tariterators
+
+from cnn2gnn_dist.data import tar
+from cnn2gnn_dist.errors import UserError
+
+FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
+SIZES = ("octal", "base256", "pax")
+
+
+def not_hidden(name: str) -> bool:
+    return not name.rpartition("/")[2].startswith(".")
+
+
+def reference(path: Path) -> list[tuple[str, dict[str, bytes]]]:
+    """What webdataset reads; hidden files left out (see tar.split_name)."""
+    found = tariterators.tarfile_samples([{"url": str(path)}], select_files=not_hidden)
+    return [
+        (s["__key__"], {k: v for k, v in s.items() if k not in ("__key__", "__url__")})
+        for s in found
+    ]
+
+
+def ours(path: Path) -> list[tuple[str, dict[str, bytes]]]:
+    data = path.read_bytes()
+    return [
+        (s.key, {suffix: data[m.offset : m.offset + m.size] for suffix, m in s.fields.items()})
+        for s in tar.samples(path)
+    ]
+
+
+def header_with_size(info: tarfile.TarInfo, kind: int, size: str) -> bytes:
+    """A member's header blocks, the size written in another way than tarfile would."""
+    if size == "pax":
+        info.pax_headers = {"size": str(info.size)}
+        kind = tarfile.PAX_FORMAT
+    block = bytearray(info.tobuf(kind))  # type: ignore[arg-type]
+    if size == "base256":
+        block[-512 + 124 : -512 + 136] = b"\x80" + info.size.to_bytes(11, "big")
+    if size == "pax":
+        block[-512 + 124 : -512 + 136] = b"00000000000\0"  # only the pax record tells
+    block[-512 + 148 : -512 + 156] = b" " * 8
+    block[-512 + 148 : -512 + 156] = b"%06o\0 " % sum(block[-512:])
+    return bytes(block)
+
+
+def build(members: list[tuple[str, bytes, str, int, str]]) -> bytes:
+    out = io.BytesIO()
+    for name, data, kind, form, size in members:
+        info = tarfile.TarInfo(name)
+        if kind != "file":
+            info.type = {"dir": tarfile.DIRTYPE, "link": tarfile.SYMTYPE}[kind]
+            info.linkname = "target/" * 30 if form != tarfile.USTAR_FORMAT else "target"
+            data = b""
+        info.size = len(data)
+        try:
+            out.write(header_with_size(info, form, size if kind == "file" else "octal"))
+        except ValueError:  # too long for ustar: as GNU
+            out.write(header_with_size(info, tarfile.GNU_FORMAT, "octal"))
+        out.write(data + bytes(-len(data) % 512))
+    return out.getvalue() + bytes(1024)
+
+
+part = st.sampled_from(
+    ["a", "b", "ab", "A", "n01_é", ".hidden", "..", "__m__", "__x", "v2", "long" * 30, "x" * 260]
+)
+suffix = st.sampled_from(
+    ["jpg", "JPG", "cls", "json", "seg.png", "Seg.PNG", "tar.gz", "", "v2_3.jpg"]
+)
+folder = st.sampled_from(["", "", "", "./", "dir/", "dir.x/", "__m__/", "deep/" * 40, ".git/"])
+names = st.one_of(
+    st.builds("{}{}.{}".format, folder, part, suffix),
+    st.builds("{}{}".format, folder, part),  # no suffix
+    st.text("aB./_", min_size=1, max_size=12).filter(lambda n: n.strip("/") == n),
+)
+member = st.tuples(
+    names,
+    st.binary(max_size=1100),
+    st.sampled_from(["file"] * 5 + ["dir", "link"]),
+    st.sampled_from(FORMATS),
+    st.sampled_from(SIZES),
+)
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(st.lists(member, max_size=7))
+@example([("a/.x.jpg", b"1", "file", tarfile.GNU_FORMAT, "octal")])
+@example([("__m__.json", b"1", "file", tarfile.GNU_FORMAT, "octal")])
+@example([("x" * 300 + ".jpg", b"1" * 600, "file", tarfile.PAX_FORMAT, "pax")])
+@example([("x" * 300 + ".jpg", b"1" * 600, "file", tarfile.GNU_FORMAT, "base256")])
+@example([("d/" * 70 + "a.b.c", b"1", "file", tarfile.USTAR_FORMAT, "octal")])
+def test_samples_are_those_of_webdataset(members: list[tuple[str, bytes, str, int, str]]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "shard.tar"
+        path.write_bytes(build(members))
+        try:
+            expected = reference(path)
+        except ValueError:  # webdataset: "duplicate file name in tar file"
+            with pytest.raises(UserError, match=r"duplicate field|next to each other"):
+                ours(path)
+            return
+        keys = [key for key, _ in expected]
+        if len(set(keys)) < len(keys):  # webdataset makes two samples of it
+            with pytest.raises(UserError, match="next to each other"):
+                ours(path)
+            return
+        assert ours(path) == expected
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.lists(member, min_size=1, max_size=5))
+def test_members_are_those_of_tarfile(members: list[tuple[str, bytes, str, int, str]]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "shard.tar"
+        path.write_bytes(build(members))
+        with tarfile.open(path) as archive:
+            expected = [(m.name, m.offset_data, m.size) for m in archive if m.isreg()]
+        assert [(m.name, m.offset, m.size) for m in tar.walk(path)] == expected
+
+
+def test_global_pax_header_and_signed_checksum(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT, pax_headers={"comment": "git"}) as t:
+        t.addfile(tarfile.TarInfo("é.jpg"))
+    assert [s.key for s in tar.samples(path)] == ["é"]
+    data = bytearray(path.read_bytes())
+    start = len(data.rstrip(b"\0")) // 512 * 512  # the last header
+    data[start : start + 4] = b"\xe9.b\0"  # Latin-1 in the bare name, overruled by the pax path
+    high = sum(byte > 127 for byte in data[start : start + 512])
+    data[start + 148 : start + 156] = b" " * 8
+    total = sum(data[start : start + 512]) - 256 * high
+    data[start + 148 : start + 156] = b"%06o\0 " % total
+    path.write_bytes(data)
+    assert [s.key for s in tar.samples(path)] == ["é"]
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ([("a.jpg", b"1"), ("a.JPG", b"2")], "Sample 'a' has a duplicate field '.jpg'"),
+        ([("a.jpg", b"1"), ("a.jpg", b"2")], "duplicate field"),
+        ([("a.__key__", b"1")], "reserved field"),
+        ([("a.jpg", b""), ("b.jpg", b""), ("a.cls", b"0")], "members of sample 'a' do not lie"),
+        ([("a\udce9.jpg", b"1")], "is not UTF-8"),
+    ],
+)
+def test_ambiguous_names_are_refused(
+    tmp_path: Path, members: list[tuple[str, bytes]], message: str
+) -> None:
+    path = tmp_path / "bad.tar"
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as archive:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    with pytest.raises(UserError, match=message) as caught:
+        list(tar.samples(path))
+    assert str(path) in caught.value.where
+    assert caught.value.remedy
+
+
+def test_macos_hidden_files_are_no_samples(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", [("t/._a.jpg", b"x"), ("t/a.jpg", b"1"), ("._b.jpg", b"")])
+    assert ours(path) == [("t/a", {"jpg": b"1"})]
+
+
+def test_every_truncation_is_noticed(tmp_path: Path) -> None:
+    members = [("a.cls", b"0"), ("l" * 150 + ".jpg", b"x" * 700), ("b.cls", b"1")]
+    whole = write_tar(tmp_path / "whole.tar", members).read_bytes()
+    end = len(whole.rstrip(b"\0")) // 512 * 512 + 512  # the last payload block
+    path = tmp_path / "cut.tar"
+    for length in range(0, end + 1, 64):
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError, match=r"truncated|empty|end-of-archive") as caught:
+            list(tar.walk(path))
+        assert caught.value.where == str(path)
+        assert "again" in caught.value.remedy
+    path.write_bytes(whole[:end] + bytes(1024))
+    assert len(list(tar.walk(path))) == 3
+
+
+def test_foreign_and_damaged_files(tmp_path: Path) -> None:
+    whole = write_tar(tmp_path / "whole.tar", [("a.cls", b"0"), ("a.jpg", b"x")]).read_bytes()
+    path = tmp_path / "x.tar"
+    path.write_bytes(gzip.compress(whole))
+    with pytest.raises(UserError, match=r"compressed \(gzip\)"):
+        list(tar.walk(path))
+    path.write_bytes(b"<html>not found</html>".ljust(2048))
+    with pytest.raises(UserError, match="not a sound tar"):
+        list(tar.walk(path))
+    path.write_bytes(whole[:1024] + b"?" + whole[1025:])  # one byte of the second header
+    with pytest.raises(UserError, match="wrong checksum at byte 1,024"):
+        list(tar.walk(path))
+    with pytest.raises(UserError, match="cannot be opened: No such file"):
+        list(tar.walk(tmp_path / "none.tar"))
+    info = tarfile.TarInfo("s.jpg")
+    info.type = tarfile.GNUTYPE_SPARSE
+    path.write_bytes(info.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    with pytest.raises(UserError, match="sparse"):
+        list(tar.walk(path))
+    info = tarfile.TarInfo("a.jpg")
+    info.size = 9 << 30  # base-256 by tarfile itself; the file is far shorter
+    path.write_bytes(info.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    with pytest.raises(UserError, match=r"member 'a.jpg' reaches to byte 9,663,676,928"):
+        list(tar.walk(path))
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.data())
+def test_damage_never_escapes_as_another_error(data: st.DataObject) -> None:
+    whole = bytearray(build([("l" * 120 + ".jpg", b"x" * 30, "file", tarfile.PAX_FORMAT, "pax")]))
+    for _ in range(data.draw(st.integers(1, 6))):
+        at = data.draw(st.integers(0, len(whole) - 1025))
+        whole[at] = data.draw(st.integers(0, 255))
+    for start in (0, 1024):  # sums put right, so that the damage gets past them
+        block = whole[start : start + 512]
+        block[148:156] = b" " * 8
+        whole[start + 148 : start + 156] = b"%06o\0 " % sum(block)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "x.tar"
+        path.write_bytes(whole)
+        with contextlib.suppress(UserError):
+            list(tar.samples(path))
+
+
+def test_real_shards_equal_webdataset() -> None:
+    paths = sorted(data_dir("imagenet-sample").glob("*.tar"))
+    assert sum(len(list(tar.samples(path))) for path in paths) == 200
+    assert ours(paths[0]) == reference(paths[0])
