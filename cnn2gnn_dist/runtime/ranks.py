@@ -1,0 +1,82 @@
+"""Who am I among how many: read from the environment, whoever started the process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from cnn2gnn_dist.errors import UserError
+
+DEFAULT_PORT = 29500
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Position of this process in its group, and where the group meets.
+
+    ``rank`` of ``world_size`` in the whole group, ``local_rank`` on its node;
+    ``master_addr``/``master_port`` is rank 0's rendezvous (torch's TCP store).
+    """
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    master_addr: str = "127.0.0.1"
+    master_port: int = DEFAULT_PORT
+
+    @property
+    def is_first(self) -> bool:
+        """True on rank 0, the one that writes what is written once."""
+        return self.rank == 0
+
+    def environment(self) -> dict[str, str]:
+        """The variables by which torch and DeepSpeed recognise this process."""
+        return {
+            "RANK": str(self.rank),
+            "LOCAL_RANK": str(self.local_rank),
+            "WORLD_SIZE": str(self.world_size),
+            "MASTER_ADDR": self.master_addr,
+            "MASTER_PORT": str(self.master_port),
+        }
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str] | None = None) -> Ranks:
+        """Read torchrun's and DeepSpeed's variables, else Slurm's, else a single process.
+
+        Raises:
+            UserError: a variable is no number, or the rank lies outside the world size.
+        """
+        env = os.environ if environ is None else environ
+        if "RANK" in env and "WORLD_SIZE" in env:
+            names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+        elif "SLURM_PROCID" in env and "SLURM_STEP_NUM_TASKS" in env:
+            names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS")
+        else:
+            return cls()
+        rank, local_rank, world_size = (_number(env, name) for name in names)
+        if not 0 <= rank < world_size:
+            raise UserError(
+                f"rank {rank} lies outside a world of {world_size}",
+                where=f"{names[0]}={rank} {names[2]}={world_size}",
+                remedy="start all ranks with one launcher, or unset these variables",
+            )
+        return cls(
+            rank,
+            local_rank,
+            world_size,
+            env.get("MASTER_ADDR", "127.0.0.1"),
+            _number(env, "MASTER_PORT", DEFAULT_PORT),
+        )
+
+
+def _number(env: Mapping[str, str], name: str, default: int = 0) -> int:
+    text = env.get(name, str(default))
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(
+            f"environment variable {name} is no whole number: {text!r}",
+            where=name,
+            remedy="let the launcher set it, or unset it",
+        ) from None
