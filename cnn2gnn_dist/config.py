@@ -1,0 +1,219 @@
+"""The typed config: every field of a run, its meaning, its default and its limits."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """A group of fields; unknown keys and wrong types are refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class RunConfig(Section):
+    """Where the run lives and how many ranks carry it."""
+
+    dir: str | None = Field(None, description="folder of the run; default runs/<name>")
+    ranks: int = Field(2, ge=1, description="trainer processes (world size) that `cnn2gnn run` starts; "
+                       "under a launcher the launcher's number counts")  # fmt: skip
+
+
+class DataConfig(Section):
+    """Which images, and which of them are held out."""
+
+    source: Literal["shards", "digits", "parquet", "imagefolder", "cifar10", "cifar100"] = Field(
+        "digits",
+        description="shards: index WebDataset shards as they are; the others are packed to shards first",
+    )
+    train: str | list[str] | None = Field(
+        None, description="shards (globs, {0000..1023}), Parquet files or a folder of the training images"
+    )
+    test: str | list[str] | None = Field(
+        None, description="the same for the held-out images; null: split off `holdout` of each class"
+    )
+    holdout: float = Field(0.2, ge=0, lt=1, description="share of each class held out when `test` is null")
+    shard_size: int = Field(2048, ge=1, description="samples a packed shard")
+    image_column: str | None = Field(None, description="Parquet column of the images; null: look for it")
+    label_column: str | None = Field(None, description="Parquet column of the labels; null: look for it")
+    limit: int | None = Field(None, ge=1, description="pack only the first so many samples (trials)")
+    num_classes: int | None = Field(None, ge=2, description="number of classes; null: read from the data")
+    allow_empty_classes: bool = Field(False, description="accept classes without a training image")
+    max_corrupt: float = Field(
+        0.001, ge=0, le=1, description="share of corrupt images above which a stage stops"
+    )
+
+
+class ViewsConfig(Section):
+    """How an image becomes an array: size, augmentation, normalisation."""
+
+    kind: Literal["none", "shift", "crop_flip", "random_resized_crop"] = Field(
+        "crop_flip",
+        description="augmentation: pad and crop (shift), the same and flip, or random resized crop and flip",
+    )
+    size: int = Field(32, ge=8, description="side of the square image, in pixels")
+    pad: int = Field(4, ge=0, description="pixels of padding before the crop (shift, crop_flip)")
+    scale: tuple[float, float] = Field(
+        (0.35, 1.0), strict=False, description="area share of a random resized crop"
+    )
+    ratio: tuple[float, float] = Field(
+        (0.75, 1.3333333333333333), strict=False, description="aspect ratios of a random resized crop"
+    )
+    resize: float = Field(
+        1.0, ge=1, description="clean view: shorter side resized to size x this, then centre crop"
+    )
+    mean: tuple[float, float, float] = Field(
+        (0.485, 0.456, 0.406), strict=False, description="mean of each channel (0..1), subtracted"
+    )
+    std: tuple[float, float, float] = Field(
+        (0.229, 0.224, 0.225), strict=False, description="standard deviation of each channel, divided by"
+    )
+
+
+class StreamConfig(Section):
+    """How batches reach a trainer."""
+
+    backend: Literal["auto", "ray", "local"] = Field(
+        "auto", description="ray: reader actors; local: threads of the trainer; auto: ray inside Ray"
+    )
+    workers: int = Field(1, ge=1, description="reader actors (or threads) of each rank")
+    prefetch: int = Field(4, ge=1, description="requests each rank keeps in flight")
+    window: int = Field(16, ge=1, description="shards shuffled together; bounds random access per epoch")
+
+
+class TrainConfig(Section):
+    """What teacher and student have in common as trained models."""
+
+    epochs: int = Field(10, ge=1, description="passes over the training images")
+    global_batch: int = Field(256, ge=1, description="samples of one optimizer step, over all ranks")
+    max_micro_batch: int = Field(
+        256, ge=1, description="most samples of a rank at once; more are accumulated"
+    )
+    lr: float = Field(1e-3, gt=0, description="peak learning rate (AdamW, cosine to zero)")
+    warmup_epochs: float = Field(1.0, ge=0, description="epochs of linear warm-up")
+    weight_decay: float = Field(0.05, ge=0, description="decoupled weight decay (not on vectors)")
+    clip: float = Field(1.0, ge=0, description="largest norm of the gradient; 0: off")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="label smoothing of the cross-entropy")
+    eval_epochs: int = Field(0, ge=0, description="epochs between looks at the held-out images; 0: at the end")
+
+
+class TeacherConfig(TrainConfig):
+    """The CNN that teaches, trained under DeepSpeed."""
+
+    arch: str = Field("resnet18", description="any timm model name")
+    args: dict[str, Any] = Field(default_factory=dict, description="further arguments of timm's model")
+    pretrained: bool = Field(False, description="start from timm's pretrained weights (downloads)")
+    weights: str | None = Field(None, description="start from this local file (.safetensors, .pth)")
+    ds_config: str | None = Field(None, description="DeepSpeed config; null: ./ds_config.json or the packaged one")
+    zero_stage: int | None = Field(None, ge=0, le=3, description="overrides the ZeRO stage of ds_config")
+
+
+class TargetsConfig(Section):
+    """The teacher's soft targets."""
+
+    views: int = Field(1, ge=0, description="V augmented views to write; the student's epoch e sees view e mod V; "
+                       "0: only the clean image is written, for all of the student's views")  # fmt: skip
+    top_k: int | None = Field(None, ge=1, description="classes kept of each row; null: all")
+    batch: int = Field(256, ge=1, description="images a forward pass")
+
+
+class GraphConfig(Section):
+    """The sparse graph learned from the images."""
+
+    scope: Literal["dataset", "batch"] = Field(
+        "dataset",
+        description="dataset: neighbours from the bank of all training images; batch: the paper's",
+    )
+    dim: int = Field(64, ge=2, description="d: width of the projection z in which distances are taken")
+    candidates: int = Field(20, ge=2, description="M: nearest training images kept for each node")
+    neighbours: int = Field(10, ge=1, description="k: neighbours with a weight above zero, k < M")
+    fanouts: tuple[int, int] = Field(
+        (12, 8), strict=False, description="candidates sampled in the first and in the second hop"
+    )
+    sampler: Literal["table", "dgl"] = Field("table", description="neighbour sampler: own, or DGL's")
+    query: Literal["live", "table"] = Field(
+        "live", description="a seed's candidates: searched with its live z in the rank's partition, or sampled "
+        "from the table of the last refresh (queried with an augmented view)",
+    )  # fmt: skip
+    parts: int = Field(2, ge=1, description="partitions (DGL, METIS); at least as many as ranks")
+    start_epoch: int = Field(2, ge=0, description="student epochs on the self path before the first graph")
+    refresh_epochs: int = Field(1, ge=1, description="epochs between two builds of the graph")
+    exact: bool = Field(True, description="exact nearest neighbours; false: inverted lists (faiss IVF)")
+    probes: int = Field(8, ge=1, description="inverted lists looked into when not exact")
+    repartition_cut: float = Field(
+        1.5, ge=1, description="partition anew when the share of cut edges has grown by this factor"
+    )
+    keep_versions: int = Field(2, ge=1, description="graph versions left on disk")
+
+    @model_validator(mode="after")
+    def _check(self) -> GraphConfig:
+        if self.neighbours >= self.candidates:
+            raise ValueError(
+                f"neighbours k={self.neighbours} must be less than candidates M={self.candidates}: "
+                "the closed form needs the distance of the k+1st"
+            )
+        return self
+
+
+class StudentConfig(TrainConfig):
+    """The two-layer GNN on a small stem."""
+
+    stem: str = Field("resnet_tiny", description="conv3, resnet_tiny, or any timm model name")
+    stem_args: dict[str, Any] = Field(default_factory=dict, description="further arguments of the stem")
+    dim: int = Field(128, ge=2, description="D: width of the stem's features x")
+    hidden: int = Field(128, ge=2, description="H: width of the GNN's hidden layer")
+    label_dim: int = Field(32, ge=1, description="width of the label embedding on the last hop")
+    distill_weight: float = Field(0.9, ge=0, le=1, description="lambda: share of the soft-target loss")
+    temperature: float = Field(2.0, gt=0, description="T of the soft targets")
+    self_loss: float = Field(0.5, ge=0, description="weight of the same loss on the self path alone")
+    neighbour_loss: float = Field(
+        0.0, ge=0, description="weight of -log(share of p on same-class neighbours), which trains the graph head"
+    )
+    control: bool = Field(True, description="also train the same stem with an MLP head and no graph")
+    ds_config: str | None = Field(None, description="DeepSpeed config; null: ./ds_config.json or the packaged one")
+    zero_stage: int | None = Field(None, ge=0, le=3, description="overrides the ZeRO stage of ds_config")
+
+
+class EvaluateConfig(Section):
+    """How held-out images are judged."""
+
+    batch: int = Field(256, ge=1, description="images a forward pass of a rank")
+    gallery: int = Field(24, ge=0, description="test images shown in the report with their neighbours")
+    timing_images: int = Field(256, ge=64, description="images timed for ms_per_image (batches of 64)")
+
+
+class ClusterConfig(Section):
+    """How Ray carries the ranks."""
+
+    address: str | None = Field(None, description="Ray address of an existing cluster; null: start Ray here")
+    cpus_per_rank: float = Field(1.0, ge=0, description="CPUs reserved for each rank")
+    max_failures: int = Field(3, ge=0, description="times the group of ranks is started again")
+    timeout_s: float = Field(600.0, gt=0, description="seconds a collective waits for a silent rank")
+
+
+class CheckpointConfig(Section):
+    """When state is saved."""
+
+    every_steps: int = Field(200, ge=1, description="optimizer steps between two checkpoints")
+    keep_last: int = Field(2, ge=1, description="checkpoints left on disk")
+
+
+class Config(Section):
+    """A whole run."""
+
+    name: str = Field("demo", pattern=r"^[A-Za-z0-9._-]+$", description="name of the run")
+    seed: int = Field(0, ge=0, description="seed of initial weights, order, views, sampling and splits")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
+    run: RunConfig = Field(default_factory=RunConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    views: ViewsConfig = Field(default_factory=ViewsConfig)
+    stream: StreamConfig = Field(default_factory=StreamConfig)
+    teacher: TeacherConfig = Field(default_factory=TeacherConfig)
+    targets: TargetsConfig = Field(default_factory=TargetsConfig)
+    graph: GraphConfig = Field(default_factory=GraphConfig)
+    student: StudentConfig = Field(default_factory=StudentConfig)
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
+    cluster: ClusterConfig = Field(default_factory=ClusterConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
