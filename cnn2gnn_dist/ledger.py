@@ -1,0 +1,144 @@
+"""What a stage has left on disk, and whether it still holds: ``begin.json`` and ``done.json``.
+
+A stage's key is a hash of the config fields and inputs that determine its outputs.
+``begin.json`` names the key while the stage works, ``done.json`` when it is whole. A folder
+of another key is never written into: it is refused, or set aside when the user says so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from cnn2gnn_dist.errors import UserError
+
+FORMAT = 1
+
+
+class Standing(Enum):
+    """Where a stage stands."""
+
+    FRESH = "to run"
+    RESUME = "to continue"
+    WHOLE = "whole"
+    STALE = "stale"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The record of one stage folder.
+
+    ``key`` identifies config and inputs, ``digest`` the outputs (downstream keys build on
+    it), ``parts`` are the config fields behind the key, ``outputs`` (relative path, bytes).
+    """
+
+    key: str
+    parts: dict[str, Any]
+    digest: str = ""
+    outputs: tuple[tuple[str, int], ...] = ()
+    seconds: float = 0.0
+
+
+def key_of(stage: str, parts: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+    """Hex key of a stage's config fields and its inputs' digests."""
+    text = json.dumps([FORMAT, stage, dict(parts), dict(inputs)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+def standing(folder: Path, key: str) -> tuple[Standing, Entry | None]:
+    """Compare a stage's folder with the key it should have."""
+    done = _read(folder / "done.json")
+    if done is not None:
+        if done.key != key:
+            return Standing.STALE, done
+        return (Standing.WHOLE if _present(folder, done) else Standing.RESUME), done
+    begun = _read(folder / "begin.json")
+    if begun is None:
+        if folder.is_dir() and any(folder.iterdir()):
+            return Standing.STALE, None
+        return Standing.FRESH, None
+    return (Standing.RESUME if begun.key == key else Standing.STALE), begun
+
+
+def begin(folder: Path, entry: Entry) -> None:
+    """Mark a folder as being worked on under this key."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "done.json").unlink(missing_ok=True)
+    _write(folder / "begin.json", entry)
+
+
+def finish(folder: Path, entry: Entry) -> None:
+    """Mark a folder as whole."""
+    _write(folder / "done.json", entry)
+
+
+def outputs(folder: Path, names: list[Path]) -> tuple[tuple[str, int], ...]:
+    """Relative path and size of each output file."""
+    return tuple((str(n.relative_to(folder)), n.stat().st_size) for n in sorted(names))
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a stale folder out of the way, losing nothing; returns its new name."""
+    number = 1
+    while (target := folder.with_name(f"{folder.name}.old-{number}")).exists():
+        number += 1
+    folder.rename(target)
+    return target
+
+
+def claim(root: Path, config_yaml: str) -> None:
+    """Make ``root`` a run's folder, or see that it is one already.
+
+    Raises:
+        UserError: the folder holds something else.
+    """
+    if not (root / "config.yaml").exists() and root.is_dir() and any(root.iterdir()):
+        raise UserError(
+            "this folder is not empty and is not a run's",
+            where=str(root),
+            remedy="name another folder: run.dir=…",
+        )
+    root.mkdir(parents=True, exist_ok=True)
+    write_atomic(root / "config.yaml", config_yaml)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replace a text file in one step: readers see the old one or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _present(folder: Path, entry: Entry) -> bool:
+    for name, size in entry.outputs:
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != size:
+            return False
+    return True
+
+
+def _read(path: Path) -> Entry | None:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        return Entry(
+            key=raw["key"],
+            parts=raw["parts"],
+            digest=raw["digest"],
+            outputs=tuple((str(name), int(size)) for name, size in raw["outputs"]),
+            seconds=float(raw["seconds"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _write(path: Path, entry: Entry) -> None:
+    write_atomic(path, json.dumps(entry.__dict__, indent=1))

@@ -1,0 +1,203 @@
+"""A group of ranks as Ray actors: placed together, started together, started again together.
+
+One of the two rooms in which Ray is met. A collective cannot mend a lost member, so
+when one rank dies all are replaced, and the stage continues from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.runtime.ranks import Ranks
+
+READY_SECONDS = 60.0
+GRACE_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class GroupSpec:
+    """What a group of ranks asks of the cluster."""
+
+    world_size: int
+    cpus_per_rank: float = 1.0
+    gpus_per_rank: float = 0.0
+    max_failures: int = 3
+
+
+def start(address: str | None, cpus: int) -> None:
+    """Connect to a cluster (``address``, or ``RAY_ADDRESS`` inside a job), or start Ray here.
+
+    A cluster started here listens on loopback only and ends with this process.
+
+    Raises:
+        UserError: the address does not answer.
+    """
+    if ray.is_initialized():
+        return
+    address = address or os.environ.get("RAY_ADDRESS")
+    if address and not address.startswith("http"):
+        try:
+            ray.init(address=address)
+        except (ConnectionError, RayError, RuntimeError) as error:
+            raise UserError(
+                f"no Ray cluster answers at {address}: {error}",
+                where="cluster.address",
+                remedy="start one (`ray start --head`), mend the address, or leave it null",
+            ) from None
+        return
+    _stay_on_loopback()
+    ray.init(
+        num_cpus=max(cpus, os.cpu_count() or 1),
+        include_dashboard=False,
+        _node_ip_address="127.0.0.1",
+        logging_level="warning",
+    )
+
+
+def gpus() -> int:
+    """GPUs of the whole cluster."""
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
+def run_group(
+    target: str,
+    kwargs: dict[str, Any],
+    spec: GroupSpec,
+    say: Callable[[str], None] = print,
+) -> list[Any]:
+    """Call ``target`` ("module:function") as ``target(ranks=Ranks, **kwargs)`` on every rank.
+
+    Returns the results in rank order. A group that loses a rank is replaced as a whole,
+    at most ``spec.max_failures`` times.
+
+    Raises:
+        UserError: a rank raised one (not tried again); the cluster has no room; the
+            group failed too often.
+    """
+    for attempt in range(spec.max_failures + 1):
+        try:
+            return _attempt(target, kwargs, spec)
+        except (RayActorError, RayTaskError, RuntimeError) as error:
+            cause = getattr(error, "cause", None)
+            if isinstance(cause, UserError):
+                raise cause from None
+            if attempt == spec.max_failures:
+                raise UserError(
+                    f"the group of {spec.world_size} ranks failed {attempt + 1} times; last: "
+                    f"{_last_line(error)}",
+                    where="cluster.max_failures",
+                    remedy="see the log above; the same command continues from the last checkpoint",
+                ) from error
+            say(f"a rank was lost ({_last_line(error)}); starting the group again")
+    raise AssertionError("unreachable")
+
+
+def _attempt(target: str, kwargs: dict[str, Any], spec: GroupSpec) -> list[Any]:
+    bundle = {"CPU": spec.cpus_per_rank}
+    if spec.gpus_per_rank:
+        bundle["GPU"] = spec.gpus_per_rank
+    group = placement_group([bundle] * spec.world_size, strategy="PACK")
+    try:
+        if not group.wait(READY_SECONDS):
+            raise UserError(
+                f"the cluster has no room for {spec.world_size} ranks of {bundle}; "
+                f"it has {ray.available_resources()}",
+                where="run.ranks",
+                remedy="fewer ranks, cluster.cpus_per_rank lower, or a larger cluster",
+            )
+        actors = [
+            _Rank.options(  # type: ignore[attr-defined]
+                num_cpus=spec.cpus_per_rank,
+                num_gpus=spec.gpus_per_rank,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    group, index, placement_group_capture_child_tasks=False
+                ),
+            ).remote()
+            for index in range(spec.world_size)
+        ]
+        return _gather(_launch(actors, target, kwargs, spec))
+    finally:
+        remove_placement_group(group)
+
+
+def _launch(actors: list[Any], target: str, kwargs: dict[str, Any], spec: GroupSpec) -> list[Any]:
+    address, port = ray.get(actors[0].rendezvous.remote())
+    nodes = ray.get([actor.node.remote() for actor in actors])
+    refs = []
+    for rank, actor in enumerate(actors):
+        # Ray shows each actor only its own GPU, which is then number 0 there.
+        local = 0 if spec.gpus_per_rank else nodes[:rank].count(nodes[rank])
+        ranks = Ranks(rank, local, spec.world_size, address, port)
+        refs.append(actor.run.remote(target, ranks, kwargs, list(sys.path)))
+    return refs
+
+
+def _gather(refs: list[Any]) -> list[Any]:
+    """Results of all; on a failure prefer a rank that says what the user did wrong."""
+    pending = list(refs)
+    while pending:
+        done, pending = ray.wait(pending, num_returns=1)
+        try:
+            ray.get(done[0])
+        except (RayActorError, RayTaskError) as error:
+            raise _most_telling(error, pending) from None
+    return ray.get(refs)
+
+
+def _most_telling(first: Exception, pending: list[Any]) -> Exception:
+    if isinstance(getattr(first, "cause", None), UserError) or not pending:
+        return first
+    done, _ = ray.wait(pending, num_returns=len(pending), timeout=GRACE_SECONDS)
+    for ref in done:
+        try:
+            ray.get(ref)
+        except RayTaskError as error:
+            if isinstance(error.cause, UserError):
+                return error
+        except RayActorError as error:
+            first = error
+    return first
+
+
+@ray.remote(max_restarts=0)
+class _Rank:
+    """One rank of a group."""
+
+    def rendezvous(self) -> tuple[str, int]:
+        address = ray.util.get_node_ip_address()
+        with socket.socket() as probe:
+            probe.bind((address, 0))
+            return address, probe.getsockname()[1]
+
+    def node(self) -> str:
+        return ray.get_runtime_context().get_node_id()
+
+    def run(self, target: str, ranks: Ranks, kwargs: dict[str, Any], path: list[str]) -> Any:
+        sys.path.extend(entry for entry in path if entry not in sys.path)
+        os.environ.update(ranks.environment())
+        module, _, function = target.partition(":")
+        return getattr(import_module(module), function)(ranks=ranks, **kwargs)
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__
+
+
+def _stay_on_loopback() -> None:
+    """Ray replaces 127.0.0.1 by the host's address, which opens its ports to the network."""
+    import ray._private.services as services
+
+    services.resolve_ip_for_localhost = lambda address, *_: address

@@ -1,0 +1,208 @@
+"""What training a teacher and training a student have in common: cursor, steps, checkpoints."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cnn2gnn_dist.config import StudentConfig, TeacherConfig
+from cnn2gnn_dist.data.order import Order, micro_batches
+from cnn2gnn_dist.data.reader import Batch, Request
+from cnn2gnn_dist.data.stream import Stream
+from cnn2gnn_dist.stages.context import Context, CorruptCount
+from cnn2gnn_dist.training import distributed, ds_config
+from cnn2gnn_dist.training.checkpoint import Checkpoints
+from cnn2gnn_dist.training.engine import Engine
+from cnn2gnn_dist.training.metrics import MetricsLog, process_memory_mb
+from cnn2gnn_dist.training.schedule import lr_at
+
+LOG_STEPS = 10
+
+
+@dataclass
+class Cursor:
+    """Where training stands: the next batch of an epoch, and optimizer steps done."""
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+
+
+@dataclass
+class Tally:
+    """Sums of one rank since the last log line."""
+
+    loss: float = 0.0
+    right: float = 0.0
+    samples: float = 0.0
+    began: float = field(default_factory=time.perf_counter)
+    waited: float = 0.0
+    extra: dict[str, list[float]] = field(default_factory=dict)
+
+    def note(self, name: str, value: float) -> None:
+        """Remember one observation, averaged in the next log line."""
+        self.extra.setdefault(name, []).append(value)
+
+
+class Training:
+    """One model's training under DeepSpeed, resumable at every optimizer step.
+
+    Args:
+        context: the stage's view of the run.
+        name: what it is called in logs.
+        model: on the CPU; the same initial weights on every rank.
+        settings: epochs, batch, learning rate.
+        samples: number of training samples.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        name: str,
+        model: nn.Module,
+        settings: TeacherConfig | StudentConfig,
+        samples: int,
+    ) -> None:
+        self.context, self.name, self.settings = context, name, settings
+        world_size = context.ranks.world_size
+        self.accumulation = ds_config.accumulation_for(
+            settings.global_batch, world_size, settings.max_micro_batch
+        )
+        resolved = ds_config.resolve(
+            ds_config.load(settings.ds_config),
+            world_size=world_size,
+            global_batch=settings.global_batch,
+            accumulation=self.accumulation,
+            lr=settings.lr,
+            weight_decay=settings.weight_decay,
+            clip=settings.clip,
+            device=context.device,
+            stage=settings.zero_stage,
+        )
+        self.engine = Engine(model, resolved, device=context.device)
+        # Rank losses are averaged over ranks and micro-batches: this makes them sum / G,
+        # whatever the ranks' shares of the global batch.
+        self.divisor = settings.global_batch / world_size / self.accumulation
+        self.checkpoints = Checkpoints(
+            context.folder / "checkpoints", context.key, keep_last=context.config.checkpoint.keep_last
+        )
+        self.metrics = MetricsLog(context.folder, context.ranks.rank, name=name)
+        self.corrupt = CorruptCount(context.config.data.max_corrupt, samples)
+        self.cursor = Cursor()
+        self.tally = Tally()
+        self._stream: Stream | None = None
+        self._resume()
+
+    def _resume(self) -> None:
+        extra = self.checkpoints.load(self.engine)
+        if extra is None:
+            self.metrics.truncate_after(-1)
+            return
+        self.cursor = Cursor(**extra["cursor"])
+        self.corrupt.seen = {int(i): text for i, text in extra["corrupt"].items()}
+        self.metrics.truncate_after(self.cursor.step)
+        self.context.say(
+            f"{self.name:8} continues at epoch {self.cursor.epoch}, batch {self.cursor.batch} "
+            f"(step {self.cursor.step})"
+        )
+
+    def save(self) -> None:
+        """Write a checkpoint (collective)."""
+        extra = {"cursor": self.cursor.__dict__, "corrupt": self.corrupt.check()}
+        self.engine.average_buffers()
+        self.checkpoints.save(self.cursor.step, self.engine, extra)
+
+    def steps(
+        self, order: Order, epoch: int, view: int, stream: Stream
+    ) -> Iterator[list[Batch]]:
+        """This rank's batches of the rest of an epoch, one list of micro-batches a step."""
+        self._stream = stream
+        ranks = self.context.ranks
+        first, last = self.cursor.batch, order.batches_per_epoch
+
+        def requests() -> Iterator[Request]:
+            for index in range(first, last):
+                ids = order.rank_batch(epoch, index, ranks.rank, ranks.world_size)
+                for part in micro_batches(ids, self.accumulation):
+                    yield Request(np.ascontiguousarray(part), view)
+
+        batches = stream.batches(requests())
+        for _ in range(first, last):
+            waited = stream.wait_seconds
+            micro = [next(batches) for _ in range(self.accumulation)]
+            self.tally.waited += stream.wait_seconds - waited
+            for batch in micro:
+                self.corrupt.note(batch)
+            yield micro
+
+    def learn(self, loss_B: Tensor, valid_B: Tensor, logits_BC: Tensor, labels_B: Tensor) -> None:
+        """Back-propagate one micro-batch, corrupt samples masked; count what the log shows."""
+        loss = (loss_B * valid_B).sum()
+        self.engine.backward(loss / self.divisor)
+        with torch.no_grad():
+            right = ((logits_BC.argmax(1) == labels_B) * valid_B).sum()
+        self.tally.loss += float(loss)
+        self.tally.right += float(right)
+        self.tally.samples += float(valid_B.sum())
+
+    def step(self, batches_per_epoch: int) -> None:
+        """Update the weights, advance the cursor, log and save when due."""
+        progress = self.cursor.epoch + self.cursor.batch / batches_per_epoch
+        s = self.settings
+        # The first step of a warm-up from zero would be lost: count from the step's end.
+        progress += 1 / batches_per_epoch
+        lr = lr_at(progress, s.epochs, s.lr, min(s.warmup_epochs, s.epochs / 2))
+        self.engine.step(lr)
+        self.cursor.batch += 1
+        self.cursor.step += 1
+        if self.cursor.step % LOG_STEPS == 0 or self.cursor.batch == batches_per_epoch:
+            self._log(lr, batches_per_epoch)
+        due = self.cursor.step % self.context.config.checkpoint.every_steps == 0
+        if due and self.cursor.batch < batches_per_epoch:
+            self.save()
+
+    def end_epoch(self, judge: Callable[[], dict[str, float]] | None = None) -> None:
+        """Close an epoch: judge when due, save with the cursor at the next epoch's start."""
+        every = self.settings.eval_epochs
+        if judge is not None and every and (self.cursor.epoch + 1) % every == 0:
+            self.engine.average_buffers()
+            self.metrics.log(self.cursor.step, epoch=self.cursor.epoch + 1, **judge())
+        self.cursor.epoch += 1
+        self.cursor.batch = 0
+        self.save()
+        self.tally = Tally()
+
+    def _log(self, lr: float, batches_per_epoch: int) -> None:
+        t, now = self.tally, time.perf_counter()
+        device = self.engine.device
+        sums = torch.tensor(
+            [t.loss, t.right, t.samples, t.waited], dtype=torch.float64, device=device
+        )
+        loss, right, samples, waited = distributed.all_reduce_sum(sums).tolist()
+        seconds = max(now - t.began, 1e-9)
+        values: dict[str, float] = {
+            "epoch": self.cursor.epoch + self.cursor.batch / batches_per_epoch,
+            "loss": loss / max(samples, 1),
+            "accuracy": right / max(samples, 1),
+            "lr": lr,
+            "images_per_s": samples / seconds,
+            "wait_share": waited / seconds / self.context.ranks.world_size,
+            "memory_mb": process_memory_mb(),
+        }
+        if device.type == "cuda":
+            values["gpu_memory_mb"] = torch.cuda.max_memory_allocated(device) / 2**20
+        values.update({name: float(np.mean(seen)) for name, seen in t.extra.items()})
+        self.metrics.log(self.cursor.step, **values)
+        self.tally = Tally()
+
+    def finish(self) -> list[Path]:
+        """The files of the last checkpoint, when training is over."""
+        last = self.checkpoints.latest()
+        assert last is not None
+        return [path for path in last.iterdir() if path.is_file()]
