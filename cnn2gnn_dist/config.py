@@ -29,17 +29,29 @@ class DataConfig(Section):
         description="shards: index WebDataset shards as they are; the others are packed to shards first",
     )
     train: str | list[str] | None = Field(
-        None, description="shards (globs, {0000..1023}), Parquet files or a folder of the training images"
+        None,
+        description="shards (globs, {0000..1023}), Parquet files or a folder of the training images",
     )
     test: str | list[str] | None = Field(
-        None, description="the same for the held-out images; null: split off `holdout` of each class"
+        None,
+        description="the same for the held-out images; null: split off `holdout` of each class",
     )
-    holdout: float = Field(0.2, ge=0, lt=1, description="share of each class held out when `test` is null")
+    holdout: float = Field(
+        0.2, ge=0, lt=1, description="share of each class held out when `test` is null"
+    )
     shard_size: int = Field(2048, ge=1, description="samples a packed shard")
-    image_column: str | None = Field(None, description="Parquet column of the images; null: look for it")
-    label_column: str | None = Field(None, description="Parquet column of the labels; null: look for it")
-    limit: int | None = Field(None, ge=1, description="pack only the first so many samples (trials)")
-    num_classes: int | None = Field(None, ge=2, description="number of classes; null: read from the data")
+    image_column: str | None = Field(
+        None, description="Parquet column of the images; null: look for it"
+    )
+    label_column: str | None = Field(
+        None, description="Parquet column of the labels; null: look for it"
+    )
+    limit: int | None = Field(
+        None, ge=1, description="pack only the first so many samples (trials)"
+    )
+    num_classes: int | None = Field(
+        None, ge=2, description="number of classes; null: read from the data"
+    )
     allow_empty_classes: bool = Field(False, description="accept classes without a training image")
     max_corrupt: float = Field(
         0.001, ge=0, le=1, description="share of corrupt images above which a stage stops"
@@ -59,7 +71,9 @@ class ViewsConfig(Section):
         (0.35, 1.0), strict=False, description="area share of a random resized crop"
     )
     ratio: tuple[float, float] = Field(
-        (0.75, 1.3333333333333333), strict=False, description="aspect ratios of a random resized crop"
+        (0.75, 1.3333333333333333),
+        strict=False,
+        description="aspect ratios of a random resized crop",
     )
     resize: float = Field(
         1.0, ge=1, description="clean view: shorter side resized to size x this, then centre crop"
@@ -68,7 +82,9 @@ class ViewsConfig(Section):
         (0.485, 0.456, 0.406), strict=False, description="mean of each channel (0..1), subtracted"
     )
     std: tuple[float, float, float] = Field(
-        (0.229, 0.224, 0.225), strict=False, description="standard deviation of each channel, divided by"
+        (0.229, 0.224, 0.225),
+        strict=False,
+        description="standard deviation of each channel, divided by",
     )
 
 
@@ -76,18 +92,23 @@ class StreamConfig(Section):
     """How batches reach a trainer."""
 
     backend: Literal["auto", "ray", "local"] = Field(
-        "auto", description="ray: reader actors; local: threads of the trainer; auto: ray inside Ray"
+        "auto",
+        description="ray: reader actors; local: threads of the trainer; auto: ray inside Ray",
     )
     workers: int = Field(1, ge=1, description="reader actors (or threads) of each rank")
     prefetch: int = Field(4, ge=1, description="requests each rank keeps in flight")
-    window: int = Field(16, ge=1, description="shards shuffled together; bounds random access per epoch")
+    window: int = Field(
+        16, ge=1, description="shards shuffled together; bounds random access per epoch"
+    )
 
 
 class TrainConfig(Section):
     """What teacher and student have in common as trained models."""
 
     epochs: int = Field(10, ge=1, description="passes over the training images")
-    global_batch: int = Field(256, ge=1, description="samples of one optimizer step, over all ranks")
+    global_batch: int = Field(
+        256, ge=1, description="samples of one optimizer step, over all ranks"
+    )
     max_micro_batch: int = Field(
         256, ge=1, description="most samples of a rank at once; more are accumulated"
     )
@@ -95,19 +116,29 @@ class TrainConfig(Section):
     warmup_epochs: float = Field(1.0, ge=0, description="epochs of linear warm-up")
     weight_decay: float = Field(0.05, ge=0, description="decoupled weight decay (not on vectors)")
     clip: float = Field(1.0, ge=0, description="largest norm of the gradient; 0: off")
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="label smoothing of the cross-entropy")
-    eval_epochs: int = Field(0, ge=0, description="epochs between looks at the held-out images; 0: at the end")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="label smoothing of the cross-entropy"
+    )
+    eval_epochs: int = Field(
+        0, ge=0, description="epochs between looks at the held-out images; 0: at the end"
+    )
 
 
 class TeacherConfig(TrainConfig):
     """The CNN that teaches, trained under DeepSpeed."""
 
     arch: str = Field("resnet18", description="any timm model name")
-    args: dict[str, Any] = Field(default_factory=dict, description="further arguments of timm's model")
+    args: dict[str, Any] = Field(
+        default_factory=dict, description="further arguments of timm's model"
+    )
     pretrained: bool = Field(False, description="start from timm's pretrained weights (downloads)")
     weights: str | None = Field(None, description="start from this local file (.safetensors, .pth)")
-    ds_config: str | None = Field(None, description="DeepSpeed config; null: ./ds_config.json or the packaged one")
-    zero_stage: int | None = Field(None, ge=0, le=3, description="overrides the ZeRO stage of ds_config")
+    ds_config: str | None = Field(
+        None, description="DeepSpeed config; null: ./ds_config.json or the packaged one"
+    )
+    zero_stage: int | None = Field(
+        None, ge=0, le=3, description="overrides the ZeRO stage of ds_config"
+    )
 
 
 class TargetsConfig(Section):
@@ -126,21 +157,29 @@ class GraphConfig(Section):
         "dataset",
         description="dataset: neighbours from the bank of all training images; batch: the paper's",
     )
-    dim: int = Field(64, ge=2, description="d: width of the projection z in which distances are taken")
+    dim: int = Field(
+        64, ge=2, description="d: width of the projection z in which distances are taken"
+    )
     candidates: int = Field(20, ge=2, description="M: nearest training images kept for each node")
     neighbours: int = Field(10, ge=1, description="k: neighbours with a weight above zero, k < M")
     fanouts: tuple[int, int] = Field(
         (12, 8), strict=False, description="candidates sampled in the first and in the second hop"
     )
-    sampler: Literal["table", "dgl"] = Field("table", description="neighbour sampler: own, or DGL's")
+    sampler: Literal["table", "dgl"] = Field(
+        "table", description="neighbour sampler: own, or DGL's"
+    )
     query: Literal["live", "table"] = Field(
         "live", description="a seed's candidates: searched with its live z in the rank's partition, or sampled "
         "from the table of the last refresh (queried with an augmented view)",
     )  # fmt: skip
     parts: int = Field(2, ge=1, description="partitions (DGL, METIS); at least as many as ranks")
-    start_epoch: int = Field(2, ge=0, description="student epochs on the self path before the first graph")
+    start_epoch: int = Field(
+        2, ge=0, description="student epochs on the self path before the first graph"
+    )
     refresh_epochs: int = Field(1, ge=1, description="epochs between two builds of the graph")
-    exact: bool = Field(True, description="exact nearest neighbours; false: inverted lists (faiss IVF)")
+    exact: bool = Field(
+        True, description="exact nearest neighbours; false: inverted lists (faiss IVF)"
+    )
     probes: int = Field(8, ge=1, description="inverted lists looked into when not exact")
     repartition_cut: float = Field(
         1.5, ge=1, description="partition anew when the share of cut edges has grown by this factor"
@@ -161,36 +200,58 @@ class StudentConfig(TrainConfig):
     """The two-layer GNN on a small stem."""
 
     stem: str = Field("resnet_tiny", description="conv3, resnet_tiny, or any timm model name")
-    stem_args: dict[str, Any] = Field(default_factory=dict, description="further arguments of the stem")
+    stem_args: dict[str, Any] = Field(
+        default_factory=dict, description="further arguments of the stem"
+    )
     dim: int = Field(128, ge=2, description="D: width of the stem's features x")
     hidden: int = Field(128, ge=2, description="H: width of the GNN's hidden layer")
     label_dim: int = Field(32, ge=1, description="width of the label embedding on the last hop")
-    distill_weight: float = Field(0.9, ge=0, le=1, description="lambda: share of the soft-target loss")
-    temperature: float = Field(2.0, gt=0, description="T of the soft targets")
-    self_loss: float = Field(0.5, ge=0, description="weight of the same loss on the self path alone")
-    neighbour_loss: float = Field(
-        0.0, ge=0, description="weight of -log(share of p on same-class neighbours), which trains the graph head"
+    distill_weight: float = Field(
+        0.9, ge=0, le=1, description="lambda: share of the soft-target loss"
     )
-    control: bool = Field(True, description="also train the same stem with an MLP head and no graph")
-    ds_config: str | None = Field(None, description="DeepSpeed config; null: ./ds_config.json or the packaged one")
-    zero_stage: int | None = Field(None, ge=0, le=3, description="overrides the ZeRO stage of ds_config")
+    temperature: float = Field(2.0, gt=0, description="T of the soft targets")
+    self_loss: float = Field(
+        0.5, ge=0, description="weight of the same loss on the self path alone"
+    )
+    neighbour_loss: float = Field(
+        0.0,
+        ge=0,
+        description="weight of -log(share of p on same-class neighbours), which trains the graph head",
+    )
+    control: bool = Field(
+        True, description="also train the same stem with an MLP head and no graph"
+    )
+    ds_config: str | None = Field(
+        None, description="DeepSpeed config; null: ./ds_config.json or the packaged one"
+    )
+    zero_stage: int | None = Field(
+        None, ge=0, le=3, description="overrides the ZeRO stage of ds_config"
+    )
 
 
 class EvaluateConfig(Section):
     """How held-out images are judged."""
 
     batch: int = Field(256, ge=1, description="images a forward pass of a rank")
-    gallery: int = Field(24, ge=0, description="test images shown in the report with their neighbours")
-    timing_images: int = Field(256, ge=64, description="images timed for ms_per_image (batches of 64)")
+    gallery: int = Field(
+        24, ge=0, description="test images shown in the report with their neighbours"
+    )
+    timing_images: int = Field(
+        256, ge=64, description="images timed for ms_per_image (batches of 64)"
+    )
 
 
 class ClusterConfig(Section):
     """How Ray carries the ranks."""
 
-    address: str | None = Field(None, description="Ray address of an existing cluster; null: start Ray here")
+    address: str | None = Field(
+        None, description="Ray address of an existing cluster; null: start Ray here"
+    )
     cpus_per_rank: float = Field(1.0, ge=0, description="CPUs reserved for each rank")
     max_failures: int = Field(3, ge=0, description="times the group of ranks is started again")
-    timeout_s: float = Field(600.0, gt=0, description="seconds a collective waits for a silent rank")
+    timeout_s: float = Field(
+        600.0, gt=0, description="seconds a collective waits for a silent rank"
+    )
 
 
 class CheckpointConfig(Section):
@@ -204,8 +265,12 @@ class Config(Section):
     """A whole run."""
 
     name: str = Field("demo", pattern=r"^[A-Za-z0-9._-]+$", description="name of the run")
-    seed: int = Field(0, ge=0, description="seed of initial weights, order, views, sampling and splits")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
+    seed: int = Field(
+        0, ge=0, description="seed of initial weights, order, views, sampling and splits"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto: cuda where there is one"
+    )
     run: RunConfig = Field(default_factory=RunConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     views: ViewsConfig = Field(default_factory=ViewsConfig)

@@ -99,11 +99,15 @@ def _read(source: str) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"not readable as YAML: {error}", where=str(path), remedy="mend the file") from None
+        raise UserError(
+            f"not readable as YAML: {error}", where=str(path), remedy="mend the file"
+        ) from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise UserError("a config is a mapping of fields", where=str(path), remedy="see `cnn2gnn config`")
+        raise UserError(
+            "a config is a mapping of fields", where=str(path), remedy="see `cnn2gnn config`"
+        )
     return tree
 
 
@@ -120,7 +124,9 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     for section in sections:
         child = node.setdefault(section, {})
         if not isinstance(child, dict):
-            raise UserError(f"{section} is a field, not a section", where=path, remedy="see `cnn2gnn config`")
+            raise UserError(
+                f"{section} is a field, not a section", where=path, remedy="see `cnn2gnn config`"
+            )
         node = child
     try:
         node[name] = _scalar(text)

@@ -167,7 +167,9 @@ def load_manifest(path: Path, stage: str = "index") -> Manifest:
         UserError: it is not there yet.
     """
     if not path.is_file():
-        raise UserError("the manifest is missing", where=str(path), remedy=f"run `cnn2gnn {stage}` first")
+        raise UserError(
+            "the manifest is missing", where=str(path), remedy=f"run `cnn2gnn {stage}` first"
+        )
     return Manifest.load(path)
 
 

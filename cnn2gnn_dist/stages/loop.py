@@ -90,7 +90,9 @@ class Training:
         # whatever the ranks' shares of the global batch.
         self.divisor = settings.global_batch / world_size / self.accumulation
         self.checkpoints = Checkpoints(
-            context.folder / "checkpoints", context.key, keep_last=context.config.checkpoint.keep_last
+            context.folder / "checkpoints",
+            context.key,
+            keep_last=context.config.checkpoint.keep_last,
         )
         self.metrics = MetricsLog(context.folder, context.ranks.rank, name=name)
         self.corrupt = CorruptCount(context.config.data.max_corrupt, samples)
@@ -118,9 +120,7 @@ class Training:
         self.engine.average_buffers()
         self.checkpoints.save(self.cursor.step, self.engine, extra)
 
-    def steps(
-        self, order: Order, epoch: int, view: int, stream: Stream
-    ) -> Iterator[list[Batch]]:
+    def steps(self, order: Order, epoch: int, view: int, stream: Stream) -> Iterator[list[Batch]]:
         """This rank's batches of the rest of an epoch, one list of micro-batches a step."""
         self._stream = stream
         ranks = self.context.ranks

@@ -5,37 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from cnn2gnn_dist.config import Config
 from cnn2gnn_dist.data.order import Order
 from cnn2gnn_dist.models.losses import distillation_loss
-from cnn2gnn_dist.models.normalise import Normalise
-from cnn2gnn_dist.models.teacher import build_teacher
 from cnn2gnn_dist.stages.context import Context, load_manifest
 from cnn2gnn_dist.stages.judge import accuracy_of
 from cnn2gnn_dist.stages.loop import Training
-
-
-class Teacher(nn.Module):
-    """uint8 images [B, H, W, 3] → logits_BC: normalisation, then the CNN."""
-
-    def __init__(self, config: Config, num_classes: int, initial: bool = True) -> None:
-        super().__init__()
-        t = config.teacher
-        self.normalise = Normalise(config.views.mean, config.views.std)
-        self.cnn = build_teacher(
-            t.arch,
-            num_classes,
-            config.views.size,
-            pretrained=t.pretrained and initial,
-            weights=t.weights if initial else None,
-            args=dict(t.args),
-        )
-
-    def forward(self, images_BHWC: torch.Tensor) -> torch.Tensor:
-        """Classify."""
-        return self.cnn(self.normalise(images_BHWC))
+from cnn2gnn_dist.stages.networks import Teacher
 
 
 def run(context: Context) -> list[Path]:

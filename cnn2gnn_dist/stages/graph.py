@@ -1,0 +1,177 @@
+"""Stage ``graph``: embeddings → nearest neighbours → DGL partitions, as one version on disk.
+
+The student stage builds such a version at every refresh; the stage of this name builds the
+last one, from the trained student: the bank that unseen images attach to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cnn2gnn_dist.data.order import sequential
+from cnn2gnn_dist.data.reader import Request
+from cnn2gnn_dist.data.views import CLEAN
+from cnn2gnn_dist.graph import bank, knn, partition, quality
+from cnn2gnn_dist.graph.bank import GraphVersion, GraphWriter
+from cnn2gnn_dist.stages.context import Context, load_manifest
+from cnn2gnn_dist.stages.networks import build_student, load_model
+from cnn2gnn_dist.training import distributed
+from cnn2gnn_dist.training.checkpoint import Checkpoints
+
+Embed = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""images uint8 [B, H, W, 3] → x_BD, z_Bd."""
+
+QUERY_VIEW = 1_000_000
+"""First view number of the query side of a table: no training epoch shows it."""
+
+
+def run(context: Context, student_key: str) -> list[Path]:
+    """Build the final graph; returns its files."""
+    config = context.config
+    manifest = load_manifest(context.paths.train_manifest)
+    model = build_student(config, manifest.num_classes, "dataset")
+    checkpoints = Checkpoints(context.paths.root / "student" / "checkpoints", student_key)
+    load_model(model, checkpoints, "student")
+    model.to(context.device).eval()
+    version = build(context, model.embed, context.folder, config.student.epochs, None)
+    context.say(describe(version.meta))
+    return [path for path in sorted(version.path.rglob("*")) if path.is_file()]
+
+
+def describe(meta: dict[str, Any]) -> str:
+    """One line about a graph version."""
+    return (
+        f"graph    {meta['nodes']} nodes, M={meta['candidates']}, homophily {meta['homophily']:.3f}, "
+        f"cut {meta['cut']:.3f}, parts {meta['inner']}, halos {meta['halo']}, "
+        f"in-degree {meta['degree']['min']}..{meta['degree']['max']}"
+    )
+
+
+@torch.no_grad()
+def build(
+    context: Context, embed: Embed, root: Path, number: int, previous: GraphVersion | None
+) -> GraphVersion:
+    """Embed, search, partition, write (collective).
+
+    The node → part map of ``previous`` is kept while its cut holds, so that features
+    and order keep their places.
+    """
+    ranks, settings = context.ranks, context.config.graph
+    manifest = load_manifest(context.paths.train_manifest)
+    if ranks.is_first:
+        shapes = {
+            "x": ((len(manifest), context.config.student.dim), np.float16),
+            "z": ((len(manifest), settings.dim), np.float32),
+            "labels": ((len(manifest),), np.int32),
+            "candidates": ((len(manifest), settings.candidates), np.int32),
+            "part": ((len(manifest),), np.int32),
+        }
+        GraphWriter.create(root, number, shapes).rows("labels", 0, manifest.label_N)
+    distributed.barrier()
+    writer = GraphWriter.open(root, number)
+    own_ids, query_Qd = _embed_all(context, embed, writer, len(manifest), number)
+    distributed.barrier()
+    table_QM, _ = knn.search(
+        np.asarray(writer.array("z")),
+        query_Qd,
+        settings.candidates,
+        exclude_Q=own_ids,
+        device=context.device,
+        exact=settings.exact,
+        probes=settings.probes,
+    )
+    for start, rows in _runs(own_ids):
+        writer.rows("candidates", start, table_QM[rows])
+    distributed.barrier()
+    if ranks.is_first:
+        part_N, cut = _parts(np.asarray(writer.array("candidates")), settings, previous)
+        writer.rows("part", 0, part_N)
+        _finalise(context, writer, part_N, cut)
+    distributed.barrier()
+    if ranks.is_first:
+        bank.prune(root, settings.keep_versions)
+    return bank.open_version(root / f"v{number:04d}")
+
+
+def _embed_all(
+    context: Context, embed: Embed, writer: GraphWriter, samples: int, number: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Write x and z of this rank's share; return its ids and the query side of the search.
+
+    With ``graph.query=table`` candidates are looked up for an augmented view: found for
+    the clean one, whose features lie in the bank, they leak (DESIGN.md, section 3).
+    """
+    ranks, settings = context.ranks, context.config.graph
+    batch = context.config.evaluate.batch
+    plan = list(sequential(samples, batch, ranks.rank, ranks.world_size))
+    both = settings.query == "table"
+    ids_seen, queries = [], []
+    with context.stream(context.paths.train_manifest, "embed") as stream:
+        views = [CLEAN, QUERY_VIEW + number] if both else [CLEAN]
+        requests = (Request(ids, view) for ids, _ in plan for view in views)
+        batches = stream.batches(requests)
+        for ids, mask in plan:
+            for view in views:
+                got = next(batches)
+                images, _, valid = context.to_device(got)
+                x_BD, z_Bd = embed(images)
+                # A corrupt image is nobody's neighbour: its z lies far from every unit vector.
+                z = (z_Bd.float() * valid[:, None]).cpu().numpy()[mask]
+                if view == CLEAN and mask.any():
+                    writer.rows("x", int(ids[0]), x_BD.half().cpu().numpy()[mask])
+                    writer.rows("z", int(ids[0]), z)
+            ids_seen.append(ids[mask])
+            queries.append(z)
+    return np.concatenate(ids_seen), np.concatenate(queries)
+
+
+def _runs(ids: np.ndarray) -> list[tuple[int, slice]]:
+    """Stretches of consecutive ids: (first id, rows)."""
+    if not len(ids):
+        return []
+    breaks = [0, *(np.flatnonzero(np.diff(ids) != 1) + 1).tolist(), len(ids)]
+    return [(int(ids[a]), slice(a, b)) for a, b in pairwise(breaks)]
+
+
+def _parts(
+    table_NM: np.ndarray, settings: Any, previous: GraphVersion | None
+) -> tuple[np.ndarray, float]:
+    if previous is not None:
+        part_N = np.asarray(previous.part)
+        cut = partition.edge_cut(table_NM, part_N)
+        if cut <= settings.repartition_cut * max(previous.meta["cut_when_assigned"], 0.01):
+            return part_N, float(previous.meta["cut_when_assigned"])
+    part_N = partition.assign(table_NM, settings.parts)
+    return part_N, partition.edge_cut(table_NM, part_N)
+
+
+def _finalise(
+    context: Context, writer: GraphWriter, part_N: np.ndarray, cut_when_assigned: float
+) -> None:
+    table_NM, labels_N = np.asarray(writer.array("candidates")), np.asarray(writer.array("labels"))
+    parts = [
+        partition.build_part(table_NM, part_N, number)
+        for number in range(context.config.graph.parts)
+    ]
+    for number, part in enumerate(parts):
+        part.save(writer.path / f"part-{number:02d}")
+    writer.finalise(
+        {
+            "key": context.key,
+            "nodes": len(part_N),
+            "candidates": table_NM.shape[1],
+            "homophily": quality.edge_homophily(table_NM, labels_N),
+            "degree": quality.degree_stats(table_NM),
+            "cut": partition.edge_cut(table_NM, part_N),
+            "cut_when_assigned": cut_when_assigned,
+            "inner": [part.num_inner for part in parts],
+            "halo": [len(part.nodes_L) - part.num_inner for part in parts],
+        }
+    )

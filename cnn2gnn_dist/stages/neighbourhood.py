@@ -1,0 +1,155 @@
+"""The student's neighbourhood: the graph of the moment, its partition here, blocks for seeds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cnn2gnn_dist.config import GraphConfig
+from cnn2gnn_dist.data.manifest import Manifest
+from cnn2gnn_dist.data.order import Order
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.graph import bank as banks
+from cnn2gnn_dist.graph.bank import Bank, GraphVersion
+from cnn2gnn_dist.graph.block import BlockIds, queried_block, sampled_block
+from cnn2gnn_dist.graph.knn import Index
+from cnn2gnn_dist.graph.sampler import make_sampler
+from cnn2gnn_dist.models.student import CandidateBlock
+from cnn2gnn_dist.stages.context import Context
+
+
+def last_refresh(epoch: int, settings: GraphConfig) -> int | None:
+    """The epoch at whose start the graph of ``epoch`` is built; None during warm-up."""
+    if epoch < settings.start_epoch:
+        return None
+    since = epoch - settings.start_epoch
+    return settings.start_epoch + since // settings.refresh_epochs * settings.refresh_epochs
+
+
+def reusable(root: Path, number: int, key: str) -> GraphVersion | None:
+    """A whole version of this number, built under this key; None if there is none."""
+    path = root / f"v{number:04d}"
+    if not (path / "manifest.json").is_file():
+        return None
+    try:
+        version = banks.open_version(path)
+    except UserError:
+        return None
+    return version if version.meta["key"] == key else None
+
+
+def parts_of(rank: int, world_size: int, parts: int) -> list[int]:
+    """The partitions that a rank owns: part p goes to rank p·R // P.
+
+    Raises:
+        UserError: fewer partitions than ranks.
+    """
+    if parts < world_size:
+        raise UserError(
+            f"{parts} partitions for {world_size} ranks: every rank needs one",
+            where="graph.parts",
+            remedy=f"graph.parts={world_size} or a multiple of it",
+        )
+    return [p for p in range(parts) if p * world_size // parts == rank]
+
+
+class Neighbourhood:
+    """Blocks around seeds, from the partitions that this rank owns.
+
+    Args:
+        context: for seed, device and graph settings.
+        version: the graph.
+        own_parts: partitions to hold; None for all of them.
+    """
+
+    def __init__(
+        self, context: Context, version: GraphVersion, own_parts: list[int] | None
+    ) -> None:
+        self.settings = context.config.graph
+        self.device = context.device
+        self.rank = context.ranks.rank
+        self.version = version
+        self.bank: Bank = banks.load_bank(version, own_parts)
+        self.sampler = make_sampler(
+            self.settings.sampler, self.bank.table_KM, seed=context.config.seed
+        )
+        self._index: Index | None = None
+
+    @property
+    def index(self) -> Index:
+        """Search over the rows that have neighbours of their own here (inner and first halo)."""
+        if self._index is None:
+            base = self.bank.z_Ld[: len(self.bank.table_KM)].numpy()
+            self._index = Index(
+                base, exact=self.settings.exact, probes=self.settings.probes, device=self.device
+            )
+        return self._index
+
+    def order(self, manifest: Manifest, *, seed: int, global_batch: int, window: int) -> Order:
+        """The order of seeds, a fixed share of every partition in each global batch."""
+        part_N = np.asarray(self.version.part)
+        parts = [np.flatnonzero(part_N == p) for p in range(self.settings.parts)]
+        return Order(
+            manifest.shard_sizes, seed=seed, global_batch=global_batch, window=window, parts=parts
+        )
+
+    def around(self, ids: np.ndarray, epoch: int, step: int) -> Query:
+        """Neighbours of training images, found when the student knows their projections."""
+        return Query(self, self.bank.local_of(ids), self.settings.fanouts[1], epoch, step)
+
+    def around_unseen(self, count: int) -> Query:
+        """Neighbours of images that are not in the graph; all of the second hop."""
+        return Query(self, np.full(count, -1, np.int64), self.bank.table_KM.shape[1], 0, 0)
+
+    def candidates(self, ids: BlockIds) -> CandidateBlock:
+        """The model's block: the bank's rows of the block's nodes, on the device."""
+        nodes_V = torch.as_tensor(ids.nodes_V)
+        bank = self.bank
+        block = CandidateBlock(
+            x_VD=bank.x_LD[nodes_V],
+            z_Vd=bank.z_Ld[nodes_V],
+            labels_V=bank.labels_L[nodes_V].long(),
+            first_BF=torch.as_tensor(ids.first_BF),
+            unique_U=torch.as_tensor(ids.unique_U),
+            unique_of_BF=torch.as_tensor(ids.unique_of_BF),
+            second_UG=torch.as_tensor(ids.second_UG),
+            seed_V=torch.as_tensor(ids.seed_V),
+        )
+        return block.to(self.device)
+
+
+class Query:
+    """Called by the student with its live projections; gives the block around the seeds.
+
+    After the call ``first_BF`` holds the global ids of the candidates (-1 = none).
+    """
+
+    def __init__(
+        self, around: Neighbourhood, seeds_B: np.ndarray, fanout: int, epoch: int, step: int
+    ) -> None:
+        self.around, self.seeds_B, self.fanout = around, seeds_B, fanout
+        self.key = {"epoch": epoch, "step": step, "rank": around.rank}
+        self.first_BF = np.empty((0, 0), np.int64)
+
+    def __call__(self, z_Bd: Tensor) -> CandidateBlock:
+        """Find or sample the candidates of the seeds, and theirs."""
+        around, settings = self.around, self.around.settings
+        unseen = bool((self.seeds_B < 0).any())
+        if settings.query == "table" and not unseen:
+            ids = sampled_block(
+                around.sampler, self.seeds_B, (settings.fanouts[0], self.fanout), **self.key
+            )
+        else:
+            nodes = len(around.bank.table_KM)
+            wanted = min(settings.fanouts[0], nodes - (0 if unseen else 1))
+            found_BF, _ = around.index.search(
+                z_Bd.detach().float().cpu().numpy(), wanted, exclude=self.seeds_B
+            )
+            ids = queried_block(around.sampler, found_BF, self.seeds_B, self.fanout, **self.key)
+        nodes_L = np.append(np.asarray(around.bank.nodes_L), -1)
+        local_V = np.append(np.asarray(ids.nodes_V), len(nodes_L) - 1)
+        self.first_BF = nodes_L[local_V[np.asarray(ids.first_BF)]]
+        return around.candidates(ids)

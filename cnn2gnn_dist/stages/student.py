@@ -1,0 +1,138 @@
+"""Stages ``student`` and ``control``: distil the teacher into the GNN, and into its stem alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cnn2gnn_dist.data.manifest import Manifest
+from cnn2gnn_dist.data.order import Order
+from cnn2gnn_dist.data.targets import Targets
+from cnn2gnn_dist.models.losses import distillation_loss, neighbour_loss
+from cnn2gnn_dist.models.student import Scope, StudentOutput
+from cnn2gnn_dist.stages.context import Context, load_manifest
+from cnn2gnn_dist.stages.graph import build, describe
+from cnn2gnn_dist.stages.judge import accuracy_of
+from cnn2gnn_dist.stages.loop import Training
+from cnn2gnn_dist.stages.neighbourhood import Neighbourhood, last_refresh, parts_of, reusable
+from cnn2gnn_dist.stages.networks import build_student
+
+
+def run(context: Context, scope: Scope) -> list[Path]:
+    """Train; returns the files of the last checkpoint."""
+    config, settings = context.config, context.config.student
+    manifest = load_manifest(context.paths.train_manifest)
+    targets = Targets.load(context.paths.targets, len(manifest), manifest.num_classes)
+    torch.manual_seed(config.seed)
+    model = build_student(config, manifest.num_classes, scope)
+    name = "control" if scope == "none" else "student"
+    training = Training(context, name, model, settings, len(manifest))
+    engine, job = training.engine, _Job(context, training, manifest)
+    with context.stream(context.paths.train_manifest, name) as stream:
+        while training.cursor.epoch < settings.epochs:
+            epoch = training.cursor.epoch
+            order, around = job.open_epoch(epoch, scope)
+            view = epoch % config.targets.views if config.targets.views else epoch
+            engine.train()
+            for micro in training.steps(order, epoch, view, stream):
+                for number, batch in enumerate(micro):
+                    images, labels, valid = context.to_device(batch)
+                    soft = torch.from_numpy(targets.lookup(batch.ids, view)).to(engine.device)
+                    step = training.cursor.step * training.accumulation + number
+                    query = around and around.around(batch.ids, epoch, step)
+                    output = engine(images, query)
+                    loss_B = job.loss(output, labels, soft)
+                    training.learn(loss_B, valid, output.logits_BC, labels)
+                    job.observe(output, labels)
+                training.step(order.batches_per_epoch)
+            training.end_epoch(lambda: {"self_path_test_accuracy": job.self_path_accuracy()})
+    training.corrupt.check()
+    return training.finish()
+
+
+class _Job:
+    """What a student's training has beyond a teacher's: the graph and the two losses."""
+
+    def __init__(self, context: Context, training: Training, manifest: Manifest) -> None:
+        self.context, self.training, self.manifest = context, training, manifest
+        self.around: Neighbourhood | None = None
+
+    def open_epoch(self, epoch: int, scope: Scope) -> tuple[Order, Neighbourhood | None]:
+        """Order and neighbourhood of an epoch; builds or reopens the graph when due."""
+        config = self.context.config
+        if scope == "dataset":
+            self._refresh(epoch)
+        how = {
+            "seed": config.seed,
+            "global_batch": config.student.global_batch,
+            "window": config.stream.window,
+        }
+        if self.around is None:
+            return Order(self.manifest.shard_sizes, **how), None
+        return self.around.order(self.manifest, **how), self.around
+
+    def _refresh(self, epoch: int) -> None:
+        context, engine = self.context, self.training.engine
+        ranks, settings = context.ranks, context.config.graph
+        number = last_refresh(epoch, settings)
+        if number is None or (self.around is not None and number != epoch):
+            return
+        root = context.folder / "graph"
+        version = reusable(root, number, context.key)
+        if version is None:
+            previous = reusable(root, number - settings.refresh_epochs, context.key)
+            engine.average_buffers()
+            engine.eval()
+            version = build(context, self._embed, root, number, previous)
+            context.say(describe(version.meta))
+        own = parts_of(ranks.rank, ranks.world_size, settings.parts)
+        self.around = Neighbourhood(context, version, own)
+
+    def _embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        output: StudentOutput = self.training.engine(images, None)
+        return output.x_BD, output.z_Bd
+
+    def loss(self, output: StudentOutput, labels: Tensor, soft: Tensor) -> Tensor:
+        """Loss of each sample: with the graph, the self path's, and the graph head's."""
+        s = self.context.config.student
+
+        def distil(logits: Tensor) -> Tensor:
+            return distillation_loss(
+                logits,
+                labels,
+                soft,
+                weight=s.distill_weight,
+                temperature=s.temperature,
+                label_smoothing=s.label_smoothing,
+            )
+
+        loss_B = distil(output.logits_BC)
+        if output.weights_BF is None:
+            return loss_B
+        if s.self_loss:
+            loss_B = loss_B + s.self_loss * distil(output.self_logits_BC)
+        if s.neighbour_loss and output.first_labels_BF is not None:
+            loss_B = loss_B + s.neighbour_loss * neighbour_loss(
+                output.weights_BF, output.first_labels_BF, labels
+            )
+        return loss_B
+
+    @torch.no_grad()
+    def observe(self, output: StudentOutput, labels: Tensor) -> None:
+        """Note how good the neighbours are."""
+        if output.weights_BF is None:
+            return
+        tally = self.training.tally
+        if output.first_labels_BF is not None:
+            same = output.first_labels_BF == labels[:, None]
+            tally.note("homophily", float((output.weights_BF * same).sum(1).mean()))
+        tally.note("median_scale", float(output.scale))
+        tally.note("degenerate_rows", float(output.degenerate))
+
+    def self_path_accuracy(self) -> float:
+        """Held-out accuracy of the self path: a look during training that needs no graph."""
+        return accuracy_of(
+            self.context, lambda images: self.training.engine(images, None).self_logits_BC
+        )

@@ -1,0 +1,134 @@
+"""Stage ``targets``: the teacher's soft targets of every training image, a Parquet file a shard."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from cnn2gnn_dist.data import targets as soft
+from cnn2gnn_dist.data.manifest import Manifest
+from cnn2gnn_dist.data.reader import Request
+from cnn2gnn_dist.data.stream import Stream
+from cnn2gnn_dist.data.views import CLEAN
+from cnn2gnn_dist.stages.context import Context, chunks, load_manifest
+from cnn2gnn_dist.stages.networks import Teacher, load_model
+from cnn2gnn_dist.training import distributed, ds_config
+from cnn2gnn_dist.training.checkpoint import Checkpoints
+from cnn2gnn_dist.training.engine import Engine
+
+
+def view_numbers(views: int) -> list[int]:
+    """The views that get soft targets: 0..V-1, or the clean image alone for V = 0."""
+    return list(range(views)) if views else [CLEAN]
+
+
+def shard_file(folder: Path, manifest: Manifest, shard: int) -> Path:
+    """The soft targets of one shard (its number keeps equal names in two folders apart)."""
+    return folder / f"{shard:06d}-{Path(manifest.shards[shard].path).stem}.parquet"
+
+
+def run(context: Context, teacher_key: str) -> list[Path]:
+    """Write what is missing; returns all files. Ranks take shards in turn.
+
+    With ZeRO-3 a forward pass is collective: ranks that are done run along until all are.
+    """
+    config = context.config
+    manifest = load_manifest(context.paths.train_manifest)
+    meta = {"key": context.key}
+    shards = [s for s, size in enumerate(manifest.shard_sizes) if size]
+    files = {s: shard_file(context.folder, manifest, s) for s in shards}
+    missing = distributed.broadcast_object(
+        [s for s in shards if not soft.is_whole(files[s], meta)] if context.ranks.is_first else None
+    )
+    if len(missing) < len(shards):
+        context.say(f"targets  {len(shards) - len(missing)} of {len(shards)} shards are whole")
+    if not missing:
+        return list(files.values())
+    classify, collective = _classifier(context, manifest.num_classes, teacher_key)
+    mine = missing[context.ranks.rank :: context.ranks.world_size]
+    forwards = 0
+    with context.stream(context.paths.train_manifest, "targets") as stream:
+        for shard in tqdm(mine, "targets", unit="shard", disable=not context.ranks.is_first):
+            forwards += _write(context, classify, stream, manifest, shard, files[shard], meta)
+    if collective:
+        size = config.views.size
+        idle = torch.zeros(1, size, size, 3, dtype=torch.uint8, device=context.device)
+        for _ in range(max(distributed.all_gather_object(forwards)) - forwards):
+            classify(idle)
+    distributed.barrier()
+    return list(files.values())
+
+
+def _classifier(
+    context: Context, num_classes: int, teacher_key: str
+) -> tuple[Callable[[Tensor], Tensor], bool]:
+    """The trained teacher, and whether its forward pass is collective (ZeRO-3)."""
+    config, settings = context.config, context.config.teacher
+    model: nn.Module = Teacher(config, num_classes, initial=False)
+    checkpoints = Checkpoints(context.paths.root / "teacher" / "checkpoints", teacher_key)
+    source = ds_config.load(settings.ds_config)
+    world_size = context.ranks.world_size
+    resolved = ds_config.resolve(
+        source,
+        world_size=world_size,
+        global_batch=world_size,
+        accumulation=1,
+        lr=settings.lr,
+        weight_decay=0.0,
+        clip=0.0,
+        device=context.device,
+        stage=settings.zero_stage,
+    )
+    if resolved["zero_optimization"]["stage"] == 3 and world_size > 1:
+        engine = Engine(model, resolved, device=context.device)
+        checkpoints.load(engine)
+        engine.eval()
+        return torch.no_grad()(engine), True
+    load_model(model, checkpoints, "teacher")
+    model.to(context.device).eval()
+    return torch.no_grad()(model), False
+
+
+def _write(
+    context: Context,
+    classify: Callable[[Tensor], Tensor],
+    stream: Stream,
+    manifest: Manifest,
+    shard: int,
+    path: Path,
+    meta: dict[str, Any],
+) -> int:
+    """One shard's file; returns the number of forward passes."""
+    settings = context.config.targets
+    first = int(np.searchsorted(manifest.shard_N, shard))
+    ids = np.arange(first, first + int(manifest.shard_sizes[shard]))
+    numbers = view_numbers(settings.views)
+    plan = [
+        Request(ids[rows.start : rows.stop], number)
+        for number in numbers
+        for rows in chunks(len(ids), settings.batch)
+    ]
+    indices, log_probs = [], []
+    for batch in stream.batches(plan):
+        images, _, _ = context.to_device(batch)
+        log_BC = classify(images).float().log_softmax(1)
+        k = log_BC.shape[1] if settings.top_k is None else min(settings.top_k, log_BC.shape[1])
+        top, classes = log_BC.topk(k, dim=1)
+        indices.append(classes.cpu().numpy().astype(np.int32))
+        log_probs.append(top.cpu().numpy().astype(np.float16))
+    shape = (len(numbers), len(ids), -1)
+    soft.write_shard(
+        path,
+        ids=ids,
+        view_count=len(numbers),
+        indices=np.concatenate(indices).reshape(shape),
+        log_probs=np.concatenate(log_probs).reshape(shape),
+        meta=meta,
+    )
+    return len(plan)
