@@ -62,7 +62,7 @@ def calibration_error(confidence_N: np.ndarray, right_N: np.ndarray, bins: int =
 
 
 def clean_batches(
-    context: Context, manifest: Path, batch: int, name: str
+    context: Context, manifest: Path, batch: int, shuffle_seed: int | None
 ) -> Iterator[tuple[Batch, np.ndarray]]:
     """This rank's share of all samples, clean view: batches and masks of what counts.
 
@@ -71,7 +71,10 @@ def clean_batches(
     """
     ranks, samples = context.ranks, len(load_manifest(manifest))
     plan = list(sequential(samples, batch, ranks.rank, ranks.world_size))
-    with context.stream(manifest, name) as stream:
+    if shuffle_seed is not None:
+        places = np.random.default_rng(shuffle_seed).permutation(samples)
+        plan = [(places[ids], mask) for ids, mask in plan]
+    with context.stream(manifest, "judge") as stream:
         read = stream.batches(Request(ids, CLEAN) for ids, _ in plan)
         for (_, mask), got in zip(plan, read, strict=True):
             yield got, mask
@@ -83,10 +86,15 @@ def predict_all(
     classify: Callable[[Tensor, Batch], Tensor],
     manifest: Path,
     batch: int,
+    shuffle_seed: int | None = None,
 ) -> Predictions:
-    """Classify every image of a manifest (collective); ``classify`` gives logits_BC."""
+    """Classify every image of a manifest (collective); ``classify`` gives logits_BC.
+
+    A model whose images see each other (``graph.scope=batch``) is judged in shuffled
+    order: stored order is often by class, and batches of one class tell the answer.
+    """
     columns: list[list[np.ndarray]] = [[], [], [], []]
-    for got, mask in clean_batches(context, manifest, batch, "judge"):
+    for got, mask in clean_batches(context, manifest, batch, shuffle_seed):
         images, _, _ = context.to_device(got)
         probability_BC = classify(images, got).float().softmax(1)
         confidence, predicted = probability_BC.max(1)

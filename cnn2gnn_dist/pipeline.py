@@ -1,0 +1,425 @@
+"""Which stage comes next, and why: keys, skips, order; the same call on every rank."""
+
+from __future__ import annotations
+
+import fcntl
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from cnn2gnn_dist import ledger, settings
+from cnn2gnn_dist.config import Config
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.ledger import Entry, Standing
+from cnn2gnn_dist.runtime.ranks import Ranks
+from cnn2gnn_dist.stages.context import Context, RunPaths
+
+# Fields that change how a result is reached, not which: a run may go on with others.
+EXECUTION = {
+    "max_micro_batch",
+    "eval_epochs",
+    "ds_config",
+    "zero_stage",
+    "batch",
+    "keep_versions",
+    "timing_images",
+    "control",
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step from files to files.
+
+    ``fields``: config sections or fields that determine its outputs; ``needs``: stages it
+    builds on; ``alone``: rank 0 works, the others wait.
+    """
+
+    name: str
+    folder: str
+    fields: tuple[str, ...]
+    needs: tuple[str, ...]
+    work: Callable[[Context, dict[str, str]], list[Path]]
+    alone: bool = False
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage in a plan: what will happen to it, and why. ``key`` is None while inputs lack."""
+
+    stage: Stage
+    key: str | None
+    standing: Standing
+    why: str
+    entry: Entry | None = None
+
+
+def stages_of(config: Config) -> list[Stage]:
+    """The stages of a run, in order."""
+    found = [_INDEX, _TEACHER, _TARGETS, _STUDENT]
+    if config.data.source != "shards":
+        found.insert(0, _PACK)
+    if config.graph.scope == "dataset":
+        found.append(_GRAPH)
+    if config.student.control:
+        found.append(_CONTROL)
+    return [*found, _EVALUATE]
+
+
+def plan(config: Config, names: list[str] | None = None) -> list[Step]:
+    """What would be skipped, continued or run, without doing anything.
+
+    Raises:
+        UserError: an unknown stage.
+    """
+    root, stages = Path(str(config.run.dir)), stages_of(config)
+    _check_names(stages, names)
+    digests: dict[str, str] = {}
+    steps = []
+    for stage in stages:
+        step = _look(config, root, stage, stages, digests)
+        if step.standing is Standing.WHOLE and step.entry:
+            digests[stage.name] = step.entry.digest
+        if names is None or stage.name in names:
+            steps.append(step)
+    return steps
+
+
+def run_rank(
+    tree: dict[str, Any],
+    names: list[str] | None,
+    update: bool,
+    inside_ray: bool,
+    ranks: Ranks,
+) -> dict[str, Any]:
+    """Run the stages that are not whole; every rank calls this with the same arguments.
+
+    Args:
+        tree: the resolved config as plain data.
+        names: stages to run; None for all.
+        update: set stale results aside and make them again, instead of refusing.
+        inside_ray: Ray carries this process.
+        ranks: who we are.
+
+    Raises:
+        UserError: on every rank, whatever rank met it first in a stage of rank 0 alone.
+    """
+    from cnn2gnn_dist.training import engine
+
+    config = settings.check(tree)
+    device = choose_device(config.device)
+    engine.init(ranks, device, timeout_s=config.cluster.timeout_s)
+    try:
+        with _locked(Path(str(config.run.dir)), ranks):
+            _together(ranks, lambda: _claim(config))
+            return _run_all(config, names, update, inside_ray, ranks, device)
+    finally:
+        engine.shutdown()
+
+
+def choose_device(wanted: str) -> str:
+    """ "cpu" or "cuda".
+
+    Raises:
+        UserError: cuda is asked for and there is none.
+    """
+    import torch
+
+    there = torch.cuda.is_available()
+    if wanted == "cuda" and not there:
+        raise UserError(
+            "the config asks for a GPU and torch finds none",
+            where="device",
+            remedy="device=cpu or device=auto; `cnn2gnn doctor` says what torch sees",
+        )
+    return "cuda" if wanted == "cuda" or (wanted == "auto" and there) else "cpu"
+
+
+def _run_all(
+    config: Config,
+    names: list[str] | None,
+    update: bool,
+    inside_ray: bool,
+    ranks: Ranks,
+    device: str,
+) -> dict[str, Any]:
+    root, stages = Path(str(config.run.dir)), stages_of(config)
+    _check_names(stages, names)
+    digests: dict[str, str] = {}
+    keys: dict[str, str] = {}
+    done: dict[str, Any] = {}
+    for stage in stages:
+        step = _together(ranks, lambda s=stage: _look(config, root, s, stages, digests))
+        wanted = names is None or stage.name in names
+        if step.standing is not Standing.WHOLE and wanted:
+            step = _together(ranks, lambda s=step: _make_room(root, s, update))
+            context = Context(
+                config, ranks, RunPaths(root), root / stage.folder, step.key, device, inside_ray
+            )
+            step = _execute(context, step, keys | digests_as_keys(digests))
+        elif wanted and ranks.is_first:
+            print(f"{stage.name:8} whole, skipped", flush=True)
+        if step.standing is Standing.WHOLE and step.entry:
+            digests[stage.name], keys[stage.name] = step.entry.digest, step.entry.key
+        done[stage.name] = step.why
+    return done
+
+
+def digests_as_keys(digests: dict[str, str]) -> dict[str, str]:
+    """Stages whose digest is their key (all but ``index``)."""
+    return dict(digests)
+
+
+def _execute(context: Context, step: Step, keys: dict[str, str]) -> Step:
+    stage, ranks = step.stage, context.ranks
+    began = time.perf_counter()
+    if ranks.is_first:
+        print(f"{stage.name:8} {step.standing.value}: {step.why}", flush=True)
+    if stage.alone:
+        files = _together(ranks, lambda: stage.work(context, keys))
+    else:
+        files = stage.work(context, keys)
+
+    def close() -> Step:
+        entry = Entry(
+            key=context.key,
+            parts=_parts(context.config, stage),
+            digest=_digest(context, stage),
+            outputs=ledger.outputs(context.folder, files),
+            seconds=round(time.perf_counter() - began, 1),
+        )
+        ledger.finish(context.folder, entry)
+        print(f"{stage.name:8} done in {entry.seconds:.0f} s", flush=True)
+        return replace(step, standing=Standing.WHOLE, why="made", entry=entry)
+
+    return _together(ranks, close)
+
+
+def _look(
+    config: Config, root: Path, stage: Stage, stages: list[Stage], digests: dict[str, str]
+) -> Step:
+    there = {s.name for s in stages}
+    needs = [need for need in stage.needs if need in there]
+    missing = [need for need in needs if need not in digests]
+    if missing:
+        return Step(stage, None, Standing.FRESH, f"waits for {', '.join(missing)}")
+    inputs = {need: digests[need] for need in needs} | _inputs(config, stage)
+    parts = _parts(config, stage)
+    key = ledger.key_of(stage.name, parts, inputs)
+    standing, entry = ledger.standing(root / stage.folder, key)
+    why = {
+        Standing.FRESH: "nothing there yet",
+        Standing.RESUME: "begun and not finished",
+        Standing.WHOLE: "whole, skipped",
+        Standing.STALE: "made from another config or other inputs",
+    }[standing]
+    if standing is Standing.STALE and entry is not None:
+        changed = settings.differences(entry.parts, parts)
+        why += f": {'; '.join(changed)}" if changed else " (its inputs changed)"
+    return Step(stage, key, standing, why, entry)
+
+
+def _make_room(root: Path, step: Step, update: bool) -> Step:
+    """Mark the stage's folder as begun; a stale one is refused or set aside."""
+    folder = root / step.stage.folder
+    if step.key is None:
+        raise UserError(
+            f"the stage {step.stage.name} {step.why}",
+            where=str(root),
+            remedy="run the earlier stages first, or all: `cnn2gnn run`",
+        )
+    if step.standing is Standing.STALE:
+        if not update:
+            raise UserError(
+                f"the stage {step.stage.name} of this folder was {step.why}",
+                where=str(folder),
+                remedy="another run.dir=…, or --update: the old results are kept beside the new",
+            )
+        aside = ledger.set_aside(folder)
+        print(f"{step.stage.name:8} old results moved to {aside.name}", flush=True)
+        step = replace(step, standing=Standing.FRESH)
+    ledger.begin(folder, Entry(step.key, step.entry.parts if step.entry else {}))
+    return step
+
+
+def _parts(config: Config, stage: Stage) -> dict[str, Any]:
+    """The config fields behind a stage's key."""
+    tree = settings.as_tree(config)
+    parts: dict[str, Any] = {}
+    for field in stage.fields:
+        section, _, name = field.partition(".")
+        value = tree[section][name] if name else tree[section]
+        if isinstance(value, dict):
+            value = {k: v for k, v in value.items() if k not in EXECUTION}
+        parts[field] = value
+    return parts
+
+
+def _inputs(config: Config, stage: Stage) -> dict[str, str]:
+    """Fingerprints of files outside the run: names, sizes and times."""
+    from cnn2gnn_dist.data.manifest import expand
+
+    data = config.data
+    if stage.name == "pack" or (stage.name == "index" and data.source == "shards"):
+        named = [origin for origin in (data.train, data.test) if origin is not None]
+        facts = []
+        for origin in named:
+            for path in map(Path, expand(origin) if data.source != "imagefolder" else [origin]):
+                stat = path.stat()
+                facts.append(f"{path.name} {stat.st_size} {stat.st_mtime_ns}")
+        return {"files": ledger.key_of("files", {"files": facts}, {})}
+    return {}
+
+
+def _digest(context: Context, stage: Stage) -> str:
+    """What later stages build on: the manifests' content, else the stage's key."""
+    if stage.name != "index":
+        return context.key
+    from cnn2gnn_dist.stages.context import load_manifest
+
+    paths = (context.paths.train_manifest, context.paths.test_manifest)
+    return ledger.key_of("index", {"digests": [load_manifest(p).digest for p in paths]}, {})
+
+
+def _check_names(stages: list[Stage], names: list[str] | None) -> None:
+    known = [stage.name for stage in stages]
+    for name in names or []:
+        if name not in known:
+            raise UserError(
+                f"this config has no stage {name!r}",
+                where="stages",
+                remedy=f"its stages: {', '.join(known)}",
+            )
+
+
+def _claim(config: Config) -> None:
+    ledger.claim(Path(str(config.run.dir)), settings.as_yaml(config))
+
+
+@contextmanager
+def _locked(root: Path, ranks: Ranks) -> Iterator[None]:
+    """Keep a second run out of the folder; the lock goes with the process that holds it."""
+    if not ranks.is_first:
+        yield
+        return
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with open(root.parent / f".{root.name}.lock", "w", encoding="ascii") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                "another process works in this folder",
+                where=str(root),
+                remedy="wait for it, or name another run.dir=…",
+            ) from None
+        yield
+
+
+def _together(ranks: Ranks, work: Callable[[], Any]) -> Any:
+    """Rank 0 does the work; all get its result, or raise its error."""
+    from cnn2gnn_dist.training import distributed
+
+    result: Any = None
+    error: Exception | None = None
+    if ranks.is_first:
+        try:
+            result = work()
+        except UserError as caught:
+            error = caught
+        except Exception as caught:
+            traceback.print_exc()
+            error = RuntimeError(f"rank 0: {caught!r}")
+    result, error = distributed.broadcast_object((result, error))
+    if error is not None:
+        raise error
+    return result
+
+
+def _pack(context: Context, keys: dict[str, str]) -> list[Path]:
+    from cnn2gnn_dist.stages import prepare
+
+    return prepare.pack_run(context)
+
+
+def _index(context: Context, keys: dict[str, str]) -> list[Path]:
+    from cnn2gnn_dist.stages import prepare
+
+    return prepare.index_run(context)
+
+
+def _teacher(context: Context, keys: dict[str, str]) -> list[Path]:
+    from cnn2gnn_dist.stages import teacher
+
+    return teacher.run(context)
+
+
+def _targets(context: Context, keys: dict[str, str]) -> list[Path]:
+    from cnn2gnn_dist.stages import targets
+
+    return targets.run(context, keys["teacher"])
+
+
+def _student(context: Context, keys: dict[str, str]) -> list[Path]:
+    from cnn2gnn_dist.stages import student
+
+    return student.run(context, context.config.graph.scope)
+
+
+def _control(context: Context, keys: dict[str, str]) -> list[Path]:
+    from cnn2gnn_dist.stages import student
+
+    return student.run(context, "none")
+
+
+def _graph(context: Context, keys: dict[str, str]) -> list[Path]:
+    from cnn2gnn_dist.stages import graph
+
+    return graph.run(context, keys["student"])
+
+
+def _evaluate(context: Context, keys: dict[str, str]) -> list[Path]:
+    from cnn2gnn_dist.stages import evaluate
+
+    return evaluate.run(context, keys)
+
+
+_PACK = Stage(
+    "pack",
+    "shards",
+    (
+        "seed",
+        "data.source",
+        "data.shard_size",
+        "data.limit",
+        "data.image_column",
+        "data.label_column",
+    ),
+    (),
+    _pack,
+    alone=True,
+)
+_INDEX = Stage(
+    "index",
+    "manifest",
+    ("seed", "data.holdout", "data.num_classes", "data.allow_empty_classes"),
+    ("pack",),
+    _index,
+    alone=True,
+)
+_TEACHER = Stage("teacher", "teacher", ("seed", "views", "stream.window", "teacher"), ("index",), _teacher)
+_TARGETS = Stage("targets", "targets", ("seed", "views", "targets"), ("index", "teacher"), _targets)
+_LEARN = ("seed", "views", "stream.window", "targets.views", "student")
+_STUDENT = Stage("student", "student", (*_LEARN, "graph"), ("index", "targets"), _student)
+_GRAPH = Stage("graph", "graph", ("graph",), ("index", "student"), _graph)
+_CONTROL = Stage("control", "control", _LEARN, ("index", "targets"), _control)
+_EVALUATE = Stage(
+    "evaluate",
+    "evaluation",
+    ("evaluate",),
+    ("index", "teacher", "student", "graph", "control"),
+    _evaluate,
+)
