@@ -410,7 +410,9 @@ _INDEX = Stage(
     _index,
     alone=True,
 )
-_TEACHER = Stage("teacher", "teacher", ("seed", "views", "stream.window", "teacher"), ("index",), _teacher)
+_TEACHER = Stage(
+    "teacher", "teacher", ("seed", "views", "stream.window", "teacher"), ("index",), _teacher
+)
 _TARGETS = Stage("targets", "targets", ("seed", "views", "targets"), ("index", "teacher"), _targets)
 _LEARN = ("seed", "views", "stream.window", "targets.views", "student")
 _STUDENT = Stage("student", "student", (*_LEARN, "graph"), ("index", "targets"), _student)

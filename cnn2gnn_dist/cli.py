@@ -1,0 +1,192 @@
+"""The commands, nothing else."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from cnn2gnn_dist import __version__, settings
+from cnn2gnn_dist.config import Config
+from cnn2gnn_dist.errors import UserError
+
+STAGES = {
+    "teacher": "train the CNN under DeepSpeed",
+    "targets": "write the teacher's soft targets to Parquet",
+    "student": "distil into the GNN, refreshing the graph on the way",
+    "graph": "build the final graph and its partitions: the bank unseen images attach to",
+    "control": "train the same stem with an MLP head and no graph",
+    "evaluate": "judge all models on held-out images; table, pictures, report",
+}
+EPILOG = """examples:
+  cnn2gnn run --config demo                        the digits, end to end
+  cnn2gnn run --config cifar10 student.epochs=20   a preset with an override
+  cnn2gnn run --config my.yaml --dry-run           what would run, and why
+  cnn2gnn predict --run runs/demo images/*.png     classify images with a trained run
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0 well, 1 failed, 2 the user can mend it."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.command(arguments) or 0
+    except UserError as error:
+        print(f"cnn2gnn: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("cnn2gnn: interrupted; the same command continues", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="cnn2gnn",
+        description="Distil a deep CNN into a two-layer GNN over a sparse graph learned from images.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    whole = commands.add_parser("run", help="every stage, skipping what is whole")
+    _config_arguments(whole)
+    whole.set_defaults(command=_run, stages=None)
+    for name, text in (
+        ("pack", "make WebDataset shards from images"),
+        ("index", "make the manifests of existing or packed shards"),
+        *STAGES.items(),
+    ):
+        stage = commands.add_parser(name, help=text, description=text)
+        _config_arguments(stage)
+        stage.set_defaults(command=_run, stages=[name])
+    _predict_arguments(
+        commands.add_parser("predict", help="classify image files with a trained run")
+    )
+
+    doctor = commands.add_parser("doctor", help="check this machine and say what to do")
+    doctor.set_defaults(command=_doctor)
+    fields = commands.add_parser("config", help="every field with default and meaning; the presets")
+    fields.add_argument(
+        "--config", metavar="FILE_OR_PRESET", help="print this one, resolved, instead"
+    )
+    fields.add_argument("overrides", nargs="*", metavar="section.field=value")
+    fields.set_defaults(command=_fields)
+    return parser
+
+
+def _config_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config",
+        metavar="FILE_OR_PRESET",
+        default="demo",
+        help=f"YAML file or preset ({', '.join(settings.presets())}); default demo",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print config and plan, do nothing")
+    parser.add_argument(
+        "--update",
+        action="store_true",
+        help="when config or inputs changed: keep old results aside and make them again",
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.field=value", help="see `cnn2gnn config`"
+    )
+
+
+def _predict_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run", required=True, metavar="FOLDER", help="folder of a finished run")
+    parser.add_argument("--top", type=int, default=3, help="classes shown for each image")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files or folders")
+    parser.set_defaults(command=_predict)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from cnn2gnn_dist import pipeline
+
+    config = settings.load(arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        print(settings.as_yaml(config))
+        for step in pipeline.plan(config, arguments.stages):
+            print(f"{step.stage.name:10} {step.standing.value:12} {step.why}")
+        return 0
+    _warn_about_lost_results(arguments, config)
+    pipeline.plan(config, arguments.stages)
+    _on_ray(config, arguments.stages, arguments.update)
+    if arguments.stages is None:
+        _closing_words(config)
+    return 0
+
+
+def _on_ray(config: Config, stages: list[str] | None, update: bool) -> None:
+    """All ranks as Ray actors, here or on the cluster at ``cluster.address``."""
+    from cnn2gnn_dist.runtime import group
+
+    cluster, ranks = config.cluster, config.run.ranks
+    group.start(cluster.address, cpus=ranks)
+    on_gpu = config.device != "cpu" and group.gpus() >= ranks
+    if config.device == "cuda" and not on_gpu:
+        raise UserError(
+            f"the config asks for {ranks} GPUs and Ray knows of {group.gpus()}",
+            where="device",
+            remedy="device=cpu, device=auto, or fewer ranks: run.ranks=…",
+        )
+    spec = group.GroupSpec(ranks, cluster.cpus_per_rank, float(on_gpu), cluster.max_failures)
+    group.run_group(
+        "cnn2gnn_dist.pipeline:run_rank",
+        {
+            "tree": settings.as_tree(config) | {"device": "cuda" if on_gpu else "cpu"},
+            "names": stages,
+            "update": update,
+            "inside_ray": True,
+        },
+        spec,
+    )
+
+
+def _warn_about_lost_results(arguments: argparse.Namespace, config: Config) -> None:
+    """In a submitted job relative paths lie in a copy of the working directory."""
+    given = any(override.startswith("run.dir=/") for override in arguments.overrides)
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not given:
+        print(
+            f"note: this job writes to {config.run.dir}, inside Ray's copy of the working "
+            "directory; give run.dir=/shared/path to keep the results",
+            file=sys.stderr,
+        )
+
+
+def _closing_words(config: Config) -> None:
+    root = Path(str(config.run.dir))
+    report = root / "report.html"
+    print(f"\nresults  {root / 'results.json'}")
+    if report.exists():
+        print(f"look     {report}")
+    print(f"predict  cnn2gnn predict --run {root} IMAGE…")
+    print("next     cnn2gnn run --config cifar10, or your own shards: see README.md")
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    from cnn2gnn_dist.stages import predict
+
+    return predict.command(
+        Path(arguments.run), arguments.images, top=arguments.top, as_json=arguments.json
+    )
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from cnn2gnn_dist import doctor
+
+    return doctor.command()
+
+
+def _fields(arguments: argparse.Namespace) -> int:
+    if arguments.config or arguments.overrides:
+        print(settings.as_yaml(settings.load(arguments.config, arguments.overrides)))
+        return 0
+    print(settings.describe())
+    print(f"\npresets: {', '.join(settings.presets())}   (cnn2gnn config --config demo)")
+    return 0

@@ -1,0 +1,63 @@
+"""Start a run as one rank of the DeepSpeed launcher, torchrun or srun; no Ray.
+
+deepspeed --num_gpus 2 launch/train.py --deepspeed_config ds_config.json --config demo
+torchrun --nproc_per_node 2 launch/train.py --config demo student.epochs=20
+srun python launch/train.py --config imagenet      # MASTER_ADDR and MASTER_PORT exported
+python launch/train.py --config demo               # a single process
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from cnn2gnn_dist import pipeline, settings
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.runtime.ranks import Ranks
+
+
+def main() -> int:
+    """Run the pipeline on this rank; exit code 2 for what the user can mend."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", default="demo", metavar="FILE_OR_PRESET")
+    parser.add_argument("--stages", metavar="A,B", help="only these stages")
+    parser.add_argument("--update", action="store_true", help="make stale results again")
+    # What the DeepSpeed launcher and its habits put on the command line.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--deepspeed_config", metavar="FILE", help="DeepSpeed config of both models"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value")
+    arguments = parser.parse_args()
+    ranks = Ranks()
+    try:
+        ranks = Ranks.from_environment()
+        overrides = list(arguments.overrides)
+        if arguments.deepspeed_config:
+            overrides += [
+                f"{part}.ds_config={arguments.deepspeed_config}" for part in ("teacher", "student")
+            ]
+        config = settings.load(arguments.config, overrides)
+        names = arguments.stages.split(",") if arguments.stages else None
+        pipeline.run_rank(
+            tree=settings.as_tree(config),
+            names=names,
+            update=arguments.update,
+            inside_ray=False,
+            ranks=ranks,
+        )
+    except UserError as error:
+        if ranks.is_first:
+            print(f"train.py: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
