@@ -1,0 +1,40 @@
+"""What a model costs: parameters and floating point operations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Number of trained values."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def count_flops(function: Callable[..., Any], *inputs: Any) -> int:
+    """Operations of ``function(*inputs)``: 2 a multiply-add, matmuls and convolutions only.
+
+    Runs the function once, without gradients; modules are counted in evaluation mode and left in
+    the mode they were in.
+    """
+    modes = [(m, m.training) for m in function.modules()] if isinstance(function, nn.Module) else []
+    for module, _ in modes:
+        module.training = False
+    try:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            function(*inputs)
+        return int(counter.get_total_flops())
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def flops_per_image(module: nn.Module, *image_shape: int) -> int:
+    """``count_flops`` for one image of zeros, e.g. ``flops_per_image(stem, 3, 32, 32)``."""
+    parameter = next(module.parameters(), None)
+    device = parameter.device if parameter is not None else torch.device("cpu")
+    return count_flops(module, torch.zeros(1, *image_shape, device=device))

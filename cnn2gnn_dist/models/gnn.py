@@ -1,0 +1,155 @@
+"""The student's two-layer GNN over a sparse, learned, row-stochastic graph.
+
+    h¹_i = φ(A₁ x_i + g₁ ⊙ B₁ Σ_j p_ij x_j)
+    y_i  = A₂ h¹_i + g₂ ⊙ B₂ Σ_j p_ij [h¹_j, ℓ_j]
+
+Shapes: B seeds, F first-hop slots, U unique first-hop nodes, D features, H hidden, C classes,
+E label embedding. ``j|i`` is node j as the seed i sees it: with i taken out of j's neighbours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_ALONE = 1e-5  # j's neighbours other than the seed weigh less than this: j has no others
+
+
+@dataclass
+class NeighbourBlock:
+    """Two hops around B seeds; the second is already averaged, the seeds still in it.
+
+    Attributes:
+        weights_BF: p_ij over the first-hop slots, 0 on padding.
+        unique_of_BF: int64, which of the U unique nodes lies in a slot (any on padding).
+        x_UD: features of the unique first-hop nodes.
+        mean_UD: m_j = Σ_l p_jl x_l over the neighbours l of j.
+        labels_U: int64, -1 = unknown.
+        back_BF: p_ji, the weight that the first-hop node j gives to the seed i; 0 if none.
+        seed_x_BD: the seeds' features as they went into mean_UD; None for unseen images.
+    """
+
+    weights_BF: Tensor
+    unique_of_BF: Tensor
+    x_UD: Tensor
+    mean_UD: Tensor
+    labels_U: Tensor
+    back_BF: Tensor
+    seed_x_BD: Tensor | None = None
+
+
+class TwoLayerGNN(nn.Module):
+    """Self path A₂ φ(A₁ x), an MLP kept whole, and a gated path through the neighbours.
+
+    The gates start at 0: at the start the model is its own self path. Labels enter on the last
+    hop only, so that no seed can see its own label through a first-layer state.
+
+    Args:
+        dim, hidden, num_classes: D, H, C.
+        label_dim: E; 0: no labels.
+        graph: False: the self path only (the control), without any graph parameter.
+    """
+
+    def __init__(
+        self, dim: int, hidden: int, num_classes: int, label_dim: int = 0, *, graph: bool = True
+    ) -> None:
+        super().__init__()
+        self.graph = graph
+        self.label_dim = label_dim if graph else 0
+        self.self1 = nn.Linear(dim, hidden)  # A₁
+        self.self2 = nn.Linear(hidden, num_classes)  # A₂
+        if not graph:
+            return
+        self.neighbour1 = nn.Linear(dim, hidden, bias=False)  # B₁
+        self.neighbour2 = nn.Linear(hidden + label_dim, num_classes, bias=False)  # B₂
+        self.gate1 = nn.Parameter(torch.zeros(hidden))
+        self.gate2 = nn.Parameter(torch.zeros(num_classes))
+        if label_dim:
+            self.label = nn.Embedding(num_classes, label_dim)
+
+    def forward(
+        self, x_BD: Tensor, block: NeighbourBlock | None = None, p_BB: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Logits with the graph, and of the self path alone: two [B, C].
+
+        Args:
+            x_BD: live features of the seeds.
+            block: their neighbours in the data set (``dataset`` scope), or
+            p_BB: row-stochastic weights among the seeds themselves (``batch`` scope), or
+                neither: both results are the self path, and every graph parameter gets a
+                zero gradient, so that ZeRO and DDP find no unused ones.
+
+        Everything goes through here and through the submodules' own ``forward``, because that is
+        where ZeRO-3 gathers parameters.
+        """
+        a_BH = self.self1(x_BD)
+        self_BH = F.relu(a_BH)
+        self_logits_BC = self.self2(self_BH)
+        if not self.graph:
+            return self_logits_BC, self_logits_BC
+        if block is not None:
+            return self._over_block(a_BH, block), self_logits_BC
+        if p_BB is not None:
+            return self._over_batch(x_BD, a_BH, p_BB), self_logits_BC
+        return self_logits_BC + 0.0 * self._idle(x_BD[:1], self_BH[:1]), self_logits_BC
+
+    def forward_batch(self, x_BD: Tensor, p_BB: Tensor) -> tuple[Tensor, Tensor]:
+        """``forward`` in ``batch`` scope: P(P·) over the mini-batch, zero diagonal, no labels."""
+        return self(x_BD, None, p_BB)
+
+    def _over_block(self, a_BH: Tensor, block: NeighbourBlock) -> Tensor:
+        weights_BF, slot_BF = block.weights_BF, block.unique_of_BF
+        mean_x_BD = _average(weights_BF, block.x_UD[slot_BF])
+        h_BH = F.relu(a_BH + self.gate1 * self.neighbour1(mean_x_BD))
+
+        a_UH = self.self1(block.x_UD)
+        b_UH = self.neighbour1(block.mean_UD)
+        around_BFH = b_UH[slot_BF]
+        if block.seed_x_BD is not None:
+            c_BH = self.neighbour1(block.seed_x_BD)
+            around_BFH = _without_seed(around_BFH, block.back_BF, c_BH)
+        h_BFH = F.relu(a_UH[slot_BF] + self.gate1 * around_BFH)
+
+        message_BH = _average(weights_BF, h_BFH)
+        if self.label_dim:
+            label_BE = _average(weights_BF, self._label(block.labels_U)[slot_BF])
+            message_BH = torch.cat([message_BH, label_BE.to(message_BH.dtype)], 1)
+        return self.self2(h_BH) + self.gate2 * self.neighbour2(message_BH)
+
+    def _over_batch(self, x_BD: Tensor, a_BH: Tensor, p_BB: Tensor) -> Tensor:
+        p_BB = p_BB.to(x_BD.dtype)
+        h_BH = F.relu(a_BH + self.gate1 * self.neighbour1(p_BB @ x_BD))
+        message_BH = p_BB.to(h_BH.dtype) @ h_BH
+        if self.label_dim:
+            # No labels here, but the table must not count as unused.
+            none_U = torch.full((len(x_BD),), -1, device=x_BD.device)
+            label_BE = self._label(none_U).to(message_BH.dtype)
+            message_BH = torch.cat([message_BH, label_BE], 1)
+        return self.self2(h_BH) + self.gate2 * self.neighbour2(message_BH)
+
+    def _label(self, labels_U: Tensor) -> Tensor:
+        return self.label(labels_U.clamp(min=0)) * (labels_U >= 0).unsqueeze(1)
+
+    def _idle(self, x_1D: Tensor, h_1H: Tensor) -> Tensor:
+        message_1H = h_1H
+        if self.label_dim:
+            label_1E = self._label(torch.zeros(len(x_1D), dtype=torch.int64, device=x_1D.device))
+            message_1H = torch.cat([h_1H, label_1E.to(h_1H.dtype)], 1)
+        touched = self.neighbour1(x_1D).sum() + self.neighbour2(message_1H).sum()
+        return touched + self.gate1.sum() + self.gate2.sum()
+
+
+def _average(weights_BF: Tensor, values_BFX: Tensor) -> Tensor:
+    # Not a matmul: autocast would round the weights to 8 bits.
+    return (weights_BF.unsqueeze(-1) * values_BFX).sum(1)
+
+
+def _without_seed(b_BFH: Tensor, back_BF: Tensor, c_BH: Tensor) -> Tensor:
+    """B₁ m_{j|i} = (B₁ m_j − p_ji B₁ u_i) / (1 − p_ji); 0 where j has no neighbour but i."""
+    back_BF1 = back_BF.unsqueeze(-1)
+    alone_BF1 = back_BF1 > 1.0 - _ALONE
+    rest_BF1 = torch.where(alone_BF1, 1.0, 1.0 - back_BF1)
+    return torch.where(alone_BF1, 0.0, (b_BFH - back_BF1 * c_BH.unsqueeze(1)) / rest_BF1)

@@ -1,0 +1,65 @@
+"""The student's losses, one value a sample."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_FLOOR = -1e4  # a teacher's log-probability of −inf: 0 · −inf would be NaN
+
+
+def distillation_loss(
+    logits_BC: Tensor,
+    labels_B: Tensor,
+    teacher_log_probs_BC: Tensor | None,
+    *,
+    weight: float,
+    temperature: float,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """(1 − λ)·CE(y, label) + λ·T²·KL(softmax(t/T) ‖ softmax(y/T)), after Hinton et al., 2015.
+
+    Args:
+        logits_BC: the student's y, any float dtype; computed in float32 (or float64).
+        labels_B: int64; -1 = none: the sample has the second term only.
+        teacher_log_probs_BC: log-softmax of the teacher's logits t; it serves as t, from which it
+            differs by a constant a row. None: plain cross-entropy, whatever ``weight`` says.
+        weight: λ in 0..1.
+        temperature: T > 0.
+        label_smoothing: of the cross-entropy.
+
+    Returns:
+        loss_B, float32 (float64 for float64 logits), not reduced.
+    """
+    if logits_BC.dtype != torch.float64:
+        logits_BC = logits_BC.float()
+    ce_B = F.cross_entropy(
+        logits_BC, labels_B, reduction="none", ignore_index=-1, label_smoothing=label_smoothing
+    )
+    if teacher_log_probs_BC is None:
+        return ce_B
+    t_BC = teacher_log_probs_BC.to(logits_BC.dtype).clamp(min=_FLOOR)
+    target_BC = F.log_softmax(t_BC / temperature, dim=1)
+    student_BC = F.log_softmax(logits_BC / temperature, dim=1)
+    kl_B = F.kl_div(student_BC, target_BC, reduction="none", log_target=True).sum(1)
+    return (1.0 - weight) * ce_B + weight * temperature**2 * kl_B
+
+
+def neighbour_loss(
+    weights_BF: Tensor, labels_of_BF: Tensor, labels_B: Tensor, *, floor: float = 1e-4
+) -> Tensor:
+    """−log of the weight on neighbours of the seed's own class, loss_B: trains the graph head.
+
+    Args:
+        weights_BF: p_ij over the neighbour slots.
+        labels_of_BF: their labels, -1 = unknown or padding.
+        labels_B: the seeds' labels, -1 = unknown.
+        floor: the weight below which a row counts as lost: it has no gradient.
+
+    Rows without a label of their own or of any neighbour give 0.
+    """
+    same_BF = (labels_of_BF == labels_B.unsqueeze(1)) & (labels_of_BF >= 0)
+    known_B = ((labels_of_BF >= 0) & (weights_BF > 0)).any(1) & (labels_B >= 0)
+    mass_B = torch.where(same_BF, weights_BF, 0.0).sum(1)
+    return torch.where(known_B, -mass_B.clamp(min=floor, max=1.0).log(), 0.0)

@@ -1,0 +1,34 @@
+"""From decoded bytes to the network's input, on the device that computes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class Normalise(nn.Module):
+    """``(image / 255 − mean) / std``; the teacher and the student use the same one.
+
+    Args:
+        mean, std: one value a channel, in units of the 0..1 image (timm's and torchvision's usage).
+
+    Shapes:
+        images_BHWC, uint8 or float in 0..255 → float32 [B, C, H, W] in channels-last memory order.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        scale = 1.0 / (255.0 * torch.tensor(list(std), dtype=torch.float32))
+        shift = -torch.tensor(list(mean), dtype=torch.float32) / torch.tensor(
+            list(std), dtype=torch.float32
+        )
+        self.register_buffer("scale", scale)
+        self.register_buffer("shift", shift)
+
+    def forward(self, images_BHWC: Tensor) -> Tensor:
+        """Return the normalised images, channels first."""
+        # addcmul in float: autocast leaves it alone, so pixels never pass through 8-bit mantissas.
+        pixels = images_BHWC.to(self.scale.dtype)
+        return torch.addcmul(self.shift, pixels, self.scale).permute(0, 3, 1, 2)

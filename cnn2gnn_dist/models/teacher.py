@@ -1,0 +1,204 @@
+"""The teacher: any timm network, its first layers fitted to small images."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cnn2gnn_dist.compat import import_timm
+from cnn2gnn_dist.errors import UserError
+
+SMALL_IMAGE = 64  # pixels; up to here ResNets keep their full resolution in the first layers
+
+_log = logging.getLogger(__name__)
+
+
+def build_teacher(
+    arch: str,
+    num_classes: int,
+    image_size: int,
+    *,
+    pretrained: bool = False,
+    weights: str | None = None,
+    args: dict[str, Any] | None = None,
+) -> nn.Module:
+    """Build a timm network: normalised images [B, 3, S, S] → logits [B, num_classes].
+
+    For ``image_size`` up to 64, ResNet-like networks get a 3×3 first convolution of stride 1 and
+    lose their max-pooling; other families stay as they are. Networks with a fixed input size
+    (transformers) are built for ``image_size``.
+
+    Args:
+        arch: a timm name, with or without a pretrained tag.
+        num_classes: 0: no classifier, the network returns its pooled features.
+        image_size: side of the square images, pixels.
+        pretrained: start from timm's weights (needs the network or the Hugging Face cache).
+        weights: or from a local file, .safetensors or torch; a classifier of another size is left
+            out with a warning.
+        args: further arguments of ``timm.create_model``.
+
+    Raises:
+        UserError: unknown name or argument, weights that can't be reached or don't fit.
+    """
+    if pretrained and weights:
+        raise UserError(
+            "Two sources of weights: pretrained and weights",
+            where="teacher.pretrained, teacher.weights",
+            remedy="keep one: weights is a local file, pretrained downloads timm's own",
+        )
+    _check_name(arch)
+    network = _create(arch, num_classes, image_size, pretrained, dict(args or {}))
+    if image_size <= SMALL_IMAGE:
+        fit_small_images(network, warn=pretrained)
+    if weights:
+        _load(network, weights)
+    return network
+
+
+def fit_small_images(network: nn.Module, *, warn: bool = False) -> bool:
+    """Keep the resolution of small images in the first layers of a ResNet-like network.
+
+    Works in place; returns False and changes nothing for other families. ``warn``: say that a
+    replaced first layer starts from new values.
+    """
+    first, pool = getattr(network, "conv1", None), getattr(network, "maxpool", None)
+    if pool is None or not isinstance(first, nn.Conv2d | nn.Sequential):
+        return False
+    network.maxpool = nn.Identity()
+    if isinstance(first, nn.Sequential):  # the deep stem: three 3×3 layers already
+        if isinstance(first[0], nn.Conv2d):
+            first[0].stride = (1, 1)
+        return True
+    small = nn.Conv2d(
+        first.in_channels, first.out_channels, 3, stride=1, padding=1, bias=first.bias is not None
+    )
+    nn.init.kaiming_normal_(small.weight, mode="fan_out", nonlinearity="relu")
+    network.conv1 = small
+    if warn:
+        _log.warning("the first layer was replaced for small images: it starts from new values")
+    return True
+
+
+def _check_name(arch: str) -> None:
+    timm = import_timm()
+    if timm.is_model(arch):
+        return
+    near = difflib.get_close_matches(arch.split(".")[0], timm.list_models(), n=5, cutoff=0.5)
+    raise UserError(
+        f"timm knows no network named '{arch}'",
+        where="teacher.arch (or student.stem)",
+        remedy=f"did you mean {', '.join(near)}?" if near else "see timm.list_models()",
+    )
+
+
+def _create(
+    arch: str, num_classes: int, image_size: int, pretrained: bool, args: dict[str, Any]
+) -> nn.Module:
+    timm = import_timm()
+    known = timm.get_pretrained_cfg(arch, allow_unregistered=True)
+    if getattr(known, "fixed_input_size", False):
+        args.setdefault("img_size", image_size)
+    try:
+        return timm.create_model(arch, pretrained=pretrained, num_classes=num_classes, **args)
+    except TypeError as failure:
+        raise UserError(
+            f"timm's {arch} doesn't take these arguments: {failure}",
+            where=f"teacher.args {args}",
+            remedy="correct or remove the argument",
+        ) from failure
+    except Exception as failure:  # hub, URL and file errors have no common ancestor
+        if not pretrained:
+            raise UserError(
+                f"timm could not build {arch}: {failure}",
+                where=f"teacher.arch, teacher.args {args}, images of {image_size} pixels",
+                remedy="choose another network or arguments that fit the image size",
+            ) from failure
+        raise UserError(
+            f"The pretrained weights of {arch} can't be had: {_first_line(failure)}",
+            where="teacher.pretrained",
+            remedy="fetch them where there is a network (HF_HOME holds the cache; HF_HUB_OFFLINE "
+            "forbids the network), or name a local file in teacher.weights, or set "
+            "teacher.pretrained to false",
+        ) from failure
+
+
+def _load(network: nn.Module, weights: str) -> None:
+    state = _read(Path(weights))
+    own = network.state_dict()
+    heads = _classifier_names(network)
+
+    def is_head(name: str) -> bool:
+        return any(name.startswith(f"{head}.") for head in heads)
+
+    # A headless network (num_classes=0) has no place for a classifier at all.
+    fits = {n: t for n, t in state.items() if n in own and t.shape == own[n].shape}
+    dropped = [n for n in state if n not in fits and is_head(n)]
+    wrong = [
+        f"{n} {tuple(t.shape)}, expected {tuple(own[n].shape) if n in own else 'none'}"
+        for n, t in state.items()
+        if n not in fits and not is_head(n)
+    ]
+    missing = [n for n in own if n not in state and not n.endswith("num_batches_tracked")]
+    missing = [n for n in missing if not is_head(n)]
+    if wrong or missing:
+        parts = [f"of another shape or unknown: {_few(wrong)}"] if wrong else []
+        parts += [f"missing: {_few(missing)}"] if missing else []
+        raise UserError(
+            f"The weights don't fit the network ({'; '.join(parts)})",
+            where=str(weights),
+            remedy="use weights of the same teacher.arch, teacher.args and kind of first layer "
+            f"(images up to {SMALL_IMAGE} pixels get a 3×3 one)",
+        )
+    if dropped:
+        _log.warning("%s: the classifier (%s) doesn't fit, it is left out", weights, _few(dropped))
+    network.load_state_dict(fits, strict=False)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise UserError(
+            "The file of weights doesn't exist", where=str(path), remedy="correct teacher.weights"
+        )
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state: Any = load_file(str(path))
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as failure:  # safetensors, zip and unpickling errors: one meaning here
+        raise UserError(
+            f"The file of weights can't be read: {_first_line(failure)}",
+            where=str(path),
+            remedy="give a .safetensors file, or a torch file that holds tensors only",
+        ) from failure
+    for wrapper in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+        raise UserError(
+            "The file holds no table of named tensors",
+            where=str(path),
+            remedy="save model.state_dict() in it",
+        )
+    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+
+
+def _classifier_names(network: nn.Module) -> list[str]:
+    known = getattr(network, "pretrained_cfg", None) or {}
+    names = known.get("classifier") or "fc"
+    return [names] if isinstance(names, str) else list(names)
+
+
+def _few(names: list[str], most: int = 4) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _first_line(failure: Exception) -> str:
+    return (str(failure).strip().splitlines() or [type(failure).__name__])[0]
