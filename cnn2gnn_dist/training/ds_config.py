@@ -1,0 +1,207 @@
+"""``ds_config.json``: found, checked and resolved for the ranks at hand. Pure; no DeepSpeed here.
+
+DeepSpeed ignores unknown top-level keys in silence, drops "auto" or keeps it as a string, and
+clips at 1.0 when nothing is said; so every key is checked and every value written out.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from cnn2gnn_dist.errors import UserError
+
+PACKAGE = Path(__file__).resolve().parent.parent
+
+KNOWN_KEYS = frozenset(
+    [
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "gradient_clipping",
+        "optimizer",
+        "scheduler",
+        "zero_optimization",
+        "zero_allow_untested_optimizer",
+        "zero_force_ds_cpu_optimizer",
+        "torch_autocast",
+        "bf16",
+        "fp16",
+        "communication_data_type",
+        "prescale_gradients",
+        "gradient_predivide_factor",
+        "steps_per_print",
+        "wall_clock_breakdown",
+        "dump_state",
+        "memory_breakdown",
+        "flops_profiler",
+        "tensorboard",
+        "csv_monitor",
+        "wandb",
+        "comms_logger",
+        "activation_checkpointing",
+        "checkpoint",
+        "data_types",
+        "dataloader_drop_last",
+        "seq_parallel_communication_data_type",
+        "compile",
+    ]
+)
+
+
+def load(path: str | Path | None = None) -> dict[str, Any]:
+    """Read a DeepSpeed config; by default ``./ds_config.json``, else the one that comes with us.
+
+    Raises:
+        UserError: not there, not JSON, a duplicate or unknown key.
+    """
+    file = Path(path) if path is not None else _default()
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
+    except OSError as error:
+        raise UserError(
+            f"the DeepSpeed config can't be read: {error.strerror}",
+            where=str(file),
+            remedy="name a file that exists, or leave ds_config null",
+        ) from None
+    except ValueError as error:
+        raise UserError(f"not valid JSON: {error}", where=str(file), remedy="mend it") from None
+    if not isinstance(raw, dict):
+        raise UserError(
+            "a DeepSpeed config is an object", where=str(file), remedy="see ds_config.json"
+        )
+    for key in raw:
+        if key not in KNOWN_KEYS:
+            near = difflib.get_close_matches(key, KNOWN_KEYS, 1)
+            raise UserError(
+                f"DeepSpeed has no key {key!r} (it would ignore it in silence)",
+                where=f"{file}: {key}",
+                remedy=f"did you mean {near[0]!r}?" if near else "remove it",
+            )
+    return raw
+
+
+def accumulation_for(global_batch: int, world_size: int, max_micro_batch: int) -> int:
+    """Fewest micro-batches a step so that a rank holds at most ``max_micro_batch`` samples.
+
+    Raises:
+        UserError: the global batch does not divide over ranks and micro-batches.
+    """
+    if global_batch % world_size:
+        raise UserError(
+            f"a global batch of {global_batch} does not divide over {world_size} ranks "
+            f"({global_batch} / {world_size} = {global_batch / world_size:.2f})",
+            where="global_batch",
+            remedy=f"for example {math.ceil(global_batch / world_size) * world_size}",
+        )
+    share = global_batch // world_size
+    fewest = math.ceil(share / max_micro_batch)
+    return next(n for n in range(fewest, share + 1) if share % n == 0)
+
+
+def resolve(
+    ds: dict[str, Any],
+    *,
+    world_size: int,
+    global_batch: int,
+    accumulation: int,
+    lr: float,
+    weight_decay: float,
+    clip: float,
+    device: str,
+    stage: int | None = None,
+) -> dict[str, Any]:
+    """Fill every "auto"; the batch stays global = micro x accumulation x ranks.
+
+    Args:
+        ds: as ``load`` gives it.
+        global_batch, accumulation: samples and micro-batches of an optimizer step.
+        clip: largest gradient norm, 0 = off.
+        device: "cpu" or "cuda"; on the CPU autocast and overlapped communication are off.
+        stage: ZeRO stage, overriding the file's.
+
+    Raises:
+        UserError: the file fixes a batch size that contradicts, or a mode that can't work.
+    """
+    config = deepcopy(ds)
+    micro, rest = divmod(global_batch, world_size * accumulation)
+    if rest or not micro:
+        raise UserError(
+            f"global batch {global_batch} is not {world_size} ranks x {accumulation} "
+            "micro-batches x a whole number",
+            where="global_batch",
+            remedy="a multiple of ranks x accumulation",
+        )
+    wanted = {
+        "train_batch_size": global_batch,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
+    }
+    for key, value in wanted.items():
+        if config.get(key, "auto") not in ("auto", value):
+            raise UserError(
+                f"{key} is {config[key]} in the file, but {global_batch} = {world_size} ranks x "
+                f"{accumulation} accumulated x {micro} asks for {value}",
+                where=key,
+                remedy='set it to "auto", or change the global batch',
+            )
+        config[key] = value
+    for mode in ("fp16", "bf16"):
+        if config.get(mode, {}).get("enabled") is True:
+            raise UserError(
+                f'"{mode}" casts BatchNorm weights but not its buffers, and crashes',
+                where=f"{mode}.enabled",
+                remedy='use "torch_autocast": {"enabled": "auto", "dtype": "bfloat16"}',
+            )
+    zero = config.setdefault("zero_optimization", {})
+    zero["stage"] = stage if stage is not None else _auto(zero.get("stage", "auto"), 2)
+    on_gpu = device == "cuda"
+    zero["overlap_comm"] = on_gpu and _auto(zero.get("overlap_comm", "auto"), True)
+    autocast = config.setdefault("torch_autocast", {})
+    autocast["enabled"] = on_gpu and _auto(autocast.get("enabled", "auto"), True)
+    config["gradient_clipping"] = _auto(config.get("gradient_clipping", "auto"), clip)
+    optimizer = config.setdefault("optimizer", {"type": "AdamW", "params": {"torch_adam": True}})
+    if optimizer.get("type") not in ("Adam", "AdamW"):
+        raise UserError(
+            f"the optimizer {optimizer.get('type')!r} is not supported: checkpoints name Adam's moments",
+            where="optimizer.type",
+            remedy='"AdamW" with "torch_adam": true',
+        )
+    params = optimizer.setdefault("params", {})
+    params["lr"] = _auto(params.get("lr", "auto"), lr)
+    params["weight_decay"] = _auto(params.get("weight_decay", "auto"), weight_decay)
+    config.setdefault("steps_per_print", 10**9)
+    _refuse_auto(config, "")
+    return config
+
+
+def _auto(value: Any, default: Any) -> Any:
+    return default if value == "auto" else value
+
+
+def _refuse_auto(node: Any, where: str) -> None:
+    if node == "auto":
+        raise UserError('no value is known for this "auto"', where=where[1:], remedy="write one")
+    for key, child in node.items() if isinstance(node, dict) else ():
+        _refuse_auto(child, f"{where}.{key}")
+
+
+def _default() -> Path:
+    here = Path("ds_config.json")
+    packaged = PACKAGE / "ds_config.json"
+    if here.is_file():
+        return here
+    return packaged if packaged.is_file() else PACKAGE.parent / "ds_config.json"
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r} appears twice")
+        found[key] = value
+    return found

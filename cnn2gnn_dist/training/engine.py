@@ -1,0 +1,181 @@
+"""The one place that knows DeepSpeed: start it, wrap a model, step, read and set its state."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.runtime.ranks import Ranks
+from cnn2gnn_dist.training import distributed
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def init(ranks: Ranks, device: str, timeout_s: float = 600.0) -> None:
+    """Join the process group: NCCL on GPUs, gloo on CPUs; one OMP thread a CPU rank.
+
+    A dead peer fails the others' next collective at once, a silent one after ``timeout_s``.
+    """
+    os.environ.update(ranks.environment())
+    if device == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        torch.set_num_threads(1)
+    if ranks.master_addr in ("127.0.0.1", "localhost"):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+    import deepspeed
+
+    for name in ("DeepSpeed", "deepspeed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if device == "cpu":
+        # Otherwise init compiles a C++ operator that training never uses.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    else:
+        torch.cuda.set_device(ranks.local_rank)
+    deepspeed.init_distributed(
+        dist_backend="nccl" if device == "cuda" else "gloo",
+        timeout=timedelta(seconds=timeout_s),
+        auto_mpi_discovery=False,
+        verbose=False,
+    )
+
+
+def shutdown() -> None:
+    """Leave the process group."""
+    if distributed.is_initialised():
+        with contextlib.suppress(Exception):
+            torch.distributed.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What an optimizer step did: norm of the gradient before clipping (None: unknown), lr."""
+
+    grad_norm: float | None
+    lr: float
+
+
+class Engine:
+    """A model under DeepSpeed.
+
+    Args:
+        model: on the CPU, with the same weights on every rank.
+        config: a resolved DeepSpeed config (``ds_config.resolve``).
+        device: "cpu" or "cuda".
+
+    Vectors and scalars (norms, biases, gates) get no weight decay.
+    """
+
+    def __init__(self, model: nn.Module, config: dict[str, Any], *, device: str) -> None:
+        import deepspeed
+
+        self.device = torch.device("cpu")
+        if device == "cuda":
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        self.zero_stage = int(config["zero_optimization"]["stage"])
+        self.accumulation = int(config["gradient_accumulation_steps"])
+        self.steps = 0
+        self._micro = 0
+        self._finite = torch.ones((), device=self.device)
+        model.to(self.device)
+        decay = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+        plain = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
+        weight_decay = config["optimizer"]["params"]["weight_decay"]
+        groups = [
+            {"params": params, "weight_decay": value}
+            for params, value in ((decay, weight_decay), (plain, 0.0))
+            if params
+        ]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.deepspeed, *_ = deepspeed.initialize(
+                model=model, model_parameters=groups, config=config
+            )
+
+    @property
+    def module(self) -> nn.Module:
+        """The model inside."""
+        return self.deepspeed.module
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Forward through DeepSpeed."""
+        return self.deepspeed(*arguments)
+
+    def train(self) -> None:
+        """Training mode."""
+        self.deepspeed.train()
+
+    def eval(self) -> None:
+        """Evaluation mode."""
+        self.deepspeed.eval()
+
+    def backward(self, loss: Tensor) -> None:
+        """Back-propagate one micro-batch's loss; DeepSpeed divides it by the accumulation."""
+        self._finite *= torch.isfinite(loss.detach()).float()
+        self.deepspeed.backward(loss)
+        self._micro += 1
+        if self._micro < self.accumulation:
+            self.deepspeed.step()
+
+    def step(self, lr: float) -> StepInfo:
+        """Update the weights at the learning rate ``lr`` (collective).
+
+        Raises:
+            UserError: a loss since the last step was not finite; on every rank alike,
+                before the weights are touched.
+        """
+        if self._micro != self.accumulation:
+            raise RuntimeError(f"{self._micro} of {self.accumulation} micro-batches seen")
+        finite = distributed.all_reduce_sum(self._finite.clone())
+        if float(finite) < distributed.world_size():
+            raise UserError(
+                f"the loss is not finite at step {self.steps}",
+                where="loss",
+                remedy="a lower lr, a longer warm-up, or clip=1.0; then run again from the checkpoint",
+            )
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = lr
+        for group in inner_optimizer(self).param_groups:
+            group["lr"] = lr
+        self.deepspeed.step()
+        self._micro = 0
+        self._finite.fill_(1.0)
+        self.steps += 1
+        norm = self.deepspeed.get_global_grad_norm()
+        return StepInfo(None if norm is None else float(norm), lr)
+
+    def average_buffers(self) -> None:
+        """Mean over ranks of floating buffers (BatchNorm statistics differ from step 1 on)."""
+        for buffer in self.module.buffers():
+            if buffer.is_floating_point():
+                distributed.all_reduce_mean(buffer)
+
+    def weights(self) -> dict[str, Tensor]:
+        """All fp32 weights and buffers by name, on the CPU of every rank (collective)."""
+        found = {name: full_weight(self, p) for name, p in self.module.named_parameters()}
+        found.update({name: b.detach().cpu().clone() for name, b in self.module.named_buffers()})
+        return found
+
+
+def inner_optimizer(engine: Engine) -> torch.optim.Optimizer:
+    """The torch optimizer under ZeRO's wrapper (stage 0 has none)."""
+    optimizer = engine.deepspeed.optimizer
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def full_weight(engine: Engine, parameter: nn.Parameter) -> Tensor:
+    """A parameter's whole fp32 value on the CPU (collective for ZeRO > 0)."""
+    if engine.zero_stage == 0:
+        return parameter.detach().float().cpu().clone()
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return safe_get_full_fp32_param(parameter).detach().float().cpu().clone()

@@ -1,0 +1,104 @@
+"""What a training says about itself: JSON lines, TensorBoard, one line on the console."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+CONSOLE_SECONDS = 2.0
+
+
+def process_memory_mb() -> float:
+    """Resident memory of this process, in MiB."""
+    return psutil.Process().memory_info().rss / 2**20
+
+
+class MetricsLog:
+    """Metrics of one training; rank 0 writes, the others keep silent.
+
+    Args:
+        folder: gets ``metrics.jsonl`` and ``tensorboard/``.
+        rank: of this process.
+        name: first word of the console line.
+        tensorboard, console: whether to write those too.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        rank: int,
+        *,
+        name: str = "train",
+        tensorboard: bool = True,
+        console: bool = True,
+    ) -> None:
+        self.path = Path(folder) / "metrics.jsonl"
+        self.name, self.console, self.silent = name, console, rank != 0
+        self._said = float("-inf")
+        self._board: Any = None
+        if self.silent:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(self.path.parent / "tensorboard"))
+
+    def log(self, step: int, **values: float) -> None:
+        """Record values after ``step`` optimizer steps."""
+        if self.silent:
+            return
+        line = {"step": step, "time": round(time.time(), 3), **values}
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+            self._board.flush()
+        if self.console and time.monotonic() - self._said >= CONSOLE_SECONDS:
+            self._said = time.monotonic()
+            print(console_line(self.name, step, values), flush=True)
+
+    def truncate_after(self, step: int) -> None:
+        """Drop what was logged after ``step``: a resumed run writes it again."""
+        if self.silent or not self.path.exists():
+            return
+        kept = [line for line in read(self.path) if line["step"] <= step]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        os.replace(temporary, self.path)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Lines of a metrics file; a last line cut off by a kill is left out."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            continue
+    return lines
+
+
+_CONSOLE = (
+    ("epoch", "epoch {:.2f}"),
+    ("loss", "loss {:.3f}"),
+    ("accuracy", "acc {:.1%}"),
+    ("test_accuracy", "test {:.1%}"),
+    ("self_path_test_accuracy", "test (self path) {:.1%}"),
+    ("images_per_s", "{:.0f} img/s"),
+    ("wait_share", "wait {:.0%}"),
+    ("memory_mb", "mem {:.0f} MB"),
+    ("homophily", "homophily {:.2f}"),
+)
+
+
+def console_line(name: str, step: int, values: dict[str, float]) -> str:
+    """One line for people."""
+    shown = [text.format(values[key]) for key, text in _CONSOLE if key in values]
+    return f"{name:8} step {step:<6} " + "  ".join(shown)
