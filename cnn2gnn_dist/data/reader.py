@@ -1,0 +1,123 @@
+"""A reader: a pure function from a request (sample ids, view) to arrays."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from cnn2gnn_dist.data.decode import CorruptSample, decode
+from cnn2gnn_dist.data.manifest import Manifest
+from cnn2gnn_dist.data.views import ViewSpec, render
+from cnn2gnn_dist.errors import UserError
+
+OPEN_SHARDS = 64
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to read: sample ids [n] int64 and the number of the view."""
+
+    ids: np.ndarray
+    view: int
+
+
+@dataclass
+class Batch:
+    """What was read.
+
+    Attributes:
+        images: uint8 [n, size, size, 3].
+        labels, ids: int64 [n].
+        valid: bool [n]; False where the sample is corrupt (its image is black).
+        problems: one line for each corrupt sample, in order: shard, key, reason.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    ids: np.ndarray
+    valid: np.ndarray
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class ReaderSpec:
+    """What a reader needs to open itself anywhere: the manifest's path and the views."""
+
+    manifest: str
+    views: ViewSpec
+
+
+class Reader:
+    """Reads samples by id, in any order, from shards at recorded offsets."""
+
+    def __init__(self, spec: ReaderSpec) -> None:
+        self.views = spec.views
+        self.manifest = Manifest.load(spec.manifest)
+        self._files: OrderedDict[int, int] = OrderedDict()
+
+    def read(self, request: Request) -> Batch:
+        """Read, decode and augment.
+
+        Raises:
+            UserError: a shard is missing, or not the one that was indexed.
+        """
+        ids = np.asarray(request.ids, dtype=np.int64)
+        size = self.views.size
+        images = np.zeros((len(ids), size, size, 3), np.uint8)
+        valid = np.ones(len(ids), bool)
+        problems = []
+        for row, sample in enumerate(ids.tolist()):
+            try:
+                images[row] = render(self.views, decode(self._bytes(sample)), sample, request.view)
+            except CorruptSample as error:
+                valid[row] = False
+                shard = self.manifest.shards[int(self.manifest.shard_N[sample])]
+                problems.append(f"{shard.path}: {self.manifest.key(sample)}: {error}")
+        labels = self.manifest.label_N[ids].astype(np.int64)
+        return Batch(images, labels, ids, valid, problems)
+
+    def close(self) -> None:
+        """Close the shards."""
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def __del__(self) -> None:
+        if hasattr(self, "_files"):
+            self.close()
+
+    def _bytes(self, sample: int) -> bytes:
+        manifest = self.manifest
+        number = int(manifest.shard_N[sample])
+        size = int(manifest.size_N[sample])
+        data = os.pread(self._file(number), size, int(manifest.offset_N[sample]))
+        if len(data) != size:
+            raise self._changed(number, "it ends early")
+        return data
+
+    def _file(self, number: int) -> int:
+        if number in self._files:
+            self._files.move_to_end(number)
+            return self._files[number]
+        shard = self.manifest.shards[number]
+        try:
+            handle = os.open(shard.path, os.O_RDONLY)
+        except OSError as error:
+            raise self._changed(number, error.strerror or "it can't be opened") from None
+        self._files[number] = handle
+        if os.fstat(handle).st_size != shard.bytes:
+            raise self._changed(
+                number, f"it has {os.fstat(handle).st_size} bytes, {shard.bytes} were indexed"
+            )
+        if len(self._files) > OPEN_SHARDS:
+            os.close(self._files.popitem(last=False)[1])
+        return handle
+
+    def _changed(self, number: int, what: str) -> UserError:
+        return UserError(
+            f"this shard is missing, truncated or changed: {what}",
+            where=self.manifest.shards[number].path,
+            remedy="restore the shard, or index again (`cnn2gnn index --update`)",
+        )
