@@ -1,0 +1,221 @@
+"""A graph version on disk and the bank made of it: features, projections, labels, candidates.
+
+``v0003/`` holds ``x.npy`` (float16), ``z.npy``, ``labels.npy``, ``candidates.npy``,
+``part.npy`` and a folder for each part. Several ranks fill ``v0003.tmp/``; rank 0 writes
+``manifest.json`` and renames. A folder without a valid manifest does not exist.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.graph.partition import PartGraph, build_union
+
+MANIFEST = "manifest.json"
+Shapes = Mapping[str, tuple[tuple[int, ...], type]]
+
+
+class GraphWriter:
+    """A version being written; ranks write rows of preallocated arrays."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, root: Path, number: int, shapes: Shapes) -> GraphWriter:
+        """Preallocate the arrays (rank 0), dropping an unfinished attempt."""
+        path = version_path(root, number).with_suffix(".tmp")
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(parents=True)
+        for name, (shape, kind) in shapes.items():
+            np.lib.format.open_memmap(
+                path / f"{name}.npy", mode="w+", dtype=np.dtype(kind), shape=shape
+            ).flush()
+        return cls(path)
+
+    @classmethod
+    def open(cls, root: Path, number: int) -> GraphWriter:
+        """Join a version that rank 0 has created."""
+        return cls(version_path(root, number).with_suffix(".tmp"))
+
+    def array(self, name: str) -> np.ndarray:
+        """An array of the version, read through the page cache that all ranks share."""
+        return np.load(self.path / f"{name}.npy", mmap_mode="r")
+
+    def rows(self, name: str, start: int, values: np.ndarray) -> None:
+        """Write rows ``start`` … of an array."""
+        array = np.load(self.path / f"{name}.npy", mmap_mode="r+")
+        array[start : start + len(values)] = values
+        array.flush()
+
+    def finalise(self, meta: dict[str, Any]) -> Path:
+        """Checksum everything, write the manifest, rename (rank 0)."""
+        files = {}
+        for path in sorted(self.path.rglob("*")):
+            if path.is_file():
+                _sync(path)
+                files[str(path.relative_to(self.path))] = [path.stat().st_size, _sha256(path)]
+        manifest = self.path / MANIFEST
+        manifest.write_text(json.dumps({"files": files, "meta": meta}, indent=1), encoding="utf-8")
+        _sync(manifest)
+        final = self.path.with_suffix("")
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(self.path, final)
+        _sync(final.parent)
+        return final
+
+
+@dataclass
+class GraphVersion:
+    """A whole version, memory-mapped.
+
+    Attributes:
+        x: float16 [N, D]; z: float32 [N, d]; labels: int32 [N]; candidates: int32 [N, M];
+        part: int32 [N]; meta: what the builder noted.
+    """
+
+    path: Path
+    meta: dict[str, Any]
+
+    def __getattr__(self, name: str) -> np.ndarray:
+        if name not in ("x", "z", "labels", "candidates", "part"):
+            raise AttributeError(name)
+        array = np.load(self.path / f"{name}.npy", mmap_mode="r")
+        self.__dict__[name] = array
+        return array
+
+    def verify(self) -> None:
+        """Read everything and compare checksums.
+
+        Raises:
+            UserError: a file is damaged.
+        """
+        files = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))["files"]
+        for name, (_, sha) in files.items():
+            if _sha256(self.path / name) != sha:
+                raise _damaged(self.path, f"{name}: its checksum does not hold")
+
+
+@dataclass
+class Bank:
+    """The rows of some parts, ready for look-up.
+
+    Attributes:
+        x_LD: float16; z_Ld: float32; labels_L: int64, -1 = unknown; all of local rows.
+        nodes_L: int64 global ids: inner, first halo, second halo, each ascending.
+        num_inner: inner rows.
+        table_KM: int32 candidates as local ids, rows of inner and first-halo nodes.
+    """
+
+    x_LD: Tensor
+    z_Ld: Tensor
+    labels_L: Tensor
+    nodes_L: np.ndarray
+    num_inner: int
+    table_KM: np.ndarray
+
+    def local_of(self, ids: np.ndarray) -> np.ndarray:
+        """Local rows of global ids that are inner here.
+
+        Raises:
+            KeyError: an id is not inner.
+        """
+        inner = self.nodes_L[: self.num_inner]
+        local = np.searchsorted(inner, ids)
+        if (local >= self.num_inner).any() or (inner[local] != ids).any():
+            raise KeyError("a seed lies outside the partitions of this rank")
+        return local.astype(np.int64)
+
+
+def version_path(root: Path, number: int) -> Path:
+    """Folder of a version."""
+    return Path(root) / f"v{number:04d}"
+
+
+def open_version(path: Path) -> GraphVersion:
+    """A version whose files are there with their sizes.
+
+    Raises:
+        UserError: missing or incomplete.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        files, meta = manifest["files"], manifest["meta"]
+    except (OSError, ValueError, KeyError) as error:
+        raise _damaged(path, f"no valid manifest ({error})") from None
+    for name, (size, _) in files.items():
+        if not (path / name).is_file() or (path / name).stat().st_size != size:
+            raise _damaged(path, f"{name} is missing or incomplete")
+    return GraphVersion(path, meta)
+
+
+def latest_version(root: Path) -> Path | None:
+    """The newest whole version; None if there is none."""
+    for path in sorted(Path(root).glob("v????"), reverse=True):
+        try:
+            return open_version(path).path
+        except UserError:
+            continue
+    return None
+
+
+def load_bank(version: GraphVersion, parts: Sequence[int] | None = None) -> Bank:
+    """The bank of some parts with their halos; of all nodes when ``parts`` is None."""
+    if parts is None:
+        everyone = np.arange(len(version.labels), dtype=np.int64)
+        graph = PartGraph(-1, everyone, len(everyone), 0, np.asarray(version.candidates))
+    elif len(parts) == 1:
+        graph = PartGraph.load(version.path / f"part-{parts[0]:02d}")
+    else:
+        inner = np.flatnonzero(np.isin(version.part, parts))
+        graph = build_union(np.asarray(version.candidates), inner)
+    nodes = np.asarray(graph.nodes_L)
+    return Bank(
+        x_LD=torch.from_numpy(np.ascontiguousarray(version.x[nodes])),
+        z_Ld=torch.from_numpy(np.ascontiguousarray(version.z[nodes])),
+        labels_L=torch.from_numpy(np.asarray(version.labels[nodes], dtype=np.int64)),
+        nodes_L=nodes,
+        num_inner=graph.num_inner,
+        table_KM=np.asarray(graph.table_KM),
+    )
+
+
+def prune(root: Path, keep: int) -> None:
+    """Delete all but the newest versions, and unfinished attempts."""
+    for old in sorted(Path(root).glob("v????"))[:-keep]:
+        shutil.rmtree(old)
+    for unfinished in Path(root).glob("v????.tmp"):
+        shutil.rmtree(unfinished)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _damaged(path: Path, what: str) -> UserError:
+    return UserError(
+        f"this graph version can't be used: {what}",
+        where=str(path),
+        remedy="remove it; the stage builds it again",
+    )

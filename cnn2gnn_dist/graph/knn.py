@@ -1,0 +1,130 @@
+"""Nearest neighbours by inner product: exact or by inverted lists, the same rows every time.
+
+For unit vectors the order of inner products is the order of distances. Ties go to the
+smaller id, so that a rebuilt graph is the same graph.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from cnn2gnn_dist.errors import UserError
+
+QUERY_BLOCK = 1024
+SLACK = 8
+"""Hits fetched beyond those wanted, so that ties at the border can be broken by id."""
+
+
+class Index:
+    """A searchable base.
+
+    Args:
+        base_Nd: float32 rows.
+        exact: False: inverted lists (faiss IVF), ``probes`` of them looked into.
+        device: "cpu" (faiss) or "cuda" (blocked matmul and top-k, always exact).
+
+    Attributes:
+        flops_per_query: multiply-adds x 2 of one search.
+    """
+
+    def __init__(
+        self, base_Nd: np.ndarray, *, exact: bool = True, probes: int = 8, device: str = "cpu"
+    ) -> None:
+        self.base_Nd = np.ascontiguousarray(base_Nd, dtype=np.float32)
+        self.nodes, dim = self.base_Nd.shape
+        self.flops_per_query = 2.0 * self.nodes * dim
+        self._on_device: torch.Tensor | None = None
+        self._faiss: Any = None
+        if device == "cuda":
+            self._on_device = torch.from_numpy(self.base_Nd).cuda()
+            return
+        import faiss
+
+        if exact or self.nodes < 1000:
+            self._faiss = faiss.IndexFlatIP(dim)
+        else:
+            lists = max(1, int(4 * self.nodes**0.5))
+            self._faiss = faiss.IndexIVFFlat(
+                faiss.IndexFlatIP(dim), dim, lists, faiss.METRIC_INNER_PRODUCT
+            )
+            self._faiss.cp.seed = 1234
+            self._faiss.cp.min_points_per_centroid = 1
+            self._faiss.train(self.base_Nd)
+            self._faiss.nprobe = probes
+            self.flops_per_query = 2.0 * dim * (lists + self.nodes * min(1.0, probes / lists))
+        self._faiss.add(self.base_Nd)
+
+    def search(
+        self, query_Qd: np.ndarray, m: int, *, exclude: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The m nearest rows of each query: (ids [Q, m] int32, similarities [Q, m] float32).
+
+        ``exclude`` [Q]: a row to leave out of each query's answer, -1 = none. Where inverted
+        lists hold fewer, ids are -1 and similarities -inf.
+
+        Raises:
+            UserError: fewer than m rows are left to choose from.
+        """
+        left_out = exclude is not None and bool((np.asarray(exclude) >= 0).any())
+        if m > self.nodes - left_out:
+            raise UserError(
+                f"{m} neighbours are asked for among {self.nodes} nodes"
+                + (" of which one is the query itself" if left_out else ""),
+                where="graph.candidates",
+                remedy=f"at most {self.nodes - left_out}, or more training images",
+            )
+        fetch = min(self.nodes, m + SLACK)
+        ids = np.empty((len(query_Qd), m), np.int32)
+        sims = np.empty((len(query_Qd), m), np.float32)
+        for start in range(0, len(query_Qd), QUERY_BLOCK):
+            rows = slice(start, start + QUERY_BLOCK)
+            block = np.ascontiguousarray(query_Qd[rows], dtype=np.float32)
+            found, near = self._fetch(block, fetch)
+            if exclude is not None:
+                gone = found == np.asarray(exclude)[rows, None]
+                found, near = np.where(gone, -1, found), np.where(gone, -np.inf, near)
+            ids[rows], sims[rows] = _best(found, near, m)
+        return ids, sims
+
+    def _fetch(self, block_Qd: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        if self._on_device is None:
+            near, found = self._faiss.search(block_Qd, count)
+            return found, near
+        query = torch.from_numpy(block_Qd).to(self._on_device.device)
+        near_t, found_t = (query @ self._on_device.T).topk(count, dim=1)
+        return found_t.cpu().numpy(), near_t.cpu().numpy()
+
+
+def search(
+    base_Nd: np.ndarray,
+    query_Qd: np.ndarray,
+    m: int,
+    *,
+    exclude_Q: np.ndarray | None = None,
+    device: str = "cpu",
+    exact: bool = True,
+    probes: int = 8,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The m nearest base rows of each query; see ``Index``.
+
+    Raises:
+        UserError: m is not less than the number of nodes.
+    """
+    index = Index(base_Nd, exact=exact, probes=probes, device=device)
+    ids, sims = index.search(query_Qd, m, exclude=exclude_Q)
+    if (ids < 0).any():
+        # Inverted lists came up short for some: those few are searched exactly.
+        short = np.flatnonzero((ids < 0).any(1))
+        whole = Index(base_Nd, exact=True, device=device)
+        left = None if exclude_Q is None else exclude_Q[short]
+        ids[short], sims[short] = whole.search(query_Qd[short], m, exclude=left)
+    return ids, sims
+
+
+def _best(found: np.ndarray, near: np.ndarray, m: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first m by falling similarity, ties by rising id; holes (-1) last."""
+    order = np.lexsort((np.where(found < 0, np.iinfo(np.int64).max, found), -near), axis=1)[:, :m]
+    return np.take_along_axis(found, order, 1), np.take_along_axis(near, order, 1)

@@ -1,0 +1,152 @@
+"""Parts of the neighbour graph: DGL's METIS assigns nodes, halos keep two hops at hand.
+
+An edge runs from each node to its candidates. A part holds its inner nodes, the first halo
+(their candidates) and the second halo (those nodes' candidates): two layers need no row
+from elsewhere. (DGL's own halos of a directed graph have truncated lists at one hop.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cnn2gnn_dist.compat import import_dgl
+from cnn2gnn_dist.errors import UserError
+
+ARRAYS = ("nodes", "table")
+
+
+def assign(table_NM: np.ndarray, parts: int) -> np.ndarray:
+    """[N] int32 part of each node, by DGL's METIS on the undirected graph; deterministic.
+
+    Raises:
+        UserError: more parts than nodes.
+    """
+    nodes = len(table_NM)
+    if parts > nodes:
+        raise UserError(
+            f"{parts} partitions of {nodes} nodes", where="graph.parts", remedy="fewer partitions"
+        )
+    if parts == 1:
+        return np.zeros(nodes, np.int32)
+    import torch
+
+    dgl = import_dgl()
+    there = table_NM >= 0
+    heads = np.repeat(np.arange(nodes), table_NM.shape[1])[there.ravel()]
+    tails = table_NM[there].astype(np.int64)
+    graph = dgl.graph((torch.from_numpy(heads), torch.from_numpy(tails)), num_nodes=nodes)
+    part_N = dgl.metis_partition_assignment(graph, parts).numpy().astype(np.int32)
+    return _fill_empty(part_N, parts)
+
+
+def edge_cut(table_NM: np.ndarray, part_N: np.ndarray) -> float:
+    """Share of edges whose ends lie in different parts."""
+    there = table_NM >= 0
+    cut = (part_N[table_NM] != part_N[:, None]) & there
+    return float(cut.sum() / max(there.sum(), 1))
+
+
+def new_ids(part_N: np.ndarray) -> np.ndarray:
+    """Old id of each new one, when parts are numbered one after the other (as DGL does)."""
+    return np.argsort(part_N, kind="stable")
+
+
+@dataclass
+class PartGraph:
+    """One part with its halos.
+
+    Attributes:
+        part: its number.
+        nodes_L: int64 global ids: inner, first halo, second halo, each ascending.
+        num_inner, num_halo1: how many of each of the first two.
+        table_KM: int32 candidates as local ids, rows of inner and first-halo nodes; -1 = none.
+    """
+
+    part: int
+    nodes_L: np.ndarray
+    num_inner: int
+    num_halo1: int
+    table_KM: np.ndarray
+
+    def save(self, folder: Path) -> None:
+        """Write ``nodes.npy``, ``table.npy`` and ``part.json`` with their checksums."""
+        folder.mkdir(parents=True, exist_ok=True)
+        arrays = dict(zip(ARRAYS, (self.nodes_L, self.table_KM), strict=True))
+        for name, array in arrays.items():
+            np.save(folder / f"{name}.npy", array)
+        note = {
+            "part": self.part,
+            "num_inner": self.num_inner,
+            "num_halo1": self.num_halo1,
+            "sha256": {name: _sha256(array) for name, array in arrays.items()},
+        }
+        (folder / "part.json").write_text(json.dumps(note, indent=1), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> PartGraph:
+        """Read a part.
+
+        Raises:
+            UserError: missing or damaged.
+        """
+        try:
+            note = json.loads((folder / "part.json").read_text(encoding="utf-8"))
+            arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
+            whole = all(_sha256(array) == note["sha256"][name] for name, array in arrays.items())
+        except (OSError, ValueError, KeyError) as error:
+            raise _damaged(folder, str(error)) from None
+        if not whole:
+            raise _damaged(folder, "a checksum does not hold")
+        return cls(
+            note["part"], arrays["nodes"], note["num_inner"], note["num_halo1"], arrays["table"]
+        )
+
+
+def build_part(table_NM: np.ndarray, part_N: np.ndarray, part: int) -> PartGraph:
+    """Cut one part out of the global table."""
+    return build_union(table_NM, np.flatnonzero(part_N == part), part)
+
+
+def build_union(table_NM: np.ndarray, inner: np.ndarray, part: int = -1) -> PartGraph:
+    """The part whose inner nodes are ``inner`` (ascending global ids)."""
+    halo1 = _new(table_NM[inner], inner)
+    rows = np.concatenate([inner, halo1])
+    halo2 = _new(table_NM[rows], rows)
+    nodes = np.concatenate([rows, halo2]).astype(np.int64)
+    local = np.full(len(table_NM) + 1, -1, np.int32)
+    local[nodes] = np.arange(len(nodes), dtype=np.int32)
+    return PartGraph(part, nodes, len(inner), len(halo1), local[table_NM[rows]])
+
+
+def _new(candidates: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Distinct candidates (not -1) that are not known yet, ascending."""
+    found = np.unique(candidates)
+    return np.setdiff1d(found[found >= 0], known, assume_unique=False)
+
+
+def _fill_empty(part_N: np.ndarray, parts: int) -> np.ndarray:
+    """METIS may leave a part of a tiny graph empty: give it a node of the largest."""
+    counts = np.bincount(part_N, minlength=parts)
+    for empty in np.flatnonzero(counts == 0):
+        largest = int(np.argmax(counts))
+        part_N[np.flatnonzero(part_N == largest)[-1]] = empty
+        counts[largest] -= 1
+        counts[empty] += 1
+    return part_N
+
+
+def _sha256(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
+def _damaged(folder: Path, what: str) -> UserError:
+    return UserError(
+        f"this partition can't be used: {what}",
+        where=str(folder),
+        remedy="remove its graph version; the stage builds it again",
+    )

@@ -1,0 +1,34 @@
+"""How good a neighbour table is: homophily, degrees, recall."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+
+def edge_homophily(table_NM: np.ndarray, labels_N: np.ndarray) -> float:
+    """Share of edges whose two ends have the same label; unknown labels and holes don't count."""
+    there = (table_NM >= 0) & (labels_N[:, None] >= 0) & (labels_N[table_NM] >= 0)
+    same = (labels_N[table_NM] == labels_N[:, None]) & there
+    return float(same.sum() / max(there.sum(), 1))
+
+
+def degree_stats(table_NM: np.ndarray) -> dict[str, Any]:
+    """In-degrees: min, median, mean, max, and a histogram over powers of two."""
+    degree = np.bincount(table_NM[table_NM >= 0], minlength=len(table_NM))
+    edges = np.concatenate([[0, 1], 2 ** np.arange(1, 2 + int(np.log2(max(degree.max(), 1))))])
+    counts, _ = np.histogram(degree, bins=np.append(edges, degree.max() + 1 + edges[-1]))
+    return {
+        "min": int(degree.min()),
+        "median": float(np.median(degree)),
+        "mean": float(degree.mean()),
+        "max": int(degree.max()),
+        "histogram": {"from": edges.tolist(), "nodes": counts.tolist()},
+    }
+
+
+def recall(table_NM: np.ndarray, reference_NM: np.ndarray) -> float:
+    """Share of the reference's neighbours that the table has, row by row."""
+    hits = (reference_NM[:, :, None] == table_NM[:, None, :]).any(2)
+    return float(hits.mean())
