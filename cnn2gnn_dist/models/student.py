@@ -6,7 +6,7 @@ candidates of each, V nodes of the block; D features, d projection, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
@@ -76,6 +76,7 @@ class StudentOutput:
         logits_BC, self_logits_BC: with the graph, and of the self path alone.
         x_BD, z_Bd: features and projection: the rows of the next bank.
         weights_BF: p_ij over the candidates ([B, B] in ``batch`` scope); None without a graph.
+        first_labels_BF: labels of the candidates, -1 = unknown; ``dataset`` scope only.
         degenerate: int tensor [], rows of p without a spread of distances.
         scale: float tensor [], median S over the other rows; 0 if there are none.
     """
@@ -85,6 +86,7 @@ class StudentOutput:
     x_BD: Tensor
     z_Bd: Tensor
     weights_BF: Tensor | None
+    first_labels_BF: Tensor | None
     degenerate: Tensor
     scale: Tensor
 
@@ -143,29 +145,39 @@ class Student(nn.Module):
         z_Bd = self.head(x_BD) if self.head is not None else F.normalize(x_BD.float(), dim=1)
         return x_BD, z_Bd
 
-    def forward(self, images_BHWC: Tensor, block: CandidateBlock | None = None) -> StudentOutput:
+    def forward(
+        self,
+        images_BHWC: Tensor,
+        block: CandidateBlock | Callable[[Tensor], CandidateBlock] | None = None,
+    ) -> StudentOutput:
         """Classify images.
 
         Args:
             images_BHWC: uint8, or float in 0..255.
-            block: candidates from the bank, in ``dataset`` scope only. None there (warm-up, before
-                there is a bank): the self path; graph parameters get zero gradients.
+            block: candidates from the bank, in ``dataset`` scope only, or what finds them when
+                called with z_Bd. None there (warm-up, before there is a bank): the self path;
+                graph parameters get zero gradients.
         """
         x_BD, z_Bd = self.embed(images_BHWC)
+        first_labels_BF: Tensor | None = None
         if self.scope == "batch":
             found = self._batch_neighbours(z_Bd)
             logits_BC, self_BC = self.gnn(x_BD, None, found.p_BM)
         elif self.scope == "dataset" and block is not None:
+            block = block if isinstance(block, CandidateBlock) else block(z_Bd.detach())
             found, around = self._bank_neighbours(z_Bd, block)
+            first_labels_BF = block.first_labels_BF()
             logits_BC, self_BC = self.gnn(x_BD, around)
         else:
             logits_BC, self_BC = self.gnn(x_BD)
             if self.head is not None:
                 logits_BC = logits_BC + 0.0 * z_Bd.sum()
             none = torch.zeros((), dtype=z_Bd.dtype, device=z_Bd.device)
-            return StudentOutput(logits_BC, self_BC, x_BD, z_Bd, None, none.long(), none)
+            return StudentOutput(logits_BC, self_BC, x_BD, z_Bd, None, None, none.long(), none)
         degenerate, scale = _summary(found)
-        return StudentOutput(logits_BC, self_BC, x_BD, z_Bd, found.p_BM, degenerate, scale)
+        return StudentOutput(
+            logits_BC, self_BC, x_BD, z_Bd, found.p_BM, first_labels_BF, degenerate, scale
+        )
 
     def graph_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters that only the path through the neighbours has, by name."""
