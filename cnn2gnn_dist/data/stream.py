@@ -121,9 +121,9 @@ class _RayReaders:
                 remedy="start through `cnn2gnn run`, or stream.backend=local",
             )
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        actor = ray.remote(_ReaderActor).options(
+        actor = ray.remote(
             num_cpus=0, max_restarts=-1, max_task_retries=0, scheduling_strategy=here
-        )
+        )(_ReaderActor)
         tag = uuid.uuid4().hex[:6]
         self._actors = [
             actor.options(name=f"{name}-{number}-{tag}").remote(spec) for number in range(workers)

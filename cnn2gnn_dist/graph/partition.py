@@ -9,6 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +44,8 @@ def assign(table_NM: np.ndarray, parts: int) -> np.ndarray:
     heads = np.repeat(np.arange(nodes), table_NM.shape[1])[there.ravel()]
     tails = table_NM[there].astype(np.int64)
     graph = dgl.graph((torch.from_numpy(heads), torch.from_numpy(tails)), num_nodes=nodes)
-    part_N = dgl.metis_partition_assignment(graph, parts).numpy().astype(np.int32)
+    with _quiet():
+        part_N = dgl.metis_partition_assignment(graph, parts).numpy().astype(np.int32)
     return _fill_empty(part_N, parts)
 
 
@@ -138,6 +143,25 @@ def _fill_empty(part_N: np.ndarray, parts: int) -> np.ndarray:
         counts[largest] -= 1
         counts[empty] += 1
     return part_N
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """DGL's C++ prints a count of "edge cuts" that means nothing: keep it off the console."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = os.dup(1), os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
+        yield
+        sys.stdout.flush()
+    finally:
+        for number, handle in enumerate(kept, start=1):
+            os.dup2(handle, number)
+            os.close(handle)
+        os.close(nowhere)
 
 
 def _sha256(array: np.ndarray) -> str:

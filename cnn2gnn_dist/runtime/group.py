@@ -46,6 +46,7 @@ def start(address: str | None, cpus: int) -> None:
     """
     if ray.is_initialized():
         return
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     address = address or os.environ.get("RAY_ADDRESS")
     if address and not address.startswith("http"):
         try:
@@ -89,19 +90,19 @@ def run_group(
     for attempt in range(spec.max_failures + 1):
         try:
             return _attempt(target, kwargs, spec)
-        except (RayActorError, RayTaskError, RuntimeError) as error:
-            cause = getattr(error, "cause", None)
-            if isinstance(cause, UserError):
-                raise cause from None
+        except LostRank as lost:
             if attempt == spec.max_failures:
                 raise UserError(
-                    f"the group of {spec.world_size} ranks failed {attempt + 1} times; last: "
-                    f"{_last_line(error)}",
+                    f"the group of {spec.world_size} ranks lost one {attempt + 1} times; last: {lost}",
                     where="cluster.max_failures",
                     remedy="see the log above; the same command continues from the last checkpoint",
-                ) from error
-            say(f"a rank was lost ({_last_line(error)}); starting the group again")
+                ) from None
+            say(f"a rank was lost ({lost}); starting the group again from the last checkpoint")
     raise AssertionError("unreachable")
+
+
+class LostRank(Exception):
+    """A rank died or stopped answering; the others can't go on without it."""
 
 
 def _attempt(target: str, kwargs: dict[str, Any], spec: GroupSpec) -> list[Any]:
@@ -124,7 +125,7 @@ def _attempt(target: str, kwargs: dict[str, Any], spec: GroupSpec) -> list[Any]:
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
                     group, index, placement_group_capture_child_tasks=False
                 ),
-            ).remote()
+            ).remote(index)
             for index in range(spec.world_size)
         ]
         return _gather(_launch(actors, target, kwargs, spec))
@@ -145,35 +146,61 @@ def _launch(actors: list[Any], target: str, kwargs: dict[str, Any], spec: GroupS
 
 
 def _gather(refs: list[Any]) -> list[Any]:
-    """Results of all; on a failure prefer a rank that says what the user did wrong."""
+    """Results of all ranks.
+
+    Raises:
+        UserError: a rank says what the user did wrong.
+        LostRank: a rank died, or hangs while the others failed.
+        RayTaskError: a rank raised something else: a bug, and no use in trying again.
+    """
     pending = list(refs)
     while pending:
         done, pending = ray.wait(pending, num_returns=1)
-        try:
-            ray.get(done[0])
-        except (RayActorError, RayTaskError) as error:
-            raise _most_telling(error, pending) from None
-    return ray.get(refs)
+        failure = _failure(done[0])
+        if failure is not None:
+            break
+    else:
+        return ray.get(refs)
+    # The first failure is often a mere echo of another rank's: look at all of them.
+    done, hanging = (
+        ray.wait(pending, num_returns=len(pending), timeout=GRACE_SECONDS) if pending else ([], [])
+    )
+    failures = [failure, *(f for f in map(_failure, done) if f is not None)]
+    for one in failures:
+        if isinstance(one, RayTaskError) and isinstance(one.cause, UserError):
+            raise one.cause from None
+    for one in failures:
+        if isinstance(one, RayActorError):
+            raise LostRank(_last_line(one)) from None
+    if hanging:
+        raise LostRank(f"no answer; another rank failed with {_last_line(failures[0])}") from None
+    raise min(failures, key=_echo)
 
 
-def _most_telling(first: Exception, pending: list[Any]) -> Exception:
-    if isinstance(getattr(first, "cause", None), UserError) or not pending:
-        return first
-    done, _ = ray.wait(pending, num_returns=len(pending), timeout=GRACE_SECONDS)
-    for ref in done:
-        try:
-            ray.get(ref)
-        except RayTaskError as error:
-            if isinstance(error.cause, UserError):
-                return error
-        except RayActorError as error:
-            first = error
-    return first
+def _failure(reference: Any) -> RayError | None:
+    try:
+        ray.get(reference)
+    except (RayActorError, RayTaskError) as error:
+        return error
+    return None
+
+
+def _echo(error: RayError) -> bool:
+    """Whether an error looks like the loss of a peer rather than its cause."""
+    text = str(error)
+    return "Connection" in text or "gloo" in text or "NCCL" in text
 
 
 @ray.remote(max_restarts=0)
 class _Rank:
     """One rank of a group."""
+
+    def __init__(self, index: int) -> None:
+        self._index = index
+
+    def __repr__(self) -> str:
+        # Ray puts this before the rank's lines in the driver's log.
+        return f"rank {self._index}"
 
     def rendezvous(self) -> tuple[str, int]:
         address = ray.util.get_node_ip_address()
