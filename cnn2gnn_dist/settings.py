@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from cnn2gnn_dist.config import Config
 from cnn2gnn_dist.errors import UserError
 
 PRESETS = Path(__file__).parent / "presets"
+DATA = "../shared/data"
+"""Where presets look for public data sets unless $CNN2GNN_DATA says otherwise."""
 
 
 def presets() -> list[str]:
@@ -183,7 +186,8 @@ def _paths(model: type[BaseModel], prefix: str, found: list[str]) -> None:
 
 def _absolute(config: Config) -> Config:
     def one(path: str) -> str:
-        return str(Path(path).expanduser().absolute())
+        path = path.replace("$CNN2GNN_DATA", os.environ.get("CNN2GNN_DATA", DATA))
+        return os.path.abspath(os.path.expanduser(path))
 
     def many(paths: str | list[str] | None) -> str | list[str] | None:
         if paths is None:

@@ -18,6 +18,7 @@ from cnn2gnn_dist.stages.judge import accuracy_of
 from cnn2gnn_dist.stages.loop import Training
 from cnn2gnn_dist.stages.neighbourhood import Neighbourhood, last_refresh, parts_of, reusable
 from cnn2gnn_dist.stages.networks import build_student
+from cnn2gnn_dist.training.sync_norm import synchronise_norms
 
 
 def run(context: Context, scope: Scope) -> list[Path]:
@@ -27,6 +28,9 @@ def run(context: Context, scope: Scope) -> list[Path]:
     targets = Targets.load(context.paths.targets, len(manifest), manifest.num_classes)
     torch.manual_seed(config.seed)
     model = build_student(config, manifest.num_classes, scope)
+    if scope == "dataset" and context.ranks.world_size > 1:
+        # Ranks own parts of a graph of alike images: one rank's batch is no fair sample.
+        synchronise_norms(model)
     name = "control" if scope == "none" else "student"
     training = Training(context, name, model, settings, len(manifest))
     engine, job = training.engine, _Job(context, training, manifest)
