@@ -40,12 +40,8 @@ class DataConfig(Section):
         0.2, ge=0, lt=1, description="share of each class held out when `test` is null"
     )
     shard_size: int = Field(2048, ge=1, description="samples a packed shard")
-    image_column: str | None = Field(
-        None, description="Parquet column of the images; null: look for it"
-    )
-    label_column: str | None = Field(
-        None, description="Parquet column of the labels; null: look for it"
-    )
+    image_column: str = Field("image", description="Parquet column of the images")
+    label_column: str = Field("label", description="Parquet column of the labels")
     limit: int | None = Field(
         None, ge=1, description="pack only the first so many samples (trials)"
     )

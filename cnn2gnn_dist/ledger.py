@@ -59,10 +59,9 @@ def standing(folder: Path, key: str) -> tuple[Standing, Entry | None]:
             return Standing.STALE, done
         return (Standing.WHOLE if _present(folder, done) else Standing.RESUME), done
     begun = _read(folder / "begin.json")
-    if begun is None:
-        if folder.is_dir() and any(folder.iterdir()):
-            return Standing.STALE, None
-        return Standing.FRESH, None
+    there = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    if begun is None or (begun.key != key and there == ["begin.json"]):
+        return (Standing.STALE, None) if begun is None and there else (Standing.FRESH, None)
     return (Standing.RESUME if begun.key == key else Standing.STALE), begun
 
 

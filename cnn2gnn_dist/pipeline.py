@@ -156,7 +156,7 @@ def _run_all(
         step = _together(ranks, lambda s=stage: _look(config, root, s, stages, digests))
         wanted = names is None or stage.name in names
         if step.standing is not Standing.WHOLE and wanted:
-            step = _together(ranks, lambda s=step: _make_room(root, s, update))
+            step = _together(ranks, lambda s=step: _make_room(config, root, s, update))
             context = Context(
                 config, ranks, RunPaths(root), root / stage.folder, step.key, device, inside_ray
             )
@@ -223,7 +223,7 @@ def _look(
     return Step(stage, key, standing, why, entry)
 
 
-def _make_room(root: Path, step: Step, update: bool) -> Step:
+def _make_room(config: Config, root: Path, step: Step, update: bool) -> Step:
     """Mark the stage's folder as begun; a stale one is refused or set aside."""
     folder = root / step.stage.folder
     if step.key is None:
@@ -242,7 +242,7 @@ def _make_room(root: Path, step: Step, update: bool) -> Step:
         aside = ledger.set_aside(folder)
         print(f"{step.stage.name:8} old results moved to {aside.name}", flush=True)
         step = replace(step, standing=Standing.FRESH)
-    ledger.begin(folder, Entry(step.key, step.entry.parts if step.entry else {}))
+    ledger.begin(folder, Entry(step.key, _parts(config, step.stage)))
     return step
 
 

@@ -147,7 +147,7 @@ class Training:
         self.engine.backward(loss / self.divisor)
         with torch.no_grad():
             right = ((logits_BC.argmax(1) == labels_B) * valid_B).sum()
-        self.tally.loss += float(loss)
+        self.tally.loss += float(loss.detach())
         self.tally.right += float(right)
         self.tally.samples += float(valid_B.sum())
 
