@@ -1,0 +1,36 @@
+# make demo: set up and run the whole pipeline on the digits.   make test, make lint: what CI calls.
+PYTHON ?= python3.11
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+# torch goes first, by its pin, so that nothing later drags in another build of it.
+# With a GPU, or to choose a build: make demo TORCH="torch==2.13.0 --index-url <the index of your CUDA>"
+TORCH  ?= torch==2.13.0
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+export OMP_NUM_THREADS ?= 1
+export PYTHONWARNINGS  ?= ignore::FutureWarning
+
+.PHONY: demo test lint install clean
+
+$(VENV)/.installed: constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip
+	$(PIP) $(TORCH)
+	$(PIP) --constraint constraints.txt --editable ".[test,lint]"
+	@touch $@
+
+install: $(VENV)/.installed
+
+demo: install
+	$(BIN)/cnn2gnn run --config demo
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
