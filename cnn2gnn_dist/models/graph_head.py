@@ -114,6 +114,5 @@ class GraphHead(nn.Module):
     def forward(self, x_BD: Tensor) -> Tensor:
         """Project, standardise and normalise to unit length."""
         with torch.autocast(x_BD.device.type, enabled=False):
-            # The buffers' dtype, not the weight's: the latter may be partitioned (ZeRO-3).
-            z_Bd = self.project(x_BD.to(self.norm.running_mean.dtype))
+            z_Bd = self.project(x_BD.to(self.project.weight.dtype))
             return F.normalize(self.norm(z_Bd), dim=1)

@@ -18,6 +18,9 @@ class Normalise(nn.Module):
         images_BHWC, uint8 or float in 0..255 → float32 [B, C, H, W] in channels-last memory order.
     """
 
+    scale: Tensor
+    shift: Tensor
+
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         scale = 1.0 / (255.0 * torch.tensor(list(std), dtype=torch.float32))
