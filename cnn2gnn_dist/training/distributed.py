@@ -61,6 +61,13 @@ def all_reduce_mean(tensor: Tensor) -> Tensor:
     return all_reduce_sum(tensor).div_(world_size())
 
 
+def broadcast(tensor: Tensor) -> Tensor:
+    """Rank 0's values, in place on every rank; returns the tensor."""
+    if world_size() > 1:
+        dist.broadcast(tensor, src=0)
+    return tensor
+
+
 def _device() -> torch.device:
     nccl = is_initialised() and dist.get_backend() == "nccl"
     return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import warnings
 from dataclasses import dataclass
@@ -130,34 +131,55 @@ class Engine:
         """Update the weights at the learning rate ``lr`` (collective).
 
         Raises:
-            UserError: a loss since the last step was not finite; on every rank alike,
-                before the weights are touched.
+            UserError: a loss since the last step was not finite (the weights are untouched), or
+                the gradient was not (with ZeRO the weights are spoiled); on every rank alike.
         """
         if self._micro != self.accumulation:
             raise RuntimeError(f"{self._micro} of {self.accumulation} micro-batches seen")
         finite = distributed.all_reduce_sum(self._finite.clone())
         if float(finite) < distributed.world_size():
-            raise UserError(
-                f"the loss is not finite at step {self.steps}",
-                where="loss",
-                remedy="a lower lr, a longer warm-up, or clip=1.0; then run again from the checkpoint",
-            )
+            raise self._diverged("loss")
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
         for group in inner_optimizer(self).param_groups:
             group["lr"] = lr
+        norm = self._plain_norm() if self.zero_stage == 0 else None
         self.deepspeed.step()
+        if norm is None:
+            norm = self.deepspeed.get_global_grad_norm()
+        # ZeRO says -1 for a norm that is not finite. Nobody may save such weights.
+        if norm is not None and not 0 <= float(norm) < math.inf:
+            raise self._diverged("gradient")
         self._micro = 0
         self._finite.fill_(1.0)
         self.steps += 1
-        norm = self.deepspeed.get_global_grad_norm()
         return StepInfo(None if norm is None else float(norm), lr)
 
+    def _plain_norm(self) -> Tensor:
+        """Norm of the gradients, averaged over ranks by now; ZeRO-0 doesn't tell it."""
+        norm = nn.utils.get_total_norm(
+            [p.grad for p in self.module.parameters() if p.grad is not None]
+        )
+        if not torch.isfinite(norm):
+            raise self._diverged("gradient")
+        return norm
+
+    def _diverged(self, what: str) -> UserError:
+        return UserError(
+            f"the {what} is not finite at step {self.steps}",
+            where=what,
+            remedy="a lower lr, a longer warm-up, or clip=1.0; then run again from the checkpoint",
+        )
+
     def average_buffers(self) -> None:
-        """Mean over ranks of floating buffers (BatchNorm statistics differ from step 1 on)."""
+        """Mean over ranks of floating buffers (BatchNorm statistics differ from step 1 on);
+        rank 0's of the others (collective).
+        """
         for buffer in self.module.buffers():
             if buffer.is_floating_point():
                 distributed.all_reduce_mean(buffer)
+            else:
+                distributed.broadcast(buffer)
 
     def weights(self) -> dict[str, Tensor]:
         """All fp32 weights and buffers by name, on the CPU of every rank (collective)."""

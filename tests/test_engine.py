@@ -1,0 +1,295 @@
+"""The engine over real DeepSpeed and gloo: held to plain torch, in every ZeRO stage."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Any
+
+import procs
+import pytest
+import tiny
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.training import distributed
+from cnn2gnn_dist.training.engine import Engine, inner_optimizer
+from cnn2gnn_dist.training.sync_norm import synchronise_norms
+
+STEPS = 6
+
+
+# --- cases: run on every rank ---------------------------------------------------------------
+
+
+def plain_torch(clip: float = 0.0) -> tuple[list[float], dict[str, Tensor], list[float]]:
+    """DistributedDataParallel + AdamW, written out: losses, weights, gradient norms."""
+    model = tiny.TinyNet()
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    groups = [
+        {"params": matrices, "weight_decay": tiny.WEIGHT_DECAY},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=tiny.LR)
+    ddp = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    losses, norms = [], []
+    for step in range(STEPS):
+        images, labels = tiny.share(step)
+        for group in optimizer.param_groups:
+            group["lr"] = tiny.lr(step)
+        optimizer.zero_grad()
+        loss = F.cross_entropy(ddp(images), labels)
+        loss.backward()
+        largest = clip or float("inf")
+        norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), largest)))
+        optimizer.step()
+        losses.append(float(loss))
+    return losses, {n: p.detach().clone() for n, p in model.named_parameters()}, norms
+
+
+def engine_against_torch(stage: int, clip: float) -> dict[str, Any]:
+    """One stage's losses, weights and norms in the same six steps."""
+    engine = tiny.build(stage, clip=clip)
+    losses, norms, rates = [], [], []
+    for step in range(STEPS):
+        images, labels = tiny.share(step)
+        loss = F.cross_entropy(engine(images), labels)
+        losses.append(float(loss))
+        engine.backward(loss)
+        info = engine.step(tiny.lr(step))
+        norms.append(info.grad_norm)
+        rates.append([group["lr"] for group in inner_optimizer(engine).param_groups])
+    weights = tiny.weights_only(engine.weights())
+    decay = [g["weight_decay"] for g in engine.deepspeed.optimizer.param_groups]
+    return {
+        "losses": losses,
+        "weights": weights,
+        "norms": norms,
+        "rates": rates,
+        "decay": decay,
+        "steps": engine.steps,
+    }
+
+
+def accumulated(stage: int, accumulation: int) -> dict[str, Tensor]:
+    """Weights of a model without BatchNorm after four steps in that many micro-batches."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 8), nn.ReLU(), nn.Linear(8, 4))
+    engine = tiny.build(stage, model=model, accumulation=accumulation)
+    tiny.train(engine, range(4))
+    return engine.weights()
+
+
+def refusal(engine: Engine, loss: Tensor) -> str | None:
+    """What the engine says to a loss."""
+    engine.backward(loss)
+    try:
+        engine.step(0.01)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def not_finite(stage: int) -> dict[str, Any]:
+    """Rank 1 alone has a NaN loss; then a finite loss whose gradient is not."""
+    engine = tiny.build(stage)
+    tiny.train(engine, range(1))
+    before = tiny.digest(tiny.weights_only(engine.weights()))
+    images, labels = tiny.share(1)
+    loss = F.cross_entropy(engine(images), labels)
+    said = refusal(engine, loss * float("nan") if distributed.rank() == 1 else loss)
+    after = tiny.digest(tiny.weights_only(engine.weights()))
+
+    engine = tiny.build(stage)
+    gate = engine(images).square().sum()
+    # sqrt has an infinite slope at 0: value finite, gradient not.
+    said_gradient = refusal(engine, torch.sqrt(gate * 0.0))
+    return {"said": said, "untouched": before == after, "said_gradient": said_gradient}
+
+
+def unused_parameter(stage: int) -> bool:
+    """A weight that no loss reaches doesn't keep the others from learning."""
+    model = tiny.TinyNet()
+    model.register_parameter("idle", nn.Parameter(torch.ones(3, 3)))
+    engine = tiny.build(stage, model=model)
+    tiny.train(engine, range(2))
+    return bool(torch.isfinite(engine.weights()["idle"]).all())
+
+
+def buffers_by_rank() -> dict[str, Any]:
+    """Running statistics of both ranks before and after averaging."""
+    engine = tiny.build(0)
+    tiny.train(engine, range(3))
+    before = {n: b.clone() for n, b in engine.module.named_buffers()}
+    engine.average_buffers()
+    return {"before": before, "after": {n: b.clone() for n, b in engine.module.named_buffers()}}
+
+
+def norm_over_ranks() -> dict[str, Tensor]:
+    """SyncNorm on uneven shares (6 and 2 rows): output, gradients, statistics."""
+    torch.manual_seed(1)
+    norm = nn.BatchNorm2d(3)
+    nn.init.uniform_(norm.weight)
+    nn.init.uniform_(norm.bias)
+    holder = synchronise_norms(nn.Sequential(norm))
+    images = tiny.batch(0)[0] * 2 + 5
+    own = slice(0, 6) if distributed.rank() == 0 else slice(6, 8)
+    x = images[own].clone().requires_grad_()
+    y = holder(x)
+    (y * torch.sin(images[own])).sum().backward()
+    found = {n: b for n, b in holder.named_buffers()}
+    for name, parameter in holder.named_parameters():
+        assert parameter.grad is not None
+        found["grad " + name] = distributed.all_reduce_sum(parameter.grad)
+    assert x.grad is not None
+    return {"y": y.detach(), "dx": x.grad, **found}
+
+
+def everything() -> dict[str, Any]:
+    """All cases in one group, so that the processes start once."""
+    torch.manual_seed(0)
+    found: dict[str, Any] = {
+        "world": (distributed.rank(), distributed.world_size(), dist.get_backend()),
+        "torch": plain_torch(),
+        "torch clipped": plain_torch(clip=0.3),
+        "buffers": buffers_by_rank(),
+        "norm": norm_over_ranks(),
+        "gathered": distributed.all_gather_object(distributed.rank() * 10),
+        "broadcast": distributed.broadcast_object({"from": distributed.rank()}),
+    }
+    for stage in tiny.STAGES:
+        found["stage", stage] = engine_against_torch(stage, 0.0)
+        found["clipped", stage] = engine_against_torch(stage, 0.3)
+        found["accumulated", stage] = (accumulated(stage, 1), accumulated(stage, 2))
+        found["finite", stage] = not_finite(stage)
+        found["idle", stage] = unused_parameter(stage)
+    return found
+
+
+# --- tests ----------------------------------------------------------------------------------
+
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def ranks() -> list[dict[Any, Any]]:
+    return procs.run(everything, 2)
+
+
+@pytest.mark.parametrize("stage", tiny.STAGES)
+def test_every_zero_stage_is_bit_identical_to_ddp(ranks: list[dict], stage: int) -> None:
+    for rank in ranks:
+        losses, weights, _ = rank["torch"]
+        found = rank["stage", stage]
+        assert found["losses"] == losses
+        for name, tensor in weights.items():
+            assert torch.equal(found["weights"][name], tensor), name
+        assert found["steps"] == STEPS
+
+
+@pytest.mark.parametrize("stage", tiny.STAGES)
+def test_clipping_and_gradient_norms_match_torch(ranks: list[dict], stage: int) -> None:
+    losses, weights, norms = ranks[0]["torch clipped"]
+    assert max(norms) > 0.3, "the clip must bite"
+    found = ranks[0]["clipped", stage]
+    assert found["norms"] == pytest.approx(norms, rel=1e-4)
+    assert found["losses"] == pytest.approx(losses, rel=1e-4)
+    for name, tensor in weights.items():
+        torch.testing.assert_close(found["weights"][name], tensor, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("stage", tiny.STAGES)
+def test_lr_reaches_all_groups_and_vectors_are_not_decayed(ranks: list[dict], stage: int) -> None:
+    found = ranks[1]["stage", stage]
+    assert found["rates"] == [[tiny.lr(s)] * 2 for s in range(STEPS)]
+    assert sorted(found["decay"]) == [0.0, tiny.WEIGHT_DECAY]
+
+
+@pytest.mark.parametrize("stage", tiny.STAGES)
+def test_two_micro_batches_are_one_big_one(ranks: list[dict], stage: int) -> None:
+    whole, halves = ranks[0]["accumulated", stage]
+    for name, tensor in whole.items():
+        torch.testing.assert_close(halves[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("stage", tiny.STAGES)
+def test_nan_on_one_rank_stops_all_before_the_weights_change(ranks: list[dict], stage: int) -> None:
+    for rank in ranks:
+        found = rank["finite", stage]
+        assert "not finite at step 1" in found["said"]
+        assert "lower lr" in found["said"]
+        assert found["untouched"]
+
+
+@pytest.mark.parametrize("stage", tiny.STAGES)
+def test_infinite_gradient_of_a_finite_loss_is_refused(ranks: list[dict], stage: int) -> None:
+    for rank in ranks:
+        assert "gradient" in (rank["finite", stage]["said_gradient"] or "")
+
+
+@pytest.mark.parametrize("stage", tiny.STAGES)
+def test_unused_parameter_is_harmless(ranks: list[dict], stage: int) -> None:
+    assert all(rank["idle", stage] for rank in ranks)
+
+
+def test_buffers_become_the_mean_over_ranks(ranks: list[dict]) -> None:
+    first, second = (rank["buffers"] for rank in ranks)
+    mean, other = first["before"]["norm.running_mean"], second["before"]["norm.running_mean"]
+    assert not torch.equal(mean, other)
+    for name in first["after"]:
+        assert torch.equal(first["after"][name], second["after"][name]), name
+    torch.testing.assert_close(first["after"]["norm.running_mean"], (mean + other) / 2)
+    assert int(first["after"]["norm.num_batches_tracked"]) == 3
+
+
+def test_norm_over_ranks_is_batchnorm_of_all_rows(ranks: list[dict]) -> None:
+    torch.manual_seed(1)
+    norm = nn.BatchNorm2d(3)
+    nn.init.uniform_(norm.weight)
+    nn.init.uniform_(norm.bias)
+    images = (tiny.batch(0)[0] * 2 + 5).requires_grad_()
+    y = norm(images)
+    (y * torch.sin(images.detach())).sum().backward()
+    found = [rank["norm"] for rank in ranks]
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(torch.cat([f["y"] for f in found]), y.detach(), **close)
+    torch.testing.assert_close(torch.cat([f["dx"] for f in found]), images.grad, **close)
+    for name in ("weight", "bias"):
+        expected = getattr(norm, name).grad
+        torch.testing.assert_close(found[0]["grad 0." + name], expected, **close)
+    for name, buffer in norm.named_buffers():
+        torch.testing.assert_close(found[1]["0." + name], buffer, **close)
+
+
+def test_collectives(ranks: list[dict]) -> None:
+    assert [rank["world"] for rank in ranks] == [(0, 2, "gloo"), (1, 2, "gloo")]
+    assert [rank["gathered"] for rank in ranks] == [[0, 10]] * 2
+    assert [rank["broadcast"] for rank in ranks] == [{"from": 0}] * 2
+
+
+def test_without_a_group_one_process_is_the_world() -> None:
+    assert (distributed.rank(), distributed.world_size()) == (0, 1)
+    distributed.barrier()
+    assert distributed.broadcast_object("x") == "x"
+    assert distributed.all_gather_object("x") == ["x"]
+    assert distributed.all_reduce_mean(torch.tensor([2.0])).item() == 2.0
+
+
+def exit_early() -> str:
+    """Rank 1 is killed; rank 0 waits for it in a collective."""
+    if distributed.rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    distributed.barrier()
+    return "never"
+
+
+def test_dead_peer_fails_the_others_at_once() -> None:
+    first, second = procs.launch(exit_early, 2, timeout=procs.GROUP_TIMEOUT_S)
+    assert second.returncode == -9
+    assert first.returncode not in (0, -9)
+    assert first.value is None
