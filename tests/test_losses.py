@@ -1,0 +1,106 @@
+"""Losses against torch's own pieces and against the formulas written out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cnn2gnn_dist.models.losses import distillation_loss, neighbour_loss
+
+
+def case() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    logits = torch.randn(6, 5, dtype=torch.float64) * 2
+    teacher = torch.randn(6, 5, dtype=torch.float64) * 3
+    return logits, torch.randint(0, 5, (6,)), teacher
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_distillation_equals_the_formula(
+    weight: float, temperature: float, smoothing: float
+) -> None:
+    logits, labels, teacher = case()
+    loss_B = distillation_loss(
+        logits,
+        labels,
+        teacher.log_softmax(1),  # log-probabilities stand for logits
+        weight=weight,
+        temperature=temperature,
+        label_smoothing=smoothing,
+    )
+    q = (teacher / temperature).softmax(1)
+    p = (logits / temperature).softmax(1)
+    kl_B = (q * (q.log() - p.log())).sum(1)
+    target = F.one_hot(labels, 5) * (1 - smoothing) + smoothing / 5
+    ce_B = -(target * logits.log_softmax(1)).sum(1)
+    torch.testing.assert_close(loss_B, (1 - weight) * ce_B + weight * temperature**2 * kl_B)
+
+
+def test_distillation_equals_torch_kl_div() -> None:
+    logits, labels, teacher = case()
+    loss_B = distillation_loss(logits, labels, teacher.log_softmax(1), weight=1.0, temperature=2.0)
+    expected = 4 * F.kl_div(
+        (logits / 2).log_softmax(1), (teacher / 2).softmax(1), reduction="batchmean"
+    )
+    torch.testing.assert_close(loss_B.mean(), expected)
+
+
+def test_without_a_teacher_it_is_cross_entropy() -> None:
+    logits, labels, _ = case()
+    loss_B = distillation_loss(logits, labels, None, weight=0.9, temperature=4.0)
+    torch.testing.assert_close(loss_B, F.cross_entropy(logits, labels, reduction="none"))
+
+
+def test_samples_without_a_label_learn_from_the_teacher_only() -> None:
+    logits, labels, teacher = case()
+    labels[2] = -1
+    t = teacher.log_softmax(1)
+    loss_B = distillation_loss(logits, labels, t, weight=0.4, temperature=1.0)
+    alone_B = distillation_loss(logits, labels.clamp(min=0), t, weight=1.0, temperature=1.0)
+    torch.testing.assert_close(loss_B[2], 0.4 * alone_B[2])
+
+
+def test_gradient_vanishes_at_the_teacher_and_impossible_classes_are_finite() -> None:
+    _, labels, teacher = case()
+    logits = teacher.clone().requires_grad_()
+    t = teacher.log_softmax(1)
+    distillation_loss(logits, labels, t, weight=1.0, temperature=3.0).sum().backward()
+    torch.testing.assert_close(logits.grad, torch.zeros_like(teacher), atol=1e-12, rtol=0)
+
+    logits = teacher.clone().requires_grad_()
+    t = torch.full_like(teacher, -torch.inf)
+    t[:, 0] = 0.0
+    loss_B = distillation_loss(logits, labels, t, weight=1.0, temperature=1.0)
+    torch.testing.assert_close(loss_B, -teacher.log_softmax(1)[:, 0])
+    loss_B.sum().backward()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+
+
+def test_half_precision_logits_are_computed_in_float32() -> None:
+    logits, labels, teacher = case()
+    loss_B = distillation_loss(
+        logits.bfloat16(), labels, teacher.log_softmax(1).half(), weight=0.5, temperature=2.0
+    )
+    assert loss_B.dtype == torch.float32
+
+
+def test_neighbour_loss_by_hand() -> None:
+    weights = torch.tensor(
+        [[0.5, 0.3, 0.2], [0.6, 0.4, 0.0], [0.5, 0.5, 0.0], [1.0, 0.0, 0.0], [0.9, 0.1, 0.0]],
+        dtype=torch.float64,
+        requires_grad=True,
+    )
+    labels_of = torch.tensor([[1, 2, 1], [0, 0, 1], [-1, -1, -1], [2, 2, 2], [3, 3, 3]])
+    labels = torch.tensor([1, 1, 1, -1, 3])
+    loss_B = neighbour_loss(weights, labels_of, labels, floor=1e-4)
+    expected = -torch.tensor([0.7, 1e-4, 1.0, 1.0, 1.0], dtype=torch.float64).log()
+    torch.testing.assert_close(loss_B, expected)
+    loss_B.sum().backward()
+    grad = torch.zeros(5, 3, dtype=torch.float64)
+    grad[0, 0] = grad[0, 2] = -1 / 0.7
+    grad[4, :] = -1.0
+    torch.testing.assert_close(weights.grad, grad)
