@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.models.teacher import SMALL_IMAGE, build_teacher
+from cnn2gnn_dist.models.teacher import SMALL_IMAGE, build_teacher, check_name
 
 _PLACES = 2  # side of the spatial readout
 
@@ -34,6 +34,7 @@ def build_stem(name: str, dim_out: int, image_size: int, **args: Any) -> nn.Modu
     """
     builders: dict[str, Callable[..., nn.Module]] = {"conv3": _conv3, "resnet_tiny": _resnet_tiny}
     if name not in builders:
+        check_name(name, others=builders)
         return _timm_stem(name, dim_out, image_size, **args)
     builder = builders[name]
     known = list(inspect.signature(builder).parameters)[2:]

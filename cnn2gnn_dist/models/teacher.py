@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def build_teacher(
             where="teacher.pretrained, teacher.weights",
             remedy="keep one: weights is a local file, pretrained downloads timm's own",
         )
-    _check_name(arch)
+    check_name(arch)
     network = _create(arch, num_classes, image_size, pretrained, dict(args or {}))
     if image_size <= SMALL_IMAGE:
         fit_small_images(network, warn=pretrained)
@@ -84,16 +85,29 @@ def fit_small_images(network: nn.Module, *, warn: bool = False) -> bool:
     return True
 
 
-def _check_name(arch: str) -> None:
+def check_name(arch: str, others: Iterable[str] = ()) -> None:
+    """Refuse an unknown timm name or tag, naming what lies near it (``others`` included).
+
+    Raises:
+        UserError: with up to five suggestions.
+    """
     timm = import_timm()
-    if timm.is_model(arch):
-        return
-    near = difflib.get_close_matches(arch.split(".")[0], timm.list_models(), n=5, cutoff=0.5)
-    raise UserError(
-        f"timm knows no network named '{arch}'",
-        where="teacher.arch (or student.stem)",
-        remedy=f"did you mean {', '.join(near)}?" if near else "see timm.list_models()",
-    )
+    name, _, tag = arch.partition(".")
+    if not timm.is_model(name):
+        known = [*others, *timm.list_models()]
+        near = difflib.get_close_matches(arch, known, n=5, cutoff=0.5)
+        raise UserError(
+            f"timm knows no network named '{arch}'",
+            where="teacher.arch (or student.stem)",
+            remedy=f"did you mean {', '.join(near)}?" if near else "see timm.list_models()",
+        )
+    tagged = timm.list_pretrained(f"{name}.*") if tag else []
+    if tag and arch not in tagged:
+        raise UserError(
+            f"timm's {name} has no weights tagged '{tag}'",
+            where="teacher.arch (or student.stem)",
+            remedy=f"leave the tag out, or use one of {_few(tagged, 12)}",
+        )
 
 
 def _create(

@@ -1,0 +1,101 @@
+"""Stems: shapes, sizes, what they cost; normalisation; the counters themselves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.models.cost import count_flops, count_parameters, flops_per_image
+from cnn2gnn_dist.models.normalise import Normalise
+from cnn2gnn_dist.models.stem import build_stem
+
+
+@pytest.mark.parametrize("name", ["conv3", "resnet_tiny", "mobilenetv3_small_100", "resnet10t"])
+@pytest.mark.parametrize("size", [32, 64])
+def test_features_have_the_asked_size(name: str, size: int) -> None:
+    torch.manual_seed(0)
+    stem = build_stem(name, 24, size)
+    assert stem.training
+    x_BD = stem(torch.randn(3, 3, size, size))
+    assert x_BD.shape == (3, 24)
+    assert (x_BD >= 0).all()
+    assert (x_BD > 0).any()
+    x_BD.sum().backward()
+    assert all(p.grad is not None for p in stem.parameters())
+
+
+def test_transformers_are_built_for_the_image_size() -> None:
+    stem = build_stem("vit_tiny_patch16_224", 8, 48, depth=1)
+    assert stem(torch.randn(2, 3, 48, 48)).shape == (2, 8)
+
+
+@pytest.mark.parametrize("name", ["conv3", "resnet_tiny"])
+def test_large_images_are_reduced_at_the_door(name: str) -> None:
+    small = flops_per_image(build_stem(name, 16, 64), 3, 64, 64)
+    assert flops_per_image(build_stem(name, 16, 128), 3, 128, 128) < 2 * small
+    assert flops_per_image(build_stem(name, 16, 224), 3, 224, 224) < 2 * small
+
+
+def test_resnet_tiny_is_of_the_stated_size() -> None:
+    stem = build_stem("resnet_tiny", 128, 32, widths=[12, 24, 48])
+    multiply_adds = flops_per_image(stem, 3, 32, 32) / 2
+    assert 6.5e6 < multiply_adds < 7.5e6
+    deeper = build_stem("resnet_tiny", 128, 32, blocks=2)
+    assert count_parameters(deeper) > count_parameters(stem)
+
+
+def test_readout_sees_where_things_are() -> None:
+    torch.manual_seed(0)
+    stem = build_stem("resnet_tiny", 32, 32).eval()
+    images = torch.randn(1, 3, 32, 32)
+    mirrored = images.flip(3)
+    assert (stem(images) - stem(mirrored)).abs().max() > 1e-4
+
+
+def test_unknown_names_and_arguments_are_named() -> None:
+    with pytest.raises(UserError, match="resnet_tinny") as raised:
+        build_stem("resnet_tinny", 8, 32)
+    assert "resnet_tiny" in raised.value.remedy
+    with pytest.raises(UserError, match="width") as raised:
+        build_stem("resnet_tiny", 8, 32, width=[1, 2])
+    assert "widths, blocks" in raised.value.remedy
+
+
+def test_normalise_equals_the_definition() -> None:
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+    normalise = Normalise(mean, std)
+    images = torch.randint(0, 256, (2, 5, 4, 3), dtype=torch.uint8)
+    out = normalise(images)
+    expected = (images.permute(0, 3, 1, 2).float() / 255 - torch.tensor(mean)[:, None, None]) / (
+        torch.tensor(std)[:, None, None]
+    )
+    assert out.shape == (2, 3, 5, 4)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, expected, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(normalise(images.float()), out)
+    assert not list(normalise.parameters())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(normalise(images), out)
+
+
+def test_flops_count_two_a_multiply_add() -> None:
+    conv = nn.Conv2d(3, 8, 3, padding=1)
+    assert flops_per_image(conv, 3, 10, 10) == 2 * 3 * 8 * 9 * 100
+    linear = nn.Linear(7, 5)
+    assert count_flops(linear, torch.zeros(4, 7)) == 2 * 4 * 7 * 5
+    assert count_flops(lambda a, b: a @ b, torch.zeros(2, 3), torch.zeros(3, 4)) == 2 * 2 * 3 * 4
+    assert count_parameters(linear) == 40
+    linear.bias.requires_grad_(False)
+    assert count_parameters(linear) == 35
+
+
+def test_counting_leaves_the_model_as_it_was() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).train()
+    model[0].eval()
+    count_flops(model, torch.ones(3, 4))
+    assert model[1].training
+    assert not model[0].training
+    assert model[1].num_batches_tracked == 0
+    assert all(p.grad is None for p in model.parameters())
