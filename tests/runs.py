@@ -1,0 +1,114 @@
+"""Small whole runs for tests: the digits through every engine in well under a minute."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+
+MICRO = [
+    "data.limit=400",
+    "data.shard_size=64",
+    "views.size=16",
+    "views.pad=1",
+    "teacher.args={layers: [1, 1, 1, 1], channels: [8, 16, 16, 32]}",
+    "teacher.epochs=2",
+    "teacher.global_batch=32",
+    "teacher.lr=0.005",
+    "targets.views=2",
+    "graph.dim=16",
+    "graph.candidates=8",
+    "graph.neighbours=4",
+    "graph.fanouts=[6, 4]",
+    "graph.start_epoch=1",
+    "graph.refresh_epochs=1",
+    "student.stem=conv3",
+    "student.dim=32",
+    "student.hidden=32",
+    "student.label_dim=8",
+    "student.epochs=3",
+    "student.global_batch=32",
+    "student.lr=0.005",
+    "checkpoint.every_steps=4",
+    "evaluate.gallery=6",
+    "evaluate.timing_images=64",
+]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """One thread a rank and nothing of an outer launcher or cluster."""
+    env = {
+        k: v for k, v in os.environ.items() if not re.match(r"RANK|WORLD_SIZE|LOCAL_RANK|RAY_", k)
+    }
+    env.update(OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1", RAY_USAGE_STATS_ENABLED="0")
+    env["PATH"] = f"{BIN}:{env['PATH']}"
+    env.update(more)
+    return env
+
+
+def ray_environment() -> dict[str, str]:
+    """Token authentication with a token of the test's own, not of the user's home."""
+    return environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+
+
+def free_port() -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(command: list[str], env: dict[str, str], cwd: Path = REPOSITORY) -> subprocess.Popen[str]:
+    """Start in a process group of its own, both outputs in one pipe."""
+    return subprocess.Popen(
+        command,
+        cwd=cwd,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], seconds: float = 300) -> tuple[int, str]:
+    """Exit code and output."""
+    try:
+        output, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, 9)
+        output, _ = process.communicate()
+        raise AssertionError(f"not done after {seconds} s:\n{output[-4000:]}") from None
+    return process.returncode, output
+
+
+def torchrun(run_dir: Path, *overrides: str) -> list[str]:
+    """Command of a run on two ranks."""
+    return [
+        str(BIN / "torchrun"),
+        *("--nproc_per_node", "2", "--master_addr", "127.0.0.1"),
+        *("--master_port", str(free_port()), "launch/train.py"),
+        *("--config", "demo", *MICRO, f"run.dir={run_dir}", *overrides),
+    ]
+
+
+def results(run_dir: Path) -> dict:
+    """The table of a run."""
+    return json.loads((run_dir / "results.json").read_text())
+
+
+def scores(run_dir: Path) -> dict[str, tuple[float, float]]:
+    """What must not depend on who started the run: accuracy and calibration of each model."""
+    table = results(run_dir)
+    return {
+        name: (table[name]["accuracy"], table[name]["ece"])
+        for name in ("teacher", "student", "control_mlp")
+    }

@@ -1,0 +1,159 @@
+"""Three ways in, one code path: each carries the digits to the same end."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from runs import (
+    BIN,
+    MICRO,
+    environment,
+    finish,
+    free_port,
+    ray_environment,
+    results,
+    scores,
+    start,
+    torchrun,
+)
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def by_torchrun(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ways") / "torchrun"
+    code, output = finish(start(torchrun(folder), environment()))
+    assert code == 0, output[-4000:]
+    return folder
+
+
+def test_torchrun_leaves_every_artefact(by_torchrun):
+    table = results(by_torchrun)
+    for model in ("teacher", "student", "control_mlp"):
+        assert table[model].keys() >= {"accuracy", "parameters", "flops", "ms_per_image", "ece"}
+        assert 0.1 < table[model]["accuracy"] <= 1.0
+    assert table["student"]["parameters"] > table["control_mlp"]["parameters"]
+    targets = sorted((by_torchrun / "targets").glob("*.parquet"))
+    assert len(targets) == len(list((by_torchrun / "shards").glob("train-*.tar")))
+    graph = table["student"]["graph"]
+    assert sum(graph["inner"]) == graph["nodes"] == table["run"]["train_images"]
+    assert len(graph["inner"]) == len(graph["halo"]) == 2
+
+
+def test_deepspeed_launcher(by_torchrun, tmp_path):
+    command = [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_addr", "127.0.0.1"]
+    command += ["--master_port", str(free_port()), "launch/train.py"]
+    command += ["--deepspeed_config", "ds_config.json", "--config", "demo", *MICRO]
+    run = tmp_path / "run"
+    code, output = finish(start([*command, f"run.dir={run}"], environment(DS_ACCELERATOR="cpu")))
+    assert code == 0, output[-4000:]
+    assert scores(run) == scores(by_torchrun)
+
+
+def test_cnn2gnn_run_on_ray(by_torchrun, tmp_path):
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "cnn2gnn_dist", "run", "--config", "demo", *MICRO]
+    code, output = finish(start([*command, f"run.dir={run}"], ray_environment()))
+    assert code == 0, output[-4000:]
+    assert scores(run) == scores(by_torchrun)
+
+    code, output = finish(start([*command, f"run.dir={run}"], ray_environment()))
+    assert code == 0
+    for stage in ("pack", "index", "teacher", "targets", "student", "graph", "control", "evaluate"):
+        assert f"{stage:8} whole, skipped" in output
+
+
+@pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("unshare") is None,
+    reason="Ray's job server binds to the network: the test wants a network namespace (root, unshare)",
+)
+def test_ray_job(by_torchrun, tmp_path):
+    """`ray job submit` and launch/submit.py against a head that sees loopback only."""
+    run, run_2 = tmp_path / "job", tmp_path / "job-2"
+    ports = {name: free_port_outside_workers() for name in ("gcs", "dashboard", "client")}
+    script = f"""
+    ip link set lo up
+    ray start --head --block --node-ip-address 127.0.0.1 --port {ports["gcs"]} --num-cpus 2 \\
+        --dashboard-host 127.0.0.1 --dashboard-port {ports["dashboard"]} --include-dashboard true \\
+        --ray-client-server-port {ports["client"]} --temp-dir {short_folder(tmp_path)} > {tmp_path}/head.log 2>&1 &
+    head=$!
+    trap "kill -TERM $head; wait $head" EXIT
+    export RAY_ADDRESS=http://127.0.0.1:{ports["dashboard"]}
+    for i in $(seq 60); do ray job list > /dev/null 2>&1 && break; done
+    ray job submit --working-dir . -- {sys.executable} -m cnn2gnn_dist run --config demo {_quoted(MICRO)} run.dir={run}
+    echo "submit exit $?"
+    {sys.executable} launch/submit.py --address $RAY_ADDRESS -- --config demo {_quoted(MICRO)} \\
+        run.dir={run} --dry-run
+    echo "script exit $?"
+    {sys.executable} launch/submit.py --address $RAY_ADDRESS -- --config demo student.epoch=1 run.dir={run_2}
+    echo "failing exit $?"
+    """
+    process = start(["unshare", "-n", "bash", "-c", script], ray_environment())
+    try:
+        _, output = finish(process, 420)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert "submit exit 0" in output, output[-6000:]
+    assert "script exit 0" in output, output[-3000:]
+    assert "failing exit 1" in output, output[-3000:]
+    assert "did you mean student.epochs?" in output
+    assert scores(run) == scores(by_torchrun)
+
+
+def short_folder(tmp_path: Path) -> Path:
+    """Ray's sockets live below it: their path must stay under 107 bytes."""
+    folder = Path("/tmp") / f"ray-{os.getpid()}"
+    folder.mkdir(exist_ok=True)
+    (tmp_path / "session").symlink_to(folder)
+    return folder
+
+
+def free_port_outside_workers() -> int:
+    """Ray keeps 10002-19999 for its workers."""
+    while 10002 <= (port := free_port()) <= 19999:
+        pass
+    return port
+
+
+def _quoted(arguments: list[str]) -> str:
+    return " ".join(f"'{argument}'" for argument in arguments)
+
+
+def test_submit_names_the_remedy_when_no_server_answers():
+    command = [sys.executable, "launch/submit.py", "--address", f"http://127.0.0.1:{free_port()}"]
+    done = subprocess.run(
+        [*command, "--", "--config", "demo"], capture_output=True, text=True, env=environment()
+    )
+    assert done.returncode == 2
+    assert "ray start --head" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_dry_run_prints_config_and_plan(by_torchrun):
+    command = [sys.executable, "-m", "cnn2gnn_dist", "run", "--config", "demo", *MICRO]
+    done = subprocess.run(
+        [*command, f"run.dir={by_torchrun}", "student.epochs=5", "--dry-run"],
+        capture_output=True,
+        text=True,
+        env=environment(),
+    )
+    assert done.returncode == 0
+    assert "epochs: 5" in done.stdout
+    plan = done.stdout.splitlines()[-8:]
+    assert plan[3].split()[:2] == ["targets", "whole"]
+    assert "student.epochs: 3 -> 5" in plan[4]
+    assert (
+        json.loads((by_torchrun / "student" / "done.json").read_text())["parts"]["student"][
+            "epochs"
+        ]
+        == 3
+    )
