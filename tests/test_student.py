@@ -179,6 +179,24 @@ def test_empty_slots_equal_fewer_candidates() -> None:
     torch.testing.assert_close(made(images, padded).logits_BC, made(images, block).logits_BC)
 
 
+def test_a_node_among_its_own_candidates_is_no_neighbour_of_itself() -> None:
+    bank, made = Bank(), student("dataset").eval()
+    images = make_images(len(SEEDS))
+    block = bank.block(SEEDS)
+    loops = torch.cat([block.unique_U[:, None], block.second_UG], 1)
+    looped = made(images, replace(block, second_UG=loops))
+    torch.testing.assert_close(looped.logits_BC, made(images, block).logits_BC)
+
+
+def test_unseen_images_with_empty_slots_in_the_second_hop() -> None:
+    bank, made = Bank(), student("dataset").eval()
+    images = make_images(3)
+    block = bank.block(torch.full((3,), -1), torch.arange(M).expand(3, M))
+    none_U1 = torch.full((len(block.unique_U), 1), -1)
+    padded = replace(block, second_UG=torch.cat([none_U1, block.second_UG], 1))
+    torch.testing.assert_close(made(images, padded).logits_BC, made(images, block).logits_BC)
+
+
 def test_a_seed_without_candidates_has_no_neighbours() -> None:
     bank, made = Bank(), student("dataset").eval()
     block = bank.block(SEEDS)

@@ -201,9 +201,9 @@ class Student(nn.Module):
             p_UG = self._nearest(z_Vd[block.unique_U], z_Vd, block.second_UG, present_UG).p_BM
             second_UGD = x_VD[block.second_UG.clamp(min=0)]
             mean_UD = (p_UG.unsqueeze(-1) * second_UGD).sum(1)
-            # p_ji, wherever the seed i lies among the candidates of its neighbour j.
+            # p_ji, wherever the seed i lies among the candidates of its neighbour j. An unseen
+            # image (-1) meets empty slots (-1) only: their weight is 0.
             is_seed_BFG = block.second_UG[unique_of_BF] == block.seed_V.view(-1, 1, 1)
-            is_seed_BFG &= block.seed_V.view(-1, 1, 1) >= 0
             back_BF = (p_UG[unique_of_BF] * is_seed_BFG).sum(-1)
             around = NeighbourBlock(
                 weights_BF=found.p_BM,
