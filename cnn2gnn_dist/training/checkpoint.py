@@ -68,7 +68,7 @@ class Checkpoints:
                 "extra": extra,
             }
             _publish(work, final, state, files)
-            self._prune()
+            self._prune(final)
         distributed.barrier()
         return final
 
@@ -92,6 +92,12 @@ class Checkpoints:
         if path is None:
             return None
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        if state["format"] != FORMAT:
+            raise UserError(
+                f"this checkpoint has format {state['format']}, we know {FORMAT}",
+                where=str(path),
+                remedy="the version of cnn2gnn-dist that wrote it, or another run.dir=…",
+            )
         if state["run_id"] != self.run_id:
             raise UserError(
                 "this checkpoint belongs to another run or config",
@@ -105,9 +111,13 @@ class Checkpoints:
         engine.deepspeed.global_steps = engine.steps
         return state["extra"]
 
-    def _prune(self) -> None:
+    def _prune(self, newest: Path) -> None:
+        """Leave ``keep_last`` up to ``newest``; clear away torn saves and a damaged future."""
         folders = sorted(self.folder.glob("step-????????"))
-        for old in folders[: -self.keep_last]:
+        past = [folder for folder in folders if folder.name <= newest.name]
+        # A run that fell back behind a damaged checkpoint must not count that one.
+        future = [folder for folder in folders if folder.name > newest.name and _damage(folder)]
+        for old in [*past[: -self.keep_last], *future, *self.folder.glob("step-*.tmp")]:
             shutil.rmtree(old)
 
 
@@ -161,7 +171,7 @@ def _damage(folder: Path) -> str | None:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         files = manifest["files"].items()
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"no valid manifest ({error})"
     for name, (size, sha) in files:
         path = folder / name
@@ -195,7 +205,7 @@ def _check_shapes(engine: Engine, tensors: dict[str, Tensor], path: Path) -> Non
     }
     wanted.update({"b/" + name: tuple(b.shape) for name, b in engine.module.named_buffers()})
     there = {n: tuple(t.shape) for n, t in tensors.items() if n[:2] in ("w/", "b/")}
-    for name in sorted(wanted.keys() | there.keys()):
+    for name in dict.fromkeys([*wanted, *there]):
         if wanted.get(name) != there.get(name):
             raise UserError(
                 f"the checkpoint does not fit the model at {name[2:]}: shape "

@@ -128,6 +128,30 @@ def resolve(
         UserError: the file fixes a batch size that contradicts, or a mode that can't work.
     """
     config = deepcopy(ds)
+    _resolve_batches(config, world_size, global_batch, accumulation)
+    _refuse_modes(config)
+    zero = _block(config, "zero_optimization")
+    zero["stage"] = stage if stage is not None else _auto(zero.get("stage", "auto"), 2)
+    if zero["stage"] not in (0, 1, 2, 3):
+        raise UserError(
+            f"ZeRO has no stage {zero['stage']!r}",
+            where="zero_optimization.stage",
+            remedy="0, 1, 2 or 3",
+        )
+    on_gpu = device == "cuda"
+    zero["overlap_comm"] = on_gpu and _auto(zero.get("overlap_comm", "auto"), True)
+    autocast = _block(config, "torch_autocast")
+    autocast["enabled"] = on_gpu and _auto(autocast.get("enabled", "auto"), True)
+    config["gradient_clipping"] = _auto(config.get("gradient_clipping", "auto"), clip)
+    _resolve_optimizer(_block(config, "optimizer"), lr, weight_decay, on_gpu)
+    config.setdefault("steps_per_print", 10**9)
+    _refuse_auto(config, "")
+    return config
+
+
+def _resolve_batches(
+    config: dict[str, Any], world_size: int, global_batch: int, accumulation: int
+) -> None:
     micro, rest = divmod(global_batch, world_size * accumulation)
     if rest or not micro:
         raise UserError(
@@ -150,33 +174,53 @@ def resolve(
                 remedy='set it to "auto", or change the global batch',
             )
         config[key] = value
+
+
+def _refuse_modes(config: dict[str, Any]) -> None:
     for mode in ("fp16", "bf16"):
-        if config.get(mode, {}).get("enabled") is True:
+        if mode in config and _block(config, mode).get("enabled") is True:
             raise UserError(
                 f'"{mode}" casts BatchNorm weights but not its buffers, and crashes',
                 where=f"{mode}.enabled",
                 remedy='use "torch_autocast": {"enabled": "auto", "dtype": "bfloat16"}',
             )
-    zero = config.setdefault("zero_optimization", {})
-    zero["stage"] = stage if stage is not None else _auto(zero.get("stage", "auto"), 2)
-    on_gpu = device == "cuda"
-    zero["overlap_comm"] = on_gpu and _auto(zero.get("overlap_comm", "auto"), True)
-    autocast = config.setdefault("torch_autocast", {})
-    autocast["enabled"] = on_gpu and _auto(autocast.get("enabled", "auto"), True)
-    config["gradient_clipping"] = _auto(config.get("gradient_clipping", "auto"), clip)
-    optimizer = config.setdefault("optimizer", {"type": "AdamW", "params": {"torch_adam": True}})
-    if optimizer.get("type") not in ("Adam", "AdamW"):
+    if "scheduler" in config:
         raise UserError(
-            f"the optimizer {optimizer.get('type')!r} is not supported: checkpoints name Adam's moments",
+            "the learning rate is set at every step, a scheduler would change nothing",
+            where="scheduler",
+            remedy="remove it; see lr, warmup_epochs and epochs in the run's config",
+        )
+
+
+def _resolve_optimizer(
+    optimizer: dict[str, Any], lr: float, weight_decay: float, on_gpu: bool
+) -> None:
+    kind = optimizer.setdefault("type", "AdamW")
+    if kind not in ("Adam", "AdamW"):
+        raise UserError(
+            f"the optimizer {kind!r} is not supported: checkpoints name Adam's moments",
             where="optimizer.type",
             remedy='"AdamW" with "torch_adam": true',
         )
-    params = optimizer.setdefault("params", {})
+    params = _block(optimizer, "params", "optimizer.params")
     params["lr"] = _auto(params.get("lr", "auto"), lr)
     params["weight_decay"] = _auto(params.get("weight_decay", "auto"), weight_decay)
-    config.setdefault("steps_per_print", 10**9)
-    _refuse_auto(config, "")
-    return config
+    if not on_gpu:
+        # Otherwise DeepSpeed compiles an Adam of its own, for more than a minute.
+        params["torch_adam"] = True
+    params.setdefault("torch_adam", True)
+
+
+def _block(config: dict[str, Any], key: str, where: str = "") -> dict[str, Any]:
+    """The object under a key, made when absent."""
+    found = config.setdefault(key, {})
+    if not isinstance(found, dict):
+        raise UserError(
+            f"{key} is an object, not {found!r}",
+            where=where or key,
+            remedy="see the ds_config.json that comes with the package",
+        )
+    return found
 
 
 def _auto(value: Any, default: Any) -> Any:

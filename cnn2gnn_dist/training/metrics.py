@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -40,32 +41,47 @@ class MetricsLog:
         self.path = Path(folder) / "metrics.jsonl"
         self.name, self.console, self.silent = name, console, rank != 0
         self._said = float("-inf")
+        self._wants_board = tensorboard
         self._board: Any = None
-        if self.silent:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(self.path.parent / "tensorboard"))
+        self._purge: int | None = None
+        if not self.silent:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def log(self, step: int, **values: float) -> None:
         """Record values after ``step`` optimizer steps."""
         if self.silent:
             return
-        line = {"step": step, "time": round(time.time(), 3), **values}
+        # NaN and infinity are no JSON.
+        finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
+        line = {"step": step, "time": round(time.time(), 3), **finite}
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
-            self._board.flush()
-        if self.console and time.monotonic() - self._said >= CONSOLE_SECONDS:
+        self._draw(step, values)
+        due = time.monotonic() - self._said >= CONSOLE_SECONDS
+        if self.console and (due or "test_accuracy" in values):
             self._said = time.monotonic()
             print(console_line(self.name, step, values), flush=True)
 
+    def _draw(self, step: int, values: dict[str, float]) -> None:
+        if not self._wants_board:
+            return
+        if self._board is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # purge_step: TensorBoard forgets what a killed run wrote after its checkpoint.
+            self._board = SummaryWriter(
+                str(self.path.parent / "tensorboard"), purge_step=self._purge
+            )
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+        self._board.flush()
+
     def truncate_after(self, step: int) -> None:
-        """Drop what was logged after ``step``: a resumed run writes it again."""
+        """Drop what was logged after ``step``: a resumed run writes it again.
+
+        Call it before the first ``log``.
+        """
+        self._purge = step + 1
         if self.silent or not self.path.exists():
             return
         kept = [line for line in read(self.path) if line["step"] <= step]

@@ -25,6 +25,8 @@ def pull(engine: Engine, mine: Callable[[str], bool]) -> tuple[dict[str, Tensor]
     """
     from deepspeed.utils import safe_get_full_optimizer_state
 
+    if engine.deepspeed.global_steps == 0:
+        _create_state(engine, 0.0)
     if engine.zero_stage in (1, 2):
         _relink(engine)
     found: dict[str, Tensor] = {}

@@ -1,0 +1,199 @@
+"""ds_config.json: what is found, what is refused, and the arithmetic of batches."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.training import ds_config
+
+SHIPPED = ds_config.PACKAGE.parent / "ds_config.json"
+
+
+def resolve(ds: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    settings: dict[str, Any] = {
+        "world_size": 2,
+        "global_batch": 16,
+        "accumulation": 2,
+        "lr": 0.003,
+        "weight_decay": 0.05,
+        "clip": 1.5,
+        "device": "cpu",
+    }
+    return ds_config.resolve(ds, **{**settings, **changes})
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "ds.json"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def leaves(node: Any) -> list[Any]:
+    if isinstance(node, dict):
+        return [leaf for child in node.values() for leaf in leaves(child)]
+    return [node]
+
+
+def test_the_shipped_file_resolves_without_autos() -> None:
+    found = resolve(ds_config.load(SHIPPED))
+    assert "auto" not in leaves(found)
+    assert found["train_batch_size"] == 16
+    assert found["train_micro_batch_size_per_gpu"] == 4
+    assert found["gradient_accumulation_steps"] == 2
+    assert found["gradient_clipping"] == 1.5
+    assert found["optimizer"]["params"]["lr"] == 0.003
+    assert found["optimizer"]["params"]["weight_decay"] == 0.05
+    assert found["zero_optimization"]["stage"] == 2
+
+
+@pytest.mark.parametrize(("device", "on"), [("cpu", False), ("cuda", True)])
+def test_autocast_and_overlap_are_for_gpus(device: str, on: bool) -> None:
+    found = resolve(ds_config.load(SHIPPED), device=device)
+    assert found["torch_autocast"] == {"enabled": on, "dtype": "bfloat16"}
+    assert found["zero_optimization"]["overlap_comm"] is on
+
+
+def test_explicit_values_of_the_file_win_and_it_is_left_alone() -> None:
+    ds: dict[str, Any] = {
+        "gradient_clipping": 0.1,
+        "optimizer": {"type": "AdamW", "params": {"lr": 9.0, "torch_adam": True}},
+        "zero_optimization": {"stage": 1, "overlap_comm": False},
+        "torch_autocast": {"enabled": False},
+    }
+    before = copy.deepcopy(ds)
+    found = resolve(ds, device="cuda")
+    assert ds == before
+    assert found["gradient_clipping"] == 0.1
+    assert found["optimizer"]["params"]["lr"] == 9.0
+    assert found["zero_optimization"] == {"stage": 1, "overlap_comm": False}
+    assert found["torch_autocast"]["enabled"] is False
+    assert resolve(ds, stage=3)["zero_optimization"]["stage"] == 3
+
+
+def test_an_empty_file_gets_every_value_that_deepspeed_would_choose_otherwise() -> None:
+    found = resolve({}, clip=0.0)
+    assert found["gradient_clipping"] == 0.0  # DeepSpeed: 1.0
+    assert found["optimizer"]["params"]["torch_adam"] is True  # DeepSpeed: compiles its own
+
+
+def test_torch_adam_is_the_default_on_the_cpu() -> None:
+    found = resolve({"optimizer": {"type": "AdamW", "params": {}}})
+    assert found["optimizer"]["params"]["torch_adam"] is True
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"grad_clipping": 1}', ["grad_clipping", "gradient_clipping"]),
+        ('{"train_batchsize": 1}', ["train_batchsize", "train_batch_size"]),
+        ('{"elasticity": {}}', ["elasticity"]),
+        ('{"optimizer": {}, "optimizer": {}}', ["optimizer", "twice"]),
+        ('{"zero_optimization": {"stage": 1, "stage": 2}}', ["stage", "twice"]),
+        ('{"optimizer": ', ["not valid JSON"]),
+        ("[1]", ["object"]),
+    ],
+)
+def test_wrong_files_are_refused(tmp_path: Path, text: str, words: list[str]) -> None:
+    path = written(tmp_path, text)
+    with pytest.raises(UserError) as caught:
+        ds_config.load(path)
+    for word in [*words, str(path)]:
+        assert word in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere"):
+        ds_config.load(tmp_path / "nowhere.json")
+
+
+def test_the_default_is_here_then_what_comes_with_us(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert ds_config.load() == json.loads(SHIPPED.read_text())
+    (tmp_path / "ds_config.json").write_text('{"steps_per_print": 7}')
+    assert ds_config.load() == {"steps_per_print": 7}
+    (tmp_path / "ds_config.json").unlink()
+    monkeypatch.setattr(ds_config, "PACKAGE", tmp_path)
+    (tmp_path / "ds_config.json").write_text('{"steps_per_print": 8}')
+    monkeypatch.chdir("/")
+    assert ds_config.load() == {"steps_per_print": 8}
+
+
+@pytest.mark.parametrize(
+    ("ds", "words"),
+    [
+        ({"train_batch_size": 32}, ["32", "16 = 2 ranks x 2 accumulated x 4"]),
+        ({"train_micro_batch_size_per_gpu": 8}, ["train_micro_batch_size_per_gpu", "8"]),
+        ({"gradient_accumulation_steps": 1}, ["gradient_accumulation_steps", "1"]),
+        ({"bf16": {"enabled": True}}, ["bf16", "BatchNorm", "torch_autocast"]),
+        ({"fp16": {"enabled": True}}, ["fp16", "torch_autocast"]),
+        ({"optimizer": {"type": "Lamb"}}, ["Lamb", "AdamW"]),
+        ({"optimizer": {"type": "AdamW", "params": {"eps": "auto"}}}, ["optimizer.params.eps"]),
+        ({"zero_optimization": {"stage": 4}}, ["stage", "4"]),
+        ({"zero_optimization": 2}, ["zero_optimization"]),
+        ({"bf16": True}, ["bf16"]),
+        ({"scheduler": {"type": "WarmupLR"}}, ["scheduler", "warmup_epochs"]),
+    ],
+)
+def test_what_cannot_work_is_refused(ds: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        resolve(ds)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_what_agrees_with_the_arithmetic_is_fine() -> None:
+    ds = {"train_batch_size": 16, "train_micro_batch_size_per_gpu": 4, "bf16": {"enabled": False}}
+    assert resolve(ds)["train_micro_batch_size_per_gpu"] == 4
+
+
+@pytest.mark.parametrize(
+    ("batch", "world", "accumulation"), [(16, 3, 1), (16, 2, 3), (1, 2, 1), (6, 4, 1)]
+)
+def test_batches_that_do_not_divide(batch: int, world: int, accumulation: int) -> None:
+    with pytest.raises(UserError) as caught:
+        resolve({}, global_batch=batch, world_size=world, accumulation=accumulation)
+    assert f"{batch} is not {world} ranks x {accumulation}" in str(caught.value)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("share", [1, 2, 12, 30, 31])
+@pytest.mark.parametrize("most", [1, 2, 5, 8, 64])
+def test_accumulation_is_the_smallest_that_fits(world: int, share: int, most: int) -> None:
+    found = ds_config.accumulation_for(world * share, world, most)
+    fits = [a for a in range(1, share + 1) if share % a == 0 and share // a <= most]
+    assert found == min(fits)
+    resolved = resolve({}, global_batch=world * share, world_size=world, accumulation=found)
+    assert resolved["train_batch_size"] == (
+        resolved["train_micro_batch_size_per_gpu"] * found * world
+    )
+
+
+def test_accumulation_says_the_arithmetic() -> None:
+    with pytest.raises(UserError) as caught:
+        ds_config.accumulation_for(100, 3, 64)
+    assert "100 / 3 = 33.33" in str(caught.value)
+    assert "102" in str(caught.value)
+
+
+def test_deepspeed_knows_every_key_we_let_through() -> None:
+    """The whitelist holds no name that DeepSpeed's source doesn't contain."""
+    spec = importlib.util.find_spec("deepspeed")
+    assert spec is not None
+    assert spec.submodule_search_locations
+    source = "".join(
+        path.read_text(encoding="utf-8", errors="replace")
+        for path in Path(spec.submodule_search_locations[0]).rglob("*.py")
+        if path.name in ("constants.py", "config.py")
+    )
+    unknown = [k for k in ds_config.KNOWN_KEYS if not re.search(f"[\"']{k}[\"']", source)]
+    assert unknown == []
