@@ -34,7 +34,7 @@ def main() -> int:
         "--deepspeed_config", metavar="FILE", help="DeepSpeed config of both models"
     )
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     ranks = Ranks()
     try:
         ranks = Ranks.from_environment()

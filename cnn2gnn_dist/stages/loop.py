@@ -202,7 +202,11 @@ class Training:
         self.tally = Tally()
 
     def finish(self) -> list[Path]:
-        """The files of the last checkpoint, when training is over."""
+        """The files of the last checkpoint, when training is over (collective)."""
+        corrupt = self.corrupt.check()
+        if corrupt:
+            some = "; ".join(sorted(corrupt.values())[:3])
+            self.context.say(f"{self.name:8} {len(corrupt)} corrupt images were left out: {some}")
         last = self.checkpoints.latest()
         assert last is not None
         return [path for path in last.iterdir() if path.is_file()]

@@ -47,5 +47,4 @@ def run(context: Context) -> list[Path]:
                     training.learn(loss_B, valid, logits, labels)
                 training.step(order.batches_per_epoch)
             training.end_epoch(lambda: {"test_accuracy": accuracy_of(context, engine)})
-    training.corrupt.check()
     return training.finish()
