@@ -1,0 +1,174 @@
+"""``cnn2gnn doctor``: what this machine has, what it lacks, and what to do about it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import resource
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from packaging.requirements import Requirement
+
+OK, WARN, FAIL = "ok", "warn", "FAIL"
+DISTRIBUTION = "cnn2gnn-dist"
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check: what it looked at, how it stands, what was seen, what to do."""
+
+    name: str
+    standing: str
+    seen: str
+    remedy: str = ""
+
+
+def command() -> int:
+    """Print all findings; 1 if one of them stops a run, else 0."""
+    findings = examine()
+    for one in findings:
+        print(f"{one.standing:5} {one.name:16} {one.seen}")
+        if one.standing != OK and one.remedy:
+            print(f"{'':22} -> {one.remedy}")
+    bad = sum(one.standing == FAIL for one in findings)
+    print(f"\n{bad} problems" if bad else "\nnothing stands in the way")
+    return 1 if bad else 0
+
+
+def examine() -> list[Finding]:
+    """Run every check; a check that breaks is itself a finding."""
+    findings = [_python(), *_versions()]
+    checks: list[tuple[str, Callable[[], Finding], str]] = [
+        ("timm", _timm, "pip install timm torchvision; torch and torchvision of one build"),
+        ("dgl imports", _dgl, "pip install dgl==2.1.0 pandas packaging"),
+        ("deepspeed imports", _deepspeed, "pip install deepspeed==0.19.8"),
+        ("ray imports", _ray, 'pip install "ray[default]"'),
+        ("gpu", _gpu, "see docs/gpu.md"),
+        ("shared memory", _shared_memory, "a larger /dev/shm (docker: --shm-size=4g)"),
+        ("disk", _disk, "free some space, or run.dir= on another disk"),
+        ("memory", _memory, "fewer ranks, smaller batches"),
+        ("open files", _open_files, "ulimit -n 65536"),
+        ("OMP_NUM_THREADS", _threads, "export OMP_NUM_THREADS=1 when ranks share cores"),
+    ]
+    for name, check, remedy in checks:
+        try:
+            findings.append(check())
+        except Exception as error:
+            findings.append(Finding(name, FAIL, f"{type(error).__name__}: {error}", remedy))
+    return findings
+
+
+def _python() -> Finding:
+    fits = (3, 11) <= sys.version_info[:2] < (3, 13)
+    return Finding("python", OK if fits else FAIL, platform.python_version(), "Python 3.11 or 3.12")
+
+
+def _versions() -> list[Finding]:
+    """Installed versions against the ranges this package asks for."""
+    try:
+        wanted = importlib.metadata.requires(DISTRIBUTION) or []
+    except importlib.metadata.PackageNotFoundError:
+        return [Finding("install", WARN, "the package is not installed", "pip install .")]
+    findings = []
+    for text in wanted:
+        need = Requirement(text)
+        if need.marker is not None and not need.marker.evaluate({"extra": ""}):
+            continue
+        remedy = f'pip install -c constraints.txt "{need.name}{need.specifier}"'
+        try:
+            have = importlib.metadata.version(need.name)
+        except importlib.metadata.PackageNotFoundError:
+            findings.append(Finding(need.name, FAIL, "not installed", remedy))
+            continue
+        fits = need.specifier.contains(have.split("+")[0], prereleases=True)
+        seen = f"{have} ({need.specifier or 'any'})"
+        findings.append(Finding(need.name, OK if fits else FAIL, seen, remedy))
+    return findings
+
+
+def _timm() -> Finding:
+    from cnn2gnn_dist.compat import import_timm
+
+    return Finding("timm imports", OK, import_timm().__version__)
+
+
+def _dgl() -> Finding:
+    from cnn2gnn_dist.compat import import_dgl
+
+    return Finding("dgl imports", OK, f"{import_dgl().__version__} (graphbolt left out)")
+
+
+def _deepspeed() -> Finding:
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    version = importlib.import_module("deepspeed").__version__
+    return Finding("deepspeed imports", OK, version)
+
+
+def _ray() -> Finding:
+    version = importlib.import_module("ray").__version__
+    address = os.environ.get("RAY_ADDRESS")
+    where = f"RAY_ADDRESS={address}" if address else "will be started here, on loopback"
+    return Finding("ray imports", OK, f"{version}; {where}")
+
+
+def _gpu() -> Finding:
+    import torch
+
+    if not torch.cuda.is_available():
+        return Finding("gpu", OK, "none that torch sees: runs use the CPU (device=auto)")
+    cards = []
+    for number in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(number)
+        cards.append(f"{card.name} {card.total_memory / GIB:.0f} GiB")
+    bf16 = "bf16" if torch.cuda.is_bf16_supported() else "no bf16"
+    return Finding("gpu", OK, f"{', '.join(cards)}; {bf16}")
+
+
+def _shared_memory() -> Finding:
+    folder = Path("/dev/shm")
+    if not folder.is_dir():
+        return Finding("shared memory", WARN, "no /dev/shm", "Ray will use the disk, slowly")
+    free = shutil.disk_usage(folder).free / GIB
+    return Finding(
+        "shared memory",
+        OK if free >= 1 else WARN,
+        f"{free:.1f} GiB free in /dev/shm",
+        "1 GiB or more (docker: --shm-size=4g)",
+    )
+
+
+def _disk() -> Finding:
+    free = shutil.disk_usage(Path.cwd()).free / GIB
+    standing = OK if free >= 5 else (WARN if free >= 1 else FAIL)
+    return Finding("disk", standing, f"{free:.0f} GiB free here", "run.dir= on another disk")
+
+
+def _memory() -> Finding:
+    free = psutil.virtual_memory().available / GIB
+    cores = len(os.sched_getaffinity(0))
+    return Finding(
+        "memory",
+        OK if free >= 3 else WARN,
+        f"{free:.1f} GiB available, {cores} cores",
+        "about 1 GiB a rank and 0.5 GiB for Ray",
+    )
+
+
+def _open_files() -> Finding:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return Finding("open files", OK if soft >= 4096 else WARN, f"limit {soft}", "ulimit -n 65536")
+
+
+def _threads() -> Finding:
+    value = os.environ.get("OMP_NUM_THREADS")
+    return Finding("OMP_NUM_THREADS", OK, value or "not set (ranks under Ray and torchrun use 1)")

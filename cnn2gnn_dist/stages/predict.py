@@ -1,0 +1,156 @@
+"""``cnn2gnn predict``: classify image files with a finished run, and show what they attach to."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from tqdm import tqdm
+
+from cnn2gnn_dist import settings
+from cnn2gnn_dist.data.decode import CorruptSample, decode
+from cnn2gnn_dist.data.manifest import IMAGE_SUFFIXES, Manifest
+from cnn2gnn_dist.data.views import CLEAN, render
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.graph.bank import latest_version, open_version
+from cnn2gnn_dist.runtime.ranks import Ranks
+from cnn2gnn_dist.stages.context import Context, RunPaths, chunks, load_manifest
+from cnn2gnn_dist.stages.neighbourhood import Neighbourhood, Query
+from cnn2gnn_dist.stages.networks import build_student, load_model
+from cnn2gnn_dist.training.checkpoint import Checkpoints
+
+BATCH = 64
+SHOWN_NEIGHBOURS = 5
+
+
+def command(run: Path, images: list[str], *, top: int, as_json: bool) -> int:
+    """Print classes and neighbours of each image; 1 if some could not be read."""
+    predictor = Predictor(run)
+    files = list(_files(images))
+    failed = 0
+    for rows in tqdm(list(chunks(len(files), BATCH)), "predict", disable=len(files) <= BATCH):
+        batch = [files[row] for row in rows]
+        pixels, good = [], []
+        for path in batch:
+            try:
+                pixels.append(
+                    render(predictor.context.views(), decode(path.read_bytes()), 0, CLEAN)
+                )
+                good.append(path)
+            except (CorruptSample, OSError) as error:
+                print(f"cnn2gnn: {path}: not readable as an image: {error}", file=sys.stderr)
+                failed += 1
+        if good:
+            for path, found in zip(good, predictor(np.stack(pixels), top), strict=True):
+                print(json.dumps({"image": str(path), **found}) if as_json else _line(path, found))
+    return 1 if failed else 0
+
+
+@dataclass
+class _Model:
+    student: Any
+    around: Neighbourhood | None
+
+
+class Predictor:
+    """A finished run, ready to classify: student, and the bank that images attach to.
+
+    Raises:
+        UserError: the folder is no finished run.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self.context = _context(run)
+        config, paths = self.context.config, self.context.paths
+        self.train: Manifest = load_manifest(paths.train_manifest)
+        self.names = self.train.classes
+        student = build_student(config, self.train.num_classes, config.graph.scope)
+        load_model(student, Checkpoints(paths.root / "student" / "checkpoints", ""), "student")
+        student.to(self.context.device).eval()
+        around = None
+        if config.graph.scope == "dataset":
+            version = latest_version(paths.root / "graph")
+            if version is None:
+                raise _unfinished(run, "it has no graph", "graph")
+            around = Neighbourhood(self.context, open_version(version), None)
+        self._model = _Model(student, around)
+
+    @torch.no_grad()
+    def __call__(self, images_BHWC: np.ndarray, top: int) -> list[dict[str, Any]]:
+        """Classes and neighbours of uint8 images [B, size, size, 3]."""
+        images = torch.from_numpy(images_BHWC).to(self.context.device)
+        around = self._model.around
+        query = around.around_unseen(len(images)) if around else None
+        output = self._model.student(images, query)
+        values, classes = output.logits_BC.softmax(1).topk(min(top, len(self.names)))
+        found = []
+        for row in range(len(images)):
+            pairs = zip(classes[row].tolist(), values[row].tolist(), strict=True)
+            one: dict[str, Any] = {
+                "classes": [{"class": self.names[c], "probability": round(v, 4)} for c, v in pairs]
+            }
+            if query is not None:
+                one["neighbours"] = self._neighbours(query, output.weights_BF[row], row)
+            found.append(one)
+        return found
+
+    def _neighbours(self, query: Query, weights_F: torch.Tensor, row: int) -> list[dict[str, Any]]:
+        order = weights_F.argsort(descending=True, stable=True)[:SHOWN_NEIGHBOURS].tolist()
+        found = []
+        for slot in order:
+            sample, weight = int(query.first_BF[row, slot]), float(weights_F[slot])
+            if sample >= 0 and weight > 0:
+                name = self.names[int(self.train.label_N[sample])]
+                key = self.train.key(sample)
+                found.append({"key": key, "class": name, "weight": round(weight, 4)})
+        return found
+
+
+def _context(run: Path) -> Context:
+    file = run / "config.yaml"
+    if not file.is_file():
+        raise _unfinished(run, "it has no config.yaml", "run")
+    tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    # A run may have been moved since: its own folder counts.
+    tree["run"] = {**tree.get("run", {}), "dir": str(run)}
+    config = settings.check(tree)
+    root = Path(str(config.run.dir))
+    if not (root / "student" / "done.json").is_file():
+        raise _unfinished(run, "its student is not trained", "run")
+    device = "cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu"
+    return Context(config, Ranks(), RunPaths(root), root, "", device, False)
+
+
+def _unfinished(run: Path, what: str, stage: str) -> UserError:
+    return UserError(
+        f"this folder is no finished run: {what}",
+        where=str(run),
+        remedy=f"`cnn2gnn {stage}` with the run's config, or name another folder",
+    )
+
+
+def _files(images: list[str]) -> Iterator[Path]:
+    for name in images:
+        path = Path(name)
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.suffix[1:].lower() in IMAGE_SUFFIXES)
+            if not inside:
+                raise UserError("no image in this folder", where=name, remedy="name image files")
+            yield from inside
+        else:
+            yield path
+
+
+def _line(path: Path, found: dict[str, Any]) -> str:
+    classes = "  ".join(f"{c['class']} {c['probability']:.1%}" for c in found["classes"])
+    lines = [f"{path}  {classes}"]
+    for near in found.get("neighbours", []):
+        lines.append(f"    {near['weight']:.2f}  {near['class']}  {near['key']}")
+    return "\n".join(lines)
