@@ -139,8 +139,6 @@ class Engine:
         finite = distributed.all_reduce_sum(self._finite.clone())
         if float(finite) < distributed.world_size():
             raise self._diverged("loss")
-        for group in self.deepspeed.optimizer.param_groups:
-            group["lr"] = lr
         for group in inner_optimizer(self).param_groups:
             group["lr"] = lr
         norm = self._plain_norm() if self.zero_stage == 0 else None
