@@ -20,6 +20,7 @@ from cnn2gnn_dist.graph.bank import latest_version, open_version
 from cnn2gnn_dist.ledger import write_atomic
 from cnn2gnn_dist.models.cost import count_flops, count_parameters
 from cnn2gnn_dist.models.student import Scope, Student
+from cnn2gnn_dist.report import write_report
 from cnn2gnn_dist.stages.context import Context, load_manifest
 from cnn2gnn_dist.stages.judge import Predictions, predict_all
 from cnn2gnn_dist.stages.neighbourhood import Neighbourhood
@@ -69,6 +70,7 @@ def run(context: Context, keys: dict[str, str]) -> list[Path]:
             _gallery(context, keys, test)
         results["run"] = _circumstances(context, test)
         write_atomic(paths.results, json.dumps(results, indent=1))
+        write_report(paths.root, test.classes)
         print(table(results), flush=True)
     distributed.barrier()
     return [path for path in sorted(context.folder.glob("*.np*"))]
@@ -171,7 +173,7 @@ def _gallery(context: Context, keys: dict[str, str], test: Manifest) -> None:
     _load(context, student, "student", keys)
     spec = context.views()
     batch = Reader(ReaderSpec(str(context.paths.test_manifest), spec)).read(Request(ids, CLEAN))
-    images, labels, _ = context.to_device(batch)
+    images, _, _ = context.to_device(batch)
     around = open_bank(context)
     query = around.around_unseen(len(ids))
     output = student(images, query)
