@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,34 +18,7 @@ from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.ledger import Entry, Standing
 from cnn2gnn_dist.runtime.ranks import Ranks
 from cnn2gnn_dist.stages.context import Context, RunPaths
-
-# Fields that change how a result is reached, not which: a run may go on with others.
-EXECUTION = {
-    "max_micro_batch",
-    "eval_epochs",
-    "ds_config",
-    "zero_stage",
-    "batch",
-    "keep_versions",
-    "timing_images",
-    "control",
-}
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One step from files to files.
-
-    ``fields``: config sections or fields that determine its outputs; ``needs``: stages it
-    builds on; ``alone``: rank 0 works, the others wait.
-    """
-
-    name: str
-    folder: str
-    fields: tuple[str, ...]
-    needs: tuple[str, ...]
-    work: Callable[[Context, dict[str, str]], list[Path]]
-    alone: bool = False
+from cnn2gnn_dist.stages.registry import EXECUTION, Stage, stages_of
 
 
 @dataclass(frozen=True)
@@ -56,18 +30,6 @@ class Step:
     standing: Standing
     why: str
     entry: Entry | None = None
-
-
-def stages_of(config: Config) -> list[Stage]:
-    """The stages of a run, in order."""
-    found = [_INDEX, _TEACHER, _TARGETS, _STUDENT]
-    if config.data.source != "shards":
-        found.insert(0, _PACK)
-    if config.graph.scope == "dataset":
-        found.append(_GRAPH)
-    if config.student.control:
-        found.append(_CONTROL)
-    return [*found, _EVALUATE]
 
 
 def plan(config: Config, names: list[str] | None = None) -> list[Step]:
@@ -153,25 +115,26 @@ def _run_all(
     keys: dict[str, str] = {}
     done: dict[str, Any] = {}
     for stage in stages:
-        step = _together(ranks, lambda s=stage: _look(config, root, s, stages, digests))
+        step = _together(ranks, partial(_look, config, root, stage, stages, digests))
         wanted = names is None or stage.name in names
         if step.standing is not Standing.WHOLE and wanted:
-            step = _together(ranks, lambda s=step: _make_room(config, root, s, update))
+            step = _together(ranks, partial(_make_room, config, root, step, update))
             context = Context(
-                config, ranks, RunPaths(root), root / stage.folder, step.key, device, inside_ray
+                config,
+                ranks,
+                RunPaths(root),
+                root / stage.folder,
+                str(step.key),
+                device,
+                inside_ray,
             )
-            step = _execute(context, step, keys | digests_as_keys(digests))
+            step = _execute(context, step, dict(keys))
         elif wanted and ranks.is_first:
             print(f"{stage.name:8} whole, skipped", flush=True)
         if step.standing is Standing.WHOLE and step.entry:
             digests[stage.name], keys[stage.name] = step.entry.digest, step.entry.key
         done[stage.name] = step.why
     return done
-
-
-def digests_as_keys(digests: dict[str, str]) -> dict[str, str]:
-    """Stages whose digest is their key (all but ``index``)."""
-    return dict(digests)
 
 
 def _execute(context: Context, step: Step, keys: dict[str, str]) -> Step:
@@ -225,8 +188,8 @@ def _look(
 
 def _make_room(config: Config, root: Path, step: Step, update: bool) -> Step:
     """Mark the stage's folder as begun; a stale one is refused or set aside."""
-    folder = root / step.stage.folder
-    if step.key is None:
+    folder, key = root / step.stage.folder, step.key
+    if key is None:
         raise UserError(
             f"the stage {step.stage.name} {step.why}",
             where=str(root),
@@ -242,7 +205,7 @@ def _make_room(config: Config, root: Path, step: Step, update: bool) -> Step:
         aside = ledger.set_aside(folder)
         print(f"{step.stage.name:8} old results moved to {aside.name}", flush=True)
         step = replace(step, standing=Standing.FRESH)
-    ledger.begin(folder, Entry(step.key, _parts(config, step.stage)))
+    ledger.begin(folder, Entry(key, _parts(config, step.stage)))
     return step
 
 
@@ -261,18 +224,30 @@ def _parts(config: Config, stage: Stage) -> dict[str, Any]:
 
 def _inputs(config: Config, stage: Stage) -> dict[str, str]:
     """Fingerprints of files outside the run: names, sizes and times."""
-    from cnn2gnn_dist.data.manifest import expand
-
     data = config.data
     if stage.name == "pack" or (stage.name == "index" and data.source == "shards"):
         named = [origin for origin in (data.train, data.test) if origin is not None]
         facts = []
         for origin in named:
-            for path in map(Path, expand(origin) if data.source != "imagefolder" else [origin]):
+            for path in _looked_at(origin, data.source):
                 stat = path.stat()
                 facts.append(f"{path.name} {stat.st_size} {stat.st_mtime_ns}")
         return {"files": ledger.key_of("files", {"files": facts}, {})}
     return {}
+
+
+def _looked_at(origin: str | list[str], source: str) -> list[Path]:
+    """Files, or for a folder of images it and its class folders: too many files to look at all."""
+    from cnn2gnn_dist.data.manifest import expand
+
+    if source in ("shards", "parquet"):
+        return [Path(path) for path in expand(origin)]
+    folder = Path(origin if isinstance(origin, str) else origin[0])
+    return (
+        [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
+        if folder.is_dir()
+        else []
+    )
 
 
 def _digest(context: Context, stage: Stage) -> str:
@@ -337,91 +312,3 @@ def _together(ranks: Ranks, work: Callable[[], Any]) -> Any:
     if error is not None:
         raise error
     return result
-
-
-def _pack(context: Context, keys: dict[str, str]) -> list[Path]:
-    from cnn2gnn_dist.stages import prepare
-
-    return prepare.pack_run(context)
-
-
-def _index(context: Context, keys: dict[str, str]) -> list[Path]:
-    from cnn2gnn_dist.stages import prepare
-
-    return prepare.index_run(context)
-
-
-def _teacher(context: Context, keys: dict[str, str]) -> list[Path]:
-    from cnn2gnn_dist.stages import teacher
-
-    return teacher.run(context)
-
-
-def _targets(context: Context, keys: dict[str, str]) -> list[Path]:
-    from cnn2gnn_dist.stages import targets
-
-    return targets.run(context, keys["teacher"])
-
-
-def _student(context: Context, keys: dict[str, str]) -> list[Path]:
-    from cnn2gnn_dist.stages import student
-
-    return student.run(context, context.config.graph.scope)
-
-
-def _control(context: Context, keys: dict[str, str]) -> list[Path]:
-    from cnn2gnn_dist.stages import student
-
-    return student.run(context, "none")
-
-
-def _graph(context: Context, keys: dict[str, str]) -> list[Path]:
-    from cnn2gnn_dist.stages import graph
-
-    return graph.run(context, keys["student"])
-
-
-def _evaluate(context: Context, keys: dict[str, str]) -> list[Path]:
-    from cnn2gnn_dist.stages import evaluate
-
-    return evaluate.run(context, keys)
-
-
-_PACK = Stage(
-    "pack",
-    "shards",
-    (
-        "seed",
-        "data.source",
-        "data.shard_size",
-        "data.limit",
-        "data.image_column",
-        "data.label_column",
-    ),
-    (),
-    _pack,
-    alone=True,
-)
-_INDEX = Stage(
-    "index",
-    "manifest",
-    ("seed", "data.holdout", "data.num_classes", "data.allow_empty_classes"),
-    ("pack",),
-    _index,
-    alone=True,
-)
-_TEACHER = Stage(
-    "teacher", "teacher", ("seed", "views", "stream.window", "teacher"), ("index",), _teacher
-)
-_TARGETS = Stage("targets", "targets", ("seed", "views", "targets"), ("index", "teacher"), _targets)
-_LEARN = ("seed", "views", "stream.window", "targets.views", "student")
-_STUDENT = Stage("student", "student", (*_LEARN, "graph"), ("index", "targets"), _student)
-_GRAPH = Stage("graph", "graph", ("graph",), ("index", "student"), _graph)
-_CONTROL = Stage("control", "control", _LEARN, ("index", "targets"), _control)
-_EVALUATE = Stage(
-    "evaluate",
-    "evaluation",
-    ("evaluate",),
-    ("index", "teacher", "student", "graph", "control"),
-    _evaluate,
-)

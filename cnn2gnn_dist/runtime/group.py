@@ -6,6 +6,7 @@ when one rank dies all are replaced, and the stage continues from its last check
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import sys
@@ -63,7 +64,7 @@ def start(address: str | None, cpus: int) -> None:
         num_cpus=max(cpus, os.cpu_count() or 1),
         include_dashboard=False,
         _node_ip_address="127.0.0.1",
-        logging_level="warning",
+        logging_level=logging.WARNING,
     )
 
 

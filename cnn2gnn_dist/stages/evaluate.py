@@ -52,7 +52,7 @@ def run(context: Context, keys: dict[str, str]) -> list[Path]:
     for contestant in contestants(context, test.num_classes, keys):
         found = predict_all(
             context,
-            lambda images, _, one=contestant: one.classify(images),
+            _ignoring_batch(contestant.classify),
             paths.test_manifest,
             config.evaluate.batch,
             shuffle_seed=config.seed if contestant.shuffled else None,
@@ -74,6 +74,10 @@ def run(context: Context, keys: dict[str, str]) -> list[Path]:
         print(table(results), flush=True)
     distributed.barrier()
     return [path for path in sorted(context.folder.glob("*.np*"))]
+
+
+def _ignoring_batch(classify: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Batch], Tensor]:
+    return lambda images, _: classify(images)
 
 
 def contestants(context: Context, num_classes: int, keys: dict[str, str]) -> list[Contestant]:

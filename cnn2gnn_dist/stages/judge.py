@@ -107,9 +107,9 @@ def predict_all(
             column.append(values[keep])
     mine = [np.concatenate(column) for column in columns]
     everyone = distributed.all_gather_object(mine)
-    ids, predicted, confidence, labels = (np.concatenate(c) for c in zip(*everyone, strict=True))
-    order = np.argsort(ids, kind="stable")
-    return Predictions(ids[order], predicted[order], confidence[order], labels[order])
+    all_ids, classes, sure, truth = (np.concatenate(c) for c in zip(*everyone, strict=True))
+    order = np.argsort(all_ids, kind="stable")
+    return Predictions(all_ids[order], classes[order], sure[order], truth[order])
 
 
 def accuracy_of(context: Context, classify: Callable[[Tensor], Tensor]) -> float:

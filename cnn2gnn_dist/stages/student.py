@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,7 +68,7 @@ class _Job:
         config = self.context.config
         if scope == "dataset":
             self._refresh(epoch)
-        how = {
+        how: dict[str, Any] = {
             "seed": config.seed,
             "global_batch": config.student.global_batch,
             "window": config.stream.window,
