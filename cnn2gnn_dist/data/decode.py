@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import io
-import warnings
 
 import numpy as np
 
-MAX_PIXELS = 100_000_000
-"""Larger images are refused: a small file can unfold to fill the memory."""
+MAX_PIXELS = 89_478_485
+"""Larger images are refused: a small file can unfold to fill the memory. Pillow's own limit,
+above which it would warn, and above twice of which raise."""
 
 
 class CorruptSample(Exception):
@@ -40,11 +40,11 @@ def _by_pillow(data: bytes) -> np.ndarray:
     from PIL import Image
 
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data)) as image:
-                _check_size(*image.size)
-                return np.array(image.convert("RGB"))
+        with Image.open(io.BytesIO(data)) as image:
+            _check_size(*image.size)
+            if image.mode == "P" and "transparency" in image.info:  # else Pillow warns
+                return np.array(image.convert("RGBA").convert("RGB"))
+            return np.array(image.convert("RGB"))
     except CorruptSample:
         raise
     except Exception as error:

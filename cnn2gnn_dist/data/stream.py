@@ -6,12 +6,13 @@ dies, Ray starts another and its request is asked again. Exactly-once follows fr
 
 from __future__ import annotations
 
+import itertools
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -19,10 +20,13 @@ from cnn2gnn_dist.data.reader import Batch, Reader, ReaderSpec, Request
 from cnn2gnn_dist.errors import UserError
 
 MOST_FAILURES = 10
+"""Deaths on one request after which the request is to blame."""
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 3.0
+"""Seconds before asking again, doubling: a reader needs about one to come back."""
 
 
 class Stream:
-    """Batches in the order of their requests.
+    """Batches in the order of their requests; one loop over them at a time.
 
     Args:
         spec: what readers open.
@@ -41,7 +45,13 @@ class Stream:
     def __init__(
         self, spec: ReaderSpec, *, backend: str, workers: int, prefetch: int, name: str = "stream"
     ) -> None:
-        self.prefetch = max(prefetch, 1)
+        if workers < 1 or prefetch < 1:
+            raise UserError(
+                f"a stream of {workers} workers and {prefetch} requests in flight",
+                where="stream.workers, stream.prefetch",
+                remedy="at least 1 for each; 4 requests in flight are enough",
+            )
+        self.prefetch = prefetch
         self.wait_seconds = 0.0
         if backend == "ray":
             self._readers: _RayReaders | _LocalReaders = _RayReaders(spec, workers, name)
@@ -53,15 +63,26 @@ class Stream:
             )
 
     def batches(self, requests: Iterable[Request]) -> Iterator[Batch]:
-        """Read all requests, lazily; what is in flight when the caller stops is dropped."""
-        waiting: deque[Callable[[], Batch]] = deque()
+        """Read all requests, taken lazily; what is in flight when the caller stops is dropped.
+
+        Raises:
+            UserError: a shard is missing or changed; readers keep dying on one request.
+        """
+        waiting: deque[_Answer] = deque()
         source = iter(requests)
-        for request in source:
+        try:
+            self._fill(waiting, source)
+            while waiting:
+                batch = self._take(waiting.popleft())
+                self._fill(waiting, source)  # before the caller computes, not after
+                yield batch
+        finally:
+            for answer in waiting:
+                answer.drop()
+
+    def _fill(self, waiting: deque[_Answer], source: Iterator[Request]) -> None:
+        for request in itertools.islice(source, self.prefetch - len(waiting)):
             waiting.append(self._readers.ask(request))
-            if len(waiting) >= self.prefetch:
-                yield self._take(waiting.popleft())
-        while waiting:
-            yield self._take(waiting.popleft())
 
     def close(self) -> None:
         """End the readers."""
@@ -73,26 +94,34 @@ class Stream:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _take(self, answer: Callable[[], Batch]) -> Batch:
+    def _take(self, answer: _Answer) -> Batch:
         began = time.perf_counter()
         try:
-            return answer()
+            return answer.wait()
         finally:
             self.wait_seconds += time.perf_counter() - began
 
 
+class _Answer(Protocol):
+    """A request in flight."""
+
+    def wait(self) -> Batch:
+        """The batch, when it is there."""
+
+    def drop(self) -> None:
+        """Nobody wants it any more."""
+
+
 class _LocalReaders:
-    """The same reader in threads of this process."""
+    """The same readers in threads of this process."""
 
     def __init__(self, spec: ReaderSpec, workers: int) -> None:
-        self._reader = Reader(spec)
-        # One reader for all threads would race on its table of open shards.
-        self._free = deque([self._reader, *(Reader(spec) for _ in range(workers - 1))])
+        # One for each thread: they would race on one table of open shards.
+        self._free = deque(Reader(spec) for _ in range(workers))
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="reader")
 
-    def ask(self, request: Request) -> Callable[[], Batch]:
-        future: Future[Batch] = self._pool.submit(self._read, request)
-        return future.result
+    def ask(self, request: Request) -> _Answer:
+        return _LocalAnswer(self._pool.submit(self._read, request))
 
     def _read(self, request: Request) -> Batch:
         reader = self._free.popleft()
@@ -105,6 +134,17 @@ class _LocalReaders:
         self._pool.shutdown(wait=True, cancel_futures=True)
         for reader in self._free:
             reader.close()
+
+
+class _LocalAnswer:
+    def __init__(self, future: Future[Batch]) -> None:
+        self._future = future
+
+    def wait(self) -> Batch:
+        return self._future.result()
+
+    def drop(self) -> None:
+        self._future.cancel()
 
 
 class _RayReaders:
@@ -120,51 +160,74 @@ class _RayReaders:
                 where="stream.backend=ray",
                 remedy="start through `cnn2gnn run`, or stream.backend=local",
             )
+        Reader(spec).close()  # what can't be opened is said here, not by a dying actor
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        actor = ray.remote(
-            num_cpus=0, max_restarts=-1, max_task_retries=0, scheduling_strategy=here
-        )(_ReaderActor)
+        actor: Any = ray.remote(_ReaderActor)
+        how = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": 0}
         tag = uuid.uuid4().hex[:6]
         self._actors = [
-            actor.options(name=f"{name}-{number}-{tag}").remote(spec) for number in range(workers)
+            actor.options(name=f"{name}-{number}-{tag}", scheduling_strategy=here, **how).remote(
+                spec
+            )
+            for number in range(workers)
         ]
         self._turn = 0
 
-    def ask(self, request: Request) -> Callable[[], Batch]:
+    def ask(self, request: Request) -> _Answer:
         actor = self._actors[self._turn % len(self._actors)]
         self._turn += 1
-        reference = actor.read.remote(request.ids, request.view)
-        return lambda: self._answer(actor, request, reference)
-
-    def _answer(self, actor: Any, request: Request, reference: Any) -> Batch:
-        import ray
-        from ray.exceptions import RayActorError, RayTaskError
-
-        last: Exception | None = None
-        for _ in range(MOST_FAILURES):
-            try:
-                images, labels, ids, valid, problems = ray.get(reference)
-                # Views of the object store pin it: copy once, then let go.
-                return Batch(np.array(images), np.array(labels), ids.copy(), valid.copy(), problems)
-            except RayTaskError as error:
-                if isinstance(error.cause, UserError):
-                    raise error.cause from None
-                raise
-            except RayActorError as error:
-                last = error
-                reference = actor.read.remote(request.ids, request.view)
-        raise UserError(
-            f"a reader died {MOST_FAILURES} times on one request: {last}",
-            where=f"sample ids {request.ids[:4].tolist()}…",
-            remedy="see the readers' logs; memory is the usual reason",
-        )
+        return _RayAnswer(actor, request)
 
     def close(self) -> None:
         import ray
 
-        for actor in self._actors:
-            ray.kill(actor)
+        if ray.is_initialized():  # after its end the actors are gone anyway
+            for actor in self._actors:
+                ray.kill(actor)
         self._actors = []
+
+
+class _RayAnswer:
+    """A request that is asked again when its reader dies."""
+
+    def __init__(self, actor: Any, request: Request) -> None:
+        self._actor, self._request = actor, request
+        self._ask()
+
+    def _ask(self) -> None:
+        self._reference = self._actor.read.remote(self._request.ids, self._request.view)
+
+    def wait(self) -> Batch:
+        import ray
+        from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
+
+        failures = 0
+        while True:
+            try:
+                images, labels, ids, valid, problems = ray.get(self._reference)
+                # Views of the object store pin it: copy once, then let go.
+                return Batch(images.copy(), labels.copy(), ids.copy(), valid.copy(), problems)
+            except RayTaskError as error:
+                if isinstance(error.cause, UserError):
+                    raise error.cause from None
+                raise
+            except (RayActorError, OutOfMemoryError, ObjectLostError) as error:
+                failures += 1
+                if failures == MOST_FAILURES:
+                    raise self._hopeless(error) from error
+            time.sleep(min(FIRST_PAUSE * 2 ** (failures - 1), LONGEST_PAUSE))
+            self._ask()
+
+    def _hopeless(self, error: Exception) -> UserError:
+        return UserError(
+            f"a reader died {MOST_FAILURES} times on one request: {error}",
+            where=f"sample ids {self._request.ids[:4].tolist()}…, view {self._request.view}",
+            remedy="see the readers' logs (in Ray's session folder); memory is the usual reason: "
+            "fewer stream.workers, a smaller stream.prefetch",
+        )
+
+    def drop(self) -> None:
+        self._reference = None  # Ray frees the result with its last reference
 
 
 class _ReaderActor:

@@ -21,6 +21,10 @@ import pyarrow.parquet as pq
 from cnn2gnn_dist.errors import UserError
 
 META, CHECKSUM = b"cnn2gnn.meta", b"cnn2gnn.sha256"
+DAMAGE = (OSError, pa.ArrowException, KeyError, ValueError, TypeError, AttributeError)
+"""What reading a damaged or foreign file may raise."""
+LEAST_REST = 1e-6
+"""Mass left to the classes outside the top k when float16 rounds it away."""
 
 
 def write_shard(
@@ -37,12 +41,15 @@ def write_shard(
     Args:
         ids: [n] sample ids.
         indices: [V, n, K] int32 classes; log_probs: [V, n, K] float16 of these classes.
-        meta: what the targets belong to, compared by ``is_whole``.
+        meta: what the targets belong to (JSON), compared by ``is_whole``.
+
+    Raises:
+        ValueError: shapes that do not fit each other.
     """
     views, n, k = indices.shape
     if (views, n) != (view_count, len(ids)) or log_probs.shape != indices.shape:
         raise ValueError(f"shapes {indices.shape}, {log_probs.shape} for {view_count} x {len(ids)}")
-    columns = {
+    columns: dict[str, np.ndarray] = {
         "id": np.tile(np.asarray(ids, np.int64), views),
         "view": np.repeat(np.arange(views, dtype=np.int32), n),
         "indices": np.ascontiguousarray(indices.reshape(-1), np.int32),
@@ -56,11 +63,11 @@ def write_shard(
             "log_probs": pa.FixedSizeListArray.from_arrays(pa.array(columns["log_probs"]), k),
         }
     )
-    note = {META: json.dumps(meta, sort_keys=True).encode(), CHECKSUM: _checksum(columns)}
+    note = {META: _as_note(meta), CHECKSUM: _checksum(columns)}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     pq.write_table(table.replace_schema_metadata(note), temporary, compression="zstd")
-    with open(temporary, "rb") as file:
+    with open(temporary, "rb+") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
 
@@ -68,13 +75,10 @@ def write_shard(
 def is_whole(path: Path, meta: dict[str, Any]) -> bool:
     """Whether the file is there, undamaged, and of these targets."""
     try:
-        table, columns = _read(path)
-    except (OSError, pa.ArrowException, KeyError, ValueError):
+        note, columns = _read(path)
+    except DAMAGE:
         return False
-    note = table.schema.metadata or {}
-    return note.get(META) == json.dumps(meta, sort_keys=True).encode() and note.get(
-        CHECKSUM
-    ) == _checksum(columns)
+    return note.get(META) == _as_note(meta) and note.get(CHECKSUM) == _checksum(columns)
 
 
 class Targets:
@@ -82,56 +86,48 @@ class Targets:
 
     Attributes:
         views: V, the number of views that have targets.
+        indices_VNK: int32 classes; None when all C classes are there (K = C), in class order.
+        log_probs_VNK: float16 of these classes.
     """
 
-    def __init__(self, indices: np.ndarray, log_probs: np.ndarray, num_classes: int) -> None:
+    def __init__(self, indices: np.ndarray | None, log_probs: np.ndarray, num_classes: int) -> None:
         self.indices_VNK, self.log_probs_VNK = indices, log_probs
         self.num_classes = num_classes
-        self.views = len(indices)
+        self.views = len(log_probs)
 
     @classmethod
-    def load(cls, folder: Path, num_samples: int, num_classes: int) -> Targets:
-        """Read all files of a folder.
+    def load(
+        cls,
+        files: str | Path | Iterable[str | Path],
+        num_samples: int,
+        num_classes: int,
+        meta: dict[str, Any] | None = None,
+    ) -> Targets:
+        """Read all ``.parquet`` files of a folder, or these files.
+
+        Args:
+            meta: what the targets must belong to; None takes any.
 
         Raises:
-            UserError: a damaged file, a sample without targets, classes outside.
+            UserError: a missing or damaged file, of other targets than ``meta`` says, of samples
+                or classes outside; a sample without targets.
         """
-        return cls.of_files(sorted(Path(folder).glob("*.parquet")), num_samples, num_classes)
-
-    @classmethod
-    def of_files(cls, files: Iterable[Path], num_samples: int, num_classes: int) -> Targets:
-        """Read these files."""
-        indices: np.ndarray | None = None
-        log_probs = np.empty(0)
-        covered: np.ndarray = np.zeros((0, num_samples), bool)
-        for path in files:
-            columns = _checked(path)
-            k = len(columns["indices"]) // max(len(columns["id"]), 1)
-            views = int(columns["view"].max()) + 1
-            if indices is None:
-                indices = np.zeros((views, num_samples, k), np.int32)
-                log_probs = np.zeros((views, num_samples, k), np.float16)
-                covered = np.zeros((views, num_samples), bool)
-            if (
-                indices.shape[0] != views
-                or indices.shape[2] != k
-                or columns["id"].max() >= num_samples
-            ):
-                raise _unfit(path, "it belongs to other targets")
-            if columns["indices"].max() >= num_classes:
-                raise _unfit(path, f"class {columns['indices'].max()} of {num_classes}")
-            where = (columns["view"], columns["id"])
-            indices[where] = columns["indices"].reshape(-1, k)
-            log_probs[where] = columns["log_probs"].reshape(-1, k)
-            covered[where] = True
-        if indices is None or not covered.all():
-            missing = num_samples if indices is None else int((~covered.all(0)).sum())
+        if isinstance(files, str | Path):
+            files = sorted(Path(files).glob("*.parquet"))
+        made: _Filling | None = None
+        for path in map(Path, files):
+            columns = _checked(path, meta)
+            if len(columns["id"]):
+                made = made or _Filling(path, columns, num_samples, num_classes)
+                made.add(path, columns)
+        missing = num_samples if made is None else int((~made.covered_VN.all(0)).sum())
+        if made is None or missing:
             raise UserError(
-                f"{missing} samples have no soft targets",
+                f"{missing} of {num_samples} samples have no soft targets",
                 where="targets",
-                remedy="run `cnn2gnn targets`: it writes what is missing",
+                remedy="run `cnn2gnn targets` again: it writes what is missing",
             )
-        return cls(indices, log_probs, num_classes)
+        return cls(made.indices_VNK, made.log_probs_VNK, num_classes)
 
     def lookup(self, ids: np.ndarray, view: int) -> np.ndarray:
         """Log-probabilities [B, C] float32 of a view (taken mod V).
@@ -140,23 +136,72 @@ class Targets:
         probabilities sum to 1 whatever float16 has rounded.
         """
         view %= self.views
-        indices = self.indices_VNK[view, ids]
-        kept = np.exp(self.log_probs_VNK[view, ids].astype(np.float32))
-        rest = self.num_classes - indices.shape[1]
-        spare = np.maximum(1.0 - kept.sum(1, keepdims=True), 1e-6 if rest else 0.0)
-        full = np.repeat(spare / max(rest, 1), self.num_classes, axis=1).astype(np.float32)
-        np.put_along_axis(full, indices.astype(np.int64), kept, axis=1)
+        kept = self.log_probs_VNK[view, ids].astype(np.float32)
+        if self.indices_VNK is None:
+            top = kept.max(1, keepdims=True)
+            return kept - (top + np.log(np.exp(kept - top).sum(1, keepdims=True)))
+        kept = np.exp(kept)
+        rest = self.num_classes - kept.shape[1]
+        spare = np.maximum(1.0 - kept.sum(1, keepdims=True), LEAST_REST) / rest
+        full = np.repeat(spare.astype(np.float32), self.num_classes, axis=1)
+        np.put_along_axis(full, self.indices_VNK[view, ids].astype(np.int64), kept, axis=1)
         full = np.maximum(full, 1e-12)
         return np.log(full / full.sum(1, keepdims=True))
 
 
-def _checked(path: Path) -> dict[str, np.ndarray]:
+class _Filling:
+    """The dense arrays, file after file."""
+
+    def __init__(
+        self, path: Path, columns: dict[str, np.ndarray], num_samples: int, num_classes: int
+    ) -> None:
+        self.num_classes = num_classes
+        views, k = int(columns["view"].max()) + 1, columns["indices"].shape[1]
+        if not 1 <= k <= num_classes:
+            raise _unfit(path, f"it has {k} of {num_classes} classes a sample")
+        self.full = k == num_classes
+        shape = (views, num_samples, k)
+        self.log_probs_VNK = np.zeros(shape, np.float16)
+        self.indices_VNK = None if self.full else np.zeros(shape, np.int32)
+        self.covered_VN = np.zeros(shape[:2], bool)
+
+    def add(self, path: Path, columns: dict[str, np.ndarray]) -> None:
+        """Put a file's rows at their places."""
+        views, samples = self.covered_VN.shape
+        ids, view, indices = columns["id"], columns["view"], columns["indices"]
+        if (int(view.max()) + 1, indices.shape[1]) != (views, self.log_probs_VNK.shape[2]):
+            raise _unfit(path, "it has other views or another k than the other files")
+        if min(ids.min(), view.min()) < 0 or ids.max() >= samples:
+            raise _unfit(path, f"it has sample ids to {ids.max()}, of {samples} samples")
+        if indices.min() < 0 or indices.max() >= self.num_classes:
+            raise _unfit(path, f"it has class {indices.max()}, of {self.num_classes} classes")
+        log_probs = columns["log_probs"]
+        if self.indices_VNK is None:  # into class order: then the classes need no room
+            by_class = np.argsort(indices, axis=1)
+            if (np.take_along_axis(indices, by_class, 1) != np.arange(self.num_classes)).any():
+                raise _unfit(path, "a class comes twice in a row")
+            log_probs = np.take_along_axis(log_probs, by_class, 1)
+        else:
+            self.indices_VNK[view, ids] = indices
+        self.log_probs_VNK[view, ids] = log_probs
+        self.covered_VN[view, ids] = True
+
+
+def _checked(path: Path, meta: dict[str, Any] | None) -> dict[str, np.ndarray]:
     try:
-        table, columns = _read(path)
-    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
+        note, columns = _read(path)
+    except FileNotFoundError:
+        raise UserError(
+            "a file of soft targets is missing",
+            where=str(path),
+            remedy="run `cnn2gnn targets` again: it writes what is missing",
+        ) from None
+    except DAMAGE as error:
         raise _unfit(path, str(error)) from None
-    if (table.schema.metadata or {}).get(CHECKSUM) != _checksum(columns):
+    if note.get(CHECKSUM) != _checksum(columns):
         raise _unfit(path, "its checksum does not hold")
+    if meta is not None and note.get(META) != _as_note(meta):
+        raise _unfit(path, "it belongs to other targets")
     return columns
 
 
@@ -168,19 +213,25 @@ def _unfit(path: Path, what: str) -> UserError:
     )
 
 
-def _read(path: Path) -> tuple[pa.Table, dict[str, np.ndarray]]:
-    table = pq.read_table(path)
-    lists = {name: table[name].combine_chunks() for name in ("indices", "log_probs")}
-    return table, {
-        "id": table["id"].to_numpy(),
-        "view": table["view"].to_numpy(),
-        "indices": lists["indices"].flatten().to_numpy(),
-        "log_probs": lists["log_probs"].flatten().to_numpy(zero_copy_only=False),
-    }
+def _read(path: Path) -> tuple[dict[bytes, bytes], dict[str, np.ndarray]]:
+    """The file's metadata; its columns: id and view [rows], indices and log_probs [rows, K]."""
+    with pq.ParquetFile(path) as file:
+        table = file.read()
+    columns = {name: table[name].to_numpy() for name in ("id", "view")}
+    for name in ("indices", "log_probs"):
+        values = table[name].combine_chunks().flatten()
+        columns[name] = values.to_numpy(zero_copy_only=False).reshape(
+            -1, table.schema.field(name).type.list_size
+        )
+    return table.schema.metadata or {}, columns
+
+
+def _as_note(meta: dict[str, Any]) -> bytes:
+    return json.dumps(meta, sort_keys=True).encode()
 
 
 def _checksum(columns: dict[str, np.ndarray]) -> bytes:
     digest = hashlib.sha256()
     for name in sorted(columns):
-        digest.update(np.ascontiguousarray(columns[name]).tobytes())
+        digest.update(np.ascontiguousarray(columns[name]).data)
     return digest.hexdigest().encode()
