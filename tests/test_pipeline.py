@@ -1,0 +1,133 @@
+"""Keys, skips and refusals, without running any stage."""
+
+from __future__ import annotations
+
+import pytest
+
+from cnn2gnn_dist import ledger, pipeline, settings
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.ledger import Entry, Standing
+from cnn2gnn_dist.runtime.ranks import Ranks
+from cnn2gnn_dist.stages.registry import stages_of
+
+
+def config(tmp_path, *overrides: str):
+    return settings.load("demo", [f"run.dir={tmp_path}/run", *overrides])
+
+
+def make_whole(config, upto: int) -> None:
+    """Pretend that the first stages are done, under the keys they should have."""
+    for _ in range(upto):
+        step = next(s for s in pipeline.plan(config) if s.standing is not Standing.WHOLE)
+        folder = pipeline.Path(config.run.dir) / step.stage.folder
+        entry = Entry(step.key, pipeline._parts(config, step.stage), digest=step.key)
+        ledger.begin(folder, entry)
+        (folder / "output").write_text(step.stage.name)
+        files = ledger.outputs(folder, [folder / "output"])
+        ledger.finish(folder, Entry(entry.key, entry.parts, step.key, files))
+
+
+def standings(config) -> dict[str, Standing]:
+    return {step.stage.name: step.standing for step in pipeline.plan(config)}
+
+
+def test_stages_follow_the_config(tmp_path):
+    names = [stage.name for stage in stages_of(config(tmp_path))]
+    assert names == ["pack", "index", "teacher", "targets", "student", "graph", "control", "evaluate"]
+    shards = config(tmp_path, "data.source=shards", "graph.scope=batch", "student.control=false")
+    assert [s.name for s in stages_of(shards)] == ["index", "teacher", "targets", "student", "evaluate"]
+
+
+def test_whole_stages_are_whole_until_a_field_they_depend_on_changes(tmp_path):
+    base = config(tmp_path)
+    make_whole(base, 8)
+    assert set(standings(base).values()) == {Standing.WHOLE}
+
+    changed = standings(config(tmp_path, "student.epochs=99"))
+    assert changed["teacher"] is changed["targets"] is Standing.WHOLE
+    assert changed["student"] is changed["control"] is Standing.STALE
+    assert changed["graph"] is changed["evaluate"] is Standing.FRESH  # they wait for the student
+
+    graph = standings(config(tmp_path, "graph.neighbours=5"))
+    assert graph["control"] is Standing.WHOLE
+    assert graph["student"] is Standing.STALE
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "run.ranks=4",
+        "device=cpu",
+        "stream.backend=local",
+        "stream.workers=3",
+        "teacher.max_micro_batch=16",
+        "teacher.zero_stage=3",
+        "checkpoint.every_steps=7",
+        "cluster.max_failures=9",
+        "evaluate.batch=17",
+    ],
+)
+def test_how_a_result_is_reached_is_not_in_its_key(tmp_path, override):
+    make_whole(config(tmp_path), 8)
+    assert set(standings(config(tmp_path, override)).values()) == {Standing.WHOLE}
+
+
+def test_a_missing_output_is_made_again(tmp_path):
+    base = config(tmp_path)
+    make_whole(base, 8)
+    (tmp_path / "run" / "targets" / "output").unlink()
+    assert standings(base)["targets"] is Standing.RESUME
+
+
+def test_stale_results_are_refused_with_the_changed_fields_then_set_aside(tmp_path):
+    base = config(tmp_path)
+    make_whole(base, 8)
+    changed = config(tmp_path, "student.epochs=99")
+    step = next(s for s in pipeline.plan(changed) if s.stage.name == "student")
+    assert "student.epochs: 12 -> 99" in step.why
+    root = tmp_path / "run"
+    with pytest.raises(UserError, match=r"student\.epochs: 12 -> 99"):
+        pipeline._make_room(changed, root, step, update=False)
+    assert (root / "student" / "output").exists()
+    pipeline._make_room(changed, root, step, update=True)
+    assert (root / "student.old-1" / "output").read_text() == "student"
+    assert ledger.standing(root / "student", step.key)[0] is Standing.RESUME
+
+
+def test_a_begun_folder_without_results_may_change_its_config(tmp_path):
+    ledger.begin(tmp_path / "stage", Entry("one", {}))
+    assert ledger.standing(tmp_path / "stage", "two")[0] is Standing.FRESH
+    (tmp_path / "stage" / "checkpoint").write_text("work")
+    assert ledger.standing(tmp_path / "stage", "two")[0] is Standing.STALE
+
+
+def test_done_json_cut_off_by_a_kill_counts_as_not_done(tmp_path):
+    folder = tmp_path / "stage"
+    ledger.begin(folder, Entry("one", {}))
+    (folder / "done.json").write_text('{"key": "one", "par')
+    assert ledger.standing(folder, "one")[0] is Standing.RESUME
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path):
+    with (
+        pipeline._locked(tmp_path / "run", Ranks()),
+        pytest.raises(UserError, match="another process"),
+        pipeline._locked(tmp_path / "run", Ranks()),
+    ):
+        pass
+
+
+def test_unknown_stage_names_the_stages(tmp_path):
+    with pytest.raises(UserError, match="no stage 'studnet'") as caught:
+        pipeline.plan(config(tmp_path), ["studnet"])
+    assert "student" in str(caught.value)
+
+
+def test_every_preset_loads_and_describes_itself():
+    for name in settings.presets():
+        loaded = settings.load(name)
+        assert loaded.name == name
+        assert loaded.graph.parts >= 1
+    text = settings.describe()
+    assert "student.distill_weight = 0.9" in text
+    assert settings.check(settings.as_tree(settings.load("cifar10"))) == settings.load("cifar10")

@@ -1,0 +1,63 @@
+"""Other roads through the same stages, each to the end on two ranks."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from runs import environment, finish, results, start, torchrun
+
+from cnn2gnn_dist.data.manifest import Manifest
+from cnn2gnn_dist.data.targets import Targets
+
+pytestmark = pytest.mark.slow
+
+
+def run(folder, *overrides: str) -> str:
+    code, output = finish(start(torchrun(folder, *overrides), environment()))
+    assert code == 0, output[-4000:]
+    return output
+
+
+def test_batch_scope_needs_no_bank_and_is_judged_in_shuffled_order(tmp_path):
+    folder = tmp_path / "run"
+    output = run(folder, "graph.scope=batch", "student.epochs=4", "student.control=false")
+    assert "graph  " not in output
+    table = results(folder)
+    assert "graph" not in table["student"]
+    assert "control_mlp" not in table
+    assert table["student"]["accuracy"] > 0.2
+    assert (folder / "report.html").exists()
+
+
+def test_zero_3_top_k_dgl_sampler_table_query_and_inverted_lists(tmp_path):
+    folder = tmp_path / "run"
+    run(
+        folder,
+        "teacher.zero_stage=3",
+        "student.zero_stage=3",
+        "targets.top_k=3",
+        "graph.sampler=dgl",
+        "graph.query=table",
+        "graph.exact=false",
+        "graph.parts=4",
+        "student.max_micro_batch=8",
+        "student.neighbour_loss=0.1",
+        "student.epochs=4",
+    )
+    table = results(folder)
+    assert table["student"]["accuracy"] > 0.2
+    assert len(table["student"]["graph"]["inner"]) == 4
+
+    manifest = Manifest.load(folder / "manifest" / "train.arrow")
+    targets = Targets.load(folder / "targets", len(manifest), manifest.num_classes)
+    assert targets.indices_VNK.shape == (2, len(manifest), 3)
+    rows = targets.lookup(np.arange(len(manifest)), 1)
+    np.testing.assert_allclose(np.exp(rows).sum(1), 1.0, rtol=1e-5)
+
+    lines = [json.loads(t) for t in (folder / "student" / "metrics.jsonl").read_text().splitlines()]
+    seen = [line for line in lines if "homophily" in line]
+    assert seen
+    assert all(0 <= line["homophily"] <= 1 for line in seen)
+    assert {"loss", "accuracy", "images_per_s", "wait_share", "memory_mb"} <= seen[-1].keys()
