@@ -1,0 +1,98 @@
+"""Graph versions: several writers, one reader, nothing half done."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from test_partition import random_table
+
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.graph import bank, partition
+from cnn2gnn_dist.graph.bank import GraphWriter
+
+N, D, DIM, M = 40, 6, 3, 4
+
+
+def arrays() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {
+        "x": rng.normal(size=(N, D)).astype(np.float16),
+        "z": rng.normal(size=(N, DIM)).astype(np.float32),
+        "labels": rng.integers(-1, 5, N).astype(np.int32),
+        "candidates": random_table(N, M, 0),
+        "part": rng.integers(0, 3, N).astype(np.int32),
+    }
+
+
+def write(root, number: int = 3) -> dict[str, np.ndarray]:
+    """Two writers, one half each."""
+    made = arrays()
+    shapes = {name: (a.shape, a.dtype.type) for name, a in made.items()}
+    GraphWriter.create(root, number, shapes)
+    for start, stop in ((20, N), (0, 20)):
+        writer = GraphWriter.open(root, number)
+        for name, array in made.items():
+            writer.rows(name, start, array[start:stop])
+    for number_of_part in range(3):
+        part = partition.build_part(made["candidates"], made["part"], number_of_part)
+        part.save(writer.path / f"part-{number_of_part:02d}")
+    assert bank.latest_version(root) is None or bank.latest_version(root).name != f"v{number:04d}"
+    writer.finalise({"key": "k", "nodes": N})
+    return made
+
+
+def test_what_two_ranks_wrote_is_read_as_one(tmp_path):
+    made = write(tmp_path)
+    version = bank.open_version(bank.latest_version(tmp_path))
+    version.verify()
+    assert version.meta == {"key": "k", "nodes": N}
+    for name, array in made.items():
+        np.testing.assert_array_equal(getattr(version, name), array)
+    with pytest.raises(AttributeError):
+        version.features  # noqa: B018
+
+
+@pytest.mark.parametrize("parts", [[0], [2], [0, 2], [0, 1, 2], None])
+def test_bank_rows_are_the_global_rows(tmp_path, parts):
+    made = write(tmp_path)
+    held = bank.load_bank(bank.open_version(tmp_path / "v0003"), parts)
+    nodes = held.nodes_L
+    np.testing.assert_array_equal(held.x_LD.numpy(), made["x"][nodes])
+    np.testing.assert_array_equal(held.z_Ld.numpy(), made["z"][nodes])
+    np.testing.assert_array_equal(held.labels_L.numpy(), made["labels"][nodes])
+    inner = np.flatnonzero(np.isin(made["part"], [0, 1, 2] if parts is None else parts))
+    np.testing.assert_array_equal(nodes[: held.num_inner], inner)
+    rows = len(held.table_KM)
+    np.testing.assert_array_equal(nodes[held.table_KM], made["candidates"][nodes[:rows]])
+    np.testing.assert_array_equal(nodes[held.local_of(inner[::-1])], inner[::-1])
+
+
+def test_a_seed_of_another_part_is_refused(tmp_path):
+    made = write(tmp_path)
+    held = bank.load_bank(bank.open_version(tmp_path / "v0003"), [1])
+    with pytest.raises(KeyError):
+        held.local_of(np.flatnonzero(made["part"] != 1)[:1])
+
+
+def test_unfinished_versions_do_not_exist_and_are_cleared(tmp_path):
+    write(tmp_path, 1)
+    shapes = {"x": ((N, D), np.float16)}
+    GraphWriter.create(tmp_path, 2, shapes)
+    assert bank.latest_version(tmp_path).name == "v0001"
+    write(tmp_path, 5)
+    bank.prune(tmp_path, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["v0005"]
+
+
+def test_damage(tmp_path):
+    write(tmp_path, 1)
+    write(tmp_path, 2)
+    file = tmp_path / "v0002" / "z.npy"
+    data = file.read_bytes()
+    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(UserError, match=r"z\.npy.*checksum"):
+        bank.open_version(tmp_path / "v0002").verify()
+    file.write_bytes(data[:-8])
+    with pytest.raises(UserError, match=r"z\.npy is missing or incomplete"):
+        bank.open_version(tmp_path / "v0002")
+    assert bank.latest_version(tmp_path).name == "v0001"

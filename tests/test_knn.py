@@ -1,0 +1,96 @@
+"""Neighbour search against dense numpy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.graph import knn, quality
+
+
+def unit(count: int, dim: int, seed: int = 0, clusters: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    rows = rng.normal(size=(count, dim))
+    if clusters:
+        rows = 0.3 * rows + rng.normal(size=(clusters, dim))[rng.integers(clusters, size=count)]
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def dense(base: np.ndarray, query: np.ndarray, m: int, exclude: np.ndarray | None) -> np.ndarray:
+    """The m largest inner products, ties to the smaller id, one query at a time."""
+    rows = []
+    for number, q in enumerate(query):
+        sims = (base @ q).astype(np.float64)
+        if exclude is not None and exclude[number] >= 0:
+            sims[exclude[number]] = -np.inf
+        rows.append(sorted(range(len(base)), key=lambda j: (-sims[j], j))[:m])
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("m", [1, 5, 29])
+@pytest.mark.parametrize("exclude", [False, True])
+def test_equals_dense(m, exclude):
+    base = unit(30, 4)
+    out = np.where(np.arange(30) % 3 == 0, -1, np.arange(30)) if exclude else None
+    ids, sims = knn.search(base, base, m, exclude_Q=out)
+    np.testing.assert_array_equal(ids, dense(base, base, m, out))
+    np.testing.assert_allclose(
+        sims, np.take_along_axis(base @ base.T, ids.astype(int), 1), rtol=1e-5
+    )
+    assert (np.diff(sims, axis=1) <= 0).all()
+
+
+def test_duplicates_and_ties_go_to_the_smaller_id():
+    base = np.tile(np.eye(3, dtype=np.float32), (4, 1))
+    ids, _ = knn.search(base, base, 3, exclude_Q=np.arange(12))
+    for row in range(12):
+        twins = [j for j in range(12) if j % 3 == row % 3 and j != row]
+        assert ids[row].tolist() == twins
+
+
+def test_independent_of_how_queries_are_cut(monkeypatch):
+    base, query = unit(200, 8), unit(90, 8, seed=1)
+    whole, _ = knn.search(base, query, 7)
+    monkeypatch.setattr(knn, "QUERY_BLOCK", 13)
+    np.testing.assert_array_equal(knn.search(base, query, 7)[0], whole)
+    halves = [knn.search(base, part, 7)[0] for part in np.array_split(query, 3)]
+    np.testing.assert_array_equal(np.concatenate(halves), whole)
+
+
+def test_too_many_neighbours():
+    base = unit(6, 3)
+    knn.search(base, base, 6)
+    with pytest.raises(UserError, match="7 neighbours"):
+        knn.search(base, base, 7)
+    with pytest.raises(UserError, match="the query itself"):
+        knn.search(base, base, 6, exclude_Q=np.arange(6))
+
+
+def test_inverted_lists_find_most_and_fill_every_row():
+    base = unit(3000, 16, clusters=40)
+    exact, _ = knn.search(base, base[:200], 10, exclude_Q=np.arange(200))
+    near, _ = knn.search(base, base[:200], 10, exclude_Q=np.arange(200), exact=False, probes=8)
+    again, _ = knn.search(base, base[:200], 10, exclude_Q=np.arange(200), exact=False, probes=8)
+    np.testing.assert_array_equal(near, again)
+    assert (near >= 0).all()
+    assert quality.recall(near, exact) > 0.8
+    assert (near != np.arange(200)[:, None]).all()
+
+
+def test_quality_by_loops():
+    table = np.array([[1, 2], [0, -1], [0, 1], [2, 0]])
+    labels = np.array([0, 0, 1, -1])
+    edges = [(i, j) for i, row in enumerate(table) for j in row if j >= 0]
+    known = [(i, j) for i, j in edges if labels[i] >= 0 and labels[j] >= 0]
+    same = sum(labels[i] == labels[j] for i, j in known)
+    assert quality.edge_homophily(table, labels) == pytest.approx(same / len(known))
+    stats = quality.degree_stats(table)
+    degree = [sum(j == node for _, j in edges) for node in range(4)]
+    assert (stats["min"], stats["max"], stats["mean"]) == (
+        min(degree),
+        max(degree),
+        np.mean(degree),
+    )
+    assert sum(stats["histogram"]["nodes"]) == 4
+    assert quality.recall(np.array([[1, 2, 3]]), np.array([[3, 9, 1]])) == pytest.approx(2 / 3)

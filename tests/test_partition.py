@@ -1,0 +1,118 @@
+"""Parts and halos against sets, METIS against chance."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.graph import partition
+
+
+def random_table(nodes: int, width: int, seed: int, holes: bool = False) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    rows = [rng.permutation([j for j in range(nodes) if j != i])[:width] for i in range(nodes)]
+    table = np.array(rows, dtype=np.int32)
+    if holes:
+        table[rng.random(table.shape) < 0.2] = -1
+    return table
+
+
+def clustered(groups: int, size: int, width: int, seed: int = 0) -> np.ndarray:
+    """Neighbours inside the own group, but for one edge in ten."""
+    rng = np.random.default_rng(seed)
+    nodes = groups * size
+    table = rng.integers(0, size, (nodes, width)) + (np.arange(nodes) // size * size)[:, None]
+    far = rng.random(table.shape) < 0.1
+    table[far] = rng.integers(0, nodes, far.sum())
+    return table.astype(np.int32)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    nodes=st.integers(3, 40),
+    width=st.integers(1, 6),
+    parts=st.integers(1, 4),
+    seed=st.integers(0, 99),
+    holes=st.booleans(),
+)
+def test_two_hops_of_every_inner_node_are_at_hand(nodes, width, parts, seed, holes):
+    table = random_table(nodes, min(width, nodes - 1), seed, holes)
+    part_N = np.random.default_rng(seed).integers(0, parts, nodes).astype(np.int32)
+    seen = []
+    for number in range(parts):
+        part = partition.build_part(table, part_N, number)
+        inner = part.nodes_L[: part.num_inner]
+        rows = part.nodes_L[: part.num_inner + part.num_halo1]
+        seen += inner.tolist()
+        assert set(inner) == {i for i in range(nodes) if part_N[i] == number}
+        first = {int(j) for i in inner for j in table[i] if j >= 0} - set(inner.tolist())
+        assert set(rows[part.num_inner :].tolist()) == first
+        second = {int(j) for i in rows for j in table[i] if j >= 0} - set(rows.tolist())
+        assert set(part.nodes_L[len(rows) :].tolist()) == second
+        back = np.append(part.nodes_L, -1)[part.table_KM]
+        np.testing.assert_array_equal(back, table[rows])
+    assert sorted(seen) == list(range(nodes))
+
+
+def test_edge_cut_by_a_loop():
+    table = random_table(30, 4, 0, holes=True)
+    part = np.arange(30) % 3
+    edges = [(i, j) for i, row in enumerate(table) for j in row if j >= 0]
+    cut = sum(part[i] != part[j] for i, j in edges)
+    assert partition.edge_cut(table, part) == pytest.approx(cut / len(edges))
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4, 8])
+def test_metis_cuts_less_than_chance_and_always_the_same(parts):
+    table = clustered(8, 40, 6)
+    shuffled = np.random.default_rng(1).permutation(len(table))
+    moved = np.empty_like(table)
+    moved[shuffled] = shuffled[table]
+    part = partition.assign(moved, parts)
+    assert sorted(set(part.tolist())) == list(range(parts))
+    assert partition.edge_cut(moved, part) <= 0.25 * (1 - 1 / parts) + 0.1
+    np.testing.assert_array_equal(part, partition.assign(moved, parts))
+    if parts > 1:
+        chance = partition.edge_cut(moved, np.random.default_rng(2).integers(0, parts, len(table)))
+        assert partition.edge_cut(moved, part) < chance / 2
+
+
+@pytest.mark.parametrize("nodes", [4, 5, 9])
+def test_no_part_of_a_tiny_graph_is_empty(nodes):
+    part = partition.assign(random_table(nodes, 2, 0), 4)
+    assert np.bincount(part, minlength=4).min() >= 1
+
+
+def test_more_parts_than_nodes():
+    with pytest.raises(UserError, match="5 partitions of 4 nodes"):
+        partition.assign(random_table(4, 2, 0), 5)
+
+
+def test_relabelling_is_a_stable_sort():
+    part = np.random.default_rng(0).integers(0, 5, 100)
+    wanted = torch.sort(torch.from_numpy(part), stable=True)[1].numpy()
+    np.testing.assert_array_equal(partition.new_ids(part), wanted)
+
+
+def test_saved_and_read_again_and_damage_is_noticed(tmp_path):
+    table = random_table(30, 4, 0)
+    part = partition.build_part(table, np.arange(30) % 2, 1)
+    part.save(tmp_path / "part")
+    again = partition.PartGraph.load(tmp_path / "part")
+    np.testing.assert_array_equal(again.nodes_L, part.nodes_L)
+    np.testing.assert_array_equal(again.table_KM, part.table_KM)
+    assert (again.part, again.num_inner, again.num_halo1) == (1, part.num_inner, part.num_halo1)
+
+    file = tmp_path / "part" / "table.npy"
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(bytes(data))
+    with pytest.raises(UserError, match="checksum"):
+        partition.PartGraph.load(tmp_path / "part")
+    (tmp_path / "part" / "part.json").unlink()
+    with pytest.raises(UserError, match="can't be used"):
+        partition.PartGraph.load(tmp_path / "part")
