@@ -1,0 +1,70 @@
+"""What costs too much to make twice: one small Ray cluster for the whole session."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+FOLDER = Path(tempfile.mkdtemp(prefix="r", dir="/tmp"))  # short: a socket's path has 107 bytes
+
+
+def pytest_configure() -> None:
+    """Ray reads how to authenticate when it is imported: say so before any test does."""
+    token = FOLDER / "token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    for name in [name for name in os.environ if name.startswith("RAY_")]:
+        del os.environ[name]  # of an outer cluster
+    os.environ.update(
+        RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token), RAY_USAGE_STATS_ENABLED="0"
+    )
+
+
+def pytest_unconfigure() -> None:
+    """Remove the token, and what the cluster has left."""
+    shutil.rmtree(FOLDER, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A Ray cluster of this process: on the loopback only, under the session's own token.
+
+    Ends with the session, leaving neither files nor processes.
+    """
+    import ray
+    import ray._private.services as services
+
+    patch = pytest.MonkeyPatch()
+    # Actors import the package and the tests' modules as this process does.
+    here = Path(__file__).resolve().parent
+    known = os.environ.get("PYTHONPATH", "")
+    paths = [str(here.parent), str(here), *filter(None, [known])]
+    patch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    # Else Ray takes the machine's address for 127.0.0.1, and listens to the network.
+    patch.setattr(services, "resolve_ip_for_localhost", lambda host: host)
+    before = set(psutil.Process().children(recursive=True))
+    try:
+        ray.init(
+            num_cpus=4,
+            object_store_memory=200 << 20,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            _temp_dir=str(FOLDER / "t"),
+            _node_ip_address="127.0.0.1",
+        )
+        yield
+    finally:
+        started = set(psutil.Process().children(recursive=True)) - before
+        ray.shutdown()
+        _, alive = psutil.wait_procs(started, timeout=10)
+        for process in alive:
+            process.kill()
+        patch.undo()

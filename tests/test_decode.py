@@ -1,0 +1,148 @@
+"""Decoding: whatever an image may be becomes RGB, and what is none is said to be corrupt."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+
+import numpy as np
+import pytest
+from helpers import data_dir, encode_image, random_images
+from PIL import Image
+
+from cnn2gnn_dist.data import decode as decoding
+from cnn2gnn_dist.data.decode import CorruptSample, decode
+from cnn2gnn_dist.data.tar import samples
+
+IMAGE = random_images(1, 40, 56, seed=3)[0]
+
+
+def bytes_of(image: Image.Image, kind: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def by_pillow(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"progressive": True},
+        {"subsampling": 0},
+        {"subsampling": 2, "quality": 30},
+        {"quality": 100},
+    ],
+    ids=str,
+)
+def test_jpeg_equals_pillow(options):
+    data = encode_image(IMAGE, "jpg", **options)
+    found = decode(data)
+    assert found.dtype == np.uint8
+    # Both are libjpeg-turbo underneath, of other releases.
+    np.testing.assert_array_equal(found, by_pillow(data))
+
+
+def test_grey_jpeg_becomes_rgb():
+    data = bytes_of(Image.fromarray(IMAGE).convert("L"), "JPEG")
+    found = decode(data)
+    assert found.shape == (40, 56, 3)
+    np.testing.assert_array_equal(found, by_pillow(data))
+    np.testing.assert_array_equal(found[..., 0], found[..., 2])
+
+
+def test_cmyk_jpeg_becomes_rgb():
+    data = bytes_of(Image.fromarray(IMAGE).convert("CMYK"), "JPEG", quality=95)
+    found = decode(data)
+    np.testing.assert_array_equal(found, by_pillow(data))
+    assert np.abs(found.astype(int) - IMAGE).mean() < 12  # not inverted
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "LA", "RGBA", "P", "1"])
+def test_png_whatever_its_name(mode):
+    image = Image.fromarray(IMAGE).convert(mode)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = decode(bytes_of(image, "PNG"))
+    np.testing.assert_array_equal(found, np.asarray(image.convert("RGB")))
+
+
+def test_palette_with_transparency_does_not_warn():
+    image = Image.fromarray(IMAGE).convert("P")
+    data = bytes_of(image, "PNG", transparency=bytes(range(256)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = decode(data)
+    np.testing.assert_array_equal(found, np.asarray(image.convert("RGB")))
+
+
+@pytest.mark.parametrize("kind", ["WEBP", "BMP", "GIF"])
+def test_other_kinds(kind):
+    data = bytes_of(Image.fromarray(IMAGE), kind)
+    np.testing.assert_array_equal(decode(data), by_pillow(data))
+
+
+def test_exif_orientation_is_not_applied():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lying on its side
+    data = bytes_of(Image.fromarray(IMAGE), "JPEG", exif=exif)
+    assert decode(data).shape == (40, 56, 3)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.3, 0.6, 0.9])
+def test_truncated(suffix, share):
+    data = encode_image(random_images(1, 120, 160)[0], suffix)
+    with pytest.raises(CorruptSample):
+        decode(data[: int(len(data) * share)])
+
+
+def test_truncated_cmyk():
+    data = bytes_of(Image.fromarray(IMAGE).convert("CMYK"), "JPEG")
+    with pytest.raises(CorruptSample):
+        decode(data[: len(data) // 2])
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"\xff", b"\xff\xd8", b"\xff\xd8\xff\xe0" + bytes(99), b"not an image", bytes(1000)],
+)
+def test_garbage(data):
+    with pytest.raises(CorruptSample):
+        decode(data)
+
+
+def test_random_damage_is_either_an_image_or_corrupt():
+    rng = np.random.default_rng(0)
+    for suffix in ("jpg", "png"):
+        whole = np.frombuffer(encode_image(IMAGE, suffix), np.uint8)
+        for _ in range(100):
+            data = whole.copy()
+            data[rng.integers(0, len(data), 3)] = rng.integers(0, 256, 3)
+            with contextlib.suppress(CorruptSample):
+                assert decode(data.tobytes()).shape[2] == 3
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_too_large_is_refused_by_the_header_alone(suffix, monkeypatch):
+    monkeypatch.setattr(decoding, "MAX_PIXELS", 40 * 56 - 1)
+    with pytest.raises(CorruptSample, match="56 x 40 pixels"):
+        decode(encode_image(IMAGE, suffix))
+    monkeypatch.setattr(decoding, "MAX_PIXELS", 40 * 56)
+    assert decode(encode_image(IMAGE, suffix)).shape == IMAGE.shape
+
+
+def test_real_photographs():
+    shards = sorted(data_dir("imagenet-sample").rglob("*.tar"))
+    if not shards:
+        pytest.skip("no shards in imagenet-sample")
+    with open(shards[0], "rb") as file:
+        for sample, _ in zip(samples(shards[0]), range(24), strict=False):
+            member = next(m for s, m in sample.fields.items() if s in ("jpg", "jpeg", "png"))
+            file.seek(member.offset)
+            data = file.read(member.size)
+            np.testing.assert_array_equal(decode(data), by_pillow(data))

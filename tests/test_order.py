@@ -1,0 +1,256 @@
+"""The order: every sample at most once an epoch, the same for any number of ranks."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cnn2gnn_dist.data.order import (
+    Order,
+    check_arithmetic,
+    micro_batches,
+    sequential,
+    shares_of,
+)
+from cnn2gnn_dist.errors import UserError
+
+
+def parts_of(total: int, count: int, seed: int) -> list[np.ndarray] | None:
+    """Random disjoint parts that cover all ids; None for no parts."""
+    if not count:
+        return None
+    part = np.random.default_rng(seed).integers(0, count, total)
+    return [np.flatnonzero(part == p) for p in range(count)]
+
+
+def epoch_of(order: Order, epoch: int) -> np.ndarray:
+    """[batches, G] of one epoch."""
+    return np.stack([order.batch(epoch, i) for i in range(order.batches_per_epoch)])
+
+
+def slow_order(sizes, seed, epoch, window) -> np.ndarray:
+    """All ids of an epoch, written down plainly: the meaning of DESIGN section 4."""
+
+    def shuffled(values, stream):
+        key = np.array([seed, (epoch << 32) | stream], dtype=np.uint64)
+        return np.random.Generator(np.random.Philox(key=key)).permutation(values)
+
+    starts = np.cumsum([0, *sizes])
+    shards = list(shuffled(len(sizes), 0))
+    ids: list[int] = []
+    for number, first in enumerate(range(0, len(shards), window), 1):
+        members = [i for s in shards[first : first + window] for i in range(*starts[s : s + 2])]
+        ids += shuffled(np.array(members, dtype=np.int64), number).tolist()
+    return np.array(ids, dtype=np.int64)
+
+
+SIZES = st.lists(st.integers(0, 25), min_size=1, max_size=12).filter(lambda s: sum(s) > 0)
+
+
+@settings(max_examples=150, deadline=None)
+@given(sizes=SIZES, data=st.data())
+def test_every_sample_at_most_once_an_epoch(sizes, data):
+    total = sum(sizes)
+    count = data.draw(st.integers(0, min(4, total)), label="parts")
+    parts = parts_of(total, count, data.draw(st.integers(0, 99)))
+    least = sum(len(p) > 0 for p in parts or [()])
+    batch = data.draw(st.integers(max(least, 1), total), label="global batch")
+    window, seed = data.draw(st.integers(1, 14)), data.draw(st.integers(0, 2**63))
+    order = Order(np.array(sizes), seed=seed, global_batch=batch, window=window, parts=parts)
+    assert order.batches_per_epoch >= 1
+    for epoch in (0, 7):
+        shown = epoch_of(order, epoch)
+        assert shown.shape == (order.batches_per_epoch, batch)
+        assert shown.dtype == np.int64
+        assert len(np.unique(shown)) == shown.size
+        assert 0 <= shown.min() <= shown.max() < total
+        plain = slow_order(sizes, seed, epoch, window)
+        if parts is None:
+            assert order.batches_per_epoch == total // batch
+            np.testing.assert_array_equal(shown.reshape(-1), plain[: shown.size])
+            continue
+        bounds = np.cumsum([0, *order.shares])
+        for part, share, first in zip(parts, order.shares, bounds, strict=False):
+            sequence = plain[np.isin(plain, part)]
+            np.testing.assert_array_equal(
+                shown[:, first : first + share].reshape(-1),
+                sequence[: share * len(shown)],
+            )
+
+
+GRID = list(
+    itertools.product(
+        ([40], [7, 0, 13, 20], [5] * 24), (1, 2, 4), (4, 12, 40), (1, 3, 100), (0, 4, 7)
+    )
+)
+
+
+@pytest.mark.parametrize("case", GRID, ids=str)
+def test_ranks_share_every_batch_and_change_nothing(case):
+    sizes, world, batch, window, count = case
+    total = sum(sizes)
+    parts = parts_of(total, count, seed=2)
+    if count > batch:
+        with pytest.raises(UserError, match="too few for one each"):
+            Order(np.array(sizes), seed=1, global_batch=batch, window=window, parts=parts)
+        return
+    order = Order(np.array(sizes), seed=1, global_batch=batch, window=window, parts=parts)
+    for epoch, index in itertools.product((0, 3), range(order.batches_per_epoch)):
+        whole = order.batch(epoch, index)
+        rows = [order.rank_batch(epoch, index, rank, world) for rank in range(world)]
+        np.testing.assert_array_equal(np.concatenate(rows), whole)
+        if parts is None:
+            assert {len(ids) for ids in rows} == {batch // world}
+            continue
+        owner = {p: p * world // count for p in range(count)}
+        for rank, ids in enumerate(rows):
+            mine = np.concatenate([parts[p] for p in owner if owner[p] == rank])
+            assert np.isin(ids, mine).all()
+            assert len(ids) == sum(order.shares[p] for p in owner if owner[p] == rank)
+
+
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_any_batch_without_the_ones_before(count):
+    sizes = np.array([9, 0, 30, 4, 4, 17, 21, 2] * 4)
+    how = {"seed": 4, "global_batch": 8, "window": 2, "parts": parts_of(348, count, 1)}
+    order = Order(sizes, **how)
+    in_turn = {e: epoch_of(order, e) for e in (0, 1, 2)}
+    places = [(e, i) for e in in_turn for i in range(order.batches_per_epoch)]
+    np.random.default_rng(0).shuffle(places)
+    jumping = Order(sizes, **how)
+    for epoch, index in places:
+        np.testing.assert_array_equal(jumping.batch(epoch, index), in_turn[epoch][index])
+    for epoch, index in places[:10]:  # a fresh one, as after a restart
+        np.testing.assert_array_equal(
+            Order(sizes, **how).batch(epoch, index), in_turn[epoch][index]
+        )
+
+
+def test_sequential_access_permutes_each_window_once(monkeypatch):
+    sizes = np.full(20, 50)
+    # Shards sorted by class, parts by class: each part is at another window.
+    parts = list(np.arange(1000).reshape(10, 100))
+    made = []
+    plain = Order._divided
+    monkeypatch.setattr(Order, "_divided", lambda self, ids: (made.append(1), plain(self, ids))[1])
+    order = Order(sizes, seed=0, global_batch=20, window=1, parts=parts)
+    epoch_of(order, 0)
+    assert len(made) == 20
+
+
+def test_epochs_and_seeds_differ_and_all_is_shown_in_time():
+    sizes = np.full(10, 10)
+    order = Order(sizes, seed=0, global_batch=7, window=3)
+    first, second = epoch_of(order, 0), epoch_of(order, 1)
+    other = epoch_of(Order(sizes, seed=1, global_batch=7, window=3), 0)
+    assert not np.array_equal(first, second)
+    assert not np.array_equal(first, other)
+    assert len(np.unique(first)) == 98  # 100 = 14 x 7 + 2
+    # What is left over differs by epoch: nothing is left out for ever.
+    assert len(np.unique([epoch_of(order, e) for e in range(12)])) == 100
+
+
+def test_a_window_mixes_its_shards_and_no_others():
+    order = Order(np.full(12, 10), seed=3, global_batch=30, window=3)
+    for batch in epoch_of(order, 0):  # a batch is just a window here
+        assert len(np.unique(batch // 10)) == 3
+        assert (np.diff(batch) < 0).any()
+
+
+def test_shuffling_is_even():
+    """Places of a sample over 4000 seeds: chi-squared with 19 degrees, far beyond 0.999."""
+    places = [
+        int(
+            np.flatnonzero(
+                Order(np.array([20]), seed=s, global_batch=20, window=1).batch(0, 0) == 3
+            )[0]
+        )
+        for s in range(4000)
+    ]
+    counts = np.bincount(places, minlength=20)
+    assert ((counts - 200) ** 2 / 200).sum() < 50
+
+
+@settings(max_examples=200, deadline=None)
+@given(counts=st.lists(st.integers(0, 1000), min_size=1, max_size=12), total=st.integers(1, 500))
+def test_shares(counts, total):
+    alive = sum(c > 0 for c in counts)
+    if not alive:
+        return
+    if alive > total:
+        with pytest.raises(UserError):
+            shares_of(counts, total)
+        return
+    shares = shares_of(counts, total)
+    assert sum(shares) == total
+    for count, share in zip(counts, shares, strict=True):
+        assert (share >= 1) == (count > 0)
+    exact = [c / sum(counts) * total for c in counts]
+    if all(e >= 1 or e == 0 for e in exact):  # plain largest remainder: within one
+        assert all(abs(s - e) < 1 for s, e in zip(shares, exact, strict=True))
+
+
+def test_too_few_samples_are_counted_out():
+    with pytest.raises(UserError) as caught:
+        Order(np.array([5, 6]), seed=0, global_batch=16, window=2)
+    assert "11 samples are fewer than one global batch of 16" in caught.value.what
+    assert "11 // 16 = 0" in caught.value.what
+    assert "11" in caught.value.remedy
+
+
+def test_wrong_arguments():
+    sizes = np.array([8, 8])
+    for wrong in ({"global_batch": 0}, {"window": 0}):
+        with pytest.raises(UserError):
+            Order(sizes, **{"seed": 0, "global_batch": 4, "window": 1, **wrong})
+    for parts in ([np.arange(10), np.arange(8, 16)], [np.arange(15)]):
+        with pytest.raises(ValueError, match="disjoint and cover"):
+            Order(sizes, seed=0, global_batch=4, window=1, parts=parts)
+    order = Order(sizes, seed=0, global_batch=4, window=1)
+    with pytest.raises(UserError, match="not 3 ranks"):
+        order.rank_batch(0, 0, 0, 3)
+    with pytest.raises(IndexError):
+        order.batch(0, 4)
+    two = Order(sizes, seed=0, global_batch=4, window=1, parts=[np.arange(8), np.arange(8, 16)])
+    with pytest.raises(UserError, match="2 parts can't be shared by 3 ranks"):
+        two.rank_batch(0, 0, 0, 3)
+
+
+@settings(deadline=None)
+@given(count=st.integers(0, 40), accumulation=st.integers(1, 9))
+def test_micro_batches(count, accumulation):
+    pieces = micro_batches(np.arange(count), accumulation)
+    assert len(pieces) == accumulation
+    np.testing.assert_array_equal(np.concatenate(pieces), np.arange(count))
+    sizes = [len(piece) for piece in pieces]
+    assert max(sizes) - min(sizes) <= 1
+    assert min(sizes) >= 1 or count < accumulation
+
+
+@settings(deadline=None)
+@given(total=st.integers(1, 60), batch=st.integers(1, 12), world=st.integers(1, 5))
+def test_sequential_covers_all_in_order(total, batch, world):
+    ranks = [list(sequential(total, batch, rank, world)) for rank in range(world)]
+    assert len({len(steps) for steps in ranks}) == 1
+    seen = []
+    for step in zip(*ranks, strict=True):
+        for ids, mask in step:
+            assert ids.shape == mask.shape == (batch,)
+            assert ids.max() < total
+            assert (ids[~mask] == total - 1).all()
+            seen += ids[mask].tolist()
+    assert seen == list(range(total))
+
+
+def test_check_arithmetic():
+    check_arithmetic(96, 3, 4)
+    with pytest.raises(UserError) as caught:
+        check_arithmetic(100, 3, 4)
+    assert "100 is not 3 ranks x 4" in caught.value.what
+    assert "96 or 108" in caught.value.remedy
+    with pytest.raises(UserError):
+        check_arithmetic(0, 1, 1)
