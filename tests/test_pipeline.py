@@ -33,9 +33,24 @@ def standings(config) -> dict[str, Standing]:
 
 def test_stages_follow_the_config(tmp_path):
     names = [stage.name for stage in stages_of(config(tmp_path))]
-    assert names == ["pack", "index", "teacher", "targets", "student", "graph", "control", "evaluate"]
+    assert names == [
+        "pack",
+        "index",
+        "teacher",
+        "targets",
+        "student",
+        "graph",
+        "control",
+        "evaluate",
+    ]
     shards = config(tmp_path, "data.source=shards", "graph.scope=batch", "student.control=false")
-    assert [s.name for s in stages_of(shards)] == ["index", "teacher", "targets", "student", "evaluate"]
+    assert [s.name for s in stages_of(shards)] == [
+        "index",
+        "teacher",
+        "targets",
+        "student",
+        "evaluate",
+    ]
 
 
 def test_whole_stages_are_whole_until_a_field_they_depend_on_changes(tmp_path):

@@ -47,7 +47,7 @@ def kill_all(process: subprocess.Popen[str]) -> None:
 def test_killed_launch_continues_from_its_checkpoint(stage, undisturbed, tmp_path):
     run = tmp_path / "run"
     process = start(torchrun(run), environment())
-    read_until(process, rf"{stage} +step 10 ")
+    read_until(process, rf"{stage} +step 9 ")
     kill_all(process)
     assert not (run / stage / "done.json").exists()
     assert list((run / stage / "checkpoints").glob("step-*"))
@@ -63,7 +63,7 @@ def test_a_rank_lost_under_ray_is_replaced(undisturbed, tmp_path):
     run = tmp_path / "run"
     command = [sys.executable, "-m", "cnn2gnn_dist", "run", "--config", "demo", *MICRO]
     process = start([*command, f"run.dir={run}"], ray_environment())
-    seen = read_until(process, r"student +step 10 ")
+    seen = read_until(process, r"student +step 9 ")
     found = re.findall(r"\(rank 0 pid=(\d+)\)", seen)
     os.kill(int(found[-1]), signal.SIGKILL)
     code, output = finish(process)

@@ -10,22 +10,24 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from cnn2gnn_dist.compat import import_dgl
 from cnn2gnn_dist.errors import UserError
 
 ARRAYS = ("nodes", "table")
+PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 
 
 def assign(table_NM: np.ndarray, parts: int) -> np.ndarray:
-    """[N] int32 part of each node, by DGL's METIS on the undirected graph; deterministic.
+    """[N] int32 part of each node, by DGL's METIS on the undirected graph.
+
+    The same graph always gets the same parts (``metis.py`` says why that takes a process).
 
     Raises:
         UserError: more parts than nodes.
@@ -37,15 +39,23 @@ def assign(table_NM: np.ndarray, parts: int) -> np.ndarray:
         )
     if parts == 1:
         return np.zeros(nodes, np.int32)
-    import torch
-
-    dgl = import_dgl()
-    there = table_NM >= 0
-    heads = np.repeat(np.arange(nodes), table_NM.shape[1])[there.ravel()]
-    tails = table_NM[there].astype(np.int64)
-    graph = dgl.graph((torch.from_numpy(heads), torch.from_numpy(tails)), num_nodes=nodes)
-    with _quiet():
-        part_N = dgl.metis_partition_assignment(graph, parts).numpy().astype(np.int32)
+    with tempfile.TemporaryDirectory(prefix="metis-") as folder:
+        table, out = Path(folder) / "table.npy", Path(folder) / "part.npy"
+        np.save(table, table_NM)
+        path = [str(PACKAGE_PARENT), os.environ.get("PYTHONPATH", "")]
+        done = subprocess.run(
+            [sys.executable, "-m", "cnn2gnn_dist.graph.metis", str(table), str(out), str(parts)],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode != 0:
+            raise UserError(
+                f"METIS failed with exit code {done.returncode}: {done.stderr[-500:]}",
+                where="graph.parts",
+                remedy="`cnn2gnn doctor` says whether DGL works here; graph.parts=1 needs no METIS",
+            )
+        part_N = np.load(out)
     return _fill_empty(part_N, parts)
 
 
@@ -143,25 +153,6 @@ def _fill_empty(part_N: np.ndarray, parts: int) -> np.ndarray:
         counts[largest] -= 1
         counts[empty] += 1
     return part_N
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """DGL's C++ prints a count of "edge cuts" that means nothing: keep it off the console."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    kept = os.dup(1), os.dup(2)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 1)
-        os.dup2(nowhere, 2)
-        yield
-        sys.stdout.flush()
-    finally:
-        for number, handle in enumerate(kept, start=1):
-            os.dup2(handle, number)
-            os.close(handle)
-        os.close(nowhere)
 
 
 def _sha256(array: np.ndarray) -> str:

@@ -65,13 +65,13 @@ def _targets(context: Context, keys: dict[str, str]) -> list[Path]:
 def _student(context: Context, keys: dict[str, str]) -> list[Path]:
     from cnn2gnn_dist.stages import student
 
-    return student.run(context, context.config.graph.scope)
+    return student.run(context, context.config.graph.scope, keys["targets"])
 
 
 def _control(context: Context, keys: dict[str, str]) -> list[Path]:
     from cnn2gnn_dist.stages import student
 
-    return student.run(context, "none")
+    return student.run(context, "none", keys["targets"])
 
 
 def _graph(context: Context, keys: dict[str, str]) -> list[Path]:

@@ -22,11 +22,13 @@ from cnn2gnn_dist.stages.networks import build_student
 from cnn2gnn_dist.training.sync_norm import synchronise_norms
 
 
-def run(context: Context, scope: Scope) -> list[Path]:
+def run(context: Context, scope: Scope, targets_key: str) -> list[Path]:
     """Train; returns the files of the last checkpoint."""
     config, settings = context.config, context.config.student
     manifest = load_manifest(context.paths.train_manifest)
-    targets = Targets.load(context.paths.targets, len(manifest), manifest.num_classes)
+    targets = Targets.load(
+        context.paths.targets, len(manifest), manifest.num_classes, meta={"key": targets_key}
+    )
     torch.manual_seed(config.seed)
     model = build_student(config, manifest.num_classes, scope)
     if scope == "dataset" and context.ranks.world_size > 1:
