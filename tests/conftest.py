@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import runs
 
 FOLDER = Path(tempfile.mkdtemp(prefix="r", dir="/tmp"))  # short: a socket's path has 107 bytes
 
@@ -68,3 +69,12 @@ def ray_cluster() -> Iterator[None]:
         for process in alive:
             process.kill()
         patch.undo()
+
+
+@pytest.fixture(scope="session")
+def micro_run(tmp_path_factory):
+    """Folder of a small whole run on two ranks under torchrun; not to be written into."""
+    folder = tmp_path_factory.mktemp("micro") / "run"
+    code, output = runs.finish(runs.start(runs.torchrun(folder), runs.environment()))
+    assert code == 0, output[-4000:]
+    return folder

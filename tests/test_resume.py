@@ -1,4 +1,4 @@
-"""The same command after a SIGKILL continues, and ends where an undisturbed run ends."""
+"""The same command after a SIGKILL continues, and ends where an micro_run run ends."""
 
 from __future__ import annotations
 
@@ -13,14 +13,6 @@ import pytest
 from runs import MICRO, environment, finish, ray_environment, scores, start, torchrun
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("resume") / "undisturbed"
-    code, output = finish(start(torchrun(folder), environment()))
-    assert code == 0, output[-4000:]
-    return folder
 
 
 def read_until(process: subprocess.Popen[str], pattern: str) -> str:
@@ -44,7 +36,7 @@ def kill_all(process: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.parametrize("stage", ["teacher", "student"])
-def test_killed_launch_continues_from_its_checkpoint(stage, undisturbed, tmp_path):
+def test_killed_launch_continues_from_its_checkpoint(stage, micro_run, tmp_path):
     run = tmp_path / "run"
     process = start(torchrun(run), environment())
     read_until(process, rf"{stage} +step 9 ")
@@ -56,10 +48,10 @@ def test_killed_launch_continues_from_its_checkpoint(stage, undisturbed, tmp_pat
     assert code == 0, output[-4000:]
     assert re.search(rf"{stage} +continues at epoch", output)
     assert "pack     whole, skipped" in output
-    assert scores(run) == scores(undisturbed)
+    assert scores(run) == scores(micro_run)
 
 
-def test_a_rank_lost_under_ray_is_replaced(undisturbed, tmp_path):
+def test_a_rank_lost_under_ray_is_replaced(micro_run, tmp_path):
     run = tmp_path / "run"
     command = [sys.executable, "-m", "cnn2gnn_dist", "run", "--config", "demo", *MICRO]
     process = start([*command, f"run.dir={run}"], ray_environment())
@@ -70,22 +62,22 @@ def test_a_rank_lost_under_ray_is_replaced(undisturbed, tmp_path):
     assert code == 0, output[-4000:]
     assert "a rank was lost" in output
     assert re.search(r"student +continues at epoch", output)
-    assert scores(run) == scores(undisturbed)
+    assert scores(run) == scores(micro_run)
 
 
-def test_targets_continue_at_the_first_missing_shard(undisturbed, tmp_path):
+def test_targets_continue_at_the_first_missing_shard(micro_run, tmp_path):
     """A cut-off run left some files: they are not written again, a damaged one is."""
     import shutil
 
     run = tmp_path / "run"
-    shutil.copytree(undisturbed, run)
+    shutil.copytree(micro_run, run)
     files = sorted((run / "targets").glob("*.parquet"))
     (run / "targets" / "done.json").unlink()
     files[1].unlink()
     files[2].write_bytes(files[2].read_bytes()[:-100])
     before = {path.name: path.stat().st_mtime_ns for path in files if path.exists()}
     wanted = {
-        path.name: path.read_bytes() for path in sorted((undisturbed / "targets").glob("*.parquet"))
+        path.name: path.read_bytes() for path in sorted((micro_run / "targets").glob("*.parquet"))
     }
 
     command = torchrun(run)

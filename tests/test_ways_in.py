@@ -21,49 +21,48 @@ from runs import (
     results,
     scores,
     start,
-    torchrun,
 )
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def by_torchrun(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ways") / "torchrun"
-    code, output = finish(start(torchrun(folder), environment()))
-    assert code == 0, output[-4000:]
-    return folder
-
-
-def test_torchrun_leaves_every_artefact(by_torchrun):
-    table = results(by_torchrun)
+def test_torchrun_leaves_every_artefact(micro_run):
+    table = results(micro_run)
     for model in ("teacher", "student", "control_mlp"):
         assert table[model].keys() >= {"accuracy", "parameters", "flops", "ms_per_image", "ece"}
         assert 0.1 < table[model]["accuracy"] <= 1.0
     assert table["student"]["parameters"] > table["control_mlp"]["parameters"]
-    targets = sorted((by_torchrun / "targets").glob("*.parquet"))
-    assert len(targets) == len(list((by_torchrun / "shards").glob("train-*.tar")))
+    targets = sorted((micro_run / "targets").glob("*.parquet"))
+    assert len(targets) == len(list((micro_run / "shards").glob("train-*.tar")))
     graph = table["student"]["graph"]
     assert sum(graph["inner"]) == graph["nodes"] == table["run"]["train_images"]
     assert len(graph["inner"]) == len(graph["halo"]) == 2
 
 
-def test_deepspeed_launcher(by_torchrun, tmp_path):
-    command = [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_addr", "127.0.0.1"]
-    command += ["--master_port", str(free_port()), "launch/train.py"]
+def test_deepspeed_launcher(micro_run, tmp_path):
+    command = [str(BIN / "deepspeed"), "--hostfile", "cluster/hostfile", "--no_ssh"]
+    command += [
+        "--node_rank",
+        "0",
+        "--master_addr",
+        "127.0.0.1",
+        "--master_port",
+        str(free_port()),
+        "launch/train.py",
+    ]
     command += ["--deepspeed_config", "ds_config.json", "--config", "demo", *MICRO]
     run = tmp_path / "run"
     code, output = finish(start([*command, f"run.dir={run}"], environment(DS_ACCELERATOR="cpu")))
     assert code == 0, output[-4000:]
-    assert scores(run) == scores(by_torchrun)
+    assert scores(run) == scores(micro_run)
 
 
-def test_cnn2gnn_run_on_ray(by_torchrun, tmp_path):
+def test_cnn2gnn_run_on_ray(micro_run, tmp_path):
     run = tmp_path / "run"
     command = [sys.executable, "-m", "cnn2gnn_dist", "run", "--config", "demo", *MICRO]
     code, output = finish(start([*command, f"run.dir={run}"], ray_environment()))
     assert code == 0, output[-4000:]
-    assert scores(run) == scores(by_torchrun)
+    assert scores(run) == scores(micro_run)
 
     code, output = finish(start([*command, f"run.dir={run}"], ray_environment()))
     assert code == 0
@@ -75,7 +74,7 @@ def test_cnn2gnn_run_on_ray(by_torchrun, tmp_path):
     os.geteuid() != 0 or shutil.which("unshare") is None,
     reason="Ray's job server binds to the network: the test wants a network namespace (root, unshare)",
 )
-def test_ray_job(by_torchrun, tmp_path):
+def test_ray_job(micro_run, tmp_path):
     """`ray job submit` and launch/submit.py against a head that sees loopback only."""
     run, run_2 = tmp_path / "job", tmp_path / "job-2"
     ports = {name: free_port_outside_workers() for name in ("gcs", "dashboard", "client")}
@@ -106,7 +105,7 @@ def test_ray_job(by_torchrun, tmp_path):
     assert "script exit 0" in output, output[-3000:]
     assert "failing exit 1" in output, output[-3000:]
     assert "did you mean student.epochs?" in output
-    assert scores(run) == scores(by_torchrun)
+    assert scores(run) == scores(micro_run)
 
 
 def short_folder(tmp_path: Path) -> Path:
@@ -138,10 +137,10 @@ def test_submit_names_the_remedy_when_no_server_answers():
     assert "Traceback" not in done.stderr
 
 
-def test_dry_run_prints_config_and_plan(by_torchrun):
+def test_dry_run_prints_config_and_plan(micro_run):
     command = [sys.executable, "-m", "cnn2gnn_dist", "run", "--config", "demo", *MICRO]
     done = subprocess.run(
-        [*command, f"run.dir={by_torchrun}", "student.epochs=5", "--dry-run"],
+        [*command, f"run.dir={micro_run}", "student.epochs=5", "--dry-run"],
         capture_output=True,
         text=True,
         env=environment(),
@@ -152,8 +151,6 @@ def test_dry_run_prints_config_and_plan(by_torchrun):
     assert plan[3].split()[:2] == ["targets", "whole"]
     assert "student.epochs: 3 -> 5" in plan[4]
     assert (
-        json.loads((by_torchrun / "student" / "done.json").read_text())["parts"]["student"][
-            "epochs"
-        ]
+        json.loads((micro_run / "student" / "done.json").read_text())["parts"]["student"]["epochs"]
         == 3
     )
