@@ -11,6 +11,7 @@ from pathlib import Path
 from cnn2gnn_dist import __version__, settings
 from cnn2gnn_dist.config import Config
 from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.runtime.ranks import Ranks
 
 STAGES = {
     "teacher": "train the CNN under DeepSpeed",
@@ -127,8 +128,12 @@ def _run(arguments: argparse.Namespace) -> int:
             print(f"{step.stage.name:10} {step.standing.value:12} {step.why}")
         return 0
     _warn_about_lost_results(arguments, config)
-    pipeline.plan(config, arguments.stages)
-    _on_ray(config, arguments.stages, arguments.update)
+    pipeline.plan(config, arguments.stages)  # refuses an unknown stage before Ray is started
+    if pipeline.light(config, arguments.stages):
+        tree = settings.as_tree(config)
+        pipeline.run_rank(tree, arguments.stages, arguments.update, False, Ranks())
+    else:
+        _on_ray(config, arguments.stages, arguments.update)
     if arguments.stages is None:
         _closing_words(config)
     return 0

@@ -74,13 +74,19 @@ def run_rank(
 
     config = settings.check(tree)
     device = choose_device(config.device)
-    engine.init(ranks, device, timeout_s=config.cluster.timeout_s)
+    if ranks.world_size > 1 or not light(config, names):
+        engine.init(ranks, device, timeout_s=config.cluster.timeout_s)
     try:
         with _locked(Path(str(config.run.dir)), ranks):
             _together(ranks, lambda: _claim(config))
             return _run_all(config, names, update, inside_ray, ranks, device)
     finally:
         engine.shutdown()
+
+
+def light(config: Config, names: list[str] | None) -> bool:
+    """Whether these stages are rank 0's alone, and need no process group."""
+    return all(stage.alone for stage in stages_of(config) if names is None or stage.name in names)
 
 
 def choose_device(wanted: str) -> str:
