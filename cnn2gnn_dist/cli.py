@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -32,6 +33,9 @@ EPILOG = """examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code: 0 well, 1 failed, 2 the user can mend it."""
     arguments = _parse(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # In a file or pipe the ranks' lines would otherwise come in blocks, minutes late.
+        sys.stdout.reconfigure(line_buffering=True)
     try:
         return arguments.command(arguments) or 0
     except UserError as error:
