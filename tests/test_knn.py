@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.graph import knn, quality
@@ -47,6 +48,58 @@ def test_duplicates_and_ties_go_to_the_smaller_id():
     for row in range(12):
         twins = [j for j in range(12) if j % 3 == row % 3 and j != row]
         assert ids[row].tolist() == twins
+
+
+def on_device(base: np.ndarray) -> knn.Index:
+    """The path of accelerators (matmul and top-k), on this processor."""
+    index = knn.Index(base)
+    index._on_device = torch.from_numpy(index.base_Nd)
+    return index
+
+
+@pytest.mark.parametrize("make", [knn.Index, on_device])
+@pytest.mark.parametrize("exclude", [False, True])
+def test_more_ties_than_were_fetched_go_to_the_smaller_id(make, exclude):
+    # Ahead of three better rows lie fifty equal ones: more than the slack can hold.
+    base = np.zeros((60, 4), np.float32)
+    base[:50, 0], base[50:53, 0] = 0.5, 1.0
+    query = np.repeat(np.eye(4, dtype=np.float32)[:1], 30, 0)
+    out = np.where(np.arange(30) % 2 == 0, np.arange(30), -1) if exclude else None
+    ids, sims = make(base).search(query, 6, exclude=out)
+    np.testing.assert_array_equal(ids, dense(base, query, 6, out))
+    assert (sims == [1, 1, 1, 0.5, 0.5, 0.5]).all()
+
+
+@pytest.mark.parametrize("make", [knn.Index, on_device])
+def test_coarse_grid_full_of_ties_equals_dense(make, monkeypatch):
+    # Small integers: every inner product is exact, so are the ties.
+    base = np.random.default_rng(0).integers(-1, 2, (300, 4)).astype(np.float32)
+    out = np.arange(300)
+    wanted = dense(base, base, 6, out)
+    np.testing.assert_array_equal(make(base).search(base, 6, exclude=out)[0], wanted)
+    monkeypatch.setattr(knn, "QUERY_BLOCK", 7)
+    np.testing.assert_array_equal(make(base).search(base, 6, exclude=out)[0], wanted)
+
+
+def test_one_point_many_times():
+    base = np.repeat(unit(1, 16), 500, 0)
+    ids, sims = knn.search(base, base, 4, exclude_Q=np.arange(500))
+    for row in (0, 2, 499):
+        assert ids[row].tolist() == [j for j in range(5) if j != row][:4]
+    np.testing.assert_allclose(sims, 1.0, rtol=1e-6)
+
+
+def test_holes_of_inverted_lists_are_infinitely_far():
+    base = unit(1500, 8)
+    index = knn.Index(base, exact=False, probes=1)
+    ids, sims = index.search(base[:50], 40, exclude=np.arange(50))
+    assert (ids < 0).any()
+    assert (sims[ids < 0] == -np.inf).all()
+    assert np.isfinite(sims[ids >= 0]).all()
+    filled, _ = knn.search(base, base[:50], 40, exclude_Q=np.arange(50), exact=False, probes=1)
+    short = (ids < 0).any(1)
+    np.testing.assert_array_equal(filled[short], dense(base, base[:50], 40, np.arange(50))[short])
+    assert index.flops_per_query < knn.Index(base).flops_per_query
 
 
 def test_independent_of_how_queries_are_cut(monkeypatch):
@@ -94,3 +147,4 @@ def test_quality_by_loops():
     )
     assert sum(stats["histogram"]["nodes"]) == 4
     assert quality.recall(np.array([[1, 2, 3]]), np.array([[3, 9, 1]])) == pytest.approx(2 / 3)
+    assert quality.recall(np.array([[1, -1]]), np.array([[2, -1]])) == 0.0  # holes never match

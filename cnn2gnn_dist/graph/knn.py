@@ -15,7 +15,7 @@ from cnn2gnn_dist.errors import UserError
 
 QUERY_BLOCK = 1024
 SLACK = 8
-"""Hits fetched beyond those wanted, so that ties at the border can be broken by id."""
+"""Hits fetched beyond those wanted, so that most ties at the border can be broken by id."""
 
 
 class Index:
@@ -38,12 +38,13 @@ class Index:
         self.flops_per_query = 2.0 * self.nodes * dim
         self._on_device: torch.Tensor | None = None
         self._faiss: Any = None
+        self._exact = exact or device == "cuda" or self.nodes < 1000
         if device == "cuda":
             self._on_device = torch.from_numpy(self.base_Nd).cuda()
             return
         import faiss
 
-        if exact or self.nodes < 1000:
+        if self._exact:
             self._faiss = faiss.IndexFlatIP(dim)
         else:
             lists = max(1, int(4 * self.nodes**0.5))
@@ -83,16 +84,30 @@ class Index:
             rows = slice(start, start + QUERY_BLOCK)
             block = np.ascontiguousarray(query_Qd[rows], dtype=np.float32)
             found, near = self._fetch(block, fetch)
+            last = near[:, -1]
             if exclude is not None:
                 gone = found == np.asarray(exclude)[rows, None]
                 found, near = np.where(gone, -1, found), np.where(gone, -np.inf, near)
             ids[rows], sims[rows] = _best(found, near, m)
+            if self._exact and fetch < self.nodes:
+                # Ties that reach past what was fetched: which of them came is the library's whim.
+                for row in start + np.flatnonzero(sims[rows, -1] == last):
+                    left = -1 if exclude is None else int(exclude[row])
+                    ids[row], sims[row] = self._whole_row(query_Qd[row], m, left)
         return ids, sims
+
+    def _whole_row(self, query_d: np.ndarray, m: int, left: int) -> tuple[np.ndarray, np.ndarray]:
+        """One query against all rows. Not a matmul: equal rows must come out equal."""
+        near_N = np.einsum("nd,d->n", self.base_Nd, np.asarray(query_d, np.float32))
+        if left >= 0:
+            near_N[left] = -np.inf
+        ids = np.argsort(-near_N, kind="stable")[:m]
+        return ids, near_N[ids]
 
     def _fetch(self, block_Qd: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
         if self._on_device is None:
             near, found = self._faiss.search(block_Qd, count)
-            return found, near
+            return found, np.where(found < 0, -np.inf, near)
         query = torch.from_numpy(block_Qd).to(self._on_device.device)
         near_t, found_t = (query @ self._on_device.T).topk(count, dim=1)
         return found_t.cpu().numpy(), near_t.cpu().numpy()

@@ -29,6 +29,7 @@ def degree_stats(table_NM: np.ndarray) -> dict[str, Any]:
 
 
 def recall(table_NM: np.ndarray, reference_NM: np.ndarray) -> float:
-    """Share of the reference's neighbours that the table has, row by row."""
-    hits = (reference_NM[:, :, None] == table_NM[:, None, :]).any(2)
-    return float(hits.mean())
+    """Share of the reference's neighbours that the table has, row by row; holes don't count."""
+    there = reference_NM >= 0
+    hits = (reference_NM[:, :, None] == table_NM[:, None, :]).any(2) & there
+    return float(hits.sum() / max(there.sum(), 1))
