@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from cnn2gnn_dist import durable
 from cnn2gnn_dist.errors import UserError
 
 FORMAT = 1
@@ -104,17 +104,7 @@ def claim(root: Path, config_yaml: str) -> None:
             remedy="name another folder: run.dir=…",
         )
     root.mkdir(parents=True, exist_ok=True)
-    write_atomic(root / "config.yaml", config_yaml)
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Replace a text file in one step: readers see the old one or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    durable.write_text(root / "config.yaml", config_yaml)
 
 
 def _present(folder: Path, entry: Entry) -> bool:
@@ -140,4 +130,4 @@ def _read(path: Path) -> Entry | None:
 
 
 def _write(path: Path, entry: Entry) -> None:
-    write_atomic(path, json.dumps(entry.__dict__, indent=1))
+    durable.write_text(path, json.dumps(entry.__dict__, indent=1))

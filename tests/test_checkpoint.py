@@ -16,6 +16,7 @@ import tiny
 import torch
 from torch import nn
 
+from cnn2gnn_dist import durable
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.training import checkpoint, distributed, named_state
 from cnn2gnn_dist.training.checkpoint import Checkpoints, load_weights
@@ -126,16 +127,16 @@ def pair_reads_single(root: Path) -> dict[Any, Any]:
     return found
 
 
-def die_when(rank: int, name: str, at: Callable[[Path], bool]) -> None:
-    """SIGKILL this rank when checkpoint.``name`` is called on a path that ``at`` picks."""
-    real = getattr(checkpoint, name)
+def die_when(rank: int, module: Any, name: str, at: Callable[[Path], bool]) -> None:
+    """SIGKILL this rank when ``module.name`` is called on a path that ``at`` picks."""
+    real = getattr(module, name)
 
     def killer(path: Path, *rest: Any) -> Any:
         if distributed.rank() == rank and at(Path(path)):
             os.kill(os.getpid(), signal.SIGKILL)
         return real(path, *rest)
 
-    setattr(checkpoint, name, killer)
+    setattr(module, name, killer)
 
 
 def killed(root: Path, where: str) -> None:
@@ -146,11 +147,11 @@ def killed(root: Path, where: str) -> None:
     step = engine.steps
     tiny.train(engine, range(step, step + 1))
     if where == "shard of rank 1":
-        die_when(1, "_sync", lambda path: path.name.startswith("rank-00001"))
+        die_when(1, durable, "sync", lambda path: path.name.startswith("rank-00001"))
     elif where == "before the manifest":
-        die_when(0, "_write_json", lambda path: path.name == "manifest.json")
+        die_when(0, checkpoint, "_write_json", lambda path: path.name == "manifest.json")
     elif where == "before the rename":
-        die_when(0, "_sync", lambda path: path.suffix == ".tmp" and path.is_dir())
+        die_when(0, durable, "sync", lambda path: path.suffix == ".tmp" and path.is_dir())
     saved.save(step + 1, engine, extra(step + 1))
 
 

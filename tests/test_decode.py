@@ -8,6 +8,7 @@ import warnings
 
 import numpy as np
 import pytest
+import simplejpeg
 from helpers import data_dir, encode_image, random_images
 from PIL import Image
 
@@ -60,6 +61,14 @@ def test_cmyk_jpeg_becomes_rgb():
     found = decode(data)
     np.testing.assert_array_equal(found, by_pillow(data))
     assert np.abs(found.astype(int) - IMAGE).mean() < 12  # not inverted
+
+
+def test_ycck_jpeg_becomes_rgb():
+    data = bytes_of(Image.fromarray(IMAGE).convert("CMYK"), "JPEG", quality=95)
+    flag = data.index(b"Adobe") + 11  # how the colours are stored: 2 is YCCK
+    data = data[:flag] + b"\x02" + data[flag + 1 :]
+    assert simplejpeg.decode_jpeg_header(data)[2] == "YCCK"
+    np.testing.assert_array_equal(decode(data), by_pillow(data))
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "LA", "RGBA", "P", "1"])

@@ -116,3 +116,70 @@ def test_saved_and_read_again_and_damage_is_noticed(tmp_path):
     (tmp_path / "part" / "part.json").unlink()
     with pytest.raises(UserError, match="can't be used"):
         partition.PartGraph.load(tmp_path / "part")
+
+
+def test_no_single_flipped_bit_passes_or_crashes(tmp_path):
+    part = partition.build_part(random_table(9, 2, 0), np.arange(9) % 2, 1)
+    part.save(tmp_path)
+    refused = 0
+    for name in ("nodes.npy", "table.npy", "part.json"):
+        file = tmp_path / name
+        good = file.read_bytes()
+        for place in range(len(good)):
+            for bit in (0, 1, 3, 6):
+                bad = bytearray(good)
+                bad[place] ^= 1 << bit
+                file.write_bytes(bytes(bad))
+                try:
+                    again = partition.PartGraph.load(tmp_path)
+                except UserError:
+                    refused += 1
+                    continue
+                # Spaces of a header, or the note of the number, which no array depends on.
+                assert (again.num_inner, again.num_halo1) == (part.num_inner, part.num_halo1)
+                assert again.nodes_L.dtype == np.int64
+                assert again.table_KM.dtype == np.int32
+                np.testing.assert_array_equal(again.nodes_L, part.nodes_L)
+                np.testing.assert_array_equal(again.table_KM, part.table_KM)
+        file.write_bytes(good)
+    assert refused > 1000
+
+
+@pytest.mark.parametrize("name", ["nodes.npy", "table.npy", "part.json"])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.9])
+def test_a_file_cut_off_is_refused(tmp_path, name, share):
+    partition.build_part(random_table(30, 4, 0), np.arange(30) % 2, 0).save(tmp_path)
+    data = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(data[: int(share * len(data))])
+    with pytest.raises(UserError, match="can't be used") as raised:
+        partition.PartGraph.load(tmp_path)
+    assert str(tmp_path) in raised.value.where
+
+
+@pytest.mark.parametrize("note", ["[]", "null", "{}", '{"sha256": null}', "3"])
+def test_a_note_of_another_form_is_refused(tmp_path, note):
+    partition.build_part(random_table(9, 2, 0), np.arange(9) % 2, 0).save(tmp_path)
+    (tmp_path / "part.json").write_text(note)
+    with pytest.raises(UserError, match="can't be used"):
+        partition.PartGraph.load(tmp_path)
+
+
+def test_table_of_a_part_whose_neighbours_are_all_inside():
+    table = clustered(2, 10, 3)
+    table = np.where(table // 10 == np.arange(20)[:, None] // 10, table, -1)
+    part = partition.build_part(table, np.arange(20) // 10, 1)
+    assert (part.num_inner, part.num_halo1, len(part.nodes_L)) == (10, 0, 10)
+    assert partition.edge_cut(table, np.arange(20) // 10) == 0.0
+    assert partition.edge_cut(np.full((4, 2), -1), np.arange(4)) == 0.0
+
+
+def test_empty_parts_get_a_node_of_the_largest():
+    part = partition._fill_empty(np.array([2, 2, 2, 2, 0, 0], np.int32), 4)
+    assert part.tolist() == [2, 2, 3, 1, 0, 0]
+
+
+def test_metis_that_fails_is_the_users_error(monkeypatch):
+    monkeypatch.setattr(partition.sys, "executable", "/bin/false")
+    with pytest.raises(UserError, match="exit code 1") as raised:
+        partition.assign(random_table(9, 2, 0), 2)
+    assert "cnn2gnn doctor" in raised.value.remedy

@@ -118,13 +118,17 @@ def test_a_wrong_shard_is_refused_every_time(shards, damage):
         assert caught.value.where == str(bad)
         assert "missing, truncated or changed" in caught.value.what
         assert caught.value.remedy
+    assert str(bad) not in open_files()
     assert reader.read(Request(np.array([1, 30]), CLEAN)).valid.all()
 
 
-def test_a_shard_cut_while_it_is_open(shards):
+@pytest.mark.parametrize("left", [-5000, 0, 1, -1], ids=str)
+def test_a_shard_cut_while_it_is_open(shards, left):
+    """Cut before the sample, at its first byte, behind that byte, one byte before its end."""
     reader = Reader(spec_of(shards))
     assert reader.read(Request(np.array([16]), CLEAN)).valid.all()
-    os.truncate(shards[2], 1000)
+    start, size = int(reader.manifest.offset_N[23]), int(reader.manifest.size_N[23])
+    os.truncate(shards[2], start + (size - 1 if left == -1 else left))
     with pytest.raises(UserError, match="ends early") as caught:
         reader.read(Request(np.array([23]), CLEAN))
     assert caught.value.where == str(shards[2])
@@ -143,7 +147,10 @@ def test_a_read_error_names_the_shard(shards, monkeypatch):
 
 
 def open_files() -> set[str]:
+    """What this process holds open; nothing where /proc is missing."""
     folder = Path("/proc/self/fd")
+    if not folder.is_dir():
+        return set()
     return {os.readlink(folder / n) for n in os.listdir(folder) if (folder / n).is_symlink()}
 
 
@@ -158,6 +165,26 @@ def test_open_shards_are_bounded_and_closed(shards, monkeypatch):
     reader.close()
     assert not open_files() & {str(path) for path in shards}
     assert reader.read(Request(np.array([4]), CLEAN)).valid.all()  # opens again
+
+
+def test_shards_in_use_stay_open(shards, monkeypatch):
+    monkeypatch.setattr(reading, "OPEN_SHARDS", 2)
+    reader = Reader(spec_of(shards))
+    opened = []
+    plain = os.open
+    monkeypatch.setattr(reading.os, "open", lambda p, *a: (opened.append(p), plain(p, *a))[1])
+    for sample in (0, 8, 1, 16, 2, 24, 3):  # the first shard is always among the last two
+        reader.read(Request(np.array([sample]), CLEAN))
+    assert opened == [str(shards[i]) for i in (0, 1, 2, 3)]
+
+
+def test_nothing_but_corrupt_samples(tmp_path):
+    members = [(f"k{i}.{s}", b"0") for i in range(35) for s in ("cls", "jpg")]
+    spec = spec_of([write_tar(tmp_path / "s" / "a.tar", members)], ViewSpec("crop_flip", 32))
+    batch = Reader(spec).read(Request(np.arange(35), 1))
+    assert not batch.valid.any()
+    assert not batch.images.any()
+    assert [problem.split(": ")[1] for problem in batch.problems] == [f"k{i}" for i in range(35)]
 
 
 @pytest.mark.parametrize("ids", [[-1], [40], [3, 99]])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -172,6 +174,35 @@ def test_boxes_of_many_images():
     shape = (wide / high)[large]
     assert shape.min() > 0.7
     assert shape.max() < 1.4
+
+
+def plain_box(spec: ViewSpec, sample: int, high: int, wide: int, view: int) -> tuple[int, ...]:
+    """RandomResizedCrop.make_params of torchvision, with the hash's draws for its own."""
+    for attempt in range(10):
+        u = [_uniform(spec.seed, sample, view, 10 + 4 * attempt + d) for d in range(4)]
+        area = high * wide * (spec.scale[0] + u[0] * (spec.scale[1] - spec.scale[0]))
+        low, up = math.log(spec.ratio[0]), math.log(spec.ratio[1])
+        ratio = math.exp(low + u[1] * (up - low))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= wide and 0 < h <= high:
+            return int(u[2] * (high - h + 1)), int(u[3] * (wide - w + 1)), h, w
+    w, h = wide, high
+    if wide / high < spec.ratio[0]:
+        h = round(w / spec.ratio[0])
+    elif wide / high > spec.ratio[1]:
+        w = round(h * spec.ratio[1])
+    return (high - h) // 2, (wide - w) // 2, h, w
+
+
+@pytest.mark.parametrize("scale", [(0.08, 1.0), (0.95, 1.0), (1.0, 1.0)], ids=str)
+def test_boxes_are_those_of_torchvisions_rule(scale):
+    spec = ViewSpec("random_resized_crop", 32, seed=6, scale=scale)
+    heights, widths = np.random.default_rng(2).integers(4, 60, (2, 300))
+    box = boxes(spec, np.arange(300), heights, widths, 4)
+    for i in range(300):
+        wanted = plain_box(spec, i, int(heights[i]), int(widths[i]), 4)
+        assert tuple(int(column[i]) for column in box[:4]) == wanted
+        assert bool(box.flip_N[i]) == (_uniform(6, i, 4, 0) < 0.5)
 
 
 def test_boxes_when_no_attempt_fits_are_torchvisions_fallback():

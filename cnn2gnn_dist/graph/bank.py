@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cnn2gnn_dist import durable
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.graph.partition import PartGraph, build_union
 
@@ -65,15 +65,18 @@ class GraphWriter:
         files = {}
         for path in sorted(self.path.rglob("*")):
             if path.is_file():
-                _sync(path)
-                files[str(path.relative_to(self.path))] = [path.stat().st_size, _sha256(path)]
+                durable.sync(path)
+                files[str(path.relative_to(self.path))] = [
+                    path.stat().st_size,
+                    durable.sha256(path),
+                ]
         manifest = self.path / MANIFEST
         manifest.write_text(json.dumps({"files": files, "meta": meta}, indent=1), encoding="utf-8")
-        _sync(manifest)
+        durable.sync(manifest)
         final = self.path.with_suffix("")
         shutil.rmtree(final, ignore_errors=True)
         os.replace(self.path, final)
-        _sync(final.parent)
+        durable.sync(final.parent)
         return final
 
 
@@ -104,7 +107,7 @@ class GraphVersion:
         """
         files = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))["files"]
         for name, (_, sha) in files.items():
-            if _sha256(self.path / name) != sha:
+            if durable.sha256(self.path / name) != sha:
                 raise _damaged(self.path, f"{name}: its checksum does not hold")
 
 
@@ -198,19 +201,6 @@ def prune(root: Path, keep: int) -> None:
         shutil.rmtree(old)
     for unfinished in Path(root).glob("v????.tmp"):
         shutil.rmtree(unfinished)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _damaged(path: Path, what: str) -> UserError:

@@ -113,13 +113,18 @@ class PartGraph:
             note = json.loads((folder / "part.json").read_text(encoding="utf-8"))
             arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
             whole = all(_sha256(array) == note["sha256"][name] for name, array in arrays.items())
-        except (OSError, ValueError, KeyError) as error:
-            raise _damaged(folder, str(error)) from None
+            part, inner, halo1 = (int(note[name]) for name in ("part", "num_inner", "num_halo1"))
+        except Exception as error:  # numpy's reader has a dozen kinds for a damaged header
+            raise _damaged(folder, f"{type(error).__name__}: {error}") from None
         if not whole:
             raise _damaged(folder, "a checksum does not hold")
-        return cls(
-            note["part"], arrays["nodes"], note["num_inner"], note["num_halo1"], arrays["table"]
-        )
+        nodes, table = arrays["nodes"], arrays["table"]
+        # Checksums cover the values only: a header or a note may still tell them wrongly.
+        if (nodes.dtype, nodes.ndim, table.dtype, table.ndim) != (np.int64, 1, np.int32, 2):
+            raise _damaged(folder, "its arrays are of another kind")
+        if min(inner, halo1) < 0 or not inner + halo1 == len(table) <= len(nodes):
+            raise _damaged(folder, "its counts don't fit its arrays")
+        return cls(part, nodes, inner, halo1, table)
 
 
 def build_part(table_NM: np.ndarray, part_N: np.ndarray, part: int) -> PartGraph:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from cnn2gnn_dist.data.manifest import Manifest
 from cnn2gnn_dist.data.reader import Batch, Reader, ReaderSpec, Request
 from cnn2gnn_dist.data.views import CLEAN
+from cnn2gnn_dist.durable import write_text
 from cnn2gnn_dist.graph.bank import latest_version, open_version
-from cnn2gnn_dist.ledger import write_atomic
 from cnn2gnn_dist.models.cost import count_flops, count_parameters
 from cnn2gnn_dist.models.student import Scope, Student
 from cnn2gnn_dist.report import write_report
@@ -69,7 +69,7 @@ def run(context: Context, keys: dict[str, str]) -> list[Path]:
         if config.graph.scope == "dataset" and "graph" in keys:
             _gallery(context, keys, test)
         results["run"] = _circumstances(context, test)
-        write_atomic(paths.results, json.dumps(results, indent=1))
+        write_text(paths.results, json.dumps(results, indent=1))
         write_report(paths.root, test.classes)
         print(table(results), flush=True)
     distributed.barrier()

@@ -7,7 +7,6 @@ when all shares are on disk; a folder without a valid manifest does not exist.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -19,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cnn2gnn_dist import durable
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.training import distributed, named_state
 from cnn2gnn_dist.training.engine import Engine
@@ -56,8 +56,8 @@ class Checkpoints:
         tensors, optimizer_step = named_state.pull(engine, lambda name: share[name] == rank)
         path = work / f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
         save_file({k: t.contiguous() for k, t in tensors.items()}, path)
-        _sync(path)
-        record = (path.name, path.stat().st_size, _sha256(path))
+        durable.sync(path)
+        record = (path.name, path.stat().st_size, durable.sha256(path))
         files = distributed.all_gather_object(record)
         if rank == 0:
             state = {
@@ -150,20 +150,17 @@ def _publish(
 ) -> None:
     _write_json(work / STATE, state)
     path = work / STATE
-    files = [*files, (STATE, path.stat().st_size, _sha256(path))]
+    files = [*files, (STATE, path.stat().st_size, durable.sha256(path))]
     _write_json(
         work / MANIFEST,
         {"format": FORMAT, "files": {name: [size, sha] for name, size, sha in files}},
     )
-    _sync(work)
+    durable.sync(work)
     if final.exists():
         shutil.rmtree(final)
     os.replace(work, final)
-    pointer = final.parent / (LATEST + ".tmp")
-    pointer.write_text(final.name, encoding="ascii")
-    _sync(pointer)
-    os.replace(pointer, final.parent / LATEST)
-    _sync(final.parent)
+    durable.write_text(final.parent / LATEST, final.name)
+    durable.sync(final.parent)
 
 
 def _damage(folder: Path) -> str | None:
@@ -177,7 +174,7 @@ def _damage(folder: Path) -> str | None:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != size or _sha256(path) != sha:
+        if path.stat().st_size != size or durable.sha256(path) != sha:
             return f"{name} is damaged"
     return None
 
@@ -217,17 +214,4 @@ def _check_shapes(engine: Engine, tensors: dict[str, Tensor], path: Path) -> Non
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=1), encoding="utf-8")
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    durable.sync(path)
