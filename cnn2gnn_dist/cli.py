@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -138,7 +139,7 @@ def _run(arguments: argparse.Namespace) -> int:
         pipeline.run_rank(tree, arguments.stages, arguments.update, False, Ranks())
     else:
         _on_ray(config, arguments.stages, arguments.update)
-    if arguments.stages is None:
+    if arguments.stages in (None, ["evaluate"]):
         _closing_words(config)
     return 0
 
@@ -167,6 +168,7 @@ def _on_ray(config: Config, stages: list[str] | None, update: bool) -> None:
         },
         spec,
     )
+    group.stop()
 
 
 def _warn_about_lost_results(arguments: argparse.Namespace, config: Config) -> None:
@@ -181,8 +183,11 @@ def _warn_about_lost_results(arguments: argparse.Namespace, config: Config) -> N
 
 
 def _closing_words(config: Config) -> None:
+    from cnn2gnn_dist.stages.evaluate import table
+
     root = Path(str(config.run.dir))
     report = root / "report.html"
+    print("\n" + table(json.loads((root / "results.json").read_text(encoding="utf-8"))))
     print(f"\nresults  {root / 'results.json'}")
     if report.exists():
         print(f"look     {report}")

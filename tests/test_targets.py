@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from cnn2gnn_dist.data import targets as targets_module
 from cnn2gnn_dist.data.targets import Targets, is_whole, write_shard
 from cnn2gnn_dist.errors import UserError
 
@@ -172,6 +173,26 @@ def test_what_is_wrong_is_named(tmp_path):
     refused("can't be used", files[1], tmp_path, 20, 5)
     files[1].unlink()
     refused("7 of 20 samples have no soft targets", "targets", tmp_path, 20, 5)
+
+
+def test_negative_ids_and_views_are_refused(tmp_path):
+    path = tmp_path / "a.parquet"
+    indices, values = top(teacher(1, 4, 5), 2)
+    how = {"view_count": 1, "indices": indices, "log_probs": values, "meta": META}
+    write_shard(path, ids=np.array([0, 1, -1, -2]), **how)
+    refused("can't be used", path, tmp_path, 4, 5)
+
+
+def test_a_sample_without_one_of_its_views(tmp_path):
+    """A file whose rows are not what ``write_shard`` makes, under a checksum that holds."""
+    path = write_all(tmp_path, teacher(2, 6, 5), 2)[0]
+    table = pq.read_table(path).filter([True] * 8 + [False] + [True] * 3)
+    pq.write_table(table, path)
+    _, columns = targets_module._read(path)
+    note = {**table.schema.metadata, targets_module.CHECKSUM: targets_module._checksum(columns)}
+    pq.write_table(table.replace_schema_metadata(note), path)
+    assert is_whole(path, META)
+    refused("1 of 6 samples have no soft targets", "targets", tmp_path, 6, 5)
 
 
 @pytest.mark.parametrize(("views", "k"), [(1, 2), (2, 3), (3, 2)])

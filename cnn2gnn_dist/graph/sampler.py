@@ -7,6 +7,8 @@ a fan-out of all candidates or more gives them all. The same key gives the same 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,25 +18,30 @@ from cnn2gnn_dist.errors import UserError
 
 
 class Sampler(Protocol):
-    """What both samplers offer."""
+    """What both samplers offer. ``num_rows``: nodes with candidates; halo-2 nodes have none."""
+
+    num_rows: int
 
     def neighbours(
         self, rows: np.ndarray, fanout: int, *, epoch: int, step: int, hop: int, rank: int
     ) -> np.ndarray:
-        """[U, fanout] int64 local ids of sampled candidates of ``rows``; -1 = none."""
+        """[U, fanout] int64 local ids of sampled candidates of ``rows``; -1 = none.
+
+        They stand in the order of the table. Raises IndexError for a row without candidates.
+        """
 
 
 class TableSampler:
     """Samples columns of the candidate table with numpy."""
 
     def __init__(self, table_KM: np.ndarray, seed: int) -> None:
-        self.table_KM, self.seed = table_KM, seed
+        self.table_KM, self.seed, self.num_rows = table_KM, seed, len(table_KM)
 
     def neighbours(
         self, rows: np.ndarray, fanout: int, *, epoch: int, step: int, hop: int, rank: int
     ) -> np.ndarray:
         """See ``Sampler``."""
-        candidates = self.table_KM[rows].astype(np.int64)
+        candidates = self.table_KM[_checked(rows, self.num_rows)].astype(np.int64)
         width = candidates.shape[1]
         if fanout >= width:
             return candidates
@@ -52,11 +59,13 @@ class DglSampler:
     def __init__(self, table_KM: np.ndarray, seed: int) -> None:
         import torch
 
-        self.seed, self.width = seed, table_KM.shape[1]
+        self.table_KM, self.seed, self.num_rows = table_KM, seed, len(table_KM)
         self._dgl = import_dgl()
-        there = table_KM >= 0
-        heads = np.repeat(np.arange(len(table_KM)), self.width)[there.ravel()]
-        tails = table_KM[there].astype(np.int64)
+        there = (table_KM >= 0).ravel()
+        # Cell of the table of each edge; None: no holes, edge e is cell e.
+        self._cells = None if there.all() else np.flatnonzero(there)
+        heads = np.repeat(np.arange(len(table_KM)), table_KM.shape[1])[there]
+        tails = table_KM.ravel()[there].astype(np.int64)
         nodes = int(max(len(table_KM), table_KM.max(initial=-1) + 1))
         # DGL samples in-edges: the edge runs from the candidate to the node that has it.
         ends = torch.from_numpy(tails), torch.from_numpy(heads)
@@ -68,13 +77,34 @@ class DglSampler:
         """See ``Sampler``."""
         import torch
 
-        fanout = min(fanout, self.width)
-        # DGL's random stream belongs to the thread: seed it in this one, before each call.
-        self._dgl.seed(_hash(self.seed, epoch, step, hop, rank) & 0x7FFFFFFF)
-        seeds = torch.from_numpy(np.asarray(rows, np.int64))
-        frontier = self._dgl.sampling.sample_neighbors(self._graph, seeds, fanout)
-        sources, heads = (end.numpy() for end in frontier.edges(order="eid"))
-        return _rows_of(sources, heads, np.asarray(rows, np.int64), fanout)
+        width = self.table_KM.shape[1]
+        fanout = min(fanout, width)
+        # DGL ends the process at an id below 0 and doesn't merge rows that are asked for twice.
+        distinct, place = np.unique(_checked(rows, self.num_rows), return_inverse=True)
+        with self._one_thread():
+            self._dgl.seed(_hash(self.seed, epoch, step, hop, rank) & 0x7FFFFFFF)
+            seeds = torch.from_numpy(distinct)
+            frontier = self._dgl.sampling.sample_neighbors(self._graph, seeds, fanout)
+        edges = np.sort(frontier.edata[self._dgl.EID].numpy())
+        cells = edges if self._cells is None else self._cells[edges]
+        row = np.searchsorted(distinct, cells // width)
+        column = np.arange(len(row)) - np.searchsorted(row, row, side="left")
+        made = np.full((len(distinct), fanout), -1, np.int64)
+        made[row, column] = self.table_KM.ravel()[cells]
+        return made[place]
+
+    @contextmanager
+    def _one_thread(self) -> Iterator[None]:
+        """DGL's random stream belongs to the thread and is cut by their number.
+
+        Torch may share the OpenMP library, so its number of threads is put back.
+        """
+        threads = self._dgl.utils.get_num_threads()
+        self._dgl.utils.set_num_threads(1)
+        try:
+            yield
+        finally:
+            self._dgl.utils.set_num_threads(threads)
 
 
 def make_sampler(name: str, table_KM: np.ndarray, seed: int) -> Sampler:
@@ -90,17 +120,12 @@ def make_sampler(name: str, table_KM: np.ndarray, seed: int) -> Sampler:
     raise UserError(f"no sampler {name!r}", where="graph.sampler", remedy="table or dgl")
 
 
-def _rows_of(sources: np.ndarray, heads: np.ndarray, rows: np.ndarray, fanout: int) -> np.ndarray:
-    """Edges as a padded table [len(rows), fanout], each row ascending."""
-    place = np.empty(int(rows.max(initial=0)) + 1, np.int64)
-    place[rows] = np.arange(len(rows))
-    row = place[heads]
-    order = np.lexsort((sources, row))
-    row, sources = row[order], sources[order]
-    column = np.arange(len(row)) - np.searchsorted(row, row, side="left")
-    made = np.full((len(rows), fanout), -1, np.int64)
-    made[row, column] = sources
-    return made
+def _checked(rows: np.ndarray, num_rows: int) -> np.ndarray:
+    """Rows as int64, all of them in the table."""
+    rows = np.asarray(rows, np.int64)
+    if len(rows) and (rows.min() < 0 or rows.max() >= num_rows):
+        raise IndexError(f"rows {rows.min()}..{rows.max()} of a table of {num_rows} rows")
+    return rows
 
 
 def _hash(*numbers: int) -> int:

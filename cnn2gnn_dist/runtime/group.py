@@ -68,6 +68,11 @@ def start(address: str | None, cpus: int) -> None:
     )
 
 
+def stop() -> None:
+    """Leave the cluster; one started here ends. The ranks' last lines are shown first."""
+    ray.shutdown()
+
+
 def gpus() -> int:
     """GPUs of the whole cluster."""
     return int(ray.cluster_resources().get("GPU", 0))

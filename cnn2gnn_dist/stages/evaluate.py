@@ -71,7 +71,8 @@ def run(context: Context, keys: dict[str, str]) -> list[Path]:
         results["run"] = _circumstances(context, test)
         write_text(paths.results, json.dumps(results, indent=1))
         write_report(paths.root, test.classes)
-        print(table(results), flush=True)
+        if not context.inside_ray:  # under Ray the driver shows it, after the ranks' last lines
+            print(table(results), flush=True)
     distributed.barrier()
     return [path for path in sorted(context.folder.glob("*.np*"))]
 
