@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from test_partition import random_table
 
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.graph.block import queried_block, sampled_block
 from cnn2gnn_dist.graph.sampler import make_sampler
 
 KEY = {"epoch": 1, "step": 2, "hop": 1, "rank": 0}
 
 
-@pytest.fixture(params=["table", "dgl"])
+KINDS = ("table", "dgl")
+
+
+@pytest.fixture(params=KINDS)
 def kind(request):
     return request.param
 
@@ -75,56 +78,72 @@ def test_unknown_sampler():
         make_sampler("distdgl", table(), seed=0)
 
 
-def naive(first, seeds, second_of):
-    """Sets and dictionaries in place of index arithmetic."""
-    nodes, unique = set(), set()
-    for row, seed in zip(first, seeds, strict=True):
-        unique |= {int(j) for j in row if j >= 0 and j != seed}
-    for node in unique:
-        nodes |= {node} | {int(j) for j in second_of(node) if j >= 0}
-    nodes |= {int(s) for s in seeds if s >= 0}
-    return nodes, unique
+def test_both_samplers_give_the_same_sets_at_full_fanout():
+    for holes in (False, True):
+        rows = np.random.default_rng(1).permutation(50)
+        found = [make_sampler(k, table(holes), 0).neighbours(rows, 8, **KEY) for k in KINDS]
+        np.testing.assert_array_equal(*(np.sort(each, axis=1) for each in found))
 
 
-@pytest.mark.parametrize("unseen", [False, True])
-def test_block_of_given_neighbours(unseen):
-    graph = table(holes=True)
-    made = make_sampler("table", graph, seed=0)
-    rng = np.random.default_rng(0)
-    seeds = np.full(6, -1) if unseen else rng.integers(0, 50, 6)
-    first = rng.integers(-1, 50, (6, 5))
-    first[0, 0] = seeds[0]
-    block = queried_block(made, first, seeds, 8, epoch=0, step=0, rank=0)
-    nodes, unique = naive(first, seeds, lambda node: graph[node])
-    assert block.nodes_V.tolist() == sorted(nodes)
-    assert block.nodes_V[block.unique_U].tolist() == sorted(unique)
-    for row in range(6):
-        for slot in range(5):
-            wanted = first[row, slot] if first[row, slot] != seeds[row] else -1
-            place, which = block.first_BF[row, slot], block.unique_of_BF[row, slot]
-            if wanted < 0:
-                assert place == which == -1
-            else:
-                assert block.nodes_V[place] == wanted
-                assert block.unique_U[which] == place
-        if unseen:
-            assert block.seed_V[row] == -1
-        else:
-            assert block.nodes_V[block.seed_V[row]] == seeds[row]
-    for number, node in enumerate(sorted(unique)):
-        got = block.second_UG[number]
-        assert sorted(block.nodes_V[got[got >= 0]]) == sorted(j for j in graph[node] if j >= 0)
+@pytest.mark.parametrize("fanout", [2, 8])
+def test_rows_may_be_none_or_repeated(kind, fanout):
+    made = make_sampler(kind, table(), seed=0)
+    assert made.neighbours(np.array([], np.int64), fanout, **KEY).shape == (0, fanout)
+    rows = np.array([7, 3, 7, 7, 20])
+    found = made.neighbours(rows, fanout, **KEY)
+    for row, got in zip(rows, found, strict=True):
+        assert len(set(got)) == fanout
+        assert set(got) <= set(table()[row])
 
 
-def test_sampled_block_takes_candidates_of_its_seeds(kind):
-    graph = table()
+def test_holes_give_way_to_candidates(kind):
+    graph = np.full((12, 6), -1, np.int32)
+    for node in range(12):  # 0, 1, … 5 and again: as many candidates, at the end of the row
+        count = node % 6
+        graph[node, 6 - count :] = (node + 1 + np.arange(count)) % 12
     made = make_sampler(kind, graph, seed=0)
-    seeds = np.array([3, 9, 3, 41])
-    block = sampled_block(made, seeds, (4, 3), epoch=0, step=5, rank=1)
-    assert block.first_BF.shape == (4, 4)
-    assert block.second_UG.shape == (len(block.unique_U), 3)
-    for row, seed in enumerate(seeds):
-        assert set(block.nodes_V[block.first_BF[row]]) <= set(graph[seed])
-    np.testing.assert_array_equal(block.first_BF[0], block.first_BF[2])
-    again = sampled_block(made, seeds, (4, 3), epoch=0, step=5, rank=1)
-    np.testing.assert_array_equal(again.nodes_V, block.nodes_V)
+    for step in range(20):
+        found = made.neighbours(np.arange(12), 3, **{**KEY, "step": step})
+        assert (found >= 0).sum(1).tolist() == [min(3, node % 6) for node in range(12)]
+
+
+def test_samples_do_not_depend_on_what_was_asked_before(kind):
+    made = make_sampler(kind, table(), seed=0)
+    rows = np.arange(0, 50, 3)
+    wanted = [made.neighbours(rows, 3, **{**KEY, "step": step}) for step in range(6)]
+    for step in (4, 0, 5, 5, 2):
+        again = made.neighbours(rows, 3, **{**KEY, "step": step})
+        np.testing.assert_array_equal(np.sort(again, 1), np.sort(wanted[step], 1))
+
+
+def test_tables_with_rows_of_inner_nodes_only(kind):
+    # A part's table: candidates may be second-halo nodes, which have no row of their own.
+    graph = np.array([[1, 7], [9, 0], [3, 8]], np.int32)
+    made = make_sampler(kind, graph, seed=0)
+    assert np.sort(made.neighbours(np.array([1, 2]), 2, **KEY)).tolist() == [[0, 9], [3, 8]]
+
+
+def test_samples_stand_in_the_order_of_the_table(kind):
+    graph = table(holes=True)
+    found = make_sampler(kind, graph, seed=0).neighbours(np.arange(50), 4, **KEY)
+    for row, got in zip(graph.tolist(), found, strict=True):
+        places = [row.index(j) for j in got if j >= 0]
+        assert places == sorted(places)
+
+
+@pytest.mark.parametrize("row", [-1, 50])
+def test_rows_outside_the_table_are_refused(kind, row):
+    made = make_sampler(kind, table(), seed=0)
+    assert made.num_rows == 50
+    with pytest.raises(IndexError, match="table of 50 rows"):
+        made.neighbours(np.array([3, row]), 2, **KEY)
+
+
+def test_sampling_leaves_the_number_of_threads_alone(kind):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        make_sampler(kind, table(), seed=0).neighbours(np.arange(5), 2, **KEY)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
