@@ -55,8 +55,14 @@ class GraphWriter:
         return np.load(self.path / f"{name}.npy", mmap_mode="r")
 
     def rows(self, name: str, start: int, values: np.ndarray) -> None:
-        """Write rows ``start`` … of an array."""
+        """Write rows ``start`` … of an array.
+
+        Raises:
+            IndexError: they don't fit (numpy would drop a single row past the end in silence).
+        """
         array = np.load(self.path / f"{name}.npy", mmap_mode="r+")
+        if start < 0 or start + len(values) > len(array):
+            raise IndexError(f"{name}: rows {start}..{start + len(values)} of {len(array)}")
         array[start : start + len(values)] = values
         array.flush()
 
@@ -64,8 +70,8 @@ class GraphWriter:
         """Checksum everything, write the manifest, rename (rank 0)."""
         files = {}
         for path in sorted(self.path.rglob("*")):
+            durable.sync(path)
             if path.is_file():
-                durable.sync(path)
                 files[str(path.relative_to(self.path))] = [
                     path.stat().st_size,
                     durable.sha256(path),
@@ -73,6 +79,7 @@ class GraphWriter:
         manifest = self.path / MANIFEST
         manifest.write_text(json.dumps({"files": files, "meta": meta}, indent=1), encoding="utf-8")
         durable.sync(manifest)
+        durable.sync(self.path)
         final = self.path.with_suffix("")
         shutil.rmtree(final, ignore_errors=True)
         os.replace(self.path, final)
@@ -105,8 +112,7 @@ class GraphVersion:
         Raises:
             UserError: a file is damaged.
         """
-        files = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))["files"]
-        for name, (_, sha) in files.items():
+        for name, (_, sha) in _read_manifest(self.path)[0].items():
             if durable.sha256(self.path / name) != sha:
                 raise _damaged(self.path, f"{name}: its checksum does not hold")
 
@@ -153,25 +159,13 @@ def open_version(path: Path) -> GraphVersion:
     Raises:
         UserError: missing or incomplete.
     """
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        files, meta = manifest["files"], manifest["meta"]
-    except (OSError, ValueError, KeyError) as error:
-        raise _damaged(path, f"no valid manifest ({error})") from None
-    for name, (size, _) in files.items():
-        if not (path / name).is_file() or (path / name).stat().st_size != size:
-            raise _damaged(path, f"{name} is missing or incomplete")
-    return GraphVersion(path, meta)
+    return GraphVersion(path, _read_manifest(path)[1])
 
 
 def latest_version(root: Path) -> Path | None:
     """The newest whole version; None if there is none."""
-    for path in sorted(Path(root).glob("v????"), reverse=True):
-        try:
-            return open_version(path).path
-        except UserError:
-            continue
-    return None
+    newest_first = sorted(Path(root).glob("v????"), reverse=True)
+    return next((path for path in newest_first if _is_whole(path)), None)
 
 
 def load_bank(version: GraphVersion, parts: Sequence[int] | None = None) -> Bank:
@@ -196,11 +190,37 @@ def load_bank(version: GraphVersion, parts: Sequence[int] | None = None) -> Bank
 
 
 def prune(root: Path, keep: int) -> None:
-    """Delete all but the newest versions, and unfinished attempts."""
-    for old in sorted(Path(root).glob("v????"))[:-keep]:
-        shutil.rmtree(old)
+    """Delete all but the newest ``keep`` (at least 1) whole versions, and unfinished attempts."""
+    versions = sorted(Path(root).glob("v????"))
+    # A damaged one doesn't count: kept, it could cost the last that can be used.
+    kept = [path for path in versions if _is_whole(path)][-max(keep, 1) :]
+    for path in versions:
+        if path not in kept:
+            shutil.rmtree(path)
     for unfinished in Path(root).glob("v????.tmp"):
         shutil.rmtree(unfinished)
+
+
+def _read_manifest(path: Path) -> tuple[dict[str, tuple[int, str]], dict[str, Any]]:
+    """{file: (bytes, sha256)} and the builder's notes; every file is there with its size."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        files = {name: (int(size), str(sha)) for name, (size, sha) in manifest["files"].items()}
+        meta = dict(manifest["meta"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(path, f"no valid manifest ({error})") from None
+    for name, (size, _) in files.items():
+        if not (path / name).is_file() or (path / name).stat().st_size != size:
+            raise _damaged(path, f"{name} is missing or incomplete")
+    return files, meta
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        _read_manifest(path)
+    except UserError:
+        return False
+    return True
 
 
 def _damaged(path: Path, what: str) -> UserError:

@@ -59,13 +59,16 @@ def queried_block(
 ) -> BlockIds:
     """First hop given (found by a search), second hop sampled.
 
-    First-hop nodes must have rows in the sampler's table. A seed (>= 0) is taken out of
-    its own candidates; unseen images have seed -1.
+    First-hop nodes without a row in the sampler's table (second halo) get no second hop.
+    A seed (>= 0) is taken out of its own candidates; unseen images have seed -1.
     """
     first = np.where(first_BF == np.asarray(seeds_B)[:, None], -1, first_BF).astype(np.int64)
     unique = np.unique(first)
     unique = unique[unique >= 0]
-    second = sampler.neighbours(unique, fanout, epoch=epoch, step=step, hop=2, rank=rank)
+    reached = unique < sampler.num_rows
+    found = sampler.neighbours(unique[reached], fanout, epoch=epoch, step=step, hop=2, rank=rank)
+    second = np.full((len(unique), found.shape[1]), -1, np.int64)
+    second[reached] = found
     nodes = np.unique(np.concatenate([unique, second.ravel(), np.asarray(seeds_B, np.int64)]))
     nodes = nodes[nodes >= 0]
     return BlockIds(

@@ -16,6 +16,8 @@ from cnn2gnn_dist.errors import UserError
 QUERY_BLOCK = 1024
 SLACK = 8
 """Hits fetched beyond those wanted, so that most ties at the border can be broken by id."""
+DEVICE_CELLS = 2**28
+"""Similarities held at once on a device (float32: 1 GB)."""
 
 
 class Index:
@@ -108,9 +110,7 @@ class Index:
         if self._on_device is None:
             near, found = self._faiss.search(block_Qd, count)
             return found, np.where(found < 0, -np.inf, near)
-        query = torch.from_numpy(block_Qd).to(self._on_device.device)
-        near_t, found_t = (query @ self._on_device.T).topk(count, dim=1)
-        return found_t.cpu().numpy(), near_t.cpu().numpy()
+        return _device_top(self._on_device, block_Qd, count)
 
 
 def search(
@@ -126,7 +126,7 @@ def search(
     """The m nearest base rows of each query; see ``Index``.
 
     Raises:
-        UserError: m is not less than the number of nodes.
+        UserError: fewer than m rows are left to choose from.
     """
     index = Index(base_Nd, exact=exact, probes=probes, device=device)
     ids, sims = index.search(query_Qd, m, exclude=exclude_Q)
@@ -137,6 +137,20 @@ def search(
         left = None if exclude_Q is None else exclude_Q[short]
         ids[short], sims[short] = whole.search(query_Qd[short], m, exclude=left)
     return ids, sims
+
+
+def _device_top(
+    base_Nd: torch.Tensor, query_Qd: np.ndarray, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and similarities [Q, count] by matmul and top-k on the base's device."""
+    found, near = [], []
+    for query in torch.from_numpy(query_Qd).split(max(1, DEVICE_CELLS // len(base_Nd))):
+        # A live search runs inside the model's autocast: that would make it a bf16 matmul.
+        with torch.autocast(base_Nd.device.type, enabled=False):
+            near_t, found_t = (query.to(base_Nd.device) @ base_Nd.T).topk(count, dim=1)
+        found.append(found_t.cpu().numpy())
+        near.append(near_t.cpu().numpy())
+    return np.concatenate(found), np.concatenate(near)
 
 
 def _best(found: np.ndarray, near: np.ndarray, m: int) -> tuple[np.ndarray, np.ndarray]:

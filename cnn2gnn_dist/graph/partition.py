@@ -13,8 +13,10 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -141,6 +143,16 @@ def build_union(table_NM: np.ndarray, inner: np.ndarray, part: int = -1) -> Part
     local = np.full(len(table_NM) + 1, -1, np.int32)
     local[nodes] = np.arange(len(nodes), dtype=np.int32)
     return PartGraph(part, nodes, len(inner), len(halo1), local[table_NM[rows]])
+
+
+def summary(table_NM: np.ndarray, part_N: np.ndarray, parts: Sequence[PartGraph]) -> dict[str, Any]:
+    """Cut (share of edges), and how many inner and halo nodes each part has."""
+    return {
+        "cut": edge_cut(table_NM, part_N),
+        "inner": [part.num_inner for part in parts],
+        "halo1": [part.num_halo1 for part in parts],
+        "halo2": [len(part.nodes_L) - part.num_inner - part.num_halo1 for part in parts],
+    }
 
 
 def _new(candidates: np.ndarray, known: np.ndarray) -> np.ndarray:

@@ -7,11 +7,19 @@ from typing import Any
 import numpy as np
 
 
-def edge_homophily(table_NM: np.ndarray, labels_N: np.ndarray) -> float:
-    """Share of edges whose two ends have the same label; unknown labels and holes don't count."""
+def edge_homophily(
+    table_NM: np.ndarray, labels_N: np.ndarray, weights_NM: np.ndarray | None = None
+) -> float:
+    """Share of edges whose two ends have the same label; unknown labels and holes don't count.
+
+    With ``weights_NM`` the share of their sum.
+    """
     there = (table_NM >= 0) & (labels_N[:, None] >= 0) & (labels_N[table_NM] >= 0)
     same = (labels_N[table_NM] == labels_N[:, None]) & there
-    return float(same.sum() / max(there.sum(), 1))
+    if weights_NM is None:
+        return float(same.sum() / max(there.sum(), 1))
+    whole = float(weights_NM[there].sum())
+    return float(weights_NM[same].sum()) / whole if whole > 0 else 0.0
 
 
 def degree_stats(table_NM: np.ndarray) -> dict[str, Any]:
