@@ -155,6 +155,75 @@ def test_masked_hard_rows() -> None:
     assert (d_BM.grad == 0).all()
 
 
+def test_no_candidates_and_no_rows() -> None:
+    for shape in ((3, 0), (0, 4), (0, 0)):
+        d_BM = torch.zeros(shape, requires_grad=True)
+        found = adaptive_neighbours(d_BM, 2)
+        assert found.p_BM.shape == shape
+        assert found.scale_B.shape == found.degenerate_B.shape == (shape[0],)
+        found.p_BM.sum().backward()
+        assert d_BM.grad is not None
+    assert not found.scale_B.requires_grad
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 1e4])
+@pytest.mark.parametrize("shift", [0.0, 2.0, -5.0])
+def test_degenerate_rows_are_constant_among_others(scale: float, shift: float) -> None:
+    """Equal rows at any size and shift: uniform, with gradients of exactly 0."""
+    torch.manual_seed(0)
+    d_BM = torch.rand(6, 9)
+    d_BM[2] = 0.3
+    d_BM[4, 3:8], d_BM[4, [0, 1, 2, 8]] = 0.1, 0.9
+    d_BM = (scale * d_BM + shift).requires_grad_()
+    found = adaptive_neighbours(d_BM, 4)
+    assert found.degenerate_B.tolist() == [False, False, True, False, True, False]
+    assert found.p_BM[2].tolist() == [0.25] * 4 + [0] * 5
+    assert found.p_BM[4].tolist() == [0, 0, 0] + [0.25] * 4 + [0, 0]
+    assert (found.scale_B[[2, 4]] == 0).all()
+    assert (found.scale_B[[0, 1, 3, 5]] > 0).all()
+    (found.p_BM * torch.randn(6, 9)).sum().backward()
+    assert d_BM.grad is not None
+    assert (d_BM.grad[[2, 4]] == 0).all()
+    assert (d_BM.grad[[0, 1, 3, 5]].abs().sum(1) > 0).all()
+
+
+def test_border_neighbour_carries_the_gradient_that_a_nudge_shows() -> None:
+    d_BM = torch.tensor([[0.1, 0.4, 0.5, 0.9, 2.0]], dtype=torch.float64, requires_grad=True)
+    p_BM = adaptive_neighbours(d_BM, 3).p_BM
+    p_BM[0, 0].backward()
+    assert d_BM.grad is not None
+    nudged = d_BM.detach().clone()
+    nudged[0, 3] += 1e-6  # the border: the fourth nearest, of weight 0
+    slope = (adaptive_neighbours(nudged, 3).p_BM[0, 0] - p_BM[0, 0]).item() / 1e-6
+    assert p_BM[0, 3] == 0
+    assert d_BM.grad[0, 3].item() == pytest.approx(slope, rel=1e-4)
+    assert d_BM.grad[0, 3].abs() > 0.1
+    assert d_BM.grad[0, 4] == 0
+    assert d_BM.grad.sum().item() == pytest.approx(0, abs=1e-12)  # a shift changes nothing
+
+
+def test_gradients_of_scaled_and_shifted_rows() -> None:
+    """p(a d + c) = p(d), so the gradient shrinks by a."""
+    upstream_BM = torch.randn(
+        5, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(2)
+    )
+    plain = distances(5, 12).requires_grad_()
+    moved = (4.0 * distances(5, 12) - 3.0).requires_grad_()
+    (adaptive_neighbours(plain, 4).p_BM * upstream_BM).sum().backward()
+    (adaptive_neighbours(moved, 4).p_BM * upstream_BM).sum().backward()
+    torch.testing.assert_close(moved.grad, plain.grad / 4)
+
+
+def test_it_minimises_what_it_is_said_to() -> None:
+    """Σ d p + γ Σ p² on the simplex, with γ = S / 2: no feasible step descends."""
+    d_BM = distances(1, 10)
+    found = adaptive_neighbours(d_BM, 4)
+    gradient = (d_BM + found.scale_B[:, None] * found.p_BM)[0]
+    support = found.p_BM[0] > 0
+    torch.testing.assert_close(gradient[support], gradient[support][:1].expand(4))
+    assert (gradient[~support] >= gradient[support][0] - 1e-12).all()
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_rows_sum_to_one_on_coarse_distances(seed: int) -> None:
     rng = np.random.default_rng(seed)

@@ -60,7 +60,7 @@ def adaptive_neighbours(d_BM: Tensor, k: int, mask_BM: Tensor | None = None) -> 
     if d_BM.shape[1] <= k:
         # Kept in the autograd graph: ZeRO and DDP want a gradient, if only 0, for all parameters.
         flags_B = torch.zeros(d_BM.shape[0], dtype=torch.bool, device=d_BM.device)
-        return Neighbours(uniform_BM + 0.0 * d_BM, torch.zeros_like(d_BM[:, 0].detach()), flags_B)
+        return Neighbours(uniform_BM + 0.0 * d_BM, d_BM.new_zeros(d_BM.shape[0]), flags_B)
 
     with torch.no_grad():
         order_BM = torch.where(mask_BM, d_BM, torch.inf).sort(dim=1, stable=True).indices
