@@ -198,6 +198,53 @@ def test_batch_scope_equals_the_formula() -> None:
     assert with_labels.forward_batch(x_BD, p_BB)[0].shape == (8, C)
 
 
+def test_gradients_in_batch_scope_equal_the_formula() -> None:
+    torch.manual_seed(4)
+    ours, theirs = model(label_dim=0), model(label_dim=0)
+    x, p = torch.randn(8, D, dtype=torch.float64), random_graph(8, 3)
+    upstream_BC = torch.randn(8, C, dtype=torch.float64)
+    leaves = [(x.clone().requires_grad_(), p.clone().requires_grad_()) for _ in range(2)]
+    (x_BD, p_BB), (y_BD, q_BB) = leaves
+    (ours(x_BD, None, p_BB)[0] * upstream_BC).sum().backward()
+    b1, b2 = theirs.neighbour1.weight, theirs.neighbour2.weight
+    rows = []
+    for i in range(8):  # one node at a time, sums in place of matrix products
+        h = [
+            torch.relu(
+                theirs.self1(y_BD[j])
+                + theirs.gate1 * sum(q_BB[j, l] * (b1 @ y_BD[l]) for l in range(8))  # noqa: E741
+            )
+            for j in range(8)
+        ]
+        message = sum(q_BB[i, j] * (b2 @ h[j]) for j in range(8))
+        rows.append(theirs.self2(h[i]) + theirs.gate2 * message)
+    (torch.stack(rows) * upstream_BC).sum().backward()
+    torch.testing.assert_close(x_BD.grad, y_BD.grad)
+    torch.testing.assert_close(p_BB.grad, q_BB.grad)
+    for (name, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad, msg=name)
+
+
+def test_a_neighbour_that_almost_only_has_the_seed_is_finite_in_float32() -> None:
+    """Near 1 the renormalisation divides rounding by rounding: it must stay bounded."""
+    seeds_B, live_BD, p_NN, x_ND, labels = make_case()
+    block = make_block(seeds_B, p_NN, x_ND, labels)
+    gnn = model().float()
+    floats = {
+        name: value.float() if value.is_floating_point() else value
+        for name, value in vars(block).items()
+    }
+    for back in (1.0, 1.0 - 1e-7, 1.0 - 9e-6, 1.0 - 1e-4):
+        single = NeighbourBlock(**floats)
+        single.back_BF = torch.full_like(single.back_BF, back)
+        single.mean_UD = single.seed_x_BD[:1].expand_as(single.mean_UD).clone()
+        gnn.zero_grad()
+        logits_BC, _ = gnn(live_BD.float(), single)
+        logits_BC.square().sum().backward()
+        assert logits_BC.isfinite().all()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in gnn.parameters())
+
+
 def test_control_has_the_self_path_only() -> None:
     gnn = TwoLayerGNN(D, H, C, E, graph=False)
     names = {n for n, _ in gnn.named_parameters()}
