@@ -104,3 +104,47 @@ def test_neighbour_loss_by_hand() -> None:
     grad[0, 0] = grad[0, 2] = -1 / 0.7
     grad[4, :] = -1.0
     torch.testing.assert_close(weights.grad, grad)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_gradients_equal_torchs_own(smoothing: float) -> None:
+    logits, labels, teacher = case()
+    labels[4] = -1
+    ours, theirs = (logits.clone().requires_grad_() for _ in range(2))
+    options = {"weight": 0.7, "temperature": 2.5, "label_smoothing": smoothing}
+    distillation_loss(ours, labels, teacher.log_softmax(1), **options).sum().backward()
+    ce = F.cross_entropy(
+        theirs, labels, ignore_index=-1, reduction="sum", label_smoothing=smoothing
+    )
+    kl = F.kl_div((theirs / 2.5).log_softmax(1), (teacher / 2.5).softmax(1), reduction="sum")
+    (0.3 * ce + 0.7 * 2.5**2 * kl).backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_a_teachers_shift_of_a_row_has_no_influence() -> None:
+    logits, labels, teacher = case()
+    options = {"weight": 0.5, "temperature": 3.0}
+    one = distillation_loss(logits, labels, teacher, **options)
+    torch.testing.assert_close(one, distillation_loss(logits, labels, teacher + 7.0, **options))
+
+
+def test_a_batch_without_any_label_is_finite() -> None:
+    logits, labels, _ = case()
+    ours = logits.clone().requires_grad_()
+    none = torch.full_like(labels, -1)
+    loss_B = distillation_loss(ours, none, None, weight=0.5, temperature=1.0)
+    assert (loss_B == 0).all()
+    loss_B.sum().backward()
+    assert ours.grad is not None
+    assert (ours.grad == 0).all()
+    weights = torch.full((6, 2), 0.5)
+    assert (neighbour_loss(weights, torch.zeros(6, 2).long(), none) == 0).all()
+
+
+def test_unknown_neighbours_of_unknown_seeds_are_no_match() -> None:
+    weights = torch.tensor([[0.5, 0.5]], requires_grad=True)
+    loss_B = neighbour_loss(weights, torch.tensor([[-1, 3]]), torch.tensor([-1]))
+    assert loss_B.tolist() == [0.0]
+    loss_B.sum().backward()
+    assert weights.grad is not None
+    assert (weights.grad == 0).all()
