@@ -169,9 +169,8 @@ def _finalise(
             "candidates": table_NM.shape[1],
             "homophily": quality.edge_homophily(table_NM, labels_N),
             "degree": quality.degree_stats(table_NM),
-            "cut": partition.edge_cut(table_NM, part_N),
+            **partition.summary(table_NM, part_N, parts),
             "cut_when_assigned": cut_when_assigned,
-            "inner": [part.num_inner for part in parts],
             "halo": [len(part.nodes_L) - part.num_inner for part in parts],
         }
     )
