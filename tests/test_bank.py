@@ -96,3 +96,41 @@ def test_damage(tmp_path):
     with pytest.raises(UserError, match=r"z\.npy is missing or incomplete"):
         bank.open_version(tmp_path / "v0002")
     assert bank.latest_version(tmp_path).name == "v0001"
+
+
+def test_pruning_spares_the_last_whole_version(tmp_path):
+    for number in (1, 2, 3):
+        write(tmp_path, number)
+    (tmp_path / "v0003" / "z.npy").write_bytes(b"")
+    bank.prune(tmp_path, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["v0002"]
+    bank.prune(tmp_path, 0)
+    assert bank.latest_version(tmp_path).name == "v0002"
+
+
+@pytest.mark.parametrize("start", [-1, N - 1, N, N + 5])
+def test_rows_outside_an_array_are_refused(tmp_path, start):
+    writer = GraphWriter.create(tmp_path, 1, {"x": ((N, D), np.float16)})
+    count = 2 if start == N - 1 else 1  # numpy itself takes one row for none
+    with pytest.raises(IndexError, match="x: rows"):
+        writer.rows("x", start, np.ones((count, D)))
+    writer.rows("x", N - 1, np.ones((1, D)))
+    np.testing.assert_array_equal(writer.array("x")[N - 2 :], [[0] * D, [1] * D])
+
+
+@pytest.mark.parametrize("text", ["", "[]", "3", "null", '{"files": {"x.npy": 1}, "meta": {}}'])
+def test_a_manifest_of_another_form_is_refused(tmp_path, text):
+    write(tmp_path, 1)
+    write(tmp_path, 2)
+    (tmp_path / "v0002" / "manifest.json").write_text(text)
+    with pytest.raises(UserError, match="no valid manifest"):
+        bank.open_version(tmp_path / "v0002")
+    assert bank.latest_version(tmp_path).name == "v0001"
+
+
+def test_a_file_that_went_after_opening(tmp_path):
+    write(tmp_path, 1)
+    version = bank.open_version(tmp_path / "v0001")
+    (tmp_path / "v0001" / "x.npy").unlink()
+    with pytest.raises(UserError, match=r"x\.npy is missing"):
+        version.verify()

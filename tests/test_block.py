@@ -107,3 +107,13 @@ def test_a_seed_whose_only_candidate_is_itself(kind):
     assert block.first_BF.tolist() == block.unique_of_BF.tolist() == [[-1]]
     assert block.unique_U.tolist() == []
     assert block.second_UG.shape == (0, 2)
+
+
+@pytest.mark.parametrize("kind", ["table", "dgl"])
+def test_second_halo_nodes_have_no_second_hop(kind):
+    graph = np.array([[1, 2], [2, 4], [0, 3]], np.int32)  # 3 and 4 have no rows
+    first = np.array([[1, 3], [4, -1]])
+    block = queried_block(make_sampler(kind, graph, 0), first, np.array([0, -1]), 2, **KEY)
+    ids = np.append(block.nodes_V, -1)
+    assert ids[block.unique_U].tolist() == [1, 3, 4]
+    assert ids[block.second_UG].tolist() == [[2, 4], [-1, -1], [-1, -1]]

@@ -148,3 +148,47 @@ def test_quality_by_loops():
     assert sum(stats["histogram"]["nodes"]) == 4
     assert quality.recall(np.array([[1, 2, 3]]), np.array([[3, 9, 1]])) == pytest.approx(2 / 3)
     assert quality.recall(np.array([[1, -1]]), np.array([[2, -1]])) == 0.0  # holes never match
+
+
+def test_a_search_inside_autocast_stays_in_float32():
+    base = unit(4000, 32)
+    base = (base + 3 * base[:1]).astype(np.float32)  # close together: bf16 mixes up their order
+    base /= np.linalg.norm(base, axis=1, keepdims=True)
+    index = on_device(base)
+    plain, _ = index.search(base[:50], 10)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside, sims = index.search(base[:50], 10)
+    np.testing.assert_array_equal(inside, plain)
+    assert sims.dtype == np.float32
+
+
+def test_device_blocks_bounded_by_memory_change_nothing(monkeypatch):
+    base = unit(300, 8)
+    whole = on_device(base).search(base, 7)
+    monkeypatch.setattr(knn, "DEVICE_CELLS", 1000)  # three queries at once
+    cut = on_device(base).search(base, 7)
+    np.testing.assert_array_equal(cut[0], whole[0])
+    np.testing.assert_allclose(cut[1], whole[1], rtol=1e-6)
+
+
+def test_inverted_lists_independent_of_how_queries_are_cut():
+    base = unit(2000, 16, clusters=20)
+    index = knn.Index(base, exact=False, probes=4)
+    whole, _ = index.search(base[:60], 5)
+    ones = [index.search(base[row : row + 1], 5)[0] for row in range(60)]
+    np.testing.assert_array_equal(np.concatenate(ones), whole)
+
+
+def test_weighted_homophily_by_a_loop():
+    table = np.array([[1, 2], [0, -1], [0, 3], [2, 0]])
+    labels = np.array([0, 0, 1, -1])
+    weights = np.array([[0.25, 0.75], [1.0, 0.0], [0.5, 0.5], [0.9, 0.1]])
+    known = [
+        (weights[i, c], labels[i] == labels[j])
+        for i, row in enumerate(table)
+        for c, j in enumerate(row)
+        if j >= 0 and labels[i] >= 0 and labels[j] >= 0
+    ]
+    wanted = sum(w for w, same in known if same) / sum(w for w, _ in known)
+    assert quality.edge_homophily(table, labels, weights) == pytest.approx(wanted)
+    assert quality.edge_homophily(table, labels, 0 * weights) == 0.0

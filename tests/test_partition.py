@@ -183,3 +183,16 @@ def test_metis_that_fails_is_the_users_error(monkeypatch):
     with pytest.raises(UserError, match="exit code 1") as raised:
         partition.assign(random_table(9, 2, 0), 2)
     assert "cnn2gnn doctor" in raised.value.remedy
+
+
+def test_summary_counts_every_node():
+    table, part_N = random_table(40, 3, 0), np.arange(40) % 3
+    parts = [partition.build_part(table, part_N, number) for number in range(3)]
+    told = partition.summary(table, part_N, parts)
+    assert told["inner"] == [14, 13, 13]
+    assert told["cut"] == partition.edge_cut(table, part_N)
+    for part, inner, one, two in zip(
+        parts, told["inner"], told["halo1"], told["halo2"], strict=True
+    ):
+        assert inner + one + two == len(part.nodes_L)
+        assert inner + one == len(part.table_KM)
