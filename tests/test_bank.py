@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from test_partition import random_table
 
 from cnn2gnn_dist.errors import UserError
@@ -134,3 +135,94 @@ def test_a_file_that_went_after_opening(tmp_path):
     (tmp_path / "v0001" / "x.npy").unlink()
     with pytest.raises(UserError, match=r"x\.npy is missing"):
         version.verify()
+
+
+def test_verify_finds_a_flipped_byte_in_every_file(tmp_path):
+    write(tmp_path, 1)
+    version = bank.open_version(tmp_path / "v0001")
+    files = [p for p in version.path.rglob("*") if p.is_file() and p.name != bank.MANIFEST]
+    assert len(files) == 5 + 3 * 3
+    for file in files:
+        good = file.read_bytes()
+        for place in (0, len(good) // 2, len(good) - 1):
+            file.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+            with pytest.raises(UserError, match="checksum does not hold") as raised:
+                bank.open_version(version.path).verify()
+            assert str(file.relative_to(version.path)) in raised.value.what
+        file.write_bytes(good)
+    version.verify()
+
+
+def test_a_cut_anywhere_makes_a_version_not_exist(tmp_path):
+    write(tmp_path, 1)
+    write(tmp_path, 2)
+    for file in [p for p in (tmp_path / "v0002").rglob("*") if p.is_file()]:
+        good = file.read_bytes()
+        for kept in (0, len(good) // 2, len(good) - 1):
+            file.write_bytes(good[:kept])
+            with pytest.raises(UserError):
+                bank.open_version(tmp_path / "v0002")
+            assert bank.latest_version(tmp_path).name == "v0001"
+        file.unlink()
+        assert bank.latest_version(tmp_path).name == "v0001"
+        file.write_bytes(good)
+    assert bank.latest_version(tmp_path).name == "v0002"
+
+
+def test_writers_see_each_others_rows_before_the_end(tmp_path):
+    GraphWriter.create(tmp_path, 1, {"z": ((4, 2), np.float32)})
+    one, two = (GraphWriter.open(tmp_path, 1) for _ in range(2))
+    one.rows("z", 2, np.full((2, 2), 3.0))
+    np.testing.assert_array_equal(two.array("z"), [[0, 0], [0, 0], [3, 3], [3, 3]])
+    two.rows("z", 0, np.full((2, 2), 5.0))
+    np.testing.assert_array_equal(one.array("z"), [[5, 5], [5, 5], [3, 3], [3, 3]])
+    assert bank.latest_version(tmp_path) is None
+
+
+def test_a_second_attempt_starts_from_nothing_and_replaces(tmp_path):
+    old = write(tmp_path, 1)
+    GraphWriter.create(tmp_path, 1, {"junk": ((3,), np.int32)})
+    assert bank.latest_version(tmp_path).name == "v0001"  # whole until it is replaced
+    np.testing.assert_array_equal(bank.open_version(tmp_path / "v0001").z, old["z"])
+    fresh = GraphWriter.create(tmp_path, 1, {"z": ((2, 2), np.float32)})
+    assert [path.name for path in fresh.path.iterdir()] == ["z.npy"]
+    fresh.finalise({"again": True})
+    version = bank.open_version(tmp_path / "v0001")
+    assert version.meta == {"again": True}
+    assert version.z.shape == (2, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["v0001"]
+
+
+def test_a_rank_without_parts_holds_nothing(tmp_path):
+    write(tmp_path)
+    held = bank.load_bank(bank.open_version(tmp_path / "v0003"), [])
+    assert (held.num_inner, len(held.nodes_L), len(held.table_KM)) == (0, 0, 0)
+    assert held.x_LD.shape == (0, D)
+    assert len(held.local_of(np.array([], np.int64))) == 0
+    with pytest.raises(KeyError):
+        held.local_of(np.array([0]))
+
+
+def test_part_from_its_file_equals_part_from_the_table(tmp_path):
+    made = write(tmp_path)
+    version = bank.open_version(tmp_path / "v0003")
+    for number in range(3):
+        inner = np.flatnonzero(made["part"] == number)
+        union = partition.build_union(made["candidates"], inner)
+        held = bank.load_bank(version, [number])
+        np.testing.assert_array_equal(held.nodes_L, union.nodes_L)
+        np.testing.assert_array_equal(held.table_KM, union.table_KM)
+
+
+def test_types_and_copies_of_a_bank(tmp_path):
+    write(tmp_path)
+    held = bank.load_bank(bank.open_version(tmp_path / "v0003"))
+    kinds = (held.x_LD.dtype, held.z_Ld.dtype, held.labels_L.dtype)
+    assert kinds == (torch.float16, torch.float32, torch.int64)
+    assert (held.nodes_L == np.arange(N)).all()
+    held.x_LD.zero_()  # its own memory: the file stays as it was
+    bank.open_version(tmp_path / "v0003").verify()
+    with pytest.raises(KeyError):
+        held.local_of(np.array([-1]))
+    with pytest.raises(KeyError):
+        held.local_of(np.array([3, N]))
