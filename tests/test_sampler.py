@@ -149,20 +149,6 @@ def test_sampling_leaves_the_number_of_threads_alone(kind):
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("rows", [[-1], [50], [3, 60]])
-def test_rows_without_candidates_are_refused(kind, rows):
-    graph = np.where(table() == 4, 55, table())  # ids from 50: second halo
-    with pytest.raises(IndexError, match="table of 50 rows"):
-        make_sampler(kind, graph, seed=0).neighbours(np.array(rows), 3, **KEY)
-
-
-def test_no_rows_and_rows_asked_for_twice(kind):
-    made = make_sampler(kind, table(), seed=0)
-    assert made.neighbours(np.zeros(0, np.int64), 3, **KEY).shape == (0, 3)
-    found = made.neighbours(np.array([7, 2, 7]), 8, **KEY)
-    np.testing.assert_array_equal(found, table()[[7, 2, 7]])  # all of them: in the table's order
-
-
 def test_samples_of_dgl_do_not_depend_on_the_number_of_threads():
     from cnn2gnn_dist.compat import import_dgl
 

@@ -62,25 +62,35 @@ def queried_block(
     First-hop nodes without a row in the sampler's table (second halo) get no second hop.
     A seed (>= 0) is taken out of its own candidates; unseen images have seed -1.
     """
-    first = np.where(first_BF == np.asarray(seeds_B)[:, None], -1, first_BF).astype(np.int64)
-    unique = np.unique(first)
-    unique = unique[unique >= 0]
+    seeds_B = np.asarray(seeds_B, np.int64)
+    first = np.where(first_BF == seeds_B[:, None], -1, first_BF).astype(np.int64)
+    unique, place_in_unique = _numbered(first)
     reached = unique < sampler.num_rows
     found = sampler.neighbours(unique[reached], fanout, epoch=epoch, step=step, hop=2, rank=rank)
     second = np.full((len(unique), found.shape[1]), -1, np.int64)
     second[reached] = found
-    nodes = np.unique(np.concatenate([unique, second.ravel(), np.asarray(seeds_B, np.int64)]))
-    nodes = nodes[nodes >= 0]
+    nodes, place = _numbered(unique, second, seeds_B)
     return BlockIds(
         nodes_V=nodes,
-        first_BF=_where(nodes, first),
-        unique_U=np.searchsorted(nodes, unique),
-        unique_of_BF=_where(unique, first),
-        second_UG=_where(nodes, second),
-        seed_V=_where(nodes, np.asarray(seeds_B, np.int64)),
+        first_BF=place[first],
+        unique_U=place[unique],
+        unique_of_BF=place_in_unique[first],
+        second_UG=place[second],
+        seed_V=place[seeds_B],
     )
 
 
-def _where(sorted_ids: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """Places of ids in an ascending array; -1 stays -1."""
-    return np.where(ids < 0, -1, np.searchsorted(sorted_ids, ids))
+def _numbered(*groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Distinct ids (-1 left out), ascending, and the place of each: ``place[id]``, -1 for -1.
+
+    By marking, in a tenth of the time of sorting; ``place`` holds nothing for other ids.
+    """
+    size = 1 + max(int(ids.max(initial=-1)) for ids in groups)
+    seen = np.zeros(size + 1, bool)  # the last one stands for -1
+    for ids in groups:
+        seen[ids] = True
+    nodes = np.flatnonzero(seen[:-1])
+    place = np.empty(size + 1, np.int64)
+    place[nodes] = np.arange(len(nodes))
+    place[-1] = -1
+    return nodes, place
