@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from runs import environment, finish, results, start, torchrun
+from runs import environment, finish, results, scores, start, torchrun
 
 from cnn2gnn_dist.data.manifest import Manifest
 from cnn2gnn_dist.data.targets import Targets
@@ -29,6 +29,16 @@ def test_batch_scope_needs_no_bank_and_is_judged_in_shuffled_order(tmp_path):
     assert "control_mlp" not in table
     assert table["student"]["accuracy"] > 0.2
     assert (folder / "report.html").exists()
+
+
+def test_looking_at_held_out_images_does_not_change_the_training(micro_run, tmp_path):
+    folder = tmp_path / "run"
+    run(folder, "teacher.eval_epochs=1", "student.eval_epochs=1")
+    assert scores(folder) == scores(micro_run)
+    lines = (folder / "teacher" / "metrics.jsonl").read_text().splitlines()
+    looks = [line for line in map(json.loads, lines) if "test_accuracy" in line]
+    assert [look["epoch"] for look in looks] == [1, 2]
+    assert looks[-1]["test_accuracy"] == results(folder)["teacher"]["accuracy"]
 
 
 def test_zero_3_top_k_dgl_sampler_table_query_and_inverted_lists(tmp_path):

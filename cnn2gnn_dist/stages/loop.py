@@ -172,6 +172,7 @@ class Training:
         every = self.settings.eval_epochs
         if judge is not None and every and (self.cursor.epoch + 1) % every == 0:
             self.engine.average_buffers()
+            self.engine.eval()  # else BatchNorm would learn from the held-out images
             self.metrics.log(self.cursor.step, epoch=self.cursor.epoch + 1, **judge())
         self.cursor.epoch += 1
         self.cursor.batch = 0
