@@ -146,6 +146,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _on_ray(config: Config, stages: list[str] | None, update: bool) -> None:
     """All ranks as Ray actors, here or on the cluster at ``cluster.address``."""
+    from cnn2gnn_dist import pipeline
     from cnn2gnn_dist.runtime import group
 
     cluster, ranks = config.cluster, config.run.ranks
@@ -158,7 +159,7 @@ def _on_ray(config: Config, stages: list[str] | None, update: bool) -> None:
             remedy="device=cpu, device=auto, or fewer ranks: run.ranks=…",
         )
     spec = group.GroupSpec(ranks, cluster.cpus_per_rank, float(on_gpu), cluster.max_failures)
-    group.run_group(
+    outcome = group.run_group(
         "cnn2gnn_dist.pipeline:run_rank",
         {
             "tree": settings.as_tree(config) | {"device": "cuda" if on_gpu else "cpu"},
@@ -169,6 +170,9 @@ def _on_ray(config: Config, stages: list[str] | None, update: bool) -> None:
         spec,
     )
     group.stop()
+    for name, why in outcome[0].items():
+        if why == "whole, skipped":
+            print(pipeline.skipped(name))
 
 
 def _warn_about_lost_results(arguments: argparse.Namespace, config: Config) -> None:

@@ -169,6 +169,11 @@ class GraphConfig(Section):
         "from the table of the last refresh (queried with an augmented view)",
     )  # fmt: skip
     parts: int = Field(2, ge=1, description="partitions (DGL, METIS); at least as many as ranks")
+    partitioner: Literal["metis", "ranges"] = Field(
+        "metis",
+        description="metis: DGL's, few cut edges; ranges: equal stretches of ids, repeatable to the bit, "
+        "the baseline of the cut",
+    )
     start_epoch: int = Field(
         2, ge=0, description="student epochs on the self path before the first graph"
     )

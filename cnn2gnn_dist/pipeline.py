@@ -135,12 +135,18 @@ def _run_all(
                 inside_ray,
             )
             step = _execute(context, step, dict(keys))
-        elif wanted and ranks.is_first:
-            print(f"{stage.name:8} whole, skipped", flush=True)
+        elif wanted and ranks.is_first and not inside_ray:
+            print(skipped(stage.name), flush=True)
         if step.standing is Standing.WHOLE and step.entry:
             digests[stage.name], keys[stage.name] = step.entry.digest, step.entry.key
-        done[stage.name] = step.why
+        if wanted:
+            done[stage.name] = step.why
     return done
+
+
+def skipped(name: str) -> str:
+    """The line about a stage that is whole; under Ray the driver says it, whose lines are not lost."""
+    return f"{name:8} whole, skipped"
 
 
 def _execute(context: Context, step: Step, keys: dict[str, str]) -> Step:

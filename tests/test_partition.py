@@ -67,7 +67,7 @@ def test_edge_cut_by_a_loop():
 
 
 @pytest.mark.parametrize("parts", [1, 2, 8])
-def test_metis_cuts_less_than_chance_and_always_the_same(parts):
+def test_metis_cuts_less_than_chance(parts):
     table = clustered(8, 40, 6)
     shuffled = np.random.default_rng(1).permutation(len(table))
     moved = np.empty_like(table)
@@ -75,10 +75,17 @@ def test_metis_cuts_less_than_chance_and_always_the_same(parts):
     part = partition.assign(moved, parts)
     assert sorted(set(part.tolist())) == list(range(parts))
     assert partition.edge_cut(moved, part) <= 0.25 * (1 - 1 / parts) + 0.1
-    np.testing.assert_array_equal(part, partition.assign(moved, parts))
     if parts > 1:
         chance = partition.edge_cut(moved, np.random.default_rng(2).integers(0, parts, len(table)))
         assert partition.edge_cut(moved, part) < chance / 2
+
+
+@pytest.mark.parametrize(("nodes", "parts"), [(10, 1), (10, 3), (7, 7)])
+def test_ranges_are_equal_stretches(nodes, parts):
+    part = partition.assign_ranges(random_table(nodes, 2, 0), parts)
+    counts = np.bincount(part, minlength=parts)
+    assert (np.diff(part) >= 0).all()
+    assert counts.max() - counts.min() <= 1
 
 
 @pytest.mark.parametrize("nodes", [4, 9])

@@ -52,6 +52,7 @@ def test_zero_3_top_k_dgl_sampler_table_query_and_inverted_lists(tmp_path):
         "graph.query=table",
         "graph.exact=false",
         "graph.parts=4",
+        "graph.partitioner=metis",
         "student.max_micro_batch=8",
         "student.neighbour_loss=0.1",
         "student.epochs=4",

@@ -1,8 +1,10 @@
 """METIS through DGL, as a process of its own: ``python -m cnn2gnn_dist.graph.metis TABLE OUT PARTS``.
 
 METIS keeps its random state for the life of a process: a second call on the same graph gives
-other parts. In a fresh process the same graph always gets the same parts, so a resumed run
-has the partition that an undisturbed one has (measured: 66 of 300 nodes differed).
+other parts (66 of 300 nodes differed). A fresh process mends most of that, not all: of 12 runs
+on one small graph 3 gave another partition, with address randomisation off none of 6 did. So
+a version's parts are stored and reused, and ``graph.partitioner=ranges`` is there for runs
+that must repeat to the bit.
 """
 
 from __future__ import annotations

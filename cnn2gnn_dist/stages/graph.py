@@ -148,7 +148,8 @@ def _parts(
         cut = partition.edge_cut(table_NM, part_N)
         if cut <= settings.repartition_cut * max(previous.meta["cut_when_assigned"], 0.01):
             return part_N, float(previous.meta["cut_when_assigned"])
-    part_N = partition.assign(table_NM, settings.parts)
+    assign = partition.assign if settings.partitioner == "metis" else partition.assign_ranges
+    part_N = assign(table_NM, settings.parts)
     return part_N, partition.edge_cut(table_NM, part_N)
 
 
