@@ -12,6 +12,7 @@ import jinja2
 import numpy as np
 
 from cnn2gnn_dist import report_figures as figures
+from cnn2gnn_dist.errors import UserError
 
 TEMPLATE = "report.html.j2"
 MODELS = {"teacher": "teacher", "student": "student (graph)", "control_mlp": "control (MLP head)"}
@@ -23,22 +24,36 @@ COLUMNS = (
     ("flops", "MFLOP / image", "{:.2f}", min),
     ("ms_per_image", "ms / image", "{:.3f}", min),
 )
+CURVES = (
+    ("loss", "training loss", False),
+    ("accuracy", "training accuracy", True),
+    ("images_per_s", "images per second", False),
+    ("wait_share", "share of time waiting for data", True),
+)
+FEW_PAIRS, MANY_PAIRS = 8, 30
 
 
-def write_report(root: Path, class_names: Sequence[str]) -> Path:
+def write_report(root: Path, class_names: Sequence[str] | None = None) -> Path:
     """Write ``report.html`` and ``evaluation/confusion.png`` of a finished run; the page's path.
 
-    What a run does not have (graph, control, gallery) is left out.
+    What a run does not have (graph, control, gallery, curves) is left out. Classes are numbers
+    without ``class_names``.
+
+    Raises:
+        UserError: the run has no ``results.json`` yet.
     """
-    results = json.loads((root / "results.json").read_text(encoding="utf-8"))
+    results = _results(root / "results.json")
     metrics = {name: _metrics(root / name) for name in ("teacher", "student", "control")}
     metrics = {name: lines for name, lines in metrics.items() if lines}
     saved = {
         name: dict(np.load(root / "evaluation" / f"{name}.npz"))
         for name in MODELS
-        if (root / "evaluation" / f"{name}.npz").exists()
+        if name in results and (root / "evaluation" / f"{name}.npz").exists()
     }
-    confusion, pairs = _confusion(root, saved["student"], list(class_names))
+    student, config = saved.get("student"), root / "config.yaml"
+    names = list(class_names or ())
+    # Numbers for what has no name, so that a short list is no reason to have no page.
+    names += [str(number) for number in range(len(names), results["run"]["classes"])]
     graph = results["student"].get("graph")
     page = (
         _environment()
@@ -47,17 +62,18 @@ def write_report(root: Path, class_names: Sequence[str]) -> Path:
             run=results["run"],
             header=[title for _, title, _, _ in COLUMNS],
             rows=table_rows(results),
-            verdict=verdict(results),
-            curves=figures.uri(figures.curves(metrics)),
+            verdict=verdict(results, None if student is None else len(student["labels"])),
+            curves=_curves(metrics),
             speed=_speed(metrics),
             graph=graph,
             degrees=figures.uri(figures.degrees(graph["degree"]["histogram"])) if graph else None,
             homophily=_maybe(figures.homophily(metrics.get("student", []))),
-            confusion=confusion,
-            pairs=pairs,
-            reliability=figures.uri(figures.reliability(saved)),
-            gallery=_gallery(root / "evaluation" / "gallery.npz", list(class_names)),
-            config=(root / "config.yaml").read_text(encoding="utf-8"),
+            confusion=_confusion(root, student, names),
+            classes=len(names),
+            pairs=confused_pairs(student, names),
+            reliability=figures.uri(figures.reliability(saved)) if saved else None,
+            gallery=_gallery(root / "evaluation" / "gallery.npz", names),
+            config=config.read_text(encoding="utf-8") if config.exists() else None,
         )
     )
     path = root / "report.html"
@@ -65,6 +81,17 @@ def write_report(root: Path, class_names: Sequence[str]) -> Path:
     temporary.write_text(page, encoding="utf-8")
     temporary.replace(path)
     return path
+
+
+def _results(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            "this folder has no results to report",
+            where=str(path),
+            remedy="`cnn2gnn evaluate` with the run's config, or name another folder",
+        ) from None
 
 
 def table_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -82,43 +109,63 @@ def table_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def verdict(results: dict[str, Any]) -> str:
-    """One plain sentence: does the graph pay, and is the difference more than chance?"""
+def verdict(results: dict[str, Any], judged: int | None = None) -> str:
+    """One plain sentence: does the student beat its control, and is it more than chance?
+
+    ``judged``: on how many images; fewer than the held-out ones where some are corrupt.
+    """
     if "control_mlp" not in results:
         return "No control was trained, so what the graph adds is not known."
     student, control = results["student"]["accuracy"], results["control_mlp"]["accuracy"]
-    images = results["run"]["test_images"]
+    images = judged or results["run"]["test_images"]
     # Both judged on the same images: taken as independent, the error is an upper bound.
     error = math.sqrt((student * (1 - student) + control * (1 - control)) / images)
     points, noise = 100 * (student - control), 100 * error
-    if abs(points) <= 2 * noise:
-        told = "a tie: the difference is within two standard errors"
-    else:
-        told = "the graph pays" if points > 0 else "the graph costs accuracy"
+    beats, told = "does not beat", "the graph costs accuracy"
+    if abs(points) <= 2 * noise or not points:
+        told = "a tie, the difference is within two standard errors"
+    elif points > 0:
+        beats, told = "beats", "the graph pays"
     return (
-        f"Student minus control (same stem, MLP head, no graph): {points:+.2f} points, "
-        f"standard error {noise:.2f} (one seed): {told}."
+        f"The student {beats} its control (same stem, MLP head, no graph): {points:+.2f} points, "
+        f"standard error {noise:.2f} (binomial, {images:,} images, one seed): {told}."
     )
 
 
-def _confusion(
-    root: Path, student: dict[str, np.ndarray], names: list[str]
-) -> tuple[str | None, list[tuple[str, str, int]]]:
-    """The picture (up to 100 classes) and the most confused pairs (true, predicted, images)."""
-    count = len(names)
-    flat = np.bincount(student["labels"] * count + student["predicted"], minlength=count**2)
-    matrix = flat.reshape(count, count)
-    wrong = matrix.copy()
-    np.fill_diagonal(wrong, 0)
-    top = np.argsort(-wrong, axis=None, kind="stable")[:8]
-    pairs = [
-        (names[i // count], names[i % count], int(wrong.flat[i])) for i in top if wrong.flat[i]
+def confused_pairs(
+    student: dict[str, np.ndarray] | None, names: Sequence[str]
+) -> list[tuple[str, str, int]]:
+    """What the student mistakes most often: true class, predicted class, images."""
+    if student is None:
+        return []
+    # Counted where they occur: a full matrix of 20,000 classes takes gigabytes.
+    wrong = student["labels"] != student["predicted"]
+    flat = student["labels"][wrong] * len(names) + student["predicted"][wrong]
+    pairs, counts = np.unique(flat, return_counts=True)
+    shown = FEW_PAIRS if len(names) <= figures.MOST_CLASSES else MANY_PAIRS
+    top = np.argsort(-counts, kind="stable")[:shown]
+    return [
+        (names[pairs[i] // len(names)], names[pairs[i] % len(names)], int(counts[i])) for i in top
     ]
-    if count > figures.MOST_CLASSES:
-        return None, pairs
-    png = figures.confusion(matrix, names)
+
+
+def _confusion(root: Path, student: dict[str, np.ndarray] | None, names: list[str]) -> str | None:
+    """The picture, where the classes are few enough to tell apart; also as a file."""
+    count = len(names)
+    if student is None or count > figures.MOST_CLASSES:
+        return None
+    flat = np.bincount(student["labels"] * count + student["predicted"], minlength=count**2)
+    png = figures.confusion(flat.reshape(count, count), names)
     (root / "evaluation" / "confusion.png").write_bytes(png)
-    return figures.uri(png), pairs
+    return figures.uri(png)
+
+
+def _curves(metrics: figures.Metrics) -> list[tuple[str, str]]:
+    """Pictures over epochs: what they show, and the data URI."""
+    drawn = [
+        (title, figures.curve(metrics, key, title, share=share)) for key, title, share in CURVES
+    ]
+    return [(title, figures.uri(png)) for title, png in drawn if png is not None]
 
 
 def _gallery(path: Path, names: list[str]) -> list[dict[str, Any]]:
@@ -151,18 +198,24 @@ def _gallery(path: Path, names: list[str]) -> list[dict[str, Any]]:
     return cards
 
 
-def _speed(metrics: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Median throughput, wait and memory of each training."""
+def _speed(metrics: figures.Metrics) -> list[dict[str, Any]]:
+    """Median throughput, median wait and highest memory of each training, where logged."""
+
+    def logged(lines: list[dict[str, Any]], key: str) -> list[float]:
+        return [line[key] for line in lines if line.get(key) is not None]
+
     rows = []
     for name, lines in metrics.items():
-        steps = [line for line in lines if "images_per_s" in line]
-        if steps:
+        speed, wait, memory = (
+            logged(lines, key) for key in ("images_per_s", "wait_share", "memory_mb")
+        )
+        if speed and wait and memory:
             rows.append(
                 {
                     "name": name,
-                    "images_per_s": float(np.median([s["images_per_s"] for s in steps])),
-                    "wait": float(np.median([s["wait_share"] for s in steps])),
-                    "memory": max(s["memory_mb"] for s in steps),
+                    "images_per_s": float(np.median(speed)),
+                    "wait": float(np.median(wait)),
+                    "memory": max(memory),
                 }
             )
     return rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
@@ -11,10 +12,17 @@ import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+Metrics = dict[str, list[dict[str, Any]]]
 
 COLOURS = {"teacher": "#7a5195", "student": "#0b6e99", "control": "#ef8a17"}
+HELD_OUT = {"test_accuracy": ("o", "held-out"), "self_path_test_accuracy": ("x", "self path")}
 MOST_CLASSES = 100
+COUNTED_CLASSES = 30
+LONGEST_NAME = 18
 ECE_BINS = 15
 
 
@@ -32,96 +40,122 @@ def picture(image_HWC: np.ndarray) -> str:
     return uri(file.getvalue())
 
 
-def curves(metrics: dict[str, list[dict[str, Any]]]) -> bytes:
-    """Loss and accuracy of each training over its epochs, PNG."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
+def curve(metrics: Metrics, key: str, title: str, *, share: bool = False) -> bytes | None:
+    """One value of each training over its epochs, PNG; None when nobody logged it.
+
+    ``share``: the value is a part of one, shown in percent. Accuracies carry the looks at
+    held-out images as dots.
+    """
+    figure, axis = _axes(title)
+    drawn = False
     for name, lines in metrics.items():
-        for axis, key in zip(axes, ("loss", "accuracy"), strict=True):
-            points = [(line["epoch"], line[key]) for line in lines if key in line]
-            if points:
-                epochs, values = zip(*points, strict=True)
-                axis.plot(epochs, values, label=name, color=COLOURS.get(name), linewidth=1.4)
-        for key in ("test_accuracy", "self_path_test_accuracy"):
-            points = [(line["epoch"], line[key]) for line in lines if key in line]
-            if points:
-                axes[1].plot(*zip(*points, strict=True), "o", color=COLOURS.get(name))
-    for axis, title in zip(axes, ("training loss", "training accuracy"), strict=True):
-        axis.set_title(title)
-        axis.set_xlabel("epoch")
-        axis.grid(alpha=0.3)
-    axes[0].legend(frameon=False)
+        drawn |= _line(axis, lines, key, label=name, color=COLOURS.get(name), linewidth=1.4)
+        for looked, (marker, what) in HELD_OUT.items() if key == "accuracy" else ():
+            form = {"marker": marker, "linestyle": "", "color": COLOURS.get(name)}
+            drawn |= _line(axis, lines, looked, label=f"{name}, {what}", **form)
+    if not drawn:
+        plt.close(figure)
+        return None
+    axis.set_xlabel("epoch")
+    axis.set_ylim(bottom=0)
+    if share:
+        axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    if len(axis.lines) > 1:
+        # A pale ground: throughput jumps all over, no corner of it is free for sure.
+        axis.legend(framealpha=0.85, edgecolor="none", fontsize=9)
     return _png(figure)
 
 
 def homophily(lines: list[dict[str, Any]]) -> bytes | None:
     """Weighted share of same-class neighbours of the seeds over epochs, PNG."""
-    points = [(line["epoch"], line["homophily"]) for line in lines if "homophily" in line]
-    if not points:
-        return None
-    figure, axis = plt.subplots(figsize=(5, 3), layout="constrained")
-    axis.plot(*zip(*points, strict=True), color=COLOURS["student"])
-    axis.set_title("weight on same-class neighbours (seeds)")
-    axis.set_xlabel("epoch")
-    axis.set_ylim(0, 1)
-    axis.grid(alpha=0.3)
-    return _png(figure)
+    title = "weight on same-class neighbours (seeds)"
+    return curve({"student": lines}, "homophily", title, share=True)
 
 
 def degrees(histogram: dict[str, list[int]]) -> bytes:
     """In-degrees of the final graph, PNG."""
-    figure, axis = plt.subplots(figsize=(5, 3), layout="constrained")
-    names = [f"{start}+" if start > 1 else str(start) for start in histogram["from"]]
+    figure, axis = _axes("how often a node is a candidate (in-degree)")
+    starts = histogram["from"]
+    ends = [*(start - 1 for start in starts[1:]), None]
+    names = [
+        f"{low}+" if high is None else str(low) if high <= low else f"{low}–{high}"
+        for low, high in zip(starts, ends, strict=True)
+    ]
     axis.bar(names, histogram["nodes"], color=COLOURS["student"])
-    axis.set_title("how often a node is a candidate (in-degree)")
     axis.set_ylabel("nodes")
-    axis.tick_params(axis="x", labelsize=8)
+    axis.grid(visible=False, axis="x")
     return _png(figure)
 
 
-def confusion(matrix: np.ndarray, names: list[str]) -> bytes:
-    """Confusion matrix with recall as colour, PNG; names and counts where there is room."""
+def confusion(matrix: np.ndarray, names: Sequence[str]) -> bytes:
+    """Confusion matrix with recall as colour, PNG; all names, counts where there is room."""
     count = len(matrix)
-    side = min(12.0, 2.5 + 0.42 * count)
+    few = count <= COUNTED_CLASSES
+    side = 2.4 + (0.36 * count if few else 0.136 * count)
+    size = 9.0 if few else 6.5
     figure, axis = plt.subplots(figsize=(side, side), layout="constrained")
     share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
     axis.set_xlabel("predicted")
     axis.set_ylabel("true class")
-    if count <= 30:
-        axis.set_xticks(range(count), names, rotation=60, ha="right")
-        axis.set_yticks(range(count), names)
-        for row, column in np.argwhere(matrix > 0):
-            dark = share[row, column] > 0.5
-            axis.text(column, row, matrix[row, column], ha="center", va="center", fontsize=7,
-                      color="white" if dark else "black")  # fmt: skip
+    shown = [_plain(name) for name in names]
+    short = max(map(len, shown)) <= 2
+    turned: dict[str, Any] = {} if short and few else {"rotation": 60 if few else 90}
+    align: dict[str, Any] = {"ha": "right", "rotation_mode": "anchor"} if turned and few else {}
+    axis.set_xticks(range(count), shown, fontsize=size, **turned, **align)
+    axis.set_yticks(range(count), shown, fontsize=size)
+    for row, column in np.argwhere(matrix > 0) if few else ():
+        ink = "white" if share[row, column] > 0.5 else "black"
+        number = str(matrix[row, column])
+        axis.text(column, row, number, ha="center", va="center", fontsize=8, color=ink)
     return _png(figure)
 
 
 def reliability(saved: dict[str, dict[str, np.ndarray]]) -> bytes:
-    """Accuracy against confidence in equal-width bins, PNG."""
-    figure, axis = plt.subplots(figsize=(4, 4), layout="constrained")
+    """Accuracy against confidence in equal-width bins, PNG; the area of a dot is its images."""
+    figure, axis = plt.subplots(figsize=(5, 5), layout="constrained")
     axis.plot([0, 1], [0, 1], "--", color="grey", linewidth=1)
     for name, found in saved.items():
         bins = np.minimum((found["confidence"] * ECE_BINS).astype(int), ECE_BINS - 1)
         right = found["predicted"] == found["labels"]
         used = [b for b in range(ECE_BINS) if (bins == b).any()]
-        axis.plot(
-            [found["confidence"][bins == b].mean() for b in used],
-            [right[bins == b].mean() for b in used],
-            "o-",
-            markersize=3,
-            label=name,
-            color=COLOURS.get(name.split("_")[0]),
-        )
+        sure = [found["confidence"][bins == b].mean() for b in used]
+        hit = [right[bins == b].mean() for b in used]
+        area = [4 + 150 * float((bins == b).mean()) for b in used]
+        model = name.split("_")[0]
+        axis.plot(sure, hit, linewidth=1.2, label=model, color=COLOURS.get(model))
+        axis.scatter(sure, hit, s=area, color=COLOURS.get(model), alpha=0.8)
     axis.set_xlabel("confidence")
     axis.set_ylabel("accuracy")
     axis.set_title("calibration")
+    axis.grid(alpha=0.3)
     axis.legend(frameon=False)
     return _png(figure)
 
 
+def _axes(title: str) -> tuple[Figure, Axes]:
+    figure, axis = plt.subplots(figsize=(5, 3), layout="constrained")
+    axis.set_title(title, fontsize=11)
+    axis.grid(alpha=0.3)
+    return figure, axis
+
+
+def _line(axis: Axes, lines: list[dict[str, Any]], key: str, **form: Any) -> bool:
+    """Draw what was logged under a key; whether there was anything. Not finite is null there."""
+    points = [(line["epoch"], line[key]) for line in lines if line.get(key) is not None]
+    if points:
+        axis.plot(*zip(*points, strict=True), **form)
+    return bool(points)
+
+
+def _plain(name: str) -> str:
+    """A class name as a label: matplotlib would read dollars as formulas."""
+    short = name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"
+    return short.replace("$", r"\$")
+
+
 def _png(figure: Figure) -> bytes:
     file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=110)
+    figure.savefig(file, format="png", dpi=130)
     plt.close(figure)
     return file.getvalue()
