@@ -8,15 +8,16 @@ import platform
 import resource
 import shutil
 import sys
-from collections.abc import Callable
+import tomllib
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-from packaging.requirements import Requirement
-
 OK, WARN, FAIL = "ok", "warn", "FAIL"
 DISTRIBUTION = "cnn2gnn-dist"
+CHECKOUT = Path(__file__).resolve().parent.parent / "pyproject.toml"
 GIB = 2**30
 
 
@@ -44,9 +45,18 @@ def command() -> int:
 
 def examine() -> list[Finding]:
     """Run every check; a check that breaks is itself a finding."""
-    findings = [_python(), *_versions()]
+    with _quiet():
+        return _examine()
+
+
+def _examine() -> list[Finding]:
+    findings = [_python()]
+    try:
+        findings += _versions()
+    except ImportError as error:  # packaging itself
+        findings.append(Finding("versions", FAIL, str(error), "pip install ."))
     checks: list[tuple[str, Callable[[], Finding], str]] = [
-        ("timm", _timm, "pip install timm torchvision; torch and torchvision of one build"),
+        ("timm imports", _timm, "pip install timm torchvision; torch and torchvision of one build"),
         ("dgl imports", _dgl, "pip install dgl==2.1.0 pandas packaging"),
         ("deepspeed imports", _deepspeed, "pip install deepspeed==0.19.8"),
         ("ray imports", _ray, 'pip install "ray[default]"'),
@@ -72,10 +82,15 @@ def _python() -> Finding:
 
 def _versions() -> list[Finding]:
     """Installed versions against the ranges this package asks for."""
+    from packaging.requirements import Requirement
+
     try:
         wanted = importlib.metadata.requires(DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError:
-        return [Finding("install", WARN, "the package is not installed", "pip install .")]
+        if not CHECKOUT.is_file():
+            return [Finding("install", WARN, "the package is not installed", "pip install .")]
+        # Run from a checkout, as cluster jobs do: its pyproject says the same.
+        wanted = tomllib.loads(CHECKOUT.read_text(encoding="utf-8"))["project"]["dependencies"]
     findings = []
     for text in wanted:
         need = Requirement(text)
@@ -108,9 +123,14 @@ def _dgl() -> Finding:
 def _deepspeed() -> Finding:
     import torch
 
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    version = importlib.import_module("deepspeed").__version__
+    chosen = os.environ.get("DS_ACCELERATOR")
+    if chosen is None and not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    try:
+        version = importlib.import_module("deepspeed").__version__
+    finally:
+        if chosen is None:
+            os.environ.pop("DS_ACCELERATOR", None)
     return Finding("deepspeed imports", OK, version)
 
 
@@ -154,6 +174,8 @@ def _disk() -> Finding:
 
 
 def _memory() -> Finding:
+    import psutil
+
     free = psutil.virtual_memory().available / GIB
     cores = len(os.sched_getaffinity(0))
     return Finding(
@@ -170,5 +192,31 @@ def _open_files() -> Finding:
 
 
 def _threads() -> Finding:
-    value = os.environ.get("OMP_NUM_THREADS")
-    return Finding("OMP_NUM_THREADS", OK, value or "not set (ranks under Ray and torchrun use 1)")
+    value, cores = os.environ.get("OMP_NUM_THREADS"), len(os.sched_getaffinity(0))
+    if value is None:
+        seen = "not set (ranks under Ray and torchrun use 1)"
+        return Finding("OMP_NUM_THREADS", OK, seen)
+    remedy = "export OMP_NUM_THREADS=1, or at most the cores a rank has to itself"
+    if not value.isdecimal() or not 1 <= int(value) <= cores:
+        return Finding("OMP_NUM_THREADS", WARN, f"{value!r} with {cores} cores", remedy)
+    return Finding("OMP_NUM_THREADS", OK, value)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the libraries' notes out of the table; C code writes to the descriptors itself."""
+    with warnings.catch_warnings(), open(os.devnull, "w", encoding="utf-8") as nowhere:
+        warnings.simplefilter("ignore")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        kept = [os.dup(1), os.dup(2)]
+        try:
+            os.dup2(nowhere.fileno(), 1)
+            os.dup2(nowhere.fileno(), 2)
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for descriptor, saved in zip((1, 2), kept, strict=True):
+                os.dup2(saved, descriptor)
+                os.close(saved)

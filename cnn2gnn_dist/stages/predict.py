@@ -31,7 +31,19 @@ SHOWN_NEIGHBOURS = 5
 
 
 def command(run: Path, images: list[str], *, top: int, as_json: bool) -> int:
-    """Print classes and neighbours of each image; 1 if some could not be read."""
+    """Print classes and neighbours of each image; 1 if some could not be read.
+
+    Args:
+        run: folder of a finished run; it may have been moved.
+        images: files and folders.
+        top: classes shown for each image.
+        as_json: one JSON object a line instead of text.
+
+    Raises:
+        UserError: no finished run, a folder without images, ``top`` below 1.
+    """
+    if top < 1:
+        raise UserError(f"no classes to show: {top}", where="--top", remedy="--top 1 or more")
     predictor = Predictor(run)
     files = list(_files(images))
     failed = 0
@@ -117,10 +129,22 @@ def _context(run: Path) -> Context:
     file = run / "config.yaml"
     if not file.is_file():
         raise _unfinished(run, "it has no config.yaml", "run")
-    tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    try:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        tree = None
+    if not isinstance(tree, dict) or not isinstance(tree.get("run"), dict):
+        raise _unfinished(run, "its config.yaml is damaged", "run")
     # A run may have been moved since: its own folder counts.
-    tree["run"] = {**tree.get("run", {}), "dir": str(run)}
-    config = settings.check(tree)
+    tree["run"] = {**tree["run"], "dir": str(run)}
+    try:
+        config = settings.check(tree)
+    except UserError as error:
+        raise UserError(
+            f"this run's config is not of this version: {error.what}",
+            where=f"{file}: {error.where}",
+            remedy="the version of cnn2gnn-dist that made the run, or make the run again",
+        ) from None
     root = Path(str(config.run.dir))
     if not (root / "student" / "done.json").is_file():
         raise _unfinished(run, "its student is not trained", "run")
