@@ -1,6 +1,6 @@
 """Images a second of the stream, side by side in one run: threads, Ray actors, webdataset + DataLoader.
 
-python benchmarks/stream.py runs/demo            # any run that has been packed and indexed
+PYTHONPATH=. python benchmarks/stream.py runs/demo    # not run to its end yet; any run that has been packed and indexed
 
 Ratios matter, not absolute figures: cores are shared. Each way reads the same shards, decodes,
 augments, and hands over uint8 batches of 64; the best of three rounds counts.
