@@ -46,6 +46,12 @@ def command(run: Path, images: list[str], *, top: int, as_json: bool) -> int:
         raise UserError(f"no classes to show: {top}", where="--top", remedy="--top 1 or more")
     predictor = Predictor(run)
     files = list(_files(images))
+    if predictor.context.config.graph.scope == "batch":
+        print(
+            f"cnn2gnn: graph.scope=batch: up to {BATCH} images are classified together and are "
+            "each other's neighbours, so an answer depends on its company",
+            file=sys.stderr,
+        )
     failed = 0
     for rows in tqdm(list(chunks(len(files), BATCH)), "predict", disable=len(files) <= BATCH):
         batch = [files[row] for row in rows]

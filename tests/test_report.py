@@ -1,0 +1,310 @@
+"""The report on small made-up runs: its numbers, its pictures, and what may be missing."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import warnings
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cnn2gnn_dist import report
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.report import confused_pairs, verdict, write_report
+
+MODELS = ("teacher", "student", "control_mlp")
+
+
+class Page(HTMLParser):
+    """Tables as lists of rows of text, bold cells, images, everything that points elsewhere."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tables: list[list[list[str]]] = []
+        self.bold: list[str] = []
+        self.images: list[dict[str, str | None]] = []
+        self.pointers: list[str] = []
+        self.tags: list[str] = []
+        self._cell = self._best = False
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        found = dict(attrs)
+        self.tags.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+            self._cell, self._best = True, found.get("class") == "best"
+        elif tag == "img":
+            self.images.append(found)
+        self.pointers += [found[k] for k in ("href", "src", "srcset", "action") if found.get(k)]
+
+    def handle_endtag(self, tag):
+        if tag in ("td", "th"):
+            self._cell = False
+
+    def handle_data(self, data):
+        if self._cell:
+            self.tables[-1][-1][-1] += data.strip()
+            if self._best:
+                self.bold.append(data.strip())
+
+    def table(self, first_header: str) -> list[list[str]]:
+        return next(t for t in self.tables if first_header in t[0])
+
+
+def scores(accuracy: float, parameters: int) -> dict:
+    return {
+        "accuracy": accuracy,
+        "balanced_accuracy": accuracy - 0.01,
+        "ece": 0.05,
+        "parameters": parameters,
+        "flops": 1e6 * parameters / 1000,
+        "ms_per_image": parameters / 1e5,
+    }
+
+
+def make_run(root: Path, classes: int = 4, images: int = 200) -> Path:
+    """A folder as the stages leave it, as far as the report reads it."""
+    rng = np.random.default_rng(0)
+    (root / "evaluation").mkdir(parents=True)
+    table = {name: scores(0.9 - i / 50, 9000 - 1000 * i) for i, name in enumerate(MODELS)}
+    table["student"]["graph"] = {
+        "nodes": 1234,
+        "candidates": 16,
+        "homophily": 0.875,
+        "cut": 0.0123,
+        "inner": [617, 617],
+        "halo": [31, 45],
+        "degree": {
+            "min": 0,
+            "median": 14.0,
+            "max": 51,
+            "histogram": {"from": [0, 1, 2, 4, 8], "nodes": [5, 29, 200, 500, 500]},
+        },
+    }
+    table["run"] = {
+        "name": "made <up>",
+        "train_images": 1234,
+        "test_images": images,
+        "classes": classes,
+        "device": "cpu",
+        "ranks": 2,
+        "seed": 0,
+        "python": "3.11",
+        "torch": "2.13",
+    }
+    (root / "results.json").write_text(json.dumps(table))
+    for stage in ("teacher", "student", "control"):
+        (root / stage).mkdir()
+        lines = [
+            {"step": s, "epoch": s / 4, "loss": 2 / s, "accuracy": 1 - 1 / s, "images_per_s": 100.0,
+             "wait_share": 0.25, "memory_mb": 500.0 + s} for s in range(1, 9)
+        ]  # fmt: skip
+        (root / stage / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    labels = rng.integers(0, classes, images)
+    for name in MODELS:
+        missed = rng.random(images) < 0.2
+        predicted = np.where(missed, rng.integers(0, classes, images), labels)
+        confidence = rng.random(images, dtype=np.float32)
+        np.savez(
+            root / "evaluation" / f"{name}.npz",
+            ids=np.arange(images), predicted=predicted, confidence=confidence, labels=labels,
+        )  # fmt: skip
+    np.savez(
+        root / "evaluation" / "gallery.npz",
+        images=rng.integers(0, 256, (3, 8, 8, 3), dtype=np.uint8),
+        labels=np.array([0, 1, 2]),
+        predicted=np.array([0, 3, 2]),
+        confidence=np.array([0.9, 0.4, 0.7], np.float32),
+        neighbour_images=rng.integers(0, 256, (3, 2, 8, 8, 3), dtype=np.uint8),
+        neighbour_labels=np.array([[0, 1], [3, 3], [2, 2]]),
+        weights=np.array([[0.75, 0.25], [0.5, 0.5], [1.0, 0.0]], np.float32),
+    )
+    (root / "config.yaml").write_text("name: made\nseed: 0\n")
+    return root
+
+
+@pytest.fixture
+def made(tmp_path):
+    return make_run(tmp_path / "run")
+
+
+def page_of(root: Path, names: list[str] | None = None) -> tuple[Page, str]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # what matplotlib warns about shows in the picture
+        text = write_report(root, names).read_text()
+    return Page(text), text
+
+
+def change(root: Path, **models: dict) -> None:
+    table = json.loads((root / "results.json").read_text())
+    for name, values in models.items():
+        table[name] |= values
+    (root / "results.json").write_text(json.dumps(table))
+
+
+def test_the_table_is_results_json(made):
+    page, text = page_of(made)
+    table = json.loads((made / "results.json").read_text())
+    _, *rows = page.table("accuracy")
+    assert len(rows) == 3
+    for row, name in zip(rows, MODELS, strict=True):
+        r = table[name]
+        assert row[1:] == [
+            f"{r['accuracy']:.2%}", f"{r['balanced_accuracy']:.2%}", f"{r['ece']:.3f}",
+            f"{r['parameters']:,}", f"{r['flops'] / 1e6:.2f}", f"{r['ms_per_image']:.3f}",
+        ]  # fmt: skip
+    # All are equally calibrated: all are the best there.
+    assert page.bold == ["90.00%", "89.00%", "0.050", "0.050", "0.050", "7,000", "7.00", "0.070"]
+    assert "made &lt;up&gt;" in text
+    assert "1,234 training and 200 held-out images of 4 classes; 2 ranks on cpu; seed 0" in text
+
+
+def test_one_file_that_points_nowhere(made):
+    page, text = page_of(made)
+    assert page.pointers
+    assert all(pointer.startswith("data:image/png;base64,") for pointer in page.pointers)
+    assert "http" not in text
+    assert "url(" not in text
+    assert not {"script", "link", "iframe"} & set(page.tags)
+    assert all(image.get("alt") for image in page.images)
+    for image in page.images:
+        Image.open(io.BytesIO(base64.b64decode(image["src"].partition(",")[2]))).verify()
+    assert "prefers-color-scheme: dark" in text
+    assert "@media print" in text
+    assert "name: made" in text[text.index("<details>") :]
+
+
+def test_curves_speed_and_graph(made):
+    page, _ = page_of(made)
+    shown = [image["alt"] for image in page.images]
+    for what in ("training loss", "training accuracy", "images per second", "waiting for data"):
+        assert any(what in alt for alt in shown), what
+    assert page.table("images / s (median)")[1] == ["teacher", "100", "25.0%", "508 MiB"]
+    assert page.table("nodes")[1] == ["1,234", "16", "87.5%", "1.23%", "0 / 14 / 51"]
+    assert page.table("partition")[1:] == [["0", "617", "31"], ["1", "617", "45"]]
+    assert "Histogram of in-degrees" in shown
+
+
+def test_the_gallery_marks_right_and_wrong_and_leaves_out_weightless_neighbours(made):
+    page, text = page_of(made, ["ant", "bee", "cat", "dog"])
+    assert text.count('class="card"') == 3
+    assert text.count("✓") == 2
+    assert text.count("✗") == 1
+    assert "✗ dog 40%" in text
+    near = [image["alt"] for image in page.images if image["alt"].startswith("neighbour")]
+    assert near == [f"neighbour, {name}" for name in ("ant", "bee", "dog", "dog", "cat")]
+
+
+@pytest.mark.parametrize(
+    ("student", "control", "said"),
+    [
+        (0.90, 0.80, ("beats its control", "+10.00 points", "standard error 3.54", "graph pays")),
+        (0.80, 0.90, ("does not beat", "-10.00 points", "standard error 3.54", "costs accuracy")),
+        (0.90, 0.89, ("does not beat", "+1.00 points", "a tie")),
+        (1.00, 1.00, ("does not beat", "+0.00 points", "standard error 0.00", "a tie")),
+        (0.00, 0.00, ("does not beat", "a tie")),
+    ],
+)
+def test_the_verdict_is_plain(made, student, control, said):
+    change(made, student={"accuracy": student}, control_mlp={"accuracy": control})
+    sentence = verdict(json.loads((made / "results.json").read_text()))
+    assert all(part in sentence for part in said), sentence
+    assert sentence in page_of(made)[1]
+
+
+def test_the_error_is_of_the_images_that_were_judged():
+    table = {"student": scores(0.9, 1), "control_mlp": scores(0.8, 1), "run": {"test_images": 400}}
+    assert "standard error 2.50" in verdict(table)
+    assert "standard error 5.00 (binomial, 100 images" in verdict(table, judged=100)
+
+
+@pytest.mark.parametrize(
+    ("lost", "gone"),
+    [
+        ("evaluation/gallery.npz", "Test images and the neighbours"),
+        ("evaluation/student.npz", "Confusion matrix"),
+        ("config.yaml", "<details>"),
+        ("teacher/metrics.jsonl", "<td>teacher</td><td>100"),
+    ],
+)
+def test_a_missing_file_leaves_its_part_out(made, lost, gone):
+    assert gone in page_of(made)[1]
+    (made / lost).unlink()
+    page, text = page_of(made)
+    assert gone not in text
+    assert len(page.table("accuracy")) == 4
+
+
+def test_a_run_without_graph_control_and_metrics(made):
+    table = json.loads((made / "results.json").read_text())
+    del table["student"]["graph"], table["control_mlp"]
+    (made / "results.json").write_text(json.dumps(table))
+    for stage in ("teacher", "student", "control"):
+        (made / stage / "metrics.jsonl").unlink()
+    page, text = page_of(made)
+    assert len(page.table("accuracy")) == 3
+    assert "not known" in text
+    for gone in ("The learned graph", "<h2>Training"):
+        assert gone not in text
+
+
+def test_values_that_were_not_finite_are_passed_over(made):
+    path = made / "teacher" / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[0] |= {"loss": None, "images_per_s": None}
+    path.write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 9, "ep')
+    assert page_of(made)[0].table("images / s (median)")[1][:2] == ["teacher", "100"]
+
+
+def test_no_results_is_for_the_user_to_mend(tmp_path):
+    with pytest.raises(UserError, match="no results") as caught:
+        write_report(tmp_path)
+    assert "evaluate" in caught.value.remedy
+
+
+@pytest.mark.parametrize("classes", [2, 31, 100])
+def test_confusion_is_a_picture_up_to_100_classes(tmp_path, monkeypatch, classes):
+    shown = []
+    draw = report.figures.confusion
+    monkeypatch.setattr(
+        report.figures,
+        "confusion",
+        lambda matrix, names: shown.append(matrix) or draw(matrix, names),
+    )
+    root = make_run(tmp_path / "run", classes)
+    (root / "evaluation" / "gallery.npz").unlink()
+    page_of(root, [f"$class_{i}" for i in range(classes)])  # dollars are no formulas
+    saved = np.load(root / "evaluation" / "student.npz")
+    expected = np.zeros((classes, classes), int)
+    np.add.at(expected, (saved["labels"], saved["predicted"]), 1)
+    np.testing.assert_array_equal(shown[0], expected)
+    with Image.open(root / "evaluation" / "confusion.png") as picture:
+        assert min(picture.size) > 300
+
+
+def test_many_classes_give_a_table_of_pairs(tmp_path):
+    root = make_run(tmp_path / "run", 20_000)
+    page, text = page_of(root)
+    assert "Confusion matrix" not in text
+    assert not (root / "evaluation" / "confusion.png").exists()
+    assert 20 < len(page.table("true class")) <= 31
+
+
+def test_pairs_are_counted_most_first():
+    labels, predicted = np.array([0, 0, 0, 2, 2, 1]), np.array([1, 1, 0, 0, 2, 1])
+    pairs = confused_pairs({"labels": labels, "predicted": predicted}, ["ant", "bee", "cat"])
+    assert pairs == [("ant", "bee", 2), ("cat", "ant", 1)]
+
+
+def test_classes_without_names_are_numbers(made):
+    assert "✗ 3 40%" in page_of(made, ["ant", "bee"])[1]
