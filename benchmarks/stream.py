@@ -19,8 +19,8 @@ from cnn2gnn_dist import settings
 from cnn2gnn_dist.compat import import_torchvision
 from cnn2gnn_dist.data.manifest import Manifest
 from cnn2gnn_dist.data.order import Order
+from cnn2gnn_dist.data.pool import ReaderPool
 from cnn2gnn_dist.data.reader import ReaderSpec, Request
-from cnn2gnn_dist.data.stream import Stream
 from cnn2gnn_dist.data.views import ViewSpec
 
 BATCH, ROUNDS = 64, 3
@@ -30,7 +30,9 @@ def ours(backend: str, manifest: Path, views: ViewSpec) -> int:
     """One epoch through the stream; returns the number of images."""
     loaded = Manifest.load(manifest)
     order = Order(loaded.shard_sizes, seed=0, global_batch=BATCH, window=8)
-    with Stream(ReaderSpec(str(manifest), views), backend=backend, workers=1, prefetch=4) as stream:
+    with ReaderPool(
+        ReaderSpec(str(manifest), views), backend=backend, workers=1, prefetch=4
+    ) as stream:
         requests = (Request(order.batch(0, index), 0) for index in range(order.batches_per_epoch))
         return sum(len(batch.images) for batch in stream.batches(requests))
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
-from collections import OrderedDict
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from cnn2gnn_dist.data.decode import CorruptSample, decode
+from cnn2gnn_dist.data.decode import CorruptSample
+from cnn2gnn_dist.data.imaging import fill_views
 from cnn2gnn_dist.data.manifest import Manifest
-from cnn2gnn_dist.data.views import ViewSpec, render, render_batch
-from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.data.storage import ShardFiles
+from cnn2gnn_dist.data.views import ViewSpec
 
-OPEN_SHARDS = 64
 CHUNK = 32
 """Images decoded before they are augmented together: bounds memory, shares the draws' cost."""
 
@@ -55,13 +53,13 @@ class ReaderSpec:
 class Reader:
     """Reads samples by id, in any order, from shards at recorded offsets.
 
-    Keeps the last ``OPEN_SHARDS`` shards open; not to be shared between threads.
+    Not to be shared between threads.
     """
 
     def __init__(self, spec: ReaderSpec) -> None:
         self.views = spec.views
         self.manifest = Manifest.load(spec.manifest)
-        self._files: OrderedDict[int, int] = OrderedDict()
+        self._files = ShardFiles(self.manifest)
 
     def read(self, request: Request) -> Batch:
         """Read, decode and augment.
@@ -87,22 +85,8 @@ class Reader:
         self, ids: np.ndarray, view: int, images: np.ndarray, valid: np.ndarray
     ) -> list[str]:
         """Fill ``images`` and ``valid``, views of the batch's arrays; returns the problems."""
-        decoded: list[np.ndarray] = []
-        wrong: dict[int, CorruptSample] = {}
-        for row, sample in enumerate(ids.tolist()):
-            try:
-                decoded.append(decode(self._bytes(sample)))
-            except CorruptSample as error:
-                wrong[row] = error
-        rows = [row for row in range(len(ids)) if row not in wrong]
-        try:
-            images[rows] = render_batch(self.views, decoded, ids[rows], view)
-        except CorruptSample:  # rare: an image too narrow to be resized; find out which
-            for row, image in zip(rows, decoded, strict=True):
-                try:
-                    images[row] = render(self.views, image, int(ids[row]), view)
-                except CorruptSample as error:
-                    wrong[row] = error
+        blobs = [self._files.read(sample) for sample in ids.tolist()]
+        wrong = fill_views(self.views, blobs, ids, view, images)
         valid[list(wrong)] = False
         return [self._problem(int(ids[row]), wrong[row]) for row in sorted(wrong)]
 
@@ -112,46 +96,4 @@ class Reader:
 
     def close(self) -> None:
         """Close the shards."""
-        while self._files:
-            os.close(self._files.popitem()[1])
-
-    def __del__(self) -> None:
-        if hasattr(self, "_files"):
-            self.close()
-
-    def _bytes(self, sample: int) -> bytes:
-        manifest = self.manifest
-        number = int(manifest.shard_N[sample])
-        size = int(manifest.size_N[sample])
-        try:
-            data = os.pread(self._file(number), size, int(manifest.offset_N[sample]))
-        except OSError as error:  # a file system gone, a bad disk
-            raise self._changed(number, f"it can't be read ({error.strerror})") from None
-        if len(data) != size:
-            raise self._changed(number, "it ends early")
-        return data
-
-    def _file(self, number: int) -> int:
-        if number in self._files:
-            self._files.move_to_end(number)
-            return self._files[number]
-        shard = self.manifest.shards[number]
-        try:
-            handle = os.open(shard.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-        except OSError as error:
-            raise self._changed(number, error.strerror or "it can't be opened") from None
-        found = os.fstat(handle).st_size
-        if found != shard.bytes:
-            os.close(handle)  # not kept: the next request must be refused as well
-            raise self._changed(number, f"it has {found:,} bytes, {shard.bytes:,} were indexed")
-        self._files[number] = handle
-        if len(self._files) > OPEN_SHARDS:
-            os.close(self._files.popitem(last=False)[1])
-        return handle
-
-    def _changed(self, number: int, what: str) -> UserError:
-        return UserError(
-            f"this shard is missing, truncated or changed: {what}",
-            where=self.manifest.shards[number].path,
-            remedy="restore the shard, or index again (`cnn2gnn index --update`)",
-        )
+        self._files.close()

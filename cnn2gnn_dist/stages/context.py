@@ -10,8 +10,8 @@ import torch
 
 from cnn2gnn_dist.config import Config
 from cnn2gnn_dist.data.manifest import Manifest
+from cnn2gnn_dist.data.pool import ReaderPool
 from cnn2gnn_dist.data.reader import Batch, ReaderSpec
-from cnn2gnn_dist.data.stream import Stream
 from cnn2gnn_dist.data.views import ViewSpec
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.runtime.ranks import Ranks
@@ -95,13 +95,13 @@ class Context:
             resize=v.resize,
         )
 
-    def stream(self, manifest: Path, name: str) -> Stream:
+    def stream(self, manifest: Path, name: str) -> ReaderPool:
         """A stream of this rank's batches from a manifest's samples."""
         settings = self.config.stream
         backend = settings.backend
         if backend == "auto":
             backend = "ray" if self.inside_ray else "local"
-        return Stream(
+        return ReaderPool(
             ReaderSpec(str(manifest), self.views()),
             backend=backend,
             workers=settings.workers,

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from cnn2gnn_dist.config import StudentConfig, TeacherConfig
 from cnn2gnn_dist.data.order import Order, micro_batches
+from cnn2gnn_dist.data.pool import ReaderPool
 from cnn2gnn_dist.data.reader import Batch, Request
-from cnn2gnn_dist.data.stream import Stream
 from cnn2gnn_dist.stages.context import Context, CorruptCount
 from cnn2gnn_dist.training import distributed, ds_config
 from cnn2gnn_dist.training.checkpoint import Checkpoints
@@ -98,7 +98,7 @@ class Training:
         self.corrupt = CorruptCount(context.config.data.max_corrupt, samples)
         self.cursor = Cursor()
         self.tally = Tally()
-        self._stream: Stream | None = None
+        self._stream: ReaderPool | None = None
         self._resume()
 
     def _resume(self) -> None:
@@ -120,7 +120,9 @@ class Training:
         self.engine.average_buffers()
         self.checkpoints.save(self.cursor.step, self.engine, extra)
 
-    def steps(self, order: Order, epoch: int, view: int, stream: Stream) -> Iterator[list[Batch]]:
+    def steps(
+        self, order: Order, epoch: int, view: int, stream: ReaderPool
+    ) -> Iterator[list[Batch]]:
         """This rank's batches of the rest of an epoch, one list of micro-batches a step."""
         self._stream = stream
         ranks = self.context.ranks

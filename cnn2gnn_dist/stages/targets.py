@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from cnn2gnn_dist.data import targets as soft
 from cnn2gnn_dist.data.manifest import Manifest
+from cnn2gnn_dist.data.pool import ReaderPool
 from cnn2gnn_dist.data.reader import Request
-from cnn2gnn_dist.data.stream import Stream
 from cnn2gnn_dist.data.views import CLEAN
 from cnn2gnn_dist.stages.context import Context, chunks, load_manifest
 from cnn2gnn_dist.stages.networks import Teacher, load_model
@@ -98,7 +98,7 @@ def _classifier(
 def _write(
     context: Context,
     classify: Callable[[Tensor], Tensor],
-    stream: Stream,
+    stream: ReaderPool,
     manifest: Manifest,
     shard: int,
     path: Path,

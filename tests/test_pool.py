@@ -14,10 +14,10 @@ import psutil
 import pytest
 from helpers import make_shards, random_images
 
-from cnn2gnn_dist.data import stream as streams
+from cnn2gnn_dist.data import pool as pools
 from cnn2gnn_dist.data.manifest import index
+from cnn2gnn_dist.data.pool import ReaderPool
 from cnn2gnn_dist.data.reader import Batch, Reader, ReaderSpec, Request
-from cnn2gnn_dist.data.stream import Stream
 from cnn2gnn_dist.data.views import CLEAN, ViewSpec
 from cnn2gnn_dist.errors import UserError
 
@@ -54,7 +54,7 @@ def expected(spec: ReaderSpec, requests: list[Request]) -> list[Batch]:
 @pytest.mark.parametrize(("workers", "prefetch"), [(1, 1), (1, 4), (2, 3), (3, 20)])
 def test_local_gives_what_a_reader_gives(spec, workers, prefetch):
     requests = some_requests()
-    with Stream(spec, backend="local", workers=workers, prefetch=prefetch) as stream:
+    with ReaderPool(spec, backend="local", workers=workers, prefetch=prefetch) as stream:
         assert_same(list(stream.batches(requests)), expected(spec, requests))
         # Again on the same stream: an epoch after the other.
         assert_same(list(stream.batches(iter(requests[:2]))), expected(spec, requests[:2]))
@@ -66,7 +66,7 @@ def test_local_gives_what_a_reader_gives(spec, workers, prefetch):
 @pytest.mark.parametrize(("workers", "prefetch"), [(1, 1), (2, 4)])
 def test_ray_gives_what_a_reader_gives(spec, ray_cluster, workers, prefetch):
     requests = some_requests()
-    with Stream(spec, backend="ray", workers=workers, prefetch=prefetch) as stream:
+    with ReaderPool(spec, backend="ray", workers=workers, prefetch=prefetch) as stream:
         found = list(stream.batches(requests))
         assert_same(found, expected(spec, requests))
         assert_same(list(stream.batches(requests[:2])), expected(spec, requests[:2]))
@@ -90,7 +90,7 @@ def test_order_holds_when_readers_finish_out_of_order(spec, monkeypatch):
     requests = [Request(np.array([i, 9]), 0) for i in range(4)]
     wanted = expected(spec, requests)
     monkeypatch.setattr(Reader, "read", read)
-    with Stream(spec, backend="local", workers=4, prefetch=4) as stream:
+    with ReaderPool(spec, backend="local", workers=4, prefetch=4) as stream:
         assert_same(list(stream.batches(requests)), wanted)
 
 
@@ -104,7 +104,7 @@ def test_requests_are_taken_lazily(spec, prefetch):
             taken += 1
             yield request
 
-    with Stream(spec, backend="local", workers=2, prefetch=prefetch) as stream:
+    with ReaderPool(spec, backend="local", workers=2, prefetch=prefetch) as stream:
         for received, _ in enumerate(stream.batches(source()), 1):
             assert taken <= received + prefetch
             if received < 10:
@@ -114,8 +114,8 @@ def test_requests_are_taken_lazily(spec, prefetch):
 
 def test_waiting_adds_up(spec, monkeypatch):
     clock = types.SimpleNamespace(perf_counter=itertools.count().__next__, sleep=None)
-    monkeypatch.setattr(streams, "time", clock)  # a look at it takes a second
-    with Stream(spec, backend="local", workers=2, prefetch=3) as stream:
+    monkeypatch.setattr(pools, "time", clock)  # a look at it takes a second
+    with ReaderPool(spec, backend="local", workers=2, prefetch=3) as stream:
         assert stream.wait_seconds == 0
         for number, _ in enumerate(stream.batches(some_requests(7)), 1):
             assert stream.wait_seconds == number
@@ -132,7 +132,7 @@ def test_what_an_abandoned_loop_had_asked_is_not_read(spec, monkeypatch):
 
     monkeypatch.setattr(Reader, "read", slow)
     requests, other = some_requests(8), Request(np.array([3]), 0)
-    with Stream(spec, backend="local", workers=1, prefetch=7) as stream:
+    with ReaderPool(spec, backend="local", workers=1, prefetch=7) as stream:
         loop = stream.batches(requests)
         next(loop)
         loop.close()  # the second may be under way, the others wait
@@ -144,7 +144,7 @@ def test_what_an_abandoned_loop_had_asked_is_not_read(spec, monkeypatch):
 
 def test_an_abandoned_loop_leaves_the_stream_usable(spec):
     requests = some_requests(8)
-    with Stream(spec, backend="local", workers=1, prefetch=8) as stream:
+    with ReaderPool(spec, backend="local", workers=1, prefetch=8) as stream:
         loop = stream.batches(requests)
         next(loop)
         loop.close()
@@ -156,11 +156,11 @@ def test_killed_readers_are_replaced_and_asked_again(spec, ray_cluster, monkeypa
     import ray
 
     asked = []
-    plain = streams._RayAnswer._ask
-    monkeypatch.setattr(streams._RayAnswer, "_ask", lambda self: (asked.append(1), plain(self)))
+    plain = pools._RayAnswer._ask
+    monkeypatch.setattr(pools._RayAnswer, "_ask", lambda self: (asked.append(1), plain(self)))
     requests = some_requests(16)
     found = []
-    with Stream(spec, backend="ray", workers=2, prefetch=4) as stream:
+    with ReaderPool(spec, backend="ray", workers=2, prefetch=4) as stream:
         victims = [ray.get(actor.process_id.remote()) for actor in stream._readers._actors]
         for number, batch in enumerate(stream.batches(requests)):
             found.append(batch)
@@ -172,15 +172,15 @@ def test_killed_readers_are_replaced_and_asked_again(spec, ray_cluster, monkeypa
 
 @pytest.mark.slow
 def test_readers_that_die_while_they_read(spec, ray_cluster, monkeypatch):
-    monkeypatch.setattr(streams, "_ReaderActor", DiesOnce)
+    monkeypatch.setattr(pools, "_ReaderActor", DiesOnce)
     requests = [Request(np.arange(i, i + 6), 2) for i in range(8)]
-    with Stream(spec, backend="ray", workers=1, prefetch=3) as stream:
+    with ReaderPool(spec, backend="ray", workers=1, prefetch=3) as stream:
         found = list(stream.batches(requests))
     assert_same(found, expected(spec, requests))
     assert (Path(spec.manifest).parent / "died").exists()
 
 
-class DiesOnce(streams._ReaderActor):
+class DiesOnce(pools._ReaderActor):
     def __init__(self, spec):
         super().__init__(spec)
         self.folder = Path(spec.manifest).parent
@@ -195,10 +195,10 @@ class DiesOnce(streams._ReaderActor):
 
 @pytest.mark.slow
 def test_a_request_that_kills_every_reader_is_named(spec, ray_cluster, monkeypatch):
-    monkeypatch.setattr(streams, "MOST_FAILURES", 2)
-    monkeypatch.setattr(streams, "_ReaderActor", Suicidal)
+    monkeypatch.setattr(pools, "MOST_FAILURES", 2)
+    monkeypatch.setattr(pools, "_ReaderActor", Suicidal)
     with (
-        Stream(spec, backend="ray", workers=1, prefetch=1) as stream,
+        ReaderPool(spec, backend="ray", workers=1, prefetch=1) as stream,
         pytest.raises(UserError, match="died 2 times") as caught,
     ):
         list(stream.batches([Request(np.array([7, 8]), 3)]))
@@ -206,7 +206,7 @@ def test_a_request_that_kills_every_reader_is_named(spec, ray_cluster, monkeypat
     assert "view 3" in caught.value.where
 
 
-class Suicidal(streams._ReaderActor):
+class Suicidal(pools._ReaderActor):
     def read(self, ids, view):
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -215,7 +215,7 @@ class Suicidal(streams._ReaderActor):
 def test_actors_end_with_the_stream_and_have_readable_names(spec, ray_cluster):
     import ray
 
-    with Stream(spec, backend="ray", workers=2, prefetch=1, name="train") as stream:
+    with ReaderPool(spec, backend="ray", workers=2, prefetch=1, name="train") as stream:
         names = sorted(ray.util.list_named_actors())
         assert [name.rsplit("-", 1)[0] for name in names if name.startswith("train")] == [
             "train-0",
@@ -244,7 +244,7 @@ def test_a_wrong_shard_is_the_users_to_mend(spec, backend, damage, request):
         bad.unlink()
     else:
         os.truncate(bad, bad.stat().st_size - 700)
-    with Stream(spec, backend=backend, workers=1, prefetch=2) as stream:
+    with ReaderPool(spec, backend=backend, workers=1, prefetch=2) as stream:
         requests = [Request(np.arange(4), 0), Request(np.arange(30, 36), 0)]
         loop = stream.batches(requests)
         next(loop)
@@ -267,7 +267,7 @@ def test_corrupt_samples_are_reported_not_raised(tmp_path, backend, request):
         file.seek(int(manifest.offset_N[3]))
         file.write(bytes(20))
     spec = ReaderSpec(str(tmp_path / "m.arrow"), ViewSpec("none", 32))
-    with Stream(spec, backend=backend, workers=1, prefetch=2) as stream:
+    with ReaderPool(spec, backend=backend, workers=1, prefetch=2) as stream:
         (batch,) = stream.batches([Request(np.arange(6), CLEAN)])
     assert batch.valid.tolist() == [True, True, True, False, True, True]
     assert len(batch.problems) == 1
@@ -284,7 +284,7 @@ def test_corrupt_samples_are_reported_not_raised(tmp_path, backend, request):
 )
 def test_wrong_arguments(spec, change, where):
     with pytest.raises(UserError) as caught:
-        Stream(spec, **{"backend": "local", "workers": 1, "prefetch": 1, **change})
+        ReaderPool(spec, **{"backend": "local", "workers": 1, "prefetch": 1, **change})
     assert where in caught.value.where
 
 
@@ -293,7 +293,7 @@ def test_ray_must_run(spec, monkeypatch):
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     with pytest.raises(UserError, match="Ray is not running"):
-        Stream(spec, backend="ray", workers=1, prefetch=1)
+        ReaderPool(spec, backend="ray", workers=1, prefetch=1)
 
 
 @pytest.mark.slow
@@ -309,4 +309,4 @@ def test_the_sessions_cluster_listens_on_the_loopback_only(ray_cluster):
 def test_a_missing_manifest_is_said_at_once(tmp_path, ray_cluster):
     spec = ReaderSpec(str(tmp_path / "none.arrow"), ViewSpec("none", 32))
     with pytest.raises(UserError, match="no manifest"):
-        Stream(spec, backend="ray", workers=1, prefetch=1)
+        ReaderPool(spec, backend="ray", workers=1, prefetch=1)

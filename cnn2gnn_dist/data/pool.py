@@ -1,4 +1,4 @@
-"""The stream: stateless readers, pulled in order, a few requests in flight.
+"""The reader pool: stateless readers, pulled in order, a few requests in flight.
 
 One of the two rooms in which Ray is met. A reader actor holds nothing but caches: when it
 dies, Ray starts another and its request is asked again. Exactly-once follows from purity.
@@ -25,7 +25,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.1, 3.0
 """Seconds before asking again, doubling: a reader needs about one to come back."""
 
 
-class Stream:
+class ReaderPool:
     """Batches in the order of their requests; one loop over them at a time.
 
     Args:
@@ -88,7 +88,7 @@ class Stream:
         """End the readers."""
         self._readers.close()
 
-    def __enter__(self) -> Stream:
+    def __enter__(self) -> ReaderPool:
         return self
 
     def __exit__(self, *_: object) -> None:
