@@ -49,6 +49,10 @@ class DataConfig(Section):
         None, ge=2, description="number of classes; null: read from the data"
     )
     allow_empty_classes: bool = Field(False, description="accept classes without a training image")
+    checksums: bool = Field(
+        False,
+        description="record a CRC-32 of every image when indexing (reads them all; always on for URLs)",
+    )
     max_corrupt: float = Field(
         0.001, ge=0, le=1, description="share of corrupt images above which a stage stops"
     )

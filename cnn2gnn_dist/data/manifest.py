@@ -21,24 +21,19 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from cnn2gnn_dist.data.expand import expand
-from cnn2gnn_dist.data.rows import COLUMNS, IMAGE_SUFFIXES, Rows, class_names
+from cnn2gnn_dist.data.gather import Shard, gather, refuse_empty_classes
+from cnn2gnn_dist.data.rows import COLUMNS, IMAGE_SUFFIXES
+from cnn2gnn_dist.data.split import split_per_class
 from cnn2gnn_dist.errors import UserError
 
 __all__ = ["IMAGE_SUFFIXES", "Manifest", "Shard", "expand", "index", "split_per_class"]
 
 _METADATA = b"cnn2gnn.manifest"
 _VERSION = 1
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A tar file: its path (absolute once loaded), its length in bytes, and all its samples."""
-
-    path: str
-    bytes: int
-    samples: int
+_CHUNK = 1 << 16  # keys that are hashed at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +50,7 @@ class Manifest:
         row_in_shard_N: position of the sample among all samples of its shard, int32; a selection
             keeps it, so that files with one row a sample of the shard stay aligned.
         keys: the samples' keys, a pyarrow string array.
+        crc_N: CRC-32 of the image's bytes, uint32; None where none were taken.
     """
 
     shards: tuple[Shard, ...]
@@ -65,9 +61,12 @@ class Manifest:
     label_N: np.ndarray
     row_in_shard_N: np.ndarray
     keys: pa.StringArray
+    crc_N: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         lengths = {len(self._column(name)) for name in COLUMNS} | {len(self.keys)}
+        if self.crc_N is not None:
+            lengths.add(len(self.crc_N))
         if len(lengths) != 1:
             raise ValueError(f"columns of different lengths: {sorted(lengths)}")
         if np.any(np.diff(self.shard_N) < 0):
@@ -99,15 +98,18 @@ class Manifest:
     def digest(self) -> str:
         """Hash (hex) of all rows, the class names, and the shards' file names and sizes.
 
-        Folders don't count, so data that moves keeps its digest; nor do the bytes of the images.
+        Folders don't count, so data that moves keeps its digest; nor do the bytes of the images or
+        their checksums, so a run may go on when they are taken later.
         """
         digest = hashlib.sha256()
         shards = [(os.path.basename(s.path), s.bytes, s.samples) for s in self.shards]
         digest.update(json.dumps([_VERSION, shards, self.classes]).encode())
         for name, kind in COLUMNS.items():
             digest.update(np.ascontiguousarray(self._column(name), kind).data)
-        for key in self.keys.to_pylist():
-            digest.update(key.encode() + b"\n")
+        for start in range(0, len(self), _CHUNK):
+            keys = self.keys.slice(start, _CHUNK)
+            lines = pc.binary_join_element_wise(keys, "", "\n")  # each key and a line feed
+            digest.update(lines.buffers()[2] or b"")
         return digest.hexdigest()[:32]
 
     def select(self, rows: np.ndarray) -> Manifest:
@@ -120,6 +122,8 @@ class Manifest:
         if len(rows) and (np.any(np.diff(rows) <= 0) or rows[0] < 0 or rows[-1] >= len(self)):
             raise ValueError("rows must be strictly ascending and within the manifest")
         columns: dict[str, Any] = {f"{name}_N": self._column(name)[rows] for name in COLUMNS}
+        if self.crc_N is not None:
+            columns["crc_N"] = self.crc_N[rows]
         return dataclasses.replace(self, **columns, keys=self.keys.take(pa.array(rows)))
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -139,12 +143,15 @@ class Manifest:
             ],
         }
         types = {name: pa.from_numpy_dtype(kind) for name, kind in COLUMNS.items()}
+        arrays = {name: pa.array(self._column(name), kind) for name, kind in types.items()}
+        arrays["key"] = self.keys
+        if self.crc_N is not None:
+            arrays["crc"] = pa.array(self.crc_N, pa.uint32())
         schema = pa.schema(
-            [*types.items(), ("key", pa.string())],
+            [(name, array.type) for name, array in arrays.items()],
             metadata={_METADATA: json.dumps(header).encode()},
         )
-        arrays = [pa.array(self._column(name), kind) for name, kind in types.items()]
-        batch = pa.RecordBatch.from_arrays([*arrays, self.keys], schema=schema)
+        batch = pa.RecordBatch.from_arrays(list(arrays.values()), schema=schema)
         temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         with open(temporary, "wb") as file:
             with pa.ipc.new_file(file, schema) as writer:
@@ -170,6 +177,8 @@ class Manifest:
             columns: dict[str, Any] = {
                 f"{name}_N": batch.column(name).to_numpy(zero_copy_only=True) for name in COLUMNS
             }
+            if "crc" in batch.schema.names:
+                columns["crc_N"] = batch.column("crc").to_numpy(zero_copy_only=True)
             keys = batch.column("key")
         except FileNotFoundError as failure:
             raise UserError(
@@ -220,44 +229,6 @@ def _recorded(path: str, folder: Path) -> str:
     return str(full.relative_to(folder)) if full.is_relative_to(folder) else str(full)
 
 
-def split_per_class(
-    manifest: Manifest, fraction: float, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Split the rows of every class into (training, held out), each ascending int64.
-
-    A class of n samples holds out round(fraction·n) of them, at least one if it has two or more,
-    and never all. Which ones depends only on seed and keys, so neither the order of the samples
-    nor their packing into shards matters. Samples without a label split as one
-    more class.
-
-    Raises:
-        UserError: the fraction is not within [0, 1).
-    """
-    if not 0 <= fraction < 1:
-        raise UserError(
-            f"The held-out fraction is {fraction}.", remedy="Choose one from 0 to less than 1."
-        )
-    salt = int(seed).to_bytes(8, "little", signed=True)
-    hash_N = np.frombuffer(
-        b"".join(
-            hashlib.blake2b(key.encode(), digest_size=8, key=salt).digest()
-            for key in manifest.keys.to_pylist()
-        ),
-        dtype="<u8",
-    )
-    # Rows class by class, inside a class by hash; equal hashes (equal keys) keep the rows' order.
-    order_N = np.lexsort((hash_N, manifest.label_N))
-    label_N = manifest.label_N[order_N]
-    _, first_C, inverse_N, count_C = np.unique(
-        label_N, return_index=True, return_inverse=True, return_counts=True
-    )
-    quota_C = np.rint(fraction * count_C).astype(np.int64)
-    if fraction > 0:
-        quota_C = np.clip(quota_C, np.minimum(count_C - 1, 1), np.maximum(count_C - 1, 0))
-    held_N = np.arange(len(order_N)) - first_C[inverse_N] < quota_C[inverse_N]
-    return np.sort(order_N[~held_N]), np.sort(order_N[held_N])
-
-
 def index(
     shards: Sequence[Path | str],
     *,
@@ -265,6 +236,8 @@ def index(
     progress: bool = True,
     require_labels: bool = True,
     allow_empty_classes: bool = False,
+    checksums: bool = False,
+    workers: int = 1,
 ) -> Manifest:
     """Walk the shards' headers and make their manifest; of the payloads only labels are read.
 
@@ -275,41 +248,26 @@ def index(
         progress: show a progress bar when on a terminal.
         require_labels: refuse samples without ``.cls``; otherwise their label is -1.
         allow_empty_classes: accept classes without samples (a subset of a larger data set).
+        checksums: read the images too, and record their CRC-32.
+        workers: threads; more than one pays where reading waits (a network file system).
 
     Raises:
         UserError: a shard is unreadable (see :func:`cnn2gnn_dist.data.tar.samples`) or holds no
             samples; a sample has no image or no ``.cls``, or one that is no class number; a class
             is empty; there are no samples at all.
     """
-    from tqdm import tqdm
-
     if not shards:
         raise UserError("No shards are given.", remedy="Name at least one shard, glob or folder.")
-    rows = Rows(None if classes is None else tuple(classes), require_labels)
-    bar = tqdm(shards, desc="index", unit="shard", disable=None if progress else True)
-    found = []
-    for number, path in enumerate(map(os.path.abspath, bar)):
-        length, count = rows.add(number, path)
-        found.append(Shard(path, length, count))
-    label_N = rows.column("label")
-    names = rows.classes if rows.classes is not None else class_names(label_N, rows.names)
-    _refuse_empty_classes(label_N, names, allow_empty_classes)
-    columns: dict[str, Any] = {f"{name}_N": rows.column(name) for name in COLUMNS}
-    return Manifest(tuple(found), names, **columns, keys=pa.array(rows.keys, pa.string()))
-
-
-def _refuse_empty_classes(label_N: np.ndarray, names: tuple[str, ...], allowed: bool) -> None:
-    count_C = np.bincount(label_N[label_N >= 0], minlength=len(names))
-    empty = np.flatnonzero(count_C == 0)
-    if allowed or not len(empty) or not np.any(label_N >= 0):
-        return
-    listed = ", ".join(
-        f"{label} ('{names[label]}')" if names[label] != str(label) else str(label)
-        for label in empty[:5]
+    found = gather(
+        shards,
+        classes=classes,
+        require_labels=require_labels,
+        checksums=checksums,
+        workers=workers,
+        progress=progress,
     )
-    raise UserError(
-        f"{len(empty)} of {len(names)} classes have no sample: {listed}"
-        f"{', …' if len(empty) > 5 else ''}.",
-        remedy="Add samples of them, number the classes without gaps, or allow empty classes "
-        "if this is meant to be a part of a larger data set.",
+    if not allow_empty_classes:
+        refuse_empty_classes(found.columns["label_N"], found.classes)
+    return Manifest(
+        found.shards, found.classes, **found.columns, keys=found.keys, crc_N=found.crc_N
     )

@@ -1,15 +1,24 @@
-"""From shards to the manifest's rows: image, label and class name of each sample."""
+"""From one shard to its rows of the manifest: image, label and class name of each sample.
+
+Of the payloads only labels (64 bytes at most), class names (``MAX_JSON`` bytes at most, one a
+class) and, for checksums, images are read. Members of other kinds, pickles among them, are never
+opened.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-from collections import Counter
+import zlib
+from collections.abc import Collection
+from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 
-from cnn2gnn_dist.data.tar import Member, TarSample, samples
+from cnn2gnn_dist.data.headers import Member, open_shard, pread, shown
+from cnn2gnn_dist.data.tar import MACOS, TarSample, hidden, samples
 from cnn2gnn_dist.errors import UserError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "ppm", "pgm", "tif", "tiff")
@@ -20,120 +29,190 @@ COLUMNS = {
     "label": np.int32,
     "row_in_shard": np.int32,
 }
-
+MAX_JSON = 1 << 20
+_MAX_LABEL, _MAX_NAME, _CHUNK = 64, 1000, 1 << 20
 _CLASS_NUMBER = re.compile(rb"\s*([0-9]{1,9})\s*")
 
 
-class Rows:
-    """Collects the columns shard by shard, and a name for each label met."""
+@dataclass(frozen=True)
+class ShardRows:
+    """The n rows of one shard.
 
-    def __init__(self, classes: tuple[str, ...] | None, require_labels: bool) -> None:
-        self.classes = classes
-        self.require_labels = require_labels
-        self.parts: dict[str, list[np.ndarray]] = {name: [] for name in COLUMNS}
-        self.keys: list[str] = []
-        self.names: dict[int, str | None] = {}
+    ``offset_n``, ``size_n``, ``label_n`` and ``keys_n`` are as in the manifest, ``crc_n`` holds the
+    CRC-32 of the images (None: not asked for), ``names`` a class name (None: the sample tells none)
+    for each label that was not known before.
+    """
 
-    def column(self, name: str) -> np.ndarray:
-        """Return a column of all rows so far, [N]."""
-        return np.concatenate(self.parts[name])
+    bytes: int
+    offset_n: np.ndarray
+    size_n: np.ndarray
+    label_n: np.ndarray
+    keys_n: pa.LargeStringArray
+    crc_n: np.ndarray | None
+    names: dict[int, str | None]
 
-    def add(self, number: int, path: str) -> tuple[int, int]:
-        """Append the rows of a shard; return its length in bytes and its number of samples."""
-        listed = list(samples(path))
-        if not listed:
-            raise UserError(
-                "The shard holds no samples.",
-                where=path,
-                remedy="Name members KEY.jpg and KEY.cls (webdataset's convention).",
-            )
-        images = [_image(path, sample) for sample in listed]
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            labels = [self._label(path, fd, sample) for sample in listed]
-            length = os.fstat(fd).st_size
-        finally:
-            os.close(fd)
-        values = {
-            "shard": [number] * len(listed),
-            "offset": [image.offset for image in images],
-            "size": [image.size for image in images],
-            "label": labels,
-            "row_in_shard": range(len(listed)),
-        }
-        for name, kind in COLUMNS.items():
-            self.parts[name].append(np.asarray(values[name], kind))
-        self.keys += [sample.key for sample in listed]
-        return length, len(listed)
+    def __len__(self) -> int:
+        return len(self.label_n)
 
-    def _label(self, path: str, fd: int, sample: TarSample) -> int:
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked of every shard: ``num_classes`` None means that labels make the classes."""
+
+    num_classes: int | None
+    require_labels: bool
+    checksums: bool
+
+
+def read_shard(
+    path: str, wanted: Wanted, known: Collection[int] = (), where: str | None = None
+) -> ShardRows:
+    """Walk a shard.
+
+    Args:
+        path: the shard, as a local file.
+        wanted: what is asked of it.
+        known: labels whose class names need not be read again.
+        where: what to call it in errors (a URL, say); default: the path.
+
+    Raises:
+        UserError: as :func:`cnn2gnn_dist.data.tar.samples`; the shard holds no samples; a sample
+            has no image, no label, an impossible one, or a name that is not UTF-8.
+    """
+    fd, length = open_shard(path, where or path)
+    try:
+        return _read(path, _Payloads(fd, where or path), length, wanted, known)
+    finally:
+        os.close(fd)
+
+
+def _read(
+    path: str, payloads: _Payloads, length: int, wanted: Wanted, known: Collection[int]
+) -> ShardRows:
+    where = payloads.where
+    keys: list[str] = []
+    images: list[Member] = []
+    labels: list[int] = []
+    names: dict[int, str | None] = {}
+    for sample in samples(path, where):
+        keys.append(sample.key)
+        images.append(_image(where, sample))
+        labels.append(label := payloads.label(sample, wanted))
+        if wanted.num_classes is None and label >= 0 and label not in known and label not in names:
+            names[label] = payloads.class_name(sample)
+    if not keys:
+        raise UserError(
+            "The shard holds no samples.",
+            where=where,
+            remedy="Name members KEY.jpg and KEY.cls (webdataset's convention).",
+        )
+    crcs = [payloads.crc(image) for image in images] if wanted.checksums else None
+    return ShardRows(
+        length,
+        np.asarray([image.offset for image in images], COLUMNS["offset"]),
+        np.asarray([image.size for image in images], COLUMNS["size"]),
+        np.asarray(labels, COLUMNS["label"]),
+        _encoded(where, keys),
+        None if crcs is None else np.asarray(crcs, np.uint32),
+        names,
+    )
+
+
+class _Payloads:
+    """The few payloads that the index reads, each within a bound."""
+
+    def __init__(self, fd: int, where: str) -> None:
+        self.fd = fd
+        self.where = where
+
+    def label(self, sample: TarSample, wanted: Wanted) -> int:
+        """Class of a sample; -1 is none."""
         member = sample.fields.get("cls")
         if member is None:
-            if self.require_labels:
+            if wanted.require_labels:
                 raise UserError(
-                    f"Sample '{sample.key}' has no label.",
-                    where=path,
-                    remedy=f"Add a member '{sample.key}.cls' with the number of its class.",
+                    f"Sample '{shown(sample.key)}' has no label.",
+                    where=self.where,
+                    remedy=f"Add a member '{shown(sample.key)}.cls' with the number of its class.",
                 )
             return -1
-        text = os.pread(fd, min(member.size, 64), member.offset)
+        text = pread(self.fd, min(member.size, _MAX_LABEL + 1), member.offset, self.where)
         match = _CLASS_NUMBER.fullmatch(text)
-        if match is None:
+        if match is None or member.size > _MAX_LABEL:
             raise UserError(
-                f"The label of sample '{sample.key}' is no class number: {text[:24]!r}.",
-                where=f"{path}, member '{member.name}'",
+                f"The label of sample '{shown(sample.key)}' is no class number: {text[:24]!r}.",
+                where=f"{self.where}, member '{shown(member.name)}'",
                 remedy="A .cls member holds the number of the class in ASCII digits, from 0.",
             )
         label = int(match.group(1))
-        if self.classes is not None and label >= len(self.classes):
+        if wanted.num_classes is not None and label >= wanted.num_classes:
             raise UserError(
-                f"The label of sample '{sample.key}' is {label}; "
-                f"there are {len(self.classes)} classes, numbered from 0.",
-                where=f"{path}, member '{member.name}'",
+                f"The label of sample '{shown(sample.key)}' is {label}; "
+                f"there are {wanted.num_classes} classes, numbered from 0.",
+                where=f"{self.where}, member '{shown(member.name)}'",
                 remedy="Correct the label or the list of classes.",
             )
-        if self.classes is None and label not in self.names:
-            self.names[label] = _class_name(fd, sample)
         return label
 
+    def class_name(self, sample: TarSample) -> str | None:
+        """``class_name`` of a sample's ``.json``; a json of another make is no fault."""
+        member = sample.fields.get("json")
+        if member is None or member.size > MAX_JSON:
+            return None
+        try:
+            name = json.loads(pread(self.fd, member.size, member.offset, self.where))["class_name"]
+            name.encode("utf-8")  # JSON may hold halves of surrogate pairs
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return None
+        return name if isinstance(name, str) and len(name) <= _MAX_NAME else None
 
-def _image(path: str, sample: TarSample) -> Member:
+    def crc(self, member: Member) -> int:
+        """CRC-32 of a member's bytes, read piece by piece."""
+        crc, start, end = 0, member.offset, member.offset + member.size
+        while start < end:
+            piece = pread(self.fd, min(_CHUNK, end - start), start, self.where)
+            if not piece:
+                raise UserError(
+                    f"The shard became shorter while it was read: member '{shown(member.name)}'.",
+                    where=self.where,
+                    remedy="Index it when nothing writes to it any more.",
+                )
+            crc, start = zlib.crc32(piece, crc), start + len(piece)
+        return crc
+
+
+def _image(where: str, sample: TarSample) -> Member:
     """Return the image of a sample; of several formats the first of IMAGE_SUFFIXES."""
     for suffix in IMAGE_SUFFIXES:
         if member := sample.fields.get(suffix):
             if member.size >= 1 << 31:
                 break
             return member
-    fields = ", ".join(f".{suffix}" for suffix in sample.fields)
-    raise UserError(
-        f"Sample '{sample.key}' has no image (its fields: {fields}).",
-        where=path,
-        remedy=f"Add one as '{sample.key}.jpg' or .{', .'.join(IMAGE_SUFFIXES[1:4])}, below 2 GiB; "
-        "keys end at the first dot of the file name.",
-    )
-
-
-def _class_name(fd: int, sample: TarSample) -> str | None:
-    member = sample.fields.get("json")
-    if member is None:
-        return None
-    try:
-        name = json.loads(os.pread(fd, member.size, member.offset))["class_name"]
-    except (ValueError, KeyError, TypeError):  # a json of another make is no fault
-        return None
-    return name if isinstance(name, str) else None
-
-
-def class_names(label_N: np.ndarray, found: dict[int, str | None]) -> tuple[str, ...]:
-    """Name the classes 0..max; two of one name (ImageNet has two cranes) get their number added."""
-    count = int(label_N.max(initial=-1)) + 1
-    if count > max(1 << 20, len(label_N)):  # a stray 999999999 should not make that many names
+    if hidden(sample.key):
+        name = next(iter(sample.fields.values())).name
         raise UserError(
-            f"The highest label is {count - 1:,}, with {len(label_N):,} samples.",
-            remedy="Number the classes from 0 without gaps, or give the class names.",
+            f"The shard holds hidden files of a folder: '{shown(name)}'. By their names they are "
+            f"fields of a sample '{shown(sample.key)}' (webdataset reads them so), without image.",
+            where=f"{where}, member '{shown(name)}'",
+            remedy=MACOS,
         )
-    names = [found.get(label) or str(label) for label in range(count)]
-    repeated = {name for name, times in Counter(names).items() if times > 1}
-    return tuple(
-        f"{name} ({label})" if name in repeated else name for label, name in enumerate(names)
+    fields = ", ".join(f".{shown(suffix, 40)}" for suffix in list(sample.fields)[:8])
+    raise UserError(
+        f"Sample '{shown(sample.key)}' has no image (its fields: {fields}"
+        f"{', …' if len(sample.fields) > 8 else ''}).",
+        where=where,
+        remedy=f"Add one as '{shown(sample.key)}.jpg' or .{', .'.join(IMAGE_SUFFIXES[1:4])}, below "
+        "2 GiB; keys end at the first dot of the file name.",
     )
+
+
+def _encoded(where: str, keys: list[str]) -> pa.LargeStringArray:
+    try:
+        return pa.array(keys, pa.large_string())
+    except UnicodeEncodeError as failure:
+        wrong = next(key for key in keys if not key.isascii() and ascii(key).find("\\udc") >= 0)
+        raise UserError(
+            f"The name of sample '{shown(wrong)}' is not UTF-8.",
+            where=where,
+            remedy="Rename its members and write the shard again.",
+        ) from failure

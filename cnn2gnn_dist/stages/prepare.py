@@ -79,9 +79,16 @@ def index_run(context: Context) -> list[Path]:
     else:
         train, test = _packed(paths.shards, "train"), _packed(paths.shards, "test")
     classes = None if data.num_classes is None else [str(c) for c in range(data.num_classes)]
-    whole = manifests.index(train, classes=classes, allow_empty_classes=data.allow_empty_classes)
+    whole = manifests.index(
+        train,
+        classes=classes,
+        allow_empty_classes=data.allow_empty_classes,
+        checksums=data.checksums,
+    )
     if test:
-        held = manifests.index(test, classes=whole.classes, allow_empty_classes=True)
+        held = manifests.index(
+            test, classes=whole.classes, allow_empty_classes=True, checksums=data.checksums
+        )
     else:
         if data.holdout <= 0:
             raise UserError(

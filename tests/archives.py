@@ -1,0 +1,148 @@
+"""Tar archives block by block, for what ``tarfile`` would not write; and what webdataset reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hypothesis import strategies as st
+from webdataset import tariterators
+
+END = bytes(1024)
+Samples = list[tuple[str, dict[str, bytes]]]
+
+
+def by_webdataset(path: Path) -> Samples:
+    """Keys and fields of the samples that webdataset makes of a shard."""
+    found = tariterators.tarfile_samples([{"url": str(path)}])
+    return [
+        (s["__key__"], {k: v for k, v in s.items() if k not in ("__key__", "__url__")})
+        for s in found
+    ]
+
+
+def octal(number: int, width: int) -> bytes:
+    return b"%0*o\0" % (width - 1, number)
+
+
+def base256(number: int, width: int) -> bytes:
+    return (b"\xff" if number < 0 else b"\x80") + (number % 256 ** (width - 1)).to_bytes(
+        width - 1, "big"
+    )
+
+
+def mend(block: bytes) -> bytes:
+    """A header block with its checksum put right."""
+    total = sum(block[:148]) + sum(block[156:512]) + 8 * 32
+    return block[:148] + b"%06o\0 " % total + block[156:512]
+
+
+def header(
+    name: bytes,
+    size: int | bytes = 0,
+    kind: bytes = b"0",
+    *,
+    prefix: bytes = b"",
+    magic: bytes = b"ustar\x0000",
+    owner: bytes = octal(0, 8),
+    mtime: bytes = octal(0, 12),
+    device: bytes = bytes(16),
+) -> bytes:
+    """A header block; ``size`` as a number, or as its 12 bytes."""
+    size_field = octal(size, 12) if isinstance(size, int) else size.ljust(12, b"\0")
+    block = name[:100].ljust(100, b"\0") + octal(0o644, 8) + owner + octal(0, 8) + size_field
+    block += mtime + bytes(8) + kind + bytes(100) + magic.ljust(8, b"\0") + bytes(64) + device
+    return mend((block + prefix[:155]).ljust(512, b"\0"))
+
+
+def padded(data: bytes) -> bytes:
+    return data + bytes(-len(data) % 512)
+
+
+def record(keyword: bytes, value: bytes) -> bytes:
+    """A pax record, which states its own length."""
+    length = len(keyword) + len(value) + 3
+    while len(b"%d" % length) + len(keyword) + len(value) + 3 != length:
+        length = len(b"%d" % length) + len(keyword) + len(value) + 3
+    return b"%d %s=%s\n" % (length, keyword, value)
+
+
+def pax(records: dict[bytes, bytes], kind: bytes = b"x") -> bytes:
+    data = b"".join(record(k, v) for k, v in records.items())
+    return header(b"PaxHeaders/x", len(data), kind) + padded(data)
+
+
+def gnu(name: bytes, kind: bytes = b"L") -> bytes:
+    data = name + b"\0"
+    return header(b"././@LongLink", len(data), kind, magic=b"ustar  \0") + padded(data)
+
+
+def file(name: bytes, data: bytes = b"", kind: bytes = b"0", **fields: bytes) -> bytes:
+    return header(name, len(data), kind, **fields) + padded(data)  # type: ignore[arg-type]
+
+
+PARTS = [b"a", b"b", b"ab", b"A", "n01_é".encode(), b".hidden", b"..", b"__m__", b"__x", b"v2"]
+PARTS += [b"\xe9", b"x y", b"a\nb", b"____", b"__bad__", b"._a", b"BZh9", b"n" * 60]
+SUFFIXES = [b"jpg", b"JPG", b"cls", b"json", b"seg.png", b"Seg.PNG", b"", b"v2_3.jpg", b"__KEY__"]
+SUFFIXES += [b"__bad__", b"__url__", b"__local_path__", b"pyd", "ÉÄ".encode(), b"j\np", b"jpg/"]
+FOLDERS = [b"", b"", b"", b"./", b"/", b"../", b"dir/", b"dir.x/", b"__m__/", b".git/", b"d\n/"]
+
+names = st.one_of(
+    st.builds(b"%b%b.%b".__mod__, st.tuples(*map(st.sampled_from, (FOLDERS, PARTS, SUFFIXES)))),
+    st.builds(b"%b%b".__mod__, st.tuples(*map(st.sampled_from, (FOLDERS, PARTS)))),
+    st.text("aB./_\n", min_size=1, max_size=12).map(str.encode),
+)
+payloads = st.one_of(st.just(b""), st.binary(max_size=20), st.just(b"p" * 512), st.just(b"q" * 700))
+odd_fields = st.fixed_dictionaries(
+    {},
+    optional={
+        "magic": st.sampled_from([b"ustar  \0", b"", b"ustar\x0000"]),
+        "prefix": st.sampled_from([b"pre", b"pre.d/x", b"__p__", b"14231234567\0"]),
+        "owner": st.sampled_from([base256(1 << 30, 8), b" " * 8, b"   123 \0", b"0000755 "]),
+        "mtime": st.sampled_from([base256(-5, 12), b" " * 12, b"14231234567 "]),
+        "device": st.sampled_from([b"0000000\0" * 2, b"000000 \0" * 2, b"    \0\0\0\0" * 2]),
+    },
+)
+
+
+@st.composite
+def regular(draw: st.DrawFn) -> bytes:
+    """A member with the extension headers before it, its name and size told in one of many ways."""
+    name, data = draw(names), draw(payloads)
+    kind = draw(st.sampled_from([b"0"] * 6 + [b"\0", b"7"]))
+    pieces = draw(
+        st.lists(st.sampled_from(["L", "K", "path", "size", "other", "X", "g"]), max_size=3)
+    )
+    out, told = b"", False
+    for piece in pieces:
+        other = draw(names)
+        told = told or piece in ("size", "X")
+        out += {
+            "L": gnu(other),
+            "K": gnu(other, b"K"),
+            "path": pax({b"path": other}),
+            "size": pax({b"mtime": b"1.5", b"size": b"%d" % len(data)}),
+            "other": pax({b"comment": b"a=b\nc", b"LIBARCHIVE.x": b""}),
+            "X": pax({b"path": other, b"size": b"%d" % len(data)}, b"X"),
+            "g": pax(draw(st.sampled_from([{b"comment": b"x"}] * 5 + [{b"path": name}])), b"g"),
+        }[piece]
+    sizes = [octal(len(data), 12), base256(len(data), 12), b"%11o " % len(data)]
+    if told:
+        sizes += [octal(0, 12), octal(5, 12)]  # what the pax record says counts
+    if kind == b"\0" and name[:100].endswith(b"/"):
+        data, sizes = b"", [octal(9, 12)]  # a folder, whose size means nothing
+    head = header(name, draw(st.sampled_from(sizes)), kind, **draw(odd_fields))
+    return out + head + padded(data)
+
+
+@st.composite
+def special(draw: st.DrawFn) -> bytes:
+    """A link, device, folder or pipe (a size there means nothing), or a member of unknown type."""
+    name, data = draw(names), draw(payloads)
+    if draw(st.booleans()):
+        return header(name, len(data), draw(st.sampled_from([b"%d" % i for i in range(1, 7)])))
+    return file(name, data, draw(st.sampled_from([b"V", b"M", b"D", b"Z"])))
+
+
+archives = st.lists(st.one_of(regular(), regular(), regular(), special()), max_size=7).map(
+    lambda members: b"".join(members) + END
+)
