@@ -271,7 +271,7 @@ class Config(Section):
 
     name: str = Field("demo", pattern=r"^[A-Za-z0-9._-]+$", description="name of the run")
     seed: int = Field(
-        0, ge=0, description="seed of initial weights, order, views, sampling and splits"
+        0, ge=0, lt=2**63, description="seed of initial weights, order, views, sampling and splits"
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto: cuda where there is one"

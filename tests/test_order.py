@@ -181,6 +181,8 @@ def test_shuffling_is_even():
 def test_shares(counts, total):
     alive = sum(c > 0 for c in counts)
     if not alive:
+        with pytest.raises(ValueError, match="shares of"):
+            shares_of(counts, total)
         return
     if alive > total:
         with pytest.raises(UserError):
@@ -226,14 +228,20 @@ def test_wrong_arguments():
 
 
 @settings(deadline=None)
-@given(count=st.integers(0, 40), accumulation=st.integers(1, 9))
+@given(count=st.integers(0, 40), accumulation=st.integers(0, 9))
 def test_micro_batches(count, accumulation):
+    if not 1 <= accumulation <= count:
+        with pytest.raises(UserError) as caught:
+            micro_batches(np.arange(count), accumulation)
+        assert f"{count} samples of a rank" in caught.value.what
+        assert f"into {accumulation} micro-batches" in caught.value.what
+        return
     pieces = micro_batches(np.arange(count), accumulation)
     assert len(pieces) == accumulation
     np.testing.assert_array_equal(np.concatenate(pieces), np.arange(count))
     sizes = [len(piece) for piece in pieces]
     assert max(sizes) - min(sizes) <= 1
-    assert min(sizes) >= 1 or count < accumulation
+    assert min(sizes) >= 1
 
 
 @settings(deadline=None)

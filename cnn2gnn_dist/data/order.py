@@ -14,13 +14,24 @@ from typing import TypeVar
 
 import numpy as np
 
+from cnn2gnn_dist.data.arithmetic import (
+    check_arithmetic,
+    check_parts,
+    check_sizes,
+    micro_batches,
+    shares_of,
+)
 from cnn2gnn_dist.errors import UserError
+
+__all__ = ["Order", "check_arithmetic", "micro_batches", "sequential", "shares_of"]
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
 
 CACHED_WINDOWS = 4
 CACHED_EPOCHS = 2
+MOST_EPOCHS = 2**32
+"""Epochs that the key of the random numbers tells apart."""
 
 
 class Order:
@@ -28,7 +39,7 @@ class Order:
 
     Args:
         shard_sizes: [S] samples of each shard (zeros allowed); ids count through the shards.
-        seed: of the permutations.
+        seed: of the permutations, any integer; it counts modulo 2^64.
         global_batch: G, samples of a step over all ranks.
         window: shards shuffled together.
         parts: disjoint ascending id arrays that cover all samples; each then has its own
@@ -41,7 +52,7 @@ class Order:
 
     Raises:
         UserError: fewer samples than a global batch, or more parts than samples of one.
-        ValueError: parts that overlap or leave samples out.
+        ValueError: negative sizes; parts that overlap, leave samples out or name unknown ones.
     """
 
     def __init__(
@@ -54,10 +65,13 @@ class Order:
         parts: Sequence[np.ndarray] | None = None,
     ) -> None:
         self.sizes = np.asarray(shard_sizes, dtype=np.int64)
+        if (self.sizes < 0).any():
+            raise ValueError("a shard has fewer than 0 samples")
         self.starts = np.concatenate([[0], np.cumsum(self.sizes)])
-        self.seed, self.global_batch, self.window = seed, global_batch, window
+        # Python's integers: an int32 of numpy would overflow in silence further down.
+        self.seed, self.global_batch, self.window = int(seed), int(global_batch), int(window)
         total = int(self.starts[-1])
-        _check_sizes(total, len(self.sizes), global_batch, window)
+        check_sizes(total, len(self.sizes), global_batch, window)
         self.part_N = None if parts is None else _part_of(parts, total)
         self._counts_SP = _counts(self.sizes, self.part_N, 1 if parts is None else len(parts))
         counts = self._counts_SP.sum(0).tolist()
@@ -67,46 +81,86 @@ class Order:
         )
         self._windows: OrderedDict[tuple[int, int], list[np.ndarray]] = OrderedDict()
         self._layouts: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
+        self._checked: set[int] = set()
 
     def batch(self, epoch: int, index: int) -> np.ndarray:
-        """[G] int64 ids of one global batch, part after part."""
+        """[G] int64 ids of one global batch, part after part.
+
+        Raises:
+            IndexError: no such batch or epoch.
+        """
         return np.concatenate([self._slice(epoch, index, part) for part in range(len(self.shares))])
 
     def rank_batch(self, epoch: int, index: int, rank: int, world_size: int) -> np.ndarray:
         """This rank's rows: [r·G/R, (r+1)·G/R), or the shares of its parts (p·R // P == r).
 
         Raises:
-            UserError: R does not divide G (without parts); fewer parts than ranks.
+            UserError: as ``check_ranks`` without accumulation.
+            IndexError: no such batch, epoch or rank.
         """
+        if world_size not in self._checked:
+            self.check_ranks(world_size)
+            self._checked.add(world_size)
+        if not 0 <= rank < world_size:
+            raise IndexError(f"rank {rank} of {world_size}")
         if self.part_N is None:
-            check_arithmetic(self.global_batch, world_size, 1)
             share = self.global_batch // world_size
             return self.batch(epoch, index)[rank * share : (rank + 1) * share]
+        return np.concatenate(
+            [self._slice(epoch, index, part) for part in self._own_parts(rank, world_size)]
+        )
+
+    def check_ranks(self, world_size: int, accumulation: int = 1) -> None:
+        """See that each of R ranks has rows for each of its micro-batches, in every batch.
+
+        Without parts all ranks and micro-batches are alike; with parts a rank has what its
+        parts' shares add up to, the same in every batch.
+
+        Raises:
+            UserError: G is not R x accumulation x a whole number (without parts); fewer parts
+                than ranks, or a rank with fewer rows than micro-batches.
+        """
+        if self.part_N is None:
+            check_arithmetic(self.global_batch, world_size, accumulation)
+            return
+        check_parts(len(self.shares), world_size)
+        for rank in range(world_size):
+            own = self._own_parts(rank, world_size)
+            shares = [self.shares[part] for part in own]
+            if sum(shares) < accumulation:
+                raise UserError(
+                    f"rank {rank} of {world_size} gets {sum(shares)} of the {self.global_batch} "
+                    f"rows of a global batch (partitions {own.start} to {own.stop - 1} have shares "
+                    f"{' + '.join(map(str, shares))}), too few for {accumulation} micro-batches",
+                    where="global_batch, max_micro_batch, graph.parts",
+                    remedy="a larger global batch, larger (so fewer) micro-batches, "
+                    "or fewer ranks and partitions",
+                )
+
+    def _own_parts(self, rank: int, world_size: int) -> range:
+        """All p with p·R // P == r: a stretch, so that ranks in turn give the global batch."""
         parts = len(self.shares)
-        if parts < world_size:
-            raise UserError(
-                f"{parts} parts can't be shared by {world_size} ranks",
-                where="graph.parts",
-                remedy=f"graph.parts={world_size} or more",
-            )
-        mine = [p for p in range(parts) if p * world_size // parts == rank]
-        return np.concatenate([self._slice(epoch, index, part) for part in mine])
+        return range(-(-rank * parts // world_size), -(-(rank + 1) * parts // world_size))
 
     def _slice(self, epoch: int, index: int, part: int) -> np.ndarray:
         """Ids index·share … of a part's sequence."""
+        epoch, index = int(epoch), int(index)
         if not 0 <= index < self.batches_per_epoch:
             raise IndexError(f"batch {index} of {self.batches_per_epoch}")
+        if not 0 <= epoch < MOST_EPOCHS:
+            raise IndexError(f"epoch {epoch}: they count from 0 to {MOST_EPOCHS - 1}")
         share = self.shares[part]
         first, last = index * share, (index + 1) * share
         ends = self._layout(epoch)[1][:, part]
-        window = int(np.searchsorted(ends, first, side="right"))
         found = []
         while first < last:
+            # The window after all that end at or before it: those without this part's samples
+            # (empty shards, shards of other classes) are never permuted.
+            window = int(np.searchsorted(ends, first, side="right"))
             begin = int(ends[window - 1]) if window else 0
             ids = self._window(epoch, window)[part]
             found.append(ids[first - begin : last - begin])
             first = min(last, int(ends[window]))
-            window += 1
         return np.concatenate(found) if found else np.empty(0, np.int64)
 
     def _layout(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -138,89 +192,38 @@ class Order:
         return np.split(ids[np.argsort(part, kind="stable")], ends[:-1])
 
 
-def shares_of(counts: Sequence[int], total: int) -> list[int]:
-    """``total`` split in proportion to ``counts`` by largest remainder, at least 1 for each.
-
-    Raises:
-        UserError: more parts with samples than ``total``.
-    """
-    weights = np.asarray(counts, dtype=np.float64)
-    alive = weights > 0
-    if alive.sum() > total:
-        raise UserError(
-            f"{int(alive.sum())} partitions share a global batch of {total}: too few for one each",
-            where="graph.parts",
-            remedy="fewer partitions, or a larger global batch",
-        )
-    exact = weights / weights.sum() * total
-    shares = np.maximum(np.floor(exact), alive).astype(int)
-    while shares.sum() != total:
-        gap = exact - shares
-        if shares.sum() < total:
-            shares[int(np.argmax(gap))] += 1
-        else:
-            gap[shares <= 1] = np.inf
-            shares[int(np.argmin(gap))] -= 1
-    return shares.tolist()
-
-
-def micro_batches(ids: np.ndarray, accumulation: int) -> list[np.ndarray]:
-    """``ids`` in order, cut into ``accumulation`` pieces as even as possible."""
-    return np.array_split(ids, accumulation)
-
-
 def sequential(
     num_samples: int, batch: int, rank: int, world_size: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """This rank's share of 0..N-1 in order, without shuffling: (ids [batch], mask [batch]).
 
     Step b covers ids from b·batch·R on, each rank a stretch. All ranks get as many steps;
-    padding repeats the last id under a False mask.
+    padding repeats the last id under a False mask. Nothing comes of no samples.
+
+    Raises:
+        UserError: batches of less than 1.
+        IndexError: no such rank.
     """
+    if batch < 1:
+        raise UserError(f"batches of {batch} samples", where="max_micro_batch", remedy="at least 1")
+    if not 0 <= rank < world_size:
+        raise IndexError(f"rank {rank} of {world_size}")
+    return _sequential(num_samples, batch, rank, world_size)
+
+
+def _sequential(
+    num_samples: int, batch: int, rank: int, world_size: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     for start in range(0, num_samples, batch * world_size):
         ids = np.arange(batch, dtype=np.int64) + start + rank * batch
         yield np.minimum(ids, num_samples - 1), ids < num_samples
 
 
-def check_arithmetic(global_batch: int, world_size: int, accumulation: int) -> None:
-    """See that G = R x accumulation x a whole micro-batch.
-
-    Raises:
-        UserError: it is not.
-    """
-    unit = world_size * accumulation
-    if global_batch < 1 or global_batch % unit:
-        below = global_batch // unit * unit
-        nearest = f"{below} or {below + unit}" if below > 0 else f"{unit}"
-        raise UserError(
-            f"a global batch of {global_batch} is not {world_size} ranks x {accumulation} "
-            f"micro-batches x a whole number ({global_batch} / {unit} = {global_batch / unit:.3g})",
-            where="global_batch",
-            remedy=f"a multiple of {unit}: {nearest}",
-        )
-
-
-def _check_sizes(total: int, shards: int, global_batch: int, window: int) -> None:
-    if global_batch < 1 or window < 1:
-        raise UserError(
-            f"a global batch of {global_batch} and a window of {window} shards: "
-            "both must be 1 or more",
-            where="global_batch, stream.window",
-            remedy="at least 1 for each",
-        )
-    if total < global_batch:
-        raise UserError(
-            f"{total} samples are fewer than one global batch of {global_batch}: "
-            f"{total} // {global_batch} = 0 batches an epoch ({shards} shards)",
-            where="global_batch",
-            remedy=f"a global batch of at most {total}, or more samples"
-            if total
-            else "data with samples in it",
-        )
-
-
 def _part_of(parts: Sequence[np.ndarray], total: int) -> np.ndarray:
-    part_N = np.full(total, -1, dtype=np.int32)
+    """[N] the part of each sample, in the narrowest type: up to 16 bits sort several times faster."""
+    if any(len(ids) and not 0 <= ids.min() <= ids.max() < total for ids in parts):
+        raise ValueError(f"parts name samples outside 0..{total - 1}")
+    part_N = np.full(total, -1, dtype=np.min_scalar_type(-len(parts) - 1))
     for number, ids in enumerate(parts):
         part_N[ids] = number
     if (part_N < 0).any() or sum(len(ids) for ids in parts) != total:
@@ -237,7 +240,7 @@ def _counts(sizes_S: np.ndarray, part_N: np.ndarray | None, parts: int) -> np.nd
 
 
 def _key(seed: int, epoch: int, stream: int) -> np.ndarray:
-    """128-bit Philox key; the seed has a word of its own."""
+    """128-bit Philox key; the seed has a word of its own. ``epoch`` and ``stream`` below 2^32."""
     return np.array([seed & 0xFFFFFFFFFFFFFFFF, (epoch << 32) | stream], dtype=np.uint64)
 
 

@@ -126,6 +126,7 @@ class Training:
         """This rank's batches of the rest of an epoch, one list of micro-batches a step."""
         self._stream = stream
         ranks = self.context.ranks
+        order.check_ranks(ranks.world_size, self.accumulation)
         first, last = self.cursor.batch, order.batches_per_epoch
 
         def requests() -> Iterator[Request]:

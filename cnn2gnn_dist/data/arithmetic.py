@@ -1,0 +1,126 @@
+"""Whole numbers of ranks, micro-batches, partitions and samples: what fits, and what is refused.
+
+Pure and cheap, so that every refusal can come at the start, with the numbers that don't fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from cnn2gnn_dist.errors import UserError
+
+
+def shares_of(counts: Sequence[int], total: int) -> list[int]:
+    """``total`` split in proportion to ``counts`` by largest remainder, at least 1 for each.
+
+    Raises:
+        UserError: more parts with samples than ``total``.
+        ValueError: no samples at all, or negative counts.
+    """
+    weights = np.asarray(counts, dtype=np.float64)
+    alive = weights > 0
+    if not alive.any() or (weights < 0).any():
+        raise ValueError(f"shares of {total} for parts of {list(counts)} samples")
+    if alive.sum() > total:
+        raise UserError(
+            f"{int(alive.sum())} partitions share a global batch of {total}: too few for one each",
+            where="graph.parts",
+            remedy="fewer partitions, or a larger global batch",
+        )
+    exact = weights / weights.sum() * total
+    shares = np.maximum(np.floor(exact), alive).astype(int)
+    while shares.sum() != total:
+        gap = exact - shares
+        if shares.sum() < total:
+            shares[int(np.argmax(gap))] += 1
+        else:
+            gap[shares <= 1] = np.inf
+            shares[int(np.argmin(gap))] -= 1
+    return shares.tolist()
+
+
+def micro_batches(ids: np.ndarray, accumulation: int) -> list[np.ndarray]:
+    """``ids`` in order, cut into ``accumulation`` pieces as even as possible, none empty.
+
+    Raises:
+        UserError: fewer ids than pieces.
+    """
+    if not 1 <= accumulation <= len(ids):
+        raise UserError(
+            f"{len(ids)} samples of a rank can't be cut into {accumulation} micro-batches",
+            where="global_batch, max_micro_batch",
+            remedy="a larger global batch, or larger (so fewer) micro-batches",
+        )
+    return np.array_split(ids, accumulation)
+
+
+def check_arithmetic(global_batch: int, world_size: int, accumulation: int) -> None:
+    """See that G = R x accumulation x a whole micro-batch.
+
+    Raises:
+        UserError: it is not.
+    """
+    unit = world_size * accumulation
+    if world_size < 1 or accumulation < 1:
+        raise UserError(
+            f"{world_size} ranks x {accumulation} micro-batches: both must be 1 or more",
+            where="run.ranks, max_micro_batch",
+            remedy="at least 1 for each",
+        )
+    if global_batch < 1 or global_batch % unit:
+        below = global_batch // unit * unit
+        nearest = f"{below} or {below + unit}" if below > 0 else f"{unit}"
+        raise UserError(
+            f"a global batch of {global_batch} is not {world_size} ranks x {accumulation} "
+            f"micro-batches x a whole number ({global_batch} / {unit} = {global_batch / unit:.3g})",
+            where="global_batch",
+            remedy=f"a multiple of {unit}: {nearest}",
+        )
+
+
+def check_parts(parts: int, world_size: int, global_batch: int | None = None) -> None:
+    """See that there is a part for every rank, and room for every part in a global batch.
+
+    What can be said before parts are cut; ``Order`` says the rest when it knows their sizes.
+
+    Raises:
+        UserError: fewer parts than ranks; more than G.
+    """
+    if not 1 <= world_size <= parts:
+        raise UserError(
+            f"{parts} parts can't be shared by {world_size} ranks: every rank needs one",
+            where="graph.parts",
+            remedy=f"graph.parts={world_size} or a multiple of it",
+        )
+    if global_batch is not None and parts > global_batch:
+        raise UserError(
+            f"{parts} partitions share a global batch of {global_batch}: too few for one each",
+            where="graph.parts, global_batch",
+            remedy=f"graph.parts={global_batch} or fewer, or a larger global batch",
+        )
+
+
+def check_sizes(total: int, shards: int, global_batch: int, window: int) -> None:
+    """See that the samples of all shards fill a global batch.
+
+    Raises:
+        UserError: they don't, or the global batch or window is not positive.
+    """
+    if global_batch < 1 or window < 1:
+        raise UserError(
+            f"a global batch of {global_batch} and a window of {window} shards: "
+            "both must be 1 or more",
+            where="global_batch, stream.window",
+            remedy="at least 1 for each",
+        )
+    if total < global_batch:
+        raise UserError(
+            f"{total} samples are fewer than one global batch of {global_batch}: "
+            f"{total} // {global_batch} = 0 batches an epoch ({shards} shards)",
+            where="global_batch",
+            remedy=f"a global batch of at most {total}, or more samples"
+            if total
+            else "data with samples in it",
+        )
