@@ -16,6 +16,7 @@ import pyarrow as pa
 from cnn2gnn_dist.data.rows import COLUMNS, ShardRows, Wanted, read_shard
 from cnn2gnn_dist.errors import UserError
 
+SHORT = 1 << 31  # bytes that 32-bit offsets reach
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -92,7 +93,7 @@ def _columns(parts: list[ShardRows]) -> dict[str, np.ndarray]:
 def joined(keys: list[pa.Array]) -> pa.Array:
     """One Arrow array of several, with 32-bit offsets where 2 GiB suffice."""
     whole = pa.concat_arrays(keys)
-    return whole.cast(pa.string()) if whole.nbytes < 1 << 31 else whole
+    return whole.cast(pa.string()) if whole.nbytes < SHORT else whole
 
 
 def in_order(

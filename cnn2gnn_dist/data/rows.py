@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from cnn2gnn_dist.data.headers import Member, open_shard, pread, shown
+from cnn2gnn_dist.data.archive import open_shard, pread, shown
+from cnn2gnn_dist.data.extended import Member
 from cnn2gnn_dist.data.tar import MACOS, TarSample, hidden, samples
 from cnn2gnn_dist.errors import UserError
 
@@ -30,7 +31,7 @@ COLUMNS = {
     "row_in_shard": np.int32,
 }
 MAX_JSON = 1 << 20
-_MAX_LABEL, _MAX_NAME, _CHUNK = 64, 1000, 1 << 20
+_MAX_LABEL, _MAX_NAME, _CHUNK, _MEMO = 64, 1000, 1 << 20, 1 << 14
 _CLASS_NUMBER = re.compile(rb"\s*([0-9]{1,9})\s*")
 
 
@@ -124,6 +125,7 @@ class _Payloads:
     def __init__(self, fd: int, where: str) -> None:
         self.fd = fd
         self.where = where
+        self._labels: dict[bytes, int] = {}
 
     def label(self, sample: TarSample, wanted: Wanted) -> int:
         """Class of a sample; -1 is none."""
@@ -137,6 +139,14 @@ class _Payloads:
                 )
             return -1
         text = pread(self.fd, min(member.size, _MAX_LABEL + 1), member.offset, self.where)
+        if text in self._labels:
+            return self._labels[text]
+        label = self._checked(text, sample, member, wanted)
+        if len(self._labels) < _MEMO:
+            self._labels[text] = label
+        return label
+
+    def _checked(self, text: bytes, sample: TarSample, member: Member, wanted: Wanted) -> int:
         match = _CLASS_NUMBER.fullmatch(text)
         if match is None or member.size > _MAX_LABEL:
             raise UserError(

@@ -16,7 +16,9 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from cnn2gnn_dist.data.headers import Member, shown, walk
+from cnn2gnn_dist.data.archive import shown
+from cnn2gnn_dist.data.extended import Member
+from cnn2gnn_dist.data.headers import walk
 from cnn2gnn_dist.errors import UserError
 
 __all__ = ["MACOS", "Member", "TarSample", "hidden", "samples", "split_name", "walk"]
@@ -46,7 +48,7 @@ def split_name(name: str) -> tuple[str, str] | None:
     inside a folder (``train/._a.jpg``, as macOS writes them) is field ``_a.jpg`` of a sample
     ``train/``. :func:`hidden` tells such keys.
     """
-    if name.startswith("__") and _META.match(name):
+    if name[:2] == "__" and _META.match(name):
         return None
     base = name.rfind("/") + 1
     dot = name.find(".", base)
@@ -73,20 +75,20 @@ def samples(path: str | os.PathLike[str], where: str | None = None) -> Iterator[
             after another one (webdataset would make two samples of it).
     """
     shard = where or os.fspath(path)
-    key, fields = "", dict[str, Member]()
+    key, fields, new = "", dict[str, Member](), tuple.__new__
     seen: set[str] = set()
     for member in walk(path, where):
-        split = split_name(member.name)
+        split = split_name(member[0])
         if split is None:
             continue
-        if split[0] != key or not fields:
+        prefix, suffix = split
+        if prefix != key or not fields:
             if fields and not _marked_bad(fields):
-                yield TarSample(key, fields)
-            key, fields = split[0], {}
-            if key in seen:
+                yield new(TarSample, (key, fields))
+            if prefix in seen:
                 raise _scattered(shard, member)
-            seen.add(key)
-        suffix = split[1]
+            seen.add(prefix)
+            key, fields = prefix, {}
         if suffix in fields or suffix in _TAKEN:
             raise UserError(
                 f"Sample '{shown(key)}' has a duplicate field '.{shown(suffix)}'"
@@ -98,7 +100,7 @@ def samples(path: str | os.PathLike[str], where: str | None = None) -> Iterator[
             )
         fields[suffix] = member
     if fields and not _marked_bad(fields):
-        yield TarSample(key, fields)
+        yield new(TarSample, (key, fields))
 
 
 def _marked_bad(fields: dict[str, Member]) -> bool:
