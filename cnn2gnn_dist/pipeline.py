@@ -17,6 +17,7 @@ from cnn2gnn_dist.config import Config
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.ledger import Entry, Standing
 from cnn2gnn_dist.runtime.ranks import Ranks
+from cnn2gnn_dist.stages import fit
 from cnn2gnn_dist.stages.context import Context, RunPaths
 from cnn2gnn_dist.stages.registry import EXECUTION, Stage, stages_of
 
@@ -78,7 +79,7 @@ def run_rank(
         engine.init(ranks, device, timeout_s=config.cluster.timeout_s)
     try:
         with _locked(Path(str(config.run.dir)), ranks):
-            _together(ranks, lambda: _claim(config))
+            _together(ranks, lambda: _begin(config, names, ranks.world_size))
             return _run_all(config, names, update, inside_ray, ranks, device)
     finally:
         engine.shutdown()
@@ -283,7 +284,9 @@ def _check_names(stages: list[Stage], names: list[str] | None) -> None:
             )
 
 
-def _claim(config: Config) -> None:
+def _begin(config: Config, names: list[str] | None, world_size: int) -> None:
+    ahead = [step for step in plan(config, names) if step.standing is not Standing.WHOLE]
+    fit.check(config, [step.stage.name for step in ahead], world_size)
     ledger.claim(Path(str(config.run.dir)), settings.as_yaml(config))
 
 

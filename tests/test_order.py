@@ -8,15 +8,18 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from plain_order import plain_order
 
-from cnn2gnn_dist.data.order import (
-    Order,
+from cnn2gnn_dist import settings as configs
+from cnn2gnn_dist.data.arithmetic import (
     check_arithmetic,
+    check_parts,
     micro_batches,
-    sequential,
     shares_of,
 )
+from cnn2gnn_dist.data.order import Order, sequential
 from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.stages import fit
 
 
 def parts_of(total: int, count: int, seed: int) -> list[np.ndarray] | None:
@@ -30,22 +33,6 @@ def parts_of(total: int, count: int, seed: int) -> list[np.ndarray] | None:
 def epoch_of(order: Order, epoch: int) -> np.ndarray:
     """[batches, G] of one epoch."""
     return np.stack([order.batch(epoch, i) for i in range(order.batches_per_epoch)])
-
-
-def slow_order(sizes, seed, epoch, window) -> np.ndarray:
-    """All ids of an epoch, written down plainly: the meaning of DESIGN section 4."""
-
-    def shuffled(values, stream):
-        key = np.array([seed, (epoch << 32) | stream], dtype=np.uint64)
-        return np.random.Generator(np.random.Philox(key=key)).permutation(values)
-
-    starts = np.cumsum([0, *sizes])
-    shards = list(shuffled(len(sizes), 0))
-    ids: list[int] = []
-    for number, first in enumerate(range(0, len(shards), window), 1):
-        members = [i for s in shards[first : first + window] for i in range(*starts[s : s + 2])]
-        ids += shuffled(np.array(members, dtype=np.int64), number).tolist()
-    return np.array(ids, dtype=np.int64)
 
 
 SIZES = st.lists(st.integers(0, 25), min_size=1, max_size=12).filter(lambda s: sum(s) > 0)
@@ -68,7 +55,7 @@ def test_every_sample_at_most_once_an_epoch(sizes, data):
         assert shown.dtype == np.int64
         assert len(np.unique(shown)) == shown.size
         assert 0 <= shown.min() <= shown.max() < total
-        plain = slow_order(sizes, seed, epoch, window)
+        plain = plain_order(sizes, seed, epoch, window)
         if parts is None:
             assert order.batches_per_epoch == total // batch
             np.testing.assert_array_equal(shown.reshape(-1), plain[: shown.size])
@@ -217,6 +204,11 @@ def test_wrong_arguments():
     for parts in ([np.arange(10), np.arange(8, 16)], [np.arange(15)]):
         with pytest.raises(ValueError, match="disjoint and cover"):
             Order(sizes, seed=0, global_batch=4, window=1, parts=parts)
+    for parts in ([np.arange(17)], [np.arange(8), np.arange(-8, 0)]):
+        with pytest.raises(ValueError, match=r"outside 0\.\.15"):
+            Order(sizes, seed=0, global_batch=4, window=1, parts=parts)
+    with pytest.raises(ValueError, match="fewer than 0"):
+        Order(np.array([9, -1]), seed=0, global_batch=4, window=1)
     order = Order(sizes, seed=0, global_batch=4, window=1)
     with pytest.raises(UserError, match="not 3 ranks"):
         order.rank_batch(0, 0, 0, 3)
@@ -225,6 +217,12 @@ def test_wrong_arguments():
     two = Order(sizes, seed=0, global_batch=4, window=1, parts=[np.arange(8), np.arange(8, 16)])
     with pytest.raises(UserError, match="2 parts can't be shared by 3 ranks"):
         two.rank_batch(0, 0, 0, 3)
+    for either, rank in itertools.product((order, two), (-1, 2)):
+        with pytest.raises(IndexError, match=f"rank {rank} of 2"):
+            either.rank_batch(0, 0, rank, 2)
+    for either, world in itertools.product((order, two), (0, -1)):
+        with pytest.raises(UserError, match=f"{world} ranks"):
+            either.rank_batch(0, 0, 0, world)
 
 
 @settings(deadline=None)
@@ -267,3 +265,64 @@ def test_check_arithmetic():
     assert "96 or 108" in caught.value.remedy
     with pytest.raises(UserError):
         check_arithmetic(0, 1, 1)
+    for world, accumulation in ((0, 1), (1, 0), (-2, -2)):
+        with pytest.raises(UserError, match=f"{world} ranks x {accumulation} micro-batches"):
+            check_arithmetic(8, world, accumulation)
+
+
+def test_check_parts():
+    check_parts(8, 8, 8)
+    check_parts(3, 1)
+    for parts, world in ((2, 3), (0, 1), (2, 0)):
+        with pytest.raises(UserError, match=f"{parts} parts can't be shared by {world} ranks"):
+            check_parts(parts, world, 100)
+    with pytest.raises(UserError, match="9 partitions share a global batch of 8"):
+        check_parts(9, 2, 8)
+
+
+def test_ranks_with_too_few_rows_are_named_with_their_parts():
+    sizes = [30, 30, 30, 3, 3, 0, 0]
+    parts = np.split(np.arange(96), np.cumsum(sizes)[:-1])
+    order = Order(np.full(12, 8), seed=0, global_batch=16, window=4, parts=parts)
+    assert order.shares == [4, 5, 5, 1, 1, 0, 0]
+    order.check_ranks(1, 16)
+    order.check_ranks(2, 1)
+    with pytest.raises(UserError) as caught:  # one empty micro-batch
+        order.check_ranks(2, 2)
+    assert "rank 1 of 2 gets 1 of the 16 rows" in caught.value.what
+    assert "partitions 4 to 6 have shares 1 + 0 + 0)" in caught.value.what
+    with pytest.raises(UserError) as caught:  # none at all
+        order.rank_batch(0, 0, 0, 6)
+    assert "rank 5 of 6 gets 0 of the 16 rows" in caught.value.what
+    assert "partitions 6 to 6 have shares 0)" in caught.value.what
+    assert "global_batch" in caught.value.where
+
+
+def test_sequential_refuses():
+    with pytest.raises(UserError, match="batches of 0"):
+        sequential(10, 0, 0, 1)
+    for rank, world in ((2, 2), (-1, 2), (0, 0)):
+        with pytest.raises(IndexError, match=f"rank {rank} of {world}"):
+            sequential(10, 4, rank, world)
+    assert list(sequential(0, 4, 1, 2)) == []
+
+
+@pytest.mark.parametrize(
+    ("world", "change", "what"),
+    [
+        (3, "teacher.global_batch=63", "a global batch of 64 does not divide over 3 ranks"),
+        (2, "student.global_batch=33", "a global batch of 33 does not divide over 2 ranks"),
+        (4, "graph.parts=3", "3 parts can't be shared by 4 ranks"),
+        (1, "graph.parts=65", "65 partitions share a global batch of 64"),
+    ],
+)
+def test_a_config_that_does_not_fit_the_ranks_is_refused_before_the_first_stage(
+    world, change, what
+):
+    stages = ("pack", "teacher", "student")
+    config = configs.load("demo", [change])
+    with pytest.raises(UserError, match=what):
+        fit.check(config, stages, world)
+    fit.check(config, ["pack", "evaluate"], world)  # what is whole had its own ranks
+    fit.check(configs.load("demo", [change, "graph.scope=batch"]), ["teacher"], 1)
+    fit.check(configs.load("demo", ["graph.parts=4"]), stages, 4)

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cnn2gnn_dist.data.arithmetic import check_parts
 from cnn2gnn_dist.data.manifest import Manifest
 from cnn2gnn_dist.data.order import Order
 from cnn2gnn_dist.data.targets import Targets
@@ -30,8 +29,6 @@ def run(context: Context, scope: Scope, targets_key: str) -> list[Path]:
     targets = Targets.load(
         context.paths.targets, len(manifest), manifest.num_classes, meta={"key": targets_key}
     )
-    if scope == "dataset":  # said before the warm-up, not after
-        check_parts(config.graph.parts, context.ranks.world_size, settings.global_batch)
     torch.manual_seed(config.seed)
     model = build_student(config, manifest.num_classes, scope)
     if scope == "dataset" and context.ranks.world_size > 1:

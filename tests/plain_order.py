@@ -1,0 +1,49 @@
+"""The order written down plainly and slowly, from DESIGN's words: what fast code is held to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def shuffled(values: object, seed: int, epoch: int, stream: int) -> np.ndarray:
+    """A permutation keyed by (seed, epoch, stream) alone; stream 0 is that of the shards."""
+    key = np.array([seed % 2**64, epoch * 2**32 + stream], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key)).permutation(values)
+
+
+def plain_windows(sizes: Sequence[int], seed: int, epoch: int, window: int) -> list[list[int]]:
+    """The ids of each window of an epoch, in order."""
+    starts = np.cumsum([0, *sizes])
+    shards = list(shuffled(len(sizes), seed, epoch, 0))
+    found = []
+    for number, first in enumerate(range(0, len(shards), window), 1):
+        members = [i for s in shards[first : first + window] for i in range(*starts[s : s + 2])]
+        found.append(shuffled(np.array(members, dtype=np.int64), seed, epoch, number).tolist())
+    return found
+
+
+def plain_order(sizes: Sequence[int], seed: int, epoch: int, window: int) -> np.ndarray:
+    """All ids of an epoch."""
+    windows = plain_windows(sizes, seed, epoch, window)
+    return np.array([i for ids in windows for i in ids], dtype=np.int64)
+
+
+def plain_batches(
+    sizes: Sequence[int],
+    seed: int,
+    epoch: int,
+    window: int,
+    shares: Sequence[int],
+    parts: Sequence[np.ndarray] | None,
+) -> list[list[int]]:
+    """All whole global batches of an epoch: of each part the next ``share`` ids, part by part."""
+    sequence = plain_order(sizes, seed, epoch, window).tolist()
+    owned = [set(part.tolist()) for part in parts] if parts is not None else [set(sequence)]
+    left = [[i for i in sequence if i in own] for own in owned]
+    found = []
+    while all(len(ids) >= share for ids, share in zip(left, shares, strict=True)):
+        found.append([i for ids, share in zip(left, shares, strict=True) for i in ids[:share]])
+        left = [ids[share:] for ids, share in zip(left, shares, strict=True)]
+    return found
