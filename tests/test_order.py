@@ -293,8 +293,8 @@ def test_ranks_with_too_few_rows_are_named_with_their_parts():
     assert "partitions 4 to 6 have shares 1 + 0 + 0)" in caught.value.what
     with pytest.raises(UserError) as caught:  # none at all
         order.rank_batch(0, 0, 0, 6)
-    assert "rank 5 of 6 gets 0 of the 16 rows" in caught.value.what
-    assert "partitions 6 to 6 have shares 0)" in caught.value.what
+    assert "rank 4 of 6 gets 0 of the 16 rows" in caught.value.what
+    assert "partitions 5 to 5 have shares 0)" in caught.value.what
     assert "global_batch" in caught.value.where
 
 
