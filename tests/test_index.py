@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -305,6 +306,21 @@ def test_a_manifest_with_other_columns_is_refused(tmp_path: Path, wrong: pa.Arra
         writer.write_batch(batch)
     with pytest.raises(UserError, match="not a whole manifest"):
         Manifest.load(tmp_path / "n.arrow")
+
+
+def test_a_manifest_whose_rows_make_no_sense_is_refused(tmp_path: Path) -> None:
+    """Shards that fall, or are not listed: as one flipped byte in the file would make them."""
+    manifest = index([shard(tmp_path, SAMPLE, file(b"l.cls", b"0"), file(b"l.jpg"))])
+    for wrong in ([0, -1], [0, 1], [-1, 0], [5, 5]):
+        columns = [np.array(wrong, np.int32), *_columns(manifest)[1:]]
+        broken = copy.copy(manifest)
+        object.__setattr__(broken, "shard_N", columns[0])
+        broken.save(tmp_path / "m.arrow")
+        with pytest.raises(UserError, match="not a whole manifest"):
+            Manifest.load(tmp_path / "m.arrow")
+    none = manifest.select(np.array([], np.int64))
+    none.save(tmp_path / "m.arrow")
+    assert len(Manifest.load(tmp_path / "m.arrow")) == 0
 
 
 def test_digest_is_that_of_the_rows_one_by_one() -> None:

@@ -19,12 +19,78 @@ def shown(name: str, limit: int = 120) -> str:
 
 
 class Archive:
-    """An open archive: its descriptor, its length, what to call it in errors."""
+    """An open archive: positioned reads, of which the last two windows are kept.
 
-    def __init__(self, fd: int, where: str, length: int) -> None:
-        self.fd = fd
-        self.where = where
-        self.bytes = length
+    Args:
+        path: the file.
+        where: what to call it in errors (a URL, say); default: the path.
+
+    Raises:
+        UserError: the file is missing, may not be read, or is no regular file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], where: str | None = None) -> None:
+        self.where = where or os.fspath(path)
+        # Without O_NONBLOCK a named pipe would wait for its writer for ever.
+        flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
+        try:
+            self.fd = os.open(path, flags)
+        except (OSError, ValueError) as failure:
+            reason = getattr(failure, "strerror", None) or failure
+            raise UserError(
+                f"The shard cannot be opened: {reason}.",
+                where=self.where,
+                remedy="Check the path and its permissions; is the data's file system mounted?",
+            ) from failure
+        about = os.fstat(self.fd)
+        self.bytes = about.st_size
+        self._start, self._window = 0, b""
+        self._start_before, self._before = 0, b""
+        if not stat.S_ISREG(about.st_mode):
+            self.close()
+            raise UserError(
+                "The shard is no regular file.",
+                where=self.where,
+                remedy="Name .tar files, or a folder that holds some.",
+            )
+
+    def __enter__(self) -> Archive:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self.fd)
+
+    def window(self, offset: int, size: int) -> bytes:
+        """Read at most ``size`` bytes (fewer at the end of the file), and keep them."""
+        self._start_before, self._before = self._start, self._window
+        self._start, self._window = offset, self._pread(offset, size)
+        return self._window
+
+    def read(self, offset: int, size: int) -> bytes:
+        """At most ``size`` bytes (fewer at the end of the file), from a kept window if they lie there."""
+        begin = offset - self._start
+        if begin >= 0:
+            if begin + size <= len(self._window):
+                return self._window[begin : begin + size]
+        else:
+            begin = offset - self._start_before
+            if begin >= 0 and begin + size <= len(self._before):
+                return self._before[begin : begin + size]
+        return self._pread(offset, size)
+
+    def _pread(self, offset: int, size: int) -> bytes:
+        try:
+            return os.pread(self.fd, size, offset)
+        except (OSError, OverflowError) as failure:
+            raise UserError(
+                f"The shard cannot be read: {failure}.",
+                where=self.where,
+                remedy="Check the disk or the network file system that holds it.",
+            ) from failure
 
     def truncated(self, what: str, needed: int) -> UserError:
         """The error for something that would reach to byte ``needed``."""
@@ -56,41 +122,3 @@ class Archive:
             where=self.where,
             remedy=WRITE_AGAIN,
         )
-
-
-def pread(fd: int, size: int, offset: int, where: str) -> bytes:
-    """``os.pread``, whose failure (a bad disk, a file system gone) is a :class:`UserError`."""
-    try:
-        return os.pread(fd, size, offset)
-    except (OSError, OverflowError) as failure:
-        raise UserError(
-            f"The shard cannot be read: {failure}.",
-            where=where,
-            remedy="Check the disk or the network file system that holds it.",
-        ) from failure
-
-
-def open_shard(path: str, where: str) -> tuple[int, int]:
-    """Open a shard for reading; return its file descriptor and its length in bytes.
-
-    Raises:
-        UserError: it is missing, may not be read, or is no regular file.
-    """
-    # Without O_NONBLOCK a named pipe would wait for its writer for ever.
-    flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
-    try:
-        fd = os.open(path, flags)
-    except (OSError, ValueError) as failure:
-        reason = getattr(failure, "strerror", None) or failure
-        raise UserError(
-            f"The shard cannot be opened: {reason}.",
-            where=where,
-            remedy="Check the path and its permissions; is the data's file system mounted?",
-        ) from failure
-    about = os.fstat(fd)
-    if not stat.S_ISREG(about.st_mode):
-        os.close(fd)
-        raise UserError(
-            "The shard is no regular file.", where=where, remedy="Name .tar files, not folders."
-        )
-    return fd, about.st_size

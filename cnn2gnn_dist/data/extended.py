@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from cnn2gnn_dist.data.archive import BLOCK, Archive, pread, shown
+from cnn2gnn_dist.data.archive import BLOCK, Archive, shown
 from cnn2gnn_dist.errors import UserError
 
 MAX_EXTENSION = 1 << 20  # a long name or pax header; more is damage or an attack
@@ -142,7 +142,7 @@ class Careful:
             raise self.tar.truncated("an extension header", payload + _padded(size))
         if kind == b"K":  # long link target: links are not samples
             return
-        data = pread(self.tar.fd, _padded(size), payload, self.tar.where)
+        data = self.tar.read(payload, _padded(size))
         if kind == b"L":
             self._extension.setdefault("path", _text(data))
             return

@@ -14,20 +14,12 @@ import numpy as np
 import pyarrow as pa
 
 from cnn2gnn_dist.data.rows import COLUMNS, ShardRows, Wanted, read_shard
+from cnn2gnn_dist.data.stored import Shard
 from cnn2gnn_dist.errors import UserError
 
 SHORT = 1 << 31  # bytes that 32-bit offsets reach
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A tar file: its path (absolute once loaded), its length in bytes, and all its samples."""
-
-    path: str
-    bytes: int
-    samples: int
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import struct
 from collections.abc import Iterator
 from zlib import adler32
 
-from cnn2gnn_dist.data.archive import BLOCK, Archive, open_shard, pread
+from cnn2gnn_dist.data.archive import BLOCK, Archive
 from cnn2gnn_dist.data.extended import Careful, Member, header_sums, number, prefix_of
 from cnn2gnn_dist.errors import UserError
 
@@ -46,19 +46,16 @@ def walk(path: str | os.PathLike[str], where: str | None = None) -> Iterator[Mem
         UserError: the file is missing, empty, compressed, damaged, sparse or truncated (also: ends
             without the closing zero block, since a cut between two members looks just so).
     """
-    name = where or os.fspath(path)
-    fd, length = open_shard(os.fspath(path), name)
-    try:
-        yield from _members(Archive(fd, name, length))
-    finally:
-        os.close(fd)
+    with Archive(path, where) as archive:
+        yield from members(archive)
 
 
-def _members(tar: Archive) -> Iterator[Member]:
-    """The loop over headers: those like one before it pass a quick check, others go to Careful.
+def members(tar: Archive) -> Iterator[Member]:
+    """As :func:`walk`, of an archive that is open.
 
-    The quick check is as strict: type, owner, devices and prefix are as in a header that was found
-    sound, the time is sound, and the checksum is exact (148 bytes sum up below adler32's modulus).
+    Headers like one before them pass a quick check, others go to Careful. The quick check is as
+    strict: type, owner, devices and prefix are as in a header that was found sound, the time is
+    sound, and the checksum is exact (148 bytes sum up below adler32's modulus).
     """
     _refuse_foreign(tar)
     careful, new, length = Careful(tar), tuple.__new__, tar.bytes
@@ -70,7 +67,7 @@ def _members(tar: Archive) -> Iterator[Member]:
         if begin + BLOCK > have:
             # Widen while headers lie close together: else most of a window would go unused.
             ahead = min(2 * ahead, _WIDEST) if begin <= have + _WINDOW else _WINDOW
-            window, start, begin = pread(tar.fd, ahead, position, tar.where), position, 0
+            window, start, begin = tar.window(position, ahead), position, 0
             have = len(window)
             if have < BLOCK:
                 raise tar.ended(position)
@@ -107,7 +104,7 @@ def _members(tar: Archive) -> Iterator[Member]:
 
 
 def _refuse_foreign(tar: Archive) -> None:
-    start = pread(tar.fd, BLOCK, 0, tar.where)
+    start = tar.read(0, BLOCK)
     for magic, kind in _COMPRESSED.items():
         if not start.startswith(magic):
             continue

@@ -1,8 +1,7 @@
 """The manifest: one row a sample, saying where its image's bytes lie and which class it is of.
 
 A sample's id is its row number; the samples of a shard are contiguous rows in the tar's order.
-On disk it is one uncompressed record batch of Arrow IPC, memory-mapped when loaded (1.28 million
-rows: 46 MB, opened in under a millisecond), with shards and classes as JSON in the metadata.
+On disk it is one file that is memory-mapped when loaded (see :mod:`.stored`).
 
 Suffixes of the names: N samples, S shards, C classes.
 """
@@ -23,16 +22,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from cnn2gnn_dist.data import stored
 from cnn2gnn_dist.data.expand import expand
-from cnn2gnn_dist.data.gather import Shard, gather, refuse_empty_classes
+from cnn2gnn_dist.data.gather import gather, refuse_empty_classes
 from cnn2gnn_dist.data.rows import COLUMNS, IMAGE_SUFFIXES
 from cnn2gnn_dist.data.split import split_per_class
+from cnn2gnn_dist.data.stored import Shard
 from cnn2gnn_dist.errors import UserError
 
 __all__ = ["IMAGE_SUFFIXES", "Manifest", "Shard", "expand", "index", "split_per_class"]
 
-_METADATA = b"cnn2gnn.manifest"
-_VERSION = 1
 _CHUNK = 1 << 16  # keys that are hashed at a time
 
 
@@ -103,7 +102,7 @@ class Manifest:
         """
         digest = hashlib.sha256()
         shards = [(os.path.basename(s.path), s.bytes, s.samples) for s in self.shards]
-        digest.update(json.dumps([_VERSION, shards, self.classes]).encode())
+        digest.update(json.dumps([stored.VERSION, shards, self.classes]).encode())
         for name, kind in COLUMNS.items():
             digest.update(np.ascontiguousarray(self._column(name), kind).data)
         none, feed = (pa.scalar(text, self.keys.type) for text in ("", "\n"))
@@ -132,33 +131,12 @@ class Manifest:
 
         Shards below the manifest's folder are recorded relative to it, others absolutely.
         """
-        target = Path(path).absolute()
-        target.parent.mkdir(parents=True, exist_ok=True)
-        header = {
-            "version": _VERSION,
-            "digest": self.digest,
-            "classes": self.classes,
-            "shards": [
-                {**dataclasses.asdict(s), "path": _recorded(s.path, target.parent)}
-                for s in self.shards
-            ],
-        }
-        arrays = {name: _as_arrow(self._column(name), kind) for name, kind in COLUMNS.items()}
-        arrays["key"] = self.keys
+        columns = {name: self._column(name) for name in COLUMNS}
         if self.crc_N is not None:
-            arrays["crc"] = _as_arrow(self.crc_N, np.uint32)
-        schema = pa.schema(
-            [(name, array.type) for name, array in arrays.items()],
-            metadata={_METADATA: json.dumps(header).encode()},
+            columns["crc"] = self.crc_N
+        stored.write(
+            Path(path), stored.About(self.digest, self.classes, self.shards), columns, self.keys
         )
-        batch = pa.RecordBatch.from_arrays(list(arrays.values()), schema=schema)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        with open(temporary, "wb") as file:
-            with pa.ipc.new_file(file, schema) as writer:
-                writer.write_batch(batch)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Manifest:
@@ -167,36 +145,17 @@ class Manifest:
         Raises:
             UserError: the file is missing, damaged, or not a manifest of this version.
         """
-        source = Path(path).absolute()
-        try:
-            # One batch, and the map stays open as long as the arrays that view it.
-            batch = pa.ipc.open_file(pa.memory_map(str(source))).get_batch(0)
-            header = json.loads(batch.schema.metadata[_METADATA])
-            if header["version"] != _VERSION:
-                raise ValueError(f"version {header['version']}, expected {_VERSION}")
-            columns: dict[str, Any] = {
-                f"{name}_N": _as_numpy(batch.column(name), kind) for name, kind in COLUMNS.items()
-            }
-            if "crc" in batch.schema.names:
-                columns["crc_N"] = _as_numpy(batch.column("crc"), np.uint32)
-            keys = batch.column("key")
-        except FileNotFoundError as failure:
-            raise UserError(
-                "There is no manifest here.", where=str(source), remedy="Index the shards first."
-            ) from failure
-        except (OSError, pa.ArrowException, KeyError, TypeError, ValueError, IndexError) as failure:
-            raise UserError(
-                f"The file is not a whole manifest of this version: {failure}.",
-                where=str(source),
-                remedy="Delete it and index the shards again.",
-            ) from failure
-        shards = tuple(
-            Shard(str(source.parent / s["path"]), s["bytes"], s["samples"])
-            for s in header["shards"]
-        )
-        manifest = cls(shards, tuple(header["classes"]), **columns, keys=keys)
-        manifest.__dict__["digest"] = header["digest"]  # what cached_property would compute
-        return manifest
+
+        def make(about: stored.About, columns: dict[str, np.ndarray], keys: pa.Array) -> Manifest:
+            shard_N = columns["shard"]
+            if len(shard_N) and not 0 <= shard_N[0] <= shard_N[-1] < len(about.shards):
+                raise ValueError("samples of shards that are not listed")
+            named: dict[str, Any] = {f"{name}_N": column for name, column in columns.items()}
+            manifest = cls(about.shards, about.classes, **named, keys=keys)
+            manifest.__dict__["digest"] = about.digest  # what cached_property would compute
+            return manifest
+
+        return stored.read(Path(path), make)
 
     def check_shards(self) -> None:
         """Compare the files' lengths with those recorded.
@@ -222,25 +181,6 @@ class Manifest:
                 where=path,
                 remedy="Restore the file, or index the shards again if the change is meant.",
             )
-
-
-# pyarrow's own conversions import pandas: a tenth of a second at every start.
-def _as_arrow(column: np.ndarray, kind: type) -> pa.Array:
-    data = pa.py_buffer(np.ascontiguousarray(column, kind))
-    return pa.Array.from_buffers(pa.from_numpy_dtype(kind), len(column), [None, data])
-
-
-def _as_numpy(column: pa.Array, kind: type) -> np.ndarray:
-    if column.type != pa.from_numpy_dtype(kind) or column.null_count:
-        raise ValueError(f"a column of {column.type} with {column.null_count} nulls")
-    return np.frombuffer(
-        column.buffers()[1], kind, len(column), column.offset * column.type.byte_width
-    )
-
-
-def _recorded(path: str, folder: Path) -> str:
-    full = Path(os.path.abspath(path))
-    return str(full.relative_to(folder)) if full.is_relative_to(folder) else str(full)
 
 
 def index(

@@ -8,7 +8,6 @@ opened.
 from __future__ import annotations
 
 import json
-import os
 import re
 import zlib
 from collections.abc import Collection
@@ -17,9 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from cnn2gnn_dist.data.archive import open_shard, pread, shown
+from cnn2gnn_dist.data.archive import Archive, shown
 from cnn2gnn_dist.data.extended import Member
-from cnn2gnn_dist.data.tar import MACOS, TarSample, hidden, samples
+from cnn2gnn_dist.data.tar import MACOS, TarSample, grouped, hidden
 from cnn2gnn_dist.errors import UserError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "ppm", "pgm", "tif", "tiff")
@@ -31,7 +30,7 @@ COLUMNS = {
     "row_in_shard": np.int32,
 }
 MAX_JSON = 1 << 20
-_MAX_LABEL, _MAX_NAME, _CHUNK, _MEMO = 64, 1000, 1 << 20, 1 << 14
+_MAX_IMAGE, _MAX_LABEL, _MAX_NAME, _CHUNK, _MEMO = 1 << 31, 64, 1000, 1 << 20, 1 << 14
 _CLASS_NUMBER = re.compile(rb"\s*([0-9]{1,9})\s*")
 
 
@@ -80,26 +79,27 @@ def read_shard(
         UserError: as :func:`cnn2gnn_dist.data.tar.samples`; the shard holds no samples; a sample
             has no image, no label, an impossible one, or a name that is not UTF-8.
     """
-    fd, length = open_shard(path, where or path)
-    try:
-        return _read(path, _Payloads(fd, where or path), length, wanted, known)
-    finally:
-        os.close(fd)
+    with Archive(path, where) as archive:
+        return _read(archive, _Payloads(archive), wanted, known)
 
 
 def _read(
-    path: str, payloads: _Payloads, length: int, wanted: Wanted, known: Collection[int]
+    archive: Archive, payloads: _Payloads, wanted: Wanted, known: Collection[int]
 ) -> ShardRows:
-    where = payloads.where
+    where = archive.where
     keys: list[str] = []
     images: list[Member] = []
     labels: list[int] = []
     names: dict[int, str | None] = {}
-    for sample in samples(path, where):
-        keys.append(sample.key)
-        images.append(_image(where, sample))
-        labels.append(label := payloads.label(sample, wanted))
-        if wanted.num_classes is None and label >= 0 and label not in known and label not in names:
+    named = wanted.num_classes is not None
+    for sample in grouped(archive):
+        key, fields = sample
+        keys.append(key)
+        jpg = fields.get("jpg")
+        images.append(jpg if jpg and jpg[2] < _MAX_IMAGE else _image(where, sample))
+        label = payloads.label(sample, wanted)
+        labels.append(label)
+        if not (named or label in known or label in names or label < 0):
             names[label] = payloads.class_name(sample)
     if not keys:
         raise UserError(
@@ -109,9 +109,9 @@ def _read(
         )
     crcs = [payloads.crc(image) for image in images] if wanted.checksums else None
     return ShardRows(
-        length,
-        np.asarray([image.offset for image in images], COLUMNS["offset"]),
-        np.asarray([image.size for image in images], COLUMNS["size"]),
+        archive.bytes,
+        np.asarray([image[1] for image in images], COLUMNS["offset"]),
+        np.asarray([image[2] for image in images], COLUMNS["size"]),
         np.asarray(labels, COLUMNS["label"]),
         _encoded(where, keys),
         None if crcs is None else np.asarray(crcs, np.uint32),
@@ -122,9 +122,9 @@ def _read(
 class _Payloads:
     """The few payloads that the index reads, each within a bound."""
 
-    def __init__(self, fd: int, where: str) -> None:
-        self.fd = fd
-        self.where = where
+    def __init__(self, archive: Archive) -> None:
+        self.read = archive.read
+        self.where = archive.where
         self._labels: dict[bytes, int] = {}
 
     def label(self, sample: TarSample, wanted: Wanted) -> int:
@@ -138,7 +138,7 @@ class _Payloads:
                     remedy=f"Add a member '{shown(sample.key)}.cls' with the number of its class.",
                 )
             return -1
-        text = pread(self.fd, min(member.size, _MAX_LABEL + 1), member.offset, self.where)
+        text = self.read(member[1], min(member[2], _MAX_LABEL + 1))
         if text in self._labels:
             return self._labels[text]
         label = self._checked(text, sample, member, wanted)
@@ -170,7 +170,7 @@ class _Payloads:
         if member is None or member.size > MAX_JSON:
             return None
         try:
-            name = json.loads(pread(self.fd, member.size, member.offset, self.where))["class_name"]
+            name = json.loads(self.read(member.offset, member.size))["class_name"]
             name.encode("utf-8")  # JSON may hold halves of surrogate pairs
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
@@ -180,7 +180,7 @@ class _Payloads:
         """CRC-32 of a member's bytes, read piece by piece."""
         crc, start, end = 0, member.offset, member.offset + member.size
         while start < end:
-            piece = pread(self.fd, min(_CHUNK, end - start), start, self.where)
+            piece = self.read(start, min(_CHUNK, end - start))
             if not piece:
                 raise UserError(
                     f"The shard became shorter while it was read: member '{shown(member.name)}'.",
@@ -195,7 +195,7 @@ def _image(where: str, sample: TarSample) -> Member:
     """Return the image of a sample; of several formats the first of IMAGE_SUFFIXES."""
     for suffix in IMAGE_SUFFIXES:
         if member := sample.fields.get(suffix):
-            if member.size >= 1 << 31:
+            if member.size >= _MAX_IMAGE:
                 break
             return member
     if hidden(sample.key):

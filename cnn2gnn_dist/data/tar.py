@@ -16,12 +16,12 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from cnn2gnn_dist.data.archive import shown
+from cnn2gnn_dist.data.archive import Archive, shown
 from cnn2gnn_dist.data.extended import Member
-from cnn2gnn_dist.data.headers import walk
+from cnn2gnn_dist.data.headers import members, walk
 from cnn2gnn_dist.errors import UserError
 
-__all__ = ["MACOS", "Member", "TarSample", "hidden", "samples", "split_name", "walk"]
+__all__ = ["MACOS", "Member", "TarSample", "grouped", "hidden", "samples", "split_name", "walk"]
 
 # Both from webdataset.tariterators, so that names mean the same to it and to us.
 _META = re.compile(r"__[^/]*__($|/)")
@@ -74,26 +74,37 @@ def samples(path: str | os.PathLike[str], where: str | None = None) -> Iterator[
         UserError: as :func:`walk`; two members for one field of a sample; a key that comes back
             after another one (webdataset would make two samples of it).
     """
-    shard = where or os.fspath(path)
+    with Archive(path, where) as archive:
+        yield from grouped(archive)
+
+
+def grouped(archive: Archive) -> Iterator[TarSample]:
+    """As :func:`samples`, of an archive that is open."""
     key, fields, new = "", dict[str, Member](), tuple.__new__
     seen: set[str] = set()
-    for member in walk(path, where):
-        split = split_name(member[0])
-        if split is None:
-            continue
-        prefix, suffix = split
+    for member in members(archive):
+        name = member[0]
+        base = name.rfind("/") + 1
+        dot = name.find(".", base)
+        if dot > base and name[0] != "_" and "\n" not in name:
+            prefix, suffix = name[:dot], name[dot + 1 :].lower()
+        else:
+            split = split_name(name)
+            if split is None:
+                continue
+            prefix, suffix = split
         if prefix != key or not fields:
             if fields and not _marked_bad(fields):
                 yield new(TarSample, (key, fields))
             if prefix in seen:
-                raise _scattered(shard, member)
+                raise _scattered(archive.where, member)
             seen.add(prefix)
             key, fields = prefix, {}
         if suffix in fields or suffix in _TAKEN:
             raise UserError(
                 f"Sample '{shown(key)}' has a duplicate field '.{shown(suffix)}'"
                 f"{' (webdataset keeps that name for itself)' if suffix in _TAKEN else ''}.",
-                where=f"{shard}, member '{shown(member.name)}'",
+                where=f"{archive.where}, member '{shown(member.name)}'",
                 remedy=MACOS
                 if hidden(key)
                 else "Give each member of a sample its own suffix (case does not count).",
