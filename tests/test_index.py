@@ -165,16 +165,17 @@ def test_giant_labels_and_jsons_are_not_read(tmp_path: Path) -> None:
 
     def write(*members: tuple[bytes, int]) -> Path:
         with open(path, "wb") as out:
+            out.write(file(b"k.txt") + file(b"k.label"))
             for name, size in members:
                 out.write(header(name, size))
                 out.seek(-(-size // 512) * 512, os.SEEK_CUR)
-            out.truncate(out.tell() + 1024)
+            out.write(file(b"l.cls", b"0") + file(b"l.jpg") + END)
         return path
 
     size = 1 << 31
-    shard_path = write((b"k.json", size), (b"k.pyd", size), (b"k.jpg", size - 1))
-    assert index([shard_path], require_labels=False).size_N.tolist() == [size - 1]
-    assert peak_of(lambda: index([shard_path], require_labels=False)) < 8 * MB
+    whole = write((b"k.jpg", size - 1), (b"l.json", size), (b"l.pyd", size))
+    assert index([whole], require_labels=False).size_N.tolist() == [size - 1, 0]
+    assert peak_of(lambda: index([whole], require_labels=False)) < 8 * MB
     with pytest.raises(UserError, match="no class number"):
         index([write((b"k.cls", size), (b"k.jpg", 1))])
     with pytest.raises(UserError, match="below 2 GiB"):
@@ -185,7 +186,7 @@ def test_labels_of_any_length_are_read_whole(tmp_path: Path) -> None:
     """Not cut to their first bytes, which would make a 1 of a 1…9."""
     assert index([shard(tmp_path, file(b"k.cls", b"0".rjust(64)), SAMPLE[1024:])]).label_N[0] == 0
     with pytest.raises(UserError, match="no class number"):
-        index([shard(tmp_path, file(b"k.cls", b"1".ljust(64) + b"9"), SAMPLE[1024:])])
+        index([shard(tmp_path, file(b"k.cls", b"1".ljust(70) + b"9"), SAMPLE[1024:])])
 
 
 @pytest.mark.parametrize(
@@ -388,4 +389,16 @@ def test_damage_anywhere_in_a_header_is_seen_after_many_sound_ones(tmp_path: Pat
     path = tmp_path / "x.tar"
     path.write_bytes(whole)
     with pytest.raises(UserError, match=r"checksum at byte 18,432|number at byte 18,432"):
+        list(tar.walk(path))
+
+
+@pytest.mark.parametrize("at", [100, 108, 116, 124, 135, 136, 329, 337])
+def test_numbers_are_checked_after_many_sound_ones(tmp_path: Path, at: int) -> None:
+    """As above, for damage that the checksum does not show."""
+    whole = bytearray(b"".join(file(b"%02d.jpg" % n, b"x") for n in range(20)) + END)
+    whole[18 * 1024 + at] = ord("z")
+    whole[18 * 1024 : 18 * 1024 + 512] = archives.mend(bytes(whole[18 * 1024 : 18 * 1024 + 512]))
+    path = tmp_path / "x.tar"
+    path.write_bytes(whole)
+    with pytest.raises(UserError, match="impossible number at byte 18,432"):
         list(tar.walk(path))
