@@ -141,6 +141,18 @@ def test_epochs_and_seeds_differ_and_all_is_shown_in_time():
     assert len(np.unique([epoch_of(order, e) for e in range(12)])) == 100
 
 
+@pytest.mark.parametrize("count", [127, 128, 300, 33_000])
+def test_as_many_parts_as_there_are(count):
+    """Part numbers are held in as few bits as they need."""
+    ids = np.random.default_rng(0).permutation(2 * count)
+    order = Order(
+        np.full(2, count), seed=0, global_batch=count, window=1, parts=list(ids.reshape(count, 2))
+    )
+    assert order.shares == [1] * count
+    found = np.sort(np.stack([order.batch(0, 0), order.batch(0, 1)]), axis=0)
+    np.testing.assert_array_equal(found, np.sort(ids.reshape(count, 2).T, axis=0))
+
+
 def test_a_window_mixes_its_shards_and_no_others():
     order = Order(np.full(12, 10), seed=3, global_batch=30, window=3)
     for batch in epoch_of(order, 0):  # a batch is just a window here

@@ -255,17 +255,22 @@ def test_numpys_narrow_integers_do_not_overflow():
         np.testing.assert_array_equal(got, wide.batch(epoch, number))
 
 
-def test_ids_beyond_32_bits_in_shards_too_large_to_permute():
+def test_ids_beyond_32_bits_in_shards_too_large_to_permute(monkeypatch):
     """Only the small shard's window is touched; the one of 3 billion samples would not fit."""
     sizes = np.array([3_000_000_000, 64])
     order = Order(sizes, seed=0, global_batch=8, window=1)
     assert order.batches_per_epoch == 3_000_000_064 // 8
-    first = {order._layout(epoch)[0][0]: epoch for epoch in range(20)}  # shard -> an epoch
-    begin = 3_000_000_000 // 8
-    late = [order.batch(first[0], begin + i) for i in range(8)]
-    early = [order.batch(first[1], i) for i in range(8)]
-    for batches in (late, early):
-        assert sorted(np.concatenate(batches)) == list(range(3_000_000_000, 3_000_000_064))
+    epoch_of = {order._layout(epoch)[0][0]: epoch for epoch in range(20)}  # by its first shard
+    plain = orders._key
+    for first, begin, window in ((0, 3_000_000_000 // 8, 1), (1, 0, 0)):
+
+        def key(seed: int, epoch: int, stream: int, small: int = window) -> np.ndarray:
+            assert stream in (0, small + 1)  # before 24 GB are filled
+            return plain(seed, epoch, stream)
+
+        monkeypatch.setattr(orders, "_key", key)
+        found = [order.batch(epoch_of[first], begin + i) for i in range(8)]
+        assert sorted(np.concatenate(found)) == list(range(3_000_000_000, 3_000_000_064))
 
 
 # The same bytes through real readers

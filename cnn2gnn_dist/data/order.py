@@ -178,8 +178,8 @@ class Order:
         key = (epoch, window)
         if key not in self._windows:
             shards = self._layout(epoch)[0][window * self.window : (window + 1) * self.window]
-            spans = [np.arange(self.starts[s], self.starts[s + 1], dtype=np.int64) for s in shards]
             rng = np.random.Generator(np.random.Philox(key=_key(self.seed, epoch, window + 1)))
+            spans = [np.arange(self.starts[s], self.starts[s + 1], dtype=np.int64) for s in shards]
             self._windows[key] = self._divided(rng.permutation(np.concatenate(spans)))
         # Parts may be at different windows (shards sorted by class): room for one each.
         return _kept(self._windows, key, CACHED_WINDOWS + len(self.shares))
