@@ -14,6 +14,7 @@ from cnn2gnn_dist import __version__, settings
 from cnn2gnn_dist.config import Config
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.runtime.ranks import Ranks
+from cnn2gnn_dist.runtime.shutdown import ENDED_BY_SIGTERM
 
 STAGES = {
     "teacher": "train the CNN under DeepSpeed",
@@ -32,7 +33,10 @@ EPILOG = """examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code: 0 well, 1 failed, 2 the user can mend it."""
+    """Entry point; returns the exit code: 0 well, 1 failed, 2 the user can mend it.
+
+    130 and 143 after SIGINT and SIGTERM, with everything cleared.
+    """
     arguments = _parse(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # In a file or pipe the ranks' lines would otherwise come in blocks, minutes late.
@@ -45,6 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("cnn2gnn: interrupted; the same command continues", file=sys.stderr)
         return 130
+    except SystemExit as end:
+        if end.code == ENDED_BY_SIGTERM:
+            print("cnn2gnn: ended by SIGTERM; the same command continues", file=sys.stderr)
+        raise
     except BrokenPipeError:
         return 1
 
@@ -150,26 +158,25 @@ def _on_ray(config: Config, stages: list[str] | None, update: bool) -> None:
     from cnn2gnn_dist.runtime import group
 
     cluster, ranks = config.cluster, config.run.ranks
-    group.start(cluster.address, cpus=ranks)
-    on_gpu = config.device != "cpu" and group.gpus() >= ranks
-    if config.device == "cuda" and not on_gpu:
-        raise UserError(
-            f"the config asks for {ranks} GPUs and Ray knows of {group.gpus()}",
-            where="device",
-            remedy="device=cpu, device=auto, or fewer ranks: run.ranks=…",
+    with group.running(cluster.address, ranks, logs=Path(str(config.run.dir)) / "ray-logs"):
+        on_gpu = config.device != "cpu" and group.gpus() >= ranks
+        if config.device == "cuda" and not on_gpu:
+            raise UserError(
+                f"the config asks for {ranks} GPUs and Ray knows of {group.gpus()}",
+                where="device",
+                remedy="device=cpu, device=auto, or fewer ranks: run.ranks=…",
+            )
+        spec = group.GroupSpec(ranks, cluster.cpus_per_rank, float(on_gpu), cluster.max_failures)
+        outcome = group.run_group(
+            "cnn2gnn_dist.pipeline:run_rank",
+            {
+                "tree": settings.as_tree(config) | {"device": "cuda" if on_gpu else "cpu"},
+                "names": stages,
+                "update": update,
+                "inside_ray": True,
+            },
+            spec,
         )
-    spec = group.GroupSpec(ranks, cluster.cpus_per_rank, float(on_gpu), cluster.max_failures)
-    outcome = group.run_group(
-        "cnn2gnn_dist.pipeline:run_rank",
-        {
-            "tree": settings.as_tree(config) | {"device": "cuda" if on_gpu else "cpu"},
-            "names": stages,
-            "update": update,
-            "inside_ray": True,
-        },
-        spec,
-    )
-    group.stop()
     for name, why in outcome[0].items():
         if why == "whole, skipped":
             print(pipeline.skipped(name))

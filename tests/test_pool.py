@@ -14,6 +14,7 @@ import psutil
 import pytest
 from helpers import make_shards, random_images
 
+from cnn2gnn_dist.data import actors
 from cnn2gnn_dist.data import pool as pools
 from cnn2gnn_dist.data.manifest import index
 from cnn2gnn_dist.data.pool import ReaderPool
@@ -156,12 +157,12 @@ def test_killed_readers_are_replaced_and_asked_again(spec, ray_cluster, monkeypa
     import ray
 
     asked = []
-    plain = pools._RayAnswer._ask
-    monkeypatch.setattr(pools._RayAnswer, "_ask", lambda self: (asked.append(1), plain(self)))
+    plain = actors._Reader.ask
+    monkeypatch.setattr(actors._Reader, "ask", lambda self, a: (asked.append(1), plain(self, a)))
     requests = some_requests(16)
     found = []
     with ReaderPool(spec, backend="ray", workers=2, prefetch=4) as stream:
-        victims = [ray.get(actor.process_id.remote()) for actor in stream._readers._actors]
+        victims = [ray.get(reader.actor.process_id.remote()) for reader in stream._readers._readers]
         for number, batch in enumerate(stream.batches(requests)):
             found.append(batch)
             if number == 2:
@@ -172,7 +173,7 @@ def test_killed_readers_are_replaced_and_asked_again(spec, ray_cluster, monkeypa
 
 @pytest.mark.slow
 def test_readers_that_die_while_they_read(spec, ray_cluster, monkeypatch):
-    monkeypatch.setattr(pools, "_ReaderActor", DiesOnce)
+    monkeypatch.setattr(actors, "ReaderActor", DiesOnce)
     requests = [Request(np.arange(i, i + 6), 2) for i in range(8)]
     with ReaderPool(spec, backend="ray", workers=1, prefetch=3) as stream:
         found = list(stream.batches(requests))
@@ -180,7 +181,7 @@ def test_readers_that_die_while_they_read(spec, ray_cluster, monkeypatch):
     assert (Path(spec.manifest).parent / "died").exists()
 
 
-class DiesOnce(pools._ReaderActor):
+class DiesOnce(actors.ReaderActor):
     def __init__(self, spec):
         super().__init__(spec)
         self.folder = Path(spec.manifest).parent
@@ -195,8 +196,8 @@ class DiesOnce(pools._ReaderActor):
 
 @pytest.mark.slow
 def test_a_request_that_kills_every_reader_is_named(spec, ray_cluster, monkeypatch):
-    monkeypatch.setattr(pools, "MOST_FAILURES", 2)
-    monkeypatch.setattr(pools, "_ReaderActor", Suicidal)
+    monkeypatch.setattr(actors, "MOST_DEATHS", 2)
+    monkeypatch.setattr(actors, "ReaderActor", Suicidal)
     with (
         ReaderPool(spec, backend="ray", workers=1, prefetch=1) as stream,
         pytest.raises(UserError, match="died 2 times") as caught,
@@ -206,7 +207,7 @@ def test_a_request_that_kills_every_reader_is_named(spec, ray_cluster, monkeypat
     assert "view 3" in caught.value.where
 
 
-class Suicidal(pools._ReaderActor):
+class Suicidal(actors.ReaderActor):
     def read(self, ids, view):
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -221,7 +222,7 @@ def test_actors_end_with_the_stream_and_have_readable_names(spec, ray_cluster):
             "train-0",
             "train-1",
         ]
-        ids = ray.get([actor.process_id.remote() for actor in stream._readers._actors])
+        ids = ray.get([r.actor.process_id.remote() for r in stream._readers._readers])
         processes = [psutil.Process(i) for i in ids]
     _, alive = psutil.wait_procs(processes, timeout=30)
     assert not alive

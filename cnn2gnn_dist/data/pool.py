@@ -1,28 +1,19 @@
 """The reader pool: stateless readers, pulled in order, a few requests in flight.
 
-One of the two rooms in which Ray is met. A reader actor holds nothing but caches: when it
-dies, Ray starts another and its request is asked again. Exactly-once follows from purity.
+The same bytes in the same order from threads of this process or from Ray actors (``actors``).
+What is in flight is all there is: a consumer that stops asking stops the readers.
 """
 
 from __future__ import annotations
 
-import itertools
 import time
-import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol
-
-import numpy as np
+from typing import Protocol
 
 from cnn2gnn_dist.data.reader import Batch, Reader, ReaderSpec, Request
 from cnn2gnn_dist.errors import UserError
-
-MOST_FAILURES = 10
-"""Deaths on one request after which the request is to blame."""
-FIRST_PAUSE, LONGEST_PAUSE = 0.1, 3.0
-"""Seconds before asking again, doubling: a reader needs about one to come back."""
 
 
 class ReaderPool:
@@ -32,7 +23,8 @@ class ReaderPool:
         spec: what readers open.
         backend: "ray" (reader actors beside this process) or "local" (threads).
         workers: readers.
-        prefetch: requests in flight.
+        prefetch: most requests in flight: asked, being read, or read and not yet taken. Fewer
+            where they would not fit into Ray's object store (it says so).
         name: readable prefix of the actors' names.
 
     Attributes:
@@ -51,10 +43,12 @@ class ReaderPool:
                 where="stream.workers, stream.prefetch",
                 remedy="at least 1 for each; 4 requests in flight are enough",
             )
-        self.prefetch = prefetch
+        self.prefetch = self._depth = prefetch
         self.wait_seconds = 0.0
         if backend == "ray":
-            self._readers: _RayReaders | _LocalReaders = _RayReaders(spec, workers, name)
+            from cnn2gnn_dist.data.actors import RayReaders
+
+            self._readers: _Readers = RayReaders(spec, workers, name)
         elif backend == "local":
             self._readers = _LocalReaders(spec, workers)
         else:
@@ -66,9 +60,11 @@ class ReaderPool:
         """Read all requests, taken lazily; what is in flight when the caller stops is dropped.
 
         Raises:
-            UserError: a shard is missing or changed; readers keep dying on one request.
+            UserError: a shard is missing or changed; readers keep dying on one request; a batch
+                does not fit into Ray's object store.
         """
         waiting: deque[_Answer] = deque()
+        self._depth = self.prefetch
         source = iter(requests)
         try:
             self._fill(waiting, source)
@@ -81,7 +77,11 @@ class ReaderPool:
                 answer.drop()
 
     def _fill(self, waiting: deque[_Answer], source: Iterator[Request]) -> None:
-        for request in itertools.islice(source, self.prefetch - len(waiting)):
+        while len(waiting) < self._depth:
+            request = next(source, None)
+            if request is None:
+                return
+            self._depth = self._readers.depth(request, self.prefetch)
             waiting.append(self._readers.ask(request))
 
     def close(self) -> None:
@@ -112,6 +112,19 @@ class _Answer(Protocol):
         """Nobody wants it any more."""
 
 
+class _Readers(Protocol):
+    """Who reads."""
+
+    def ask(self, request: Request) -> _Answer:
+        """Read this, when its turn comes."""
+
+    def depth(self, request: Request, prefetch: int) -> int:
+        """How many requests like this may be in flight."""
+
+    def close(self) -> None:
+        """End."""
+
+
 class _LocalReaders:
     """The same readers in threads of this process."""
 
@@ -122,6 +135,9 @@ class _LocalReaders:
 
     def ask(self, request: Request) -> _Answer:
         return _LocalAnswer(self._pool.submit(self._read, request))
+
+    def depth(self, request: Request, prefetch: int) -> int:
+        return prefetch
 
     def _read(self, request: Request) -> Batch:
         reader = self._free.popleft()
@@ -145,105 +161,3 @@ class _LocalAnswer:
 
     def drop(self) -> None:
         self._future.cancel()
-
-
-class _RayReaders:
-    """Reader actors on this node, asked in turn."""
-
-    def __init__(self, spec: ReaderSpec, workers: int, name: str) -> None:
-        import ray
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-        if not ray.is_initialized():
-            raise UserError(
-                "Ray is not running in this process",
-                where="stream.backend=ray",
-                remedy="start through `cnn2gnn run`, or stream.backend=local",
-            )
-        Reader(spec).close()  # what can't be opened is said here, not by a dying actor
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        actor: Any = ray.remote(_ReaderActor)
-        how = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": 0}
-        tag = uuid.uuid4().hex[:6]
-        self._actors = [
-            actor.options(name=f"{name}-{number}-{tag}", scheduling_strategy=here, **how).remote(
-                spec
-            )
-            for number in range(workers)
-        ]
-        self._turn = 0
-
-    def ask(self, request: Request) -> _Answer:
-        actor = self._actors[self._turn % len(self._actors)]
-        self._turn += 1
-        return _RayAnswer(actor, request)
-
-    def close(self) -> None:
-        import ray
-
-        if ray.is_initialized():  # after its end the actors are gone anyway
-            for actor in self._actors:
-                ray.kill(actor)
-        self._actors = []
-
-
-class _RayAnswer:
-    """A request that is asked again when its reader dies."""
-
-    def __init__(self, actor: Any, request: Request) -> None:
-        self._actor, self._request = actor, request
-        self._ask()
-
-    def _ask(self) -> None:
-        self._reference = self._actor.read.remote(self._request.ids, self._request.view)
-
-    def wait(self) -> Batch:
-        import ray
-        from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
-
-        failures = 0
-        while True:
-            try:
-                images, labels, ids, valid, problems = ray.get(self._reference)
-                # Views of the object store pin it: copy once, then let go.
-                return Batch(images.copy(), labels.copy(), ids.copy(), valid.copy(), problems)
-            except RayTaskError as error:
-                if isinstance(error.cause, UserError):
-                    raise error.cause from None
-                raise
-            except (RayActorError, OutOfMemoryError, ObjectLostError) as error:
-                failures += 1
-                if failures == MOST_FAILURES:
-                    raise self._hopeless(error) from error
-            time.sleep(min(FIRST_PAUSE * 2 ** (failures - 1), LONGEST_PAUSE))
-            self._ask()
-
-    def _hopeless(self, error: Exception) -> UserError:
-        return UserError(
-            f"a reader died {MOST_FAILURES} times on one request: {error}",
-            where=f"sample ids {self._request.ids[:4].tolist()}…, view {self._request.view}",
-            remedy="see the readers' logs (in Ray's session folder); memory is the usual reason: "
-            "fewer stream.workers, a smaller stream.prefetch",
-        )
-
-    def drop(self) -> None:
-        self._reference = None  # Ray frees the result with its last reference
-
-
-class _ReaderActor:
-    """A reader in a process of its own."""
-
-    def __init__(self, spec: ReaderSpec) -> None:
-        import torch
-
-        torch.set_num_threads(1)
-        self._reader = Reader(spec)
-
-    def read(self, ids: np.ndarray, view: int) -> tuple[Any, ...]:
-        batch = self._reader.read(Request(ids, view))
-        return batch.images, batch.labels, batch.ids, batch.valid, batch.problems
-
-    def process_id(self) -> int:
-        import os
-
-        return os.getpid()

@@ -6,13 +6,16 @@ when one rank dies all are replaced, and the stage continues from its last check
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -21,6 +24,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.runtime import shutdown
 from cnn2gnn_dist.runtime.ranks import Ranks
 
 READY_SECONDS = 60.0
@@ -37,10 +41,32 @@ class GroupSpec:
     max_failures: int = 3
 
 
-def start(address: str | None, cpus: int) -> None:
+_session: shutdown.Session | None = None
+
+
+@contextmanager
+def running(address: str | None, cpus: int, logs: Path | None = None) -> Iterator[None]:
+    """A cluster for the length of this block: ``start``, and ``stop`` however the block ends."""
+    start(address, cpus, logs)
+    try:
+        yield
+    except BaseException:
+        stop(failed=True)
+        raise
+    stop()
+
+
+def start(address: str | None, cpus: int, logs: Path | None = None) -> None:
     """Connect to a cluster (``address``, or ``RAY_ADDRESS`` inside a job), or start Ray here.
 
-    A cluster started here listens on loopback only and ends with this process.
+    A cluster started here listens on loopback only, keeps all its files in one temporary
+    folder, and leaves neither them nor a process however this process ends (see
+    ``runtime.shutdown``). From then on SIGTERM ends this process in order, with exit code 143.
+
+    Args:
+        address: of a cluster; None starts one.
+        cpus: at least so many for a cluster started here.
+        logs: folder for Ray's logs when a cluster started here ends badly; replaced if there.
 
     Raises:
         UserError: the address does not answer.
@@ -49,28 +75,63 @@ def start(address: str | None, cpus: int) -> None:
         return
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     address = address or os.environ.get("RAY_ADDRESS")
-    if address and not address.startswith("http"):
-        try:
-            ray.init(address=address)
-        except (ConnectionError, RayError, RuntimeError) as error:
-            raise UserError(
-                f"no Ray cluster answers at {address}: {error}",
-                where="cluster.address",
-                remedy="start one (`ray start --head`), mend the address, or leave it null",
-            ) from None
-        return
+    with shutdown.orderly_sigterm():
+        if address and not address.startswith("http"):
+            _connect(address)
+        else:
+            _start_here(cpus, logs)
+
+
+def _connect(address: str) -> None:
+    try:
+        ray.init(address=address)
+    except (ConnectionError, RayError, RuntimeError) as error:
+        raise UserError(
+            f"no Ray cluster answers at {address}: {error}",
+            where="cluster.address",
+            remedy="start one (`ray start --head`), mend the address, or leave it null",
+        ) from None
+
+
+def _start_here(cpus: int, logs: Path | None) -> None:
+    global _session
     _stay_on_loopback()
-    ray.init(
-        num_cpus=max(cpus, os.cpu_count() or 1),
-        include_dashboard=False,
-        _node_ip_address="127.0.0.1",
-        logging_level=logging.WARNING,
-    )
+    _session = shutdown.Session.begin(logs)
+    try:
+        with _session.environment():
+            ray.init(
+                address="local",  # else Ray joins whatever cluster was started here last
+                num_cpus=max(cpus, os.cpu_count() or 1),
+                include_dashboard=False,
+                _node_ip_address="127.0.0.1",
+                _temp_dir=str(_session.traces.folder),
+                logging_level=logging.WARNING,
+            )
+    except BaseException:
+        stop(failed=True)
+        raise
+    atexit.register(_stop_at_exit)  # after Ray's own, so before them when the time comes
 
 
-def stop() -> None:
-    """Leave the cluster; one started here ends. The ranks' last lines are shown first."""
+def stop(failed: bool = False) -> None:
+    """Leave the cluster; one started here ends, and nothing of it stays.
+
+    The ranks' last lines are shown first. Of a ``failed`` session the logs are kept, where
+    ``start`` was told, and a line on stderr says so.
+    """
+    global _session
+    session, _session = _session, None
     ray.shutdown()
+    if session is not None:
+        atexit.unregister(_stop_at_exit)
+        kept = session.end(failed=failed)
+        if kept is not None:
+            print(f"Ray's logs were kept in {kept}", file=sys.stderr, flush=True)
+
+
+def _stop_at_exit() -> None:
+    if _session is not None and os.getpid() == _session.driver:
+        stop(failed=True)
 
 
 def gpus() -> int:
@@ -95,7 +156,8 @@ def run_group(
     """
     for attempt in range(spec.max_failures + 1):
         try:
-            return _attempt(target, kwargs, spec)
+            with shutdown.exit_code_kept():
+                return _attempt(target, kwargs, spec)
         except LostRank as lost:
             if attempt == spec.max_failures:
                 raise UserError(
@@ -147,7 +209,8 @@ def _launch(actors: list[Any], target: str, kwargs: dict[str, Any], spec: GroupS
         # Ray shows each actor only its own GPU, which is then number 0 there.
         local = 0 if spec.gpus_per_rank else nodes[:rank].count(nodes[rank])
         ranks = Ranks(rank, local, spec.world_size, address, port)
-        refs.append(actor.run.remote(target, ranks, kwargs, list(sys.path)))
+        beside = nodes.count(nodes[rank])
+        refs.append(actor.run.remote(target, ranks, beside, kwargs, list(sys.path)))
     return refs
 
 
@@ -217,9 +280,12 @@ class _Rank:
     def node(self) -> str:
         return ray.get_runtime_context().get_node_id()
 
-    def run(self, target: str, ranks: Ranks, kwargs: dict[str, Any], path: list[str]) -> Any:
+    def run(
+        self, target: str, ranks: Ranks, beside: int, kwargs: dict[str, Any], path: list[str]
+    ) -> Any:
+        """Call the target; ``beside`` is the number of ranks on this node."""
         sys.path.extend(entry for entry in path if entry not in sys.path)
-        os.environ.update(ranks.environment())
+        os.environ.update(ranks.environment(), LOCAL_WORLD_SIZE=str(beside))
         module, _, function = target.partition(":")
         return getattr(import_module(module), function)(ranks=ranks, **kwargs)
 

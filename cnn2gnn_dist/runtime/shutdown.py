@@ -1,0 +1,144 @@
+"""Nothing is left behind, however the driver ends: the driver's side.
+
+| the driver                      | who cleans up, and the exit code                   |
+|---------------------------------|----------------------------------------------------|
+| calls ``group.stop()``          | ``stop``                                           |
+| returns or raises without it    | the same, at exit                                  |
+| gets SIGTERM                    | the same; 143 (a second SIGTERM is not waited for) |
+| gets SIGKILL, SIGHUP, crashes   | the watcher, within seconds                        |
+
+Only for a Ray that this process has started; a cluster one connects to is others'.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from cnn2gnn_dist.runtime import watcher
+from cnn2gnn_dist.runtime.watcher import MARK, Traces
+
+LONGEST_FOLDER = 40
+"""Characters: below it Ray puts sockets of 64 more, and a socket's path has at most 107."""
+ENDED_BY_SIGTERM = 128 + signal.SIGTERM
+
+_terminated = threading.Event()
+
+
+@dataclass
+class Session:
+    """The traces of the Ray that this process starts, and the watcher that minds them.
+
+    Attributes:
+        traces: what is to be cleared.
+        driver: pid of the process that has begun the session; only it may end it.
+    """
+
+    traces: Traces
+    driver: int
+    _watcher: subprocess.Popen[bytes]
+
+    @classmethod
+    def begin(cls, logs: Path | None = None) -> Session:
+        """Make the folder, start the watcher.
+
+        Args:
+            logs: folder that gets Ray's logs when the session ends badly (replaced if there).
+        """
+        folder = Path(tempfile.mkdtemp(prefix="cnn2gnn-", dir=_short_place()))
+        (folder / "tmp").mkdir()
+        traces = Traces(folder, secrets.token_hex(16), logs)
+        arguments = [str(folder), traces.mark, *([str(logs.absolute())] if logs else [])]
+        process = subprocess.Popen(
+            [sys.executable, "-P", watcher.__file__, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        session = cls(traces, os.getpid(), process)
+        # A forked child would hold the pipe open after its parent's death.
+        os.register_at_fork(after_in_child=session._forget)
+        return session
+
+    @contextlib.contextmanager
+    def environment(self) -> Iterator[None]:
+        """What Ray's processes inherit: the mark, and a temporary folder that goes with them."""
+        ours = {MARK: self.traces.mark, "TMPDIR": str(self.traces.folder / "tmp")}
+        before = {name: os.environ.get(name) for name in ours}
+        os.environ.update(ours)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
+
+    def end(self, *, failed: bool) -> Path | None:
+        """Clear what is left, send the watcher home; returns where the logs were kept, if so.
+
+        In a forked child of the driver nothing happens.
+        """
+        if os.getpid() != self.driver:
+            return None
+        kept = self.traces.clear(keep_logs=failed)
+        with contextlib.suppress(subprocess.TimeoutExpired, BrokenPipeError):
+            self._watcher.communicate(watcher.DONE, timeout=watcher.PATIENCE_SECONDS)
+        return kept
+
+    def _forget(self) -> None:
+        if self._watcher.stdin is not None:
+            self._watcher.stdin.close()
+
+
+@contextlib.contextmanager
+def orderly_sigterm() -> Iterator[None]:
+    """Ray replaces the handler of SIGTERM inside this block; afterwards it is an orderly end.
+
+    A handler that the program had set itself is put back instead.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        ours = before in (signal.SIG_DFL, None)
+        signal.signal(signal.SIGTERM, _terminate if ours else before)
+
+
+@contextlib.contextmanager
+def exit_code_kept() -> Iterator[None]:
+    """Ray turns any exit out of ``ray.get`` into exit code 1: SIGTERM's is put back."""
+    try:
+        yield
+    except SystemExit:
+        if _terminated.is_set():
+            raise SystemExit(ENDED_BY_SIGTERM) from None
+        raise
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    _terminated.set()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the next one doesn't wait; the watcher does
+    raise SystemExit(ENDED_BY_SIGTERM)
+
+
+def _short_place() -> str:
+    """Where Ray would put its things ($RAY_TMPDIR, else the temporary folder), if short enough."""
+    room = LONGEST_FOLDER - len("/cnn2gnn-12345678")
+    place = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    return place if len(place) <= room else "/tmp"

@@ -1,0 +1,110 @@
+"""What a Ray that was started here has left: found, ended, removed. Also the process that waits for it.
+
+A driver killed by SIGKILL cleans nothing up, and Ray's agents live on. So a watcher, in a session
+of its own, holds the read end of a pipe whose write end lives in the driver alone: when the
+pipe closes without a word, the watcher does what the driver should have done. It imports
+neither Ray nor torch, and is run by its path: ``python -P watcher.py FOLDER MARK [LOGS]``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+MARK = "CNN2GNN_SESSION"
+"""Environment variable that every process of a session inherits."""
+GRACE_SECONDS = 1.0
+"""For processes to end by themselves, before they are killed."""
+PATIENCE_SECONDS = 30.0
+"""Until a process that can't be killed (a disk that doesn't answer) is given up."""
+DONE = b"done"
+"""What the driver writes when nothing is left to do."""
+
+
+@dataclass(frozen=True)
+class Traces:
+    """What belongs to one session, and to it alone.
+
+    Attributes:
+        folder: where its Ray keeps everything; nobody else's things are in it.
+        mark: value of ``MARK`` in the environment of its processes; not to be guessed.
+        logs: where Ray's logs are kept when the session ends badly; None: nowhere.
+    """
+
+    folder: Path
+    mark: str
+    logs: Path | None = None
+
+    def processes(self) -> list[psutil.Process]:
+        """Its living processes, but not this one."""
+        me = os.getpid()
+        return [p for p in psutil.process_iter() if p.pid != me and self._owns(p)]
+
+    def _owns(self, process: psutil.Process) -> bool:
+        try:
+            if process.status() == psutil.STATUS_ZOMBIE:
+                return False
+            if process.environ().get(MARK) == self.mark:
+                return True
+            # Ray's agents write their title over their environment; their logs are open.
+            if not "".join(process.cmdline()[:1]).startswith("ray::"):
+                return False
+            return any(self.folder in Path(f.path).parents for f in process.open_files())
+        except (psutil.Error, OSError):  # gone meanwhile, or another user's
+            return False
+
+    def clear(self, keep_logs: bool) -> Path | None:
+        """End the processes and remove the folder; may be called again, and by two at once.
+
+        Returns where the logs are now, if they were kept.
+        """
+        self._end()
+        kept = self._keep_logs() if keep_logs else None
+        shutil.rmtree(self.folder, ignore_errors=True)
+        return kept
+
+    def _end(self) -> None:
+        began = time.monotonic()
+        while left := self.processes():  # until none: one may start another before it dies
+            waited = time.monotonic() - began
+            if waited > PATIENCE_SECONDS:
+                return
+            if waited > GRACE_SECONDS:
+                for process in left:
+                    with contextlib.suppress(psutil.Error):
+                        process.kill()  # psutil looks whether the pid is still the same process
+            time.sleep(0.05)
+
+    def _keep_logs(self) -> Path | None:
+        """Only beside what is already there: a run that made no folder gets none from us."""
+        found = sorted(self.folder.glob("session_2*/logs"))
+        if self.logs is None or not found:
+            return None
+        with contextlib.suppress(OSError):
+            if not any(self.logs.parent.iterdir()):
+                return None
+            shutil.rmtree(self.logs, ignore_errors=True)
+            shutil.copytree(found[-1], self.logs)
+            return self.logs
+        return None
+
+
+def main() -> None:
+    """Wait for the end of the driver; clear its traces unless it said that it did."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # meant for the driver, whose end is seen here
+    folder, mark, *logs = sys.argv[1:]
+    if sys.stdin.buffer.read() != DONE:
+        Traces(Path(folder), mark, Path(logs[0]) if logs else None).clear(keep_logs=True)
+
+
+if __name__ == "__main__":
+    main()

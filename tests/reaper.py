@@ -1,0 +1,84 @@
+"""Start a driver, let it end as told, and say what is left of it: ``python reaper.py JOB.json``.
+
+This process is the subreaper of all that the driver starts: whatever loses its parent becomes a
+child of ours, so nothing escapes, and nothing of other people's is counted. It may run in a mount
+namespace of its own (``private``), and then has a /dev/shm of its own. The job: ``command``,
+``environment``, ``signal`` (a number or null, sent when the driver prints its line "streaming"),
+``seconds`` to wait for what is left, ``private``, ``result`` (a path).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+PR_SET_CHILD_SUBREAPER = 36
+
+
+def main() -> None:
+    job = json.loads(Path(sys.argv[1]).read_text())
+    if job["private"]:
+        subprocess.run(["mount", "-t", "tmpfs", "tmpfs", "/dev/shm"], check=True)
+    shared = set(os.listdir("/dev/shm"))
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl")
+    driver = subprocess.Popen(
+        job["command"],
+        env=job["environment"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    assert driver.stdout is not None
+    seen, started = [], []
+    for line in driver.stdout:
+        seen.append(line)
+        if line.startswith("streaming"):
+            started = [_name(p) for p in psutil.Process().children(recursive=True)]
+            if job["signal"] is not None:
+                os.kill(driver.pid, job["signal"])
+    code = driver.wait()
+    left = _left(job["seconds"])
+    result = {"code": code, "output": "".join(seen), "started": started, "left": left}
+    result["shared"] = sorted(set(os.listdir("/dev/shm")) - shared)
+    Path(job["result"]).write_text(json.dumps(result))
+
+
+def _left(seconds: float) -> list[str]:
+    """Names of what lives on after ``seconds``; it is killed then."""
+    deadline = time.monotonic() + seconds
+    while True:
+        with contextlib.suppress(ChildProcessError):  # as init does: else zombies would be left
+            while os.waitpid(-1, os.WNOHANG) != (0, 0):
+                pass
+        children = psutil.Process().children(recursive=True)
+        if not children:
+            return []
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
+    names = [_name(child) for child in children]
+    for child in children:
+        with contextlib.suppress(psutil.Error):
+            child.kill()
+    return names
+
+
+def _name(process: psutil.Process) -> str:
+    try:
+        return f"{process.name()}: {' '.join(process.cmdline())[:120]}"
+    except psutil.Error:
+        return "?"
+
+
+if __name__ == "__main__":
+    main()

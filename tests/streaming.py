@@ -1,0 +1,41 @@
+"""A small driver of a stream, for tests of how it ends: python streaming.py MANIFEST BACKEND END."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+
+import numpy as np
+
+from cnn2gnn_dist.data.manifest import Manifest
+from cnn2gnn_dist.data.pool import ReaderPool
+from cnn2gnn_dist.data.reader import ReaderSpec, Request
+from cnn2gnn_dist.data.views import ViewSpec
+
+ENOUGH = 6
+
+
+def main() -> None:
+    """Read for ever, or until the end that was asked for."""
+    manifest, backend, end = sys.argv[1:]
+    if backend == "ray":
+        from cnn2gnn_dist.runtime import group
+
+        group.start(None, cpus=2)
+    samples = len(Manifest.load(manifest))
+    requests = (Request(np.arange(n, n + 8) % samples, n) for n in itertools.count())
+    spec = ReaderSpec(manifest, ViewSpec("crop_flip", 32))
+    with ReaderPool(spec, backend=backend, workers=2, prefetch=4) as stream:
+        for number, _ in enumerate(stream.batches(requests)):
+            if number == ENOUGH:
+                print("streaming", flush=True)
+                if end == "raise":
+                    raise RuntimeError("the trainer is broken")
+                if end == "return":
+                    break
+    if backend == "ray" and end == "stop":
+        group.stop()
+
+
+if __name__ == "__main__":
+    main()

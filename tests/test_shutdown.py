@@ -1,0 +1,124 @@
+"""However a driver of a stream ends: no process, no file, no shared memory is left of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import runs
+from helpers import make_shards, random_images
+
+from cnn2gnn_dist.data.manifest import index
+
+TESTS = Path(__file__).resolve().parent
+SECONDS = 20.0
+"""Until what is left counts as left: a limit for machines under load, not a measurement."""
+
+NAMESPACE = ["unshare", "--mount"] if os.geteuid() == 0 and shutil.which("unshare") else []
+"""With a /dev/shm of one's own nobody else's coming and going there is counted."""
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="the test's subreaper is Linux's"),
+]
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shutdown")
+    shards = make_shards(folder / "s", random_images(40), np.arange(40) % 7)
+    index(shards, progress=False).save(folder / "m.arrow")
+    return folder / "m.arrow"
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """A temporary folder of the driver's own; short, for a socket's path has 107 bytes."""
+    folder = Path(tempfile.mkdtemp(prefix="e", dir="/tmp"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def end(place: Path, tmp_path: Path, command: list[str], number: int | None, **more: str) -> dict:
+    """Exit code and output of a driver that gets this signal while it streams; what it left."""
+    environment = runs.environment(
+        RAY_AUTH_MODE="token",
+        RAY_AUTH_TOKEN=secrets.token_hex(32),
+        TMPDIR=str(place),
+        PYTHONPATH=os.pathsep.join([str(TESTS.parent), str(TESTS)]),
+        **more,
+    )
+    job = {
+        "command": [sys.executable, *command],
+        "environment": environment,
+        "signal": number,
+        "seconds": SECONDS,
+        "private": bool(NAMESPACE),
+        "result": str(tmp_path / "result.json"),
+    }
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    reaper = [sys.executable, str(TESTS / "reaper.py"), str(tmp_path / "job.json")]
+    subprocess.run([*NAMESPACE, *reaper], check=True, timeout=240)
+    result = json.loads((tmp_path / "result.json").read_text())
+    result["files"] = sorted(str(path.relative_to(place)) for path in place.rglob("*"))
+    return result
+
+
+def assert_nothing_left(result: dict) -> None:
+    assert result["left"] == [], result["output"]
+    assert result["files"] == []
+    assert result["shared"] == []
+
+
+@pytest.mark.parametrize(
+    ("how", "number", "code"),
+    [
+        ("stop", signal.SIGTERM, 143),
+        ("stop", signal.SIGKILL, -signal.SIGKILL),
+        ("stop", signal.SIGINT, 1),
+        ("return", None, 0),
+        ("raise", None, 1),
+    ],
+)
+def test_nothing_is_left_of_a_ray_driver(manifest, place, tmp_path, how, number, code):
+    command = [str(TESTS / "streaming.py"), str(manifest), "ray", how]
+    result = end(place, tmp_path, command, number)
+    assert result["code"] == code, result["output"]
+    if number == signal.SIGINT:
+        assert result["output"].rstrip().endswith("KeyboardInterrupt")
+    # It had something to leave: the readers, Ray's daemons, the watcher.
+    names = " ".join(result["started"])
+    for part in ("raylet", "gcs_server", "ray::ReaderActor", "ray::DashboardAgent", "watcher.py"):
+        assert part in names
+    assert_nothing_left(result)
+    if how == "raise":
+        assert "the trainer is broken" in result["output"]
+
+
+@pytest.mark.parametrize(
+    ("how", "number", "code"),
+    [
+        ("stop", signal.SIGTERM, -signal.SIGTERM),
+        ("stop", signal.SIGKILL, -signal.SIGKILL),
+        ("stop", signal.SIGINT, -signal.SIGINT),
+        ("return", None, 0),
+        ("raise", None, 1),
+    ],
+)
+def test_nothing_is_left_of_a_local_driver(manifest, place, tmp_path, how, number, code):
+    command = [str(TESTS / "streaming.py"), str(manifest), "local", how]
+    result = end(place, tmp_path, command, number)
+    assert result["code"] == code, result["output"]
+    assert_nothing_left(result)
+    for noise in ("resource_tracker", "leaked", "Exception ignored"):
+        assert noise not in result["output"]
