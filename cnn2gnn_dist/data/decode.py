@@ -10,43 +10,94 @@ MAX_PIXELS = 89_478_485
 """Larger images are refused: a small file can unfold to fill the memory. Pillow's own limit,
 above which it would warn, and above twice of which raise."""
 
+MAX_WORK = 32 * MAX_PIXELS
+"""Most pixels times scans of a JPEG: a file of a megabyte can ask for hours of passes."""
+
+KINDS = ("JPEG", "PNG", "GIF", "BMP", "DIB", "PPM", "WEBP", "TIFF")
+"""What Pillow may take the bytes for. It knows formats that start other programs."""
+
 
 class CorruptSample(Exception):
     """The bytes are no whole image."""
 
 
-def decode(data: bytes) -> np.ndarray:
+def decode(data: bytes, into_HWC: np.ndarray | None = None) -> np.ndarray:
     """Pixels [H, W, 3] uint8, RGB. Grey, CMYK, palette and PNG-named-.jpg images are converted.
 
-    EXIF orientation is not applied, as in torchvision.
+    EXIF orientation is not applied, as in torchvision. ``into_HWC`` (contiguous) is filled and
+    returned if it has the image's shape and the image is a JPEG; it may be left half written.
 
     Raises:
         CorruptSample: truncated, no image, or too large.
     """
-    if data[:2] == b"\xff\xd8":
-        import simplejpeg
+    size = jpeg_size(data)
+    if size is None:
+        return _by_pillow(data)
+    return _jpeg(data, into_HWC if into_HWC is not None and into_HWC.shape[:2] == size else None)
 
-        try:
-            high, wide, space, _ = simplejpeg.decode_jpeg_header(data)
-            _check_size(wide, high)
-            if space != "CMYK" and space != "YCCK":
-                return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
-        except ValueError as error:
-            raise CorruptSample(str(error)) from None
-    return _by_pillow(data)
+
+def jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """Height and width of a JPEG of a kind that :func:`decode_crop` cuts; None: decode it to know.
+
+    Raises:
+        CorruptSample: no sound header, or too large.
+    """
+    if data[:2] != b"\xff\xd8":
+        return None
+    import simplejpeg
+
+    try:
+        high, wide, space, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError as error:
+        raise CorruptSample(str(error)) from None
+    _check_size(wide, high)
+    if high * wide * len(data) > MAX_WORK:  # else there is no room for so many scans
+        scans = data.count(b"\xff\xda")
+        if high * wide * scans > MAX_WORK:
+            raise CorruptSample(f"{wide} x {high} pixels in {scans} scans")
+    return None if space in ("CMYK", "YCCK") else (high, wide)
+
+
+def decode_crop(
+    data: bytes, size: tuple[int, int], top: int, left: int, high: int, wide: int
+) -> np.ndarray:
+    """Rows [top, top + high) and columns [left, left + wide) of a JPEG of a known ``size``.
+
+    The pixels [high, wide, 3] of decoding it whole, in less time where the extra is built
+    (:mod:`cnn2gnn_dist.data.partial`).
+
+    Raises:
+        CorruptSample: as :func:`decode`; with the extra, damage below the crop may stay unseen.
+    """
+    from cnn2gnn_dist.data import partial  # here: it is also run by its name
+
+    crop = partial.crop(data, *size, top, left, high, wide)
+    return _jpeg(data)[top : top + high, left : left + wide] if crop is None else crop
+
+
+def _jpeg(data: bytes, into_HWC: np.ndarray | None = None) -> np.ndarray:
+    import simplejpeg
+
+    try:
+        made = simplejpeg.decode_jpeg(data, "RGB", buffer=into_HWC, strict=True)
+    except ValueError as error:
+        raise CorruptSample(str(error)) from None
+    return made if into_HWC is None else into_HWC
 
 
 def _by_pillow(data: bytes) -> np.ndarray:
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=KINDS) as image:
             _check_size(*image.size)
             if image.mode == "P" and "transparency" in image.info:  # else Pillow warns
                 return np.array(image.convert("RGBA").convert("RGB"))
             return np.array(image.convert("RGB"))
     except CorruptSample:
         raise
+    except UnidentifiedImageError:
+        raise CorruptSample(f"none of {', '.join(KINDS)}, or cut in its header") from None
     except Exception as error:
         raise CorruptSample(f"{type(error).__name__}: {error}") from None
 

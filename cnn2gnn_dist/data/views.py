@@ -63,6 +63,11 @@ class ViewSpec:
                 remedy="size >= 1, pad >= 0, resize >= 1",
             )
 
+    @property
+    def short(self) -> int:
+        """Shorter side of the image that the clean view is cut from, in pixels."""
+        return round(self.size * self.resize)
+
 
 class Boxes(NamedTuple):
     """Crops of N images: pixels (top and left may be negative: padding), and mirroring."""
@@ -83,13 +88,13 @@ def boxes(
     if view == CLEAN or spec.kind == "none":
         return Boxes(none, none, none + spec.size, none + spec.size, np.zeros(n, bool))
     state = _state(spec.seed, ids, view)
-    flip = (_draw(state, 0) < 0.5) & spec.flip & (spec.kind != "shift")
     if spec.kind == "random_resized_crop":
         heights, widths = np.asarray(heights_N, np.int64), np.asarray(widths_N, np.int64)
+        flip = (_draw(state, 0) < 0.5) & spec.flip
         return Boxes(*_resized_boxes(spec, state, heights, widths), flip)
-    room = 2 * spec.pad + 1
-    top = (_draw(state, 1) * room).astype(np.int64) - spec.pad
-    left = (_draw(state, 2) * room).astype(np.int64) - spec.pad
+    draws_3N = _draw(state, np.arange(3)[:, None])
+    flip = (draws_3N[0] < 0.5) & spec.flip & (spec.kind != "shift")
+    top, left = (draws_3N[1:] * (2 * spec.pad + 1)).astype(np.int64) - spec.pad
     return Boxes(top, left, none + spec.size, none + spec.size, flip)
 
 
@@ -111,21 +116,69 @@ def render_batch(
         CorruptSample: as :func:`render`.
     """
     made = np.empty((len(images), spec.size, spec.size, 3), np.uint8)
-    if view == CLEAN or spec.kind == "none":
+    if view == CLEAN or spec.kind != "random_resized_crop":
         for row, image in enumerate(images):
-            made[row] = _clean(spec, image)
-        return made
+            clean_into(spec, made[row], image)
+        return shifted(spec, made, ids_N, view)
     heights, widths = ([image.shape[axis] for image in images] for axis in (0, 1))
     box = boxes(spec, ids_N, np.array(heights), np.array(widths), view)
     corners = zip(*(column.tolist() for column in box), strict=True)
     for row, (top, left, high, wide, flip) in enumerate(corners):
-        target = made[row, :, ::-1] if flip else made[row]
-        if spec.kind == "random_resized_crop":
-            crop = images[row][top : top + high, left : left + wide]
-            target[:] = _resized(crop, spec.size, spec.size)
-        else:
-            _shift_into(target, _clean(spec, images[row]), top, left)
+        resized_into(made[row], images[row][top : top + high, left : left + wide], flip)
     return made
+
+
+def clean_into(spec: ViewSpec, target_HWC: np.ndarray, image_HWC: np.ndarray) -> None:
+    """Write the clean view of an image: shorter side to size x resize, then the centre.
+
+    Raises:
+        CorruptSample: as :func:`render`.
+    """
+    high, wide = image_HWC.shape[:2]
+    short = spec.short
+    if min(high, wide) != short:
+        if short * short * max(high, wide) > MAX_PIXELS * min(high, wide):
+            raise CorruptSample(f"{wide} x {high} pixels are too narrow to be resized")
+        if high <= wide:
+            image_HWC = _resized(image_HWC, short, int(short * wide / high))
+        else:
+            image_HWC = _resized(image_HWC, int(short * high / wide), short)
+    high, wide = image_HWC.shape[:2]
+    top, left = round((high - spec.size) / 2.0), round((wide - spec.size) / 2.0)
+    target_HWC[:] = image_HWC[top : top + spec.size, left : left + spec.size]
+
+
+def resized_into(target_HWC: np.ndarray, image_HWC: np.ndarray, flip: bool = False) -> None:
+    """Write an image, resized to the target's size and mirrored on demand; uint8 both."""
+    made = _as_batch(image_HWC)
+    if image_HWC.shape != target_HWC.shape:
+        made = F.interpolate(made, target_HWC.shape[:2], mode="bilinear", antialias=True)
+    # torch mirrors ten times as fast as numpy copies from a reversed view.
+    _as_batch(target_HWC).copy_(made.flip(3) if flip else made)
+
+
+def shifted(spec: ViewSpec, clean_NHWC: np.ndarray, ids_N: np.ndarray, view: int) -> np.ndarray:
+    """Views [N, size, size, 3] of samples whose clean views are at hand: padded, cut, mirrored.
+
+    The array itself where the view is the clean one. Not for random resized crops.
+    """
+    if view == CLEAN or spec.kind == "none":
+        return clean_NHWC
+    n, size = len(clean_NHWC), spec.size
+    box = boxes(spec, ids_N, np.full(n, size), np.full(n, size), view)
+    pad = min(spec.pad, size)  # beyond, nothing of the image is left to be seen
+    wide = size + 2 * pad
+    padded = np.zeros((n, wide, wide, 3), np.uint8)
+    padded[:, pad : pad + size, pad : pad + size] = clean_NHWC
+    # A line of a view is one element, at every place where it may begin: copied by memcpy.
+    lines = np.ndarray(
+        (n, wide, 2 * pad + 1), f"V{3 * size}", padded, strides=(wide * wide * 3, wide * 3, 3)
+    )
+    tops = box.top_N.clip(-pad, pad)[:, None] + pad + np.arange(size)
+    made = lines[np.arange(n)[:, None], tops, box.left_N.clip(-pad, pad)[:, None] + pad]
+    pixels_NHW = made[..., None].view("V3")
+    pixels_NHW[box.flip_N] = pixels_NHW[box.flip_N, :, ::-1]
+    return pixels_NHW.view(np.uint8).reshape(n, size, size, 3)
 
 
 def uniform(seed: int, ids: np.ndarray, view: int, draw: int) -> np.ndarray:
@@ -140,8 +193,10 @@ def _state(seed: int, ids: np.ndarray, view: int) -> np.ndarray:
         return _mix(_mix(state ^ ids) ^ np.uint64(view & 0xFFFFFFFF))
 
 
-def _draw(state: np.ndarray, draw: int) -> np.ndarray:
-    return (_mix(state ^ np.uint64(draw)) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+def _draw(state: np.ndarray, draw: int | np.ndarray) -> np.ndarray:
+    return (_mix(state ^ np.asarray(draw).astype(np.uint64)) >> np.uint64(11)).astype(
+        np.float64
+    ) * 2.0**-53
 
 
 def _mix(x: np.ndarray | np.uint64) -> np.ndarray:
@@ -156,66 +211,41 @@ def _resized_boxes(
     spec: ViewSpec, state_N: np.ndarray, heights_N: np.ndarray, widths_N: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """torchvision's rule: ten attempts at area and ratio, else the largest centred crop."""
-    top, left, high, wide = np.zeros((4, len(state_N)), np.int64)
-    open_M = np.arange(len(state_N))  # rows without a crop so far
+    draws = 10 + 4 * np.arange(ATTEMPTS)[:, None] + np.arange(4)
+    u_4AN = _draw(state_N, np.ascontiguousarray(draws.T)[..., None])
     low, up = math.log(spec.ratio[0]), math.log(spec.ratio[1])
-    for attempt in range(ATTEMPTS):
-        if not len(open_M):
-            break
-        heights, widths = heights_N[open_M], widths_N[open_M]
-        draws = [_draw(state_N[open_M], 10 + 4 * attempt + d) for d in range(4)]
-        area = heights * widths * (spec.scale[0] + draws[0] * (spec.scale[1] - spec.scale[0]))
-        ratio = np.exp(low + draws[1] * (up - low))
-        w = np.round(np.sqrt(area * ratio)).astype(np.int64)
-        h = np.round(np.sqrt(area / ratio)).astype(np.int64)
-        fits = (w > 0) & (h > 0) & (w <= widths) & (h <= heights)
-        found = open_M[fits]
-        wide[found], high[found] = w[fits], h[fits]
-        top[found] = (draws[2] * (heights - h + 1)).astype(np.int64)[fits]
-        left[found] = (draws[3] * (widths - w + 1)).astype(np.int64)[fits]
-        open_M = open_M[~fits]
-    if len(open_M):
-        heights, widths = heights_N[open_M], widths_N[open_M]
+    area = heights_N * widths_N * (spec.scale[0] + u_4AN[0] * (spec.scale[1] - spec.scale[0]))
+    ratio = np.exp(low + u_4AN[1] * (up - low))
+    wide_AN = np.round(np.sqrt(area * ratio)).astype(np.int64)
+    high_AN = np.round(np.sqrt(area / ratio)).astype(np.int64)
+    fits_AN = (wide_AN > 0) & (high_AN > 0) & (wide_AN <= widths_N) & (high_AN <= heights_N)
+    first = fits_AN.argmax(axis=0), np.arange(len(state_N))
+    high, wide = high_AN[first], wide_AN[first]
+    top = (u_4AN[2][first] * (heights_N - high + 1)).astype(np.int64)
+    left = (u_4AN[3][first] * (widths_N - wide + 1)).astype(np.int64)
+    none = ~fits_AN[first]
+    if none.any():
+        heights, widths = heights_N[none], widths_N[none]
         shape = widths / heights
         w = np.where(shape > spec.ratio[1], np.round(heights * spec.ratio[1]), widths)
         h = np.where(shape < spec.ratio[0], np.round(widths / spec.ratio[0]), heights)
         # A ratio far from the image's may round to nothing.
-        high[open_M], wide[open_M] = np.maximum(h, 1).astype(np.int64), np.maximum(w, 1)
-        top[open_M] = (heights - high[open_M]) // 2
-        left[open_M] = (widths - wide[open_M]) // 2
+        high[none], wide[none] = np.maximum(h, 1).astype(np.int64), np.maximum(w, 1)
+        top[none], left[none] = (heights - high[none]) // 2, (widths - wide[none]) // 2
     return top, left, high, wide
 
 
-def _clean(spec: ViewSpec, image_HWC: np.ndarray) -> np.ndarray:
-    """Shorter side to size x resize, then the centre."""
-    high, wide = image_HWC.shape[:2]
-    short = round(spec.size * spec.resize)
-    if min(high, wide) != short:
-        if short * short * max(high, wide) > MAX_PIXELS * min(high, wide):
-            raise CorruptSample(f"{wide} x {high} pixels are too narrow to be resized")
-        if high <= wide:
-            image_HWC = _resized(image_HWC, short, int(short * wide / high))
-        else:
-            image_HWC = _resized(image_HWC, int(short * high / wide), short)
-    high, wide = image_HWC.shape[:2]
-    top, left = round((high - spec.size) / 2.0), round((wide - spec.size) / 2.0)
-    return np.ascontiguousarray(image_HWC[top : top + spec.size, left : left + spec.size])
-
-
 def _resized(image_HWC: np.ndarray, high: int, wide: int) -> np.ndarray:
-    if image_HWC.shape[:2] == (high, wide):
-        return np.ascontiguousarray(image_HWC)
-    tensor = torch.from_numpy(np.ascontiguousarray(image_HWC)).permute(2, 0, 1)[None]
-    made = F.interpolate(tensor, (high, wide), mode="bilinear", antialias=True)
-    return made[0].permute(1, 2, 0).contiguous().numpy()
+    made = np.empty((high, wide, 3), np.uint8)
+    resized_into(made, image_HWC)
+    return made
 
 
-def _shift_into(target: np.ndarray, image_HWC: np.ndarray, top: int, left: int) -> None:
-    """Fill ``target`` with the window of its size at (top, left) of the image, zeros outside."""
-    high, wide = image_HWC.shape[:2]
-    if top or left:
-        target[:] = 0
-    h, w = max(high - abs(top), 0), max(wide - abs(left), 0)
-    to_y, to_x = max(-top, 0), max(-left, 0)
-    from_y, from_x = max(top, 0), max(left, 0)
-    target[to_y : to_y + h, to_x : to_x + w] = image_HWC[from_y : from_y + h, from_x : from_x + w]
+def _as_batch(image_HWC: np.ndarray) -> torch.Tensor:
+    """[1, 3, H, W] over the same bytes.
+
+    The order of the steps matters: after it torch knows the memory as channels-last, and neither
+    turns it round for interpolating nor back.
+    """
+    tensor = torch.from_numpy(np.ascontiguousarray(image_HWC))
+    return tensor.unsqueeze(0).permute(0, 3, 1, 2)
