@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from plain_order import plain_order
+from runs import environment
 
 from cnn2gnn_dist import settings as configs
 from cnn2gnn_dist.data.arithmetic import (
@@ -338,3 +341,22 @@ def test_a_config_that_does_not_fit_the_ranks_is_refused_before_the_first_stage(
     fit.check(config, ["pack", "evaluate"], world)  # what is whole had its own ranks
     fit.check(configs.load("demo", [change, "graph.scope=batch"]), ["teacher"], 1)
     fit.check(configs.load("demo", ["graph.parts=4"]), stages, 4)
+
+
+def test_ranks_that_do_not_fit_leave_no_trace(tmp_path):
+    command = [sys.executable, "launch/train.py", "--config", "demo", f"run.dir={tmp_path / 'run'}"]
+    done = subprocess.run(
+        [*command, "graph.parts=65"], capture_output=True, text=True, env=environment()
+    )
+    assert done.returncode == 2
+    assert "65 partitions share a global batch of 64: too few for one each" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_seeds_that_not_all_random_numbers_can_take_are_refused():
+    assert configs.load("demo", [f"seed={2**63 - 1}"]).seed == 2**63 - 1
+    for seed in (2**63, -1):
+        with pytest.raises(UserError) as caught:
+            configs.load("demo", [f"seed={seed}"])
+        assert caught.value.where == "seed"
