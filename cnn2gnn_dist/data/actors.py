@@ -256,7 +256,7 @@ class _Reader:
             ray.get(self.greeting)
         except ActorDiedError as error:
             self._stillborn += 1
-            if self._stillborn == MOST_DEATHS:
+            if error.actor_init_failed or self._stillborn == MOST_DEATHS:
                 raise UserError(
                     f"a reader can't be started: {_last_line(error)}",
                     where="stream.backend=ray",

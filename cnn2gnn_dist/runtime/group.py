@@ -29,6 +29,13 @@ from cnn2gnn_dist.runtime.ranks import Ranks
 
 READY_SECONDS = 60.0
 GRACE_SECONDS = 5.0
+RAY_SETTINGS = {
+    # Batches that were taken would stay in the object store for a second.
+    "free_objects_period_milliseconds": 100,
+    # A history of all calls that nobody reads here: megabytes a minute.
+    "task_events_report_interval_ms": 0,
+}
+"""Of a cluster started here."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +113,7 @@ def _start_here(cpus: int, logs: Path | None) -> None:
                 _node_ip_address="127.0.0.1",
                 _temp_dir=str(_session.traces.folder),
                 logging_level=logging.WARNING,
+                _system_config=RAY_SETTINGS,
             )
     except BaseException:
         stop(failed=True)
