@@ -1,10 +1,10 @@
 """How fast shards become a manifest, how much memory that takes, and how soon one is loaded.
 
-PYTHONPATH=. python benchmarks/index.py [SAMPLES] [SHARDS]    # 1281167 1024 unless told; 2 minutes
+PYTHONPATH=. python benchmarks/index.py [SAMPLES] [SHARDS]    # 1281167 1024 unless told; 3 minutes
 
 1. Members a second of tarfile, webdataset and ours on the same shard, best of five, in one process.
 2. A data set of ImageNet's size as sparse tar shards: headers and labels are real, images are holes
-   (mean 110 kB), so that 140 GB take 3 GB of disk. Each step runs in a process of its own, whose
+   (mean 110 kB), so that 140 GB take 8 GB of disk for a while. Each step runs in a process of its own, whose
    peak memory counts.
 """
 
