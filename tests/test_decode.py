@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import simplejpeg
+from bombs import all_bombs
 from helpers import data_dir, encode_image, random_images
 from PIL import Image
 
@@ -89,10 +94,17 @@ def test_palette_with_transparency_does_not_warn():
     np.testing.assert_array_equal(found, np.asarray(image.convert("RGB")))
 
 
-@pytest.mark.parametrize("kind", ["WEBP", "BMP", "GIF"])
+@pytest.mark.parametrize("kind", ["WEBP", "BMP", "GIF", "PPM", "TIFF"])
 def test_other_kinds(kind):
     data = bytes_of(Image.fromarray(IMAGE), kind)
     np.testing.assert_array_equal(decode(data), by_pillow(data))
+
+
+@pytest.mark.parametrize("kind", ["ICO", "PCX", "SGI", "EPS"])
+def test_kinds_that_nobody_keeps_images_in_are_not_tried(kind):
+    """Pillow reads them; for the last one it starts Ghostscript."""
+    with pytest.raises(CorruptSample, match="none of JPEG, PNG"):
+        decode(bytes_of(Image.fromarray(IMAGE), kind))
 
 
 def test_exif_orientation_is_not_applied():
@@ -143,6 +155,80 @@ def test_too_large_is_refused_by_the_header_alone(suffix, monkeypatch):
         decode(encode_image(IMAGE, suffix))
     monkeypatch.setattr(decoding, "MAX_PIXELS", 40 * 56)
     assert decode(encode_image(IMAGE, suffix)).shape == IMAGE.shape
+
+
+SURVIVES = {
+    "png, body",
+    "png, length of a chunk",
+    "png, animation",
+    "tiff, strip",
+    "gif, frames",
+}
+"""Bombs of which the image itself is small and whole."""
+
+UNFOLD = """
+import json, resource, signal, sys, warnings
+import numpy as np
+from bombs import all_bombs
+from cnn2gnn_dist.data.decode import CorruptSample, decode
+from cnn2gnn_dist.data.imaging import fill_views
+from cnn2gnn_dist.data.views import ViewSpec
+
+warnings.simplefilter("ignore")
+bombs = all_bombs()
+spec = ViewSpec("random_resized_crop", 32)
+for data in (b"", b"\\xff\\xd8"):  # what is loaded once is loaded before the limit
+    fill_views(spec, [data], np.arange(1), 0, np.zeros((1, 32, 32, 3), np.uint8))
+signal.alarm(120)
+taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (taken + (400 << 20),) * 2)
+found = {}
+for name, data in bombs.items():
+    try:
+        found[name] = list(decode(data).shape)
+    except CorruptSample as error:
+        found[name] = str(error)
+    images = np.full((1, 32, 32, 3), 3, np.uint8)
+    for view in (-1, 0):
+        wrong = fill_views(spec, [data], np.arange(1), view, images)
+        assert bool(wrong) == isinstance(found[name], str), (name, wrong)
+        assert not wrong or (images == 3).all(), name
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the limit needs /proc")
+def test_bombs_take_neither_memory_nor_time():
+    """All in a process that may take 400 MB more: less than one image of the largest size does."""
+    run = subprocess.run(
+        [sys.executable, "-c", UNFOLD],
+        cwd=Path(__file__).parent,
+        env={"PYTHONPATH": f"{Path(__file__).parents[1]}:.", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    found = json.loads(run.stdout)
+    assert found.keys() == all_bombs().keys()
+    assert {name for name, result in found.items() if isinstance(result, list)} == SURVIVES
+    starved = {name: text for name, text in found.items() if "MemoryError" in text}
+    assert not starved
+    sizes = [name for name in found if name.endswith((", size", ", tile", ", high tile"))]
+    assert all("pixels" in found[name] or "limit" in found[name] for name in sizes), found
+
+
+def test_large_progressive_images_of_usual_scans_are_decoded(monkeypatch):
+    image = random_images(1, 300, 400)[0]
+    data = encode_image(image, "jpg", progressive=True)
+    scans = data.count(b"\xff\xda")
+    assert scans > 4
+    monkeypatch.setattr(decoding, "MAX_WORK", 300 * 400 * scans)
+    assert decode(data).shape == image.shape
+    monkeypatch.setattr(decoding, "MAX_WORK", 300 * 400 * scans - 1)
+    with pytest.raises(CorruptSample, match=f"400 x 300 pixels in {scans} scans"):
+        decode(data)
+    plain = encode_image(image, "jpg", icc_profile=b"\xff\xda" * 999)  # no scans, only their mark
+    assert decode(plain).shape == image.shape
 
 
 def test_real_photographs():
