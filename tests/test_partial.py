@@ -245,6 +245,21 @@ def test_damage_below_the_crop(use, library):
             decode(blob)
 
 
+@pytest.mark.parametrize("kind", ["420", "restarts by row"])
+def test_a_marker_below_the_crop_that_does_not_belong_there(use, library, kind):
+    data = CUT[kind](textured(160, 160))
+    use(library)
+    assert partial.crop(data, 160, 160, 0, 0, 30, 30) is not None
+    at = len(data) - 4000
+    for marker in (0xC4, 0xDA, 0xD9, 0xD8, 0xD3, 0x01):
+        damaged = data[:at] + bytes((0xFF, marker)) + data[at + 2 :]
+        assert (partial.crop(damaged, 160, 160, 0, 0, 30, 30) is None) == (
+            marker != 0xD3 or kind != "restarts by row"
+        )
+    for last in (b"\xff\xd8", b"\xff\x00", b"\xff\xff", b"\x00\xd9", b""):
+        assert partial.crop(data[:-2] + last, 160, 160, 0, 0, 30, 30) is None
+
+
 @pytest.mark.parametrize(
     "box", [(0, 0, 41, 1), (40, 0, 1, 1), (0, 60, 1, 1), (0, 0, 0, 5), (2**32 - 1, 0, 2, 2)]
 )

@@ -40,7 +40,9 @@ def crop(
     Returns:
         Pixels [high, wide, 3] uint8, RGB, as decoding it whole and cutting gives; None: not
         built or turned off, or the image is of a kind (or so damaged) that only decoding it whole
-        can tell. Damage below the crop that leaves the file's markers in order is not seen.
+        can tell, as is every file that was cut. What goes unseen is damage that shows only below
+        the crop, as too few or too many bits there: the pixels are then those of a lenient
+        decoder of the whole, such as Pillow's, where ours would call the image corrupt.
     """
     decode = _decoder()
     if decode is None:
