@@ -8,14 +8,12 @@ otherwise spill to disk without a word.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 import sys
 import uuid
 from typing import Any
 
-import numpy as np
 import ray
 from ray.exceptions import (
     ActorDiedError,
@@ -28,6 +26,7 @@ from ray.exceptions import (
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cnn2gnn_dist.data.reader import Batch, Reader, ReaderSpec, Request
+from cnn2gnn_dist.data.reader_actor import ReaderActor, batch_of
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.runtime.shutdown import exit_code_kept
 
@@ -122,7 +121,7 @@ class RayReaders:
                 while answer in self._parked:
                     self._assign([], wait=True)
                 try:
-                    return _batch(ray.get(answer.reference))
+                    return batch_of(ray.get(answer.reference))
                 except RayTaskError as error:
                     if isinstance(error.cause, UserError):
                         raise error.cause from None
@@ -267,35 +266,6 @@ class _Reader:
         else:
             self._stillborn = 0
             self.greeting = None
-
-
-class ReaderActor:
-    """A reader in a process of its own."""
-
-    def __init__(self, spec: ReaderSpec) -> None:
-        import torch
-
-        torch.set_num_threads(1)
-        self._spec = spec
-        self._reader: Reader | None = None
-        with contextlib.suppress(UserError):  # here it would be the actor's death
-            self._reader = Reader(spec)
-
-    def read(self, ids: np.ndarray, view: int) -> tuple[Any, ...]:
-        """A batch as arrays: images, labels, ids, valid; and its problems."""
-        self._reader = self._reader or Reader(self._spec)
-        batch = self._reader.read(Request(ids, view))
-        return batch.images, batch.labels, batch.ids, batch.valid, batch.problems
-
-    def process_id(self) -> int:
-        """Of the actor's process; also how it is asked whether it is there."""
-        return os.getpid()
-
-
-def _batch(arrays: tuple[Any, ...]) -> Batch:
-    images, labels, ids, valid, problems = arrays
-    # Views of the object store pin it: copy once, then let go.
-    return Batch(images.copy(), labels.copy(), ids.copy(), valid.copy(), problems)
 
 
 def _is_lost(reference: Any) -> bool:
