@@ -3,7 +3,7 @@
 This process is the subreaper of all that the driver starts: whatever loses its parent becomes a
 child of ours, so nothing escapes, and nothing of other people's is counted. It may run in a mount
 namespace of its own (``private``), and then has a /dev/shm of its own. The job: ``command``,
-``environment``, ``signal`` (a number or null, sent when the driver prints its line "streaming"),
+``environment``, ``signal`` (a number or null, sent when a line of the driver contains ``trigger``),
 ``seconds`` to wait for what is left, ``private``, ``result`` (a path).
 """
 
@@ -42,7 +42,7 @@ def main() -> None:
     seen, started = [], []
     for line in driver.stdout:
         seen.append(line)
-        if line.startswith("streaming"):
+        if not started and job["trigger"] in line:
             started = [_name(p) for p in psutil.Process().children(recursive=True)]
             if job["signal"] is not None:
                 os.kill(driver.pid, job["signal"])

@@ -49,19 +49,26 @@ def place() -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def end(place: Path, tmp_path: Path, command: list[str], number: int | None, **more: str) -> dict:
-    """Exit code and output of a driver that gets this signal while it streams; what it left."""
+def end(
+    place: Path,
+    tmp_path: Path,
+    command: list[str],
+    number: int | None,
+    trigger: str = "streaming",
+) -> dict:
+    """Exit code and output of a driver that gets this signal when it prints the trigger;
+    which processes it had then, what is left of it."""
     environment = runs.environment(
         RAY_AUTH_MODE="token",
         RAY_AUTH_TOKEN=secrets.token_hex(32),
         TMPDIR=str(place),
         PYTHONPATH=os.pathsep.join([str(TESTS.parent), str(TESTS)]),
-        **more,
     )
     job = {
         "command": [sys.executable, *command],
         "environment": environment,
         "signal": number,
+        "trigger": trigger,
         "seconds": SECONDS,
         "private": bool(NAMESPACE),
         "result": str(tmp_path / "result.json"),
@@ -122,3 +129,23 @@ def test_nothing_is_left_of_a_local_driver(manifest, place, tmp_path, how, numbe
     assert_nothing_left(result)
     for noise in ("resource_tracker", "leaked", "Exception ignored"):
         assert noise not in result["output"]
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)]
+)
+def test_nothing_is_left_of_a_run_but_its_folder(place, tmp_path, number, code):
+    """Ranks with readers of their own, under the command; Ray's logs are kept beside the results."""
+    run = tmp_path / "run"
+    command = ["-m", "cnn2gnn_dist", "run", "--config", "demo", *runs.MICRO, f"run.dir={run}"]
+    result = end(place, tmp_path, command, number, trigger="teacher  step")
+    assert result["code"] == code, result["output"]
+    names = " ".join(result["started"])
+    assert "ray::_Rank" in names or "ray::rank" in names
+    assert "ReaderActor" in names
+    assert_nothing_left(result)
+    assert (run / "ray-logs" / "raylet.out").is_file()
+    if number == signal.SIGTERM:
+        assert f"Ray's logs were kept in {run}/ray-logs" in result["output"]
+        assert "ended by SIGTERM; the same command continues" in result["output"]
+        assert "Traceback" not in result["output"]
