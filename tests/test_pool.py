@@ -278,13 +278,15 @@ def test_corrupt_samples_are_reported_not_raised(tmp_path, backend, request):
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
 def test_threads_end_with_the_pool_whatever_is_raised(spec, error):
     before = set(threading.enumerate())
-    with (
-        pytest.raises(error),
-        ReaderPool(spec, backend="local", workers=3, prefetch=5) as stream,
-    ):
-        for _ in stream.batches(some_requests(20)):
-            assert any(thread.name.startswith("reader") for thread in threading.enumerate())
-            raise error
+
+    def train():
+        with ReaderPool(spec, backend="local", workers=3, prefetch=5) as stream:
+            for _ in stream.batches(some_requests(20)):
+                assert any(thread.name.startswith("reader") for thread in threading.enumerate())
+                raise error
+
+    with pytest.raises(error):
+        train()
     assert set(threading.enumerate()) <= before
 
 
