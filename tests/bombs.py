@@ -72,7 +72,11 @@ def jpegs() -> dict[str, bytes]:
     Image.new("CMYK", (8, 8)).save(file, "JPEG")
     start = steps.rindex(b"\xff\xda")
     last = steps[start:-2]
+    frame = steps.index(b"\xff\xc2")
+    rare = steps[: frame + 11] + b"\x14" + steps[frame + 12 :]
     return {
+        "jpeg, rare chroma, size": claims(rare, b"\xff\xc2", 65500, 65500),
+        "jpeg, rare chroma, scans": claims(rare, b"\xff\xc2", 9000, 9000)[:start] + last * 3000,
         "jpeg, size": claims(plain, b"\xff\xc0", 65500, 65500),
         "jpeg, size in steps": claims(steps, b"\xff\xc2", 65500, 65500),
         "jpeg, size of four colours": claims(file.getvalue(), b"\xff\xc0", 65500, 65500),

@@ -76,6 +76,22 @@ def test_ycck_jpeg_becomes_rgb():
     np.testing.assert_array_equal(decode(data), by_pillow(data))
 
 
+@pytest.mark.parametrize(
+    ("chroma", "factors"),
+    [("444", (0x22, 0x12, 0x21)), ("411", (0x14, 0x11, 0x11))],
+    ids=str,
+)
+def test_rare_chroma_that_simplejpeg_does_not_know(chroma, factors):
+    """Sampling factors in other words: sound images (of shuffled blocks), which Pillow reads."""
+    image = random_images(1, 64, 64)[0]
+    data = bytearray(simplejpeg.encode_jpeg(image, colorsubsampling=chroma))
+    frame = data.index(b"\xff\xc0")
+    data[frame + 11 : frame + 20 : 3] = bytes(factors)
+    with pytest.raises((KeyError, ValueError)):
+        simplejpeg.decode_jpeg_header(bytes(data))
+    np.testing.assert_array_equal(decode(bytes(data)), by_pillow(bytes(data)))
+
+
 @pytest.mark.parametrize("mode", ["RGB", "L", "LA", "RGBA", "P", "1"])
 def test_png_whatever_its_name(mode):
     image = Image.fromarray(IMAGE).convert(mode)
@@ -215,6 +231,23 @@ def test_bombs_take_neither_memory_nor_time():
     assert not starved
     sizes = [name for name in found if name.endswith((", size", ", tile", ", high tile"))]
     assert all("pixels" in found[name] or "limit" in found[name] for name in sizes), found
+
+
+@pytest.mark.parametrize("how", ["lossy", "lossless", "extended"])
+def test_a_large_webp_is_refused_before_it_is_opened(how, monkeypatch):
+    """Opening it takes memory for all of its canvas."""
+    image = Image.fromarray(random_images(1, 40, 57)[0])
+    more = {"extended": {"exif": b"Exif\0\0" + bytes(9)}, "lossless": {"lossless": True}}
+    data = bytes_of(image, "WEBP", **more.get(how, {}))
+    assert data[12:16] == {"lossy": b"VP8 ", "lossless": b"VP8L", "extended": b"VP8X"}[how]
+    monkeypatch.setattr(decoding, "MAX_PIXELS", 40 * 57)
+    np.testing.assert_array_equal(decode(data), by_pillow(data))
+    monkeypatch.setattr(decoding, "MAX_PIXELS", 40 * 57 - 1)
+    opened = []
+    monkeypatch.setattr(Image, "open", lambda *_, **__: opened.append(1))
+    with pytest.raises(CorruptSample, match="57 x 40 pixels"):
+        decode(data)
+    assert not opened
 
 
 def test_large_progressive_images_of_usual_scans_are_decoded(monkeypatch):

@@ -42,7 +42,7 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
     """Height and width of a JPEG of a kind that :func:`decode_crop` cuts; None: decode it to know.
 
     Raises:
-        CorruptSample: no sound header, or too large.
+        CorruptSample: too large.
     """
     if data[:2] != b"\xff\xd8":
         return None
@@ -50,14 +50,18 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
 
     try:
         high, wide, space, _ = simplejpeg.decode_jpeg_header(data)
-    except ValueError as error:
-        raise CorruptSample(str(error)) from None
+    except (ValueError, KeyError):  # no header, or a sound one of rare chroma: Pillow can tell
+        return None
     _check_size(wide, high)
+    _check_scans(data, wide, high)
+    return None if space in ("CMYK", "YCCK") else (high, wide)
+
+
+def _check_scans(data: bytes, wide: int, high: int) -> None:
     if high * wide * len(data) > MAX_WORK and not _in_one_scan(data):  # else no room for so many
         scans = data.count(b"\xff\xda")
         if high * wide * scans > MAX_WORK:
             raise CorruptSample(f"{wide} x {high} pixels in {scans} scans")
-    return None if space in ("CMYK", "YCCK") else (high, wide)
 
 
 def _in_one_scan(data: bytes) -> bool:
@@ -109,8 +113,11 @@ def _by_pillow(data: bytes) -> np.ndarray:
     from PIL import Image, UnidentifiedImageError
 
     try:
+        _check_size(*_webp_canvas(data))
         with Image.open(io.BytesIO(data), formats=KINDS) as image:
             _check_size(*image.size)
+            if data[:2] == b"\xff\xd8":
+                _check_scans(data, *image.size)
             if image.format == "TIFF":  # a tile may be larger than its image
                 tags = image.tag_v2  # type: ignore[attr-defined]
                 _check_size(tags.get(TILE_WIDTH, 0), tags.get(TILE_HEIGHT, 0))
@@ -125,6 +132,18 @@ def _by_pillow(data: bytes) -> np.ndarray:
         raise CorruptSample(f"none of {', '.join(KINDS)}, or cut in its header") from None
     except Exception as error:
         raise CorruptSample(f"{type(error).__name__}: {error}") from None
+
+
+def _webp_canvas(data: bytes) -> tuple[int, int]:
+    """Width and height of a WebP (0, 0 of others): opening it alone takes memory for all of it."""
+    if data[:4] != b"RIFF" or data[8:12] != b"WEBP":
+        return 0, 0
+    if data[12:16] == b"VP8X":
+        return int.from_bytes(data[24:27], "little") + 1, int.from_bytes(data[27:30], "little") + 1
+    lossless = data[12:16] == b"VP8L"
+    sides = int.from_bytes(data[21:25] if lossless else data[26:30], "little")
+    shift = 14 if lossless else 16
+    return (sides & 0x3FFF) + lossless, (sides >> shift & 0x3FFF) + lossless
 
 
 def _check_size(wide: int, high: int) -> None:
