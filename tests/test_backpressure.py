@@ -179,3 +179,42 @@ def test_a_batch_larger_than_the_store_is_refused(spec, ray_cluster, monkeypatch
     ):
         list(stream.batches(requests(2)))
     assert "max_micro_batch" in caught.value.where
+
+
+class Gated(NotingActor):
+    """Its second read goes on when the test says so."""
+
+    def read(self, ids, view):
+        folder = Path(self._spec.manifest).parent
+        if view == 1:
+            (folder / "begun").touch()
+            wait_for(folder / "go")
+        return super().read(ids, view)
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert path.exists()
+
+
+@pytest.mark.slow
+def test_what_an_abandoned_loop_had_asked_of_actors_is_not_read(spec, ray_cluster, monkeypatch):
+    import ray
+
+    monkeypatch.setattr(actors, "ReaderActor", Gated)
+    folder = Path(spec.manifest).parent
+    with ReaderPool(spec, backend="ray", workers=1, prefetch=7) as stream:
+        loop = stream.batches(requests(8))
+        next(loop)
+        wait_for(folder / "begun")
+        # The second is under way, the others wait in the actor's queue.
+        queued = [answer.reference for answer in stream._readers._readers[0].asked][1:]
+        loop.close()
+        cancelled, _ = ray.wait(queued, num_returns=len(queued), timeout=30)
+        (folder / "go").touch()
+        assert len(cancelled) == len(queued) == 6
+        (last,) = stream.batches([Request(np.array([3]), 99)])
+    assert last.ids.tolist() == [3]
+    assert sorted(int(path.name) for path in (folder / "read").iterdir()) == [0, 1, 99]
