@@ -200,26 +200,23 @@ def wait_for(path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_what_an_abandoned_loop_had_asked_of_actors_is_not_read(spec, ray_cluster, monkeypatch):
+def test_what_an_abandoned_loop_had_asked_of_actors_is_cancelled(spec, ray_cluster, monkeypatch):
+    """Ray's cancelling is a message that may come late: that it is sent is all there is to see."""
     import ray
 
+    cancelled, plain = [], ray.cancel
+    monkeypatch.setattr(ray, "cancel", lambda one: (cancelled.append(one), plain(one)))
     monkeypatch.setattr(actors, "ReaderActor", Gated)
     folder = Path(spec.manifest).parent
     with ReaderPool(spec, backend="ray", workers=1, prefetch=7) as stream:
         loop = stream.batches(requests(8))
         next(loop)
         wait_for(folder / "begun")
-        # The second is under way, the others wait in the actor's queue.
-        queued = [answer.reference for answer in stream._readers._readers[0].asked][1:]
-        loop.close()
+        asked = [answer.reference for answer in stream._readers._readers[0].asked]
+        loop.close()  # the second is under way, the others wait in the actor's queue
+        assert cancelled == asked
+        assert len(asked) == 7
+        assert stream._readers._readers[0].asked == []
         (folder / "go").touch()
         (last,) = stream.batches([Request(np.array([3]), 99)])
     assert last.ids.tolist() == [3]
-    # Ray's cancelling is a message to the actor, which may come when it has begun the next.
-    read = {int(path.name) for path in (folder / "read").iterdir()} - {0, 1, 99}
-    assert len(queued) == 6
-    assert len(read) <= 3
-    for number, reference in enumerate(queued, 2):
-        if number not in read:
-            with pytest.raises(ray.exceptions.TaskCancelledError):
-                ray.get(reference)
