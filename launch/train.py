@@ -9,8 +9,10 @@ python launch/train.py --config demo               # a single process
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -59,5 +61,17 @@ def main() -> int:
     return 0
 
 
+def leave(code: int) -> NoReturn:
+    """End this process without taking the interpreter apart.
+
+    Threads of torch and gloo that ask for the interpreter lock while it is being taken apart are
+    unwound through C++ that may not throw, and a rank that was done dies of SIGABRT (seen in 3 of
+    about 40 launches). All files are closed by now.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
