@@ -97,6 +97,12 @@ class StreamConfig(Section):
     )
     workers: int = Field(1, ge=1, description="reader actors (or threads) of each rank")
     prefetch: int = Field(4, ge=1, description="requests each rank keeps in flight")
+    decoded_bytes: int = Field(
+        0,
+        ge=0,
+        description="bytes of a node's cache of decoded images, beside the manifest (0: none); "
+        "for small images: not with random_resized_crop",
+    )
     window: int = Field(
         16, ge=1, description="shards shuffled together; bounds random access per epoch"
     )

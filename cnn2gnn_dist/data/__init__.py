@@ -1,0 +1,25 @@
+"""Data: shards, their index, the order of samples, and the stream that reads them.
+
+``from cnn2gnn_dist.data import Stream, ViewSpec`` is all that another training script needs.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cnn2gnn_dist.data.stream import Stream
+    from cnn2gnn_dist.data.views import ViewSpec
+
+__all__ = ["Stream", "ViewSpec"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for, and no torch for those who only want an index."""
+    if name == "Stream":
+        from cnn2gnn_dist.data.stream import Stream
+
+        return Stream
+    if name == "ViewSpec":
+        from cnn2gnn_dist.data.views import ViewSpec
+
+        return ViewSpec
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

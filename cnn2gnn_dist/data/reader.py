@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
+from cnn2gnn_dist.data import decoded
 from cnn2gnn_dist.data.decode import CorruptSample
+from cnn2gnn_dist.data.decoded import DecodedCache
 from cnn2gnn_dist.data.imaging import fill_views
 from cnn2gnn_dist.data.manifest import Manifest
 from cnn2gnn_dist.data.storage import ShardFiles
-from cnn2gnn_dist.data.views import ViewSpec
+from cnn2gnn_dist.data.views import CLEAN, ViewSpec, shifted
 
 CHUNK = 32
 """Images decoded before they are augmented together: bounds memory, shares the draws' cost."""
@@ -41,13 +44,38 @@ class Batch:
     valid: np.ndarray
     problems: list[str] = field(default_factory=list)
 
+    def tensors(
+        self, device: str | torch.device = "cpu"
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """images uint8 [n, H, W, 3], labels int64 [n], valid bool [n] on the device.
+
+        To a GPU through pinned memory, without waiting for the copy.
+        """
+        arrays = (self.images, self.labels, self.valid)
+        images, labels, valid = (torch.from_numpy(array) for array in arrays)
+        if torch.device(device).type == "cuda":
+            images, labels, valid = (t.pin_memory() for t in (images, labels, valid))
+        return (
+            images.to(device, non_blocking=True),
+            labels.to(device, non_blocking=True),
+            valid.to(device, non_blocking=True),
+        )
+
 
 @dataclass(frozen=True)
 class ReaderSpec:
-    """What a reader needs to open itself anywhere: the manifest's path and the views."""
+    """What a reader needs to open itself anywhere.
+
+    Attributes:
+        manifest: path of the manifest.
+        views: what is made of an image.
+        decoded_bytes: most bytes of the node's cache of decoded images (0: none). Views that are
+            cut from a clean view of fixed size use it; a random resized crop does not.
+    """
 
     manifest: str
     views: ViewSpec
+    decoded_bytes: int = 0
 
 
 class Reader:
@@ -60,6 +88,12 @@ class Reader:
         self.views = spec.views
         self.manifest = Manifest.load(spec.manifest)
         self._files = ShardFiles(self.manifest)
+        self._cache: DecodedCache | None = None
+        if spec.decoded_bytes and spec.views.kind in decoded.KINDS:
+            path = decoded.cache_path(spec.manifest, self.manifest, spec.views)
+            self._cache = DecodedCache(
+                path, len(self.manifest), spec.views.size, spec.decoded_bytes
+            )
 
     def read(self, request: Request) -> Batch:
         """Read, decode and augment.
@@ -74,12 +108,38 @@ class Reader:
         size = self.views.size
         images = np.zeros((len(ids), size, size, 3), np.uint8)
         valid = np.ones(len(ids), bool)
+        if self._cache is None:
+            problems = self._read_rows(ids, request.view, images, valid)
+        else:
+            problems = self._read_cached(self._cache, ids, images, valid)
+            images = shifted(self.views, images, ids, request.view)
+        labels = self.manifest.label_N[ids].astype(np.int64)
+        return Batch(images, labels, ids.copy(), valid, problems)
+
+    def _read_cached(
+        self, cache: DecodedCache, ids: np.ndarray, clean: np.ndarray, valid: np.ndarray
+    ) -> list[str]:
+        """Fill ``clean`` with clean views, from the cache as far as they are there."""
+        there = cache.has(ids)
+        if there.all():
+            clean[:] = cache.take(ids)
+            return []
+        clean[there] = cache.take(ids[there])
+        absent = np.flatnonzero(~there)
+        made, sound = np.zeros_like(clean[absent]), np.ones(len(absent), bool)
+        problems = self._read_rows(ids[absent], CLEAN, made, sound)
+        clean[absent], valid[absent] = made, sound
+        cache.keep(ids[absent[sound]], made[sound])
+        return problems
+
+    def _read_rows(
+        self, ids: np.ndarray, view: int, images: np.ndarray, valid: np.ndarray
+    ) -> list[str]:
         problems: list[str] = []
         for first in range(0, len(ids), CHUNK):
             rows = slice(first, first + CHUNK)
-            problems += self._read_chunk(ids[rows], request.view, images[rows], valid[rows])
-        labels = self.manifest.label_N[ids].astype(np.int64)
-        return Batch(images, labels, ids.copy(), valid, problems)
+            problems += self._read_chunk(ids[rows], view, images[rows], valid[rows])
+        return problems
 
     def _read_chunk(
         self, ids: np.ndarray, view: int, images: np.ndarray, valid: np.ndarray

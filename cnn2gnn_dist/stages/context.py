@@ -102,7 +102,7 @@ class Context:
         if backend == "auto":
             backend = "ray" if self.inside_ray else "local"
         return ReaderPool(
-            ReaderSpec(str(manifest), self.views()),
+            ReaderSpec(str(manifest), self.views(), settings.decoded_bytes),
             backend=backend,
             workers=settings.workers,
             prefetch=settings.prefetch,
@@ -111,16 +111,8 @@ class Context:
 
     def to_device(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """images uint8 [n, H, W, 3], labels int64 [n], valid float32 [n] on the device."""
-        arrays = (batch.images, batch.labels, batch.valid)
-        images, labels, valid = (torch.from_numpy(array) for array in arrays)
-        if self.device == "cuda":
-            images, labels, valid = (t.pin_memory() for t in (images, labels, valid))
-        device = torch.device(self.device)
-        return (
-            images.to(device, non_blocking=True),
-            labels.to(device, non_blocking=True),
-            valid.to(device, non_blocking=True).float(),
-        )
+        images, labels, valid = batch.tensors(self.device)
+        return images, labels, valid.float()
 
 
 @dataclass
