@@ -103,6 +103,13 @@ class StreamConfig(Section):
         description="bytes of a node's cache of decoded images, beside the manifest (0: none); "
         "for small images: not with random_resized_crop",
     )
+    cache_dir: str = Field(
+        "~/.cache/cnn2gnn/shards",
+        description="folder of whole copies of remote shards, shared by all processes of a node",
+    )
+    cache_bytes: int = Field(
+        20 << 30, ge=0, description="most bytes of them (0: read the members' ranges, keep nothing)"
+    )
     window: int = Field(
         16, ge=1, description="shards shuffled together; bounds random access per epoch"
     )

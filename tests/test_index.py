@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import hashlib
+import http.server
 import json
 import os
 import pickle
 import threading
 import tracemalloc
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import archives
@@ -402,3 +405,56 @@ def test_numbers_are_checked_after_many_sound_ones(tmp_path: Path, at: int) -> N
     path.write_bytes(whole)
     with pytest.raises(UserError, match="impossible number at byte 18,432"):
         list(tar.walk(path))
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    """Serves files without a word."""
+
+    def log_message(self, *words: object) -> None:
+        """Keep silent."""
+
+
+@contextlib.contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """URL of a real HTTP server on the loopback that serves a folder."""
+    handler = functools.partial(Quiet, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_remote_shards_are_recorded_by_their_urls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As local ones, with checksums; saving, loading and checking keep the URLs as they are."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    paths = make_shards(tmp_path / "d", random_images(10, 8, 8), [0, 1] * 5, shard_size=4)
+    local = index(paths, checksums=True)
+    with served(tmp_path / "d") as url:
+        urls = [f"{url}/{path.name}?signature=of-today" for path in paths]
+        far = index(urls)
+        assert [shard.path for shard in far.shards] == urls
+        assert far.crc_N.tolist() == local.crc_N.tolist()
+        assert far.keys.to_pylist() == local.keys.to_pylist()
+        assert far.digest == local.digest  # neither host nor query count
+        far.save(tmp_path / "m.arrow")
+        loaded = Manifest.load(tmp_path / "m.arrow")
+        assert loaded.shards == far.shards
+        loaded.check_shards()
+        mixed = index([urls[0], paths[1]])
+        assert (mixed.crc_N.tolist(), mixed.digest) == (
+            local.crc_N[:8].tolist(),
+            index(paths[:2]).digest,
+        )
+        paths[1].write_bytes(paths[1].read_bytes()[:3000])
+        with pytest.raises(UserError, match="is truncated: 3,000 bytes") as caught:
+            loaded.check_shards()
+        assert caught.value.where == urls[1]
+        with pytest.raises(UserError) as caught:
+            index(urls)
+        assert urls[1] in caught.value.where

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from cnn2gnn_dist.data import urls
 from cnn2gnn_dist.errors import UserError
 
 
@@ -15,6 +16,7 @@ def expand(pattern: str | Path | Sequence[str | Path]) -> list[str]:
 
     A folder means the ``.tar`` files in it; ``{0000..1023}`` and ``{a,b}`` are spelled out as
     webdataset does; ``*``, ``?`` and ``[...]`` match, sorted by name. ``~`` is the home folder.
+    URLs (http, s3 and what else fsspec knows) work likewise, as far as their store can list.
 
     Raises:
         UserError: a pattern matches nothing, or a shard that it names does not exist.
@@ -29,6 +31,9 @@ def expand(pattern: str | Path | Sequence[str | Path]) -> list[str]:
 
 
 def _expand_one(pattern: str) -> list[str]:
+    pattern = pattern.removeprefix("file://")
+    if urls.is_remote(pattern):
+        return _expand_remote(pattern)
     if os.path.isdir(pattern):
         shards = sorted(glob.glob(os.path.join(glob.escape(pattern), "*.tar")))
         if not shards:
@@ -54,6 +59,25 @@ def _expand_one(pattern: str) -> list[str]:
             remedy="Check the pattern; relative ones start at the current folder "
             f"({os.getcwd()}). Is the data's file system mounted?",
         )
+    return shards
+
+
+def _expand_remote(pattern: str) -> list[str]:
+    """URLs are taken as they are, and looked for when they are read; globs are asked for now."""
+    shards: list[str] = []
+    for url in _spell_out(pattern):
+        path = url.partition("?")[0] if url.startswith("http") else url
+        if not (path.endswith("/") or any(sign in path for sign in "*[")):
+            shards.append(url)
+            continue
+        found = urls.matches(path)
+        if not found:
+            raise UserError(
+                "No such shard.",
+                where=url,
+                remedy="Check the URL; many web servers can't list: write {0000..1023} instead.",
+            )
+        shards += found
     return shards
 
 

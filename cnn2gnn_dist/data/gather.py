@@ -13,10 +13,12 @@ from typing import TypeVar
 import numpy as np
 import pyarrow as pa
 
+from cnn2gnn_dist.data import urls
 from cnn2gnn_dist.data.rows import COLUMNS, ShardRows, Wanted, read_shard
 from cnn2gnn_dist.data.stored import Shard
 from cnn2gnn_dist.errors import UserError
 
+_DOWNLOADS = 4  # remote shards at a time
 SHORT = 1 << 31  # bytes that 32-bit offsets reach
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -39,18 +41,25 @@ def gather(
     classes: Sequence[str] | None,
     require_labels: bool,
     checksums: bool,
-    workers: int,
+    workers: int | None,
     progress: bool,
 ) -> Gathered:
     """Read the shards in their order; see :func:`cnn2gnn_dist.data.manifest.index`."""
     from tqdm import tqdm
 
-    paths = [os.path.abspath(shard) for shard in shards]
+    names = [os.fspath(shard) for shard in shards]
+    paths = [name if urls.is_remote(name) else os.path.abspath(name) for name in names]
+    far = any(map(urls.is_remote, paths))
+    checksums = checksums or far  # what comes over a network is verified when it is read
+    workers = workers or (_DOWNLOADS if far else 1)
     wanted = Wanted(None if classes is None else len(classes), require_labels, checksums)
     found: dict[int, str | None] = {}
 
     def read(path: str) -> ShardRows:
-        return read_shard(path, wanted, found)
+        if not urls.is_remote(path):
+            return read_shard(path, wanted, found)
+        with urls.local_copy(path) as local:
+            return read_shard(os.fspath(local), wanted, found, where=path)
 
     parts: list[ShardRows] = []
     bar = tqdm(total=len(paths), desc="index", unit="shard", disable=None if progress else True)
@@ -61,10 +70,10 @@ def gather(
             parts.append(rows)
             bar.update()
     label_N = np.concatenate([rows.label_n for rows in parts])
-    names = tuple(classes) if classes is not None else class_names(label_N, found)
+    named = tuple(classes) if classes is not None else class_names(label_N, found)
     return Gathered(
         tuple(Shard(p, rows.bytes, len(rows)) for p, rows in zip(paths, parts, strict=True)),
-        names,
+        named,
         _columns(parts),
         joined([rows.keys_n for rows in parts]),
         np.concatenate([rows.crc_n for rows in parts]) if checksums else None,

@@ -12,19 +12,21 @@ import dataclasses
 import hashlib
 import json
 import os
+import posixpath
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cnn2gnn_dist.data import stored
+from cnn2gnn_dist.data import stored, urls
 from cnn2gnn_dist.data.expand import expand
-from cnn2gnn_dist.data.gather import gather, refuse_empty_classes
+from cnn2gnn_dist.data.gather import gather, in_order, refuse_empty_classes
 from cnn2gnn_dist.data.rows import COLUMNS, IMAGE_SUFFIXES
 from cnn2gnn_dist.data.split import split_per_class
 from cnn2gnn_dist.data.stored import Shard
@@ -97,11 +99,11 @@ class Manifest:
     def digest(self) -> str:
         """Hash (hex) of all rows, the class names, and the shards' file names and sizes.
 
-        Folders don't count, so data that moves keeps its digest; nor do the bytes of the images or
+        Folders and hosts don't count, so data that moves keeps its digest; nor do the bytes of the images or
         their checksums, so a run may go on when they are taken later.
         """
         digest = hashlib.sha256()
-        shards = [(os.path.basename(s.path), s.bytes, s.samples) for s in self.shards]
+        shards = [(_file_name(s.path), s.bytes, s.samples) for s in self.shards]
         digest.update(json.dumps([stored.VERSION, shards, self.classes]).encode())
         for name, kind in COLUMNS.items():
             digest.update(np.ascontiguousarray(self._column(name), kind).data)
@@ -163,16 +165,11 @@ class Manifest:
         Raises:
             UserError: a shard is missing, truncated or changed (the first is named, all counted).
         """
-        wrong: list[tuple[str, str]] = []
-        for shard in self.shards:
-            try:
-                found = os.stat(shard.path).st_size
-            except OSError as failure:
-                wrong.append((shard.path, f"cannot be read ({failure.strerror})"))
-                continue
-            if found != shard.bytes:
-                kind = "is truncated" if found < shard.bytes else "has changed"
-                wrong.append((shard.path, f"{kind}: {found:,} bytes, {shard.bytes:,} when indexed"))
+        far = any(urls.is_remote(shard.path) for shard in self.shards)
+        checked = in_order(_difference, self.shards, 8 if far else 1)
+        wrong = [
+            (shard.path, what) for shard, what in zip(self.shards, checked, strict=True) if what
+        ]
         if wrong:
             path, what = wrong[0]
             others = f" ({len(wrong) - 1} more shards are wrong)" if len(wrong) > 1 else ""
@@ -183,6 +180,27 @@ class Manifest:
             )
 
 
+def _file_name(path: str) -> str:
+    # Of a URL without its query, where signatures are that differ from day to day.
+    return (
+        posixpath.basename(urlsplit(path).path) if urls.is_remote(path) else os.path.basename(path)
+    )
+
+
+def _difference(shard: Shard) -> str:
+    """In which way a shard's file isn't the one recorded; empty if it is."""
+    try:
+        found = urls.size(shard.path) if urls.is_remote(shard.path) else os.stat(shard.path).st_size
+    except OSError as failure:
+        return f"cannot be read ({failure.strerror})"
+    except UserError as failure:
+        return f"cannot be read ({failure.what})"
+    if found == shard.bytes:
+        return ""
+    kind = "is truncated" if found < shard.bytes else "has changed"
+    return f"{kind}: {found:,} bytes, {shard.bytes:,} when indexed"
+
+
 def index(
     shards: Sequence[Path | str],
     *,
@@ -191,19 +209,20 @@ def index(
     require_labels: bool = True,
     allow_empty_classes: bool = False,
     checksums: bool = False,
-    workers: int = 1,
+    workers: int | None = None,
 ) -> Manifest:
     """Walk the shards' headers and make their manifest; of the payloads only labels are read.
 
     Args:
-        shards: tar files, in the order of their rows.
+        shards: tar files or URLs of some, in the order of their rows.
         classes: the class names. Without them there are as many as the highest label says, named
             by ``class_name`` in a sample's ``.json``, else by number.
         progress: show a progress bar when on a terminal.
         require_labels: refuse samples without ``.cls``; otherwise their label is -1.
         allow_empty_classes: accept classes without samples (a subset of a larger data set).
-        checksums: read the images too, and record their CRC-32.
-        workers: threads; more than one pays where reading waits (a network file system).
+        checksums: read the images too, and record their CRC-32; always so when a shard is remote.
+        workers: threads; more than one pays where reading waits (a network file system). Default:
+            1, or 4 when a shard is remote.
 
     Raises:
         UserError: a shard is unreadable (see :func:`cnn2gnn_dist.data.tar.samples`) or holds no

@@ -12,7 +12,7 @@ from cnn2gnn_dist.data.decode import CorruptSample
 from cnn2gnn_dist.data.decoded import DecodedCache
 from cnn2gnn_dist.data.imaging import fill_views
 from cnn2gnn_dist.data.manifest import Manifest
-from cnn2gnn_dist.data.storage import ShardFiles
+from cnn2gnn_dist.data.storage import CacheSpec, ShardFiles
 from cnn2gnn_dist.data.views import CLEAN, ViewSpec, shifted
 
 CHUNK = 32
@@ -71,11 +71,13 @@ class ReaderSpec:
         views: what is made of an image.
         decoded_bytes: most bytes of the node's cache of decoded images (0: none). Views that are
             cut from a clean view of fixed size use it; a random resized crop does not.
+        cache: of whole remote shards; None: remote samples are read one by one.
     """
 
     manifest: str
     views: ViewSpec
     decoded_bytes: int = 0
+    cache: CacheSpec | None = None
 
 
 class Reader:
@@ -87,7 +89,7 @@ class Reader:
     def __init__(self, spec: ReaderSpec) -> None:
         self.views = spec.views
         self.manifest = Manifest.load(spec.manifest)
-        self._files = ShardFiles(self.manifest)
+        self._files = ShardFiles(self.manifest, spec.cache)
         self._cache: DecodedCache | None = None
         if spec.decoded_bytes and spec.views.kind in decoded.KINDS:
             path = decoded.cache_path(spec.manifest, self.manifest, spec.views)

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from cnn2gnn_dist.data.rows import COLUMNS
+from cnn2gnn_dist.data.urls import is_remote
 from cnn2gnn_dist.errors import UserError
 
 VERSION = 1
@@ -107,13 +108,19 @@ def read(path: Path, make: Callable[[About, dict[str, np.ndarray], pa.Array], Ma
 
 def _about(header: dict[str, Any], folder: Path) -> About:
     shards = tuple(
-        Shard(os.path.join(folder, s["path"]), s["bytes"], s["samples"]) for s in header["shards"]
+        Shard(_found(s["path"], folder), s["bytes"], s["samples"]) for s in header["shards"]
     )
     return About(header["digest"], tuple(header["classes"]), shards)
 
 
+def _found(recorded: str, folder: Path) -> str:
+    return recorded if is_remote(recorded) else os.path.join(folder, recorded)
+
+
 def _recorded(path: str, folder: Path) -> str:
     """Relative to the manifest's folder when below it, so that a run can move with its shards."""
+    if is_remote(path):
+        return path
     full = Path(os.path.abspath(path))
     return str(full.relative_to(folder)) if full.is_relative_to(folder) else str(full)
 

@@ -28,6 +28,8 @@ from cnn2gnn_dist.data.manifest import Manifest, index
 from cnn2gnn_dist.data.order import Order
 from cnn2gnn_dist.data.pool import ReaderPool
 from cnn2gnn_dist.data.reader import Batch, ReaderSpec, Request
+from cnn2gnn_dist.data.storage import CacheSpec
+from cnn2gnn_dist.data.urls import is_remote
 from cnn2gnn_dist.data.views import CLEAN, ViewSpec
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.runtime.ranks import Ranks
@@ -59,6 +61,8 @@ class Stream:
             batch has ``valid`` False.
         max_corrupt: share of corrupt images among this rank's above which reading stops.
         decoded_bytes: most bytes of the node's cache of decoded images (small images; 0: none).
+        cache_bytes: most bytes of whole copies of remote shards in the user's cache folder (0:
+            their samples are read one by one).
 
     Raises:
         UserError: no such data, sizes that can't be shared, an unknown backend.
@@ -81,6 +85,7 @@ class Stream:
         train: bool = True,
         max_corrupt: float = 0.001,
         decoded_bytes: int = 0,
+        cache_bytes: int = 20 << 30,
     ) -> None:
         ranks = Ranks.from_environment()
         self.rank = ranks.rank if rank is None else rank
@@ -97,7 +102,12 @@ class Stream:
         self._order.check_ranks(self.world_size)
         self._corrupt: dict[str, None] = {}  # an ordered set: each counts once
         self._pool = ReaderPool(
-            ReaderSpec(str(self.manifest_path), views, decoded_bytes),
+            ReaderSpec(
+                str(self.manifest_path),
+                views,
+                decoded_bytes,
+                CacheSpec(str(_cache_folder() / "shards"), cache_bytes),
+            ),
             backend=_backend(backend),
             workers=workers,
             prefetch=prefetch,
@@ -221,13 +231,22 @@ def _manifest_of(data: str | os.PathLike[str] | Sequence[str | Path]) -> Path:
     """A manifest as it is, or that of the shards, made once on this node."""
     if isinstance(data, str | os.PathLike) and str(data).endswith(".arrow"):
         return Path(data)
-    shards = [os.path.abspath(path) for path in expand(data)]  # type: ignore[arg-type]
-    stats = [(path, os.stat(path)) for path in shards]
-    what = repr([(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats])
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    path = folder / "cnn2gnn" / f"{hashlib.sha256(what.encode()).hexdigest()[:24]}.arrow"
+    shards = expand(data)  # type: ignore[arg-type]
+    what = repr([_as_it_is_now(shard) for shard in shards])
+    path = _cache_folder() / f"{hashlib.sha256(what.encode()).hexdigest()[:24]}.arrow"
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):  # ranks of a node start together: one of them indexes
         if not path.exists():
             index(shards, allow_empty_classes=True).save(path)
     return path
+
+
+def _as_it_is_now(shard: str) -> tuple[str, int, int]:
+    if is_remote(shard):  # without asking for each: a reader refuses one of another length
+        return shard, 0, 0
+    stat = os.stat(shard)
+    return os.path.abspath(shard), stat.st_size, stat.st_mtime_ns
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "cnn2gnn"

@@ -12,6 +12,7 @@ from cnn2gnn_dist.config import Config
 from cnn2gnn_dist.data.manifest import Manifest
 from cnn2gnn_dist.data.pool import ReaderPool
 from cnn2gnn_dist.data.reader import Batch, ReaderSpec
+from cnn2gnn_dist.data.storage import CacheSpec
 from cnn2gnn_dist.data.views import ViewSpec
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.runtime.ranks import Ranks
@@ -102,7 +103,12 @@ class Context:
         if backend == "auto":
             backend = "ray" if self.inside_ray else "local"
         return ReaderPool(
-            ReaderSpec(str(manifest), self.views(), settings.decoded_bytes),
+            ReaderSpec(
+                str(manifest),
+                self.views(),
+                settings.decoded_bytes,
+                CacheSpec(settings.cache_dir, settings.cache_bytes),
+            ),
             backend=backend,
             workers=settings.workers,
             prefetch=settings.prefetch,
