@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import signal
 import sys
 
 import numpy as np
@@ -18,6 +19,8 @@ ENOUGH = 6
 def main() -> None:
     """Read for ever, or until the end that was asked for."""
     manifest, backend, end = sys.argv[1:]
+    # A shell that starts the tests in the background has SIGINT ignored, and children inherit it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if backend == "ray":
         from cnn2gnn_dist.runtime import group
 
