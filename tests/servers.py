@@ -18,21 +18,22 @@ from pathlib import Path
 from procs import free_port
 
 Fault = str | None
-"""None, "500", "404", "short" (the body stops early), "stall" (it stops and says nothing),
+"""None, "500", "403", "404", "short" (the body stops early), "stall" (it stops and says nothing),
 "drop" (the connection closes without an answer), "whole" (the range is ignored),
-"flip" (a wrong byte)."""
+"flip" (a wrong byte), "drip" (a byte now and then)."""
 
 
 class Served:
     """A folder behind HTTP.
 
     ``fault`` is asked before each GET with its number (from 0) and path; ``requests`` counts GETs
-    by path; ``sent`` bytes of bodies.
+    by path; ``sent`` bytes of bodies. ``head_fault`` is the same for HEADs, by their path.
     """
 
     def __init__(self, url: str) -> None:
         self.url = url
         self.fault: Callable[[int, str], Fault] = lambda number, path: None
+        self.head_fault: Callable[[str], Fault] = lambda path: None
         self.requests: Counter[str] = Counter()
         self.sent = 0
         self.lock = threading.Lock()
@@ -51,7 +52,7 @@ def http_server(folder: Path) -> Iterator[Served]:
             pass
 
         def do_HEAD(self) -> None:
-            self._answer(None, body=False)
+            self._answer(served.head_fault(self.path), body=False)
 
         def do_GET(self) -> None:
             with served.lock:
@@ -64,8 +65,8 @@ def http_server(folder: Path) -> Iterator[Served]:
             if fault == "drop":
                 self.close_connection = True
                 return
-            if fault == "500" or fault == "404" or not path.is_file():
-                self.send_error(500 if fault == "500" else 404)
+            if fault in ("500", "403", "404") or not path.is_file():
+                self.send_error(int(fault) if fault in ("500", "403") else 404)
                 return
             data, status = path.read_bytes(), 200
             wanted = self.headers.get("Range")
@@ -90,6 +91,10 @@ def http_server(folder: Path) -> Iterator[Served]:
                 data = data[: len(data) // 2]
                 self.close_connection = True
             with contextlib.suppress(OSError):
+                if fault == "drip":
+                    while data and not served.released.wait(0.05):
+                        self.wfile.write(data[:1])
+                        data = data[1:]
                 self.wfile.write(data)
                 served.sent += len(data)
                 if fault == "stall":

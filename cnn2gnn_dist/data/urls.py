@@ -1,37 +1,41 @@
-"""Shards behind URLs: sizes, byte ranges and whole copies through fsspec, tried again when it pays.
+"""Files that lie elsewhere, as the rest of the package sees them: lengths, ranges, whole copies.
 
-Any protocol that fsspec knows. How to reach a store is said where fsspec and the cloud's own
-tools look for it: ``FSSPEC_S3='{"key": …}'``, ``AWS_ENDPOINT_URL``, ``~/.aws``. Knows nothing of
-manifests.
+A path is local, a ``file://`` URL, which is local too, or any other URL that fsspec knows. What is
+asked of a remote one is tried again while that can help (see :mod:`.transfer`). How to
+reach a store is said where fsspec and the cloud's own tools look for it: ``FSSPEC_S3='{"key": …}'``,
+``AWS_ENDPOINT_URL``, ``~/.aws``. Nothing here knows what the files hold.
 """
 
 from __future__ import annotations
 
-import asyncio
-import functools
 import os
-import random
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO, Any, TypeVar
+from typing import Protocol
+from urllib.parse import unquote, urlsplit
 
+from cnn2gnn_dist.data import transfer
+from cnn2gnn_dist.data.transfer import Patience, Source
 from cnn2gnn_dist.errors import UserError
 
-Result = TypeVar("Result")
-
 ATTEMPTS = 6
-FIRST_PAUSE, LONGEST_PAUSE = 0.2, 5.0
-"""Seconds before trying again: doubling, each shortened by up to a half at random."""
-CONNECT_SECONDS, READ_SECONDS = 10.0, 30.0
-"""A server that does not answer, or stops in the middle, for so long counts as failed."""
-BLOCK = 8 << 20
-"""Bytes of one request of a download: what is lost when one fails."""
+"""Requests in a row that may fail without having brought a byte."""
+FIRST_PAUSE, LONGEST_PAUSE = 0.2, 20.0
+"""Seconds between two of them: doubled each time, less up to half by chance."""
+READ_SECONDS = 30.0
+"""Seconds to wait for a connection, and for the next byte."""
+SECONDS, SLOWEST = 180.0, 100_000.0
+"""Seconds for one transfer with all its tries, and bytes a second waited for beyond them."""
+
+_opened = transfer.opened
 
 
-class ShortBody(OSError):
-    """A server sent fewer bytes than it should have."""
+class Writable(Protocol):
+    """What bytes can be written to."""
+
+    def write(self, data: bytes, /) -> object:
+        """Take some."""
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
@@ -40,151 +44,79 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
     return "://" in text and not text.startswith("file://")
 
 
-def size(url: str) -> int:
-    """Length of a remote file in bytes.
+def local_path(path: str | os.PathLike[str]) -> str:
+    """A local path, also of a ``file://`` URL."""
+    text = os.fspath(path)
+    return unquote(urlsplit(text).path) if text.startswith("file://") else text
+
+
+def size(path: str) -> int:
+    """Length of a file in bytes.
 
     Raises:
-        UserError: it is not there, not to be reached, or its length is not known.
+        UserError: a remote one is not there, may not be read or can't be reached.
+        OSError: the same of a local one.
     """
-    length = _again(url, lambda: _files(url).info(url)["size"])
-    if length is None:
-        raise UserError(
-            "the server does not say how long this file is",
-            where=url,
-            remedy="download it, or serve it by a server that sends Content-Length",
-        )
-    return int(length)
+    if not is_remote(path):
+        return os.stat(local_path(path)).st_size
+    return _source().about(path).bytes
 
 
-def read_range(url: str, offset: int, count: int) -> bytes:
-    """``count`` bytes from ``offset``; servers that ignore ranges are borne with.
+def read_range(path: str, offset: int, size: int) -> bytes:
+    """``size`` bytes from ``offset``; fewer only where a local file ends. Errors as :func:`size`."""
+    if is_remote(path):
+        return _source().read_range(path, offset, size)
+    handle = os.open(local_path(path), os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.pread(handle, size, offset)
+    finally:
+        os.close(handle)
+
+
+def download(url: str, length: int, file: Writable) -> None:
+    """Write the ``length`` bytes of a remote file.
 
     Raises:
-        UserError: it is not there or not to be reached, or has fewer bytes.
+        UserError: they can't be had.
+        OSError: the file can't take them (a full disk).
     """
-    if count == 0:
-        return b""
-
-    def read() -> bytes:
-        data: bytes = _files(url).cat_file(url, start=offset, end=offset + count)
-        if len(data) > count:  # the whole file, then
-            data = data[offset : offset + count]
-        if len(data) < count:
-            raise ShortBody(f"{len(data):,} of {count:,} bytes came")
-        return data
-
-    return _again(url, read)
-
-
-def download(url: str, length: int, file: IO[bytes]) -> None:
-    """Write the whole of a remote file of ``length`` bytes.
-
-    Raises:
-        UserError: as :func:`read_range`.
-        OSError: the disk is full, or fails.
-    """
-    for first in range(0, length, BLOCK):
-        file.write(read_range(url, first, min(BLOCK, length - first)))
-    file.flush()
+    _source().fetch(url, 0, length, file.write)
 
 
 @contextmanager
 def local_copy(path: str) -> Iterator[str]:
-    """A local file of the same bytes: the path itself, or a copy that is deleted afterwards."""
+    """A path to a whole local copy, there as long as the context: the file itself if it is local.
+
+    A remote one lies in a temporary file without a name: gone afterwards, however this process
+    ends.
+
+    Raises:
+        UserError: it can't be read, or there is no disk for it.
+    """
     if not is_remote(path):
-        yield path
+        yield local_path(path)
         return
-    with tempfile.NamedTemporaryFile(prefix="cnn2gnn-", suffix=".tar") as file:
-        download(path, size(path), file)  # type: ignore[arg-type]
-        yield file.name
+    with tempfile.TemporaryFile(prefix="cnn2gnn-") as file:
+        try:
+            download(path, size(path), file)
+            file.flush()
+        except OSError as error:
+            raise UserError(
+                f"there is no disk for a copy: {error.strerror}",
+                where=path,
+                remedy=f"make room in {tempfile.gettempdir()}, or set TMPDIR to another disk",
+            ) from None
+        yield f"/proc/self/fd/{file.fileno()}"
 
 
 def matches(pattern: str) -> list[str]:
-    """URLs that a glob, or a folder's URL with a slash at its end, stands for, sorted.
+    """URLs that a remote glob means, or the ``.tar`` files of a folder ("/" at its end), sorted.
 
     Raises:
-        UserError: the store is not to be reached, or can't list.
+        UserError: the store can't be reached, or can't list.
     """
-    files = _files(pattern)
-    wanted = f"{pattern}*.tar" if pattern.endswith("/") else pattern
-    found = _again(pattern, lambda: files.glob(wanted))
-    return sorted(files.unstrip_protocol(name) for name in found)
+    return _source().matches(pattern + "*.tar" if pattern.endswith("/") else pattern)
 
 
-def _again(url: str, do: Callable[[], Result]) -> Result:
-    draws = random.Random(url)
-    for attempt in range(ATTEMPTS):
-        try:
-            return do()
-        except UserError:
-            raise
-        except ImportError as error:
-            raise UserError(
-                f"this kind of URL needs a package that is not installed: {error}",
-                where=url,
-                remedy="pip install 'cnn2gnn-dist[remote]'",
-            ) from None
-        except Exception as error:
-            if not _transient(error) or attempt == ATTEMPTS - 1:
-                tries = f" ({attempt + 1} attempts)" if attempt else ""
-                raise UserError(
-                    f"this can't be read{tries}: {type(error).__name__}: {error}",
-                    where=url,
-                    remedy="check the URL, the credentials and the network",
-                ) from error
-        pause = min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE)
-        time.sleep(pause * (1 - draws.random() / 2))
-    raise AssertionError("unreachable")
-
-
-def _transient(error: BaseException) -> bool:
-    """Whether trying again may help: broken connections, timeouts, a server's own errors."""
-    if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | ValueError):
-        return False
-    status = getattr(error, "status", None)
-    if status is not None:
-        return status >= 500 or status in (408, 429)
-    # aiohttp's and botocore's errors of a connection are neither one family nor all OSErrors.
-    return isinstance(error, OSError | asyncio.TimeoutError) or type(error).__module__.startswith(
-        ("aiohttp", "botocore", "aiobotocore", "urllib3", "fsspec")
-    )
-
-
-def _files(url: str) -> Any:
-    return _opened(url.partition("://")[0], os.getpid())
-
-
-@functools.lru_cache(maxsize=16)
-def _opened(protocol: str, _pid: int) -> Any:
-    """The file system of a protocol, one a process: its event loop does not survive a fork."""
-    try:
-        import fsspec
-
-        return fsspec.filesystem(
-            protocol, skip_instance_cache=True, use_listings_cache=False, **_timeouts(protocol)
-        )
-    except (ImportError, ValueError) as error:
-        raise UserError(
-            f"URLs of {protocol}:// can't be opened: {error}",
-            where=f"{protocol}://",
-            remedy="pip install 'cnn2gnn-dist[remote]', or the package that fsspec names",
-        ) from None
-
-
-def _timeouts(protocol: str) -> dict[str, Any]:
-    if protocol in ("http", "https"):
-        import aiohttp
-
-        patience = aiohttp.ClientTimeout(
-            total=None, sock_connect=CONNECT_SECONDS, sock_read=READ_SECONDS
-        )
-        return {"client_kwargs": {"timeout": patience}}
-    if protocol in ("s3", "s3a"):
-        return {
-            "config_kwargs": {
-                "connect_timeout": CONNECT_SECONDS,
-                "read_timeout": READ_SECONDS,
-                "retries": {"max_attempts": 1},  # ours count
-            }
-        }
-    return {}
+def _source() -> Source:
+    return Source(Patience(ATTEMPTS, FIRST_PAUSE, LONGEST_PAUSE, READ_SECONDS, SECONDS, SLOWEST))

@@ -1,0 +1,128 @@
+"""Which failures of a network pass, and what a person is told of those that don't.
+
+Exceptions are known by the names of their classes, so that no client library need be there.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+
+from cnn2gnn_dist.errors import UserError
+
+_PASSING = {
+    "ClientConnectionError",  # aiohttp: reset, refused, no route, timed out
+    "ClientPayloadError",  # aiohttp: the body ends early
+    "ConnectionError",  # Python's and botocore's
+    "EOFError",
+    "HTTPClientError",  # botocore: timed out, closed, broken off
+    "IncompleteRead",
+    "IncompleteReadError",
+    "ResponseParserError",  # botocore, of a busy server's page
+    "TimeoutError",
+}
+_LASTING = {"ClientSSLError", "SSLError", "ClientConnectorCertificateError"}
+_PASSING_STATUS = {408, 425, 429}
+_PASSING_NUMBERS = {
+    errno.EIO,  # what s3fs makes of a status it has no name for
+    getattr(errno, "EREMOTEIO", errno.EIO),
+    errno.EBUSY,
+    errno.EAGAIN,
+    errno.ETIMEDOUT,
+    errno.ENETUNREACH,
+    errno.EHOSTUNREACH,
+}
+
+
+def passing(error: BaseException) -> bool:
+    """Whether asking again may help: time-outs, 5xx, broken connections, short bodies."""
+    status = status_of(error)
+    if status is not None:
+        return status >= 500 or status in _PASSING_STATUS
+    names = {kind.__name__ for cause in _causes(error) for kind in type(cause).__mro__}
+    if names & _LASTING:
+        return False
+    if names & _PASSING:
+        return True
+    return any(isinstance(e, OSError) and e.errno in _PASSING_NUMBERS for e in _causes(error))
+
+
+def status_of(error: BaseException) -> int | None:
+    """The HTTP status behind an error, if there is one."""
+    for cause in _causes(error):
+        status = getattr(cause, "status", None)  # aiohttp
+        response = getattr(cause, "response", None)  # botocore
+        if status is None and isinstance(response, dict):
+            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        if isinstance(status, int) and status >= 300:
+            return status
+    return None
+
+
+def refused(url: str, error: BaseException) -> UserError:
+    """What to say of an error that lasts."""
+    status = status_of(error)
+    names = {kind.__name__ for cause in _causes(error) for kind in type(cause).__mro__}
+    number = "" if status is None else f" ({status})"
+    if status in (404, 410) or (status is None and "FileNotFoundError" in names):
+        return UserError(
+            f"it can't be read: there is no such file{number}",
+            where=url,
+            remedy="check the URL and the bucket",
+        )
+    if status in (401, 403) or names & {"PermissionError", "NoCredentialsError"}:
+        return UserError(
+            f"it can't be read: no permission{number}: {brief(error)}",
+            where=url,
+            remedy="credentials come from the usual environment of the protocol (AWS_*, ~/.aws, "
+            "~/.netrc) or fsspec's configuration (~/.config/fsspec, FSSPEC_S3_ANON=true for public "
+            "buckets)",
+        )
+    if status == 416:
+        return UserError(
+            "it can't be read: it is shorter than it was (416)",
+            where=url,
+            remedy="index the shards again",
+        )
+    return UserError(
+        f"it can't be read: {brief(error)}",
+        where=url,
+        remedy="check the URL and fsspec's configuration (~/.config/fsspec)",
+    )
+
+
+def gave_up(url: str, error: BaseException, seconds: float) -> UserError:
+    """What to say after the last try."""
+    return UserError(
+        f"it can't be read, after {seconds:.0f} s of trying; the last answer: {brief(error)}",
+        where=url,
+        remedy="see to the server or the network, then start again: what is done is kept",
+    )
+
+
+def unknown(url: str, error: Exception) -> UserError:
+    """What to say of a URL that no file system can be made for."""
+    if isinstance(error, ImportError):
+        remedy = "pip install 'cnn2gnn-dist[remote]' for s3; others: the package named above"
+    else:
+        remedy = "protocols: file, http, https, s3 and what else fsspec knows"
+    return UserError(f"this URL can't be opened: {error}", where=url, remedy=remedy)
+
+
+def brief(error: BaseException) -> str:
+    """An error in one line."""
+    status = status_of(error)
+    if status is not None:
+        return f"status {status}"
+    root = list(_causes(error))[-1]
+    text = " ".join(str(root).split())[:160]
+    return f"{type(root).__name__}: {text}" if text else type(root).__name__
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    seen: BaseException | None = error
+    for _ in range(10):
+        if seen is None:
+            return
+        yield seen
+        seen = seen.__cause__
