@@ -243,18 +243,21 @@ def _inputs(config: Config, stage: Stage) -> dict[str, str]:
         facts = []
         for origin in named:
             for path in _looked_at(origin, data.source):
+                if isinstance(path, str):  # a URL: what is read from it is held to its checksums
+                    facts.append(path)
+                    continue
                 stat = path.stat()
                 facts.append(f"{path.name} {stat.st_size} {stat.st_mtime_ns}")
         return {"files": ledger.key_of("files", {"files": facts}, {})}
     return {}
 
 
-def _looked_at(origin: str | list[str], source: str) -> list[Path]:
+def _looked_at(origin: str | list[str], source: str) -> list[Path | str]:
     """Files, or for a folder of images it and its class folders: too many files to look at all."""
     from cnn2gnn_dist.data.manifest import expand
 
     if source in ("shards", "parquet"):
-        return [Path(path) for path in expand(origin)]
+        return [path if "://" in path else Path(path) for path in expand(origin)]
     folder = Path(origin if isinstance(origin, str) else origin[0])
     return (
         [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]

@@ -186,6 +186,8 @@ def _paths(model: type[BaseModel], prefix: str, found: list[str]) -> None:
 
 def _absolute(config: Config) -> Config:
     def one(path: str) -> str:
+        if "://" in path:  # remote data
+            return path
         path = path.replace("$CNN2GNN_DATA", os.environ.get("CNN2GNN_DATA", DATA))
         return os.path.abspath(os.path.expanduser(path))
 

@@ -90,13 +90,14 @@ def http_server(folder: Path) -> Iterator[Served]:
             if fault in ("short", "stall"):
                 data = data[: len(data) // 2]
                 self.close_connection = True
+            with served.lock:
+                served.sent += len(data)  # before, since who has the last byte may look at once
             with contextlib.suppress(OSError):
                 if fault == "drip":
                     while data and not served.released.wait(0.05):
                         self.wfile.write(data[:1])
                         data = data[1:]
                 self.wfile.write(data)
-                served.sent += len(data)
                 if fault == "stall":
                     self.wfile.flush()
                     served.released.wait(60)

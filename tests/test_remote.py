@@ -13,7 +13,7 @@ import pytest
 from helpers import make_shards, random_images
 from servers import Served, http_server, s3_server
 
-from cnn2gnn_dist.data import Stream, ViewSpec, urls
+from cnn2gnn_dist.data import Stream, ViewSpec, far, urls
 from cnn2gnn_dist.data.expand import expand
 from cnn2gnn_dist.data.manifest import Manifest, index
 from cnn2gnn_dist.data.reader import Batch, Reader, ReaderSpec, Request
@@ -71,7 +71,8 @@ def files_in(folder: Path, pattern: str) -> list[Path]:
     return sorted(folder.glob(pattern))
 
 
-def test_http_in_ranges_reads_only_what_is_delivered(web, shards, tmp_path, wanted):
+def test_http_in_ranges_reads_only_what_is_delivered(web, shards, tmp_path, wanted, monkeypatch):
+    monkeypatch.setattr(far, "GAP", -1)  # no neighbours
     spec = far_spec(tmp_path, urls_of(web, shards))
     web.sent = 0
     assert_same(Reader(spec).read(Request(IDS, 1)), wanted)
@@ -128,11 +129,12 @@ def test_faults_that_pass_are_borne(web, shards, tmp_path, wanted, fault, limit,
     monkeypatch.setattr(urls, "READ_SECONDS", 0.5)
     urls._opened.cache_clear()
     spec = far_spec(tmp_path, urls_of(web, shards), limit)
+    monkeypatch.setattr(far, "GAP", -1)
+    without = 5 if limit else 40
     begins = web.requests.total()
     every = 20 if fault == "stall" else 3
     web.fault = lambda number, path: fault if (number - begins) % every == 0 else None
     assert_same(Reader(spec).read(Request(IDS, 1)), wanted)
-    without = 5 if limit else 40
     again = fault != "whole"  # that one need not be asked again
     assert (web.requests.total() - begins > without) == again
     urls._opened.cache_clear()
@@ -194,24 +196,6 @@ def test_a_shard_that_changed_its_length_is_refused(web, shards, tmp_path, limit
     with pytest.raises(UserError) as error:
         Reader(spec).read(Request(np.arange(8), 1))
     assert error.value.where == f"{web.url}/{shards[0].name}"
-
-
-def test_the_cache_keeps_its_bound_and_open_shards_live_on(web, shards, tmp_path):
-    lengths = [path.stat().st_size for path in shards]
-    cache = ShardCache(tmp_path / "c", 2 * max(lengths))
-    handles = []
-    for url, length in zip(urls_of(web, shards), lengths, strict=True):
-        handles.append(cache.open(url, length))
-        assert sum(p.stat().st_size for p in files_in(tmp_path / "c", "*.tar")) <= cache.limit
-    for handle, path in zip(handles, shards, strict=True):
-        assert os.pread(handle, 1 << 20, 0) == path.read_bytes()
-        os.close(handle)
-    web.requests.clear()
-    for url, length in list(zip(urls_of(web, shards), lengths, strict=True))[-2:]:
-        os.close(cache.open(url, length))
-    assert web.requests.total() == 0  # the last two are still there
-    assert ShardCache(tmp_path / "d", 100).open(urls_of(web, shards)[0], lengths[0]) is None
-    assert files_in(tmp_path / "d", "*.part") == []
 
 
 def test_a_shard_too_large_for_the_cache_is_read_in_ranges(web, shards, tmp_path, wanted):

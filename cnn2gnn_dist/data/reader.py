@@ -147,7 +147,7 @@ class Reader:
         self, ids: np.ndarray, view: int, images: np.ndarray, valid: np.ndarray
     ) -> list[str]:
         """Fill ``images`` and ``valid``, views of the batch's arrays; returns the problems."""
-        blobs = [self._files.read(sample) for sample in ids.tolist()]
+        blobs = self._files.read_all(ids.tolist())
         wrong = fill_views(self.views, blobs, ids, view, images)
         valid[list(wrong)] = False
         return [self._problem(int(ids[row]), wrong[row]) for row in sorted(wrong)]
