@@ -84,11 +84,11 @@ def test_resuming_reads_nothing_of_what_was_before(shards, monkeypatch):
     with a_stream(shards) as stream:
         everything = [batch.ids for batch in stream]
         state = {**stream.state_dict(), "epoch": 0, "batch": 7}
-    read, opened, plain, opening = [], [], storage.ShardFiles.read, storage.os.open
+    read, opened, plain, opening = [], [], storage.ShardFiles.read_all, storage.os.open
     monkeypatch.setattr(
         storage.ShardFiles,
-        "read",
-        lambda self, sample: (read.append(sample), plain(self, sample))[1],
+        "read_all",
+        lambda self, samples: (read.extend(samples), plain(self, samples))[1],
     )
     monkeypatch.setattr(
         storage.os, "open", lambda path, *a: (opened.append(str(path)), opening(path, *a))[1]
@@ -217,11 +217,11 @@ def test_the_decoded_cache_changes_no_byte(shards, kind, limit, monkeypatch):
     views = ViewSpec(kind, 32, seed=1)
     with a_stream(shards, views=views) as stream:
         wanted = [batch for _ in range(2) for batch in stream]
-    decoded, plain = [], storage.ShardFiles.read
+    decoded, plain = [], storage.ShardFiles.read_all
     monkeypatch.setattr(
         storage.ShardFiles,
-        "read",
-        lambda self, sample: (decoded.append(sample), plain(self, sample))[1],
+        "read_all",
+        lambda self, samples: (decoded.extend(samples), plain(self, samples))[1],
     )
     with a_stream(shards, views=views, decoded_bytes=limit) as stream:
         found = [batch for _ in range(2) for batch in stream]
