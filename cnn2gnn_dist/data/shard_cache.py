@@ -127,7 +127,8 @@ class ShardCache:
             if _lock(handle, fcntl.LOCK_SH) and os.fstat(handle).st_nlink:
                 kept = os.fstat(handle).st_size == length
                 if kept:
-                    os.utime(handle)  # used now: the file system may not keep times of access
+                    now = time.time_ns()  # the kernel's own clock of files ticks 250 times a second
+                    os.utime(handle, ns=(now, now))
                 else:
                     os.unlink(path)  # somebody cut it
         finally:

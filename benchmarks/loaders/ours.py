@@ -1,0 +1,51 @@
+"""This project's stream, as a user opens it: threads or Ray actors behind one class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from loaders.job import WORKERS, Job
+
+from cnn2gnn_dist.data.decoded import cache_path
+from cnn2gnn_dist.data.stream import Stream
+
+DECODED = 1 << 31
+
+
+def batches(job: Job) -> Iterator[np.ndarray]:
+    """Batches of all epochs."""
+    if job.options.get("decoded") == "fresh":
+        remove_decoded(job)
+    with opened(job) as stream:
+        for _ in range(job.passes):
+            for batch in stream:
+                yield batch.images
+
+
+def opened(job: Job) -> Stream:
+    """The stream of a job; Ray is started here where it is asked for."""
+    backend = job.options["backend"]
+    if backend == "ray":
+        from cnn2gnn_dist.runtime import group
+
+        group.start(None, cpus=WORKERS)
+    return Stream(
+        job.manifest,
+        global_batch=job.batch,
+        views=job.views,
+        window=8,
+        backend=backend,
+        workers=WORKERS,
+        prefetch=4,
+        decoded_bytes=DECODED if job.options.get("decoded") else 0,
+    )
+
+
+def remove_decoded(job: Job) -> None:
+    """Begin without a cache of decoded images."""
+    from cnn2gnn_dist.data.manifest import Manifest
+
+    path: Path = cache_path(job.manifest, Manifest.load(job.manifest), job.views)
+    path.unlink(missing_ok=True)

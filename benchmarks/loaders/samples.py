@@ -1,0 +1,18 @@
+"""The images of a job in memory, as they are encoded."""
+
+from __future__ import annotations
+
+from loaders.job import Job
+
+from cnn2gnn_dist.data.manifest import Manifest
+from cnn2gnn_dist.data.storage import ShardFiles
+
+
+def members(job: Job) -> list[tuple[bytes, int]]:
+    """(encoded image, label) of all samples, in the shards' order, each once."""
+    manifest = Manifest.load(job.manifest)
+    files = ShardFiles(manifest)
+    labels = manifest.label_N.tolist()
+    found = [(files.read(sample), labels[sample]) for sample in range(len(manifest) // job.copies)]
+    files.close()
+    return found

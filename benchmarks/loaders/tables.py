@@ -1,0 +1,146 @@
+"""Figures to Markdown."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+from importlib import metadata
+from typing import Any
+
+from loaders.contenders import GOALS, LOCAL, Goal
+
+Figures = dict[str, Any]
+PACKAGES = [
+    "torch",
+    "torchvision",
+    "webdataset",
+    "ray",
+    "mosaicml-streaming",
+    "litdata",
+    "simplejpeg",
+    "pillow",
+    "numpy",
+    "pyarrow",
+]
+
+
+def versions() -> dict[str, str]:
+    """Of everything compared, and of what the speed hangs on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "missing"
+    return found
+
+
+def machine() -> str:
+    """Cores, model, and how busy it is."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            model = next(line for line in file if line.startswith("model name")).split(":")[1]
+    except (OSError, StopIteration):
+        model = platform.processor()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{cores} cores ({model.strip()}), Python {platform.python_version()}"
+
+
+def brief(result: Figures) -> str:
+    """One line of progress."""
+    if "rate" in result:
+        return (
+            f"{result['rate']:.0f} images/s, {result['cpu_ms']:.3f} CPU ms an image, "
+            f"first batch after {result['start']:.1f} s, others had {result['others']:.0%}"
+        )
+    return " ".join(f"{key}={value}" for key, value in result.items()) or "done"
+
+
+def ratios(kind: str, rows: dict[str, list[Figures]]) -> list[Figures]:
+    """Each goal with the ratios of all rounds."""
+    return [
+        {"ours": goal[0], "theirs": _names(goal), "goal": goal[2], "rounds": _ratio(goal, rows)}
+        for goal in GOALS[kind]
+    ]
+
+
+def _names(goal: Goal) -> str:
+    return goal[1] if isinstance(goal[1], str) else f"the faster of {' and '.join(goal[1])}"
+
+
+def _ratio(goal: Goal, rows: dict[str, list[Figures]]) -> list[float]:
+    theirs = (goal[1],) if isinstance(goal[1], str) else goal[1]
+    if not all(name in rows for name in (goal[0], *theirs)):
+        return []
+    ours = [figures.get("rate") for figures in rows[goal[0]]]
+    others = [
+        max((figures.get("rate") or 0.0) for figures in round_)
+        for round_ in zip(*(rows[name] for name in theirs), strict=False)
+    ]
+    return [a / b for a, b in zip(ours, others, strict=False) if a and b]
+
+
+def markdown(results: Figures) -> str:
+    """All tables."""
+    text = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    lines = [results["machine"] + ".", text + ".", ""]
+    for part, found in results["parts"].items():
+        lines += [f"### {part}", ""]
+        if "about" in found:
+            lines += [found["about"] + ".", "", *_speeds(found["rows"]), "", *_goals(found)]
+        else:
+            lines += _plain(found["rows"])
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _speeds(rows: dict[str, list[Figures]]) -> list[str]:
+    lines = [
+        "| | images/s: median (min–max) | of ours | CPU ms an image | first batch, s |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    base = [figures.get("rate") for figures in rows.get(LOCAL, [])]
+    for name, figures in rows.items():
+        good = [f for f in figures if "rate" in f]
+        if not good:
+            reason = figures[0].get("error", "no figures") if figures else "not run"
+            lines.append(f"| {name} | {reason} | | | |")
+            continue
+        rates = [f["rate"] for f in good]
+        pairs = [f.get("rate", 0) / b for f, b in zip(figures, base, strict=False) if b]
+        share = f"{statistics.median(pairs):.2f}" if pairs else ""
+        cpu, start = (statistics.median(f[key] for f in good) for key in ("cpu_ms", "start"))
+        lines.append(
+            f"| {name} | {statistics.median(rates):,.0f} ({min(rates):,.0f}–{max(rates):,.0f}) "
+            f"| {share} | {cpu:.3g} | {start:.1f} |"
+        )
+    return lines
+
+
+def _goals(found: Figures) -> list[str]:
+    lines = ["| ratio of images/s | goal | median (min–max) | |", "| --- | ---: | ---: | --- |"]
+    for row in found["ratios"]:
+        if not row["rounds"]:
+            continue
+        middle = statistics.median(row["rounds"])
+        verdict = "met" if middle >= row["goal"] else "**short**"
+        lines.append(
+            f"| {row['ours']} / {row['theirs']} | {row['goal']:g} | {middle:.2f} "
+            f"({min(row['rounds']):.2f}–{max(row['rounds']):.2f}) | {verdict} |"
+        )
+    return lines
+
+
+def _plain(rows: dict[str, Figures]) -> list[str]:
+    """Rows that all have the same keys."""
+    columns = list(dict.fromkeys(key for row in rows.values() for key in row))
+    lines = [
+        "| | " + " | ".join(columns) + " |",
+        "| --- |" + " ---: |" * len(columns),
+    ]
+    for name, row in rows.items():
+        cells = [row.get(column, "") for column in columns]
+        shown = [f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells]
+        lines.append(f"| {name} | " + " | ".join(shown) + " |")
+    return lines
