@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 LOCAL, RAY = "ours, threads", "ours, Ray actors"
+LOCAL_1, RAY_1 = "ours, 1 thread", "ours, 1 Ray actor"
 PARTIAL, PARTIAL_RAY = "ours, threads, partial decode", "ours, Ray actors, partial decode"
 WDS, WDS_OURS = "webdataset + DataLoader", "webdataset + DataLoader, our decoder"
 RAY_DATA, MOSAIC, LIT = "Ray Data", "MosaicML streaming", "litdata"
@@ -36,6 +37,8 @@ class Contender:
 PHOTOS = {
     LOCAL: Contender("ours", {"backend": "local"}),
     RAY: Contender("ours", {"backend": "ray"}),
+    LOCAL_1: Contender("ours", {"backend": "local", "workers": 1}),
+    RAY_1: Contender("ours", {"backend": "ray", "workers": 1}),
     PARTIAL: Contender("ours", {"backend": "local"}, partial=True),
     PARTIAL_RAY: Contender("ours", {"backend": "ray"}, partial=True),
     WDS: Contender("wds"),
@@ -52,6 +55,8 @@ PHOTOS = {
 SMALL = {
     LOCAL: Contender("ours", {"backend": "local"}, passes=10),
     RAY: Contender("ours", {"backend": "ray"}, passes=10),
+    LOCAL_1: Contender("ours", {"backend": "local", "workers": 1}, passes=10),
+    RAY_1: Contender("ours", {"backend": "ray", "workers": 1}, passes=10),
     FIRST: Contender("ours", {"backend": "local", "decoded": "fresh"}, passes=0.5),
     SECOND: Contender("ours", {"backend": "local", "decoded": "fresh"}, passes=10, settle=1),
     WDS: Contender("wds"),
@@ -75,6 +80,7 @@ GOALS: dict[str, list[Goal]] = {
         (LOCAL, LIT, 1.0),
         (LOCAL, LIMIT, 0.85),
         (RAY, LOCAL, 0.9),
+        (RAY_1, LOCAL_1, 0.9),
         (PARTIAL, WDS, 1.6),
         (PARTIAL, LIMIT_PARTIAL, 0.85),
         (PARTIAL_RAY, PARTIAL, 0.9),
@@ -83,6 +89,7 @@ GOALS: dict[str, list[Goal]] = {
         (LOCAL, WDS, 6.0),
         (LOCAL, RAY_DATA, 10.0),
         (RAY, LOCAL, 0.9),
+        (RAY_1, LOCAL_1, 0.9),
         (SECOND, FIRST, 3.0),
     ],
 }

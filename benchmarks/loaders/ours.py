@@ -37,7 +37,7 @@ def opened(job: Job) -> Stream:
         views=job.views,
         window=8,
         backend=backend,
-        workers=WORKERS,
+        workers=job.options.get("workers", WORKERS),
         prefetch=4,
         decoded_bytes=DECODED if job.options.get("decoded") else 0,
     )
