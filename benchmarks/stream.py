@@ -1,7 +1,7 @@
 """Images a second of the stream and of what users would pick instead, side by side in one run.
 
     pip install --no-deps -r benchmarks/requirements.txt     # the competitors that are not ours already
-    python benchmarks/stream.py                              # everything, about 20 minutes on 2 cores
+    python benchmarks/stream.py                              # everything, about 15 minutes on 2 cores
     python benchmarks/stream.py --only photos --rounds 1     # part of it
     python benchmarks/stream.py --profile                    # where our own time goes
 
