@@ -119,6 +119,11 @@ def _config_arguments(parser: argparse.ArgumentParser) -> None:
         help="when config or inputs changed: keep old results aside and make them again",
     )
     parser.add_argument(
+        "--force",
+        action="store_true",
+        help="the same, but training goes on from its checkpoint under the new config",
+    )
+    parser.add_argument(
         "overrides", nargs="*", metavar="section.field=value", help="see `cnn2gnn config`"
     )
 
@@ -144,15 +149,15 @@ def _run(arguments: argparse.Namespace) -> int:
     pipeline.plan(config, arguments.stages)  # refuses an unknown stage before Ray is started
     if pipeline.light(config, arguments.stages):
         tree = settings.as_tree(config)
-        pipeline.run_rank(tree, arguments.stages, arguments.update, False, Ranks())
+        pipeline.run_rank(tree, arguments.stages, arguments.update, False, Ranks(), arguments.force)
     else:
-        _on_ray(config, arguments.stages, arguments.update)
+        _on_ray(config, arguments.stages, arguments.update, arguments.force)
     if arguments.stages in (None, ["evaluate"]):
         _closing_words(config)
     return 0
 
 
-def _on_ray(config: Config, stages: list[str] | None, update: bool) -> None:
+def _on_ray(config: Config, stages: list[str] | None, update: bool, force: bool) -> None:
     """All ranks as Ray actors, here or on the cluster at ``cluster.address``."""
     from cnn2gnn_dist import pipeline
     from cnn2gnn_dist.runtime import group
@@ -166,7 +171,9 @@ def _on_ray(config: Config, stages: list[str] | None, update: bool) -> None:
                 where="device",
                 remedy="device=cpu, device=auto, or fewer ranks: run.ranks=…",
             )
-        spec = group.GroupSpec(ranks, cluster.cpus_per_rank, float(on_gpu), cluster.max_failures)
+        spec = group.GroupSpec(
+            ranks, cluster.cpus_per_rank, float(on_gpu), cluster.max_failures, cluster.grace_s
+        )
         outcome = group.run_group(
             "cnn2gnn_dist.pipeline:run_rank",
             {
@@ -174,6 +181,7 @@ def _on_ray(config: Config, stages: list[str] | None, update: bool) -> None:
                 "names": stages,
                 "update": update,
                 "inside_ray": True,
+                "force": force,
             },
             spec,
         )

@@ -17,6 +17,7 @@ class RunConfig(Section):
     """Where the run lives and how many ranks carry it."""
 
     dir: str | None = Field(None, description="folder of the run; default runs/<name>")
+    log_steps: int = Field(10, ge=1, description="optimizer steps between two lines of metrics")
     ranks: int = Field(2, ge=1, description="trainer processes (world size) that `cnn2gnn run` starts; "
                        "under a launcher the launcher's number counts")  # fmt: skip
 
@@ -266,6 +267,12 @@ class ClusterConfig(Section):
         None, description="Ray address of an existing cluster; null: start Ray here"
     )
     cpus_per_rank: float = Field(1.0, ge=0, description="CPUs reserved for each rank")
+    grace_s: float = Field(
+        2.5,
+        ge=0,
+        description="seconds the ranks have for a save when the driver gets SIGTERM "
+        "(`ray job stop` gives it 3)",
+    )
     max_failures: int = Field(3, ge=0, description="times the group of ranks is started again")
     timeout_s: float = Field(
         600.0, gt=0, description="seconds a collective waits for a silent rank"
@@ -277,6 +284,14 @@ class CheckpointConfig(Section):
 
     every_steps: int = Field(200, ge=1, description="optimizer steps between two checkpoints")
     keep_last: int = Field(2, ge=1, description="checkpoints left on disk")
+    keep_best: bool = Field(
+        True, description="also leave the one of the best held-out accuracy seen so far"
+    )
+    grace_s: float = Field(
+        25.0,
+        gt=0,
+        description="seconds a rank has for its next step and a save after SIGTERM or SIGUSR1",
+    )
 
 
 class Config(Section):

@@ -35,5 +35,17 @@ class UserError(Exception):
         return (_rebuild, (type(self), self.what, self.where, self.remedy))
 
 
+class Preempted(UserError):
+    """Training has ended on a notice to end (SIGTERM and the like); the same command continues."""
+
+    exit_code = 143
+
+
+class PeerLost(UserError):
+    """Another rank died or did not answer in time; the same command continues."""
+
+    exit_code = 75
+
+
 def _rebuild(cls: type[UserError], what: str, where: str, remedy: str) -> UserError:
     return cls(what, where=where, remedy=remedy)

@@ -14,7 +14,7 @@ from typing import Any
 
 from cnn2gnn_dist import ledger, settings
 from cnn2gnn_dist.config import Config
-from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.errors import PeerLost, UserError
 from cnn2gnn_dist.ledger import Entry, Standing
 from cnn2gnn_dist.runtime.ranks import Ranks
 from cnn2gnn_dist.stages import fit
@@ -58,6 +58,7 @@ def run_rank(
     update: bool,
     inside_ray: bool,
     ranks: Ranks,
+    force: bool = False,
 ) -> dict[str, Any]:
     """Run the stages that are not whole; every rank calls this with the same arguments.
 
@@ -67,11 +68,14 @@ def run_rank(
         update: set stale results aside and make them again, instead of refusing.
         inside_ray: Ray carries this process.
         ranks: who we are.
+        force: like ``update``, but training goes on from its checkpoint under the new config.
 
     Raises:
         UserError: on every rank, whatever rank met it first in a stage of rank 0 alone.
+        PeerLost: another rank died, or did not answer within ``cluster.timeout_s``.
+        Preempted: training was told to end, and has saved.
     """
-    from cnn2gnn_dist.training import engine
+    from cnn2gnn_dist.training import distributed, engine
 
     config = settings.check(tree)
     device = choose_device(config.device)
@@ -80,7 +84,11 @@ def run_rank(
     try:
         with _locked(Path(str(config.run.dir)), ranks):
             _together(ranks, lambda: _begin(config, names, ranks.world_size))
-            return _run_all(config, names, update, inside_ray, ranks, device)
+            return _run_all(config, names, update, inside_ray, ranks, device, force)
+    except RuntimeError as error:
+        if ranks.world_size > 1 and distributed.lost_peer(error):
+            raise _peer_lost(error, config) from error
+        raise
     finally:
         engine.shutdown()
 
@@ -115,6 +123,7 @@ def _run_all(
     inside_ray: bool,
     ranks: Ranks,
     device: str,
+    force: bool,
 ) -> dict[str, Any]:
     root, stages = Path(str(config.run.dir)), stages_of(config)
     _check_names(stages, names)
@@ -125,7 +134,7 @@ def _run_all(
         step = _together(ranks, partial(_look, config, root, stage, stages, digests))
         wanted = names is None or stage.name in names
         if step.standing is not Standing.WHOLE and wanted:
-            step = _together(ranks, partial(_make_room, config, root, step, update))
+            step = _together(ranks, partial(_make_room, config, root, step, update, force))
             context = Context(
                 config,
                 ranks,
@@ -134,6 +143,8 @@ def _run_all(
                 str(step.key),
                 device,
                 inside_ray,
+                about=flat(_parts(config, stage)),
+                force=force,
             )
             step = _execute(context, step, dict(keys))
         elif wanted and ranks.is_first and not inside_ray:
@@ -199,8 +210,17 @@ def _look(
     return Step(stage, key, standing, why, entry)
 
 
-def _make_room(config: Config, root: Path, step: Step, update: bool) -> Step:
-    """Mark the stage's folder as begun; a stale one is refused or set aside."""
+def _peer_lost(error: RuntimeError, config: Config) -> PeerLost:
+    return PeerLost(
+        f"another rank died, or did not answer within {config.cluster.timeout_s:g} s: "
+        f"{str(error).splitlines()[0]}",
+        where="cluster.timeout_s",
+        remedy="see what the other ranks say; the same command continues from the last checkpoint",
+    )
+
+
+def _make_room(config: Config, root: Path, step: Step, update: bool, force: bool) -> Step:
+    """Mark the stage's folder as begun; a stale one is refused, set aside, or gone on with."""
     folder, key = root / step.stage.folder, step.key
     if key is None:
         raise UserError(
@@ -208,12 +228,15 @@ def _make_room(config: Config, root: Path, step: Step, update: bool) -> Step:
             where=str(root),
             remedy="run the earlier stages first, or all: `cnn2gnn run`",
         )
-    if step.standing is Standing.STALE:
-        if not update:
+    if step.standing is Standing.STALE and force and step.stage.trains:
+        print(f"{step.stage.name:8} goes on all the same: {step.why}", flush=True)
+    elif step.standing is Standing.STALE:
+        if not (update or force):
             raise UserError(
                 f"the stage {step.stage.name} of this folder was {step.why}",
                 where=str(folder),
-                remedy="another run.dir=…, or --update: the old results are kept beside the new",
+                remedy="another run.dir=…, or --update: the old results are kept beside the new"
+                + ("; or --force: training goes on from its checkpoint" * step.stage.trains),
             )
         aside = ledger.set_aside(folder)
         print(f"{step.stage.name:8} old results moved to {aside.name}", flush=True)
@@ -233,6 +256,17 @@ def _parts(config: Config, stage: Stage) -> dict[str, Any]:
             value = {k: v for k, v in value.items() if k not in EXECUTION}
         parts[field] = value
     return parts
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested fields by their dotted paths."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value
+    return found
 
 
 def _inputs(config: Config, stage: Stage) -> dict[str, str]:

@@ -17,18 +17,23 @@ from typing import NoReturn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cnn2gnn_dist import pipeline, settings
-from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.errors import PeerLost, UserError
 from cnn2gnn_dist.runtime.ranks import Ranks
 
 
 def main() -> int:
-    """Run the pipeline on this rank; exit code 2 for what the user can mend."""
+    """Run the pipeline on this rank; exit code 2 for what the user can mend, 75 for a
+    lost peer, 143 after a notice to end (see docs/resume.md).
+    """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", default="demo", metavar="FILE_OR_PRESET")
     parser.add_argument("--stages", metavar="A,B", help="only these stages")
     parser.add_argument("--update", action="store_true", help="make stale results again")
+    parser.add_argument(
+        "--force", action="store_true", help="go on from checkpoints of another config"
+    )
     # What the DeepSpeed launcher and its habits put on the command line.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
@@ -51,11 +56,12 @@ def main() -> int:
             tree=settings.as_tree(config),
             names=names,
             update=arguments.update,
+            force=arguments.force,
             inside_ray=False,
             ranks=ranks,
         )
     except UserError as error:
-        if ranks.is_first:
+        if ranks.is_first or isinstance(error, PeerLost):
             print(f"train.py: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     return 0

@@ -124,3 +124,6 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # as launch/train.py leaves, and for its reason: torch's threads, now and then SIGABRT

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import resource
 import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import procs
 import pytest
 import tiny
@@ -18,8 +21,15 @@ from torch import nn
 
 from cnn2gnn_dist import durable
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.training import checkpoint, distributed, named_state
-from cnn2gnn_dist.training.checkpoint import Checkpoints, load_weights
+from cnn2gnn_dist.training import (
+    checkpoint,
+    checkpoint_folder,
+    distributed,
+    named_state,
+    random_state,
+)
+from cnn2gnn_dist.training.checkpoint import Checkpoints
+from cnn2gnn_dist.training.checkpoint_folder import load_weights
 from cnn2gnn_dist.training.engine import Engine
 
 RUN = "teacher-abc"
@@ -50,7 +60,8 @@ def uninterrupted(root: Path, stage: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for step in range(HALF - 1, HALF + 1):
         found["own buffers"] = {n: b.clone() for n, b in engine.module.named_buffers()}
-        saved.save(step, engine, extra(step))
+        saved.save(step, engine, extra(step), {"rank": distributed.rank()})
+        saved.settle()
         if step < HALF:
             losses += tiny.train(engine, range(step, step + 1))
     found["state"] = state(engine)
@@ -67,7 +78,11 @@ def first_run(root: Path) -> dict[int, dict[str, Any]]:
 def resume(root: Path, saved: int, loaded: int) -> dict[str, Any]:
     """Another model, another stage: load, compare, go on."""
     engine = tiny.build(loaded, seed=99)
-    found: dict[str, Any] = {"extra": Checkpoints(root / str(saved), RUN).load(engine)}
+    loaded_state = Checkpoints(root / str(saved), RUN).load(engine)
+    assert loaded_state is not None
+    assert [own["rank"] for own in loaded_state.owns] == [0, 1]
+    found: dict[str, Any] = {"extra": loaded_state.extra}
+    found["own buffers"] = {n: b.clone() for n, b in engine.module.named_buffers()}
     found["steps"] = engine.steps
     found["state"] = state(engine)
     found["next"] = tiny.train(engine, range(HALF, END))
@@ -87,7 +102,9 @@ def fresh(root: Path) -> tuple[Any, str, str]:
     """No checkpoint yet; then one of a model that has not stepped, read back."""
     engine = tiny.build(1)
     nothing = Checkpoints(root / "none", RUN).load(engine)
-    Checkpoints(root / "fresh", RUN).save(0, engine, {})
+    saved = Checkpoints(root / "fresh", RUN)
+    saved.save(0, engine, {})
+    saved.settle()
     before = state(engine)
     other = tiny.build(2, seed=5)
     Checkpoints(root / "fresh", RUN).load(other)
@@ -112,7 +129,9 @@ def single_writes(root: Path) -> dict[Any, Any]:
     for stage in tiny.STAGES:
         engine = tiny.build(stage)
         tiny.train(engine, range(HALF))
-        Checkpoints(root / f"single-{stage}", RUN).save(HALF, engine, extra(HALF))
+        saved = Checkpoints(root / f"single-{stage}", RUN)
+        saved.save(HALF, engine, extra(HALF))
+        saved.finish()
         found["single", stage] = state(engine)
     return found
 
@@ -124,6 +143,91 @@ def pair_reads_single(root: Path) -> dict[Any, Any]:
         engine = tiny.build(3 - stage, seed=99)
         Checkpoints(root / f"single-{stage}", RUN).load(engine)
         found["single", stage] = state(engine)
+    return found
+
+
+def saved_through_faults(root: Path) -> dict[str, Any]:
+    """A save that rank 1's disk refuses, one whose folder can't be made, and one that succeeds."""
+    engine, saved = tiny.build(2), Checkpoints(root, RUN)
+    found: dict[str, Any] = {}
+
+    def attempt(what: str, step: int) -> None:
+        tiny.train(engine, range(step - 1, step))
+        saved.save(step, engine, extra(step))
+        saved.settle()
+        found[what] = (saved.problem, sorted(path.name for path in root.iterdir()))
+        distributed.barrier()
+
+    attempt("before", 1)
+    everything = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if distributed.rank() == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, everything[1]))  # EFBIG at 1,000 bytes
+    attempt("disk full on rank 1", 2)
+    resource.setrlimit(resource.RLIMIT_FSIZE, everything)
+    if distributed.rank() == 0:
+        (root / "step-00000003.tmp").write_text("in the way")
+    attempt("no folder", 3)
+    with pytest.raises(UserError, match="the last checkpoint could not be written"):
+        saved.finish()
+    if distributed.rank() == 0:
+        (root / "step-00000003.tmp").unlink()
+    attempt("after", 4)
+    found["finish"] = saved.finish().name
+    return found
+
+
+def best_and_last(root: Path) -> list[list[str]]:
+    """Five saves of which the second is the best, two left."""
+    engine, saved = tiny.build(0), Checkpoints(root, RUN, keep_last=2)
+    found = []
+    for step in range(1, 6):
+        tiny.train(engine, range(step - 1, step))
+        saved.save(step, engine, extra(step), best=step in (1, 2))
+        saved.settle()
+        found.append(sorted(path.name for path in root.glob("step-*")))
+    return found
+
+
+def random_numbers(root: Path) -> tuple[list[float], list[float]]:
+    """Draws of a rank after a save, and of another process-like state after its load."""
+    engine, saved = tiny.build(1), Checkpoints(root, RUN)
+    tiny.train(engine, range(1))
+    random_state.seed(5, distributed.rank())
+    draws()
+    saved.save(1, engine, {}, {"random": random_state.capture()})
+    expected = draws()
+    saved.settle()
+    random_state.seed(77)
+    loaded = saved.load(tiny.build(1, seed=4))
+    assert loaded is not None
+    random_state.restore(loaded.owns[distributed.rank()]["random"])
+    return expected, draws()
+
+
+def draws() -> list[float]:
+    return [
+        random.random(),
+        random.gauss(0, 1),
+        float(np.random.rand()),
+        float(np.random.randn()),
+        float(torch.rand(())),
+        float(torch.randn(())),
+    ]
+
+
+def save_changes_nothing(root: Path) -> list[str]:
+    """Six steps, saved after every one, and not saved at all."""
+    found = []
+    for often in (True, False):
+        engine, saved = tiny.build(1), Checkpoints(root / str(often), RUN)
+        losses = []
+        for step in range(END):
+            losses += tiny.train(engine, range(step, step + 1))
+            if often:
+                saved.save(step + 1, engine, extra(step + 1))  # settled by the next
+        saved.settle()
+        own = {name: buffer.clone() for name, buffer in engine.module.named_buffers()}
+        found.append(f"{losses} {tiny.digest(own)} {state(engine)}")
     return found
 
 
@@ -143,16 +247,19 @@ def killed(root: Path, where: str) -> None:
     """Go on from the latest, then die at one point of saving the next."""
     engine = tiny.build(2, seed=99)
     saved = Checkpoints(root, RUN)
-    assert saved.load(engine) == extra(engine.steps)
+    loaded = saved.load(engine)
+    assert loaded is not None
+    assert loaded.extra == extra(engine.steps)
     step = engine.steps
     tiny.train(engine, range(step, step + 1))
     if where == "shard of rank 1":
         die_when(1, durable, "sync", lambda path: path.name.startswith("rank-00001"))
     elif where == "before the manifest":
-        die_when(0, checkpoint, "_write_json", lambda path: path.name == "manifest.json")
+        die_when(0, durable, "write_json", lambda path: path.name == "manifest.json")
     elif where == "before the rename":
         die_when(0, durable, "sync", lambda path: path.suffix == ".tmp" and path.is_dir())
     saved.save(step + 1, engine, extra(step + 1))
+    saved.settle()
 
 
 # --- tests ----------------------------------------------------------------------------------
@@ -190,6 +297,8 @@ def test_resumed_run_is_the_uninterrupted_run(
         resumed = after[saved, loaded]
         assert resumed["extra"] == extra(HALF)
         assert resumed["steps"] == HALF
+        for name, buffer in before[saved]["own buffers"].items():
+            assert torch.equal(resumed["own buffers"][name], buffer), (rank, name)
         for what in ("state", "next", "last"):
             assert resumed[what] == before[saved][what], (rank, what)
 
@@ -211,7 +320,7 @@ def test_shares_are_even_and_old_checkpoints_go(root: Path, first: object) -> No
     names = sorted(path.name for path in (root / "1").iterdir())
     assert names == ["latest", f"step-{HALF - 1:08d}", f"step-{HALF:08d}"]
     assert (root / "1" / "latest").read_text() == f"step-{HALF:08d}"
-    sizes = [p.stat().st_size for p in (root / "1" / names[-1]).glob("rank-*-of-00002.*")]
+    sizes = [p.stat().st_size for p in (root / "1" / names[-1]).glob("rank-*-of-00002.safetensors")]
     assert len(sizes) == 2
     assert max(sizes) < 2 * min(sizes)
 
@@ -332,20 +441,56 @@ def test_kills_while_saving_cost_that_save_only(
     ]
 
 
+def test_a_save_that_the_disk_refuses_costs_that_save_only(tmp_path: Path) -> None:
+    ranks = procs.run(saved_through_faults, 2, tmp_path)
+    for found in ranks:
+        first, last = "step-00000001", "step-00000004"
+        assert found["before"] == (None, ["latest", first])
+        problem, files = found["disk full on rank 1"]
+        assert "File too large" in problem
+        assert files == ["latest", first]
+        problem, files = found["no folder"]
+        assert "File exists" in problem or "Not a directory" in problem
+        assert first in files
+        assert found["after"] == (None, ["latest", first, last])
+        assert found["finish"] == last
+
+
+def test_the_best_is_kept_besides_the_last(tmp_path: Path) -> None:
+    steps = procs.run(best_and_last, 1, tmp_path)[0]
+    assert steps == [[f"step-{n:08d}" for n in left] for left in
+                     ([1], [1, 2], [2, 3], [2, 3, 4], [2, 4, 5])]  # fmt: skip
+    best = checkpoint_folder.best_of(tmp_path)
+    assert best is not None
+    assert best.name == "step-00000002"
+
+
+def test_every_generator_goes_on_where_it_was(tmp_path: Path) -> None:
+    ranks = procs.run(random_numbers, 2, tmp_path)
+    for expected, drawn in ranks:
+        assert drawn == expected
+    assert ranks[0][0] != ranks[1][0]
+
+
+def test_saving_changes_nothing(tmp_path: Path) -> None:
+    for often, never in procs.run(save_changes_nothing, 2, tmp_path):
+        assert often == never
+
+
 def test_a_damaged_future_does_not_push_out_the_present(tmp_path: Path) -> None:
     saved = Checkpoints(tmp_path, RUN, keep_last=1)
     for step in (1, 2, 9):
         publish(saved, step)
     _lose(tmp_path / "step-00000009")
     publish(saved, 3)
-    saved._prune(tmp_path / "step-00000003")
+    checkpoint_folder.prune(tmp_path, tmp_path / "step-00000003", keep_last=1)
     assert [p.name for p in tmp_path.glob("step-*")] == ["step-00000003"]
 
 
 def test_a_format_of_the_future_is_refused(tmp_path: Path) -> None:
     saved = Checkpoints(tmp_path, RUN)
-    publish(saved, 1, format=2)
-    with pytest.raises(UserError, match="format 2"):
+    publish(saved, 1, format=3)
+    with pytest.raises(UserError, match="format 3"):
         saved.load(object())  # type: ignore[arg-type]
 
 
@@ -354,8 +499,8 @@ def publish(saved: Checkpoints, step: int, **fields: Any) -> None:
     final = saved.folder / f"step-{step:08d}"
     work = final.with_name(final.name + ".tmp")
     work.mkdir(parents=True)
-    head: dict[str, Any] = {"format": 1, "run_id": RUN, "step": step, "extra": {}, **fields}
-    checkpoint._publish(work, final, head, [])
+    head: dict[str, Any] = {"format": 2, "run_id": RUN, "step": step, "extra": {}, **fields}
+    checkpoint_folder.publish(work, final, head, [])
     assert json.loads((final / "state.json").read_text())["step"] == step
 
 

@@ -8,6 +8,7 @@ order never depends on ranks, actors or threads.
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
@@ -47,6 +48,7 @@ class Order:
             global batch, so that all end together.
 
     Attributes:
+        digest: hex, of all that the sequence depends on.
         batches_per_epoch: whole global batches; what is left over is not shown this epoch.
         shares: samples of each part in a global batch ([G] without parts).
 
@@ -79,9 +81,18 @@ class Order:
         self.batches_per_epoch: int = min(
             count // share for count, share in zip(counts, self.shares, strict=True) if share
         )
+        self.digest = self._digest()
         self._windows: OrderedDict[tuple[int, int], list[np.ndarray]] = OrderedDict()
         self._layouts: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
         self._checked: set[int] = set()
+
+    def _digest(self) -> str:
+        """Of all that the sequence depends on."""
+        numbers = [self.seed & 0xFFFFFFFFFFFFFFFF, self.global_batch, self.window]
+        found = hashlib.sha256(np.array(numbers, np.uint64).tobytes() + self.sizes.tobytes())
+        if self.part_N is not None:
+            found.update(np.asarray(self.part_N, np.int64).tobytes())
+        return found.hexdigest()[:20]
 
     def batch(self, epoch: int, index: int) -> np.ndarray:
         """[G] int64 ids of one global batch, part after part.

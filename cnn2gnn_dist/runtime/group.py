@@ -23,8 +23,8 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.runtime import shutdown
+from cnn2gnn_dist.errors import PeerLost, Preempted, UserError
+from cnn2gnn_dist.runtime import preemption, shutdown
 from cnn2gnn_dist.runtime.ranks import Ranks
 
 READY_SECONDS = 60.0
@@ -46,6 +46,7 @@ class GroupSpec:
     cpus_per_rank: float = 1.0
     gpus_per_rank: float = 0.0
     max_failures: int = 3
+    grace_s: float = 2.5
 
 
 _session: shutdown.Session | None = None
@@ -204,9 +205,26 @@ def _attempt(target: str, kwargs: dict[str, Any], spec: GroupSpec) -> list[Any]:
             ).remote(index)
             for index in range(spec.world_size)
         ]
-        return _gather(_launch(actors, target, kwargs, spec))
+        refs = _launch(actors, target, kwargs, spec)
+        try:
+            return _gather(refs)
+        except SystemExit:
+            _let_them_save(actors, refs, spec.grace_s)
+            raise
     finally:
         remove_placement_group(group)
+
+
+def _let_them_save(actors: list[Any], refs: list[Any], grace_s: float) -> None:
+    """This process was told to end: the ranks get so long for a last checkpoint."""
+    for actor in actors:
+        actor.told_to_end.remote()
+    done, hanging = ray.wait(refs, num_returns=len(refs), timeout=grace_s)
+    said = {str(failure.cause.what) for ref in done if (failure := _failure(ref)) is not None
+            and isinstance(failure, RayTaskError) and isinstance(failure.cause, Preempted)}  # fmt: skip
+    lost = f"no step ended within {grace_s:g} s: what came after the last checkpoint is lost"
+    for line in sorted(said) or [lost if hanging else "the ranks were in no training"]:
+        print(line, file=sys.stderr, flush=True)
 
 
 def _launch(actors: list[Any], target: str, kwargs: dict[str, Any], spec: GroupSpec) -> list[Any]:
@@ -244,9 +262,16 @@ def _gather(refs: list[Any]) -> list[Any]:
     )
     failures = [failure, *(f for f in map(_failure, done) if f is not None)]
     for one in failures:
-        if isinstance(one, RayTaskError) and isinstance(one.cause, UserError):
-            raise one.cause from None
+        cause = one.cause if isinstance(one, RayTaskError) else None
+        if isinstance(cause, UserError) and not isinstance(cause, PeerLost):
+            raise cause from None
     for one in failures:
+        if (
+            isinstance(one, RayTaskError)
+            and isinstance(one.cause, PeerLost)
+            and not any(isinstance(other, RayActorError) for other in failures)
+        ):
+            raise LostRank(one.cause.what) from None
         if isinstance(one, RayActorError):
             raise LostRank(_last_line(one)) from None
     if hanging:
@@ -268,9 +293,9 @@ def _echo(error: RayError) -> bool:
     return "Connection" in text or "gloo" in text or "NCCL" in text
 
 
-@ray.remote(max_restarts=0)
+@ray.remote(max_restarts=0, concurrency_groups={"notices": 1})  # type: ignore[call-overload]
 class _Rank:
-    """One rank of a group."""
+    """One rank of a group; a notice reaches it while it works."""
 
     def __init__(self, index: int) -> None:
         self._index = index
@@ -287,6 +312,10 @@ class _Rank:
 
     def node(self) -> str:
         return ray.get_runtime_context().get_node_id()
+
+    @ray.method(concurrency_group="notices")
+    def told_to_end(self) -> None:
+        preemption.ask()
 
     def run(
         self, target: str, ranks: Ranks, beside: int, kwargs: dict[str, Any], path: list[str]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -66,7 +67,8 @@ class Context:
     """One stage's view of the run.
 
     ``key`` identifies this stage's config and inputs (checkpoints carry it), ``folder`` is
-    its own folder, ``device`` is "cpu" or "cuda", ``inside_ray`` whether Ray carries us.
+    its own folder, ``device`` is "cpu" or "cuda", ``inside_ray`` whether Ray carries us,
+    ``about`` the config fields behind the key, ``force`` whether a checkpoint of another key will do.
     """
 
     config: Config
@@ -76,6 +78,8 @@ class Context:
     key: str
     device: str
     inside_ray: bool
+    about: dict[str, Any] = field(default_factory=dict)
+    force: bool = False
 
     def say(self, text: str) -> None:
         """One line to the user, once for all ranks."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,14 +17,14 @@ from cnn2gnn_dist.config import StudentConfig, TeacherConfig
 from cnn2gnn_dist.data.order import Order, micro_batches
 from cnn2gnn_dist.data.pool import ReaderPool
 from cnn2gnn_dist.data.reader import Batch, Request
+from cnn2gnn_dist.errors import Preempted
+from cnn2gnn_dist.runtime import preemption
 from cnn2gnn_dist.stages.context import Context, CorruptCount
-from cnn2gnn_dist.training import distributed, ds_config
+from cnn2gnn_dist.training import distributed, ds_config, random_state
 from cnn2gnn_dist.training.checkpoint import Checkpoints
 from cnn2gnn_dist.training.engine import Engine
 from cnn2gnn_dist.training.metrics import MetricsLog, process_memory_mb
 from cnn2gnn_dist.training.schedule import lr_at
-
-LOG_STEPS = 10
 
 
 @dataclass
@@ -44,6 +46,23 @@ class Tally:
     began: float = field(default_factory=time.perf_counter)
     waited: float = 0.0
     extra: dict[str, list[float]] = field(default_factory=dict)
+
+    def state(self) -> dict[str, Any]:
+        """As plain data; seconds instead of a time that means nothing elsewhere."""
+        return {**asdict(self), "began": time.perf_counter() - self.began}
+
+    @classmethod
+    def of(cls, states: list[dict[str, Any]]) -> Tally:
+        """The sum of some ranks' tallies, to go on from."""
+        tally = cls(began=time.perf_counter() - max(state["began"] for state in states))
+        for state in states:
+            tally.loss += state["loss"]
+            tally.right += state["right"]
+            tally.samples += state["samples"]
+            tally.waited += state["waited"]
+            for name, seen in state["extra"].items():
+                tally.extra.setdefault(name, []).extend(seen)
+        return tally
 
     def note(self, name: str, value: float) -> None:
         """Remember one observation, averaged in the next log line."""
@@ -92,41 +111,68 @@ class Training:
         self.checkpoints = Checkpoints(
             context.folder / "checkpoints",
             context.key,
+            context.about,
             keep_last=context.config.checkpoint.keep_last,
         )
         self.metrics = MetricsLog(context.folder, context.ranks.rank, name=name)
         self.corrupt = CorruptCount(context.config.data.max_corrupt, samples)
         self.cursor = Cursor()
         self.tally = Tally()
-        self._stream: ReaderPool | None = None
+        self.best: float | None = None
+        self._order: str | None = None
         self._resume()
 
     def _resume(self) -> None:
-        extra = self.checkpoints.load(self.engine)
-        if extra is None:
+        loaded = self.checkpoints.load(self.engine, force=self.context.force)
+        if loaded is None:
             self.metrics.truncate_after(-1)
             return
+        extra, ranks = loaded.extra, self.context.ranks
         self.cursor = Cursor(**extra["cursor"])
         self.corrupt.seen = {int(i): text for i, text in extra["corrupt"].items()}
+        self.best, self._order = extra["best"], extra["order"]
+        if len(loaded.owns) == ranks.world_size:
+            own = loaded.owns[ranks.rank]
+            self.tally = Tally.of([own["tally"]])
+            random_state.restore(own["random"])
+        else:  # the ranks are others: what they had seen goes to the first, once
+            if ranks.is_first:
+                self.tally = Tally.of([own["tally"] for own in loaded.owns])
+            random_state.seed(self.context.config.seed, self.cursor.step, ranks.rank)
         self.metrics.truncate_after(self.cursor.step)
         self.context.say(
             f"{self.name:8} continues at epoch {self.cursor.epoch}, batch {self.cursor.batch} "
             f"(step {self.cursor.step})"
         )
 
-    def save(self) -> None:
-        """Write a checkpoint (collective)."""
-        extra = {"cursor": self.cursor.__dict__, "corrupt": self.corrupt.check()}
-        self.engine.average_buffers()
-        self.checkpoints.save(self.cursor.step, self.engine, extra)
+    def heeding_notices(self) -> AbstractContextManager[None]:
+        """While it lasts, a notice to end (SIGTERM …) is met by a save at the next step."""
+
+        def standing() -> str:
+            last = self.checkpoints.folder / "latest"
+            return f"the last checkpoint is {last.read_text() if last.exists() else 'none'}"
+
+        return preemption.heeded(self.context.config.checkpoint.grace_s, standing)
+
+    def save(self, best: bool = False) -> None:
+        """Begin to write a checkpoint (collective)."""
+        extra = {
+            "cursor": asdict(self.cursor),
+            "corrupt": self.corrupt.check(),
+            "best": self.best,
+            "order": self._order,
+        }
+        own = {"tally": self.tally.state(), "random": random_state.capture()}
+        self.metrics.flush()
+        self.checkpoints.save(self.cursor.step, self.engine, extra, own, best=best)
 
     def steps(
         self, order: Order, epoch: int, view: int, stream: ReaderPool
     ) -> Iterator[list[Batch]]:
         """This rank's batches of the rest of an epoch, one list of micro-batches a step."""
-        self._stream = stream
         ranks = self.context.ranks
         order.check_ranks(ranks.world_size, self.accumulation)
+        self._check_order(order)
         first, last = self.cursor.batch, order.batches_per_epoch
 
         def requests() -> Iterator[Request]:
@@ -144,6 +190,16 @@ class Training:
                 self.corrupt.note(batch)
             yield micro
 
+    def _check_order(self, order: Order) -> None:
+        """Within an epoch the order must be the one it began with (only ``--force`` gets here)."""
+        if self.cursor.batch and self._order != order.digest:
+            self.context.say(
+                f"{self.name:8} the order of samples is another: epoch {self.cursor.epoch} "
+                "begins again"
+            )
+            self.cursor.batch = 0
+        self._order = order.digest
+
     def learn(self, loss_B: Tensor, valid_B: Tensor, logits_BC: Tensor, labels_B: Tensor) -> None:
         """Back-propagate one micro-batch, corrupt samples masked; count what the log shows."""
         loss = (loss_B * valid_B).sum()
@@ -155,32 +211,64 @@ class Training:
         self.tally.samples += float(valid_B.sum())
 
     def step(self, batches_per_epoch: int) -> None:
-        """Update the weights, advance the cursor, log and save when due."""
+        """Update the weights, advance the cursor, log and save when due.
+
+        Raises:
+            Preempted: some rank was told to end; the step is saved, or it is said why not.
+        """
         progress = self.cursor.epoch + self.cursor.batch / batches_per_epoch
         s = self.settings
         # The first step of a warm-up from zero would be lost: count from the step's end.
         progress += 1 / batches_per_epoch
         lr = lr_at(progress, s.epochs, s.lr, min(s.warmup_epochs, s.epochs / 2))
-        self.engine.step(lr)
+        mine = (float(preemption.asked()), float(self.checkpoints.written))
+        told_to_end, written = self.engine.step(lr, mine).votes
+        if written == self.context.ranks.world_size:
+            self.checkpoints.settle()
         self.cursor.batch += 1
         self.cursor.step += 1
-        if self.cursor.step % LOG_STEPS == 0 or self.cursor.batch == batches_per_epoch:
+        last = self.cursor.batch == batches_per_epoch
+        if self.cursor.step % self.context.config.run.log_steps == 0 or last:
             self._log(lr, batches_per_epoch)
         due = self.cursor.step % self.context.config.checkpoint.every_steps == 0
-        if due and self.cursor.batch < batches_per_epoch:
+        if told_to_end or (due and not last):
             self.save()
+        if told_to_end:
+            self._leave()
 
     def end_epoch(self, judge: Callable[[], dict[str, float]] | None = None) -> None:
         """Close an epoch: judge when due, save with the cursor at the next epoch's start."""
-        every = self.settings.eval_epochs
+        every, found = self.settings.eval_epochs, {}
         if judge is not None and every and (self.cursor.epoch + 1) % every == 0:
             self.engine.average_buffers()
             self.engine.eval()  # else BatchNorm would learn from the held-out images
-            self.metrics.log(self.cursor.step, epoch=self.cursor.epoch + 1, **judge())
+            found = judge()
+            self.metrics.log(self.cursor.step, epoch=self.cursor.epoch + 1, **found)
         self.cursor.epoch += 1
         self.cursor.batch = 0
-        self.save()
         self.tally = Tally()
+        self.save(best=self._is_best(found))
+        self.checkpoints.settle()  # what comes next (a graph, a stage) may take long
+        if distributed.any_rank(preemption.asked()):
+            self._leave()
+
+    def _is_best(self, found: dict[str, float]) -> bool:
+        """Whether this accuracy on held-out images is the best so far, and to be kept."""
+        accuracy = next((v for k, v in found.items() if k.endswith("test_accuracy")), None)
+        if accuracy is None or (self.best is not None and accuracy <= self.best):
+            return False
+        self.best = accuracy
+        return self.context.config.checkpoint.keep_best
+
+    def _leave(self) -> None:
+        self.checkpoints.settle()
+        problem = self.checkpoints.problem
+        kept = f"step {self.cursor.step} is saved" if problem is None else f"NOT saved: {problem}"
+        raise Preempted(
+            f"{self.name} was told to end: {kept}",
+            where=str(self.checkpoints.folder),
+            remedy="the same command continues",
+        )
 
     def _log(self, lr: float, batches_per_epoch: int) -> None:
         t, now = self.tally, time.perf_counter()
@@ -211,6 +299,5 @@ class Training:
         if corrupt:
             some = "; ".join(sorted(corrupt.values())[:3])
             self.context.say(f"{self.name:8} {len(corrupt)} corrupt images were left out: {some}")
-        last = self.checkpoints.latest()
-        assert last is not None
+        last = self.checkpoints.finish()
         return [path for path in last.iterdir() if path.is_file()]

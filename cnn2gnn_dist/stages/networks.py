@@ -11,7 +11,8 @@ from cnn2gnn_dist.models.normalise import Normalise
 from cnn2gnn_dist.models.stem import build_stem
 from cnn2gnn_dist.models.student import Scope, Student
 from cnn2gnn_dist.models.teacher import build_teacher
-from cnn2gnn_dist.training.checkpoint import Checkpoints, load_weights
+from cnn2gnn_dist.training.checkpoint import Checkpoints
+from cnn2gnn_dist.training.checkpoint_folder import load_weights
 
 
 class Teacher(nn.Module):

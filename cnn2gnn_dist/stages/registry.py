@@ -27,7 +27,8 @@ class Stage:
     """One step from files to files.
 
     ``fields``: config sections or fields that determine its outputs; ``needs``: stages it
-    builds on; ``alone``: rank 0 works, the others wait.
+    builds on; ``alone``: rank 0 works, the others wait; ``trains``: it has checkpoints
+    to go on from.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Stage:
     needs: tuple[str, ...]
     work: Callable[[Context, dict[str, str]], list[Path]]
     alone: bool = False
+    trains: bool = False
 
 
 def _pack(context: Context, keys: dict[str, str]) -> list[Path]:
@@ -110,13 +112,20 @@ _INDEX = Stage(
     alone=True,
 )
 _TEACHER = Stage(
-    "teacher", "teacher", ("seed", "views", "stream.window", "teacher"), ("index",), _teacher
+    "teacher",
+    "teacher",
+    ("seed", "views", "stream.window", "teacher"),
+    ("index",),
+    _teacher,
+    trains=True,
 )
 _TARGETS = Stage("targets", "targets", ("seed", "views", "targets"), ("index", "teacher"), _targets)
 _LEARN = ("seed", "views", "stream.window", "targets.views", "student")
-_STUDENT = Stage("student", "student", (*_LEARN, "graph"), ("index", "targets"), _student)
+_STUDENT = Stage(
+    "student", "student", (*_LEARN, "graph"), ("index", "targets"), _student, trains=True
+)
 _GRAPH = Stage("graph", "graph", ("graph",), ("index", "student"), _graph)
-_CONTROL = Stage("control", "control", _LEARN, ("index", "targets"), _control)
+_CONTROL = Stage("control", "control", _LEARN, ("index", "targets"), _control, trains=True)
 _EVALUATE = Stage(
     "evaluate",
     "evaluation",

@@ -37,7 +37,8 @@ def run(context: Context, scope: Scope, targets_key: str) -> list[Path]:
     name = "control" if scope == "none" else "student"
     training = Training(context, name, model, settings, len(manifest))
     engine, job = training.engine, _Job(context, training, manifest)
-    with context.stream(context.paths.train_manifest, name) as stream:
+    reading = context.stream(context.paths.train_manifest, name)
+    with training.heeding_notices(), reading as stream:
         while training.cursor.epoch < settings.epochs:
             epoch = training.cursor.epoch
             order, around = job.open_epoch(epoch, scope)

@@ -28,7 +28,8 @@ def run(context: Context) -> list[Path]:
     )
     training = Training(context, "teacher", model, settings, len(manifest))
     engine = training.engine
-    with context.stream(context.paths.train_manifest, "teacher") as stream:
+    reading = context.stream(context.paths.train_manifest, "teacher")
+    with training.heeding_notices(), reading as stream:
         while training.cursor.epoch < settings.epochs:
             epoch = training.cursor.epoch
             engine.train()

@@ -1,30 +1,43 @@
 """Sharded, atomic checkpoints of named tensors: any world size and any ZeRO stage reads them.
 
-``step-000123/`` holds each rank's share as safetensors, ``state.json`` and ``manifest.json``
-with every file's size and SHA-256. It is written as ``step-000123.tmp`` and renamed by rank 0
-when all shares are on disk; a folder without a valid manifest does not exist.
+Saving copies the state to host memory (collective) and writes it in a thread of each rank; when
+all shares are on disk, rank 0 makes them visible (``checkpoint_folder``). It changes nothing of
+the state, so a run that is saved at other steps is the same run. A save that fails (disk full,
+folder read-only) is said and costs that save; the checkpoint before it stays.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import sys
+import threading
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from cnn2gnn_dist import durable
 from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.training import checkpoint_folder as disk
 from cnn2gnn_dist.training import distributed, named_state
 from cnn2gnn_dist.training.engine import Engine
 
-FORMAT = 1
-MANIFEST, STATE, LATEST = "manifest.json", "state.json", "latest"
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a checkpoint holds beside the engine's state.
+
+    Attributes:
+        extra: what all ranks had in common.
+        owns: what each rank that wrote it kept for itself, in rank order.
+        same_run: False for another run's, where that was allowed.
+    """
+
+    extra: dict[str, Any]
+    owns: list[dict[str, Any]]
+    same_run: bool = True
 
 
 class Checkpoints:
@@ -33,56 +46,117 @@ class Checkpoints:
     Args:
         folder: where they lie; made on the first save.
         run_id: what they belong to; others are refused.
-        keep_last: how many are left.
+        about: the config fields behind ``run_id``, so that a refusal can name what differs.
+        keep_last: how many are left; the best one is left besides.
     """
 
-    def __init__(self, folder: Path, run_id: str, keep_last: int = 2) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        run_id: str,
+        about: dict[str, Any] | None = None,
+        keep_last: int = 2,
+    ) -> None:
         self.folder, self.run_id, self.keep_last = Path(folder), run_id, keep_last
+        self.about = about or {}
+        self.problem: str | None = None
+        """Why the last save failed; None if it is on disk, or still being written."""
+        self._writing: _Writing | None = None
 
-    def save(self, step: int, engine: Engine, extra: dict[str, Any]) -> Path:
-        """Write the state after ``step`` optimizer steps (collective).
+    def save(
+        self,
+        step: int,
+        engine: Engine,
+        extra: dict[str, Any],
+        own: dict[str, Any] | None = None,
+        *,
+        best: bool = False,
+    ) -> None:
+        """Begin to write the state after ``step`` optimizer steps (collective).
 
-        ``extra`` (JSON) must be the same on all ranks. Buffers are averaged first.
+        It counts from ``settle`` on. ``extra`` (JSON) must be the same on all ranks, ``own`` is
+        this rank's. ``best``: to be kept until there is a better one.
         """
-        rank, world_size = distributed.rank(), distributed.world_size()
-        final = self.folder / f"step-{step:08d}"
+        self.settle()
+        final = disk.path_of(self.folder, step)
         work = final.with_name(final.name + ".tmp")
-        if rank == 0:
-            shutil.rmtree(work, ignore_errors=True)
-            work.mkdir(parents=True)
-        distributed.barrier()
-        engine.average_buffers()
+        if not self._opened(work):
+            return
+        rank, world_size = distributed.rank(), distributed.world_size()
         share = _shares(engine, world_size)
         tensors, optimizer_step = named_state.pull(engine, lambda name: share[name] == rank)
-        path = work / f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
-        save_file({k: t.contiguous() for k, t in tensors.items()}, path)
-        durable.sync(path)
-        record = (path.name, path.stat().st_size, durable.sha256(path))
-        files = distributed.all_gather_object(record)
-        if rank == 0:
-            state = {
-                "format": FORMAT,
-                "run_id": self.run_id,
-                "step": step,
-                "optimizer_step": optimizer_step,
-                "extra": extra,
-            }
-            _publish(work, final, state, files)
-            self._prune(final)
-        distributed.barrier()
-        return final
+        if world_size > 1:
+            tensors.update(named_state.own_buffers(engine, rank))
+        state = {
+            "format": disk.FORMAT,
+            "run_id": self.run_id,
+            "step": step,
+            "optimizer_step": optimizer_step,
+            "world_size": world_size,
+            "zero_stage": engine.zero_stage,
+            "extra": extra,
+            "about": self.about,
+        }
+        name = f"rank-{rank:05d}-of-{world_size:05d}"
+        self._writing = _Writing(work, name, tensors, own or {}, state, best)
+
+    @property
+    def written(self) -> bool:
+        """Whether this rank has nothing left to write: when all say so ``settle`` does not wait."""
+        return self._writing is None or self._writing.done
+
+    @property
+    def pending(self) -> bool:
+        """Whether a save waits for ``settle``; the same on all ranks."""
+        return self._writing is not None
+
+    def settle(self) -> None:
+        """Wait until all shares are on disk and make the checkpoint visible (collective)."""
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return
+        outcomes = distributed.all_gather_object(writing.finish())
+        problem = next((error for error, _ in outcomes if error), None)
+        if problem is None and distributed.rank() == 0:
+            problem = _attempt(
+                lambda: self._publish(writing, [f for _, fs in outcomes for f in fs])
+            )
+        self._conclude(distributed.broadcast_object(problem), writing.work)
+
+    def finish(self) -> Path:
+        """The newest checkpoint, when training is over (collective).
+
+        Raises:
+            UserError: the last save failed.
+        """
+        self.settle()
+        if self.problem is not None:
+            raise UserError(
+                f"the last checkpoint could not be written: {self.problem}",
+                where=str(self.folder),
+                remedy="make room or mend the folder; the same command continues from the one before",
+            )
+        path: Path | None = distributed.broadcast_object(
+            self.latest() if distributed.rank() == 0 else None
+        )
+        assert path is not None
+        return path
 
     def latest(self) -> Path | None:
         """The newest whole checkpoint; a damaged one is named on stderr and passed over."""
-        for folder in sorted(self.folder.glob("step-????????"), reverse=True):
-            problem = _damage(folder)
+        for folder in reversed(disk.all_of(self.folder)):
+            problem = disk.damage(folder)
             if problem is None:
                 return folder
             print(f"checkpoint {folder.name} is passed over: {problem}", file=sys.stderr)
         return None
 
-    def load(self, engine: Engine) -> dict[str, Any] | None:
-        """Set the engine to the newest whole checkpoint; its ``extra``, or None (collective).
+    def load(self, engine: Engine, *, force: bool = False) -> Loaded | None:
+        """Set the engine to the newest whole checkpoint; None if there is none (collective).
+
+        Args:
+            engine: one that has not stepped yet.
+            force: another run's or config's is good too, as long as the model's shapes fit.
 
         Raises:
             UserError: the checkpoint belongs to another run, or to another architecture.
@@ -91,41 +165,113 @@ class Checkpoints:
         path: Path | None = distributed.broadcast_object(found)
         if path is None:
             return None
-        state = json.loads((path / STATE).read_text(encoding="utf-8"))
-        if state["format"] != FORMAT:
-            raise UserError(
-                f"this checkpoint has format {state['format']}, we know {FORMAT}",
-                where=str(path),
-                remedy="the version of cnn2gnn-dist that wrote it, or another run.dir=…",
-            )
-        if state["run_id"] != self.run_id:
-            raise UserError(
-                "this checkpoint belongs to another run or config",
-                where=str(path),
-                remedy="another run.dir=…, or --update to start this stage anew",
-            )
-        tensors = _read(path)
+        state = disk.read_state(path)
+        same = state["run_id"] == self.run_id
+        if not same and not force:
+            raise self._of_another_run(path, state)
+        tensors = disk.read_tensors(path)
         _check_shapes(engine, tensors, path)
+        alike = state["world_size"] == distributed.world_size()
         named_state.push(engine, tensors, state["optimizer_step"])
+        named_state.push_buffers(engine, tensors, distributed.rank() if alike else None)
         engine.steps = int(state["step"])
         engine.deepspeed.global_steps = engine.steps
-        return state["extra"]
+        return Loaded(state["extra"], disk.read_owns(path), same)
 
-    def _prune(self, newest: Path) -> None:
-        """Leave ``keep_last`` up to ``newest``; clear away torn saves and a damaged future."""
-        folders = sorted(self.folder.glob("step-????????"))
-        past = [folder for folder in folders if folder.name <= newest.name]
-        # A run that fell back behind a damaged checkpoint must not count that one.
-        future = [folder for folder in folders if folder.name > newest.name and _damage(folder)]
-        for old in [*past[: -self.keep_last], *future, *self.folder.glob("step-*.tmp")]:
-            shutil.rmtree(old)
+    def _of_another_run(self, path: Path, state: dict[str, Any]) -> UserError:
+        fields = sorted(state["about"].keys() | self.about.keys())
+        there = [(f, state["about"].get(f), self.about.get(f)) for f in fields]
+        different = [f"{f}: {old!r} -> {new!r}" for f, old, new in there if old != new]
+        return UserError(
+            "this checkpoint belongs to another run or config: "
+            + ("; ".join(different) or "its inputs differ, not its config"),
+            where=str(path),
+            remedy="another run.dir=…, --update to start this stage anew, "
+            "or --force to go on from it all the same",
+        )
+
+    def _opened(self, work: Path) -> bool:
+        """Make the folder to write into; rank 0 does."""
+
+        def make() -> None:
+            shutil.rmtree(work, ignore_errors=True)
+            work.mkdir(parents=True)
+
+        problem = _attempt(make) if distributed.rank() == 0 else None
+        problem = distributed.broadcast_object(problem)
+        if problem is not None:
+            self._conclude(problem, work)
+        return problem is None
+
+    def _publish(self, writing: _Writing, files: list[disk.File]) -> None:
+        work = writing.work
+        final = work.with_suffix("")
+        disk.publish(work, final, writing.state, files)
+        if writing.best:
+            durable.write_text(self.folder / disk.BEST, final.name)
+        disk.prune(self.folder, final, self.keep_last)
+
+    def _conclude(self, problem: str | None, work: Path) -> None:
+        self.problem = problem
+        if problem is not None and distributed.rank() == 0:
+            shutil.rmtree(work, ignore_errors=True)
+            print(
+                f"checkpoint {work.stem} was not written: {problem}; training goes on, and the "
+                "checkpoint before it stays",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
-def load_weights(path: Path) -> dict[str, Tensor]:
-    """Weights and buffers of a checkpoint as a plain state dict; no DeepSpeed needed."""
-    return {
-        name[2:]: tensor for name, tensor in _read(Path(path)).items() if name[:2] in ("w/", "b/")
-    }
+class _Writing:
+    """One rank's share on its way to the disk."""
+
+    def __init__(
+        self,
+        work: Path,
+        name: str,
+        tensors: dict[str, Tensor],
+        own: dict[str, Any],
+        state: dict[str, Any],
+        best: bool,
+    ) -> None:
+        self.work, self.state, self.best = work, state, best
+        self._name, self._tensors, self._own = name, tensors, own
+        self._files: list[disk.File] = []
+        self._error: str | None = None
+        # A daemon: a rank that fails must not stay alive to write what nobody will publish.
+        self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    @property
+    def done(self) -> bool:
+        return not self._thread.is_alive()
+
+    def finish(self) -> tuple[str | None, list[disk.File]]:
+        """Wait; why it failed, or the files."""
+        self._thread.join()
+        return self._error, self._files
+
+    def _run(self) -> None:
+        self._error = _attempt(self._write)
+
+    def _write(self) -> None:
+        path = self.work / f"{self._name}.safetensors"
+        save_file({name: tensor.contiguous() for name, tensor in self._tensors.items()}, path)
+        self._tensors = {}
+        durable.sync(path)
+        own = path.with_suffix(".json")
+        durable.write_json(own, self._own)
+        self._files = [disk.describe(path), disk.describe(own)]
+
+
+def _attempt(work: Any) -> str | None:
+    """Do it; what the disk had against it, if so."""
+    try:
+        work()
+    except Exception as error:  # safetensors says ENOSPC in an error of its own
+        return str(error) or type(error).__name__
+    return None
 
 
 def _shares(engine: Engine, world_size: int) -> dict[str, int]:
@@ -145,56 +291,6 @@ def _elements(parameter: Any) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
-def _publish(
-    work: Path, final: Path, state: dict[str, Any], files: list[tuple[str, int, str]]
-) -> None:
-    _write_json(work / STATE, state)
-    path = work / STATE
-    files = [*files, (STATE, path.stat().st_size, durable.sha256(path))]
-    _write_json(
-        work / MANIFEST,
-        {"format": FORMAT, "files": {name: [size, sha] for name, size, sha in files}},
-    )
-    durable.sync(work)
-    if final.exists():
-        shutil.rmtree(final)
-    os.replace(work, final)
-    durable.write_text(final.parent / LATEST, final.name)
-    durable.sync(final.parent)
-
-
-def _damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint folder, or None."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files = manifest["files"].items()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"no valid manifest ({error})"
-    for name, (size, sha) in files:
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size or durable.sha256(path) != sha:
-            return f"{name} is damaged"
-    return None
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    names = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
-    tensors: dict[str, Tensor] = {}
-    for name in names:
-        if name.endswith(".safetensors"):
-            try:
-                tensors.update(load_file(path / name))
-            except (OSError, SafetensorError) as error:
-                raise UserError(
-                    f"this checkpoint file can't be read: {error}",
-                    where=str(path / name),
-                    remedy="remove the folder: the one before it is then used",
-                ) from None
-    return tensors
-
-
 def _check_shapes(engine: Engine, tensors: dict[str, Tensor], path: Path) -> None:
     wanted = {
         "w/" + name: tuple(getattr(p, "ds_shape", p.shape))
@@ -210,8 +306,3 @@ def _check_shapes(engine: Engine, tensors: dict[str, Tensor], path: Path) -> Non
                 where=str(path),
                 remedy="the config of the run that wrote it, or another run.dir=…",
             )
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=1), encoding="utf-8")
-    durable.sync(path)

@@ -61,6 +61,25 @@ def all_reduce_mean(tensor: Tensor) -> Tensor:
     return all_reduce_sum(tensor).div_(world_size())
 
 
+def lost_peer(error: RuntimeError) -> bool:
+    """Whether an error says that another rank is gone or silent, not that something is wrong here."""
+    if isinstance(error, dist.DistBackendError | dist.DistNetworkError | dist.DistStoreError):
+        return True
+    text = str(error)
+    return any(word in text for word in ("Connection closed by peer", "Connection reset by peer",
+        "Timed out waiting", "Broken pipe", "Connection refused", "gloo::"))  # fmt: skip
+
+
+def any_rank(value: bool) -> bool:
+    """Whether it is true on any rank (collective)."""
+    return bool(all_reduce_sum(torch.tensor(float(value), device=_device())) > 0)
+
+
+def mean_or_first(tensor: Tensor) -> Tensor:
+    """Mean over ranks of a floating tensor, rank 0's of another, in place; returns the tensor."""
+    return all_reduce_mean(tensor) if tensor.is_floating_point() else broadcast(tensor)
+
+
 def broadcast(tensor: Tensor) -> Tensor:
     """Rank 0's values, in place on every rank; returns the tensor."""
     if world_size() > 1:

@@ -59,10 +59,14 @@ def shutdown() -> None:
 
 @dataclass(frozen=True)
 class StepInfo:
-    """What an optimizer step did: norm of the gradient before clipping (None: unknown), lr."""
+    """What an optimizer step did: norm of the gradient before clipping (None: unknown), lr.
+
+    ``votes``: the sums over ranks of what each had brought along.
+    """
 
     grad_norm: float | None
     lr: float
+    votes: tuple[float, ...] = ()
 
 
 class Engine:
@@ -127,8 +131,10 @@ class Engine:
         if self._micro < self.accumulation:
             self.deepspeed.step()
 
-    def step(self, lr: float) -> StepInfo:
+    def step(self, lr: float, votes: tuple[float, ...] = ()) -> StepInfo:
         """Update the weights at the learning rate ``lr`` (collective).
+
+        ``votes`` are summed over ranks on the way: they cost no collective of their own.
 
         Raises:
             UserError: a loss since the last step was not finite (the weights are untouched), or
@@ -136,8 +142,10 @@ class Engine:
         """
         if self._micro != self.accumulation:
             raise RuntimeError(f"{self._micro} of {self.accumulation} micro-batches seen")
-        finite = distributed.all_reduce_sum(self._finite.clone())
-        if float(finite) < distributed.world_size():
+        brought = self._finite.new_tensor(votes)
+        ballot = distributed.all_reduce_sum(torch.cat([self._finite.reshape(1), brought]))
+        finite, *summed = ballot.tolist()
+        if finite < distributed.world_size():
             raise self._diverged("loss")
         for group in inner_optimizer(self).param_groups:
             group["lr"] = lr
@@ -151,7 +159,7 @@ class Engine:
         self._micro = 0
         self._finite.fill_(1.0)
         self.steps += 1
-        return StepInfo(None if norm is None else float(norm), lr)
+        return StepInfo(None if norm is None else float(norm), lr, tuple(summed))
 
     def _plain_norm(self) -> Tensor:
         """Norm of the gradients, averaged over ranks by now; ZeRO-0 doesn't tell it."""
@@ -174,10 +182,7 @@ class Engine:
         rank 0's of the others (collective).
         """
         for buffer in self.module.buffers():
-            if buffer.is_floating_point():
-                distributed.all_reduce_mean(buffer)
-            else:
-                distributed.broadcast(buffer)
+            distributed.mean_or_first(buffer)
 
     def weights(self) -> dict[str, Tensor]:
         """All fp32 weights and buffers by name, on the CPU of every rank (collective)."""

@@ -11,6 +11,8 @@ from typing import Any
 
 import psutil
 
+from cnn2gnn_dist import durable
+
 CONSOLE_SECONDS = 2.0
 
 
@@ -75,6 +77,11 @@ class MetricsLog:
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
         self._board.flush()
+
+    def flush(self) -> None:
+        """Wait until all lines are on disk: a checkpoint counts on those before it."""
+        if not self.silent and self.path.exists():
+            durable.sync(self.path)
 
     def truncate_after(self, step: int) -> None:
         """Drop what was logged after ``step``: a resumed run writes it again.

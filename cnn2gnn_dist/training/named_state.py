@@ -1,6 +1,7 @@
 """A model's training state as named tensors, pulled out of and pushed into any ZeRO stage.
 
-``w/NAME`` is the fp32 weight, ``m/NAME`` and ``v/NAME`` Adam's moments, ``b/NAME`` a buffer.
+``w/NAME`` is the fp32 weight, ``m/NAME`` and ``v/NAME`` Adam's moments, ``b/NAME`` a buffer's mean
+over the ranks, ``own-R/NAME`` rank R's own (BatchNorm's statistics differ from the first step on).
 Touches private names of DeepSpeed (pinned, and tested over stages and world sizes); the three
 traps of ``safe_get_full_*`` are marked.
 """
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cnn2gnn_dist.training import distributed
 from cnn2gnn_dist.training.engine import MOMENTS, Engine, full_weight, inner_optimizer
 
 PREFIX = {"exp_avg": "m/", "exp_avg_sq": "v/"}
@@ -21,7 +23,7 @@ PREFIX = {"exp_avg": "m/", "exp_avg_sq": "v/"}
 def pull(engine: Engine, mine: Callable[[str], bool]) -> tuple[dict[str, Tensor], float]:
     """Named fp32 CPU tensors of the parameters that ``mine`` wants, and Adam's step count.
 
-    Collective for ZeRO > 0: every rank walks all parameters. Buffers are ``mine``'s too.
+    Buffers come as their mean. Collective: every rank walks all of them.
     """
     from deepspeed.utils import safe_get_full_optimizer_state
 
@@ -41,14 +43,15 @@ def pull(engine: Engine, mine: Callable[[str], bool]) -> tuple[dict[str, Tensor]
         if mine(name):
             found.update(whole)
     for name, buffer in engine.module.named_buffers():
+        mean = distributed.mean_or_first(buffer.detach().clone())
         if mine(name):
-            found["b/" + name] = buffer.detach().cpu().clone()
+            found["b/" + name] = mean.cpu()
     state = next(iter(inner_optimizer(engine).state.values()))
     return found, float(state["step"])
 
 
 def push(engine: Engine, tensors: dict[str, Tensor], optimizer_step: float) -> None:
-    """Set weights, moments and buffers of an engine that has not stepped yet (collective)."""
+    """Set weights and moments of an engine that has not stepped yet (collective)."""
     stage, optimizer = engine.zero_stage, engine.deepspeed.optimizer
     _create_state(engine, optimizer_step)
     if stage in (1, 2):
@@ -62,9 +65,22 @@ def push(engine: Engine, tensors: dict[str, Tensor], optimizer_step: float) -> N
         optimizer.update_lp_params()
     if stage == 3:
         _set_gathered(named, tensors)
+
+
+def own_buffers(engine: Engine, rank: int) -> dict[str, Tensor]:
+    """This rank's buffers as they are."""
+    return {
+        f"own-{rank}/{name}": buffer.detach().cpu().clone()
+        for name, buffer in engine.module.named_buffers()
+    }
+
+
+def push_buffers(engine: Engine, tensors: dict[str, Tensor], rank: int | None) -> None:
+    """Set the buffers to ``rank``'s own where they were kept, else to their mean."""
     with torch.no_grad():
         for name, buffer in engine.module.named_buffers():
-            buffer.copy_(tensors["b/" + name])
+            mean = tensors["b/" + name]
+            buffer.copy_(tensors.get(f"own-{rank}/{name}", mean))
 
 
 def _set(engine: Engine, parameter: Any, weight: Tensor, moments: dict[str, Tensor]) -> None:

@@ -1,0 +1,85 @@
+"""A notice to end soon (SIGTERM, SIGUSR1, `ray job stop`): training saves at its next step, then ends.
+
+Outside training the notice ends the process at once: every other stage continues where it was.
+A rank that can't reach its next step, because a peer hangs, says so and ends when its grace is over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+ENDED = 128 + signal.SIGTERM
+"""Exit code of whatever has ended on a notice."""
+
+_asked = threading.Event()
+
+
+def ask() -> None:
+    """Give notice from within this process (Ray's ranks get no signals)."""
+    _asked.set()
+
+
+def asked() -> bool:
+    """Whether this process is to end soon."""
+    return _asked.is_set()
+
+
+@contextlib.contextmanager
+def heeded(grace_s: float, standing: Callable[[], str]) -> Iterator[None]:
+    """Within this block a notice is noted instead of ending the process.
+
+    Args:
+        grace_s: seconds from a signal after which the process ends all the same.
+        standing: what is then lost or kept, for the last words.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    # The byte is written at once, even while the main thread waits in a collective.
+    earlier_fd = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    earlier = {number: signal.signal(number, _note) for number in SIGNALS}
+    watch = threading.Thread(target=_watch, args=(reading, grace_s, standing), daemon=True)
+    watch.start()
+    try:
+        yield
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(earlier_fd)
+        os.close(writing)  # ends the thread
+        watch.join()
+        os.close(reading)
+
+
+def _note(number: int, frame: FrameType | None) -> None:
+    _asked.set()
+
+
+def _watch(reading: int, grace_s: float, standing: Callable[[], str]) -> None:
+    """Wait for a signal's byte, then for the end of the block; end the process if it doesn't come."""
+    deadline: float | None = None
+    while True:
+        ready, _, _ = select.select([reading], [], [], deadline)
+        if not ready:
+            print(
+                f"no step ended within {grace_s:g} s of the notice to end, so nothing was saved: "
+                f"{standing()}",
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(ENDED)
+        data = os.read(reading, 64)
+        if not data:
+            return
+        if any(number in SIGNALS for number in data):
+            deadline = grace_s

@@ -1,0 +1,161 @@
+"""One checkpoint on disk: what it is made of, how it becomes visible, whether it is whole.
+
+``step-00000123/`` holds, of each rank that wrote it, ``rank-R-of-N.safetensors`` (its share of the
+named tensors) and ``rank-R-of-N.json`` (what belongs to that rank alone), then ``state.json`` and
+``manifest.json`` with every file's size and SHA-256. It is written as ``step-00000123.tmp`` and
+renamed when all of it is on disk; a folder without a valid manifest does not exist. Nothing here
+needs DeepSpeed, a process group or pickle.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from cnn2gnn_dist import durable
+from cnn2gnn_dist.errors import UserError
+
+FORMAT = 2
+MANIFEST, STATE, LATEST, BEST = "manifest.json", "state.json", "latest", "best"
+
+File = tuple[str, int, str]
+"""Name, bytes, SHA-256."""
+
+
+def path_of(root: Path, step: int) -> Path:
+    """Folder of the checkpoint after ``step`` optimizer steps."""
+    return Path(root) / f"step-{step:08d}"
+
+
+def all_of(root: Path) -> list[Path]:
+    """Folders that look like checkpoints, the oldest first."""
+    return sorted(path for path in Path(root).glob("step-????????") if path.is_dir())
+
+
+def describe(path: Path) -> File:
+    """A file that is whole, as the manifest names it."""
+    return path.name, path.stat().st_size, durable.sha256(path)
+
+
+def publish(work: Path, final: Path, state: dict[str, Any], files: Iterable[File]) -> None:
+    """Make a folder in which all shares are on disk the checkpoint ``final``, in one step."""
+    durable.write_json(work / STATE, state)
+    listed = {name: [size, sha] for name, size, sha in (*files, describe(work / STATE))}
+    durable.write_json(work / MANIFEST, {"format": FORMAT, "files": listed})
+    durable.sync(work)
+    if final.exists():  # damaged, or it would have been loaded
+        shutil.rmtree(final)
+    os.replace(work, final)
+    durable.sync(final.parent)
+    durable.write_text(final.parent / LATEST, final.name)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, all of it read; None if it is whole."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"].items()
+        for name, (size, sha) in files:
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != size or durable.sha256(path) != sha:
+                return f"{name} is damaged"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"no valid manifest ({error})"
+    return None
+
+
+def best_of(root: Path) -> Path | None:
+    """The checkpoint that ``best`` names, if it is there."""
+    try:
+        path = Path(root) / (Path(root) / BEST).read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
+    return path if (path / MANIFEST).is_file() else None
+
+
+def prune(root: Path, newest: Path, keep_last: int) -> None:
+    """Leave ``keep_last`` checkpoints up to ``newest``, and the best; clear away torn saves and a
+    damaged future, which a run that fell back behind it must not count.
+    """
+    folders, best = all_of(root), best_of(root)
+    past = [folder for folder in folders if folder.name <= newest.name]
+    future = [folder for folder in folders if folder.name > newest.name and damage(folder)]
+    torn = list(Path(root).glob("step-*.tmp"))
+    for old in [*past[:-keep_last], *future, *torn]:
+        if old != best:
+            shutil.rmtree(old)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """What ``state.json`` says.
+
+    Raises:
+        UserError: it is not there, or of another format.
+    """
+    path = Path(folder) / STATE
+    try:
+        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        written = state["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"this is no checkpoint: {error}",
+            where=str(path),
+            remedy="a folder step-…, as `cnn2gnn checkpoint ls` shows them",
+        ) from None
+    if written != FORMAT:
+        raise UserError(
+            f"this checkpoint has format {written}, we know {FORMAT}",
+            where=str(folder),
+            remedy="the version of cnn2gnn-dist that wrote it, or another run.dir=…",
+        )
+    return state
+
+
+def read_owns(folder: Path) -> list[dict[str, Any]]:
+    """What each rank that wrote the checkpoint kept for itself, in rank order."""
+    names = sorted(name for name in _names(folder) if name.startswith("rank-"))
+    return [
+        json.loads((folder / name).read_text(encoding="utf-8"))
+        for name in names
+        if name.endswith(".json")
+    ]
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors, by prefixed name (see ``named_state``).
+
+    Raises:
+        UserError: a file can't be read.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name in _names(folder):
+        if name.endswith(".safetensors"):
+            try:
+                tensors.update(load_file(folder / name))
+            except (OSError, SafetensorError) as error:
+                raise UserError(
+                    f"this checkpoint file can't be read: {error}",
+                    where=str(folder / name),
+                    remedy="remove the folder: the one before it is then used",
+                ) from None
+    return tensors
+
+
+def load_weights(folder: Path) -> dict[str, Tensor]:
+    """Weights and buffers of a checkpoint as a plain state dict; no DeepSpeed needed."""
+    tensors = read_tensors(Path(folder))
+    return {name[2:]: tensor for name, tensor in tensors.items() if name[:2] in ("w/", "b/")}
+
+
+def _names(folder: Path) -> list[str]:
+    """The files of the manifest; others in the folder are not ours."""
+    return list(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"])
