@@ -126,4 +126,6 @@ if __name__ == "__main__":
     main(Path(sys.argv[1]))
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)  # as launch/train.py leaves, and for its reason: torch's threads, now and then SIGABRT
+    os._exit(
+        0
+    )  # as launch/train.py leaves, and for its reason: torch's threads, now and then SIGABRT

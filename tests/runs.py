@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -10,6 +11,8 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+
+from cnn2gnn_dist.training import checkpoint_folder as disk
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -39,6 +42,7 @@ MICRO = [
     "student.global_batch=32",
     "student.lr=0.005",
     "checkpoint.every_steps=4",
+    "run.log_steps=1",
     "evaluate.gallery=6",
     "evaluate.timing_images=64",
 ]
@@ -113,3 +117,28 @@ def scores(run_dir: Path) -> dict[str, tuple[float, float]]:
         name: (table[name]["accuracy"], table[name]["ece"])
         for name in ("teacher", "student", "control_mlp")
     }
+
+
+def trail(run_dir: Path, stages: tuple[str, ...] = ("teacher", "student", "control")) -> dict:
+    """What must be the same to the bit however often a run was killed: each training's lines of
+    metrics (without times and memory), and its last weights, moments and buffers.
+    """
+    return {stage: (lines(run_dir / stage), weights(run_dir / stage)) for stage in stages}
+
+
+def lines(folder: Path) -> list[dict]:
+    """Metrics of a training, without what depends on the clock."""
+    text = (folder / "metrics.jsonl").read_text()
+    found = [json.loads(line) for line in text.splitlines()]
+    clock = ("time", "images_per_s", "wait_share", "memory_mb")
+    return [{k: v for k, v in line.items() if k not in clock} for line in found]
+
+
+def weights(folder: Path) -> str:
+    """Digest of the tensors in a training's last checkpoint."""
+    last = disk.all_of(folder / "checkpoints")[-1]
+    tensors = disk.read_tensors(last)
+    found = hashlib.sha256(last.name.encode())
+    for name in sorted(tensors):
+        found.update(name.encode() + tensors[name].contiguous().numpy().tobytes())
+    return found.hexdigest()

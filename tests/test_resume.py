@@ -1,4 +1,4 @@
-"""The same command after a SIGKILL continues, and ends where an micro_run run ends."""
+"""The same command after a kill continues, and ends in the undisturbed run's bits."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ import re
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import psutil
 import pytest
-from runs import MICRO, environment, finish, ray_environment, scores, start, torchrun
+from runs import MICRO, environment, finish, ray_environment, start, torchrun, trail
+
+from cnn2gnn_dist.training import metrics
 
 pytestmark = pytest.mark.slow
 
@@ -26,6 +30,22 @@ def read_until(process: subprocess.Popen[str], pattern: str) -> str:
     raise AssertionError(f"{pattern!r} never came:\n{''.join(seen)[-4000:]}")
 
 
+def reach(process: subprocess.Popen[str], run: Path, stage: str, step: int) -> None:
+    """Wait until a training has logged this step."""
+    path, deadline = run / stage / "metrics.jsonl", time.monotonic() + 120
+    while not path.exists() or all(line["step"] < step for line in metrics.read(path)):
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            raise AssertionError(f"no {stage} step {step}:\n{process.communicate()[0][-4000:]}")
+        time.sleep(0.02)
+
+
+def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The ranks below torchrun, in order."""
+    children = psutil.Process(process.pid).children()
+    return sorted((c for c in children if "launch/train.py" in c.cmdline()), key=lambda c: c.pid)
+
+
 def kill_all(process: subprocess.Popen[str]) -> None:
     """SIGKILL to a process and everything below it, without warning."""
     family = [process, *psutil.Process(process.pid).children(recursive=True)]
@@ -35,34 +55,114 @@ def kill_all(process: subprocess.Popen[str]) -> None:
     psutil.wait_procs([m for m in family if isinstance(m, psutil.Process)])
 
 
-@pytest.mark.parametrize("stage", ["teacher", "student"])
-def test_killed_launch_continues_from_its_checkpoint(stage, micro_run, tmp_path):
-    run = tmp_path / "run"
-    process = start(torchrun(run), environment())
-    read_until(process, rf"{stage} +step 9 ")
+@pytest.mark.parametrize(("stage", "zero"), [("teacher", 3), ("student", 1), ("control", 0)])
+def test_killed_launch_continues_from_its_checkpoint(stage, zero, tmp_path):
+    """Every loss and the last bit of the weights; the same ZeRO stage, whose sums are its own."""
+    how = [f"teacher.zero_stage={zero}", f"student.zero_stage={zero}"]
+    before = {"teacher": "pack,index", "student": "pack,index,teacher,targets"}
+    chosen = f"{before.get(stage, before['student'])},{stage}"
+
+    def command(run: Path) -> list[str]:
+        return [*torchrun(run, *how), "--stages", chosen]
+
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    code, output = finish(start(command(whole), environment()))
+    assert code == 0, output[-4000:]
+    process = start(command(run), environment())
+    reach(process, run, stage, 6)
     kill_all(process)
     assert not (run / stage / "done.json").exists()
     assert list((run / stage / "checkpoints").glob("step-*"))
 
-    code, output = finish(start(torchrun(run), environment()))
+    code, output = finish(start(command(run), environment()))
     assert code == 0, output[-4000:]
     assert re.search(rf"{stage} +continues at epoch", output)
     assert "pack     whole, skipped" in output
-    assert scores(run) == scores(micro_run)
+    assert trail(run, (stage,)) == trail(whole, (stage,))
+
+
+def test_one_rank_killed_in_batch_scope(tmp_path):
+    """The paper's scope: the launcher ends the other rank, the next launch goes on."""
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    how = ["graph.scope=batch", "student.control=false", "teacher.epochs=1", "student.epochs=2"]
+    code, output = finish(start(torchrun(whole, *how), environment()))
+    assert code == 0, output[-4000:]
+    process = start(torchrun(run, *how), environment())
+    reach(process, run, "student", 6)
+    ranks_of(process)[1].kill()
+    code, output = finish(process)
+    assert code != 0, output
+    code, output = finish(start(torchrun(run, *how), environment()))
+    assert code == 0, output[-4000:]
+    assert re.search(r"student +continues at epoch", output)
+    assert trail(run, ("teacher", "student")) == trail(whole, ("teacher", "student"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_notice_to_end_saves_the_step(number, micro_run, tmp_path):
+    """Both ranks save at the same next step, say so, and leave with exit code 143."""
+    run = tmp_path / "run"
+    process = start(torchrun(run, "checkpoint.every_steps=1000"), environment())
+    reach(process, run, "teacher", 2)
+    ranks_of(process)[1].send_signal(number)  # one rank's notice is all ranks'
+    code, output = finish(process)
+    assert code != 0, output
+    assert "exitcode  : 143" in output, output
+    step = int(re.search(r"teacher was told to end: step (\d+) is saved", output)[1])
+    assert 2 <= step < 20
+    assert (run / "teacher" / "checkpoints" / "latest").read_text() == f"step-{step:08d}"
+
+    code, output = finish(start(torchrun(run, "checkpoint.every_steps=1000"), environment()))
+    assert code == 0, output[-4000:]
+    assert f"(step {step})" in output
+    assert trail(run) == trail(micro_run)
+
+
+def test_a_job_told_to_end_under_ray_saves_the_step(micro_run, tmp_path):
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "cnn2gnn_dist", "run", "--config", "demo", *MICRO]
+    command += [f"run.dir={run}", "checkpoint.every_steps=1000", "cluster.grace_s=20"]
+    process = start(command, ray_environment())
+    reach(process, run, "teacher", 2)
+    process.terminate()
+    code, output = finish(process)
+    assert code == 143, output
+    step = int(re.search(r"teacher was told to end: step (\d+) is saved", output)[1])
+    assert (run / "teacher" / "checkpoints" / "latest").read_text() == f"step-{step:08d}"
+    code, output = finish(start(command, ray_environment()))
+    assert code == 0, output[-4000:]
+    assert trail(run) == trail(micro_run)
+
+
+def test_a_silent_peer_ends_in_a_named_error(tmp_path):
+    """A stopped rank: the other says so after cluster.timeout_s and leaves with exit code 75."""
+    run = tmp_path / "run"
+    process = start(torchrun(run, "cluster.timeout_s=6"), environment())
+    reach(process, run, "teacher", 2)
+    ranks = ranks_of(process)
+    ranks[1].suspend()
+    try:
+        seen = read_until(process, "another rank died, or did not answer within 6 s")
+        ranks[0].wait(60)
+    finally:
+        ranks[1].kill()
+    code, output = finish(process)
+    assert code != 0
+    assert "exitcode  : 75" in output, seen + output
 
 
 def test_a_rank_lost_under_ray_is_replaced(micro_run, tmp_path):
     run = tmp_path / "run"
     command = [sys.executable, "-m", "cnn2gnn_dist", "run", "--config", "demo", *MICRO]
     process = start([*command, f"run.dir={run}"], ray_environment())
-    seen = read_until(process, r"student +step 9 ")
-    found = re.findall(r"\(rank 0 pid=(\d+)\)", seen)
-    os.kill(int(found[-1]), signal.SIGKILL)
+    reach(process, run, "student", 6)
+    family = psutil.Process(process.pid).children(recursive=True)
+    next(child for child in family if child.name().startswith("ray::_Rank")).kill()
     code, output = finish(process)
     assert code == 0, output[-4000:]
     assert "a rank was lost" in output
     assert re.search(r"student +continues at epoch", output)
-    assert scores(run) == scores(micro_run)
+    assert trail(run) == trail(micro_run)
 
 
 def test_targets_continue_at_the_first_missing_shard(micro_run, tmp_path):
