@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from cnn2gnn_dist import ledger, settings
 from cnn2gnn_dist.config import Config
@@ -20,6 +20,9 @@ from cnn2gnn_dist.runtime.ranks import Ranks
 from cnn2gnn_dist.stages import fit
 from cnn2gnn_dist.stages.context import Context, RunPaths
 from cnn2gnn_dist.stages.registry import EXECUTION, Stage, stages_of
+
+LOCK_SECONDS = 10.0
+"""A run that was killed or told to end may need so long to let go of its folder."""
 
 
 @dataclass(frozen=True)
@@ -335,15 +338,27 @@ def _locked(root: Path, ranks: Ranks) -> Iterator[None]:
         return
     root.parent.mkdir(parents=True, exist_ok=True)
     with open(root.parent / f".{root.name}.lock", "w", encoding="ascii") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _taken(file):
             raise UserError(
                 "another process works in this folder",
                 where=str(root),
                 remedy="wait for it, or name another run.dir=…",
             ) from None
         yield
+
+
+def _taken(file: IO[str]) -> bool:
+    """Take the lock; a run that is just ending is waited for."""
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.1)
+        else:
+            return True
 
 
 def _together(ranks: Ranks, work: Callable[[], Any]) -> Any:

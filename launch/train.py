@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cnn2gnn_dist import pipeline, settings
 from cnn2gnn_dist.errors import PeerLost, UserError
+from cnn2gnn_dist.runtime import preemption
 from cnn2gnn_dist.runtime.ranks import Ranks
 
 
@@ -43,6 +44,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     arguments = parser.parse_intermixed_args()
     ranks = Ranks()
+    preemption.end_with_parent()
     try:
         ranks = Ranks.from_environment()
         overrides = list(arguments.overrides)

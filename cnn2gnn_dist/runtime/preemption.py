@@ -7,6 +7,7 @@ A rank that can't reach its next step, because a peer hangs, says so and ends wh
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import select
 import signal
@@ -15,11 +16,21 @@ import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
+PR_SET_PDEATHSIG = 1
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 ENDED = 128 + signal.SIGTERM
 """Exit code of whatever has ended on a notice."""
 
 _asked = threading.Event()
+
+
+def end_with_parent() -> None:
+    """Have the kernel send SIGTERM when the process that started this one dies (Linux).
+
+    A launcher that is killed would leave its ranks behind: working, and holding the run's folder.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def ask() -> None:
