@@ -94,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         commands.add_parser("predict", help="classify image files with a trained run")
     )
 
+    _checkpoint_arguments(commands.add_parser("checkpoint", help="list, explain, verify, export"))
     doctor = commands.add_parser("doctor", help="check this machine and say what to do")
     doctor.set_defaults(command=_doctor)
     fields = commands.add_parser("config", help="every field with default and meaning; the presets")
@@ -134,6 +135,31 @@ def _predict_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files or folders")
     parser.set_defaults(command=_predict)
+
+
+def _checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
+    place = "folder of a run, of a stage in it (RUN/teacher), or a step-… folder"
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, text in (
+        ("ls", "a line for each: where it stands, its size, its age"),
+        ("show", "what is inside the newest, of which config"),
+        ("verify", "read all of it and compare checksums; exit code 1 if one is damaged"),
+        ("export", "weights and buffers as one safetensors file with plain names"),
+    ):
+        one = commands.add_parser(name, help=text, description=text)
+        one.add_argument("place", metavar="PLACE", help=place)
+        one.set_defaults(command=_checkpoint, action=name)
+        if name == "export":
+            one.add_argument("--out", required=True, metavar="FILE", help="file to write")
+
+
+def _checkpoint(arguments: argparse.Namespace) -> int:
+    from cnn2gnn_dist.stages import checkpoint_command as tool
+
+    place = Path(arguments.place)
+    if arguments.action == "export":
+        return tool.export(place, Path(arguments.out))
+    return tool.COMMANDS[arguments.action](place)
 
 
 def _run(arguments: argparse.Namespace) -> int:
