@@ -95,11 +95,11 @@ def finish(process: subprocess.Popen[str], seconds: float = 300) -> tuple[int, s
     return process.returncode, output
 
 
-def torchrun(run_dir: Path, *overrides: str) -> list[str]:
-    """Command of a run on two ranks."""
+def torchrun(run_dir: Path, *overrides: str, ranks: int = 2) -> list[str]:
+    """Command of a run."""
     return [
         str(BIN / "torchrun"),
-        *("--nproc_per_node", "2", "--master_addr", "127.0.0.1"),
+        *("--nproc_per_node", str(ranks), "--master_addr", "127.0.0.1"),
         *("--master_port", str(free_port()), "launch/train.py"),
         *("--config", "demo", *MICRO, f"run.dir={run_dir}", *overrides),
     ]

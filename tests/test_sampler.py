@@ -56,7 +56,8 @@ def test_the_key_decides(kind):
     np.testing.assert_array_equal(np.sort(twin.neighbours(rows, 3, **KEY)), np.sort(first))
     for name in KEY:
         other = made.neighbours(rows, 3, **{**KEY, name: 5})
-        assert (np.sort(other) != np.sort(first)).any()
+        changes = (np.sort(other) != np.sort(first)).any()
+        assert changes == ((kind, name) != ("table", "rank"))  # a node's sample is whoever's asks
     seeded = make_sampler(kind, table(), seed=8).neighbours(rows, 3, **KEY)
     assert (np.sort(seeded) != np.sort(first)).any()
 
@@ -164,3 +165,15 @@ def test_samples_of_dgl_do_not_depend_on_the_number_of_threads():
     finally:
         threads.set_num_threads(before)
     np.testing.assert_array_equal(*found)
+
+
+def test_a_nodes_sample_does_not_depend_on_its_place():
+    """Rows of a partition in another order, under their global ids, sample what the whole does."""
+    whole = table()
+    nodes = np.random.default_rng(3).permutation(len(whole))[:20]
+    part = make_sampler("table", whole[nodes], 7, nodes)
+    everyone = make_sampler("table", whole, 7)
+    rows = np.arange(20)
+    np.testing.assert_array_equal(
+        part.neighbours(rows, 3, **{**KEY, "rank": 1}), everyone.neighbours(nodes, 3, **KEY)
+    )

@@ -1,5 +1,8 @@
 """Neighbour samplers behind one interface: uniform, without replacement, keyed by the step.
 
+The table's sampler is keyed by the node besides, whichever rank or partition asks: its samples do
+not change with the world size. DGL's has one stream a call, so its samples do.
+
 ``neighbours(rows, fanout, epoch=, step=, hop=, rank=)`` gives [U, fanout] local ids, -1 = none;
 a fan-out of all candidates or more gives them all. The same key gives the same sample.
 """
@@ -32,10 +35,15 @@ class Sampler(Protocol):
 
 
 class TableSampler:
-    """Samples columns of the candidate table with numpy."""
+    """Samples columns of the candidate table with numpy.
 
-    def __init__(self, table_KM: np.ndarray, seed: int) -> None:
+    ``nodes_K``: the global ids behind the rows; without them the rows count.
+    """
+
+    def __init__(self, table_KM: np.ndarray, seed: int, nodes_K: np.ndarray | None = None) -> None:
         self.table_KM, self.seed, self.num_rows = table_KM, seed, len(table_KM)
+        nodes = np.arange(len(table_KM)) if nodes_K is None else nodes_K[: len(table_KM)]
+        self._nodes_K = np.asarray(nodes, np.uint64)
 
     def neighbours(
         self, rows: np.ndarray, fanout: int, *, epoch: int, step: int, hop: int, rank: int
@@ -45,9 +53,8 @@ class TableSampler:
         width = candidates.shape[1]
         if fanout >= width:
             return candidates
-        rng = np.random.Generator(np.random.Philox(key=_hash(self.seed, epoch, step, hop, rank)))
-        draw = rng.random(candidates.shape, dtype=np.float32)
-        draw[candidates < 0] = 2.0
+        draw = _draws(_hash(self.seed, epoch, step, hop), self._nodes_K[rows], width)
+        draw[candidates < 0] = np.iinfo(np.uint64).max
         columns = np.argpartition(draw, fanout - 1, axis=1)[:, :fanout]
         columns.sort(axis=1)
         return np.take_along_axis(candidates, columns, 1)
@@ -107,14 +114,16 @@ class DglSampler:
             self._dgl.utils.set_num_threads(threads)
 
 
-def make_sampler(name: str, table_KM: np.ndarray, seed: int) -> Sampler:
-    """ "table" or "dgl".
+def make_sampler(
+    name: str, table_KM: np.ndarray, seed: int, nodes_K: np.ndarray | None = None
+) -> Sampler:
+    """ "table" or "dgl"; ``nodes_K``: global ids of the rows.
 
     Raises:
         UserError: another name.
     """
     if name == "table":
-        return TableSampler(table_KM, seed)
+        return TableSampler(table_KM, seed, nodes_K)
     if name == "dgl":
         return DglSampler(table_KM, seed)
     raise UserError(f"no sampler {name!r}", where="graph.sampler", remedy="table or dgl")
@@ -126,6 +135,18 @@ def _checked(rows: np.ndarray, num_rows: int) -> np.ndarray:
     if len(rows) and (rows.min() < 0 or rows.max() >= num_rows):
         raise IndexError(f"rows {rows.min()}..{rows.max()} of a table of {num_rows} rows")
     return rows
+
+
+def _draws(key: int, nodes_U: np.ndarray, width: int) -> np.ndarray:
+    """uint64 [U, width], random by (key, node, column): splitmix64 (Steele, Lea, Flood 2014)."""
+    columns = np.arange(1, width + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    return _mixed(_mixed(nodes_U ^ np.uint64(key))[:, None] + columns)
+
+
+def _mixed(x: np.ndarray) -> np.ndarray:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 def _hash(*numbers: int) -> int:

@@ -34,6 +34,8 @@ RAY_SETTINGS = {
     "free_objects_period_milliseconds": 100,
     # A history of all calls that nobody reads here: megabytes a minute.
     "task_events_report_interval_ms": 0,
+    # The head is this machine's: when it is gone it doesn't come back, and who waits for it spins.
+    "gcs_rpc_server_reconnect_timeout_s": 10,
 }
 """Of a cluster started here."""
 

@@ -106,7 +106,7 @@ def _student(context: Context, num_classes: int, keys: dict[str, str]) -> Contes
             "student", student, lambda images: student(images).logits_BC, shuffled=True
         )
     around = open_bank(context)
-    flops = around.index.flops_per_query
+    flops = around.flops_per_query
     return Contestant(
         "student",
         student,

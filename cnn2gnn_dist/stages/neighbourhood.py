@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -74,19 +75,62 @@ class Neighbourhood:
         self.version = version
         self.bank: Bank = banks.load_bank(version, own_parts)
         self.sampler = make_sampler(
-            self.settings.sampler, self.bank.table_KM, seed=context.config.seed
+            self.settings.sampler, self.bank.table_KM, context.config.seed, self.bank.nodes_L
         )
-        self._index: Index | None = None
+        self._parts = own_parts or []
+        self._searches: list[_Search] | None = None
 
     @property
-    def index(self) -> Index:
-        """Search over the rows that have neighbours of their own here (inner and first halo)."""
-        if self._index is None:
-            base = self.bank.z_Ld[: len(self.bank.table_KM)].numpy()
-            self._index = Index(
-                base, exact=self.settings.exact, probes=self.settings.probes, device=self.device
-            )
-        return self._index
+    def nodes_searched(self) -> int:
+        """Rows that have neighbours of their own here (inner and first halo)."""
+        return len(self.bank.table_KM)
+
+    @property
+    def flops_per_query(self) -> float:
+        """Multiply-adds x 2 of one search."""
+        return self._opened()[0].index.flops_per_query
+
+    def nearest(self, z_Bd: np.ndarray, wanted: int, seeds_B: np.ndarray) -> np.ndarray:
+        """[B, wanted] local ids of the nearest nodes; a seed's in its own partition and its halo.
+
+        A rank that owns several partitions searches each by itself, so that what a seed finds
+        does not change with the number of ranks.
+        """
+        found_BF = np.full((len(seeds_B), wanted), -1, np.int64)
+        for search in self._opened():
+            rows = search.concerned(seeds_B)
+            if not len(rows):
+                continue
+            left_out = search.place_of(seeds_B[rows])
+            most = min(wanted, search.index.nodes - int((left_out >= 0).any()))
+            found, _ = search.index.search(z_Bd[rows], most, exclude=left_out)
+            found_BF[rows, :most] = search.local_of(found)
+        return found_BF
+
+    def _opened(self) -> list[_Search]:
+        if self._searches is None:
+            everything = np.arange(self.nodes_searched)
+            if len(self._parts) < 2:
+                self._searches = [self._search(everything, None)]
+            else:
+                inner_part = np.asarray(self.version.part)[self.bank.nodes_L[: self.bank.num_inner]]
+                self._searches = [
+                    self._search(self._around_part(inner_part == part), inner_part == part)
+                    for part in self._parts
+                ]
+        return self._searches
+
+    def _around_part(self, inner: np.ndarray) -> np.ndarray:
+        """Local ids of a partition's inner nodes and their candidates."""
+        own = np.flatnonzero(inner)
+        candidates = np.asarray(self.bank.table_KM)[own]
+        return np.union1d(own, candidates[candidates >= 0])
+
+    def _search(self, rows_S: np.ndarray, inner: np.ndarray | None) -> _Search:
+        s, base = self.settings, self.bank.z_Ld.numpy()[rows_S]
+        return _Search(
+            Index(base, exact=s.exact, probes=s.probes, device=self.device), rows_S, inner
+        )
 
     def order(self, manifest: Manifest, *, seed: int, global_batch: int, window: int) -> Order:
         """The order of seeds, a fixed share of every partition in each global batch."""
@@ -121,6 +165,30 @@ class Neighbourhood:
         return block.to(self.device)
 
 
+@dataclass(frozen=True)
+class _Search:
+    """An index over some local rows; ``inner``: which inner rows ask here, None: all seeds do."""
+
+    index: Index
+    rows_S: np.ndarray
+    inner: np.ndarray | None
+
+    def concerned(self, seeds_B: np.ndarray) -> np.ndarray:
+        """Rows of the batch whose seeds search here."""
+        if self.inner is None:
+            return np.arange(len(seeds_B))
+        return np.flatnonzero(self.inner[seeds_B])
+
+    def place_of(self, seeds: np.ndarray) -> np.ndarray:
+        """Places of local ids in this index; -1 for none."""
+        place = np.clip(np.searchsorted(self.rows_S, seeds), 0, len(self.rows_S) - 1)
+        return np.where(self.rows_S[place] == seeds, place, -1)
+
+    def local_of(self, found: np.ndarray) -> np.ndarray:
+        """Local ids of places in this index; -1 stays."""
+        return np.where(found >= 0, self.rows_S[found], -1)
+
+
 class Query:
     """Called by the student with its live projections; gives the block around the seeds.
 
@@ -143,11 +211,9 @@ class Query:
                 around.sampler, self.seeds_B, (settings.fanouts[0], self.fanout), **self.key
             )
         else:
-            nodes = len(around.bank.table_KM)
-            wanted = min(settings.fanouts[0], nodes - (0 if unseen else 1))
-            found_BF, _ = around.index.search(
-                z_Bd.detach().float().cpu().numpy(), wanted, exclude=self.seeds_B
-            )
+            wanted = min(settings.fanouts[0], around.nodes_searched - (0 if unseen else 1))
+            z = z_Bd.detach().float().cpu().numpy()
+            found_BF = around.nearest(z, wanted, self.seeds_B)
             ids = queried_block(around.sampler, found_BF, self.seeds_B, self.fanout, **self.key)
         nodes_L = np.append(np.asarray(around.bank.nodes_L), -1)
         local_V = np.append(np.asarray(ids.nodes_V), len(nodes_L) - 1)

@@ -45,11 +45,10 @@ def run(context: Context, scope: Scope, targets_key: str) -> list[Path]:
             view = epoch % config.targets.views if config.targets.views else epoch
             engine.train()
             for micro in training.steps(order, epoch, view, stream):
-                for number, batch in enumerate(micro):
+                for batch in micro:
                     images, labels, valid = context.to_device(batch)
                     soft = torch.from_numpy(targets.lookup(batch.ids, view)).to(engine.device)
-                    step = training.cursor.step * training.accumulation + number
-                    query = around and around.around(batch.ids, epoch, step)
+                    query = around and around.around(batch.ids, epoch, training.cursor.step)
                     output = engine(images, query)
                     loss_B = job.loss(output, labels, soft)
                     training.learn(loss_B, valid, output.logits_BC, labels)

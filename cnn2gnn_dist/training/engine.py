@@ -42,9 +42,14 @@ def init(ranks: Ranks, device: str, timeout_s: float = 600.0) -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     else:
         torch.cuda.set_device(ranks.local_rank)
+    timeout = timedelta(seconds=timeout_s)
+    # ZeRO reduces in a group of its own, which DeepSpeed makes without a timeout: torch's default
+    # of half an hour would hold.
+    c10d = torch.distributed.distributed_c10d
+    c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout
     deepspeed.init_distributed(
         dist_backend="nccl" if device == "cuda" else "gloo",
-        timeout=timedelta(seconds=timeout_s),
+        timeout=timeout,
         auto_mpi_discovery=False,
         verbose=False,
     )
