@@ -232,6 +232,57 @@ def save_changes_nothing(root: Path) -> list[str]:
     return found
 
 
+LONG = 50
+
+
+def long_run(root: Path) -> dict[int, list[list[float]]]:
+    """Two ranks, 3 steps, a save, 50 steps more: the losses of each step's micro-batches."""
+    found = {}
+    for stage in tiny.STAGES:
+        engine, saved = tiny.build(stage), Checkpoints(root / f"wide-{stage}", RUN)
+        tiny.train(engine, range(HALF))
+        saved.save(HALF, engine, extra(HALF))
+        saved.finish()
+        mine = tiny.train(engine, range(HALF, HALF + LONG))
+        found[stage] = [
+            list(step) for step in zip(*distributed.all_gather_object(mine), strict=True)
+        ]
+    return found
+
+
+def narrow_run(root: Path) -> dict[str, dict[int, list[list[float]]]]:
+    """One rank of two micro-batches: goes on from the two ranks' save; and a save of its own."""
+    found: dict[str, dict[int, list[list[float]]]] = {"resumed": {}, "own": {}}
+    for stage in tiny.STAGES:
+        engine = tiny.build(stage, seed=9, accumulation=2)
+        assert Checkpoints(root / f"wide-{stage}", RUN).load(engine) is not None
+        found["resumed"][stage] = in_pairs(tiny.train(engine, range(HALF, HALF + LONG)))
+        engine = tiny.build(stage, accumulation=2)
+        saved = Checkpoints(root / f"narrow-{stage}", RUN)
+        tiny.train(engine, range(HALF))
+        saved.save(HALF, engine, extra(HALF))
+        saved.finish()
+        found["own"][stage] = in_pairs(tiny.train(engine, range(HALF, HALF + LONG)))
+    return found
+
+
+def wide_again(root: Path) -> dict[int, list[list[float]]]:
+    """Two ranks go on from the one rank's save."""
+    found = {}
+    for stage in tiny.STAGES:
+        engine = tiny.build(stage, seed=9)
+        assert Checkpoints(root / f"narrow-{stage}", RUN).load(engine) is not None
+        mine = tiny.train(engine, range(HALF, HALF + LONG))
+        found[stage] = [
+            list(step) for step in zip(*distributed.all_gather_object(mine), strict=True)
+        ]
+    return found
+
+
+def in_pairs(losses: list[float]) -> list[list[float]]:
+    return [losses[i : i + 2] for i in range(0, len(losses), 2)]
+
+
 def die_when(rank: int, module: Any, name: str, at: Callable[[Path], bool]) -> None:
     """SIGKILL this rank when ``module.name`` is called on a path that ``at`` picks."""
     real = getattr(module, name)
@@ -457,6 +508,34 @@ def test_a_save_that_the_disk_refuses_costs_that_save_only(tmp_path: Path) -> No
         assert found["finish"] == last
 
 
+def another_config(root: Path) -> list[str]:
+    """A save of one config; what is said to another, and what force does."""
+    old = {"teacher.lr": 0.1, "teacher.epochs": 5, "seed": 0}
+    saved = Checkpoints(root, RUN, old)
+    engine = tiny.build(0)
+    tiny.train(engine, range(1))
+    saved.save(1, engine, extra(1))
+    saved.finish()
+    other = Checkpoints(root, "another", {**old, "teacher.epochs": 9})
+    said = []
+    with pytest.raises(UserError) as caught:
+        other.load(tiny.build(0, seed=2))
+    said.append(str(caught.value))
+    fresh_engine = tiny.build(0, seed=2)
+    loaded = other.load(fresh_engine, force=True)
+    assert loaded is not None
+    said += [str(loaded.same_run), str(state(fresh_engine) == state(engine))]
+    return said
+
+
+def test_another_config_is_named_and_refused_unless_forced(tmp_path: Path) -> None:
+    refusal, same, equal = procs.run(another_config, 1, tmp_path)[0]
+    assert "teacher.epochs: 5 -> 9" in refusal
+    assert "teacher.lr" not in refusal
+    assert "--force" in refusal
+    assert (same, equal) == ("False", "True")
+
+
 def test_the_best_is_kept_besides_the_last(tmp_path: Path) -> None:
     steps = procs.run(best_and_last, 1, tmp_path)[0]
     assert steps == [[f"step-{n:08d}" for n in left] for left in
@@ -471,6 +550,17 @@ def test_every_generator_goes_on_where_it_was(tmp_path: Path) -> None:
     for expected, drawn in ranks:
         assert drawn == expected
     assert ranks[0][0] != ranks[1][0]
+
+
+def test_another_world_size_has_the_same_losses_for_fifty_steps(tmp_path: Path) -> None:
+    """Two ranks to one and the reverse, every ZeRO stage, the same micro-batches."""
+    wide = procs.run(long_run, 2, tmp_path)[0]
+    narrow = procs.run(narrow_run, 1, tmp_path)[0]
+    again = procs.run(wide_again, 2, tmp_path)[0]
+    for stage in tiny.STAGES:
+        for found, expected in ((narrow["resumed"], wide), (again, narrow["own"])):
+            assert np.shape(found[stage]) == (LONG, 2)
+            np.testing.assert_allclose(found[stage], expected[stage], rtol=1e-3, err_msg=str(stage))
 
 
 def test_saving_changes_nothing(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import psutil
 import pytest
 from runs import MICRO, environment, finish, lines, ray_environment, start, torchrun, trail
 
+from cnn2gnn_dist.training import checkpoint_folder as disk
 from cnn2gnn_dist.training import metrics
 
 pytestmark = pytest.mark.slow
@@ -224,3 +225,42 @@ def test_targets_continue_at_the_first_missing_shard(micro_run, tmp_path):
         assert path.read_bytes() == wanted[path.name]
         rewritten = path in (files[1], files[2])
         assert (path.stat().st_mtime_ns != before.get(path.name)) == rewritten
+
+
+def test_force_goes_on_under_another_config(micro_run, tmp_path):
+    """Without it the change is named and refused; with it the teacher trains on, the rest is anew."""
+    run = tmp_path / "run"
+    shutil.copytree(micro_run, run)
+    command = [*torchrun(run, "teacher.epochs=3"), "--stages", "pack,index,teacher"]
+    code, output = finish(start(command, environment()))
+    assert code != 0
+    assert "teacher.epochs: 2 -> 3" in output
+    assert "--force" in output
+    command = [*torchrun(run, "teacher.epochs=3"), "--stages", "pack,index,teacher", "--force"]
+    code, output = finish(start(command, environment()))
+    assert code == 0, output[-4000:]
+    assert "goes on all the same" in output
+    assert "(step 18)" in output
+    assert [line["step"] for line in lines(run / "teacher") if "loss" in line] == list(range(1, 28))
+    assert lines(run / "teacher")[:18] == lines(micro_run / "teacher")[:18]
+
+
+def test_force_begins_the_epoch_again_when_the_order_is_another(tmp_path):
+    """Another number of partitions in the middle of an epoch: no sample is left out of it."""
+    run = tmp_path / "run"
+    before = ["--stages", "pack,index,teacher,targets,student"]
+    process = start([*torchrun(run, "teacher.epochs=1"), *before], environment())
+    reach(process, run, "student", 14)
+    kill_all(process)
+    newest = disk.all_of(run / "student" / "checkpoints")[-1]
+    cursor = disk.read_state(newest)["extra"]["cursor"]
+    how = ["teacher.epochs=1", "graph.parts=4"]
+    code, output = finish(start([*torchrun(run, *how), *before, "--force"], environment()))
+    assert code == 0, output[-4000:]
+    assert "goes on all the same: made from another config" in output
+    assert "graph.parts: 2 -> 4" in output
+    assert f"student  continues at epoch {cursor['epoch']}, batch {cursor['batch']}" in output
+    assert ("the order of samples is another" in output) == (cursor["batch"] > 0)
+    last = lines(run / "student")[-1]
+    assert last["step"] == 27 + cursor["batch"]
+    assert last["epoch"] == 3
