@@ -204,6 +204,30 @@ def test_a_rank_lost_under_ray_is_replaced(micro_run, tmp_path):
     assert trail(run) == trail(micro_run)
 
 
+@pytest.mark.parametrize("victim", ["driver", "gcs_server", "ray::ReaderAct"])
+def test_a_run_outlives_the_driver_rays_head_and_a_reader(victim, micro_run, tmp_path):
+    """A reader is replaced under way; after the others the same command goes on."""
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "cnn2gnn_dist", "run", "--config", "demo", *MICRO]
+    process = start([*command, f"run.dir={run}"], ray_environment())
+    reach(process, run, "teacher")
+    family = psutil.Process(process.pid).children(recursive=True)
+    if victim == "driver":
+        process.kill()
+    else:
+        next(child for child in family if child.name().startswith(victim)).kill()
+    code, output = finish(process)
+    psutil.wait_procs(family, timeout=60)
+    if victim == "ray::ReaderAct":
+        assert code == 0, output[-4000:]
+    else:
+        assert code != 0, output[-4000:]
+        assert [child for child in family if child.is_running()] == []
+        code, output = finish(start([*command, f"run.dir={run}"], ray_environment()))
+        assert code == 0, output[-4000:]
+    assert trail(run) == trail(micro_run)
+
+
 def test_targets_continue_at_the_first_missing_shard(micro_run, tmp_path):
     """A cut-off run left some files: they are not written again, a damaged one is."""
     run = tmp_path / "run"
@@ -225,6 +249,25 @@ def test_targets_continue_at_the_first_missing_shard(micro_run, tmp_path):
         assert path.read_bytes() == wanted[path.name]
         rewritten = path in (files[1], files[2])
         assert (path.stat().st_mtime_ns != before.get(path.name)) == rewritten
+
+
+def test_a_notice_that_no_step_ends_in_time_for_is_said(tmp_path):
+    """The peer is stopped, so no step ends: the rank says what is lost and leaves with 143."""
+    run = tmp_path / "run"
+    process = start(torchrun(run, "checkpoint.grace_s=3"), environment())
+    reach(process, run, "teacher", 2)
+    ranks = ranks_of(process)
+    ranks[1].suspend()
+    try:
+        ranks[0].send_signal(signal.SIGTERM)
+        seen = read_until(process, "no step ended within 3 s of the notice to end")
+        ranks[0].wait(60)
+    finally:
+        ranks[1].kill()
+    code, output = finish(process)
+    assert code != 0
+    assert "the last checkpoint is" in seen
+    assert "exitcode  : 143" in output, seen + output
 
 
 def test_force_goes_on_under_another_config(micro_run, tmp_path):
