@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -75,8 +76,8 @@ def test_cnn2gnn_run_on_ray(micro_run, tmp_path):
     reason="Ray's job server binds to the network: the test wants a network namespace (root, unshare)",
 )
 def test_ray_job(micro_run, tmp_path):
-    """`ray job submit` and launch/submit.py against a head that sees loopback only."""
-    run, run_2 = tmp_path / "job", tmp_path / "job-2"
+    """`ray job submit`, launch/submit.py and `ray job stop`; the head sees loopback only."""
+    run, run_2, run_3 = tmp_path / "job", tmp_path / "job-2", tmp_path / "job-3"
     ports = {name: free_port_outside_workers() for name in ("gcs", "dashboard", "client")}
     script = f"""
     ip link set lo up
@@ -94,6 +95,11 @@ def test_ray_job(micro_run, tmp_path):
     echo "script exit $?"
     {sys.executable} launch/submit.py --address $RAY_ADDRESS -- --config demo student.epoch=1 run.dir={run_2}
     echo "failing exit $?"
+    ray job submit --no-wait --submission-id stopped --working-dir . -- {sys.executable} -m cnn2gnn_dist run \
+        --config demo {_quoted(MICRO)} teacher.epochs=2000 checkpoint.every_steps=100000 run.dir={run_3}
+    for i in $(seq 1200); do [ -s {run_3}/teacher/metrics.jsonl ] && break; sleep 0.1; done
+    ray job stop stopped
+    ray job logs stopped
     """
     process = start(["unshare", "-n", "bash", "-c", script], ray_environment())
     try:
@@ -106,6 +112,10 @@ def test_ray_job(micro_run, tmp_path):
     assert "failing exit 1" in output, output[-3000:]
     assert "did you mean student.epochs?" in output
     assert scores(run) == scores(micro_run)
+    step = re.search(r"teacher was told to end: step (\d+) is saved", output)
+    assert step, output[-3000:]
+    latest = run_3 / "teacher" / "checkpoints" / "latest"
+    assert latest.read_text() == f"step-{int(step[1]):08d}"
 
 
 def short_folder(tmp_path: Path) -> Path:
