@@ -8,6 +8,8 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -506,6 +508,32 @@ def test_a_save_that_the_disk_refuses_costs_that_save_only(tmp_path: Path) -> No
         assert first in files
         assert found["after"] == (None, ["latest", first, last])
         assert found["finish"] == last
+
+
+@pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("unshare") is None,
+    reason="a file system of one's own wants a mount namespace (root, unshare)",
+)
+def test_a_disk_that_is_full_or_read_only(tmp_path: Path) -> None:
+    """Really so: a tmpfs of 96 KiB. The newest whole checkpoint stays, and saving recovers."""
+    (tmp_path / "d").mkdir()
+    script = Path(__file__).with_name("full_disk.py")
+    environment = {**os.environ, "PYTHONPATH": f"{script.parent.parent}:{script.parent}"}
+    done = subprocess.run(
+        ["unshare", "--mount", sys.executable, str(script), str(tmp_path / "d")],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    *well, full, read_only, again = json.loads(done.stdout.splitlines()[-1])
+    assert len(well) >= 2
+    assert all(problem is None for _, problem, _ in well)
+    last = well[-1][2]
+    assert "No space left" in full[1]
+    assert "Read-only" in read_only[1]
+    assert full[2] == read_only[2] == last == f"step-{len(well):08d}"
+    assert again[1:] == [None, f"step-{len(well) + 3:08d}"]
 
 
 def another_config(root: Path) -> list[str]:
