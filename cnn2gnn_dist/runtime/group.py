@@ -222,8 +222,8 @@ def _let_them_save(actors: list[Any], refs: list[Any], grace_s: float) -> None:
     for actor in actors:
         actor.told_to_end.remote()
     done, hanging = ray.wait(refs, num_returns=len(refs), timeout=grace_s)
-    said = {str(failure.cause.what) for ref in done if (failure := _failure(ref)) is not None
-            and isinstance(failure, RayTaskError) and isinstance(failure.cause, Preempted)}  # fmt: skip
+    causes = [getattr(_failure(ref), "cause", None) for ref in done]
+    said = {cause.what for cause in causes if isinstance(cause, Preempted)}
     lost = f"no step ended within {grace_s:g} s: what came after the last checkpoint is lost"
     for line in sorted(said) or [lost if hanging else "the ranks were in no training"]:
         print(line, file=sys.stderr, flush=True)
@@ -263,19 +263,14 @@ def _gather(refs: list[Any]) -> list[Any]:
         ray.wait(pending, num_returns=len(pending), timeout=GRACE_SECONDS) if pending else ([], [])
     )
     failures = [failure, *(f for f in map(_failure, done) if f is not None)]
-    for one in failures:
-        cause = one.cause if isinstance(one, RayTaskError) else None
+    causes = [one.cause for one in failures if isinstance(one, RayTaskError)]
+    lost = [_last_line(one) for one in failures if isinstance(one, RayActorError)]
+    lost += [cause.what for cause in causes if isinstance(cause, PeerLost)]
+    for cause in causes:
         if isinstance(cause, UserError) and not isinstance(cause, PeerLost):
             raise cause from None
-    for one in failures:
-        if (
-            isinstance(one, RayTaskError)
-            and isinstance(one.cause, PeerLost)
-            and not any(isinstance(other, RayActorError) for other in failures)
-        ):
-            raise LostRank(one.cause.what) from None
-        if isinstance(one, RayActorError):
-            raise LostRank(_last_line(one)) from None
+    if lost:
+        raise LostRank(lost[0]) from None
     if hanging:
         raise LostRank(f"no answer; another rank failed with {_last_line(failures[0])}") from None
     raise min(failures, key=_echo)
