@@ -44,7 +44,8 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     arguments = parser.parse_intermixed_args()
     ranks = Ranks()
-    preemption.end_with_parent()
+    if "LOCAL_RANK" in os.environ:  # a launcher's child; of a shell's, nohup must hold
+        preemption.end_with_parent()
     try:
         ranks = Ranks.from_environment()
         overrides = list(arguments.overrides)
