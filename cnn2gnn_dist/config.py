@@ -189,7 +189,7 @@ class GraphConfig(Section):
     parts: int = Field(2, ge=1, description="partitions (DGL, METIS); at least as many as ranks")
     partitioner: Literal["metis", "ranges"] = Field(
         "metis",
-        description="metis: DGL's, few cut edges; ranges: equal stretches of ids, repeatable to the bit, "
+        description="metis: DGL's, few cut edges; ranges: equal stretches of ids, repeatable to the bit everywhere, "
         "the baseline of the cut",
     )
     start_epoch: int = Field(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +13,13 @@ from hypothesis import strategies as st
 
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.graph import partition
+
+
+def fixed_addresses() -> bool:
+    """Whether a process may turn off the randomisation of its addresses (containers may forbid it)."""
+    code = "import ctypes; p = ctypes.CDLL(None).personality; print(p(p(-1) | 0x40000))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    return done.returncode == 0 and done.stdout.strip() != "-1"
 
 
 def random_table(nodes: int, width: int, seed: int, holes: bool = False) -> np.ndarray:
@@ -203,3 +213,23 @@ def test_summary_counts_every_node():
     ):
         assert inner + one + two == len(part.nodes_L)
         assert inner + one == len(part.table_KM)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not fixed_addresses(), reason="this kernel lets no process fix its addresses")
+@pytest.mark.parametrize("seed", [10, 19])
+def test_metis_repeats_whatever_the_callers_environment(seed, monkeypatch):
+    """Graphs whose parts differed from process to process, before addresses were fixed."""
+    rng = np.random.default_rng(seed)
+    centres = rng.standard_normal((10, 8)) * 2
+    z = centres[rng.integers(0, 10, 300)] + rng.standard_normal((300, 8))
+    z /= np.linalg.norm(z, axis=1, keepdims=True)
+    near = z @ z.T
+    np.fill_diagonal(near, -9)
+    table = np.argsort(-near, axis=1)[:, :8].astype(np.int32)
+    found = set()
+    for number in range(4):
+        monkeypatch.setenv("WHATEVER", "x" * 37 * number)
+        monkeypatch.setenv("PYTHONPATH", "/nowhere" * number)
+        found.add(partition.assign(table, 2).tobytes())
+    assert len(found) == 1

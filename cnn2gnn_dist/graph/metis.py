@@ -1,25 +1,42 @@
 """METIS through DGL, as a process of its own: ``python -m cnn2gnn_dist.graph.metis TABLE OUT PARTS``.
 
 METIS keeps its random state for the life of a process: a second call on the same graph gives
-other parts (66 of 300 nodes differed). A fresh process mends most of that, not all: of 12 runs
-on one small graph 3 gave another partition, with address randomisation off none of 6 did. So
-a version's parts are stored and reused, and ``graph.partitioner=ranges`` is there for runs
-that must repeat to the bit.
+other parts (66 of 300 nodes differed). And something in it depends on addresses: of 30 small
+graphs 3 had other parts in some of 8 fresh processes, with or without address randomisation as
+long as the environment (and with it the stack) was another; with a fixed environment and no
+randomisation none had. So this process starts itself again without randomisation, and
+``partition.assign`` gives it an environment and arguments that are always the same. Where the
+kernel refuses (some containers) the parts nearly always repeat; ``graph.partitioner=ranges`` always.
 """
 
 from __future__ import annotations
 
+import ctypes
+import os
 import sys
 from pathlib import Path
 
-import numpy as np
+ADDR_NO_RANDOMIZE = 0x0040000
+ASK = 0xFFFFFFFF
 
-from cnn2gnn_dist.compat import import_dgl
+
+def without_randomisation() -> None:
+    """Start this process again at fixed addresses, if it is not so already and the kernel allows."""
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    now = libc.personality(ASK)
+    if now == -1 or now & ADDR_NO_RANDOMIZE or libc.personality(now | ADDR_NO_RANDOMIZE) == -1:
+        return
+    os.execv(sys.executable, [sys.executable, "-m", "cnn2gnn_dist.graph.metis", *sys.argv[1:]])
 
 
 def main(table_path: Path, out_path: Path, parts: int) -> None:
     """Read a candidate table [N, M], write the part of each node [N] int32."""
+    import numpy as np
     import torch
+
+    from cnn2gnn_dist.compat import import_dgl
 
     table_NM = np.load(table_path)
     there = table_NM >= 0
@@ -32,4 +49,5 @@ def main(table_path: Path, out_path: Path, parts: int) -> None:
 
 
 if __name__ == "__main__":
+    without_randomisation()
     main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))

@@ -29,7 +29,7 @@ PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 def assign(table_NM: np.ndarray, parts: int) -> np.ndarray:
     """[N] int32 part of each node, by DGL's METIS on the undirected graph.
 
-    Nearly always the same parts for the same graph; ``metis.py`` says why only nearly.
+    The same parts for the same graph, where the kernel lets a process choose (``metis.py``).
 
     Raises:
         UserError: more parts than nodes.
@@ -42,12 +42,12 @@ def assign(table_NM: np.ndarray, parts: int) -> np.ndarray:
     if parts == 1:
         return np.zeros(nodes, np.int32)
     with tempfile.TemporaryDirectory(prefix="metis-") as folder:
-        table, out = Path(folder) / "table.npy", Path(folder) / "part.npy"
-        np.save(table, table_NM)
-        path = [str(PACKAGE_PARENT), os.environ.get("PYTHONPATH", "")]
+        np.save(Path(folder) / "table.npy", table_NM)
+        command = [sys.executable, "-m", "cnn2gnn_dist.graph.metis", "table.npy", "part.npy"]
         done = subprocess.run(
-            [sys.executable, "-m", "cnn2gnn_dist.graph.metis", str(table), str(out), str(parts)],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"},
+            [*command, str(parts)],
+            cwd=folder,
+            env=_plain_environment(),
             capture_output=True,
             text=True,
         )
@@ -57,8 +57,21 @@ def assign(table_NM: np.ndarray, parts: int) -> np.ndarray:
                 where="graph.parts",
                 remedy="`cnn2gnn doctor` says whether DGL works here; graph.parts=1 needs no METIS",
             )
-        part_N = np.load(out)
+        part_N = np.load(Path(folder) / "part.npy")
     return _fill_empty(part_N, parts)
+
+
+def _plain_environment() -> dict[str, str]:
+    """The same for every caller: METIS's answer depends on where the stack begins."""
+    path = [str(PACKAGE_PARENT), os.environ.get("PYTHONPATH", "")]
+    needed = ("PATH", "HOME", "LD_LIBRARY_PATH")
+    return {
+        **{name: os.environ[name] for name in needed if name in os.environ},
+        "PYTHONPATH": os.pathsep.join(path),
+        "PYTHONHASHSEED": "0",
+        "OMP_NUM_THREADS": "1",
+        "DGLBACKEND": "pytorch",
+    }
 
 
 def assign_ranges(table_NM: np.ndarray, parts: int) -> np.ndarray:
