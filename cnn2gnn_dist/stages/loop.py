@@ -240,9 +240,9 @@ class Training:
         """Close an epoch: judge when due, save with the cursor at the next epoch's start."""
         every, found = self.settings.eval_epochs, {}
         if judge is not None and every and (self.cursor.epoch + 1) % every == 0:
-            self.engine.average_buffers()
             self.engine.eval()  # else BatchNorm would learn from the held-out images
-            found = judge()
+            with self.engine.averaged_buffers():
+                found = judge()
             self.metrics.log(self.cursor.step, epoch=self.cursor.epoch + 1, **found)
         self.cursor.epoch += 1
         self.cursor.batch = 0

@@ -89,9 +89,9 @@ class _Job:
         version = reusable(root, number, context.key)
         if version is None:
             previous = reusable(root, number - settings.refresh_epochs, context.key)
-            engine.average_buffers()
             engine.eval()
-            version = build(context, self._embed, root, number, previous)
+            with engine.averaged_buffers():
+                version = build(context, self._embed, root, number, previous)
             context.say(describe(version.meta))
         own = parts_of(ranks.rank, ranks.world_size, settings.parts)
         self.around = Neighbourhood(context, version, own)

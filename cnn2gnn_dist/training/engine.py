@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -188,6 +189,20 @@ class Engine:
         """
         for buffer in self.module.buffers():
             distributed.mean_or_first(buffer)
+
+    @contextlib.contextmanager
+    def averaged_buffers(self) -> Iterator[None]:
+        """Within this block buffers are averaged, as evaluation wants them; then each rank's own
+        again, so that looking changes nothing (collective).
+        """
+        own = [buffer.clone() for buffer in self.module.buffers()]
+        self.average_buffers()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, kept in zip(self.module.buffers(), own, strict=True):
+                    buffer.copy_(kept)
 
     def weights(self) -> dict[str, Tensor]:
         """All fp32 weights and buffers by name, on the CPU of every rank (collective)."""
