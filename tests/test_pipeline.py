@@ -102,9 +102,9 @@ def test_stale_results_are_refused_with_the_changed_fields_then_set_aside(tmp_pa
     assert "student.epochs: 12 -> 99" in step.why
     root = tmp_path / "run"
     with pytest.raises(UserError, match=r"student\.epochs: 12 -> 99"):
-        pipeline._make_room(changed, root, step, update=False)
+        pipeline._make_room(changed, root, step, update=False, force=False)
     assert (root / "student" / "output").exists()
-    pipeline._make_room(changed, root, step, update=True)
+    pipeline._make_room(changed, root, step, update=True, force=False)
     assert (root / "student.old-1" / "output").read_text() == "student"
     assert ledger.standing(root / "student", step.key)[0] is Standing.RESUME
 
