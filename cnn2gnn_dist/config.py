@@ -197,9 +197,24 @@ class GraphConfig(Section):
     )
     refresh_epochs: int = Field(1, ge=1, description="epochs between two builds of the graph")
     exact: bool = Field(
-        True, description="exact nearest neighbours; false: inverted lists (faiss IVF)"
+        True,
+        description="exact nearest neighbours; false: coarse lists, then neighbours of neighbours",
     )
-    probes: int = Field(8, ge=1, description="inverted lists looked into when not exact")
+    recall: float = Field(
+        0.95,
+        gt=0,
+        le=1,
+        description="recall@10 of a sample at which the search ends when not exact",
+    )
+    warm_start: bool = Field(
+        True,
+        description="when not exact, start a refresh from the neighbours before; false: anew each time",
+    )
+    probes: int = Field(
+        8,
+        ge=1,
+        description="inverted lists (faiss IVF) that a live search looks into when not exact",
+    )
     repartition_cut: float = Field(
         1.5, ge=1, description="partition anew when the share of cut edges has grown by this factor"
     )

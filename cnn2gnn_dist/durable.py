@@ -8,6 +8,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.lib.format import open_memmap
+
+from cnn2gnn_dist.errors import UserError
+
 
 def sync(path: Path) -> None:
     """Wait until a file, or a folder's list of names, is on disk."""
@@ -36,3 +41,26 @@ def write_json(path: Path, value: Any) -> None:
     """Write a JSON file and wait until it is on disk."""
     path.write_text(json.dumps(value, indent=1), encoding="utf-8")
     sync(path)
+
+
+def reserve_array(path: Path, shape: tuple[int, ...], kind: Any) -> None:
+    """An array of zeros in a file whose room on the disk is taken now.
+
+    A mapped file that grows only when it is written ends the process (SIGBUS) on a full disk.
+
+    Raises:
+        UserError: the disk is full; nothing is left behind.
+    """
+    try:
+        array = open_memmap(path, "w+", dtype=np.dtype(kind), shape=shape)
+        array.flush()
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, max(path.stat().st_size, 1))
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        size = int(np.prod(shape)) * np.dtype(kind).itemsize
+        raise UserError(
+            f"no room for {size / 2**20:,.1f} MiB: {error.strerror or error}",
+            where=str(path),
+            remedy="free some space and run the same command again: it goes on where it stopped",
+        ) from None

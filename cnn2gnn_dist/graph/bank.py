@@ -24,6 +24,9 @@ from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.graph.partition import PartGraph, build_union
 
 MANIFEST = "manifest.json"
+ATTEMPT = "attempt"
+WORKSHOP = "work"
+"""Folder of an unfinished version for whatever the table's makers put aside."""
 Shapes = Mapping[str, tuple[tuple[int, ...], type]]
 
 
@@ -34,15 +37,25 @@ class GraphWriter:
         self.path = path
 
     @classmethod
-    def create(cls, root: Path, number: int, shapes: Shapes) -> GraphWriter:
-        """Preallocate the arrays (rank 0), dropping an unfinished attempt."""
+    def create(cls, root: Path, number: int, shapes: Shapes, attempt: str = "") -> GraphWriter:
+        """Preallocate the arrays (rank 0).
+
+        An unfinished one of the same ``attempt`` (what goes into it, in words) goes on;
+        any other is dropped.
+
+        Raises:
+            UserError: the disk is full.
+        """
         path = version_path(root, number).with_suffix(".tmp")
+        note = path / ATTEMPT
+        if attempt and note.is_file() and note.read_text(encoding="utf-8") == attempt:
+            return cls(path)
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir(parents=True)
         for name, (shape, kind) in shapes.items():
-            np.lib.format.open_memmap(
-                path / f"{name}.npy", mode="w+", dtype=np.dtype(kind), shape=shape
-            ).flush()
+            durable.reserve_array(path / f"{name}.npy", shape, kind)
+        if attempt:
+            durable.write_text(note, attempt)
         return cls(path)
 
     @classmethod
@@ -68,6 +81,8 @@ class GraphWriter:
 
     def finalise(self, meta: dict[str, Any]) -> Path:
         """Checksum everything, write the manifest, rename (rank 0)."""
+        shutil.rmtree(self.path / WORKSHOP, ignore_errors=True)
+        (self.path / ATTEMPT).unlink(missing_ok=True)
         files = {}
         for path in sorted(self.path.rglob("*")):
             durable.sync(path)
@@ -93,14 +108,15 @@ class GraphVersion:
 
     Attributes:
         x: float16 [N, D]; z: float32 [N, d]; labels: int32 [N]; candidates: int32 [N, M];
-        part: int32 [N]; meta: what the builder noted.
+        part: int32 [N]; order: int32 [N], alike nodes beside each other; meta: what the builder
+        noted.
     """
 
     path: Path
     meta: dict[str, Any]
 
     def __getattr__(self, name: str) -> np.ndarray:
-        if name not in ("x", "z", "labels", "candidates", "part"):
+        if name not in ("x", "z", "labels", "candidates", "part", "order"):
             raise AttributeError(name)
         array = np.load(self.path / f"{name}.npy", mmap_mode="r")
         self.__dict__[name] = array

@@ -41,3 +41,12 @@ def recall(table_NM: np.ndarray, reference_NM: np.ndarray) -> float:
     there = reference_NM >= 0
     hits = (reference_NM[:, :, None] == table_NM[:, None, :]).any(2) & there
     return float(hits.sum() / max(there.sum(), 1))
+
+
+def changed_edges(before_NM: np.ndarray, after_NM: np.ndarray, most: int = 65_536) -> float:
+    """Share of a table's edges that the one before did not have, over at most so many rows."""
+    rows = np.arange(0, len(after_NM), -(-len(after_NM) // most))
+    before, after = before_NM[rows], after_NM[rows]
+    there = after >= 0
+    known = (after[:, :, None] == before[:, None, :]).any(2)
+    return float((there & ~known).sum() / max(there.sum(), 1))

@@ -7,19 +7,21 @@ last one, from the trained student: the bank that unseen images attach to.
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from cnn2gnn_dist import durable
 from cnn2gnn_dist.data.order import sequential
 from cnn2gnn_dist.data.reader import Request
 from cnn2gnn_dist.data.views import CLEAN
-from cnn2gnn_dist.graph import bank, knn, partition, quality
+from cnn2gnn_dist.graph import bank, partition, quality
 from cnn2gnn_dist.graph.bank import GraphVersion, GraphWriter
+from cnn2gnn_dist.stages import candidates
 from cnn2gnn_dist.stages.context import Context, load_manifest
 from cnn2gnn_dist.stages.networks import build_student, load_model
 from cnn2gnn_dist.training import distributed
@@ -28,6 +30,10 @@ from cnn2gnn_dist.training.checkpoint import Checkpoints
 Embed = Callable[[Tensor], tuple[Tensor, Tensor]]
 """images uint8 [B, H, W, 3] → x_BD, z_Bd."""
 
+EMBED_NOTE = 16
+"""Batches between two notes of how far a rank has come."""
+LONG = 200
+"""Batches from which a progress bar is shown."""
 QUERY_VIEW = 1_000_000
 """First view number of the query side of a table: no training epoch shows it."""
 
@@ -40,7 +46,7 @@ def run(context: Context, student_key: str) -> list[Path]:
     checkpoints = Checkpoints(context.paths.root / "student" / "checkpoints", student_key)
     load_model(model, checkpoints, "student")
     model.to(context.device).eval()
-    version = build(context, model.embed, context.folder, config.student.epochs, None)
+    version = build(context, model.embed, context.folder, config.student.epochs, None, "last")
     context.say(describe(version.meta))
     return [path for path in sorted(version.path.rglob("*")) if path.is_file()]
 
@@ -48,7 +54,8 @@ def run(context: Context, student_key: str) -> list[Path]:
 def describe(meta: dict[str, Any]) -> str:
     """One line about a graph version."""
     return (
-        f"graph    {meta['nodes']} nodes, M={meta['candidates']}, homophily {meta['homophily']:.3f}, "
+        f"graph    {meta['nodes']} nodes, M={meta['candidates']}, {candidates.describe(meta['search'])}, "
+        f"homophily {meta['homophily']:.3f}, "
         f"cut {meta['cut']:.3f}, parts {meta['inner']}, halos {meta['halo']}, "
         f"in-degree {meta['degree']['min']}..{meta['degree']['max']}"
     )
@@ -56,44 +63,44 @@ def describe(meta: dict[str, Any]) -> str:
 
 @torch.no_grad()
 def build(
-    context: Context, embed: Embed, root: Path, number: int, previous: GraphVersion | None
+    context: Context,
+    embed: Embed,
+    root: Path,
+    number: int,
+    previous: GraphVersion | None,
+    moment: str = "",
 ) -> GraphVersion:
     """Embed, search, partition, write (collective).
 
-    The node → part map of ``previous`` is kept while its cut holds, so that features
-    and order keep their places.
+    The search starts from the candidates of ``previous``, and its node → part map is kept while
+    its cut holds, so that features and order keep their places. ``moment`` says which weights
+    embed: an attempt that a kill cut off goes on if it was made at the same one.
+
+    Raises:
+        UserError: the disk is full; the versions that are whole stay as they are.
     """
     ranks, settings = context.ranks, context.config.graph
     manifest = load_manifest(context.paths.train_manifest)
     if ranks.is_first:
+        nodes = len(manifest)
         shapes = {
-            "x": ((len(manifest), context.config.student.dim), np.float16),
-            "z": ((len(manifest), settings.dim), np.float32),
-            "labels": ((len(manifest),), np.int32),
-            "candidates": ((len(manifest), settings.candidates), np.int32),
-            "part": ((len(manifest),), np.int32),
+            "x": ((nodes, context.config.student.dim), np.float16),
+            "z": ((nodes, settings.dim), np.float32),
+            "labels": ((nodes,), np.int32),
+            "candidates": ((nodes, settings.candidates), np.int32),
+            "order": ((nodes,), np.int32),
+            "part": ((nodes,), np.int32),
         }
-        GraphWriter.create(root, number, shapes).rows("labels", 0, manifest.label_N)
+        attempt = f"{context.key} {moment} {ranks.world_size} ranks" if moment else ""
+        GraphWriter.create(root, number, shapes, attempt).rows("labels", 0, manifest.label_N)
     distributed.barrier()
     writer = GraphWriter.open(root, number)
-    own_ids, query_Qd = _embed_all(context, embed, writer, len(manifest), number)
-    distributed.barrier()
-    table_QM, _ = knn.search(
-        np.asarray(writer.array("z")),
-        query_Qd,
-        settings.candidates,
-        exclude_Q=own_ids,
-        device=context.device,
-        exact=settings.exact,
-        probes=settings.probes,
-    )
-    for start, rows in _runs(own_ids):
-        writer.rows("candidates", start, table_QM[rows])
-    distributed.barrier()
+    query_Nd = _embed_all(context, embed, writer, len(manifest), number)
+    searched = candidates.find(context, writer, query_Nd, previous)
     if ranks.is_first:
         part_N, cut = _parts(np.asarray(writer.array("candidates")), settings, previous)
         writer.rows("part", 0, part_N)
-        _finalise(context, writer, part_N, cut)
+        _finalise(context, writer, part_N, cut, searched)
     distributed.barrier()
     if ranks.is_first:
         bank.prune(root, settings.keep_versions)
@@ -102,42 +109,48 @@ def build(
 
 def _embed_all(
     context: Context, embed: Embed, writer: GraphWriter, samples: int, number: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Write x and z of this rank's share; return its ids and the query side of the search.
+) -> np.ndarray | None:
+    """Write x and z of this rank's share; return the query side of the search [N, d], if any.
 
     With ``graph.query=table`` candidates are looked up for an augmented view: found for
     the clean one, whose features lie in the bank, they leak (DESIGN.md, section 3).
     """
     ranks, settings = context.ranks, context.config.graph
+    shop = candidates.workshop(context, writer)
     batch = context.config.evaluate.batch
     plan = list(sequential(samples, batch, ranks.rank, ranks.world_size))
     both = settings.query == "table"
-    ids_seen, queries = [], []
+    query_Nd = shop.array("query", (samples, settings.dim), np.float32) if both else None
+    progress = shop.folder / f"embedded-{ranks.rank}"
+    # Every rank takes as many steps: a ZeRO-3 forward is collective.
+    done = min(distributed.all_gather_object(_count(progress)))
     with context.stream(context.paths.train_manifest, "embed") as stream:
         views = [CLEAN, QUERY_VIEW + number] if both else [CLEAN]
-        requests = (Request(ids, view) for ids, _ in plan for view in views)
+        requests = (Request(ids, view) for ids, _ in plan[done:] for view in views)
         batches = stream.batches(requests)
-        for ids, mask in plan:
+        hidden = not ranks.is_first or len(plan) < LONG
+        for step in tqdm(
+            range(done, len(plan)), "embed", unit="batch", leave=False, disable=hidden
+        ):
+            ids, mask = plan[step]
             for view in views:
-                got = next(batches)
-                images, _, valid = context.to_device(got)
+                images, _, valid = context.to_device(next(batches))
                 x_BD, z_Bd = embed(images)
                 # A corrupt image is nobody's neighbour: its z lies far from every unit vector.
                 z = (z_Bd.float() * valid[:, None]).cpu().numpy()[mask]
                 if view == CLEAN and mask.any():
                     writer.rows("x", int(ids[0]), x_BD.half().cpu().numpy()[mask])
                     writer.rows("z", int(ids[0]), z)
-            ids_seen.append(ids[mask])
-            queries.append(z)
-    return np.concatenate(ids_seen), np.concatenate(queries)
+            if query_Nd is not None and mask.any():
+                query_Nd[ids[mask]] = z
+            if (step + 1) % EMBED_NOTE == 0 or step + 1 == len(plan):
+                durable.write_text(progress, str(step + 1))
+    distributed.barrier()
+    return query_Nd
 
 
-def _runs(ids: np.ndarray) -> list[tuple[int, slice]]:
-    """Stretches of consecutive ids: (first id, rows)."""
-    if not len(ids):
-        return []
-    breaks = [0, *(np.flatnonzero(np.diff(ids) != 1) + 1).tolist(), len(ids)]
-    return [(int(ids[a]), slice(a, b)) for a, b in pairwise(breaks)]
+def _count(path: Path) -> int:
+    return int(path.read_text(encoding="utf-8")) if path.is_file() else 0
 
 
 def _parts(
@@ -154,7 +167,11 @@ def _parts(
 
 
 def _finalise(
-    context: Context, writer: GraphWriter, part_N: np.ndarray, cut_when_assigned: float
+    context: Context,
+    writer: GraphWriter,
+    part_N: np.ndarray,
+    cut_when_assigned: float,
+    searched: dict[str, Any],
 ) -> None:
     table_NM, labels_N = np.asarray(writer.array("candidates")), np.asarray(writer.array("labels"))
     parts = [
@@ -170,6 +187,7 @@ def _finalise(
             "candidates": table_NM.shape[1],
             "homophily": quality.edge_homophily(table_NM, labels_N),
             "degree": quality.degree_stats(table_NM),
+            "search": searched,
             **partition.summary(table_NM, part_N, parts),
             "cut_when_assigned": cut_when_assigned,
             "halo": [len(part.nodes_L) - part.num_inner for part in parts],

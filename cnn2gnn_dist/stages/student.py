@@ -91,7 +91,8 @@ class _Job:
             previous = reusable(root, number - settings.refresh_epochs, context.key)
             engine.eval()
             with engine.averaged_buffers():
-                version = build(context, self._embed, root, number, previous)
+                moment = f"step {self.training.cursor.step}"
+                version = build(context, self._embed, root, number, previous, moment)
             context.say(describe(version.meta))
         own = parts_of(ranks.rank, ranks.world_size, settings.parts)
         self.around = Neighbourhood(context, version, own)

@@ -1,0 +1,36 @@
+"""The candidate table by exact search, in units that outlive a kill: small sets, and GPUs."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cnn2gnn_dist.graph.knn import Index
+from cnn2gnn_dist.graph.table_search import Found
+from cnn2gnn_dist.graph.units import Workshop, spans
+
+ROWS = 4096
+
+
+def exact_table(
+    shop: Workshop, z_Nd: np.ndarray, query_Nd: np.ndarray, m: int, device: str
+) -> Found:
+    """The m nearest other nodes of every node (collective).
+
+    Args:
+        z_Nd, query_Nd: float32; node i asks with ``query_Nd[i]``.
+        device: "cpu" (faiss) or "cuda" (blocked matmul and top-k).
+
+    Raises:
+        UserError: fewer than m other nodes.
+    """
+    table_NM = shop.array("table-exact", (len(z_Nd), m), np.int32)
+    units = spans(len(z_Nd), ROWS)
+
+    index = Index(np.asarray(z_Nd), device=device)
+
+    def search(unit: int) -> None:
+        rows = np.arange(units[unit].start, units[unit].stop)
+        table_NM[rows], _ = index.search(query_Nd[rows], m, exclude=rows)
+
+    shop.phase("exact", len(units), search)
+    return Found(table_NM, np.arange(len(z_Nd), dtype=np.int32), [1.0])

@@ -1,0 +1,132 @@
+"""Neighbours of neighbours: one round of NN-descent over a candidate table (Dong et al., WWW 2011).
+
+Shapes: N nodes, M candidates of each, U rows of a unit, W candidates looked at.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+TARGETS = 1 << 18
+"""Nodes whose reverse neighbours are found at once: with place and source their number fits 63 bits."""
+ROWS = 8192
+"""Rows joined at once: their candidates, and those rows of z, then lie in the cache."""
+NONE = np.int64(0x7FFFFFFF)
+
+
+@dataclass(frozen=True)
+class Width:
+    """How far a join looks: so many candidates of a row, so many rows that have it as theirs, and
+    so many candidates of each of those."""
+
+    forward: int
+    backward: int
+    further: int
+
+
+def joined(
+    table_NM: np.ndarray,
+    reverse_NR: np.ndarray,
+    z_Nd: np.ndarray,
+    query_Nd: np.ndarray,
+    rows_U: np.ndarray,
+    width: Width,
+) -> np.ndarray:
+    """[U, M] int32: the best of each row's candidates, of those whose candidate it is, and of theirs.
+
+    Args:
+        table_NM: int32 candidates, -1 = none; only read, so that rows may be done in any order.
+        reverse_NR: ``reverse`` of it: without these, rows that nobody links to stay badly connected.
+        z_Nd, query_Nd: float32 rows; row i asks with ``query_Nd[i]`` (often z itself).
+        rows_U: nodes to do; alike ones beside each other are several times faster.
+    """
+    out = np.empty((len(rows_U), table_NM.shape[1]), np.int32)
+    for start in range(0, len(rows_U), ROWS):
+        rows = rows_U[start : start + ROWS]
+        own, back = table_NM[rows], reverse_NR[rows][:, : width.backward]
+        near = np.concatenate([own[:, : width.forward], back], axis=1)
+        further = table_NM[np.maximum(near, 0), : width.further]
+        further[near < 0] = -1
+        ids = np.concatenate([own, back, further.reshape(len(rows), -1)], axis=1)
+        out[start : start + ROWS] = best_of(ids, z_Nd, query_Nd[rows], rows, own.shape[1])
+    return out
+
+
+def reverse(table_NM: np.ndarray, targets: slice, most: int) -> np.ndarray:
+    """int32 [targets, most]: whose candidate a node is, those first to whom it is nearest; -1 = none.
+
+    Raises:
+        ValueError: more than ``TARGETS`` of them.
+    """
+    count = targets.stop - targets.start
+    if count > TARGETS:
+        raise ValueError(f"{count} targets at once, at most {TARGETS}")
+    hit = (table_NM >= targets.start) & (table_NM < targets.stop)
+    source, place = np.nonzero(hit)
+    target = table_NM[hit].astype(np.int64) - targets.start
+    keys = (target << 37) | (np.minimum(place, 63) << 31) | source
+    keys.sort()
+    target = keys >> 37
+    rank = np.arange(len(keys)) - np.searchsorted(target, np.arange(count))[target]
+    kept = rank < most
+    out = np.full((count, most), -1, np.int32)
+    out[target[kept], rank[kept]] = (keys[kept] & 0x7FFFFFFF).astype(np.int32)
+    return out
+
+
+def best_of(
+    ids_UW: np.ndarray, z_Nd: np.ndarray, query_Ud: np.ndarray, self_U: np.ndarray, m: int
+) -> np.ndarray:
+    """[U, m] int32: the m nearest among ids (-1 = none, any number of times), nearest first.
+
+    A row's own node is left out; ties go to the smaller id. Changes ``ids_UW``.
+    """
+    ids_UW[ids_UW == self_U[:, None]] = -1
+    ids_UW.sort(axis=1)
+    ids_UW[:, 1:][ids_UW[:, 1:] == ids_UW[:, :-1]] = -1
+    keys = sort_keys(similarities(ids_UW, z_Nd, query_Ud), ids_UW)
+    keys.sort(axis=1)
+    return ids_of(keys[:, :m])
+
+
+def similarities(ids_UW: np.ndarray, z_Nd: np.ndarray, query_Ud: np.ndarray) -> np.ndarray:
+    """float32 [U, W] inner products of each query with its own nodes; -inf where the id is -1.
+
+    Each pair by itself, hence the same number wherever the pair is met.
+    """
+    import faiss
+
+    where = np.ascontiguousarray(ids_UW, np.int64)
+    query = np.ascontiguousarray(query_Ud, np.float32)
+    base = z_Nd if z_Nd.flags.c_contiguous else np.ascontiguousarray(z_Nd)
+    near = np.empty(where.shape, np.float32)
+    faiss.fvec_inner_products_by_idx(  # type: ignore[attr-defined]
+        faiss.swig_ptr(near),
+        faiss.swig_ptr(query),
+        faiss.swig_ptr(base),
+        faiss.swig_ptr(where),
+        query.shape[1],
+        *where.shape,
+    )
+    near[where < 0] = -np.inf
+    return near
+
+
+def sort_keys(near: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """int64 keys that rise as similarity falls, and then with the id; ids of -1 come last.
+
+    One sort of integers (vectorised in numpy) instead of a lexsort of pairs.
+    """
+    known = np.where(ids < 0, np.float32(-np.inf), near).astype(np.float32, copy=False)
+    bits = (known + np.float32(0)).view(np.int32)  # -0.0 becomes 0.0
+    rising = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # the order of the floats, as integers
+    low = np.where(ids < 0, NONE, ids)
+    return ((~rising).astype(np.int64) << 32) | low
+
+
+def ids_of(keys: np.ndarray) -> np.ndarray:
+    """int32 ids of keys; -1 for none."""
+    ids = keys & 0xFFFFFFFF
+    return np.where(ids == NONE, -1, ids).astype(np.int32)

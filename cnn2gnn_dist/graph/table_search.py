@@ -1,0 +1,202 @@
+"""The candidate table of all nodes: built from coarse lists or from the table before, on disk.
+
+Both end in rounds of ``joins.joined`` until a sample's recall is good enough. Work is done in
+units, shared by ranks, that go on where a kill left them and give the same table for any number
+of ranks. z may be memory-mapped: beside it a rank holds a unit's rows only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from cnn2gnn_dist.graph import joins, lists
+from cnn2gnn_dist.graph.joins import Width
+from cnn2gnn_dist.graph.units import Workshop, spans
+
+PROBES, KEEP = 5, 8
+"""Lists looked into for a query, and members taken from each: the rounds that follow do the rest."""
+SCAN_ROWS, JOIN_ROWS, PROBE_ROWS = 131_072, 65_536, 65_536
+SAMPLE, SAMPLE_UNIT, BASE_ROWS = 256, 32, 262_144
+RECALL_AT = 10
+HOPELESS = 0.65
+"""Stale recall below which neighbours of neighbours take about as long as building (docs/scale.md)."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """When a table is good enough: recall@10 of a sample, after at most ``rounds`` joins."""
+
+    recall: float = 0.95
+    rounds: int = 6
+
+
+@dataclass
+class Found:
+    """A table and how it came about.
+
+    Attributes:
+        table_NM: int32 [N, M] candidates, nearest first, -1 = none; on disk.
+        order_N: int32 [N], alike nodes beside each other: the order in which units run.
+        history: recall@10 of the sample at the start and after each round.
+        rebuilt: False: made from the table before.
+    """
+
+    table_NM: np.ndarray
+    order_N: np.ndarray
+    history: list[float] = field(default_factory=list)
+    rebuilt: bool = True
+
+
+class TableSearch:
+    """Nearest neighbours of all nodes among all nodes.
+
+    Args:
+        shop: the folder and the ranks.
+        z_Nd: float32 base; ``query_Nd``: what node i asks with (z itself, or another view of it).
+        m: candidates of each node, fewer than N.
+    """
+
+    def __init__(self, shop: Workshop, z_Nd: np.ndarray, query_Nd: np.ndarray, m: int) -> None:
+        self.shop, self.z_Nd, self.query_Nd, self.m = shop, z_Nd, query_Nd, m
+        self.nodes = len(z_Nd)
+        rng = np.random.default_rng(lists.SEED)
+        self._sample_S = np.sort(rng.choice(self.nodes, min(SAMPLE, self.nodes), replace=False))
+        self._truth_SR: np.ndarray | None = None
+
+    def build(self, goal: Goal) -> Found:
+        """From nothing but z (collective)."""
+        order_N, start_L1, probe_NP = self._in_lists()
+        table_NM = self.shop.array("table-scan", (self.nodes, self.m), np.int32)
+        units = spans(self.nodes, SCAN_ROWS)
+
+        def scan(unit: int) -> None:
+            rows = order_N[units[unit]]
+            table_NM[rows] = lists.scan(
+                self.query_Nd[rows], rows, probe_NP[rows], self.z_Nd, order_N, start_L1,
+                self.m, KEEP,
+            )  # fmt: skip
+
+        self.shop.phase("scan", len(units), scan)
+        return self._improve(Found(table_NM, order_N), goal, "build")
+
+    def refresh(self, before_NM: np.ndarray, order_N: np.ndarray, goal: Goal) -> Found:
+        """From the table of an earlier z; builds anew where that does not reach the goal (collective)."""
+        stale = self.recall(before_NM)
+        if stale >= HOPELESS:
+            found = self._improve(Found(before_NM, order_N, rebuilt=False), goal, "refresh")
+            if found.history[-1] >= goal.recall:
+                return found
+        found = self.build(goal)
+        found.history.insert(0, stale)
+        return found
+
+    def recall(self, table_NM: np.ndarray) -> float:
+        """Share of a sample's ``RECALL_AT`` nearest nodes that the table has; ties count (collective)."""
+        if self._truth_SR is None:
+            self._truth_SR = self._exact_sample()
+        rows = self._sample_S
+        near_SM = joins.similarities(table_NM[rows], self.z_Nd, self.query_Nd[rows])
+        # By similarity, not by id: among equally near nodes any will do.
+        bar_S1 = self._truth_SR[:, -1:] - 1e-6
+        hits = np.minimum((near_SM >= bar_S1).sum(1), self._truth_SR.shape[1])
+        return float(hits.sum() / self._truth_SR.size)
+
+    def _improve(self, found: Found, goal: Goal, name: str) -> Found:
+        """Rounds of neighbours of neighbours until the goal is reached, or nothing more is gained."""
+        half, allowed = max(self.m // 2, 2), 1 - goal.recall
+        widths = [
+            Width(half // 2, half // 2, half),
+            Width(half, half, half),
+            Width(self.m, half, self.m),
+        ]
+        found.history.append(self.recall(found.table_NM))
+        level = 0
+        for number in range(goal.rounds):
+            missing = 1 - found.history[-1]
+            if missing <= allowed:
+                break
+            if missing > 2 * allowed:  # a narrow round halves what is missing, for half the price
+                level = max(level, 1)
+            found.table_NM = self._round(found, f"{name}-{number}", widths[level])
+            found.history.append(self.recall(found.table_NM))
+            if 1 - found.history[-1] > 0.7 * missing:
+                level += 1
+            if level == len(widths):
+                break
+        return found
+
+    def _round(self, found: Found, name: str, width: Width) -> np.ndarray:
+        before_NM, order_N = found.table_NM, found.order_N
+        reverse_NR = self.shop.array(f"reverse-{name}", (self.nodes, width.backward), np.int32)
+        targets = spans(self.nodes, joins.TARGETS)
+
+        def turn(unit: int) -> None:
+            reverse_NR[targets[unit]] = joins.reverse(before_NM, targets[unit], width.backward)
+
+        self.shop.phase(f"reverse-{name}", len(targets), turn)
+        after_NM = self.shop.array(f"table-{name}", (self.nodes, self.m), np.int32)
+        units = spans(self.nodes, JOIN_ROWS)
+
+        def join(unit: int) -> None:
+            rows = order_N[units[unit]]
+            after_NM[rows] = joins.joined(
+                before_NM, reverse_NR, self.z_Nd, self.query_Nd, rows, width
+            )
+
+        self.shop.phase(f"join-{name}", len(units), join)
+        return after_NM
+
+    def _in_lists(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Nodes by list [N], where each list starts [L + 1], and the lists of each query [N, P]."""
+        count = lists.number_of_lists(self.nodes)
+        probes = min(PROBES, count)
+        centroids_Ld = self.shop.array("centroids", (count, self.z_Nd.shape[1]), np.float32)
+
+        def train(unit: int) -> None:
+            centroids_Ld[:] = lists.train(self.z_Nd, count)
+
+        self.shop.phase("centroids", 1, train)
+        home_N = self.shop.array("home", (self.nodes,), np.int32)
+        probe_NP = self.shop.array("probe", (self.nodes, probes), np.int32)
+        units = spans(self.nodes, PROBE_ROWS)
+
+        def probe(unit: int) -> None:
+            rows = units[unit]
+            probe_NP[rows] = lists.nearest_lists(self.query_Nd[rows], centroids_Ld, probes)
+            if self.query_Nd is self.z_Nd:
+                home_N[rows] = probe_NP[rows, 0]
+            else:
+                home_N[rows] = lists.nearest_lists(self.z_Nd[rows], centroids_Ld, 1)[:, 0]
+
+        self.shop.phase("probe", len(units), probe)
+        order_N = np.argsort(home_N, kind="stable").astype(np.int32)
+        return order_N, np.searchsorted(home_N[order_N], np.arange(count + 1)), probe_NP
+
+    def _exact_sample(self) -> np.ndarray:
+        """Similarities [S, R] of the sample's nearest nodes, its own left out, nearest first."""
+        import faiss
+
+        wanted = min(RECALL_AT, self.nodes - 1)
+        truth_SR = self.shop.array("sample", (len(self._sample_S), wanted), np.float32)
+        units = spans(len(self._sample_S), SAMPLE_UNIT)
+
+        def exact(unit: int) -> None:
+            rows = self._sample_S[units[unit]]
+            keys = np.empty((len(rows), 0), np.int64)
+            for span in spans(self.nodes, BASE_ROWS):
+                base = np.ascontiguousarray(self.z_Nd[span], np.float32)
+                near, ids = faiss.knn(
+                    np.ascontiguousarray(self.query_Nd[rows], np.float32), base,
+                    min(wanted + 1, len(base)), metric=faiss.METRIC_INNER_PRODUCT,
+                )  # fmt: skip
+                ids += span.start
+                ids[ids == rows[:, None]] = -1
+                keys = np.concatenate([keys, joins.sort_keys(near, ids)], axis=1)
+            best = joins.ids_of(np.sort(keys, axis=1)[:, :wanted])
+            near = joins.similarities(best, self.z_Nd, self.query_Nd[rows])
+            truth_SR[units[unit]] = -np.sort(-near, axis=1)
+
+        self.shop.phase("sample", len(units), exact)
+        return truth_SR

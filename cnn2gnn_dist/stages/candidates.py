@@ -1,0 +1,102 @@
+"""The candidate table of a graph version: which search makes it, with whom, and what is noted of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from cnn2gnn_dist.graph import quality
+from cnn2gnn_dist.graph.bank import WORKSHOP, GraphVersion, GraphWriter
+from cnn2gnn_dist.graph.exact_search import exact_table
+from cnn2gnn_dist.graph.table_search import Found, Goal, TableSearch
+from cnn2gnn_dist.graph.units import Crew, Workshop
+from cnn2gnn_dist.stages.context import Context
+from cnn2gnn_dist.training import distributed
+
+LONG = 4
+"""Units of a phase from which a progress bar is shown."""
+
+
+def workshop(context: Context, writer: GraphWriter) -> Workshop:
+    """Where a version's makers put aside what a kill must not cost."""
+    ranks = context.ranks
+    crew = Crew(
+        ranks.rank, ranks.world_size, torch.get_num_threads(), distributed.barrier, _Bar(context)
+    )
+    return Workshop(writer.path / WORKSHOP, crew)
+
+
+def find(
+    context: Context,
+    writer: GraphWriter,
+    query_Nd: np.ndarray | None,
+    previous: GraphVersion | None,
+) -> dict[str, Any]:
+    """Fill ``candidates`` and ``order`` of a version (collective); what is worth noting of it.
+
+    ``query_Nd``: what node i asks with; None: its own z.
+    """
+    settings, shop = context.config.graph, workshop(context, writer)
+    z_Nd = writer.array("z")
+    found = _search(context, shop, z_Nd, z_Nd if query_Nd is None else query_Nd, previous)
+    if context.ranks.is_first:
+        writer.rows("candidates", 0, found.table_NM)
+        writer.rows("order", 0, found.order_N)
+    distributed.barrier()
+    note: dict[str, Any] = {
+        "exact": settings.exact or context.device == "cuda",
+        "rebuilt": found.rebuilt,
+        "recall": found.history,
+    }
+    if previous is not None and context.ranks.is_first:
+        note["changed_edges"] = quality.changed_edges(previous.candidates, found.table_NM)
+    return note
+
+
+def describe(note: dict[str, Any]) -> str:
+    """A few words on how a table was found."""
+    if note["exact"]:
+        how = "exact"
+    else:
+        steps = " > ".join(f"{recall:.3f}" for recall in note["recall"])
+        how = f"{'built' if note['rebuilt'] else 'refreshed'}, recall {steps}"
+    if "changed_edges" in note:
+        how += f", {note['changed_edges']:.1%} of edges changed"
+    return how
+
+
+def _search(
+    context: Context,
+    shop: Workshop,
+    z_Nd: np.ndarray,
+    query_Nd: np.ndarray,
+    previous: GraphVersion | None,
+) -> Found:
+    settings = context.config.graph
+    if settings.exact or context.device == "cuda":
+        return exact_table(shop, z_Nd, query_Nd, settings.candidates, context.device)
+    search, goal = TableSearch(shop, z_Nd, query_Nd, settings.candidates), Goal(settings.recall)
+    if previous is None or not settings.warm_start:
+        return search.build(goal)
+    return search.refresh(previous.candidates, np.asarray(previous.order), goal)
+
+
+class _Bar:
+    """A progress bar for each phase with more than a few units, on rank 0."""
+
+    def __init__(self, context: Context) -> None:
+        self.shown = context.ranks.is_first
+        self.bar: tqdm[Any] | None = None
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        if not self.shown or total < LONG:
+            return
+        if self.bar is None or self.bar.desc != f"{phase}: ":
+            self.bar = tqdm(total=total, desc=phase, unit="unit", leave=False, initial=done - 1)
+        self.bar.update(1)
+        if done == total:
+            self.bar.close()
+            self.bar = None

@@ -1,0 +1,49 @@
+"""Searches in processes of their own: python tests/table_searches.py FOLDER Z RANK WORLD DIE_AFTER.
+
+Ranks wait for each other through files in FOLDER. DIE_AFTER: SIGKILL itself after so many units.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from cnn2gnn_dist.graph import table_search, units
+
+for name in ("SCAN_ROWS", "JOIN_ROWS", "PROBE_ROWS"):
+    setattr(table_search, name, 700)
+
+
+def main(folder: Path, z_path: Path, rank: int, world_size: int, die_after: int) -> None:
+    meetings = units_done = 0
+
+    def barrier() -> None:
+        nonlocal meetings
+        meetings += 1
+        (folder / f"at-{meetings}-{rank}").touch()
+        while not all((folder / f"at-{meetings}-{r}").exists() for r in range(world_size)):
+            time.sleep(0.001)
+
+    def progress(phase: str, done: int, total: int) -> None:
+        nonlocal units_done
+        units_done += 1
+        if units_done == die_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    crew = units.Crew(rank, world_size, 2, barrier, progress)
+    z_Nd = np.load(z_path, mmap_mode="r")
+    search = table_search.TableSearch(units.Workshop(folder / "work", crew), z_Nd, z_Nd, 12)
+    found = search.build(table_search.Goal(0.97))
+    if rank == 0:
+        np.save(folder / "table.npy", found.table_NM)
+        np.save(folder / "order.npy", found.order_N)
+        print(units_done, found.history[-1])
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:6]))
