@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +46,25 @@ def write_json(path: Path, value: Any) -> None:
     sync(path)
 
 
+@contextmanager
+def room(path: Path) -> Iterator[None]:
+    """Name a full disk while something is written to ``path``.
+
+    Raises:
+        UserError: there is no room (or no quota) left.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"no room left: {error.strerror}",
+            where=str(path),
+            remedy="free some space and run the same command again: it goes on where it stopped",
+        ) from None
+
+
 def reserve_array(path: Path, shape: tuple[int, ...], kind: Any) -> None:
     """An array of zeros in a file whose room on the disk is taken now.
 
@@ -52,15 +74,10 @@ def reserve_array(path: Path, shape: tuple[int, ...], kind: Any) -> None:
         UserError: the disk is full; nothing is left behind.
     """
     try:
-        array = open_memmap(path, "w+", dtype=np.dtype(kind), shape=shape)
-        array.flush()
-        with open(path, "r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, max(path.stat().st_size, 1))
-    except OSError as error:
+        with room(path):
+            open_memmap(path, "w+", dtype=np.dtype(kind), shape=shape).flush()
+            with open(path, "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, max(path.stat().st_size, 1))
+    except BaseException:
         path.unlink(missing_ok=True)
-        size = int(np.prod(shape)) * np.dtype(kind).itemsize
-        raise UserError(
-            f"no room for {size / 2**20:,.1f} MiB: {error.strerror or error}",
-            where=str(path),
-            remedy="free some space and run the same command again: it goes on where it stopped",
-        ) from None
+        raise

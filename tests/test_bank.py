@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -226,3 +233,58 @@ def test_types_and_copies_of_a_bank(tmp_path):
         held.local_of(np.array([-1]))
     with pytest.raises(KeyError):
         held.local_of(np.array([3, N]))
+
+
+def test_an_attempt_goes_on_only_if_it_is_the_same(tmp_path):
+    shapes = {"z": ((4, 2), np.float32)}
+    first = GraphWriter.create(tmp_path, 1, shapes, "weights of step 7")
+    first.rows("z", 1, np.ones((1, 2)))
+    (first.path / bank.WORKSHOP).mkdir()
+    again = GraphWriter.create(tmp_path, 1, shapes, "weights of step 7")
+    np.testing.assert_array_equal(again.array("z")[1], [1, 1])
+    other = GraphWriter.create(tmp_path, 1, shapes, "weights of step 8")
+    np.testing.assert_array_equal(other.array("z"), np.zeros((4, 2)))
+    (other.path / bank.WORKSHOP).mkdir()
+    made = other.finalise({})
+    assert sorted(path.name for path in made.iterdir()) == ["manifest.json", "z.npy"]
+
+
+def test_a_partition_of_another_version_is_refused(tmp_path):
+    write(tmp_path, 1)
+    write(tmp_path, 2)
+    table, part_N = random_table(N, M, 5), np.arange(N) % 3
+    shutil.rmtree(tmp_path / "v0002" / "part-01")
+    other = partition.build_part(table, part_N.astype(np.int32), 1)
+    other.save(tmp_path / "v0002" / "part-01")
+    note = tmp_path / "v0002" / "part-01" / "part.json"
+    spare = (tmp_path / "v0001" / "part-01" / "part.json").stat().st_size - note.stat().st_size
+    note.write_text(note.read_text() + " " * spare)  # of the same size, and whole in itself
+    version = bank.GraphVersion(tmp_path / "v0002", {})
+    with pytest.raises(UserError, match=r"part-01"):
+        bank.load_bank(version, [1])
+    shutil.rmtree(tmp_path / "v0001" / "part-02")
+    with pytest.raises(UserError, match=r"part-02/.* is missing"):
+        bank.load_bank(bank.GraphVersion(tmp_path / "v0001", {}), [2])
+
+
+@pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("unshare") is None,
+    reason="a file system of one's own wants a mount namespace (root, unshare)",
+)
+def test_a_full_disk_leaves_the_version_before_in_use(tmp_path):
+    """Really full: a tmpfs of 1 MiB, filled while arrays, a part and the manifest are written."""
+    script = Path(__file__).with_name("full_disk_graph.py")
+    environment = {**os.environ, "PYTHONPATH": f"{script.parent.parent}:{script.parent}"}
+    (tmp_path / "d").mkdir()
+    done = subprocess.run(
+        ["unshare", "--mount", sys.executable, str(script), str(tmp_path / "d")],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert [step for step, _, _ in said] == ["arrays", "a part", "the manifest"]
+    for _, problem, newest in said:
+        assert "no room left" in problem
+        assert newest == "v0001"

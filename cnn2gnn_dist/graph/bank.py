@@ -92,7 +92,10 @@ class GraphWriter:
                     durable.sha256(path),
                 ]
         manifest = self.path / MANIFEST
-        manifest.write_text(json.dumps({"files": files, "meta": meta}, indent=1), encoding="utf-8")
+        with durable.room(manifest):
+            manifest.write_text(
+                json.dumps({"files": files, "meta": meta}, indent=1), encoding="utf-8"
+            )
         durable.sync(manifest)
         durable.sync(self.path)
         final = self.path.with_suffix("")
@@ -190,7 +193,7 @@ def load_bank(version: GraphVersion, parts: Sequence[int] | None = None) -> Bank
         everyone = np.arange(len(version.labels), dtype=np.int64)
         graph = PartGraph(-1, everyone, len(everyone), 0, np.asarray(version.candidates))
     elif len(parts) == 1:
-        graph = PartGraph.load(version.path / f"part-{parts[0]:02d}")
+        graph = _load_part(version, parts[0])
     else:
         inner = np.flatnonzero(np.isin(version.part, parts))
         graph = build_union(np.asarray(version.candidates), inner)
@@ -203,6 +206,20 @@ def load_bank(version: GraphVersion, parts: Sequence[int] | None = None) -> Bank
         num_inner=graph.num_inner,
         table_KM=np.asarray(graph.table_KM),
     )
+
+
+def _load_part(version: GraphVersion, number: int) -> PartGraph:
+    """A part as it was when the version was made: its note, and by it its arrays.
+
+    Raises:
+        UserError: missing, damaged, or of another version.
+    """
+    name = f"part-{number:02d}"
+    note = f"{name}/part.json"
+    files = _read_manifest(version.path)[0]
+    if note not in files or durable.sha256(version.path / note) != files[note][1]:
+        raise _damaged(version.path, f"{name} is not the partition that was made with it")
+    return PartGraph.load(version.path / name)
 
 
 def prune(root: Path, keep: int) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from cnn2gnn_dist import durable
 from cnn2gnn_dist.errors import UserError
 
 ARRAYS = ("nodes", "table")
@@ -110,11 +111,16 @@ class PartGraph:
     table_KM: np.ndarray
 
     def save(self, folder: Path) -> None:
-        """Write ``nodes.npy``, ``table.npy`` and ``part.json`` with their checksums."""
+        """Write ``nodes.npy``, ``table.npy`` and ``part.json`` with their checksums.
+
+        Raises:
+            UserError: the disk is full.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         arrays = dict(zip(ARRAYS, (self.nodes_L, self.table_KM), strict=True))
         for name, array in arrays.items():
-            np.save(folder / f"{name}.npy", array)
+            with durable.room(folder):
+                np.save(folder / f"{name}.npy", array)
         note = {
             "part": self.part,
             "num_inner": self.num_inner,
@@ -155,12 +161,14 @@ def build_part(table_NM: np.ndarray, part_N: np.ndarray, part: int) -> PartGraph
 
 def build_union(table_NM: np.ndarray, inner: np.ndarray, part: int = -1) -> PartGraph:
     """The part whose inner nodes are ``inner`` (ascending global ids)."""
-    halo1 = _new(table_NM[inner], inner)
-    rows = np.concatenate([inner, halo1])
-    halo2 = _new(table_NM[rows], rows)
-    nodes = np.concatenate([rows, halo2]).astype(np.int64)
-    local = np.full(len(table_NM) + 1, -1, np.int32)
+    known = np.zeros(len(table_NM), bool)
+    known[inner] = True
+    halo1 = _reached(table_NM[inner], known)
+    halo2 = _reached(table_NM[halo1], known)
+    nodes = np.concatenate([inner, halo1, halo2]).astype(np.int64)
+    local = np.full(len(table_NM) + 1, -1, np.int32)  # the last stands for the id -1
     local[nodes] = np.arange(len(nodes), dtype=np.int32)
+    rows = nodes[: len(inner) + len(halo1)]
     return PartGraph(part, nodes, len(inner), len(halo1), local[table_NM[rows]])
 
 
@@ -174,10 +182,16 @@ def summary(table_NM: np.ndarray, part_N: np.ndarray, parts: Sequence[PartGraph]
     }
 
 
-def _new(candidates: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Distinct candidates (not -1) that are not known yet, ascending."""
-    found = np.unique(candidates)
-    return np.setdiff1d(found[found >= 0], known, assume_unique=False)
+def _reached(candidates: np.ndarray, known_N: np.ndarray) -> np.ndarray:
+    """Candidates (not -1) that are not known yet, ascending; marks them as known.
+
+    By marking: sorting two million candidates takes a hundred times as long.
+    """
+    seen = np.zeros(len(known_N) + 1, bool)  # the last stands for the id -1
+    seen[candidates] = True
+    found = np.flatnonzero(seen[:-1] & ~known_N)
+    known_N[found] = True
+    return found
 
 
 def _fill_empty(part_N: np.ndarray, parts: int) -> np.ndarray:
