@@ -16,33 +16,27 @@ from numpy.lib.format import open_memmap
 from tqdm import tqdm
 
 CLASSES = 1000
-GROUPS = 50
-"""Of alike classes: most edges to other classes stay within one."""
 DIM, FEATURES = 64, 128
-INTRINSIC = 14
-"""Directions in which the members of a class differ; the k-NN problem is about as hard as this."""
+LATENT, TILT, NOISE = 12, 0.3, 0.1
+"""Directions in which nodes differ (the k-NN problem is about as hard as this), the last one's share
+of the first, and what is added in all others."""
 BLOCK = 50_000
-SPREAD = {0.65: 2.2, 0.9: 1.57}
+SPREAD = {0.65: 0.485, 0.9: 0.29}
 """Spread of a class that gives this share of same-class edges at 1,281,167 nodes and M = 16."""
 DUPLICATES, HUBS, TAILS = 0.01, 0.005, 0.05
 FILES = {"x": (FEATURES, np.float16), "z": (DIM, np.float32), "labels": (None, np.int32)}
 
 
 class World:
-    """What all rows share: centres of classes, directions of their groups."""
+    """What all rows share: centres of classes in a few latent directions, and how these are lifted."""
 
     def __init__(self, homophily: float, seed: int) -> None:
         rng = np.random.default_rng([seed, 0])
-        group_C = np.arange(CLASSES) % GROUPS
-        centres = rng.standard_normal((GROUPS, DIM))[group_C]
-        self.centre_Cd = _unit(
-            0.8 * _unit(centres) + 0.75 * _unit(rng.standard_normal((CLASSES, DIM)))
-        )
-        scale_I = np.linspace(1.0, 0.3, INTRINSIC)
-        bases = [np.linalg.qr(rng.standard_normal((DIM, INTRINSIC)))[0] for _ in range(GROUPS)]
-        self.basis_GId = np.stack([(basis * scale_I).T for basis in bases])
+        self.scale_R = np.linspace(1.0, TILT, LATENT)
+        self.centre_CR = rng.standard_normal((CLASSES, LATENT)) * self.scale_R
+        self.lift_Rd = np.linalg.qr(rng.standard_normal((DIM, LATENT)))[0].T
         self.lift_dD = rng.standard_normal((DIM, FEATURES)) / DIM**0.5
-        self.spread, self.seed, self.group_C = SPREAD[homophily], seed, group_C
+        self.spread, self.seed = SPREAD[homophily], seed
 
     def block(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """x, z and labels of rows ``number`` · BLOCK …"""
@@ -52,14 +46,9 @@ class World:
         kind = rng.random(BLOCK)
         size[kind < HUBS] *= 0.15
         size[kind > 1 - TAILS] *= 1.8
-        inner_BI = (
-            rng.standard_normal((BLOCK, INTRINSIC))
-            * (size * self.spread * INTRINSIC**-0.5)[:, None]
-        )
-        z = self.centre_Cd[labels] + 0.02 * rng.standard_normal((BLOCK, DIM))
-        for group in range(GROUPS):
-            rows = np.flatnonzero(self.group_C[labels] == group)
-            z[rows] += inner_BI[rows] @ self.basis_GId[group]
+        within_BR = rng.standard_normal((BLOCK, LATENT)) * self.scale_R
+        latent_BR = self.centre_CR[labels] + (size * self.spread)[:, None] * within_BR
+        z = latent_BR @ self.lift_Rd + NOISE * rng.standard_normal((BLOCK, DIM))
         copies = rng.choice(BLOCK, int(DUPLICATES * BLOCK), replace=False)
         half = len(copies) // 2
         z[copies[:half]], labels[copies[:half]] = (

@@ -95,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     _checkpoint_arguments(commands.add_parser("checkpoint", help="list, explain, verify, export"))
+    _plan_arguments(commands.add_parser("plan", help="memory and disk for so many images"))
     doctor = commands.add_parser("doctor", help="check this machine and say what to do")
     doctor.set_defaults(command=_doctor)
     fields = commands.add_parser("config", help="every field with default and meaning; the presets")
@@ -151,6 +152,46 @@ def _checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
         one.set_defaults(command=_checkpoint, action=name)
         if name == "export":
             one.add_argument("--out", required=True, metavar="FILE", help="file to write")
+
+
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Bytes of every structure of the graph, on disk and in memory; runs nothing."
+    )
+    parser.add_argument("--images", type=int, required=True, metavar="N", help="training images")
+    for name, metavar, text in (
+        ("--dim", "D", "width of the features, student.dim; default 128"),
+        ("--graph-dim", "d", "width of the projections, graph.dim; default 64"),
+        ("--candidates", "M", "graph.candidates; default 20"),
+        ("--parts", "P", "graph.parts; default 8"),
+        ("--ranks", "R", "default: one for each partition"),
+    ):
+        parser.add_argument(name, type=int, metavar=metavar, help=text)
+    for name in ("--halo1", "--halo2"):
+        parser.add_argument(name, type=float, metavar="H", help="halo nodes for each inner node")
+    parser.add_argument(
+        "--live", dest="searched", action="store_true", help="graph.query=live: with its index"
+    )
+    parser.add_argument("--json", action="store_true", help="as one JSON object")
+    parser.set_defaults(command=_plan)
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from cnn2gnn_dist.stages import plan_command
+
+    names = [
+        "images",
+        "dim",
+        "graph_dim",
+        "candidates",
+        "parts",
+        "ranks",
+        "halo1",
+        "halo2",
+        "searched",
+    ]
+    given = {name: getattr(arguments, name) for name in names}
+    return plan_command.command(given, as_json=arguments.json)
 
 
 def _checkpoint(arguments: argparse.Namespace) -> int:

@@ -187,9 +187,10 @@ class GraphConfig(Section):
         "from the table of the last refresh (queried with an augmented view)",
     )  # fmt: skip
     parts: int = Field(2, ge=1, description="partitions (DGL, METIS); at least as many as ranks")
-    partitioner: Literal["metis", "ranges"] = Field(
+    partitioner: Literal["metis", "streaming", "ranges"] = Field(
         "metis",
-        description="metis: DGL's, few cut edges; ranges: equal stretches of ids, repeatable to the bit everywhere, "
+        description="metis: DGL's, few cut edges; streaming: restreamed Fennel, where METIS's memory "
+        "(100 bytes a candidate) is not to be had; ranges: equal stretches of ids, repeatable to the bit everywhere, "
         "the baseline of the cut",
     )
     start_epoch: int = Field(
@@ -217,6 +218,11 @@ class GraphConfig(Section):
     )
     repartition_cut: float = Field(
         1.5, ge=1, description="partition anew when the share of cut edges has grown by this factor"
+    )
+    move_gain: int = Field(
+        4,
+        ge=1,
+        description="at a refresh a node changes its part if at least so many edges stop crossing",
     )
     keep_versions: int = Field(2, ge=1, description="graph versions left on disk")
 

@@ -225,7 +225,7 @@ def test_types_and_copies_of_a_bank(tmp_path):
     write(tmp_path)
     held = bank.load_bank(bank.open_version(tmp_path / "v0003"))
     kinds = (held.x_LD.dtype, held.z_Ld.dtype, held.labels_L.dtype)
-    assert kinds == (torch.float16, torch.float32, torch.int64)
+    assert kinds == (torch.float16, torch.float32, torch.int32)
     assert (held.nodes_L == np.arange(N)).all()
     held.x_LD.zero_()  # its own memory: the file stays as it was
     bank.open_version(tmp_path / "v0003").verify()

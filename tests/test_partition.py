@@ -154,7 +154,7 @@ def test_no_single_flipped_bit_passes_or_crashes(tmp_path):
                     continue
                 # Spaces of a header, or the note of the number, which no array depends on.
                 assert (again.num_inner, again.num_halo1) == (part.num_inner, part.num_halo1)
-                assert again.nodes_L.dtype == np.int64
+                assert again.nodes_L.dtype == np.int32
                 assert again.table_KM.dtype == np.int32
                 np.testing.assert_array_equal(again.nodes_L, part.nodes_L)
                 np.testing.assert_array_equal(again.table_KM, part.table_KM)

@@ -141,8 +141,8 @@ class Bank:
     """The rows of some parts, ready for look-up.
 
     Attributes:
-        x_LD: float16; z_Ld: float32; labels_L: int64, -1 = unknown; all of local rows.
-        nodes_L: int64 global ids: inner, first halo, second halo, each ascending.
+        x_LD: float16; z_Ld: float32; labels_L: int32, -1 = unknown; all of local rows.
+        nodes_L: int32 global ids: inner, first halo, second halo, each ascending.
         num_inner: inner rows.
         table_KM: int32 candidates as local ids, rows of inner and first-halo nodes.
     """
@@ -190,7 +190,7 @@ def latest_version(root: Path) -> Path | None:
 def load_bank(version: GraphVersion, parts: Sequence[int] | None = None) -> Bank:
     """The bank of some parts with their halos; of all nodes when ``parts`` is None."""
     if parts is None:
-        everyone = np.arange(len(version.labels), dtype=np.int64)
+        everyone = np.arange(len(version.labels), dtype=np.int32)
         graph = PartGraph(-1, everyone, len(everyone), 0, np.asarray(version.candidates))
     elif len(parts) == 1:
         graph = _load_part(version, parts[0])
@@ -201,7 +201,7 @@ def load_bank(version: GraphVersion, parts: Sequence[int] | None = None) -> Bank
     return Bank(
         x_LD=torch.from_numpy(np.ascontiguousarray(version.x[nodes])),
         z_Ld=torch.from_numpy(np.ascontiguousarray(version.z[nodes])),
-        labels_L=torch.from_numpy(np.asarray(version.labels[nodes], dtype=np.int64)),
+        labels_L=torch.from_numpy(np.ascontiguousarray(version.labels[nodes])),
         nodes_L=nodes,
         num_inner=graph.num_inner,
         table_KM=np.asarray(graph.table_KM),

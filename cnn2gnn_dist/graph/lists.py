@@ -16,8 +16,8 @@ SEED = 1234
 
 
 def number_of_lists(nodes: int) -> int:
-    """As many lists as members in each, so that finding lists costs as much as scanning one."""
-    return max(1, int(0.9 * nodes**0.5))
+    """Finding lists costs as much as scanning them when both grow with the root of the nodes."""
+    return max(1, int(1.8 * nodes**0.5))
 
 
 def train(z_Nd: np.ndarray, lists: int) -> np.ndarray:

@@ -15,6 +15,7 @@ import ctypes
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 ADDR_NO_RANDOMIZE = 0x0040000
 ASK = 0xFFFFFFFF
@@ -38,14 +39,37 @@ def main(table_path: Path, out_path: Path, parts: int) -> None:
 
     from cnn2gnn_dist.compat import import_dgl
 
-    table_NM = np.load(table_path)
-    there = table_NM >= 0
-    heads = np.repeat(np.arange(len(table_NM)), table_NM.shape[1])[there.ravel()]
-    tails = table_NM[there].astype(np.int64)
     dgl = import_dgl()
-    ends = torch.from_numpy(heads), torch.from_numpy(tails)
-    graph = dgl.graph(ends, num_nodes=len(table_NM))
+    low, high = (torch.from_numpy(ends) for ends in _pairs(np.load(table_path, mmap_mode="r")))
+    graph = dgl.graph((low, high), num_nodes=len(np.load(table_path, mmap_mode="r")))
+    del low, high
     np.save(out_path, dgl.metis_partition_assignment(graph, parts).numpy().astype(np.int32))
+
+
+def _pairs(table_NM: Any) -> tuple[Any, Any]:
+    """Both ends of each undirected edge once (METIS would hold mutual ones twice), in little memory."""
+    import numpy as np
+
+    nodes = np.int64(len(table_NM))
+    keys = table_NM.astype(np.int64).ravel()
+    own = np.repeat(np.arange(nodes, dtype=np.int32), table_NM.shape[1])
+    missing = keys < 0
+    high = np.maximum(keys, own)
+    np.minimum(keys, own, out=keys)
+    keys *= nodes
+    keys += high
+    del high, own
+    keys[missing] = -1
+    del missing
+    keys.sort()
+    first = np.empty(len(keys), bool)
+    first[:1] = True
+    np.not_equal(keys[1:], keys[:-1], out=first[1:])
+    first &= keys >= 0
+    keys = keys[first]
+    low = keys // nodes
+    keys -= low * nodes
+    return low, keys
 
 
 if __name__ == "__main__":

@@ -15,8 +15,7 @@ from cnn2gnn_dist.graph import joins, lists
 from cnn2gnn_dist.graph.joins import Width
 from cnn2gnn_dist.graph.units import Workshop, spans
 
-PROBES, KEEP = 5, 8
-"""Lists looked into for a query, and members taken from each: the rounds that follow do the rest."""
+MOST_PROBES = 16
 SCAN_ROWS, JOIN_ROWS, PROBE_ROWS = 131_072, 65_536, 65_536
 SAMPLE, SAMPLE_UNIT, BASE_ROWS = 256, 32, 262_144
 RECALL_AT = 10
@@ -63,11 +62,11 @@ class TableSearch:
         self.nodes = len(z_Nd)
         rng = np.random.default_rng(lists.SEED)
         self._sample_S = np.sort(rng.choice(self.nodes, min(SAMPLE, self.nodes), replace=False))
-        self._truth_SR: np.ndarray | None = None
+        self._truth_SR: tuple[np.ndarray, np.ndarray] | None = None
 
     def build(self, goal: Goal) -> Found:
         """From nothing but z (collective)."""
-        order_N, start_L1, probe_NP = self._in_lists()
+        order_N, start_L1, probe_NP = self._in_lists(goal)
         table_NM = self.shop.array("table-scan", (self.nodes, self.m), np.int32)
         units = spans(self.nodes, SCAN_ROWS)
 
@@ -75,7 +74,7 @@ class TableSearch:
             rows = order_N[units[unit]]
             table_NM[rows] = lists.scan(
                 self.query_Nd[rows], rows, probe_NP[rows], self.z_Nd, order_N, start_L1,
-                self.m, KEEP,
+                self.m, self.m,
             )  # fmt: skip
 
         self.shop.phase("scan", len(units), scan)
@@ -94,14 +93,12 @@ class TableSearch:
 
     def recall(self, table_NM: np.ndarray) -> float:
         """Share of a sample's ``RECALL_AT`` nearest nodes that the table has; ties count (collective)."""
-        if self._truth_SR is None:
-            self._truth_SR = self._exact_sample()
-        rows = self._sample_S
+        truth_SR, rows = self._truth()[0], self._sample_S
         near_SM = joins.similarities(table_NM[rows], self.z_Nd, self.query_Nd[rows])
         # By similarity, not by id: among equally near nodes any will do.
-        bar_S1 = self._truth_SR[:, -1:] - 1e-6
-        hits = np.minimum((near_SM >= bar_S1).sum(1), self._truth_SR.shape[1])
-        return float(hits.sum() / self._truth_SR.size)
+        bar_S1 = truth_SR[:, -1:] - 1e-6
+        hits = np.minimum((near_SM >= bar_S1).sum(1), truth_SR.shape[1])
+        return float(hits.sum() / truth_SR.size)
 
     def _improve(self, found: Found, goal: Goal, name: str) -> Found:
         """Rounds of neighbours of neighbours until the goal is reached, or nothing more is gained."""
@@ -148,16 +145,16 @@ class TableSearch:
         self.shop.phase(f"join-{name}", len(units), join)
         return after_NM
 
-    def _in_lists(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _in_lists(self, goal: Goal) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Nodes by list [N], where each list starts [L + 1], and the lists of each query [N, P]."""
         count = lists.number_of_lists(self.nodes)
-        probes = min(PROBES, count)
         centroids_Ld = self.shop.array("centroids", (count, self.z_Nd.shape[1]), np.float32)
 
         def train(unit: int) -> None:
             centroids_Ld[:] = lists.train(self.z_Nd, count)
 
         self.shop.phase("centroids", 1, train)
+        probes = self._probes_for(goal, centroids_Ld)
         home_N = self.shop.array("home", (self.nodes,), np.int32)
         probe_NP = self.shop.array("probe", (self.nodes, probes), np.int32)
         units = spans(self.nodes, PROBE_ROWS)
@@ -174,12 +171,32 @@ class TableSearch:
         order_N = np.argsort(home_N, kind="stable").astype(np.int32)
         return order_N, np.searchsorted(home_N[order_N], np.arange(count + 1)), probe_NP
 
-    def _exact_sample(self) -> np.ndarray:
-        """Similarities [S, R] of the sample's nearest nodes, its own left out, nearest first."""
+    def _probes_for(self, goal: Goal, centroids_Ld: np.ndarray) -> int:
+        """The fewest lists in which the sample's nearest nodes lie as often as the goal asks.
+
+        What the lists miss (a whole neighbourhood across a border) joins find late.
+        """
+        most = min(MOST_PROBES, len(centroids_Ld))
+        near_SR = self._truth()[1]
+        home_SR = lists.nearest_lists(self.z_Nd[near_SR.ravel()], centroids_Ld, 1)
+        asked_SP = lists.nearest_lists(self.query_Nd[self._sample_S], centroids_Ld, most)
+        held_SRP = home_SR.reshape(near_SR.shape)[:, :, None] == asked_SP[:, None, :]
+        recall_P = held_SRP.mean((0, 1)).cumsum()
+        return min(int((recall_P < goal.recall).sum()) + 1, most)
+
+    def _truth(self) -> tuple[np.ndarray, np.ndarray]:
+        """Similarities and ids [S, R] of the sample's nearest nodes (collective)."""
+        if self._truth_SR is None:
+            self._truth_SR = self._exact_sample()
+        return self._truth_SR
+
+    def _exact_sample(self) -> tuple[np.ndarray, np.ndarray]:
+        """Similarities and ids [S, R] of the sample's nearest nodes, its own left out, nearest first."""
         import faiss
 
         wanted = min(RECALL_AT, self.nodes - 1)
         truth_SR = self.shop.array("sample", (len(self._sample_S), wanted), np.float32)
+        near_SR = self.shop.array("sample-ids", truth_SR.shape, np.int32)
         units = spans(len(self._sample_S), SAMPLE_UNIT)
 
         def exact(unit: int) -> None:
@@ -196,7 +213,7 @@ class TableSearch:
                 keys = np.concatenate([keys, joins.sort_keys(near, ids)], axis=1)
             best = joins.ids_of(np.sort(keys, axis=1)[:, :wanted])
             near = joins.similarities(best, self.z_Nd, self.query_Nd[rows])
-            truth_SR[units[unit]] = -np.sort(-near, axis=1)
+            truth_SR[units[unit]], near_SR[units[unit]] = -np.sort(-near, axis=1), best
 
         self.shop.phase("sample", len(units), exact)
-        return truth_SR
+        return truth_SR, near_SR

@@ -16,10 +16,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cnn2gnn_dist import durable
+from cnn2gnn_dist.config import GraphConfig
 from cnn2gnn_dist.data.order import sequential
 from cnn2gnn_dist.data.reader import Request
 from cnn2gnn_dist.data.views import CLEAN
-from cnn2gnn_dist.graph import bank, partition, quality
+from cnn2gnn_dist.graph import bank, partition, quality, streaming
 from cnn2gnn_dist.graph.bank import GraphVersion, GraphWriter
 from cnn2gnn_dist.stages import candidates
 from cnn2gnn_dist.stages.context import Context, load_manifest
@@ -98,9 +99,10 @@ def build(
     query_Nd = _embed_all(context, embed, writer, len(manifest), number)
     searched = candidates.find(context, writer, query_Nd, previous)
     if ranks.is_first:
-        part_N, cut = _parts(np.asarray(writer.array("candidates")), settings, previous)
+        table_NM, order_N = (np.asarray(writer.array(name)) for name in ("candidates", "order"))
+        part_N, cut = _parts(table_NM, order_N, settings, previous)
         writer.rows("part", 0, part_N)
-        _finalise(context, writer, part_N, cut, searched)
+        _finalise(context, writer, part_N, cut, searched, previous)
     distributed.barrier()
     if ranks.is_first:
         bank.prune(root, settings.keep_versions)
@@ -154,15 +156,24 @@ def _count(path: Path) -> int:
 
 
 def _parts(
-    table_NM: np.ndarray, settings: Any, previous: GraphVersion | None
+    table_NM: np.ndarray, order_N: np.ndarray, settings: GraphConfig, previous: GraphVersion | None
 ) -> tuple[np.ndarray, float]:
+    """Part of each node, and the cut when parts were last assigned anew."""
     if previous is not None:
         part_N = np.asarray(previous.part)
-        cut = partition.edge_cut(table_NM, part_N)
-        if cut <= settings.repartition_cut * max(previous.meta["cut_when_assigned"], 0.01):
-            return part_N, float(previous.meta["cut_when_assigned"])
-    assign = partition.assign if settings.partitioner == "metis" else partition.assign_ranges
-    part_N = assign(table_NM, settings.parts)
+        if settings.partitioner != "ranges":
+            part_N = streaming.moved_where_it_pays(
+                table_NM, part_N, settings.parts, settings.move_gain
+            )
+        first_cut = float(previous.meta["cut_when_assigned"])
+        if partition.edge_cut(table_NM, part_N) <= settings.repartition_cut * max(first_cut, 0.01):
+            return part_N, first_cut
+    if settings.partitioner == "streaming":
+        part_N = streaming.assign_streaming(table_NM, order_N, settings.parts)
+    elif settings.partitioner == "metis":
+        part_N = partition.assign(table_NM, settings.parts)
+    else:
+        part_N = partition.assign_ranges(table_NM, settings.parts)
     return part_N, partition.edge_cut(table_NM, part_N)
 
 
@@ -172,6 +183,7 @@ def _finalise(
     part_N: np.ndarray,
     cut_when_assigned: float,
     searched: dict[str, Any],
+    previous: GraphVersion | None,
 ) -> None:
     table_NM, labels_N = np.asarray(writer.array("candidates")), np.asarray(writer.array("labels"))
     parts = [
@@ -189,6 +201,7 @@ def _finalise(
             "degree": quality.degree_stats(table_NM),
             "search": searched,
             **partition.summary(table_NM, part_N, parts),
+            "moved": 0.0 if previous is None else float((part_N != previous.part).mean()),
             "cut_when_assigned": cut_when_assigned,
             "halo": [len(part.nodes_L) - part.num_inner for part in parts],
         }
