@@ -179,6 +179,10 @@ class GraphConfig(Section):
     fanouts: tuple[int, int] = Field(
         (12, 8), strict=False, description="candidates sampled in the first and in the second hop"
     )
+    second_hop: Literal["sampled", "cached"] = Field(
+        "sampled",
+        description="sampled: fanouts[1] candidates of each neighbour; cached: all of them, averaged once a refresh",
+    )
     sampler: Literal["table", "dgl"] = Field(
         "table", description="neighbour sampler: own, or DGL's"
     )

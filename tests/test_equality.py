@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_student import Bank, M, N, make_images, student
+from test_student import Bank, K, M, N, make_images, student
 from test_student_model import KEY, with_features
 
 from cnn2gnn_dist.graph import partition
-from cnn2gnn_dist.graph.block import sampled_block
+from cnn2gnn_dist.graph.bank import Bank as GraphBank
+from cnn2gnn_dist.graph.block import one_hop_block, queried_block, sampled_block
 from cnn2gnn_dist.graph.sampler import make_sampler
+from cnn2gnn_dist.stages.second_hop import CachedSecondHop
 
 SEEDS = np.arange(0, N, 2)
 
@@ -81,3 +85,41 @@ def test_both_samplers_know_the_same_neighbours(parts: int) -> None:
             neighbours = set(table[graph.nodes_L[row]].tolist()) - {-1}
             assert {int(graph.nodes_L[i]) for i in mine if i >= 0} == neighbours
             assert {int(graph.nodes_L[i]) for i in theirs if i >= 0} == neighbours
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_the_cached_second_hop_is_the_sampled_one_at_full_fanout(parts: int) -> None:
+    bank, table = Bank(), Bank().table_NM.numpy().astype(np.int32)
+    part_N = assignments(parts)["random"]
+    for number in range(parts):
+        graph = partition.build_part(table, part_N, number)
+        held = GraphBank(
+            bank.x_ND[graph.nodes_L],
+            bank.z_Nd[graph.nodes_L],
+            bank.labels_N[graph.nodes_L],
+            graph.nodes_L,
+            graph.num_inner,
+            graph.table_KM,
+        )
+        hop = CachedSecondHop(held, K, torch.float64)
+        sampler = make_sampler("table", graph.table_KM, 0, graph.nodes_L)
+        # Training seeds, and with -1 images that are not in the graph.
+        for seeds in (np.arange(graph.num_inner), np.array([-1, 0, -1, 2])):
+            known = np.maximum(seeds, 0)
+            first = sampler.neighbours(known, M, hop=1, **KEY)
+            first[seeds < 0] = np.arange(M)
+            images = make_images(len(seeds))
+            full, cached = student("dataset"), student("dataset")
+            ids = queried_block(sampler, first, seeds, M, **KEY)
+            out = full(images, with_features(bank, ids, graph.nodes_L))
+            ids = one_hop_block(first, seeds)
+            assert ids.second_UG.shape == (len(ids.unique_U), 0)
+            block = replace(with_features(bank, ids, graph.nodes_L), second=hop.of(ids))
+            got = cached(images, block)
+            torch.testing.assert_close(got.logits_BC, out.logits_BC, rtol=1e-11, atol=1e-12)
+            got.logits_BC.square().sum().backward()
+            out.logits_BC.square().sum().backward()
+            for (name, mine), other in zip(
+                cached.named_parameters(), full.parameters(), strict=True
+            ):
+                torch.testing.assert_close(mine.grad, other.grad, rtol=1e-9, atol=1e-11, msg=name)

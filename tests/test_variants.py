@@ -41,6 +41,31 @@ def test_looking_at_held_out_images_does_not_change_the_training(micro_run, tmp_
     assert looks[-1]["test_accuracy"] == results(folder)["teacher"]["accuracy"]
 
 
+def test_cached_second_hop_streaming_partitioner_and_warm_refreshes(tmp_path):
+    folder = tmp_path / "run"
+    run(
+        folder,
+        "graph.second_hop=cached",
+        "graph.partitioner=streaming",
+        "graph.exact=false",
+        "graph.recall=0.9",
+        "graph.move_gain=2",
+        "graph.keep_versions=9",
+        "student.epochs=4",
+    )
+    assert results(folder)["student"]["accuracy"] > 0.2
+    notes = [
+        json.loads((path / "manifest.json").read_text())["meta"]
+        for path in sorted((folder / "student" / "graph").glob("v????"))
+    ]
+    assert len(notes) >= 2
+    assert all(note["search"]["recall"][-1] >= 0.9 for note in notes)
+    assert notes[0]["search"]["rebuilt"]
+    assert "changed_edges" not in notes[0]["search"]
+    assert all(0 <= note["search"]["changed_edges"] <= 1 for note in notes[1:])
+    assert all(0 <= note["moved"] <= 1 for note in notes)
+
+
 def test_zero_3_top_k_dgl_sampler_table_query_and_inverted_lists(tmp_path):
     folder = tmp_path / "run"
     run(

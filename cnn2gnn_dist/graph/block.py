@@ -80,6 +80,22 @@ def queried_block(
     )
 
 
+def one_hop_block(first_BF: np.ndarray, seeds_B: np.ndarray) -> BlockIds:
+    """First hop given, second hop known beforehand: [U, 0] of it."""
+    seeds_B = np.asarray(seeds_B, np.int64)
+    first = np.where(first_BF == seeds_B[:, None], -1, first_BF).astype(np.int64)
+    unique, place_in_unique = _numbered(first)
+    nodes, place = _numbered(unique, seeds_B)
+    return BlockIds(
+        nodes_V=nodes,
+        first_BF=place[first],
+        unique_U=place[unique],
+        unique_of_BF=place_in_unique[first],
+        second_UG=np.empty((len(unique), 0), np.int64),
+        seed_V=place[seeds_B],
+    )
+
+
 def _numbered(*groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Distinct ids (-1 left out), ascending, and the place of each: ``place[id]``, -1 for -1.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,26 @@ Scope = Literal["none", "batch", "dataset"]
 
 
 @dataclass
+class SecondHop:
+    """What the second hop comes to when bank features and bank-to-bank weights are constants.
+
+    Attributes:
+        mean_UD: m_j = Σ_l p_jl x_l of the unique first-hop nodes, any float dtype.
+        back_BF: p_ji, the weight that the first-hop node j gives to the seed i; 0 if none.
+    """
+
+    mean_UD: Tensor
+    back_BF: Tensor
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> SecondHop:
+        """The same on a device."""
+        return SecondHop(
+            self.mean_UD.to(device, non_blocking=non_blocking),
+            self.back_BF.to(device, non_blocking=non_blocking),
+        )
+
+
+@dataclass
 class CandidateBlock:
     """Candidates around B seeds, two hops, with the bank's rows of all nodes concerned.
 
@@ -40,6 +60,7 @@ class CandidateBlock:
         unique_of_BF: int64 into U, which of them lies in a slot; -1 = none.
         second_UG: int64 into V, the candidates of each unique node; -1 = none.
         seed_V: int64 [B] into V, the seed's own row; -1 for an unseen image.
+        second: the second hop, already averaged; None: from second_UG.
     """
 
     x_VD: Tensor
@@ -50,12 +71,14 @@ class CandidateBlock:
     unique_of_BF: Tensor
     second_UG: Tensor
     seed_V: Tensor
+    second: SecondHop | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> CandidateBlock:
         """The same block on a device."""
-        moved = {
-            f.name: getattr(self, f.name).to(device, non_blocking=non_blocking)
-            for f in fields(self)
+        values = ((f.name, getattr(self, f.name)) for f in fields(self))
+        moved: dict[str, Any] = {
+            name: None if value is None else value.to(device, non_blocking=non_blocking)
+            for name, value in values
         }
         return CandidateBlock(**moved)
 
@@ -196,25 +219,30 @@ class Student(nn.Module):
         found = self._nearest(z_Bd, z_Vd, block.first_BF, block._present_BF())
         unique_of_BF = block.unique_of_BF.clamp(min=0)
         with torch.no_grad():
-            apart_UG = block.second_UG != block.unique_U.unsqueeze(1)
-            present_UG = (block.second_UG >= 0) & apart_UG
-            p_UG = self._nearest(z_Vd[block.unique_U], z_Vd, block.second_UG, present_UG).p_BM
-            second_UGD = x_VD[block.second_UG.clamp(min=0)]
-            mean_UD = (p_UG.unsqueeze(-1) * second_UGD).sum(1)
-            # p_ji, wherever the seed i lies among the candidates of its neighbour j. An unseen
-            # image (-1) meets empty slots (-1) only: their weight is 0.
-            is_seed_BFG = block.second_UG[unique_of_BF] == block.seed_V.view(-1, 1, 1)
-            back_BF = (p_UG[unique_of_BF] * is_seed_BFG).sum(-1)
+            second = block.second or self._second_hop(x_VD, z_Vd, block, unique_of_BF)
             around = NeighbourBlock(
                 weights_BF=found.p_BM,
                 unique_of_BF=unique_of_BF,
                 x_UD=x_VD[block.unique_U],
-                mean_UD=mean_UD,
+                mean_UD=second.mean_UD.to(z_Bd.dtype),
                 labels_U=block.labels_V[block.unique_U],
-                back_BF=back_BF,
+                back_BF=second.back_BF.to(z_Bd.dtype),
                 seed_x_BD=x_VD[block.seed_V.clamp(min=0)],
             )
         return found, around
+
+    def _second_hop(
+        self, x_VD: Tensor, z_Vd: Tensor, block: CandidateBlock, unique_of_BF: Tensor
+    ) -> SecondHop:
+        apart_UG = block.second_UG != block.unique_U.unsqueeze(1)
+        present_UG = (block.second_UG >= 0) & apart_UG
+        p_UG = self._nearest(z_Vd[block.unique_U], z_Vd, block.second_UG, present_UG).p_BM
+        second_UGD = x_VD[block.second_UG.clamp(min=0)]
+        mean_UD = (p_UG.unsqueeze(-1) * second_UGD).sum(1)
+        # p_ji, wherever the seed i lies among the candidates of its neighbour j. An unseen
+        # image (-1) meets empty slots (-1) only: their weight is 0.
+        is_seed_BFG = block.second_UG[unique_of_BF] == block.seed_V.view(-1, 1, 1)
+        return SecondHop(mean_UD, (p_UG[unique_of_BF] * is_seed_BFG).sum(-1))
 
     def _nearest(
         self, z_Bd: Tensor, z_Vd: Tensor, candidates_BM: Tensor, present_BM: Tensor

@@ -15,11 +15,12 @@ from cnn2gnn_dist.data.order import Order
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.graph import bank as banks
 from cnn2gnn_dist.graph.bank import Bank, GraphVersion
-from cnn2gnn_dist.graph.block import BlockIds, queried_block, sampled_block
+from cnn2gnn_dist.graph.block import BlockIds, one_hop_block, queried_block
 from cnn2gnn_dist.graph.knn import Index
 from cnn2gnn_dist.graph.sampler import make_sampler
 from cnn2gnn_dist.models.student import CandidateBlock
 from cnn2gnn_dist.stages.context import Context
+from cnn2gnn_dist.stages.second_hop import CachedSecondHop
 
 
 def last_refresh(epoch: int, settings: GraphConfig) -> int | None:
@@ -76,6 +77,11 @@ class Neighbourhood:
         self.bank: Bank = banks.load_bank(version, own_parts)
         self.sampler = make_sampler(
             self.settings.sampler, self.bank.table_KM, context.config.seed, self.bank.nodes_L
+        )
+        self._second = (
+            CachedSecondHop(self.bank, self.settings.neighbours)
+            if self.settings.second_hop == "cached"
+            else None
         )
         self._parts = own_parts or []
         self._searches: list[_Search] | None = None
@@ -161,6 +167,7 @@ class Neighbourhood:
             unique_of_BF=torch.as_tensor(ids.unique_of_BF),
             second_UG=torch.as_tensor(ids.second_UG),
             seed_V=torch.as_tensor(ids.seed_V),
+            second=None if self._second is None else self._second.of(ids),
         )
         return block.to(self.device)
 
@@ -207,15 +214,22 @@ class Query:
         around, settings = self.around, self.around.settings
         unseen = bool((self.seeds_B < 0).any())
         if settings.query == "table" and not unseen:
-            ids = sampled_block(
-                around.sampler, self.seeds_B, (settings.fanouts[0], self.fanout), **self.key
-            )
+            first_BF = self._sampled()
         else:
             wanted = min(settings.fanouts[0], around.nodes_searched - (0 if unseen else 1))
             z = z_Bd.detach().float().cpu().numpy()
-            found_BF = around.nearest(z, wanted, self.seeds_B)
-            ids = queried_block(around.sampler, found_BF, self.seeds_B, self.fanout, **self.key)
+            first_BF = around.nearest(z, wanted, self.seeds_B)
+        if settings.second_hop == "cached":
+            ids = one_hop_block(first_BF, self.seeds_B)
+        else:
+            ids = queried_block(around.sampler, first_BF, self.seeds_B, self.fanout, **self.key)
         nodes_L = np.append(np.asarray(around.bank.nodes_L), -1)
         local_V = np.append(np.asarray(ids.nodes_V), len(nodes_L) - 1)
         self.first_BF = nodes_L[local_V[np.asarray(ids.first_BF)]]
         return around.candidates(ids)
+
+    def _sampled(self) -> np.ndarray:
+        """[B, F] local ids of candidates from the table of the last refresh."""
+        distinct, place = np.unique(self.seeds_B, return_inverse=True)
+        fanout = self.around.settings.fanouts[0]
+        return self.around.sampler.neighbours(distinct, fanout, hop=1, **self.key)[place]

@@ -1,0 +1,62 @@
+"""The second hop of all nodes at once: between two refreshes it does not change.
+
+Bank features and bank-to-bank weights are constants until the next refresh, so that
+m_j = Σ_l p_jl x_l over all candidates l of j can be computed once. A step then gathers two
+vectors a neighbour, whatever the fan-out (DESIGN.md, section 3).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cnn2gnn_dist.graph.bank import Bank
+from cnn2gnn_dist.graph.block import BlockIds
+from cnn2gnn_dist.models.graph_head import adaptive_neighbours, squared_distances
+from cnn2gnn_dist.models.student import SecondHop
+
+ROWS = 4096
+
+
+class CachedSecondHop:
+    """m and p of every row that can be a first hop (inner and first-halo nodes).
+
+    Args:
+        bank: of this rank's partitions.
+        k: neighbours with a weight above zero.
+        kind: dtype of m: float16, as the features.
+    """
+
+    def __init__(self, bank: Bank, k: int, kind: torch.dtype = torch.float16) -> None:
+        rows, width = bank.table_KM.shape
+        self.table_KM = bank.table_KM
+        self.mean_KD = torch.zeros(rows, bank.x_LD.shape[1], dtype=kind)
+        self.p_KM = torch.zeros(rows, width, dtype=bank.z_Ld.dtype)
+        k = max(1, min(k, width - 1))
+        for start in range(0, rows, ROWS):
+            own = torch.arange(start, min(start + ROWS, rows))
+            table = torch.from_numpy(
+                np.ascontiguousarray(bank.table_KM[start : start + ROWS])
+            ).long()
+            present = (table >= 0) & (table != own[:, None])
+            near = table.clamp(min=0)
+            d = squared_distances(bank.z_Ld[own], bank.z_Ld[near])
+            p = adaptive_neighbours(d, k, present).p_BM
+            x = bank.x_LD[near].to(p.dtype)
+            self.p_KM[own] = p
+            self.mean_KD[own] = torch.bmm(p.unsqueeze(1), x).squeeze(1).to(kind)
+
+    def of(self, ids: BlockIds) -> SecondHop:
+        """The second hop of a block that has only the first."""
+        first_U = ids.nodes_V[ids.unique_U]
+        mean_UD = self.mean_KD[torch.from_numpy(first_U)]
+        return SecondHop(mean_UD, self._back(ids))
+
+    def _back(self, ids: BlockIds) -> Tensor:
+        """p_ji [B, F]: 0 for unseen seeds, empty slots and seeds that j has not among its own."""
+        slots = ids.first_BF >= 0
+        seeds = np.where(ids.seed_V >= 0, ids.nodes_V[ids.seed_V], -2)  # -1 would meet empty slots
+        rows = ids.nodes_V[np.maximum(ids.first_BF, 0)]
+        hit = (self.table_KM[rows] == seeds[:, None, None]) & slots[:, :, None]
+        return (self.p_KM[torch.from_numpy(rows)] * torch.from_numpy(hit)).sum(-1)
