@@ -140,6 +140,13 @@ def test_build_reaches_its_goal(tmp_path: Path, another_view: bool) -> None:
     assert sorted(found.order_N.tolist()) == list(range(N))
 
 
+def test_fewer_candidates_than_ten_can_be_found_in_full(tmp_path: Path) -> None:
+    z = points()
+    found = search(tmp_path, z, m=4).build(Goal(0.95))
+    assert found.history[-1] >= 0.95
+    assert quality.recall(found.table_NM, exact(z, z, 4)) > 0.93
+
+
 def test_recall_counts_what_is_as_near(tmp_path: Path) -> None:
     z = points()
     made = search(tmp_path, z)

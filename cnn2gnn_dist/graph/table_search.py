@@ -25,7 +25,7 @@ HOPELESS = 0.65
 
 @dataclass(frozen=True)
 class Goal:
-    """When a table is good enough: recall@10 of a sample, after at most ``rounds`` joins."""
+    """When a table is good enough: recall@10 (@M if M is less) of a sample, after at most ``rounds`` joins."""
 
     recall: float = 0.95
     rounds: int = 6
@@ -194,7 +194,7 @@ class TableSearch:
         """Similarities and ids [S, R] of the sample's nearest nodes, its own left out, nearest first."""
         import faiss
 
-        wanted = min(RECALL_AT, self.nodes - 1)
+        wanted = min(RECALL_AT, self.m, self.nodes - 1)
         truth_SR = self.shop.array("sample", (len(self._sample_S), wanted), np.float32)
         near_SR = self.shop.array("sample-ids", truth_SR.shape, np.int32)
         units = spans(len(self._sample_S), SAMPLE_UNIT)
