@@ -1,0 +1,1 @@
+"""The contenders of benchmarks/steps.py."""

@@ -1,0 +1,227 @@
+"""Two-layer GNNs over the same graph: ours in three ways, DGL's and PyTorch Geometric's as users write them.
+
+A contender is made from the arrays of a graph and the nodes of a rank's part; it gives the module
+to train and batches: (loss of a batch, bytes of features gathered for it, share of remote nodes).
+All compute in float32: D = 128 → 128 → 1000 classes, fan-out [10, 10], batches of 512 seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+CLASSES, DIM, HIDDEN, PROJECTION, BATCH, FANOUT, K = 1000, 128, 128, 64, 512, 10, 10
+
+
+@dataclass
+class Arrays:
+    """A graph: x float16 [N, D], z [N, d], labels, candidates [N, M], part [N]; memory-mapped."""
+
+    x: np.ndarray
+    z: np.ndarray
+    labels: np.ndarray
+    candidates: np.ndarray
+    part: np.ndarray
+
+
+@dataclass
+class Step:
+    """One batch, ready to be learned from."""
+
+    loss: Callable[[nn.Module], Tensor]
+    feature_bytes: int
+    remote: float
+
+
+@dataclass
+class Contender:
+    """A module and its endless batches; ``halo_bytes``: fetched once a refresh."""
+
+    module: nn.Module
+    batches: Iterator[Step]
+    halo_bytes: int = 0
+
+
+def make(name: str, arrays: Arrays, rank: int) -> Contender:
+    """A contender by name."""
+    torch.manual_seed(0)
+    if name.startswith("ours"):
+        _, sampler, hop = name.split("-")
+        return _ours(arrays, rank, sampler, hop)
+    return {"dgl": _dgl, "pyg": _pyg}[name](arrays, rank)
+
+
+def _seeds(arrays: Arrays, rank: int) -> Iterator[np.ndarray]:
+    own, epoch = np.flatnonzero(np.asarray(arrays.part) == rank), 0
+    while True:
+        shuffled = np.random.default_rng([epoch, rank]).permutation(own)
+        yield from shuffled[: len(own) // BATCH * BATCH].reshape(-1, BATCH)
+        epoch += 1
+
+
+def _ours(arrays: Arrays, rank: int, sampler_name: str, hop_name: str) -> Contender:
+    from cnn2gnn_dist.graph import partition
+    from cnn2gnn_dist.graph.bank import Bank
+    from cnn2gnn_dist.graph.block import one_hop_block, queried_block
+    from cnn2gnn_dist.graph.sampler import make_sampler
+    from cnn2gnn_dist.models.student import CandidateBlock
+    from cnn2gnn_dist.stages.second_hop import CachedSecondHop
+
+    graph = partition.build_part(np.asarray(arrays.candidates), np.asarray(arrays.part), rank)
+    nodes = graph.nodes_L
+    bank = Bank(
+        torch.from_numpy(arrays.x[nodes]),
+        torch.from_numpy(arrays.z[nodes]),
+        torch.from_numpy(arrays.labels[nodes]),
+        nodes,
+        graph.num_inner,
+        graph.table_KM,
+    )
+    sampler = make_sampler(sampler_name, graph.table_KM, 0, nodes)
+    cached = CachedSecondHop(bank, K) if hop_name == "cached" else None
+    row = bank.x_LD.shape[1] * 2 + bank.z_Ld.shape[1] * 4
+
+    def batches() -> Iterator[Step]:
+        for step, ids in enumerate(_seeds(arrays, rank)):
+            seeds = bank.local_of(ids)
+            key = {"epoch": 0, "step": step, "rank": rank}
+            first = sampler.neighbours(seeds, FANOUT, hop=1, **key)
+            if cached is None:
+                block = queried_block(sampler, first, seeds, FANOUT, **key)
+            else:
+                block = one_hop_block(first, seeds)
+            picked = torch.from_numpy(block.nodes_V)
+            candidates = CandidateBlock(
+                bank.x_LD[picked],
+                bank.z_Ld[picked],
+                bank.labels_L[picked].long(),
+                *(torch.from_numpy(a) for a in (block.first_BF, block.unique_U, block.unique_of_BF,
+                                                block.second_UG, block.seed_V)),
+                second=None if cached is None else cached.of(block),
+            )  # fmt: skip
+            x_BD = bank.x_LD[torch.from_numpy(seeds)].float()
+            labels = torch.from_numpy(arrays.labels[ids]).long()
+            extra = 0 if cached is None else len(block.unique_U) * bank.x_LD.shape[1] * 2
+            yield Step(
+                _loss(x_BD + 0.01 * torch.randn_like(x_BD), candidates, labels),
+                len(picked) * row + extra,
+                float((block.nodes_V >= graph.num_inner).mean()),
+            )
+
+    return Contender(_student(), batches(), (len(nodes) - graph.num_inner) * row)
+
+
+def _loss(x_BD: Tensor, block: Any, labels: Tensor) -> Callable[[nn.Module], Tensor]:
+    return lambda module: F.cross_entropy(module(x_BD, block).logits_BC, labels)
+
+
+def _student() -> nn.Module:
+    """Graph head and GNN; the stem's features come from the bank, with a little noise."""
+    from cnn2gnn_dist.models.student import Student
+
+    class OnFeatures(Student):
+        def embed(self, images_BHWC: Tensor) -> tuple[Tensor, Tensor]:
+            assert self.head is not None
+            return images_BHWC, self.head(images_BHWC)
+
+    made = OnFeatures(
+        nn.Identity(), DIM, PROJECTION, HIDDEN, CLASSES, 0, K, "dataset", (0.0,) * 3, (1.0,) * 3
+    )
+    assert made.head is not None
+    made.head.norm.track_running_stats = True
+    return made
+
+
+class _Sage(nn.Module):
+    def __init__(self, first: nn.Module, second: nn.Module, on_blocks: bool) -> None:
+        super().__init__()
+        self.first, self.second, self.on_blocks = first, second, on_blocks
+
+    def forward(self, edges: Any, x: Tensor) -> Tensor:
+        if self.on_blocks:
+            return self.second(edges[1], F.relu(self.first(edges[0], x)))
+        return self.second(F.relu(self.first(x, edges)), edges)
+
+
+def _edges(arrays: Arrays) -> tuple[Tensor, Tensor]:
+    """From each candidate to the node that has it."""
+    nodes, width = arrays.candidates.shape
+    tails = torch.from_numpy(arrays.candidates.astype(np.int64).ravel())
+    return tails, torch.arange(nodes).repeat_interleave(width)
+
+
+def _dgl(arrays: Arrays, rank: int) -> Contender:
+    from cnn2gnn_dist.compat import import_dgl
+
+    dgl = import_dgl()
+    from dgl.nn.pytorch import SAGEConv
+
+    dgl.utils.set_num_threads(1)
+    graph = dgl.graph(_edges(arrays), num_nodes=len(arrays.candidates))
+    graph.ndata["x"] = torch.from_numpy(np.asarray(arrays.x, np.float32))
+    graph.ndata["label"] = torch.from_numpy(np.asarray(arrays.labels, np.int64))
+    graph.create_formats_()
+    part = torch.from_numpy(np.array(arrays.part))
+    own = torch.nonzero(part == rank).squeeze(1)
+    sampler = dgl.dataloading.NeighborSampler(
+        [FANOUT, FANOUT], prefetch_node_feats=["x"], prefetch_labels=["label"]
+    )
+    loader = dgl.dataloading.DataLoader(
+        graph, own, sampler, batch_size=BATCH, shuffle=True, drop_last=True, num_workers=0
+    )
+
+    def batches() -> Iterator[Step]:
+        while True:
+            for inputs, _, blocks in loader:
+                x, labels = blocks[0].srcdata["x"], blocks[-1].dstdata["label"]
+                remote = float((part[inputs] != rank).float().mean())
+                yield Step(_plain_loss(blocks, x, labels), x.nbytes, remote)
+
+    module = _Sage(SAGEConv(DIM, HIDDEN, "mean"), SAGEConv(HIDDEN, CLASSES, "mean"), True)
+    return Contender(module, batches())
+
+
+def _pyg(arrays: Arrays, rank: int) -> Contender:
+    from torch_geometric.data import Data  # type: ignore[import-not-found]
+    from torch_geometric.loader import NeighborLoader  # type: ignore[import-not-found]
+    from torch_geometric.nn import SAGEConv  # type: ignore[import-not-found]
+
+    data = Data(
+        x=torch.from_numpy(np.asarray(arrays.x, np.float32)),
+        edge_index=torch.stack(_edges(arrays)),
+        y=torch.from_numpy(np.asarray(arrays.labels, np.int64)),
+    )
+    part = torch.from_numpy(np.array(arrays.part))
+    loader = NeighborLoader(
+        data,
+        [FANOUT, FANOUT],
+        input_nodes=part == rank,
+        batch_size=BATCH,
+        shuffle=True,
+        drop_last=True,
+    )
+
+    def batches() -> Iterator[Step]:
+        while True:
+            for batch in loader:
+                remote = float((part[batch.n_id] != rank).float().mean())
+                yield Step(_pyg_loss(batch), batch.x.nbytes, remote)
+
+    module = _Sage(SAGEConv(DIM, HIDDEN), SAGEConv(HIDDEN, CLASSES), False)
+    return Contender(module, batches())
+
+
+def _plain_loss(blocks: Any, x: Tensor, labels: Tensor) -> Callable[[nn.Module], Tensor]:
+    return lambda module: F.cross_entropy(module(blocks, x), labels)
+
+
+def _pyg_loss(batch: Any) -> Callable[[nn.Module], Tensor]:
+    return lambda module: F.cross_entropy(
+        module(batch.edge_index, batch.x)[: batch.batch_size], batch.y[: batch.batch_size]
+    )
