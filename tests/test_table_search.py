@@ -202,7 +202,7 @@ def test_a_refresh_with_nothing_moved_changes_nothing(tmp_path: Path) -> None:
 def test_a_refresh_follows_what_moved(tmp_path: Path) -> None:
     z = points()
     built = search(tmp_path / "a", z).build(Goal(0.97))
-    moved = z + 0.03 * np.random.default_rng(7).standard_normal(z.shape).astype(np.float32)
+    moved = z + 0.015 * np.random.default_rng(7).standard_normal(z.shape).astype(np.float32)
     moved /= np.linalg.norm(moved, axis=1, keepdims=True)
     found = search(tmp_path / "b", moved).refresh(built.table_NM, built.order_N, Goal(0.97))
     assert not found.rebuilt

@@ -7,7 +7,7 @@ of ranks. z may be memory-mapped: beside it a rank holds a unit's rows only.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -19,8 +19,8 @@ MOST_PROBES = 16
 SCAN_ROWS, JOIN_ROWS, PROBE_ROWS = 131_072, 65_536, 65_536
 SAMPLE, SAMPLE_UNIT, BASE_ROWS = 256, 32, 262_144
 RECALL_AT = 10
-HOPELESS = 0.65
-"""Stale recall below which neighbours of neighbours take about as long as building (docs/scale.md)."""
+HOPELESS, REFRESH_ROUNDS = 0.8, 3
+"""Stale recall below which, and rounds after which, building anew is cheaper (docs/scale.md)."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,8 @@ class TableSearch:
         """From the table of an earlier z; builds anew where that does not reach the goal (collective)."""
         stale = self.recall(before_NM)
         if stale >= HOPELESS:
-            found = self._improve(Found(before_NM, order_N, rebuilt=False), goal, "refresh")
+            few = replace(goal, rounds=min(goal.rounds, REFRESH_ROUNDS))
+            found = self._improve(Found(before_NM, order_N, rebuilt=False), few, "refresh")
             if found.history[-1] >= goal.recall:
                 return found
         found = self.build(goal)
