@@ -14,9 +14,9 @@ class BlockIds:
     """A block without features.
 
     Attributes:
-        nodes_V: int64 local ids of all nodes, distinct, ascending.
+        nodes_V: int64 local ids of all nodes; distinct and ascending but for ``one_hop_block``.
         first_BF: int64 into V, the seeds' candidates; -1 = none.
-        unique_U: int64 into V, the distinct nodes of ``first_BF``.
+        unique_U: int64 into V, the distinct nodes of ``first_BF`` (all slots: ``one_hop_block``).
         unique_of_BF: int64 into U; -1 = none.
         second_UG: int64 into V, the candidates of each unique node; -1 = none.
         seed_V: int64 [B] into V, the seed's own row; -1 for an unseen image.
@@ -81,18 +81,23 @@ def queried_block(
 
 
 def one_hop_block(first_BF: np.ndarray, seeds_B: np.ndarray) -> BlockIds:
-    """First hop given, second hop known beforehand: [U, 0] of it."""
-    seeds_B = np.asarray(seeds_B, np.int64)
-    first = np.where(first_BF == seeds_B[:, None], -1, first_BF).astype(np.int64)
-    unique, place_in_unique = _numbered(first)
-    nodes, place = _numbered(unique, seeds_B)
+    """First hop given, second hop known beforehand: [U, 0] of it.
+
+    Nodes are not made distinct: V is first all slots, row by row, then the seeds, and U is the
+    slots. Seeds drawn from a large graph hardly share neighbours, and sorting them out costs more
+    than it saves. Empty slots stand for node 0, which nobody looks at.
+    """
+    seeds_B, asked_BF = np.asarray(seeds_B, np.int64), first_BF
+    slots = np.arange(first_BF.size).reshape(first_BF.shape)
+    gone = (first_BF < 0) | (first_BF == seeds_B[:, None])
+    first_BF = np.where(gone, -1, slots)
     return BlockIds(
-        nodes_V=nodes,
-        first_BF=place[first],
-        unique_U=place[unique],
-        unique_of_BF=place_in_unique[first],
-        second_UG=np.empty((len(unique), 0), np.int64),
-        seed_V=place[seeds_B],
+        nodes_V=np.concatenate([np.where(gone, 0, asked_BF).ravel(), np.maximum(seeds_B, 0)]),
+        first_BF=first_BF,
+        unique_U=slots.ravel(),
+        unique_of_BF=first_BF,
+        second_UG=np.empty((slots.size, 0), np.int64),
+        seed_V=np.where(seeds_B < 0, -1, slots.size + np.arange(len(seeds_B))),
     )
 
 

@@ -24,7 +24,8 @@ class NeighbourBlock:
 
     Attributes:
         weights_BF: p_ij over the first-hop slots, 0 on padding.
-        unique_of_BF: int64, which of the U unique nodes lies in a slot (any on padding).
+        unique_of_BF: int64, which of the U unique nodes lies in a slot (any on padding); None: U is
+            the B x F slots, row by row.
         x_UD: features of the unique first-hop nodes.
         mean_UD: m_j = Σ_l p_jl x_l over the neighbours l of j.
         labels_U: int64, -1 = unknown.
@@ -33,12 +34,18 @@ class NeighbourBlock:
     """
 
     weights_BF: Tensor
-    unique_of_BF: Tensor
+    unique_of_BF: Tensor | None
     x_UD: Tensor
     mean_UD: Tensor
     labels_U: Tensor
     back_BF: Tensor
     seed_x_BD: Tensor | None = None
+
+    def in_slots(self, values_UX: Tensor) -> Tensor:
+        """[B, F, X]: values of the nodes where they are neighbours."""
+        if self.unique_of_BF is None:
+            return values_UX.view(*self.weights_BF.shape, -1)
+        return values_UX[self.unique_of_BF]
 
 
 class TwoLayerGNN(nn.Module):
@@ -101,21 +108,19 @@ class TwoLayerGNN(nn.Module):
         return self(x_BD, None, p_BB)
 
     def _over_block(self, a_BH: Tensor, block: NeighbourBlock) -> Tensor:
-        weights_BF, slot_BF = block.weights_BF, block.unique_of_BF
-        mean_x_BD = _average(weights_BF, block.x_UD[slot_BF])
+        weights_BF = block.weights_BF
+        mean_x_BD = _average(weights_BF, block.in_slots(block.x_UD))
         h_BH = F.relu(a_BH + self.gate1 * self.neighbour1(mean_x_BD))
 
-        a_UH = self.self1(block.x_UD)
-        b_UH = self.neighbour1(block.mean_UD)
-        around_BFH = b_UH[slot_BF]
+        around_BFH = block.in_slots(self.neighbour1(block.mean_UD))
         if block.seed_x_BD is not None:
             c_BH = self.neighbour1(block.seed_x_BD)
             around_BFH = _without_seed(around_BFH, block.back_BF, c_BH)
-        h_BFH = F.relu(a_UH[slot_BF] + self.gate1 * around_BFH)
+        h_BFH = F.relu(block.in_slots(self.self1(block.x_UD)) + self.gate1 * around_BFH)
 
         message_BH = _average(weights_BF, h_BFH)
         if self.label_dim:
-            label_BE = _average(weights_BF, self._label(block.labels_U)[slot_BF])
+            label_BE = _average(weights_BF, block.in_slots(self._label(block.labels_U)))
             message_BH = torch.cat([message_BH, label_BE.to(message_BH.dtype)], 1)
         return self.self2(h_BH) + self.gate2 * self.neighbour2(message_BH)
 

@@ -60,7 +60,8 @@ class CandidateBlock:
         unique_of_BF: int64 into U, which of them lies in a slot; -1 = none.
         second_UG: int64 into V, the candidates of each unique node; -1 = none.
         seed_V: int64 [B] into V, the seed's own row; -1 for an unseen image.
-        second: the second hop, already averaged; None: from second_UG.
+        second: the second hop, already averaged; None: from second_UG. With it V begins with the
+            B x F slots, row by row.
     """
 
     x_VD: Tensor
@@ -216,19 +217,40 @@ class Student(nn.Module):
         self, z_Bd: Tensor, block: CandidateBlock
     ) -> tuple[Neighbours, NeighbourBlock]:
         x_VD, z_Vd = block.x_VD.to(z_Bd.dtype), block.z_Vd.to(z_Bd.dtype)
-        found = self._nearest(z_Bd, z_Vd, block.first_BF, block._present_BF())
+        if block.second is not None:
+            return self._cached_neighbours(z_Bd, x_VD, z_Vd, block, block.second)
+        near_BFd = z_Vd[block.first_BF.clamp(min=0)]
+        found = self._nearest(z_Bd, near_BFd, block._present_BF())
         unique_of_BF = block.unique_of_BF.clamp(min=0)
         with torch.no_grad():
-            second = block.second or self._second_hop(x_VD, z_Vd, block, unique_of_BF)
+            second = self._second_hop(x_VD, z_Vd, block, unique_of_BF)
             around = NeighbourBlock(
                 weights_BF=found.p_BM,
                 unique_of_BF=unique_of_BF,
                 x_UD=x_VD[block.unique_U],
-                mean_UD=second.mean_UD.to(z_Bd.dtype),
+                mean_UD=second.mean_UD,
                 labels_U=block.labels_V[block.unique_U],
-                back_BF=second.back_BF.to(z_Bd.dtype),
+                back_BF=second.back_BF,
                 seed_x_BD=x_VD[block.seed_V.clamp(min=0)],
             )
+        return found, around
+
+    def _cached_neighbours(
+        self, z_Bd: Tensor, x_VD: Tensor, z_Vd: Tensor, block: CandidateBlock, second: SecondHop
+    ) -> tuple[Neighbours, NeighbourBlock]:
+        """The same where the second hop is known: nothing is gathered twice."""
+        slots = block.first_BF.numel()
+        near_BFd = z_Vd[:slots].view(*block.first_BF.shape, -1)
+        found = self._nearest(z_Bd, near_BFd, block._present_BF())
+        around = NeighbourBlock(
+            weights_BF=found.p_BM,
+            unique_of_BF=None,
+            x_UD=x_VD[:slots],
+            mean_UD=second.mean_UD.to(z_Bd.dtype),
+            labels_U=block.labels_V[:slots],
+            back_BF=second.back_BF.to(z_Bd.dtype),
+            seed_x_BD=x_VD[block.seed_V.clamp(min=0)],
+        )
         return found, around
 
     def _second_hop(
@@ -236,20 +258,18 @@ class Student(nn.Module):
     ) -> SecondHop:
         apart_UG = block.second_UG != block.unique_U.unsqueeze(1)
         present_UG = (block.second_UG >= 0) & apart_UG
-        p_UG = self._nearest(z_Vd[block.unique_U], z_Vd, block.second_UG, present_UG).p_BM
-        second_UGD = x_VD[block.second_UG.clamp(min=0)]
+        second_UG = block.second_UG.clamp(min=0)
+        p_UG = self._nearest(z_Vd[block.unique_U], z_Vd[second_UG], present_UG).p_BM
+        second_UGD = x_VD[second_UG]
         mean_UD = (p_UG.unsqueeze(-1) * second_UGD).sum(1)
         # p_ji, wherever the seed i lies among the candidates of its neighbour j. An unseen
         # image (-1) meets empty slots (-1) only: their weight is 0.
         is_seed_BFG = block.second_UG[unique_of_BF] == block.seed_V.view(-1, 1, 1)
         return SecondHop(mean_UD, (p_UG[unique_of_BF] * is_seed_BFG).sum(-1))
 
-    def _nearest(
-        self, z_Bd: Tensor, z_Vd: Tensor, candidates_BM: Tensor, present_BM: Tensor
-    ) -> Neighbours:
-        k = max(1, min(self.k, candidates_BM.shape[1] - 1))
-        d_BM = squared_distances(z_Bd, z_Vd[candidates_BM.clamp(min=0)])
-        return adaptive_neighbours(d_BM, k, present_BM)
+    def _nearest(self, z_Bd: Tensor, near_BMd: Tensor, present_BM: Tensor) -> Neighbours:
+        k = max(1, min(self.k, present_BM.shape[1] - 1))
+        return adaptive_neighbours(squared_distances(z_Bd, near_BMd), k, present_BM)
 
 
 def _summary(found: Neighbours) -> tuple[Tensor, Tensor]:

@@ -48,15 +48,15 @@ class CachedSecondHop:
             self.mean_KD[own] = torch.bmm(p.unsqueeze(1), x).squeeze(1).to(kind)
 
     def of(self, ids: BlockIds) -> SecondHop:
-        """The second hop of a block that has only the first."""
-        first_U = ids.nodes_V[ids.unique_U]
+        """The second hop of a ``one_hop_block``."""
+        first_U = ids.nodes_V[: len(ids.unique_U)]
         mean_UD = self.mean_KD[torch.from_numpy(first_U)]
         return SecondHop(mean_UD, self._back(ids))
 
     def _back(self, ids: BlockIds) -> Tensor:
         """p_ji [B, F]: 0 for unseen seeds, empty slots and seeds that j has not among its own."""
         slots = ids.first_BF >= 0
-        seeds = np.where(ids.seed_V >= 0, ids.nodes_V[ids.seed_V], -2)  # -1 would meet empty slots
-        rows = ids.nodes_V[np.maximum(ids.first_BF, 0)]
+        seeds = np.where(ids.seed_V >= 0, ids.nodes_V[ids.seed_V], -2)  # -1 would meet holes
+        rows = ids.nodes_V[: slots.size].reshape(slots.shape)
         hit = (self.table_KM[rows] == seeds[:, None, None]) & slots[:, :, None]
         return (self.p_KM[torch.from_numpy(rows)] * torch.from_numpy(hit)).sum(-1)
