@@ -45,7 +45,7 @@ def plan(nodes: int, homophily: float, with_rivals: bool) -> list[dict[str, Any]
         steps += [("rival", {"name": name}) for name in NAMES]
         return [_job(nodes, homophily, name, options) for name, options in steps]
     ways = ["metis"] if nodes <= METIS_MOST else []
-    for count in (2, 4, 8):
+    for count in (2, 4, 8) if ways else (8,):
         steps += [("parts", {"how": how, "count": count}) for how in [*ways, "streaming"]]
     if nodes <= METIS_MOST:
         steps.append(("refresh", {}))
