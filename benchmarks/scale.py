@@ -54,7 +54,9 @@ def plan(nodes: int, homophily: float, with_rivals: bool) -> list[dict[str, Any]
             ("parts", {"how": how, "count": 8}) for how in ("contiguous", "random", "pymetis")
         ]
         steps.append(("keep", {}))
-    steps.append(("sample", {"how": ways[0] if ways else "streaming", "count": 2}))
+    steps.append(
+        ("sample", {"how": "metis", "count": 2} if ways else {"how": "streaming", "count": 8})
+    )
     return [_job(nodes, homophily, name, options) for name, options in steps]
 
 

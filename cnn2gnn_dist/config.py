@@ -183,8 +183,10 @@ class GraphConfig(Section):
         "sampled",
         description="sampled: fanouts[1] candidates of each neighbour; cached: all of them, averaged once a refresh",
     )
-    sampler: Literal["table", "dgl"] = Field(
-        "table", description="neighbour sampler: own, or DGL's"
+    sampler: Literal["table", "dgl", "distdgl"] = Field(
+        "table",
+        description="neighbour sampler: own; DGL's; distdgl: DGL's servers hold graph and bank (trusted networks "
+        "only, docs/distdgl.md)",
     )
     query: Literal["live", "table"] = Field(
         "live", description="a seed's candidates: searched with its live z in the rank's partition, or sampled "
@@ -236,6 +238,11 @@ class GraphConfig(Section):
             raise ValueError(
                 f"neighbours k={self.neighbours} must be less than candidates M={self.candidates}: "
                 "the closed form needs the distance of the k+1st"
+            )
+        if self.sampler == "distdgl" and (self.query, self.second_hop) != ("table", "sampled"):
+            raise ValueError(
+                "sampler=distdgl needs query=table and second_hop=sampled: servers answer with "
+                "neighbours and rows, they don't search or average"
             )
         return self
 

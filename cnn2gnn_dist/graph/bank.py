@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -136,6 +136,23 @@ class GraphVersion:
                 raise _damaged(self.path, f"{name}: its checksum does not hold")
 
 
+class Rows(Protocol):
+    """Whoever holds the rows of nodes: a bank in this process, or servers."""
+
+    def local_of(self, ids: np.ndarray) -> np.ndarray:
+        """Local ids of this rank's seeds.
+
+        Raises:
+            KeyError: one is no seed of this rank.
+        """
+
+    def global_of(self, local: np.ndarray) -> np.ndarray:
+        """Global ids of local ones; -1 stays."""
+
+    def rows(self, local_V: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        """x float16 [V, D], z float32 [V, d] and labels int32 [V]."""
+
+
 @dataclass
 class Bank:
     """The rows of some parts, ready for look-up.
@@ -155,16 +172,21 @@ class Bank:
     table_KM: np.ndarray
 
     def local_of(self, ids: np.ndarray) -> np.ndarray:
-        """Local rows of global ids that are inner here.
-
-        Raises:
-            KeyError: an id is not inner.
-        """
+        """Local rows of global ids that are inner here (see ``Rows``)."""
         inner = self.nodes_L[: self.num_inner]
         local = np.searchsorted(inner, ids)
         if (local >= self.num_inner).any() or (inner[local] != ids).any():
             raise KeyError("a seed lies outside the partitions of this rank")
         return local.astype(np.int64)
+
+    def global_of(self, local: np.ndarray) -> np.ndarray:
+        """Global ids of local rows; -1 stays."""
+        return np.where(local >= 0, np.asarray(self.nodes_L)[local], -1)
+
+    def rows(self, local_V: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        """x float16 [V, D], z float32 [V, d] and labels int32 [V] of local rows."""
+        rows = torch.as_tensor(local_V)
+        return self.x_LD[rows], self.z_Ld[rows], self.labels_L[rows]
 
 
 def version_path(root: Path, number: int) -> Path:
@@ -193,7 +215,7 @@ def load_bank(version: GraphVersion, parts: Sequence[int] | None = None) -> Bank
         everyone = np.arange(len(version.labels), dtype=np.int32)
         graph = PartGraph(-1, everyone, len(everyone), 0, np.asarray(version.candidates))
     elif len(parts) == 1:
-        graph = _load_part(version, parts[0])
+        graph = load_part(version, parts[0])
     else:
         inner = np.flatnonzero(np.isin(version.part, parts))
         graph = build_union(np.asarray(version.candidates), inner)
@@ -208,7 +230,7 @@ def load_bank(version: GraphVersion, parts: Sequence[int] | None = None) -> Bank
     )
 
 
-def _load_part(version: GraphVersion, number: int) -> PartGraph:
+def load_part(version: GraphVersion, number: int) -> PartGraph:
     """A part as it was when the version was made: its note, and by it its arrays.
 
     Raises:

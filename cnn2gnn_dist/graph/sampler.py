@@ -53,7 +53,7 @@ class TableSampler:
         width = candidates.shape[1]
         if fanout >= width:
             return candidates
-        draw = _draws(_hash(self.seed, epoch, step, hop), self._nodes_K[rows], width)
+        draw = _draws(sample_key(self.seed, epoch, step, hop), self._nodes_K[rows], width)
         draw[candidates < 0] = np.iinfo(np.uint64).max
         columns = np.argpartition(draw, fanout - 1, axis=1)[:, :fanout]
         columns.sort(axis=1)
@@ -89,7 +89,7 @@ class DglSampler:
         # DGL ends the process at an id below 0 and doesn't merge rows that are asked for twice.
         distinct, place = np.unique(_checked(rows, self.num_rows), return_inverse=True)
         with self._one_thread():
-            self._dgl.seed(_hash(self.seed, epoch, step, hop, rank) & 0x7FFFFFFF)
+            self._dgl.seed(sample_key(self.seed, epoch, step, hop, rank) & 0x7FFFFFFF)
             seeds = torch.from_numpy(distinct)
             frontier = self._dgl.sampling.sample_neighbors(self._graph, seeds, fanout)
         edges = np.sort(frontier.edata[self._dgl.EID].numpy())
@@ -149,7 +149,7 @@ def _mixed(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def _hash(*numbers: int) -> int:
+def sample_key(*numbers: int) -> int:
     """64 bits that name a step's sample."""
     text = ",".join(str(int(n)) for n in numbers).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -29,6 +30,23 @@ class Ranks:
     def is_first(self) -> bool:
         """True on rank 0, the one that writes what is written once."""
         return self.rank == 0
+
+    def own_address(self) -> str:
+        """The address of this host that faces rank 0's; nothing is sent.
+
+        Raises:
+            UserError: ``master_addr`` can't be reached.
+        """
+        try:
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as found:
+                found.connect((self.master_addr, self.master_port))
+                return str(found.getsockname()[0])
+        except OSError as error:
+            raise UserError(
+                f"no way leads to rank 0: {error}",
+                where=f"MASTER_ADDR={self.master_addr}",
+                remedy="an address that all hosts can reach",
+            ) from None
 
     def environment(self) -> dict[str, str]:
         """The variables by which torch and DeepSpeed recognise this process."""

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from cnn2gnn_dist.config import Config
 from cnn2gnn_dist.data.arithmetic import check_parts
+from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.training.ds_config import accumulation_for
 
 _TRAINS = ("teacher", "student", "control")
@@ -25,3 +26,10 @@ def check(config: Config, stages: Iterable[str], world_size: int) -> None:
         accumulation_for(settings.global_batch, world_size, settings.max_micro_batch)
         if name == "student" and config.graph.scope == "dataset":
             check_parts(config.graph.parts, world_size, settings.global_batch)
+            if config.graph.sampler == "distdgl" and config.graph.parts != world_size:
+                raise UserError(
+                    f"{config.graph.parts} partitions for {world_size} ranks: with DGL's servers "
+                    "every rank serves one",
+                    where="graph.parts",
+                    remedy=f"graph.parts={world_size}, or graph.sampler=table",
+                )

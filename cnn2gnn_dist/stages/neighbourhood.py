@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +13,13 @@ from cnn2gnn_dist.data.manifest import Manifest
 from cnn2gnn_dist.data.order import Order
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.graph import bank as banks
-from cnn2gnn_dist.graph.bank import Bank, GraphVersion
+from cnn2gnn_dist.graph.bank import GraphVersion, Rows
 from cnn2gnn_dist.graph.block import BlockIds, one_hop_block, queried_block
-from cnn2gnn_dist.graph.knn import Index
-from cnn2gnn_dist.graph.sampler import make_sampler
+from cnn2gnn_dist.graph.distdgl import ServedGraph
+from cnn2gnn_dist.graph.sampler import Sampler, make_sampler
 from cnn2gnn_dist.models.student import CandidateBlock
 from cnn2gnn_dist.stages.context import Context
+from cnn2gnn_dist.stages.live_search import LiveSearch
 from cnn2gnn_dist.stages.second_hop import CachedSecondHop
 
 
@@ -65,78 +65,40 @@ class Neighbourhood:
         context: for seed, device and graph settings.
         version: the graph.
         own_parts: partitions to hold; None for all of them.
+        served: DGL's servers, when they hold the graph instead of this rank.
     """
 
     def __init__(
-        self, context: Context, version: GraphVersion, own_parts: list[int] | None
+        self,
+        context: Context,
+        version: GraphVersion,
+        own_parts: list[int] | None,
+        served: ServedGraph | None = None,
     ) -> None:
         self.settings = context.config.graph
         self.device = context.device
         self.rank = context.ranks.rank
         self.version = version
-        self.bank: Bank = banks.load_bank(version, own_parts)
-        self.sampler = make_sampler(
-            self.settings.sampler, self.bank.table_KM, context.config.seed, self.bank.nodes_L
-        )
-        self._second = (
-            CachedSecondHop(self.bank, self.settings.neighbours)
-            if self.settings.second_hop == "cached"
-            else None
-        )
-        self._parts = own_parts or []
-        self._searches: list[_Search] | None = None
-
-    @property
-    def nodes_searched(self) -> int:
-        """Rows that have neighbours of their own here (inner and first halo)."""
-        return len(self.bank.table_KM)
+        self.search: LiveSearch | None = None
+        self.second: CachedSecondHop | None = None
+        self.holder: Rows
+        self.sampler: Sampler
+        if served is not None:
+            self.holder = self.sampler = served
+            return
+        bank = banks.load_bank(version, own_parts)
+        name = "table" if self.settings.sampler == "distdgl" else self.settings.sampler
+        self.holder = bank
+        self.sampler = make_sampler(name, bank.table_KM, context.config.seed, bank.nodes_L)
+        self.search = LiveSearch(bank, version.part, own_parts, self.settings, self.device)
+        if self.settings.second_hop == "cached":
+            self.second = CachedSecondHop(bank, self.settings.neighbours)
 
     @property
     def flops_per_query(self) -> float:
         """Multiply-adds x 2 of one search."""
-        return self._opened()[0].index.flops_per_query
-
-    def nearest(self, z_Bd: np.ndarray, wanted: int, seeds_B: np.ndarray) -> np.ndarray:
-        """[B, wanted] local ids of the nearest nodes; a seed's in its own partition and its halo.
-
-        A rank that owns several partitions searches each by itself, so that what a seed finds
-        does not change with the number of ranks.
-        """
-        found_BF = np.full((len(seeds_B), wanted), -1, np.int64)
-        for search in self._opened():
-            rows = search.concerned(seeds_B)
-            if not len(rows):
-                continue
-            left_out = search.place_of(seeds_B[rows])
-            most = min(wanted, search.index.nodes - int((left_out >= 0).any()))
-            found, _ = search.index.search(z_Bd[rows], most, exclude=left_out)
-            found_BF[rows, :most] = search.local_of(found)
-        return found_BF
-
-    def _opened(self) -> list[_Search]:
-        if self._searches is None:
-            everything = np.arange(self.nodes_searched)
-            if len(self._parts) < 2:
-                self._searches = [self._search(everything, None)]
-            else:
-                inner_part = np.asarray(self.version.part)[self.bank.nodes_L[: self.bank.num_inner]]
-                self._searches = [
-                    self._search(self._around_part(inner_part == part), inner_part == part)
-                    for part in self._parts
-                ]
-        return self._searches
-
-    def _around_part(self, inner: np.ndarray) -> np.ndarray:
-        """Local ids of a partition's inner nodes and their candidates."""
-        own = np.flatnonzero(inner)
-        candidates = np.asarray(self.bank.table_KM)[own]
-        return np.union1d(own, candidates[candidates >= 0])
-
-    def _search(self, rows_S: np.ndarray, inner: np.ndarray | None) -> _Search:
-        s, base = self.settings, self.bank.z_Ld.numpy()[rows_S]
-        return _Search(
-            Index(base, exact=s.exact, probes=s.probes, device=self.device), rows_S, inner
-        )
+        assert self.search is not None
+        return self.search.flops_per_query
 
     def order(self, manifest: Manifest, *, seed: int, global_batch: int, window: int) -> Order:
         """The order of seeds, a fixed share of every partition in each global batch."""
@@ -148,52 +110,27 @@ class Neighbourhood:
 
     def around(self, ids: np.ndarray, epoch: int, step: int) -> Query:
         """Neighbours of training images, found when the student knows their projections."""
-        return Query(self, self.bank.local_of(ids), self.settings.fanouts[1], epoch, step)
+        return Query(self, self.holder.local_of(ids), self.settings.fanouts[1], epoch, step)
 
     def around_unseen(self, count: int) -> Query:
         """Neighbours of images that are not in the graph; all of the second hop."""
-        return Query(self, np.full(count, -1, np.int64), self.bank.table_KM.shape[1], 0, 0)
+        return Query(self, np.full(count, -1, np.int64), self.settings.candidates, 0, 0)
 
     def candidates(self, ids: BlockIds) -> CandidateBlock:
         """The model's block: the bank's rows of the block's nodes, on the device."""
-        nodes_V = torch.as_tensor(ids.nodes_V)
-        bank = self.bank
+        x_VD, z_Vd, labels_V = self.holder.rows(ids.nodes_V)
         block = CandidateBlock(
-            x_VD=bank.x_LD[nodes_V],
-            z_Vd=bank.z_Ld[nodes_V],
-            labels_V=bank.labels_L[nodes_V].long(),
+            x_VD=x_VD,
+            z_Vd=z_Vd,
+            labels_V=labels_V.long(),
             first_BF=torch.as_tensor(ids.first_BF),
             unique_U=torch.as_tensor(ids.unique_U),
             unique_of_BF=torch.as_tensor(ids.unique_of_BF),
             second_UG=torch.as_tensor(ids.second_UG),
             seed_V=torch.as_tensor(ids.seed_V),
-            second=None if self._second is None else self._second.of(ids),
+            second=None if self.second is None else self.second.of(ids),
         )
         return block.to(self.device)
-
-
-@dataclass(frozen=True)
-class _Search:
-    """An index over some local rows; ``inner``: which inner rows ask here, None: all seeds do."""
-
-    index: Index
-    rows_S: np.ndarray
-    inner: np.ndarray | None
-
-    def concerned(self, seeds_B: np.ndarray) -> np.ndarray:
-        """Rows of the batch whose seeds search here."""
-        if self.inner is None:
-            return np.arange(len(seeds_B))
-        return np.flatnonzero(self.inner[seeds_B])
-
-    def place_of(self, seeds: np.ndarray) -> np.ndarray:
-        """Places of local ids in this index; -1 for none."""
-        place = np.clip(np.searchsorted(self.rows_S, seeds), 0, len(self.rows_S) - 1)
-        return np.where(self.rows_S[place] == seeds, place, -1)
-
-    def local_of(self, found: np.ndarray) -> np.ndarray:
-        """Local ids of places in this index; -1 stays."""
-        return np.where(found >= 0, self.rows_S[found], -1)
 
 
 class Query:
@@ -216,16 +153,16 @@ class Query:
         if settings.query == "table" and not unseen:
             first_BF = self._sampled()
         else:
-            wanted = min(settings.fanouts[0], around.nodes_searched - (0 if unseen else 1))
+            assert around.search is not None
+            wanted = min(settings.fanouts[0], around.search.nodes - (0 if unseen else 1))
             z = z_Bd.detach().float().cpu().numpy()
-            first_BF = around.nearest(z, wanted, self.seeds_B)
-        if settings.second_hop == "cached":
+            first_BF = around.search.nearest(z, wanted, self.seeds_B)
+        if around.second is not None:
             ids = one_hop_block(first_BF, self.seeds_B)
         else:
             ids = queried_block(around.sampler, first_BF, self.seeds_B, self.fanout, **self.key)
-        nodes_L = np.append(np.asarray(around.bank.nodes_L), -1)
-        local_V = np.append(np.asarray(ids.nodes_V), len(nodes_L) - 1)
-        self.first_BF = nodes_L[local_V[np.asarray(ids.first_BF)]]
+        nodes_V = np.append(ids.nodes_V, -1)  # the last stands for "none"
+        self.first_BF = around.holder.global_of(nodes_V[ids.first_BF])
         return around.candidates(ids)
 
     def _sampled(self) -> np.ndarray:

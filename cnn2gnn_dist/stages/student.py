@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from cnn2gnn_dist.data.manifest import Manifest
 from cnn2gnn_dist.data.order import Order
 from cnn2gnn_dist.data.targets import Targets
+from cnn2gnn_dist.graph.distdgl import ServedGraph
 from cnn2gnn_dist.models.losses import distillation_loss, neighbour_loss
 from cnn2gnn_dist.models.student import Scope, StudentOutput
 from cnn2gnn_dist.stages.context import Context, load_manifest
@@ -19,6 +21,7 @@ from cnn2gnn_dist.stages.judge import accuracy_of
 from cnn2gnn_dist.stages.loop import Training
 from cnn2gnn_dist.stages.neighbourhood import Neighbourhood, last_refresh, parts_of, reusable
 from cnn2gnn_dist.stages.networks import build_student
+from cnn2gnn_dist.stages.served_graph import serve
 from cnn2gnn_dist.training.sync_norm import synchronise_norms
 
 
@@ -38,7 +41,7 @@ def run(context: Context, scope: Scope, targets_key: str) -> list[Path]:
     training = Training(context, name, model, settings, len(manifest))
     engine, job = training.engine, _Job(context, training, manifest)
     reading = context.stream(context.paths.train_manifest, name)
-    with training.heeding_notices(), reading as stream:
+    with training.heeding_notices(), closing(job), reading as stream:
         while training.cursor.epoch < settings.epochs:
             epoch = training.cursor.epoch
             order, around = job.open_epoch(epoch, scope)
@@ -64,6 +67,7 @@ class _Job:
     def __init__(self, context: Context, training: Training, manifest: Manifest) -> None:
         self.context, self.training, self.manifest = context, training, manifest
         self.around: Neighbourhood | None = None
+        self.served: ServedGraph | None = None
 
     def open_epoch(self, epoch: int, scope: Scope) -> tuple[Order, Neighbourhood | None]:
         """Order and neighbourhood of an epoch; builds or reopens the graph when due."""
@@ -94,8 +98,17 @@ class _Job:
                 moment = f"step {self.training.cursor.step}"
                 version = build(context, self._embed, root, number, previous, moment)
             context.say(describe(version.meta))
+        self.close()
         own = parts_of(ranks.rank, ranks.world_size, settings.parts)
-        self.around = Neighbourhood(context, version, own)
+        if settings.sampler == "distdgl":
+            self.served = serve(context, version)
+        self.around = Neighbourhood(context, version, own, self.served)
+
+    def close(self) -> None:
+        """End the servers of the graph, if there are any."""
+        if self.served is not None:
+            self.served.close()
+            self.served = None
 
     def _embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
         output: StudentOutput = self.training.engine(images, None)

@@ -1,0 +1,183 @@
+"""Processes that live and die together, with a ``/dev/shm`` of their own: a machine within a host.
+
+Libraries that name their shared memory alike on every machine (DGL's servers) can't run twice on
+a host, unless each has its own mount namespace. So a supervisor, run by its path and without
+torch (``python -P machine.py JSON``), opens one, starts the named processes in it, and ends them
+all when one of them ends, or when whoever asked for them does (a pipe on stdin closes). Their
+shared memory goes with the last of them: nothing is left behind, however they end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import IO, Any
+
+CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000
+MS_REC, MS_PRIVATE = 0x4000, 1 << 18
+PR_SET_PDEATHSIG = 1
+SHARED_MEMORY = "/dev/shm"
+REFUSED = 77
+"""Exit code of a supervisor that was not allowed to open a namespace."""
+GONE_SECONDS = 10.0
+"""For a supervisor to end after its pipe is closed."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a supervisor is to do.
+
+    Attributes:
+        commands: name → command line of each process.
+        environment: variables that are added to this process's own.
+        isolated: in a mount namespace of their own; else they share the host's.
+        files: name → file descriptors that this process alone inherits.
+        log: file that gets what they print; None: stderr.
+    """
+
+    commands: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    environment: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    isolated: bool = True
+    files: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    log: str | None = None
+
+
+class Machine:
+    """Named processes under a supervisor, seen from the process that needs them."""
+
+    def __init__(self, spec: Spec) -> None:
+        files = [number for numbers in spec.files.values() for number in numbers]
+        self._supervisor = subprocess.Popen(
+            [sys.executable, "-P", __file__, json.dumps(asdict(spec))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            pass_fds=files,
+            text=True,
+        )
+        self.processes: dict[str, int] = {}
+        """Process ids by name, after ``started``."""
+
+    def started(self) -> bool:
+        """Wait for the processes to exist; False: no namespace was to be had."""
+        assert self._supervisor.stdout is not None
+        line = self._supervisor.stdout.readline()
+        if line.startswith("{"):
+            self.processes = json.loads(line)
+            return True
+        return self._supervisor.wait() != REFUSED
+
+    def end(self) -> str:
+        """End all processes; what had ended by itself before that, in words ("" if nothing had)."""
+        assert self._supervisor.stdin is not None
+        assert self._supervisor.stdout is not None
+        self._supervisor.stdin.close()
+        try:
+            self._supervisor.wait(GONE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._supervisor.kill()  # its children ask the kernel to die with it
+            self._supervisor.wait()
+        said = "" if self._supervisor.stdout.closed else self._supervisor.stdout.read().strip()
+        self._supervisor.stdout.close()
+        return said
+
+
+def can_be_isolated() -> bool:
+    """Whether the kernel lets this user open a mount namespace (root, or user namespaces)."""
+    machine = Machine(Spec())
+    allowed = machine.started()
+    machine.end()
+    return allowed
+
+
+def main() -> int:
+    """Supervise, until a process ends or stdin closes."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # meant for the asker, whose end is seen on stdin
+    spec = Spec(**json.loads(sys.argv[1]))
+    if spec.isolated:
+        try:
+            _isolate()
+        except OSError:
+            return REFUSED
+    with open(spec.log, "ab") if spec.log else contextlib.nullcontext(sys.stderr) as log:
+        running = {name: _start(spec, name, log) for name in spec.commands}
+    print(json.dumps({name: process.pid for name, process in running.items()}), flush=True)
+    try:
+        print(_first_end(running), flush=True)
+    finally:
+        for process in running.values():
+            process.kill()
+            process.wait()
+    return 0
+
+
+def _isolate() -> None:
+    """A mount namespace with an empty /dev/shm; without privileges, in a user namespace.
+
+    Raises:
+        OSError: the kernel refuses.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    user, group = os.getuid(), os.getgid()
+    if libc.unshare(CLONE_NEWNS):
+        _done(libc.unshare(CLONE_NEWNS | CLONE_NEWUSER))
+        for path, text in (
+            ("/proc/self/setgroups", "deny"),
+            ("/proc/self/uid_map", f"{user} {user} 1"),
+            ("/proc/self/gid_map", f"{group} {group} 1"),
+        ):
+            with open(path, "w", encoding="ascii") as file:
+                file.write(text)
+    _done(libc.mount(None, b"/", None, MS_REC | MS_PRIVATE, None))
+    _done(libc.mount(b"tmpfs", SHARED_MEMORY.encode(), b"tmpfs", 0, b"mode=1777"))
+
+
+def _done(result: int) -> None:
+    if result:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def _start(spec: Spec, name: str, log: IO[Any]) -> subprocess.Popen[bytes]:
+    libc = ctypes.CDLL(None)
+    own = list(spec.files.get(name, ()))
+    process = subprocess.Popen(
+        list(spec.commands[name]),
+        env={**os.environ, **spec.environment.get(name, {})},
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+        pass_fds=own,
+        preexec_fn=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL),
+    )
+    for number in own:  # the asker must see the end of a process at its files
+        os.close(number)
+    return process
+
+
+def _first_end(running: Mapping[str, subprocess.Popen[bytes]]) -> str:
+    """Wait; which process ended and how, "" when it was the asker's wish."""
+    names = {os.pidfd_open(process.pid): name for name, process in running.items()}
+    poll = select.poll()
+    poll.register(sys.stdin, select.POLLIN | select.POLLHUP)
+    for number in names:
+        poll.register(number, select.POLLIN)
+    ended = {number for number, _ in poll.poll()}
+    if sys.stdin.fileno() in ended:
+        return ""
+    name = names[ended.pop()]
+    code = running[name].wait()
+    how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+    return f"{name} {how}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

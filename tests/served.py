@@ -1,0 +1,71 @@
+"""DistDGL's servers on this host: a graph version and the machines that serve it."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cnn2gnn_dist.graph import bank, partition
+from cnn2gnn_dist.graph.bank import GraphVersion, GraphWriter
+from cnn2gnn_dist.graph.distdgl import ServedGraph, Task
+from cnn2gnn_dist.runtime.machine import can_be_isolated
+
+N, D, DIM, M = 300, 6, 4, 8
+
+needs_namespaces = pytest.mark.skipif(
+    not can_be_isolated(),
+    reason="two machines on one host need mount namespaces, which this kernel refuses this user",
+)
+
+
+def make_version(root: Path, parts: int) -> GraphVersion:
+    """A graph with holes in its table and parts that no order of ids explains."""
+    rng = np.random.default_rng(0)
+    table = rng.permuted(np.tile(np.arange(N), (N, 1)), axis=1)[:, :M].astype(np.int32)
+    table[rng.random((N, M)) < 0.1] = -1
+    table[7] = -1
+    made = {
+        "x": rng.normal(size=(N, D)).astype(np.float16),
+        "z": rng.normal(size=(N, DIM)).astype(np.float32),
+        "labels": rng.integers(-1, 5, N).astype(np.int32),
+        "candidates": table,
+        "part": rng.permutation(np.arange(N) % parts).astype(np.int32),
+    }
+    writer = GraphWriter.create(root, 0, {n: (a.shape, a.dtype.type) for n, a in made.items()})
+    for name, array in made.items():
+        writer.rows(name, 0, array)
+    for part in range(parts):
+        partition.build_part(table, made["part"], part).save(writer.path / f"part-{part:02d}")
+    return bank.open_version(writer.finalise({}))
+
+
+@contextmanager
+def serving(
+    version: GraphVersion, folder: Path, *, timeout_s: float = 60.0
+) -> Iterator[list[ServedGraph]]:
+    """One machine for each partition, all of them up."""
+    part_N = np.asarray(version.part)
+    parts = int(part_N.max()) + 1
+    taken = [socket.create_server(("127.0.0.1", 0)) for _ in range(parts)]
+    addresses = [("127.0.0.1", s.getsockname()[1]) for s in taken]
+    for s in taken:
+        s.close()
+
+    def start(part: int) -> ServedGraph:
+        task = Task(str(version.path), part, str(folder / f"machine{part}"), addresses, 0)
+        inner = np.flatnonzero(part_N == part)
+        return ServedGraph(task, inner, len(part_N), isolated=True, timeout_s=timeout_s)
+
+    with ThreadPoolExecutor(parts) as crew:
+        machines = list(crew.map(start, range(parts)))
+    try:
+        yield machines
+    finally:
+        for machine in machines:
+            machine.close()
