@@ -3,7 +3,7 @@
 Each rank owns one partition and one machine (``runtime.machine``): a server that holds the
 partition's rows of the graph and of the bank, and a client that asks all servers on the rank's
 behalf. The rank itself imports no DGL and is bound to neither: it asks its client over a private
-socket, with a time limit, and whatever of the two ends or falls silent becomes a ``PeerLost``.
+socket, with a time limit, and whatever of the two ends or falls silent is a ``PeerLost``.
 (DGL itself waits for ever: docs/distdgl.md.) Nothing that training needs to go on lives there:
 bank and graph are made again from the version on disk.
 
@@ -17,6 +17,7 @@ import os
 import shutil
 import socket
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
@@ -33,6 +34,8 @@ from cnn2gnn_dist.runtime.machine import Machine, Spec
 
 START_SECONDS = 120.0
 """At least so long for servers and clients to find each other: DGL sleeps 3 s at a time."""
+NOTICE_SECONDS = 2.0
+"""For a rank to notice by itself that its server or client has ended."""
 GRAPH_NAME = "knn"
 PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 
@@ -125,6 +128,9 @@ class ServedGraph:
                 where="graph.sampler=distdgl",
                 remedy="run as root, allow user namespaces, or graph.sampler=table",
             )
+        self._ended, self._told = threading.Event(), threading.Event()
+        self._how = ""
+        threading.Thread(target=self._watch, name="distdgl-watch", daemon=True).start()
         self._answer(max(timeout_s, START_SECONDS))
 
     @property
@@ -158,6 +164,7 @@ class ServedGraph:
 
     def close(self) -> None:
         """End server and client; only when no rank asks any more."""
+        self._told.set()
         self._line.close()
         self._machine.end()
 
@@ -180,13 +187,31 @@ class ServedGraph:
         return value
 
     def _lost(self, silent: str = "") -> PeerLost:
+        self._told.set()
         self._line.close()
-        what = self._machine.end() or silent or "its supervisor ended"
+        if not silent:
+            self._ended.wait()  # who hangs up has ended, or is about to
+        self._machine.end()
+        return self._error(silent or self._how)
+
+    def _error(self, what: str) -> PeerLost:
         return PeerLost(
             f"DistDGL is lost at partition {self.part}: {what}",
             where=str(self.log),
             remedy="the same command continues",
         )
+
+    def _watch(self) -> None:
+        """End this process when its server or client has ended and it doesn't ask, so isn't told.
+
+        It may wait in a collective for a rank that waits for the server that is gone, and nothing
+        short of its end would wake that one.
+        """
+        self._how = self._machine.first_end()
+        self._ended.set()
+        if not self._told.wait(NOTICE_SECONDS):
+            print(self._error(self._how), file=sys.stderr, flush=True)
+            os._exit(PeerLost.exit_code)
 
 
 def _spec(task: Task, isolated: bool, line: int, log: Path) -> Spec:

@@ -74,19 +74,21 @@ class Machine:
             return True
         return self._supervisor.wait() != REFUSED
 
-    def end(self) -> str:
-        """End all processes; what had ended by itself before that, in words ("" if nothing had)."""
-        assert self._supervisor.stdin is not None
+    def first_end(self) -> str:
+        """Wait until a process ends; which did and how, in words. To be called once."""
         assert self._supervisor.stdout is not None
+        with self._supervisor.stdout as said:
+            return said.readline().strip() or "its supervisor ended"
+
+    def end(self) -> None:
+        """End all processes."""
+        assert self._supervisor.stdin is not None
         self._supervisor.stdin.close()
         try:
             self._supervisor.wait(GONE_SECONDS)
         except subprocess.TimeoutExpired:
             self._supervisor.kill()  # its children ask the kernel to die with it
             self._supervisor.wait()
-        said = "" if self._supervisor.stdout.closed else self._supervisor.stdout.read().strip()
-        self._supervisor.stdout.close()
-        return said
 
 
 def can_be_isolated() -> bool:
@@ -94,6 +96,7 @@ def can_be_isolated() -> bool:
     machine = Machine(Spec())
     allowed = machine.started()
     machine.end()
+    machine.first_end()
     return allowed
 
 
@@ -164,7 +167,7 @@ def _start(spec: Spec, name: str, log: IO[Any]) -> subprocess.Popen[bytes]:
 
 
 def _first_end(running: Mapping[str, subprocess.Popen[bytes]]) -> str:
-    """Wait; which process ended and how, "" when it was the asker's wish."""
+    """Wait; which process ended and how. "" when the asker is gone or has had enough."""
     names = {os.pidfd_open(process.pid): name for name, process in running.items()}
     poll = select.poll()
     poll.register(sys.stdin, select.POLLIN | select.POLLHUP)

@@ -14,6 +14,12 @@ from cnn2gnn_dist.stages.context import Context
 from cnn2gnn_dist.training import distributed
 
 
+def crowded(ranks: list[tuple[str, bool]]) -> list[str]:
+    """Hosts of more than one rank (host, can be isolated) where one can't be."""
+    hosts = [host for host, _ in ranks]
+    return [host for host, can in ranks if hosts.count(host) > 1 and not can]
+
+
 def serve(context: Context, version: GraphVersion) -> ServedGraph:
     """Start this rank's server and client, and wait for all others' (collective).
 
@@ -28,11 +34,10 @@ def serve(context: Context, version: GraphVersion) -> ServedGraph:
     with socket.create_server((address, 0)) as found:
         mine = (socket.gethostname(), isolated, address, int(found.getsockname()[1]))
         everyone = distributed.all_gather_object(mine)
-    hosts = [host for host, *_ in everyone]
-    crowded = [host for host, can, *_ in everyone if hosts.count(host) > 1 and not can]
-    if crowded:
+    hosts = crowded([(host, can) for host, can, *_ in everyone])
+    if hosts:
         raise UserError(
-            f"DGL's servers of several ranks share {crowded[0]}, whose kernel refuses this user "
+            f"DGL's servers of several ranks share {hosts[0]}, whose kernel refuses this user "
             "the mount namespaces that keep their shared memory apart",
             where="graph.sampler=distdgl",
             remedy="run as root, allow user namespaces, one rank a host, or graph.sampler=table",

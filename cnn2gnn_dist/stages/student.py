@@ -89,6 +89,7 @@ class _Job:
         number = last_refresh(epoch, settings)
         if number is None or (self.around is not None and number != epoch):
             return
+        self.close()
         root = context.folder / "graph"
         version = reusable(root, number, context.key)
         if version is None:
@@ -98,7 +99,6 @@ class _Job:
                 moment = f"step {self.training.cursor.step}"
                 version = build(context, self._embed, root, number, previous, moment)
             context.say(describe(version.meta))
-        self.close()
         own = parts_of(ranks.rank, ranks.world_size, settings.parts)
         if settings.sampler == "distdgl":
             self.served = serve(context, version)

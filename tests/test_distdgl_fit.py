@@ -1,0 +1,49 @@
+"""What DistDGL asks of a run, said before it starts; how it numbers nodes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from cnn2gnn_dist import settings
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.graph.distdgl_server import new_of_old, node_ranges
+from cnn2gnn_dist.graph.partition import new_ids
+from cnn2gnn_dist.runtime.ranks import Ranks
+from cnn2gnn_dist.stages import fit
+from cnn2gnn_dist.stages.served_graph import crowded
+
+SERVED = ["graph.sampler=distdgl", "graph.query=table"]
+
+
+def test_ids_are_numbered_part_by_part():
+    part_N = np.array([1, 0, 1, 0, 0])
+    assert node_ranges(part_N, 3).tolist() == [[0, 3], [3, 5], [5, 5]]
+    np.testing.assert_array_equal(new_of_old(part_N)[new_ids(part_N)], np.arange(5))
+    assert new_of_old(part_N).tolist() == [3, 0, 4, 1, 2]
+
+
+def test_what_servers_cannot_do_is_refused_before_the_run():
+    with pytest.raises(UserError, match=r"sampler=distdgl needs query=table"):
+        settings.load("demo", ["graph.sampler=distdgl"])
+    with pytest.raises(UserError, match=r"second_hop=sampled"):
+        settings.load("demo", [*SERVED, "graph.second_hop=cached"])
+    config = settings.load("demo", [*SERVED, "graph.parts=4"])
+    with pytest.raises(UserError, match="4 partitions for 2 ranks"):
+        fit.check(config, ["student"], 2)
+
+
+@pytest.mark.parametrize(("hosts", "can", "named"), [
+    (["a", "a"], [True, True], []),
+    (["a", "a"], [True, False], ["a"]),
+    (["a", "b"], [False, False], []),
+    (["a", "b", "b"], [False, False, True], ["b"]),
+])  # fmt: skip
+def test_ranks_that_share_a_host_need_namespaces(hosts, can, named):
+    assert crowded(list(zip(hosts, can, strict=True))) == named
+
+
+def test_a_rank_listens_where_it_faces_rank_0():
+    assert Ranks(master_addr="127.0.0.1").own_address() == "127.0.0.1"
+    with pytest.raises(UserError, match="no way leads to rank 0"):
+        Ranks(master_addr="no.such.host.invalid").own_address()
