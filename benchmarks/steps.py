@@ -31,7 +31,14 @@ import torch.distributed as dist
 from stepping.contenders import BATCH, Arrays, make
 from tqdm import tqdm
 
-NAMES = ("ours-table-sampled", "ours-table-cached", "ours-dgl-sampled", "dgl", "pyg")
+NAMES = (
+    "ours-table-sampled",
+    "ours-table-cached",
+    "ours-dgl-sampled",
+    "ours-distdgl-sampled",
+    "dgl",
+    "pyg",
+)
 RIVALS = ("dgl", "pyg")
 RANKS, WARM_UP = 2, 5
 
@@ -45,7 +52,7 @@ def load(folder: Path, nodes: int, homophily: float) -> Arrays:
         return np.load(place / f"{name}.npy", mmap_mode="r")
 
     return Arrays(
-        one("features/x"), one("z"), one("labels"), one("candidates"), one("part-metis-2")
+        place, one("features/x"), one("z"), one("labels"), one("candidates"), one("part-metis-2")
     )
 
 

@@ -7,22 +7,28 @@ All compute in float32: D = 128 → 128 → 1000 classes, fan-out [10, 10], batc
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 CLASSES, DIM, HIDDEN, PROJECTION, BATCH, FANOUT, K = 1000, 128, 128, 64, 512, 10, 10
+ROW = DIM * 2 + PROJECTION * 4
+"""Bytes of x and z of a node."""
 
 
 @dataclass
 class Arrays:
     """A graph: x float16 [N, D], z [N, d], labels, candidates [N, M], part [N]; memory-mapped."""
 
+    folder: Path
     x: np.ndarray
     z: np.ndarray
     labels: np.ndarray
@@ -68,11 +74,12 @@ def _seeds(arrays: Arrays, rank: int) -> Iterator[np.ndarray]:
 def _ours(arrays: Arrays, rank: int, sampler_name: str, hop_name: str) -> Contender:
     from cnn2gnn_dist.graph import partition
     from cnn2gnn_dist.graph.bank import Bank
-    from cnn2gnn_dist.graph.block import one_hop_block, queried_block
     from cnn2gnn_dist.graph.sampler import make_sampler
-    from cnn2gnn_dist.models.student import CandidateBlock
     from cnn2gnn_dist.stages.second_hop import CachedSecondHop
 
+    if sampler_name == "distdgl":
+        served = _served(arrays, rank)
+        return Contender(_student(), _steps(arrays, rank, served, served, None))
     graph = partition.build_part(np.asarray(arrays.candidates), np.asarray(arrays.part), rank)
     nodes = graph.nodes_L
     bank = Bank(
@@ -85,36 +92,74 @@ def _ours(arrays: Arrays, rank: int, sampler_name: str, hop_name: str) -> Conten
     )
     sampler = make_sampler(sampler_name, graph.table_KM, 0, nodes)
     cached = CachedSecondHop(bank, K) if hop_name == "cached" else None
-    row = bank.x_LD.shape[1] * 2 + bank.z_Ld.shape[1] * 4
+    return Contender(
+        _student(),
+        _steps(arrays, rank, bank, sampler, cached),
+        (len(nodes) - graph.num_inner) * ROW,
+    )
 
-    def batches() -> Iterator[Step]:
-        for step, ids in enumerate(_seeds(arrays, rank)):
-            seeds = bank.local_of(ids)
-            key = {"epoch": 0, "step": step, "rank": rank}
-            first = sampler.neighbours(seeds, FANOUT, hop=1, **key)
-            if cached is None:
-                block = queried_block(sampler, first, seeds, FANOUT, **key)
-            else:
-                block = one_hop_block(first, seeds)
-            picked = torch.from_numpy(block.nodes_V)
-            candidates = CandidateBlock(
-                bank.x_LD[picked],
-                bank.z_Ld[picked],
-                bank.labels_L[picked].long(),
-                *(torch.from_numpy(a) for a in (block.first_BF, block.unique_U, block.unique_of_BF,
-                                                block.second_UG, block.seed_V)),
-                second=None if cached is None else cached.of(block),
-            )  # fmt: skip
-            x_BD = bank.x_LD[torch.from_numpy(seeds)].float()
-            labels = torch.from_numpy(arrays.labels[ids]).long()
-            extra = 0 if cached is None else len(block.unique_U) * bank.x_LD.shape[1] * 2
-            yield Step(
-                _loss(x_BD + 0.01 * torch.randn_like(x_BD), candidates, labels),
-                len(picked) * row + extra,
-                float((block.nodes_V >= graph.num_inner).mean()),
-            )
 
-    return Contender(_student(), batches(), (len(nodes) - graph.num_inner) * row)
+def _steps(arrays: Arrays, rank: int, holder: Any, sampler: Any, cached: Any) -> Iterator[Step]:
+    """Our steps, whoever holds the rows and samples the neighbours."""
+    from cnn2gnn_dist.graph.block import one_hop_block, queried_block
+    from cnn2gnn_dist.models.student import CandidateBlock
+
+    part_N = np.asarray(arrays.part)
+    for step, ids in enumerate(_seeds(arrays, rank)):
+        seeds = holder.local_of(ids)
+        key = {"epoch": 0, "step": step, "rank": rank}
+        first = sampler.neighbours(seeds, FANOUT, hop=1, **key)
+        if cached is None:
+            block = queried_block(sampler, first, seeds, FANOUT, **key)
+        else:
+            block = one_hop_block(first, seeds)
+        x_VD, z_Vd, labels_V = holder.rows(block.nodes_V)
+        candidates = CandidateBlock(
+            x_VD,
+            z_Vd,
+            labels_V.long(),
+            *(torch.from_numpy(a) for a in (block.first_BF, block.unique_U, block.unique_of_BF,
+                                            block.second_UG, block.seed_V)),
+            second=None if cached is None else cached.of(block),
+        )  # fmt: skip
+        x_BD = x_VD[candidates.seed_V].float()
+        labels = torch.from_numpy(arrays.labels[ids]).long()
+        extra = 0 if cached is None else len(block.unique_U) * DIM * 2
+        yield Step(
+            _loss(x_BD + 0.01 * torch.randn_like(x_BD), candidates, labels),
+            len(block.nodes_V) * ROW + extra,
+            float((part_N[holder.global_of(block.nodes_V)] != rank).mean()),
+        )
+
+
+def _served(arrays: Arrays, rank: int) -> Any:
+    """DistDGL's servers, one of each rank's, on loopback."""
+    from cnn2gnn_dist.graph.distdgl import ServedGraph, Task
+
+    path = arrays.folder / "served" / "v0000"
+    if rank == 0 and not path.exists():
+        _write_version(arrays, path.parent)
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        addresses: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(addresses, found.getsockname())
+    task = Task(str(path), rank, f"{path.parent}/machine{rank}", addresses, 0)
+    own = np.flatnonzero(np.asarray(arrays.part) == rank)
+    return ServedGraph(task, own, len(arrays.part), isolated=True, timeout_s=300)
+
+
+def _write_version(arrays: Arrays, root: Path) -> None:
+    from cnn2gnn_dist.graph import partition
+    from cnn2gnn_dist.graph.bank import GraphWriter
+
+    made = {name: getattr(arrays, name) for name in ("x", "z", "labels", "candidates", "part")}
+    shapes = {name: (a.shape, a.dtype.type) for name, a in made.items()}
+    writer = GraphWriter.create(root, 0, shapes)
+    for name, array in made.items():
+        writer.rows(name, 0, array)
+    table, part_N = np.asarray(arrays.candidates), np.asarray(arrays.part)
+    for part in range(int(part_N.max()) + 1):
+        partition.build_part(table, part_N, part).save(writer.path / f"part-{part:02d}")
+    writer.finalise({})
 
 
 def _loss(x_BD: Tensor, block: Any, labels: Tensor) -> Callable[[nn.Module], Tensor]:

@@ -112,14 +112,20 @@ def main() -> int:
             return REFUSED
     with open(spec.log, "ab") if spec.log else contextlib.nullcontext(sys.stderr) as log:
         running = {name: _start(spec, name, log) for name in spec.commands}
-    print(json.dumps({name: process.pid for name, process in running.items()}), flush=True)
+    _say(json.dumps({name: process.pid for name, process in running.items()}))
     try:
-        print(_first_end(running), flush=True)
+        _say(_first_end(running))
     finally:
         for process in running.values():
             process.kill()
             process.wait()
     return 0
+
+
+def _say(text: str) -> None:
+    """A line to the asker, who may be gone."""
+    with contextlib.suppress(BrokenPipeError):
+        os.write(1, f"{text}\n".encode())
 
 
 def _isolate() -> None:
