@@ -185,8 +185,12 @@ class Bank:
 
     def rows(self, local_V: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
         """x float16 [V, D], z float32 [V, d] and labels int32 [V] of local rows."""
+        # index_select takes a tenth of the time of indexing.
         rows = torch.as_tensor(local_V)
-        return self.x_LD[rows], self.z_Ld[rows], self.labels_L[rows]
+        x_VD, z_Vd, labels_V = (
+            array.index_select(0, rows) for array in (self.x_LD, self.z_Ld, self.labels_L)
+        )
+        return x_VD, z_Vd, labels_V
 
 
 def version_path(root: Path, number: int) -> Path:

@@ -45,7 +45,7 @@ class NeighbourBlock:
         """[B, F, X]: values of the nodes where they are neighbours."""
         if self.unique_of_BF is None:
             return values_UX.view(*self.weights_BF.shape, -1)
-        return values_UX[self.unique_of_BF]
+        return F.embedding(self.unique_of_BF, values_UX)
 
 
 class TwoLayerGNN(nn.Module):
@@ -112,10 +112,7 @@ class TwoLayerGNN(nn.Module):
         mean_x_BD = _average(weights_BF, block.in_slots(block.x_UD))
         h_BH = F.relu(a_BH + self.gate1 * self.neighbour1(mean_x_BD))
 
-        around_BFH = block.in_slots(self.neighbour1(block.mean_UD))
-        if block.seed_x_BD is not None:
-            c_BH = self.neighbour1(block.seed_x_BD)
-            around_BFH = _without_seed(around_BFH, block.back_BF, c_BH)
+        around_BFH = self._around(block)
         h_BFH = F.relu(block.in_slots(self.self1(block.x_UD)) + self.gate1 * around_BFH)
 
         message_BH = _average(weights_BF, h_BFH)
@@ -123,6 +120,17 @@ class TwoLayerGNN(nn.Module):
             label_BE = _average(weights_BF, block.in_slots(self._label(block.labels_U)))
             message_BH = torch.cat([message_BH, label_BE.to(message_BH.dtype)], 1)
         return self.self2(h_BH) + self.gate2 * self.neighbour2(message_BH)
+
+    def _around(self, block: NeighbourBlock) -> Tensor:
+        """B₁ m_{j|i} [B, F, H]; B₁ is linear, so the seed goes wherever that is cheaper."""
+        if block.seed_x_BD is None:
+            return block.in_slots(self.neighbour1(block.mean_UD))
+        if block.unique_of_BF is None:  # a row for each slot: out of the constants
+            mean_BFD = block.in_slots(block.mean_UD)
+            rest_BFD = _without_seed(mean_BFD, block.back_BF, block.seed_x_BD)
+            return self.neighbour1(rest_BFD)
+        around_BFH = block.in_slots(self.neighbour1(block.mean_UD))
+        return _without_seed(around_BFH, block.back_BF, self.neighbour1(block.seed_x_BD))
 
     def _over_batch(self, x_BD: Tensor, a_BH: Tensor, p_BB: Tensor) -> Tensor:
         p_BB = p_BB.to(x_BD.dtype)

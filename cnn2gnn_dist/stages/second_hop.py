@@ -50,7 +50,7 @@ class CachedSecondHop:
     def of(self, ids: BlockIds) -> SecondHop:
         """The second hop of a ``one_hop_block``."""
         first_U = ids.nodes_V[: len(ids.unique_U)]
-        mean_UD = self.mean_KD[torch.from_numpy(first_U)]
+        mean_UD = self.mean_KD.index_select(0, torch.from_numpy(first_U))
         return SecondHop(mean_UD, self._back(ids))
 
     def _back(self, ids: BlockIds) -> Tensor:
@@ -59,4 +59,7 @@ class CachedSecondHop:
         seeds = np.where(ids.seed_V >= 0, ids.nodes_V[ids.seed_V], -2)  # -1 would meet holes
         rows = ids.nodes_V[: slots.size].reshape(slots.shape)
         hit = (self.table_KM[rows] == seeds[:, None, None]) & slots[:, :, None]
-        return (self.p_KM[torch.from_numpy(rows)] * torch.from_numpy(hit)).sum(-1)
+        back = np.zeros(slots.shape, self.p_KM.numpy().dtype)
+        b, f, m = np.nonzero(hit)  # few: a neighbour rarely has the seed among its own
+        back[b, f] = self.p_KM.numpy()[rows[b, f], m]
+        return torch.from_numpy(back)
