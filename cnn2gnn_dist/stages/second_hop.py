@@ -40,10 +40,10 @@ class CachedSecondHop:
                 np.ascontiguousarray(bank.table_KM[start : start + ROWS])
             ).long()
             present = (table >= 0) & (table != own[:, None])
-            near = table.clamp(min=0)
-            d = squared_distances(bank.z_Ld[own], bank.z_Ld[near])
-            p = adaptive_neighbours(d, k, present).p_BM
-            x = bank.x_LD[near].to(p.dtype)
+            near = table.clamp(min=0).view(-1)
+            z = bank.z_Ld.index_select(0, near).view(*table.shape, -1)
+            p = adaptive_neighbours(squared_distances(bank.z_Ld[own], z), k, present).p_BM
+            x = bank.x_LD.index_select(0, near).view(*table.shape, -1).to(p.dtype)
             self.p_KM[own] = p
             self.mean_KD[own] = torch.bmm(p.unsqueeze(1), x).squeeze(1).to(kind)
 
