@@ -171,7 +171,7 @@ def pictures(rows: Rows, folder: Path) -> None:
     for axis in axes.flat[len(drawn) :]:
         axis.set_visible(False)
     for axis, (name, by) in zip(axes.flat, drawn.items(), strict=False):
-        for homophily, points in by.items():
+        for homophily, points in sorted(by.items()):
             power = f", n^{exponent(points):.2f}" if len(points) > 2 else ""
             axis.loglog(*zip(*points, strict=True), "o-", label=f"homophily {homophily}{power}")
         axis.set_title(name, fontsize=10)
