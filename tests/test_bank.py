@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -233,6 +234,18 @@ def test_types_and_copies_of_a_bank(tmp_path):
         held.local_of(np.array([-1]))
     with pytest.raises(KeyError):
         held.local_of(np.array([3, N]))
+
+
+def test_the_whole_bank_is_the_files_themselves(tmp_path):
+    """Judging loads it on every rank: a host's ranks share its pages instead of copying them."""
+    write(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch's, of arrays that it must not write to
+        held = bank.load_bank(bank.open_version(tmp_path / "v0003"))
+    maps = Path("/proc/self/maps").read_text()
+    for name in ("x", "z", "labels", "candidates"):
+        assert str(tmp_path / "v0003" / f"{name}.npy") in maps
+    assert held.num_inner == N
 
 
 def test_an_attempt_goes_on_only_if_it_is_the_same(tmp_path):

@@ -214,11 +214,13 @@ def latest_version(root: Path) -> Path | None:
 
 
 def load_bank(version: GraphVersion, parts: Sequence[int] | None = None) -> Bank:
-    """The bank of some parts with their halos; of all nodes when ``parts`` is None."""
+    """The bank of some parts with their halos; of all nodes when ``parts`` is None.
+
+    Then it is the version's files themselves, mapped: a host holds them once, whatever its ranks.
+    """
     if parts is None:
-        everyone = np.arange(len(version.labels), dtype=np.int32)
-        graph = PartGraph(-1, everyone, len(everyone), 0, np.asarray(version.candidates))
-    elif len(parts) == 1:
+        return _mapped_bank(version)
+    if len(parts) == 1:
         graph = load_part(version, parts[0])
     else:
         inner = np.flatnonzero(np.isin(version.part, parts))
@@ -231,6 +233,23 @@ def load_bank(version: GraphVersion, parts: Sequence[int] | None = None) -> Bank
         nodes_L=nodes,
         num_inner=graph.num_inner,
         table_KM=np.asarray(graph.table_KM),
+    )
+
+
+def _mapped_bank(version: GraphVersion) -> Bank:
+    """All rows, in pages that the processes of a host share until one writes to them."""
+    x_LD, z_Ld, labels_L, table_KM = (
+        # Copy on write: torch warns of arrays that it must not write to.
+        np.load(version.path / f"{name}.npy", mmap_mode="c")
+        for name in ("x", "z", "labels", "candidates")
+    )
+    return Bank(
+        x_LD=torch.from_numpy(x_LD),
+        z_Ld=torch.from_numpy(z_Ld),
+        labels_L=torch.from_numpy(labels_L),
+        nodes_L=np.arange(len(labels_L), dtype=np.int32),
+        num_inner=len(labels_L),
+        table_KM=np.asarray(table_KM),
     )
 
 

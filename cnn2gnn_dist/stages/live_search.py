@@ -81,7 +81,9 @@ class LiveSearch:
         return np.union1d(own, candidates[candidates >= 0])
 
     def _search(self, rows_S: np.ndarray, inner: np.ndarray | None) -> _Search:
-        s, base = self.settings, self.bank.z_Ld.numpy()[rows_S]
+        s, base = self.settings, self.bank.z_Ld.numpy()
+        if len(rows_S) < len(base):  # else all of them, without a copy
+            base = base[rows_S]
         return _Search(
             Index(base, exact=s.exact, probes=s.probes, device=self.device), rows_S, inner
         )
