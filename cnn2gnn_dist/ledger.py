@@ -97,7 +97,12 @@ def claim(root: Path, config_yaml: str) -> None:
     Raises:
         UserError: the folder holds something else.
     """
-    if not (root / "config.yaml").exists() and root.is_dir() and any(root.iterdir()):
+    there = (
+        [path for path in root.iterdir() if not path.name.startswith(".lock")]
+        if root.is_dir()
+        else []
+    )
+    if there and not (root / "config.yaml").exists():
         raise UserError(
             "this folder is not empty and is not a run's",
             where=str(root),

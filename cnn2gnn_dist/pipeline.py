@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -10,12 +9,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from cnn2gnn_dist import ledger, settings
 from cnn2gnn_dist.config import Config
 from cnn2gnn_dist.errors import PeerLost, UserError
 from cnn2gnn_dist.ledger import Entry, Standing
+from cnn2gnn_dist.runtime import folder_lock
 from cnn2gnn_dist.runtime.ranks import Ranks
 from cnn2gnn_dist.stages import fit
 from cnn2gnn_dist.stages.context import Context, RunPaths
@@ -85,7 +85,7 @@ def run_rank(
     if ranks.world_size > 1 or not light(config, names):
         engine.init(ranks, device, timeout_s=config.cluster.timeout_s)
     try:
-        with _locked(Path(str(config.run.dir)), ranks):
+        with _locked(Path(str(config.run.dir)), ranks, config.cluster.timeout_s):
             _together(ranks, lambda: _begin(config, names, ranks.world_size))
             return _run_all(config, names, update, inside_ray, ranks, device, force)
     except RuntimeError as error:
@@ -331,34 +331,21 @@ def _begin(config: Config, names: list[str] | None, world_size: int) -> None:
 
 
 @contextmanager
-def _locked(root: Path, ranks: Ranks) -> Iterator[None]:
-    """Keep a second run out of the folder; the lock goes with the process that holds it."""
-    if not ranks.is_first:
-        yield
-        return
-    root.parent.mkdir(parents=True, exist_ok=True)
-    with open(root.parent / f".{root.name}.lock", "w", encoding="ascii") as file:
-        if not _taken(file):
-            raise UserError(
-                "another process works in this folder",
-                where=str(root),
-                remedy="wait for it, or name another run.dir=…",
-            ) from None
-        yield
+def _locked(root: Path, ranks: Ranks, timeout_s: float = 600.0) -> Iterator[None]:
+    """Keep a second run out of the folder; the lock goes with rank 0, which holds it.
 
-
-def _taken(file: IO[str]) -> bool:
-    """Take the lock; a run that is just ending is waited for."""
-    deadline = time.monotonic() + LOCK_SECONDS
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.1)
-        else:
-            return True
+    Raises:
+        UserError: on every rank: another process holds it.
+    """
+    held: list[folder_lock.Release] = []
+    # The others wait in a collective, whose patience must outlast ours.
+    seconds = min(LOCK_SECONDS, timeout_s / 2)
+    try:
+        _together(ranks, lambda: held.append(folder_lock.take(root, seconds)))
+        yield
+    finally:
+        for release in held:
+            release()
 
 
 def _together(ranks: Ranks, work: Callable[[], Any]) -> Any:

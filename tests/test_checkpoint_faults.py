@@ -265,6 +265,58 @@ def test_a_damaged_future_does_not_push_out_the_present(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.glob("step-*")] == ["step-00000003"]
 
 
+def killed_at(call: int, work: Callable[[], None]) -> bool:
+    """Do it in a process of its own that is killed ahead of its n-th rename or removal."""
+    child = os.fork()
+    if child == 0:
+        calls = 0
+
+        def counted(real: Callable[..., Any]) -> Callable[..., Any]:
+            def wrapped(*arguments: Any, **options: Any) -> Any:
+                nonlocal calls
+                calls += 1
+                if calls > call:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return real(*arguments, **options)
+
+            return wrapped
+
+        for name in ("rename", "replace", "unlink", "rmdir"):
+            setattr(os, name, counted(getattr(os, name)))
+        work()
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+def test_a_kill_while_a_step_is_published_again_leaves_one_of_the_two(tmp_path: Path) -> None:
+    """At whatever point: the old one or the new one, whole; and saving goes on from there."""
+    points, seen = 0, set()
+    while True:
+        root = tmp_path / str(points)
+        saved = Checkpoints(root, RUN, keep_last=1)
+        publish(saved, 5, extra={"which": "old"})
+
+        def again(saved: Checkpoints = saved) -> None:
+            publish(saved, 5, extra={"which": "new"})
+            checkpoint_folder.prune(saved.folder, saved.folder / "step-00000005", 1)
+
+        killed = killed_at(points, again)
+        last = newest(root)
+        which = checkpoint_folder.read_state(last)["extra"]["which"]
+        assert last.name == "step-00000005"
+        assert which == "new" if not killed else which in ("old", "new")
+        seen.add(which)
+        shutil.rmtree(root / "step-00000006.tmp", ignore_errors=True)
+        publish(saved, 6)
+        checkpoint_folder.prune(root, root / "step-00000006", 1)
+        assert sorted(p.name for p in root.iterdir()) == ["latest", "step-00000006"]
+        if not killed:
+            break
+        points += 1
+    assert points >= 5
+    assert seen == {"old", "new"}
+
+
 def test_a_format_of_the_future_is_refused(tmp_path: Path) -> None:
     saved = Checkpoints(tmp_path, RUN)
     publish(saved, 1, format=3)

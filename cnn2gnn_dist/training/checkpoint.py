@@ -144,6 +144,7 @@ class Checkpoints:
 
     def latest(self) -> Path | None:
         """The newest whole checkpoint; a damaged one is named on stderr and passed over."""
+        disk.recover(self.folder)
         for folder in reversed(disk.all_of(self.folder)):
             problem = disk.damage(folder)
             if problem is None:

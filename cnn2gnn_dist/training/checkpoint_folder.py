@@ -3,12 +3,14 @@
 ``step-00000123/`` holds, of each rank that wrote it, ``rank-R-of-N.safetensors`` (its share of the
 named tensors) and ``rank-R-of-N.json`` (what belongs to that rank alone), then ``state.json`` and
 ``manifest.json`` with every file's size and SHA-256. It is written as ``step-00000123.tmp`` and
-renamed when all of it is on disk; a folder without a valid manifest does not exist. Nothing here
-needs DeepSpeed, a process group or pickle.
+renamed when all of it is on disk; a folder without a valid manifest does not exist. One of the same
+step is renamed aside first (``step-00000123.old``), never removed before the new one is in place.
+Nothing here needs DeepSpeed, a process group or pickle.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -25,6 +27,8 @@ from cnn2gnn_dist.errors import UserError
 
 FORMAT = 2
 MANIFEST, STATE, LATEST, BEST = "manifest.json", "state.json", "latest", "best"
+ASIDE = ".old"
+"""Ends the name of a checkpoint that one of the same step replaces, until that one is in place."""
 
 File = tuple[str, int, str]
 """Name, bytes, SHA-256."""
@@ -51,11 +55,31 @@ def publish(work: Path, final: Path, state: dict[str, Any], files: Iterable[File
     listed = {name: [size, sha] for name, size, sha in (*files, describe(work / STATE))}
     durable.write_json(work / MANIFEST, {"format": FORMAT, "files": listed})
     durable.sync(work)
-    if final.exists():  # damaged, or it would have been loaded
-        shutil.rmtree(final)
-    os.replace(work, final)
+    aside = final.with_name(final.name + ASIDE)
+    if final.exists():  # damaged; or whole, and saved again with another cursor at the same step
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(final, aside)
+    os.rename(work, final)
     durable.sync(final.parent)
     durable.write_text(final.parent / LATEST, final.name)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def recover(root: Path) -> None:
+    """Finish what a kill cut off while a step was published again: the new one if it is whole on
+    disk, else the old one that had been renamed aside.
+    """
+    for aside in Path(root).glob(f"step-????????{ASIDE}"):
+        final = aside.with_name(aside.name.removesuffix(ASIDE))
+        work = final.with_name(final.name + ".tmp")
+        with contextlib.suppress(OSError):  # read only: nothing is published here, either
+            if not final.exists() or damage(final) is not None:
+                best = next((p for p in (work, aside) if damage(p) is None), None)
+                if best is None:
+                    continue
+                shutil.rmtree(final, ignore_errors=True)
+                os.rename(best, final)
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def damage(folder: Path) -> str | None:
@@ -89,7 +113,7 @@ def prune(root: Path, newest: Path, keep_last: int) -> None:
     folders, best = all_of(root), best_of(root)
     past = [folder for folder in folders if folder.name <= newest.name]
     future = [folder for folder in folders if folder.name > newest.name and damage(folder)]
-    torn = list(Path(root).glob("step-*.tmp"))
+    torn = [*Path(root).glob("step-*.tmp"), *Path(root).glob(f"step-*{ASIDE}")]
     for old in [*past[:-keep_last], *future, *torn]:
         if old != best:
             shutil.rmtree(old)

@@ -1,0 +1,158 @@
+"""One process at a time in a run's folder: the kernel's lock, or a file where there are no locks.
+
+``flock`` goes with the process that holds it. Some network file systems have none (ENOLCK,
+ENOTSUP and their like): there a file that only one can make stands for the lock. Its holder
+touches it every few seconds, so that what a killed process has left is told from one at work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import secrets
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from cnn2gnn_dist.errors import UserError
+
+BEAT_SECONDS = 5.0
+"""Between two touches of the file that stands for a lock."""
+SILENT_SECONDS = 60.0
+"""A holder that did not touch it for so long, by the clock of the file system, is gone."""
+NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
+
+Release = Callable[[], None]
+
+
+def take(root: Path, seconds: float) -> Release:
+    """Take the lock of a run's folder; returns what lets go of it.
+
+    Args:
+        root: the run's folder; it need not exist.
+        seconds: a holder that is just ending is waited for so long.
+
+    Raises:
+        UserError: another process holds it; or nothing can be written where it would lie.
+    """
+    path = _place(root)
+    deadline = time.monotonic() + seconds
+    handle = _opened(path, root)
+    try:
+        while (release := _try(path, handle)) is None:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    "another process works in this folder",
+                    where=str(root),
+                    remedy="wait for it, or name another run.dir=…",
+                )
+            time.sleep(0.1)
+    except BaseException:
+        os.close(handle)
+        raise
+
+    def let_go() -> None:
+        release()
+        os.close(handle)
+
+    return let_go
+
+
+def _place(root: Path) -> Path:
+    """Beside the folder, as it need not be there; inside where only that can be written."""
+    with contextlib.suppress(OSError):
+        root.parent.mkdir(parents=True, exist_ok=True)
+    beside = os.access(root.parent, os.W_OK)
+    return root.parent / f".{root.name}.lock" if beside else root / ".lock"
+
+
+def _opened(path: Path, root: Path) -> int:
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise UserError(
+            f"this folder can't be written: {error.strerror}",
+            where=str(root),
+            remedy="another run.dir=… in a folder of yours, or mend its permissions",
+        ) from None
+
+
+def _try(path: Path, handle: int) -> Release | None:
+    """Take the lock if it is free."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return _try_file(path.with_name(path.name + ".held"), error.strerror or "")
+    return lambda: None
+
+
+def _try_file(path: Path, why: str) -> Release | None:
+    """Make the file that stands for a lock; one whose holder is gone is taken away."""
+    mine = json.dumps(
+        {"host": socket.gethostname(), "pid": os.getpid(), "token": secrets.token_hex(8)}
+    )
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    except FileExistsError:
+        if not _abandoned(path):
+            return None
+        # Renamed first, and to a name of our own: two that come at once can't both take it away.
+        away = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(path, away)
+            os.unlink(away)
+        return None
+    with os.fdopen(handle, "w") as file:
+        file.write(mine)
+    print(f"cnn2gnn: no locks on this file system ({why}): {path} stands for one", file=sys.stderr)
+    return _kept_alive(path, mine)
+
+
+def _kept_alive(path: Path, mine: str) -> Release:
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(BEAT_SECONDS):
+            with contextlib.suppress(OSError):
+                os.utime(path)
+
+    thread = threading.Thread(target=beat, name="folder lock", daemon=True)
+    thread.start()
+
+    def release() -> None:
+        ended.set()
+        thread.join()
+        with contextlib.suppress(OSError):
+            if path.read_text() == mine:
+                path.unlink()
+
+    return release
+
+
+def _abandoned(path: Path) -> bool:
+    """Whether the holder of a file is gone: on this host by its id, elsewhere by its silence."""
+    try:
+        holder, touched = json.loads(path.read_text()), path.stat().st_mtime
+        host, pid = str(holder["host"]), int(holder["pid"])
+    except FileNotFoundError:
+        return False  # let go of just now: the next try gets it
+    except (OSError, ValueError, KeyError, TypeError):
+        host, pid, touched = "", 0, path.stat().st_mtime if path.exists() else time.time()
+    if host == socket.gethostname():
+        return not Path(f"/proc/{pid}").exists()
+    probe = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
+    try:
+        probe.touch()  # the file system's clock may not be ours
+        return probe.stat().st_mtime - touched > SILENT_SECONDS
+    finally:
+        probe.unlink(missing_ok=True)
