@@ -27,15 +27,24 @@ def top(log_VNC: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     return classes.astype(np.int32), values.astype(np.float16)
 
 
-def write_all(folder: Path, log_VNC: np.ndarray, k: int, *, shard_size: int = 7) -> list[Path]:
+def write_all(
+    folder: Path,
+    log_VNC: np.ndarray,
+    k: int,
+    *,
+    shard_size: int = 7,
+    meta: dict = META,
+    places: np.ndarray | None = None,
+) -> list[Path]:
+    """Files of ``shard_size`` samples each, which lie in the order of ``places``."""
     views, n, _ = log_VNC.shape
-    files = []
+    places, files = np.arange(n) if places is None else places, []
     for first in range(0, n, shard_size):
-        ids = np.arange(first, min(first + shard_size, n))
+        ids = places[first : min(first + shard_size, n)]
         indices, values = top(log_VNC[:, ids], k)
         files.append(folder / f"{first:06d}.parquet")
         write_shard(
-            files[-1], ids=ids, view_count=views, indices=indices, log_probs=values, meta=META
+            files[-1], ids=ids, view_count=views, indices=indices, log_probs=values, meta=meta
         )
     return files
 
@@ -103,7 +112,7 @@ def test_all_classes_are_exact_far_into_the_tail(tmp_path):
 def test_memory_is_dense_and_small(tmp_path):
     write_all(tmp_path, teacher(2, 25, 10), 3)
     targets = Targets.load(tmp_path, 25, 10)
-    assert targets.indices_VNK.dtype == np.int32
+    assert targets.indices_VNK.dtype == np.uint8
     assert targets.log_probs_VNK.dtype == np.float16
     assert targets.indices_VNK.shape == targets.log_probs_VNK.shape == (2, 25, 3)
 

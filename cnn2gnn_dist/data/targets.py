@@ -2,7 +2,7 @@
 
 Rows lie view by view, inside a view in the shard's order. Columns: ``id`` int64, ``view``
 int32, ``indices`` K x int32, ``log_probs`` K x float16. The file's metadata carry a SHA-256
-of the columns and what the targets belong to.
+of the columns, what the targets belong to, and which samples are corrupt: their rows are uniform.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import pyarrow.parquet as pq
 
 from cnn2gnn_dist.errors import UserError
 
-META, CHECKSUM = b"cnn2gnn.meta", b"cnn2gnn.sha256"
+META, CHECKSUM, CORRUPT = b"cnn2gnn.meta", b"cnn2gnn.sha256", b"cnn2gnn.corrupt"
 DAMAGE = (OSError, pa.ArrowException, KeyError, ValueError, TypeError, AttributeError)
 """What reading a damaged or foreign file may raise."""
 LEAST_REST = 1e-6
@@ -35,6 +36,7 @@ def write_shard(
     indices: np.ndarray,
     log_probs: np.ndarray,
     meta: dict[str, Any],
+    corrupt: Mapping[int, str] | None = None,
 ) -> None:
     """Write one shard's targets: to a temporary name, synced, renamed.
 
@@ -42,6 +44,7 @@ def write_shard(
         ids: [n] sample ids.
         indices: [V, n, K] int32 classes; log_probs: [V, n, K] float16 of these classes.
         meta: what the targets belong to (JSON), compared by ``is_whole``.
+        corrupt: what is wrong with which samples; see ``corrupt_samples``.
 
     Raises:
         ValueError: shapes that do not fit each other.
@@ -63,10 +66,15 @@ def write_shard(
             "log_probs": pa.FixedSizeListArray.from_arrays(pa.array(columns["log_probs"]), k),
         }
     )
-    note = {META: _as_note(meta), CHECKSUM: _checksum(columns)}
+    note = {META: as_note(meta), CHECKSUM: _checksum(columns)}
+    if corrupt:
+        note[CORRUPT] = json.dumps({str(sample): what for sample, what in corrupt.items()}).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    pq.write_table(table.replace_schema_metadata(note), temporary, compression="zstd")
+    # Dictionaries of numbers that hardly repeat: reading would take two and a half times as long.
+    pq.write_table(
+        table.replace_schema_metadata(note), temporary, compression="zstd", use_dictionary=False
+    )
     with open(temporary, "rb+") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -78,15 +86,22 @@ def is_whole(path: Path, meta: dict[str, Any]) -> bool:
         note, columns = _read(path)
     except DAMAGE:
         return False
-    return note.get(META) == _as_note(meta) and note.get(CHECKSUM) == _checksum(columns)
+    return note.get(META) == as_note(meta) and note.get(CHECKSUM) == _checksum(columns)
+
+
+def corrupt_samples(path: Path) -> dict[int, str]:
+    """Samples of a whole file whose image could not be read, and why."""
+    note = (pq.read_metadata(path).metadata or {}).get(CORRUPT, b"{}")
+    return {int(sample): str(what) for sample, what in json.loads(note).items()}
 
 
 class Targets:
-    """The soft targets of a whole training set.
+    """The soft targets of a whole training set, in memory or mapped (``data/dense.py``).
 
     Attributes:
         views: V, the number of views that have targets.
-        indices_VNK: int32 classes; None when all C classes are there (K = C), in class order.
+        indices_VNK: classes in the smallest unsigned type that holds them; None when all C classes
+            are there (K = C), in class order.
         log_probs_VNK: float16 of these classes.
     """
 
@@ -103,7 +118,7 @@ class Targets:
         num_classes: int,
         meta: dict[str, Any] | None = None,
     ) -> Targets:
-        """Read all ``.parquet`` files of a folder, or these files.
+        """Read all ``.parquet`` files of a folder, or these files, into memory.
 
         Args:
             meta: what the targets must belong to; None takes any.
@@ -114,20 +129,24 @@ class Targets:
         """
         if isinstance(files, str | Path):
             files = sorted(Path(files).glob("*.parquet"))
-        made: _Filling | None = None
+        layout, covered_VN = None, np.zeros((1, num_samples), bool)
         for path in map(Path, files):
             columns = _checked(path, meta)
-            if len(columns["id"]):
-                made = made or _Filling(path, columns, num_samples, num_classes)
-                made.add(path, columns)
-        missing = num_samples if made is None else int((~made.covered_VN.all(0)).sum())
-        if made is None or missing:
-            raise UserError(
-                f"{missing} of {num_samples} samples have no soft targets",
-                where="targets",
-                remedy="run `cnn2gnn targets` again: it writes what is missing",
-            )
-        return cls(made.indices_VNK, made.log_probs_VNK, num_classes)
+            if not len(columns["id"]):
+                continue
+            if layout is None:
+                views, k = int(columns["view"].max()) + 1, columns["indices"].shape[1]
+                layout = Layout.checked(path, views, num_samples, k, num_classes)
+                log_probs = np.zeros(layout.shape, np.float16)
+                indices = None if layout.full else np.zeros(layout.shape, layout.kind)
+                covered_VN = np.zeros(layout.shape[:2], bool)
+            rows = _Rows.of(path, columns, layout)
+            log_probs[rows.view, rows.ids] = rows.log_probs
+            if indices is not None:
+                indices[rows.view, rows.ids] = rows.indices
+            covered_VN[rows.view, rows.ids] = True
+        check_covered(covered_VN)
+        return cls(indices, log_probs, num_classes)
 
     def lookup(self, ids: np.ndarray, view: int) -> np.ndarray:
         """Log-probabilities [B, C] float32 of a view (taken mod V).
@@ -149,42 +168,93 @@ class Targets:
         return np.log(full / full.sum(1, keepdims=True))
 
 
-class _Filling:
-    """The dense arrays, file after file."""
+@dataclass(frozen=True)
+class Layout:
+    """Shape of a training set's targets: V views of N samples, K of C classes each."""
 
-    def __init__(
-        self, path: Path, columns: dict[str, np.ndarray], num_samples: int, num_classes: int
-    ) -> None:
-        self.num_classes = num_classes
-        views, k = int(columns["view"].max()) + 1, columns["indices"].shape[1]
-        if not 1 <= k <= num_classes:
-            raise _unfit(path, f"it has {k} of {num_classes} classes a sample")
-        self.full = k == num_classes
-        shape = (views, num_samples, k)
-        self.log_probs_VNK = np.zeros(shape, np.float16)
-        self.indices_VNK = None if self.full else np.zeros(shape, np.int32)
-        self.covered_VN = np.zeros(shape[:2], bool)
+    views: int
+    samples: int
+    k: int
+    classes: int
 
-    def add(self, path: Path, columns: dict[str, np.ndarray]) -> None:
-        """Put a file's rows at their places."""
-        views, samples = self.covered_VN.shape
+    @classmethod
+    def checked(cls, path: Path, views: int, samples: int, k: int, classes: int) -> Layout:
+        """The layout that a file asks for.
+
+        Raises:
+            UserError: it has more classes a sample than there are, or none.
+        """
+        if not 1 <= k <= classes:
+            raise unfit(path, f"it has {k} of {classes} classes a sample")
+        return cls(views, samples, k, classes)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """[V, N, K]."""
+        return self.views, self.samples, self.k
+
+    @property
+    def full(self) -> bool:
+        """All classes are there, in class order: they need no room."""
+        return self.k == self.classes
+
+    @property
+    def kind(self) -> np.dtype:
+        """The smallest unsigned integer that holds a class."""
+        return np.min_scalar_type(self.classes - 1)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A file's n rows: where they belong (``view``, ``ids`` [n]) and what they are ([n, K])."""
+
+    view: np.ndarray
+    ids: np.ndarray
+    indices: np.ndarray
+    log_probs: np.ndarray
+
+    @classmethod
+    def of(cls, path: Path, columns: dict[str, np.ndarray], layout: Layout) -> _Rows:
         ids, view, indices = columns["id"], columns["view"], columns["indices"]
-        if (int(view.max()) + 1, indices.shape[1]) != (views, self.log_probs_VNK.shape[2]):
-            raise _unfit(path, "it has other views or another k than the other files")
-        if min(ids.min(), view.min()) < 0 or ids.max() >= samples:
-            raise _unfit(path, f"it has sample ids to {ids.max()}, of {samples} samples")
-        if indices.min() < 0 or indices.max() >= self.num_classes:
-            raise _unfit(path, f"it has class {indices.max()}, of {self.num_classes} classes")
+        if (int(view.max()) + 1, indices.shape[1]) != (layout.views, layout.k):
+            raise unfit(path, "it has other views or another k than the other files")
+        if min(ids.min(), view.min()) < 0 or ids.max() >= layout.samples:
+            raise unfit(path, f"it has sample ids to {ids.max()}, of {layout.samples} samples")
+        if indices.min() < 0 or indices.max() >= layout.classes:
+            raise unfit(path, f"it has class {indices.max()}, of {layout.classes} classes")
         log_probs = columns["log_probs"]
-        if self.indices_VNK is None:  # into class order: then the classes need no room
+        if layout.full:  # into class order
             by_class = np.argsort(indices, axis=1)
-            if (np.take_along_axis(indices, by_class, 1) != np.arange(self.num_classes)).any():
-                raise _unfit(path, "a class comes twice in a row")
+            indices = np.take_along_axis(indices, by_class, 1)
+            if (indices != np.arange(layout.classes)).any():
+                raise unfit(path, "a class comes twice in a row")
             log_probs = np.take_along_axis(log_probs, by_class, 1)
-        else:
-            self.indices_VNK[view, ids] = indices
-        self.log_probs_VNK[view, ids] = log_probs
-        self.covered_VN[view, ids] = True
+        return cls(view, ids, indices.astype(layout.kind), log_probs)
+
+
+def read_rows(path: Path, meta: dict[str, Any] | None, layout: Layout) -> _Rows | None:
+    """A file's rows, checked; None if it has none.
+
+    Raises:
+        UserError: as ``Targets.load``.
+    """
+    columns = _checked(path, meta)
+    return _Rows.of(path, columns, layout) if len(columns["id"]) else None
+
+
+def check_covered(covered_VN: np.ndarray) -> None:
+    """See that every sample has its targets.
+
+    Raises:
+        UserError: some have not.
+    """
+    missing = int((~covered_VN.all(0)).sum())
+    if missing or not covered_VN.size:
+        raise UserError(
+            f"{missing} of {covered_VN.shape[1]} samples have no soft targets",
+            where="targets",
+            remedy="run `cnn2gnn targets` again: it writes what is missing",
+        )
 
 
 def _checked(path: Path, meta: dict[str, Any] | None) -> dict[str, np.ndarray]:
@@ -197,15 +267,16 @@ def _checked(path: Path, meta: dict[str, Any] | None) -> dict[str, np.ndarray]:
             remedy="run `cnn2gnn targets` again: it writes what is missing",
         ) from None
     except DAMAGE as error:
-        raise _unfit(path, str(error)) from None
+        raise unfit(path, str(error)) from None
     if note.get(CHECKSUM) != _checksum(columns):
-        raise _unfit(path, "its checksum does not hold")
-    if meta is not None and note.get(META) != _as_note(meta):
-        raise _unfit(path, "it belongs to other targets")
+        raise unfit(path, "its checksum does not hold")
+    if meta is not None and note.get(META) != as_note(meta):
+        raise unfit(path, "it belongs to other targets")
     return columns
 
 
-def _unfit(path: Path, what: str) -> UserError:
+def unfit(path: Path, what: str) -> UserError:
+    """The error about a file that can't be used."""
     return UserError(
         f"this file of soft targets can't be used: {what}",
         where=str(path),
@@ -226,7 +297,8 @@ def _read(path: Path) -> tuple[dict[bytes, bytes], dict[str, np.ndarray]]:
     return table.schema.metadata or {}, columns
 
 
-def _as_note(meta: dict[str, Any]) -> bytes:
+def as_note(meta: dict[str, Any]) -> bytes:
+    """What targets belong to, as a file's metadata say it."""
     return json.dumps(meta, sort_keys=True).encode()
 
 

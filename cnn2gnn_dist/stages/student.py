@@ -11,7 +11,6 @@ from torch import Tensor
 
 from cnn2gnn_dist.data.manifest import Manifest
 from cnn2gnn_dist.data.order import Order
-from cnn2gnn_dist.data.targets import Targets
 from cnn2gnn_dist.graph.distdgl import ServedGraph
 from cnn2gnn_dist.models.losses import distillation_loss, neighbour_loss
 from cnn2gnn_dist.models.student import Scope, StudentOutput
@@ -22,6 +21,7 @@ from cnn2gnn_dist.stages.loop import Training
 from cnn2gnn_dist.stages.neighbourhood import Neighbourhood, last_refresh, parts_of, reusable
 from cnn2gnn_dist.stages.networks import build_student
 from cnn2gnn_dist.stages.served_graph import serve
+from cnn2gnn_dist.stages.soft_targets import open_targets
 from cnn2gnn_dist.training.sync_norm import synchronise_norms
 
 
@@ -29,9 +29,7 @@ def run(context: Context, scope: Scope, targets_key: str) -> list[Path]:
     """Train; returns the files of the last checkpoint."""
     config, settings = context.config, context.config.student
     manifest = load_manifest(context.paths.train_manifest)
-    targets = Targets.load(
-        context.paths.targets, len(manifest), manifest.num_classes, meta={"key": targets_key}
-    )
+    targets = open_targets(context, manifest, targets_key)
     torch.manual_seed(config.seed)
     model = build_student(config, manifest.num_classes, scope)
     if scope == "dataset" and context.ranks.world_size > 1:

@@ -1,0 +1,67 @@
+"""The soft targets as a training sees them: one mapping a host, filled by all ranks once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from cnn2gnn_dist.data import dense
+from cnn2gnn_dist.data.manifest import Manifest
+from cnn2gnn_dist.data.targets import Targets
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.stages.context import Context
+from cnn2gnn_dist.training import distributed
+
+
+def open_targets(context: Context, manifest: Manifest, targets_key: str) -> Targets:
+    """All soft targets of the run (collective).
+
+    Where nothing can be written beside them every rank reads them into its memory.
+
+    Raises:
+        UserError: on every rank: as ``Targets.load``; the disk is full.
+    """
+    root, meta = context.paths.targets, {"key": targets_key}
+    samples, classes = len(manifest), manifest.num_classes
+    files = sorted(root.glob("*.parquet"))
+
+    def begin() -> tuple[dense.Source, str]:
+        wanted = dense.source(files, samples, classes, meta)
+        if dense.is_whole(root, wanted):
+            return wanted, "whole"
+        try:
+            dense.create(root, wanted)
+        except OSError as error:
+            return wanted, f"not writable: {error.strerror}"
+        return wanted, "begun"
+
+    (wanted, standing), *_ = _on_all(begin if context.ranks.is_first else None)
+    if standing.startswith("not writable"):
+        context.say(f"targets  {standing} ({root}): every rank reads them into its memory")
+        return Targets.load(files, samples, classes, meta)
+    if standing == "begun":
+        ranks = context.ranks
+        mine = wanted.files[ranks.rank :: ranks.world_size]
+        covered = _on_all(lambda: np.packbits(dense.fill(root, wanted, mine)))
+        cells = wanted.layout.views * samples
+        whole_VN = np.unpackbits(np.bitwise_or.reduce(covered), count=cells).astype(bool)
+        whole_VN = whole_VN.reshape(wanted.layout.shape[:2])
+        _on_all((lambda: dense.finish(root, wanted, whole_VN)) if ranks.is_first else None)
+    return dense.opened(root, wanted.layout)
+
+
+def _on_all(work: Callable[[], Any] | None) -> list[Any]:
+    """What each rank's work gives, on every rank; or the first error of any (collective)."""
+    result: Any = None
+    error: UserError | None = None
+    try:
+        result = None if work is None else work()
+    except UserError as caught:
+        error = caught
+    found = distributed.all_gather_object((result, error))
+    for _, problem in found:
+        if problem is not None:
+            raise problem
+    return [result for result, _ in found]
