@@ -3,50 +3,47 @@
 The student's ranks own partitions of a graph of alike images, so one rank's batch is not a
 fair sample of the data: it may hold half of the classes. Statistics of a rank's batch alone
 would then differ from those at evaluation. (torch's SyncBatchNorm wants a GPU.)
+
+A norm is changed in place, by its class: weights, buffers, activation, drop, hooks and whoever
+refers to it stay as they are. Only layers of exactly a known type are, since a subclass may do
+anything beside normalising; every other layer that looks at a whole batch is refused.
 """
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
+from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.training import distributed
 
+_TIMM = "timm.layers.norm_act"
+_RUNNING = ("running_mean", "running_var")
 
-class SyncNorm(nn.Module):
+
+class SyncNorm(_BatchNorm):
     """BatchNorm of inputs [N, C, ...] with the moments of all ranks' samples together.
 
-    Takes over the weights and buffers of a BatchNorm, under the same names. Every rank must
-    call it equally often; ranks may hold different numbers of samples.
+    Every rank must call it equally often; ranks may hold different numbers of samples. On one
+    rank, and in evaluation mode, it is the BatchNorm that it was, to the bit.
     """
-
-    def __init__(self, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> None:
-        super().__init__()
-        self.weight, self.bias = norm.weight, norm.bias
-        self.eps, self.momentum = norm.eps, 0.1 if norm.momentum is None else norm.momentum
-        self.running_mean: Tensor
-        self.running_var: Tensor
-        self.num_batches_tracked: Tensor
-        for name, buffer in norm.named_buffers():
-            self.register_buffer(name, buffer)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise; in evaluation mode with the running statistics."""
-        if not self.training:
-            return F.batch_norm(
-                x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
-            )
-        axes = [axis for axis in range(x.ndim) if axis != 1]
-        wide = x.float()
-        count = wide.new_full((1,), x.numel() / x.shape[1])
-        sums = torch.cat([wide.sum(axes), (wide * wide).sum(axes), count])
-        total = _AllReduceSum.apply(sums)
-        mean, square = (total[:-1] / total[-1]).chunk(2)
-        variance = (square - mean * mean).clamp(min=0)
-        self._track(mean.detach(), variance.detach(), total[-1].detach())
+        if not self.training or distributed.world_size() == 1:
+            return super().forward(x)
+        self._check_input_dim(x)
+        return self._normalised(x)
+
+    def _normalised(self, x: Tensor) -> Tensor:
+        wide = x if x.dtype == torch.float64 else x.float()
+        mean, variance, count = _moments_of_all(wide)
+        self._track(mean.detach(), variance.detach(), count)
         shape = [1, -1] + [1] * (x.ndim - 2)
         scale = torch.rsqrt(variance + self.eps)
         if self.weight is not None:
@@ -54,11 +51,122 @@ class SyncNorm(nn.Module):
         shift = -mean * scale if self.bias is None else self.bias - mean * scale
         return (wide * scale.view(shape) + shift.view(shape)).to(x.dtype)
 
+    @torch.no_grad()
     def _track(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
-        unbiased = variance * count / (count - 1).clamp(min=1)
-        self.running_mean.lerp_(mean, self.momentum)
-        self.running_var.lerp_(unbiased, self.momentum)
+        if not self.track_running_stats or self.running_mean is None or self.running_var is None:
+            return
+        assert self.num_batches_tracked is not None
         self.num_batches_tracked += 1
+        # None: the mean of all batches so far.
+        share = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
+        unbiased = variance * count / (count - 1).clamp(min=1)
+        self.running_mean += share * (mean.to(self.running_mean.dtype) - self.running_mean)
+        self.running_var += share * (unbiased.to(self.running_var.dtype) - self.running_var)
+
+
+class SyncNorm1d(SyncNorm, nn.BatchNorm1d):
+    """Over [N, C] or [N, C, L]."""
+
+
+class SyncNorm2d(SyncNorm, nn.BatchNorm2d):
+    """Over [N, C, H, W]."""
+
+
+class SyncNorm3d(SyncNorm, nn.BatchNorm3d):
+    """Over [N, C, D, H, W]."""
+
+
+_SYNCHRONISED: dict[type[nn.Module], type[SyncNorm]] = {
+    nn.BatchNorm1d: SyncNorm1d,
+    nn.BatchNorm2d: SyncNorm2d,
+    nn.BatchNorm3d: SyncNorm3d,
+}
+
+
+def synchronise_norms(module: nn.Module) -> nn.Module:
+    """Let every BatchNorm of ``module`` see all ranks, in place; returns the module.
+
+    Raises:
+        UserError: a layer that looks at a whole batch and is of no type known here; then
+            nothing is changed.
+    """
+    known = dict(_SYNCHRONISED)
+    loaded = sys.modules.get(_TIMM)  # no layer is of a type whose module isn't loaded
+    if loaded is not None:
+        known[loaded.BatchNormAct2d] = _norm_and_act(loaded.BatchNormAct2d)
+    found = list(module.named_modules())
+    for name, child in found:
+        if type(child) not in known and not isinstance(child, SyncNorm):
+            _refuse_others(name, child)
+    for _, child in found:
+        if type(child) in known:
+            child.__class__ = known[type(child)]
+    return module
+
+
+def is_synchronised(module: nn.Module) -> bool:
+    """Whether its forward and backward pass have collectives of ours."""
+    return any(isinstance(child, SyncNorm) for child in module.modules())
+
+
+def _norm_and_act(kind: type[nn.Module]) -> type[SyncNorm]:
+    """The synchronised form of timm's layer that normalises, drops and activates."""
+    if kind not in _NORM_AND_ACT:
+
+        class SyncNormAct2d(SyncNorm, kind):  # type: ignore[valid-type, misc]
+            """Over [N, C, H, W], then drop and activation."""
+
+            drop: nn.Module
+            act: nn.Module
+
+            def _normalised(self, x: Tensor) -> Tensor:
+                return self.act(self.drop(super()._normalised(x)))
+
+        _NORM_AND_ACT[kind] = SyncNormAct2d
+    return _NORM_AND_ACT[kind]
+
+
+_NORM_AND_ACT: dict[type[nn.Module], type[SyncNorm]] = {}
+
+
+def _refuse_others(name: str, child: nn.Module) -> None:
+    """Subclasses of BatchNorm, and whatever else keeps statistics of batches."""
+    if isinstance(child, _InstanceNorm):  # each image by itself
+        return
+    keeps = any(own in _RUNNING for own, _ in child.named_buffers(recurse=False))
+    if not keeps and not isinstance(child, _BatchNorm):
+        return
+    kind = f"{type(child).__module__}.{type(child).__name__}"
+    raise UserError(
+        f"the layer {name or 'given'} is a {kind}, whose statistics can't be taken over "
+        f"{distributed.world_size()} ranks (only BatchNorm and timm's BatchNormAct2d can)",
+        where="student.stem, student.stem_args",
+        remedy="a norm_layer of batchnorm2d or of a kind that sees each image by itself "
+        "(groupnorm, layernorm2d), another student.stem, or one rank",
+    )
+
+
+def _moments_of_all(wide: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and biased variance [C] of all ranks' samples, and their number [].
+
+    Ranks bring means and variances of their own, joined as Chan, Golub and LeVeque do (1979):
+    sums of squares would lose all digits where the mean is large against the spread.
+    """
+    channels = wide.shape[1]
+    axes = [axis for axis in range(wide.ndim) if axis != 1]
+    variance, mean = torch.var_mean(wide, axes, correction=0)
+    count = wide.new_full((1,), wide.numel() / channels)
+    own = torch.cat([mean, variance, count])
+    table = wide.new_zeros(distributed.world_size(), len(own))
+    table = table.index_copy(0, torch.tensor([distributed.rank()], device=wide.device), own[None])
+    all_R = _AllReduceSum.apply(table)
+    mean_RC, variance_RC, count_R1 = all_R.split([channels, channels, 1], 1)
+    count_R1 = count_R1.detach()
+    total = count_R1.sum()
+    share_R1 = count_R1 / total
+    mean = (share_R1 * mean_RC).sum(0)
+    spread_C = (share_R1 * (variance_RC + (mean_RC - mean).square())).sum(0)
+    return mean, spread_C, total
 
 
 class _AllReduceSum(torch.autograd.Function):
@@ -71,13 +179,3 @@ class _AllReduceSum(torch.autograd.Function):
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
         return distributed.all_reduce_sum(gradient.clone())
-
-
-def synchronise_norms(module: nn.Module) -> nn.Module:
-    """Replace every BatchNorm below ``module`` in place; names of tensors stay the same."""
-    for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
-            setattr(module, name, SyncNorm(child))
-        else:
-            synchronise_norms(child)
-    return module
