@@ -257,6 +257,59 @@ def test_micro_batches(count, accumulation):
     assert min(sizes) >= 1
 
 
+@settings(max_examples=150, deadline=None)
+@given(sizes=SIZES, data=st.data())
+def test_micro_batches_have_equal_shares_of_every_part(sizes, data):
+    """BatchNorm takes a micro-batch for a sample of the data: none may be one partition alone."""
+    total = sum(sizes)
+    count = data.draw(st.integers(1, min(6, total)), label="parts")
+    parts = parts_of(total, count, data.draw(st.integers(0, 99)))
+    batch = data.draw(st.integers(sum(len(p) > 0 for p in parts), total), label="global batch")
+    order = Order(np.array(sizes), seed=3, global_batch=batch, window=2, parts=parts)
+    world = data.draw(st.integers(1, count), label="ranks")
+    accumulation = data.draw(st.integers(1, batch), label="accumulation")
+    try:
+        order.check_ranks(world, accumulation)
+    except UserError:
+        return
+    whole = order.batch(0, 0)
+    ranks = [order.micro_batches(0, 0, rank, world, accumulation) for rank in range(world)]
+    for rank, pieces in enumerate(ranks):
+        mine = order.rank_batch(0, 0, rank, world)
+        assert len(pieces) == accumulation
+        sizes_of = [len(piece) for piece in pieces]
+        assert max(sizes_of) - min(sizes_of) <= 1
+        assert min(sizes_of) >= 1
+        np.testing.assert_array_equal(np.sort(np.concatenate(pieces)), np.sort(mine))
+        if accumulation == 1:
+            np.testing.assert_array_equal(pieces[0], mine)
+        for part in parts:
+            held = [int(np.isin(piece, part).sum()) for piece in pieces]
+            assert max(held) - min(held) <= 1
+        again = order.micro_batches(0, 0, rank, world, accumulation)
+        assert [piece.tolist() for piece in again] == [piece.tolist() for piece in pieces]
+    # Together the same at any ranks: row g of the global batch is in micro-batch g mod A.
+    for number in range(accumulation):
+        together = np.concatenate([pieces[number] for pieces in ranks])
+        np.testing.assert_array_equal(together, whole[number::accumulation])
+
+
+def test_eight_parts_in_micro_batches_of_eight():
+    """A row of each part, where each was one part's eight rows."""
+    parts = [np.arange(p * 40, p * 40 + 40) for p in range(8)]
+    order = Order(np.array([320]), seed=0, global_batch=64, window=1, parts=parts)
+    for piece in order.micro_batches(0, 2, 0, 1, 8):
+        assert sorted(piece // 40) == list(range(8))
+
+
+def test_without_parts_two_ranks_hold_what_one_holds_in_two_micro_batches():
+    order = Order(np.array([40, 24]), seed=0, global_batch=16, window=2)
+    for number in range(order.batches_per_epoch):
+        one = order.micro_batches(1, number, 0, 1, 4)
+        two = [p for rank in (0, 1) for p in order.micro_batches(1, number, rank, 2, 2)]
+        assert [piece.tolist() for piece in one] == [piece.tolist() for piece in two]
+
+
 @settings(deadline=None)
 @given(total=st.integers(1, 60), batch=st.integers(1, 12), world=st.integers(1, 5))
 def test_sequential_covers_all_in_order(total, batch, world):

@@ -17,7 +17,7 @@ from plain_order import plain_batches, plain_order, plain_windows
 
 from cnn2gnn_dist.data import order as orders
 from cnn2gnn_dist.data.manifest import Manifest, index
-from cnn2gnn_dist.data.order import CACHED_EPOCHS, CACHED_WINDOWS, Order, micro_batches
+from cnn2gnn_dist.data.order import CACHED_EPOCHS, CACHED_WINDOWS, Order
 from cnn2gnn_dist.data.pool import ReaderPool
 from cnn2gnn_dist.data.reader import Reader, ReaderSpec, Request
 from cnn2gnn_dist.data.views import ViewSpec
@@ -83,14 +83,31 @@ def ways_of(order: Order) -> list[tuple[int, int]]:
     return found
 
 
+def places_of(order: Order, world: int, accumulation: int) -> list[int]:
+    """Places in the global batch of the rows as ranks' micro-batches bring them, one by one.
+
+    Without parts 0, 1, …; with parts a rank's rows are dealt out to its micro-batches in turn.
+    """
+    if order.part_N is None:
+        return list(range(order.global_batch))
+    owners = [part * world // len(order.shares) for part in range(len(order.shares))]
+    owner_G = [
+        owner for owner, share in zip(owners, order.shares, strict=True) for _ in range(share)
+    ]
+    rows = enumerate(owner_G)
+    return [g for _, _, g in sorted((owner, g % accumulation, g) for g, owner in rows)]
+
+
 def step_of(order: Order, epoch: int, number: int, world: int, accumulation: int) -> list[int]:
-    """One global batch as all ranks' micro-batches bring it together."""
-    rows = []
+    """One global batch as all ranks' micro-batches bring it together, each row in its place."""
+    rows: list[int] = []
     for rank in range(world):
-        for piece in micro_batches(order.rank_batch(epoch, number, rank, world), accumulation):
+        for piece in order.micro_batches(epoch, number, rank, world, accumulation):
             assert len(piece)
             rows += piece.tolist()
-    return rows
+    places = places_of(order, world, accumulation)
+    assert len(rows) == len(places)
+    return [row for _, row in sorted(zip(places, rows, strict=True))]
 
 
 @settings(max_examples=120, deadline=None)
@@ -336,7 +353,7 @@ class Way:
 
 
 def run(data: Data, way: Way, places: list[tuple[int, int]]) -> list[tuple[np.ndarray, ...]]:
-    """Global batches at (epoch, number): what all ranks' own pools bring, rank after rank.
+    """Global batches at (epoch, number): what all ranks' own pools bring, each row in its place.
 
     Every pool is asked for a step more than is taken: what is in flight is dropped.
     """
@@ -345,19 +362,18 @@ def run(data: Data, way: Way, places: list[tuple[int, int]]) -> list[tuple[np.nd
 
     def requests(rank: int):
         for epoch, number in itertools.chain(places, places[-1:]):
-            ids = order.rank_batch(epoch, number, rank, way.world)
-            for piece in micro_batches(ids, way.accumulation):
-                yield Request(piece, epoch)
+            for piece in order.micro_batches(epoch, number, rank, way.world, way.accumulation):
+                yield Request(np.ascontiguousarray(piece), epoch)
 
     how = {"backend": way.backend, "workers": way.readers, "prefetch": way.prefetch}
-    found = []
+    found, in_place = [], np.argsort(places_of(order, way.world, way.accumulation))
     with ExitStack() as stack:
         pools = [stack.enter_context(ReaderPool(data.spec, **how)) for _ in range(way.world)]
         loops = [pool.batches(requests(rank)) for rank, pool in enumerate(pools)]
         for _ in places:
             step = [next(loop) for loop in loops for _ in range(way.accumulation)]
             columns = zip(*((b.images, b.labels, b.ids) for b in step), strict=True)
-            found.append(tuple(np.concatenate(column) for column in columns))
+            found.append(tuple(np.concatenate(column)[in_place] for column in columns))
         for loop in loops:
             loop.close()
     return found

@@ -41,8 +41,15 @@ def shares_of(counts: Sequence[int], total: int) -> list[int]:
     return shares.tolist()
 
 
-def micro_batches(ids: np.ndarray, accumulation: int) -> list[np.ndarray]:
-    """``ids`` in order, cut into ``accumulation`` pieces as even as possible, none empty.
+def micro_batches(ids: np.ndarray, accumulation: int, first: int | None = None) -> list[np.ndarray]:
+    """A rank's ``ids`` as ``accumulation`` pieces as even as possible, none empty.
+
+    Args:
+        ids: the rank's rows of a global batch, in order.
+        first: None: pieces are stretches of ``ids``. Else the place of ``ids[0]`` in the global
+            batch: rows are dealt out in turn by their places, so that a piece has of every
+            stretch of rows (a partition's) as many as any other, up to one; and the pieces of
+            the same number on all ranks together do not depend on the ranks.
 
     Raises:
         UserError: fewer ids than pieces.
@@ -53,7 +60,9 @@ def micro_batches(ids: np.ndarray, accumulation: int) -> list[np.ndarray]:
             where="global_batch, max_micro_batch",
             remedy="a larger global batch, or larger (so fewer) micro-batches",
         )
-    return np.array_split(ids, accumulation)
+    if first is None:
+        return np.array_split(ids, accumulation)
+    return [ids[(piece - first) % accumulation :: accumulation] for piece in range(accumulation)]
 
 
 def check_arithmetic(global_batch: int, world_size: int, accumulation: int) -> None:

@@ -121,6 +121,26 @@ class Order:
             [self._slice(epoch, index, part) for part in self._own_parts(rank, world_size)]
         )
 
+    def micro_batches(
+        self, epoch: int, index: int, rank: int, world_size: int, accumulation: int
+    ) -> list[np.ndarray]:
+        """This rank's rows, cut into the micro-batches of a step.
+
+        Without parts they are stretches, so that 2 ranks hold what one holds in 2 micro-batches.
+        With parts, whose rows follow each other, they are dealt out in turn: each micro-batch has
+        of every part as many rows as any other, up to one, because BatchNorm takes a micro-batch
+        for a sample of the data. Micro-batch j of all ranks together is the same at any ranks.
+
+        Raises:
+            UserError: as ``check_ranks``.
+            IndexError: no such batch, epoch or rank.
+        """
+        ids = self.rank_batch(epoch, index, rank, world_size)
+        first = None
+        if self.part_N is not None:
+            first = sum(self.shares[: self._own_parts(rank, world_size).start])
+        return micro_batches(ids, accumulation, first)
+
     def check_ranks(self, world_size: int, accumulation: int = 1) -> None:
         """See that each of R ranks has rows for each of its micro-batches, in every batch.
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cnn2gnn_dist.config import StudentConfig, TeacherConfig
-from cnn2gnn_dist.data.order import Order, micro_batches
+from cnn2gnn_dist.data.order import Order
 from cnn2gnn_dist.data.pool import ReaderPool
 from cnn2gnn_dist.data.reader import Batch, Request
 from cnn2gnn_dist.errors import Preempted
@@ -177,8 +177,9 @@ class Training:
 
         def requests() -> Iterator[Request]:
             for index in range(first, last):
-                ids = order.rank_batch(epoch, index, ranks.rank, ranks.world_size)
-                for part in micro_batches(ids, self.accumulation):
+                for part in order.micro_batches(
+                    epoch, index, ranks.rank, ranks.world_size, self.accumulation
+                ):
                     yield Request(np.ascontiguousarray(part), view)
 
         batches = stream.batches(requests())
