@@ -52,6 +52,7 @@ import bombs  # noqa: E402
 import numpy as np  # noqa: E402
 import simplejpeg  # noqa: E402
 import test_partial  # noqa: E402
+import test_pixels  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 SPARE, MUCH, MAX_PIXELS, LONGEST, MAX_BYTES = 400 << 20, 64, 1_000_000, 10, 1 << 17
@@ -137,6 +138,7 @@ def seeds() -> list[bytes]:
     ]
     found += [bombs.saved(kind) for kind in ("PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM")]
     found += [bombs.saved("TIFF", compression=name) for name in ("jpeg", "tiff_lzw", "packbits")]
+    found += [case[0] for case in (test_pixels.SOUND | test_pixels.REFUSED).values()]
     found += [bomb for bomb in bombs.all_bombs().values() if len(bomb) < 4096]
     folder = Path(os.environ.get("CNN2GNN_DATA") or ROOT.parent / "shared" / "data")
     for shard in sorted((folder / "imagenet-sample").glob("*.tar")):

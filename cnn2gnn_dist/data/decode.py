@@ -6,6 +6,11 @@ import io
 
 import numpy as np
 
+from cnn2gnn_dist.data.formats import KINDS, image_suffix, what_it_is
+from cnn2gnn_dist.data.pixels import CorruptSample, rgb
+
+__all__ = ["MAX_PIXELS", "CorruptSample", "decode", "decode_crop", "jpeg_size"]
+
 MAX_PIXELS = 89_478_485
 """Larger images are refused: a small file can unfold to fill the memory. Pillow's own limit,
 above which it would warn, and above twice of which raise."""
@@ -13,24 +18,18 @@ above which it would warn, and above twice of which raise."""
 MAX_WORK = 32 * MAX_PIXELS
 """Most pixels times scans of a JPEG: a file of a megabyte can ask for hours of passes."""
 
-KINDS = ("JPEG", "PNG", "GIF", "BMP", "DIB", "PPM", "WEBP", "TIFF")
-"""What Pillow may take the bytes for. It knows formats that start other programs."""
-
 TILE_WIDTH, TILE_HEIGHT = 322, 323
 
 
-class CorruptSample(Exception):
-    """The bytes are no whole image."""
-
-
 def decode(data: bytes, into_HWC: np.ndarray | None = None) -> np.ndarray:
-    """Pixels [H, W, 3] uint8, RGB. Grey, CMYK, palette and PNG-named-.jpg images are converted.
+    """Pixels [H, W, 3] uint8, RGB, of an image of any kind: docs/images.md says what becomes of each.
 
-    EXIF orientation is not applied, as in torchvision. ``into_HWC`` (contiguous) is filled and
-    returned if it has the image's shape and the image is a JPEG; it may be left half written.
+    Transparency lies on white; EXIF orientation is not applied, as in torchvision. ``into_HWC``
+    (contiguous) is filled and returned if it has the image's shape and the image is a JPEG; it may
+    be left half written.
 
     Raises:
-        CorruptSample: truncated, no image, or too large.
+        CorruptSample: truncated, no image, too large, or of numbers that do not say what is white.
     """
     size = jpeg_size(data)
     if size is None:
@@ -121,17 +120,20 @@ def _by_pillow(data: bytes) -> np.ndarray:
             if image.format == "TIFF":  # a tile may be larger than its image
                 tags = image.tag_v2  # type: ignore[attr-defined]
                 _check_size(tags.get(TILE_WIDTH, 0), tags.get(TILE_HEIGHT, 0))
-            if image.mode == "RGB":
-                return np.array(image)
-            if image.mode == "P" and "transparency" in image.info:  # else Pillow warns
-                return np.array(image.convert("RGBA").convert("RGB"))
-            return np.array(image.convert("RGB"))
+            return rgb(image)
     except CorruptSample:
         raise
     except UnidentifiedImageError:
-        raise CorruptSample(f"none of {', '.join(KINDS)}, or cut in its header") from None
+        raise CorruptSample(_not_opened(data)) from None
     except Exception as error:
         raise CorruptSample(f"{type(error).__name__}: {error}") from None
+
+
+def _not_opened(data: bytes) -> str:
+    kind = image_suffix(data)
+    if kind is None:
+        return what_it_is(data)
+    return f"{kind.upper()} of a rare kind that is not read, or with damage in its header"
 
 
 def _webp_canvas(data: bytes) -> tuple[int, int]:

@@ -27,12 +27,12 @@ import pyarrow.compute as pc
 from cnn2gnn_dist.data import stored, urls
 from cnn2gnn_dist.data.expand import expand
 from cnn2gnn_dist.data.gather import gather, in_order, refuse_empty_classes
-from cnn2gnn_dist.data.rows import COLUMNS, IMAGE_SUFFIXES
+from cnn2gnn_dist.data.rows import COLUMNS
 from cnn2gnn_dist.data.split import split_per_class
 from cnn2gnn_dist.data.stored import Shard
 from cnn2gnn_dist.errors import UserError
 
-__all__ = ["IMAGE_SUFFIXES", "Manifest", "Shard", "expand", "index", "split_per_class"]
+__all__ = ["Manifest", "Shard", "expand", "index", "split_per_class"]
 
 _CHUNK = 1 << 16  # keys that are hashed at a time
 

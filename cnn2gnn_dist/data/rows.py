@@ -18,10 +18,10 @@ import pyarrow as pa
 
 from cnn2gnn_dist.data.archive import Archive, shown
 from cnn2gnn_dist.data.extended import Member
+from cnn2gnn_dist.data.formats import IMAGE_SUFFIXES
 from cnn2gnn_dist.data.tar import MACOS, TarSample, grouped, hidden
 from cnn2gnn_dist.errors import UserError
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "ppm", "pgm", "tif", "tiff")
 COLUMNS = {
     "shard": np.int32,
     "offset": np.int64,

@@ -14,7 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from cnn2gnn_dist.data.formats import image_suffix
 from cnn2gnn_dist.errors import UserError
+
+__all__ = ["Source", "encode_png", "image_suffix", "write_shards"]
 
 
 @dataclass(frozen=True)
@@ -115,25 +118,6 @@ def _add_sample(tar: tarfile.TarFile, source: Source, classes: Sequence[str]) ->
         info = tarfile.TarInfo(f"{source.key}.{suffix}")  # mtime and owner are 0
         info.size = len(data)
         tar.addfile(info, io.BytesIO(data))
-
-
-def image_suffix(data: bytes) -> str | None:
-    """Tell an encoded image's format by its first bytes; None if it is not one we know."""
-    if data[:3] == b"\xff\xd8\xff":
-        return "jpg"
-    if data[:8] == b"\x89PNG\r\n\x1a\n":
-        return "png"
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "webp"
-    if data[:6] in (b"GIF87a", b"GIF89a"):
-        return "gif"
-    if data[:4] in (b"II*\0", b"MM\0*"):
-        return "tif"
-    if data[:2] == b"BM":
-        return "bmp"
-    if data[:2] in (b"P5", b"P6"):
-        return "pgm" if data[1:2] == b"5" else "ppm"
-    return None
 
 
 def encode_png(image: np.ndarray) -> bytes:

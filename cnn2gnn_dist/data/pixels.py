@@ -1,0 +1,130 @@
+"""From what Pillow has decoded to RGB of eight bits: the rules are in docs/images.md.
+
+Pillow's own conversions clip what has more than eight bits to white and drop transparency, so that
+a drawing becomes one black square: they are used only for what they are right for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from PIL.TiffImagePlugin import TiffImageFile
+
+BLOCK = 1 << 20
+"""Pixels that are converted at a time: no second copy of a large image is made."""
+
+_BITS, _COMPRESSION, _PHOTOMETRIC, _STRIP_BYTES, _SAMPLE_FORMAT = 258, 259, 262, 279, 339
+_WHITE_IS_ZERO, _YCBCR, _SIGNED, _PLAIN = 0, 6, 2, 1
+
+
+class CorruptSample(Exception):
+    """The bytes are no whole image, or one whose pixels nobody can tell for sure."""
+
+
+def rgb(image: Image) -> np.ndarray:
+    """Pixels [H, W, 3] uint8 of an image that Pillow has opened, on white where it is transparent.
+
+    Raises:
+        CorruptSample: numbers that do not say what is black and what is white.
+        Exception: Pillow's, of many kinds, where the bytes are damaged.
+    """
+    if image.mode == "RGB" and "transparency" not in image.info and image.format != "GIF":
+        return np.array(image)
+    inverted = _check_tiff(cast("TiffImageFile", image)) if image.format == "TIFF" else False
+    tile = image.tile[0] if image.tile else None  # type: ignore[attr-defined]
+    image.load()
+    if image.format == "PNG" and tile is not None:
+        _mend_transparency(image, tile[3])
+    if image.mode.startswith("I"):
+        made = _deep_grey(image)
+    elif image.mode == "F":
+        made = _float_grey(np.asarray(image))
+    elif image.has_transparency_data or image.mode == "La":
+        made = _on_white(image)
+    else:
+        made = np.array(image.convert("RGB"))
+    if inverted:
+        np.subtract(255, made, out=made)
+    if image.format == "GIF" and tile is not None:  # its first frame may be smaller than its screen
+        left, top, right, bottom = tile[1]
+        for outside in (made[:top], made[bottom:], made[:, :left], made[:, right:]):
+            outside[:] = 255
+    return made
+
+
+def _check_tiff(image: TiffImageFile) -> bool:
+    """Refuse what Pillow would misread; True: zero is white, and Pillow leaves that to us."""
+    tags = image.tag_v2
+    if _SIGNED in tags.get(_SAMPLE_FORMAT, ()):
+        raise CorruptSample("a TIFF of signed numbers, which do not say what is black")
+    if image.mode == "I":
+        raise CorruptSample("a TIFF of 32-bit whole numbers, which do not say what is white")
+    if tags.get(_PHOTOMETRIC) == _YCBCR and tags.get(_COMPRESSION, _PLAIN) == _PLAIN:
+        wide, high = image.size
+        if sum(tags.get(_STRIP_BYTES, (wide * high * 3,))) != wide * high * 3:
+            raise CorruptSample("an uncompressed TIFF of YCbCr with fewer colours than pixels")
+    return tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO and image.mode in ("I;16", "I;16B", "F")
+
+
+def _mend_transparency(image: Image, layout: str) -> None:
+    """Put a transparent colour on the scale of the pixels; Pillow leaves it as the file has it."""
+    colour = image.info.get("transparency")
+    if isinstance(colour, tuple):
+        if "16" in layout:
+            raise CorruptSample("a PNG of 16 bits a colour with one colour transparent")
+        image.info["transparency"] = tuple(value & 255 for value in colour)
+    elif isinstance(colour, int) and image.mode == "L":
+        most = {"L;2": 3, "L;4": 15}.get(layout, 255)
+        image.info["transparency"] = (colour & most) * 255 // most
+
+
+def _deep_grey(image: Image) -> np.ndarray:
+    """Grey of 9 to 16 bits: the upper eight of them, as Pillow and libpng make of 16-bit colours."""
+    tags = getattr(image, "tag_v2", {})
+    bits = tags.get(_BITS, (16,))[0] if image.format == "TIFF" else 16
+    clear = image.info.get("transparency")
+
+    def upper(rows: np.ndarray) -> np.ndarray:
+        made = (rows >> (bits - 8)).astype(np.uint8)
+        if isinstance(clear, int):
+            made[rows == clear] = 255
+        return made
+
+    return _by_blocks(np.asarray(image), upper)
+
+
+def _float_grey(grey_HW: np.ndarray) -> np.ndarray:
+    """Grey of floats: 0 to 1, or where one is above 1, 0 to 255."""
+    low, top = float(grey_HW.min()), float(grey_HW.max())  # NaN if there is one
+    if not (low >= 0 and top <= 255):
+        raise CorruptSample(f"floats from {low:.6g} to {top:.6g}, neither 0 to 1 nor 0 to 255")
+    factor = np.float32(255 if top <= 1 else 1)
+    return _by_blocks(grey_HW, lambda rows: np.rint(rows * factor).astype(np.uint8))
+
+
+def _by_blocks(grey_HW: np.ndarray, convert: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    high, wide = grey_HW.shape
+    made = np.empty((high, wide, 3), np.uint8)
+    step = max(1, BLOCK // wide)
+    for top in range(0, high, step):
+        made[top : top + step] = convert(grey_HW[top : top + step])[..., None]
+    return made
+
+
+def _on_white(image: Image) -> np.ndarray:
+    """What a viewer with a white page shows: colours weighed by their alpha, the rest white."""
+    from PIL import Image as pillow
+
+    colours = image.convert("LA") if image.mode == "La" else image
+    colours = colours.convert("RGBA")
+    alpha = colours.getchannel("A")
+    if alpha.getextrema()[0] == 255:
+        return np.array(colours.convert("RGB"))
+    page = pillow.new("RGB", colours.size, "white")
+    page.paste(colours, mask=alpha)
+    return np.array(page)
