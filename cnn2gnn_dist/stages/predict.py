@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from cnn2gnn_dist import settings
 from cnn2gnn_dist.data.decode import CorruptSample, decode
-from cnn2gnn_dist.data.manifest import IMAGE_SUFFIXES, Manifest
+from cnn2gnn_dist.data.formats import IMAGE_SUFFIXES
+from cnn2gnn_dist.data.manifest import Manifest
 from cnn2gnn_dist.data.views import CLEAN, render
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.graph.bank import latest_version, open_version
