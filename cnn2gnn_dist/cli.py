@@ -37,7 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     130 and 143 after SIGINT and SIGTERM, with everything cleared.
     """
-    arguments = _parse(argv)
+    try:
+        arguments = _parse(argv)
+    except UserError as error:
+        print(f"cnn2gnn: {error}", file=sys.stderr)
+        return error.exit_code
     if isinstance(sys.stdout, io.TextIOWrapper):
         # In a file or pipe the ranks' lines would otherwise come in blocks, minutes late.
         sys.stdout.reconfigure(line_buffering=True)
@@ -63,6 +67,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments, rest = parser.parse_known_args(argv)
     odd = [text for text in rest if text.startswith("-") or not hasattr(arguments, "overrides")]
     if odd:
+        mistaken = settings.misplaced(odd) if hasattr(arguments, "overrides") else None
+        if mistaken is not None:
+            raise mistaken
         parser.error(f"unrecognized arguments: {' '.join(odd)}")
     if rest:
         arguments.overrides = [*arguments.overrides, *rest]
@@ -126,7 +133,11 @@ def _config_arguments(parser: argparse.ArgumentParser) -> None:
         help="the same, but training goes on from its checkpoint under the new config",
     )
     parser.add_argument(
-        "overrides", nargs="*", metavar="section.field=value", help="see `cnn2gnn config`"
+        "overrides",
+        nargs="*",
+        metavar="section.field=value",
+        help="see `cnn2gnn config`; text is taken as typed, null is none; of two for one field "
+        "the last counts",
     )
 
 
@@ -297,7 +308,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 def _fields(arguments: argparse.Namespace) -> int:
     if arguments.config or arguments.overrides:
-        print(settings.as_yaml(settings.load(arguments.config, arguments.overrides)))
+        print(settings.as_yaml(settings.load(arguments.config, arguments.overrides)), end="")
         return 0
     print(settings.describe())
     print(f"\npresets: {', '.join(settings.presets())}   (cnn2gnn config --config demo)")

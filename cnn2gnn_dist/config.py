@@ -5,18 +5,26 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic.config import JsonDict
+
+from cnn2gnn_dist import consistency
+
+PATH: JsonDict = {"path": True}
+"""Marks fields that hold paths: settings.py makes them absolute."""
 
 
 class Section(BaseModel):
-    """A group of fields; unknown keys and wrong types are refused."""
+    """A group of fields; unknown keys, wrong types and numbers that are not finite are refused."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class RunConfig(Section):
     """Where the run lives and how many ranks carry it."""
 
-    dir: str | None = Field(None, description="folder of the run; default runs/<name>")
+    dir: str | None = Field(
+        None, description="folder of the run; default runs/<name>", json_schema_extra=PATH
+    )
     log_steps: int = Field(10, ge=1, description="optimizer steps between two lines of metrics")
     ranks: int = Field(2, ge=1, description="trainer processes (world size) that `cnn2gnn run` starts; "
                        "under a launcher the launcher's number counts")  # fmt: skip
@@ -32,10 +40,12 @@ class DataConfig(Section):
     train: str | list[str] | None = Field(
         None,
         description="shards (globs, {0000..1023}), Parquet files or a folder of the training images",
+        json_schema_extra=PATH,
     )
     test: str | list[str] | None = Field(
         None,
         description="the same for the held-out images; null: split off `holdout` of each class",
+        json_schema_extra=PATH,
     )
     holdout: float = Field(
         0.2, ge=0, lt=1, description="share of each class held out when `test` is null"
@@ -85,8 +95,13 @@ class ViewsConfig(Section):
     std: tuple[float, float, float] = Field(
         (0.229, 0.224, 0.225),
         strict=False,
-        description="standard deviation of each channel, divided by",
+        description="standard deviation of each channel (0..1), divided by",
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> ViewsConfig:
+        consistency.check_views(self)
+        return self
 
 
 class StreamConfig(Section):
@@ -107,6 +122,7 @@ class StreamConfig(Section):
     cache_dir: str = Field(
         "~/.cache/cnn2gnn/shards",
         description="folder of whole copies of remote shards, shared by all processes of a node",
+        json_schema_extra=PATH,
     )
     cache_bytes: int = Field(
         20 << 30, ge=0, description="most bytes of them (0: read the members' ranges, keep nothing)"
@@ -137,6 +153,11 @@ class TrainConfig(Section):
         0, ge=0, description="epochs between looks at the held-out images; 0: at the end"
     )
 
+    @model_validator(mode="after")
+    def _check_warmup(self) -> TrainConfig:
+        consistency.check_warmup(type(self).__name__.removesuffix("Config").lower(), self)
+        return self
+
 
 class TeacherConfig(TrainConfig):
     """The CNN that teaches, trained under DeepSpeed."""
@@ -146,9 +167,13 @@ class TeacherConfig(TrainConfig):
         default_factory=dict, description="further arguments of timm's model"
     )
     pretrained: bool = Field(False, description="start from timm's pretrained weights (downloads)")
-    weights: str | None = Field(None, description="start from this local file (.safetensors, .pth)")
+    weights: str | None = Field(
+        None, description="start from this local file (.safetensors, .pth)", json_schema_extra=PATH
+    )
     ds_config: str | None = Field(
-        None, description="DeepSpeed config; null: ./ds_config.json or the packaged one"
+        None,
+        description="DeepSpeed config; null: ./ds_config.json or the packaged one",
+        json_schema_extra=PATH,
     )
     zero_stage: int | None = Field(
         None, ge=0, le=3, description="overrides the ZeRO stage of ds_config"
@@ -177,7 +202,10 @@ class GraphConfig(Section):
     candidates: int = Field(20, ge=2, description="M: nearest training images kept for each node")
     neighbours: int = Field(10, ge=1, description="k: neighbours with a weight above zero, k < M")
     fanouts: tuple[int, int] = Field(
-        (12, 8), strict=False, description="candidates sampled in the first and in the second hop"
+        (12, 8),
+        strict=False,
+        description="candidates of a seed (at least k+1), and candidates sampled of each of them (at least 2; "
+        "the nearest min(k, that - 1) of them have a weight)",
     )
     second_hop: Literal["sampled", "cached"] = Field(
         "sampled",
@@ -234,16 +262,7 @@ class GraphConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> GraphConfig:
-        if self.neighbours >= self.candidates:
-            raise ValueError(
-                f"neighbours k={self.neighbours} must be less than candidates M={self.candidates}: "
-                "the closed form needs the distance of the k+1st"
-            )
-        if self.sampler == "distdgl" and (self.query, self.second_hop) != ("table", "sampled"):
-            raise ValueError(
-                "sampler=distdgl needs query=table and second_hop=sampled: servers answer with "
-                "neighbours and rows, they don't search or average"
-            )
+        consistency.check_graph(self)
         return self
 
 
@@ -273,7 +292,9 @@ class StudentConfig(TrainConfig):
         True, description="also train the same stem with an MLP head and no graph"
     )
     ds_config: str | None = Field(
-        None, description="DeepSpeed config; null: ./ds_config.json or the packaged one"
+        None,
+        description="DeepSpeed config; null: ./ds_config.json or the packaged one",
+        json_schema_extra=PATH,
     )
     zero_stage: int | None = Field(
         None, ge=0, le=3, description="overrides the ZeRO stage of ds_config"
@@ -329,7 +350,9 @@ class CheckpointConfig(Section):
 class Config(Section):
     """A whole run."""
 
-    name: str = Field("demo", pattern=r"^[A-Za-z0-9._-]+$", description="name of the run")
+    name: str = Field(
+        "demo", pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", description="name of the run"
+    )
     seed: int = Field(
         0, ge=0, lt=2**63, description="seed of initial weights, order, views, sampling and splits"
     )
@@ -347,3 +370,8 @@ class Config(Section):
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        consistency.check_whole(self)
+        return self

@@ -5,19 +5,24 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
+from urllib.parse import unquote
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
+from cnn2gnn_dist import typed_text
 from cnn2gnn_dist.config import Config
 from cnn2gnn_dist.errors import UserError
 
 PRESETS = Path(__file__).parent / "presets"
 DATA = "../shared/data"
 """Where presets look for public data sets unless $CNN2GNN_DATA says otherwise."""
+_VARIABLE = re.compile(r"\$(?:(\$)|([A-Za-z_][A-Za-z0-9_]*)|\{([^}]*)\})")
 
 
 def presets() -> list[str]:
@@ -28,25 +33,37 @@ def presets() -> list[str]:
 def load(source: str | None = None, overrides: Sequence[str] = ()) -> Config:
     """Read a config from a preset's name or a YAML file, then apply ``a.b=value`` overrides.
 
+    The text of a value is read by the type of its field (see :mod:`.typed_text`); of two overrides
+    of one field the last counts. In paths ``$NAME`` and ``${NAME}`` stand for environment
+    variables, ``$$`` for a dollar sign, ``~`` at the beginning for the home folder.
+
     ``run.dir`` and the paths of data and weights come back absolute (relative ones
     count from the working directory), so that ranks on other working directories agree.
 
     Raises:
-        UserError: no such file, an unknown key or a wrong type, with the field's path.
+        UserError: no such file, an unknown key or a wrong type, with the field's path;
+            an environment variable that is not set.
     """
     tree = _read(source) if source else {}
     for override in overrides:
         _apply(tree, override)
-    return check(tree)
+    return _checked(tree, _expanded)
 
 
 def check(tree: Mapping[str, Any]) -> Config:
-    """Validate a plain tree, fill the defaults, make paths absolute."""
-    try:
-        config = Config.model_validate(tree)
-    except ValidationError as error:
-        raise _explain(error) from None
-    return _absolute(config)
+    """Validate a plain tree as :func:`as_tree` gives it, fill the defaults, make paths absolute."""
+    return _checked(tree, lambda path, where: path)
+
+
+def of_run(folder: Path) -> Config:
+    """The config that a run has left in its folder; the folder counts if it was moved since.
+
+    Raises:
+        UserError: as :func:`load`.
+    """
+    tree = _read(str(folder / "config.yaml"))
+    tree["run"] = {**tree.get("run", {}), "dir": str(folder).replace("$", "$$")}
+    return _checked(tree, _expanded)
 
 
 def as_tree(config: Config) -> dict[str, Any]:
@@ -55,8 +72,9 @@ def as_tree(config: Config) -> dict[str, Any]:
 
 
 def as_yaml(config: Config) -> str:
-    """The resolved config as YAML."""
-    return yaml.safe_dump(as_tree(config), sort_keys=False)
+    """The resolved config as YAML; :func:`load` reads it as the same config."""
+    tree = as_tree(_on_paths(config, lambda path, where: path.replace("$", "$$")))
+    return yaml.dump(tree, Dumper=typed_text.Dumper, sort_keys=False, allow_unicode=True)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -69,6 +87,28 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
         elif left != right:
             lines.append(f"{prefix}{key}: {left!r} -> {right!r}")
     return lines
+
+
+def misplaced(arguments: Sequence[str]) -> UserError | None:
+    """What to say of options that no command has, if they look like fields of the config."""
+    known = list(_paths(Config))
+    for text in arguments:
+        name = text.lstrip("-").partition("=")[0].replace("-", "_")
+        meant = [path for path in known if name in (path, path.rpartition(".")[2])]
+        if "." in name and not meant:
+            meant = [_nearest(name.split(".")) or name]
+        if text.startswith("-") and meant:
+            value = text.partition("=")[2] or "VALUE"
+            return UserError(
+                "fields of the config are written without dashes, with their section",
+                where=text,
+                remedy=" or ".join(f"{path}={value}" for path in meant),
+            )
+        if text.startswith("-") and name in ("set", "override", "o", "opts", "cfg_options"):
+            return UserError(
+                "overrides need no option before them", where=text, remedy="student.epochs=20 alone"
+            )
+    return None
 
 
 def describe() -> str:
@@ -94,68 +134,94 @@ def _read(source: str) -> dict[str, Any]:
     if not path.is_file():
         near = difflib.get_close_matches(source, presets(), 1)
         hint = f"did you mean the preset {near[0]!r}? " if near else ""
+        if (path / "config.yaml").is_file():
+            hint = f"did you mean {path / 'config.yaml'}? "
         raise UserError(
             f"no config file and no preset of this name: {source}",
             where=source,
             remedy=f"{hint}presets: {', '.join(presets())}",
         )
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
         raise UserError(
-            f"not readable as YAML: {error}", where=str(path), remedy="mend the file"
+            f"not readable as UTF-8 text: {error.reason} at byte {error.start}",
+            where=str(path),
+            remedy="save it as plain UTF-8 text",
         ) from None
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
+    except OSError as error:
         raise UserError(
-            "a config is a mapping of fields", where=str(path), remedy="see `cnn2gnn config`"
-        )
-    return tree
+            f"the config can't be read: {error.strerror}", where=str(path), remedy="see its rights"
+        ) from None
+    return typed_text.from_file(Config, text, str(path))
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
     path, sign, text = override.partition("=")
+    path = path.strip()
     if not sign or not path:
         raise UserError(
-            f"an override reads section.field=value, not {override!r}",
+            f"an override reads section.field=value, without blanks around =, not {override!r}",
             where=override,
-            remedy="for example student.epochs=20",
+            remedy=f"{path if path in _paths(Config) else 'student.epochs'}=20, for example",
         )
-    *sections, name = path.strip().split(".")
+    kind, names = _kind_of(path)
+    value = typed_text.from_text(kind, text, path)
     node = tree
-    for section in sections:
-        child = node.setdefault(section, {})
-        if not isinstance(child, dict):
+    for section in names[:-1]:
+        if not isinstance(node.get(section), dict):
+            node[section] = {}
+        node = node[section]
+    if isinstance(kind, type) and issubclass(kind, BaseModel) and isinstance(value, dict):
+        value = {**node.get(names[-1], {}), **value}  # the other fields of the section stay
+    node[names[-1]] = value
+
+
+def _kind_of(path: str) -> tuple[Any, list[str]]:
+    """Type of the field of a path, and the names on the way; ``Any`` inside of a mapping."""
+    names = path.split(".")
+    kind: Any = Config
+    for depth, name in enumerate(names):
+        if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
+            before = ".".join(names[:depth])
+            if get_origin(kind) is dict and all(names):
+                return Any, names
             raise UserError(
-                f"{section} is a field, not a section", where=path, remedy="see `cnn2gnn config`"
+                f"{before} is a field, not a section", where=path, remedy=f"{before}=VALUE"
             )
-        node = child
-    try:
-        node[name] = _scalar(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"value not readable: {error}", where=path, remedy="quote it") from None
+        if name not in kind.model_fields:
+            raise _unknown(names[: depth + 1] if depth + 1 < len(names) else names)
+        kind = kind.model_fields[name].annotation
+    return kind, names
 
 
-def _scalar(text: str) -> Any:
-    """YAML reads 1e-3 as a string (it wants 1.0e-3); people write 1e-3."""
-    value = yaml.safe_load(text)
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+def _unknown(loc: list[str]) -> UserError:
+    if len(loc) == 1 and loc[0] in _paths(Config):
+        section, _, field = loc[0].rpartition(".")
+        remedy = f"in a file fields stand in their section: {section}: {{{field}: …}}"
+    else:
+        near = _nearest(loc)
+        remedy = f"did you mean {near}?" if near else "`cnn2gnn config` lists the fields"
+    return UserError("the config has no field of this name", where=".".join(loc), remedy=remedy)
 
 
 def _explain(error: ValidationError) -> UserError:
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
+    names = [part for part in first["loc"] if isinstance(part, str)]
+    while len(names) > 1 and ".".join(names) not in _paths(Config):
+        names.pop()  # which alternative of a type was tried
+    where = ".".join(names)
     if first["type"] == "extra_forbidden":
-        near = _nearest([str(part) for part in first["loc"]])
-        remedy = f"did you mean {near}?" if near else "`cnn2gnn config` lists the fields"
-        return UserError("the config has no field of this name", where=where, remedy=remedy)
+        return _unknown([str(part) for part in first["loc"]])
+    if first["type"] == "refused":  # between fields: config.py says which, and what to do
+        return UserError(first["msg"], where=first["ctx"]["field"], remedy=first["ctx"]["remedy"])
     message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "missing" and isinstance(first["loc"][-1], int):
+        message = "too few values"
+    if first["type"] in ("model_type", "model_attributes_type"):
+        message = f"{where} is a section: {where}.FIELD=VALUE sets a field of it"
+    if first["type"] == "string_pattern_mismatch":
+        message = "a name has letters, digits, '.', '_' and '-', and begins with one of the first two or '_'"
     return UserError(
         f"{message} (got {first['input']!r})" if "input" in first and where else message,
         where=where or "config",
@@ -165,8 +231,7 @@ def _explain(error: ValidationError) -> UserError:
 
 def _nearest(loc: list[str]) -> str | None:
     """The known field closest to an unknown one: in its own section first, then anywhere."""
-    known: list[str] = []
-    _paths(Config, "", known)
+    known = list(_paths(Config))
     parent = ".".join(loc[:-1])
     siblings = {p.rpartition(".")[2]: p for p in known if p.rpartition(".")[0] == parent}
     near = difflib.get_close_matches(loc[-1], siblings, 1, 0.5)
@@ -177,45 +242,115 @@ def _nearest(loc: list[str]) -> str | None:
     return close[0] if close else None
 
 
-def _paths(model: type[BaseModel], prefix: str, found: list[str]) -> None:
+def _paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Paths of all sections and fields."""
     for name, field in model.model_fields.items():
-        found.append(f"{prefix}{name}")
+        yield f"{prefix}{name}"
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            _paths(field.annotation, f"{prefix}{name}.", found)
+            yield from _paths(field.annotation, f"{prefix}{name}.")
 
 
-def _absolute(config: Config) -> Config:
-    def one(path: str) -> str:
-        if "://" in path:  # remote data
-            return path
-        path = path.replace("$CNN2GNN_DATA", os.environ.get("CNN2GNN_DATA", DATA))
-        return os.path.abspath(os.path.expanduser(path))
+Change = Callable[[str, str], str]
+"""A path and the field that holds it, to the path that is meant."""
 
-    def many(paths: str | list[str] | None) -> str | list[str] | None:
-        if paths is None:
-            return None
-        return one(paths) if isinstance(paths, str) else [one(path) for path in paths]
 
-    def maybe(path: str | None) -> str | None:
-        return None if path is None else one(path)
+def _checked(tree: Mapping[str, Any], expand: Change) -> Config:
+    _refuse_odd_text(tree, "")
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        raise _explain(error) from None
+    if config.run.dir is None:
+        config = config.model_copy(
+            update={"run": config.run.model_copy(update={"dir": f"runs/{config.name}"})}
+        )
+    return _on_paths(config, lambda path, where: _absolute(expand(path, where), where))
 
-    data = config.data.model_copy(
-        update={"train": many(config.data.train), "test": many(config.data.test)}
-    )
-    return config.model_copy(
-        update={
-            "run": config.run.model_copy(
-                update={"dir": one(config.run.dir or f"runs/{config.name}")}
-            ),
-            "data": data,
-            "teacher": config.teacher.model_copy(
-                update={
-                    "weights": maybe(config.teacher.weights),
-                    "ds_config": maybe(config.teacher.ds_config),
-                }
-            ),
-            "student": config.student.model_copy(
-                update={"ds_config": maybe(config.student.ds_config)}
-            ),
+
+def _refuse_odd_text(value: Any, where: str) -> None:
+    """Text that no file could hold: names of files in another encoding than UTF-8."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            _refuse_odd_text(inner, f"{where}.{name}" if where else str(name))
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            _refuse_odd_text(inner, where)
+    elif isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"this is not UTF-8 text: {value.encode(errors='surrogateescape')!r}",
+                where=where,
+                remedy="rename the file or folder, or link to it by a name in UTF-8",
+            ) from None
+
+
+def _on_paths(config: Config, change: Change) -> Config:
+    """The config with every path in it changed."""
+    updated: dict[str, Any] = {}
+    for name in Config.model_fields:
+        section = getattr(config, name)
+        if not isinstance(section, BaseModel):
+            continue
+        paths = {
+            field: _changed(getattr(section, field), f"{name}.{field}", change)
+            for field, info in type(section).model_fields.items()
+            if _is_path(info)
         }
-    )
+        updated[name] = section.model_copy(update=paths)
+    return config.model_copy(update=updated)
+
+
+def _is_path(info: FieldInfo) -> bool:
+    return isinstance(info.json_schema_extra, dict) and "path" in info.json_schema_extra
+
+
+def _changed(value: str | list[str] | None, where: str, change: Change) -> str | list[str] | None:
+    if value is None:
+        return None
+    return change(value, where) if isinstance(value, str) else [change(one, where) for one in value]
+
+
+def _expanded(path: str, where: str) -> str:
+    """With environment variables put in."""
+
+    def one(found: re.Match[str]) -> str:
+        if found[1]:
+            return "$"
+        name = found[2] or found[3]
+        value = os.environ.get(name) or (DATA if name == "CNN2GNN_DATA" else None)
+        if value is None:
+            raise UserError(
+                f"the environment variable {name} is {'empty' if name in os.environ else 'not set'}",
+                where=f"{where}={path}",
+                remedy=f"export {name}=…, or write the path out ($$ is a dollar sign in a name)",
+            )
+        return value
+
+    return _VARIABLE.sub(one, path)
+
+
+def _absolute(path: str, where: str) -> str:
+    if path.lower().startswith("file://"):
+        local = unquote(path[len("file://") :]).removeprefix("localhost")
+        if not local.startswith("/"):
+            raise UserError(
+                "a file:// URL of another machine, or without its third slash",
+                where=f"{where}={path}",
+                remedy=f"{where}=/PATH",
+            )
+        path = local
+    elif "://" in path:  # remote data
+        return path
+    if where == "stream.cache_dir" and path.startswith("~"):
+        return path  # each node's own home
+    known = os.path.expanduser(path)
+    if known.startswith("~"):
+        user = known.partition("/")[0]
+        raise UserError(
+            f"there is no user {user[1:]!r} whose home {user} would be",
+            where=f"{where}={path}",
+            remedy=f"{where}=./{path} if the name begins like this",
+        )
+    return os.path.abspath(known)

@@ -42,12 +42,16 @@ def main() -> int:
         "--deepspeed_config", metavar="FILE", help="DeepSpeed config of both models"
     )
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
-    arguments = parser.parse_intermixed_args()
+    arguments, odd = parser.parse_known_intermixed_args()
     ranks = Ranks()
     if "LOCAL_RANK" in os.environ:  # a launcher's child; of a shell's, nohup must hold
         preemption.end_with_parent()
     try:
         ranks = Ranks.from_environment()
+        if odd:
+            raise settings.misplaced(odd) or UserError(
+                "no such option", where=" ".join(odd), remedy="launch/train.py --help"
+            )
         overrides = list(arguments.overrides)
         if arguments.deepspeed_config:
             overrides += [

@@ -59,7 +59,7 @@ def of_shards(shards, tmp_path, *more: str) -> list[str]:
         ("epochs=3", "epochs", "epochs"),
         ("student.epochs=many", "student.epochs", "cnn2gnn config"),
         ("student.epochs=0", "student.epochs", "cnn2gnn config"),
-        ("graph.neighbours=20", "graph", "cnn2gnn config"),
+        ("graph.neighbours=20", "graph.neighbours", "graph.neighbours=9"),
         ("device=gpu", "device", "cnn2gnn config"),
         ("student=3", "student", "cnn2gnn config"),
         ("student.epochs", "student.epochs", "student.epochs=20"),
@@ -185,6 +185,6 @@ def test_more_candidates_than_nodes_names_the_field(tmp_path):
 
 
 def test_overrides_read_numbers_as_people_write_them():
-    config = settings.load("demo", ["teacher.lr=1e-3", "graph.fanouts=[4, 2]", "data.test=null"])
+    config = settings.load("demo", ["teacher.lr=1e-3", "graph.fanouts=[14, 2]", "data.test=null"])
     assert config.teacher.lr == 0.001
-    assert config.graph.fanouts == (4, 2)
+    assert config.graph.fanouts == (14, 2)

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from tqdm import tqdm
 
 from cnn2gnn_dist import settings
@@ -137,16 +136,10 @@ def _context(run: Path) -> Context:
     if not file.is_file():
         raise _unfinished(run, "it has no config.yaml", "run")
     try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
-        tree = None
-    if not isinstance(tree, dict) or not isinstance(tree.get("run"), dict):
-        raise _unfinished(run, "its config.yaml is damaged", "run")
-    # A run may have been moved since: its own folder counts.
-    tree["run"] = {**tree["run"], "dir": str(run)}
-    try:
-        config = settings.check(tree)
+        config = settings.of_run(run)
     except UserError as error:
+        if str(file) in error.where:  # not even a config
+            raise _unfinished(run, "its config.yaml is damaged", "run") from None
         raise UserError(
             f"this run's config is not of this version: {error.what}",
             where=f"{file}: {error.where}",

@@ -1,0 +1,360 @@
+"""Text to the value of a config field. The field's type says how its text is read.
+
+YAML by itself guesses: ``no`` is false, ``0012`` ten, ``2024-05-01`` a date, ``1e-3`` a string. Here
+a field that holds text takes the text as it was typed, one that holds a number takes a number.
+"""
+
+from __future__ import annotations
+
+import re
+import types
+from collections.abc import Callable, Iterator
+from decimal import Decimal, InvalidOperation
+from typing import Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel
+
+from cnn2gnn_dist.errors import UserError
+
+NULLS = ("null", "Null", "NULL", "none", "None")
+YES, NO = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_DEEP = 20  # levels of a file; more is an alias that holds itself
+_PLAIN_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "seq", "map")}
+_GUESSES = yaml.resolver.Resolver()
+
+
+def from_text(kind: Any, text: str, where: str) -> Any:
+    """The value of an override's text for a field of a type.
+
+    Strings are taken as they are; quotes around the whole of them are taken off.
+    ``null`` and ``none`` stand for no value where the field may have none. Lists and mappings are
+    written as in YAML or JSON.
+
+    Args:
+        kind: the annotation of the field.
+        text: what stands after the equals sign.
+        where: the field's path, for errors.
+
+    Raises:
+        UserError: the text is empty or can't be such a value.
+    """
+    text = text.strip()
+    if not text:
+        raise UserError(
+            "an override without a value",
+            where=where,
+            remedy=f"{where}=VALUE; was an unset variable of the shell meant?"
+            + (f" {where}=null says none" if _may_be_none(kind) else ""),
+        )
+    holds_text = _holds(kind, str)
+    if _may_be_none(kind) and (text in NULLS or (text == "~" and not holds_text)):
+        return None
+    if _holds(kind, list):
+        items = _items(text)
+        if items == []:
+            raise UserError("an empty list", where=where, remedy=f"{where}='[A, B]'")
+        if items is not None:
+            return [_unquoted(item) for item in items]
+        _refuse_several(text, where)
+    if holds_text:
+        return _unquoted(text)
+    if kind is Any or _holds(kind, dict) or _is_section(kind):
+        return _Reader("", where).value(kind, _compose(text, "", where), where)
+    if _holds(kind, tuple):
+        items = _items(text) if text[0] in "[(" else [part.strip() for part in text.split(",")]
+        inner = get_args(_only(kind, tuple))[0]
+        return [from_text(inner, item, where) for item in (items if items is not None else [text])]
+    return _scalar(kind, _unquoted(text))
+
+
+def from_file(model: type[BaseModel], text: str, file: str) -> dict[str, Any]:
+    """The tree of fields that a YAML (or JSON) file holds.
+
+    Raises:
+        UserError: no YAML, no mapping, a key that stands twice; with the line.
+    """
+    node = _compose(text, file, file)
+    if node is None:
+        raise UserError(
+            "the config file is empty",
+            where=file,
+            remedy="`cnn2gnn config --config demo` prints one to begin with",
+        )
+    if not isinstance(node, yaml.MappingNode):
+        raise UserError(
+            "a config file is a mapping of sections, such as `student: {epochs: 20}`",
+            where=file,
+            remedy="`cnn2gnn config --config demo` prints one to begin with",
+        )
+    return _Reader(file, file).value(model, node, "")
+
+
+class Dumper(yaml.SafeDumper):
+    """Writes YAML that both this module and any YAML reader take for the same values."""
+
+
+Dumper.add_implicit_resolver(  # such strings are put in quotes
+    "tag:yaml.org,2002:float", re.compile(rf"(?:{_FLOAT.pattern})$"), list("-+.0123456789")
+)
+Dumper.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"(?:none|None)$"), ["n", "N"])
+
+
+def _quoted_if_odd(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    """Text with control characters and odd line ends is escaped: YAML would fold them."""
+    odd = re.search("[\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff]", text)
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if odd else None)
+
+
+Dumper.add_representer(str, _quoted_if_odd)
+
+
+class _Reader:
+    """Values of nodes of one file (or of one override's text)."""
+
+    def __init__(self, file: str, whole: str) -> None:
+        self.file, self.whole = file, whole
+
+    def value(self, kind: Any, node: yaml.Node, path: str, depth: int = 0) -> Any:
+        """What a node holds, for a field of a type; ``Any`` where the type says nothing."""
+        self._check(node, path, depth)
+        if isinstance(node, yaml.MappingNode):
+            return self._mapping(kind, node, path, depth)
+        if isinstance(node, yaml.SequenceNode):
+            if _holds(kind, list) and not node.value:
+                raise self._odd("an empty list", node, path, "name at least one, or null")
+            inner = Any
+            for origin in (list, tuple):
+                if _holds(kind, origin):
+                    inner = get_args(_only(kind, origin))[0]
+            return [self.value(inner, each, path, depth + 1) for each in node.value]
+        return self._text(kind, node, path)
+
+    def _check(self, node: yaml.Node, path: str, depth: int) -> None:
+        if depth > _DEEP:
+            raise self._odd("an alias that holds itself", node, path, "write the value out")
+        if node.tag not in _PLAIN_TAGS:
+            tag = node.tag.replace("tag:yaml.org,2002:", "!!")
+            raise self._odd(f"the tag {tag} has no meaning here", node, path, "leave it out")
+
+    def _text(self, kind: Any, node: yaml.ScalarNode, path: str) -> Any:
+        text = node.value
+        if node.style is not None:  # quoted: text, whatever it says
+            return text
+        if text in ("", "~", "null", "Null", "NULL") or (text in NULLS and _may_be_none(kind)):
+            return {} if _is_section(kind) and not text else None
+        if kind is Any:
+            return self._guess(node, path)
+        if _holds(kind, list):
+            _refuse_several(text, self._place(node, path))
+        return text if _holds(kind, str) else _scalar(kind, text)
+
+    def _mapping(self, kind: Any, node: yaml.MappingNode, path: str, depth: int) -> dict[str, Any]:
+        fields = kind.model_fields if _is_section(kind) else {}
+        merged: dict[str, Any] = {}
+        found: dict[str, Any] = {}
+        lines: dict[str, int] = {}
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value == "<<" and key.style is None:
+                parts = value.value if isinstance(value, yaml.SequenceNode) else [value]
+                for part in reversed(parts):
+                    if not isinstance(part, yaml.MappingNode):
+                        raise self._odd("<< takes in mappings only", key, path, "write it out")
+                    merged |= self.value(kind, part, path, depth + 1)
+                continue
+            name = key.value if isinstance(key, yaml.ScalarNode) else None
+            if name is None:
+                raise self._odd("a key is a name", key, path, "put quotes around it")
+            inner = f"{path}.{name}" if path else name
+            line = key.start_mark.line + 1
+            if name in lines:
+                raise self._odd(
+                    f"{inner} stands twice: in line {lines[name]} and in line {line}",
+                    key,
+                    inner,
+                    "keep one of them",
+                )
+            lines[name] = line
+            field = fields.get(name)
+            found[name] = self.value(field.annotation if field else Any, value, inner, depth + 1)
+        return merged | found
+
+    def _guess(self, node: yaml.ScalarNode, path: str) -> Any:
+        """An argument of a model, whose type nobody has declared: as YAML 1.2 and JSON say."""
+        text = node.value
+        if text in ("true", "True", "TRUE", "false", "False", "FALSE"):
+            return text.lower() == "true"
+        if re.fullmatch(r"[-+]?(0|[1-9][0-9]*)", text):
+            return int(text)
+        number = _FLOAT.fullmatch(text) and not re.match(r"[-+]?0[0-9]", text)
+        if number and abs(float(text)) < float("inf"):
+            return float(text)
+        old = _GUESSES.resolve(yaml.ScalarNode, text, (True, False)).rpartition(":")[2]
+        if number or old in ("bool", "int", "float"):
+            raise self._odd(
+                f"{text} may be read in several ways",
+                node,
+                path,
+                "write true or false, or a plain finite number; put text in quotes",
+            )
+        return text
+
+    def _place(self, node: yaml.Node, path: str) -> str:
+        if not self.file:
+            return path or self.whole
+        return f"{self.file}, line {node.start_mark.line + 1}" + (f": {path}" if path else "")
+
+    def _odd(self, what: str, node: yaml.Node, path: str, remedy: str) -> UserError:
+        return UserError(what, where=self._place(node, path), remedy=remedy)
+
+
+def _compose(text: str, file: str, where: str) -> yaml.Node:
+    try:
+        # Without resolvers: a plain scalar stays the text that was typed.
+        return yaml.compose(text, Loader=yaml.BaseLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f"{where}, line {mark.line + 1}" if file and mark is not None else where
+        said = ", ".join(part for part in (error.context, error.problem) if part)
+        tab = "\\t" in said or "'\t'" in said
+        raise UserError(
+            f"not readable as YAML: {said}",
+            where=place,
+            remedy="indent with spaces instead of tabs"
+            if tab
+            else "close all brackets and quotes; put a value in quotes that begins with "
+            "one of * & [ { @ % ! or holds ': '",
+        ) from None
+    except yaml.YAMLError as error:
+        raise UserError(
+            f"not readable as YAML: {' '.join(str(error).split())}",
+            where=where,
+            remedy="save it as plain UTF-8 text",
+        ) from None
+
+
+def _scalar(kind: Any, text: str) -> Any:
+    """Number or truth value; the text itself where it is none, for the field's check to refuse."""
+    reader: dict[Any, Callable[[str], Any]] = {bool: _bool, int: _int, float: _float}
+    for option in _options(kind):
+        if option in reader:
+            value = reader[option](text)
+            if value is not None:
+                return value
+    return text
+
+
+def _bool(text: str) -> bool | None:
+    word = text.lower()
+    return True if word in YES else False if word in NO else None
+
+
+def _int(text: str) -> int | None:
+    """12, 0012 (twelve), 1e3, 20.0; not 0x10, 1.5 or 12:30."""
+    if not _FLOAT.fullmatch(text):
+        return None
+    try:
+        number = Decimal(text)
+        whole = number == number.to_integral_value() and abs(number) < Decimal(2) ** 64
+    except InvalidOperation:
+        return None
+    return int(number) if whole else None
+
+
+def _float(text: str) -> float | None:
+    if text.lower().lstrip("+-.") in ("inf", "infinity", "nan"):
+        return float(text.lower().replace(".", ""))  # which no field takes, and says so
+    return float(text) if _FLOAT.fullmatch(text) else None
+
+
+def _items(text: str) -> list[str] | None:
+    """The items of ``[a, b]``, as text with their quotes; None if the text is no such list.
+
+    Commas in quotes, brackets and braces do not count, nor do brackets that close before the end:
+    ``[0-9]*.tar`` and ``[0-9]/[a-z]`` are patterns.
+    """
+    if text[:1] + text[-1:] not in ("[]", "()"):
+        return None
+    parts, begin = [], 1
+    for place, depth in _outside_quotes(text):
+        if depth == 0 and place < len(text) - 1:
+            return None  # the first bracket closes before the end
+        if (depth == 1 and text[place] == ",") or place == len(text) - 1:
+            parts.append(text[begin:place].strip())
+            begin = place + 1
+    if begin != len(text):
+        return None
+    if parts and not parts[-1]:  # an empty list, or a comma before the end
+        parts.pop()
+    return parts
+
+
+def _outside_quotes(text: str) -> Iterator[tuple[int, int]]:
+    """Places of characters outside of quotes, and how many brackets are open after each."""
+    depth, quote = 0, ""
+    for place, sign in enumerate(text):
+        if quote:
+            quote = "" if sign == quote else quote
+            continue
+        if sign in "\"'" and (place == 0 or text[place - 1] in "[(, "):
+            quote = sign
+            continue
+        depth += (sign in "[({") - (sign in "])}")
+        yield place, depth
+
+
+def _unquoted(text: str) -> str:
+    """Text without the quotes around the whole of it, read as YAML and JSON read them."""
+    if len(text) < 2 or text[0] not in "\"'" or text[-1] != text[0]:
+        return text
+    try:
+        node = yaml.compose(text, Loader=yaml.BaseLoader)
+    except yaml.YAMLError:
+        return text
+    return node.value if isinstance(node, yaml.ScalarNode) else text
+
+
+def _refuse_several(text: str, where: str) -> None:
+    """Two paths in one text: a comma or a blank before something that begins like a path."""
+    begin = r"(?:/|~|\./|\.\./|\$|[a-z0-9]+://)"
+    if text[:1] in "\"'" or not re.match(begin, text):
+        return
+    parts = re.split(rf"\s*,\s*(?={begin})|\s+(?={begin})", text)
+    if len(parts) > 1:
+        field = where.rpartition(": ")[2]
+        raise UserError(
+            "this reads like several paths in one",
+            where=where,
+            remedy=f"{field}='[{', '.join(parts)}]'"
+            f" if so, {field}='[\"{text}\"]' if it is a single one",
+        )
+
+
+def _options(kind: Any) -> list[Any]:
+    """The alternatives of an annotation, without None."""
+    if get_origin(kind) in (Union, types.UnionType):
+        return [option for option in get_args(kind) if option is not type(None)]
+    return [kind]
+
+
+def _may_be_none(kind: Any) -> bool:
+    return type(None) in get_args(kind)
+
+
+def _holds(kind: Any, wanted: type) -> bool:
+    return any(_is(option, wanted) for option in _options(kind))
+
+
+def _only(kind: Any, wanted: type) -> Any:
+    return next(option for option in _options(kind) if _is(option, wanted))
+
+
+def _is(option: Any, wanted: type) -> bool:
+    if wanted is str and get_origin(option) is Literal:
+        return True
+    return option is wanted or get_origin(option) is wanted
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
