@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -349,20 +348,7 @@ def _locked(root: Path, ranks: Ranks, timeout_s: float = 600.0) -> Iterator[None
 
 
 def _together(ranks: Ranks, work: Callable[[], Any]) -> Any:
-    """Rank 0 does the work; all get its result, or raise its error."""
+    """Rank 0 does the work, however long it takes; all get its result, or raise its error."""
     from cnn2gnn_dist.training import distributed
 
-    result: Any = None
-    error: Exception | None = None
-    if ranks.is_first:
-        try:
-            result = work()
-        except UserError as caught:
-            error = caught
-        except Exception as caught:
-            traceback.print_exc()
-            error = RuntimeError(f"rank 0: {caught!r}")
-    result, error = distributed.broadcast_object((result, error))
-    if error is not None:
-        raise error
-    return result
+    return distributed.alone(work)

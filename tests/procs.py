@@ -51,13 +51,17 @@ def run(case: Callable[..., Any], world_size: int, *arguments: Any, timeout: flo
 
 
 def launch(
-    case: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = 180
+    case: Callable[..., Any],
+    world_size: int,
+    *arguments: Any,
+    timeout: float = 180,
+    group_timeout_s: float = GROUP_TIMEOUT_S,
 ) -> list[Outcome]:
     """Like ``run``, but whatever way the ranks end; none outlives this call."""
     port = free_port()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        job = (case.__module__, case.__name__, arguments)
+        job = (case.__module__, case.__name__, arguments, group_timeout_s)
         (folder / "job").write_bytes(pickle.dumps(job))
         ranks = [_start(folder, rank, world_size, port) for rank in range(world_size)]
         try:
@@ -112,9 +116,9 @@ def main(folder: Path) -> None:
     from cnn2gnn_dist.runtime.ranks import Ranks
     from cnn2gnn_dist.training import engine
 
-    module, name, arguments = pickle.loads((folder / "job").read_bytes())
+    module, name, arguments, timeout_s = pickle.loads((folder / "job").read_bytes())
     ranks = Ranks.from_environment()
-    engine.init(ranks, "cpu", timeout_s=GROUP_TIMEOUT_S)
+    engine.init(ranks, "cpu", timeout_s=timeout_s)
     value = getattr(importlib.import_module(module), name)(*arguments)
     path = folder / f"{ranks.rank}.value"
     path.with_suffix(".tmp").write_bytes(pickle.dumps(value))

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from cnn2gnn_dist.training.patience import Meeting
+
+T = TypeVar("T")
 
 
 def is_initialised() -> bool:
@@ -25,10 +31,47 @@ def world_size() -> int:
 
 
 def barrier() -> None:
-    """Wait for all ranks."""
+    """Wait for all ranks: what each has written before is there when it returns.
+
+    For ranks that come at about the same time; where one may take long, see ``uneven``.
+    """
     if world_size() > 1:
-        # Not dist.barrier: under NCCL that guesses a device and warns.
-        all_reduce_sum(torch.zeros(1, device=_device()))
+        # Not dist.barrier: under NCCL that guesses a device and warns. The sum is read, because
+        # a collective on CUDA is only queued when its call returns; the host would run on.
+        here = int(all_reduce_sum(torch.ones(1, device=_device())).item())
+        if here != world_size():
+            raise RuntimeError(f"a barrier of {world_size()} ranks has counted {here}")
+
+
+@contextmanager
+def uneven() -> Iterator[None]:
+    """Work that may take one rank longer than ``cluster.timeout_s``; all leave together.
+
+    A rank that works is waited for as long as its process gives signs of life; one that is gone
+    or stopped is noticed within the timeout. What a rank raises inside is raised on all.
+    Collective, and no collective may stand inside that the others don't join.
+    """
+    if world_size() == 1:
+        yield
+        return
+    store = dist.distributed_c10d._get_default_store()
+    timeout_s = cast(Any, store).timeout.total_seconds()
+    meeting = Meeting(dist.PrefixStore("uneven", store), rank(), world_size(), timeout_s)
+    with meeting.uneven():
+        yield
+
+
+def alone(work: Callable[[], T]) -> T:
+    """Rank 0 does the work, however long it takes; all get its result, or raise its error.
+
+    What the work has left on disk is there when this returns. Nothing of it is noted here: work
+    that was cut off is done again, unless it looks for what it had done.
+    """
+    result: Any = None
+    with uneven():
+        if rank() == 0:
+            result = work()
+    return broadcast_object(result)
 
 
 def broadcast_object(value: Any) -> Any:

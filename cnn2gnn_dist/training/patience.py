@@ -1,0 +1,172 @@
+"""Waiting for ranks that are slow, and not for ranks that are gone.
+
+A collective can't tell the two apart: it gives up after the group's timeout, however busy the
+rank is that it waits for. Here ranks meet at keys in the group's store instead. Who works
+refreshes a key from a thread, who waits looks at it: no sign of life for as long as the timeout
+means that the rank is lost; as long as there are signs, it is waited for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.distributed as dist
+
+from cnn2gnn_dist.errors import UserError
+
+BEAT_S = 5.0
+"""Seconds between two signs of life; a fifth of the timeout where that is less."""
+FIRST_POLL_S, LAST_POLL_S = 0.001, 0.25
+
+
+@dataclass
+class Meeting:
+    """Where the ranks of a group meet.
+
+    Args:
+        store: shared by the group, empty at first; any of torch's that can be cloned.
+        timeout_s: silence after which a rank counts as lost.
+    """
+
+    store: Any
+    rank: int
+    world_size: int
+    timeout_s: float
+
+    @contextlib.contextmanager
+    def uneven(self) -> Iterator[None]:
+        """Work that may take one rank much longer than another; all leave together (collective).
+
+        Raises:
+            UserError: a rank has raised it (here, on every rank).
+            RuntimeError: a rank has raised something else.
+            DistStoreError, DistNetworkError: a rank is gone, stopped, or hasn't come at all.
+        """
+        call = self.store.add(f"calls/{self.rank}", 1)
+        beat = _Beat(self.store, f"beat/{self.rank}", call, self.every)
+        try:
+            with beat:
+                yield
+        except BaseException as error:
+            with contextlib.suppress(Exception):
+                self.store.set(_open(call), pickle.dumps(self._told(error)))
+            raise
+        self.store.set(f"left/{self.rank}", str(call))
+        if self.store.add(f"{call}/left", 1) == self.world_size:
+            self.store.set(_open(call), b"")
+        else:
+            self._wait(call)
+        if self.rank == 0:  # all are here, so that none looks back any more
+            for name in (_open(call - 1), f"{call - 1}/left"):
+                self.store.delete_key(name)
+
+    @property
+    def every(self) -> float:
+        """Seconds between two signs of life."""
+        return min(BEAT_S, self.timeout_s / 5)
+
+    def _told(self, error: BaseException) -> Exception:
+        """What the others raise when this rank has raised."""
+        if isinstance(error, UserError):
+            return error
+        if isinstance(error, Exception):
+            return RuntimeError(f"rank {self.rank}: {error!r}")
+        return dist.DistStoreError(f"rank {self.rank} was told to end ({error!r})")
+
+    def _wait(self, call: int) -> None:
+        # In a thread: a store whose server was stopped doesn't answer and heeds no timeout.
+        watch = _Watch(self, call)
+        threading.Thread(target=watch.run, daemon=True).start()
+        while not watch.ended.wait(self.every):
+            if time.monotonic() - watch.heard > self.timeout_s:
+                watch.given_up = True
+                raise dist.DistStoreError(
+                    f"the store on rank 0 has not answered for {self.timeout_s:g} s"
+                )
+        if watch.error is not None:
+            raise watch.error
+
+
+@dataclass
+class _Watch:
+    """Looks whether a meeting has opened, and whether those who are missing still live."""
+
+    meeting: Meeting
+    call: int
+    ended: threading.Event = field(default_factory=threading.Event)
+    error: Exception | None = None
+    heard: float = field(default_factory=time.monotonic)
+    given_up: bool = False
+
+    def run(self) -> None:
+        try:
+            self._watch(self.meeting.store.clone())
+        except Exception as error:
+            self.error = error
+        self.ended.set()
+
+    def _watch(self, store: Any) -> None:
+        began = look = time.monotonic()
+        signs: dict[int, tuple[bytes, float]] = {}
+        pause = FIRST_POLL_S
+        while not self.given_up:
+            if store.check([_open(self.call)]):
+                content = store.get(_open(self.call))
+                self.error = pickle.loads(content) if content else None
+                return
+            self.heard = now = time.monotonic()
+            if now >= look:
+                self._look(store, signs, began)
+                look = now + self.meeting.every
+            time.sleep(pause)
+            pause = min(1.5 * pause, LAST_POLL_S)
+
+    def _look(self, store: Any, signs: dict[int, tuple[bytes, float]], began: float) -> None:
+        for rank in range(self.meeting.world_size):
+            if int(_read(store, f"left/{rank}") or 0) >= self.call:
+                continue
+            sign, now = _read(store, f"beat/{rank}"), time.monotonic()
+            last, since = signs.get(rank, (sign, began))
+            if sign != last:
+                since = now
+            signs[rank] = sign, since
+            if now - since > self.meeting.timeout_s:
+                raise dist.DistStoreError(
+                    f"rank {rank} has given no sign of life for {self.meeting.timeout_s:g} s"
+                )
+
+
+class _Beat:
+    """Signs of life from a thread while work lasts."""
+
+    def __init__(self, store: Any, key: str, call: int, every: float) -> None:
+        self.store, self.key, self.call, self.every = store, key, call, every
+        self.over = threading.Event()
+
+    def __enter__(self) -> None:
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+
+    def _run(self) -> None:
+        store, count = None, 0
+        with contextlib.suppress(Exception):  # a store that is gone: those who wait notice it
+            while not self.over.wait(self.every):  # short work needs no sign
+                store = store or self.store.clone()
+                count += 1
+                store.set(self.key, f"{self.call}.{count}")
+
+
+def _open(call: int) -> str:
+    return f"{call}/open"
+
+
+def _read(store: Any, key: str) -> bytes:
+    return bytes(store.get(key)) if store.check([key]) else b""
