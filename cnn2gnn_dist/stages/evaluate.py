@@ -57,15 +57,16 @@ def run(context: Context, keys: dict[str, str]) -> list[Path]:
             config.evaluate.batch,
             shuffle_seed=config.seed if contestant.shuffled else None,
         )
-        if context.ranks.is_first:
-            results[contestant.name] = {
-                **found.scores(test.num_classes),
-                **_costs(context, contestant, test),
-                **(contestant.notes or {}),
-            }
-            _save(context.folder, contestant.name, found)
-        distributed.barrier()
-    if context.ranks.is_first:
+        with distributed.uneven():  # what rank 0 does alone may take long
+            if context.ranks.is_first:
+                results[contestant.name] = {
+                    **found.scores(test.num_classes),
+                    **_costs(context, contestant, test),
+                    **(contestant.notes or {}),
+                }
+                _save(context.folder, contestant.name, found)
+
+    def report() -> None:
         if config.graph.scope == "dataset" and "graph" in keys:
             _gallery(context, keys, test)
         results["run"] = _circumstances(context, test)
@@ -73,7 +74,8 @@ def run(context: Context, keys: dict[str, str]) -> list[Path]:
         write_report(paths.root, test.classes)
         if not context.inside_ray:  # under Ray the driver shows it, after the ranks' last lines
             print(table(results), flush=True)
-    distributed.barrier()
+
+    distributed.alone(report)
     return [path for path in sorted(context.folder.glob("*.np*"))]
 
 
