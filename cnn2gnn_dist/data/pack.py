@@ -6,6 +6,7 @@ bytes. Every packer takes ``limit`` (only that many samples) and returns the sha
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -14,9 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
+from cnn2gnn_dist import durable
+from cnn2gnn_dist.data.formats import IMAGE_SUFFIXES, image_suffix
+from cnn2gnn_dist.data.image_files import CORRUPT, Found, find_images, printable, unreadable
 from cnn2gnn_dist.data.parquet import open_parquet, read_classes, read_labels
-from cnn2gnn_dist.data.rows import IMAGE_SUFFIXES
-from cnn2gnn_dist.data.shards import Source, encode_png, image_suffix, write_shards
+from cnn2gnn_dist.data.shards import Source, encode_png, write_shards
 from cnn2gnn_dist.errors import UserError
 
 
@@ -159,65 +162,115 @@ def pack_imagefolder(
     prefix: str = "train",
     seed: int = 0,
     limit: int | None = None,
+    max_corrupt: float = 0.001,
     progress: bool = True,
 ) -> list[Path]:
     """Pack a tree ``root/CLASS/…/IMAGE``: the classes are the sorted names of root's folders.
 
-    Images are written in a shuffled order (by ``seed``), since shards of one class each would leave
-    little to mix while streaming. Keys tell the path; hidden files and other formats are left out.
+    Which files are images is said in :mod:`cnn2gnn_dist.data.image_files`; what is left out is
+    printed in one line and kept in ``PREFIX-left-out.json``. Images are written in a shuffled order
+    (by ``seed``), since shards of one class each would leave little to mix while streaming. Keys
+    tell the path.
+
+    Args:
+        root: the tree.
+        out: folder of the shards.
+        shard_size: samples a shard.
+        prefix: begins the names of shards; one for each split.
+        seed: of the order.
+        limit: pack only so many images.
+        max_corrupt: share of the images whose first bytes may be no image's; those are left out.
+        progress: show a progress bar when on a terminal.
 
     Raises:
-        UserError: root is missing or holds no folders; a class has no images.
+        UserError: root is missing, can't be read whole or holds no folders; a class has no images;
+            too many files are none though they are named so.
     """
     base = Path(root)
     if not base.is_dir():
         raise UserError("There is no such folder.", where=str(base), remedy="Check the path.")
-    folders = sorted(p for p in base.iterdir() if p.is_dir() and not p.name.startswith("."))
-    if not folders:
+    found = find_images(base, classes=True)
+    if not found.folders:
+        there = f" What is there: {found.summary()}." if found.left_out else ""
         raise UserError(
-            "The folder holds no class folders.",
+            f"The folder holds no class folders.{there}",
             where=str(base),
             remedy="The layout is FOLDER/CLASS/IMAGE.",
         )
-    files: list[tuple[Path, int]] = []
-    for label, folder in enumerate(folders):
-        images = _images_below(folder)
-        if not images:
-            raise UserError(
-                f"Class '{folder.name}' has no images.",
-                where=str(folder),
-                remedy=f"Add images ({', '.join(IMAGE_SUFFIXES)}) or remove the folder.",
-            )
-        files += [(image, label) for image in images]
-    keys = _path_keys([image.relative_to(base) for image, _ in files])
-    count = _limited(len(files), limit)
-    order = np.random.default_rng(seed).permutation(len(files))[:count]
+    _leave_out_corrupt(base, found, max_corrupt)
+    labels = _class_numbers(base, found)
+    keys = _path_keys([Path(image) for image in found.images])
+    count = _limited(len(found.images), limit)
+    order = np.random.default_rng(seed).permutation(len(found.images))[:count]
 
     def sources() -> Iterator[Source]:
         for i in order:
-            image, label = files[i]
-            data = image.read_bytes()
-            about = {"filename": image.relative_to(base).as_posix()}
-            yield Source(keys[i], data, _suffix(data, image.name, str(image)), label, about)
+            image = found.images[i]
+            data = (base / image).read_bytes()
+            about = {"filename": printable(Path(image).as_posix())}
+            suffix = _suffix(data, image, printable(base / image))
+            yield Source(keys[i], data, suffix, labels[i], about)
 
-    return write_shards(
+    shards = write_shards(
         sources(),
         count,
         out,
         prefix=prefix,
         shard_size=shard_size,
-        classes=[folder.name for folder in folders],
+        classes=[printable(name) for name in found.folders],
         progress=progress,
     )
+    durable.write_json(Path(out) / f"{prefix}-left-out.json", found.record())
+    if found.left_out:
+        print(f"pack     {prefix}: {len(labels)} images; left out: {found.summary()}", flush=True)
+    return shards
 
 
-def _images_below(folder: Path) -> list[Path]:
-    found = []
-    for path in folder.rglob("*"):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if not hidden and path.suffix.lower().lstrip(".") in IMAGE_SUFFIXES and path.is_file():
-            found.append(path)
-    return sorted(found)
+def _leave_out_corrupt(base: Path, found: Found, max_corrupt: float) -> None:
+    """Count out the files that are named as images and are none; too many are refused."""
+    wrong = unreadable(base, found.images)
+    total = len(found.images)
+    if len(wrong) > max_corrupt * total:
+        some = "; ".join(f"{printable(name)}: {what}" for name, what in list(wrong.items())[:5])
+        share = math.ceil(len(wrong) / total * 1000) / 1000
+        raise UserError(
+            f"{len(wrong)} corrupt images among {total}, more than the limit of "
+            f"{max_corrupt:.2%}: {some}",
+            where=str(base),
+            remedy=f"mend or remove these files, or data.max_corrupt={share:g} to leave them out",
+        )
+    found.images = [image for image in found.images if image not in wrong]
+    for name, what in wrong.items():
+        found.leave(CORRUPT, f"{name}: {what}")
+
+
+def _class_numbers(base: Path, found: Found) -> list[int]:
+    """The class of each image, as the number of its folder."""
+    numbers = {name: number for number, name in enumerate(found.folders)}
+    labels = [numbers[image.split(os.sep)[0]] for image in found.images]
+    empty = set(found.folders) - {found.folders[label] for label in set(labels)}
+    if empty:
+        name = min(empty)
+        inside = Found(
+            left_out={
+                reason: kept
+                for reason, paths in found.left_out.items()
+                if (kept := [path for path in paths if path.split(os.sep)[0] == name])
+            }
+        )
+        raise UserError(
+            f"Class '{printable(name)}' has no images"
+            + (f", only {inside.summary()}." if inside.left_out else "."),
+            where=printable(base / name),
+            remedy=f"Add images ({', '.join(IMAGE_SUFFIXES)}) or remove the folder.",
+        )
+    if len({printable(name) for name in found.folders}) < len(found.folders):
+        raise UserError(
+            "Two class folders have the same name once it is written in UTF-8.",
+            where=str(base),
+            remedy="Rename one of them.",
+        )
+    return labels
 
 
 def _path_keys(paths: Sequence[Path]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from tqdm import tqdm
 
 from cnn2gnn_dist import settings
 from cnn2gnn_dist.data.decode import CorruptSample, decode
-from cnn2gnn_dist.data.formats import IMAGE_SUFFIXES
+from cnn2gnn_dist.data.image_files import find_images, printable
 from cnn2gnn_dist.data.manifest import Manifest
 from cnn2gnn_dist.data.views import CLEAN, render
 from cnn2gnn_dist.errors import UserError
@@ -63,11 +64,15 @@ def command(run: Path, images: list[str], *, top: int, as_json: bool) -> int:
                 )
                 good.append(path)
             except (CorruptSample, OSError) as error:
-                print(f"cnn2gnn: {path}: not readable as an image: {error}", file=sys.stderr)
+                print(
+                    f"cnn2gnn: {printable(path)}: not readable as an image: {_why(error)}",
+                    file=sys.stderr,
+                )
                 failed += 1
         if good:
             for path, found in zip(good, predictor(np.stack(pixels), top), strict=True):
-                print(json.dumps({"image": str(path), **found}) if as_json else _line(path, found))
+                name = printable(path)
+                print(json.dumps({"image": name, **found}) if as_json else _line(name, found))
     return 1 if failed else 0
 
 
@@ -161,20 +166,30 @@ def _unfinished(run: Path, what: str, stage: str) -> UserError:
 
 
 def _files(images: list[str]) -> Iterator[Path]:
+    """The files named, and the images in the folders named: those that ``pack`` would take."""
     for name in images:
         path = Path(name)
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix[1:].lower() in IMAGE_SUFFIXES)
-            if not inside:
-                raise UserError("no image in this folder", where=name, remedy="name image files")
-            yield from inside
-        else:
+        if not os.path.isdir(path):  # which is False, not an error, of names too long
             yield path
+            continue
+        found = find_images(path)
+        if found.left_out:
+            print(f"cnn2gnn: {printable(path)}: left out: {found.summary()}", file=sys.stderr)
+        if not found.images:
+            raise UserError(
+                "no image in this folder", where=printable(path), remedy="name image files"
+            )
+        for image in found.images:
+            yield path / image
 
 
-def _line(path: Path, found: dict[str, Any]) -> str:
+def _why(error: CorruptSample | OSError) -> str:
+    return error.strerror or str(error) if isinstance(error, OSError) else str(error)
+
+
+def _line(name: str, found: dict[str, Any]) -> str:
     classes = "  ".join(f"{c['class']} {c['probability']:.1%}" for c in found["classes"])
-    lines = [f"{path}  {classes}"]
+    lines = [f"{name}  {classes}"]
     for near in found.get("neighbours", []):
         lines.append(f"    {near['weight']:.2f}  {near['class']}  {near['key']}")
     return "\n".join(lines)

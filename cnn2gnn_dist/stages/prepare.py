@@ -52,7 +52,13 @@ def pack_source(
     folder = Path(origin if isinstance(origin, str) else origin[0])
     if data.source == "imagefolder":
         return pack.pack_imagefolder(
-            folder, out, shard_size=data.shard_size, prefix=part, seed=seed, limit=data.limit
+            folder,
+            out,
+            shard_size=data.shard_size,
+            prefix=part,
+            seed=seed,
+            limit=data.limit,
+            max_corrupt=data.max_corrupt,
         )
     if data.source == "shards":
         raise UserError(
