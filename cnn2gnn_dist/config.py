@@ -230,6 +230,11 @@ class GraphConfig(Section):
     start_epoch: int = Field(
         2, ge=0, description="student epochs on the self path before the first graph"
     )
+    warmup_epochs: float = Field(
+        1.0,
+        ge=0,
+        description="epochs of linear warm-up of the graph's own parameters from start_epoch on (scope dataset)",
+    )
     refresh_epochs: int = Field(1, ge=1, description="epochs between two builds of the graph")
     exact: bool = Field(
         True,

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.training import distributed
+from cnn2gnn_dist.training import distributed, named_state
 from cnn2gnn_dist.training.engine import Engine, inner_optimizer
 from cnn2gnn_dist.training.sync_norm import synchronise_norms
 
@@ -95,6 +95,76 @@ def refusal(engine: Engine, loss: Tensor) -> str | None:
     return None
 
 
+IDLE = 1500
+LATE = ("gate", "second.weight")
+
+
+def late_engine(stage: int, decay: float = 0.0) -> Engine:
+    config = tiny.config(stage)
+    config["optimizer"]["params"]["weight_decay"] = decay
+    engine = Engine(tiny.TinyNet(), config, device="cpu", late=LATE)
+    engine.train()
+    return engine
+
+
+def late_start(stage: int, late_from: int) -> dict[str, Tensor]:
+    """Weights of late parameters over steps that come after 1,500 without gradients."""
+    engine = late_engine(stage)
+    tensors, _ = named_state.pull(engine, lambda name: True)
+    tensors = {n: t for rank in distributed.all_gather_object(tensors) for n, t in rank.items()}
+    engine = late_engine(stage)
+    named_state.push(engine, tensors, float(IDLE))
+    engine.steps, engine.late_from = IDLE, late_from
+    seen: dict[str, list[Tensor]] = {name: [] for name in LATE}
+    for _ in range(STEPS):
+        images, labels = tiny.share(0)  # the same batch again: gradients of one sign
+        engine.backward(F.cross_entropy(engine(images), labels))
+        engine.step(1e-3, late_lr=1e-3)
+        weights = engine.weights()
+        for name in LATE:
+            seen[name].append(weights[name])
+    return {name: torch.stack(values) for name, values in seen.items()}
+
+
+def late_in_torch() -> dict[str, Tensor]:
+    """The same with an Adam of their own for the late parameters, which begins with them."""
+    model = tiny.TinyNet()
+    named = dict(model.named_parameters())
+
+    old, new = (
+        torch.optim.Adam([p for n, p in named.items() if (n in LATE) == late], lr=1e-3)
+        for late in (False, True)
+    )
+    for parameter in old.param_groups[0]["params"]:
+        old.state[parameter] = {
+            "step": torch.tensor(float(IDLE)),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    ddp = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    seen: dict[str, list[Tensor]] = {name: [] for name in LATE}
+    for _ in range(STEPS):
+        images, labels = tiny.share(0)
+        F.cross_entropy(ddp(images), labels).backward()
+        for optimizer in (old, new):
+            optimizer.step()
+            optimizer.zero_grad()
+        for name in LATE:
+            seen[name].append(named[name].detach().clone())
+    return {name: torch.stack(values) for name, values in seen.items()}
+
+
+def not_yet(stage: int) -> bool:
+    """Late parameters that have not begun keep their weights, decay included."""
+    engine = late_engine(stage, tiny.WEIGHT_DECAY)
+    images, labels = tiny.share(0)
+    engine.backward(F.cross_entropy(engine(images), labels))
+    engine.step(1e-2)
+    before, after = dict(tiny.TinyNet().named_parameters()), engine.weights()
+    moved = {name for name, p in before.items() if not torch.equal(after[name], p)}
+    return moved == set(before) - set(LATE)
+
+
 def not_finite(stage: int) -> dict[str, Any]:
     """Rank 1 alone has a NaN loss; then a finite loss whose gradient is not."""
     engine = tiny.build(stage)
@@ -157,6 +227,7 @@ def everything() -> dict[Any, Any]:
         "world": (distributed.rank(), distributed.world_size(), dist.get_backend()),
         "torch": plain_torch(),
         "torch clipped": plain_torch(clip=0.3),
+        "torch late": late_in_torch(),
         "buffers": buffers_by_rank(),
         "norm": norm_over_ranks(),
         "gathered": distributed.all_gather_object(distributed.rank() * 10),
@@ -168,6 +239,7 @@ def everything() -> dict[Any, Any]:
         found["accumulated", stage] = (accumulated(stage, 1), accumulated(stage, 2))
         found["finite", stage] = not_finite(stage)
         found["idle", stage] = unused_parameter(stage)
+        found["late", stage] = (late_start(stage, IDLE), late_start(stage, 0), not_yet(stage))
     return found
 
 
@@ -236,6 +308,22 @@ def test_infinite_gradient_of_a_finite_loss_is_refused(ranks: list[dict], stage:
 @pytest.mark.parametrize("stage", tiny.STAGES)
 def test_unused_parameter_is_harmless(ranks: list[dict], stage: int) -> None:
     assert all(rank["idle", stage] for rank in ranks)
+
+
+@pytest.mark.parametrize("stage", tiny.STAGES)
+def test_late_parameters_step_as_under_an_adam_of_their_own(ranks: list[dict], stage: int) -> None:
+    """Not six times as far, as with the bias correction of the 1,500 steps before them."""
+    expected = ranks[0]["torch late"]
+    for rank in ranks:
+        late, at_once, stayed = rank["late", stage]
+        assert stayed
+        for name in LATE:
+            torch.testing.assert_close(late[name], expected[name], rtol=1e-4, atol=2e-6)
+            first = dict(tiny.TinyNet().named_parameters())[name].detach()
+            steps = late[name].diff(dim=0, prepend=first[None]).abs() / 1e-3
+            wrong = at_once[name].diff(dim=0, prepend=first[None]).abs() / 1e-3
+            assert steps.max() < 1.1  # in units of the learning rate
+            assert wrong.max() > 4
 
 
 def test_buffers_become_the_mean_over_ranks(ranks: list[dict]) -> None:

@@ -9,8 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cnn2gnn_dist.config import Config, StudentConfig
 from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.models.losses import neighbour_loss
 from cnn2gnn_dist.models.student import CandidateBlock, Scope, Student, StudentOutput
+from cnn2gnn_dist.stages.networks import build_student
+from cnn2gnn_dist.stages.student import loss_of
 
 N, M, K, D, DZ, H, C, E = 24, 9, 3, 7, 5, 8, 4, 3
 
@@ -255,6 +259,57 @@ def test_scopes_share_the_self_path() -> None:
         assert len(shared) == len(control.state_dict())
         made.load_state_dict(shared, strict=False)
         torch.testing.assert_close(made(images).self_logits_BC, self_path)
+
+
+@pytest.mark.parametrize("stem", ["resnet_tiny", "conv3"])
+def test_control_and_student_begin_with_the_same_weights(stem: str) -> None:
+    """The graph's own parameters are drawn last, so that they move nobody else's."""
+    config = Config(student=StudentConfig(stem=stem))
+    states = {}
+    for scope in ("none", "batch", "dataset"):
+        torch.manual_seed(config.seed)
+        states[scope] = build_student(config, 10, scope).state_dict()
+    control = states["none"]
+    for scope in ("batch", "dataset"):
+        assert set(control) < set(states[scope])
+        for name, tensor in control.items():
+            assert torch.equal(states[scope][name], tensor), (scope, name)
+
+
+@pytest.mark.parametrize("self_loss", [0.0, 0.5, 2.0])
+def test_the_loss_is_as_large_as_the_controls(self_loss: float) -> None:
+    """At gates of zero the student is its self path: the same loss, and the same gradient."""
+    settings = StudentConfig(self_loss=self_loss)
+    bank, images = Bank(), make_images(len(SEEDS))
+    labels = bank.labels_N[SEEDS]
+    soft = torch.randn(len(SEEDS), C, dtype=torch.float64).log_softmax(1)
+    made, control = student("dataset", gates=False), student("none")
+    control.load_state_dict({n: made.state_dict()[n] for n in control.state_dict()})
+    losses = []
+    for model, block in ((made, bank.block(SEEDS)), (control, None)):
+        loss_B = loss_of(model(images, block), labels, soft, settings)
+        loss_B.sum().backward()
+        losses.append(loss_B)
+    torch.testing.assert_close(*losses)
+    shared = dict(made.named_parameters())
+    for name, parameter in control.named_parameters():
+        torch.testing.assert_close(shared[name].grad, parameter.grad, msg=name)
+
+
+def test_the_terms_keep_their_weights() -> None:
+    """(graph + s · self + n · neighbours) / (1 + s), written out."""
+    settings = StudentConfig(self_loss=0.5, neighbour_loss=0.25, distill_weight=0.0)
+    bank, made = Bank(), student("dataset").eval()
+    labels = bank.labels_N[SEEDS]
+    out = made(make_images(len(SEEDS)), bank.block(SEEDS))
+    cross = [
+        nn.functional.cross_entropy(logits, labels, ignore_index=-1, reduction="none")
+        for logits in (out.logits_BC, out.self_logits_BC)
+    ]
+    near = neighbour_loss(out.weights_BF, out.first_labels_BF, labels)
+    expected = (cross[0] + 0.5 * cross[1] + 0.25 * near) / 1.5
+    soft = torch.zeros(len(SEEDS), C).log_softmax(1)
+    torch.testing.assert_close(loss_of(out, labels, soft, settings), expected)
 
 
 def test_control_has_no_graph_parameters() -> None:

@@ -111,7 +111,8 @@ def test_own_label_and_row_do_not_reach_a_seed_through_a_searched_block() -> Non
     first = torch.cat([SEEDS[:, None], bank.table_NM[SEEDS]], 1).numpy()
     ids = queried_block(sampler, first, SEEDS.numpy(), M, **KEY)
     block = with_features(bank, ids, np.arange(N))
-    before_BC = made(images, block).logits_BC
+    before = made(images, block)
+    before_BC = before.logits_BC
     for b in range(len(SEEDS)):
         own = block.seed_V[b]
         x_VD, labels_V = block.x_VD.clone(), block.labels_V.clone()
@@ -119,7 +120,7 @@ def test_own_label_and_row_do_not_reach_a_seed_through_a_searched_block() -> Non
         labels_V[own] = (labels_V[own] + 2) % 4
         after_BC = made(images, replace(block, x_VD=x_VD, labels_V=labels_V)).logits_BC
         torch.testing.assert_close(after_BC[b], before_BC[b])
-    neighbour = block.first_BF[0, 1]
+    neighbour = block.first_BF[0, before.weights_BF[0].argmax()]
     x_VD = block.x_VD.clone()
     x_VD[neighbour] += 2.0
     assert (made(images, replace(block, x_VD=x_VD)).logits_BC[0] - before_BC[0]).abs().max() > 1e-6

@@ -97,6 +97,12 @@ def pairwise_squared_distances(z_Bd: Tensor, c_Vd: Tensor) -> Tensor:
         return norms_BV - 2.0 * z_Bd @ c_Vd.T
 
 
+class Float32Linear(nn.Linear):
+    """A linear layer that stays in float32: DeepSpeed's autocast gathers and reduces the weights
+    of ``nn.Linear`` itself, not of this, in the lower precision (ZeRO-3 would round them).
+    """
+
+
 class GraphHead(nn.Module):
     """z = normalize(BatchNorm(W x)): the projection whose distances make the graph.
 
@@ -108,7 +114,7 @@ class GraphHead(nn.Module):
 
     def __init__(self, dim_in: int, dim_out: int) -> None:
         super().__init__()
-        self.project = nn.Linear(dim_in, dim_out, bias=False)
+        self.project = Float32Linear(dim_in, dim_out, bias=False)
         self.norm = nn.BatchNorm1d(dim_out, affine=False)
 
     def forward(self, x_BD: Tensor) -> Tensor:

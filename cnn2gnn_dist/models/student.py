@@ -159,9 +159,12 @@ class Student(nn.Module):
         self.k = k
         self.normalise = Normalise(mean, std)
         self.stem = stem
-        self.head = GraphHead(dim, graph_dim) if scope != "none" else None
+        # What all scopes have is initialised first, so that the control begins with the same
+        # weights: the stem outside, then the self path, then what only the graph has.
         labels = label_dim if scope == "dataset" else 0
-        self.gnn = TwoLayerGNN(dim, hidden, num_classes, labels, graph=scope != "none")
+        gnn = TwoLayerGNN(dim, hidden, num_classes, labels, graph=scope != "none")
+        self.head = GraphHead(dim, graph_dim) if scope != "none" else None
+        self.gnn = gnn
 
     def embed(self, images_BHWC: Tensor) -> tuple[Tensor, Tensor]:
         """x_BD and z_Bd of images; without a graph head z is x at unit length."""

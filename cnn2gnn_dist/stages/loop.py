@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,7 +24,7 @@ from cnn2gnn_dist.training import distributed, ds_config, random_state
 from cnn2gnn_dist.training.checkpoint import Checkpoints
 from cnn2gnn_dist.training.engine import Engine
 from cnn2gnn_dist.training.metrics import MetricsLog, process_memory_mb
-from cnn2gnn_dist.training.schedule import lr_at
+from cnn2gnn_dist.training.schedule import late_lr_at, lr_at
 
 
 @dataclass
@@ -34,6 +34,15 @@ class Cursor:
     epoch: int = 0
     batch: int = 0
     step: int = 0
+
+
+@dataclass(frozen=True)
+class Late:
+    """Parameters that begin at the start of an epoch, with a warm-up of their own (in epochs)."""
+
+    names: Collection[str]
+    epoch: int
+    warmup: float
 
 
 @dataclass
@@ -78,6 +87,7 @@ class Training:
         model: on the CPU; the same initial weights on every rank.
         settings: epochs, batch, learning rate.
         samples: number of training samples.
+        late: the parameters that have no gradients at first.
     """
 
     def __init__(
@@ -87,8 +97,9 @@ class Training:
         model: nn.Module,
         settings: TeacherConfig | StudentConfig,
         samples: int,
+        late: Late | None = None,
     ) -> None:
-        self.context, self.name, self.settings = context, name, settings
+        self.context, self.name, self.settings, self.late = context, name, settings, late
         world_size = context.ranks.world_size
         self.accumulation = ds_config.accumulation_for(
             settings.global_batch, world_size, settings.max_micro_batch
@@ -104,7 +115,9 @@ class Training:
             device=context.device,
             stage=settings.zero_stage,
         )
-        self.engine = Engine(model, resolved, device=context.device)
+        self.engine = Engine(
+            model, resolved, device=context.device, late=late.names if late else ()
+        )
         # Rank losses are averaged over ranks and micro-batches: this makes them sum / G,
         # whatever the ranks' shares of the global batch.
         self.divisor = settings.global_batch / world_size / self.accumulation
@@ -126,8 +139,11 @@ class Training:
         loaded = self.checkpoints.load(self.engine, force=self.context.force)
         if loaded is None:
             self.metrics.truncate_after(-1)
+            # Not what building the model left: student and control drop out alike.
+            random_state.seed(self.context.config.seed, 0, self.context.ranks.rank)
             return
         extra, ranks = loaded.extra, self.context.ranks
+        self.engine.late_from = extra.get("late_from")
         self.cursor = Cursor(**extra["cursor"])
         self.corrupt.seen = {int(i): text for i, text in extra["corrupt"].items()}
         self.best, self._order = extra["best"], extra["order"]
@@ -161,6 +177,7 @@ class Training:
             "corrupt": self.corrupt.check(),
             "best": self.best,
             "order": self._order,
+            "late_from": self.engine.late_from,
         }
         own = {"tally": self.tally.state(), "random": random_state.capture()}
         self.metrics.flush()
@@ -221,21 +238,33 @@ class Training:
         s = self.settings
         # The first step of a warm-up from zero would be lost: count from the step's end.
         progress += 1 / batches_per_epoch
-        lr = lr_at(progress, s.epochs, s.lr, min(s.warmup_epochs, s.epochs / 2))
+        warmup = min(s.warmup_epochs, s.epochs / 2)
+        lr = lr_at(progress, s.epochs, s.lr, warmup)
+        late_lr = self._late_lr(progress, warmup)
         mine = (float(preemption.asked()), float(self.checkpoints.written))
-        told_to_end, written = self.engine.step(lr, mine).votes
+        told_to_end, written = self.engine.step(lr, mine, late_lr).votes
         if written == self.context.ranks.world_size:
             self.checkpoints.settle()
         self.cursor.batch += 1
         self.cursor.step += 1
         last = self.cursor.batch == batches_per_epoch
         if self.cursor.step % self.context.config.run.log_steps == 0 or last:
-            self._log(lr, batches_per_epoch)
+            self._log(lr, late_lr, batches_per_epoch)
         due = self.cursor.step % self.context.config.checkpoint.every_steps == 0
         if told_to_end or (due and not last):
             self.save()
         if told_to_end:
             self._leave()
+
+    def _late_lr(self, progress: float, warmup: float) -> float | None:
+        """Learning rate of the late parameters; None: there are none, or not yet."""
+        late, s = self.late, self.settings
+        if late is None or self.cursor.epoch < late.epoch:
+            return None
+        if self.engine.late_from is None:
+            self.engine.late_from = self.cursor.step
+        own = min(late.warmup, (s.epochs - late.epoch) / 2)
+        return late_lr_at(progress, s.epochs, s.lr, warmup, late.epoch, own)
 
     def end_epoch(self, judge: Callable[[], dict[str, float]] | None = None) -> None:
         """Close an epoch: judge when due, save with the cursor at the next epoch's start."""
@@ -271,7 +300,7 @@ class Training:
             remedy="the same command continues",
         )
 
-    def _log(self, lr: float, batches_per_epoch: int) -> None:
+    def _log(self, lr: float, late_lr: float | None, batches_per_epoch: int) -> None:
         t, now = self.tally, time.perf_counter()
         device = self.engine.device
         sums = torch.tensor(
@@ -288,6 +317,8 @@ class Training:
             "wait_share": waited / seconds / self.context.ranks.world_size,
             "memory_mb": process_memory_mb(),
         }
+        if late_lr is not None:
+            values["graph_lr"] = late_lr
         if device.type == "cuda":
             values["gpu_memory_mb"] = torch.cuda.max_memory_allocated(device) / 2**20
         values.update({name: float(np.mean(seen)) for name, seen in t.extra.items()})

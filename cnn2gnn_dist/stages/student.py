@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cnn2gnn_dist.config import StudentConfig
 from cnn2gnn_dist.data.manifest import Manifest
 from cnn2gnn_dist.data.order import Order
 from cnn2gnn_dist.graph.distdgl import ServedGraph
@@ -17,7 +18,7 @@ from cnn2gnn_dist.models.student import Scope, StudentOutput
 from cnn2gnn_dist.stages.context import Context, load_manifest
 from cnn2gnn_dist.stages.graph import build, describe
 from cnn2gnn_dist.stages.judge import accuracy_of
-from cnn2gnn_dist.stages.loop import Training
+from cnn2gnn_dist.stages.loop import Late, Training
 from cnn2gnn_dist.stages.neighbourhood import Neighbourhood, last_refresh, parts_of, reusable
 from cnn2gnn_dist.stages.networks import build_student
 from cnn2gnn_dist.stages.served_graph import serve
@@ -32,11 +33,16 @@ def run(context: Context, scope: Scope, targets_key: str) -> list[Path]:
     targets = open_targets(context, manifest, targets_key)
     torch.manual_seed(config.seed)
     model = build_student(config, manifest.num_classes, scope)
-    if scope == "dataset" and context.ranks.world_size > 1:
-        # Ranks own parts of a graph of alike images: one rank's batch is no fair sample.
+    if context.ranks.world_size > 1:
+        # Ranks own parts of a graph of alike images: one rank's batch is no fair sample. The
+        # control has no graph, but is judged beside the student: its norms are the same.
         synchronise_norms(model)
     name = "control" if scope == "none" else "student"
-    training = Training(context, name, model, settings, len(manifest))
+    late = None
+    if scope == "dataset":
+        graph = config.graph
+        late = Late(model.graph_parameters().keys(), graph.start_epoch, graph.warmup_epochs)
+    training = Training(context, name, model, settings, len(manifest), late)
     engine, job = training.engine, _Job(context, training, manifest)
     reading = context.stream(context.paths.train_manifest, name)
     with training.heeding_notices(), closing(job), reading as stream:
@@ -51,7 +57,7 @@ def run(context: Context, scope: Scope, targets_key: str) -> list[Path]:
                     soft = torch.from_numpy(targets.lookup(batch.ids, view)).to(engine.device)
                     query = around and around.around(batch.ids, epoch, training.cursor.step)
                     output = engine(images, query)
-                    loss_B = job.loss(output, labels, soft)
+                    loss_B = loss_of(output, labels, soft, settings)
                     training.learn(loss_B, valid, output.logits_BC, labels)
                     job.observe(output, labels)
                 training.step(order.batches_per_epoch)
@@ -59,8 +65,37 @@ def run(context: Context, scope: Scope, targets_key: str) -> list[Path]:
     return training.finish()
 
 
+def loss_of(output: StudentOutput, labels: Tensor, soft: Tensor, s: StudentConfig) -> Tensor:
+    """Loss of each sample: with the graph, the self path's, and the graph head's.
+
+    Divided by the weight of the two paths, so that its gradient is as large as the control's,
+    which has the self path only, and the same clip means the same to both.
+    """
+
+    def distil(logits: Tensor) -> Tensor:
+        return distillation_loss(
+            logits,
+            labels,
+            soft,
+            weight=s.distill_weight,
+            temperature=s.temperature,
+            label_smoothing=s.label_smoothing,
+        )
+
+    loss_B = distil(output.logits_BC)
+    if output.weights_BF is None:
+        return loss_B
+    if s.self_loss:
+        loss_B = loss_B + s.self_loss * distil(output.self_logits_BC)
+    if s.neighbour_loss and output.first_labels_BF is not None:
+        loss_B = loss_B + s.neighbour_loss * neighbour_loss(
+            output.weights_BF, output.first_labels_BF, labels
+        )
+    return loss_B / (1.0 + s.self_loss)
+
+
 class _Job:
-    """What a student's training has beyond a teacher's: the graph and the two losses."""
+    """What a student's training has beyond a teacher's: the graph."""
 
     def __init__(self, context: Context, training: Training, manifest: Manifest) -> None:
         self.context, self.training, self.manifest = context, training, manifest
@@ -111,31 +146,6 @@ class _Job:
     def _embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
         output: StudentOutput = self.training.engine(images, None)
         return output.x_BD, output.z_Bd
-
-    def loss(self, output: StudentOutput, labels: Tensor, soft: Tensor) -> Tensor:
-        """Loss of each sample: with the graph, the self path's, and the graph head's."""
-        s = self.context.config.student
-
-        def distil(logits: Tensor) -> Tensor:
-            return distillation_loss(
-                logits,
-                labels,
-                soft,
-                weight=s.distill_weight,
-                temperature=s.temperature,
-                label_smoothing=s.label_smoothing,
-            )
-
-        loss_B = distil(output.logits_BC)
-        if output.weights_BF is None:
-            return loss_B
-        if s.self_loss:
-            loss_B = loss_B + s.self_loss * distil(output.self_logits_BC)
-        if s.neighbour_loss and output.first_labels_BF is not None:
-            loss_B = loss_B + s.neighbour_loss * neighbour_loss(
-                output.weights_BF, output.first_labels_BF, labels
-            )
-        return loss_B
 
     @torch.no_grad()
     def observe(self, output: StudentOutput, labels: Tensor) -> None:

@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.runtime.ranks import Ranks
 from cnn2gnn_dist.training import distributed
+from cnn2gnn_dist.training.schedule import fresh_adam
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -82,11 +83,20 @@ class Engine:
         model: on the CPU, with the same weights on every rank.
         config: a resolved DeepSpeed config (``ds_config.resolve``).
         device: "cpu" or "cuda".
+        late: names of parameters that get no gradients before some step, ``late_from``: a
+            learning rate of their own, 0 until then, and Adam's bias correction from there.
 
     Vectors and scalars (norms, biases, gates) get no weight decay.
     """
 
-    def __init__(self, model: nn.Module, config: dict[str, Any], *, device: str) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: dict[str, Any],
+        *,
+        device: str,
+        late: Collection[str] = (),
+    ) -> None:
         import deepspeed
 
         self.device = torch.device("cpu")
@@ -95,17 +105,12 @@ class Engine:
         self.zero_stage = int(config["zero_optimization"]["stage"])
         self.accumulation = int(config["gradient_accumulation_steps"])
         self.steps = 0
+        self.late_from: int | None = None
+        """Optimizer steps done when the late parameters begin; None: they have not."""
         self._micro = 0
         self._finite = torch.ones((), device=self.device)
         model.to(self.device)
-        decay = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
-        plain = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
-        weight_decay = config["optimizer"]["params"]["weight_decay"]
-        groups = [
-            {"params": params, "weight_decay": value}
-            for params, value in ((decay, weight_decay), (plain, 0.0))
-            if params
-        ]
+        groups = _groups(model, config["optimizer"]["params"]["weight_decay"], late)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.deepspeed, *_ = deepspeed.initialize(
@@ -137,8 +142,10 @@ class Engine:
         if self._micro < self.accumulation:
             self.deepspeed.step()
 
-    def step(self, lr: float, votes: tuple[float, ...] = ()) -> StepInfo:
-        """Update the weights at the learning rate ``lr`` (collective).
+    def step(
+        self, lr: float, votes: tuple[float, ...] = (), late_lr: float | None = None
+    ) -> StepInfo:
+        """Update the weights at the learning rate ``lr``, late ones at ``late_lr`` (collective).
 
         ``votes`` are summed over ranks on the way: they cost no collective of their own.
 
@@ -154,7 +161,7 @@ class Engine:
         if finite < distributed.world_size():
             raise self._diverged("loss")
         for group in inner_optimizer(self).param_groups:
-            group["lr"] = lr
+            group["lr"] = self._late(late_lr, group["betas"]) if group["late"] else lr
         norm = self._plain_norm() if self.zero_stage == 0 else None
         self.deepspeed.step()
         if norm is None:
@@ -166,6 +173,12 @@ class Engine:
         self._finite.fill_(1.0)
         self.steps += 1
         return StepInfo(None if norm is None else float(norm), lr, tuple(summed))
+
+    def _late(self, lr: float | None, betas: tuple[float, float]) -> float:
+        if self.late_from is None or lr is None:
+            return 0.0
+        done = self.steps + 1
+        return lr * fresh_adam(done, done - self.late_from, betas)
 
     def _plain_norm(self) -> Tensor:
         """Norm of the gradients, averaged over ranks by now; ZeRO-0 doesn't tell it."""
@@ -209,6 +222,23 @@ class Engine:
         found = {name: full_weight(self, p) for name, p in self.module.named_parameters()}
         found.update({name: b.detach().cpu().clone() for name, b in self.module.named_buffers()})
         return found
+
+
+def _groups(model: nn.Module, decay: float, late: Collection[str]) -> list[dict[str, Any]]:
+    """Parameters by weight decay (matrices have it) and by when they begin."""
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if unknown := set(late) - set(dict(model.named_parameters())):
+        raise ValueError(f"no parameters of these names: {sorted(unknown)}")
+    groups = [
+        {
+            "params": [p for n, p in named.items() if (n in late, p.ndim > 1) == (begins, matrix)],
+            "weight_decay": decay if matrix else 0.0,
+            "late": begins,
+        }
+        for begins in (False, True)
+        for matrix in (True, False)
+    ]
+    return [group for group in groups if group["params"]]
 
 
 def inner_optimizer(engine: Engine) -> torch.optim.Optimizer:

@@ -1,4 +1,4 @@
-"""Learning rate over training: linear warm-up, then half a cosine."""
+"""Learning rate over training: linear warm-up, then half a cosine; and of what begins later."""
 
 from __future__ import annotations
 
@@ -15,3 +15,31 @@ def lr_at(step: float, total: float, peak: float, warmup: float, final: float = 
         return peak * step / warmup
     share = min(1.0, (step - warmup) / max(total - warmup, 1e-12))
     return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def late_lr_at(
+    step: float, total: float, peak: float, warmup: float, start: float, late_warmup: float
+) -> float:
+    """Learning rate of parameters whose first gradients come at ``start``: the others', times a
+    line from 0 over ``late_warmup``; 0 before. Two warm-ups at once are not multiplied.
+    """
+    if step < start:
+        return 0.0
+    ordinary = min(1.0, step / warmup) if warmup else 1.0
+    late = min(1.0, (step - start) / late_warmup) if late_warmup else 1.0
+    whole = lr_at(step, total, peak, warmup)
+    return whole * min(1.0, late / ordinary) if ordinary else whole
+
+
+def fresh_adam(step: int, since: int, betas: tuple[float, float]) -> float:
+    """What makes a step of Adam that counts ``step`` the one of an Adam that counts ``since``.
+
+    Adam (Kingma & Ba, ICLR 2015, algorithm 1) divides its moments by 1 - β^t. Parameters without
+    gradients for a while have moments of zero, but the count goes on: for β₂ = 0.999 their
+    first steps are then up to six times too long. Both counts from 1. Up to Adam's ε; where the
+    factor goes into the learning rate, decoupled weight decay is as much weaker meanwhile.
+    """
+    first, second = betas
+    wrong = math.sqrt(1 - second**step) / (1 - first**step)
+    right = math.sqrt(1 - second**since) / (1 - first**since)
+    return right / wrong
