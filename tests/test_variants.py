@@ -6,10 +6,18 @@ import json
 
 import numpy as np
 import pytest
+import torch
+import yaml
 from runs import environment, finish, results, scores, start, torchrun
 
+from cnn2gnn_dist import settings
 from cnn2gnn_dist.data.manifest import Manifest
+from cnn2gnn_dist.data.reader import Reader, ReaderSpec, Request
 from cnn2gnn_dist.data.targets import Targets
+from cnn2gnn_dist.runtime.ranks import Ranks
+from cnn2gnn_dist.stages.context import Context, RunPaths
+from cnn2gnn_dist.stages.networks import Teacher
+from cnn2gnn_dist.training import checkpoint_folder as disk
 
 pytestmark = pytest.mark.slow
 
@@ -97,3 +105,28 @@ def test_zero_3_top_k_dgl_sampler_table_query_and_inverted_lists(tmp_path):
     assert seen
     assert all(0 <= line["homophily"] <= 1 for line in seen)
     assert {"loss", "accuracy", "images_per_s", "wait_share", "memory_mb"} <= seen[-1].keys()
+
+
+@pytest.mark.slow
+def test_soft_targets_are_the_teachers_answers_by_id_and_view(micro_run):
+    """Against the teacher, loaded without DeepSpeed, on crops read for the purpose."""
+    config = settings.check(yaml.safe_load((micro_run / "config.yaml").read_text()))
+    context = Context(config, Ranks(), RunPaths(micro_run), micro_run, "", "cpu", False)
+    path = context.paths.train_manifest
+    manifest = Manifest.load(path)
+    teacher = Teacher(config, manifest.num_classes, initial=False)
+    last = disk.all_of(micro_run / "teacher" / "checkpoints")[-1]
+    teacher.load_state_dict(disk.load_weights(last))
+    teacher.eval()
+    targets = Targets.load(context.paths.targets, len(manifest), manifest.num_classes)
+    assert targets.views == config.targets.views == 2
+    reader = Reader(ReaderSpec(str(path), context.views()))
+    ids = np.arange(len(manifest))[::-3].copy()
+    answers = []
+    for view in range(2):
+        batch = reader.read(Request(ids, view))
+        with torch.no_grad():
+            wanted = teacher(torch.from_numpy(batch.images)).log_softmax(1).numpy()
+        np.testing.assert_allclose(targets.lookup(ids, view), wanted, atol=0.02)
+        answers.append(wanted)
+    assert np.abs(answers[0] - answers[1]).max() > 0.1  # crops differ, so would a swap of views
