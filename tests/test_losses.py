@@ -148,3 +148,12 @@ def test_unknown_neighbours_of_unknown_seeds_are_no_match() -> None:
     loss_B.sum().backward()
     assert weights.grad is not None
     assert (weights.grad == 0).all()
+
+
+def test_class_0_is_a_class_and_slots_without_weight_are_none() -> None:
+    weights = torch.tensor([[0.25, 0.75, 0.0], [1.0, 0.0, 0.0], [0.7, 0.3000001, 0.0]])
+    labels_of = torch.tensor([[0, 2, 0], [-1, 2, 2], [0, 0, 1]])
+    loss_B = neighbour_loss(weights, labels_of, torch.tensor([0, 1, 0]))
+    assert float(weights[2].sum()) > 1  # rounding: the loss stays 0 or more all the same
+    torch.testing.assert_close(loss_B, torch.tensor([4.0, 1.0, 1.0]).log(), atol=0, rtol=1e-6)
+    assert float(loss_B[2]) == 0.0

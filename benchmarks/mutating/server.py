@@ -1,0 +1,77 @@
+"""Runs tests against one mutant after another, each in a fork of a process that has the libraries.
+
+python benchmarks/mutating/server.py MODULE_FILE TESTS…   in a copy of the repository. Each line
+on stdin is JSON {"source": …, "seconds": …}; each on stdout says "passed", "failed", "timeout",
+"broken" (no test ran), and the seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+LIBRARIES = ("torch", "pyarrow.parquet", "hypothesis", "safetensors.torch", "sklearn.metrics",
+             "PIL.Image", "psutil", "pydantic", "yaml", "tqdm", "faiss", "deepspeed")  # fmt: skip
+PASSED, FAILED = 0, 1  # pytest's exit codes
+
+
+def main() -> None:
+    """Answer until stdin ends."""
+    module, tests = Path(sys.argv[1]), sys.argv[2:]
+    out = os.fdopen(os.dup(1), "w")
+    quiet = os.open(os.devnull, os.O_RDWR)
+    os.dup2(quiet, 1)
+    os.dup2(os.open("pytest.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    sys.dont_write_bytecode = True
+    # Benchmarks' folder was first; the copy and its tests are what counts now.
+    sys.path[0] = os.getcwd()
+    import pytest
+
+    for name in LIBRARIES:
+        with contextlib.suppress(ImportError):
+            __import__(name)
+    for line in sys.stdin:
+        job = json.loads(line)
+        module.write_text(job["source"], encoding="utf-8")
+        began = time.monotonic()
+        child = os.fork()
+        if child == 0:
+            os.setsid()
+            options = ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0", *tests]
+            code = 99
+            try:
+                code = int(pytest.main(options))
+            finally:
+                os._exit(code)
+        outcome = _wait(child, job["seconds"])
+        print(json.dumps([outcome, round(time.monotonic() - began, 1)]), file=out, flush=True)
+
+
+def _wait(child: int, seconds: float) -> str:
+    """How the tests ended; nothing that they started lives on."""
+    handle = os.pidfd_open(child)
+    try:
+        import select
+
+        ready, _, _ = select.select([handle], [], [], seconds)
+    finally:
+        os.close(handle)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    if not ready:
+        return "timeout"
+    if not os.WIFEXITED(status):
+        return "failed"  # the mutant ended the process
+    code = os.WEXITSTATUS(status)
+    # 2: an import failed while tests were collected, which is the mutant's doing too.
+    return {PASSED: "passed", FAILED: "failed", 2: "failed"}.get(code, "broken")
+
+
+if __name__ == "__main__":
+    main()
