@@ -1,0 +1,318 @@
+"""Run the commands of README.md and docs/*.md as a newcomer would: in a fresh clone, one by one.
+
+    python benchmarks/docs_commands.py                       the clone sets up its own .venv (make install)
+    python benchmarks/docs_commands.py --venv PATH           with one that is there already
+    python benchmarks/docs_commands.py --venv PATH --long    also those of many minutes
+    python benchmarks/docs_commands.py --check               only whether they could run: files, options, fields
+
+Commands are the lines of fenced blocks, and code in a sentence, that begin with a program of PROGRAMS. KINDS says which
+of them are not run, and why; a pattern there that fits no command any more is a failure, too. PRINTS is what the docs
+say that a command prints. Ends with a table; exit code 1 if something failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
+
+PROGRAMS = ("cnn2gnn", "python", "torchrun", "deepspeed", "srun", "ray", "make", "pip")
+KINDS: list[tuple[str, str, str]] = [  # pattern of the command, kind, why
+    (r"^cnn2gnn$|^(python|ray job stop|ray start --head)$", "name", "a program's name, not a call"),
+    (r"^make demo$", "demo", "the first: others look at its run"),
+    (r"^cnn2gnn run --config demo$", "demo", "again: skips what is whole"),
+    (r"^cnn2gnn student --config demo$", "demo", ""),
+    (r"^cnn2gnn (predict|checkpoint) .*runs/demo", "demo", "looks at the demo's run"),
+    (r"^torchrun .*docs/stream_example.py", "demo", "reads the demo's shards"),
+    (r"^pip install", "install", "into the clone's own .venv; not with --venv"),
+    (r"requirements-build", "long", "compiles for about 25 minutes"),
+    (r"^make test", "long", "all tests"),
+    (r"^make demo TORCH=", "no", "needs the index of a CUDA version"),
+    (r"^make partial", "install", "needs a compiler and libjpeg-turbo's header"),
+    (r"cluster.address=HEAD", "no", "needs several hosts"),
+    (r"^ray job submit|^python launch/submit.py|^ray (start|job)", "no", "needs a Ray cluster; tests/test_ways_in.py"),
+    (r"^(deepspeed|torchrun) .*launch/train.py .*--config demo", "long", "a whole demo; tests/test_ways_in.py"),
+    (r"config (cifar10|mini_imagenet|imagenet)( |$)", "no", "needs a data set, and an hour or a GPU"),
+    (r"python benchmarks/\w+\.py", "long", "minutes to an hour"),
+    (r"^cnn2gnn predict --run$|^cnn2gnn run$|--out$", "name", "named in a sentence, without its arguments"),
+]  # fmt: skip
+PRINTS = [  # pattern of the command, pattern of what it prints
+    (r"^make demo$", r"(?s)teacher.*student.*report\.html"),
+    (r"^cnn2gnn run --config demo$", r"whole, skipped"),
+    (r"--dry-run$", r"(?s)epochs: 20.*student +(to run|stale)"),
+    (r"^cnn2gnn predict", r"image\.png"),
+    (r"^cnn2gnn checkpoint ls", r"(?s)teacher.*student"),
+    (r"^cnn2gnn checkpoint verify", r"whole"),
+    (r"^cnn2gnn config$", r"student\.epochs"),
+    (r"^cnn2gnn doctor$", r"torch"),
+    (r"^cnn2gnn plan", r"(?i)bytes|GiB|GB|MB"),
+]
+PLACEHOLDERS = {"FOLDER": "scratch", "RUN": "runs/demo", "N": "1281167", "D": "128", "P": "8"}
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command of the docs: where it stands, its text without comment, its kind and why."""
+
+    place: str
+    text: str
+    kind: str
+    why: str
+
+
+def commands(root: Path = REPOSITORY) -> list[Command]:
+    """All commands of README.md and docs/*.md in reading order, each text once a file."""
+    found: dict[tuple[str, str], Command] = {}
+    for file in [root / "README.md", *sorted((root / "docs").glob("*.md"))]:
+        for number, text in _texts(file.read_text(encoding="utf-8")):
+            kind, why = kind_of(text)
+            name = str(file.relative_to(root))
+            found.setdefault((name, text), Command(f"{name}:{number}", text, kind, why))
+    return list(found.values())
+
+
+def kind_of(text: str) -> tuple[str, str]:
+    """Kind of a command, and why it is one: short unless KINDS says otherwise."""
+    for pattern, kind, why in KINDS:
+        if re.search(pattern, text):
+            return kind, why
+    return "short", ""
+
+
+def stale_patterns(found: list[Command]) -> list[str]:
+    """Patterns of KINDS and PRINTS that fit no command of the docs."""
+    patterns = [each[0] for each in (*KINDS, *PRINTS)]
+    return [p for p in patterns if not any(re.search(p, one.text) for one in found)]
+
+
+def _texts(markdown: str) -> Iterator[tuple[int, str]]:
+    fenced = ""
+    for number, line in enumerate(markdown.splitlines(), 1):
+        if line.lstrip().startswith("```"):
+            fenced = "" if fenced else (line.strip("` ") or "sh")
+            continue
+        texts = (
+            [line.strip()] if fenced == "sh" else [] if fenced else re.findall(r"`([^`]+)`", line)
+        )
+        for text in texts:
+            plain = _without_comment(text)
+            words = plain.split()
+            while words and re.match(r"[A-Z_0-9]+=", words[0]):
+                words.pop(0)
+            if words and words[0] in PROGRAMS and (len(words) > 1 or fenced):
+                yield number, plain
+
+
+def _without_comment(text: str) -> str:
+    return re.sub(r"\s+#\s.*$", "", text).strip()
+
+
+# Could it run?
+
+
+def fault(command: Command, root: Path = REPOSITORY) -> str:
+    """Why a command can't work as written; "" if nothing speaks against it."""
+    if command.kind == "name":
+        return ""
+    words = shlex.split(filled(command.text))
+    while re.match(r"[A-Z_0-9]+=", words[0]):
+        words.pop(0)
+    program, rest = words[0], words[1:]
+    if program == "make":
+        return _make_fault(rest, root)
+    if program == "pip":
+        return _pip_fault(rest, root)
+    if program == "cnn2gnn":
+        return _cli_fault(rest)
+    script = next((word for word in rest if word.endswith(".py")), None)
+    if script is not None:
+        if not (root / script).is_file():
+            return f"no file {script}"
+        after = rest[rest.index(script) + 1 :]
+        if script.startswith("launch/"):
+            return _config_fault(after)
+        return _option_fault(after, root / script)
+    if "cnn2gnn_dist" in rest:
+        return _cli_fault(rest[rest.index("cnn2gnn_dist") + 1 :])
+    return ""
+
+
+def filled(text: str) -> str:
+    """A command with its placeholders filled."""
+    return " ".join(PLACEHOLDERS.get(word, word) for word in text.split(" "))
+
+
+def _make_fault(rest: list[str], root: Path) -> str:
+    makefile = (root / "Makefile").read_text(encoding="utf-8")
+    for word in rest:
+        name = word.partition("=")[0]
+        target = rf"(?m)^{re.escape(name)}( +\?=|:)" if "=" not in word else rf"(?m)^{name} +\?="
+        if not re.search(target, makefile):
+            return f"the Makefile has no {name}"
+    return ""
+
+
+def _pip_fault(rest: list[str], root: Path) -> str:
+    for word in rest[1:]:
+        if word.endswith(".txt") and not (root / word).is_file():
+            return f"no file {word}"
+        extra = re.fullmatch(r"\.\[(\w+)\]", word)
+        if extra and f"\n{extra[1]} = [" not in (root / "pyproject.toml").read_text("utf-8"):
+            return f"pyproject.toml has no extra {extra[1]}"
+        if word.startswith("cnn2gnn"):
+            return "the package is on no index: pip install . from a clone"
+    return ""
+
+
+def _cli_fault(rest: list[str]) -> str:
+    from cnn2gnn_dist import cli, settings
+    from cnn2gnn_dist.errors import UserError
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            arguments = cli._parse(rest)
+        if getattr(arguments, "overrides", None) is not None:
+            settings.load(arguments.config, arguments.overrides)
+    except UserError as error:
+        return " ".join(str(error).split())
+    except SystemExit:
+        return said.getvalue().strip().splitlines()[-1]
+    return ""
+
+
+def _config_fault(rest: list[str]) -> str:
+    from cnn2gnn_dist import settings
+    from cnn2gnn_dist.errors import UserError
+
+    overrides = [word for word in rest if re.match(r"[a-z_.]+=", word)]
+    source = rest[rest.index("--config") + 1] if "--config" in rest else "demo"
+    try:
+        settings.load(source, overrides)
+    except UserError as error:
+        return " ".join(str(error).split())
+    return ""
+
+
+def _option_fault(rest: list[str], script: Path) -> str:
+    source = script.read_text(encoding="utf-8")
+    unknown = [word for word in rest if word.startswith("--") and f'"{word}"' not in source]
+    return f"{script.name} has no {' '.join(unknown)}" if unknown else ""
+
+
+# Running them
+
+
+def clone(folder: Path, venv: Path | None) -> Path:
+    """A fresh clone of the last commit, with an environment."""
+    root = folder / "clone"
+    subprocess.run(["git", "clone", "--quiet", str(REPOSITORY), str(root)], check=True)
+    if venv is None:
+        subprocess.run(["make", "install"], cwd=root, check=True)
+        return root
+    (root / ".venv").symlink_to(venv.resolve())
+    for name in (
+        "constraints.txt",
+        "pyproject.toml",
+    ):  # older than the environment: nothing to install
+        os.utime(root / name, (0, 0))
+    return root
+
+
+def run(command: Command, root: Path, seconds: float) -> tuple[str, str, float]:
+    """Outcome ("ok" or what went wrong), output and seconds of a command."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "PYTHONPATH")}
+    environment["PATH"] = f"{root / '.venv' / 'bin'}:{environment['PATH']}"
+    environment["PYTHONPATH"] = str(root)  # an environment that is there may know another checkout
+    (root / "scratch").mkdir(exist_ok=True)
+    begin = time.monotonic()
+    try:
+        done = subprocess.run(
+            ["bash", "-c", filled(command.text)],
+            cwd=root,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            timeout=seconds,
+        )
+    except subprocess.TimeoutExpired:
+        return f"not done after {seconds:.0f} s", "", seconds
+    took = time.monotonic() - begin
+    if done.returncode:
+        return f"exit code {done.returncode}", done.stdout, took
+    for pattern, wanted in PRINTS:
+        if re.search(pattern, command.text) and not re.search(wanted, done.stdout):
+            return f"does not print {wanted!r}", done.stdout, took
+    return "ok", done.stdout, took
+
+
+def image(root: Path) -> None:
+    """The image.png of the docs: a digit."""
+    import numpy as np
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    digit = (load_digits().images[0] * 15).astype(np.uint8)
+    Image.fromarray(digit).resize((32, 32)).convert("RGB").save(root / "image.png")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="run nothing")
+    parser.add_argument("--short", action="store_true", help="without the demo and what needs it")
+    parser.add_argument("--long", action="store_true", help="also those of many minutes")
+    parser.add_argument("--venv", type=Path, help="an environment to use; default: make install")
+    parser.add_argument(
+        "--seconds", type=float, default=1200, help="limit of a command that is not long"
+    )
+    options = parser.parse_args()
+    found = commands()
+    faults = {one: fault(one) for one in found}
+    stale = stale_patterns(found)
+    kinds = [] if options.check else ["short"]
+    kinds += [] if options.check or options.short else ["demo"]
+    kinds += ["long"] if options.long else []
+    kinds += ["install"] if kinds and options.venv is None else []
+    rows: list[tuple[Command, str, float]] = []
+    with tempfile.TemporaryDirectory(prefix="docs-commands-") as folder:
+        root = clone(Path(folder), options.venv) if kinds else REPOSITORY
+        if kinds:
+            image(root)
+        # `make demo` stands first in README; what looks at its run comes after it everywhere.
+        for one in sorted(found, key=lambda each: each.text != "make demo"):
+            outcome, took = faults[one] or (f"not run: {one.why}" if one.why else "not run"), 0.0
+            if one.kind in kinds and not faults[one]:
+                outcome, output, took = run(
+                    one, root, 36000 if one.kind == "long" else options.seconds
+                )
+                if outcome != "ok":
+                    print(f"\n$ {one.text}\n{output[-3000:]}", file=sys.stderr)
+            rows.append((one, outcome, took))
+            print(f"{one.kind:8} {took:6.1f} s  {outcome:40} {one.place:24} {one.text}", flush=True)
+    failed = [row for row in rows if row[1] != "ok" and not row[1].startswith("not run")]
+    print(f"\n{len(rows)} commands: {sum(row[1] == 'ok' for row in rows)} ran well, "
+          f"{len(failed)} failed, {sum(row[1].startswith('not run') for row in rows)} not run")  # fmt: skip
+    for pattern in stale:
+        print(f"no command fits {pattern!r} any more: take it out of KINDS or PRINTS")
+    return 1 if failed or stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
