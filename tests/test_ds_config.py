@@ -151,6 +151,31 @@ def test_what_cannot_work_is_refused(ds: dict[str, Any], words: list[str]) -> No
         assert word in str(caught.value)
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("name", ["float16", "fp16", "half", "torch.float16", "int8", "bf17"])
+def test_autocast_is_bfloat16_or_refused(name: str, device: str) -> None:
+    for enabled in ({}, {"enabled": "auto"}, {"enabled": True}):
+        with pytest.raises(UserError) as caught:
+            resolve({"torch_autocast": {"dtype": name, **enabled}}, device=device)
+        assert name in caught.value.what
+        assert caught.value.where == "torch_autocast.dtype"
+    for remedy in ({"dtype": "bfloat16"}, {"dtype": name, "enabled": False}):  # as it says
+        found = resolve({"torch_autocast": remedy}, device=device)["torch_autocast"]
+        assert found["enabled"] is (device == "cuda" and "enabled" not in remedy)
+
+
+def test_autocast_without_a_dtype_is_not_left_to_torch() -> None:
+    """Its default on GPUs is float16."""
+    for ds in ({}, {"torch_autocast": {"enabled": True}}, {"torch_autocast": {"dtype": "auto"}}):
+        assert resolve(ds, device="cuda")["torch_autocast"]["dtype"] == "bfloat16"
+
+
+def test_gradients_in_float16_are_refused() -> None:
+    with pytest.raises(UserError, match="float16"):
+        resolve({"communication_data_type": "fp16"})
+    assert resolve({"communication_data_type": "bf16"})["communication_data_type"] == "bf16"
+
+
 def test_what_agrees_with_the_arithmetic_is_fine() -> None:
     ds = {"train_batch_size": 16, "train_micro_batch_size_per_gpu": 4, "bf16": {"enabled": False}}
     assert resolve(ds)["train_micro_batch_size_per_gpu"] == 4

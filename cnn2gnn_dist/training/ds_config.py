@@ -53,6 +53,10 @@ KNOWN_KEYS = frozenset(
 )
 
 
+BFLOAT16 = ("bfloat16", "bf16", "torch.bfloat16")
+"""DeepSpeed's names of it."""
+
+
 def load(path: str | Path | None = None) -> dict[str, Any]:
     """Read a DeepSpeed config; by default ``./ds_config.json``, else the one that comes with us.
 
@@ -141,6 +145,7 @@ def resolve(
     on_gpu = device == "cuda"
     zero["overlap_comm"] = on_gpu and _auto(zero.get("overlap_comm", "auto"), True)
     autocast = _block(config, "torch_autocast")
+    _refuse_half(autocast, config)
     autocast["enabled"] = on_gpu and _auto(autocast.get("enabled", "auto"), True)
     config["gradient_clipping"] = _auto(config.get("gradient_clipping", "auto"), clip)
     _resolve_optimizer(_block(config, "optimizer"), lr, weight_decay, on_gpu)
@@ -190,6 +195,26 @@ def _refuse_modes(config: dict[str, Any]) -> None:
             where="scheduler",
             remedy="remove it; see lr, warmup_epochs and epochs in the run's config",
         )
+
+
+def _refuse_half(autocast: dict[str, Any], config: dict[str, Any]) -> None:
+    """bfloat16 or nothing, on the CPU too, where the same file would pass and mean nothing."""
+    # DeepSpeed would leave the choice to torch, whose default on GPUs is float16.
+    dtype = autocast["dtype"] = _auto(autocast.get("dtype", "auto"), "bfloat16")
+    if autocast.get("enabled", "auto") is not False and dtype not in BFLOAT16:
+        raise UserError(
+            f"autocast to {dtype!r} is not supported: float16 needs a scaled loss, without which "
+            "small gradients vanish and training diverges",
+            where="torch_autocast.dtype",
+            remedy='"dtype": "bfloat16", or "enabled": false',
+        )
+    for key in ("communication_data_type", "seq_parallel_communication_data_type"):
+        if str(config.get(key)).lower() == "fp16":
+            raise UserError(
+                "gradients can't be summed in float16: without a scaled loss small ones vanish",
+                where=key,
+                remedy='"fp32" or "bf16", or remove it',
+            )
 
 
 def _resolve_optimizer(
