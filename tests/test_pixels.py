@@ -324,6 +324,7 @@ def test_orientation_of_a_tiff_is_applied_and_of_a_jpeg_is_not():
     exif[0x0112] = 6  # lying on its side
     assert decode(saved(RGB, "JPEG", exif=exif)).shape == (HIGH, WIDE, 3)
     assert decode(saved(RGB, "PNG", exif=exif)).shape == (HIGH, WIDE, 3)
+    assert decode(saved(RGB, "WEBP", exif=exif)).shape == (HIGH, WIDE, 3)
     np.testing.assert_array_equal(decode(saved(RGB, "TIFF", exif=exif)), np.rot90(RGB, -1))
 
 
