@@ -39,7 +39,8 @@ class DataConfig(Section):
     )
     train: str | list[str] | None = Field(
         None,
-        description="shards (globs, {0000..1023}), Parquet files or a folder of the training images",
+        description="the training images: shards (globs, {0000..1023}, a folder, URLs), Parquet files (globs, a "
+        "folder), or a folder of one folder a class",
         json_schema_extra=PATH,
     )
     test: str | list[str] | None = Field(
@@ -57,7 +58,14 @@ class DataConfig(Section):
         None, ge=1, description="pack only the first so many samples (trials)"
     )
     num_classes: int | None = Field(
-        None, ge=2, description="number of classes; null: read from the data"
+        None,
+        ge=2,
+        description="number of classes, which the data must not exceed; null: read from the data",
+    )
+    match_classes: Literal["name", "number"] = Field(
+        "name",
+        description="held-out classes are matched by name where there are names; number: trust that `train` and "
+        "`test` number their classes alike",
     )
     allow_empty_classes: bool = Field(False, description="accept classes without a training image")
     checksums: bool = Field(

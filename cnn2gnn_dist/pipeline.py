@@ -155,7 +155,18 @@ def _run_all(
             digests[stage.name], keys[stage.name] = step.entry.digest, step.entry.key
         if wanted:
             done[stage.name] = step.why
+        if stage.name == "index" and step.standing is Standing.WHOLE:
+            _together(ranks, lambda: _fit_images(config, names))
     return done
+
+
+def _fit_images(config: Config, names: list[str] | None) -> None:
+    """See that there are images enough for what lies ahead, before any training is paid for."""
+    from cnn2gnn_dist.stages.context import load_manifest
+
+    ahead = [step.stage.name for step in plan(config, names) if step.standing is not Standing.WHOLE]
+    train = load_manifest(RunPaths(Path(str(config.run.dir))).train_manifest)
+    fit.check_images(config, ahead, len(train))
 
 
 def skipped(name: str) -> str:
@@ -290,11 +301,11 @@ def _inputs(config: Config, stage: Stage) -> dict[str, str]:
 
 def _looked_at(origin: str | list[str], source: str) -> list[Path | str]:
     """Files, or for a folder of images it and its class folders: too many files to look at all."""
-    from cnn2gnn_dist.data.manifest import expand
+    from cnn2gnn_dist.data.expand import files_of
 
     if source in ("shards", "parquet"):
-        return [path if "://" in path else Path(path) for path in expand(origin)]
-    folder = Path(origin if isinstance(origin, str) else origin[0])
+        return [path if "://" in path else Path(path) for path in files_of(source, origin)]
+    folder = Path(origin if isinstance(origin, str) else origin[0]).expanduser()
     return (
         [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
         if folder.is_dir()

@@ -351,10 +351,10 @@ def test_keys_beyond_two_gibibytes_keep_long_offsets(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
 def test_workers_change_nothing(tmp_path: Path, workers: int) -> None:
-    """Rows in the shards' order, class names from the first sample that has one."""
+    """Rows in the shards' order, class names from any of them."""
     members = [[(f"{s}.cls", b"%d" % (s % 3)), (f"{s}.jpg", b"x" * s)] for s in range(20)]
     for s, sample in enumerate(members):
-        sample.append((f"{s}.json", b'{"class_name": "from %d"}' % s))
+        sample.append((f"{s}.json", b'{"class_name": "from %d"}' % (s % 3)))
     paths = [write_tar(tmp_path / f"{s:02d}.tar", sample) for s, sample in enumerate(members)]
     manifest = index(paths, workers=workers)
     assert manifest.size_N.tolist() == list(range(20))

@@ -12,9 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import archives
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from archives import by_webdataset
-from helpers import data_dir, write_tar
+from helpers import data_dir, encode_image, random_images, write_tar
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -226,9 +228,6 @@ def test_foreign_and_damaged_files(tmp_path: Path) -> None:
     path.write_bytes(gzip.compress(whole))
     with pytest.raises(UserError, match=r"compressed \(gzip\)"):
         list(tar.walk(path))
-    path.write_bytes(b"<html>not found</html>".ljust(2048))
-    with pytest.raises(UserError, match="not a sound tar"):
-        list(tar.walk(path))
     path.write_bytes(whole[:1024] + b"?" + whole[1025:])  # one byte of the second header
     with pytest.raises(UserError, match="wrong checksum at byte 1,024"):
         list(tar.walk(path))
@@ -268,3 +267,42 @@ def test_real_shards_equal_webdataset() -> None:
     paths = sorted(data_dir("imagenet-sample").glob("*.tar"))
     assert sum(len(list(tar.samples(path))) for path in paths) == 200
     assert ours(paths[0]) == by_webdataset(paths[0])
+
+
+def parquet_bytes() -> bytes:
+    file = io.BytesIO()
+    pq.write_table(pa.table({"a": [1]}), file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("data", "what", "remedy"),
+    [
+        (b"<html>not found</html>".ljust(2048), "is an HTML page, not a tar", "login page"),
+        (b"\n<!DOCTYPE html><html>Please log in</html>", "is an HTML page, not a tar", "login"),
+        (b'<?xml version="1.0"?><Error><Code>NoSuchKey</Code></Error>', "an XML answer", "store"),
+        (b'{"error": "Repository not found"}', "is JSON, not a tar", "server's error"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "Git LFS", "git lfs pull"),
+        (parquet_bytes(), "is a Parquet file, not a tar", "data.source=parquet"),
+        (encode_image(random_images(1)[0]), "is a PNG image, not", "data.source=imagefolder"),
+        (encode_image(random_images(1)[0], "jpg"), "is a JPEG image", "data.source=imagefolder"),
+        (b"PK\x03\x04" + bytes(600), "is a zip archive, not", "data.source=imagefolder"),
+        (b"train-0.tar\ntrain-1.tar\n", "not a sound tar archive but text: 'train-0", "a list"),
+        (b"x" * 512, "not a sound tar archive but text", "Name the .tar files"),
+    ],
+)
+def test_what_is_no_tar_is_called_what_it_is(
+    tmp_path: Path, data: bytes, what: str, remedy: str
+) -> None:
+    path = tmp_path / "x.tar"
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=re.escape(what)) as caught:
+        list(tar.walk(path))
+    assert caught.value.where == str(path)
+    assert remedy in caught.value.remedy
+
+
+@pytest.mark.parametrize("name", ["BZhou.jpg", "PAR1.jpg", "{x}.jpg", "<html>.jpg", "RIFF.jpg"])
+def test_a_first_member_may_be_called_like_another_kind_of_file(tmp_path: Path, name: str) -> None:
+    path = write_tar(tmp_path / "x.tar", [(name, b"x")])
+    assert [member.name for member in tar.walk(path)] == [name]

@@ -17,17 +17,18 @@ import struct
 from collections.abc import Iterator
 from zlib import adler32
 
-from cnn2gnn_dist.data.archive import BLOCK, Archive
+from cnn2gnn_dist.data.archive import BLOCK, WRITE_AGAIN, Archive, shown
 from cnn2gnn_dist.data.extended import Careful, Member, header_sums, number, prefix_of
+from cnn2gnn_dist.data.sniff import kind_of, remedy_for
 from cnn2gnn_dist.errors import UserError
 
 _WINDOW, _WIDEST = 3072, 1 << 17  # one read covers a small member and the header after it
 _ZERO = bytes(BLOCK)
 _COMPRESSED = {
-    b"\x1f\x8b": "gzip",
-    b"BZh": "bzip2",
-    b"\xfd7zXZ": "xz",
-    b"\x28\xb5\x2f\xfd": "zstd",
+    "a gzip file": "gzip",
+    "a bzip2 file": "bzip2",
+    "an xz file": "xz",
+    "a zstd file": "zstd",
 }
 _split = struct.Struct("148s8s356s").unpack_from  # up to the checksum, the checksum, after it
 _MEMO = 1 << 14  # entries that a memo keeps
@@ -104,19 +105,33 @@ def members(tar: Archive) -> Iterator[Member]:
 
 
 def _refuse_foreign(tar: Archive) -> None:
+    """Raise a UserError that says what a file is which starts like something else than a tar."""
     start = tar.read(0, BLOCK)
-    for magic, kind in _COMPRESSED.items():
-        if not start.startswith(magic):
-            continue
-        try:  # a first member may be called BZhou.jpg
-            if len(start) == BLOCK and number(start[148:156]) in header_sums(start):
-                return
-        except ValueError:
-            pass
+    try:  # a first member may be called BZhou.jpg
+        if len(start) == BLOCK and number(start[148:156]) in header_sums(start):
+            return
+    except ValueError:
+        pass
+    kind = kind_of(start)
+    if kind in _COMPRESSED:
         raise UserError(
-            f"The shard is compressed ({kind}): its members cannot be read by position.",
+            f"The shard is compressed ({_COMPRESSED[kind]}): its members cannot be read by "
+            "position.",
             where=tar.where,
             remedy="Decompress it to a plain .tar; images gain nothing from compression.",
+        )
+    if kind == "text":
+        begin = shown(start.decode("utf-8", "replace").strip(), 40)
+        raise UserError(
+            f"The shard is not a sound tar archive but text: '{begin}'.",
+            where=tar.where,
+            remedy="Name the .tar files themselves, not a list of them or a message about them.",
+        )
+    if kind not in (None, "a tar archive"):
+        raise UserError(
+            f"The file is {kind}, not a tar shard.",
+            where=tar.where,
+            remedy=remedy_for(kind, WRITE_AGAIN),
         )
 
 

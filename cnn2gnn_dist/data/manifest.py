@@ -25,8 +25,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cnn2gnn_dist.data import stored, urls
+from cnn2gnn_dist.data.classes import class_names, refuse_empty_classes
 from cnn2gnn_dist.data.expand import expand
-from cnn2gnn_dist.data.gather import gather, in_order, refuse_empty_classes
+from cnn2gnn_dist.data.gather import Gathered, gather, in_order
 from cnn2gnn_dist.data.rows import COLUMNS
 from cnn2gnn_dist.data.split import split_per_class
 from cnn2gnn_dist.data.stored import Shard
@@ -215,8 +216,9 @@ def index(
 
     Args:
         shards: tar files or URLs of some, in the order of their rows.
-        classes: the class names. Without them there are as many as the highest label says, named
-            by ``class_name`` in a sample's ``.json``, else by number.
+        classes: the class names. Without them there are as many as the highest label says (or
+            ``PREFIX-classes.json`` beside local shards lists), named by that list or by
+            ``class_name`` in samples' ``.json``, else by number.
         progress: show a progress bar when on a terminal.
         require_labels: refuse samples without ``.cls``; otherwise their label is -1.
         allow_empty_classes: accept classes without samples (a subset of a larger data set).
@@ -227,20 +229,32 @@ def index(
     Raises:
         UserError: a shard is unreadable (see :func:`cnn2gnn_dist.data.tar.samples`) or holds no
             samples; a sample has no image or no ``.cls``, or one that is no class number; a class
-            is empty; there are no samples at all.
+            is empty, or has two names; there are no samples at all.
     """
-    if not shards:
-        raise UserError("No shards are given.", remedy="Name at least one shard, glob or folder.")
+    refuse_none(shards)
     found = gather(
         shards,
-        classes=classes,
+        num_classes=None if classes is None else len(classes),
+        names=classes is None,
         require_labels=require_labels,
         checksums=checksums,
         workers=workers,
         progress=progress,
     )
+    names = tuple(classes) if classes is not None else class_names(found.told)
+    label_N = found.columns["label_N"]
     if not allow_empty_classes:
-        refuse_empty_classes(found.columns["label_N"], found.classes)
-    return Manifest(
-        found.shards, found.classes, **found.columns, keys=found.keys, crc_N=found.crc_N
-    )
+        refuse_empty_classes(label_N, names, numbered=classes is None and not found.told.names)
+    return manifest_of(found, names, label_N)
+
+
+def refuse_none(shards: Sequence[Path | str]) -> None:
+    """Raise a UserError if there are no shards."""
+    if not shards:
+        raise UserError("No shards are given.", remedy="Name at least one shard, glob or folder.")
+
+
+def manifest_of(found: Gathered, classes: tuple[str, ...], label_N: np.ndarray) -> Manifest:
+    """The manifest of what was gathered, with these class names and labels."""
+    columns = {**found.columns, "label_N": np.ascontiguousarray(label_N, COLUMNS["label"])}
+    return Manifest(found.shards, classes, **columns, keys=found.keys, crc_N=found.crc_N)

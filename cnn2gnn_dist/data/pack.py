@@ -18,7 +18,7 @@ import numpy as np
 from cnn2gnn_dist import durable
 from cnn2gnn_dist.data.formats import IMAGE_SUFFIXES, image_suffix
 from cnn2gnn_dist.data.image_files import CORRUPT, Found, find_images, printable, unreadable
-from cnn2gnn_dist.data.parquet import open_parquet, read_classes, read_labels
+from cnn2gnn_dist.data.parquet import open_parquet, read_labels
 from cnn2gnn_dist.data.shards import Source, encode_png, write_shards
 from cnn2gnn_dist.errors import UserError
 
@@ -75,8 +75,9 @@ def pack_parquet(
     """Pack Parquet files in Hugging Face's image layout, row by row in the order of the files.
 
     Args:
-        files: Parquet files with ``image`` (struct<bytes, path> or binary) and ``label`` (int);
-            class names come from the schema metadata ``huggingface``, else are the numbers.
+        files: Parquet files with ``image`` (struct<bytes, path> or binary) and ``label``: integers,
+            named by the schema metadata ``huggingface`` (ClassLabel) where it is there, or text,
+            the names themselves. Files that number the same names differently are renumbered.
         out: folder of the shards.
         shard_size: samples a shard.
         prefix: begins the names of shards and samples; one for each split.
@@ -86,31 +87,22 @@ def pack_parquet(
         progress: show a progress bar when on a terminal.
 
     Raises:
-        UserError: a file is missing or not Parquet, lacks a column (those it has are named), names
-            other classes than the first; a row has no image or no label within the classes.
+        UserError: a file is missing or not Parquet, lacks a column (the likely one is named), holds
+            something else in it, names other classes than the first; a row has no image or no
+            label within the classes.
     """
     paths = [Path(files)] if isinstance(files, str | os.PathLike) else [Path(f) for f in files]
-    labels = [read_labels(path, image_column, label_column) for path in paths]
-    if not labels or not sum(map(len, labels)):
+    if not paths:
         raise UserError("There are no rows to pack.", remedy="Name at least one Parquet file.")
-    classes = read_classes(paths, label_column, max(int(x.max(initial=0)) for x in labels))
-    for path, label_N in zip(paths, labels, strict=True):
-        wrong = np.flatnonzero((label_N < 0) | (label_N >= len(classes)))
-        if len(wrong):
-            raise UserError(
-                f"Row {wrong[0]} has the label {label_N[wrong[0]]}; "
-                f"there are {len(classes)} classes, numbered from 0.",
-                where=str(path),
-                remedy="Label -1 is Hugging Face's for hidden labels: pack a split with labels.",
-            )
-    count = _limited(sum(map(len, labels)), limit)
+    labels = read_labels(paths, image_column, label_column)
+    count = _limited(sum(map(len, labels.files)), limit)
     return write_shards(
-        islice(_parquet_sources(paths, labels, prefix, image_column), count),
+        islice(_parquet_sources(paths, labels.files, prefix, image_column), count),
         count,
         out,
         prefix=prefix,
         shard_size=shard_size,
-        classes=classes,
+        classes=labels.classes,
         progress=progress,
     )
 

@@ -1,17 +1,16 @@
 """From one shard to its rows of the manifest: image, label and class name of each sample.
 
-Of the payloads only labels (64 bytes at most), class names (``MAX_JSON`` bytes at most, one a
-class) and, for checksums, images are read. Members of other kinds, pickles among them, are never
-opened.
+Of the payloads only labels (64 bytes at most), class names (see :mod:`.naming`) and, for checksums,
+images are read. Members of other kinds, pickles among them, are never opened.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import zlib
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +18,7 @@ import pyarrow as pa
 from cnn2gnn_dist.data.archive import Archive, shown
 from cnn2gnn_dist.data.extended import Member
 from cnn2gnn_dist.data.formats import IMAGE_SUFFIXES
+from cnn2gnn_dist.data.naming import Named, Names
 from cnn2gnn_dist.data.tar import MACOS, TarSample, grouped, hidden
 from cnn2gnn_dist.errors import UserError
 
@@ -29,8 +29,7 @@ COLUMNS = {
     "label": np.int32,
     "row_in_shard": np.int32,
 }
-MAX_JSON = 1 << 20
-_MAX_IMAGE, _MAX_LABEL, _MAX_NAME, _CHUNK, _MEMO = 1 << 31, 64, 1000, 1 << 20, 1 << 14
+_MAX_IMAGE, _MAX_LABEL, _CHUNK, _MEMO = 1 << 31, 64, 1 << 20, 1 << 14
 _CLASS_NUMBER = re.compile(rb"\s*([0-9]{1,9})\s*")
 
 
@@ -39,8 +38,7 @@ class ShardRows:
     """The n rows of one shard.
 
     ``offset_n``, ``size_n``, ``label_n`` and ``keys_n`` are as in the manifest, ``crc_n`` holds the
-    CRC-32 of the images (None: not asked for), ``names`` a class name (None: the sample tells none)
-    for each label that was not known before.
+    CRC-32 of the images (None: not asked for), ``names`` the class names that were not known before.
     """
 
     bytes: int
@@ -49,7 +47,7 @@ class ShardRows:
     label_n: np.ndarray
     keys_n: pa.LargeStringArray
     crc_n: np.ndarray | None
-    names: dict[int, str | None]
+    names: dict[int, Named]
 
     def __len__(self) -> int:
         return len(self.label_n)
@@ -57,41 +55,42 @@ class ShardRows:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is asked of every shard: ``num_classes`` None means that labels make the classes."""
+    """What is asked of every shard: ``num_classes`` bounds the labels, ``names`` reads class names."""
 
     num_classes: int | None
     require_labels: bool
     checksums: bool
+    names: bool = True
 
 
 def read_shard(
-    path: str, wanted: Wanted, known: Collection[int] = (), where: str | None = None
+    path: str,
+    wanted: Wanted,
+    known: Mapping[int, Named] = MappingProxyType({}),
+    where: str | None = None,
 ) -> ShardRows:
     """Walk a shard.
 
     Args:
         path: the shard, as a local file.
         wanted: what is asked of it.
-        known: labels whose class names need not be read again.
+        known: names by class, as told before.
         where: what to call it in errors (a URL, say); default: the path.
 
     Raises:
         UserError: as :func:`cnn2gnn_dist.data.tar.samples`; the shard holds no samples; a sample
-            has no image, no label, an impossible one, or a name that is not UTF-8.
+            has no image, no label, an impossible one, or a name that is not UTF-8; a class has two
+            names.
     """
     with Archive(path, where) as archive:
-        return _read(archive, _Payloads(archive), wanted, known)
+        return _read(archive, _Payloads(archive), wanted, Names(archive, known))
 
 
-def _read(
-    archive: Archive, payloads: _Payloads, wanted: Wanted, known: Collection[int]
-) -> ShardRows:
+def _read(archive: Archive, payloads: _Payloads, wanted: Wanted, names: Names) -> ShardRows:
     where = archive.where
     keys: list[str] = []
     images: list[Member] = []
     labels: list[int] = []
-    names: dict[int, str | None] = {}
-    named = wanted.num_classes is not None
     for sample in grouped(archive):
         key, fields = sample
         keys.append(key)
@@ -99,8 +98,8 @@ def _read(
         images.append(jpg if jpg and jpg[2] < _MAX_IMAGE else _image(where, sample))
         label = payloads.label(sample, wanted)
         labels.append(label)
-        if not (named or label in known or label in names or label < 0):
-            names[label] = payloads.class_name(sample)
+        if wanted.names and label >= 0:
+            names.see(label, sample)
     if not keys:
         raise UserError(
             "The shard holds no samples.",
@@ -115,7 +114,7 @@ def _read(
         np.asarray(labels, COLUMNS["label"]),
         _encoded(where, keys),
         None if crcs is None else np.asarray(crcs, np.uint32),
-        names,
+        names.found,
     )
 
 
@@ -148,6 +147,18 @@ class _Payloads:
 
     def _checked(self, text: bytes, sample: TarSample, member: Member, wanted: Wanted) -> int:
         match = _CLASS_NUMBER.fullmatch(text)
+        if (
+            match is None
+            and text.strip().isdigit()
+            and text.isascii()
+            and member.size <= _MAX_LABEL
+        ):
+            raise UserError(
+                f"The label of sample '{shown(sample.key)}' is {text.strip().decode()}: too large "
+                "for the number of a class, like an id.",
+                where=f"{self.where}, member '{shown(member.name)}'",
+                remedy="Number the classes from 0 without gaps.",
+            )
         if match is None or member.size > _MAX_LABEL:
             raise UserError(
                 f"The label of sample '{shown(sample.key)}' is no class number: {text[:24]!r}.",
@@ -163,18 +174,6 @@ class _Payloads:
                 remedy="Correct the label or the list of classes.",
             )
         return label
-
-    def class_name(self, sample: TarSample) -> str | None:
-        """``class_name`` of a sample's ``.json``; a json of another make is no fault."""
-        member = sample.fields.get("json")
-        if member is None or member.size > MAX_JSON:
-            return None
-        try:
-            name = json.loads(self.read(member.offset, member.size))["class_name"]
-            name.encode("utf-8")  # JSON may hold halves of surrogate pairs
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            return None
-        return name if isinstance(name, str) and len(name) <= _MAX_NAME else None
 
     def crc(self, member: Member) -> int:
         """CRC-32 of a member's bytes, read piece by piece."""

@@ -38,14 +38,15 @@ def write_shards(
     *,
     prefix: str,
     shard_size: int,
-    classes: Sequence[str],
+    classes: Sequence[str | None],
     progress: bool,
 ) -> list[Path]:
     """Write ``count`` samples as ``out/PREFIX-000000.tar``…, and their ``PREFIX-classes.json``.
 
     Each sample is KEY.cls (the label in ASCII), KEY.<suffix> (the image as given) and KEY.json
-    (label, class_name, and what ``about`` says). A shard gets its name when it is complete, so an
-    interrupted run leaves none that is partial; a second run replaces those of the first.
+    (label, class_name, null where a class has but a number, and what ``about`` says). A shard gets
+    its name when it is complete, so an interrupted run leaves none that is partial; a second run
+    replaces those of the first.
 
     Raises:
         UserError: a prefix or shard size that makes no sense; shards of an earlier, larger run
@@ -107,7 +108,7 @@ def _prepare(folder: Path, prefix: str, shard_size: int, count: int) -> Path:
     return folder
 
 
-def _add_sample(tar: tarfile.TarFile, source: Source, classes: Sequence[str]) -> None:
+def _add_sample(tar: tarfile.TarFile, source: Source, classes: Sequence[str | None]) -> None:
     about = {**source.about, "label": source.label, "class_name": classes[source.label]}
     members = {
         "cls": str(source.label).encode("ascii"),

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from cnn2gnn_dist.config import DataConfig
-from cnn2gnn_dist.data import manifest as manifests
-from cnn2gnn_dist.data import pack
+from cnn2gnn_dist.data import folders, pack
+from cnn2gnn_dist.data.classes import notes
+from cnn2gnn_dist.data.expand import files_of
+from cnn2gnn_dist.data.manifest import Manifest, split_per_class
+from cnn2gnn_dist.data.pair import index_pair, index_whole
 from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.stages import fit
 from cnn2gnn_dist.stages.context import Context
 
 
@@ -41,7 +46,7 @@ def pack_source(
         )
     if data.source == "parquet":
         return pack.pack_parquet(
-            manifests.expand(origin),
+            files_of(data.source, origin),
             out,
             shard_size=data.shard_size,
             prefix=part,
@@ -49,8 +54,9 @@ def pack_source(
             label_column=data.label_column,
             limit=data.limit,
         )
-    folder = Path(origin if isinstance(origin, str) else origin[0])
+    folder = _one_folder(origin, data.source, part)
     if data.source == "imagefolder":
+        check_tree(folder)
         return pack.pack_imagefolder(
             folder,
             out,
@@ -75,35 +81,70 @@ def pack_source(
     )
 
 
+def _one_folder(origin: str | list[str], source: str, part: str) -> Path:
+    named = [origin] if isinstance(origin, str) else origin
+    if len(named) != 1:
+        raise UserError(
+            f"the source {source!r} reads one folder, and {len(named)} are named",
+            where=f"data.{part}",
+            remedy=f"data.{part}=FOLDER; several can be put into one by symbolic links",
+        )
+    if "://" in named[0].removeprefix("file://"):
+        raise UserError(
+            f"the source {source!r} reads a folder on disk, and this is a URL",
+            where=f"data.{part}={named[0]}",
+            remedy="download the images; what streams from URLs are WebDataset shards "
+            "(data.source=shards)",
+        )
+    return Path(named[0].removeprefix("file://")).expanduser()
+
+
+def check_tree(root: Path) -> None:
+    """See that a folder is a tree of images by class, as far as its names tell.
+
+    Raises:
+        UserError: it holds shards or Parquet files; its folders are the parts of a set.
+    """
+    if not root.is_dir():
+        return  # the packer says so
+    inside = sorted(
+        entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != "."
+    )
+    folders.refuse_parts_as_classes(str(root), inside)
+    other = folders.other_source(str(root), "imagefolder")
+    if other is not None:
+        kinds = {"shards": "tar shards", "parquet": "Parquet files"}
+        raise UserError(
+            f"The folder holds {kinds[other]}, and no images in folders.",
+            where=str(root),
+            remedy=f"Say data.source={other} if these are the data, or name another folder.",
+        )
+
+
 def index_run(context: Context) -> list[Path]:
     """Stage ``index``: the manifests of training and held-out images (rank 0)."""
-    data, paths = context.config.data, context.paths
+    config, paths = context.config, context.paths
+    data = config.data
     if data.source == "shards":
-        train, test = shard_paths(data.train, "train"), None
-        if data.test is not None:
-            test = shard_paths(data.test, "test")
+        train = shard_paths(data.train, "train")
+        test = None if data.test is None else shard_paths(data.test, "test")
     else:
         train, test = _packed(paths.shards, "train"), _packed(paths.shards, "test")
-    classes = None if data.num_classes is None else [str(c) for c in range(data.num_classes)]
-    whole = manifests.index(
-        train,
-        classes=classes,
-        allow_empty_classes=data.allow_empty_classes,
-        checksums=data.checksums,
-    )
     if test:
-        held = manifests.index(
-            test, classes=whole.classes, allow_empty_classes=True, checksums=data.checksums
+        pair = index_pair(
+            train,
+            test,
+            num_classes=data.num_classes,
+            match_classes=data.match_classes,
+            allow_empty_classes=data.allow_empty_classes,
+            checksums=data.checksums,
         )
+        whole, held, said = pair.train, pair.held, pair.notes
     else:
-        if data.holdout <= 0:
-            raise UserError(
-                "there are no held-out images",
-                where="data.test",
-                remedy="name a second set of shards, or set data.holdout above 0",
-            )
-        train_rows, held_rows = manifests.split_per_class(whole, data.holdout, context.config.seed)
-        whole, held = whole.select(train_rows), whole.select(held_rows)
+        whole, held, said = _held_out(data, train, config.seed)
+    said += fit.check_classes(whole.label_N, len(held), None if test else data.holdout)
+    stages = ("teacher", "student", *(("control",) if config.student.control else ()))
+    said += [f"{e.what} ({e.where})" for e in fit.misfits(config, stages, len(whole))]
     paths.train_manifest.parent.mkdir(parents=True, exist_ok=True)
     whole.save(paths.train_manifest)
     held.save(paths.test_manifest)
@@ -111,7 +152,30 @@ def index_run(context: Context) -> list[Path]:
         f"index    {len(whole)} training and {len(held)} held-out images of "
         f"{whole.num_classes} classes in {len(whole.shards)} shards"
     )
+    for note in dict.fromkeys(said):
+        context.say(f"index    note: {note}")
     return [paths.train_manifest, paths.test_manifest]
+
+
+def _held_out(
+    data: DataConfig, train: list[str], seed: int
+) -> tuple[Manifest, Manifest, list[str]]:
+    """Training images, the share of each class that is held out, and what to say of them."""
+    if data.holdout <= 0:
+        raise UserError(
+            "there are no held-out images",
+            where="data.test",
+            remedy="name a second set of images, or set data.holdout above 0",
+        )
+    whole = index_whole(
+        train,
+        num_classes=data.num_classes,
+        allow_empty_classes=data.allow_empty_classes,
+        checksums=data.checksums,
+    )
+    train_rows, held_rows = split_per_class(whole.manifest, data.holdout, seed)
+    part, held = whole.manifest.select(train_rows), whole.manifest.select(held_rows)
+    return part, held, notes(whole.told, part.label_N, held.label_N, moved=False)
 
 
 def shard_paths(origin: str | list[str] | None, part: str) -> list[str]:
@@ -124,7 +188,7 @@ def shard_paths(origin: str | list[str] | None, part: str) -> list[str]:
         raise UserError(
             "no shards are named", where=f"data.{part}", remedy=f"data.{part}='/path/{part}-*.tar'"
         )
-    return manifests.expand(origin)
+    return files_of("shards", origin)
 
 
 def _packed(folder: Path, part: str) -> list[str]:

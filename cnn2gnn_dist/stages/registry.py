@@ -106,7 +106,13 @@ _PACK = Stage(
 _INDEX = Stage(
     "index",
     "manifest",
-    ("seed", "data.holdout", "data.num_classes", "data.allow_empty_classes"),
+    (
+        "seed",
+        "data.holdout",
+        "data.num_classes",
+        "data.match_classes",
+        "data.allow_empty_classes",
+    ),
     ("pack",),
     _index,
     alone=True,

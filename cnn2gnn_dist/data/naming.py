@@ -1,0 +1,159 @@
+"""Class names as shards tell them: ``class_name`` in samples' ``.json``, lists beside the shards.
+
+Every sample's name is compared with what was told of its class before, mostly by looking for the
+same few bytes: parsing each json would double the time of an index.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from cnn2gnn_dist.data.archive import Archive, shown
+from cnn2gnn_dist.data.tar import TarSample
+from cnn2gnn_dist.errors import UserError
+
+MAX_JSON = 1 << 20
+_SMALL = 4096  # bytes of a json that lie in a window that was read anyway
+_MAX_NAME = 1000
+_FIELD = b'"class_name"'
+_SHARD = re.compile(r"(.+)-\d{6,}\.tar")
+
+
+class Named(NamedTuple):
+    """The name of a class, how it looks in a json, and who says so."""
+
+    name: str
+    bytes: bytes
+    where: str
+
+
+class Names:
+    """Collects what one shard says; ``found`` is what was not known before.
+
+    Args:
+        archive: the shard.
+        known: names by class from elsewhere.
+    """
+
+    def __init__(self, archive: Archive, known: Mapping[int, Named]) -> None:
+        self.found: dict[int, Named] = {}
+        self._read, self._where, self._known = archive.read, archive.where, known
+        self._bytes = {label: named.bytes for label, named in list(known.items())}
+
+    def see(self, label: int, sample: TarSample) -> None:
+        """Take in the name that a sample gives its class.
+
+        Raises:
+            UserError: it is another one than before.
+        """
+        member = sample.fields.get("json")
+        if member is None:
+            return
+        size = member[2]
+        if size > _SMALL and (size > MAX_JSON or label in self._bytes):
+            return
+        about = self._read(member[1], size)
+        before = self._bytes.get(label)
+        if before is not None and before in about:
+            return
+        if _FIELD in about:
+            self._take(label, about, sample)
+
+    def _take(self, label: int, about: bytes, sample: TarSample) -> None:
+        name = _name_in(about)
+        if name is None:
+            if b'"class_name": null' in about:  # as our own packers write; seen at once next time
+                self._bytes.setdefault(label, b'"class_name": null')
+            return
+        member = f"{self._where}, member '{shown(sample.fields['json'].name)}'"
+        new = Named(name, _as_written(name, about), member)
+        old = self.found.get(label) or self._known.get(label)
+        if old is None:
+            self.found[label] = new
+        elif old.name != name:
+            raise disagree(label, old, new)
+        self._bytes[label] = new.bytes
+
+
+def merge(known: dict[int, Named], found: Mapping[int, Named]) -> None:
+    """Add what a shard says to what is known.
+
+    Raises:
+        UserError: they give one class two names.
+    """
+    for label, named in found.items():
+        old = known.setdefault(label, named)
+        if old.name != named.name:
+            raise disagree(label, old, named)
+
+
+def disagree(label: int, old: Named, new: Named) -> UserError:
+    """The error for two names of one class."""
+    return UserError(
+        f"Class {label} is '{shown(new.name, 60)}' here, and '{shown(old.name, 60)}' in "
+        f"{old.where}: one of them numbers the classes in another way.",
+        where=new.where,
+        remedy="Write the shards anew with one numbering; shards of two data sets can't be mixed.",
+    )
+
+
+def lists_beside(paths: Iterable[str]) -> tuple[dict[int, Named], int]:
+    """The names in ``PREFIX-classes.json`` beside local shards, and how many classes they list.
+
+    Raises:
+        UserError: such a list is damaged, or two of them disagree.
+    """
+    known: dict[int, Named] = {}
+    count = 0
+    prefixes = dict.fromkeys(m.group(1) for m in map(_SHARD.fullmatch, paths) if m)
+    for prefix in prefixes:
+        path = f"{prefix}-classes.json"
+        if "://" in path or not os.path.isfile(path):
+            continue
+        names = _read_list(path)
+        count = max(count, len(names))
+        merge(known, {n: Named(x, _bytes_of(x), path) for n, x in enumerate(names) if x})
+    return known, count
+
+
+def _read_list(path: str) -> list[str | None]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            names = json.load(file)
+    except (OSError, ValueError, RecursionError) as failure:
+        raise UserError(
+            f"The list of the classes beside the shards can't be read: {failure}.",
+            where=path,
+            remedy="Pack the shards again, or delete the list: names are then those in the shards.",
+        ) from failure
+    if not isinstance(names, list) or any(not isinstance(x, str | None) for x in names):
+        return []  # somebody else's file
+    return names
+
+
+def _name_in(about: bytes) -> str | None:
+    """``class_name`` of a ``.json``; a json of another make is no fault."""
+    try:
+        name = json.loads(about)["class_name"]
+        name.encode("utf-8")  # JSON may hold halves of surrogate pairs
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return name if isinstance(name, str) and 0 < len(name) <= _MAX_NAME else None
+
+
+def _as_written(name: str, about: bytes) -> bytes:
+    """The bytes of field and name in this json, or some that are in none."""
+    for plain in (False, True):
+        for colon in (": ", ":"):
+            written = f'"class_name"{colon}{json.dumps(name, ensure_ascii=plain)}'.encode()
+            if written in about:
+                return written
+    return _bytes_of(name)
+
+
+def _bytes_of(name: str) -> bytes:
+    return f'"class_name": {json.dumps(name, ensure_ascii=False)}'.encode()

@@ -1,0 +1,77 @@
+"""What a file is by its first bytes: for messages about files that are not what they should be."""
+
+from __future__ import annotations
+
+ENOUGH = 512
+"""Bytes from the start that tell."""
+_MAGIC = (
+    (b"\x1f\x8b", "a gzip file"),
+    (b"BZh", "a bzip2 file"),
+    (b"\xfd7zXZ", "an xz file"),
+    (b"\x28\xb5\x2f\xfd", "a zstd file"),
+    (b"PK\x03\x04", "a zip archive"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive"),
+    (b"PAR1", "a Parquet file"),
+    (b"ARROW1\0", "an Arrow file"),
+    (b"\xff\xff\xff\xff", "an Arrow stream"),
+    (b"\x89HDF", "an HDF5 file"),
+    (b"\x93NUMPY", "a NumPy array"),
+    (b"SQLite format 3\0", "an SQLite database"),
+    (b"%PDF", "a PDF"),
+    (b"\xff\xd8\xff", "a JPEG image"),
+    (b"\x89PNG", "a PNG image"),
+    (b"GIF8", "a GIF image"),
+    (b"RIFF", "a WebP image"),
+)
+_REMEDIES = {
+    "an HTML page": "Open the address in a browser: is it a login page, an error page, or a page "
+    "about the file? Use the address of the file itself.",
+    "an XML answer": "It may be a store's error message: look into it, and use the address of the "
+    "file itself.",
+    "JSON": "It may be a server's error message: look into it, and use the address of the file "
+    "itself.",
+    "a Git LFS pointer": "Fetch the file that it stands for: git lfs pull.",
+    "a Parquet file": "Parquet files are read with data.source=parquet.",
+    "a JPEG image": "Folders of images are read with data.source=imagefolder.",
+    "a PNG image": "Folders of images are read with data.source=imagefolder.",
+    "a zip archive": "Unpack it, and read its images with data.source=imagefolder.",
+    "a tar archive": "Tar shards are read with data.source=shards.",
+}
+
+
+def kind_of(start: bytes) -> str | None:
+    """Name what a file is by its first ``ENOUGH`` bytes ("an HTML page"); None: nothing known."""
+    for magic, kind in _MAGIC:
+        if start.startswith(magic):
+            return kind
+    if start[257:262] == b"ustar":
+        return "a tar archive"
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer"
+    text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
+    lower = text[:ENOUGH].lower()
+    if lower.startswith((b"<!doctype html", b"<html", b"<head", b"<body")):
+        return "an HTML page"
+    if lower.startswith(b"<?xml") or (lower.startswith(b"<") and b"xmlns" in lower):
+        return "an HTML page" if b"<html" in lower else "an XML answer"
+    if text[:1] in (b"{", b"[") and _is_text(start):
+        return "JSON"
+    if text and _is_text(start):
+        return "text"
+    return None
+
+
+def remedy_for(kind: str, otherwise: str) -> str:
+    """What to do about a file of this kind that stands where another kind belongs."""
+    return _REMEDIES.get(kind, otherwise)
+
+
+def _is_text(start: bytes) -> bool:
+    """Whether the bytes are UTF-8 without control characters (a cut last character is none)."""
+    try:
+        text = start.decode("utf-8")
+    except UnicodeDecodeError as failure:
+        if failure.start < len(start) - 3:
+            return False
+        text = start[: failure.start].decode("utf-8")
+    return all(sign.isprintable() or sign in "\t\r\n\f" for sign in text)
