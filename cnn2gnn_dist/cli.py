@@ -239,6 +239,7 @@ def _on_ray(config: Config, stages: list[str] | None, update: bool, force: bool)
     """All ranks as Ray actors, here or on the cluster at ``cluster.address``."""
     from cnn2gnn_dist import pipeline
     from cnn2gnn_dist.runtime import group
+    from cnn2gnn_dist.stages import keys
 
     cluster, ranks = config.cluster, config.run.ranks
     with group.running(cluster.address, ranks, logs=Path(str(config.run.dir)) / "ray-logs"):
@@ -260,6 +261,7 @@ def _on_ray(config: Config, stages: list[str] | None, update: bool, force: bool)
                 "update": update,
                 "inside_ray": True,
                 "force": force,
+                "deepspeed": keys.read_deepspeed(config),  # the ranks' folder is another
             },
             spec,
         )

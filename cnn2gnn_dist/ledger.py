@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,8 @@ class Entry:
     """The record of one stage folder.
 
     ``key`` identifies config and inputs, ``digest`` the outputs (downstream keys build on
-    it), ``parts`` are the config fields behind the key, ``outputs`` (relative path, bytes).
+    it), ``parts`` are the config fields behind the key, ``outputs`` (relative path, bytes),
+    ``inputs`` the digests of what it was built on.
     """
 
     key: str
@@ -43,6 +44,7 @@ class Entry:
     digest: str = ""
     outputs: tuple[tuple[str, int], ...] = ()
     seconds: float = 0.0
+    inputs: dict[str, str] = field(default_factory=dict)
 
 
 def key_of(stage: str, parts: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
@@ -57,7 +59,7 @@ def standing(folder: Path, key: str) -> tuple[Standing, Entry | None]:
     if done is not None:
         if done.key != key:
             return Standing.STALE, done
-        return (Standing.WHOLE if _present(folder, done) else Standing.RESUME), done
+        return (Standing.RESUME if missing(folder, done) else Standing.WHOLE), done
     begun = _read(folder / "begin.json")
     there = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     if begun is None or (begun.key != key and there == ["begin.json"]):
@@ -112,12 +114,20 @@ def claim(root: Path, config_yaml: str) -> None:
     durable.write_text(root / "config.yaml", config_yaml)
 
 
-def _present(folder: Path, entry: Entry) -> bool:
+def finished(folder: Path) -> Entry | None:
+    """The record of a stage that is done; None if it is not."""
+    return _read(folder / "done.json")
+
+
+def missing(folder: Path, entry: Entry) -> str:
+    """Which output is not there, or not of its length; empty if all are."""
     for name, size in entry.outputs:
         path = folder / name
-        if not path.is_file() or path.stat().st_size != size:
-            return False
-    return True
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size:,} bytes instead of {size:,}"
+    return ""
 
 
 def _read(path: Path) -> Entry | None:
@@ -129,6 +139,7 @@ def _read(path: Path) -> Entry | None:
             digest=raw["digest"],
             outputs=tuple((str(name), int(size)) for name, size in raw["outputs"]),
             seconds=float(raw["seconds"]),
+            inputs=dict(raw.get("inputs", {})),
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None

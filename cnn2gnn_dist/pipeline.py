@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,11 @@ from cnn2gnn_dist.errors import PeerLost, UserError
 from cnn2gnn_dist.ledger import Entry, Standing
 from cnn2gnn_dist.runtime import folder_lock
 from cnn2gnn_dist.runtime.ranks import Ranks
-from cnn2gnn_dist.stages import fit
-from cnn2gnn_dist.stages.context import Context, RunPaths
-from cnn2gnn_dist.stages.registry import EXECUTION, Stage, stages_of
+from cnn2gnn_dist.stages import fit, keys, moved
+from cnn2gnn_dist.stages.context import Context, RunPaths, load_manifest
+from cnn2gnn_dist.stages.keys import Survey
+from cnn2gnn_dist.stages.registry import Stage, stages_of
+from cnn2gnn_dist.training import checkpoint_folder
 
 LOCK_SECONDS = 10.0
 """A run that was killed or told to end may need so long to let go of its folder."""
@@ -26,27 +28,34 @@ LOCK_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Step:
-    """A stage in a plan: what will happen to it, and why. ``key`` is None while inputs lack."""
+    """A stage in a plan: what will happen to it, and why. ``key`` is None while inputs lack.
+
+    ``parts`` and ``inputs`` are what the key is made of.
+    """
 
     stage: Stage
     key: str | None
     standing: Standing
     why: str
     entry: Entry | None = None
+    parts: dict[str, Any] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)
 
 
-def plan(config: Config, names: list[str] | None = None) -> list[Step]:
+def plan(
+    config: Config, names: list[str] | None = None, survey: Survey | None = None
+) -> list[Step]:
     """What would be skipped, continued or run, without doing anything.
 
     Raises:
-        UserError: an unknown stage.
+        UserError: an unknown stage; data or a DeepSpeed config is not there.
     """
-    root, stages = Path(str(config.run.dir)), stages_of(config)
+    survey, stages = survey or Survey(config, keys.read_deepspeed(config)), stages_of(config)
     _check_names(stages, names)
     digests: dict[str, str] = {}
     steps = []
     for stage in stages:
-        step = _look(config, root, stage, stages, digests)
+        step = _look(survey, stage, stages, digests)
         if step.standing is Standing.WHOLE and step.entry:
             digests[stage.name] = step.entry.digest
         if names is None or stage.name in names:
@@ -61,6 +70,7 @@ def run_rank(
     inside_ray: bool,
     ranks: Ranks,
     force: bool = False,
+    deepspeed: keys.DeepSpeed | None = None,
 ) -> dict[str, Any]:
     """Run the stages that are not whole; every rank calls this with the same arguments.
 
@@ -71,6 +81,7 @@ def run_rank(
         inside_ray: Ray carries this process.
         ranks: who we are.
         force: like ``update``, but training goes on from its checkpoint under the new config.
+        deepspeed: the DeepSpeed configs as the driver read them; None: rank 0 reads them.
 
     Raises:
         UserError: on every rank, whatever rank met it first in a stage of rank 0 alone.
@@ -85,8 +96,10 @@ def run_rank(
         engine.init(ranks, device, timeout_s=config.cluster.timeout_s)
     try:
         with _locked(Path(str(config.run.dir)), ranks, config.cluster.timeout_s):
-            _together(ranks, lambda: _begin(config, names, ranks.world_size))
-            return _run_all(config, names, update, inside_ray, ranks, device, force)
+            read = _together(ranks, lambda: deepspeed or keys.read_deepspeed(config))
+            survey = Survey(config, read, reads=True, recheck=update)
+            _together(ranks, lambda: _begin(survey, names, ranks.world_size))
+            return _run_all(survey, names, update, inside_ray, ranks, device, force)
     except RuntimeError as error:
         if ranks.world_size > 1 and distributed.lost_peer(error):
             raise _peer_lost(error, config) from error
@@ -119,7 +132,7 @@ def choose_device(wanted: str) -> str:
 
 
 def _run_all(
-    config: Config,
+    survey: Survey,
     names: list[str] | None,
     update: bool,
     inside_ray: bool,
@@ -127,16 +140,21 @@ def _run_all(
     device: str,
     force: bool,
 ) -> dict[str, Any]:
-    root, stages = Path(str(config.run.dir)), stages_of(config)
+    config, stages = survey.config, stages_of(survey.config)
+    root = Path(str(config.run.dir))
     _check_names(stages, names)
     digests: dict[str, str] = {}
-    keys: dict[str, str] = {}
+    made: dict[str, str] = {}
     done: dict[str, Any] = {}
+    anew = set(names or []) if update else set()
+    blocked = ""
     for stage in stages:
-        step = _together(ranks, partial(_look, config, root, stage, stages, digests))
+        step = _together(ranks, partial(_looked, survey, stage, stages, digests, anew))
         wanted = names is None or stage.name in names
+        if step.key is None and blocked:
+            step = replace(step, why=f"{step.why} ({blocked})")
         if step.standing is not Standing.WHOLE and wanted:
-            step = _together(ranks, partial(_make_room, config, root, step, update, force))
+            step = _together(ranks, partial(_make_room, survey, step, update, force))
             context = Context(
                 config,
                 ranks,
@@ -145,28 +163,51 @@ def _run_all(
                 str(step.key),
                 device,
                 inside_ray,
-                about=flat(_parts(config, stage)),
+                about=flat(step.parts),
                 force=force,
+                deepspeed=survey.deepspeed,
             )
-            step = _execute(context, step, dict(keys))
+            step = _execute(context, survey, step, dict(made))
         elif wanted and ranks.is_first and not inside_ray:
             print(skipped(stage.name), flush=True)
         if step.standing is Standing.WHOLE and step.entry:
-            digests[stage.name], keys[stage.name] = step.entry.digest, step.entry.key
+            digests[stage.name], made[stage.name] = step.entry.digest, step.entry.key
+        else:
+            blocked = blocked or f"{stage.name}: {step.why}"
         if wanted:
             done[stage.name] = step.why
         if stage.name == "index" and step.standing is Standing.WHOLE:
-            _together(ranks, lambda: _fit_images(config, names))
+            _together(ranks, lambda: _fit_images(survey, names))
     return done
 
 
-def _fit_images(config: Config, names: list[str] | None) -> None:
+def _fit_images(survey: Survey, names: list[str] | None) -> None:
     """See that there are images enough for what lies ahead, before any training is paid for."""
-    from cnn2gnn_dist.stages.context import load_manifest
-
-    ahead = [step.stage.name for step in plan(config, names) if step.standing is not Standing.WHOLE]
+    config, steps = survey.config, plan(survey.config, names, survey)
+    ahead = [step.stage.name for step in steps if step.standing is not Standing.WHOLE]
     train = load_manifest(RunPaths(Path(str(config.run.dir))).train_manifest)
     fit.check_images(config, ahead, len(train))
+
+
+def _looked(
+    survey: Survey, stage: Stage, stages: list[Stage], digests: dict[str, str], anew: set[str]
+) -> Step:
+    """Where a stage stands (rank 0). Of what is whole, notes and paths follow the files: touched
+    ones are noted as they are now, and manifests find shards that have moved.
+    """
+    step = _look(survey, stage, stages, digests)
+    if step.standing is not Standing.WHOLE or step.entry is None:
+        return step
+    if stage.name in anew and survey.inputs(stage) and not survey.by_bytes():
+        why = "asked for, and whether the bytes are others can't be told without reading them"
+        return replace(step, standing=Standing.STALE, why=why)
+    if survey.inputs(stage):
+        survey.keep()
+    if stage.name == "index":
+        root = Path(str(survey.config.run.dir))
+        entry = moved.follow(survey.config, RunPaths(root), step.entry)
+        step = replace(step, entry=entry)
+    return step
 
 
 def skipped(name: str) -> str:
@@ -174,23 +215,24 @@ def skipped(name: str) -> str:
     return f"{name:8} whole, skipped"
 
 
-def _execute(context: Context, step: Step, keys: dict[str, str]) -> Step:
+def _execute(context: Context, survey: Survey, step: Step, made: dict[str, str]) -> Step:
     stage, ranks = step.stage, context.ranks
     began = time.perf_counter()
     if ranks.is_first:
         print(f"{stage.name:8} {step.standing.value}: {step.why}", flush=True)
     if stage.alone:
-        files = _together(ranks, lambda: stage.work(context, keys))
+        files = _together(ranks, lambda: stage.work(context, made))
     else:
-        files = stage.work(context, keys)
+        files = stage.work(context, made)
 
     def close() -> Step:
         entry = Entry(
             key=context.key,
-            parts=_parts(context.config, stage),
-            digest=_digest(context, stage),
+            parts=step.parts,
+            digest=keys.digest(survey, stage, context.key),
             outputs=ledger.outputs(context.folder, files),
             seconds=round(time.perf_counter() - began, 1),
+            inputs=step.inputs,
         )
         ledger.finish(context.folder, entry)
         print(f"{stage.name:8} done in {entry.seconds:.0f} s", flush=True)
@@ -199,18 +241,18 @@ def _execute(context: Context, step: Step, keys: dict[str, str]) -> Step:
     return _together(ranks, close)
 
 
-def _look(
-    config: Config, root: Path, stage: Stage, stages: list[Stage], digests: dict[str, str]
-) -> Step:
+def _look(survey: Survey, stage: Stage, stages: list[Stage], digests: dict[str, str]) -> Step:
+    folder = Path(str(survey.config.run.dir)) / stage.folder
     there = {s.name for s in stages}
     needs = [need for need in stage.needs if need in there]
     missing = [need for need in needs if need not in digests]
     if missing:
         return Step(stage, None, Standing.FRESH, f"waits for {', '.join(missing)}")
-    inputs = {need: digests[need] for need in needs} | _inputs(config, stage)
-    parts = _parts(config, stage)
+    inputs = {need: digests[need] for need in needs} | survey.inputs(stage)
+    before = ledger.finished(folder)
+    parts = keys.parts(survey.config, stage, survey.deepspeed, before)
     key = ledger.key_of(stage.name, parts, inputs)
-    standing, entry = ledger.standing(root / stage.folder, key)
+    standing, entry = ledger.standing(folder, key)
     why = {
         Standing.FRESH: "nothing there yet",
         Standing.RESUME: "begun and not finished",
@@ -218,9 +260,39 @@ def _look(
         Standing.STALE: "made from another config or other inputs",
     }[standing]
     if standing is Standing.STALE and entry is not None:
-        changed = settings.differences(entry.parts, parts)
+        changed = settings.differences(entry.parts, parts) + _other_inputs(survey, entry, inputs)
         why += f": {'; '.join(changed)}" if changed else " (its inputs changed)"
-    return Step(stage, key, standing, why, entry)
+    elif standing is Standing.RESUME and before is not None:
+        why = f"not whole any more: {ledger.missing(folder, before)}"
+    elif standing is Standing.WHOLE and stage.trains:
+        problem = _damage(survey, folder)
+        if problem:
+            standing, why = Standing.RESUME, f"not whole any more: {problem}"
+    return Step(stage, key, standing, why, entry, parts, inputs)
+
+
+def _damage(survey: Survey, folder: Path) -> str:
+    """What is wrong with the checkpoint with which a training ended; empty if nothing is."""
+    recorded = checkpoint_folder.recorded(folder)
+    problem = survey.damage(recorded) if recorded else None
+    return f"{recorded.name}: {problem}" if recorded and problem else ""
+
+
+def _other_inputs(survey: Survey, entry: Entry, inputs: dict[str, str]) -> list[str]:
+    """Lines about what a stage was built on that is another now."""
+    found = []
+    for name in sorted(entry.inputs.keys() | inputs.keys()):
+        old, new = entry.inputs.get(name), inputs.get(name)
+        if not entry.inputs or old == new:  # records of earlier versions don't say
+            continue
+        if not name.startswith("data."):
+            found.append(f"the stage {name} was made again")
+        elif old is None or new is None:
+            found.append(f"{name} was {'not ' * (old is None)}named")
+        else:
+            how = survey.difference(name.removeprefix("data."))
+            found.append(f"{name}: {how or 'other files'}")
+    return found
 
 
 def _peer_lost(error: RuntimeError, config: Config) -> PeerLost:
@@ -232,43 +304,43 @@ def _peer_lost(error: RuntimeError, config: Config) -> PeerLost:
     )
 
 
-def _make_room(config: Config, root: Path, step: Step, update: bool, force: bool) -> Step:
+def _make_room(survey: Survey, step: Step, update: bool, force: bool) -> Step:
     """Mark the stage's folder as begun; a stale one is refused, set aside, or gone on with."""
-    folder, key = root / step.stage.folder, step.key
+    root, stage, key = Path(str(survey.config.run.dir)), step.stage, step.key
+    folder = root / stage.folder
     if key is None:
         raise UserError(
-            f"the stage {step.stage.name} {step.why}",
+            f"the stage {stage.name} {step.why}",
             where=str(root),
             remedy="run the earlier stages first, or all: `cnn2gnn run`",
         )
-    if step.standing is Standing.STALE and force and step.stage.trains:
-        print(f"{step.stage.name:8} goes on all the same: {step.why}", flush=True)
-    elif step.standing is Standing.STALE:
+    if step.standing is Standing.STALE and force and stage.trains:
+        print(f"{stage.name:8} goes on all the same: {step.why}", flush=True)
+    elif step.standing is Standing.STALE or (update and _of_another_config(step, folder)):
         if not (update or force):
             raise UserError(
-                f"the stage {step.stage.name} of this folder was {step.why}",
+                f"the stage {stage.name} of this folder was {step.why}",
                 where=str(folder),
                 remedy="another run.dir=…, or --update: the old results are kept beside the new"
-                + ("; or --force: training goes on from its checkpoint" * step.stage.trains),
+                + ("; or --force: training goes on from its checkpoint" * stage.trains),
             )
         aside = ledger.set_aside(folder)
-        print(f"{step.stage.name:8} old results moved to {aside.name}", flush=True)
+        print(f"{stage.name:8} old results moved to {aside.name}", flush=True)
         step = replace(step, standing=Standing.FRESH)
-    ledger.begin(folder, Entry(key, _parts(config, step.stage)))
+    ledger.begin(folder, Entry(key, step.parts, inputs=step.inputs))
+    if survey.inputs(stage):
+        survey.keep()
     return step
 
 
-def _parts(config: Config, stage: Stage) -> dict[str, Any]:
-    """The config fields behind a stage's key."""
-    tree = settings.as_tree(config)
-    parts: dict[str, Any] = {}
-    for field in stage.fields:
-        section, _, name = field.partition(".")
-        value = tree[section][name] if name else tree[section]
-        if isinstance(value, dict):
-            value = {k: v for k, v in value.items() if k not in EXECUTION}
-        parts[field] = value
-    return parts
+def _of_another_config(step: Step, folder: Path) -> bool:
+    """Whether a training begun under this key would go on from a checkpoint of another: one that
+    ``--force`` took over, and that was not saved again since.
+    """
+    if step.standing is not Standing.RESUME or not step.stage.trains:
+        return False
+    found = checkpoint_folder.all_of(folder / "checkpoints")
+    return bool(found) and checkpoint_folder.read_state(found[-1])["run_id"] != step.key
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -282,47 +354,6 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _inputs(config: Config, stage: Stage) -> dict[str, str]:
-    """Fingerprints of files outside the run: names, sizes and times."""
-    data = config.data
-    if stage.name == "pack" or (stage.name == "index" and data.source == "shards"):
-        named = [origin for origin in (data.train, data.test) if origin is not None]
-        facts = []
-        for origin in named:
-            for path in _looked_at(origin, data.source):
-                if isinstance(path, str):  # a URL: what is read from it is held to its checksums
-                    facts.append(path)
-                    continue
-                stat = path.stat()
-                facts.append(f"{path.name} {stat.st_size} {stat.st_mtime_ns}")
-        return {"files": ledger.key_of("files", {"files": facts}, {})}
-    return {}
-
-
-def _looked_at(origin: str | list[str], source: str) -> list[Path | str]:
-    """Files, or for a folder of images it and its class folders: too many files to look at all."""
-    from cnn2gnn_dist.data.expand import files_of
-
-    if source in ("shards", "parquet"):
-        return [path if "://" in path else Path(path) for path in files_of(source, origin)]
-    folder = Path(origin if isinstance(origin, str) else origin[0]).expanduser()
-    return (
-        [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
-        if folder.is_dir()
-        else []
-    )
-
-
-def _digest(context: Context, stage: Stage) -> str:
-    """What later stages build on: the manifests' content, else the stage's key."""
-    if stage.name != "index":
-        return context.key
-    from cnn2gnn_dist.stages.context import load_manifest
-
-    paths = (context.paths.train_manifest, context.paths.test_manifest)
-    return ledger.key_of("index", {"digests": [load_manifest(p).digest for p in paths]}, {})
-
-
 def _check_names(stages: list[Stage], names: list[str] | None) -> None:
     known = [stage.name for stage in stages]
     for name in names or []:
@@ -334,8 +365,9 @@ def _check_names(stages: list[Stage], names: list[str] | None) -> None:
             )
 
 
-def _begin(config: Config, names: list[str] | None, world_size: int) -> None:
-    ahead = [step for step in plan(config, names) if step.standing is not Standing.WHOLE]
+def _begin(survey: Survey, names: list[str] | None, world_size: int) -> None:
+    config, steps = survey.config, plan(survey.config, names, survey)
+    ahead = [step for step in steps if step.standing is not Standing.WHOLE]
     fit.check(config, [step.stage.name for step in ahead], world_size)
     ledger.claim(Path(str(config.run.dir)), settings.as_yaml(config))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import http.server
 import os
 import subprocess
@@ -37,6 +38,7 @@ class Served:
         self.requests: Counter[str] = Counter()
         self.sent = 0
         self.lock = threading.Lock()
+        self.tagged = False  # whether an ETag tells a file's versions apart
         self.released = threading.Event()  # ends what stalls
 
 
@@ -79,6 +81,8 @@ def http_server(folder: Path) -> Iterator[Served]:
             self.send_response(status)
             self.send_header("Content-Length", str(len(data)))
             self.send_header("Accept-Ranges", "bytes")
+            if served.tagged:
+                self.send_header("ETag", f'"{hashlib.md5(path.read_bytes()).hexdigest()}"')
             if status == 206:
                 ends = f"bytes {first}-{first + len(data) - 1}/{self.total}"
                 self.send_header("Content-Range", ends)

@@ -8,6 +8,7 @@ from cnn2gnn_dist import ledger, pipeline, settings
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.ledger import Entry, Standing
 from cnn2gnn_dist.runtime.ranks import Ranks
+from cnn2gnn_dist.stages.keys import Survey
 from cnn2gnn_dist.stages.registry import stages_of
 
 
@@ -20,11 +21,11 @@ def make_whole(config, upto: int) -> None:
     for _ in range(upto):
         step = next(s for s in pipeline.plan(config) if s.standing is not Standing.WHOLE)
         folder = pipeline.Path(config.run.dir) / step.stage.folder
-        entry = Entry(step.key, pipeline._parts(config, step.stage), digest=step.key)
+        entry = Entry(step.key, step.parts, digest=step.key)
         ledger.begin(folder, entry)
         (folder / "output").write_text(step.stage.name)
         files = ledger.outputs(folder, [folder / "output"])
-        ledger.finish(folder, Entry(entry.key, entry.parts, step.key, files))
+        ledger.finish(folder, Entry(entry.key, entry.parts, step.key, files, 0.0, step.inputs))
 
 
 def standings(config) -> dict[str, Standing]:
@@ -102,9 +103,9 @@ def test_stale_results_are_refused_with_the_changed_fields_then_set_aside(tmp_pa
     assert "student.epochs: 12 -> 99" in step.why
     root = tmp_path / "run"
     with pytest.raises(UserError, match=r"student\.epochs: 12 -> 99"):
-        pipeline._make_room(changed, root, step, update=False, force=False)
+        pipeline._make_room(Survey(changed), step, update=False, force=False)
     assert (root / "student" / "output").exists()
-    pipeline._make_room(changed, root, step, update=True, force=False)
+    pipeline._make_room(Survey(changed), step, update=True, force=False)
     assert (root / "student.old-1" / "output").read_text() == "student"
     assert ledger.standing(root / "student", step.key)[0] is Standing.RESUME
 

@@ -16,7 +16,7 @@ from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
 from cnn2gnn_dist.data import transfer
-from cnn2gnn_dist.data.transfer import Patience, Source
+from cnn2gnn_dist.data.transfer import About, Patience, Source
 from cnn2gnn_dist.errors import UserError
 
 ATTEMPTS = 6
@@ -60,6 +60,17 @@ def size(path: str) -> int:
     if not is_remote(path):
         return os.stat(local_path(path)).st_size
     return _source().about(path).bytes
+
+
+def about(url: str, *, brief: bool = False) -> About:
+    """Length and tag of a remote file; errors as :func:`size`.
+
+    ``brief``: a store that does not answer within seconds is not waited for.
+    """
+    source = _source()
+    if brief:
+        source = Source(Patience(2, FIRST_PAUSE, 1.0, min(READ_SECONDS, 5.0), 10.0, SLOWEST))
+    return source.about(url)
 
 
 def read_range(path: str, offset: int, size: int) -> bytes:

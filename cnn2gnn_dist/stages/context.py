@@ -17,7 +17,7 @@ from cnn2gnn_dist.data.storage import CacheSpec
 from cnn2gnn_dist.data.views import ViewSpec
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.runtime.ranks import Ranks
-from cnn2gnn_dist.training import distributed
+from cnn2gnn_dist.training import distributed, ds_config
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ class Context:
 
     ``key`` identifies this stage's config and inputs (checkpoints carry it), ``folder`` is
     its own folder, ``device`` is "cpu" or "cuda", ``inside_ray`` whether Ray carries us,
-    ``about`` the config fields behind the key, ``force`` whether a checkpoint of another key will do.
+    ``about`` the config fields behind the key, ``force`` whether a checkpoint of another key will do,
+    ``deepspeed`` the DeepSpeed configs that were read for all ranks.
     """
 
     config: Config
@@ -80,6 +81,13 @@ class Context:
     inside_ray: bool
     about: dict[str, Any] = field(default_factory=dict)
     force: bool = False
+    deepspeed: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def deepspeed_of(self, model: str) -> dict[str, Any]:
+        """The DeepSpeed config of "teacher" or "student", as one process read it for all ranks."""
+        if model in self.deepspeed:
+            return self.deepspeed[model]
+        return ds_config.load(getattr(self.config, model).ds_config)
 
     def say(self, text: str) -> None:
         """One line to the user, once for all ranks."""
@@ -157,7 +165,8 @@ class CorruptCount:
                 f"{len(everyone)} corrupt images among {self.total}, more than the limit of "
                 f"{self.limit:.2%}: {some}",
                 where="data.max_corrupt",
-                remedy="mend or drop these samples, or raise data.max_corrupt",
+                remedy="mend or drop these images and run the same command with --update, "
+                "or raise data.max_corrupt",
             )
         return everyone
 

@@ -24,7 +24,7 @@ from cnn2gnn_dist.report import write_report
 from cnn2gnn_dist.stages.context import Context, load_manifest
 from cnn2gnn_dist.stages.judge import Predictions, predict_all
 from cnn2gnn_dist.stages.neighbourhood import Neighbourhood
-from cnn2gnn_dist.stages.networks import Teacher, build_student, load_model
+from cnn2gnn_dist.stages.networks import Teacher, build_student, load_model, norms_of
 from cnn2gnn_dist.stages.timing import milliseconds_an_image
 from cnn2gnn_dist.training import distributed
 from cnn2gnn_dist.training.checkpoint import Checkpoints
@@ -63,6 +63,7 @@ def run(context: Context, keys: dict[str, str]) -> list[Path]:
                     **found.scores(test.num_classes),
                     **_costs(context, contestant, test),
                     **(contestant.notes or {}),
+                    "norms": norms_of(paths.root, contestant.name),
                 }
                 _save(context.folder, contestant.name, found)
 

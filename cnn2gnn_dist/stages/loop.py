@@ -25,6 +25,7 @@ from cnn2gnn_dist.training.checkpoint import Checkpoints
 from cnn2gnn_dist.training.engine import Engine
 from cnn2gnn_dist.training.metrics import MetricsLog, process_memory_mb
 from cnn2gnn_dist.training.schedule import late_lr_at, lr_at
+from cnn2gnn_dist.training.sync_norm import batch_of_norms
 
 
 @dataclass
@@ -105,7 +106,7 @@ class Training:
             settings.global_batch, world_size, settings.max_micro_batch
         )
         resolved = ds_config.resolve(
-            ds_config.load(settings.ds_config),
+            context.deepspeed_of("teacher" if isinstance(settings, TeacherConfig) else "student"),
             world_size=world_size,
             global_batch=settings.global_batch,
             accumulation=self.accumulation,
@@ -133,7 +134,11 @@ class Training:
         self.tally = Tally()
         self.best: float | None = None
         self._order: str | None = None
+        micro = settings.global_batch // world_size // self.accumulation
+        self.norms: list[list[int]] = []
+        """[step, images]: from which step on BatchNorm has seen how many images at a time."""
         self._resume()
+        self._note_norms(batch_of_norms(model, micro, world_size))
 
     def _resume(self) -> None:
         loaded = self.checkpoints.load(self.engine, force=self.context.force)
@@ -147,6 +152,7 @@ class Training:
         self.cursor = Cursor(**extra["cursor"])
         self.corrupt.seen = {int(i): text for i, text in extra["corrupt"].items()}
         self.best, self._order = extra["best"], extra["order"]
+        self.norms = list(extra.get("norms", []))
         if len(loaded.owns) == ranks.world_size:
             own = loaded.owns[ranks.rank]
             self.tally = Tally.of([own["tally"]])
@@ -160,6 +166,18 @@ class Training:
             f"{self.name:8} continues at epoch {self.cursor.epoch}, batch {self.cursor.batch} "
             f"(step {self.cursor.step})"
         )
+
+    def _note_norms(self, images: int | None) -> None:
+        """Say so when BatchNorm goes on with batches of another size: no undisturbed run has both."""
+        before = self.norms[-1][1] if self.norms else None
+        if images is None or images == before:
+            return
+        self.norms.append([self.cursor.step, images])
+        if before is not None:
+            self.context.say(
+                f"{self.name:8} BatchNorm now sees {images} images at a time, {before} until step "
+                f"{self.cursor.step}: the result is not that of a run with either"
+            )
 
     def heeding_notices(self) -> AbstractContextManager[None]:
         """While it lasts, a notice to end (SIGTERM …) is met by a save at the next step."""
@@ -178,6 +196,7 @@ class Training:
             "best": self.best,
             "order": self._order,
             "late_from": self.engine.late_from,
+            "norms": self.norms,
         }
         own = {"tally": self.tally.state(), "random": random_state.capture()}
         self.metrics.flush()

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import nn
 
+from cnn2gnn_dist import ledger
 from cnn2gnn_dist.config import Config
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.models.normalise import Normalise
 from cnn2gnn_dist.models.stem import build_stem
 from cnn2gnn_dist.models.student import Scope, Student
 from cnn2gnn_dist.models.teacher import build_teacher
+from cnn2gnn_dist.training import checkpoint_folder
 from cnn2gnn_dist.training.checkpoint import Checkpoints
 from cnn2gnn_dist.training.checkpoint_folder import load_weights
 
@@ -57,16 +61,58 @@ def build_student(config: Config, num_classes: int, scope: Scope) -> Student:
 
 
 def load_model(model: nn.Module, checkpoints: Checkpoints, stage: str) -> None:
-    """Weights and buffers of a stage's newest whole checkpoint, without DeepSpeed.
+    """Weights and buffers with which a finished stage ended, without DeepSpeed.
 
     Raises:
-        UserError: there is none.
+        UserError: the stage is not finished, or that checkpoint is not whole: others are not
+            taken, as what was built on the stage goes with no other.
     """
-    latest = checkpoints.latest()
-    if latest is None:
+    model.load_state_dict(load_weights(final_checkpoint(checkpoints.folder.parent, stage)))
+
+
+def final_checkpoint(folder: Path, stage: str) -> Path:
+    """The checkpoint that a finished training has recorded in ``done.json``, whole.
+
+    Raises:
+        UserError: the stage is not finished; that checkpoint is missing or damaged.
+    """
+    path = checkpoint_folder.recorded(folder)
+    if path is None:
         raise UserError(
-            f"the stage {stage} has left no whole checkpoint",
-            where=str(checkpoints.folder),
+            f"the stage {stage} is not finished",
+            where=str(folder),
             remedy=f"run `cnn2gnn {stage}` first",
         )
-    model.load_state_dict(load_weights(latest))
+    problem = checkpoint_folder.damage(path)
+    if problem is not None:
+        raise UserError(
+            f"the checkpoint with which the stage {stage} ended is not whole: {problem}",
+            where=str(path),
+            remedy=f"`cnn2gnn {stage}` makes it again from the checkpoint before it",
+        )
+    return path
+
+
+def check_built_on(root: Path, stage: str, need: str) -> None:
+    """See that a finished stage of a run was built on what another one holds now.
+
+    Raises:
+        UserError: the other one was made again since.
+    """
+    entry, now = ledger.finished(root / stage), ledger.finished(root / need)
+    if entry and now and entry.inputs.get(need, now.digest) != now.digest:
+        raise UserError(
+            f"the {stage} of this run was built from another {need} than the one that is there",
+            where=str(root / stage),
+            remedy=f"`cnn2gnn {stage} --update` builds it from this one",
+        )
+
+
+def norms_of(root: Path, model: str) -> list[list[int]]:
+    """[step, images] of a trained model: from which step on BatchNorm saw how many images at a time.
+
+    More than one pair: training went on at other micro-batches or ranks. Empty without BatchNorm.
+    """
+    stage = "control" if model.startswith("control") else model
+    path = checkpoint_folder.recorded(root / stage)
+    return list(checkpoint_folder.read_state(path)["extra"].get("norms", [])) if path else []

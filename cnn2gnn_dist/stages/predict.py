@@ -24,7 +24,7 @@ from cnn2gnn_dist.graph.bank import latest_version, open_version
 from cnn2gnn_dist.runtime.ranks import Ranks
 from cnn2gnn_dist.stages.context import Context, RunPaths, chunks, load_manifest
 from cnn2gnn_dist.stages.neighbourhood import Neighbourhood, Query
-from cnn2gnn_dist.stages.networks import build_student, load_model
+from cnn2gnn_dist.stages.networks import build_student, check_built_on, load_model
 from cnn2gnn_dist.training.checkpoint import Checkpoints
 
 BATCH = 64
@@ -99,6 +99,7 @@ class Predictor:
         student.to(self.context.device).eval()
         around = None
         if config.graph.scope == "dataset":
+            check_built_on(paths.root, "graph", "student")
             version = latest_version(paths.root / "graph")
             if version is None:
                 raise _unfinished(run, "it has no graph", "graph")

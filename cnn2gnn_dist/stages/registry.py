@@ -9,17 +9,22 @@ from pathlib import Path
 from cnn2gnn_dist.config import Config
 from cnn2gnn_dist.stages.context import Context
 
-# Fields that change how a result is reached, not which: a run may go on with others.
-EXECUTION = {
-    "max_micro_batch",
-    "eval_epochs",
-    "ds_config",
-    "zero_stage",
-    "batch",
-    "keep_versions",
-    "timing_images",
-    "control",
-}
+# Fields that change how a result is reached, not which: a run may go on with others. Where the
+# images of a batch see each other (graph.scope=batch) evaluate.batch is not among them.
+EXECUTION = frozenset(
+    [
+        *(
+            f"{model}.{name}"
+            for model in ("teacher", "student")
+            for name in ("max_micro_batch", "eval_epochs", "ds_config", "zero_stage")
+        ),
+        "student.control",
+        "targets.batch",
+        "graph.keep_versions",
+        "evaluate.batch",
+        "evaluate.timing_images",
+    ]
+)
 
 
 @dataclass(frozen=True)

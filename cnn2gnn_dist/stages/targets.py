@@ -17,7 +17,7 @@ from cnn2gnn_dist.data.pool import ReaderPool
 from cnn2gnn_dist.data.reader import Request
 from cnn2gnn_dist.data.views import CLEAN
 from cnn2gnn_dist.stages.context import Context, chunks, load_manifest
-from cnn2gnn_dist.stages.networks import Teacher, load_model
+from cnn2gnn_dist.stages.networks import Teacher, final_checkpoint, load_model
 from cnn2gnn_dist.training import distributed, ds_config
 from cnn2gnn_dist.training.checkpoint import Checkpoints
 from cnn2gnn_dist.training.engine import Engine
@@ -72,7 +72,7 @@ def _classifier(
     config, settings = context.config, context.config.teacher
     model: nn.Module = Teacher(config, num_classes, initial=False)
     checkpoints = Checkpoints(context.paths.root / "teacher" / "checkpoints", teacher_key)
-    source = ds_config.load(settings.ds_config)
+    source = context.deepspeed_of("teacher")
     world_size = context.ranks.world_size
     resolved = ds_config.resolve(
         source,
@@ -87,7 +87,8 @@ def _classifier(
     )
     if resolved["zero_optimization"]["stage"] == 3 and world_size > 1:
         engine = Engine(model, resolved, device=context.device)
-        checkpoints.load(engine)
+        last = final_checkpoint(checkpoints.folder.parent, "teacher")
+        checkpoints.load(engine, only=last, force=True)
         engine.eval()
         return torch.no_grad()(engine), True
     load_model(model, checkpoints, "teacher")

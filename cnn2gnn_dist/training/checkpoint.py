@@ -152,17 +152,20 @@ class Checkpoints:
             print(f"checkpoint {folder.name} is passed over: {problem}", file=sys.stderr)
         return None
 
-    def load(self, engine: Engine, *, force: bool = False) -> Loaded | None:
+    def load(
+        self, engine: Engine, *, force: bool = False, only: Path | None = None
+    ) -> Loaded | None:
         """Set the engine to the newest whole checkpoint; None if there is none (collective).
 
         Args:
             engine: one that has not stepped yet.
+            only: this checkpoint, which is known to be whole, and no other.
             force: another run's or config's is good too, as long as the model's shapes fit.
 
         Raises:
             UserError: the checkpoint belongs to another run, or to another architecture.
         """
-        found = self.latest() if distributed.rank() == 0 else None
+        found = self.latest() if distributed.rank() == 0 and only is None else only
         path: Path | None = distributed.broadcast_object(found)
         if path is None:
             return None

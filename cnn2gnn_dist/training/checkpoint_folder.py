@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cnn2gnn_dist import durable
+from cnn2gnn_dist import durable, ledger
 from cnn2gnn_dist.errors import UserError
 
 FORMAT = 2
@@ -95,6 +95,14 @@ def damage(folder: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"no valid manifest ({error})"
     return None
+
+
+def recorded(stage_folder: Path) -> Path | None:
+    """The checkpoint with which a finished training ended, as its ``done.json`` says; else None."""
+    entry = ledger.finished(Path(stage_folder))
+    names = [name for name, _ in entry.outputs] if entry else []
+    found = {Path(name).parent for name in names if Path(name).name == MANIFEST}
+    return Path(stage_folder) / found.pop() if len(found) == 1 else None
 
 
 def best_of(root: Path) -> Path | None:

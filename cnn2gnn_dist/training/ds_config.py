@@ -52,6 +52,34 @@ KNOWN_KEYS = frozenset(
     ]
 )
 
+EXECUTION = KNOWN_KEYS - {
+    "gradient_clipping",
+    "optimizer",
+    "scheduler",
+    "torch_autocast",
+    "bf16",
+    "fp16",
+    "communication_data_type",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "data_types",
+    "seq_parallel_communication_data_type",
+}
+"""Keys that change how a result is reached, or what is printed on the way. Batches are among them:
+they must agree with the run's config, which says them.
+"""
+_DEFAULTS = {
+    "optimizer.type": "AdamW",
+    "optimizer.params.betas": [0.9, 0.999],
+    "optimizer.params.eps": 1e-8,
+    "torch_autocast.dtype": "bfloat16",
+    "prescale_gradients": False,
+    "gradient_predivide_factor": 1.0,
+    "bf16.enabled": False,
+    "fp16.enabled": False,
+}
+_SAME_NUMBERS = {"optimizer.params.torch_adam"}
+
 
 BFLOAT16 = ("bfloat16", "bf16", "torch.bfloat16")
 """DeepSpeed's names of it."""
@@ -87,6 +115,24 @@ def load(path: str | Path | None = None) -> dict[str, Any]:
                 remedy=f"did you mean {near[0]!r}?" if near else "remove it",
             )
     return raw
+
+
+def outcome(ds: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a config (as read) that results depend on, by dotted path, where they are not
+    what they would be without it. "auto" is what the run's config says, so it is not among them.
+    """
+    found: dict[str, Any] = {}
+
+    def collect(node: Any, path: str) -> None:
+        if isinstance(node, dict):
+            for key, child in node.items():
+                collect(child, f"{path}.{key}")
+        elif node != "auto" and path not in _SAME_NUMBERS and node != _DEFAULTS.get(path):
+            found[path] = node
+
+    for key in sorted(ds.keys() - EXECUTION):
+        collect(ds[key], key)
+    return found
 
 
 def accumulation_for(global_batch: int, world_size: int, max_micro_batch: int) -> int:

@@ -179,3 +179,14 @@ class _AllReduceSum(torch.autograd.Function):
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
         return distributed.all_reduce_sum(gradient.clone())
+
+
+def batch_of_norms(module: nn.Module, micro_batch: int, ranks: int) -> int | None:
+    """How many images the statistics of a model's BatchNorms are taken over while it trains.
+
+    A plain one sees a rank's micro-batch, ``SyncNorm`` that of all ranks. None where there is none.
+    """
+    kinds = [type(child) for child in module.modules()]
+    if any(issubclass(kind, _BatchNorm) and not issubclass(kind, SyncNorm) for kind in kinds):
+        return micro_batch
+    return micro_batch * ranks if any(issubclass(kind, SyncNorm) for kind in kinds) else None
