@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cnn2gnn_dist import __version__, settings
+from cnn2gnn_dist import __version__, consistency, settings
 from cnn2gnn_dist.config import Config
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.runtime.ranks import Ranks
@@ -222,6 +222,8 @@ def _run(arguments: argparse.Namespace) -> int:
         print(settings.as_yaml(config))
         for step in pipeline.plan(config, arguments.stages):
             print(f"{step.stage.name:10} {step.standing.value:12} {step.why}")
+        for note in consistency.notes(config):
+            print(f"note: {note}")
         return 0
     _warn_about_lost_results(arguments, config)
     pipeline.plan(config, arguments.stages)  # refuses an unknown stage before Ray is started

@@ -161,11 +161,6 @@ class TrainConfig(Section):
         0, ge=0, description="epochs between looks at the held-out images; 0: at the end"
     )
 
-    @model_validator(mode="after")
-    def _check_warmup(self) -> TrainConfig:
-        consistency.check_warmup(type(self).__name__.removesuffix("Config").lower(), self)
-        return self
-
 
 class TeacherConfig(TrainConfig):
     """The CNN that teaches, trained under DeepSpeed."""
@@ -212,8 +207,8 @@ class GraphConfig(Section):
     fanouts: tuple[int, int] = Field(
         (12, 8),
         strict=False,
-        description="candidates of a seed (at least k+1), and candidates sampled of each of them (at least 2; "
-        "the nearest min(k, that - 1) of them have a weight)",
+        description="candidates of a seed (k+1 or more for k weights, at least 2), and candidates sampled of "
+        "each of them (at least 2; the nearest min(k, that - 1) of them have a weight)",
     )
     second_hop: Literal["sampled", "cached"] = Field(
         "sampled",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from pydantic_core import PydanticCustomError
 
 if TYPE_CHECKING:
-    from cnn2gnn_dist.config import Config, GraphConfig, TrainConfig, ViewsConfig
+    from cnn2gnn_dist.config import Config, GraphConfig, ViewsConfig
 
 
 def refuse(what: str, field: str, remedy: str) -> PydanticCustomError:
@@ -46,17 +46,6 @@ def check_views(views: ViewsConfig) -> None:
         )
 
 
-def check_warmup(part: str, train: TrainConfig) -> None:
-    """The warm-up of ``part`` (teacher, student) ends within its training."""
-    if train.warmup_epochs > train.epochs:
-        raise refuse(
-            f"a warm-up of {train.warmup_epochs:g} epochs is longer than the training of "
-            f"{train.epochs}: the learning rate would never reach lr",
-            f"{part}.warmup_epochs",
-            f"{part}.warmup_epochs={train.epochs / 4:g}, or more {part}.epochs",
-        )
-
-
 def check_graph(graph: GraphConfig) -> None:
     """Enough candidates for the neighbours, in the table and in both hops; what distdgl can do."""
     k, (first, second) = graph.neighbours, graph.fanouts
@@ -78,12 +67,11 @@ def check_graph(graph: GraphConfig) -> None:
     if graph.scope != "dataset":
         return  # the images of a batch are each other's candidates
     least = 0 if graph.second_hop == "cached" else 2
-    if first <= k:
+    if first < 2:
         raise refuse(
-            f"fanouts {[first, second]} with neighbours k={k}: the closed form needs k+1 candidates "
-            f"of a seed; with {first} only {max(first - 1, 0)} would have a weight",
+            f"fanouts {[first, second]}: a weight in the first hop needs 2 candidates",
             "graph.fanouts",
-            f"graph.fanouts='[{k + 1}, {max(second, least)}]' at least, or fewer graph.neighbours",
+            f"graph.fanouts='[{k + 1}, {max(second, least)}]' for all of k={k} neighbours",
         )
     if second < least:
         raise refuse(
@@ -94,16 +82,8 @@ def check_graph(graph: GraphConfig) -> None:
 
 
 def check_whole(config: Config) -> None:
-    """The graph begins within the student's training; batches hold enough candidates."""
+    """Batches hold enough candidates where they are the graph."""
     graph, student = config.graph, config.student
-    if graph.scope == "dataset" and graph.start_epoch >= student.epochs:
-        raise refuse(
-            f"the graph would begin at epoch {graph.start_epoch} of a student whose epochs are 0 to "
-            f"{student.epochs - 1}: it would never be trained with",
-            "graph.start_epoch",
-            f"graph.start_epoch={student.epochs // 2}, or student.epochs={graph.start_epoch + 1} "
-            "or more",
-        )
     rows = min(student.global_batch, student.max_micro_batch)
     if graph.scope == "batch" and rows < graph.neighbours + 2:
         raise refuse(
@@ -113,3 +93,30 @@ def check_whole(config: Config) -> None:
             f"student.global_batch and student.max_micro_batch of {graph.neighbours + 2} or more, "
             "or fewer graph.neighbours",
         )
+
+
+def notes(config: Config) -> list[str]:
+    """What will run, though hardly as meant: trials with few epochs do so knowingly."""
+    graph, student, found = config.graph, config.student, []
+    for part, train in (("teacher", config.teacher), ("student", student)):
+        if train.warmup_epochs > train.epochs / 2:
+            found.append(
+                f"{part}.warmup_epochs={train.warmup_epochs:g} is cut to half of the training of "
+                f"{train.epochs} epochs"
+            )
+    if graph.scope != "dataset":
+        return found
+    if graph.start_epoch >= student.epochs:
+        found.append(
+            f"graph.start_epoch={graph.start_epoch} with student.epochs={student.epochs}: the "
+            "student is not trained with the graph, which then adds nothing; an earlier start: "
+            f"graph.start_epoch={student.epochs // 2}"
+        )
+    first, k = graph.fanouts[0], graph.neighbours
+    if first <= k:
+        found.append(
+            f"graph.fanouts[0]={first} with graph.neighbours={k}: only {first - 1} neighbours of a "
+            "seed have a weight, since the closed form takes one candidate more; for all of them: "
+            f"graph.fanouts='[{k + 1}, {graph.fanouts[1]}]'"
+        )
+    return found

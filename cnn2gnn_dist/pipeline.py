@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cnn2gnn_dist import ledger, settings
+from cnn2gnn_dist import consistency, ledger, settings
 from cnn2gnn_dist.config import Config
 from cnn2gnn_dist.errors import PeerLost, UserError
 from cnn2gnn_dist.ledger import Entry, Standing
@@ -367,8 +368,11 @@ def _check_names(stages: list[Stage], names: list[str] | None) -> None:
 
 def _begin(survey: Survey, names: list[str] | None, world_size: int) -> None:
     config, steps = survey.config, plan(survey.config, names, survey)
-    ahead = [step for step in steps if step.standing is not Standing.WHOLE]
-    fit.check(config, [step.stage.name for step in ahead], world_size)
+    ahead = [step.stage for step in steps if step.standing is not Standing.WHOLE]
+    fit.check(config, [stage.name for stage in ahead], world_size)
+    if any(stage.trains for stage in ahead):
+        for note in consistency.notes(config):
+            print(f"note: {note}", file=sys.stderr, flush=True)
     ledger.claim(Path(str(config.run.dir)), settings.as_yaml(config))
 
 
