@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers import encode_image
+from PIL import Image
 
 from cnn2gnn_dist import cli, doctor
 from cnn2gnn_dist.data.manifest import Manifest
@@ -149,8 +152,36 @@ def test_a_moved_run_predicts_and_unreadable_images_are_named(micro_run, images,
     )
     said = capsys.readouterr()
     assert "00.png" in said.out
-    assert "99.jpg" in said.err
+    assert "99.jpg: not readable as an image: text" in said.err
     assert "Traceback" not in said.err
+
+
+@pytest.mark.slow
+def test_a_folder_is_searched_as_pack_does_and_sixteen_bits_are_answered_as_eight(
+    micro_run, images, tmp_path, capsys
+):
+    folder, _, _ = images
+    odd = tmp_path / "odd"
+    (odd / "more").mkdir(parents=True)
+    grey = np.asarray(Image.open(folder / "03.png").convert("L"))
+    Image.fromarray(grey).save(odd / "8.png")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(odd / "more" / "16.tif")
+    Image.fromarray(grey.astype(np.float32) / 255).save(odd / "32", "TIFF")
+    Path(os.fsdecode(os.fsencode(odd) + b"/caf\xe9.png")).write_bytes((odd / "8.png").read_bytes())
+    (odd / "linked").symlink_to(odd / "more")
+    (odd / "z.heic").write_bytes(bytes(50))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "far.jfif").write_bytes((odd / "8.png").read_bytes())
+    (odd / "far").symlink_to(tmp_path / "elsewhere")
+    command = ["predict", "--run", str(micro_run), "--json", str(odd), "n" * 300]
+    assert cli.main(command) == 1
+    said = capsys.readouterr()
+    answers = [json.loads(line) for line in said.out.splitlines()]
+    names = ["32", "8.png", "caf\\xe9.png", "far/far.jfif", "more/16.tif"]
+    assert [answer["image"] for answer in answers] == [f"{odd}/{name}" for name in names]
+    assert all(answer["classes"] == answers[0]["classes"] for answer in answers)
+    assert "1 .heic (not read; first: z.heic), 1 link to a folder that is read" in said.err
+    assert "nnn: not readable as an image: File name too long" in said.err
 
 
 def test_predict_wants_a_finished_run(tmp_path, capsys):
