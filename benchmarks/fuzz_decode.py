@@ -147,7 +147,7 @@ def seeds() -> list[bytes]:
             for member in sorted(photographs, key=lambda m: m.size)[:6]:
                 file.seek(member.offset)
                 found.append(file.read(member.size))
-    return [data for data in found if len(data) <= MAX_BYTES]
+    return [data for data in found if 0 < len(data) <= MAX_BYTES]
 
 
 def mended(data: bytes) -> bytes:
