@@ -2,27 +2,40 @@
 
 python launch/submit.py --address http://127.0.0.1:8265 -- --config demo run.dir=/shared/demo
 
-Everything after ``--`` goes to ``cnn2gnn run`` on the cluster. Ctrl-C leaves the job
-running and says how to look at it; ``--stop-on-interrupt`` stops it instead.
+Everything after ``--`` goes to ``cnn2gnn run`` on the cluster, in a copy of this checkout: a
+relative path counts from there, and tars are not sent. Ctrl-C leaves the job running and says
+how to look at it; ``--stop-on-interrupt`` stops it instead.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
+import os
 import shlex
 import sys
 import uuid
 from pathlib import Path
+from typing import Any
 
-from ray.job_submission import JobStatus, JobSubmissionClient
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from cnn2gnn_dist import upload
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.runtime import access
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 EXCLUDES = [".git", "runs", ".venv", "**/*.tar", "**/__pycache__"]
+ENTRYPOINT = """for p in $(tr '\\0' '\\n' < /proc/$RAY_RAYLET_PID/cmdline 2> /dev/null \
+| sed -n 's/^--python_worker_command=\\([^ ]*\\).*/\\1/p') python python3; \
+do command -v "$p" > /dev/null && exec "$p" -m cnn2gnn_dist run {arguments}; done; \
+echo 'no python on PATH: activate the environment before ray start' >&2; exit 127"""
+"""By the interpreter that Ray's own workers run on, whether or not its environment is activated."""
 
 
 def main() -> int:
-    """Submit, follow, report; 0 when the job succeeded, 1 otherwise."""
+    """Submit, follow, report; 0 when the job succeeded, 1 when it failed, 2 when it can't be sent."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -34,16 +47,35 @@ def main() -> int:
     parser.add_argument("arguments", nargs="*", help="arguments of `cnn2gnn run`, after --")
     options = parser.parse_args()
     try:
+        return _submit(options)
+    except UserError as error:
+        print(f"submit.py: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def _submit(options: argparse.Namespace) -> int:
+    access.spare_proxies(options.address)
+    where = f"--address {options.address}"
+    os.environ[access.MODE] = access.job_server_mode(options.address, where)
+    # Only now, because Ray reads how to authenticate when it is imported.
+    from ray.job_submission import JobStatus, JobSubmissionClient
+
+    folder = Path(options.working_dir).resolve()
+    files = _sent(folder)
+    upload.check_size(files, folder)
+    upload.check_paths(files, folder, options.arguments)
+    try:
         client = JobSubmissionClient(options.address)
-    except (ConnectionError, RuntimeError) as error:
-        print(f"submit.py: no job server answers at {options.address}: {error}", file=sys.stderr)
-        print("  remedy: `ray start --head`, or mend --address", file=sys.stderr)
-        return 2
-    job = client.submit_job(
-        submission_id=f"cnn2gnn-{uuid.uuid4().hex[:8]}",
-        entrypoint="python -m cnn2gnn_dist run " + shlex.join(options.arguments),
-        runtime_env={"working_dir": options.working_dir, "excludes": EXCLUDES},
-    )
+        job = client.submit_job(
+            submission_id=f"cnn2gnn-{uuid.uuid4().hex[:8]}",
+            entrypoint=ENTRYPOINT.format(arguments=shlex.join(options.arguments)),
+            runtime_env={"working_dir": str(folder), "excludes": EXCLUDES},
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise UserError(
+            f"the job server takes no job: {lines[0]}", where=where, remedy="see the head's log"
+        ) from None
     print(f"submitted {job}", flush=True)
     try:
         asyncio.run(_follow(client, job))
@@ -59,7 +91,25 @@ def main() -> int:
     return 0 if status == JobStatus.SUCCEEDED else 1
 
 
-async def _follow(client: JobSubmissionClient, job: str) -> None:
+def _sent(folder: Path) -> dict[str, int]:
+    """Relative path and bytes of every file that Ray will send, as its own walk finds them."""
+    from ray._private.runtime_env import packaging
+
+    found: dict[str, int] = {}
+
+    def note(path: Path) -> None:
+        if path.is_file():
+            found[str(path.relative_to(folder))] = path.stat().st_size
+
+    heed_gitignore = os.environ.get("RAY_RUNTIME_ENV_IGNORE_GITIGNORE", "0") != "1"
+    silent = logging.getLogger("submit.silent")
+    silent.disabled = True
+    excludes = [packaging._get_excludes(folder, EXCLUDES)]
+    packaging._dir_travel(folder, excludes, note, heed_gitignore, silent)
+    return found
+
+
+async def _follow(client: Any, job: str) -> None:
     async for lines in client.tail_job_logs(job):
         print(lines, end="", flush=True)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cnn2gnn_dist.errors import PeerLost, Preempted, UserError
-from cnn2gnn_dist.runtime import preemption, shutdown
+from cnn2gnn_dist.runtime import access, here, preemption, rendezvous, shutdown
 from cnn2gnn_dist.runtime.ranks import Ranks
 
 READY_SECONDS = 60.0
@@ -69,9 +68,9 @@ def running(address: str | None, cpus: int, logs: Path | None = None) -> Iterato
 def start(address: str | None, cpus: int, logs: Path | None = None) -> None:
     """Connect to a cluster (``address``, or ``RAY_ADDRESS`` inside a job), or start Ray here.
 
-    A cluster started here listens on loopback only, keeps all its files in one temporary
-    folder, and leaves neither them nor a process however this process ends (see
-    ``runtime.shutdown``). From then on SIGTERM ends this process in order, with exit code 143.
+    A cluster started here listens on loopback only, under a token of its own, keeps all its
+    files in one temporary folder, and leaves neither them nor a process however this process
+    ends (see ``runtime.shutdown``). From then on SIGTERM ends this process in order, with exit code 143.
 
     Args:
         address: of a cluster; None starts one.
@@ -79,35 +78,88 @@ def start(address: str | None, cpus: int, logs: Path | None = None) -> None:
         logs: folder for Ray's logs when a cluster started here ends badly; replaced if there.
 
     Raises:
-        UserError: the address does not answer.
+        UserError: no cluster answers at the address, or none that lets us in; this machine
+            can't carry a cluster of its own.
     """
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
-    address = address or os.environ.get("RAY_ADDRESS")
+    where = f"cluster.address={address}"
+    if not address:
+        address = os.environ.get("RAY_ADDRESS")
+        where = f"RAY_ADDRESS={address}"
+        if address and address.startswith(("http://", "https://")):
+            print(
+                f"note: {where} is a job server's, which `ray job submit` and launch/submit.py use; "
+                "this run starts a Ray of its own (to join a cluster: cluster.address=HEAD:6379)",
+                file=sys.stderr,
+                flush=True,
+            )
+            address = None
     with shutdown.orderly_sigterm():
-        if address and not address.startswith("http"):
-            _connect(address)
+        if address and address != "local":
+            _connect(address, where)
         else:
             _start_here(cpus, logs)
 
 
-def _connect(address: str) -> None:
+def _connect(address: str, where: str) -> None:
+    if not address.startswith("ray://"):
+        address = _seen_by_ray(address, where)
+        mode = access.cluster_mode(address, where)
+        if mode is not None:
+            _speak(mode)
     try:
         ray.init(address=address)
-    except (ConnectionError, RayError, RuntimeError) as error:
+    except (ConnectionError, RayError, RuntimeError, ValueError) as error:
         raise UserError(
-            f"no Ray cluster answers at {address}: {error}",
-            where="cluster.address",
-            remedy="start one (`ray start --head`), mend the address, or leave it null",
+            f"the Ray cluster at {address} can't be joined: {_first_line(error)}",
+            where=where,
+            remedy="run on a host of that cluster, with its Ray and Python versions "
+            "(`ray status` there says whether it is well)",
         ) from None
+
+
+def _seen_by_ray(address: str, where: str) -> str:
+    """The address that Ray will turn this one into: for "auto" the cluster that runs on this
+    host, for localhost what its head listens on.
+    """
+    import ray._private.services as services
+
+    if address != "auto":
+        host, port = access.host_and_port(address, where)
+        return services.canonicalize_bootstrap_address(services.build_address(host, port))
+    try:
+        return services.canonicalize_bootstrap_address_or_die("auto")
+    except (ConnectionError, ValueError) as error:
+        raise UserError(
+            f"no Ray cluster is found on this host: {_first_line(error)}",
+            where=where,
+            remedy="`ray start --head`, or name the cluster: cluster.address=HEAD:6379",
+        ) from None
+
+
+def _speak(mode: str) -> None:
+    """Have Ray in this process and its children send the token, or not."""
+    os.environ[access.MODE] = mode
+    _read_again()
+
+
+def _read_again() -> None:
+    """Ray reads how to authenticate when it is imported: have it look at the variables anew."""
+    from ray._raylet import AuthenticationTokenLoader, Config
+
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
 
 
 def _start_here(cpus: int, logs: Path | None) -> None:
     global _session
+    here.check(cpus)
     _stay_on_loopback()
     _session = shutdown.Session.begin(logs)
     try:
+        _read_again()
         with _session.environment():
             ray.init(
                 address="local",  # else Ray joins whatever cluster was started here last
@@ -136,6 +188,7 @@ def stop(failed: bool = False) -> None:
     if session is not None:
         atexit.unregister(_stop_at_exit)
         kept = session.end(failed=failed)
+        _read_again()
         if kept is not None:
             print(f"Ray's logs were kept in {kept}", file=sys.stderr, flush=True)
 
@@ -303,9 +356,7 @@ class _Rank:
 
     def rendezvous(self) -> tuple[str, int]:
         address = ray.util.get_node_ip_address()
-        with socket.socket() as probe:
-            probe.bind((address, 0))
-            return address, probe.getsockname()[1]
+        return address, rendezvous.reserve(address)
 
     def node(self) -> str:
         return ray.get_runtime_context().get_node_id()
@@ -320,8 +371,14 @@ class _Rank:
         """Call the target; ``beside`` is the number of ranks on this node."""
         sys.path.extend(entry for entry in path if entry not in sys.path)
         os.environ.update(ranks.environment(), LOCAL_WORLD_SIZE=str(beside))
+        os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # of a launcher around the cluster
         module, _, function = target.partition(":")
         return getattr(import_module(module), function)(ranks=ranks, **kwargs)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
 
 
 def _last_line(error: BaseException) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -62,8 +63,12 @@ class Ranks:
     def from_environment(cls, environ: Mapping[str, str] | None = None) -> Ranks:
         """Read torchrun's and DeepSpeed's variables, else Slurm's, else a single process.
 
+        Under ``srun`` the meeting point need not be exported: rank 0 runs on the step's first
+        node, and a port follows from the job's number.
+
         Raises:
-            UserError: a variable is no number, or the rank lies outside the world size.
+            UserError: a variable is no number, the rank lies outside the world size, or
+                nothing says where rank 0 is.
         """
         env = os.environ if environ is None else environ
         if "RANK" in env and "WORLD_SIZE" in env:
@@ -79,13 +84,41 @@ class Ranks:
                 where=f"{names[0]}={rank} {names[2]}={world_size}",
                 remedy="start all ranks with one launcher, or unset these variables",
             )
-        return cls(
-            rank,
-            local_rank,
-            world_size,
-            env.get("MASTER_ADDR", "127.0.0.1"),
-            _number(env, "MASTER_PORT", DEFAULT_PORT),
+        by_slurm = names[0] == "SLURM_PROCID"
+        address = env.get("MASTER_ADDR") or (_first_node(env) if by_slurm else "127.0.0.1")
+        port = _slurm_port(env) if by_slurm else DEFAULT_PORT
+        port = _number(env, "MASTER_PORT", port)
+        if not 0 < port < 2**16:
+            raise UserError(
+                f"there is no port {port}", where=f"MASTER_PORT={port}", remedy="1 to 65535"
+            )
+        return cls(rank, local_rank, world_size, address, port)
+
+
+def _first_node(env: Mapping[str, str]) -> str:
+    """Where rank 0 of a Slurm step is: this host if it has but one node, else its first."""
+    listed = env.get("SLURM_STEP_NODELIST", "")
+    if env.get("SLURM_STEP_NUM_NODES", "1" if not listed else "") == "1":
+        return "127.0.0.1"
+    if not listed:
+        raise UserError(
+            "neither MASTER_ADDR nor SLURM_STEP_NODELIST says where rank 0 is",
+            where="MASTER_ADDR",
+            remedy="export MASTER_ADDR=the step's first node before srun",
         )
+    return first_host(listed)
+
+
+def first_host(listed: str) -> str:
+    """The first name of a Slurm host list: ``gpu[003-007,9],cpu1`` → ``gpu003``."""
+    outside = re.sub(r"\[[^\]]*\]", lambda group: group[0].replace(",", ";"), listed)
+    first = outside.partition(",")[0]
+    return re.sub(r"\[([^\];-]+)[^\]]*\]", r"\1", first)
+
+
+def _slurm_port(env: Mapping[str, str]) -> int:
+    """Two jobs of one node get different ports; below those that the kernel gives away."""
+    return 10_000 + (_number(env, "SLURM_JOB_ID") * 7 + _number(env, "SLURM_STEP_ID")) % 20_000
 
 
 def _number(env: Mapping[str, str], name: str, default: int = 0) -> int:

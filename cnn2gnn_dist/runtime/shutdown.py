@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -42,11 +42,15 @@ class Session:
     Attributes:
         traces: what is to be cleared.
         driver: pid of the process that has begun the session; only it may end it.
+
+    From ``begin`` to ``end`` Ray in this process authenticates by the session's own token: a
+    token in the user's home would from then on be demanded by whatever Ray they start.
     """
 
     traces: Traces
     driver: int
     _watcher: subprocess.Popen[bytes]
+    _before: dict[str, str | None]
 
     @classmethod
     def begin(cls, logs: Path | None = None) -> Session:
@@ -57,6 +61,9 @@ class Session:
         """
         folder = Path(tempfile.mkdtemp(prefix="cnn2gnn-", dir=_short_place()))
         (folder / "tmp").mkdir()
+        token = folder / "token"
+        token.touch(mode=0o600)
+        token.write_text(secrets.token_hex(32), encoding="ascii")
         traces = Traces(folder, secrets.token_hex(16), logs)
         arguments = [str(folder), traces.mark, *([str(logs.absolute())] if logs else [])]
         process = subprocess.Popen(
@@ -66,7 +73,12 @@ class Session:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        session = cls(traces, os.getpid(), process)
+        authentication = {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            "RAY_AUTH_TOKEN": None,
+        }
+        session = cls(traces, os.getpid(), process, _replace(authentication))
         # A forked child would hold the pipe open after its parent's death.
         os.register_at_fork(after_in_child=session._forget)
         return session
@@ -74,17 +86,15 @@ class Session:
     @contextlib.contextmanager
     def environment(self) -> Iterator[None]:
         """What Ray's processes inherit: the mark, and a temporary folder that goes with them."""
-        ours = {MARK: self.traces.mark, "TMPDIR": str(self.traces.folder / "tmp")}
-        before = {name: os.environ.get(name) for name in ours}
-        os.environ.update(ours)
+        ours: dict[str, str | None] = {
+            MARK: self.traces.mark,
+            "TMPDIR": str(self.traces.folder / "tmp"),
+        }
+        before = _replace(ours)
         try:
             yield
         finally:
-            for name, value in before.items():
-                if value is None:
-                    del os.environ[name]
-                else:
-                    os.environ[name] = value
+            _replace(before)
 
     def end(self, *, failed: bool) -> Path | None:
         """Clear what is left, send the watcher home; returns where the logs were kept, if so.
@@ -93,6 +103,7 @@ class Session:
         """
         if os.getpid() != self.driver:
             return None
+        _replace(self._before)
         kept = self.traces.clear(keep_logs=failed)
         with contextlib.suppress(subprocess.TimeoutExpired, BrokenPipeError):
             self._watcher.communicate(watcher.DONE, timeout=watcher.PATIENCE_SECONDS)
@@ -135,6 +146,17 @@ def _terminate(number: int, frame: FrameType | None) -> None:
     _terminated.set()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the next one doesn't wait; the watcher does
     raise SystemExit(ENDED_BY_SIGTERM)
+
+
+def _replace(values: Mapping[str, str | None]) -> dict[str, str | None]:
+    """Set environment variables (None: unset); returns what they were."""
+    before = {name: os.environ.get(name) for name in values}
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    return before
 
 
 def _short_place() -> str:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.runtime.ranks import Ranks
-from cnn2gnn_dist.training import distributed
+from cnn2gnn_dist.training import distributed, process_group
 from cnn2gnn_dist.training.schedule import fresh_adam
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -27,13 +27,27 @@ def init(ranks: Ranks, device: str, timeout_s: float = 600.0) -> None:
     """Join the process group: NCCL on GPUs, gloo on CPUs; one OMP thread a CPU rank.
 
     A dead peer fails the others' next collective at once, a silent one after ``timeout_s``.
+
+    Raises:
+        UserError: the port of the meeting point is taken, a network interface that the
+            environment names is missing, or this rank has no GPU.
     """
-    os.environ.update(ranks.environment())
+    own, index = torch.device("cpu"), ranks.local_rank
+    if device == "cuda":
+        index = process_group.device_index(ranks.local_rank, torch.cuda.device_count())
+        own = torch.device("cuda", index)
+        torch.cuda.set_device(own)
+    # DeepSpeed takes LOCAL_RANK for the number of the device.
+    os.environ.update(ranks.environment(), LOCAL_RANK=str(index))
     if device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
         torch.set_num_threads(1)
-    if ranks.master_addr in ("127.0.0.1", "localhost"):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    timeout = timedelta(seconds=timeout_s)
+    # ZeRO reduces in a group of its own, which DeepSpeed makes without a timeout: torch's default
+    # of half an hour would hold.
+    c10d = torch.distributed.distributed_c10d
+    c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout
+    process_group.join(ranks, own, timeout)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
     import deepspeed
 
@@ -42,14 +56,7 @@ def init(ranks: Ranks, device: str, timeout_s: float = 600.0) -> None:
     if device == "cpu":
         # Otherwise init compiles a C++ operator that training never uses.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    else:
-        torch.cuda.set_device(ranks.local_rank)
-    timeout = timedelta(seconds=timeout_s)
-    # ZeRO reduces in a group of its own, which DeepSpeed makes without a timeout: torch's default
-    # of half an hour would hold.
-    c10d = torch.distributed.distributed_c10d
-    c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout
-    deepspeed.init_distributed(
+    deepspeed.init_distributed(  # takes the group that is there
         dist_backend="nccl" if device == "cuda" else "gloo",
         timeout=timeout,
         auto_mpi_discovery=False,

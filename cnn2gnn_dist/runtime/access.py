@@ -1,0 +1,238 @@
+"""Whether a Ray cluster answers at an address, and how it wants to be spoken to: asked first.
+
+Ray itself tries an address that is dead for ten minutes, and takes a refused token for a
+dead address. Nothing here needs Ray, so that it can be asked before Ray is imported.
+"""
+
+from __future__ import annotations
+
+import http.client
+import ipaddress
+import os
+import socket
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from cnn2gnn_dist.errors import UserError
+
+CONNECT_SECONDS = 5.0
+ANSWER_SECONDS = 15.0
+"""A head under load may take its time."""
+DEFAULT_PORT = 6379
+MODE = "RAY_AUTH_MODE"
+ASK = "/ray.rpc.NodeInfoGcsService/GetClusterId"
+"""A call that changes nothing; its request is empty."""
+BEYOND_US = ("RAY_USE_TLS", "RAY_ENABLE_K8S_TOKEN_AUTH")
+GET_TOKEN = (
+    "save what `ray get-auth-token` prints on the cluster's head as ~/.ray/auth_token here, "
+    "or name such a file in RAY_AUTH_TOKEN_PATH"
+)
+
+
+def cluster_mode(address: str, where: str) -> str | None:
+    """How Ray is to speak to the cluster at ``host:port``: "token" or "disabled".
+
+    None: it can't be told from outside (TLS, tokens of Kubernetes), and the environment's word holds.
+
+    Args:
+        address: of the cluster's head.
+        where: the setting that named it, for messages.
+
+    Raises:
+        UserError: nothing answers within seconds, what answers is no Ray cluster, or it demands
+            a token that we don't have.
+    """
+    host, port = host_and_port(address, where)
+    if failure := _unreachable(host, port):
+        raise UserError(
+            f"no Ray cluster answers at {host}:{port}: {failure}",
+            where=where,
+            remedy=_instead(where),
+        )
+    if any(os.environ.get(name, "0").lower() in ("1", "true") for name in BEYOND_US):
+        return None
+    code = _asked(host, port, "")
+    if code == "OK":
+        return "disabled"
+    if code != "UNAUTHENTICATED":
+        raise UserError(
+            f"what listens at {host}:{port} is no Ray cluster's head, or a dying one ({code})",
+            where=where,
+            remedy="the address that `ray start --head` printed (port 6379 unless told otherwise; "
+            "8265 is the job server's, 10001 the Ray Client's)",
+        )
+    own = own_token()
+    if not own:
+        raise UserError(
+            f"the Ray cluster at {host}:{port} demands a token, and there is none here",
+            where=f"{where}; looked for in {token_source()}",
+            remedy=GET_TOKEN,
+        )
+    if _asked(host, port, own) != "OK":
+        raise UserError(
+            f"the Ray cluster at {host}:{port} refuses this user's token: it was started with another",
+            where=f"{where}; token from {token_source()}",
+            remedy=_another_token(),
+        )
+    return "token"
+
+
+def job_server_mode(url: str, where: str) -> str:
+    """The same of a job server at ``http://host:8265``.
+
+    Raises:
+        UserError: nothing answers, what answers is no job server, or it wants another token.
+    """
+    parts = urlsplit(url)
+    try:
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+    except ValueError:
+        port = 0
+    if parts.scheme not in ("http", "https") or not parts.hostname or not port:
+        raise UserError(
+            f"a job server's address reads http://HOST:8265, not {url}",
+            where=where,
+            remedy="the address that `ray start --head` calls the dashboard's",
+        )
+    status, said = _got(f"{url.rstrip('/')}/api/version", "")
+    if status == 401:
+        own = own_token()
+        if not own:
+            raise UserError(
+                f"the job server at {url} demands a token, and there is none here",
+                where=f"{where}; looked for in {token_source()}",
+                remedy=GET_TOKEN,
+            )
+        status, said = _got(f"{url.rstrip('/')}/api/version", own)
+        if status in (401, 403):
+            raise UserError(
+                f"the job server at {url} refuses this user's token: it was started with another",
+                where=f"{where}; token from {token_source()}",
+                remedy=_another_token(),
+            )
+        if status == 200:
+            return "token"
+    if status != 200:
+        raise UserError(
+            f"no job server answers at {url}: {said}",
+            where=where,
+            remedy="`ray start --head`, or mend --address",
+        )
+    return "disabled"
+
+
+def own_token(environ: Mapping[str, str] | None = None) -> str:
+    """This user's token, from where Ray takes it; "": there is none."""
+    env = os.environ if environ is None else environ
+    if token := env.get("RAY_AUTH_TOKEN", "").strip():
+        return token
+    try:
+        return _token_file(env).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def token_source(environ: Mapping[str, str] | None = None) -> str:
+    """Where ``own_token`` looks, for messages."""
+    env = os.environ if environ is None else environ
+    return "RAY_AUTH_TOKEN" if env.get("RAY_AUTH_TOKEN") else str(_token_file(env))
+
+
+def _token_file(env: Mapping[str, str]) -> Path:
+    named = env.get("RAY_AUTH_TOKEN_PATH", "").strip()
+    return Path(named) if named else Path(env.get("HOME", "/"), ".ray", "auth_token")
+
+
+def host_and_port(address: str, where: str) -> tuple[str, int]:
+    """Both, of ``host``, ``host:port`` or ``[v6]:port``.
+
+    Raises:
+        UserError: an URL, or a port that is no number.
+    """
+    wrong = UserError(
+        f"a Ray cluster's address reads HOST:6379, not {address}",
+        where=where,
+        remedy="the address that `ray start --head` printed"
+        + ("; http://… is the job server's, for launch/submit.py" * address.startswith("http")),
+    )
+    if "://" in address:
+        raise wrong
+    try:
+        parts = urlsplit(f"//{address}")
+        host, port = parts.hostname, parts.port or DEFAULT_PORT
+    except ValueError:
+        raise wrong from None
+    if not host:
+        raise wrong
+    return host, port
+
+
+def spare_proxies(url: str) -> None:
+    """Keep a proxy that the environment names from requests to this very machine."""
+    host = urlsplit(url).hostname or ""
+    if _is_loopback(host):
+        for name in ("no_proxy", "NO_PROXY"):
+            os.environ[name] = ",".join(filter(None, [os.environ.get(name), host]))
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _unreachable(host: str, port: int) -> str:
+    try:
+        socket.create_connection((host, port), CONNECT_SECONDS).close()
+    except TimeoutError:
+        return f"not within {CONNECT_SECONDS:g} s"
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
+
+
+def _asked(host: str, port: int, token: str) -> str:
+    """gRPC's status code of the question to a head."""
+    import grpc
+
+    target = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    said = [("authorization", f"Bearer {token}")] if token else []
+    with grpc.insecure_channel(target, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            channel.unary_unary(ASK)(b"", timeout=ANSWER_SECONDS, metadata=said)
+        except grpc.RpcError as error:
+            return str(error.code().name)
+    return "OK"
+
+
+def _got(url: str, token: str) -> tuple[int, str]:
+    """HTTP status and reason; status 0: no answer."""
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    loopback = _is_loopback(urlsplit(url).hostname or "")
+    opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if loopback else []))
+    try:
+        with opener.open(urllib.request.Request(url, headers=headers), timeout=ANSWER_SECONDS) as a:
+            return a.status, a.reason
+    except urllib.error.HTTPError as error:
+        return error.code, f"HTTP {error.code} {error.reason}"
+    except urllib.error.URLError as error:
+        reason = error.reason
+        return 0, getattr(reason, "strerror", None) or str(reason)
+    except (OSError, http.client.HTTPException) as error:
+        return 0, str(error) or type(error).__name__
+
+
+def _another_token() -> str:
+    return (
+        f"unset RAY_AUTH_TOKEN, and {GET_TOKEN}" if os.environ.get("RAY_AUTH_TOKEN") else GET_TOKEN
+    )
+
+
+def _instead(where: str) -> str:
+    if where.startswith("RAY_ADDRESS"):
+        return "`unset RAY_ADDRESS` (Ray is then started here), or start the cluster that it names"
+    return "start one (`ray start --head`), mend the address, or leave it null"

@@ -1,0 +1,120 @@
+"""What this machine must have before a Ray is started on it: said at once, not by a hang."""
+
+from __future__ import annotations
+
+import os
+import resource
+import socket
+import tempfile
+from pathlib import Path
+
+import psutil
+
+from cnn2gnn_dist.errors import UserError
+
+LEAST_FILES = 512
+"""Open files; with fewer Ray's daemons wait for each other without end."""
+RANK_BYTES = 300 << 20
+"""Memory that a rank has to itself before it has trained anything: torch, DeepSpeed, Ray."""
+RAY_BYTES = 600 << 20
+"""Of Ray's daemons and of the driver."""
+RANKS_PER_CORE = 8
+"""More don't come up before the others have given them up."""
+SHARED_MEMORY = Path("/dev/shm")
+
+
+def check(ranks: int) -> None:
+    """See that a Ray with so many ranks can run here.
+
+    Raises:
+        UserError: loopback is down; /dev/shm can't be written; too few open files, cores, or
+            too little memory.
+    """
+    _loopback()
+    _files()
+    _shared_memory()
+    _cores(ranks, len(os.sched_getaffinity(0)))
+    _memory(ranks, available_memory())
+
+
+def _loopback() -> None:
+    try:
+        with socket.socket() as listening, socket.socket() as knocking:
+            listening.bind(("127.0.0.1", 0))
+            listening.listen(1)
+            knocking.settimeout(2)
+            knocking.connect(listening.getsockname())
+    except OSError as error:
+        raise UserError(
+            f"this host can't talk to itself at 127.0.0.1: {error.strerror or error}",
+            where="the network interface lo",
+            remedy="`ip link set lo up` (root), or a container with a network of its own",
+        ) from None
+
+
+def _files() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = max(soft, hard)  # Ray raises the soft limit itself
+    if resource.RLIM_INFINITY not in (soft, hard) and most < LEAST_FILES:
+        raise UserError(
+            f"a process may open {most} files here, and Ray needs {LEAST_FILES}",
+            where="ulimit -n",
+            remedy="a higher limit: `ulimit -n 65536`, in a container --ulimit nofile=65536",
+        )
+
+
+def _shared_memory() -> None:
+    if SHARED_MEMORY.is_dir():
+        try:
+            with tempfile.TemporaryFile(dir=SHARED_MEMORY) as file:
+                os.posix_fallocate(file.fileno(), 0, 1 << 20)
+        except OSError as error:
+            raise UserError(
+                f"nothing can be written to {SHARED_MEMORY}: {error.strerror}",
+                where=str(SHARED_MEMORY),
+                remedy="a /dev/shm that can be written, 1 GiB or more (docker: --shm-size=4g)",
+            ) from None
+
+
+def _cores(ranks: int, cores: int) -> None:
+    if ranks > RANKS_PER_CORE * cores:
+        raise UserError(
+            f"{ranks} ranks on {cores} cores would spend their time waiting for each other",
+            where="run.ranks",
+            remedy=f"run.ranks={cores}: one for each core (or GPU), or a larger cluster in "
+            "cluster.address",
+        )
+
+
+def _memory(ranks: int, available: int) -> None:
+    fit = (available - RAY_BYTES) // RANK_BYTES
+    if fit < ranks:
+        raise UserError(
+            f"{ranks} ranks need about {(RAY_BYTES + ranks * RANK_BYTES) / 2**30:.1f} GiB of memory "
+            f"before they train anything, and {available / 2**30:.1f} GiB are available",
+            where="run.ranks",
+            remedy=f"run.ranks={max(fit, 1)}, or a machine with more memory",
+        )
+
+
+def available_memory() -> int:
+    """Bytes that this process's container, or the machine, can still give."""
+    found = int(psutil.virtual_memory().available)
+    for folder, most, used, cache in (
+        ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+        (
+            "/sys/fs/cgroup/memory",
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+            "total_inactive_file",
+        ),
+    ):
+        try:
+            limit = int(Path(folder, most).read_text())
+            held = int(Path(folder, used).read_text())
+            lines = Path(folder, "memory.stat").read_text().splitlines()
+            idle = next(int(line.split()[1]) for line in lines if line.split()[0] == cache)
+        except (OSError, ValueError, StopIteration):  # another version of cgroups, or "max"
+            continue
+        found = min(found, limit - held + idle)  # cached files give way
+    return found

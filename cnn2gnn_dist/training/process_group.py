@@ -1,0 +1,76 @@
+"""torch's process group: who hosts its store, on which address, and which device is a rank's."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+from torch import distributed as dist
+
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.runtime import rendezvous
+from cnn2gnn_dist.runtime.ranks import Ranks
+
+AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"
+"""Set by torchrun for its children: its agent hosts the store, and its listening is torchrun's."""
+
+
+def join(ranks: Ranks, device: torch.device, timeout: timedelta) -> None:
+    """Join the group: NCCL on GPUs, gloo on CPUs.
+
+    A single process needs no port. Else rank 0 hosts a store at the meeting point alone,
+    unless torchrun's agent does.
+
+    Raises:
+        UserError: the port is taken; a network interface that the environment names is missing.
+    """
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    rendezvous.check_interfaces(backend)
+    if rendezvous.GLOO not in os.environ and (name := rendezvous.facing(ranks)):
+        os.environ[rendezvous.GLOO] = name
+    # Said before the first collective, NCCL's communicator is there when later groups split it.
+    eager = {"device_id": device} if backend == "nccl" and ranks.world_size > 1 else {}
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore("default_pg", _store(ranks, timeout)),
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        timeout=timeout,
+        **eager,
+    )
+
+
+def _store(ranks: Ranks, timeout: timedelta) -> dist.Store:
+    if ranks.world_size == 1:
+        return dist.HashStore()
+    hosted_here = ranks.is_first and os.environ.get(AGENT_STORE) != "True"
+    socket = rendezvous.listen(ranks).detach() if hosted_here else None
+    return dist.TCPStore(
+        ranks.master_addr,
+        ranks.master_port,
+        ranks.world_size,
+        is_master=hosted_here,
+        timeout=timeout,
+        master_listen_fd=socket,
+    )
+
+
+def device_index(local_rank: int, visible: int) -> int:
+    """Which of the GPUs that this process sees is its own.
+
+    A launcher that shows every task one GPU (``srun --gpus-per-task=1``) numbers it 0 in each.
+
+    Raises:
+        UserError: fewer GPUs than ranks on this host.
+    """
+    if local_rank < visible:
+        return local_rank
+    if visible == 1:
+        return 0
+    raise UserError(
+        f"rank {local_rank} of this host has no GPU: it sees {visible}",
+        where=f"LOCAL_RANK={local_rank}",
+        remedy=f"at most {visible} ranks a host, or one visible GPU for each "
+        "(srun --gpus-per-task=1); device=cpu needs none",
+    )
