@@ -7,6 +7,7 @@ import os
 import platform
 import resource
 import shutil
+import socket
 import sys
 import tomllib
 import warnings
@@ -14,6 +15,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.runtime import access
+from cnn2gnn_dist.runtime.ranks import DEFAULT_PORT
 
 OK, WARN, FAIL = "ok", "warn", "FAIL"
 DISTRIBUTION = "cnn2gnn-dist"
@@ -65,6 +70,10 @@ def _examine() -> list[Finding]:
         ("disk", _disk, "free some space, or run.dir= on another disk"),
         ("memory", _memory, "fewer ranks, smaller batches"),
         ("open files", _open_files, "ulimit -n 65536"),
+        ("home", _home, "export HOME=a folder that you can write to"),
+        ("loopback", _loopback, "ip link set lo up"),
+        ("interfaces", _interfaces, "unset GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"),
+        ("port 29500", _port, "torchrun --master_port 29501"),
         ("OMP_NUM_THREADS", _threads, "export OMP_NUM_THREADS=1 when ranks share cores"),
     ]
     for name, check, remedy in checks:
@@ -137,8 +146,18 @@ def _deepspeed() -> Finding:
 def _ray() -> Finding:
     version = importlib.import_module("ray").__version__
     address = os.environ.get("RAY_ADDRESS")
-    where = f"RAY_ADDRESS={address}" if address else "will be started here, on loopback"
-    return Finding("ray imports", OK, f"{version}; {where}")
+    if not address:
+        return Finding("ray imports", OK, f"{version}; will be started here, on loopback")
+    seen, where = f"{version}; RAY_ADDRESS={address}", f"RAY_ADDRESS={address}"
+    try:
+        if address.startswith(("http://", "https://")):
+            access.job_server_mode(address, where)
+            seen += " (a job server's: `cnn2gnn run` starts a Ray of its own)"
+        elif address != "auto" and not address.startswith("ray://"):
+            access.cluster_mode(address, where)
+    except UserError as error:
+        return Finding("ray imports", WARN, f"{seen}: {error.what}", error.remedy)
+    return Finding("ray imports", OK, seen)
 
 
 def _gpu() -> Finding:
@@ -189,6 +208,56 @@ def _memory() -> Finding:
 def _open_files() -> Finding:
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return Finding("open files", OK if soft >= 4096 else WARN, f"limit {soft}", "ulimit -n 65536")
+
+
+def _home() -> Finding:
+    """Caches of compilers, fonts and remote shards go there; a run needs none of them."""
+    home = Path.home()
+    writable = home.is_dir() and os.access(home, os.W_OK)
+    return Finding(
+        "home",
+        OK if writable else WARN,
+        str(home) if writable else f"{home} can't be written to: no caches",
+        "export HOME=a folder that you can write to",
+    )
+
+
+def _loopback() -> Finding:
+    from cnn2gnn_dist.runtime import here
+
+    try:
+        here.check_loopback()
+    except UserError as error:
+        return Finding("loopback", FAIL, error.what, error.remedy)
+    return Finding("loopback", OK, "this host reaches itself at 127.0.0.1")
+
+
+def _interfaces() -> Finding:
+    from cnn2gnn_dist.runtime import rendezvous
+
+    try:
+        for backend in ("gloo", "nccl"):
+            rendezvous.check_interfaces(backend)
+    except UserError as error:
+        return Finding("interfaces", FAIL, error.what, error.remedy)
+    named = [f"{n}={os.environ[n]}" for n in (rendezvous.GLOO, rendezvous.NCCL) if n in os.environ]
+    return Finding("interfaces", OK, ", ".join(named) or "left to gloo and NCCL")
+
+
+def _port() -> Finding:
+    """torchrun's and DeepSpeed's launchers meet there unless told otherwise; nothing else does."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", DEFAULT_PORT))
+        except OSError as error:
+            return Finding(
+                f"port {DEFAULT_PORT}",
+                WARN,
+                f"{error.strerror}: launchers meet there by default",
+                f"torchrun or deepspeed --master_port {DEFAULT_PORT + 1}",
+            )
+    return Finding(f"port {DEFAULT_PORT}", OK, "free, for torchrun and deepspeed")
 
 
 def _threads() -> Finding:

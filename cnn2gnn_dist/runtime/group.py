@@ -128,7 +128,7 @@ def _seen_by_ray(address: str, where: str) -> str:
 
     if address != "auto":
         host, port = access.host_and_port(address, where)
-        return services.canonicalize_bootstrap_address(services.build_address(host, port))
+        return str(services.canonicalize_bootstrap_address(services.build_address(host, port)))
     try:
         return services.canonicalize_bootstrap_address_or_die("auto")
     except (ConnectionError, ValueError) as error:
@@ -147,10 +147,10 @@ def _speak(mode: str) -> None:
 
 def _read_again() -> None:
     """Ray reads how to authenticate when it is imported: have it look at the variables anew."""
-    from ray._raylet import AuthenticationTokenLoader, Config
+    import ray._raylet as raylet
 
-    Config.initialize("")
-    AuthenticationTokenLoader.instance().reset_cache()
+    raylet.Config.initialize("")  # type: ignore[attr-defined]
+    raylet.AuthenticationTokenLoader.instance().reset_cache()  # type: ignore[attr-defined]
 
 
 def _start_here(cpus: int, logs: Path | None) -> None:

@@ -30,14 +30,15 @@ def check(ranks: int) -> None:
         UserError: loopback is down; /dev/shm can't be written; too few open files, cores, or
             too little memory.
     """
-    _loopback()
-    _files()
-    _shared_memory()
-    _cores(ranks, len(os.sched_getaffinity(0)))
-    _memory(ranks, available_memory())
+    check_loopback()
+    check_files()
+    check_shared_memory()
+    check_cores(ranks, len(os.sched_getaffinity(0)))
+    check_memory(ranks, available_memory())
 
 
-def _loopback() -> None:
+def check_loopback() -> None:
+    """This host reaches itself, as a Ray on loopback must."""
     try:
         with socket.socket() as listening, socket.socket() as knocking:
             listening.bind(("127.0.0.1", 0))
@@ -52,7 +53,8 @@ def _loopback() -> None:
         ) from None
 
 
-def _files() -> None:
+def check_files() -> None:
+    """Ray's daemons may open as many files as they need."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = max(soft, hard)  # Ray raises the soft limit itself
     if resource.RLIM_INFINITY not in (soft, hard) and most < LEAST_FILES:
@@ -63,7 +65,8 @@ def _files() -> None:
         )
 
 
-def _shared_memory() -> None:
+def check_shared_memory() -> None:
+    """Ray's object store can lie in shared memory, or on disk where there is none."""
     if SHARED_MEMORY.is_dir():
         try:
             with tempfile.TemporaryFile(dir=SHARED_MEMORY) as file:
@@ -76,7 +79,8 @@ def _shared_memory() -> None:
             ) from None
 
 
-def _cores(ranks: int, cores: int) -> None:
+def check_cores(ranks: int, cores: int) -> None:
+    """The ranks are not many times the cores."""
     if ranks > RANKS_PER_CORE * cores:
         raise UserError(
             f"{ranks} ranks on {cores} cores would spend their time waiting for each other",
@@ -86,7 +90,8 @@ def _cores(ranks: int, cores: int) -> None:
         )
 
 
-def _memory(ranks: int, available: int) -> None:
+def check_memory(ranks: int, available: int) -> None:
+    """Ranks and Ray have room in so many bytes."""
     fit = (available - RAY_BYTES) // RANK_BYTES
     if fit < ranks:
         raise UserError(

@@ -30,14 +30,14 @@ def join(ranks: Ranks, device: torch.device, timeout: timedelta) -> None:
     if rendezvous.GLOO not in os.environ and (name := rendezvous.facing(ranks)):
         os.environ[rendezvous.GLOO] = name
     # Said before the first collective, NCCL's communicator is there when later groups split it.
-    eager = {"device_id": device} if backend == "nccl" and ranks.world_size > 1 else {}
+    eager = device if backend == "nccl" and ranks.world_size > 1 else None
     dist.init_process_group(
         backend,
         store=dist.PrefixStore("default_pg", _store(ranks, timeout)),
         rank=ranks.rank,
         world_size=ranks.world_size,
         timeout=timeout,
-        **eager,
+        device_id=eager,
     )
 
 
