@@ -16,8 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.models.graph_head import GraphHead
+from cnn2gnn_dist.models.student import Student
 from cnn2gnn_dist.training import distributed, named_state
-from cnn2gnn_dist.training.engine import Engine, inner_optimizer
+from cnn2gnn_dist.training.engine import Engine, inner_optimizer, without_overlap
 from cnn2gnn_dist.training.sync_norm import synchronise_norms
 
 STEPS = 6
@@ -165,6 +167,38 @@ def not_yet(stage: int) -> bool:
     return moved == set(before) - set(LATE)
 
 
+def rounded_head(stage: int) -> dict[str, float]:
+    """Under bfloat16 autocast: how far z lies from the graph head on the same features in float32,
+    in both modes; and how far it lies where the head's weights are rounded.
+    """
+    torch.manual_seed(0)
+    stem = nn.Sequential(nn.AvgPool2d(2), nn.Flatten(), nn.Linear(48, 24), nn.ReLU())
+    student = Student(stem, 24, 16, 8, 4, 0, 3, "dataset", (0.5,) * 3, (0.25,) * 3)
+    config = tiny.config(stage)
+    config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # gather all of them
+    engine = Engine(student, config, device="cpu")
+    images = (tiny.share(0)[0].permute(0, 2, 3, 1) * 40 + 128).clamp(0, 255)
+    engine.train()
+    engine.backward(engine(images, None).logits_BC.square().mean())
+    engine.step(1e-2)
+    weights = {n[5:]: w for n, w in engine.weights().items() if n.startswith("head.")}
+    found = {}
+    for mode in ("eval", "train"):  # training moves the running statistics
+        getattr(engine, mode)()
+        output = engine(images, None)
+        assert output.logits_BC.dtype == torch.bfloat16  # autocast is on
+        for kind in ("whole", "rounded"):
+            head = GraphHead(24, 16)
+            head.load_state_dict(weights)
+            if kind == "rounded":
+                head.project.weight.data = head.project.weight.data.bfloat16().float()
+            head.train(mode == "train")
+            apart = (head(output.x_BD.float()) - output.z_Bd).detach().abs().max()
+            found[f"{mode} {kind}"] = float(apart)
+    return found
+
+
 def not_finite(stage: int) -> dict[str, Any]:
     """Rank 1 alone has a NaN loss; then a finite loss whose gradient is not."""
     engine = tiny.build(stage)
@@ -240,6 +274,8 @@ def everything() -> dict[Any, Any]:
         found["finite", stage] = not_finite(stage)
         found["idle", stage] = unused_parameter(stage)
         found["late", stage] = (late_start(stage, IDLE), late_start(stage, 0), not_yet(stage))
+    for stage in tiny.STAGES:  # last: DeepSpeed remembers for good that there was autocast
+        found["head", stage] = rounded_head(stage)
     return found
 
 
@@ -326,6 +362,16 @@ def test_late_parameters_step_as_under_an_adam_of_their_own(ranks: list[dict], s
             assert wrong.max() > 4
 
 
+@pytest.mark.parametrize("stage", tiny.STAGES)
+def test_the_graph_head_is_not_rounded_under_autocast(ranks: list[dict], stage: int) -> None:
+    """ZeRO-3 gathers the weights of plain linear layers in the lower precision."""
+    for rank in ranks:
+        found = rank["head", stage]
+        for mode in ("train", "eval"):
+            assert found[f"{mode} whole"] < 1e-6
+            assert found[f"{mode} rounded"] > 1e-4
+
+
 def test_buffers_become_the_mean_over_ranks(ranks: list[dict]) -> None:
     first, second = (rank["buffers"] for rank in ranks)
     mean, other = first["before"]["norm.running_mean"], second["before"]["norm.running_mean"]
@@ -359,6 +405,16 @@ def test_collectives(ranks: list[dict]) -> None:
     assert [rank["world"] for rank in ranks] == [(0, 2, "gloo"), (1, 2, "gloo")]
     assert [rank["gathered"] for rank in ranks] == [[0, 10]] * 2
     assert [rank["broadcast"] for rank in ranks] == [{"from": 0}] * 2
+
+
+def test_communication_overlaps_only_where_the_model_has_no_collectives() -> None:
+    """Else two NCCL communicators would be at work at once."""
+    config = {"zero_optimization": {"stage": 2, "overlap_comm": True}, "gradient_clipping": 1.0}
+    plain = tiny.TinyNet()
+    assert without_overlap(config, plain) == config
+    found = without_overlap(config, synchronise_norms(plain))
+    assert found["zero_optimization"] == {"stage": 2, "overlap_comm": False}
+    assert config["zero_optimization"]["overlap_comm"] is True  # not the caller's
 
 
 def test_without_a_group_one_process_is_the_world() -> None:

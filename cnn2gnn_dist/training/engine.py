@@ -19,6 +19,7 @@ from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.runtime.ranks import Ranks
 from cnn2gnn_dist.training import distributed, process_group
 from cnn2gnn_dist.training.schedule import fresh_adam
+from cnn2gnn_dist.training.sync_norm import is_synchronised
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -117,6 +118,7 @@ class Engine:
         self._micro = 0
         self._finite = torch.ones((), device=self.device)
         model.to(self.device)
+        config = without_overlap(config, model)
         groups = _groups(model, config["optimizer"]["params"]["weight_decay"], late)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -229,6 +231,18 @@ class Engine:
         found = {name: full_weight(self, p) for name, p in self.module.named_parameters()}
         found.update({name: b.detach().cpu().clone() for name, b in self.module.named_buffers()})
         return found
+
+
+def without_overlap(config: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """The config for a model whose backward pass has collectives of its own.
+
+    SyncNorm reduces in the default group, ZeRO in one of its own. Two NCCL communicators at work
+    at once on one GPU, in an order that ranks need not share, may wait for each other for ever;
+    without ``overlap_comm`` all collectives follow each other on one stream.
+    """
+    if not is_synchronised(model):
+        return config
+    return {**config, "zero_optimization": {**config["zero_optimization"], "overlap_comm": False}}
 
 
 def _groups(model: nn.Module, decay: float, late: Collection[str]) -> list[dict[str, Any]]:
