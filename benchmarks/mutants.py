@@ -55,6 +55,7 @@ SUBJECTS = (
     Subject("losses", "models/losses.py", ("test_losses.py",)),
     Subject("judge", "stages/judge.py", ("test_judge.py",)),
     Subject("block", "graph/block.py", ("test_block.py", "test_student_model.py")),
+    Subject("live_search", "stages/live_search.py", ("test_live_search.py",)),
     Subject("partition", "graph/partition.py", ("test_partition.py",)),
     Subject(
         "checkpoint", "training/checkpoint.py", ("test_checkpoint_files.py", "test_checkpoint.py")

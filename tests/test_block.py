@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_partition import random_table
 
-from cnn2gnn_dist.graph.block import BlockIds, queried_block, sampled_block
+from cnn2gnn_dist.graph.block import BlockIds, one_hop_block, queried_block, sampled_block
 from cnn2gnn_dist.graph.sampler import make_sampler
 
 KEY = {"epoch": 0, "step": 0, "rank": 0}
@@ -117,3 +117,32 @@ def test_second_halo_nodes_have_no_second_hop(kind):
     ids = np.append(block.nodes_V, -1)
     assert ids[block.unique_U].tolist() == [1, 3, 4]
     assert ids[block.second_UG].tolist() == [[2, 4], [-1, -1], [-1, -1]]
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    nodes=st.integers(3, 30),
+    seeds=st.integers(1, 8),
+    slots=st.integers(1, 6),
+    number=st.integers(0, 999),
+)
+def test_a_one_hop_block_equals_the_naive_one(nodes, seeds, slots, number):
+    """Slot by slot: who was asked for stands there, but for holes and the seed itself."""
+    rng = np.random.default_rng(number)
+    seeds_B = rng.integers(-1, nodes, seeds)
+    asked = rng.integers(-1, nodes, (seeds, slots))
+    block = one_hop_block(asked, seeds_B)
+    ids = np.append(block.nodes_V, -1)
+    gone = (asked == -1) | (asked == seeds_B[:, None])
+    assert ids[block.first_BF].tolist() == np.where(gone, -1, asked).tolist()
+    assert (block.first_BF == -1).tolist() == gone.tolist()
+    # The unique nodes are the slots, and stand first.
+    assert block.unique_U.tolist() == list(range(asked.size))
+    assert block.unique_of_BF.tolist() == block.first_BF.tolist()
+    assert block.second_UG.shape == (asked.size, 0)
+    seen = seeds_B >= 0
+    assert (block.seed_V == -1).tolist() == (~seen).tolist()
+    assert ids[block.seed_V][seen].tolist() == seeds_B[seen].tolist()
+    assert len(block.nodes_V) == asked.size + seeds
+    assert block.nodes_V.min() >= 0
+    assert block.nodes_V.max() < nodes

@@ -1,0 +1,89 @@
+"""The live search against brute force: which nodes a seed may find, and which are nearest."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from test_partition import random_table
+
+from cnn2gnn_dist.config import GraphConfig
+from cnn2gnn_dist.graph import partition
+from cnn2gnn_dist.graph.bank import Bank
+from cnn2gnn_dist.stages.live_search import LiveSearch
+
+N, D, M, PARTS = 90, 5, 6, 3
+
+
+def graph() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Unit vectors z [N, D], a random table [N, M], parts [N] of unequal size."""
+    rng = np.random.default_rng(4)
+    z = rng.normal(size=(N, D)).astype(np.float32)
+    part = rng.choice(PARTS, N, p=[0.5, 0.3, 0.2]).astype(np.int32)
+    return z / np.linalg.norm(z, axis=1, keepdims=True), random_table(N, M, 2), part
+
+
+def bank_of(parts: list[int] | None) -> Bank:
+    z, table, part = graph()
+    inner = np.arange(N) if parts is None else np.flatnonzero(np.isin(part, parts))
+    held = partition.build_union(table, inner)
+    nodes = held.nodes_L
+    return Bank(
+        torch.zeros(len(nodes), 2, dtype=torch.float16),
+        torch.from_numpy(z[nodes]),
+        torch.zeros(len(nodes), dtype=torch.int32),
+        nodes,
+        held.num_inner,
+        held.table_KM,
+    )
+
+
+def found_by(parts: list[int] | None, seeds: np.ndarray, query: np.ndarray, wanted: int):
+    """Global ids that a rank with these partitions finds for its seeds (global; -1: unseen)."""
+    bank, part = bank_of(parts), graph()[2]
+    search = LiveSearch(bank, part, parts, GraphConfig(dim=D), "cpu")
+    local = np.where(seeds < 0, -1, np.searchsorted(bank.nodes_L[: bank.num_inner], seeds))
+    return bank.global_of(search.nearest(query, wanted, local))
+
+
+def brute_force(seed: int, query: np.ndarray, wanted: int) -> list[int]:
+    """The nearest in the seed's own part and its first halo; everywhere for an unseen image."""
+    z, table, part = graph()
+    allowed = np.arange(N)
+    if seed >= 0:
+        own = np.flatnonzero(part == part[seed])
+        allowed = np.union1d(own, table[own].ravel())
+        allowed = allowed[(allowed >= 0) & (allowed != seed)]
+    return allowed[np.argsort(-(z[allowed] @ query), kind="stable")[:wanted]].tolist()
+
+
+@pytest.mark.parametrize("parts", [[0], [2], [0, 1], [1, 2], [0, 1, 2]])
+def test_a_seed_finds_what_its_own_partition_holds_whoever_else_is_here(parts):
+    z, _, part = graph()
+    rng = np.random.default_rng(1)
+    seeds = rng.permutation(np.flatnonzero(np.isin(part, parts)))[:20]
+    query = z[seeds] + rng.normal(0, 0.2, (len(seeds), D)).astype(np.float32)
+    found = found_by(parts, seeds, query, 7)
+    for row, seed in enumerate(seeds):
+        assert found[row].tolist() == brute_force(int(seed), query[row], 7)
+    # An order that knows all parts as one would find nodes that this one may not.
+    everywhere = [brute_force(-1, query[row], 8) for row in range(len(seeds))]
+    assert any(set(row.tolist()) - set(whole) for row, whole in zip(found, everywhere, strict=True))
+
+
+def test_unseen_images_search_everywhere():
+    z, _, _ = graph()
+    query = z[:9] + np.float32(0.1)
+    found = found_by(None, np.full(9, -1), query, 5)
+    assert found.tolist() == [brute_force(-1, one, 5) for one in query]
+
+
+def test_more_than_a_partition_holds_leaves_empty_slots():
+    _, table, part = graph()
+    seeds = np.flatnonzero(part == 2)[:3]
+    own = np.flatnonzero(part == 2)
+    there = len(np.union1d(own, table[own].ravel()))
+    query = graph()[0][seeds]
+    found = found_by([1, 2], seeds, query, there + 2)
+    assert (found[:, : there - 1] >= 0).all()
+    assert (found[:, there - 1 :] == -1).all()
