@@ -113,6 +113,6 @@ def test_unreadable_says_what_a_file_is_instead(tmp_path):
     names = ["1.png", "2.jpg", "3.jpg", "4.jpg", "5.jpg"]
     assert unreadable(tmp_path, names) == {
         "3.jpg": "an empty file",
-        "4.jpg": "a page of HTML or XML",
+        "4.jpg": "an HTML page",
         "5.jpg": "No such file or directory",
     }

@@ -299,7 +299,7 @@ def test_imagefolder_leaves_out_what_is_no_image_up_to_the_limit(
     root = tree(tmp_path / "in", {**files, "ant/7.jpg": page, "bee/8.jpg": b"", "bee/9.jpeg": avif})
     with pytest.raises(UserError, match="3 corrupt images among 11, more than") as caught:
         pack_imagefolder(root, tmp_path / "out", max_corrupt=0.2)
-    for part in ("ant/7.jpg: a page of HTML", "bee/8.jpg: an empty file", "bee/9.jpeg: AVIF"):
+    for part in ("ant/7.jpg: an HTML page", "bee/8.jpg: an empty file", "bee/9.jpeg: AVIF"):
         assert part in caught.value.what
     assert not list((tmp_path / "out").glob("*"))
     limit = caught.value.remedy.split("data.max_corrupt=")[1].split()[0]
@@ -307,7 +307,7 @@ def test_imagefolder_leaves_out_what_is_no_image_up_to_the_limit(
     assert sorted(key for key, _ in contents(paths)) == sorted(
         n[:5].replace("/", "_") for n in files
     )
-    assert "left out: 3 corrupt (first: ant/7.jpg: a page" in capsys.readouterr().out
+    assert "left out: 3 corrupt (first: ant/7.jpg: an HTML page" in capsys.readouterr().out
     for name in files:
         if name.startswith("ant"):
             (root / name).write_bytes(b"")

@@ -283,12 +283,12 @@ REFUSED = {
         "TIF of a rare kind",
     ),
     "nothing": (b"", "an empty file"),
-    "a page": (b"<!DOCTYPE html><title>404</title>", "a page of HTML"),
+    "a page": (b"<!DOCTYPE html><title>404</title>", "an HTML page"),
     "words": (b"404: Not Found", "text"),
     "avif": (saved(RGB, "AVIF"), "AVIF, a format that is not read"),
     "jpeg 2000": (saved(RGB, "JPEG2000"), "JPEG 2000, a format that is not read"),
     "heic": (b"\0\0\0\x18ftypheic" + bytes(99), "HEIC, a format that is not read"),
-    "a pointer": (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS"),
+    "a pointer": (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
     "numbers": (bytes(range(128, 228)), "none of JPEG, PNG"),
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from cnn2gnn_dist.data.sniff import ENOUGH, kind_of
+
 IMAGE_SUFFIXES = (
     *("jpg", "jpeg", "png", "webp", "bmp", "gif", "ppm", "pgm", "tif", "tiff"),
     *("jpe", "jfif", "pjpeg", "pbm", "pnm", "dib"),
@@ -13,7 +15,7 @@ KINDS = ("JPEG", "PNG", "GIF", "BMP", "DIB", "PPM", "WEBP", "TIFF")
 and JPEG 2000, whose decoders take memory for sizes that stand deeper in the file than Pillow looks.
 """
 
-HEAD = 64
+HEAD = ENOUGH
 """So many first bytes are enough to tell a format."""
 
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -26,14 +28,9 @@ _UNREAD = (
     (b"\0\0\0\x0cJXL ", "JPEG XL"),
     (b"\xff\x0a", "JPEG XL"),
     (b"8BPS", "Photoshop"),
-    (b"%PDF", "PDF"),
     (b"%!PS", "PostScript"),
-    (b"\0\0\1\0", "an icon"),
-    (b"PK\3\4", "a zip archive"),
-    (b"\x1f\x8b", "gzip"),
-    (b"version https://git-lfs", "a pointer of Git LFS, not the file itself"),
+    (b"\0\0\1\0", "ICO"),
 )
-_TEXT = bytes({*range(32, 127), 9, 10, 12, 13})
 
 
 def image_suffix(data: bytes) -> str | None:
@@ -66,10 +63,7 @@ def what_it_is(data: bytes) -> str:
         return "HEIC, a format that is not read" if brand in _HEIF else "a film (MP4 or like it)"
     for start, name in _UNREAD:
         if data.startswith(start):
-            return name if name.startswith("a") else f"{name}, a format that is not read"
-    head = data[:HEAD].lstrip(b"\xef\xbb\xbf\t\n\r ")
-    if head[:1] == b"<":
-        return "a page of HTML or XML"
-    if head and not head.translate(None, _TEXT):
-        return "text"
-    return f"none of {', '.join(KINDS)}"
+            return f"{name}, a format that is not read"
+    if data[:4] == b"RIFF":
+        return "sound, film or another RIFF file, no WebP image"
+    return kind_of(data[:ENOUGH]) or f"none of {', '.join(KINDS)}"
