@@ -225,7 +225,7 @@ def _run(arguments: argparse.Namespace) -> int:
         for note in consistency.notes(config):
             print(f"note: {note}")
         return 0
-    _warn_about_lost_results(arguments, config)
+    _warn_about_lost_results(config)
     pipeline.plan(config, arguments.stages)  # refuses an unknown stage before Ray is started
     if pipeline.light(config, arguments.stages):
         tree = settings.as_tree(config)
@@ -272,10 +272,10 @@ def _on_ray(config: Config, stages: list[str] | None, update: bool, force: bool)
             print(pipeline.skipped(name))
 
 
-def _warn_about_lost_results(arguments: argparse.Namespace, config: Config) -> None:
+def _warn_about_lost_results(config: Config) -> None:
     """In a submitted job relative paths lie in a copy of the working directory."""
-    given = any(override.startswith("run.dir=/") for override in arguments.overrides)
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not given:
+    inside = Path(str(config.run.dir)).is_relative_to(Path.cwd())
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and inside:
         print(
             f"note: this job writes to {config.run.dir}, inside Ray's copy of the working "
             "directory; give run.dir=/shared/path to keep the results",

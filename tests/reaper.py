@@ -1,7 +1,8 @@
 """Start a driver, let it end as told, and say what is left of it: ``python reaper.py JOB.json``.
 
 This process is the subreaper of all that the driver starts: whatever loses its parent becomes a
-child of ours, so nothing escapes, and nothing of other people's is counted. It may run in a mount
+child of ours, so nothing escapes, and nothing of other people's is counted; ``listening`` says on
+which addresses they do at the trigger. It may run in a mount
 namespace of its own (``private``), and then has a /dev/shm of its own. The job: ``command``,
 ``environment``, ``signal`` (a number or null, sent when a line of the driver contains ``trigger``),
 ``seconds`` to wait for what is left, ``private``, ``result`` (a path).
@@ -39,16 +40,19 @@ def main() -> None:
         start_new_session=True,
     )
     assert driver.stdout is not None
-    seen, started = [], []
+    seen, started, listening = [], [], []
     for line in driver.stdout:
         seen.append(line)
         if not started and job["trigger"] in line:
-            started = [_name(p) for p in psutil.Process().children(recursive=True)]
+            children = psutil.Process().children(recursive=True)
+            started = [_name(child) for child in children]
+            listening = [address for child in children for address in _listening(child)]
             if job["signal"] is not None:
                 os.kill(driver.pid, job["signal"])
     code = driver.wait()
     left = _left(job["seconds"])
     result = {"code": code, "output": "".join(seen), "started": started, "left": left}
+    result["listening"] = listening
     result["shared"] = sorted(set(os.listdir("/dev/shm")) - shared)
     Path(job["result"]).write_text(json.dumps(result))
 
@@ -71,6 +75,14 @@ def _left(seconds: float) -> list[str]:
         with contextlib.suppress(psutil.Error):
             child.kill()
     return names
+
+
+def _listening(process: psutil.Process) -> list[str]:
+    try:
+        sockets = process.net_connections("inet")
+    except psutil.Error:
+        return []
+    return [one.laddr.ip for one in sockets if one.status == psutil.CONN_LISTEN]
 
 
 def _name(process: psutil.Process) -> str:

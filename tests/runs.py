@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import re
-import secrets
 import socket
 import subprocess
 import sys
@@ -60,8 +59,15 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def ray_environment() -> dict[str, str]:
-    """Token authentication with a token of the test's own, not of the user's home."""
-    return environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+    """For runs that start a Ray: nothing more, it has a token of its own."""
+    return environment()
+
+
+def bare_environment(home: Path) -> dict[str, str]:
+    """A user's shell: a path and a home of its own, nothing that tests or launchers set."""
+    home.mkdir(exist_ok=True)
+    path = f"{BIN}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+    return {"PATH": path, "HOME": str(home), "PYTHONPATH": str(REPOSITORY)}
 
 
 def free_port() -> int:

@@ -269,7 +269,7 @@ def test_a_run_on_a_dead_address_ends_in_two_lines(tmp_path, variable):
     address = f"127.0.0.1:{runs.free_port()}"
     command = [sys.executable, "-m", "cnn2gnn_dist", "teacher", "--config", "demo"]
     command += [f"run.dir={tmp_path / 'run'}"]
-    env = bare(tmp_path) | ({"RAY_ADDRESS": address} if variable else {})
+    env = runs.bare_environment(tmp_path) | ({"RAY_ADDRESS": address} if variable else {})
     command += [] if variable else [f"cluster.address={address}"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
@@ -278,15 +278,6 @@ def test_a_run_on_a_dead_address_ends_in_two_lines(tmp_path, variable):
     assert where in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / ".ray").exists()
-
-
-def bare(home: Path) -> dict[str, str]:
-    """A user's shell: a path, a home, and nothing that tests set; and where this package lies."""
-    return {
-        "PATH": f"{runs.BIN}:/usr/local/bin:/usr/bin:/bin",
-        "HOME": str(home),
-        "PYTHONPATH": str(runs.REPOSITORY),
-    }
 
 
 @pytest.mark.slow
@@ -302,7 +293,7 @@ def test_a_single_process_needs_no_port(tmp_path):
         command = [sys.executable, "launch/train.py", "--stages", "pack,index,teacher"]
         command += ["--config", "demo", *runs.MICRO, "data.limit=100", "data.holdout=0.2"]
         command += ["teacher.epochs=1", "device=cpu", f"run.dir={tmp_path / 'run'}"]
-        code, output = runs.finish(runs.start(command, bare(tmp_path)))
+        code, output = runs.finish(runs.start(command, runs.bare_environment(tmp_path)))
     assert code == 0, output[-3000:]
     assert (tmp_path / "run" / "teacher" / "done.json").is_file()
 

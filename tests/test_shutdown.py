@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import shutil
 import signal
 import subprocess
@@ -58,12 +57,10 @@ def end(
 ) -> dict:
     """Exit code and output of a driver that gets this signal when it prints the trigger;
     which processes it had then, what is left of it."""
-    environment = runs.environment(
-        RAY_AUTH_MODE="token",
-        RAY_AUTH_TOKEN=secrets.token_hex(32),
-        TMPDIR=str(place),
-        PYTHONPATH=os.pathsep.join([str(TESTS.parent), str(TESTS)]),
-    )
+    environment = runs.bare_environment(tmp_path / "home") | {
+        "TMPDIR": str(place),
+        "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
+    }
     job = {
         "command": [sys.executable, *command],
         "environment": environment,
@@ -77,6 +74,8 @@ def end(
     reaper = [sys.executable, str(TESTS / "reaper.py"), str(tmp_path / "job.json")]
     subprocess.run([*NAMESPACE, *reaper], check=True, timeout=240)
     result = json.loads((tmp_path / "result.json").read_text())
+    # Else the next Ray that this user starts would demand the token.
+    assert not (tmp_path / "home" / ".ray").exists()
     result["files"] = sorted(str(path.relative_to(place)) for path in place.rglob("*"))
     return result
 
@@ -144,6 +143,7 @@ def test_nothing_is_left_of_a_run_but_its_folder(place, tmp_path, number, code):
     assert "ray::_Rank" in names or "ray::rank" in names
     assert "ReaderActor" in names
     assert_nothing_left(result)
+    assert set(result["listening"]) == {"127.0.0.1"}, result["listening"]
     assert (run / "ray-logs" / "raylet.out").is_file()
     if number == signal.SIGTERM:
         assert f"Ray's logs were kept in {run}/ray-logs" in result["output"]

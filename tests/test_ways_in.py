@@ -15,10 +15,10 @@ import pytest
 from runs import (
     BIN,
     MICRO,
+    bare_environment,
     environment,
     finish,
     free_port,
-    ray_environment,
     results,
     scores,
     start,
@@ -53,7 +53,7 @@ def test_deepspeed_launcher(micro_run, tmp_path):
     ]
     command += ["--deepspeed_config", "ds_config.json", "--config", "demo", *MICRO]
     run = tmp_path / "run"
-    code, output = finish(start([*command, f"run.dir={run}"], environment(DS_ACCELERATOR="cpu")))
+    code, output = finish(start([*command, f"run.dir={run}"], bare_environment(tmp_path)))
     assert code == 0, output[-4000:]
     assert scores(run) == scores(micro_run)
 
@@ -61,14 +61,15 @@ def test_deepspeed_launcher(micro_run, tmp_path):
 def test_cnn2gnn_run_on_ray(micro_run, tmp_path):
     run = tmp_path / "run"
     command = [sys.executable, "-m", "cnn2gnn_dist", "run", "--config", "demo", *MICRO]
-    code, output = finish(start([*command, f"run.dir={run}"], ray_environment()))
+    code, output = finish(start([*command, f"run.dir={run}"], bare_environment(tmp_path)))
     assert code == 0, output[-4000:]
     assert scores(run) == scores(micro_run)
 
-    code, output = finish(start([*command, f"run.dir={run}"], ray_environment()))
+    code, output = finish(start([*command, f"run.dir={run}"], bare_environment(tmp_path)))
     assert code == 0
     for stage in ("pack", "index", "teacher", "targets", "student", "graph", "control", "evaluate"):
         assert f"{stage:8} whole, skipped" in output
+    assert not (tmp_path / ".ray").exists()  # a token there would be demanded by the user's own Ray
 
 
 @pytest.mark.skipif(
@@ -76,32 +77,52 @@ def test_cnn2gnn_run_on_ray(micro_run, tmp_path):
     reason="Ray's job server binds to the network: the test wants a network namespace (root, unshare)",
 )
 def test_ray_job(micro_run, tmp_path):
-    """`ray job submit`, launch/submit.py and `ray job stop`; the head sees loopback only."""
-    run, run_2, run_3 = tmp_path / "job", tmp_path / "job-2", tmp_path / "job-3"
+    """`ray job submit`, launch/submit.py, cluster.address= and `ray job stop`, on a cluster that
+    demands the token in the user's home, and whose environment was not activated when it started.
+    The head sees loopback only.
+    """
+    run, run_3 = tmp_path / "job", tmp_path / "job-3"
     ports = {name: free_port_outside_workers() for name in ("gcs", "dashboard", "client")}
+    teacher = (
+        f"{sys.executable} -m cnn2gnn_dist teacher --config demo {_quoted(MICRO)} run.dir={run}"
+    )
+    cluster = f"cluster.address=127.0.0.1:{ports['gcs']}"
     script = f"""
     ip link set lo up
-    ray start --head --block --node-ip-address 127.0.0.1 --port {ports["gcs"]} --num-cpus 2 \\
-        --dashboard-host 127.0.0.1 --dashboard-port {ports["dashboard"]} --include-dashboard true \\
+    ray get-auth-token --generate > /dev/null
+    PATH=/usr/local/bin:/usr/bin:/bin {BIN}/ray start --head --block --disable-usage-stats \
+        --node-ip-address 127.0.0.1 --port {ports["gcs"]} --num-cpus 2 \
+        --dashboard-host 127.0.0.1 --dashboard-port {ports["dashboard"]} --include-dashboard true \
         --ray-client-server-port {ports["client"]} --temp-dir {short_folder(tmp_path)} > {tmp_path}/head.log 2>&1 &
     head=$!
     trap "kill -TERM $head; wait $head" EXIT
     export RAY_ADDRESS=http://127.0.0.1:{ports["dashboard"]}
-    for i in $(seq 60); do ray job list > /dev/null 2>&1 && break; done
-    ray job submit --working-dir . -- {sys.executable} -m cnn2gnn_dist run --config demo {_quoted(MICRO)} run.dir={run}
+    for i in $(seq 60); do RAY_AUTH_MODE=token ray job list > /dev/null 2>&1 && break; done
+    RAY_AUTH_MODE=token ray job submit --working-dir . -- \
+        {sys.executable} -m cnn2gnn_dist run --config demo {_quoted(MICRO)} run.dir={run}
     echo "submit exit $?"
-    {sys.executable} launch/submit.py --address $RAY_ADDRESS -- --config demo {_quoted(MICRO)} \\
+    {sys.executable} launch/submit.py --address $RAY_ADDRESS -- --config demo {_quoted(MICRO)} \
         run.dir={run} --dry-run
     echo "script exit $?"
-    {sys.executable} launch/submit.py --address $RAY_ADDRESS -- --config demo student.epoch=1 run.dir={run_2}
+    {sys.executable} launch/submit.py --address $RAY_ADDRESS -- --config demo {_quoted(MICRO)} \
+        run.dir={run} data.limit=399
     echo "failing exit $?"
+    {sys.executable} launch/submit.py --address $RAY_ADDRESS -- --config demo student.epoch=1
+    echo "wrong exit $?"
+    {teacher} {cluster}
+    echo "cluster exit $?"
+    HOME={tmp_path}/other {teacher} {cluster}
+    echo "tokenless cluster exit $?"
+    HOME={tmp_path}/other {sys.executable} launch/submit.py --address $RAY_ADDRESS -- --config demo
+    echo "tokenless script exit $?"
+    export RAY_AUTH_MODE=token
     ray job submit --no-wait --submission-id stopped --working-dir . -- {sys.executable} -m cnn2gnn_dist run \
         --config demo {_quoted(MICRO)} teacher.epochs=2000 checkpoint.every_steps=100000 run.dir={run_3}
     for i in $(seq 1200); do [ -s {run_3}/teacher/metrics.jsonl ] && break; sleep 0.1; done
     ray job stop stopped
     ray job logs stopped
     """
-    process = start(["unshare", "-n", "bash", "-c", script], ray_environment())
+    process = start(["unshare", "-n", "bash", "-c", script], bare_environment(tmp_path / "home"))
     try:
         _, output = finish(process, 420)
     finally:
@@ -110,7 +131,13 @@ def test_ray_job(micro_run, tmp_path):
     assert "submit exit 0" in output, output[-6000:]
     assert "script exit 0" in output, output[-3000:]
     assert "failing exit 1" in output, output[-3000:]
+    assert "wrong exit 2" in output, output[-3000:]
     assert "did you mean student.epochs?" in output
+    assert "cluster exit 0" in output, output[-3000:]
+    for way in ("cluster", "script"):
+        assert f"tokenless {way} exit 2" in output, output[-3000:]
+    assert output.count("demands a token, and there is none here") == 2
+    assert "Traceback" not in output.split("failing exit")[1].split("tokenless script exit")[0]
     assert scores(run) == scores(micro_run)
     step = re.search(r"teacher was told to end: step (\d+) is saved", output)
     assert step, output[-3000:]
