@@ -2,7 +2,7 @@
 
 deepspeed --num_gpus 2 launch/train.py --deepspeed_config ds_config.json --config demo
 torchrun --nproc_per_node 2 launch/train.py --config demo student.epochs=20
-srun python launch/train.py --config imagenet      # MASTER_ADDR and MASTER_PORT exported
+srun python launch/train.py --config imagenet      # meets on the step's first node
 python launch/train.py --config demo               # a single process
 """
 

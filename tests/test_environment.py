@@ -11,18 +11,20 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import procs
 import psutil
 import pytest
 import runs
+import torch
 
 from cnn2gnn_dist import upload
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.runtime import access, here, rendezvous
 from cnn2gnn_dist.runtime.ranks import DEFAULT_PORT, Ranks, first_host
-from cnn2gnn_dist.training.process_group import device_index
+from cnn2gnn_dist.training.process_group import device_index, join
 
 # --- who am I, and where do we meet ------------------------------------------------------------
 
@@ -146,6 +148,16 @@ def test_no_rank_listens_beyond_the_rendezvous_address():
     for rank, found in enumerate(procs.run(own_sockets, 2)):
         assert found, f"rank {rank} listens nowhere: the test looks at nothing"
         assert set(found) == {"127.0.0.1"}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_that_nobody_else_joins(rank):
+    """RANK and WORLD_SIZE left in a shell, for one."""
+    lonely = Ranks(rank, rank, 2, "127.0.0.1", runs.free_port())
+    with pytest.raises(UserError, match=f"rank {rank} of 2 has not met the others") as caught:
+        join(lonely, torch.device("cpu"), timedelta(seconds=1))
+    assert "unset RANK and WORLD_SIZE" in caught.value.remedy
+    assert not torch.distributed.is_initialized()
 
 
 # --- what this machine must have ---------------------------------------------------------------

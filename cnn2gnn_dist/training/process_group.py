@@ -23,7 +23,8 @@ def join(ranks: Ranks, device: torch.device, timeout: timedelta) -> None:
     unless torchrun's agent does.
 
     Raises:
-        UserError: the port is taken; a network interface that the environment names is missing.
+        UserError: the port is taken; a network interface that the environment names is missing;
+            the other ranks have not come within ``timeout``.
     """
     backend = "nccl" if device.type == "cuda" else "gloo"
     rendezvous.check_interfaces(backend)
@@ -46,14 +47,23 @@ def _store(ranks: Ranks, timeout: timedelta) -> dist.Store:
         return dist.HashStore()
     hosted_here = ranks.is_first and os.environ.get(AGENT_STORE) != "True"
     socket = rendezvous.listen(ranks).detach() if hosted_here else None
-    return dist.TCPStore(
-        ranks.master_addr,
-        ranks.master_port,
-        ranks.world_size,
-        is_master=hosted_here,
-        timeout=timeout,
-        master_listen_fd=socket,
-    )
+    try:
+        return dist.TCPStore(
+            ranks.master_addr,
+            ranks.master_port,
+            ranks.world_size,
+            is_master=hosted_here,
+            timeout=timeout,
+            master_listen_fd=socket,
+        )
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        place = f"MASTER_ADDR={ranks.master_addr} MASTER_PORT={ranks.master_port}"
+        raise UserError(
+            f"rank {ranks.rank} of {ranks.world_size} has not met the others within "
+            f"{timeout.total_seconds():g} s: {str(error).splitlines()[0]}",
+            where=place,
+            remedy="see what the other ranks say; for a single process unset RANK and WORLD_SIZE",
+        ) from None
 
 
 def device_index(local_rank: int, visible: int) -> int:
