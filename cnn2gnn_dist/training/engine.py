@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.runtime.ranks import Ranks
-from cnn2gnn_dist.training import distributed, process_group
+from cnn2gnn_dist.training import distributed, peer_watch, process_group
 from cnn2gnn_dist.training.schedule import fresh_adam
 from cnn2gnn_dist.training.sync_norm import is_synchronised
 
@@ -27,7 +27,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 def init(ranks: Ranks, device: str, timeout_s: float = 600.0) -> None:
     """Join the process group: NCCL on GPUs, gloo on CPUs; one OMP thread a CPU rank.
 
-    A dead peer fails the others' next collective at once, a silent one after ``timeout_s``.
+    A dead peer fails the others' next collective at once, a silent one after ``timeout_s``;
+    under NCCL, which says neither, a watch beside it ends the process with the peer's name.
 
     Raises:
         UserError: the port of the meeting point is taken, a network interface that the
@@ -63,10 +64,21 @@ def init(ranks: Ranks, device: str, timeout_s: float = 600.0) -> None:
         auto_mpi_discovery=False,
         verbose=False,
     )
+    if device == "cuda" and ranks.world_size > 1:
+        store = c10d._get_default_store()
+        silence_s = min(peer_watch.SILENCE_S, timeout_s / 2)
+        _watches.append(
+            peer_watch.PeerWatch(store, ranks.rank, ranks.world_size, silence_s=silence_s)
+        )
+
+
+_watches: list[peer_watch.PeerWatch] = []
 
 
 def shutdown() -> None:
     """Leave the process group."""
+    while _watches:
+        _watches.pop().close()
     if distributed.is_initialised():
         with contextlib.suppress(Exception):
             torch.distributed.destroy_process_group()

@@ -1,0 +1,109 @@
+"""Who of the ranks is still there, asked beside the collectives: NCCL doesn't say whom it misses.
+
+Under gloo a dead peer fails the others' next collective. Under NCCL the GPU waits for it, the
+host for the GPU, and torch's watchdog ends the process after the timeout without a name; what
+sits in between can't be woken. So each rank notes in the group's store that it is alive, and ends
+itself, with a name, when another has not for a while.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from datetime import timedelta
+
+from torch import distributed as dist
+
+from cnn2gnn_dist.errors import PeerLost
+
+BEAT_S = 2.0
+SILENCE_S = 60.0
+"""A rank may hold Python's lock for long, but not for so long."""
+
+
+class Silence:
+    """When each peer's note last changed. Pure: the clock is the caller's."""
+
+    def __init__(self, peers: Iterable[int], now: float) -> None:
+        self._seen: dict[int, tuple[bytes | None, float]] = {p: (None, now) for p in peers}
+
+    def note(self, values: Mapping[int, bytes], now: float) -> None:
+        """Take in the peers' notes; one that is missing or the old one counts as silence."""
+        for peer, value in values.items():
+            if value != self._seen[peer][0]:
+                self._seen[peer] = (value, now)
+
+    def since(self, now: float, limit: float) -> dict[int, float]:
+        """Peers that have been silent for longer than ``limit``, and for how long."""
+        quiet = {peer: now - seen for peer, (_, seen) in self._seen.items()}
+        return {peer: seconds for peer, seconds in quiet.items() if seconds > limit}
+
+
+class PeerWatch:
+    """A thread that notes this rank's life in ``store`` and watches the others'.
+
+    Args:
+        store: the group's; it is cloned, so that nobody waits for the thread's questions.
+        silence_s: after how long a peer counts as lost.
+        lost: what to do then; by default the process says so and ends with ``PeerLost``'s code.
+    """
+
+    def __init__(
+        self,
+        store: dist.Store,
+        rank: int,
+        world_size: int,
+        *,
+        silence_s: float = SILENCE_S,
+        beat_s: float = BEAT_S,
+        lost: Callable[[PeerLost], None] | None = None,
+    ) -> None:
+        self._store: dist.Store = store.clone()  # type: ignore[attr-defined]  # in no stub
+        self._rank = rank
+        self._store.set_timeout(timedelta(seconds=silence_s))
+        self._peers = [peer for peer in range(world_size) if peer != rank]
+        self._silence_s, self._beat_s, self._lost = silence_s, beat_s, lost or _end
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="peers", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop watching, and being alive to the others."""
+        self._stop.set()
+
+    def _run(self) -> None:
+        silence, count = Silence(self._peers, time.monotonic()), 0
+        while not self._stop.wait(self._beat_s):
+            count += 1
+            try:
+                self._store.set(_key(self._rank), str(count))
+                there = [peer for peer in self._peers if self._store.check([_key(peer)])]
+                silence.note({p: self._store.get(_key(p)) for p in there}, time.monotonic())
+                gone = ""
+            except RuntimeError:  # whoever hosts the store is gone, or leaves as we shall
+                gone = "; the meeting point does not answer"
+            if quiet := silence.since(time.monotonic(), self._silence_s):
+                self._lost(_error(quiet, gone))
+                return
+
+
+def _key(rank: int) -> str:
+    return f"alive/{rank}"
+
+
+def _error(quiet: Mapping[int, float], gone: str) -> PeerLost:
+    names = ", ".join(str(peer) for peer in sorted(quiet))
+    return PeerLost(
+        f"rank {names} has not been heard of for {max(quiet.values()):.0f} s{gone}",
+        where="process group",
+        remedy="look at that rank's own last lines; the same command continues",
+    )
+
+
+def _end(error: PeerLost) -> None:
+    """Nothing short of the process's end wakes a thread that waits for a GPU."""
+    print(error, file=sys.stderr, flush=True)
+    os._exit(PeerLost.exit_code)
