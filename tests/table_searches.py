@@ -6,10 +6,14 @@ Ranks wait for each other through files in FOLDER. DIE_AFTER: SIGKILL itself aft
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,12 +26,20 @@ for name in ("SCAN_ROWS", "JOIN_ROWS", "PROBE_ROWS"):
 def main(folder: Path, z_path: Path, rank: int, world_size: int, die_after: int) -> None:
     meetings = units_done = 0
 
-    def barrier() -> None:
+    def gather(own: object) -> list[Any]:
         nonlocal meetings
         meetings += 1
-        (folder / f"at-{meetings}-{rank}").touch()
-        while not all((folder / f"at-{meetings}-{r}").exists() for r in range(world_size)):
+        names = [folder / f"at-{meetings}-{r}" for r in range(world_size)]
+        names[rank].with_suffix(".tmp").write_bytes(pickle.dumps(own))
+        names[rank].with_suffix(".tmp").rename(names[rank])
+        while not all(name.exists() for name in names):
             time.sleep(0.001)
+        return [pickle.loads(name.read_bytes()) for name in names]
+
+    @contextmanager
+    def together() -> Iterator[None]:
+        yield
+        gather(None)
 
     def progress(phase: str, done: int, total: int) -> None:
         nonlocal units_done
@@ -35,7 +47,7 @@ def main(folder: Path, z_path: Path, rank: int, world_size: int, die_after: int)
         if units_done == die_after:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    crew = units.Crew(rank, world_size, 2, barrier, progress)
+    crew = units.Crew(rank, world_size, 2, together, gather, progress)
     z_Nd = np.load(z_path, mmap_mode="r")
     search = table_search.TableSearch(units.Workshop(folder / "work", crew), z_Nd, z_Nd, 12)
     found = search.build(table_search.Goal(0.97))

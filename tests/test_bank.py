@@ -89,7 +89,7 @@ def test_unfinished_versions_do_not_exist_and_are_cleared(tmp_path):
     GraphWriter.create(tmp_path, 2, shapes)
     assert bank.latest_version(tmp_path).name == "v0001"
     write(tmp_path, 5)
-    bank.prune(tmp_path, 1)
+    bank.prune(tmp_path, tmp_path / "v0005", 1)
     assert [path.name for path in tmp_path.iterdir()] == ["v0005"]
 
 
@@ -111,9 +111,20 @@ def test_pruning_spares_the_last_whole_version(tmp_path):
     for number in (1, 2, 3):
         write(tmp_path, number)
     (tmp_path / "v0003" / "z.npy").write_bytes(b"")
-    bank.prune(tmp_path, 1)
+    bank.prune(tmp_path, tmp_path / "v0003", 1)
     assert [path.name for path in tmp_path.iterdir()] == ["v0002"]
-    bank.prune(tmp_path, 0)
+    bank.prune(tmp_path, tmp_path / "v0003", 0)
+    assert bank.latest_version(tmp_path).name == "v0002"
+
+
+def test_the_version_just_built_stays_and_a_lost_future_goes(tmp_path):
+    """A run that fell back to an older checkpoint builds version 2 while 3 and 5 are there."""
+    for number in (1, 3, 5):
+        write(tmp_path, number)
+    write(tmp_path, 2)
+    bank.prune(tmp_path, tmp_path / "v0002", 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["v0001", "v0002"]
+    bank.prune(tmp_path, tmp_path / "v0002", 1)
     assert bank.latest_version(tmp_path).name == "v0002"
 
 

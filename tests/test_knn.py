@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+from cnn2gnn_dist import settings
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.graph import knn, quality
+from cnn2gnn_dist.graph import exact_search, knn, quality
+from cnn2gnn_dist.graph.bank import GraphWriter
+from cnn2gnn_dist.graph.units import Crew, Workshop
+from cnn2gnn_dist.runtime.ranks import Ranks
+from cnn2gnn_dist.stages import candidates
+from cnn2gnn_dist.stages.context import Context, RunPaths
 
 
 def unit(count: int, dim: int, seed: int = 0, clusters: int = 0) -> np.ndarray:
@@ -192,3 +201,33 @@ def test_weighted_homophily_by_a_loop():
     wanted = sum(w for w, same in known if same) / sum(w for w, _ in known)
     assert quality.edge_homophily(table, labels, weights) == pytest.approx(wanted)
     assert quality.edge_homophily(table, labels, 0 * weights) == 0.0
+
+
+def test_a_device_search_needs_no_faiss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path of a GPU, on a machine without faiss; "there" is the CPU here."""
+    rng = np.random.default_rng(3)
+    z = rng.standard_normal((700, 8)).astype(np.float32)
+    z[::9] = z[1]  # ties that reach past what is fetched
+    near = np.einsum("nd,md->nm", z, z)
+    np.fill_diagonal(near, -np.inf)
+    want = np.argsort(-near, axis=1, kind="stable")[:, :6]
+    monkeypatch.setitem(sys.modules, "faiss", None)  # importing it raises ImportError
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)
+    monkeypatch.setattr(exact_search, "ROWS", 200)
+    with pytest.raises(ImportError):
+        exact_search.exact_table(Workshop(tmp_path / "cpu", Crew(threads=2)), z, z, 6, "cpu")
+    found = exact_search.exact_table(Workshop(tmp_path / "gpu", Crew(threads=2)), z, z, 6, "cuda")
+    np.testing.assert_array_equal(found.table_NM, want)
+
+
+@pytest.mark.parametrize(("device", "threads"), [("cpu", 3), ("cuda", 1)])
+def test_on_a_gpu_one_thread_searches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, threads: int
+) -> None:
+    """Each would hold similarities of its own, up to ``DEVICE_CELLS``."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    context = Context(
+        settings.load("demo", []), Ranks(), RunPaths(tmp_path), tmp_path, "key", device, False
+    )
+    shop = candidates.workshop(context, GraphWriter(tmp_path))
+    assert shop.crew.threads == threads

@@ -22,6 +22,7 @@ from torch import Tensor
 from cnn2gnn_dist import durable
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.graph.partition import PartGraph, build_union
+from cnn2gnn_dist.graph.rows_on_disk import RowFile, read_rows
 
 MANIFEST = "manifest.json"
 ATTEMPT = "attempt"
@@ -35,6 +36,7 @@ class GraphWriter:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._files: dict[str, RowFile] = {}
 
     @classmethod
     def create(cls, root: Path, number: int, shapes: Shapes, attempt: str = "") -> GraphWriter:
@@ -64,23 +66,29 @@ class GraphWriter:
         return cls(version_path(root, number).with_suffix(".tmp"))
 
     def array(self, name: str) -> np.ndarray:
-        """An array of the version, read through the page cache that all ranks share."""
-        return np.load(self.path / f"{name}.npy", mmap_mode="r")
+        """An array of the version, mapped anew: what others have written and synced is there."""
+        return read_rows(self.path / f"{name}.npy")
 
-    def rows(self, name: str, start: int, values: np.ndarray) -> None:
-        """Write rows ``start`` … of an array.
+    def rows(self, name: str, start: int, values: np.ndarray, sum_before: int = 0) -> int:
+        """Write rows ``start`` … of an array; not yet synced. See ``RowFile.write``.
 
         Raises:
-            IndexError: they don't fit (numpy would drop a single row past the end in silence).
+            IndexError: they don't fit.
         """
-        array = np.load(self.path / f"{name}.npy", mmap_mode="r+")
-        if start < 0 or start + len(values) > len(array):
-            raise IndexError(f"{name}: rows {start}..{start + len(values)} of {len(array)}")
-        array[start : start + len(values)] = values
-        array.flush()
+        if name not in self._files:
+            self._files[name] = RowFile(self.path / f"{name}.npy")
+        return self._files[name].write(start, values, sum_before)
+
+    def sync(self) -> None:
+        """Wait until the rows written here are where all ranks can read them."""
+        for file in self._files.values():
+            file.sync()
 
     def finalise(self, meta: dict[str, Any]) -> Path:
         """Checksum everything, write the manifest, rename (rank 0)."""
+        self.sync()
+        for file in self._files.values():
+            file.close()
         shutil.rmtree(self.path / WORKSHOP, ignore_errors=True)
         (self.path / ATTEMPT).unlink(missing_ok=True)
         files = {}
@@ -267,11 +275,16 @@ def load_part(version: GraphVersion, number: int) -> PartGraph:
     return PartGraph.load(version.path / name)
 
 
-def prune(root: Path, keep: int) -> None:
-    """Delete all but the newest ``keep`` (at least 1) whole versions, and unfinished attempts."""
+def prune(root: Path, newest: Path, keep: int) -> None:
+    """Leave ``keep`` (at least 1) whole versions up to ``newest``, the one just built.
+
+    Newer ones go: they are of a future that a run lost when it fell back to an older checkpoint.
+    So do unfinished attempts.
+    """
     versions = sorted(Path(root).glob("v????"))
     # A damaged one doesn't count: kept, it could cost the last that can be used.
-    kept = [path for path in versions if _is_whole(path)][-max(keep, 1) :]
+    past = [path for path in versions if path.name <= newest.name and _is_whole(path)]
+    kept = past[-max(keep, 1) :]
     for path in versions:
         if path not in kept:
             shutil.rmtree(path)

@@ -23,14 +23,12 @@ def exact_table(
     Raises:
         UserError: fewer than m other nodes.
     """
-    table_NM = shop.array("table-exact", (len(z_Nd), m), np.int32)
-    units = spans(len(z_Nd), ROWS)
-
     index = Index(np.asarray(z_Nd), device=device)
 
-    def search(unit: int) -> None:
-        rows = np.arange(units[unit].start, units[unit].stop)
-        table_NM[rows], _ = index.search(query_Nd[rows], m, exclude=rows)
+    def search(unit: slice) -> tuple[np.ndarray]:
+        rows = np.arange(unit.start, unit.stop)
+        return (index.search(query_Nd[rows], m, exclude=rows)[0],)
 
-    shop.phase("exact", len(units), search)
+    arrays = {"table-exact": ((len(z_Nd), m), np.int32)}
+    (table_NM,) = shop.fill("exact", spans(len(z_Nd), ROWS), arrays, search)
     return Found(table_NM, np.arange(len(z_Nd), dtype=np.int32), [1.0])

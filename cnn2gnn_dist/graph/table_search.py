@@ -7,6 +7,7 @@ of ranks. z may be memory-mapped: beside it a rank holds a unit's rows only.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -67,17 +68,15 @@ class TableSearch:
     def build(self, goal: Goal) -> Found:
         """From nothing but z (collective)."""
         order_N, start_L1, probe_NP = self._in_lists(goal)
-        table_NM = self.shop.array("table-scan", (self.nodes, self.m), np.int32)
-        units = spans(self.nodes, SCAN_ROWS)
 
-        def scan(unit: int) -> None:
-            rows = order_N[units[unit]]
-            table_NM[rows] = lists.scan(
+        def scan(unit: slice) -> np.ndarray:
+            rows = order_N[unit]
+            return lists.scan(
                 self.query_Nd[rows], rows, probe_NP[rows], self.z_Nd, order_N, start_L1,
                 self.m, self.m,
             )  # fmt: skip
 
-        self.shop.phase("scan", len(units), scan)
+        table_NM = self._in_order("scan", "scan", SCAN_ROWS, order_N, scan)
         return self._improve(Found(table_NM, order_N), goal, "build")
 
     def refresh(self, before_NM: np.ndarray, order_N: np.ndarray, goal: Goal) -> Found:
@@ -127,48 +126,66 @@ class TableSearch:
 
     def _round(self, found: Found, name: str, width: Width) -> np.ndarray:
         before_NM, order_N = found.table_NM, found.order_N
-        reverse_NR = self.shop.array(f"reverse-{name}", (self.nodes, width.backward), np.int32)
-        targets = spans(self.nodes, joins.TARGETS)
+        (reverse_NR,) = self.shop.fill(
+            f"reverse-{name}",
+            spans(self.nodes, joins.TARGETS),
+            {f"reverse-{name}": ((self.nodes, width.backward), np.int32)},
+            lambda unit: (joins.reverse(before_NM, unit, width.backward),),
+        )
 
-        def turn(unit: int) -> None:
-            reverse_NR[targets[unit]] = joins.reverse(before_NM, targets[unit], width.backward)
-
-        self.shop.phase(f"reverse-{name}", len(targets), turn)
-        after_NM = self.shop.array(f"table-{name}", (self.nodes, self.m), np.int32)
-        units = spans(self.nodes, JOIN_ROWS)
-
-        def join(unit: int) -> None:
-            rows = order_N[units[unit]]
-            after_NM[rows] = joins.joined(
-                before_NM, reverse_NR, self.z_Nd, self.query_Nd, rows, width
+        def join(unit: slice) -> np.ndarray:
+            return joins.joined(
+                before_NM, reverse_NR, self.z_Nd, self.query_Nd, order_N[unit], width
             )
 
-        self.shop.phase(f"join-{name}", len(units), join)
-        return after_NM
+        return self._in_order(f"join-{name}", name, JOIN_ROWS, order_N, join)
+
+    def _in_order(
+        self,
+        phase: str,
+        name: str,
+        size: int,
+        order_N: np.ndarray,
+        work: Callable[[slice], np.ndarray],
+    ) -> np.ndarray:
+        """The table [N, M] by node, whose rows ``work`` makes in another order, alike ones together.
+
+        First they are written as they come, then each to its node: a unit's rows always lie
+        beside each other in the file, so that ranks don't write into each other's pages.
+        """
+        shape = {f"placed-{name}": ((self.nodes, self.m), np.int32)}
+        (placed_NM,) = self.shop.fill(
+            phase, spans(self.nodes, size), shape, lambda unit: (work(unit),)
+        )
+        place_N = np.empty(self.nodes, np.int32)
+        place_N[order_N] = np.arange(self.nodes, dtype=np.int32)
+        (table_NM,) = self.shop.fill(
+            f"table-{name}",
+            spans(self.nodes, size),
+            {f"table-{name}": ((self.nodes, self.m), np.int32)},
+            lambda unit: (placed_NM[place_N[unit]],),
+        )
+        return table_NM
 
     def _in_lists(self, goal: Goal) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Nodes by list [N], where each list starts [L + 1], and the lists of each query [N, P]."""
         count = lists.number_of_lists(self.nodes)
-        centroids_Ld = self.shop.array("centroids", (count, self.z_Nd.shape[1]), np.float32)
-
-        def train(unit: int) -> None:
-            centroids_Ld[:] = lists.train(self.z_Nd, count)
-
-        self.shop.phase("centroids", 1, train)
+        (centroids_Ld,) = self.shop.fill(
+            "centroids",
+            [slice(0, count)],
+            {"centroids": ((count, self.z_Nd.shape[1]), np.float32)},
+            lambda unit: (lists.train(self.z_Nd, count),),
+        )
         probes = self._probes_for(goal, centroids_Ld)
-        home_N = self.shop.array("home", (self.nodes,), np.int32)
-        probe_NP = self.shop.array("probe", (self.nodes, probes), np.int32)
-        units = spans(self.nodes, PROBE_ROWS)
 
-        def probe(unit: int) -> None:
-            rows = units[unit]
-            probe_NP[rows] = lists.nearest_lists(self.query_Nd[rows], centroids_Ld, probes)
+        def probe(rows: slice) -> tuple[np.ndarray, np.ndarray]:
+            asked_UP = lists.nearest_lists(self.query_Nd[rows], centroids_Ld, probes)
             if self.query_Nd is self.z_Nd:
-                home_N[rows] = probe_NP[rows, 0]
-            else:
-                home_N[rows] = lists.nearest_lists(self.z_Nd[rows], centroids_Ld, 1)[:, 0]
+                return asked_UP[:, 0], asked_UP
+            return lists.nearest_lists(self.z_Nd[rows], centroids_Ld, 1)[:, 0], asked_UP
 
-        self.shop.phase("probe", len(units), probe)
+        arrays = {"home": ((self.nodes,), np.int32), "probe": ((self.nodes, probes), np.int32)}
+        home_N, probe_NP = self.shop.fill("probe", spans(self.nodes, PROBE_ROWS), arrays, probe)
         order_N = np.argsort(home_N, kind="stable").astype(np.int32)
         return order_N, np.searchsorted(home_N[order_N], np.arange(count + 1)), probe_NP
 
@@ -196,12 +213,10 @@ class TableSearch:
         import faiss
 
         wanted = min(RECALL_AT, self.m, self.nodes - 1)
-        truth_SR = self.shop.array("sample", (len(self._sample_S), wanted), np.float32)
-        near_SR = self.shop.array("sample-ids", truth_SR.shape, np.int32)
-        units = spans(len(self._sample_S), SAMPLE_UNIT)
+        shape = len(self._sample_S), wanted
 
-        def exact(unit: int) -> None:
-            rows = self._sample_S[units[unit]]
+        def exact(unit: slice) -> tuple[np.ndarray, np.ndarray]:
+            rows = self._sample_S[unit]
             keys = np.empty((len(rows), 0), np.int64)
             for span in spans(self.nodes, BASE_ROWS):
                 base = np.ascontiguousarray(self.z_Nd[span], np.float32)
@@ -214,7 +229,10 @@ class TableSearch:
                 keys = np.concatenate([keys, joins.sort_keys(near, ids)], axis=1)
             best = joins.ids_of(np.sort(keys, axis=1)[:, :wanted])
             near = joins.similarities(best, self.z_Nd, self.query_Nd[rows])
-            truth_SR[units[unit]], near_SR[units[unit]] = -np.sort(-near, axis=1), best
+            return -np.sort(-near, axis=1), best
 
-        self.shop.phase("sample", len(units), exact)
+        arrays = {"sample": (shape, np.float32), "sample-ids": (shape, np.int32)}
+        truth_SR, near_SR = self.shop.fill(
+            "sample", spans(len(self._sample_S), SAMPLE_UNIT), arrays, exact
+        )
         return truth_SR, near_SR

@@ -24,7 +24,13 @@ def workshop(context: Context, writer: GraphWriter) -> Workshop:
     """Where a version's makers put aside what a kill must not cost."""
     ranks = context.ranks
     crew = Crew(
-        ranks.rank, ranks.world_size, torch.get_num_threads(), distributed.barrier, _Bar(context)
+        ranks.rank,
+        ranks.world_size,
+        # On a GPU each thread would hold similarities of its own there (``knn.DEVICE_CELLS``).
+        1 if context.device == "cuda" else torch.get_num_threads(),
+        distributed.uneven,
+        distributed.all_gather_object,
+        _Bar(context),
     )
     return Workshop(writer.path / WORKSHOP, crew)
 
@@ -42,18 +48,21 @@ def find(
     settings, shop = context.config.graph, workshop(context, writer)
     z_Nd = writer.array("z")
     found = _search(context, shop, z_Nd, z_Nd if query_Nd is None else query_Nd, previous)
-    if context.ranks.is_first:
+
+    def keep() -> dict[str, Any]:
         writer.rows("candidates", 0, found.table_NM)
         writer.rows("order", 0, found.order_N)
-    distributed.barrier()
-    note: dict[str, Any] = {
-        "exact": settings.exact or context.device == "cuda",
-        "rebuilt": found.rebuilt,
-        "recall": found.history,
-    }
-    if previous is not None and context.ranks.is_first:
-        note["changed_edges"] = quality.changed_edges(previous.candidates, found.table_NM)
-    return note
+        writer.sync()
+        note: dict[str, Any] = {
+            "exact": settings.exact or context.device == "cuda",
+            "rebuilt": found.rebuilt,
+            "recall": found.history,
+        }
+        if previous is not None:
+            note["changed_edges"] = quality.changed_edges(previous.candidates, found.table_NM)
+        return note
+
+    return distributed.alone(keep)
 
 
 def describe(note: dict[str, Any]) -> str:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cnn2gnn_dist import durable
 from cnn2gnn_dist.config import GraphConfig
 from cnn2gnn_dist.data.order import sequential
 from cnn2gnn_dist.data.reader import Request
@@ -24,6 +23,7 @@ from cnn2gnn_dist.graph import bank, partition, quality, streaming
 from cnn2gnn_dist.graph.bank import GraphVersion, GraphWriter
 from cnn2gnn_dist.stages import candidates
 from cnn2gnn_dist.stages.context import Context, load_manifest
+from cnn2gnn_dist.stages.embedded import NOTE, Embedded
 from cnn2gnn_dist.stages.networks import build_student, load_model
 from cnn2gnn_dist.training import distributed
 from cnn2gnn_dist.training.checkpoint import Checkpoints
@@ -31,8 +31,6 @@ from cnn2gnn_dist.training.checkpoint import Checkpoints
 Embed = Callable[[Tensor], tuple[Tensor, Tensor]]
 """images uint8 [B, H, W, 3] → x_BD, z_Bd."""
 
-EMBED_NOTE = 16
-"""Batches between two notes of how far a rank has come."""
 LONG = 200
 """Batches from which a progress bar is shown."""
 QUERY_VIEW = 1_000_000
@@ -82,7 +80,8 @@ def build(
     """
     ranks, settings = context.ranks, context.config.graph
     manifest = load_manifest(context.paths.train_manifest)
-    if ranks.is_first:
+
+    def create() -> None:
         nodes = len(manifest)
         shapes = {
             "x": ((nodes, context.config.student.dim), np.float16),
@@ -93,20 +92,24 @@ def build(
             "part": ((nodes,), np.int32),
         }
         attempt = f"{context.key} {moment} {ranks.world_size} ranks" if moment else ""
-        GraphWriter.create(root, number, shapes, attempt).rows("labels", 0, manifest.label_N)
-    distributed.barrier()
+        made = GraphWriter.create(root, number, shapes, attempt)
+        made.rows("labels", 0, manifest.label_N)
+        made.sync()
+
+    distributed.alone(create)
     writer = GraphWriter.open(root, number)
     query_Nd = _embed_all(context, embed, writer, len(manifest), number)
     searched = candidates.find(context, writer, query_Nd, previous)
-    if ranks.is_first:
+
+    def close() -> None:
         table_NM, order_N = (np.asarray(writer.array(name)) for name in ("candidates", "order"))
         part_N, cut = _parts(table_NM, order_N, settings, previous)
         writer.rows("part", 0, part_N)
-        _finalise(context, writer, part_N, cut, searched, previous)
-    distributed.barrier()
-    if ranks.is_first:
-        bank.prune(root, settings.keep_versions)
-    return bank.open_version(root / f"v{number:04d}")
+        made = _finalise(context, writer, part_N, cut, searched, previous)
+        bank.prune(root, made, settings.keep_versions)
+
+    distributed.alone(close)
+    return bank.open_version(bank.version_path(root, number))
 
 
 def _embed_all(
@@ -122,10 +125,8 @@ def _embed_all(
     batch = context.config.evaluate.batch
     plan = list(sequential(samples, batch, ranks.rank, ranks.world_size))
     both = settings.query == "table"
-    query_Nd = shop.array("query", (samples, settings.dim), np.float32) if both else None
-    progress = shop.folder / f"embedded-{ranks.rank}"
-    # Every rank takes as many steps: a ZeRO-3 forward is collective.
-    done = min(distributed.all_gather_object(_count(progress)))
+    made = Embedded(writer, shop, samples, batch, settings.dim if both else 0)
+    done = made.batches_done
     with context.stream(context.paths.train_manifest, "embed") as stream:
         views = [CLEAN, QUERY_VIEW + number] if both else [CLEAN]
         requests = (Request(ids, view) for ids, _ in plan[done:] for view in views)
@@ -141,18 +142,14 @@ def _embed_all(
                 # A corrupt image is nobody's neighbour: its z lies far from every unit vector.
                 z = (z_Bd.float() * valid[:, None]).cpu().numpy()[mask]
                 if view == CLEAN and mask.any():
-                    writer.rows("x", int(ids[0]), x_BD.half().cpu().numpy()[mask])
-                    writer.rows("z", int(ids[0]), z)
-            if query_Nd is not None and mask.any():
-                query_Nd[ids[mask]] = z
-            if (step + 1) % EMBED_NOTE == 0 or step + 1 == len(plan):
-                durable.write_text(progress, str(step + 1))
-    distributed.barrier()
-    return query_Nd
-
-
-def _count(path: Path) -> int:
-    return int(path.read_text(encoding="utf-8")) if path.is_file() else 0
+                    made.write("x", int(ids[0]), x_BD.half().cpu().numpy()[mask])
+                    made.write("z", int(ids[0]), z)
+            if both and mask.any():
+                made.write("query", int(ids[0]), z)
+            if (step + 1) % NOTE == 0 or step + 1 == len(plan):
+                made.note()
+    made.close()
+    return made.array("query") if both else None
 
 
 def _parts(
@@ -184,7 +181,7 @@ def _finalise(
     cut_when_assigned: float,
     searched: dict[str, Any],
     previous: GraphVersion | None,
-) -> None:
+) -> Path:
     table_NM, labels_N = np.asarray(writer.array("candidates")), np.asarray(writer.array("labels"))
     parts = [
         partition.build_part(table_NM, part_N, number)
@@ -192,7 +189,7 @@ def _finalise(
     ]
     for number, part in enumerate(parts):
         part.save(writer.path / f"part-{number:02d}")
-    writer.finalise(
+    return writer.finalise(
         {
             "key": context.key,
             "nodes": len(part_N),

@@ -1,0 +1,93 @@
+"""Arrays on disk that several ranks fill, each its own rows.
+
+Rows are written where they belong by plain writes, not through a mapping: hosts that share a file
+server write mapped pages whole, and bring back what another has just replaced in them. Whoever
+reads maps the file anew, after a meeting of the ranks that comes after the writers' ``sync``.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cnn2gnn_dist import durable
+
+
+class RowFile:
+    """An ``.npy`` file whose rows are written.
+
+    Args:
+        path: made by ``durable.reserve_array``: its size doesn't change.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with open(path, "rb") as file:
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0
+            if version != (1, 0):
+                read = np.lib.format.read_array_header_2_0
+            self.shape, _, self.kind = read(file)
+            self._first = file.tell()
+        self._row = self.kind.itemsize * int(np.prod(self.shape[1:], dtype=np.int64))
+        # Never open for reading: NFS then doesn't widen a write to the whole page.
+        self._handle = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+
+    def write(self, start: int, values: np.ndarray, sum_before: int = 0) -> int:
+        """Write rows ``start`` …; returns their check sum, going on from the one before.
+
+        Raises:
+            IndexError: they don't fit.
+            ValueError: rows of another shape.
+            UserError: the disk is full.
+        """
+        data = np.ascontiguousarray(values, self.kind)
+        if data.shape[1:] != self.shape[1:]:
+            raise ValueError(f"{self.path.stem}: rows {data.shape[1:]} of {self.shape[1:]}")
+        if start < 0 or start + len(data) > self.shape[0]:
+            raise IndexError(
+                f"{self.path.stem}: rows {start}..{start + len(data)} of {self.shape[0]}"
+            )
+        place = self._first + start * self._row
+        left = data.reshape(-1).view(np.uint8).data
+        with durable.room(self.path):
+            while left:
+                done = os.pwrite(self._handle, left, place)
+                left, place = left[done:], place + done
+        return check_sum(data, sum_before)
+
+    def sync(self) -> None:
+        """Wait until what was written is on disk, or on the file server."""
+        with durable.room(self.path):
+            os.fsync(self._handle)
+
+    def close(self) -> None:
+        """Write no more."""
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
+
+    def __enter__(self) -> RowFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_handle"):
+            self.close()
+
+
+def read_rows(path: Path) -> np.ndarray:
+    """All rows, mapped anew: what others have synced is there."""
+    array: np.ndarray = np.load(path, mmap_mode="r")
+    return array
+
+
+def check_sum(values: Any, before: int = 0) -> int:
+    """CRC-32 of rows, going on from the one before: it finds what was lost, not what was forged."""
+    return zlib.crc32(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data, before)
