@@ -68,7 +68,7 @@ def room(path: Path) -> Iterator[None]:
 def reserve_array(path: Path, shape: tuple[int, ...], kind: Any) -> None:
     """An array of zeros in a file whose room on the disk is taken now.
 
-    A mapped file that grows only when it is written ends the process (SIGBUS) on a full disk.
+    A full disk is met before the work, not in its midst.
 
     Raises:
         UserError: the disk is full; nothing is left behind.

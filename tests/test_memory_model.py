@@ -32,6 +32,7 @@ def version(folder: Path) -> tuple[bank.GraphVersion, list[partition.PartGraph]]
             "order": ((N,), np.int32),
             "candidates": ((N, M), np.int32),
             "part": ((N,), np.int32),
+            "twin": ((N,), np.int32),
         },
     )
     writer.rows("candidates", 0, table)

@@ -119,15 +119,15 @@ class GraphVersion:
 
     Attributes:
         x: float16 [N, D]; z: float32 [N, d]; labels: int32 [N]; candidates: int32 [N, M];
-        part: int32 [N]; order: int32 [N], alike nodes beside each other; meta: what the builder
-        noted.
+        part: int32 [N]; order: int32 [N], alike nodes beside each other; twin: int32 [N], the
+        smallest of the nodes that are the same image; meta: what the builder noted.
     """
 
     path: Path
     meta: dict[str, Any]
 
     def __getattr__(self, name: str) -> np.ndarray:
-        if name not in ("x", "z", "labels", "candidates", "part", "order"):
+        if name not in ("x", "z", "labels", "candidates", "part", "order", "twin"):
             raise AttributeError(name)
         array = np.load(self.path / f"{name}.npy", mmap_mode="r")
         self.__dict__[name] = array

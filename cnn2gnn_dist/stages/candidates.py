@@ -9,6 +9,7 @@ import torch
 from tqdm import tqdm
 
 from cnn2gnn_dist.graph import quality
+from cnn2gnn_dist.graph.alive import Alive, alive
 from cnn2gnn_dist.graph.bank import WORKSHOP, GraphVersion, GraphWriter
 from cnn2gnn_dist.graph.exact_search import exact_table
 from cnn2gnn_dist.graph.table_search import Found, Goal, TableSearch
@@ -84,13 +85,38 @@ def _search(
     query_Nd: np.ndarray,
     previous: GraphVersion | None,
 ) -> Found:
+    """Neighbours of all nodes but the corrupt ones, whose rows are -1 and who are in no other."""
+    nodes_A = alive(z_Nd) if query_Nd is z_Nd else alive(z_Nd, query_Nd)
+    if len(nodes_A) == len(z_Nd):
+        before = None
+        if previous is not None:
+            before = previous.candidates, np.asarray(previous.order)
+        return _among(context, shop, z_Nd, query_Nd, before)
+    some = Alive(shop, nodes_A, len(z_Nd))
+    z_Ad = some.rows("z", z_Nd)
+    query_Ad = z_Ad if query_Nd is z_Nd else some.rows("query", query_Nd)
+    before = None
+    if previous is not None:
+        table_AM = some.table("before", previous.candidates)
+        before = table_AM, some.order(np.asarray(previous.order))
+    return some.whole(_among(context, shop, z_Ad, query_Ad, before))
+
+
+def _among(
+    context: Context,
+    shop: Workshop,
+    z_Nd: np.ndarray,
+    query_Nd: np.ndarray,
+    before: tuple[np.ndarray, np.ndarray] | None,
+) -> Found:
+    """The table of these rows; ``before``: an earlier one, and the order of its rows."""
     settings = context.config.graph
     if settings.exact or context.device == "cuda":
         return exact_table(shop, z_Nd, query_Nd, settings.candidates, context.device)
     search, goal = TableSearch(shop, z_Nd, query_Nd, settings.candidates), Goal(settings.recall)
-    if previous is None or not settings.warm_start:
+    if before is None or not settings.warm_start:
         return search.build(goal)
-    return search.refresh(previous.candidates, np.asarray(previous.order), goal)
+    return search.refresh(*before, goal)
 
 
 class _Bar:

@@ -16,10 +16,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cnn2gnn_dist.config import GraphConfig
+from cnn2gnn_dist.data.manifest import Manifest
 from cnn2gnn_dist.data.order import sequential
 from cnn2gnn_dist.data.reader import Request
 from cnn2gnn_dist.data.views import CLEAN
-from cnn2gnn_dist.graph import bank, partition, quality, streaming
+from cnn2gnn_dist.graph import bank, partition, quality, streaming, twins
+from cnn2gnn_dist.graph.alive import alive
 from cnn2gnn_dist.graph.bank import GraphVersion, GraphWriter
 from cnn2gnn_dist.stages import candidates
 from cnn2gnn_dist.stages.context import Context, load_manifest
@@ -90,6 +92,7 @@ def build(
             "candidates": ((nodes, settings.candidates), np.int32),
             "order": ((nodes,), np.int32),
             "part": ((nodes,), np.int32),
+            "twin": ((nodes,), np.int32),
         }
         attempt = f"{context.key} {moment} {ranks.world_size} ranks" if moment else ""
         made = GraphWriter.create(root, number, shapes, attempt)
@@ -105,6 +108,9 @@ def build(
         table_NM, order_N = (np.asarray(writer.array(name)) for name in ("candidates", "order"))
         part_N, cut = _parts(table_NM, order_N, settings, previous)
         writer.rows("part", 0, part_N)
+        twin_N = _twins(writer, manifest)
+        writer.rows("twin", 0, twin_N)
+        searched["twins"] = twins.summary(twin_N)
         made = _finalise(context, writer, part_N, cut, searched, previous)
         bank.prune(root, made, settings.keep_versions)
 
@@ -150,6 +156,16 @@ def _embed_all(
                 made.note()
     made.close()
     return made.array("query") if both else None
+
+
+def _twins(writer: GraphWriter, manifest: Manifest) -> np.ndarray:
+    """int32 [N]: which nodes are the same image, by their bytes or by their features."""
+    z_Nd, files = writer.array("z"), None
+    if manifest.crc_N is not None:
+        files = manifest.crc_N.astype(np.int64) << 31 ^ manifest.size_N.astype(np.int64)
+    corrupt = np.ones(len(z_Nd), bool)
+    corrupt[alive(z_Nd)] = False  # all alike: nothing was read of them
+    return twins.groups(twins.row_keys(writer.array("x")), files, apart=corrupt)
 
 
 def _parts(

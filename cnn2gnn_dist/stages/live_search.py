@@ -63,13 +63,17 @@ class LiveSearch:
 
     def _opened(self) -> list[_Search]:
         if self._searches is None:
-            everything = np.arange(self.nodes)
+            # Corrupt images (z = 0) are nobody's neighbours.
+            everything = np.flatnonzero(self.bank.z_Ld[: self.nodes].numpy().any(1))
             if len(self._parts) < 2:
                 self._searches = [self._search(everything, None)]
             else:
                 inner_part = np.asarray(self._part_N)[self.bank.nodes_L[: self.bank.num_inner]]
                 self._searches = [
-                    self._search(self._around_part(inner_part == part), inner_part == part)
+                    self._search(
+                        np.intersect1d(self._around_part(inner_part == part), everything),
+                        inner_part == part,
+                    )
                     for part in self._parts
                 ]
         return self._searches

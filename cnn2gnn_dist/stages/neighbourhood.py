@@ -79,6 +79,8 @@ class Neighbourhood:
         self.device = context.device
         self.rank = context.ranks.rank
         self.version = version
+        # A version of before there were twins has none noted.
+        self.twins: dict[str, int] = version.meta.get("search", {}).get("twins", {})
         self.search: LiveSearch | None = None
         self.second: CachedSecondHop | None = None
         self.holder: Rows
@@ -116,6 +118,30 @@ class Neighbourhood:
         """Neighbours of images that are not in the graph; all of the second hop."""
         return Query(self, np.full(count, -1, np.int64), self.settings.candidates, 0, 0)
 
+    @property
+    def spare(self) -> int:
+        """So many of a seed's nearest may be its twins."""
+        return self.twins.get("most", 1) - 1
+
+    def without_twins(self, first_BF: np.ndarray, seeds_B: np.ndarray, wanted: int) -> np.ndarray:
+        """The first ``wanted`` candidates (local ids, -1 = none) that are not the seed's own image.
+
+        Its twin in the bank has its label. An unseen image (-1) may see all: it is in no bank.
+        """
+        if self.spare:
+            twin_BF = self._twin_of(first_BF)
+            same = (twin_BF == self._twin_of(seeds_B)[:, None]) & (twin_BF >= 0)
+            first_BF = np.where(same, -1, first_BF)
+            if first_BF.shape[1] > wanted:  # those who are left move up
+                order = np.argsort(first_BF < 0, axis=1, kind="stable")
+                first_BF = np.take_along_axis(first_BF, order, 1)
+        return first_BF[:, :wanted]
+
+    def _twin_of(self, local: np.ndarray) -> np.ndarray:
+        """Global id of the first among a node's twins; -1 stays."""
+        ids = np.asarray(self.holder.global_of(local))
+        return np.where(ids >= 0, np.asarray(self.version.twin[np.maximum(ids, 0)]), -1)
+
     def candidates(self, ids: BlockIds) -> CandidateBlock:
         """The model's block: the bank's rows of the block's nodes, on the device."""
         x_VD, z_Vd, labels_V = self.holder.rows(ids.nodes_V)
@@ -151,12 +177,15 @@ class Query:
         around, settings = self.around, self.around.settings
         unseen = bool((self.seeds_B < 0).any())
         if settings.query == "table" and not unseen:
+            wanted = settings.fanouts[0]
             first_BF = self._sampled()
         else:
             assert around.search is not None
             wanted = min(settings.fanouts[0], around.search.nodes - (0 if unseen else 1))
             z = z_Bd.detach().float().cpu().numpy()
-            first_BF = around.search.nearest(z, wanted, self.seeds_B)
+            spare = 0 if unseen else min(around.spare, settings.fanouts[0])
+            first_BF = around.search.nearest(z, wanted + spare, self.seeds_B)
+        first_BF = around.without_twins(first_BF, self.seeds_B, wanted)
         if around.second is not None:
             ids = one_hop_block(first_BF, self.seeds_B)
         else:
