@@ -82,6 +82,13 @@ class Archive:
                 return self._before[begin : begin + size]
         return self._pread(offset, size)
 
+    def holds(self, offset: int, size: int, what: bytes) -> bool:
+        """Whether some bytes lie within these ``size``; nothing is copied from a kept window."""
+        begin = offset - self._start
+        if begin >= 0 and begin + size <= len(self._window):
+            return self._window.find(what, begin, begin + size) >= 0
+        return what in self.read(offset, size)
+
     def _pread(self, offset: int, size: int) -> bytes:
         try:
             return os.pread(self.fd, size, offset)

@@ -17,7 +17,8 @@ from cnn2gnn_dist.data.tar import TarSample
 from cnn2gnn_dist.errors import UserError
 
 MAX_JSON = 1 << 20
-_SMALL = 4096  # bytes of a json that lie in a window that was read anyway
+SMALL = 4096
+"""Bytes of a json that lie in a window that was read anyway; of longer ones one a class is read."""
 _MAX_NAME = 1000
 _FIELD = b'"class_name"'
 _SHARD = re.compile(r"(.+)-\d{6,}\.tar")
@@ -32,42 +33,40 @@ class Named(NamedTuple):
 
 
 class Names:
-    """Collects what one shard says; ``found`` is what was not known before.
+    """Collects what one shard says.
 
     Args:
         archive: the shard.
         known: names by class from elsewhere.
+
+    Attributes:
+        found: names that were not known before.
+        bytes: what lies in a json that gives a class the name it is known by.
     """
 
     def __init__(self, archive: Archive, known: Mapping[int, Named]) -> None:
         self.found: dict[int, Named] = {}
         self._read, self._where, self._known = archive.read, archive.where, known
-        self._bytes = {label: named.bytes for label, named in list(known.items())}
+        self.bytes = {label: named.bytes for label, named in list(known.items())}
 
     def see(self, label: int, sample: TarSample) -> None:
-        """Take in the name that a sample gives its class.
+        """Take in the name that a sample with a ``.json`` gives its class.
 
         Raises:
             UserError: it is another one than before.
         """
-        member = sample.fields.get("json")
-        if member is None:
+        member = sample.fields["json"]
+        if member.size > SMALL and (member.size > MAX_JSON or label in self.bytes):
             return
-        size = member[2]
-        if size > _SMALL and (size > MAX_JSON or label in self._bytes):
-            return
-        about = self._read(member[1], size)
-        before = self._bytes.get(label)
-        if before is not None and before in about:
-            return
-        if _FIELD in about:
+        about = self._read(member.offset, member.size)
+        if _FIELD in about and self.bytes.get(label, _FIELD + b"?") not in about:
             self._take(label, about, sample)
 
     def _take(self, label: int, about: bytes, sample: TarSample) -> None:
         name = _name_in(about)
         if name is None:
             if b'"class_name": null' in about:  # as our own packers write; seen at once next time
-                self._bytes.setdefault(label, b'"class_name": null')
+                self.bytes.setdefault(label, b'"class_name": null')
             return
         member = f"{self._where}, member '{shown(sample.fields['json'].name)}'"
         new = Named(name, _as_written(name, about), member)
@@ -76,7 +75,7 @@ class Names:
             self.found[label] = new
         elif old.name != name:
             raise disagree(label, old, new)
-        self._bytes[label] = new.bytes
+        self.bytes[label] = new.bytes
 
 
 def merge(known: dict[int, Named], found: Mapping[int, Named]) -> None:

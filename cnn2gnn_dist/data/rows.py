@@ -18,7 +18,7 @@ import pyarrow as pa
 from cnn2gnn_dist.data.archive import Archive, shown
 from cnn2gnn_dist.data.extended import Member
 from cnn2gnn_dist.data.formats import IMAGE_SUFFIXES
-from cnn2gnn_dist.data.naming import Named, Names
+from cnn2gnn_dist.data.naming import SMALL, Named, Names
 from cnn2gnn_dist.data.tar import MACOS, TarSample, grouped, hidden
 from cnn2gnn_dist.errors import UserError
 
@@ -91,6 +91,7 @@ def _read(archive: Archive, payloads: _Payloads, wanted: Wanted, names: Names) -
     keys: list[str] = []
     images: list[Member] = []
     labels: list[int] = []
+    named, holds = wanted.names, archive.holds
     for sample in grouped(archive):
         key, fields = sample
         keys.append(key)
@@ -98,8 +99,12 @@ def _read(archive: Archive, payloads: _Payloads, wanted: Wanted, names: Names) -
         images.append(jpg if jpg and jpg[2] < _MAX_IMAGE else _image(where, sample))
         label = payloads.label(sample, wanted)
         labels.append(label)
-        if wanted.names and label >= 0:
-            names.see(label, sample)
+        json = fields.get("json")
+        if json and named and label >= 0:
+            known = names.bytes.get(label)
+            # The quick comparison comes first: nearly every sample ends here.
+            if not known or not (json[2] <= SMALL and holds(json[1], json[2], known)):
+                names.see(label, sample)
     if not keys:
         raise UserError(
             "The shard holds no samples.",
