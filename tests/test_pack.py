@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
@@ -194,6 +195,146 @@ def test_parquet_that_does_not_fit(tmp_path: Path) -> None:
     refuses([a, tmp_path / "none.parquet"], "cannot be read", "none.parquet")
     with pytest.raises(UserError, match="no rows"):
         pack_parquet([], out)
+
+
+def labelled(path: Path, labels: pa.Array, column: str = "label") -> Path:
+    """A Parquet file of good images with these labels."""
+    image = encode_image(IMAGES[0])
+    pq.write_table(pa.table({"image": [image] * len(labels), column: labels}), path)
+    return path
+
+
+def test_files_that_number_the_same_names_differently_are_renumbered(tmp_path: Path) -> None:
+    row = {"bytes": encode_image(IMAGES[0]), "path": "a.png"}
+    a = write_parquet(tmp_path / "a.parquet", [row] * 3, [0, 1, 2], ["ant", "bee", "cow"])
+    b = write_parquet(tmp_path / "b.parquet", [row] * 3, [0, 1, 2], ["cow", "ant", "bee"])
+    found = [f for _, f in contents(pack_parquet([a, b], tmp_path / "out"))]
+    names = [json.loads(f["json"])["class_name"] for f in found]
+    assert names == ["ant", "bee", "cow", "cow", "ant", "bee"]
+    assert [f["cls"] for f in found] == [b"0", b"1", b"2", b"2", b"0", b"1"]
+    twice = write_parquet(tmp_path / "c.parquet", [row], [0], ["ant", "ant", "bee"])
+    other = write_parquet(tmp_path / "d.parquet", [row], [0], ["bee", "ant", "ant"])
+    for files, message in (
+        ([a, write_parquet(tmp_path / "e.parquet", [row], [0], ["ant", "bee"])], "lacks 'cow'"),
+        ([a, write_parquet(tmp_path / "f.parquet", [row], [0])], "numbers its classes without"),
+        ([twice, other], "some of them twice"),
+    ):
+        with pytest.raises(UserError, match=message):
+            pack_parquet(files, tmp_path / "none")
+    assert index(pack_parquet(twice, tmp_path / "twice"), allow_empty_classes=True).classes == (
+        *("ant (0)", "ant (1)"),
+        "bee",
+    )
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int8(), pa.string())]
+)
+def test_labels_that_are_text_are_names(tmp_path: Path, kind: pa.DataType) -> None:
+    """Sorted, and the same classes whichever files hold which of them."""
+    a = labelled(tmp_path / "a.parquet", pa.array(["owl", "ant", "owl"]).cast(kind))
+    b = labelled(tmp_path / "b.parquet", pa.array(["bee", "10"]).cast(kind))
+    paths = pack_parquet([a, b], tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "train-classes.json").read_text()) == [
+        *("10", "ant", "bee", "owl")
+    ]
+    assert [f["cls"] for _, f in contents(paths)] == [b"3", b"1", b"3", b"2", b"0"]
+    with pytest.raises(UserError, match="Row 1 has no label"):
+        pack_parquet(labelled(tmp_path / "c.parquet", pa.array(["owl", None])), tmp_path / "c")
+    number = labelled(tmp_path / "d.parquet", pa.array([0]))
+    with pytest.raises(UserError, match="numbers without names") as caught:
+        pack_parquet([a, number], tmp_path / "d")
+    assert caught.value.where == str(number)
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.uint8(), pa.uint16(), pa.uint32(), pa.uint64(), pa.int8(), pa.bool_()]
+)
+def test_any_whole_numbers_are_labels(tmp_path: Path, kind: pa.DataType) -> None:
+    file = labelled(tmp_path / "a.parquet", pa.array([1, 0, 1]).cast(kind))
+    paths = pack_parquet(file, tmp_path / "out")
+    assert [f["cls"] for _, f in contents(paths)] == [b"1", b"0", b"1"]
+    assert index(paths).classes == ("0", "1")
+
+
+@pytest.mark.parametrize(
+    ("labels", "what", "remedy"),
+    [
+        (pa.array([0.0, 1.0]), "double, not the class", "save the column as integers"),
+        (pa.array([[0, 1], [1, 0]]), r"one-hot\?", "argmax"),
+        (pa.array([[1, 2], [1]]), "several labels a row", "one label"),
+        (pa.array([None, None]), "all rows are null", "data.label_column=NAME"),
+        (pa.array([10**12, 0]), "1,000,000,000,000, .* look like ids", "from 0"),
+        (pa.array([2**64 - 1, 0], pa.uint64()), "look like ids", "from 0"),
+        (pa.array([40_000_000, 0]), "look like ids", "from 0"),
+    ],
+)
+def test_other_labels_are_refused_by_what_they_are(
+    tmp_path: Path, labels: pa.Array, what: str, remedy: str
+) -> None:
+    file = labelled(tmp_path / "a.parquet", labels)
+    with pytest.raises(UserError, match=what) as caught:
+        pack_parquet(file, tmp_path / "out")
+    assert caught.value.where == str(file)
+    assert remedy in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("images", "what"),
+    [
+        (pa.array(["/data/0.png"]), "such as paths of files .'/data/0.png'"),
+        (pa.array(["https://x.org/0.png"]), "it holds URLs"),
+        (pa.array([base64.b64encode(encode_image(IMAGES[0])).decode()]), "base64 text"),
+        (pa.array([[1, 2, 3]], pa.list_(pa.uint8())), "lists of numbers"),
+        (pa.array([[b"a"]]), "several images a row"),
+        (pa.array([b"abc"], pa.binary(3)), "raw pixels"),
+    ],
+)
+def test_other_images_are_refused_by_what_they_are(
+    tmp_path: Path, images: pa.Array, what: str
+) -> None:
+    pq.write_table(pa.table({"image": images, "label": [0]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=what) as caught:
+        pack_parquet(tmp_path / "a.parquet", tmp_path / "out")
+    assert "struct<bytes" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("columns", "remedy"),
+    [
+        (("Image", "label"), "Did you mean data.image_column=Image?"),
+        (("img", "label"), "Did you mean data.image_column=img?"),
+        (("image", "Label"), "Did you mean data.label_column=Label?"),
+        (("image", "fine_label"), "Did you mean data.label_column=fine_label?"),
+    ],
+)
+def test_the_likely_column_is_named(tmp_path: Path, columns: tuple[str, str], remedy: str) -> None:
+    row = {"bytes": encode_image(IMAGES[0]), "path": "a.png"}
+    file = write_parquet(tmp_path / "a.parquet", [row], [0], None, columns)
+    with pytest.raises(UserError, match="has no column") as caught:
+        pack_parquet(file, tmp_path / "out")
+    assert caught.value.remedy == remedy
+
+
+@pytest.mark.parametrize(
+    ("data", "what", "remedy"),
+    [
+        (b"image,label\na.png,0\n", "it is text .CSV.*image,label", "data.source=imagefolder"),
+        (b"<!DOCTYPE html><html>log in", "it is an HTML page", "login page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS pointer", "git lfs pull"),
+        (b"", "empty", "again"),
+        (b"PAR1" + bytes(300), "cut or damaged", "again"),
+    ],
+)
+def test_what_is_no_parquet_is_called_what_it_is(
+    tmp_path: Path, data: bytes, what: str, remedy: str
+) -> None:
+    file = tmp_path / "a.parquet"
+    file.write_bytes(data)
+    with pytest.raises(UserError, match=what) as caught:
+        pack_parquet(file, tmp_path / "out")
+    assert caught.value.where == str(file)
+    assert remedy in caught.value.remedy
 
 
 def tree(root: Path, files: dict[str, bytes]) -> Path:
