@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from cnn2gnn_dist.compat import import_timm
+from cnn2gnn_dist.config import Config, StudentConfig
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.models.stem import build_stem
+from cnn2gnn_dist.stages import fit
 from cnn2gnn_dist.training import distributed
 from cnn2gnn_dist.training.sync_norm import SyncNorm, is_synchronised, synchronise_norms
 
@@ -157,15 +159,21 @@ def test_norms_of_single_images_are_left_alone() -> None:
         assert type(synchronise_norms(nn.Sequential(norm))[0]) is kind
 
 
-def test_the_remedy_works_as_written() -> None:
-    small = FAMILIES["resnet18"]
-    with pytest.raises(UserError) as caught:
-        synchronise_norms(nn.SyncBatchNorm(3))
-    for kind in ("batchnorm2d", "groupnorm", "layernorm2d"):
+def config_of(norm_layer: str) -> Config:
+    student = StudentConfig(stem="regnetx_002", dim=DIM, stem_args={"norm_layer": norm_layer})
+    return Config(student=student)
+
+
+def test_it_is_refused_before_the_first_stage_and_the_remedy_works() -> None:
+    """On several ranks only: one rank has nothing to synchronise."""
+    for stage in ("student", "control"):
+        with pytest.raises(UserError, match="EvoNorm2dB0") as caught:
+            fit.check(config_of("evonormb0"), ["teacher", stage], 2)
+    fit.check(config_of("evonormb0"), ["teacher", "student"], 1)
+    fit.check(config_of("evonormb0"), ["teacher"], 2)
+    for kind in ("batchnorm2d", "groupnorm1", "layernorm2d"):
         assert kind in caught.value.remedy
-        groups = {} if kind != "groupnorm" else {"channels": [32, 32, 32, 32]}  # it makes 32 groups
-        stem = build_stem("resnet18", DIM, SIDE, norm_layer=kind, **{**small, **groups})
-        assert synchronise_norms(stem)(images()).shape == (BATCH, DIM)
+        fit.check(config_of(kind), ["teacher", "student", "control"], 2)
 
 
 # --- two ranks ------------------------------------------------------------------------------

@@ -9,13 +9,15 @@ import numpy as np
 from cnn2gnn_dist.config import Config
 from cnn2gnn_dist.data.arithmetic import check_parts
 from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.stages.networks import check_norms
 from cnn2gnn_dist.training.ds_config import accumulation_for
 
 _TRAINS = ("teacher", "student", "control")
 
 
 def check(config: Config, stages: Iterable[str], world_size: int) -> None:
-    """See that global batches divide over the ranks, and that partitions reach round.
+    """See that global batches divide over the ranks, that partitions reach round, and that the
+    stem's norms can count over ranks.
 
     Args:
         stages: names of those that are still to run; what is whole may have had other ranks.
@@ -23,7 +25,10 @@ def check(config: Config, stages: Iterable[str], world_size: int) -> None:
     Raises:
         UserError: they don't.
     """
-    for name in set(stages).intersection(_TRAINS):
+    ahead = set(stages).intersection(_TRAINS)
+    if world_size > 1 and ahead.intersection(("student", "control")):
+        check_norms(config)
+    for name in ahead:
         settings = config.teacher if name == "teacher" else config.student
         accumulation_for(settings.global_batch, world_size, settings.max_micro_batch)
         if name == "student" and config.graph.scope == "dataset":

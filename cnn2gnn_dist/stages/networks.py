@@ -17,6 +17,7 @@ from cnn2gnn_dist.models.teacher import build_teacher
 from cnn2gnn_dist.training import checkpoint_folder
 from cnn2gnn_dist.training.checkpoint import Checkpoints
 from cnn2gnn_dist.training.checkpoint_folder import load_weights
+from cnn2gnn_dist.training.sync_norm import synchronise_norms
 
 
 class Teacher(nn.Module):
@@ -58,6 +59,17 @@ def build_student(config: Config, num_classes: int, scope: Scope) -> Student:
         mean=config.views.mean,
         std=config.views.std,
     )
+
+
+def check_norms(config: Config) -> None:
+    """See that the norms of student and control can count over several ranks.
+
+    Raises:
+        UserError: a layer of the stem is of another kind (``synchronise_norms``).
+    """
+    s = config.student
+    untrained = {k: v for k, v in s.stem_args.items() if k not in ("pretrained", "weights")}
+    synchronise_norms(build_stem(s.stem, s.dim, config.views.size, **untrained))
 
 
 def load_model(model: nn.Module, checkpoints: Checkpoints, stage: str) -> None:

@@ -139,10 +139,10 @@ def _refuse_others(name: str, child: nn.Module) -> None:
     kind = f"{type(child).__module__}.{type(child).__name__}"
     raise UserError(
         f"the layer {name or 'given'} is a {kind}, whose statistics can't be taken over "
-        f"{distributed.world_size()} ranks (only BatchNorm and timm's BatchNormAct2d can)",
+        "several ranks (only those of BatchNorm and timm's BatchNormAct2d can)",
         where="student.stem, student.stem_args",
         remedy="a norm_layer of batchnorm2d or of a kind that sees each image by itself "
-        "(groupnorm, layernorm2d), another student.stem, or one rank",
+        "(groupnorm1, layernorm2d), another student.stem, or one rank",
     )
 
 
