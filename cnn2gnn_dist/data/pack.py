@@ -226,7 +226,7 @@ def _leave_out_corrupt(base: Path, found: Found, max_corrupt: float) -> None:
         some = "; ".join(f"{printable(name)}: {what}" for name, what in list(wrong.items())[:5])
         share = math.ceil(len(wrong) / total * 1000) / 1000
         raise UserError(
-            f"{len(wrong)} corrupt images among {total}, more than the limit of "
+            f"{len(wrong)} corrupt image{'s' * (len(wrong) > 1)} among {total}, more than the limit of "
             f"{max_corrupt:.2%}: {some}",
             where=str(base),
             remedy=f"mend or remove these files, or data.max_corrupt={share:g} to leave them out",
