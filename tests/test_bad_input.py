@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import make_shards, random_images
+from helpers import encode_image, make_shards, random_images
 from runs import MICRO, environment
 
 from cnn2gnn_dist import cli, pipeline, settings
+from cnn2gnn_dist.data.manifest import Manifest
 from cnn2gnn_dist.data.reader import Batch
 from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.stages import fit
 from cnn2gnn_dist.stages.context import CorruptCount
 
 
@@ -131,7 +135,11 @@ def test_shard_changed_after_indexing(shards, tmp_path):
 @pytest.mark.slow
 def test_fewer_samples_than_a_global_batch(shards, tmp_path):
     arguments = of_shards(shards, tmp_path, "teacher.global_batch=64", "--stages", "index,teacher")
-    refused(launch(*arguments), "48 samples are fewer than one global batch of 64", "global_batch")
+    refused(
+        launch(*arguments),
+        "48 training images are fewer than one global batch of 64",
+        "teacher.global_batch",
+    )
 
 
 @pytest.mark.slow
@@ -188,3 +196,132 @@ def test_overrides_read_numbers_as_people_write_them():
     config = settings.load("demo", ["teacher.lr=1e-3", "graph.fanouts=[14, 2]", "data.test=null"])
     assert config.teacher.lr == 0.001
     assert config.graph.fanouts == (14, 2)
+
+
+def image_tree(root: Path, counts: dict[str, int]) -> Path:
+    """A folder a class, each with so many images."""
+    for number, (name, count) in enumerate(counts.items()):
+        (root / name).mkdir(parents=True)
+        for i, image in enumerate(random_images(count, 8, 8, seed=number)):
+            (root / name / f"{i}.png").write_bytes(encode_image(image))
+    return root
+
+
+def prepared(run: Path, *overrides: str) -> tuple[int, Manifest | None, Manifest | None]:
+    """Exit code of pack and index in this process, and the manifests."""
+    code = 0
+    for stage in ("pack", "index"):
+        code = code or cli.main([stage, "--config", "demo", f"run.dir={run}", *overrides])
+    if code:
+        return code, None, None
+    return code, *(Manifest.load(run / "manifest" / f"{p}.arrow") for p in ("train", "test"))
+
+
+def test_a_held_out_folder_that_lacks_a_class_is_matched_by_name(tmp_path, capsys):
+    train = image_tree(tmp_path / "train", {"blue": 3, "green": 3, "red": 3})
+    held = image_tree(tmp_path / "val", {"green": 2, "red": 2})
+    data = ("data.source=imagefolder", f"data.train={train}", f"data.test={held}")
+    code, _, test = prepared(tmp_path / "run", *data)
+    said = capsys.readouterr().out
+    assert code == 0
+    assert test.classes == ("blue", "green", "red")
+    for row in range(len(test)):
+        assert test.key(row).startswith(test.classes[test.label_N[row]])
+    assert "note: held-out images number the classes in another way: matched by name" in said
+    assert "note: 1 of 3 classes have no held-out image" in said
+    code, _, test = prepared(tmp_path / "run2", *data, "data.num_classes=3")
+    assert (code, test.classes) == (0, ("blue", "green", "red"))
+
+
+@pytest.mark.parametrize(
+    ("held", "says"),
+    [
+        ({"green": 2, "mauve": 2}, ("'mauve'", "data.test")),
+        ({"x": 2, "y": 2}, ("'x', 'y'", "data.test")),
+    ],
+)
+def test_unknown_held_out_classes_are_refused(tmp_path, capsys, held, says):
+    train = image_tree(tmp_path / "train", {"blue": 2, "green": 2})
+    test = image_tree(tmp_path / "val", held)
+    data = ("data.source=imagefolder", f"data.train={train}", f"data.test={test}")
+    assert prepared(tmp_path / "run", *data)[0] == 2
+    said = capsys.readouterr().err
+    assert all(part in said for part in says)
+
+
+def test_the_remedy_for_an_empty_class_works_as_written(tmp_path, capsys):
+    images = random_images(4, 8, 8)
+    make_shards(tmp_path / "a", images, [0, 0, 2, 2])
+    data = ("data.source=shards", f"data.train={tmp_path}/a/*.tar")
+    run = ["index", "--config", "demo", f"run.dir={tmp_path}/run", *data]
+    assert cli.main(run) == 2
+    remedy = capsys.readouterr().err.split("remedy:")[1]
+    setting = re.search(r"data\.\S+=true", remedy).group()
+    assert cli.main([*run, setting]) == 0
+    train = Manifest.load(tmp_path / "run" / "manifest" / "train.arrow")
+    assert (train.classes, sorted(train.label_N.tolist())) == (("0", "1", "2"), [0, 2])
+
+
+@pytest.mark.parametrize(
+    ("counts", "says"),
+    [
+        ({"a": 1, "b": 1, "c": 1}, ("no held-out image", "every class has one image", "data.test")),
+        ({"only": 12}, ("one class", "data.train")),
+        ({"train": 3, "val": 3}, ("parts of a data set", "data.train=", "data.test=")),
+    ],
+)
+def test_degenerate_sets_are_refused_before_any_training(tmp_path, capsys, counts, says):
+    tree = image_tree(tmp_path / "in", counts)
+    data = ("data.source=imagefolder", f"data.train={tree}")
+    assert prepared(tmp_path / "run", *data)[0] == 2
+    said = capsys.readouterr().err
+    assert all(part in said for part in says), said
+    assert not (tmp_path / "run" / "manifest" / "train.arrow").exists()
+
+
+def test_too_few_images_are_said_at_index(tmp_path, capsys):
+    """Also what only a later stage would meet, and for each stage what it needs."""
+    tree = image_tree(tmp_path / "in", {"a": 6, "b": 6})
+    run = ["--config", "demo", f"run.dir={tmp_path}/run", "data.source=imagefolder"]
+    run += [f"data.train={tree}", "device=cpu", "teacher.global_batch=2", "graph.parts=1"]
+    assert cli.main(["pack", *run]) == cli.main(["index", *run]) == 0
+    said = capsys.readouterr().out
+    assert "note: 8 training images are fewer than one global batch of 64" in said
+    assert "note: 16 candidates for each of 8 training images" in said
+    config = settings.load("demo", run[2:])
+    stages = ("teacher", "student", "control")
+    assert [e.where for e in fit.misfits(config, ("teacher",), 8)] == []
+    assert [e.where for e in fit.misfits(config, stages, 64)] == []
+    assert [e.where for e in fit.misfits(config, ("student",), 16)] == [
+        *("student.global_batch", "graph.candidates")
+    ]
+    batch = settings.load("demo", [*run[2:], "graph.scope=batch", "student.global_batch=2"])
+    assert fit.misfits(batch, stages, 8) == []
+
+
+@pytest.mark.slow
+def test_too_few_images_for_the_student_end_a_run_before_the_teacher(shards, tmp_path):
+    done = launch(*of_shards(shards, tmp_path, "graph.candidates=48"))
+    refused(done, "48 candidates for each of 48 training images", "graph.candidates=47 or less")
+    assert (tmp_path / "run" / "manifest" / "done.json").exists()
+    assert not (tmp_path / "run" / "teacher").exists()
+
+
+def test_small_classes_are_no_fault_and_single_images_are_said():
+    assert fit.check_classes(np.array([0] * 90 + [1] * 2), 20, 0.2) == []
+    assert "1 of 2 classes have a single" in fit.check_classes(np.array([0] * 9 + [1]), 3, 0.2)[0]
+    assert "every class has a single" in fit.check_classes(np.array([0, 1]), 3, None)[0]
+
+
+def test_a_source_that_reads_one_folder_refuses_two(tmp_path, capsys):
+    """Where the second was passed over without a word."""
+    a, b = (image_tree(tmp_path / name, {"x": 2, "y": 2}) for name in "ab")
+    data = ("data.source=imagefolder", f"data.train=[{a}, {b}]")
+    assert prepared(tmp_path / "run", *data)[0] == 2
+    assert "reads one folder, and 2 are named" in capsys.readouterr().err
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "x.parquet").touch()
+    assert (
+        prepared(tmp_path / "run2", "data.source=imagefolder", f"data.train={tmp_path}/c")[0] == 2
+    )
+    assert "data.source=parquet" in capsys.readouterr().err

@@ -260,6 +260,22 @@ def test_a_stream_over_urls(web, shards):
             assert_same(one, other)
 
 
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (b"<!DOCTYPE html><html>Please log in</html>", "an HTML page, not a tar"),
+        (b'{"error": "no such bucket"}', "JSON, not a tar"),
+    ],
+)
+def test_a_page_instead_of_a_shard_is_called_a_page(web, shards, answer, says):
+    """With status 200, as login pages and portals come."""
+    shards[1].write_bytes(answer)
+    urls = urls_of(web, shards)
+    with pytest.raises(UserError, match=says) as caught:
+        index(urls, progress=False)
+    assert caught.value.where == urls[1]
+
+
 def test_a_protocol_that_nobody_knows():
     with pytest.raises(UserError, match="can't be opened"):
         urls.size("gopher://hole/a.tar")
