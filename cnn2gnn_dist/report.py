@@ -127,7 +127,8 @@ def verdict(results: dict[str, Any], judged: int | None = None) -> str:
     elif points > 0:
         beats, told = "beats", "the graph pays"
     return (
-        f"The student {beats} its control (same stem, MLP head, no graph): {points:+.2f} points, "
+        f"The student {beats} its control (same stem and initial weights, MLP head, no graph and "
+        f"no partitions in its order): {points:+.2f} points, "
         f"standard error {noise:.2f} (binomial, {images:,} images, one seed): {told}."
     )
 
