@@ -12,6 +12,7 @@ import stat
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ _PLURAL = {
     SPECIAL: "no plain files",
     COPY: "unfinished copies",
 }
-READ_AT_ONCE = 8
+READ_AT_ONCE, PIECE = 8, 64
 
 _JUNK = {
     "__MACOSX",
@@ -211,9 +212,13 @@ def unreadable(root: str | os.PathLike[str], images: Sequence[str]) -> dict[str,
             return error.strerror or type(error).__name__
         return None if image_suffix(head) else what_it_is(head)
 
+    def problems(start: int) -> list[str | None]:
+        return [problem(name) for name in images[start : start + PIECE]]
+
     with ThreadPoolExecutor(READ_AT_ONCE) as pool:  # on a network the waiting is what takes time
-        problems = pool.map(problem, images)
-        return {name: what for name, what in zip(images, problems, strict=True) if what}
+        pieces = pool.map(problems, range(0, len(images), PIECE))
+        found = zip(images, chain.from_iterable(pieces), strict=True)
+        return {name: what for name, what in found if what}
 
 
 def _head(path: str) -> bytes:
