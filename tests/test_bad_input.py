@@ -295,7 +295,8 @@ def test_too_few_images_are_said_at_index(tmp_path, capsys):
     assert [e.where for e in fit.misfits(config, ("student",), 16)] == [
         *("student.global_batch", "graph.candidates")
     ]
-    batch = settings.load("demo", [*run[2:], "graph.scope=batch", "student.global_batch=2"])
+    few = ["graph.scope=batch", "graph.neighbours=4", "student.global_batch=8"]
+    batch = settings.load("demo", [*run[2:], *few])
     assert fit.misfits(batch, stages, 8) == []
 
 
