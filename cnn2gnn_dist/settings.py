@@ -47,6 +47,7 @@ def load(source: str | None = None, overrides: Sequence[str] = ()) -> Config:
     tree = _read(source) if source else {}
     for override in overrides:
         _apply(tree, override)
+    _refuse_spelled_out(overrides)
     return _checked(tree, _expanded)
 
 
@@ -159,6 +160,10 @@ def _read(source: str) -> dict[str, Any]:
 def _apply(tree: dict[str, Any], override: str) -> None:
     path, sign, text = override.partition("=")
     path = path.strip()
+    if not sign and (path in presets() or path.endswith((".yaml", ".yml", ".json"))):
+        raise UserError(
+            "a config is named by --config", where=override, remedy=f"--config {override}"
+        )
     if not sign or not path:
         raise UserError(
             f"an override reads section.field=value, without blanks around =, not {override!r}",
@@ -175,6 +180,35 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     if isinstance(kind, type) and issubclass(kind, BaseModel) and isinstance(value, dict):
         value = {**node.get(names[-1], {}), **value}  # the other fields of the section stay
     node[names[-1]] = value
+
+
+def _refuse_spelled_out(overrides: Sequence[str]) -> None:
+    """A shell makes of ``data.train=/x/{0..3}.tar`` four overrides; the last alone would count."""
+    given: dict[str, dict[str, None]] = {}
+    for override in overrides:
+        path, _, text = override.partition("=")
+        given.setdefault(path.strip(), {})[text.strip()] = None
+    for path in ("data.train", "data.test"):
+        texts = list(given.get(path, ()))
+        if len(texts) > 1:
+            raise UserError(
+                f"{len(texts)} values are given: {texts[0]} to {texts[-1]}; "
+                "shells spell out braces that are not in quotes",
+                where=path,
+                remedy=f"{path}='{_spelled(texts)}', in quotes",
+            )
+
+
+def _spelled(texts: list[str]) -> str:
+    """The braces that a shell has spelled out; a list where it was no range."""
+    prefix = os.path.commonprefix(texts)
+    end = os.path.commonprefix([text[len(prefix) :][::-1] for text in texts])[::-1]
+    inner = [text[len(prefix) : len(text) - len(end)] for text in texts]
+    if all(text.isdecimal() for text in inner):
+        first, last = int(inner[0]), int(inner[-1])
+        if [int(text) for text in inner] == list(range(first, last + 1)):
+            return f"{prefix}{{{inner[0]}..{inner[-1]}}}{end}"
+    return f"[{', '.join(texts)}]"
 
 
 def _kind_of(path: str) -> tuple[Any, list[str]]:

@@ -317,10 +317,16 @@ def _unquoted(text: str) -> str:
 
 def _refuse_several(text: str, where: str) -> None:
     """Two paths in one text: a comma or a blank before something that begins like a path."""
-    begin = r"(?:/|~|\./|\.\./|\$|[a-z0-9]+://)"
-    if text[:1] in "\"'" or not re.match(begin, text):
+    begin = r"(?:/|~/|\./|\.\./|\$[A-Za-z_{]|[a-z0-9]+://)"
+    if not re.match(begin, text):
         return
-    parts = re.split(rf"\s*,\s*(?={begin})|\s+(?={begin})", text)
+    outside = {place for place, depth in _outside_quotes(text) if depth == 0}  # of braces
+    parts, start = [], 0
+    for found in re.finditer(rf"\s*,\s*(?={begin})|\s+(?={begin})", text):
+        if found.start() in outside:
+            parts.append(text[start : found.start()])
+            start = found.end()
+    parts.append(text[start:])
     if len(parts) > 1:
         field = where.rpartition(": ")[2]
         raise UserError(

@@ -43,6 +43,8 @@ TEXT = [  # as typed, and what it means; HERE is the working directory
     ("data.train", "@home/x", "HERE/@home/x"),
     ("data.train", "%x", "HERE/%x"),
     ("data.train", "a, b", "HERE/a, b"),
+    ("data.train", "/d/{a,$STORE}/x", "/d/{a,/store}/x"),
+    ("data.train", "/d/{/a,~/b} (1), ~c", "/d/{/a,~/b} (1), ~c"),
     ("data.train", "[/a/x,/b/y]", ["/a/x", "/b/y"]),
     ("data.train", "[/a/{x,y}.tar, '/b, c', \"/d\"]", ["/a/{x,y}.tar", "/b, c", "/d"]),
     ("data.train", "[/a/[0-9].tar, *.tar]", ["/a/[0-9].tar", "HERE/*.tar"]),
@@ -277,6 +279,23 @@ def test_sections_are_added_to_and_mappings_replaced():
     }
 
 
+def test_braces_that_the_shell_has_spelled_out_are_refused():
+    """bash makes of data.train=/d/{0..2}.tar three arguments; the last alone is not what was meant."""
+    from braceexpand import braceexpand
+
+    for given in (
+        [f"/d/{n}.tar" for n in range(3)],
+        [f"/d/train-{n:04d}.tar" for n in range(8, 1024)],
+        ["/a.tar", "/b.tar"],
+    ):
+        with pytest.raises(UserError, match=f"{len(given)} values") as caught:
+            settings.load("demo", [f"data.train={path}" for path in given])
+        (command, _) = shlex.split(caught.value.remedy.replace(", in", " in"))[:2]
+        found = settings.load("demo", [command]).data.train
+        assert (list(braceexpand(found)) if isinstance(found, str) else found) == given
+    assert settings.load("demo", ["data.train=/d/0.tar"] * 2).data.train == "/d/0.tar"
+
+
 def test_of_two_overrides_of_a_field_the_last_counts():
     assert settings.load("demo", ["student.epochs=5", "student.epochs=7"]).student.epochs == 7
 
@@ -399,6 +418,8 @@ def test_the_config_of_a_moved_run_names_its_folder_of_today(tmp_path):
         (["--epochs=3"], "teacher.epochs=3 or student.epochs=3"),
         (["--set", "student.epochs=3"], "student.epochs=20 alone"),
         (["student.epochs", "=", "3"], "student.epochs=20"),
+        (["cifar10"], "--config cifar10"),
+        (["my.yaml", "student.epochs=3"], "--config my.yaml"),
     ],
 )
 def test_options_that_are_meant_as_overrides_get_a_hint(arguments, remedy, capsys):
