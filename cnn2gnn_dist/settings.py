@@ -201,14 +201,20 @@ def _refuse_spelled_out(overrides: Sequence[str]) -> None:
 
 def _spelled(texts: list[str]) -> str:
     """The braces that a shell has spelled out; a list where it was no range."""
-    prefix = os.path.commonprefix(texts)
-    end = os.path.commonprefix([text[len(prefix) :][::-1] for text in texts])[::-1]
+    prefix = _common(texts)
+    end = _common([text[len(prefix) :][::-1] for text in texts])[::-1]
     inner = [text[len(prefix) : len(text) - len(end)] for text in texts]
     if all(text.isdecimal() for text in inner):
         first, last = int(inner[0]), int(inner[-1])
         if [int(text) for text in inner] == list(range(first, last + 1)):
             return f"{prefix}{{{inner[0]}..{inner[-1]}}}{end}"
     return f"[{', '.join(texts)}]"
+
+
+def _common(texts: list[str]) -> str:
+    """What all begin with, by letters."""
+    low, high = min(texts), max(texts)
+    return next((low[:i] for i, letter in enumerate(low) if high[i : i + 1] != letter), low)
 
 
 def _kind_of(path: str) -> tuple[Any, list[str]]:

@@ -283,16 +283,16 @@ def test_braces_that_the_shell_has_spelled_out_are_refused():
     """bash makes of data.train=/d/{0..2}.tar three arguments; the last alone is not what was meant."""
     from braceexpand import braceexpand
 
-    for given in (
+    for typed in (
         [f"/d/{n}.tar" for n in range(3)],
         [f"/d/train-{n:04d}.tar" for n in range(8, 1024)],
         ["/a.tar", "/b.tar"],
     ):
-        with pytest.raises(UserError, match=f"{len(given)} values") as caught:
-            settings.load("demo", [f"data.train={path}" for path in given])
+        with pytest.raises(UserError, match=f"{len(typed)} values") as caught:
+            settings.load("demo", [f"data.train={path}" for path in typed])
         (command, _) = shlex.split(caught.value.remedy.replace(", in", " in"))[:2]
         found = settings.load("demo", [command]).data.train
-        assert (list(braceexpand(found)) if isinstance(found, str) else found) == given
+        assert (list(braceexpand(found)) if isinstance(found, str) else found) == typed
     assert settings.load("demo", ["data.train=/d/0.tar"] * 2).data.train == "/d/0.tar"
 
 
