@@ -16,7 +16,7 @@ from cnn2gnn_dist.data import pixels
 from cnn2gnn_dist.data.decode import CorruptSample, decode
 from cnn2gnn_dist.data.formats import image_suffix, what_it_is
 from cnn2gnn_dist.data.imaging import fill_views
-from cnn2gnn_dist.data.views import CLEAN, ViewSpec
+from cnn2gnn_dist.data.views import CLEAN, ViewSpec, render
 
 HIGH, WIDE = 24, 40
 y, x = np.mgrid[:HIGH, :WIDE]
@@ -311,8 +311,9 @@ def test_training_predict_and_pack_agree(name, monkeypatch):
     images = np.zeros((1, HIGH, HIGH, 3), np.uint8)
     assert not fill_views(ViewSpec("none", HIGH), [data], np.zeros(1, int), CLEAN, images)
     np.testing.assert_array_equal(images[0], whole[:, (WIDE - HIGH) // 2 :][:, :HIGH])
-    crop = np.zeros((1, 8, 8, 3), np.uint8)
-    assert not fill_views(ViewSpec("random_resized_crop", 8), [data], np.zeros(1, int), 0, crop)
+    crop, spec = np.zeros((1, 8, 8, 3), np.uint8), ViewSpec("random_resized_crop", 8)
+    assert not fill_views(spec, [data], np.zeros(1, int), 0, crop)
+    np.testing.assert_array_equal(crop[0], render(spec, whole, 0, 0))
     if name != "pfm":
         assert image_suffix(data[:64]) is not None
     monkeypatch.setattr(pixels, "BLOCK", 3 * WIDE + 1)  # in pieces of three rows: the same

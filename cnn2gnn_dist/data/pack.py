@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from cnn2gnn_dist import durable
-from cnn2gnn_dist.data.formats import IMAGE_SUFFIXES, image_suffix
+from cnn2gnn_dist.data.formats import IMAGE_SUFFIXES, image_suffix, what_it_is
 from cnn2gnn_dist.data.image_files import CORRUPT, Found, find_images, printable, unreadable
 from cnn2gnn_dist.data.parquet import open_parquet, read_labels
 from cnn2gnn_dist.data.shards import Source, encode_png, write_shards
@@ -139,7 +139,7 @@ def _suffix(data: bytes, name: str, where: str) -> str:
     suffix = image_suffix(data) or (named if named in IMAGE_SUFFIXES else None)
     if suffix is None:
         raise UserError(
-            "The bytes are no image of a known format.",
+            f"The bytes are no image that is read: {what_it_is(data)}.",
             where=where,
             remedy=f"Remove it, or convert it to one of: {', '.join(IMAGE_SUFFIXES)}.",
         )
