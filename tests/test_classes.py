@@ -45,6 +45,9 @@ def shard(path: Path, *samples: tuple[int, str | None]) -> Path:
         (told("0", "1", "10", "2"), told("0", "2"), [0, 1], [0, 3]),
         # no names at all: numbers are all there is
         (told(None, None, None), told(None, None), [0, 1], [0, 1]),
+        # names that are the very numbers, and a side with numbers only
+        (told("0", "1", "2"), told(None, None), [0, 1], [0, 1]),
+        (told(None, None, None), told("0", "1"), [0, 1], [0, 1]),
         # ImageNet's two cranes: by number, because all other names say the numbering is the same
         (told("crane", "bee", "crane"), told("crane", "bee", "crane"), [0, 1, 2], [0, 1, 2]),
         (told("crane", "bee", "crane"), told("crane", "bee", "crane"), [2, 1], [-1, 1, 2]),
@@ -88,6 +91,17 @@ def test_a_likely_misspelling_is_named():
     with pytest.raises(UserError, match="'Aeroplane'") as caught:
         match(told("airplane", "bird"), told("Aeroplane", "bird"), [0, 1])
     assert "'airplane'" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("names", "offered"), [(("ant", "bee", "cow", "dog"), True), (("0", "1", "10", "2"), False)]
+)
+def test_numbers_are_offered_only_where_they_can_be_meant(names, offered):
+    """Text labels sort '10' before '2': their places are no numbers of anything."""
+    for sides in ((told(*names), told(None, None)), (told(None, None, None), told(*names))):
+        with pytest.raises(UserError) as caught:
+            match(*sides, [0, 1, 2][: sides[1].count])
+        assert ("data.match_classes=number" in caught.value.remedy) == offered
 
 
 def test_numbers_are_trusted_when_told_so():

@@ -113,7 +113,10 @@ def _matched(train: Told, held: Told, labels: list[int], by: str) -> dict[int, i
     named = [label for label in labels if label in held.names]
     if not labels:
         return {}
-    if by == "number" or not (train.names or named):
+    one = train.names or {label: held.names[label] for label in named}
+    # A side without names goes by number, and so does one whose names are its very numbers.
+    plain = not (train.names and named) and all(name == str(n) for n, name in one.items())
+    if by == "number" or plain:
         _refuse_beyond(labels, train)
         return {label: label for label in labels}
     if not (train.names and named):
@@ -232,12 +235,12 @@ def _one_sided(train: Told, held: Told, labels: list[int]) -> UserError:
             f"The {has} images name their classes ({some}), the {lacks} images only number "
             "theirs: whether the numbers mean the same can't be seen."
         )
-    return UserError(
-        what,
-        where="data.match_classes",
-        remedy=f"Name the classes of the {lacks} images too (class_name in a shard's .json), or, if "
-        "both number their classes alike, say data.match_classes=number.",
-    )
+    remedy = f"Name the classes of the {lacks} images too (class_name in a shard's .json)"
+    names = train.names or held.names
+    if not any(name.isdigit() and name != str(number) for number, name in names.items()):
+        # Names that are other numbers ('10' sorts before '2') must not be dropped for numbers.
+        remedy += ", or, if both number their classes alike, say data.match_classes=number"
+    return UserError(what, where="data.match_classes", remedy=f"{remedy}.")
 
 
 def _unknown(names: list[str], train: Told) -> UserError:

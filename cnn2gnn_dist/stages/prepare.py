@@ -11,6 +11,7 @@ from cnn2gnn_dist.data.classes import notes
 from cnn2gnn_dist.data.expand import files_of
 from cnn2gnn_dist.data.manifest import Manifest, split_per_class
 from cnn2gnn_dist.data.pair import index_pair, index_whole
+from cnn2gnn_dist.data.sniff import ENOUGH, kind_of, remedy_for
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.stages import fit
 from cnn2gnn_dist.stages.context import Context
@@ -105,6 +106,14 @@ def check_tree(root: Path) -> None:
     Raises:
         UserError: it holds shards or Parquet files; its folders are the parts of a set.
     """
+    if root.is_file():
+        with open(root, "rb") as file:
+            kind = kind_of(file.read(ENOUGH)) or "a file"
+        raise UserError(
+            f"The source 'imagefolder' reads a folder, and this is {kind}.",
+            where=str(root),
+            remedy=remedy_for(kind, "Name the folder that holds a folder for each class."),
+        )
     if not root.is_dir():
         return  # the packer says so
     inside = sorted(
