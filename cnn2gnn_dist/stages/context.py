@@ -137,12 +137,13 @@ class Context:
 class CorruptCount:
     """Counts corrupt samples and stops a stage that meets too many.
 
-    The same sample counts once, however often it is read.
+    The same sample counts once, however often it is read; ``what`` names the set in errors.
     """
 
     limit: float
     total: int
     seen: dict[int, str] = field(default_factory=dict)
+    what: str = "images"
 
     def note(self, batch: Batch) -> None:
         """Add a batch's corrupt samples."""
@@ -162,7 +163,7 @@ class CorruptCount:
         if len(everyone) > self.limit * self.total:
             some = "; ".join(sorted(everyone.values())[:5])
             raise UserError(
-                f"{len(everyone)} corrupt images among {self.total}, more than the limit of "
+                f"{len(everyone)} corrupt {self.what} among {self.total}, more than the limit of "
                 f"{self.limit:.2%}: {some}",
                 where="data.max_corrupt",
                 remedy="mend or drop these images and run the same command with --update, "

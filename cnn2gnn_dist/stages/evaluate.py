@@ -3,76 +3,69 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cnn2gnn_dist.data.manifest import Manifest
 from cnn2gnn_dist.data.reader import Batch, Reader, ReaderSpec, Request
 from cnn2gnn_dist.data.views import CLEAN
 from cnn2gnn_dist.durable import write_text
-from cnn2gnn_dist.graph.bank import latest_version, open_version
-from cnn2gnn_dist.models.cost import count_flops, count_parameters
-from cnn2gnn_dist.models.student import Scope, Student
+from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.report import write_report
+from cnn2gnn_dist.stages.contestants import Attached, Row, contestants
 from cnn2gnn_dist.stages.context import Context, load_manifest
-from cnn2gnn_dist.stages.judge import Predictions, predict_all
-from cnn2gnn_dist.stages.neighbourhood import Neighbourhood
-from cnn2gnn_dist.stages.networks import Teacher, build_student, load_model, norms_of
+from cnn2gnn_dist.stages.judge import Predictions, judge, told
+from cnn2gnn_dist.stages.networks import norms_of
 from cnn2gnn_dist.stages.timing import milliseconds_an_image
 from cnn2gnn_dist.training import distributed
-from cnn2gnn_dist.training.checkpoint import Checkpoints
 
 COST_BATCH = 64
-
-
-@dataclass
-class Contestant:
-    """One trained model: how it classifies uint8 images, and what its search adds in FLOPs."""
-
-    name: str
-    model: nn.Module
-    classify: Callable[[Tensor], Tensor]
-    search_flops: float = 0.0
-    notes: dict[str, Any] | None = None
-    shuffled: bool = False
+EXAMPLES = 5
+"""Images that were left out, by name, in the results."""
 
 
 def run(context: Context, keys: dict[str, str]) -> list[Path]:
-    """Judge every model; write ``results.json`` and what the report shows."""
+    """Judge every model; write ``results.json`` and what the report shows.
+
+    Raises:
+        UserError: more corrupt held-out images than ``data.max_corrupt``, or no others.
+    """
     paths, config = context.paths, context.config
     test = load_manifest(paths.test_manifest)
     results: dict[str, Any] = {}
+    attached: Attached | None = None
+    left_out: dict[int, str] = {}
     for contestant in contestants(context, test.num_classes, keys):
-        found = predict_all(
-            context,
-            _ignoring_batch(contestant.classify),
-            paths.test_manifest,
-            config.evaluate.batch,
-            shuffle_seed=config.seed if contestant.shuffled else None,
-        )
+        seed = config.seed if contestant.shuffled else None
+        judged = judge(context, contestant.answer, paths.test_manifest, shuffle_seed=seed)
+        attached, left_out = attached or contestant.attached, judged.left_out
         with distributed.uneven():  # what rank 0 does alone may take long
-            if context.ranks.is_first:
-                results[contestant.name] = {
+            for name, found in judged.found.items() if context.ranks.is_first else ():
+                row = contestant.rows[name]
+                results[name] = {
                     **found.scores(test.num_classes),
-                    **_costs(context, contestant, test),
-                    **(contestant.notes or {}),
+                    "judged": len(found.id_N),
+                    "left_out": len(left_out),
+                    **_costs(context, row, _read(context, found.id_N[:COST_BATCH])),
+                    **row.notes,
                     "norms": norms_of(paths.root, contestant.name),
                 }
-                _save(context.folder, contestant.name, found)
+                _save(context.folder, name, found)
 
     def report() -> None:
-        if config.graph.scope == "dataset" and "graph" in keys:
-            _gallery(context, keys, test)
-        results["run"] = _circumstances(context, test)
-        write_text(paths.results, json.dumps(results, indent=1))
+        if attached is not None:
+            _gallery(context, attached)
+        results["run"] = _circumstances(context, test, left_out)
+        write_text(paths.results, as_json(results))
         write_report(paths.root, test.classes)
+        if left_out:
+            context.say(f"evaluate {told(left_out, len(test))}")
         if not context.inside_ray:  # under Ray the driver shows it, after the ranks' last lines
             print(table(results), flush=True)
 
@@ -80,76 +73,46 @@ def run(context: Context, keys: dict[str, str]) -> list[Path]:
     return [path for path in sorted(context.folder.glob("*.np*"))]
 
 
-def _ignoring_batch(classify: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Batch], Tensor]:
-    return lambda images, _: classify(images)
+def as_json(results: dict[str, Any]) -> str:
+    """The results as strict JSON.
+
+    Raises:
+        UserError: a number is not finite.
+    """
+
+    def check(value: Any, name: str) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                check(inner, f"{name}.{key}" if name else str(key))
+        elif isinstance(value, list | tuple):
+            for place, inner in enumerate(value):
+                check(inner, f"{name}[{place}]")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise UserError(
+                f"the result {name} is {value}",
+                where="results.json",
+                remedy="look at metrics.jsonl of the stage concerned for where it went wrong",
+            )
+
+    check(results, "")
+    return json.dumps(results, indent=1, allow_nan=False)
 
 
-def contestants(context: Context, num_classes: int, keys: dict[str, str]) -> list[Contestant]:
-    """The models of the run that are trained: teacher, student, control."""
-    teacher = Teacher(context.config, num_classes, initial=False)
-    _load(context, teacher, "teacher", keys)
-    found = [Contestant("teacher", teacher, teacher)]
-    found.append(_student(context, num_classes, keys))
-    if "control" in keys:
-        control = build_student(context.config, num_classes, "none")
-        _load(context, control, "control", keys)
-        found.append(
-            Contestant("control_mlp", control, lambda images: control(images, None).logits_BC)
-        )
-    return found
-
-
-def _student(context: Context, num_classes: int, keys: dict[str, str]) -> Contestant:
-    config = context.config
-    scope: Scope = config.graph.scope
-    student = build_student(config, num_classes, scope)
-    _load(context, student, "student", keys)
-    if scope == "batch":
-        return Contestant(
-            "student", student, lambda images: student(images).logits_BC, shuffled=True
-        )
-    around = open_bank(context)
-    flops = around.flops_per_query
-    return Contestant(
-        "student",
-        student,
-        lambda images: student(images, around.around_unseen(len(images))).logits_BC,
-        search_flops=flops,
-        notes={"graph": around.version.meta, "self_path": self_path_note(student)},
-    )
-
-
-def open_bank(context: Context) -> Neighbourhood:
-    """The final graph with all of its partitions."""
-    folder = latest_version(context.paths.root / "graph")
-    assert folder is not None, "the pipeline runs the graph stage first"
-    return Neighbourhood(context, open_version(folder), None)
-
-
-def self_path_note(student: Student) -> dict[str, int]:
-    """How many of the parameters only the graph path has."""
-    return {"graph_parameters": sum(p.numel() for p in student.graph_parameters().values())}
-
-
-def _load(context: Context, model: nn.Module, stage: str, keys: dict[str, str]) -> None:
-    checkpoints = Checkpoints(context.paths.root / stage / "checkpoints", keys[stage])
-    load_model(model, checkpoints, stage)
-    model.to(context.device).eval()
+def _read(context: Context, ids: np.ndarray) -> Batch:
+    """Held-out images by their ids, clean view."""
+    reader = Reader(ReaderSpec(str(context.paths.test_manifest), context.views()))
+    return reader.read(Request(ids, CLEAN))
 
 
 @torch.no_grad()
-def _costs(context: Context, contestant: Contestant, test: Manifest) -> dict[str, float]:
+def _costs(context: Context, row: Row, batch: Batch) -> dict[str, float]:
     """Parameters, FLOPs an image (2 a multiply-add, search included), milliseconds an image."""
-    reader = Reader(ReaderSpec(str(context.paths.test_manifest), context.views()))
-    count = min(COST_BATCH, len(test))
-    batch: Batch = reader.read(Request(np.arange(count), CLEAN))
-    images, _, _ = context.to_device(batch)
-    flops = count_flops(contestant.classify, images) / count + contestant.search_flops
+    images: Tensor = context.to_device(batch)[0]
     return {
-        "parameters": count_parameters(contestant.model),
-        "flops": flops,
+        "parameters": row.parameters,
+        "flops": row.flops(images) / len(images),
         "ms_per_image": milliseconds_an_image(
-            contestant.classify, images, context.config.evaluate.timing_images
+            row.run, images, context.config.evaluate.timing_images
         ),
     }
 
@@ -165,7 +128,7 @@ def _save(folder: Path, name: str, found: Predictions) -> None:
 
 
 @torch.no_grad()
-def _gallery(context: Context, keys: dict[str, str], test: Manifest) -> None:
+def _gallery(context: Context, attached: Attached) -> None:
     """Some test images with their neighbours and weights: half wrong ones where there are any."""
     config = context.config
     saved = np.load(context.folder / "student.npz")
@@ -177,19 +140,15 @@ def _gallery(context: Context, keys: dict[str, str], test: Manifest) -> None:
     ids = np.concatenate([bad, good])
     if not len(ids):
         return
-    student = build_student(config, test.num_classes, "dataset")
-    _load(context, student, "student", keys)
-    spec = context.views()
-    batch = Reader(ReaderSpec(str(context.paths.test_manifest), spec)).read(Request(ids, CLEAN))
+    batch = _read(context, ids)
     images, _, _ = context.to_device(batch)
-    around = open_bank(context)
-    query = around.around_unseen(len(ids))
-    output = student(images, query)
+    query = attached.around.around_unseen(len(ids))
+    output = attached.student(images, query)
     assert output.weights_BF is not None
     weights = output.weights_BF.cpu().numpy()
     order = np.argsort(-weights, axis=1, kind="stable")[:, :8]
     neighbours = np.take_along_axis(query.first_BF, order, 1)
-    reader = Reader(ReaderSpec(str(context.paths.train_manifest), spec))
+    reader = Reader(ReaderSpec(str(context.paths.train_manifest), context.views()))
     shown = reader.read(Request(neighbours.reshape(-1).clip(min=0), CLEAN))
     np.savez(
         context.folder / "gallery.npz",
@@ -203,12 +162,13 @@ def _gallery(context: Context, keys: dict[str, str], test: Manifest) -> None:
     )
 
 
-def _circumstances(context: Context, test: Manifest) -> dict[str, Any]:
+def _circumstances(context: Context, test: Manifest, left_out: dict[int, str]) -> dict[str, Any]:
     train = load_manifest(context.paths.train_manifest)
     return {
         "name": context.config.name,
         "train_images": len(train),
         "test_images": len(test),
+        "left_out": [left_out[sample] for sample in sorted(left_out)[:EXAMPLES]],
         "classes": test.num_classes,
         "device": context.device,
         "ranks": context.ranks.world_size,
@@ -218,7 +178,13 @@ def _circumstances(context: Context, test: Manifest) -> dict[str, Any]:
     }
 
 
-ROWS = {"teacher": "teacher", "student": "student (graph)", "control_mlp": "control (MLP head)"}
+ROWS = {
+    "teacher": "teacher",
+    "student": "student (graph)",
+    "self_path": "its self path alone",
+    "vote": "its neighbours' vote",
+    "control_mlp": "control (MLP head)",
+}
 
 
 def table(results: dict[str, Any]) -> str:
@@ -232,4 +198,10 @@ def table(results: dict[str, Any]) -> str:
                 f"{label:<20}{r['accuracy']:>9.2%} {r['balanced_accuracy']:>9.2%}{r['ece']:>8.3f}"
                 f"{r['parameters']:>12,}{r['flops'] / 1e6:>13.2f}{r['ms_per_image']:>10.3f}"
             )
+    student = results.get("student", {})
+    if student.get("left_out"):
+        lines.append(
+            f"judged on {student['judged']:,} held-out images; "
+            f"{student['left_out']:,} that can't be read are left out"
+        )
     return "\n".join(lines)

@@ -24,7 +24,7 @@ from cnn2gnn_dist.graph import bank, partition, quality, streaming, twins
 from cnn2gnn_dist.graph.alive import alive
 from cnn2gnn_dist.graph.bank import GraphVersion, GraphWriter
 from cnn2gnn_dist.stages import candidates
-from cnn2gnn_dist.stages.context import Context, load_manifest
+from cnn2gnn_dist.stages.context import Context, CorruptCount, load_manifest
 from cnn2gnn_dist.stages.embedded import NOTE, Embedded
 from cnn2gnn_dist.stages.networks import build_student, load_model
 from cnn2gnn_dist.training import distributed
@@ -133,6 +133,7 @@ def _embed_all(
     both = settings.query == "table"
     made = Embedded(writer, shop, samples, batch, settings.dim if both else 0)
     done = made.batches_done
+    corrupt = CorruptCount(context.config.data.max_corrupt, samples, what="training images")
     with context.stream(context.paths.train_manifest, "embed") as stream:
         views = [CLEAN, QUERY_VIEW + number] if both else [CLEAN]
         requests = (Request(ids, view) for ids, _ in plan[done:] for view in views)
@@ -143,7 +144,9 @@ def _embed_all(
         ):
             ids, mask = plan[step]
             for view in views:
-                images, _, valid = context.to_device(next(batches))
+                got = next(batches)
+                corrupt.note(got)
+                images, _, valid = context.to_device(got)
                 x_BD, z_Bd = embed(images)
                 # A corrupt image is nobody's neighbour: its z lies far from every unit vector.
                 z = (z_Bd.float() * valid[:, None]).cpu().numpy()[mask]
@@ -155,6 +158,11 @@ def _embed_all(
             if (step + 1) % NOTE == 0 or step + 1 == len(plan):
                 made.note()
     made.close()
+    if ranks.is_first and done:  # what a former attempt met counts as well
+        manifest, z_Nd = load_manifest(context.paths.train_manifest), writer.array("z")
+        for sample in np.setdiff1d(np.arange(samples), alive(z_Nd)).tolist():
+            corrupt.seen.setdefault(sample, f"{manifest.key(sample)}: could not be read")
+    corrupt.check()
     return made.array("query") if both else None
 
 

@@ -10,7 +10,6 @@ import numpy as np
 from cnn2gnn_dist.data import dense
 from cnn2gnn_dist.data.manifest import Manifest
 from cnn2gnn_dist.data.targets import Targets
-from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.stages.context import Context
 from cnn2gnn_dist.training import distributed
 
@@ -53,15 +52,7 @@ def open_targets(context: Context, manifest: Manifest, targets_key: str) -> Targ
 
 
 def _on_all(work: Callable[[], Any] | None) -> list[Any]:
-    """What each rank's work gives, on every rank; or the first error of any (collective)."""
-    result: Any = None
-    error: UserError | None = None
-    try:
+    """What each rank's work gives, on every rank, however long; or an error of any (collective)."""
+    with distributed.uneven():
         result = None if work is None else work()
-    except UserError as caught:
-        error = caught
-    found = distributed.all_gather_object((result, error))
-    for _, problem in found:
-        if problem is not None:
-            raise problem
-    return [result for result, _ in found]
+    return distributed.all_gather_object(result)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from cnn2gnn_dist.data.manifest import Manifest
 from cnn2gnn_dist.data.pool import ReaderPool
 from cnn2gnn_dist.data.reader import Request
 from cnn2gnn_dist.data.views import CLEAN
-from cnn2gnn_dist.stages.context import Context, chunks, load_manifest
+from cnn2gnn_dist.stages.context import Context, CorruptCount, chunks, load_manifest
 from cnn2gnn_dist.stages.networks import Teacher, final_checkpoint, load_model
 from cnn2gnn_dist.training import distributed, ds_config
 from cnn2gnn_dist.training.checkpoint import Checkpoints
@@ -37,6 +38,9 @@ def run(context: Context, teacher_key: str) -> list[Path]:
     """Write what is missing; returns all files. Ranks take shards in turn.
 
     With ZeRO-3 a forward pass is collective: ranks that are done run along until all are.
+
+    Raises:
+        UserError: more corrupt images than ``data.max_corrupt``, on every rank.
     """
     config = context.config
     manifest = load_manifest(context.paths.train_manifest)
@@ -49,6 +53,7 @@ def run(context: Context, teacher_key: str) -> list[Path]:
     if len(missing) < len(shards):
         context.say(f"targets  {len(shards) - len(missing)} of {len(shards)} shards are whole")
     if not missing:
+        _count_corrupt(context, len(manifest), files)
         return list(files.values())
     classify, collective = _classifier(context, manifest.num_classes, teacher_key)
     mine = missing[context.ranks.rank :: context.ranks.world_size]
@@ -62,7 +67,20 @@ def run(context: Context, teacher_key: str) -> list[Path]:
         for _ in range(max(distributed.all_gather_object(forwards)) - forwards):
             classify(idle)
     distributed.barrier()
+    _count_corrupt(context, len(manifest), files)
     return list(files.values())
+
+
+def _count_corrupt(context: Context, samples: int, files: dict[int, Path]) -> None:
+    """All files' corrupt images, those of a former attempt too (collective)."""
+    mine = list(files.values())[context.ranks.rank :: context.ranks.world_size]
+    corrupt = CorruptCount(context.config.data.max_corrupt, samples, what="training images")
+    for path in mine:
+        corrupt.seen.update(soft.corrupt_samples(path))
+    found = corrupt.check()
+    if found:
+        some = "; ".join(sorted(found.values())[:3])
+        context.say(f"targets  {len(found)} corrupt images have uniform targets: {some}")
 
 
 def _classifier(
@@ -116,9 +134,13 @@ def _write(
         for rows in chunks(len(ids), settings.batch)
     ]
     indices, log_probs = [], []
+    corrupt = CorruptCount(limit=1.0, total=len(ids))
     for batch in stream.batches(plan):
-        images, _, _ = context.to_device(batch)
+        corrupt.note(batch)
+        images, _, valid_B = context.to_device(batch)
         log_BC = classify(images).float().log_softmax(1)
+        # What the teacher makes of a black image is nothing to learn from.
+        log_BC = log_BC.where(valid_B[:, None] > 0, -math.log(log_BC.shape[1]))
         k = log_BC.shape[1] if settings.top_k is None else min(settings.top_k, log_BC.shape[1])
         top, classes = log_BC.topk(k, dim=1)
         indices.append(classes.cpu().numpy().astype(np.int32))
@@ -131,5 +153,6 @@ def _write(
         indices=np.concatenate(indices).reshape(shape),
         log_probs=np.concatenate(log_probs).reshape(shape),
         meta=meta,
+        corrupt=corrupt.seen,
     )
     return len(plan)

@@ -9,7 +9,7 @@ import torch
 from cnn2gnn_dist.data.order import Order
 from cnn2gnn_dist.models.losses import distillation_loss
 from cnn2gnn_dist.stages.context import Context, load_manifest
-from cnn2gnn_dist.stages.judge import accuracy_of
+from cnn2gnn_dist.stages.judge import accuracy_of, check_held_out
 from cnn2gnn_dist.stages.loop import Training
 from cnn2gnn_dist.stages.networks import Teacher
 
@@ -17,6 +17,7 @@ from cnn2gnn_dist.stages.networks import Teacher
 def run(context: Context) -> list[Path]:
     """Train the teacher; returns the files of its last checkpoint."""
     config, settings = context.config, context.config.teacher
+    check_held_out(context)
     manifest = load_manifest(context.paths.train_manifest)
     torch.manual_seed(config.seed)
     model = Teacher(config, manifest.num_classes)
