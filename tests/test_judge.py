@@ -1,14 +1,190 @@
-"""Scores against definitions written out, scikit-learn, and loops."""
+"""Scores against definitions written out, scikit-learn, and loops; what is judged, and in what company."""
 
 from __future__ import annotations
 
-import numpy as np
-import pytest
-from sklearn.metrics import balanced_accuracy_score
+import json
+from pathlib import Path
+from typing import Any
 
-from cnn2gnn_dist.stages.evaluate import table
+import numpy as np
+import procs
+import pytest
+import torch
+from helpers import encode_image, random_images, write_tar
+from sklearn.metrics import balanced_accuracy_score
+from test_student import student
+from torch import Tensor
+
+from cnn2gnn_dist import settings
+from cnn2gnn_dist.data import manifest as manifests
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.runtime.ranks import Ranks
+from cnn2gnn_dist.stages import judge as judging
+from cnn2gnn_dist.stages.context import Context, RunPaths
+from cnn2gnn_dist.stages.evaluate import as_json, table
 from cnn2gnn_dist.stages.judge import Predictions, calibration_error
 from cnn2gnn_dist.stages.neighbourhood import last_refresh, parts_of
+
+IMAGES, BATCH, SEED = 23, 5, 4
+CORRUPT = (2, 9, 22)
+LABELS = np.arange(IMAGES) % 3
+
+
+def held_out(root: Path, corrupt: tuple[int, ...] = CORRUPT) -> np.ndarray:
+    """A run with a manifest of held-out images, some of which are HTML; the images."""
+    images = random_images(IMAGES, 8, 8, seed=1)
+    members = []
+    for i, image in enumerate(images):
+        members.append((f"i{i:02d}.cls", str(LABELS[i]).encode()))
+        members.append((f"i{i:02d}.png", b"<html>404" if i in corrupt else encode_image(image)))
+    tar = write_tar(root / "test-000000.tar", members)
+    path = root / "manifest" / "test.arrow"
+    path.parent.mkdir(parents=True)
+    manifests.index([tar], progress=False).save(path)
+    return images
+
+
+def context(root: Path, *overrides: str) -> Context:
+    config = settings.load(
+        "demo",
+        [
+            f"run.dir={root}",
+            "views.kind=none",
+            "views.size=8",
+            "stream.backend=local",
+            f"evaluate.batch={BATCH}",
+            "data.max_corrupt=0.5",
+            *overrides,
+        ],
+    )
+    ranks = Ranks.from_environment()
+    folder = root / "teacher"
+    folder.mkdir(exist_ok=True)
+    return Context(config, ranks, RunPaths(root), folder, "", "cpu", False)
+
+
+def batch_student() -> torch.nn.Module:
+    """A student whose images see each other, gates open."""
+    return student("batch").eval()
+
+
+def ranks_judge(root: str) -> dict[str, Any]:
+    """A case of ``procs``: a batch-scope student's answers, and what it was shown."""
+    model, shown = batch_student(), []
+
+    def answer(images: Tensor) -> dict[str, Tensor]:
+        shown.append(images.numpy().copy())
+        output = model(images)
+        return {"student": output.logits_BC.softmax(1), "alone": output.self_logits_BC.softmax(1)}
+
+    here = context(Path(root))
+    found = judging.judge(here, answer, here.paths.test_manifest, shuffle_seed=SEED)
+    return {"found": found.found, "left_out": found.left_out, "shown": shown}
+
+
+def in_company(images: np.ndarray, seed: int | None) -> dict[int, Tensor]:
+    """Probabilities of each sound image, classified beside the sound ones of its batch."""
+    places = np.arange(IMAGES) if seed is None else np.random.default_rng(seed).permutation(IMAGES)
+    found = {}
+    for ids in np.array_split(places, 5):  # 23 images in batches of at most 5
+        ids = np.array([i for i in ids if i not in CORRUPT])
+        with torch.no_grad():
+            rows = batch_student()(torch.from_numpy(images[ids])).logits_BC.softmax(1)
+        found.update(zip(ids.tolist(), rows, strict=True))
+    return found
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_neither_padding_nor_corrupt_images_join_a_batch(tmp_path, world_size):
+    """Whatever the ranks: the same company, hence the same answers; and as many forward passes."""
+    images = held_out(tmp_path)
+    wanted = in_company(images, SEED)
+    assert not torch.allclose(wanted[0], in_company(images, None)[0]), "company does not matter"
+    if world_size == 1:
+        said = [ranks_judge(str(tmp_path))]
+    else:
+        said = procs.run(ranks_judge, world_size, str(tmp_path))
+    sound = [i for i in range(IMAGES) if i not in CORRUPT]
+    assert len({len(one["shown"]) for one in said}) == 1, "ranks out of step"
+    for one in said:
+        assert set(one["left_out"]) == set(CORRUPT)
+        assert all("i09" in one["left_out"][9] for one in said)
+        found = one["found"]["student"]
+        assert found.id_N.tolist() == one["found"]["alone"].id_N.tolist() == sound
+        np.testing.assert_array_equal(found.label_N, LABELS[sound])
+        for place, i in enumerate(sound):
+            assert found.predicted_N[place] == int(wanted[i].argmax())
+            assert found.confidence_N[place] == pytest.approx(float(wanted[i].max()), rel=1e-6)
+    judged = [image for one in said for batch in one["shown"] for image in batch if image.any()]
+    assert len(judged) == len(sound), "an image was shown twice, or not at all"
+    idle = [batch for one in said for batch in one["shown"] if not batch.any()]
+    assert len(idle) == (1 if world_size == 2 else 0)  # five batches, two ranks
+
+
+def test_the_accuracy_is_of_what_was_judged(tmp_path):
+    held_out(tmp_path)
+
+    def classify(images: Tensor) -> Tensor:
+        assert images.flatten(1).any(1).all()
+        return torch.eye(3)[torch.zeros(len(images), dtype=torch.long)]
+
+    sound = np.delete(LABELS, CORRUPT)
+    assert judging.accuracy_of(context(tmp_path), classify) == pytest.approx((sound == 0).mean())
+
+
+def nothing(images: Tensor) -> dict[str, Tensor]:
+    return {"m": torch.full((len(images), 3), 1 / 3)}
+
+
+def test_more_corrupt_than_the_limit_is_refused_before_anything_is_trained(tmp_path):
+    held_out(tmp_path)
+    strict = context(tmp_path, "data.max_corrupt=0.1")
+    for refused in (
+        lambda: judging.check_held_out(strict),
+        lambda: judging.judge(strict, nothing, strict.paths.test_manifest),
+    ):
+        with pytest.raises(UserError, match="3 corrupt held-out images among 23") as caught:
+            refused()
+        assert "i02" in caught.value.what
+        assert caught.value.where == "data.max_corrupt"
+    assert not list(strict.folder.iterdir())
+
+
+def test_held_out_images_are_looked_through_once(tmp_path, capsys):
+    held_out(tmp_path)
+    judging.check_held_out(context(tmp_path))
+    assert "3 of 23 held-out images are corrupt and not judged" in capsys.readouterr().out
+    (tmp_path / "test-000000.tar").unlink()
+    judging.check_held_out(context(tmp_path))
+
+
+def test_no_image_that_can_be_read_is_no_result(tmp_path):
+    held_out(tmp_path, tuple(range(IMAGES)))
+    lenient = context(tmp_path, "data.max_corrupt=1")
+    for refused in (
+        lambda: judging.check_held_out(lenient),
+        lambda: judging.judge(lenient, nothing, lenient.paths.test_manifest),
+    ):
+        with pytest.raises(UserError, match="none of the 23 held-out images can be read"):
+            refused()
+
+
+def test_answers_that_are_not_finite_are_no_result(tmp_path):
+    held_out(tmp_path)
+
+    def answer(images: Tensor) -> dict[str, Tensor]:
+        return {"student": torch.full((len(images), 3), torch.nan)}
+
+    here = context(tmp_path)
+    with pytest.raises(UserError, match="20 of 20 answers of the student are not finite"):
+        judging.judge(here, answer, here.paths.test_manifest)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_results_are_strict_json(value):
+    assert json.loads(as_json({"a": [{"b": 1.5}], "c": None})) == {"a": [{"b": 1.5}], "c": None}
+    with pytest.raises(UserError, match=r"the result a\[0\]\.b is"):
+        as_json({"a": [{"b": value}]})
 
 
 @pytest.fixture
@@ -64,6 +240,11 @@ def test_table_shows_every_model():
         "flops": 2e6,
         "ms_per_image": 0.25,
     }
-    text = table({"teacher": row, "student": row, "control_mlp": row})
-    assert text.count("50.00%") == 3
+    models = ("teacher", "student", "self_path", "vote", "control_mlp")
+    text = table(dict.fromkeys(models, row))
+    assert text.count("50.00%") == 5
     assert "12,345" in text
+    assert "left out" not in text
+    counted = {**row, "judged": 1_200, "left_out": 3}
+    last = table(dict.fromkeys(models, counted)).splitlines()[-1]
+    assert last == "judged on 1,200 held-out images; 3 that can't be read are left out"
