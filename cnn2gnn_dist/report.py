@@ -15,7 +15,13 @@ from cnn2gnn_dist import report_figures as figures
 from cnn2gnn_dist.errors import UserError
 
 TEMPLATE = "report.html.j2"
-MODELS = {"teacher": "teacher", "student": "student (graph)", "control_mlp": "control (MLP head)"}
+MODELS = {
+    "teacher": "teacher",
+    "student": "student (graph)",
+    "self_path": "its self path alone",
+    "vote": "its neighbours' vote",
+    "control_mlp": "control (MLP head)",
+}
 COLUMNS = (
     ("accuracy", "accuracy", "{:.2%}", max),
     ("balanced_accuracy", "class-balanced", "{:.2%}", max),
@@ -62,7 +68,8 @@ def write_report(root: Path, class_names: Sequence[str] | None = None) -> Path:
             run=results["run"],
             header=[title for _, title, _, _ in COLUMNS],
             rows=table_rows(results),
-            verdict=verdict(results, None if student is None else len(student["labels"])),
+            verdict=verdict(results, saved),
+            left_out=_left_out(results),
             curves=_curves(metrics),
             speed=_speed(metrics),
             graph=graph,
@@ -109,27 +116,62 @@ def table_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def verdict(results: dict[str, Any], judged: int | None = None) -> str:
-    """One plain sentence: does the student beat its control, and is it more than chance?
+def verdict(results: dict[str, Any], saved: dict[str, dict[str, np.ndarray]] | None = None) -> str:
+    """Plain sentences: does the student beat its control and its own self path, beyond chance?
 
-    ``judged``: on how many images; fewer than the held-out ones where some are corrupt.
+    ``saved``: the answers to each image; with them the errors are those of paired differences.
     """
     if "control_mlp" not in results:
-        return "No control was trained, so what the graph adds is not known."
-    student, control = results["student"]["accuracy"], results["control_mlp"]["accuracy"]
-    images = judged or results["run"]["test_images"]
+        said = "No control was trained, so what the graph adds is not known."
+    else:
+        points, noise, how = _difference(results, saved or {}, "control_mlp")
+        beats, told = "does not beat", "the graph costs accuracy"
+        if abs(points) <= 2 * noise or not points:
+            told = "a tie, the difference is within two standard errors"
+        elif points > 0:
+            beats, told = "beats", "the graph pays"
+        said = (
+            f"The student {beats} its control (same stem and initial weights, MLP head, no graph "
+            f"and no partitions in its order): {points:+.2f} points, standard error {noise:.2f} "
+            f"({how}, one seed): {told}."
+        )
+    if "self_path" in results:
+        points, noise, how = _difference(results, saved or {}, "self_path")
+        told = "within" if abs(points) <= 2 * noise or not points else "beyond"
+        said += (
+            f" Against its own self path, the same weights without neighbours: {points:+.2f} "
+            f"points, standard error {noise:.2f} ({how}): {told} two standard errors."
+        )
+    return said
+
+
+def _difference(
+    results: dict[str, Any], saved: dict[str, dict[str, np.ndarray]], other: str
+) -> tuple[float, float, str]:
+    """Student minus another model in points, its standard error, and how that was estimated."""
+    one, two = results["student"]["accuracy"], results[other]["accuracy"]
+    mine, theirs = saved.get("student"), saved.get(other)
+    if mine is not None and theirs is not None and np.array_equal(mine["ids"], theirs["ids"]):
+        hit, met = (m["predicted"] == m["labels"] for m in (mine, theirs))
+        gain = hit.astype(float) - met
+        error = float(gain.std()) / math.sqrt(len(gain))
+        return 100 * (one - two), 100 * error, f"paired, {len(gain):,} images"
+    images = results["student"].get("judged", results["run"]["test_images"])
     # Both judged on the same images: taken as independent, the error is an upper bound.
-    error = math.sqrt((student * (1 - student) + control * (1 - control)) / images)
-    points, noise = 100 * (student - control), 100 * error
-    beats, told = "does not beat", "the graph costs accuracy"
-    if abs(points) <= 2 * noise or not points:
-        told = "a tie, the difference is within two standard errors"
-    elif points > 0:
-        beats, told = "beats", "the graph pays"
+    error = math.sqrt((one * (1 - one) + two * (1 - two)) / images)
+    return 100 * (one - two), 100 * error, f"binomial, {images:,} images"
+
+
+def _left_out(results: dict[str, Any]) -> str | None:
+    """What the table does not count, if there is anything."""
+    left_out = results["student"].get("left_out")
+    if not left_out:
+        return None
+    judged, total = results["student"]["judged"], results["run"]["test_images"]
+    some = "; ".join(results["run"].get("left_out", []))
     return (
-        f"The student {beats} its control (same stem and initial weights, MLP head, no graph and "
-        f"no partitions in its order): {points:+.2f} points, "
-        f"standard error {noise:.2f} (binomial, {images:,} images, one seed): {told}."
+        f"{judged:,} of {total:,} held-out images are judged. {left_out:,} can't be read and "
+        f"count neither as right nor as wrong: {some}"
     )
 
 
@@ -143,7 +185,7 @@ def confused_pairs(
     wrong = student["labels"] != student["predicted"]
     flat = student["labels"][wrong] * len(names) + student["predicted"][wrong]
     pairs, counts = np.unique(flat, return_counts=True)
-    shown = FEW_PAIRS if len(names) <= figures.MOST_CLASSES else MANY_PAIRS
+    shown = FEW_PAIRS if len(names) <= figures.NAMED_CLASSES else MANY_PAIRS
     top = np.argsort(-counts, kind="stable")[:shown]
     return [
         (names[pairs[i] // len(names)], names[pairs[i] % len(names)], int(counts[i])) for i in top

@@ -13,15 +13,22 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 Metrics = dict[str, list[dict[str, Any]]]
 
-COLOURS = {"teacher": "#7a5195", "student": "#0b6e99", "control": "#ef8a17"}
+COLOURS = {
+    "teacher": "#7a5195",
+    "student": "#0b6e99",
+    "self path": "#4aa3a2",
+    "vote": "#8a8f3c",
+    "control": "#ef8a17",
+}
 HELD_OUT = {"test_accuracy": ("o", "held-out"), "self_path_test_accuracy": ("x", "self path")}
-MOST_CLASSES = 100
-COUNTED_CLASSES = 30
+MOST_CLASSES, NAMED_CLASSES, COUNTED_CLASSES = 1000, 100, 30
+"""Of the confusion matrix: up to how many classes there is a picture, with names, with counts."""
 LONGEST_NAME = 18
 ECE_BINS = 15
 
@@ -88,27 +95,36 @@ def degrees(histogram: dict[str, list[int]]) -> bytes:
 
 
 def confusion(matrix: np.ndarray, names: Sequence[str]) -> bytes:
-    """Confusion matrix with recall as colour, PNG; all names, counts where there is room."""
+    """Confusion matrix with recall as colour, PNG; names and counts where there is room.
+
+    Cost is bounded: beyond ``NAMED_CLASSES`` the picture has one size, and numbers on its axes.
+    """
     count = len(matrix)
-    few = count <= COUNTED_CLASSES
-    side = 2.4 + (0.36 * count if few else 0.136 * count)
-    size = 9.0 if few else 6.5
+    few, named = count <= COUNTED_CLASSES, count <= NAMED_CLASSES
+    side = 2.4 + 0.36 * count if few else 2.4 + 0.136 * count if named else 10.0
     figure, axis = plt.subplots(figsize=(side, side), layout="constrained")
-    share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-    axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    axis.set_xlabel("predicted")
-    axis.set_ylabel("true class")
-    shown = [_plain(name) for name in names]
-    short = max(map(len, shown)) <= 2
-    turned: dict[str, Any] = {} if short and few else {"rotation": 60 if few else 90}
-    align: dict[str, Any] = {"ha": "right", "rotation_mode": "anchor"} if turned and few else {}
-    axis.set_xticks(range(count), shown, fontsize=size, **turned, **align)
-    axis.set_yticks(range(count), shown, fontsize=size)
+    share = (matrix / np.maximum(matrix.sum(1, keepdims=True), 1)).astype(np.float32)
+    # Of many classes a cell is a pixel: the root makes the rare mistakes visible.
+    norm = PowerNorm(1.0 if named else 0.5, vmin=0, vmax=1)
+    axis.imshow(share, cmap="Blues", norm=norm, interpolation="nearest")
+    axis.set_xlabel("predicted" if named else "predicted (number of the class)")
+    axis.set_ylabel("true class" if named else "true class (its number)")
+    if named:
+        _name_classes(axis, names[:count], few)
     for row, column in np.argwhere(matrix > 0) if few else ():
         ink = "white" if share[row, column] > 0.5 else "black"
         number = str(matrix[row, column])
         axis.text(column, row, number, ha="center", va="center", fontsize=8, color=ink)
     return _png(figure)
+
+
+def _name_classes(axis: Axes, names: Sequence[str], few: bool) -> None:
+    shown, size = [_plain(name) for name in names], 9.0 if few else 6.5
+    short = max(map(len, shown)) <= 2
+    turned: dict[str, Any] = {} if short and few else {"rotation": 60 if few else 90}
+    align: dict[str, Any] = {"ha": "right", "rotation_mode": "anchor"} if turned and few else {}
+    axis.set_xticks(range(len(shown)), shown, fontsize=size, **turned, **align)
+    axis.set_yticks(range(len(shown)), shown, fontsize=size)
 
 
 def reliability(saved: dict[str, dict[str, np.ndarray]]) -> bytes:
@@ -122,7 +138,7 @@ def reliability(saved: dict[str, dict[str, np.ndarray]]) -> bytes:
         sure = [found["confidence"][bins == b].mean() for b in used]
         hit = [right[bins == b].mean() for b in used]
         area = [4 + 150 * float((bins == b).mean()) for b in used]
-        model = name.split("_")[0]
+        model = {"self_path": "self path"}.get(name, name.split("_")[0])
         axis.plot(sure, hit, linewidth=1.2, label=model, color=COLOURS.get(model))
         axis.scatter(sure, hit, s=area, color=COLOURS.get(model), alpha=0.8)
     axis.set_xlabel("confidence")
