@@ -183,3 +183,6 @@ def test_corrupt_images_are_counted_when_the_graph_is_built(root):
     with pytest.raises(UserError, match="2 corrupt training images among 60"):
         graph.run(here, "student")
     assert not list((root / "graph").glob("v????"))
+    with pytest.raises(UserError, match="2 corrupt training images among 60") as caught:
+        graph.run(here, "student")  # all is embedded: it goes on there, and is refused again
+    assert "train03" in caught.value.what
