@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import encode_image, random_images, write_tar
+from helpers import encode_image, make_shards, random_images, write_tar
 
 from cnn2gnn_dist.data.classes import Told, class_names, match, notes
+from cnn2gnn_dist.data.copies import copies_note
 from cnn2gnn_dist.data.manifest import index
 from cnn2gnn_dist.data.pair import index_pair, index_whole
 from cnn2gnn_dist.errors import UserError
@@ -236,3 +237,18 @@ def test_two_classes_of_one_name_get_their_numbers():
         *("crane (0)", "crane (1)"),
         *("2", "ruff"),
     )
+
+
+def test_a_set_of_copies_is_said(tmp_path: Path) -> None:
+    """Also from recorded checksums, and in sets larger than the sample; some copies are no fault."""
+    images = random_images(400, 8, 8)
+    few = images[np.arange(400) % 3]
+    for name, made, expected in (
+        ("all", few[:30], "27 of 30 images looked at are copies"),
+        ("many", few, "253 of 256 images looked at are copies"),
+        ("some", np.concatenate([images[:300], images[:100]]), None),
+    ):
+        paths = make_shards(tmp_path / name, made, np.arange(len(made)) % 2, shard_size=100)
+        for checksums in (False, True):
+            said = copies_note(index(paths, checksums=checksums))
+            assert said.startswith(expected) if expected else said is None

@@ -8,6 +8,7 @@ from pathlib import Path
 from cnn2gnn_dist.config import DataConfig
 from cnn2gnn_dist.data import folders, pack
 from cnn2gnn_dist.data.classes import notes
+from cnn2gnn_dist.data.copies import copies_note
 from cnn2gnn_dist.data.expand import files_of
 from cnn2gnn_dist.data.manifest import Manifest, split_per_class
 from cnn2gnn_dist.data.pair import index_pair, index_whole
@@ -152,6 +153,8 @@ def index_run(context: Context) -> list[Path]:
     else:
         whole, held, said = _held_out(data, train, config.seed)
     said += fit.check_classes(whole.label_N, len(held), None if test else data.holdout)
+    copied = copies_note(whole)
+    said += [copied] if copied else []
     stages = ("teacher", "student", *(("control",) if config.student.control else ()))
     said += [f"{e.what} ({e.where})" for e in fit.misfits(config, stages, len(whole))]
     paths.train_manifest.parent.mkdir(parents=True, exist_ok=True)
