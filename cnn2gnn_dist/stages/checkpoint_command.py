@@ -81,7 +81,7 @@ def export(place: Path, out: Path) -> int:
         raise UserError(
             f"this checkpoint is not whole: {problem}",
             where=str(folder),
-            remedy="another one: `cnn2gnn checkpoint verify` says which are",
+            remedy=f"another one: `cnn2gnn checkpoint verify {folder.parent.parent}` says which are",
         )
     if out.exists():
         raise UserError("the file is there already", where=str(out), remedy="another --out")
@@ -121,7 +121,7 @@ def found_in(place: Path) -> list[Path]:
 
 
 def one_of(place: Path) -> Path:
-    """The newest checkpoint of a place, whole or not.
+    """The checkpoint of a place, whole or not: that with which a finished stage ended, or the newest.
 
     Raises:
         UserError: none, or those of several stages.
@@ -134,7 +134,7 @@ def one_of(place: Path) -> Path:
             where=str(place),
             remedy=f"name one: {Path(place) / stages[0]}",
         )
-    return found[-1]
+    return disk.recorded(found[-1].parent.parent) or found[-1] if len(found) > 1 else found[0]
 
 
 def _stage(folder: Path) -> str:

@@ -29,8 +29,14 @@ def check(config: Config, stages: Iterable[str], world_size: int) -> None:
     if world_size > 1 and ahead.intersection(("student", "control")):
         check_norms(config)
     for name in ahead:
-        settings = config.teacher if name == "teacher" else config.student
-        accumulation_for(settings.global_batch, world_size, settings.max_micro_batch)
+        section = "teacher" if name == "teacher" else "student"
+        settings = getattr(config, section)
+        accumulation_for(
+            settings.global_batch,
+            world_size,
+            settings.max_micro_batch,
+            f"{section}.global_batch",
+        )
         if name == "student" and config.graph.scope == "dataset":
             check_parts(config.graph.parts, world_size, settings.global_batch)
             if config.graph.sampler == "distdgl" and config.graph.parts != world_size:

@@ -177,7 +177,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
                 raise UserError(
                     f"this checkpoint file can't be read: {error}",
                     where=str(folder / name),
-                    remedy="remove the folder: the one before it is then used",
+                    remedy="remove the folder and run again: training goes on from the one before it",
                 ) from None
     return tensors
 

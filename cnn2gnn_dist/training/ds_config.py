@@ -98,7 +98,7 @@ def load(path: str | Path | None = None) -> dict[str, Any]:
         raise UserError(
             f"the DeepSpeed config can't be read: {error.strerror}",
             where=str(file),
-            remedy="name a file that exists, or leave ds_config null",
+            remedy="name a file that exists, or none: teacher.ds_config=null student.ds_config=null",
         ) from None
     except ValueError as error:
         raise UserError(f"not valid JSON: {error}", where=str(file), remedy="mend it") from None
@@ -135,8 +135,12 @@ def outcome(ds: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def accumulation_for(global_batch: int, world_size: int, max_micro_batch: int) -> int:
+def accumulation_for(
+    global_batch: int, world_size: int, max_micro_batch: int, field: str = "global_batch"
+) -> int:
     """Fewest micro-batches a step so that a rank holds at most ``max_micro_batch`` samples.
+
+    ``field`` is what the global batch is called where it was set.
 
     Raises:
         UserError: the global batch does not divide over ranks and micro-batches.
@@ -145,8 +149,8 @@ def accumulation_for(global_batch: int, world_size: int, max_micro_batch: int) -
         raise UserError(
             f"a global batch of {global_batch} does not divide over {world_size} ranks "
             f"({global_batch} / {world_size} = {global_batch / world_size:.2f})",
-            where="global_batch",
-            remedy=f"for example {math.ceil(global_batch / world_size) * world_size}",
+            where=field,
+            remedy=f"for example {field}={math.ceil(global_batch / world_size) * world_size}",
         )
     share = global_batch // world_size
     fewest = math.ceil(share / max_micro_batch)
