@@ -11,11 +11,11 @@ from __future__ import annotations
 import hashlib
 import os
 import posixpath
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from cnn2gnn_dist import durable
@@ -27,11 +27,13 @@ READ_BYTES = 16 << 30
 """Of larger sets the contents are not read (unless asked for): there the times count."""
 LISTED = 200_000
 """Of more files only sums are noted, not the one that differs."""
-AT_ONCE = 8
+AT_ONCE, LOT = 8, 256
+"""Threads, and files that one takes at a time."""
+SHORT = 1 << 20
+"""Bytes that are read at once: opening a file in Python's own way costs more than a small image."""
 
 
-@dataclass(frozen=True)
-class Seen:
+class Seen(NamedTuple):
     """A file without its content: ``time`` in ns; ``tag`` of a remote one, "" where it has none."""
 
     name: str
@@ -96,7 +98,7 @@ def look(origin: str | Sequence[str], source: str, *, ask: bool, brief: bool) ->
         UserError: files are missing; a remote one can't be asked.
     """
     if source == "imagefolder":
-        return list(_images(folder_of(origin)))
+        return _images(folder_of(origin))
     places = files_of(source, paths_of(origin))
     far = [place for place in places if urls.is_remote(place)]
     near = [os.path.abspath(place) for place in places if not urls.is_remote(place)]
@@ -145,8 +147,7 @@ def note(
 
     marks = {s.name: _unread(s, by, known) for s in seen}
     unread = [s for s in seen if marks[s.name] is None]
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        marks.update(zip((s.name for s in unread), pool.map(_content, unread), strict=True))
+    marks.update(zip((s.name for s in unread), _in_lots(_contents, unread), strict=True))
     content = _sum(f"{s.name}\0{s.bytes}\0{marks[s.name]}" for s in seen)
     files = {s.name: (s.bytes, s.time, str(marks[s.name])) for s in seen}
     return Noted(paths_of(origin), by, sums, content, files if len(files) <= LISTED else None)
@@ -179,18 +180,31 @@ def difference(old: Noted, new: Noted) -> str:
     return ", ".join(words) or "in another order"
 
 
-def _images(folder: str) -> Iterator[Seen]:
+def _images(folder: str) -> list[Seen]:
     """The images of a folder and its sub-folders; what is never packed does not count."""
     if not os.path.isdir(folder):
-        return
-    for name in find_images(folder, classes=True).images:
-        path = os.path.join(folder, name)
-        try:
-            stat = os.stat(path)
-        except OSError:  # gone just now
-            yield Seen(name, path, -1)
-        else:
-            yield Seen(name, path, stat.st_size, stat.st_mtime_ns)
+        return []
+
+    def look(names: list[str]) -> list[Seen]:
+        found = []
+        for name in names:
+            path = os.path.join(folder, name)
+            try:
+                stat = os.stat(path)
+            except OSError:  # gone just now
+                found.append(Seen(name, path, -1))
+            else:
+                found.append(Seen(name, path, stat.st_size, stat.st_mtime_ns))
+        return found
+
+    return _in_lots(look, find_images(folder, classes=True).images)
+
+
+def _in_lots(work: Callable[[list[Any]], list[Any]], items: list[Any]) -> list[Any]:
+    """Lists of results in the order of the items; a network's latency is waited for side by side."""
+    lots = [items[start : start + LOT] for start in range(0, len(items), LOT)]
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return [result for lot in pool.map(work, lots) for result in lot]
 
 
 def _unread(file: Seen, by: str, known: dict[str, tuple[int, int, str]]) -> str | None:
@@ -210,9 +224,19 @@ def _remote_names(places: Sequence[str]) -> list[str]:
     return [posixpath.relpath(path or "/", base) for path in paths]
 
 
+def _contents(files: list[Seen]) -> list[str]:
+    return [_content(file) for file in files]
+
+
 def _content(file: Seen) -> str:
     try:
-        return durable.sha256(Path(file.place))[:20]
+        if file.bytes > SHORT:
+            return durable.sha256(Path(file.place))[:20]
+        handle = os.open(file.place, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return hashlib.sha256(os.read(handle, SHORT)).hexdigest()[:20]
+        finally:
+            os.close(handle)
     except OSError:  # whoever packs it says so
         return "unreadable"
 
