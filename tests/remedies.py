@@ -110,8 +110,15 @@ def carry_out(row: Row, alternative: str, place: Path) -> None:
         assert code == 0, f"{chosen}:\n{said}"
         code, said = cnn2gnn(failing)
     else:
-        code, said = cnn2gnn([*failing, chosen])
+        code, said = cnn2gnn(overridden(failing, *chosen.split()))
     assert code == 0, f"{chosen}:\n{said}"
+
+
+def overridden(command: Sequence[str], *chosen: str) -> list[str]:
+    """A command with options and overrides; an override takes the place of one of its field."""
+    fields = [f"{text.partition('=')[0]}=" for text in chosen if "=" in text]
+    kept = [word for word in command if not any(word.startswith(name) for name in fields)]
+    return [*kept, *chosen]
 
 
 def _filled(alternative: str, row: Row, place: Path) -> str:

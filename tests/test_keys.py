@@ -44,7 +44,9 @@ class Run:
 
     def set(self, **data: object) -> None:
         """Fields of the section data."""
-        self.overrides += [f"data.{name}={value}" for name, value in data.items()]
+        named = {f"data.{name}=": value for name, value in data.items()}
+        kept = [o for o in self.overrides if not o.startswith(tuple(named))] if named else []
+        self.overrides = [*(kept or self.overrides), *(f"{n}{v}" for n, v in named.items())]
 
     def __call__(self, *more: str) -> int:
         """Pack and index; the exit code."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import encode_image, random_images
-from remedies import Row, alternatives, carry_out, cnn2gnn, remedy_of, table
+from remedies import Row, alternatives, carry_out, cnn2gnn, overridden, remedy_of, table
 from runs import weights
 
 from cnn2gnn_dist import ledger, pipeline, settings
@@ -31,7 +31,7 @@ def elsewhere(place: Path) -> Path:
 def other_limit(place: Path) -> list[str]:
     made = ["pack", *SMALL, f"run.dir={place}/run"]
     assert cnn2gnn(made)[0] == 0
-    return [*made, "data.limit=50"]
+    return overridden(made, "data.limit=50")
 
 
 def someone_elses_folder(place: Path) -> list[str]:
@@ -48,7 +48,7 @@ def no_deepspeed_config(place: Path) -> list[str]:
 
 
 def no_gpu(place: Path) -> list[str]:
-    return ["pack", *SMALL, f"run.dir={place}/run", "device=cuda"]
+    return overridden(["pack", *SMALL, f"run.dir={place}/run"], "device=cuda")
 
 
 def images_gone(place: Path) -> list[str]:
@@ -103,7 +103,7 @@ def test_a_remedy_works_as_written(row, alternative, tmp_path):
         assert code == 2, said
         assert row.says in said
         assert alternative in remedy_of(said)
-        assert cnn2gnn([*failing, *alternative.split()])[0] == 0
+        assert cnn2gnn(overridden(failing, *alternative.split()))[0] == 0
     else:
         carry_out(row, alternative, tmp_path)
 
