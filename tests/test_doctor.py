@@ -7,9 +7,11 @@ import importlib.metadata
 import os
 import resource
 import shutil
+import socket
 import sys
 
 import pytest
+from runs import free_port
 
 from cnn2gnn_dist import doctor
 from cnn2gnn_dist.doctor import FAIL, OK, WARN, Finding
@@ -119,9 +121,45 @@ def test_threads(monkeypatch, value, standing):
     assert doctor._threads().standing == standing
 
 
-def test_ray_is_told_where_it_would_connect(monkeypatch):
-    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
-    assert "RAY_ADDRESS=head:6379" in doctor._ray().seen
+@pytest.mark.parametrize("scheme", ["", "http://"])
+def test_ray_is_told_where_it_would_connect_and_that_nobody_is_there(monkeypatch, scheme):
+    address = f"{scheme}127.0.0.1:{free_port()}"
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    found = doctor._ray()
+    assert found.standing == WARN
+    assert f"RAY_ADDRESS={address}" in found.seen
+    assert "answers at" in found.seen
+    monkeypatch.delenv("RAY_ADDRESS")
+    assert doctor._ray().standing == OK
+
+
+def test_a_home_that_cannot_be_written_to(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert doctor._home().standing == OK
+    monkeypatch.setenv("HOME", str(tmp_path / "none"))
+    assert doctor._home().standing == WARN
+
+
+def test_interfaces(monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    monkeypatch.delenv("NCCL_SOCKET_IFNAME", raising=False)
+    assert doctor._interfaces().standing == OK
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "=nothing9")
+    found = doctor._interfaces()
+    assert found.standing == FAIL
+    assert "unset NCCL_SOCKET_IFNAME" in found.remedy
+    assert doctor._loopback().standing == OK
+
+
+def test_the_launchers_port(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        monkeypatch.setattr(doctor, "DEFAULT_PORT", taken.getsockname()[1])
+        found = doctor._port()
+    assert found.standing == WARN
+    assert f"--master_port {doctor.DEFAULT_PORT + 1}" in found.remedy
+    assert doctor._port().standing == OK
 
 
 def test_deepspeed_leaves_the_environment_as_it_was(monkeypatch):

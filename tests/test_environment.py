@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import importlib
 import os
 import resource
 import secrets
@@ -360,3 +361,22 @@ def test_relative_paths_of_a_job(checkout, arguments, field):
         upload.check_paths(files, folder, arguments)
     assert caught.value.where == field
     assert "absolute path" in caught.value.remedy
+
+
+def test_what_is_sent_is_what_ray_sends(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(runs.REPOSITORY / "launch"))
+    submit = importlib.import_module("submit")
+    for name in ("run.py", "images/1.png", "data/2.png", "old/3.png", "a/b.tar", "runs/x/4.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"12345")
+    with open(tmp_path / "images" / "large.bin", "wb") as file:
+        file.truncate(620 << 20)
+    (tmp_path / ".gitignore").write_text("/data/\n")
+    sent = submit._sent(tmp_path)
+    assert sent.keys() == {".gitignore", "run.py", "images/1.png", "images/large.bin", "old/3.png"}
+    assert sent["run.py"] == 5
+    with pytest.raises(UserError, match=r"images/large.bin \(620 MiB\)") as caught:
+        upload.check_size(sent, tmp_path)
+    assert ".rayignore" in caught.value.remedy
+    (tmp_path / ".rayignore").write_text("images\n")
+    assert submit._sent(tmp_path).keys() == {".gitignore", ".rayignore", "run.py", "old/3.png"}
