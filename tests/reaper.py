@@ -82,7 +82,8 @@ def _listening(process: psutil.Process) -> list[str]:
         sockets = process.net_connections("inet")
     except psutil.Error:
         return []
-    return [one.laddr.ip for one in sockets if one.status == psutil.CONN_LISTEN]
+    addresses = [one.laddr.ip for one in sockets if one.status == psutil.CONN_LISTEN]
+    return [address.removeprefix("::ffff:") for address in addresses]  # IPv4 by an IPv6 socket
 
 
 def _name(process: psutil.Process) -> str:

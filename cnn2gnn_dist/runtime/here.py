@@ -12,7 +12,7 @@ import psutil
 
 from cnn2gnn_dist.errors import UserError
 
-LEAST_FILES = 512
+LEAST_FILES = 256
 """Open files; with fewer Ray's daemons wait for each other without end."""
 RANK_BYTES = 300 << 20
 """Memory that a rank has to itself before it has trained anything: torch, DeepSpeed, Ray."""
