@@ -190,6 +190,29 @@ def test_shared_memory_that_cannot_be_written(monkeypatch):
         here.check_shared_memory()
 
 
+@pytest.mark.slow
+def test_a_ray_that_does_not_start_is_said_in_a_line(tmp_path):
+    """Here for a path that is too long for its sockets, which a session avoids otherwise."""
+    place = tmp_path / ("x" * 90)
+    place.mkdir()
+    script = f"""
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.runtime import group, shutdown
+shutdown.LONGEST_FOLDER = {len(str(place)) + 40}
+try:
+    group.start(None, 1)
+except UserError as error:
+    print(error)
+"""
+    env = runs.bare_environment(tmp_path) | {"RAY_TMPDIR": str(place)}
+    code, output = runs.finish(runs.start([sys.executable, "-c", script], env))
+    assert code == 0, output
+    assert "Ray does not start on this host: " in output
+    assert "AF_UNIX path length" in output
+    assert "Traceback" not in output
+    assert list(place.iterdir()) == []
+
+
 # --- a cluster's address -----------------------------------------------------------------------
 
 

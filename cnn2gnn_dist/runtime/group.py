@@ -170,9 +170,16 @@ def _start_here(cpus: int, logs: Path | None) -> None:
                 logging_level=logging.WARNING,
                 _system_config=RAY_SETTINGS,
             )
-    except BaseException:
+    except BaseException as error:
         stop(failed=True)
-        raise
+        if not isinstance(error, Exception):
+            raise
+        raise UserError(  # Ray says it in many ways, by a bare Exception too
+            f"Ray does not start on this host: {_first_line(error)}",
+            where="ray.init",
+            remedy="again when the host has more time to spare; `cnn2gnn doctor` looks at what Ray "
+            "needs, and torchrun with launch/train.py does without Ray",
+        ) from error
     atexit.register(_stop_at_exit)  # after Ray's own, so before them when the time comes
 
 
