@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import procs
 import pytest
 import runs
 import torch
@@ -67,8 +68,9 @@ def context(root: Path, folder: str, *overrides: str) -> Context:
         [*micro, f"run.dir={root}", "views.kind=none", "graph.parts=1", "targets.top_k=2",
          "evaluate.batch=8", "data.max_corrupt=0.5", *overrides],
     )  # fmt: skip
-    (root / folder).mkdir(exist_ok=True)
-    return Context(config, Ranks(), RunPaths(root), root / folder, folder, "cpu", False)
+    (root / folder).mkdir(exist_ok=True)  # ranks may meet here
+    ranks = Ranks.from_environment()
+    return Context(config, ranks, RunPaths(root), root / folder, folder, "cpu", False)
 
 
 @pytest.fixture
@@ -127,6 +129,28 @@ def test_what_cannot_be_read_is_left_out_and_said(root, capsys):
     assert "18 of 21 held-out images are judged" in page
     assert "Against its own self path" in page
     assert f"{table['vote']['accuracy']:.2%}" in page
+
+
+def ranks_evaluate(root: str, scope: str) -> list[str]:
+    """A case of ``procs``: the stage on several ranks; names of the rows on rank 0's disk."""
+    here = context(Path(root), "evaluation", f"graph.scope={scope}")
+    keys = KEYS if scope == "dataset" else {k: v for k, v in KEYS.items() if k != "graph"}
+    return [path.stem for path in evaluate.run(here, keys)]
+
+
+@pytest.mark.parametrize("scope", ["dataset", "batch"])
+def test_two_ranks_judge_as_one_does(root, scope):
+    here = context(root, "evaluation", f"graph.scope={scope}")
+    trained(here)
+    if scope == "dataset":
+        graph.run(context(root, "graph"), "student")
+    names = ranks_evaluate(str(root), scope)
+    alone = {name: dict(np.load(root / "evaluation" / f"{name}.npz")) for name in names}
+    assert procs.run(ranks_evaluate, 2, str(root), scope) == [names] * 2
+    for name in set(names) - {"gallery"}:
+        together = np.load(root / "evaluation" / f"{name}.npz")
+        for column, values in alone[name].items():
+            np.testing.assert_array_equal(together[column], values)
 
 
 def test_a_student_of_the_batch_has_a_self_path_and_no_vote(root, capsys):

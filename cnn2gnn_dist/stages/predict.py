@@ -54,7 +54,11 @@ def command(run: Path, images: list[str], *, top: int, as_json: bool) -> int:
             file=sys.stderr,
         )
     failed = 0
-    for rows in tqdm(list(chunks(len(files), BATCH)), "predict", disable=len(files) <= BATCH):
+    # Of nearly equal size: the last image alone would have no company at all.
+    size = -(-len(files) // max(1, -(-len(files) // BATCH)))
+    for rows in tqdm(
+        list(chunks(len(files), max(1, size))), "predict", disable=len(files) <= BATCH
+    ):
         batch = [files[row] for row in rows]
         pixels, good = [], []
         for path in batch:

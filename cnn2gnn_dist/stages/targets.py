@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,9 @@ def run(context: Context, teacher_key: str) -> list[Path]:
     classify, collective = _classifier(context, manifest.num_classes, teacher_key)
     mine = missing[context.ranks.rank :: context.ranks.world_size]
     forwards = 0
-    with context.stream(context.paths.train_manifest, "targets") as stream:
+    # A rank may have much larger shards than another. Collective passes hold the ranks together.
+    waiting = nullcontext() if collective else distributed.uneven()
+    with waiting, context.stream(context.paths.train_manifest, "targets") as stream:
         for shard in tqdm(mine, "targets", unit="shard", disable=not context.ranks.is_first):
             forwards += _write(context, classify, stream, manifest, shard, files[shard], meta)
     if collective:
