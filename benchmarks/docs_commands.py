@@ -32,6 +32,7 @@ sys.path.insert(0, str(REPOSITORY))
 PROGRAMS = ("cnn2gnn", "python", "torchrun", "deepspeed", "srun", "ray", "make", "pip")
 KINDS: list[tuple[str, str, str]] = [  # pattern of the command, kind, why
     (r"^cnn2gnn$|^(python|ray job stop|ray start --head)$", "name", "a program's name, not a call"),
+    (r"^cnn2gnn (?!doctor|config)\w+( --run)?$", "name", "named in a sentence, without its arguments"),
     (r"^make demo$", "demo", "the first: others look at its run"),
     (r"^cnn2gnn run --config demo$", "demo", "again: skips what is whole"),
     (r"^cnn2gnn student --config demo$", "demo", ""),
@@ -47,7 +48,6 @@ KINDS: list[tuple[str, str, str]] = [  # pattern of the command, kind, why
     (r"^(deepspeed|torchrun) .*launch/train.py .*--config demo", "long", "a whole demo; tests/test_ways_in.py"),
     (r"config (cifar10|mini_imagenet|imagenet)( |$)", "no", "needs a data set, and an hour or a GPU"),
     (r"python benchmarks/\w+\.py", "long", "minutes to an hour"),
-    (r"^cnn2gnn predict --run$|^cnn2gnn run$|--out$", "name", "named in a sentence, without its arguments"),
 ]  # fmt: skip
 PRINTS = [  # pattern of the command, pattern of what it prints
     (r"^make demo$", r"(?s)teacher.*student.*report\.html"),
@@ -86,6 +86,8 @@ def commands(root: Path = REPOSITORY) -> list[Command]:
 
 def kind_of(text: str) -> tuple[str, str]:
     """Kind of a command, and why it is one: short unless KINDS says otherwise."""
+    if "…" in text:
+        return "name", "left open"
     for pattern, kind, why in KINDS:
         if re.search(pattern, text):
             return kind, why
