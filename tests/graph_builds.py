@@ -9,7 +9,10 @@ import json
 import os
 import signal
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,26 +22,59 @@ from cnn2gnn_dist.graph import table_search
 from cnn2gnn_dist.runtime.ranks import Ranks
 from cnn2gnn_dist.stages import candidates, graph
 from cnn2gnn_dist.stages.context import Context, RunPaths
+from cnn2gnn_dist.training import distributed
 
 for name in ("SCAN_ROWS", "JOIN_ROWS", "PROBE_ROWS"):
     setattr(table_search, name, 40)
 
 
-def main(run: Path, folder: Path, die_after: int) -> None:
+def contexts(run: Path, folder: Path, ranks: Ranks) -> Context:
     config = settings.load(
         str(run / "config.yaml"),
         ["graph.exact=false", "graph.query=table", "graph.recall=0.9", "evaluate.batch=16"],
     )
-    context = Context(config, Ranks(), RunPaths(run), folder, "key", "cpu", False)
-    embedded = units = 0
+    return Context(config, ranks, RunPaths(run), folder, "key", "cpu", False)
+
+
+def projection(context: Context) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """Images to x and z without a network."""
+    config = context.config
     generator = torch.Generator().manual_seed(0)
     lift = torch.randn(16 * 16 * 3, config.student.dim, generator=generator)
 
     def embed(images: Tensor) -> tuple[Tensor, Tensor]:
-        nonlocal embedded
-        embedded += len(images)
         x = images.float().flatten(1) / 255 @ lift
         return x, torch.nn.functional.normalize(x[:, : config.graph.dim])
+
+    return embed
+
+
+def slow_second_rank(run: Path, folder: Path) -> dict[str, Any]:
+    """A build of two ranks, one much slower, whose barriers don't hold; the version's files."""
+    ranks = Ranks.from_environment()
+    context = contexts(run, folder, ranks)
+    project = projection(context)
+    distributed.barrier = lambda: None
+
+    def embed(images: Tensor) -> tuple[Tensor, Tensor]:
+        begun = time.monotonic()
+        while ranks.rank and time.monotonic() < begun + 0.1:
+            project(images)
+        return project(images)
+
+    version = graph.build(context, embed, folder, 7, None, "weights of step 9")
+    return json.loads((version.path / "manifest.json").read_text())["files"]
+
+
+def main(run: Path, folder: Path, die_after: int) -> None:
+    context = contexts(run, folder, Ranks())
+    embedded = units = 0
+    project = projection(context)
+
+    def embed(images: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal embedded
+        embedded += len(images)
+        return project(images)
 
     def counted(bar: object, phase: str, done: int, total: int) -> None:
         nonlocal units

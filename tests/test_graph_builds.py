@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import graph_builds
+import procs
 import pytest
 import runs
 
@@ -45,3 +47,14 @@ def test_a_killed_build_goes_on_at_its_unit(
     assert again["files"] == whole["files"]
     names = [path.name for path in (tmp_path / "cut").iterdir()]
     assert names == ["v0007"]
+
+
+@pytest.mark.slow
+def test_a_build_rests_on_no_barrier(micro_run: Path, tmp_path: Path) -> None:
+    """One rank embeds much slower than the other: the graph is one rank's, to the bit."""
+    code, whole = build(micro_run, tmp_path / "one")
+    assert code == 0
+    (tmp_path / "two").mkdir()
+    for files in procs.run(graph_builds.slow_second_rank, 2, micro_run, tmp_path / "two"):
+        assert files == whole["files"]
+    assert {"twin.npy", "candidates.npy", "x.npy"} <= set(whole["files"])

@@ -21,6 +21,7 @@ from cnn2gnn_dist.models.student import CandidateBlock
 from cnn2gnn_dist.stages.context import Context
 from cnn2gnn_dist.stages.live_search import LiveSearch
 from cnn2gnn_dist.stages.second_hop import CachedSecondHop
+from cnn2gnn_dist.training import distributed
 
 
 def last_refresh(epoch: int, settings: GraphConfig) -> int | None:
@@ -32,15 +33,21 @@ def last_refresh(epoch: int, settings: GraphConfig) -> int | None:
 
 
 def reusable(root: Path, number: int, key: str) -> GraphVersion | None:
-    """A whole version of this number, built under this key; None if there is none."""
-    path = root / f"v{number:04d}"
-    if not (path / "manifest.json").is_file():
-        return None
-    try:
-        version = banks.open_version(path)
-    except UserError:
-        return None
-    return version if version.meta["key"] == key else None
+    """A whole version of this number, built under this key; None if there is none (collective).
+
+    Rank 0 looks: hosts that see a folder at different moments must not part here.
+    """
+    path = banks.version_path(root, number)
+
+    def look() -> bool:
+        if not (path / banks.MANIFEST).is_file():
+            return False
+        try:
+            return banks.open_version(path).meta["key"] == key
+        except UserError:
+            return False
+
+    return banks.open_version(path) if distributed.alone(look) else None
 
 
 def parts_of(rank: int, world_size: int, parts: int) -> list[int]:

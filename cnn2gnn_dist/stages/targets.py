@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,7 @@ def run(context: Context, teacher_key: str) -> list[Path]:
     """Write what is missing; returns all files. Ranks take shards in turn.
 
     With ZeRO-3 a forward pass is collective: ranks that are done run along until all are.
+    Else shards of unequal size, or one rank with a shard more, may keep the others waiting.
 
     Raises:
         UserError: more corrupt images than ``data.max_corrupt``, on every rank.
@@ -57,19 +57,22 @@ def run(context: Context, teacher_key: str) -> list[Path]:
         _count_corrupt(context, len(manifest), files)
         return list(files.values())
     classify, collective = _classifier(context, manifest.num_classes, teacher_key)
-    mine = missing[context.ranks.rank :: context.ranks.world_size]
-    forwards = 0
-    # A rank may have much larger shards than another. Collective passes hold the ranks together.
-    waiting = nullcontext() if collective else distributed.uneven()
-    with waiting, context.stream(context.paths.train_manifest, "targets") as stream:
+    world_size = context.ranks.world_size
+    shares = [missing[rank::world_size] for rank in range(world_size)]
+    # Known before: to ask the others would be a collective between their forward passes.
+    most = max(sum(len(_plan(context, manifest, s)) for s in share) for share in shares)
+    mine, forwards = shares[context.ranks.rank], 0
+    with (
+        distributed.uneven(),
+        context.stream(context.paths.train_manifest, "targets") as stream,
+    ):
         for shard in tqdm(mine, "targets", unit="shard", disable=not context.ranks.is_first):
             forwards += _write(context, classify, stream, manifest, shard, files[shard], meta)
-    if collective:
-        size = config.views.size
-        idle = torch.zeros(1, size, size, 3, dtype=torch.uint8, device=context.device)
-        for _ in range(max(distributed.all_gather_object(forwards)) - forwards):
-            classify(idle)
-    distributed.barrier()
+        if collective:
+            size = config.views.size
+            idle = torch.zeros(1, size, size, 3, dtype=torch.uint8, device=context.device)
+            for _ in range(most - forwards):
+                classify(idle)
     _count_corrupt(context, len(manifest), files)
     return list(files.values())
 
@@ -117,6 +120,18 @@ def _classifier(
     return torch.no_grad()(model), False
 
 
+def _plan(context: Context, manifest: Manifest, shard: int) -> list[Request]:
+    """One forward pass each: all views of a shard's images."""
+    settings = context.config.targets
+    first = int(np.searchsorted(manifest.shard_N, shard))
+    ids = np.arange(first, first + int(manifest.shard_sizes[shard]))
+    return [
+        Request(ids[rows.start : rows.stop], number)
+        for number in view_numbers(settings.views)
+        for rows in chunks(len(ids), settings.batch)
+    ]
+
+
 def _write(
     context: Context,
     classify: Callable[[Tensor], Tensor],
@@ -131,11 +146,7 @@ def _write(
     first = int(np.searchsorted(manifest.shard_N, shard))
     ids = np.arange(first, first + int(manifest.shard_sizes[shard]))
     numbers = view_numbers(settings.views)
-    plan = [
-        Request(ids[rows.start : rows.stop], number)
-        for number in numbers
-        for rows in chunks(len(ids), settings.batch)
-    ]
+    plan = _plan(context, manifest, shard)
     indices, log_probs = [], []
     corrupt = CorruptCount(limit=1.0, total=len(ids))
     for batch in stream.batches(plan):
