@@ -24,11 +24,11 @@ from cnn2gnn_dist.stages import candidates, graph
 from cnn2gnn_dist.stages.context import Context, RunPaths
 from cnn2gnn_dist.training import distributed
 
-for name in ("SCAN_ROWS", "JOIN_ROWS", "PROBE_ROWS"):
-    setattr(table_search, name, 40)
-
 
 def contexts(run: Path, folder: Path, ranks: Ranks) -> Context:
+    """Of a build in many small units."""
+    for name in ("SCAN_ROWS", "JOIN_ROWS", "PROBE_ROWS"):
+        setattr(table_search, name, 40)
     config = settings.load(
         str(run / "config.yaml"),
         ["graph.exact=false", "graph.query=table", "graph.recall=0.9", "evaluate.batch=16"],
