@@ -151,6 +151,30 @@ def test_a_rank_that_is_gone_is_not_waited_for(tmp_path: Path, who: int, how: in
         assert "rank 1 has given no sign of life for 3 s" in said
 
 
+def refused() -> tuple[str, float]:
+    """Rank 0 refuses after a while and leaves at once, and with it the store."""
+    begun = time.monotonic()
+
+    def refuse() -> None:
+        while time.monotonic() < begun + 1:  # till the other asks no more than now and then
+            torch.zeros(100).sin()
+        raise UserError("no such stage")
+
+    try:
+        distributed.alone(refuse)
+    except UserError as error:
+        if distributed.rank() == 0:
+            os._exit(2)
+        return str(error), time.monotonic() - begun
+    return "nothing", 0.0
+
+
+def test_a_refusal_of_rank_0_reaches_all_before_it_leaves() -> None:
+    ended = procs.launch(refused, 3)
+    assert [o.returncode for o in ended] == [2, 0, 0]
+    assert [o.value[0] for o in ended[1:]] == ["no such stage"] * 2
+
+
 def raising() -> list[tuple[str, str]]:
     """What this rank is told when one of the two raises inside."""
     found = []

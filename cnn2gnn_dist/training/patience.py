@@ -22,7 +22,9 @@ from cnn2gnn_dist.errors import UserError
 
 BEAT_S = 5.0
 """Seconds between two signs of life; a fifth of the timeout where that is less."""
-FIRST_POLL_S, LAST_POLL_S = 0.001, 0.25
+FIRST_POLL_S, LAST_POLL_S = 0.001, 0.1
+LINGER_S = 10.0
+"""So long does rank 0, with an error, wait for ranks that still work to hear of it."""
 
 
 @dataclass
@@ -56,15 +58,30 @@ class Meeting:
         except BaseException as error:
             with contextlib.suppress(Exception):
                 self.store.set(_open(call), pickle.dumps(self._told(error)))
+                if self.rank == 0:
+                    self._end(call, self.world_size)
             raise
         self.store.set(f"left/{self.rank}", str(call))
+        raised: Exception | None = None
         if self.store.add(f"{call}/left", 1) == self.world_size:
             self.store.set(_open(call), b"")
         else:
-            self._wait(call)
-        if self.rank == 0:  # all are here, so that none looks back any more
-            for name in (_open(call - 1), f"{call - 1}/left"):
-                self.store.delete_key(name)
+            raised = self._wait(call)
+        self._end(call, self.world_size - (raised is not None))  # who raised doesn't ask
+        if raised is not None:
+            raise raised
+
+    def _end(self, call: int, asking: int) -> None:
+        """Rank 0 lets the others read how it ended: the store often goes with its process."""
+        told = self.store.add(f"{call}/told", 1)
+        if self.rank:
+            return
+        deadline = time.monotonic() + min(LINGER_S, self.timeout_s)
+        while told < asking and time.monotonic() < deadline:
+            time.sleep(FIRST_POLL_S)
+            told = self.store.add(f"{call}/told", 0)
+        for name in ("open", "left", "told"):  # all are here: none looks back any more
+            self.store.delete_key(f"{call - 1}/{name}")
 
     @property
     def every(self) -> float:
@@ -79,7 +96,8 @@ class Meeting:
             return RuntimeError(f"rank {self.rank}: {error!r}")
         return dist.DistStoreError(f"rank {self.rank} was told to end ({error!r})")
 
-    def _wait(self, call: int) -> None:
+    def _wait(self, call: int) -> Exception | None:
+        """Wait for the others; what one of them has raised."""
         # In a thread: a store whose server was stopped doesn't answer and heeds no timeout.
         watch = _Watch(self, call)
         threading.Thread(target=watch.run, daemon=True).start()
@@ -89,8 +107,9 @@ class Meeting:
                 raise dist.DistStoreError(
                     f"the store on rank 0 has not answered for {self.timeout_s:g} s"
                 )
-        if watch.error is not None:
-            raise watch.error
+        if watch.lost is not None:
+            raise watch.lost
+        return watch.raised
 
 
 @dataclass
@@ -100,7 +119,8 @@ class _Watch:
     meeting: Meeting
     call: int
     ended: threading.Event = field(default_factory=threading.Event)
-    error: Exception | None = None
+    raised: Exception | None = None
+    lost: Exception | None = None
     heard: float = field(default_factory=time.monotonic)
     given_up: bool = False
 
@@ -108,7 +128,7 @@ class _Watch:
         try:
             self._watch(self.meeting.store.clone())
         except Exception as error:
-            self.error = error
+            self.lost = error
         self.ended.set()
 
     def _watch(self, store: Any) -> None:
@@ -118,7 +138,7 @@ class _Watch:
         while not self.given_up:
             if store.check([_open(self.call)]):
                 content = store.get(_open(self.call))
-                self.error = pickle.loads(content) if content else None
+                self.raised = pickle.loads(content) if content else None
                 return
             self.heard = now = time.monotonic()
             if now >= look:
