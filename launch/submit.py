@@ -27,11 +27,17 @@ from cnn2gnn_dist.runtime import access
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 EXCLUDES = [".git", "runs", ".venv", "**/*.tar", "**/__pycache__"]
-ENTRYPOINT = """for p in $(tr '\\0' '\\n' < /proc/$RAY_RAYLET_PID/cmdline 2> /dev/null \
-| sed -n 's/^--python_worker_command=\\([^ ]*\\).*/\\1/p') python python3; \
-do command -v "$p" > /dev/null && exec "$p" -m cnn2gnn_dist run {arguments}; done; \
-echo 'no python on PATH: activate the environment before ray start' >&2; exit 127"""
-"""By the interpreter that Ray's own workers run on, whether or not its environment is activated."""
+ENTRYPOINT = r"""
+raylet=$(sed -n 's/^PPid:[^0-9]*//p' /proc/$PPID/status)
+for python in $(tr '\0' '\n' < /proc/$raylet/cmdline \
+| sed -n 's/^--python_worker_command=\([^ ]*\).*/\1/p') python python3; do
+command -v "$python" > /dev/null && exec "$python" -m cnn2gnn_dist run {arguments}
+done
+echo "no python on PATH: activate its environment before ray start" >&2
+exit 127
+""".strip()
+"""By the interpreter of Ray's own workers (children of the raylet, which is told it), whether or not
+its environment is activated."""
 
 
 def main() -> int:

@@ -292,11 +292,12 @@ def test_a_cluster_says_which_token_it_wants(ray_cluster, monkeypatch, tmp_path)
         patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
         with pytest.raises(UserError, match="refuses this user's token") as caught:
             access.cluster_mode(address, "cluster.address")
-        assert caught.value.remedy.startswith("unset RAY_AUTH_TOKEN")
+        assert caught.value.remedy.startswith("unset RAY_AUTH_TOKEN RAY_AUTH_TOKEN_PATH, and save")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "none"))
     with pytest.raises(UserError, match="demands a token, and there is none here") as caught:
         access.cluster_mode(address, "cluster.address")
     assert str(tmp_path / "none") in caught.value.where
+    assert caught.value.remedy.startswith("unset RAY_AUTH_TOKEN_PATH, and save")
 
 
 @pytest.mark.slow

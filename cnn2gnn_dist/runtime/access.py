@@ -26,10 +26,6 @@ MODE = "RAY_AUTH_MODE"
 ASK = "/ray.rpc.NodeInfoGcsService/GetClusterId"
 """A call that changes nothing; its request is empty."""
 BEYOND_US = ("RAY_USE_TLS", "RAY_ENABLE_K8S_TOKEN_AUTH")
-GET_TOKEN = (
-    "save what `ray get-auth-token` prints on the cluster's head as ~/.ray/auth_token here, "
-    "or name such a file in RAY_AUTH_TOKEN_PATH"
-)
 
 
 def cluster_mode(address: str, where: str) -> str | None:
@@ -69,13 +65,13 @@ def cluster_mode(address: str, where: str) -> str | None:
         raise UserError(
             f"the Ray cluster at {host}:{port} demands a token, and there is none here",
             where=f"{where}; looked for in {token_source()}",
-            remedy=GET_TOKEN,
+            remedy=_get_token(),
         )
     if _asked(host, port, own) != "OK":
         raise UserError(
             f"the Ray cluster at {host}:{port} refuses this user's token: it was started with another",
             where=f"{where}; token from {token_source()}",
-            remedy=_another_token(),
+            remedy=_get_token(),
         )
     return "token"
 
@@ -104,14 +100,14 @@ def job_server_mode(url: str, where: str) -> str:
             raise UserError(
                 f"the job server at {url} demands a token, and there is none here",
                 where=f"{where}; looked for in {token_source()}",
-                remedy=GET_TOKEN,
+                remedy=_get_token(),
             )
         status, said = _got(f"{url.rstrip('/')}/api/version", own)
         if status in (401, 403):
             raise UserError(
                 f"the job server at {url} refuses this user's token: it was started with another",
                 where=f"{where}; token from {token_source()}",
-                remedy=_another_token(),
+                remedy=_get_token(),
             )
         if status == 200:
             return "token"
@@ -226,9 +222,12 @@ def _got(url: str, token: str) -> tuple[int, str]:
         return 0, str(error) or type(error).__name__
 
 
-def _another_token() -> str:
+def _get_token() -> str:
+    """What to do about a missing or wrong token; a variable would come before the file."""
+    named = [name for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH") if os.environ.get(name)]
+    first = f"unset {' '.join(named)}, and " if named else ""
     return (
-        f"unset RAY_AUTH_TOKEN, and {GET_TOKEN}" if os.environ.get("RAY_AUTH_TOKEN") else GET_TOKEN
+        f"{first}save what `ray get-auth-token` prints on the cluster's head as ~/.ray/auth_token"
     )
 
 
