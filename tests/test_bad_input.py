@@ -326,3 +326,19 @@ def test_a_source_that_reads_one_folder_refuses_two(tmp_path, capsys):
         prepared(tmp_path / "run2", "data.source=imagefolder", f"data.train={tmp_path}/c")[0] == 2
     )
     assert "data.source=parquet" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("source", ["shards", "imagefolder"])
+def test_held_out_images_that_are_training_images_are_said(tmp_path, capsys, source):
+    if source == "shards":
+        first, second = make_shards(
+            tmp_path / "a", random_images(8, 8, 8), [0, 1] * 4, shard_size=4
+        )
+        data = (f"data.train=[{first}, {second}]", f"data.test={tmp_path}/a/../a/{second.name}")
+    else:
+        tree = image_tree(tmp_path / "in", {"a": 4, "b": 4})
+        data = (f"data.train={tree}", f"data.test={tree}/")
+    run = ["--config", "demo", f"run.dir={tmp_path}/run", f"data.source={source}", *data]
+    stages = ("index",) if source == "shards" else ("pack", "index")
+    assert [cli.main([stage, *run]) for stage in stages] == [0] * len(stages)
+    assert "note: 1 of 1 held-out files or folders are training ones" in capsys.readouterr().out

@@ -13,6 +13,7 @@ from cnn2gnn_dist.data.expand import files_of
 from cnn2gnn_dist.data.manifest import Manifest, split_per_class
 from cnn2gnn_dist.data.pair import index_pair, index_whole
 from cnn2gnn_dist.data.sniff import ENOUGH, kind_of, remedy_for
+from cnn2gnn_dist.data.urls import is_remote
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.stages import fit
 from cnn2gnn_dist.stages.context import Context
@@ -24,6 +25,9 @@ def pack_run(context: Context) -> list[Path]:
     done = pack_source(data, out, "train", data.train, context.config.seed)
     if data.test is not None:
         done += pack_source(data, out, "test", data.test, context.config.seed)
+        if data.source in ("parquet", "imagefolder"):
+            for said in _in_both(*(_paths_of(data.source, o) for o in (data.train, data.test))):
+                context.say(f"pack     note: {said}")
     elif data.source in ("cifar10", "cifar100"):
         done += pack_source(data, out, "test", data.train, context.config.seed)
     return done
@@ -81,6 +85,24 @@ def pack_source(
         prefix=part,
         limit=data.limit,
     )
+
+
+def _paths_of(source: str, origin: str | list[str] | None) -> list[str]:
+    if source == "parquet":
+        return files_of(source, origin or [])
+    return [str(_one_folder(origin or [], source, "train"))]
+
+
+def _in_both(train: list[str], test: list[str]) -> list[str]:
+    """What to say where held-out files are training files too."""
+    known = {path if is_remote(path) else os.path.realpath(path) for path in train}
+    both = [path for path in test if (path if is_remote(path) else os.path.realpath(path)) in known]
+    if not both:
+        return []
+    return [
+        f"{len(both)} of {len(test)} held-out files or folders are training ones too "
+        f"({os.path.basename(both[0])}): the models have seen these images, the table flatters them"
+    ]
 
 
 def _one_folder(origin: str | list[str], source: str, part: str) -> Path:
@@ -149,7 +171,7 @@ def index_run(context: Context) -> list[Path]:
             allow_empty_classes=data.allow_empty_classes,
             checksums=data.checksums,
         )
-        whole, held, said = pair.train, pair.held, pair.notes
+        whole, held, said = pair.train, pair.held, [*pair.notes, *_in_both(train, test)]
     else:
         whole, held, said = _held_out(data, train, config.seed)
     said += fit.check_classes(whole.label_N, len(held), None if test else data.holdout)
