@@ -371,8 +371,8 @@ def _huggingface_names(metadata: dict[bytes, bytes] | None, label_column: str) -
     try:
         features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
         names = features[label_column]["names"]
+        if isinstance(names, dict):  # some cards keep {"0": "cat", …}
+            names = [names[number] for number in sorted(names, key=int)]
     except (KeyError, TypeError, ValueError):  # no names: the classes go by number
         return None
-    if isinstance(names, dict):  # some cards keep {"0": "cat", …}
-        names = [names[number] for number in sorted(names, key=int)]
-    return [str(name) for name in names]
+    return [str(name) for name in names] if isinstance(names, list) and names else None
