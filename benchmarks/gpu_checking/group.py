@@ -168,6 +168,8 @@ def zero3(setting: Setting) -> Outcome:
         weight_decay=0.0, clip=1.0, device=setting.device, stage=3,
     )  # fmt: skip
     config["torch_autocast"]["enabled"] = True  # on the CPU, too, where runs leave it off
+    # Small weights would never be parted and gathered.
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     engine = Engine(_student(setting), config, device=setting.device)
     engine.train()
     generator = torch.Generator().manual_seed(setting.rank)
