@@ -147,11 +147,10 @@ def _run_all(
     digests: dict[str, str] = {}
     made: dict[str, str] = {}
     done: dict[str, Any] = {}
-    anew = set(names or []) if update else set()
     blocked = ""
     for stage in stages:
-        step = _together(ranks, partial(_looked, survey, stage, stages, digests, anew))
         wanted = names is None or stage.name in names
+        step = _together(ranks, partial(_looked, survey, stage, stages, digests, update and wanted))
         if step.key is None and blocked:
             step = replace(step, why=f"{step.why} ({blocked})")
         if step.standing is not Standing.WHOLE and wanted:
@@ -191,7 +190,7 @@ def _fit_images(survey: Survey, names: list[str] | None) -> None:
 
 
 def _looked(
-    survey: Survey, stage: Stage, stages: list[Stage], digests: dict[str, str], anew: set[str]
+    survey: Survey, stage: Stage, stages: list[Stage], digests: dict[str, str], update: bool
 ) -> Step:
     """Where a stage stands (rank 0). Of what is whole, notes and paths follow the files: touched
     ones are noted as they are now, and manifests find shards that have moved.
@@ -199,8 +198,8 @@ def _looked(
     step = _look(survey, stage, stages, digests)
     if step.standing is not Standing.WHOLE or step.entry is None:
         return step
-    if stage.name in anew and survey.inputs(stage) and not survey.by_bytes():
-        why = "asked for, and whether the bytes are others can't be told without reading them"
+    if update and survey.inputs(stage) and survey.untagged():
+        why = "from a store that does not tell whether files have changed: they are read again"
         return replace(step, standing=Standing.STALE, why=why)
     if survey.inputs(stage):
         survey.keep()

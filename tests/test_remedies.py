@@ -8,11 +8,12 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from helpers import encode_image, random_images
+from helpers import encode_image, make_shards, random_images
 from remedies import Row, alternatives, carry_out, cnn2gnn, overridden, remedy_of, table
-from runs import weights
+from runs import MICRO, weights
 
 from cnn2gnn_dist import ledger, pipeline, settings
 from cnn2gnn_dist.training import checkpoint_folder as disk
@@ -271,6 +272,37 @@ def test_a_graph_of_another_student_answers_nothing(copied, tmp_path):
 
     row = Row("graph of another student", provoke, "built from another student")
     carry_out(row, "cnn2gnn graph --update", tmp_path)
+
+
+@pytest.mark.slow
+def test_corrupt_images_are_mended_or_left_out(tmp_path):
+    def provoke(place: Path) -> list[str]:
+        images, labels = random_images(32, 16, 16), np.arange(32) % 2
+        (path,) = make_shards(place / "s", images, labels, shard_size=32)
+        shutil.copy(path, place / "whole.tar")
+        data = path.read_bytes()
+        path.write_bytes(data.replace(b"IHDR", b"IHDr", 1))
+        return [
+            *("index,teacher", "--config", "demo", *MICRO, f"run.dir={place}/run"),
+            *("data.source=shards", f"data.train={place}/s/*.tar"),
+            *("teacher.global_batch=8", "teacher.epochs=1"),
+        ]
+
+    def failing(place: Path) -> list[str]:
+        command = provoke(place)
+        return [c for c in command if c not in ("teacher.global_batch=32", "teacher.epochs=2")]
+
+    (tmp_path / "left out").mkdir()
+    row = Row("corrupt", failing, "1 corrupt images among 26")
+    carry_out(row, "data.max_corrupt=0.039", tmp_path / "left out")
+    command = failing(tmp_path)
+    code, said = cnn2gnn(command)
+    assert code == 2
+    assert "--update" in alternatives(remedy_of(said))
+    shutil.copy(tmp_path / "whole.tar", tmp_path / "s" / "shard-000000.tar")
+    code, said = cnn2gnn([*command, "--update"])
+    assert code == 0, said
+    assert "old results moved to teacher.old-1" in said
 
 
 @pytest.mark.slow

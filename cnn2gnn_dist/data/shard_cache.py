@@ -202,7 +202,7 @@ def _fill(part: int, url: str, length: int, check: Callable[[int], str] | None) 
         raise UserError(
             f"this shard has changed: it has {found:,} bytes, {length:,} were indexed",
             where=url,
-            remedy="restore the shard, or index again (`cnn2gnn index --update`)",
+            remedy="restore the shard or, if the change is meant, run the same command with --update",
         )
     wrong = ""
     for _ in range(2):
@@ -216,7 +216,7 @@ def _fill(part: int, url: str, length: int, check: Callable[[int], str] | None) 
     raise UserError(
         f"this shard is missing, truncated or changed: {wrong}",
         where=url,
-        remedy="restore the shard, or index again (`cnn2gnn index --update`)",
+        remedy="restore the shard or, if the change is meant, run the same command with --update",
     )
 
 

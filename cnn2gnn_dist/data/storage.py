@@ -121,5 +121,5 @@ class ShardFiles:
         return UserError(
             f"this shard is missing, truncated or changed: {what}",
             where=self.manifest.shards[number].path,
-            remedy="restore the shard, or index again (`cnn2gnn index --update`)",
+            remedy="restore the shard or, if the change is meant, run the same command with --update",
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -162,12 +163,13 @@ class CorruptCount:
             everyone.update(seen)
         if len(everyone) > self.limit * self.total:
             some = "; ".join(sorted(everyone.values())[:5])
+            share = math.ceil(1000 * len(everyone) / self.total) / 1000
             raise UserError(
                 f"{len(everyone)} corrupt {self.what} among {self.total}, more than the limit of "
                 f"{self.limit:.2%}: {some}",
                 where="data.max_corrupt",
                 remedy="mend or drop these images and run the same command with --update, "
-                "or raise data.max_corrupt",
+                f"or leave them out: data.max_corrupt={share:g}",
             )
         return everyone
 

@@ -127,14 +127,13 @@ class Survey:
         old, new = self.noted(role), self._of(role)
         return fingerprint.difference(old, new) if old and new else ""
 
-    def by_bytes(self) -> bool:
-        """Whether ``recheck`` would find every change: contents are compared, not times or tags."""
-        seen = [self._of(role) for role in self.roles]
-        return all(
-            found is not None
-            and found.by == "bytes"
-            and not any(is_remote(path) for path in found.origin)
-            for found in seen
+    def untagged(self) -> bool:
+        """Whether files lie in a store that does not tell their versions apart."""
+        found = [noted for noted in map(self._of, self.roles) if noted is not None]
+        return any(
+            any(map(is_remote, noted.origin))
+            and any(not mark for _, _, mark in (noted.files or {}).values())
+            for noted in found
         )
 
     def keep(self) -> None:
