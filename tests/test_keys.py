@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import servers
+import torch
 from helpers import encode_image, make_shards, random_images, write_tar
 
 from cnn2gnn_dist import cli, pipeline, settings
@@ -19,6 +20,7 @@ from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.ledger import Standing
 from cnn2gnn_dist.stages import keys
 from cnn2gnn_dist.stages.keys import Survey
+from cnn2gnn_dist.stages.networks import build_student
 from cnn2gnn_dist.stages.registry import stages_of
 from cnn2gnn_dist.training import ds_config
 
@@ -451,3 +453,13 @@ def test_files_that_lack_are_an_error_of_the_plan(tmp_path):
     run = Run(tmp_path / "run", "shards", train=f"{tmp_path}/none-*.tar")
     with pytest.raises(UserError, match="No such shard"):
         Survey(run.config).inputs(stages_of(run.config)[0])
+
+
+def test_the_control_does_not_depend_on_the_graph_that_is_not_in_its_key():
+    def initial(*overrides: str) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        return build_student(settings.load("demo", overrides), 10, "none").state_dict()
+
+    one, other = initial(), initial("graph.dim=8", "graph.neighbours=3", "graph.candidates=9")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
