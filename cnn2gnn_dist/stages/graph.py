@@ -33,6 +33,8 @@ from cnn2gnn_dist.training.checkpoint import Checkpoints
 Embed = Callable[[Tensor], tuple[Tensor, Tensor]]
 """images uint8 [B, H, W, 3] → x_BD, z_Bd."""
 
+ROWS_FORMAT = 2
+"""Of what an attempt leaves behind: another's is not gone on with."""
 LONG = 200
 """Batches from which a progress bar is shown."""
 QUERY_VIEW = 1_000_000
@@ -94,7 +96,7 @@ def build(
             "part": ((nodes,), np.int32),
             "twin": ((nodes,), np.int32),
         }
-        attempt = f"{context.key} {moment} {ranks.world_size} ranks" if moment else ""
+        attempt = f"{context.key} {moment} {ranks.world_size} ranks {ROWS_FORMAT}" if moment else ""
         made = GraphWriter.create(root, number, shapes, attempt)
         made.rows("labels", 0, manifest.label_N)
         made.sync()
