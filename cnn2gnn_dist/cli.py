@@ -240,10 +240,14 @@ def _run(arguments: argparse.Namespace) -> int:
 def _on_ray(config: Config, stages: list[str] | None, update: bool, force: bool) -> None:
     """All ranks as Ray actors, here or on the cluster at ``cluster.address``."""
     from cnn2gnn_dist import pipeline
-    from cnn2gnn_dist.runtime import group
+    from cnn2gnn_dist.runtime import group, rendezvous
     from cnn2gnn_dist.stages import keys
 
     cluster, ranks = config.cluster, config.run.ranks
+    if not (cluster.address or os.environ.get("RAY_ADDRESS")):
+        # The ranks will be here: what they would refuse is refused before Ray is started.
+        on_gpu = pipeline.choose_device(config.device) == "cuda"
+        rendezvous.check_interfaces("nccl" if on_gpu else "gloo")
     with group.running(cluster.address, ranks, logs=Path(str(config.run.dir)) / "ray-logs"):
         on_gpu = config.device != "cpu" and group.gpus() >= ranks
         if config.device == "cuda" and not on_gpu:

@@ -301,19 +301,23 @@ def test_a_cluster_says_which_token_it_wants(ray_cluster, monkeypatch, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variable", [True, False])
-def test_a_run_on_a_dead_address_ends_in_two_lines(tmp_path, variable):
-    address = f"127.0.0.1:{runs.free_port()}"
-    command = [sys.executable, "-m", "cnn2gnn_dist", "teacher", "--config", "demo"]
+@pytest.mark.parametrize("held_by", ["RAY_ADDRESS", "cluster.address", "GLOO_SOCKET_IFNAME"])
+def test_a_run_that_can_go_nowhere_ends_before_anything_is_started(tmp_path, held_by):
+    value = "nothing9" if held_by.startswith("GLOO") else f"127.0.0.1:{runs.free_port()}"
+    command = [sys.executable, "-m", "cnn2gnn_dist", "teacher", "--config", "demo", "device=cpu"]
     command += [f"run.dir={tmp_path / 'run'}"]
-    env = runs.bare_environment(tmp_path) | ({"RAY_ADDRESS": address} if variable else {})
-    command += [] if variable else [f"cluster.address={address}"]
+    env = runs.bare_environment(tmp_path)
+    if held_by == "cluster.address":
+        command += [f"{held_by}={value}"]
+    else:
+        env[held_by] = value
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
-    assert "no Ray cluster answers" in done.stderr
-    where = f"RAY_ADDRESS={address}" if variable else f"cluster.address={address}"
-    assert where in done.stderr
+    what = "names no network interface" if value == "nothing9" else "no Ray cluster answers"
+    assert what in done.stderr
+    assert f"where:  {held_by}={value}" in done.stderr
     assert "Traceback" not in done.stderr
+    assert "Ray's logs were kept" not in done.stderr
     assert not (tmp_path / ".ray").exists()
 
 
