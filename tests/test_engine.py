@@ -128,6 +128,32 @@ def late_start(stage: int, late_from: int) -> dict[str, Tensor]:
     return {name: torch.stack(values) for name, values in seen.items()}
 
 
+def late_resumed(stage: int) -> bool:
+    """Late parameters begin at step 2; weights after 6 steps, undisturbed and from step 4 on."""
+
+    def go(engine: Engine, steps: range) -> None:
+        for step in steps:
+            images, labels = tiny.share(step)
+            engine.backward(F.cross_entropy(engine(images), labels))
+            if step == 2:
+                engine.late_from = engine.steps
+            engine.step(tiny.lr(step), late_lr=tiny.lr(step))
+
+    whole = late_engine(stage, tiny.WEIGHT_DECAY)
+    go(whole, range(4))
+    mine, adam_steps = named_state.pull(whole, lambda name: True)
+    mine.update(named_state.own_buffers(whole, distributed.rank()))
+    resumed = late_engine(stage, tiny.WEIGHT_DECAY)
+    named_state.push(resumed, mine, adam_steps)
+    named_state.push_buffers(resumed, mine, distributed.rank())
+    resumed.steps, resumed.late_from = whole.steps, whole.late_from
+    found = []
+    for engine in (whole, resumed):
+        go(engine, range(4, STEPS))
+        found.append(tiny.digest(engine.weights()))
+    return found[0] == found[1]
+
+
 def late_in_torch() -> dict[str, Tensor]:
     """The same with an Adam of their own for the late parameters, which begins with them."""
     model = tiny.TinyNet()
@@ -274,6 +300,7 @@ def everything() -> dict[Any, Any]:
         found["finite", stage] = not_finite(stage)
         found["idle", stage] = unused_parameter(stage)
         found["late", stage] = (late_start(stage, IDLE), late_start(stage, 0), not_yet(stage))
+        found["late resumed", stage] = late_resumed(stage)
     for stage in tiny.STAGES:  # last: DeepSpeed remembers for good that there was autocast
         found["head", stage] = rounded_head(stage)
     return found
@@ -360,6 +387,11 @@ def test_late_parameters_step_as_under_an_adam_of_their_own(ranks: list[dict], s
             wrong = at_once[name].diff(dim=0, prepend=first[None]).abs() / 1e-3
             assert steps.max() < 1.1  # in units of the learning rate
             assert wrong.max() > 4
+
+
+@pytest.mark.parametrize("stage", tiny.STAGES)
+def test_late_parameters_go_on_to_the_bit(ranks: list[dict], stage: int) -> None:
+    assert all(rank["late resumed", stage] for rank in ranks)
 
 
 @pytest.mark.parametrize("stage", tiny.STAGES)
