@@ -60,12 +60,8 @@ SUBJECTS = (
     Subject(
         "checkpoint", "training/checkpoint.py", ("test_checkpoint_files.py", "test_checkpoint.py")
     ),
-    Subject(
-        "checkpoint_folder",
-        "training/checkpoint_folder.py",
-        ("test_checkpoint_files.py", "test_checkpoint_faults.py"),
-    ),
-    Subject("ledger", "ledger.py", ("test_ledger.py", "test_pipeline.py")),
+    Subject("checkpoint_folder", "training/checkpoint_folder.py", ("test_checkpoint_files.py",)),
+    Subject("ledger", "ledger.py", ("test_ledger.py",)),
 )
 
 

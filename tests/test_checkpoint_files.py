@@ -174,3 +174,52 @@ def test_an_unreadable_share_is_named(tmp_path):
     with pytest.raises(UserError, match="can't be read") as caught:
         disk.read_tensors(final)
     assert caught.value.where.endswith("rank-00000-of-00002.safetensors")
+
+
+def mark(folder: Path, text: str) -> None:
+    """Tell two checkpoints of a step apart, in a file that no manifest names."""
+    (folder / "who").write_text(text)
+
+
+def cut_off(root: Path, *, final: str, work: str, aside: str) -> Path:
+    """What a kill may leave when step 4 is published again: each folder whole, torn or absent."""
+    for name, how in (("", final), (".tmp", work), (disk.ASIDE, aside)):
+        if how == "absent":
+            continue
+        made = publish(root / "elsewhere", 4)
+        mark(made, name or "final")
+        if how == "torn":
+            (made / "state.json").unlink()
+        made.rename(root / f"step-00000004{name}")
+    return disk.path_of(root, 4)
+
+
+@pytest.mark.parametrize(
+    ("final", "work", "aside", "kept"),
+    [
+        ("absent", "whole", "whole", ".tmp"),  # between the two renames
+        ("absent", "torn", "whole", disk.ASIDE),
+        ("absent", "absent", "whole", disk.ASIDE),
+        ("whole", "absent", "whole", "final"),  # after them
+        ("torn", "absent", "whole", disk.ASIDE),
+        ("torn", "whole", "torn", ".tmp"),
+    ],
+)
+def test_a_kill_while_publishing_again_leaves_one_whole(tmp_path, final, work, aside, kept):
+    at = cut_off(tmp_path, final=final, work=work, aside=aside)
+    disk.recover(tmp_path)
+    assert disk.damage(at) is None
+    assert (at / "who").read_text() == kept
+    assert not (tmp_path / f"step-00000004{disk.ASIDE}").exists()
+
+
+def test_recovering_touches_nothing_else(tmp_path):
+    publish(tmp_path, 3)
+    mark(disk.path_of(tmp_path, 3), "3")
+    at = cut_off(tmp_path, final="torn", work="torn", aside="torn")
+    disk.recover(tmp_path)  # nothing whole to go back to: all of it is left to look at
+    assert (at / "who").read_text() == "final"
+    assert (tmp_path / f"step-00000004{disk.ASIDE}").is_dir()
+    assert (disk.path_of(tmp_path, 3) / "who").read_text() == "3"
+    disk.prune(tmp_path, disk.path_of(tmp_path, 3), 1)
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000003"]
