@@ -16,7 +16,7 @@ import torch.distributed as dist
 from cnn2gnn_dist.errors import PeerLost, UserError
 from cnn2gnn_dist.training import distributed
 
-TIMEOUT_S = 3.0
+TIMEOUT_S = 5.0
 
 
 def appears(path: Path, seconds: float) -> bool:

@@ -92,7 +92,11 @@ def test_killed_launch_continues_from_its_checkpoint(stage, zero, tmp_path):
 
 @pytest.mark.parametrize(("stage", "ranks"), [("teacher", 1), ("student", 1), ("student", 2)])
 def test_a_run_goes_on_at_another_world_size(stage, ranks, tmp_path):
-    """Same batches, same neighbours, the same losses to float tolerance; nothing is converted."""
+    """Same batches, same neighbours, the same losses to float tolerance; nothing is converted.
+
+    Moments over ranks and moments of one are rounded differently, and training blows that up from
+    step to step (Adam makes a whole step of a gradient that is nothing but rounding).
+    """
     how = ["student.max_micro_batch=32", "teacher.max_micro_batch=16"]
     before = {"teacher": "pack,index", "student": "pack,index,teacher,targets"}[stage]
 
@@ -118,7 +122,8 @@ def test_a_run_goes_on_at_another_world_size(stage, ranks, tmp_path):
     for ours, theirs in zip(found, expected, strict=True):
         for name in ("loss", "test_accuracy"):
             if name in theirs:
-                assert ours[name] == pytest.approx(theirs[name], rel=1e-3), theirs
+                tolerance = 1e-4 if ours["step"] <= 8 else 1e-2
+                assert ours[name] == pytest.approx(theirs[name], rel=tolerance), theirs
 
 
 def test_one_rank_killed_in_batch_scope(tmp_path):
