@@ -157,3 +157,8 @@ def test_a_lock_alone_does_not_make_a_folder_foreign(tmp_path):
     (tmp_path / ".lock-host").touch()
     ledger.claim(tmp_path, "a: 1\n")
     assert (tmp_path / "config.yaml").is_file()
+
+
+def test_a_stage_makes_the_folders_above_its_own(tmp_path):
+    ledger.begin(tmp_path / "run" / "teacher", Entry("k", PARTS))
+    assert ledger.standing(tmp_path / "run" / "teacher", "k")[0] is Standing.RESUME
