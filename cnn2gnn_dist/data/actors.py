@@ -152,11 +152,12 @@ class RayReaders:
         # A reader reads in the order in which it was asked, so it died on the first it owes,
         # or before it: the others are innocent, however often it happens.
         owed[0].deaths += 1
-        if owed[0].deaths == MOST_DEATHS:
-            raise _hopeless(owed[0].request, error) from error
         reader.revive()
         for one in owed:
             self._let_go(one)
+        if owed[0].deaths >= MOST_DEATHS:  # never asked again, or it would kill the next reader
+            self._assign(owed[1:])
+            raise _hopeless(owed[0].request, error) from error
         self._assign(owed)
 
     def _assign(self, answers: list[RayAnswer], wait: bool = False) -> None:
