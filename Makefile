@@ -6,6 +6,9 @@ BIN    := $(VENV)/bin
 # With a GPU, or to choose a build: make demo TORCH="torch==2.13.0 --index-url <the index of your CUDA>"
 TORCH  ?= torch==2.13.0
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Test files side by side; those that start launches of several ranks, two at a time on two cores.
+JOBS   ?= 3
+PYTEST := $(BIN)/python -m pytest --durations 10
 export OMP_NUM_THREADS ?= 1
 export PYTHONWARNINGS  ?= ignore::FutureWarning
 
@@ -24,7 +27,9 @@ demo: install
 	$(BIN)/cnn2gnn run --config demo
 
 test: install
-	$(BIN)/python -m pytest
+	$(PYTEST) --numprocesses $(JOBS) --dist loadfile -m "not slow"
+	$(PYTEST) --numprocesses 2 --dist loadfile -m "slow and not ray"
+	$(PYTEST) -m "slow and ray"
 
 lint: install
 	$(BIN)/ruff check .

@@ -18,6 +18,8 @@ from cnn2gnn_dist.data.reader import Reader, ReaderSpec, Request
 from cnn2gnn_dist.data.views import ViewSpec
 from cnn2gnn_dist.errors import UserError
 
+pytestmark = pytest.mark.ray
+
 COUNT, SIZE, ROWS = 64, 128, 32
 BATCH_BYTES = ROWS * (3 * SIZE * SIZE + 17)
 SLACK = 64 << 10

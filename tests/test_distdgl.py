@@ -183,6 +183,7 @@ def test_a_lost_server_ends_the_launch_and_the_same_command_continues(tmp_path):
     assert results(run)["student"]["accuracy"] > 0.2
 
 
+@pytest.mark.ray
 def test_under_ray_the_group_starts_again_by_itself(tmp_path):
     run = tmp_path / "run"
     command = [sys.executable, "-m", "cnn2gnn_dist", "run", "--config", "demo", *MICRO, *SERVED]

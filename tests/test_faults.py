@@ -27,6 +27,8 @@ from cnn2gnn_dist.data.reader import Batch, ReaderSpec, Request
 from cnn2gnn_dist.data.views import ViewSpec
 from cnn2gnn_dist.errors import UserError
 
+pytestmark = pytest.mark.ray
+
 SAMPLES, BATCH, EPOCHS, WORKERS = 320, 8, 3, 3
 LEAST_KILLS = 50
 MOMENTS = ("start", "before", "within", "after")

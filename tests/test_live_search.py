@@ -87,3 +87,39 @@ def test_more_than_a_partition_holds_leaves_empty_slots():
     found = found_by([1, 2], seeds, query, there + 2)
     assert (found[:, : there - 1] >= 0).all()
     assert (found[:, there - 1 :] == -1).all()
+
+
+def test_a_node_is_never_its_own_neighbour_wherever_it_stands():
+    """The first and the last row, and one asked for together with an image that is not here."""
+    bank, (z, _, part) = bank_of(None), graph()
+    search = LiveSearch(bank, part, None, GraphConfig(dim=D), "cpu")
+    for seeds in ([0], [N - 1], [5, -1], [-1, 0]):
+        nodes = np.array(seeds)
+        found = search.nearest(z[nodes], N + 2, nodes)
+        for row, seed in enumerate(seeds):
+            order = np.argsort(-(z @ z[seed]), kind="stable")
+            assert found[row].tolist() == [*order[order != seed][: N - 1], -1, -1, -1], seeds
+
+
+@pytest.mark.parametrize("parts", [None, [0, 1]])
+def test_images_without_features_are_found_by_nobody_and_may_ask(parts):
+    bank, (z, _, part) = bank_of(parts), graph()
+    last = bank.num_inner - 1  # stands behind every row that can be found
+    corrupt = [3, 7, last, *range(bank.num_inner, len(bank.nodes_L))]
+    bank.z_Ld[corrupt] = 0.0
+    bank.z_Ld[4, 0] = 0.0  # one zero among others is a number like any
+    search = LiveSearch(bank, part, parts, GraphConfig(dim=D), "cpu")
+    seeds = np.array([3, last, 5])
+    found = search.nearest(z[bank.nodes_L[seeds]], 60, seeds)
+    here = set(found[found >= 0].tolist())
+    assert not here & set(corrupt)
+    assert 4 in here
+    assert 5 in set(found[:2].ravel().tolist())
+    assert 5 not in found[2]
+
+
+def test_a_batch_of_one_partition_only():
+    z, _, part = graph()
+    seeds = np.flatnonzero(part == 1)[:4]
+    found = found_by([0, 1, 2], seeds, z[seeds], 5)
+    assert found.tolist() == [brute_force(int(seed), z[seed], 5) for seed in seeds]

@@ -23,6 +23,8 @@ from cnn2gnn_dist.data.reader import Batch, Reader, ReaderSpec, Request
 from cnn2gnn_dist.data.views import CLEAN, ViewSpec
 from cnn2gnn_dist.errors import UserError
 
+pytestmark = pytest.mark.ray
+
 COUNT = 60
 
 

@@ -162,6 +162,7 @@ def test_a_notice_to_end_saves_the_step(number, micro_run, tmp_path):
     assert trail(run) == trail(micro_run)
 
 
+@pytest.mark.ray
 def test_a_job_told_to_end_under_ray_saves_the_step(micro_run, tmp_path):
     run = tmp_path / "run"
     command = [sys.executable, "-m", "cnn2gnn_dist", "run", "--config", "demo", *MICRO]
@@ -195,6 +196,7 @@ def test_a_silent_peer_ends_in_a_named_error(tmp_path):
     assert "exitcode  : 75" in output, seen + output
 
 
+@pytest.mark.ray
 def test_a_rank_lost_under_ray_is_replaced(micro_run, tmp_path):
     run = tmp_path / "run"
     command = [sys.executable, "-m", "cnn2gnn_dist", "run", "--config", "demo", *MICRO]
@@ -209,6 +211,7 @@ def test_a_rank_lost_under_ray_is_replaced(micro_run, tmp_path):
     assert trail(run) == trail(micro_run)
 
 
+@pytest.mark.ray
 @pytest.mark.parametrize("victim", ["driver", "gcs_server", "ray::ReaderAct"])
 def test_a_run_outlives_the_driver_rays_head_and_a_reader(victim, micro_run, tmp_path):
     """A reader is replaced under way; after the others the same command goes on."""

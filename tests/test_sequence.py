@@ -22,6 +22,8 @@ from cnn2gnn_dist.data.pool import ReaderPool
 from cnn2gnn_dist.data.reader import Reader, ReaderSpec, Request
 from cnn2gnn_dist.data.views import ViewSpec
 
+pytestmark = pytest.mark.ray
+
 WORLDS = (1, 2, 4, 8)
 
 

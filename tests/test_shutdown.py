@@ -28,6 +28,7 @@ NAMESPACE = ["unshare", "--mount"] if os.geteuid() == 0 and shutil.which("unshar
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.ray,
     pytest.mark.skipif(sys.platform != "linux", reason="the test's subreaper is Linux's"),
 ]
 

@@ -58,6 +58,7 @@ def test_deepspeed_launcher(micro_run, tmp_path):
     assert scores(run) == scores(micro_run)
 
 
+@pytest.mark.ray
 def test_cnn2gnn_run_on_ray(micro_run, tmp_path):
     run = tmp_path / "run"
     command = [sys.executable, "-m", "cnn2gnn_dist", "run", "--config", "demo", *MICRO]
@@ -72,6 +73,7 @@ def test_cnn2gnn_run_on_ray(micro_run, tmp_path):
     assert not (tmp_path / ".ray").exists()  # a token there would be demanded by the user's own Ray
 
 
+@pytest.mark.ray
 @pytest.mark.skipif(
     os.geteuid() != 0 or shutil.which("unshare") is None,
     reason="Ray's job server binds to the network: the test wants a network namespace (root, unshare)",

@@ -179,17 +179,7 @@ def pack_imagefolder(
             too many files are none though they are named so.
     """
     base = Path(root)
-    if not base.is_dir():
-        raise UserError("There is no such folder.", where=str(base), remedy="Check the path.")
-    found = find_images(base, classes=True)
-    if not found.folders:
-        there = f" What is there: {found.summary()}." if found.left_out else ""
-        raise UserError(
-            f"The folder holds no class folders.{there}",
-            where=str(base),
-            remedy="The layout is FOLDER/CLASS/IMAGE.",
-        )
-    _leave_out_corrupt(base, found, max_corrupt)
+    found = _images_by_class(base, max_corrupt)
     labels = _class_numbers(base, found)
     keys = _path_keys([Path(image) for image in found.images])
     count = _limited(len(found.images), limit)
@@ -216,6 +206,22 @@ def pack_imagefolder(
     if found.left_out:
         print(f"pack     {prefix}: {len(labels)} images; left out: {found.summary()}", flush=True)
     return shards
+
+
+def _images_by_class(base: Path, max_corrupt: float) -> Found:
+    """The images below the class folders, but for those that are none by their bytes."""
+    if not base.is_dir():
+        raise UserError("There is no such folder.", where=str(base), remedy="Check the path.")
+    found = find_images(base, classes=True)
+    if not found.folders:
+        there = f" What is there: {found.summary()}." if found.left_out else ""
+        raise UserError(
+            f"The folder holds no class folders.{there}",
+            where=str(base),
+            remedy="The layout is FOLDER/CLASS/IMAGE.",
+        )
+    _leave_out_corrupt(base, found, max_corrupt)
+    return found
 
 
 def _leave_out_corrupt(base: Path, found: Found, max_corrupt: float) -> None:

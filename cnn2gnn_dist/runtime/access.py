@@ -60,19 +60,9 @@ def cluster_mode(address: str, where: str) -> str | None:
             remedy="the address that `ray start --head` printed (port 6379 unless told otherwise; "
             "8265 is the job server's, 10001 the Ray Client's)",
         )
-    own = own_token()
-    if not own:
-        raise UserError(
-            f"the Ray cluster at {host}:{port} demands a token, and there is none here",
-            where=f"{where}; looked for in {token_source()}",
-            remedy=_get_token(),
-        )
-    if _asked(host, port, own) != "OK":
-        raise UserError(
-            f"the Ray cluster at {host}:{port} refuses this user's token: it was started with another",
-            where=f"{where}; token from {token_source()}",
-            remedy=_get_token(),
-        )
+    what = f"the Ray cluster at {host}:{port}"
+    if _asked(host, port, _token_for(what, where)) != "OK":
+        raise _refused(what, where)
     return "token"
 
 
@@ -95,20 +85,10 @@ def job_server_mode(url: str, where: str) -> str:
         )
     status, said = _got(f"{url.rstrip('/')}/api/version", "")
     if status == 401:
-        own = own_token()
-        if not own:
-            raise UserError(
-                f"the job server at {url} demands a token, and there is none here",
-                where=f"{where}; looked for in {token_source()}",
-                remedy=_get_token(),
-            )
-        status, said = _got(f"{url.rstrip('/')}/api/version", own)
+        what = f"the job server at {url}"
+        status, said = _got(f"{url.rstrip('/')}/api/version", _token_for(what, where))
         if status in (401, 403):
-            raise UserError(
-                f"the job server at {url} refuses this user's token: it was started with another",
-                where=f"{where}; token from {token_source()}",
-                remedy=_get_token(),
-            )
+            raise _refused(what, where)
         if status == 200:
             return "token"
     if status != 200:
@@ -118,6 +98,26 @@ def job_server_mode(url: str, where: str) -> str:
             remedy="`ray start --head`, or mend --address",
         )
     return "disabled"
+
+
+def _token_for(what: str, where: str) -> str:
+    """This user's token, which ``what`` demands."""
+    own = own_token()
+    if not own:
+        raise UserError(
+            f"{what} demands a token, and there is none here",
+            where=f"{where}; looked for in {token_source()}",
+            remedy=_get_token(),
+        )
+    return own
+
+
+def _refused(what: str, where: str) -> UserError:
+    return UserError(
+        f"{what} refuses this user's token: it was started with another",
+        where=f"{where}; token from {token_source()}",
+        remedy=_get_token(),
+    )
 
 
 def own_token(environ: Mapping[str, str] | None = None) -> str:
