@@ -190,13 +190,13 @@ def test_results_are_strict_json(value):
 @pytest.fixture
 def found():
     rng = np.random.default_rng(0)
-    labels = np.repeat(np.arange(4), [50, 30, 15, 5])
-    predicted = np.where(rng.random(100) < 0.7, labels, rng.integers(0, 5, 100))
+    labels = np.repeat(np.arange(5), [50, 30, 15, 4, 1])  # and a class 5 of none
+    predicted = np.where(rng.random(100) < 0.7, labels, rng.integers(0, 6, 100))
     return Predictions(np.arange(100), predicted, rng.random(100).astype(np.float32), labels)
 
 
 def test_scores_equal_scikit_learns(found):
-    scores = found.scores(5)
+    scores = found.scores(6)
     assert scores["accuracy"] == pytest.approx((found.predicted_N == found.label_N).mean())
     with pytest.warns(UserWarning, match="classes not in y_true"):
         wanted = balanced_accuracy_score(found.label_N, found.predicted_N)
@@ -214,6 +214,11 @@ def test_calibration_error_by_hand(found):
     assert calibration_error(found.confidence_N, right) == pytest.approx(total, rel=1e-5)
     assert calibration_error(np.ones(10), np.ones(10, bool)) == 0.0
     assert calibration_error(np.ones(10), np.zeros(10, bool)) == 1.0
+    assert calibration_error(np.array([0.5]), np.ones(1, bool)) == 0.5
+    # A confidence of exactly 1 shares the last bin with 14/15 and above, and with nothing below.
+    for confidence, right, wanted in (([1.0, 0.95], [0, 1], 0.95), ([0.99, 0.9], [1, 0], 0.91)):
+        found_error = calibration_error(np.array(confidence), np.array(right, bool))
+        assert found_error == pytest.approx(wanted / 2)
 
 
 def test_last_refresh_over_epochs():
