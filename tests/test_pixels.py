@@ -73,6 +73,40 @@ def plain_tiff(
     return tiff([*size, *kind, (273, 4, 1, 8), (339, 3, 1, signed)], body)
 
 
+def planes_tiff(planes: list[np.ndarray], photometric: int, order: str, bits: int = 16) -> bytes:
+    """An uncompressed TIFF of one strip for each colour (PlanarConfiguration 2)."""
+    kind, count = f"{order}u{bits // 8}", len(planes)
+    body = b"".join(plane.astype(kind).tobytes() for plane in planes)
+    each, at = len(body) // count, 8 + len(body)
+    lists = struct.pack(f"{order}{count}H", *[bits] * count)
+    lists += struct.pack(f"{order}{count}I", *[8 + i * each for i in range(count)])
+    lists += struct.pack(f"{order}{count}I", *[each] * count)
+    tags = [
+        (256, 4, 1, WIDE),
+        (257, 4, 1, HIGH),
+        (258, 3, count, at),
+        (273, 4, count, at + 2 * count),
+    ]
+    tags += [(278, 4, 1, HIGH), (279, 4, count, at + 6 * count)]
+    short = [(259, 1), (262, photometric), (277, count), (284, 2)]
+    short += [(338, 2)] * (photometric == 2 and count == 4)
+    entries = [(tag, struct.pack(order + "HHII", tag, *more)) for tag, *more in tags]
+    entries += [(tag, struct.pack(order + "HHIHxx", tag, 3, 1, value)) for tag, value in short]
+    directory = struct.pack(order + "H", len(entries)) + b"".join(e for _, e in sorted(entries))
+    head = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(order + "I", at + len(lists))
+    return head + body + lists + directory + bytes(4)
+
+
+def bmp(header: int, alpha: np.ndarray) -> bytes:
+    """A BMP of 32 bits whose masks name an alpha channel; a header of 108 bytes is V4, of 124 V5."""
+    body = np.dstack([RGB[..., ::-1], alpha.astype(np.uint8)])[::-1].tobytes()
+    about = struct.pack("<IiiHHIIiiII", header, WIDE, HIGH, 1, 32, 3, len(body), 0, 0, 0, 0)
+    about += struct.pack("<4I", 0xFF0000, 0xFF00, 0xFF, 0xFF000000)
+    place = 14 + header
+    start = b"BM" + struct.pack("<IHHI", place + len(body), 0, 0, place)
+    return start + about.ljust(header, b"\0") + body
+
+
 FLOATS = (GREY / 255).astype(np.float32)
 LEVELS_2, LEVELS_4 = (x + y) % 4, (x + y) % 16
 BITS = (x + y) % 3 == 0
@@ -117,6 +151,9 @@ COLOURS = {
         0,
     ),
     "bmp": (saved(RGB, "BMP"), RGB, 0),
+    "bmp, V4, an alpha that is all 0": (bmp(108, 0 * ALPHA), RGB, 0),
+    "bmp, V5, an alpha that is all 0": (bmp(124, 0 * ALPHA), RGB, 0),
+    "tiff, 8 bits, plane by plane": (planes_tiff(list(RGB.transpose(2, 0, 1)), 2, ">", 8), RGB, 0),
     "palette": (png(8, 3, GREY, chunk(b"PLTE", PALETTE.tobytes())), PALETTE[GREY], 0),
     "tiff, YCbCr": (saved(Image.fromarray(RGB).convert("YCbCr"), "TIFF"), RGB, 3),
     "tiff, CMYK": (
@@ -192,6 +229,11 @@ TRANSPARENT = {
     "png, one of a palette is transparent": (
         png(8, 3, GREY, chunk(b"PLTE", PALETTE.tobytes()), chunk(b"tRNS", b"\xff" * 7 + b"\0")),
         on_white(PALETTE[GREY], np.where(GREY == 7, 0, 255)),
+    ),
+    "bmp, V4": (bmp(108, ALPHA), on_white(RGB, ALPHA)),
+    "bmp, V5, clear but for one pixel": (
+        bmp(124, np.where(y * WIDE + x == 7, 255, 0)),
+        np.where((y * WIDE + x == 7)[..., None], RGB, 255.0),
     ),
     "webp": (
         saved(np.dstack([RGB, ALPHA]), "WEBP", lossless=True, exact=True),
@@ -278,6 +320,14 @@ REFUSED = {
         plain_tiff(RGB[: HIGH // 2], 8, 6, samples=3),
         "fewer colours than pixels",
     ),
+    **{
+        f"{name} of 16 bits, plane by plane, {order}": (
+            planes_tiff([DEEP] * count, photometric, order),
+            "16 bits a colour, plane by plane",
+        )
+        for order in "<>"
+        for name, photometric, count in (("RGB", 2, 3), ("RGBA", 2, 4), ("CMYK", 5, 4))
+    },
     "floats in colour": (
         plain_tiff(np.repeat(FLOATS, 3), 32, 2, 3, samples=3),
         "TIF of a rare kind",

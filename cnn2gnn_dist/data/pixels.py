@@ -19,7 +19,8 @@ BLOCK = 1 << 20
 """Pixels that are converted at a time: no second copy of a large image is made."""
 
 _BITS, _COMPRESSION, _PHOTOMETRIC, _STRIP_BYTES, _SAMPLE_FORMAT = 258, 259, 262, 279, 339
-_WHITE_IS_ZERO, _YCBCR, _SIGNED, _PLAIN = 0, 6, 2, 1
+_SAMPLES, _PLANES = 277, 284
+_WHITE_IS_ZERO, _YCBCR, _SIGNED, _PLAIN, _PLANE_BY_PLANE = 0, 6, 2, 1, 2
 
 
 class CorruptSample(Exception):
@@ -33,9 +34,9 @@ def rgb(image: Image) -> np.ndarray:
         CorruptSample: numbers that do not say what is black and what is white.
         Exception: Pillow's, of many kinds, where the bytes are damaged.
     """
+    inverted = _check_tiff(cast("TiffImageFile", image)) if image.format == "TIFF" else False
     if image.mode == "RGB" and "transparency" not in image.info and image.format != "GIF":
         return np.array(image)
-    inverted = _check_tiff(cast("TiffImageFile", image)) if image.format == "TIFF" else False
     tile = image.tile[0] if image.tile else None  # type: ignore[attr-defined]
     image.load()
     if image.format == "PNG" and tile is not None:
@@ -68,6 +69,10 @@ def _check_tiff(image: TiffImageFile) -> bool:
         wide, high = image.size
         if sum(tags.get(_STRIP_BYTES, (wide * high * 3,))) != wide * high * 3:
             raise CorruptSample("an uncompressed TIFF of YCbCr with fewer colours than pixels")
+    planes = tags.get(_PLANES) == _PLANE_BY_PLANE and tags.get(_SAMPLES, 1) > 1
+    if planes and tags.get(_COMPRESSION, _PLAIN) == _PLAIN and max(tags.get(_BITS, (1,))) > 8:
+        # Pillow takes each byte of a plane for a pixel, so the lower halves become pixels too.
+        raise CorruptSample("an uncompressed TIFF of 16 bits a colour, plane by plane")
     return tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO and image.mode in ("I;16", "I;16B", "F")
 
 
@@ -123,7 +128,8 @@ def _on_white(image: Image) -> np.ndarray:
     colours = image.convert("LA") if image.mode == "La" else image
     colours = colours.convert("RGBA")
     alpha = colours.getchannel("A")
-    if alpha.getextrema()[0] == 255:
+    low, top = alpha.getextrema()
+    if low == 255 or (top == 0 and image.format in ("BMP", "DIB")):  # a BMP's unused fourth byte
         return np.array(colours.convert("RGB"))
     page = pillow.new("RGB", colours.size, "white")
     page.paste(colours, mask=alpha)
