@@ -64,7 +64,7 @@ def test_autocast_and_overlap_are_for_gpus(device: str, on: bool) -> None:
 def test_explicit_values_of_the_file_win_and_it_is_left_alone() -> None:
     ds: dict[str, Any] = {
         "gradient_clipping": 0.1,
-        "optimizer": {"type": "AdamW", "params": {"lr": 9.0, "torch_adam": True}},
+        "optimizer": {"type": "AdamW", "params": {"lr": 0.003, "torch_adam": True}},
         "zero_optimization": {"stage": 1, "overlap_comm": False},
         "torch_autocast": {"enabled": False},
     }
@@ -72,7 +72,7 @@ def test_explicit_values_of_the_file_win_and_it_is_left_alone() -> None:
     found = resolve(ds, device="cuda")
     assert ds == before
     assert found["gradient_clipping"] == 0.1
-    assert found["optimizer"]["params"]["lr"] == 9.0
+    assert found["optimizer"]["params"]["lr"] == 0.003
     assert found["zero_optimization"] == {"stage": 1, "overlap_comm": False}
     assert found["torch_autocast"]["enabled"] is False
     assert resolve(ds, stage=3)["zero_optimization"]["stage"] == 3
@@ -99,6 +99,10 @@ def test_torch_adam_is_the_default_on_the_cpu() -> None:
         ('{"zero_optimization": {"stage": 1, "stage": 2}}', ["stage", "twice"]),
         ('{"optimizer": ', ["not valid JSON"]),
         ("[1]", ["object"]),
+        ('{"gradient_clipping": NaN}', ["NaN is not a finite number"]),
+        ('{"optimizer": {"params": {"eps": Infinity}}}', ["Infinity is not a finite number"]),
+        ('{"tensorboard": {"x": [-Infinity]}}', ["-Infinity is not a finite number"]),
+        ('{"gradient_clipping": 1e999}', ["1e999 is not a finite number"]),
     ],
 )
 def test_wrong_files_are_refused(tmp_path: Path, text: str, words: list[str]) -> None:
@@ -149,6 +153,55 @@ def test_what_cannot_work_is_refused(ds: dict[str, Any], words: list[str]) -> No
         resolve(ds)
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("lr", [9.0, 0.0031, "0.003", None])
+def test_a_learning_rate_that_would_be_ignored_is_refused(lr: object) -> None:
+    with pytest.raises(
+        UserError, match=re.escape(f"0.003: the file's {lr!r} would change")
+    ) as caught:
+        resolve({"optimizer": {"params": {"lr": lr}}})
+    assert caught.value.where == "optimizer.params.lr"
+    assert resolve({"optimizer": {"params": {"lr": 1}}}, lr=1.0)["optimizer"]["params"]["lr"] == 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1, "1", True, None, [1]])
+def test_clipping_is_a_number_from_0(value: object) -> None:
+    with pytest.raises(UserError, match=re.escape(f"can't be clipped at {value!r}:")) as caught:
+        resolve({"gradient_clipping": value})
+    assert caught.value.where == "gradient_clipping"
+    assert resolve({"gradient_clipping": 0})["gradient_clipping"] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("betas", [0.9], "two numbers from 0 to below 1, not [0.9]"),
+        ("betas", 0.9, "two numbers from 0 to below 1, not 0.9"),
+        ("betas", [0.9, 1], "two numbers from 0 to below 1, not [0.9, 1]"),
+        ("betas", [0.9, "x"], "two numbers from 0 to below 1, not [0.9, 'x']"),
+        ("betas", [-0.1, 0.9], "two numbers from 0 to below 1, not [-0.1, 0.9]"),
+        ("eps", "x", "a number above 0, not 'x'"),
+        ("eps", 0, "a number above 0, not 0"),
+        ("weight_decay", -1, "a number from 0, not -1"),
+        ("weight_decay", None, "a number from 0, not None"),
+    ],
+)
+def test_adams_numbers_are_checked_before_torch_meets_them(
+    name: str, value: object, says: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        resolve({"optimizer": {"params": {name: value}}})
+    assert (caught.value.what, caught.value.where) == (
+        f"{name} is {says}",
+        f"optimizer.params.{name}",
+    )
+    fine = {"betas": [0, 0.5], "eps": 1e-4, "weight_decay": 0}
+    assert resolve({"optimizer": {"params": fine}})["optimizer"]["params"] | fine == {
+        **fine,
+        "lr": 0.003,
+        "torch_adam": True,
+    }
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

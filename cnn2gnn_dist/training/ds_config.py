@@ -89,11 +89,16 @@ def load(path: str | Path | None = None) -> dict[str, Any]:
     """Read a DeepSpeed config; by default ``./ds_config.json``, else the one that comes with us.
 
     Raises:
-        UserError: not there, not JSON, a duplicate or unknown key.
+        UserError: not there, not JSON, a duplicate or unknown key, a number that is not finite.
     """
     file = Path(path) if path is not None else _default()
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
+        raw = json.loads(
+            file.read_text(encoding="utf-8"),
+            object_pairs_hook=_no_duplicates,
+            parse_constant=_finite,
+            parse_float=_finite,
+        )
     except OSError as error:
         raise UserError(
             f"the DeepSpeed config can't be read: {error.strerror}",
@@ -179,7 +184,8 @@ def resolve(
         stage: ZeRO stage, overriding the file's.
 
     Raises:
-        UserError: the file fixes a batch size that contradicts, or a mode that can't work.
+        UserError: the file fixes a batch size or learning rate that contradicts, a mode that can't
+            work, or a number that is none.
     """
     config = deepcopy(ds)
     _resolve_batches(config, world_size, global_batch, accumulation)
@@ -197,7 +203,13 @@ def resolve(
     autocast = _block(config, "torch_autocast")
     _refuse_half(autocast, config)
     autocast["enabled"] = on_gpu and _auto(autocast.get("enabled", "auto"), True)
-    config["gradient_clipping"] = _auto(config.get("gradient_clipping", "auto"), clip)
+    clipping = config["gradient_clipping"] = _auto(config.get("gradient_clipping", "auto"), clip)
+    if not _is_number(clipping, 0):
+        raise UserError(
+            f"gradients can't be clipped at {clipping!r}: a largest norm is a number from 0 (off)",
+            where="gradient_clipping",
+            remedy='"auto", for the clip of the run\'s config, or a number from 0',
+        )
     _resolve_optimizer(_block(config, "optimizer"), lr, weight_decay, on_gpu)
     config.setdefault("steps_per_print", 10**9)
     _refuse_auto(config, "")
@@ -279,11 +291,47 @@ def _resolve_optimizer(
         )
     params = _block(optimizer, "params", "optimizer.params")
     params["lr"] = _auto(params.get("lr", "auto"), lr)
+    if params["lr"] != lr:
+        raise UserError(
+            f"the learning rate is set at every step from the run's config, where it is {lr:g}: "
+            f"the file's {params['lr']!r} would change nothing",
+            where="optimizer.params.lr",
+            remedy='"auto", and lr in the run\'s config',
+        )
     params["weight_decay"] = _auto(params.get("weight_decay", "auto"), weight_decay)
+    _check_params(params)
     if not on_gpu:
         # Otherwise DeepSpeed compiles an Adam of its own, for more than a minute.
         params["torch_adam"] = True
     params.setdefault("torch_adam", True)
+
+
+def _check_params(params: dict[str, Any]) -> None:
+    """See that Adam's numbers are some; torch has tracebacks for them, or trains to NaN."""
+    betas = params.get("betas", [0.9, 0.999])
+    pair = isinstance(betas, list) and len(betas) == 2
+    wanted = {
+        "betas": (pair and all(_is_number(beta, 0) and beta < 1 for beta in betas), "[0.9, 0.999]"),
+        "eps": (_is_number(params.get("eps", 1e-8), 0) and params.get("eps", 1e-8) > 0, "1e-8"),
+        "weight_decay": (_is_number(params["weight_decay"], 0), '"auto"'),
+    }
+    says = {
+        "betas": "two numbers from 0 to below 1",
+        "eps": "a number above 0",
+        "weight_decay": "a number from 0",
+    }
+    for name, (right, example) in wanted.items():
+        if not right:
+            raise UserError(
+                f"{name} is {says[name]}, not {params[name]!r}",
+                where=f"optimizer.params.{name}",
+                remedy=f'"{name}": {example}, for example',
+            )
+
+
+def _is_number(value: Any, least: float) -> bool:
+    plain = isinstance(value, int | float) and not isinstance(value, bool)
+    return plain and math.isfinite(value) and value >= least
 
 
 def _block(config: dict[str, Any], key: str, where: str = "") -> dict[str, Any]:
@@ -315,6 +363,13 @@ def _default() -> Path:
     if here.is_file():
         return here
     return packaged if packaged.is_file() else PACKAGE.parent / "ds_config.json"
+
+
+def _finite(text: str) -> float:
+    """A number of the file; Python would also read NaN, Infinity and 1e999, which JSON has not."""
+    if not math.isfinite(float(text)):
+        raise ValueError(f"{text} is not a finite number")
+    return float(text)
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
