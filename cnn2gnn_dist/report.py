@@ -167,7 +167,8 @@ def _left_out(results: dict[str, Any]) -> str | None:
     left_out = results["student"].get("left_out")
     if not left_out:
         return None
-    judged, total = results["student"]["judged"], results["run"]["test_images"]
+    judged = results["student"]["judged"]
+    total = judged + left_out  # more than test_images where pack left some out
     some = "; ".join(results["run"].get("left_out", []))
     return (
         f"{judged:,} of {total:,} held-out images are judged. {left_out:,} can't be read and "

@@ -14,7 +14,7 @@ from helpers import encode_image, random_images, write_tar
 from safetensors.torch import save_file
 from torch import nn
 
-from cnn2gnn_dist import ledger, settings
+from cnn2gnn_dist import ledger, report, settings
 from cnn2gnn_dist.data import manifest as manifests
 from cnn2gnn_dist.data.reader import Reader, ReaderSpec, Request
 from cnn2gnn_dist.data.targets import Targets
@@ -162,6 +162,55 @@ def test_a_student_of_the_batch_has_a_self_path_and_no_vote(root, capsys):
     table = json.loads((root / "results.json").read_text())
     assert list(table) == ["teacher", "student", "self_path", "run"]
     assert {table[name]["judged"] for name in ("student", "self_path")} == {TEST - 3}
+
+
+def test_what_pack_left_out_is_counted_with_the_rest(root, capsys):
+    note = {"count": 5, "first": ["a/1.png: an HTML page", "b/2.png: an empty file"]}
+    record = {"images": TEST, "left_out": {"corrupt": note, "hidden": {"count": 9, "first": []}}}
+    (root / "shards").mkdir()
+    (root / "shards" / "test-left-out.json").write_text(json.dumps(record))
+    said = {}
+    for source in ("imagefolder", "shards"):  # the latter lies beside a former source's note
+        here = context(root, "evaluation", "graph.scope=batch", f"data.source={source}")
+        trained(here)
+        evaluate.run(here, {"teacher": "teacher", "student": "student"})
+        said[source] = capsys.readouterr().out, json.loads((root / "results.json").read_text())
+    printed, table = said["imagefolder"]
+    for name in ("teacher", "student", "self_path"):
+        assert (table[name]["judged"], table[name]["left_out"]) == (TEST - 3, 8)
+    assert (table["run"]["test_images"], table["run"]["left_out_at_pack"]) == (TEST, 5)
+    assert table["run"]["left_out"][:2] == note["first"]
+    assert "test00" in table["run"]["left_out"][2]
+    assert (
+        "judged on 18 held-out images; 8 that can't be read are left out (5 of them by pack)"
+        in printed
+    )
+    printed, table = said["shards"]
+    assert (table["student"]["left_out"], table["run"]["left_out_at_pack"]) == (3, 0)
+    assert "3 that can't be read are left out\n" in printed
+
+
+def test_the_page_counts_what_pack_left_out():
+    results = {
+        "student": {"judged": 64, "left_out": 15},
+        "run": {"test_images": 64, "left_out": ["a/1.png: an HTML page"], "left_out_at_pack": 15},
+    }
+    assert report._left_out(results) == (
+        "64 of 79 held-out images are judged. 15 can't be read and count neither as right nor as "
+        "wrong: a/1.png: an HTML page"
+    )
+    row = {
+        "accuracy": 1,
+        "balanced_accuracy": 1,
+        "ece": 0,
+        "parameters": 1,
+        "flops": 1,
+        "ms_per_image": 1,
+    }
+    results["student"] |= row
+    assert evaluate.table(results).endswith(
+        "; 15 that can't be read are left out (15 of them by pack)"
+    )
 
 
 def test_more_than_the_limit_is_no_result(root):

@@ -6,6 +6,7 @@ its first bytes are those of a format that is read. Links are followed, each fol
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import stat
@@ -78,6 +79,18 @@ class Found:
             for reason, paths in sorted(self.left_out.items())
         }
         return {"images": len(self.images), "left_out": left_out}
+
+
+def corrupt_in(record: Path) -> tuple[int, list[str]]:
+    """How many corrupt images a file counts that holds a :meth:`Found.record`, and the first of them.
+
+    None without such a file: only trees of folders are searched for images.
+    """
+    try:
+        found = json.loads(record.read_text(encoding="utf-8"))["left_out"].get(CORRUPT)
+    except FileNotFoundError:
+        return 0, []
+    return (found["count"], found["first"]) if found else (0, [])
 
 
 def printable(path: str | os.PathLike[str]) -> str:

@@ -6,12 +6,13 @@ import json
 import math
 import platform
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cnn2gnn_dist.data.image_files import corrupt_in
 from cnn2gnn_dist.data.manifest import Manifest
 from cnn2gnn_dist.data.reader import Batch, Reader, ReaderSpec, Request
 from cnn2gnn_dist.data.views import CLEAN
@@ -28,6 +29,25 @@ from cnn2gnn_dist.training import distributed
 COST_BATCH = 64
 EXAMPLES = 5
 """Images that were left out, by name, in the results."""
+
+
+class _LeftOut(NamedTuple):
+    """Held-out images that nobody judged: named as images but none by their bytes, or damaged.
+
+    Attributes:
+        at_pack: how many ``pack`` did not take into the shards.
+        later: what is wrong with each image of the shards that can't be decoded.
+        first: some of both, with what is wrong.
+    """
+
+    at_pack: int
+    later: dict[int, str]
+    first: list[str]
+
+    @property
+    def count(self) -> int:
+        """Both together."""
+        return self.at_pack + len(self.later)
 
 
 def run(context: Context, keys: dict[str, str]) -> list[Path]:
@@ -51,7 +71,7 @@ def run(context: Context, keys: dict[str, str]) -> list[Path]:
                 results[name] = {
                     **found.scores(test.num_classes),
                     "judged": len(found.id_N),
-                    "left_out": len(left_out),
+                    "left_out": _left_out(context, left_out).count,
                     **_costs(context, row, _read(context, found.id_N[:COST_BATCH])),
                     **row.notes,
                     "norms": norms_of(paths.root, contestant.name),
@@ -61,7 +81,7 @@ def run(context: Context, keys: dict[str, str]) -> list[Path]:
     def report() -> None:
         if attached is not None:
             _gallery(context, attached)
-        results["run"] = _circumstances(context, test, left_out)
+        results["run"] = _circumstances(context, test, _left_out(context, left_out))
         write_text(paths.results, as_json(results))
         write_report(paths.root, test.classes)
         if left_out:
@@ -71,6 +91,15 @@ def run(context: Context, keys: dict[str, str]) -> list[Path]:
 
     distributed.alone(report)
     return [path for path in sorted(context.folder.glob("*.np*"))]
+
+
+def _left_out(context: Context, later: dict[int, str]) -> _LeftOut:
+    """All held-out images that are missing from the results: they would be, whoever left them out."""
+    at_pack, packer_says = 0, []
+    if context.config.data.source == "imagefolder":  # another source may lie beside its old note
+        at_pack, packer_says = corrupt_in(context.paths.shards / "test-left-out.json")
+    first = [*packer_says, *(later[sample] for sample in sorted(later))]
+    return _LeftOut(at_pack, later, first[:EXAMPLES])
 
 
 def as_json(results: dict[str, Any]) -> str:
@@ -162,13 +191,14 @@ def _gallery(context: Context, attached: Attached) -> None:
     )
 
 
-def _circumstances(context: Context, test: Manifest, left_out: dict[int, str]) -> dict[str, Any]:
+def _circumstances(context: Context, test: Manifest, left_out: _LeftOut) -> dict[str, Any]:
     train = load_manifest(context.paths.train_manifest)
     return {
         "name": context.config.name,
         "train_images": len(train),
         "test_images": len(test),
-        "left_out": [left_out[sample] for sample in sorted(left_out)[:EXAMPLES]],
+        "left_out": left_out.first,
+        "left_out_at_pack": left_out.at_pack,
         "classes": test.num_classes,
         "device": context.device,
         "ranks": context.ranks.world_size,
@@ -200,8 +230,10 @@ def table(results: dict[str, Any]) -> str:
             )
     student = results.get("student", {})
     if student.get("left_out"):
+        at_pack = results.get("run", {}).get("left_out_at_pack", 0)
         lines.append(
             f"judged on {student['judged']:,} held-out images; "
             f"{student['left_out']:,} that can't be read are left out"
+            + (f" ({at_pack:,} of them by pack)" if at_pack else "")
         )
     return "\n".join(lines)
