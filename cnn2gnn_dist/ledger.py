@@ -19,6 +19,8 @@ from cnn2gnn_dist import durable
 from cnn2gnn_dist.errors import UserError
 
 FORMAT = 1
+CONFIG = "config.yaml"
+"""In a run's folder: the config of the last command that was not refused."""
 
 
 class Standing(Enum):
@@ -94,24 +96,45 @@ def set_aside(folder: Path) -> Path:
 
 
 def claim(root: Path, config_yaml: str) -> None:
-    """Make ``root`` a run's folder, or see that it is one already.
+    """Make ``root`` a run's folder with this config, or see that it is one, whose config stays.
 
     Raises:
         UserError: the folder holds something else.
     """
+    check_claim(root)
+    if not (root / CONFIG).exists():
+        root.mkdir(parents=True, exist_ok=True)
+        record_config(root, config_yaml)
+
+
+def record_config(root: Path, config_yaml: str) -> None:
+    """Note the config of a command that was not refused."""
+    durable.write_text(root / CONFIG, config_yaml)
+
+
+def check_claim(root: Path) -> None:
+    """See that ``root`` is a run's folder, or may become one.
+
+    Raises:
+        UserError: it is a file, or the folder holds something else.
+    """
+    if (root.exists() or root.is_symlink()) and not root.is_dir():
+        raise UserError(
+            "this is not a folder",
+            where=str(root),
+            remedy="name another folder: run.dir=…",
+        )
     there = (
         [path for path in root.iterdir() if not path.name.startswith(".lock")]
         if root.is_dir()
         else []
     )
-    if there and not (root / "config.yaml").exists():
+    if there and not (root / CONFIG).exists():
         raise UserError(
             "this folder is not empty and is not a run's",
             where=str(root),
             remedy="name another folder: run.dir=…",
         )
-    root.mkdir(parents=True, exist_ok=True)
-    durable.write_text(root / "config.yaml", config_yaml)
 
 
 def finished(folder: Path) -> Entry | None:

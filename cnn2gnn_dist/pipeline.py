@@ -155,6 +155,7 @@ def _run_all(
             step = replace(step, why=f"{step.why} ({blocked})")
         if step.standing is not Standing.WHOLE and wanted:
             step = _together(ranks, partial(_make_room, survey, step, update, force))
+            _together(ranks, partial(ledger.record_config, root, settings.as_yaml(config)))
             context = Context(
                 config,
                 ranks,
@@ -178,6 +179,8 @@ def _run_all(
             done[stage.name] = step.why
         if stage.name == "index" and step.standing is Standing.WHOLE:
             _together(ranks, lambda: _fit_images(survey, names))
+    if names is None:  # nothing was refused: whoever reads the folder finds the config of today
+        _together(ranks, partial(ledger.record_config, root, settings.as_yaml(config)))
     return done
 
 
@@ -229,7 +232,7 @@ def _execute(context: Context, survey: Survey, step: Step, made: dict[str, str])
         entry = Entry(
             key=context.key,
             parts=step.parts,
-            digest=keys.digest(survey, stage, context.key),
+            digest=keys.digest(survey, stage, context.key, files),
             outputs=ledger.outputs(context.folder, files),
             seconds=round(time.perf_counter() - began, 1),
             inputs=step.inputs,

@@ -142,8 +142,16 @@ def test_a_folder_is_a_runs_or_becomes_one(tmp_path):
     ledger.claim(root, "a: 1\n")
     assert (root / "config.yaml").read_text() == "a: 1\n"
     (root / "teacher").mkdir()
-    ledger.claim(root, "a: 2\n")
+    ledger.claim(root, "a: 2\n")  # not yet known whether it will be refused
+    assert (root / "config.yaml").read_text() == "a: 1\n"
+    ledger.record_config(root, "a: 2\n")
     assert (root / "config.yaml").read_text() == "a: 2\n"
+    for name in ("file", "link"):
+        (tmp_path / "file").touch()
+        (tmp_path / "link").unlink(missing_ok=True)
+        (tmp_path / "link").symlink_to("nowhere")
+        with pytest.raises(UserError, match="not a folder"):
+            ledger.claim(tmp_path / name, "a: 1\n")
     foreign = tmp_path / "home"
     foreign.mkdir()
     (foreign / "letter.txt").touch()

@@ -16,6 +16,7 @@ from remedies import Row, alternatives, carry_out, cnn2gnn, overridden, remedy_o
 from runs import MICRO, weights
 
 from cnn2gnn_dist import ledger, pipeline, settings
+from cnn2gnn_dist.stages import checkpoint_command, predict
 from cnn2gnn_dist.training import checkpoint_folder as disk
 
 SMALL = ["--config", "demo", "device=cpu", "data.limit=40"]
@@ -316,9 +317,33 @@ def test_batchnorm_that_goes_on_with_other_batches_is_said(copied, micro_run, tm
     state = disk.read_state(disk.recorded(tmp_path / "run" / "teacher"))
     assert state["extra"]["norms"] == [[0, 16], [16, 32]]
     assert weights(tmp_path / "run" / "teacher") != weights(micro_run / "teacher")
+    # What was built on the weights before is not whole any more.
+    code, said = cnn2gnn(["targets", *config])
+    assert code == 2
+    assert "the stage teacher was made again" in said
+    assert "--update" in remedy_of(said)
     shutil.rmtree(tmp_path / "run")
     config = copied(tmp_path)
     damage_last(tmp_path / "run", "teacher")
     code, said = cnn2gnn(["teacher", *config, "teacher.max_micro_batch=16"])
     assert code == 0, said
     assert "BatchNorm" not in said
+
+
+@pytest.mark.slow
+def test_a_refused_command_leaves_the_config_and_models_answer_as_they_were_made(copied, tmp_path):
+    config, run = copied(tmp_path), tmp_path / "run"
+    before = (run / "config.yaml").read_text()
+    code, said = cnn2gnn(["run", *config, "views.mean=[0.1,0.1,0.1]", "graph.neighbours=2"])
+    assert code == 2, said
+    assert (run / "config.yaml").read_text() == before
+    made = predict._context(run).config
+    (run / "config.yaml").write_text(
+        before.replace("neighbours: 4", "neighbours: 2").replace("size: 16", "size: 8")
+    )
+    assert settings.of_run(run).graph.neighbours == 2
+    found = predict._context(run).config
+    assert (found.graph.neighbours, found.views) == (4, made.views)
+    assert found.views.size == 16
+    about = checkpoint_command._about(disk.recorded(run / "teacher"))
+    assert about["image_size"] == "16"

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from cnn2gnn_dist import settings
 from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.stages.keys import as_made
 from cnn2gnn_dist.training import checkpoint_folder as disk
 
 STAGES = ("teacher", "student", "control")
@@ -167,7 +168,7 @@ def _about(folder: Path) -> dict[str, str]:
     state, run = disk.read_state(folder), folder.absolute().parents[2]
     about: dict[str, Any] = {"format": "pt", "stage": _stage(folder), "step": state["step"]}
     if (run / "config.yaml").is_file():
-        config = settings.load(str(run / "config.yaml"))
+        config = as_made(settings.load(str(run / "config.yaml")), run, _stage(folder))
         views, manifest = config.views, run / "manifest" / "train.arrow"
         about |= {"image_size": views.size, "mean": views.mean, "std": views.std}
         about["arch"] = config.teacher.arch if _stage(folder) == "teacher" else config.student.stem

@@ -215,8 +215,13 @@ class Survey:
         return paths == before.origin and (packed or all(map(is_remote, paths)))
 
 
-def digest(survey: Survey, stage: Stage, key: str) -> str:
-    """What later stages build on: rows of the manifests and contents of the files, else the key."""
+def digest(survey: Survey, stage: Stage, key: str, files: list[Path]) -> str:
+    """What later stages build on: rows of the manifests and contents of the input files; the
+    weights of a training, which come out otherwise when it is made again in other micro-batches
+    or on other ranks; else the key.
+    """
+    if stage.trains:
+        return ledger.key_of(stage.name, {"key": key, "weights": _weights_in(files)}, {})
     if stage.name != "index":
         return key
     paths = RunPaths(Path(str(survey.config.run.dir)))
@@ -228,6 +233,39 @@ def digest(survey: Survey, stage: Stage, key: str) -> str:
             # A store without tags: what was read of it is known by its checksums.
             found["crc"] = [_of_checksums(manifest.crc_N) for manifest in manifests]
     return ledger.key_of("index", found, {})
+
+
+def _weights_in(files: list[Path]) -> dict[str, str]:
+    """Checksums of the tensors in the checkpoint with which a training ended."""
+    found: dict[str, str] = {}
+    for path in files:
+        if path.name == checkpoint_folder.MANIFEST:
+            listed = json.loads(path.read_text(encoding="utf-8"))["files"]
+            found |= {
+                name: sha for name, (_, sha) in listed.items() if name.endswith(".safetensors")
+            }
+    return found
+
+
+def as_made(config: Config, root: Path, stage: str) -> Config:
+    """A config with the fields with which a finished stage was made, whatever the run's says today.
+
+    Raises:
+        UserError: a field that this version does not know.
+    """
+    entry, tree = ledger.finished(root / stage), settings.as_tree(config)
+    for name, value in (entry.parts if entry else {}).items():
+        section, _, one = name.partition(".")
+        if one == "ds_config":
+            continue
+        if one:
+            tree[section][one] = value
+        elif isinstance(value, dict):
+            # The file of weights stands there by its content.
+            tree[section] |= {k: v for k, v in value.items() if k != "weights"}
+        else:
+            tree[name] = value
+    return settings.check(tree)
 
 
 def _of_checksums(crc_N: np.ndarray | None) -> str:

@@ -23,6 +23,7 @@ from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.graph.bank import latest_version, open_version
 from cnn2gnn_dist.runtime.ranks import Ranks
 from cnn2gnn_dist.stages.context import Context, RunPaths, chunks, load_manifest
+from cnn2gnn_dist.stages.keys import as_made
 from cnn2gnn_dist.stages.neighbourhood import Neighbourhood, Query
 from cnn2gnn_dist.stages.networks import build_student, check_built_on, load_model
 from cnn2gnn_dist.training.checkpoint import Checkpoints
@@ -158,6 +159,7 @@ def _context(run: Path) -> Context:
     root = Path(str(config.run.dir))
     if not (root / "student" / "done.json").is_file():
         raise _unfinished(run, "its student is not trained", "run")
+    config = as_made(config, root, "student")
     device = "cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu"
     return Context(config, Ranks(), RunPaths(root), root, "", device, False)
 
