@@ -12,6 +12,7 @@ from helpers import encode_image, make_shards, random_images, write_tar
 from cnn2gnn_dist.data.classes import Told, class_names, match, notes
 from cnn2gnn_dist.data.copies import copies_note
 from cnn2gnn_dist.data.manifest import index
+from cnn2gnn_dist.data.naming import unused_lists
 from cnn2gnn_dist.data.pair import index_pair, index_whole
 from cnn2gnn_dist.errors import UserError
 
@@ -184,6 +185,27 @@ def test_a_list_beside_packed_shards_names_all_classes(tmp_path: Path) -> None:
     assert caught.value.where == str(names)
     names.write_text('{"ant": 0}')  # somebody else's
     assert index([path]).classes == ("ant", "1")
+
+
+@pytest.mark.parametrize("number", ["0", "0000", "000000", "1234567"])
+def test_a_list_counts_however_many_digits_the_shards_have(tmp_path: Path, number: str) -> None:
+    path = shard(tmp_path / f"train-{number}.tar", (0, None), (1, None))
+    (tmp_path / "train-classes.json").write_text('["ant", "bee"]')
+    assert index([path]).classes == ("ant", "bee")
+
+
+def test_a_list_that_names_nothing_is_said(tmp_path: Path) -> None:
+    path = str(shard(tmp_path / "train-00.tar", (0, None)))
+    shard(tmp_path / "test-00.tar", (0, None))
+    for name in ("train", "test"):
+        (tmp_path / f"{name}-classes.json").write_text('["ant"]')
+    assert unused_lists([path]) is None  # the other list is that of the other shards
+    (tmp_path / "all-classes.json").write_text('["ant"]')
+    found = unused_lists([path])
+    assert found is not None
+    assert found.startswith(f"{tmp_path}/all-classes.json is not read: a list of class names")
+    (tmp_path / "train-classes.json").write_text('{"ant": 0}')
+    assert "(nor is 1 more)" in str(unused_lists([path]))
 
 
 def test_held_out_labels_are_put_in_the_numbering_of_the_training_images(tmp_path: Path) -> None:

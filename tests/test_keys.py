@@ -463,3 +463,36 @@ def test_the_control_does_not_depend_on_the_graph_that_is_not_in_its_key():
     one, other = initial(), initial("graph.dim=8", "graph.neighbours=3", "graph.candidates=9")
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+# --- lists of class names beside shards -----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        (["a", "b"], ["b", "a"], "data.train: 1 with other contents (shard-classes.json)"),
+        (None, ["a", "b"], "data.train: 1 more (shard-classes.json)"),
+        (["a", "b"], None, "data.train: 1 gone (shard-classes.json)"),
+    ],
+)
+def test_lists_of_class_names_beside_shards_count(shards, tmp_path, before, after, words):
+    def write(names: list[str] | None) -> None:
+        path = shards / "shard-classes.json"
+        path.unlink(missing_ok=True)
+        if names:
+            path.write_text(json.dumps(names))
+
+    write(before)
+    run = Run(tmp_path / "run", "shards", train=f"{shards}/*.tar")
+    assert run() == 0
+    assert run.standing("index")[0] is Standing.WHOLE
+    write(after)
+    standing, why = run.standing("index")
+    assert standing is Standing.STALE
+    assert words in why
+    assert run() == 2
+    assert run("--update") == 0
+    manifest = Manifest.load(tmp_path / "run" / "manifest" / "train.arrow")
+    assert manifest.classes == tuple(after or "01")
+    assert run() == 0

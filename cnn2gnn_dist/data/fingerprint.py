@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from cnn2gnn_dist import durable
-from cnn2gnn_dist.data import urls
+from cnn2gnn_dist.data import naming, urls
 from cnn2gnn_dist.data.expand import files_of
 from cnn2gnn_dist.data.image_files import find_images
 
@@ -90,7 +90,8 @@ def look(origin: str | Sequence[str], source: str, *, ask: bool, brief: bool) ->
 
     Args:
         origin: ``data.train`` or ``data.test``.
-        source: "imagefolder" (every image counts, in sub-folders too), "parquet" or "shards".
+        source: "imagefolder" (every image counts, in sub-folders too), "parquet" or "shards"
+            (the lists of class names beside them count too, after all shards).
         ask: ask remote stores for length and tag.
         brief: a store that does not answer soon is not waited for.
 
@@ -103,6 +104,8 @@ def look(origin: str | Sequence[str], source: str, *, ask: bool, brief: bool) ->
     far = [place for place in places if urls.is_remote(place)]
     near = [os.path.abspath(place) for place in places if not urls.is_remote(place)]
     base = os.path.commonpath([os.path.dirname(p) for p in near]) if near else ""
+    if source == "shards":
+        places = [*places, *naming.lists_of(near)]
     with ThreadPoolExecutor(AT_ONCE) as pool:
         about = dict(
             zip(far, pool.map(lambda u: urls.about(u, brief=brief), far), strict=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from cnn2gnn_dist.data.archive import Archive, shown
@@ -21,7 +21,8 @@ SMALL = 4096
 """Bytes of a json that lie in a window that was read anyway; of longer ones one a class is read."""
 _MAX_NAME = 1000
 _FIELD = b'"class_name"'
-_SHARD = re.compile(r"(.+)-\d{6,}\.tar")
+_SHARD = re.compile(r"(.+)-\d+\.tar")
+_LIST = "-classes.json"
 
 
 class Named(NamedTuple):
@@ -108,15 +109,46 @@ def lists_beside(paths: Iterable[str]) -> tuple[dict[int, Named], int]:
     """
     known: dict[int, Named] = {}
     count = 0
-    prefixes = dict.fromkeys(m.group(1) for m in map(_SHARD.fullmatch, paths) if m)
-    for prefix in prefixes:
-        path = f"{prefix}-classes.json"
-        if "://" in path or not os.path.isfile(path):
-            continue
+    for path in lists_of(paths):
         names = _read_list(path)
         count = max(count, len(names))
         merge(known, {n: Named(x, _bytes_of(x), path) for n, x in enumerate(names) if x})
     return known, count
+
+
+def lists_of(paths: Iterable[str]) -> list[str]:
+    """The files ``PREFIX-classes.json`` that lie beside local shards ``PREFIX-NUMBER.tar``."""
+    prefixes = dict.fromkeys(m.group(1) for m in map(_SHARD.fullmatch, paths) if m)
+    lists = [f"{prefix}{_LIST}" for prefix in prefixes if "://" not in prefix]
+    return [path for path in lists if os.path.isfile(path)]
+
+
+def unused_lists(paths: Sequence[str]) -> str | None:
+    """What to say of lists in the folders of local shards that name none of their classes.
+
+    A list of other shards that lie there too (the held-out ones, say) is nothing to speak of.
+    """
+    here = [path for path in paths if "://" not in path]
+    used = set(lists_of(here))
+    unused = []
+    for folder in dict.fromkeys(map(os.path.dirname, here)):
+        names = os.listdir(folder or ".")
+        owners = {m.group(1) for m in map(_SHARD.fullmatch, names) if m}
+        for name in sorted(name for name in names if name.endswith(_LIST)):
+            path = os.path.join(folder, name)
+            read = _read_list(path) if path in used else name[: -len(_LIST)] in owners
+            if not read and os.path.isfile(path):
+                unused.append(path)
+    if not unused:
+        return None
+    return (
+        f"{shown(unused[0], 200)} is not read{_more(len(unused) - 1)}: a list of class names is "
+        "one JSON list beside its shards, PREFIX-classes.json beside PREFIX-000000.tar"
+    )
+
+
+def _more(count: int) -> str:
+    return f" (nor {'is' if count == 1 else 'are'} {count} more)" if count else ""
 
 
 def _read_list(path: str) -> list[str | None]:

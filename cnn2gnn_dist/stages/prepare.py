@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from cnn2gnn_dist.config import DataConfig
-from cnn2gnn_dist.data import folders, pack
+from cnn2gnn_dist.data import folders, naming, pack
 from cnn2gnn_dist.data.classes import notes
 from cnn2gnn_dist.data.copies import copies_note
 from cnn2gnn_dist.data.expand import files_of
@@ -175,8 +175,8 @@ def index_run(context: Context) -> list[Path]:
     else:
         whole, held, said = _held_out(data, train, config.seed)
     said += fit.check_classes(whole.label_N, len(held), None if test else data.holdout)
-    copied = copies_note(whole)
-    said += [copied] if copied else []
+    unused = naming.unused_lists([*train, *(test or [])]) if data.source == "shards" else None
+    said += [note for note in (unused, copies_note(whole)) if note]
     stages = ("teacher", "student", *(("control",) if config.student.control else ()))
     said += [f"{e.what} ({e.where})" for e in fit.misfits(config, stages, len(whole))]
     paths.train_manifest.parent.mkdir(parents=True, exist_ok=True)
