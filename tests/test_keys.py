@@ -496,3 +496,32 @@ def test_lists_of_class_names_beside_shards_count(shards, tmp_path, before, afte
     manifest = Manifest.load(tmp_path / "run" / "manifest" / "train.arrow")
     assert manifest.classes == tuple(after or "01")
     assert run() == 0
+
+
+# --- what is no file ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", ["shards", "parquet"])
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("pipe", "This is a pipe, not a regular file."),
+        ("folder", "This is a folder, not a regular file."),
+        ("link", "The file is a link to /nowhere, which can't be looked at: No such file or"),
+    ],
+)
+def test_what_is_no_file_is_refused_before_it_is_opened(shards, capsys, source, kind, message):
+    path = shards / ("zz.tar" if source == "shards" else "zz.parquet")
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/nowhere")
+    run = Run(shards / "run", source, train=shards)
+    assert run() == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert str(path) in said
+    assert "Name the files themselves" in said
+    assert "Traceback" not in said

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import posixpath
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from cnn2gnn_dist import durable
 from cnn2gnn_dist.data import naming, urls
 from cnn2gnn_dist.data.expand import files_of
 from cnn2gnn_dist.data.image_files import find_images
+from cnn2gnn_dist.errors import UserError
 
 READ_BYTES = 16 << 30
 """Of larger sets the contents are not read (unless asked for): there the times count."""
@@ -120,8 +122,30 @@ def look(origin: str | Sequence[str], source: str, *, ask: bool, brief: bool) ->
             found.append(Seen(names[place], place, size, 0, tag))
         else:
             path = os.path.abspath(place)
-            stat = os.stat(path)
-            found.append(Seen(os.path.relpath(path, base), path, stat.st_size, stat.st_mtime_ns))
+            about_it = _regular(path)
+            name = os.path.relpath(path, base)
+            found.append(Seen(name, path, about_it.st_size, about_it.st_mtime_ns))
+    return found
+
+
+def _regular(path: str) -> os.stat_result:
+    """What there is to know of a file without opening it: a pipe would be waited for.
+
+    Raises:
+        UserError: it is not there, or no file.
+    """
+    remedy = "Name the files themselves, by a glob that leaves this out, or take it out of there."
+    try:
+        found = os.stat(path)
+    except OSError as failure:
+        link = f"is a link to {os.readlink(path)}, which " if os.path.islink(path) else ""
+        raise UserError(
+            f"The file {link}can't be looked at: {failure.strerror}.", where=path, remedy=remedy
+        ) from failure
+    if not stat.S_ISREG(found.st_mode):
+        kinds = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a folder"}
+        kind = kinds.get(stat.S_IFMT(found.st_mode), "a device")
+        raise UserError(f"This is {kind}, not a regular file.", where=path, remedy=remedy)
     return found
 
 
@@ -193,11 +217,11 @@ def _images(folder: str) -> list[Seen]:
         for name in names:
             path = os.path.join(folder, name)
             try:
-                stat = os.stat(path)
+                there = os.stat(path)
             except OSError:  # gone just now
                 found.append(Seen(name, path, -1))
             else:
-                found.append(Seen(name, path, stat.st_size, stat.st_mtime_ns))
+                found.append(Seen(name, path, there.st_size, there.st_mtime_ns))
         return found
 
     return _in_lots(look, find_images(folder, classes=True).images)
