@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 from helpers import encode_image, random_images
 
-from cnn2gnn_dist.data.image_files import find_images, unreadable
+from cnn2gnn_dist.data import image_files
+from cnn2gnn_dist.data.image_files import find_images, read_file, unreadable
 from cnn2gnn_dist.errors import UserError
 
 PNG = encode_image(random_images(1)[0])
@@ -116,3 +121,49 @@ def test_unreadable_says_what_a_file_is_instead(tmp_path):
         "4.jpg": "an HTML page",
         "5.jpg": "No such file or directory",
     }
+
+
+def test_a_pipe_gives_all_that_is_written_to_it(tmp_path):
+    pipe, data = tmp_path / "pipe.png", bytes(range(251)) * 1000  # more than a pipe holds
+    os.mkfifo(pipe)
+
+    def write_late():
+        time.sleep(0.2)  # the reader is there first
+        with open(pipe, "wb", buffering=0) as file:
+            time.sleep(0.2)  # open, and nothing in it yet
+            file.write(data[:70])
+            time.sleep(0.2)
+            file.write(data[70:])
+
+    writer = threading.Thread(target=write_late)
+    writer.start()
+    assert read_file(pipe) == data
+    writer.join()
+    (tmp_path / "file").write_bytes(data)
+    assert read_file(tmp_path / "file") == data
+
+
+def test_what_a_shell_substitutes_is_read(tmp_path):
+    tree(tmp_path, "1.png")
+    code = "import sys; from cnn2gnn_dist.data.image_files import read_file; "
+    code += "sys.stdout.buffer.write(read_file(sys.argv[1]))"
+    for wait in ("", "sleep 0.5; "):  # written and closed before it is opened, or after
+        line = f'"$0" -c "$1" <({wait}cat 1.png)'
+        command = ["bash", "-c", line, sys.executable, code]
+        assert (
+            subprocess.run(command, cwd=tmp_path, stdout=-1, timeout=60, check=True).stdout == PNG
+        )
+
+
+def test_a_pipe_that_nobody_writes_to_is_not_waited_for_without_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(image_files, "WRITER_S", 0.25)
+    monkeypatch.setattr(image_files, "BYTES_S", 0.5)
+    pipe = tmp_path / "pipe.png"
+    os.mkfifo(pipe)
+    with pytest.raises(TimeoutError, match=r"nobody writes to \(waited 0.25 seconds"):
+        read_file(pipe)
+    held = os.open(pipe, os.O_RDWR)  # as a writer who says nothing
+    with pytest.raises(TimeoutError, match=r"waited 0.5 seconds"):
+        read_file(pipe)
+    threading.Timer(0.2, os.close, [held]).start()
+    assert read_file(pipe) == b""  # he has left

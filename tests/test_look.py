@@ -7,6 +7,7 @@ import os
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,10 +15,12 @@ from helpers import encode_image
 from PIL import Image
 
 from cnn2gnn_dist import cli, doctor
+from cnn2gnn_dist.data import image_files
 from cnn2gnn_dist.data.manifest import Manifest
 from cnn2gnn_dist.data.reader import Reader, ReaderSpec, Request
 from cnn2gnn_dist.data.views import CLEAN, ViewSpec
 from cnn2gnn_dist.report import table_rows, verdict, write_report
+from cnn2gnn_dist.stages import predict
 
 
 class Page(HTMLParser):
@@ -182,6 +185,32 @@ def test_a_folder_is_searched_as_pack_does_and_sixteen_bits_are_answered_as_eigh
     assert all(answer["classes"] == answers[0]["classes"] for answer in answers)
     assert "1 .heic (not read; first: z.heic), 1 link to a folder that is read" in said.err
     assert "nnn: not readable as an image: File name too long" in said.err
+
+
+def test_predict_answers_for_a_pipe_without_a_writer_and_goes_on(tmp_path, monkeypatch, capsys):
+    """Without a run: whatever model it is, the files are read alike."""
+
+    class Anything:
+        def __init__(self, run):
+            graph = SimpleNamespace(scope="dataset")
+            self.context = SimpleNamespace(
+                views=lambda: ViewSpec("none", 16), config=SimpleNamespace(graph=graph)
+            )
+
+        def __call__(self, images, top):
+            return [{"classes": [{"class": "a", "probability": 1.0}]} for _ in images]
+
+    monkeypatch.setattr(predict, "Predictor", Anything)
+    monkeypatch.setattr(image_files, "WRITER_S", 0.1)
+    pipe, image = tmp_path / "pipe.png", tmp_path / "1.png"
+    os.mkfifo(pipe)
+    image.write_bytes(encode_image(np.zeros((16, 16, 3), np.uint8)))
+    assert predict.command(tmp_path, [str(pipe), str(image)], top=1, as_json=False) == 1
+    said = capsys.readouterr()
+    assert said.out == f"{image}  a 100.0%\n"
+    assert said.err == (
+        f"cnn2gnn: {pipe}: not readable as an image: a pipe that nobody writes to (waited 0.1 seconds)\n"
+    )
 
 
 def test_predict_wants_a_finished_run(tmp_path, capsys):

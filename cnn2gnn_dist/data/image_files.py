@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import select
 import stat
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,8 @@ _PLURAL = {
     COPY: "unfinished copies",
 }
 READ_AT_ONCE, PIECE = 8, 64
+WRITER_S, BYTES_S = 10, 60
+"""Seconds that a pipe is waited for: until somebody writes to it, and then for his next bytes."""
 
 _JUNK = {
     "__MACOSX",
@@ -232,6 +235,43 @@ def unreadable(root: str | os.PathLike[str], images: Sequence[str]) -> dict[str,
         pieces = pool.map(problems, range(0, len(images), PIECE))
         found = zip(images, chain.from_iterable(pieces), strict=True)
         return {name: what for name, what in found if what}
+
+
+def read_file(path: str | os.PathLike[str]) -> bytes:
+    """All bytes of a file, or of a pipe such as the shell's ``<(command)``.
+
+    Raises:
+        OSError: it can't be read; TimeoutError: a pipe that nobody writes to.
+    """
+    if not stat.S_ISFIFO(os.stat(path).st_mode):
+        return Path(path).read_bytes()
+    pipe = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # else this line would wait, without end
+    try:
+        return _all_of_pipe(pipe)
+    finally:
+        os.close(pipe)
+
+
+def _all_of_pipe(pipe: int) -> bytes:
+    poll = select.poll()
+    poll.register(pipe, select.POLLIN)
+    read = bytearray()
+    while True:
+        try:
+            piece = os.read(pipe, 1 << 16)
+            wait = WRITER_S  # no bytes: nobody has it open for writing
+        except BlockingIOError:
+            piece, wait = None, BYTES_S
+        if piece:
+            read += piece
+            continue
+        if read and piece is not None:
+            return bytes(read)
+        happened = poll.poll(wait * 1000)
+        if not happened:
+            raise TimeoutError(f"a pipe that nobody writes to (waited {wait:g} seconds)")
+        if not happened[0][1] & select.POLLIN:  # the writer has left
+            return bytes(read)
 
 
 def _head(path: str) -> bytes:

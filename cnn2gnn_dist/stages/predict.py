@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from cnn2gnn_dist import settings
 from cnn2gnn_dist.data.decode import CorruptSample, decode
-from cnn2gnn_dist.data.image_files import find_images, printable
+from cnn2gnn_dist.data.image_files import find_images, printable, read_file
 from cnn2gnn_dist.data.manifest import Manifest
 from cnn2gnn_dist.data.views import CLEAN, render
 from cnn2gnn_dist.errors import UserError
@@ -64,9 +64,7 @@ def command(run: Path, images: list[str], *, top: int, as_json: bool) -> int:
         pixels, good = [], []
         for path in batch:
             try:
-                pixels.append(
-                    render(predictor.context.views(), decode(path.read_bytes()), 0, CLEAN)
-                )
+                pixels.append(render(predictor.context.views(), decode(read_file(path)), 0, CLEAN))
                 good.append(path)
             except (CorruptSample, OSError) as error:
                 print(
