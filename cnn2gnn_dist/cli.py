@@ -220,10 +220,12 @@ def _run(arguments: argparse.Namespace) -> int:
     config = settings.load(arguments.config, arguments.overrides)
     if arguments.dry_run:
         print(settings.as_yaml(config))
-        for step in pipeline.plan(config, arguments.stages):
+        steps = pipeline.plan(config, arguments.stages)
+        for step in steps:
             print(f"{step.stage.name:10} {step.standing.value:12} {step.why}")
         for note in consistency.notes(config):
             print(f"note: {note}")
+        pipeline.check_ahead(config, steps, config.run.ranks)
         return 0
     _warn_about_lost_results(config)
     pipeline.plan(config, arguments.stages)  # refuses an unknown stage before Ray is started

@@ -315,7 +315,9 @@ def _make_room(survey: Survey, step: Step, update: bool, force: bool) -> Step:
         raise UserError(
             f"the stage {stage.name} {step.why}",
             where=str(root),
-            remedy="run the earlier stages first, or all: `cnn2gnn run`",
+            remedy="run the earlier stages first, or all: `cnn2gnn run"
+            + " --update" * update
+            + "`",
         )
     if step.standing is Standing.STALE and force and stage.trains:
         print(f"{stage.name:8} goes on all the same: {step.why}", flush=True)
@@ -368,10 +370,21 @@ def _check_names(stages: list[Stage], names: list[str] | None) -> None:
             )
 
 
-def _begin(survey: Survey, names: list[str] | None, world_size: int) -> None:
-    config, steps = survey.config, plan(survey.config, names, survey)
+def check_ahead(config: Config, steps: list[Step], world_size: int) -> list[Stage]:
+    """What lies ahead, once it is seen that nothing of it would be refused at once.
+
+    Raises:
+        UserError: settings that don't fit together; the folder holds something else.
+    """
     ahead = [step.stage for step in steps if step.standing is not Standing.WHOLE]
     fit.check(config, [stage.name for stage in ahead], world_size)
+    ledger.check_claim(Path(str(config.run.dir)))
+    return ahead
+
+
+def _begin(survey: Survey, names: list[str] | None, world_size: int) -> None:
+    config = survey.config
+    ahead = check_ahead(config, plan(config, names, survey), world_size)
     if any(stage.trains for stage in ahead):
         for note in consistency.notes(config):
             print(f"note: {note}", file=sys.stderr, flush=True)

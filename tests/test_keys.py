@@ -160,6 +160,18 @@ def test_packed_images_are_not_needed_any_more(folder, tmp_path, capsys):
     assert run() == 2
 
 
+def test_a_disk_that_is_not_mounted_costs_no_shards(folder, tmp_path, capsys):
+    """Its mount point is there, and empty."""
+    run = Run(tmp_path / "run", "imagefolder", train=folder)
+    assert run() == 0
+    shutil.rmtree(folder)
+    folder.mkdir()
+    for options in ([], ["--update"]):
+        assert run(*options) == 0
+        assert "held class folders, and holds none now" in capsys.readouterr().out
+    assert not list((tmp_path / "run").glob("*.old-*"))
+
+
 def test_contents_are_read_once(folder, tmp_path, monkeypatch):
     run = Run(tmp_path / "run", "imagefolder", train=folder)
     read = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cnn2gnn_dist import ledger, pipeline, settings
+from cnn2gnn_dist import cli, ledger, pipeline, settings
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.ledger import Entry, Standing
 from cnn2gnn_dist.runtime.ranks import Ranks
@@ -147,3 +147,32 @@ def test_every_preset_loads_and_describes_itself():
     text = settings.describe()
     assert "student.distill_weight = 0.9" in text
     assert settings.check(settings.as_tree(settings.load("cifar10"))) == settings.load("cifar10")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [("run.ranks=3", "does not divide over 3 ranks"), ("run.dir={}/foreign", "is not a run's")],
+)
+def test_a_dry_run_refuses_what_the_run_would(tmp_path, capsys, override, words):
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.tex").touch()
+    options = [f"run.dir={tmp_path}/run", override.format(tmp_path)]
+    assert cli.main(["run", "--config", "demo", *options, "--dry-run"]) == 2
+    said = capsys.readouterr()
+    assert words in said.err
+    assert "teacher    to run" in said.out  # the plan comes first
+
+
+def test_what_a_stage_waits_for_is_updated_with_it(tmp_path):
+    step = next(s for s in pipeline.plan(config(tmp_path)) if s.stage.name == "teacher")
+    for update, command in ((False, "`cnn2gnn run`"), (True, "`cnn2gnn run --update`")):
+        with pytest.raises(UserError) as caught:
+            pipeline._make_room(Survey(config(tmp_path)), step, update=update, force=False)
+        assert caught.value.remedy.endswith(command)
+
+
+def test_a_folder_is_no_file_of_weights(tmp_path):
+    whole = config(tmp_path)
+    make_whole(whole, 2)
+    with pytest.raises(UserError, match="no file of weights"):
+        pipeline.plan(config(tmp_path, f"teacher.weights={tmp_path}"))

@@ -169,7 +169,8 @@ class CorruptCount:
                 f"{self.limit:.2%}: {some}",
                 where="data.max_corrupt",
                 remedy="mend or drop these images and run the same command with --update, "
-                f"or leave them out: data.max_corrupt={share:g}",
+                f"or leave them out: data.max_corrupt={share:g}; a damaged shard that was packed "
+                "from whole images: delete it, and `cnn2gnn run` packs it again",
             )
         return everyone
 

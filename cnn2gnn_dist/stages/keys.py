@@ -6,6 +6,7 @@ import functools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 import numpy as np
@@ -77,6 +78,12 @@ def _weights(path: Path, before: str | None) -> str:
     except OSError:
         known = before is not None and before.startswith(f"{path.name} ")
         return str(before) if known else f"{path.name} is missing"
+    if not S_ISREG(stat.st_mode):
+        raise UserError(
+            "this is no file of weights",
+            where=f"teacher.weights={path}",
+            remedy="name a file: .safetensors, or .pth with a state dict",
+        )
     return f"{path.name} {_sha256(path, stat.st_size, stat.st_mtime_ns)}"
 
 
@@ -206,6 +213,12 @@ class Survey:
                 "there is no such folder",
                 where=str(folder),
                 remedy=f"say where the images lie now: data.{role}=FOLDER",
+            )
+        if before is not None and not any(path.is_dir() for path in folder.iterdir()):
+            raise UserError(
+                "this folder held class folders, and holds none now",
+                where=str(folder),
+                remedy=f"mount what lay there, or say where the images lie: data.{role}=FOLDER",
             )
 
     def _needless(self, origin: str | list[str], before: Noted) -> bool:
