@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cnn2gnn_dist import __version__, consistency, settings
+from cnn2gnn_dist import __version__, consistency, ledger, settings
 from cnn2gnn_dist.config import Config
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.runtime.ranks import Ranks
@@ -218,6 +218,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from cnn2gnn_dist import pipeline
 
     config = settings.load(arguments.config, arguments.overrides)
+    _warn_about_a_moved_run(arguments.config, config)
     if arguments.dry_run:
         print(settings.as_yaml(config))
         steps = pipeline.plan(config, arguments.stages)
@@ -276,6 +277,18 @@ def _on_ray(config: Config, stages: list[str] | None, update: bool, force: bool)
     for name, why in outcome[0].items():
         if why == "whole, skipped":
             print(pipeline.skipped(name))
+
+
+def _warn_about_a_moved_run(name: str | None, config: Config) -> None:
+    """A run's own config names the folder where it was made, which may be there no more."""
+    folder, named = Path(name or "").parent, Path(str(config.run.dir))
+    of_a_run = Path(name or "").name == ledger.CONFIG and (folder / "manifest").is_dir()
+    if of_a_run and not named.exists():
+        print(
+            f"note: this is the config of the run in {folder}, and it names run.dir={named}, where "
+            f"nothing is; to go on with the run: run.dir={folder}",
+            file=sys.stderr,
+        )
 
 
 def _warn_about_lost_results(config: Config) -> None:

@@ -97,7 +97,12 @@ def check_whole(config: Config) -> None:
 
 def notes(config: Config) -> list[str]:
     """What will run, though hardly as meant: trials with few epochs do so knowingly."""
-    graph, student, found = config.graph, config.student, []
+    graph, student, found = config.graph, config.student, list[str]()
+    if config.data.source == "shards" and config.data.limit is not None:
+        found.append(
+            f"data.limit={config.data.limit} is for packing, and nothing is packed: all of the "
+            "shards counts; name fewer shards in data.train"
+        )
     for part, train in (("teacher", config.teacher), ("student", student)):
         if train.warmup_epochs > train.epochs / 2:
             found.append(

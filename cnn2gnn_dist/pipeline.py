@@ -321,6 +321,12 @@ def _make_room(survey: Survey, step: Step, update: bool, force: bool) -> Step:
         )
     if step.standing is Standing.STALE and force and stage.trains:
         print(f"{stage.name:8} goes on all the same: {step.why}", flush=True)
+        if step.entry and step.entry.inputs.get("index") != step.inputs.get("index"):
+            print(
+                "note: held-out images may be among those that it has been trained on, and its "
+                "accuracy then flatters; --update trains anew",
+                flush=True,
+            )
     elif step.standing is Standing.STALE or (update and _of_another_config(step, folder)):
         if not (update or force):
             raise UserError(

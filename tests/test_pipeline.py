@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cnn2gnn_dist import cli, ledger, pipeline, settings
+from cnn2gnn_dist import cli, consistency, ledger, pipeline, settings
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.ledger import Entry, Standing
 from cnn2gnn_dist.runtime.ranks import Ranks
@@ -176,3 +176,24 @@ def test_a_folder_is_no_file_of_weights(tmp_path):
     make_whole(whole, 2)
     with pytest.raises(UserError, match="no file of weights"):
         pipeline.plan(config(tmp_path, f"teacher.weights={tmp_path}"))
+
+
+def test_the_config_of_a_run_that_was_moved_is_noted(tmp_path, capsys):
+    made = config(tmp_path)
+    make_whole(made, 2)
+    (tmp_path / "run" / "config.yaml").write_text(settings.as_yaml(made))
+    (tmp_path / "run").rename(tmp_path / "moved")
+    own = str(tmp_path / "moved" / "config.yaml")
+    assert cli.main(["run", "--config", own, "--dry-run"]) == 0
+    assert f"to go on with the run: run.dir={tmp_path}/moved" in capsys.readouterr().err
+    assert cli.main(["run", "--config", own, f"run.dir={tmp_path}/moved", "--dry-run"]) == 0
+    said = capsys.readouterr()
+    assert "note" not in said.err
+    assert "index      whole" in said.out
+
+
+def test_a_limit_of_what_is_not_packed_is_noted(tmp_path):
+    limited = config(tmp_path, "data.limit=50")
+    assert consistency.notes(limited) == []
+    shards = config(tmp_path, "data.limit=50", "data.source=shards", "data.train=x.tar")
+    assert "data.limit=50 is for packing" in consistency.notes(shards)[0]
