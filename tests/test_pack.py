@@ -247,6 +247,37 @@ def test_labels_that_are_text_are_names(tmp_path: Path, kind: pa.DataType) -> No
     assert caught.value.where == str(number)
 
 
+@pytest.mark.parametrize("blank", ["", "  ", "\t", "\u00a0"])
+@pytest.mark.parametrize("kind", [pa.string(), pa.dictionary(pa.int8(), pa.string())])
+def test_a_blank_label_is_refused_with_its_row(
+    tmp_path: Path, blank: str, kind: pa.DataType
+) -> None:
+    labels = pa.array(["owl", blank, "ant", blank]).cast(kind)
+    file = labelled(tmp_path / "a.parquet", labels)
+    with pytest.raises(UserError) as caught:
+        pack_parquet([labelled(tmp_path / "b.parquet", pa.array(["owl"])), file], tmp_path / "out")
+    said = blank if blank.isprintable() else ascii(blank)[1:-1]
+    assert caught.value.what == (
+        f"Row 1 has the label '{said}', which names no class; 2 of 4 rows have an empty or blank one."
+    )
+    assert caught.value.where == str(file)
+    assert not list((tmp_path / "out").glob("*.tar"))
+
+
+@pytest.mark.parametrize("names", [["image", "label", "label"], ["image", "image", "label"]])
+def test_a_column_that_stands_twice_is_refused(tmp_path: Path, names: list[str]) -> None:
+    image, file = pa.array([encode_image(IMAGES[0])]), tmp_path / "a.parquet"
+    columns = [image if name == "image" else pa.array([0]) for name in names]
+    pq.write_table(pa.Table.from_arrays(columns, names=names), file)
+    with pytest.raises(UserError) as caught:
+        pack_parquet(file, tmp_path / "out")
+    assert caught.value.what == f"2 columns of the Parquet file are called '{names[1]}'."
+    assert caught.value.where == str(file)
+    more = [*columns[::2], pa.array([1]), pa.array([2])]  # one that is not read may
+    pq.write_table(pa.Table.from_arrays(more, names=["image", "label", "x", "x"]), file)
+    assert [f["cls"] for _, f in contents(pack_parquet(file, tmp_path / "out"))] == [b"0"]
+
+
 @pytest.mark.parametrize(
     "kind", [pa.uint8(), pa.uint16(), pa.uint32(), pa.uint64(), pa.int8(), pa.bool_()]
 )

@@ -129,6 +129,9 @@ def _read(path: Path, image_column: str, label_column: str) -> _Column:
         for column, field in ((image_column, "image"), (label_column, "label")):
             if column not in schema.names:
                 raise _no_column(path, schema, column, field)
+            if schema.names.count(column) > 1:
+                what = f"{schema.names.count(column)} columns of the Parquet file are called '{column}'."
+                raise UserError(what, where=str(path), remedy="Rename or drop all but one of them.")
         _check_images(path, file, image_column)
         names = _huggingface_names(schema.metadata, label_column)
         try:
@@ -142,8 +145,23 @@ def _read(path: Path, image_column: str, label_column: str) -> _Column:
     if _is_text(column.type):
         coded = column.cast(pa.large_string()).dictionary_encode()
         label_N = coded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
-        return _Column(path, label_N, coded.dictionary.to_pylist(), True)
+        texts = coded.dictionary.to_pylist()
+        _refuse_blank(path, label_N, texts)
+        return _Column(path, label_N, texts, True)
     return _Column(path, _numbers(path, column, label_column), names, False)
+
+
+def _refuse_blank(path: Path, label_N: np.ndarray, names: Sequence[str]) -> None:
+    """See that no class would be called '': tables made of CSV have it where a label is missing."""
+    blank = [number for number, name in enumerate(names) if not name.strip()]
+    wrong = np.flatnonzero(np.isin(label_N, blank))
+    if len(wrong):
+        raise UserError(
+            f"Row {wrong[0]} has the label '{shown(names[label_N[wrong[0]]], 40)}', which names no "
+            f"class; {len(wrong)} of {len(label_N)} rows have an empty or blank one.",
+            where=str(path),
+            remedy="Label them, or drop these rows.",
+        )
 
 
 def _numbers(path: Path, column: pa.Array, name: str) -> np.ndarray:
