@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from helpers import encode_image, make_shards, random_images, write_tar
 
-from cnn2gnn_dist.data.classes import Told, class_names, match, notes
+from cnn2gnn_dist.data.classes import Told, case_note, class_names, match, notes
 from cnn2gnn_dist.data.copies import copies_note
 from cnn2gnn_dist.data.manifest import index
 from cnn2gnn_dist.data.naming import unused_lists
@@ -274,3 +274,34 @@ def test_a_set_of_copies_is_said(tmp_path: Path) -> None:
         for checksums in (False, True):
             said = copies_note(index(paths, checksums=checksums))
             assert said.startswith(expected) if expected else said is None
+
+
+@pytest.mark.parametrize(
+    ("names", "listed"),
+    [
+        (("caf\u00e9", "cafe\u0301"), r"0 \('caf\\xe9'\), 1 \('cafe\\u0301'\)"),
+        (("cat", "cat "), r"0 \('cat'\), 1 \('cat '\)"),
+    ],
+)
+def test_one_class_in_two_spellings_is_refused(tmp_path: Path, names, listed) -> None:
+    two = shard(tmp_path / "two.tar", *enumerate(names))
+    one = shard(tmp_path / "one.tar", (0, names[0]))
+    with pytest.raises(UserError, match=rf"1 class names are spelled in .*: classes {listed}") as e:
+        index_whole([two])
+    assert e.value.where == "data.train"
+    with pytest.raises(UserError, match="spelled") as e:
+        index_pair([one], [two])
+    assert e.value.where == "data.test"
+    other = shard(tmp_path / "other.tar", (0, names[1]))  # of two sets they are the same
+    assert index_pair([one], [other]).held.label_N.tolist() == [0]
+
+
+def test_names_of_another_case_are_said(tmp_path: Path) -> None:
+    two = shard(tmp_path / "two.tar", (0, "Cat"), (1, "cat"), (2, "dog"))
+    pair = index_pair([two], [two])
+    assert pair.notes == [
+        "1 class names differ from others by case alone, and are classes of their own: 'Cat', 'cat'"
+    ]
+    assert pair.held.label_N.tolist() == [0, 1, 2]
+    same = shard(tmp_path / "same.tar", (0, "crane"), (1, "crane"), (2, "dog"))
+    assert case_note(index_whole([same]).told) is None

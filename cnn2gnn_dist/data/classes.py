@@ -61,6 +61,41 @@ def class_names(told: Told) -> tuple[str, ...]:
     )
 
 
+def refuse_spellings(told: Told, where: str) -> None:
+    """Raise a UserError when a set has one class under two spellings, as two classes.
+
+    Such names look alike, and of two sets they are taken for the same (see :func:`match`). Names
+    that are the same sign by sign stand: ImageNet has two cranes.
+    """
+    spelled: dict[str, dict[str, int]] = defaultdict(dict)
+    for label, name in told.names.items():
+        spelled[_plain(name)].setdefault(name, label)
+    torn = [found for found in spelled.values() if len(found) > 1]
+    if torn:
+        one = ", ".join(f"{n} ({shown(ascii(name), 60)})" for name, n in torn[0].items())
+        raise UserError(
+            f"{len(torn)} class names are spelled in several ways, each of which is a class of its "
+            f"own: classes {one}.",
+            where=where,
+            remedy="Give a class one spelling (blanks at the ends, and é as one sign or two, make "
+            "no other name): rename, or merge, its folders or labels.",
+        )
+
+
+def case_note(told: Told) -> str | None:
+    """One sentence where names differ by case alone; else None."""
+    folded: dict[str, dict[str, None]] = defaultdict(dict)
+    for name in told.names.values():
+        folded[_plain(name).casefold()][name] = None
+    alike = [list(found) for found in folded.values() if len(found) > 1]
+    if not alike:
+        return None
+    return (
+        f"{len(alike)} class names differ from others by case alone, and are classes of their own: "
+        + _quoted([name for names in alike for name in names])
+    )
+
+
 def refuse_empty_classes(label_N: np.ndarray, names: Sequence[str], numbered: bool = False) -> None:
     """Raise a UserError when labelled samples leave a class without any.
 
@@ -167,6 +202,8 @@ def notes(train: Told, train_N: np.ndarray, held_N: np.ndarray, moved: bool) -> 
     said = []
     if moved:
         said.append("held-out images number the classes in another way: matched by name")
+    case = case_note(train)
+    said += [case] if case else []
     twins = [name for name, times in Counter(train.names.values()).items() if times > 1]
     if twins:
         said.append(

@@ -11,11 +11,13 @@ import numpy as np
 
 from cnn2gnn_dist.data.classes import (
     Told,
+    case_note,
     check_count,
     class_names,
     match,
     notes,
     refuse_empty_classes,
+    refuse_spellings,
 )
 from cnn2gnn_dist.data.gather import gather
 from cnn2gnn_dist.data.manifest import Manifest, manifest_of, refuse_none
@@ -40,11 +42,13 @@ def index_whole(
     """As :func:`index`, for a data set of so many classes, however many of them there are names for.
 
     Raises:
-        UserError: as :func:`index`; there are more classes than ``num_classes``.
+        UserError: as :func:`index`; there are more classes than ``num_classes``; one
+            class is spelled in two ways.
     """
     refuse_none(shards)
     found = gather(shards, num_classes=num_classes, checksums=checksums)
     told = found.told
+    refuse_spellings(told, "data.train")
     if num_classes is not None:
         if told.count > num_classes:
             raise UserError(
@@ -103,8 +107,11 @@ def index_pair(
     )
     refuse_none(held)
     found = gather(held, checksums=checksums)
+    refuse_spellings(found.told, "data.test")
     label_N = found.columns["label_N"]
     to_C = match(whole.told, found.told, np.unique(label_N).tolist(), match_classes)
     matched_N = to_C[label_N]
     said = notes(whole.told, whole.manifest.label_N, matched_N, bool((matched_N != label_N).any()))
+    case = case_note(found.told)
+    said += [case] if case and case not in said else []
     return Pair(whole.manifest, manifest_of(found, whole.manifest.classes, matched_N), said)
