@@ -305,3 +305,32 @@ def test_names_of_another_case_are_said(tmp_path: Path) -> None:
     assert pair.held.label_N.tolist() == [0, 1, 2]
     same = shard(tmp_path / "same.tar", (0, "crane"), (1, "crane"), (2, "dog"))
     assert case_note(index_whole([same]).told) is None
+
+
+def test_classes_matched_by_number_under_names_of_one_side_are_said(tmp_path: Path) -> None:
+    train = shard(tmp_path / "a.tar", (0, "cat"), (1, None), (2, None), (3, None))
+    held = shard(tmp_path / "b.tar", (0, "cat"), (1, "horse"), (2, "dog"), (3, None))
+    pair = index_pair([train], [held])
+    assert pair.held.label_N.tolist() == [0, 1, 2, 3]
+    words = "2 classes matched by number, names on one side only: 1 ('horse'), 2 ('dog')"
+    assert pair.notes == [words]
+    assert index_pair([held], [train]).notes == [words]
+    assert index_pair([held], [held]).notes == []
+    bare = shard(tmp_path / "c.tar", (0, None), (1, None))
+    two = shard(tmp_path / "d.tar", (0, "cat"), (1, "dog"))
+    assert index_pair([two], [bare], match_classes="number").notes == [
+        "2 classes matched by number, names on one side only: 0 ('cat'), 1 ('dog')"
+    ]
+    digits = shard(tmp_path / "e.tar", (0, "0"), (1, "1"))
+    assert index_pair([digits], [bare]).notes == []
+
+
+def test_an_empty_name_among_others_is_refused(tmp_path: Path) -> None:
+    path = shard(tmp_path / "train-0.tar", (0, None), (1, None))
+    names = tmp_path / "train-classes.json"
+    names.write_text('["", "1"]')
+    with pytest.raises(UserError, match="name of class 0 is empty, and the other 1 have") as caught:
+        index([path])
+    assert caught.value.where == str(names)
+    names.write_text('[null, "1"]')  # known by its number
+    assert index([path]).classes == ("0", "1")

@@ -189,6 +189,31 @@ def _matched(train: Told, held: Told, labels: list[int], by: str) -> dict[int, i
     return {label: sure.get(label, label) for label in labels}
 
 
+def number_note(train: Told, held: Told, to_C: np.ndarray, by: str) -> str | None:
+    """One sentence on held-out classes whose names nothing was compared with; else None.
+
+    Args:
+        train, held, by: as for :func:`match`.
+        to_C: what it returned.
+    """
+    pairs = [(label, int(to)) for label, to in enumerate(to_C) if to >= 0]
+    sides = [(held.names.get(label), train.names.get(to)) for label, to in pairs]
+    if by == "name" and not (train.names and any(name is not None for name, _ in sides)):
+        return None  # one side has numbers alone, the other names that are those very numbers
+    bare = {
+        to: str(name if name is not None else other)
+        for (_, to), (name, other) in zip(pairs, sides, strict=True)
+        if (name is None) != (other is None)
+    }
+    if not bare:
+        return None
+    listed = ", ".join(f"{n} ('{shown(name, 40)}')" for n, name in list(bare.items())[:_LISTED])
+    return (
+        f"{len(bare)} classes matched by number, names on one side only: {listed}"
+        f"{', …' if len(bare) > _LISTED else ''}"
+    )
+
+
 def notes(train: Told, train_N: np.ndarray, held_N: np.ndarray, moved: bool) -> list[str]:
     """What a person should know of two sets whose labels mean the same classes.
 

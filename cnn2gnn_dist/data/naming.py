@@ -163,7 +163,19 @@ def _read_list(path: str) -> list[str | None]:
         ) from failure
     if not isinstance(names, list) or any(not isinstance(x, str | None) for x in names):
         return []  # somebody else's file
+    refuse_blank(names, path)
     return names
+
+
+def refuse_blank(names: Sequence[str | None], where: str) -> None:
+    """Raise a UserError when one of several classes is called by nothing: rows without a label."""
+    blank = [n for n, name in enumerate(names) if name is not None and not name.strip()]
+    if blank and len(names) > 1:
+        raise UserError(
+            f"The name of class {blank[0]} is empty, and the other {len(names) - 1} have some.",
+            where=where,
+            remedy="Give the samples without a label one, or leave them out of the data.",
+        )
 
 
 def _name_in(about: bytes) -> str | None:

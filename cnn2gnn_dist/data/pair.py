@@ -16,6 +16,7 @@ from cnn2gnn_dist.data.classes import (
     class_names,
     match,
     notes,
+    number_note,
     refuse_empty_classes,
     refuse_spellings,
 )
@@ -112,6 +113,9 @@ def index_pair(
     to_C = match(whole.told, found.told, np.unique(label_N).tolist(), match_classes)
     matched_N = to_C[label_N]
     said = notes(whole.told, whole.manifest.label_N, matched_N, bool((matched_N != label_N).any()))
-    case = case_note(found.told)
-    said += [case] if case and case not in said else []
+    more = (
+        number_note(whole.told, found.told, to_C, match_classes),
+        case_note(found.told),
+    )
+    said += [note for note in more if note and note not in said]
     return Pair(whole.manifest, manifest_of(found, whole.manifest.classes, matched_N), said)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from cnn2gnn_dist.data.formats import image_suffix
+from cnn2gnn_dist.data.naming import refuse_blank
 from cnn2gnn_dist.errors import UserError
 
 __all__ = ["Source", "encode_png", "image_suffix", "write_shards"]
@@ -50,10 +51,11 @@ def write_shards(
 
     Raises:
         UserError: a prefix or shard size that makes no sense; shards of an earlier, larger run
-            would stay beside the new ones.
+            would stay beside the new ones; a class whose name is empty.
     """
     from tqdm import tqdm
 
+    refuse_blank(classes, f"the classes of {prefix}")
     folder = _prepare(Path(out), prefix, shard_size, count)
     bar = tqdm(total=count, desc=f"pack {prefix}", unit="img", disable=None if progress else True)
     stream = iter(sources)
