@@ -11,6 +11,7 @@ from cnn2gnn_dist.data.classes import notes
 from cnn2gnn_dist.data.copies import copies_note
 from cnn2gnn_dist.data.expand import files_of
 from cnn2gnn_dist.data.manifest import Manifest, split_per_class
+from cnn2gnn_dist.data.overlap import overlap_note
 from cnn2gnn_dist.data.pair import index_pair, index_whole
 from cnn2gnn_dist.data.sniff import ENOUGH, kind_of, remedy_for
 from cnn2gnn_dist.data.urls import is_remote
@@ -176,7 +177,7 @@ def index_run(context: Context) -> list[Path]:
         whole, held, said = _held_out(data, train, config.seed)
     said += fit.check_classes(whole.label_N, len(held), None if test else data.holdout)
     unused = naming.unused_lists([*train, *(test or [])]) if data.source == "shards" else None
-    said += [note for note in (unused, copies_note(whole)) if note]
+    said += [note for note in (unused, copies_note(whole), overlap_note(whole, held)) if note]
     stages = ("teacher", "student", *(("control",) if config.student.control else ()))
     said += [f"{e.what} ({e.where})" for e in fit.misfits(config, stages, len(whole))]
     paths.train_manifest.parent.mkdir(parents=True, exist_ok=True)
