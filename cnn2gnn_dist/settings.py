@@ -13,7 +13,6 @@ from urllib.parse import unquote
 
 import yaml
 from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
 
 from cnn2gnn_dist import typed_text
 from cnn2gnn_dist.config import Config
@@ -336,14 +335,10 @@ def _on_paths(config: Config, change: Change) -> Config:
         paths = {
             field: _changed(getattr(section, field), f"{name}.{field}", change)
             for field, info in type(section).model_fields.items()
-            if _is_path(info)
+            if typed_text.is_path(info)
         }
         updated[name] = section.model_copy(update=paths)
     return config.model_copy(update=updated)
-
-
-def _is_path(info: FieldInfo) -> bool:
-    return isinstance(info.json_schema_extra, dict) and "path" in info.json_schema_extra
 
 
 def _changed(value: str | list[str] | None, where: str, change: Change) -> str | list[str] | None:
@@ -372,6 +367,8 @@ def _expanded(path: str, where: str) -> str:
 
 
 def _absolute(path: str, where: str) -> str:
+    if not path.strip():  # else the working directory, which nobody has named
+        raise UserError("an empty path", where=where, remedy=f"{where}=PATH")
     if path.lower().startswith("file://"):
         local = unquote(path[len("file://") :]).removeprefix("localhost")
         if not local.startswith("/"):

@@ -14,6 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from cnn2gnn_dist.errors import UserError
 
@@ -89,6 +90,11 @@ def from_file(model: type[BaseModel], text: str, file: str) -> dict[str, Any]:
             remedy="`cnn2gnn config --config demo` prints one to begin with",
         )
     return _Reader(file, file).value(model, node, "")
+
+
+def is_path(field: FieldInfo) -> bool:
+    """Whether a field of the config holds a path, or several."""
+    return isinstance(field.json_schema_extra, dict) and "path" in field.json_schema_extra
 
 
 class Dumper(yaml.SafeDumper):
@@ -178,7 +184,16 @@ class _Reader:
             lines[name] = line
             field = fields.get(name)
             found[name] = self.value(field.annotation if field else Any, value, inner, depth + 1)
+            if field and is_path(field):
+                self._refuse_empty(field, found[name], value, inner)
         return merged | found
+
+    def _refuse_empty(self, field: FieldInfo, value: Any, node: yaml.Node, path: str) -> None:
+        """An empty path would become the working directory."""
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, str) and not one.strip():
+                none = ", or null for none" if _may_be_none(field.annotation) else ""
+                raise self._odd("an empty path", node, path, f"write a path{none}")
 
     def _guess(self, node: yaml.ScalarNode, path: str) -> Any:
         """An argument of a model, whose type nobody has declared: as YAML 1.2 and JSON say."""

@@ -391,6 +391,32 @@ def test_a_field_that_a_file_gets_wrong_is_named(here, text, where, remedy):
     assert remedy in caught.value.remedy
 
 
+@pytest.mark.parametrize(
+    ("text", "field", "line", "none"),
+    [
+        ("data: {train: ''}\n", "data.train", 1, ", or null for none"),
+        ("data:\n  test: '  '\n", "data.test", 2, ", or null for none"),
+        ('data:\n  train: [a, ""]\n', "data.train", 2, ", or null for none"),
+        ("name: x\nrun: {dir: ''}\n", "run.dir", 2, ", or null for none"),
+        ("teacher: {weights: ''}\n", "teacher.weights", 1, ", or null for none"),
+        ("student: {ds_config: ''}\n", "student.ds_config", 1, ", or null for none"),
+        ("stream:\n  cache_dir: ''\n", "stream.cache_dir", 2, ""),
+        ('{"data": {"train": ""}}', "data.train", 1, ", or null for none"),
+    ],
+)
+def test_an_empty_path_is_not_the_working_directory(here, text, field, line, none):
+    with pytest.raises(UserError) as caught:
+        from_file(here, text)
+    assert caught.value.what == "an empty path"
+    assert caught.value.where == f"{here}/c.yaml, line {line}: {field}"
+    assert caught.value.remedy == f"write a path{none}"
+    for override in (f"{field}=''", f'{field}="  "'):
+        with pytest.raises(UserError, match="an empty path") as caught:
+            settings.load("demo", [override])
+        assert (caught.value.where, caught.value.remedy) == (field, f"{field}=PATH")
+    assert from_file(here, "data: {train: ' a', test: }\n").data.train == f"{here}/ a"
+
+
 def test_a_run_folder_in_place_of_a_config_names_its_file(here):
     os.makedirs(f"{here}/run")
     with open(f"{here}/run/config.yaml", "w") as file:
