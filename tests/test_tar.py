@@ -21,6 +21,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cnn2gnn_dist.data import tar
+from cnn2gnn_dist.data.pair import index_pair
 from cnn2gnn_dist.errors import UserError
 
 FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
@@ -306,3 +307,28 @@ def test_what_is_no_tar_is_called_what_it_is(
 def test_a_first_member_may_be_called_like_another_kind_of_file(tmp_path: Path, name: str) -> None:
     path = write_tar(tmp_path / "x.tar", [(name, b"x")])
     assert [member.name for member in tar.walk(path)] == [name]
+
+
+def test_what_is_part_of_no_sample_is_counted_by_reason(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    image = encode_image(random_images(1, 8, 8)[0])
+    plain = ["__meta__/info.json", "README", ".DS_Store", "b.__bad__", "b.jpg", "b.cls"]
+    with tarfile.open(path, "w") as archive:
+        for name, data in [("a.cls", b"0"), ("a.png", image), *((n, b"x") for n in plain)]:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+        kinds = [tarfile.LNKTYPE, tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.FIFOTYPE]
+        for number, kind in enumerate([*kinds, tarfile.DIRTYPE]):
+            info = tarfile.TarInfo(f"c{number}.png")
+            info.type, info.linkname = kind, "a.png"
+            archive.addfile(info)
+    pair = index_pair([path], [path])
+    assert len(pair.train) == 1
+    words = (
+        "10 members of the shards of {} are left out: 3 of samples marked __bad__ (first: "
+        "b.__bad__), 2 hard links (first: c0.png), 1 devices and pipes (first: c3.png), 1 hidden "
+        "(first: .DS_Store), 1 named __…__, as webdataset names what is no sample (first: "
+        "__meta__/info.json), 1 symbolic links (first: c2.png), 1 without a suffix (first: README)"
+    )
+    assert pair.notes == [words.format("data.train"), words.format("data.test")]

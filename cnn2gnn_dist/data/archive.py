@@ -18,6 +18,31 @@ def shown(name: str, limit: int = 120) -> str:
     return text if len(text) <= limit and len(name) <= limit else f"{text[:limit]}…"
 
 
+class Passed(dict[str, tuple[int, str]]):
+    """What is no part of a sample, counted: reason → how many members, and the first one's name."""
+
+    def add(self, reason: str, name: str, count: int = 1) -> None:
+        """Count members; ``name`` is the first one's."""
+        before, first = self.get(reason, (0, name))
+        self[reason] = before + count, first
+
+    def merge(self, other: Passed) -> None:
+        """Add what another archive passed over."""
+        for reason, (count, first) in other.items():
+            self.add(reason, first, count)
+
+    def note(self, where: str) -> str | None:
+        """One sentence: counts by reason, each with its first example; None if there is nothing."""
+        if not self:
+            return None
+        parts = [
+            f"{count} {reason} (first: {shown(first, 80)})"
+            for reason, (count, first) in sorted(self.items(), key=lambda it: (-it[1][0], it[0]))
+        ]
+        total = sum(count for count, _ in self.values())
+        return f"{total} members of the shards of {where} are left out: {', '.join(parts)}"
+
+
 class Archive:
     """An open archive: positioned reads, of which the last two windows are kept.
 
@@ -25,12 +50,16 @@ class Archive:
         path: the file.
         where: what to call it in errors (a URL, say); default: the path.
 
+    Attributes:
+        passed: what those who walk the archive met and left out.
+
     Raises:
         UserError: the file is missing, may not be read, or is no regular file.
     """
 
     def __init__(self, path: str | os.PathLike[str], where: str | None = None) -> None:
         self.where = where or os.fspath(path)
+        self.passed = Passed()
         # Without O_NONBLOCK a named pipe would wait for its writer for ever.
         flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
         try:

@@ -14,6 +14,9 @@ from cnn2gnn_dist.errors import UserError
 MAX_EXTENSION = 1 << 20  # a long name or pax header; more is damage or an attack
 _REGULAR = b"0\x007"
 _NO_PAYLOAD = b"123456"  # links, devices, directories, pipes: a size there means nothing
+_LEFT_OUT = {b"1": "hard links", b"2": "symbolic links"} | dict.fromkeys(
+    (b"3", b"4", b"6"), "devices and pipes"
+)
 _NUMBERS = ((100, 108), (108, 116), (116, 124), (136, 148), (329, 337), (337, 345))
 _NAME, _PREFIX = slice(0, 100), slice(345, 500)
 
@@ -89,10 +92,12 @@ class Careful:
         fields, extension = {**self._everywhere, **self._extension}, self._extension
         self.idle, self._awaited, self._extension = not self._everywhere, False, {}
         bare = header[_NAME].partition(b"\0")[0]
+        name = fields.get("path", prefix_of(header) + _text(bare))
         # A NUL type with a trailing slash is how archives of before 1988 write a directory.
         if kind in _NO_PAYLOAD or (kind == b"\0" and bare.endswith(b"/")):
+            if kind in _LEFT_OUT:
+                self.tar.passed.add(_LEFT_OUT[kind], name)
             return None, payload
-        name = fields.get("path", prefix_of(header) + _text(bare))
         if kind == b"S" or "GNU.sparse" in fields:
             raise self._sparse(name)
         stride = size

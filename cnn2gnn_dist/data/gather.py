@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from cnn2gnn_dist.data import naming, urls
+from cnn2gnn_dist.data.archive import Passed
 from cnn2gnn_dist.data.classes import Told, check_count
 from cnn2gnn_dist.data.naming import Named
 from cnn2gnn_dist.data.rows import COLUMNS, ShardRows, Wanted, read_shard
@@ -27,13 +28,14 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Gathered:
-    """All rows: columns ``NAME_N`` as in the manifest, keys, checksums or None, what names say."""
+    """All rows: columns ``NAME_N`` as in the manifest, keys, checksums or None, what names say, what is left out."""
 
     shards: tuple[Shard, ...]
     told: Told
     columns: dict[str, np.ndarray]
     keys: pa.Array
     crc_N: np.ndarray | None
+    passed: Passed
 
 
 def gather(
@@ -70,10 +72,12 @@ def gather(
             return read_shard(os.fspath(local), wanted, found, where=path)
 
     parts: list[ShardRows] = []
+    passed = Passed()
     bar = tqdm(total=len(paths), desc="index", unit="shard", disable=None if progress else True)
     with bar:
         for rows in in_order(read, paths, workers):
             naming.merge(found, rows.names)
+            passed.merge(rows.passed)
             parts.append(rows)
             bar.update()
     label_N = np.concatenate([rows.label_n for rows in parts])
@@ -87,6 +91,7 @@ def gather(
         _columns(parts),
         joined([rows.keys_n for rows in parts]),
         np.concatenate([rows.crc_n for rows in parts]) if checksums else None,
+        passed,
     )
 
 

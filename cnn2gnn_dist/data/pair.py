@@ -27,10 +27,11 @@ from cnn2gnn_dist.errors import UserError
 
 @dataclass(frozen=True)
 class Whole:
-    """A manifest, and what its shards say of their classes."""
+    """A manifest, what its shards say of their classes, and what a person should know."""
 
     manifest: Manifest
     told: Told
+    left_out: str | None
 
 
 def index_whole(
@@ -62,7 +63,7 @@ def index_whole(
     names, label_N = class_names(told), found.columns["label_N"]
     if not allow_empty_classes:
         refuse_empty_classes(label_N, names, numbered=not told.names)
-    return Whole(manifest_of(found, names, label_N), told)
+    return Whole(manifest_of(found, names, label_N), told, found.passed.note("data.train"))
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,8 @@ def index_pair(
     matched_N = to_C[label_N]
     said = notes(whole.told, whole.manifest.label_N, matched_N, bool((matched_N != label_N).any()))
     more = (
+        whole.left_out,
+        found.passed.note("data.test"),
         number_note(whole.told, found.told, to_C, match_classes),
         case_note(found.told),
     )

@@ -9,13 +9,13 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
 
-from cnn2gnn_dist.data.archive import Archive, shown
+from cnn2gnn_dist.data.archive import Archive, Passed, shown
 from cnn2gnn_dist.data.extended import Member
 from cnn2gnn_dist.data.formats import IMAGE_SUFFIXES
 from cnn2gnn_dist.data.naming import SMALL, Named, Names
@@ -38,7 +38,8 @@ class ShardRows:
     """The n rows of one shard.
 
     ``offset_n``, ``size_n``, ``label_n`` and ``keys_n`` are as in the manifest, ``crc_n`` holds the
-    CRC-32 of the images (None: not asked for), ``names`` the class names that were not known before.
+    CRC-32 of the images (None: not asked for), ``names`` the class names that were not known before,
+    ``passed`` what is part of no sample.
     """
 
     bytes: int
@@ -48,6 +49,7 @@ class ShardRows:
     keys_n: pa.LargeStringArray
     crc_n: np.ndarray | None
     names: dict[int, Named]
+    passed: Passed = field(default_factory=Passed)
 
     def __len__(self) -> int:
         return len(self.label_n)
@@ -120,6 +122,7 @@ def _read(archive: Archive, payloads: _Payloads, wanted: Wanted, names: Names) -
         _encoded(where, keys),
         None if crcs is None else np.asarray(crcs, np.uint32),
         names.found,
+        archive.passed,
     )
 
 

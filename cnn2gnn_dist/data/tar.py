@@ -91,10 +91,11 @@ def grouped(archive: Archive) -> Iterator[TarSample]:
         else:
             split = split_name(name)
             if split is None:
+                archive.passed.add(_why_none(name), name)
                 continue
             prefix, suffix = split
         if prefix != key or not fields:
-            if fields and not _marked_bad(fields):
+            if fields and not _marked_bad(archive, fields):
                 yield new(TarSample, (key, fields))
             if prefix in seen:
                 raise _scattered(archive.where, member)
@@ -110,13 +111,23 @@ def grouped(archive: Archive) -> Iterator[TarSample]:
                 else "Give each member of a sample its own suffix (case does not count).",
             )
         fields[suffix] = member
-    if fields and not _marked_bad(fields):
+    if fields and not _marked_bad(archive, fields):
         yield new(TarSample, (key, fields))
 
 
-def _marked_bad(fields: dict[str, Member]) -> bool:
+def _why_none(name: str) -> str:
+    """Why a member is part of no sample."""
+    if _META.match(name):
+        return "named __…__, as webdataset names what is no sample"
+    return "hidden" if os.path.basename(name).startswith(".") else "without a suffix"
+
+
+def _marked_bad(archive: Archive, fields: dict[str, Member]) -> bool:
     """Webdataset drops a sample with a member ``KEY.__bad__`` that isn't empty."""
-    return "__bad__" in fields and fields["__bad__"].size > 0
+    if "__bad__" not in fields or not fields["__bad__"].size:
+        return False
+    archive.passed.add("of samples marked __bad__", fields["__bad__"].name, len(fields))
+    return True
 
 
 def _scattered(shard: str, member: Member) -> UserError:

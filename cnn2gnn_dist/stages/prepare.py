@@ -210,7 +210,8 @@ def _held_out(
     )
     train_rows, held_rows = split_per_class(whole.manifest, data.holdout, seed)
     part, held = whole.manifest.select(train_rows), whole.manifest.select(held_rows)
-    return part, held, notes(whole.told, part.label_N, held.label_N, moved=False)
+    said = notes(whole.told, part.label_N, held.label_N, moved=False)
+    return part, held, said + ([whole.left_out] if whole.left_out else [])
 
 
 def shard_paths(origin: str | list[str] | None, part: str) -> list[str]:
