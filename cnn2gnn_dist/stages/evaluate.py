@@ -45,7 +45,7 @@ class _LeftOut(NamedTuple):
     first: list[str]
 
     @property
-    def count(self) -> int:
+    def total(self) -> int:
         """Both together."""
         return self.at_pack + len(self.later)
 
@@ -71,7 +71,7 @@ def run(context: Context, keys: dict[str, str]) -> list[Path]:
                 results[name] = {
                     **found.scores(test.num_classes),
                     "judged": len(found.id_N),
-                    "left_out": _left_out(context, left_out).count,
+                    "left_out": _left_out(context, left_out).total,
                     **_costs(context, row, _read(context, found.id_N[:COST_BATCH])),
                     **row.notes,
                     "norms": norms_of(paths.root, contestant.name),
@@ -94,11 +94,11 @@ def run(context: Context, keys: dict[str, str]) -> list[Path]:
 
 
 def _left_out(context: Context, later: dict[int, str]) -> _LeftOut:
-    """All held-out images that are missing from the results: they would be, whoever left them out."""
-    at_pack, packer_says = 0, []
+    """All held-out images that are missing from the results, whoever left them out."""
+    at_pack, packed_without = 0, list[str]()
     if context.config.data.source == "imagefolder":  # another source may lie beside its old note
-        at_pack, packer_says = corrupt_in(context.paths.shards / "test-left-out.json")
-    first = [*packer_says, *(later[sample] for sample in sorted(later))]
+        at_pack, packed_without = corrupt_in(context.paths.shards / "test-left-out.json")
+    first = [*packed_without, *(later[sample] for sample in sorted(later))]
     return _LeftOut(at_pack, later, first[:EXAMPLES])
 
 
