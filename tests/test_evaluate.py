@@ -170,12 +170,17 @@ def test_what_pack_left_out_is_counted_with_the_rest(root, capsys):
     (root / "shards").mkdir()
     (root / "shards" / "test-left-out.json").write_text(json.dumps(record))
     said = {}
-    for source in ("imagefolder", "shards"):  # the latter lies beside a former source's note
-        here = context(root, "evaluation", "graph.scope=batch", f"data.source={source}")
+    # The others lie beside a note of former data.
+    for source, test in (("imagefolder", "x"), ("imagefolder", "null"), ("shards", "x")):
+        data = [f"data.source={source}", "data.train=x", f"data.test={test}"]
+        here = context(root, "evaluation", "graph.scope=batch", *data)
         trained(here)
         evaluate.run(here, {"teacher": "teacher", "student": "student"})
-        said[source] = capsys.readouterr().out, json.loads((root / "results.json").read_text())
-    printed, table = said["imagefolder"]
+        said[source, test] = (
+            capsys.readouterr().out,
+            json.loads((root / "results.json").read_text()),
+        )
+    printed, table = said["imagefolder", "x"]
     for name in ("teacher", "student", "self_path"):
         assert (table[name]["judged"], table[name]["left_out"]) == (TEST - 3, 8)
     assert (table["run"]["test_images"], table["run"]["left_out_at_pack"]) == (TEST, 5)
@@ -185,9 +190,9 @@ def test_what_pack_left_out_is_counted_with_the_rest(root, capsys):
         "judged on 18 held-out images; 8 that can't be read are left out (5 of them by pack)"
         in printed
     )
-    printed, table = said["shards"]
-    assert (table["student"]["left_out"], table["run"]["left_out_at_pack"]) == (3, 0)
-    assert "3 that can't be read are left out\n" in printed
+    for printed, table in (said["imagefolder", "null"], said["shards", "x"]):
+        assert (table["student"]["left_out"], table["run"]["left_out_at_pack"]) == (3, 0)
+        assert "3 that can't be read are left out\n" in printed
 
 
 def test_the_page_counts_what_pack_left_out():

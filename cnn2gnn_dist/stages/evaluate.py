@@ -96,7 +96,10 @@ def run(context: Context, keys: dict[str, str]) -> list[Path]:
 def _left_out(context: Context, later: dict[int, str]) -> _LeftOut:
     """All held-out images that are missing from the results, whoever left them out."""
     at_pack, packed_without = 0, list[str]()
-    if context.config.data.source == "imagefolder":  # another source may lie beside its old note
+    data = context.config.data
+    if (
+        data.source == "imagefolder" and data.test is not None
+    ):  # else a note of former data may lie there
         at_pack, packed_without = corrupt_in(context.paths.shards / "test-left-out.json")
     first = [*packed_without, *(later[sample] for sample in sorted(later))]
     return _LeftOut(at_pack, later, first[:EXAMPLES])
