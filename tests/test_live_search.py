@@ -10,7 +10,7 @@ from test_partition import random_table
 from cnn2gnn_dist.config import GraphConfig
 from cnn2gnn_dist.graph import partition
 from cnn2gnn_dist.graph.bank import Bank
-from cnn2gnn_dist.stages.live_search import LiveSearch
+from cnn2gnn_dist.stages.live_search import LiveSearch, _Search
 
 N, D, M, PARTS = 90, 5, 6, 3
 
@@ -123,3 +123,11 @@ def test_a_batch_of_one_partition_only():
     seeds = np.flatnonzero(part == 1)[:4]
     found = found_by([0, 1, 2], seeds, z[seeds], 5)
     assert found.tolist() == [brute_force(int(seed), z[seed], 5) for seed in seeds]
+
+
+def test_what_inverted_lists_do_not_fill_stays_empty():
+    rows = np.array([4, 7, 9])
+    assert _Search(None, rows, None).local_of(np.array([[2, -1], [0, 1]])).tolist() == [
+        [9, -1],
+        [4, 7],
+    ]

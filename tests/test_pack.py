@@ -589,10 +589,12 @@ def test_real_parquet(tmp_path: Path, name: str, file: str, classes: int, first:
     assert [f["jpg"] for _, f in contents(paths)] == [image["bytes"] for image in images]
 
 
-def test_rows_with_an_empty_label_are_refused_before_a_shard_is_written(tmp_path: Path) -> None:
+def test_an_empty_name_among_others_is_refused_before_a_shard_is_written(tmp_path: Path) -> None:
     rows = [encode_image(image) for image in random_images(2, 8, 8)]
     one = tmp_path / "a.parquet"
-    pq.write_table(pa.table({"image": rows, "label": ["", "owl"]}), one)
+    names = {"info": {"features": {"label": {"names": ["", "owl"], "_type": "ClassLabel"}}}}
+    table = pa.table({"image": rows, "label": [0, 1]})
+    pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(names)}), one)
     with pytest.raises(UserError, match="name of class 0 is empty") as caught:
         pack_parquet([one], tmp_path / "out", prefix="train")
     assert caught.value.where == "the classes of train"

@@ -5,4 +5,18 @@ Keyed by (subject, name as ``mutants.py`` prints it).
 
 from __future__ import annotations
 
-REASONS: dict[tuple[str, str], str] = {}
+REASONS: dict[tuple[str, str], str] = {
+    (
+        "live_search",
+        "LiveSearch._search: if len(rows_S) < len(base):  →  if len(rows_S) <= len(base):",
+    ): "all rows are then copied, and are the same rows",
+    (
+        "live_search",
+        "LiveSearch._opened: …elf._part_N)[self.bank.nodes_L[:self.bank.num_inner]]  →  "
+        "…elf._part_N)[self.bank.nodes_L[:]]",
+    ): "halo nodes are in no partition of this rank, so they equal none that is asked for",
+    (
+        "live_search",
+        "_Search.place_of: …rows_S[place] == seeds, place, -1)  →  …rows_S[place] == seeds, place, -2)",
+    ): "who is left out of a search: any negative number is nobody",
+}
