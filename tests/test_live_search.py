@@ -76,6 +76,8 @@ def test_unseen_images_search_everywhere():
     query = z[:9] + np.float32(0.1)
     found = found_by(None, np.full(9, -1), query, 5)
     assert found.tolist() == [brute_force(-1, one, 5) for one in query]
+    search = LiveSearch(bank_of(None), graph()[2], None, GraphConfig(dim=D), "cpu")
+    assert search.flops_per_query == 2 * N * D
 
 
 def test_more_than_a_partition_holds_leaves_empty_slots():

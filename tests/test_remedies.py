@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import runs
 import torch
 from helpers import encode_image, make_shards, random_images
 from remedies import Row, alternatives, carry_out, cnn2gnn, overridden, remedy_of, table
@@ -198,25 +199,47 @@ def test_a_stage_that_waits_says_for_what_and_run_makes_it(copied, tmp_path):
     assert not list((tmp_path / "run").glob("*.old-*"))  # the same shards: all else stays whole
 
 
-@pytest.mark.slow
-def test_a_damaged_final_checkpoint_is_no_other_ones_turn(copied, micro_run, tmp_path):
-    """Never the weights before it with the bank of those after; made again they are the same."""
-    image = tmp_path / "image.png"
+@pytest.fixture
+def damaged_student(copied, micro_run, tmp_path) -> tuple[Path, list[str], list[str]]:
+    """A copy of the run whose student's last checkpoint is damaged; its config; how to ask it."""
+    config, run, image = copied(tmp_path), tmp_path / "run", tmp_path / "image.png"
     image.write_bytes(encode_image(random_images(1, 16, 16)[0]))
-    before = cnn2gnn(["predict", "--run", str(micro_run), str(image)])
+    assert damage_last(run, "student").name == "step-00000027"
+    ask = ["predict", "--run", str(run), str(image)]
+    code, said = cnn2gnn(ask)
+    assert code == 2
+    assert "ended is not whole: rank-00001-of-00002.safetensors is damaged" in said
+    assert "cnn2gnn student" in alternatives(remedy_of(said))
+    return run, config, ask
 
-    def provoke(place: Path) -> list[str]:
-        copied(place)
-        last = damage_last(place / "run", "student")
-        assert last.name == "step-00000027"
-        return ["predict", "--run", str(place / "run"), str(image)]
 
-    row = Row("damaged", provoke, "ended is not whole: rank-00001-of-00002.safetensors is damaged")
-    carry_out(row, "cnn2gnn student", tmp_path)
-    run = tmp_path / "run"
-    assert (run / "student" / "done.json").exists()
+@pytest.mark.slow
+def test_a_training_made_again_on_as_many_ranks_is_the_same(damaged_student, micro_run):
+    """To the bit: all that was built on it stays whole, and answers as before."""
+    run, _, ask = damaged_student
+    code, said = runs.finish(runs.start(runs.torchrun(run), runs.environment()))
+    assert code == 0, said[-4000:]
+    for stage in ("graph", "control", "evaluate"):
+        assert f"{stage:8} whole, skipped" in said
     assert disk.damage(disk.recorded(run / "student")) is None
-    assert cnn2gnn(["predict", "--run", str(run), str(image)])[0] == before[0] == 0
+    before = cnn2gnn([word.replace(str(run), str(micro_run)) for word in ask])
+    assert before[0] == 0
+    assert cnn2gnn(ask) == before
+
+
+@pytest.mark.slow
+def test_a_training_made_again_on_other_ranks_is_another(damaged_student):
+    """Its weights never meet the bank of those before."""
+    _, config, ask = damaged_student
+    code, said = cnn2gnn(["student", *config])
+    assert code == 0, said
+    code, said = cnn2gnn(ask)
+    assert code == 2
+    assert "the graph of this run was built from another student" in said
+    assert "cnn2gnn graph --update" in alternatives(remedy_of(said))
+    code, said = cnn2gnn(["graph", *config, "--update"])
+    assert code == 0, said
+    assert cnn2gnn(ask)[0] == 0
 
 
 @pytest.mark.slow

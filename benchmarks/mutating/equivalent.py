@@ -19,4 +19,12 @@ REASONS: dict[tuple[str, str], str] = {
         "live_search",
         "_Search.place_of: …rows_S[place] == seeds, place, -1)  →  …rows_S[place] == seeds, place, -2)",
     ): "who is left out of a search: any negative number is nobody",
+    (
+        "live_search",
+        "LiveSearch.nearest: continue  →  pass",
+    ): "a search for no queries finds nothing: only its time is saved",
+    (
+        "ledger",
+        "_write: …on.dumps(entry.__dict__, indent=1))  →  …on.dumps(entry.__dict__, indent=2))",
+    ): "how the file is indented",
 }
