@@ -413,3 +413,15 @@ def test_seeds_that_not_all_random_numbers_can_take_are_refused():
         with pytest.raises(UserError) as caught:
             configs.load("demo", [f"seed={seed}"])
         assert caught.value.where == "seed"
+
+
+def test_many_small_parts_leave_one_sample_to_the_large_ones():
+    """Two samples too many are taken from two parts, not from one."""
+    assert shares_of([1, 1, 1, 50, 47], 5) == [1, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(("batch", "nearest"), [(5, "4 or 8"), (3, "4"), (0, "4")])
+def test_a_batch_that_does_not_divide_is_told_the_nearest(batch, nearest):
+    with pytest.raises(UserError) as caught:
+        check_arithmetic(batch, 2, 2)
+    assert caught.value.remedy == f"a multiple of 4: {nearest}"

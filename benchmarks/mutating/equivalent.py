@@ -27,4 +27,13 @@ REASONS: dict[tuple[str, str], str] = {
         "ledger",
         "_write: …on.dumps(entry.__dict__, indent=1))  →  …on.dumps(entry.__dict__, indent=2))",
     ): "how the file is indented",
+    (
+        "arithmetic",
+        "check_arithmetic: …} or {below + unit}' if below > 0 else f'{unit}'  →  "
+        "…} or {below + unit}' if below > 1 else f'{unit}'",
+    ): "a multiple of 1 divides every batch, so below is never 1",
+    (
+        "arithmetic",
+        "shares_of: if shares.sum() < total:  →  if shares.sum() <= total:",
+    ): "the loop ends where they are equal",
 }
