@@ -90,7 +90,7 @@ def start(command: list[str], env: dict[str, str], cwd: Path = REPOSITORY) -> su
     )
 
 
-def finish(process: subprocess.Popen[str], seconds: float = 300) -> tuple[int, str]:
+def finish(process: subprocess.Popen[str], seconds: float = 600) -> tuple[int, str]:
     """Exit code and output."""
     try:
         output, _ = process.communicate(timeout=seconds)

@@ -35,7 +35,7 @@ def read_until(process: subprocess.Popen[str], pattern: str) -> str:
 def reach(process: subprocess.Popen[str], run: Path, stage: str, step: int | None = None) -> None:
     """Wait until a training has logged this step; without one, until it has a checkpoint."""
     path, latest = run / stage / "metrics.jsonl", run / stage / "checkpoints" / "latest"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400  # beside other work; it costs nothing where it is quick
 
     def there() -> bool:
         if step is None:

@@ -126,7 +126,7 @@ def test_ray_job(micro_run, tmp_path):
     """
     process = start(["unshare", "-n", "bash", "-c", script], bare_environment(tmp_path / "home"))
     try:
-        _, output = finish(process, 420)
+        _, output = finish(process, 800)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
