@@ -8,7 +8,7 @@ from cnn2gnn_dist import cli, consistency, ledger, pipeline, settings
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.ledger import Entry, Standing
 from cnn2gnn_dist.runtime.ranks import Ranks
-from cnn2gnn_dist.stages.keys import Survey
+from cnn2gnn_dist.stages.keys import Survey, as_made
 from cnn2gnn_dist.stages.registry import stages_of
 
 
@@ -197,3 +197,12 @@ def test_a_limit_of_what_is_not_packed_is_noted(tmp_path):
     assert consistency.notes(limited) == []
     shards = config(tmp_path, "data.limit=50", "data.source=shards", "data.train=x.tar")
     assert "data.limit=50 is for packing" in consistency.notes(shards)[0]
+
+
+@pytest.mark.parametrize("parts", [{"bygone": {"a": 1}}, {"bygone.a": 1}, {"student": {"a": 1}}])
+def test_a_model_made_with_fields_of_another_version_is_refused(tmp_path, parts):
+    made = config(tmp_path)
+    ledger.begin(tmp_path / "run" / "student", Entry("k", {}))
+    ledger.finish(tmp_path / "run" / "student", Entry("k", parts))
+    with pytest.raises(UserError, match=r"a\b|bygone"):
+        as_made(made, tmp_path / "run", "student")

@@ -272,10 +272,11 @@ def as_made(config: Config, root: Path, stage: str) -> Config:
         if one == "ds_config":
             continue
         if one:
-            tree[section][one] = value
+            tree.setdefault(section, {})[one] = value
         elif isinstance(value, dict):
             # The file of weights stands there by its content.
-            tree[section] |= {k: v for k, v in value.items() if k != "weights"}
+            made = {k: v for k, v in value.items() if k != "weights"}
+            tree[section] = tree.get(section, {}) | made
         else:
             tree[name] = value
     return settings.check(tree)
