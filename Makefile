@@ -39,7 +39,7 @@ lint: install
 
 # Optional: faster crops of photographs, the same pixels. Needs a C compiler and libjpeg-turbo's header.
 partial: install
-	$(BIN)/python -m cnn2gnn_dist.data.partial build
+	$(BIN)/python -m cnn2gnn_dist.data.images.partial build
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -20,11 +20,12 @@ import psutil
 import torch
 
 from cnn2gnn_dist import settings
+from cnn2gnn_dist.runtime import collectives
 from cnn2gnn_dist.runtime.ranks import Ranks
-from cnn2gnn_dist.stages.networks import Teacher
-from cnn2gnn_dist.training import checkpoint_folder as disk
-from cnn2gnn_dist.training import distributed, ds_config, engine
-from cnn2gnn_dist.training.checkpoint import Checkpoints
+from cnn2gnn_dist.stages.shared.networks import Teacher
+from cnn2gnn_dist.training import ds_config, engine
+from cnn2gnn_dist.training.checkpoint import folder as disk
+from cnn2gnn_dist.training.checkpoint.manager import Checkpoints
 
 EVERY = 50
 
@@ -61,13 +62,13 @@ def measure(training: Steps, saved: Checkpoints, blocks: int, steps: int) -> Non
             blocking.append(time.perf_counter() - began)
         for _ in range(steps):
             number += 1
-            if training.step(float(saved.written)) == distributed.world_size():
+            if training.step(float(saved.written)) == collectives.world_size():
                 saved.settle()
         saved.settle()
         seconds[saves].append(time.perf_counter() - began)
     saved.save(number, training.engine, {})
     folder = saved.finish()
-    if distributed.rank():
+    if collectives.rank():
         return
     pairs = zip(seconds[True], seconds[False], seconds[False][1:], strict=False)
     cost = statistics.median(block - (a + b) / 2 for block, a, b in pairs)

@@ -20,10 +20,11 @@ from pathlib import Path
 
 import numpy as np
 
-from cnn2gnn_dist.graph import partition, quality
+from cnn2gnn_dist.graph import quality
 from cnn2gnn_dist.graph.bank import GraphVersion, open_version
-from cnn2gnn_dist.graph.table_search import Found, Goal, TableSearch
-from cnn2gnn_dist.graph.units import Crew, Workshop
+from cnn2gnn_dist.graph.partition import parts
+from cnn2gnn_dist.graph.search.approximate import Found, Goal, TableSearch
+from cnn2gnn_dist.graph.search.work_units import Crew, Workshop
 
 M, GOAL = 16, Goal(0.95)
 
@@ -66,9 +67,9 @@ def shape(version: GraphVersion) -> None:
     print(f"\n{version.path.name}: {len(table):,} nodes, homophily "
           f"{quality.edge_homophily(table, np.asarray(version.labels)):.3f}, in-degree {percentiles}")  # fmt: skip
     for count in (2, 4, 8):
-        part = partition.assign(table, count)
-        made = [partition.build_part(table, part, number) for number in range(count)]
-        noted = partition.summary(table, part, made)
+        part = parts.assign(table, count)
+        made = [parts.build_part(table, part, number) for number in range(count)]
+        noted = parts.summary(table, part, made)
         print(f"{count} parts: cut {noted['cut']:.3f}, halos {sum(noted['halo1']) / len(table):.2f} and "
               f"{sum(noted['halo2']) / len(table):.2f} for each inner node")  # fmt: skip
 

@@ -38,12 +38,12 @@ if SANITIZED:
 
 MINE = ["cnn2gnn_dist.data", "PIL"]
 with atheris.instrument_imports(MINE) if atheris else contextlib.nullcontext():
-    from cnn2gnn_dist.data import decode as decoding
-    from cnn2gnn_dist.data import partial, views
-    from cnn2gnn_dist.data.decode import CorruptSample, decode
-    from cnn2gnn_dist.data.imaging import fill_views
-    from cnn2gnn_dist.data.tar import samples
-    from cnn2gnn_dist.data.views import CLEAN, ViewSpec, render
+    from cnn2gnn_dist.data.images import decode as decoding
+    from cnn2gnn_dist.data.images import partial, views
+    from cnn2gnn_dist.data.images.batch_views import fill_views
+    from cnn2gnn_dist.data.images.decode import CorruptSample, decode
+    from cnn2gnn_dist.data.images.views import CLEAN, ViewSpec, render
+    from cnn2gnn_dist.data.tar.samples import samples
 
     for kind in ("Jpeg", "Png", "Gif", "Bmp", "Tiff", "WebP", "Ppm"):
         importlib.import_module(f"PIL.{kind}ImagePlugin")

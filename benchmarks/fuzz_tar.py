@@ -29,8 +29,8 @@ except ImportError:
     atheris = None
 
 with atheris.instrument_imports(["cnn2gnn_dist.data"]) if atheris else contextlib.nullcontext():
-    from cnn2gnn_dist.data import tar
-    from cnn2gnn_dist.data.manifest import Manifest, index
+    from cnn2gnn_dist.data.index.manifest import Manifest, index
+    from cnn2gnn_dist.data.tar import samples
     from cnn2gnn_dist.errors import UserError
 
 import archives
@@ -132,8 +132,8 @@ def check(data: bytes) -> None:
     """Raise when one archive is treated wrongly."""
     SHARD.write_bytes(data)
     COUNTS["archives"] += 1
-    members = refusal(lambda: list(tar.walk(SHARD)))
-    found = refusal(lambda: list(tar.samples(SHARD)))
+    members = refusal(lambda: list(samples.walk(SHARD)))
+    found = refusal(lambda: list(samples.samples(SHARD)))
     if isinstance(members, UserError):
         COUNTS["refused by the walk"] += 1
         assert isinstance(found, UserError)
@@ -154,7 +154,7 @@ def check(data: bytes) -> None:
     assert os.listdir(FOLDER) == [SHARD.name]
 
 
-def compare_members(data: bytes, members: list[tar.Member]) -> None:
+def compare_members(data: bytes, members: list[samples.Member]) -> None:
     try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
             theirs = [(m.name, m.offset_data, m.size) for m in archive if m.isreg()]
@@ -165,7 +165,7 @@ def compare_members(data: bytes, members: list[tar.Member]) -> None:
     assert members == theirs, (members, theirs)
 
 
-def compare_samples(data: bytes, found: list[tar.TarSample]) -> None:
+def compare_samples(data: bytes, found: list[samples.TarSample]) -> None:
     try:
         theirs = archives.by_webdataset(SHARD)
     except (tarfile.TarError, RecursionError, UnicodeDecodeError) as error:

@@ -64,8 +64,8 @@ def compare(title: str, path: Path, members: int) -> None:
     """Print members a second of each way to know what is in a shard."""
     from webdataset import tariterators
 
-    from cnn2gnn_dist.data import tar
-    from cnn2gnn_dist.data.manifest import index
+    from cnn2gnn_dist.data.index.manifest import index
+    from cnn2gnn_dist.data.tar import samples as tar
 
     def by_tarfile() -> int:
         with tarfile.open(path) as archive:
@@ -106,7 +106,7 @@ def compare(title: str, path: Path, members: int) -> None:
 
 def step_build(folder: Path) -> None:
     """Index and save; prints what it took."""
-    from cnn2gnn_dist.data.manifest import expand, index
+    from cnn2gnn_dist.data.index.manifest import expand, index
 
     shards, before = expand(folder), peak()
     for count in (len(shards) // 8, len(shards)):
@@ -125,7 +125,7 @@ def step_build(folder: Path) -> None:
 
 def step_load(folder: Path) -> None:
     """Load, and what a reader needs at once; prints milliseconds."""
-    from cnn2gnn_dist.data.manifest import Manifest
+    from cnn2gnn_dist.data.index.manifest import Manifest
 
     for turn in ("first in the process", "second", "third"):
         start = time.perf_counter()
@@ -146,7 +146,7 @@ def step_load(folder: Path) -> None:
 
 def step_use(folder: Path) -> None:
     """Splitting and ordering at this size; prints seconds."""
-    from cnn2gnn_dist.data.manifest import Manifest, split_per_class
+    from cnn2gnn_dist.data.index.manifest import Manifest, split_per_class
     from cnn2gnn_dist.data.order import Order
 
     manifest = Manifest.load(folder / "m.arrow")

@@ -49,18 +49,20 @@ class Subject:
 
 
 SUBJECTS = (
-    Subject("arithmetic", "data/arithmetic.py", ("test_order.py",)),
+    Subject("arithmetic", "data/batch_sizes.py", ("test_order.py",)),
     Subject("order", "data/order.py", ("test_order.py",)),
-    Subject("targets", "data/targets.py", ("test_targets.py",)),
+    Subject("targets", "data/soft_targets.py", ("test_targets.py",)),
     Subject("losses", "models/losses.py", ("test_losses.py",)),
-    Subject("judge", "stages/judge.py", ("test_judge.py",)),
+    Subject("judge", "stages/shared/predictions.py", ("test_judge.py",)),
     Subject("block", "graph/block.py", ("test_block.py", "test_student_model.py")),
-    Subject("live_search", "stages/live_search.py", ("test_live_search.py",)),
-    Subject("partition", "graph/partition.py", ("test_partition.py",)),
+    Subject("live_search", "stages/neighbours/live_search.py", ("test_live_search.py",)),
+    Subject("partition", "graph/partition/parts.py", ("test_partition.py",)),
     Subject(
-        "checkpoint", "training/checkpoint.py", ("test_checkpoint_files.py", "test_checkpoint.py")
+        "checkpoint",
+        "training/checkpoint/manager.py",
+        ("test_checkpoint_files.py", "test_checkpoint.py"),
     ),
-    Subject("checkpoint_folder", "training/checkpoint_folder.py", ("test_checkpoint_files.py",)),
+    Subject("checkpoint_folder", "training/checkpoint/folder.py", ("test_checkpoint_files.py",)),
     Subject("ledger", "ledger.py", ("test_ledger.py",)),
 )
 

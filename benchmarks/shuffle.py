@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from cnn2gnn_dist.data.order import Order
-from cnn2gnn_dist.data.storage import OPEN_SHARDS
+from cnn2gnn_dist.data.reading.shard_files import OPEN_SHARDS
 
 SHARDS, SHARD, CLASSES, BATCH, SEED = 1024, 1250, 1000, 1024, 0
 

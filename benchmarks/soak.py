@@ -27,12 +27,12 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cnn2gnn_dist.data.manifest import Manifest, index
+from cnn2gnn_dist.data.images.views import ViewSpec
+from cnn2gnn_dist.data.index.manifest import Manifest, index
 from cnn2gnn_dist.data.order import Order
-from cnn2gnn_dist.data.pool import ReaderPool
-from cnn2gnn_dist.data.reader import ReaderSpec, Request
-from cnn2gnn_dist.data.views import ViewSpec
-from cnn2gnn_dist.runtime import group
+from cnn2gnn_dist.data.reading.pool import ReaderPool
+from cnn2gnn_dist.data.reading.reader import ReaderSpec, Request
+from cnn2gnn_dist.runtime import ray_group
 
 LOOK_S, LINE_S, PHASE_S = 5.0, 30.0, 20.0
 SLOW_S = 0.2
@@ -119,7 +119,7 @@ def main() -> int:
         place.mkdir()
         os.environ["RAY_TMPDIR"] = str(place)
         spec = make_data(Path(folder))
-        group.start(None, cpus=2)
+        ray_group.start(None, cpus=2)
         family = psutil.Process().children(recursive=True)
         soak = Soak(folder=place)
         print(f"{options}, one batch {options.batch * (3 * 64**2 + 17) / MB:.2f} MB")
@@ -132,7 +132,7 @@ def main() -> int:
             soak.over.set()
             watching.join()
             family += psutil.Process().children(recursive=True)
-            group.stop()
+            ray_group.stop()
         return verdict(soak, options, family, place, before)
 
 

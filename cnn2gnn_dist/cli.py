@@ -14,7 +14,7 @@ from cnn2gnn_dist import __version__, consistency, ledger, settings
 from cnn2gnn_dist.config import Config
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.runtime.ranks import Ranks
-from cnn2gnn_dist.runtime.shutdown import ENDED_BY_SIGTERM
+from cnn2gnn_dist.runtime.ray_session import ENDED_BY_SIGTERM
 
 STAGES = {
     "teacher": "train the CNN under DeepSpeed",
@@ -188,7 +188,7 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from cnn2gnn_dist.stages import plan_command
+    from cnn2gnn_dist.commands import plan
 
     names = [
         "images",
@@ -202,11 +202,11 @@ def _plan(arguments: argparse.Namespace) -> int:
         "searched",
     ]
     given = {name: getattr(arguments, name) for name in names}
-    return plan_command.command(given, as_json=arguments.json)
+    return plan.command(given, as_json=arguments.json)
 
 
 def _checkpoint(arguments: argparse.Namespace) -> int:
-    from cnn2gnn_dist.stages import checkpoint_command as tool
+    from cnn2gnn_dist.commands import checkpoint as tool
 
     place = Path(arguments.place)
     if arguments.action == "export":
@@ -215,24 +215,24 @@ def _checkpoint(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from cnn2gnn_dist import pipeline
+    from cnn2gnn_dist.pipeline import runner
 
     config = settings.load(arguments.config, arguments.overrides)
     _warn_about_a_moved_run(arguments.config, config)
     if arguments.dry_run:
         print(settings.as_yaml(config))
-        steps = pipeline.plan(config, arguments.stages)
+        steps = runner.plan(config, arguments.stages)
         for step in steps:
             print(f"{step.stage.name:10} {step.standing.value:12} {step.why}")
         for note in consistency.notes(config):
             print(f"note: {note}")
-        pipeline.check_ahead(config, steps, config.run.ranks)
+        runner.check_ahead(config, steps, config.run.ranks)
         return 0
     _warn_about_lost_results(config)
-    pipeline.plan(config, arguments.stages)  # refuses an unknown stage before Ray is started
-    if pipeline.light(config, arguments.stages):
+    runner.plan(config, arguments.stages)  # refuses an unknown stage before Ray is started
+    if runner.light(config, arguments.stages):
         tree = settings.as_tree(config)
-        pipeline.run_rank(tree, arguments.stages, arguments.update, False, Ranks(), arguments.force)
+        runner.run_rank(tree, arguments.stages, arguments.update, False, Ranks(), arguments.force)
     else:
         _on_ray(config, arguments.stages, arguments.update, arguments.force)
     if arguments.stages in (None, ["evaluate"]):
@@ -242,28 +242,27 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _on_ray(config: Config, stages: list[str] | None, update: bool, force: bool) -> None:
     """All ranks as Ray actors, here or on the cluster at ``cluster.address``."""
-    from cnn2gnn_dist import pipeline
-    from cnn2gnn_dist.runtime import group, rendezvous
-    from cnn2gnn_dist.stages import keys
+    from cnn2gnn_dist.pipeline import keys, runner
+    from cnn2gnn_dist.runtime import ray_group, rendezvous
 
     cluster, ranks = config.cluster, config.run.ranks
     if not (cluster.address or os.environ.get("RAY_ADDRESS")):
         # The ranks will be here: what they would refuse is refused before Ray is started.
-        on_gpu = pipeline.choose_device(config.device) == "cuda"
+        on_gpu = runner.choose_device(config.device) == "cuda"
         rendezvous.check_interfaces("nccl" if on_gpu else "gloo")
-    with group.running(cluster.address, ranks, logs=Path(str(config.run.dir)) / "ray-logs"):
-        on_gpu = config.device != "cpu" and group.gpus() >= ranks
+    with ray_group.running(cluster.address, ranks, logs=Path(str(config.run.dir)) / "ray-logs"):
+        on_gpu = config.device != "cpu" and ray_group.gpus() >= ranks
         if config.device == "cuda" and not on_gpu:
             raise UserError(
-                f"the config asks for {ranks} GPUs and Ray knows of {group.gpus()}",
+                f"the config asks for {ranks} GPUs and Ray knows of {ray_group.gpus()}",
                 where="device",
                 remedy="device=cpu, device=auto, or fewer ranks: run.ranks=…",
             )
-        spec = group.GroupSpec(
+        spec = ray_group.GroupSpec(
             ranks, cluster.cpus_per_rank, float(on_gpu), cluster.max_failures, cluster.grace_s
         )
-        outcome = group.run_group(
-            "cnn2gnn_dist.pipeline:run_rank",
+        outcome = ray_group.run_group(
+            "cnn2gnn_dist.pipeline.runner:run_rank",
             {
                 "tree": settings.as_tree(config) | {"device": "cuda" if on_gpu else "cpu"},
                 "names": stages,
@@ -276,7 +275,7 @@ def _on_ray(config: Config, stages: list[str] | None, update: bool, force: bool)
         )
     for name, why in outcome[0].items():
         if why == "whole, skipped":
-            print(pipeline.skipped(name))
+            print(runner.skipped(name))
 
 
 def _warn_about_a_moved_run(name: str | None, config: Config) -> None:
@@ -316,7 +315,7 @@ def _closing_words(config: Config) -> None:
 
 
 def _predict(arguments: argparse.Namespace) -> int:
-    from cnn2gnn_dist.stages import predict
+    from cnn2gnn_dist.commands import predict
 
     return predict.command(
         Path(arguments.run), arguments.images, top=arguments.top, as_json=arguments.json
@@ -324,7 +323,7 @@ def _predict(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from cnn2gnn_dist import doctor
+    from cnn2gnn_dist.commands import doctor
 
     return doctor.command()
 

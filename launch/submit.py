@@ -21,9 +21,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cnn2gnn_dist import upload
+from cnn2gnn_dist import upload_checks
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.runtime import access
+from cnn2gnn_dist.runtime import ray_probe
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 EXCLUDES = [".git", "runs", ".venv", "**/*.tar", "**/__pycache__"]
@@ -60,16 +60,16 @@ def main() -> int:
 
 
 def _submit(options: argparse.Namespace) -> int:
-    access.spare_proxies(options.address)
+    ray_probe.spare_proxies(options.address)
     where = f"--address {options.address}"
-    os.environ[access.MODE] = access.job_server_mode(options.address, where)
+    os.environ[ray_probe.MODE] = ray_probe.job_server_mode(options.address, where)
     # Only now, because Ray reads how to authenticate when it is imported.
     from ray.job_submission import JobStatus, JobSubmissionClient
 
     folder = Path(options.working_dir).resolve()
     files = _sent(folder)
-    upload.check_size(files, folder)
-    upload.check_paths(files, folder, options.arguments)
+    upload_checks.check_size(files, folder)
+    upload_checks.check_paths(files, folder, options.arguments)
     try:
         client = JobSubmissionClient(options.address)
         job = client.submit_job(

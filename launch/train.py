@@ -16,8 +16,9 @@ from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cnn2gnn_dist import pipeline, settings
+from cnn2gnn_dist import settings
 from cnn2gnn_dist.errors import PeerLost, UserError
+from cnn2gnn_dist.pipeline import runner
 from cnn2gnn_dist.runtime import preemption
 from cnn2gnn_dist.runtime.ranks import Ranks
 
@@ -59,7 +60,7 @@ def main() -> int:
             ]
         config = settings.load(arguments.config, overrides)
         names = arguments.stages.split(",") if arguments.stages else None
-        pipeline.run_rank(
+        runner.run_rank(
             tree=settings.as_tree(config),
             names=names,
             update=arguments.update,

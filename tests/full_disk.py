@@ -14,7 +14,7 @@ import tiny
 
 from cnn2gnn_dist.runtime.ranks import Ranks
 from cnn2gnn_dist.training import engine
-from cnn2gnn_dist.training.checkpoint import Checkpoints
+from cnn2gnn_dist.training.checkpoint.manager import Checkpoints
 
 
 def main(folder: Path) -> None:

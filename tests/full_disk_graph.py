@@ -14,8 +14,9 @@ from pathlib import Path
 import test_bank
 
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.graph import bank, partition
+from cnn2gnn_dist.graph import bank
 from cnn2gnn_dist.graph.bank import GraphWriter
+from cnn2gnn_dist.graph.partition import parts
 
 
 def main(folder: Path) -> None:
@@ -23,7 +24,7 @@ def main(folder: Path) -> None:
     subprocess.run(["mount", *how], check=True)
     made = test_bank.write(folder, 1)
     shapes = {name: (array.shape, array.dtype.type) for name, array in made.items()}
-    part = partition.build_part(made["candidates"], made["part"], 0)
+    part = parts.build_part(made["candidates"], made["part"], 0)
     found = []
 
     def when_full(name: str, step: Callable[[], object]) -> None:

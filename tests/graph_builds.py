@@ -18,17 +18,18 @@ import torch
 from torch import Tensor
 
 from cnn2gnn_dist import settings
-from cnn2gnn_dist.graph import table_search
+from cnn2gnn_dist.graph.search import approximate
+from cnn2gnn_dist.runtime import collectives
 from cnn2gnn_dist.runtime.ranks import Ranks
-from cnn2gnn_dist.stages import candidates, graph
-from cnn2gnn_dist.stages.context import Context, RunPaths
-from cnn2gnn_dist.training import distributed
+from cnn2gnn_dist.stages import graph
+from cnn2gnn_dist.stages.neighbours import candidates
+from cnn2gnn_dist.stages.shared.context import Context, RunPaths
 
 
 def contexts(run: Path, folder: Path, ranks: Ranks) -> Context:
     """Of a build in many small units."""
     for name in ("SCAN_ROWS", "JOIN_ROWS", "PROBE_ROWS"):
-        setattr(table_search, name, 40)
+        setattr(approximate, name, 40)
     config = settings.load(
         str(run / "config.yaml"),
         ["graph.exact=false", "graph.query=table", "graph.recall=0.9", "evaluate.batch=16"],
@@ -54,7 +55,7 @@ def slow_second_rank(run: Path, folder: Path) -> dict[str, Any]:
     ranks = Ranks.from_environment()
     context = contexts(run, folder, ranks)
     project = projection(context)
-    distributed.barrier = lambda: None
+    collectives.barrier = lambda: None
 
     def embed(images: Tensor) -> tuple[Tensor, Tensor]:
         begun = time.monotonic()

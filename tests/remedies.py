@@ -21,7 +21,8 @@ from pathlib import Path
 import pytest
 import runs
 
-from cnn2gnn_dist import cli, pipeline, settings
+from cnn2gnn_dist import cli, settings
+from cnn2gnn_dist.pipeline import runner
 
 OPEN = re.compile(r"…|\b[A-Z]{3,}\b")
 """What stands in a remedy for a value that only the user knows."""
@@ -54,7 +55,7 @@ def cnn2gnn(arguments: Sequence[str]) -> tuple[int, str]:
     """
     name, rest = arguments[0], list(arguments[1:])
     stages = None if name == "run" else name.split(",")
-    known = [stage.name for stage in pipeline.stages_of(settings.load("demo"))]
+    known = [stage.name for stage in runner.stages_of(settings.load("demo"))]
     if (stages and not set(stages) <= set(known)) or (stages and set(stages) <= {"pack", "index"}):
         said = io.StringIO()
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
@@ -104,7 +105,7 @@ def carry_out(row: Row, alternative: str, place: Path) -> None:
     assert not OPEN.search(chosen.replace(str(place), "")), f"the test does not fill in {chosen}"
     if chosen.startswith("cnn2gnn "):
         command = shlex.split(chosen)[1:]
-        if command[0] in ("run", *(s.name for s in pipeline.stages_of(settings.load("demo")))):
+        if command[0] in ("run", *(s.name for s in runner.stages_of(settings.load("demo")))):
             command += _config_of(failing)
         code, said = cnn2gnn(command)
         assert code == 0, f"{chosen}:\n{said}"

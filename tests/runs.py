@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from cnn2gnn_dist.training import checkpoint_folder as disk
+from cnn2gnn_dist.training.checkpoint import folder as disk
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent

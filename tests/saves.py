@@ -8,12 +8,10 @@ from typing import Any
 
 import tiny
 
-from cnn2gnn_dist.training import (
-    checkpoint_folder,
-    distributed,
-    named_state,
-)
-from cnn2gnn_dist.training.checkpoint import Checkpoints
+from cnn2gnn_dist.runtime import collectives
+from cnn2gnn_dist.training.checkpoint import folder as checkpoint_folder
+from cnn2gnn_dist.training.checkpoint import named_state
+from cnn2gnn_dist.training.checkpoint.manager import Checkpoints
 from cnn2gnn_dist.training.engine import Engine
 
 RUN = "teacher-abc"
@@ -38,7 +36,7 @@ def uninterrupted(root: Path, stage: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for step in range(HALF - 1, HALF + 1):
         found["own buffers"] = {n: b.clone() for n, b in engine.module.named_buffers()}
-        saved.save(step, engine, extra(step), {"rank": distributed.rank()})
+        saved.save(step, engine, extra(step), {"rank": collectives.rank()})
         saved.settle()
         if step < HALF:
             losses += tiny.train(engine, range(step, step + 1))

@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cnn2gnn_dist.graph import bank, partition
+from cnn2gnn_dist.graph import bank
 from cnn2gnn_dist.graph.bank import GraphVersion, GraphWriter
-from cnn2gnn_dist.graph.distdgl import ServedGraph, Task
-from cnn2gnn_dist.runtime.machine import can_be_isolated
+from cnn2gnn_dist.graph.distdgl.served import ServedGraph, Task
+from cnn2gnn_dist.graph.partition import parts as partition
+from cnn2gnn_dist.runtime.supervisor import can_be_isolated
 
 N, D, DIM, M = 300, 6, 4, 8
 

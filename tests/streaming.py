@@ -8,10 +8,10 @@ import sys
 
 import numpy as np
 
-from cnn2gnn_dist.data.manifest import Manifest
-from cnn2gnn_dist.data.pool import ReaderPool
-from cnn2gnn_dist.data.reader import ReaderSpec, Request
-from cnn2gnn_dist.data.views import ViewSpec
+from cnn2gnn_dist.data.images.views import ViewSpec
+from cnn2gnn_dist.data.index.manifest import Manifest
+from cnn2gnn_dist.data.reading.pool import ReaderPool
+from cnn2gnn_dist.data.reading.reader import ReaderSpec, Request
 
 ENOUGH = 6
 
@@ -22,9 +22,9 @@ def main() -> None:
     # A shell that starts the tests in the background has SIGINT ignored, and children inherit it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if backend == "ray":
-        from cnn2gnn_dist.runtime import group
+        from cnn2gnn_dist.runtime import ray_group
 
-        group.start(None, cpus=2)
+        ray_group.start(None, cpus=2)
     samples = len(Manifest.load(manifest))
     requests = (Request(np.arange(n, n + 8) % samples, n) for n in itertools.count())
     spec = ReaderSpec(manifest, ViewSpec("crop_flip", 32))
@@ -37,7 +37,7 @@ def main() -> None:
                 if end == "return":
                     break
     if backend == "ray" and end == "stop":
-        group.stop()
+        ray_group.stop()
 
 
 if __name__ == "__main__":

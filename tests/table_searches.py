@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from cnn2gnn_dist.graph import table_search, units
+from cnn2gnn_dist.graph.search import approximate, work_units
 
 for name in ("SCAN_ROWS", "JOIN_ROWS", "PROBE_ROWS"):
-    setattr(table_search, name, 700)
+    setattr(approximate, name, 700)
 
 
 def main(folder: Path, z_path: Path, rank: int, world_size: int, die_after: int) -> None:
@@ -47,10 +47,10 @@ def main(folder: Path, z_path: Path, rank: int, world_size: int, die_after: int)
         if units_done == die_after:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    crew = units.Crew(rank, world_size, 2, together, gather, progress)
+    crew = work_units.Crew(rank, world_size, 2, together, gather, progress)
     z_Nd = np.load(z_path, mmap_mode="r")
-    search = table_search.TableSearch(units.Workshop(folder / "work", crew), z_Nd, z_Nd, 12)
-    found = search.build(table_search.Goal(0.97))
+    search = approximate.TableSearch(work_units.Workshop(folder / "work", crew), z_Nd, z_Nd, 12)
+    found = search.build(approximate.Goal(0.97))
     if rank == 0:
         np.save(folder / "table.npy", found.table_NM)
         np.save(folder / "order.npy", found.order_N)

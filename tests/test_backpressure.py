@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from helpers import make_shards, random_images
 
-from cnn2gnn_dist.data import actors
-from cnn2gnn_dist.data.manifest import index
-from cnn2gnn_dist.data.pool import ReaderPool
-from cnn2gnn_dist.data.reader import Reader, ReaderSpec, Request
-from cnn2gnn_dist.data.views import ViewSpec
+from cnn2gnn_dist.data.images.views import ViewSpec
+from cnn2gnn_dist.data.index.manifest import index
+from cnn2gnn_dist.data.reading import ray_readers
+from cnn2gnn_dist.data.reading.pool import ReaderPool
+from cnn2gnn_dist.data.reading.reader import Reader, ReaderSpec, Request
 from cnn2gnn_dist.errors import UserError
 
 pytestmark = pytest.mark.ray
@@ -35,7 +35,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Its readers note what they read."""
     if request.param == "ray":
         request.getfixturevalue("ray_cluster")
-        monkeypatch.setattr(actors, "ReaderActor", NotingActor)
+        monkeypatch.setattr(ray_readers, "ReaderActor", NotingActor)
     else:
         plain = Reader.read
 
@@ -47,7 +47,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return request.param
 
 
-class NotingActor(actors.ReaderActor):
+class NotingActor(ray_readers.ReaderActor):
     def read(self, ids, view):
         note(self._spec.manifest, view)
         return super().read(ids, view)
@@ -73,7 +73,7 @@ def requests(count: int) -> list[Request]:
 
 def settle(stream: ReaderPool) -> None:
     """Return when all that was asked has been read: as with a trainer that takes its time."""
-    if isinstance(stream._readers, actors.RayReaders):
+    if isinstance(stream._readers, ray_readers.RayReaders):
         import ray
 
         asked = [a.reference for reader in stream._readers._readers for a in reader.asked]
@@ -146,10 +146,10 @@ def test_the_store_holds_the_prefetch_and_nothing_after(spec, ray_cluster):
 
 @pytest.mark.slow
 def test_nothing_is_spilled_whatever_the_prefetch(spec, ray_cluster, capsys):
-    spilled, capacity = store().spilled_bytes_total, actors._store_bytes()
+    spilled, capacity = store().spilled_bytes_total, ray_readers._store_bytes()
     assert capacity == store().object_store_bytes_avail
     many = int(2 * capacity / BATCH_BYTES)  # in flight they would overfill the store
-    fits = int(capacity * actors.STORE_SHARE / BATCH_BYTES)
+    fits = int(capacity * ray_readers.STORE_SHARE / BATCH_BYTES)
     with ReaderPool(spec, backend="ray", workers=2, prefetch=many) as stream:
         loop = stream.batches(requests(many))
         found = [next(loop)]
@@ -174,7 +174,7 @@ def test_ranks_of_a_node_share_its_store(spec, ray_cluster, monkeypatch):
 
 @pytest.mark.slow
 def test_a_batch_larger_than_the_store_is_refused(spec, ray_cluster, monkeypatch):
-    monkeypatch.setattr(actors, "STORE_SHARE", BATCH_BYTES * 0.99 / actors._store_bytes())
+    monkeypatch.setattr(ray_readers, "STORE_SHARE", BATCH_BYTES * 0.99 / ray_readers._store_bytes())
     with (
         ReaderPool(spec, backend="ray", workers=1, prefetch=4) as stream,
         pytest.raises(UserError, match=f"one batch of {ROWS} images takes 2 MB") as caught,
@@ -208,7 +208,7 @@ def test_what_an_abandoned_loop_had_asked_of_actors_is_cancelled(spec, ray_clust
 
     cancelled, plain = [], ray.cancel
     monkeypatch.setattr(ray, "cancel", lambda one: (cancelled.append(one), plain(one)))
-    monkeypatch.setattr(actors, "ReaderActor", Gated)
+    monkeypatch.setattr(ray_readers, "ReaderActor", Gated)
     folder = Path(spec.manifest).parent
     with ReaderPool(spec, backend="ray", workers=1, prefetch=7) as stream:
         loop = stream.batches(requests(8))

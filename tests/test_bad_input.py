@@ -13,12 +13,13 @@ import torch
 from helpers import encode_image, make_shards, random_images
 from runs import MICRO, environment
 
-from cnn2gnn_dist import cli, pipeline, settings
-from cnn2gnn_dist.data.manifest import Manifest
-from cnn2gnn_dist.data.reader import Batch
+from cnn2gnn_dist import cli, settings
+from cnn2gnn_dist.data.index.manifest import Manifest
+from cnn2gnn_dist.data.reading.reader import Batch
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.stages import fit
-from cnn2gnn_dist.stages.context import CorruptCount
+from cnn2gnn_dist.pipeline import runner
+from cnn2gnn_dist.stages.shared import preflight
+from cnn2gnn_dist.stages.shared.context import CorruptCount
 
 
 def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -90,7 +91,7 @@ def test_broken_yaml(tmp_path, capsys):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_gpu_asked_for_where_there_is_none():
     with pytest.raises(UserError, match="GPU") as caught:
-        pipeline.choose_device("cuda")
+        runner.choose_device("cuda")
     assert caught.value.where == "device"
 
 
@@ -184,7 +185,7 @@ def test_corrupt_samples_count_once_however_often_they_are_read():
 
 
 def test_more_candidates_than_nodes_names_the_field(tmp_path):
-    from cnn2gnn_dist.graph import knn
+    from cnn2gnn_dist.graph.search import knn
 
     base = np.eye(5, dtype=np.float32)
     with pytest.raises(UserError, match=r"5 neighbours .* 5 nodes") as caught:
@@ -290,14 +291,14 @@ def test_too_few_images_are_said_at_index(tmp_path, capsys):
     assert "note: 16 candidates for each of 8 training images" in said
     config = settings.load("demo", run[2:])
     stages = ("teacher", "student", "control")
-    assert [e.where for e in fit.misfits(config, ("teacher",), 8)] == []
-    assert [e.where for e in fit.misfits(config, stages, 64)] == []
-    assert [e.where for e in fit.misfits(config, ("student",), 16)] == [
+    assert [e.where for e in preflight.misfits(config, ("teacher",), 8)] == []
+    assert [e.where for e in preflight.misfits(config, stages, 64)] == []
+    assert [e.where for e in preflight.misfits(config, ("student",), 16)] == [
         *("student.global_batch", "graph.candidates")
     ]
     few = ["graph.scope=batch", "graph.neighbours=4", "student.global_batch=8"]
     batch = settings.load("demo", [*run[2:], *few])
-    assert fit.misfits(batch, stages, 8) == []
+    assert preflight.misfits(batch, stages, 8) == []
 
 
 @pytest.mark.slow
@@ -309,9 +310,12 @@ def test_too_few_images_for_the_student_end_a_run_before_the_teacher(shards, tmp
 
 
 def test_small_classes_are_no_fault_and_single_images_are_said():
-    assert fit.check_classes(np.array([0] * 90 + [1] * 2), 20, 0.2) == []
-    assert "1 of 2 classes have a single" in fit.check_classes(np.array([0] * 9 + [1]), 3, 0.2)[0]
-    assert "every class has a single" in fit.check_classes(np.array([0, 1]), 3, None)[0]
+    assert preflight.check_classes(np.array([0] * 90 + [1] * 2), 20, 0.2) == []
+    assert (
+        "1 of 2 classes have a single"
+        in preflight.check_classes(np.array([0] * 9 + [1]), 3, 0.2)[0]
+    )
+    assert "every class has a single" in preflight.check_classes(np.array([0, 1]), 3, None)[0]
 
 
 def test_a_source_that_reads_one_folder_refuses_two(tmp_path, capsys):

@@ -16,8 +16,9 @@ import torch
 from test_partition import random_table
 
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.graph import bank, partition
+from cnn2gnn_dist.graph import bank
 from cnn2gnn_dist.graph.bank import GraphWriter
+from cnn2gnn_dist.graph.partition import parts as partition
 
 N, D, DIM, M = 40, 6, 3, 4
 

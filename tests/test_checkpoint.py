@@ -15,14 +15,11 @@ from saves import END, HALF, RUN, extra, first_run, newest, state
 from torch import nn
 
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.training import (
-    checkpoint,
-    checkpoint_folder,
-    distributed,
-    random_state,
-)
-from cnn2gnn_dist.training.checkpoint import Checkpoints
-from cnn2gnn_dist.training.checkpoint_folder import load_weights
+from cnn2gnn_dist.runtime import collectives
+from cnn2gnn_dist.training import random_state
+from cnn2gnn_dist.training.checkpoint import folder, manager
+from cnn2gnn_dist.training.checkpoint.folder import load_weights
+from cnn2gnn_dist.training.checkpoint.manager import Checkpoints
 
 LONG = 50
 PAIRS = [(saved, loaded) for saved in tiny.STAGES for loaded in tiny.STAGES]
@@ -77,7 +74,7 @@ def second_run(root: Path) -> dict[Any, Any]:
     wider = tiny.TinyNet()
     wider.register_buffer("zeal", torch.zeros(2))
     found["other names"] = refused(root, RUN, wider)
-    found["fresh"] = fresh(root / f"world-{distributed.world_size()}")
+    found["fresh"] = fresh(root / f"world-{collectives.world_size()}")
     return found
 
 
@@ -120,7 +117,7 @@ def random_numbers(root: Path) -> tuple[list[float], list[float]]:
     """Draws of a rank after a save, and of another process-like state after its load."""
     engine, saved = tiny.build(1), Checkpoints(root, RUN)
     tiny.train(engine, range(1))
-    random_state.seed(5, distributed.rank())
+    random_state.seed(5, collectives.rank())
     draws()
     saved.save(1, engine, {}, {"random": random_state.capture()})
     expected = draws()
@@ -128,7 +125,7 @@ def random_numbers(root: Path) -> tuple[list[float], list[float]]:
     random_state.seed(77)
     loaded = saved.load(tiny.build(1, seed=4))
     assert loaded is not None
-    random_state.restore(loaded.owns[distributed.rank()]["random"])
+    random_state.restore(loaded.owns[collectives.rank()]["random"])
     return expected, draws()
 
 
@@ -169,7 +166,7 @@ def long_run(root: Path) -> dict[int, list[list[float]]]:
         saved.finish()
         mine = tiny.train(engine, range(HALF, HALF + LONG))
         found[stage] = [
-            list(step) for step in zip(*distributed.all_gather_object(mine), strict=True)
+            list(step) for step in zip(*collectives.all_gather_object(mine), strict=True)
         ]
     return found
 
@@ -198,7 +195,7 @@ def wide_again(root: Path) -> dict[int, list[list[float]]]:
         assert Checkpoints(root / f"narrow-{stage}", RUN).load(engine) is not None
         mine = tiny.train(engine, range(HALF, HALF + LONG))
         found[stage] = [
-            list(step) for step in zip(*distributed.all_gather_object(mine), strict=True)
+            list(step) for step in zip(*collectives.all_gather_object(mine), strict=True)
         ]
     return found
 
@@ -305,7 +302,7 @@ def test_the_best_is_kept_besides_the_last(tmp_path: Path) -> None:
     steps = procs.run(best_and_last, 1, tmp_path)[0]
     assert steps == [[f"step-{n:08d}" for n in left] for left in
                      ([1], [1, 2], [2, 3], [2, 3, 4], [2, 4, 5])]  # fmt: skip
-    best = checkpoint_folder.best_of(tmp_path)
+    best = folder.best_of(tmp_path)
     assert best is not None
     assert best.name == "step-00000002"
 
@@ -340,6 +337,6 @@ def test_shares_name_every_tensor_once() -> None:
     names = {name for name, _ in Fake.module.named_parameters()}
     names |= {name for name, _ in Fake.module.named_buffers()}
     for world_size in (1, 2, 3, 50):
-        shares = checkpoint._shares(Fake(), world_size)  # type: ignore[arg-type]
+        shares = manager._shares(Fake(), world_size)  # type: ignore[arg-type]
         assert shares.keys() == names
         assert set(shares.values()) <= set(range(world_size))

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from cnn2gnn_dist import cli, settings
 from cnn2gnn_dist.compat import import_timm
 from cnn2gnn_dist.models.teacher import fit_small_images
-from cnn2gnn_dist.stages.networks import Teacher, build_student
-from cnn2gnn_dist.training import checkpoint_folder as disk
+from cnn2gnn_dist.stages.shared.networks import Teacher, build_student
+from cnn2gnn_dist.training.checkpoint import folder as disk
 
 pytestmark = pytest.mark.slow
 

@@ -20,11 +20,9 @@ from saves import HALF, RUN, extra, first_run, newest, publish, state
 
 from cnn2gnn_dist import durable
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.training import (
-    checkpoint_folder,
-    distributed,
-)
-from cnn2gnn_dist.training.checkpoint import Checkpoints
+from cnn2gnn_dist.runtime import collectives
+from cnn2gnn_dist.training.checkpoint import folder as checkpoint_folder
+from cnn2gnn_dist.training.checkpoint.manager import Checkpoints
 
 pytestmark = pytest.mark.slow
 
@@ -41,22 +39,22 @@ def saved_through_faults(root: Path) -> dict[str, Any]:
         tiny.train(engine, range(step - 1, step))
         saved.save(step, engine, extra(step))
         saved.settle()
-        distributed.barrier()  # rank 0 has cleared away what failed
+        collectives.barrier()  # rank 0 has cleared away what failed
         found[what] = (saved.problem, sorted(path.name for path in root.iterdir()))
-        distributed.barrier()
+        collectives.barrier()
 
     attempt("before", 1)
     everything = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if distributed.rank() == 1:
+    if collectives.rank() == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, everything[1]))  # EFBIG at 1,000 bytes
     attempt("disk full on rank 1", 2)
     resource.setrlimit(resource.RLIMIT_FSIZE, everything)
-    if distributed.rank() == 0:
+    if collectives.rank() == 0:
         (root / "step-00000003.tmp").write_text("in the way")
     attempt("no folder", 3)
     with pytest.raises(UserError, match="the last checkpoint could not be written"):
         saved.finish()
-    if distributed.rank() == 0:
+    if collectives.rank() == 0:
         (root / "step-00000003.tmp").unlink()
     attempt("after", 4)
     found["finish"] = saved.finish().name
@@ -68,7 +66,7 @@ def die_when(rank: int, module: Any, name: str, at: Callable[[Path], bool]) -> N
     real = getattr(module, name)
 
     def killer(path: Path, *rest: Any) -> Any:
-        if distributed.rank() == rank and at(Path(path)):
+        if collectives.rank() == rank and at(Path(path)):
             os.kill(os.getpid(), signal.SIGKILL)
         return real(path, *rest)
 

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.training import checkpoint_folder as disk
-from cnn2gnn_dist.training.checkpoint import Checkpoints
+from cnn2gnn_dist.training.checkpoint import folder as disk
+from cnn2gnn_dist.training.checkpoint.manager import Checkpoints
 
 STATE = {"format": disk.FORMAT, "run_id": "r", "step": 0, "extra": {}, "about": {}}
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from helpers import encode_image, make_shards, random_images, write_tar
 
-from cnn2gnn_dist.data.classes import Told, case_note, class_names, match, notes
-from cnn2gnn_dist.data.copies import copies_note
-from cnn2gnn_dist.data.manifest import index
-from cnn2gnn_dist.data.naming import unused_lists
-from cnn2gnn_dist.data.pair import index_pair, index_whole
+from cnn2gnn_dist.data.index.class_matching import Told, case_note, class_names, match, notes
+from cnn2gnn_dist.data.index.class_names import unused_lists
+from cnn2gnn_dist.data.index.manifest import index
+from cnn2gnn_dist.data.index.manifest_pair import index_pair, index_whole
+from cnn2gnn_dist.data.index.repeated_images import copies_note
 from cnn2gnn_dist.errors import UserError
 
 IMAGE = encode_image(random_images(1, 8, 8)[0])

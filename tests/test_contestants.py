@@ -11,13 +11,14 @@ from test_partition import random_table
 from test_student import DZ, C, D, make_images, student
 
 from cnn2gnn_dist import settings
-from cnn2gnn_dist.graph import bank, partition
+from cnn2gnn_dist.graph import bank
 from cnn2gnn_dist.graph.bank import GraphWriter
+from cnn2gnn_dist.graph.partition import parts
 from cnn2gnn_dist.models.cost import count_flops
 from cnn2gnn_dist.runtime.ranks import Ranks
-from cnn2gnn_dist.stages.contestants import Attached, label_vote, self_path
-from cnn2gnn_dist.stages.context import Context, RunPaths
-from cnn2gnn_dist.stages.neighbourhood import Neighbourhood
+from cnn2gnn_dist.stages.compared_models import Attached, label_vote, self_path
+from cnn2gnn_dist.stages.neighbours.neighbourhood import Neighbourhood
+from cnn2gnn_dist.stages.shared.context import Context, RunPaths
 
 N, M, B = 40, 6, 7
 
@@ -36,7 +37,7 @@ def attached(root: Path, *overrides: str) -> Attached:
     writer = GraphWriter.create(root, 1, {k: (a.shape, a.dtype.type) for k, a in made.items()})
     for name, array in made.items():
         writer.rows(name, 0, array)
-    partition.build_part(made["candidates"], made["part"], 0).save(writer.path / "part-00")
+    parts.build_part(made["candidates"], made["part"], 0).save(writer.path / "part-00")
     writer.finalise({"nodes": N})
     config = settings.load(
         "demo",

@@ -17,9 +17,9 @@ from bombs import all_bombs
 from helpers import data_dir, encode_image, random_images
 from PIL import Image
 
-from cnn2gnn_dist.data import decode as decoding
-from cnn2gnn_dist.data.decode import CorruptSample, decode
-from cnn2gnn_dist.data.tar import samples
+from cnn2gnn_dist.data.images import decode as decoding
+from cnn2gnn_dist.data.images.decode import CorruptSample, decode
+from cnn2gnn_dist.data.tar.samples import samples
 
 IMAGE = random_images(1, 40, 56, seed=3)[0]
 

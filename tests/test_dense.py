@@ -15,12 +15,12 @@ import pytest
 from test_targets import teacher, write_all
 
 from cnn2gnn_dist import settings
-from cnn2gnn_dist.data import dense
-from cnn2gnn_dist.data.targets import Targets
+from cnn2gnn_dist.data import target_arrays
+from cnn2gnn_dist.data.soft_targets import Targets
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.runtime.ranks import Ranks
-from cnn2gnn_dist.stages.context import Context, RunPaths
-from cnn2gnn_dist.stages.soft_targets import open_targets
+from cnn2gnn_dist.stages.shared.context import Context, RunPaths
+from cnn2gnn_dist.stages.shared.training_targets import open_targets
 
 N, C = 60, 9
 
@@ -102,12 +102,12 @@ def test_one_ranks_damaged_file_is_refused_on_all(tmp_path):
 def test_what_a_kill_left_begins_anew(tmp_path):
     wanted = made(tmp_path, 3)
     root = tmp_path / "targets"
-    source = dense.source(sorted(root.glob("*.parquet")), N, C, {"key": "k"})
-    dense.create(root, source)
-    dense.fill(root, source, source.files[:2])
-    assert not dense.is_whole(root, source)
+    source = target_arrays.source(sorted(root.glob("*.parquet")), N, C, {"key": "k"})
+    target_arrays.create(root, source)
+    target_arrays.fill(root, source, source.files[:2])
+    assert not target_arrays.is_whole(root, source)
     same(opened(tmp_path), wanted)
-    assert dense.is_whole(root, source)
+    assert target_arrays.is_whole(root, source)
 
 
 def test_other_targets_give_other_arrays(tmp_path):

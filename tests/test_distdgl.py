@@ -157,7 +157,7 @@ def test_machines_die_with_the_rank_that_asked_for_them(tmp_path):
     reach(process, run, "student", 11)
     ranks = ranks_of(process)
     family = [child for rank in ranks for child in rank.children(recursive=True)]
-    assert len(parts_of(family, "distdgl_server")) == 2
+    assert len(parts_of(family, "distdgl.server")) == 2
     ranks[1].kill()
     code, output = finish(process)
     assert code != 0, output
@@ -172,7 +172,7 @@ def test_a_lost_server_ends_the_launch_and_the_same_command_continues(tmp_path):
     run = tmp_path / "run"
     process = start(torchrun(run, *SERVED), environment())  # its timeout is ten minutes
     reach(process, run, "student", 11)
-    one_of(process, "distdgl_server").kill()
+    one_of(process, "distdgl.server").kill()
     code, output = finish(process)
     assert code != 0
     assert re.search(r"DistDGL is lost at partition \d: server was killed by signal 9", output)
@@ -189,7 +189,7 @@ def test_under_ray_the_group_starts_again_by_itself(tmp_path):
     command = [sys.executable, "-m", "cnn2gnn_dist", "run", "--config", "demo", *MICRO, *SERVED]
     process = start([*command, f"run.dir={run}", "cluster.timeout_s=20"], ray_environment())
     reach(process, run, "student", 11)
-    one_of(process, "distdgl_client").kill()
+    one_of(process, "distdgl.client").kill()
     code, output = finish(process)
     assert code == 0, output[-4000:]
     assert "a rank was lost" in output

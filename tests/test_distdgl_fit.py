@@ -7,11 +7,11 @@ import pytest
 
 from cnn2gnn_dist import settings
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.graph.distdgl_server import new_of_old, node_ranges
-from cnn2gnn_dist.graph.partition import new_ids
+from cnn2gnn_dist.graph.distdgl.server import new_of_old, node_ranges
+from cnn2gnn_dist.graph.partition.parts import new_ids
 from cnn2gnn_dist.runtime.ranks import Ranks
-from cnn2gnn_dist.stages import fit
-from cnn2gnn_dist.stages.served_graph import crowded
+from cnn2gnn_dist.stages.neighbours.served_graph import crowded
+from cnn2gnn_dist.stages.shared import preflight
 
 SERVED = ["graph.sampler=distdgl", "graph.query=table"]
 
@@ -30,7 +30,7 @@ def test_what_servers_cannot_do_is_refused_before_the_run():
         settings.load("demo", [*SERVED, "graph.second_hop=cached"])
     config = settings.load("demo", [*SERVED, "graph.parts=4"])
     with pytest.raises(UserError, match="4 partitions for 2 ranks"):
-        fit.check(config, ["student"], 2)
+        preflight.check(config, ["student"], 2)
 
 
 @pytest.mark.parametrize(("hosts", "can", "named"), [

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from cnn2gnn_dist.errors import PeerLost, UserError
-from cnn2gnn_dist.training import distributed
+from cnn2gnn_dist.runtime import collectives
 
 TIMEOUT_S = 5.0
 
@@ -56,14 +56,14 @@ def ran_on(folder: Path) -> bool:
 
     Rank 1 holds back until rank 0 shows itself beyond the barrier, or long enough.
     """
-    if distributed.rank() == 0:
-        distributed.barrier()
+    if collectives.rank() == 0:
+        collectives.barrier()
         found = (folder / "rows").exists()
         (folder / "beyond").touch()
         return not found
     beyond = appears(folder / "beyond", 1.0)
     (folder / "rows").touch()
-    distributed.barrier()
+    collectives.barrier()
     return beyond
 
 
@@ -71,10 +71,10 @@ def hand_over(folder: Path) -> list[bool]:
     found = []
     for name, prepare in (("gloo", lambda: None), ("as on CUDA", as_on_cuda)):
         (folder / name).mkdir(exist_ok=True)
-        distributed.all_gather_object(None)
+        collectives.all_gather_object(None)
         prepare()
         found.append(ran_on(folder / name))
-        distributed.all_gather_object(None)
+        collectives.all_gather_object(None)
     return found
 
 
@@ -92,19 +92,19 @@ def long_work(folder: Path) -> str:
 
 
 def longer_than_the_timeout(folder: Path) -> tuple[str, bool]:
-    result = distributed.alone(lambda: long_work(folder))
+    result = collectives.alone(lambda: long_work(folder))
     return result, (folder / "made").exists()
 
 
 def uneven_shares(folder: Path) -> bool:
     """Rank 1 has the long share; the ranks meet more than once."""
-    with distributed.uneven():
+    with collectives.uneven():
         pass
-    with distributed.uneven():
-        if distributed.rank() == 1:
+    with collectives.uneven():
+        if collectives.rank() == 1:
             long_work(folder)
     there = (folder / "made").exists()
-    return distributed.alone(lambda: 7) == 7 and there
+    return collectives.alone(lambda: 7) == 7 and there
 
 
 @pytest.mark.slow
@@ -128,14 +128,14 @@ def lost_while_working(folder: Path, who: int, how: int) -> tuple[str, bool]:
 
     began = time.monotonic()
     try:
-        with distributed.uneven():
-            if distributed.rank() == who:
+        with collectives.uneven():
+            if collectives.rank() == who:
                 end()
     except RuntimeError as error:
         assert time.monotonic() - began < 20 * TIMEOUT_S
         if how == signal.SIGSTOP:
             os.kill(int((folder / "pid").read_text()), signal.SIGKILL)
-        return str(error), distributed.lost_peer(error)
+        return str(error), collectives.lost_peer(error)
     return "nothing", False
 
 
@@ -161,9 +161,9 @@ def refused() -> tuple[str, float]:
         raise UserError("no such stage")
 
     try:
-        distributed.alone(refuse)
+        collectives.alone(refuse)
     except UserError as error:
-        if distributed.rank() == 0:
+        if collectives.rank() == 0:
             os._exit(2)
         return str(error), time.monotonic() - begun
     return "nothing", 0.0
@@ -181,11 +181,11 @@ def raising() -> list[tuple[str, str]]:
     for kind in (UserError, KeyError):
         for who in (0, 1):
             try:
-                with distributed.uneven():
-                    if distributed.rank() == who:
+                with collectives.uneven():
+                    if collectives.rank() == who:
                         raise kind(f"rank {who} has no room")
             except (UserError, RuntimeError, KeyError) as error:
-                distributed.barrier()  # and nobody is left waiting
+                collectives.barrier()  # and nobody is left waiting
                 found.append((type(error).__name__, error.args[0]))
     return found
 
@@ -200,8 +200,8 @@ def test_what_one_rank_raises_is_raised_on_all() -> None:
 
 
 def test_a_single_process_works_without_a_group() -> None:
-    assert distributed.alone(lambda: 5) == 5
-    with distributed.uneven():
-        distributed.barrier()
+    assert collectives.alone(lambda: 5) == 5
+    with collectives.uneven():
+        collectives.barrier()
     with pytest.raises(PeerLost):
-        distributed.alone(lambda: (_ for _ in ()).throw(PeerLost("x")))
+        collectives.alone(lambda: (_ for _ in ()).throw(PeerLost("x")))

@@ -13,8 +13,8 @@ import sys
 import pytest
 from runs import free_port
 
-from cnn2gnn_dist import doctor
-from cnn2gnn_dist.doctor import FAIL, OK, WARN, Finding
+from cnn2gnn_dist.commands import doctor
+from cnn2gnn_dist.commands.doctor import FAIL, OK, WARN, Finding
 
 Usage = collections.namedtuple("Usage", "total used free")
 

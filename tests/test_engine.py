@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.models.graph_head import GraphHead
 from cnn2gnn_dist.models.student import Student
-from cnn2gnn_dist.training import distributed, named_state
+from cnn2gnn_dist.runtime import collectives
+from cnn2gnn_dist.training.checkpoint import named_state
 from cnn2gnn_dist.training.engine import Engine, inner_optimizer, without_overlap
 from cnn2gnn_dist.training.sync_norm import synchronise_norms
 
@@ -113,7 +114,7 @@ def late_start(stage: int, late_from: int) -> dict[str, Tensor]:
     """Weights of late parameters over steps that come after 1,500 without gradients."""
     engine = late_engine(stage)
     tensors, _ = named_state.pull(engine, lambda name: True)
-    tensors = {n: t for rank in distributed.all_gather_object(tensors) for n, t in rank.items()}
+    tensors = {n: t for rank in collectives.all_gather_object(tensors) for n, t in rank.items()}
     engine = late_engine(stage)
     named_state.push(engine, tensors, float(IDLE))
     engine.steps, engine.late_from = IDLE, late_from
@@ -142,10 +143,10 @@ def late_resumed(stage: int) -> bool:
     whole = late_engine(stage, tiny.WEIGHT_DECAY)
     go(whole, range(4))
     mine, adam_steps = named_state.pull(whole, lambda name: True)
-    mine.update(named_state.own_buffers(whole, distributed.rank()))
+    mine.update(named_state.own_buffers(whole, collectives.rank()))
     resumed = late_engine(stage, tiny.WEIGHT_DECAY)
     named_state.push(resumed, mine, adam_steps)
-    named_state.push_buffers(resumed, mine, distributed.rank())
+    named_state.push_buffers(resumed, mine, collectives.rank())
     resumed.steps, resumed.late_from = whole.steps, whole.late_from
     found = []
     for engine in (whole, resumed):
@@ -232,7 +233,7 @@ def not_finite(stage: int) -> dict[str, Any]:
     before = tiny.digest(tiny.weights_only(engine.weights()))
     images, labels = tiny.share(1)
     loss = F.cross_entropy(engine(images), labels)
-    said = refusal(engine, loss * float("nan") if distributed.rank() == 1 else loss)
+    said = refusal(engine, loss * float("nan") if collectives.rank() == 1 else loss)
     after = tiny.digest(tiny.weights_only(engine.weights()))
 
     engine = tiny.build(stage)
@@ -268,14 +269,14 @@ def norm_over_ranks() -> dict[str, Tensor]:
     nn.init.uniform_(norm.bias)
     holder = synchronise_norms(nn.Sequential(norm))
     images = tiny.batch(0)[0] * 2 + 5
-    own = slice(0, 6) if distributed.rank() == 0 else slice(6, 8)
+    own = slice(0, 6) if collectives.rank() == 0 else slice(6, 8)
     x = images[own].clone().requires_grad_()
     y = holder(x)
     (y * torch.sin(images[own])).sum().backward()
     found = {n: b for n, b in holder.named_buffers()}
     for name, parameter in holder.named_parameters():
         assert parameter.grad is not None
-        found["grad " + name] = distributed.all_reduce_sum(parameter.grad)
+        found["grad " + name] = collectives.all_reduce_sum(parameter.grad)
     assert x.grad is not None
     return {"y": y.detach(), "dx": x.grad, **found}
 
@@ -284,14 +285,14 @@ def everything() -> dict[Any, Any]:
     """All cases in one group, so that the processes start once."""
     torch.manual_seed(0)
     found: dict[Any, Any] = {
-        "world": (distributed.rank(), distributed.world_size(), dist.get_backend()),
+        "world": (collectives.rank(), collectives.world_size(), dist.get_backend()),
         "torch": plain_torch(),
         "torch clipped": plain_torch(clip=0.3),
         "torch late": late_in_torch(),
         "buffers": buffers_by_rank(),
         "norm": norm_over_ranks(),
-        "gathered": distributed.all_gather_object(distributed.rank() * 10),
-        "broadcast": distributed.broadcast_object({"from": distributed.rank()}),
+        "gathered": collectives.all_gather_object(collectives.rank() * 10),
+        "broadcast": collectives.broadcast_object({"from": collectives.rank()}),
     }
     for stage in tiny.STAGES:
         found["stage", stage] = engine_against_torch(stage, 0.0)
@@ -450,18 +451,18 @@ def test_communication_overlaps_only_where_the_model_has_no_collectives() -> Non
 
 
 def test_without_a_group_one_process_is_the_world() -> None:
-    assert (distributed.rank(), distributed.world_size()) == (0, 1)
-    distributed.barrier()
-    assert distributed.broadcast_object("x") == "x"
-    assert distributed.all_gather_object("x") == ["x"]
-    assert distributed.all_reduce_mean(torch.tensor([2.0])).item() == 2.0
+    assert (collectives.rank(), collectives.world_size()) == (0, 1)
+    collectives.barrier()
+    assert collectives.broadcast_object("x") == "x"
+    assert collectives.all_gather_object("x") == ["x"]
+    assert collectives.all_reduce_mean(torch.tensor([2.0])).item() == 2.0
 
 
 def exit_early() -> str:
     """Rank 1 is killed; rank 0 waits for it in a collective."""
-    if distributed.rank() == 1:
+    if collectives.rank() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    distributed.barrier()
+    collectives.barrier()
     return "never"
 
 

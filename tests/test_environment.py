@@ -21,11 +21,11 @@ import pytest
 import runs
 import torch
 
-from cnn2gnn_dist import upload
+from cnn2gnn_dist import upload_checks
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.runtime import access, here, rendezvous
+from cnn2gnn_dist.runtime import host_checks, ray_probe, rendezvous
+from cnn2gnn_dist.runtime.process_group import device_index, join
 from cnn2gnn_dist.runtime.ranks import DEFAULT_PORT, Ranks, first_host
-from cnn2gnn_dist.training.process_group import device_index, join
 
 # --- who am I, and where do we meet ------------------------------------------------------------
 
@@ -133,9 +133,9 @@ def test_an_address_of_another_host_is_met_on_all_interfaces_with_a_note(capsys)
 
 def own_sockets() -> list[str]:
     """Where this rank listens, once the group has talked."""
-    from cnn2gnn_dist.training import distributed
+    from cnn2gnn_dist.runtime import collectives
 
-    distributed.all_gather_object(os.getpid())
+    collectives.all_gather_object(os.getpid())
     return listening_at(psutil.Process())
 
 
@@ -165,29 +165,29 @@ def test_ranks_that_nobody_else_joins(rank):
 
 
 def test_too_many_ranks_for_cores_or_memory():
-    here.check_cores(16, 2)
+    host_checks.check_cores(16, 2)
     with pytest.raises(UserError, match="17 ranks on 2 cores") as caught:
-        here.check_cores(17, 2)
+        host_checks.check_cores(17, 2)
     assert "run.ranks=2" in caught.value.remedy
-    here.check_memory(3, here.RAY_BYTES + 3 * here.RANK_BYTES)
+    host_checks.check_memory(3, host_checks.RAY_BYTES + 3 * host_checks.RANK_BYTES)
     with pytest.raises(UserError, match="4 ranks need about") as caught:
-        here.check_memory(4, here.RAY_BYTES + 4 * here.RANK_BYTES - 1)
+        host_checks.check_memory(4, host_checks.RAY_BYTES + 4 * host_checks.RANK_BYTES - 1)
     assert "run.ranks=3" in caught.value.remedy
 
 
 def test_too_few_open_files(monkeypatch):
     monkeypatch.setattr(resource, "getrlimit", lambda _: (64, 4096))  # Ray raises the soft limit
-    here.check_files()
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (64, here.LEAST_FILES - 1))
+    host_checks.check_files()
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (64, host_checks.LEAST_FILES - 1))
     with pytest.raises(UserError, match="Ray needs"):
-        here.check_files()
+        host_checks.check_files()
 
 
 def test_shared_memory_that_cannot_be_written(monkeypatch):
-    here.check_shared_memory()
-    monkeypatch.setattr(here, "SHARED_MEMORY", Path("/proc"))
+    host_checks.check_shared_memory()
+    monkeypatch.setattr(host_checks, "SHARED_MEMORY", Path("/proc"))
     with pytest.raises(UserError, match="nothing can be written to /proc"):
-        here.check_shared_memory()
+        host_checks.check_shared_memory()
 
 
 @pytest.mark.slow
@@ -235,21 +235,21 @@ def web() -> Iterator[str]:
 def test_a_dead_address_is_refused_by_the_name_of_what_held_it(named):
     address = f"127.0.0.1:{runs.free_port()}"
     with pytest.raises(UserError, match="no Ray cluster answers") as caught:
-        access.cluster_mode(address, f"{named}={address}")
+        ray_probe.cluster_mode(address, f"{named}={address}")
     assert caught.value.where == f"{named}={address}"
     assert ("unset RAY_ADDRESS" in caught.value.remedy) == (named == "RAY_ADDRESS")
 
 
 def test_what_is_no_cluster_is_said_to_be_none(web):
     with pytest.raises(UserError, match="is no Ray cluster's head"):
-        access.cluster_mode(web, "cluster.address")
+        ray_probe.cluster_mode(web, "cluster.address")
     with pytest.raises(UserError, match=r"no job server answers .* 404"):
-        access.job_server_mode(f"http://{web}", "--address")
+        ray_probe.job_server_mode(f"http://{web}", "--address")
     with pytest.raises(UserError, match="reads HOST:6379") as caught:
-        access.cluster_mode(f"http://{web}", "cluster.address")
+        ray_probe.cluster_mode(f"http://{web}", "cluster.address")
     assert "launch/submit.py" in caught.value.remedy
     with pytest.raises(UserError, match="reads http://HOST:8265"):
-        access.job_server_mode(web, "--address")
+        ray_probe.job_server_mode(web, "--address")
 
 
 @pytest.mark.parametrize(
@@ -257,24 +257,24 @@ def test_what_is_no_cluster_is_said_to_be_none(web):
     [("h:1", ("h", 1)), ("h", ("h", 6379)), ("[::1]:7", ("::1", 7)), ("10.0.0.1:6379", ("10.0.0.1", 6379))],
 )  # fmt: skip
 def test_host_and_port(address, parts):
-    assert access.host_and_port(address, "") == parts
+    assert ray_probe.host_and_port(address, "") == parts
 
 
 @pytest.mark.parametrize("address", ["h:port", "ray://h:1", "h:99999", ":1"])
 def test_addresses_that_are_none(address):
     with pytest.raises(UserError, match="reads HOST:6379"):
-        access.host_and_port(address, "")
+        ray_probe.host_and_port(address, "")
 
 
 def test_a_token_is_looked_for_where_ray_does(tmp_path):
     home = {"HOME": str(tmp_path)}
-    assert access.own_token(home) == ""
+    assert ray_probe.own_token(home) == ""
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray" / "auth_token").write_text("of home\n")
     (tmp_path / "other").write_text("of path")
     path = home | {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "other")}
     named = path | {"RAY_AUTH_TOKEN": "of variable"}
-    found = [(access.own_token(env), access.token_source(env)) for env in (home, path, named)]
+    found = [(ray_probe.own_token(env), ray_probe.token_source(env)) for env in (home, path, named)]
     assert found == [
         ("of home", str(tmp_path / ".ray" / "auth_token")),
         ("of path", str(tmp_path / "other")),
@@ -287,15 +287,15 @@ def test_a_cluster_says_which_token_it_wants(ray_cluster, monkeypatch, tmp_path)
     import ray
 
     address = ray.get_runtime_context().gcs_address
-    assert access.cluster_mode(address, "cluster.address") == "token"
+    assert ray_probe.cluster_mode(address, "cluster.address") == "token"
     with monkeypatch.context() as patch:
         patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
         with pytest.raises(UserError, match="refuses this user's token") as caught:
-            access.cluster_mode(address, "cluster.address")
+            ray_probe.cluster_mode(address, "cluster.address")
         assert caught.value.remedy.startswith("unset RAY_AUTH_TOKEN RAY_AUTH_TOKEN_PATH, and save")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "none"))
     with pytest.raises(UserError, match="demands a token, and there is none here") as caught:
-        access.cluster_mode(address, "cluster.address")
+        ray_probe.cluster_mode(address, "cluster.address")
     assert str(tmp_path / "none") in caught.value.where
     assert caught.value.remedy.startswith("unset RAY_AUTH_TOKEN_PATH, and save")
 
@@ -345,9 +345,9 @@ def test_a_single_process_needs_no_port(tmp_path):
 def test_a_working_directory_that_ray_would_not_take(tmp_path):
     mib = 1 << 20
     files = {"a.png": 300 * mib, "b.png": 150 * mib, "c.png": 49 * mib, "d.png": 1}
-    upload.check_size(files | {"d.png": mib - 1}, tmp_path)
+    upload_checks.check_size(files | {"d.png": mib - 1}, tmp_path)
     with pytest.raises(UserError, match="501 MiB would be sent") as caught:
-        upload.check_size(files | {"d.png": 2 * mib}, tmp_path)
+        upload_checks.check_size(files | {"d.png": 2 * mib}, tmp_path)
     assert "a.png (300 MiB), b.png (150 MiB), c.png (49 MiB)" in caught.value.what
     assert "d.png" not in caught.value.what
     assert ".rayignore" in caught.value.remedy
@@ -383,10 +383,10 @@ def checkout(tmp_path) -> tuple[Path, dict[str, int]]:
 def test_relative_paths_of_a_job(checkout, arguments, field):
     folder, files = checkout
     if field is None:
-        upload.check_paths(files, folder, arguments)
+        upload_checks.check_paths(files, folder, arguments)
         return
     with pytest.raises(UserError, match="not among the files that are sent") as caught:
-        upload.check_paths(files, folder, arguments)
+        upload_checks.check_paths(files, folder, arguments)
     assert caught.value.where == field
     assert "absolute path" in caught.value.remedy
 
@@ -404,7 +404,7 @@ def test_what_is_sent_is_what_ray_sends(tmp_path, monkeypatch):
     assert sent.keys() == {".gitignore", "run.py", "images/1.png", "images/large.bin", "old/3.png"}
     assert sent["run.py"] == 5
     with pytest.raises(UserError, match=r"images/large.bin \(620 MiB\)") as caught:
-        upload.check_size(sent, tmp_path)
+        upload_checks.check_size(sent, tmp_path)
     assert ".rayignore" in caught.value.remedy
     (tmp_path / ".rayignore").write_text("images\n")
     assert submit._sent(tmp_path).keys() == {".gitignore", ".rayignore", "run.py", "old/3.png"}

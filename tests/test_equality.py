@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from test_student import Bank, K, M, N, make_images, student
 from test_student_model import KEY, with_features
 
-from cnn2gnn_dist.graph import partition
 from cnn2gnn_dist.graph.bank import Bank as GraphBank
 from cnn2gnn_dist.graph.block import one_hop_block, queried_block, sampled_block
+from cnn2gnn_dist.graph.partition import parts as partition
 from cnn2gnn_dist.graph.sampler import make_sampler
-from cnn2gnn_dist.stages.second_hop import CachedSecondHop
+from cnn2gnn_dist.stages.neighbours.second_hop import CachedSecondHop
 
 SEEDS = np.arange(0, N, 2)
 

@@ -14,18 +14,19 @@ from helpers import encode_image, random_images, write_tar
 from safetensors.torch import save_file
 from torch import nn
 
-from cnn2gnn_dist import ledger, report, settings
-from cnn2gnn_dist.data import manifest as manifests
-from cnn2gnn_dist.data.reader import Reader, ReaderSpec, Request
-from cnn2gnn_dist.data.targets import Targets
-from cnn2gnn_dist.data.views import CLEAN
+from cnn2gnn_dist import ledger, settings
+from cnn2gnn_dist.data.images.views import CLEAN
+from cnn2gnn_dist.data.index import manifest as manifests
+from cnn2gnn_dist.data.reading.reader import Reader, ReaderSpec, Request
+from cnn2gnn_dist.data.soft_targets import Targets
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.ledger import Entry
+from cnn2gnn_dist.report import page as report
 from cnn2gnn_dist.runtime.ranks import Ranks
 from cnn2gnn_dist.stages import evaluate, graph, targets
-from cnn2gnn_dist.stages.context import Context, RunPaths
-from cnn2gnn_dist.stages.networks import Teacher, build_student
-from cnn2gnn_dist.training import checkpoint_folder as disk
+from cnn2gnn_dist.stages.shared.context import Context, RunPaths
+from cnn2gnn_dist.stages.shared.networks import Teacher, build_student
+from cnn2gnn_dist.training.checkpoint import folder as disk
 
 C = 4
 TRAIN, BAD_TRAIN = 60, (3, 31)

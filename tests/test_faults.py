@@ -19,12 +19,12 @@ import psutil
 import pytest
 from helpers import make_shards, random_images
 
-from cnn2gnn_dist.data import actors
-from cnn2gnn_dist.data.manifest import Manifest, index
+from cnn2gnn_dist.data.images.views import ViewSpec
+from cnn2gnn_dist.data.index.manifest import Manifest, index
 from cnn2gnn_dist.data.order import Order
-from cnn2gnn_dist.data.pool import ReaderPool
-from cnn2gnn_dist.data.reader import Batch, ReaderSpec, Request
-from cnn2gnn_dist.data.views import ViewSpec
+from cnn2gnn_dist.data.reading import ray_readers
+from cnn2gnn_dist.data.reading.pool import ReaderPool
+from cnn2gnn_dist.data.reading.reader import Batch, ReaderSpec, Request
 from cnn2gnn_dist.errors import UserError
 
 pytestmark = pytest.mark.ray
@@ -57,7 +57,7 @@ def bytes_of(batch: Batch) -> tuple:
     return *((a.dtype.str, a.shape, a.tobytes()) for a in arrays), tuple(batch.problems)
 
 
-class Mortal(actors.ReaderActor):
+class Mortal(ray_readers.ReaderActor):
     """A reader that the plan kills, and whose pid is known without asking it."""
 
     def __init__(self, spec):
@@ -111,7 +111,7 @@ def kill_some(folder: Path, rng: random.Random, most: int) -> int:
 
 @pytest.mark.slow
 def test_every_sample_exactly_once_under_fifty_kills(spec, ray_cluster, monkeypatch):
-    monkeypatch.setattr(actors, "ReaderActor", Mortal)
+    monkeypatch.setattr(ray_readers, "ReaderActor", Mortal)
     folder, rng = Path(spec.manifest).parent, random.Random(20)
     requests = requests_of(spec)
     plan = folder / "plan"
@@ -144,7 +144,7 @@ def test_every_sample_exactly_once_under_fifty_kills(spec, ray_cluster, monkeypa
         assert sorted(ids.tolist()) == list(range(SAMPLES))
 
 
-class Poisoned(actors.ReaderActor):
+class Poisoned(ray_readers.ReaderActor):
     """Dies of one request, whoever reads it."""
 
     def read(self, ids, view):
@@ -158,8 +158,8 @@ class Poisoned(actors.ReaderActor):
 def test_whoever_kills_readers_is_blamed_and_not_its_neighbours(
     spec, ray_cluster, monkeypatch, workers
 ):
-    monkeypatch.setattr(actors, "ReaderActor", Poisoned)
-    monkeypatch.setattr(actors, "MOST_DEATHS", 3)
+    monkeypatch.setattr(ray_readers, "ReaderActor", Poisoned)
+    monkeypatch.setattr(ray_readers, "MOST_DEATHS", 3)
     requests = [Request(np.array([n, n + 100]), n) for n in range(16)]
     found = []
     with ReaderPool(spec, backend="ray", workers=workers, prefetch=8) as stream:
@@ -192,7 +192,7 @@ def test_a_reader_gone_for_good_is_replaced(spec, ray_cluster):
 
 @pytest.mark.slow
 def test_readers_that_cannot_start_say_why(spec, ray_cluster, monkeypatch):
-    monkeypatch.setattr(actors, "ReaderActor", Stillborn)
+    monkeypatch.setattr(ray_readers, "ReaderActor", Stillborn)
     with (
         ReaderPool(spec, backend="ray", workers=1, prefetch=2) as stream,
         pytest.raises(UserError, match="can't be started: ImportError: no such library"),
@@ -200,6 +200,6 @@ def test_readers_that_cannot_start_say_why(spec, ray_cluster, monkeypatch):
         list(stream.batches([Request(np.arange(4), 0)]))
 
 
-class Stillborn(actors.ReaderActor):
+class Stillborn(ray_readers.ReaderActor):
     def __init__(self, spec):
         raise ImportError("no such library")

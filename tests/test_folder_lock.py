@@ -15,11 +15,11 @@ from pathlib import Path
 import procs
 import pytest
 
-from cnn2gnn_dist import ledger, pipeline
+from cnn2gnn_dist import ledger
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.runtime import folder_lock
+from cnn2gnn_dist.pipeline import runner
+from cnn2gnn_dist.runtime import collectives, folder_lock
 from cnn2gnn_dist.runtime.ranks import Ranks
-from cnn2gnn_dist.training import distributed
 
 HOLD = """
 import sys, time
@@ -54,13 +54,13 @@ def no_locks(monkeypatch):
 
 def refused_on(root: Path) -> tuple[str, int]:
     """What a rank is told, and that it can still take part in a collective."""
-    ranks = Ranks(distributed.rank(), distributed.rank(), distributed.world_size())
-    pipeline.LOCK_SECONDS = 0.2
+    ranks = Ranks(collectives.rank(), collectives.rank(), collectives.world_size())
+    runner.LOCK_SECONDS = 0.2
     try:
-        with pipeline._locked(root, ranks):
+        with runner._locked(root, ranks):
             return "let in", 0
     except UserError as error:
-        return error.what, sum(distributed.all_gather_object(1))
+        return error.what, sum(collectives.all_gather_object(1))
 
 
 @pytest.mark.slow

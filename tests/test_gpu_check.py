@@ -101,7 +101,7 @@ def test_a_head_in_low_precision_is_found(toy, monkeypatch):
 
 
 def test_a_search_that_misses_a_neighbour_is_found(toy, monkeypatch):
-    from cnn2gnn_dist.graph.knn import Index
+    from cnn2gnn_dist.graph.search.knn import Index
 
     assert alone.search(toy).holds
     search = Index.search

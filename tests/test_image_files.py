@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from helpers import encode_image, random_images
 
-from cnn2gnn_dist.data import image_files
-from cnn2gnn_dist.data.image_files import find_images, read_file, unreadable
+from cnn2gnn_dist.data.images import image_files
+from cnn2gnn_dist.data.images.image_files import find_images, read_file, unreadable
 from cnn2gnn_dist.errors import UserError
 
 PNG = encode_image(random_images(1)[0])
@@ -145,7 +145,7 @@ def test_a_pipe_gives_all_that_is_written_to_it(tmp_path):
 
 def test_what_a_shell_substitutes_is_read(tmp_path):
     tree(tmp_path, "1.png")
-    code = "import sys; from cnn2gnn_dist.data.image_files import read_file; "
+    code = "import sys; from cnn2gnn_dist.data.images.image_files import read_file; "
     code += "sys.stdout.buffer.write(read_file(sys.argv[1]))"
     for wait in ("", "sleep 0.5; "):  # written and closed before it is opened, or after
         line = f'"$0" -c "$1" <({wait}cat 1.png)'

@@ -9,11 +9,11 @@ import pytest
 from helpers import encode_image, random_images
 from PIL import Image
 
-from cnn2gnn_dist.data import imaging
-from cnn2gnn_dist.data import views as viewing
-from cnn2gnn_dist.data.decode import CorruptSample, decode
-from cnn2gnn_dist.data.imaging import fill_views
-from cnn2gnn_dist.data.views import CLEAN, KINDS, ViewSpec, render
+from cnn2gnn_dist.data.images import batch_views
+from cnn2gnn_dist.data.images import views as viewing
+from cnn2gnn_dist.data.images.batch_views import fill_views
+from cnn2gnn_dist.data.images.decode import CorruptSample, decode
+from cnn2gnn_dist.data.images.views import CLEAN, KINDS, ViewSpec, render
 
 SIZES = [(32, 32), (31, 32), (32, 40), (60, 45), (5, 90), (1, 1), (200, 300)]
 
@@ -46,7 +46,7 @@ def by_hand(spec: ViewSpec, data: bytes, sample: int, view: int) -> np.ndarray |
 @pytest.mark.parametrize("resize", [1.0, 1.14])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_chunk_is_what_its_images_are_alone(kind, resize, view, held, monkeypatch):
-    monkeypatch.setattr(imaging, "MOST_HELD", held)
+    monkeypatch.setattr(batch_views, "MOST_HELD", held)
     spec = ViewSpec(kind, 32, seed=8, resize=resize)
     blobs = chunk()
     ids = np.random.default_rng(0).permutation(10**6)[: len(blobs)]

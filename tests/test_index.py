@@ -23,8 +23,9 @@ import pytest
 from archives import END, base256, file, gnu, header, octal, padded, pax
 from helpers import make_shards, random_images, write_tar
 
-from cnn2gnn_dist.data import gather, rows, tar
-from cnn2gnn_dist.data.manifest import Manifest, index
+from cnn2gnn_dist.data.index import build, shard_rows
+from cnn2gnn_dist.data.index.manifest import Manifest, index
+from cnn2gnn_dist.data.tar import samples
 from cnn2gnn_dist.errors import UserError
 
 SAMPLE = file(b"k.cls", b"0") + file(b"k.jpg", b"image")
@@ -159,7 +160,7 @@ def test_many_extension_headers_take_no_memory(tmp_path: Path) -> None:
         index([path])
     path = shard(tmp_path, gnu(b"k.cls"), *many, file(b"x", b"0"), file(b"k.jpg", b"im"))
     assert len(index([path])) == 1
-    assert peak_of(lambda: list(tar.walk(path))) < 4 * MB
+    assert peak_of(lambda: list(samples.walk(path))) < 4 * MB
 
 
 def test_giant_labels_and_jsons_are_not_read(tmp_path: Path) -> None:
@@ -271,7 +272,7 @@ def test_checksums(tmp_path: Path) -> None:
 
 
 def _columns(manifest: Manifest) -> list[np.ndarray]:
-    return [getattr(manifest, f"{name}_N") for name in rows.COLUMNS]
+    return [getattr(manifest, f"{name}_N") for name in shard_rows.COLUMNS]
 
 
 def test_checksums_of_images_longer_than_one_read(tmp_path: Path) -> None:
@@ -287,7 +288,9 @@ def test_a_manifest_of_before_checksums_loads(tmp_path: Path) -> None:
     header_["shards"] = [{"path": "s.tar", "bytes": 9, "samples": 2}]
     values = {"shard": [0, 0], "offset": [512, 1 << 40], "size": [3, 4], "label": [0, -1]}
     values["row_in_shard"] = [0, 1]
-    columns = {n: pa.array(v, pa.from_numpy_dtype(rows.COLUMNS[n])) for n, v in values.items()}
+    columns = {
+        n: pa.array(v, pa.from_numpy_dtype(shard_rows.COLUMNS[n])) for n, v in values.items()
+    }
     columns["key"] = pa.array(["é", "b"])
     batch = pa.RecordBatch.from_pydict(columns)
     batch = batch.replace_schema_metadata({"cnn2gnn.manifest": json.dumps(header_)})
@@ -343,10 +346,10 @@ def test_digest_is_that_of_the_rows_one_by_one() -> None:
 
 
 def test_keys_beyond_two_gibibytes_keep_long_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
-    short = gather.joined([pa.array(["a", "b"], pa.large_string())] * 2)
+    short = build.joined([pa.array(["a", "b"], pa.large_string())] * 2)
     assert (short.type, short.to_pylist()) == (pa.string(), ["a", "b"] * 2)
-    monkeypatch.setattr(gather, "SHORT", 3)
-    assert gather.joined([pa.array(["a", "b"], pa.large_string())] * 2).type == pa.large_string()
+    monkeypatch.setattr(build, "SHORT", 3)
+    assert build.joined([pa.array(["a", "b"], pa.large_string())] * 2).type == pa.large_string()
 
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
@@ -378,7 +381,7 @@ def test_headers_that_change_midway_are_read_as_well_as_the_first(tmp_path: Path
         members.append(file(b"%d.cls" % n, b"0" * n, b"7" if n % 5 == 0 else b"0", **fields))
         members.append(header(b"%d.jpg" % n, 7, b"2", **fields))
     path = shard(tmp_path, *members)
-    found = [(s.key, {k: m.size for k, m in s.fields.items()}) for s in tar.samples(path)]
+    found = [(s.key, {k: m.size for k, m in s.fields.items()}) for s in samples.samples(path)]
     expected = archives.by_webdataset(path)
     assert found == [(key, {k: len(v) for k, v in fields.items()}) for key, fields in expected]
     assert len(found) == 40
@@ -392,7 +395,7 @@ def test_damage_anywhere_in_a_header_is_seen_after_many_sound_ones(tmp_path: Pat
     path = tmp_path / "x.tar"
     path.write_bytes(whole)
     with pytest.raises(UserError, match=r"checksum at byte 18,432|number at byte 18,432"):
-        list(tar.walk(path))
+        list(samples.walk(path))
 
 
 @pytest.mark.parametrize("at", [100, 108, 116, 124, 135, 136, 329, 337])
@@ -404,7 +407,7 @@ def test_numbers_are_checked_after_many_sound_ones(tmp_path: Path, at: int) -> N
     path = tmp_path / "x.tar"
     path.write_bytes(whole)
     with pytest.raises(UserError, match="impossible number at byte 18,432"):
-        list(tar.walk(path))
+        list(samples.walk(path))
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):

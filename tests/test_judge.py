@@ -16,14 +16,14 @@ from test_student import student
 from torch import Tensor
 
 from cnn2gnn_dist import settings
-from cnn2gnn_dist.data import manifest as manifests
+from cnn2gnn_dist.data.index import manifest as manifests
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.runtime.ranks import Ranks
-from cnn2gnn_dist.stages import judge as judging
-from cnn2gnn_dist.stages.context import Context, RunPaths
 from cnn2gnn_dist.stages.evaluate import as_json, table
-from cnn2gnn_dist.stages.judge import Predictions, calibration_error
-from cnn2gnn_dist.stages.neighbourhood import last_refresh, parts_of
+from cnn2gnn_dist.stages.neighbours.neighbourhood import last_refresh, parts_of
+from cnn2gnn_dist.stages.shared import predictions as judging
+from cnn2gnn_dist.stages.shared.context import Context, RunPaths
+from cnn2gnn_dist.stages.shared.predictions import Predictions, calibration_error
 
 IMAGES, BATCH, SEED = 23, 5, 4
 CORRUPT = (2, 9, 22)

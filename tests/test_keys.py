@@ -13,15 +13,15 @@ import servers
 import torch
 from helpers import encode_image, make_shards, random_images, write_tar
 
-from cnn2gnn_dist import cli, pipeline, settings
-from cnn2gnn_dist.data import fingerprint
-from cnn2gnn_dist.data.manifest import Manifest
+from cnn2gnn_dist import cli, settings
+from cnn2gnn_dist.data.index import fingerprint
+from cnn2gnn_dist.data.index.manifest import Manifest
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.ledger import Standing
-from cnn2gnn_dist.stages import keys
-from cnn2gnn_dist.stages.keys import Survey
-from cnn2gnn_dist.stages.networks import build_student
-from cnn2gnn_dist.stages.registry import stages_of
+from cnn2gnn_dist.pipeline import keys, runner
+from cnn2gnn_dist.pipeline.keys import Survey
+from cnn2gnn_dist.pipeline.registry import stages_of
+from cnn2gnn_dist.stages.shared.networks import build_student
 from cnn2gnn_dist.training import ds_config
 
 
@@ -66,7 +66,7 @@ class Run:
         return json.loads((self.root / "manifest" / "done.json").read_text())["digest"]
 
     def standing(self, stage: str) -> tuple[Standing, str]:
-        step = next(s for s in pipeline.plan(self.config) if s.stage.name == stage)
+        step = next(s for s in runner.plan(self.config) if s.stage.name == stage)
         return step.standing, step.why
 
 
@@ -402,7 +402,7 @@ def test_a_deepspeed_config_that_changes_results_is_in_its_models_keys(ds, field
 def test_the_ranks_use_the_config_that_was_read_for_them(tmp_path, monkeypatch):
     """Not what lies in their own working directory."""
     from cnn2gnn_dist.runtime.ranks import Ranks
-    from cnn2gnn_dist.stages.context import Context, RunPaths
+    from cnn2gnn_dist.stages.shared.context import Context, RunPaths
 
     (tmp_path / "one").mkdir()
     (tmp_path / "other").mkdir()

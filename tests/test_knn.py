@@ -11,12 +11,14 @@ import torch
 
 from cnn2gnn_dist import settings
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.graph import exact_search, knn, quality
+from cnn2gnn_dist.graph import quality
 from cnn2gnn_dist.graph.bank import GraphWriter
-from cnn2gnn_dist.graph.units import Crew, Workshop
+from cnn2gnn_dist.graph.search import exact as exact_search
+from cnn2gnn_dist.graph.search import knn
+from cnn2gnn_dist.graph.search.work_units import Crew, Workshop
 from cnn2gnn_dist.runtime.ranks import Ranks
-from cnn2gnn_dist.stages import candidates
-from cnn2gnn_dist.stages.context import Context, RunPaths
+from cnn2gnn_dist.stages.neighbours import candidates
+from cnn2gnn_dist.stages.shared.context import Context, RunPaths
 
 
 def unit(count: int, dim: int, seed: int = 0, clusters: int = 0) -> np.ndarray:

@@ -16,24 +16,25 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cnn2gnn_dist import pipeline, settings
+from cnn2gnn_dist import settings
 from cnn2gnn_dist.config import Config
-from cnn2gnn_dist.data.manifest import Manifest
+from cnn2gnn_dist.data.index.manifest import Manifest
 from cnn2gnn_dist.data.order import Order
-from cnn2gnn_dist.data.reader import Reader, ReaderSpec, Request
-from cnn2gnn_dist.data.targets import write_shard
+from cnn2gnn_dist.data.reading.reader import Reader, ReaderSpec, Request
+from cnn2gnn_dist.data.soft_targets import write_shard
+from cnn2gnn_dist.pipeline import runner
+from cnn2gnn_dist.runtime import collectives
 from cnn2gnn_dist.runtime.ranks import Ranks
 from cnn2gnn_dist.stages import student
-from cnn2gnn_dist.stages.context import Context, RunPaths
-from cnn2gnn_dist.stages.loop import Training
-from cnn2gnn_dist.training import distributed
+from cnn2gnn_dist.stages.shared.context import Context, RunPaths
+from cnn2gnn_dist.stages.shared.training_loop import Training
 
 G, WIDTH, CLASSES, VIEWS = 8, 6, 4, 3
 
 
 def context_of(config: Config, folder: Path) -> Context:
     """A stage's view of a run, for the ranks of this process's group."""
-    ranks = Ranks(distributed.rank(), distributed.rank(), distributed.world_size())
+    ranks = Ranks(collectives.rank(), collectives.rank(), collectives.world_size())
     root = Path(str(config.run.dir))
     return Context(config, ranks, RunPaths(root), folder, "key", "cpu", False)
 
@@ -55,7 +56,7 @@ def net() -> nn.Module:
 
 def learn_case(folder: str, shares: list[list[list[int]]]) -> dict[str, Any]:
     """Gradient and counts after one step; ``shares[rank][micro-batch]`` are rows of the batch."""
-    rank, accumulation = distributed.rank(), len(shares[0])
+    rank, accumulation = collectives.rank(), len(shares[0])
     overrides = [
         f"run.dir={folder}",
         f"teacher.global_batch={G}",
@@ -139,8 +140,8 @@ def prepared(folder: Path) -> Config:
             "student.max_micro_batch=4",
         ],
     )
-    if distributed.rank() == 0 and not (folder / "targets").exists():
-        pipeline.run_rank(settings.as_tree(config), ["pack", "index"], False, False, Ranks())
+    if collectives.rank() == 0 and not (folder / "targets").exists():
+        runner.run_rank(settings.as_tree(config), ["pack", "index"], False, False, Ranks())
         manifest = Manifest.load(folder / "manifest" / "train.arrow")
         log_VNC = targets_of(len(manifest))
         classes = np.broadcast_to(np.arange(10, dtype=np.int32), log_VNC.shape)

@@ -13,13 +13,15 @@ from hypothesis import strategies as st
 from test_table_search import exact, points
 
 from cnn2gnn_dist import settings
-from cnn2gnn_dist.graph import bank, joins, partition, quality, table_search, twins
+from cnn2gnn_dist.graph import bank, duplicates, quality
 from cnn2gnn_dist.graph.bank import Bank, GraphVersion, GraphWriter
+from cnn2gnn_dist.graph.partition import parts as partition
+from cnn2gnn_dist.graph.search import approximate, nn_descent
 from cnn2gnn_dist.runtime.ranks import Ranks
-from cnn2gnn_dist.stages import candidates
-from cnn2gnn_dist.stages.context import Context, RunPaths
-from cnn2gnn_dist.stages.live_search import LiveSearch
-from cnn2gnn_dist.stages.neighbourhood import Neighbourhood
+from cnn2gnn_dist.stages.neighbours import candidates
+from cnn2gnn_dist.stages.neighbours.live_search import LiveSearch
+from cnn2gnn_dist.stages.neighbours.neighbourhood import Neighbourhood
+from cnn2gnn_dist.stages.shared.context import Context, RunPaths
 
 N, M = 1500, 12
 CORRUPT = np.array([0, 3, 4, 700, N - 1])
@@ -57,7 +59,7 @@ def test_corrupt_images_are_in_no_row_and_have_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, another_view: bool
 ) -> None:
     for name in ("SCAN_ROWS", "JOIN_ROWS", "PROBE_ROWS"):
-        monkeypatch.setattr(table_search, name, 400)
+        monkeypatch.setattr(approximate, name, 400)
     z, query = points(0, N), None
     if another_view:
         query = z + 0.05 * np.random.default_rng(1).standard_normal(z.shape).astype(np.float32)
@@ -78,7 +80,7 @@ def test_corrupt_images_are_in_no_row_and_have_none(
     asked = z if query is None else query
     want = REST[exact(z[REST], asked[REST], M)]
     if how == "exact":  # copies may stand in another order: as near is as good
-        near = [joins.similarities(t, z, asked[REST]) for t in (table[REST], want)]
+        near = [nn_descent.similarities(t, z, asked[REST]) for t in (table[REST], want)]
         np.testing.assert_allclose(*near, atol=1e-5)
     else:
         assert note["rebuilt"] == (how == "lists")
@@ -126,21 +128,21 @@ def test_groups_are_connected_components(rows: list[tuple[int, int, bool]]) -> N
             for j, (c, d, other) in enumerate(rows):
                 if not (alone or other) and (a == c or b == d):
                     want[i] = want[j] = min(want[i], want[j])
-    found = twins.groups(one, two, apart=apart)
+    found = duplicates.groups(one, two, apart=apart)
     assert found.tolist() == want
     sizes = [want.count(w) for w in want]
     most = max(sizes, default=1)
-    assert twins.summary(found) == {"nodes": sum(s > 1 for s in sizes), "most": most}
+    assert duplicates.summary(found) == {"nodes": sum(s > 1 for s in sizes), "most": most}
     assert (
-        twins.groups(one, None, apart=apart).tolist()
-        == twins.groups(one, one, apart=apart).tolist()
+        duplicates.groups(one, None, apart=apart).tolist()
+        == duplicates.groups(one, one, apart=apart).tolist()
     )
 
 
 def test_equal_rows_have_equal_keys_and_others_have_not() -> None:
     rng = np.random.default_rng(4)
     x = rng.integers(-2, 3, (20_000, 3)).astype(np.float16)  # 125 kinds of rows, over two chunks
-    keys, kinds = twins.row_keys(x), {}
+    keys, kinds = duplicates.row_keys(x), {}
     for key, row in zip(keys.tolist(), map(tuple, x.tolist()), strict=True):
         assert kinds.setdefault(row, key) == key
     assert len(set(kinds.values())) == len(kinds) == 125
@@ -153,7 +155,7 @@ def version_with_twins(root: Path) -> tuple[GraphVersion, np.ndarray]:
     rng = np.random.default_rng(0)
     x = rng.standard_normal((60, 6)).astype(np.float16)
     x[[11, 40]], x[21] = x[10], x[20]
-    twin = twins.groups(twins.row_keys(x))
+    twin = duplicates.groups(duplicates.row_keys(x))
     table = exact(z, z, M).astype(np.int32)
     arrays = {
         "x": x,
@@ -169,7 +171,7 @@ def version_with_twins(root: Path) -> tuple[GraphVersion, np.ndarray]:
         writer.rows(name, 0, array)
     for number in range(2):
         partition.build_part(table, arrays["part"], number).save(writer.path / f"part-0{number}")
-    made = writer.finalise({"key": "k", "search": {"twins": twins.summary(twin)}})
+    made = writer.finalise({"key": "k", "search": {"twins": duplicates.summary(twin)}})
     return bank.open_version(made), z
 
 

@@ -8,9 +8,9 @@ import torch
 from test_partition import random_table
 
 from cnn2gnn_dist.config import GraphConfig
-from cnn2gnn_dist.graph import partition
 from cnn2gnn_dist.graph.bank import Bank
-from cnn2gnn_dist.stages.live_search import LiveSearch, _Search
+from cnn2gnn_dist.graph.partition import parts as partition
+from cnn2gnn_dist.stages.neighbours.live_search import LiveSearch, _Search
 
 N, D, M, PARTS = 90, 5, 6, 3
 

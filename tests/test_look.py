@@ -14,13 +14,13 @@ import pytest
 from helpers import encode_image
 from PIL import Image
 
-from cnn2gnn_dist import cli, doctor
-from cnn2gnn_dist.data import image_files
-from cnn2gnn_dist.data.manifest import Manifest
-from cnn2gnn_dist.data.reader import Reader, ReaderSpec, Request
-from cnn2gnn_dist.data.views import CLEAN, ViewSpec
-from cnn2gnn_dist.report import table_rows, verdict, write_report
-from cnn2gnn_dist.stages import predict
+from cnn2gnn_dist import cli
+from cnn2gnn_dist.commands import doctor, predict
+from cnn2gnn_dist.data.images import image_files
+from cnn2gnn_dist.data.images.views import CLEAN, ViewSpec
+from cnn2gnn_dist.data.index.manifest import Manifest
+from cnn2gnn_dist.data.reading.reader import Reader, ReaderSpec, Request
+from cnn2gnn_dist.report.page import table_rows, verdict, write_report
 
 
 class Page(HTMLParser):

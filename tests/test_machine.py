@@ -14,13 +14,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cnn2gnn_dist.runtime.machine import Machine, Spec, can_be_isolated
+from cnn2gnn_dist.runtime.supervisor import Machine, Spec, can_be_isolated
 
 WAIT = ["sleep", "600"]
 isolated = pytest.mark.skipif(
     not can_be_isolated(), reason="this kernel refuses this user a mount namespace"
 )
-ASK = "from cnn2gnn_dist.runtime.machine import can_be_isolated; print(can_be_isolated())"
+ASK = "from cnn2gnn_dist.runtime.supervisor import can_be_isolated; print(can_be_isolated())"
 
 
 PRINT = "import os, sys; print('said'); os.write(int(sys.argv[1]), os.environ['NAME'].encode())"
@@ -68,7 +68,7 @@ def test_all_end_with_a_supervisor_that_is_killed():
 def test_all_end_with_the_asker(tmp_path):
     """A rank killed by SIGKILL closes nothing in order: the kernel does."""
     lines = (
-        "import os, json; from cnn2gnn_dist.runtime.machine import Machine, Spec",
+        "import os, json; from cnn2gnn_dist.runtime.supervisor import Machine, Spec",
         f"m = Machine(Spec({{'a': {WAIT}, 'b': {WAIT}}}, isolated=False)); m.started()",
         "print(json.dumps(m.processes), flush=True); os.kill(os.getpid(), 9)",
     )

@@ -14,9 +14,9 @@ import pyarrow as pa
 import pytest
 from helpers import data_dir, encode_image, make_shards, random_images, write_tar
 
-from cnn2gnn_dist.data.expand import files_of
-from cnn2gnn_dist.data.folders import refuse_parts_as_classes
-from cnn2gnn_dist.data.manifest import Manifest, expand, index, split_per_class
+from cnn2gnn_dist.data.index.manifest import Manifest, expand, index, split_per_class
+from cnn2gnn_dist.data.storage.folders import refuse_parts_as_classes
+from cnn2gnn_dist.data.storage.shard_paths import files_of
 from cnn2gnn_dist.errors import UserError
 
 IMAGES = random_images(20, 8, 8)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from cnn2gnn_dist import cli
-from cnn2gnn_dist.graph import bank, memory, partition
+from cnn2gnn_dist.graph import bank, memory_model
+from cnn2gnn_dist.graph.partition import parts as partition
 from cnn2gnn_dist.graph.sampler import TableSampler
 
 N, D, DIM, M, PARTS = 6000, 48, 16, 8, 4
@@ -48,26 +49,26 @@ def test_prediction_against_what_was_made(tmp_path: Path) -> None:
     whole, parts = version(tmp_path)
     halo1 = sum(p.num_halo1 for p in parts) / N
     halo2 = sum(len(p.nodes_L) for p in parts) / N - 1 - halo1
-    sizes = memory.Sizes(N, D, DIM, M, PARTS, PARTS, halo1, halo2)
-    found = memory.structures(sizes)
+    sizes = memory_model.Sizes(N, D, DIM, M, PARTS, PARTS, halo1, halo2)
+    found = memory_model.structures(sizes)
     on_disk = sum(path.stat().st_size for path in whole.path.rglob("*.npy"))
-    assert memory.total(found, "disk") == pytest.approx(on_disk, rel=0.02)
+    assert memory_model.total(found, "disk") == pytest.approx(on_disk, rel=0.02)
     held = [bank.load_bank(whole, [p]) for p in range(PARTS)]
     used = [
         sum(t.nbytes for t in (b.x_LD.numpy(), b.z_Ld.numpy(), b.labels_L.numpy(), b.nodes_L, b.table_KM))
         + TableSampler(b.table_KM, 0, b.nodes_L)._nodes_K.nbytes
         for b in held
     ]  # fmt: skip
-    assert memory.total(found, "rank") == pytest.approx(np.mean(used), rel=0.02)
+    assert memory_model.total(found, "rank") == pytest.approx(np.mean(used), rel=0.02)
 
 
 def test_halos_grow_with_the_parts_and_stay_within_the_graph() -> None:
-    assert memory.halos(1) == (0.0, 0.0)
-    for parts, known in memory.HALOS.items():
-        assert memory.halos(parts) == pytest.approx(known)
-    seen = [memory.halos(parts) for parts in (1, 2, 3, 4, 6, 8, 16, 64, 1024)]
+    assert memory_model.halos(1) == (0.0, 0.0)
+    for parts, known in memory_model.HALOS.items():
+        assert memory_model.halos(parts) == pytest.approx(known)
+    seen = [memory_model.halos(parts) for parts in (1, 2, 3, 4, 6, 8, 16, 64, 1024)]
     assert all(a[0] <= b[0] and a[1] <= b[1] for a, b in itertools.pairwise(seen))
-    assert all(sum(memory.halos(parts)) <= parts - 1 for parts in range(1, 50))
+    assert all(sum(memory_model.halos(parts)) <= parts - 1 for parts in range(1, 50))
 
 
 def test_plan_prints_the_model(capsys: pytest.CaptureFixture[str]) -> None:

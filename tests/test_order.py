@@ -14,15 +14,10 @@ from plain_order import plain_order
 from runs import environment
 
 from cnn2gnn_dist import settings as configs
-from cnn2gnn_dist.data.arithmetic import (
-    check_arithmetic,
-    check_parts,
-    micro_batches,
-    shares_of,
-)
+from cnn2gnn_dist.data.batch_sizes import check_arithmetic, check_parts, micro_batches, shares_of
 from cnn2gnn_dist.data.order import Order, sequential
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.stages import fit
+from cnn2gnn_dist.stages.shared import preflight
 
 
 def parts_of(total: int, count: int, seed: int) -> list[np.ndarray] | None:
@@ -390,10 +385,10 @@ def test_a_config_that_does_not_fit_the_ranks_is_refused_before_the_first_stage(
     stages = ("pack", "teacher", "student")
     config = configs.load("demo", [change])
     with pytest.raises(UserError, match=what):
-        fit.check(config, stages, world)
-    fit.check(config, ["pack", "evaluate"], world)  # what is whole had its own ranks
-    fit.check(configs.load("demo", [change, "graph.scope=batch"]), ["teacher"], 1)
-    fit.check(configs.load("demo", ["graph.parts=4"]), stages, 4)
+        preflight.check(config, stages, world)
+    preflight.check(config, ["pack", "evaluate"], world)  # what is whole had its own ranks
+    preflight.check(configs.load("demo", [change, "graph.scope=batch"]), ["teacher"], 1)
+    preflight.check(configs.load("demo", ["graph.parts=4"]), stages, 4)
 
 
 def test_ranks_that_do_not_fit_leave_no_trace(tmp_path):

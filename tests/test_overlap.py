@@ -9,9 +9,10 @@ import pytest
 from helpers import make_shards, random_images, write_tar
 
 from cnn2gnn_dist import cli
-from cnn2gnn_dist.data import overlap, urls
-from cnn2gnn_dist.data.manifest import Manifest, index
-from cnn2gnn_dist.data.overlap import overlap_note
+from cnn2gnn_dist.data.index import held_out_overlap
+from cnn2gnn_dist.data.index.held_out_overlap import overlap_note
+from cnn2gnn_dist.data.index.manifest import Manifest, index
+from cnn2gnn_dist.data.storage import urls
 
 
 def manifest(path: Path, payloads: list[bytes], checksums: bool = False) -> Manifest:
@@ -53,7 +54,9 @@ def test_what_is_read_is_bounded(tmp_path: Path, monkeypatch) -> None:
     train = payloads(30, 0, size=300) + payloads(30, 1, size=400)
     a, b = manifest(tmp_path / "a.tar", train), manifest(tmp_path / "b.tar", train)
     assert str(overlap_note(a, b)).startswith("60 of 60 ")
-    monkeypatch.setattr(overlap, "MOST", 59)  # the first length met, up to where the other comes
+    monkeypatch.setattr(
+        held_out_overlap, "MOST", 59
+    )  # the first length met, up to where the other comes
     read: list[int] = []
     real = urls.read_range
     monkeypatch.setattr(
@@ -64,10 +67,10 @@ def test_what_is_read_is_bounded(tmp_path: Path, monkeypatch) -> None:
     looked = int(str(overlap_note(a, b)).split(" of ")[1].split()[0])
     assert 0 < looked < 60
     assert sum(read) == 30
-    monkeypatch.setattr(overlap, "MOST_BYTES", 299)
+    monkeypatch.setattr(held_out_overlap, "MOST_BYTES", 299)
     assert overlap_note(a, b) is None
     monkeypatch.undo()
-    monkeypatch.setattr(overlap, "SAMPLE", 5)
+    monkeypatch.setattr(held_out_overlap, "SAMPLE", 5)
     assert str(overlap_note(a, b)).startswith("5 of 5 ")
 
 

@@ -18,16 +18,16 @@ import pytest
 from helpers import data_dir, encode_image, random_images
 from PIL import Image
 
-from cnn2gnn_dist.data import tar
-from cnn2gnn_dist.data.formats import image_suffix
-from cnn2gnn_dist.data.manifest import index
-from cnn2gnn_dist.data.pack import (
+from cnn2gnn_dist.data.images.formats import image_suffix
+from cnn2gnn_dist.data.index.manifest import index
+from cnn2gnn_dist.data.packing.packers import (
     pack_digits,
     pack_imagefolder,
     pack_parquet,
     pack_torchvision,
 )
-from cnn2gnn_dist.data.shards import Source, write_shards
+from cnn2gnn_dist.data.packing.shard_writer import Source, write_shards
+from cnn2gnn_dist.data.tar import samples
 from cnn2gnn_dist.errors import UserError
 
 IMAGES = random_images(6, 8, 8)
@@ -37,7 +37,7 @@ def contents(paths: list[Path]) -> list[tuple[str, dict[str, bytes]]]:
     found = []
     for path in paths:
         data = path.read_bytes()
-        for sample in tar.samples(path):
+        for sample in samples.samples(path):
             fields = {s: data[m.offset : m.offset + m.size] for s, m in sample.fields.items()}
             found.append((sample.key, fields))
     return found

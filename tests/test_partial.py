@@ -17,12 +17,12 @@ import simplejpeg
 from helpers import data_dir, encode_image, random_images
 from PIL import Image
 
-from cnn2gnn_dist.data import decode as decoding
-from cnn2gnn_dist.data import partial
-from cnn2gnn_dist.data.decode import CorruptSample, decode
-from cnn2gnn_dist.data.imaging import fill_views
-from cnn2gnn_dist.data.tar import samples
-from cnn2gnn_dist.data.views import ViewSpec
+from cnn2gnn_dist.data.images import decode as decoding
+from cnn2gnn_dist.data.images import partial
+from cnn2gnn_dist.data.images.batch_views import fill_views
+from cnn2gnn_dist.data.images.decode import CorruptSample, decode
+from cnn2gnn_dist.data.images.views import ViewSpec
+from cnn2gnn_dist.data.tar.samples import samples
 from cnn2gnn_dist.errors import UserError
 
 SPEC = ViewSpec("random_resized_crop", 48, seed=5)
@@ -373,12 +373,19 @@ def run(folder: Path, *words: str, **environment: str) -> subprocess.CompletedPr
     """The command on a copy of the package's few files that it needs: none is built there."""
     package = folder / "cnn2gnn_dist"
     if not package.exists():
-        (package / "data").mkdir(parents=True)
-        for name in ("__init__.py", "errors.py", "durable.py", "data/partial.py", "data/partial.c"):
+        (package / "data" / "images").mkdir(parents=True)
+        for name in (
+            "__init__.py",
+            "errors.py",
+            "durable.py",
+            "data/images/partial.py",
+            "data/images/partial.c",
+        ):
             shutil.copy(HERE / "cnn2gnn_dist" / name, package / name)
-        (package / "data" / "__init__.py").touch()
+        for inner in ("data", "data/images"):
+            (package / inner / "__init__.py").touch()
     return subprocess.run(
-        [sys.executable, "-m", "cnn2gnn_dist.data.partial", *words],
+        [sys.executable, "-m", "cnn2gnn_dist.data.images.partial", *words],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(folder), **environment},
         capture_output=True,
@@ -391,12 +398,12 @@ def test_the_command_builds_and_says_how_things_stand(library, tmp_path):
     assert (says.returncode, says.stdout[:9]) == (0, "not built")
     done = run(tmp_path, "build")
     assert done.returncode == 0, done.stderr
-    made = [path.name for path in (tmp_path / "cnn2gnn_dist" / "data").iterdir()]
+    made = [path.name for path in (tmp_path / "cnn2gnn_dist" / "data" / "images").iterdir()]
     assert sum(name.endswith(".so") for name in made) == 1
     assert not [name for name in made if name.startswith(".")]
     assert run(tmp_path).stdout.startswith("in use: ")
     assert "not in use" in run(tmp_path, CNN2GNN_PARTIAL="0").stdout
-    source = tmp_path / "cnn2gnn_dist" / "data" / "partial.c"
+    source = tmp_path / "cnn2gnn_dist" / "data" / "images" / "partial.c"
     source.write_text(source.read_text() + "\n")  # another source: that library is not its
     assert run(tmp_path).stdout.startswith("not built")
 
@@ -407,4 +414,4 @@ def test_without_compiler_or_header_the_command_says_so(library, tmp_path):
         assert failed.returncode == 2
         assert "remedy: install a compiler and libjpeg-turbo's header" in failed.stderr
         assert "Traceback" not in failed.stderr
-        assert not list((tmp_path / "cnn2gnn_dist" / "data").glob("*.so"))
+        assert not list((tmp_path / "cnn2gnn_dist" / "data" / "images").glob("*.so"))

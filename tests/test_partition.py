@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.graph import partition
+from cnn2gnn_dist.graph.partition import parts as partition
 
 
 def fixed_addresses() -> bool:

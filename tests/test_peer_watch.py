@@ -11,8 +11,8 @@ import pytest
 import torch.distributed as dist
 
 from cnn2gnn_dist.errors import PeerLost
-from cnn2gnn_dist.training import distributed
-from cnn2gnn_dist.training.peer_watch import PeerWatch, Silence
+from cnn2gnn_dist.runtime import collectives
+from cnn2gnn_dist.runtime.peer_watch import PeerWatch, Silence
 
 
 def test_silence_is_the_time_since_a_note_changed() -> None:
@@ -36,9 +36,9 @@ def store() -> dist.Store:
 
 def wait_for_the_dead(victim: int) -> str:
     """One rank is killed; the other waits in something that no peer's death would end."""
-    watch = PeerWatch(store(), distributed.rank(), 2, silence_s=3.0, beat_s=0.1)
-    distributed.barrier()
-    if distributed.rank() == victim:
+    watch = PeerWatch(store(), collectives.rank(), 2, silence_s=3.0, beat_s=0.1)
+    collectives.barrier()
+    if collectives.rank() == victim:
         os.kill(os.getpid(), signal.SIGKILL)
     threading.Event().wait(procs.GROUP_TIMEOUT_S)
     watch.close()
@@ -60,12 +60,12 @@ def test_a_killed_rank_is_named(victim: int) -> None:
 def both_alive() -> bool:
     """Until each has heard the other many times; long silences would be reported."""
     told: list[PeerLost] = []
-    watch = PeerWatch(store(), distributed.rank(), 2, silence_s=30.0, beat_s=0.01, lost=told.append)
-    other = f"alive/{1 - distributed.rank()}"
+    watch = PeerWatch(store(), collectives.rank(), 2, silence_s=30.0, beat_s=0.01, lost=told.append)
+    other = f"alive/{1 - collectives.rank()}"
     store().wait([other])
     while int(store().get(other)) < 20:
         pass
-    distributed.barrier()
+    collectives.barrier()
     watch.close()
     return not told
 

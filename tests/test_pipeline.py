@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from cnn2gnn_dist import cli, consistency, ledger, pipeline, settings
+from cnn2gnn_dist import cli, consistency, ledger, settings
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.ledger import Entry, Standing
+from cnn2gnn_dist.pipeline import runner
+from cnn2gnn_dist.pipeline.keys import Survey, as_made
+from cnn2gnn_dist.pipeline.registry import stages_of
 from cnn2gnn_dist.runtime.ranks import Ranks
-from cnn2gnn_dist.stages.keys import Survey, as_made
-from cnn2gnn_dist.stages.registry import stages_of
 
 
 def config(tmp_path, *overrides: str):
@@ -19,8 +20,8 @@ def config(tmp_path, *overrides: str):
 def make_whole(config, upto: int) -> None:
     """Pretend that the first stages are done, under the keys they should have."""
     for _ in range(upto):
-        step = next(s for s in pipeline.plan(config) if s.standing is not Standing.WHOLE)
-        folder = pipeline.Path(config.run.dir) / step.stage.folder
+        step = next(s for s in runner.plan(config) if s.standing is not Standing.WHOLE)
+        folder = runner.Path(config.run.dir) / step.stage.folder
         entry = Entry(step.key, step.parts, digest=step.key)
         ledger.begin(folder, entry)
         (folder / "output").write_text(step.stage.name)
@@ -29,7 +30,7 @@ def make_whole(config, upto: int) -> None:
 
 
 def standings(config) -> dict[str, Standing]:
-    return {step.stage.name: step.standing for step in pipeline.plan(config)}
+    return {step.stage.name: step.standing for step in runner.plan(config)}
 
 
 def test_stages_follow_the_config(tmp_path):
@@ -99,13 +100,13 @@ def test_stale_results_are_refused_with_the_changed_fields_then_set_aside(tmp_pa
     base = config(tmp_path)
     make_whole(base, 8)
     changed = config(tmp_path, "student.epochs=99")
-    step = next(s for s in pipeline.plan(changed) if s.stage.name == "student")
+    step = next(s for s in runner.plan(changed) if s.stage.name == "student")
     assert "student.epochs: 12 -> 99" in step.why
     root = tmp_path / "run"
     with pytest.raises(UserError, match=r"student\.epochs: 12 -> 99"):
-        pipeline._make_room(Survey(changed), step, update=False, force=False)
+        runner._make_room(Survey(changed), step, update=False, force=False)
     assert (root / "student" / "output").exists()
-    pipeline._make_room(Survey(changed), step, update=True, force=False)
+    runner._make_room(Survey(changed), step, update=True, force=False)
     assert (root / "student.old-1" / "output").read_text() == "student"
     assert ledger.standing(root / "student", step.key)[0] is Standing.RESUME
 
@@ -126,16 +127,16 @@ def test_done_json_cut_off_by_a_kill_counts_as_not_done(tmp_path):
 
 def test_two_runs_in_one_folder_are_refused(tmp_path):
     with (
-        pipeline._locked(tmp_path / "run", Ranks()),
+        runner._locked(tmp_path / "run", Ranks()),
         pytest.raises(UserError, match="another process"),
-        pipeline._locked(tmp_path / "run", Ranks()),
+        runner._locked(tmp_path / "run", Ranks()),
     ):
         pass
 
 
 def test_unknown_stage_names_the_stages(tmp_path):
     with pytest.raises(UserError, match="no stage 'studnet'") as caught:
-        pipeline.plan(config(tmp_path), ["studnet"])
+        runner.plan(config(tmp_path), ["studnet"])
     assert "student" in str(caught.value)
 
 
@@ -164,10 +165,10 @@ def test_a_dry_run_refuses_what_the_run_would(tmp_path, capsys, override, words)
 
 
 def test_what_a_stage_waits_for_is_updated_with_it(tmp_path):
-    step = next(s for s in pipeline.plan(config(tmp_path)) if s.stage.name == "teacher")
+    step = next(s for s in runner.plan(config(tmp_path)) if s.stage.name == "teacher")
     for update, command in ((False, "`cnn2gnn run`"), (True, "`cnn2gnn run --update`")):
         with pytest.raises(UserError) as caught:
-            pipeline._make_room(Survey(config(tmp_path)), step, update=update, force=False)
+            runner._make_room(Survey(config(tmp_path)), step, update=update, force=False)
         assert caught.value.remedy.endswith(command)
 
 
@@ -175,7 +176,7 @@ def test_a_folder_is_no_file_of_weights(tmp_path):
     whole = config(tmp_path)
     make_whole(whole, 2)
     with pytest.raises(UserError, match="no file of weights"):
-        pipeline.plan(config(tmp_path, f"teacher.weights={tmp_path}"))
+        runner.plan(config(tmp_path, f"teacher.weights={tmp_path}"))
 
 
 def test_the_config_of_a_run_that_was_moved_is_noted(tmp_path, capsys):

@@ -12,11 +12,11 @@ import pytest
 from bombs import chunk, tiff
 from PIL import Image, ImageCms
 
-from cnn2gnn_dist.data import pixels
-from cnn2gnn_dist.data.decode import CorruptSample, decode
-from cnn2gnn_dist.data.formats import image_suffix, what_it_is
-from cnn2gnn_dist.data.imaging import fill_views
-from cnn2gnn_dist.data.views import CLEAN, ViewSpec, render
+from cnn2gnn_dist.data.images import pixels
+from cnn2gnn_dist.data.images.batch_views import fill_views
+from cnn2gnn_dist.data.images.decode import CorruptSample, decode
+from cnn2gnn_dist.data.images.formats import image_suffix, what_it_is
+from cnn2gnn_dist.data.images.views import CLEAN, ViewSpec, render
 
 HIGH, WIDE = 24, 40
 y, x = np.mgrid[:HIGH, :WIDE]

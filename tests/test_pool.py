@@ -15,12 +15,12 @@ import psutil
 import pytest
 from helpers import make_shards, random_images
 
-from cnn2gnn_dist.data import actors
-from cnn2gnn_dist.data import pool as pools
-from cnn2gnn_dist.data.manifest import index
-from cnn2gnn_dist.data.pool import ReaderPool
-from cnn2gnn_dist.data.reader import Batch, Reader, ReaderSpec, Request
-from cnn2gnn_dist.data.views import CLEAN, ViewSpec
+from cnn2gnn_dist.data.images.views import CLEAN, ViewSpec
+from cnn2gnn_dist.data.index.manifest import index
+from cnn2gnn_dist.data.reading import pool as pools
+from cnn2gnn_dist.data.reading import ray_readers
+from cnn2gnn_dist.data.reading.pool import ReaderPool
+from cnn2gnn_dist.data.reading.reader import Batch, Reader, ReaderSpec, Request
 from cnn2gnn_dist.errors import UserError
 
 pytestmark = pytest.mark.ray
@@ -160,8 +160,10 @@ def test_killed_readers_are_replaced_and_asked_again(spec, ray_cluster, monkeypa
     import ray
 
     asked = []
-    plain = actors._Reader.ask
-    monkeypatch.setattr(actors._Reader, "ask", lambda self, a: (asked.append(1), plain(self, a)))
+    plain = ray_readers._Reader.ask
+    monkeypatch.setattr(
+        ray_readers._Reader, "ask", lambda self, a: (asked.append(1), plain(self, a))
+    )
     requests = some_requests(16)
     found = []
     with ReaderPool(spec, backend="ray", workers=2, prefetch=4) as stream:
@@ -176,7 +178,7 @@ def test_killed_readers_are_replaced_and_asked_again(spec, ray_cluster, monkeypa
 
 @pytest.mark.slow
 def test_readers_that_die_while_they_read(spec, ray_cluster, monkeypatch):
-    monkeypatch.setattr(actors, "ReaderActor", DiesOnce)
+    monkeypatch.setattr(ray_readers, "ReaderActor", DiesOnce)
     requests = [Request(np.arange(i, i + 6), 2) for i in range(8)]
     with ReaderPool(spec, backend="ray", workers=1, prefetch=3) as stream:
         found = list(stream.batches(requests))
@@ -184,7 +186,7 @@ def test_readers_that_die_while_they_read(spec, ray_cluster, monkeypatch):
     assert (Path(spec.manifest).parent / "died").exists()
 
 
-class DiesOnce(actors.ReaderActor):
+class DiesOnce(ray_readers.ReaderActor):
     def __init__(self, spec):
         super().__init__(spec)
         self.folder = Path(spec.manifest).parent
@@ -199,8 +201,8 @@ class DiesOnce(actors.ReaderActor):
 
 @pytest.mark.slow
 def test_a_request_that_kills_every_reader_is_named(spec, ray_cluster, monkeypatch):
-    monkeypatch.setattr(actors, "MOST_DEATHS", 2)
-    monkeypatch.setattr(actors, "ReaderActor", Suicidal)
+    monkeypatch.setattr(ray_readers, "MOST_DEATHS", 2)
+    monkeypatch.setattr(ray_readers, "ReaderActor", Suicidal)
     with (
         ReaderPool(spec, backend="ray", workers=1, prefetch=1) as stream,
         pytest.raises(UserError, match="died 2 times") as caught,
@@ -210,7 +212,7 @@ def test_a_request_that_kills_every_reader_is_named(spec, ray_cluster, monkeypat
     assert "view 3" in caught.value.where
 
 
-class Suicidal(actors.ReaderActor):
+class Suicidal(ray_readers.ReaderActor):
     def read(self, ids, view):
         os.kill(os.getpid(), signal.SIGKILL)
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from helpers import encode_image, make_shards, random_images, write_tar
 
-from cnn2gnn_dist.data import storage
-from cnn2gnn_dist.data import views as viewing
-from cnn2gnn_dist.data.manifest import Manifest, index
-from cnn2gnn_dist.data.reader import Reader, ReaderSpec, Request
-from cnn2gnn_dist.data.views import CLEAN, ViewSpec, render
+from cnn2gnn_dist.data.images import views as viewing
+from cnn2gnn_dist.data.images.views import CLEAN, ViewSpec, render
+from cnn2gnn_dist.data.index.manifest import Manifest, index
+from cnn2gnn_dist.data.reading import shard_files
+from cnn2gnn_dist.data.reading.reader import Reader, ReaderSpec, Request
 from cnn2gnn_dist.errors import UserError
 
 IMAGES = random_images(40)
@@ -140,7 +140,7 @@ def test_a_read_error_names_the_shard(shards, monkeypatch):
     def fail(*_):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(storage.os, "pread", fail)
+    monkeypatch.setattr(shard_files.os, "pread", fail)
     with pytest.raises(UserError, match="Input/output error") as caught:
         reader.read(Request(np.array([0]), CLEAN))
     assert caught.value.where == str(shards[0])
@@ -156,7 +156,7 @@ def open_files() -> set[str]:
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
 def test_open_shards_are_bounded_and_closed(shards, monkeypatch):
-    monkeypatch.setattr(storage, "OPEN_SHARDS", 2)
+    monkeypatch.setattr(shard_files, "OPEN_SHARDS", 2)
     reader = Reader(spec_of(shards))
     for sample in (0, 8, 16, 9, 24, 1, 39):
         batch = reader.read(Request(np.array([sample]), CLEAN))
@@ -168,11 +168,11 @@ def test_open_shards_are_bounded_and_closed(shards, monkeypatch):
 
 
 def test_shards_in_use_stay_open(shards, monkeypatch):
-    monkeypatch.setattr(storage, "OPEN_SHARDS", 2)
+    monkeypatch.setattr(shard_files, "OPEN_SHARDS", 2)
     reader = Reader(spec_of(shards))
     opened = []
     plain = os.open
-    monkeypatch.setattr(storage.os, "open", lambda p, *a: (opened.append(p), plain(p, *a))[1])
+    monkeypatch.setattr(shard_files.os, "open", lambda p, *a: (opened.append(p), plain(p, *a))[1])
     for sample in (0, 8, 1, 16, 2, 24, 3):  # the first shard is always among the last two
         reader.read(Request(np.array([sample]), CLEAN))
     assert opened == [str(shards[i]) for i in (0, 1, 2, 3)]

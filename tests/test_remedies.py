@@ -16,9 +16,10 @@ from helpers import encode_image, make_shards, random_images
 from remedies import Row, alternatives, carry_out, cnn2gnn, overridden, remedy_of, table
 from runs import MICRO, weights
 
-from cnn2gnn_dist import ledger, pipeline, settings
-from cnn2gnn_dist.stages import checkpoint_command, predict
-from cnn2gnn_dist.training import checkpoint_folder as disk
+from cnn2gnn_dist import ledger, settings
+from cnn2gnn_dist.commands import checkpoint, predict
+from cnn2gnn_dist.pipeline import runner
+from cnn2gnn_dist.training.checkpoint import folder as disk
 
 SMALL = ["--config", "demo", "device=cpu", "data.limit=40"]
 
@@ -130,7 +131,7 @@ def held(tmp_path) -> Iterator[None]:
 
 
 def test_another_folder_than_one_in_use(tmp_path, held, monkeypatch):
-    monkeypatch.setattr(pipeline, "LOCK_SECONDS", 0.1)
+    monkeypatch.setattr(runner, "LOCK_SECONDS", 0.1)
     row = Row(
         "in use",
         lambda place: ["pack", *SMALL, f"run.dir={place}/run"],
@@ -254,7 +255,7 @@ def test_a_plan_says_which_file_is_damaged(copied, tmp_path):
         code, said = cnn2gnn(command.split()[1:])
         assert code == 1  # of verify: one is damaged
         assert said.count("whole") == 1
-    steps = {s.stage.name: s for s in pipeline.plan(settings.load(config[1], config[2:]))}
+    steps = {s.stage.name: s for s in runner.plan(settings.load(config[1], config[2:]))}
     assert steps["teacher"].standing is ledger.Standing.RESUME
     assert steps["teacher"].why == (
         "not whole any more: step-00000018: rank-00001-of-00002.safetensors is damaged"
@@ -271,7 +272,7 @@ def test_a_checkpoint_of_another_config(copied, micro_run, tmp_path, alternative
         config = [*copied(place), "teacher.lr=0.004"]
         stage = next(
             s
-            for s in pipeline.plan(settings.load(config[1], config[2:]))
+            for s in runner.plan(settings.load(config[1], config[2:]))
             if s.stage.name == "teacher"
         )
         folder = place / "run" / "teacher"
@@ -368,5 +369,5 @@ def test_a_refused_command_leaves_the_config_and_models_answer_as_they_were_made
     found = predict._context(run).config
     assert (found.graph.neighbours, found.views) == (4, made.views)
     assert found.views.size == 16
-    about = checkpoint_command._about(disk.recorded(run / "teacher"))
+    about = checkpoint._about(disk.recorded(run / "teacher"))
     assert about["image_size"] == "16"

@@ -13,12 +13,14 @@ import pytest
 from helpers import make_shards, random_images
 from servers import Served, http_server, s3_server
 
-from cnn2gnn_dist.data import Stream, ViewSpec, far, urls
-from cnn2gnn_dist.data.expand import expand
-from cnn2gnn_dist.data.manifest import Manifest, index
-from cnn2gnn_dist.data.reader import Batch, Reader, ReaderSpec, Request
-from cnn2gnn_dist.data.shard_cache import ShardCache
-from cnn2gnn_dist.data.storage import CacheSpec
+from cnn2gnn_dist.data import Stream, ViewSpec
+from cnn2gnn_dist.data.index.manifest import Manifest, index
+from cnn2gnn_dist.data.reading import remote_shards
+from cnn2gnn_dist.data.reading.reader import Batch, Reader, ReaderSpec, Request
+from cnn2gnn_dist.data.reading.shard_files import CacheSpec
+from cnn2gnn_dist.data.storage import urls
+from cnn2gnn_dist.data.storage.shard_cache import ShardCache
+from cnn2gnn_dist.data.storage.shard_paths import expand
 from cnn2gnn_dist.errors import UserError
 
 IMAGES = random_images(40)
@@ -72,7 +74,7 @@ def files_in(folder: Path, pattern: str) -> list[Path]:
 
 
 def test_http_in_ranges_reads_only_what_is_delivered(web, shards, tmp_path, wanted, monkeypatch):
-    monkeypatch.setattr(far, "GAP", -1)  # no neighbours
+    monkeypatch.setattr(remote_shards, "GAP", -1)  # no neighbours
     spec = far_spec(tmp_path, urls_of(web, shards))
     web.sent = 0
     assert_same(Reader(spec).read(Request(IDS, 1)), wanted)
@@ -129,7 +131,7 @@ def test_faults_that_pass_are_borne(web, shards, tmp_path, wanted, fault, limit,
     monkeypatch.setattr(urls, "READ_SECONDS", 0.5)
     urls._opened.cache_clear()
     spec = far_spec(tmp_path, urls_of(web, shards), limit)
-    monkeypatch.setattr(far, "GAP", -1)
+    monkeypatch.setattr(remote_shards, "GAP", -1)
     without = 5 if limit else 40
     begins = web.requests.total()
     every = 20 if fault == "stall" else 3
@@ -254,9 +256,9 @@ def test_a_download_that_is_killed_leaves_no_shard_and_is_cleared(web, shards, t
 def test_a_stream_over_urls(web, shards):
     braces = f"{web.url}/shard-{{000000..000004}}.tar"
     how = {"global_batch": 8, "views": VIEWS, "backend": "local", "window": 2}
-    with Stream(braces, **how) as far, Stream([str(p) for p in shards], **how) as near:
-        assert far.manifest.digest == near.manifest.digest
-        for one, other in zip(far, near, strict=True):
+    with Stream(braces, **how) as remote_shards, Stream([str(p) for p in shards], **how) as near:
+        assert remote_shards.manifest.digest == near.manifest.digest
+        for one, other in zip(remote_shards, near, strict=True):
             assert_same(one, other)
 
 

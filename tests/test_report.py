@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cnn2gnn_dist import report
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.report import confused_pairs, verdict, write_report
+from cnn2gnn_dist.report import page as report
+from cnn2gnn_dist.report.page import confused_pairs, verdict, write_report
 
 MODELS = ("teacher", "student", "self_path", "vote", "control_mlp")
 

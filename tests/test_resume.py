@@ -15,8 +15,8 @@ import psutil
 import pytest
 from runs import MICRO, environment, finish, lines, ray_environment, start, torchrun, trail
 
-from cnn2gnn_dist.training import checkpoint_folder as disk
 from cnn2gnn_dist.training import metrics
+from cnn2gnn_dist.training.checkpoint import folder as disk
 
 pytestmark = pytest.mark.slow
 

@@ -20,11 +20,12 @@ from hypothesis import strategies as st
 
 from cnn2gnn_dist import durable
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.graph import bank, rows_on_disk, units
-from cnn2gnn_dist.graph.rows_on_disk import RowFile, check_sum, read_rows
-from cnn2gnn_dist.graph.units import Crew, Workshop, spans
-from cnn2gnn_dist.stages import embedded
-from cnn2gnn_dist.stages.embedded import Embedded
+from cnn2gnn_dist.graph import bank, row_file
+from cnn2gnn_dist.graph.row_file import RowFile, check_sum, read_rows
+from cnn2gnn_dist.graph.search import work_units
+from cnn2gnn_dist.graph.search.work_units import Crew, Workshop, spans
+from cnn2gnn_dist.stages.neighbours import embeddings
+from cnn2gnn_dist.stages.neighbours.embeddings import Embedded
 
 KINDS = (np.float16, np.float32, np.int32)
 
@@ -118,7 +119,7 @@ def test_a_mark_comes_after_its_rows_are_on_disk(
 
     monkeypatch.setattr(os, "pwrite", noted("rows", os.pwrite))
     monkeypatch.setattr(RowFile, "sync", noted("sync", RowFile.sync))
-    monkeypatch.setattr(units.durable, "write_text", noted("mark", durable.write_text))
+    monkeypatch.setattr(work_units.durable, "write_text", noted("mark", durable.write_text))
     assert right(filled(tmp_path, Crew()))
     assert done == ["rows", "rows", "sync", "sync", "mark"] * 5
 
@@ -221,14 +222,14 @@ def test_a_rank_that_reads_stale_rows_stops_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stale: int | None
 ) -> None:
     ranks = Ranks(3, stale)
-    monkeypatch.setattr(units, "read_rows", ranks.read)
+    monkeypatch.setattr(work_units, "read_rows", ranks.read)
     found = ranks.run(lambda crew: filled(tmp_path, crew))
     if stale is None:
         assert all(right(arrays) for arrays in found)
         return
     for error in found:
         assert f"rank {stale} reads other rows than were written: made" in str(error)
-    monkeypatch.setattr(units, "read_rows", read_rows)
+    monkeypatch.setattr(work_units, "read_rows", read_rows)
     assert all(right(arrays) for arrays in Ranks(3).run(lambda crew: filled(tmp_path, crew)))
 
 
@@ -248,7 +249,7 @@ def embed(folder: Path, crew: Crew, stop: int | None = None) -> list[np.ndarray]
             made.write("x", int(ids[0]), rows)
             made.write("z", int(ids[0]), rows[:, :2])
             made.write("query", int(ids[0]), -rows[:, :2])
-        if (step + 1) % embedded.NOTE == 0 or step + 1 == len(plan):
+        if (step + 1) % embeddings.NOTE == 0 or step + 1 == len(plan):
             made.note()
     if stop is not None:
         return first
@@ -269,7 +270,7 @@ def test_embedded_rows_after_an_interruption(tmp_path: Path, count: int) -> None
     folder = folder_for(tmp_path / "v")
     firsts = Ranks(count).run(lambda crew: embed(folder, crew, 17 + crew.rank))
     assert firsts == [0] * count
-    assert Ranks(count).run(lambda crew: embed(folder, crew, 16)) == [embedded.NOTE] * count
+    assert Ranks(count).run(lambda crew: embed(folder, crew, 16)) == [embeddings.NOTE] * count
     for arrays in Ranks(count).run(lambda crew: embed(folder, crew)):
         for array, want in zip(arrays, (X, X[:, :2], -X[:, :2]), strict=True):
             np.testing.assert_array_equal(array, want)
@@ -296,4 +297,4 @@ def test_marks_of_another_form_don_t_count(tmp_path: Path) -> None:
     for unit, text in enumerate(["", "{", "3", json.dumps(["a"])]):
         (tmp_path / f"made-{unit:05d}.done").write_text(text)
     assert right(filled(tmp_path, Crew()))
-    assert rows_on_disk.check_sum(np.zeros((0, 3))) == 0
+    assert row_file.check_sum(np.zeros((0, 3))) == 0

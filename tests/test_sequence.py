@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from plain_order import plain_batches, plain_order, plain_windows
 
 from cnn2gnn_dist.data import order as orders
-from cnn2gnn_dist.data.manifest import Manifest, index
+from cnn2gnn_dist.data.images.views import ViewSpec
+from cnn2gnn_dist.data.index.manifest import Manifest, index
 from cnn2gnn_dist.data.order import CACHED_EPOCHS, CACHED_WINDOWS, Order
-from cnn2gnn_dist.data.pool import ReaderPool
-from cnn2gnn_dist.data.reader import Reader, ReaderSpec, Request
-from cnn2gnn_dist.data.views import ViewSpec
+from cnn2gnn_dist.data.reading.pool import ReaderPool
+from cnn2gnn_dist.data.reading.reader import Reader, ReaderSpec, Request
 
 pytestmark = pytest.mark.ray
 

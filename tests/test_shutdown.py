@@ -17,7 +17,7 @@ import pytest
 import runs
 from helpers import make_shards, random_images
 
-from cnn2gnn_dist.data.manifest import index
+from cnn2gnn_dist.data.index.manifest import index
 
 TESTS = Path(__file__).resolve().parent
 SECONDS = 20.0

@@ -18,11 +18,12 @@ from helpers import make_shards, random_images
 from servers import Served, http_server
 
 from cnn2gnn_dist import cli, settings
-from cnn2gnn_dist.data import far, shard_cache, urls
-from cnn2gnn_dist.data.far import CacheSpec, spans
-from cnn2gnn_dist.data.manifest import Manifest, index
-from cnn2gnn_dist.data.shard_cache import ShardCache, release
-from cnn2gnn_dist.data.storage import ShardFiles
+from cnn2gnn_dist.data.index.manifest import Manifest, index
+from cnn2gnn_dist.data.reading import remote_shards
+from cnn2gnn_dist.data.reading.remote_shards import CacheSpec, spans
+from cnn2gnn_dist.data.reading.shard_files import ShardFiles
+from cnn2gnn_dist.data.storage import shard_cache, urls
+from cnn2gnn_dist.data.storage.shard_cache import ShardCache, release
 from cnn2gnn_dist.errors import UserError
 
 IMAGES = random_images(40)
@@ -106,14 +107,14 @@ def test_neighbours_come_in_one_range(web, shards):
 
 def test_stretches_end_at_gaps_at_their_limit_and_at_shards(shards, monkeypatch):
     manifest = index(shards, progress=False)
-    monkeypatch.setattr(far, "GAP", 1 << 20)
+    monkeypatch.setattr(remote_shards, "GAP", 1 << 20)
     assert [span.samples for span in spans(manifest, [9, 3, 0, 8, 3])] == [(0, 3), (8, 9)]
-    monkeypatch.setattr(far, "SPAN", int(manifest.size_N[:3].max()) + 10)
+    monkeypatch.setattr(remote_shards, "SPAN", int(manifest.size_N[:3].max()) + 10)
     assert [span.samples for span in spans(manifest, [0, 1, 2])] == [(0,), (1,), (2,)]
-    monkeypatch.setattr(far, "SPAN", 1 << 30)
+    monkeypatch.setattr(remote_shards, "SPAN", 1 << 30)
     between = int(manifest.offset_N[2] - manifest.offset_N[0] - manifest.size_N[0])
     for gap, expected in ((between, [(0, 2)]), (between - 1, [(0,), (2,)])):
-        monkeypatch.setattr(far, "GAP", gap)
+        monkeypatch.setattr(remote_shards, "GAP", gap)
         assert [span.samples for span in spans(manifest, [0, 2])] == expected
 
 
@@ -166,7 +167,7 @@ def test_a_shard_that_is_read_is_not_removed(web, shards, tmp_path):
 
 def test_a_window_larger_than_the_cache_does_not_turn_it_over(web, shards, tmp_path, monkeypatch):
     """Part of it is kept and the rest read in ranges, instead of downloading with every batch."""
-    monkeypatch.setattr(far, "AGAIN", 0.0)
+    monkeypatch.setattr(remote_shards, "AGAIN", 0.0)
     manifest = far_manifest(web, shards)
     wanted = wanted_of(manifest, shards)
     limit = 2 * max(path.stat().st_size for path in shards)

@@ -14,9 +14,10 @@ import torch
 from helpers import make_shards, random_images, write_tar
 from procs import free_port
 
-from cnn2gnn_dist.data import Stream, ViewSpec, storage
+from cnn2gnn_dist.data import Stream, ViewSpec
+from cnn2gnn_dist.data.images.views import render
 from cnn2gnn_dist.data.order import Order
-from cnn2gnn_dist.data.views import render
+from cnn2gnn_dist.data.reading import shard_files
 from cnn2gnn_dist.errors import UserError
 
 IMAGES = random_images(70)
@@ -84,14 +85,14 @@ def test_resuming_reads_nothing_of_what_was_before(shards, monkeypatch):
     with a_stream(shards) as stream:
         everything = [batch.ids for batch in stream]
         state = {**stream.state_dict(), "epoch": 0, "batch": 7}
-    read, opened, plain, opening = [], [], storage.ShardFiles.read_all, storage.os.open
+    read, opened, plain, opening = [], [], shard_files.ShardFiles.read_all, shard_files.os.open
     monkeypatch.setattr(
-        storage.ShardFiles,
+        shard_files.ShardFiles,
         "read_all",
         lambda self, samples: (read.extend(samples), plain(self, samples))[1],
     )
     monkeypatch.setattr(
-        storage.os, "open", lambda path, *a: (opened.append(str(path)), opening(path, *a))[1]
+        shard_files.os, "open", lambda path, *a: (opened.append(str(path)), opening(path, *a))[1]
     )
     with a_stream(shards) as stream:
         stream.load_state_dict(state)
@@ -217,9 +218,9 @@ def test_the_decoded_cache_changes_no_byte(shards, kind, limit, monkeypatch):
     views = ViewSpec(kind, 32, seed=1)
     with a_stream(shards, views=views) as stream:
         wanted = [batch for _ in range(2) for batch in stream]
-    decoded, plain = [], storage.ShardFiles.read_all
+    decoded, plain = [], shard_files.ShardFiles.read_all
     monkeypatch.setattr(
-        storage.ShardFiles,
+        shard_files.ShardFiles,
         "read_all",
         lambda self, samples: (decoded.extend(samples), plain(self, samples))[1],
     )
@@ -262,7 +263,7 @@ def test_the_decoded_cache_is_shared_and_bounded_and_not_for_the_corrupt(tmp_pat
 def test_a_cache_that_cannot_be_made_is_the_users_to_mend(shards):
     with a_stream(shards) as stream:
         path, manifest = stream.manifest_path, stream.manifest
-    from cnn2gnn_dist.data.decoded import cache_path
+    from cnn2gnn_dist.data.reading.decoded_cache import cache_path
 
     cache_path(path, manifest, VIEWS).mkdir()
     with pytest.raises(UserError, match=r"stream\.decoded_bytes=0"):

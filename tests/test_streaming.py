@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cnn2gnn_dist.graph import partition, streaming
+from cnn2gnn_dist.graph.partition import fennel
+from cnn2gnn_dist.graph.partition import parts as partition
 
 N, M = 4000, 8
 
@@ -25,13 +26,13 @@ def clustered(seed: int = 0, stray: float = 0.05) -> tuple[np.ndarray, np.ndarra
 @pytest.mark.parametrize("parts", [1, 2, 3, 8])
 def test_cuts_little_and_keeps_balance(parts: int) -> None:
     table, order = clustered()
-    part = streaming.assign_streaming(table, order, parts)
+    part = fennel.assign_streaming(table, order, parts)
     sizes = np.bincount(part, minlength=parts)
     assert len(sizes) == parts
-    assert sizes.max() <= (1 + streaming.SLACK) * N / parts
+    assert sizes.max() <= (1 + fennel.SLACK) * N / parts
     cut = partition.edge_cut(table, part)
     assert cut <= 1.3 * partition.edge_cut(table, partition.assign(table, parts)) + 1e-9
-    np.testing.assert_array_equal(part, streaming.assign_streaming(table, order, parts))
+    np.testing.assert_array_equal(part, fennel.assign_streaming(table, order, parts))
 
 
 def test_mends_an_order_that_says_nothing() -> None:
@@ -39,20 +40,20 @@ def test_mends_an_order_that_says_nothing() -> None:
     order = np.random.default_rng(3).permutation(N).astype(np.int32)
     start = np.empty(N, np.int32)
     start[order] = np.arange(N) * 4 // N
-    part = streaming.assign_streaming(table, order, 4, passes=30)
+    part = fennel.assign_streaming(table, order, 4, passes=30)
     assert partition.edge_cut(table, part) < 0.5 * partition.edge_cut(table, start)
 
 
 def test_holes_are_nobody() -> None:
     table, order = clustered()
     table[:, 5:] = -1
-    part = streaming.assign_streaming(table, order, 4)
+    part = fennel.assign_streaming(table, order, 4)
     assert set(part.tolist()) == {0, 1, 2, 3}
 
 
 def test_reversed_table() -> None:
     table, _ = clustered()
-    back = streaming.reversed_table(table)
+    back = fennel.reversed_table(table)
     for node in range(0, N, 97):
         whose = np.flatnonzero((table == node).any(1))
         got = back[node][back[node] >= 0]
@@ -67,20 +68,18 @@ def test_only_what_pays_is_moved() -> None:
     wrong = group_part.copy()
     astray = np.random.default_rng(1).choice(N, 40, replace=False)
     wrong[astray] = (wrong[astray] + 1) % 4
-    moved = streaming.moved_where_it_pays(table, wrong, 4, 4)
+    moved = fennel.moved_where_it_pays(table, wrong, 4, 4)
     assert set(np.flatnonzero(moved != wrong).tolist()) <= set(astray.tolist())
     assert (moved == group_part).mean() > 0.995
-    np.testing.assert_array_equal(streaming.moved_where_it_pays(table, wrong, 4, 2 * M + 1), wrong)
-    np.testing.assert_array_equal(
-        streaming.moved_where_it_pays(table, group_part, 4, 1), group_part
-    )
+    np.testing.assert_array_equal(fennel.moved_where_it_pays(table, wrong, 4, 2 * M + 1), wrong)
+    np.testing.assert_array_equal(fennel.moved_where_it_pays(table, group_part, 4, 1), group_part)
 
 
 @pytest.mark.parametrize("least_gain", [1, 3, 6])
 def test_moves_never_cut_more_and_keep_balance(least_gain: int) -> None:
     table, _ = clustered(stray=0.2)
     part = np.random.default_rng(5).integers(0, 5, N).astype(np.int32)
-    moved = streaming.moved_where_it_pays(table, part, 5, least_gain)
+    moved = fennel.moved_where_it_pays(table, part, 5, least_gain)
     assert partition.edge_cut(table, moved) <= partition.edge_cut(table, part)
-    most = max(np.bincount(part).max(), (1 + streaming.SLACK) * N / 5)
+    most = max(np.bincount(part).max(), (1 + fennel.SLACK) * N / 5)
     assert np.bincount(moved).max() <= most

@@ -13,7 +13,7 @@ from cnn2gnn_dist.config import Config, StudentConfig
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.models.losses import neighbour_loss
 from cnn2gnn_dist.models.student import CandidateBlock, Scope, Student, StudentOutput
-from cnn2gnn_dist.stages.networks import build_student
+from cnn2gnn_dist.stages.shared.networks import build_student
 from cnn2gnn_dist.stages.student import loss_of
 
 N, M, K, D, DZ, H, C, E = 24, 9, 3, 7, 5, 8, 4, 3

@@ -24,7 +24,7 @@ from test_student import (
 from torch import Tensor
 
 from cnn2gnn_dist.graph.block import BlockIds, queried_block, sampled_block
-from cnn2gnn_dist.graph.partition import PartGraph, build_union
+from cnn2gnn_dist.graph.partition.parts import PartGraph, build_union
 from cnn2gnn_dist.graph.sampler import make_sampler
 from cnn2gnn_dist.models.student import CandidateBlock
 

@@ -15,8 +15,8 @@ from cnn2gnn_dist.compat import import_timm
 from cnn2gnn_dist.config import Config, StudentConfig
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.models.stem import build_stem
-from cnn2gnn_dist.stages import fit
-from cnn2gnn_dist.training import distributed
+from cnn2gnn_dist.runtime import collectives
+from cnn2gnn_dist.stages.shared import preflight
 from cnn2gnn_dist.training.sync_norm import SyncNorm, is_synchronised, synchronise_norms
 
 # Small members of timm's families; the arguments make them smaller still.
@@ -168,12 +168,12 @@ def test_it_is_refused_before_the_first_stage_and_the_remedy_works() -> None:
     """On several ranks only: one rank has nothing to synchronise."""
     for stage in ("student", "control"):
         with pytest.raises(UserError, match="EvoNorm2dB0") as caught:
-            fit.check(config_of("evonormb0"), ["teacher", stage], 2)
-    fit.check(config_of("evonormb0"), ["teacher", "student"], 1)
-    fit.check(config_of("evonormb0"), ["teacher"], 2)
+            preflight.check(config_of("evonormb0"), ["teacher", stage], 2)
+    preflight.check(config_of("evonormb0"), ["teacher", "student"], 1)
+    preflight.check(config_of("evonormb0"), ["teacher"], 2)
     for kind in ("batchnorm2d", "groupnorm1", "layernorm2d"):
         assert kind in caught.value.remedy
-        fit.check(config_of(kind), ["teacher", "student", "control"], 2)
+        preflight.check(config_of(kind), ["teacher", "student", "control"], 2)
 
 
 # --- two ranks ------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ def test_it_is_refused_before_the_first_stage_and_the_remedy_works() -> None:
 
 def own_rows() -> slice:
     """Uneven shares of the batch."""
-    return slice(0, 5) if distributed.rank() == 0 else slice(5, BATCH)
+    return slice(0, 5) if collectives.rank() == 0 else slice(5, BATCH)
 
 
 def against_one_process(plain: nn.Module, x: Tensor) -> dict[str, float]:
@@ -199,7 +199,7 @@ def against_one_process(plain: nn.Module, x: Tensor) -> dict[str, float]:
     largest = max((p.grad.abs().max() for p in theirs.values() if p.grad is not None), default=0)
     for name, parameter in ours.named_parameters():
         assert parameter.grad is not None, name
-        total = distributed.all_reduce_sum(parameter.grad)
+        total = collectives.all_reduce_sum(parameter.grad)
         apart = float((total - theirs[name].grad).abs().max() / largest)
         worst["gradient"] = max(worst["gradient"], apart)
     pairs = zip(ours.buffers(), plain.buffers(), strict=True)

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cnn2gnn_dist.graph import joins, lists, quality
-from cnn2gnn_dist.graph.table_search import Goal, TableSearch
-from cnn2gnn_dist.graph.units import Crew, Workshop, spans
+from cnn2gnn_dist.graph import quality
+from cnn2gnn_dist.graph.search import ivf, nn_descent
+from cnn2gnn_dist.graph.search.approximate import Goal, TableSearch
+from cnn2gnn_dist.graph.search.work_units import Crew, Workshop, spans
 
 N, M = 3000, 12
 HERE = Path(__file__).parent
@@ -44,7 +45,7 @@ def whole(table: np.ndarray, z: np.ndarray, query: np.ndarray | None = None) -> 
     assert (table != np.arange(len(table))[:, None]).all()
     assert (table >= 0).all()
     assert all(len(set(row)) == len(row) for row in table.tolist())
-    near = joins.similarities(table, z, query)
+    near = nn_descent.similarities(table, z, query)
     assert (np.diff(near, axis=1) <= 0).all()
 
 
@@ -56,7 +57,7 @@ NEAR = st.sampled_from([-1.5, -0.0, 0.0, 0.25, 0.5, 1.0])
 def test_keys_sort_like_pairs(pairs: list[tuple[float, int]]) -> None:
     near = np.array([[p[0] for p in pairs]], np.float32)
     ids = np.array([[p[1] for p in pairs]], np.int32)
-    got = joins.ids_of(np.sort(joins.sort_keys(near, ids), axis=1))[0].tolist()
+    got = nn_descent.ids_of(np.sort(nn_descent.sort_keys(near, ids), axis=1))[0].tolist()
     holes = [-1] * sum(p[1] < 0 for p in pairs)
     assert got == [i for _, i in sorted((-s, i) for s, i in pairs if i >= 0)] + holes
 
@@ -68,10 +69,10 @@ def test_best_of_equals_brute_force(seed: int) -> None:
     z[:20] = z[20:40]  # plenty of ties
     ids = rng.integers(-1, 60, (40, 50)).astype(np.int32)
     rows = rng.integers(0, 60, 40)
-    got = joins.best_of(ids.copy(), z, z[rows], rows, 8)
+    got = nn_descent.best_of(ids.copy(), z, z[rows], rows, 8)
     for i, row in enumerate(rows):
         left = sorted(set(ids[i].tolist()) - {-1, int(row)})
-        near = joins.similarities(np.array([left]), z, z[[row]])[0]
+        near = nn_descent.similarities(np.array([left]), z, z[[row]])[0]
         want = [left[j] for j in np.lexsort((left, -near))][:8]
         assert got[i].tolist() == want + [-1] * (8 - len(want))
 
@@ -79,7 +80,7 @@ def test_best_of_equals_brute_force(seed: int) -> None:
 def test_similarities_are_inner_products() -> None:
     z = points(1, 100)
     ids = np.random.default_rng(0).integers(-1, 100, (30, 7))
-    got = joins.similarities(ids, z, z[:30])
+    got = nn_descent.similarities(ids, z, z[:30])
     want = np.einsum("uwd,ud->uw", z[ids].astype(np.float64), z[:30].astype(np.float64))
     np.testing.assert_allclose(got[ids >= 0], want[ids >= 0], atol=1e-6)
     assert np.isneginf(got[ids < 0]).all()
@@ -88,15 +89,15 @@ def test_similarities_are_inner_products() -> None:
 def test_joined_finds_neighbours_of_neighbours_and_nothing_else() -> None:
     z = points(2, 200)
     table = np.random.default_rng(3).integers(-1, 200, (200, 6)).astype(np.int32)
-    back = joins.reverse(table, slice(0, 200), 3)
+    back = nn_descent.reverse(table, slice(0, 200), 3)
     rows = np.random.default_rng(4).permutation(200)
-    got = joins.joined(table, back, z, z, rows, joins.Width(4, 2, 5))
+    got = nn_descent.joined(table, back, z, z, rows, nn_descent.Width(4, 2, 5))
     for row, found in zip(rows, got, strict=True):
         reach = set(table[row].tolist()) | set(back[row, :2].tolist())
         for near in [*table[row, :4].tolist(), *back[row, :2].tolist()]:
             reach |= set(table[near, :5].tolist()) if near >= 0 else set()
         left = sorted(reach - {-1, int(row)})
-        sims = joins.similarities(np.array([left]), z, z[[row]])[0]
+        sims = nn_descent.similarities(np.array([left]), z, z[[row]])[0]
         want = [left[j] for j in np.lexsort((left, -sims))][:6]
         assert found.tolist() == want + [-1] * (6 - len(want))
 
@@ -104,7 +105,7 @@ def test_joined_finds_neighbours_of_neighbours_and_nothing_else() -> None:
 @pytest.mark.parametrize("targets", [slice(0, 90), slice(30, 31), slice(40, 90)])
 def test_reverse(targets: slice) -> None:
     table = np.random.default_rng(3).integers(-1, 90, (90, 70)).astype(np.int32)
-    got = joins.reverse(table, targets, 5)
+    got = nn_descent.reverse(table, targets, 5)
     for row, target in enumerate(range(targets.start, targets.stop)):
         whose = [(min(p, 63), s) for s, p in np.argwhere(table == target).tolist()]
         want = [s for _, s in sorted(whose)][:5]
@@ -113,12 +114,12 @@ def test_reverse(targets: slice) -> None:
 
 def test_scan_of_all_lists_is_exact() -> None:
     z = points(5, 500)
-    centroids = lists.train(z, 7)
-    home = lists.nearest_lists(z, centroids, 1)[:, 0]
+    centroids = ivf.train(z, 7)
+    home = ivf.nearest_lists(z, centroids, 1)[:, 0]
     order = np.argsort(home, kind="stable").astype(np.int32)
     start = np.searchsorted(home[order], np.arange(8))
     every = np.tile(np.arange(7, dtype=np.int32), (500, 1))
-    got = lists.scan(z, np.arange(500), every, z, order, start, M, M)
+    got = ivf.scan(z, np.arange(500), every, z, order, start, M, M)
     assert quality.recall(got, exact(z, z, M)) > 0.99  # the copies' ties, cut off list by list
     whole(got, z)
 

@@ -20,8 +20,8 @@ from helpers import data_dir, encode_image, random_images, write_tar
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from cnn2gnn_dist.data import tar
-from cnn2gnn_dist.data.pair import index_pair
+from cnn2gnn_dist.data.index.manifest_pair import index_pair
+from cnn2gnn_dist.data.tar import samples
 from cnn2gnn_dist.errors import UserError
 
 FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
@@ -32,7 +32,7 @@ def ours(path: Path) -> list[tuple[str, dict[str, bytes]]]:
     data = path.read_bytes()
     return [
         (s.key, {suffix: data[m.offset : m.offset + m.size] for suffix, m in s.fields.items()})
-        for s in tar.samples(path)
+        for s in samples.samples(path)
     ]
 
 
@@ -46,7 +46,7 @@ def outcome(read: Callable[[Path], archives.Samples], path: Path) -> archives.Sa
 def assert_same(path: Path) -> None:
     """Ours equal webdataset's, but that duplicate and scattered keys are refused."""
     expected, found = outcome(by_webdataset, path), outcome(ours, path)
-    split = [tar.split_name(member.name) for member in tar.walk(path)]
+    split = [samples.split_name(member.name) for member in samples.walk(path)]
     keys = [s[0] for s in split if s]
     runs = [key for key, before in zip(keys, [None, *keys], strict=False) if key != before]
     if isinstance(expected, Exception):
@@ -150,14 +150,14 @@ def test_members_are_those_of_tarfile(members: list[tuple[str, bytes, str, int, 
         path.write_bytes(build(members))
         with tarfile.open(path) as archive:
             expected = [(m.name, m.offset_data, m.size) for m in archive if m.isreg()]
-        assert [(m.name, m.offset, m.size) for m in tar.walk(path)] == expected
+        assert [(m.name, m.offset, m.size) for m in samples.walk(path)] == expected
 
 
 def test_global_pax_header_and_signed_checksum(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT, pax_headers={"comment": "git"}) as t:
         t.addfile(tarfile.TarInfo("é.jpg"))
-    assert [s.key for s in tar.samples(path)] == ["é"]
+    assert [s.key for s in samples.samples(path)] == ["é"]
     data = bytearray(path.read_bytes())
     start = len(data.rstrip(b"\0")) // 512 * 512  # the last header
     data[start : start + 4] = b"\xe9.b\0"  # Latin-1 in the bare name, overruled by the pax path
@@ -166,7 +166,7 @@ def test_global_pax_header_and_signed_checksum(tmp_path: Path) -> None:
     total = sum(data[start : start + 512]) - 256 * high
     data[start + 148 : start + 156] = b"%06o\0 " % total
     path.write_bytes(data)
-    assert [s.key for s in tar.samples(path)] == ["é"]
+    assert [s.key for s in samples.samples(path)] == ["é"]
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_ambiguous_names_are_refused(
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
     with pytest.raises(UserError, match=message) as caught:
-        list(tar.samples(path))
+        list(samples.samples(path))
     assert str(path) in caught.value.where
     assert caught.value.remedy
 
@@ -216,11 +216,11 @@ def test_every_truncation_is_noticed(tmp_path: Path) -> None:
     for length in range(0, end + 1, 64):
         path.write_bytes(whole[:length])
         with pytest.raises(UserError, match=r"truncated|empty|end-of-archive") as caught:
-            list(tar.walk(path))
+            list(samples.walk(path))
         assert caught.value.where == str(path)
         assert "again" in caught.value.remedy
     path.write_bytes(whole[:end] + bytes(1024))
-    assert len(list(tar.walk(path))) == 3
+    assert len(list(samples.walk(path))) == 3
 
 
 def test_foreign_and_damaged_files(tmp_path: Path) -> None:
@@ -228,22 +228,22 @@ def test_foreign_and_damaged_files(tmp_path: Path) -> None:
     path = tmp_path / "x.tar"
     path.write_bytes(gzip.compress(whole))
     with pytest.raises(UserError, match=r"compressed \(gzip\)"):
-        list(tar.walk(path))
+        list(samples.walk(path))
     path.write_bytes(whole[:1024] + b"?" + whole[1025:])  # one byte of the second header
     with pytest.raises(UserError, match="wrong checksum at byte 1,024"):
-        list(tar.walk(path))
+        list(samples.walk(path))
     with pytest.raises(UserError, match="cannot be opened: No such file"):
-        list(tar.walk(tmp_path / "none.tar"))
+        list(samples.walk(tmp_path / "none.tar"))
     info = tarfile.TarInfo("s.jpg")
     info.type = tarfile.GNUTYPE_SPARSE
     path.write_bytes(info.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
     with pytest.raises(UserError, match="sparse"):
-        list(tar.walk(path))
+        list(samples.walk(path))
     info = tarfile.TarInfo("a.jpg")
     info.size = 9 << 30  # base-256 by tarfile itself; the file is far shorter
     path.write_bytes(info.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
     with pytest.raises(UserError, match=r"member 'a.jpg' reaches to byte 9,663,676,928"):
-        list(tar.walk(path))
+        list(samples.walk(path))
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
@@ -261,12 +261,12 @@ def test_damage_never_escapes_as_another_error(data: st.DataObject) -> None:
         path = Path(folder) / "x.tar"
         path.write_bytes(whole)
         with contextlib.suppress(UserError):
-            list(tar.samples(path))
+            list(samples.samples(path))
 
 
 def test_real_shards_equal_webdataset() -> None:
     paths = sorted(data_dir("imagenet-sample").glob("*.tar"))
-    assert sum(len(list(tar.samples(path))) for path in paths) == 200
+    assert sum(len(list(samples.samples(path))) for path in paths) == 200
     assert ours(paths[0]) == by_webdataset(paths[0])
 
 
@@ -298,7 +298,7 @@ def test_what_is_no_tar_is_called_what_it_is(
     path = tmp_path / "x.tar"
     path.write_bytes(data)
     with pytest.raises(UserError, match=re.escape(what)) as caught:
-        list(tar.walk(path))
+        list(samples.walk(path))
     assert caught.value.where == str(path)
     assert remedy in caught.value.remedy
 
@@ -306,7 +306,7 @@ def test_what_is_no_tar_is_called_what_it_is(
 @pytest.mark.parametrize("name", ["BZhou.jpg", "PAR1.jpg", "{x}.jpg", "<html>.jpg", "RIFF.jpg"])
 def test_a_first_member_may_be_called_like_another_kind_of_file(tmp_path: Path, name: str) -> None:
     path = write_tar(tmp_path / "x.tar", [(name, b"x")])
-    assert [member.name for member in tar.walk(path)] == [name]
+    assert [member.name for member in samples.walk(path)] == [name]
 
 
 def test_what_is_part_of_no_sample_is_counted_by_reason(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from cnn2gnn_dist.data import targets as targets_module
-from cnn2gnn_dist.data.targets import Targets, is_whole, write_shard
+from cnn2gnn_dist.data import soft_targets as targets_module
+from cnn2gnn_dist.data.soft_targets import Targets, is_whole, write_shard
 from cnn2gnn_dist.errors import UserError
 
 META = {"key": "abc", "views": [0, 1]}

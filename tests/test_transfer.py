@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from servers import Served, http_server
 
-from cnn2gnn_dist.data import urls
+from cnn2gnn_dist.data.storage import urls
 from cnn2gnn_dist.errors import UserError
 
 BYTES = np.random.default_rng(0).integers(0, 256, 300_000, dtype=np.uint8).tobytes()

@@ -11,13 +11,13 @@ import yaml
 from runs import environment, finish, results, scores, start, torchrun
 
 from cnn2gnn_dist import settings
-from cnn2gnn_dist.data.manifest import Manifest
-from cnn2gnn_dist.data.reader import Reader, ReaderSpec, Request
-from cnn2gnn_dist.data.targets import Targets
+from cnn2gnn_dist.data.index.manifest import Manifest
+from cnn2gnn_dist.data.reading.reader import Reader, ReaderSpec, Request
+from cnn2gnn_dist.data.soft_targets import Targets
 from cnn2gnn_dist.runtime.ranks import Ranks
-from cnn2gnn_dist.stages.context import Context, RunPaths
-from cnn2gnn_dist.stages.networks import Teacher
-from cnn2gnn_dist.training import checkpoint_folder as disk
+from cnn2gnn_dist.stages.shared.context import Context, RunPaths
+from cnn2gnn_dist.stages.shared.networks import Teacher
+from cnn2gnn_dist.training.checkpoint import folder as disk
 
 pytestmark = pytest.mark.slow
 

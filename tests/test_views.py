@@ -11,9 +11,17 @@ import torch
 from helpers import random_images
 
 from cnn2gnn_dist import compat
-from cnn2gnn_dist.data import views as viewing
-from cnn2gnn_dist.data.decode import CorruptSample
-from cnn2gnn_dist.data.views import CLEAN, KINDS, ViewSpec, boxes, render, render_batch, uniform
+from cnn2gnn_dist.data.images import views as viewing
+from cnn2gnn_dist.data.images.decode import CorruptSample
+from cnn2gnn_dist.data.images.views import (
+    CLEAN,
+    KINDS,
+    ViewSpec,
+    boxes,
+    render,
+    render_batch,
+    uniform,
+)
 from cnn2gnn_dist.errors import UserError
 
 SHAPES = [(32, 32), (40, 61), (61, 40), (100, 33), (224, 300), (17, 23), (33, 32)]

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cnn2gnn_dist.training import distributed, ds_config
+from cnn2gnn_dist.runtime import collectives
+from cnn2gnn_dist.training import ds_config
 from cnn2gnn_dist.training.engine import Engine
 
 GLOBAL_BATCH = 8
@@ -46,8 +47,8 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
 
 def share(step: int) -> tuple[Tensor, Tensor]:
     """This rank's rows of the global batch."""
-    rows = GLOBAL_BATCH // distributed.world_size()
-    own = slice(distributed.rank() * rows, (distributed.rank() + 1) * rows)
+    rows = GLOBAL_BATCH // collectives.world_size()
+    own = slice(collectives.rank() * rows, (collectives.rank() + 1) * rows)
     images, labels = batch(step)
     return images[own], labels[own]
 
@@ -61,7 +62,7 @@ def config(stage: int, accumulation: int = 1, clip: float = 0.0) -> dict[str, An
     """The repository's ds_config.json, resolved for the group at hand."""
     return ds_config.resolve(
         ds_config.load(ds_config.PACKAGE.parent / "ds_config.json"),
-        world_size=distributed.world_size(),
+        world_size=collectives.world_size(),
         global_batch=GLOBAL_BATCH,
         accumulation=accumulation,
         lr=LR,

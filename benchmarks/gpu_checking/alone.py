@@ -52,7 +52,7 @@ def environment(setting: Setting) -> Outcome:
 
 def search(setting: Setting) -> Outcome:
     """The device's search finds the nearest rows of a float64 reference, duplicates too."""
-    from cnn2gnn_dist.graph.knn import Index
+    from cnn2gnn_dist.graph.search.knn import Index
 
     nodes, queries, m, dim = (3000, 200, 16, 32) if setting.toy else (200_000, 2000, 24, 64)
     rng = np.random.default_rng(0)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.models.stem import build_stem
+from cnn2gnn_dist.runtime import collectives
 from cnn2gnn_dist.runtime.ranks import Ranks
-from cnn2gnn_dist.training import distributed
 from cnn2gnn_dist.training.sync_norm import synchronise_norms
 
 DELAY_S = 1.0
@@ -56,13 +56,13 @@ def join(setting: Setting, timeout_s: float = 120.0) -> None:
 def barrier(setting: Setting) -> Outcome:
     """No rank leaves before the last has come: its host late, then its device busy."""
     join(setting)
-    distributed.barrier()
+    collectives.barrier()
     numbers: dict[str, Any] = {}
     for kind in ("host", "device"):
         late = setting.rank == 0
         file = setting.out / f".barrier-{setting.ranks}-{kind}"
         file.unlink(missing_ok=True)
-        distributed.barrier()
+        collectives.barrier()
         begin = time.monotonic()
         if late and kind == "device" and setting.device == "cuda":
             # A kernel that spins: what the barrier queues behind it can't be done before.
@@ -71,11 +71,11 @@ def barrier(setting: Setting) -> Outcome:
             time.sleep(DELAY_S)
             file.touch()
         came = time.monotonic()
-        distributed.barrier()
+        collectives.barrier()
         numbers[kind] = (came, time.monotonic(), time.monotonic() - begin)
         numbers[f"{kind}_file"] = kind == "device" or file.exists()
-        distributed.barrier()
-    everyone = distributed.all_gather_object(numbers)
+        collectives.barrier()
+    everyone = collectives.all_gather_object(numbers)
     held = all(
         min(one[kind][1] for one in everyone) >= max(one[kind][0] for one in everyone)
         and min(one[kind][2] for one in everyone) >= 0.9 * DELAY_S
@@ -127,7 +127,7 @@ def _norms_apart(setting: Setting, name: str) -> float:
     (found * toward[own]).sum().backward()
     pairs = [(found, wanted[own])]
     pairs += [
-        (distributed.all_reduce_sum(_gradient(p)), _gradient(q))
+        (collectives.all_reduce_sum(_gradient(p)), _gradient(q))
         for p, q in zip(together.parameters(), alone.parameters(), strict=True)
     ]
     pairs += [
@@ -187,7 +187,7 @@ def zero3(setting: Setting) -> Outcome:
         raw = output.x_BD.float() @ weight.T
         norm = torch.nn.functional.batch_norm(raw, None, None, training=True)
         wanted = torch.nn.functional.normalize(norm, dim=1)
-    apart = max(distributed.all_gather_object(float((output.z_Bd.detach() - wanted).abs().max())))
+    apart = max(collectives.all_gather_object(float((output.z_Bd.detach() - wanted).abs().max())))
     low = str(output.x_BD.dtype)
     return Outcome(
         apart < HEAD and output.z_Bd.dtype == torch.float32,
@@ -201,16 +201,16 @@ def lost_peer(setting: Setting) -> Outcome:
     if setting.ranks == 1:
         raise Skip("needs two ranks")
     join(setting, timeout_s=20.0)
-    distributed.barrier()
+    collectives.barrier()
     if setting.rank == setting.ranks - 1:
         os.kill(os.getpid(), signal.SIGKILL)
     begin = time.monotonic()
     try:
         while time.monotonic() - begin < 100:
-            distributed.barrier()
+            collectives.barrier()
     except RuntimeError as error:
         seconds = time.monotonic() - begin
-        named = distributed.lost_peer(error)
+        named = collectives.lost_peer(error)
         said = str(error).splitlines()[0][:120]
         return Outcome(
             named,

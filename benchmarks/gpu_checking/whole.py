@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from gpu_checking import Outcome, Setting, Skip
 
-from cnn2gnn_dist.training import checkpoint_folder as disk
+from cnn2gnn_dist.training.checkpoint import folder as disk
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 LEAST = 90.0

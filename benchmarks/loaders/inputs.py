@@ -7,8 +7,8 @@ from pathlib import Path
 
 from loaders.job import Job, warm
 
-from cnn2gnn_dist.data.manifest import index
-from cnn2gnn_dist.data.pack import pack_parquet
+from cnn2gnn_dist.data.index.manifest import index
+from cnn2gnn_dist.data.packing.packers import pack_parquet
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 

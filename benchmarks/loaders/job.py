@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from cnn2gnn_dist.data.views import ViewSpec
+from cnn2gnn_dist.data.images.views import ViewSpec
 
 WORKERS = 2
 """Readers of every contender: what a user would choose for two cores."""

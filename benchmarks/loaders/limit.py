@@ -13,8 +13,8 @@ from loaders.job import WORKERS, Job
 from loaders.samples import members
 from loaders.users import one_thread
 
-from cnn2gnn_dist.data.imaging import fill_views
-from cnn2gnn_dist.data.reader import CHUNK
+from cnn2gnn_dist.data.images.batch_views import fill_views
+from cnn2gnn_dist.data.reading.reader import CHUNK
 
 
 def batches(job: Job) -> Iterator[np.ndarray]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from loaders.job import WORKERS, Job
 
-from cnn2gnn_dist.data.decoded import cache_path
+from cnn2gnn_dist.data.reading.decoded_cache import cache_path
 from cnn2gnn_dist.data.stream import Stream
 
 DECODED = 1 << 31
@@ -28,9 +28,9 @@ def opened(job: Job) -> Stream:
     """The stream of a job; Ray is started here where it is asked for."""
     backend = job.options["backend"]
     if backend == "ray":
-        from cnn2gnn_dist.runtime import group
+        from cnn2gnn_dist.runtime import ray_group
 
-        group.start(None, cpus=WORKERS)
+        ray_group.start(None, cpus=WORKERS)
     return Stream(
         job.manifest,
         global_batch=job.batch,
@@ -45,7 +45,7 @@ def opened(job: Job) -> Stream:
 
 def remove_decoded(job: Job) -> None:
     """Begin without a cache of decoded images."""
-    from cnn2gnn_dist.data.manifest import Manifest
+    from cnn2gnn_dist.data.index.manifest import Manifest
 
     path: Path = cache_path(job.manifest, Manifest.load(job.manifest), job.views)
     path.unlink(missing_ok=True)

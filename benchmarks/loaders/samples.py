@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from loaders.job import Job
 
-from cnn2gnn_dist.data.manifest import Manifest
-from cnn2gnn_dist.data.storage import ShardFiles
+from cnn2gnn_dist.data.index.manifest import Manifest
+from cnn2gnn_dist.data.reading.shard_files import ShardFiles
 
 
 def members(job: Job) -> list[tuple[bytes, int]]:

@@ -14,19 +14,20 @@ from typing import Any
 from loaders.job import WORKERS, Job
 from loaders.ours import opened
 
-from cnn2gnn_dist.data import imaging, reader, storage
+from cnn2gnn_dist.data.images import batch_views
 from cnn2gnn_dist.data.order import Order
-from cnn2gnn_dist.data.reader import Reader, ReaderSpec, Request
+from cnn2gnn_dist.data.reading import reader, shard_files
+from cnn2gnn_dist.data.reading.reader import Reader, ReaderSpec, Request
 
 STEPS: list[tuple[str, Any, str]] = [
-    ("read", storage.ShardFiles, "read_all"),
-    ("decode", imaging, "decode"),
-    ("decode", imaging, "decode_crop"),
-    ("decode", imaging, "jpeg_size"),
-    ("draw", imaging, "boxes"),
-    ("crop, resize", imaging, "resized_into"),
-    ("crop, resize", imaging, "clean_into"),
-    ("crop, resize", imaging, "shifted"),
+    ("read", shard_files.ShardFiles, "read_all"),
+    ("decode", batch_views, "decode"),
+    ("decode", batch_views, "decode_crop"),
+    ("decode", batch_views, "jpeg_size"),
+    ("draw", batch_views, "boxes"),
+    ("crop, resize", batch_views, "resized_into"),
+    ("crop, resize", batch_views, "clean_into"),
+    ("crop, resize", batch_views, "shifted"),
     ("rest of imaging", reader, "fill_views"),
     ("rest of reader", reader.Reader, "read"),
 ]

@@ -37,7 +37,7 @@ class OurViews:
     def __call__(self, samples: list[tuple[bytes, bytes]]) -> tuple[Any, Any]:
         import torch
 
-        from cnn2gnn_dist.data.imaging import fill_views
+        from cnn2gnn_dist.data.images.batch_views import fill_views
 
         size, n = self.job.size, len(samples)
         images = np.zeros((n, size, size, 3), np.uint8)

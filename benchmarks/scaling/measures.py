@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from cnn2gnn_dist.graph import memory, partition, quality, streaming
+from cnn2gnn_dist.graph import memory_model, quality
+from cnn2gnn_dist.graph.partition import fennel
+from cnn2gnn_dist.graph.partition import parts as partition
 from cnn2gnn_dist.graph.sampler import TableSampler
-from cnn2gnn_dist.graph.table_search import Found, Goal, TableSearch
-from cnn2gnn_dist.graph.units import Crew, Workshop
+from cnn2gnn_dist.graph.search.approximate import Found, Goal, TableSearch
+from cnn2gnn_dist.graph.search.work_units import Crew, Workshop
 
 M, THREADS, RECALL = 16, 2, 0.95
 DRIFTS = (0.02, 0.05, 0.08, 0.14)
@@ -141,7 +143,7 @@ def keep(folder: Path, count: int = 8) -> dict[str, Any]:
     rows: dict[str, Any] = {"kept": {"cut": partition.edge_cut(table, old), "moved": 0.0}}
     for gain in (1, 4, 8):
         started = time.perf_counter()
-        new = streaming.moved_where_it_pays(table, old, count, gain)
+        new = fennel.moved_where_it_pays(table, old, count, gain)
         rows[f"gain {gain}"] = {
             "cut": partition.edge_cut(table, new),
             "moved": float((new != old).mean()),
@@ -204,7 +206,7 @@ def children_gib() -> float:
 def _assign(how: str, table: np.ndarray, order: np.ndarray, count: int) -> np.ndarray:
     ways: dict[str, Callable[[], np.ndarray]] = {
         "metis": lambda: partition.assign(table, count),
-        "streaming": lambda: streaming.assign_streaming(table, order, count),
+        "streaming": lambda: fennel.assign_streaming(table, order, count),
         "contiguous": lambda: partition.assign_ranges(table, count),
         "random": lambda: np.random.default_rng(0).integers(0, count, len(table)).astype(np.int32),
         "pymetis": lambda: _pymetis(table, count),
@@ -228,5 +230,7 @@ def _pymetis(table: np.ndarray, count: int) -> np.ndarray:
 
 
 def _predicted(name: str, images: int, count: int) -> float:
-    found = memory.structures(memory.Sizes(images, candidates=M, parts=count, ranks=count))
+    found = memory_model.structures(
+        memory_model.Sizes(images, candidates=M, parts=count, ranks=count)
+    )
     return next(one.bytes for one in found if one.name.startswith(name)) / 2**30

@@ -72,15 +72,15 @@ def _seeds(arrays: Arrays, rank: int) -> Iterator[np.ndarray]:
 
 
 def _ours(arrays: Arrays, rank: int, sampler_name: str, hop_name: str) -> Contender:
-    from cnn2gnn_dist.graph import partition
     from cnn2gnn_dist.graph.bank import Bank
+    from cnn2gnn_dist.graph.partition import parts
     from cnn2gnn_dist.graph.sampler import make_sampler
-    from cnn2gnn_dist.stages.second_hop import CachedSecondHop
+    from cnn2gnn_dist.stages.neighbours.second_hop import CachedSecondHop
 
     if sampler_name == "distdgl":
         served = _served(arrays, rank)
         return Contender(_student(), _steps(arrays, rank, served, served, None))
-    graph = partition.build_part(np.asarray(arrays.candidates), np.asarray(arrays.part), rank)
+    graph = parts.build_part(np.asarray(arrays.candidates), np.asarray(arrays.part), rank)
     nodes = graph.nodes_L
     bank = Bank(
         torch.from_numpy(arrays.x[nodes]),
@@ -134,7 +134,7 @@ def _steps(arrays: Arrays, rank: int, holder: Any, sampler: Any, cached: Any) ->
 
 def _served(arrays: Arrays, rank: int) -> Any:
     """DistDGL's servers, one of each rank's, on loopback."""
-    from cnn2gnn_dist.graph.distdgl import ServedGraph, Task
+    from cnn2gnn_dist.graph.distdgl.served import ServedGraph, Task
 
     path = arrays.folder / "served" / "v0000"
     if rank == 0 and not path.exists():
@@ -148,8 +148,8 @@ def _served(arrays: Arrays, rank: int) -> Any:
 
 
 def _write_version(arrays: Arrays, root: Path) -> None:
-    from cnn2gnn_dist.graph import partition
     from cnn2gnn_dist.graph.bank import GraphWriter
+    from cnn2gnn_dist.graph.partition import parts
 
     made = {name: getattr(arrays, name) for name in ("x", "z", "labels", "candidates", "part")}
     shapes = {name: (a.shape, a.dtype.type) for name, a in made.items()}
@@ -158,7 +158,7 @@ def _write_version(arrays: Arrays, root: Path) -> None:
         writer.rows(name, 0, array)
     table, part_N = np.asarray(arrays.candidates), np.asarray(arrays.part)
     for part in range(int(part_N.max()) + 1):
-        partition.build_part(table, part_N, part).save(writer.path / f"part-{part:02d}")
+        parts.build_part(table, part_N, part).save(writer.path / f"part-{part:02d}")
     writer.finalise({})
 
 

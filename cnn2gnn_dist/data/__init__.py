@@ -6,8 +6,8 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cnn2gnn_dist.data.images.views import ViewSpec
     from cnn2gnn_dist.data.stream import Stream
-    from cnn2gnn_dist.data.views import ViewSpec
 
 __all__ = ["Stream", "ViewSpec"]
 
@@ -19,7 +19,7 @@ def __getattr__(name: str) -> Any:
 
         return Stream
     if name == "ViewSpec":
-        from cnn2gnn_dist.data.views import ViewSpec
+        from cnn2gnn_dist.data.images.views import ViewSpec
 
         return ViewSpec
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from cnn2gnn_dist.data.arithmetic import (
+from cnn2gnn_dist.data.batch_sizes import (
     check_arithmetic,
     check_parts,
     check_sizes,

@@ -23,14 +23,14 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
-from cnn2gnn_dist.data.expand import expand
-from cnn2gnn_dist.data.manifest import Manifest, index
+from cnn2gnn_dist.data.images.views import CLEAN, ViewSpec
+from cnn2gnn_dist.data.index.manifest import Manifest, index
 from cnn2gnn_dist.data.order import Order
-from cnn2gnn_dist.data.pool import ReaderPool
-from cnn2gnn_dist.data.reader import Batch, ReaderSpec, Request
-from cnn2gnn_dist.data.storage import CacheSpec
-from cnn2gnn_dist.data.urls import is_remote
-from cnn2gnn_dist.data.views import CLEAN, ViewSpec
+from cnn2gnn_dist.data.reading.pool import ReaderPool
+from cnn2gnn_dist.data.reading.reader import Batch, ReaderSpec, Request
+from cnn2gnn_dist.data.reading.shard_files import CacheSpec
+from cnn2gnn_dist.data.storage.shard_paths import expand
+from cnn2gnn_dist.data.storage.urls import is_remote
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.runtime.ranks import Ranks
 

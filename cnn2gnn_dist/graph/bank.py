@@ -21,8 +21,8 @@ from torch import Tensor
 
 from cnn2gnn_dist import durable
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.graph.partition import PartGraph, build_union
-from cnn2gnn_dist.graph.rows_on_disk import RowFile, read_rows
+from cnn2gnn_dist.graph.partition.parts import PartGraph, build_union
+from cnn2gnn_dist.graph.row_file import RowFile, read_rows
 
 MANIFEST = "manifest.json"
 ATTEMPT = "attempt"

@@ -12,19 +12,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cnn2gnn_dist.data.image_files import corrupt_in
-from cnn2gnn_dist.data.manifest import Manifest
-from cnn2gnn_dist.data.reader import Batch, Reader, ReaderSpec, Request
-from cnn2gnn_dist.data.views import CLEAN
+from cnn2gnn_dist.data.images.image_files import corrupt_in
+from cnn2gnn_dist.data.images.views import CLEAN
+from cnn2gnn_dist.data.index.manifest import Manifest
+from cnn2gnn_dist.data.reading.reader import Batch, Reader, ReaderSpec, Request
 from cnn2gnn_dist.durable import write_text
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.report import write_report
-from cnn2gnn_dist.stages.contestants import Attached, Row, contestants
-from cnn2gnn_dist.stages.context import Context, load_manifest
-from cnn2gnn_dist.stages.judge import Predictions, judge, told
-from cnn2gnn_dist.stages.networks import norms_of
-from cnn2gnn_dist.stages.timing import milliseconds_an_image
-from cnn2gnn_dist.training import distributed
+from cnn2gnn_dist.report.page import write_report
+from cnn2gnn_dist.runtime import collectives
+from cnn2gnn_dist.stages.compared_models import Attached, Row, contestants
+from cnn2gnn_dist.stages.shared.context import Context, load_manifest
+from cnn2gnn_dist.stages.shared.networks import norms_of
+from cnn2gnn_dist.stages.shared.predictions import Predictions, judge, told
+from cnn2gnn_dist.stages.shared.timing import milliseconds_an_image
 
 COST_BATCH = 64
 EXAMPLES = 5
@@ -65,7 +65,7 @@ def run(context: Context, keys: dict[str, str]) -> list[Path]:
         seed = config.seed if contestant.shuffled else None
         judged = judge(context, contestant.answer, paths.test_manifest, shuffle_seed=seed)
         attached, left_out = attached or contestant.attached, judged.left_out
-        with distributed.uneven():  # what rank 0 does alone may take long
+        with collectives.uneven():  # what rank 0 does alone may take long
             for name, found in judged.found.items() if context.ranks.is_first else ():
                 row = contestant.rows[name]
                 results[name] = {
@@ -89,7 +89,7 @@ def run(context: Context, keys: dict[str, str]) -> list[Path]:
         if not context.inside_ray:  # under Ray the driver shows it, after the ranks' last lines
             print(table(results), flush=True)
 
-    distributed.alone(report)
+    collectives.alone(report)
     return [path for path in sorted(context.folder.glob("*.np*"))]
 
 

@@ -16,19 +16,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cnn2gnn_dist.config import GraphConfig
-from cnn2gnn_dist.data.manifest import Manifest
+from cnn2gnn_dist.data.images.views import CLEAN
+from cnn2gnn_dist.data.index.manifest import Manifest
 from cnn2gnn_dist.data.order import sequential
-from cnn2gnn_dist.data.reader import Request
-from cnn2gnn_dist.data.views import CLEAN
-from cnn2gnn_dist.graph import bank, partition, quality, streaming, twins
-from cnn2gnn_dist.graph.alive import alive
+from cnn2gnn_dist.data.reading.reader import Request
+from cnn2gnn_dist.graph import bank, duplicates, quality
 from cnn2gnn_dist.graph.bank import GraphVersion, GraphWriter
-from cnn2gnn_dist.stages import candidates
-from cnn2gnn_dist.stages.context import Context, CorruptCount, load_manifest
-from cnn2gnn_dist.stages.embedded import NOTE, Embedded
-from cnn2gnn_dist.stages.networks import build_student, load_model
-from cnn2gnn_dist.training import distributed
-from cnn2gnn_dist.training.checkpoint import Checkpoints
+from cnn2gnn_dist.graph.partition import fennel
+from cnn2gnn_dist.graph.partition import parts as partition
+from cnn2gnn_dist.graph.search.valid_nodes import alive
+from cnn2gnn_dist.runtime import collectives
+from cnn2gnn_dist.stages.neighbours import candidates
+from cnn2gnn_dist.stages.neighbours.embeddings import NOTE, Embedded
+from cnn2gnn_dist.stages.shared.context import Context, CorruptCount, load_manifest
+from cnn2gnn_dist.stages.shared.networks import build_student, load_model
+from cnn2gnn_dist.training.checkpoint.manager import Checkpoints
 
 Embed = Callable[[Tensor], tuple[Tensor, Tensor]]
 """images uint8 [B, H, W, 3] → x_BD, z_Bd."""
@@ -101,7 +103,7 @@ def build(
         made.rows("labels", 0, manifest.label_N)
         made.sync()
 
-    distributed.alone(create)
+    collectives.alone(create)
     writer = GraphWriter.open(root, number)
     query_Nd = _embed_all(context, embed, writer, len(manifest), number)
     searched = candidates.find(context, writer, query_Nd, previous)
@@ -112,11 +114,11 @@ def build(
         writer.rows("part", 0, part_N)
         twin_N = _twins(writer, manifest)
         writer.rows("twin", 0, twin_N)
-        searched["twins"] = twins.summary(twin_N)
+        searched["twins"] = duplicates.summary(twin_N)
         made = _finalise(context, writer, part_N, cut, searched, previous)
         bank.prune(root, made, settings.keep_versions)
 
-    distributed.alone(close)
+    collectives.alone(close)
     return bank.open_version(bank.version_path(root, number))
 
 
@@ -175,7 +177,7 @@ def _twins(writer: GraphWriter, manifest: Manifest) -> np.ndarray:
         files = manifest.crc_N.astype(np.int64) << 31 ^ manifest.size_N.astype(np.int64)
     corrupt = np.ones(len(z_Nd), bool)
     corrupt[alive(z_Nd)] = False  # all alike: nothing was read of them
-    return twins.groups(twins.row_keys(writer.array("x")), files, apart=corrupt)
+    return duplicates.groups(duplicates.row_keys(writer.array("x")), files, apart=corrupt)
 
 
 def _parts(
@@ -185,14 +187,14 @@ def _parts(
     if previous is not None:
         part_N = np.asarray(previous.part)
         if settings.partitioner != "ranges":
-            part_N = streaming.moved_where_it_pays(
+            part_N = fennel.moved_where_it_pays(
                 table_NM, part_N, settings.parts, settings.move_gain
             )
         first_cut = float(previous.meta["cut_when_assigned"])
         if partition.edge_cut(table_NM, part_N) <= settings.repartition_cut * max(first_cut, 0.01):
             return part_N, first_cut
     if settings.partitioner == "streaming":
-        part_N = streaming.assign_streaming(table_NM, order_N, settings.parts)
+        part_N = fennel.assign_streaming(table_NM, order_N, settings.parts)
     elif settings.partitioner == "metis":
         part_N = partition.assign(table_NM, settings.parts)
     else:

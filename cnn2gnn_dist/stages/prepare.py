@@ -6,18 +6,20 @@ import os
 from pathlib import Path
 
 from cnn2gnn_dist.config import DataConfig
-from cnn2gnn_dist.data import folders, naming, pack
-from cnn2gnn_dist.data.classes import notes
-from cnn2gnn_dist.data.copies import copies_note
-from cnn2gnn_dist.data.expand import files_of
-from cnn2gnn_dist.data.manifest import Manifest, split_per_class
-from cnn2gnn_dist.data.overlap import overlap_note
-from cnn2gnn_dist.data.pair import index_pair, index_whole
-from cnn2gnn_dist.data.sniff import ENOUGH, kind_of, remedy_for
-from cnn2gnn_dist.data.urls import is_remote
+from cnn2gnn_dist.data.images.file_kind import ENOUGH, kind_of, remedy_for
+from cnn2gnn_dist.data.index import class_names
+from cnn2gnn_dist.data.index.class_matching import notes
+from cnn2gnn_dist.data.index.held_out_overlap import overlap_note
+from cnn2gnn_dist.data.index.manifest import Manifest, split_per_class
+from cnn2gnn_dist.data.index.manifest_pair import index_pair, index_whole
+from cnn2gnn_dist.data.index.repeated_images import copies_note
+from cnn2gnn_dist.data.packing import packers
+from cnn2gnn_dist.data.storage import folders
+from cnn2gnn_dist.data.storage.shard_paths import files_of
+from cnn2gnn_dist.data.storage.urls import is_remote
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.stages import fit
-from cnn2gnn_dist.stages.context import Context
+from cnn2gnn_dist.stages.shared import preflight
+from cnn2gnn_dist.stages.shared.context import Context
 
 
 def pack_run(context: Context) -> list[Path]:
@@ -44,7 +46,7 @@ def pack_source(
     """
     out.mkdir(parents=True, exist_ok=True)
     if data.source == "digits":
-        return pack.pack_digits(out, shard_size=data.shard_size, prefix=part, limit=data.limit)
+        return packers.pack_digits(out, shard_size=data.shard_size, prefix=part, limit=data.limit)
     if origin is None:
         raise UserError(
             f"the source {data.source!r} needs to know where the images lie",
@@ -52,7 +54,7 @@ def pack_source(
             remedy=f"data.{part}=PATH",
         )
     if data.source == "parquet":
-        return pack.pack_parquet(
+        return packers.pack_parquet(
             files_of(data.source, origin),
             out,
             shard_size=data.shard_size,
@@ -64,7 +66,7 @@ def pack_source(
     folder = _one_folder(origin, data.source, part)
     if data.source == "imagefolder":
         check_tree(folder)
-        return pack.pack_imagefolder(
+        return packers.pack_imagefolder(
             folder,
             out,
             shard_size=data.shard_size,
@@ -77,7 +79,7 @@ def pack_source(
         raise UserError(
             "shards need no packing", where="data.source", remedy="run `cnn2gnn index` at once"
         )
-    return pack.pack_torchvision(
+    return packers.pack_torchvision(
         data.source,
         folder,
         part == "train",
@@ -175,11 +177,11 @@ def index_run(context: Context) -> list[Path]:
         whole, held, said = pair.train, pair.held, [*pair.notes, *_in_both(train, test)]
     else:
         whole, held, said = _held_out(data, train, config.seed)
-    said += fit.check_classes(whole.label_N, len(held), None if test else data.holdout)
-    unused = naming.unused_lists([*train, *(test or [])]) if data.source == "shards" else None
+    said += preflight.check_classes(whole.label_N, len(held), None if test else data.holdout)
+    unused = class_names.unused_lists([*train, *(test or [])]) if data.source == "shards" else None
     said += [note for note in (unused, copies_note(whole), overlap_note(whole, held)) if note]
     stages = ("teacher", "student", *(("control",) if config.student.control else ()))
-    said += [f"{e.what} ({e.where})" for e in fit.misfits(config, stages, len(whole))]
+    said += [f"{e.what} ({e.where})" for e in preflight.misfits(config, stages, len(whole))]
     paths.train_manifest.parent.mkdir(parents=True, exist_ok=True)
     whole.save(paths.train_manifest)
     held.save(paths.test_manifest)

@@ -10,19 +10,24 @@ import torch
 from torch import Tensor
 
 from cnn2gnn_dist.config import StudentConfig
-from cnn2gnn_dist.data.manifest import Manifest
+from cnn2gnn_dist.data.index.manifest import Manifest
 from cnn2gnn_dist.data.order import Order
-from cnn2gnn_dist.graph.distdgl import ServedGraph
+from cnn2gnn_dist.graph.distdgl.served import ServedGraph
 from cnn2gnn_dist.models.losses import distillation_loss, neighbour_loss
 from cnn2gnn_dist.models.student import Scope, StudentOutput
-from cnn2gnn_dist.stages.context import Context, load_manifest
 from cnn2gnn_dist.stages.graph import build, describe
-from cnn2gnn_dist.stages.judge import accuracy_of
-from cnn2gnn_dist.stages.loop import Late, Training
-from cnn2gnn_dist.stages.neighbourhood import Neighbourhood, last_refresh, parts_of, reusable
-from cnn2gnn_dist.stages.networks import build_student
-from cnn2gnn_dist.stages.served_graph import serve
-from cnn2gnn_dist.stages.soft_targets import open_targets
+from cnn2gnn_dist.stages.neighbours.neighbourhood import (
+    Neighbourhood,
+    last_refresh,
+    parts_of,
+    reusable,
+)
+from cnn2gnn_dist.stages.neighbours.served_graph import serve
+from cnn2gnn_dist.stages.shared.context import Context, load_manifest
+from cnn2gnn_dist.stages.shared.networks import build_student
+from cnn2gnn_dist.stages.shared.predictions import accuracy_of
+from cnn2gnn_dist.stages.shared.training_loop import Late, Training
+from cnn2gnn_dist.stages.shared.training_targets import open_targets
 from cnn2gnn_dist.training.sync_norm import synchronise_norms
 
 

@@ -12,15 +12,16 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from cnn2gnn_dist.data import targets as soft
-from cnn2gnn_dist.data.manifest import Manifest
-from cnn2gnn_dist.data.pool import ReaderPool
-from cnn2gnn_dist.data.reader import Request
-from cnn2gnn_dist.data.views import CLEAN
-from cnn2gnn_dist.stages.context import Context, CorruptCount, chunks, load_manifest
-from cnn2gnn_dist.stages.networks import Teacher, final_checkpoint, load_model
-from cnn2gnn_dist.training import distributed, ds_config
-from cnn2gnn_dist.training.checkpoint import Checkpoints
+from cnn2gnn_dist.data import soft_targets as soft
+from cnn2gnn_dist.data.images.views import CLEAN
+from cnn2gnn_dist.data.index.manifest import Manifest
+from cnn2gnn_dist.data.reading.pool import ReaderPool
+from cnn2gnn_dist.data.reading.reader import Request
+from cnn2gnn_dist.runtime import collectives
+from cnn2gnn_dist.stages.shared.context import Context, CorruptCount, chunks, load_manifest
+from cnn2gnn_dist.stages.shared.networks import Teacher, final_checkpoint, load_model
+from cnn2gnn_dist.training import ds_config
+from cnn2gnn_dist.training.checkpoint.manager import Checkpoints
 from cnn2gnn_dist.training.engine import Engine
 
 
@@ -48,7 +49,7 @@ def run(context: Context, teacher_key: str) -> list[Path]:
     meta = {"key": context.key}
     shards = [s for s, size in enumerate(manifest.shard_sizes) if size]
     files = {s: shard_file(context.folder, manifest, s) for s in shards}
-    missing = distributed.broadcast_object(
+    missing = collectives.broadcast_object(
         [s for s in shards if not soft.is_whole(files[s], meta)] if context.ranks.is_first else None
     )
     if len(missing) < len(shards):
@@ -63,7 +64,7 @@ def run(context: Context, teacher_key: str) -> list[Path]:
     most = max(sum(len(_plan(context, manifest, s)) for s in share) for share in shares)
     mine, forwards = shares[context.ranks.rank], 0
     with (
-        distributed.uneven(),
+        collectives.uneven(),
         context.stream(context.paths.train_manifest, "targets") as stream,
     ):
         for shard in tqdm(mine, "targets", unit="shard", disable=not context.ranks.is_first):

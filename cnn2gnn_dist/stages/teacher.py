@@ -8,10 +8,10 @@ import torch
 
 from cnn2gnn_dist.data.order import Order
 from cnn2gnn_dist.models.losses import distillation_loss
-from cnn2gnn_dist.stages.context import Context, load_manifest
-from cnn2gnn_dist.stages.judge import accuracy_of, check_held_out
-from cnn2gnn_dist.stages.loop import Training
-from cnn2gnn_dist.stages.networks import Teacher
+from cnn2gnn_dist.stages.shared.context import Context, load_manifest
+from cnn2gnn_dist.stages.shared.networks import Teacher
+from cnn2gnn_dist.stages.shared.predictions import accuracy_of, check_held_out
+from cnn2gnn_dist.stages.shared.training_loop import Training
 
 
 def run(context: Context) -> list[Path]:

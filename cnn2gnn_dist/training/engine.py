@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.runtime import collectives, peer_watch, process_group
 from cnn2gnn_dist.runtime.ranks import Ranks
-from cnn2gnn_dist.training import distributed, peer_watch, process_group
 from cnn2gnn_dist.training.schedule import fresh_adam
 from cnn2gnn_dist.training.sync_norm import is_synchronised
 
@@ -79,7 +79,7 @@ def shutdown() -> None:
     """Leave the process group."""
     while _watches:
         _watches.pop().close()
-    if distributed.is_initialised():
+    if collectives.is_initialised():
         with contextlib.suppress(Exception):
             torch.distributed.destroy_process_group()
 
@@ -177,9 +177,9 @@ class Engine:
         if self._micro != self.accumulation:
             raise RuntimeError(f"{self._micro} of {self.accumulation} micro-batches seen")
         brought = self._finite.new_tensor(votes)
-        ballot = distributed.all_reduce_sum(torch.cat([self._finite.reshape(1), brought]))
+        ballot = collectives.all_reduce_sum(torch.cat([self._finite.reshape(1), brought]))
         finite, *summed = ballot.tolist()
-        if finite < distributed.world_size():
+        if finite < collectives.world_size():
             raise self._diverged("loss")
         for group in inner_optimizer(self).param_groups:
             group["lr"] = self._late(late_lr, group["betas"]) if group["late"] else lr
@@ -222,7 +222,7 @@ class Engine:
         rank 0's of the others (collective).
         """
         for buffer in self.module.buffers():
-            distributed.mean_or_first(buffer)
+            collectives.mean_or_first(buffer)
 
     @contextlib.contextmanager
     def averaged_buffers(self) -> Iterator[None]:

@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.training import distributed
+from cnn2gnn_dist.runtime import collectives
 
 _TIMM = "timm.layers.norm_act"
 _RUNNING = ("running_mean", "running_var")
@@ -35,7 +35,7 @@ class SyncNorm(_BatchNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise; in evaluation mode with the running statistics."""
-        if not self.training or distributed.world_size() == 1:
+        if not self.training or collectives.world_size() == 1:
             return super().forward(x)
         self._check_input_dim(x)
         return self._normalised(x)
@@ -157,8 +157,8 @@ def _moments_of_all(wide: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     variance, mean = torch.var_mean(wide, axes, correction=0)
     count = wide.new_full((1,), wide.numel() / channels)
     own = torch.cat([mean, variance, count])
-    table = wide.new_zeros(distributed.world_size(), len(own))
-    table = table.index_copy(0, torch.tensor([distributed.rank()], device=wide.device), own[None])
+    table = wide.new_zeros(collectives.world_size(), len(own))
+    table = table.index_copy(0, torch.tensor([collectives.rank()], device=wide.device), own[None])
     all_R = _AllReduceSum.apply(table)
     mean_RC, variance_RC, count_R1 = all_R.split([channels, channels, 1], 1)
     count_R1 = count_R1.detach()
@@ -174,11 +174,11 @@ class _AllReduceSum(torch.autograd.Function):
 
     @staticmethod
     def forward(context: Any, value: Tensor) -> Tensor:
-        return distributed.all_reduce_sum(value.clone())
+        return collectives.all_reduce_sum(value.clone())
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        return distributed.all_reduce_sum(gradient.clone())
+        return collectives.all_reduce_sum(gradient.clone())
 
 
 def batch_of_norms(module: nn.Module, micro_batch: int, ranks: int) -> int | None:

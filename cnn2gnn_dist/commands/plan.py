@@ -1,0 +1,78 @@
+"""``cnn2gnn plan``: what a graph of so many images needs, before anybody rents a machine."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, replace
+from typing import Any
+
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.graph import memory_model
+
+PLACES: dict[memory_model.Place, str] = {
+    "disk": "on disk, each version (graph.keep_versions of them)",
+    "rank": "each rank, in training",
+    "search": "each rank, while the candidates are searched",
+    "partitioner": "the partitioner, on rank 0",
+}
+
+
+def command(given: dict[str, Any], *, as_json: bool) -> int:
+    """Print the plan; 0.
+
+    Raises:
+        UserError: numbers that make no graph.
+    """
+    sizes = _sizes(given)
+    found = memory_model.structures(sizes)
+    if as_json:
+        rows = [asdict(one) for one in found]
+        print(json.dumps({"sizes": asdict(sizes), "structures": rows}, indent=1))
+        return 0
+    print(
+        f"{sizes.images:,} images, features of {sizes.dim}, projections of {sizes.graph_dim}, "
+        f"{sizes.candidates} candidates; {sizes.parts} partitions on {sizes.ranks} ranks\n"
+        f"halos: {sizes.halo1:.2f} and {sizes.halo2:.2f} nodes for each inner node "
+        "(weak homophily; --halo1, --halo2: yours, from `cnn2gnn graph`)"
+    )
+    for place, title in PLACES.items():
+        print(f"\n{title}")
+        for one in found:
+            if one.place == place:
+                print(
+                    f"  {one.name:42} {_size(one.bytes):>11} {one.bytes / sizes.images:9.1f} B/image"
+                )
+        if place != "partitioner":
+            print(f"  {'together':42} {_size(memory_model.total(found, place)):>11}")
+    if sizes.images >= 2**31:
+        print("\nnote: ids are int32: more than 2,147,483,647 images need wider ones")
+    return 0
+
+
+def _sizes(given: dict[str, Any]) -> memory_model.Sizes:
+    sizes = memory_model.Sizes(**{k: v for k, v in given.items() if v is not None and k != "ranks"})
+    sizes = replace(sizes, ranks=given.get("ranks") or sizes.parts)
+    for name in ("images", "dim", "graph_dim", "candidates", "parts", "ranks"):
+        if getattr(sizes, name) < 1:
+            raise UserError(
+                f"{name} = {getattr(sizes, name)}", where=f"--{name}", remedy="at least 1"
+            )
+    if sizes.parts > sizes.images or sizes.ranks > sizes.parts:
+        raise UserError(
+            f"{sizes.parts} partitions of {sizes.images} images on {sizes.ranks} ranks",
+            where="--parts",
+            remedy="at most one for each image, at least one for each rank",
+        )
+    first, second = memory_model.halos(sizes.ranks)
+    return replace(
+        sizes,
+        halo1=first if given.get("halo1") is None else given["halo1"],
+        halo2=second if given.get("halo2") is None else given["halo2"],
+    )
+
+
+def _size(count: float) -> str:
+    units = ("B", "KiB", "MiB", "GiB", "TiB")
+    step = min(int(math.log2(max(count, 1)) // 10), len(units) - 1)
+    return f"{count / 1024**step:,.1f} {units[step]}"

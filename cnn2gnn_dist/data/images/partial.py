@@ -1,0 +1,157 @@
+"""Partial JPEG decode: an optional compiled extra that only ever saves time.
+
+    python -m cnn2gnn_dist.data.images.partial build     # needs a C compiler and libjpeg-turbo's header
+
+Built once, it is used wherever a random resized crop is cut from a JPEG: about half of the
+decoding falls away, the pixels are the same to the bit. CNN2GNN_PARTIAL=0 turns it off.
+Nothing is compiled otherwise, and nothing is missing without it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from cnn2gnn_dist import durable
+from cnn2gnn_dist.errors import UserError
+
+SOURCE = Path(__file__).with_suffix(".c")
+_Crop = Callable[..., int]
+
+
+def crop(
+    data: bytes, height: int, width: int, top: int, left: int, high: int, wide: int
+) -> np.ndarray | None:
+    """Rows [top, top + high) and columns [left, left + wide) of a JPEG [height, width].
+
+    Returns:
+        Pixels [high, wide, 3] uint8, RGB, as decoding it whole and cutting gives; None: not
+        built or turned off, or the image is of a kind (or so damaged) that only decoding it whole
+        can tell, as is every file that was cut. What goes unseen is damage that shows only below
+        the crop, as too few or too many bits there: the pixels are then those of a lenient
+        decoder of the whole, such as Pillow's, where ours would call the image corrupt.
+    """
+    decode = _decoder()
+    if decode is None:
+        return None
+    made = np.empty((high, wide, 3), np.uint8)
+    if decode(data, len(data), height, width, top, left, high, wide, made.ctypes.data):
+        return None
+    return made
+
+
+def path() -> Path:
+    """Where the library of this source, for this kind of machine, lies when it is built."""
+    what = SOURCE.read_bytes() + platform.machine().encode()
+    return SOURCE.with_name(f"_partial-{hashlib.sha256(what).hexdigest()[:12]}.so")
+
+
+def build(target: Path | None = None, *flags: str) -> Path:
+    """Compile the library ($CC, else cc or gcc) and try it; returns its path.
+
+    Raises:
+        UserError: no compiler, no header, or a library that does not do what it should.
+    """
+    target = target or path()
+    compiler = (
+        shlex.split(os.environ.get("CC", ""))
+        or [found for found in map(shutil.which, ("cc", "gcc", "clang")) if found][:1]
+    )
+    if not compiler or not shutil.which(compiler[0]):
+        raise UserError("there is no C compiler", where="cc, gcc or $CC", remedy=_REMEDY)
+    try:
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".partial-") as folder:
+            made = Path(folder) / target.name
+            options = ["-O2", "-Wall", "-shared", "-fPIC", *flags, "-o", str(made)]
+            command = [*compiler, *options, str(SOURCE), "-ljpeg"]
+            run = subprocess.run(command, capture_output=True, text=True, errors="replace")
+            if run.returncode:
+                lines = [line for line in run.stderr.splitlines() if "error" in line]
+                what = (lines or run.stderr.splitlines() or ["no message"])[0]
+                raise UserError(f"it does not compile: {what}", where=str(SOURCE), remedy=_REMEDY)
+            if not flags:
+                _load(made)
+            durable.sync(made)
+            os.replace(made, target)  # whole or not at all: others may be loading it
+    except OSError as error:
+        raise UserError(
+            f"the library can't be written or loaded: {error}",
+            where=str(target.parent),
+            remedy="build it as the owner of this installation",
+        ) from None
+    return target
+
+
+_REMEDY = (
+    "install a compiler and libjpeg-turbo's header (Debian: gcc and libjpeg62-turbo-dev, Fedora: "
+    "gcc and libjpeg-turbo-devel), or do without: everything works, crops are cut more slowly"
+)
+
+
+@functools.cache
+def _decoder() -> _Crop | None:
+    if os.environ.get("CNN2GNN_PARTIAL", "1") == "0" or not path().exists():
+        return None
+    try:
+        return _load(path())
+    except (OSError, UserError) as error:
+        reason = error.what if isinstance(error, UserError) else error
+        warnings.warn(f"partial JPEG decode is not used: {reason}", stacklevel=2)
+        return None
+
+
+def _load(library: Path) -> _Crop:
+    """The function of a library that gives the very pixels of the full decoder."""
+    import simplejpeg
+
+    decode = ctypes.CDLL(str(library)).cnn2gnn_crop  # ctypes lets go of the GIL while it runs
+    number = ctypes.c_uint32
+    decode.argtypes = [ctypes.c_char_p, ctypes.c_size_t, *[number] * 6, ctypes.c_void_p]
+    decode.restype = ctypes.c_int
+    rows, columns = np.mgrid[:75, :99]
+    waves = 128 + 90 * np.sin(np.stack([rows * columns / 40, rows / 3, columns / 2], axis=-1))
+    for chroma in ("444", "420"):
+        data = simplejpeg.encode_jpeg(waves.astype(np.uint8), colorsubsampling=chroma)
+        made = np.empty((24, 31, 3), np.uint8)
+        failed = decode(data, len(data), 75, 99, 33, 41, 24, 31, made.ctypes.data)
+        if failed or not np.array_equal(made, simplejpeg.decode_jpeg(data)[33:57, 41:72]):
+            raise UserError(
+                "its pixels are not those of the full decoder",
+                where=str(library),
+                remedy="build it again: python -m cnn2gnn_dist.data.images.partial build",
+            )
+    return decode  # type: ignore[no-any-return]
+
+
+def main(words: list[str]) -> int:
+    """Run ``build``; any other word, or none, says how things stand."""
+    try:
+        if words == ["build"]:
+            print(f"built and tried: {build()}")
+        elif _decoder() is not None:
+            print(f"in use: {path()}")
+        elif path().exists():
+            print(f"built, but not in use (CNN2GNN_PARTIAL=0, or see the warning): {path()}")
+        else:
+            print("not built: python -m cnn2gnn_dist.data.images.partial build")
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

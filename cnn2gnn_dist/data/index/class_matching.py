@@ -1,0 +1,333 @@
+"""What sets of images say of their classes, and how the classes of two sets are matched.
+
+A set numbers its classes, and may name them. Two sets may number the same classes differently, so
+they are matched by name wherever there are names, and never silently by number where only one side
+has some. Pure: labels and names in, labels and names out.
+"""
+
+from __future__ import annotations
+
+import difflib
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from cnn2gnn_dist.data.tar.tar_file import shown
+from cnn2gnn_dist.errors import UserError
+
+MOST = 1 << 20
+"""Classes beyond which a set must have as many samples: else a stray number made them."""
+_LISTED = 5
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a set says of its classes.
+
+    Attributes:
+        names: the name of each number that has one.
+        count: how many classes there are: as many as a list declares, or the highest label says.
+    """
+
+    names: Mapping[int, str]
+    count: int
+
+
+def check_count(count: int, samples: int, where: str = "") -> None:
+    """See that labels are numbers of classes, and not ids of something.
+
+    Raises:
+        UserError: they would make many more classes than there are samples.
+    """
+    if count > max(MOST, samples):
+        raise UserError(
+            f"The highest label is {count - 1:,}, with {samples:,} samples: labels are the numbers "
+            "of classes, from 0, and these look like ids.",
+            where=where,
+            remedy="Number the classes from 0 without gaps.",
+        )
+
+
+def class_names(told: Told) -> tuple[str, ...]:
+    """Name the classes 0..count; two of one name (ImageNet has two cranes) get their number added."""
+    names = [told.names.get(label) or str(label) for label in range(told.count)]
+    repeated = {name for name, times in Counter(names).items() if times > 1}
+    return tuple(
+        f"{name} ({label})" if name in repeated else name for label, name in enumerate(names)
+    )
+
+
+def refuse_spellings(told: Told, where: str) -> None:
+    """Raise a UserError when a set has one class under two spellings, as two classes.
+
+    Such names look alike, and of two sets they are taken for the same (see :func:`match`). Names
+    that are the same sign by sign stand: ImageNet has two cranes.
+    """
+    spelled: dict[str, dict[str, int]] = defaultdict(dict)
+    for label, name in told.names.items():
+        spelled[_plain(name)].setdefault(name, label)
+    torn = [found for found in spelled.values() if len(found) > 1]
+    if torn:
+        one = ", ".join(f"{n} ({shown(ascii(name), 60)})" for name, n in torn[0].items())
+        raise UserError(
+            f"{len(torn)} class names are spelled in several ways, each of which is a class of its "
+            f"own: classes {one}.",
+            where=where,
+            remedy="Give a class one spelling (blanks at the ends, and é as one sign or two, make "
+            "no other name): rename, or merge, its folders or labels.",
+        )
+
+
+def case_note(told: Told) -> str | None:
+    """One sentence where names differ by case alone; else None."""
+    folded: dict[str, dict[str, None]] = defaultdict(dict)
+    for name in told.names.values():
+        folded[_plain(name).casefold()][name] = None
+    alike = [list(found) for found in folded.values() if len(found) > 1]
+    if not alike:
+        return None
+    return (
+        f"{len(alike)} class names differ from others by case alone, and are classes of their own: "
+        + _quoted([name for names in alike for name in names])
+    )
+
+
+def refuse_empty_classes(label_N: np.ndarray, names: Sequence[str], numbered: bool = False) -> None:
+    """Raise a UserError when labelled samples leave a class without any.
+
+    ``numbered``: the classes have no names but their numbers.
+    """
+    count_C = np.bincount(label_N[label_N >= 0], minlength=len(names))
+    empty = np.flatnonzero(count_C == 0)
+    if not len(empty) or not np.any(label_N >= 0):
+        return
+    allow = "allow it by data.allow_empty_classes=true (classes keep their numbers and names)"
+    if numbered and empty.tolist() == [0]:
+        raise UserError(
+            f"1 of {len(names)} classes have no sample: 0. The labels begin at 1.",
+            where="data.allow_empty_classes",
+            remedy=f"Number the classes from 0, in training and held-out images alike, or {allow}.",
+        )
+    raise UserError(
+        f"{len(empty)} of {len(names)} classes have no sample: {_listed(empty.tolist(), names)}.",
+        where="data.allow_empty_classes",
+        remedy=f"Add samples of them, or, if none are meant to be there, {allow}.",
+    )
+
+
+def match(
+    train: Told, held: Told, present: Iterable[int], by: Literal["name", "number"] = "name"
+) -> np.ndarray:
+    """Which training class each held-out class is.
+
+    Args:
+        train: what the training images say of their classes.
+        held: what the held-out images say of theirs.
+        present: the held-out classes that have samples; the others need not be known.
+        by: "number" takes both sets to number their classes alike, whatever they are called.
+
+    Returns:
+        int32 [held.count], -1 for classes that are not present.
+
+    Raises:
+        UserError: a class is unknown to the training images, or names are missing on one side, or
+            do not tell which class is which.
+    """
+    labels = sorted(present)
+    to = np.full(max([held.count, *(label + 1 for label in labels)]), -1, np.int32)
+    for label, wanted in _matched(train, held, labels, by).items():
+        to[label] = wanted
+    return to
+
+
+def _matched(train: Told, held: Told, labels: list[int], by: str) -> dict[int, int]:
+    named = [label for label in labels if label in held.names]
+    if not labels:
+        return {}
+    one = train.names or {label: held.names[label] for label in named}
+    # A side without names goes by number, and so does one whose names are its very numbers.
+    plain = not (train.names and named) and all(name == str(n) for n, name in one.items())
+    if by == "number" or plain:
+        _refuse_beyond(labels, train)
+        return {label: label for label in labels}
+    if not (train.names and named):
+        raise _one_sided(train, held, labels)
+    places: dict[str, list[int]] = defaultdict(list)
+    for number, name in train.names.items():
+        places[_plain(name)].append(number)
+    times = Counter(_plain(held.names[label]) for label in named)
+    sure: dict[int, int] = {}
+    twins: list[int] = []
+    unknown: list[int] = []
+    for label in named:
+        found = places.get(_plain(held.names[label]), [])
+        if len(found) == 1 and times[_plain(held.names[label])] == 1:
+            sure[label] = found[0]
+        else:
+            (twins if found else unknown).append(label)
+    alike = all(label == number for label, number in sure.items())
+    if not (alike and sure):  # nothing says that the numbers mean the same
+        nameless: set[int] = set()
+    else:
+        nameless = set(range(train.count)) - set(train.names)
+    unknown = [label for label in unknown if label not in nameless]
+    if unknown:
+        raise _unknown([held.names[label] for label in unknown], train)
+    # A name that several classes bear tells nothing alone: the numbers must, and do if all the
+    # other names say that both sides number alike.
+    torn = [label for label in twins if not alike or label not in places[_plain(held.names[label])]]
+    if torn:
+        raise _torn([held.names[label] for label in torn])
+    rest = [label for label in labels if label not in held.names]
+    if rest and not (alike and (sure or twins)):
+        raise _one_sided(train, held, rest)
+    _refuse_beyond(rest, train)
+    return {label: sure.get(label, label) for label in labels}
+
+
+def number_note(train: Told, held: Told, to_C: np.ndarray, by: str) -> str | None:
+    """One sentence on held-out classes whose names nothing was compared with; else None.
+
+    Args:
+        train, held, by: as for :func:`match`.
+        to_C: what it returned.
+    """
+    pairs = [(label, int(to)) for label, to in enumerate(to_C) if to >= 0]
+    sides = [(held.names.get(label), train.names.get(to)) for label, to in pairs]
+    if by == "name" and not (train.names and any(name is not None for name, _ in sides)):
+        return None  # one side has numbers alone, the other names that are those very numbers
+    bare = {
+        to: str(name if name is not None else other)
+        for (_, to), (name, other) in zip(pairs, sides, strict=True)
+        if (name is None) != (other is None)
+    }
+    if not bare:
+        return None
+    listed = ", ".join(f"{n} ('{shown(name, 40)}')" for n, name in list(bare.items())[:_LISTED])
+    return (
+        f"{len(bare)} classes matched by number, names on one side only: {listed}"
+        f"{', …' if len(bare) > _LISTED else ''}"
+    )
+
+
+def notes(train: Told, train_N: np.ndarray, held_N: np.ndarray, moved: bool) -> list[str]:
+    """What a person should know of two sets whose labels mean the same classes.
+
+    Args:
+        train: what the training images say of their classes.
+        train_N: their labels.
+        held_N: labels of the held-out images, in the training images' numbering.
+        moved: held-out classes were numbered in another way.
+    """
+    names = class_names(train)
+    said = []
+    if moved:
+        said.append("held-out images number the classes in another way: matched by name")
+    case = case_note(train)
+    said += [case] if case else []
+    twins = [name for name, times in Counter(train.names.values()).items() if times > 1]
+    if twins:
+        said.append(
+            f"{len(twins)} names stand for several classes each, told apart by number: "
+            + _listed(range(len(twins)), twins)
+        )
+    count_C = np.bincount(train_N[train_N >= 0], minlength=len(names))
+    held_C = np.bincount(held_N[held_N >= 0], minlength=len(names))
+    unseen = np.flatnonzero((held_C > 0) & (count_C == 0))
+    if len(unseen):
+        said.append(
+            f"{int(held_C[unseen].sum())} held-out images are of classes without a training image, "
+            f"and can't be told: {_listed(unseen.tolist(), names)}"
+        )
+    unjudged = np.flatnonzero((held_C == 0) & (count_C > 0))
+    if len(unjudged) and len(held_N):
+        said.append(
+            f"{len(unjudged)} of {len(names)} classes have no held-out image, so the table does "
+            f"not speak of them: {_listed(unjudged.tolist(), names)}"
+        )
+    return said
+
+
+def _plain(name: str) -> str:
+    """One spelling of a name: macOS writes é in file names as two signs, others as one."""
+    return unicodedata.normalize("NFC", name).strip()
+
+
+def _listed(labels: Iterable[int], names: Sequence[str]) -> str:
+    numbers = list(labels)
+    listed = [
+        f"{label} ('{shown(names[label], 40)}')" if names[label] != str(label) else str(label)
+        for label in numbers[:_LISTED]
+    ]
+    return ", ".join(listed) + (", …" if len(numbers) > _LISTED else "")
+
+
+def _quoted(names: Sequence[str]) -> str:
+    listed = ", ".join(f"'{shown(name, 40)}'" for name in names[:_LISTED])
+    return listed + (", …" if len(names) > _LISTED else "")
+
+
+def _refuse_beyond(labels: list[int], train: Told) -> None:
+    beyond = [label for label in labels if label >= train.count]
+    if beyond:
+        raise UserError(
+            f"{len(beyond)} held-out classes are none of the {train.count} training classes: "
+            f"{', '.join(map(str, beyond[:_LISTED]))}{', …' if len(beyond) > _LISTED else ''}.",
+            where="data.test",
+            remedy="Leave them out of the held-out images, or add training images of them.",
+        )
+
+
+def _one_sided(train: Told, held: Told, labels: list[int]) -> UserError:
+    sides = ("training", "held-out")
+    has, lacks = sides if train.names and not held.names else sides[::-1]
+    if train.names and held.names:
+        what = (
+            f"{len(labels)} held-out classes have a number and no name "
+            f"({', '.join(map(str, labels[:_LISTED]))}), and the names of the others do not say "
+            "that both sets number their classes alike."
+        )
+    else:
+        some = _quoted(list((train if train.names else held).names.values()))
+        what = (
+            f"The {has} images name their classes ({some}), the {lacks} images only number "
+            "theirs: whether the numbers mean the same can't be seen."
+        )
+    remedy = f"Name the classes of the {lacks} images too (class_name in a shard's .json)"
+    names = train.names or held.names
+    if not any(name.isdigit() and name != str(number) for number, name in names.items()):
+        # Names that are other numbers ('10' sorts before '2') must not be dropped for numbers.
+        remedy += ", or, if both number their classes alike, say data.match_classes=number"
+    return UserError(what, where="data.match_classes", remedy=f"{remedy}.")
+
+
+def _unknown(names: list[str], train: Told) -> UserError:
+    known = list(dict.fromkeys(train.names.values()))
+    alike = [found[0] for name in names if (found := _like(name, known))]
+    hint = f" Is one of them meant to be {_quoted(alike)}?" if alike else ""
+    return UserError(
+        f"{len(names)} held-out classes are none of the training classes: {_quoted(names)}; "
+        f"those are {_quoted(known)}.",
+        where="data.test",
+        remedy=f"Name classes alike in both sets.{hint} Leave those that are not to be learned "
+        "out of the held-out images.",
+    )
+
+
+def _like(name: str, known: list[str]) -> list[str]:
+    lower = {each.lower(): each for each in known[:5000]}
+    return [lower[each] for each in difflib.get_close_matches(name.lower(), list(lower), 1, 0.8)]
+
+
+def _torn(names: list[str]) -> UserError:
+    return UserError(
+        f"Names that several classes bear do not tell which is which: {_quoted(names)}; and the "
+        "other names do not say that both sets number their classes alike.",
+        where="data.match_classes",
+        remedy="Give each class a name of its own, or, if both sets number their classes alike, "
+        "say data.match_classes=number.",
+    )

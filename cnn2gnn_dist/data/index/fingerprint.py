@@ -1,0 +1,276 @@
+"""The files that a run was made from: which they are, and whether their contents are the same.
+
+Names, lengths and times are looked at each time. Contents are read once, and again only of files
+whose length or time is another than noted, so a touched file or a copy without times is the same
+file, and one changed at equal length is not. Of a remote file its store is asked for a tag (ETag,
+Last-Modified). Names count from the folder that all files have in common: data may move.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import posixpath
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+from cnn2gnn_dist import durable
+from cnn2gnn_dist.data.images.image_files import find_images
+from cnn2gnn_dist.data.index import class_names
+from cnn2gnn_dist.data.storage import urls
+from cnn2gnn_dist.data.storage.shard_paths import files_of
+from cnn2gnn_dist.errors import UserError
+
+READ_BYTES = 16 << 30
+"""Of larger sets the contents are not read (unless asked for): there the times count."""
+LISTED = 200_000
+"""Of more files only sums are noted, not the one that differs."""
+AT_ONCE, LOT = 8, 256
+"""Threads, and files that one takes at a time."""
+SHORT = 1 << 20
+"""Bytes that are read at once: opening a file in Python's own way costs more than a small image."""
+
+
+class Seen(NamedTuple):
+    """A file without its content: ``time`` in ns; ``tag`` of a remote one, "" where it has none."""
+
+    name: str
+    place: str
+    bytes: int
+    time: int = 0
+    tag: str = ""
+
+
+@dataclass(frozen=True)
+class Noted:
+    """What is known of the files of one origin.
+
+    Attributes:
+        origin: the paths as the config names them.
+        by: "bytes": contents were read; "times": the set is too large, their times count.
+        look: sum over names, lengths, times and tags, in their order.
+        content: sum over names, lengths and contents: what a stage's key holds.
+        files: name → (bytes, time, content or tag); None for very many.
+    """
+
+    origin: tuple[str, ...]
+    by: str
+    look: str
+    content: str
+    files: dict[str, tuple[int, int, str]] | None
+
+    def tree(self) -> dict[str, Any]:
+        """As plain data."""
+        return dict(self.__dict__)
+
+    @classmethod
+    def of(cls, tree: dict[str, Any]) -> Noted:
+        """From plain data; KeyError, TypeError and ValueError mean that it is none."""
+        files = tree["files"]
+        if files is not None:
+            files = {str(n): (int(b), int(t), str(m)) for n, (b, t, m) in files.items()}
+        by, looked, content = (str(tree[name]) for name in ("by", "look", "content"))
+        return cls(tuple(tree["origin"]), by, looked, content, files)
+
+
+def paths_of(origin: str | Sequence[str]) -> tuple[str, ...]:
+    """The paths of an origin, as a tuple."""
+    return (origin,) if isinstance(origin, str) else tuple(origin)
+
+
+def folder_of(origin: str | Sequence[str]) -> str:
+    """The folder that an origin of the source "imagefolder" is."""
+    return os.path.expanduser(paths_of(origin)[0].removeprefix("file://"))
+
+
+def look(origin: str | Sequence[str], source: str, *, ask: bool, brief: bool) -> list[Seen]:
+    """The files of an origin, in the order in which they are read.
+
+    Args:
+        origin: ``data.train`` or ``data.test``.
+        source: "imagefolder" (every image counts, in sub-folders too), "parquet" or "shards"
+            (the lists of class names beside them count too, after all shards).
+        ask: ask remote stores for length and tag.
+        brief: a store that does not answer soon is not waited for.
+
+    Raises:
+        UserError: files are missing; a remote one can't be asked.
+    """
+    if source == "imagefolder":
+        return _images(folder_of(origin))
+    places = files_of(source, paths_of(origin))
+    far = [place for place in places if urls.is_remote(place)]
+    near = [os.path.abspath(place) for place in places if not urls.is_remote(place)]
+    base = os.path.commonpath([os.path.dirname(p) for p in near]) if near else ""
+    if source == "shards":
+        places = [*places, *class_names.lists_of(near)]
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        about = dict(
+            zip(far, pool.map(lambda u: urls.about(u, brief=brief), far), strict=True)
+            if ask
+            else []
+        )
+    names = dict(zip(far, _remote_names(far), strict=True))
+    found = []
+    for place in places:
+        if place in names:
+            size, tag = (about[place].bytes, about[place].tag) if ask else (-1, "")
+            found.append(Seen(names[place], place, size, 0, tag))
+        else:
+            path = os.path.abspath(place)
+            about_it = _regular(path)
+            name = os.path.relpath(path, base)
+            found.append(Seen(name, path, about_it.st_size, about_it.st_mtime_ns))
+    return found
+
+
+def _regular(path: str) -> os.stat_result:
+    """What there is to know of a file without opening it: a pipe would be waited for.
+
+    Raises:
+        UserError: it is not there, or no file.
+    """
+    remedy = "Name the files themselves, by a glob that leaves this out, or take it out of there."
+    try:
+        found = os.stat(path)
+    except OSError as failure:
+        link = f"is a link to {os.readlink(path)}, which " if os.path.islink(path) else ""
+        raise UserError(
+            f"The file {link}can't be looked at: {failure.strerror}.", where=path, remedy=remedy
+        ) from failure
+    if not stat.S_ISREG(found.st_mode):
+        kinds = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a folder"}
+        kind = kinds.get(stat.S_IFMT(found.st_mode), "a device")
+        raise UserError(f"This is {kind}, not a regular file.", where=path, remedy=remedy)
+    return found
+
+
+def note(
+    origin: str | Sequence[str],
+    seen: Sequence[Seen],
+    before: Noted | None,
+    *,
+    read_all: bool = False,
+    recheck: bool = False,
+) -> Noted:
+    """What is to be noted of files, knowing what was noted before.
+
+    Args:
+        origin, seen: the files.
+        before: the last note about this origin.
+        read_all: read contents however large the set is.
+        recheck: read them even if lengths and times are those noted.
+    """
+    sums = _sum(f"{s.name}\0{s.bytes}\0{s.time}\0{s.tag}" for s in seen)
+    if before is not None and before.look == sums and not recheck:
+        return Noted(paths_of(origin), before.by, sums, before.content, before.files)
+    small = sum(max(s.bytes, 0) for s in seen if not urls.is_remote(s.place)) <= READ_BYTES
+    by = before.by if before else ("bytes" if read_all or small else "times")
+    known = (before.files or {}) if before and not recheck else {}
+
+    marks = {s.name: _unread(s, by, known) for s in seen}
+    unread = [s for s in seen if marks[s.name] is None]
+    marks.update(zip((s.name for s in unread), _in_lots(_contents, unread), strict=True))
+    content = _sum(f"{s.name}\0{s.bytes}\0{marks[s.name]}" for s in seen)
+    files = {s.name: (s.bytes, s.time, str(marks[s.name])) for s in seen}
+    return Noted(paths_of(origin), by, sums, content, files if len(files) <= LISTED else None)
+
+
+def difference(old: Noted, new: Noted) -> str:
+    """In words which files are others; empty where the contents are the same."""
+    if old.content == new.content:
+        return ""
+    if old.files is None or new.files is None:
+        return "the files are others"
+    same = "times" if old.by == "times" else "contents"
+    added = [n for n in new.files if n not in old.files]
+    gone = [n for n in old.files if n not in new.files]
+    changed = [
+        n
+        for n in new.files
+        if n in old.files
+        and (old.files[n][0], old.files[n][2]) != (new.files[n][0], new.files[n][2])
+    ]
+    words = [
+        f"{len(names)} {what} ({names[0]}{', …' * (len(names) > 1)})"
+        for names, what in (
+            (changed, f"with other {same}"),
+            (added, "more"),
+            (gone, "gone"),
+        )
+        if names
+    ]
+    return ", ".join(words) or "in another order"
+
+
+def _images(folder: str) -> list[Seen]:
+    """The images of a folder and its sub-folders; what is never packed does not count."""
+    if not os.path.isdir(folder):
+        return []
+
+    def look(names: list[str]) -> list[Seen]:
+        found = []
+        for name in names:
+            path = os.path.join(folder, name)
+            try:
+                there = os.stat(path)
+            except OSError:  # gone just now
+                found.append(Seen(name, path, -1))
+            else:
+                found.append(Seen(name, path, there.st_size, there.st_mtime_ns))
+        return found
+
+    return _in_lots(look, find_images(folder, classes=True).images)
+
+
+def _in_lots(work: Callable[[list[Any]], list[Any]], items: list[Any]) -> list[Any]:
+    """Lists of results in the order of the items; a network's latency is waited for side by side."""
+    lots = [items[start : start + LOT] for start in range(0, len(items), LOT)]
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return [result for lot in pool.map(work, lots) for result in lot]
+
+
+def _unread(file: Seen, by: str, known: dict[str, tuple[int, int, str]]) -> str | None:
+    """What stands for a content without reading it; None where it has to be read."""
+    if urls.is_remote(file.place):
+        return file.tag
+    if by == "times":
+        return str(file.time)
+    old = known.get(file.name)
+    return old[2] if old and old[:2] == (file.bytes, file.time) else None
+
+
+def _remote_names(places: Sequence[str]) -> list[str]:
+    """Paths of URLs below what they have in common; queries hold signatures, and don't count."""
+    paths = [urlsplit(place).path for place in places]
+    base = posixpath.commonpath([posixpath.dirname(p) or "/" for p in paths]) if paths else ""
+    return [posixpath.relpath(path or "/", base) for path in paths]
+
+
+def _contents(files: list[Seen]) -> list[str]:
+    return [_content(file) for file in files]
+
+
+def _content(file: Seen) -> str:
+    try:
+        if file.bytes > SHORT:
+            return durable.sha256(Path(file.place))[:20]
+        handle = os.open(file.place, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return hashlib.sha256(os.read(handle, SHORT)).hexdigest()[:20]
+        finally:
+            os.close(handle)
+    except OSError:  # whoever packs it says so
+        return "unreadable"
+
+
+def _sum(lines: Iterator[str]) -> str:
+    found = hashlib.sha256()
+    for line in lines:
+        found.update(os.fsencode(line) + b"\n")
+    return found.hexdigest()[:32]

@@ -1,0 +1,266 @@
+"""The manifest: one row a sample, saying where its image's bytes lie and which class it is of.
+
+A sample's id is its row number; the samples of a shard are contiguous rows in the tar's order.
+On disk it is one file that is memory-mapped when loaded (see :mod:`.stored`).
+
+Suffixes of the names: N samples, S shards, C classes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import posixpath
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from cnn2gnn_dist.data.index import manifest_file
+from cnn2gnn_dist.data.index.build import Gathered, gather, in_order
+from cnn2gnn_dist.data.index.class_matching import class_names, refuse_empty_classes
+from cnn2gnn_dist.data.index.manifest_file import Shard
+from cnn2gnn_dist.data.index.shard_rows import COLUMNS
+from cnn2gnn_dist.data.index.split import split_per_class
+from cnn2gnn_dist.data.storage import urls
+from cnn2gnn_dist.data.storage.shard_paths import expand
+from cnn2gnn_dist.errors import UserError
+
+__all__ = ["Manifest", "Shard", "expand", "index", "split_per_class"]
+
+_CHUNK = 1 << 16  # keys that are hashed at a time
+
+
+@dataclass(frozen=True, eq=False)
+class Manifest:
+    """N samples over S shards. Arrays may be read-only views of a mapped file.
+
+    Attributes:
+        shards: the S tar files; a selection keeps them all, so that ``shard_N`` keeps its meaning.
+        classes: the C class names.
+        shard_N: the shard of each sample, int32, never falling.
+        offset_N: first byte of the image in the shard, int64.
+        size_N: bytes of the image, int32.
+        label_N: class of the sample, int32; -1 is none.
+        row_in_shard_N: position of the sample among all samples of its shard, int32; a selection
+            keeps it, so that files with one row a sample of the shard stay aligned.
+        keys: the samples' keys, a pyarrow string array.
+        crc_N: CRC-32 of the image's bytes, uint32; None where none were taken.
+    """
+
+    shards: tuple[Shard, ...]
+    classes: tuple[str, ...]
+    shard_N: np.ndarray
+    offset_N: np.ndarray
+    size_N: np.ndarray
+    label_N: np.ndarray
+    row_in_shard_N: np.ndarray
+    keys: pa.StringArray
+    crc_N: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        lengths = {len(self._column(name)) for name in COLUMNS} | {len(self.keys)}
+        if self.crc_N is not None:
+            lengths.add(len(self.crc_N))
+        if len(lengths) != 1:
+            raise ValueError(f"columns of different lengths: {sorted(lengths)}")
+        if np.any(np.diff(self.shard_N) < 0):
+            raise ValueError("samples of a shard must be contiguous rows")
+
+    def _column(self, name: str) -> np.ndarray:
+        column: np.ndarray = getattr(self, f"{name}_N")
+        return column
+
+    def __len__(self) -> int:
+        return len(self.label_N)
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes C, those without samples included."""
+        return len(self.classes)
+
+    def key(self, row: int) -> str:
+        """Return the key of a sample."""
+        key: str = self.keys[int(row)].as_py()
+        return key
+
+    @cached_property
+    def shard_sizes(self) -> np.ndarray:
+        """Rows of each shard in this manifest, int64 [S]; zero for shards with none selected."""
+        return np.bincount(self.shard_N, minlength=len(self.shards)).astype(np.int64)
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash (hex) of all rows, the class names, and the shards' file names and sizes.
+
+        Folders and hosts don't count, so data that moves keeps its digest; nor do the bytes of the images or
+        their checksums, so a run may go on when they are taken later.
+        """
+        digest = hashlib.sha256()
+        shards = [(_file_name(s.path), s.bytes, s.samples) for s in self.shards]
+        digest.update(json.dumps([manifest_file.VERSION, shards, self.classes]).encode())
+        for name, kind in COLUMNS.items():
+            digest.update(np.ascontiguousarray(self._column(name), kind).data)
+        none, feed = (pa.scalar(text, self.keys.type) for text in ("", "\n"))
+        for start in range(0, len(self), _CHUNK):
+            keys = self.keys.slice(start, _CHUNK)
+            lines = pc.binary_join_element_wise(keys, none, feed)  # each key and a line feed
+            digest.update(lines.buffers()[2] or b"")
+        return digest.hexdigest()[:32]
+
+    def select(self, rows: np.ndarray) -> Manifest:
+        """Return the manifest of some rows (strictly ascending), e.g. one side of a split.
+
+        Raises:
+            ValueError: the rows are not strictly ascending or out of range.
+        """
+        rows = np.asarray(rows, dtype=np.int64)
+        if len(rows) and (np.any(np.diff(rows) <= 0) or rows[0] < 0 or rows[-1] >= len(self)):
+            raise ValueError("rows must be strictly ascending and within the manifest")
+        columns: dict[str, Any] = {f"{name}_N": self._column(name)[rows] for name in COLUMNS}
+        if self.crc_N is not None:
+            columns["crc_N"] = self.crc_N[rows]
+        return dataclasses.replace(self, **columns, keys=self.keys.take(pa.array(rows)))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the manifest under a temporary name and rename it.
+
+        Shards below the manifest's folder are recorded relative to it, others absolutely.
+        """
+        columns = {name: self._column(name) for name in COLUMNS}
+        if self.crc_N is not None:
+            columns["crc"] = self.crc_N
+        manifest_file.write(
+            Path(path),
+            manifest_file.About(self.digest, self.classes, self.shards),
+            columns,
+            self.keys,
+        )
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Manifest:
+        """Map a saved manifest.
+
+        Raises:
+            UserError: the file is missing, damaged, or not a manifest of this version.
+        """
+
+        def make(
+            about: manifest_file.About, columns: dict[str, np.ndarray], keys: pa.Array
+        ) -> Manifest:
+            shard_N = columns["shard"]
+            if len(shard_N) and not 0 <= shard_N[0] <= shard_N[-1] < len(about.shards):
+                raise ValueError("samples of shards that are not listed")
+            named: dict[str, Any] = {f"{name}_N": column for name, column in columns.items()}
+            manifest = cls(about.shards, about.classes, **named, keys=keys)
+            manifest.__dict__["digest"] = about.digest  # what cached_property would compute
+            return manifest
+
+        return manifest_file.read(Path(path), make)
+
+    def check_shards(self) -> None:
+        """Compare the files' lengths with those recorded.
+
+        Raises:
+            UserError: a shard is missing, truncated or changed (the first is named, all counted).
+        """
+        far = any(urls.is_remote(shard.path) for shard in self.shards)
+        checked = in_order(_difference, self.shards, 8 if far else 1)
+        wrong = [
+            (shard.path, what) for shard, what in zip(self.shards, checked, strict=True) if what
+        ]
+        if wrong:
+            path, what = wrong[0]
+            others = f" ({len(wrong) - 1} more shards are wrong)" if len(wrong) > 1 else ""
+            raise UserError(
+                f"A shard {what}{others}.",
+                where=path,
+                remedy="Restore the file, or index the shards again if the change is meant.",
+            )
+
+
+def _file_name(path: str) -> str:
+    # Of a URL without its query, where signatures are that differ from day to day.
+    return (
+        posixpath.basename(urlsplit(path).path) if urls.is_remote(path) else os.path.basename(path)
+    )
+
+
+def _difference(shard: Shard) -> str:
+    """In which way a shard's file isn't the one recorded; empty if it is."""
+    try:
+        found = urls.size(shard.path) if urls.is_remote(shard.path) else os.stat(shard.path).st_size
+    except OSError as failure:
+        return f"cannot be read ({failure.strerror})"
+    except UserError as failure:
+        return f"cannot be read ({failure.what})"
+    if found == shard.bytes:
+        return ""
+    kind = "is truncated" if found < shard.bytes else "has changed"
+    return f"{kind}: {found:,} bytes, {shard.bytes:,} when indexed"
+
+
+def index(
+    shards: Sequence[Path | str],
+    *,
+    classes: Sequence[str] | None = None,
+    progress: bool = True,
+    require_labels: bool = True,
+    allow_empty_classes: bool = False,
+    checksums: bool = False,
+    workers: int | None = None,
+) -> Manifest:
+    """Walk the shards' headers and make their manifest; of the payloads only labels are read.
+
+    Args:
+        shards: tar files or URLs of some, in the order of their rows.
+        classes: the class names. Without them there are as many as the highest label says (or
+            ``PREFIX-classes.json`` beside local shards lists), named by that list or by
+            ``class_name`` in samples' ``.json``, else by number.
+        progress: show a progress bar when on a terminal.
+        require_labels: refuse samples without ``.cls``; otherwise their label is -1.
+        allow_empty_classes: accept classes without samples (a subset of a larger data set).
+        checksums: read the images too, and record their CRC-32; always so when a shard is remote.
+        workers: threads; more than one pays where reading waits (a network file system). Default:
+            1, or 4 when a shard is remote.
+
+    Raises:
+        UserError: a shard is unreadable (see :func:`cnn2gnn_dist.data.tar.samples.samples`) or holds no
+            samples; a sample has no image or no ``.cls``, or one that is no class number; a class
+            is empty, or has two names; there are no samples at all.
+    """
+    refuse_none(shards)
+    found = gather(
+        shards,
+        num_classes=None if classes is None else len(classes),
+        names=classes is None,
+        require_labels=require_labels,
+        checksums=checksums,
+        workers=workers,
+        progress=progress,
+    )
+    names = tuple(classes) if classes is not None else class_names(found.told)
+    label_N = found.columns["label_N"]
+    if not allow_empty_classes:
+        refuse_empty_classes(label_N, names, numbered=classes is None and not found.told.names)
+    return manifest_of(found, names, label_N)
+
+
+def refuse_none(shards: Sequence[Path | str]) -> None:
+    """Raise a UserError if there are no shards."""
+    if not shards:
+        raise UserError("No shards are given.", remedy="Name at least one shard, glob or folder.")
+
+
+def manifest_of(found: Gathered, classes: tuple[str, ...], label_N: np.ndarray) -> Manifest:
+    """The manifest of what was gathered, with these class names and labels."""
+    columns = {**found.columns, "label_N": np.ascontiguousarray(label_N, COLUMNS["label"])}
+    return Manifest(found.shards, classes, **columns, keys=found.keys, crc_N=found.crc_N)

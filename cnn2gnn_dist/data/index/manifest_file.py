@@ -1,0 +1,140 @@
+"""A manifest on disk: one uncompressed record batch of Arrow IPC, shards and classes as JSON beside.
+
+It is memory-mapped: 1.28 million rows are 54 MB, and open in 10 ms.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+
+from cnn2gnn_dist.data.index.shard_rows import COLUMNS
+from cnn2gnn_dist.data.storage.urls import is_remote
+from cnn2gnn_dist.errors import UserError
+
+VERSION = 1
+_METADATA = b"cnn2gnn.manifest"
+_KINDS = {**COLUMNS, "crc": np.uint32}
+_OPTIONAL = {"crc"}
+
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A tar file: its path (absolute once loaded), its length in bytes, and all its samples."""
+
+    path: str
+    bytes: int
+    samples: int
+
+
+@dataclass(frozen=True)
+class About:
+    """What a manifest says beside its rows."""
+
+    digest: str
+    classes: tuple[str, ...]
+    shards: tuple[Shard, ...]
+
+
+def write(path: Path, about: About, columns: Mapping[str, np.ndarray], keys: pa.Array) -> None:
+    """Write a manifest under a temporary name and rename it."""
+    target = path.absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    header = {
+        "version": VERSION,
+        "digest": about.digest,
+        "classes": about.classes,
+        "shards": [
+            {**dataclasses.asdict(s), "path": _recorded(s.path, target.parent)}
+            for s in about.shards
+        ],
+    }
+    arrays = {name: _as_arrow(column, _KINDS[name]) for name, column in columns.items()}
+    arrays["key"] = keys
+    schema = pa.schema(
+        [(name, array.type) for name, array in arrays.items()],
+        metadata={_METADATA: json.dumps(header).encode()},
+    )
+    batch = pa.RecordBatch.from_arrays(list(arrays.values()), schema=schema)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        with pa.ipc.new_file(file, schema) as writer:
+            writer.write_batch(batch)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, target)
+
+
+def read(path: Path, make: Callable[[About, dict[str, np.ndarray], pa.Array], Made]) -> Made:
+    """Map a manifest and let ``make`` put it together; its ValueError means a damaged file.
+
+    Raises:
+        UserError: the file is missing, damaged, or not a manifest of this version.
+    """
+    source = path.absolute()
+    try:
+        # One batch, and the map stays open as long as the arrays that view it.
+        batch = pa.ipc.open_file(pa.memory_map(str(source))).get_batch(0)
+        header = json.loads(batch.schema.metadata[_METADATA])
+        if header["version"] != VERSION:
+            raise ValueError(f"version {header['version']}, expected {VERSION}")
+        columns = {
+            name: _as_numpy(batch.column(name), kind)
+            for name, kind in _KINDS.items()
+            if name not in _OPTIONAL or name in batch.schema.names
+        }
+        return make(_about(header, source.parent), columns, batch.column("key"))
+    except FileNotFoundError as failure:
+        raise UserError(
+            "There is no manifest here.", where=str(source), remedy="Index the shards first."
+        ) from failure
+    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError, IndexError) as failure:
+        raise UserError(
+            f"The file is not a whole manifest of this version: {failure}.",
+            where=str(source),
+            remedy="Delete it and index the shards again.",
+        ) from failure
+
+
+def _about(header: dict[str, Any], folder: Path) -> About:
+    shards = tuple(
+        Shard(_found(s["path"], folder), s["bytes"], s["samples"]) for s in header["shards"]
+    )
+    return About(header["digest"], tuple(header["classes"]), shards)
+
+
+def _found(recorded: str, folder: Path) -> str:
+    return recorded if is_remote(recorded) else os.path.join(folder, recorded)
+
+
+def _recorded(path: str, folder: Path) -> str:
+    """Relative to the manifest's folder when below it, so that a run can move with its shards."""
+    if is_remote(path):
+        return path
+    full = Path(os.path.abspath(path))
+    return str(full.relative_to(folder)) if full.is_relative_to(folder) else str(full)
+
+
+# pyarrow's own conversions import pandas: a tenth of a second at every start.
+def _as_arrow(column: np.ndarray, kind: type) -> pa.Array:
+    data = pa.py_buffer(np.ascontiguousarray(column, kind))
+    return pa.Array.from_buffers(pa.from_numpy_dtype(kind), len(column), [None, data])
+
+
+def _as_numpy(column: pa.Array, kind: type) -> np.ndarray:
+    if column.type != pa.from_numpy_dtype(kind) or column.null_count:
+        raise ValueError(f"a column of {column.type} with {column.null_count} nulls")
+    if not len(column):  # has no buffer, or an empty one, which numpy does not take
+        return np.empty(0, kind)
+    start = column.offset * column.type.byte_width
+    return np.frombuffer(column.buffers()[1], kind, len(column), start)

@@ -1,0 +1,124 @@
+"""Training and held-out images as two manifests of the same classes, in one numbering."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from cnn2gnn_dist.data.index.build import gather
+from cnn2gnn_dist.data.index.class_matching import (
+    Told,
+    case_note,
+    check_count,
+    class_names,
+    match,
+    notes,
+    number_note,
+    refuse_empty_classes,
+    refuse_spellings,
+)
+from cnn2gnn_dist.data.index.manifest import Manifest, manifest_of, refuse_none
+from cnn2gnn_dist.errors import UserError
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A manifest, what its shards say of their classes, and what a person should know."""
+
+    manifest: Manifest
+    told: Told
+    left_out: str | None
+
+
+def index_whole(
+    shards: Sequence[Path | str],
+    *,
+    num_classes: int | None = None,
+    allow_empty_classes: bool = False,
+    checksums: bool = False,
+) -> Whole:
+    """As :func:`index`, for a data set of so many classes, however many of them there are names for.
+
+    Raises:
+        UserError: as :func:`index`; there are more classes than ``num_classes``; one
+            class is spelled in two ways.
+    """
+    refuse_none(shards)
+    found = gather(shards, num_classes=num_classes, checksums=checksums)
+    told = found.told
+    refuse_spellings(told, "data.train")
+    if num_classes is not None:
+        if told.count > num_classes:
+            raise UserError(
+                f"The data have {told.count} classes, and data.num_classes is {num_classes}.",
+                where="data.num_classes",
+                remedy=f"data.num_classes={told.count}, or leave it out: it is read from the data.",
+            )
+        check_count(num_classes, len(found.keys), "data.num_classes")
+        told = Told(told.names, num_classes)
+    names, label_N = class_names(told), found.columns["label_N"]
+    if not allow_empty_classes:
+        refuse_empty_classes(label_N, names, numbered=not told.names)
+    return Whole(manifest_of(found, names, label_N), told, found.passed.note("data.train"))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Manifests of training and held-out images with the same classes; what a person should know."""
+
+    train: Manifest
+    held: Manifest
+    notes: list[str]
+
+
+def index_pair(
+    train: Sequence[Path | str],
+    held: Sequence[Path | str],
+    *,
+    num_classes: int | None = None,
+    match_classes: Literal["name", "number"] = "name",
+    allow_empty_classes: bool = False,
+    checksums: bool = False,
+) -> Pair:
+    """Index two sets whose classes are the same, though their numbers may not be.
+
+    The held-out images' labels are put in the training images' numbering: by name where there are
+    names (see :func:`cnn2gnn_dist.data.index.class_matching.match`). Shards stay as they are.
+
+    Args:
+        train: shards of the training images.
+        held: shards of the held-out images.
+        num_classes: how many classes there are; None: as many as the training images say.
+        match_classes: "number" trusts that both sets number their classes alike.
+        allow_empty_classes: accept classes without a training image.
+        checksums: as for :func:`index`.
+
+    Raises:
+        UserError: as :func:`index`; a held-out class is none of the training classes, or names do
+            not tell which one.
+    """
+    whole = index_whole(
+        train,
+        num_classes=num_classes,
+        allow_empty_classes=allow_empty_classes,
+        checksums=checksums,
+    )
+    refuse_none(held)
+    found = gather(held, checksums=checksums)
+    refuse_spellings(found.told, "data.test")
+    label_N = found.columns["label_N"]
+    to_C = match(whole.told, found.told, np.unique(label_N).tolist(), match_classes)
+    matched_N = to_C[label_N]
+    said = notes(whole.told, whole.manifest.label_N, matched_N, bool((matched_N != label_N).any()))
+    more = (
+        whole.left_out,
+        found.passed.note("data.test"),
+        number_note(whole.told, found.told, to_C, match_classes),
+        case_note(found.told),
+    )
+    said += [note for note in more if note and note not in said]
+    return Pair(whole.manifest, manifest_of(found, whole.manifest.classes, matched_N), said)

@@ -1,0 +1,40 @@
+"""Whether a set is made of copies of a few images: looked at in a sample, byte by byte."""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+
+from cnn2gnn_dist.data.index.manifest import Manifest
+from cnn2gnn_dist.data.storage import urls
+
+SAMPLE = 256
+"""Images that are read where no checksums are recorded."""
+
+
+def copies_note(manifest: Manifest) -> str | None:
+    """One sentence where at least half of the images looked at are copies of others; else None."""
+    rows = np.arange(len(manifest))
+    if len(rows) > SAMPLE:
+        rows = np.sort(np.random.default_rng(0).choice(rows, SAMPLE, replace=False))
+    sums = _sums(manifest, rows)
+    if len(sums) < 8 or len(set(sums)) > len(sums) / 2:
+        return None
+    return (
+        f"{len(sums) - len(set(sums))} of {len(sums)} images looked at are copies of others, byte "
+        "by byte: held-out images may be training images, and the table means little"
+    )
+
+
+def _sums(manifest: Manifest, rows: np.ndarray) -> list[tuple[int, int]]:
+    """Length and CRC-32 of some images; remote ones have theirs in the manifest."""
+    sums = []
+    for row in rows.tolist():
+        size, path = int(manifest.size_N[row]), manifest.shards[int(manifest.shard_N[row])].path
+        if manifest.crc_N is not None:
+            sums.append((size, int(manifest.crc_N[row])))
+        elif not urls.is_remote(path):
+            data = urls.read_range(path, int(manifest.offset_N[row]), size)
+            sums.append((size, zlib.crc32(data)))
+    return sums

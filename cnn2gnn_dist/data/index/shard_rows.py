@@ -1,0 +1,235 @@
+"""From one shard to its rows of the manifest: image, label and class name of each sample.
+
+Of the payloads only labels (64 bytes at most), class names (see :mod:`.naming`) and, for checksums,
+images are read. Members of other kinds, pickles among them, are never opened.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+import numpy as np
+import pyarrow as pa
+
+from cnn2gnn_dist.data.images.formats import IMAGE_SUFFIXES
+from cnn2gnn_dist.data.index.class_names import SMALL, Named, Names
+from cnn2gnn_dist.data.tar.full_header import Member
+from cnn2gnn_dist.data.tar.samples import MACOS, TarSample, grouped, hidden
+from cnn2gnn_dist.data.tar.tar_file import Archive, Passed, shown
+from cnn2gnn_dist.errors import UserError
+
+COLUMNS = {
+    "shard": np.int32,
+    "offset": np.int64,
+    "size": np.int32,
+    "label": np.int32,
+    "row_in_shard": np.int32,
+}
+_MAX_IMAGE, _MAX_LABEL, _CHUNK, _MEMO = 1 << 31, 64, 1 << 20, 1 << 14
+_CLASS_NUMBER = re.compile(rb"\s*([0-9]{1,9})\s*")
+
+
+@dataclass(frozen=True)
+class ShardRows:
+    """The n rows of one shard.
+
+    ``offset_n``, ``size_n``, ``label_n`` and ``keys_n`` are as in the manifest, ``crc_n`` holds the
+    CRC-32 of the images (None: not asked for), ``names`` the class names that were not known before,
+    ``passed`` what is part of no sample.
+    """
+
+    bytes: int
+    offset_n: np.ndarray
+    size_n: np.ndarray
+    label_n: np.ndarray
+    keys_n: pa.LargeStringArray
+    crc_n: np.ndarray | None
+    names: dict[int, Named]
+    passed: Passed = field(default_factory=Passed)
+
+    def __len__(self) -> int:
+        return len(self.label_n)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked of every shard: ``num_classes`` bounds the labels, ``names`` reads class names."""
+
+    num_classes: int | None
+    require_labels: bool
+    checksums: bool
+    names: bool = True
+
+
+def read_shard(
+    path: str,
+    wanted: Wanted,
+    known: Mapping[int, Named] = MappingProxyType({}),
+    where: str | None = None,
+) -> ShardRows:
+    """Walk a shard.
+
+    Args:
+        path: the shard, as a local file.
+        wanted: what is asked of it.
+        known: names by class, as told before.
+        where: what to call it in errors (a URL, say); default: the path.
+
+    Raises:
+        UserError: as :func:`cnn2gnn_dist.data.tar.samples.samples`; the shard holds no samples; a sample
+            has no image, no label, an impossible one, or a name that is not UTF-8; a class has two
+            names.
+    """
+    with Archive(path, where) as archive:
+        return _read(archive, _Payloads(archive), wanted, Names(archive, known))
+
+
+def _read(archive: Archive, payloads: _Payloads, wanted: Wanted, names: Names) -> ShardRows:
+    where = archive.where
+    keys: list[str] = []
+    images: list[Member] = []
+    labels: list[int] = []
+    named, holds = wanted.names, archive.holds
+    for sample in grouped(archive):
+        key, fields = sample
+        keys.append(key)
+        jpg = fields.get("jpg")
+        images.append(jpg if jpg and jpg[2] < _MAX_IMAGE else _image(where, sample))
+        label = payloads.label(sample, wanted)
+        labels.append(label)
+        json = fields.get("json")
+        if json and named and label >= 0:
+            known = names.bytes.get(label)
+            # The quick comparison comes first: nearly every sample ends here.
+            if not known or not (json[2] <= SMALL and holds(json[1], json[2], known)):
+                names.see(label, sample)
+    if not keys:
+        raise UserError(
+            "The shard holds no samples.",
+            where=where,
+            remedy="Name members KEY.jpg and KEY.cls (webdataset's convention).",
+        )
+    crcs = [payloads.crc(image) for image in images] if wanted.checksums else None
+    return ShardRows(
+        archive.bytes,
+        np.asarray([image[1] for image in images], COLUMNS["offset"]),
+        np.asarray([image[2] for image in images], COLUMNS["size"]),
+        np.asarray(labels, COLUMNS["label"]),
+        _encoded(where, keys),
+        None if crcs is None else np.asarray(crcs, np.uint32),
+        names.found,
+        archive.passed,
+    )
+
+
+class _Payloads:
+    """The few payloads that the index reads, each within a bound."""
+
+    def __init__(self, archive: Archive) -> None:
+        self.read = archive.read
+        self.where = archive.where
+        self._labels: dict[bytes, int] = {}
+
+    def label(self, sample: TarSample, wanted: Wanted) -> int:
+        """Class of a sample; -1 is none."""
+        member = sample.fields.get("cls")
+        if member is None:
+            if wanted.require_labels:
+                raise UserError(
+                    f"Sample '{shown(sample.key)}' has no label.",
+                    where=self.where,
+                    remedy=f"Add a member '{shown(sample.key)}.cls' with the number of its class.",
+                )
+            return -1
+        text = self.read(member[1], min(member[2], _MAX_LABEL + 1))
+        if text in self._labels:
+            return self._labels[text]
+        label = self._checked(text, sample, member, wanted)
+        if len(self._labels) < _MEMO:
+            self._labels[text] = label
+        return label
+
+    def _checked(self, text: bytes, sample: TarSample, member: Member, wanted: Wanted) -> int:
+        match = _CLASS_NUMBER.fullmatch(text)
+        if (
+            match is None
+            and text.strip().isdigit()
+            and text.isascii()
+            and member.size <= _MAX_LABEL
+        ):
+            raise UserError(
+                f"The label of sample '{shown(sample.key)}' is {text.strip().decode()}: too large "
+                "for the number of a class, like an id.",
+                where=f"{self.where}, member '{shown(member.name)}'",
+                remedy="Number the classes from 0 without gaps.",
+            )
+        if match is None or member.size > _MAX_LABEL:
+            raise UserError(
+                f"The label of sample '{shown(sample.key)}' is no class number: {text[:24]!r}.",
+                where=f"{self.where}, member '{shown(member.name)}'",
+                remedy="A .cls member holds the number of the class in ASCII digits, from 0.",
+            )
+        label = int(match.group(1))
+        if wanted.num_classes is not None and label >= wanted.num_classes:
+            raise UserError(
+                f"The label of sample '{shown(sample.key)}' is {label}; "
+                f"there are {wanted.num_classes} classes, numbered from 0.",
+                where=f"{self.where}, member '{shown(member.name)}'",
+                remedy="Correct the label or the list of classes.",
+            )
+        return label
+
+    def crc(self, member: Member) -> int:
+        """CRC-32 of a member's bytes, read piece by piece."""
+        crc, start, end = 0, member.offset, member.offset + member.size
+        while start < end:
+            piece = self.read(start, min(_CHUNK, end - start))
+            if not piece:
+                raise UserError(
+                    f"The shard became shorter while it was read: member '{shown(member.name)}'.",
+                    where=self.where,
+                    remedy="Index it when nothing writes to it any more.",
+                )
+            crc, start = zlib.crc32(piece, crc), start + len(piece)
+        return crc
+
+
+def _image(where: str, sample: TarSample) -> Member:
+    """Return the image of a sample; of several formats the first of IMAGE_SUFFIXES."""
+    for suffix in IMAGE_SUFFIXES:
+        if member := sample.fields.get(suffix):
+            if member.size >= _MAX_IMAGE:
+                break
+            return member
+    if hidden(sample.key):
+        name = next(iter(sample.fields.values())).name
+        raise UserError(
+            f"The shard holds hidden files of a folder: '{shown(name)}'. By their names they are "
+            f"fields of a sample '{shown(sample.key)}' (webdataset reads them so), without image.",
+            where=f"{where}, member '{shown(name)}'",
+            remedy=MACOS,
+        )
+    fields = ", ".join(f".{shown(suffix, 40)}" for suffix in list(sample.fields)[:8])
+    raise UserError(
+        f"Sample '{shown(sample.key)}' has no image (its fields: {fields}"
+        f"{', …' if len(sample.fields) > 8 else ''}).",
+        where=where,
+        remedy=f"Add one as '{shown(sample.key)}.jpg' or .{', .'.join(IMAGE_SUFFIXES[1:4])}, below "
+        "2 GiB; keys end at the first dot of the file name.",
+    )
+
+
+def _encoded(where: str, keys: list[str]) -> pa.LargeStringArray:
+    try:
+        return pa.array(keys, pa.large_string())
+    except UnicodeEncodeError as failure:
+        wrong = next(key for key in keys if not key.isascii() and ascii(key).find("\\udc") >= 0)
+        raise UserError(
+            f"The name of sample '{shown(wrong)}' is not UTF-8.",
+            where=where,
+            remedy="Rename its members and write the shard again.",
+        ) from failure

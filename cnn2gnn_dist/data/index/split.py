@@ -1,0 +1,56 @@
+"""Held-out rows: a share of every class, chosen by keys and a seed alone."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cnn2gnn_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from cnn2gnn_dist.data.index.manifest import Manifest
+
+_CHUNK = 1 << 16  # keys that are Python strings at a time
+
+
+def split_per_class(
+    manifest: Manifest, fraction: float, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Split the rows of every class into (training, held out), each ascending int64.
+
+    A class of n samples holds out round(fraction·n) of them, at least one if it has two or more,
+    and never all. Which ones depends only on seed and keys, so neither the order of the samples
+    nor their packing into shards matters. Samples without a label split as one
+    more class.
+
+    Raises:
+        UserError: the fraction is not within [0, 1).
+    """
+    if not 0 <= fraction < 1:
+        raise UserError(
+            f"The held-out fraction is {fraction}.", remedy="Choose one from 0 to less than 1."
+        )
+    hash_N = _hashes(manifest, seed)
+    # Rows class by class, inside a class by hash; equal hashes (equal keys) keep the rows' order.
+    order_N = np.lexsort((hash_N, manifest.label_N))
+    label_N = manifest.label_N[order_N]
+    _, first_C, inverse_N, count_C = np.unique(
+        label_N, return_index=True, return_inverse=True, return_counts=True
+    )
+    quota_C = np.rint(fraction * count_C).astype(np.int64)
+    if fraction > 0:
+        quota_C = np.clip(quota_C, np.minimum(count_C - 1, 1), np.maximum(count_C - 1, 0))
+    held_N = np.arange(len(order_N)) - first_C[inverse_N] < quota_C[inverse_N]
+    return np.sort(order_N[~held_N]), np.sort(order_N[held_N])
+
+
+def _hashes(manifest: Manifest, seed: int) -> np.ndarray:
+    salt = int(seed).to_bytes(8, "little", signed=True)
+    hash_N = np.empty(len(manifest), "<u8")
+    for start in range(0, len(manifest), _CHUNK):
+        keys = manifest.keys.slice(start, _CHUNK).to_pylist()
+        digests = (hashlib.blake2b(key.encode(), digest_size=8, key=salt).digest() for key in keys)
+        hash_N[start : start + len(keys)] = np.frombuffer(b"".join(digests), "<u8")
+    return hash_N

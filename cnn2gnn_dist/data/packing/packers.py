@@ -1,0 +1,343 @@
+"""Packers: images as they are found → WebDataset shards, for training to stream.
+
+Encoded images pass through untouched, arrays are written as PNG, and the same inputs give the same
+bytes. Every packer takes ``limit`` (only that many samples) and returns the shards' paths.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from cnn2gnn_dist import durable
+from cnn2gnn_dist.data.images.formats import IMAGE_SUFFIXES, image_suffix, what_it_is
+from cnn2gnn_dist.data.images.image_files import CORRUPT, Found, find_images, printable, unreadable
+from cnn2gnn_dist.data.packing.parquet import open_parquet, read_labels
+from cnn2gnn_dist.data.packing.shard_writer import Source, encode_png, write_shards
+from cnn2gnn_dist.errors import UserError
+
+
+def pack_digits(
+    out: str | os.PathLike[str],
+    *,
+    shard_size: int = 512,
+    image_size: int = 32,
+    prefix: str = "digits",
+    limit: int | None = None,
+    progress: bool = True,
+) -> list[Path]:
+    """Pack scikit-learn's 1,797 handwritten digits: classes '0' to '9', nothing to download.
+
+    The 8×8 grey images (0..16) are enlarged smoothly (bicubic) to ``image_size`` and made RGB.
+    """
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    grey_NHW = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    count = _limited(len(grey_NHW), limit)
+
+    def sources() -> Iterator[Source]:
+        for number, (grey_HW, label) in enumerate(zip(grey_NHW, digits.target, strict=True)):
+            small = Image.fromarray(grey_HW)
+            large = small.resize((image_size, image_size), Image.Resampling.BICUBIC)
+            image = encode_png(np.asarray(large.convert("RGB")))
+            yield Source(f"{prefix}-{number:05d}", image, "png", int(label))
+
+    return write_shards(
+        islice(sources(), count),
+        count,
+        out,
+        prefix=prefix,
+        shard_size=shard_size,
+        classes=[str(name) for name in digits.target_names],
+        progress=progress,
+    )
+
+
+def pack_parquet(
+    files: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    *,
+    shard_size: int = 10_000,
+    prefix: str = "train",
+    image_column: str = "image",
+    label_column: str = "label",
+    limit: int | None = None,
+    progress: bool = True,
+) -> list[Path]:
+    """Pack Parquet files in Hugging Face's image layout, row by row in the order of the files.
+
+    Args:
+        files: Parquet files with ``image`` (struct<bytes, path> or binary) and ``label``: integers,
+            named by the schema metadata ``huggingface`` (ClassLabel) where it is there, or text,
+            the names themselves. Files that number the same names differently are renumbered.
+        out: folder of the shards.
+        shard_size: samples a shard.
+        prefix: begins the names of shards and samples; one for each split.
+        image_column: the images' column, where it is not called so.
+        label_column: the labels' column, where it is not called so.
+        limit: pack only so many rows.
+        progress: show a progress bar when on a terminal.
+
+    Raises:
+        UserError: a file is missing or not Parquet, lacks a column (the likely one is named), holds
+            something else in it, names other classes than the first; a row has no image or no
+            label within the classes.
+    """
+    paths = [Path(files)] if isinstance(files, str | os.PathLike) else [Path(f) for f in files]
+    if not paths:
+        raise UserError("There are no rows to pack.", remedy="Name at least one Parquet file.")
+    labels = read_labels(paths, image_column, label_column)
+    count = _limited(sum(map(len, labels.files)), limit)
+    return write_shards(
+        islice(_parquet_sources(paths, labels.files, prefix, image_column), count),
+        count,
+        out,
+        prefix=prefix,
+        shard_size=shard_size,
+        classes=labels.classes,
+        progress=progress,
+    )
+
+
+def _parquet_sources(
+    paths: Sequence[Path], labels: Sequence[np.ndarray], prefix: str, image_column: str
+) -> Iterator[Source]:
+    number = 0
+    for path, label_N in zip(paths, labels, strict=True):
+        row = 0
+        with open_parquet(path) as file:
+            for batch in file.iter_batches(batch_size=256, columns=[image_column]):
+                for image in batch.column(0).to_pylist():
+                    data, name = image, ""
+                    if isinstance(image, dict):
+                        data, name = image["bytes"], image.get("path") or ""
+                    if not data:
+                        raise UserError(
+                            f"Row {row} has no image bytes"
+                            + (f", only the path '{name}'." if name else "."),
+                            where=str(path),
+                            remedy="Save the data set with the images embedded.",
+                        )
+                    about = {"filename": name} if name else {}
+                    suffix = _suffix(data, name, f"{path}, row {row}")
+                    yield Source(f"{prefix}-{number:08d}", data, suffix, int(label_N[row]), about)
+                    row += 1
+                    number += 1
+
+
+def _suffix(data: bytes, name: str, where: str) -> str:
+    """Go by the first bytes (ImageNet has a PNG named .JPEG), else by the name."""
+    named = Path(name).suffix.lower().lstrip(".")
+    suffix = image_suffix(data) or (named if named in IMAGE_SUFFIXES else None)
+    if suffix is None:
+        raise UserError(
+            f"The bytes are no image that is read: {what_it_is(data)}.",
+            where=where,
+            remedy=f"Remove it, or convert it to one of: {', '.join(IMAGE_SUFFIXES)}.",
+        )
+    return suffix
+
+
+def pack_imagefolder(
+    root: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    shard_size: int = 10_000,
+    prefix: str = "train",
+    seed: int = 0,
+    limit: int | None = None,
+    max_corrupt: float = 0.001,
+    progress: bool = True,
+) -> list[Path]:
+    """Pack a tree ``root/CLASS/…/IMAGE``: the classes are the sorted names of root's folders.
+
+    Which files are images is said in :mod:`cnn2gnn_dist.data.images.image_files`; what is left out is
+    printed in one line and kept in ``PREFIX-left-out.json``. Images are written in a shuffled order
+    (by ``seed``), since shards of one class each would leave little to mix while streaming. Keys
+    tell the path.
+
+    Args:
+        root: the tree.
+        out: folder of the shards.
+        shard_size: samples a shard.
+        prefix: begins the names of shards; one for each split.
+        seed: of the order.
+        limit: pack only so many images.
+        max_corrupt: share of the images whose first bytes may be no image's; those are left out.
+        progress: show a progress bar when on a terminal.
+
+    Raises:
+        UserError: root is missing, can't be read whole or holds no folders; a class has no images;
+            too many files are none though they are named so.
+    """
+    base = Path(root)
+    found = _images_by_class(base, max_corrupt)
+    labels = _class_numbers(base, found)
+    keys = _path_keys([Path(image) for image in found.images])
+    count = _limited(len(found.images), limit)
+    order = np.random.default_rng(seed).permutation(len(found.images))[:count]
+
+    def sources() -> Iterator[Source]:
+        for i in order:
+            image = found.images[i]
+            data = (base / image).read_bytes()
+            about = {"filename": printable(Path(image).as_posix())}
+            suffix = _suffix(data, image, printable(base / image))
+            yield Source(keys[i], data, suffix, labels[i], about)
+
+    shards = write_shards(
+        sources(),
+        count,
+        out,
+        prefix=prefix,
+        shard_size=shard_size,
+        classes=[printable(name) for name in found.folders],
+        progress=progress,
+    )
+    durable.write_json(Path(out) / f"{prefix}-left-out.json", found.record())
+    if found.left_out:
+        print(f"pack     {prefix}: {len(labels)} images; left out: {found.summary()}", flush=True)
+    return shards
+
+
+def _images_by_class(base: Path, max_corrupt: float) -> Found:
+    """The images below the class folders, but for those that are none by their bytes."""
+    if not base.is_dir():
+        raise UserError("There is no such folder.", where=str(base), remedy="Check the path.")
+    found = find_images(base, classes=True)
+    if not found.folders:
+        there = f" What is there: {found.summary()}." if found.left_out else ""
+        raise UserError(
+            f"The folder holds no class folders.{there}",
+            where=str(base),
+            remedy="The layout is FOLDER/CLASS/IMAGE.",
+        )
+    _leave_out_corrupt(base, found, max_corrupt)
+    return found
+
+
+def _leave_out_corrupt(base: Path, found: Found, max_corrupt: float) -> None:
+    """Count out the files that are named as images and are none; too many are refused."""
+    wrong = unreadable(base, found.images)
+    total = len(found.images)
+    if len(wrong) > max_corrupt * total:
+        some = "; ".join(f"{printable(name)}: {what}" for name, what in list(wrong.items())[:5])
+        share = math.ceil(len(wrong) / total * 1000) / 1000
+        raise UserError(
+            f"{len(wrong)} corrupt image{'s' * (len(wrong) > 1)} among {total}, more than the limit of "
+            f"{max_corrupt:.2%}: {some}",
+            where=str(base),
+            remedy=f"mend or remove these files, or data.max_corrupt={share:g} to leave them out",
+        )
+    found.images = [image for image in found.images if image not in wrong]
+    for name, what in wrong.items():
+        found.leave(CORRUPT, f"{name}: {what}")
+
+
+def _class_numbers(base: Path, found: Found) -> list[int]:
+    """The class of each image, as the number of its folder."""
+    numbers = {name: number for number, name in enumerate(found.folders)}
+    labels = [numbers[image.split(os.sep)[0]] for image in found.images]
+    empty = set(found.folders) - {found.folders[label] for label in set(labels)}
+    if empty:
+        name = min(empty)
+        inside = Found(
+            left_out={
+                reason: kept
+                for reason, paths in found.left_out.items()
+                if (kept := [path for path in paths if path.split(os.sep)[0] == name])
+            }
+        )
+        raise UserError(
+            f"Class '{printable(name)}' has no images"
+            + (f", only {inside.summary()}." if inside.left_out else "."),
+            where=printable(base / name),
+            remedy=f"Add images ({', '.join(IMAGE_SUFFIXES)}) or remove the folder.",
+        )
+    if len({printable(name) for name in found.folders}) < len(found.folders):
+        raise UserError(
+            "Two class folders have the same name once it is written in UTF-8.",
+            where=str(base),
+            remedy="Rename one of them.",
+        )
+    return labels
+
+
+def _path_keys(paths: Sequence[Path]) -> list[str]:
+    """Make a key of each path, without the dots and slashes that end or split keys."""
+    used: dict[str, int] = {}
+    keys = []
+    for path in paths:
+        plain = re.sub(r"[^\w-]", "_", path.with_suffix("").as_posix())
+        key = plain
+        while key in used:  # "a.b.jpg" beside "a_b.jpg", "a.jpg" beside "a.png"
+            used[plain] += 1
+            key = f"{plain}_{used[plain]}"
+        used[key] = 1
+        keys.append(key)
+    return keys
+
+
+def pack_torchvision(
+    name: str,
+    root: str | os.PathLike[str],
+    train: bool,
+    out: str | os.PathLike[str],
+    *,
+    shard_size: int = 10_000,
+    prefix: str | None = None,
+    limit: int | None = None,
+    progress: bool = True,
+) -> list[Path]:
+    """Pack torchvision's 'cifar10' or 'cifar100' as PNG, downloading it to ``root`` if not there.
+
+    Raises:
+        UserError: an unknown name; the data set is not at ``root`` and cannot be downloaded.
+    """
+    from cnn2gnn_dist.compat import import_torchvision
+
+    kinds = {"cifar10": "CIFAR10", "cifar100": "CIFAR100"}
+    if name not in kinds:
+        raise UserError(
+            f"torchvision's '{name}' cannot be packed.",
+            remedy=f"Choose one of: {', '.join(kinds)}; or pack its images as a folder tree.",
+        )
+    kind = getattr(import_torchvision().datasets, kinds[name])
+    try:
+        dataset = kind(str(root), train=train, download=True)  # looks first whether it is there
+    except (OSError, RuntimeError) as failure:  # URLError is an OSError; RuntimeError: bad checksum
+        raise UserError(
+            f"{kinds[name]} is not there and cannot be downloaded: {failure}.",
+            where=str(root),
+            remedy=f"Where there is a network, fetch {getattr(kind, 'url', kinds[name])} "
+            "and put the file into this folder; or pack it from Parquet.",
+        ) from failure
+    begin = prefix or ("train" if train else "test")
+    count = _limited(len(dataset.targets), limit)
+
+    def sources() -> Iterator[Source]:
+        for number in range(count):
+            image = encode_png(np.asarray(dataset.data[number]))
+            yield Source(f"{begin}-{number:08d}", image, "png", int(dataset.targets[number]))
+
+    return write_shards(
+        sources(),
+        count,
+        out,
+        prefix=begin,
+        shard_size=shard_size,
+        classes=list(dataset.classes),
+        progress=progress,
+    )
+
+
+def _limited(count: int, limit: int | None) -> int:
+    return count if limit is None else min(count, limit)

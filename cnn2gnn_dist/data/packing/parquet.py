@@ -1,0 +1,396 @@
+"""Hugging Face's image layout in Parquet: columns, labels and class names, checked before packing."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import difflib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from cnn2gnn_dist.data.images.file_kind import ENOUGH, kind_of, remedy_for
+from cnn2gnn_dist.data.index.class_matching import check_count
+from cnn2gnn_dist.data.tar.tar_file import shown
+from cnn2gnn_dist.errors import UserError
+
+_LAYOUT = "The layout is struct<bytes: binary, path: string>, or binary, of encoded images."
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The labels of Parquet files, in one numbering.
+
+    Attributes:
+        files: int64 [rows] of each file, within the classes.
+        classes: the class names; None for each where the files only number them.
+    """
+
+    files: list[np.ndarray]
+    classes: list[str] | list[None]
+
+
+@dataclass(frozen=True)
+class _Column:
+    """The labels of one file: numbers [rows] (-1: none) and the names they stand for, if any."""
+
+    path: Path
+    label_N: np.ndarray
+    names: list[str] | None
+    text: bool
+
+
+def open_parquet(path: Path) -> Any:
+    """Open a Parquet file; UserError if it is missing, damaged or something else."""
+    try:
+        return pq.ParquetFile(path)
+    except (OSError, pa.ArrowException) as failure:
+        raise _unreadable(path, failure) from failure
+
+
+def _unreadable(path: Path, failure: Exception) -> UserError:
+    try:
+        with open(path, "rb") as file:
+            start = file.read(ENOUGH)
+    except OSError as error:
+        return UserError(
+            f"The Parquet file cannot be read: {error.strerror}.",
+            where=str(path),
+            remedy="Check the path and its permissions.",
+        )
+    kind = kind_of(start)
+    if not start:
+        what = "The Parquet file is empty (0 bytes)."
+        return UserError(what, where=str(path), remedy="Download it again.")
+    if kind == "a Parquet file":
+        return UserError(
+            f"The Parquet file cannot be read: it is cut or damaged ({_first_line(failure)}).",
+            where=str(path),
+            remedy="Download it again.",
+        )
+    if kind == "text":
+        begin = shown(start.decode("utf-8", "replace").strip(), 40)
+        return UserError(
+            f"The file cannot be read as Parquet: it is text (CSV?): '{begin}'.",
+            where=str(path),
+            remedy="Save the data set as Parquet with the images embedded, or read the images from "
+            "folders, one for each class: data.source=imagefolder.",
+        )
+    if kind is not None:
+        return UserError(
+            f"The file cannot be read as Parquet: it is {kind}.",
+            where=str(path),
+            remedy=remedy_for(kind, "Name Parquet files."),
+        )
+    return UserError(
+        f"The Parquet file cannot be read: {_first_line(failure)}",
+        where=str(path),
+        remedy="Check the path; download the file again if it is damaged.",
+    )
+
+
+def _first_line(failure: Exception) -> str:
+    return (str(failure).splitlines() or [type(failure).__name__])[0].rstrip(".")
+
+
+def read_labels(paths: Sequence[Path], image_column: str, label_column: str) -> Labels:
+    """Read the labels of files that are packed together.
+
+    Where the files name their classes (Hugging Face's ClassLabel, or labels that are text) the
+    names count: a file that numbers the same classes in another order is renumbered.
+
+    Raises:
+        UserError: a file has no such columns, or not of images and labels; files name different
+            classes, or only some of them name any; a label is missing or none of the classes.
+    """
+    columns = [_read(path, image_column, label_column) for path in paths]
+    if not sum(len(column.label_N) for column in columns):
+        raise UserError(
+            "There are no rows to pack.",
+            where=", ".join(str(path) for path in paths[:3]),
+            remedy="Name at least one Parquet file with rows.",
+        )
+    _refuse_missing(columns)
+    if any(column.text for column in columns):
+        return _of_text(columns)
+    return _of_numbers(columns)
+
+
+def _read(path: Path, image_column: str, label_column: str) -> _Column:
+    with open_parquet(path) as file:
+        schema = file.schema_arrow
+        for column, field in ((image_column, "image"), (label_column, "label")):
+            if column not in schema.names:
+                raise _no_column(path, schema, column, field)
+            if schema.names.count(column) > 1:
+                what = f"{schema.names.count(column)} columns of the Parquet file are called '{column}'."
+                raise UserError(what, where=str(path), remedy="Rename or drop all but one of them.")
+        _check_images(path, file, image_column)
+        names = _huggingface_names(schema.metadata, label_column)
+        try:
+            column = file.read([label_column]).column(label_column).combine_chunks()
+        except (OSError, pa.ArrowException) as failure:
+            raise _unreadable(path, failure) from failure
+    if isinstance(column, pa.ChunkedArray):  # pyarrow gives one where there are no rows
+        column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if _is_text(column.type):
+        coded = column.cast(pa.large_string()).dictionary_encode()
+        label_N = coded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+        texts = coded.dictionary.to_pylist()
+        _refuse_blank(path, label_N, texts)
+        return _Column(path, label_N, texts, True)
+    return _Column(path, _numbers(path, column, label_column), names, False)
+
+
+def _refuse_blank(path: Path, label_N: np.ndarray, names: Sequence[str]) -> None:
+    """See that no class would be called '': tables made of CSV have it where a label is missing."""
+    blank = [number for number, name in enumerate(names) if not name.strip()]
+    wrong = np.flatnonzero(np.isin(label_N, blank))
+    if len(wrong):
+        raise UserError(
+            f"Row {wrong[0]} has the label '{shown(names[label_N[wrong[0]]], 40)}', which names no "
+            f"class; {len(wrong)} of {len(label_N)} rows have an empty or blank one.",
+            where=str(path),
+            remedy="Label them, or drop these rows.",
+        )
+
+
+def _numbers(path: Path, column: pa.Array, name: str) -> np.ndarray:
+    """Class numbers as int64, -1 where null."""
+    kind = column.type
+    if pa.types.is_boolean(kind):
+        column = column.cast(pa.uint8())
+    elif not pa.types.is_integer(kind):
+        raise _no_labels(path, column, name)
+    highest = pc.max(column).as_py()
+    if highest is not None:
+        check_count(int(highest) + 1, len(column), str(path))  # before the numbers are int64
+    label_N: np.ndarray = column.cast(pa.int64()).fill_null(-1).to_numpy(zero_copy_only=False)
+    return label_N
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    view = getattr(pa.types, "is_string_view", lambda kind: False)
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or view(kind))
+
+
+def _of_text(columns: list[_Column]) -> Labels:
+    """Labels that are names: the classes are all of them, sorted."""
+    bare = next((column for column in columns if column.names is None), None)
+    if bare is not None:
+        raise UserError(
+            "Some of the files hold class names as labels, and this one numbers without names.",
+            where=str(bare.path),
+            remedy="Give all files of a part the same kind of labels.",
+        )
+    used = [
+        {(column.names or [])[label] for label in np.unique(column.label_N).tolist()}
+        if column.text
+        else set(column.names or [])
+        for column in columns
+    ]
+    classes = sorted(set().union(*used))
+    number = {name: label for label, name in enumerate(classes)}
+    return Labels([_renumbered(column, number) for column in columns], classes)
+
+
+def _of_numbers(columns: list[_Column]) -> Labels:
+    first = columns[0]
+    for column in columns[1:]:
+        if column.names == first.names:
+            continue
+        if column.names is None or first.names is None:
+            bare, named = (column, first) if column.names is None else (first, column)
+            raise UserError(
+                f"The file numbers its classes without names, and {named.path} names them.",
+                where=str(bare.path),
+                remedy="Pack files of one data set at a time.",
+            )
+        if sorted(column.names) != sorted(first.names) or len(set(first.names)) < len(first.names):
+            raise UserError(
+                f"The class names differ from those of {first.path}: "
+                f"{_difference(column.names, first.names)}.",
+                where=str(column.path),
+                remedy="Pack files of one data set at a time.",
+            )
+    if first.names is None:
+        highest = max(int(column.label_N.max(initial=0)) for column in columns)
+        return Labels([column.label_N for column in columns], [None] * (highest + 1))
+    number = {name: label for label, name in enumerate(first.names)}
+    return Labels(
+        [
+            column.label_N if column.names == first.names else _renumbered(column, number)
+            for column in columns
+        ],
+        first.names,
+    )
+
+
+def _difference(names: list[str], others: list[str]) -> str:
+    more, less = sorted(set(names) - set(others)), sorted(set(others) - set(names))
+    said = []
+    for these, verb in ((more, "it has"), (less, "it lacks")):
+        if these:
+            listed = ", ".join(f"'{shown(name, 40)}'" for name in these[:3])
+            said.append(f"{verb} {listed}{', …' if len(these) > 3 else ''}")
+    return " and ".join(said) or "the same names in another order, some of them twice"
+
+
+def _renumbered(column: _Column, number: dict[str, int]) -> np.ndarray:
+    to = np.array([number.get(name, -1) for name in column.names or []], np.int64)
+    return to[column.label_N]
+
+
+def _refuse_missing(columns: list[_Column]) -> None:
+    """See that every row has a label, and one that its file names, if it names any."""
+    for column in columns:
+        count = np.iinfo(np.int64).max if column.names is None else len(column.names)
+        wrong = np.flatnonzero((column.label_N < 0) | (column.label_N >= count))
+        if not len(wrong):
+            continue
+        row = int(wrong[0])
+        label = int(column.label_N[row])
+        if label >= 0:
+            raise UserError(
+                f"Row {row} has the label {label}; there are {count} classes, numbered from 0.",
+                where=str(column.path),
+                remedy="Correct the label, or the class names in the file's metadata.",
+            )
+        raise UserError(
+            f"Row {row} has no label (null, or label -1), as {len(wrong)} of {len(column.label_N)} rows.",
+            where=str(column.path),
+            remedy="Label -1 is Hugging Face's for hidden labels: pack a split with labels; drop "
+            "rows without one.",
+        )
+
+
+def _no_column(path: Path, schema: pa.Schema, column: str, field: str) -> UserError:
+    fits = _is_image if field == "image" else _is_label
+    alike = [name for name in schema.names if name.lower() == column.lower()]
+    likely = alike or [each.name for each in schema if fits(each.type)]
+    if not likely:
+        likely = difflib.get_close_matches(column, schema.names, 1)
+    nested = [each.name for each in schema if column.startswith(f"{each.name}.")]
+    if nested and pa.types.is_struct(schema.field(nested[0]).type):
+        return UserError(
+            f"The Parquet file has no column '{column}': it lies inside the column '{nested[0]}'.",
+            where=str(path),
+            remedy="Only whole columns are read: flatten the table first "
+            "(pyarrow's Table.flatten(), datasets' flatten()).",
+        )
+    remedy = f"Say which column holds the {field}s: data.{field}_column=NAME."
+    if likely:
+        choices = " or ".join(f"data.{field}_column={name}" for name in likely[:4])
+        remedy = f"Did you mean {choices}?"
+    return UserError(
+        f"The Parquet file has no column '{column}', only: {', '.join(schema.names)}.",
+        where=str(path),
+        remedy=remedy,
+    )
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    view = getattr(pa.types, "is_binary_view", lambda kind: False)
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or view(kind))
+
+
+def _is_image(kind: pa.DataType) -> bool:
+    return _is_binary(kind.field("bytes").type) if _has_bytes(kind) else _is_binary(kind)
+
+
+def _is_label(kind: pa.DataType) -> bool:
+    return bool(
+        pa.types.is_integer(kind)
+        or pa.types.is_boolean(kind)
+        or pa.types.is_dictionary(kind)
+        or _is_text(kind)
+    )
+
+
+def _has_bytes(kind: Any) -> bool:
+    return pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+
+
+def _check_images(path: Path, file: Any, column: str) -> None:
+    kind = file.schema_arrow.field(column).type
+    if _is_image(kind):
+        return
+    raise UserError(
+        f"Column '{column}' is {kind}, not encoded images{_hint(file, column, kind)}.",
+        where=str(path),
+        remedy=_LAYOUT,
+    )
+
+
+def _hint(file: Any, column: str, kind: pa.DataType) -> str:
+    """What a column of another type seems to hold."""
+    if _is_text(kind):
+        batch = next(file.iter_batches(batch_size=1, columns=[column]), None)
+        value = batch.column(0)[0].as_py() if batch is not None and len(batch) else None
+        return _hint_text(value or "")
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        if _is_image(kind.value_type):
+            return ": it holds several images a row"
+        return ": it holds lists of numbers (pixels, or bytes one by one)"
+    if pa.types.is_fixed_size_binary(kind):
+        return ": all are of one length (raw pixels?)"
+    return ""
+
+
+def _hint_text(value: str) -> str:
+    if value.startswith("data:image"):
+        return ": it holds data: URLs"
+    if "://" in value[:12]:
+        return f": it holds URLs ('{shown(value, 60)}')"
+    try:
+        if len(value) > 64 and kind_of(base64.b64decode(value[:400] + "=" * 2)[:ENOUGH]):
+            return ": it holds base64 text, to be decoded first"
+    except (binascii.Error, ValueError):
+        pass
+    return f": it holds text, such as paths of files ('{shown(value, 60)}')" if value else ""
+
+
+def _no_labels(path: Path, column: pa.Array, name: str) -> UserError:
+    kind = column.type
+    hint, remedy = "", "Number the classes from 0 as integers, or give their names as text."
+    if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
+        hint = " (a value to be predicted, or class numbers as floats?)"
+        remedy = "If they are class numbers, save the column as integers."
+    elif (
+        pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    ):
+        first: list[Any] = next((row for row in column[:100].to_pylist() if row), [])
+        if len(first) > 1 and sum(bool(value) for value in first) == 1:
+            hint, remedy = " (one-hot?)", "Save the place of the 1 as an integer (argmax)."
+        else:
+            hint, remedy = (
+                " (several labels a row?)",
+                "Give each row one label, an integer or text.",
+            )
+    elif pa.types.is_null(kind):
+        hint, remedy = " (all rows are null)", "Name another column: data.label_column=NAME."
+    return UserError(
+        f"Column '{name}' is {kind}, not the class of an image{hint}.",
+        where=str(path),
+        remedy=remedy,
+    )
+
+
+def _huggingface_names(metadata: dict[bytes, bytes] | None, label_column: str) -> list[str] | None:
+    try:
+        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
+        names = features[label_column]["names"]
+        if isinstance(names, dict):  # some cards keep {"0": "cat", …}
+            names = [names[number] for number in sorted(names, key=int)]
+    except (KeyError, TypeError, ValueError):  # no names: the classes go by number
+        return None
+    return [str(name) for name in names] if isinstance(names, list) and names else None

@@ -1,0 +1,132 @@
+"""Writing WebDataset shards: whole or not at all, and the same bytes for the same samples."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import tarfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cnn2gnn_dist.data.images.formats import image_suffix
+from cnn2gnn_dist.data.index.class_names import refuse_blank
+from cnn2gnn_dist.errors import UserError
+
+__all__ = ["Source", "encode_png", "image_suffix", "write_shards"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """One image on its way into a shard; ``about`` goes into its ``.json``."""
+
+    key: str
+    image: bytes
+    suffix: str
+    label: int
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+def write_shards(
+    sources: Iterable[Source],
+    count: int,
+    out: str | os.PathLike[str],
+    *,
+    prefix: str,
+    shard_size: int,
+    classes: Sequence[str | None],
+    progress: bool,
+) -> list[Path]:
+    """Write ``count`` samples as ``out/PREFIX-000000.tar``…, and their ``PREFIX-classes.json``.
+
+    Each sample is KEY.cls (the label in ASCII), KEY.<suffix> (the image as given) and KEY.json
+    (label, class_name, null where a class has but a number, and what ``about`` says). A shard gets
+    its name when it is complete, so an interrupted run leaves none that is partial; a second run
+    replaces those of the first.
+
+    Raises:
+        UserError: a prefix or shard size that makes no sense; shards of an earlier, larger run
+            would stay beside the new ones; a class whose name is empty.
+    """
+    from tqdm import tqdm
+
+    refuse_blank(classes, f"the classes of {prefix}")
+    folder = _prepare(Path(out), prefix, shard_size, count)
+    bar = tqdm(total=count, desc=f"pack {prefix}", unit="img", disable=None if progress else True)
+    stream = iter(sources)
+    paths = []
+    for first in range(0, count, shard_size):
+        path = folder / f"{prefix}-{first // shard_size:06d}.tar"
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            with open(temporary, "wb") as file:
+                with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+                    for _ in range(min(shard_size, count - first)):
+                        _add_sample(tar, next(stream), classes)
+                        bar.update()
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        paths.append(path)
+    bar.close()
+    names = folder / f"{prefix}-classes.json"
+    temporary = names.with_name(f".{names.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(list(classes), ensure_ascii=False, indent=0) + "\n", "utf-8")
+    os.replace(temporary, names)
+    return paths
+
+
+def _prepare(folder: Path, prefix: str, shard_size: int, count: int) -> Path:
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", prefix):
+        raise UserError(
+            f"The prefix '{prefix}' cannot begin the names of shards and samples.",
+            remedy="Use letters, digits, '-' and '_'.",
+        )
+    if shard_size < 1:
+        raise UserError(
+            f"The shard size is {shard_size}.", remedy="Give the number of images a shard, from 1."
+        )
+    if count < 1:
+        raise UserError("There are no images to pack.", where=prefix, remedy="Check the source.")
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = -(-count // shard_size)
+    name = re.compile(re.escape(prefix) + r"-(\d{6,})\.tar")
+    matches = {path: name.fullmatch(path.name) for path in folder.iterdir()}
+    stale = sorted(path for path, m in matches.items() if m and int(m.group(1)) >= shards)
+    if stale:
+        raise UserError(
+            f"The folder holds {len(stale)} shards of an earlier, larger run, "
+            f"which would mix with the {shards} new ones.",
+            where=str(stale[0]),
+            remedy="Delete them, or choose another folder or prefix.",
+        )
+    return folder
+
+
+def _add_sample(tar: tarfile.TarFile, source: Source, classes: Sequence[str | None]) -> None:
+    about = {**source.about, "label": source.label, "class_name": classes[source.label]}
+    members = {
+        "cls": str(source.label).encode("ascii"),
+        source.suffix: source.image,
+        "json": json.dumps(about, sort_keys=True, ensure_ascii=False).encode(),
+    }
+    for suffix, data in sorted(members.items()):
+        info = tarfile.TarInfo(f"{source.key}.{suffix}")  # mtime and owner are 0
+        info.size = len(data)
+        tar.addfile(info, io.BytesIO(data))
+
+
+def encode_png(image: np.ndarray) -> bytes:
+    """Encode a uint8 image [H, W, 3] without loss."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG", compress_level=6)
+    return file.getvalue()

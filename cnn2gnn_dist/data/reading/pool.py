@@ -1,0 +1,163 @@
+"""The reader pool: stateless readers, pulled in order, a few requests in flight.
+
+The same bytes in the same order from threads of this process or from Ray actors (``actors``).
+What is in flight is all there is: a consumer that stops asking stops the readers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
+
+from cnn2gnn_dist.data.reading.reader import Batch, Reader, ReaderSpec, Request
+from cnn2gnn_dist.errors import UserError
+
+
+class ReaderPool:
+    """Batches in the order of their requests; one loop over them at a time.
+
+    Args:
+        spec: what readers open.
+        backend: "ray" (reader actors beside this process) or "local" (threads).
+        workers: readers.
+        prefetch: most requests in flight: asked, being read, or read and not yet taken. Fewer
+            where they would not fit into Ray's object store (it says so).
+        name: readable prefix of the actors' names.
+
+    Attributes:
+        wait_seconds: time the consumer has waited for batches so far.
+
+    Raises:
+        UserError: unknown backend; Ray is asked for and not initialised.
+    """
+
+    def __init__(
+        self, spec: ReaderSpec, *, backend: str, workers: int, prefetch: int, name: str = "stream"
+    ) -> None:
+        if workers < 1 or prefetch < 1:
+            raise UserError(
+                f"a stream of {workers} workers and {prefetch} requests in flight",
+                where="stream.workers, stream.prefetch",
+                remedy="at least 1 for each; 4 requests in flight are enough",
+            )
+        self.prefetch = self._depth = prefetch
+        self.wait_seconds = 0.0
+        if backend == "ray":
+            from cnn2gnn_dist.data.reading.ray_readers import RayReaders
+
+            self._readers: _Readers = RayReaders(spec, workers, name)
+        elif backend == "local":
+            self._readers = _LocalReaders(spec, workers)
+        else:
+            raise UserError(
+                f"no backend {backend!r}", where="stream.backend", remedy="ray, local or auto"
+            )
+
+    def batches(self, requests: Iterable[Request]) -> Iterator[Batch]:
+        """Read all requests, taken lazily; what is in flight when the caller stops is dropped.
+
+        Raises:
+            UserError: a shard is missing or changed; readers keep dying on one request; a batch
+                does not fit into Ray's object store.
+        """
+        waiting: deque[_Answer] = deque()
+        self._depth = self.prefetch
+        source = iter(requests)
+        try:
+            self._fill(waiting, source)
+            while waiting:
+                batch = self._take(waiting.popleft())
+                self._fill(waiting, source)  # before the caller computes, not after
+                yield batch
+        finally:
+            for answer in waiting:
+                answer.drop()
+
+    def _fill(self, waiting: deque[_Answer], source: Iterator[Request]) -> None:
+        while len(waiting) < self._depth:
+            request = next(source, None)
+            if request is None:
+                return
+            self._depth = self._readers.depth(request, self.prefetch)
+            waiting.append(self._readers.ask(request))
+
+    def close(self) -> None:
+        """End the readers."""
+        self._readers.close()
+
+    def __enter__(self) -> ReaderPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _take(self, answer: _Answer) -> Batch:
+        began = time.perf_counter()
+        try:
+            return answer.wait()
+        finally:
+            self.wait_seconds += time.perf_counter() - began
+
+
+class _Answer(Protocol):
+    """A request in flight."""
+
+    def wait(self) -> Batch:
+        """The batch, when it is there."""
+
+    def drop(self) -> None:
+        """Nobody wants it any more."""
+
+
+class _Readers(Protocol):
+    """Who reads."""
+
+    def ask(self, request: Request) -> _Answer:
+        """Read this, when its turn comes."""
+
+    def depth(self, request: Request, prefetch: int) -> int:
+        """How many requests like this may be in flight."""
+
+    def close(self) -> None:
+        """End."""
+
+
+class _LocalReaders:
+    """The same readers in threads of this process."""
+
+    def __init__(self, spec: ReaderSpec, workers: int) -> None:
+        # One for each thread: they would race on one table of open shards.
+        self._free = deque(Reader(spec) for _ in range(workers))
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="reader")
+
+    def ask(self, request: Request) -> _Answer:
+        return _LocalAnswer(self._pool.submit(self._read, request))
+
+    def depth(self, request: Request, prefetch: int) -> int:
+        return prefetch
+
+    def _read(self, request: Request) -> Batch:
+        reader = self._free.popleft()
+        try:
+            return reader.read(request)
+        finally:
+            self._free.append(reader)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        for reader in self._free:
+            reader.close()
+
+
+class _LocalAnswer:
+    def __init__(self, future: Future[Batch]) -> None:
+        self._future = future
+
+    def wait(self) -> Batch:
+        return self._future.result()
+
+    def drop(self) -> None:
+        self._future.cancel()

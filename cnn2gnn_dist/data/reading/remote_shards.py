@@ -1,0 +1,188 @@
+"""Members of remote shards: from the node's cache of whole ones, or in as few ranges as it takes.
+
+What several members need is asked for at once: the latency of a store is paid once, not by each.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from cnn2gnn_dist.data.index.manifest import Manifest
+from cnn2gnn_dist.data.storage import urls
+from cnn2gnn_dist.data.storage.shard_cache import REST, ShardCache, release
+
+AT_ONCE = 8
+"""Requests of one reader."""
+GAP = 16 << 10
+"""Bytes between two members that are rather read than asked around."""
+SPAN = 8 << 20
+"""Bytes of neighbours that are asked for together, at most."""
+AGAIN = 10.0
+"""Seconds before a shard that had no room in the cache is tried there again."""
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """Where whole copies of remote shards lie, and how many bytes they may take (0: none).
+
+    ``rest``: see :data:`.shard_cache.REST`.
+    """
+
+    folder: str
+    limit: int
+    rest: float = REST
+
+
+@dataclass(frozen=True)
+class Span:
+    """A stretch of a shard, and the samples in it."""
+
+    shard: int
+    start: int
+    end: int
+    samples: tuple[int, ...]
+
+
+def spans(manifest: Manifest, samples: Iterable[int]) -> list[Span]:
+    """Merge samples' places into stretches that hold neighbours, each sample once."""
+    found: list[Span] = []
+    shard_N, offset_N = manifest.shard_N, manifest.offset_N
+    places = sorted((int(shard_N[s]), int(offset_N[s]), s) for s in set(samples))
+    for shard, start, sample in places:
+        end = start + int(manifest.size_N[sample])
+        last = found[-1] if found else None
+        if last and last.shard == shard and start - last.end <= GAP and end - last.start <= SPAN:
+            within = (*last.samples, sample)
+            found[-1] = Span(shard, last.start, max(last.end, end), within)
+        else:
+            found.append(Span(shard, start, end, (sample,)))
+    return found
+
+
+class FarShards:
+    """Reads members of the remote shards of a manifest. Not for several threads.
+
+    Args:
+        manifest: of the samples.
+        cache: for whole shards; None: ranges only.
+    """
+
+    def __init__(self, manifest: Manifest, cache: CacheSpec | None) -> None:
+        self.manifest = manifest
+        self._cache: ShardCache | None = None
+        if cache is not None and cache.limit:
+            folder = Path(cache.folder).expanduser()
+            self._cache = ShardCache(folder, cache.limit, cache.rest)
+        self._later: dict[int, float] = {}
+        self._pool: ThreadPoolExecutor | None = None
+
+    def read(self, samples: Sequence[int]) -> dict[int, bytes]:
+        """The bytes of each sample, by its number.
+
+        Raises:
+            UserError: a shard is missing, changed, or not to be reached.
+        """
+        stretches = spans(self.manifest, samples)
+        handles = self._open(sorted({span.shard for span in stretches}))
+        try:
+            found: dict[int, bytes] = {}
+            away = [span for span in stretches if span.shard not in handles]
+            for span, data in zip(away, self._each(self._range, away), strict=True):
+                for sample in span.samples:
+                    start, end = self._place(sample)
+                    found[sample] = data[start - span.start : end - span.start]
+            for span in stretches:
+                if span.shard in handles:
+                    for sample in span.samples:
+                        start, end = self._place(sample)
+                        found[sample] = os.pread(handles[span.shard], end - start, start)
+            return found
+        finally:
+            for handle in handles.values():
+                release(handle)
+
+    def read_again(self, sample: int) -> bytes:
+        """What the store holds now, past a copy that turned out wrong."""
+        shard = self.manifest.shards[int(self.manifest.shard_N[sample])]
+        if self._cache is not None:
+            self._cache.drop(shard.path, shard.bytes)
+        return self._range(spans(self.manifest, [sample])[0])
+
+    def close(self) -> None:
+        """End the threads."""
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
+
+    def _open(self, numbers: Sequence[int]) -> dict[int, int]:
+        """Descriptors of the shards that the cache holds, or can hold."""
+        if self._cache is None:
+            return {}
+        handles: dict[int, int] = {}
+        missing = []
+        for number in numbers:
+            shard = self.manifest.shards[number]
+            handle = self._cache.held(shard.path, shard.bytes)
+            if handle is not None:
+                handles[number] = handle
+            elif self._later.get(number, 0.0) <= time.monotonic():
+                missing.append(number)
+        problem: BaseException | None = None
+        for number, got in zip(missing, self._each(self._fetched, missing), strict=True):
+            if isinstance(got, BaseException):
+                problem = problem or got
+            elif got is not None:
+                handles[number] = got
+            else:
+                self._later[number] = time.monotonic() + AGAIN
+        if problem is not None:
+            for handle in handles.values():
+                release(handle)
+            raise problem
+        return handles
+
+    def _fetched(self, number: int) -> int | BaseException | None:
+        """A descriptor; an error is handed back, so that no other descriptor is lost with it."""
+        assert self._cache is not None
+        shard = self.manifest.shards[number]
+        try:
+            return self._cache.open(shard.path, shard.bytes, lambda h: self._wrong(number, h))
+        except BaseException as error:
+            return error
+
+    def _wrong(self, number: int, handle: int) -> str:
+        """Which member of a copy is not the one indexed; empty if all are."""
+        manifest = self.manifest
+        if manifest.crc_N is None:
+            return ""
+        first, last = np.searchsorted(manifest.shard_N, [number, number + 1]).tolist()
+        for row in range(first, last):
+            data = os.pread(handle, int(manifest.size_N[row]), int(manifest.offset_N[row]))
+            if zlib.crc32(data) != int(manifest.crc_N[row]):
+                return f"the bytes of sample '{manifest.key(row)}' are not those indexed"
+        return ""
+
+    def _range(self, span: Span) -> bytes:
+        url = self.manifest.shards[span.shard].path
+        return urls.read_range(url, span.start, span.end - span.start)
+
+    def _place(self, sample: int) -> tuple[int, int]:
+        start = int(self.manifest.offset_N[sample])
+        return start, start + int(self.manifest.size_N[sample])
+
+    def _each(self, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+        if len(items) <= 1:
+            return [work(item) for item in items]
+        self._pool = self._pool or ThreadPoolExecutor(AT_ONCE, thread_name_prefix="shards")
+        return list(self._pool.map(work, items))

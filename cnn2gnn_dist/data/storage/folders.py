@@ -1,0 +1,173 @@
+"""What a folder holds that was named as the data: its files of one kind, or what it holds instead."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from itertools import islice
+
+from cnn2gnn_dist.data.images.formats import IMAGE_SUFFIXES
+from cnn2gnn_dist.errors import UserError
+
+_LOOKED_AT = 2000
+"""Entries of a folder tree that are looked at for a message."""
+_SPLIT = re.compile(
+    r"(?:^|[-_. ])(train|training|val|valid|validation|dev|test|testing|eval)(?=[-_. ]|\d|$)",
+    re.IGNORECASE,
+)
+_PARTS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+KINDS = {".tar": "shards", ".parquet": "parquet"}
+"""The value of ``data.source`` that reads files of a suffix."""
+
+
+def part_of(name: str) -> str | None:
+    """The part of a data set that a name speaks of: "train", "val", "test" or None."""
+    match = _SPLIT.search(name)
+    return _PARTS.get(match.group(1).lower(), "val") if match else None
+
+
+def is_part(name: str) -> bool:
+    """Whether a name is that of a part and nothing else: ``train``, ``Val``, ``test2017``."""
+    match = _SPLIT.match(name)
+    return bool(match) and not name[match.end() :].strip("0123456789-_. ")  # type: ignore[union-attr]
+
+
+def files_in(folder: str, suffix: str) -> list[str]:
+    """The files of a suffix in a folder, sorted; for Parquet also in its ``data`` folder.
+
+    Hidden ones (``._x.parquet`` of macOS) are left out.
+
+    Raises:
+        UserError: there are none (what there is instead is said); they are of several parts of a
+            data set, which would be mixed.
+    """
+    for place in (folder, os.path.join(folder, "data")) if suffix == ".parquet" else (folder,):
+        found = [
+            os.path.join(place, name)
+            for name in (sorted(os.listdir(place)) if os.path.isdir(place) else [])
+            if name.lower().endswith(suffix) and not name.startswith(".")
+        ]
+        if found:
+            _refuse_mixed(place, found, suffix)
+            return found
+    raise UserError(
+        f"The folder holds no {suffix} files{_instead(folder, suffix)}.",
+        where=folder,
+        remedy=_remedy(folder, suffix),
+    )
+
+
+def _refuse_mixed(folder: str, files: Sequence[str], suffix: str) -> None:
+    parts: dict[str, str] = {}
+    for file in files:
+        name = os.path.basename(file)
+        part = part_of(name)
+        if part is not None:
+            parts.setdefault(part, name)
+    if len(parts) > 1:
+        some = ", ".join(f"'{name}'" for name in parts.values())
+        raise UserError(
+            f"The folder holds files of several parts of a data set: {some}.",
+            where=folder,
+            remedy="Name one part by a glob, as data.train='"
+            f"{os.path.join(folder, _glob(parts, suffix))}'; '{os.path.join(folder, '*' + suffix)}'"
+            " takes them all.",
+        )
+
+
+def _glob(parts: dict[str, str], suffix: str) -> str:
+    """A glob of the training files, where there are some, else of the first part."""
+    name = parts.get("train") or next(iter(parts.values()))
+    match = _SPLIT.search(name)
+    assert match is not None
+    return f"{name[: match.end()]}*{suffix}"
+
+
+def held(folder: str) -> dict[str, int]:
+    """How many files of each kind that ``data.source`` knows lie in a folder or below it."""
+    counts: dict[str, int] = {}
+    for name, below in islice(_walk(folder), _LOOKED_AT):
+        if not name:
+            continue
+        suffix = os.path.splitext(name)[1].lower()
+        source = KINDS.get(suffix)
+        if below and (suffix[1:] in IMAGE_SUFFIXES or not suffix):  # or by its bytes, if need be
+            source = "imagefolder"
+        if source is not None:
+            counts[source] = counts.get(source, 0) + 1
+    return counts
+
+
+def _walk(folder: str) -> Iterator[tuple[str, bool]]:
+    """Names of the files of a tree that are not hidden, and whether each is in a sub-folder.
+
+    A folder gives an empty name first, so that links in a circle come to an end.
+    """
+    for place, folders, files in os.walk(folder, followlinks=True):
+        yield "", False
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            if not name.startswith("."):
+                yield name, place != folder
+
+
+def other_source(folder: str, source: str) -> str | None:
+    """The source that a folder's files are of, where they are none of ``source``'s."""
+    found = held(folder)
+    if not found or found.get(source):
+        return None
+    return max(found, key=lambda name: found[name])
+
+
+def _instead(folder: str, suffix: str) -> str:
+    words = {"shards": ".tar", "parquet": "Parquet", "imagefolder": "image"}
+    found = {words[source]: count for source, count in held(folder).items()}
+    found.pop(words[KINDS[suffix]], None)
+    if found:
+        return ", but " + " and ".join(f"{kind} files" for kind in found)
+    return "" if any(True for _ in os.scandir(folder)) else ": it is empty"
+
+
+def _remedy(folder: str, suffix: str) -> str:
+    source = KINDS[suffix]
+    other = other_source(folder, source)
+    if other is not None:
+        return f"Say data.source={other} if these are the data, or name another folder."
+    deeper = next(
+        (
+            place
+            for place, _, files in islice(os.walk(folder), _LOOKED_AT)
+            if any(name.lower().endswith(suffix) and not name.startswith(".") for name in files)
+        ),
+        None,
+    )
+    if deeper is not None:
+        return f"Name the folder of the files themselves: {deeper}"
+    if suffix == ".tar":
+        return "Point to the folder of the shards, or pack the images first."
+    return "Point to the folder of the Parquet files."
+
+
+def refuse_parts_as_classes(root: str, names: Sequence[str]) -> None:
+    """Raise a UserError if the folders of an image tree are the parts of a set, not its classes.
+
+    Args:
+        root: the tree.
+        names: its folders.
+    """
+    parts = {name: part_of(name) for name in names if is_part(name)}
+    kinds = set(parts.values())
+    if not parts or (len(parts) < len(names) and not (len(kinds) > 1 and "train" in kinds)):
+        return
+    train = next((name for name, part in parts.items() if part == "train"), None)
+    held_out = next((name for name, part in parts.items() if part != "train"), None)
+    remedy = f"data.train={os.path.join(root, train or names[0])}"
+    if train is not None and held_out is not None:
+        remedy += f" data.test={os.path.join(root, held_out)}"
+    listed = ", ".join(f"'{name}'" for name in parts)
+    raise UserError(
+        f"The folder holds parts of a data set ({listed}), which would be taken for classes.",
+        where=root,
+        remedy=remedy,
+    )

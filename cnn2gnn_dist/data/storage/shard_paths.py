@@ -1,0 +1,113 @@
+"""Which files a pattern means: paths, globs, webdataset's brace notation, folders."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from cnn2gnn_dist.data.storage import folders, urls
+from cnn2gnn_dist.errors import UserError
+
+
+def expand(
+    pattern: str | Path | Sequence[str | Path], suffix: Literal[".tar", ".parquet"] = ".tar"
+) -> list[str]:
+    """List the files that a pattern, or several in their order, stand for; each path once.
+
+    A folder means the files of the suffix in it (of Parquet also those in its ``data`` folder, as
+    Hugging Face lays them out); ``{0000..1023}`` and ``{a,b}`` are spelled out as webdataset does;
+    ``*``, ``?`` and ``[...]`` match, sorted by name, but no hidden files. ``~`` is the home folder.
+    URLs of shards (http, s3 and what else fsspec knows) work likewise, as far as their store can
+    list; Parquet files are read from disk only.
+
+    Raises:
+        UserError: a pattern matches nothing, a file that it names does not exist, a folder holds
+            none of the suffix or those of several parts (train, test) of a set, a Parquet URL.
+    """
+    patterns = [pattern] if isinstance(pattern, str | Path) else list(pattern)
+    found: dict[str, None] = {}
+    for each in patterns:
+        name = os.path.expanduser(os.fspath(each))
+        found.update(dict.fromkeys(_expand_one(name, suffix)))
+    if not found:
+        raise UserError(
+            f"No {_WORDS[suffix]}s are given.",
+            remedy=f"Name at least one {_WORDS[suffix]}, glob or folder.",
+        )
+    return list(found)
+
+
+def files_of(source: str, origin: str | Sequence[str]) -> list[str]:
+    """The files that ``data.train`` or ``data.test`` means, of the source "shards" or "parquet"."""
+    return expand(origin, ".parquet" if source == "parquet" else ".tar")
+
+
+_WORDS = {".tar": "shard", ".parquet": "Parquet file"}
+
+
+def _expand_one(pattern: str, suffix: str) -> list[str]:
+    pattern = pattern.removeprefix("file://")
+    if urls.is_remote(pattern):
+        if suffix == ".parquet":
+            raise UserError(
+                "Parquet files are read from disk only, and this is a URL.",
+                where=pattern,
+                remedy="Download them and name the files or their folder; what streams from URLs "
+                "are WebDataset shards (data.source=shards).",
+            )
+        return _expand_remote(pattern)
+    if os.path.isdir(pattern):
+        return folders.files_in(pattern, suffix)
+    if os.path.exists(pattern):  # a real name may hold braces or brackets
+        return [pattern]
+    files, missing = [], []
+    for name in _spell_out(pattern):
+        matches = sorted(glob.glob(name))
+        for match in matches:
+            files += folders.files_in(match, suffix) if os.path.isdir(match) else [match]
+        if not matches:
+            missing.append(name)
+    if missing:
+        others = f" ({len(missing) - 1} more are missing)" if len(missing) > 1 else ""
+        raise UserError(
+            f"No such {_WORDS[suffix]}{others}.",
+            where=missing[0] if missing[0] == pattern else f"{missing[0]}, from '{pattern}'",
+            remedy="Check the pattern; relative ones start at the current folder "
+            f"({os.getcwd()}). Is the data's file system mounted?",
+        )
+    return files
+
+
+def _expand_remote(pattern: str) -> list[str]:
+    """URLs are taken as they are, and looked for when they are read; globs are asked for now."""
+    shards: list[str] = []
+    for url in _spell_out(pattern):
+        path = url.partition("?")[0] if url.startswith("http") else url
+        if not (path.endswith("/") or any(sign in path for sign in "*[")):
+            shards.append(url)
+            continue
+        found = urls.matches(path)
+        if not found:
+            raise UserError(
+                "No such shard.",
+                where=url,
+                remedy="Check the URL; many web servers can't list: write {0000..1023} instead.",
+            )
+        shards += found
+    return shards
+
+
+def _spell_out(pattern: str) -> list[str]:
+    from braceexpand import braceexpand  # comes with webdataset
+
+    try:
+        return list(braceexpand(pattern))
+    except ValueError as failure:
+        raise UserError(
+            "The braces of the pattern do not match.",
+            where=pattern,
+            remedy="Write ranges as {0000..1023} and alternatives as {a,b}.",
+        ) from failure

@@ -1,0 +1,291 @@
+"""Bytes over a network: asked for again while that can help, refused with a reason when it can't.
+
+Any file system that fsspec knows. HTTP and S3 run in fsspec's own loop, a thread; a process has
+one file system for each set of options, which its threads share and which is made anew after a
+fork.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import random
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from cnn2gnn_dist.data.storage import network_errors
+from cnn2gnn_dist.errors import UserError
+
+PART = 8 << 20
+"""Bytes asked for at a time where a body doesn't come as a stream."""
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long to try.
+
+    Attributes:
+        tries: requests in a row that may fail without having brought a byte.
+        delay: seconds before the second try; twice as long before each further one, less up to
+            half of it, by chance, so that many readers don't come back together.
+        longest: seconds between two tries, at most.
+        stall: seconds to wait for a connection, and for the next byte.
+        seconds: for all tries together, and
+        slowest: bytes a second that are waited for beyond them.
+    """
+
+    tries: int = 6
+    delay: float = 0.2
+    longest: float = 20.0
+    stall: float = 30.0
+    seconds: float = 180.0
+    slowest: float = 100_000.0
+
+    def limit(self, size: int) -> float:
+        """Seconds for a transfer of so many bytes."""
+        return self.seconds + size / self.slowest
+
+
+PLENTY = Patience()
+
+
+@dataclass(frozen=True)
+class About:
+    """Length of a remote file, and what tells its versions apart ("" where nothing does)."""
+
+    bytes: int
+    tag: str = ""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Remote files, asked for with some patience."""
+
+    patience: Patience = PLENTY
+
+    def about(self, url: str) -> About:
+        """Ask how long a file is.
+
+        Raises:
+            UserError: it isn't there, may not be read, can't be reached, or is of unknown length.
+        """
+
+        def ask(seconds: float) -> Any:
+            fs, path = self.filesystem(url)
+            return _run(fs, "info", path, seconds=min(seconds, 3 * self.patience.stall))
+
+        found = self._patiently(url, 0, ask, lambda: 0)
+        size = found.get("size")
+        if size is None or found.get("type") == "directory":
+            raise UserError(
+                "this is a folder" if size is not None else "its length can't be found out",
+                where=url,
+                remedy="name a file on a server that says how long it is",
+            )
+        tags = (found.get(name) for name in ("ETag", "etag", "md5Hash", "Last-Modified"))
+        tag = next(filter(None, tags), found.get("LastModified", found.get("mtime", "")))
+        return About(int(size), str(tag))
+
+    def fetch(self, url: str, start: int, end: int, write: Callable[[bytes], object]) -> None:
+        """Hand the bytes [start, end) to ``write``, in order and each once.
+
+        Raises:
+            UserError: they can't be had.
+            OSError: what ``write`` raised.
+        """
+        sink = _Sink(write)
+
+        def ask(seconds: float) -> None:
+            fs, path = self.filesystem(url)
+            until = time.monotonic() + seconds
+            if _streams(fs):
+                _sync(fs, _stream, fs, path, start + sink.done, end, sink, seconds=seconds)
+            else:
+                while start + sink.done < end and time.monotonic() < until:
+                    _one_part(fs, path, start + sink.done, end, sink, until)
+            if start + sink.done < end:
+                raise EOFError("the body ends early")
+
+        try:
+            self._patiently(url, end - start, ask, lambda: sink.done)
+        except UserError:
+            if sink.error is None:
+                raise
+            raise sink.error from None
+        finally:
+            sink.stop()
+
+    def read_range(self, url: str, start: int, size: int) -> bytes:
+        """``size`` bytes from ``start``; errors as in :meth:`fetch`."""
+        data = bytearray()
+        self.fetch(url, start, start + size, data.extend)
+        return bytes(data)
+
+    def matches(self, pattern: str) -> list[str]:
+        """URLs that a glob means, sorted; none where nothing is found."""
+
+        def ask(seconds: float) -> list[str]:
+            fs, path = self.filesystem(pattern)
+            try:
+                found = _run(fs, "glob", path, seconds=seconds)
+            except FileNotFoundError as error:
+                if network_errors.status_of(error) is None:
+                    return []
+                raise
+            return sorted(fs.unstrip_protocol(name) for name in found)
+
+        return self._patiently(pattern, 0, ask, lambda: 0)
+
+    def filesystem(self, url: str) -> tuple[Any, str]:
+        """The file system of a URL and its path there.
+
+        Raises:
+            UserError: nobody knows the protocol, or a package for it is missing.
+        """
+        protocol, _, rest = url.partition("://")
+        try:
+            fs = opened(f"{protocol}://{rest.partition('/')[0]}", self.patience.stall, os.getpid())
+            return fs, fs._strip_protocol(url)
+        except (ImportError, ValueError, TypeError) as error:
+            raise network_errors.unknown(url, error) from None
+
+    def _patiently(
+        self, url: str, size: int, ask: Callable[[float], Result], done: Callable[[], int]
+    ) -> Result:
+        """Ask until there is an answer; ``ask`` is told how many seconds are left."""
+        patience = self.patience
+        began = time.monotonic()
+        deadline = began + patience.limit(size)
+        chance = random.Random(f"{url} {size} {os.getpid()}")
+        failures, before = 0, 0
+        while True:
+            try:
+                return ask(max(0.1, deadline - time.monotonic()))
+            except UserError:
+                raise
+            except Exception as error:
+                if not network_errors.passing(error):
+                    raise network_errors.refused(url, error) from None
+                failures = failures + 1 if done() == before else 1
+                before = done()
+                pause = min(patience.longest, patience.delay * 2 ** (failures - 1))
+                pause *= chance.uniform(0.5, 1)
+                if failures >= patience.tries or time.monotonic() + pause > deadline:
+                    raise network_errors.gave_up(url, error, time.monotonic() - began) from None
+                time.sleep(pause)
+
+
+@functools.lru_cache
+def opened(root: str, stall: float, process: int) -> Any:
+    """The file system of "protocol://host", one for all threads of a process."""
+    import fsspec
+
+    protocol = root.partition("://")[0]
+    options = _time_outs(protocol, stall)
+    # fsspec's own cache would give one that was made with other options or another environment.
+    fs, _ = fsspec.core.url_to_fs(root, **options, skip_instance_cache=True)
+    if hasattr(fs, "retries"):
+        fs.retries = 1  # s3fs would try five times within each of ours
+    return fs
+
+
+class _Sink:
+    """Where bytes go. After ``stop`` nothing does, even if a transfer given up still runs."""
+
+    def __init__(self, write: Callable[[bytes], object]) -> None:
+        self.done = 0
+        self.error: OSError | None = None
+        self._write: Callable[[bytes], object] | None = write
+        self._lock = threading.Lock()
+
+    def __call__(self, data: bytes) -> None:
+        with self._lock:
+            if self._write is None:
+                raise ValueError("nobody waits for this")
+            try:
+                self._write(data)
+            except OSError as error:  # a full disk is no fault of the network
+                self.error = error
+                raise UserError("the disk takes no more") from None
+            self.done += len(data)
+
+    def stop(self) -> None:
+        with self._lock:
+            self._write = None
+
+
+def _time_outs(protocol: str, stall: float) -> dict[str, Any]:
+    """So that no silent server holds us for ever; what fsspec's configuration says counts."""
+    from fsspec.config import conf
+
+    if protocol in ("http", "https"):
+        import aiohttp
+
+        client = {
+            # aiohttp's own limit is five minutes for a whole body, however fast it comes.
+            "timeout": aiohttp.ClientTimeout(total=None, sock_connect=stall, sock_read=stall),
+            "headers": {"Accept-Encoding": "identity"},  # a range of a gzip stream is no range
+            "trust_env": True,
+        }
+        return {"client_kwargs": {**client, **conf.get(protocol, {}).get("client_kwargs", {})}}
+    if protocol in ("s3", "s3a"):
+        config = {"connect_timeout": stall, "read_timeout": stall, "retries": {"max_attempts": 0}}
+        config["max_pool_connections"] = 32
+        config |= conf.get(protocol, {}).get("config_kwargs", {})
+        return {"use_listings_cache": False, "config_kwargs": config}
+    return {}
+
+
+def _one_part(fs: Any, path: str, start: int, end: int, sink: _Sink, until: float) -> None:
+    last = min(end, start + PART)
+    left = max(0.1, until - time.monotonic())
+    data = _run(fs, "cat_file", path, start=start, end=last, seconds=left)
+    if len(data) > last - start:
+        raise ValueError(f"{last - start:,} bytes were asked for, and {len(data):,} came")
+    sink(data)
+    if len(data) < last - start:
+        raise EOFError("the body ends early")
+
+
+def _run(fs: Any, name: str, *args: Any, seconds: float, **kwargs: Any) -> Any:
+    """Call a method of a file system; only those with a loop of their own can be given a limit."""
+    if fs.async_impl:
+        return _sync(fs, getattr(fs, f"_{name}"), *args, seconds=seconds, **kwargs)
+    return getattr(fs, name)(*args, **kwargs)
+
+
+def _sync(fs: Any, work: Callable[..., Any], *args: Any, seconds: float, **kwargs: Any) -> Any:
+    from fsspec.asyn import sync
+
+    return sync(fs.loop, work, *args, timeout=seconds, **kwargs)
+
+
+def _streams(fs: Any) -> bool:
+    protocols = (fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol
+    return "http" in protocols and hasattr(fs, "set_session")
+
+
+async def _stream(fs: Any, url: str, start: int, end: int, sink: _Sink) -> None:
+    """One GET of [start, end), handed on as it comes, also when the server sends everything."""
+    session = await fs.set_session()
+    options = dict(fs.kwargs)
+    headers = {**options.pop("headers", {}), "Range": f"bytes={start}-{end - 1}"}
+    async with session.get(fs.encode_url(url), headers=headers, **options) as answer:
+        answer.raise_for_status()
+        at = 0
+        if answer.status == 206:
+            first = answer.headers.get("Content-Range", "").removeprefix("bytes ").partition("-")[0]
+            at = int(first) if first.isdigit() else start
+        if at > start:
+            raise ValueError(f"bytes from {start:,} were asked for, and others came")
+        async for data in answer.content.iter_chunked(1 << 18):
+            wanted = data[max(0, start - at) : end - at]
+            at += len(data)
+            if wanted:
+                sink(wanted)
+            if at >= end:  # of a whole body the rest is not waited for
+                return

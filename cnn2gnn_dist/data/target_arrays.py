@@ -1,0 +1,205 @@
+"""Soft targets as arrays on disk that the processes of a host map, made from the Parquet files once.
+
+``dense/`` beside the files holds ``log_probs.npy``, ``indices.npy`` (unless all classes are kept)
+and ``note.json``: what it was made from, and checksums. Several ranks fill ``dense.tmp/``, each the
+rows of its files; one writes the note and renames. A folder without a valid note does not exist.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from cnn2gnn_dist import durable
+from cnn2gnn_dist.data.soft_targets import (
+    CHECKSUM,
+    DAMAGE,
+    META,
+    Layout,
+    Targets,
+    as_note,
+    check_covered,
+    read_rows,
+    unfit,
+)
+
+FOLDER = "dense"
+NOTE = "note.json"
+
+
+@dataclass(frozen=True)
+class Source:
+    """What the arrays are made from: files of soft targets, and how their rows are laid out.
+
+    ``digest``: of all that the arrays depend on; another one, other arrays.
+    """
+
+    files: tuple[Path, ...]
+    meta: dict[str, Any]
+    layout: Layout
+    digest: str
+
+
+def source(
+    files: Sequence[Path], num_samples: int, num_classes: int, meta: dict[str, Any]
+) -> Source:
+    """What these files hold, by their footers: contents are checked when they are read.
+
+    Raises:
+        UserError: none has a row; a file is missing or damaged, or of other targets than ``meta``.
+    """
+    found = hashlib.sha256(json.dumps([num_samples, num_classes]).encode())
+    layout: Layout | None = None
+    for path in files:
+        try:
+            with pq.ParquetFile(path) as file:
+                note, rows = file.metadata.metadata or {}, file.metadata.num_rows
+                if note.get(META) != as_note(meta):
+                    raise unfit(path, "it belongs to other targets")
+                found.update(note[CHECKSUM])
+                if layout is None and rows:
+                    views = int(file.read(columns=["view"])["view"].to_numpy().max()) + 1
+                    k = int(file.schema_arrow.field("indices").type.list_size)
+                    layout = Layout.checked(path, views, num_samples, k, num_classes)
+        except DAMAGE as error:
+            raise unfit(path, str(error)) from None
+    if layout is None:
+        check_covered(np.zeros((1, num_samples), bool))
+        raise AssertionError("no samples, no targets")
+    return Source(tuple(files), meta, layout, found.hexdigest())
+
+
+def is_whole(root: Path, wanted: Source) -> bool:
+    """Whether ``root/dense`` was made from this source and is as it was made (reads it all)."""
+    folder = root / FOLDER
+    try:
+        note = json.loads((folder / NOTE).read_text(encoding="utf-8"))
+        return note["digest"] == wanted.digest and all(
+            durable.sha256(folder / name) == note["files"][name] for name in _arrays(wanted.layout)
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def create(root: Path, wanted: Source) -> None:
+    """Take the room for the arrays (one rank); what a kill has left goes.
+
+    Raises:
+        UserError: the disk is full.
+        OSError: nothing can be written here.
+    """
+    for left in (root / FOLDER, _unfinished(root)):
+        if left.exists():
+            shutil.rmtree(left)
+    _unfinished(root).mkdir()
+    try:
+        for name, kind in _arrays(wanted.layout).items():
+            durable.reserve_array(_unfinished(root) / name, wanted.layout.shape, kind)
+    except BaseException:
+        shutil.rmtree(_unfinished(root), ignore_errors=True)
+        raise
+
+
+def fill(root: Path, wanted: Source, files: Iterable[Path]) -> np.ndarray:
+    """Write the rows of these files to their places and wait for the disk; bool [V, N]: which.
+
+    Not through a mapping: ranks of several hosts would overwrite each other's rows of a page.
+
+    Raises:
+        UserError: as ``Targets.load``.
+    """
+    covered_VN = np.zeros(wanted.layout.shape[:2], bool)
+    with ExitStack() as stack:
+        arrays = {
+            name: stack.enter_context(_Array(_unfinished(root) / name, wanted.layout))
+            for name in _arrays(wanted.layout)
+        }
+        for path in files:
+            rows = read_rows(path, wanted.meta, wanted.layout)
+            if rows is None:
+                continue
+            places = rows.view.astype(np.int64) * wanted.layout.samples + rows.ids
+            for name, values in (("log_probs.npy", rows.log_probs), ("indices.npy", rows.indices)):
+                if name in arrays:
+                    arrays[name].put(places, values)
+            covered_VN[rows.view, rows.ids] = True
+    return covered_VN
+
+
+def finish(root: Path, wanted: Source, covered_VN: np.ndarray) -> None:
+    """Close what all ranks have filled (one rank).
+
+    Raises:
+        UserError: a sample has no targets.
+    """
+    folder = _unfinished(root)
+    check_covered(covered_VN)
+    files = {name: durable.sha256(folder / name) for name in _arrays(wanted.layout)}
+    note = {"digest": wanted.digest, "files": files, **asdict(wanted.layout)}
+    durable.write_text(folder / NOTE, json.dumps(note, indent=1))
+    durable.sync(folder)
+    os.replace(folder, root / FOLDER)
+    durable.sync(root)
+
+
+def opened(root: Path, layout: Layout) -> Targets:
+    """The targets, mapped: pages are read when they are looked up, once for a host's processes."""
+    folder = root / FOLDER
+    indices = None if layout.full else np.load(folder / "indices.npy", mmap_mode="r")
+    log_probs = np.load(folder / "log_probs.npy", mmap_mode="r")
+    return Targets(indices, log_probs, layout.classes)
+
+
+class _Array:
+    """An array file that is written row by row, past the page cache's mapping."""
+
+    def __init__(self, path: Path, layout: Layout) -> None:
+        shaped = np.load(path, mmap_mode="r")
+        self.path, self.start, self.kind = path, int(shaped.offset), shaped.dtype
+        self.row_bytes = layout.k * self.kind.itemsize
+
+    def __enter__(self) -> _Array:
+        self.file = os.open(self.path, os.O_WRONLY)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            os.fsync(self.file)
+        finally:
+            os.close(self.file)
+
+    def put(self, places_n: np.ndarray, values_nK: np.ndarray) -> None:
+        """Write rows to their places: neighbours in one go."""
+        with durable.room(self.path):
+            for first, last in _stretches(places_n):
+                rows = np.ascontiguousarray(values_nK[first:last], self.kind)
+                data = rows.reshape(-1).view(np.uint8).data
+                offset = self.start + int(places_n[first]) * self.row_bytes
+                while data:
+                    written = os.pwrite(self.file, data, offset)
+                    data, offset = data[written:], offset + written
+
+
+def _stretches(places_n: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Spans in which each place follows the one before it."""
+    breaks = (np.flatnonzero(np.diff(places_n) != 1) + 1).tolist()
+    yield from zip([0, *breaks], [*breaks, len(places_n)], strict=True)
+
+
+def _arrays(layout: Layout) -> dict[str, Any]:
+    found: dict[str, Any] = {"log_probs.npy": np.float16}
+    return found if layout.full else {**found, "indices.npy": layout.kind}
+
+
+def _unfinished(root: Path) -> Path:
+    return root / f"{FOLDER}.tmp"

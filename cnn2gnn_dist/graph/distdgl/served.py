@@ -1,0 +1,229 @@
+"""The graph and the bank held by DistDGL's servers, seen from a rank: ``graph.sampler=distdgl``.
+
+Each rank owns one partition and one machine (``runtime.machine``): a server that holds the
+partition's rows of the graph and of the bank, and a client that asks all servers on the rank's
+behalf. The rank itself imports no DGL and is bound to neither: it asks its client over a private
+socket, with a time limit, and whatever of the two ends or falls silent is a ``PeerLost``.
+(DGL itself waits for ever: docs/distdgl.md.) Nothing that training needs to go on lives there:
+bank and graph are made again from the version on disk.
+
+Local ids are global ones here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cnn2gnn_dist.errors import PeerLost, UserError
+from cnn2gnn_dist.graph.sampler import sample_key
+from cnn2gnn_dist.runtime.supervisor import Machine, Spec
+
+START_SECONDS = 120.0
+"""At least so long for servers and clients to find each other: DGL sleeps 3 s at a time."""
+NOTICE_SECONDS = 2.0
+"""For a rank to notice by itself that its server or client has ended."""
+GRAPH_NAME = "knn"
+PACKAGE_PARENT = Path(__file__).resolve().parents[3]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a machine's server and client are told.
+
+    Attributes:
+        version: folder of the graph version.
+        part: the partition of this machine.
+        folder: for DGL's files of the partition.
+        addresses: host and port of every partition's server.
+        seed: of the server's random stream.
+    """
+
+    version: str
+    part: int
+    folder: str
+    addresses: Sequence[tuple[str, int]]
+    seed: int
+
+    @property
+    def config(self) -> Path:
+        """DGL's description of the partitions."""
+        return Path(self.folder) / f"{GRAPH_NAME}.json"
+
+    @property
+    def ip_config(self) -> Path:
+        """DGL's list of servers."""
+        return Path(self.folder) / "servers.txt"
+
+    def environment(self, role: str) -> dict[str, str]:
+        """The variables by which DGL recognises a process."""
+        path = [str(PACKAGE_PARENT), os.environ.get("PYTHONPATH", "")]
+        return {
+            "PYTHONPATH": os.pathsep.join(path),
+            "OMP_NUM_THREADS": "1",
+            "DGLBACKEND": "pytorch",
+            "DGL_DIST_MODE": "distributed",
+            "DGL_ROLE": role,
+            "DGL_SERVER_ID": str(self.part),
+            "DGL_IP_CONFIG": str(self.ip_config),
+            "DGL_NUM_SERVER": "1",
+            "DGL_NUM_SAMPLER": "0",
+            "DGL_NUM_CLIENT": str(len(self.addresses)),
+            "DGL_CONF_PATH": str(self.config),
+            "DGL_GRAPH_FORMAT": "csc",
+        }
+
+    @classmethod
+    def from_argument(cls, text: str) -> Task:
+        """The task on a command line."""
+        return cls(**json.loads(text))
+
+
+class ServedGraph:
+    """Sampler and holder of rows in one: the servers' graph, through this rank's client.
+
+    Args:
+        task: what this rank's machine is to do; the same addresses on every rank.
+        inner: global ids of the partition, ascending: this rank's seeds.
+        num_nodes: of the whole graph.
+        isolated: give the machine its own shared memory (ranks that share a host need it).
+        timeout_s: for an answer.
+
+    Raises:
+        PeerLost: a server or client did not come up in time.
+        UserError: the kernel refuses a mount namespace.
+    """
+
+    def __init__(
+        self, task: Task, inner: np.ndarray, num_nodes: int, *, isolated: bool, timeout_s: float
+    ) -> None:
+        self.part, self.num_rows, self.timeout_s = task.part, num_nodes, timeout_s
+        self._seed, self._inner = task.seed, inner
+        self.log = Path(task.folder) / "log.txt"
+        shutil.rmtree(task.folder, ignore_errors=True)
+        Path(task.folder).mkdir(parents=True)
+        lines = "".join(f"{host} {port}\n" for host, port in task.addresses)
+        task.ip_config.write_text(lines, encoding="ascii")
+        own, clients = socket.socketpair()
+        with clients:
+            self._machine = Machine(_spec(task, isolated, clients.fileno(), self.log))
+        self._line = Connection(own.detach())
+        if not self._machine.started():
+            self._line.close()
+            raise UserError(
+                "this kernel refuses the mount namespace that DGL's servers need here",
+                where="graph.sampler=distdgl",
+                remedy="run as root, allow user namespaces, or graph.sampler=table",
+            )
+        self._ended, self._told = threading.Event(), threading.Event()
+        self._how = ""
+        threading.Thread(target=self._watch, name="distdgl-watch", daemon=True).start()
+        self._answer(max(timeout_s, START_SECONDS))
+
+    @property
+    def processes(self) -> dict[str, int]:
+        """Process ids of ``server`` and ``client``."""
+        return self._machine.processes
+
+    def neighbours(
+        self, rows: np.ndarray, fanout: int, *, epoch: int, step: int, hop: int, rank: int
+    ) -> np.ndarray:
+        """See ``Sampler``. Which of the candidates is not repeatable: servers draw as asked."""
+        distinct, place = np.unique(np.asarray(rows, np.int64), return_inverse=True)
+        key = sample_key(self._seed, epoch, step, hop, rank) & 0x7FFFFFFF
+        return self._ask("neighbours", distinct, fanout, key)[place]
+
+    def local_of(self, ids: np.ndarray) -> np.ndarray:
+        """See ``Rows``."""
+        place = np.searchsorted(self._inner, ids)
+        if (place >= len(self._inner)).any() or (self._inner[place] != ids).any():
+            raise KeyError("a seed lies outside the partition of this rank")
+        return np.asarray(ids, np.int64)
+
+    def global_of(self, local: np.ndarray) -> np.ndarray:
+        """See ``Rows``."""
+        return local
+
+    def rows(self, local_V: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        """See ``Rows``: pulled from the servers' DistTensors."""
+        x, z, labels = self._ask("rows", np.asarray(local_V, np.int64))
+        return torch.from_numpy(x), torch.from_numpy(z), torch.from_numpy(labels)
+
+    def close(self) -> None:
+        """End server and client; only when no rank asks any more."""
+        self._told.set()
+        self._line.close()
+        self._machine.end()
+
+    def _ask(self, *request: Any) -> Any:
+        try:
+            self._line.send(request)
+        except OSError:
+            raise self._lost() from None
+        return self._answer(self.timeout_s)
+
+    def _answer(self, seconds: float) -> Any:
+        try:
+            if not self._line.poll(seconds):
+                raise self._lost(f"the client gave no answer within {seconds:.0f} s")
+            kind, value = self._line.recv()
+        except (EOFError, OSError):
+            raise self._lost() from None
+        if kind == "error":
+            raise RuntimeError(f"DistDGL's client of partition {self.part}: {value}")
+        return value
+
+    def _lost(self, silent: str = "") -> PeerLost:
+        self._told.set()
+        self._line.close()
+        if not silent:
+            self._ended.wait()  # who hangs up has ended, or is about to
+        self._machine.end()
+        return self._error(silent or self._how)
+
+    def _error(self, what: str) -> PeerLost:
+        return PeerLost(
+            f"DistDGL is lost at partition {self.part}: {what}",
+            where=str(self.log),
+            remedy="the same command continues",
+        )
+
+    def _watch(self) -> None:
+        """End this process when its server or client has ended and it doesn't ask, so isn't told.
+
+        It may wait in a collective for a rank that waits for the server that is gone, and nothing
+        short of its end would wake that one.
+        """
+        self._how = self._machine.first_end()
+        self._ended.set()
+        if not self._told.wait(NOTICE_SECONDS):
+            print(self._error(self._how), file=sys.stderr, flush=True)
+            os._exit(PeerLost.exit_code)
+
+
+def _spec(task: Task, isolated: bool, line: int, log: Path) -> Spec:
+    argument = json.dumps(asdict(task))
+    package = __name__.rpartition(".")[0]
+    return Spec(
+        commands={
+            "server": [sys.executable, "-m", f"{package}.server", argument],
+            "client": [sys.executable, "-m", f"{package}.client", argument, str(line)],
+        },
+        environment={role: task.environment(role) for role in ("server", "client")},
+        isolated=isolated,
+        files={"client": [line]},
+        log=str(log),
+    )

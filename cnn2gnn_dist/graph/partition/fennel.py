@@ -1,0 +1,111 @@
+"""Partitions of graphs past METIS's memory: restreamed Fennel, and moves that a refresh pays for.
+
+Fennel (Tsourakakis et al., WSDM 2014) hands the nodes of a stream, one after the other, to the
+part with the most of their neighbours less a price for its size; restreaming (Nishimura and
+Ugander, KDD 2013) does so again from the result. Here nodes come in chunks, alike ones together.
+
+Shapes: N nodes, M candidates, R reverse ones, P parts, U nodes of a chunk.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cnn2gnn_dist.graph.search import nn_descent
+from cnn2gnn_dist.graph.search.work_units import spans
+
+CHUNK = 8192
+GAMMA = 1.5
+"""Exponent of Fennel's price: between edges only (1) and balance only (2)."""
+SLACK = 0.03
+"""By how much a part may be larger than the mean; METIS keeps to the same."""
+
+
+def assign_streaming(
+    table_NM: np.ndarray, order_N: np.ndarray, parts: int, passes: int = 10
+) -> np.ndarray:
+    """int32 [N] part of each node; memory: the table's reverse beside the table.
+
+    Args:
+        order_N: alike nodes beside each other (``order`` of a graph version). Equal stretches of
+            it are the start.
+        passes: over the whole stream; ends early when hardly a node moves.
+    """
+    nodes = len(table_NM)
+    part_N = np.empty(nodes, np.int32)
+    part_N[order_N] = np.arange(nodes, dtype=np.int64) * parts // nodes
+    reverse_NR = reversed_table(table_NM)
+    sizes_P = np.bincount(part_N, minlength=parts)
+    price = table_NM.size * parts ** (GAMMA - 1) / nodes**GAMMA * GAMMA
+    for number in range(passes):
+        moved = 0
+        # Chunks of a shuffled stream of short stretches: neighbours rarely choose at the same time.
+        for rows in _chunks(order_N, number):
+            score_UP = _neighbours_in(table_NM, reverse_NR, part_N, rows, parts)
+            score_UP = score_UP - price * sizes_P ** (GAMMA - 1)
+            moved += _hand_out(rows, score_UP, part_N, sizes_P, (1 + SLACK) * nodes / parts)
+        if moved < nodes // 2000:
+            break
+    return part_N
+
+
+def moved_where_it_pays(
+    table_NM: np.ndarray, part_N: np.ndarray, parts: int, least_gain: int
+) -> np.ndarray:
+    """int32 [N]: the map of an earlier graph, changed where at least so many edges stop crossing.
+
+    A move costs: the node's rows change places, and the order of seeds with them.
+    """
+    part_N = part_N.astype(np.int32).copy()
+    reverse_NR = reversed_table(table_NM)
+    sizes_P = np.bincount(part_N, minlength=parts)
+    most = (1 + SLACK) * len(part_N) / parts
+    for rows in _chunks(np.arange(len(part_N)), 0):
+        score_UP = _neighbours_in(table_NM, reverse_NR, part_N, rows, parts)
+        score_UP[np.arange(len(rows)), part_N[rows]] += least_gain - 1
+        _hand_out(rows, score_UP, part_N, sizes_P, most)
+    return part_N
+
+
+def reversed_table(table_NM: np.ndarray) -> np.ndarray:
+    """int32 [N, M]: up to M nodes whose candidate each node is; -1 = none."""
+    width = table_NM.shape[1]
+    cut = spans(len(table_NM), nn_descent.TARGETS)
+    return np.concatenate([nn_descent.reverse(table_NM, span, width) for span in cut])
+
+
+def _chunks(order_N: np.ndarray, number: int) -> list[np.ndarray]:
+    rng = np.random.default_rng([number, len(order_N)])
+    stretches = np.array_split(order_N, max(1, len(order_N) // 64))
+    shuffled = np.concatenate([stretches[i] for i in rng.permutation(len(stretches))])
+    return [shuffled[span] for span in spans(len(shuffled), CHUNK)]
+
+
+def _neighbours_in(
+    table_NM: np.ndarray, reverse_NR: np.ndarray, part_N: np.ndarray, rows: np.ndarray, parts: int
+) -> np.ndarray:
+    """float [U, P]: how many edges, of either direction, each row has into each part."""
+    ends = np.concatenate([table_NM[rows], reverse_NR[rows]], axis=1)
+    cell = np.arange(len(rows))[:, None] * parts + part_N[ends]
+    counts = np.bincount(cell.ravel(), weights=(ends >= 0).ravel(), minlength=len(rows) * parts)
+    return counts.reshape(len(rows), parts)
+
+
+def _hand_out(
+    rows: np.ndarray, score_UP: np.ndarray, part_N: np.ndarray, sizes_P: np.ndarray, most: float
+) -> int:
+    """Give rows to their best part while there is room, those who gain most first; how many moved."""
+    own = part_N[rows]
+    line = np.arange(len(rows))
+    best = score_UP.argmax(1)
+    gain = score_UP[line, best] - score_UP[line, own]
+    willing = np.flatnonzero(gain > 1e-9)
+    willing = willing[np.argsort(-gain[willing], kind="stable")]
+    moved = 0
+    for part in range(len(sizes_P)):
+        coming = willing[best[willing] == part][: max(0, int(most - sizes_P[part]))]
+        np.subtract.at(sizes_P, own[coming], 1)
+        sizes_P[part] += len(coming)
+        part_N[rows[coming]] = part
+        moved += len(coming)
+    return moved

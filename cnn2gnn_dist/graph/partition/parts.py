@@ -1,0 +1,220 @@
+"""Parts of the neighbour graph: DGL's METIS assigns nodes, halos keep two hops at hand.
+
+An edge runs from each node to its candidates. A part holds its inner nodes, the first halo
+(their candidates) and the second halo (those nodes' candidates): two layers need no row
+from elsewhere. (DGL's own halos of a directed graph have truncated lists at one hop.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cnn2gnn_dist import durable
+from cnn2gnn_dist.errors import UserError
+
+ARRAYS = ("nodes", "table")
+METIS_CANDIDATES = 12
+"""Nearest candidates that METIS is shown: 16 cut 1 to 5 % less and take a quarter more memory."""
+PACKAGE_PARENT = Path(__file__).resolve().parents[3]
+
+
+def assign(table_NM: np.ndarray, parts: int) -> np.ndarray:
+    """[N] int32 part of each node, by DGL's METIS on the undirected graph.
+
+    The same parts for the same graph, where the kernel lets a process choose (``metis.py``).
+
+    Raises:
+        UserError: more parts than nodes.
+    """
+    nodes = len(table_NM)
+    if parts > nodes:
+        raise UserError(
+            f"{parts} partitions of {nodes} nodes", where="graph.parts", remedy="fewer partitions"
+        )
+    if parts == 1:
+        return np.zeros(nodes, np.int32)
+    with tempfile.TemporaryDirectory(prefix="metis-") as folder:
+        np.save(Path(folder) / "table.npy", table_NM[:, :METIS_CANDIDATES])
+        command = [sys.executable, "-m", "cnn2gnn_dist.graph.metis", "table.npy", "part.npy"]
+        done = subprocess.run(
+            [*command, str(parts)],
+            cwd=folder,
+            env=_plain_environment(),
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode != 0:
+            raise UserError(
+                f"METIS failed with exit code {done.returncode}: {done.stderr[-500:]}",
+                where="graph.parts",
+                remedy="`cnn2gnn doctor` says whether DGL works here, `cnn2gnn plan` what METIS needs; "
+                "graph.partitioner=streaming needs a tenth of it",
+            )
+        part_N = np.load(Path(folder) / "part.npy")
+    return _fill_empty(part_N, parts)
+
+
+def _plain_environment() -> dict[str, str]:
+    """The same for every caller: METIS's answer depends on where the stack begins."""
+    path = [str(PACKAGE_PARENT), os.environ.get("PYTHONPATH", "")]
+    needed = ("PATH", "HOME", "LD_LIBRARY_PATH")
+    return {
+        **{name: os.environ[name] for name in needed if name in os.environ},
+        "PYTHONPATH": os.pathsep.join(path),
+        "PYTHONHASHSEED": "0",
+        "OMP_NUM_THREADS": "1",
+        "DGLBACKEND": "pytorch",
+    }
+
+
+def assign_ranges(table_NM: np.ndarray, parts: int) -> np.ndarray:
+    """[N] int32 part of each node: equal stretches of ids, whatever the graph."""
+    nodes = len(table_NM)
+    return (np.arange(nodes, dtype=np.int64) * parts // nodes).astype(np.int32)
+
+
+def edge_cut(table_NM: np.ndarray, part_N: np.ndarray) -> float:
+    """Share of edges whose ends lie in different parts."""
+    there = table_NM >= 0
+    cut = (part_N[table_NM] != part_N[:, None]) & there
+    return float(cut.sum() / max(there.sum(), 1))
+
+
+def new_ids(part_N: np.ndarray) -> np.ndarray:
+    """Old id of each new one, when parts are numbered one after the other (as DGL does)."""
+    return np.argsort(part_N, kind="stable")
+
+
+@dataclass
+class PartGraph:
+    """One part with its halos.
+
+    Attributes:
+        part: its number.
+        nodes_L: int32 global ids: inner, first halo, second halo, each ascending.
+        num_inner, num_halo1: how many of each of the first two.
+        table_KM: int32 candidates as local ids, rows of inner and first-halo nodes; -1 = none.
+    """
+
+    part: int
+    nodes_L: np.ndarray
+    num_inner: int
+    num_halo1: int
+    table_KM: np.ndarray
+
+    def save(self, folder: Path) -> None:
+        """Write ``nodes.npy``, ``table.npy`` and ``part.json`` with their checksums.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        arrays = dict(zip(ARRAYS, (self.nodes_L, self.table_KM), strict=True))
+        for name, array in arrays.items():
+            with durable.room(folder):
+                np.save(folder / f"{name}.npy", array)
+        note = {
+            "part": self.part,
+            "num_inner": self.num_inner,
+            "num_halo1": self.num_halo1,
+            "sha256": {name: _sha256(array) for name, array in arrays.items()},
+        }
+        (folder / "part.json").write_text(json.dumps(note, indent=1), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> PartGraph:
+        """Read a part.
+
+        Raises:
+            UserError: missing or damaged.
+        """
+        try:
+            note = json.loads((folder / "part.json").read_text(encoding="utf-8"))
+            arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
+            whole = all(_sha256(array) == note["sha256"][name] for name, array in arrays.items())
+            part, inner, halo1 = (int(note[name]) for name in ("part", "num_inner", "num_halo1"))
+        except Exception as error:  # numpy's reader has a dozen kinds for a damaged header
+            raise _damaged(folder, f"{type(error).__name__}: {error}") from None
+        if not whole:
+            raise _damaged(folder, "a checksum does not hold")
+        nodes, table = arrays["nodes"], arrays["table"]
+        # Checksums cover the values only: a header or a note may still tell them wrongly.
+        if (nodes.dtype, nodes.ndim, table.dtype, table.ndim) != (np.int32, 1, np.int32, 2):
+            raise _damaged(folder, "its arrays are of another kind")
+        if min(inner, halo1) < 0 or not inner + halo1 == len(table) <= len(nodes):
+            raise _damaged(folder, "its counts don't fit its arrays")
+        return cls(part, nodes, inner, halo1, table)
+
+
+def build_part(table_NM: np.ndarray, part_N: np.ndarray, part: int) -> PartGraph:
+    """Cut one part out of the global table."""
+    return build_union(table_NM, np.flatnonzero(part_N == part), part)
+
+
+def build_union(table_NM: np.ndarray, inner: np.ndarray, part: int = -1) -> PartGraph:
+    """The part whose inner nodes are ``inner`` (ascending global ids)."""
+    known = np.zeros(len(table_NM), bool)
+    known[inner] = True
+    halo1 = _reached(table_NM[inner], known)
+    halo2 = _reached(table_NM[halo1], known)
+    nodes = np.concatenate([inner, halo1, halo2]).astype(np.int32)
+    local = np.full(len(table_NM) + 1, -1, np.int32)  # the last stands for the id -1
+    local[nodes] = np.arange(len(nodes), dtype=np.int32)
+    rows = nodes[: len(inner) + len(halo1)]
+    return PartGraph(part, nodes, len(inner), len(halo1), local[table_NM[rows]])
+
+
+def summary(table_NM: np.ndarray, part_N: np.ndarray, parts: Sequence[PartGraph]) -> dict[str, Any]:
+    """Cut (share of edges), and how many inner and halo nodes each part has."""
+    return {
+        "cut": edge_cut(table_NM, part_N),
+        "inner": [part.num_inner for part in parts],
+        "halo1": [part.num_halo1 for part in parts],
+        "halo2": [len(part.nodes_L) - part.num_inner - part.num_halo1 for part in parts],
+    }
+
+
+def _reached(candidates: np.ndarray, known_N: np.ndarray) -> np.ndarray:
+    """Candidates (not -1) that are not known yet, ascending; marks them as known.
+
+    By marking: sorting two million candidates takes a hundred times as long.
+    """
+    seen = np.zeros(len(known_N) + 1, bool)  # the last stands for the id -1
+    seen[candidates] = True
+    found = np.flatnonzero(seen[:-1] & ~known_N)
+    known_N[found] = True
+    return found
+
+
+def _fill_empty(part_N: np.ndarray, parts: int) -> np.ndarray:
+    """METIS may leave a part of a tiny graph empty: give it a node of the largest."""
+    counts = np.bincount(part_N, minlength=parts)
+    for empty in np.flatnonzero(counts == 0):
+        largest = int(np.argmax(counts))
+        part_N[np.flatnonzero(part_N == largest)[-1]] = empty
+        counts[largest] -= 1
+        counts[empty] += 1
+    return part_N
+
+
+def _sha256(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
+def _damaged(folder: Path, what: str) -> UserError:
+    return UserError(
+        f"this partition can't be used: {what}",
+        where=str(folder),
+        remedy="remove its graph version; the stage builds it again",
+    )

@@ -1,0 +1,34 @@
+"""The candidate table by exact search, in units that outlive a kill: small sets, and GPUs."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cnn2gnn_dist.graph.search.approximate import Found
+from cnn2gnn_dist.graph.search.knn import Index
+from cnn2gnn_dist.graph.search.work_units import Workshop, spans
+
+ROWS = 4096
+
+
+def exact_table(
+    shop: Workshop, z_Nd: np.ndarray, query_Nd: np.ndarray, m: int, device: str
+) -> Found:
+    """The m nearest other nodes of every node (collective).
+
+    Args:
+        z_Nd, query_Nd: float32; node i asks with ``query_Nd[i]``.
+        device: "cpu" (faiss) or "cuda" (blocked matmul and top-k).
+
+    Raises:
+        UserError: fewer than m other nodes.
+    """
+    index = Index(np.asarray(z_Nd), device=device)
+
+    def search(unit: slice) -> tuple[np.ndarray]:
+        rows = np.arange(unit.start, unit.stop)
+        return (index.search(query_Nd[rows], m, exclude=rows)[0],)
+
+    arrays = {"table-exact": ((len(z_Nd), m), np.int32)}
+    (table_NM,) = shop.fill("exact", spans(len(z_Nd), ROWS), arrays, search)
+    return Found(table_NM, np.arange(len(z_Nd), dtype=np.int32), [1.0])

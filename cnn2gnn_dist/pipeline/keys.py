@@ -1,0 +1,287 @@
+"""What a stage's key is made of: config fields, files outside the run, what it builds on."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from stat import S_ISREG
+from typing import Any
+
+import numpy as np
+
+from cnn2gnn_dist import durable, ledger, settings
+from cnn2gnn_dist.config import Config
+from cnn2gnn_dist.data.index import fingerprint
+from cnn2gnn_dist.data.index.fingerprint import Noted
+from cnn2gnn_dist.data.storage.urls import is_remote
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.ledger import Entry
+from cnn2gnn_dist.pipeline.registry import EXECUTION, Stage
+from cnn2gnn_dist.stages.shared.context import RunPaths, load_manifest
+from cnn2gnn_dist.training import ds_config
+from cnn2gnn_dist.training.checkpoint import folder as checkpoint_folder
+
+NOTE = "inputs.json"
+"""In the run's folder: the files that it was made from."""
+ROLES = ("train", "test")
+_OF_FILES = ("imagefolder", "parquet", "shards")
+"""Sources of files that may change; what torchvision downloads it holds to its own checksums."""
+_NO_FILES = {"files": ledger.key_of("files", {"files": []}, {})}
+
+DeepSpeed = dict[str, dict[str, Any]]
+"""The DeepSpeed configs as they were read, of "teacher" and "student"."""
+
+
+def read_deepspeed(config: Config) -> DeepSpeed:
+    """Read the DeepSpeed configs, once for all ranks: their working directories may differ.
+
+    Raises:
+        UserError: one is missing or wrong.
+    """
+    return {
+        "teacher": ds_config.load(config.teacher.ds_config),
+        "student": ds_config.load(config.student.ds_config),
+    }
+
+
+def parts(
+    config: Config, stage: Stage, deepspeed: DeepSpeed, entry: Entry | None = None
+) -> dict[str, Any]:
+    """The config fields behind a stage's key; files that a field names count by their content.
+
+    ``entry``: what the stage has recorded; where a file is gone by now, its word is taken.
+    """
+    tree = settings.as_tree(config)
+    left_out = EXECUTION - ({"evaluate.batch"} if config.graph.scope == "batch" else set())
+    found: dict[str, Any] = {}
+    for name in stage.fields:
+        section, _, one = name.partition(".")
+        value = tree[section][one] if one else tree[section]
+        if isinstance(value, dict):
+            value = {k: v for k, v in value.items() if f"{name}.{k}" not in left_out}
+        found[name] = value
+        if name in deepspeed:
+            others = ds_config.outcome(deepspeed[name])
+            if others:  # what the packaged file says is not in the key
+                found[f"{name}.ds_config"] = others
+    if "teacher" in found and found["teacher"]["weights"]:
+        before = entry.parts.get("teacher", {}).get("weights") if entry else None
+        found["teacher"]["weights"] = _weights(Path(found["teacher"]["weights"]), before)
+    return found
+
+
+def _weights(path: Path, before: str | None) -> str:
+    """A file of weights by its content; one that is gone by what was recorded under its name."""
+    try:
+        stat = path.stat()
+    except OSError:
+        known = before is not None and before.startswith(f"{path.name} ")
+        return str(before) if known else f"{path.name} is missing"
+    if not S_ISREG(stat.st_mode):
+        raise UserError(
+            "this is no file of weights",
+            where=f"teacher.weights={path}",
+            remedy="name a file: .safetensors, or .pth with a state dict",
+        )
+    return f"{path.name} {_sha256(path, stat.st_size, stat.st_mtime_ns)}"
+
+
+@functools.lru_cache
+def _sha256(path: Path, size: int, time: int) -> str:
+    return durable.sha256(path)[:20]
+
+
+@dataclass
+class Survey:
+    """What one command sees of the run's inputs and checkpoints: each is looked at once.
+
+    Attributes:
+        config: of the run.
+        deepspeed: the DeepSpeed configs.
+        reads: whether files may be read that are not noted yet; a plan only compares.
+        recheck: read contents even where lengths and times are those noted.
+    """
+
+    config: Config
+    deepspeed: DeepSpeed = field(default_factory=dict)
+    reads: bool = False
+    recheck: bool = False
+    _found: dict[str, Noted | None] = field(default_factory=dict)
+    _damage: dict[Path, str | None] = field(default_factory=dict)
+
+    def inputs(self, stage: Stage) -> dict[str, str]:
+        """Sums of the files outside the run that a stage reads, by the field that names them.
+
+        Raises:
+            UserError: they are not there.
+        """
+        data = self.config.data
+        first = "index" if data.source == "shards" else "pack"
+        if stage.name != first:
+            return {}
+        if data.source not in _OF_FILES:
+            return dict(_NO_FILES)
+        return {f"data.{role}": self.content(role) for role in self.roles}
+
+    def content(self, role: str) -> str:
+        """Sum of the files of ``data.train`` or ``data.test``."""
+        found = self._of(role)
+        return found.content if found else "not read yet"
+
+    def difference(self, role: str) -> str:
+        """In words which files are others than noted."""
+        old, new = self.noted(role), self._of(role)
+        return fingerprint.difference(old, new) if old and new else ""
+
+    def untagged(self) -> bool:
+        """Whether files lie in a store that does not tell their versions apart."""
+        found = [noted for noted in map(self._of, self.roles) if noted is not None]
+        return any(
+            any(map(is_remote, noted.origin))
+            and any(not mark for _, _, mark in (noted.files or {}).values())
+            for noted in found
+        )
+
+    def keep(self) -> None:
+        """Note the files in the run's folder: they are what its results are made from."""
+        found = {role: noted.tree() for role, noted in self._found.items() if noted}
+        if found and found != self._notes:
+            path = Path(str(self.config.run.dir)) / NOTE
+            durable.write_text(path, json.dumps({**self._notes, **found}))
+            self.__dict__.pop("_notes", None)
+
+    def damage(self, checkpoint: Path) -> str | None:
+        """What is wrong with a checkpoint; all of it is read."""
+        if checkpoint not in self._damage:
+            self._damage[checkpoint] = checkpoint_folder.damage(checkpoint)
+        return self._damage[checkpoint]
+
+    def noted(self, role: str) -> Noted | None:
+        """What the run's folder has noted."""
+        try:
+            return Noted.of(self._notes[role])
+        except (KeyError, TypeError, ValueError):
+            return None
+
+    @functools.cached_property
+    def _notes(self) -> dict[str, Any]:
+        try:
+            path = Path(str(self.config.run.dir)) / NOTE
+            notes = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return notes if isinstance(notes, dict) else {}
+
+    @property
+    def roles(self) -> list[str]:
+        """Which of ``data.train`` and ``data.test`` name files."""
+        data = self.config.data
+        named = [role for role in ROLES if self._origin(role) is not None]
+        return named if data.source in _OF_FILES else []
+
+    def _origin(self, role: str) -> str | list[str] | None:
+        return self.config.data.train if role == "train" else self.config.data.test
+
+    def _of(self, role: str) -> Noted | None:
+        if role not in self._found:
+            self._found[role] = self._look(role)
+        return self._found[role]
+
+    def _look(self, role: str) -> Noted | None:
+        data, origin, before = self.config.data, self._origin(role), self.noted(role)
+        assert origin is not None
+        try:
+            if data.source == "imagefolder":
+                self._there(role, origin, before)
+            seen = fingerprint.look(
+                origin, data.source, ask=self.reads or before is not None, brief=before is not None
+            )
+        except UserError as error:
+            if before is None or not self._needless(origin, before):
+                raise
+            print(f"note: {error.what} ({error.where}); taken as it was", flush=True)
+            return before
+        if before is None and not self.reads:
+            return None
+        return fingerprint.note(origin, seen, before, read_all=data.checksums, recheck=self.recheck)
+
+    def _there(self, role: str, origin: str | list[str], before: Noted | None) -> None:
+        folder = Path(fingerprint.folder_of(origin))
+        if before is not None and not folder.is_dir():  # of a fresh run the packer says so
+            raise UserError(
+                "there is no such folder",
+                where=str(folder),
+                remedy=f"say where the images lie now: data.{role}=FOLDER",
+            )
+        if before is not None and not any(path.is_dir() for path in folder.iterdir()):
+            raise UserError(
+                "this folder held class folders, and holds none now",
+                where=str(folder),
+                remedy=f"mount what lay there, or say where the images lie: data.{role}=FOLDER",
+            )
+
+    def _needless(self, origin: str | list[str], before: Noted) -> bool:
+        """Whether a run can do without files that don't answer: packed ones, and remote shards."""
+        paths = fingerprint.paths_of(origin)
+        packed = self.config.data.source != "shards"
+        return paths == before.origin and (packed or all(map(is_remote, paths)))
+
+
+def digest(survey: Survey, stage: Stage, key: str, files: list[Path]) -> str:
+    """What later stages build on: rows of the manifests and contents of the input files; the
+    weights of a training, which come out otherwise when it is made again in other micro-batches
+    or on other ranks; else the key.
+    """
+    if stage.trains:
+        return ledger.key_of(stage.name, {"key": key, "weights": _weights_in(files)}, {})
+    if stage.name != "index":
+        return key
+    paths = RunPaths(Path(str(survey.config.run.dir)))
+    manifests = [load_manifest(p) for p in (paths.train_manifest, paths.test_manifest)]
+    found: dict[str, Any] = {"digests": [manifest.digest for manifest in manifests]}
+    if survey.roles:
+        found["files"] = {role: survey.content(role) for role in survey.roles}
+        if any(is_remote(shard.path) for manifest in manifests for shard in manifest.shards):
+            # A store without tags: what was read of it is known by its checksums.
+            found["crc"] = [_of_checksums(manifest.crc_N) for manifest in manifests]
+    return ledger.key_of("index", found, {})
+
+
+def _weights_in(files: list[Path]) -> dict[str, str]:
+    """Checksums of the tensors in the checkpoint with which a training ended."""
+    found: dict[str, str] = {}
+    for path in files:
+        if path.name == checkpoint_folder.MANIFEST:
+            listed = json.loads(path.read_text(encoding="utf-8"))["files"]
+            found |= {
+                name: sha for name, (_, sha) in listed.items() if name.endswith(".safetensors")
+            }
+    return found
+
+
+def as_made(config: Config, root: Path, stage: str) -> Config:
+    """A config with the fields with which a finished stage was made, whatever the run's says today.
+
+    Raises:
+        UserError: a field that this version does not know.
+    """
+    entry, tree = ledger.finished(root / stage), settings.as_tree(config)
+    for name, value in (entry.parts if entry else {}).items():
+        section, _, one = name.partition(".")
+        if one == "ds_config":
+            continue
+        if one:
+            tree.setdefault(section, {})[one] = value
+        elif isinstance(value, dict):
+            # The file of weights stands there by its content.
+            made = {k: v for k, v in value.items() if k != "weights"}
+            tree[section] = tree.get(section, {}) | made
+        else:
+            tree[name] = value
+    return settings.check(tree)
+
+
+def _of_checksums(crc_N: np.ndarray | None) -> str:
+    return "" if crc_N is None else ledger.key_of("crc", {"crc": crc_N.tobytes().hex()}, {})

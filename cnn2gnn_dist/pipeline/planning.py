@@ -1,0 +1,135 @@
+"""What each stage of a run is worth as it lies there: whole, to continue, to run, or stale; and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cnn2gnn_dist import ledger, settings
+from cnn2gnn_dist.config import Config
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.ledger import Entry, Standing
+from cnn2gnn_dist.pipeline import keys
+from cnn2gnn_dist.pipeline.keys import Survey
+from cnn2gnn_dist.pipeline.registry import Stage, stages_of
+from cnn2gnn_dist.training.checkpoint import folder as checkpoint_folder
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage in a plan: what will happen to it, and why. ``key`` is None while inputs lack.
+
+    ``parts`` and ``inputs`` are what the key is made of.
+    """
+
+    stage: Stage
+    key: str | None
+    standing: Standing
+    why: str
+    entry: Entry | None = None
+    parts: dict[str, Any] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)
+
+
+def plan(
+    config: Config, names: list[str] | None = None, survey: Survey | None = None
+) -> list[Step]:
+    """What would be skipped, continued or run, without doing anything.
+
+    Raises:
+        UserError: an unknown stage; data or a DeepSpeed config is not there.
+    """
+    survey, stages = survey or Survey(config, keys.read_deepspeed(config)), stages_of(config)
+    check_names(stages, names)
+    digests: dict[str, str] = {}
+    steps = []
+    for stage in stages:
+        step = look(survey, stage, stages, digests)
+        if step.standing is Standing.WHOLE and step.entry:
+            digests[stage.name] = step.entry.digest
+        if names is None or stage.name in names:
+            steps.append(step)
+    return steps
+
+
+def look(survey: Survey, stage: Stage, stages: list[Stage], digests: dict[str, str]) -> Step:
+    """Where one stage stands; ``digests``: of the stages before it that are whole."""
+    folder = Path(str(survey.config.run.dir)) / stage.folder
+    there = {s.name for s in stages}
+    needs = [need for need in stage.needs if need in there]
+    missing = [need for need in needs if need not in digests]
+    if missing:
+        return Step(stage, None, Standing.FRESH, f"waits for {', '.join(missing)}")
+    inputs = {need: digests[need] for need in needs} | survey.inputs(stage)
+    before = ledger.finished(folder)
+    parts = keys.parts(survey.config, stage, survey.deepspeed, before)
+    key = ledger.key_of(stage.name, parts, inputs)
+    standing, entry = ledger.standing(folder, key)
+    why = {
+        Standing.FRESH: "nothing there yet",
+        Standing.RESUME: "begun and not finished",
+        Standing.WHOLE: "whole, skipped",
+        Standing.STALE: "made from another config or other inputs",
+    }[standing]
+    if standing is Standing.STALE and entry is not None:
+        changed = settings.differences(entry.parts, parts) + _other_inputs(survey, entry, inputs)
+        why += f": {'; '.join(changed)}" if changed else " (its inputs changed)"
+    elif standing is Standing.RESUME and before is not None:
+        why = f"not whole any more: {ledger.missing(folder, before)}"
+    elif standing is Standing.WHOLE and stage.trains:
+        problem = _damage(survey, folder)
+        if problem:
+            standing, why = Standing.RESUME, f"not whole any more: {problem}"
+    return Step(stage, key, standing, why, entry, parts, inputs)
+
+
+def _damage(survey: Survey, folder: Path) -> str:
+    """What is wrong with the checkpoint with which a training ended; empty if nothing is."""
+    recorded = checkpoint_folder.recorded(folder)
+    problem = survey.damage(recorded) if recorded else None
+    return f"{recorded.name}: {problem}" if recorded and problem else ""
+
+
+def _other_inputs(survey: Survey, entry: Entry, inputs: dict[str, str]) -> list[str]:
+    """Lines about what a stage was built on that is another now."""
+    found = []
+    for name in sorted(entry.inputs.keys() | inputs.keys()):
+        old, new = entry.inputs.get(name), inputs.get(name)
+        if not entry.inputs or old == new:  # records of earlier versions don't say
+            continue
+        if not name.startswith("data."):
+            found.append(f"the stage {name} was made again")
+        elif old is None or new is None:
+            found.append(f"{name} was {'not ' * (old is None)}named")
+        else:
+            how = survey.difference(name.removeprefix("data."))
+            found.append(f"{name}: {how or 'other files'}")
+    return found
+
+
+def check_names(stages: list[Stage], names: list[str] | None) -> None:
+    """See that all names are stages.
+
+    Raises:
+        UserError: one is not.
+    """
+    known = [stage.name for stage in stages]
+    for name in names or []:
+        if name not in known:
+            raise UserError(
+                f"this config has no stage {name!r}",
+                where="stages",
+                remedy=f"its stages: {', '.join(known)}",
+            )
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested fields by their dotted paths."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value
+    return found

@@ -1,0 +1,158 @@
+"""The stages of a run: what each works with, what it builds on, where it writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from cnn2gnn_dist.config import Config
+from cnn2gnn_dist.stages.shared.context import Context
+
+# Fields that change how a result is reached, not which: a run may go on with others. Where the
+# images of a batch see each other (graph.scope=batch) evaluate.batch is not among them.
+EXECUTION = frozenset(
+    [
+        *(
+            f"{model}.{name}"
+            for model in ("teacher", "student")
+            for name in ("max_micro_batch", "eval_epochs", "ds_config", "zero_stage")
+        ),
+        "student.control",
+        "targets.batch",
+        "graph.keep_versions",
+        "evaluate.batch",
+        "evaluate.timing_images",
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step from files to files.
+
+    ``fields``: config sections or fields that determine its outputs; ``needs``: stages it
+    builds on; ``alone``: rank 0 works, the others wait; ``trains``: it has checkpoints
+    to go on from.
+    """
+
+    name: str
+    folder: str
+    fields: tuple[str, ...]
+    needs: tuple[str, ...]
+    work: Callable[[Context, dict[str, str]], list[Path]]
+    alone: bool = False
+    trains: bool = False
+
+
+def _pack(context: Context, keys: dict[str, str]) -> list[Path]:
+    from cnn2gnn_dist.stages import prepare
+
+    return prepare.pack_run(context)
+
+
+def _index(context: Context, keys: dict[str, str]) -> list[Path]:
+    from cnn2gnn_dist.stages import prepare
+
+    return prepare.index_run(context)
+
+
+def _teacher(context: Context, keys: dict[str, str]) -> list[Path]:
+    from cnn2gnn_dist.stages import teacher
+
+    return teacher.run(context)
+
+
+def _targets(context: Context, keys: dict[str, str]) -> list[Path]:
+    from cnn2gnn_dist.stages import targets
+
+    return targets.run(context, keys["teacher"])
+
+
+def _student(context: Context, keys: dict[str, str]) -> list[Path]:
+    from cnn2gnn_dist.stages import student
+
+    return student.run(context, context.config.graph.scope, keys["targets"])
+
+
+def _control(context: Context, keys: dict[str, str]) -> list[Path]:
+    from cnn2gnn_dist.stages import student
+
+    return student.run(context, "none", keys["targets"])
+
+
+def _graph(context: Context, keys: dict[str, str]) -> list[Path]:
+    from cnn2gnn_dist.stages import graph
+
+    return graph.run(context, keys["student"])
+
+
+def _evaluate(context: Context, keys: dict[str, str]) -> list[Path]:
+    from cnn2gnn_dist.stages import evaluate
+
+    return evaluate.run(context, keys)
+
+
+_PACK = Stage(
+    "pack",
+    "shards",
+    (
+        "seed",
+        "data.source",
+        "data.shard_size",
+        "data.limit",
+        "data.image_column",
+        "data.label_column",
+    ),
+    (),
+    _pack,
+    alone=True,
+)
+_INDEX = Stage(
+    "index",
+    "manifest",
+    (
+        "seed",
+        "data.holdout",
+        "data.num_classes",
+        "data.match_classes",
+        "data.allow_empty_classes",
+    ),
+    ("pack",),
+    _index,
+    alone=True,
+)
+_TEACHER = Stage(
+    "teacher",
+    "teacher",
+    ("seed", "views", "stream.window", "teacher"),
+    ("index",),
+    _teacher,
+    trains=True,
+)
+_TARGETS = Stage("targets", "targets", ("seed", "views", "targets"), ("index", "teacher"), _targets)
+_LEARN = ("seed", "views", "stream.window", "targets.views", "student")
+_STUDENT = Stage(
+    "student", "student", (*_LEARN, "graph"), ("index", "targets"), _student, trains=True
+)
+_GRAPH = Stage("graph", "graph", ("graph",), ("index", "student"), _graph)
+_CONTROL = Stage("control", "control", _LEARN, ("index", "targets"), _control, trains=True)
+_EVALUATE = Stage(
+    "evaluate",
+    "evaluation",
+    ("evaluate",),
+    ("index", "teacher", "student", "graph", "control"),
+    _evaluate,
+)
+
+
+def stages_of(config: Config) -> list[Stage]:
+    """The stages of a run, in order."""
+    found = [_INDEX, _TEACHER, _TARGETS, _STUDENT]
+    if config.data.source != "shards":
+        found.insert(0, _PACK)
+    if config.graph.scope == "dataset":
+        found.append(_GRAPH)
+    if config.student.control:
+        found.append(_CONTROL)
+    return [*found, _EVALUATE]

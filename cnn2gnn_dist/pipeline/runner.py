@@ -1,0 +1,312 @@
+"""Which stage comes next, and why: keys, skips, order; the same call on every rank."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from cnn2gnn_dist import consistency, ledger, settings
+from cnn2gnn_dist.config import Config
+from cnn2gnn_dist.errors import PeerLost, UserError
+from cnn2gnn_dist.ledger import Entry, Standing
+from cnn2gnn_dist.pipeline import keys, moved_data
+from cnn2gnn_dist.pipeline.keys import Survey
+from cnn2gnn_dist.pipeline.planning import Step, check_names, flat, look, plan
+from cnn2gnn_dist.pipeline.registry import Stage, stages_of
+from cnn2gnn_dist.runtime import folder_lock
+from cnn2gnn_dist.runtime.ranks import Ranks
+from cnn2gnn_dist.stages.shared import preflight
+from cnn2gnn_dist.stages.shared.context import Context, RunPaths, load_manifest
+from cnn2gnn_dist.training.checkpoint import folder as checkpoint_folder
+
+LOCK_SECONDS = 10.0
+"""A run that was killed or told to end may need so long to let go of its folder."""
+
+
+def run_rank(
+    tree: dict[str, Any],
+    names: list[str] | None,
+    update: bool,
+    inside_ray: bool,
+    ranks: Ranks,
+    force: bool = False,
+    deepspeed: keys.DeepSpeed | None = None,
+) -> dict[str, Any]:
+    """Run the stages that are not whole; every rank calls this with the same arguments.
+
+    Args:
+        tree: the resolved config as plain data.
+        names: stages to run; None for all.
+        update: set stale results aside and make them again, instead of refusing.
+        inside_ray: Ray carries this process.
+        ranks: who we are.
+        force: like ``update``, but training goes on from its checkpoint under the new config.
+        deepspeed: the DeepSpeed configs as the driver read them; None: rank 0 reads them.
+
+    Raises:
+        UserError: on every rank, whatever rank met it first in a stage of rank 0 alone.
+        PeerLost: another rank died, or did not answer within ``cluster.timeout_s``.
+        Preempted: training was told to end, and has saved.
+    """
+    from cnn2gnn_dist.runtime import collectives
+    from cnn2gnn_dist.training import engine
+
+    config = settings.check(tree)
+    device = choose_device(config.device)
+    if ranks.world_size > 1 or not light(config, names):
+        engine.init(ranks, device, timeout_s=config.cluster.timeout_s)
+    try:
+        with _locked(Path(str(config.run.dir)), ranks, config.cluster.timeout_s):
+            read = _together(ranks, lambda: deepspeed or keys.read_deepspeed(config))
+            survey = Survey(config, read, reads=True, recheck=update)
+            _together(ranks, lambda: _begin(survey, names, ranks.world_size))
+            return _run_all(survey, names, update, inside_ray, ranks, device, force)
+    except RuntimeError as error:
+        if ranks.world_size > 1 and collectives.lost_peer(error):
+            raise _peer_lost(error, config) from error
+        raise
+    finally:
+        engine.shutdown()
+
+
+def light(config: Config, names: list[str] | None) -> bool:
+    """Whether these stages are rank 0's alone, and need no process group."""
+    return all(stage.alone for stage in stages_of(config) if names is None or stage.name in names)
+
+
+def choose_device(wanted: str) -> str:
+    """ "cpu" or "cuda".
+
+    Raises:
+        UserError: cuda is asked for and there is none.
+    """
+    import torch
+
+    there = torch.cuda.is_available()
+    if wanted == "cuda" and not there:
+        raise UserError(
+            "the config asks for a GPU and torch finds none",
+            where="device",
+            remedy="device=cpu or device=auto; `cnn2gnn doctor` says what torch sees",
+        )
+    return "cuda" if wanted == "cuda" or (wanted == "auto" and there) else "cpu"
+
+
+def _run_all(
+    survey: Survey,
+    names: list[str] | None,
+    update: bool,
+    inside_ray: bool,
+    ranks: Ranks,
+    device: str,
+    force: bool,
+) -> dict[str, Any]:
+    config, stages = survey.config, stages_of(survey.config)
+    root = Path(str(config.run.dir))
+    check_names(stages, names)
+    digests: dict[str, str] = {}
+    made: dict[str, str] = {}
+    done: dict[str, Any] = {}
+    blocked = ""
+    for stage in stages:
+        wanted = names is None or stage.name in names
+        step = _together(ranks, partial(_looked, survey, stage, stages, digests, update and wanted))
+        if step.key is None and blocked:
+            step = replace(step, why=f"{step.why} ({blocked})")
+        if step.standing is not Standing.WHOLE and wanted:
+            step = _together(ranks, partial(_make_room, survey, step, update, force))
+            _together(ranks, partial(ledger.record_config, root, settings.as_yaml(config)))
+            context = Context(
+                config,
+                ranks,
+                RunPaths(root),
+                root / stage.folder,
+                str(step.key),
+                device,
+                inside_ray,
+                about=flat(step.parts),
+                force=force,
+                deepspeed=survey.deepspeed,
+            )
+            step = _execute(context, survey, step, dict(made))
+        elif wanted and ranks.is_first and not inside_ray:
+            print(skipped(stage.name), flush=True)
+        if step.standing is Standing.WHOLE and step.entry:
+            digests[stage.name], made[stage.name] = step.entry.digest, step.entry.key
+        else:
+            blocked = blocked or f"{stage.name}: {step.why}"
+        if wanted:
+            done[stage.name] = step.why
+        if stage.name == "index" and step.standing is Standing.WHOLE:
+            _together(ranks, lambda: _fit_images(survey, names))
+    if names is None:  # nothing was refused: whoever reads the folder finds the config of today
+        _together(ranks, partial(ledger.record_config, root, settings.as_yaml(config)))
+    return done
+
+
+def _fit_images(survey: Survey, names: list[str] | None) -> None:
+    """See that there are images enough for what lies ahead, before any training is paid for."""
+    config, steps = survey.config, plan(survey.config, names, survey)
+    ahead = [step.stage.name for step in steps if step.standing is not Standing.WHOLE]
+    train = load_manifest(RunPaths(Path(str(config.run.dir))).train_manifest)
+    preflight.check_images(config, ahead, len(train))
+
+
+def _looked(
+    survey: Survey, stage: Stage, stages: list[Stage], digests: dict[str, str], update: bool
+) -> Step:
+    """Where a stage stands (rank 0). Of what is whole, notes and paths follow the files: touched
+    ones are noted as they are now, and manifests find shards that have moved.
+    """
+    step = look(survey, stage, stages, digests)
+    if step.standing is not Standing.WHOLE or step.entry is None:
+        return step
+    if update and survey.inputs(stage) and survey.untagged():
+        why = "from a store that does not tell whether files have changed: they are read again"
+        return replace(step, standing=Standing.STALE, why=why)
+    if survey.inputs(stage):
+        survey.keep()
+    if stage.name == "index":
+        root = Path(str(survey.config.run.dir))
+        entry = moved_data.follow(survey.config, RunPaths(root), step.entry)
+        step = replace(step, entry=entry)
+    return step
+
+
+def skipped(name: str) -> str:
+    """The line about a stage that is whole; under Ray the driver says it, whose lines are not lost."""
+    return f"{name:8} whole, skipped"
+
+
+def _execute(context: Context, survey: Survey, step: Step, made: dict[str, str]) -> Step:
+    stage, ranks = step.stage, context.ranks
+    began = time.perf_counter()
+    if ranks.is_first:
+        print(f"{stage.name:8} {step.standing.value}: {step.why}", flush=True)
+    if stage.alone:
+        files = _together(ranks, lambda: stage.work(context, made))
+    else:
+        files = stage.work(context, made)
+
+    def close() -> Step:
+        entry = Entry(
+            key=context.key,
+            parts=step.parts,
+            digest=keys.digest(survey, stage, context.key, files),
+            outputs=ledger.outputs(context.folder, files),
+            seconds=round(time.perf_counter() - began, 1),
+            inputs=step.inputs,
+        )
+        ledger.finish(context.folder, entry)
+        print(f"{stage.name:8} done in {entry.seconds:.0f} s", flush=True)
+        return replace(step, standing=Standing.WHOLE, why="made", entry=entry)
+
+    return _together(ranks, close)
+
+
+def _peer_lost(error: RuntimeError, config: Config) -> PeerLost:
+    return PeerLost(
+        f"another rank died, or did not answer within {config.cluster.timeout_s:g} s: "
+        f"{str(error).splitlines()[0]}",
+        where="cluster.timeout_s",
+        remedy="see what the other ranks say; the same command continues from the last checkpoint",
+    )
+
+
+def _make_room(survey: Survey, step: Step, update: bool, force: bool) -> Step:
+    """Mark the stage's folder as begun; a stale one is refused, set aside, or gone on with."""
+    root, stage, key = Path(str(survey.config.run.dir)), step.stage, step.key
+    folder = root / stage.folder
+    if key is None:
+        raise UserError(
+            f"the stage {stage.name} {step.why}",
+            where=str(root),
+            remedy="run the earlier stages first, or all: `cnn2gnn run"
+            + " --update" * update
+            + "`",
+        )
+    if step.standing is Standing.STALE and force and stage.trains:
+        print(f"{stage.name:8} goes on all the same: {step.why}", flush=True)
+        if step.entry and step.entry.inputs.get("index") != step.inputs.get("index"):
+            print(
+                "note: held-out images may be among those that it has been trained on, and its "
+                "accuracy then flatters; --update trains anew",
+                flush=True,
+            )
+    elif step.standing is Standing.STALE or (update and _of_another_config(step, folder)):
+        if not (update or force):
+            raise UserError(
+                f"the stage {stage.name} of this folder was {step.why}",
+                where=str(folder),
+                remedy="another run.dir=…, or --update: the old results are kept beside the new"
+                + ("; or --force: training goes on from its checkpoint" * stage.trains),
+            )
+        aside = ledger.set_aside(folder)
+        print(f"{stage.name:8} old results moved to {aside.name}", flush=True)
+        step = replace(step, standing=Standing.FRESH)
+    ledger.begin(folder, Entry(key, step.parts, inputs=step.inputs))
+    if survey.inputs(stage):
+        survey.keep()
+    return step
+
+
+def _of_another_config(step: Step, folder: Path) -> bool:
+    """Whether a training begun under this key would go on from a checkpoint of another: one that
+    ``--force`` took over, and that was not saved again since.
+    """
+    if step.standing is not Standing.RESUME or not step.stage.trains:
+        return False
+    found = checkpoint_folder.all_of(folder / "checkpoints")
+    return bool(found) and checkpoint_folder.read_state(found[-1])["run_id"] != step.key
+
+
+def check_ahead(config: Config, steps: list[Step], world_size: int) -> list[Stage]:
+    """What lies ahead, once it is seen that nothing of it would be refused at once.
+
+    Raises:
+        UserError: settings that don't fit together; the folder holds something else.
+    """
+    ahead = [step.stage for step in steps if step.standing is not Standing.WHOLE]
+    preflight.check(config, [stage.name for stage in ahead], world_size)
+    ledger.check_claim(Path(str(config.run.dir)))
+    return ahead
+
+
+def _begin(survey: Survey, names: list[str] | None, world_size: int) -> None:
+    config = survey.config
+    ahead = check_ahead(config, plan(config, names, survey), world_size)
+    if any(stage.trains for stage in ahead):
+        for note in consistency.notes(config):
+            print(f"note: {note}", file=sys.stderr, flush=True)
+    ledger.claim(Path(str(config.run.dir)), settings.as_yaml(config))
+
+
+@contextmanager
+def _locked(root: Path, ranks: Ranks, timeout_s: float = 600.0) -> Iterator[None]:
+    """Keep a second run out of the folder; the lock goes with rank 0, which holds it.
+
+    Raises:
+        UserError: on every rank: another process holds it.
+    """
+    held: list[folder_lock.Release] = []
+    # The others wait in a collective, whose patience must outlast ours.
+    seconds = min(LOCK_SECONDS, timeout_s / 2)
+    try:
+        _together(ranks, lambda: held.append(folder_lock.take(root, seconds)))
+        yield
+    finally:
+        for release in held:
+            release()
+
+
+def _together(ranks: Ranks, work: Callable[[], Any]) -> Any:
+    """Rank 0 does the work, however long it takes; all get its result, or raise its error."""
+    from cnn2gnn_dist.runtime import collectives
+
+    return collectives.alone(work)

@@ -1,0 +1,292 @@
+"""The page people look at: ``report.html``, one self-contained file of a run."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.report import figures
+
+TEMPLATE = "report.html.j2"
+MODELS = {
+    "teacher": "teacher",
+    "student": "student (graph)",
+    "self_path": "its self path alone",
+    "vote": "its neighbours' vote",
+    "control_mlp": "control (MLP head)",
+}
+COLUMNS = (
+    ("accuracy", "accuracy", "{:.2%}", max),
+    ("balanced_accuracy", "class-balanced", "{:.2%}", max),
+    ("ece", "calibration error", "{:.3f}", min),
+    ("parameters", "parameters", "{:,}", min),
+    ("flops", "MFLOP / image", "{:.2f}", min),
+    ("ms_per_image", "ms / image", "{:.3f}", min),
+)
+CURVES = (
+    ("loss", "training loss", False),
+    ("accuracy", "training accuracy", True),
+    ("images_per_s", "images per second", False),
+    ("wait_share", "share of time waiting for data", True),
+)
+FEW_PAIRS, MANY_PAIRS = 8, 30
+
+
+def write_report(root: Path, class_names: Sequence[str] | None = None) -> Path:
+    """Write ``report.html`` and ``evaluation/confusion.png`` of a finished run; the page's path.
+
+    What a run does not have (graph, control, gallery, curves) is left out. Classes are numbers
+    without ``class_names``.
+
+    Raises:
+        UserError: the run has no ``results.json`` yet.
+    """
+    results = _results(root / "results.json")
+    metrics = {name: _metrics(root / name) for name in ("teacher", "student", "control")}
+    metrics = {name: lines for name, lines in metrics.items() if lines}
+    saved = {
+        name: dict(np.load(root / "evaluation" / f"{name}.npz"))
+        for name in MODELS
+        if name in results and (root / "evaluation" / f"{name}.npz").exists()
+    }
+    student, config = saved.get("student"), root / "config.yaml"
+    names = list(class_names or ())
+    # Numbers for what has no name, so that a short list is no reason to have no page.
+    names += [str(number) for number in range(len(names), results["run"]["classes"])]
+    graph = results["student"].get("graph")
+    page = (
+        _environment()
+        .get_template(TEMPLATE)
+        .render(
+            run=results["run"],
+            header=[title for _, title, _, _ in COLUMNS],
+            rows=table_rows(results),
+            verdict=verdict(results, saved),
+            left_out=_left_out(results),
+            curves=_curves(metrics),
+            speed=_speed(metrics),
+            graph=graph,
+            degrees=figures.uri(figures.degrees(graph["degree"]["histogram"])) if graph else None,
+            homophily=_maybe(figures.homophily(metrics.get("student", []))),
+            confusion=_confusion(root, student, names),
+            classes=len(names),
+            pairs=confused_pairs(student, names),
+            reliability=figures.uri(figures.reliability(saved)) if saved else None,
+            gallery=_gallery(root / "evaluation" / "gallery.npz", names),
+            config=config.read_text(encoding="utf-8") if config.exists() else None,
+        )
+    )
+    path = root / "report.html"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(page, encoding="utf-8")
+    temporary.replace(path)
+    return path
+
+
+def _results(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            "this folder has no results to report",
+            where=str(path),
+            remedy="`cnn2gnn evaluate` with the run's config, or name another folder",
+        ) from None
+
+
+def table_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of the table: label and cells (text, whether it is the best of its column)."""
+    there = [name for name in MODELS if name in results]
+    rows = []
+    for name in there:
+        cells = []
+        for key, _, form, better in COLUMNS:
+            value = results[name][key]
+            best = better(results[other][key] for other in there)
+            shown = value / 1e6 if key == "flops" else value
+            cells.append((form.format(shown), value == best))
+        rows.append({"label": MODELS[name], "cells": cells})
+    return rows
+
+
+def verdict(results: dict[str, Any], saved: dict[str, dict[str, np.ndarray]] | None = None) -> str:
+    """Plain sentences: does the student beat its control and its own self path, beyond chance?
+
+    ``saved``: the answers to each image; with them the errors are those of paired differences.
+    """
+    if "control_mlp" not in results:
+        said = "No control was trained, so what the graph adds is not known."
+    else:
+        points, noise, how = _difference(results, saved or {}, "control_mlp")
+        beats, told = "does not beat", "the graph costs accuracy"
+        if abs(points) <= 2 * noise or not points:
+            told = "a tie, the difference is within two standard errors"
+        elif points > 0:
+            beats, told = "beats", "the graph pays"
+        said = (
+            f"The student {beats} its control (same stem and initial weights, MLP head, no graph "
+            f"and no partitions in its order): {points:+.2f} points, standard error {noise:.2f} "
+            f"({how}, one seed): {told}."
+        )
+    if "self_path" in results:
+        points, noise, how = _difference(results, saved or {}, "self_path")
+        told = "within" if abs(points) <= 2 * noise or not points else "beyond"
+        said += (
+            f" Against its own self path, the same weights without neighbours: {points:+.2f} "
+            f"points, standard error {noise:.2f} ({how}): {told} two standard errors."
+        )
+    return said
+
+
+def _difference(
+    results: dict[str, Any], saved: dict[str, dict[str, np.ndarray]], other: str
+) -> tuple[float, float, str]:
+    """Student minus another model in points, its standard error, and how that was estimated."""
+    one, two = results["student"]["accuracy"], results[other]["accuracy"]
+    mine, theirs = saved.get("student"), saved.get(other)
+    if mine is not None and theirs is not None and np.array_equal(mine["ids"], theirs["ids"]):
+        hit, met = (m["predicted"] == m["labels"] for m in (mine, theirs))
+        gain = hit.astype(float) - met
+        error = float(gain.std()) / math.sqrt(len(gain))
+        return 100 * (one - two), 100 * error, f"paired, {len(gain):,} images"
+    images = results["student"].get("judged", results["run"]["test_images"])
+    # Both judged on the same images: taken as independent, the error is an upper bound.
+    error = math.sqrt((one * (1 - one) + two * (1 - two)) / images)
+    return 100 * (one - two), 100 * error, f"binomial, {images:,} images"
+
+
+def _left_out(results: dict[str, Any]) -> str | None:
+    """What the table does not count, if there is anything."""
+    left_out = results["student"].get("left_out")
+    if not left_out:
+        return None
+    judged = results["student"]["judged"]
+    total = judged + left_out  # more than test_images where pack left some out
+    some = "; ".join(results["run"].get("left_out", []))
+    return (
+        f"{judged:,} of {total:,} held-out images are judged. {left_out:,} can't be read and "
+        f"count neither as right nor as wrong: {some}"
+    )
+
+
+def confused_pairs(
+    student: dict[str, np.ndarray] | None, names: Sequence[str]
+) -> list[tuple[str, str, int]]:
+    """What the student mistakes most often: true class, predicted class, images."""
+    if student is None:
+        return []
+    # Counted where they occur: a full matrix of 20,000 classes takes gigabytes.
+    wrong = student["labels"] != student["predicted"]
+    flat = student["labels"][wrong] * len(names) + student["predicted"][wrong]
+    pairs, counts = np.unique(flat, return_counts=True)
+    shown = FEW_PAIRS if len(names) <= figures.NAMED_CLASSES else MANY_PAIRS
+    top = np.argsort(-counts, kind="stable")[:shown]
+    return [
+        (names[pairs[i] // len(names)], names[pairs[i] % len(names)], int(counts[i])) for i in top
+    ]
+
+
+def _confusion(root: Path, student: dict[str, np.ndarray] | None, names: list[str]) -> str | None:
+    """The picture, where the classes are few enough to tell apart; also as a file."""
+    count = len(names)
+    if student is None or count > figures.MOST_CLASSES:
+        return None
+    flat = np.bincount(student["labels"] * count + student["predicted"], minlength=count**2)
+    png = figures.confusion(flat.reshape(count, count), names)
+    (root / "evaluation" / "confusion.png").write_bytes(png)
+    return figures.uri(png)
+
+
+def _curves(metrics: figures.Metrics) -> list[tuple[str, str]]:
+    """Pictures over epochs: what they show, and the data URI."""
+    drawn = [
+        (title, figures.curve(metrics, key, title, share=share)) for key, title, share in CURVES
+    ]
+    return [(title, figures.uri(png)) for title, png in drawn if png is not None]
+
+
+def _gallery(path: Path, names: list[str]) -> list[dict[str, Any]]:
+    """Test images with the neighbours they attached to."""
+    if not path.exists():
+        return []
+    saved = np.load(path)
+    cards = []
+    for row in range(len(saved["images"])):
+        near = [
+            {
+                "image": figures.picture(saved["neighbour_images"][row, slot]),
+                "label": names[int(saved["neighbour_labels"][row, slot])],
+                "weight": float(weight),
+                "same": bool(saved["neighbour_labels"][row, slot] == saved["labels"][row]),
+            }
+            for slot, weight in enumerate(saved["weights"][row])
+            if weight > 0
+        ]
+        cards.append(
+            {
+                "image": figures.picture(saved["images"][row]),
+                "label": names[int(saved["labels"][row])],
+                "predicted": names[int(saved["predicted"][row])],
+                "confidence": float(saved["confidence"][row]),
+                "right": bool(saved["labels"][row] == saved["predicted"][row]),
+                "neighbours": near,
+            }
+        )
+    return cards
+
+
+def _speed(metrics: figures.Metrics) -> list[dict[str, Any]]:
+    """Median throughput, median wait and highest memory of each training, where logged."""
+
+    def logged(lines: list[dict[str, Any]], key: str) -> list[float]:
+        return [line[key] for line in lines if line.get(key) is not None]
+
+    rows = []
+    for name, lines in metrics.items():
+        speed, wait, memory = (
+            logged(lines, key) for key in ("images_per_s", "wait_share", "memory_mb")
+        )
+        if speed and wait and memory:
+            rows.append(
+                {
+                    "name": name,
+                    "images_per_s": float(np.median(speed)),
+                    "wait": float(np.median(wait)),
+                    "memory": max(memory),
+                }
+            )
+    return rows
+
+
+def _metrics(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            continue  # a last line cut off by a kill
+    return lines
+
+
+def _maybe(png: bytes | None) -> str | None:
+    return None if png is None else figures.uri(png)
+
+
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )

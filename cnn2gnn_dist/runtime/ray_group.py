@@ -1,0 +1,400 @@
+"""A group of ranks as Ray actors: placed together, started together, started again together.
+
+One of the two rooms in which Ray is met. A collective cannot mend a lost member, so
+when one rank dies all are replaced, and the stage continues from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from cnn2gnn_dist.errors import PeerLost, Preempted, UserError
+from cnn2gnn_dist.runtime import host_checks, preemption, ray_probe, ray_session, rendezvous
+from cnn2gnn_dist.runtime.ranks import Ranks
+
+READY_SECONDS = 60.0
+GRACE_SECONDS = 5.0
+RAY_SETTINGS = {
+    # Batches that were taken would stay in the object store for a second.
+    "free_objects_period_milliseconds": 100,
+    # A history of all calls that nobody reads here: megabytes a minute.
+    "task_events_report_interval_ms": 0,
+    # The head is this machine's: when it is gone it doesn't come back, and who waits for it spins.
+    "gcs_rpc_server_reconnect_timeout_s": 10,
+}
+"""Of a cluster started here."""
+
+
+@dataclass(frozen=True)
+class GroupSpec:
+    """What a group of ranks asks of the cluster."""
+
+    world_size: int
+    cpus_per_rank: float = 1.0
+    gpus_per_rank: float = 0.0
+    max_failures: int = 3
+    grace_s: float = 2.5
+
+
+_session: ray_session.Session | None = None
+
+
+@contextmanager
+def running(address: str | None, cpus: int, logs: Path | None = None) -> Iterator[None]:
+    """A cluster for the length of this block: ``start``, and ``stop`` however the block ends."""
+    start(address, cpus, logs)
+    try:
+        yield
+    except BaseException:
+        stop(failed=True)
+        raise
+    stop()
+
+
+def start(address: str | None, cpus: int, logs: Path | None = None) -> None:
+    """Connect to a cluster (``address``, or ``RAY_ADDRESS`` inside a job), or start Ray here.
+
+    A cluster started here listens on loopback only, under a token of its own, keeps all its
+    files in one temporary folder, and leaves neither them nor a process however this process
+    ends (see ``runtime.shutdown``). From then on SIGTERM ends this process in order, with exit code 143.
+
+    Args:
+        address: of a cluster; None starts one.
+        cpus: at least so many for a cluster started here.
+        logs: folder for Ray's logs when a cluster started here ends badly; replaced if there.
+
+    Raises:
+        UserError: no cluster answers at the address, or none that lets us in; this machine
+            can't carry a cluster of its own.
+    """
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    where = f"cluster.address={address}"
+    if not address:
+        address = os.environ.get("RAY_ADDRESS")
+        where = f"RAY_ADDRESS={address}"
+        if address and address.startswith(("http://", "https://")):
+            print(
+                f"note: {where} is a job server's, which `ray job submit` and launch/submit.py use; "
+                "this run starts a Ray of its own (to join a cluster: cluster.address=HEAD:6379)",
+                file=sys.stderr,
+                flush=True,
+            )
+            address = None
+    with ray_session.orderly_sigterm():
+        if address and address != "local":
+            _connect(address, where)
+        else:
+            _start_here(cpus, logs)
+
+
+def _connect(address: str, where: str) -> None:
+    if not address.startswith("ray://"):
+        address = _seen_by_ray(address, where)
+        mode = ray_probe.cluster_mode(address, where)
+        if mode is not None:
+            _speak(mode)
+    try:
+        ray.init(address=address)
+    except (ConnectionError, RayError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"the Ray cluster at {address} can't be joined: {_first_line(error)}",
+            where=where,
+            remedy="run on a host of that cluster, with its Ray and Python versions "
+            "(`ray status` there says whether it is well)",
+        ) from None
+
+
+def _seen_by_ray(address: str, where: str) -> str:
+    """The address that Ray will turn this one into: for "auto" the cluster that runs on this
+    host, for localhost what its head listens on.
+    """
+    import ray._private.services as services
+
+    if address != "auto":
+        host, port = ray_probe.host_and_port(address, where)
+        return str(services.canonicalize_bootstrap_address(services.build_address(host, port)))
+    try:
+        return services.canonicalize_bootstrap_address_or_die("auto")
+    except (ConnectionError, ValueError) as error:
+        raise UserError(
+            f"no Ray cluster is found on this host: {_first_line(error)}",
+            where=where,
+            remedy="`ray start --head`, or name the cluster: cluster.address=HEAD:6379",
+        ) from None
+
+
+def _speak(mode: str) -> None:
+    """Have Ray in this process and its children send the token, or not."""
+    os.environ[ray_probe.MODE] = mode
+    _read_again()
+
+
+def _read_again() -> None:
+    """Ray reads how to authenticate when it is imported: have it look at the variables anew."""
+    import ray._raylet as raylet
+
+    raylet.Config.initialize("")  # type: ignore[attr-defined]
+    raylet.AuthenticationTokenLoader.instance().reset_cache()  # type: ignore[attr-defined]
+
+
+def _start_here(cpus: int, logs: Path | None) -> None:
+    global _session
+    host_checks.check(cpus)
+    _stay_on_loopback()
+    _session = ray_session.Session.begin(logs)
+    try:
+        _read_again()
+        with _session.environment():
+            ray.init(
+                address="local",  # else Ray joins whatever cluster was started here last
+                num_cpus=max(cpus, os.cpu_count() or 1),
+                include_dashboard=False,
+                _node_ip_address="127.0.0.1",
+                _temp_dir=str(_session.traces.folder),
+                logging_level=logging.WARNING,
+                _system_config=RAY_SETTINGS,
+            )
+    except BaseException as error:
+        stop(failed=True)
+        if not isinstance(error, Exception):
+            raise
+        raise UserError(  # Ray says it in many ways, by a bare Exception too
+            f"Ray does not start on this host: {_first_line(error)}",
+            where="ray.init",
+            remedy="again when the host has more time to spare; `cnn2gnn doctor` looks at what Ray "
+            "needs, and torchrun with launch/train.py does without Ray",
+        ) from error
+    atexit.register(_stop_at_exit)  # after Ray's own, so before them when the time comes
+
+
+def stop(failed: bool = False) -> None:
+    """Leave the cluster; one started here ends, and nothing of it stays.
+
+    The ranks' last lines are shown first. Of a ``failed`` session the logs are kept, where
+    ``start`` was told, and a line on stderr says so.
+    """
+    global _session
+    session, _session = _session, None
+    ray.shutdown()
+    if session is not None:
+        atexit.unregister(_stop_at_exit)
+        kept = session.end(failed=failed)
+        _read_again()
+        if kept is not None:
+            print(f"Ray's logs were kept in {kept}", file=sys.stderr, flush=True)
+
+
+def _stop_at_exit() -> None:
+    if _session is not None and os.getpid() == _session.driver:
+        stop(failed=True)
+
+
+def gpus() -> int:
+    """GPUs of the whole cluster."""
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
+def run_group(
+    target: str,
+    kwargs: dict[str, Any],
+    spec: GroupSpec,
+    say: Callable[[str], None] = print,
+) -> list[Any]:
+    """Call ``target`` ("module:function") as ``target(ranks=Ranks, **kwargs)`` on every rank.
+
+    Returns the results in rank order. A group that loses a rank is replaced as a whole,
+    at most ``spec.max_failures`` times.
+
+    Raises:
+        UserError: a rank raised one (not tried again); the cluster has no room; the
+            group failed too often.
+    """
+    for attempt in range(spec.max_failures + 1):
+        try:
+            with ray_session.exit_code_kept():
+                return _attempt(target, kwargs, spec)
+        except LostRank as lost:
+            if attempt == spec.max_failures:
+                raise UserError(
+                    f"the group of {spec.world_size} ranks lost one {attempt + 1} times; last: {lost}",
+                    where="cluster.max_failures",
+                    remedy="see the log above; the same command continues from the last checkpoint",
+                ) from None
+            say(f"a rank was lost ({lost}); starting the group again from the last checkpoint")
+    raise AssertionError("unreachable")
+
+
+class LostRank(Exception):
+    """A rank died or stopped answering; the others can't go on without it."""
+
+
+def _attempt(target: str, kwargs: dict[str, Any], spec: GroupSpec) -> list[Any]:
+    bundle = {"CPU": spec.cpus_per_rank}
+    if spec.gpus_per_rank:
+        bundle["GPU"] = spec.gpus_per_rank
+    group = placement_group([bundle] * spec.world_size, strategy="PACK")
+    try:
+        if not group.wait(READY_SECONDS):
+            raise UserError(
+                f"the cluster has no room for {spec.world_size} ranks of {bundle}; "
+                f"it has {ray.available_resources()}",
+                where="run.ranks",
+                remedy="fewer ranks, cluster.cpus_per_rank lower, or a larger cluster",
+            )
+        actors = [
+            _Rank.options(  # type: ignore[attr-defined]
+                num_cpus=spec.cpus_per_rank,
+                num_gpus=spec.gpus_per_rank,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    group, index, placement_group_capture_child_tasks=False
+                ),
+            ).remote(index)
+            for index in range(spec.world_size)
+        ]
+        refs = _launch(actors, target, kwargs, spec)
+        try:
+            return _gather(refs)
+        except SystemExit:
+            _let_them_save(actors, refs, spec.grace_s)
+            raise
+    finally:
+        remove_placement_group(group)
+
+
+def _let_them_save(actors: list[Any], refs: list[Any], grace_s: float) -> None:
+    """This process was told to end: the ranks get so long for a last checkpoint."""
+    for actor in actors:
+        actor.told_to_end.remote()
+    done, hanging = ray.wait(refs, num_returns=len(refs), timeout=grace_s)
+    causes = [getattr(_failure(ref), "cause", None) for ref in done]
+    said = {cause.what for cause in causes if isinstance(cause, Preempted)}
+    lost = f"no step ended within {grace_s:g} s: what came after the last checkpoint is lost"
+    for line in sorted(said) or [lost if hanging else "the ranks were in no training"]:
+        print(line, file=sys.stderr, flush=True)
+
+
+def _launch(actors: list[Any], target: str, kwargs: dict[str, Any], spec: GroupSpec) -> list[Any]:
+    address, port = ray.get(actors[0].rendezvous.remote())
+    nodes = ray.get([actor.node.remote() for actor in actors])
+    refs = []
+    for rank, actor in enumerate(actors):
+        # Ray shows each actor only its own GPU, which is then number 0 there.
+        local = 0 if spec.gpus_per_rank else nodes[:rank].count(nodes[rank])
+        ranks = Ranks(rank, local, spec.world_size, address, port)
+        beside = nodes.count(nodes[rank])
+        refs.append(actor.run.remote(target, ranks, beside, kwargs, list(sys.path)))
+    return refs
+
+
+def _gather(refs: list[Any]) -> list[Any]:
+    """Results of all ranks.
+
+    Raises:
+        UserError: a rank says what the user did wrong.
+        LostRank: a rank died, or hangs while the others failed.
+        RayTaskError: a rank raised something else: a bug, and no use in trying again.
+    """
+    pending = list(refs)
+    while pending:
+        done, pending = ray.wait(pending, num_returns=1)
+        failure = _failure(done[0])
+        if failure is not None:
+            break
+    else:
+        return ray.get(refs)
+    # The first failure is often a mere echo of another rank's: look at all of them.
+    done, hanging = (
+        ray.wait(pending, num_returns=len(pending), timeout=GRACE_SECONDS) if pending else ([], [])
+    )
+    failures = [failure, *(f for f in map(_failure, done) if f is not None)]
+    causes = [one.cause for one in failures if isinstance(one, RayTaskError)]
+    lost = [_last_line(one) for one in failures if isinstance(one, RayActorError)]
+    lost += [cause.what for cause in causes if isinstance(cause, PeerLost)]
+    for cause in causes:
+        if isinstance(cause, UserError) and not isinstance(cause, PeerLost):
+            raise cause from None
+    if lost:
+        raise LostRank(lost[0]) from None
+    if hanging:
+        raise LostRank(f"no answer; another rank failed with {_last_line(failures[0])}") from None
+    raise min(failures, key=_echo)
+
+
+def _failure(reference: Any) -> RayError | None:
+    try:
+        ray.get(reference)
+    except (RayActorError, RayTaskError) as error:
+        return error
+    return None
+
+
+def _echo(error: RayError) -> bool:
+    """Whether an error looks like the loss of a peer rather than its cause."""
+    text = str(error)
+    return "Connection" in text or "gloo" in text or "NCCL" in text
+
+
+@ray.remote(max_restarts=0, concurrency_groups={"notices": 1})  # type: ignore[call-overload]
+class _Rank:
+    """One rank of a group; a notice reaches it while it works."""
+
+    def __init__(self, index: int) -> None:
+        self._index = index
+
+    def __repr__(self) -> str:
+        # Ray puts this before the rank's lines in the driver's log.
+        return f"rank {self._index}"
+
+    def rendezvous(self) -> tuple[str, int]:
+        address = ray.util.get_node_ip_address()
+        return address, rendezvous.reserve(address)
+
+    def node(self) -> str:
+        return ray.get_runtime_context().get_node_id()
+
+    @ray.method(concurrency_group="notices")
+    def told_to_end(self) -> None:
+        preemption.ask()
+
+    def run(
+        self, target: str, ranks: Ranks, beside: int, kwargs: dict[str, Any], path: list[str]
+    ) -> Any:
+        """Call the target; ``beside`` is the number of ranks on this node."""
+        sys.path.extend(entry for entry in path if entry not in sys.path)
+        os.environ.update(ranks.environment(), LOCAL_WORLD_SIZE=str(beside))
+        os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # of a launcher around the cluster
+        module, _, function = target.partition(":")
+        return getattr(import_module(module), function)(ranks=ranks, **kwargs)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__
+
+
+def _stay_on_loopback() -> None:
+    """Ray replaces 127.0.0.1 by the host's address, which opens its ports to the network."""
+    import ray._private.services as services
+
+    services.resolve_ip_for_localhost = lambda address, *_: address

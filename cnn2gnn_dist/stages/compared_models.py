@@ -1,0 +1,197 @@
+"""Who is judged: teacher, student, its self path, its neighbours' vote, control; and their costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cnn2gnn_dist.graph.bank import latest_version, open_version
+from cnn2gnn_dist.models.cost import count_flops, count_parameters
+from cnn2gnn_dist.models.graph_head import adaptive_neighbours, squared_distances
+from cnn2gnn_dist.models.student import Student, StudentOutput
+from cnn2gnn_dist.stages.neighbours.neighbourhood import Neighbourhood
+from cnn2gnn_dist.stages.shared.context import Context
+from cnn2gnn_dist.stages.shared.networks import Teacher, build_student, load_model
+from cnn2gnn_dist.stages.shared.predictions import Answer
+from cnn2gnn_dist.training.checkpoint.manager import Checkpoints
+
+
+@dataclass
+class Row:
+    """One row of the table: what it takes to get its answers, and nothing else.
+
+    Attributes:
+        parameters: trained values that it needs.
+        run: classifies images, to be timed.
+        flops: FLOPs of a batch of images.
+        notes: what else the results say of it.
+    """
+
+    parameters: int
+    run: Callable[[Tensor], Any]
+    flops: Callable[[Tensor], float]
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Contestant:
+    """One trained model: an ``answer`` for each of its rows, from one pass over the images.
+
+    ``shuffled``: its images see each other. ``attached``: the student with its bank, if any.
+    """
+
+    answer: Answer
+    rows: dict[str, Row]
+    shuffled: bool = False
+    attached: Attached | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the model."""
+        return next(iter(self.rows))
+
+
+def contestants(context: Context, num_classes: int, keys: dict[str, str]) -> list[Contestant]:
+    """The models of the run that are trained: teacher, student, control."""
+    teacher = Teacher(context.config, num_classes, initial=False)
+    _load(context, teacher, "teacher", keys)
+    found = [_alone("teacher", teacher, teacher), _student(context, num_classes, keys)]
+    if "control" in keys:
+        control = build_student(context.config, num_classes, "none")
+        _load(context, control, "control", keys)
+        found.append(_alone("control_mlp", control, lambda images: control(images).logits_BC))
+    return found
+
+
+def self_path(student: Student, images_BHWC: Tensor) -> Tensor:
+    """Logits of the self path, and no other computation (not under ZeRO-3)."""
+    x_BD = student.stem(student.normalise(images_BHWC))
+    return student.gnn.self2(F.relu(student.gnn.self1(x_BD)))
+
+
+def label_vote(weights_BF: Tensor, labels_BF: Tensor, num_classes: int) -> Tensor:
+    """Probabilities [B, C]: the weight on neighbours of each class; uniform where none is known."""
+    known_BF = weights_BF.float() * (labels_BF >= 0)
+    mass_BC = known_BF.new_zeros(len(known_BF), num_classes)
+    mass_BC.scatter_add_(1, labels_BF.clamp(min=0), known_BF)
+    total_B1 = mass_BC.sum(1, keepdim=True)
+    return (mass_BC / total_B1).where(total_B1 > 0, 1.0 / num_classes)
+
+
+class Attached:
+    """A student and the bank that unseen images attach to."""
+
+    def __init__(self, student: Student, around: Neighbourhood, num_classes: int) -> None:
+        self.student, self.around, self.num_classes = student, around, num_classes
+
+    def answer(self, images: Tensor) -> dict[str, Tensor]:
+        """Student, self path and vote, from one forward pass."""
+        output = self.student(images, self.around.around_unseen(len(images)))
+        assert output.weights_BF is not None
+        assert output.first_labels_BF is not None
+        vote_BC = label_vote(output.weights_BF, output.first_labels_BF, self.num_classes)
+        return {
+            "student": _softmax(output.logits_BC),
+            "self_path": _softmax(output.self_logits_BC),
+            "vote": vote_BC,
+        }
+
+    def classify(self, images: Tensor) -> Tensor:
+        """The student's logits."""
+        output: StudentOutput = self.student(images, self.around.around_unseen(len(images)))
+        return output.logits_BC
+
+    def vote(self, images: Tensor) -> Tensor:
+        """The vote alone: features, projection, search, weights; no GNN, no second hop."""
+        z_Bd = self.student.embed(images)[1]
+        search, settings = self.around.search, self.around.settings
+        assert search is not None
+        wanted = min(settings.fanouts[0], search.nodes)
+        unseen = np.full(len(images), -1, np.int64)
+        first_BF = search.nearest(z_Bd.detach().float().cpu().numpy(), wanted, unseen)
+        _, z_Vd, labels_V = self.around.holder.rows(first_BF.clip(min=0).reshape(-1))
+        near_BFd = z_Vd.to(z_Bd).view(*first_BF.shape, -1)
+        labels_BF = labels_V.to(z_Bd.device).long().view(first_BF.shape)
+        k = max(1, min(self.student.k, wanted - 1))
+        present_BF = labels_BF.new_tensor(first_BF) >= 0
+        found = adaptive_neighbours(squared_distances(z_Bd, near_BFd), k, present_BF)
+        return label_vote(found.p_BM, labels_BF, self.num_classes)
+
+    def student_flops(self, images: Tensor) -> float:
+        """The search is counted by its own figure: on a GPU it is a matmul that torch sees too."""
+        block = self.around.around_unseen(len(images))(self.student.embed(images)[1])
+        return count_flops(lambda shown: self.student(shown, block), images) + self._search(images)
+
+    def vote_flops(self, images: Tensor) -> float:
+        """Features, projection and search; the vote itself has no product of matrices."""
+        return count_flops(self.student.embed, images) + self._search(images)
+
+    def _search(self, images: Tensor) -> float:
+        return len(images) * self.around.flops_per_query
+
+
+def open_bank(context: Context) -> Neighbourhood:
+    """The final graph with all of its partitions."""
+    folder = latest_version(context.paths.root / "graph")
+    assert folder is not None, "the pipeline runs the graph stage first"
+    return Neighbourhood(context, open_version(folder), None)
+
+
+def _student(context: Context, num_classes: int, keys: dict[str, str]) -> Contestant:
+    config = context.config
+    student = build_student(config, num_classes, config.graph.scope)
+    _load(context, student, "student", keys)
+    whole = count_parameters(student)
+    graph_only = sum(p.numel() for p in student.graph_parameters().values())
+
+    def alone(images: Tensor) -> Tensor:
+        return self_path(student, images)
+
+    self_row = Row(whole - graph_only, alone, lambda images: count_flops(alone, images))
+    if config.graph.scope == "batch":
+        rows = {"student": _row(student, student), "self_path": self_row}
+
+        def answer(images: Tensor) -> dict[str, Tensor]:
+            output = student(images)
+            logits = {"student": output.logits_BC, "self_path": output.self_logits_BC}
+            return {name: _softmax(found) for name, found in logits.items()}
+
+        return Contestant(answer, rows, shuffled=True)
+    around = open_bank(context)
+    attached = Attached(student, around, num_classes)
+    assert student.head is not None
+    notes = {"graph": around.version.meta, "graph_parameters": graph_only}
+    rows = {
+        "student": Row(whole, attached.classify, attached.student_flops, notes),
+        "self_path": self_row,
+        "vote": Row(
+            count_parameters(student.stem) + count_parameters(student.head),
+            attached.vote,
+            attached.vote_flops,
+        ),
+    }
+    return Contestant(attached.answer, rows, attached=attached)
+
+
+def _alone(name: str, model: nn.Module, classify: Callable[[Tensor], Tensor]) -> Contestant:
+    row = _row(model, classify)
+    return Contestant(lambda images: {name: _softmax(classify(images))}, {name: row})
+
+
+def _row(model: nn.Module, classify: Callable[[Tensor], Any]) -> Row:
+    return Row(count_parameters(model), classify, lambda images: count_flops(classify, images))
+
+
+def _softmax(logits_BC: Tensor) -> Tensor:
+    return logits_BC.float().softmax(1)
+
+
+def _load(context: Context, model: nn.Module, stage: str, keys: dict[str, str]) -> None:
+    checkpoints = Checkpoints(context.paths.root / stage / "checkpoints", keys[stage])
+    load_model(model, checkpoints, stage)
+    model.to(context.device).eval()

@@ -1,0 +1,137 @@
+"""The candidate table of a graph version: which search makes it, with whom, and what is noted of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from cnn2gnn_dist.graph import quality
+from cnn2gnn_dist.graph.bank import WORKSHOP, GraphVersion, GraphWriter
+from cnn2gnn_dist.graph.search.approximate import Found, Goal, TableSearch
+from cnn2gnn_dist.graph.search.exact import exact_table
+from cnn2gnn_dist.graph.search.valid_nodes import Alive, alive
+from cnn2gnn_dist.graph.search.work_units import Crew, Workshop
+from cnn2gnn_dist.runtime import collectives
+from cnn2gnn_dist.stages.shared.context import Context
+
+LONG = 4
+"""Units of a phase from which a progress bar is shown."""
+
+
+def workshop(context: Context, writer: GraphWriter) -> Workshop:
+    """Where a version's makers put aside what a kill must not cost."""
+    ranks = context.ranks
+    crew = Crew(
+        ranks.rank,
+        ranks.world_size,
+        # On a GPU each thread would hold similarities of its own there (``knn.DEVICE_CELLS``).
+        1 if context.device == "cuda" else torch.get_num_threads(),
+        collectives.uneven,
+        collectives.all_gather_object,
+        _Bar(context),
+    )
+    return Workshop(writer.path / WORKSHOP, crew)
+
+
+def find(
+    context: Context,
+    writer: GraphWriter,
+    query_Nd: np.ndarray | None,
+    previous: GraphVersion | None,
+) -> dict[str, Any]:
+    """Fill ``candidates`` and ``order`` of a version (collective); what is worth noting of it.
+
+    ``query_Nd``: what node i asks with; None: its own z.
+    """
+    settings, shop = context.config.graph, workshop(context, writer)
+    z_Nd = writer.array("z")
+    found = _search(context, shop, z_Nd, z_Nd if query_Nd is None else query_Nd, previous)
+
+    def keep() -> dict[str, Any]:
+        writer.rows("candidates", 0, found.table_NM)
+        writer.rows("order", 0, found.order_N)
+        writer.sync()
+        note: dict[str, Any] = {
+            "exact": settings.exact or context.device == "cuda",
+            "rebuilt": found.rebuilt,
+            "recall": found.history,
+        }
+        if previous is not None:
+            note["changed_edges"] = quality.changed_edges(previous.candidates, found.table_NM)
+        return note
+
+    return collectives.alone(keep)
+
+
+def describe(note: dict[str, Any]) -> str:
+    """A few words on how a table was found."""
+    if note["exact"]:
+        how = "exact"
+    else:
+        steps = " > ".join(f"{recall:.3f}" for recall in note["recall"])
+        how = f"{'built' if note['rebuilt'] else 'refreshed'}, recall {steps}"
+    if "changed_edges" in note:
+        how += f", {note['changed_edges']:.1%} of edges changed"
+    return how
+
+
+def _search(
+    context: Context,
+    shop: Workshop,
+    z_Nd: np.ndarray,
+    query_Nd: np.ndarray,
+    previous: GraphVersion | None,
+) -> Found:
+    """Neighbours of all nodes but the corrupt ones, whose rows are -1 and who are in no other."""
+    nodes_A = alive(z_Nd) if query_Nd is z_Nd else alive(z_Nd, query_Nd)
+    if len(nodes_A) == len(z_Nd):
+        before = None
+        if previous is not None:
+            before = previous.candidates, np.asarray(previous.order)
+        return _among(context, shop, z_Nd, query_Nd, before)
+    some = Alive(shop, nodes_A, len(z_Nd))
+    z_Ad = some.rows("z", z_Nd)
+    query_Ad = z_Ad if query_Nd is z_Nd else some.rows("query", query_Nd)
+    before = None
+    if previous is not None:
+        table_AM = some.table("before", previous.candidates)
+        before = table_AM, some.order(np.asarray(previous.order))
+    return some.whole(_among(context, shop, z_Ad, query_Ad, before))
+
+
+def _among(
+    context: Context,
+    shop: Workshop,
+    z_Nd: np.ndarray,
+    query_Nd: np.ndarray,
+    before: tuple[np.ndarray, np.ndarray] | None,
+) -> Found:
+    """The table of these rows; ``before``: an earlier one, and the order of its rows."""
+    settings = context.config.graph
+    if settings.exact or context.device == "cuda":
+        return exact_table(shop, z_Nd, query_Nd, settings.candidates, context.device)
+    search, goal = TableSearch(shop, z_Nd, query_Nd, settings.candidates), Goal(settings.recall)
+    if before is None or not settings.warm_start:
+        return search.build(goal)
+    return search.refresh(*before, goal)
+
+
+class _Bar:
+    """A progress bar for each phase with more than a few units, on rank 0."""
+
+    def __init__(self, context: Context) -> None:
+        self.shown = context.ranks.is_first
+        self.bar: tqdm[Any] | None = None
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        if not self.shown or total < LONG:
+            return
+        if self.bar is None or self.bar.desc != f"{phase}: ":
+            self.bar = tqdm(total=total, desc=phase, unit="unit", leave=False, initial=done - 1)
+        self.bar.update(1)
+        if done == total:
+            self.bar.close()
+            self.bar = None

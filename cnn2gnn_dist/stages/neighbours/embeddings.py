@@ -1,0 +1,125 @@
+"""The rows that ranks embed for a graph version: written, noted, and read back by the others."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+
+import numpy as np
+
+from cnn2gnn_dist import durable
+from cnn2gnn_dist.data.order import sequential
+from cnn2gnn_dist.graph.bank import GraphWriter
+from cnn2gnn_dist.graph.row_file import RowFile, check_sum
+from cnn2gnn_dist.graph.search.work_units import Workshop, agree
+
+NOTE = 16
+"""Batches of a chunk: after each a rank notes how far it has come."""
+
+
+class Embedded:
+    """x, z and the query side of this rank's images, in chunks of ``NOTE`` batches (collective).
+
+    A chunk is noted with its check sums when its rows are on disk. When all is done each rank
+    compares what it reads with the sums of those who wrote.
+
+    Args:
+        writer: has the arrays ``x`` and ``z``.
+        shop: where the notes lie.
+        samples, batch: of the plan (``order.sequential``).
+        query_dim: columns of the query side; 0: there is none.
+    """
+
+    def __init__(
+        self, writer: GraphWriter, shop: Workshop, samples: int, batch: int, query_dim: int
+    ) -> None:
+        self.writer, self.shop, self.samples, self.batch = writer, shop, samples, batch
+        self.query: RowFile | None = None
+        if query_dim:
+            self.query = shop.file("query", (samples, query_dim), np.float32)
+        self._path = shop.folder / f"embedded-{shop.crew.rank}"
+        self._notes = _read(self._path)
+        # Every rank takes as many steps: a ZeRO-3 forward is collective.
+        self._former = min(shop.crew.gather(len(self._notes)))
+        self._notes = self._notes[: self._former]
+        self._sums: dict[str, int] = {}
+
+    @property
+    def batches_done(self) -> int:
+        """How many batches of each rank a former attempt has left."""
+        return min(self._former * NOTE, len(self._plan(self.shop.crew.rank)))
+
+    def write(self, name: str, start: int, values: np.ndarray) -> None:
+        """Rows ``start`` … of ``x``, ``z`` or ``query``."""
+        before = self._sums.get(name, 0)
+        if name == "query":
+            assert self.query is not None
+            self._sums[name] = self.query.write(start, values, before)
+        else:
+            self._sums[name] = self.writer.rows(name, start, values, before)
+
+    def note(self) -> None:
+        """A chunk is written: sync it, then say so."""
+        self.writer.sync()
+        if self.query is not None:
+            self.query.sync()
+        self._notes.append(self._sums)
+        self._sums = {}
+        durable.write_text(self._path, json.dumps(self._notes))
+
+    def close(self) -> None:
+        """Wait for the others and compare.
+
+        Raises:
+            UserError: a rank reads other rows than were written (on every rank).
+        """
+        crew = self.shop.crew
+        if self.query is not None:
+            self.query.close()
+        everyone = crew.gather(self._notes)
+        strange = []
+        for rank, notes in enumerate(everyone):
+            mine, plan = rank == crew.rank, self._plan(rank)
+            last = self._former if mine else len(notes)  # the rest of mine this process has written
+            for number, sums in enumerate(notes[:last]):
+                batches = plan[number * NOTE : (number + 1) * NOTE]
+                if self._read_back(batches, sums) != sums:
+                    strange.append(f"embedded rows of rank {rank}, chunk {number}")
+        if strange:
+            self._path.unlink(missing_ok=True)
+        agree(crew, strange, self.writer.path)
+
+    def _read_back(
+        self, batches: list[tuple[np.ndarray, np.ndarray]], sums: dict[str, int]
+    ) -> dict[str, int]:
+        """Check sums of a chunk as this rank reads it; x only where it is needed whole."""
+        found = {}
+        for name, known in sums.items():
+            if name == "x" and self.shop.crew.rank:
+                found[name] = known  # rank 0 reads all of it, others their parts
+                continue
+            rows = self.array(name)
+            total = 0
+            for ids, mask in batches:
+                if mask.any():
+                    total = check_sum(rows[ids[0] : ids[0] + int(mask.sum())], total)
+            found[name] = total
+        return found
+
+    def array(self, name: str) -> np.ndarray:
+        """All rows of an array, mapped anew."""
+        if name != "query":
+            return self.writer.array(name)
+        rows: np.ndarray = np.load(self.shop.path("query"), mmap_mode="r")
+        return rows
+
+    def _plan(self, rank: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        return list(sequential(self.samples, self.batch, rank, self.shop.crew.world_size))
+
+
+def _read(path: Path) -> list[dict[str, int]]:
+    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+        notes = json.loads(path.read_text(encoding="utf-8"))
+        return [{str(name): int(s) for name, s in note.items()} for note in notes]
+    return []

@@ -1,0 +1,208 @@
+"""The student's neighbourhood: the graph of the moment, its partition here, blocks for seeds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cnn2gnn_dist.config import GraphConfig
+from cnn2gnn_dist.data.index.manifest import Manifest
+from cnn2gnn_dist.data.order import Order
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.graph import bank as banks
+from cnn2gnn_dist.graph.bank import GraphVersion, Rows
+from cnn2gnn_dist.graph.block import BlockIds, one_hop_block, queried_block
+from cnn2gnn_dist.graph.distdgl.served import ServedGraph
+from cnn2gnn_dist.graph.sampler import Sampler, make_sampler
+from cnn2gnn_dist.models.student import CandidateBlock
+from cnn2gnn_dist.runtime import collectives
+from cnn2gnn_dist.stages.neighbours.live_search import LiveSearch
+from cnn2gnn_dist.stages.neighbours.second_hop import CachedSecondHop
+from cnn2gnn_dist.stages.shared.context import Context
+
+
+def last_refresh(epoch: int, settings: GraphConfig) -> int | None:
+    """The epoch at whose start the graph of ``epoch`` is built; None during warm-up."""
+    if epoch < settings.start_epoch:
+        return None
+    since = epoch - settings.start_epoch
+    return settings.start_epoch + since // settings.refresh_epochs * settings.refresh_epochs
+
+
+def reusable(root: Path, number: int, key: str) -> GraphVersion | None:
+    """A whole version of this number, built under this key; None if there is none (collective).
+
+    Rank 0 looks: hosts that see a folder at different moments must not part here.
+    """
+    path = banks.version_path(root, number)
+
+    def look() -> bool:
+        if not (path / banks.MANIFEST).is_file():
+            return False
+        try:
+            return banks.open_version(path).meta["key"] == key
+        except UserError:
+            return False
+
+    return banks.open_version(path) if collectives.alone(look) else None
+
+
+def parts_of(rank: int, world_size: int, parts: int) -> list[int]:
+    """The partitions that a rank owns: part p goes to rank p·R // P.
+
+    Raises:
+        UserError: fewer partitions than ranks.
+    """
+    if parts < world_size:
+        raise UserError(
+            f"{parts} partitions for {world_size} ranks: every rank needs one",
+            where="graph.parts",
+            remedy=f"graph.parts={world_size} or a multiple of it",
+        )
+    return [p for p in range(parts) if p * world_size // parts == rank]
+
+
+class Neighbourhood:
+    """Blocks around seeds, from the partitions that this rank owns.
+
+    Args:
+        context: for seed, device and graph settings.
+        version: the graph.
+        own_parts: partitions to hold; None for all of them.
+        served: DGL's servers, when they hold the graph instead of this rank.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        version: GraphVersion,
+        own_parts: list[int] | None,
+        served: ServedGraph | None = None,
+    ) -> None:
+        self.settings = context.config.graph
+        self.device = context.device
+        self.rank = context.ranks.rank
+        self.version = version
+        # A version of before there were twins has none noted.
+        self.twins: dict[str, int] = version.meta.get("search", {}).get("twins", {})
+        self.search: LiveSearch | None = None
+        self.second: CachedSecondHop | None = None
+        self.holder: Rows
+        self.sampler: Sampler
+        if served is not None:
+            self.holder = self.sampler = served
+            return
+        bank = banks.load_bank(version, own_parts)
+        name = "table" if self.settings.sampler == "distdgl" else self.settings.sampler
+        self.holder = bank
+        self.sampler = make_sampler(name, bank.table_KM, context.config.seed, bank.nodes_L)
+        self.search = LiveSearch(bank, version.part, own_parts, self.settings, self.device)
+        if self.settings.second_hop == "cached":
+            self.second = CachedSecondHop(bank, self.settings.neighbours)
+
+    @property
+    def flops_per_query(self) -> float:
+        """Multiply-adds x 2 of one search."""
+        assert self.search is not None
+        return self.search.flops_per_query
+
+    def order(self, manifest: Manifest, *, seed: int, global_batch: int, window: int) -> Order:
+        """The order of seeds, a fixed share of every partition in each global batch."""
+        part_N = np.asarray(self.version.part)
+        parts = [np.flatnonzero(part_N == p) for p in range(self.settings.parts)]
+        return Order(
+            manifest.shard_sizes, seed=seed, global_batch=global_batch, window=window, parts=parts
+        )
+
+    def around(self, ids: np.ndarray, epoch: int, step: int) -> Query:
+        """Neighbours of training images, found when the student knows their projections."""
+        return Query(self, self.holder.local_of(ids), self.settings.fanouts[1], epoch, step)
+
+    def around_unseen(self, count: int) -> Query:
+        """Neighbours of images that are not in the graph; all of the second hop."""
+        return Query(self, np.full(count, -1, np.int64), self.settings.candidates, 0, 0)
+
+    @property
+    def spare(self) -> int:
+        """So many of a seed's nearest may be its twins."""
+        return self.twins.get("most", 1) - 1
+
+    def without_twins(self, first_BF: np.ndarray, seeds_B: np.ndarray, wanted: int) -> np.ndarray:
+        """The first ``wanted`` candidates (local ids, -1 = none) that are not the seed's own image.
+
+        Its twin in the bank has its label. An unseen image (-1) may see all: it is in no bank.
+        """
+        if self.spare:
+            twin_BF = self._twin_of(first_BF)
+            same = (twin_BF == self._twin_of(seeds_B)[:, None]) & (twin_BF >= 0)
+            first_BF = np.where(same, -1, first_BF)
+            if first_BF.shape[1] > wanted:  # those who are left move up
+                order = np.argsort(first_BF < 0, axis=1, kind="stable")
+                first_BF = np.take_along_axis(first_BF, order, 1)
+        return first_BF[:, :wanted]
+
+    def _twin_of(self, local: np.ndarray) -> np.ndarray:
+        """Global id of the first among a node's twins; -1 stays."""
+        ids = np.asarray(self.holder.global_of(local))
+        return np.where(ids >= 0, np.asarray(self.version.twin[np.maximum(ids, 0)]), -1)
+
+    def candidates(self, ids: BlockIds) -> CandidateBlock:
+        """The model's block: the bank's rows of the block's nodes, on the device."""
+        x_VD, z_Vd, labels_V = self.holder.rows(ids.nodes_V)
+        block = CandidateBlock(
+            x_VD=x_VD,
+            z_Vd=z_Vd,
+            labels_V=labels_V.long(),
+            first_BF=torch.as_tensor(ids.first_BF),
+            unique_U=torch.as_tensor(ids.unique_U),
+            unique_of_BF=torch.as_tensor(ids.unique_of_BF),
+            second_UG=torch.as_tensor(ids.second_UG),
+            seed_V=torch.as_tensor(ids.seed_V),
+            second=None if self.second is None else self.second.of(ids),
+        )
+        return block.to(self.device)
+
+
+class Query:
+    """Called by the student with its live projections; gives the block around the seeds.
+
+    After the call ``first_BF`` holds the global ids of the candidates (-1 = none).
+    """
+
+    def __init__(
+        self, around: Neighbourhood, seeds_B: np.ndarray, fanout: int, epoch: int, step: int
+    ) -> None:
+        self.around, self.seeds_B, self.fanout = around, seeds_B, fanout
+        self.key = {"epoch": epoch, "step": step, "rank": around.rank}
+        self.first_BF = np.empty((0, 0), np.int64)
+
+    def __call__(self, z_Bd: Tensor) -> CandidateBlock:
+        """Find or sample the candidates of the seeds, and theirs."""
+        around, settings = self.around, self.around.settings
+        unseen = bool((self.seeds_B < 0).any())
+        if settings.query == "table" and not unseen:
+            wanted = settings.fanouts[0]
+            first_BF = self._sampled()
+        else:
+            assert around.search is not None
+            wanted = min(settings.fanouts[0], around.search.nodes - (0 if unseen else 1))
+            z = z_Bd.detach().float().cpu().numpy()
+            spare = 0 if unseen else min(around.spare, settings.fanouts[0])
+            first_BF = around.search.nearest(z, wanted + spare, self.seeds_B)
+        first_BF = around.without_twins(first_BF, self.seeds_B, wanted)
+        if around.second is not None:
+            ids = one_hop_block(first_BF, self.seeds_B)
+        else:
+            ids = queried_block(around.sampler, first_BF, self.seeds_B, self.fanout, **self.key)
+        nodes_V = np.append(ids.nodes_V, -1)  # the last stands for "none"
+        self.first_BF = around.holder.global_of(nodes_V[ids.first_BF])
+        return around.candidates(ids)
+
+    def _sampled(self) -> np.ndarray:
+        """[B, F] local ids of candidates from the table of the last refresh."""
+        distinct, place = np.unique(self.seeds_B, return_inverse=True)
+        fanout = self.around.settings.fanouts[0]
+        return self.around.sampler.neighbours(distinct, fanout, hop=1, **self.key)[place]

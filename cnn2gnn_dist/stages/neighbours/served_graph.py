@@ -1,0 +1,58 @@
+"""DistDGL for a group of ranks: an address, a partition and a machine for each."""
+
+from __future__ import annotations
+
+import socket
+
+import numpy as np
+
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.graph.bank import GraphVersion
+from cnn2gnn_dist.graph.distdgl.served import ServedGraph, Task
+from cnn2gnn_dist.runtime import collectives
+from cnn2gnn_dist.runtime.supervisor import can_be_isolated
+from cnn2gnn_dist.stages.shared.context import Context
+
+
+def crowded(ranks: list[tuple[str, bool]]) -> list[str]:
+    """Hosts of more than one rank (host, can be isolated) where one can't be."""
+    hosts = [host for host, _ in ranks]
+    return [host for host, can in ranks if hosts.count(host) > 1 and not can]
+
+
+def serve(context: Context, version: GraphVersion) -> ServedGraph:
+    """Start this rank's server and client, and wait for all others' (collective).
+
+    They listen on the address by which this host reaches rank 0, and on no other.
+
+    Raises:
+        PeerLost: one did not come up in time.
+        UserError: ranks share a host whose kernel refuses mount namespaces (on every rank).
+    """
+    ranks, config = context.ranks, context.config
+    address, isolated = ranks.own_address(), can_be_isolated()
+    with socket.create_server((address, 0)) as found:
+        mine = (socket.gethostname(), isolated, address, int(found.getsockname()[1]))
+        everyone = collectives.all_gather_object(mine)
+    hosts = crowded([(host, can) for host, can, *_ in everyone])
+    if hosts:
+        raise UserError(
+            f"DGL's servers of several ranks share {hosts[0]}, whose kernel refuses this user "
+            "the mount namespaces that keep their shared memory apart",
+            where="graph.sampler=distdgl",
+            remedy="run as root, allow user namespaces, one rank a host, or graph.sampler=table",
+        )
+    task = Task(
+        version=str(version.path.resolve()),
+        part=ranks.rank,
+        folder=str((context.folder / "distdgl" / f"rank-{ranks.rank:02d}").resolve()),
+        addresses=[(host, port) for *_, host, port in everyone],
+        seed=config.seed,
+    )
+    return ServedGraph(
+        task,
+        np.flatnonzero(np.asarray(version.part) == ranks.rank),
+        len(version.part),
+        isolated=isolated,
+        timeout_s=config.cluster.timeout_s,
+    )

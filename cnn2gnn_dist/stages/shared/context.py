@@ -1,0 +1,195 @@
+"""What a stage is handed: the config, its ranks, the run's folder, its inputs' digests."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cnn2gnn_dist.config import Config
+from cnn2gnn_dist.data.images.views import ViewSpec
+from cnn2gnn_dist.data.index.manifest import Manifest
+from cnn2gnn_dist.data.reading.pool import ReaderPool
+from cnn2gnn_dist.data.reading.reader import Batch, ReaderSpec
+from cnn2gnn_dist.data.reading.shard_files import CacheSpec
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.runtime import collectives
+from cnn2gnn_dist.runtime.ranks import Ranks
+from cnn2gnn_dist.training import ds_config
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """Where the parts of a run lie."""
+
+    root: Path
+
+    @property
+    def shards(self) -> Path:
+        """Packed shards."""
+        return self.root / "shards"
+
+    @property
+    def train_manifest(self) -> Path:
+        """Manifest of the training images."""
+        return self.root / "manifest" / "train.arrow"
+
+    @property
+    def test_manifest(self) -> Path:
+        """Manifest of the held-out images."""
+        return self.root / "manifest" / "test.arrow"
+
+    @property
+    def targets(self) -> Path:
+        """Soft targets, one Parquet file a shard."""
+        return self.root / "targets"
+
+    @property
+    def bank(self) -> Path:
+        """The final graph with its features: what unseen images attach to."""
+        return self.root / "bank"
+
+    @property
+    def results(self) -> Path:
+        """The table of the run."""
+        return self.root / "results.json"
+
+    @property
+    def report(self) -> Path:
+        """The page people look at."""
+        return self.root / "report.html"
+
+
+@dataclass(frozen=True)
+class Context:
+    """One stage's view of the run.
+
+    ``key`` identifies this stage's config and inputs (checkpoints carry it), ``folder`` is
+    its own folder, ``device`` is "cpu" or "cuda", ``inside_ray`` whether Ray carries us,
+    ``about`` the config fields behind the key, ``force`` whether a checkpoint of another key will do,
+    ``deepspeed`` the DeepSpeed configs that were read for all ranks.
+    """
+
+    config: Config
+    ranks: Ranks
+    paths: RunPaths
+    folder: Path
+    key: str
+    device: str
+    inside_ray: bool
+    about: dict[str, Any] = field(default_factory=dict)
+    force: bool = False
+    deepspeed: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def deepspeed_of(self, model: str) -> dict[str, Any]:
+        """The DeepSpeed config of "teacher" or "student", as one process read it for all ranks."""
+        if model in self.deepspeed:
+            return self.deepspeed[model]
+        return ds_config.load(getattr(self.config, model).ds_config)
+
+    def say(self, text: str) -> None:
+        """One line to the user, once for all ranks."""
+        if self.ranks.is_first:
+            print(text, flush=True)
+
+    def views(self) -> ViewSpec:
+        """The views of this run's images."""
+        v = self.config.views
+        return ViewSpec(
+            kind=v.kind,
+            size=v.size,
+            seed=self.config.seed,
+            pad=v.pad,
+            scale=v.scale,
+            ratio=v.ratio,
+            flip=v.kind in ("crop_flip", "random_resized_crop"),
+            resize=v.resize,
+        )
+
+    def stream(self, manifest: Path, name: str) -> ReaderPool:
+        """A stream of this rank's batches from a manifest's samples."""
+        settings = self.config.stream
+        backend = settings.backend
+        if backend == "auto":
+            backend = "ray" if self.inside_ray else "local"
+        return ReaderPool(
+            ReaderSpec(
+                str(manifest),
+                self.views(),
+                settings.decoded_bytes,
+                CacheSpec(settings.cache_dir, settings.cache_bytes),
+            ),
+            backend=backend,
+            workers=settings.workers,
+            prefetch=settings.prefetch,
+            name=f"{self.config.name}-{name}-rank{self.ranks.rank}-reader",
+        )
+
+    def to_device(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """images uint8 [n, H, W, 3], labels int64 [n], valid float32 [n] on the device."""
+        images, labels, valid = batch.tensors(self.device)
+        return images, labels, valid.float()
+
+
+@dataclass
+class CorruptCount:
+    """Counts corrupt samples and stops a stage that meets too many.
+
+    The same sample counts once, however often it is read; ``what`` names the set in errors.
+    """
+
+    limit: float
+    total: int
+    seen: dict[int, str] = field(default_factory=dict)
+    what: str = "images"
+
+    def note(self, batch: Batch) -> None:
+        """Add a batch's corrupt samples."""
+        bad = [int(i) for i, ok in zip(batch.ids, batch.valid, strict=True) if not ok]
+        for sample, problem in zip(dict.fromkeys(bad), batch.problems, strict=False):
+            self.seen.setdefault(sample, problem)
+
+    def check(self) -> dict[int, str]:
+        """All ranks' corrupt samples (collective).
+
+        Raises:
+            UserError: more than the limit, on every rank.
+        """
+        everyone: dict[int, str] = {}
+        for seen in collectives.all_gather_object(self.seen):
+            everyone.update(seen)
+        if len(everyone) > self.limit * self.total:
+            some = "; ".join(sorted(everyone.values())[:5])
+            share = math.ceil(1000 * len(everyone) / self.total) / 1000
+            raise UserError(
+                f"{len(everyone)} corrupt {self.what} among {self.total}, more than the limit of "
+                f"{self.limit:.2%}: {some}",
+                where="data.max_corrupt",
+                remedy="mend or drop these images and run the same command with --update, "
+                f"or leave them out: data.max_corrupt={share:g}; a damaged shard that was packed "
+                "from whole images: delete it, and `cnn2gnn run` packs it again",
+            )
+        return everyone
+
+
+def load_manifest(path: Path, stage: str = "index") -> Manifest:
+    """A manifest of this run.
+
+    Raises:
+        UserError: it is not there yet.
+    """
+    if not path.is_file():
+        raise UserError(
+            "the manifest is missing", where=str(path), remedy=f"run `cnn2gnn {stage}` first"
+        )
+    return Manifest.load(path)
+
+
+def chunks(total: int, size: int) -> Iterator[range]:
+    """Ranges of at most ``size`` that cover 0..total."""
+    for start in range(0, total, size):
+        yield range(start, min(total, start + size))

@@ -1,0 +1,130 @@
+"""The networks of a run, as its config says: teacher, student, control."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from cnn2gnn_dist import ledger
+from cnn2gnn_dist.config import Config
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.models.normalise import Normalise
+from cnn2gnn_dist.models.stem import build_stem
+from cnn2gnn_dist.models.student import Scope, Student
+from cnn2gnn_dist.models.teacher import build_teacher
+from cnn2gnn_dist.training.checkpoint import folder as checkpoint_folder
+from cnn2gnn_dist.training.checkpoint.folder import load_weights
+from cnn2gnn_dist.training.checkpoint.manager import Checkpoints
+from cnn2gnn_dist.training.sync_norm import synchronise_norms
+
+
+class Teacher(nn.Module):
+    """uint8 images [B, H, W, 3] → logits_BC: normalisation, then the CNN.
+
+    ``initial``: start from pretrained weights where the config names them.
+    """
+
+    def __init__(self, config: Config, num_classes: int, initial: bool = True) -> None:
+        super().__init__()
+        t = config.teacher
+        self.normalise = Normalise(config.views.mean, config.views.std)
+        self.cnn = build_teacher(
+            t.arch,
+            num_classes,
+            config.views.size,
+            pretrained=t.pretrained and initial,
+            weights=t.weights if initial else None,
+            args=dict(t.args),
+        )
+
+    def forward(self, images_BHWC: torch.Tensor) -> torch.Tensor:
+        """Classify."""
+        return self.cnn(self.normalise(images_BHWC))
+
+
+def build_student(config: Config, num_classes: int, scope: Scope) -> Student:
+    """The student of a config; ``scope="none"`` is the control: the same stem, an MLP head."""
+    s = config.student
+    return Student(
+        build_stem(s.stem, s.dim, config.views.size, **s.stem_args),
+        dim=s.dim,
+        graph_dim=config.graph.dim,
+        hidden=s.hidden,
+        num_classes=num_classes,
+        label_dim=s.label_dim,
+        k=config.graph.neighbours,
+        scope=scope,
+        mean=config.views.mean,
+        std=config.views.std,
+    )
+
+
+def check_norms(config: Config) -> None:
+    """See that the norms of student and control can count over several ranks.
+
+    Raises:
+        UserError: a layer of the stem is of another kind (``synchronise_norms``).
+    """
+    s = config.student
+    untrained = {k: v for k, v in s.stem_args.items() if k not in ("pretrained", "weights")}
+    synchronise_norms(build_stem(s.stem, s.dim, config.views.size, **untrained))
+
+
+def load_model(model: nn.Module, checkpoints: Checkpoints, stage: str) -> None:
+    """Weights and buffers with which a finished stage ended, without DeepSpeed.
+
+    Raises:
+        UserError: the stage is not finished, or that checkpoint is not whole: others are not
+            taken, as what was built on the stage goes with no other.
+    """
+    model.load_state_dict(load_weights(final_checkpoint(checkpoints.folder.parent, stage)))
+
+
+def final_checkpoint(folder: Path, stage: str) -> Path:
+    """The checkpoint that a finished training has recorded in ``done.json``, whole.
+
+    Raises:
+        UserError: the stage is not finished; that checkpoint is missing or damaged.
+    """
+    path = checkpoint_folder.recorded(folder)
+    if path is None:
+        raise UserError(
+            f"the stage {stage} is not finished",
+            where=str(folder),
+            remedy=f"run `cnn2gnn {stage}` first",
+        )
+    problem = checkpoint_folder.damage(path)
+    if problem is not None:
+        raise UserError(
+            f"the checkpoint with which the stage {stage} ended is not whole: {problem}",
+            where=str(path),
+            remedy=f"`cnn2gnn {stage}` makes it again from the checkpoint before it",
+        )
+    return path
+
+
+def check_built_on(root: Path, stage: str, need: str) -> None:
+    """See that a finished stage of a run was built on what another one holds now.
+
+    Raises:
+        UserError: the other one was made again since.
+    """
+    entry, now = ledger.finished(root / stage), ledger.finished(root / need)
+    if entry and now and entry.inputs.get(need, now.digest) != now.digest:
+        raise UserError(
+            f"the {stage} of this run was built from another {need} than the one that is there",
+            where=str(root / stage),
+            remedy=f"`cnn2gnn {stage} --update` builds it from this one",
+        )
+
+
+def norms_of(root: Path, model: str) -> list[list[int]]:
+    """[step, images] of a trained model: from which step on BatchNorm saw how many images at a time.
+
+    More than one pair: training went on at other micro-batches or ranks. Empty without BatchNorm.
+    """
+    stage = "control" if model.startswith("control") else model
+    path = checkpoint_folder.recorded(root / stage)
+    return list(checkpoint_folder.read_state(path)["extra"].get("norms", [])) if path else []

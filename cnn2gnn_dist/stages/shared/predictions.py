@@ -1,0 +1,227 @@
+"""How good are predictions: accuracy, class-balanced accuracy, confusion, calibration."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cnn2gnn_dist import durable
+from cnn2gnn_dist.data.images.views import CLEAN
+from cnn2gnn_dist.data.reading.reader import Batch, Request
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.runtime import collectives
+from cnn2gnn_dist.stages.shared.context import Context, CorruptCount, load_manifest
+
+ECE_BINS = 15
+HELD_OUT_NOTE = "held-out.json"
+Answer = Callable[[Tensor], dict[str, Tensor]]
+"""uint8 images [B, H, W, 3] → probabilities [B, C] under one or more names."""
+
+
+@dataclass
+class Predictions:
+    """Predictions of N images, on every rank, in the order of the manifest.
+
+    ``predicted_N``, ``label_N`` int64; ``confidence_N`` float32, the predicted class's
+    probability. Corrupt images are left out; ``id_N`` says which are there.
+    """
+
+    id_N: np.ndarray
+    predicted_N: np.ndarray
+    confidence_N: np.ndarray
+    label_N: np.ndarray
+
+    def scores(self, num_classes: int) -> dict[str, float]:
+        """accuracy, balanced_accuracy (mean recall of the classes present), ece."""
+        right = self.predicted_N == self.label_N
+        # Not from a confusion matrix: that of 20,000 classes takes gigabytes.
+        images_C = np.bincount(self.label_N, minlength=num_classes)
+        right_C = np.bincount(self.label_N[right], minlength=num_classes)
+        present = images_C > 0
+        return {
+            "accuracy": float(right.mean()),
+            "balanced_accuracy": float((right_C[present] / images_C[present]).mean()),
+            "ece": calibration_error(self.confidence_N, right),
+        }
+
+
+def calibration_error(confidence_N: np.ndarray, right_N: np.ndarray, bins: int = ECE_BINS) -> float:
+    """Expected calibration error: |accuracy - confidence| over equal-width bins, weighted.
+
+    Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, equation 3.
+    """
+    bin_N = np.minimum((confidence_N * bins).astype(int), bins - 1)
+    count = np.bincount(bin_N, minlength=bins)
+    gap = np.bincount(bin_N, right_N.astype(float), bins) - np.bincount(bin_N, confidence_N, bins)
+    return float(np.abs(gap).sum() / max(count.sum(), 1))
+
+
+@dataclass
+class Judgement:
+    """What all names of an ``Answer`` predict, and which images had to be left out, and why."""
+
+    found: dict[str, Predictions]
+    left_out: dict[int, str]
+
+
+def batches_of(samples: int, batch: int, shuffle_seed: int | None = None) -> list[np.ndarray]:
+    """Sample ids in batches of nearly equal size, at most ``batch``: the same for any ranks.
+
+    A last batch of a few images would be a poor company where images see each other.
+    """
+    places = np.arange(samples)
+    if shuffle_seed is not None:
+        places = np.random.default_rng(shuffle_seed).permutation(samples)
+    return np.array_split(places, -(-samples // batch)) if samples else []
+
+
+def sound(batch: Batch) -> Batch:
+    """The rows of a batch whose image could be read."""
+    keep = batch.valid
+    return Batch(batch.images[keep], batch.labels[keep], batch.ids[keep], keep[keep])
+
+
+def own_batches(
+    context: Context, manifest: Path, shuffle_seed: int | None, corrupt: CorruptCount
+) -> Iterator[Batch | None]:
+    """This rank's batches of all samples, clean view, without corrupt ones, which are noted.
+
+    Batches go round the ranks. Every rank gets as many, None for none (or none sound), so that a
+    forward pass may be collective.
+    """
+    ranks = context.ranks
+    plan = batches_of(corrupt.total, context.config.evaluate.batch, shuffle_seed)
+    mine = plan[ranks.rank :: ranks.world_size]
+    with context.stream(manifest, "judge") as stream:
+        for got in stream.batches(Request(ids, CLEAN) for ids in mine):
+            corrupt.note(got)
+            yield sound(got) if got.valid.any() else None
+    for _ in range(-(-len(plan) // ranks.world_size) - len(mine)):
+        yield None
+
+
+@torch.no_grad()
+def judge(
+    context: Context, answer: Answer, manifest: Path, shuffle_seed: int | None = None
+) -> Judgement:
+    """Let a model answer for every image of a manifest that can be read (collective).
+
+    A model whose images see each other (``graph.scope=batch``) is judged in shuffled
+    order: stored order is often by class, and batches of one class tell the answer.
+
+    Raises:
+        UserError: on every rank: too many corrupt images (``data.max_corrupt``), or no others;
+            an answer that is not finite.
+    """
+    corrupt = held_out_count(context, manifest)
+    columns: dict[str, list[list[np.ndarray]]] = {}
+    for got in own_batches(context, manifest, shuffle_seed, corrupt):
+        if got is None:  # in step with the others
+            answer(_nothing(context))
+            continue
+        images, _, _ = context.to_device(got)
+        for name, probability_BC in answer(images).items():
+            sure, predicted = probability_BC.float().max(1)
+            row = [got.ids, predicted.cpu().numpy(), sure.cpu().numpy(), got.labels]
+            columns.setdefault(name, []).append(row)
+    left_out = corrupt.check()
+    check_any_left(corrupt.total, left_out)
+    everyone = collectives.all_gather_object(columns)
+    names = dict.fromkeys(name for one in everyone for name in one)
+    found = {
+        name: _joined([row for one in everyone for row in one.get(name, [])]) for name in names
+    }
+    for name, one in found.items():
+        _check_finite(name, one)
+    return Judgement(found, left_out)
+
+
+def accuracy_of(context: Context, classify: Callable[[Tensor], Tensor]) -> float:
+    """Accuracy on the held-out images (collective); ``classify`` gives logits."""
+
+    def answer(images: Tensor) -> dict[str, Tensor]:
+        return {"model": classify(images).float().softmax(1)}
+
+    found = judge(context, answer, context.paths.test_manifest).found["model"]
+    return float((found.predicted_N == found.label_N).mean())
+
+
+def check_held_out(context: Context) -> None:
+    """See that the held-out images can be read, before anything is trained (collective).
+
+    Done once for a manifest: the note lies in the stage's folder.
+
+    Raises:
+        UserError: as ``judge``.
+    """
+    manifest = context.paths.test_manifest
+    note, digest = context.folder / HELD_OUT_NOTE, load_manifest(manifest).digest
+    known = note.is_file() and note.read_text(encoding="utf-8") == json.dumps(digest)
+    if collectives.broadcast_object(known):
+        return
+    corrupt = held_out_count(context, manifest)
+    for _ in own_batches(context, manifest, None, corrupt):
+        pass
+    left_out = corrupt.check()
+    check_any_left(corrupt.total, left_out)
+    if left_out:
+        context.say(told(left_out, corrupt.total))
+    if context.ranks.is_first:
+        durable.write_text(note, json.dumps(digest))
+
+
+def told(left_out: dict[int, str], total: int) -> str:
+    """One line about held-out images that are not judged."""
+    some = "; ".join(left_out[sample] for sample in sorted(left_out)[:3])
+    return f"{len(left_out)} of {total} held-out images are corrupt and not judged: {some}"
+
+
+def held_out_count(context: Context, manifest: Path) -> CorruptCount:
+    """A count of corrupt images under the run's limit."""
+    total = len(load_manifest(manifest))
+    return CorruptCount(context.config.data.max_corrupt, total, what="held-out images")
+
+
+def check_any_left(total: int, left_out: dict[int, str]) -> None:
+    """See that there is something to judge.
+
+    Raises:
+        UserError: there is not.
+    """
+    if len(left_out) < total:
+        return
+    some = "; ".join(left_out[sample] for sample in sorted(left_out)[:3])
+    raise UserError(
+        f"none of the {total} held-out images can be read: {some}"
+        if total
+        else "there are no held-out images",
+        where="data.test",
+        remedy="mend them, or name other held-out images",
+    )
+
+
+def _nothing(context: Context) -> Tensor:
+    size = context.config.views.size
+    return torch.zeros(1, size, size, 3, dtype=torch.uint8, device=context.device)
+
+
+def _joined(rows: list[list[np.ndarray]]) -> Predictions:
+    ids, classes, sure, truth = (np.concatenate(column) for column in zip(*rows, strict=True))
+    order = np.argsort(ids, kind="stable")
+    return Predictions(ids[order], classes[order], sure[order], truth[order])
+
+
+def _check_finite(name: str, found: Predictions) -> None:
+    wrong = int((~np.isfinite(found.confidence_N)).sum())
+    if wrong:
+        raise UserError(
+            f"{wrong} of {len(found.id_N)} answers of the {name} are not finite",
+            where="evaluate",
+            remedy="look at its loss in metrics.jsonl; train it again with a smaller lr",
+        )

@@ -1,0 +1,127 @@
+"""Whether ranks and images fit the config: said before the first training, not after hours of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from cnn2gnn_dist.config import Config
+from cnn2gnn_dist.data.batch_sizes import check_parts
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.stages.shared.networks import check_norms
+from cnn2gnn_dist.training.ds_config import accumulation_for
+
+_TRAINS = ("teacher", "student", "control")
+
+
+def check(config: Config, stages: Iterable[str], world_size: int) -> None:
+    """See that global batches divide over the ranks, that partitions reach round, and that the
+    stem's norms can count over ranks.
+
+    Args:
+        stages: names of those that are still to run; what is whole may have had other ranks.
+
+    Raises:
+        UserError: they don't.
+    """
+    ahead = set(stages).intersection(_TRAINS)
+    if world_size > 1 and ahead.intersection(("student", "control")):
+        check_norms(config)
+    for name in ahead:
+        section = "teacher" if name == "teacher" else "student"
+        settings = getattr(config, section)
+        accumulation_for(
+            settings.global_batch,
+            world_size,
+            settings.max_micro_batch,
+            f"{section}.global_batch",
+        )
+        if name == "student" and config.graph.scope == "dataset":
+            check_parts(config.graph.parts, world_size, settings.global_batch)
+            if config.graph.sampler == "distdgl" and config.graph.parts != world_size:
+                raise UserError(
+                    f"{config.graph.parts} partitions for {world_size} ranks: with DGL's servers "
+                    "every rank serves one",
+                    where="graph.parts",
+                    remedy=f"graph.parts={world_size}, or graph.sampler=table",
+                )
+
+
+def check_images(config: Config, stages: Iterable[str], images: int) -> None:
+    """See that there are enough training images for the stages that are still to run.
+
+    Raises:
+        UserError: fewer than a global batch, or than a node's candidates in the graph.
+    """
+    for wrong in misfits(config, stages, images):
+        raise wrong
+
+
+def misfits(config: Config, stages: Iterable[str], images: int) -> list[UserError]:
+    """What so many training images are too few for, in the order of the stages."""
+    ahead, found = set(stages), []
+    for name in _TRAINS:
+        section = "teacher" if name == "teacher" else "student"
+        batch = getattr(config, section).global_batch
+        if name in ahead and batch > images:
+            found.append(
+                UserError(
+                    f"{images} training images are fewer than one global batch of {batch}",
+                    where=f"{section}.global_batch",
+                    remedy=f"{section}.global_batch={images} or less, or more images",
+                )
+            )
+    graph = config.graph
+    built = graph.scope == "dataset" and ahead.intersection(("student", "graph"))
+    if built and graph.candidates >= images:
+        fewer = f"graph.candidates={images - 1} or less, with graph.neighbours below it"
+        found.append(
+            UserError(
+                f"{graph.candidates} candidates for each of {images} training images: there are "
+                f"{images - 1} others",
+                where="graph.candidates",
+                remedy=fewer if images > 2 else "more images",
+            )
+        )
+    return found
+
+
+def check_classes(train_N: np.ndarray, held_out: int, holdout: float | None) -> list[str]:
+    """See that there is something to learn and something to judge by.
+
+    Args:
+        train_N: labels of the training images.
+        held_out: number of held-out images.
+        holdout: the share that was to be held out; None: they are a set of their own.
+
+    Returns:
+        What is odd but may be meant, one sentence each.
+
+    Raises:
+        UserError: no held-out images; images of one class only.
+    """
+    classes, count_C = np.unique(train_N[train_N >= 0], return_counts=True)
+    if not held_out:
+        raise UserError(
+            "There is no held-out image: every class has one image, and that is for training."
+            if holdout and count_C.max(initial=0) <= 1
+            else "There is no held-out image to judge by.",
+            where="data.test",
+            remedy="Name a set of held-out images: data.test=…"
+            + ("" if holdout else "; or set data.holdout above 0")
+            + ("; or add images, at least two of each class" if holdout else ""),
+        )
+    if len(classes) < 2:
+        raise UserError(
+            f"All {len(train_N)} training images are of one class: there is nothing to tell apart.",
+            where="data.train",
+            remedy="Name images of at least two classes; a folder of images has one folder for each.",
+        )
+    said = []
+    single = int((count_C == 1).sum())
+    if single == len(classes):
+        said.append("every class has a single training image: no image has a neighbour of its own")
+    elif single:
+        said.append(f"{single} of {len(classes)} classes have a single training image")
+    return said

@@ -1,0 +1,354 @@
+"""What training a teacher and training a student have in common: cursor, steps, checkpoints."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cnn2gnn_dist.config import StudentConfig, TeacherConfig
+from cnn2gnn_dist.data.order import Order
+from cnn2gnn_dist.data.reading.pool import ReaderPool
+from cnn2gnn_dist.data.reading.reader import Batch, Request
+from cnn2gnn_dist.errors import Preempted
+from cnn2gnn_dist.runtime import collectives, preemption
+from cnn2gnn_dist.stages.shared.context import Context, CorruptCount
+from cnn2gnn_dist.training import ds_config, random_state
+from cnn2gnn_dist.training.checkpoint.manager import Checkpoints
+from cnn2gnn_dist.training.engine import Engine
+from cnn2gnn_dist.training.metrics import MetricsLog, process_memory_mb
+from cnn2gnn_dist.training.schedule import late_lr_at, lr_at
+from cnn2gnn_dist.training.sync_norm import batch_of_norms
+
+
+@dataclass
+class Cursor:
+    """Where training stands: the next batch of an epoch, and optimizer steps done."""
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class Late:
+    """Parameters that begin at the start of an epoch, with a warm-up of their own (in epochs)."""
+
+    names: Collection[str]
+    epoch: int
+    warmup: float
+
+
+@dataclass
+class Tally:
+    """Sums of one rank since the last log line."""
+
+    loss: float = 0.0
+    right: float = 0.0
+    samples: float = 0.0
+    began: float = field(default_factory=time.perf_counter)
+    waited: float = 0.0
+    extra: dict[str, list[float]] = field(default_factory=dict)
+
+    def state(self) -> dict[str, Any]:
+        """As plain data; seconds instead of a time that means nothing elsewhere."""
+        return {**asdict(self), "began": time.perf_counter() - self.began}
+
+    @classmethod
+    def of(cls, states: list[dict[str, Any]]) -> Tally:
+        """The sum of some ranks' tallies, to go on from."""
+        tally = cls(began=time.perf_counter() - max(state["began"] for state in states))
+        for state in states:
+            tally.loss += state["loss"]
+            tally.right += state["right"]
+            tally.samples += state["samples"]
+            tally.waited += state["waited"]
+            for name, seen in state["extra"].items():
+                tally.extra.setdefault(name, []).extend(seen)
+        return tally
+
+    def note(self, name: str, value: float) -> None:
+        """Remember one observation, averaged in the next log line."""
+        self.extra.setdefault(name, []).append(value)
+
+
+class Training:
+    """One model's training under DeepSpeed, resumable at every optimizer step.
+
+    Args:
+        context: the stage's view of the run.
+        name: what it is called in logs.
+        model: on the CPU; the same initial weights on every rank.
+        settings: epochs, batch, learning rate.
+        samples: number of training samples.
+        late: the parameters that have no gradients at first.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        name: str,
+        model: nn.Module,
+        settings: TeacherConfig | StudentConfig,
+        samples: int,
+        late: Late | None = None,
+    ) -> None:
+        self.context, self.name, self.settings, self.late = context, name, settings, late
+        world_size = context.ranks.world_size
+        self.accumulation = ds_config.accumulation_for(
+            settings.global_batch, world_size, settings.max_micro_batch
+        )
+        resolved = ds_config.resolve(
+            context.deepspeed_of("teacher" if isinstance(settings, TeacherConfig) else "student"),
+            world_size=world_size,
+            global_batch=settings.global_batch,
+            accumulation=self.accumulation,
+            lr=settings.lr,
+            weight_decay=settings.weight_decay,
+            clip=settings.clip,
+            device=context.device,
+            stage=settings.zero_stage,
+        )
+        self.engine = Engine(
+            model, resolved, device=context.device, late=late.names if late else ()
+        )
+        # Rank losses are averaged over ranks and micro-batches: this makes them sum / G,
+        # whatever the ranks' shares of the global batch.
+        self.divisor = settings.global_batch / world_size / self.accumulation
+        self.checkpoints = Checkpoints(
+            context.folder / "checkpoints",
+            context.key,
+            context.about,
+            keep_last=context.config.checkpoint.keep_last,
+        )
+        self.metrics = MetricsLog(context.folder, context.ranks.rank, name=name)
+        self.corrupt = CorruptCount(context.config.data.max_corrupt, samples)
+        self.cursor = Cursor()
+        self.tally = Tally()
+        self.best: float | None = None
+        self._order: str | None = None
+        micro = settings.global_batch // world_size // self.accumulation
+        self.norms: list[list[int]] = []
+        """[step, images]: from which step on BatchNorm has seen how many images at a time."""
+        self._resume()
+        self._note_norms(batch_of_norms(model, micro, world_size))
+
+    def _resume(self) -> None:
+        loaded = self.checkpoints.load(self.engine, force=self.context.force)
+        if loaded is None:
+            self.metrics.truncate_after(-1)
+            # Not what building the model left: student and control drop out alike.
+            random_state.seed(self.context.config.seed, 0, self.context.ranks.rank)
+            return
+        extra, ranks = loaded.extra, self.context.ranks
+        self.engine.late_from = extra.get("late_from")
+        self.cursor = Cursor(**extra["cursor"])
+        self.corrupt.seen = {int(i): text for i, text in extra["corrupt"].items()}
+        self.best, self._order = extra["best"], extra["order"]
+        self.norms = list(extra.get("norms", []))
+        if len(loaded.owns) == ranks.world_size:
+            own = loaded.owns[ranks.rank]
+            self.tally = Tally.of([own["tally"]])
+            random_state.restore(own["random"])
+        else:  # the ranks are others: what they had seen goes to the first, once
+            if ranks.is_first:
+                self.tally = Tally.of([own["tally"] for own in loaded.owns])
+            random_state.seed(self.context.config.seed, self.cursor.step, ranks.rank)
+        self.metrics.truncate_after(self.cursor.step)
+        self.context.say(
+            f"{self.name:8} continues at epoch {self.cursor.epoch}, batch {self.cursor.batch} "
+            f"(step {self.cursor.step})"
+        )
+
+    def _note_norms(self, images: int | None) -> None:
+        """Say so when BatchNorm goes on with batches of another size: no undisturbed run has both."""
+        before = self.norms[-1][1] if self.norms else None
+        if images is None or images == before:
+            return
+        self.norms.append([self.cursor.step, images])
+        if before is not None:
+            self.context.say(
+                f"{self.name:8} BatchNorm now sees {images} images at a time, {before} until step "
+                f"{self.cursor.step}: the result is not that of a run with either"
+            )
+
+    def heeding_notices(self) -> AbstractContextManager[None]:
+        """While it lasts, a notice to end (SIGTERM …) is met by a save at the next step."""
+
+        def standing() -> str:
+            last = self.checkpoints.folder / "latest"
+            return f"the last checkpoint is {last.read_text() if last.exists() else 'none'}"
+
+        return preemption.heeded(self.context.config.checkpoint.grace_s, standing)
+
+    def save(self, best: bool = False) -> None:
+        """Begin to write a checkpoint (collective)."""
+        extra = {
+            "cursor": asdict(self.cursor),
+            "corrupt": self.corrupt.check(),
+            "best": self.best,
+            "order": self._order,
+            "late_from": self.engine.late_from,
+            "norms": self.norms,
+        }
+        own = {"tally": self.tally.state(), "random": random_state.capture()}
+        self.metrics.flush()
+        self.checkpoints.save(self.cursor.step, self.engine, extra, own, best=best)
+
+    def steps(
+        self, order: Order, epoch: int, view: int, stream: ReaderPool
+    ) -> Iterator[list[Batch]]:
+        """This rank's batches of the rest of an epoch, one list of micro-batches a step."""
+        ranks = self.context.ranks
+        order.check_ranks(ranks.world_size, self.accumulation)
+        self._check_order(order)
+        first, last = self.cursor.batch, order.batches_per_epoch
+
+        def requests() -> Iterator[Request]:
+            for index in range(first, last):
+                for part in order.micro_batches(
+                    epoch, index, ranks.rank, ranks.world_size, self.accumulation
+                ):
+                    yield Request(np.ascontiguousarray(part), view)
+
+        batches = stream.batches(requests())
+        for _ in range(first, last):
+            waited = stream.wait_seconds
+            micro = [next(batches) for _ in range(self.accumulation)]
+            self.tally.waited += stream.wait_seconds - waited
+            for batch in micro:
+                self.corrupt.note(batch)
+            yield micro
+
+    def _check_order(self, order: Order) -> None:
+        """Within an epoch the order must be the one it began with (only ``--force`` gets here)."""
+        if self.cursor.batch and self._order != order.digest:
+            self.context.say(
+                f"{self.name:8} the order of samples is another: epoch {self.cursor.epoch} "
+                "begins again"
+            )
+            self.cursor.batch = 0
+        self._order = order.digest
+
+    def learn(self, loss_B: Tensor, valid_B: Tensor, logits_BC: Tensor, labels_B: Tensor) -> None:
+        """Back-propagate one micro-batch, corrupt samples masked; count what the log shows."""
+        loss = (loss_B * valid_B).sum()
+        self.engine.backward(loss / self.divisor)
+        with torch.no_grad():
+            right = ((logits_BC.argmax(1) == labels_B) * valid_B).sum()
+        self.tally.loss += float(loss.detach())
+        self.tally.right += float(right)
+        self.tally.samples += float(valid_B.sum())
+
+    def step(self, batches_per_epoch: int) -> None:
+        """Update the weights, advance the cursor, log and save when due.
+
+        Raises:
+            Preempted: some rank was told to end; the step is saved, or it is said why not.
+        """
+        progress = self.cursor.epoch + self.cursor.batch / batches_per_epoch
+        s = self.settings
+        # The first step of a warm-up from zero would be lost: count from the step's end.
+        progress += 1 / batches_per_epoch
+        warmup = min(s.warmup_epochs, s.epochs / 2)
+        lr = lr_at(progress, s.epochs, s.lr, warmup)
+        late_lr = self._late_lr(progress, warmup)
+        mine = (float(preemption.asked()), float(self.checkpoints.written))
+        told_to_end, written = self.engine.step(lr, mine, late_lr).votes
+        if written == self.context.ranks.world_size:
+            self.checkpoints.settle()
+        self.cursor.batch += 1
+        self.cursor.step += 1
+        last = self.cursor.batch == batches_per_epoch
+        if self.cursor.step % self.context.config.run.log_steps == 0 or last:
+            self._log(lr, late_lr, batches_per_epoch)
+        due = self.cursor.step % self.context.config.checkpoint.every_steps == 0
+        if told_to_end or (due and not last):
+            self.save()
+        if told_to_end:
+            self._leave()
+
+    def _late_lr(self, progress: float, warmup: float) -> float | None:
+        """Learning rate of the late parameters; None: there are none, or not yet."""
+        late, s = self.late, self.settings
+        if late is None or self.cursor.epoch < late.epoch:
+            return None
+        if self.engine.late_from is None:
+            self.engine.late_from = self.cursor.step
+        own = min(late.warmup, (s.epochs - late.epoch) / 2)
+        return late_lr_at(progress, s.epochs, s.lr, warmup, late.epoch, own)
+
+    def end_epoch(self, judge: Callable[[], dict[str, float]] | None = None) -> None:
+        """Close an epoch: judge when due, save with the cursor at the next epoch's start."""
+        every, found = self.settings.eval_epochs, {}
+        if judge is not None and every and (self.cursor.epoch + 1) % every == 0:
+            self.engine.eval()  # else BatchNorm would learn from the held-out images
+            with self.engine.averaged_buffers():
+                found = judge()
+            self.metrics.log(self.cursor.step, epoch=self.cursor.epoch + 1, **found)
+        self.cursor.epoch += 1
+        self.cursor.batch = 0
+        self.tally = Tally()
+        self.save(best=self._is_best(found))
+        self.checkpoints.settle()  # what comes next (a graph, a stage) may take long
+        if collectives.any_rank(preemption.asked()):
+            self._leave()
+
+    def _is_best(self, found: dict[str, float]) -> bool:
+        """Whether this accuracy on held-out images is the best so far, and to be kept."""
+        accuracy = next((v for k, v in found.items() if k.endswith("test_accuracy")), None)
+        if accuracy is None or (self.best is not None and accuracy <= self.best):
+            return False
+        self.best = accuracy
+        return self.context.config.checkpoint.keep_best
+
+    def _leave(self) -> None:
+        self.checkpoints.settle()
+        problem = self.checkpoints.problem
+        kept = f"step {self.cursor.step} is saved" if problem is None else f"NOT saved: {problem}"
+        raise Preempted(
+            f"{self.name} was told to end: {kept}",
+            where=str(self.checkpoints.folder),
+            remedy="the same command continues",
+        )
+
+    def _log(self, lr: float, late_lr: float | None, batches_per_epoch: int) -> None:
+        t, now = self.tally, time.perf_counter()
+        device = self.engine.device
+        sums = torch.tensor(
+            [t.loss, t.right, t.samples, t.waited], dtype=torch.float64, device=device
+        )
+        loss, right, samples, waited = collectives.all_reduce_sum(sums).tolist()
+        seconds = max(now - t.began, 1e-9)
+        values: dict[str, float] = {
+            "epoch": self.cursor.epoch + self.cursor.batch / batches_per_epoch,
+            "loss": loss / max(samples, 1),
+            "accuracy": right / max(samples, 1),
+            "lr": lr,
+            "images_per_s": samples / seconds,
+            "wait_share": waited / seconds / self.context.ranks.world_size,
+            "memory_mb": process_memory_mb(),
+        }
+        if late_lr is not None:
+            values["graph_lr"] = late_lr
+        if device.type == "cuda":
+            values["gpu_memory_mb"] = torch.cuda.max_memory_allocated(device) / 2**20
+        values.update({name: float(np.mean(seen)) for name, seen in t.extra.items()})
+        self.metrics.log(self.cursor.step, **values)
+        self.tally = Tally()
+
+    def finish(self) -> list[Path]:
+        """The files of the last checkpoint, when training is over (collective)."""
+        corrupt = self.corrupt.check()
+        if corrupt:
+            some = "; ".join(sorted(corrupt.values())[:3])
+            self.context.say(f"{self.name:8} {len(corrupt)} corrupt images were left out: {some}")
+        last = self.checkpoints.finish()
+        return [path for path in last.iterdir() if path.is_file()]

@@ -1,0 +1,58 @@
+"""The soft targets as a training sees them: one mapping a host, filled by all ranks once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from cnn2gnn_dist.data import target_arrays
+from cnn2gnn_dist.data.index.manifest import Manifest
+from cnn2gnn_dist.data.soft_targets import Targets
+from cnn2gnn_dist.runtime import collectives
+from cnn2gnn_dist.stages.shared.context import Context
+
+
+def open_targets(context: Context, manifest: Manifest, targets_key: str) -> Targets:
+    """All soft targets of the run (collective).
+
+    Where nothing can be written beside them every rank reads them into its memory.
+
+    Raises:
+        UserError: on every rank: as ``Targets.load``; the disk is full.
+    """
+    root, meta = context.paths.targets, {"key": targets_key}
+    samples, classes = len(manifest), manifest.num_classes
+    files = sorted(root.glob("*.parquet"))
+
+    def begin() -> tuple[target_arrays.Source, str]:
+        wanted = target_arrays.source(files, samples, classes, meta)
+        if target_arrays.is_whole(root, wanted):
+            return wanted, "whole"
+        try:
+            target_arrays.create(root, wanted)
+        except OSError as error:
+            return wanted, f"not writable: {error.strerror}"
+        return wanted, "begun"
+
+    (wanted, standing), *_ = _on_all(begin if context.ranks.is_first else None)
+    if standing.startswith("not writable"):
+        context.say(f"targets  {standing} ({root}): every rank reads them into its memory")
+        return Targets.load(files, samples, classes, meta)
+    if standing == "begun":
+        ranks = context.ranks
+        mine = wanted.files[ranks.rank :: ranks.world_size]
+        covered = _on_all(lambda: np.packbits(target_arrays.fill(root, wanted, mine)))
+        cells = wanted.layout.views * samples
+        whole_VN = np.unpackbits(np.bitwise_or.reduce(covered), count=cells).astype(bool)
+        whole_VN = whole_VN.reshape(wanted.layout.shape[:2])
+        _on_all((lambda: target_arrays.finish(root, wanted, whole_VN)) if ranks.is_first else None)
+    return target_arrays.opened(root, wanted.layout)
+
+
+def _on_all(work: Callable[[], Any] | None) -> list[Any]:
+    """What each rank's work gives, on every rank, however long; or an error of any (collective)."""
+    with collectives.uneven():
+        result = None if work is None else work()
+    return collectives.all_gather_object(result)

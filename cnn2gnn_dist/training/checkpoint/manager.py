@@ -1,0 +1,313 @@
+"""Sharded, atomic checkpoints of named tensors: any world size and any ZeRO stage reads them.
+
+Saving copies the state to host memory (collective) and writes it in a thread of each rank; when
+all shares are on disk, rank 0 makes them visible (``checkpoint_folder``). It changes nothing of
+the state, so a run that is saved at other steps is the same run. A save that fails (disk full,
+folder read-only) is said and costs that save; the checkpoint before it stays.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cnn2gnn_dist import durable
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.runtime import collectives
+from cnn2gnn_dist.training.checkpoint import folder as disk
+from cnn2gnn_dist.training.checkpoint import named_state
+from cnn2gnn_dist.training.engine import Engine
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a checkpoint holds beside the engine's state.
+
+    Attributes:
+        extra: what all ranks had in common.
+        owns: what each rank that wrote it kept for itself, in rank order.
+        same_run: False for another run's, where that was allowed.
+    """
+
+    extra: dict[str, Any]
+    owns: list[dict[str, Any]]
+    same_run: bool = True
+
+
+class Checkpoints:
+    """The checkpoints of one stage of one run.
+
+    Args:
+        folder: where they lie; made on the first save.
+        run_id: what they belong to; others are refused.
+        about: the config fields behind ``run_id``, so that a refusal can name what differs.
+        keep_last: how many are left; the best one is left besides.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        run_id: str,
+        about: dict[str, Any] | None = None,
+        keep_last: int = 2,
+    ) -> None:
+        self.folder, self.run_id, self.keep_last = Path(folder), run_id, keep_last
+        self.about = about or {}
+        self.problem: str | None = None
+        """Why the last save failed; None if it is on disk, or still being written."""
+        self._writing: _Writing | None = None
+
+    def save(
+        self,
+        step: int,
+        engine: Engine,
+        extra: dict[str, Any],
+        own: dict[str, Any] | None = None,
+        *,
+        best: bool = False,
+    ) -> None:
+        """Begin to write the state after ``step`` optimizer steps (collective).
+
+        It counts from ``settle`` on. ``extra`` (JSON) must be the same on all ranks, ``own`` is
+        this rank's. ``best``: to be kept until there is a better one.
+        """
+        self.settle()
+        final = disk.path_of(self.folder, step)
+        work = final.with_name(final.name + ".tmp")
+        if not self._opened(work):
+            return
+        rank, world_size = collectives.rank(), collectives.world_size()
+        share = _shares(engine, world_size)
+        tensors, optimizer_step = named_state.pull(engine, lambda name: share[name] == rank)
+        if world_size > 1:
+            tensors.update(named_state.own_buffers(engine, rank))
+        state = {
+            "format": disk.FORMAT,
+            "run_id": self.run_id,
+            "step": step,
+            "optimizer_step": optimizer_step,
+            "world_size": world_size,
+            "zero_stage": engine.zero_stage,
+            "extra": extra,
+            "about": self.about,
+        }
+        name = f"rank-{rank:05d}-of-{world_size:05d}"
+        self._writing = _Writing(work, name, tensors, own or {}, state, best)
+
+    @property
+    def written(self) -> bool:
+        """Whether this rank has nothing left to write: when all say so ``settle`` does not wait."""
+        return self._writing is None or self._writing.done
+
+    @property
+    def pending(self) -> bool:
+        """Whether a save waits for ``settle``; the same on all ranks."""
+        return self._writing is not None
+
+    def settle(self) -> None:
+        """Wait until all shares are on disk and make the checkpoint visible (collective)."""
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return
+        outcomes = collectives.all_gather_object(writing.finish())
+        problem = next((error for error, _ in outcomes if error), None)
+        if problem is None and collectives.rank() == 0:
+            problem = _attempt(
+                lambda: self._publish(writing, [f for _, fs in outcomes for f in fs])
+            )
+        self._conclude(collectives.broadcast_object(problem), writing.work)
+
+    def finish(self) -> Path:
+        """The newest checkpoint, when training is over (collective).
+
+        Raises:
+            UserError: the last save failed.
+        """
+        self.settle()
+        if self.problem is not None:
+            raise UserError(
+                f"the last checkpoint could not be written: {self.problem}",
+                where=str(self.folder),
+                remedy="make room or mend the folder; the same command continues from the one before",
+            )
+        path: Path | None = collectives.broadcast_object(
+            self.latest() if collectives.rank() == 0 else None
+        )
+        assert path is not None
+        return path
+
+    def latest(self) -> Path | None:
+        """The newest whole checkpoint; a damaged one is named on stderr and passed over."""
+        disk.recover(self.folder)
+        for folder in reversed(disk.all_of(self.folder)):
+            problem = disk.damage(folder)
+            if problem is None:
+                return folder
+            print(f"checkpoint {folder.name} is passed over: {problem}", file=sys.stderr)
+        return None
+
+    def load(
+        self, engine: Engine, *, force: bool = False, only: Path | None = None
+    ) -> Loaded | None:
+        """Set the engine to the newest whole checkpoint; None if there is none (collective).
+
+        Args:
+            engine: one that has not stepped yet.
+            only: this checkpoint, which is known to be whole, and no other.
+            force: another run's or config's is good too, as long as the model's shapes fit.
+
+        Raises:
+            UserError: the checkpoint belongs to another run, or to another architecture.
+        """
+        found = self.latest() if collectives.rank() == 0 and only is None else only
+        path: Path | None = collectives.broadcast_object(found)
+        if path is None:
+            return None
+        state = disk.read_state(path)
+        same = state["run_id"] == self.run_id
+        if not same and not force:
+            raise self._of_another_run(path, state)
+        tensors = disk.read_tensors(path)
+        _check_shapes(engine, tensors, path)
+        alike = state["world_size"] == collectives.world_size()
+        named_state.push(engine, tensors, state["optimizer_step"])
+        named_state.push_buffers(engine, tensors, collectives.rank() if alike else None)
+        engine.steps = int(state["step"])
+        engine.deepspeed.global_steps = engine.steps
+        return Loaded(state["extra"], disk.read_owns(path), same)
+
+    def _of_another_run(self, path: Path, state: dict[str, Any]) -> UserError:
+        fields = sorted(state["about"].keys() | self.about.keys())
+        there = [(f, state["about"].get(f), self.about.get(f)) for f in fields]
+        different = [f"{f}: {old!r} -> {new!r}" for f, old, new in there if old != new]
+        return UserError(
+            "this checkpoint belongs to another run or config: "
+            + ("; ".join(different) or "its inputs differ, not its config"),
+            where=str(path),
+            remedy="another run.dir=…, --update to start this stage anew, "
+            "or --force to go on from it all the same",
+        )
+
+    def _opened(self, work: Path) -> bool:
+        """Make the folder to write into; rank 0 does."""
+
+        def make() -> None:
+            shutil.rmtree(work, ignore_errors=True)
+            work.mkdir(parents=True)
+
+        problem = _attempt(make) if collectives.rank() == 0 else None
+        problem = collectives.broadcast_object(problem)
+        if problem is not None:
+            self._conclude(problem, work)
+        return problem is None
+
+    def _publish(self, writing: _Writing, files: list[disk.File]) -> None:
+        work = writing.work
+        final = work.with_suffix("")
+        disk.publish(work, final, writing.state, files)
+        if writing.best:
+            durable.write_text(self.folder / disk.BEST, final.name)
+        disk.prune(self.folder, final, self.keep_last)
+
+    def _conclude(self, problem: str | None, work: Path) -> None:
+        self.problem = problem
+        if problem is not None and collectives.rank() == 0:
+            shutil.rmtree(work, ignore_errors=True)
+            print(
+                f"checkpoint {work.stem} was not written: {problem}; training goes on, and the "
+                "checkpoint before it stays",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+class _Writing:
+    """One rank's share on its way to the disk."""
+
+    def __init__(
+        self,
+        work: Path,
+        name: str,
+        tensors: dict[str, Tensor],
+        own: dict[str, Any],
+        state: dict[str, Any],
+        best: bool,
+    ) -> None:
+        self.work, self.state, self.best = work, state, best
+        self._name, self._tensors, self._own = name, tensors, own
+        self._files: list[disk.File] = []
+        self._error: str | None = None
+        # A daemon: a rank that fails must not stay alive to write what nobody will publish.
+        self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    @property
+    def done(self) -> bool:
+        return not self._thread.is_alive()
+
+    def finish(self) -> tuple[str | None, list[disk.File]]:
+        """Wait; why it failed, or the files."""
+        self._thread.join()
+        return self._error, self._files
+
+    def _run(self) -> None:
+        self._error = _attempt(self._write)
+
+    def _write(self) -> None:
+        path = self.work / f"{self._name}.safetensors"
+        save_file({name: tensor.contiguous() for name, tensor in self._tensors.items()}, path)
+        self._tensors = {}
+        durable.sync(path)
+        own = path.with_suffix(".json")
+        durable.write_json(own, self._own)
+        self._files = [disk.describe(path), disk.describe(own)]
+
+
+def _attempt(work: Any) -> str | None:
+    """Do it; what the disk had against it, if so."""
+    try:
+        work()
+    except Exception as error:  # safetensors says ENOSPC in an error of its own
+        return str(error) or type(error).__name__
+    return None
+
+
+def _shares(engine: Engine, world_size: int) -> dict[str, int]:
+    """Which rank writes which tensor: the largest first, each to the rank with the fewest bytes."""
+    sizes = {name: 3 * _elements(p) for name, p in engine.module.named_parameters()}
+    sizes.update({name: b.numel() for name, b in engine.module.named_buffers()})
+    load = [0] * world_size
+    share = {}
+    for name in sorted(sizes, key=lambda n: (-sizes[n], n)):
+        share[name] = load.index(min(load))
+        load[share[name]] += sizes[name]
+    return share
+
+
+def _elements(parameter: Any) -> int:
+    """Elements of the whole parameter; ZeRO-3 leaves an empty tensor and ``ds_numel``."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def _check_shapes(engine: Engine, tensors: dict[str, Tensor], path: Path) -> None:
+    wanted = {
+        "w/" + name: tuple(getattr(p, "ds_shape", p.shape))
+        for name, p in engine.module.named_parameters()
+    }
+    wanted.update({"b/" + name: tuple(b.shape) for name, b in engine.module.named_buffers()})
+    there = {n: tuple(t.shape) for n, t in tensors.items() if n[:2] in ("w/", "b/")}
+    for name in dict.fromkeys([*wanted, *there]):
+        if wanted.get(name) != there.get(name):
+            raise UserError(
+                f"the checkpoint does not fit the model at {name[2:]}: shape "
+                f"{there.get(name, 'absent')} saved, {wanted.get(name, 'absent')} wanted",
+                where=str(path),
+                remedy="the config of the run that wrote it, or another run.dir=…",
+            )

@@ -1,0 +1,118 @@
+"""What a submitted job would find in Ray's copy of the working directory: checked before it is sent."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from cnn2gnn_dist import settings
+from cnn2gnn_dist.config import Config
+from cnn2gnn_dist.errors import UserError
+
+MOST_BYTES = 500 << 20
+"""Of a working directory that Ray takes."""
+MIB = 2**20
+
+
+def check_size(files: Mapping[str, int], folder: Path) -> None:
+    """See that Ray will take the files (relative path → bytes) of ``folder``.
+
+    Raises:
+        UserError: too much, with the three largest.
+    """
+    total = sum(files.values())
+    if total < MOST_BYTES:
+        return
+    largest = sorted(files, key=lambda name: -files[name])[:3]
+    named = ", ".join(f"{name} ({files[name] / MIB:,.0f} MiB)" for name in largest)
+    raise UserError(
+        f"{total / MIB:,.0f} MiB would be sent with the job, and Ray takes less than "
+        f"{MOST_BYTES / MIB:,.0f}; the largest: {named}",
+        where=str(folder),
+        remedy="move data out of this folder, or list it in a file .rayignore there "
+        "(one pattern a line, as in .gitignore)",
+    )
+
+
+def check_paths(files: Mapping[str, int], folder: Path, arguments: Sequence[str]) -> None:
+    """See that relative paths in the arguments of `cnn2gnn run` lead to files that are sent.
+
+    Raises:
+        UserError: one doesn't, or the config itself is wrong.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", default="demo")
+    options, rest = parser.parse_known_args(arguments)
+    source = options.config
+    if source not in settings.presets() and not os.path.isabs(source):
+        if os.path.normpath(source) not in files:
+            raise _not_sent("--config", source, folder, _excluded(folder / source))
+        source = str(folder / source)
+    overrides = [text for text in rest if not text.startswith("-")]
+    for field, path in _relative_paths(source, overrides):
+        _check_path(field, path, files, folder)
+
+
+def _relative_paths(source: str, overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Fields of a config whose paths count from the working directory, with those paths."""
+    with tempfile.TemporaryDirectory() as name:
+        # Whatever comes back below this folder was relative; some levels down, so that "../" is too.
+        root = os.path.realpath(name)
+        start = os.path.join(root, "a", "b", "c", "d")
+        os.makedirs(start)
+        with contextlib.chdir(start):
+            config = settings.load(source, overrides)
+        for field, path in _paths(config):
+            if os.path.commonpath([root, path]) == root:
+                yield field, os.path.relpath(path, start)
+
+
+def _paths(config: Config) -> Iterator[tuple[str, str]]:
+    found = {
+        "data.train": config.data.train,
+        "data.test": config.data.test,
+        "teacher.weights": config.teacher.weights,
+        "teacher.ds_config": config.teacher.ds_config,
+        "student.ds_config": config.student.ds_config,
+    }
+    for field, value in found.items():
+        for path in [value] if isinstance(value, str) else value or []:
+            if os.path.isabs(path):  # not an URL
+                yield field, path
+
+
+def _check_path(field: str, path: str, files: Mapping[str, int], folder: Path) -> None:
+    from cnn2gnn_dist.data.storage.shard_paths import expand
+
+    whole = os.path.join(folder, path)
+    inside = os.path.normpath(path)
+    if os.path.isdir(whole):
+        there = [os.path.join(at, name) for at, _, names in os.walk(whole) for name in names]
+    else:
+        try:
+            there = expand(whole)
+        except UserError:
+            raise _not_sent(field, path, folder, "") from None
+    names = {os.path.relpath(one, folder) for one in there}
+    missing = sorted(names - files.keys())
+    if missing or not names or inside.startswith(".."):
+        raise _not_sent(field, path, folder, _excluded(Path(whole)) if there else "")
+
+
+def _excluded(path: Path) -> str:
+    return ": it is left out (tars, .git, runs, .venv, what .gitignore and .rayignore name)" * (
+        path.exists() or "*" in path.name or "{" in path.name
+    )
+
+
+def _not_sent(field: str, path: str, folder: Path, why: str) -> UserError:
+    return UserError(
+        f"{path} is not among the files that are sent with the job{why}",
+        where=field,
+        remedy="an absolute path that all hosts of the cluster see; relative ones count from "
+        f"the copy of {folder}",
+    )
