@@ -1,0 +1,89 @@
+"""Start a run as one rank of the DeepSpeed launcher, torchrun or srun; no Ray.
+
+deepspeed --num_gpus 2 launch/train.py --deepspeed_config ds_config.json --config demo
+torchrun --nproc_per_node 2 launch/train.py --config demo student.epochs=20
+torchrun --nproc_per_node 2 -m cnn2gnn_dist.launcher --config demo    # the same, without a checkout
+srun python launch/train.py --config imagenet      # meets on the step's first node
+python launch/train.py --config demo               # a single process
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import NoReturn
+
+from cnn2gnn_dist import settings
+from cnn2gnn_dist.errors import PeerLost, UserError
+from cnn2gnn_dist.pipeline import runner
+from cnn2gnn_dist.runtime import preemption
+from cnn2gnn_dist.runtime.ranks import Ranks
+
+
+def main() -> int:
+    """Run the pipeline on this rank; exit code 2 for what the user can mend, 75 for a
+    lost peer, 143 after a notice to end (see docs/resume.md).
+    """
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", default="demo", metavar="FILE_OR_PRESET")
+    parser.add_argument("--stages", metavar="A,B", help="only these stages")
+    parser.add_argument("--update", action="store_true", help="make stale results again")
+    parser.add_argument(
+        "--force", action="store_true", help="go on from checkpoints of another config"
+    )
+    # What the DeepSpeed launcher and its habits put on the command line.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--deepspeed_config", metavar="FILE", help="DeepSpeed config of both models"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value")
+    arguments, odd = parser.parse_known_intermixed_args()
+    ranks = Ranks()
+    if "LOCAL_RANK" in os.environ:  # a launcher's child; of a shell's, nohup must hold
+        preemption.end_with_parent()
+    try:
+        ranks = Ranks.from_environment()
+        if odd:
+            raise settings.misplaced(odd) or UserError(
+                "no such option", where=" ".join(odd), remedy=f"{parser.prog} --help"
+            )
+        overrides = list(arguments.overrides)
+        if arguments.deepspeed_config:
+            overrides += [
+                f"{part}.ds_config={arguments.deepspeed_config}" for part in ("teacher", "student")
+            ]
+        config = settings.load(arguments.config, overrides)
+        names = arguments.stages.split(",") if arguments.stages else None
+        runner.run_rank(
+            tree=settings.as_tree(config),
+            names=names,
+            update=arguments.update,
+            force=arguments.force,
+            inside_ray=False,
+            ranks=ranks,
+        )
+    except UserError as error:
+        if ranks.is_first or isinstance(error, PeerLost):
+            print(f"{parser.prog}: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    return 0
+
+
+def leave(code: int) -> NoReturn:
+    """End this process without taking the interpreter apart.
+
+    Threads of torch and gloo that ask for the interpreter lock while it is being taken apart are
+    unwound through C++ that may not throw, and a rank that was done dies of SIGABRT (seen in 3 of
+    about 40 launches). All files are closed by now.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    leave(main())

@@ -1,0 +1,125 @@
+"""Submit a run to a Ray cluster's job server, follow its log, return its exit code.
+
+python launch/submit.py --address http://127.0.0.1:8265 -- --config demo run.dir=/shared/demo
+python -m cnn2gnn_dist.submit …                    # the same, without a checkout
+
+Everything after ``--`` goes to ``cnn2gnn run`` on the cluster, in a copy of this checkout: a
+relative path counts from there, and tars are not sent. Ctrl-C leaves the job running and says
+how to look at it; ``--stop-on-interrupt`` stops it instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import shlex
+import sys
+import uuid
+from pathlib import Path
+from typing import Any
+
+from cnn2gnn_dist import upload_checks
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.runtime import ray_probe
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+EXCLUDES = [".git", "runs", ".venv", "**/*.tar", "**/__pycache__"]
+ENTRYPOINT = r"""
+raylet=$(sed -n 's/^PPid:[^0-9]*//p' /proc/$PPID/status)
+for python in $(tr '\0' '\n' < /proc/$raylet/cmdline \
+| sed -n 's/^--python_worker_command=\([^ ]*\).*/\1/p') python python3; do
+command -v "$python" > /dev/null && exec "$python" -m cnn2gnn_dist run {arguments}
+done
+echo "no python on PATH: activate its environment before ray start" >&2
+exit 127
+""".strip()
+"""By the interpreter of Ray's own workers (children of the raylet, which is told it), whether or not
+its environment is activated."""
+
+
+def main() -> int:
+    """Submit, follow, report; 0 when the job succeeded, 1 when it failed, 2 when it can't be sent."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--address", default="http://127.0.0.1:8265", help="the job server")
+    parser.add_argument(
+        "--working-dir",
+        default=str(CHECKOUT if (CHECKOUT / "pyproject.toml").is_file() else Path.cwd()),
+        help="what is sent to the cluster: this checkout, or the current folder where there is none",
+    )
+    parser.add_argument("--stop-on-interrupt", action="store_true", help="Ctrl-C stops the job")
+    parser.add_argument("arguments", nargs="*", help="arguments of `cnn2gnn run`, after --")
+    options = parser.parse_args()
+    try:
+        return _submit(options)
+    except UserError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def _submit(options: argparse.Namespace) -> int:
+    ray_probe.spare_proxies(options.address)
+    where = f"--address {options.address}"
+    os.environ[ray_probe.MODE] = ray_probe.job_server_mode(options.address, where)
+    # Only now, because Ray reads how to authenticate when it is imported.
+    from ray.job_submission import JobStatus, JobSubmissionClient
+
+    folder = Path(options.working_dir).resolve()
+    files = _sent(folder)
+    upload_checks.check_size(files, folder)
+    upload_checks.check_paths(files, folder, options.arguments)
+    try:
+        client = JobSubmissionClient(options.address)
+        job = client.submit_job(
+            submission_id=f"cnn2gnn-{uuid.uuid4().hex[:8]}",
+            entrypoint=ENTRYPOINT.format(arguments=shlex.join(options.arguments)),
+            runtime_env={"working_dir": str(folder), "excludes": EXCLUDES},
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise UserError(
+            f"the job server takes no job: {lines[0]}", where=where, remedy="see the head's log"
+        ) from None
+    print(f"submitted {job}", flush=True)
+    try:
+        asyncio.run(_follow(client, job))
+    except KeyboardInterrupt:
+        if options.stop_on_interrupt:
+            client.stop_job(job)
+            print(f"stopped {job}")
+        else:
+            print(f"{job} goes on; `ray job logs {job} --follow` shows it")
+        return 130
+    status = client.get_job_status(job)
+    print(f"{job}: {status.value}")
+    return 0 if status == JobStatus.SUCCEEDED else 1
+
+
+def _sent(folder: Path) -> dict[str, int]:
+    """Relative path and bytes of every file that Ray will send, as its own walk finds them."""
+    from ray._private.runtime_env import packaging
+
+    found: dict[str, int] = {}
+
+    def note(path: Path) -> None:
+        if path.is_file():
+            found[str(path.relative_to(folder))] = path.stat().st_size
+
+    heed_gitignore = os.environ.get("RAY_RUNTIME_ENV_IGNORE_GITIGNORE", "0") != "1"
+    silent = logging.getLogger("submit.silent")
+    silent.disabled = True
+    excludes = [packaging._get_excludes(folder, EXCLUDES)]
+    packaging._dir_travel(folder, excludes, note, heed_gitignore, silent)
+    return found
+
+
+async def _follow(client: Any, job: str) -> None:
+    async for lines in client.tail_job_logs(job):
+        print(lines, end="", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
