@@ -1,7 +1,7 @@
 """Kill a small run at random moments, start it again, and compare it with one that nobody killed.
 
-    PYTHONPATH=.:tests python benchmarks/chaos.py 100          # at least so many kills, about 30 minutes
-    PYTHONPATH=.:tests python benchmarks/chaos.py 20 --seed 7 --only ray
+    PYTHONPATH=. python benchmarks/chaos.py 100          # at least so many kills, about 30 minutes
+    PYTHONPATH=. python benchmarks/chaos.py 20 --seed 7 --only ray
 
 Victims in turn: one rank, all ranks and their launcher, the launcher alone (torchrun); a rank, the
 driver, a stream's reader, Ray's head (`cnn2gnn run`). Moments: while starting, at any step, inside
@@ -26,9 +26,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
-import runs
 
 from cnn2gnn_dist.training import metrics
+from tests.support import runs
 
 HOW = ["checkpoint.every_steps=3", "cluster.max_failures=0", "cluster.timeout_s=60"]
 STAGES = ("teacher", "student", "control")

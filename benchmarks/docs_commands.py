@@ -44,8 +44,8 @@ KINDS: list[tuple[str, str, str]] = [  # pattern of the command, kind, why
     (r"^make demo TORCH=", "no", "needs the index of a CUDA version"),
     (r"^make partial", "install", "needs a compiler and libjpeg-turbo's header"),
     (r"cluster.address=HEAD", "no", "needs several hosts"),
-    (r"^ray job submit|^python launch/submit.py|^ray (start|job)", "no", "needs a Ray cluster; tests/test_ways_in.py"),
-    (r"^(deepspeed|torchrun) .*launch/train.py .*--config demo", "long", "a whole demo; tests/test_ways_in.py"),
+    (r"^ray job submit|^python launch/submit.py|^ray (start|job)", "no", "needs a Ray cluster: test_ways_in.py"),
+    (r"^(deepspeed|torchrun) .*launch/train.py .*--config demo", "long", "a whole demo: test_ways_in.py"),
     (r"config (cifar10|mini_imagenet|imagenet)( |$)", "no", "needs a data set, and an hour or a GPU"),
     (r"python benchmarks/\w+\.py", "long", "minutes to an hour"),
 ]  # fmt: skip

@@ -1,7 +1,7 @@
 """Fuzz of the decoder and the views: mutated images of every kind, real ones among them.
 
-PYTHONPATH=.:tests python benchmarks/fuzz_decode.py SECONDS              # atheris, else plain mutation
-PYTHONPATH=.:tests python benchmarks/fuzz_decode.py SECONDS --sanitize   # partial.c under ASan and UBSan
+PYTHONPATH=. python benchmarks/fuzz_decode.py SECONDS              # atheris, else plain mutation
+PYTHONPATH=. python benchmarks/fuzz_decode.py SECONDS --sanitize   # partial.c under ASan and UBSan
 
 A finding is: an exception that is no CorruptSample, 10 s or (at a limit of a million pixels an image)
 64 MB more of memory for one input, a row that a corrupt image has touched, fill_views that disagrees with decode,

@@ -1,6 +1,6 @@
 """Fuzz of the header walk and of the index: mutated and generated archives, held to webdataset.
 
-PYTHONPATH=.:tests python benchmarks/fuzz_tar.py SECONDS    # coverage-guided with atheris, else by hypothesis
+PYTHONPATH=. python benchmarks/fuzz_tar.py SECONDS    # coverage-guided with atheris, else by hypothesis
 
 A finding is: an exception that is no UserError, a message that is long or not printable, 512 MB of
 address space or 10 s for one archive (a few kB each), a member or sample that tarfile or webdataset
@@ -33,8 +33,8 @@ with atheris.instrument_imports(["cnn2gnn_dist.data"]) if atheris else contextli
     from cnn2gnn_dist.data.tar import samples
     from cnn2gnn_dist.errors import UserError
 
-import archives
-from archives import END, base256, file, gnu, header, mend, pax, record
+from tests.support import archives
+from tests.support.archives import END, base256, file, gnu, header, mend, pax, record
 
 SPARE = 512 << 20
 FOLDER = Path(sys.argv[2] if len(sys.argv) > 2 else os.devnull)  # made by the first process

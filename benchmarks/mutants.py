@@ -49,21 +49,27 @@ class Subject:
 
 
 SUBJECTS = (
-    Subject("arithmetic", "data/batch_sizes.py", ("test_order.py",)),
-    Subject("order", "data/order.py", ("test_order.py",)),
-    Subject("targets", "data/soft_targets.py", ("test_targets.py",)),
-    Subject("losses", "models/losses.py", ("test_losses.py",)),
-    Subject("judge", "stages/shared/predictions.py", ("test_judge.py",)),
-    Subject("block", "graph/block.py", ("test_block.py", "test_student_model.py")),
-    Subject("live_search", "stages/neighbours/live_search.py", ("test_live_search.py",)),
-    Subject("partition", "graph/partition/parts.py", ("test_partition.py",)),
+    Subject("arithmetic", "data/batch_sizes.py", ("unit/data/test_order.py",)),
+    Subject("order", "data/order.py", ("unit/data/test_order.py",)),
+    Subject("targets", "data/soft_targets.py", ("unit/data/test_soft_targets.py",)),
+    Subject("losses", "models/losses.py", ("unit/models/test_losses.py",)),
+    Subject("judge", "stages/shared/predictions.py", ("unit/pipeline/test_predictions.py",)),
+    Subject(
+        "block", "graph/block.py", ("unit/graph/test_block.py", "unit/models/test_student_model.py")
+    ),
+    Subject("live_search", "stages/neighbours/live_search.py", ("unit/graph/test_live_search.py",)),
+    Subject("partition", "graph/partition/parts.py", ("unit/graph/test_partition.py",)),
     Subject(
         "checkpoint",
         "training/checkpoint/manager.py",
-        ("test_checkpoint_files.py", "test_checkpoint.py"),
+        ("unit/training/test_checkpoint_files.py", "multiprocess/test_checkpoint.py"),
     ),
-    Subject("checkpoint_folder", "training/checkpoint/folder.py", ("test_checkpoint_files.py",)),
-    Subject("ledger", "ledger.py", ("test_ledger.py",)),
+    Subject(
+        "checkpoint_folder",
+        "training/checkpoint/folder.py",
+        ("unit/training/test_checkpoint_files.py",),
+    ),
+    Subject("ledger", "ledger.py", ("unit/pipeline/test_ledger.py",)),
 )
 
 
@@ -79,7 +85,7 @@ class Server:
         tests = [f"tests/{name}" for name in subject.tests]
         command = [sys.executable, str(folder / "benchmarks" / "mutating" / "server.py")]
         env = os.environ | {
-            "PYTHONPATH": f"{folder}{os.pathsep}{folder / 'tests'}",
+            "PYTHONPATH": str(folder),
             "PYTHONDONTWRITEBYTECODE": "1",
             "OMP_NUM_THREADS": "1",
             "DS_ACCELERATOR": "cpu",

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-import runs
+
+from tests.support import REPOSITORY, runs
 
 FOLDER = Path(tempfile.mkdtemp(prefix="r", dir="/tmp"))  # short: a socket's path has 107 bytes
 
@@ -44,9 +45,8 @@ def ray_cluster() -> Iterator[None]:
 
     patch = pytest.MonkeyPatch()
     # Actors import the package and the tests' modules as this process does.
-    here = Path(__file__).resolve().parent
     known = os.environ.get("PYTHONPATH", "")
-    paths = [str(here.parent), str(here), *filter(None, [known])]
+    paths = [str(REPOSITORY), *filter(None, [known])]
     patch.setenv("PYTHONPATH", os.pathsep.join(paths))
     # Else Ray takes the machine's address for 127.0.0.1, and listens to the network.
     patch.setattr(services, "resolve_ip_for_localhost", lambda host: host)

@@ -1,0 +1,326 @@
+"""The same command after a kill continues, and ends in the undisturbed run's bits."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cnn2gnn_dist.training import metrics
+from cnn2gnn_dist.training.checkpoint import folder as disk
+from tests.support.runs import (
+    MICRO,
+    environment,
+    finish,
+    lines,
+    ray_environment,
+    start,
+    torchrun,
+    trail,
+)
+
+pytestmark = pytest.mark.slow
+
+
+def read_until(process: subprocess.Popen[str], pattern: str) -> str:
+    """Output up to the first line that matches."""
+    seen = []
+    assert process.stdout is not None
+    for line in process.stdout:
+        seen.append(line)
+        if re.search(pattern, line):
+            return "".join(seen)
+    raise AssertionError(f"{pattern!r} never came:\n{''.join(seen)[-4000:]}")
+
+
+def reach(process: subprocess.Popen[str], run: Path, stage: str, step: int | None = None) -> None:
+    """Wait until a training has logged this step; without one, until it has a checkpoint."""
+    path, latest = run / stage / "metrics.jsonl", run / stage / "checkpoints" / "latest"
+    deadline = time.monotonic() + 400  # beside other work; it costs nothing where it is quick
+
+    def there() -> bool:
+        if step is None:
+            return latest.exists()
+        return path.exists() and any(line["step"] >= step for line in metrics.read(path))
+
+    while not there():
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            raise AssertionError(f"no {stage} step {step}:\n{process.communicate()[0][-4000:]}")
+        time.sleep(0.005)
+
+
+def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The ranks below torchrun, in order."""
+    children = psutil.Process(process.pid).children()
+    return sorted((c for c in children if "launch/train.py" in c.cmdline()), key=lambda c: c.pid)
+
+
+def kill_all(process: subprocess.Popen[str]) -> None:
+    """SIGKILL to a process and everything below it, without warning."""
+    family = [process, *psutil.Process(process.pid).children(recursive=True)]
+    for member in family:
+        os.kill(member.pid, signal.SIGKILL)
+    process.communicate()
+    psutil.wait_procs([m for m in family if isinstance(m, psutil.Process)])
+
+
+@pytest.mark.parametrize(("stage", "zero"), [("teacher", 3), ("student", 1), ("control", 0)])
+def test_killed_launch_continues_from_its_checkpoint(stage, zero, tmp_path):
+    """Every loss and the last bit of the weights; the same ZeRO stage, whose sums are its own."""
+    how = [f"teacher.zero_stage={zero}", f"student.zero_stage={zero}"]
+    before = {"teacher": "pack,index", "student": "pack,index,teacher,targets"}
+    chosen = f"{before.get(stage, before['student'])},{stage}"
+
+    def command(run: Path) -> list[str]:
+        return [*torchrun(run, *how), "--stages", chosen]
+
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    code, output = finish(start(command(whole), environment()))
+    assert code == 0, output[-4000:]
+    process = start(command(run), environment())
+    reach(process, run, stage)
+    kill_all(process)
+    assert not (run / stage / "done.json").exists()
+    assert list((run / stage / "checkpoints").glob("step-*"))
+
+    code, output = finish(start(command(run), environment()))
+    assert code == 0, output[-4000:]
+    assert re.search(rf"{stage} +continues at epoch", output)
+    assert "pack     whole, skipped" in output
+    assert trail(run, (stage,)) == trail(whole, (stage,))
+
+
+@pytest.mark.parametrize(("stage", "ranks"), [("teacher", 1), ("student", 1), ("student", 2)])
+def test_a_run_goes_on_at_another_world_size(stage, ranks, tmp_path):
+    """Same batches, same neighbours, the same losses to float tolerance; nothing is converted.
+
+    Moments over ranks and moments of one are rounded differently, and training blows that up from
+    step to step (Adam makes a whole step of a gradient that is nothing but rounding).
+    """
+    how = ["student.max_micro_batch=32", "teacher.max_micro_batch=16"]
+    before = {"teacher": "pack,index", "student": "pack,index,teacher,targets"}[stage]
+
+    def command(run: Path, ranks: int) -> list[str]:
+        return [*torchrun(run, *how, ranks=ranks), "--stages", f"{before},{stage}"]
+
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    code, output = finish(start(command(whole, 3 - ranks), environment()))
+    assert code == 0, output[-4000:]
+    shutil.copytree(whole, run)
+    for name in ("done.json", "metrics.jsonl"):
+        (run / stage / name).unlink()
+    shutil.rmtree(run / stage / "checkpoints")
+    process = start(command(run, 3 - ranks), environment())
+    reach(process, run, stage)
+    kill_all(process)
+    code, output = finish(start(command(run, ranks), environment()))
+    assert code == 0, output[-4000:]
+    assert re.search(rf"{stage} +continues at epoch", output)
+
+    expected, found = lines(whole / stage), lines(run / stage)
+    assert [line["step"] for line in found] == [line["step"] for line in expected]
+    for ours, theirs in zip(found, expected, strict=True):
+        for name in ("loss", "test_accuracy"):
+            if name in theirs:
+                tolerance = 1e-4 if ours["step"] <= 8 else 1e-2
+                assert ours[name] == pytest.approx(theirs[name], rel=tolerance), theirs
+
+
+def test_one_rank_killed_in_batch_scope(tmp_path):
+    """The paper's scope: the launcher ends the other rank, the next launch goes on."""
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    how = ["graph.scope=batch", "student.control=false", "teacher.epochs=1", "student.epochs=2"]
+    code, output = finish(start(torchrun(whole, *how), environment()))
+    assert code == 0, output[-4000:]
+    process = start(torchrun(run, *how), environment())
+    reach(process, run, "student")
+    ranks_of(process)[1].kill()
+    code, output = finish(process)
+    assert code != 0, output
+    code, output = finish(start(torchrun(run, *how), environment()))
+    assert code == 0, output[-4000:]
+    assert re.search(r"student +continues at epoch", output)
+    assert trail(run, ("teacher", "student")) == trail(whole, ("teacher", "student"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_notice_to_end_saves_the_step(number, micro_run, tmp_path):
+    """Both ranks save at the same next step, say so, and leave with exit code 143."""
+    run = tmp_path / "run"
+    process = start(torchrun(run, "checkpoint.every_steps=1000"), environment())
+    reach(process, run, "teacher", 2)
+    ranks_of(process)[1].send_signal(number)  # one rank's notice is all ranks'
+    code, output = finish(process)
+    assert code != 0, output
+    assert "exitcode  : 143" in output, output
+    stage, step = re.search(r"(\w+) was told to end: step (\d+) is saved", output).groups()
+    assert (run / stage / "checkpoints" / "latest").read_text() == f"step-{int(step):08d}"
+
+    code, output = finish(start(torchrun(run, "checkpoint.every_steps=1000"), environment()))
+    assert code == 0, output[-4000:]
+    assert f"(step {step})" in output
+    assert trail(run) == trail(micro_run)
+
+
+@pytest.mark.ray
+def test_a_job_told_to_end_under_ray_saves_the_step(micro_run, tmp_path):
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "cnn2gnn_dist", "run", "--config", "demo", *MICRO]
+    command += [f"run.dir={run}", "checkpoint.every_steps=1000", "cluster.grace_s=20"]
+    process = start(command, ray_environment())
+    reach(process, run, "teacher", 2)
+    process.terminate()
+    code, output = finish(process)
+    assert code == 143, output
+    stage, step = re.search(r"(\w+) was told to end: step (\d+) is saved", output).groups()
+    assert (run / stage / "checkpoints" / "latest").read_text() == f"step-{int(step):08d}"
+    code, output = finish(start(command, ray_environment()))
+    assert code == 0, output[-4000:]
+    assert trail(run) == trail(micro_run)
+
+
+def test_a_silent_peer_ends_in_a_named_error(tmp_path):
+    """A stopped rank: the other says so after cluster.timeout_s and leaves with exit code 75."""
+    run = tmp_path / "run"
+    process = start(torchrun(run, "cluster.timeout_s=6"), environment())
+    reach(process, run, "teacher", 2)
+    ranks = ranks_of(process)
+    ranks[1].suspend()
+    try:
+        seen = read_until(process, "another rank died, or did not answer within 6 s")
+        ranks[0].wait(60)
+    finally:
+        ranks[1].kill()
+    code, output = finish(process)
+    assert code != 0
+    assert "exitcode  : 75" in output, seen + output
+
+
+@pytest.mark.ray
+def test_a_rank_lost_under_ray_is_replaced(micro_run, tmp_path):
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "cnn2gnn_dist", "run", "--config", "demo", *MICRO]
+    process = start([*command, f"run.dir={run}"], ray_environment())
+    reach(process, run, "student")
+    family = psutil.Process(process.pid).children(recursive=True)
+    next(child for child in family if child.name().startswith("ray::_Rank")).kill()
+    code, output = finish(process)
+    assert code == 0, output[-4000:]
+    assert "a rank was lost" in output
+    assert re.search(r"student +continues at epoch", output)
+    assert trail(run) == trail(micro_run)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("victim", ["driver", "gcs_server", "ray::ReaderAct"])
+def test_a_run_outlives_the_driver_rays_head_and_a_reader(victim, micro_run, tmp_path):
+    """A reader is replaced under way; after the others the same command goes on."""
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "cnn2gnn_dist", "run", "--config", "demo", *MICRO]
+    process = start([*command, f"run.dir={run}"], ray_environment())
+    reach(process, run, "teacher")
+    family = psutil.Process(process.pid).children(recursive=True)
+    if victim == "driver":
+        process.kill()
+    else:
+        next(child for child in family if child.name().startswith(victim)).kill()
+    code, output = finish(process)
+    psutil.wait_procs(family, timeout=60)
+    if victim == "ray::ReaderAct":
+        assert code == 0, output[-4000:]
+    else:
+        assert code != 0, output[-4000:]
+        assert [child for child in family if child.is_running()] == []
+        code, output = finish(start([*command, f"run.dir={run}"], ray_environment()))
+        assert code == 0, output[-4000:]
+    assert trail(run) == trail(micro_run)
+
+
+def test_targets_continue_at_the_first_missing_shard(micro_run, tmp_path):
+    """A cut-off run left some files: they are not written again, a damaged one is."""
+    run = tmp_path / "run"
+    shutil.copytree(micro_run, run)
+    files = sorted((run / "targets").glob("*.parquet"))
+    (run / "targets" / "done.json").unlink()
+    files[1].unlink()
+    files[2].write_bytes(files[2].read_bytes()[:-100])
+    before = {path.name: path.stat().st_mtime_ns for path in files if path.exists()}
+    wanted = {
+        path.name: path.read_bytes() for path in sorted((micro_run / "targets").glob("*.parquet"))
+    }
+
+    command = torchrun(run)
+    code, output = finish(start([*command, "--stages", "targets"], environment()))
+    assert code == 0, output[-4000:]
+    assert f"{len(files) - 2} of {len(files)} shards are whole" in output
+    for path in files:
+        assert path.read_bytes() == wanted[path.name]
+        rewritten = path in (files[1], files[2])
+        assert (path.stat().st_mtime_ns != before.get(path.name)) == rewritten
+
+
+def test_a_notice_that_no_step_ends_in_time_for_is_said(tmp_path):
+    """The peer is stopped, so no step ends: the rank says what is lost and leaves with 143."""
+    run = tmp_path / "run"
+    process = start(torchrun(run, "checkpoint.grace_s=3"), environment())
+    reach(process, run, "teacher", 2)
+    ranks = ranks_of(process)
+    ranks[1].suspend()
+    try:
+        ranks[0].send_signal(signal.SIGTERM)
+        seen = read_until(process, "no step ended within 3 s of the notice to end")
+        ranks[0].wait(60)
+    finally:
+        ranks[1].kill()
+    code, output = finish(process)
+    assert code != 0
+    assert "the last checkpoint is" in seen
+    assert "exitcode  : 143" in output, seen + output
+
+
+def test_force_goes_on_under_another_config(micro_run, tmp_path):
+    """Without it the change is named and refused; with it the teacher trains on, the rest is anew."""
+    run = tmp_path / "run"
+    shutil.copytree(micro_run, run)
+    command = [*torchrun(run, "teacher.epochs=3"), "--stages", "pack,index,teacher"]
+    code, output = finish(start(command, environment()))
+    assert code != 0
+    assert "teacher.epochs: 2 -> 3" in output
+    assert "--force" in output
+    command = [*torchrun(run, "teacher.epochs=3"), "--stages", "pack,index,teacher", "--force"]
+    code, output = finish(start(command, environment()))
+    assert code == 0, output[-4000:]
+    assert "goes on all the same" in output
+    assert "(step 18)" in output
+    assert [line["step"] for line in lines(run / "teacher") if "loss" in line] == list(range(1, 28))
+    assert lines(run / "teacher")[:18] == lines(micro_run / "teacher")[:18]
+
+
+def test_force_begins_the_epoch_again_when_the_order_is_another(tmp_path):
+    """Another number of partitions in the middle of an epoch: no sample is left out of it."""
+    run = tmp_path / "run"
+    before = ["--stages", "pack,index,teacher,targets,student"]
+    process = start([*torchrun(run, "teacher.epochs=1"), *before], environment())
+    reach(process, run, "student", 14)
+    kill_all(process)
+    newest = disk.all_of(run / "student" / "checkpoints")[-1]
+    cursor = disk.read_state(newest)["extra"]["cursor"]
+    how = ["teacher.epochs=1", "graph.parts=4"]
+    code, output = finish(start([*torchrun(run, *how), *before, "--force"], environment()))
+    assert code == 0, output[-4000:]
+    assert "goes on all the same: made from another config" in output
+    assert "graph.parts: 2 -> 4" in output
+    assert f"student  continues at epoch {cursor['epoch']}, batch {cursor['batch']}" in output
+    assert ("the order of samples is another" in output) == (cursor["batch"] > 0)
+    last = lines(run / "student")[-1]
+    assert last["step"] == 27 + cursor["batch"]
+    assert last["epoch"] == 3

@@ -1,0 +1,196 @@
+"""Three ways in, one code path: each carries the digits to the same end."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.runs import (
+    BIN,
+    MICRO,
+    bare_environment,
+    environment,
+    finish,
+    free_port,
+    results,
+    scores,
+    start,
+)
+
+pytestmark = pytest.mark.slow
+
+
+def test_torchrun_leaves_every_artefact(micro_run):
+    table = results(micro_run)
+    for model in ("teacher", "student", "control_mlp"):
+        assert table[model].keys() >= {"accuracy", "parameters", "flops", "ms_per_image", "ece"}
+        assert 0.1 < table[model]["accuracy"] <= 1.0
+    assert table["student"]["parameters"] > table["control_mlp"]["parameters"]
+    targets = sorted((micro_run / "targets").glob("*.parquet"))
+    assert len(targets) == len(list((micro_run / "shards").glob("train-*.tar")))
+    graph = table["student"]["graph"]
+    assert sum(graph["inner"]) == graph["nodes"] == table["run"]["train_images"]
+    assert len(graph["inner"]) == len(graph["halo"]) == 2
+
+
+def test_deepspeed_launcher(micro_run, tmp_path):
+    command = [str(BIN / "deepspeed"), "--hostfile", "cluster/hostfile", "--no_ssh"]
+    command += [
+        "--node_rank",
+        "0",
+        "--master_addr",
+        "127.0.0.1",
+        "--master_port",
+        str(free_port()),
+        "launch/train.py",
+    ]
+    command += ["--deepspeed_config", "ds_config.json", "--config", "demo", *MICRO]
+    run = tmp_path / "run"
+    code, output = finish(start([*command, f"run.dir={run}"], bare_environment(tmp_path)))
+    assert code == 0, output[-4000:]
+    assert scores(run) == scores(micro_run)
+
+
+@pytest.mark.ray
+def test_cnn2gnn_run_on_ray(micro_run, tmp_path):
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "cnn2gnn_dist", "run", "--config", "demo", *MICRO]
+    code, output = finish(start([*command, f"run.dir={run}"], bare_environment(tmp_path)))
+    assert code == 0, output[-4000:]
+    assert scores(run) == scores(micro_run)
+
+    code, output = finish(start([*command, f"run.dir={run}"], bare_environment(tmp_path)))
+    assert code == 0
+    for stage in ("pack", "index", "teacher", "targets", "student", "graph", "control", "evaluate"):
+        assert f"{stage:8} whole, skipped" in output
+    assert not (tmp_path / ".ray").exists()  # a token there would be demanded by the user's own Ray
+
+
+@pytest.mark.ray
+@pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("unshare") is None,
+    reason="Ray's job server binds to the network: the test wants a network namespace (root, unshare)",
+)
+def test_ray_job(micro_run, tmp_path):
+    """`ray job submit`, launch/submit.py, cluster.address= and `ray job stop`, on a cluster that
+    demands the token in the user's home, and whose environment was not activated when it started.
+    The head sees loopback only.
+    """
+    run, run_3 = tmp_path / "job", tmp_path / "job-3"
+    ports = {name: free_port_outside_workers() for name in ("gcs", "dashboard", "client")}
+    teacher = (
+        f"{sys.executable} -m cnn2gnn_dist teacher --config demo {_quoted(MICRO)} run.dir={run}"
+    )
+    cluster = f"cluster.address=127.0.0.1:{ports['gcs']}"
+    script = f"""
+    ip link set lo up
+    ray get-auth-token --generate > /dev/null
+    PATH=/usr/local/bin:/usr/bin:/bin {BIN}/ray start --head --block --disable-usage-stats \
+        --node-ip-address 127.0.0.1 --port {ports["gcs"]} --num-cpus 2 \
+        --dashboard-host 127.0.0.1 --dashboard-port {ports["dashboard"]} --include-dashboard true \
+        --ray-client-server-port {ports["client"]} --temp-dir {short_folder(tmp_path)} > {tmp_path}/head.log 2>&1 &
+    head=$!
+    trap "kill -TERM $head; wait $head" EXIT
+    export RAY_ADDRESS=http://127.0.0.1:{ports["dashboard"]}
+    for i in $(seq 60); do RAY_AUTH_MODE=token ray job list > /dev/null 2>&1 && break; done
+    RAY_AUTH_MODE=token ray job submit --working-dir . -- \
+        {sys.executable} -m cnn2gnn_dist run --config demo {_quoted(MICRO)} run.dir={run}
+    echo "submit exit $?"
+    {sys.executable} launch/submit.py --address $RAY_ADDRESS -- --config demo {_quoted(MICRO)} \
+        run.dir={run} --dry-run
+    echo "script exit $?"
+    {sys.executable} launch/submit.py --address $RAY_ADDRESS -- --config demo {_quoted(MICRO)} \
+        run.dir={run} data.limit=399
+    echo "failing exit $?"
+    {sys.executable} launch/submit.py --address $RAY_ADDRESS -- --config demo student.epoch=1
+    echo "wrong exit $?"
+    {teacher} {cluster}
+    echo "cluster exit $?"
+    HOME={tmp_path}/other {teacher} {cluster}
+    echo "tokenless cluster exit $?"
+    HOME={tmp_path}/other {sys.executable} launch/submit.py --address $RAY_ADDRESS -- --config demo
+    echo "tokenless script exit $?"
+    export RAY_AUTH_MODE=token
+    ray job submit --no-wait --submission-id stopped --working-dir . -- {sys.executable} -m cnn2gnn_dist run \
+        --config demo {_quoted(MICRO)} teacher.epochs=2000 checkpoint.every_steps=100000 run.dir={run_3}
+    for i in $(seq 1200); do [ -s {run_3}/teacher/metrics.jsonl ] && break; sleep 0.1; done
+    ray job stop stopped
+    ray job logs stopped
+    """
+    process = start(["unshare", "-n", "bash", "-c", script], bare_environment(tmp_path / "home"))
+    try:
+        _, output = finish(process, 800)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert "submit exit 0" in output, output[-6000:]
+    assert "script exit 0" in output, output[-3000:]
+    assert "failing exit 1" in output, output[-3000:]
+    assert "wrong exit 2" in output, output[-3000:]
+    assert "did you mean student.epochs?" in output
+    assert "cluster exit 0" in output, output[-3000:]
+    for way in ("cluster", "script"):
+        assert f"tokenless {way} exit 2" in output, output[-3000:]
+    assert output.count("demands a token, and there is none here") == 2
+    assert "Traceback" not in output.split("failing exit")[1].split("tokenless script exit")[0]
+    assert scores(run) == scores(micro_run)
+    step = re.search(r"teacher was told to end: step (\d+) is saved", output)
+    assert step, output[-3000:]
+    latest = run_3 / "teacher" / "checkpoints" / "latest"
+    assert latest.read_text() == f"step-{int(step[1]):08d}"
+
+
+def short_folder(tmp_path: Path) -> Path:
+    """Ray's sockets live below it: their path must stay under 107 bytes."""
+    folder = Path("/tmp") / f"ray-{os.getpid()}"
+    folder.mkdir(exist_ok=True)
+    (tmp_path / "session").symlink_to(folder)
+    return folder
+
+
+def free_port_outside_workers() -> int:
+    """Ray keeps 10002-19999 for its workers."""
+    while 10002 <= (port := free_port()) <= 19999:
+        pass
+    return port
+
+
+def _quoted(arguments: list[str]) -> str:
+    return " ".join(f"'{argument}'" for argument in arguments)
+
+
+def test_submit_names_the_remedy_when_no_server_answers():
+    command = [sys.executable, "launch/submit.py", "--address", f"http://127.0.0.1:{free_port()}"]
+    done = subprocess.run(
+        [*command, "--", "--config", "demo"], capture_output=True, text=True, env=environment()
+    )
+    assert done.returncode == 2
+    assert "ray start --head" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_dry_run_prints_config_and_plan(micro_run):
+    command = [sys.executable, "-m", "cnn2gnn_dist", "run", "--config", "demo", *MICRO]
+    done = subprocess.run(
+        [*command, f"run.dir={micro_run}", "student.epochs=5", "--dry-run"],
+        capture_output=True,
+        text=True,
+        env=environment(),
+    )
+    assert done.returncode == 0
+    assert "epochs: 5" in done.stdout
+    plan = done.stdout.splitlines()[-8:]
+    assert plan[3].split()[:2] == ["targets", "whole"]
+    assert "student.epochs: 3 -> 5" in plan[4]
+    assert (
+        json.loads((micro_run / "student" / "done.json").read_text())["parts"]["student"]["epochs"]
+        == 3
+    )

@@ -1,0 +1,57 @@
+"""A graph version whose making was killed: the same version, without doing again what was done."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import REPOSITORY, graph_builds, rank_group, runs
+
+
+def build(run: Path, folder: Path, die_after: int = 0) -> tuple[int, dict[str, Any]]:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.support.graph_builds", str(run), str(folder), str(die_after)],
+        env=runs.environment(PYTHONPATH=str(REPOSITORY)),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode in (0, -9), done.stderr[-3000:]
+    return done.returncode, json.loads(done.stdout.splitlines()[-1]) if done.stdout else {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("die_after", [1, 5, 14])
+def test_a_killed_build_goes_on_at_its_unit(
+    micro_run: Path, tmp_path: Path, die_after: int
+) -> None:
+    code, whole = build(micro_run, tmp_path / "whole")
+    assert code == 0
+    assert whole["embedded"] > 0
+    assert whole["units"] > die_after
+    code, _ = build(micro_run, tmp_path / "cut", die_after)
+    assert code == -9
+    assert not (tmp_path / "cut" / "v0007").exists()
+    code, again = build(micro_run, tmp_path / "cut")
+    assert code == 0
+    assert again["embedded"] == 0
+    # The thread that works may be further than the one that counts, when the kill comes.
+    assert 0 < again["units"] <= whole["units"] - die_after
+    assert again["files"] == whole["files"]
+    names = [path.name for path in (tmp_path / "cut").iterdir()]
+    assert names == ["v0007"]
+
+
+@pytest.mark.slow
+def test_a_build_rests_on_no_barrier(micro_run: Path, tmp_path: Path) -> None:
+    """One rank embeds much slower than the other: the graph is one rank's, to the bit."""
+    code, whole = build(micro_run, tmp_path / "one")
+    assert code == 0
+    (tmp_path / "two").mkdir()
+    for files in rank_group.run(graph_builds.slow_second_rank, 2, micro_run, tmp_path / "two"):
+        assert files == whole["files"]
+    assert {"twin.npy", "candidates.npy", "x.npy"} <= set(whole["files"])

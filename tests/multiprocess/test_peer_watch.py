@@ -1,0 +1,77 @@
+"""A lost rank is named, whatever the others wait in."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import pytest
+import torch.distributed as dist
+
+from cnn2gnn_dist.errors import PeerLost
+from cnn2gnn_dist.runtime import collectives
+from cnn2gnn_dist.runtime.peer_watch import PeerWatch, Silence
+from tests.support import rank_group
+
+
+def test_silence_is_the_time_since_a_note_changed() -> None:
+    silence = Silence([0, 2], now=100.0)
+    silence.note({0: b"1", 2: b"1"}, 101.0)
+    silence.note({0: b"2", 2: b"1"}, 104.0)
+    assert silence.since(106.0, limit=4.0) == {2: 5.0}
+    assert silence.since(105.0, limit=4.0) == {}
+    silence.note({0: b"3"}, 107.0)  # 2 has no note any more
+    silence.note({2: b"5"}, 108.0)  # or is started again
+    assert silence.since(112.0, limit=4.0) == {0: 5.0}
+
+
+def test_a_peer_that_never_came_is_silent_from_the_start() -> None:
+    assert Silence([1], now=10.0).since(15.5, limit=5.0) == {1: 5.5}
+
+
+def store() -> dist.Store:
+    return dist.distributed_c10d._get_default_store()
+
+
+def wait_for_the_dead(victim: int) -> str:
+    """One rank is killed; the other waits in something that no peer's death would end."""
+    watch = PeerWatch(store(), collectives.rank(), 2, silence_s=3.0, beat_s=0.1)
+    collectives.barrier()
+    if collectives.rank() == victim:
+        os.kill(os.getpid(), signal.SIGKILL)
+    threading.Event().wait(rank_group.GROUP_TIMEOUT_S)
+    watch.close()
+    return "never"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_is_named(victim: int) -> None:
+    """Rank 0 hosts the store: without it there is nobody to ask, which says it too."""
+    outcomes = rank_group.launch(
+        wait_for_the_dead, 2, victim, timeout=2 * rank_group.GROUP_TIMEOUT_S
+    )
+    assert outcomes[victim].returncode == -signal.SIGKILL
+    survivor = outcomes[1 - victim]
+    assert survivor.returncode == PeerLost.exit_code, survivor.output
+    assert f"rank {victim} has not been heard of" in survivor.output
+    assert ("meeting point does not answer" in survivor.output) == (victim == 0)
+
+
+def both_alive() -> bool:
+    """Until each has heard the other many times; long silences would be reported."""
+    told: list[PeerLost] = []
+    watch = PeerWatch(store(), collectives.rank(), 2, silence_s=30.0, beat_s=0.01, lost=told.append)
+    other = f"alive/{1 - collectives.rank()}"
+    store().wait([other])
+    while int(store().get(other)) < 20:
+        pass
+    collectives.barrier()
+    watch.close()
+    return not told
+
+
+@pytest.mark.slow
+def test_living_ranks_are_left_alone() -> None:
+    assert rank_group.run(both_alive, 2) == [True, True]

@@ -1,0 +1,155 @@
+"""However a driver of a stream ends: no process, no file, no shared memory is left of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cnn2gnn_dist.data.index.manifest import index
+from tests.support import REPOSITORY, runs
+from tests.support.shards import make_shards, random_images
+
+SECONDS = 20.0
+"""Until what is left counts as left: a limit for machines under load, not a measurement."""
+
+NAMESPACE = ["unshare", "--mount"] if os.geteuid() == 0 and shutil.which("unshare") else []
+"""With a /dev/shm of one's own nobody else's coming and going there is counted."""
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.ray,
+    pytest.mark.skipif(sys.platform != "linux", reason="the test's subreaper is Linux's"),
+]
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shutdown")
+    shards = make_shards(folder / "s", random_images(40), np.arange(40) % 7)
+    index(shards, progress=False).save(folder / "m.arrow")
+    return folder / "m.arrow"
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """A temporary folder of the driver's own; short, for a socket's path has 107 bytes."""
+    folder = Path(tempfile.mkdtemp(prefix="e", dir="/tmp"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def end(
+    place: Path,
+    tmp_path: Path,
+    command: list[str],
+    number: int | None,
+    trigger: str = "streaming",
+) -> dict:
+    """Exit code and output of a driver that gets this signal when it prints the trigger;
+    which processes it had then, what is left of it."""
+    environment = runs.bare_environment(tmp_path / "home") | {
+        "TMPDIR": str(place),
+        "PYTHONPATH": str(REPOSITORY),
+    }
+    job = {
+        "command": [sys.executable, *command],
+        "environment": environment,
+        "signal": number,
+        "trigger": trigger,
+        "seconds": SECONDS,
+        "private": bool(NAMESPACE),
+        "result": str(tmp_path / "result.json"),
+    }
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    reaper = [
+        sys.executable,
+        str(REPOSITORY / "tests/support/reaper.py"),
+        str(tmp_path / "job.json"),
+    ]
+    subprocess.run([*NAMESPACE, *reaper], check=True, timeout=240)
+    result = json.loads((tmp_path / "result.json").read_text())
+    # Else the next Ray that this user starts would demand the token.
+    assert not (tmp_path / "home" / ".ray").exists()
+    result["files"] = sorted(str(path.relative_to(place)) for path in place.rglob("*"))
+    return result
+
+
+def assert_nothing_left(result: dict) -> None:
+    assert result["left"] == [], result["output"]
+    assert result["files"] == []
+    assert result["shared"] == []
+
+
+@pytest.mark.parametrize(
+    ("how", "number", "code"),
+    [
+        ("stop", signal.SIGTERM, 143),
+        ("stop", signal.SIGKILL, -signal.SIGKILL),
+        ("stop", signal.SIGINT, 1),
+        ("return", None, 0),
+        ("raise", None, 1),
+    ],
+)
+def test_nothing_is_left_of_a_ray_driver(manifest, place, tmp_path, how, number, code):
+    command = ["-m", "tests.support.stream_driver", str(manifest), "ray", how]
+    result = end(place, tmp_path, command, number)
+    assert result["code"] == code, result["output"]
+    if number == signal.SIGINT:
+        assert result["output"].rstrip().endswith("KeyboardInterrupt")
+    # It had something to leave: the readers, Ray's daemons, the watcher.
+    names = " ".join(result["started"])
+    for part in ("raylet", "gcs_server", "ray::ReaderActor", "ray::DashboardAgent", "watcher.py"):
+        assert part in names
+    assert_nothing_left(result)
+    if how == "raise":
+        assert "the trainer is broken" in result["output"]
+
+
+@pytest.mark.parametrize(
+    ("how", "number", "code"),
+    [
+        ("stop", signal.SIGTERM, -signal.SIGTERM),
+        ("stop", signal.SIGKILL, -signal.SIGKILL),
+        ("stop", signal.SIGINT, -signal.SIGINT),
+        ("return", None, 0),
+        ("raise", None, 1),
+    ],
+)
+def test_nothing_is_left_of_a_local_driver(manifest, place, tmp_path, how, number, code):
+    command = ["-m", "tests.support.stream_driver", str(manifest), "local", how]
+    result = end(place, tmp_path, command, number)
+    assert result["code"] == code, result["output"]
+    assert_nothing_left(result)
+    for noise in ("resource_tracker", "leaked", "Exception ignored"):
+        assert noise not in result["output"]
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)]
+)
+def test_nothing_is_left_of_a_run_but_its_folder(place, tmp_path, number, code):
+    """Ranks with readers of their own, under the command; Ray's logs are kept beside the results."""
+    run = tmp_path / "run"
+    command = ["-m", "cnn2gnn_dist", "run", "--config", "demo", *runs.MICRO, f"run.dir={run}"]
+    result = end(place, tmp_path, command, number, trigger="teacher  step")
+    assert result["code"] == code, result["output"]
+    names = " ".join(result["started"])
+    assert "ray::_Rank" in names or "ray::rank" in names
+    assert "ReaderActor" in names
+    assert_nothing_left(result)
+    assert set(result["listening"]) == {"127.0.0.1"}, result["listening"]
+    assert (run / "ray-logs" / "raylet.out").is_file()
+    if number == signal.SIGTERM:
+        assert f"Ray's logs were kept in {run}/ray-logs" in result["output"]
+        assert "ended by SIGTERM; the same command continues" in result["output"]
+        assert "Traceback" not in result["output"]

@@ -1,0 +1,93 @@
+"""Build a graph version from a finished run: python tests/support/graph_builds.py RUN FOLDER DIE_AFTER.
+
+DIE_AFTER: SIGKILL itself after so many units of the search; 0: end whole. Prints JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cnn2gnn_dist import settings
+from cnn2gnn_dist.graph.search import approximate
+from cnn2gnn_dist.runtime import collectives
+from cnn2gnn_dist.runtime.ranks import Ranks
+from cnn2gnn_dist.stages import graph
+from cnn2gnn_dist.stages.neighbours import candidates
+from cnn2gnn_dist.stages.shared.context import Context, RunPaths
+
+
+def contexts(run: Path, folder: Path, ranks: Ranks) -> Context:
+    """Of a build in many small units."""
+    for name in ("SCAN_ROWS", "JOIN_ROWS", "PROBE_ROWS"):
+        setattr(approximate, name, 40)
+    config = settings.load(
+        str(run / "config.yaml"),
+        ["graph.exact=false", "graph.query=table", "graph.recall=0.9", "evaluate.batch=16"],
+    )
+    return Context(config, ranks, RunPaths(run), folder, "key", "cpu", False)
+
+
+def projection(context: Context) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """Images to x and z without a network."""
+    config = context.config
+    generator = torch.Generator().manual_seed(0)
+    lift = torch.randn(16 * 16 * 3, config.student.dim, generator=generator)
+
+    def embed(images: Tensor) -> tuple[Tensor, Tensor]:
+        x = images.float().flatten(1) / 255 @ lift
+        return x, torch.nn.functional.normalize(x[:, : config.graph.dim])
+
+    return embed
+
+
+def slow_second_rank(run: Path, folder: Path) -> dict[str, Any]:
+    """A build of two ranks, one much slower, whose barriers don't hold; the version's files."""
+    ranks = Ranks.from_environment()
+    context = contexts(run, folder, ranks)
+    project = projection(context)
+    collectives.barrier = lambda: None
+
+    def embed(images: Tensor) -> tuple[Tensor, Tensor]:
+        begun = time.monotonic()
+        while ranks.rank and time.monotonic() < begun + 0.1:
+            project(images)
+        return project(images)
+
+    version = graph.build(context, embed, folder, 7, None, "weights of step 9")
+    return json.loads((version.path / "manifest.json").read_text())["files"]
+
+
+def main(run: Path, folder: Path, die_after: int) -> None:
+    context = contexts(run, folder, Ranks())
+    embedded = units = 0
+    project = projection(context)
+
+    def embed(images: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal embedded
+        embedded += len(images)
+        return project(images)
+
+    def counted(bar: object, phase: str, done: int, total: int) -> None:
+        nonlocal units
+        units += 1
+        if units == die_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    candidates._Bar.__call__ = counted  # type: ignore[method-assign]
+    version = graph.build(context, embed, folder, 7, None, "weights of step 9")
+    files = json.loads((version.path / "manifest.json").read_text())["files"]
+    print(json.dumps({"embedded": embedded, "units": units, "files": files}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))

@@ -1,0 +1,150 @@
+"""Small whole runs for tests: the digits through every engine in well under a minute."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from cnn2gnn_dist.training.checkpoint import folder as disk
+from tests.support import REPOSITORY
+
+BIN = Path(sys.executable).parent
+
+MICRO = [
+    "data.limit=400",
+    "data.shard_size=64",
+    "views.size=16",
+    "views.pad=1",
+    "teacher.args={layers: [1, 1, 1, 1], channels: [8, 16, 16, 32]}",
+    "teacher.epochs=2",
+    "teacher.global_batch=32",
+    "teacher.lr=0.005",
+    "targets.views=2",
+    "graph.dim=16",
+    "graph.candidates=8",
+    "graph.neighbours=4",
+    "graph.fanouts=[6, 4]",
+    "graph.partitioner=ranges",  # repeatable in any container; tests/end_to_end/test_variants.py runs METIS
+    "graph.start_epoch=1",
+    "graph.refresh_epochs=1",
+    "student.stem=conv3",
+    "student.dim=32",
+    "student.hidden=32",
+    "student.label_dim=8",
+    "student.epochs=3",
+    "student.global_batch=32",
+    "student.lr=0.005",
+    "checkpoint.every_steps=4",
+    "run.log_steps=1",
+    "evaluate.gallery=6",
+    "evaluate.timing_images=64",
+]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """One thread a rank and nothing of an outer launcher or cluster."""
+    env = {
+        k: v for k, v in os.environ.items() if not re.match(r"RANK|WORLD_SIZE|LOCAL_RANK|RAY_", k)
+    }
+    env.update(OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1", RAY_USAGE_STATS_ENABLED="0")
+    env["PATH"] = f"{BIN}:{env['PATH']}"
+    env.update(more)
+    return env
+
+
+def ray_environment() -> dict[str, str]:
+    """For runs that start a Ray: nothing more, it has a token of its own."""
+    return environment()
+
+
+def bare_environment(home: Path) -> dict[str, str]:
+    """A user's shell: a path and a home of its own, nothing that tests or launchers set."""
+    home.mkdir(exist_ok=True)
+    path = f"{BIN}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+    return {"PATH": path, "HOME": str(home), "PYTHONPATH": str(REPOSITORY)}
+
+
+def free_port() -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(command: list[str], env: dict[str, str], cwd: Path = REPOSITORY) -> subprocess.Popen[str]:
+    """Start in a process group of its own, both outputs in one pipe."""
+    return subprocess.Popen(
+        command,
+        cwd=cwd,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], seconds: float = 600) -> tuple[int, str]:
+    """Exit code and output."""
+    try:
+        output, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, 9)
+        output, _ = process.communicate()
+        raise AssertionError(f"not done after {seconds} s:\n{output[-4000:]}") from None
+    return process.returncode, output
+
+
+def torchrun(run_dir: Path, *overrides: str, ranks: int = 2) -> list[str]:
+    """Command of a run."""
+    return [
+        str(BIN / "torchrun"),
+        *("--nproc_per_node", str(ranks), "--master_addr", "127.0.0.1"),
+        *("--master_port", str(free_port()), "launch/train.py"),
+        *("--config", "demo", *MICRO, f"run.dir={run_dir}", *overrides),
+    ]
+
+
+def results(run_dir: Path) -> dict:
+    """The table of a run."""
+    return json.loads((run_dir / "results.json").read_text())
+
+
+def scores(run_dir: Path) -> dict[str, tuple[float, float]]:
+    """What must not depend on who started the run: accuracy and calibration of each model."""
+    table = results(run_dir)
+    return {
+        name: (table[name]["accuracy"], table[name]["ece"])
+        for name in ("teacher", "student", "control_mlp")
+    }
+
+
+def trail(run_dir: Path, stages: tuple[str, ...] = ("teacher", "student", "control")) -> dict:
+    """What must be the same to the bit however often a run was killed: each training's lines of
+    metrics (without times and memory), and its last weights, moments and buffers.
+    """
+    return {stage: (lines(run_dir / stage), weights(run_dir / stage)) for stage in stages}
+
+
+def lines(folder: Path) -> list[dict]:
+    """Metrics of a training, without what depends on the clock."""
+    text = (folder / "metrics.jsonl").read_text()
+    found = [json.loads(line) for line in text.splitlines()]
+    clock = ("time", "images_per_s", "wait_share", "memory_mb")
+    return [{k: v for k, v in line.items() if k not in clock} for line in found]
+
+
+def weights(folder: Path) -> str:
+    """Digest of the tensors in a training's last checkpoint."""
+    last = disk.all_of(folder / "checkpoints")[-1]
+    tensors = disk.read_tensors(last)
+    found = hashlib.sha256(last.name.encode())
+    for name in sorted(tensors):
+        found.update(name.encode() + tensors[name].contiguous().numpy().tobytes())
+    return found.hexdigest()

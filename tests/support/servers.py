@@ -1,0 +1,140 @@
+"""Real servers on the loopback: HTTP with byte ranges and faults on demand, and S3 (moto)."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.server
+import os
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from tests.support.rank_group import free_port
+
+Fault = str | None
+"""None, "500", "403", "404", "short" (the body stops early), "stall" (it stops and says nothing),
+"drop" (the connection closes without an answer), "whole" (the range is ignored),
+"flip" (a wrong byte), "drip" (a byte now and then)."""
+
+
+class Served:
+    """A folder behind HTTP.
+
+    ``fault`` is asked before each GET with its number (from 0) and path; ``requests`` counts GETs
+    by path; ``sent`` bytes of bodies. ``head_fault`` is the same for HEADs, by their path.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.fault: Callable[[int, str], Fault] = lambda number, path: None
+        self.head_fault: Callable[[str], Fault] = lambda path: None
+        self.requests: Counter[str] = Counter()
+        self.sent = 0
+        self.lock = threading.Lock()
+        self.tagged = False  # whether an ETag tells a file's versions apart
+        self.released = threading.Event()  # ends what stalls
+
+
+@contextlib.contextmanager
+def http_server(folder: Path) -> Iterator[Served]:
+    """Serve the files of a folder."""
+    served = Served("")
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *words: object) -> None:
+            pass
+
+        def do_HEAD(self) -> None:
+            self._answer(served.head_fault(self.path), body=False)
+
+        def do_GET(self) -> None:
+            with served.lock:
+                number = served.requests.total()
+                served.requests[self.path] += 1
+            self._answer(served.fault(number, self.path), body=True)
+
+        def _answer(self, fault: Fault, *, body: bool) -> None:
+            path = folder / self.path.lstrip("/")
+            if fault == "drop":
+                self.close_connection = True
+                return
+            if fault in ("500", "403", "404") or not path.is_file():
+                self.send_error(int(fault) if fault in ("500", "403") else 404)
+                return
+            data, status = path.read_bytes(), 200
+            wanted = self.headers.get("Range")
+            self.total = len(data)
+            first = 0
+            if wanted and fault != "whole":
+                first, last = wanted.removeprefix("bytes=").split("-")
+                first = int(first)
+                data, status = data[first : int(last) + 1 if last else None], 206
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data)))
+            self.send_header("Accept-Ranges", "bytes")
+            if served.tagged:
+                self.send_header("ETag", f'"{hashlib.md5(path.read_bytes()).hexdigest()}"')
+            if status == 206:
+                ends = f"bytes {first}-{first + len(data) - 1}/{self.total}"
+                self.send_header("Content-Range", ends)
+            self.end_headers()
+            if not body:
+                return
+            if fault == "flip":
+                data = data[:-1] + bytes([data[-1] ^ 1])
+            if fault in ("short", "stall"):
+                data = data[: len(data) // 2]
+                self.close_connection = True
+            with served.lock:
+                served.sent += len(data)  # before, since who has the last byte may look at once
+            with contextlib.suppress(OSError):
+                if fault == "drip":
+                    while data and not served.released.wait(0.05):
+                        self.wfile.write(data[:1])
+                        data = data[1:]
+                self.wfile.write(data)
+                if fault == "stall":
+                    self.wfile.flush()
+                    served.released.wait(60)
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        served.url = f"http://127.0.0.1:{server.server_address[1]}"
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield served
+        finally:
+            served.released.set()
+            server.shutdown()
+            thread.join()
+
+
+@contextlib.contextmanager
+def s3_server() -> Iterator[str]:
+    """The endpoint of an empty S3 store (moto's server, a process of its own)."""
+    port = free_port()
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    log = subprocess.DEVNULL
+    process = subprocess.Popen(command, stdout=log, stderr=log, env=dict(os.environ))
+    endpoint = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(600):  # until it answers
+            with contextlib.suppress(urllib.error.URLError, ConnectionError):
+                urllib.request.urlopen(f"{endpoint}/moto-api/", timeout=5).close()
+                break
+            assert process.poll() is None, "the S3 server ended"
+            time.sleep(0.05)
+        yield endpoint
+    finally:
+        process.terminate()
+        process.wait(20)

@@ -1,0 +1,336 @@
+"""Two sets of images, two numberings: classes are matched by name, or the run is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cnn2gnn_dist.data.index.class_matching import Told, case_note, class_names, match, notes
+from cnn2gnn_dist.data.index.class_names import unused_lists
+from cnn2gnn_dist.data.index.manifest import index
+from cnn2gnn_dist.data.index.manifest_pair import index_pair, index_whole
+from cnn2gnn_dist.data.index.repeated_images import copies_note
+from cnn2gnn_dist.errors import UserError
+from tests.support.shards import encode_image, make_shards, random_images, write_tar
+
+IMAGE = encode_image(random_images(1, 8, 8)[0])
+
+
+def told(*names: str | None) -> Told:
+    return Told({n: name for n, name in enumerate(names) if name is not None}, len(names))
+
+
+def shard(path: Path, *samples: tuple[int, str | None]) -> Path:
+    """A shard of (label, class name) samples."""
+    members = []
+    for number, (label, name) in enumerate(samples):
+        key = f"{path.stem}{number}"
+        members += [(f"{key}.cls", b"%d" % label), (f"{key}.png", IMAGE)]
+        if name is not None:
+            members.append((f"{key}.json", json.dumps({"class_name": name}).encode()))
+    return write_tar(path, members)
+
+
+@pytest.mark.parametrize(
+    ("train", "held", "present", "expected"),
+    [
+        # the same, a permutation, a part that is numbered from 0 again
+        (told("ant", "bee", "cow"), told("ant", "bee", "cow"), [0, 1, 2], [0, 1, 2]),
+        (told("ant", "bee", "cow"), told("cow", "ant", "bee"), [0, 1, 2], [2, 0, 1]),
+        (told("ant", "bee", "cow"), told("bee", "cow"), [0, 1], [1, 2]),
+        # a class that is unknown and has no image matters to nobody
+        (told("ant", "bee"), told("fox", "bee"), [1], [-1, 1]),
+        # names that are numbers, sorted as text, as folders are
+        (told("0", "1", "10", "2"), told("0", "2"), [0, 1], [0, 3]),
+        # no names at all: numbers are all there is
+        (told(None, None, None), told(None, None), [0, 1], [0, 1]),
+        # names that are the very numbers, and a side with numbers only
+        (told("0", "1", "2"), told(None, None), [0, 1], [0, 1]),
+        (told(None, None, None), told("0", "1"), [0, 1], [0, 1]),
+        # ImageNet's two cranes: by number, because all other names say the numbering is the same
+        (told("crane", "bee", "crane"), told("crane", "bee", "crane"), [0, 1, 2], [0, 1, 2]),
+        (told("crane", "bee", "crane"), told("crane", "bee", "crane"), [2, 1], [-1, 1, 2]),
+        (told("crane", "crane"), told("crane", "crane"), [0, 1], [0, 1]),
+        # some without a name, and the others say that the numbering is the same
+        (told("ant", None, "cow"), told("ant", "bee", None), [0, 1, 2], [0, 1, 2]),
+        # é in one sign or in two
+        (told("bee", "caf\u00e9"), told("cafe\u0301", "bee"), [0, 1], [1, 0]),
+        (told("ant", "bee"), told(), [], []),
+    ],
+)
+def test_classes_are_matched_by_name(train, held, present, expected):
+    assert match(train, held, present).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("train", "held", "present", "message"),
+    [
+        (told("ant", "bee"), told("fox", "owl"), [0, 1], "2 held-out classes .*'fox', 'owl'"),
+        (told("ant", "bee"), told("ant", "bee", "fox"), [0, 1, 2], "1 held-out classes .*'fox'"),
+        (told(None, None), told(None, None, None), [0, 2], "none of the 2 training classes: 2"),
+        (told("ant", "bee"), told(None, None), [0, 1], "training images name .* only number"),
+        (told(None, None), told("ant", "bee"), [0, 1], "held-out images name .* only number"),
+        (told("1", "2", "3"), told(None, None, None), [1, 2], "only number"),
+        # no name tells which crane is which once the numbering is another one
+        (told("crane", "bee", "crane"), told("bee", "crane"), [0, 1], "several classes bear"),
+        (told("crane", "bee"), told("crane", "crane", "bee"), [0, 1, 2], "several classes bear"),
+        # another numbering, and a class without a name: nothing says which one it is
+        (told("ant", "bee", "cow"), told("bee", "ant", None), [0, 1, 2], "1 held-out classes have"),
+        (told("ant", None, "cow"), told("cow", "bee", "ant"), [0, 1, 2], "'bee'"),
+    ],
+)
+def test_what_does_not_match_is_refused(train, held, present, message):
+    with pytest.raises(UserError, match=message) as caught:
+        match(train, held, present)
+    assert caught.value.where in ("data.test", "data.match_classes")
+    assert caught.value.remedy
+
+
+def test_a_likely_misspelling_is_named():
+    with pytest.raises(UserError, match="'Aeroplane'") as caught:
+        match(told("airplane", "bird"), told("Aeroplane", "bird"), [0, 1])
+    assert "'airplane'" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("names", "offered"), [(("ant", "bee", "cow", "dog"), True), (("0", "1", "10", "2"), False)]
+)
+def test_numbers_are_offered_only_where_they_can_be_meant(names, offered):
+    """Text labels sort '10' before '2': their places are no numbers of anything."""
+    for sides in ((told(*names), told(None, None)), (told(None, None, None), told(*names))):
+        with pytest.raises(UserError) as caught:
+            match(*sides, [0, 1, 2][: sides[1].count])
+        assert ("data.match_classes=number" in caught.value.remedy) == offered
+
+
+def test_numbers_are_trusted_when_told_so():
+    for held in (told(None, None), told("x", "y")):
+        assert match(told("ant", "bee"), held, [0, 1], "number").tolist() == [0, 1]
+    with pytest.raises(UserError, match="none of the 2 training classes: 2"):
+        match(told("ant", "bee"), told(None, None, None), [2], "number")
+
+
+def test_notes_say_what_the_table_does_not():
+    names = told("ant", "bee", "cow", "dog")
+    said = notes(names, np.array([0, 0, 1, 2]), np.array([0, 3, 3]), moved=True)
+    assert len(said) == 3
+    assert "matched by name" in said[0]
+    assert said[1].startswith("2 held-out images are of classes without a training image")
+    assert "3 ('dog')" in said[1]
+    assert said[2].startswith("2 of 4 classes have no held-out image")
+    assert "1 ('bee'), 2 ('cow')" in said[2]
+    assert notes(names, np.arange(4), np.arange(4), moved=False) == []
+
+
+def test_names_of_one_class_that_disagree_are_refused(tmp_path: Path) -> None:
+    """Within a shard and between shards, wherever in them."""
+    a = shard(tmp_path / "a.tar", (0, "ant"), (1, "bee"), (0, "ant"))
+    within = shard(tmp_path / "b.tar", (0, "ant"), (1, "bee"), (0, "ant"), (1, "ant"))
+    with pytest.raises(UserError, match="Class 1 is 'ant' here, and 'bee' in") as caught:
+        index([within])
+    assert caught.value.where == f"{within}, member 'b3.json'"
+    for other in (
+        shard(tmp_path / "c.tar", (0, "bee"), (1, "ant")),
+        shard(tmp_path / "d.tar", (0, "ant"), (1, "bee"), (1, "cow")),
+    ):
+        for workers in (1, 3):
+            with pytest.raises(UserError, match="numbers the classes in another way") as caught:
+                index([a, other], workers=workers)
+            assert str(other) in caught.value.where
+            assert str(a) in caught.value.what or str(other) in caught.value.what
+
+
+def test_a_json_in_any_writing_is_compared(tmp_path: Path) -> None:
+    """The quick comparison of bytes must not take one writing of a name for another name."""
+    writings = [
+        b'{"class_name": "caf\\u00e9"}',
+        '{"class_name":"café"}'.encode(),
+        '{"x": [1], "class_name" : "café", "class_nam": "tea"}'.encode(),
+        b'{"class\\u005fname": "tea"}',  # not looked for, and so no name
+        b'{"caption": "tea"}',
+        b'{"class_name": null}',
+    ]
+    members = []
+    for number, text in enumerate([*writings, *writings[::-1]]):
+        members += [(f"{number}.cls", b"0"), (f"{number}.jpg", b"x"), (f"{number}.json", text)]
+    path = write_tar(tmp_path / "a.tar", members)
+    assert index([path]).classes == ("café",)
+    for odd in (b'{"class_name":"cafe"}', b'{"class_name": "caf"}'):
+        more = [("x.cls", b"0"), ("x.jpg", b"x"), ("x.json", odd)]
+        with pytest.raises(UserError, match="Class 0 is 'caf"):
+            index([write_tar(tmp_path / "b.tar", members + more)])
+
+
+def test_names_that_come_late_count(tmp_path: Path) -> None:
+    path = shard(tmp_path / "a.tar", (0, None), (1, "bee"), (0, "ant"))
+    assert index([path]).classes == ("ant", "bee")
+
+
+def test_a_list_beside_packed_shards_names_all_classes(tmp_path: Path) -> None:
+    path = shard(tmp_path / "train-000000.tar", (0, "ant"), (1, None))
+    names = tmp_path / "train-classes.json"
+    names.write_text(json.dumps(["ant", "bee", "cow"]))
+    with pytest.raises(UserError, match=r"no sample: 2 \('cow'\)"):
+        index([path])
+    assert index([path], allow_empty_classes=True).classes == ("ant", "bee", "cow")
+    names.write_text(json.dumps(["bee", "ant"]))
+    with pytest.raises(UserError, match=r"Class 0 is 'ant' here, and 'bee' in .*classes\.json"):
+        index([path])
+    names.write_text('["ant"')
+    with pytest.raises(UserError, match="list of the classes") as caught:
+        index([path])
+    assert caught.value.where == str(names)
+    names.write_text('{"ant": 0}')  # somebody else's
+    assert index([path]).classes == ("ant", "1")
+
+
+@pytest.mark.parametrize("number", ["0", "0000", "000000", "1234567"])
+def test_a_list_counts_however_many_digits_the_shards_have(tmp_path: Path, number: str) -> None:
+    path = shard(tmp_path / f"train-{number}.tar", (0, None), (1, None))
+    (tmp_path / "train-classes.json").write_text('["ant", "bee"]')
+    assert index([path]).classes == ("ant", "bee")
+
+
+def test_a_list_that_names_nothing_is_said(tmp_path: Path) -> None:
+    path = str(shard(tmp_path / "train-00.tar", (0, None)))
+    shard(tmp_path / "test-00.tar", (0, None))
+    for name in ("train", "test"):
+        (tmp_path / f"{name}-classes.json").write_text('["ant"]')
+    assert unused_lists([path]) is None  # the other list is that of the other shards
+    (tmp_path / "all-classes.json").write_text('["ant"]')
+    found = unused_lists([path])
+    assert found is not None
+    assert found.startswith(f"{tmp_path}/all-classes.json is not read: a list of class names")
+    (tmp_path / "train-classes.json").write_text('{"ant": 0}')
+    assert "(nor is 1 more)" in str(unused_lists([path]))
+
+
+def test_held_out_labels_are_put_in_the_numbering_of_the_training_images(tmp_path: Path) -> None:
+    train = shard(tmp_path / "a.tar", (0, "ant"), (1, "bee"), (2, "cow"), (2, "cow"))
+    held = shard(tmp_path / "b.tar", (1, "cow"), (0, "bee"), (1, "cow"))
+    pair = index_pair([train], [held])
+    assert pair.held.classes == pair.train.classes == ("ant", "bee", "cow")
+    assert pair.held.label_N.tolist() == [2, 1, 2]
+    assert pair.held.label_N.dtype == np.int32
+    assert pair.train.label_N.tolist() == [0, 1, 2, 2]
+    assert "matched by name" in pair.notes[0]
+    assert "0 ('ant')" in pair.notes[1]
+    # and it is what goes to disk
+    pair.held.save(tmp_path / "m.arrow")
+    assert type(pair.held).load(tmp_path / "m.arrow").label_N.tolist() == [2, 1, 2]
+
+
+def test_a_number_of_classes_checks_and_does_not_rename(tmp_path: Path) -> None:
+    train = shard(tmp_path / "a.tar", (0, "ant"), (1, "bee"))
+    assert index_whole([train], num_classes=2).manifest.classes == ("ant", "bee")
+    with pytest.raises(UserError, match=r"no sample: 2, 3\.") as caught:
+        index_whole([train], num_classes=4)
+    assert "data.allow_empty_classes=true" in caught.value.remedy
+    whole = index_whole([train], num_classes=4, allow_empty_classes=True)
+    assert whole.manifest.classes == ("ant", "bee", "2", "3")
+    more = shard(tmp_path / "b.tar", (0, "ant"), (1, "bee"), (2, "cow"))
+    with pytest.raises(UserError, match=r"label of sample .* is 2; there are 2 classes"):
+        index_whole([more], num_classes=2)
+    (tmp_path / "c-classes.json").write_text('["ant", "bee", "cow"]')
+    listed = shard(tmp_path / "c-000000.tar", (0, "ant"), (1, "bee"))
+    with pytest.raises(UserError, match=r"3 classes, and data\.num_classes is 2"):
+        index_whole([listed], num_classes=2, allow_empty_classes=True)
+
+
+def test_labels_that_are_ids_or_begin_at_one(tmp_path: Path) -> None:
+    """Refused before memory is taken for as many classes, and with what is wrong."""
+    for label in (40_000_000, 999_999_999, 10**12, 10**30):
+        path = shard(tmp_path / "a.tar", (0, None), (label, None))
+        with pytest.raises(UserError, match="id"):
+            index([path], allow_empty_classes=True)
+    one = shard(tmp_path / "a.tar", (1, None), (2, None))
+    with pytest.raises(UserError, match=r"no sample: 0\. The labels begin at 1"):
+        index([one])
+    assert index([one], allow_empty_classes=True).num_classes == 3
+    with pytest.raises(UserError, match="look like ids"):
+        index_whole([one], num_classes=10**9, allow_empty_classes=True)
+
+
+def test_two_classes_of_one_name_get_their_numbers():
+    assert class_names(told("crane", "crane", None, "ruff")) == (
+        *("crane (0)", "crane (1)"),
+        *("2", "ruff"),
+    )
+
+
+def test_a_set_of_copies_is_said(tmp_path: Path) -> None:
+    """Also from recorded checksums, and in sets larger than the sample; some copies are no fault."""
+    images = random_images(400, 8, 8)
+    few = images[np.arange(400) % 3]
+    for name, made, expected in (
+        ("all", few[:30], "27 of 30 images looked at are copies"),
+        ("many", few, "253 of 256 images looked at are copies"),
+        ("some", np.concatenate([images[:300], images[:100]]), None),
+    ):
+        paths = make_shards(tmp_path / name, made, np.arange(len(made)) % 2, shard_size=100)
+        for checksums in (False, True):
+            said = copies_note(index(paths, checksums=checksums))
+            assert said.startswith(expected) if expected else said is None
+
+
+@pytest.mark.parametrize(
+    ("names", "listed"),
+    [
+        (("caf\u00e9", "cafe\u0301"), r"0 \('caf\\xe9'\), 1 \('cafe\\u0301'\)"),
+        (("cat", "cat "), r"0 \('cat'\), 1 \('cat '\)"),
+    ],
+)
+def test_one_class_in_two_spellings_is_refused(tmp_path: Path, names, listed) -> None:
+    two = shard(tmp_path / "two.tar", *enumerate(names))
+    one = shard(tmp_path / "one.tar", (0, names[0]))
+    with pytest.raises(UserError, match=rf"1 class names are spelled in .*: classes {listed}") as e:
+        index_whole([two])
+    assert e.value.where == "data.train"
+    with pytest.raises(UserError, match="spelled") as e:
+        index_pair([one], [two])
+    assert e.value.where == "data.test"
+    other = shard(tmp_path / "other.tar", (0, names[1]))  # of two sets they are the same
+    assert index_pair([one], [other]).held.label_N.tolist() == [0]
+
+
+def test_names_of_another_case_are_said(tmp_path: Path) -> None:
+    two = shard(tmp_path / "two.tar", (0, "Cat"), (1, "cat"), (2, "dog"))
+    pair = index_pair([two], [two])
+    assert pair.notes == [
+        "1 class names differ from others by case alone, and are classes of their own: 'Cat', 'cat'"
+    ]
+    assert pair.held.label_N.tolist() == [0, 1, 2]
+    same = shard(tmp_path / "same.tar", (0, "crane"), (1, "crane"), (2, "dog"))
+    assert case_note(index_whole([same]).told) is None
+
+
+def test_classes_matched_by_number_under_names_of_one_side_are_said(tmp_path: Path) -> None:
+    train = shard(tmp_path / "a.tar", (0, "cat"), (1, None), (2, None), (3, None))
+    held = shard(tmp_path / "b.tar", (0, "cat"), (1, "horse"), (2, "dog"), (3, None))
+    pair = index_pair([train], [held])
+    assert pair.held.label_N.tolist() == [0, 1, 2, 3]
+    words = "2 classes matched by number, names on one side only: 1 ('horse'), 2 ('dog')"
+    assert pair.notes == [words]
+    assert index_pair([held], [train]).notes == [words]
+    assert index_pair([held], [held]).notes == []
+    bare = shard(tmp_path / "c.tar", (0, None), (1, None))
+    two = shard(tmp_path / "d.tar", (0, "cat"), (1, "dog"))
+    assert index_pair([two], [bare], match_classes="number").notes == [
+        "2 classes matched by number, names on one side only: 0 ('cat'), 1 ('dog')"
+    ]
+    digits = shard(tmp_path / "e.tar", (0, "0"), (1, "1"))
+    assert index_pair([digits], [bare]).notes == []
+
+
+def test_an_empty_name_among_others_is_refused(tmp_path: Path) -> None:
+    path = shard(tmp_path / "train-0.tar", (0, None), (1, None))
+    names = tmp_path / "train-classes.json"
+    names.write_text('["", "1"]')
+    with pytest.raises(UserError, match="name of class 0 is empty, and the other 1 have") as caught:
+        index([path])
+    assert caught.value.where == str(names)
+    names.write_text('[null, "1"]')  # known by its number
+    assert index([path]).classes == ("0", "1")

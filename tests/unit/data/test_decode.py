@@ -1,0 +1,268 @@
+"""Decoding: whatever an image may be becomes RGB, and what is none is said to be corrupt."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import simplejpeg
+from PIL import Image
+
+from cnn2gnn_dist.data.images import decode as decoding
+from cnn2gnn_dist.data.images.decode import CorruptSample, decode
+from cnn2gnn_dist.data.tar.samples import samples
+from tests.support import REPOSITORY
+from tests.support.bombs import all_bombs
+from tests.support.shards import data_dir, encode_image, random_images
+
+IMAGE = random_images(1, 40, 56, seed=3)[0]
+
+
+def bytes_of(image: Image.Image, kind: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def by_pillow(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"progressive": True},
+        {"subsampling": 0},
+        {"subsampling": 2, "quality": 30},
+        {"quality": 100},
+    ],
+    ids=str,
+)
+def test_jpeg_equals_pillow(options):
+    data = encode_image(IMAGE, "jpg", **options)
+    found = decode(data)
+    assert found.dtype == np.uint8
+    # Both are libjpeg-turbo underneath, of other releases.
+    np.testing.assert_array_equal(found, by_pillow(data))
+
+
+def test_grey_jpeg_becomes_rgb():
+    data = bytes_of(Image.fromarray(IMAGE).convert("L"), "JPEG")
+    found = decode(data)
+    assert found.shape == (40, 56, 3)
+    np.testing.assert_array_equal(found, by_pillow(data))
+    np.testing.assert_array_equal(found[..., 0], found[..., 2])
+
+
+def test_cmyk_jpeg_becomes_rgb():
+    data = bytes_of(Image.fromarray(IMAGE).convert("CMYK"), "JPEG", quality=95)
+    found = decode(data)
+    np.testing.assert_array_equal(found, by_pillow(data))
+    assert np.abs(found.astype(int) - IMAGE).mean() < 12  # not inverted
+
+
+def test_ycck_jpeg_becomes_rgb():
+    data = bytes_of(Image.fromarray(IMAGE).convert("CMYK"), "JPEG", quality=95)
+    flag = data.index(b"Adobe") + 11  # how the colours are stored: 2 is YCCK
+    data = data[:flag] + b"\x02" + data[flag + 1 :]
+    assert simplejpeg.decode_jpeg_header(data)[2] == "YCCK"
+    np.testing.assert_array_equal(decode(data), by_pillow(data))
+
+
+@pytest.mark.parametrize(
+    ("chroma", "factors"),
+    [("444", (0x22, 0x12, 0x21)), ("411", (0x14, 0x11, 0x11))],
+    ids=str,
+)
+def test_rare_chroma_that_simplejpeg_does_not_know(chroma, factors):
+    """Sampling factors in other words: sound images (of shuffled blocks), which Pillow reads."""
+    image = random_images(1, 64, 64)[0]
+    data = bytearray(simplejpeg.encode_jpeg(image, colorsubsampling=chroma))
+    frame = data.index(b"\xff\xc0")
+    data[frame + 11 : frame + 20 : 3] = bytes(factors)
+    with pytest.raises((KeyError, ValueError)):
+        simplejpeg.decode_jpeg_header(bytes(data))
+    np.testing.assert_array_equal(decode(bytes(data)), by_pillow(bytes(data)))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "LA", "RGBA", "P", "1"])
+def test_png_whatever_its_name(mode):
+    image = Image.fromarray(IMAGE).convert(mode)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = decode(bytes_of(image, "PNG"))
+    np.testing.assert_array_equal(found, np.asarray(image.convert("RGB")))
+
+
+@pytest.mark.parametrize("kind", ["WEBP", "BMP", "GIF", "PPM", "TIFF"])
+def test_other_kinds(kind):
+    data = bytes_of(Image.fromarray(IMAGE), kind)
+    np.testing.assert_array_equal(decode(data), by_pillow(data))
+
+
+@pytest.mark.parametrize("kind", ["ICO", "PCX", "SGI", "EPS"])
+def test_kinds_that_nobody_keeps_images_in_are_not_tried(kind):
+    """Pillow reads them; for the last one it starts Ghostscript."""
+    with pytest.raises(CorruptSample, match=r"none of JPEG, PNG|a format that is not read"):
+        decode(bytes_of(Image.fromarray(IMAGE), kind))
+
+
+def test_exif_orientation_is_not_applied():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lying on its side
+    data = bytes_of(Image.fromarray(IMAGE), "JPEG", exif=exif)
+    assert decode(data).shape == (40, 56, 3)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.3, 0.6, 0.9])
+def test_truncated(suffix, share):
+    data = encode_image(random_images(1, 120, 160)[0], suffix)
+    with pytest.raises(CorruptSample):
+        decode(data[: int(len(data) * share)])
+
+
+def test_truncated_cmyk():
+    data = bytes_of(Image.fromarray(IMAGE).convert("CMYK"), "JPEG")
+    with pytest.raises(CorruptSample):
+        decode(data[: len(data) // 2])
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"\xff", b"\xff\xd8", b"\xff\xd8\xff\xe0" + bytes(99), b"not an image", bytes(1000)],
+)
+def test_garbage(data):
+    with pytest.raises(CorruptSample):
+        decode(data)
+
+
+def test_random_damage_is_either_an_image_or_corrupt():
+    rng = np.random.default_rng(0)
+    for suffix in ("jpg", "png"):
+        whole = np.frombuffer(encode_image(IMAGE, suffix), np.uint8)
+        for _ in range(100):
+            data = whole.copy()
+            data[rng.integers(0, len(data), 3)] = rng.integers(0, 256, 3)
+            with contextlib.suppress(CorruptSample):
+                assert decode(data.tobytes()).shape[2] == 3
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_too_large_is_refused_by_the_header_alone(suffix, monkeypatch):
+    monkeypatch.setattr(decoding, "MAX_PIXELS", 40 * 56 - 1)
+    with pytest.raises(CorruptSample, match="56 x 40 pixels"):
+        decode(encode_image(IMAGE, suffix))
+    monkeypatch.setattr(decoding, "MAX_PIXELS", 40 * 56)
+    assert decode(encode_image(IMAGE, suffix)).shape == IMAGE.shape
+
+
+SURVIVES = {
+    "png, body",
+    "png, length of a chunk",
+    "png, animation",
+    "tiff, strip",
+    "gif, frames",
+}
+"""Bombs of which the image itself is small and whole."""
+
+UNFOLD = """
+import json, resource, signal, sys, warnings
+import numpy as np
+from tests.support.bombs import all_bombs
+from cnn2gnn_dist.data.decode import CorruptSample, decode
+from cnn2gnn_dist.data.imaging import fill_views
+from cnn2gnn_dist.data.views import ViewSpec
+
+warnings.simplefilter("ignore")
+bombs = all_bombs()
+spec = ViewSpec("random_resized_crop", 32)
+for data in (b"", b"\\xff\\xd8"):  # what is loaded once is loaded before the limit
+    fill_views(spec, [data], np.arange(1), 0, np.zeros((1, 32, 32, 3), np.uint8))
+signal.alarm(120)
+taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (taken + (800 << 20),) * 2)
+found = {}
+for name, data in bombs.items():
+    try:
+        found[name] = list(decode(data).shape)
+    except CorruptSample as error:
+        found[name] = str(error)
+    images = np.full((1, 32, 32, 3), 3, np.uint8)
+    for view in (-1, 0):
+        wrong = fill_views(spec, [data], np.arange(1), view, images)
+        assert bool(wrong) == isinstance(found[name], str), (name, wrong)
+        assert not wrong or (images == 3).all(), name
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the limit needs /proc")
+def test_bombs_take_neither_memory_nor_time():
+    """All in a process that may take 800 MB more: about three images of the largest size."""
+    run = subprocess.run(
+        [sys.executable, "-c", UNFOLD],
+        cwd=REPOSITORY,
+        env={"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    found = json.loads(run.stdout)
+    assert found.keys() == all_bombs().keys()
+    assert {name for name, result in found.items() if isinstance(result, list)} == SURVIVES
+    starved = {name: text for name, text in found.items() if "MemoryError" in text}
+    assert not starved
+    sizes = [name for name in found if name.endswith((", size", ", tile", ", high tile"))]
+    assert all("pixels" in found[name] or "limit" in found[name] for name in sizes), found
+
+
+@pytest.mark.parametrize("how", ["lossy", "lossless", "extended"])
+def test_a_large_webp_is_refused_before_it_is_opened(how, monkeypatch):
+    """Opening it takes memory for all of its canvas."""
+    image = Image.fromarray(random_images(1, 40, 57)[0])
+    more = {"extended": {"exif": b"Exif\0\0" + bytes(9)}, "lossless": {"lossless": True}}
+    data = bytes_of(image, "WEBP", **more.get(how, {}))
+    assert data[12:16] == {"lossy": b"VP8 ", "lossless": b"VP8L", "extended": b"VP8X"}[how]
+    monkeypatch.setattr(decoding, "MAX_PIXELS", 40 * 57)
+    np.testing.assert_array_equal(decode(data), by_pillow(data))
+    monkeypatch.setattr(decoding, "MAX_PIXELS", 40 * 57 - 1)
+    opened = []
+    monkeypatch.setattr(Image, "open", lambda *_, **__: opened.append(1))
+    with pytest.raises(CorruptSample, match="57 x 40 pixels"):
+        decode(data)
+    assert not opened
+
+
+def test_large_progressive_images_of_usual_scans_are_decoded(monkeypatch):
+    image = random_images(1, 300, 400)[0]
+    data = encode_image(image, "jpg", progressive=True)
+    scans = data.count(b"\xff\xda")
+    assert scans > 4
+    monkeypatch.setattr(decoding, "MAX_WORK", 300 * 400 * scans)
+    assert decode(data).shape == image.shape
+    monkeypatch.setattr(decoding, "MAX_WORK", 300 * 400 * scans - 1)
+    with pytest.raises(CorruptSample, match=f"400 x 300 pixels in {scans} scans"):
+        decode(data)
+    plain = encode_image(image, "jpg", icc_profile=b"\xff\xda" * 999)  # no scans, only their mark
+    assert decode(plain).shape == image.shape
+
+
+def test_real_photographs():
+    shards = sorted(data_dir("imagenet-sample").rglob("*.tar"))
+    if not shards:
+        pytest.skip("no shards in imagenet-sample")
+    with open(shards[0], "rb") as file:
+        for sample, _ in zip(samples(shards[0]), range(24), strict=False):
+            member = next(m for s, m in sample.fields.items() if s in ("jpg", "jpeg", "png"))
+            file.seek(member.offset)
+            data = file.read(member.size)
+            np.testing.assert_array_equal(decode(data), by_pillow(data))

@@ -1,0 +1,422 @@
+"""The order: every sample at most once an epoch, the same for any number of ranks."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from cnn2gnn_dist import settings as configs
+from cnn2gnn_dist.data.batch_sizes import check_arithmetic, check_parts, micro_batches, shares_of
+from cnn2gnn_dist.data.order import Order, sequential
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.stages.shared import preflight
+from tests.support.reference_order import plain_order
+from tests.support.runs import environment
+
+
+def parts_of(total: int, count: int, seed: int) -> list[np.ndarray] | None:
+    """Random disjoint parts that cover all ids; None for no parts."""
+    if not count:
+        return None
+    part = np.random.default_rng(seed).integers(0, count, total)
+    return [np.flatnonzero(part == p) for p in range(count)]
+
+
+def epoch_of(order: Order, epoch: int) -> np.ndarray:
+    """[batches, G] of one epoch."""
+    return np.stack([order.batch(epoch, i) for i in range(order.batches_per_epoch)])
+
+
+SIZES = st.lists(st.integers(0, 25), min_size=1, max_size=12).filter(lambda s: sum(s) > 0)
+
+
+@settings(max_examples=150, deadline=None)
+@given(sizes=SIZES, data=st.data())
+def test_every_sample_at_most_once_an_epoch(sizes, data):
+    total = sum(sizes)
+    count = data.draw(st.integers(0, min(4, total)), label="parts")
+    parts = parts_of(total, count, data.draw(st.integers(0, 99)))
+    least = sum(len(p) > 0 for p in parts or [()])
+    batch = data.draw(st.integers(max(least, 1), total), label="global batch")
+    window, seed = data.draw(st.integers(1, 14)), data.draw(st.integers(0, 2**63))
+    order = Order(np.array(sizes), seed=seed, global_batch=batch, window=window, parts=parts)
+    assert order.batches_per_epoch >= 1
+    for epoch in (0, 7):
+        shown = epoch_of(order, epoch)
+        assert shown.shape == (order.batches_per_epoch, batch)
+        assert shown.dtype == np.int64
+        assert len(np.unique(shown)) == shown.size
+        assert 0 <= shown.min() <= shown.max() < total
+        plain = plain_order(sizes, seed, epoch, window)
+        if parts is None:
+            assert order.batches_per_epoch == total // batch
+            np.testing.assert_array_equal(shown.reshape(-1), plain[: shown.size])
+            continue
+        bounds = np.cumsum([0, *order.shares])
+        for part, share, first in zip(parts, order.shares, bounds, strict=False):
+            sequence = plain[np.isin(plain, part)]
+            np.testing.assert_array_equal(
+                shown[:, first : first + share].reshape(-1),
+                sequence[: share * len(shown)],
+            )
+
+
+GRID = list(
+    itertools.product(
+        ([40], [7, 0, 13, 20], [5] * 24), (1, 2, 4), (4, 12, 40), (1, 3, 100), (0, 4, 7)
+    )
+)
+
+
+@pytest.mark.parametrize("case", GRID, ids=str)
+def test_ranks_share_every_batch_and_change_nothing(case):
+    sizes, world, batch, window, count = case
+    total = sum(sizes)
+    parts = parts_of(total, count, seed=2)
+    if count > batch:
+        with pytest.raises(UserError, match="too few for one each"):
+            Order(np.array(sizes), seed=1, global_batch=batch, window=window, parts=parts)
+        return
+    order = Order(np.array(sizes), seed=1, global_batch=batch, window=window, parts=parts)
+    for epoch, index in itertools.product((0, 3), range(order.batches_per_epoch)):
+        whole = order.batch(epoch, index)
+        rows = [order.rank_batch(epoch, index, rank, world) for rank in range(world)]
+        np.testing.assert_array_equal(np.concatenate(rows), whole)
+        if parts is None:
+            assert {len(ids) for ids in rows} == {batch // world}
+            continue
+        owner = {p: p * world // count for p in range(count)}
+        for rank, ids in enumerate(rows):
+            mine = np.concatenate([parts[p] for p in owner if owner[p] == rank])
+            assert np.isin(ids, mine).all()
+            assert len(ids) == sum(order.shares[p] for p in owner if owner[p] == rank)
+
+
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_any_batch_without_the_ones_before(count):
+    sizes = np.array([9, 0, 30, 4, 4, 17, 21, 2] * 4)
+    how = {"seed": 4, "global_batch": 8, "window": 2, "parts": parts_of(348, count, 1)}
+    order = Order(sizes, **how)
+    in_turn = {e: epoch_of(order, e) for e in (0, 1, 2)}
+    places = [(e, i) for e in in_turn for i in range(order.batches_per_epoch)]
+    np.random.default_rng(0).shuffle(places)
+    jumping = Order(sizes, **how)
+    for epoch, index in places:
+        np.testing.assert_array_equal(jumping.batch(epoch, index), in_turn[epoch][index])
+    for epoch, index in places[:10]:  # a fresh one, as after a restart
+        np.testing.assert_array_equal(
+            Order(sizes, **how).batch(epoch, index), in_turn[epoch][index]
+        )
+
+
+def test_sequential_access_permutes_each_window_once(monkeypatch):
+    sizes = np.full(20, 50)
+    # Shards sorted by class, parts by class: each part is at another window.
+    parts = list(np.arange(1000).reshape(10, 100))
+    made = []
+    plain = Order._divided
+    monkeypatch.setattr(Order, "_divided", lambda self, ids: (made.append(1), plain(self, ids))[1])
+    order = Order(sizes, seed=0, global_batch=20, window=1, parts=parts)
+    epoch_of(order, 0)
+    assert len(made) == 20
+
+
+def test_epochs_and_seeds_differ_and_all_is_shown_in_time():
+    sizes = np.full(10, 10)
+    order = Order(sizes, seed=0, global_batch=7, window=3)
+    first, second = epoch_of(order, 0), epoch_of(order, 1)
+    other = epoch_of(Order(sizes, seed=1, global_batch=7, window=3), 0)
+    assert not np.array_equal(first, second)
+    assert not np.array_equal(first, other)
+    assert len(np.unique(first)) == 98  # 100 = 14 x 7 + 2
+    # What is left over differs by epoch: nothing is left out for ever.
+    assert len(np.unique([epoch_of(order, e) for e in range(12)])) == 100
+
+
+@pytest.mark.parametrize("count", [127, 128, 300, 33_000])
+def test_as_many_parts_as_there_are(count):
+    """Part numbers are held in as few bits as they need."""
+    ids = np.random.default_rng(0).permutation(2 * count)
+    order = Order(
+        np.full(2, count), seed=0, global_batch=count, window=1, parts=list(ids.reshape(count, 2))
+    )
+    assert order.shares == [1] * count
+    found = np.sort(np.stack([order.batch(0, 0), order.batch(0, 1)]), axis=0)
+    np.testing.assert_array_equal(found, np.sort(ids.reshape(count, 2).T, axis=0))
+
+
+def test_a_window_mixes_its_shards_and_no_others():
+    order = Order(np.full(12, 10), seed=3, global_batch=30, window=3)
+    for batch in epoch_of(order, 0):  # a batch is just a window here
+        assert len(np.unique(batch // 10)) == 3
+        assert (np.diff(batch) < 0).any()
+
+
+def test_shuffling_is_even():
+    """Places of a sample over 4000 seeds: chi-squared with 19 degrees, far beyond 0.999."""
+    places = [
+        int(
+            np.flatnonzero(
+                Order(np.array([20]), seed=s, global_batch=20, window=1).batch(0, 0) == 3
+            )[0]
+        )
+        for s in range(4000)
+    ]
+    counts = np.bincount(places, minlength=20)
+    assert ((counts - 200) ** 2 / 200).sum() < 50
+
+
+@settings(max_examples=200, deadline=None)
+@given(counts=st.lists(st.integers(0, 1000), min_size=1, max_size=12), total=st.integers(1, 500))
+@example(counts=[100, 95, 1, 1, 1, 1], total=9)  # the large ones give to the small: 3, 2, 1 …
+def test_shares(counts, total):
+    alive = sum(c > 0 for c in counts)
+    if not alive:
+        with pytest.raises(ValueError, match="shares of"):
+            shares_of(counts, total)
+        return
+    if alive > total:
+        with pytest.raises(UserError):
+            shares_of(counts, total)
+        return
+    shares = shares_of(counts, total)
+    assert sum(shares) == total
+    for count, share in zip(counts, shares, strict=True):
+        assert (share >= 1) == (count > 0)
+    exact = [c / sum(counts) * total for c in counts]
+    if all(e >= 1 or e == 0 for e in exact):  # plain largest remainder: within one
+        assert all(abs(s - e) < 1 for s, e in zip(shares, exact, strict=True))
+    # And the rows beyond the floors lie where most is missing: no row is better moved.
+    over = [s - e for s, e, count in zip(shares, exact, counts, strict=True) if count]
+    givers = [o for o, s in zip(over, filter(None, shares), strict=True) if s > 1]
+    assert all(giver - min(over) <= 1 + 1e-9 for giver in givers)
+
+
+def test_too_few_samples_are_counted_out():
+    with pytest.raises(UserError) as caught:
+        Order(np.array([5, 6]), seed=0, global_batch=16, window=2)
+    assert "11 samples are fewer than one global batch of 16" in caught.value.what
+    assert "11 // 16 = 0" in caught.value.what
+    assert "11" in caught.value.remedy
+
+
+def test_wrong_arguments():
+    sizes = np.array([8, 8])
+    for wrong in ({"global_batch": 0}, {"window": 0}):
+        with pytest.raises(UserError):
+            Order(sizes, **{"seed": 0, "global_batch": 4, "window": 1, **wrong})
+    for parts in ([np.arange(10), np.arange(8, 16)], [np.arange(15)]):
+        with pytest.raises(ValueError, match="disjoint and cover"):
+            Order(sizes, seed=0, global_batch=4, window=1, parts=parts)
+    for parts in ([np.arange(17)], [np.arange(8), np.arange(-8, 0)]):
+        with pytest.raises(ValueError, match=r"outside 0\.\.15"):
+            Order(sizes, seed=0, global_batch=4, window=1, parts=parts)
+    with pytest.raises(ValueError, match="fewer than 0"):
+        Order(np.array([9, -1]), seed=0, global_batch=4, window=1)
+    order = Order(sizes, seed=0, global_batch=4, window=1)
+    with pytest.raises(UserError, match="not 3 ranks"):
+        order.rank_batch(0, 0, 0, 3)
+    with pytest.raises(IndexError):
+        order.batch(0, 4)
+    two = Order(sizes, seed=0, global_batch=4, window=1, parts=[np.arange(8), np.arange(8, 16)])
+    with pytest.raises(UserError, match="2 parts can't be shared by 3 ranks"):
+        two.rank_batch(0, 0, 0, 3)
+    for either, rank in itertools.product((order, two), (-1, 2)):
+        with pytest.raises(IndexError, match=f"rank {rank} of 2"):
+            either.rank_batch(0, 0, rank, 2)
+    for either, world in itertools.product((order, two), (0, -1)):
+        with pytest.raises(UserError, match=f"{world} ranks"):
+            either.rank_batch(0, 0, 0, world)
+
+
+@settings(deadline=None)
+@given(count=st.integers(0, 40), accumulation=st.integers(0, 9))
+def test_micro_batches(count, accumulation):
+    if not 1 <= accumulation <= count:
+        with pytest.raises(UserError) as caught:
+            micro_batches(np.arange(count), accumulation)
+        assert f"{count} samples of a rank" in caught.value.what
+        assert f"into {accumulation} micro-batches" in caught.value.what
+        return
+    pieces = micro_batches(np.arange(count), accumulation)
+    assert len(pieces) == accumulation
+    np.testing.assert_array_equal(np.concatenate(pieces), np.arange(count))
+    sizes = [len(piece) for piece in pieces]
+    assert max(sizes) - min(sizes) <= 1
+    assert min(sizes) >= 1
+
+
+@settings(max_examples=150, deadline=None)
+@given(sizes=SIZES, data=st.data())
+def test_micro_batches_have_equal_shares_of_every_part(sizes, data):
+    """BatchNorm takes a micro-batch for a sample of the data: none may be one partition alone."""
+    total = sum(sizes)
+    count = data.draw(st.integers(1, min(6, total)), label="parts")
+    parts = parts_of(total, count, data.draw(st.integers(0, 99)))
+    batch = data.draw(st.integers(sum(len(p) > 0 for p in parts), total), label="global batch")
+    order = Order(np.array(sizes), seed=3, global_batch=batch, window=2, parts=parts)
+    world = data.draw(st.integers(1, count), label="ranks")
+    accumulation = data.draw(st.integers(1, batch), label="accumulation")
+    try:
+        order.check_ranks(world, accumulation)
+    except UserError:
+        return
+    whole = order.batch(0, 0)
+    ranks = [order.micro_batches(0, 0, rank, world, accumulation) for rank in range(world)]
+    for rank, pieces in enumerate(ranks):
+        mine = order.rank_batch(0, 0, rank, world)
+        assert len(pieces) == accumulation
+        sizes_of = [len(piece) for piece in pieces]
+        assert max(sizes_of) - min(sizes_of) <= 1
+        assert min(sizes_of) >= 1
+        np.testing.assert_array_equal(np.sort(np.concatenate(pieces)), np.sort(mine))
+        if accumulation == 1:
+            np.testing.assert_array_equal(pieces[0], mine)
+        for part in parts:
+            held = [int(np.isin(piece, part).sum()) for piece in pieces]
+            assert max(held) - min(held) <= 1
+        again = order.micro_batches(0, 0, rank, world, accumulation)
+        assert [piece.tolist() for piece in again] == [piece.tolist() for piece in pieces]
+    # Together the same at any ranks: row g of the global batch is in micro-batch g mod A.
+    for number in range(accumulation):
+        together = np.concatenate([pieces[number] for pieces in ranks])
+        np.testing.assert_array_equal(together, whole[number::accumulation])
+
+
+def test_eight_parts_in_micro_batches_of_eight():
+    """A row of each part, where each was one part's eight rows."""
+    parts = [np.arange(p * 40, p * 40 + 40) for p in range(8)]
+    order = Order(np.array([320]), seed=0, global_batch=64, window=1, parts=parts)
+    for piece in order.micro_batches(0, 2, 0, 1, 8):
+        assert sorted(piece // 40) == list(range(8))
+
+
+def test_without_parts_two_ranks_hold_what_one_holds_in_two_micro_batches():
+    order = Order(np.array([40, 24]), seed=0, global_batch=16, window=2)
+    for number in range(order.batches_per_epoch):
+        one = order.micro_batches(1, number, 0, 1, 4)
+        two = [p for rank in (0, 1) for p in order.micro_batches(1, number, rank, 2, 2)]
+        assert [piece.tolist() for piece in one] == [piece.tolist() for piece in two]
+
+
+@settings(deadline=None)
+@given(total=st.integers(1, 60), batch=st.integers(1, 12), world=st.integers(1, 5))
+def test_sequential_covers_all_in_order(total, batch, world):
+    ranks = [list(sequential(total, batch, rank, world)) for rank in range(world)]
+    assert len({len(steps) for steps in ranks}) == 1
+    seen = []
+    for step in zip(*ranks, strict=True):
+        for ids, mask in step:
+            assert ids.shape == mask.shape == (batch,)
+            assert ids.max() < total
+            assert (ids[~mask] == total - 1).all()
+            seen += ids[mask].tolist()
+    assert seen == list(range(total))
+
+
+def test_check_arithmetic():
+    check_arithmetic(96, 3, 4)
+    with pytest.raises(UserError) as caught:
+        check_arithmetic(100, 3, 4)
+    assert "100 is not 3 ranks x 4" in caught.value.what
+    assert "96 or 108" in caught.value.remedy
+    with pytest.raises(UserError):
+        check_arithmetic(0, 1, 1)
+    for world, accumulation in ((0, 1), (1, 0), (-2, -2)):
+        with pytest.raises(UserError, match=f"{world} ranks x {accumulation} micro-batches"):
+            check_arithmetic(8, world, accumulation)
+
+
+def test_check_parts():
+    check_parts(8, 8, 8)
+    check_parts(3, 1)
+    for parts, world in ((2, 3), (0, 1), (2, 0)):
+        with pytest.raises(UserError, match=f"{parts} parts can't be shared by {world} ranks"):
+            check_parts(parts, world, 100)
+    with pytest.raises(UserError, match="9 partitions share a global batch of 8"):
+        check_parts(9, 2, 8)
+
+
+def test_ranks_with_too_few_rows_are_named_with_their_parts():
+    sizes = [30, 30, 30, 3, 3, 0, 0]
+    parts = np.split(np.arange(96), np.cumsum(sizes)[:-1])
+    order = Order(np.full(12, 8), seed=0, global_batch=16, window=4, parts=parts)
+    assert order.shares == [4, 5, 5, 1, 1, 0, 0]
+    order.check_ranks(1, 16)
+    order.check_ranks(2, 1)
+    with pytest.raises(UserError) as caught:  # one empty micro-batch
+        order.check_ranks(2, 2)
+    assert "rank 1 of 2 gets 1 of the 16 rows" in caught.value.what
+    assert "partitions 4 to 6 have shares 1 + 0 + 0)" in caught.value.what
+    with pytest.raises(UserError) as caught:  # none at all
+        order.rank_batch(0, 0, 0, 6)
+    assert "rank 4 of 6 gets 0 of the 16 rows" in caught.value.what
+    assert "partitions 5 to 5 have shares 0)" in caught.value.what
+    assert "global_batch" in caught.value.where
+
+
+def test_sequential_refuses():
+    with pytest.raises(UserError, match="batches of 0"):
+        sequential(10, 0, 0, 1)
+    for rank, world in ((2, 2), (-1, 2), (0, 0)):
+        with pytest.raises(IndexError, match=f"rank {rank} of {world}"):
+            sequential(10, 4, rank, world)
+    assert list(sequential(0, 4, 1, 2)) == []
+
+
+@pytest.mark.parametrize(
+    ("world", "change", "what"),
+    [
+        (3, "teacher.global_batch=63", "a global batch of 64 does not divide over 3 ranks"),
+        (2, "student.global_batch=33", "a global batch of 33 does not divide over 2 ranks"),
+        (4, "graph.parts=3", "3 parts can't be shared by 4 ranks"),
+        (1, "graph.parts=65", "65 partitions share a global batch of 64"),
+    ],
+)
+def test_a_config_that_does_not_fit_the_ranks_is_refused_before_the_first_stage(
+    world, change, what
+):
+    stages = ("pack", "teacher", "student")
+    config = configs.load("demo", [change])
+    with pytest.raises(UserError, match=what):
+        preflight.check(config, stages, world)
+    preflight.check(config, ["pack", "evaluate"], world)  # what is whole had its own ranks
+    preflight.check(configs.load("demo", [change, "graph.scope=batch"]), ["teacher"], 1)
+    preflight.check(configs.load("demo", ["graph.parts=4"]), stages, 4)
+
+
+def test_ranks_that_do_not_fit_leave_no_trace(tmp_path):
+    command = [sys.executable, "launch/train.py", "--config", "demo", f"run.dir={tmp_path / 'run'}"]
+    done = subprocess.run(
+        [*command, "graph.parts=65"], capture_output=True, text=True, env=environment()
+    )
+    assert done.returncode == 2
+    assert "65 partitions share a global batch of 64: too few for one each" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_seeds_that_not_all_random_numbers_can_take_are_refused():
+    assert configs.load("demo", [f"seed={2**63 - 1}"]).seed == 2**63 - 1
+    for seed in (2**63, -1):
+        with pytest.raises(UserError) as caught:
+            configs.load("demo", [f"seed={seed}"])
+        assert caught.value.where == "seed"
+
+
+def test_many_small_parts_leave_one_sample_to_the_large_ones():
+    """Two samples too many are taken from two parts, not from one."""
+    assert shares_of([1, 1, 1, 50, 47], 5) == [1, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(("batch", "nearest"), [(5, "4 or 8"), (3, "4"), (0, "4")])
+def test_a_batch_that_does_not_divide_is_told_the_nearest(batch, nearest):
+    with pytest.raises(UserError) as caught:
+        check_arithmetic(batch, 2, 2)
+    assert caught.value.remedy == f"a multiple of 4: {nearest}"

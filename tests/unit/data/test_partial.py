@@ -1,0 +1,417 @@
+"""The compiled partial decode: the pixels of the full decoder to the bit, or none at all."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import simplejpeg
+from PIL import Image
+
+from cnn2gnn_dist.data.images import decode as decoding
+from cnn2gnn_dist.data.images import partial
+from cnn2gnn_dist.data.images.batch_views import fill_views
+from cnn2gnn_dist.data.images.decode import CorruptSample, decode
+from cnn2gnn_dist.data.images.views import ViewSpec
+from cnn2gnn_dist.data.tar.samples import samples
+from cnn2gnn_dist.errors import UserError
+from tests.support import REPOSITORY
+from tests.support.shards import data_dir, encode_image, random_images
+
+SPEC = ViewSpec("random_resized_crop", 48, seed=5)
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library of the present source; skips where it can't be made."""
+    try:
+        return partial.build(tmp_path_factory.mktemp("partial") / "partial.so")
+    except UserError as error:
+        pytest.skip(f"no partial decode here: {error.what}")
+
+
+@pytest.fixture
+def use(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path | None], None]]:
+    """Lets a test choose the library in use, or none."""
+    monkeypatch.delenv("CNN2GNN_PARTIAL", raising=False)
+
+    def choose(path: Path | None) -> None:
+        monkeypatch.setattr(partial, "path", lambda: path or Path("/nowhere/partial.so"))
+        partial._decoder.cache_clear()
+
+    yield choose
+    monkeypatch.undo()
+    partial._decoder.cache_clear()
+
+
+@pytest.fixture
+def built(use, library) -> None:
+    use(library)
+
+
+def textured(high: int, wide: int, seed: int = 0) -> np.ndarray:
+    """Sharp edges and noise in all colours: chroma at a cut must come out right to look right."""
+    rng = np.random.default_rng(seed)
+    noise = rng.integers(0, 256, (high, wide, 3))
+    blocks = rng.integers(0, 256, (high // 7 + 1, wide // 5 + 1, 3)).repeat(7, 0).repeat(5, 1)
+    return ((noise + 3 * blocks[:high, :wide]) // 4).astype(np.uint8)
+
+
+def by_pillow(image: np.ndarray, **options: object) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "JPEG", **{"quality": 92, **options})
+    return file.getvalue()
+
+
+def with_exif(image: np.ndarray) -> bytes:
+    """Lying on its side, with a thumbnail that is a JPEG itself."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    exif[0x010E] = "\u00e9" * 300
+    data = by_pillow(image, exif=exif, icc_profile=bytes(range(256)) * 40)
+    thumbnail = by_pillow(image[:8, :8])
+    comment = b"\xff\xfe" + (len(thumbnail) + 2).to_bytes(2, "big") + thumbnail
+    return data[:2] + comment + data[2:]
+
+
+def in_three_scans(image: np.ndarray) -> bytes:
+    """A sequential JPEG that holds one colour after the other."""
+    grey = [by_pillow(image[..., colour]) for colour in range(3)]
+    frame, scan = grey[0].index(b"\xff\xc0"), grey[0].index(b"\xff\xda")
+    size = grey[0][frame + 4 : frame + 9]
+    tables = grey[0][frame + 2 + 11 : scan]
+    head = b"\xff\xc0\x00\x11" + size + b"\x03" + b"".join(bytes((i, 0x11, 0)) for i in (1, 2, 3))
+    scans = [
+        b"\xff\xda\x00\x08\x01" + bytes((i + 1, 0)) + b"\x00\x3f\x00" + data[scan + 10 : -2]
+        for i, data in enumerate(grey)
+    ]
+    return grey[0][:frame] + head + tables + b"".join(scans) + b"\xff\xd9"
+
+
+def by_turbo(chroma: str) -> Callable[[np.ndarray], bytes]:
+    return lambda image: simplejpeg.encode_jpeg(image, 90, colorsubsampling=chroma)
+
+
+CUT = {
+    **{chroma: by_turbo(chroma) for chroma in ("444", "422", "420", "440", "411")},
+    "grey": lambda image: by_pillow(image[..., 0]),
+    "rgb inside": lambda image: by_pillow(image, keep_rgb=True, subsampling=0),
+    "restarts by block": lambda image: by_pillow(image, restart_marker_blocks=2),
+    "restarts by row": lambda image: by_pillow(image, restart_marker_rows=1, subsampling=1),
+    "optimized": lambda image: by_pillow(image, optimize=True, quality=25),
+    "best": lambda image: by_pillow(image, quality=100, subsampling=2),
+    "exif": with_exif,
+}
+"""Kinds of JPEG that the extra decodes."""
+
+WHOLE = {
+    "progressive": lambda image: by_pillow(image, progressive=True),
+    "three scans": in_three_scans,
+    "cmyk": lambda image: encode_cmyk(image),
+    "png": lambda image: encode_image(image, "png"),
+    "something behind": lambda image: by_pillow(image) + b"\0",
+}
+"""Kinds that are left to the full decoder."""
+
+
+def encode_cmyk(image: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(image).convert("CMYK").save(file, "JPEG")
+    return file.getvalue()
+
+
+def assert_cut_right(data: bytes, top: int, left: int, high: int, wide: int) -> None:
+    whole = simplejpeg.decode_jpeg(data)
+    found = partial.crop(data, *whole.shape[:2], top, left, high, wide)
+    assert found is not None
+    assert found.dtype == np.uint8
+    np.testing.assert_array_equal(found, whole[top : top + high, left : left + wide])
+
+
+@pytest.mark.parametrize("kind", CUT)
+def test_every_place_of_a_small_image(built, kind):
+    image = textured(41, 75)
+    data = CUT[kind](image)
+    whole = simplejpeg.decode_jpeg(data)
+    for high, wide in ((1, 1), (3, 17), (12, 2), (23, 40)):
+        for top in range(41 - high + 1):
+            for left in range(75 - wide + 1):
+                found = partial.crop(data, 41, 75, top, left, high, wide)
+                assert found is not None
+                wanted = whole[top : top + high, left : left + wide]
+                assert np.array_equal(found, wanted), (top, left, high, wide)
+
+
+@pytest.mark.parametrize("kind", CUT)
+def test_any_size_and_crop(built, kind):
+    rng = np.random.default_rng(1)
+    sizes = [(1, 1), (1, 99), (99, 1), (2, 2), (7, 9), (8, 8), (16, 16), (17, 33), (64, 200)]
+    sizes += [tuple(rng.integers(1, 260, 2)) for _ in range(12)]
+    for number, (high, wide) in enumerate(sizes):
+        data = CUT[kind](textured(high, wide, number))
+        assert_cut_right(data, 0, 0, high, wide)
+        for _ in range(25):
+            top, left = int(rng.integers(high)), int(rng.integers(wide))
+            h, w = int(rng.integers(high - top)) + 1, int(rng.integers(wide - left)) + 1
+            assert_cut_right(data, top, left, h, w)
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_what_others_must_decode(built, kind):
+    image = textured(60, 80)
+    data = WHOLE[kind](image)
+    assert decode(data).shape == (60, 80, 3)
+    assert partial.crop(data, 60, 80, 10, 10, 20, 20) is None
+
+
+def both_ways(use, library, blobs: list[bytes], view: int = 0) -> tuple[np.ndarray, dict]:
+    """Views with and without the extra, which must be the same; what is wrong, too."""
+    found = []
+    for path in (None, library):
+        use(path)
+        images = np.full((len(blobs), SPEC.size, SPEC.size, 3), 77, np.uint8)
+        wrong = fill_views(SPEC, blobs, np.arange(len(blobs)), view, images)
+        found.append((images, {row: str(error) for row, error in wrong.items()}))
+    assert found[0][1] == found[1][1]
+    np.testing.assert_array_equal(found[0][0], found[1][0])
+    return found[0]
+
+
+def test_a_mixed_batch_is_the_same_with_and_without(use, library):
+    kinds = [*CUT.values(), *WHOLE.values()]
+    blobs = [encode(textured(90 + i, 120 - i, i)) for i, encode in enumerate(kinds)]
+    blobs += [b"", b"no image", blobs[0][:-30], blobs[1][:500]]
+    for view in range(4):
+        images, wrong = both_ways(use, library, blobs, view)
+        assert sorted(wrong) == list(range(len(kinds), len(blobs)))
+        assert (images[len(kinds) :] == 77).all()
+
+
+def test_a_file_cut_anywhere_is_found_corrupt_either_way(use, library):
+    """In its header, its comment with a whole JPEG in it, its data, behind each byte."""
+    data = with_exif(random_images(1, 40, 56)[0])
+    start = data.index(b"\xff\xda", 2000)
+    cuts = [*range(0, len(data), 97), *range(start, len(data))]
+    inner = data.index(b"\xff\xd9") + 2  # ends as a whole file does
+    assert inner < start
+    blobs = [data[:cut] for cut in [*cuts, inner]]
+    _, wrong = both_ways(use, library, blobs)
+    assert len(wrong) == len(blobs)
+    use(library)
+    assert partial.crop(data, 40, 56, 0, 0, 8, 8) is not None
+    for blob in blobs:
+        assert partial.crop(blob, 40, 56, 0, 0, 8, 8) is None
+
+
+def test_damage_is_never_taken_for_pixels_when_all_is_read(built):
+    """To the last row nothing is left unseen: the full decoder's pixels, or its refusal."""
+    rng = np.random.default_rng(0)
+    counts = {"same": 0, "left to the full decoder": 0}
+    for kind in CUT:
+        data = np.frombuffer(CUT[kind](textured(48, 64)), np.uint8)
+        for _ in range(150):
+            damaged = data.copy()
+            damaged[rng.integers(0, len(data), 2)] = rng.integers(0, 256, 2)
+            blob = damaged.tobytes()
+            found = partial.crop(blob, 48, 64, 5, 9, 43, 30)
+            if found is not None:
+                np.testing.assert_array_equal(found, simplejpeg.decode_jpeg(blob)[5:, 9:39])
+            counts["left to the full decoder" if found is None else "same"] += 1
+    assert min(counts.values()) > 50, counts
+
+
+def test_damage_below_the_crop(use, library):
+    """Overwritten: seen. Zeros of a hole in the file: not, as the docstring says."""
+    image = textured(160, 160)
+    data = bytearray(by_pillow(image))
+    noise = np.random.default_rng(0).integers(0, 256, 4096, np.uint8).tobytes()
+    seen = bytes(data[:-6000]) + noise + bytes(data[-6000 + 4096 :])
+    unseen = bytes(data[:-6000]) + bytes(4096) + bytes(data[-6000 + 4096 :])
+    use(library)
+    assert partial.crop(seen, 160, 160, 0, 0, 30, 30) is None
+    found = partial.crop(unseen, 160, 160, 0, 0, 30, 30)
+    np.testing.assert_array_equal(found, decode(bytes(data))[:30, :30])
+    for blob in (seen, unseen):
+        assert partial.crop(blob, 160, 160, 100, 0, 60, 160) is None
+        with pytest.raises(CorruptSample):
+            decode(blob)
+
+
+@pytest.mark.parametrize("kind", ["420", "restarts by row"])
+def test_a_marker_below_the_crop_that_does_not_belong_there(use, library, kind):
+    data = CUT[kind](textured(160, 160))
+    use(library)
+    assert partial.crop(data, 160, 160, 0, 0, 30, 30) is not None
+    at = len(data) - 4000
+    for marker in (0xC4, 0xDA, 0xD9, 0xD8, 0xD3, 0x01):
+        damaged = data[:at] + bytes((0xFF, marker)) + data[at + 2 :]
+        assert (partial.crop(damaged, 160, 160, 0, 0, 30, 30) is None) == (
+            marker != 0xD3 or kind != "restarts by row"
+        )
+    for last in (b"\xff\xd8", b"\xff\x00", b"\xff\xff", b"\x00\xd9", b""):
+        assert partial.crop(data[:-2] + last, 160, 160, 0, 0, 30, 30) is None
+
+
+@pytest.mark.parametrize(
+    "box", [(0, 0, 41, 1), (40, 0, 1, 1), (0, 60, 1, 1), (0, 0, 0, 5), (2**32 - 1, 0, 2, 2)]
+)
+def test_a_box_outside_is_refused(built, box):
+    data = by_pillow(textured(40, 60))
+    decode_into = partial._decoder()
+    out = np.full((50, 70, 3), 9, np.uint8)
+    assert decode_into(data, len(data), 40, 60, *box, out.ctypes.data) != 0
+    assert (out == 9).all()
+
+
+def test_the_size_must_be_the_images(built):
+    data = by_pillow(textured(40, 60))
+    assert partial.crop(data, 40, 61, 0, 0, 5, 5) is None
+    assert partial.crop(data, 39, 60, 0, 0, 5, 5) is None
+    assert partial.crop(data, 60, 40, 0, 0, 5, 5) is None
+
+
+def test_nothing_is_written_beside_the_crop(built):
+    data = by_pillow(textured(64, 64))
+    decode_into = partial._decoder()
+    for box in ((0, 0, 64, 64), (10, 20, 30, 44), (63, 63, 1, 1), (0, 5, 64, 7)):
+        count = box[2] * box[3] * 3
+        out = np.full(count + 512, 201, np.uint8)
+        assert decode_into(data, len(data), 64, 64, *box, out[256:].ctypes.data) == 0
+        assert (out[:256] == 201).all()
+        assert (out[256 + count :] == 201).all()
+
+
+def test_from_many_threads(built):
+    blobs = [CUT[kind](textured(200, 300, i)) for i, kind in enumerate(CUT)]
+    whole = [simplejpeg.decode_jpeg(blob) for blob in blobs]
+    wrong = []
+
+    def work(seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        for _ in range(60):
+            i, top, left = (int(n) for n in rng.integers([len(blobs), 150, 250]))
+            found = partial.crop(blobs[i], 200, 300, top, left, 50, 50)
+            if not np.array_equal(found, whole[i][top : top + 50, left : left + 50]):
+                wrong.append((i, top, left))
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_real_photographs(use, library):
+    shards = sorted(data_dir("imagenet-sample").rglob("*.tar"))
+    if not shards:
+        pytest.skip("no shards in imagenet-sample")
+    blobs = []
+    for shard in shards:
+        with open(shard, "rb") as file:
+            for sample in samples(shard):
+                file.seek(sample.fields["jpg"].offset)
+                blobs.append(file.read(sample.fields["jpg"].size))
+    rng = np.random.default_rng(0)
+    by_extra = 0
+    use(library)
+    for data in blobs:
+        whole = decode(data)
+        high, wide = whole.shape[:2]
+        for _ in range(3):
+            h, w = int(rng.integers(1, high + 1)), int(rng.integers(1, wide + 1))
+            top, left = int(rng.integers(high - h + 1)), int(rng.integers(wide - w + 1))
+            found = partial.crop(data, high, wide, top, left, h, w)
+            by_extra += found is not None
+            if found is not None:
+                np.testing.assert_array_equal(found, whole[top : top + h, left : left + w])
+    assert by_extra > 2.8 * len(blobs)  # few are progressive, or have something behind their end
+    _, wrong = both_ways(use, library, blobs, 3)
+    assert not wrong
+
+
+def test_the_switch_turns_it_off(use, library, monkeypatch):
+    data = by_pillow(textured(40, 60))
+    use(library)
+    assert partial.crop(data, 40, 60, 0, 0, 8, 8) is not None
+    monkeypatch.setenv("CNN2GNN_PARTIAL", "0")
+    partial._decoder.cache_clear()
+    assert partial.crop(data, 40, 60, 0, 0, 8, 8) is None
+    assert decoding.decode_crop(data, (40, 60), 3, 4, 8, 8).shape == (8, 8, 3)
+
+
+def test_a_library_that_is_none_or_wrong_is_not_used(use, library, tmp_path, monkeypatch):
+    data = by_pillow(textured(40, 60))
+    broken = tmp_path / "broken.so"
+    broken.write_bytes(b"no library")
+    use(broken)
+    with pytest.warns(UserWarning, match="not used"):
+        assert partial.crop(data, 40, 60, 0, 0, 8, 8) is None
+    source = tmp_path / "partial.c"
+    right = "#define MARGIN_COLUMNS 16"
+    assert right in partial.SOURCE.read_text()
+    source.write_text(partial.SOURCE.read_text().replace(right, "#define MARGIN_COLUMNS 0"))
+    monkeypatch.setattr(partial, "SOURCE", source)
+    with pytest.raises(UserError, match="not those of the full decoder"):
+        partial.build(tmp_path / "wrong.so")
+    assert not (tmp_path / "wrong.so").exists()
+    wrong = partial.build(tmp_path / "unchecked.so", "-DUNCHECKED")
+    use(wrong)
+    with pytest.warns(UserWarning, match="not those of the full decoder"):
+        assert partial.crop(data, 40, 60, 0, 0, 8, 8) is None
+
+
+def run(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command on a copy of the package's few files that it needs: none is built there."""
+    package = folder / "cnn2gnn_dist"
+    if not package.exists():
+        (package / "data" / "images").mkdir(parents=True)
+        for name in (
+            "__init__.py",
+            "errors.py",
+            "durable.py",
+            "data/images/partial.py",
+            "data/images/partial.c",
+        ):
+            shutil.copy(REPOSITORY / "cnn2gnn_dist" / name, package / name)
+        for inner in ("data", "data/images"):
+            (package / inner / "__init__.py").touch()
+    return subprocess.run(
+        [sys.executable, "-m", "cnn2gnn_dist.data.images.partial", *words],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder), **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_the_command_builds_and_says_how_things_stand(library, tmp_path):
+    says = run(tmp_path)
+    assert (says.returncode, says.stdout[:9]) == (0, "not built")
+    done = run(tmp_path, "build")
+    assert done.returncode == 0, done.stderr
+    made = [path.name for path in (tmp_path / "cnn2gnn_dist" / "data" / "images").iterdir()]
+    assert sum(name.endswith(".so") for name in made) == 1
+    assert not [name for name in made if name.startswith(".")]
+    assert run(tmp_path).stdout.startswith("in use: ")
+    assert "not in use" in run(tmp_path, CNN2GNN_PARTIAL="0").stdout
+    source = tmp_path / "cnn2gnn_dist" / "data" / "images" / "partial.c"
+    source.write_text(source.read_text() + "\n")  # another source: that library is not its
+    assert run(tmp_path).stdout.startswith("not built")
+
+
+def test_without_compiler_or_header_the_command_says_so(library, tmp_path):
+    for environment in ({"CC": "no-such-compiler"}, {"CC": f"{shutil.which('cc')} -nostdinc"}):
+        failed = run(tmp_path, "build", **environment)
+        assert failed.returncode == 2
+        assert "remedy: install a compiler and libjpeg-turbo's header" in failed.stderr
+        assert "Traceback" not in failed.stderr
+        assert not list((tmp_path / "cnn2gnn_dist" / "data" / "images").glob("*.so"))

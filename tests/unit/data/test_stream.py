@@ -1,0 +1,308 @@
+"""The public stream: its batches are the order's, at any world size, and a cursor is all its state."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cnn2gnn_dist.data import Stream, ViewSpec
+from cnn2gnn_dist.data.images.views import render
+from cnn2gnn_dist.data.order import Order
+from cnn2gnn_dist.data.reading import shard_files
+from cnn2gnn_dist.errors import UserError
+from tests.support import REPOSITORY
+from tests.support.rank_group import free_port
+from tests.support.shards import make_shards, random_images, write_tar
+
+IMAGES = random_images(70)
+LABELS = np.arange(70) % 6
+VIEWS = ViewSpec("crop_flip", 32, seed=5)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> str:
+    make_shards(tmp_path / "s", IMAGES, LABELS, shard_size=9)
+    return str(tmp_path / "s" / "shard-*.tar")
+
+
+def a_stream(shards: str, rank: int = 0, world_size: int = 1, **how) -> Stream:
+    how = {"global_batch": 8, "views": VIEWS, "seed": 3, "window": 2, "backend": "local", **how}
+    return Stream(shards, rank=rank, world_size=world_size, **how)
+
+
+def test_an_epoch_is_the_orders_and_every_epoch_another_view(shards):
+    order = Order(np.array([9] * 7 + [7]), seed=3, global_batch=8, window=2)
+    with a_stream(shards) as stream:
+        assert len(stream) == order.batches_per_epoch == 8
+        for epoch in range(2):
+            assert stream.epoch == epoch
+            for number, batch in enumerate(stream):
+                ids = order.batch(epoch, number)
+                np.testing.assert_array_equal(batch.ids, ids)
+                np.testing.assert_array_equal(batch.labels, LABELS[ids])
+                wanted = [render(VIEWS, IMAGES[i], i, epoch) for i in ids.tolist()]
+                np.testing.assert_array_equal(batch.images, wanted)
+            assert number == 7
+
+
+@pytest.mark.parametrize("stop", [0, 1, 5, 7, 8, 11])
+def test_a_state_goes_on_at_another_world_size(shards, stop):
+    with a_stream(shards) as whole:
+        wanted = [batch for _ in range(3) for batch in whole][stop:]
+    with a_stream(shards, 1, 2) as stream:
+        read = (batch for _ in range(3) for batch in stream)
+        for _ in range(stop):
+            next(read)
+        state = json.loads(json.dumps(stream.state_dict()))  # plain data: goes into any checkpoint
+    found = []
+    for rank in range(4):
+        with a_stream(shards, rank, 4) as stream:
+            stream.load_state_dict(state)
+            rest = []
+            while stream.epoch < 3:
+                rest += list(stream)
+            found.append(rest)
+    assert {len(rest) for rest in found} == {len(wanted)}
+    for number, batch in enumerate(wanted):
+        parts = [rest[number] for rest in found]
+        np.testing.assert_array_equal(np.concatenate([p.ids for p in parts]), batch.ids)
+        np.testing.assert_array_equal(np.concatenate([p.images for p in parts]), batch.images)
+
+
+def test_resuming_reads_nothing_of_what_was_before(shards, monkeypatch):
+    with a_stream(shards) as stream:
+        everything = [batch.ids for batch in stream]
+        state = {**stream.state_dict(), "epoch": 0, "batch": 7}
+    read, opened, plain, opening = [], [], shard_files.ShardFiles.read_all, shard_files.os.open
+    monkeypatch.setattr(
+        shard_files.ShardFiles,
+        "read_all",
+        lambda self, samples: (read.extend(samples), plain(self, samples))[1],
+    )
+    monkeypatch.setattr(
+        shard_files.os, "open", lambda path, *a: (opened.append(str(path)), opening(path, *a))[1]
+    )
+    with a_stream(shards) as stream:
+        stream.load_state_dict(state)
+        (last,) = list(stream)
+    assert read == everything[7].tolist() == last.ids.tolist()
+    needed = {stream.manifest.shards[s].path for s in stream.manifest.shard_N[last.ids]}
+    assert {path for path in opened if path.endswith(".tar")} == needed
+    assert len(needed) < len(stream.manifest.shards)
+
+
+def test_the_cursor_in_a_loop_that_breaks_and_at_the_end(shards):
+    with a_stream(shards) as stream:
+        for _ in stream:
+            if stream.batch == 3:
+                break
+        assert (stream.epoch, stream.batch) == (0, 3)
+        assert len(list(stream)) == 5
+        assert (stream.epoch, stream.batch) == (1, 0)
+        stream.set_epoch(0)
+        assert len(list(stream)) == 8
+
+
+def test_a_state_after_the_last_batch_is_the_next_epochs_first(shards):
+    with a_stream(shards) as stream:
+        for _ in stream:
+            state = stream.state_dict()
+        assert state["batch"] == 8  # taken inside the loop, after the last batch
+        second = [batch.ids for batch in stream]
+    with a_stream(shards) as stream:
+        stream.load_state_dict(state)
+        np.testing.assert_array_equal([batch.ids for batch in stream], second)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"seed": 4}, "seed"),
+        ({"global_batch": 16}, "global_batch"),
+        ({"window": 3}, "window"),
+        ({"num_views": 2}, "num_views"),
+        ({"views": ViewSpec("shift", 32, seed=5)}, "views"),
+        ({"train": False}, "train"),
+    ],
+)
+def test_a_state_of_another_stream_is_refused(shards, change, field):
+    with a_stream(shards) as stream:
+        state = stream.state_dict()
+    with a_stream(shards, **change) as stream, pytest.raises(UserError) as error:
+        stream.load_state_dict(state)
+    assert error.value.where == field
+
+
+def test_changed_data_is_refused_not_skipped_through(shards, tmp_path):
+    with a_stream(shards) as stream:
+        state = stream.state_dict()
+    make_shards(tmp_path / "s", IMAGES[:61], LABELS[:61], shard_size=9)
+    (tmp_path / "s" / "shard-000007.tar").unlink()
+    with a_stream(shards) as stream, pytest.raises(UserError) as error:
+        stream.load_state_dict(state)
+    assert error.value.where == "data"
+
+
+@pytest.mark.parametrize("batch", [-1, 9])
+def test_a_cursor_outside_is_refused(shards, batch):
+    with a_stream(shards) as stream, pytest.raises(UserError, match="lies outside"):
+        stream.load_state_dict({**stream.state_dict(), "batch": batch})
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_judging_shows_all_once_and_masks_the_padding(shards, world_size):
+    seen = []
+    for rank in range(world_size):
+        with a_stream(shards, rank, world_size, train=False) as stream:
+            batches = list(stream)
+            assert len(batches) == len(stream) == 9
+        for batch in batches:
+            seen += batch.ids[batch.valid].tolist()
+            for row in np.flatnonzero(batch.valid):
+                np.testing.assert_array_equal(batch.images[row], IMAGES[batch.ids[row]])
+    assert sorted(seen) == list(range(70))
+
+
+def test_shards_are_indexed_once_and_again_when_they_change(shards, tmp_path):
+    with a_stream(shards) as stream:
+        path = stream.manifest_path
+    with a_stream(shards) as stream:
+        assert stream.manifest_path == path
+    with a_stream(str(path)) as stream:
+        assert len(stream.manifest) == 70
+    make_shards(tmp_path / "s", IMAGES, LABELS[::-1], shard_size=9)
+    with a_stream(shards) as stream:
+        assert stream.manifest_path != path
+        np.testing.assert_array_equal(stream.manifest.label_N, LABELS[::-1])
+
+
+def test_corrupt_samples_are_masked_and_bounded(tmp_path):
+    rows = [
+        (f"{i}.{kind}", data) for i in range(16) for kind, data in (("cls", b"0"), ("jpg", b"?"))
+    ]
+    write_tar(tmp_path / "s" / "a.tar", rows)
+    with a_stream(str(tmp_path / "s"), max_corrupt=1.0) as stream:
+        assert not np.concatenate([batch.valid for batch in stream]).any()
+    with (
+        a_stream(str(tmp_path / "s"), max_corrupt=0.5) as stream,
+        pytest.raises(UserError) as error,
+    ):
+        list(stream)
+    assert error.value.where == "max_corrupt"
+    assert "a.tar" in str(error.value)
+
+
+def test_tensors_share_the_batchs_memory(shards):
+    with a_stream(shards) as stream:
+        batch = next(iter(stream))
+    images, labels, valid = batch.tensors()
+    assert (images.dtype, labels.dtype, valid.dtype) == (torch.uint8, torch.int64, torch.bool)
+    assert images.data_ptr() == batch.images.ctypes.data
+
+
+@pytest.mark.parametrize("kind", ["none", "shift", "crop_flip", "random_resized_crop"])
+@pytest.mark.parametrize("limit", [0, 20 * 3073, 1 << 30])
+def test_the_decoded_cache_changes_no_byte(shards, kind, limit, monkeypatch):
+    views = ViewSpec(kind, 32, seed=1)
+    with a_stream(shards, views=views) as stream:
+        wanted = [batch for _ in range(2) for batch in stream]
+    decoded, plain = [], shard_files.ShardFiles.read_all
+    monkeypatch.setattr(
+        shard_files.ShardFiles,
+        "read_all",
+        lambda self, samples: (decoded.extend(samples), plain(self, samples))[1],
+    )
+    with a_stream(shards, views=views, decoded_bytes=limit) as stream:
+        found = [batch for _ in range(2) for batch in stream]
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(one.images, other.images)
+        np.testing.assert_array_equal(one.labels, other.labels)
+    # Samples below the limit are decoded once, the others whenever they are shown.
+    kept = 0 if kind == "random_resized_crop" else min(70, limit // 3073)
+    shown = np.concatenate([batch.ids for batch in wanted])
+    assert len(decoded) == np.sum(shown >= kept) + len(np.unique(shown[shown < kept]))
+
+
+def test_the_decoded_cache_is_shared_and_bounded_and_not_for_the_corrupt(tmp_path):
+    images = [IMAGES[i] for i in range(16)]
+    make_shards(tmp_path / "s", images, np.zeros(16, int), shard_size=16)
+    tar = tmp_path / "s" / "shard-000000.tar"
+    with a_stream(str(tar), decoded_bytes=1 << 20, max_corrupt=1.0) as stream:
+        list(stream)
+        (file,) = stream.manifest_path.parent.glob("decoded-*.u8")
+        assert file.stat().st_size == 16 * 3073
+        damaged = bytearray(tar.read_bytes())
+        at = int(stream.manifest.offset_N[3])
+        damaged[at : at + 40] = bytes(40)
+    file.unlink()
+    stat = tar.stat()
+    tar.write_bytes(damaged)
+    os.utime(
+        tar, ns=(stat.st_atime_ns, stat.st_mtime_ns)
+    )  # the manifest still counts as this one's
+    with a_stream(str(tar), decoded_bytes=1 << 20, max_corrupt=1.0) as stream:
+        for _ in range(2):  # once decoded, once from the cache
+            batches = list(stream)
+            bad = [i for b in batches for i in b.ids[~b.valid].tolist()]
+            assert bad == [3]
+            assert sum(len(b.problems) for b in batches) == 1
+
+
+def test_a_cache_that_cannot_be_made_is_the_users_to_mend(shards):
+    with a_stream(shards) as stream:
+        path, manifest = stream.manifest_path, stream.manifest
+    from cnn2gnn_dist.data.reading.decoded_cache import cache_path
+
+    cache_path(path, manifest, VIEWS).mkdir()
+    with pytest.raises(UserError, match=r"stream\.decoded_bytes=0"):
+        a_stream(shards, decoded_bytes=1 << 20)
+
+
+@pytest.mark.slow
+def test_the_example_runs_under_torchrun_and_goes_on(tmp_path):
+    images = random_images(200)
+    make_shards(tmp_path / "s", images, np.arange(200) % 10, shard_size=50, suffix="jpg")
+    checkpoint = tmp_path / "last.pt"
+
+    def run(ranks: int, epochs: int) -> str:
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
+        command += ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
+        command += ["docs/stream_example.py", str(tmp_path / "s"), str(checkpoint), str(epochs)]
+        environ = {**os.environ, "PYTHONPATH": str(REPOSITORY), "GLOO_SOCKET_IFNAME": "lo"}
+        done = subprocess.run(
+            command,
+            cwd=REPOSITORY,
+            env=environ,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    run(2, 2)
+    state = torch.load(checkpoint, weights_only=True)["stream"]
+    assert (state["epoch"], state["batch"]) == (2, 0)
+    run(1, 3)
+    assert torch.load(checkpoint, weights_only=True)["stream"]["epoch"] == 3
+
+
+def test_readers_are_ended(shards):
+    stream = a_stream(shards)
+    next(iter(stream))
+    stream.close()
+    with pytest.raises(RuntimeError):
+        list(stream)

@@ -1,0 +1,196 @@
+"""Soft targets as one mapping a host: what all ranks fill is what a plain reading gives."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cnn2gnn_dist import settings
+from cnn2gnn_dist.data import target_arrays
+from cnn2gnn_dist.data.soft_targets import Targets
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.runtime.ranks import Ranks
+from cnn2gnn_dist.stages.shared.context import Context, RunPaths
+from cnn2gnn_dist.stages.shared.training_targets import open_targets
+from tests.support import REPOSITORY, rank_group
+from tests.unit.data.test_soft_targets import teacher, write_all
+
+N, C = 60, 9
+
+
+def context(root: Path) -> Context:
+    ranks = Ranks.from_environment()
+    return Context(settings.load("demo", []), ranks, RunPaths(root), root, "", "cpu", False)
+
+
+class Samples:
+    """As much of a manifest as targets look at."""
+
+    num_classes = C
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+
+def opened(root: Path, samples: int = N) -> Targets:
+    """As the student stage opens them."""
+    (root / "targets").mkdir(exist_ok=True)
+    return open_targets(context(root), Samples(samples), "k")  # type: ignore[arg-type]
+
+
+def made(root: Path, k: int, seed: int = 0) -> Targets:
+    """Files of N samples in shards of 7, and a plain reading of them."""
+    write_all(root / "targets", teacher(2, N, C, seed), k, meta={"key": "k"})
+    return Targets.load(root / "targets", N, C, {"key": "k"})
+
+
+def same(found: Targets, wanted: Targets) -> None:
+    assert isinstance(found.log_probs_VNK, np.memmap)
+    np.testing.assert_array_equal(found.log_probs_VNK, wanted.log_probs_VNK)
+    assert (found.indices_VNK is None) == (wanted.indices_VNK is None)
+    if wanted.indices_VNK is not None:
+        np.testing.assert_array_equal(found.indices_VNK, wanted.indices_VNK)
+    for view in (0, 1):
+        ids = np.random.default_rng(view).permutation(N)[:20]
+        np.testing.assert_array_equal(found.lookup(ids, view), wanted.lookup(ids, view))
+
+
+def ranks_open(root: str) -> str:
+    """A case of ``procs``: what this rank's mapping holds, or how it was refused."""
+    try:
+        found = opened(Path(root))
+    except UserError as error:
+        return f"{error.what} | {error.where}"
+    rows = found.lookup(np.arange(N), 1)
+    return rows.tobytes().hex()
+
+
+@pytest.mark.parametrize("k", [3, C])
+def test_ranks_fill_what_a_plain_reading_gives(tmp_path, k):
+    wanted = made(tmp_path, k)
+    rows = wanted.lookup(np.arange(N), 1).tobytes().hex()
+    assert rank_group.run(ranks_open, 2, str(tmp_path)) == [rows] * 2
+    inode = (tmp_path / "targets" / "dense" / "log_probs.npy").stat().st_ino
+    same(opened(tmp_path), wanted)
+    assert (tmp_path / "targets" / "dense" / "log_probs.npy").stat().st_ino == inode, "made twice"
+    assert not (tmp_path / "targets" / "dense.tmp").exists()
+
+
+def test_one_ranks_damaged_file_is_refused_on_all(tmp_path):
+    made(tmp_path, 3)
+    damaged = sorted((tmp_path / "targets").glob("*.parquet"))[1]  # the second rank's to read
+    data = bytearray(damaged.read_bytes())
+    data[200] ^= 0xFF
+    damaged.write_bytes(data)
+    said = rank_group.run(ranks_open, 2, str(tmp_path))
+    assert said[0] == said[1]
+    assert "can't be used" in said[0]
+    assert str(damaged) in said[0]
+    assert not (tmp_path / "targets" / "dense").exists()
+
+
+def test_what_a_kill_left_begins_anew(tmp_path):
+    wanted = made(tmp_path, 3)
+    root = tmp_path / "targets"
+    source = target_arrays.source(sorted(root.glob("*.parquet")), N, C, {"key": "k"})
+    target_arrays.create(root, source)
+    target_arrays.fill(root, source, source.files[:2])
+    assert not target_arrays.is_whole(root, source)
+    same(opened(tmp_path), wanted)
+    assert target_arrays.is_whole(root, source)
+
+
+def test_other_targets_give_other_arrays(tmp_path):
+    first = made(tmp_path, 3)
+    same(opened(tmp_path), first)
+    second = made(tmp_path, 3, seed=1)
+    assert (first.log_probs_VNK != second.log_probs_VNK).any()
+    same(opened(tmp_path), second)
+    third = made(tmp_path, 5)
+    same(opened(tmp_path), third)
+
+
+@pytest.mark.parametrize("name", ["log_probs.npy", "indices.npy", "note.json"])
+def test_damaged_arrays_are_made_again(tmp_path, name):
+    wanted = made(tmp_path, 3)
+    opened(tmp_path)
+    path = tmp_path / "targets" / "dense" / name
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 0x21
+    path.write_bytes(data)
+    same(opened(tmp_path), wanted)
+    path.unlink()
+    same(opened(tmp_path), wanted)
+
+
+def test_samples_without_targets_are_refused(tmp_path):
+    made(tmp_path, 3)
+    with pytest.raises(UserError, match="2 of 62 samples have no soft targets"):
+        opened(tmp_path, 62)
+    for path in (tmp_path / "targets").glob("*.parquet"):
+        path.unlink()
+    with pytest.raises(UserError, match="60 of 60 samples"):
+        opened(tmp_path)
+
+
+def test_files_of_another_order_go_to_their_places(tmp_path):
+    """Rows need not lie in stretches: only shards of the stages do."""
+    log_VNC = teacher(2, N, C)
+    write_all(tmp_path / "targets", log_VNC, 3, meta={"key": "k"}, places=np.arange(N)[::-1])
+    same(opened(tmp_path), Targets.load(tmp_path / "targets", N, C))
+
+
+ON_A_SMALL_DISK = """
+import contextlib, json, subprocess, sys
+from pathlib import Path
+from tests.unit.data import test_target_arrays as t
+root = Path(sys.argv[1])
+def mount(how):
+    subprocess.run(["mount", "-t", "tmpfs", "-o", how, "none", str(root / "targets")], check=True)
+(root / "targets").mkdir()
+mount("size=400k")
+wanted = t.made(root, 3)
+said, ballast = [], root / "targets" / "ballast"
+with contextlib.suppress(OSError), open(ballast, "wb", buffering=0) as file:
+    while file.write(bytes(4096)):
+        pass
+try:
+    t.opened(root)
+except t.UserError as error:
+    said.append(error.what)
+mount("remount,ro")
+found = t.opened(root)
+t.np.testing.assert_array_equal(found.log_probs_VNK, wanted.log_probs_VNK)
+said.append(type(found.log_probs_VNK).__name__)
+mount("remount,rw,size=4m")
+t.same(t.opened(root), wanted)
+said.append("room")
+print(json.dumps(said))
+"""
+
+
+@pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("unshare") is None,
+    reason="a file system of one's own wants a mount namespace (root, unshare)",
+)
+def test_a_full_disk_is_named_and_a_read_only_one_is_read_into_memory(tmp_path):
+    done = subprocess.run(
+        ["unshare", "--mount", sys.executable, "-c", ON_A_SMALL_DISK, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    full, read_only, room = json.loads(done.stdout.splitlines()[-1])
+    assert "no room left" in full
+    assert (read_only, room) == ("ndarray", "room")

@@ -1,0 +1,299 @@
+"""Rows of arrays on disk: written where they belong, noted when they are there, read as written."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cnn2gnn_dist import durable
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.graph import bank, row_file
+from cnn2gnn_dist.graph.row_file import RowFile, check_sum, read_rows
+from cnn2gnn_dist.graph.search import work_units
+from cnn2gnn_dist.graph.search.work_units import Crew, Workshop, spans
+from cnn2gnn_dist.stages.neighbours import embeddings
+from cnn2gnn_dist.stages.neighbours.embeddings import Embedded
+from tests.support import REPOSITORY
+
+KINDS = (np.float16, np.float32, np.int32)
+
+
+@given(
+    st.integers(1, 40),
+    st.sampled_from([(), (1,), (3,), (2, 2)]),
+    st.sampled_from(KINDS),
+    st.lists(st.tuples(st.integers(0, 39), st.integers(0, 39), st.integers(-9, 9)), max_size=8),
+)
+@settings(deadline=None, max_examples=60)
+def test_written_rows_are_numpys(
+    rows: int, shape: tuple[int, ...], kind: type, writes: list[tuple[int, int, int]]
+) -> None:
+    want = np.zeros((rows, *shape), kind)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.npy"
+        durable.reserve_array(path, want.shape, kind)
+        size = path.stat().st_size
+        with RowFile(path) as file:
+            total = 0
+            for start, count, value in writes:
+                stop = min(start + count, rows)
+                if start > rows:
+                    with pytest.raises(IndexError):
+                        file.write(start, np.zeros((1, *shape)))
+                    continue
+                values = (value + np.arange(want[start:stop].size)).reshape(want[start:stop].shape)
+                want[start:stop] = values
+                total = file.write(start, values, total)
+                np.testing.assert_array_equal(read_rows(path), want)
+                assert check_sum(want[start:stop]) == check_sum(read_rows(path)[start:stop])
+            file.sync()
+        assert path.stat().st_size == size
+        np.testing.assert_array_equal(np.load(path), want)
+
+
+def test_sums_go_on_and_notice_every_byte(tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).standard_normal((20, 3)).astype(np.float32)
+    durable.reserve_array(tmp_path / "a.npy", rows.shape, np.float32)
+    with RowFile(tmp_path / "a.npy") as file:
+        first = file.write(0, rows[:7])
+        assert file.write(7, rows[7:], first) == check_sum(rows)
+    for byte in range(rows.nbytes):
+        other = rows.copy()
+        other.view(np.uint8).reshape(-1)[byte] ^= 1
+        assert check_sum(other) != check_sum(rows)
+
+
+def test_short_writes_are_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A write may take less than it was given (2 GiB at most, or a signal)."""
+    rows = np.arange(300, dtype=np.int32).reshape(100, 3)
+    durable.reserve_array(tmp_path / "a.npy", rows.shape, np.int32)
+    write = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda handle, data, at: write(handle, data[:7], at))
+    with RowFile(tmp_path / "a.npy") as file:
+        file.write(0, rows)
+        with pytest.raises(ValueError):
+            file.write(0, rows[:, :2])
+    np.testing.assert_array_equal(read_rows(tmp_path / "a.npy"), rows)
+
+
+def numbers(unit: slice) -> tuple[np.ndarray, np.ndarray]:
+    rows = np.arange(unit.start, unit.stop)
+    return rows * 10, np.stack([rows, rows + 0.5], 1)
+
+
+ARRAYS = {"tens": ((23,), np.int32), "halves": ((23, 2), np.float32)}
+
+
+def filled(folder: Path, crew: Crew, work: Callable[[slice], Any] = numbers) -> Any:
+    return Workshop(folder, crew).fill("made", spans(23, 5), ARRAYS, work)
+
+
+def right(arrays: Any) -> bool:
+    want = numbers(slice(0, 23))
+    return all(np.array_equal(a, w) for a, w in zip(arrays, want, strict=True))
+
+
+def test_a_mark_comes_after_its_rows_are_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+
+    def noted(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any, **named: Any) -> Any:
+            done.append(name)
+            return real(*given, **named)
+
+        return call
+
+    monkeypatch.setattr(os, "pwrite", noted("rows", os.pwrite))
+    monkeypatch.setattr(RowFile, "sync", noted("sync", RowFile.sync))
+    monkeypatch.setattr(work_units.durable, "write_text", noted("mark", durable.write_text))
+    assert right(filled(tmp_path, Crew()))
+    assert done == ["rows", "rows", "sync", "sync", "mark"] * 5
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from tests.unit.graph import test_row_file as t
+from cnn2gnn_dist.graph.search import work_units as units
+def die(path, text):
+    if "00002" in path.name:
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(path, text)
+real, units.durable.write_text = units.durable.write_text, die
+t.filled(Path(sys.argv[1]), t.Crew())
+"""
+
+
+def test_a_kill_between_rows_and_mark_costs_the_unit(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-c", KILLED, str(tmp_path)]
+    assert subprocess.run(command, env=environment).returncode == -signal.SIGKILL
+    assert [p.name for p in sorted(tmp_path.glob("*.done"))] == [
+        "made-00000.done",
+        "made-00001.done",
+    ]
+    again: list[slice] = []
+
+    def work(unit: slice) -> tuple[np.ndarray, np.ndarray]:
+        again.append(unit)
+        return numbers(unit)
+
+    assert right(filled(tmp_path, Crew(), work))
+    assert again == spans(23, 5)[2:]
+
+
+def test_rows_that_were_marked_and_lost_are_made_again(tmp_path: Path) -> None:
+    """A machine that lost power with the mark on disk, a file server that lost a page."""
+    filled(tmp_path, Crew())
+    with RowFile(tmp_path / "halves.npy") as file:
+        file.write(12, np.zeros((1, 2)))
+    with pytest.raises(
+        UserError, match=r"rank 0 reads other rows than were written: made 10\.\.15"
+    ):
+        filled(tmp_path, Crew())
+    assert right(filled(tmp_path, Crew()))
+
+
+class Ranks:
+    """Ranks as threads; ``stale``: this one reads zeros, as from a page cache of its own."""
+
+    def __init__(self, count: int, stale: int | None = None) -> None:
+        self.count, self.stale = count, stale
+        self.meeting, self.said = threading.Barrier(count, timeout=60), [None] * count
+
+    def crew(self, rank: int) -> Crew:
+        def gather(own: Any) -> list[Any]:
+            self.said[rank] = own
+            self.meeting.wait()
+            everyone = list(self.said)
+            self.meeting.wait()
+            return everyone
+
+        class Together:
+            def __enter__(self) -> None:
+                pass
+
+            def __exit__(inner, *_: object) -> None:
+                self.meeting.wait()
+
+        return Crew(rank, self.count, 1, Together, gather)
+
+    def run(self, work: Callable[[Crew], Any]) -> list[Any]:
+        found: list[Any] = [None] * self.count
+
+        def one(rank: int) -> None:
+            try:
+                found[rank] = work(self.crew(rank))
+            except UserError as error:
+                found[rank] = error
+
+        threads = [
+            threading.Thread(target=one, args=(r,), name=f"rank {r}") for r in range(self.count)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return found
+
+    def read(self, path: Path) -> np.ndarray:
+        rows = read_rows(path)
+        return rows * 0 if threading.current_thread().name == f"rank {self.stale}" else rows
+
+
+@pytest.mark.parametrize("stale", [None, 0, 2])
+def test_a_rank_that_reads_stale_rows_stops_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stale: int | None
+) -> None:
+    ranks = Ranks(3, stale)
+    monkeypatch.setattr(work_units, "read_rows", ranks.read)
+    found = ranks.run(lambda crew: filled(tmp_path, crew))
+    if stale is None:
+        assert all(right(arrays) for arrays in found)
+        return
+    for error in found:
+        assert f"rank {stale} reads other rows than were written: made" in str(error)
+    monkeypatch.setattr(work_units, "read_rows", read_rows)
+    assert all(right(arrays) for arrays in Ranks(3).run(lambda crew: filled(tmp_path, crew)))
+
+
+X = np.random.default_rng(1).standard_normal((203, 5)).astype(np.float16)
+
+
+def embed(folder: Path, crew: Crew, stop: int | None = None) -> list[np.ndarray] | int:
+    """Write X as x, and its first columns as z and query; ``stop``: leave after so many batches."""
+    writer = bank.GraphWriter(folder)
+    made = Embedded(writer, Workshop(folder / "work", crew), len(X), 3, 2)
+    plan = made._plan(crew.rank)
+    first = made.batches_done
+    for step in range(first, len(plan) if stop is None else stop):
+        ids, mask = plan[step]
+        rows = X[ids][mask]
+        if mask.any():
+            made.write("x", int(ids[0]), rows)
+            made.write("z", int(ids[0]), rows[:, :2])
+            made.write("query", int(ids[0]), -rows[:, :2])
+        if (step + 1) % embeddings.NOTE == 0 or step + 1 == len(plan):
+            made.note()
+    if stop is not None:
+        return first
+    made.close()
+    return [np.array(made.array(name)) for name in ("x", "z", "query")]
+
+
+def folder_for(path: Path) -> Path:
+    path.mkdir()
+    for name, width in (("x", 5), ("z", 2)):
+        kind = np.float16 if name == "x" else np.float32
+        durable.reserve_array(path / f"{name}.npy", (len(X), width), kind)
+    return path
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_embedded_rows_after_an_interruption(tmp_path: Path, count: int) -> None:
+    folder = folder_for(tmp_path / "v")
+    firsts = Ranks(count).run(lambda crew: embed(folder, crew, 17 + crew.rank))
+    assert firsts == [0] * count
+    assert Ranks(count).run(lambda crew: embed(folder, crew, 16)) == [embeddings.NOTE] * count
+    for arrays in Ranks(count).run(lambda crew: embed(folder, crew)):
+        for array, want in zip(arrays, (X, X[:, :2], -X[:, :2]), strict=True):
+            np.testing.assert_array_equal(array, want)
+
+
+@pytest.mark.parametrize(("rank", "name"), [(0, "x"), (0, "z"), (1, "z"), (1, "query")])
+def test_embedded_rows_that_others_read_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int, name: str
+) -> None:
+    folder, real = folder_for(tmp_path / "v"), Embedded.array
+
+    def stale(self: Embedded, asked: str) -> np.ndarray:
+        rows = real(self, asked)
+        return rows * 0 if (asked, self.shop.crew.rank) == (name, rank) else rows
+
+    monkeypatch.setattr(Embedded, "array", stale)
+    for error in Ranks(2).run(lambda crew: embed(folder, crew)):
+        assert f"rank {rank} reads other rows than were written: embedded rows of rank" in str(
+            error
+        )
+
+
+def test_marks_of_another_form_don_t_count(tmp_path: Path) -> None:
+    for unit, text in enumerate(["", "{", "3", json.dumps(["a"])]):
+        (tmp_path / f"made-{unit:05d}.done").write_text(text)
+    assert right(filled(tmp_path, Crew()))
+    assert row_file.check_sum(np.zeros((0, 3))) == 0

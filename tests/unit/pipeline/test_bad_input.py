@@ -1,0 +1,348 @@
+"""What users get wrong: a message with what, where and remedy, exit code 2, no traceback."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cnn2gnn_dist import cli, settings
+from cnn2gnn_dist.data.index.manifest import Manifest
+from cnn2gnn_dist.data.reading.reader import Batch
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.pipeline import runner
+from cnn2gnn_dist.stages.shared import preflight
+from cnn2gnn_dist.stages.shared.context import CorruptCount
+from tests.support.runs import MICRO, environment
+from tests.support.shards import encode_image, make_shards, random_images
+
+
+def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """launch/train.py as a single process."""
+    return subprocess.run(
+        [sys.executable, "launch/train.py", "--config", "demo", *MICRO, *arguments],
+        capture_output=True,
+        text=True,
+        env=environment(),
+    )
+
+
+def refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:
+    """Exit code 2, all parts said, no traceback."""
+    assert done.returncode == 2, done.stdout + done.stderr
+    for part in (*parts, "where:", "remedy:"):
+        assert part in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def shards(tmp_path):
+    images = random_images(64, 16, 16)
+    labels = np.arange(64) % 4
+    return make_shards(tmp_path / "shards", images, labels, shard_size=16)
+
+
+def of_shards(shards, tmp_path, *more: str) -> list[str]:
+    return [
+        "data.source=shards",
+        f"data.train={shards[0].parent}/*.tar",
+        "data.holdout=0.25",
+        f"run.dir={tmp_path}/run",
+        *more,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "where", "remedy"),
+    [
+        ("student.epoch=3", "student.epoch", "student.epochs"),
+        ("epochs=3", "epochs", "epochs"),
+        ("student.epochs=many", "student.epochs", "cnn2gnn config"),
+        ("student.epochs=0", "student.epochs", "cnn2gnn config"),
+        ("graph.neighbours=20", "graph.neighbours", "graph.neighbours=9"),
+        ("device=gpu", "device", "cnn2gnn config"),
+        ("student=3", "student", "cnn2gnn config"),
+        ("student.epochs", "student.epochs", "student.epochs=20"),
+    ],
+)
+def test_config_mistakes_name_the_field_and_the_nearest(override, where, remedy, capsys):
+    assert cli.main(["run", "--config", "demo", override, "--dry-run"]) == 2
+    said = capsys.readouterr().err
+    assert where in said.split("where:")[1].split("remedy:")[0]
+    assert remedy in said.split("remedy:")[1]
+
+
+def test_unknown_config_names_the_presets(capsys):
+    assert cli.main(["run", "--config", "cifar"]) == 2
+    assert "cifar10" in capsys.readouterr().err
+
+
+def test_broken_yaml(tmp_path, capsys):
+    (tmp_path / "bad.yaml").write_text("student: {epochs: 3")
+    assert cli.main(["run", "--config", str(tmp_path / "bad.yaml")]) == 2
+    assert "bad.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_asked_for_where_there_is_none():
+    with pytest.raises(UserError, match="GPU") as caught:
+        runner.choose_device("cuda")
+    assert caught.value.where == "device"
+
+
+def test_folder_that_is_not_a_runs(tmp_path):
+    (tmp_path / "thesis.tex").write_text("mine")
+    refused(launch(f"run.dir={tmp_path}"), str(tmp_path), "not a run's", "run.dir=")
+    assert (tmp_path / "thesis.tex").read_text() == "mine"
+    assert not (tmp_path / "config.yaml").exists()
+
+
+@pytest.mark.slow
+def test_folder_of_another_config_is_refused_then_set_aside(tmp_path):
+    run = f"run.dir={tmp_path}/run"
+    only = ("--stages", "pack,index")
+    assert launch(run, *only).returncode == 0
+    before = sorted(path.name for path in (tmp_path / "run" / "shards").iterdir())
+    refused(launch(run, "data.shard_size=32", *only), "data.shard_size: 64 -> 32", "--update")
+    assert sorted(path.name for path in (tmp_path / "run" / "shards").iterdir()) == before
+    assert launch(run, "data.shard_size=32", "--update", *only).returncode == 0
+    assert (tmp_path / "run" / "shards.old-1" / "train-000000.tar").exists()
+
+
+def test_missing_shards(tmp_path):
+    done = launch("data.source=shards", "data.train=/nowhere/*.tar", f"run.dir={tmp_path}/run")
+    refused(done, "/nowhere/*.tar")
+
+
+def test_truncated_shard(shards, tmp_path):
+    data = shards[1].read_bytes()
+    shards[1].write_bytes(data[: len(data) // 2 + 100])
+    refused(launch(*of_shards(shards, tmp_path), "--stages", "index"), str(shards[1]))
+
+
+@pytest.mark.slow
+def test_shard_changed_after_indexing(shards, tmp_path):
+    arguments = of_shards(shards, tmp_path, "teacher.global_batch=8")
+    assert launch(*arguments, "--stages", "index").returncode == 0
+    shards[2].unlink()
+    refused(launch(*arguments, "--stages", "index,teacher"), "data.train: 1 gone", "--update")
+
+
+@pytest.mark.slow
+def test_fewer_samples_than_a_global_batch(shards, tmp_path):
+    arguments = of_shards(shards, tmp_path, "teacher.global_batch=64", "--stages", "index,teacher")
+    refused(
+        launch(*arguments),
+        "48 training images are fewer than one global batch of 64",
+        "teacher.global_batch",
+    )
+
+
+@pytest.mark.slow
+def test_corrupt_images_up_to_the_limit_are_reported_and_beyond_it_stop(tmp_path):
+    images = random_images(64, 16, 16)
+    shards = make_shards(
+        tmp_path / "shards", images, np.arange(64) % 4, shard_size=16, suffix="jpg"
+    )
+    data = bytearray(shards[0].read_bytes())
+    start = data.index(b"\xff\xd8")
+    data[start + 2 : start + 60] = bytes(58)
+    shards[0].write_bytes(bytes(data))
+    arguments = of_shards(shards, tmp_path, "teacher.global_batch=8", "teacher.epochs=2")
+    arguments.append(f"data.test={shards[1]}")
+    arguments += ["--stages", "index,teacher"]
+    refused(
+        launch(*arguments),
+        "corrupt images",
+        "data.max_corrupt",
+        str(shards[0]),
+    )
+    done = launch(*arguments, "data.max_corrupt=0.5", "--update")
+    assert done.returncode == 0, done.stderr
+    assert "1 corrupt" in done.stdout
+
+
+def test_corrupt_samples_count_once_however_often_they_are_read():
+    count = CorruptCount(limit=0.02, total=100)
+    batch = Batch(
+        np.zeros((2, 4, 4, 3), np.uint8),
+        np.zeros(2, np.int64),
+        np.array([7, 8]),
+        np.array([False, True]),
+        ["a.tar: k7: truncated"],
+    )
+    for _ in range(5):
+        count.note(batch)
+    assert count.check() == {7: "a.tar: k7: truncated"}
+    count.seen.update({1: "b", 2: "c"})
+    with pytest.raises(UserError, match="3 corrupt images among 100"):
+        count.check()
+
+
+def test_more_candidates_than_nodes_names_the_field(tmp_path):
+    from cnn2gnn_dist.graph.search import knn
+
+    base = np.eye(5, dtype=np.float32)
+    with pytest.raises(UserError, match=r"5 neighbours .* 5 nodes") as caught:
+        knn.search(base, base, 5, exclude_Q=np.arange(5))
+    assert caught.value.where == "graph.candidates"
+
+
+def test_overrides_read_numbers_as_people_write_them():
+    config = settings.load("demo", ["teacher.lr=1e-3", "graph.fanouts=[14, 2]", "data.test=null"])
+    assert config.teacher.lr == 0.001
+    assert config.graph.fanouts == (14, 2)
+
+
+def image_tree(root: Path, counts: dict[str, int]) -> Path:
+    """A folder a class, each with so many images."""
+    for number, (name, count) in enumerate(counts.items()):
+        (root / name).mkdir(parents=True)
+        for i, image in enumerate(random_images(count, 8, 8, seed=number)):
+            (root / name / f"{i}.png").write_bytes(encode_image(image))
+    return root
+
+
+def prepared(run: Path, *overrides: str) -> tuple[int, Manifest | None, Manifest | None]:
+    """Exit code of pack and index in this process, and the manifests."""
+    code = 0
+    for stage in ("pack", "index"):
+        code = code or cli.main([stage, "--config", "demo", f"run.dir={run}", *overrides])
+    if code:
+        return code, None, None
+    return code, *(Manifest.load(run / "manifest" / f"{p}.arrow") for p in ("train", "test"))
+
+
+def test_a_held_out_folder_that_lacks_a_class_is_matched_by_name(tmp_path, capsys):
+    train = image_tree(tmp_path / "train", {"blue": 3, "green": 3, "red": 3})
+    held = image_tree(tmp_path / "val", {"green": 2, "red": 2})
+    data = ("data.source=imagefolder", f"data.train={train}", f"data.test={held}")
+    code, _, test = prepared(tmp_path / "run", *data)
+    said = capsys.readouterr().out
+    assert code == 0
+    assert test.classes == ("blue", "green", "red")
+    for row in range(len(test)):
+        assert test.key(row).startswith(test.classes[test.label_N[row]])
+    assert "note: held-out images number the classes in another way: matched by name" in said
+    assert "note: 1 of 3 classes have no held-out image" in said
+    code, _, test = prepared(tmp_path / "run2", *data, "data.num_classes=3")
+    assert (code, test.classes) == (0, ("blue", "green", "red"))
+
+
+@pytest.mark.parametrize(
+    ("held", "says"),
+    [
+        ({"green": 2, "mauve": 2}, ("'mauve'", "data.test")),
+        ({"x": 2, "y": 2}, ("'x', 'y'", "data.test")),
+    ],
+)
+def test_unknown_held_out_classes_are_refused(tmp_path, capsys, held, says):
+    train = image_tree(tmp_path / "train", {"blue": 2, "green": 2})
+    test = image_tree(tmp_path / "val", held)
+    data = ("data.source=imagefolder", f"data.train={train}", f"data.test={test}")
+    assert prepared(tmp_path / "run", *data)[0] == 2
+    said = capsys.readouterr().err
+    assert all(part in said for part in says)
+
+
+def test_the_remedy_for_an_empty_class_works_as_written(tmp_path, capsys):
+    images = random_images(4, 8, 8)
+    make_shards(tmp_path / "a", images, [0, 0, 2, 2])
+    data = ("data.source=shards", f"data.train={tmp_path}/a/*.tar")
+    run = ["index", "--config", "demo", f"run.dir={tmp_path}/run", *data]
+    assert cli.main(run) == 2
+    remedy = capsys.readouterr().err.split("remedy:")[1]
+    setting = re.search(r"data\.\S+=true", remedy).group()
+    assert cli.main([*run, setting]) == 0
+    train = Manifest.load(tmp_path / "run" / "manifest" / "train.arrow")
+    assert (train.classes, sorted(train.label_N.tolist())) == (("0", "1", "2"), [0, 2])
+
+
+@pytest.mark.parametrize(
+    ("counts", "says"),
+    [
+        ({"a": 1, "b": 1, "c": 1}, ("no held-out image", "every class has one image", "data.test")),
+        ({"only": 12}, ("one class", "data.train")),
+        ({"train": 3, "val": 3}, ("parts of a data set", "data.train=", "data.test=")),
+    ],
+)
+def test_degenerate_sets_are_refused_before_any_training(tmp_path, capsys, counts, says):
+    tree = image_tree(tmp_path / "in", counts)
+    data = ("data.source=imagefolder", f"data.train={tree}")
+    assert prepared(tmp_path / "run", *data)[0] == 2
+    said = capsys.readouterr().err
+    assert all(part in said for part in says), said
+    assert not (tmp_path / "run" / "manifest" / "train.arrow").exists()
+
+
+def test_too_few_images_are_said_at_index(tmp_path, capsys):
+    """Also what only a later stage would meet, and for each stage what it needs."""
+    tree = image_tree(tmp_path / "in", {"a": 6, "b": 6})
+    run = ["--config", "demo", f"run.dir={tmp_path}/run", "data.source=imagefolder"]
+    run += [f"data.train={tree}", "device=cpu", "teacher.global_batch=2", "graph.parts=1"]
+    assert cli.main(["pack", *run]) == cli.main(["index", *run]) == 0
+    said = capsys.readouterr().out
+    assert "note: 8 training images are fewer than one global batch of 64" in said
+    assert "note: 16 candidates for each of 8 training images" in said
+    config = settings.load("demo", run[2:])
+    stages = ("teacher", "student", "control")
+    assert [e.where for e in preflight.misfits(config, ("teacher",), 8)] == []
+    assert [e.where for e in preflight.misfits(config, stages, 64)] == []
+    assert [e.where for e in preflight.misfits(config, ("student",), 16)] == [
+        *("student.global_batch", "graph.candidates")
+    ]
+    few = ["graph.scope=batch", "graph.neighbours=4", "student.global_batch=8"]
+    batch = settings.load("demo", [*run[2:], *few])
+    assert preflight.misfits(batch, stages, 8) == []
+
+
+@pytest.mark.slow
+def test_too_few_images_for_the_student_end_a_run_before_the_teacher(shards, tmp_path):
+    done = launch(*of_shards(shards, tmp_path, "graph.candidates=48"))
+    refused(done, "48 candidates for each of 48 training images", "graph.candidates=47 or less")
+    assert (tmp_path / "run" / "manifest" / "done.json").exists()
+    assert not (tmp_path / "run" / "teacher").exists()
+
+
+def test_small_classes_are_no_fault_and_single_images_are_said():
+    assert preflight.check_classes(np.array([0] * 90 + [1] * 2), 20, 0.2) == []
+    assert (
+        "1 of 2 classes have a single"
+        in preflight.check_classes(np.array([0] * 9 + [1]), 3, 0.2)[0]
+    )
+    assert "every class has a single" in preflight.check_classes(np.array([0, 1]), 3, None)[0]
+
+
+def test_a_source_that_reads_one_folder_refuses_two(tmp_path, capsys):
+    """Where the second was passed over without a word."""
+    a, b = (image_tree(tmp_path / name, {"x": 2, "y": 2}) for name in "ab")
+    data = ("data.source=imagefolder", f"data.train=[{a}, {b}]")
+    assert prepared(tmp_path / "run", *data)[0] == 2
+    assert "reads one folder, and 2 are named" in capsys.readouterr().err
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "x.parquet").touch()
+    assert (
+        prepared(tmp_path / "run2", "data.source=imagefolder", f"data.train={tmp_path}/c")[0] == 2
+    )
+    assert "data.source=parquet" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("source", ["shards", "imagefolder"])
+def test_held_out_images_that_are_training_images_are_said(tmp_path, capsys, source):
+    if source == "shards":
+        first, second = make_shards(
+            tmp_path / "a", random_images(8, 8, 8), [0, 1] * 4, shard_size=4
+        )
+        data = (f"data.train=[{first}, {second}]", f"data.test={tmp_path}/a/../a/{second.name}")
+    else:
+        tree = image_tree(tmp_path / "in", {"a": 4, "b": 4})
+        data = (f"data.train={tree}", f"data.test={tree}/")
+    run = ["--config", "demo", f"run.dir={tmp_path}/run", f"data.source={source}", *data]
+    stages = ("index",) if source == "shards" else ("pack", "index")
+    assert [cli.main([stage, *run]) for stage in stages] == [0] * len(stages)
+    assert "note: 1 of 1 held-out files or folders are training ones" in capsys.readouterr().out

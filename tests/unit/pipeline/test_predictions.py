@@ -1,0 +1,255 @@
+"""Scores against definitions written out, scikit-learn, and loops; what is judged, and in what company."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import balanced_accuracy_score
+from torch import Tensor
+
+from cnn2gnn_dist import settings
+from cnn2gnn_dist.data.index import manifest as manifests
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.runtime.ranks import Ranks
+from cnn2gnn_dist.stages.evaluate import as_json, table
+from cnn2gnn_dist.stages.neighbours.neighbourhood import last_refresh, parts_of
+from cnn2gnn_dist.stages.shared import predictions as judging
+from cnn2gnn_dist.stages.shared.context import Context, RunPaths
+from cnn2gnn_dist.stages.shared.predictions import Predictions, calibration_error
+from tests.support import rank_group
+from tests.support.shards import encode_image, random_images, write_tar
+from tests.unit.models.test_student import student
+
+IMAGES, BATCH, SEED = 23, 5, 4
+CORRUPT = (2, 9, 22)
+LABELS = np.arange(IMAGES) % 3
+
+
+def held_out(root: Path, corrupt: tuple[int, ...] = CORRUPT) -> np.ndarray:
+    """A run with a manifest of held-out images, some of which are HTML; the images."""
+    images = random_images(IMAGES, 8, 8, seed=1)
+    members = []
+    for i, image in enumerate(images):
+        members.append((f"i{i:02d}.cls", str(LABELS[i]).encode()))
+        members.append((f"i{i:02d}.png", b"<html>404" if i in corrupt else encode_image(image)))
+    tar = write_tar(root / "test-000000.tar", members)
+    path = root / "manifest" / "test.arrow"
+    path.parent.mkdir(parents=True)
+    manifests.index([tar], progress=False).save(path)
+    return images
+
+
+def context(root: Path, *overrides: str) -> Context:
+    config = settings.load(
+        "demo",
+        [
+            f"run.dir={root}",
+            "views.kind=none",
+            "views.size=8",
+            "stream.backend=local",
+            f"evaluate.batch={BATCH}",
+            "data.max_corrupt=0.5",
+            *overrides,
+        ],
+    )
+    ranks = Ranks.from_environment()
+    folder = root / "teacher"
+    folder.mkdir(exist_ok=True)
+    return Context(config, ranks, RunPaths(root), folder, "", "cpu", False)
+
+
+def batch_student() -> torch.nn.Module:
+    """A student whose images see each other, gates open."""
+    return student("batch").eval()
+
+
+def ranks_judge(root: str) -> dict[str, Any]:
+    """A case of ``procs``: a batch-scope student's answers, and what it was shown."""
+    model, shown = batch_student(), []
+
+    def answer(images: Tensor) -> dict[str, Tensor]:
+        shown.append(images.numpy().copy())
+        output = model(images)
+        return {"student": output.logits_BC.softmax(1), "alone": output.self_logits_BC.softmax(1)}
+
+    here = context(Path(root))
+    found = judging.judge(here, answer, here.paths.test_manifest, shuffle_seed=SEED)
+    return {"found": found.found, "left_out": found.left_out, "shown": shown}
+
+
+def in_company(images: np.ndarray, seed: int | None) -> dict[int, Tensor]:
+    """Probabilities of each sound image, classified beside the sound ones of its batch."""
+    places = np.arange(IMAGES) if seed is None else np.random.default_rng(seed).permutation(IMAGES)
+    found = {}
+    for ids in np.array_split(places, 5):  # 23 images in batches of at most 5
+        ids = np.array([i for i in ids if i not in CORRUPT])
+        with torch.no_grad():
+            rows = batch_student()(torch.from_numpy(images[ids])).logits_BC.softmax(1)
+        found.update(zip(ids.tolist(), rows, strict=True))
+    return found
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_neither_padding_nor_corrupt_images_join_a_batch(tmp_path, world_size):
+    """Whatever the ranks: the same company, hence the same answers; and as many forward passes."""
+    images = held_out(tmp_path)
+    wanted = in_company(images, SEED)
+    assert not torch.allclose(wanted[0], in_company(images, None)[0]), "company does not matter"
+    if world_size == 1:
+        said = [ranks_judge(str(tmp_path))]
+    else:
+        said = rank_group.run(ranks_judge, world_size, str(tmp_path))
+    sound = [i for i in range(IMAGES) if i not in CORRUPT]
+    assert len({len(one["shown"]) for one in said}) == 1, "ranks out of step"
+    for one in said:
+        assert set(one["left_out"]) == set(CORRUPT)
+        assert all("i09" in one["left_out"][9] for one in said)
+        found = one["found"]["student"]
+        assert found.id_N.tolist() == one["found"]["alone"].id_N.tolist() == sound
+        np.testing.assert_array_equal(found.label_N, LABELS[sound])
+        for place, i in enumerate(sound):
+            assert found.predicted_N[place] == int(wanted[i].argmax())
+            assert found.confidence_N[place] == pytest.approx(float(wanted[i].max()), rel=1e-6)
+    judged = [image for one in said for batch in one["shown"] for image in batch if image.any()]
+    assert len(judged) == len(sound), "an image was shown twice, or not at all"
+    idle = [batch for one in said for batch in one["shown"] if not batch.any()]
+    assert len(idle) == (1 if world_size == 2 else 0)  # five batches, two ranks
+
+
+def test_the_accuracy_is_of_what_was_judged(tmp_path):
+    held_out(tmp_path)
+
+    def classify(images: Tensor) -> Tensor:
+        assert images.flatten(1).any(1).all()
+        return torch.eye(3)[torch.zeros(len(images), dtype=torch.long)]
+
+    sound = np.delete(LABELS, CORRUPT)
+    assert judging.accuracy_of(context(tmp_path), classify) == pytest.approx((sound == 0).mean())
+
+
+def nothing(images: Tensor) -> dict[str, Tensor]:
+    return {"m": torch.full((len(images), 3), 1 / 3)}
+
+
+def test_more_corrupt_than_the_limit_is_refused_before_anything_is_trained(tmp_path):
+    held_out(tmp_path)
+    strict = context(tmp_path, "data.max_corrupt=0.1")
+    for refused in (
+        lambda: judging.check_held_out(strict),
+        lambda: judging.judge(strict, nothing, strict.paths.test_manifest),
+    ):
+        with pytest.raises(UserError, match="3 corrupt held-out images among 23") as caught:
+            refused()
+        assert "i02" in caught.value.what
+        assert caught.value.where == "data.max_corrupt"
+    assert not list(strict.folder.iterdir())
+
+
+def test_held_out_images_are_looked_through_once(tmp_path, capsys):
+    held_out(tmp_path)
+    judging.check_held_out(context(tmp_path))
+    assert "3 of 23 held-out images are corrupt and not judged" in capsys.readouterr().out
+    (tmp_path / "test-000000.tar").unlink()
+    judging.check_held_out(context(tmp_path))
+
+
+def test_no_image_that_can_be_read_is_no_result(tmp_path):
+    held_out(tmp_path, tuple(range(IMAGES)))
+    lenient = context(tmp_path, "data.max_corrupt=1")
+    for refused in (
+        lambda: judging.check_held_out(lenient),
+        lambda: judging.judge(lenient, nothing, lenient.paths.test_manifest),
+    ):
+        with pytest.raises(UserError, match="none of the 23 held-out images can be read"):
+            refused()
+
+
+def test_answers_that_are_not_finite_are_no_result(tmp_path):
+    held_out(tmp_path)
+
+    def answer(images: Tensor) -> dict[str, Tensor]:
+        return {"student": torch.full((len(images), 3), torch.nan)}
+
+    here = context(tmp_path)
+    with pytest.raises(UserError, match="20 of 20 answers of the student are not finite"):
+        judging.judge(here, answer, here.paths.test_manifest)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_results_are_strict_json(value):
+    assert json.loads(as_json({"a": [{"b": 1.5}], "c": None})) == {"a": [{"b": 1.5}], "c": None}
+    with pytest.raises(UserError, match=r"the result a\[0\]\.b is"):
+        as_json({"a": [{"b": value}]})
+
+
+@pytest.fixture
+def found():
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(5), [50, 30, 15, 4, 1])  # and a class 5 of none
+    predicted = np.where(rng.random(100) < 0.7, labels, rng.integers(0, 6, 100))
+    return Predictions(np.arange(100), predicted, rng.random(100).astype(np.float32), labels)
+
+
+def test_scores_equal_scikit_learns(found):
+    scores = found.scores(6)
+    assert scores["accuracy"] == pytest.approx((found.predicted_N == found.label_N).mean())
+    with pytest.warns(UserWarning, match="classes not in y_true"):
+        wanted = balanced_accuracy_score(found.label_N, found.predicted_N)
+    assert scores["balanced_accuracy"] == pytest.approx(wanted)
+
+
+def test_calibration_error_by_hand(found):
+    right = found.predicted_N == found.label_N
+    total = 0.0
+    for b in range(15):
+        low, high = b / 15, (b + 1) / 15
+        inside = (found.confidence_N >= low) & (found.confidence_N < high)
+        if inside.any():
+            total += inside.mean() * abs(right[inside].mean() - found.confidence_N[inside].mean())
+    assert calibration_error(found.confidence_N, right) == pytest.approx(total, rel=1e-5)
+    assert calibration_error(np.ones(10), np.ones(10, bool)) == 0.0
+    assert calibration_error(np.ones(10), np.zeros(10, bool)) == 1.0
+    assert calibration_error(np.array([0.5]), np.ones(1, bool)) == 0.5
+    # A confidence of exactly 1 shares the last bin with 14/15 and above, and with nothing below.
+    for confidence, right, wanted in (([1.0, 0.95], [0, 1], 0.95), ([0.99, 0.9], [1, 0], 0.91)):
+        found_error = calibration_error(np.array(confidence), np.array(right, bool))
+        assert found_error == pytest.approx(wanted / 2)
+
+
+def test_last_refresh_over_epochs():
+    from cnn2gnn_dist.config import GraphConfig
+
+    every_third = GraphConfig(start_epoch=2, refresh_epochs=3)
+    found = [last_refresh(epoch, every_third) for epoch in range(10)]
+    assert found == [None, None, 2, 2, 2, 5, 5, 5, 8, 8]
+
+
+@pytest.mark.parametrize(("world", "parts"), [(1, 1), (1, 4), (2, 2), (2, 5), (3, 8), (4, 4)])
+def test_every_part_has_one_owner_and_every_rank_a_part(world, parts):
+    owned = [parts_of(rank, world, parts) for rank in range(world)]
+    assert sorted(p for parts_of_one in owned for p in parts_of_one) == list(range(parts))
+    assert all(owned)
+
+
+def test_table_shows_every_model():
+    row = {
+        "accuracy": 0.5,
+        "balanced_accuracy": 0.4,
+        "ece": 0.1,
+        "parameters": 12345,
+        "flops": 2e6,
+        "ms_per_image": 0.25,
+    }
+    models = ("teacher", "student", "self_path", "vote", "control_mlp")
+    text = table(dict.fromkeys(models, row))
+    assert text.count("50.00%") == 5
+    assert "12,345" in text
+    assert "left out" not in text
+    counted = {**row, "judged": 1_200, "left_out": 3}
+    last = table(dict.fromkeys(models, counted)).splitlines()[-1]
+    assert last == "judged on 1,200 held-out images; 3 that can't be read are left out"

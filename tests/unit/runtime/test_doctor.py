@@ -1,0 +1,184 @@
+"""The doctor: every check, what it says when something is amiss, and silence otherwise."""
+
+from __future__ import annotations
+
+import collections
+import importlib.metadata
+import os
+import resource
+import shutil
+import socket
+import sys
+
+import pytest
+
+from cnn2gnn_dist.commands import doctor
+from cnn2gnn_dist.commands.doctor import FAIL, OK, WARN, Finding
+from tests.support.runs import free_port
+
+Usage = collections.namedtuple("Usage", "total used free")
+
+
+@pytest.mark.slow
+def test_this_machine_can_run(capfd):
+    assert doctor.command() == 0, capfd.readouterr().out
+    said = capfd.readouterr()
+    names = {line[6:].split()[0] for line in said.out.splitlines() if line[:2] in ("ok", "wa")}
+    assert names >= {
+        "python", "torch", "torchvision", "timm", "deepspeed", "dgl", "ray", "webdataset", "pyarrow",
+        "gpu", "shared", "disk", "memory", "open", "OMP_NUM_THREADS",
+    }  # fmt: skip
+    assert said.err == ""
+    assert "Warning" not in said.out
+
+
+def only(monkeypatch, *findings: Finding) -> None:
+    monkeypatch.setattr(doctor, "examine", lambda: list(findings))
+
+
+def test_a_warning_has_a_remedy_and_stops_nothing(monkeypatch, capsys):
+    only(monkeypatch, Finding("disk", WARN, "2 GiB free", "run.dir= elsewhere"))
+    assert doctor.command() == 0
+    assert "-> run.dir= elsewhere" in capsys.readouterr().out
+
+
+def test_a_failure_is_exit_code_1(monkeypatch, capsys):
+    only(monkeypatch, Finding("python", OK, "3.11", "no"), Finding("dgl", FAIL, "gone", "pip …"))
+    assert doctor.command() == 1
+    said = capsys.readouterr().out
+    assert "-> pip …" in said
+    assert "-> no" not in said
+    assert "1 problem" in said
+
+
+def installed(monkeypatch, wanted: list[str], versions: dict[str, str]) -> dict[str, Finding]:
+    def version(name: str) -> str:
+        if name not in versions:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(importlib.metadata, "requires", lambda _: wanted)
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    return {finding.name: finding for finding in doctor._versions()}
+
+
+def test_versions_against_the_ranges(monkeypatch):
+    found = installed(
+        monkeypatch,
+        ["torch>=2.11,<2.14", "dgl==2.1.0", "ray[default]>=2.60", "pytest>=8; extra == 'test'"],
+        {"torch": "2.13.0+cpu", "dgl": "2.4.0"},
+    )
+    assert {name: one.standing for name, one in found.items()} == {
+        "torch": OK, "dgl": FAIL, "ray": FAIL,
+    }  # fmt: skip
+    assert '"dgl==2.1.0"' in found["dgl"].remedy
+    assert found["ray"].seen == "not installed"
+
+
+def test_a_checkout_that_is_not_installed_is_held_to_its_pyproject(monkeypatch, tmp_path):
+    def nobody(_: str) -> list[str]:
+        raise importlib.metadata.PackageNotFoundError
+
+    monkeypatch.setattr(importlib.metadata, "requires", nobody)
+    assert {"torch", "dgl", "ray"} <= {finding.name for finding in doctor._versions()}
+    monkeypatch.setattr(doctor, "CHECKOUT", tmp_path / "none.toml")
+    (finding,) = doctor._versions()
+    assert finding.standing == WARN
+    assert finding.remedy == "pip install ."
+
+
+def test_python_of_another_version(monkeypatch):
+    monkeypatch.setattr(sys, "version_info", (3, 13, 0))
+    assert doctor._python().standing == FAIL
+
+
+@pytest.mark.parametrize(("free", "standing"), [(6, OK), (3, WARN), (0.5, FAIL)])
+def test_disk(monkeypatch, free, standing):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, free * doctor.GIB))
+    assert doctor._disk().standing == standing
+
+
+@pytest.mark.parametrize(("free", "standing"), [(2, OK), (0.06, WARN)])
+def test_shared_memory(monkeypatch, free, standing):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, free * doctor.GIB))
+    assert doctor._shared_memory().standing == standing
+
+
+@pytest.mark.parametrize(("limit", "standing"), [(65536, OK), (256, WARN)])
+def test_open_files(monkeypatch, limit, standing):
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, limit))
+    assert doctor._open_files().standing == standing
+
+
+@pytest.mark.parametrize(
+    ("value", "standing"), [(None, OK), ("1", OK), ("100", WARN), ("0", WARN), ("many", WARN)]
+)
+def test_threads(monkeypatch, value, standing):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if value is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", value)
+    assert doctor._threads().standing == standing
+
+
+@pytest.mark.parametrize("scheme", ["", "http://"])
+def test_ray_is_told_where_it_would_connect_and_that_nobody_is_there(monkeypatch, scheme):
+    address = f"{scheme}127.0.0.1:{free_port()}"
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    found = doctor._ray()
+    assert found.standing == WARN
+    assert f"RAY_ADDRESS={address}" in found.seen
+    assert "answers at" in found.seen
+    monkeypatch.delenv("RAY_ADDRESS")
+    assert doctor._ray().standing == OK
+
+
+def test_a_home_that_cannot_be_written_to(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert doctor._home().standing == OK
+    monkeypatch.setenv("HOME", str(tmp_path / "none"))
+    assert doctor._home().standing == WARN
+
+
+def test_interfaces(monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    monkeypatch.delenv("NCCL_SOCKET_IFNAME", raising=False)
+    assert doctor._interfaces().standing == OK
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "=nothing9")
+    found = doctor._interfaces()
+    assert found.standing == FAIL
+    assert "unset NCCL_SOCKET_IFNAME" in found.remedy
+    assert doctor._loopback().standing == OK
+
+
+def test_the_launchers_port(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        monkeypatch.setattr(doctor, "DEFAULT_PORT", taken.getsockname()[1])
+        found = doctor._port()
+    assert found.standing == WARN
+    assert f"--master_port {doctor.DEFAULT_PORT + 1}" in found.remedy
+    assert doctor._port().standing == OK
+
+
+def test_deepspeed_leaves_the_environment_as_it_was(monkeypatch):
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    assert doctor._deepspeed().standing == OK
+    assert "DS_ACCELERATOR" not in os.environ
+
+
+def test_what_libraries_print_is_kept_out_and_the_streams_come_back(monkeypatch, capfd):
+    def loud() -> Finding:
+        os.write(1, b"a banner\n")
+        os.write(2, b"a note of C code\n")
+        raise OSError("libcudart.so is missing")
+
+    monkeypatch.setattr(doctor, "_dgl", loud)
+    found = {finding.name: finding for finding in doctor.examine()}
+    os.write(1, b"after\n")
+    said = capfd.readouterr()
+    assert said.out == "after\n"
+    assert said.err == ""
+    assert found["dgl imports"].standing == FAIL
+    assert "libcudart" in found["dgl imports"].seen

@@ -1,0 +1,409 @@
+"""What users' environments do to a start: each is carried, or refused at once with what to do."""
+
+from __future__ import annotations
+
+import http.server
+import importlib
+import os
+import resource
+import secrets
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from cnn2gnn_dist import upload_checks
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.runtime import host_checks, ray_probe, rendezvous
+from cnn2gnn_dist.runtime.process_group import device_index, join
+from cnn2gnn_dist.runtime.ranks import DEFAULT_PORT, Ranks, first_host
+from tests.support import rank_group, runs
+
+# --- who am I, and where do we meet ------------------------------------------------------------
+
+
+def slurm(**more: str) -> Ranks:
+    step = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "8"}
+    return Ranks.from_environment(step | more)
+
+
+def test_srun_needs_no_master_address():
+    nodes = {"SLURM_STEP_NODELIST": "gpu[003-004],cpu9", "SLURM_STEP_NUM_NODES": "3"}
+    found = slurm(**nodes, SLURM_JOB_ID="4711")
+    assert (found.rank, found.local_rank, found.world_size) == (5, 1, 8)
+    assert found.master_addr == "gpu003"
+    assert found.master_port == slurm(**nodes, SLURM_JOB_ID="4711", SLURM_PROCID="0").master_port
+    assert found.master_port != slurm(**nodes, SLURM_JOB_ID="4712").master_port
+    assert slurm(**nodes, MASTER_ADDR="10.1.2.3", MASTER_PORT="777").master_addr == "10.1.2.3"
+    assert slurm(**nodes, MASTER_PORT="777").master_port == 777
+    assert slurm(SLURM_STEP_NODELIST="gpu003", SLURM_STEP_NUM_NODES="1").master_addr == "127.0.0.1"
+    assert slurm().master_addr == "127.0.0.1"
+
+
+def test_srun_over_nodes_that_it_does_not_name_is_refused():
+    with pytest.raises(UserError, match="SLURM_STEP_NODELIST") as caught:
+        slurm(SLURM_STEP_NUM_NODES="2")
+    assert "export MASTER_ADDR" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("listed", "first"),
+    [
+        ("n1", "n1"),
+        ("a,b", "a"),
+        ("gpu[003-007,9],cpu1", "gpu003"),
+        ("gpu[9,3-7]", "gpu9"),
+        ("rack[2]n[10-12]", "rack2n10"),
+        ("a-[1-3]-x[5,6],b", "a-1-x5"),
+    ],
+)
+def test_first_of_a_slurm_host_list(listed, first):
+    assert first_host(listed) == first
+
+
+def test_a_port_that_is_none_is_refused():
+    env = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_PORT": "70000"}
+    with pytest.raises(UserError, match="no port 70000"):
+        Ranks.from_environment(env)
+
+
+def test_a_task_that_sees_one_gpu_takes_it_whatever_its_number():
+    assert [device_index(rank, 4) for rank in range(4)] == [0, 1, 2, 3]
+    assert device_index(5, 1) == 0
+    with pytest.raises(UserError, match="it sees 2") as caught:
+        device_index(2, 2)
+    assert "--gpus-per-task=1" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("backend", "wanted", "unknown"),
+    [
+        ("gloo", "", []),
+        ("gloo", "lo", []),
+        ("gloo", "eth9,lo", ["eth9"]),
+        ("gloo", "eth", ["eth"]),  # gloo takes whole names
+        ("nccl", "eth", []),  # NCCL takes prefixes,
+        ("nccl", "ib,eth", []),  # whichever there are,
+        ("nccl", "=eth", ["eth"]),  # or whole names,
+        ("nccl", "^docker", []),  # or all but some
+        ("nccl", "ib,en", ["ib", "en"]),
+        ("nccl", "eth0:1", []),
+    ],
+)
+def test_network_interfaces_that_are_not_there(backend, wanted, unknown):
+    assert rendezvous.unknown_interfaces(backend, wanted, ["eth0", "lo"]) == unknown
+
+
+def test_the_message_names_variable_and_interfaces():
+    with pytest.raises(UserError, match="GLOO_SOCKET_IFNAME names no network interface") as caught:
+        rendezvous.check_interfaces("gloo", {"GLOO_SOCKET_IFNAME": "eth9"})
+    assert "lo" in caught.value.remedy.split("one of: ")[1].split(", ")
+
+
+def test_the_ranks_meet_on_their_address_alone():
+    port = runs.free_port()
+    with rendezvous.listen(Ranks(0, 0, 2, "127.0.0.1", port)) as listening:
+        assert listening.getsockname() == ("127.0.0.1", port)
+        with pytest.raises(UserError, match=rf"port {port}.* is taken") as caught:
+            rendezvous.listen(Ranks(0, 0, 2, "localhost", port))
+        assert "MASTER_PORT" in caught.value.remedy
+
+
+def test_a_reserved_port_is_nobody_elses_until_it_is_used():
+    port = rendezvous.reserve("127.0.0.1")
+    with socket.socket() as other, pytest.raises(OSError, match="in use"):
+        other.bind(("127.0.0.1", port))
+    with rendezvous.listen(Ranks(0, 0, 2, "127.0.0.1", port)) as listening:
+        assert listening.getsockname() == ("127.0.0.1", port)
+
+
+def test_an_address_of_another_host_is_met_on_all_interfaces_with_a_note(capsys):
+    with rendezvous.listen(Ranks(0, 0, 2, "192.0.2.77", runs.free_port())) as listening:
+        assert listening.getsockname()[0] == "0.0.0.0"
+    assert "MASTER_ADDR=192.0.2.77 is no address" in capsys.readouterr().err
+
+
+def own_sockets() -> list[str]:
+    """Where this rank listens, once the group has talked."""
+    from cnn2gnn_dist.runtime import collectives
+
+    collectives.all_gather_object(os.getpid())
+    return listening_at(psutil.Process())
+
+
+def listening_at(process: psutil.Process) -> list[str]:
+    found = process.net_connections("inet")
+    return [one.laddr.ip for one in found if one.status == psutil.CONN_LISTEN]
+
+
+@pytest.mark.slow
+def test_no_rank_listens_beyond_the_rendezvous_address():
+    for rank, found in enumerate(rank_group.run(own_sockets, 2)):
+        assert found, f"rank {rank} listens nowhere: the test looks at nothing"
+        assert set(found) == {"127.0.0.1"}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_that_nobody_else_joins(rank):
+    """RANK and WORLD_SIZE left in a shell, for one."""
+    lonely = Ranks(rank, rank, 2, "127.0.0.1", runs.free_port())
+    with pytest.raises(UserError, match=f"rank {rank} of 2 has not met the others") as caught:
+        join(lonely, torch.device("cpu"), timedelta(seconds=1))
+    assert "unset RANK and WORLD_SIZE" in caught.value.remedy
+    assert not torch.distributed.is_initialized()
+
+
+# --- what this machine must have ---------------------------------------------------------------
+
+
+def test_too_many_ranks_for_cores_or_memory():
+    host_checks.check_cores(16, 2)
+    with pytest.raises(UserError, match="17 ranks on 2 cores") as caught:
+        host_checks.check_cores(17, 2)
+    assert "run.ranks=2" in caught.value.remedy
+    host_checks.check_memory(3, host_checks.RAY_BYTES + 3 * host_checks.RANK_BYTES)
+    with pytest.raises(UserError, match="4 ranks need about") as caught:
+        host_checks.check_memory(4, host_checks.RAY_BYTES + 4 * host_checks.RANK_BYTES - 1)
+    assert "run.ranks=3" in caught.value.remedy
+
+
+def test_too_few_open_files(monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (64, 4096))  # Ray raises the soft limit
+    host_checks.check_files()
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (64, host_checks.LEAST_FILES - 1))
+    with pytest.raises(UserError, match="Ray needs"):
+        host_checks.check_files()
+
+
+def test_shared_memory_that_cannot_be_written(monkeypatch):
+    host_checks.check_shared_memory()
+    monkeypatch.setattr(host_checks, "SHARED_MEMORY", Path("/proc"))
+    with pytest.raises(UserError, match="nothing can be written to /proc"):
+        host_checks.check_shared_memory()
+
+
+@pytest.mark.slow
+def test_a_ray_that_does_not_start_is_said_in_a_line(tmp_path):
+    """Here for a path that is too long for its sockets, which a session avoids otherwise."""
+    place = tmp_path / ("x" * 90)
+    place.mkdir()
+    script = f"""
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.runtime import ray_group, ray_session
+ray_session.LONGEST_FOLDER = {len(str(place)) + 40}
+try:
+    ray_group.start(None, 1)
+except UserError as error:
+    print(error)
+"""
+    env = runs.bare_environment(tmp_path) | {"RAY_TMPDIR": str(place)}
+    code, output = runs.finish(runs.start([sys.executable, "-c", script], env))
+    assert code == 0, output
+    assert "Ray does not start on this host: " in output
+    assert "AF_UNIX path length" in output
+    assert "Traceback" not in output
+    assert list(place.iterdir()) == []
+
+
+# --- a cluster's address -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def web() -> Iterator[str]:
+    """Something that listens, and is neither a cluster's head nor a job server."""
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("named", ["cluster.address", "RAY_ADDRESS"])
+def test_a_dead_address_is_refused_by_the_name_of_what_held_it(named):
+    address = f"127.0.0.1:{runs.free_port()}"
+    with pytest.raises(UserError, match="no Ray cluster answers") as caught:
+        ray_probe.cluster_mode(address, f"{named}={address}")
+    assert caught.value.where == f"{named}={address}"
+    assert ("unset RAY_ADDRESS" in caught.value.remedy) == (named == "RAY_ADDRESS")
+
+
+def test_what_is_no_cluster_is_said_to_be_none(web):
+    with pytest.raises(UserError, match="is no Ray cluster's head"):
+        ray_probe.cluster_mode(web, "cluster.address")
+    with pytest.raises(UserError, match=r"no job server answers .* 404"):
+        ray_probe.job_server_mode(f"http://{web}", "--address")
+    with pytest.raises(UserError, match="reads HOST:6379") as caught:
+        ray_probe.cluster_mode(f"http://{web}", "cluster.address")
+    assert "launch/submit.py" in caught.value.remedy
+    with pytest.raises(UserError, match="reads http://HOST:8265"):
+        ray_probe.job_server_mode(web, "--address")
+
+
+@pytest.mark.parametrize(
+    ("address", "parts"),
+    [("h:1", ("h", 1)), ("h", ("h", 6379)), ("[::1]:7", ("::1", 7)), ("10.0.0.1:6379", ("10.0.0.1", 6379))],
+)  # fmt: skip
+def test_host_and_port(address, parts):
+    assert ray_probe.host_and_port(address, "") == parts
+
+
+@pytest.mark.parametrize("address", ["h:port", "ray://h:1", "h:99999", ":1"])
+def test_addresses_that_are_none(address):
+    with pytest.raises(UserError, match="reads HOST:6379"):
+        ray_probe.host_and_port(address, "")
+
+
+def test_a_token_is_looked_for_where_ray_does(tmp_path):
+    home = {"HOME": str(tmp_path)}
+    assert ray_probe.own_token(home) == ""
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("of home\n")
+    (tmp_path / "other").write_text("of path")
+    path = home | {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "other")}
+    named = path | {"RAY_AUTH_TOKEN": "of variable"}
+    found = [(ray_probe.own_token(env), ray_probe.token_source(env)) for env in (home, path, named)]
+    assert found == [
+        ("of home", str(tmp_path / ".ray" / "auth_token")),
+        ("of path", str(tmp_path / "other")),
+        ("of variable", "RAY_AUTH_TOKEN"),
+    ]
+
+
+@pytest.mark.slow
+def test_a_cluster_says_which_token_it_wants(ray_cluster, monkeypatch, tmp_path):
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    assert ray_probe.cluster_mode(address, "cluster.address") == "token"
+    with monkeypatch.context() as patch:
+        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        with pytest.raises(UserError, match="refuses this user's token") as caught:
+            ray_probe.cluster_mode(address, "cluster.address")
+        assert caught.value.remedy.startswith("unset RAY_AUTH_TOKEN RAY_AUTH_TOKEN_PATH, and save")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "none"))
+    with pytest.raises(UserError, match="demands a token, and there is none here") as caught:
+        ray_probe.cluster_mode(address, "cluster.address")
+    assert str(tmp_path / "none") in caught.value.where
+    assert caught.value.remedy.startswith("unset RAY_AUTH_TOKEN_PATH, and save")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("held_by", ["RAY_ADDRESS", "cluster.address", "GLOO_SOCKET_IFNAME"])
+def test_a_run_that_can_go_nowhere_ends_before_anything_is_started(tmp_path, held_by):
+    value = "nothing9" if held_by.startswith("GLOO") else f"127.0.0.1:{runs.free_port()}"
+    command = [sys.executable, "-m", "cnn2gnn_dist", "teacher", "--config", "demo", "device=cpu"]
+    command += [f"run.dir={tmp_path / 'run'}"]
+    env = runs.bare_environment(tmp_path)
+    if held_by == "cluster.address":
+        command += [f"{held_by}={value}"]
+    else:
+        env[held_by] = value
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    what = "names no network interface" if value == "nothing9" else "no Ray cluster answers"
+    assert what in done.stderr
+    assert f"where:  {held_by}={value}" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Ray's logs were kept" not in done.stderr
+    assert not (tmp_path / ".ray").exists()
+
+
+@pytest.mark.slow
+def test_a_single_process_needs_no_port(tmp_path):
+    """Others listen where launchers meet by default."""
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            taken.bind(("0.0.0.0", DEFAULT_PORT))
+            taken.listen()
+        except OSError:
+            pass  # somebody else does
+        command = [sys.executable, "launch/train.py", "--stages", "pack,index,teacher"]
+        command += ["--config", "demo", *runs.MICRO, "data.limit=100", "data.holdout=0.2"]
+        command += ["teacher.epochs=1", "device=cpu", f"run.dir={tmp_path / 'run'}"]
+        code, output = runs.finish(runs.start(command, runs.bare_environment(tmp_path)))
+    assert code == 0, output[-3000:]
+    assert (tmp_path / "run" / "teacher" / "done.json").is_file()
+
+
+# --- what is sent with a job -------------------------------------------------------------------
+
+
+def test_a_working_directory_that_ray_would_not_take(tmp_path):
+    mib = 1 << 20
+    files = {"a.png": 300 * mib, "b.png": 150 * mib, "c.png": 49 * mib, "d.png": 1}
+    upload_checks.check_size(files | {"d.png": mib - 1}, tmp_path)
+    with pytest.raises(UserError, match="501 MiB would be sent") as caught:
+        upload_checks.check_size(files | {"d.png": 2 * mib}, tmp_path)
+    assert "a.png (300 MiB), b.png (150 MiB), c.png (49 MiB)" in caught.value.what
+    assert "d.png" not in caught.value.what
+    assert ".rayignore" in caught.value.remedy
+
+
+@pytest.fixture
+def checkout(tmp_path) -> tuple[Path, dict[str, int]]:
+    """A folder with things in it, and what is sent of it."""
+    for name in ("images/a/1.png", "shards/1.tar", "shards/2.tar", "part.parquet", "w.safetensors"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "my.yaml").write_text('data: {source: shards, train: "shards/{1..2}.tar"}\n')
+    return tmp_path, dict.fromkeys(("images/a/1.png", "part.parquet", "my.yaml"), 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        (["--config", "demo"], None),
+        (["--config", "demo", "data.source=imagefolder", "data.train=images"], None),
+        (["--config", "demo", "data.source=parquet", "data.train=part.parquet"], None),
+        (["data.source=shards", "data.train=/data/{0..9}.tar", "--dry-run"], None),
+        (["data.source=shards", "data.train=http://host/a.tar"], None),
+        (["--config", "my.yaml"], "data.train"),
+        (["--config=other.yaml"], "--config"),
+        (["data.source=shards", "data.train=shards"], "data.train"),
+        (["data.source=shards", "data.train=shards/*.tar"], "data.train"),
+        (["data.source=shards", "data.train=../elsewhere/*.tar"], "data.train"),
+        (["data.test=no-such-folder"], "data.test"),
+        (["teacher.weights=w.safetensors"], "teacher.weights"),
+    ],
+)
+def test_relative_paths_of_a_job(checkout, arguments, field):
+    folder, files = checkout
+    if field is None:
+        upload_checks.check_paths(files, folder, arguments)
+        return
+    with pytest.raises(UserError, match="not among the files that are sent") as caught:
+        upload_checks.check_paths(files, folder, arguments)
+    assert caught.value.where == field
+    assert "absolute path" in caught.value.remedy
+
+
+def test_what_is_sent_is_what_ray_sends(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(runs.REPOSITORY / "launch"))
+    submit = importlib.import_module("submit")
+    for name in ("run.py", "images/1.png", "data/2.png", "old/3.png", "a/b.tar", "runs/x/4.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"12345")
+    with open(tmp_path / "images" / "large.bin", "wb") as file:
+        file.truncate(620 << 20)
+    (tmp_path / ".gitignore").write_text("/data/\n")
+    sent = submit._sent(tmp_path)
+    assert sent.keys() == {".gitignore", "run.py", "images/1.png", "images/large.bin", "old/3.png"}
+    assert sent["run.py"] == 5
+    with pytest.raises(UserError, match=r"images/large.bin \(620 MiB\)") as caught:
+        upload_checks.check_size(sent, tmp_path)
+    assert ".rayignore" in caught.value.remedy
+    (tmp_path / ".rayignore").write_text("images\n")
+    assert submit._sent(tmp_path).keys() == {".gitignore", ".rayignore", "run.py", "old/3.png"}
