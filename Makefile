@@ -1,4 +1,5 @@
 # make demo: set up and run the whole pipeline on the digits.   make test, make lint: what CI calls.
+# make quick: lint and the unit tests, while you work.
 PYTHON ?= python3.11
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -8,11 +9,13 @@ TORCH  ?= torch==2.13.0
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Test files side by side; those that start launches of several ranks, two at a time on two cores.
 JOBS   ?= 3
-PYTEST := $(BIN)/python -m pytest --durations 10
+# Unit tests compute and start nothing: as many as there are cores.
+CORES  ?= 2
+PYTEST := $(BIN)/python -m pytest --durations 25
 export OMP_NUM_THREADS ?= 1
 export PYTHONWARNINGS  ?= ignore::FutureWarning
 
-.PHONY: demo test lint install partial clean
+.PHONY: demo quick test lint install partial clean
 
 $(VENV)/.installed: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -25,6 +28,9 @@ install: $(VENV)/.installed
 
 demo: install
 	$(BIN)/cnn2gnn run --config demo
+
+quick: lint
+	$(PYTEST) tests/unit --numprocesses $(CORES) --dist loadfile
 
 test: install
 	$(PYTEST) --numprocesses $(JOBS) --dist loadfile -m "not slow"

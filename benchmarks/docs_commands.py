@@ -40,7 +40,7 @@ KINDS: list[tuple[str, str, str]] = [  # pattern of the command, kind, why
     (r"^torchrun .*docs/stream_example.py", "demo", "reads the demo's shards"),
     (r"^pip install", "install", "into the clone's own .venv; not with --venv"),
     (r"requirements-build", "long", "compiles for about 25 minutes"),
-    (r"^make test", "long", "all tests"),
+    (r"^make (test|quick|lint)", "long", "all tests, or the unit tests"),
     (r"^make demo TORCH=", "no", "needs the index of a CUDA version"),
     (r"^make partial", "install", "needs a compiler and libjpeg-turbo's header"),
     (r"cluster.address=HEAD", "no", "needs several hosts"),
