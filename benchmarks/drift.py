@@ -1,6 +1,6 @@
-"""Refreshes over the drift of a real training: every pair of consecutive graph versions of a run.
+r"""Refreshes over the drift of a real training: every pair of consecutive graph versions of a run.
 
-    cnn2gnn run --config cifar10 run.dir=RUN run.ranks=1 teacher.epochs=3 student.epochs=12 \\
+    cnn2gnn run --config cifar10 run.dir=RUN run.ranks=1 teacher.epochs=3 student.epochs=12 \
         graph.start_epoch=2 graph.refresh_epochs=1 graph.keep_versions=20 graph.parts=1 student.control=false
     python benchmarks/drift.py RUN
 

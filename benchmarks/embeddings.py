@@ -39,7 +39,7 @@ class World:
         self.spread, self.seed = SPREAD[homophily], seed
 
     def block(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """x, z and labels of rows ``number`` · BLOCK …"""
+        """x, z and labels of rows ``number`` · BLOCK and on."""
         rng = np.random.default_rng([self.seed, 1, number])
         labels = rng.integers(0, CLASSES, BLOCK, dtype=np.int32)
         size = np.exp(0.25 * rng.standard_normal(BLOCK))

@@ -1,4 +1,6 @@
-"""Does the stream stay within its memory? python benchmarks/soak.py SECONDS
+"""Does the stream stay within its memory?
+
+    python benchmarks/soak.py SECONDS
 
 Streams small JPEGs through Ray actors, a fast and a slow trainer in turn. Every five seconds it looks
 at the memory of all processes of the session, the object store, what was spilled, /dev/shm and

@@ -36,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code: 0 well, 1 failed, 2 the user can mend it.
 
     130 and 143 after SIGINT and SIGTERM, with everything cleared.
+
+    Raises:
+        SystemExit: argparse ends so (``--help``: 0, a wrong option: 2), and what SIGTERM stops (143).
     """
     try:
         arguments = _parse(argv)

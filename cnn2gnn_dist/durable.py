@@ -52,6 +52,7 @@ def room(path: Path) -> Iterator[None]:
 
     Raises:
         UserError: there is no room (or no quota) left.
+        OSError: whatever else writing meets.
     """
     try:
         yield

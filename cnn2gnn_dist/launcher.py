@@ -22,8 +22,9 @@ from cnn2gnn_dist.runtime.ranks import Ranks
 
 
 def main() -> int:
-    """Run the pipeline on this rank; exit code 2 for what the user can mend, 75 for a
-    lost peer, 143 after a notice to end (see docs/resume.md).
+    """Run the pipeline on this rank; returns the exit code.
+
+    2 for what the user can mend, 75 for a lost peer, 143 after a notice to end (docs/resume.md).
     """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -43,7 +43,7 @@ def check_paths(files: Mapping[str, int], folder: Path, arguments: Sequence[str]
 
     Raises:
         UserError: one doesn't, or the config itself is wrong.
-    """
+    """  # noqa: DOC501
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", default="demo")
     options, rest = parser.parse_known_args(arguments)

@@ -1,0 +1,1 @@
+"""What `cnn2gnn` does besides running stages: predict, checkpoint, plan, doctor."""

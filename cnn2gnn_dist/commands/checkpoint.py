@@ -139,7 +139,7 @@ def one_of(place: Path) -> Path:
 
 
 def _stage(folder: Path) -> str:
-    """Of the run: RUN/STAGE/checkpoints/step-…"""
+    """Of the run: RUN/STAGE/checkpoints/step-NUMBER."""
     return folder.absolute().parent.parent.name
 
 

@@ -46,6 +46,7 @@ def micro_batches(ids: np.ndarray, accumulation: int, first: int | None = None) 
 
     Args:
         ids: the rank's rows of a global batch, in order.
+        accumulation: number of pieces.
         first: None: pieces are stretches of ``ids``. Else the place of ``ids[0]`` in the global
             batch: rows are dealt out in turn by their places, so that a piece has of every
             stretch of rows (a partition's) as many as any other, up to one; and the pieces of

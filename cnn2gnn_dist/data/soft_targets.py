@@ -41,8 +41,11 @@ def write_shard(
     """Write one shard's targets: to a temporary name, synced, renamed.
 
     Args:
+        path: the file.
         ids: [n] sample ids.
-        indices: [V, n, K] int32 classes; log_probs: [V, n, K] float16 of these classes.
+        view_count: V.
+        indices: [V, n, K] int32 classes.
+        log_probs: [V, n, K] float16 of these classes.
         meta: what the targets belong to (JSON), compared by ``is_whole``.
         corrupt: what is wrong with which samples; see ``corrupt_samples``.
 
@@ -121,6 +124,9 @@ class Targets:
         """Read all ``.parquet`` files of a folder, or these files, into memory.
 
         Args:
+            files: a folder, or the files.
+            num_samples: N, of the training manifest.
+            num_classes: C.
             meta: what the targets must belong to; None takes any.
 
         Raises:
@@ -183,7 +189,7 @@ class Layout:
 
         Raises:
             UserError: it has more classes a sample than there are, or none.
-        """
+        """  # noqa: DOC501
         if not 1 <= k <= classes:
             raise unfit(path, f"it has {k} of {classes} classes a sample")
         return cls(views, samples, k, classes)

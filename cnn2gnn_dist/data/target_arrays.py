@@ -57,7 +57,7 @@ def source(
 
     Raises:
         UserError: none has a row; a file is missing or damaged, or of other targets than ``meta``.
-    """
+    """  # noqa: DOC501
     found = hashlib.sha256(json.dumps([num_samples, num_classes]).encode())
     layout: Layout | None = None
     for path in files:

@@ -1,0 +1,1 @@
+"""The graph of a run: candidates, partitions, versions on disk, samplers, blocks."""

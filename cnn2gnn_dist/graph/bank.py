@@ -138,7 +138,7 @@ class GraphVersion:
 
         Raises:
             UserError: a file is damaged.
-        """
+        """  # noqa: DOC501
         for name, (_, sha) in _read_manifest(self.path)[0].items():
             if durable.sha256(self.path / name) != sha:
                 raise _damaged(self.path, f"{name}: its checksum does not hold")
@@ -266,7 +266,7 @@ def load_part(version: GraphVersion, number: int) -> PartGraph:
 
     Raises:
         UserError: missing, damaged, or of another version.
-    """
+    """  # noqa: DOC501
     name = f"part-{number:02d}"
     note = f"{name}/part.json"
     files = _read_manifest(version.path)[0]

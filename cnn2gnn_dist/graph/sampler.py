@@ -117,7 +117,7 @@ class DglSampler:
 def make_sampler(
     name: str, table_KM: np.ndarray, seed: int, nodes_K: np.ndarray | None = None
 ) -> Sampler:
-    """ "table" or "dgl"; ``nodes_K``: global ids of the rows.
+    """A sampler by name, "table" or "dgl"; ``nodes_K``: global ids of the rows.
 
     Raises:
         UserError: another name.

@@ -1,0 +1,1 @@
+"""Networks and losses as pure torch: stems, teacher, graph head, GNN, student."""

@@ -98,8 +98,10 @@ def pairwise_squared_distances(z_Bd: Tensor, c_Vd: Tensor) -> Tensor:
 
 
 class Float32Linear(nn.Linear):
-    """A linear layer that stays in float32: DeepSpeed's autocast gathers and reduces the weights
-    of ``nn.Linear`` itself, not of this, in the lower precision (ZeRO-3 would round them).
+    """A linear layer that stays in float32.
+
+    DeepSpeed's autocast gathers and reduces the weights of ``nn.Linear`` itself, not of this, in
+    the lower precision (ZeRO-3 would round them).
     """
 
 

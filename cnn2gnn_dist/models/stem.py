@@ -28,6 +28,7 @@ def build_stem(name: str, dim_out: int, image_size: int, **args: Any) -> nn.Modu
             ``timm.create_model``).
         dim_out: D.
         image_size: side of the square images, pixels; large ones are reduced in the first layer.
+        **args: of the stem that is named.
 
     Raises:
         UserError: unknown name or argument.

@@ -1,0 +1,1 @@
+"""Which stage runs next, and why: registry, keys, plan, runner."""

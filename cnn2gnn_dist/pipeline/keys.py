@@ -230,9 +230,10 @@ class Survey:
 
 
 def digest(survey: Survey, stage: Stage, key: str, files: list[Path]) -> str:
-    """What later stages build on: rows of the manifests and contents of the input files; the
-    weights of a training, which come out otherwise when it is made again in other micro-batches
-    or on other ranks; else the key.
+    """What later stages build on.
+
+    Rows of the manifests and contents of the input files; the weights of a training, which come out
+    otherwise when it is made again in other micro-batches or on other ranks; else the key.
     """
     if stage.trains:
         return ledger.key_of(stage.name, {"key": key, "weights": _weights_in(files)}, {})

@@ -53,7 +53,8 @@ def run_rank(
         UserError: on every rank, whatever rank met it first in a stage of rank 0 alone.
         PeerLost: another rank died, or did not answer within ``cluster.timeout_s``.
         Preempted: training was told to end, and has saved.
-    """
+        RuntimeError: torch's or ours: a bug.
+    """  # noqa: DOC501
     from cnn2gnn_dist.runtime import collectives
     from cnn2gnn_dist.training import engine
 
@@ -81,7 +82,7 @@ def light(config: Config, names: list[str] | None) -> bool:
 
 
 def choose_device(wanted: str) -> str:
-    """ "cpu" or "cuda".
+    """The device at hand, "cpu" or "cuda".
 
     Raises:
         UserError: cuda is asked for and there is none.
@@ -161,8 +162,10 @@ def _fit_images(survey: Survey, names: list[str] | None) -> None:
 def _looked(
     survey: Survey, stage: Stage, stages: list[Stage], digests: dict[str, str], update: bool
 ) -> Step:
-    """Where a stage stands (rank 0). Of what is whole, notes and paths follow the files: touched
-    ones are noted as they are now, and manifests find shards that have moved.
+    """Where a stage stands (rank 0).
+
+    Of what is whole, notes and paths follow the files: touched ones are noted as they are now, and
+    manifests find shards that have moved.
     """
     step = look(survey, stage, stages, digests)
     if step.standing is not Standing.WHOLE or step.entry is None:
@@ -257,8 +260,9 @@ def _make_room(survey: Survey, step: Step, update: bool, force: bool) -> Step:
 
 
 def _of_another_config(step: Step, folder: Path) -> bool:
-    """Whether a training begun under this key would go on from a checkpoint of another: one that
-    ``--force`` took over, and that was not saved again since.
+    """Whether a training begun under this key would go on from a checkpoint of another.
+
+    One that ``--force`` took over, and that was not saved again since.
     """
     if step.standing is not Standing.RESUME or not step.stage.trains:
         return False

@@ -34,6 +34,9 @@ def barrier() -> None:
     """Wait for all ranks: what each has written before is there when it returns.
 
     For ranks that come at about the same time; where one may take long, see ``uneven``.
+
+    Raises:
+        RuntimeError: a rank is missing, or did not come in time (gloo's, NCCL's).
     """
     if world_size() > 1:
         # Not dist.barrier: under NCCL that guesses a device and warns. The sum is read, because

@@ -121,8 +121,12 @@ def _connect(address: str, where: str) -> None:
 
 
 def _seen_by_ray(address: str, where: str) -> str:
-    """The address that Ray will turn this one into: for "auto" the cluster that runs on this
-    host, for localhost what its head listens on.
+    """The address that Ray will turn this one into.
+
+    For "auto" the cluster that runs on this host, for localhost what its head listens on.
+
+    Raises:
+        UserError: no cluster runs here.
     """
     import ray._private.services as services
 
@@ -224,7 +228,7 @@ def run_group(
     Raises:
         UserError: a rank raised one (not tried again); the cluster has no room; the
             group failed too often.
-    """
+    """  # noqa: DOC501
     for attempt in range(spec.max_failures + 1):
         try:
             with ray_session.exit_code_kept():
@@ -309,7 +313,7 @@ def _gather(refs: list[Any]) -> list[Any]:
         UserError: a rank says what the user did wrong.
         LostRank: a rank died, or hangs while the others failed.
         RayTaskError: a rank raised something else: a bug, and no use in trying again.
-    """
+    """  # noqa: DOC501
     pending = list(refs)
     while pending:
         done, pending = ray.wait(pending, num_returns=1)

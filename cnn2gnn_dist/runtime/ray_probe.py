@@ -40,7 +40,7 @@ def cluster_mode(address: str, where: str) -> str | None:
     Raises:
         UserError: nothing answers within seconds, what answers is no Ray cluster, or it demands
             a token that we don't have.
-    """
+    """  # noqa: DOC501
     host, port = host_and_port(address, where)
     if failure := _unreachable(host, port):
         raise UserError(
@@ -71,7 +71,7 @@ def job_server_mode(url: str, where: str) -> str:
 
     Raises:
         UserError: nothing answers, what answers is no job server, or it wants another token.
-    """
+    """  # noqa: DOC501
     parts = urlsplit(url)
     try:
         port = parts.port or (443 if parts.scheme == "https" else 80)

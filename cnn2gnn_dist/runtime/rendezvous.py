@@ -41,7 +41,7 @@ def listen(ranks: Ranks) -> socket.socket:
 
     Raises:
         UserError: the port is taken; the address has no meaning here.
-    """
+    """  # noqa: DOC501
     address, port = ranks.master_addr, ranks.master_port
     held = _reserved.pop((address, port), None)
     if held is not None:

@@ -1,0 +1,1 @@
+"""Training under DeepSpeed: config, engine, schedules, norms over ranks, metrics."""

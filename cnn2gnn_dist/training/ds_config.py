@@ -123,8 +123,10 @@ def load(path: str | Path | None = None) -> dict[str, Any]:
 
 
 def outcome(ds: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a config (as read) that results depend on, by dotted path, where they are not
-    what they would be without it. "auto" is what the run's config says, so it is not among them.
+    """The fields of a config (as read) that results depend on, by dotted path.
+
+    Those that are not what they would be without it. "auto" is what the run's config says, so it is
+    not among them.
     """
     found: dict[str, Any] = {}
 
@@ -178,7 +180,11 @@ def resolve(
 
     Args:
         ds: as ``load`` gives it.
-        global_batch, accumulation: samples and micro-batches of an optimizer step.
+        world_size: the ranks.
+        global_batch: samples of an optimizer step over all ranks.
+        accumulation: micro-batches of an optimizer step, of a rank.
+        lr: peak learning rate, of the run's config.
+        weight_decay: of the run's config.
         clip: largest gradient norm, 0 = off.
         device: "cpu" or "cuda"; on the CPU autocast and overlapped communication are off.
         stage: ZeRO stage, overriding the file's.

@@ -173,6 +173,7 @@ class Engine:
         Raises:
             UserError: a loss since the last step was not finite (the weights are untouched), or
                 the gradient was not (with ZeRO the weights are spoiled); on every rank alike.
+            RuntimeError: fewer micro-batches than ``accumulation`` have been seen.
         """
         if self._micro != self.accumulation:
             raise RuntimeError(f"{self._micro} of {self.accumulation} micro-batches seen")
@@ -218,16 +219,18 @@ class Engine:
         )
 
     def average_buffers(self) -> None:
-        """Mean over ranks of floating buffers (BatchNorm statistics differ from step 1 on);
-        rank 0's of the others (collective).
+        """Take the mean over ranks of floating buffers, rank 0's of the others (collective).
+
+        BatchNorm statistics differ from step 1 on.
         """
         for buffer in self.module.buffers():
             collectives.mean_or_first(buffer)
 
     @contextlib.contextmanager
     def averaged_buffers(self) -> Iterator[None]:
-        """Within this block buffers are averaged, as evaluation wants them; then each rank's own
-        again, so that looking changes nothing (collective).
+        """Within this block buffers are averaged, as evaluation wants them (collective).
+
+        Then each rank's own again, so that looking changes nothing.
         """
         own = [buffer.clone() for buffer in self.module.buffers()]
         self.average_buffers()

@@ -20,8 +20,10 @@ def lr_at(step: float, total: float, peak: float, warmup: float, final: float = 
 def late_lr_at(
     step: float, total: float, peak: float, warmup: float, start: float, late_warmup: float
 ) -> float:
-    """Learning rate of parameters whose first gradients come at ``start``: the others', times a
-    line from 0 over ``late_warmup``; 0 before. Two warm-ups at once are not multiplied.
+    """Learning rate of parameters whose first gradients come at ``start``.
+
+    The others', times a line from 0 over ``late_warmup``; 0 before. Two warm-ups at once are not
+    multiplied.
     """
     if step < start:
         return 0.0

@@ -62,10 +62,13 @@ def class_names(told: Told) -> tuple[str, ...]:
 
 
 def refuse_spellings(told: Told, where: str) -> None:
-    """Raise a UserError when a set has one class under two spellings, as two classes.
+    """Refuse a set that has one class under two spellings, as two classes.
 
     Such names look alike, and of two sets they are taken for the same (see :func:`match`). Names
     that are the same sign by sign stand: ImageNet has two cranes.
+
+    Raises:
+        UserError: it has; both spellings are shown.
     """
     spelled: dict[str, dict[str, int]] = defaultdict(dict)
     for label, name in told.names.items():
@@ -97,9 +100,15 @@ def case_note(told: Told) -> str | None:
 
 
 def refuse_empty_classes(label_N: np.ndarray, names: Sequence[str], numbered: bool = False) -> None:
-    """Raise a UserError when labelled samples leave a class without any.
+    """Refuse labelled samples that leave a class without any.
 
-    ``numbered``: the classes have no names but their numbers.
+    Args:
+        label_N: class of each sample; -1: none.
+        names: of the classes.
+        numbered: the classes have no names but their numbers.
+
+    Raises:
+        UserError: a class has no sample; it is named.
     """
     count_C = np.bincount(label_N[label_N >= 0], minlength=len(names))
     empty = np.flatnonzero(count_C == 0)
@@ -193,8 +202,10 @@ def number_note(train: Told, held: Told, to_C: np.ndarray, by: str) -> str | Non
     """One sentence on held-out classes whose names nothing was compared with; else None.
 
     Args:
-        train, held, by: as for :func:`match`.
+        train: as for :func:`match`.
+        held: as for :func:`match`.
         to_C: what it returned.
+        by: as for :func:`match`.
     """
     pairs = [(label, int(to)) for label, to in enumerate(to_C) if to >= 0]
     sides = [(held.names.get(label), train.names.get(to)) for label, to in pairs]

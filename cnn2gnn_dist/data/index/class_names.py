@@ -84,7 +84,7 @@ def merge(known: dict[int, Named], found: Mapping[int, Named]) -> None:
 
     Raises:
         UserError: they give one class two names.
-    """
+    """  # noqa: DOC501
     for label, named in found.items():
         old = known.setdefault(label, named)
         if old.name != named.name:

@@ -161,7 +161,8 @@ def note(
     """What is to be noted of files, knowing what was noted before.
 
     Args:
-        origin, seen: the files.
+        origin: the files, as the config names them.
+        seen: the files, as they are now.
         before: the last note about this origin.
         read_all: read contents however large the set is.
         recheck: read them even if lengths and times are those noted.

@@ -80,7 +80,7 @@ def read(path: Path, make: Callable[[About, dict[str, np.ndarray], pa.Array], Ma
 
     Raises:
         UserError: the file is missing, damaged, or not a manifest of this version.
-    """
+    """  # noqa: DOC501 (the ValueError is turned into one)
     source = path.absolute()
     try:
         # One batch, and the map stays open as long as the arrays that view it.

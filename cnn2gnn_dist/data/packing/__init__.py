@@ -1,0 +1,1 @@
+"""From images as they are found to WebDataset shards."""

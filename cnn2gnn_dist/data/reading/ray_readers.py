@@ -115,6 +115,7 @@ class RayReaders:
 
         Raises:
             UserError: a shard is missing or changed; readers keep dying.
+            RayTaskError: a reader raised something else, a bug.
         """
         with exit_code_kept():
             while True:

@@ -150,11 +150,14 @@ def _remedy(folder: str, suffix: str) -> str:
 
 
 def refuse_parts_as_classes(root: str, names: Sequence[str]) -> None:
-    """Raise a UserError if the folders of an image tree are the parts of a set, not its classes.
+    """Refuse an image tree whose folders are the parts of a set (train, test), not its classes.
 
     Args:
         root: the tree.
         names: its folders.
+
+    Raises:
+        UserError: they are.
     """
     parts = {name: part_of(name) for name in names if is_part(name)}
     kinds = set(parts.values())

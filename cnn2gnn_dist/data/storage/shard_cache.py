@@ -56,7 +56,8 @@ class ShardCache:
         """As :meth:`held`, downloaded first where it is not there.
 
         Args:
-            url, length: the shard.
+            url: of the shard.
+            length: of the shard, in bytes.
             check: says what is wrong in a copy ("" for nothing). A wrong one is fetched once more.
 
         Returns:

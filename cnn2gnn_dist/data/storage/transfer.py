@@ -145,7 +145,7 @@ class Source:
 
         Raises:
             UserError: nobody knows the protocol, or a package for it is missing.
-        """
+        """  # noqa: DOC501
         protocol, _, rest = url.partition("://")
         try:
             fs = opened(f"{protocol}://{rest.partition('/')[0]}", self.patience.stall, os.getpid())

@@ -1,0 +1,1 @@
+"""Tar archives by their headers, and the samples that their members make up."""

@@ -160,7 +160,7 @@ class Careful:
             self._extension.setdefault(field, value)
 
     def _records(self, data: bytes, position: int) -> dict[str, str]:
-        """Parse pax records, each ``<length> <keyword>=<value>\\n`` with the length of it all.
+        r"""Parse pax records, each ``<length> <keyword>=<value>\n`` with the length of it all.
 
         Kept are path, size, and whether a sparse file is described.
         """

@@ -1,0 +1,1 @@
+"""Nodes to parts, and parts with their halos."""

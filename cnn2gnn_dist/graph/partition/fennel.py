@@ -27,8 +27,10 @@ def assign_streaming(
     """int32 [N] part of each node; memory: the table's reverse beside the table.
 
     Args:
+        table_NM: int32 candidates of each node, -1 = none.
         order_N: alike nodes beside each other (``order`` of a graph version). Equal stretches of
             it are the start.
+        parts: how many.
         passes: over the whole stream; ends early when hardly a node moves.
     """
     nodes = len(table_NM)

@@ -138,7 +138,7 @@ class PartGraph:
 
         Raises:
             UserError: missing or damaged.
-        """
+        """  # noqa: DOC501
         try:
             note = json.loads((folder / "part.json").read_text(encoding="utf-8"))
             arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}

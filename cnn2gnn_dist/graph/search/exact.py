@@ -17,7 +17,10 @@ def exact_table(
     """The m nearest other nodes of every node (collective).
 
     Args:
-        z_Nd, query_Nd: float32; node i asks with ``query_Nd[i]``.
+        shop: shares the rows among ranks.
+        z_Nd: float32, what is found.
+        query_Nd: float32; node i asks with ``query_Nd[i]``.
+        m: candidates of each node.
         device: "cpu" (faiss) or "cuda" (blocked matmul and top-k).
 
     Raises:

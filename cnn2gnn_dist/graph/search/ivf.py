@@ -55,8 +55,14 @@ def scan(
     """[U, m] int32: the best of the ``keep`` nearest members of each probed list; -1 = none.
 
     Args:
+        query_Ud: float32.
         self_U: each query's own node, left out.
-        order_N, start_L1: the members of list l are ``order_N[start[l] : start[l + 1]]``.
+        probe_UP: lists to look into, as ``nearest_lists`` gives them.
+        z_Nd: float32 rows of the members.
+        order_N: nodes, list by list.
+        start_L1: the members of list l are ``order_N[start[l] : start[l + 1]]``.
+        m: wanted.
+        keep: at most so many of one list.
     """
     import faiss
 

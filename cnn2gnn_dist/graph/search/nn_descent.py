@@ -18,8 +18,11 @@ NONE = np.int64(0x7FFFFFFF)
 
 @dataclass(frozen=True)
 class Width:
-    """How far a join looks: so many candidates of a row, so many rows that have it as theirs, and
-    so many candidates of each of those."""
+    """How far a join looks.
+
+    So many candidates of a row, so many rows that have it as theirs, and so many candidates of each
+    of those.
+    """
 
     forward: int
     backward: int
@@ -39,8 +42,10 @@ def joined(
     Args:
         table_NM: int32 candidates, -1 = none; only read, so that rows may be done in any order.
         reverse_NR: ``reverse`` of it: without these, rows that nobody links to stay badly connected.
-        z_Nd, query_Nd: float32 rows; row i asks with ``query_Nd[i]`` (often z itself).
+        z_Nd: float32 rows.
+        query_Nd: float32 rows; row i asks with ``query_Nd[i]`` (often z itself).
         rows_U: nodes to do; alike ones beside each other are several times faster.
+        width: how far to look.
     """
     out = np.empty((len(rows_U), table_NM.shape[1]), np.int32)
     for start in range(0, len(rows_U), ROWS):

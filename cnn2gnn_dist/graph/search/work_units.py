@@ -86,8 +86,10 @@ class Workshop:
         Does this rank's units that have no mark yet and waits for the others.
 
         Args:
+            phase: names the marks of what is done.
             units: stretches of rows that cover the arrays.
-            arrays: shape and type by name; ``work`` gives a unit's rows of each, in this order.
+            arrays: shape and type by name.
+            work: gives a unit's rows of each array, in their order.
 
         Raises:
             UserError: the disk is full, or a rank reads other rows than were written (on all).
@@ -142,7 +144,9 @@ def agree(crew: Crew, strange: list[str], folder: Path) -> None:
     """See that no rank has read other rows than were written (collective).
 
     Args:
+        crew: all ranks.
         strange: names of those that this rank has.
+        folder: of the arrays, for the message.
 
     Raises:
         UserError: some rank has some, on every rank.

@@ -1,0 +1,1 @@
+"""The student's neighbourhood: embeddings, candidate versions, live search, second hop."""

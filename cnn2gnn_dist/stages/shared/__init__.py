@@ -1,0 +1,1 @@
+"""What several stages use: context, networks, training loop, predictions, checks."""

@@ -16,11 +16,12 @@ _TRAINS = ("teacher", "student", "control")
 
 
 def check(config: Config, stages: Iterable[str], world_size: int) -> None:
-    """See that global batches divide over the ranks, that partitions reach round, and that the
-    stem's norms can count over ranks.
+    """See that batches and partitions fit the ranks, and that the stem's norms can count over them.
 
     Args:
+        config: of the run.
         stages: names of those that are still to run; what is whole may have had other ranks.
+        world_size: the ranks.
 
     Raises:
         UserError: they don't.

@@ -66,8 +66,9 @@ def publish(work: Path, final: Path, state: dict[str, Any], files: Iterable[File
 
 
 def recover(root: Path) -> None:
-    """Finish what a kill cut off while a step was published again: the new one if it is whole on
-    disk, else the old one that had been renamed aside.
+    """Finish what a kill cut off while a step was published again.
+
+    The new one if it is whole on disk, else the old one that had been renamed aside.
     """
     for aside in Path(root).glob(f"step-????????{ASIDE}"):
         final = aside.with_name(aside.name.removesuffix(ASIDE))
@@ -115,8 +116,9 @@ def best_of(root: Path) -> Path | None:
 
 
 def prune(root: Path, newest: Path, keep_last: int) -> None:
-    """Leave ``keep_last`` checkpoints up to ``newest``, and the best; clear away torn saves and a
-    damaged future, which a run that fell back behind it must not count.
+    """Leave ``keep_last`` checkpoints up to ``newest``, and the best.
+
+    Torn saves go, and so does a damaged future, which a run that fell back behind it must not count.
     """
     folders, best = all_of(root), best_of(root)
     past = [folder for folder in folders if folder.name <= newest.name]
