@@ -25,7 +25,11 @@ def import_timm() -> Any:
 
 
 def import_torchvision() -> Any:
-    """Import torchvision, defining its missing operators first where the plain import fails."""
+    """Import torchvision, defining its missing operators first where the plain import fails.
+
+    Raises:
+        RuntimeError: it fails for another reason.
+    """
     try:
         return importlib.import_module("torchvision")
     except RuntimeError as failure:

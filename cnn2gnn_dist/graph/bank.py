@@ -180,7 +180,11 @@ class Bank:
     table_KM: np.ndarray
 
     def local_of(self, ids: np.ndarray) -> np.ndarray:
-        """Local rows of global ids that are inner here (see ``Rows``)."""
+        """Local rows of global ids that are inner here (see ``Rows``).
+
+        Raises:
+            KeyError: one is not.
+        """
         inner = self.nodes_L[: self.num_inner]
         local = np.searchsorted(inner, ids)
         if (local >= self.num_inner).any() or (inner[local] != ids).any():

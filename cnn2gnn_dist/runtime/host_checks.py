@@ -38,7 +38,11 @@ def check(ranks: int) -> None:
 
 
 def check_loopback() -> None:
-    """This host reaches itself, as a Ray on loopback must."""
+    """This host reaches itself, as a Ray on loopback must.
+
+    Raises:
+        UserError: it does not.
+    """
     try:
         with socket.socket() as listening, socket.socket() as knocking:
             listening.bind(("127.0.0.1", 0))
@@ -54,7 +58,11 @@ def check_loopback() -> None:
 
 
 def check_files() -> None:
-    """Ray's daemons may open as many files as they need."""
+    """Ray's daemons may open as many files as they need.
+
+    Raises:
+        UserError: they may not.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = max(soft, hard)  # Ray raises the soft limit itself
     if resource.RLIM_INFINITY not in (soft, hard) and most < LEAST_FILES:
@@ -66,7 +74,11 @@ def check_files() -> None:
 
 
 def check_shared_memory() -> None:
-    """Ray's object store can lie in shared memory, or on disk where there is none."""
+    """Ray's object store can lie in shared memory, or on disk where there is none.
+
+    Raises:
+        UserError: nothing can be written there.
+    """
     if SHARED_MEMORY.is_dir():
         try:
             with tempfile.TemporaryFile(dir=SHARED_MEMORY) as file:
@@ -80,7 +92,11 @@ def check_shared_memory() -> None:
 
 
 def check_cores(ranks: int, cores: int) -> None:
-    """The ranks are not many times the cores."""
+    """The ranks are not many times the cores.
+
+    Raises:
+        UserError: they are.
+    """
     if ranks > RANKS_PER_CORE * cores:
         raise UserError(
             f"{ranks} ranks on {cores} cores would spend their time waiting for each other",
@@ -91,7 +107,11 @@ def check_cores(ranks: int, cores: int) -> None:
 
 
 def check_memory(ranks: int, available: int) -> None:
-    """Ranks and Ray have room in so many bytes."""
+    """Ranks and Ray have room in so many bytes.
+
+    Raises:
+        UserError: they have not.
+    """
     fit = (available - RAY_BYTES) // RANK_BYTES
     if fit < ranks:
         raise UserError(

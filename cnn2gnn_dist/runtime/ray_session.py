@@ -133,7 +133,11 @@ def orderly_sigterm() -> Iterator[None]:
 
 @contextlib.contextmanager
 def exit_code_kept() -> Iterator[None]:
-    """Ray turns any exit out of ``ray.get`` into exit code 1: SIGTERM's is put back."""
+    """Ray turns any exit out of ``ray.get`` into exit code 1: SIGTERM's is put back.
+
+    Raises:
+        SystemExit: with the code of SIGTERM.
+    """
     try:
         yield
     except SystemExit:

@@ -133,7 +133,11 @@ class _Walk:
         self.seen = {_identity(os.stat(path)) for path in above[1:]}  # a link to them would hold us
 
     def folders(self, names: Iterable[str]) -> None:
-        """Walk folders and all that lies in them; links to folders wait."""
+        """Walk folders and all that lies in them; links to folders wait.
+
+        Raises:
+            UserError: one can't be read.
+        """
         waiting = list(names)
         while waiting:
             name = waiting.pop()

@@ -168,7 +168,11 @@ def _read_list(path: str) -> list[str | None]:
 
 
 def refuse_blank(names: Sequence[str | None], where: str) -> None:
-    """Raise a UserError when one of several classes is called by nothing: rows without a label."""
+    """Refuse several classes one of which is called by nothing: rows without a label.
+
+    Raises:
+        UserError: one is.
+    """
     blank = [n for n, name in enumerate(names) if name is not None and not name.strip()]
     if blank and len(names) > 1:
         raise UserError(

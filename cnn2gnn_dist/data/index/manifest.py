@@ -255,7 +255,11 @@ def index(
 
 
 def refuse_none(shards: Sequence[Path | str]) -> None:
-    """Raise a UserError if there are no shards."""
+    """Refuse an empty list of shards.
+
+    Raises:
+        UserError: it is empty.
+    """
     if not shards:
         raise UserError("No shards are given.", remedy="Name at least one shard, glob or folder.")
 

@@ -135,7 +135,11 @@ class _Payloads:
         self._labels: dict[bytes, int] = {}
 
     def label(self, sample: TarSample, wanted: Wanted) -> int:
-        """Class of a sample; -1 is none."""
+        """Class of a sample; -1 is none.
+
+        Raises:
+            UserError: it has no label, though it should, or one that is no class.
+        """
         member = sample.fields.get("cls")
         if member is None:
             if wanted.require_labels:
@@ -184,7 +188,11 @@ class _Payloads:
         return label
 
     def crc(self, member: Member) -> int:
-        """CRC-32 of a member's bytes, read piece by piece."""
+        """CRC-32 of a member's bytes, read piece by piece.
+
+        Raises:
+            UserError: the shard ends before it.
+        """
         crc, start, end = 0, member.offset, member.offset + member.size
         while start < end:
             piece = self.read(start, min(_CHUNK, end - start))

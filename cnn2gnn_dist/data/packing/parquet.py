@@ -48,7 +48,11 @@ class _Column:
 
 
 def open_parquet(path: Path) -> Any:
-    """Open a Parquet file; UserError if it is missing, damaged or something else."""
+    """Open a Parquet file.
+
+    Raises:
+        UserError: it is missing, damaged or something else.
+    """  # noqa: DOC501
     try:
         return pq.ParquetFile(path)
     except (OSError, pa.ArrowException) as failure:

@@ -252,7 +252,11 @@ class _Reader:
         return self.actor.process_id.options(max_task_retries=-1).remote()
 
     def welcome(self) -> None:
-        """Its greeting was answered: it is back; or it never will be, and another is started."""
+        """Its greeting was answered: it is back; or it never will be, and another is started.
+
+        Raises:
+            UserError: a reader can't be started here.
+        """
         try:
             ray.get(self.greeting)
         except ActorDiedError as error:

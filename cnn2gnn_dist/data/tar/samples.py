@@ -79,7 +79,11 @@ def samples(path: str | os.PathLike[str], where: str | None = None) -> Iterator[
 
 
 def grouped(archive: Archive) -> Iterator[TarSample]:
-    """As :func:`samples`, of an archive that is open."""
+    """As :func:`samples`, of an archive that is open.
+
+    Raises:
+        UserError: as :func:`samples`.
+    """  # noqa: DOC501
     key, fields, new = "", dict[str, Member](), tuple.__new__
     seen: set[str] = set()
     for member in members(archive):
