@@ -1,6 +1,7 @@
 """What a stage has left on disk, and whether it still holds: ``begin.json`` and ``done.json``.
 
-A stage's key is a hash of the config fields and inputs that determine its outputs.
+A stage's key is a hash of the config fields and inputs that determine its outputs
+(:mod:`cnn2gnn_dist.pipeline.keys`).
 ``begin.json`` names the key while the stage works, ``done.json`` when it is whole. A folder
 of another key is never written into: it is refused, or set aside when the user says so.
 """
@@ -18,7 +19,9 @@ from typing import Any
 from cnn2gnn_dist import durable
 from cnn2gnn_dist.errors import UserError
 
-FORMAT = 1
+SCHEMA = 2
+"""How keys are made of fields. Records of before it was noted are of schema 1, whose reader is
+:mod:`cnn2gnn_dist.pipeline.keys_v1`."""
 CONFIG = "config.yaml"
 """In a run's folder: the config of the last command that was not refused."""
 
@@ -37,8 +40,9 @@ class Entry:
     """The record of one stage folder.
 
     ``key`` identifies config and inputs, ``digest`` the outputs (downstream keys build on
-    it), ``parts`` are the config fields behind the key, ``outputs`` (relative path, bytes),
-    ``inputs`` the digests of what it was built on.
+    it), ``parts`` are the config fields behind the key, those at their defaults too, ``outputs``
+    (relative path, bytes), ``inputs`` the digests of what it was built on, ``schema`` how the key
+    was made of them.
     """
 
     key: str
@@ -47,12 +51,29 @@ class Entry:
     outputs: tuple[tuple[str, int], ...] = ()
     seconds: float = 0.0
     inputs: dict[str, str] = field(default_factory=dict)
+    schema: int = SCHEMA
 
 
-def key_of(stage: str, parts: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+def key_of(
+    stage: str, parts: Mapping[str, Any], inputs: Mapping[str, str], schema: int = SCHEMA
+) -> str:
     """Hex key of a stage's config fields and its inputs' digests."""
-    text = json.dumps([FORMAT, stage, dict(parts), dict(inputs)], sort_keys=True)
+    return _hex([schema, stage, dict(parts), dict(inputs)])
+
+
+def digest_of(kind: str, contents: Mapping[str, Any]) -> str:
+    """Hex digest of contents that keys build on; the same under every schema of keys."""
+    return _hex([1, kind, dict(contents), {}])
+
+
+def _hex(content: list[Any]) -> str:
+    text = json.dumps(content, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+def recorded(folder: Path) -> Entry | None:
+    """The record of a stage that is done, else of one that is begun; None if there is none."""
+    return _read(folder / "done.json") or _read(folder / "begin.json")
 
 
 def standing(folder: Path, key: str) -> tuple[Standing, Entry | None]:
@@ -163,6 +184,7 @@ def _read(path: Path) -> Entry | None:
             outputs=tuple((str(name), int(size)) for name, size in raw["outputs"]),
             seconds=float(raw["seconds"]),
             inputs=dict(raw.get("inputs", {})),
+            schema=int(raw.get("schema", 1)),
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -71,6 +71,23 @@ def as_tree(config: Config) -> dict[str, Any]:
     return json.loads(config.model_dump_json())
 
 
+def as_flat(config: Config) -> dict[str, Any]:
+    """The plain value of every field by its dotted name, sections taken apart."""
+    tree, found = as_tree(config), dict[str, Any]()
+    for path in fields(type(config)):
+        value: Any = tree
+        for name in path.split("."):
+            value = value[name]
+        found[path] = value
+    return found
+
+
+def fields(model: type[BaseModel] = Config) -> list[str]:
+    """Dotted names of all fields, without those of sections."""
+    paths = list(_paths(model))
+    return [path for path in paths if not any(other.startswith(f"{path}.") for other in paths)]
+
+
 def as_yaml(config: Config) -> str:
     """The resolved config as YAML; :func:`load` reads it as the same config."""
     tree = as_tree(_on_paths(config, lambda path, where: path.replace("$", "$$")))

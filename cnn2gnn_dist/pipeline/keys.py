@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from stat import S_ISREG
@@ -18,7 +19,9 @@ from cnn2gnn_dist.data.index.fingerprint import Noted
 from cnn2gnn_dist.data.storage.urls import is_remote
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.ledger import Entry
-from cnn2gnn_dist.pipeline.registry import EXECUTION, Stage
+from cnn2gnn_dist.pipeline import keys_v1
+from cnn2gnn_dist.pipeline.key_defaults import DEFAULTS
+from cnn2gnn_dist.pipeline.registry import EXECUTION, STAGES, VERSIONS, Stage
 from cnn2gnn_dist.stages.shared.context import RunPaths, load_manifest
 from cnn2gnn_dist.training import ds_config
 from cnn2gnn_dist.training.checkpoint import folder as checkpoint_folder
@@ -28,7 +31,7 @@ NOTE = "inputs.json"
 ROLES = ("train", "test")
 _OF_FILES = ("imagefolder", "parquet", "shards")
 """Sources of files that may change; what torchvision downloads it holds to its own checksums."""
-_NO_FILES = {"files": ledger.key_of("files", {"files": []}, {})}
+_NO_FILES = {"files": ledger.digest_of("files", {"files": []})}
 
 DeepSpeed = dict[str, dict[str, Any]]
 """The DeepSpeed configs as they were read, of "teacher" and "student"."""
@@ -49,27 +52,67 @@ def read_deepspeed(config: Config) -> DeepSpeed:
 def parts(
     config: Config, stage: Stage, deepspeed: DeepSpeed, entry: Entry | None = None
 ) -> dict[str, Any]:
-    """The config fields behind a stage's key; files that a field names count by their content.
+    """The fields behind a stage's key by their dotted names, those at their defaults too.
 
-    ``entry``: what the stage has recorded; where a file is gone by now, its word is taken.
+    Files that a field names count by their content, a DeepSpeed config (``teacher.ds_config``) by
+    what it changes of results.
+
+    Args:
+        config: of the run.
+        stage: whose.
+        deepspeed: the DeepSpeed configs.
+        entry: what the stage has recorded; where a file is gone by now, its word is taken.
     """
-    tree = settings.as_tree(config)
+    values = settings.as_flat(config) | VERSIONS
     left_out = EXECUTION - ({"evaluate.batch"} if config.graph.scope == "batch" else set())
-    found: dict[str, Any] = {}
-    for name in stage.fields:
-        section, _, one = name.partition(".")
-        value = tree[section][one] if one else tree[section]
-        if isinstance(value, dict):
-            value = {k: v for k, v in value.items() if f"{name}.{k}" not in left_out}
-        found[name] = value
-        if name in deepspeed:
-            others = ds_config.outcome(deepspeed[name])
-            if others:  # what the packaged file says is not in the key
-                found[f"{name}.ds_config"] = others
-    if "teacher" in found and found["teacher"]["weights"]:
-        before = entry.parts.get("teacher", {}).get("weights") if entry else None
-        found["teacher"]["weights"] = _weights(Path(found["teacher"]["weights"]), before)
+    found = {name: values[name] for name in _of_stage(stage, values) if name not in left_out}
+    for model, read in deepspeed.items():
+        others = ds_config.outcome(read) if model in stage.fields else {}
+        if others:  # what the packaged file says is not in the key
+            found[f"{model}.ds_config"] = others
+    if found.get("teacher.weights"):
+        before = parts_of(entry).get("teacher.weights") if entry else None
+        found["teacher.weights"] = _weights(Path(found["teacher.weights"]), before)
     return found
+
+
+def _of_stage(stage: Stage, names: Iterable[str]) -> list[str]:
+    """Which fields a stage names, itself or by their section."""
+    return [name for name in names if any(f"{name}.".startswith(f"{f}.") for f in stage.fields)]
+
+
+def key_of(stage: Stage, parts: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+    """Hex key of a stage: fields at their frozen defaults (``key_defaults.py``) count as absent,
+    so that a run is still whole when fields have been added since.
+    """
+    away = {
+        name: value
+        for name, value in parts.items()
+        if name not in DEFAULTS or value != DEFAULTS[name]
+    }
+    return ledger.key_of(stage.name, away, inputs)
+
+
+def parts_of(entry: Entry) -> dict[str, Any]:
+    """The fields that a record holds by their dotted names, whatever schema it is of."""
+    return keys_v1.by_dotted_names(entry.parts) if entry.schema == 1 else entry.parts
+
+
+def agrees(entry: Entry, stage: Stage, parts: Mapping[str, Any], inputs: Mapping[str, str]) -> bool:
+    """Whether a record of an older schema is of these fields and inputs.
+
+    It is believed only if its key is what that schema made of its fields and of these inputs.
+    """
+    sound = entry.schema == 1 and keys_v1.sound(entry, stage.name, inputs)
+    return sound and key_of(stage, parts_of(entry), inputs) == key_of(stage, parts, inputs)
+
+
+def changes(entry: Entry, parts: Mapping[str, Any]) -> list[str]:
+    """Lines about the fields that are others than recorded; one that is absent is at its default."""
+    before = parts_of(entry)
+    names = before.keys() | parts.keys()
+    filled = {name: DEFAULTS[name] for name in names & DEFAULTS.keys()}
+    return settings.differences({**filled, **before}, {**filled, **parts})
 
 
 def _weights(path: Path, before: str | None) -> str:
@@ -236,7 +279,7 @@ def digest(survey: Survey, stage: Stage, key: str, files: list[Path]) -> str:
     otherwise when it is made again in other micro-batches or on other ranks; else the key.
     """
     if stage.trains:
-        return ledger.key_of(stage.name, {"key": key, "weights": _weights_in(files)}, {})
+        return ledger.digest_of(stage.name, {"key": key, "weights": _weights_in(files)})
     if stage.name != "index":
         return key
     paths = RunPaths(Path(str(survey.config.run.dir)))
@@ -247,7 +290,7 @@ def digest(survey: Survey, stage: Stage, key: str, files: list[Path]) -> str:
         if any(is_remote(shard.path) for manifest in manifests for shard in manifest.shards):
             # A store without tags: what was read of it is known by its checksums.
             found["crc"] = [_of_checksums(manifest.crc_N) for manifest in manifests]
-    return ledger.key_of("index", found, {})
+    return ledger.digest_of("index", found)
 
 
 def _weights_in(files: list[Path]) -> dict[str, str]:
@@ -263,26 +306,26 @@ def _weights_in(files: list[Path]) -> dict[str, str]:
 
 
 def as_made(config: Config, root: Path, stage: str) -> Config:
-    """A config with the fields with which a finished stage was made, whatever the run's says today.
+    """A config with the fields with which a finished stage was made, whatever the run's says today;
+    one that came in since is at its default.
 
     Raises:
         UserError: a field that this version does not know.
     """
     entry, tree = ledger.finished(root / stage), settings.as_tree(config)
-    for name, value in (entry.parts if entry else {}).items():
-        section, _, one = name.partition(".")
-        if one == "ds_config":
-            continue
-        if one:
-            tree.setdefault(section, {})[one] = value
-        elif isinstance(value, dict):
-            # The file of weights stands there by its content.
-            made = {k: v for k, v in value.items() if k != "weights"}
-            tree[section] = tree.get(section, {}) | made
-        else:
-            tree[name] = value
+    defaults = {
+        name: DEFAULTS[name] for name in _of_stage(STAGES[stage], DEFAULTS.keys() - EXECUTION)
+    }
+    for name, value in ({**defaults, **parts_of(entry)} if entry else {}).items():
+        section, _, one = name.rpartition(".")
+        if section == "version" or one in ("ds_config", "weights"):
+            continue  # no field; the content of a file, whose path the config has
+        node = tree
+        for inner in section.split(".") if section else ():
+            node = node.setdefault(inner, {})
+        node[one] = value
     return settings.check(tree)
 
 
 def _of_checksums(crc_N: np.ndarray | None) -> str:
-    return "" if crc_N is None else ledger.key_of("crc", {"crc": crc_N.tobytes().hex()}, {})
+    return "" if crc_N is None else ledger.digest_of("crc", {"crc": crc_N.tobytes().hex()})

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cnn2gnn_dist import ledger, settings
+from cnn2gnn_dist import ledger
 from cnn2gnn_dist.config import Config
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.ledger import Entry, Standing
@@ -20,7 +20,8 @@ from cnn2gnn_dist.training.checkpoint import folder as checkpoint_folder
 class Step:
     """A stage in a plan: what will happen to it, and why. ``key`` is None while inputs lack.
 
-    ``parts`` and ``inputs`` are what the key is made of.
+    ``parts`` and ``inputs`` are what the key is made of, in the way of ``schema``: what was begun
+    under an older one is ended under it.
     """
 
     stage: Stage
@@ -30,6 +31,11 @@ class Step:
     entry: Entry | None = None
     parts: dict[str, Any] = field(default_factory=dict)
     inputs: dict[str, str] = field(default_factory=dict)
+    schema: int = ledger.SCHEMA
+
+    def record(self, **made: Any) -> Entry:
+        """What ``begin.json`` says of this step, and ``done.json`` with what was ``made``."""
+        return Entry(str(self.key), self.parts, inputs=self.inputs, schema=self.schema, **made)
 
 
 def plan(
@@ -62,9 +68,11 @@ def look(survey: Survey, stage: Stage, stages: list[Stage], digests: dict[str, s
     if missing:
         return Step(stage, None, Standing.FRESH, f"waits for {', '.join(missing)}")
     inputs = {need: digests[need] for need in needs} | survey.inputs(stage)
-    before = ledger.finished(folder)
+    before, recorded = ledger.finished(folder), ledger.recorded(folder)
     parts = keys.parts(survey.config, stage, survey.deepspeed, before)
-    key = ledger.key_of(stage.name, parts, inputs)
+    key, schema = keys.key_of(stage, parts, inputs), ledger.SCHEMA
+    if recorded and recorded.schema < schema and keys.agrees(recorded, stage, parts, inputs):
+        key, parts, schema = recorded.key, recorded.parts, recorded.schema
     standing, entry = ledger.standing(folder, key)
     why = {
         Standing.FRESH: "nothing there yet",
@@ -72,8 +80,10 @@ def look(survey: Survey, stage: Stage, stages: list[Stage], digests: dict[str, s
         Standing.WHOLE: "whole, skipped",
         Standing.STALE: "made from another config or other inputs",
     }[standing]
-    if standing is Standing.STALE and entry is not None:
-        changed = settings.differences(entry.parts, parts) + _other_inputs(survey, entry, inputs)
+    if standing is Standing.STALE and entry is not None and entry.schema > ledger.SCHEMA:
+        why = f"recorded by a later version of cnn2gnn-dist (keys of schema {entry.schema})"
+    elif standing is Standing.STALE and entry is not None:
+        changed = keys.changes(entry, parts) + _other_inputs(survey, entry, inputs)
         why += f": {'; '.join(changed)}" if changed else " (its inputs changed)"
     elif standing is Standing.RESUME and before is not None:
         why = f"not whole any more: {ledger.missing(folder, before)}"
@@ -81,7 +91,7 @@ def look(survey: Survey, stage: Stage, stages: list[Stage], digests: dict[str, s
         problem = _damage(survey, folder)
         if problem:
             standing, why = Standing.RESUME, f"not whole any more: {problem}"
-    return Step(stage, key, standing, why, entry, parts, inputs)
+    return Step(stage, key, standing, why, entry, parts, inputs, schema)
 
 
 def _damage(survey: Survey, folder: Path) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cnn2gnn_dist.config import Config
+from cnn2gnn_dist.data.images.decode import DECODING
 from cnn2gnn_dist.stages.shared.context import Context
 
 # Fields that change how a result is reached, not which: a run may go on with others. Where the
@@ -27,11 +28,16 @@ EXECUTION = frozenset(
 )
 
 
+VERSIONS = {"version.decoding": DECODING}
+"""Versions of code that keys name like fields. Each is absent from keys while it is the first
+(``key_defaults.py``)."""
+
+
 @dataclass(frozen=True)
 class Stage:
     """One step from files to files.
 
-    ``fields``: config sections or fields that determine its outputs; ``needs``: stages it
+    ``fields``: config sections, fields and versions that determine its outputs; ``needs``: stages it
     builds on; ``alone``: rank 0 works, the others wait; ``trains``: it has checkpoints
     to go on from.
     """
@@ -103,6 +109,7 @@ _PACK = Stage(
         "data.limit",
         "data.image_column",
         "data.label_column",
+        "version.decoding",
     ),
     (),
     _pack,
@@ -117,6 +124,7 @@ _INDEX = Stage(
         "data.num_classes",
         "data.match_classes",
         "data.allow_empty_classes",
+        "version.decoding",
     ),
     ("pack",),
     _index,
@@ -125,7 +133,7 @@ _INDEX = Stage(
 _TEACHER = Stage(
     "teacher",
     "teacher",
-    ("seed", "views", "stream.window", "teacher"),
+    ("seed", "views", "stream.window", "teacher", "version.decoding"),
     ("index",),
     _teacher,
     trains=True,
@@ -144,6 +152,13 @@ _EVALUATE = Stage(
     ("index", "teacher", "student", "graph", "control"),
     _evaluate,
 )
+
+
+STAGES = {
+    stage.name: stage
+    for stage in (_PACK, _INDEX, _TEACHER, _TARGETS, _STUDENT, _GRAPH, _CONTROL, _EVALUATE)
+}
+"""All that there are, by name."""
 
 
 def stages_of(config: Config) -> list[Stage]:

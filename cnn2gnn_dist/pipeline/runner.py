@@ -14,7 +14,7 @@ from typing import Any
 from cnn2gnn_dist import consistency, ledger, settings
 from cnn2gnn_dist.config import Config
 from cnn2gnn_dist.errors import PeerLost, UserError
-from cnn2gnn_dist.ledger import Entry, Standing
+from cnn2gnn_dist.ledger import Standing
 from cnn2gnn_dist.pipeline import keys, moved_data
 from cnn2gnn_dist.pipeline.keys import Survey
 from cnn2gnn_dist.pipeline.planning import Step, check_names, flat, look, plan
@@ -198,13 +198,10 @@ def _execute(context: Context, survey: Survey, step: Step, made: dict[str, str])
         files = stage.work(context, made)
 
     def close() -> Step:
-        entry = Entry(
-            key=context.key,
-            parts=step.parts,
+        entry = step.record(
             digest=keys.digest(survey, stage, context.key, files),
             outputs=ledger.outputs(context.folder, files),
             seconds=round(time.perf_counter() - began, 1),
-            inputs=step.inputs,
         )
         ledger.finish(context.folder, entry)
         print(f"{stage.name:8} done in {entry.seconds:.0f} s", flush=True)
@@ -253,7 +250,7 @@ def _make_room(survey: Survey, step: Step, update: bool, force: bool) -> Step:
         aside = ledger.set_aside(folder)
         print(f"{stage.name:8} old results moved to {aside.name}", flush=True)
         step = replace(step, standing=Standing.FRESH)
-    ledger.begin(folder, Entry(key, step.parts, inputs=step.inputs))
+    ledger.begin(folder, step.record())
     if survey.inputs(stage):
         survey.keep()
     return step

@@ -9,7 +9,11 @@ import numpy as np
 from cnn2gnn_dist.data.images.formats import KINDS, image_suffix, what_it_is
 from cnn2gnn_dist.data.images.pixels import CorruptSample, rgb
 
-__all__ = ["MAX_PIXELS", "CorruptSample", "decode", "decode_crop", "jpeg_size"]
+__all__ = ["DECODING", "MAX_PIXELS", "CorruptSample", "decode", "decode_crop", "jpeg_size"]
+
+DECODING = 1
+"""Version of what comes out, in the keys of the stages that read images. To be raised when any
+image gets other pixels, or is found corrupt where it was not: finished runs are then stale."""
 
 MAX_PIXELS = 89_478_485
 """Larger images are refused: a small file can unfold to fill the memory. Pillow's own limit,

@@ -108,6 +108,22 @@ def test_a_note_of_before_there_were_inputs_is_read(tmp_path):
     assert found.inputs == {}
 
 
+def test_a_note_says_by_which_schema_its_key_was_made(tmp_path):
+    made(tmp_path)
+    raw = json.loads((tmp_path / "done.json").read_text())
+    assert raw["schema"] == ledger.SCHEMA
+    assert json.loads((tmp_path / "begin.json").read_text())["schema"] == ledger.SCHEMA
+    del raw["schema"]  # of before it was noted
+    (tmp_path / "done.json").write_text(json.dumps(raw))
+    found = ledger.recorded(tmp_path)
+    assert found is not None
+    assert found.schema == 1
+    (tmp_path / "done.json").unlink()
+    found = ledger.recorded(tmp_path)
+    assert found is not None
+    assert found.outputs == ()
+
+
 def test_a_key_is_of_all_that_goes_in_and_of_no_order():
     key = ledger.key_of("teacher", {"a": 1, "b": {"c": 2, "d": 3}}, {"index": "x", "pack": "y"})
     assert len(key) == 20
@@ -121,8 +137,11 @@ def test_a_key_is_of_all_that_goes_in_and_of_no_order():
         ledger.key_of("teacher", {"a": 1, "b": {"c": 2, "d": 3}}, {"index": "x"}),
     ]
     assert len({key, *others}) == 6
-    # Pinned: another key would make every finished run stale.
-    assert ledger.key_of("index", {"seed": 0}, {"pack": "abc"}) == "b84ab14ca17fcfa4ac61"
+    # Pinned: other ones would make every finished run stale.
+    pinned = {1: "b84ab14ca17fcfa4ac61", 2: "f1d4ac80a1cdae087906"}
+    for schema, expected in pinned.items():
+        assert ledger.key_of("index", {"seed": 0}, {"pack": "abc"}, schema) == expected
+    assert ledger.digest_of("files", {"files": []}) == "3fd4f60fabe303c0e260"
 
 
 def test_nothing_is_written_over_when_set_aside(tmp_path):

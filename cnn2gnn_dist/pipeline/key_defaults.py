@@ -1,0 +1,95 @@
+"""Which value of a field counts as absent in keys: the default with which it came in.
+
+Frozen: a change here makes finished runs stale that are whole, or whole that are stale. When
+
+- a field comes in: it gets a line here, whose value is the one that does what was done before there
+  was the field. Where none does, no line: the field is in every key, and finished runs are stale.
+- the default of a field changes: its line stays. Runs that have the old value, by default or set, are
+  whole under a config that sets it, and stale under the new default; both are right.
+- a field goes: its line stays as long as there are runs whose records have it.
+- code changes what a stage makes of the same fields: raise its version (``registry.VERSIONS``), or
+  bring in a new one at 2, with a line here that says 1.
+- any of this is not enough: raise ``ledger.SCHEMA``, and keep a reader of the old records as
+  ``keys_v1.py`` is one.
+
+``tests/unit/pipeline/test_key_schema.py`` fails where the config and this table have parted.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+DEFAULTS: dict[str, Any] = {
+    "seed": 0,
+    "data.source": "digits",
+    "data.holdout": 0.2,
+    "data.shard_size": 2048,
+    "data.image_column": "image",
+    "data.label_column": "label",
+    "data.limit": None,
+    "data.num_classes": None,
+    "data.match_classes": "name",
+    "data.allow_empty_classes": False,
+    "views.kind": "crop_flip",
+    "views.size": 32,
+    "views.pad": 4,
+    "views.scale": [0.35, 1.0],
+    "views.ratio": [0.75, 1.3333333333333333],
+    "views.resize": 1.0,
+    "views.mean": [0.485, 0.456, 0.406],
+    "views.std": [0.229, 0.224, 0.225],
+    "stream.window": 16,
+    "teacher.epochs": 10,
+    "teacher.global_batch": 256,
+    "teacher.lr": 0.001,
+    "teacher.warmup_epochs": 1.0,
+    "teacher.weight_decay": 0.05,
+    "teacher.clip": 1.0,
+    "teacher.label_smoothing": 0.0,
+    "teacher.arch": "resnet18",
+    "teacher.args": {},
+    "teacher.pretrained": False,
+    "teacher.weights": None,
+    "teacher.ds_config": {},
+    "targets.views": 1,
+    "targets.top_k": None,
+    "graph.scope": "dataset",
+    "graph.dim": 64,
+    "graph.candidates": 20,
+    "graph.neighbours": 10,
+    "graph.fanouts": [12, 8],
+    "graph.second_hop": "sampled",
+    "graph.sampler": "table",
+    "graph.query": "live",
+    "graph.parts": 2,
+    "graph.partitioner": "metis",
+    "graph.start_epoch": 2,
+    "graph.warmup_epochs": 1.0,
+    "graph.refresh_epochs": 1,
+    "graph.exact": True,
+    "graph.recall": 0.95,
+    "graph.warm_start": True,
+    "graph.probes": 8,
+    "graph.repartition_cut": 1.5,
+    "graph.move_gain": 4,
+    "student.epochs": 10,
+    "student.global_batch": 256,
+    "student.lr": 0.001,
+    "student.warmup_epochs": 1.0,
+    "student.weight_decay": 0.05,
+    "student.clip": 1.0,
+    "student.label_smoothing": 0.0,
+    "student.stem": "resnet_tiny",
+    "student.stem_args": {},
+    "student.dim": 128,
+    "student.hidden": 128,
+    "student.label_dim": 32,
+    "student.distill_weight": 0.9,
+    "student.temperature": 2.0,
+    "student.self_loss": 0.5,
+    "student.neighbour_loss": 0.0,
+    "student.ds_config": {},
+    "evaluate.batch": 256,
+    "evaluate.gallery": 24,
+    "version.decoding": 1,
+}

@@ -1,0 +1,67 @@
+"""Records of key schema 1, made before records named one: what they say, and whether it is so.
+
+Schema 1 hashed whole sections, fields at their defaults too, and noted them as nested mappings. Its
+keys are not made any more: a record is read, its key is compared with the hash of what it says, and
+its fields are then compared with the config's like those of any other (``keys.agrees``). A stage
+goes on under the key with which it was begun.
+
+Nothing here changes: these are the fields that schema 1 had when it ended. Records of before then,
+with fewer, were stale by then and still are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from cnn2gnn_dist import ledger
+from cnn2gnn_dist.ledger import Entry
+
+_SECTIONS = {
+    "views": "kind size pad scale ratio resize mean std",
+    "teacher": "epochs global_batch lr warmup_epochs weight_decay clip label_smoothing arch args "
+    "pretrained weights",
+    "targets": "views top_k",
+    "graph": "scope dim candidates neighbours fanouts second_hop sampler query parts partitioner "
+    "start_epoch warmup_epochs refresh_epochs exact recall warm_start probes repartition_cut move_gain",
+    "student": "epochs global_batch lr warmup_epochs weight_decay clip label_smoothing stem "
+    "stem_args dim hidden label_dim distill_weight temperature self_loss neighbour_loss",
+    "evaluate": "gallery",
+}
+_NOW_AND_THEN = {"teacher.ds_config", "student.ds_config", "evaluate.batch"}
+_STAGES = {
+    "pack": "seed data.source data.shard_size data.limit data.image_column data.label_column",
+    "index": "seed data.holdout data.num_classes data.match_classes data.allow_empty_classes",
+    "teacher": "seed views stream.window teacher",
+    "targets": "seed views targets",
+    "student": "seed views stream.window targets.views student graph",
+    "graph": "graph",
+    "control": "seed views stream.window targets.views student",
+    "evaluate": "evaluate",
+}
+
+
+def by_dotted_names(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a record, sections taken apart."""
+    found: dict[str, Any] = {}
+    for name, value in parts.items():
+        if "." not in name and isinstance(value, dict):
+            found |= {f"{name}.{inner}": one for inner, one in value.items()}
+        else:
+            found[name] = value
+    return found
+
+
+def sound(entry: Entry, stage: str, inputs: Mapping[str, str]) -> bool:
+    """Whether a record's key is what schema 1 made of the record's own fields and of these inputs."""
+    names = by_dotted_names(entry.parts).keys() - _NOW_AND_THEN
+    same = stage in _STAGES and names == _fields(stage)
+    return same and entry.key == ledger.key_of(stage, entry.parts, inputs, schema=1)
+
+
+def _fields(stage: str) -> set[str]:
+    found: set[str] = set()
+    for name in _STAGES[stage].split():
+        inner = _SECTIONS.get(name, "").split()
+        found |= {f"{name}.{one}" for one in inner} or {name}
+    return found
