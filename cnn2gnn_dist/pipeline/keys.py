@@ -82,8 +82,10 @@ def _of_stage(stage: Stage, names: Iterable[str]) -> list[str]:
 
 
 def key_of(stage: Stage, parts: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
-    """Hex key of a stage: fields at their frozen defaults (``key_defaults.py``) count as absent,
-    so that a run is still whole when fields have been added since.
+    """Hex key of a stage.
+
+    Fields at their frozen defaults (``key_defaults.py``) count as absent, so that a run is still
+    whole when fields have been added since.
     """
     away = {
         name: value
@@ -306,8 +308,9 @@ def _weights_in(files: list[Path]) -> dict[str, str]:
 
 
 def as_made(config: Config, root: Path, stage: str) -> Config:
-    """A config with the fields with which a finished stage was made, whatever the run's says today;
-    one that came in since is at its default.
+    """A config with the fields with which a finished stage was made, whatever the run's says today.
+
+    A field that came in since is at its default.
 
     Raises:
         UserError: a field that this version does not know.
