@@ -1,4 +1,4 @@
-"""A notice to end soon (SIGTERM, SIGUSR1, `ray job stop`): training saves at its next step, then ends.
+"""A notice to end soon (SIGTERM, SIGUSR1, `ray job stop`): training saves within two steps, then ends.
 
 Outside training the notice ends the process at once: every other stage continues where it was.
 A rank that can't reach its next step, because a peer hangs, says so and ends when its grace is over.

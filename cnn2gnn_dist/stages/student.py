@@ -12,6 +12,7 @@ from torch import Tensor
 from cnn2gnn_dist.config import StudentConfig
 from cnn2gnn_dist.data.index.manifest import Manifest
 from cnn2gnn_dist.data.order import Order
+from cnn2gnn_dist.data.reading.reader import on_device
 from cnn2gnn_dist.graph.distdgl.served import ServedGraph
 from cnn2gnn_dist.models.losses import distillation_loss, neighbour_loss
 from cnn2gnn_dist.models.student import Scope, StudentOutput
@@ -59,7 +60,7 @@ def run(context: Context, scope: Scope, targets_key: str) -> list[Path]:
             for micro in training.steps(order, epoch, view, stream):
                 for batch in micro:
                     images, labels, valid = context.to_device(batch)
-                    soft = torch.from_numpy(targets.lookup(batch.ids, view)).to(engine.device)
+                    soft = on_device(targets.lookup(batch.ids, view), engine.device)
                     query = around and around.around(batch.ids, epoch, training.cursor.step)
                     output = engine(images, query)
                     loss_B = loss_of(output, labels, soft, settings)
@@ -160,9 +161,9 @@ class _Job:
         tally = self.training.tally
         if output.first_labels_BF is not None:
             same = output.first_labels_BF == labels[:, None]
-            tally.note("homophily", float((output.weights_BF * same).sum(1).mean()))
-        tally.note("median_scale", float(output.scale))
-        tally.note("degenerate_rows", float(output.degenerate))
+            tally.note("homophily", (output.weights_BF * same).sum(1).mean())
+        tally.note("median_scale", output.scale)
+        tally.note("degenerate_rows", output.degenerate)
 
     def self_path_accuracy(self) -> float:
         """Held-out accuracy of the self path: a look during training that needs no graph."""

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 import warnings
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.runtime import collectives, peer_watch, process_group
 from cnn2gnn_dist.runtime.ranks import Ranks
+from cnn2gnn_dist.training.outcome import Outcome, StepInfo
 from cnn2gnn_dist.training.schedule import fresh_adam
 from cnn2gnn_dist.training.sync_norm import is_synchronised
 
@@ -84,18 +82,6 @@ def shutdown() -> None:
             torch.distributed.destroy_process_group()
 
 
-@dataclass(frozen=True)
-class StepInfo:
-    """What an optimizer step did: norm of the gradient before clipping (None: unknown), lr.
-
-    ``votes``: the sums over ranks of what each had brought along.
-    """
-
-    grad_norm: float | None
-    lr: float
-    votes: tuple[float, ...] = ()
-
-
 class Engine:
     """A model under DeepSpeed.
 
@@ -129,6 +115,7 @@ class Engine:
         """Optimizer steps done when the late parameters begin; None: they have not."""
         self._micro = 0
         self._finite = torch.ones((), device=self.device)
+        self._awaited: Outcome | None = None
         model.to(self.device)
         config = without_overlap(config, model)
         groups = _groups(model, config["optimizer"]["params"]["weight_decay"], late)
@@ -168,33 +155,75 @@ class Engine:
     ) -> StepInfo:
         """Update the weights at the learning rate ``lr``, late ones at ``late_lr`` (collective).
 
-        ``votes`` are summed over ranks on the way: they cost no collective of their own.
+        ``votes`` are summed over ranks on the way: they cost no collective of their own. Waits
+        for the device; ``step_ahead`` does not.
 
         Raises:
             UserError: a loss since the last step was not finite (the weights are untouched), or
                 the gradient was not (with ZeRO the weights are spoiled); on every rank alike.
             RuntimeError: fewer micro-batches than ``accumulation`` have been seen.
         """
+        self.settle()
+        outcome = self._vote(lr, votes)
+        outcome.check_loss()
+        outcome.norm = self._plain_norm()
+        outcome.check_norm()
+        self._update(outcome, late_lr)
+        return outcome.read()
+
+    def step_ahead(
+        self, lr: float, votes: tuple[float, ...] = (), late_lr: float | None = None
+    ) -> StepInfo | None:
+        """``step`` without a wait for the device: how it came out is read one step later.
+
+        So the host always has a step queued while the device works on the one before. Weights
+        that a diverged step has spoiled are used for at most one step more; ``settle`` before
+        they are shown or saved.
+
+        Returns:
+            The step before this one; None where that is known already.
+
+        Raises:
+            UserError: the step before diverged; on every rank alike.
+        """
+        outcome = self._vote(lr, votes)
+        outcome.norm = self._plain_norm()
+        self._update(outcome, late_lr)
+        outcome.fetch()
+        before = self.settle()
+        self._awaited = outcome
+        return before
+
+    def settle(self) -> StepInfo | None:
+        """How the last ``step_ahead`` came out; None where nothing is open. Waits for that step.
+
+        Raises:
+            UserError: it diverged, on every rank alike; asked again, it says so again.
+        """
+        info = None if self._awaited is None else self._awaited.read()
+        self._awaited = None
+        return info
+
+    def _vote(self, lr: float, votes: tuple[float, ...]) -> Outcome:
+        """Sum over ranks who has finite losses, and the votes."""
         if self._micro != self.accumulation:
             raise RuntimeError(f"{self._micro} of {self.accumulation} micro-batches seen")
-        brought = self._finite.new_tensor(votes)
+        on_gpu = self.device.type == "cuda"
+        brought = torch.tensor(votes, dtype=self._finite.dtype, pin_memory=on_gpu)
+        brought = brought.to(self.device, non_blocking=True)
         ballot = collectives.all_reduce_sum(torch.cat([self._finite.reshape(1), brought]))
-        finite, *summed = ballot.tolist()
-        if finite < collectives.world_size():
-            raise self._diverged("loss")
+        return Outcome(self.steps, lr, ballot, collectives.world_size())
+
+    def _update(self, outcome: Outcome, late_lr: float | None) -> None:
+        """The optimizer's step, and a new count of micro-batches."""
         for group in inner_optimizer(self).param_groups:
-            group["lr"] = self._late(late_lr, group["betas"]) if group["late"] else lr
-        norm = self._plain_norm() if self.zero_stage == 0 else None
+            group["lr"] = self._late(late_lr, group["betas"]) if group["late"] else outcome.lr
         self.deepspeed.step()
-        if norm is None:
-            norm = self.deepspeed.get_global_grad_norm()
-        # ZeRO says -1 for a norm that is not finite. Nobody may save such weights.
-        if norm is not None and not 0 <= float(norm) < math.inf:
-            raise self._diverged("gradient")
+        if outcome.norm is None:
+            outcome.norm = self.deepspeed.get_global_grad_norm()
         self._micro = 0
         self._finite.fill_(1.0)
         self.steps += 1
-        return StepInfo(None if norm is None else float(norm), lr, tuple(summed))
 
     def _late(self, lr: float | None, betas: tuple[float, float]) -> float:
         if self.late_from is None or lr is None:
@@ -202,20 +231,12 @@ class Engine:
         done = self.steps + 1
         return lr * fresh_adam(done, done - self.late_from, betas)
 
-    def _plain_norm(self) -> Tensor:
-        """Norm of the gradients, averaged over ranks by now; ZeRO-0 doesn't tell it."""
-        norm = nn.utils.get_total_norm(
+    def _plain_norm(self) -> Tensor | None:
+        """Norm of the gradients, averaged over ranks by now, which ZeRO-0 doesn't tell; else None."""
+        if self.zero_stage:
+            return None
+        return nn.utils.get_total_norm(
             [p.grad for p in self.module.parameters() if p.grad is not None]
-        )
-        if not torch.isfinite(norm):
-            raise self._diverged("gradient")
-        return norm
-
-    def _diverged(self, what: str) -> UserError:
-        return UserError(
-            f"the {what} is not finite at step {self.steps}",
-            where=what,
-            remedy="a lower lr, a longer warm-up, or clip=1.0; then run again from the checkpoint",
         )
 
     def average_buffers(self) -> None:

@@ -157,9 +157,10 @@ def _moments_of_all(wide: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     variance, mean = torch.var_mean(wide, axes, correction=0)
     count = wide.new_full((1,), wide.numel() / channels)
     own = torch.cat([mean, variance, count])
-    table = wide.new_zeros(collectives.world_size(), len(own))
-    table = table.index_copy(0, torch.tensor([collectives.rank()], device=wide.device), own[None])
-    all_R = _AllReduceSum.apply(table)
+    rank, ranks = collectives.rank(), collectives.world_size()
+    # Not by an index on the device: to bring it there the host would wait.
+    rows = [wide.new_zeros(rank, len(own)), own[None], wide.new_zeros(ranks - rank - 1, len(own))]
+    all_R = _AllReduceSum.apply(torch.cat(rows))
     mean_RC, variance_RC, count_R1 = all_R.split([channels, channels, 1], 1)
     count_R1 = count_R1.detach()
     total = count_R1.sum()

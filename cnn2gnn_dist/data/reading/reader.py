@@ -51,15 +51,19 @@ class Batch:
 
         To a GPU through pinned memory, without waiting for the copy.
         """
-        arrays = (self.images, self.labels, self.valid)
-        images, labels, valid = (torch.from_numpy(array) for array in arrays)
-        if torch.device(device).type == "cuda":
-            images, labels, valid = (t.pin_memory() for t in (images, labels, valid))
         return (
-            images.to(device, non_blocking=True),
-            labels.to(device, non_blocking=True),
-            valid.to(device, non_blocking=True),
+            on_device(self.images, device),
+            on_device(self.labels, device),
+            on_device(self.valid, device),
         )
+
+
+def on_device(array: np.ndarray, device: str | torch.device) -> torch.Tensor:
+    """An array on the device; to a GPU through pinned memory, without waiting for the copy."""
+    tensor = torch.from_numpy(array)
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from cnn2gnn_dist.data.reading.reader import Batch, Request
 from cnn2gnn_dist.errors import Preempted
 from cnn2gnn_dist.runtime import collectives, preemption
 from cnn2gnn_dist.stages.shared.context import Context, CorruptCount
+from cnn2gnn_dist.stages.shared.tally import Tally
 from cnn2gnn_dist.training import ds_config, random_state
 from cnn2gnn_dist.training.checkpoint.manager import Checkpoints
 from cnn2gnn_dist.training.engine import Engine
@@ -44,39 +44,6 @@ class Late:
     names: Collection[str]
     epoch: int
     warmup: float
-
-
-@dataclass
-class Tally:
-    """Sums of one rank since the last log line."""
-
-    loss: float = 0.0
-    right: float = 0.0
-    samples: float = 0.0
-    began: float = field(default_factory=time.perf_counter)
-    waited: float = 0.0
-    extra: dict[str, list[float]] = field(default_factory=dict)
-
-    def state(self) -> dict[str, Any]:
-        """As plain data; seconds instead of a time that means nothing elsewhere."""
-        return {**asdict(self), "began": time.perf_counter() - self.began}
-
-    @classmethod
-    def of(cls, states: list[dict[str, Any]]) -> Tally:
-        """The sum of some ranks' tallies, to go on from."""
-        tally = cls(began=time.perf_counter() - max(state["began"] for state in states))
-        for state in states:
-            tally.loss += state["loss"]
-            tally.right += state["right"]
-            tally.samples += state["samples"]
-            tally.waited += state["waited"]
-            for name, seen in state["extra"].items():
-                tally.extra.setdefault(name, []).extend(seen)
-        return tally
-
-    def note(self, name: str, value: float) -> None:
-        """Remember one observation, averaged in the next log line."""
-        self.extra.setdefault(name, []).append(value)
 
 
 class Training:
@@ -131,7 +98,8 @@ class Training:
         self.metrics = MetricsLog(context.folder, context.ranks.rank, name=name)
         self.corrupt = CorruptCount(context.config.data.max_corrupt, samples)
         self.cursor = Cursor()
-        self.tally = Tally()
+        self.tally = Tally(self.engine.device)
+        self._saved_at = -1
         self.best: float | None = None
         self._order: str | None = None
         micro = settings.global_batch // world_size // self.accumulation
@@ -155,11 +123,12 @@ class Training:
         self.norms = list(extra.get("norms", []))
         if len(loaded.owns) == ranks.world_size:
             own = loaded.owns[ranks.rank]
-            self.tally = Tally.of([own["tally"]])
+            self.tally = Tally.of([own["tally"]], self.engine.device)
             random_state.restore(own["random"])
         else:  # the ranks are others: what they had seen goes to the first, once
             if ranks.is_first:
-                self.tally = Tally.of([own["tally"] for own in loaded.owns])
+                tallies = [own["tally"] for own in loaded.owns]
+                self.tally = Tally.of(tallies, self.engine.device)
             random_state.seed(self.context.config.seed, self.cursor.step, ranks.rank)
         self.metrics.truncate_after(self.cursor.step)
         self.context.say(
@@ -189,7 +158,12 @@ class Training:
         return preemption.heeded(self.context.config.checkpoint.grace_s, standing)
 
     def save(self, best: bool = False) -> None:
-        """Begin to write a checkpoint (collective)."""
+        """Begin to write a checkpoint (collective).
+
+        Raises:
+            UserError: the last step diverged; nothing is saved.
+        """
+        self.engine.settle()  # before anything else says that the step was taken
         extra = {
             "cursor": asdict(self.cursor),
             "corrupt": self.corrupt.check(),
@@ -201,6 +175,7 @@ class Training:
         own = {"tally": self.tally.state(), "random": random_state.capture()}
         self.metrics.flush()
         self.checkpoints.save(self.cursor.step, self.engine, extra, own, best=best)
+        self._saved_at = self.cursor.step
 
     def steps(
         self, order: Order, epoch: int, view: int, stream: ReaderPool
@@ -238,20 +213,25 @@ class Training:
         self._order = order.digest
 
     def learn(self, loss_B: Tensor, valid_B: Tensor, logits_BC: Tensor, labels_B: Tensor) -> None:
-        """Back-propagate one micro-batch, corrupt samples masked; count what the log shows."""
+        """Back-propagate one micro-batch, corrupt samples masked; count what the log shows.
+
+        Nothing is read from the device here: a read would wait for all that is queued on it.
+        """
         loss = (loss_B * valid_B).sum()
         self.engine.backward(loss / self.divisor)
         with torch.no_grad():
             right = ((logits_BC.argmax(1) == labels_B) * valid_B).sum()
-        self.tally.loss += float(loss.detach())
-        self.tally.right += float(right)
-        self.tally.samples += float(valid_B.sum())
+            self.tally.add(loss.detach(), right, valid_B.sum())
 
     def step(self, batches_per_epoch: int) -> None:
         """Update the weights, advance the cursor, log and save when due.
 
+        How the step came out (finite or not, who was told to end) is heard one step later, so
+        that the host never waits for the device; before a log line and a save it is waited for.
+
         Raises:
             Preempted: some rank was told to end; the step is saved, or it is said why not.
+            UserError: this step or the one before it diverged; neither is logged or saved.
         """
         progress = self.cursor.epoch + self.cursor.batch / batches_per_epoch
         s = self.settings
@@ -261,16 +241,21 @@ class Training:
         lr = lr_at(progress, s.epochs, s.lr, warmup)
         late_lr = self._late_lr(progress, warmup)
         mine = (float(preemption.asked()), float(self.checkpoints.written))
-        told_to_end, written = self.engine.step(lr, mine, late_lr).votes
-        if written == self.context.ranks.world_size:
-            self.checkpoints.settle()
+        heard = self.engine.step_ahead(lr, mine, late_lr)
         self.cursor.batch += 1
         self.cursor.step += 1
         last = self.cursor.batch == batches_per_epoch
-        if self.cursor.step % self.context.config.run.log_steps == 0 or last:
+        logs = last or self.cursor.step % self.context.config.run.log_steps == 0
+        saves = not last and self.cursor.step % self.context.config.checkpoint.every_steps == 0
+        if logs or saves:
+            heard = self.engine.settle()
+        told_to_end, written = (0.0, 0.0) if heard is None else heard.votes
+        # Votes from before the save that is under way say nothing about it.
+        if heard and heard.step >= self._saved_at and written == self.context.ranks.world_size:
+            self.checkpoints.settle()
+        if logs:
             self._log(lr, late_lr, batches_per_epoch)
-        due = self.cursor.step % self.context.config.checkpoint.every_steps == 0
-        if told_to_end or (due and not last):
+        if told_to_end or saves:
             self.save()
         if told_to_end:
             self._leave()
@@ -295,7 +280,7 @@ class Training:
             self.metrics.log(self.cursor.step, epoch=self.cursor.epoch + 1, **found)
         self.cursor.epoch += 1
         self.cursor.batch = 0
-        self.tally = Tally()
+        self.tally = Tally(self.engine.device)
         self.save(best=self._is_best(found))
         self.checkpoints.settle()  # what comes next (a graph, a stage) may take long
         if collectives.any_rank(preemption.asked()):
@@ -322,9 +307,7 @@ class Training:
     def _log(self, lr: float, late_lr: float | None, batches_per_epoch: int) -> None:
         t, now = self.tally, time.perf_counter()
         device = self.engine.device
-        sums = torch.tensor(
-            [t.loss, t.right, t.samples, t.waited], dtype=torch.float64, device=device
-        )
+        sums = torch.cat([t.sums, t.sums.new_tensor([t.waited])])
         loss, right, samples, waited = collectives.all_reduce_sum(sums).tolist()
         seconds = max(now - t.began, 1e-9)
         values: dict[str, float] = {
@@ -340,9 +323,9 @@ class Training:
             values["graph_lr"] = late_lr
         if device.type == "cuda":
             values["gpu_memory_mb"] = torch.cuda.max_memory_allocated(device) / 2**20
-        values.update({name: float(np.mean(seen)) for name, seen in t.extra.items()})
+        values.update({name: float(np.mean(seen)) for name, seen in t.observed().items()})
         self.metrics.log(self.cursor.step, **values)
-        self.tally = Tally()
+        self.tally = Tally(self.engine.device)
 
     def finish(self) -> list[Path]:
         """The files of the last checkpoint, when training is over (collective)."""

@@ -77,7 +77,11 @@ class Checkpoints:
 
         It counts from ``settle`` on. ``extra`` (JSON) must be the same on all ranks, ``own`` is
         this rank's. ``best``: to be kept until there is a better one.
+
+        Raises:
+            UserError: the engine's last step diverged: such weights are never saved.
         """
+        engine.settle()
         self.settle()
         final = disk.path_of(self.folder, step)
         work = final.with_name(final.name + ".tmp")

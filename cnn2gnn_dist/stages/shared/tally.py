@@ -1,0 +1,66 @@
+"""What a training counts between two log lines, left on the device."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Tally:
+    """Sums of one rank since the last log line, on the device: to read one is to wait for it.
+
+    Attributes:
+        sums: float64 [3]: loss, right answers, samples; added up as Python's floats would be.
+        began: when, by ``time.perf_counter``.
+        waited: seconds of waiting for data.
+        extra: observations by name, each a scalar tensor.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(3, dtype=torch.float64, device=device)
+        self.began = time.perf_counter()
+        self.waited = 0.0
+        self.extra: dict[str, list[Tensor]] = {}
+
+    def add(self, loss: Tensor, right: Tensor, samples: Tensor) -> None:
+        """Count a micro-batch: three scalars without gradients."""
+        self.sums += torch.stack([loss.double(), right.double(), samples.double()])
+
+    def note(self, name: str, value: Tensor) -> None:
+        """Remember one observation (a scalar), averaged in the next log line."""
+        self.extra.setdefault(name, []).append(value.detach())
+
+    def observed(self) -> dict[str, list[float]]:
+        """What was noted, by name (waits for the device, once)."""
+        flat = [value.double() for seen in self.extra.values() for value in seen]
+        values = iter(torch.stack(flat).tolist() if flat else [])
+        return {name: [next(values) for _ in seen] for name, seen in self.extra.items()}
+
+    def state(self) -> dict[str, Any]:
+        """As plain data; seconds instead of a time that means nothing elsewhere."""
+        loss, right, samples = self.sums.tolist()
+        return {
+            "loss": loss,
+            "right": right,
+            "samples": samples,
+            "began": time.perf_counter() - self.began,
+            "waited": self.waited,
+            "extra": self.observed(),
+        }
+
+    @classmethod
+    def of(cls, states: list[dict[str, Any]], device: torch.device) -> Tally:
+        """The sum of some ranks' tallies, to go on from."""
+        tally = cls(device)
+        tally.began -= max(state["began"] for state in states)
+        for state in states:
+            own = [state["loss"], state["right"], state["samples"]]
+            tally.sums += torch.tensor(own, dtype=torch.float64, device=device)
+            tally.waited += state["waited"]
+            for name, seen in state["extra"].items():
+                values = torch.tensor(seen, dtype=torch.float64, device=device)
+                tally.extra.setdefault(name, []).extend(values.unbind())
+        return tally

@@ -1,0 +1,114 @@
+"""What an optimizer step came to, read from the device when that costs no wait."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cnn2gnn_dist.errors import UserError
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What an optimizer step did.
+
+    Attributes:
+        step: optimizer steps done before it.
+        grad_norm: norm of the gradient before clipping; None: unknown.
+        lr: of the step.
+        votes: the sums over ranks of what each had brought along.
+    """
+
+    step: int
+    grad_norm: float | None
+    lr: float
+    votes: tuple[float, ...] = ()
+
+
+class Outcome:
+    """A step's ballot and the norm of its gradient, on the device until somebody asks.
+
+    Args:
+        step: optimizer steps done before it.
+        lr: of the step.
+        ballot: sums over ranks, [1 + votes]: ranks whose losses were all finite, then the votes.
+        world_size: number of ranks.
+    """
+
+    def __init__(self, step: int, lr: float, ballot: Tensor, world_size: int) -> None:
+        self.step, self.lr, self.world_size = step, lr, world_size
+        self.norm: Tensor | float | None = None
+        self._ballot = ballot
+        self._copied: tuple[Tensor, torch.cuda.Event] | None = None
+
+    def check_loss(self) -> None:
+        """Wait for the device.
+
+        Raises:
+            UserError: a loss was not finite, on any rank.
+        """
+        self._require_finite_loss(float(self._ballot[0]))
+
+    def check_norm(self) -> None:
+        """Wait for the device.
+
+        Raises:
+            UserError: the gradient was not finite.
+        """
+        if self.norm is not None:
+            self._require_finite_norm(float(self.norm))
+
+    def fetch(self) -> None:
+        """Begin to copy it to the host, behind the work that is queued: ``read`` waits for no more."""
+        if self._ballot.device.type != "cuda":
+            return
+        values = self._values()
+        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        host.copy_(values, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._copied = host, event
+
+    def read(self) -> StepInfo:
+        """What it came to; waits until the device has done this step, and for no later one.
+
+        Raises:
+            UserError: a loss or the gradient was not finite; on every rank alike.
+        """
+        if self._copied is None:
+            values = self._values()
+        else:
+            values, event = self._copied
+            event.synchronize()
+        finite, *votes = values.tolist()
+        norm = self.norm
+        if isinstance(norm, Tensor):
+            norm = votes.pop()
+        self._require_finite_loss(finite)
+        if norm is not None:
+            self._require_finite_norm(norm)
+        return StepInfo(self.step, norm, self.lr, tuple(votes))
+
+    def _values(self) -> Tensor:
+        if not isinstance(self.norm, Tensor):
+            return self._ballot
+        return torch.cat([self._ballot, self.norm.detach().reshape(1).to(self._ballot)])
+
+    def _require_finite_loss(self, finite: float) -> None:
+        if finite < self.world_size:
+            raise self._diverged("loss")
+
+    def _require_finite_norm(self, norm: float) -> None:
+        # ZeRO says -1 for a norm that is not finite.
+        if not 0 <= norm < math.inf:
+            raise self._diverged("gradient")
+
+    def _diverged(self, what: str) -> UserError:
+        return UserError(
+            f"the {what} is not finite at step {self.step}",
+            where=what,
+            remedy="a lower lr, a longer warm-up, or clip=1.0; then run again from the checkpoint",
+        )

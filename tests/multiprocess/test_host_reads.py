@@ -1,0 +1,98 @@
+"""Training reads nothing from the device between log lines, and no diverged step is saved.
+
+On a GPU a read waits until all queued work is done. There is none here, so reads are counted:
+Python's (``item``, ``float``, ``tolist`` …) and those inside torch's own operators.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cnn2gnn_dist.stages.shared.tally import Tally
+from cnn2gnn_dist.training.checkpoint import folder as disk
+from cnn2gnn_dist.training.metrics import read
+from tests.support.runs import environment, finish, start, torchrun
+
+NO_LINES = ["run.log_steps=1000"]  # but those at the end of an epoch
+STEPS = 9  # of an epoch
+END_OF_EPOCH = ("stages/graph", "training/checkpoint", "training/random_state", "runtime/")
+
+
+def watched(folder: Path, what: str, *overrides: str) -> tuple[int, str]:
+    """Exit code and output of two ranks of ``tests/support/watched_training.py``."""
+    folder.mkdir()
+    launch, _, rest = " ".join(torchrun(folder)).partition(" launch/train.py")
+    assert rest
+    job = ["-m", "tests.support.watched_training", str(folder), what, *NO_LINES, *overrides]
+    return finish(start([*launch.split(), *job], environment(PYTHONPATH=".")))
+
+
+def of_steps(found: dict[str, int]) -> dict[str, int]:
+    """Without what an epoch's end reads: checkpoint, graph, agreement of the ranks."""
+    return {
+        site: count
+        for site, count in found.items()
+        if not site.startswith(END_OF_EPOCH) and site != "training/engine.full_weight"
+    }
+
+
+@pytest.mark.slow
+def test_nothing_is_read_between_log_lines(tmp_path: Path) -> None:
+    """Two micro-batches a step; the only read of a step is that of the step before it, by then done."""
+    code, output = watched(
+        tmp_path / "reads",
+        "reads",
+        *("teacher.max_micro_batch=8", "student.max_micro_batch=8", "graph.query=table"),
+        "checkpoint.every_steps=1000",
+    )
+    assert code == 0, output[-4000:]
+    for rank in (0, 1):
+        found = json.loads((tmp_path / "reads" / f"rank-{rank}.json").read_text())
+        lines = {"stages/shared/training_loop._log": 2, "stages/shared/tally.state": 2}
+        assert of_steps(found["teacher"]) == {"training/outcome.read": 2 * STEPS, **lines}
+        lines = {name: 3 for name in lines}
+        lines["stages/shared/tally.observed"] = 2  # of the epochs with a graph
+        assert of_steps(found["student"]) == {"training/outcome.read": 3 * STEPS, **lines}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("query", "save_every"), [("table", 13), ("live", 1000)])
+def test_a_diverged_step_is_named_and_never_saved(
+    tmp_path: Path, query: str, save_every: int
+) -> None:
+    """Rank 1 alone has a loss that is not finite: before a save that is due, and one step later."""
+    folder = tmp_path / "nan"
+    how = [f"graph.query={query}", f"checkpoint.every_steps={save_every}"]
+    code, output = watched(folder, "12", *how)
+    assert code != 0
+    for rank in (0, 1):
+        assert f"rank {rank} is told: the loss is not finite at step 12" in output, output[-4000:]
+    saved = disk.all_of(folder / "run" / "student" / "checkpoints")
+    assert [path.name for path in saved] == ["step-00000009"]
+    assert [line["step"] for line in read(folder / "run" / "student" / "metrics.jsonl")] == [9]
+
+
+def test_a_tally_adds_up_as_pythons_floats_do() -> None:
+    torch.manual_seed(0)
+    tally, expected = Tally(torch.device("cpu")), [0.0, 0.0, 0.0]
+    seen = []
+    for _ in range(50):
+        values = torch.rand(3) * 7
+        tally.add(*values)
+        tally.note("scale", values[0])
+        tally.note("rows", values[1].long())
+        seen.append([float(values[0]), float(values[1].long())])
+        expected = [total + float(value) for total, value in zip(expected, values, strict=True)]
+    state: dict[str, Any] = json.loads(json.dumps(tally.state()))
+    assert [state[name] for name in ("loss", "right", "samples")] == expected
+    assert state["extra"] == {"scale": [s for s, _ in seen], "rows": [r for _, r in seen]}
+    again = Tally.of([state], torch.device("cpu"))
+    assert {**again.state(), "began": 0} == {**state, "began": 0}
+    both = Tally.of([state, state], torch.device("cpu"))
+    assert both.sums.tolist() == [2 * value for value in expected]
+    assert both.observed()["rows"] == state["extra"]["rows"] * 2
