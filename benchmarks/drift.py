@@ -1,7 +1,7 @@
 r"""Refreshes over the drift of a real training: every pair of consecutive graph versions of a run.
 
     cnn2gnn run --config cifar10 run.dir=RUN run.ranks=1 teacher.epochs=3 student.epochs=12 \
-        graph.start_epoch=2 graph.refresh_epochs=1 graph.keep_versions=20 graph.parts=1 student.control=false
+        graph.start_epoch=2 graph.refresh_epochs=1 graph.keep_versions=20 graph.partition.parts=1 student.control=false
     python benchmarks/drift.py RUN
 
 For each pair: how far rows moved, the stale recall of the table before, and the time of joins from that

@@ -1,4 +1,4 @@
-"""``graph.second_hop``: the accuracy of ``cached`` against ``sampled`` on CIFAR-10, paired by seed.
+"""``graph.sampling.second_hop``: the accuracy of ``cached`` against ``sampled`` on CIFAR-10, paired by seed.
 
     python benchmarks/second_hop.py FOLDER --limit 15000 --seeds 0 1 2      (about 15 minutes on 2 cores)
 
@@ -21,7 +21,7 @@ from typing import Any
 
 WAYS = ("sampled", "cached")
 SCHEDULE = ["teacher.epochs=6", "student.epochs=10", "graph.start_epoch=5", "graph.refresh_epochs=1",
-            "graph.parts=1", "run.ranks=1", "student.control=false"]  # fmt: skip
+            "graph.partition.parts=1", "run.ranks=1", "student.control=false"]  # fmt: skip
 
 
 def cnn2gnn(command: str, folder: Path, options: list[str]) -> None:
@@ -43,9 +43,9 @@ def one(root: Path, seed: int, limit: int) -> dict[str, Any]:
         if not folder.exists():
             shutil.copytree(base, folder)
         started = time.perf_counter()
-        cnn2gnn("student", folder, [*options, f"graph.second_hop={way}"])
+        cnn2gnn("student", folder, [*options, f"graph.sampling.second_hop={way}"])
         row[f"{way}_seconds"] = time.perf_counter() - started
-        cnn2gnn("run", folder, [*options, f"graph.second_hop={way}"])
+        cnn2gnn("run", folder, [*options, f"graph.sampling.second_hop={way}"])
         row[way] = json.loads((folder / "results.json").read_text())["student"]["accuracy"]
     return row
 

@@ -177,14 +177,17 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
         ("--dim", "D", "width of the features, student.dim; default 128"),
         ("--graph-dim", "d", "width of the projections, graph.dim; default 64"),
         ("--candidates", "M", "graph.candidates; default 20"),
-        ("--parts", "P", "graph.parts; default 8"),
+        ("--parts", "P", "graph.partition.parts; default 8"),
         ("--ranks", "R", "default: one for each partition"),
     ):
         parser.add_argument(name, type=int, metavar=metavar, help=text)
     for name in ("--halo1", "--halo2"):
         parser.add_argument(name, type=float, metavar="H", help="halo nodes for each inner node")
     parser.add_argument(
-        "--live", dest="searched", action="store_true", help="graph.query=live: with its index"
+        "--live",
+        dest="searched",
+        action="store_true",
+        help="graph.sampling.query=live: with its index",
     )
     parser.add_argument("--json", action="store_true", help="as one JSON object")
     parser.set_defaults(command=_plan)
@@ -220,7 +223,7 @@ def _checkpoint(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     from cnn2gnn_dist.pipeline import runner
 
-    config = settings.load(arguments.config, arguments.overrides)
+    config = settings.load(arguments.config, arguments.overrides, _note)
     _warn_about_a_moved_run(arguments.config, config)
     if arguments.dry_run:
         print(settings.as_yaml(config))
@@ -281,6 +284,10 @@ def _on_ray(config: Config, stages: list[str] | None, update: bool, force: bool)
             print(runner.skipped(name))
 
 
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
+
+
 def _warn_about_a_moved_run(name: str | None, config: Config) -> None:
     """A run's own config names the folder where it was made, which may be there no more."""
     folder, named = Path(name or "").parent, Path(str(config.run.dir))
@@ -333,7 +340,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 def _fields(arguments: argparse.Namespace) -> int:
     if arguments.config or arguments.overrides:
-        print(settings.as_yaml(settings.load(arguments.config, arguments.overrides)), end="")
+        print(settings.as_yaml(settings.load(arguments.config, arguments.overrides, _note)), end="")
         return 0
     print(settings.describe())
     print(f"\npresets: {', '.join(settings.presets())}   (cnn2gnn config --config demo)")

@@ -48,7 +48,8 @@ def check_views(views: ViewsConfig) -> None:
 
 def check_graph(graph: GraphConfig) -> None:
     """Enough candidates for the neighbours, in the table and in both hops; what distdgl can do."""
-    k, (first, second) = graph.neighbours, graph.fanouts
+    sampling, k = graph.sampling, graph.neighbours
+    first, second = sampling.fanouts
     if k >= graph.candidates:
         raise refuse(
             f"neighbours k={k} must be less than candidates M={graph.candidates}: "
@@ -57,27 +58,30 @@ def check_graph(graph: GraphConfig) -> None:
             f"graph.neighbours={max(1, min(graph.candidates, first) - 1)} at most, "
             "or more graph.candidates",
         )
-    if graph.sampler == "distdgl" and (graph.query, graph.second_hop) != ("table", "sampled"):
+    if sampling.sampler == "distdgl" and (sampling.query, sampling.second_hop) != (
+        "table",
+        "sampled",
+    ):
         raise refuse(
             "sampler=distdgl needs query=table and second_hop=sampled: servers answer with "
             "neighbours and rows, they don't search or average",
-            "graph.sampler",
-            "graph.query=table graph.second_hop=sampled, or graph.sampler=table",
+            "graph.sampling.sampler",
+            "graph.sampling.query=table graph.sampling.second_hop=sampled, or graph.sampling.sampler=table",
         )
     if graph.scope != "dataset":
         return  # the images of a batch are each other's candidates
-    least = 0 if graph.second_hop == "cached" else 2
+    least = 0 if sampling.second_hop == "cached" else 2
     if first < 2:
         raise refuse(
             f"fanouts {[first, second]}: a weight in the first hop needs 2 candidates",
-            "graph.fanouts",
-            f"graph.fanouts='[{k + 1}, {max(second, least)}]' for all of k={k} neighbours",
+            "graph.sampling.fanouts",
+            f"graph.sampling.fanouts='[{k + 1}, {max(second, least)}]' for all of k={k} neighbours",
         )
     if second < least:
         raise refuse(
             f"fanouts {[first, second]}: a weight in the second hop needs 2 candidates",
-            "graph.fanouts",
-            f"graph.fanouts='[{first}, {max(2, min(k + 1, 8))}]', or graph.second_hop=cached",
+            "graph.sampling.fanouts",
+            f"graph.sampling.fanouts='[{first}, {max(2, min(k + 1, 8))}]', or graph.sampling.second_hop=cached",
         )
 
 
@@ -117,11 +121,11 @@ def notes(config: Config) -> list[str]:
             "student is not trained with the graph, which then adds nothing; an earlier start: "
             f"graph.start_epoch={student.epochs // 2}"
         )
-    first, k = graph.fanouts[0], graph.neighbours
+    first, k = graph.sampling.fanouts[0], graph.neighbours
     if first <= k:
         found.append(
-            f"graph.fanouts[0]={first} with graph.neighbours={k}: only {first - 1} neighbours of a "
+            f"graph.sampling.fanouts[0]={first} with graph.neighbours={k}: only {first - 1} neighbours of a "
             "seed have a weight, since the closed form takes one candidate more; for all of them: "
-            f"graph.fanouts='[{k + 1}, {graph.fanouts[1]}]'"
+            f"graph.sampling.fanouts='[{k + 1}, {graph.sampling.fanouts[1]}]'"
         )
     return found

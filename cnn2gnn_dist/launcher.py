@@ -57,7 +57,7 @@ def main() -> int:
             overrides += [
                 f"{part}.ds_config={arguments.deepspeed_config}" for part in ("teacher", "student")
             ]
-        config = settings.load(arguments.config, overrides)
+        config = settings.load(arguments.config, overrides, _note if ranks.is_first else None)
         names = arguments.stages.split(",") if arguments.stages else None
         runner.run_rank(
             tree=settings.as_tree(config),
@@ -72,6 +72,10 @@ def main() -> int:
             print(f"{parser.prog}: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     return 0
+
+
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr, flush=True)
 
 
 def leave(code: int) -> NoReturn:

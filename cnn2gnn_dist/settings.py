@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any, TypeVar
 from urllib.parse import unquote
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from cnn2gnn_dist import typed_text
+from cnn2gnn_dist import field_names, typed_text
 from cnn2gnn_dist.config import Config
 from cnn2gnn_dist.errors import UserError
 
@@ -29,7 +30,11 @@ def presets() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
-def load(source: str | None = None, overrides: Sequence[str] = ()) -> Config:
+def load(
+    source: str | None = None,
+    overrides: Sequence[str] = (),
+    note: Callable[[str], None] | None = None,
+) -> Config:
     """Read a config from a preset's name or a YAML file, then apply ``a.b=value`` overrides.
 
     The text of a value is read by the type of its field (see :mod:`.typed_text`); of two overrides
@@ -39,19 +44,28 @@ def load(source: str | None = None, overrides: Sequence[str] = ()) -> Config:
     ``run.dir`` and the paths of data and weights come back absolute (relative ones
     count from the working directory), so that ranks on other working directories agree.
 
+    Args:
+        source: the preset or file; None: the defaults.
+        overrides: of fields and sections.
+        note: called with a line about fields given by names that they had once, if there are any.
+
     Raises:
         UserError: no such file, an unknown key or a wrong type, with the field's path;
-            an environment variable that is not set.
+            an environment variable that is not set; a field given by both of its names.
     """
-    tree = _read(source) if source else {}
+    old: dict[str, None] = {}
+    tree = _read(source, old) if source else {}
     for override in overrides:
-        _apply(tree, override)
+        _apply(tree, override, old)
     _refuse_spelled_out(overrides)
+    if old and note:
+        note(field_names.said_of(list(old)))
     return _checked(tree, _expanded)
 
 
 def check(tree: Mapping[str, Any]) -> Config:
     """Validate a plain tree as :func:`as_tree` gives it, fill the defaults, make paths absolute."""
+    tree = field_names.with_todays_names(tree, "", {})
     return _checked(tree, lambda path, where: path)
 
 
@@ -61,7 +75,7 @@ def of_run(folder: Path) -> Config:
     Raises:
         UserError: as :func:`load`.
     """
-    tree = _read(str(folder / "config.yaml"))
+    tree = _read(str(folder / "config.yaml"), {})
     tree["run"] = {**tree.get("run", {}), "dir": str(folder).replace("$", "$$")}
     return _checked(tree, _expanded)
 
@@ -74,18 +88,12 @@ def as_tree(config: Config) -> dict[str, Any]:
 def as_flat(config: Config) -> dict[str, Any]:
     """The plain value of every field by its dotted name, sections taken apart."""
     tree, found = as_tree(config), dict[str, Any]()
-    for path in fields(type(config)):
+    for path in field_names.fields(type(config)):
         value: Any = tree
         for name in path.split("."):
             value = value[name]
         found[path] = value
     return found
-
-
-def fields(model: type[BaseModel] = Config) -> list[str]:
-    """Dotted names of all fields, without those of sections."""
-    paths = list(_paths(model))
-    return [path for path in paths if not any(other.startswith(f"{path}.") for other in paths)]
 
 
 def as_yaml(config: Config) -> str:
@@ -108,12 +116,12 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 
 def misplaced(arguments: Sequence[str]) -> UserError | None:
     """What to say of options that no command has, if they look like fields of the config."""
-    known = list(_paths(Config))
+    known = list(field_names.paths())
     for text in arguments:
         name = text.lstrip("-").partition("=")[0].replace("-", "_")
         meant = [path for path in known if name in (path, path.rpartition(".")[2])]
         if "." in name and not meant:
-            meant = [_nearest(name.split(".")) or name]
+            meant = [field_names.nearest(name.split(".")) or name]
         if text.startswith("-") and meant:
             value = text.partition("=")[2] or "VALUE"
             return UserError(
@@ -138,7 +146,7 @@ def describe() -> str:
 def _describe(model: type[BaseModel], prefix: str, lines: list[str]) -> None:
     for name, field in model.model_fields.items():
         kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
+        if isinstance(kind, type) and field_names.is_section(kind):
             lines.append(f"\n{prefix}{name}: {(kind.__doc__ or '').strip()}")
             _describe(kind, f"{prefix}{name}.", lines)
         else:
@@ -146,7 +154,7 @@ def _describe(model: type[BaseModel], prefix: str, lines: list[str]) -> None:
             lines.append(f"  {prefix}{name} = {default}\n      {field.description}")
 
 
-def _read(source: str) -> dict[str, Any]:
+def _read(source: str, old: dict[str, None]) -> dict[str, Any]:
     path = PRESETS / f"{source}.yaml" if source in presets() else Path(source)
     if not path.is_file():
         near = difflib.get_close_matches(source, presets(), 1)
@@ -170,10 +178,11 @@ def _read(source: str) -> dict[str, Any]:
         raise UserError(
             f"the config can't be read: {error.strerror}", where=str(path), remedy="see its rights"
         ) from None
-    return typed_text.from_file(Config, text, str(path))
+    tree = typed_text.from_file(Config, text, str(path))
+    return field_names.with_todays_names(tree, str(path), old)
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def _apply(tree: dict[str, Any], override: str, old: dict[str, None]) -> None:
     path, sign, text = override.partition("=")
     path = path.strip()
     if not sign and (path in presets() or path.endswith((".yaml", ".yml", ".json"))):
@@ -184,18 +193,39 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise UserError(
             f"an override reads section.field=value, without blanks around =, not {override!r}",
             where=override,
-            remedy=f"{path if path in _paths(Config) else 'student.epochs'}=20, for example",
+            remedy=f"{path if path in field_names.paths() else 'student.epochs'}=20, for example",
         )
-    kind, names = _kind_of(path)
+    if path in field_names.moved():
+        old[path] = None
+    path = field_names.todays_name(path)
+    kind, names = field_names.kind_of(path)
     value = typed_text.from_text(kind, text, path)
     node = tree
     for section in names[:-1]:
         if not isinstance(node.get(section), dict):
             node[section] = {}
         node = node[section]
-    if isinstance(kind, type) and issubclass(kind, BaseModel) and isinstance(value, dict):
-        value = {**node.get(names[-1], {}), **value}  # the other fields of the section stay
+    if field_names.is_section(kind) and isinstance(value, dict):
+        value = _added(kind, node.get(names[-1]), _in_place(names, value, old))
     node[names[-1]] = value
+
+
+def _in_place(names: list[str], value: dict[str, Any], old: dict[str, None]) -> dict[str, Any]:
+    """The fields of a section, those that have moved in their places."""
+    whole = functools.reduce(lambda inner, name: {name: inner}, reversed(names), value)
+    whole = field_names.with_todays_names(whole, "", old)
+    return functools.reduce(lambda node, name: node[name], names, whole)
+
+
+def _added(section: Any, before: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """A section's fields with those that are given: the others stay, in sections within it too."""
+    found = dict(before) if isinstance(before, dict) else {}
+    for name, value in given.items():
+        field = section.model_fields.get(name)
+        inner = field_names.is_section(field.annotation) if field else False
+        nested = inner and isinstance(value, dict)
+        found[name] = _added(field.annotation, found.get(name), value) if nested else value
+    return found
 
 
 def _refuse_spelled_out(overrides: Sequence[str]) -> None:
@@ -233,42 +263,14 @@ def _common(texts: list[str]) -> str:
     return next((low[:i] for i, letter in enumerate(low) if high[i : i + 1] != letter), low)
 
 
-def _kind_of(path: str) -> tuple[Any, list[str]]:
-    """Type of the field of a path, and the names on the way; ``Any`` inside of a mapping."""
-    names = path.split(".")
-    kind: Any = Config
-    for depth, name in enumerate(names):
-        if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
-            before = ".".join(names[:depth])
-            if get_origin(kind) is dict and all(names):
-                return Any, names
-            raise UserError(
-                f"{before} is a field, not a section", where=path, remedy=f"{before}=VALUE"
-            )
-        if name not in kind.model_fields:
-            raise _unknown(names[: depth + 1] if depth + 1 < len(names) else names)
-        kind = kind.model_fields[name].annotation
-    return kind, names
-
-
-def _unknown(loc: list[str]) -> UserError:
-    if len(loc) == 1 and loc[0] in _paths(Config):
-        section, _, field = loc[0].rpartition(".")
-        remedy = f"in a file fields stand in their section: {section}: {{{field}: …}}"
-    else:
-        near = _nearest(loc)
-        remedy = f"did you mean {near}?" if near else "`cnn2gnn config` lists the fields"
-    return UserError("the config has no field of this name", where=".".join(loc), remedy=remedy)
-
-
 def _explain(error: ValidationError) -> UserError:
     first = error.errors()[0]
     names = [part for part in first["loc"] if isinstance(part, str)]
-    while len(names) > 1 and ".".join(names) not in _paths(Config):
+    while len(names) > 1 and ".".join(names) not in field_names.paths():
         names.pop()  # which alternative of a type was tried
     where = ".".join(names)
     if first["type"] == "extra_forbidden":
-        return _unknown([str(part) for part in first["loc"]])
+        return field_names.unknown([str(part) for part in first["loc"]])
     if first["type"] == "refused":  # between fields: config.py says which, and what to do
         return UserError(first["msg"], where=first["ctx"]["field"], remedy=first["ctx"]["remedy"])
     message = first["msg"].removeprefix("Value error, ")
@@ -285,27 +287,7 @@ def _explain(error: ValidationError) -> UserError:
     )
 
 
-def _nearest(loc: list[str]) -> str | None:
-    """The known field closest to an unknown one: in its own section first, then anywhere."""
-    known = list(_paths(Config))
-    parent = ".".join(loc[:-1])
-    siblings = {p.rpartition(".")[2]: p for p in known if p.rpartition(".")[0] == parent}
-    near = difflib.get_close_matches(loc[-1], siblings, 1, 0.5)
-    if near:
-        return siblings[near[0]]
-    same = [p for p in known if p.rpartition(".")[2] == loc[-1]]
-    close = same or difflib.get_close_matches(".".join(loc), known, 1, 0.5)
-    return close[0] if close else None
-
-
-def _paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Paths of all sections and fields."""
-    for name, field in model.model_fields.items():
-        yield f"{prefix}{name}"
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _paths(field.annotation, f"{prefix}{name}.")
-
-
+_Section = TypeVar("_Section", bound=BaseModel)
 Change = Callable[[str, str], str]
 """A path and the field that holds it, to the path that is meant."""
 
@@ -342,20 +324,16 @@ def _refuse_odd_text(value: Any, where: str) -> None:
             ) from None
 
 
-def _on_paths(config: Config, change: Change) -> Config:
-    """The config with every path in it changed."""
+def _on_paths(section: _Section, change: Change, prefix: str = "") -> _Section:
+    """The config, or a section of it, with every path in it changed."""
     updated: dict[str, Any] = {}
-    for name in Config.model_fields:
-        section = getattr(config, name)
-        if not isinstance(section, BaseModel):
-            continue
-        paths = {
-            field: _changed(getattr(section, field), f"{name}.{field}", change)
-            for field, info in type(section).model_fields.items()
-            if typed_text.is_path(info)
-        }
-        updated[name] = section.model_copy(update=paths)
-    return config.model_copy(update=updated)
+    for name, field in type(section).model_fields.items():
+        value, where = getattr(section, name), f"{prefix}{name}"
+        if isinstance(value, BaseModel):
+            updated[name] = _on_paths(value, change, f"{where}.")
+        elif typed_text.is_path(field):
+            updated[name] = _changed(value, where, change)
+    return section.model_copy(update=updated)
 
 
 def _changed(value: str | list[str] | None, where: str, change: Change) -> str | list[str] | None:

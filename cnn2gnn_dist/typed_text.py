@@ -92,6 +92,16 @@ def from_file(model: type[BaseModel], text: str, file: str) -> dict[str, Any]:
     return _Reader(file, file).value(model, node, "")
 
 
+def field_of(section: type[BaseModel], name: str) -> FieldInfo | None:
+    """A section's field of this name, or the one that had this name once; None if there is none."""
+    field = section.model_fields.get(name)
+    moved = getattr(section, "moved", {})
+    if field is None and name in moved:
+        first, _, rest = moved[name].partition(".")
+        return field_of(section.model_fields[first].annotation, rest)  # type: ignore[arg-type]
+    return field
+
+
 def is_path(field: FieldInfo) -> bool:
     """Whether a field of the config holds a path, or several."""
     return isinstance(field.json_schema_extra, dict) and "path" in field.json_schema_extra
@@ -157,7 +167,6 @@ class _Reader:
         return text if _holds(kind, str) else _scalar(kind, text)
 
     def _mapping(self, kind: Any, node: yaml.MappingNode, path: str, depth: int) -> dict[str, Any]:
-        fields = kind.model_fields if _is_section(kind) else {}
         merged: dict[str, Any] = {}
         found: dict[str, Any] = {}
         lines: dict[str, int] = {}
@@ -182,7 +191,7 @@ class _Reader:
                     "keep one of them",
                 )
             lines[name] = line
-            field = fields.get(name)
+            field = field_of(kind, name) if _is_section(kind) else None
             found[name] = self.value(field.annotation if field else Any, value, inner, depth + 1)
             if field and is_path(field):
                 self._refuse_empty(field, found[name], value, inner)

@@ -29,7 +29,7 @@ TOY = [
     "data.limit=400", "data.shard_size=64", "views.size=16", "views.pad=1",
     "teacher.args={layers: [1, 1, 1, 1], channels: [8, 16, 16, 32]}", "teacher.epochs=2",
     "teacher.global_batch=32", "graph.dim=16", "graph.candidates=8", "graph.neighbours=4",
-    "graph.fanouts=[6, 4]", "graph.start_epoch=1", "student.stem=conv3", "student.dim=32",
+    "graph.sampling.fanouts=[6, 4]", "graph.start_epoch=1", "student.stem=conv3", "student.dim=32",
     "student.hidden=32", "student.label_dim=8", "student.epochs=2", "student.global_batch=32",
     "checkpoint.every_steps=4", "run.log_steps=1", "evaluate.gallery=6", "evaluate.timing_images=64",
 ]  # fmt: skip
@@ -129,7 +129,7 @@ def start(setting: Setting, run: Path, *more: str, ranks: int) -> subprocess.Pop
         sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks),
         "--master_addr", "127.0.0.1", "--master_port", str(port), "launch/train.py",
         "--config", "demo", *(TOY if setting.toy else []), f"device={setting.device}",
-        "graph.partitioner=ranges", f"run.dir={run}", *more,
+        "graph.partition.partitioner=ranges", f"run.dir={run}", *more,
     ]  # fmt: skip
     outside = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     environment = {k: v for k, v in os.environ.items() if k not in outside}

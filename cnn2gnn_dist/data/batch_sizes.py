@@ -26,7 +26,7 @@ def shares_of(counts: Sequence[int], total: int) -> list[int]:
     if alive.sum() > total:
         raise UserError(
             f"{int(alive.sum())} partitions share a global batch of {total}: too few for one each",
-            where="graph.parts",
+            where="graph.partition.parts",
             remedy="fewer partitions, or a larger global batch",
         )
     exact = weights / weights.sum() * total
@@ -101,14 +101,14 @@ def check_parts(parts: int, world_size: int, global_batch: int | None = None) ->
     if not 1 <= world_size <= parts:
         raise UserError(
             f"{parts} parts can't be shared by {world_size} ranks: every rank needs one",
-            where="graph.parts",
-            remedy=f"graph.parts={world_size} or a multiple of it",
+            where="graph.partition.parts",
+            remedy=f"graph.partition.parts={world_size} or a multiple of it",
         )
     if global_batch is not None and parts > global_batch:
         raise UserError(
             f"{parts} partitions share a global batch of {global_batch}: too few for one each",
-            where="graph.parts, global_batch",
-            remedy=f"graph.parts={global_batch} or fewer, or a larger global batch",
+            where="graph.partition.parts, global_batch",
+            remedy=f"graph.partition.parts={global_batch} or fewer, or a larger global batch",
         )
 
 

@@ -163,7 +163,7 @@ class Order:
                     f"rank {rank} of {world_size} gets {sum(shares)} of the {self.global_batch} "
                     f"rows of a global batch (partitions {own.start} to {own.stop - 1} have shares "
                     f"{' + '.join(map(str, shares))}), too few for {accumulation} micro-batches",
-                    where="global_batch, max_micro_batch, graph.parts",
+                    where="global_batch, max_micro_batch, graph.partition.parts",
                     remedy="a larger global batch, larger (so fewer) micro-batches, "
                     "or fewer ranks and partitions",
                 )

@@ -28,7 +28,7 @@ class Sizes:
         images: N; dim: D of the features; graph_dim: d of the projections; candidates: M.
         parts: P, spread evenly over ``ranks``.
         halo1, halo2: nodes of each halo for each inner node.
-        searched: the bank's projections are searched live (``graph.query=live``).
+        searched: the bank's projections are searched live (``graph.sampling.query=live``).
     """
 
     images: int

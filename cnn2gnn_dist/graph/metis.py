@@ -6,7 +6,7 @@ graphs 3 had other parts in some of 8 fresh processes, with or without address r
 long as the environment (and with it the stack) was another; with a fixed environment and no
 randomisation none had. So this process starts itself again without randomisation, and
 ``partition.assign`` gives it an environment and arguments that are always the same. Where the
-kernel refuses (some containers) the parts nearly always repeat; ``graph.partitioner=ranges`` always.
+kernel refuses (some containers) the parts nearly always repeat; ``graph.partition.partitioner=ranges`` always.
 """
 
 from __future__ import annotations

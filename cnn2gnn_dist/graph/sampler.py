@@ -126,7 +126,7 @@ def make_sampler(
         return TableSampler(table_KM, seed, nodes_K)
     if name == "dgl":
         return DglSampler(table_KM, seed)
-    raise UserError(f"no sampler {name!r}", where="graph.sampler", remedy="table or dgl")
+    raise UserError(f"no sampler {name!r}", where="graph.sampling.sampler", remedy="table or dgl")
 
 
 def _checked(rows: np.ndarray, num_rows: int) -> np.ndarray:

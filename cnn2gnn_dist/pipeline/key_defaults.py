@@ -4,6 +4,7 @@ Frozen: a change here makes finished runs stale that are whole, or whole that ar
 
 - a field comes in: it gets a line here, whose value is the one that does what was done before there
   was the field. Where none does, no line: the field is in every key, and finished runs are stale.
+- a field moves: its line keeps the name that it came in with, and so do keys (``Section.moved``).
 - the default of a field changes: its line stays. Runs that have the old value, by default or set, are
   whole under a config that sets it, and stale under the new default; both are right.
 - a field goes: its line stays as long as there are runs whose records have it.

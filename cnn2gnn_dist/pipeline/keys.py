@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from cnn2gnn_dist import durable, ledger, settings
+from cnn2gnn_dist import durable, field_names, ledger, settings
 from cnn2gnn_dist.config import Config
 from cnn2gnn_dist.data.index import fingerprint
 from cnn2gnn_dist.data.index.fingerprint import Noted
@@ -85,19 +85,21 @@ def key_of(stage: Stage, parts: Mapping[str, Any], inputs: Mapping[str, str]) ->
     """Hex key of a stage.
 
     Fields at their frozen defaults (``key_defaults.py``) count as absent, so that a run is still
-    whole when fields have been added since.
+    whole when fields have been added since; those that have moved have the names they came in with.
     """
+    named = {field_names.first_name(name): value for name, value in parts.items()}
     away = {
         name: value
-        for name, value in parts.items()
+        for name, value in named.items()
         if name not in DEFAULTS or value != DEFAULTS[name]
     }
     return ledger.key_of(stage.name, away, inputs)
 
 
 def parts_of(entry: Entry) -> dict[str, Any]:
-    """The fields that a record holds by their dotted names, whatever schema it is of."""
-    return keys_v1.by_dotted_names(entry.parts) if entry.schema == 1 else entry.parts
+    """The fields that a record holds by their names of today, whatever schema it is of."""
+    found = keys_v1.by_dotted_names(entry.parts) if entry.schema == 1 else entry.parts
+    return {field_names.todays_name(name): value for name, value in found.items()}
 
 
 def agrees(entry: Entry, stage: Stage, parts: Mapping[str, Any], inputs: Mapping[str, str]) -> bool:
@@ -112,8 +114,8 @@ def agrees(entry: Entry, stage: Stage, parts: Mapping[str, Any], inputs: Mapping
 def changes(entry: Entry, parts: Mapping[str, Any]) -> list[str]:
     """Lines about the fields that are others than recorded; one that is absent is at its default."""
     before = parts_of(entry)
-    names = before.keys() | parts.keys()
-    filled = {name: DEFAULTS[name] for name in names & DEFAULTS.keys()}
+    defaults = {field_names.todays_name(name): value for name, value in DEFAULTS.items()}
+    filled = {name: defaults[name] for name in (before.keys() | parts.keys()) & defaults.keys()}
     return settings.differences({**filled, **before}, {**filled, **parts})
 
 
@@ -316,10 +318,9 @@ def as_made(config: Config, root: Path, stage: str) -> Config:
         UserError: a field that this version does not know.
     """
     entry, tree = ledger.finished(root / stage), settings.as_tree(config)
-    defaults = {
-        name: DEFAULTS[name] for name in _of_stage(STAGES[stage], DEFAULTS.keys() - EXECUTION)
-    }
-    for name, value in ({**defaults, **parts_of(entry)} if entry else {}).items():
+    names = _of_stage(STAGES[stage], DEFAULTS.keys() - EXECUTION)
+    made = {field_names.todays_name(name): DEFAULTS[name] for name in names}
+    for name, value in ({**made, **parts_of(entry)} if entry else {}).items():
         section, _, one = name.rpartition(".")
         if section == "version" or one in ("ds_config", "weights"):
             continue  # no field; the content of a file, whose path the config has

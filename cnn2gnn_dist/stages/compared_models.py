@@ -111,7 +111,7 @@ class Attached:
         z_Bd = self.student.embed(images)[1]
         search, settings = self.around.search, self.around.settings
         assert search is not None
-        wanted = min(settings.fanouts[0], search.nodes)
+        wanted = min(settings.sampling.fanouts[0], search.nodes)
         unseen = np.full(len(images), -1, np.int64)
         first_BF = search.nearest(z_Bd.detach().float().cpu().numpy(), wanted, unseen)
         _, z_Vd, labels_V = self.around.holder.rows(first_BF.clip(min=0).reshape(-1))

@@ -127,14 +127,14 @@ def _embed_all(
 ) -> np.ndarray | None:
     """Write x and z of this rank's share; return the query side of the search [N, d], if any.
 
-    With ``graph.query=table`` candidates are looked up for an augmented view: found for
+    With ``graph.sampling.query=table`` candidates are looked up for an augmented view: found for
     the clean one, whose features lie in the bank, they leak (DESIGN.md, section 3).
     """
     ranks, settings = context.ranks, context.config.graph
     shop = candidates.workshop(context, writer)
     batch = context.config.evaluate.batch
     plan = list(sequential(samples, batch, ranks.rank, ranks.world_size))
-    both = settings.query == "table"
+    both = settings.sampling.query == "table"
     made = Embedded(writer, shop, samples, batch, settings.dim if both else 0)
     done = made.batches_done
     corrupt = CorruptCount(context.config.data.max_corrupt, samples, what="training images")
@@ -186,19 +186,21 @@ def _parts(
     """Part of each node, and the cut when parts were last assigned anew."""
     if previous is not None:
         part_N = np.asarray(previous.part)
-        if settings.partitioner != "ranges":
+        if settings.partition.partitioner != "ranges":
             part_N = fennel.moved_where_it_pays(
-                table_NM, part_N, settings.parts, settings.move_gain
+                table_NM, part_N, settings.partition.parts, settings.partition.move_gain
             )
         first_cut = float(previous.meta["cut_when_assigned"])
-        if partition.edge_cut(table_NM, part_N) <= settings.repartition_cut * max(first_cut, 0.01):
+        if partition.edge_cut(table_NM, part_N) <= settings.partition.repartition_cut * max(
+            first_cut, 0.01
+        ):
             return part_N, first_cut
-    if settings.partitioner == "streaming":
-        part_N = fennel.assign_streaming(table_NM, order_N, settings.parts)
-    elif settings.partitioner == "metis":
-        part_N = partition.assign(table_NM, settings.parts)
+    if settings.partition.partitioner == "streaming":
+        part_N = fennel.assign_streaming(table_NM, order_N, settings.partition.parts)
+    elif settings.partition.partitioner == "metis":
+        part_N = partition.assign(table_NM, settings.partition.parts)
     else:
-        part_N = partition.assign_ranges(table_NM, settings.parts)
+        part_N = partition.assign_ranges(table_NM, settings.partition.parts)
     return part_N, partition.edge_cut(table_NM, part_N)
 
 
@@ -213,7 +215,7 @@ def _finalise(
     table_NM, labels_N = np.asarray(writer.array("candidates")), np.asarray(writer.array("labels"))
     parts = [
         partition.build_part(table_NM, part_N, number)
-        for number in range(context.config.graph.parts)
+        for number in range(context.config.graph.partition.parts)
     ]
     for number, part in enumerate(parts):
         part.save(writer.path / f"part-{number:02d}")

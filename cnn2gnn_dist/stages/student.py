@@ -138,8 +138,8 @@ class _Job:
                 moment = f"step {self.training.cursor.step}"
                 version = build(context, self._embed, root, number, previous, moment)
             context.say(describe(version.meta))
-        own = parts_of(ranks.rank, ranks.world_size, settings.parts)
-        if settings.sampler == "distdgl":
+        own = parts_of(ranks.rank, ranks.world_size, settings.partition.parts)
+        if settings.sampling.sampler == "distdgl":
             self.served = serve(context, version)
         self.around = Neighbourhood(context, version, own, self.served)
 

@@ -314,11 +314,11 @@ def test_force_begins_the_epoch_again_when_the_order_is_another(tmp_path):
     kill_all(process)
     newest = disk.all_of(run / "student" / "checkpoints")[-1]
     cursor = disk.read_state(newest)["extra"]["cursor"]
-    how = ["teacher.epochs=1", "graph.parts=4"]
+    how = ["teacher.epochs=1", "graph.partition.parts=4"]
     code, output = finish(start([*torchrun(run, *how), *before, "--force"], environment()))
     assert code == 0, output[-4000:]
     assert "goes on all the same: made from another config" in output
-    assert "graph.parts: 2 -> 4" in output
+    assert "graph.partition.parts: 2 -> 4" in output
     assert f"student  continues at epoch {cursor['epoch']}, batch {cursor['batch']}" in output
     assert ("the order of samples is another" in output) == (cursor["batch"] > 0)
     last = lines(run / "student")[-1]

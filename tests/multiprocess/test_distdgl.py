@@ -23,7 +23,7 @@ from tests.support.runs import MICRO, environment, finish, ray_environment, resu
 
 pytestmark = [pytest.mark.slow, needs_namespaces]
 KEY = {"epoch": 1, "step": 2, "hop": 1, "rank": 0}
-SERVED = ["graph.sampler=distdgl", "graph.query=table"]
+SERVED = ["graph.sampling.sampler=distdgl", "graph.sampling.query=table"]
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from cnn2gnn_dist.runtime.ranks import Ranks
 from cnn2gnn_dist.stages.neighbours.served_graph import crowded
 from cnn2gnn_dist.stages.shared import preflight
 
-SERVED = ["graph.sampler=distdgl", "graph.query=table"]
+SERVED = ["graph.sampling.sampler=distdgl", "graph.sampling.query=table"]
 
 
 def test_ids_are_numbered_part_by_part():
@@ -25,10 +25,10 @@ def test_ids_are_numbered_part_by_part():
 
 def test_what_servers_cannot_do_is_refused_before_the_run():
     with pytest.raises(UserError, match=r"sampler=distdgl needs query=table"):
-        settings.load("demo", ["graph.sampler=distdgl"])
+        settings.load("demo", ["graph.sampling.sampler=distdgl"])
     with pytest.raises(UserError, match=r"second_hop=sampled"):
-        settings.load("demo", [*SERVED, "graph.second_hop=cached"])
-    config = settings.load("demo", [*SERVED, "graph.parts=4"])
+        settings.load("demo", [*SERVED, "graph.sampling.second_hop=cached"])
+    config = settings.load("demo", [*SERVED, "graph.partition.parts=4"])
     with pytest.raises(UserError, match="4 partitions for 2 ranks"):
         preflight.check(config, ["student"], 2)
 

@@ -32,7 +32,12 @@ def contexts(run: Path, folder: Path, ranks: Ranks) -> Context:
         setattr(approximate, name, 40)
     config = settings.load(
         str(run / "config.yaml"),
-        ["graph.exact=false", "graph.query=table", "graph.recall=0.9", "evaluate.batch=16"],
+        [
+            "graph.search.exact=false",
+            "graph.sampling.query=table",
+            "graph.search.recall=0.9",
+            "evaluate.batch=16",
+        ],
     )
     return Context(config, ranks, RunPaths(run), folder, "key", "cpu", False)
 

@@ -1,7 +1,7 @@
 """Remedies that errors name, carried out as they are written.
 
 A remedy may hold commands (`` `cnn2gnn index` ``), options (``--update``) and overrides
-(``run.dir=…``, ``graph.parts=2``): each is an alternative of its own. A command is run, with the
+(``run.dir=…``, ``graph.partition.parts=2``): each is an alternative of its own. A command is run, with the
 config of the command that failed, and then that command again; options and overrides are added to
 it. Where a remedy leaves a value open (``…``, ``FOLDER``), the test fills it in.
 """

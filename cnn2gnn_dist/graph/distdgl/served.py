@@ -1,4 +1,4 @@
-"""The graph and the bank held by DistDGL's servers, seen from a rank: ``graph.sampler=distdgl``.
+"""The graph and the bank held by DistDGL's servers, seen from a rank: ``graph.sampling.sampler=distdgl``.
 
 Each rank owns one partition and one machine (``runtime.machine``): a server that holds the
 partition's rows of the graph and of the bank, and a client that asks all servers on the rank's
@@ -125,8 +125,8 @@ class ServedGraph:
             self._line.close()
             raise UserError(
                 "this kernel refuses the mount namespace that DGL's servers need here",
-                where="graph.sampler=distdgl",
-                remedy="run as root, allow user namespaces, or graph.sampler=table",
+                where="graph.sampling.sampler=distdgl",
+                remedy="run as root, allow user namespaces, or graph.sampling.sampler=table",
             )
         self._ended, self._told = threading.Event(), threading.Event()
         self._how = ""

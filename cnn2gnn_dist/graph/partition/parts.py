@@ -40,7 +40,9 @@ def assign(table_NM: np.ndarray, parts: int) -> np.ndarray:
     nodes = len(table_NM)
     if parts > nodes:
         raise UserError(
-            f"{parts} partitions of {nodes} nodes", where="graph.parts", remedy="fewer partitions"
+            f"{parts} partitions of {nodes} nodes",
+            where="graph.partition.parts",
+            remedy="fewer partitions",
         )
     if parts == 1:
         return np.zeros(nodes, np.int32)
@@ -57,9 +59,9 @@ def assign(table_NM: np.ndarray, parts: int) -> np.ndarray:
         if done.returncode != 0:
             raise UserError(
                 f"METIS failed with exit code {done.returncode}: {done.stderr[-500:]}",
-                where="graph.parts",
+                where="graph.partition.parts",
                 remedy="`cnn2gnn doctor` says whether DGL works here, `cnn2gnn plan` what METIS needs; "
-                "graph.partitioner=streaming needs a tenth of it",
+                "graph.partition.partitioner=streaming needs a tenth of it",
             )
         part_N = np.load(Path(folder) / "part.npy")
     return _fill_empty(part_N, parts)

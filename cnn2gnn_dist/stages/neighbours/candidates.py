@@ -55,7 +55,7 @@ def find(
         writer.rows("order", 0, found.order_N)
         writer.sync()
         note: dict[str, Any] = {
-            "exact": settings.exact or context.device == "cuda",
+            "exact": settings.search.exact or context.device == "cuda",
             "rebuilt": found.rebuilt,
             "recall": found.history,
         }
@@ -111,10 +111,13 @@ def _among(
 ) -> Found:
     """The table of these rows; ``before``: an earlier one, and the order of its rows."""
     settings = context.config.graph
-    if settings.exact or context.device == "cuda":
+    if settings.search.exact or context.device == "cuda":
         return exact_table(shop, z_Nd, query_Nd, settings.candidates, context.device)
-    search, goal = TableSearch(shop, z_Nd, query_Nd, settings.candidates), Goal(settings.recall)
-    if before is None or not settings.warm_start:
+    search, goal = (
+        TableSearch(shop, z_Nd, query_Nd, settings.candidates),
+        Goal(settings.search.recall),
+    )
+    if before is None or not settings.search.warm_start:
         return search.build(goal)
     return search.refresh(*before, goal)
 

@@ -89,7 +89,9 @@ class LiveSearch:
         if len(rows_S) < len(base):  # else all of them, without a copy
             base = base[rows_S]
         return _Search(
-            Index(base, exact=s.exact, probes=s.probes, device=self.device), rows_S, inner
+            Index(base, exact=s.search.exact, probes=s.search.probes, device=self.device),
+            rows_S,
+            inner,
         )
 
 

@@ -59,8 +59,8 @@ def parts_of(rank: int, world_size: int, parts: int) -> list[int]:
     if parts < world_size:
         raise UserError(
             f"{parts} partitions for {world_size} ranks: every rank needs one",
-            where="graph.parts",
-            remedy=f"graph.parts={world_size} or a multiple of it",
+            where="graph.partition.parts",
+            remedy=f"graph.partition.parts={world_size} or a multiple of it",
         )
     return [p for p in range(parts) if p * world_size // parts == rank]
 
@@ -96,11 +96,15 @@ class Neighbourhood:
             self.holder = self.sampler = served
             return
         bank = banks.load_bank(version, own_parts)
-        name = "table" if self.settings.sampler == "distdgl" else self.settings.sampler
+        name = (
+            "table"
+            if self.settings.sampling.sampler == "distdgl"
+            else self.settings.sampling.sampler
+        )
         self.holder = bank
         self.sampler = make_sampler(name, bank.table_KM, context.config.seed, bank.nodes_L)
         self.search = LiveSearch(bank, version.part, own_parts, self.settings, self.device)
-        if self.settings.second_hop == "cached":
+        if self.settings.sampling.second_hop == "cached":
             self.second = CachedSecondHop(bank, self.settings.neighbours)
 
     @property
@@ -112,14 +116,16 @@ class Neighbourhood:
     def order(self, manifest: Manifest, *, seed: int, global_batch: int, window: int) -> Order:
         """The order of seeds, a fixed share of every partition in each global batch."""
         part_N = np.asarray(self.version.part)
-        parts = [np.flatnonzero(part_N == p) for p in range(self.settings.parts)]
+        parts = [np.flatnonzero(part_N == p) for p in range(self.settings.partition.parts)]
         return Order(
             manifest.shard_sizes, seed=seed, global_batch=global_batch, window=window, parts=parts
         )
 
     def around(self, ids: np.ndarray, epoch: int, step: int) -> Query:
         """Neighbours of training images, found when the student knows their projections."""
-        return Query(self, self.holder.local_of(ids), self.settings.fanouts[1], epoch, step)
+        return Query(
+            self, self.holder.local_of(ids), self.settings.sampling.fanouts[1], epoch, step
+        )
 
     def around_unseen(self, count: int) -> Query:
         """Neighbours of images that are not in the graph; all of the second hop."""
@@ -183,14 +189,14 @@ class Query:
         """Find or sample the candidates of the seeds, and theirs."""
         around, settings = self.around, self.around.settings
         unseen = bool((self.seeds_B < 0).any())
-        if settings.query == "table" and not unseen:
-            wanted = settings.fanouts[0]
+        if settings.sampling.query == "table" and not unseen:
+            wanted = settings.sampling.fanouts[0]
             first_BF = self._sampled()
         else:
             assert around.search is not None
-            wanted = min(settings.fanouts[0], around.search.nodes - (0 if unseen else 1))
+            wanted = min(settings.sampling.fanouts[0], around.search.nodes - (0 if unseen else 1))
             z = z_Bd.detach().float().cpu().numpy()
-            spare = 0 if unseen else min(around.spare, settings.fanouts[0])
+            spare = 0 if unseen else min(around.spare, settings.sampling.fanouts[0])
             first_BF = around.search.nearest(z, wanted + spare, self.seeds_B)
         first_BF = around.without_twins(first_BF, self.seeds_B, wanted)
         if around.second is not None:
@@ -204,5 +210,5 @@ class Query:
     def _sampled(self) -> np.ndarray:
         """[B, F] local ids of candidates from the table of the last refresh."""
         distinct, place = np.unique(self.seeds_B, return_inverse=True)
-        fanout = self.around.settings.fanouts[0]
+        fanout = self.around.settings.sampling.fanouts[0]
         return self.around.sampler.neighbours(distinct, fanout, hop=1, **self.key)[place]

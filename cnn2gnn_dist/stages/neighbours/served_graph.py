@@ -39,8 +39,8 @@ def serve(context: Context, version: GraphVersion) -> ServedGraph:
         raise UserError(
             f"DGL's servers of several ranks share {hosts[0]}, whose kernel refuses this user "
             "the mount namespaces that keep their shared memory apart",
-            where="graph.sampler=distdgl",
-            remedy="run as root, allow user namespaces, one rank a host, or graph.sampler=table",
+            where="graph.sampling.sampler=distdgl",
+            remedy="run as root, allow user namespaces, one rank a host, or graph.sampling.sampler=table",
         )
     task = Task(
         version=str(version.path.resolve()),

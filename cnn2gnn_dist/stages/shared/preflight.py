@@ -39,13 +39,16 @@ def check(config: Config, stages: Iterable[str], world_size: int) -> None:
             f"{section}.global_batch",
         )
         if name == "student" and config.graph.scope == "dataset":
-            check_parts(config.graph.parts, world_size, settings.global_batch)
-            if config.graph.sampler == "distdgl" and config.graph.parts != world_size:
+            check_parts(config.graph.partition.parts, world_size, settings.global_batch)
+            if (
+                config.graph.sampling.sampler == "distdgl"
+                and config.graph.partition.parts != world_size
+            ):
                 raise UserError(
-                    f"{config.graph.parts} partitions for {world_size} ranks: with DGL's servers "
+                    f"{config.graph.partition.parts} partitions for {world_size} ranks: with DGL's servers "
                     "every rank serves one",
-                    where="graph.parts",
-                    remedy=f"graph.parts={world_size}, or graph.sampler=table",
+                    where="graph.partition.parts",
+                    remedy=f"graph.partition.parts={world_size}, or graph.sampling.sampler=table",
                 )
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cnn2gnn_dist import durable
+from cnn2gnn_dist import durable, field_names
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.runtime import collectives
 from cnn2gnn_dist.training.checkpoint import folder as disk
@@ -188,8 +188,11 @@ class Checkpoints:
         return Loaded(state["extra"], disk.read_owns(path), same)
 
     def _of_another_run(self, path: Path, state: dict[str, Any]) -> UserError:
-        fields = sorted(state["about"].keys() | self.about.keys())
-        there = [(f, state["about"].get(f), self.about.get(f)) for f in fields]
+        before, now = (
+            {field_names.todays_name(name): value for name, value in about.items()}
+            for about in (state["about"], self.about)
+        )
+        there = [(f, before.get(f), now.get(f)) for f in sorted(before.keys() | now.keys())]
         different = [f"{f}: {old!r} -> {new!r}" for f, old, new in there if old != new]
         return UserError(
             "this checkpoint belongs to another run or config: "

@@ -375,8 +375,8 @@ def test_sequential_refuses():
     [
         (3, "teacher.global_batch=63", "a global batch of 64 does not divide over 3 ranks"),
         (2, "student.global_batch=33", "a global batch of 33 does not divide over 2 ranks"),
-        (4, "graph.parts=3", "3 parts can't be shared by 4 ranks"),
-        (1, "graph.parts=65", "65 partitions share a global batch of 64"),
+        (4, "graph.partition.parts=3", "3 parts can't be shared by 4 ranks"),
+        (1, "graph.partition.parts=65", "65 partitions share a global batch of 64"),
     ],
 )
 def test_a_config_that_does_not_fit_the_ranks_is_refused_before_the_first_stage(
@@ -388,13 +388,13 @@ def test_a_config_that_does_not_fit_the_ranks_is_refused_before_the_first_stage(
         preflight.check(config, stages, world)
     preflight.check(config, ["pack", "evaluate"], world)  # what is whole had its own ranks
     preflight.check(configs.load("demo", [change, "graph.scope=batch"]), ["teacher"], 1)
-    preflight.check(configs.load("demo", ["graph.parts=4"]), stages, 4)
+    preflight.check(configs.load("demo", ["graph.partition.parts=4"]), stages, 4)
 
 
 def test_ranks_that_do_not_fit_leave_no_trace(tmp_path):
     command = [sys.executable, "launch/train.py", "--config", "demo", f"run.dir={tmp_path / 'run'}"]
     done = subprocess.run(
-        [*command, "graph.parts=65"], capture_output=True, text=True, env=environment()
+        [*command, "graph.partition.parts=65"], capture_output=True, text=True, env=environment()
     )
     assert done.returncode == 2
     assert "65 partitions share a global batch of 64: too few for one each" in done.stderr

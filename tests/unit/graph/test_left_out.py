@@ -63,7 +63,7 @@ def test_corrupt_images_are_in_no_row_and_have_none(
     z, query = points(0, N), None
     if another_view:
         query = z + 0.05 * np.random.default_rng(1).standard_normal(z.shape).astype(np.float32)
-    options = [f"graph.exact={str(how == 'exact').lower()}", "graph.recall=0.97"]
+    options = [f"graph.search.exact={str(how == 'exact').lower()}", "graph.search.recall=0.97"]
     before = None
     if how == "refreshed":  # the table before knew none of them as corrupt
         table, order, _ = find(tmp_path / "before", z, query, None, *options)
@@ -184,8 +184,12 @@ def test_a_seed_meets_no_twin_and_an_unseen_image_does(
 ) -> None:
     version, z = version_with_twins(tmp_path)
     assert version.meta["search"]["twins"] == {"nodes": 5, "most": 3}
-    how = [f"graph.query={query}", f"graph.sampler={sampler}", f"graph.second_hop={second_hop}"]
-    ours = context(tmp_path, *how, "graph.fanouts=[8,8]")
+    how = [
+        f"graph.sampling.query={query}",
+        f"graph.sampling.sampler={sampler}",
+        f"graph.sampling.second_hop={second_hop}",
+    ]
+    ours = context(tmp_path, *how, "graph.sampling.fanouts=[8,8]")
     seeds = np.array([10, 20, 5, 11])
     for own_parts, ids in ((None, seeds), ([0], seeds), ([1], np.array([40, 41]))):
         around = Neighbourhood(ours, version, own_parts)
@@ -214,7 +218,7 @@ def test_a_version_that_knows_of_no_twins_is_read(tmp_path: Path) -> None:
     version, z = version_with_twins(tmp_path)
     version.meta.pop("search")
     (version.path / "twin.npy").unlink()
-    around = Neighbourhood(context(tmp_path, "graph.query=live"), version, None)
+    around = Neighbourhood(context(tmp_path, "graph.sampling.query=live"), version, None)
     asked = around.around(np.array([10]), 0, 0)
     asked(torch.from_numpy(z[[10]]))
     assert {11, 40} <= set(asked.first_BF[0].tolist())

@@ -194,9 +194,11 @@ def test_more_candidates_than_nodes_names_the_field(tmp_path):
 
 
 def test_overrides_read_numbers_as_people_write_them():
-    config = settings.load("demo", ["teacher.lr=1e-3", "graph.fanouts=[14, 2]", "data.test=null"])
+    config = settings.load(
+        "demo", ["teacher.lr=1e-3", "graph.sampling.fanouts=[14, 2]", "data.test=null"]
+    )
     assert config.teacher.lr == 0.001
-    assert config.graph.fanouts == (14, 2)
+    assert config.graph.sampling.fanouts == (14, 2)
 
 
 def image_tree(root: Path, counts: dict[str, int]) -> Path:
@@ -284,7 +286,7 @@ def test_too_few_images_are_said_at_index(tmp_path, capsys):
     """Also what only a later stage would meet, and for each stage what it needs."""
     tree = image_tree(tmp_path / "in", {"a": 6, "b": 6})
     run = ["--config", "demo", f"run.dir={tmp_path}/run", "data.source=imagefolder"]
-    run += [f"data.train={tree}", "device=cpu", "teacher.global_batch=2", "graph.parts=1"]
+    run += [f"data.train={tree}", "device=cpu", "teacher.global_batch=2", "graph.partition.parts=1"]
     assert cli.main(["pack", *run]) == cli.main(["index", *run]) == 0
     said = capsys.readouterr().out
     assert "note: 8 training images are fewer than one global batch of 64" in said

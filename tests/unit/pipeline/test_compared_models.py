@@ -41,7 +41,7 @@ def attached(root: Path, *overrides: str) -> Attached:
     writer.finalise({"nodes": N})
     config = settings.load(
         "demo",
-        ["graph.parts=1", "graph.neighbours=3", f"graph.candidates={M}", "graph.fanouts=[6, 4]",
+        ["graph.partition.parts=1", "graph.neighbours=3", f"graph.candidates={M}", "graph.sampling.fanouts=[6, 4]",
          f"graph.dim={DZ}", *overrides],
     )  # fmt: skip
     here = Context(config, Ranks(), RunPaths(root), root, "", "cpu", False)
@@ -65,7 +65,7 @@ def test_the_vote_is_the_weight_on_each_class():
 
 @pytest.mark.parametrize("second_hop", ["sampled", "cached"])
 def test_one_pass_answers_for_student_self_path_and_vote(tmp_path, second_hop):
-    model, images = attached(tmp_path, f"graph.second_hop={second_hop}"), make_images(B)
+    model, images = attached(tmp_path, f"graph.sampling.second_hop={second_hop}"), make_images(B)
     with torch.no_grad():
         answers = model.answer(images)
         assert list(answers) == ["student", "self_path", "vote"]

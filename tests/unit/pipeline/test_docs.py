@@ -36,7 +36,7 @@ def test_the_docs_have_commands_of_every_program_and_no_pattern_is_stale():
         ("cnn2gnn run --dryrun", "--dryrun"),
         ("torchrun --nproc_per_node 2 launch/trein.py --config demo", "no file launch/trein.py"),
         (
-            "torchrun --nproc_per_node 2 launch/train.py --config demo graph.fanouts=[1,1]",
+            "torchrun --nproc_per_node 2 launch/train.py --config demo graph.sampling.fanouts=[1,1]",
             "2 candidates",
         ),
         ("python benchmarks/scale.py FOLDER --noodles 3", "no --noodles"),

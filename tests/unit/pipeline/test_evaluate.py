@@ -65,7 +65,7 @@ def context(root: Path, folder: str, *overrides: str) -> Context:
     micro = [o for o in runs.MICRO if not o.startswith(("data.", "views.pad"))]
     config = settings.load(
         "demo",
-        [*micro, f"run.dir={root}", "views.kind=none", "graph.parts=1", "targets.top_k=2",
+        [*micro, f"run.dir={root}", "views.kind=none", "graph.partition.parts=1", "targets.top_k=2",
          "evaluate.batch=8", "data.max_corrupt=0.5", *overrides],
     )  # fmt: skip
     (root / folder).mkdir(exist_ok=True)  # ranks may meet here

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 from pydantic import Field
 
-from cnn2gnn_dist import cli, ledger, settings
+from cnn2gnn_dist import cli, field_names, ledger, settings
 from cnn2gnn_dist.config import Config, GraphConfig
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.ledger import Standing
@@ -44,13 +45,15 @@ PINNED = {
 
 def key_fields() -> set[str]:
     """The fields of all keys."""
-    return {name for stage in STAGES.values() for name in keys._of_stage(stage, settings.fields())}
+    return {
+        name for stage in STAGES.values() for name in keys._of_stage(stage, field_names.fields())
+    }
 
 
 def test_every_field_is_in_a_key_or_known_not_to_change_results():
     """Failing for a new field: name it in a stage of registry.py (a section names all of its
     fields), in registry.EXECUTION, or in CARRIES here."""
-    for name in settings.fields():
+    for name in field_names.fields():
         carries = any(f"{name}.".startswith(f"{one}.") for one in CARRIES)
         counts = name in key_fields() - EXECUTION
         assert (name in EXECUTION) + carries + counts == (2 if name == "stream.window" else 1), name
@@ -61,7 +64,7 @@ def test_every_field_of_a_key_has_a_frozen_default():
     value does what was done before, name it here: it then makes all finished runs stale."""
     in_every_key: set[str] = set()
     counted = key_fields() - EXECUTION | {"evaluate.batch"}
-    assert counted - DEFAULTS.keys() == in_every_key
+    assert {field_names.first_name(name) for name in counted} - DEFAULTS.keys() == in_every_key
 
 
 def test_a_default_that_changes_is_changed_knowingly():
@@ -70,8 +73,8 @@ def test_a_default_that_changes_is_changed_knowingly():
     are stale under the new one, as they should be."""
     today = settings.as_flat(Config()) | {"teacher.ds_config": {}, "student.ds_config": {}}
     for name, value in DEFAULTS.items():
-        if name in today:
-            assert today[name] == CHANGED.get(name, value), name
+        if field_names.todays_name(name) in today:
+            assert today[field_names.todays_name(name)] == CHANGED.get(name, value), name
     assert CHANGED.keys() <= DEFAULTS.keys()
 
 
@@ -116,13 +119,13 @@ def test_a_new_field_without_a_line_is_in_the_key():
 
 def test_a_default_that_changes_is_in_the_key_from_then_on():
     class Changed(GraphConfig):
-        recall: float = Field(0.9, description="")
+        dim: int = Field(90, description="")
 
     class ChangedConfig(Config):
         graph: Changed = Field(default_factory=Changed)
 
     assert key_of(ChangedConfig(), "graph") != key_of(Config(), "graph")
-    set_to_it = {"graph": {"recall": 0.95}}
+    set_to_it = {"graph": {"dim": 64}}
     assert key_of(ChangedConfig.model_validate(set_to_it), "graph") == key_of(Config(), "graph")
 
 
@@ -154,6 +157,31 @@ def test_keys_are_what_they_were():
     """Pinned: others would make every finished run stale."""
     found = {name: key_of(settings.load("demo"), name) for name in STAGES}
     assert found == PINNED
+
+
+def test_a_field_that_has_moved_is_in_keys_by_the_name_that_it_came_in_with():
+    assert field_names.moved().items() >= {("graph.exact", "graph.search.exact")}
+    assert DEFAULTS.keys() & field_names.moved().values() == set()
+    assert field_names.moved().keys() <= DEFAULTS.keys() | EXECUTION
+    parts = {"graph.search.exact": False}
+    assert keys.key_of(STAGES["graph"], parts, {}) == ledger.key_of(
+        "graph", {"graph.exact": False}, {}
+    )
+
+
+def test_a_record_of_before_a_field_moved_is_read(tmp_path):
+    """Of schema 2 as of schema 1."""
+    config = made(tmp_path, "demo", "graph.search.recall=0.9")
+    step = steps_of(config)["student"]
+    assert step.why.endswith("graph.search.recall: 0.95 -> 0.9")
+    record = step.record()
+    old = {field_names.first_name(name): value for name, value in record.parts.items()}
+    ledger.finish(tmp_path / "run" / "student", dataclasses.replace(record, parts=old))
+    assert steps_of(config)["student"].standing is Standing.WHOLE
+    today = again(tmp_path, "demo", "graph.search.recall=0.5")
+    assert keys.as_made(today, tmp_path / "run", "student").graph == config.graph
+    step = steps_of(today)["student"]
+    assert step.why.endswith(": graph.search.recall: 0.9 -> 0.5")
 
 
 def test_another_decoding_makes_stale_what_read_images(tmp_path, monkeypatch):
@@ -335,7 +363,7 @@ def test_a_model_is_as_it_was_made_whatever_the_config_says_today(tmp_path, sche
     assert (found.graph, found.student) == (config.graph, config.student)
     if schema == 2:  # a field that came in after the record: what was done before
         record = json.loads((folder / "done.json").read_text())
-        del record["parts"]["graph.recall"]
+        del record["parts"]["graph.search.recall"]
         (folder / "done.json").write_text(json.dumps(record))
-        today = again(tmp_path, "other", "graph.recall=0.5")
-        assert keys.as_made(today, tmp_path / "run", "student").graph.recall == 0.95
+        today = again(tmp_path, "other", "graph.search.recall=0.5")
+        assert keys.as_made(today, tmp_path / "run", "student").graph.search.recall == 0.95

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from cnn2gnn_dist import cli, settings
+from cnn2gnn_dist import cli, field_names, settings
 from cnn2gnn_dist.data.index import fingerprint
 from cnn2gnn_dist.data.index.manifest import Manifest
 from cnn2gnn_dist.errors import UserError
@@ -456,7 +456,7 @@ def test_fields_are_left_out_by_their_whole_path():
     """`batch` or `control` of another section, or an argument of timm's, is a field of its own."""
     assert key_of("teacher", "teacher.args={batch: 3, control: 1}") != key_of("teacher")
     for path in keys.EXECUTION:
-        assert path in settings.fields(), path
+        assert path in field_names.fields(), path
 
 
 def test_files_that_lack_are_an_error_of_the_plan(tmp_path):

@@ -144,7 +144,7 @@ def test_every_preset_loads_and_describes_itself():
     for name in settings.presets():
         loaded = settings.load(name)
         assert loaded.name == name
-        assert loaded.graph.parts >= 1
+        assert loaded.graph.partition.parts >= 1
     text = settings.describe()
     assert "student.distill_weight = 0.9" in text
     assert settings.check(settings.as_tree(settings.load("cifar10"))) == settings.load("cifar10")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 import yaml
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from cnn2gnn_dist import cli, consistency, settings
+from cnn2gnn_dist import cli, consistency, field_names, settings
 from cnn2gnn_dist.config import Config
 from cnn2gnn_dist.errors import UserError
 
@@ -89,8 +90,8 @@ TEXT = [  # as typed, and what it means; HERE is the working directory
     ("data.checksums", "1", True),
     ("data.limit", "~", None),
     ("data.limit", "none", None),
-    ("graph.fanouts", "[12, 4]", (12, 4)),
-    ("graph.fanouts", "12,4", (12, 4)),
+    ("graph.sampling.fanouts", "[12, 4]", (12, 4)),
+    ("graph.sampling.fanouts", "12,4", (12, 4)),
     ("views.scale", "[1e-1, 1]", (0.1, 1.0)),
     (
         "teacher.args",
@@ -168,10 +169,25 @@ REFUSED = [  # override, what is said, where, a part of the remedy
     ("teacher.args={a: 12:30:45}", "several ways", "teacher.args.a", "quotes"),
     ("teacher.args={a: 1, a: 2}", "stands twice", "teacher.args.a", "one of them"),
     ("teacher.args={a: !!python/name:os.system x}", "the tag", "teacher.args.a", "leave it out"),
-    ("graph.fanouts=12", "too few", "graph.fanouts", "config"),
-    ("graph.fanouts=[0,0]", "2 candidates", "graph.fanouts", "graph.fanouts='[9, 2]'"),
-    ("graph.fanouts=[1,6]", "2 candidates", "graph.fanouts", "graph.fanouts='[9, 6]'"),
-    ("graph.fanouts=[9,1]", "2 candidates", "graph.fanouts", "graph.fanouts='[9, 8]'"),
+    ("graph.sampling.fanouts=12", "too few", "graph.sampling.fanouts", "config"),
+    (
+        "graph.sampling.fanouts=[0,0]",
+        "2 candidates",
+        "graph.sampling.fanouts",
+        "graph.sampling.fanouts='[9, 2]'",
+    ),
+    (
+        "graph.sampling.fanouts=[1,6]",
+        "2 candidates",
+        "graph.sampling.fanouts",
+        "graph.sampling.fanouts='[9, 6]'",
+    ),
+    (
+        "graph.sampling.fanouts=[9,1]",
+        "2 candidates",
+        "graph.sampling.fanouts",
+        "graph.sampling.fanouts='[9, 8]'",
+    ),
     ("graph.neighbours=16", "k+1st", "graph.neighbours", "graph.neighbours=9"),
     ("student.epochs=nan", "valid integer", "student.epochs", "config"),
     ("views.std=[0, 1, 1]", "above 0", "views.std", "views.std='[0.229"),
@@ -206,7 +222,7 @@ def test_remedies_that_are_overrides_work_as_written(override, remedy):
     """Each ``field=value`` of a remedy, typed after what was refused, is accepted."""
     with pytest.raises(UserError) as caught:
         settings.load("demo", [override])
-    commands = re.findall(r"[a-z_]+\.[a-z_]+=(?:'[^']*'|[^\s,;]+)", caught.value.remedy)
+    commands = re.findall(r"(?:[a-z_]+\.)+[a-z_]+=(?:'[^']*'|[^\s,;]+)", caught.value.remedy)
     for command in commands:
         for word in shlex.split(command):
             if "VALUE" in word or "/PATH" in word or word.endswith("="):
@@ -219,11 +235,10 @@ def test_remedies_that_are_overrides_work_as_written(override, remedy):
 @pytest.mark.parametrize(
     "path",
     [
-        f"{section}.{field}"
-        for section, info in Config.model_fields.items()
-        if hasattr(info.annotation, "model_fields")
-        for field, inner in info.annotation.model_fields.items()
-        if "float" in str(inner.annotation) and "tuple" not in str(inner.annotation)
+        path
+        for path in field_names.fields()
+        for kind in [str(field_names.kind_of(path)[0])]
+        if "float" in kind and "tuple" not in kind
     ],
 )
 def test_no_field_takes_a_number_that_is_not_finite(path):
@@ -234,8 +249,10 @@ def test_no_field_takes_a_number_that_is_not_finite(path):
 
 
 def test_scopes_and_hops_that_need_no_fanouts_do_not_ask_for_them():
-    assert settings.load("demo", ["graph.second_hop=cached", "graph.fanouts=[9, 0]"])
-    assert settings.load("demo", ["graph.scope=batch", "graph.fanouts=[1, 1]"])
+    assert settings.load(
+        "demo", ["graph.sampling.second_hop=cached", "graph.sampling.fanouts=[9, 0]"]
+    )
+    assert settings.load("demo", ["graph.scope=batch", "graph.sampling.fanouts=[1, 1]"])
     assert settings.load("demo", ["graph.scope=batch", "graph.start_epoch=12"])
     with pytest.raises(UserError, match="too few"):
         settings.load("demo", ["graph.scope=batch", "student.max_micro_batch=9"])
@@ -245,7 +262,7 @@ def test_scopes_and_hops_that_need_no_fanouts_do_not_ask_for_them():
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["graph.fanouts=[8,6]"], ["only 7 neighbours"]),
+        (["graph.sampling.fanouts=[8,6]"], ["only 7 neighbours"]),
         (["graph.start_epoch=12"], ["not trained with the graph"]),
         (["student.epochs=2", "student.warmup_epochs=2"], ["cut to half", "not trained with"]),
         (["teacher.epochs=1"], ["teacher.warmup_epochs=1 is cut"]),
@@ -453,6 +470,118 @@ def test_options_that_are_meant_as_overrides_get_a_hint(arguments, remedy, capsy
     said = capsys.readouterr().err
     assert remedy in said.partition("remedy:")[2]
     assert "Traceback" not in said
+
+
+# Fields that have moved
+
+
+def notes_of(overrides: list[str], source: str = "demo") -> tuple[Config, list[str]]:
+    notes: list[str] = []
+    return settings.load(source, overrides, notes.append), notes
+
+
+MOVED = {  # and another value than the preset's
+    **{"graph.exact": "no", "graph.recall": "0.5", "graph.warm_start": "off", "graph.probes": "3"},
+    **{"graph.parts": "3", "graph.partitioner": "ranges", "graph.repartition_cut": "2"},
+    **{"graph.move_gain": "1e1", "graph.fanouts": "[11, 4]", "graph.second_hop": "cached"},
+    **{"graph.sampler": "dgl", "graph.query": "table"},
+}
+
+
+@pytest.mark.parametrize(("old", "typed"), MOVED.items())
+def test_a_field_is_read_by_the_name_that_it_had_once(here, old, typed):
+    assert MOVED.keys() == field_names.moved().keys()
+    new = field_names.todays_name(old)
+    by_new, none = notes_of([f"{new}={typed}"])
+    assert none == []
+    by_old, notes = notes_of([f"{old}={typed}"])
+    assert by_old == by_new != settings.load("demo")
+    assert notes == [f"{old} is {new} now; the old names are still read"]
+    section, name = old.split(".")
+    with open(f"{here}/old.yaml", "w") as file:
+        file.write(f"{section}: {{{name}: {typed}}}")
+    by_file, notes = notes_of([], f"{here}/old.yaml")
+    assert value(by_file, new) == value(by_new, new)
+    assert len(notes) == 1
+    by_section, notes = notes_of([f"{section}={{{name}: {typed}}}"])
+    assert by_section == by_new
+    assert len(notes) == 1
+
+
+def test_the_config_of_an_old_run_is_read_with_one_note(here, capsys):
+    now = settings.load("demo", ["graph.search.exact=false", "graph.sampling.fanouts=[11, 4]"])
+    tree = settings.as_tree(now)
+    for old, new in field_names.moved().items():
+        _, section, name = new.split(".")
+        tree["graph"][old.split(".")[1]] = tree["graph"][section].pop(name)
+    for section in ("search", "partition", "sampling"):
+        assert tree["graph"].pop(section) == {}
+    assert settings.check(tree) == now
+    with open(f"{here}/config.yaml", "w") as file:
+        yaml.safe_dump(tree, file)
+    found, notes = notes_of([], f"{here}/config.yaml")
+    assert found == now
+    assert len(notes) == 1
+    assert "9 more have moved" in notes[0]
+    assert (
+        settings.of_run(Path(here)).graph == now.graph
+    )  # nothing to say to whoever asks for a prediction
+    assert cli.main(["config", "--config", f"{here}/config.yaml"]) == 0
+    said = capsys.readouterr()
+    assert said.err.count("note: ") == 1
+    assert yaml.safe_load(said.out)["graph"] == settings.as_tree(now)["graph"]
+
+
+def test_of_an_old_and_a_new_name_in_a_file_none_is_guessed(here):
+    with pytest.raises(UserError, match=r"given twice: graph\.exact is its old name") as caught:
+        from_file(here, "graph: {exact: true, search: {exact: false}}")
+    assert caught.value.where == f"{here}/c.yaml: graph.search.exact"
+    text = "graph: {exact: false}"
+    with open(f"{here}/old.yaml", "w") as file:
+        file.write(text)
+    for name in ("graph.search.exact", "graph.exact"):  # an override counts, by either name
+        assert settings.load(f"{here}/old.yaml", [f"{name}=true"]).graph.search.exact
+    later = settings.load("demo", ["graph.exact=true", "graph.search.exact=false"])
+    assert not later.graph.search.exact
+
+
+@pytest.mark.parametrize(
+    ("typed", "where", "meant"),
+    [
+        ("graph.fanout=[9,8]", "graph.fanout", "graph.sampling.fanouts"),
+        ("graph.probe=8", "graph.probe", "graph.search.probes"),
+        ("graph.search.exat=true", "graph.search.exat", "graph.search.exact"),
+        ("graph.sampling.parts=2", "graph.sampling.parts", "graph.partition.parts"),
+        ("graph.serch.exact=true", "graph.serch", "graph.search"),
+        ("graph={exat: true}", "graph.exat", "graph.search.exact"),
+        ("graph.partition={part: 2}", "graph.partition.part", "graph.partition.parts"),
+    ],
+)
+def test_names_that_nothing_has_are_refused_with_the_nearest(typed, where, meant):
+    with pytest.raises(UserError, match="no field of this name") as caught:
+        settings.load("demo", [typed])
+    assert (caught.value.where, caught.value.remedy) == (where, f"did you mean {meant}?")
+
+
+def test_sections_within_sections(here):
+    base = settings.load("demo")
+    found = settings.load("demo", ["graph={dim: 8, sampling: {query: table}}"])
+    assert found.graph.dim == 8
+    assert found.graph.sampling == base.graph.sampling.model_copy(update={"query": "table"})
+    assert found.graph.search == base.graph.search
+    round_trip(found, here)
+    with pytest.raises(UserError, match="is a section") as caught:
+        settings.load("demo", ["graph.search=3"])
+    assert caught.value.where == "graph.search"
+    with pytest.raises(UserError, match=r"graph\.search is a section"):
+        from_file(here, "graph: {search: 3, exact: true}")
+    with pytest.raises(UserError) as caught:
+        from_file(here, "graph.search.exact: true")
+    assert "graph: {search: {exact: …}}" in caught.value.remedy
+    text = settings.describe()
+    for line in ("graph.search: How", "  graph.search.exact = true", "graph.sampling: Which"):
+        assert line in text
+    assert "  graph.exact" not in text
 
 
 def test_blanks_around_the_equals_sign_within_one_argument_do_no_harm():
