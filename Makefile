@@ -1,5 +1,5 @@
 # make demo: set up and run the whole pipeline on the digits.   make test, make lint: what CI calls.
-# make quick: lint and the unit tests, while you work.
+# make quick: lint and the unit tests, while you work.   make docs: the site, in site/index.html.
 PYTHON ?= python3.11
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -15,7 +15,7 @@ PYTEST := $(BIN)/python -m pytest --durations 25
 export OMP_NUM_THREADS ?= 1
 export PYTHONWARNINGS  ?= ignore::FutureWarning
 
-.PHONY: demo quick test lint install partial clean
+.PHONY: demo quick test lint docs install partial clean
 
 $(VENV)/.installed: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -44,9 +44,19 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+$(VENV)/.docs: $(VENV)/.installed
+	$(PIP) --constraint constraints.txt --editable ".[docs]"
+	@touch $@
+
+# Warnings are errors, and everything is read again: what was warned of once is not forgotten.
+docs: $(VENV)/.docs
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet --fresh-env --write-all \
+		--conf-dir docs/site --doctree-dir $(VENV)/.doctrees docs site
+	@echo "site/index.html"
+
 # Optional: faster crops of photographs, the same pixels. Needs a C compiler and libjpeg-turbo's header.
 partial: install
 	$(BIN)/python -m cnn2gnn_dist.data.images.partial build
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

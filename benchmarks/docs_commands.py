@@ -40,7 +40,7 @@ KINDS: list[tuple[str, str, str]] = [  # pattern of the command, kind, why
     (r"^torchrun .*docs/stream_example.py", "demo", "reads the demo's shards"),
     (r"^pip install", "install", "into the clone's own .venv; not with --venv"),
     (r"requirements-build", "long", "compiles for about 25 minutes"),
-    (r"^make (test|quick|lint)", "long", "all tests, or the unit tests"),
+    (r"make (test|quick|lint|docs|install)", "long", "all tests, or the unit tests, or an install"),
     (r"^make demo TORCH=", "no", "needs the index of a CUDA version"),
     (r"^make partial", "install", "needs a compiler and libjpeg-turbo's header"),
     (r"cluster.address=HEAD", "no", "needs several hosts"),
@@ -74,9 +74,9 @@ class Command:
 
 
 def commands(root: Path = REPOSITORY) -> list[Command]:
-    """All commands of README.md and docs/*.md in reading order, each text once a file."""
+    """All commands of README.md, CONTRIBUTING.md and docs/*.md in reading order, each text once a file."""
     found: dict[tuple[str, str], Command] = {}
-    for file in [root / "README.md", *sorted((root / "docs").glob("*.md"))]:
+    for file in [root / "README.md", root / "CONTRIBUTING.md", *sorted((root / "docs").glob("*.md"))]:
         for number, text in _texts(file.read_text(encoding="utf-8")):
             kind, why = kind_of(text)
             name = str(file.relative_to(root))
