@@ -226,7 +226,7 @@ def damaged_student(copied, micro_run, tmp_path) -> tuple[Path, list[str], list[
 def test_a_training_made_again_on_as_many_ranks_is_the_same(damaged_student, micro_run):
     """To the bit: all that was built on it stays whole, and answers as before."""
     run, _, ask = damaged_student
-    code, said = runs.finish(runs.start(runs.torchrun(run), runs.environment()))
+    code, said = runs.finish(runs.start(runs.launch(run), runs.environment()))
     assert code == 0, said[-4000:]
     for stage in ("graph", "control", "evaluate"):
         assert f"{stage:8} whole, skipped" in said

@@ -16,10 +16,12 @@ import pytest
 
 from cnn2gnn_dist.training import metrics
 from cnn2gnn_dist.training.checkpoint import folder as disk
+from tests.support.forks import Fork
 from tests.support.runs import (
     MICRO,
     environment,
     finish,
+    launch,
     lines,
     ray_environment,
     start,
@@ -30,7 +32,7 @@ from tests.support.runs import (
 pytestmark = pytest.mark.slow
 
 
-def read_until(process: subprocess.Popen[str], pattern: str) -> str:
+def read_until(process: subprocess.Popen[str] | Fork, pattern: str) -> str:
     """Output up to the first line that matches."""
     seen = []
     assert process.stdout is not None
@@ -41,7 +43,9 @@ def read_until(process: subprocess.Popen[str], pattern: str) -> str:
     raise AssertionError(f"{pattern!r} never came:\n{''.join(seen)[-4000:]}")
 
 
-def reach(process: subprocess.Popen[str], run: Path, stage: str, step: int | None = None) -> None:
+def reach(
+    process: subprocess.Popen[str] | Fork, run: Path, stage: str, step: int | None = None
+) -> None:
     """Wait until a training has logged this step; without one, until it has a checkpoint."""
     path, latest = run / stage / "metrics.jsonl", run / stage / "checkpoints" / "latest"
     deadline = time.monotonic() + 400  # beside other work; it costs nothing where it is quick
@@ -58,13 +62,13 @@ def reach(process: subprocess.Popen[str], run: Path, stage: str, step: int | Non
         time.sleep(0.005)
 
 
-def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    """The ranks below torchrun, in order."""
+def ranks_of(process: subprocess.Popen[str] | Fork) -> list[psutil.Process]:
+    """The ranks below launch, in order."""
     children = psutil.Process(process.pid).children()
     return sorted((c for c in children if "launch/train.py" in c.cmdline()), key=lambda c: c.pid)
 
 
-def kill_all(process: subprocess.Popen[str]) -> None:
+def kill_all(process: subprocess.Popen[str] | Fork) -> None:
     """SIGKILL to a process and everything below it, without warning."""
     family = [process, *psutil.Process(process.pid).children(recursive=True)]
     for member in family:
@@ -81,7 +85,7 @@ def test_killed_launch_continues_from_its_checkpoint(stage, zero, tmp_path):
     chosen = f"{before.get(stage, before['student'])},{stage}"
 
     def command(run: Path) -> list[str]:
-        return [*torchrun(run, *how), "--stages", chosen]
+        return [*launch(run, *how), "--stages", chosen]
 
     whole, run = tmp_path / "whole", tmp_path / "run"
     code, output = finish(start(command(whole), environment()))
@@ -110,7 +114,7 @@ def test_a_run_goes_on_at_another_world_size(stage, ranks, tmp_path):
     before = {"teacher": "pack,index", "student": "pack,index,teacher,targets"}[stage]
 
     def command(run: Path, ranks: int) -> list[str]:
-        return [*torchrun(run, *how, ranks=ranks), "--stages", f"{before},{stage}"]
+        return [*launch(run, *how, ranks=ranks), "--stages", f"{before},{stage}"]
 
     whole, run = tmp_path / "whole", tmp_path / "run"
     code, output = finish(start(command(whole, 3 - ranks), environment()))
@@ -156,7 +160,7 @@ def test_one_rank_killed_in_batch_scope(tmp_path):
 def test_a_notice_to_end_saves_the_step(number, micro_run, tmp_path):
     """Both ranks save at the same next step, say so, and leave with exit code 143."""
     run = tmp_path / "run"
-    process = start(torchrun(run, "checkpoint.every_steps=1000"), environment())
+    process = start(launch(run, "checkpoint.every_steps=1000"), environment())
     reach(process, run, "teacher", 2)
     ranks_of(process)[1].send_signal(number)  # one rank's notice is all ranks'
     code, output = finish(process)
@@ -165,7 +169,7 @@ def test_a_notice_to_end_saves_the_step(number, micro_run, tmp_path):
     stage, step = re.search(r"(\w+) was told to end: step (\d+) is saved", output).groups()
     assert (run / stage / "checkpoints" / "latest").read_text() == f"step-{int(step):08d}"
 
-    code, output = finish(start(torchrun(run, "checkpoint.every_steps=1000"), environment()))
+    code, output = finish(start(launch(run, "checkpoint.every_steps=1000"), environment()))
     assert code == 0, output[-4000:]
     assert f"(step {step})" in output
     assert trail(run) == trail(micro_run)
@@ -191,7 +195,7 @@ def test_a_job_told_to_end_under_ray_saves_the_step(micro_run, tmp_path):
 def test_a_silent_peer_ends_in_a_named_error(tmp_path):
     """A stopped rank: the other says so after cluster.timeout_s and leaves with exit code 75."""
     run = tmp_path / "run"
-    process = start(torchrun(run, "cluster.timeout_s=6"), environment())
+    process = start(launch(run, "cluster.timeout_s=6"), environment())
     reach(process, run, "teacher", 2)
     ranks = ranks_of(process)
     ranks[1].suspend()
@@ -258,7 +262,7 @@ def test_targets_continue_at_the_first_missing_shard(micro_run, tmp_path):
         path.name: path.read_bytes() for path in sorted((micro_run / "targets").glob("*.parquet"))
     }
 
-    command = torchrun(run)
+    command = launch(run)
     code, output = finish(start([*command, "--stages", "targets"], environment()))
     assert code == 0, output[-4000:]
     assert f"{len(files) - 2} of {len(files)} shards are whole" in output
@@ -271,7 +275,7 @@ def test_targets_continue_at_the_first_missing_shard(micro_run, tmp_path):
 def test_a_notice_that_no_step_ends_in_time_for_is_said(tmp_path):
     """The peer is stopped, so no step ends: the rank says what is lost and leaves with 143."""
     run = tmp_path / "run"
-    process = start(torchrun(run, "checkpoint.grace_s=3"), environment())
+    process = start(launch(run, "checkpoint.grace_s=3"), environment())
     reach(process, run, "teacher", 2)
     ranks = ranks_of(process)
     ranks[1].suspend()
@@ -291,12 +295,12 @@ def test_force_goes_on_under_another_config(micro_run, tmp_path):
     """Without it the change is named and refused; with it the teacher trains on, the rest is anew."""
     run = tmp_path / "run"
     shutil.copytree(micro_run, run)
-    command = [*torchrun(run, "teacher.epochs=3"), "--stages", "pack,index,teacher"]
+    command = [*launch(run, "teacher.epochs=3"), "--stages", "pack,index,teacher"]
     code, output = finish(start(command, environment()))
     assert code != 0
     assert "teacher.epochs: 2 -> 3" in output
     assert "--force" in output
-    command = [*torchrun(run, "teacher.epochs=3"), "--stages", "pack,index,teacher", "--force"]
+    command = [*launch(run, "teacher.epochs=3"), "--stages", "pack,index,teacher", "--force"]
     code, output = finish(start(command, environment()))
     assert code == 0, output[-4000:]
     assert "goes on all the same" in output
@@ -309,13 +313,13 @@ def test_force_begins_the_epoch_again_when_the_order_is_another(tmp_path):
     """Another number of partitions in the middle of an epoch: no sample is left out of it."""
     run = tmp_path / "run"
     before = ["--stages", "pack,index,teacher,targets,student"]
-    process = start([*torchrun(run, "teacher.epochs=1"), *before], environment())
+    process = start([*launch(run, "teacher.epochs=1"), *before], environment())
     reach(process, run, "student", 14)
     kill_all(process)
     newest = disk.all_of(run / "student" / "checkpoints")[-1]
     cursor = disk.read_state(newest)["extra"]["cursor"]
     how = ["teacher.epochs=1", "graph.partition.parts=4"]
-    code, output = finish(start([*torchrun(run, *how), *before, "--force"], environment()))
+    code, output = finish(start([*launch(run, *how), *before, "--force"], environment()))
     assert code == 0, output[-4000:]
     assert "goes on all the same: made from another config" in output
     assert "graph.partition.parts: 2 -> 4" in output

@@ -17,13 +17,13 @@ from cnn2gnn_dist.runtime.ranks import Ranks
 from cnn2gnn_dist.stages.shared.context import Context, RunPaths
 from cnn2gnn_dist.stages.shared.networks import Teacher
 from cnn2gnn_dist.training.checkpoint import folder as disk
-from tests.support.runs import environment, finish, results, scores, start, torchrun
+from tests.support.runs import environment, finish, launch, results, scores, start
 
 pytestmark = pytest.mark.slow
 
 
 def run(folder, *overrides: str) -> str:
-    code, output = finish(start(torchrun(folder, *overrides), environment()))
+    code, output = finish(start(launch(folder, *overrides), environment()))
     assert code == 0, output[-4000:]
     return output
 

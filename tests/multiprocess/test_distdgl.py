@@ -19,7 +19,7 @@ from cnn2gnn_dist.graph.block import sampled_block
 from cnn2gnn_dist.graph.sampler import TableSampler
 from tests.end_to_end.test_resume import ranks_of, reach
 from tests.support.distdgl import D, M, N, make_version, needs_namespaces, serving
-from tests.support.runs import MICRO, environment, finish, ray_environment, results, start, torchrun
+from tests.support.runs import MICRO, environment, finish, launch, ray_environment, results, start
 
 pytestmark = [pytest.mark.slow, needs_namespaces]
 KEY = {"epoch": 1, "step": 2, "hop": 1, "rank": 0}
@@ -153,7 +153,7 @@ def test_machines_die_with_the_rank_that_asked_for_them(tmp_path):
     the same command goes on from the checkpoint.
     """
     run = tmp_path / "run"
-    process = start(torchrun(run, *SERVED, "cluster.timeout_s=20"), environment())
+    process = start(launch(run, *SERVED, "cluster.timeout_s=20"), environment())
     reach(process, run, "student", 11)
     ranks = ranks_of(process)
     family = [child for rank in ranks for child in rank.children(recursive=True)]
@@ -162,7 +162,7 @@ def test_machines_die_with_the_rank_that_asked_for_them(tmp_path):
     code, output = finish(process)
     assert code != 0, output
     assert not psutil.wait_procs(family, timeout=60)[1]
-    code, output = finish(start(torchrun(run, *SERVED), environment()))
+    code, output = finish(start(launch(run, *SERVED), environment()))
     assert code == 0, output[-4000:]
     assert re.search(r"student +continues at epoch", output)
 
@@ -170,14 +170,14 @@ def test_machines_die_with_the_rank_that_asked_for_them(tmp_path):
 def test_a_lost_server_ends_the_launch_and_the_same_command_continues(tmp_path):
     """At once, also when its rank waits in a collective for one that waits for the server."""
     run = tmp_path / "run"
-    process = start(torchrun(run, *SERVED), environment())  # its timeout is ten minutes
+    process = start(launch(run, *SERVED), environment())  # its timeout is ten minutes
     reach(process, run, "student", 11)
     one_of(process, "distdgl.server").kill()
     code, output = finish(process)
     assert code != 0
     assert re.search(r"DistDGL is lost at partition \d: server was killed by signal 9", output)
     assert re.search(r"exitcode +: 75", output), output
-    code, output = finish(start(torchrun(run, *SERVED), environment()))
+    code, output = finish(start(launch(run, *SERVED), environment()))
     assert code == 0, output[-4000:]
     assert re.search(r"student +continues at epoch", output)
     assert results(run)["student"]["accuracy"] > 0.2

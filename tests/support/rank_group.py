@@ -13,7 +13,6 @@ import pickle
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support import REPOSITORY
+from tests.support.forks import Fork
 
 GROUP_TIMEOUT_S = 60.0
 
@@ -76,7 +76,7 @@ def launch(
         return [_outcome(folder, rank, process) for rank, process in enumerate(ranks)]
 
 
-def _start(folder: Path, rank: int, world_size: int, port: int) -> subprocess.Popen[bytes]:
+def _start(folder: Path, rank: int, world_size: int, port: int) -> Fork:
     environment = {
         **os.environ,
         "RANK": str(rank),
@@ -88,24 +88,16 @@ def _start(folder: Path, rank: int, world_size: int, port: int) -> subprocess.Po
         "PYTHONWARNINGS": "ignore",
         "PYTHONPATH": str(REPOSITORY),
     }
-    with open(folder / f"{rank}.out", "wb") as output:
-        return subprocess.Popen(
-            [sys.executable, "-m", "tests.support.rank_group", str(folder)],
-            env=environment,
-            cwd=folder,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    return Fork(main, (folder,), environment, cwd=folder, output=folder / f"{rank}.out")
 
 
-def _kill_family(process: subprocess.Popen[bytes]) -> None:
+def _kill_family(process: Fork) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
-def _outcome(folder: Path, rank: int, process: subprocess.Popen[bytes]) -> Outcome:
+def _outcome(folder: Path, rank: int, process: Fork) -> Outcome:
     path = folder / f"{rank}.value"
     value = pickle.loads(path.read_bytes()) if path.exists() else None
     output = (folder / f"{rank}.out").read_text(encoding="utf-8", errors="replace")
@@ -125,12 +117,3 @@ def main(folder: Path) -> None:
     path.with_suffix(".tmp").write_bytes(pickle.dumps(value))
     os.replace(path.with_suffix(".tmp"), path)
     engine.shutdown()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(
-        0
-    )  # as launch/train.py leaves, and for its reason: torch's threads, now and then SIGABRT

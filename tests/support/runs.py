@@ -6,15 +6,19 @@ import hashlib
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+from cnn2gnn_dist import launcher
 from cnn2gnn_dist.training.checkpoint import folder as disk
 from tests.support import REPOSITORY
+from tests.support.forks import Fork
 
 BIN = Path(sys.executable).parent
+FORKED = "forked ranks"
 
 MICRO = [
     "data.limit=400",
@@ -77,8 +81,12 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start(command: list[str], env: dict[str, str], cwd: Path = REPOSITORY) -> subprocess.Popen[str]:
+def start(
+    command: list[str], env: dict[str, str], cwd: Path = REPOSITORY
+) -> subprocess.Popen[str] | Fork:
     """Start in a process group of its own, both outputs in one pipe."""
+    if command[0] == FORKED:
+        return Fork(_launch, (int(command[1]), command[2:]), env, cwd)
     return subprocess.Popen(
         command,
         cwd=cwd,
@@ -90,7 +98,7 @@ def start(command: list[str], env: dict[str, str], cwd: Path = REPOSITORY) -> su
     )
 
 
-def finish(process: subprocess.Popen[str], seconds: float = 600) -> tuple[int, str]:
+def finish(process: subprocess.Popen[str] | Fork, seconds: float = 600) -> tuple[int, str]:
     """Exit code and output."""
     try:
         output, _ = process.communicate(timeout=seconds)
@@ -101,14 +109,47 @@ def finish(process: subprocess.Popen[str], seconds: float = 600) -> tuple[int, s
     return process.returncode, output
 
 
+def launch(run_dir: Path, *overrides: str, ranks: int = 2) -> list[str]:
+    """Command of a run on so many ranks, forked with the libraries loaded: for ``start``.
+
+    They are started, watched and ended as torchrun does; it saves what torchrun and each rank
+    would import.
+    """
+    return [FORKED, str(ranks), "--config", "demo", *MICRO, f"run.dir={run_dir}", *overrides]
+
+
 def torchrun(run_dir: Path, *overrides: str, ranks: int = 2) -> list[str]:
-    """Command of a run."""
+    """Command of a run under torchrun."""
     return [
         str(BIN / "torchrun"),
         *("--nproc_per_node", str(ranks), "--master_addr", "127.0.0.1"),
         *("--master_port", str(free_port()), "launch/train.py"),
         *("--config", "demo", *MICRO, f"run.dir={run_dir}", *overrides),
     ]
+
+
+def _launch(ranks: int, arguments: list[str]) -> int:
+    """What torchrun does on one host: start the ranks; when one fails, end the others and say so."""
+    os.environ.update(WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    alive = {}
+    for rank in range(ranks):
+        sys.stdout.flush()
+        child = os.fork()
+        if child == 0:
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+            sys.argv = ["launch/train.py", *arguments]
+            launcher.leave(launcher.main())
+        alive[child] = rank
+    failed = 0
+    while alive:
+        child, status = os.waitpid(-1, 0)
+        rank, code = alive.pop(child), os.waitstatus_to_exitcode(status)
+        if code and not failed:
+            failed = 1
+            print(f"rank {rank} failed\n  exitcode  : {code}", flush=True)
+            for other in alive:
+                os.kill(other, signal.SIGTERM)
+    return failed
 
 
 def results(run_dir: Path) -> dict:

@@ -1,0 +1,139 @@
+"""Processes that start with the libraries loaded: forks of a server that has imported them once.
+
+A rank that starts an interpreter spends 3 s of processor time on torch and 2 to 3 on what its first
+optimizer step imports. Several hundred ranks in one run of the tests spend half an hour so. A fork
+is a process like any other: own memory, own signals, own group of processes. What is about starting
+itself (launchers, environments, Ray) is tested with real starts.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+from tests.support import REPOSITORY
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["tests.support.libraries"])
+
+
+class Fork:
+    """A process of its own session; the part of ``subprocess.Popen`` that the tests use.
+
+    Args:
+        job: a module-level function, called in the fork; what it returns is the exit code.
+        environment: all of the fork's environment, which the libraries have been loaded without:
+            what they read when they are imported (OMP_NUM_THREADS) is the server's.
+        output: a file for both outputs; None: a pipe, ``stdout``.
+    """
+
+    def __init__(
+        self,
+        job: Callable[..., int | None],
+        arguments: tuple[Any, ...],
+        environment: dict[str, str],
+        cwd: Path,
+        output: Path | None = None,
+    ) -> None:
+        _load_server()
+        reader, writer = _CONTEXT.Pipe(duplex=False)
+        self._process = _CONTEXT.Process(
+            target=_main, args=(job, arguments, environment, str(cwd), writer, output)
+        )
+        self._process.start()
+        writer.close()
+        self.pid: int = self._process.pid or 0
+        self.stdout: TextIO = os.fdopen(os.dup(reader.fileno()), encoding="utf-8", errors="replace")
+        reader.close()
+
+    @property
+    def returncode(self) -> int | None:
+        """Exit code, or the negative number of the signal; None while it runs."""
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        """Like ``Popen.poll``."""
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Like ``Popen.wait``."""
+        self._process.join(timeout)
+        code = self._process.exitcode
+        if code is None:
+            raise subprocess.TimeoutExpired("a fork", timeout or 0)
+        return code
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, None]:
+        """The rest of the output, when the process has ended."""
+        import threading
+
+        parts: list[str] = []
+        thread = threading.Thread(target=lambda: parts.append(self.stdout.read()), daemon=True)
+        thread.start()
+        thread.join(timeout)
+        if thread.is_alive():
+            raise subprocess.TimeoutExpired("a fork", timeout or 0)
+        self.wait(timeout)
+        return "".join(parts), None
+
+    def send_signal(self, number: int) -> None:
+        """To this process alone."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self.send_signal(signal.SIGKILL)
+
+    def terminate(self) -> None:
+        """SIGTERM."""
+        self.send_signal(signal.SIGTERM)
+
+
+def _load_server() -> None:
+    """The server starts with this process's environment: let it find the package and the tests."""
+    known = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if str(REPOSITORY) not in known:
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), *filter(None, known)])
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def _main(
+    job: Callable[..., int | None],
+    arguments: tuple[Any, ...],
+    environment: dict[str, str],
+    cwd: str,
+    writer: Any,
+    output: Path | None,
+) -> None:
+    os.setsid()
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    sink = writer.fileno() if output is None else os.open(output, os.O_WRONLY | os.O_CREAT, 0o644)
+    for stream in (1, 2):
+        os.dup2(sink, stream)
+    writer.close()
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(
+            number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        )
+    code = 1
+    try:
+        code = job(*arguments) or 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # as cnn2gnn_dist.launcher leaves, and for its reason
