@@ -34,6 +34,14 @@ def pytest_unconfigure() -> None:
     shutil.rmtree(FOLDER, ignore_errors=True)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What starts processes is slow."""
+    unit = REPOSITORY / "tests" / "unit"
+    for item in items:
+        if unit not in item.path.parents:
+            item.add_marker("slow")
+
+
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """A Ray cluster of this process: on the loopback only, under the session's own token.

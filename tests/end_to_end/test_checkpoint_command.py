@@ -16,8 +16,6 @@ from cnn2gnn_dist.models.teacher import fit_small_images
 from cnn2gnn_dist.stages.shared.networks import Teacher, build_student
 from cnn2gnn_dist.training.checkpoint import folder as disk
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture
 def run(micro_run, tmp_path):

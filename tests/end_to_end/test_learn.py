@@ -85,7 +85,6 @@ def learn_case(folder: str, shares: list[list[list[int]]]) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "shares",
     [
@@ -180,7 +179,6 @@ def student_case(folder: str) -> list[dict[str, np.ndarray]]:
     return [one for one in seen if "soft" in one]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_image_label_and_soft_target_belong_together(tmp_path, world_size):
     """Every sample comes with its own label and the target of the very crop that is shown."""

@@ -182,7 +182,6 @@ def damage_last(run: Path, stage: str) -> Path:
     return path.parent
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("alternative", ["--update", "--force", "run.dir=…"])
 def test_ways_out_of_another_config_of_a_training(copied, tmp_path, alternative):
     row = Row(
@@ -194,7 +193,6 @@ def test_ways_out_of_another_config_of_a_training(copied, tmp_path, alternative)
     carry_out(row, alternative, tmp_path)
 
 
-@pytest.mark.slow
 def test_a_stage_that_waits_says_for_what_and_run_makes_it(copied, tmp_path):
     def provoke(place: Path) -> list[str]:
         config = copied(place)
@@ -222,7 +220,6 @@ def damaged_student(copied, micro_run, tmp_path) -> tuple[Path, list[str], list[
     return run, config, ask
 
 
-@pytest.mark.slow
 def test_a_training_made_again_on_as_many_ranks_is_the_same(damaged_student, micro_run):
     """To the bit: all that was built on it stays whole, and answers as before."""
     run, _, ask = damaged_student
@@ -236,7 +233,6 @@ def test_a_training_made_again_on_as_many_ranks_is_the_same(damaged_student, mic
     assert cnn2gnn(ask) == before
 
 
-@pytest.mark.slow
 def test_a_training_made_again_on_other_ranks_is_another(damaged_student):
     """Its weights never meet the bank of those before."""
     _, config, ask = damaged_student
@@ -251,7 +247,6 @@ def test_a_training_made_again_on_other_ranks_is_another(damaged_student):
     assert cnn2gnn(ask)[0] == 0
 
 
-@pytest.mark.slow
 def test_a_plan_says_which_file_is_damaged(copied, tmp_path):
     config = copied(tmp_path)
     damage_last(tmp_path / "run", "teacher")
@@ -271,7 +266,6 @@ def test_a_plan_says_which_file_is_damaged(copied, tmp_path):
     assert steps["targets"].why == "waits for teacher"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("alternative", ["--update", "--force"])
 def test_a_checkpoint_of_another_config(copied, micro_run, tmp_path, alternative):
     """As after a kill ahead of the first save that follows ``--force``."""
@@ -292,7 +286,6 @@ def test_a_checkpoint_of_another_config(copied, micro_run, tmp_path, alternative
     assert (tmp_path / "run" / "teacher.old-1").exists() == (alternative == "--update")
 
 
-@pytest.mark.slow
 def test_a_graph_of_another_student_answers_nothing(copied, tmp_path):
     image = tmp_path / "image.png"
     image.write_bytes(encode_image(random_images(1, 16, 16)[0]))
@@ -307,7 +300,6 @@ def test_a_graph_of_another_student_answers_nothing(copied, tmp_path):
     carry_out(row, "cnn2gnn graph --update", tmp_path)
 
 
-@pytest.mark.slow
 def test_corrupt_images_are_mended_or_left_out(tmp_path):
     def provoke(place: Path) -> list[str]:
         images, labels = random_images(32, 16, 16), np.arange(32) % 2
@@ -338,7 +330,6 @@ def test_corrupt_images_are_mended_or_left_out(tmp_path):
     assert "old results moved to teacher.old-1" in said
 
 
-@pytest.mark.slow
 def test_batchnorm_that_goes_on_with_other_batches_is_said(copied, micro_run, tmp_path):
     """Two ranks saw 16 images at a time; one sees 32 from here on, and results.json would say so."""
     config = copied(tmp_path)
@@ -362,7 +353,6 @@ def test_batchnorm_that_goes_on_with_other_batches_is_said(copied, micro_run, tm
     assert "BatchNorm" not in said
 
 
-@pytest.mark.slow
 def test_a_refused_command_leaves_the_config_and_models_answer_as_they_were_made(copied, tmp_path):
     config, run = copied(tmp_path), tmp_path / "run"
     before = (run / "config.yaml").read_text()

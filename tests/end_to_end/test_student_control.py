@@ -5,10 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
-
-pytestmark = pytest.mark.slow
-
 KEYS = ("step", "epoch", "loss", "accuracy", "lr")
 
 

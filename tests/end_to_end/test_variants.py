@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import numpy as np
-import pytest
 import torch
 import yaml
 
@@ -18,8 +17,6 @@ from cnn2gnn_dist.stages.shared.context import Context, RunPaths
 from cnn2gnn_dist.stages.shared.networks import Teacher
 from cnn2gnn_dist.training.checkpoint import folder as disk
 from tests.support.runs import environment, finish, launch, results, scores, start
-
-pytestmark = pytest.mark.slow
 
 
 def run(folder, *overrides: str) -> str:
@@ -107,7 +104,6 @@ def test_zero_3_top_k_dgl_sampler_table_query_and_inverted_lists(tmp_path):
     assert {"loss", "accuracy", "images_per_s", "wait_share", "memory_mb"} <= seen[-1].keys()
 
 
-@pytest.mark.slow
 def test_soft_targets_are_the_teachers_answers_by_id_and_view(micro_run):
     """Against the teacher, loaded without DeepSpeed, on crops read for the purpose."""
     config = settings.check(yaml.safe_load((micro_run / "config.yaml").read_text()))

@@ -25,8 +25,6 @@ from tests.support.runs import (
     start,
 )
 
-pytestmark = pytest.mark.slow
-
 
 def test_torchrun_leaves_every_artefact(micro_run):
     table = results(micro_run)

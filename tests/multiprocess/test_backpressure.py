@@ -25,9 +25,7 @@ BATCH_BYTES = ROWS * (3 * SIZE * SIZE + 17)
 SLACK = 64 << 10
 """What Ray adds to a batch, and the pickle of its small parts."""
 
-backends = pytest.mark.parametrize(
-    "backend", ["local", pytest.param("ray", marks=pytest.mark.slow)], indirect=True
-)
+backends = pytest.mark.parametrize("backend", ["local", "ray"], indirect=True)
 
 
 @pytest.fixture
@@ -130,7 +128,6 @@ def used_at_most(limit: float) -> float:
     return used
 
 
-@pytest.mark.slow
 def test_the_store_holds_the_prefetch_and_nothing_after(spec, ray_cluster):
     before = used_at_most(0)
     with ReaderPool(spec, backend="ray", workers=2, prefetch=5) as stream:
@@ -144,7 +141,6 @@ def test_the_store_holds_the_prefetch_and_nothing_after(spec, ray_cluster):
         assert used_at_most(before) == before
 
 
-@pytest.mark.slow
 def test_nothing_is_spilled_whatever_the_prefetch(spec, ray_cluster, capsys):
     spilled, capacity = store().spilled_bytes_total, ray_readers._store_bytes()
     assert capacity == store().object_store_bytes_avail
@@ -163,7 +159,6 @@ def test_nothing_is_spilled_whatever_the_prefetch(spec, ray_cluster, capsys):
     assert said.count(f"{fits} requests in flight instead of {many}") == 1
 
 
-@pytest.mark.slow
 def test_ranks_of_a_node_share_its_store(spec, ray_cluster, monkeypatch):
     with ReaderPool(spec, backend="ray", workers=1, prefetch=4) as stream:
         alone = stream._readers.depth(requests(1)[0], 1000)
@@ -172,7 +167,6 @@ def test_ranks_of_a_node_share_its_store(spec, ray_cluster, monkeypatch):
         assert stream._readers.depth(requests(1)[0], 1000) == alone // 4
 
 
-@pytest.mark.slow
 def test_a_batch_larger_than_the_store_is_refused(spec, ray_cluster, monkeypatch):
     monkeypatch.setattr(ray_readers, "STORE_SHARE", BATCH_BYTES * 0.99 / ray_readers._store_bytes())
     with (
@@ -201,7 +195,6 @@ def wait_for(path: Path) -> None:
     assert path.exists()
 
 
-@pytest.mark.slow
 def test_what_an_abandoned_loop_had_asked_of_actors_is_cancelled(spec, ray_cluster, monkeypatch):
     """Ray's cancelling is a message that may come late: that it is sent is all there is to see."""
     import ray

@@ -23,8 +23,6 @@ from tests.support.saves import END, HALF, RUN, extra, first_run, newest, state
 LONG = 50
 PAIRS = [(saved, loaded) for saved in tiny.STAGES for loaded in tiny.STAGES]
 
-pytestmark = pytest.mark.slow
-
 
 # --- cases: run on every rank ---------------------------------------------------------------
 

@@ -23,9 +23,6 @@ from cnn2gnn_dist.training.checkpoint.manager import Checkpoints
 from tests.support import REPOSITORY, rank_group, tiny
 from tests.support.saves import HALF, RUN, extra, first_run, newest, publish, state
 
-pytestmark = pytest.mark.slow
-
-
 # --- cases: run on every rank ---------------------------------------------------------------
 
 

@@ -107,7 +107,6 @@ def uneven_shares(folder: Path) -> bool:
     return collectives.alone(lambda: 7) == 7 and there
 
 
-@pytest.mark.slow
 def test_a_rank_at_work_is_waited_for_beyond_the_timeout(tmp_path: Path) -> None:
     ended = rank_group.launch(longer_than_the_timeout, 2, tmp_path, group_timeout_s=TIMEOUT_S)
     assert [(o.returncode, o.value) for o in ended] == [(0, ("done", True))] * 2
@@ -139,7 +138,6 @@ def lost_while_working(folder: Path, who: int, how: int) -> tuple[str, bool]:
     return "nothing", False
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("who", "how"), [(0, signal.SIGKILL), (1, signal.SIGKILL), (0, signal.SIGSTOP)]
 )

@@ -17,11 +17,11 @@ from cnn2gnn_dist.errors import PeerLost
 from cnn2gnn_dist.graph import bank
 from cnn2gnn_dist.graph.block import sampled_block
 from cnn2gnn_dist.graph.sampler import TableSampler
-from tests.end_to_end.test_resume import ranks_of, reach
 from tests.support.distdgl import D, M, N, make_version, needs_namespaces, serving
 from tests.support.runs import MICRO, environment, finish, launch, ray_environment, results, start
+from tests.support.watching import ranks_of, reach
 
-pytestmark = [pytest.mark.slow, needs_namespaces]
+pytestmark = [needs_namespaces]
 KEY = {"epoch": 1, "step": 2, "hop": 1, "rank": 0}
 SERVED = ["graph.sampling.sampler=distdgl", "graph.sampling.query=table"]
 

@@ -309,9 +309,6 @@ def everything() -> dict[Any, Any]:
 # --- tests ----------------------------------------------------------------------------------
 
 
-pytestmark = pytest.mark.slow
-
-
 @pytest.fixture(scope="module")
 def ranks() -> list[dict[Any, Any]]:
     return rank_group.run(everything, 2)

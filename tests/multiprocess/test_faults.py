@@ -109,7 +109,6 @@ def kill_some(folder: Path, rng: random.Random, most: int) -> int:
     return len(victims)
 
 
-@pytest.mark.slow
 def test_every_sample_exactly_once_under_fifty_kills(spec, ray_cluster, monkeypatch):
     monkeypatch.setattr(ray_readers, "ReaderActor", Mortal)
     folder, rng = Path(spec.manifest).parent, random.Random(20)
@@ -153,7 +152,6 @@ class Poisoned(ray_readers.ReaderActor):
         return super().read(ids, view)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_whoever_kills_readers_is_blamed_and_not_its_neighbours(
     spec, ray_cluster, monkeypatch, workers
@@ -175,7 +173,6 @@ def test_whoever_kills_readers_is_blamed_and_not_its_neighbours(
         assert [bytes_of(batch) for batch in stream.batches(rest)] == wanted
 
 
-@pytest.mark.slow
 def test_a_reader_gone_for_good_is_replaced(spec, ray_cluster):
     import ray
 
@@ -190,7 +187,6 @@ def test_a_reader_gone_for_good_is_replaced(spec, ray_cluster):
         assert [bytes_of(b) for b in found] == [bytes_of(b) for b in undisturbed.batches(requests)]
 
 
-@pytest.mark.slow
 def test_readers_that_cannot_start_say_why(spec, ray_cluster, monkeypatch):
     monkeypatch.setattr(ray_readers, "ReaderActor", Stillborn)
     with (

@@ -38,7 +38,6 @@ def script(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.slow
 def test_it_runs_to_its_last_line_and_makes_nothing_twice(tmp_path):
     """All that is not itself a test of the suite: whole runs are in test_ways_in and test_resume."""
     names = "environment,search,throughput,memory,barrier,sync_norm,zero3,lost_peer"

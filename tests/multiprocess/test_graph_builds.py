@@ -24,7 +24,6 @@ def build(run: Path, folder: Path, die_after: int = 0) -> tuple[int, dict[str, A
     return done.returncode, json.loads(done.stdout.splitlines()[-1]) if done.stdout else {}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("die_after", [1, 5, 14])
 def test_a_killed_build_goes_on_at_its_unit(
     micro_run: Path, tmp_path: Path, die_after: int
@@ -46,7 +45,6 @@ def test_a_killed_build_goes_on_at_its_unit(
     assert names == ["v0007"]
 
 
-@pytest.mark.slow
 def test_a_build_rests_on_no_barrier(micro_run: Path, tmp_path: Path) -> None:
     """One rank embeds much slower than the other: the graph is one rank's, to the bit."""
     code, whole = build(micro_run, tmp_path / "one")

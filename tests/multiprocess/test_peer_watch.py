@@ -45,7 +45,6 @@ def wait_for_the_dead(victim: int) -> str:
     return "never"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_rank_is_named(victim: int) -> None:
     """Rank 0 hosts the store: without it there is nobody to ask, which says it too."""
@@ -72,6 +71,5 @@ def both_alive() -> bool:
     return not told
 
 
-@pytest.mark.slow
 def test_living_ranks_are_left_alone() -> None:
     assert rank_group.run(both_alive, 2) == [True, True]

@@ -26,7 +26,6 @@ NAMESPACE = ["unshare", "--mount"] if os.geteuid() == 0 and shutil.which("unshar
 """With a /dev/shm of one's own nobody else's coming and going there is counted."""
 
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.ray,
     pytest.mark.skipif(sys.platform != "linux", reason="the test's subreaper is Linux's"),
 ]

@@ -238,7 +238,6 @@ def compared() -> dict[str, dict[str, float]]:
     return found
 
 
-@pytest.mark.slow
 def test_two_ranks_are_one_process_over_the_whole_batch() -> None:
     for rank in rank_group.run(compared, 2):
         assert set(FAMILIES) < set(rank)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -141,18 +139,6 @@ def test_a_pipe_gives_all_that_is_written_to_it(tmp_path):
     writer.join()
     (tmp_path / "file").write_bytes(data)
     assert read_file(tmp_path / "file") == data
-
-
-def test_what_a_shell_substitutes_is_read(tmp_path):
-    tree(tmp_path, "1.png")
-    code = "import sys; from cnn2gnn_dist.data.images.image_files import read_file; "
-    code += "sys.stdout.buffer.write(read_file(sys.argv[1]))"
-    for wait in ("", "sleep 0.5; "):  # written and closed before it is opened, or after
-        line = f'"$0" -c "$1" <({wait}cat 1.png)'
-        command = ["bash", "-c", line, sys.executable, code]
-        assert (
-            subprocess.run(command, cwd=tmp_path, stdout=-1, timeout=60, check=True).stdout == PNG
-        )
 
 
 def test_a_pipe_that_nobody_writes_to_is_not_waited_for_without_end(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -386,42 +386,6 @@ def assert_wanted(data: Data, places, found) -> None:
         for left, right in zip(got, data.wanted(*place), strict=True):
             assert left.dtype == right.dtype
             np.testing.assert_array_equal(left, right)
-
-
-LOCAL = [
-    Way(1, 1, 1),
-    Way(1, 16, 24, prefetch=20),
-    Way(2, 3, 4),
-    Way(4, 1, 2, prefetch=1),
-    Way(4, 16, 1),
-    Way(8, 3, 1),
-    Way(8, 1, 3, prefetch=9),
-]
-RAY = [  # few: a reader there is a process
-    ("parts", Way(2, 1, 2, "ray")),
-    ("whole", Way(2, 3, 4, "ray")),
-    ("whole", Way(1, 16, 12, "ray", prefetch=16)),
-]
-
-
-@pytest.mark.parametrize(
-    ("data", "way"),
-    [
-        *itertools.product(("whole", "parts"), LOCAL),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in RAY),
-    ],
-    indirect=["data"],
-    ids=str,
-)
-def test_the_bytes_are_the_same_any_way(data, way, request):
-    if way.backend == "ray":
-        request.getfixturevalue("ray_cluster")
-    order = data.case.order()
-    rows = [len(order.rank_batch(0, 0, rank, way.world)) for rank in range(way.world)]
-    way = replace(way, accumulation=min(way.accumulation, *rows, 99))
-    last = order.batches_per_epoch
-    places = [(e, i) for e in (0, 1) for i in range(last)]  # over the epoch's end
-    assert_wanted(data, places, run(data, way, places))
 
 
 def test_a_run_goes_on_with_the_same_bytes_at_other_ranks_readers_and_accumulation(data):

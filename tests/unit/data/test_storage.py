@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import multiprocessing
 import os
 import resource
-import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -276,29 +274,6 @@ def test_a_grown_shard_is_refused_or_still_read_right(web, shards, tmp_path, lim
 
 
 # Several processes
-
-
-def hold_open(cache: ShardCache, url: str, length: int, told: object, go: object) -> None:
-    handle = cache.open(url, length)
-    told.set()
-    go.wait(60)
-    release(handle)
-
-
-@pytest.mark.slow
-def test_another_process_reads_what_must_stay_until_it_dies(web, shards, tmp_path):
-    spawn = multiprocessing.get_context("spawn")
-    told, go = spawn.Event(), spawn.Event()
-    cache = ShardCache(tmp_path / "c", max(p.stat().st_size for p in shards), rest=0)
-    job = (cache, url_of(web, shards[0]), shards[0].stat().st_size, told, go)
-    reader = spawn.Process(target=hold_open, args=job)
-    reader.start()
-    assert told.wait(60)
-    assert open_one(cache, web, shards[1]) is None
-    os.kill(reader.pid, signal.SIGKILL)
-    reader.join()
-    release(open_one(cache, web, shards[1]))
-    assert held(cache, web, shards) == [1]
 
 
 def test_who_waits_too_long_reads_ranges(web, shards, tmp_path, monkeypatch):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +15,6 @@ from cnn2gnn_dist.data.images.views import render
 from cnn2gnn_dist.data.order import Order
 from cnn2gnn_dist.data.reading import shard_files
 from cnn2gnn_dist.errors import UserError
-from tests.support import REPOSITORY
-from tests.support.rank_group import free_port
 from tests.support.shards import make_shards, random_images, write_tar
 
 IMAGES = random_images(70)
@@ -268,36 +264,6 @@ def test_a_cache_that_cannot_be_made_is_the_users_to_mend(shards):
     cache_path(path, manifest, VIEWS).mkdir()
     with pytest.raises(UserError, match=r"stream\.decoded_bytes=0"):
         a_stream(shards, decoded_bytes=1 << 20)
-
-
-@pytest.mark.slow
-def test_the_example_runs_under_torchrun_and_goes_on(tmp_path):
-    images = random_images(200)
-    make_shards(tmp_path / "s", images, np.arange(200) % 10, shard_size=50, suffix="jpg")
-    checkpoint = tmp_path / "last.pt"
-
-    def run(ranks: int, epochs: int) -> str:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
-        command += ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
-        command += ["docs/stream_example.py", str(tmp_path / "s"), str(checkpoint), str(epochs)]
-        environ = {**os.environ, "PYTHONPATH": str(REPOSITORY), "GLOO_SOCKET_IFNAME": "lo"}
-        done = subprocess.run(
-            command,
-            cwd=REPOSITORY,
-            env=environ,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    run(2, 2)
-    state = torch.load(checkpoint, weights_only=True)["stream"]
-    assert (state["epoch"], state["batch"]) == (2, 0)
-    run(1, 3)
-    assert torch.load(checkpoint, weights_only=True)["stream"]["epoch"] == 3
 
 
 def test_readers_are_ended(shards):

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +14,6 @@ from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.runtime.ranks import Ranks
 from cnn2gnn_dist.stages.shared.context import Context, RunPaths
 from cnn2gnn_dist.stages.shared.training_targets import open_targets
-from tests.support import REPOSITORY, rank_group
 from tests.unit.data.test_soft_targets import teacher, write_all
 
 N, C = 60, 9
@@ -63,40 +57,6 @@ def same(found: Targets, wanted: Targets) -> None:
     for view in (0, 1):
         ids = np.random.default_rng(view).permutation(N)[:20]
         np.testing.assert_array_equal(found.lookup(ids, view), wanted.lookup(ids, view))
-
-
-def ranks_open(root: str) -> str:
-    """A case of ``procs``: what this rank's mapping holds, or how it was refused."""
-    try:
-        found = opened(Path(root))
-    except UserError as error:
-        return f"{error.what} | {error.where}"
-    rows = found.lookup(np.arange(N), 1)
-    return rows.tobytes().hex()
-
-
-@pytest.mark.parametrize("k", [3, C])
-def test_ranks_fill_what_a_plain_reading_gives(tmp_path, k):
-    wanted = made(tmp_path, k)
-    rows = wanted.lookup(np.arange(N), 1).tobytes().hex()
-    assert rank_group.run(ranks_open, 2, str(tmp_path)) == [rows] * 2
-    inode = (tmp_path / "targets" / "dense" / "log_probs.npy").stat().st_ino
-    same(opened(tmp_path), wanted)
-    assert (tmp_path / "targets" / "dense" / "log_probs.npy").stat().st_ino == inode, "made twice"
-    assert not (tmp_path / "targets" / "dense.tmp").exists()
-
-
-def test_one_ranks_damaged_file_is_refused_on_all(tmp_path):
-    made(tmp_path, 3)
-    damaged = sorted((tmp_path / "targets").glob("*.parquet"))[1]  # the second rank's to read
-    data = bytearray(damaged.read_bytes())
-    data[200] ^= 0xFF
-    damaged.write_bytes(data)
-    said = rank_group.run(ranks_open, 2, str(tmp_path))
-    assert said[0] == said[1]
-    assert "can't be used" in said[0]
-    assert str(damaged) in said[0]
-    assert not (tmp_path / "targets" / "dense").exists()
 
 
 def test_what_a_kill_left_begins_anew(tmp_path):
@@ -148,49 +108,3 @@ def test_files_of_another_order_go_to_their_places(tmp_path):
     log_VNC = teacher(2, N, C)
     write_all(tmp_path / "targets", log_VNC, 3, meta={"key": "k"}, places=np.arange(N)[::-1])
     same(opened(tmp_path), Targets.load(tmp_path / "targets", N, C))
-
-
-ON_A_SMALL_DISK = """
-import contextlib, json, subprocess, sys
-from pathlib import Path
-from tests.unit.data import test_target_arrays as t
-root = Path(sys.argv[1])
-def mount(how):
-    subprocess.run(["mount", "-t", "tmpfs", "-o", how, "none", str(root / "targets")], check=True)
-(root / "targets").mkdir()
-mount("size=400k")
-wanted = t.made(root, 3)
-said, ballast = [], root / "targets" / "ballast"
-with contextlib.suppress(OSError), open(ballast, "wb", buffering=0) as file:
-    while file.write(bytes(4096)):
-        pass
-try:
-    t.opened(root)
-except t.UserError as error:
-    said.append(error.what)
-mount("remount,ro")
-found = t.opened(root)
-t.np.testing.assert_array_equal(found.log_probs_VNK, wanted.log_probs_VNK)
-said.append(type(found.log_probs_VNK).__name__)
-mount("remount,rw,size=4m")
-t.same(t.opened(root), wanted)
-said.append("room")
-print(json.dumps(said))
-"""
-
-
-@pytest.mark.skipif(
-    os.geteuid() != 0 or shutil.which("unshare") is None,
-    reason="a file system of one's own wants a mount namespace (root, unshare)",
-)
-def test_a_full_disk_is_named_and_a_read_only_one_is_read_into_memory(tmp_path):
-    done = subprocess.run(
-        ["unshare", "--mount", sys.executable, "-c", ON_A_SMALL_DISK, str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    full, read_only, room = json.loads(done.stdout.splitlines()[-1])
-    assert "no room left" in full
-    assert (read_only, room) == ("ndarray", "room")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import multiprocessing
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -122,34 +120,6 @@ def test_any_file_system_that_fsspec_knows():
             urls.size("memory://d/c.tar")
     finally:
         store.rm("/d", recursive=True)
-
-
-def read_in_child(url: str, answer: multiprocessing.queues.Queue) -> None:
-    answer.put(urls.read_range(url, 100, 1000))
-
-
-@pytest.mark.parametrize("way", ["fork", "spawn"])
-def test_threads_and_children_read_on_their_own(web, way):
-    url = f"{web.url}/a.tar"
-    found: dict[int, bytes] = {}
-
-    def work(number: int) -> None:
-        found[number] = urls.read_range(url, 1000 * number, 1000)
-
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert b"".join(found[number] for number in range(8)) == BYTES[:8000]
-    context = multiprocessing.get_context(way)  # the parent's loop and sessions are in use
-    answer = context.Queue()
-    child = context.Process(target=read_in_child, args=(url, answer))
-    child.start()
-    assert answer.get(timeout=60) == BYTES[100:1100]
-    child.join()
-    assert child.exitcode == 0
-    assert urls.read_range(url, 0, 10) == BYTES[:10]
 
 
 def test_a_disk_that_takes_no_more_is_no_fault_of_the_network(web):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +13,6 @@ from cnn2gnn_dist.graph import quality
 from cnn2gnn_dist.graph.search import ivf, nn_descent
 from cnn2gnn_dist.graph.search.approximate import Goal, TableSearch
 from cnn2gnn_dist.graph.search.work_units import Crew, Workshop, spans
-from tests.support import REPOSITORY
 
 N, M = 3000, 12
 
@@ -155,44 +152,6 @@ def test_recall_counts_what_is_as_near(tmp_path: Path) -> None:
     assert made.recall(truth) == 1.0
     truth[:, 5] = -1
     assert made.recall(truth) == pytest.approx(0.9, abs=0.01)  # copies: the tenth may be a tie
-
-
-def test_the_same_table_at_any_number_of_ranks_and_after_a_kill(tmp_path: Path) -> None:
-    np.save(tmp_path / "z.npy", points())
-
-    def start(folder: str, rank: int, world_size: int, die_after: int) -> subprocess.Popen[str]:
-        (tmp_path / folder).mkdir(exist_ok=True)
-        command = [
-            sys.executable,
-            str(REPOSITORY / "tests/support/table_searches.py"),
-            str(tmp_path / folder),
-        ]
-        return subprocess.Popen(
-            [*command, str(tmp_path / "z.npy"), str(rank), str(world_size), str(die_after)],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def ends(*ranks: subprocess.Popen[str]) -> list[str]:
-        said = [rank.communicate(timeout=300)[0] for rank in ranks]
-        assert all(rank.returncode == 0 for rank in ranks)
-        return said
-
-    alone = ends(start("one", 0, 1, 0))[0].split()
-    ends(*(start("three", rank, 3, 0) for rank in range(3)))
-    done = 13  # lists, five of probes, five of the scan, and two of the sample's
-    cut = start("cut", 0, 1, done)
-    cut.communicate(timeout=300)
-    assert cut.returncode == -9
-    for stale in (tmp_path / "cut").glob("at-*"):
-        stale.unlink()
-    again = ends(start("cut", 0, 1, 0))[0].split()
-    # The threads that work may be further than the one that counts, when the kill comes.
-    assert 0 < int(again[0]) <= int(alone[0]) - done
-    for name in ("table.npy", "order.npy"):
-        want = np.load(tmp_path / "one" / name)
-        np.testing.assert_array_equal(np.load(tmp_path / "three" / name), want)
-        np.testing.assert_array_equal(np.load(tmp_path / "cut" / name), want)
 
 
 def test_a_refresh_with_nothing_moved_changes_nothing(tmp_path: Path) -> None:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -18,8 +14,7 @@ from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.graph import bank
 from cnn2gnn_dist.graph.bank import GraphWriter
 from cnn2gnn_dist.graph.partition import parts as partition
-from tests.support import REPOSITORY
-from tests.unit.graph.test_partition import random_table
+from tests.support.graphs import random_table
 
 N, D, DIM, M = 40, 6, 3, 4
 
@@ -291,26 +286,3 @@ def test_a_partition_of_another_version_is_refused(tmp_path):
     shutil.rmtree(tmp_path / "v0001" / "part-02")
     with pytest.raises(UserError, match=r"part-02/.* is missing"):
         bank.load_bank(bank.GraphVersion(tmp_path / "v0001", {}), [2])
-
-
-@pytest.mark.skipif(
-    os.geteuid() != 0 or shutil.which("unshare") is None,
-    reason="a file system of one's own wants a mount namespace (root, unshare)",
-)
-def test_a_full_disk_leaves_the_version_before_in_use(tmp_path):
-    """Really full: a tmpfs of 1 MiB, filled while arrays, a part and the manifest are written."""
-    script = REPOSITORY / "tests/support/full_disk_graph.py"
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    (tmp_path / "d").mkdir()
-    done = subprocess.run(
-        ["unshare", "--mount", sys.executable, str(script), str(tmp_path / "d")],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    said = json.loads(done.stdout.splitlines()[-1])
-    assert [step for step, _, _ in said] == ["arrays", "a part", "the manifest"]
-    for _, problem, newest in said:
-        assert "no room left" in problem
-        assert newest == "v0001"

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from cnn2gnn_dist.graph.block import BlockIds, one_hop_block, queried_block, sampled_block
 from cnn2gnn_dist.graph.sampler import make_sampler
-from tests.unit.graph.test_partition import random_table
+from tests.support.graphs import random_table
 
 KEY = {"epoch": 0, "step": 0, "rank": 0}
 

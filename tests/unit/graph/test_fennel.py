@@ -23,18 +23,6 @@ def clustered(seed: int = 0, stray: float = 0.05) -> tuple[np.ndarray, np.ndarra
     return named.astype(np.int32), order.astype(np.int32)
 
 
-@pytest.mark.parametrize("parts", [1, 2, 3, 8])
-def test_cuts_little_and_keeps_balance(parts: int) -> None:
-    table, order = clustered()
-    part = fennel.assign_streaming(table, order, parts)
-    sizes = np.bincount(part, minlength=parts)
-    assert len(sizes) == parts
-    assert sizes.max() <= (1 + fennel.SLACK) * N / parts
-    cut = partition.edge_cut(table, part)
-    assert cut <= 1.3 * partition.edge_cut(table, partition.assign(table, parts)) + 1e-9
-    np.testing.assert_array_equal(part, fennel.assign_streaming(table, order, parts))
-
-
 def test_mends_an_order_that_says_nothing() -> None:
     table, _ = clustered(stray=0.0)
     order = np.random.default_rng(3).permutation(N).astype(np.int32)

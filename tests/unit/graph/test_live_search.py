@@ -10,7 +10,7 @@ from cnn2gnn_dist.config import GraphConfig
 from cnn2gnn_dist.graph.bank import Bank
 from cnn2gnn_dist.graph.partition import parts as partition
 from cnn2gnn_dist.stages.neighbours.live_search import LiveSearch, _Search
-from tests.unit.graph.test_partition import random_table
+from tests.support.graphs import random_table
 
 N, D, M, PARTS = 90, 5, 6, 3
 

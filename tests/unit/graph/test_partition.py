@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -13,32 +10,7 @@ from hypothesis import strategies as st
 
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.graph.partition import parts as partition
-
-
-def fixed_addresses() -> bool:
-    """Whether a process may turn off the randomisation of its addresses (containers may forbid it)."""
-    code = "import ctypes; p = ctypes.CDLL(None).personality; print(p(p(-1) | 0x40000))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    return done.returncode == 0 and done.stdout.strip() != "-1"
-
-
-def random_table(nodes: int, width: int, seed: int, holes: bool = False) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    rows = [rng.permutation([j for j in range(nodes) if j != i])[:width] for i in range(nodes)]
-    table = np.array(rows, dtype=np.int32)
-    if holes:
-        table[rng.random(table.shape) < 0.2] = -1
-    return table
-
-
-def clustered(groups: int, size: int, width: int, seed: int = 0) -> np.ndarray:
-    """Neighbours inside the own group, but for one edge in ten."""
-    rng = np.random.default_rng(seed)
-    nodes = groups * size
-    table = rng.integers(0, size, (nodes, width)) + (np.arange(nodes) // size * size)[:, None]
-    far = rng.random(table.shape) < 0.1
-    table[far] = rng.integers(0, nodes, far.sum())
-    return table.astype(np.int32)
+from tests.support.graphs import clustered, random_table
 
 
 @settings(deadline=None, max_examples=60)
@@ -76,32 +48,12 @@ def test_edge_cut_by_a_loop():
     assert partition.edge_cut(table, part) == pytest.approx(cut / len(edges))
 
 
-@pytest.mark.parametrize("parts", [1, 2, 8])
-def test_metis_cuts_less_than_chance(parts):
-    table = clustered(8, 40, 6)
-    shuffled = np.random.default_rng(1).permutation(len(table))
-    moved = np.empty_like(table)
-    moved[shuffled] = shuffled[table]
-    part = partition.assign(moved, parts)
-    assert sorted(set(part.tolist())) == list(range(parts))
-    assert partition.edge_cut(moved, part) <= 0.25 * (1 - 1 / parts) + 0.1
-    if parts > 1:
-        chance = partition.edge_cut(moved, np.random.default_rng(2).integers(0, parts, len(table)))
-        assert partition.edge_cut(moved, part) < chance / 2
-
-
 @pytest.mark.parametrize(("nodes", "parts"), [(10, 1), (10, 3), (7, 7)])
 def test_ranges_are_equal_stretches(nodes, parts):
     part = partition.assign_ranges(random_table(nodes, 2, 0), parts)
     counts = np.bincount(part, minlength=parts)
     assert (np.diff(part) >= 0).all()
     assert counts.max() - counts.min() <= 1
-
-
-@pytest.mark.parametrize("nodes", [4, 9])
-def test_no_part_of_a_tiny_graph_is_empty(nodes):
-    part = partition.assign(random_table(nodes, 2, 0), 4)
-    assert np.bincount(part, minlength=4).min() >= 1
 
 
 def test_more_parts_than_nodes():
@@ -195,13 +147,6 @@ def test_empty_parts_get_a_node_of_the_largest():
     assert part.tolist() == [2, 2, 3, 1, 0, 0]
 
 
-def test_metis_that_fails_is_the_users_error(monkeypatch):
-    monkeypatch.setattr(partition.sys, "executable", "/bin/false")
-    with pytest.raises(UserError, match="exit code 1") as raised:
-        partition.assign(random_table(9, 2, 0), 2)
-    assert "cnn2gnn doctor" in raised.value.remedy
-
-
 def test_summary_counts_every_node():
     table, part_N = random_table(40, 3, 0), np.arange(40) % 3
     parts = [partition.build_part(table, part_N, number) for number in range(3)]
@@ -213,22 +158,3 @@ def test_summary_counts_every_node():
     ):
         assert inner + one + two == len(part.nodes_L)
         assert inner + one == len(part.table_KM)
-
-
-@pytest.mark.skipif(not fixed_addresses(), reason="this kernel lets no process fix its addresses")
-def test_metis_starts_at_the_same_addresses_whatever_the_caller(monkeypatch, tmp_path):
-    """What its answer depends on: the environment, and where the loader puts things."""
-    plain = partition._plain_environment()
-    monkeypatch.setenv("WHATEVER", "x" * 37)
-    assert partition._plain_environment() == plain
-    code = "from cnn2gnn_dist.graph import metis; metis.without_randomisation()"
-    # Restarted at fixed addresses, it meets no arguments and says so; nothing comes after.
-    done = subprocess.run(
-        [sys.executable, "-c", f"{code}; print('still random')"],
-        env=plain,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert "still random" not in done.stdout
-    assert "IndexError" in done.stderr

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Callable
@@ -26,7 +23,6 @@ from cnn2gnn_dist.graph.search import work_units
 from cnn2gnn_dist.graph.search.work_units import Crew, Workshop, spans
 from cnn2gnn_dist.stages.neighbours import embeddings
 from cnn2gnn_dist.stages.neighbours.embeddings import Embedded
-from tests.support import REPOSITORY
 
 KINDS = (np.float16, np.float32, np.int32)
 
@@ -123,38 +119,6 @@ def test_a_mark_comes_after_its_rows_are_on_disk(
     monkeypatch.setattr(work_units.durable, "write_text", noted("mark", durable.write_text))
     assert right(filled(tmp_path, Crew()))
     assert done == ["rows", "rows", "sync", "sync", "mark"] * 5
-
-
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from tests.unit.graph import test_row_file as t
-from cnn2gnn_dist.graph.search import work_units as units
-def die(path, text):
-    if "00002" in path.name:
-        os.kill(os.getpid(), signal.SIGKILL)
-    real(path, text)
-real, units.durable.write_text = units.durable.write_text, die
-t.filled(Path(sys.argv[1]), t.Crew())
-"""
-
-
-def test_a_kill_between_rows_and_mark_costs_the_unit(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, "-c", KILLED, str(tmp_path)]
-    assert subprocess.run(command, env=environment).returncode == -signal.SIGKILL
-    assert [p.name for p in sorted(tmp_path.glob("*.done"))] == [
-        "made-00000.done",
-        "made-00001.done",
-    ]
-    again: list[slice] = []
-
-    def work(unit: slice) -> tuple[np.ndarray, np.ndarray]:
-        again.append(unit)
-        return numbers(unit)
-
-    assert right(filled(tmp_path, Crew(), work))
-    assert again == spans(23, 5)[2:]
 
 
 def test_rows_that_were_marked_and_lost_are_made_again(tmp_path: Path) -> None:

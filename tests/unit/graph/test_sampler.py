@@ -8,7 +8,7 @@ import torch
 
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.graph.sampler import make_sampler
-from tests.unit.graph.test_partition import random_table
+from tests.support.graphs import random_table
 
 KEY = {"epoch": 1, "step": 2, "hop": 1, "rank": 0}
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,26 +16,7 @@ from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.pipeline import runner
 from cnn2gnn_dist.stages.shared import preflight
 from cnn2gnn_dist.stages.shared.context import CorruptCount
-from tests.support.runs import MICRO, environment
 from tests.support.shards import encode_image, make_shards, random_images
-
-
-def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """launch/train.py as a single process."""
-    return subprocess.run(
-        [sys.executable, "launch/train.py", "--config", "demo", *MICRO, *arguments],
-        capture_output=True,
-        text=True,
-        env=environment(),
-    )
-
-
-def refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:
-    """Exit code 2, all parts said, no traceback."""
-    assert done.returncode == 2, done.stdout + done.stderr
-    for part in (*parts, "where:", "remedy:"):
-        assert part in done.stderr, done.stderr
-    assert "Traceback" not in done.stderr
 
 
 @pytest.fixture
@@ -45,16 +24,6 @@ def shards(tmp_path):
     images = random_images(64, 16, 16)
     labels = np.arange(64) % 4
     return make_shards(tmp_path / "shards", images, labels, shard_size=16)
-
-
-def of_shards(shards, tmp_path, *more: str) -> list[str]:
-    return [
-        "data.source=shards",
-        f"data.train={shards[0].parent}/*.tar",
-        "data.holdout=0.25",
-        f"run.dir={tmp_path}/run",
-        *more,
-    ]
 
 
 @pytest.mark.parametrize(
@@ -93,78 +62,6 @@ def test_gpu_asked_for_where_there_is_none():
     with pytest.raises(UserError, match="GPU") as caught:
         runner.choose_device("cuda")
     assert caught.value.where == "device"
-
-
-def test_folder_that_is_not_a_runs(tmp_path):
-    (tmp_path / "thesis.tex").write_text("mine")
-    refused(launch(f"run.dir={tmp_path}"), str(tmp_path), "not a run's", "run.dir=")
-    assert (tmp_path / "thesis.tex").read_text() == "mine"
-    assert not (tmp_path / "config.yaml").exists()
-
-
-@pytest.mark.slow
-def test_folder_of_another_config_is_refused_then_set_aside(tmp_path):
-    run = f"run.dir={tmp_path}/run"
-    only = ("--stages", "pack,index")
-    assert launch(run, *only).returncode == 0
-    before = sorted(path.name for path in (tmp_path / "run" / "shards").iterdir())
-    refused(launch(run, "data.shard_size=32", *only), "data.shard_size: 64 -> 32", "--update")
-    assert sorted(path.name for path in (tmp_path / "run" / "shards").iterdir()) == before
-    assert launch(run, "data.shard_size=32", "--update", *only).returncode == 0
-    assert (tmp_path / "run" / "shards.old-1" / "train-000000.tar").exists()
-
-
-def test_missing_shards(tmp_path):
-    done = launch("data.source=shards", "data.train=/nowhere/*.tar", f"run.dir={tmp_path}/run")
-    refused(done, "/nowhere/*.tar")
-
-
-def test_truncated_shard(shards, tmp_path):
-    data = shards[1].read_bytes()
-    shards[1].write_bytes(data[: len(data) // 2 + 100])
-    refused(launch(*of_shards(shards, tmp_path), "--stages", "index"), str(shards[1]))
-
-
-@pytest.mark.slow
-def test_shard_changed_after_indexing(shards, tmp_path):
-    arguments = of_shards(shards, tmp_path, "teacher.global_batch=8")
-    assert launch(*arguments, "--stages", "index").returncode == 0
-    shards[2].unlink()
-    refused(launch(*arguments, "--stages", "index,teacher"), "data.train: 1 gone", "--update")
-
-
-@pytest.mark.slow
-def test_fewer_samples_than_a_global_batch(shards, tmp_path):
-    arguments = of_shards(shards, tmp_path, "teacher.global_batch=64", "--stages", "index,teacher")
-    refused(
-        launch(*arguments),
-        "48 training images are fewer than one global batch of 64",
-        "teacher.global_batch",
-    )
-
-
-@pytest.mark.slow
-def test_corrupt_images_up_to_the_limit_are_reported_and_beyond_it_stop(tmp_path):
-    images = random_images(64, 16, 16)
-    shards = make_shards(
-        tmp_path / "shards", images, np.arange(64) % 4, shard_size=16, suffix="jpg"
-    )
-    data = bytearray(shards[0].read_bytes())
-    start = data.index(b"\xff\xd8")
-    data[start + 2 : start + 60] = bytes(58)
-    shards[0].write_bytes(bytes(data))
-    arguments = of_shards(shards, tmp_path, "teacher.global_batch=8", "teacher.epochs=2")
-    arguments.append(f"data.test={shards[1]}")
-    arguments += ["--stages", "index,teacher"]
-    refused(
-        launch(*arguments),
-        "corrupt images",
-        "data.max_corrupt",
-        str(shards[0]),
-    )
-    done = launch(*arguments, "data.max_corrupt=0.5", "--update")
-    assert done.returncode == 0, done.stderr
-    assert "1 corrupt" in done.stdout
 
 
 def test_corrupt_samples_count_once_however_often_they_are_read():
@@ -301,14 +198,6 @@ def test_too_few_images_are_said_at_index(tmp_path, capsys):
     few = ["graph.scope=batch", "graph.neighbours=4", "student.global_batch=8"]
     batch = settings.load("demo", [*run[2:], *few])
     assert preflight.misfits(batch, stages, 8) == []
-
-
-@pytest.mark.slow
-def test_too_few_images_for_the_student_end_a_run_before_the_teacher(shards, tmp_path):
-    done = launch(*of_shards(shards, tmp_path, "graph.candidates=48"))
-    refused(done, "48 candidates for each of 48 training images", "graph.candidates=47 or less")
-    assert (tmp_path / "run" / "manifest" / "done.json").exists()
-    assert not (tmp_path / "run" / "teacher").exists()
 
 
 def test_small_classes_are_no_fault_and_single_images_are_said():

@@ -17,7 +17,7 @@ from cnn2gnn_dist.runtime.ranks import Ranks
 from cnn2gnn_dist.stages.compared_models import Attached, label_vote, self_path
 from cnn2gnn_dist.stages.neighbours.neighbourhood import Neighbourhood
 from cnn2gnn_dist.stages.shared.context import Context, RunPaths
-from tests.unit.graph.test_partition import random_table
+from tests.support.graphs import random_table
 from tests.unit.models.test_student import DZ, C, D, make_images, student
 
 N, M, B = 40, 6, 7

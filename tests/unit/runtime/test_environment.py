@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import http.server
 import importlib
-import os
 import resource
-import secrets
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
@@ -23,8 +18,8 @@ from cnn2gnn_dist import upload_checks
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.runtime import host_checks, ray_probe, rendezvous
 from cnn2gnn_dist.runtime.process_group import device_index, join
-from cnn2gnn_dist.runtime.ranks import DEFAULT_PORT, Ranks, first_host
-from tests.support import rank_group, runs
+from cnn2gnn_dist.runtime.ranks import Ranks, first_host
+from tests.support import runs
 
 # --- who am I, and where do we meet ------------------------------------------------------------
 
@@ -130,26 +125,6 @@ def test_an_address_of_another_host_is_met_on_all_interfaces_with_a_note(capsys)
     assert "MASTER_ADDR=192.0.2.77 is no address" in capsys.readouterr().err
 
 
-def own_sockets() -> list[str]:
-    """Where this rank listens, once the group has talked."""
-    from cnn2gnn_dist.runtime import collectives
-
-    collectives.all_gather_object(os.getpid())
-    return listening_at(psutil.Process())
-
-
-def listening_at(process: psutil.Process) -> list[str]:
-    found = process.net_connections("inet")
-    return [one.laddr.ip for one in found if one.status == psutil.CONN_LISTEN]
-
-
-@pytest.mark.slow
-def test_no_rank_listens_beyond_the_rendezvous_address():
-    for rank, found in enumerate(rank_group.run(own_sockets, 2)):
-        assert found, f"rank {rank} listens nowhere: the test looks at nothing"
-        assert set(found) == {"127.0.0.1"}
-
-
 @pytest.mark.parametrize("rank", [0, 1])
 def test_ranks_that_nobody_else_joins(rank):
     """RANK and WORLD_SIZE left in a shell, for one."""
@@ -187,29 +162,6 @@ def test_shared_memory_that_cannot_be_written(monkeypatch):
     monkeypatch.setattr(host_checks, "SHARED_MEMORY", Path("/proc"))
     with pytest.raises(UserError, match="nothing can be written to /proc"):
         host_checks.check_shared_memory()
-
-
-@pytest.mark.slow
-def test_a_ray_that_does_not_start_is_said_in_a_line(tmp_path):
-    """Here for a path that is too long for its sockets, which a session avoids otherwise."""
-    place = tmp_path / ("x" * 90)
-    place.mkdir()
-    script = f"""
-from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.runtime import ray_group, ray_session
-ray_session.LONGEST_FOLDER = {len(str(place)) + 40}
-try:
-    ray_group.start(None, 1)
-except UserError as error:
-    print(error)
-"""
-    env = runs.bare_environment(tmp_path) | {"RAY_TMPDIR": str(place)}
-    code, output = runs.finish(runs.start([sys.executable, "-c", script], env))
-    assert code == 0, output
-    assert "Ray does not start on this host: " in output
-    assert "AF_UNIX path length" in output
-    assert "Traceback" not in output
-    assert list(place.iterdir()) == []
 
 
 # --- a cluster's address -----------------------------------------------------------------------
@@ -279,63 +231,6 @@ def test_a_token_is_looked_for_where_ray_does(tmp_path):
         ("of path", str(tmp_path / "other")),
         ("of variable", "RAY_AUTH_TOKEN"),
     ]
-
-
-@pytest.mark.slow
-def test_a_cluster_says_which_token_it_wants(ray_cluster, monkeypatch, tmp_path):
-    import ray
-
-    address = ray.get_runtime_context().gcs_address
-    assert ray_probe.cluster_mode(address, "cluster.address") == "token"
-    with monkeypatch.context() as patch:
-        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        with pytest.raises(UserError, match="refuses this user's token") as caught:
-            ray_probe.cluster_mode(address, "cluster.address")
-        assert caught.value.remedy.startswith("unset RAY_AUTH_TOKEN RAY_AUTH_TOKEN_PATH, and save")
-    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "none"))
-    with pytest.raises(UserError, match="demands a token, and there is none here") as caught:
-        ray_probe.cluster_mode(address, "cluster.address")
-    assert str(tmp_path / "none") in caught.value.where
-    assert caught.value.remedy.startswith("unset RAY_AUTH_TOKEN_PATH, and save")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("held_by", ["RAY_ADDRESS", "cluster.address", "GLOO_SOCKET_IFNAME"])
-def test_a_run_that_can_go_nowhere_ends_before_anything_is_started(tmp_path, held_by):
-    value = "nothing9" if held_by.startswith("GLOO") else f"127.0.0.1:{runs.free_port()}"
-    command = [sys.executable, "-m", "cnn2gnn_dist", "teacher", "--config", "demo", "device=cpu"]
-    command += [f"run.dir={tmp_path / 'run'}"]
-    env = runs.bare_environment(tmp_path)
-    if held_by == "cluster.address":
-        command += [f"{held_by}={value}"]
-    else:
-        env[held_by] = value
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2
-    what = "names no network interface" if value == "nothing9" else "no Ray cluster answers"
-    assert what in done.stderr
-    assert f"where:  {held_by}={value}" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert "Ray's logs were kept" not in done.stderr
-    assert not (tmp_path / ".ray").exists()
-
-
-@pytest.mark.slow
-def test_a_single_process_needs_no_port(tmp_path):
-    """Others listen where launchers meet by default."""
-    with socket.socket() as taken:
-        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            taken.bind(("0.0.0.0", DEFAULT_PORT))
-            taken.listen()
-        except OSError:
-            pass  # somebody else does
-        command = [sys.executable, "launch/train.py", "--stages", "pack,index,teacher"]
-        command += ["--config", "demo", *runs.MICRO, "data.limit=100", "data.holdout=0.2"]
-        command += ["teacher.epochs=1", "device=cpu", f"run.dir={tmp_path / 'run'}"]
-        code, output = runs.finish(runs.start(command, runs.bare_environment(tmp_path)))
-    assert code == 0, output[-3000:]
-    assert (tmp_path / "run" / "teacher" / "done.json").is_file()
 
 
 # --- what is sent with a job -------------------------------------------------------------------

@@ -153,7 +153,6 @@ def test_the_console_is_throttled_but_shows_every_test(
     assert len(read(log.path)) == 4
 
 
-@pytest.mark.slow
 def test_tensorboard_forgets_what_was_truncated(tmp_path: Path) -> None:
     accumulator = pytest.importorskip(
         "tensorboard.backend.event_processing.event_accumulator"

@@ -96,7 +96,6 @@ def test_file_urls_are_local_paths(shards):
     assert expand([f"file://{path}" for path in shards]) == [str(path) for path in shards]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("limit", [0, 1 << 30])
 def test_s3(shards, tmp_path, wanted, limit, monkeypatch):
     import fsspec
@@ -211,7 +210,6 @@ def read_all(spec: ReaderSpec, go: multiprocessing.synchronize.Barrier) -> None:
     Reader(spec).read(Request(IDS, 1))
 
 
-@pytest.mark.slow
 def test_processes_of_a_node_download_once(web, shards, tmp_path):
     spec = far_spec(tmp_path, urls_of(web, shards), 1 << 30)
     web.requests.clear()
@@ -230,7 +228,6 @@ def open_one(folder: Path, url: str, length: int) -> None:
     ShardCache(folder, 1 << 30).open(url, length)
 
 
-@pytest.mark.slow
 def test_a_download_that_is_killed_leaves_no_shard_and_is_cleared(web, shards, tmp_path):
     url, length = urls_of(web, shards)[0], shards[0].stat().st_size
     asked, plain = multiprocessing.get_context("spawn").Event(), None

@@ -66,7 +66,6 @@ def test_local_gives_what_a_reader_gives(spec, workers, prefetch):
         assert stream.wait_seconds > 0
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("workers", "prefetch"), [(1, 1), (2, 4)])
 def test_ray_gives_what_a_reader_gives(spec, ray_cluster, workers, prefetch):
     requests = some_requests()
@@ -155,7 +154,6 @@ def test_an_abandoned_loop_leaves_the_stream_usable(spec):
         assert_same(list(stream.batches(requests)), expected(spec, requests))
 
 
-@pytest.mark.slow
 def test_killed_readers_are_replaced_and_asked_again(spec, ray_cluster, monkeypatch):
     import ray
 
@@ -176,7 +174,6 @@ def test_killed_readers_are_replaced_and_asked_again(spec, ray_cluster, monkeypa
     assert len(asked) > len(requests)
 
 
-@pytest.mark.slow
 def test_readers_that_die_while_they_read(spec, ray_cluster, monkeypatch):
     monkeypatch.setattr(ray_readers, "ReaderActor", DiesOnce)
     requests = [Request(np.arange(i, i + 6), 2) for i in range(8)]
@@ -199,7 +196,6 @@ class DiesOnce(ray_readers.ReaderActor):
         return super().read(ids, view)
 
 
-@pytest.mark.slow
 def test_a_request_that_kills_every_reader_is_named(spec, ray_cluster, monkeypatch):
     monkeypatch.setattr(ray_readers, "MOST_DEATHS", 2)
     monkeypatch.setattr(ray_readers, "ReaderActor", Suicidal)
@@ -217,7 +213,6 @@ class Suicidal(ray_readers.ReaderActor):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.slow
 def test_actors_end_with_the_stream_and_have_readable_names(spec, ray_cluster):
     import ray
 
@@ -239,7 +234,7 @@ def test_actors_end_with_the_stream_and_have_readable_names(spec, ray_cluster):
     [
         ("local", "missing"),
         ("local", "truncated"),
-        pytest.param("ray", "missing", marks=pytest.mark.slow),
+        ("ray", "missing"),
     ],
 )
 def test_a_wrong_shard_is_the_users_to_mend(spec, backend, damage, request):
@@ -262,7 +257,7 @@ def test_a_wrong_shard_is_the_users_to_mend(spec, backend, damage, request):
         assert_same(list(stream.batches(requests[:1])), expected(spec, requests[:1]))
 
 
-@pytest.mark.parametrize("backend", ["local", pytest.param("ray", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["local", "ray"])
 def test_corrupt_samples_are_reported_not_raised(tmp_path, backend, request):
     if backend == "ray":
         request.getfixturevalue("ray_cluster")
@@ -317,7 +312,6 @@ def test_ray_must_run(spec, monkeypatch):
         ReaderPool(spec, backend="ray", workers=1, prefetch=1)
 
 
-@pytest.mark.slow
 def test_the_sessions_cluster_listens_on_the_loopback_only(ray_cluster):
     children = psutil.Process().children(recursive=True)
     sockets = []
@@ -329,7 +323,6 @@ def test_the_sessions_cluster_listens_on_the_loopback_only(ray_cluster):
     assert listening
 
 
-@pytest.mark.slow
 def test_a_missing_manifest_is_said_at_once(tmp_path, ray_cluster):
     spec = ReaderSpec(str(tmp_path / "none.arrow"), ViewSpec("none", 32))
     with pytest.raises(UserError, match="no manifest"):

@@ -1,0 +1,59 @@
+"""The sequence of global batches does not know ranks, readers, backends or accumulation: across processes."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+
+from tests.unit.data.test_sequence import (  # noqa: F401 (fixtures)
+    SHARDS,
+    Case,
+    Data,
+    Way,
+    assert_wanted,
+    data,
+    places_of,
+    run,
+    shards,
+)
+
+pytestmark = pytest.mark.ray
+
+LOCAL = [
+    Way(1, 1, 1),
+    Way(1, 16, 24, prefetch=20),
+    Way(2, 3, 4),
+    Way(4, 1, 2, prefetch=1),
+    Way(4, 16, 1),
+    Way(8, 3, 1),
+    Way(8, 1, 3, prefetch=9),
+]
+
+
+RAY = [  # few: a reader there is a process
+    ("parts", Way(2, 1, 2, "ray")),
+    ("whole", Way(2, 3, 4, "ray")),
+    ("whole", Way(1, 16, 12, "ray", prefetch=16)),
+]
+
+
+@pytest.mark.parametrize(
+    ("data", "way"),
+    [
+        *itertools.product(("whole", "parts"), LOCAL),
+        *(pytest.param(*case, marks=pytest.mark.ray) for case in RAY),
+    ],
+    indirect=["data"],
+    ids=str,
+)
+def test_the_bytes_are_the_same_any_way(data, way, request):
+    if way.backend == "ray":
+        request.getfixturevalue("ray_cluster")
+    order = data.case.order()
+    rows = [len(order.rank_batch(0, 0, rank, way.world)) for rank in range(way.world)]
+    way = replace(way, accumulation=min(way.accumulation, *rows, 99))
+    last = order.batches_per_epoch
+    places = [(e, i) for e in (0, 1) for i in range(last)]  # over the epoch's end
+    assert_wanted(data, places, run(data, way, places))

@@ -1,0 +1,60 @@
+"""Runs under way: waited for, looked into, killed."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+
+from cnn2gnn_dist.training import metrics
+from tests.support.forks import Fork
+
+
+def read_until(process: subprocess.Popen[str] | Fork, pattern: str) -> str:
+    """Output up to the first line that matches."""
+    seen = []
+    assert process.stdout is not None
+    for line in process.stdout:
+        seen.append(line)
+        if re.search(pattern, line):
+            return "".join(seen)
+    raise AssertionError(f"{pattern!r} never came:\n{''.join(seen)[-4000:]}")
+
+
+def reach(
+    process: subprocess.Popen[str] | Fork, run: Path, stage: str, step: int | None = None
+) -> None:
+    """Wait until a training has logged this step; without one, until it has a checkpoint."""
+    path, latest = run / stage / "metrics.jsonl", run / stage / "checkpoints" / "latest"
+    deadline = time.monotonic() + 400  # beside other work; it costs nothing where it is quick
+
+    def there() -> bool:
+        if step is None:
+            return latest.exists()
+        return path.exists() and any(line["step"] >= step for line in metrics.read(path))
+
+    while not there():
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            raise AssertionError(f"no {stage} step {step}:\n{process.communicate()[0][-4000:]}")
+        time.sleep(0.005)
+
+
+def ranks_of(process: subprocess.Popen[str] | Fork) -> list[psutil.Process]:
+    """The ranks below launch, in order."""
+    children = psutil.Process(process.pid).children()
+    return sorted((c for c in children if "launch/train.py" in c.cmdline()), key=lambda c: c.pid)
+
+
+def kill_all(process: subprocess.Popen[str] | Fork) -> None:
+    """SIGKILL to a process and everything below it, without warning."""
+    family = [process, *psutil.Process(process.pid).children(recursive=True)]
+    for member in family:
+        os.kill(member.pid, signal.SIGKILL)
+    process.communicate()
+    psutil.wait_procs([m for m in family if isinstance(m, psutil.Process)])

@@ -1,0 +1,27 @@
+"""A unit test starts no process: what does belongs in tests/multiprocess or tests/end_to_end."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+_STARTS = {"os.fork", "os.forkpty", "os.posix_spawn", "os.system", "subprocess.Popen"}
+_test: str | None = None
+
+
+def _refuse(event: str, _arguments: tuple[object, ...]) -> None:
+    if _test is not None and event in _STARTS:
+        raise AssertionError(f"{_test} starts a process ({event}): not a unit test")
+
+
+sys.addaudithook(_refuse)
+
+
+@pytest.fixture(autouse=True)
+def _no_processes(request: pytest.FixtureRequest) -> Iterator[None]:
+    global _test
+    _test = request.node.nodeid
+    yield
+    _test = None
