@@ -46,9 +46,11 @@ def reach(
 
 
 def ranks_of(process: subprocess.Popen[str] | Fork) -> list[psutil.Process]:
-    """The ranks below launch, in order."""
+    """The ranks below their launcher, in order."""
     children = psutil.Process(process.pid).children()
-    return sorted((c for c in children if "launch/train.py" in c.cmdline()), key=lambda c: c.pid)
+    forked = isinstance(process, Fork)  # torchrun has children of other kinds, too
+    ranks = [child for child in children if forked or "launch/train.py" in child.cmdline()]
+    return sorted(ranks, key=lambda child: child.pid)
 
 
 def kill_all(process: subprocess.Popen[str] | Fork) -> None:
