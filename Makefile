@@ -7,9 +7,7 @@ BIN    := $(VENV)/bin
 # With a GPU, or to choose a build: make demo TORCH="torch==2.13.0 --index-url <the index of your CUDA>"
 TORCH  ?= torch==2.13.0
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-# Test files side by side; those that start launches of several ranks, two at a time on two cores.
-JOBS   ?= 3
-# Unit tests compute and start nothing: as many as there are cores.
+# Files side by side: unit tests compute and start nothing, the others start ranks, two of each at a time.
 CORES  ?= 2
 PYTEST := $(BIN)/python -m pytest --durations 25
 export OMP_NUM_THREADS ?= 1
@@ -33,9 +31,9 @@ quick: lint
 	$(PYTEST) tests/unit --numprocesses $(CORES) --dist loadfile
 
 test: install
-	$(PYTEST) --numprocesses $(JOBS) --dist loadfile -m "not slow"
-	$(PYTEST) --numprocesses 2 --dist loadfile -m "slow and not ray"
-	$(PYTEST) -m "slow and ray"
+	$(PYTEST) tests/unit --numprocesses $(CORES) --dist loadfile
+	$(PYTEST) tests/multiprocess tests/end_to_end --numprocesses $(CORES) --dist loadfile -m "not ray"
+	$(PYTEST) tests/multiprocess tests/end_to_end -m ray
 
 lint: install
 	$(BIN)/ruff check .

@@ -30,7 +30,17 @@ from tests.support.runs import MICRO
 PACKAGE = Path(cnn2gnn_dist.__file__).parent
 PYTHON = {
     getattr(Tensor, name)
-    for name in ("item tolist numpy cpu __array__ __float__ __int__ __bool__ __index__").split()
+    for name in [
+        "item",
+        "tolist",
+        "numpy",
+        "cpu",
+        "__array__",
+        "__float__",
+        "__int__",
+        "__bool__",
+        "__index__",
+    ]
 }
 """What brings values of a tensor to Python."""
 INSIDE = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal"}
