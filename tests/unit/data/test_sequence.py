@@ -22,7 +22,6 @@ from cnn2gnn_dist.data.reading.reader import Reader, ReaderSpec, Request
 from tests.support.reference_order import plain_batches, plain_order, plain_windows
 from tests.support.shards import make_shards, random_images
 
-
 WORLDS = (1, 2, 4, 8)
 
 
