@@ -76,7 +76,11 @@ class Command:
 def commands(root: Path = REPOSITORY) -> list[Command]:
     """All commands of README.md, CONTRIBUTING.md and docs/*.md in reading order, each text once a file."""
     found: dict[tuple[str, str], Command] = {}
-    for file in [root / "README.md", root / "CONTRIBUTING.md", *sorted((root / "docs").glob("*.md"))]:
+    for file in [
+        root / "README.md",
+        root / "CONTRIBUTING.md",
+        *sorted((root / "docs").glob("*.md")),
+    ]:
         for number, text in _texts(file.read_text(encoding="utf-8")):
             kind, why = kind_of(text)
             name = str(file.relative_to(root))
