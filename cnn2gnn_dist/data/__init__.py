@@ -1,6 +1,6 @@
 """Data: shards, their index, the order of samples, and the stream that reads them.
 
-``from cnn2gnn_dist.data import Stream, ViewSpec`` is all that another training script needs.
+Another training script only needs ``from cnn2gnn_dist.data import Stream, ViewSpec``.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ __all__ = ["Stream", "ViewSpec"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for, and no torch for those who only want an index."""
+    """Import names lazily, so that building an index does not import torch."""
     if name == "Stream":
         from cnn2gnn_dist.data.stream import Stream
 

@@ -1,1 +1,1 @@
-"""From shards to a manifest: what each sample is, which classes two sets share, fingerprints of files."""
+"""From shards to a manifest: the rows, the classes that two data sets share, and file fingerprints."""

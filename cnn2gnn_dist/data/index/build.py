@@ -1,4 +1,4 @@
-"""From shards to the columns of a manifest, shard by shard: memory grows with the columns alone."""
+"""Build the columns of a manifest shard by shard; memory grows only with the columns."""
 
 from __future__ import annotations
 
@@ -21,15 +21,19 @@ from cnn2gnn_dist.data.index.shard_rows import COLUMNS, ShardRows, Wanted, read_
 from cnn2gnn_dist.data.storage import urls
 from cnn2gnn_dist.data.tar.tar_file import Passed
 
-_DOWNLOADS = 4  # remote shards at a time
-SHORT = 1 << 31  # bytes that 32-bit offsets reach
+_DOWNLOADS = 4  # concurrent downloads of remote shards
+SHORT = 1 << 31  # bytes addressable with 32-bit offsets
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class Gathered:
-    """All rows: columns ``NAME_N`` as in the manifest, keys, checksums or None, what names say, what is left out."""
+    """All rows of the shards.
+
+    Columns ``NAME_N`` are as in the manifest. With them come the keys, the checksums (or None), the class names
+    and count, and the members that were left out.
+    """
 
     shards: tuple[Shard, ...]
     told: Told
@@ -49,16 +53,16 @@ def gather(
     workers: int | None = None,
     progress: bool = True,
 ) -> Gathered:
-    """Read the shards in their order; see :func:`cnn2gnn_dist.data.index.manifest.index`.
+    """Read the shards in order; see :func:`cnn2gnn_dist.data.index.manifest.index`.
 
-    ``num_classes`` bounds the labels; ``names`` tells whether class names are read.
+    ``num_classes`` bounds the labels; ``names`` enables reading of class names.
     """
     from tqdm import tqdm
 
     given = [os.fspath(shard) for shard in shards]
     paths = [name if urls.is_remote(name) else os.path.abspath(name) for name in given]
     far = any(map(urls.is_remote, paths))
-    checksums = checksums or far  # what comes over a network is verified when it is read
+    checksums = checksums or far  # data read over a network is verified against them
     workers = workers or (_DOWNLOADS if far else 1)
     wanted = Wanted(num_classes, require_labels, checksums, names)
     found: dict[int, Named] = {}
@@ -108,7 +112,7 @@ def _columns(parts: list[ShardRows]) -> dict[str, np.ndarray]:
 
 
 def joined(keys: list[pa.Array]) -> pa.Array:
-    """One Arrow array of several, with 32-bit offsets where 2 GiB suffice."""
+    """Concatenate Arrow arrays, with 32-bit offsets if the result is below 2 GiB."""
     whole = pa.concat_arrays(keys)
     return whole.cast(pa.string()) if whole.nbytes < SHORT else whole
 
@@ -116,9 +120,9 @@ def joined(keys: list[pa.Array]) -> pa.Array:
 def in_order(
     work: Callable[[Item], Result], items: Iterable[Item], workers: int
 ) -> Iterator[Result]:
-    """Map in the order of the items, in threads when ``workers`` > 1, a few items ahead.
+    """Map ``work`` over the items in order, a few items ahead in threads when ``workers`` > 1.
 
-    Threads pay where reading waits: network file systems and remote shards.
+    Threads pay off where reads have latency: network file systems and remote shards.
     """
     if workers <= 1:
         yield from map(work, items)

@@ -1,8 +1,8 @@
-"""What sets of images say of their classes, and how the classes of two sets are matched.
+"""Class names and counts of data sets, and matching of the classes of two data sets.
 
-A set numbers its classes, and may name them. Two sets may number the same classes differently, so
-they are matched by name wherever there are names, and never silently by number where only one side
-has some. Pure: labels and names in, labels and names out.
+A data set numbers its classes and may name them. Two data sets may number the same classes
+differently, so classes are matched by name wherever names exist, and never silently by number where
+only one side has names. Pure functions: labels and names in, labels and names out.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from cnn2gnn_dist.data.tar.tar_file import shown
 from cnn2gnn_dist.errors import UserError
 
 MOST = 1 << 20
-"""Classes beyond which a set must have as many samples: else a stray number made them."""
+"""A data set with more classes than this must have at least as many samples; else a label is an outlier."""
 _LISTED = 5
 
 
 @dataclass(frozen=True)
 class Told:
-    """What a set says of its classes.
+    """The class names and class count of a data set.
 
     Attributes:
-        names: the name of each number that has one.
-        count: how many classes there are: as many as a list declares, or the highest label says.
+        names: class number → name, for the classes that have one.
+        count: number of classes: as a list declares, or as the highest label implies.
     """
 
     names: Mapping[int, str]
@@ -38,10 +38,10 @@ class Told:
 
 
 def check_count(count: int, samples: int, where: str = "") -> None:
-    """See that labels are numbers of classes, and not ids of something.
+    """Check that labels are class numbers and not ids of some kind.
 
     Raises:
-        UserError: they would make many more classes than there are samples.
+        UserError: they imply many more classes than there are samples.
     """
     if count > max(MOST, samples):
         raise UserError(
@@ -53,7 +53,7 @@ def check_count(count: int, samples: int, where: str = "") -> None:
 
 
 def class_names(told: Told) -> tuple[str, ...]:
-    """Name the classes 0..count; two of one name (ImageNet has two cranes) get their number added."""
+    """Return the names of classes 0..count; duplicates (ImageNet has two cranes) get their number appended."""
     names = [told.names.get(label) or str(label) for label in range(told.count)]
     repeated = {name for name, times in Counter(names).items() if times > 1}
     return tuple(
@@ -62,13 +62,13 @@ def class_names(told: Told) -> tuple[str, ...]:
 
 
 def refuse_spellings(told: Told, where: str) -> None:
-    """Refuse a set that has one class under two spellings, as two classes.
+    """Refuse a data set that lists one class name in two spellings as two classes.
 
-    Such names look alike, and of two sets they are taken for the same (see :func:`match`). Names
-    that are the same sign by sign stand: ImageNet has two cranes.
+    Such names look alike, and across data sets they are considered equal (see :func:`match`). Names
+    that are identical character by character are allowed: ImageNet has two cranes.
 
     Raises:
-        UserError: it has; both spellings are shown.
+        UserError: it does; both spellings are shown.
     """
     spelled: dict[str, dict[str, int]] = defaultdict(dict)
     for label, name in told.names.items():
@@ -86,7 +86,7 @@ def refuse_spellings(told: Told, where: str) -> None:
 
 
 def case_note(told: Told) -> str | None:
-    """One sentence where names differ by case alone; else None."""
+    """Return one sentence if names differ only by case, else None."""
     folded: dict[str, dict[str, None]] = defaultdict(dict)
     for name in told.names.values():
         folded[_plain(name).casefold()][name] = None
@@ -100,15 +100,15 @@ def case_note(told: Told) -> str | None:
 
 
 def refuse_empty_classes(label_N: np.ndarray, names: Sequence[str], numbered: bool = False) -> None:
-    """Refuse labelled samples that leave a class without any.
+    """Refuse labeled samples if a class has none.
 
     Args:
         label_N: class of each sample; -1: none.
-        names: of the classes.
-        numbered: the classes have no names but their numbers.
+        names: the class names.
+        numbered: the classes have no names other than their numbers.
 
     Raises:
-        UserError: a class has no sample; it is named.
+        UserError: a class has no sample; the message names it.
     """
     count_C = np.bincount(label_N[label_N >= 0], minlength=len(names))
     empty = np.flatnonzero(count_C == 0)
@@ -131,20 +131,20 @@ def refuse_empty_classes(label_N: np.ndarray, names: Sequence[str], numbered: bo
 def match(
     train: Told, held: Told, present: Iterable[int], by: Literal["name", "number"] = "name"
 ) -> np.ndarray:
-    """Which training class each held-out class is.
+    """Map each held-out class to its training class.
 
     Args:
-        train: what the training images say of their classes.
-        held: what the held-out images say of theirs.
+        train: classes of the training images.
+        held: classes of the held-out images.
         present: the held-out classes that have samples; the others need not be known.
-        by: "number" takes both sets to number their classes alike, whatever they are called.
+        by: "number" assumes that both sets number their classes identically, whatever their names.
 
     Returns:
         int32 [held.count], -1 for classes that are not present.
 
     Raises:
-        UserError: a class is unknown to the training images, or names are missing on one side, or
-            do not tell which class is which.
+        UserError: a class does not occur in the training images, or names are missing on one side
+            or ambiguous.
     """
     labels = sorted(present)
     to = np.full(max([held.count, *(label + 1 for label in labels)]), -1, np.int32)
@@ -158,7 +158,7 @@ def _matched(train: Told, held: Told, labels: list[int], by: str) -> dict[int, i
     if not labels:
         return {}
     one = train.names or {label: held.names[label] for label in named}
-    # A side without names goes by number, and so does one whose names are its very numbers.
+    # A side without names, or whose names are its class numbers, is matched by number.
     plain = not (train.names and named) and all(name == str(n) for n, name in one.items())
     if by == "number" or plain:
         _refuse_beyond(labels, train)
@@ -179,15 +179,15 @@ def _matched(train: Told, held: Told, labels: list[int], by: str) -> dict[int, i
         else:
             (twins if found else unknown).append(label)
     alike = all(label == number for label, number in sure.items())
-    if not (alike and sure):  # nothing says that the numbers mean the same
+    if not (alike and sure):  # no evidence that both sides use the same numbers
         nameless: set[int] = set()
     else:
         nameless = set(range(train.count)) - set(train.names)
     unknown = [label for label in unknown if label not in nameless]
     if unknown:
         raise _unknown([held.names[label] for label in unknown], train)
-    # A name that several classes bear tells nothing alone: the numbers must, and do if all the
-    # other names say that both sides number alike.
+    # A name shared by several classes is ambiguous: only the numbers can tell the classes apart, and
+    # they do if all other names show that both sides use the same numbers.
     torn = [label for label in twins if not alike or label not in places[_plain(held.names[label])]]
     if torn:
         raise _torn([held.names[label] for label in torn])
@@ -199,18 +199,18 @@ def _matched(train: Told, held: Told, labels: list[int], by: str) -> dict[int, i
 
 
 def number_note(train: Told, held: Told, to_C: np.ndarray, by: str) -> str | None:
-    """One sentence on held-out classes whose names nothing was compared with; else None.
+    """Return one sentence on held-out classes whose names had no counterpart to compare with, else None.
 
     Args:
         train: as for :func:`match`.
         held: as for :func:`match`.
-        to_C: what it returned.
+        to_C: the result of :func:`match`.
         by: as for :func:`match`.
     """
     pairs = [(label, int(to)) for label, to in enumerate(to_C) if to >= 0]
     sides = [(held.names.get(label), train.names.get(to)) for label, to in pairs]
     if by == "name" and not (train.names and any(name is not None for name, _ in sides)):
-        return None  # one side has numbers alone, the other names that are those very numbers
+        return None  # one side has only numbers, and the names of the other are those numbers
     bare = {
         to: str(name if name is not None else other)
         for (_, to), (name, other) in zip(pairs, sides, strict=True)
@@ -226,13 +226,13 @@ def number_note(train: Told, held: Told, to_C: np.ndarray, by: str) -> str | Non
 
 
 def notes(train: Told, train_N: np.ndarray, held_N: np.ndarray, moved: bool) -> list[str]:
-    """What a person should know of two sets whose labels mean the same classes.
+    """Return notes for the user on two data sets whose labels use the same numbering.
 
     Args:
-        train: what the training images say of their classes.
+        train: classes of the training images.
         train_N: their labels.
         held_N: labels of the held-out images, in the training images' numbering.
-        moved: held-out classes were numbered in another way.
+        moved: the held-out classes were originally numbered differently.
     """
     names = class_names(train)
     said = []
@@ -264,7 +264,7 @@ def notes(train: Told, train_N: np.ndarray, held_N: np.ndarray, moved: bool) -> 
 
 
 def _plain(name: str) -> str:
-    """One spelling of a name: macOS writes é in file names as two signs, others as one."""
+    """Normalize the spelling of a name: macOS writes é in file names as two code points, others as one."""
     return unicodedata.normalize("NFC", name).strip()
 
 

@@ -1,7 +1,7 @@
-"""Class names as shards tell them: ``class_name`` in samples' ``.json``, lists beside the shards.
+"""Class names from shards: ``class_name`` in the samples' ``.json``, and lists beside the shards.
 
-Every sample's name is compared with what was told of its class before, mostly by looking for the
-same few bytes: parsing each json would double the time of an index.
+The name in each sample is compared with the known name of its class, mostly by searching for the
+same few bytes: parsing every JSON file would double the time to build an index.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cnn2gnn_dist.errors import UserError
 
 MAX_JSON = 1 << 20
 SMALL = 4096
-"""Bytes of a json that lie in a window that was read anyway; of longer ones one a class is read."""
+"""JSON files up to this many bytes lie in a window that is read anyway; of longer ones, one per class is read."""
 _MAX_NAME = 1000
 _FIELD = b'"class_name"'
 _SHARD = re.compile(r"(.+)-\d+\.tar")
@@ -26,7 +26,7 @@ _LIST = "-classes.json"
 
 
 class Named(NamedTuple):
-    """The name of a class, how it looks in a json, and who says so."""
+    """The name of a class, its bytes in a JSON file, and where it was found."""
 
     name: str
     bytes: bytes
@@ -34,15 +34,15 @@ class Named(NamedTuple):
 
 
 class Names:
-    """Collects what one shard says.
+    """Collects the class names of one shard.
 
     Args:
         archive: the shard.
-        known: names by class from elsewhere.
+        known: class → name, from other sources.
 
     Attributes:
         found: names that were not known before.
-        bytes: what lies in a json that gives a class the name it is known by.
+        bytes: class → the bytes that a JSON file with the known name contains.
     """
 
     def __init__(self, archive: Archive, known: Mapping[int, Named]) -> None:
@@ -51,10 +51,10 @@ class Names:
         self.bytes = {label: named.bytes for label, named in list(known.items())}
 
     def see(self, label: int, sample: TarSample) -> None:
-        """Take in the name that a sample with a ``.json`` gives its class.
+        """Record the class name given by a sample with a ``.json``.
 
         Raises:
-            UserError: it is another one than before.
+            UserError: it differs from the known name.
         """
         member = sample.fields["json"]
         if member.size > SMALL and (member.size > MAX_JSON or label in self.bytes):
@@ -66,7 +66,9 @@ class Names:
     def _take(self, label: int, about: bytes, sample: TarSample) -> None:
         name = _name_in(about)
         if name is None:
-            if b'"class_name": null' in about:  # as our own packers write; seen at once next time
+            if (
+                b'"class_name": null' in about
+            ):  # as our packers write it; take the fast path next time
                 self.bytes.setdefault(label, b'"class_name": null')
             return
         member = f"{self._where}, member '{shown(sample.fields['json'].name)}'"
@@ -80,10 +82,10 @@ class Names:
 
 
 def merge(known: dict[int, Named], found: Mapping[int, Named]) -> None:
-    """Add what a shard says to what is known.
+    """Merge the names of a shard into the known names.
 
     Raises:
-        UserError: they give one class two names.
+        UserError: one class has two names.
     """  # noqa: DOC501
     for label, named in found.items():
         old = known.setdefault(label, named)
@@ -92,7 +94,7 @@ def merge(known: dict[int, Named], found: Mapping[int, Named]) -> None:
 
 
 def disagree(label: int, old: Named, new: Named) -> UserError:
-    """The error for two names of one class."""
+    """Return the error for two names of one class."""
     return UserError(
         f"Class {label} is '{shown(new.name, 60)}' here, and '{shown(old.name, 60)}' in "
         f"{old.where}: one of them numbers the classes in another way.",
@@ -102,10 +104,10 @@ def disagree(label: int, old: Named, new: Named) -> UserError:
 
 
 def lists_beside(paths: Iterable[str]) -> tuple[dict[int, Named], int]:
-    """The names in ``PREFIX-classes.json`` beside local shards, and how many classes they list.
+    """Return the names in ``PREFIX-classes.json`` beside local shards, and the number of classes listed.
 
     Raises:
-        UserError: such a list is damaged, or two of them disagree.
+        UserError: a list is corrupt, or two lists disagree.
     """
     known: dict[int, Named] = {}
     count = 0
@@ -117,16 +119,16 @@ def lists_beside(paths: Iterable[str]) -> tuple[dict[int, Named], int]:
 
 
 def lists_of(paths: Iterable[str]) -> list[str]:
-    """The files ``PREFIX-classes.json`` that lie beside local shards ``PREFIX-NUMBER.tar``."""
+    """Return the files ``PREFIX-classes.json`` beside local shards ``PREFIX-NUMBER.tar``."""
     prefixes = dict.fromkeys(m.group(1) for m in map(_SHARD.fullmatch, paths) if m)
     lists = [f"{prefix}{_LIST}" for prefix in prefixes if "://" not in prefix]
     return [path for path in lists if os.path.isfile(path)]
 
 
 def unused_lists(paths: Sequence[str]) -> str | None:
-    """What to say of lists in the folders of local shards that name none of their classes.
+    """Return a sentence on lists in the folders of local shards that name none of their classes, or None.
 
-    A list of other shards that lie there too (the held-out ones, say) is nothing to speak of.
+    A list that belongs to other shards in the same folder (for example the held-out ones) does not count.
     """
     here = [path for path in paths if "://" not in path]
     used = set(lists_of(here))
@@ -162,16 +164,16 @@ def _read_list(path: str) -> list[str | None]:
             remedy="Pack the shards again, or delete the list: names are then those in the shards.",
         ) from failure
     if not isinstance(names, list) or any(not isinstance(x, str | None) for x in names):
-        return []  # somebody else's file
+        return []  # an unrelated file
     refuse_blank(names, path)
     return names
 
 
 def refuse_blank(names: Sequence[str | None], where: str) -> None:
-    """Refuse several classes one of which is called by nothing: rows without a label.
+    """Refuse a blank name among several classes: it comes from rows without a label.
 
     Raises:
-        UserError: one is.
+        UserError: a name is blank.
     """
     blank = [n for n, name in enumerate(names) if name is not None and not name.strip()]
     if blank and len(names) > 1:
@@ -183,17 +185,17 @@ def refuse_blank(names: Sequence[str | None], where: str) -> None:
 
 
 def _name_in(about: bytes) -> str | None:
-    """``class_name`` of a ``.json``; a json of another make is no fault."""
+    """Return ``class_name`` of a ``.json``, or None; JSON of any other form is not an error."""
     try:
         name = json.loads(about)["class_name"]
-        name.encode("utf-8")  # JSON may hold halves of surrogate pairs
+        name.encode("utf-8")  # JSON may contain lone surrogates
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return name if isinstance(name, str) and 0 < len(name) <= _MAX_NAME else None
 
 
 def _as_written(name: str, about: bytes) -> bytes:
-    """The bytes of field and name in this json, or some that are in none."""
+    """Return the bytes of field and name as written in this JSON, or in the default form if not found."""
     for plain in (False, True):
         for colon in (": ", ":"):
             written = f'"class_name"{colon}{json.dumps(name, ensure_ascii=plain)}'.encode()

@@ -1,9 +1,9 @@
-"""The files that a run was made from: which they are, and whether their contents are the same.
+"""Fingerprints of a run's input files: which files they are, and whether their contents are unchanged.
 
-Names, lengths and times are looked at each time. Contents are read once, and again only of files
-whose length or time is another than noted, so a touched file or a copy without times is the same
-file, and one changed at equal length is not. Of a remote file its store is asked for a tag (ETag,
-Last-Modified). Names count from the folder that all files have in common: data may move.
+Names, lengths and times are checked every time. Contents are read once, and again only for files
+whose length or time differs from the record. So a touched file, or a copy that did not keep its time,
+is the same file, and a file changed at equal length is not. For a remote file, the store is asked for
+a tag (ETag, Last-Modified). Names are relative to the common folder of all files, so data may move.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from cnn2gnn_dist.data.storage.shard_paths import files_of
 from cnn2gnn_dist.errors import UserError
 
 READ_BYTES = 16 << 30
-"""Of larger sets the contents are not read (unless asked for): there the times count."""
+"""Contents of larger data sets are not read unless asked for; their times are compared instead."""
 LISTED = 200_000
-"""Of more files only sums are noted, not the one that differs."""
+"""With more files, only hashes over all files are recorded, and not which file differs."""
 AT_ONCE, LOT = 8, 256
-"""Threads, and files that one takes at a time."""
+"""Number of threads, and files per task."""
 SHORT = 1 << 20
-"""Bytes that are read at once: opening a file in Python's own way costs more than a small image."""
+"""Files up to this many bytes are read by one `os.read`: Python's `open` costs more than a small image."""
 
 
 class Seen(NamedTuple):
-    """A file without its content: ``time`` in ns; ``tag`` of a remote one, "" where it has none."""
+    """A file without its content: ``time`` in ns; ``tag`` of a remote file, "" if it has none."""
 
     name: str
     place: str
@@ -48,14 +48,14 @@ class Seen(NamedTuple):
 
 @dataclass(frozen=True)
 class Noted:
-    """What is known of the files of one origin.
+    """The recorded fingerprint of the files of one origin.
 
     Attributes:
-        origin: the paths as the config names them.
-        by: "bytes": contents were read; "times": the set is too large, their times count.
-        look: sum over names, lengths, times and tags, in their order.
-        content: sum over names, lengths and contents: what a stage's key holds.
-        files: name → (bytes, time, content or tag); None for very many.
+        origin: the paths as written in the config.
+        by: "bytes": contents were read; "times": the set is too large, so times are compared.
+        look: hash of names, lengths, times and tags, in file order.
+        content: hash of names, lengths and contents; part of a stage's key.
+        files: name → (bytes, time, content or tag); None beyond `LISTED` files.
     """
 
     origin: tuple[str, ...]
@@ -65,12 +65,12 @@ class Noted:
     files: dict[str, tuple[int, int, str]] | None
 
     def tree(self) -> dict[str, Any]:
-        """As plain data."""
+        """Return the fingerprint as plain data."""
         return dict(self.__dict__)
 
     @classmethod
     def of(cls, tree: dict[str, Any]) -> Noted:
-        """From plain data; KeyError, TypeError and ValueError mean that it is none."""
+        """Parse plain data; raises KeyError, TypeError or ValueError if it is not a fingerprint."""
         files = tree["files"]
         if files is not None:
             files = {str(n): (int(b), int(t), str(m)) for n, (b, t, m) in files.items()}
@@ -79,27 +79,27 @@ class Noted:
 
 
 def paths_of(origin: str | Sequence[str]) -> tuple[str, ...]:
-    """The paths of an origin, as a tuple."""
+    """Return the paths of an origin as a tuple."""
     return (origin,) if isinstance(origin, str) else tuple(origin)
 
 
 def folder_of(origin: str | Sequence[str]) -> str:
-    """The folder that an origin of the source "imagefolder" is."""
+    """Return the folder of an origin of the source "imagefolder"."""
     return os.path.expanduser(paths_of(origin)[0].removeprefix("file://"))
 
 
 def look(origin: str | Sequence[str], source: str, *, ask: bool, brief: bool) -> list[Seen]:
-    """The files of an origin, in the order in which they are read.
+    """Return the files of an origin in the order in which they are read.
 
     Args:
         origin: ``data.train`` or ``data.test``.
-        source: "imagefolder" (every image counts, in sub-folders too), "parquet" or "shards"
-            (the lists of class names beside them count too, after all shards).
+        source: "imagefolder" (includes every image, also in subfolders), "parquet" or "shards"
+            (includes the lists of class names beside the shards, after all shards).
         ask: ask remote stores for length and tag.
-        brief: a store that does not answer soon is not waited for.
+        brief: use a short timeout for remote stores.
 
     Raises:
-        UserError: files are missing; a remote one can't be asked.
+        UserError: files are missing; a remote store can't be reached.
     """
     if source == "imagefolder":
         return _images(folder_of(origin))
@@ -130,10 +130,10 @@ def look(origin: str | Sequence[str], source: str, *, ask: bool, brief: bool) ->
 
 
 def _regular(path: str) -> os.stat_result:
-    """What there is to know of a file without opening it: a pipe would be waited for.
+    """Stat a file without opening it: opening a pipe would block.
 
     Raises:
-        UserError: it is not there, or no file.
+        UserError: it is missing or not a regular file.
     """
     remedy = "Name the files themselves, by a glob that leaves this out, or take it out of there."
     try:
@@ -158,14 +158,14 @@ def note(
     read_all: bool = False,
     recheck: bool = False,
 ) -> Noted:
-    """What is to be noted of files, knowing what was noted before.
+    """Compute the fingerprint of files, reusing the previous one.
 
     Args:
-        origin: the files, as the config names them.
-        seen: the files, as they are now.
-        before: the last note about this origin.
+        origin: the paths as written in the config.
+        seen: the files as they are now.
+        before: the last fingerprint of this origin.
         read_all: read contents however large the set is.
-        recheck: read them even if lengths and times are those noted.
+        recheck: read contents even if lengths and times are unchanged.
     """
     sums = _sum(f"{s.name}\0{s.bytes}\0{s.time}\0{s.tag}" for s in seen)
     if before is not None and before.look == sums and not recheck:
@@ -183,7 +183,7 @@ def note(
 
 
 def difference(old: Noted, new: Noted) -> str:
-    """In words which files are others; empty where the contents are the same."""
+    """Describe which files differ; empty if the contents are the same."""
     if old.content == new.content:
         return ""
     if old.files is None or new.files is None:
@@ -210,7 +210,7 @@ def difference(old: Noted, new: Noted) -> str:
 
 
 def _images(folder: str) -> list[Seen]:
-    """The images of a folder and its sub-folders; what is never packed does not count."""
+    """Return the images of a folder and its subfolders; files that are never packed are not included."""
     if not os.path.isdir(folder):
         return []
 
@@ -220,7 +220,7 @@ def _images(folder: str) -> list[Seen]:
             path = os.path.join(folder, name)
             try:
                 there = os.stat(path)
-            except OSError:  # gone just now
+            except OSError:  # deleted since it was listed
                 found.append(Seen(name, path, -1))
             else:
                 found.append(Seen(name, path, there.st_size, there.st_mtime_ns))
@@ -230,14 +230,14 @@ def _images(folder: str) -> list[Seen]:
 
 
 def _in_lots(work: Callable[[list[Any]], list[Any]], items: list[Any]) -> list[Any]:
-    """Lists of results in the order of the items; a network's latency is waited for side by side."""
+    """Map ``work`` over the items in lots, in order; threads overlap network latency."""
     lots = [items[start : start + LOT] for start in range(0, len(items), LOT)]
     with ThreadPoolExecutor(AT_ONCE) as pool:
         return [result for lot in pool.map(work, lots) for result in lot]
 
 
 def _unread(file: Seen, by: str, known: dict[str, tuple[int, int, str]]) -> str | None:
-    """What stands for a content without reading it; None where it has to be read."""
+    """Return the content's stand-in if it need not be read (tag, time or recorded hash), else None."""
     if urls.is_remote(file.place):
         return file.tag
     if by == "times":
@@ -247,7 +247,7 @@ def _unread(file: Seen, by: str, known: dict[str, tuple[int, int, str]]) -> str 
 
 
 def _remote_names(places: Sequence[str]) -> list[str]:
-    """Paths of URLs below what they have in common; queries hold signatures, and don't count."""
+    """Return the URL paths relative to their common parent; queries, which hold signatures, are ignored."""
     paths = [urlsplit(place).path for place in places]
     base = posixpath.commonpath([posixpath.dirname(p) or "/" for p in paths]) if paths else ""
     return [posixpath.relpath(path or "/", base) for path in paths]
@@ -266,7 +266,7 @@ def _content(file: Seen) -> str:
             return hashlib.sha256(os.read(handle, SHORT)).hexdigest()[:20]
         finally:
             os.close(handle)
-    except OSError:  # whoever packs it says so
+    except OSError:  # packing reports it
         return "unreadable"
 
 

@@ -1,4 +1,4 @@
-"""Whether held-out images are training images: looked at in a sample, by length and checksum."""
+"""Detection of held-out images that are also training images, in a sample, by length and checksum."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from cnn2gnn_dist.data.index.manifest import Manifest
 from cnn2gnn_dist.data.storage import urls
 
 SAMPLE = 256
-"""Held-out images that are looked at."""
+"""Number of held-out images to check."""
 MOST, MOST_BYTES = 1 << 15, 64 << 20
-"""Training images that are read for it, and their bytes: where lengths tell little, fewer held-out
-ones are looked at."""
+"""Limits on the training images read for it, in images and bytes: where many lengths coincide, fewer
+held-out images are checked."""
 
 
 def overlap_note(train: Manifest, held: Manifest) -> str | None:
-    """One sentence where held-out images are training images, byte by byte; else None."""
+    """Return one sentence if held-out images are byte-identical to training images, else None."""
     rows_K, alike_K, same = _looked_at(train, held)
     if not alike_K.any():
         return None
@@ -31,7 +31,7 @@ def overlap_note(train: Manifest, held: Manifest) -> str | None:
 
 
 def _looked_at(train: Manifest, held: Manifest) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Held-out rows, whether training images are as long, and all those training rows."""
+    """Return held-out rows, whether training images of equal length exist, and the rows of all those."""
     rows_K = np.random.default_rng(0).permutation(len(held))[:SAMPLE]
     sizes_K = held.size_N[rows_K]
     same = np.flatnonzero(np.isin(train.size_N, np.unique(sizes_K)))
@@ -42,7 +42,7 @@ def _looked_at(train: Manifest, held: Manifest) -> tuple[np.ndarray, np.ndarray,
     if train.crc_N is not None:
         return rows_K, alike_K, same
     _, first_K = np.unique(sizes_K, return_index=True)
-    reads_K = np.zeros(len(rows_K), np.int64)  # a length is read once, though several have it
+    reads_K = np.zeros(len(rows_K), np.int64)  # each length is read once, however many rows have it
     reads_K[first_K] = count_K[first_K]
     within = (np.cumsum(reads_K) <= MOST) & (np.cumsum(reads_K * sizes_K) <= MOST_BYTES)
     same = same[np.isin(train.size_N[same], sizes_K[within])]
@@ -50,7 +50,7 @@ def _looked_at(train: Manifest, held: Manifest) -> tuple[np.ndarray, np.ndarray,
 
 
 def _sums(manifest: Manifest, rows: np.ndarray) -> np.ndarray:
-    """Length and CRC-32 of images, in one number; remote ones have theirs in the manifest."""
+    """Return length and CRC-32 of images as one number; for remote images it is in the manifest."""
     if manifest.crc_N is not None:
         crcs = manifest.crc_N[rows]
     else:

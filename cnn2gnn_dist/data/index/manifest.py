@@ -1,9 +1,9 @@
-"""The manifest: one row a sample, saying where its image's bytes lie and which class it is of.
+"""The manifest: one row per sample, with the byte range of its image and its class.
 
-A sample's id is its row number; the samples of a shard are contiguous rows in the tar's order.
-On disk it is one file that is memory-mapped when loaded (see :mod:`.stored`).
+A sample's id is its row number; the samples of a shard are contiguous rows in tar order.
+On disk it is one file that is memory-mapped when loaded (see :mod:`.manifest_file`).
 
-Suffixes of the names: N samples, S shards, C classes.
+Name suffixes: N samples, S shards, C classes.
 """
 
 from __future__ import annotations
@@ -36,24 +36,24 @@ from cnn2gnn_dist.errors import UserError
 
 __all__ = ["Manifest", "Shard", "expand", "index", "split_per_class"]
 
-_CHUNK = 1 << 16  # keys that are hashed at a time
+_CHUNK = 1 << 16  # keys hashed at a time
 
 
 @dataclass(frozen=True, eq=False)
 class Manifest:
-    """N samples over S shards. Arrays may be read-only views of a mapped file.
+    """N samples in S shards. Arrays may be read-only views of a memory-mapped file.
 
     Attributes:
-        shards: the S tar files; a selection keeps them all, so that ``shard_N`` keeps its meaning.
+        shards: the S tar files; a selection keeps all of them, so that ``shard_N`` stays valid.
         classes: the C class names.
-        shard_N: the shard of each sample, int32, never falling.
+        shard_N: shard of each sample, int32, non-decreasing.
         offset_N: first byte of the image in the shard, int64.
-        size_N: bytes of the image, int32.
+        size_N: size of the image in bytes, int32.
         label_N: class of the sample, int32; -1 is none.
         row_in_shard_N: position of the sample among all samples of its shard, int32; a selection
-            keeps it, so that files with one row a sample of the shard stay aligned.
+            keeps it, so that files with one row per sample of the shard stay aligned.
         keys: the samples' keys, a pyarrow string array.
-        crc_N: CRC-32 of the image's bytes, uint32; None where none were taken.
+        crc_N: CRC-32 of the image's bytes, uint32; None if not computed.
     """
 
     shards: tuple[Shard, ...]
@@ -84,7 +84,7 @@ class Manifest:
 
     @property
     def num_classes(self) -> int:
-        """The number of classes C, those without samples included."""
+        """The number of classes C, including those without samples."""
         return len(self.classes)
 
     def key(self, row: int) -> str:
@@ -101,8 +101,8 @@ class Manifest:
     def digest(self) -> str:
         """Hash (hex) of all rows, the class names, and the shards' file names and sizes.
 
-        Folders and hosts don't count, so data that moves keeps its digest; nor do the bytes of the images or
-        their checksums, so a run may go on when they are taken later.
+        It excludes folders and hosts, so that moved data keeps its digest, and the bytes of the images and
+        their checksums, so that a run can resume if checksums are computed later.
         """
         digest = hashlib.sha256()
         shards = [(_file_name(s.path), s.bytes, s.samples) for s in self.shards]
@@ -112,12 +112,12 @@ class Manifest:
         none, feed = (pa.scalar(text, self.keys.type) for text in ("", "\n"))
         for start in range(0, len(self), _CHUNK):
             keys = self.keys.slice(start, _CHUNK)
-            lines = pc.binary_join_element_wise(keys, none, feed)  # each key and a line feed
+            lines = pc.binary_join_element_wise(keys, none, feed)  # each key plus a line feed
             digest.update(lines.buffers()[2] or b"")
         return digest.hexdigest()[:32]
 
     def select(self, rows: np.ndarray) -> Manifest:
-        """Return the manifest of some rows (strictly ascending), e.g. one side of a split.
+        """Return the manifest of a subset of the rows (strictly ascending), e.g. one side of a split.
 
         Raises:
             ValueError: the rows are not strictly ascending or out of range.
@@ -131,9 +131,9 @@ class Manifest:
         return dataclasses.replace(self, **columns, keys=self.keys.take(pa.array(rows)))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the manifest under a temporary name and rename it.
+        """Write the manifest by atomic rename.
 
-        Shards below the manifest's folder are recorded relative to it, others absolutely.
+        Paths of shards below the manifest's folder are stored relative to it, others as absolute paths.
         """
         columns = {name: self._column(name) for name in COLUMNS}
         if self.crc_N is not None:
@@ -147,10 +147,10 @@ class Manifest:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Manifest:
-        """Map a saved manifest.
+        """Memory-map a saved manifest.
 
         Raises:
-            UserError: the file is missing, damaged, or not a manifest of this version.
+            UserError: the file is missing, corrupt, or not a manifest of this version.
         """
 
         def make(
@@ -161,16 +161,16 @@ class Manifest:
                 raise ValueError("samples of shards that are not listed")
             named: dict[str, Any] = {f"{name}_N": column for name, column in columns.items()}
             manifest = cls(about.shards, about.classes, **named, keys=keys)
-            manifest.__dict__["digest"] = about.digest  # what cached_property would compute
+            manifest.__dict__["digest"] = about.digest  # preset the cached_property
             return manifest
 
         return manifest_file.read(Path(path), make)
 
     def check_shards(self) -> None:
-        """Compare the files' lengths with those recorded.
+        """Compare the lengths of the shard files with the recorded lengths.
 
         Raises:
-            UserError: a shard is missing, truncated or changed (the first is named, all counted).
+            UserError: a shard is missing, truncated or changed (names the first, counts all).
         """
         far = any(urls.is_remote(shard.path) for shard in self.shards)
         checked = in_order(_difference, self.shards, 8 if far else 1)
@@ -188,14 +188,14 @@ class Manifest:
 
 
 def _file_name(path: str) -> str:
-    # Of a URL without its query, where signatures are that differ from day to day.
+    # Drop the query of a URL: it holds signatures that change from day to day.
     return (
         posixpath.basename(urlsplit(path).path) if urls.is_remote(path) else os.path.basename(path)
     )
 
 
 def _difference(shard: Shard) -> str:
-    """In which way a shard's file isn't the one recorded; empty if it is."""
+    """Describe how a shard's file differs from the recorded one; empty if it doesn't."""
     try:
         found = urls.size(shard.path) if urls.is_remote(shard.path) else os.stat(shard.path).st_size
     except OSError as failure:
@@ -218,24 +218,24 @@ def index(
     checksums: bool = False,
     workers: int | None = None,
 ) -> Manifest:
-    """Walk the shards' headers and make their manifest; of the payloads only labels are read.
+    """Walk the shards' headers and build their manifest; payloads are not read except for labels.
 
     Args:
-        shards: tar files or URLs of some, in the order of their rows.
-        classes: the class names. Without them there are as many as the highest label says (or
-            ``PREFIX-classes.json`` beside local shards lists), named by that list or by
-            ``class_name`` in samples' ``.json``, else by number.
+        shards: tar files or their URLs, in row order.
+        classes: the class names. Without them, the number of classes follows from the highest label (or
+            from ``PREFIX-classes.json`` beside local shards), and names come from that list or from
+            ``class_name`` in the samples' ``.json``, else the class number is the name.
         progress: show a progress bar when on a terminal.
         require_labels: refuse samples without ``.cls``; otherwise their label is -1.
         allow_empty_classes: accept classes without samples (a subset of a larger data set).
-        checksums: read the images too, and record their CRC-32; always so when a shard is remote.
-        workers: threads; more than one pays where reading waits (a network file system). Default:
-            1, or 4 when a shard is remote.
+        checksums: also read the images and record their CRC-32; always on when a shard is remote.
+        workers: threads; more than one pays off where reads have latency (a network file system).
+            Default: 1, or 4 when a shard is remote.
 
     Raises:
-        UserError: a shard is unreadable (see :func:`cnn2gnn_dist.data.tar.samples.samples`) or holds no
-            samples; a sample has no image or no ``.cls``, or one that is no class number; a class
-            is empty, or has two names; there are no samples at all.
+        UserError: a shard is unreadable (see :func:`cnn2gnn_dist.data.tar.samples.samples`) or has no
+            samples; a sample has no image, no ``.cls``, or a ``.cls`` that is not a class number; a
+            class is empty or has two names; there are no samples at all.
     """
     refuse_none(shards)
     found = gather(
@@ -265,6 +265,6 @@ def refuse_none(shards: Sequence[Path | str]) -> None:
 
 
 def manifest_of(found: Gathered, classes: tuple[str, ...], label_N: np.ndarray) -> Manifest:
-    """The manifest of what was gathered, with these class names and labels."""
+    """Make a manifest of the gathered rows with these class names and labels."""
     columns = {**found.columns, "label_N": np.ascontiguousarray(label_N, COLUMNS["label"])}
     return Manifest(found.shards, classes, **columns, keys=found.keys, crc_N=found.crc_N)

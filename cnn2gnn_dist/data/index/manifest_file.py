@@ -1,6 +1,6 @@
-"""A manifest on disk: one uncompressed record batch of Arrow IPC, shards and classes as JSON beside.
+"""A manifest on disk: one uncompressed Arrow IPC record batch, with shards and classes as JSON metadata.
 
-It is memory-mapped: 1.28 million rows are 54 MB, and open in 10 ms.
+It is memory-mapped: 1.28 million rows take 54 MB and open in 10 ms.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True)
 class Shard:
-    """A tar file: its path (absolute once loaded), its length in bytes, and all its samples."""
+    """A tar file: its path (absolute once loaded), its length in bytes, and its number of samples."""
 
     path: str
     bytes: int
@@ -39,7 +39,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class About:
-    """What a manifest says beside its rows."""
+    """The metadata of a manifest."""
 
     digest: str
     classes: tuple[str, ...]
@@ -47,7 +47,7 @@ class About:
 
 
 def write(path: Path, about: About, columns: Mapping[str, np.ndarray], keys: pa.Array) -> None:
-    """Write a manifest under a temporary name and rename it."""
+    """Write a manifest by atomic rename."""
     target = path.absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
     header = {
@@ -76,14 +76,14 @@ def write(path: Path, about: About, columns: Mapping[str, np.ndarray], keys: pa.
 
 
 def read(path: Path, make: Callable[[About, dict[str, np.ndarray], pa.Array], Made]) -> Made:
-    """Map a manifest and let ``make`` put it together; its ValueError means a damaged file.
+    """Memory-map a manifest and build it with ``make``, whose ValueError means a corrupt file.
 
     Raises:
-        UserError: the file is missing, damaged, or not a manifest of this version.
-    """  # noqa: DOC501 (the ValueError is turned into one)
+        UserError: the file is missing, corrupt, or not a manifest of this version.
+    """  # noqa: DOC501 (the ValueError becomes a UserError)
     source = path.absolute()
     try:
-        # One batch, and the map stays open as long as the arrays that view it.
+        # There is one batch; the mapping stays open as long as the arrays that view it.
         batch = pa.ipc.open_file(pa.memory_map(str(source))).get_batch(0)
         header = json.loads(batch.schema.metadata[_METADATA])
         if header["version"] != VERSION:
@@ -118,14 +118,14 @@ def _found(recorded: str, folder: Path) -> str:
 
 
 def _recorded(path: str, folder: Path) -> str:
-    """Relative to the manifest's folder when below it, so that a run can move with its shards."""
+    """Return the path relative to the manifest's folder if below it, so that a run can move with its shards."""
     if is_remote(path):
         return path
     full = Path(os.path.abspath(path))
     return str(full.relative_to(folder)) if full.is_relative_to(folder) else str(full)
 
 
-# pyarrow's own conversions import pandas: a tenth of a second at every start.
+# Not pyarrow's own conversions: they import pandas, which costs 0.1 s at every start.
 def _as_arrow(column: np.ndarray, kind: type) -> pa.Array:
     data = pa.py_buffer(np.ascontiguousarray(column, kind))
     return pa.Array.from_buffers(pa.from_numpy_dtype(kind), len(column), [None, data])
@@ -134,7 +134,7 @@ def _as_arrow(column: np.ndarray, kind: type) -> pa.Array:
 def _as_numpy(column: pa.Array, kind: type) -> np.ndarray:
     if column.type != pa.from_numpy_dtype(kind) or column.null_count:
         raise ValueError(f"a column of {column.type} with {column.null_count} nulls")
-    if not len(column):  # has no buffer, or an empty one, which numpy does not take
+    if not len(column):  # it has no buffer, or an empty one, which numpy refuses
         return np.empty(0, kind)
     start = column.offset * column.type.byte_width
     return np.frombuffer(column.buffers()[1], kind, len(column), start)

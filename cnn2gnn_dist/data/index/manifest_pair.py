@@ -1,4 +1,4 @@
-"""Training and held-out images as two manifests of the same classes, in one numbering."""
+"""Manifests of training and held-out images with the same classes, numbered identically."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from cnn2gnn_dist.errors import UserError
 
 @dataclass(frozen=True)
 class Whole:
-    """A manifest, what its shards say of their classes, and what a person should know."""
+    """A manifest, the classes of its shards, and a note for the user on left-out members."""
 
     manifest: Manifest
     told: Told
@@ -41,11 +41,11 @@ def index_whole(
     allow_empty_classes: bool = False,
     checksums: bool = False,
 ) -> Whole:
-    """As :func:`index`, for a data set of so many classes, however many of them there are names for.
+    """Index a data set of ``num_classes`` classes, however many of them have names; see :func:`index`.
 
     Raises:
-        UserError: as :func:`index`; there are more classes than ``num_classes``; one
-            class is spelled in two ways.
+        UserError: as :func:`index`; there are more classes than ``num_classes``; one class name has
+            two spellings.
     """
     refuse_none(shards)
     found = gather(shards, num_classes=num_classes, checksums=checksums)
@@ -68,7 +68,7 @@ def index_whole(
 
 @dataclass(frozen=True)
 class Pair:
-    """Manifests of training and held-out images with the same classes; what a person should know."""
+    """Manifests of training and held-out images with the same classes, and notes for the user."""
 
     train: Manifest
     held: Manifest
@@ -84,22 +84,22 @@ def index_pair(
     allow_empty_classes: bool = False,
     checksums: bool = False,
 ) -> Pair:
-    """Index two sets whose classes are the same, though their numbers may not be.
+    """Index two data sets that have the same classes but may number them differently.
 
-    The held-out images' labels are put in the training images' numbering: by name where there are
-    names (see :func:`cnn2gnn_dist.data.index.class_matching.match`). Shards stay as they are.
+    The held-out labels are converted to the training images' numbering, by name where names exist
+    (see :func:`cnn2gnn_dist.data.index.class_matching.match`). Shards are not changed.
 
     Args:
         train: shards of the training images.
         held: shards of the held-out images.
-        num_classes: how many classes there are; None: as many as the training images say.
-        match_classes: "number" trusts that both sets number their classes alike.
+        num_classes: the number of classes; None: as the training images imply.
+        match_classes: "number" assumes that both sets number their classes identically.
         allow_empty_classes: accept classes without a training image.
         checksums: as for :func:`index`.
 
     Raises:
-        UserError: as :func:`index`; a held-out class is none of the training classes, or names do
-            not tell which one.
+        UserError: as :func:`index`; a held-out class is not a training class, or its name is
+            ambiguous.
     """
     whole = index_whole(
         train,

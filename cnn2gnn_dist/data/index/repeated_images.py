@@ -1,4 +1,4 @@
-"""Whether a set is made of copies of a few images: looked at in a sample, byte by byte."""
+"""Detection of data sets made of copies of a few images, in a sample, by length and checksum."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from cnn2gnn_dist.data.index.manifest import Manifest
 from cnn2gnn_dist.data.storage import urls
 
 SAMPLE = 256
-"""Images that are read where no checksums are recorded."""
+"""Number of images to check; they are read where no checksums are recorded."""
 
 
 def copies_note(manifest: Manifest) -> str | None:
-    """One sentence where at least half of the images looked at are copies of others; else None."""
+    """Return one sentence if at least half of the checked images are copies of others, else None."""
     rows = np.arange(len(manifest))
     if len(rows) > SAMPLE:
         rows = np.sort(np.random.default_rng(0).choice(rows, SAMPLE, replace=False))
@@ -28,7 +28,7 @@ def copies_note(manifest: Manifest) -> str | None:
 
 
 def _sums(manifest: Manifest, rows: np.ndarray) -> list[tuple[int, int]]:
-    """Length and CRC-32 of some images; remote ones have theirs in the manifest."""
+    """Return length and CRC-32 of images; for remote images the CRC is in the manifest."""
     sums = []
     for row in rows.tolist():
         size, path = int(manifest.size_N[row]), manifest.shards[int(manifest.shard_N[row])].path

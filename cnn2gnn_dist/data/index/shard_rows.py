@@ -1,7 +1,7 @@
-"""From one shard to its rows of the manifest: image, label and class name of each sample.
+"""Manifest rows of one shard: image, label and class name of each sample.
 
-Of the payloads only labels (64 bytes at most), class names (see :mod:`.naming`) and, for checksums,
-images are read. Members of other kinds, pickles among them, are never opened.
+The only payloads read are labels (at most 64 bytes), class names (see :mod:`.class_names`) and, for
+checksums, images. Other members, pickles included, are never opened.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class ShardRows:
     """The n rows of one shard.
 
     ``offset_n``, ``size_n``, ``label_n`` and ``keys_n`` are as in the manifest, ``crc_n`` holds the
-    CRC-32 of the images (None: not asked for), ``names`` the class names that were not known before,
-    ``passed`` what is part of no sample.
+    CRC-32 of the images (None: not requested), ``names`` the class names that were not known before,
+    ``passed`` the members that belong to no sample.
     """
 
     bytes: int
@@ -57,7 +57,7 @@ class ShardRows:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is asked of every shard: ``num_classes`` bounds the labels, ``names`` reads class names."""
+    """What to read from every shard: ``num_classes`` bounds the labels, ``names`` enables class names."""
 
     num_classes: int | None
     require_labels: bool
@@ -75,13 +75,13 @@ def read_shard(
 
     Args:
         path: the shard, as a local file.
-        wanted: what is asked of it.
-        known: names by class, as told before.
-        where: what to call it in errors (a URL, say); default: the path.
+        wanted: what to read from it.
+        known: class → name, as known so far.
+        where: its name in errors (for example a URL); default: the path.
 
     Raises:
-        UserError: as :func:`cnn2gnn_dist.data.tar.samples.samples`; the shard holds no samples; a sample
-            has no image, no label, an impossible one, or a name that is not UTF-8; a class has two
+        UserError: as :func:`cnn2gnn_dist.data.tar.samples.samples`; the shard has no samples; a sample
+            has no image, no label, an invalid label, or a name that is not UTF-8; a class has two
             names.
     """
     with Archive(path, where) as archive:
@@ -104,7 +104,7 @@ def _read(archive: Archive, payloads: _Payloads, wanted: Wanted, names: Names) -
         json = fields.get("json")
         if json and named and label >= 0:
             known = names.bytes.get(label)
-            # The quick comparison comes first: nearly every sample ends here.
+            # Fast comparison first: it settles nearly every sample.
             if not known or not (json[2] <= SMALL and holds(json[1], json[2], known)):
                 names.see(label, sample)
     if not keys:
@@ -127,7 +127,7 @@ def _read(archive: Archive, payloads: _Payloads, wanted: Wanted, names: Names) -
 
 
 class _Payloads:
-    """The few payloads that the index reads, each within a bound."""
+    """The few payloads that the index reads, each bounded in size."""
 
     def __init__(self, archive: Archive) -> None:
         self.read = archive.read
@@ -135,10 +135,10 @@ class _Payloads:
         self._labels: dict[bytes, int] = {}
 
     def label(self, sample: TarSample, wanted: Wanted) -> int:
-        """Class of a sample; -1 is none.
+        """Return the class of a sample; -1 is none.
 
         Raises:
-            UserError: it has no label, though it should, or one that is no class.
+            UserError: a required label is missing, or it is not a class number.
         """
         member = sample.fields.get("cls")
         if member is None:
@@ -188,10 +188,10 @@ class _Payloads:
         return label
 
     def crc(self, member: Member) -> int:
-        """CRC-32 of a member's bytes, read piece by piece.
+        """Compute the CRC-32 of a member's bytes, in chunks.
 
         Raises:
-            UserError: the shard ends before it.
+            UserError: the shard ends before the member does.
         """
         crc, start, end = 0, member.offset, member.offset + member.size
         while start < end:
@@ -207,7 +207,7 @@ class _Payloads:
 
 
 def _image(where: str, sample: TarSample) -> Member:
-    """Return the image of a sample; of several formats the first of IMAGE_SUFFIXES."""
+    """Return the image of a sample; of several formats, the first in IMAGE_SUFFIXES."""
     for suffix in IMAGE_SUFFIXES:
         if member := sample.fields.get(suffix):
             if member.size >= _MAX_IMAGE:

@@ -1,4 +1,4 @@
-"""Held-out rows: a share of every class, chosen by keys and a seed alone."""
+"""Held-out split: a fraction of every class, determined only by the keys and a seed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cnn2gnn_dist.errors import UserError
 if TYPE_CHECKING:
     from cnn2gnn_dist.data.index.manifest import Manifest
 
-_CHUNK = 1 << 16  # keys that are Python strings at a time
+_CHUNK = 1 << 16  # keys converted to Python strings at a time
 
 
 def split_per_class(
@@ -20,20 +20,19 @@ def split_per_class(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Split the rows of every class into (training, held out), each ascending int64.
 
-    A class of n samples holds out round(fraction·n) of them, at least one if it has two or more,
-    and never all. Which ones depends only on seed and keys, so neither the order of the samples
-    nor their packing into shards matters. Samples without a label split as one
-    more class.
+    A class of n samples holds out round(fraction·n) of them: at least one if it has two or more, and
+    never all. The choice depends only on seed and keys, not on the order of the samples or their
+    packing into shards. Samples without a label are split as one more class.
 
     Raises:
-        UserError: the fraction is not within [0, 1).
+        UserError: the fraction is not in [0, 1).
     """
     if not 0 <= fraction < 1:
         raise UserError(
             f"The held-out fraction is {fraction}.", remedy="Choose one from 0 to less than 1."
         )
     hash_N = _hashes(manifest, seed)
-    # Rows class by class, inside a class by hash; equal hashes (equal keys) keep the rows' order.
+    # Sort by class, then by hash; equal hashes (equal keys) keep row order.
     order_N = np.lexsort((hash_N, manifest.label_N))
     label_N = manifest.label_N[order_N]
     _, first_C, inverse_N, count_C = np.unique(

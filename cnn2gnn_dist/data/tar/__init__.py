@@ -1,1 +1,1 @@
-"""Tar archives by their headers, and the samples that their members make up."""
+"""Header-only reading of tar archives, and grouping of their members into samples."""

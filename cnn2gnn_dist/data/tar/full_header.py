@@ -1,7 +1,7 @@
-"""Any tar header, taken in with care: extension headers, odd numbers, odd types.
+"""Full parsing of any tar header: extension headers, unusual numbers, unusual types.
 
-Understood as Python's ``tarfile`` understands them; what it would silently take for the end of the
-archive is refused.
+Headers are interpreted as Python's ``tarfile`` does, except that what ``tarfile`` would silently
+take for the end of the archive is refused.
 """
 
 from __future__ import annotations
@@ -38,30 +38,30 @@ def _text(field: bytes) -> str:
 
 
 def prefix_of(header: bytes) -> str:
-    """What a ustar header puts before the name: empty, or with a slash at its end."""
-    # Whatever the magic says, as in tarfile (old GNU headers may keep times there).
+    """Return the ustar prefix of the name: empty, or ending in a slash."""
+    # Ignores the magic, as tarfile does (old GNU headers may store times here).
     return f"{_text(header[_PREFIX])}/" if header[345] else ""
 
 
 def header_sums(header: bytes) -> tuple[int, int]:
-    """The checksum of a header; and as some old tars compute it, of signed bytes."""
+    """Return the checksum of a header over unsigned bytes, and over signed bytes as some old tars do."""
     counted = header[:148] + header[156:]
-    total = sum(counted) + 8 * ord(" ")  # the field itself counts as blanks
+    total = sum(counted) + 8 * ord(" ")  # the field itself counts as spaces
     return total, total - 256 * sum(byte > 127 for byte in counted)
 
 
 def number(field: bytes) -> int:
-    """Read a header number: octal digits, or base-256 when marked so; ValueError if neither."""
+    """Parse a header number: octal digits, or base-256 when flagged; ValueError if neither."""
     if field[0] in (0x80, 0xFF):
         return int.from_bytes(field[1:], "big") - (256 ** (len(field) - 1) if field[0] > 128 else 0)
     return int(field.partition(b"\0")[0].decode("ascii").strip() or "0", 8)
 
 
 class Careful:
-    """Takes in any header; holds what extension headers say of the members after them.
+    """Parser for any header; keeps the state that extension headers set for later members.
 
     Attributes:
-        idle: False when an extension header changes the next member, or waits for it.
+        idle: False when an extension header applies to the next member, or requires one.
     """
 
     def __init__(self, tar: Archive) -> None:
@@ -69,18 +69,18 @@ class Careful:
         self.idle = True
         self._everywhere: dict[str, str] = {}  # from `g` headers
         self._extension: dict[str, str] = {}  # from the `L` and `x` headers before the next member
-        self._awaited = False  # a member, by an extension header
+        self._awaited = False  # an extension header requires a member after it
 
     def end(self, position: int) -> None:
-        """Hear that the archive ends here."""
+        """Handle the end of the archive."""
         if self._awaited:
             raise self.tar.damaged("an extension header without a member after it", position)
 
     def take(self, header: bytes, position: int) -> tuple[Member | None, int]:
-        """Take in the header at a position; return its member, if it is one, and the next place.
+        """Parse the header at a position; return its member, if it is one, and the next position.
 
         Raises:
-            UserError: the header is damaged, reaches past the end, or tells of a sparse file.
+            UserError: the header is corrupt, extends past the end, or describes a sparse file.
         """
         size = self._size(header, position)
         kind = header[156:157]
@@ -93,7 +93,7 @@ class Careful:
         self.idle, self._awaited, self._extension = not self._everywhere, False, {}
         bare = header[_NAME].partition(b"\0")[0]
         name = fields.get("path", prefix_of(header) + _text(bare))
-        # A NUL type with a trailing slash is how archives of before 1988 write a directory.
+        # Archives from before 1988 write a directory as a NUL type with a trailing slash.
         if kind in _NO_PAYLOAD or (kind == b"\0" and bare.endswith(b"/")):
             if kind in _LEFT_OUT:
                 self.tar.passed.add(_LEFT_OUT[kind], name)
@@ -105,7 +105,7 @@ class Careful:
             size = self._decimal(fields["size"], position)
             if "size" in extension:
                 stride = size
-            elif size > _padded(stride):  # tarfile goes on by the member's own size: an overlap
+            elif size > _padded(stride):  # tarfile advances by the member's own size: an overlap
                 raise self.tar.damaged("a global pax header with one member's size", position)
         if payload + max(size, stride) > self.tar.bytes:
             raise self.tar.truncated(f"member '{shown(name)}'", payload + max(size, stride))
@@ -116,7 +116,7 @@ class Careful:
         """Check a header as ``tarfile`` does, and return its size."""
         try:
             size, stated = number(header[124:136]), number(header[148:156])
-            for begin, end in _NUMBERS:  # at a bad owner or time tarfile ends, and drops the rest
+            for begin, end in _NUMBERS:  # tarfile stops at a bad owner or time and drops the rest
                 number(header[begin:end])
         except ValueError:
             raise self.tar.damaged("a header with an impossible number", position) from None
@@ -140,7 +140,7 @@ class Careful:
         )
 
     def _extend(self, kind: bytes, payload: int, size: int) -> None:
-        """Take in a header that describes the next member, or (``g``) all that follow."""
+        """Parse a header that describes the next member, or (``g``) all that follow."""
         if size > MAX_EXTENSION:
             raise self.tar.damaged(f"an extension header of {size:,} bytes", payload - BLOCK)
         if payload + _padded(size) > self.tar.bytes:
@@ -155,14 +155,14 @@ class Careful:
         if kind == b"g":
             self._everywhere.update(records)
             return
-        # Of several headers the first counts, and takes what is said globally with it: as tarfile.
+        # As in tarfile, the first of several headers wins, including the global fields it inherits.
         for field, value in {**self._everywhere, **records}.items():
             self._extension.setdefault(field, value)
 
     def _records(self, data: bytes, position: int) -> dict[str, str]:
-        r"""Parse pax records, each ``<length> <keyword>=<value>\n`` with the length of it all.
+        r"""Parse pax records, each ``<length> <keyword>=<value>\n``; the length covers the whole record.
 
-        Kept are path, size, and whether a sparse file is described.
+        Only path, size, and whether the header describes a sparse file are kept.
         """
         records: dict[str, str] = {}
         start = 0

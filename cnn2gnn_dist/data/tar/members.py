@@ -1,11 +1,11 @@
-"""The members of a tar archive by their headers alone: names and byte ranges, never a payload.
+"""Members of a tar archive, read from the headers alone: names and byte ranges, never a payload.
 
-Understood as Python's ``tarfile`` (and so webdataset) understands it: ustar with prefix, GNU long
+Archives are interpreted as by Python's ``tarfile`` (and so webdataset): ustar with prefix, GNU long
 names (``L``), pax headers (``x``, ``g``) with path and size, base-256 numbers. An archive is read
-to its end or refused with a :class:`UserError`: compressed, sparse, damaged and truncated ones are
-refused, where ``tarfile`` would silently stop at a damaged header.
+to its end or refused with a :class:`UserError`: compressed, sparse, corrupt and truncated archives
+are refused, where ``tarfile`` would silently stop at a corrupt header.
 
-Safe on hostile archives: nothing is written or unpickled, names are text and never paths, links,
+Safe on hostile archives: nothing is written or unpickled; names are text, never paths; links,
 directories and devices are ignored. Memory is bounded by a window of ``_WIDEST`` bytes and one
 extension header of ``MAX_EXTENSION`` bytes, however many the archive has.
 """
@@ -22,7 +22,7 @@ from cnn2gnn_dist.data.tar.full_header import Careful, Member, header_sums, numb
 from cnn2gnn_dist.data.tar.tar_file import BLOCK, WRITE_AGAIN, Archive, shown
 from cnn2gnn_dist.errors import UserError
 
-_WINDOW, _WIDEST = 3072, 1 << 17  # one read covers a small member and the header after it
+_WINDOW, _WIDEST = 3072, 1 << 17  # one read covers a small member and the next header
 _ZERO = bytes(BLOCK)
 _COMPRESSED = {
     "a gzip file": "gzip",
@@ -30,33 +30,33 @@ _COMPRESSED = {
     "an xz file": "xz",
     "a zstd file": "zstd",
 }
-_split = struct.Struct("148s8s356s").unpack_from  # up to the checksum, the checksum, after it
-_MEMO = 1 << 14  # entries that a memo keeps
+_split = struct.Struct("148s8s356s").unpack_from  # before, at and after the checksum
+_MEMO = 1 << 14  # maximum entries of a memo
 
 
 def walk(path: str | os.PathLike[str], where: str | None = None) -> Iterator[Member]:
-    """Yield the regular files of a tar archive in their order.
+    """Yield the regular files of a tar archive in order.
 
-    Names are as written: absolute ones and ones with ``..`` too, since they are never paths here.
+    Names are as written, even absolute ones or ones with ``..``: they are never used as paths here.
 
     Args:
         path: the archive.
-        where: what to call it in errors (a URL, say); default: the path.
+        where: its name in errors (for example a URL); default: the path.
 
     Raises:
-        UserError: the file is missing, empty, compressed, damaged, sparse or truncated (also: ends
-            without the closing zero block, since a cut between two members looks just so).
+        UserError: the file is missing, empty, compressed, corrupt, sparse or truncated. A missing
+            closing zero block counts as truncated, since a cut between two members looks the same.
     """
     with Archive(path, where) as archive:
         yield from members(archive)
 
 
 def members(tar: Archive) -> Iterator[Member]:
-    """As :func:`walk`, of an archive that is open.
+    """Yield the regular files of an open archive, as :func:`walk` does.
 
-    Headers like one before them pass a quick check, others go to Careful. The quick check is as
-    strict: type, owner, devices and prefix are as in a header that was found sound, the time is
-    sound, and the checksum is exact (148 bytes sum up below adler32's modulus).
+    Headers that resemble an earlier one take a fast check, others go to `Careful`. The fast check is
+    equally strict: type, owner, devices and prefix match a header found valid before, the time is
+    valid, and the checksum is exact (148 bytes sum up to less than adler32's modulus).
     """
     _refuse_foreign(tar)
     careful, new, length = Careful(tar), tuple.__new__, tar.bytes
@@ -66,7 +66,7 @@ def members(tar: Archive) -> Iterator[Member]:
     while True:
         begin = position - start
         if begin + BLOCK > have:
-            # Widen while headers lie close together: else most of a window would go unused.
+            # Widen only while headers are close together; otherwise most of a window goes unused.
             ahead = min(2 * ahead, _WIDEST) if begin <= have + _WINDOW else _WINDOW
             window, start, begin = tar.window(position, ahead), position, 0
             have = len(window)
@@ -82,7 +82,7 @@ def members(tar: Archive) -> Iterator[Member]:
         ):
             try:
                 size = int(head[124:135], 8)
-            except ValueError:  # base-256, or damage
+            except ValueError:  # base-256, or corrupt
                 size = -1
             payload = position + BLOCK
             if 0 <= size <= length - payload:
@@ -105,9 +105,9 @@ def members(tar: Archive) -> Iterator[Member]:
 
 
 def _refuse_foreign(tar: Archive) -> None:
-    """Raise a UserError that says what a file is which starts like something else than a tar."""
+    """Raise a UserError naming the file's kind if it does not start like a tar."""
     start = tar.read(0, BLOCK)
-    try:  # a first member may be called BZhou.jpg
+    try:  # a valid header wins: the first member may be called BZhou.jpg, which looks like bzip2
         if len(start) == BLOCK and number(start[148:156]) in header_sums(start):
             return
     except ValueError:
@@ -136,7 +136,7 @@ def _refuse_foreign(tar: Archive) -> None:
 
 
 class _Sums(dict[bytes, int]):
-    """From a checksum's bytes to what adler32's lower half must be over the 148 before it."""
+    """Maps a checksum field to the lower half of the adler32 that the 148 bytes before it must have."""
 
     def __init__(self, rest: bytes) -> None:
         self.rest = sum(rest)
@@ -152,7 +152,7 @@ class _Sums(dict[bytes, int]):
 
 
 class _Times(dict[bytes, bool]):
-    """Whether a time field, with the byte before that ends the size, is sound."""
+    """Maps a time field, with the byte before it that terminates the size, to whether it is valid."""
 
     def __missing__(self, field: bytes) -> bool:
         try:

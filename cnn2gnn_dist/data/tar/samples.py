@@ -1,12 +1,12 @@
-"""Tar shards as samples: where each member's bytes lie, and of which sample it is.
+"""Tar shards as samples: the byte range of each member, and the sample it belongs to.
 
-Samples are those that webdataset makes of the same archive, name for name and byte for byte: the
-key is the path up to the first dot of the basename, the rest, lower-cased, names the field. What
-webdataset would hand on in a way that loses or mixes data is refused by name: two members for one
-field, and a key that comes back after another one.
+Samples match what webdataset makes of the same archive, name for name and byte for byte: the key is
+the path up to the first dot of the basename; the rest, lower-cased, names the field. Where webdataset
+would lose or mix data, the shard is refused by name: two members for one field, and a key that
+reappears after another one.
 
-Whatever the members are called and hold, nothing is written, no name is used as a path, no payload
-is read or unpickled here; links, directories and devices are ignored (see :mod:`.headers`).
+Whatever the members are called and contain, nothing is written, no name is used as a path, and no
+payload is read or unpickled here; links, directories and devices are ignored (see :mod:`.full_header`).
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from cnn2gnn_dist.errors import UserError
 
 __all__ = ["MACOS", "Member", "TarSample", "grouped", "hidden", "samples", "split_name", "walk"]
 
-# Both from webdataset.tariterators, so that names mean the same to it and to us.
+# Both are copied from webdataset.tariterators, so that names parse the same way.
 _META = re.compile(r"__[^/]*__($|/)")
 _KEY = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
-_TAKEN = {"__key__", "__url__"}  # webdataset has them in every sample already
+_TAKEN = {"__key__", "__url__"}  # webdataset adds these to every sample
 
 MACOS = (
     "Write the shard again without hidden files. On macOS: COPYFILE_DISABLE=1 tar "
@@ -42,36 +42,36 @@ class TarSample(NamedTuple):
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """Split a member's name into key and lower-cased suffix; None: it is part of no sample.
+    """Split a member's name into key and lower-cased suffix; None if it belongs to no sample.
 
-    The rule is webdataset's, also where it surprises: a hidden file at the top is skipped, one
+    The rule is webdataset's, even where it surprises: a hidden file at the top level is skipped, one
     inside a folder (``train/._a.jpg``, as macOS writes them) is field ``_a.jpg`` of a sample
-    ``train/``. :func:`hidden` tells such keys.
+    ``train/``. :func:`hidden` detects such keys.
     """
     if name[:2] == "__" and _META.match(name):
         return None
     base = name.rfind("/") + 1
     dot = name.find(".", base)
-    if dot > base and "\n" not in name:  # what the expression below finds, four times as fast
+    if dot > base and "\n" not in name:  # same result as the regex below, four times as fast
         return name[:dot], name[dot + 1 :].lower()
     match = _KEY.match(name)
     return (match.group(1), match.group(2).lower()) if match else None
 
 
 def hidden(key: str) -> bool:
-    """Tell whether a sample is made of the hidden files of a folder, rather than of images."""
+    """Return whether a sample consists of the hidden files of a folder rather than of images."""
     return key.endswith("/")
 
 
 def samples(path: str | os.PathLike[str], where: str | None = None) -> Iterator[TarSample]:
-    """Group the members of a shard into samples, in the tar's order, as webdataset does.
+    """Group the members of a shard into samples, in tar order, as webdataset does.
 
     Args:
         path: the shard.
-        where: what to call it in errors (a URL, say); default: the path.
+        where: its name in errors (for example a URL); default: the path.
 
     Raises:
-        UserError: as :func:`walk`; two members for one field of a sample; a key that comes back
+        UserError: as :func:`walk`; two members for one field of a sample; a key that reappears
             after another one (webdataset would make two samples of it).
     """
     with Archive(path, where) as archive:
@@ -79,7 +79,7 @@ def samples(path: str | os.PathLike[str], where: str | None = None) -> Iterator[
 
 
 def grouped(archive: Archive) -> Iterator[TarSample]:
-    """As :func:`samples`, of an archive that is open.
+    """Group the members of an open archive into samples, as :func:`samples` does.
 
     Raises:
         UserError: as :func:`samples`.
@@ -120,14 +120,14 @@ def grouped(archive: Archive) -> Iterator[TarSample]:
 
 
 def _why_none(name: str) -> str:
-    """Why a member is part of no sample."""
+    """Return why a member belongs to no sample."""
     if _META.match(name):
         return "named __…__, as webdataset names what is no sample"
     return "hidden" if os.path.basename(name).startswith(".") else "without a suffix"
 
 
 def _marked_bad(archive: Archive, fields: dict[str, Member]) -> bool:
-    """Webdataset drops a sample with a member ``KEY.__bad__`` that isn't empty."""
+    """Return whether webdataset drops the sample: it has a non-empty member ``KEY.__bad__``."""
     if "__bad__" not in fields or not fields["__bad__"].size:
         return False
     archive.passed.add("of samples marked __bad__", fields["__bad__"].name, len(fields))

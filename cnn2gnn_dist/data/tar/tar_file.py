@@ -1,4 +1,4 @@
-"""An archive as an open file: positioned reads, and the errors that name what is wrong with it."""
+"""An archive as an open file: positioned reads, and errors that say what is wrong with it."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ WRITE_AGAIN = "Download the shard again, or write it again."
 
 
 def shown(name: str, limit: int = 120) -> str:
-    """Make a name fit for a message: one line, no control characters, not too long."""
+    """Format a name for a message: one line, no control characters, bounded length."""
     text = name[: limit + 1]
     text = text if text.isprintable() else ascii(text)[1:-1]
     return text if len(text) <= limit and len(name) <= limit else f"{text[:limit]}…"
 
 
 class Passed(dict[str, tuple[int, str]]):
-    """What is no part of a sample, counted: reason → how many members, and the first one's name."""
+    """Members that belong to no sample: reason → number of members and the name of the first."""
 
     def add(self, reason: str, name: str, count: int = 1) -> None:
-        """Count members; ``name`` is the first one's."""
+        """Count members; ``name`` is the name of the first."""
         before, first = self.get(reason, (0, name))
         self[reason] = before + count, first
 
     def merge(self, other: Passed) -> None:
-        """Add what another archive passed over."""
+        """Add the counts of another archive."""
         for reason, (count, first) in other.items():
             self.add(reason, first, count)
 
     def note(self, where: str) -> str | None:
-        """One sentence: counts by reason, each with its first example; None if there is nothing."""
+        """Return one sentence with the counts by reason and the first example of each, or None."""
         if not self:
             return None
         parts = [
@@ -44,23 +44,23 @@ class Passed(dict[str, tuple[int, str]]):
 
 
 class Archive:
-    """An open archive: positioned reads, of which the last two windows are kept.
+    """An open archive with positioned reads; the last two windows are cached.
 
     Args:
         path: the file.
-        where: what to call it in errors (a URL, say); default: the path.
+        where: its name in errors (for example a URL); default: the path.
 
     Attributes:
-        passed: what those who walk the archive met and left out.
+        passed: members left out by whoever walks the archive.
 
     Raises:
-        UserError: the file is missing, may not be read, or is no regular file.
+        UserError: the file is missing, not readable, or not a regular file.
     """
 
     def __init__(self, path: str | os.PathLike[str], where: str | None = None) -> None:
         self.where = where or os.fspath(path)
         self.passed = Passed()
-        # Without O_NONBLOCK a named pipe would wait for its writer for ever.
+        # Without O_NONBLOCK, opening a named pipe would wait for a writer forever.
         flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
         try:
             self.fd = os.open(path, flags)
@@ -94,13 +94,13 @@ class Archive:
         os.close(self.fd)
 
     def window(self, offset: int, size: int) -> bytes:
-        """Read at most ``size`` bytes (fewer at the end of the file), and keep them."""
+        """Read at most ``size`` bytes (fewer at the end of the file) and cache them."""
         self._start_before, self._before = self._start, self._window
         self._start, self._window = offset, self._pread(offset, size)
         return self._window
 
     def read(self, offset: int, size: int) -> bytes:
-        """At most ``size`` bytes (fewer at the end of the file), from a kept window if they lie there."""
+        """Read at most ``size`` bytes (fewer at the end of the file), from a cached window if possible."""
         begin = offset - self._start
         if begin >= 0:
             if begin + size <= len(self._window):
@@ -112,7 +112,7 @@ class Archive:
         return self._pread(offset, size)
 
     def holds(self, offset: int, size: int, what: bytes) -> bool:
-        """Whether some bytes lie within these ``size``; nothing is copied from a kept window."""
+        """Return whether the ``size`` bytes contain ``what``, without copying from a cached window."""
         begin = offset - self._start
         if begin >= 0 and begin + size <= len(self._window):
             return self._window.find(what, begin, begin + size) >= 0
@@ -129,7 +129,7 @@ class Archive:
             ) from failure
 
     def truncated(self, what: str, needed: int) -> UserError:
-        """The error for something that would reach to byte ``needed``."""
+        """Return the error for something that would extend to byte ``needed``."""
         return UserError(
             f"The shard is truncated: {what} reaches to byte {needed:,}, "
             f"the file has {self.bytes:,}.",
@@ -138,7 +138,7 @@ class Archive:
         )
 
     def ended(self, position: int) -> UserError:
-        """The error for an archive that ends where the next header should be."""
+        """Return the error for an archive that ends where the next header should be."""
         if not self.bytes:
             what = "The shard is empty (0 bytes)."
             return UserError(what, where=self.where, remedy=WRITE_AGAIN)
@@ -152,7 +152,7 @@ class Archive:
         )
 
     def damaged(self, what: str, offset: int) -> UserError:
-        """The error for a header that makes no sense."""
+        """Return the error for an invalid header."""
         return UserError(
             f"The shard is not a sound tar archive: {what} at byte {offset:,}.",
             where=self.where,
