@@ -1,1 +1,1 @@
-"""From the bytes of an image file to pixels: kinds of file, decoding, views."""
+"""From the bytes of an image file to pixels: file kinds, decoding, views."""

@@ -1,4 +1,4 @@
-"""From image bytes to views: what a reader does between storage and the batch."""
+"""From image bytes to a batch of views: a reader's work between storage and the batch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cnn2gnn_dist.data.images.decode import CorruptSample, decode, decode_crop, 
 from cnn2gnn_dist.data.images.views import CLEAN, ViewSpec, boxes, clean_into, resized_into, shifted
 
 MOST_HELD = 4_000_000
-"""Pixels of decoded images that may wait to be cut together."""
+"""Maximum pixels of decoded images held back to be cropped together."""
 
 Wrong = dict[int, CorruptSample]
 
@@ -21,11 +21,11 @@ def fill_views(
     """Decode and augment N images into ``images`` [N, size, size, 3] uint8.
 
     Returns:
-        The rows that are no whole images, left as they were, with what is wrong.
+        The rows of corrupt images, with the reasons; these rows of ``images`` are left unchanged.
     """
     if view != CLEAN and spec.kind == "random_resized_crop":
         return _fill_crops(spec, blobs, ids_N, view, images)
-    clean = np.zeros_like(images)  # not ``images``: a damaged one leaves half of itself behind
+    clean = np.zeros_like(images)  # not ``images``: a corrupt image may leave a row half written
     wrong: Wrong = {}
     as_it_is = spec.short == spec.size
     for row, data in enumerate(blobs):
@@ -48,7 +48,7 @@ def fill_views(
 def _fill_crops(
     spec: ViewSpec, blobs: Sequence[bytes], ids_N: np.ndarray, view: int, images: np.ndarray
 ) -> Wrong:
-    """Random resized crops: headers first, so that only what is cut need be decoded."""
+    """Fill random resized crops; headers are read first, so that only the crop needs decoding."""
     wrong: Wrong = {}
     held: list[_Held] = []
     waiting = 0
@@ -71,7 +71,7 @@ def _fill_crops(
 
 
 _Held = tuple[int, tuple[int, ...], bytes | np.ndarray]
-"""Row, height and width, and the bytes of a JPEG or the pixels of anything else."""
+"""Row, (height, width), and the bytes of a JPEG or the pixels of any other image."""
 
 
 def _cut(

@@ -1,4 +1,4 @@
-"""Image bytes to RGB pixels: simplejpeg for JPEG, Pillow for whatever else an image may be."""
+"""Image bytes to RGB pixels: simplejpeg for JPEG, Pillow for all other formats."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from cnn2gnn_dist.data.images.pixels import CorruptSample, rgb
 __all__ = ["DECODING", "MAX_PIXELS", "CorruptSample", "decode", "decode_crop", "jpeg_size"]
 
 DECODING = 1
-"""Version of what comes out, in the keys of the stages that read images. To be raised when any
-image gets other pixels, or is found corrupt where it was not: finished runs are then stale."""
+"""Version of the decoder's output, part of the keys of the stages that read images. Raise it when the
+pixels of any image change, or an image is newly found corrupt: finished runs are then stale."""
 
 MAX_PIXELS = 89_478_485
-"""Larger images are refused: a small file can unfold to fill the memory. Pillow's own limit,
-above which it would warn, and above twice of which raise."""
+"""Larger images are refused: a small file can decompress to fill the memory. This is Pillow's limit,
+above which it warns, and above twice of which it raises."""
 
 MAX_WORK = 32 * MAX_PIXELS
-"""Most pixels times scans of a JPEG: a file of a megabyte can ask for hours of passes."""
+"""Maximum pixels times scans of a JPEG: a file of a megabyte can demand hours of passes."""
 
 TILE_WIDTH, TILE_HEIGHT = 322, 323
 
 
 def decode(data: bytes, into_HWC: np.ndarray | None = None) -> np.ndarray:
-    """Pixels [H, W, 3] uint8, RGB, of an image of any kind: docs/images.md says what becomes of each.
+    """Decode an image of any supported kind to RGB pixels [H, W, 3] uint8; docs/images.md has the rules.
 
-    Transparency lies on white; EXIF orientation is not applied, as in torchvision. ``into_HWC``
-    (contiguous) is filled and returned if it has the image's shape and the image is a JPEG; it may
-    be left half written.
+    Transparent images are composited on white; EXIF orientation is not applied, as in torchvision.
+    ``into_HWC`` (contiguous) is filled and returned if it has the image's shape and the image is a
+    JPEG; on an error it may be half written.
 
     Raises:
-        CorruptSample: truncated, no image, too large, or of numbers that do not say what is white.
+        CorruptSample: truncated, not an image, too large, or with numbers of unknown range.
     """
     size = jpeg_size(data)
     if size is None:
@@ -42,7 +42,7 @@ def decode(data: bytes, into_HWC: np.ndarray | None = None) -> np.ndarray:
 
 
 def jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Height and width of a JPEG of a kind that :func:`decode_crop` cuts; None: decode it to know.
+    """Return height and width of a JPEG that :func:`decode_crop` supports; None for any other image.
 
     Raises:
         CorruptSample: too large.
@@ -53,7 +53,7 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
 
     try:
         high, wide, space, _ = simplejpeg.decode_jpeg_header(data)
-    except (ValueError, KeyError):  # no header, or a sound one of rare chroma: Pillow can tell
+    except (ValueError, KeyError):  # no header, or a valid one with rare chroma: left to Pillow
         return None
     _check_size(wide, high)
     _check_scans(data, wide, high)
@@ -61,16 +61,18 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
 
 
 def _check_scans(data: bytes, wide: int, high: int) -> None:
-    if high * wide * len(data) > MAX_WORK and not _in_one_scan(data):  # else no room for so many
+    if high * wide * len(data) > MAX_WORK and not _in_one_scan(
+        data
+    ):  # else too short for that many
         scans = data.count(b"\xff\xda")
         if high * wide * scans > MAX_WORK:
             raise CorruptSample(f"{wide} x {high} pixels in {scans} scans")
 
 
 def _in_one_scan(data: bytes) -> bool:
-    """Whether a JPEG is surely sequential with all colours in its first scan, hence its only one.
+    """Return whether a JPEG is certainly sequential with all color components in its first, hence only, scan.
 
-    Walks the few segments of its header: looking for markers in all of it takes twenty times as long.
+    Only the few header segments are walked: searching the whole file for markers takes twenty times as long.
     """
     colours, at = 0, 2
     while data[at : at + 1] == b"\xff" and at + 10 < len(data):
@@ -88,15 +90,15 @@ def _in_one_scan(data: bytes) -> bool:
 def decode_crop(
     data: bytes, size: tuple[int, int], top: int, left: int, high: int, wide: int
 ) -> np.ndarray:
-    """Rows [top, top + high) and columns [left, left + wide) of a JPEG of a known ``size``.
+    """Decode rows [top, top + high) and columns [left, left + wide) of a JPEG of a known ``size``.
 
-    The pixels [high, wide, 3] of decoding it whole, in less time where the extra is built
-    (:mod:`cnn2gnn_dist.data.images.partial`).
+    The pixels [high, wide, 3] equal those of a full decode; the optional extra
+    (:mod:`cnn2gnn_dist.data.images.partial`) makes this faster.
 
     Raises:
-        CorruptSample: as :func:`decode`; with the extra, damage below the crop may stay unseen.
+        CorruptSample: as :func:`decode`; with the extra, corruption below the crop may go undetected.
     """
-    from cnn2gnn_dist.data.images import partial  # here: it is also run by its name
+    from cnn2gnn_dist.data.images import partial  # imported here: it also runs with python -m
 
     crop = partial.crop(data, *size, top, left, high, wide)
     return _jpeg(data)[top : top + high, left : left + wide] if crop is None else crop
@@ -141,7 +143,7 @@ def _not_opened(data: bytes) -> str:
 
 
 def _webp_canvas(data: bytes) -> tuple[int, int]:
-    """Width and height of a WebP (0, 0 of others): opening it alone takes memory for all of it."""
+    """Return width and height of a WebP, else (0, 0); merely opening a WebP allocates all its pixels."""
     if data[:4] != b"RIFF" or data[8:12] != b"WEBP":
         return 0, 0
     if data[12:16] == b"VP8X":

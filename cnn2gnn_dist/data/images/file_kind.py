@@ -1,9 +1,9 @@
-"""What a file is by its first bytes: for messages about files that are not what they should be."""
+"""The kind of a file from its first bytes, for messages about files of the wrong kind."""
 
 from __future__ import annotations
 
 ENOUGH = 512
-"""Bytes from the start that tell."""
+"""Number of leading bytes needed to identify the kind."""
 _MAGIC = (
     (b"\x1f\x8b", "a gzip file"),
     (b"BZh", "a bzip2 file"),
@@ -40,7 +40,7 @@ _REMEDIES = {
 
 
 def kind_of(start: bytes) -> str | None:
-    """Name what a file is by its first ``ENOUGH`` bytes ("an HTML page"); None: nothing known."""
+    """Name the kind of a file from its first ``ENOUGH`` bytes ("an HTML page"); None if unknown."""
     for magic, kind in _MAGIC:
         if start.startswith(magic):
             return kind
@@ -62,12 +62,12 @@ def kind_of(start: bytes) -> str | None:
 
 
 def remedy_for(kind: str, otherwise: str) -> str:
-    """What to do about a file of this kind that stands where another kind belongs."""
+    """Return the remedy for a file of this kind where another kind is expected."""
     return _REMEDIES.get(kind, otherwise)
 
 
 def _is_text(start: bytes) -> bool:
-    """Whether the bytes are UTF-8 without control characters (a cut last character is none)."""
+    """Return whether the bytes are UTF-8 without control characters; a truncated last character is fine."""
     try:
         text = start.decode("utf-8")
     except UnicodeDecodeError as failure:

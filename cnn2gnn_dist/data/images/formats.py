@@ -1,4 +1,4 @@
-"""Formats of images: which are read, by what names they go, and how their first bytes tell them."""
+"""Image formats: which are supported, their suffixes, and detection from the first bytes."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ IMAGE_SUFFIXES = (
     *("jpg", "jpeg", "png", "webp", "bmp", "gif", "ppm", "pgm", "tif", "tiff"),
     *("jpe", "jfif", "pjpeg", "pbm", "pnm", "dib"),
 )
-"""Suffixes of the images that are read; of several images of a sample the first one counts."""
+"""Suffixes of supported images; of several images of a sample, the first in this order is used."""
 
 KINDS = ("JPEG", "PNG", "GIF", "BMP", "DIB", "PPM", "WEBP", "TIFF")
-"""What Pillow may take the bytes for. It knows formats that start other programs (EPS), and AVIF
-and JPEG 2000, whose decoders take memory for sizes that stand deeper in the file than Pillow looks.
+"""Formats that Pillow may open. Excluded are formats that start other programs (EPS), and AVIF and
+JPEG 2000, whose decoders allocate memory for sizes stored deeper in the file than Pillow checks.
 """
 
 HEAD = ENOUGH
-"""So many first bytes are enough to tell a format."""
+"""Number of leading bytes needed to identify a format."""
 
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _BMP_HEADERS = {12, 16, 40, 52, 56, 64, 108, 124}
@@ -34,7 +34,7 @@ _UNREAD = (
 
 
 def image_suffix(data: bytes) -> str | None:
-    """Tell an encoded image's format by its first bytes; None if it is not one that is read."""
+    """Return the suffix of an encoded image's format from its first bytes; None if not supported."""
     if data[:3] == b"\xff\xd8\xff":
         return "jpg"
     if data[:8] == b"\x89PNG\r\n\x1a\n":
@@ -53,7 +53,7 @@ def image_suffix(data: bytes) -> str | None:
 
 
 def what_it_is(data: bytes) -> str:
-    """Say in a few words what bytes are that are no image that is read."""
+    """Describe in a few words bytes that are not a supported image."""
     if not data:
         return "an empty file"
     if data[4:8] == b"ftyp":

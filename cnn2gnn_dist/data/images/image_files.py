@@ -1,7 +1,7 @@
-"""Which files below a folder are images: one rule for packing and predicting, nothing passed over unsaid.
+"""Search for image files below a folder: one rule for packing and prediction, and no file is skipped silently.
 
-A file is an image if its name ends as one (``a.jpg``), or says nothing (``a``, ``a.jpg?size=2``) and
-its first bytes are those of a format that is read. Links are followed, each folder is read once.
+A file is an image if it has an image suffix (``a.jpg``), or no recognizable suffix (``a``,
+``a.jpg?size=2``) and the first bytes of a supported format. Links are followed; each folder is read once.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _PLURAL = {
 }
 READ_AT_ONCE, PIECE = 8, 64
 WRITER_S, BYTES_S = 10, 60
-"""Seconds that a pipe is waited for: until somebody writes to it, and then for his next bytes."""
+"""Seconds to wait on a pipe: for a writer, and for the writer's next bytes."""
 
 _JUNK = {
     "__MACOSX",
@@ -50,12 +50,12 @@ _SUFFIX = re.compile(r"[A-Za-z0-9_-]{1,12}")
 
 @dataclass
 class Found:
-    """What lies below a folder.
+    """The contents of a folder.
 
     Attributes:
         images: paths of the images relative to the folder, sorted folder by folder.
-        folders: names of the folders directly in it (not the hidden ones), sorted.
-        left_out: for each reason the paths, relative to the folder, of what is no image.
+        folders: names of the folders directly in it (without hidden ones), sorted.
+        left_out: reason → paths, relative to the folder, of everything that is not an image.
     """
 
     images: list[str] = field(default_factory=list)
@@ -63,11 +63,11 @@ class Found:
     left_out: dict[str, list[str]] = field(default_factory=dict)
 
     def leave(self, reason: str, path: str) -> None:
-        """Count something out."""
+        """Record a path that is left out."""
         self.left_out.setdefault(reason, []).append(path)
 
     def summary(self) -> str:
-        """Counts by reason, each with its first example; empty if nothing is left out."""
+        """Return the counts by reason with the first example of each; empty if nothing is left out."""
         parts = []
         for reason, paths in sorted(self.left_out.items(), key=lambda it: (-len(it[1]), it[0])):
             name = reason if len(paths) == 1 else _PLURAL.get(reason, reason)
@@ -76,7 +76,7 @@ class Found:
         return ", ".join(parts)
 
     def record(self) -> dict[str, Any]:
-        """The counts, with five examples each, as they are kept beside the shards."""
+        """Return the counts with five examples each, as stored beside the shards."""
         left_out = {
             reason: {"count": len(paths), "first": [printable(path) for path in sorted(paths)[:5]]}
             for reason, paths in sorted(self.left_out.items())
@@ -85,9 +85,9 @@ class Found:
 
 
 def corrupt_in(record: Path) -> tuple[int, list[str]]:
-    """How many corrupt images a file counts that holds a :meth:`Found.record`, and the first of them.
+    """Return the number of corrupt images and the first of them from a saved :meth:`Found.record`.
 
-    None without such a file: only trees of folders are searched for images.
+    Zero if the file is missing: only folder trees are searched for images.
     """
     try:
         found = json.loads(record.read_text(encoding="utf-8"))["left_out"].get(CORRUPT)
@@ -97,7 +97,7 @@ def corrupt_in(record: Path) -> tuple[int, list[str]]:
 
 
 def printable(path: str | os.PathLike[str]) -> str:
-    r"""A path as text that can be written anywhere: bytes that are no UTF-8 as ``\xe9``."""
+    r"""Return a path as text that is safe to print anywhere: bytes that are not UTF-8 become ``\xe9``."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
@@ -106,16 +106,16 @@ def find_images(root: str | os.PathLike[str], *, classes: bool = False) -> Found
 
     Args:
         root: the folder.
-        classes: its folders are classes, so images directly in it are left out.
+        classes: the folders in it are classes, so images directly in it are left out.
 
     Raises:
-        UserError: a folder that may not be read, so that nobody knows what is missing; with
-            ``classes``, a link in the root that leads nowhere and may have been a class.
+        UserError: a folder is not readable, so the result would be incomplete; with ``classes``, a
+            broken link in the root may have been a class.
     """
     found = Found()
     walk = _Walk(str(root), classes, found)
     walk.folders([""])
-    while walk.linked:  # those outside of the tree come last: a folder counts where it lies
+    while walk.linked:  # links last: a folder inside the tree is listed at its real place
         walk.linked.sort(reverse=True)
         walk.follow(walk.linked.pop())
     found.images.sort(key=lambda path: path.split(os.sep))
@@ -130,13 +130,15 @@ class _Walk:
         self.root, self.classes, self.found = root, classes, found
         self.linked: list[str] = []
         above = [Path(root).resolve(), *Path(root).resolve().parents]
-        self.seen = {_identity(os.stat(path)) for path in above[1:]}  # a link to them would hold us
+        self.seen = {
+            _identity(os.stat(path)) for path in above[1:]
+        }  # a link to one of them would walk root again
 
     def folders(self, names: Iterable[str]) -> None:
-        """Walk folders and all that lies in them; links to folders wait.
+        """Walk folders recursively; links to folders are queued.
 
         Raises:
-            UserError: one can't be read.
+            UserError: a folder can't be read.
         """
         waiting = list(names)
         while waiting:
@@ -157,14 +159,14 @@ class _Walk:
                     waiting.append(path)
 
     def follow(self, name: str) -> None:
-        """Walk the folder that a link leads to, unless it has been or will be walked."""
+        """Walk the target of a folder link, unless it has already been walked."""
         if _identity(os.stat(os.path.join(self.root, name))) in self.seen:
             self.found.leave(TWICE, name)
         else:
             self.folders([name])
 
     def _is_folder(self, entry: os.DirEntry[str], path: str, *, at_top: bool) -> bool:
-        """Sort one entry in; whether it is a folder to walk at once."""
+        """Classify one entry; return whether it is a folder to walk right away."""
         if entry.name.startswith(".") or entry.name in _JUNK:
             self.found.leave(HIDDEN, path)
             return False
@@ -174,7 +176,7 @@ class _Walk:
         if entry.is_dir(follow_symlinks=False):
             if (
                 _identity(entry.stat(follow_symlinks=False)) in self.seen
-            ):  # inside of a link's target
+            ):  # inside a link target, and already read
                 self.found.leave(TWICE, path)
                 return False
             if at_top:
@@ -223,7 +225,7 @@ class _Walk:
 
 
 def unreadable(root: str | os.PathLike[str], images: Sequence[str]) -> dict[str, str]:
-    """Images (paths relative to ``root``) whose first bytes are no image's, with what they are."""
+    """Return the images (paths relative to ``root``) whose first bytes are not an image's, with what they are."""
 
     def problem(name: str) -> str | None:
         try:
@@ -235,21 +237,23 @@ def unreadable(root: str | os.PathLike[str], images: Sequence[str]) -> dict[str,
     def problems(start: int) -> list[str | None]:
         return [problem(name) for name in images[start : start + PIECE]]
 
-    with ThreadPoolExecutor(READ_AT_ONCE) as pool:  # on a network the waiting is what takes time
+    with ThreadPoolExecutor(READ_AT_ONCE) as pool:  # over a network, latency dominates
         pieces = pool.map(problems, range(0, len(images), PIECE))
         found = zip(images, chain.from_iterable(pieces), strict=True)
         return {name: what for name, what in found if what}
 
 
 def read_file(path: str | os.PathLike[str]) -> bytes:
-    """All bytes of a file, or of a pipe such as the shell's ``<(command)``.
+    """Read all bytes of a file, or of a pipe such as the shell's ``<(command)``.
 
     Raises:
-        OSError: it can't be read; TimeoutError: a pipe that nobody writes to.
+        OSError: it can't be read; TimeoutError: nobody writes to the pipe.
     """
     if not stat.S_ISFIFO(os.stat(path).st_mode):
         return Path(path).read_bytes()
-    pipe = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # else this line would wait, without end
+    pipe = os.open(
+        path, os.O_RDONLY | os.O_NONBLOCK
+    )  # else open would block forever without a writer
     try:
         return _all_of_pipe(pipe)
     finally:
@@ -263,7 +267,7 @@ def _all_of_pipe(pipe: int) -> bytes:
     while True:
         try:
             piece = os.read(pipe, 1 << 16)
-            wait = WRITER_S  # no bytes: nobody has it open for writing
+            wait = WRITER_S  # no bytes: no writer has it open
         except BlockingIOError:
             piece, wait = None, BYTES_S
         if piece:
@@ -274,7 +278,7 @@ def _all_of_pipe(pipe: int) -> bytes:
         happened = poll.poll(wait * 1000)
         if not happened:
             raise TimeoutError(f"a pipe that nobody writes to (waited {wait:g} seconds)")
-        if not happened[0][1] & select.POLLIN:  # the writer has left
+        if not happened[0][1] & select.POLLIN:  # the writer has closed it
             return bytes(read)
 
 

@@ -1,10 +1,10 @@
-"""Partial JPEG decode: an optional compiled extra that only ever saves time.
+"""Partial JPEG decode: an optional compiled extra that only saves time.
 
     python -m cnn2gnn_dist.data.images.partial build     # needs a C compiler and libjpeg-turbo's header
 
-Built once, it is used wherever a random resized crop is cut from a JPEG: about half of the
-decoding falls away, the pixels are the same to the bit. CNN2GNN_PARTIAL=0 turns it off.
-Nothing is compiled otherwise, and nothing is missing without it.
+Once built, it is used for every random resized crop of a JPEG: it saves about half of the decoding,
+and the pixels are bit-identical. CNN2GNN_PARTIAL=0 turns it off. Nothing is compiled unless you run
+this command, and no feature depends on it.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ _Crop = Callable[..., int]
 def crop(
     data: bytes, height: int, width: int, top: int, left: int, high: int, wide: int
 ) -> np.ndarray | None:
-    """Rows [top, top + high) and columns [left, left + wide) of a JPEG [height, width].
+    """Decode rows [top, top + high) and columns [left, left + wide) of a JPEG [height, width].
 
     Returns:
-        Pixels [high, wide, 3] uint8, RGB, as decoding it whole and cutting gives; None: not
-        built or turned off, or the image is of a kind (or so damaged) that only decoding it whole
-        can tell, as is every file that was cut. What goes unseen is damage that shows only below
-        the crop, as too few or too many bits there: the pixels are then those of a lenient
-        decoder of the whole, such as Pillow's, where ours would call the image corrupt.
+        Pixels [high, wide, 3] uint8, RGB, equal to a crop of the full decode. None: not built or
+        turned off, or the image is of a kind that needs a full decode, or is corrupt in a way that
+        does, as every truncated file is. Corruption visible only below the crop, as too few or too
+        many bits there, goes undetected: the pixels are then those of a lenient full decoder such as
+        Pillow's, where our full decode reports the image as corrupt.
     """
     decode = _decoder()
     if decode is None:
@@ -54,16 +54,16 @@ def crop(
 
 
 def path() -> Path:
-    """Where the library of this source, for this kind of machine, lies when it is built."""
+    """Return the path of the compiled library for this source and machine type."""
     what = SOURCE.read_bytes() + platform.machine().encode()
     return SOURCE.with_name(f"_partial-{hashlib.sha256(what).hexdigest()[:12]}.so")
 
 
 def build(target: Path | None = None, *flags: str) -> Path:
-    """Compile the library ($CC, else cc or gcc) and try it; returns its path.
+    """Compile the library ($CC, else cc, gcc or clang), test it and return its path.
 
     Raises:
-        UserError: no compiler, no header, or a library that does not do what it should.
+        UserError: no compiler, no header, or the library fails its test.
     """
     target = target or path()
     compiler = (
@@ -85,7 +85,7 @@ def build(target: Path | None = None, *flags: str) -> Path:
             if not flags:
                 _load(made)
             durable.sync(made)
-            os.replace(made, target)  # whole or not at all: others may be loading it
+            os.replace(made, target)  # atomic: another process may be loading it
     except OSError as error:
         raise UserError(
             f"the library can't be written or loaded: {error}",
@@ -114,10 +114,10 @@ def _decoder() -> _Crop | None:
 
 
 def _load(library: Path) -> _Crop:
-    """The function of a library that gives the very pixels of the full decoder."""
+    """Load the library's function and check that its pixels equal the full decoder's."""
     import simplejpeg
 
-    decode = ctypes.CDLL(str(library)).cnn2gnn_crop  # ctypes lets go of the GIL while it runs
+    decode = ctypes.CDLL(str(library)).cnn2gnn_crop  # ctypes releases the GIL during the call
     number = ctypes.c_uint32
     decode.argtypes = [ctypes.c_char_p, ctypes.c_size_t, *[number] * 6, ctypes.c_void_p]
     decode.restype = ctypes.c_int
@@ -137,7 +137,7 @@ def _load(library: Path) -> _Crop:
 
 
 def main(words: list[str]) -> int:
-    """Run ``build``; any other word, or none, says how things stand."""
+    """Run ``build``; any other argument, or none, prints the status."""
     try:
         if words == ["build"]:
             print(f"built and tried: {build()}")

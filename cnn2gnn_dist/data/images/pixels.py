@@ -1,7 +1,7 @@
-"""From what Pillow has decoded to RGB of eight bits: the rules are in docs/images.md.
+"""Conversion of Pillow's decoded images to 8-bit RGB; docs/images.md has the rules.
 
-Pillow's own conversions clip what has more than eight bits to white and drop transparency, so that
-a drawing becomes one black square: they are used only for what they are right for.
+Pillow's own conversions clip images of more than 8 bits to white, and drop transparency, so that a
+drawing becomes a black square. They are used only where they are correct.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from PIL.TiffImagePlugin import TiffImageFile
 
 BLOCK = 1 << 20
-"""Pixels that are converted at a time: no second copy of a large image is made."""
+"""Pixels converted at a time, so that no second copy of a large image is made."""
 
 _BITS, _COMPRESSION, _PHOTOMETRIC, _STRIP_BYTES, _SAMPLE_FORMAT = 258, 259, 262, 279, 339
 _SAMPLES, _PLANES = 277, 284
@@ -24,15 +24,15 @@ _WHITE_IS_ZERO, _YCBCR, _SIGNED, _PLAIN, _PLANE_BY_PLANE = 0, 6, 2, 1, 2
 
 
 class CorruptSample(Exception):
-    """The bytes are no whole image, or one whose pixels nobody can tell for sure."""
+    """The bytes are not a complete image, or its pixels are ambiguous."""
 
 
 def rgb(image: Image) -> np.ndarray:
-    """Pixels [H, W, 3] uint8 of an image that Pillow has opened, on white where it is transparent.
+    """Convert an image opened by Pillow to pixels [H, W, 3] uint8, composited on white.
 
     Raises:
-        CorruptSample: numbers that do not say what is black and what is white.
-        Exception: Pillow's, of many kinds, where the bytes are damaged.
+        CorruptSample: its numbers do not define black and white.
+        Exception: any of many Pillow exceptions, if the bytes are corrupt.
     """
     inverted = _check_tiff(cast("TiffImageFile", image)) if image.format == "TIFF" else False
     if image.mode == "RGB" and "transparency" not in image.info and image.format != "GIF":
@@ -51,7 +51,7 @@ def rgb(image: Image) -> np.ndarray:
         made = np.array(image.convert("RGB"))
     if inverted:
         np.subtract(255, made, out=made)
-    if image.format == "GIF" and tile is not None:  # its first frame may be smaller than its screen
+    if image.format == "GIF" and tile is not None:  # the first frame may be smaller than the canvas
         left, top, right, bottom = tile[1]
         for outside in (made[:top], made[bottom:], made[:, :left], made[:, right:]):
             outside[:] = 255
@@ -59,7 +59,7 @@ def rgb(image: Image) -> np.ndarray:
 
 
 def _check_tiff(image: TiffImageFile) -> bool:
-    """Refuse what Pillow would misread; True: zero is white, and Pillow leaves that to us."""
+    """Refuse TIFFs that Pillow misreads; return True if zero is white and Pillow does not invert it."""
     tags = image.tag_v2
     if _SIGNED in tags.get(_SAMPLE_FORMAT, ()):
         raise CorruptSample("a TIFF of signed numbers, which do not say what is black")
@@ -71,13 +71,13 @@ def _check_tiff(image: TiffImageFile) -> bool:
             raise CorruptSample("an uncompressed TIFF of YCbCr with fewer colours than pixels")
     planes = tags.get(_PLANES) == _PLANE_BY_PLANE and tags.get(_SAMPLES, 1) > 1
     if planes and tags.get(_COMPRESSION, _PLAIN) == _PLAIN and max(tags.get(_BITS, (1,))) > 8:
-        # Pillow takes each byte of a plane for a pixel, so the lower halves become pixels too.
+        # Pillow treats each byte of a plane as a pixel, so the low bytes become pixels too.
         raise CorruptSample("an uncompressed TIFF of 16 bits a colour, plane by plane")
     return tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO and image.mode in ("I;16", "I;16B", "F")
 
 
 def _mend_transparency(image: Image, layout: str) -> None:
-    """Put a transparent colour on the scale of the pixels; Pillow leaves it as the file has it."""
+    """Rescale the transparent color to the scale of the pixels; Pillow keeps the value in the file."""
     colour = image.info.get("transparency")
     if isinstance(colour, tuple):
         if "16" in layout:
@@ -89,7 +89,7 @@ def _mend_transparency(image: Image, layout: str) -> None:
 
 
 def _deep_grey(image: Image) -> np.ndarray:
-    """Grey of 9 to 16 bits: the upper eight of them, as Pillow and libpng make of 16-bit colours."""
+    """Convert 9 to 16-bit gray to its upper 8 bits, as Pillow and libpng do for 16-bit colors."""
     tags = getattr(image, "tag_v2", {})
     bits = tags.get(_BITS, (16,))[0] if image.format == "TIFF" else 16
     clear = image.info.get("transparency")
@@ -104,8 +104,8 @@ def _deep_grey(image: Image) -> np.ndarray:
 
 
 def _float_grey(grey_HW: np.ndarray) -> np.ndarray:
-    """Grey of floats: 0 to 1, or where one is above 1, 0 to 255."""
-    low, top = float(grey_HW.min()), float(grey_HW.max())  # NaN if there is one
+    """Convert float gray, in the range 0 to 1, or 0 to 255 if any value exceeds 1."""
+    low, top = float(grey_HW.min()), float(grey_HW.max())  # NaN if any value is NaN
     if not (low >= 0 and top <= 255):
         raise CorruptSample(f"floats from {low:.6g} to {top:.6g}, neither 0 to 1 nor 0 to 255")
     factor = np.float32(255 if top <= 1 else 1)
@@ -122,7 +122,7 @@ def _by_blocks(grey_HW: np.ndarray, convert: Callable[[np.ndarray], np.ndarray])
 
 
 def _on_white(image: Image) -> np.ndarray:
-    """What a viewer with a white page shows: colours weighed by their alpha, the rest white."""
+    """Composite the image on white by its alpha channel, as a viewer with a white page does."""
     from PIL import Image as pillow
 
     colours = image.convert("LA") if image.mode == "La" else image

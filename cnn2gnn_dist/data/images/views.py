@@ -1,6 +1,6 @@
 """Views: augmentation as a pure function of (seed, sample id, view number).
 
-The bytes equal torchvision's transforms v2 on tensors (resize: bilinear, antialiased).
+The result is bit-identical to torchvision's transforms v2 on tensors (resize: bilinear, antialiased).
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from cnn2gnn_dist.errors import UserError
 KINDS = ("none", "shift", "crop_flip", "random_resized_crop")
 
 CLEAN = -1
-"""Number of the view without augmentation."""
+"""View number of the view without augmentation."""
 
 ATTEMPTS = 10
 
 
 @dataclass(frozen=True)
 class ViewSpec:
-    """What a view looks like.
+    """Specification of a view.
 
     Attributes:
         kind: none, shift (pad and crop), crop_flip, random_resized_crop.
         size: side of the square view, in pixels.
-        seed: of all draws.
+        seed: seed of all random draws.
         pad: zero padding before the crop, in pixels.
-        scale, ratio: area share and aspect ratio of a random resized crop.
+        scale, ratio: area fraction and aspect ratio of a random resized crop.
         flip: mirror half of the views left to right (never for ``shift``).
-        resize: clean view: shorter side to size x this (1 or more), then the centre is cut.
+        resize: clean view: resize the shorter side to size x this (1 or more), then crop the center.
 
     Raises:
         UserError: unknown kind, or a number out of range.
@@ -65,12 +65,12 @@ class ViewSpec:
 
     @property
     def short(self) -> int:
-        """Shorter side of the image that the clean view is cut from, in pixels."""
+        """Shorter side, in pixels, of the resized image from which the clean view is cropped."""
         return round(self.size * self.resize)
 
 
 class Boxes(NamedTuple):
-    """Crops of N images: pixels (top and left may be negative: padding), and mirroring."""
+    """Crops of N images in pixels (negative top or left means padding), and whether to mirror them."""
 
     top_N: np.ndarray
     left_N: np.ndarray
@@ -82,7 +82,7 @@ class Boxes(NamedTuple):
 def boxes(
     spec: ViewSpec, ids_N: np.ndarray, heights_N: np.ndarray, widths_N: np.ndarray, view: int
 ) -> Boxes:
-    """The crop of each image's view, in pixels of the image (for pad and crop: of the clean view)."""
+    """Return the crop of each image's view, in pixels of the image (for pad and crop: of the clean view)."""
     ids = np.asarray(ids_N, dtype=np.int64).astype(np.uint64)
     n, none = len(ids), np.zeros(len(ids), np.int64)
     if view == CLEAN or spec.kind == "none":
@@ -99,10 +99,10 @@ def boxes(
 
 
 def render(spec: ViewSpec, image_HWC: np.ndarray, sample_id: int, view: int) -> np.ndarray:
-    """One view [size, size, 3] uint8 of an image [H, W, 3] uint8.
+    """Return one view [size, size, 3] uint8 of an image [H, W, 3] uint8.
 
     Raises:
-        CorruptSample: an image so narrow that resizing its shorter side would fill the memory.
+        CorruptSample: the image is so narrow that resizing its shorter side would fill the memory.
     """
     return render_batch(spec, [image_HWC], np.array([sample_id]), view)[0]
 
@@ -110,7 +110,7 @@ def render(spec: ViewSpec, image_HWC: np.ndarray, sample_id: int, view: int) -> 
 def render_batch(
     spec: ViewSpec, images: Sequence[np.ndarray], ids_N: np.ndarray, view: int
 ) -> np.ndarray:
-    """The same views of N images of any sizes: [N, size, size, 3] uint8; draws made at once.
+    """Return the same views of N images of any sizes, [N, size, size, 3] uint8; draws are vectorized.
 
     Raises:
         CorruptSample: as :func:`render`.
@@ -129,7 +129,7 @@ def render_batch(
 
 
 def clean_into(spec: ViewSpec, target_HWC: np.ndarray, image_HWC: np.ndarray) -> None:
-    """Write the clean view of an image: shorter side to size x resize, then the centre.
+    """Write the clean view of an image: resize the shorter side to size x resize, then crop the center.
 
     Raises:
         CorruptSample: as :func:`render`.
@@ -149,28 +149,28 @@ def clean_into(spec: ViewSpec, target_HWC: np.ndarray, image_HWC: np.ndarray) ->
 
 
 def resized_into(target_HWC: np.ndarray, image_HWC: np.ndarray, flip: bool = False) -> None:
-    """Write an image, resized to the target's size and mirrored on demand; uint8 both."""
+    """Write an image resized to the target's size and optionally mirrored; both uint8."""
     made = _as_batch(image_HWC)
     if image_HWC.shape != target_HWC.shape:
         made = F.interpolate(made, target_HWC.shape[:2], mode="bilinear", antialias=True)
-    # torch mirrors ten times as fast as numpy copies from a reversed view.
+    # torch's flip is ten times as fast as numpy's copy from a reversed view.
     _as_batch(target_HWC).copy_(made.flip(3) if flip else made)
 
 
 def shifted(spec: ViewSpec, clean_NHWC: np.ndarray, ids_N: np.ndarray, view: int) -> np.ndarray:
-    """Views [N, size, size, 3] of samples whose clean views are at hand: padded, cut, mirrored.
+    """Pad, crop and mirror clean views into views [N, size, size, 3].
 
-    The array itself where the view is the clean one. Not for random resized crops.
+    Returns the array itself if the view is the clean one. Not for random resized crops.
     """
     if view == CLEAN or spec.kind == "none":
         return clean_NHWC
     n, size = len(clean_NHWC), spec.size
     box = boxes(spec, ids_N, np.full(n, size), np.full(n, size), view)
-    pad = min(spec.pad, size)  # beyond, nothing of the image is left to be seen
+    pad = min(spec.pad, size)  # beyond that, the crop contains no part of the image
     wide = size + 2 * pad
     padded = np.zeros((n, wide, wide, 3), np.uint8)
     padded[:, pad : pad + size, pad : pad + size] = clean_NHWC
-    # A line of a view is one element, at every place where it may begin: copied by memcpy.
+    # Each row of a view, at each possible start, is one array element, so it is copied by memcpy.
     lines = np.ndarray(
         (n, wide, 2 * pad + 1), f"V{3 * size}", padded, strides=(wide * wide * 3, wide * 3, 3)
     )
@@ -182,12 +182,12 @@ def shifted(spec: ViewSpec, clean_NHWC: np.ndarray, ids_N: np.ndarray, view: int
 
 
 def uniform(seed: int, ids: np.ndarray, view: int, draw: int) -> np.ndarray:
-    """[N] float64 in [0, 1): a hash of (seed, id, view, draw), so no state is kept."""
+    """Return [N] float64 in [0, 1), a stateless hash of (seed, id, view, draw)."""
     return _draw(_state(seed, np.asarray(ids).astype(np.uint64), view), draw)
 
 
 def _state(seed: int, ids: np.ndarray, view: int) -> np.ndarray:
-    """[N] uint64: the part of the hash that all draws of a view share."""
+    """Return [N] uint64, the part of the hash that all draws of a view share."""
     with np.errstate(over="ignore"):
         state = _mix(np.uint64(seed & 0xFFFFFFFFFFFFFFFF) + np.uint64(0x9E3779B97F4A7C15))
         return _mix(_mix(state ^ ids) ^ np.uint64(view & 0xFFFFFFFF))
@@ -210,7 +210,7 @@ def _mix(x: np.ndarray | np.uint64) -> np.ndarray:
 def _resized_boxes(
     spec: ViewSpec, state_N: np.ndarray, heights_N: np.ndarray, widths_N: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """torchvision's rule: ten attempts at area and ratio, else the largest centred crop."""
+    """Draw boxes by torchvision's rule: ten attempts at area and ratio, else the largest center crop."""
     draws = 10 + 4 * np.arange(ATTEMPTS)[:, None] + np.arange(4)
     u_4AN = _draw(state_N, np.ascontiguousarray(draws.T)[..., None])
     low, up = math.log(spec.ratio[0]), math.log(spec.ratio[1])
@@ -229,7 +229,7 @@ def _resized_boxes(
         shape = widths / heights
         w = np.where(shape > spec.ratio[1], np.round(heights * spec.ratio[1]), widths)
         h = np.where(shape < spec.ratio[0], np.round(widths / spec.ratio[0]), heights)
-        # A ratio far from the image's may round to nothing.
+        # A ratio far from the image's may round to zero.
         high[none], wide[none] = np.maximum(h, 1).astype(np.int64), np.maximum(w, 1)
         top[none], left[none] = (heights - high[none]) // 2, (widths - wide[none]) // 2
     return top, left, high, wide
@@ -242,10 +242,10 @@ def _resized(image_HWC: np.ndarray, high: int, wide: int) -> np.ndarray:
 
 
 def _as_batch(image_HWC: np.ndarray) -> torch.Tensor:
-    """[1, 3, H, W] over the same bytes.
+    """View an image as [1, 3, H, W] over the same bytes.
 
-    The order of the steps matters: after it torch knows the memory as channels-last, and neither
-    turns it round for interpolating nor back.
+    With this order of steps torch recognizes the memory as channels-last, and does not transpose it
+    before or after interpolation.
     """
     tensor = torch.from_numpy(np.ascontiguousarray(image_HWC))
     return tensor.unsqueeze(0).permute(0, 3, 1, 2)
