@@ -221,7 +221,8 @@ def _checkpoint(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from cnn2gnn_dist.pipeline import runner
+    from cnn2gnn_dist.pipeline import keys, runner
+    from cnn2gnn_dist.unused_fields import Around
 
     config = settings.load(arguments.config, arguments.overrides, _note)
     _warn_about_a_moved_run(arguments.config, config)
@@ -230,7 +231,8 @@ def _run(arguments: argparse.Namespace) -> int:
         steps = runner.plan(config, arguments.stages)
         for step in steps:
             print(f"{step.stage.name:10} {step.standing.value:12} {step.why}")
-        for note in consistency.notes(config):
+        around = Around(config.device == "cuda", deepspeed=keys.read_deepspeed(config))
+        for note in consistency.notes(config, around):
             print(f"note: {note}")
         runner.check_ahead(config, steps, config.run.ranks)
         return 0

@@ -344,7 +344,11 @@ class StudentConfig(TrainConfig):
 class EvaluateConfig(Section):
     """How held-out images are judged."""
 
-    batch: int = Field(256, ge=1, description="images a forward pass of a rank")
+    batch: int = Field(
+        256,
+        ge=1,
+        description="images a forward pass of a rank, also where a graph's bank is embedded",
+    )
     gallery: int = Field(
         24, ge=0, description="test images shown in the report with their neighbours"
     )
@@ -363,8 +367,8 @@ class ClusterConfig(Section):
     grace_s: float = Field(
         2.5,
         ge=0,
-        description="seconds the ranks have for a save when the driver gets SIGTERM "
-        "(`ray job stop` gives it 3)",
+        description="under `cnn2gnn run`: seconds the ranks have for a save when the driver gets SIGTERM "
+        "(`ray job stop` gives it 3); under a launcher checkpoint.grace_s counts",
     )
     max_failures: int = Field(3, ge=0, description="times the group of ranks is started again")
     timeout_s: float = Field(
@@ -383,7 +387,8 @@ class CheckpointConfig(Section):
     grace_s: float = Field(
         25.0,
         gt=0,
-        description="seconds a rank has for its next step and a save after SIGTERM or SIGUSR1",
+        description="under a launcher: seconds a rank has for its next step and a save after SIGTERM or "
+        "SIGUSR1; under `cnn2gnn run` cluster.grace_s counts",
     )
 
 

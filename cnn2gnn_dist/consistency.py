@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING
 
 from pydantic_core import PydanticCustomError
 
+from cnn2gnn_dist import unused_fields
+from cnn2gnn_dist.unused_fields import Around
+
 if TYPE_CHECKING:
     from cnn2gnn_dist.config import Config, GraphConfig, ViewsConfig
 
@@ -99,9 +102,24 @@ def check_whole(config: Config) -> None:
         )
 
 
-def notes(config: Config) -> list[str]:
-    """What will run, though hardly as meant: trials with few epochs do so knowingly."""
+def notes(config: Config, around: Around | None = None) -> list[str]:
+    """What will run, though hardly as meant: trials with few epochs do so knowingly.
+
+    Args:
+        config: of the run.
+        around: what is known besides; None: nothing.
+    """
+    return _hardly_meant(config) + unused_fields.notes(config, around or Around())
+
+
+def _hardly_meant(config: Config) -> list[str]:
     graph, student, found = config.graph, config.student, list[str]()
+    if config.data.source == "digits" and config.data.test is not None:
+        found.append(
+            f"data.test={config.data.test}: data.source=digits has one set of images, which is "
+            "packed twice: the student is judged on images that it was trained on; data.test=null "
+            "splits some off"
+        )
     if config.data.source == "shards" and config.data.limit is not None:
         found.append(
             f"data.limit={config.data.limit} is for packing, and nothing is packed: all of the "

@@ -24,6 +24,7 @@ from cnn2gnn_dist.runtime.ranks import Ranks
 from cnn2gnn_dist.stages.shared import preflight
 from cnn2gnn_dist.stages.shared.context import Context, RunPaths, load_manifest
 from cnn2gnn_dist.training.checkpoint import folder as checkpoint_folder
+from cnn2gnn_dist.unused_fields import Around
 
 LOCK_SECONDS = 10.0
 """A run that was killed or told to end may need so long to let go of its folder."""
@@ -66,7 +67,8 @@ def run_rank(
         with _locked(Path(str(config.run.dir)), ranks, config.cluster.timeout_s):
             read = _together(ranks, lambda: deepspeed or keys.read_deepspeed(config))
             survey = Survey(config, read, reads=True, recheck=update)
-            _together(ranks, lambda: _begin(survey, names, ranks.world_size))
+            around = Around(device == "cuda", inside_ray, ranks.world_size, read)
+            _together(ranks, lambda: _begin(survey, names, around))
             return _run_all(survey, names, update, inside_ray, ranks, device, force)
     except RuntimeError as error:
         if ranks.world_size > 1 and collectives.lost_peer(error):
@@ -279,11 +281,11 @@ def check_ahead(config: Config, steps: list[Step], world_size: int) -> list[Stag
     return ahead
 
 
-def _begin(survey: Survey, names: list[str] | None, world_size: int) -> None:
+def _begin(survey: Survey, names: list[str] | None, around: Around) -> None:
     config = survey.config
-    ahead = check_ahead(config, plan(config, names, survey), world_size)
+    ahead = check_ahead(config, plan(config, names, survey), around.ranks or config.run.ranks)
     if any(stage.trains for stage in ahead):
-        for note in consistency.notes(config):
+        for note in consistency.notes(config, around):
             print(f"note: {note}", file=sys.stderr, flush=True)
     ledger.claim(Path(str(config.run.dir)), settings.as_yaml(config))
 

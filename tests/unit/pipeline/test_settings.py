@@ -266,7 +266,7 @@ def test_scopes_and_hops_that_need_no_fanouts_do_not_ask_for_them():
         (["graph.start_epoch=12"], ["not trained with the graph"]),
         (["student.epochs=2", "student.warmup_epochs=2"], ["cut to half", "not trained with"]),
         (["teacher.epochs=1"], ["teacher.warmup_epochs=1 is cut"]),
-        (["graph.scope=batch", "graph.start_epoch=12"], []),
+        (["graph.scope=batch", "graph.start_epoch=12"], ["graph.start_epoch=12"]),
         ([], []),
     ],
 )

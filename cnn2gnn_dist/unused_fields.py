@@ -1,0 +1,250 @@
+"""Fields that are set and do nothing, because of what another field or the machine says.
+
+A field counts as set where it is not at its default: a config does not remember who wrote what.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cnn2gnn_dist.config import Config
+
+DOWNLOADED = ("cifar10", "cifar100")
+
+
+@dataclass(frozen=True)
+class Around:
+    """What a config can't know.
+
+    Attributes:
+        on_gpu: whether tensors lie on a GPU.
+        inside_ray: whether Ray carries the ranks, or a launcher; None: not known yet.
+        ranks: how many there are; None: not known yet.
+        deepspeed: the DeepSpeed configs of "teacher" and "student".
+    """
+
+    on_gpu: bool = False
+    inside_ray: bool | None = None
+    ranks: int | None = None
+    deepspeed: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """These fields do nothing ``when`` it holds, for this reason."""
+
+    fields: tuple[str, ...]
+    why: str
+    when: Callable[[Config, Around], bool]
+
+
+_RULES = (
+    # Which images.
+    _Rule(
+        ("data.shard_size", "data.image_column", "data.label_column"),
+        "data.source=shards packs nothing",
+        lambda c, a: c.data.source == "shards",
+    ),
+    _Rule(
+        ("data.image_column", "data.label_column"),
+        "only data.source=parquet has columns",
+        lambda c, a: c.data.source != "parquet",
+    ),
+    _Rule(
+        ("data.train",),
+        "the images of data.source=digits are scikit-learn's",
+        lambda c, a: c.data.source == "digits",
+    ),
+    _Rule(
+        ("data.holdout",),
+        "the held-out images are a set of their own",
+        lambda c, a: c.data.test is not None or c.data.source in DOWNLOADED,
+    ),
+    _Rule(
+        ("data.match_classes",),
+        "held-out images that are split off have the same classes",
+        lambda c, a: c.data.test is None and c.data.source not in DOWNLOADED,
+    ),
+    # What becomes of them.
+    _Rule(
+        ("views.pad",),
+        "views.kind pads nothing: it is for shift and crop_flip",
+        lambda c, a: c.views.kind not in ("shift", "crop_flip"),
+    ),
+    _Rule(
+        ("views.scale", "views.ratio"),
+        "they are for views.kind=random_resized_crop",
+        lambda c, a: c.views.kind != "random_resized_crop",
+    ),
+    _Rule(
+        ("stream.decoded_bytes",),
+        "views.kind=random_resized_crop decodes another part of an image each time",
+        lambda c, a: c.views.kind == "random_resized_crop",
+    ),
+    _Rule(
+        ("stream.cache_dir", "stream.cache_bytes"),
+        "they are for remote shards, and all are local",
+        lambda c, a: not any(map(_is_remote, _shards(c))),
+    ),
+    _Rule(
+        ("stream.cache_dir",),
+        "stream.cache_bytes=0 keeps nothing",
+        lambda c, a: not c.stream.cache_bytes,
+    ),
+    # Trainings.
+    _Rule(
+        ("teacher.clip",),
+        "the DeepSpeed config has a gradient_clipping of its own",
+        lambda c, a: a.deepspeed.get("teacher", {}).get("gradient_clipping", "auto") != "auto",
+    ),
+    _Rule(
+        ("student.clip",),
+        "the DeepSpeed config has a gradient_clipping of its own",
+        lambda c, a: a.deepspeed.get("student", {}).get("gradient_clipping", "auto") != "auto",
+    ),
+    _Rule(
+        ("student.label_smoothing",),
+        "student.distill_weight=1 leaves the labels out",
+        lambda c, a: c.student.distill_weight == 1,
+    ),
+    _Rule(
+        ("student.temperature", "targets.top_k"),
+        "student.distill_weight=0 leaves the soft targets out",
+        lambda c, a: c.student.distill_weight == 0,
+    ),
+    _Rule(
+        ("student.neighbour_loss",),
+        "it is of graph.scope=dataset",
+        lambda c, a: c.graph.scope == "batch",
+    ),
+    # The graph.
+    _Rule(
+        (
+            *("graph.candidates", "graph.start_epoch", "graph.warmup_epochs"),
+            *("graph.refresh_epochs", "graph.keep_versions"),
+            *("graph.search", "graph.partition", "graph.sampling"),
+        ),
+        "with graph.scope=batch the images of a batch are each other's candidates",
+        lambda c, a: c.graph.scope == "batch",
+    ),
+    _Rule(
+        ("graph.search",),
+        "on a GPU the search is exact",
+        lambda c, a: a.on_gpu,
+    ),
+    _Rule(
+        ("graph.search.recall", "graph.search.warm_start", "graph.search.probes"),
+        "graph.search.exact=true looks at all images",
+        lambda c, a: c.graph.search.exact,
+    ),
+    _Rule(
+        (
+            *("graph.partition.partitioner", "graph.partition.repartition_cut"),
+            "graph.partition.move_gain",
+        ),
+        "graph.partition.parts=1 divides nothing",
+        lambda c, a: c.graph.partition.parts == 1,
+    ),
+    _Rule(
+        ("graph.partition.repartition_cut", "graph.partition.move_gain"),
+        "graph.partition.partitioner=ranges goes by the ids of images alone",
+        lambda c, a: c.graph.partition.partitioner == "ranges",
+    ),
+    _Rule(
+        ("graph.sampling.sampler",),
+        "with graph.sampling.query=live and graph.sampling.second_hop=cached nothing is sampled",
+        lambda c, a: (c.graph.sampling.query, c.graph.sampling.second_hop) == ("live", "cached"),
+    ),
+    # Who carries the ranks.
+    _Rule(
+        ("cluster.address", "cluster.cpus_per_rank", "cluster.max_failures", "cluster.grace_s"),
+        "they are for ranks that Ray carries, and a launcher has started these",
+        lambda c, a: a.inside_ray is False,
+    ),
+    _Rule(
+        ("run.ranks",),
+        "the launcher has started another number",
+        lambda c, a: a.inside_ray is False and a.ranks not in (None, c.run.ranks),
+    ),
+    _Rule(
+        ("checkpoint.grace_s",),
+        "ranks that Ray carries have cluster.grace_s for their last save",
+        lambda c, a: a.inside_ray is True,
+    ),
+)
+
+
+def notes(config: Config, around: Around) -> list[str]:
+    """A line for each reason why fields that are set do nothing; a field has one at most."""
+    said: set[str] = set()
+    found = []
+    for rule in _RULES:
+        if not rule.when(config, around):
+            continue
+        idle = {name: value for name, value in _set_fields(config, rule.fields) if name not in said}
+        if idle:
+            said |= idle.keys()
+            shown = ", ".join(f"{name}={_text(value)}" for name, value in idle.items())
+            found.append(f"{shown} {'does' if len(idle) == 1 else 'do'} nothing: {rule.why}")
+    return found + _fanouts(config)
+
+
+def _fanouts(config: Config) -> list[str]:
+    """Lines about one of two numbers, or a part of one."""
+    graph, sampling, found = config.graph, config.graph.sampling, list[str]()
+    if graph.scope != "dataset":
+        return found
+    cached = sampling.second_hop == "cached"
+    drawn = [sampling.query == "table", not cached]  # from the table, which has M candidates
+    for hop, (fanout, from_table) in enumerate(zip(sampling.fanouts, drawn, strict=True)):
+        if from_table and fanout > graph.candidates:
+            found.append(
+                f"graph.sampling.fanouts[{hop}]={fanout} counts as {graph.candidates}: there are "
+                f"graph.candidates={graph.candidates} to draw from"
+            )
+    if cached and sampling.fanouts[1] not in (0, _default(sampling, "fanouts")[1]):
+        found.append(
+            f"graph.sampling.fanouts[1]={sampling.fanouts[1]} does nothing: "
+            "graph.sampling.second_hop=cached averages over all candidates of a neighbour"
+        )
+    return found
+
+
+def _set_fields(config: Any, names: Iterable[str]) -> Iterable[tuple[str, Any]]:
+    """Those of these fields, and of these sections' fields, that are not at their defaults."""
+    for name in names:
+        owner = config
+        *sections, last = name.split(".")
+        for section in sections:
+            owner = getattr(owner, section)
+        value = getattr(owner, last)
+        kind = type(value)
+        if hasattr(kind, "model_fields"):
+            yield from _set_fields(config, [f"{name}.{inner}" for inner in kind.model_fields])
+        elif value != _default(owner, last):
+            yield name, value
+
+
+def _default(section: Any, name: str) -> Any:
+    return type(section).model_fields[name].get_default(call_default_factory=True)
+
+
+def _text(value: Any) -> str:
+    """As an override is written."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{list(value)}" if isinstance(value, tuple) else f"{value}"
+
+
+def _shards(config: Config) -> list[str]:
+    data, found = config.data, list[str]()
+    for origin in (data.train, data.test) if data.source == "shards" else ():
+        found += [origin] if isinstance(origin, str) else origin or []
+    return found
+
+
+def _is_remote(path: str) -> bool:
+    return "://" in path and not path.startswith("file://")

@@ -1,0 +1,156 @@
+"""A field that is set and does nothing is named, with what makes it so; all else is silent."""
+
+from __future__ import annotations
+
+import pytest
+
+from cnn2gnn_dist import cli, consistency, field_names, settings, unused_fields
+from cnn2gnn_dist.unused_fields import Around
+
+CPU, GPU = Around(), Around(on_gpu=True)
+RAY, LAUNCHER = Around(inside_ray=True, ranks=2), Around(inside_ray=False, ranks=2)
+CLIPS = Around(deepspeed={"teacher": {"gradient_clipping": 3}, "student": {}})
+NEAR, FAR = "data.train=/d/a.tar", "data.train=s3://b/a.tar"
+
+IDLE = [  # overrides of the preset demo, what is around, and the beginnings of the notes
+    (["data.source=shards", NEAR], CPU, ["data.shard_size=256 does nothing: data.source=shards"]),
+    (["data.image_column=img"], CPU, ["data.image_column=img does nothing: only data.source=parquet"]),
+    (["data.source=parquet", "data.label_column=y", NEAR], CPU, []),
+    ([NEAR], CPU, ["data.train=/d/a.tar does nothing: the images of data.source=digits"]),
+    (
+        ["data.source=imagefolder", NEAR, "data.test=/d/b"],
+        CPU,
+        ["data.holdout=0.25 does nothing: the held-out images are a set"],
+    ),
+    (["data.source=cifar10", NEAR], CPU, ["data.holdout=0.25 does nothing"]),
+    (["data.match_classes=number"], CPU, ["data.match_classes=number does nothing"]),
+    (["data.source=imagefolder", NEAR, "data.match_classes=number"], CPU, ["data.match_classes"]),
+    (
+        ["data.test=/d", "data.holdout=0.2"],
+        CPU,
+        ["data.test=/d: data.source=digits has one set of images"],
+    ),
+    (["views.kind=none"], CPU, ["views.pad=3 does nothing: views.kind pads nothing"]),
+    (["views.ratio=[1, 1]"], CPU, ["views.ratio=[1.0, 1.0] does nothing"]),
+    (["views.kind=random_resized_crop", "views.ratio=[1, 1]", "views.pad=4"], CPU, []),
+    (
+        ["views.kind=random_resized_crop", "views.pad=4", "stream.decoded_bytes=1e6"],
+        CPU,
+        ["stream.decoded_bytes=1000000 does nothing: views.kind=random_resized_crop"],
+    ),
+    (["stream.decoded_bytes=1e6"], CPU, []),
+    (["stream.cache_bytes=0"], CPU, ["stream.cache_bytes=0 does nothing: they are for remote"]),
+    (["data.source=shards", FAR, "data.shard_size=2048", "stream.cache_bytes=9"], CPU, []),
+    (
+        ["data.source=shards", FAR, "data.shard_size=2048", "stream.cache_bytes=0", "stream.cache_dir=/c"],
+        CPU,
+        ["stream.cache_dir=/c does nothing: stream.cache_bytes=0"],
+    ),
+    (["teacher.clip=2", "student.clip=2"], CLIPS, ["teacher.clip=2.0 does nothing: the DeepSpeed"]),
+    (["teacher.clip=2"], CPU, []),
+    (
+        ["student.distill_weight=1", "student.label_smoothing=0.1"],
+        CPU,
+        ["student.label_smoothing=0.1 does nothing"],
+    ),
+    (
+        ["student.distill_weight=0", "student.temperature=3", "targets.top_k=3"],
+        CPU,
+        ["student.temperature=3.0, targets.top_k=3 do nothing: student.distill_weight=0"],
+    ),
+    (
+        ["graph.scope=batch", "graph.partition.parts=4", "graph.search.probes=3"],
+        GPU,
+        [
+            "graph.candidates=16, graph.refresh_epochs=2, graph.search.probes=3, "
+            "graph.partition.parts=4, graph.sampling.fanouts=[10, 6] do nothing: with graph.scope"
+        ],
+    ),
+    (
+        ["graph.scope=batch", "student.neighbour_loss=0.1"],
+        CPU,
+        ["student.neighbour_loss=0.1 does nothing", "graph.candidates=16"],
+    ),
+    (["graph.search.exact=false"], GPU, ["graph.search.exact=false does nothing: on a GPU"]),
+    (["graph.search.exact=false", "graph.search.recall=0.9", "graph.search.probes=3"], CPU, []),
+    (
+        ["graph.search.recall=0.9", "graph.search.warm_start=no", "graph.search.probes=3"],
+        CPU,
+        ["graph.search.recall=0.9, graph.search.warm_start=false, graph.search.probes=3 do nothing"],
+    ),
+    (["graph.search.recall=0.9"], GPU, ["graph.search.recall=0.9 does nothing: on a GPU"]),
+    (
+        ["graph.partition.parts=1", "graph.partition.partitioner=ranges", "run.ranks=1"],
+        CPU,
+        ["graph.partition.partitioner=ranges does nothing: graph.partition.parts=1"],
+    ),
+    (
+        ["graph.partition.partitioner=ranges", "graph.partition.move_gain=3"],
+        CPU,
+        ["graph.partition.move_gain=3 does nothing: graph.partition.partitioner=ranges"],
+    ),
+    (["graph.partition.partitioner=streaming", "graph.partition.move_gain=3"], CPU, []),
+    (
+        ["graph.sampling.second_hop=cached", "graph.sampling.sampler=dgl"],
+        CPU,
+        [
+            "graph.sampling.sampler=dgl does nothing: with graph.sampling.query=live",
+            "graph.sampling.fanouts[1]=6 does nothing: graph.sampling.second_hop=cached",
+        ],
+    ),
+    (
+        [
+            *("graph.sampling.second_hop=cached", "graph.sampling.sampler=dgl"),
+            *("graph.sampling.query=table", "graph.sampling.fanouts=[10, 0]"),
+        ],
+        CPU,
+        [],
+    ),
+    (
+        ["graph.sampling.query=table", "graph.sampling.fanouts=[30, 20]"],
+        CPU,
+        ["graph.sampling.fanouts[0]=30 counts as 16", "graph.sampling.fanouts[1]=20 counts as 16"],
+    ),
+    (["graph.sampling.fanouts=[30, 16]"], CPU, []),  # a live search finds as many as are asked for
+    (["cluster.grace_s=9", "checkpoint.grace_s=9"], RAY, ["checkpoint.grace_s=9.0 does nothing: ranks"]),
+    (["cluster.grace_s=9", "checkpoint.grace_s=9"], LAUNCHER, ["cluster.grace_s=9.0 does nothing"]),
+    (["cluster.grace_s=9", "checkpoint.grace_s=9"], CPU, []),  # of a plan: who starts is not known
+    (["cluster.address=h:1", "cluster.max_failures=1"], LAUNCHER, ["cluster.address=h:1, cluster.max"]),
+    (["run.ranks=4"], LAUNCHER, ["run.ranks=4 does nothing: the launcher"]),
+    (["run.ranks=4"], Around(inside_ray=True, ranks=4), []),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("overrides", "around", "begin"), IDLE)
+def test_a_field_that_does_nothing_is_named_with_the_reason(overrides, around, begin):
+    found = consistency.notes(settings.load("demo", overrides), around)
+    assert len(found) == len(begin), found
+    for note, start in zip(found, begin, strict=True):
+        assert note.startswith(start)
+
+
+@pytest.mark.parametrize("around", [CPU, GPU, RAY, LAUNCHER, CLIPS])
+def test_presets_set_nothing_that_does_nothing(around):
+    for name in settings.presets():
+        config = settings.load(name)
+        if around.ranks:
+            config = settings.load(name, [f"run.ranks={around.ranks}"])
+        assert consistency.notes(config, around) == []
+
+
+def test_every_rule_names_fields_that_there_are_and_is_tried_here():
+    tried = {
+        rule.why
+        for rule in unused_fields._RULES
+        for overrides, around, begin in IDLE
+        if begin and rule.when(settings.load("demo", overrides), around)
+    }
+    assert tried == {rule.why for rule in unused_fields._RULES}
+    for rule in unused_fields._RULES:
+        assert set(rule.fields) <= set(field_names.paths())
+
+
+def test_a_plan_says_so(capsys, tmp_path):
+    command = ["run", "--config", "demo", "--dry-run", f"run.dir={tmp_path}/run"]
+    assert cli.main([*command, "views.kind=none"]) == 0
+    assert "note: views.pad=3 does nothing: views.kind pads nothing" in capsys.readouterr().out
