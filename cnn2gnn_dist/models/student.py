@@ -148,12 +148,12 @@ class Student(nn.Module):
         if scope not in get_args(Scope):
             raise UserError(
                 f"There is no scope '{scope}'",
-                where="student.scope",
+                where="graph.scope",
                 remedy=f"one of {', '.join(get_args(Scope))}",
             )
         if k < 1:
             raise UserError(
-                f"k = {k} neighbours", where="student.k", remedy="at least 1, or scope none"
+                f"k = {k} neighbours", where="graph.neighbours", remedy="at least 1, or scope none"
             )
         self.scope = scope
         self.k = k
