@@ -1,1 +1,1 @@
-"""From images as they are found to WebDataset shards."""
+"""Packing of images into WebDataset shards."""

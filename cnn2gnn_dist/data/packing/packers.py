@@ -1,7 +1,7 @@
-"""Packers: images as they are found → WebDataset shards, for training to stream.
+"""Packers: convert image data sets to WebDataset shards for streaming.
 
-Encoded images pass through untouched, arrays are written as PNG, and the same inputs give the same
-bytes. Every packer takes ``limit`` (only that many samples) and returns the shards' paths.
+Encoded images pass through unchanged, arrays are written as PNG, and the output is deterministic.
+Every packer takes ``limit`` (the maximum number of samples) and returns the paths of the shards.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def pack_digits(
     limit: int | None = None,
     progress: bool = True,
 ) -> list[Path]:
-    """Pack scikit-learn's 1,797 handwritten digits: classes '0' to '9', nothing to download.
+    """Pack scikit-learn's 1,797 handwritten digits: classes '0' to '9', no download.
 
-    The 8×8 grey images (0..16) are enlarged smoothly (bicubic) to ``image_size`` and made RGB.
+    The 8×8 gray images (0..16) are upsampled (bicubic) to ``image_size`` and converted to RGB.
     """
     from PIL import Image
     from sklearn.datasets import load_digits
@@ -72,23 +72,23 @@ def pack_parquet(
     limit: int | None = None,
     progress: bool = True,
 ) -> list[Path]:
-    """Pack Parquet files in Hugging Face's image layout, row by row in the order of the files.
+    """Pack Parquet files in Hugging Face's image layout, row by row, in file order.
 
     Args:
         files: Parquet files with ``image`` (struct<bytes, path> or binary) and ``label``: integers,
-            named by the schema metadata ``huggingface`` (ClassLabel) where it is there, or text,
-            the names themselves. Files that number the same names differently are renumbered.
+            named by the schema metadata ``huggingface`` (ClassLabel) if present, or text, the names
+            themselves. Files that number the same names differently are renumbered.
         out: folder of the shards.
-        shard_size: samples a shard.
-        prefix: begins the names of shards and samples; one for each split.
-        image_column: the images' column, where it is not called so.
-        label_column: the labels' column, where it is not called so.
-        limit: pack only so many rows.
+        shard_size: samples per shard.
+        prefix: prefix of the names of shards and samples; use one per split.
+        image_column: name of the image column.
+        label_column: name of the label column.
+        limit: maximum number of rows to pack.
         progress: show a progress bar when on a terminal.
 
     Raises:
-        UserError: a file is missing or not Parquet, lacks a column (the likely one is named), holds
-            something else in it, names other classes than the first; a row has no image or no
+        UserError: a file is missing or not Parquet; a column is missing (the message suggests the
+            likely one) or has another type; files name different classes; a row has no image, or no
             label within the classes.
     """
     paths = [Path(files)] if isinstance(files, str | os.PathLike) else [Path(f) for f in files]
@@ -134,7 +134,7 @@ def _parquet_sources(
 
 
 def _suffix(data: bytes, name: str, where: str) -> str:
-    """Go by the first bytes (ImageNet has a PNG named .JPEG), else by the name."""
+    """Return the suffix from the first bytes (ImageNet has a PNG named .JPEG), else from the name."""
     named = Path(name).suffix.lower().lstrip(".")
     suffix = image_suffix(data) or (named if named in IMAGE_SUFFIXES else None)
     if suffix is None:
@@ -159,24 +159,24 @@ def pack_imagefolder(
 ) -> list[Path]:
     """Pack a tree ``root/CLASS/…/IMAGE``: the classes are the sorted names of root's folders.
 
-    Which files are images is said in :mod:`cnn2gnn_dist.data.images.image_files`; what is left out is
-    printed in one line and kept in ``PREFIX-left-out.json``. Images are written in a shuffled order
-    (by ``seed``), since shards of one class each would leave little to mix while streaming. Keys
-    tell the path.
+    :mod:`cnn2gnn_dist.data.images.image_files` defines which files are images; files left out are
+    reported in one line and recorded in ``PREFIX-left-out.json``. Images are written in shuffled order
+    (by ``seed``), since shards of a single class would mix poorly while streaming. Keys are derived
+    from the paths.
 
     Args:
         root: the tree.
         out: folder of the shards.
-        shard_size: samples a shard.
-        prefix: begins the names of shards; one for each split.
-        seed: of the order.
-        limit: pack only so many images.
-        max_corrupt: share of the images whose first bytes may be no image's; those are left out.
+        shard_size: samples per shard.
+        prefix: prefix of the names of shards; use one per split.
+        seed: seed of the shuffle.
+        limit: maximum number of images to pack.
+        max_corrupt: maximum fraction of images whose first bytes are not an image's; these are left out.
         progress: show a progress bar when on a terminal.
 
     Raises:
-        UserError: root is missing, can't be read whole or holds no folders; a class has no images;
-            too many files are none though they are named so.
+        UserError: root is missing, not fully readable or has no folders; a class has no images; too
+            many files with image names are not images.
     """
     base = Path(root)
     found = _images_by_class(base, max_corrupt)
@@ -209,7 +209,7 @@ def pack_imagefolder(
 
 
 def _images_by_class(base: Path, max_corrupt: float) -> Found:
-    """The images below the class folders, but for those that are none by their bytes."""
+    """Find the images below the class folders, except those whose bytes are not an image's."""
     if not base.is_dir():
         raise UserError("There is no such folder.", where=str(base), remedy="Check the path.")
     found = find_images(base, classes=True)
@@ -225,7 +225,7 @@ def _images_by_class(base: Path, max_corrupt: float) -> Found:
 
 
 def _leave_out_corrupt(base: Path, found: Found, max_corrupt: float) -> None:
-    """Count out the files that are named as images and are none; too many are refused."""
+    """Leave out files with image names that are not images; refuse if there are too many."""
     wrong = unreadable(base, found.images)
     total = len(found.images)
     if len(wrong) > max_corrupt * total:
@@ -243,7 +243,7 @@ def _leave_out_corrupt(base: Path, found: Found, max_corrupt: float) -> None:
 
 
 def _class_numbers(base: Path, found: Found) -> list[int]:
-    """The class of each image, as the number of its folder."""
+    """Return the class of each image, as the number of its folder."""
     numbers = {name: number for number, name in enumerate(found.folders)}
     labels = [numbers[image.split(os.sep)[0]] for image in found.images]
     empty = set(found.folders) - {found.folders[label] for label in set(labels)}
@@ -272,7 +272,7 @@ def _class_numbers(base: Path, found: Found) -> list[int]:
 
 
 def _path_keys(paths: Sequence[Path]) -> list[str]:
-    """Make a key of each path, without the dots and slashes that end or split keys."""
+    """Make a key from each path, without the dots and slashes that end or split keys."""
     used: dict[str, int] = {}
     keys = []
     for path in paths:
@@ -297,7 +297,7 @@ def pack_torchvision(
     limit: int | None = None,
     progress: bool = True,
 ) -> list[Path]:
-    """Pack torchvision's 'cifar10' or 'cifar100' as PNG, downloading it to ``root`` if not there.
+    """Pack torchvision's 'cifar10' or 'cifar100' as PNG, downloading it to ``root`` if missing.
 
     Raises:
         UserError: an unknown name; the data set is not at ``root`` and cannot be downloaded.
@@ -312,7 +312,7 @@ def pack_torchvision(
         )
     kind = getattr(import_torchvision().datasets, kinds[name])
     try:
-        dataset = kind(str(root), train=train, download=True)  # looks first whether it is there
+        dataset = kind(str(root), train=train, download=True)  # no download if it is there
     except (OSError, RuntimeError) as failure:  # URLError is an OSError; RuntimeError: bad checksum
         raise UserError(
             f"{kinds[name]} is not there and cannot be downloaded: {failure}.",

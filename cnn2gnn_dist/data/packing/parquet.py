@@ -1,4 +1,4 @@
-"""Hugging Face's image layout in Parquet: columns, labels and class names, checked before packing."""
+"""Hugging Face's image layout in Parquet: columns, labels and class names, validated before packing."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Labels:
 
     Attributes:
         files: int64 [rows] of each file, within the classes.
-        classes: the class names; None for each where the files only number them.
+        classes: the class names; None for each class if the files only number them.
     """
 
     files: list[np.ndarray]
@@ -39,7 +39,7 @@ class Labels:
 
 @dataclass(frozen=True)
 class _Column:
-    """The labels of one file: numbers [rows] (-1: none) and the names they stand for, if any."""
+    """The labels of one file: numbers [rows] (-1: none) and their names, if any."""
 
     path: Path
     label_N: np.ndarray
@@ -51,7 +51,7 @@ def open_parquet(path: Path) -> Any:
     """Open a Parquet file.
 
     Raises:
-        UserError: it is missing, damaged or something else.
+        UserError: it is missing, corrupt or of another kind.
     """  # noqa: DOC501
     try:
         return pq.ParquetFile(path)
@@ -107,12 +107,12 @@ def _first_line(failure: Exception) -> str:
 def read_labels(paths: Sequence[Path], image_column: str, label_column: str) -> Labels:
     """Read the labels of files that are packed together.
 
-    Where the files name their classes (Hugging Face's ClassLabel, or labels that are text) the
-    names count: a file that numbers the same classes in another order is renumbered.
+    If the files name their classes (Hugging Face's ClassLabel, or text labels), the names are
+    decisive: a file that numbers the same classes in a different order is renumbered.
 
     Raises:
-        UserError: a file has no such columns, or not of images and labels; files name different
-            classes, or only some of them name any; a label is missing or none of the classes.
+        UserError: a column is missing or does not contain images or labels; files name different
+            classes, or only some of them name any; a label is missing or not one of the classes.
     """
     columns = [_read(path, image_column, label_column) for path in paths]
     if not sum(len(column.label_N) for column in columns):
@@ -142,7 +142,7 @@ def _read(path: Path, image_column: str, label_column: str) -> _Column:
             column = file.read([label_column]).column(label_column).combine_chunks()
         except (OSError, pa.ArrowException) as failure:
             raise _unreadable(path, failure) from failure
-    if isinstance(column, pa.ChunkedArray):  # pyarrow gives one where there are no rows
+    if isinstance(column, pa.ChunkedArray):  # pyarrow returns one if there are no rows
         column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
@@ -156,7 +156,7 @@ def _read(path: Path, image_column: str, label_column: str) -> _Column:
 
 
 def _refuse_blank(path: Path, label_N: np.ndarray, names: Sequence[str]) -> None:
-    """See that no class would be called '': tables made of CSV have it where a label is missing."""
+    """Refuse a class named '': tables converted from CSV have it where a label is missing."""
     blank = [number for number, name in enumerate(names) if not name.strip()]
     wrong = np.flatnonzero(np.isin(label_N, blank))
     if len(wrong):
@@ -169,7 +169,7 @@ def _refuse_blank(path: Path, label_N: np.ndarray, names: Sequence[str]) -> None
 
 
 def _numbers(path: Path, column: pa.Array, name: str) -> np.ndarray:
-    """Class numbers as int64, -1 where null."""
+    """Return class numbers as int64, -1 where null."""
     kind = column.type
     if pa.types.is_boolean(kind):
         column = column.cast(pa.uint8())
@@ -177,7 +177,7 @@ def _numbers(path: Path, column: pa.Array, name: str) -> np.ndarray:
         raise _no_labels(path, column, name)
     highest = pc.max(column).as_py()
     if highest is not None:
-        check_count(int(highest) + 1, len(column), str(path))  # before the numbers are int64
+        check_count(int(highest) + 1, len(column), str(path))  # before the cast to int64
     label_N: np.ndarray = column.cast(pa.int64()).fill_null(-1).to_numpy(zero_copy_only=False)
     return label_N
 
@@ -188,7 +188,7 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _of_text(columns: list[_Column]) -> Labels:
-    """Labels that are names: the classes are all of them, sorted."""
+    """Number text labels: the classes are the sorted distinct names."""
     bare = next((column for column in columns if column.names is None), None)
     if bare is not None:
         raise UserError(
@@ -255,7 +255,7 @@ def _renumbered(column: _Column, number: dict[str, int]) -> np.ndarray:
 
 
 def _refuse_missing(columns: list[_Column]) -> None:
-    """See that every row has a label, and one that its file names, if it names any."""
+    """Check that every row has a label, and that its file names it, if it names any."""
     for column in columns:
         count = np.iinfo(np.int64).max if column.names is None else len(column.names)
         wrong = np.flatnonzero((column.label_N < 0) | (column.label_N >= count))
@@ -336,7 +336,7 @@ def _check_images(path: Path, file: Any, column: str) -> None:
 
 
 def _hint(file: Any, column: str, kind: pa.DataType) -> str:
-    """What a column of another type seems to hold."""
+    """Describe what a column of the wrong type seems to contain."""
     if _is_text(kind):
         batch = next(file.iter_batches(batch_size=1, columns=[column]), None)
         value = batch.column(0)[0].as_py() if batch is not None and len(batch) else None
@@ -393,8 +393,8 @@ def _huggingface_names(metadata: dict[bytes, bytes] | None, label_column: str) -
     try:
         features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
         names = features[label_column]["names"]
-        if isinstance(names, dict):  # some cards keep {"0": "cat", …}
+        if isinstance(names, dict):  # some dataset cards use {"0": "cat", …}
             names = [names[number] for number in sorted(names, key=int)]
-    except (KeyError, TypeError, ValueError):  # no names: the classes go by number
+    except (KeyError, TypeError, ValueError):  # no names: the classes are only numbered
         return None
     return [str(name) for name in names] if isinstance(names, list) and names else None

@@ -1,4 +1,4 @@
-"""Writing WebDataset shards: whole or not at all, and the same bytes for the same samples."""
+"""Atomic and deterministic writing of WebDataset shards."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["Source", "encode_png", "image_suffix", "write_shards"]
 
 @dataclass(frozen=True)
 class Source:
-    """One image on its way into a shard; ``about`` goes into its ``.json``."""
+    """One image to write into a shard; ``about`` goes into its ``.json``."""
 
     key: str
     image: bytes
@@ -45,13 +45,13 @@ def write_shards(
     """Write ``count`` samples as ``out/PREFIX-000000.tar``…, and their ``PREFIX-classes.json``.
 
     Each sample is KEY.cls (the label in ASCII), KEY.<suffix> (the image as given) and KEY.json
-    (label, class_name, null where a class has but a number, and what ``about`` says). A shard gets
-    its name when it is complete, so an interrupted run leaves none that is partial; a second run
-    replaces those of the first.
+    (label, class_name, which is null if the class has only a number, and ``about``). A shard is
+    renamed when complete, so an interrupted run leaves no partial shards; a second run replaces
+    those of the first.
 
     Raises:
-        UserError: a prefix or shard size that makes no sense; shards of an earlier, larger run
-            would stay beside the new ones; a class whose name is empty.
+        UserError: an invalid prefix or shard size; shards of an earlier, larger run would remain
+            beside the new ones; a class has an empty name.
     """
     from tqdm import tqdm
 
@@ -124,7 +124,7 @@ def _add_sample(tar: tarfile.TarFile, source: Source, classes: Sequence[str | No
 
 
 def encode_png(image: np.ndarray) -> bytes:
-    """Encode a uint8 image [H, W, 3] without loss."""
+    """Encode a uint8 image [H, W, 3] as PNG, losslessly."""
     from PIL import Image
 
     file = io.BytesIO()

@@ -1,1 +1,1 @@
-"""Where shards lie: folders, globs, URLs, transfers, and the cache of whole copies."""
+"""Storage of shards: folders, globs, URLs, transfers, and the cache of complete shards."""

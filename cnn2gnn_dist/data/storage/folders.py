@@ -1,4 +1,4 @@
-"""What a folder holds that was named as the data: its files of one kind, or what it holds instead."""
+"""Contents of a folder given as the data: its files of one kind, or what it contains instead."""
 
 from __future__ import annotations
 
@@ -11,36 +11,36 @@ from cnn2gnn_dist.data.images.formats import IMAGE_SUFFIXES
 from cnn2gnn_dist.errors import UserError
 
 _LOOKED_AT = 2000
-"""Entries of a folder tree that are looked at for a message."""
+"""Maximum entries of a folder tree to examine for a message."""
 _SPLIT = re.compile(
     r"(?:^|[-_. ])(train|training|val|valid|validation|dev|test|testing|eval)(?=[-_. ]|\d|$)",
     re.IGNORECASE,
 )
 _PARTS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 KINDS = {".tar": "shards", ".parquet": "parquet"}
-"""The value of ``data.source`` that reads files of a suffix."""
+"""File suffix → the value of ``data.source`` that reads such files."""
 
 
 def part_of(name: str) -> str | None:
-    """The part of a data set that a name speaks of: "train", "val", "test" or None."""
+    """Return the split that a name refers to: "train", "val", "test" or None."""
     match = _SPLIT.search(name)
     return _PARTS.get(match.group(1).lower(), "val") if match else None
 
 
 def is_part(name: str) -> bool:
-    """Whether a name is that of a part and nothing else: ``train``, ``Val``, ``test2017``."""
+    """Return whether a name is a split name and nothing else: ``train``, ``Val``, ``test2017``."""
     match = _SPLIT.match(name)
     return bool(match) and not name[match.end() :].strip("0123456789-_. ")  # type: ignore[union-attr]
 
 
 def files_in(folder: str, suffix: str) -> list[str]:
-    """The files of a suffix in a folder, sorted; for Parquet also in its ``data`` folder.
+    """Return the files of a suffix in a folder, sorted; for Parquet also in its ``data`` folder.
 
-    Hidden ones (``._x.parquet`` of macOS) are left out.
+    Hidden files (``._x.parquet`` of macOS) are left out.
 
     Raises:
-        UserError: there are none (what there is instead is said); they are of several parts of a
-            data set, which would be mixed.
+        UserError: there are none (the message says what is there instead), or they belong to several
+            splits of a data set, which would be mixed.
     """
     for place in (folder, os.path.join(folder, "data")) if suffix == ".parquet" else (folder,):
         found = [
@@ -77,7 +77,7 @@ def _refuse_mixed(folder: str, files: Sequence[str], suffix: str) -> None:
 
 
 def _glob(parts: dict[str, str], suffix: str) -> str:
-    """A glob of the training files, where there are some, else of the first part."""
+    """Return a glob of the training files if there are any, else of the first split."""
     name = parts.get("train") or next(iter(parts.values()))
     match = _SPLIT.search(name)
     assert match is not None
@@ -85,14 +85,15 @@ def _glob(parts: dict[str, str], suffix: str) -> str:
 
 
 def held(folder: str) -> dict[str, int]:
-    """How many files of each kind that ``data.source`` knows lie in a folder or below it."""
+    """Count the files of each ``data.source`` kind in a folder and below it."""
     counts: dict[str, int] = {}
     for name, below in islice(_walk(folder), _LOOKED_AT):
         if not name:
             continue
         suffix = os.path.splitext(name)[1].lower()
         source = KINDS.get(suffix)
-        if below and (suffix[1:] in IMAGE_SUFFIXES or not suffix):  # or by its bytes, if need be
+        # imagefolder checks files without a suffix by their bytes.
+        if below and (suffix[1:] in IMAGE_SUFFIXES or not suffix):
             source = "imagefolder"
         if source is not None:
             counts[source] = counts.get(source, 0) + 1
@@ -100,9 +101,9 @@ def held(folder: str) -> dict[str, int]:
 
 
 def _walk(folder: str) -> Iterator[tuple[str, bool]]:
-    """Names of the files of a tree that are not hidden, and whether each is in a sub-folder.
+    """Yield the names of a tree's files that are not hidden, and whether each is in a subfolder.
 
-    A folder gives an empty name first, so that links in a circle come to an end.
+    Each folder first yields an empty name, so that cyclic links count toward the limit and end.
     """
     for place, folders, files in os.walk(folder, followlinks=True):
         yield "", False
@@ -113,7 +114,7 @@ def _walk(folder: str) -> Iterator[tuple[str, bool]]:
 
 
 def other_source(folder: str, source: str) -> str | None:
-    """The source that a folder's files are of, where they are none of ``source``'s."""
+    """Return the source that fits a folder's files if they are not of ``source``."""
     found = held(folder)
     if not found or found.get(source):
         return None
@@ -150,14 +151,14 @@ def _remedy(folder: str, suffix: str) -> str:
 
 
 def refuse_parts_as_classes(root: str, names: Sequence[str]) -> None:
-    """Refuse an image tree whose folders are the parts of a set (train, test), not its classes.
+    """Refuse an image tree whose folders are the splits of a data set (train, test), not its classes.
 
     Args:
         root: the tree.
         names: its folders.
 
     Raises:
-        UserError: they are.
+        UserError: they are splits.
     """
     parts = {name: part_of(name) for name in names if is_part(name)}
     kinds = set(parts.values())

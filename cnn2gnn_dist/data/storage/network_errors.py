@@ -1,6 +1,6 @@
-"""Which failures of a network pass, and what a person is told of those that don't.
+"""Classification of network failures as transient or permanent, and messages for the permanent ones.
 
-Exceptions are known by the names of their classes, so that no client library need be there.
+Exceptions are matched by class name, so that no client library needs to be installed.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from cnn2gnn_dist.errors import UserError
 
 _PASSING = {
     "ClientConnectionError",  # aiohttp: reset, refused, no route, timed out
-    "ClientPayloadError",  # aiohttp: the body ends early
-    "ConnectionError",  # Python's and botocore's
+    "ClientPayloadError",  # aiohttp: truncated body
+    "ConnectionError",  # Python and botocore
     "EOFError",
-    "HTTPClientError",  # botocore: timed out, closed, broken off
+    "HTTPClientError",  # botocore: timed out, closed, interrupted
     "IncompleteRead",
     "IncompleteReadError",
-    "ResponseParserError",  # botocore, of a busy server's page
+    "ResponseParserError",  # botocore, for a busy server's error page
     "TimeoutError",
 }
 _LASTING = {"ClientSSLError", "SSLError", "ClientConnectorCertificateError"}
 _PASSING_STATUS = {408, 425, 429}
 _PASSING_NUMBERS = {
-    errno.EIO,  # what s3fs makes of a status it has no name for
+    errno.EIO,  # s3fs, for a status without a specific exception
     getattr(errno, "EREMOTEIO", errno.EIO),
     errno.EBUSY,
     errno.EAGAIN,
@@ -35,7 +35,7 @@ _PASSING_NUMBERS = {
 
 
 def passing(error: BaseException) -> bool:
-    """Whether asking again may help: time-outs, 5xx, broken connections, short bodies."""
+    """Return whether a retry may help: timeouts, 5xx, broken connections, truncated bodies."""
     status = status_of(error)
     if status is not None:
         return status >= 500 or status in _PASSING_STATUS
@@ -48,7 +48,7 @@ def passing(error: BaseException) -> bool:
 
 
 def status_of(error: BaseException) -> int | None:
-    """The HTTP status behind an error, if there is one."""
+    """Return the HTTP status behind an error, if there is one."""
     for cause in _causes(error):
         status = getattr(cause, "status", None)  # aiohttp
         response = getattr(cause, "response", None)  # botocore
@@ -60,7 +60,7 @@ def status_of(error: BaseException) -> int | None:
 
 
 def refused(url: str, error: BaseException) -> UserError:
-    """What to say of an error that lasts."""
+    """Return the error for a permanent failure."""
     status = status_of(error)
     names = {kind.__name__ for cause in _causes(error) for kind in type(cause).__mro__}
     number = "" if status is None else f" ({status})"
@@ -92,7 +92,7 @@ def refused(url: str, error: BaseException) -> UserError:
 
 
 def gave_up(url: str, error: BaseException, seconds: float) -> UserError:
-    """What to say after the last try."""
+    """Return the error after the last retry."""
     return UserError(
         f"it can't be read, after {seconds:.0f} s of trying; the last answer: {brief(error)}",
         where=url,
@@ -101,7 +101,7 @@ def gave_up(url: str, error: BaseException, seconds: float) -> UserError:
 
 
 def unknown(url: str, error: Exception) -> UserError:
-    """What to say of a URL that no file system can be made for."""
+    """Return the error for a URL that has no file system."""
     if isinstance(error, ImportError):
         remedy = "pip install 'cnn2gnn-dist[remote]' for s3; others: the package named above"
     else:
@@ -110,7 +110,7 @@ def unknown(url: str, error: Exception) -> UserError:
 
 
 def brief(error: BaseException) -> str:
-    """An error in one line."""
+    """Format an error in one line."""
     status = status_of(error)
     if status is not None:
         return f"status {status}"

@@ -1,11 +1,12 @@
-"""Whole remote shards on a node's disk: bounded, shared by its processes, whole or not there.
+"""Disk cache of complete remote shards, bounded in size and shared by the processes of a host.
 
-``NAME.tar`` is whole, ``NAME.part`` on its way; NAME is a hash, so nothing in a URL or a tar says
-where something is written. Who holds the lock of a part downloads it; who holds a shared lock of a
-whole one reads it, and it is not removed: a file that is removed while it is open takes its disk
-all the same, so the bound would not hold. Locks are the kernel's (flock) and end with their
-holder: what a killed process leaves is a part that nobody holds, which the next download removes.
-A part takes its whole length from the start, so what is on its way is counted as well.
+``NAME.tar`` is complete, ``NAME.part`` is being downloaded. NAME is a hash, so nothing in a URL or a
+tar decides where files are written. A process that holds the lock of a ``.part`` file downloads it. A
+process that holds a shared lock of a ``.tar`` file reads it, and the file is not evicted meanwhile:
+deleting an open file does not free its disk space, so the bound would not hold. Locks (flock) are
+released by the kernel when their holder exits, so a killed process leaves an unlocked ``.part`` file,
+which the next download removes. A ``.part`` file is allocated at full length from the start, so that
+downloads in progress count toward the bound.
 """
 
 from __future__ import annotations
@@ -24,20 +25,20 @@ from cnn2gnn_dist.data.storage import urls
 from cnn2gnn_dist.errors import UserError
 
 REST = 30.0
-"""Seconds after its last use before a shard may make room for another. Without it a window of
-shards larger than the cache would turn the cache over with every batch."""
+"""Seconds since its last use before a shard may be evicted. Without it, a window of shards larger than
+the cache would replace the cache's contents with every batch."""
 PATIENCE = 900.0
-"""Seconds to wait for a shard that another process downloads, before it is read in ranges."""
+"""Seconds to wait for a shard that another process is downloading before reading it in ranges."""
 _POLL = 0.05
 _OURS = re.compile(r"[0-9a-f]{40}\.(tar|part)")
 
 
 class ShardCache:
-    """Whole copies of remote shards, at most ``limit`` bytes of them, those on their way included.
+    """Complete copies of remote shards, at most ``limit`` bytes including downloads in progress.
 
     Args:
-        folder: made when it is not there; other files in it are left alone.
-        limit: most bytes on disk.
+        folder: created if missing; other files in it are not touched.
+        limit: maximum bytes on disk.
         rest: see :data:`REST`.
     """
 
@@ -46,26 +47,26 @@ class ShardCache:
         self._said = False
 
     def held(self, url: str, length: int) -> int | None:
-        """A descriptor of a whole shard that is there; it stays until :func:`release`."""
+        """Return a descriptor of a cached shard, or None; the shard is kept until :func:`release`."""
         try:
             return self._whole(_name(url, length), length)
-        except OSError:  # of whatever kind: the shard is elsewhere, too
+        except OSError:  # any kind: the shard can also be read remotely
             return None
 
     def open(self, url: str, length: int, check: Callable[[int], str] | None = None) -> int | None:
-        """As :meth:`held`, downloaded first where it is not there.
+        """Return a descriptor of a shard as :meth:`held` does, downloading it first if it is missing.
 
         Args:
-            url: of the shard.
-            length: of the shard, in bytes.
-            check: says what is wrong in a copy ("" for nothing). A wrong one is fetched once more.
+            url: URL of the shard.
+            length: length of the shard in bytes.
+            check: returns what is wrong with a copy ("" if nothing). A wrong copy is downloaded once more.
 
         Returns:
-            None when there is no room for it (the disk is full or can't be written; this is said
-            once), or when whoever downloads it takes too long.
+            The descriptor, or None if there is no room (if the disk is full or not writable, this is
+            reported once), or if the process that downloads it takes too long.
 
         Raises:
-            UserError: the shard is missing, not to be reached, of another length, or wrong.
+            UserError: the shard is missing, unreachable, of a different length, or corrupt.
         """
         if length > self.limit:
             return None
@@ -83,7 +84,7 @@ class ShardCache:
             return None
 
     def drop(self, url: str, length: int) -> None:
-        """Forget a shard whose bytes turned out wrong."""
+        """Remove a shard whose bytes turned out to be wrong."""
         with contextlib.suppress(OSError), self._alone():
             os.unlink(self.folder / f"{_name(url, length)}.tar")
 
@@ -100,23 +101,25 @@ class ShardCache:
                 time.sleep(_POLL)
                 continue
             try:
-                if not os.path.exists(self.folder / f"{name}.tar"):  # else finished meanwhile
+                if not os.path.exists(
+                    self.folder / f"{name}.tar"
+                ):  # else another process has just completed it
                     if not self._make_room(part, name, length):
                         return None
                     _fill(part, url, length, check)
                     os.rename(self.folder / f"{name}.part", self.folder / f"{name}.tar")
-                    _lock(part, fcntl.LOCK_SH)  # the next line's goes beside a shared one only
+                    _lock(part, fcntl.LOCK_SH)  # the next line needs a shared lock too
                     handle = self._whole(name, length)
                     if handle is not None:
                         return handle
             finally:
-                if _is(part, self.folder / f"{name}.part"):  # not renamed: it is not whole
+                if _is(part, self.folder / f"{name}.part"):  # not renamed, so incomplete
                     os.unlink(self.folder / f"{name}.part")
                 release(part)
         return None
 
     def _whole(self, name: str, length: int) -> int | None:
-        """Open a whole shard under a shared lock, if it is there."""
+        """Open a complete shard under a shared lock, if it is cached."""
         path = self.folder / f"{name}.tar"
         try:
             handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -124,21 +127,21 @@ class ShardCache:
             return None
         kept = False
         try:
-            # A lock that can't be had, or a file without a name: it is being removed.
+            # If the lock is taken, or the file has no name any more, it is being removed.
             if _lock(handle, fcntl.LOCK_SH) and os.fstat(handle).st_nlink:
                 kept = os.fstat(handle).st_size == length
                 if kept:
-                    now = time.time_ns()  # the kernel's own clock of files ticks 250 times a second
+                    now = time.time_ns()  # the kernel's file clock ticks only 250 times a second
                     os.utime(handle, ns=(now, now))
                 else:
-                    os.unlink(path)  # somebody cut it
+                    os.unlink(path)  # someone truncated it
         finally:
             if not kept:
                 release(handle)
         return handle if kept else None
 
     def _claim(self, name: str) -> int | None:
-        """Open the part and lock it, unless another has."""
+        """Open the ``.part`` file and lock it; None if another process holds it."""
         path = self.folder / f"{name}.part"
         part = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         if _lock(part, fcntl.LOCK_EX) and _is(part, path):
@@ -147,9 +150,9 @@ class ShardCache:
         return None
 
     def _make_room(self, part: int, name: str, length: int) -> bool:
-        """Remove what was not used for longest until ``length`` fits, and take the room."""
+        """Evict the least recently used shards until ``length`` fits, and allocate the space."""
         with self._alone():
-            os.ftruncate(part, 0)  # what a killed process had written
+            os.ftruncate(part, 0)  # drop what a killed process had written
             used, idle = 0, []
             for path in self._ours():
                 try:
@@ -169,7 +172,7 @@ class ShardCache:
             if used + length > self.limit:
                 return False
             if length:
-                os.posix_fallocate(part, 0, length)  # a full disk is said here
+                os.posix_fallocate(part, 0, length)  # fails here if the disk is full
             return True
 
     def _ours(self) -> list[Path]:
@@ -178,7 +181,7 @@ class ShardCache:
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
-        """One process at a time counts and removes."""
+        """Lock the counting and eviction, so that one process does it at a time."""
         lock = os.open(self.folder / ".room", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -188,8 +191,8 @@ class ShardCache:
 
 
 def release(handle: int) -> None:
-    """Close what a cache gave."""
-    fcntl.flock(handle, fcntl.LOCK_UN)  # a child that was forked meanwhile has it open as well
+    """Unlock and close a descriptor returned by the cache."""
+    fcntl.flock(handle, fcntl.LOCK_UN)  # closing is not enough: a forked child may have it open too
     os.close(handle)
 
 
@@ -210,7 +213,7 @@ def _fill(part: int, url: str, length: int, check: Callable[[int], str] | None) 
         with open(os.dup(part), "r+b") as file:
             file.seek(0)
             urls.download(url, length, file)
-        os.fsync(part)  # its name must not outlive its bytes
+        os.fsync(part)  # the data must be on disk before the rename
         wrong = check(part) if check else ""
         if not wrong:
             return
@@ -230,7 +233,7 @@ def _lock(handle: int, kind: int) -> bool:
 
 
 def _is(handle: int, path: Path) -> bool:
-    """Whether a path still names the open file."""
+    """Return whether a path still names the open file."""
     try:
         return os.path.samestat(os.fstat(handle), os.stat(path, follow_symlinks=False))
     except FileNotFoundError:
@@ -238,7 +241,7 @@ def _is(handle: int, path: Path) -> bool:
 
 
 def _remove_idle(path: Path) -> bool:
-    """Remove a file that nobody has locked."""
+    """Remove a file if no process has it locked; return whether it is gone."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except FileNotFoundError:

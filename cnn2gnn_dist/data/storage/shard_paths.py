@@ -1,4 +1,4 @@
-"""Which files a pattern means: paths, globs, webdataset's brace notation, folders."""
+"""Expansion of patterns to files: paths, globs, webdataset's brace notation, folders."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from cnn2gnn_dist.errors import UserError
 def expand(
     pattern: str | Path | Sequence[str | Path], suffix: Literal[".tar", ".parquet"] = ".tar"
 ) -> list[str]:
-    """List the files that a pattern, or several in their order, stand for; each path once.
+    """List the files that match a pattern, or several patterns in order; each path once.
 
-    A folder means the files of the suffix in it (of Parquet also those in its ``data`` folder, as
-    Hugging Face lays them out); ``{0000..1023}`` and ``{a,b}`` are spelled out as webdataset does;
-    ``*``, ``?`` and ``[...]`` match, sorted by name, but no hidden files. ``~`` is the home folder.
-    URLs of shards (http, s3 and what else fsspec knows) work likewise, as far as their store can
-    list; Parquet files are read from disk only.
+    A folder stands for its files with the suffix (for Parquet also those in its ``data`` folder, as
+    Hugging Face lays them out). ``{0000..1023}`` and ``{a,b}`` expand as in webdataset. ``*``, ``?``
+    and ``[...]`` match, sorted by name, without hidden files. ``~`` is the home folder. URLs of
+    shards (http, s3 and anything else that fsspec supports) work the same way, as far as the store
+    can list; Parquet files are read from disk only.
 
     Raises:
-        UserError: a pattern matches nothing, a file that it names does not exist, a folder holds
-            none of the suffix or those of several parts (train, test) of a set, a Parquet URL.
+        UserError: a pattern matches nothing; a named file does not exist; a folder has no files with
+            the suffix, or files of several splits (train, test) of a data set; a Parquet URL.
     """
     patterns = [pattern] if isinstance(pattern, str | Path) else list(pattern)
     found: dict[str, None] = {}
@@ -41,7 +41,7 @@ def expand(
 
 
 def files_of(source: str, origin: str | Sequence[str]) -> list[str]:
-    """The files that ``data.train`` or ``data.test`` means, of the source "shards" or "parquet"."""
+    """Return the files of ``data.train`` or ``data.test`` for the source "shards" or "parquet"."""
     return expand(origin, ".parquet" if source == "parquet" else ".tar")
 
 
@@ -61,7 +61,7 @@ def _expand_one(pattern: str, suffix: str) -> list[str]:
         return _expand_remote(pattern)
     if os.path.isdir(pattern):
         return folders.files_in(pattern, suffix)
-    if os.path.exists(pattern):  # a real name may hold braces or brackets
+    if os.path.exists(pattern):  # a real name may contain braces or brackets
         return [pattern]
     files, missing = [], []
     for name in _spell_out(pattern):
@@ -82,7 +82,7 @@ def _expand_one(pattern: str, suffix: str) -> list[str]:
 
 
 def _expand_remote(pattern: str) -> list[str]:
-    """URLs are taken as they are, and looked for when they are read; globs are asked for now."""
+    """Expand remote globs now; return plain URLs as they are, which are checked when they are read."""
     shards: list[str] = []
     for url in _spell_out(pattern):
         path = url.partition("?")[0] if url.startswith("http") else url
@@ -101,7 +101,7 @@ def _expand_remote(pattern: str) -> list[str]:
 
 
 def _spell_out(pattern: str) -> list[str]:
-    from braceexpand import braceexpand  # comes with webdataset
+    from braceexpand import braceexpand  # a dependency of webdataset
 
     try:
         return list(braceexpand(pattern))

@@ -1,8 +1,7 @@
-"""Bytes over a network: asked for again while that can help, refused with a reason when it can't.
+"""Network transfers: retried while a retry can help, else refused with a reason.
 
-Any file system that fsspec knows. HTTP and S3 run in fsspec's own loop, a thread; a process has
-one file system for each set of options, which its threads share and which is made anew after a
-fork.
+Supports any file system that fsspec does. HTTP and S3 run in fsspec's event loop, in a thread. A
+process has one file system per set of options, shared by its threads and recreated after a fork.
 """
 
 from __future__ import annotations
@@ -20,22 +19,22 @@ from cnn2gnn_dist.data.storage import network_errors
 from cnn2gnn_dist.errors import UserError
 
 PART = 8 << 20
-"""Bytes asked for at a time where a body doesn't come as a stream."""
+"""Bytes per request where a body cannot be streamed."""
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class Patience:
-    """How long to try.
+    """Retry policy.
 
     Attributes:
-        tries: requests in a row that may fail without having brought a byte.
-        delay: seconds before the second try; twice as long before each further one, less up to
-            half of it, by chance, so that many readers don't come back together.
-        longest: seconds between two tries, at most.
+        tries: consecutive requests that may fail without delivering a byte.
+        delay: seconds before the second try, doubled for each further one, minus a random jitter of
+            up to half, so that many readers don't retry at the same moment.
+        longest: maximum seconds between two tries.
         stall: seconds to wait for a connection, and for the next byte.
-        seconds: for all tries together, and
-        slowest: bytes a second that are waited for beyond them.
+        seconds: time limit for all tries together, extended by the transfer time at ``slowest``.
+        slowest: bytes per second assumed for that extension.
     """
 
     tries: int = 6
@@ -46,7 +45,7 @@ class Patience:
     slowest: float = 100_000.0
 
     def limit(self, size: int) -> float:
-        """Seconds for a transfer of so many bytes."""
+        """Return the time limit in seconds for a transfer of ``size`` bytes."""
         return self.seconds + size / self.slowest
 
 
@@ -55,7 +54,7 @@ PLENTY = Patience()
 
 @dataclass(frozen=True)
 class About:
-    """Length of a remote file, and what tells its versions apart ("" where nothing does)."""
+    """Length of a remote file, and a tag that distinguishes its versions ("" if there is none)."""
 
     bytes: int
     tag: str = ""
@@ -63,15 +62,15 @@ class About:
 
 @dataclass(frozen=True)
 class Source:
-    """Remote files, asked for with some patience."""
+    """Remote files, read with retries."""
 
     patience: Patience = PLENTY
 
     def about(self, url: str) -> About:
-        """Ask how long a file is.
+        """Query the length and tag of a file.
 
         Raises:
-            UserError: it isn't there, may not be read, can't be reached, or is of unknown length.
+            UserError: it is missing, not readable, unreachable, or of unknown length.
         """
 
         def ask(seconds: float) -> Any:
@@ -91,11 +90,11 @@ class Source:
         return About(int(size), str(tag))
 
     def fetch(self, url: str, start: int, end: int, write: Callable[[bytes], object]) -> None:
-        """Hand the bytes [start, end) to ``write``, in order and each once.
+        """Pass the bytes [start, end) to ``write``, in order and each once.
 
         Raises:
-            UserError: they can't be had.
-            OSError: what ``write`` raised.
+            UserError: they can't be read.
+            OSError: raised by ``write``.
         """
         sink = _Sink(write)
 
@@ -120,13 +119,13 @@ class Source:
             sink.stop()
 
     def read_range(self, url: str, start: int, size: int) -> bytes:
-        """``size`` bytes from ``start``; errors as in :meth:`fetch`."""
+        """Read ``size`` bytes from ``start``; errors as in :meth:`fetch`."""
         data = bytearray()
         self.fetch(url, start, start + size, data.extend)
         return bytes(data)
 
     def matches(self, pattern: str) -> list[str]:
-        """URLs that a glob means, sorted; none where nothing is found."""
+        """Return the URLs that match a glob, sorted; empty if none."""
 
         def ask(seconds: float) -> list[str]:
             fs, path = self.filesystem(pattern)
@@ -141,10 +140,10 @@ class Source:
         return self._patiently(pattern, 0, ask, lambda: 0)
 
     def filesystem(self, url: str) -> tuple[Any, str]:
-        """The file system of a URL and its path there.
+        """Return the file system of a URL and its path there.
 
         Raises:
-            UserError: nobody knows the protocol, or a package for it is missing.
+            UserError: the protocol is unknown, or a package for it is missing.
         """  # noqa: DOC501
         protocol, _, rest = url.partition("://")
         try:
@@ -156,7 +155,7 @@ class Source:
     def _patiently(
         self, url: str, size: int, ask: Callable[[float], Result], done: Callable[[], int]
     ) -> Result:
-        """Ask until there is an answer; ``ask`` is told how many seconds are left."""
+        """Call ``ask`` with the seconds left, until it succeeds or the retries are used up."""
         patience = self.patience
         began = time.monotonic()
         deadline = began + patience.limit(size)
@@ -181,20 +180,20 @@ class Source:
 
 @functools.lru_cache
 def opened(root: str, stall: float, process: int) -> Any:
-    """The file system of "protocol://host", one for all threads of a process."""
+    """Return the file system of "protocol://host", one for all threads of a process."""
     import fsspec
 
     protocol = root.partition("://")[0]
     options = _time_outs(protocol, stall)
-    # fsspec's own cache would give one that was made with other options or another environment.
+    # fsspec's own cache could return one made with other options or another environment.
     fs, _ = fsspec.core.url_to_fs(root, **options, skip_instance_cache=True)
     if hasattr(fs, "retries"):
-        fs.retries = 1  # s3fs would try five times within each of ours
+        fs.retries = 1  # else s3fs tries five times within each of ours
     return fs
 
 
 class _Sink:
-    """Where bytes go. After ``stop`` nothing does, even if a transfer given up still runs."""
+    """Receiver of bytes. After ``stop`` it discards them, even if an abandoned transfer still runs."""
 
     def __init__(self, write: Callable[[bytes], object]) -> None:
         self.done = 0
@@ -208,7 +207,7 @@ class _Sink:
                 raise ValueError("nobody waits for this")
             try:
                 self._write(data)
-            except OSError as error:  # a full disk is no fault of the network
+            except OSError as error:  # disk full, for example: not a network failure
                 self.error = error
                 raise UserError("the disk takes no more") from None
             self.done += len(data)
@@ -219,16 +218,16 @@ class _Sink:
 
 
 def _time_outs(protocol: str, stall: float) -> dict[str, Any]:
-    """So that no silent server holds us for ever; what fsspec's configuration says counts."""
+    """Return timeout options, so that no silent server blocks us forever; fsspec's configuration wins."""
     from fsspec.config import conf
 
     if protocol in ("http", "https"):
         import aiohttp
 
         client = {
-            # aiohttp's own limit is five minutes for a whole body, however fast it comes.
+            # aiohttp's default is five minutes for a whole body, however fast it arrives.
             "timeout": aiohttp.ClientTimeout(total=None, sock_connect=stall, sock_read=stall),
-            "headers": {"Accept-Encoding": "identity"},  # a range of a gzip stream is no range
+            "headers": {"Accept-Encoding": "identity"},  # a range of a gzip stream is useless
             "trust_env": True,
         }
         return {"client_kwargs": {**client, **conf.get(protocol, {}).get("client_kwargs", {})}}
@@ -252,7 +251,7 @@ def _one_part(fs: Any, path: str, start: int, end: int, sink: _Sink, until: floa
 
 
 def _run(fs: Any, name: str, *args: Any, seconds: float, **kwargs: Any) -> Any:
-    """Call a method of a file system; only those with a loop of their own can be given a limit."""
+    """Call a method of a file system; only asynchronous ones support a time limit."""
     if fs.async_impl:
         return _sync(fs, getattr(fs, f"_{name}"), *args, seconds=seconds, **kwargs)
     return getattr(fs, name)(*args, **kwargs)
@@ -270,7 +269,7 @@ def _streams(fs: Any) -> bool:
 
 
 async def _stream(fs: Any, url: str, start: int, end: int, sink: _Sink) -> None:
-    """One GET of [start, end), handed on as it comes, also when the server sends everything."""
+    """GET [start, end) once and stream it to the sink, even if the server sends the whole file."""
     session = await fs.set_session()
     options = dict(fs.kwargs)
     headers = {**options.pop("headers", {}), "Range": f"bytes={start}-{end - 1}"}
@@ -287,5 +286,5 @@ async def _stream(fs: Any, url: str, start: int, end: int, sink: _Sink) -> None:
             at += len(data)
             if wanted:
                 sink(wanted)
-            if at >= end:  # of a whole body the rest is not waited for
+            if at >= end:  # don't wait for the rest of a whole body
                 return

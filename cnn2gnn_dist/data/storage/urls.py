@@ -1,9 +1,9 @@
-"""Files that lie elsewhere, as the rest of the package sees them: lengths, ranges, whole copies.
+"""Access to remote and local files for the rest of the package: lengths, ranges, complete copies.
 
-A path is local, a ``file://`` URL, which is local too, or any other URL that fsspec knows. What is
-asked of a remote one is tried again while that can help (see :mod:`.transfer`). How to
-reach a store is said where fsspec and the cloud's own tools look for it: ``FSSPEC_S3='{"key": …}'``,
-``AWS_ENDPOINT_URL``, ``~/.aws``. Nothing here knows what the files hold.
+A path is local, a ``file://`` URL (also local), or any other URL that fsspec supports. Remote requests
+are retried while a retry can help (see :mod:`.transfer`). Access to a store is configured where fsspec
+and the cloud's own tools look for it: ``FSSPEC_S3='{"key": …}'``, ``AWS_ENDPOINT_URL``, ``~/.aws``.
+This module is independent of file contents.
 """
 
 from __future__ import annotations
@@ -20,42 +20,42 @@ from cnn2gnn_dist.data.storage.transfer import About, Patience, Source
 from cnn2gnn_dist.errors import UserError
 
 ATTEMPTS = 6
-"""Requests in a row that may fail without having brought a byte."""
+"""Consecutive requests that may fail without delivering a byte."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 20.0
-"""Seconds between two of them: doubled each time, less up to half by chance."""
+"""Seconds between two requests: doubled each time, minus a random jitter of up to half."""
 READ_SECONDS = 30.0
 """Seconds to wait for a connection, and for the next byte."""
 SECONDS, SLOWEST = 180.0, 100_000.0
-"""Seconds for one transfer with all its tries, and bytes a second waited for beyond them."""
+"""Seconds for one transfer with all its tries, plus the time it takes at so many bytes per second."""
 
 _opened = transfer.opened
 
 
 class Writable(Protocol):
-    """What bytes can be written to."""
+    """Anything that accepts bytes."""
 
     def write(self, data: bytes, /) -> object:
-        """Take some."""
+        """Write bytes."""
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is a URL of something that is not a local file."""
+    """Return whether a path is a URL of anything but a local file."""
     text = os.fspath(path)
     return "://" in text and not text.startswith("file://")
 
 
 def local_path(path: str | os.PathLike[str]) -> str:
-    """A local path, also of a ``file://`` URL."""
+    """Return the local path, also of a ``file://`` URL."""
     text = os.fspath(path)
     return unquote(urlsplit(text).path) if text.startswith("file://") else text
 
 
 def size(path: str) -> int:
-    """Length of a file in bytes.
+    """Return the length of a file in bytes.
 
     Raises:
-        UserError: a remote one is not there, may not be read or can't be reached.
-        OSError: the same of a local one.
+        UserError: a remote file is missing, not readable or unreachable.
+        OSError: a local file is missing or not readable.
     """
     if not is_remote(path):
         return os.stat(local_path(path)).st_size
@@ -63,9 +63,9 @@ def size(path: str) -> int:
 
 
 def about(url: str, *, brief: bool = False) -> About:
-    """Length and tag of a remote file; errors as :func:`size`.
+    """Return length and tag of a remote file; errors as :func:`size`.
 
-    ``brief``: a store that does not answer within seconds is not waited for.
+    ``brief``: give up on a store that does not answer within seconds.
     """
     source = _source()
     if brief:
@@ -74,7 +74,7 @@ def about(url: str, *, brief: bool = False) -> About:
 
 
 def read_range(path: str, offset: int, size: int) -> bytes:
-    """``size`` bytes from ``offset``; fewer only where a local file ends. Errors as :func:`size`."""
+    """Read ``size`` bytes from ``offset``, fewer only at the end of a local file. Errors as :func:`size`."""
     if is_remote(path):
         return _source().read_range(path, offset, size)
     handle = os.open(local_path(path), os.O_RDONLY | os.O_CLOEXEC)
@@ -85,24 +85,23 @@ def read_range(path: str, offset: int, size: int) -> bytes:
 
 
 def download(url: str, length: int, file: Writable) -> None:
-    """Write the ``length`` bytes of a remote file.
+    """Download the ``length`` bytes of a remote file into ``file``.
 
     Raises:
-        UserError: they can't be had.
-        OSError: the file can't take them (a full disk).
+        UserError: they can't be read.
+        OSError: they can't be written (for example disk full).
     """
     _source().fetch(url, 0, length, file.write)
 
 
 @contextmanager
 def local_copy(path: str) -> Iterator[str]:
-    """A path to a whole local copy, there as long as the context: the file itself if it is local.
+    """Context manager for the path of a complete local copy: the file itself if it is local.
 
-    A remote one lies in a temporary file without a name: gone afterwards, however this process
-    ends.
+    A remote file is copied to an unnamed temporary file, which disappears however this process ends.
 
     Raises:
-        UserError: it can't be read, or there is no disk for it.
+        UserError: the file can't be read, or the disk is full.
     """
     if not is_remote(path):
         yield local_path(path)
@@ -121,10 +120,10 @@ def local_copy(path: str) -> Iterator[str]:
 
 
 def matches(pattern: str) -> list[str]:
-    """URLs that a remote glob means, or the ``.tar`` files of a folder ("/" at its end), sorted.
+    """Return the URLs that match a remote glob, or the ``.tar`` files of a folder (trailing "/"), sorted.
 
     Raises:
-        UserError: the store can't be reached, or can't list.
+        UserError: the store is unreachable or can't list.
     """
     return _source().matches(pattern + "*.tar" if pattern.endswith("/") else pattern)
 
