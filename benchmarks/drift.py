@@ -21,10 +21,10 @@ from pathlib import Path
 import numpy as np
 
 from cnn2gnn_dist.graph import quality
-from cnn2gnn_dist.graph.bank import GraphVersion, open_version
 from cnn2gnn_dist.graph.partition import parts
 from cnn2gnn_dist.graph.search.approximate import Found, Goal, TableSearch
 from cnn2gnn_dist.graph.search.work_units import Crew, Workshop
+from cnn2gnn_dist.graph.version import GraphVersion, open_version
 
 M, GOAL = 16, Goal(0.95)
 

@@ -148,8 +148,8 @@ def _served(arrays: Arrays, rank: int) -> Any:
 
 
 def _write_version(arrays: Arrays, root: Path) -> None:
-    from cnn2gnn_dist.graph.bank import GraphWriter
     from cnn2gnn_dist.graph.partition import parts
+    from cnn2gnn_dist.graph.version import GraphWriter
 
     made = {name: getattr(arrays, name) for name in ("x", "z", "labels", "candidates", "part")}
     shapes = {name: (a.shape, a.dtype.type) for name, a in made.items()}

@@ -20,7 +20,7 @@ from cnn2gnn_dist.data.images.image_files import find_images, printable, read_fi
 from cnn2gnn_dist.data.images.views import CLEAN, render
 from cnn2gnn_dist.data.index.manifest import Manifest
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.graph.bank import latest_version, open_version
+from cnn2gnn_dist.graph.version import latest_version, open_version
 from cnn2gnn_dist.pipeline.keys import as_made
 from cnn2gnn_dist.runtime.ranks import Ranks
 from cnn2gnn_dist.stages.neighbours.neighbourhood import Neighbourhood, Query

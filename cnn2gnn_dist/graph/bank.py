@@ -1,147 +1,17 @@
-"""A graph version on disk and the bank made of it: features, projections, labels, candidates.
-
-``v0003/`` holds ``x.npy`` (float16), ``z.npy``, ``labels.npy``, ``candidates.npy``,
-``part.npy`` and a folder for each part. Several ranks fill ``v0003.tmp/``; rank 0 writes
-``manifest.json`` and renames. A folder without a valid manifest does not exist.
-"""
+"""The bank of a graph version: features, projections, labels and candidates of some of its parts."""
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cnn2gnn_dist import durable
-from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.graph.partition.parts import PartGraph, build_union
-from cnn2gnn_dist.graph.row_file import RowFile, read_rows
-
-MANIFEST = "manifest.json"
-ATTEMPT = "attempt"
-WORKSHOP = "work"
-"""Folder of an unfinished version for whatever the table's makers put aside."""
-Shapes = Mapping[str, tuple[tuple[int, ...], type]]
-
-
-class GraphWriter:
-    """A version being written; ranks write rows of preallocated arrays."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._files: dict[str, RowFile] = {}
-
-    @classmethod
-    def create(cls, root: Path, number: int, shapes: Shapes, attempt: str = "") -> GraphWriter:
-        """Preallocate the arrays (rank 0).
-
-        An unfinished one of the same ``attempt`` (what goes into it, in words) goes on;
-        any other is dropped.
-
-        Raises:
-            UserError: the disk is full.
-        """
-        path = version_path(root, number).with_suffix(".tmp")
-        note = path / ATTEMPT
-        if attempt and note.is_file() and note.read_text(encoding="utf-8") == attempt:
-            return cls(path)
-        shutil.rmtree(path, ignore_errors=True)
-        path.mkdir(parents=True)
-        for name, (shape, kind) in shapes.items():
-            durable.reserve_array(path / f"{name}.npy", shape, kind)
-        if attempt:
-            durable.write_text(note, attempt)
-        return cls(path)
-
-    @classmethod
-    def open(cls, root: Path, number: int) -> GraphWriter:
-        """Join a version that rank 0 has created."""
-        return cls(version_path(root, number).with_suffix(".tmp"))
-
-    def array(self, name: str) -> np.ndarray:
-        """An array of the version, mapped anew: what others have written and synced is there."""
-        return read_rows(self.path / f"{name}.npy")
-
-    def rows(self, name: str, start: int, values: np.ndarray, sum_before: int = 0) -> int:
-        """Write rows ``start`` … of an array; not yet synced. See ``RowFile.write``.
-
-        Raises:
-            IndexError: they don't fit.
-        """
-        if name not in self._files:
-            self._files[name] = RowFile(self.path / f"{name}.npy")
-        return self._files[name].write(start, values, sum_before)
-
-    def sync(self) -> None:
-        """Wait until the rows written here are where all ranks can read them."""
-        for file in self._files.values():
-            file.sync()
-
-    def finalise(self, meta: dict[str, Any]) -> Path:
-        """Checksum everything, write the manifest, rename (rank 0)."""
-        self.sync()
-        for file in self._files.values():
-            file.close()
-        shutil.rmtree(self.path / WORKSHOP, ignore_errors=True)
-        (self.path / ATTEMPT).unlink(missing_ok=True)
-        files = {}
-        for path in sorted(self.path.rglob("*")):
-            durable.sync(path)
-            if path.is_file():
-                files[str(path.relative_to(self.path))] = [
-                    path.stat().st_size,
-                    durable.sha256(path),
-                ]
-        manifest = self.path / MANIFEST
-        with durable.room(manifest):
-            manifest.write_text(
-                json.dumps({"files": files, "meta": meta}, indent=1), encoding="utf-8"
-            )
-        durable.sync(manifest)
-        durable.sync(self.path)
-        final = self.path.with_suffix("")
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(self.path, final)
-        durable.sync(final.parent)
-        return final
-
-
-@dataclass
-class GraphVersion:
-    """A whole version, memory-mapped.
-
-    Attributes:
-        x: float16 [N, D]; z: float32 [N, d]; labels: int32 [N]; candidates: int32 [N, M];
-        part: int32 [N]; order: int32 [N], alike nodes beside each other; twin: int32 [N], the
-        smallest of the nodes that are the same image; meta: what the builder noted.
-    """
-
-    path: Path
-    meta: dict[str, Any]
-
-    def __getattr__(self, name: str) -> np.ndarray:
-        if name not in ("x", "z", "labels", "candidates", "part", "order", "twin"):
-            raise AttributeError(name)
-        array = np.load(self.path / f"{name}.npy", mmap_mode="r")
-        self.__dict__[name] = array
-        return array
-
-    def verify(self) -> None:
-        """Read everything and compare checksums.
-
-        Raises:
-            UserError: a file is damaged.
-        """  # noqa: DOC501
-        for name, (_, sha) in _read_manifest(self.path)[0].items():
-            if durable.sha256(self.path / name) != sha:
-                raise _damaged(self.path, f"{name}: its checksum does not hold")
+from cnn2gnn_dist.graph.partition.parts import build_union
+from cnn2gnn_dist.graph.version import GraphVersion, load_part
 
 
 class Rows(Protocol):
@@ -205,26 +75,6 @@ class Bank:
         return x_VD, z_Vd, labels_V
 
 
-def version_path(root: Path, number: int) -> Path:
-    """Folder of a version."""
-    return Path(root) / f"v{number:04d}"
-
-
-def open_version(path: Path) -> GraphVersion:
-    """A version whose files are there with their sizes.
-
-    Raises:
-        UserError: missing or incomplete.
-    """
-    return GraphVersion(path, _read_manifest(path)[1])
-
-
-def latest_version(root: Path) -> Path | None:
-    """The newest whole version; None if there is none."""
-    newest_first = sorted(Path(root).glob("v????"), reverse=True)
-    return next((path for path in newest_first if _is_whole(path)), None)
-
-
 def load_bank(version: GraphVersion, parts: Sequence[int] | None = None) -> Bank:
     """The bank of some parts with their halos; of all nodes when ``parts`` is None.
 
@@ -262,65 +112,4 @@ def _mapped_bank(version: GraphVersion) -> Bank:
         nodes_L=np.arange(len(labels_L), dtype=np.int32),
         num_inner=len(labels_L),
         table_KM=np.asarray(table_KM),
-    )
-
-
-def load_part(version: GraphVersion, number: int) -> PartGraph:
-    """A part as it was when the version was made: its note, and by it its arrays.
-
-    Raises:
-        UserError: missing, damaged, or of another version.
-    """  # noqa: DOC501
-    name = f"part-{number:02d}"
-    note = f"{name}/part.json"
-    files = _read_manifest(version.path)[0]
-    if note not in files or durable.sha256(version.path / note) != files[note][1]:
-        raise _damaged(version.path, f"{name} is not the partition that was made with it")
-    return PartGraph.load(version.path / name)
-
-
-def prune(root: Path, newest: Path, keep: int) -> None:
-    """Leave ``keep`` (at least 1) whole versions up to ``newest``, the one just built.
-
-    Newer ones go: they are of a future that a run lost when it fell back to an older checkpoint.
-    So do unfinished attempts.
-    """
-    versions = sorted(Path(root).glob("v????"))
-    # A damaged one doesn't count: kept, it could cost the last that can be used.
-    past = [path for path in versions if path.name <= newest.name and _is_whole(path)]
-    kept = past[-max(keep, 1) :]
-    for path in versions:
-        if path not in kept:
-            shutil.rmtree(path)
-    for unfinished in Path(root).glob("v????.tmp"):
-        shutil.rmtree(unfinished)
-
-
-def _read_manifest(path: Path) -> tuple[dict[str, tuple[int, str]], dict[str, Any]]:
-    """{file: (bytes, sha256)} and the builder's notes; every file is there with its size."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        files = {name: (int(size), str(sha)) for name, (size, sha) in manifest["files"].items()}
-        meta = dict(manifest["meta"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged(path, f"no valid manifest ({error})") from None
-    for name, (size, _) in files.items():
-        if not (path / name).is_file() or (path / name).stat().st_size != size:
-            raise _damaged(path, f"{name} is missing or incomplete")
-    return files, meta
-
-
-def _is_whole(path: Path) -> bool:
-    try:
-        _read_manifest(path)
-    except UserError:
-        return False
-    return True
-
-
-def _damaged(path: Path, what: str) -> UserError:
-    return UserError(
-        f"this graph version can't be used: {what}",
-        where=str(path),
-        remedy="remove it; the stage builds it again",
     )

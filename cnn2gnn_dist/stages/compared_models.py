@@ -10,7 +10,7 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cnn2gnn_dist.graph.bank import latest_version, open_version
+from cnn2gnn_dist.graph.version import latest_version, open_version
 from cnn2gnn_dist.models.cost import count_flops, count_parameters
 from cnn2gnn_dist.models.graph_head import adaptive_neighbours, squared_distances
 from cnn2gnn_dist.models.student import Student, StudentOutput

@@ -20,11 +20,11 @@ from cnn2gnn_dist.data.images.views import CLEAN
 from cnn2gnn_dist.data.index.manifest import Manifest
 from cnn2gnn_dist.data.order import sequential
 from cnn2gnn_dist.data.reading.reader import Request
-from cnn2gnn_dist.graph import bank, duplicates, quality
-from cnn2gnn_dist.graph.bank import GraphVersion, GraphWriter
+from cnn2gnn_dist.graph import duplicates, quality, version
 from cnn2gnn_dist.graph.partition import fennel
 from cnn2gnn_dist.graph.partition import parts as partition
 from cnn2gnn_dist.graph.search.valid_nodes import alive
+from cnn2gnn_dist.graph.version import GraphVersion, GraphWriter
 from cnn2gnn_dist.runtime import collectives
 from cnn2gnn_dist.stages.neighbours import candidates
 from cnn2gnn_dist.stages.neighbours.embeddings import NOTE, Embedded
@@ -51,9 +51,9 @@ def run(context: Context, student_key: str) -> list[Path]:
     checkpoints = Checkpoints(context.paths.root / "student" / "checkpoints", student_key)
     load_model(model, checkpoints, "student")
     model.to(context.device).eval()
-    version = build(context, model.embed, context.folder, config.student.epochs, None, "last")
-    context.say(describe(version.meta))
-    return [path for path in sorted(version.path.rglob("*")) if path.is_file()]
+    made = build(context, model.embed, context.folder, config.student.epochs, None, "last")
+    context.say(describe(made.meta))
+    return [path for path in sorted(made.path.rglob("*")) if path.is_file()]
 
 
 def describe(meta: dict[str, Any]) -> str:
@@ -116,10 +116,10 @@ def build(
         writer.rows("twin", 0, twin_N)
         searched["twins"] = duplicates.summary(twin_N)
         made = _finalise(context, writer, part_N, cut, searched, previous)
-        bank.prune(root, made, settings.keep_versions)
+        version.prune(root, made, settings.keep_versions)
 
     collectives.alone(close)
-    return bank.open_version(bank.version_path(root, number))
+    return version.open_version(version.version_path(root, number))
 
 
 def _embed_all(
@@ -218,7 +218,7 @@ def _finalise(
         for number in range(context.config.graph.partition.parts)
     ]
     for number, part in enumerate(parts):
-        part.save(writer.path / f"part-{number:02d}")
+        part.save(version.part_path(writer.path, number))
     return writer.finalise(
         {
             "key": context.key,

@@ -11,10 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cnn2gnn_dist.graph import bank
-from cnn2gnn_dist.graph.bank import GraphVersion, GraphWriter
 from cnn2gnn_dist.graph.distdgl.served import ServedGraph, Task
 from cnn2gnn_dist.graph.partition import parts as partition
+from cnn2gnn_dist.graph.version import GraphVersion, GraphWriter, open_version
 from cnn2gnn_dist.runtime.supervisor import can_be_isolated
 
 N, D, DIM, M = 300, 6, 4, 8
@@ -43,7 +42,7 @@ def make_version(root: Path, parts: int) -> GraphVersion:
         writer.rows(name, 0, array)
     for part in range(parts):
         partition.build_part(table, made["part"], part).save(writer.path / f"part-{part:02d}")
-    return bank.open_version(writer.finalise({}))
+    return open_version(writer.finalise({}))
 
 
 @contextmanager

@@ -12,16 +12,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.graph import bank
-from cnn2gnn_dist.graph.bank import GraphWriter
 from cnn2gnn_dist.graph.partition import parts
-from tests.unit.graph import test_bank
+from cnn2gnn_dist.graph.version import GraphWriter, latest_version, open_version
+from tests.unit.graph import test_version
 
 
 def main(folder: Path) -> None:
     how = ["-t", "tmpfs", "-o", "size=1m", "none", str(folder)]
     subprocess.run(["mount", *how], check=True)
-    made = test_bank.write(folder, 1)
+    made = test_version.write(folder, 1)
     shapes = {name: (array.shape, array.dtype.type) for name, array in made.items()}
     part = parts.build_part(made["candidates"], made["part"], 0)
     found = []
@@ -37,10 +36,10 @@ def main(folder: Path) -> None:
         try:
             step()
         except UserError as error:
-            newest = bank.latest_version(folder)
+            newest = latest_version(folder)
             found.append([name, str(error), newest and newest.name])
             assert newest is not None
-            bank.open_version(newest).verify()
+            open_version(newest).verify()
         filler.unlink()
 
     when_full("arrays", lambda: GraphWriter.create(folder, 2, shapes))

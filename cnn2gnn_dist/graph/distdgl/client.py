@@ -18,10 +18,10 @@ import numpy as np
 import torch
 
 from cnn2gnn_dist.compat import import_dgl
-from cnn2gnn_dist.graph.bank import GraphVersion, open_version
 from cnn2gnn_dist.graph.distdgl.served import GRAPH_NAME, Task
 from cnn2gnn_dist.graph.distdgl.server import NODES, new_of_old, node_ranges
 from cnn2gnn_dist.graph.partition.parts import new_ids
+from cnn2gnn_dist.graph.version import GraphVersion, open_version
 
 KINDS = {"x": torch.float16, "z": torch.float32, "labels": torch.int32}
 

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from cnn2gnn_dist.compat import import_dgl
-from cnn2gnn_dist.graph.bank import GraphVersion, load_part, open_version
 from cnn2gnn_dist.graph.distdgl.served import GRAPH_NAME, Task
+from cnn2gnn_dist.graph.version import GraphVersion, load_part, open_version
 
 NODES, EDGES = "_N", "_N:_E:_N"
 

@@ -9,11 +9,11 @@ import torch
 from tqdm import tqdm
 
 from cnn2gnn_dist.graph import quality
-from cnn2gnn_dist.graph.bank import WORKSHOP, GraphVersion, GraphWriter
 from cnn2gnn_dist.graph.search.approximate import Found, Goal, TableSearch
 from cnn2gnn_dist.graph.search.exact import exact_table
 from cnn2gnn_dist.graph.search.valid_nodes import Alive, alive
 from cnn2gnn_dist.graph.search.work_units import Crew, Workshop
+from cnn2gnn_dist.graph.version import WORKSHOP, GraphVersion, GraphWriter
 from cnn2gnn_dist.runtime import collectives
 from cnn2gnn_dist.stages.shared.context import Context
 

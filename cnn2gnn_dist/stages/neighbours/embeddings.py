@@ -10,9 +10,9 @@ import numpy as np
 
 from cnn2gnn_dist import durable
 from cnn2gnn_dist.data.order import sequential
-from cnn2gnn_dist.graph.bank import GraphWriter
 from cnn2gnn_dist.graph.row_file import RowFile, check_sum
 from cnn2gnn_dist.graph.search.work_units import Workshop, agree
+from cnn2gnn_dist.graph.version import GraphWriter
 
 NOTE = 16
 """Batches of a chunk: after each a rank notes how far it has come."""

@@ -12,11 +12,11 @@ from cnn2gnn_dist.config import GraphConfig
 from cnn2gnn_dist.data.index.manifest import Manifest
 from cnn2gnn_dist.data.order import Order
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.graph import bank as banks
-from cnn2gnn_dist.graph.bank import GraphVersion, Rows
+from cnn2gnn_dist.graph.bank import Rows, load_bank
 from cnn2gnn_dist.graph.block import BlockIds, one_hop_block, queried_block
 from cnn2gnn_dist.graph.distdgl.served import ServedGraph
 from cnn2gnn_dist.graph.sampler import Sampler, make_sampler
+from cnn2gnn_dist.graph.version import MANIFEST, GraphVersion, open_version, version_path
 from cnn2gnn_dist.models.student import CandidateBlock
 from cnn2gnn_dist.runtime import collectives
 from cnn2gnn_dist.stages.neighbours.live_search import LiveSearch
@@ -37,17 +37,17 @@ def reusable(root: Path, number: int, key: str) -> GraphVersion | None:
 
     Rank 0 looks: hosts that see a folder at different moments must not part here.
     """
-    path = banks.version_path(root, number)
+    path = version_path(root, number)
 
     def look() -> bool:
-        if not (path / banks.MANIFEST).is_file():
+        if not (path / MANIFEST).is_file():
             return False
         try:
-            return banks.open_version(path).meta["key"] == key
+            return open_version(path).meta["key"] == key
         except UserError:
             return False
 
-    return banks.open_version(path) if collectives.alone(look) else None
+    return open_version(path) if collectives.alone(look) else None
 
 
 def parts_of(rank: int, world_size: int, parts: int) -> list[int]:
@@ -95,7 +95,7 @@ class Neighbourhood:
         if served is not None:
             self.holder = self.sampler = served
             return
-        bank = banks.load_bank(version, own_parts)
+        bank = load_bank(version, own_parts)
         name = (
             "table"
             if self.settings.sampling.sampler == "distdgl"

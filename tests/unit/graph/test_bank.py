@@ -1,4 +1,4 @@
-"""Graph versions: several writers, one reader, nothing half done."""
+"""Banks: the rows of some parts of a graph version, as they lie in its files."""
 
 from __future__ import annotations
 
@@ -12,56 +12,16 @@ import torch
 
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.graph import bank
-from cnn2gnn_dist.graph.bank import GraphWriter
 from cnn2gnn_dist.graph.partition import parts as partition
+from cnn2gnn_dist.graph.version import GraphVersion, open_version
 from tests.support.graphs import random_table
-
-N, D, DIM, M = 40, 6, 3, 4
-
-
-def arrays() -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(0)
-    return {
-        "x": rng.normal(size=(N, D)).astype(np.float16),
-        "z": rng.normal(size=(N, DIM)).astype(np.float32),
-        "labels": rng.integers(-1, 5, N).astype(np.int32),
-        "candidates": random_table(N, M, 0),
-        "part": rng.integers(0, 3, N).astype(np.int32),
-    }
-
-
-def write(root, number: int = 3) -> dict[str, np.ndarray]:
-    """Two writers, one half each."""
-    made = arrays()
-    shapes = {name: (a.shape, a.dtype.type) for name, a in made.items()}
-    GraphWriter.create(root, number, shapes)
-    for start, stop in ((20, N), (0, 20)):
-        writer = GraphWriter.open(root, number)
-        for name, array in made.items():
-            writer.rows(name, start, array[start:stop])
-    for number_of_part in range(3):
-        part = partition.build_part(made["candidates"], made["part"], number_of_part)
-        part.save(writer.path / f"part-{number_of_part:02d}")
-    assert bank.latest_version(root) is None or bank.latest_version(root).name != f"v{number:04d}"
-    writer.finalise({"key": "k", "nodes": N})
-    return made
-
-
-def test_what_two_ranks_wrote_is_read_as_one(tmp_path):
-    made = write(tmp_path)
-    version = bank.open_version(bank.latest_version(tmp_path))
-    version.verify()
-    assert version.meta == {"key": "k", "nodes": N}
-    for name, array in made.items():
-        np.testing.assert_array_equal(getattr(version, name), array)
-    with pytest.raises(AttributeError):
-        version.features  # noqa: B018
+from tests.unit.graph.test_version import D, M, N, write
 
 
 @pytest.mark.parametrize("parts", [[0], [2], [0, 2], [0, 1, 2], None])
 def test_bank_rows_are_the_global_rows(tmp_path, parts):
     made = write(tmp_path)
-    held = bank.load_bank(bank.open_version(tmp_path / "v0003"), parts)
+    held = bank.load_bank(open_version(tmp_path / "v0003"), parts)
     nodes = held.nodes_L
     np.testing.assert_array_equal(held.x_LD.numpy(), made["x"][nodes])
     np.testing.assert_array_equal(held.z_Ld.numpy(), made["z"][nodes])
@@ -75,143 +35,14 @@ def test_bank_rows_are_the_global_rows(tmp_path, parts):
 
 def test_a_seed_of_another_part_is_refused(tmp_path):
     made = write(tmp_path)
-    held = bank.load_bank(bank.open_version(tmp_path / "v0003"), [1])
+    held = bank.load_bank(open_version(tmp_path / "v0003"), [1])
     with pytest.raises(KeyError):
         held.local_of(np.flatnonzero(made["part"] != 1)[:1])
 
 
-def test_unfinished_versions_do_not_exist_and_are_cleared(tmp_path):
-    write(tmp_path, 1)
-    shapes = {"x": ((N, D), np.float16)}
-    GraphWriter.create(tmp_path, 2, shapes)
-    assert bank.latest_version(tmp_path).name == "v0001"
-    write(tmp_path, 5)
-    bank.prune(tmp_path, tmp_path / "v0005", 1)
-    assert [path.name for path in tmp_path.iterdir()] == ["v0005"]
-
-
-def test_damage(tmp_path):
-    write(tmp_path, 1)
-    write(tmp_path, 2)
-    file = tmp_path / "v0002" / "z.npy"
-    data = file.read_bytes()
-    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    with pytest.raises(UserError, match=r"z\.npy.*checksum"):
-        bank.open_version(tmp_path / "v0002").verify()
-    file.write_bytes(data[:-8])
-    with pytest.raises(UserError, match=r"z\.npy is missing or incomplete"):
-        bank.open_version(tmp_path / "v0002")
-    assert bank.latest_version(tmp_path).name == "v0001"
-
-
-def test_pruning_spares_the_last_whole_version(tmp_path):
-    for number in (1, 2, 3):
-        write(tmp_path, number)
-    (tmp_path / "v0003" / "z.npy").write_bytes(b"")
-    bank.prune(tmp_path, tmp_path / "v0003", 1)
-    assert [path.name for path in tmp_path.iterdir()] == ["v0002"]
-    bank.prune(tmp_path, tmp_path / "v0003", 0)
-    assert bank.latest_version(tmp_path).name == "v0002"
-
-
-def test_the_version_just_built_stays_and_a_lost_future_goes(tmp_path):
-    """A run that fell back to an older checkpoint builds version 2 while 3 and 5 are there."""
-    for number in (1, 3, 5):
-        write(tmp_path, number)
-    write(tmp_path, 2)
-    bank.prune(tmp_path, tmp_path / "v0002", 2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["v0001", "v0002"]
-    bank.prune(tmp_path, tmp_path / "v0002", 1)
-    assert bank.latest_version(tmp_path).name == "v0002"
-
-
-@pytest.mark.parametrize("start", [-1, N - 1, N, N + 5])
-def test_rows_outside_an_array_are_refused(tmp_path, start):
-    writer = GraphWriter.create(tmp_path, 1, {"x": ((N, D), np.float16)})
-    count = 2 if start == N - 1 else 1  # numpy itself takes one row for none
-    with pytest.raises(IndexError, match="x: rows"):
-        writer.rows("x", start, np.ones((count, D)))
-    writer.rows("x", N - 1, np.ones((1, D)))
-    np.testing.assert_array_equal(writer.array("x")[N - 2 :], [[0] * D, [1] * D])
-
-
-@pytest.mark.parametrize("text", ["", "[]", "3", "null", '{"files": {"x.npy": 1}, "meta": {}}'])
-def test_a_manifest_of_another_form_is_refused(tmp_path, text):
-    write(tmp_path, 1)
-    write(tmp_path, 2)
-    (tmp_path / "v0002" / "manifest.json").write_text(text)
-    with pytest.raises(UserError, match="no valid manifest"):
-        bank.open_version(tmp_path / "v0002")
-    assert bank.latest_version(tmp_path).name == "v0001"
-
-
-def test_a_file_that_went_after_opening(tmp_path):
-    write(tmp_path, 1)
-    version = bank.open_version(tmp_path / "v0001")
-    (tmp_path / "v0001" / "x.npy").unlink()
-    with pytest.raises(UserError, match=r"x\.npy is missing"):
-        version.verify()
-
-
-def test_verify_finds_a_flipped_byte_in_every_file(tmp_path):
-    write(tmp_path, 1)
-    version = bank.open_version(tmp_path / "v0001")
-    files = [p for p in version.path.rglob("*") if p.is_file() and p.name != bank.MANIFEST]
-    assert len(files) == 5 + 3 * 3
-    for file in files:
-        good = file.read_bytes()
-        for place in (0, len(good) // 2, len(good) - 1):
-            file.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
-            with pytest.raises(UserError, match="checksum does not hold") as raised:
-                bank.open_version(version.path).verify()
-            assert str(file.relative_to(version.path)) in raised.value.what
-        file.write_bytes(good)
-    version.verify()
-
-
-def test_a_cut_anywhere_makes_a_version_not_exist(tmp_path):
-    write(tmp_path, 1)
-    write(tmp_path, 2)
-    for file in [p for p in (tmp_path / "v0002").rglob("*") if p.is_file()]:
-        good = file.read_bytes()
-        for kept in (0, len(good) // 2, len(good) - 1):
-            file.write_bytes(good[:kept])
-            with pytest.raises(UserError):
-                bank.open_version(tmp_path / "v0002")
-            assert bank.latest_version(tmp_path).name == "v0001"
-        file.unlink()
-        assert bank.latest_version(tmp_path).name == "v0001"
-        file.write_bytes(good)
-    assert bank.latest_version(tmp_path).name == "v0002"
-
-
-def test_writers_see_each_others_rows_before_the_end(tmp_path):
-    GraphWriter.create(tmp_path, 1, {"z": ((4, 2), np.float32)})
-    one, two = (GraphWriter.open(tmp_path, 1) for _ in range(2))
-    one.rows("z", 2, np.full((2, 2), 3.0))
-    np.testing.assert_array_equal(two.array("z"), [[0, 0], [0, 0], [3, 3], [3, 3]])
-    two.rows("z", 0, np.full((2, 2), 5.0))
-    np.testing.assert_array_equal(one.array("z"), [[5, 5], [5, 5], [3, 3], [3, 3]])
-    assert bank.latest_version(tmp_path) is None
-
-
-def test_a_second_attempt_starts_from_nothing_and_replaces(tmp_path):
-    old = write(tmp_path, 1)
-    GraphWriter.create(tmp_path, 1, {"junk": ((3,), np.int32)})
-    assert bank.latest_version(tmp_path).name == "v0001"  # whole until it is replaced
-    np.testing.assert_array_equal(bank.open_version(tmp_path / "v0001").z, old["z"])
-    fresh = GraphWriter.create(tmp_path, 1, {"z": ((2, 2), np.float32)})
-    assert [path.name for path in fresh.path.iterdir()] == ["z.npy"]
-    fresh.finalise({"again": True})
-    version = bank.open_version(tmp_path / "v0001")
-    assert version.meta == {"again": True}
-    assert version.z.shape == (2, 2)
-    assert [path.name for path in tmp_path.iterdir()] == ["v0001"]
-
-
 def test_a_rank_without_parts_holds_nothing(tmp_path):
     write(tmp_path)
-    held = bank.load_bank(bank.open_version(tmp_path / "v0003"), [])
+    held = bank.load_bank(open_version(tmp_path / "v0003"), [])
     assert (held.num_inner, len(held.nodes_L), len(held.table_KM)) == (0, 0, 0)
     assert held.x_LD.shape == (0, D)
     assert len(held.local_of(np.array([], np.int64))) == 0
@@ -221,7 +52,7 @@ def test_a_rank_without_parts_holds_nothing(tmp_path):
 
 def test_part_from_its_file_equals_part_from_the_table(tmp_path):
     made = write(tmp_path)
-    version = bank.open_version(tmp_path / "v0003")
+    version = open_version(tmp_path / "v0003")
     for number in range(3):
         inner = np.flatnonzero(made["part"] == number)
         union = partition.build_union(made["candidates"], inner)
@@ -232,12 +63,12 @@ def test_part_from_its_file_equals_part_from_the_table(tmp_path):
 
 def test_types_and_copies_of_a_bank(tmp_path):
     write(tmp_path)
-    held = bank.load_bank(bank.open_version(tmp_path / "v0003"))
+    held = bank.load_bank(open_version(tmp_path / "v0003"))
     kinds = (held.x_LD.dtype, held.z_Ld.dtype, held.labels_L.dtype)
     assert kinds == (torch.float16, torch.float32, torch.int32)
     assert (held.nodes_L == np.arange(N)).all()
     held.x_LD.zero_()  # its own memory: the file stays as it was
-    bank.open_version(tmp_path / "v0003").verify()
+    open_version(tmp_path / "v0003").verify()
     with pytest.raises(KeyError):
         held.local_of(np.array([-1]))
     with pytest.raises(KeyError):
@@ -249,25 +80,11 @@ def test_the_whole_bank_is_the_files_themselves(tmp_path):
     write(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # torch's, of arrays that it must not write to
-        held = bank.load_bank(bank.open_version(tmp_path / "v0003"))
+        held = bank.load_bank(open_version(tmp_path / "v0003"))
     maps = Path("/proc/self/maps").read_text()
     for name in ("x", "z", "labels", "candidates"):
         assert str(tmp_path / "v0003" / f"{name}.npy") in maps
     assert held.num_inner == N
-
-
-def test_an_attempt_goes_on_only_if_it_is_the_same(tmp_path):
-    shapes = {"z": ((4, 2), np.float32)}
-    first = GraphWriter.create(tmp_path, 1, shapes, "weights of step 7")
-    first.rows("z", 1, np.ones((1, 2)))
-    (first.path / bank.WORKSHOP).mkdir()
-    again = GraphWriter.create(tmp_path, 1, shapes, "weights of step 7")
-    np.testing.assert_array_equal(again.array("z")[1], [1, 1])
-    other = GraphWriter.create(tmp_path, 1, shapes, "weights of step 8")
-    np.testing.assert_array_equal(other.array("z"), np.zeros((4, 2)))
-    (other.path / bank.WORKSHOP).mkdir()
-    made = other.finalise({})
-    assert sorted(path.name for path in made.iterdir()) == ["manifest.json", "z.npy"]
 
 
 def test_a_partition_of_another_version_is_refused(tmp_path):
@@ -280,9 +97,9 @@ def test_a_partition_of_another_version_is_refused(tmp_path):
     note = tmp_path / "v0002" / "part-01" / "part.json"
     spare = (tmp_path / "v0001" / "part-01" / "part.json").stat().st_size - note.stat().st_size
     note.write_text(note.read_text() + " " * spare)  # of the same size, and whole in itself
-    version = bank.GraphVersion(tmp_path / "v0002", {})
+    version = GraphVersion(tmp_path / "v0002", {})
     with pytest.raises(UserError, match=r"part-01"):
         bank.load_bank(version, [1])
     shutil.rmtree(tmp_path / "v0001" / "part-02")
     with pytest.raises(UserError, match=r"part-02/.* is missing"):
-        bank.load_bank(bank.GraphVersion(tmp_path / "v0001", {}), [2])
+        bank.load_bank(GraphVersion(tmp_path / "v0001", {}), [2])

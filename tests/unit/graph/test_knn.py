@@ -12,10 +12,10 @@ import torch
 from cnn2gnn_dist import settings
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.graph import quality
-from cnn2gnn_dist.graph.bank import GraphWriter
 from cnn2gnn_dist.graph.search import exact as exact_search
 from cnn2gnn_dist.graph.search import knn
 from cnn2gnn_dist.graph.search.work_units import Crew, Workshop
+from cnn2gnn_dist.graph.version import GraphWriter
 from cnn2gnn_dist.runtime.ranks import Ranks
 from cnn2gnn_dist.stages.neighbours import candidates
 from cnn2gnn_dist.stages.shared.context import Context, RunPaths

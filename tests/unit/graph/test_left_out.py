@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cnn2gnn_dist import settings
-from cnn2gnn_dist.graph import bank, duplicates, quality
-from cnn2gnn_dist.graph.bank import Bank, GraphVersion, GraphWriter
+from cnn2gnn_dist.graph import duplicates, quality
+from cnn2gnn_dist.graph.bank import Bank
 from cnn2gnn_dist.graph.partition import parts as partition
 from cnn2gnn_dist.graph.search import approximate, nn_descent
+from cnn2gnn_dist.graph.version import GraphVersion, GraphWriter, open_version
 from cnn2gnn_dist.runtime.ranks import Ranks
 from cnn2gnn_dist.stages.neighbours import candidates
 from cnn2gnn_dist.stages.neighbours.live_search import LiveSearch
@@ -172,7 +173,7 @@ def version_with_twins(root: Path) -> tuple[GraphVersion, np.ndarray]:
     for number in range(2):
         partition.build_part(table, arrays["part"], number).save(writer.path / f"part-0{number}")
     made = writer.finalise({"key": "k", "search": {"twins": duplicates.summary(twin)}})
-    return bank.open_version(made), z
+    return open_version(made), z
 
 
 @pytest.mark.parametrize("second_hop", ["sampled", "cached"])

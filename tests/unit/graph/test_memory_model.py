@@ -13,17 +13,18 @@ from cnn2gnn_dist import cli
 from cnn2gnn_dist.graph import bank, memory_model
 from cnn2gnn_dist.graph.partition import parts as partition
 from cnn2gnn_dist.graph.sampler import TableSampler
+from cnn2gnn_dist.graph.version import GraphVersion, GraphWriter, open_version
 
 N, D, DIM, M, PARTS = 6000, 48, 16, 8, 4
 
 
-def version(folder: Path) -> tuple[bank.GraphVersion, list[partition.PartGraph]]:
+def version(folder: Path) -> tuple[GraphVersion, list[partition.PartGraph]]:
     """A whole version over a ring with long links."""
     rng = np.random.default_rng(0)
     step = rng.geometric(0.02, (N, M)) * rng.choice([-1, 1], (N, M))
     table = ((np.arange(N)[:, None] + step) % N).astype(np.int32)
     part = partition.assign_ranges(table, PARTS)
-    writer = bank.GraphWriter.create(
+    writer = GraphWriter.create(
         folder,
         1,
         {
@@ -42,7 +43,7 @@ def version(folder: Path) -> tuple[bank.GraphVersion, list[partition.PartGraph]]
     for number, one in enumerate(made):
         one.save(writer.path / f"part-{number:02d}")
     writer.finalise({})
-    return bank.open_version(folder / "v0001"), made
+    return open_version(folder / "v0001"), made
 
 
 def test_prediction_against_what_was_made(tmp_path: Path) -> None:

@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 
 from cnn2gnn_dist import durable
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.graph import bank, row_file
+from cnn2gnn_dist.graph import row_file
 from cnn2gnn_dist.graph.row_file import RowFile, check_sum, read_rows
 from cnn2gnn_dist.graph.search import work_units
 from cnn2gnn_dist.graph.search.work_units import Crew, Workshop, spans
+from cnn2gnn_dist.graph.version import GraphWriter
 from cnn2gnn_dist.stages.neighbours import embeddings
 from cnn2gnn_dist.stages.neighbours.embeddings import Embedded
 
@@ -201,7 +202,7 @@ X = np.random.default_rng(1).standard_normal((203, 5)).astype(np.float16)
 
 def embed(folder: Path, crew: Crew, stop: int | None = None) -> list[np.ndarray] | int:
     """Write X as x, and its first columns as z and query; ``stop``: leave after so many batches."""
-    writer = bank.GraphWriter(folder)
+    writer = GraphWriter(folder)
     made = Embedded(writer, Workshop(folder / "work", crew), len(X), 3, 2)
     plan = made._plan(crew.rank)
     first = made.batches_done

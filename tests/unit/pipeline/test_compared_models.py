@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from cnn2gnn_dist import settings
-from cnn2gnn_dist.graph import bank
-from cnn2gnn_dist.graph.bank import GraphWriter
 from cnn2gnn_dist.graph.partition import parts
+from cnn2gnn_dist.graph.version import GraphWriter, open_version
 from cnn2gnn_dist.models.cost import count_flops
 from cnn2gnn_dist.runtime.ranks import Ranks
 from cnn2gnn_dist.stages.compared_models import Attached, label_vote, self_path
@@ -45,7 +44,7 @@ def attached(root: Path, *overrides: str) -> Attached:
          f"graph.dim={DZ}", *overrides],
     )  # fmt: skip
     here = Context(config, Ranks(), RunPaths(root), root, "", "cpu", False)
-    version = bank.open_version(root / "v0001")
+    version = open_version(root / "v0001")
     return Attached(student("dataset").eval().float(), Neighbourhood(here, version, None), C)
 
 
