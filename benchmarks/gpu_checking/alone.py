@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from gpu_checking import Outcome, Setting, Skip
 from torch import Tensor, nn
 
-from cnn2gnn_dist.graph.block import queried_block
+from cnn2gnn_dist.graph.block import block_ids
 from cnn2gnn_dist.graph.sampler import make_sampler
+from cnn2gnn_dist.models.block import Block, averaged_block
 from cnn2gnn_dist.models.cost import count_flops
 from cnn2gnn_dist.models.stem import build_stem
-from cnn2gnn_dist.models.student import CandidateBlock, Student, StudentOutput
+from cnn2gnn_dist.models.student import Student, StudentOutput
 
 PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "dgl", "ray", "faiss-cpu", "webdataset",
             "simplejpeg", "pyarrow", "numpy")  # fmt: skip
@@ -236,7 +237,7 @@ def _student(setting: Setting) -> Student:
     return model
 
 
-def _block(setting: Setting, model: Student, seeds: int) -> CandidateBlock:
+def _block(setting: Setting, model: Student, seeds: int) -> Block:
     """Neighbours at random in a bank at random, both hops sampled."""
     assert model.head is not None
     graph_dim, dim = model.head.project.weight.shape
@@ -245,21 +246,15 @@ def _block(setting: Setting, model: Student, seeds: int) -> CandidateBlock:
     table = np.stack([rng.choice(nodes, width, replace=False) for _ in range(nodes)])
     sampler = make_sampler("table", table.astype(np.int32), 0, np.arange(nodes))
     first = table[:seeds, : fanouts[0]].astype(np.int64)
-    ids = queried_block(sampler, first, np.arange(seeds), fanouts[1], epoch=0, step=0, rank=0)
+    ids = block_ids(sampler, first, np.arange(seeds), fanouts[1], epoch=0, step=0, rank=0)
     generator = torch.Generator().manual_seed(2)
     x_ND = torch.randn(nodes, dim, generator=generator)
     z_Nd = F.normalize(torch.randn(nodes, graph_dim, generator=generator), dim=1)
     labels_N = torch.randint(0, 10, (nodes,), generator=generator)
     rows = torch.from_numpy(ids.nodes_V)
-    return CandidateBlock(
-        x_ND[rows],
-        z_Nd[rows],
-        labels_N[rows],
-        *(
-            torch.from_numpy(a)
-            for a in (ids.first_BF, ids.unique_U, ids.unique_of_BF, ids.second_UG, ids.seed_V)
-        ),
-    )
+    named = ("first_U", "row_of_BF", "second_UG", "seed_B")
+    indices = {name: torch.from_numpy(getattr(ids, name)) for name in named}
+    return averaged_block(x_ND[rows], z_Nd[rows], labels_N[rows], k=model.k, **indices)
 
 
 _ready: dict[str, Any] = {}

@@ -157,7 +157,7 @@ def keep(folder: Path, count: int = 8) -> dict[str, Any]:
 
 def sample(folder: Path, how: str, count: int) -> dict[str, Any]:
     """Two hops of 10 around seeds of one partition, by the table sampler: seeds a second."""
-    from cnn2gnn_dist.graph.block import sampled_block
+    from cnn2gnn_dist.graph.block import block_ids, sampled_first_hop
 
     table, part = (np.load(folder / name) for name in ("candidates.npy", f"part-{how}-{count}.npy"))
     graph = partition.build_part(table, part, 0)
@@ -166,7 +166,9 @@ def sample(folder: Path, how: str, count: int) -> dict[str, Any]:
     started = time.perf_counter()
     while time.perf_counter() - started < 10:
         seeds = rng.choice(graph.num_inner, SEEDS, replace=False)
-        block = sampled_block(sampler, seeds, (FANOUT, FANOUT), epoch=0, step=done, rank=0)
+        key = {"epoch": 0, "step": done, "rank": 0}
+        first = sampled_first_hop(sampler, seeds, FANOUT, **key)
+        block = block_ids(sampler, first, seeds, FANOUT, **key)
         done += SEEDS
         touched += len(block.nodes_V)
         remote += int((block.nodes_V >= graph.num_inner).sum())

@@ -101,8 +101,8 @@ def _ours(arrays: Arrays, rank: int, sampler_name: str, hop_name: str) -> Conten
 
 def _steps(arrays: Arrays, rank: int, holder: Any, sampler: Any, cached: Any) -> Iterator[Step]:
     """Our steps, whoever holds the rows and samples the neighbours."""
-    from cnn2gnn_dist.graph.block import one_hop_block, queried_block
-    from cnn2gnn_dist.models.student import CandidateBlock
+    from cnn2gnn_dist.graph.block import block_ids
+    from cnn2gnn_dist.models.block import averaged_block
 
     part_N = np.asarray(arrays.part)
     for step, ids in enumerate(_seeds(arrays, rank)):
@@ -110,25 +110,21 @@ def _steps(arrays: Arrays, rank: int, holder: Any, sampler: Any, cached: Any) ->
         key = {"epoch": 0, "step": step, "rank": rank}
         first = sampler.neighbours(seeds, FANOUT, hop=1, **key)
         if cached is None:
-            block = queried_block(sampler, first, seeds, FANOUT, **key)
+            ids_of = block_ids(sampler, first, seeds, FANOUT, **key)
+            nodes, averaged = ids_of.nodes_V, 0
+            x_VD, z_Vd, labels_V = holder.rows(nodes)
+            named = ("first_U", "row_of_BF", "second_UG", "seed_B")
+            indices = {name: torch.from_numpy(getattr(ids_of, name)) for name in named}
+            block = averaged_block(x_VD, z_Vd, labels_V.long(), k=K, **indices)
         else:
-            block = one_hop_block(first, seeds)
-        x_VD, z_Vd, labels_V = holder.rows(block.nodes_V)
-        candidates = CandidateBlock(
-            x_VD,
-            z_Vd,
-            labels_V.long(),
-            *(torch.from_numpy(a) for a in (block.first_BF, block.unique_U, block.unique_of_BF,
-                                            block.second_UG, block.seed_V)),
-            second=None if cached is None else cached.of(block),
-        )  # fmt: skip
-        x_BD = x_VD[candidates.seed_V].float()
+            block = cached.block(first, seeds)
+            nodes, averaged = np.concatenate([first.clip(0).reshape(-1), seeds]), first.size
+        x_BD = block.seed_x_BD.float()
         labels = torch.from_numpy(arrays.labels[ids]).long()
-        extra = 0 if cached is None else len(block.unique_U) * DIM * 2
         yield Step(
-            _loss(x_BD + 0.01 * torch.randn_like(x_BD), candidates, labels),
-            len(block.nodes_V) * ROW + extra,
-            float((part_N[holder.global_of(block.nodes_V)] != rank).mean()),
+            _loss(x_BD + 0.01 * torch.randn_like(x_BD), block, labels),
+            len(nodes) * ROW + averaged * DIM * 2,
+            float((part_N[holder.global_of(nodes)] != rank).mean()),
         )
 
 

@@ -1,4 +1,4 @@
-"""Blocks: the nodes two hops around seeds, and who is whose candidate, as indices."""
+"""Blocks as indices: the nodes two hops around seeds, and who is whose candidate."""
 
 from __future__ import annotations
 
@@ -14,40 +14,29 @@ class BlockIds:
     """A block without features.
 
     Attributes:
-        nodes_V: int64 local ids of all nodes; distinct and ascending but for ``one_hop_block``.
-        first_BF: int64 into V, the seeds' candidates; -1 = none.
-        unique_U: int64 into V, the distinct nodes of ``first_BF`` (all slots: ``one_hop_block``).
-        unique_of_BF: int64 into U; -1 = none.
-        second_UG: int64 into V, the candidates of each unique node; -1 = none.
-        seed_V: int64 [B] into V, the seed's own row; -1 for an unseen image.
+        nodes_V: int64 local ids of all nodes, distinct and ascending.
+        first_U: int64 into V, the nodes of the first hop, each once.
+        row_of_BF: int64 into U, the seeds' candidates; -1 = none.
+        second_UG: int64 into V, the candidates of each first-hop node; -1 = none.
+        seed_B: int64 into V, the seed's own row; -1 for an unseen image.
     """
 
     nodes_V: np.ndarray
-    first_BF: np.ndarray
-    unique_U: np.ndarray
-    unique_of_BF: np.ndarray
+    first_U: np.ndarray
+    row_of_BF: np.ndarray
     second_UG: np.ndarray
-    seed_V: np.ndarray
+    seed_B: np.ndarray
 
 
-def sampled_block(
-    sampler: Sampler,
-    seeds_B: np.ndarray,
-    fanouts: tuple[int, int],
-    *,
-    epoch: int,
-    step: int,
-    rank: int,
-) -> BlockIds:
-    """Both hops sampled from the candidate table."""
+def sampled_first_hop(
+    sampler: Sampler, seeds_B: np.ndarray, fanout: int, *, epoch: int, step: int, rank: int
+) -> np.ndarray:
+    """[B, fanout] local ids from the candidate table; a seed that comes twice gets the same."""
     distinct, place = np.unique(seeds_B, return_inverse=True)
-    first = sampler.neighbours(distinct, fanouts[0], epoch=epoch, step=step, hop=1, rank=rank)
-    return queried_block(
-        sampler, first[place], seeds_B, fanouts[1], epoch=epoch, step=step, rank=rank
-    )
+    return sampler.neighbours(distinct, fanout, epoch=epoch, step=step, hop=1, rank=rank)[place]
 
 
-def queried_block(
+def block_ids(
     sampler: Sampler,
     first_BF: np.ndarray,
     seeds_B: np.ndarray,
@@ -57,48 +46,31 @@ def queried_block(
     step: int,
     rank: int,
 ) -> BlockIds:
-    """First hop given (found by a search), second hop sampled.
+    """First hop given (searched or sampled; -1 = none), second hop sampled.
 
     First-hop nodes without a row in the sampler's table (second halo) get no second hop.
-    A seed (>= 0) is taken out of its own candidates; unseen images have seed -1.
+    Unseen images have seed -1.
     """
     seeds_B = np.asarray(seeds_B, np.int64)
-    first = np.where(first_BF == seeds_B[:, None], -1, first_BF).astype(np.int64)
-    unique, place_in_unique = _numbered(first)
-    reached = unique < sampler.num_rows
-    found = sampler.neighbours(unique[reached], fanout, epoch=epoch, step=step, hop=2, rank=rank)
-    second = np.full((len(unique), found.shape[1]), -1, np.int64)
-    second[reached] = found
-    nodes, place = _numbered(unique, second, seeds_B)
+    first_BF = without_seed(first_BF, seeds_B).astype(np.int64)
+    nodes_U, row_of = _numbered(first_BF)
+    reached = nodes_U < sampler.num_rows
+    found = sampler.neighbours(nodes_U[reached], fanout, epoch=epoch, step=step, hop=2, rank=rank)
+    second_UG = np.full((len(nodes_U), found.shape[1]), -1, np.int64)
+    second_UG[reached] = found
+    nodes_V, place = _numbered(nodes_U, second_UG, seeds_B)
     return BlockIds(
-        nodes_V=nodes,
-        first_BF=place[first],
-        unique_U=place[unique],
-        unique_of_BF=place_in_unique[first],
-        second_UG=place[second],
-        seed_V=place[seeds_B],
+        nodes_V=nodes_V,
+        first_U=place[nodes_U],
+        row_of_BF=row_of[first_BF],
+        second_UG=place[second_UG],
+        seed_B=place[seeds_B],
     )
 
 
-def one_hop_block(first_BF: np.ndarray, seeds_B: np.ndarray) -> BlockIds:
-    """First hop given, second hop known beforehand: [U, 0] of it.
-
-    Nodes are not made distinct: V is first all slots, row by row, then the seeds, and U is the
-    slots. Seeds drawn from a large graph hardly share neighbours, and sorting them out costs more
-    than it saves. Empty slots stand for node 0, which nobody looks at.
-    """
-    seeds_B, asked_BF = np.asarray(seeds_B, np.int64), first_BF
-    slots = np.arange(first_BF.size).reshape(first_BF.shape)
-    gone = (first_BF < 0) | (first_BF == seeds_B[:, None])
-    first_BF = np.where(gone, -1, slots)
-    return BlockIds(
-        nodes_V=np.concatenate([np.where(gone, 0, asked_BF).ravel(), np.maximum(seeds_B, 0)]),
-        first_BF=first_BF,
-        unique_U=slots.ravel(),
-        unique_of_BF=first_BF,
-        second_UG=np.empty((slots.size, 0), np.int64),
-        seed_V=np.where(seeds_B < 0, -1, slots.size + np.arange(len(seeds_B))),
-    )
+def without_seed(first_BF: np.ndarray, seeds_B: np.ndarray) -> np.ndarray:
+    """Candidates, -1 where it is the seed itself."""
+    return np.where(first_BF == np.asarray(seeds_B)[:, None], -1, first_BF)
 
 
 def _numbered(*groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

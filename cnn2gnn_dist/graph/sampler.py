@@ -3,7 +3,7 @@
 The table's sampler is keyed by the node besides, whichever rank or partition asks: its samples do
 not change with the world size. DGL's has one stream a call, so its samples do.
 
-``neighbours(rows, fanout, epoch=, step=, hop=, rank=)`` gives [U, fanout] local ids, -1 = none;
+``neighbours(rows, fanout, epoch=, step=, hop=, rank=)`` gives [Q, fanout] local ids, -1 = none;
 a fan-out of all candidates or more gives them all. The same key gives the same sample.
 """
 
@@ -28,7 +28,7 @@ class Sampler(Protocol):
     def neighbours(
         self, rows: np.ndarray, fanout: int, *, epoch: int, step: int, hop: int, rank: int
     ) -> np.ndarray:
-        """[U, fanout] int64 local ids of sampled candidates of ``rows``; -1 = none.
+        """[Q, fanout] int64 local ids of sampled candidates of ``rows``; -1 = none.
 
         They stand in the order of the table. Raises IndexError for a row without candidates.
         """
@@ -137,10 +137,10 @@ def _checked(rows: np.ndarray, num_rows: int) -> np.ndarray:
     return rows
 
 
-def _draws(key: int, nodes_U: np.ndarray, width: int) -> np.ndarray:
-    """uint64 [U, width], random by (key, node, column): splitmix64 (Steele, Lea, Flood 2014)."""
+def _draws(key: int, nodes_Q: np.ndarray, width: int) -> np.ndarray:
+    """uint64 [Q, width], random by (key, node, column): splitmix64 (Steele, Lea, Flood 2014)."""
     columns = np.arange(1, width + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    return _mixed(_mixed(nodes_U ^ np.uint64(key))[:, None] + columns)
+    return _mixed(_mixed(nodes_Q ^ np.uint64(key))[:, None] + columns)
 
 
 def _mixed(x: np.ndarray) -> np.ndarray:

@@ -3,49 +3,19 @@
     h¹_i = φ(A₁ x_i + g₁ ⊙ B₁ Σ_j p_ij x_j)
     y_i  = A₂ h¹_i + g₂ ⊙ B₂ Σ_j p_ij [h¹_j, ℓ_j]
 
-Shapes: B seeds, F first-hop slots, U unique first-hop nodes, D features, H hidden, C classes,
+Shapes: B seeds, F first-hop slots, U rows of the first hop, D features, H hidden, C classes,
 E label embedding. ``j|i`` is node j as the seed i sees it: with i taken out of j's neighbours.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cnn2gnn_dist.models.block import Block
+
 _ALONE = 1e-5  # j's neighbours other than the seed weigh less than this: j has no others
-
-
-@dataclass
-class NeighbourBlock:
-    """Two hops around B seeds; the second is already averaged, the seeds still in it.
-
-    Attributes:
-        weights_BF: p_ij over the first-hop slots, 0 on padding.
-        unique_of_BF: int64, which of the U unique nodes lies in a slot (any on padding); None: U is
-            the B x F slots, row by row.
-        x_UD: features of the unique first-hop nodes.
-        mean_UD: m_j = Σ_l p_jl x_l over the neighbours l of j.
-        labels_U: int64, -1 = unknown.
-        back_BF: p_ji, the weight that the first-hop node j gives to the seed i; 0 if none.
-        seed_x_BD: the seeds' features as they went into mean_UD; None for unseen images.
-    """
-
-    weights_BF: Tensor
-    unique_of_BF: Tensor | None
-    x_UD: Tensor
-    mean_UD: Tensor
-    labels_U: Tensor
-    back_BF: Tensor
-    seed_x_BD: Tensor | None = None
-
-    def in_slots(self, values_UX: Tensor) -> Tensor:
-        """[B, F, X]: values of the nodes where they are neighbours."""
-        if self.unique_of_BF is None:
-            return values_UX.view(*self.weights_BF.shape, -1)
-        return F.embedding(self.unique_of_BF, values_UX)
 
 
 class TwoLayerGNN(nn.Module):
@@ -78,16 +48,17 @@ class TwoLayerGNN(nn.Module):
             self.label = nn.Embedding(num_classes, label_dim)
 
     def forward(
-        self, x_BD: Tensor, block: NeighbourBlock | None = None, p_BB: Tensor | None = None
+        self, x_BD: Tensor, p: Tensor | None = None, block: Block | None = None
     ) -> tuple[Tensor, Tensor]:
         """Logits with the graph, and of the self path alone: two [B, C].
 
         Args:
             x_BD: live features of the seeds.
-            block: their neighbours in the data set (``dataset`` scope), or
-            p_BB: row-stochastic weights among the seeds themselves (``batch`` scope), or
-                neither: both results are the self path, and every graph parameter gets a
-                zero gradient, so that ZeRO and DDP find no unused ones.
+            p: row-stochastic weights: [B, F] over the slots of the block (``dataset`` scope; 0
+                where none is present), or without a block [B, B] among the seeds themselves
+                (``batch`` scope). None: both results are the self path, and every graph
+                parameter gets a zero gradient, so that ZeRO and DDP find no unused ones.
+            block: what lies in the slots; of one float dtype.
 
         Everything goes through here and through the submodules' own ``forward``, because that is
         where ZeRO-3 gathers parameters.
@@ -97,35 +68,29 @@ class TwoLayerGNN(nn.Module):
         self_logits_BC = self.self2(self_BH)
         if not self.graph:
             return self_logits_BC, self_logits_BC
+        if p is None:
+            idle = self._idle(x_BD[:1], self_BH[:1])
+            return self_logits_BC + 0.0 * idle, self_logits_BC
         if block is not None:
-            return self._over_block(a_BH, block), self_logits_BC
-        if p_BB is not None:
-            return self._over_batch(x_BD, a_BH, p_BB), self_logits_BC
-        return self_logits_BC + 0.0 * self._idle(x_BD[:1], self_BH[:1]), self_logits_BC
+            return self._over_block(a_BH, p, block), self_logits_BC
+        return self._over_batch(x_BD, a_BH, p), self_logits_BC
 
-    def forward_batch(self, x_BD: Tensor, p_BB: Tensor) -> tuple[Tensor, Tensor]:
-        """``forward`` in ``batch`` scope: P(P·) over the mini-batch, zero diagonal, no labels."""
-        return self(x_BD, None, p_BB)
-
-    def _over_block(self, a_BH: Tensor, block: NeighbourBlock) -> Tensor:
-        weights_BF = block.weights_BF
-        mean_x_BD = _average(weights_BF, block.in_slots(block.x_UD))
+    def _over_block(self, a_BH: Tensor, p_BF: Tensor, block: Block) -> Tensor:
+        mean_x_BD = _average(p_BF, block.in_slots(block.x_UD))
         h_BH = F.relu(a_BH + self.gate1 * self.neighbour1(mean_x_BD))
 
         around_BFH = self._around(block)
         h_BFH = F.relu(block.in_slots(self.self1(block.x_UD)) + self.gate1 * around_BFH)
 
-        message_BH = _average(weights_BF, h_BFH)
+        message_BH = _average(p_BF, h_BFH)
         if self.label_dim:
-            label_BE = _average(weights_BF, block.in_slots(self._label(block.labels_U)))
+            label_BE = _average(p_BF, block.in_slots(self._label(block.labels_U)))
             message_BH = torch.cat([message_BH, label_BE.to(message_BH.dtype)], 1)
         return self.self2(h_BH) + self.gate2 * self.neighbour2(message_BH)
 
-    def _around(self, block: NeighbourBlock) -> Tensor:
+    def _around(self, block: Block) -> Tensor:
         """B₁ m_{j|i} [B, F, H]; B₁ is linear, so the seed goes wherever that is cheaper."""
-        if block.seed_x_BD is None:
-            return block.in_slots(self.neighbour1(block.mean_UD))
-        if block.unique_of_BF is None:  # a row for each slot: out of the constants
+        if block.row_of_BF is None:  # a row for each slot: out of the constants
             mean_BFD = block.in_slots(block.mean_UD)
             rest_BFD = _without_seed(mean_BFD, block.back_BF, block.seed_x_BD)
             return self.neighbour1(rest_BFD)
@@ -133,18 +98,19 @@ class TwoLayerGNN(nn.Module):
         return _without_seed(around_BFH, block.back_BF, self.neighbour1(block.seed_x_BD))
 
     def _over_batch(self, x_BD: Tensor, a_BH: Tensor, p_BB: Tensor) -> Tensor:
+        """P(P·) over the mini-batch, zero diagonal, no labels."""
         p_BB = p_BB.to(x_BD.dtype)
         h_BH = F.relu(a_BH + self.gate1 * self.neighbour1(p_BB @ x_BD))
         message_BH = p_BB.to(h_BH.dtype) @ h_BH
         if self.label_dim:
             # No labels here, but the table must not count as unused.
-            none_U = torch.full((len(x_BD),), -1, device=x_BD.device)
-            label_BE = self._label(none_U).to(message_BH.dtype)
+            none_B = torch.full((len(x_BD),), -1, device=x_BD.device)
+            label_BE = self._label(none_B).to(message_BH.dtype)
             message_BH = torch.cat([message_BH, label_BE], 1)
         return self.self2(h_BH) + self.gate2 * self.neighbour2(message_BH)
 
-    def _label(self, labels_U: Tensor) -> Tensor:
-        return self.label(labels_U.clamp(min=0)) * (labels_U >= 0).unsqueeze(1)
+    def _label(self, labels: Tensor) -> Tensor:
+        return self.label(labels.clamp(min=0)) * (labels >= 0).unsqueeze(1)
 
     def _idle(self, x_1D: Tensor, h_1H: Tensor) -> Tensor:
         message_1H = h_1H
@@ -155,9 +121,9 @@ class TwoLayerGNN(nn.Module):
         return touched + self.gate1.sum() + self.gate2.sum()
 
 
-def _average(weights_BF: Tensor, values_BFX: Tensor) -> Tensor:
+def _average(p_BF: Tensor, values_BFX: Tensor) -> Tensor:
     # Not a matmul: autocast would round the weights to 8 bits.
-    return (weights_BF.unsqueeze(-1) * values_BFX).sum(1)
+    return (p_BF.unsqueeze(-1) * values_BFX).sum(1)
 
 
 def _without_seed(b_BFH: Tensor, back_BF: Tensor, c_BH: Tensor) -> Tensor:

@@ -64,10 +64,10 @@ def adaptive_neighbours(d_BM: Tensor, k: int, mask_BM: Tensor | None = None) -> 
 
     with torch.no_grad():
         order_BM = torch.where(mask_BM, d_BM, torch.inf).sort(dim=1, stable=True).indices
-    nearest_BK = order_BM[:, : k + 1]
-    sorted_BK = d_BM.gather(1, nearest_BK)
-    border_B1 = sorted_BK[:, k:]
-    gaps_Bk = border_B1 - sorted_BK[:, :k]
+    nearest_BM = order_BM[:, : k + 1]  # the k nearest and the border
+    sorted_BM = d_BM.gather(1, nearest_BM)
+    border_B1 = sorted_BM[:, k:]
+    gaps_Bk = border_B1 - sorted_BM[:, :k]
     scale_B1 = gaps_Bk.sum(1, keepdim=True)
 
     short_B1 = valid_B <= k
@@ -76,7 +76,7 @@ def adaptive_neighbours(d_BM: Tensor, k: int, mask_BM: Tensor | None = None) -> 
     # The inner where keeps 0/0 out of the backward pass, the outer one out of the forward pass.
     safe_B1 = torch.where(degenerate_B1 | short_B1, 1.0, scale_B1)
     p_Bk = torch.where(degenerate_B1, 1.0 / k, gaps_Bk / safe_B1)
-    p_BM = torch.zeros_like(d_BM).scatter(1, nearest_BK[:, :k], p_Bk)
+    p_BM = torch.zeros_like(d_BM).scatter(1, nearest_BM[:, :k], p_Bk)
     p_BM = torch.where(short_B1, uniform_BM, p_BM)
     scale_B = torch.where(degenerate_B1 | short_B1, 0.0, scale_B1).squeeze(1).detach()
     return Neighbours(p_BM, scale_B, degenerate_B1.squeeze(1))
@@ -87,14 +87,14 @@ def squared_distances(z_Bd: Tensor, c_BMd: Tensor) -> Tensor:
     return (z_Bd.unsqueeze(1) - c_BMd).square().sum(-1)
 
 
-def pairwise_squared_distances(z_Bd: Tensor, c_Vd: Tensor) -> Tensor:
-    """‖z_i − c_v‖² of all pairs, [B, V], by one matmul, never in less than float32.
+def pairwise_squared_distances(z_Bd: Tensor, c_Md: Tensor) -> Tensor:
+    """‖z_i − c_j‖² of all pairs, [B, M], by one matmul, never in less than float32.
 
     Equal vectors may come out slightly below 0 (rounding); no clamp, which would cut gradients.
     """
     with torch.autocast(z_Bd.device.type, enabled=False):
-        norms_BV = z_Bd.square().sum(1, keepdim=True) + c_Vd.square().sum(1)
-        return norms_BV - 2.0 * z_Bd @ c_Vd.T
+        norms_BM = z_Bd.square().sum(1, keepdim=True) + c_Md.square().sum(1)
+        return norms_BM - 2.0 * z_Bd @ c_Md.T
 
 
 class Float32Linear(nn.Linear):

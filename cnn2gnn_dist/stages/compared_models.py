@@ -124,7 +124,7 @@ class Attached:
 
     def student_flops(self, images: Tensor) -> float:
         """The search is counted by its own figure: on a GPU it is a matmul that torch sees too."""
-        block = self.around.around_unseen(len(images))(self.student.embed(images)[1])
+        block = self.around.around_unseen(len(images)).block(self.student.embed(images)[1])
         return count_flops(lambda shown: self.student(shown, block), images) + self._search(images)
 
     def vote_flops(self, images: Tensor) -> float:

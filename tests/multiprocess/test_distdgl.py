@@ -15,8 +15,8 @@ import pytest
 
 from cnn2gnn_dist.errors import PeerLost
 from cnn2gnn_dist.graph import bank
-from cnn2gnn_dist.graph.block import sampled_block
 from cnn2gnn_dist.graph.sampler import TableSampler
+from tests.support.blocks import sampled_block
 from tests.support.distdgl import D, M, N, make_version, needs_namespaces, serving
 from tests.support.runs import MICRO, environment, finish, launch, ray_environment, results, start
 from tests.support.watching import ranks_of, reach
@@ -99,7 +99,7 @@ def test_blocks_are_those_of_the_table_sampler(graph):
         seeds = machine.local_of(np.flatnonzero(np.asarray(version.part) == part)[::3])
         key = {"epoch": 0, "step": 0, "rank": 0}
         got, want = (sampled_block(s, seeds, (M, M), **key) for s in (machine, table))
-        for name in ("nodes_V", "first_BF", "unique_U", "unique_of_BF", "second_UG", "seed_V"):
+        for name in ("nodes_V", "first_U", "row_of_BF", "second_UG", "seed_B"):
             np.testing.assert_array_equal(getattr(got, name), getattr(want, name), name)
         x_VD, _, _ = machine.rows(got.nodes_V)
         assert x_VD.shape == (len(got.nodes_V), D)

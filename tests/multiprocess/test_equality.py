@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from cnn2gnn_dist.graph.bank import Bank as GraphBank
-from cnn2gnn_dist.graph.block import one_hop_block, queried_block, sampled_block
+from cnn2gnn_dist.graph.block import block_ids
 from cnn2gnn_dist.graph.partition import parts as partition
 from cnn2gnn_dist.graph.sampler import make_sampler
 from cnn2gnn_dist.stages.neighbours.second_hop import CachedSecondHop
+from tests.support.blocks import sampled_block
 from tests.unit.models.test_student import Bank, K, M, N, make_images, student
 from tests.unit.models.test_student_model import KEY, with_features
 
@@ -110,12 +109,9 @@ def test_the_cached_second_hop_is_the_sampled_one_at_full_fanout(parts: int) -> 
             first[seeds < 0] = np.arange(M)
             images = make_images(len(seeds))
             full, cached = student("dataset"), student("dataset")
-            ids = queried_block(sampler, first, seeds, M, **KEY)
+            ids = block_ids(sampler, first, seeds, M, **KEY)
             out = full(images, with_features(bank, ids, graph.nodes_L))
-            ids = one_hop_block(first, seeds)
-            assert ids.second_UG.shape == (len(ids.unique_U), 0)
-            block = replace(with_features(bank, ids, graph.nodes_L), second=hop.of(ids))
-            got = cached(images, block)
+            got = cached(images, hop.block(first, seeds))
             torch.testing.assert_close(got.logits_BC, out.logits_BC, rtol=1e-11, atol=1e-12)
             got.logits_BC.square().sum().backward()
             out.logits_BC.square().sum().backward()

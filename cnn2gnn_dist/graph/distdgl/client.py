@@ -40,20 +40,20 @@ class Client:
         self._bank = {name: self._filled(version, name, start, end) for name in KINDS}
         self._graph.barrier()
 
-    def neighbours(self, nodes_U: np.ndarray, fanout: int, key: int) -> np.ndarray:
-        """[U, fanout] sampled candidates of distinct nodes, in the order of the table; -1 = none."""
+    def neighbours(self, nodes_Q: np.ndarray, fanout: int, key: int) -> np.ndarray:
+        """[Q, fanout] sampled candidates of distinct nodes, in the order of the table; -1 = none."""
         fanout = min(fanout, self._width)
-        made = np.full((len(nodes_U), fanout), -1, np.int64)
-        if not len(nodes_U):
+        made = np.full((len(nodes_Q), fanout), -1, np.int64)
+        if not len(nodes_Q):
             return made
         self._dgl.seed(key)
-        new_U = self._new_of_old[nodes_U]
-        found = self._dgl.distributed.sample_neighbors(self._graph, torch.from_numpy(new_U), fanout)
+        new_Q = self._new_of_old[nodes_Q]
+        found = self._dgl.distributed.sample_neighbors(self._graph, torch.from_numpy(new_Q), fanout)
         edges = found.edata[self._dgl.EID].numpy()
         order = np.argsort(edges)
         tails, heads = found.edges()[0].numpy()[order], edges[order] // self._width
-        by_head = np.argsort(new_U)
-        row = by_head[np.searchsorted(new_U, heads, sorter=by_head)]
+        by_head = np.argsort(new_Q)
+        row = by_head[np.searchsorted(new_Q, heads, sorter=by_head)]
         column = np.arange(len(heads)) - np.searchsorted(heads, heads, side="left")
         made[row, column] = self._old_of_new[tails]
         return made

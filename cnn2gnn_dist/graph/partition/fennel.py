@@ -43,9 +43,9 @@ def assign_streaming(
         moved = 0
         # Chunks of a shuffled stream of short stretches: neighbours rarely choose at the same time.
         for rows in _chunks(order_N, number):
-            score_UP = _neighbours_in(table_NM, reverse_NR, part_N, rows, parts)
-            score_UP = score_UP - price * sizes_P ** (GAMMA - 1)
-            moved += _hand_out(rows, score_UP, part_N, sizes_P, (1 + SLACK) * nodes / parts)
+            score_QP = _neighbours_in(table_NM, reverse_NR, part_N, rows, parts)
+            score_QP = score_QP - price * sizes_P ** (GAMMA - 1)
+            moved += _hand_out(rows, score_QP, part_N, sizes_P, (1 + SLACK) * nodes / parts)
         if moved < nodes // 2000:
             break
     return part_N
@@ -63,9 +63,9 @@ def moved_where_it_pays(
     sizes_P = np.bincount(part_N, minlength=parts)
     most = (1 + SLACK) * len(part_N) / parts
     for rows in _chunks(np.arange(len(part_N)), 0):
-        score_UP = _neighbours_in(table_NM, reverse_NR, part_N, rows, parts)
-        score_UP[np.arange(len(rows)), part_N[rows]] += least_gain - 1
-        _hand_out(rows, score_UP, part_N, sizes_P, most)
+        score_QP = _neighbours_in(table_NM, reverse_NR, part_N, rows, parts)
+        score_QP[np.arange(len(rows)), part_N[rows]] += least_gain - 1
+        _hand_out(rows, score_QP, part_N, sizes_P, most)
     return part_N
 
 
@@ -86,7 +86,7 @@ def _chunks(order_N: np.ndarray, number: int) -> list[np.ndarray]:
 def _neighbours_in(
     table_NM: np.ndarray, reverse_NR: np.ndarray, part_N: np.ndarray, rows: np.ndarray, parts: int
 ) -> np.ndarray:
-    """float [U, P]: how many edges, of either direction, each row has into each part."""
+    """float [Q, P]: how many edges, of either direction, each row has into each part."""
     ends = np.concatenate([table_NM[rows], reverse_NR[rows]], axis=1)
     cell = np.arange(len(rows))[:, None] * parts + part_N[ends]
     counts = np.bincount(cell.ravel(), weights=(ends >= 0).ravel(), minlength=len(rows) * parts)
@@ -94,13 +94,13 @@ def _neighbours_in(
 
 
 def _hand_out(
-    rows: np.ndarray, score_UP: np.ndarray, part_N: np.ndarray, sizes_P: np.ndarray, most: float
+    rows: np.ndarray, score_QP: np.ndarray, part_N: np.ndarray, sizes_P: np.ndarray, most: float
 ) -> int:
     """Give rows to their best part while there is room, those who gain most first; how many moved."""
     own = part_N[rows]
     line = np.arange(len(rows))
-    best = score_UP.argmax(1)
-    gain = score_UP[line, best] - score_UP[line, own]
+    best = score_QP.argmax(1)
+    gain = score_QP[line, best] - score_QP[line, own]
     willing = np.flatnonzero(gain > 1e-9)
     willing = willing[np.argsort(-gain[willing], kind="stable")]
     moved = 0

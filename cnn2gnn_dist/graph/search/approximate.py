@@ -179,10 +179,10 @@ class TableSearch:
         probes = self._probes_for(goal, centroids_Ld)
 
         def probe(rows: slice) -> tuple[np.ndarray, np.ndarray]:
-            asked_UP = ivf.nearest_lists(self.query_Nd[rows], centroids_Ld, probes)
+            asked_QP = ivf.nearest_lists(self.query_Nd[rows], centroids_Ld, probes)
             if self.query_Nd is self.z_Nd:
-                return asked_UP[:, 0], asked_UP
-            return ivf.nearest_lists(self.z_Nd[rows], centroids_Ld, 1)[:, 0], asked_UP
+                return asked_QP[:, 0], asked_QP
+            return ivf.nearest_lists(self.z_Nd[rows], centroids_Ld, 1)[:, 0], asked_QP
 
         arrays = {"home": ((self.nodes,), np.int32), "probe": ((self.nodes, probes), np.int32)}
         home_N, probe_NP = self.shop.fill("probe", spans(self.nodes, PROBE_ROWS), arrays, probe)

@@ -33,31 +33,31 @@ def train(z_Nd: np.ndarray, lists: int) -> np.ndarray:
     return np.ascontiguousarray(centroids[np.argsort(group[:, 0], kind="stable")])
 
 
-def nearest_lists(query_Ud: np.ndarray, centroids_Ld: np.ndarray, probes: int) -> np.ndarray:
-    """int32 [U, probes] lists for each query, nearest first."""
+def nearest_lists(query_Qd: np.ndarray, centroids_Ld: np.ndarray, probes: int) -> np.ndarray:
+    """int32 [Q, probes] lists for each query, nearest first."""
     import faiss
 
-    query = np.ascontiguousarray(query_Ud, np.float32)
+    query = np.ascontiguousarray(query_Qd, np.float32)
     _, found = faiss.knn(query, centroids_Ld, probes, metric=faiss.METRIC_INNER_PRODUCT)
     return found.astype(np.int32)
 
 
 def scan(
-    query_Ud: np.ndarray,
-    self_U: np.ndarray,
-    probe_UP: np.ndarray,
+    query_Qd: np.ndarray,
+    self_Q: np.ndarray,
+    probe_QP: np.ndarray,
     z_Nd: np.ndarray,
     order_N: np.ndarray,
     start_L1: np.ndarray,
     m: int,
     keep: int,
 ) -> np.ndarray:
-    """[U, m] int32: the best of the ``keep`` nearest members of each probed list; -1 = none.
+    """[Q, m] int32: the best of the ``keep`` nearest members of each probed list; -1 = none.
 
     Args:
-        query_Ud: float32.
-        self_U: each query's own node, left out.
-        probe_UP: lists to look into, as ``nearest_lists`` gives them.
+        query_Qd: float32.
+        self_Q: each query's own node, left out.
+        probe_QP: lists to look into, as ``nearest_lists`` gives them.
         z_Nd: float32 rows of the members.
         order_N: nodes, list by list.
         start_L1: the members of list l are ``order_N[start[l] : start[l + 1]]``.
@@ -66,10 +66,10 @@ def scan(
     """
     import faiss
 
-    queries, probes = probe_UP.shape
+    queries, probes = probe_QP.shape
     keys = np.full((queries, probes, keep + 1), np.iinfo(np.int64).max)
-    by_list = np.argsort(probe_UP, axis=None, kind="stable")
-    lists, first = np.unique(probe_UP.ravel()[by_list], return_index=True)
+    by_list = np.argsort(probe_QP, axis=None, kind="stable")
+    lists, first = np.unique(probe_QP.ravel()[by_list], return_index=True)
     for number, asking in zip(lists, np.split(by_list, first[1:]), strict=True):
         members = order_N[start_L1[number] : start_L1[number + 1]]
         count = min(keep + 1, len(members))  # one more: the query may be its own nearest
@@ -77,11 +77,11 @@ def scan(
             continue
         row, place = asking // probes, asking % probes
         near, found = faiss.knn(
-            query_Ud[row], np.ascontiguousarray(z_Nd[members]), count,
+            query_Qd[row], np.ascontiguousarray(z_Nd[members]), count,
             metric=faiss.METRIC_INNER_PRODUCT,
         )  # fmt: skip
         ids = members[found]
-        ids[ids == self_U[row][:, None]] = -1
+        ids[ids == self_Q[row][:, None]] = -1
         keys[row, place, :count] = sort_keys(near, ids)
     best = ids_of(np.sort(keys.reshape(queries, -1), axis=1)[:, :m])
     if best.shape[1] < m:

@@ -34,22 +34,22 @@ def joined(
     reverse_NR: np.ndarray,
     z_Nd: np.ndarray,
     query_Nd: np.ndarray,
-    rows_U: np.ndarray,
+    rows_Q: np.ndarray,
     width: Width,
 ) -> np.ndarray:
-    """[U, M] int32: the best of each row's candidates, of those whose candidate it is, and of theirs.
+    """[Q, M] int32: the best of each row's candidates, of those whose candidate it is, and of theirs.
 
     Args:
         table_NM: int32 candidates, -1 = none; only read, so that rows may be done in any order.
         reverse_NR: ``reverse`` of it: without these, rows that nobody links to stay badly connected.
         z_Nd: float32 rows.
         query_Nd: float32 rows; row i asks with ``query_Nd[i]`` (often z itself).
-        rows_U: nodes to do; alike ones beside each other are several times faster.
+        rows_Q: nodes to do; alike ones beside each other are several times faster.
         width: how far to look.
     """
-    out = np.empty((len(rows_U), table_NM.shape[1]), np.int32)
-    for start in range(0, len(rows_U), ROWS):
-        rows = rows_U[start : start + ROWS]
+    out = np.empty((len(rows_Q), table_NM.shape[1]), np.int32)
+    for start in range(0, len(rows_Q), ROWS):
+        rows = rows_Q[start : start + ROWS]
         own, back = table_NM[rows], reverse_NR[rows][:, : width.backward]
         near = np.concatenate([own[:, : width.forward], back], axis=1)
         further = table_NM[np.maximum(near, 0), : width.further]
@@ -82,29 +82,29 @@ def reverse(table_NM: np.ndarray, targets: slice, most: int) -> np.ndarray:
 
 
 def best_of(
-    ids_UW: np.ndarray, z_Nd: np.ndarray, query_Ud: np.ndarray, self_U: np.ndarray, m: int
+    ids_QW: np.ndarray, z_Nd: np.ndarray, query_Qd: np.ndarray, self_Q: np.ndarray, m: int
 ) -> np.ndarray:
-    """[U, m] int32: the m nearest among ids (-1 = none, any number of times), nearest first.
+    """[Q, m] int32: the m nearest among ids (-1 = none, any number of times), nearest first.
 
-    A row's own node is left out; ties go to the smaller id. Changes ``ids_UW``.
+    A row's own node is left out; ties go to the smaller id. Changes ``ids_QW``.
     """
-    ids_UW[ids_UW == self_U[:, None]] = -1
-    ids_UW.sort(axis=1)
-    ids_UW[:, 1:][ids_UW[:, 1:] == ids_UW[:, :-1]] = -1
-    keys = sort_keys(similarities(ids_UW, z_Nd, query_Ud), ids_UW)
+    ids_QW[ids_QW == self_Q[:, None]] = -1
+    ids_QW.sort(axis=1)
+    ids_QW[:, 1:][ids_QW[:, 1:] == ids_QW[:, :-1]] = -1
+    keys = sort_keys(similarities(ids_QW, z_Nd, query_Qd), ids_QW)
     keys.sort(axis=1)
     return ids_of(keys[:, :m])
 
 
-def similarities(ids_UW: np.ndarray, z_Nd: np.ndarray, query_Ud: np.ndarray) -> np.ndarray:
-    """float32 [U, W] inner products of each query with its own nodes; -inf where the id is -1.
+def similarities(ids_QW: np.ndarray, z_Nd: np.ndarray, query_Qd: np.ndarray) -> np.ndarray:
+    """float32 [Q, W] inner products of each query with its own nodes; -inf where the id is -1.
 
     Each pair by itself, hence the same number wherever the pair is met.
     """
     import faiss
 
-    where = np.ascontiguousarray(ids_UW, np.int64)
-    query = np.ascontiguousarray(query_Ud, np.float32)
+    where = np.ascontiguousarray(ids_QW, np.int64)
+    query = np.ascontiguousarray(query_Qd, np.float32)
     base = z_Nd if z_Nd.flags.c_contiguous else np.ascontiguousarray(z_Nd)
     near = np.empty(where.shape, np.float32)
     faiss.fvec_inner_products_by_idx(  # type: ignore[attr-defined]

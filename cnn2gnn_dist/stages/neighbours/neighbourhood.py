@@ -13,11 +13,11 @@ from cnn2gnn_dist.data.index.manifest import Manifest
 from cnn2gnn_dist.data.order import Order
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.graph.bank import Rows, load_bank
-from cnn2gnn_dist.graph.block import BlockIds, one_hop_block, queried_block
+from cnn2gnn_dist.graph.block import block_ids, sampled_first_hop, without_seed
 from cnn2gnn_dist.graph.distdgl.served import ServedGraph
 from cnn2gnn_dist.graph.sampler import Sampler, make_sampler
 from cnn2gnn_dist.graph.version import MANIFEST, GraphVersion, open_version, version_path
-from cnn2gnn_dist.models.student import CandidateBlock
+from cnn2gnn_dist.models.block import Block, averaged_block
 from cnn2gnn_dist.runtime import collectives
 from cnn2gnn_dist.stages.neighbours.live_search import LiveSearch
 from cnn2gnn_dist.stages.neighbours.second_hop import CachedSecondHop
@@ -96,15 +96,12 @@ class Neighbourhood:
             self.holder = self.sampler = served
             return
         bank = load_bank(version, own_parts)
-        name = (
-            "table"
-            if self.settings.sampling.sampler == "distdgl"
-            else self.settings.sampling.sampler
-        )
+        sampling = self.settings.sampling
+        name = "table" if sampling.sampler == "distdgl" else sampling.sampler
         self.holder = bank
         self.sampler = make_sampler(name, bank.table_KM, context.config.seed, bank.nodes_L)
         self.search = LiveSearch(bank, version.part, own_parts, self.settings, self.device)
-        if self.settings.sampling.second_hop == "cached":
+        if sampling.second_hop == "cached":
             self.second = CachedSecondHop(bank, self.settings.neighbours)
 
     @property
@@ -155,27 +152,11 @@ class Neighbourhood:
         ids = np.asarray(self.holder.global_of(local))
         return np.where(ids >= 0, np.asarray(self.version.twin[np.maximum(ids, 0)]), -1)
 
-    def candidates(self, ids: BlockIds) -> CandidateBlock:
-        """The model's block: the bank's rows of the block's nodes, on the device."""
-        x_VD, z_Vd, labels_V = self.holder.rows(ids.nodes_V)
-        block = CandidateBlock(
-            x_VD=x_VD,
-            z_Vd=z_Vd,
-            labels_V=labels_V.long(),
-            first_BF=torch.as_tensor(ids.first_BF),
-            unique_U=torch.as_tensor(ids.unique_U),
-            unique_of_BF=torch.as_tensor(ids.unique_of_BF),
-            second_UG=torch.as_tensor(ids.second_UG),
-            seed_V=torch.as_tensor(ids.seed_V),
-            second=None if self.second is None else self.second.of(ids),
-        )
-        return block.to(self.device)
-
 
 class Query:
-    """Called by the student with its live projections; gives the block around the seeds.
+    """The ``models.block.BlockQuery`` of a batch: the student's live projections → its block.
 
-    After the call ``first_BF`` holds the global ids of the candidates (-1 = none).
+    After :meth:`block` ``first_BF`` holds the global ids of the candidates (-1 = none).
     """
 
     def __init__(
@@ -185,30 +166,46 @@ class Query:
         self.key = {"epoch": epoch, "step": step, "rank": around.rank}
         self.first_BF = np.empty((0, 0), np.int64)
 
-    def __call__(self, z_Bd: Tensor) -> CandidateBlock:
+    def block(self, z_Bd: Tensor) -> Block:
         """Find or sample the candidates of the seeds, and theirs."""
-        around, settings = self.around, self.around.settings
+        around = self.around
+        first_BF = without_seed(self._first_hop(z_Bd), self.seeds_B)
+        self.first_BF = around.holder.global_of(first_BF)
+        if around.second is not None:
+            return around.second.block(first_BF, self.seeds_B)
+        return self._sampled_block(first_BF, z_Bd.dtype)
+
+    def _first_hop(self, z_Bd: Tensor) -> np.ndarray:
+        """[B, F] local ids of the seeds' candidates, -1 = none: searched for, or of the table."""
+        around, settings = self.around, self.around.settings.sampling
         unseen = bool((self.seeds_B < 0).any())
-        if settings.sampling.query == "table" and not unseen:
-            wanted = settings.sampling.fanouts[0]
-            first_BF = self._sampled()
+        if settings.query == "table" and not unseen:
+            wanted = settings.fanouts[0]
+            first_BF = sampled_first_hop(around.sampler, self.seeds_B, wanted, **self.key)
         else:
             assert around.search is not None
-            wanted = min(settings.sampling.fanouts[0], around.search.nodes - (0 if unseen else 1))
+            wanted = min(settings.fanouts[0], around.search.nodes - (0 if unseen else 1))
             z = z_Bd.detach().float().cpu().numpy()
-            spare = 0 if unseen else min(around.spare, settings.sampling.fanouts[0])
+            spare = 0 if unseen else min(around.spare, settings.fanouts[0])
             first_BF = around.search.nearest(z, wanted + spare, self.seeds_B)
-        first_BF = around.without_twins(first_BF, self.seeds_B, wanted)
-        if around.second is not None:
-            ids = one_hop_block(first_BF, self.seeds_B)
-        else:
-            ids = queried_block(around.sampler, first_BF, self.seeds_B, self.fanout, **self.key)
-        nodes_V = np.append(ids.nodes_V, -1)  # the last stands for "none"
-        self.first_BF = around.holder.global_of(nodes_V[ids.first_BF])
-        return around.candidates(ids)
+        return around.without_twins(first_BF, self.seeds_B, wanted)
 
-    def _sampled(self) -> np.ndarray:
-        """[B, F] local ids of candidates from the table of the last refresh."""
-        distinct, place = np.unique(self.seeds_B, return_inverse=True)
-        fanout = self.around.settings.sampling.fanouts[0]
-        return self.around.sampler.neighbours(distinct, fanout, hop=1, **self.key)[place]
+    def _sampled_block(self, first_BF: np.ndarray, dtype: torch.dtype) -> Block:
+        """The second hop sampled, and averaged on the device."""
+        around = self.around
+        ids = block_ids(around.sampler, first_BF, self.seeds_B, self.fanout, **self.key)
+        x_VD, z_Vd, labels_V = around.holder.rows(ids.nodes_V)
+
+        def there(values: Tensor | np.ndarray) -> Tensor:
+            return torch.as_tensor(values).to(around.device, non_blocking=True)
+
+        return averaged_block(
+            there(x_VD),
+            there(z_Vd).to(dtype),
+            there(labels_V.long()),
+            first_U=there(ids.first_U),
+            row_of_BF=there(ids.row_of_BF),
+            second_UG=there(ids.second_UG),
+            seed_B=there(ids.seed_B),
+            k=around.settings.neighbours,
+        )

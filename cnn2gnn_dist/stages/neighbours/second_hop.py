@@ -2,7 +2,7 @@
 
 Bank features and bank-to-bank weights are constants until the next refresh, so that
 m_j = Σ_l p_jl x_l over all candidates l of j can be computed once. A step then gathers two
-vectors a neighbour, whatever the fan-out (DESIGN.md, section 3).
+vectors a neighbour, whatever the fan-out.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from cnn2gnn_dist.graph.bank import Bank
-from cnn2gnn_dist.graph.block import BlockIds
+from cnn2gnn_dist.graph.block import without_seed
+from cnn2gnn_dist.models.block import Block
 from cnn2gnn_dist.models.graph_head import adaptive_neighbours, squared_distances
-from cnn2gnn_dist.models.student import SecondHop
 
 ROWS = 4096
 
@@ -30,7 +30,7 @@ class CachedSecondHop:
 
     def __init__(self, bank: Bank, k: int, kind: torch.dtype = torch.float16) -> None:
         rows, width = bank.table_KM.shape
-        self.table_KM = bank.table_KM
+        self.bank, self.table_KM = bank, bank.table_KM
         self.mean_KD = torch.zeros(rows, bank.x_LD.shape[1], dtype=kind)
         self.p_KM = torch.zeros(rows, width, dtype=bank.z_Ld.dtype)
         k = max(1, min(k, width - 1))
@@ -47,19 +47,34 @@ class CachedSecondHop:
             self.p_KM[own] = p
             self.mean_KD[own] = torch.bmm(p.unsqueeze(1), x).squeeze(1).to(kind)
 
-    def of(self, ids: BlockIds) -> SecondHop:
-        """The second hop of a ``one_hop_block``."""
-        first_U = ids.nodes_V[: len(ids.unique_U)]
-        mean_UD = self.mean_KD.index_select(0, torch.from_numpy(first_U))
-        return SecondHop(mean_UD, self._back(ids))
+    def block(self, first_BF: np.ndarray, seeds_B: np.ndarray) -> Block:
+        """The block of seeds (local ids, -1 = unseen) with these candidates (-1 = none).
 
-    def _back(self, ids: BlockIds) -> Tensor:
+        Its first hop has a row for each slot: seeds drawn from a large graph hardly share
+        neighbours, and to sort them out costs more than it saves. Empty slots have the row of
+        node 0, which nobody looks at.
+        """
+        first_BF = without_seed(first_BF, seeds_B)
+        nodes_U = first_BF.clip(min=0).reshape(-1)
+        x, z, labels = self.bank.rows(np.concatenate([nodes_U, np.maximum(seeds_B, 0)]))
+        slots = len(nodes_U)
+        return Block(
+            present_BF=torch.from_numpy(first_BF >= 0),
+            row_of_BF=None,
+            x_UD=x[:slots],
+            z_Ud=z[:slots],
+            labels_U=labels[:slots].long(),
+            mean_UD=self.mean_KD.index_select(0, torch.from_numpy(nodes_U)),
+            back_BF=self._back(first_BF, seeds_B),
+            seed_x_BD=x[slots:],
+        )
+
+    def _back(self, first_BF: np.ndarray, seeds_B: np.ndarray) -> Tensor:
         """p_ji [B, F]: 0 for unseen seeds, empty slots and seeds that j has not among its own."""
-        slots = ids.first_BF >= 0
-        seeds = np.where(ids.seed_V >= 0, ids.nodes_V[ids.seed_V], -2)  # -1 would meet holes
-        rows = ids.nodes_V[: slots.size].reshape(slots.shape)
-        hit = (self.table_KM[rows] == seeds[:, None, None]) & slots[:, :, None]
-        back = np.zeros(slots.shape, self.p_KM.numpy().dtype)
+        seeds_B = np.where(seeds_B >= 0, seeds_B, -2)  # -1 would meet holes
+        rows = first_BF.clip(min=0)
+        hit = (self.table_KM[rows] == seeds_B[:, None, None]) & (first_BF >= 0)[:, :, None]
+        back = np.zeros(first_BF.shape, self.p_KM.numpy().dtype)
         b, f, m = np.nonzero(hit)  # few: a neighbour rarely has the seed among its own
         back[b, f] = self.p_KM.numpy()[rows[b, f], m]
         return torch.from_numpy(back)

@@ -195,7 +195,7 @@ def test_a_seed_meets_no_twin_and_an_unseen_image_does(
     for own_parts, ids in ((None, seeds), ([0], seeds), ([1], np.array([40, 41]))):
         around = Neighbourhood(ours, version, own_parts)
         asked = around.around(ids, 0, 0)
-        block = asked(torch.from_numpy(z[ids]))
+        block = asked.block(torch.from_numpy(z[ids]))
         same = {10: {10, 11, 40}, 11: {10, 11, 40}, 40: {10, 11, 40}, 20: {20, 21}}
         for seed, row in zip(ids.tolist(), asked.first_BF.tolist(), strict=True):
             assert not set(row) & same.get(seed, {seed})
@@ -211,7 +211,7 @@ def test_a_seed_meets_no_twin_and_an_unseen_image_does(
             np.testing.assert_array_equal(asked.first_BF, want)
     around = Neighbourhood(ours, version, None)
     unseen = around.around_unseen(1)
-    unseen(torch.from_numpy(z[[10]]))
+    unseen.block(torch.from_numpy(z[[10]]))
     assert set(unseen.first_BF[0, :3].tolist()) == {10, 11, 40}
 
 
@@ -221,5 +221,5 @@ def test_a_version_that_knows_of_no_twins_is_read(tmp_path: Path) -> None:
     (version.path / "twin.npy").unlink()
     around = Neighbourhood(context(tmp_path, "graph.sampling.query=live"), version, None)
     asked = around.around(np.array([10]), 0, 0)
-    asked(torch.from_numpy(z[[10]]))
+    asked.block(torch.from_numpy(z[[10]]))
     assert {11, 40} <= set(asked.first_BF[0].tolist())

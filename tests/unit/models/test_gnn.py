@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cnn2gnn_dist.models.gnn import NeighbourBlock, TwoLayerGNN
+from cnn2gnn_dist.models.block import Block
+from cnn2gnn_dist.models.gnn import TwoLayerGNN
 
 D, H, C, E = 6, 9, 4, 3
 
@@ -75,22 +76,23 @@ def make_case(n: int = 14, k: int = 4) -> tuple[Tensor, Tensor, Tensor, Tensor, 
     )
 
 
-def make_block(seeds_B: Tensor, p_NN: Tensor, x_ND: Tensor, labels: Tensor) -> NeighbourBlock:
+def make_block(seeds_B: Tensor, p_NN: Tensor, x_ND: Tensor, labels: Tensor) -> tuple[Tensor, Block]:
     """All first-hop neighbours as padded slots over unique nodes (padding: weight 0, index 0)."""
     rows = [p_NN[i].nonzero().squeeze(1) for i in seeds_B]
     unique_U = torch.cat(rows).unique()
     slots = max(len(r) for r in rows) + 2
     weights_BF = torch.zeros(len(rows), slots, dtype=torch.float64)
-    unique_of_BF = torch.zeros(len(rows), slots, dtype=torch.int64)
+    row_of_BF = torch.zeros(len(rows), slots, dtype=torch.int64)
     back_BF = torch.zeros(len(rows), slots, dtype=torch.float64)
     for b, (i, row) in enumerate(zip(seeds_B, rows, strict=True)):
         weights_BF[b, : len(row)] = p_NN[i, row]
-        unique_of_BF[b, : len(row)] = torch.searchsorted(unique_U, row)
+        row_of_BF[b, : len(row)] = torch.searchsorted(unique_U, row)
         back_BF[b, : len(row)] = p_NN[row, i]
-    return NeighbourBlock(
-        weights_BF=weights_BF,
-        unique_of_BF=unique_of_BF,
+    return weights_BF, Block(
+        present_BF=weights_BF > 0,
+        row_of_BF=row_of_BF,
         x_UD=x_ND[unique_U],
+        z_Ud=x_ND[unique_U],  # not looked at here
         mean_UD=(p_NN @ x_ND)[unique_U],
         labels_U=labels[unique_U],
         back_BF=back_BF,
@@ -103,10 +105,10 @@ def test_block_equals_dense_graph_without_the_seed(label_dim: int) -> None:
     seeds_B, live_BD, p_NN, x_ND, labels = make_case()
     upstream_BC = torch.randn(len(seeds_B), C, dtype=torch.float64)
     ours, theirs = model(label_dim), model(label_dim)
-    block = make_block(seeds_B, p_NN, x_ND, labels)
-    block.weights_BF.requires_grad_()
+    weights_BF, block = make_block(seeds_B, p_NN, x_ND, labels)
+    weights_BF.requires_grad_()
     ours_live = live_BD.clone().requires_grad_()
-    logits_BC, self_BC = ours(ours_live, block)
+    logits_BC, self_BC = ours(ours_live, weights_BF, block)
 
     theirs_live = live_BD.clone().requires_grad_()
     rows_BN = p_NN[seeds_B].clone().requires_grad_()
@@ -125,20 +127,20 @@ def test_block_equals_dense_graph_without_the_seed(label_dim: int) -> None:
     for (name, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         assert mine.grad is not None, name
         torch.testing.assert_close(mine.grad, other.grad, msg=name)
-    assert block.weights_BF.grad is not None
+    assert weights_BF.grad is not None
     assert rows_BN.grad is not None
     for b, i in enumerate(seeds_B):
         row = p_NN[i].nonzero().squeeze(1)
-        torch.testing.assert_close(block.weights_BF.grad[b, : len(row)], rows_BN.grad[b, row])
+        torch.testing.assert_close(weights_BF.grad[b, : len(row)], rows_BN.grad[b, row])
 
 
 def test_the_correction_matters_and_a_lonely_neighbour_is_finite() -> None:
     seeds_B, live_BD, p_NN, x_ND, labels = make_case()
-    block = make_block(seeds_B, p_NN, x_ND, labels)
+    weights_BF, block = make_block(seeds_B, p_NN, x_ND, labels)
     assert block.back_BF.max() == 1.0  # node 1 has none but seed 0
     gnn = model()
-    with_seed, _ = gnn(live_BD, replace(block, seed_x_BD=None))
-    without_seed, _ = gnn(live_BD, block)
+    with_seed, _ = gnn(live_BD, weights_BF, replace(block, back_BF=torch.zeros(weights_BF.shape)))
+    without_seed, _ = gnn(live_BD, weights_BF, block)
     assert without_seed.isfinite().all()
     assert (with_seed - without_seed).abs().max() > 1e-3
 
@@ -146,37 +148,41 @@ def test_the_correction_matters_and_a_lonely_neighbour_is_finite() -> None:
 def test_seeds_bank_row_does_not_reach_its_logits() -> None:
     seeds_B, live_BD, p_NN, x_ND, labels = make_case()
     gnn = model()
-    before, _ = gnn(live_BD, make_block(seeds_B, p_NN, x_ND, labels))
+    before, _ = gnn(live_BD, *make_block(seeds_B, p_NN, x_ND, labels))
     for b, i in enumerate(seeds_B):
         other_x, other_labels = x_ND.clone(), labels.clone()
         other_x[i] += 3.0
         other_labels[i] = (other_labels[i] + 2) % C
-        after, _ = gnn(live_BD, make_block(seeds_B, p_NN, other_x, other_labels))
+        after, _ = gnn(live_BD, *make_block(seeds_B, p_NN, other_x, other_labels))
         torch.testing.assert_close(after[b], before[b])
 
 
-def test_unseen_images_equal_zero_back_weights() -> None:
+def test_an_unseen_image_may_have_any_row() -> None:
+    """Nobody gives it a weight, so what stands for its bank row does not matter."""
     seeds_B, live_BD, p_NN, x_ND, labels = make_case()
-    block = make_block(seeds_B, p_NN, x_ND, labels)
+    weights_BF, block = make_block(seeds_B, p_NN, x_ND, labels)
+    unseen = replace(block, back_BF=torch.zeros_like(block.back_BF))
     gnn = model()
-    unseen, _ = gnn(live_BD, replace(block, seed_x_BD=None))
-    mixed, _ = gnn(live_BD, replace(block, back_BF=torch.zeros_like(block.back_BF)))
-    torch.testing.assert_close(unseen, mixed)
+    before, _ = gnn(live_BD, weights_BF, unseen)
+    after, _ = gnn(live_BD, weights_BF, replace(unseen, seed_x_BD=unseen.seed_x_BD + 3.0))
+    assert torch.equal(after, before)
 
 
 def test_padding_has_no_influence() -> None:
     seeds_B, live_BD, p_NN, x_ND, labels = make_case()
-    block = make_block(seeds_B, p_NN, x_ND, labels)
-    padding = block.weights_BF == 0
-    moved = replace(block, unique_of_BF=torch.where(padding, 3, block.unique_of_BF))
+    weights_BF, block = make_block(seeds_B, p_NN, x_ND, labels)
+    padding = weights_BF == 0
+    moved = replace(block, row_of_BF=torch.where(padding, 3, block.row_of_BF))
     gnn = model()
-    torch.testing.assert_close(gnn(live_BD, moved)[0], gnn(live_BD, block)[0])
+    torch.testing.assert_close(
+        gnn(live_BD, weights_BF, moved)[0], gnn(live_BD, weights_BF, block)[0]
+    )
 
 
 def test_gates_at_zero_are_the_self_path_and_learn() -> None:
     seeds_B, live_BD, p_NN, x_ND, labels = make_case()
     gnn = model(gates=False)
-    logits_BC, self_BC = gnn(live_BD, make_block(seeds_B, p_NN, x_ND, labels))
+    logits_BC, self_BC = gnn(live_BD, *make_block(seeds_B, p_NN, x_ND, labels))
     assert torch.equal(logits_BC, self_BC)
     logits_BC.square().sum().backward()
     for gate in (gnn.gate1, gnn.gate2):
@@ -189,13 +195,13 @@ def test_batch_scope_equals_the_formula() -> None:
     gnn = model(label_dim=0)
     x_BD = torch.randn(8, D, dtype=torch.float64)
     p_BB = random_graph(8, 3)
-    logits_BC, self_BC = gnn.forward_batch(x_BD, p_BB)
+    logits_BC, self_BC = gnn(x_BD, p_BB)
     h_BH = torch.relu(gnn.self1(x_BD) + gnn.gate1 * (p_BB @ (x_BD @ gnn.neighbour1.weight.T)))
     message_BC = p_BB @ (h_BH @ gnn.neighbour2.weight.T)
     torch.testing.assert_close(logits_BC, gnn.self2(h_BH) + gnn.gate2 * message_BC)
     torch.testing.assert_close(self_BC, gnn.self2(torch.relu(gnn.self1(x_BD))))
     with_labels = model()
-    assert with_labels.forward_batch(x_BD, p_BB)[0].shape == (8, C)
+    assert with_labels(x_BD, p_BB)[0].shape == (8, C)
 
 
 def test_gradients_in_batch_scope_equal_the_formula() -> None:
@@ -205,7 +211,7 @@ def test_gradients_in_batch_scope_equal_the_formula() -> None:
     upstream_BC = torch.randn(8, C, dtype=torch.float64)
     leaves = [(x.clone().requires_grad_(), p.clone().requires_grad_()) for _ in range(2)]
     (x_BD, p_BB), (y_BD, q_BB) = leaves
-    (ours(x_BD, None, p_BB)[0] * upstream_BC).sum().backward()
+    (ours(x_BD, p_BB)[0] * upstream_BC).sum().backward()
     b1, b2 = theirs.neighbour1.weight, theirs.neighbour2.weight
     rows = []
     for i in range(8):  # one node at a time, sums in place of matrix products
@@ -228,18 +234,14 @@ def test_gradients_in_batch_scope_equal_the_formula() -> None:
 def test_a_neighbour_that_almost_only_has_the_seed_is_finite_in_float32() -> None:
     """Near 1 the renormalisation divides rounding by rounding: it must stay bounded."""
     seeds_B, live_BD, p_NN, x_ND, labels = make_case()
-    block = make_block(seeds_B, p_NN, x_ND, labels)
+    weights_BF, block = make_block(seeds_B, p_NN, x_ND, labels)
     gnn = model().float()
-    floats = {
-        name: value.float() if value.is_floating_point() else value
-        for name, value in vars(block).items()
-    }
     for back in (1.0, 1.0 - 1e-7, 1.0 - 9e-6, 1.0 - 1e-4):
-        single = NeighbourBlock(**floats)
+        single = block.to("cpu", torch.float32)
         single.back_BF = torch.full_like(single.back_BF, back)
         single.mean_UD = single.seed_x_BD[:1].expand_as(single.mean_UD).clone()
         gnn.zero_grad()
-        logits_BC, _ = gnn(live_BD.float(), single)
+        logits_BC, _ = gnn(live_BD.float(), weights_BF.float(), single)
         logits_BC.square().sum().backward()
         assert logits_BC.isfinite().all()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in gnn.parameters())

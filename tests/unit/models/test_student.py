@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,8 +10,9 @@ from torch import Tensor, nn
 
 from cnn2gnn_dist.config import Config, StudentConfig
 from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.models.block import Block, averaged_block
 from cnn2gnn_dist.models.losses import neighbour_loss
-from cnn2gnn_dist.models.student import CandidateBlock, Scope, Student, StudentOutput
+from cnn2gnn_dist.models.student import Scope, Student, StudentOutput
 from cnn2gnn_dist.stages.shared.networks import build_student
 from cnn2gnn_dist.stages.student import loss_of
 
@@ -47,23 +47,29 @@ class Bank:
         shifts = torch.stack([torch.randperm(N - 1, generator=generator)[:M] + 1 for _ in range(N)])
         self.table_NM = (torch.arange(N)[:, None] + shifts) % N
 
-    def block(self, seeds_B: Tensor, first_BF: Tensor | None = None) -> CandidateBlock:
+    def nodes(self, seeds_B: Tensor, first_BF: Tensor | None = None) -> dict[str, Tensor]:
         """All candidates of the seeds and theirs; block rows are bank rows in another order."""
         first_BF = self.table_NM[seeds_B] if first_BF is None else first_BF
         order_V = torch.randperm(N, generator=torch.Generator().manual_seed(11))
         place_N = torch.empty_like(order_V)
         place_N[order_V] = torch.arange(N)
         unique, inverse = first_BF.unique(return_inverse=True)
-        return CandidateBlock(
-            x_VD=self.x_ND[order_V],
-            z_Vd=self.z_Nd[order_V],
-            labels_V=self.labels_N[order_V],
-            first_BF=place_N[first_BF],
-            unique_U=place_N[unique],
-            unique_of_BF=inverse,
-            second_UG=place_N[self.table_NM[unique]],
-            seed_V=torch.where(seeds_B >= 0, place_N[seeds_B], -1),
-        )
+        return {
+            "x_VD": self.x_ND[order_V],
+            "z_Vd": self.z_Nd[order_V],
+            "labels_V": self.labels_N[order_V],
+            "first_U": place_N[unique],
+            "row_of_BF": inverse,
+            "second_UG": place_N[self.table_NM[unique]],
+            "seed_B": torch.where(seeds_B >= 0, place_N[seeds_B], -1),
+        }
+
+    def block(self, seeds_B: Tensor, first_BF: Tensor | None = None) -> Block:
+        return block_of(self.nodes(seeds_B, first_BF))
+
+
+def block_of(nodes: dict[str, Tensor], **changes: Tensor) -> Block:
+    return averaged_block(**{**nodes, **changes}, k=K)
 
 
 def reference_row(d_M: Tensor, k: int) -> Tensor:
@@ -171,42 +177,42 @@ def test_a_seed_among_its_own_candidates_is_left_out() -> None:
 def test_empty_slots_equal_fewer_candidates() -> None:
     bank, made = Bank(), student("dataset").eval()
     images = make_images(len(SEEDS))
-    block = bank.block(SEEDS)
+    nodes = bank.nodes(SEEDS)
     none_B2 = torch.full((len(SEEDS), 2), -1)
-    none_U1 = torch.full((len(block.unique_U), 1), -1)
-    padded = replace(
-        block,
-        first_BF=torch.cat([none_B2, block.first_BF], 1),
-        unique_of_BF=torch.cat([none_B2, block.unique_of_BF], 1),
-        second_UG=torch.cat([none_U1, block.second_UG], 1),
+    none_U1 = torch.full((len(nodes["first_U"]), 1), -1)
+    padded = block_of(
+        nodes,
+        row_of_BF=torch.cat([none_B2, nodes["row_of_BF"]], 1),
+        second_UG=torch.cat([none_U1, nodes["second_UG"]], 1),
     )
-    torch.testing.assert_close(made(images, padded).logits_BC, made(images, block).logits_BC)
+    plain = made(images, block_of(nodes))
+    torch.testing.assert_close(made(images, padded).logits_BC, plain.logits_BC)
 
 
 def test_a_node_among_its_own_candidates_is_no_neighbour_of_itself() -> None:
     bank, made = Bank(), student("dataset").eval()
     images = make_images(len(SEEDS))
-    block = bank.block(SEEDS)
-    loops = torch.cat([block.unique_U[:, None], block.second_UG], 1)
-    looped = made(images, replace(block, second_UG=loops))
-    torch.testing.assert_close(looped.logits_BC, made(images, block).logits_BC)
+    nodes = bank.nodes(SEEDS)
+    loops = torch.cat([nodes["first_U"][:, None], nodes["second_UG"]], 1)
+    looped = made(images, block_of(nodes, second_UG=loops))
+    torch.testing.assert_close(looped.logits_BC, made(images, block_of(nodes)).logits_BC)
 
 
 def test_unseen_images_with_empty_slots_in_the_second_hop() -> None:
     bank, made = Bank(), student("dataset").eval()
     images = make_images(3)
-    block = bank.block(torch.full((3,), -1), torch.arange(M).expand(3, M))
-    none_U1 = torch.full((len(block.unique_U), 1), -1)
-    padded = replace(block, second_UG=torch.cat([none_U1, block.second_UG], 1))
-    torch.testing.assert_close(made(images, padded).logits_BC, made(images, block).logits_BC)
+    nodes = bank.nodes(torch.full((3,), -1), torch.arange(M).expand(3, M))
+    none_U1 = torch.full((len(nodes["first_U"]), 1), -1)
+    padded = block_of(nodes, second_UG=torch.cat([none_U1, nodes["second_UG"]], 1))
+    plain = made(images, block_of(nodes))
+    torch.testing.assert_close(made(images, padded).logits_BC, plain.logits_BC)
 
 
 def test_a_seed_without_candidates_has_no_neighbours() -> None:
     bank, made = Bank(), student("dataset").eval()
-    block = bank.block(SEEDS)
-    block.first_BF[1] = -1
-    block.unique_of_BF[1] = -1
-    out = made(make_images(len(SEEDS)), block)
+    nodes = bank.nodes(SEEDS)
+    nodes["row_of_BF"][1] = -1
+    out = made(make_images(len(SEEDS)), block_of(nodes))
     torch.testing.assert_close(out.logits_BC[1], out.self_logits_BC[1])
     assert out.logits_BC.isfinite().all()
 
@@ -214,9 +220,9 @@ def test_a_seed_without_candidates_has_no_neighbours() -> None:
 def test_half_precision_bank_and_autocast() -> None:
     bank, made = Bank(), student("dataset").float()
     images = make_images(len(SEEDS))
-    block = bank.block(SEEDS)
-    exact = made(images, block)
-    stored = replace(block, x_VD=block.x_VD.half(), z_Vd=block.z_Vd.float())
+    nodes = bank.nodes(SEEDS)
+    exact = made(images, block_of(nodes))
+    stored = block_of(nodes, x_VD=nodes["x_VD"].half(), z_Vd=nodes["z_Vd"].float())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = made(images, stored)
     assert out.z_Bd.dtype == out.weights_BF.dtype == torch.float32
@@ -230,11 +236,12 @@ def test_candidates_may_be_asked_for_with_the_live_projection() -> None:
     images = make_images(len(SEEDS))
     asked: list[Tensor] = []
 
-    def find(z_Bd: Tensor) -> CandidateBlock:
-        asked.append(z_Bd)
-        return bank.block(SEEDS).to("cpu")
+    class Query:
+        def block(self, z_Bd: Tensor) -> Block:
+            asked.append(z_Bd)
+            return bank.block(SEEDS).to("cpu")
 
-    out = made(images, find)
+    out = made(images, Query())
     torch.testing.assert_close(out.logits_BC, made(images, bank.block(SEEDS)).logits_BC)
     assert torch.equal(asked[0], out.z_Bd)
     assert not asked[0].requires_grad

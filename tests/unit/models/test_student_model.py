@@ -5,23 +5,23 @@ The dense references are those of ``test_student``, which builds its blocks by h
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from cnn2gnn_dist.graph.block import BlockIds, queried_block, sampled_block
+from cnn2gnn_dist.graph.block import BlockIds, block_ids
 from cnn2gnn_dist.graph.partition.parts import PartGraph, build_union
 from cnn2gnn_dist.graph.sampler import make_sampler
-from cnn2gnn_dist.models.student import CandidateBlock
+from cnn2gnn_dist.models.block import Block
+from tests.support.blocks import sampled_block
 from tests.unit.models.test_student import (
     SEEDS,
     Bank,
     K,
     M,
     N,
+    block_of,
     make_images,
     reference_logits,
     reference_row,
@@ -31,18 +31,17 @@ from tests.unit.models.test_student import (
 KEY = {"epoch": 0, "step": 0, "rank": 0}
 
 
-def with_features(bank: Bank, ids: BlockIds, nodes: np.ndarray) -> CandidateBlock:
+def node_rows(bank: Bank, ids: BlockIds, nodes: np.ndarray) -> dict[str, Tensor]:
     """Bank rows of a block whose ids are local to ``nodes``."""
     rows = torch.from_numpy(nodes[ids.nodes_V])
-    return CandidateBlock(
-        bank.x_ND[rows],
-        bank.z_Nd[rows],
-        bank.labels_N[rows],
-        *(
-            torch.from_numpy(a)
-            for a in (ids.first_BF, ids.unique_U, ids.unique_of_BF, ids.second_UG, ids.seed_V)
-        ),
-    )
+    found = {"x_VD": bank.x_ND[rows], "z_Vd": bank.z_Nd[rows], "labels_V": bank.labels_N[rows]}
+    for name in ("first_U", "row_of_BF", "second_UG", "seed_B"):
+        found[name] = torch.from_numpy(getattr(ids, name))
+    return found
+
+
+def with_features(bank: Bank, ids: BlockIds, nodes: np.ndarray) -> Block:
+    return block_of(node_rows(bank, ids, nodes))
 
 
 def whole(bank: Bank) -> PartGraph:
@@ -78,7 +77,7 @@ def test_sampled_block_at_full_fanout_equals_the_dense_reference(kind, graph_of)
         torch.testing.assert_close(mine.grad, other.grad, msg=name)
 
 
-def test_seen_and_unseen_images_in_one_block_and_a_callable() -> None:
+def test_seen_and_unseen_images_in_one_block_and_a_query() -> None:
     bank, made = Bank(), student("dataset").eval()
     images = make_images(4)
     seeds = np.array([4, -1, 17, -1])
@@ -87,11 +86,12 @@ def test_seen_and_unseen_images_in_one_block_and_a_callable() -> None:
     first[seeds < 0] = np.arange(M)
     asked: list[Tensor] = []
 
-    def find(z_Bd: Tensor) -> CandidateBlock:
-        asked.append(z_Bd)
-        return with_features(bank, queried_block(sampler, first, seeds, M, **KEY), np.arange(N))
+    class Query:
+        def block(self, z_Bd: Tensor) -> Block:
+            asked.append(z_Bd)
+            return with_features(bank, block_ids(sampler, first, seeds, M, **KEY), np.arange(N))
 
-    out = made(images, find)
+    out = made(images, Query())
     expected_BC = torch.stack(
         [
             reference_logits(made, bank, out.x_BD[b], out.z_Bd[b], int(i))
@@ -109,21 +109,21 @@ def test_own_label_and_row_do_not_reach_a_seed_through_a_searched_block() -> Non
     images = make_images(len(SEEDS))
     sampler = make_sampler("table", whole(bank).table_KM, 0)
     first = torch.cat([SEEDS[:, None], bank.table_NM[SEEDS]], 1).numpy()
-    ids = queried_block(sampler, first, SEEDS.numpy(), M, **KEY)
-    block = with_features(bank, ids, np.arange(N))
-    before = made(images, block)
+    ids = block_ids(sampler, first, SEEDS.numpy(), M, **KEY)
+    nodes = node_rows(bank, ids, np.arange(N))
+    before = made(images, block_of(nodes))
     before_BC = before.logits_BC
     for b in range(len(SEEDS)):
-        own = block.seed_V[b]
-        x_VD, labels_V = block.x_VD.clone(), block.labels_V.clone()
+        own = nodes["seed_B"][b]
+        x_VD, labels_V = nodes["x_VD"].clone(), nodes["labels_V"].clone()
         x_VD[own] += 2.0
         labels_V[own] = (labels_V[own] + 2) % 4
-        after_BC = made(images, replace(block, x_VD=x_VD, labels_V=labels_V)).logits_BC
+        after_BC = made(images, block_of(nodes, x_VD=x_VD, labels_V=labels_V)).logits_BC
         torch.testing.assert_close(after_BC[b], before_BC[b])
-    neighbour = block.first_BF[0, before.weights_BF[0].argmax()]
-    x_VD = block.x_VD.clone()
+    neighbour = nodes["first_U"][nodes["row_of_BF"][0, before.weights_BF[0].argmax()]]
+    x_VD = nodes["x_VD"].clone()
     x_VD[neighbour] += 2.0
-    assert (made(images, replace(block, x_VD=x_VD)).logits_BC[0] - before_BC[0]).abs().max() > 1e-6
+    assert (made(images, block_of(nodes, x_VD=x_VD)).logits_BC[0] - before_BC[0]).abs().max() > 1e-6
 
 
 def test_gradients_in_batch_scope_equal_dense() -> None:
