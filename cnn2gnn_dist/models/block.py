@@ -94,7 +94,9 @@ def averaged_block(
     """The block of nodes whose second hop is given node by node.
 
     Args:
-        x_VD, z_Vd, labels_V: bank rows of all nodes; what is computed has the dtype of z.
+        x_VD: features of all nodes, rows of the bank; taken to the dtype of z.
+        z_Vd: their projections.
+        labels_V: int64, -1 = unknown.
         first_U: int64 into V, the nodes of the first hop, each once.
         row_of_BF: int64 into U, the seeds' candidates; -1 = none.
         second_UG: int64 into V, the candidates of each first-hop node; -1 = none.
