@@ -1,5 +1,6 @@
 # make demo: set up and run the whole pipeline on the digits.   make test, make lint: what CI calls.
-# make quick: lint and the unit tests, while you work.   make docs: the site, in site/index.html.
+# make quick: lint and the unit tests, while you work; costly properties on a fifth of their examples.
+# make docs: the site, in site/index.html.
 PYTHON ?= python3.11
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -28,7 +29,7 @@ demo: install
 	$(BIN)/cnn2gnn run --config demo
 
 quick: lint
-	$(PYTEST) tests/unit --numprocesses $(CORES) --dist loadfile
+	CNN2GNN_QUICK=1 $(PYTEST) tests/unit --numprocesses $(CORES) --dist loadfile
 
 test: install
 	$(PYTEST) tests/unit --numprocesses $(CORES) --dist loadfile

@@ -14,6 +14,7 @@ from cnn2gnn_dist.data.batch_sizes import check_arithmetic, check_parts, micro_b
 from cnn2gnn_dist.data.order import Order, sequential
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.stages.shared import preflight
+from tests.support.examples import examples
 from tests.support.reference_order import plain_order
 
 
@@ -33,7 +34,7 @@ def epoch_of(order: Order, epoch: int) -> np.ndarray:
 SIZES = st.lists(st.integers(0, 25), min_size=1, max_size=12).filter(lambda s: sum(s) > 0)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(sizes=SIZES, data=st.data())
 def test_every_sample_at_most_once_an_epoch(sizes, data):
     total = sum(sizes)
@@ -169,7 +170,7 @@ def test_shuffling_is_even():
     assert ((counts - 200) ** 2 / 200).sum() < 50
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(counts=st.lists(st.integers(0, 1000), min_size=1, max_size=12), total=st.integers(1, 500))
 @example(counts=[100, 95, 1, 1, 1, 1], total=9)  # the large ones give to the small: 3, 2, 1 …
 def test_shares(counts, total):
@@ -249,7 +250,7 @@ def test_micro_batches(count, accumulation):
     assert min(sizes) >= 1
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(sizes=SIZES, data=st.data())
 def test_micro_batches_have_equal_shares_of_every_part(sizes, data):
     """BatchNorm takes a micro-batch for a sample of the data: none may be one partition alone."""

@@ -19,6 +19,7 @@ from cnn2gnn_dist.data.index.manifest import Manifest, index
 from cnn2gnn_dist.data.order import CACHED_EPOCHS, CACHED_WINDOWS, Order
 from cnn2gnn_dist.data.reading.pool import ReaderPool
 from cnn2gnn_dist.data.reading.reader import Reader, ReaderSpec, Request
+from tests.support.examples import examples
 from tests.support.reference_order import plain_batches, plain_order, plain_windows
 from tests.support.shards import make_shards, random_images
 
@@ -110,7 +111,7 @@ def step_of(order: Order, epoch: int, number: int, world: int, accumulation: int
     return [row for _, row in sorted(zip(places, rows, strict=True))]
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=examples(120), deadline=None)
 @given(case=cases())
 def test_the_sequence_is_the_same_for_any_ranks_and_accumulation(case):
     order = case.order()
@@ -127,7 +128,7 @@ def test_the_sequence_is_the_same_for_any_ranks_and_accumulation(case):
             assert got == wanted
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=examples(120), deadline=None)
 @given(case=cases(), data=st.data())
 def test_a_run_that_changes_its_ranks_goes_on_with_the_same_sequence(case, data):
     """Restarted at other ranks and accumulations, anywhere: also at and across an epoch's end."""
@@ -147,7 +148,7 @@ def test_a_run_that_changes_its_ranks_goes_on_with_the_same_sequence(case, data)
     assert seen == wanted[: len(seen)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(case=cases())
 def test_every_rank_gets_as_many_batches_of_as_many_rows(case):
     order = case.order()
@@ -177,7 +178,7 @@ def permuted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(case=cases())
 def test_any_batch_costs_the_windows_it_touches_and_no_others(case):
     """Whatever b is: no batch before it is computed, no window permuted that it has no sample of."""

@@ -22,6 +22,7 @@ from cnn2gnn_dist.data.tar import samples
 from cnn2gnn_dist.errors import UserError
 from tests.support import archives
 from tests.support.archives import by_webdataset
+from tests.support.examples import examples
 from tests.support.shards import data_dir, encode_image, random_images, write_tar
 
 FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
@@ -111,7 +112,7 @@ member = st.tuples(
 )
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=examples(400), deadline=None, derandomize=True)
 @given(st.lists(member, max_size=7))
 @example([("a/.x.jpg", b"1", "file", tarfile.GNU_FORMAT, "octal")])
 @example([("__m__.json", b"1", "file", tarfile.GNU_FORMAT, "octal")])
@@ -125,7 +126,7 @@ def test_samples_are_those_of_webdataset(members: list[tuple[str, bytes, str, in
         assert_same(path)
 
 
-@settings(max_examples=1500, deadline=None, derandomize=True)
+@settings(max_examples=examples(1500), deadline=None, derandomize=True)
 @given(archives.archives)
 @example(archives.file(b"BZhou.jpg") + archives.END)
 @example(archives.file(b"old/", b"", b"\0") + archives.file(b"a.b", b"1") + archives.END)
@@ -142,7 +143,7 @@ def test_samples_of_odd_archives_are_those_of_webdataset(data: bytes) -> None:
         assert_same(path)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=examples(150), deadline=None, derandomize=True)
 @given(st.lists(member, min_size=1, max_size=5))
 def test_members_are_those_of_tarfile(members: list[tuple[str, bytes, str, int, str]]) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -246,7 +247,7 @@ def test_foreign_and_damaged_files(tmp_path: Path) -> None:
         list(samples.walk(path))
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=examples(150), deadline=None, derandomize=True)
 @given(st.data())
 def test_damage_never_escapes_as_another_error(data: st.DataObject) -> None:
     whole = bytearray(build([("l" * 120 + ".jpg", b"x" * 30, "file", tarfile.PAX_FORMAT, "pax")]))

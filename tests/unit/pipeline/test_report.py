@@ -9,6 +9,7 @@ import warnings
 from html.parser import HTMLParser
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from PIL import Image
@@ -138,6 +139,17 @@ def made(tmp_path):
     return make_run(tmp_path / "run")
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """For pages whose words matter: drawing takes most of a page's time."""
+
+    def closed(figure):
+        plt.close(figure)
+        return b""
+
+    monkeypatch.setattr("cnn2gnn_dist.report.figures._png", closed)
+
+
 def page_of(root: Path, names: list[str] | None = None) -> tuple[Page, str]:
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # what matplotlib warns about shows in the picture
@@ -215,7 +227,7 @@ def test_the_gallery_marks_right_and_wrong_and_leaves_out_weightless_neighbours(
         (0.00, 0.00, ("does not beat", "a tie")),
     ],
 )
-def test_the_verdict_is_plain(made, student, control, said):
+def test_the_verdict_is_plain(made, student, control, said, undrawn):
     change(made, student={"accuracy": student}, control_mlp={"accuracy": control})
     for name in MODELS:  # without the answers the error is an upper bound
         (made / "evaluation" / f"{name}.npz").unlink()
@@ -231,7 +243,7 @@ def test_the_error_is_of_the_images_that_were_judged():
     assert "standard error 5.00 (binomial, 100 images" in verdict(table)
 
 
-def test_with_the_answers_at_hand_errors_are_those_of_paired_differences(made):
+def test_with_the_answers_at_hand_errors_are_those_of_paired_differences(made, undrawn):
     """The student corrects 12 of the self path's and spoils 4, of 200 images."""
     labels = np.zeros(200, int)
     wrong = {
@@ -255,7 +267,7 @@ def test_with_the_answers_at_hand_errors_are_those_of_paired_differences(made):
     assert "-8.00 points, standard error 2.38 (paired, 200 images, one seed)" in text
 
 
-def test_images_that_are_left_out_are_said(made):
+def test_images_that_are_left_out_are_said(made, undrawn):
     assert "count neither as right nor as wrong" not in page_of(made)[1]
     change(made, student={"judged": 190, "left_out": 10}, run={"left_out": ["a.tar: k7: <html>"]})
     text = page_of(made)[1]
@@ -272,7 +284,7 @@ def test_images_that_are_left_out_are_said(made):
         ("teacher/metrics.jsonl", "<td>teacher</td><td>100"),
     ],
 )
-def test_a_missing_file_leaves_its_part_out(made, lost, gone):
+def test_a_missing_file_leaves_its_part_out(made, lost, gone, undrawn):
     assert gone in page_of(made)[1]
     (made / lost).unlink()
     page, text = page_of(made)
@@ -293,7 +305,7 @@ def test_a_run_without_graph_control_and_metrics(made):
         assert gone not in text
 
 
-def test_values_that_were_not_finite_are_passed_over(made):
+def test_values_that_were_not_finite_are_passed_over(made, undrawn):
     path = made / "teacher" / "metrics.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     lines[0] |= {"loss": None, "images_per_s": None}
@@ -330,7 +342,7 @@ def test_confusion_is_a_picture_up_to_1000_classes(tmp_path, monkeypatch, classe
         assert (root / "evaluation" / "confusion.png").stat().st_size < 1 << 20
 
 
-def test_many_classes_give_a_table_of_pairs(tmp_path):
+def test_many_classes_give_a_table_of_pairs(tmp_path, undrawn):
     root = make_run(tmp_path / "run", 20_000)
     page, text = page_of(root)
     assert "Confusion matrix" not in text
@@ -344,5 +356,5 @@ def test_pairs_are_counted_most_first():
     assert pairs == [("ant", "bee", 2), ("cat", "ant", 1)]
 
 
-def test_classes_without_names_are_numbers(made):
+def test_classes_without_names_are_numbers(made, undrawn):
     assert "✗ 3 40%" in page_of(made, ["ant", "bee"])[1]

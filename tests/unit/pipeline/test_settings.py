@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from cnn2gnn_dist import cli, consistency, field_names, settings
 from cnn2gnn_dist.config import Config
 from cnn2gnn_dist.errors import UserError
+from tests.support.examples import examples
 
 
 @pytest.fixture(autouse=True)
@@ -129,7 +130,7 @@ def round_trip(config: Config, here: str) -> None:
 
 
 @given(st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=12))
-@hypothesis_settings(max_examples=300, deadline=None)
+@hypothesis_settings(max_examples=examples(300), deadline=None)
 def test_any_name_of_a_folder_survives_being_written_and_read(name):
     config = settings.load("demo")
     run = config.run.model_copy(update={"dir": f"/x/{name}y"})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.server
-import importlib
 import resource
 import socket
 import threading
@@ -286,8 +285,8 @@ def test_relative_paths_of_a_job(checkout, arguments, field):
 
 
 def test_what_is_sent_is_what_ray_sends(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(runs.REPOSITORY / "launch"))
-    submit = importlib.import_module("submit")
+    from cnn2gnn_dist import submit
+
     for name in ("run.py", "images/1.png", "data/2.png", "old/3.png", "a/b.tar", "runs/x/4.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"12345")
