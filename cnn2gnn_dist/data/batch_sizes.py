@@ -1,6 +1,6 @@
-"""Whole numbers of ranks, micro-batches, partitions and samples: what fits, and what is refused.
+"""Divisibility checks for ranks, micro-batches, partitions and samples.
 
-Pure and cheap, so that every refusal can come at the start, with the numbers that don't fit.
+Pure and cheap, so that a mismatch is refused at the start, with the numbers involved.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from cnn2gnn_dist.errors import UserError
 
 
 def shares_of(counts: Sequence[int], total: int) -> list[int]:
-    """``total`` split in proportion to ``counts`` by largest remainder, at least 1 for each.
+    """Split ``total`` in proportion to ``counts`` by largest remainder, at least 1 for each non-empty one.
 
     Raises:
-        UserError: more parts with samples than ``total``.
+        UserError: more partitions with samples than ``total``.
         ValueError: no samples at all, or negative counts.
     """
     weights = np.asarray(counts, dtype=np.float64)
@@ -42,18 +42,18 @@ def shares_of(counts: Sequence[int], total: int) -> list[int]:
 
 
 def micro_batches(ids: np.ndarray, accumulation: int, first: int | None = None) -> list[np.ndarray]:
-    """A rank's ``ids`` as ``accumulation`` pieces as even as possible, none empty.
+    """Split a rank's ``ids`` into ``accumulation`` micro-batches as even as possible, none empty.
 
     Args:
         ids: the rank's rows of a global batch, in order.
-        accumulation: number of pieces.
-        first: None: pieces are stretches of ``ids``. Else the place of ``ids[0]`` in the global
-            batch: rows are dealt out in turn by their places, so that a piece has of every
-            stretch of rows (a partition's) as many as any other, up to one; and the pieces of
-            the same number on all ranks together do not depend on the ranks.
+        accumulation: number of micro-batches.
+        first: None: micro-batches are contiguous slices of ``ids``. Else the position of ``ids[0]`` in
+            the global batch: rows are dealt round-robin by position, so that all micro-batches get
+            equally many rows (within one) of any contiguous range, such as a partition's, and the
+            union over all ranks of the micro-batches with the same number does not depend on the ranks.
 
     Raises:
-        UserError: fewer ids than pieces.
+        UserError: fewer ids than micro-batches.
     """
     if not 1 <= accumulation <= len(ids):
         raise UserError(
@@ -67,7 +67,7 @@ def micro_batches(ids: np.ndarray, accumulation: int, first: int | None = None) 
 
 
 def check_arithmetic(global_batch: int, world_size: int, accumulation: int) -> None:
-    """See that G = R x accumulation x a whole micro-batch.
+    """Check that G = R x accumulation x an integer micro-batch.
 
     Raises:
         UserError: it is not.
@@ -91,12 +91,12 @@ def check_arithmetic(global_batch: int, world_size: int, accumulation: int) -> N
 
 
 def check_parts(parts: int, world_size: int, global_batch: int | None = None) -> None:
-    """See that there is a part for every rank, and room for every part in a global batch.
+    """Check that every rank has a partition, and every partition a place in the global batch.
 
-    What can be said before parts are cut; ``Order`` says the rest when it knows their sizes.
+    These checks are possible before partitioning; ``Order`` does the rest when it knows the sizes.
 
     Raises:
-        UserError: fewer parts than ranks; more than G.
+        UserError: fewer partitions than ranks; more than G.
     """
     if not 1 <= world_size <= parts:
         raise UserError(
@@ -113,7 +113,7 @@ def check_parts(parts: int, world_size: int, global_batch: int | None = None) ->
 
 
 def check_sizes(total: int, shards: int, global_batch: int, window: int) -> None:
-    """See that the samples of all shards fill a global batch.
+    """Check that the samples of all shards fill a global batch.
 
     Raises:
         UserError: they don't, or the global batch or window is not positive.

@@ -1,9 +1,9 @@
-"""The order of samples: a pure function of (seed, epoch, manifest, parts, global batch).
+"""The order of samples: a pure function of (seed, epoch, manifest, partitions, global batch).
 
-Shards are permuted per epoch and grouped in windows; samples are permuted inside a window;
-the concatenation is cut into global batches. Random numbers are counter-based (Philox keyed
-by seed, epoch and window), so any batch is computed without the ones before it, and the
-order never depends on ranks, actors or threads.
+Shards are permuted per epoch and grouped into windows; samples are permuted within a window; the
+concatenation is split into global batches. Random numbers are counter-based (Philox keyed by seed,
+epoch and window), so any batch is computed without the ones before it, and the order never depends
+on ranks, actors or threads.
 """
 
 from __future__ import annotations
@@ -32,29 +32,29 @@ Value = TypeVar("Value")
 CACHED_WINDOWS = 4
 CACHED_EPOCHS = 2
 MOST_EPOCHS = 2**32
-"""Epochs that the key of the random numbers tells apart."""
+"""Number of epochs that the random key can distinguish."""
 
 
 class Order:
     """Global batches of sample ids.
 
     Args:
-        shard_sizes: [S] samples of each shard (zeros allowed); ids count through the shards.
-        seed: of the permutations, any integer; it counts modulo 2^64.
-        global_batch: G, samples of a step over all ranks.
-        window: shards shuffled together.
-        parts: disjoint ascending id arrays that cover all samples; each then has its own
-            sequence (the windows' order restricted to its ids) and a fixed share of every
+        shard_sizes: [S] samples per shard (zeros allowed); ids are numbered across the shards.
+        seed: seed of the permutations, any integer, taken modulo 2^64.
+        global_batch: G, samples per step over all ranks.
+        window: number of shards shuffled together.
+        parts: partitions, as disjoint ascending id arrays that cover all samples; each partition then
+            has its own sequence (the windows' order restricted to its ids) and a fixed share of every
             global batch, so that all end together.
 
     Attributes:
-        digest: hex, of all that the sequence depends on.
-        batches_per_epoch: whole global batches; what is left over is not shown this epoch.
-        shares: samples of each part in a global batch ([G] without parts).
+        digest: hex digest of everything that the sequence depends on.
+        batches_per_epoch: number of full global batches; the remaining samples are skipped this epoch.
+        shares: samples per partition in a global batch ([G] without partitions).
 
     Raises:
-        UserError: fewer samples than a global batch, or more parts than samples of one.
-        ValueError: negative sizes; parts that overlap, leave samples out or name unknown ones.
+        UserError: fewer samples than a global batch, or more partitions than samples in one.
+        ValueError: negative sizes; partitions that overlap, omit samples or contain unknown ids.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Order:
         if (self.sizes < 0).any():
             raise ValueError("a shard has fewer than 0 samples")
         self.starts = np.concatenate([[0], np.cumsum(self.sizes)])
-        # Python's integers: an int32 of numpy would overflow in silence further down.
+        # Python integers: a numpy int32 would overflow silently further down.
         self.seed, self.global_batch, self.window = int(seed), int(global_batch), int(window)
         total = int(self.starts[-1])
         check_sizes(total, len(self.sizes), global_batch, window)
@@ -87,7 +87,7 @@ class Order:
         self._checked: set[int] = set()
 
     def _digest(self) -> str:
-        """Of all that the sequence depends on."""
+        """Hash everything that the sequence depends on."""
         numbers = [self.seed & 0xFFFFFFFFFFFFFFFF, self.global_batch, self.window]
         found = hashlib.sha256(np.array(numbers, np.uint64).tobytes() + self.sizes.tobytes())
         if self.part_N is not None:
@@ -95,7 +95,7 @@ class Order:
         return found.hexdigest()[:20]
 
     def batch(self, epoch: int, index: int) -> np.ndarray:
-        """[G] int64 ids of one global batch, part after part.
+        """Return the ids [G] int64 of one global batch, ordered by partition.
 
         Raises:
             IndexError: no such batch or epoch.
@@ -103,7 +103,7 @@ class Order:
         return np.concatenate([self._slice(epoch, index, part) for part in range(len(self.shares))])
 
     def rank_batch(self, epoch: int, index: int, rank: int, world_size: int) -> np.ndarray:
-        """This rank's rows: [r·G/R, (r+1)·G/R), or the shares of its parts (p·R // P == r).
+        """Return this rank's rows: [r·G/R, (r+1)·G/R), or the shares of its partitions (p·R // P == r).
 
         Raises:
             UserError: as ``check_ranks`` without accumulation.
@@ -124,12 +124,13 @@ class Order:
     def micro_batches(
         self, epoch: int, index: int, rank: int, world_size: int, accumulation: int
     ) -> list[np.ndarray]:
-        """This rank's rows, cut into the micro-batches of a step.
+        """Return this rank's rows, split into the micro-batches of a step.
 
-        Without parts they are stretches, so that 2 ranks hold what one holds in 2 micro-batches.
-        With parts, whose rows follow each other, they are dealt out in turn: each micro-batch has
-        of every part as many rows as any other, up to one, because BatchNorm takes a micro-batch
-        for a sample of the data. Micro-batch j of all ranks together is the same at any ranks.
+        Without partitions, micro-batches are contiguous, so that 2 ranks get what one rank gets in 2
+        micro-batches. With partitions, whose rows are contiguous, rows are dealt round-robin: all
+        micro-batches get equally many rows (within one) of every partition, because BatchNorm treats a
+        micro-batch as a sample of the data. The union of micro-batch j over all ranks is the same for
+        any number of ranks.
 
         Raises:
             UserError: as ``check_ranks``.
@@ -142,13 +143,13 @@ class Order:
         return micro_batches(ids, accumulation, first)
 
     def check_ranks(self, world_size: int, accumulation: int = 1) -> None:
-        """See that each of R ranks has rows for each of its micro-batches, in every batch.
+        """Check that each of R ranks has rows for each of its micro-batches, in every batch.
 
-        Without parts all ranks and micro-batches are alike; with parts a rank has what its
-        parts' shares add up to, the same in every batch.
+        Without partitions, all ranks and micro-batches have equal size; with partitions, a rank has the
+        sum of its partitions' shares, the same in every batch.
 
         Raises:
-            UserError: G is not R x accumulation x a whole number (without parts); fewer parts
+            UserError: G is not R x accumulation x an integer (without partitions); fewer partitions
                 than ranks, or a rank with fewer rows than micro-batches.
         """
         if self.part_N is None:
@@ -169,12 +170,12 @@ class Order:
                 )
 
     def _own_parts(self, rank: int, world_size: int) -> range:
-        """All p with p·R // P == r: a stretch, so that ranks in turn give the global batch."""
+        """All p with p·R // P == r: contiguous, so that the ranks in order give the global batch."""
         parts = len(self.shares)
         return range(-(-rank * parts // world_size), -(-(rank + 1) * parts // world_size))
 
     def _slice(self, epoch: int, index: int, part: int) -> np.ndarray:
-        """Ids index·share … of a part's sequence."""
+        """Return ids [index·share, (index+1)·share) of a partition's sequence."""
         epoch, index = int(epoch), int(index)
         if not 0 <= index < self.batches_per_epoch:
             raise IndexError(f"batch {index} of {self.batches_per_epoch}")
@@ -185,7 +186,7 @@ class Order:
         ends = self._layout(epoch)[1][:, part]
         found = []
         while first < last:
-            # The window after all that end at or before it: those without this part's samples
+            # The first window that ends after ``first``: windows without samples of this partition
             # (empty shards, shards of other classes) are never permuted.
             window = int(np.searchsorted(ends, first, side="right"))
             begin = int(ends[window - 1]) if window else 0
@@ -195,7 +196,7 @@ class Order:
         return np.concatenate(found) if found else np.empty(0, np.int64)
 
     def _layout(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The epoch's permutation of the shards [S]; each part's end in each window [W, P]."""
+        """Return the epoch's permutation of the shards [S], and each partition's end in each window [W, P]."""
         if epoch not in self._layouts:
             rng = np.random.Generator(np.random.Philox(key=_key(self.seed, epoch, 0)))
             shards = rng.permutation(len(self.sizes))
@@ -205,14 +206,14 @@ class Order:
         return _kept(self._layouts, epoch, CACHED_EPOCHS)
 
     def _window(self, epoch: int, window: int) -> list[np.ndarray]:
-        """Permuted ids of a window, by part."""
+        """Return the permuted ids of a window, by partition."""
         key = (epoch, window)
         if key not in self._windows:
             shards = self._layout(epoch)[0][window * self.window : (window + 1) * self.window]
             rng = np.random.Generator(np.random.Philox(key=_key(self.seed, epoch, window + 1)))
             spans = [np.arange(self.starts[s], self.starts[s + 1], dtype=np.int64) for s in shards]
             self._windows[key] = self._divided(rng.permutation(np.concatenate(spans)))
-        # Parts may be at different windows (shards sorted by class): room for one each.
+        # Partitions may be at different windows (shards sorted by class): cache one for each.
         return _kept(self._windows, key, CACHED_WINDOWS + len(self.shares))
 
     def _divided(self, ids: np.ndarray) -> list[np.ndarray]:
@@ -226,13 +227,13 @@ class Order:
 def sequential(
     num_samples: int, batch: int, rank: int, world_size: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """This rank's share of 0..N-1 in order, without shuffling: (ids [batch], mask [batch]).
+    """Yield this rank's share of 0..N-1 in order, without shuffling: (ids [batch], mask [batch]).
 
-    Step b covers ids from b·batch·R on, each rank a stretch. All ranks get as many steps;
-    padding repeats the last id under a False mask. Nothing comes of no samples.
+    Step b covers ids from b·batch·R on, each rank a contiguous slice. All ranks get the same number of
+    steps; padding repeats the last id with a False mask. Without samples, nothing is yielded.
 
     Raises:
-        UserError: batches of less than 1.
+        UserError: the batch is smaller than 1.
         IndexError: no such rank.
     """
     if batch < 1:
@@ -251,7 +252,7 @@ def _sequential(
 
 
 def _part_of(parts: Sequence[np.ndarray], total: int) -> np.ndarray:
-    """[N] the part of each sample, in the narrowest type: up to 16 bits sort several times faster."""
+    """Return the partition of each sample [N] in the narrowest type: up to 16 bits sort several times faster."""
     if any(len(ids) and not 0 <= ids.min() <= ids.max() < total for ids in parts):
         raise ValueError(f"parts name samples outside 0..{total - 1}")
     part_N = np.full(total, -1, dtype=np.min_scalar_type(-len(parts) - 1))
@@ -263,7 +264,7 @@ def _part_of(parts: Sequence[np.ndarray], total: int) -> np.ndarray:
 
 
 def _counts(sizes_S: np.ndarray, part_N: np.ndarray | None, parts: int) -> np.ndarray:
-    """[S, P] samples of each shard in each part."""
+    """Return the number of samples of each shard in each partition, [S, P]."""
     if part_N is None:
         return sizes_S[:, None]
     cell_N = np.repeat(np.arange(len(sizes_S)), sizes_S) * parts + part_N
@@ -271,12 +272,12 @@ def _counts(sizes_S: np.ndarray, part_N: np.ndarray | None, parts: int) -> np.nd
 
 
 def _key(seed: int, epoch: int, stream: int) -> np.ndarray:
-    """128-bit Philox key; the seed has a word of its own. ``epoch`` and ``stream`` below 2^32."""
+    """Return a 128-bit Philox key, one word of which is the seed. ``epoch`` and ``stream`` are below 2^32."""
     return np.array([seed & 0xFFFFFFFFFFFFFFFF, (epoch << 32) | stream], dtype=np.uint64)
 
 
 def _kept(cache: OrderedDict[Key, Value], key: Key, limit: int) -> Value:
-    """The cached value, now the most recent; the least recent beyond ``limit`` are dropped."""
+    """Return a cached value, marking it as most recently used; evict beyond ``limit``."""
     cache.move_to_end(key)
     while len(cache) > limit:
         cache.popitem(last=False)

@@ -1,8 +1,8 @@
-"""Soft targets on disk: one Parquet file a shard, a row for each view and sample.
+"""Soft targets on disk: one Parquet file per shard, one row per view and sample.
 
-Rows lie view by view, inside a view in the shard's order. Columns: ``id`` int64, ``view``
-int32, ``indices`` K x int32, ``log_probs`` K x float16. The file's metadata carry a SHA-256
-of the columns, what the targets belong to, and which samples are corrupt: their rows are uniform.
+Rows are ordered by view, then in shard order. Columns: ``id`` int64, ``view`` int32, ``indices``
+K x int32, ``log_probs`` K x float16. The file's metadata contain a SHA-256 of the columns, what the
+targets belong to, and which samples are corrupt: their rows are uniform.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from cnn2gnn_dist.errors import UserError
 
 META, CHECKSUM, CORRUPT = b"cnn2gnn.meta", b"cnn2gnn.sha256", b"cnn2gnn.corrupt"
 DAMAGE = (OSError, pa.ArrowException, KeyError, ValueError, TypeError, AttributeError)
-"""What reading a damaged or foreign file may raise."""
+"""Exceptions that reading a corrupt or unrelated file may raise."""
 LEAST_REST = 1e-6
-"""Mass left to the classes outside the top k when float16 rounds it away."""
+"""Minimum probability mass of the classes outside the top k, since float16 may round it away."""
 
 
 def write_shard(
@@ -38,7 +38,7 @@ def write_shard(
     meta: dict[str, Any],
     corrupt: Mapping[int, str] | None = None,
 ) -> None:
-    """Write one shard's targets: to a temporary name, synced, renamed.
+    """Write one shard's targets: temporary file, fsync, atomic rename.
 
     Args:
         path: the file.
@@ -47,10 +47,10 @@ def write_shard(
         indices: [V, n, K] int32 classes.
         log_probs: [V, n, K] float16 of these classes.
         meta: what the targets belong to (JSON), compared by ``is_whole``.
-        corrupt: what is wrong with which samples; see ``corrupt_samples``.
+        corrupt: corrupt samples and the reasons; see ``corrupt_samples``.
 
     Raises:
-        ValueError: shapes that do not fit each other.
+        ValueError: inconsistent shapes.
     """
     views, n, k = indices.shape
     if (views, n) != (view_count, len(ids)) or log_probs.shape != indices.shape:
@@ -74,7 +74,7 @@ def write_shard(
         note[CORRUPT] = json.dumps({str(sample): what for sample, what in corrupt.items()}).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    # Dictionaries of numbers that hardly repeat: reading would take two and a half times as long.
+    # No dictionary encoding: the numbers hardly repeat, and reading would take 2.5 times as long.
     pq.write_table(
         table.replace_schema_metadata(note), temporary, compression="zstd", use_dictionary=False
     )
@@ -84,7 +84,7 @@ def write_shard(
 
 
 def is_whole(path: Path, meta: dict[str, Any]) -> bool:
-    """Whether the file is there, undamaged, and of these targets."""
+    """Return whether the file exists, is intact, and belongs to these targets."""
     try:
         note, columns = _read(path)
     except DAMAGE:
@@ -93,19 +93,19 @@ def is_whole(path: Path, meta: dict[str, Any]) -> bool:
 
 
 def corrupt_samples(path: Path) -> dict[int, str]:
-    """Samples of a whole file whose image could not be read, and why."""
+    """Return the samples of an intact file whose images could not be read, and why."""
     note = (pq.read_metadata(path).metadata or {}).get(CORRUPT, b"{}")
     return {int(sample): str(what) for sample, what in json.loads(note).items()}
 
 
 class Targets:
-    """The soft targets of a whole training set, in memory or mapped (``data/target_arrays.py``).
+    """The soft targets of a training set, in memory or memory-mapped (``data/target_arrays.py``).
 
     Attributes:
         views: V, the number of views that have targets.
-        indices_VNK: classes in the smallest unsigned type that holds them; None when all C classes
-            are there (K = C), in class order.
-        log_probs_VNK: float16 of these classes.
+        indices_VNK: classes in the smallest unsigned type that fits; None if all C classes are
+            included (K = C), in class order.
+        log_probs_VNK: log-probabilities of these classes, float16.
     """
 
     def __init__(self, indices: np.ndarray | None, log_probs: np.ndarray, num_classes: int) -> None:
@@ -121,17 +121,17 @@ class Targets:
         num_classes: int,
         meta: dict[str, Any] | None = None,
     ) -> Targets:
-        """Read all ``.parquet`` files of a folder, or these files, into memory.
+        """Read all ``.parquet`` files of a folder, or the given files, into memory.
 
         Args:
             files: a folder, or the files.
-            num_samples: N, of the training manifest.
+            num_samples: N of the training manifest.
             num_classes: C.
-            meta: what the targets must belong to; None takes any.
+            meta: what the targets must belong to; None accepts any.
 
         Raises:
-            UserError: a missing or damaged file, of other targets than ``meta`` says, of samples
-                or classes outside; a sample without targets.
+            UserError: a file is missing or corrupt, belongs to other targets than ``meta``, or has
+                samples or classes out of range; a sample has no targets.
         """
         if isinstance(files, str | Path):
             files = sorted(Path(files).glob("*.parquet"))
@@ -155,10 +155,10 @@ class Targets:
         return cls(indices, log_probs, num_classes)
 
     def lookup(self, ids: np.ndarray, view: int) -> np.ndarray:
-        """Log-probabilities [B, C] float32 of a view (taken mod V).
+        """Return the log-probabilities [B, C] float32 of a view (taken mod V).
 
-        The mass outside the top k is spread evenly over the other classes; each row's
-        probabilities sum to 1 whatever float16 has rounded.
+        The mass outside the top k is spread evenly over the other classes; the probabilities of each
+        row sum to 1 regardless of float16 rounding.
         """
         view %= self.views
         kept = self.log_probs_VNK[view, ids].astype(np.float32)
@@ -176,7 +176,7 @@ class Targets:
 
 @dataclass(frozen=True)
 class Layout:
-    """Shape of a training set's targets: V views of N samples, K of C classes each."""
+    """Shape of a training set's targets: V views, N samples, K of C classes each."""
 
     views: int
     samples: int
@@ -185,10 +185,10 @@ class Layout:
 
     @classmethod
     def checked(cls, path: Path, views: int, samples: int, k: int, classes: int) -> Layout:
-        """The layout that a file asks for.
+        """Return the layout that a file implies.
 
         Raises:
-            UserError: it has more classes a sample than there are, or none.
+            UserError: it has more classes per sample than there are, or none.
         """  # noqa: DOC501
         if not 1 <= k <= classes:
             raise unfit(path, f"it has {k} of {classes} classes a sample")
@@ -201,18 +201,18 @@ class Layout:
 
     @property
     def full(self) -> bool:
-        """All classes are there, in class order: they need no room."""
+        """Whether all classes are included, in class order: indices need not be stored."""
         return self.k == self.classes
 
     @property
     def kind(self) -> np.dtype:
-        """The smallest unsigned integer that holds a class."""
+        """The smallest unsigned integer type that fits a class."""
         return np.min_scalar_type(self.classes - 1)
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """A file's n rows: where they belong (``view``, ``ids`` [n]) and what they are ([n, K])."""
+    """The n rows of a file: their places (``view``, ``ids`` [n]) and values ([n, K])."""
 
     view: np.ndarray
     ids: np.ndarray
@@ -229,7 +229,7 @@ class _Rows:
         if indices.min() < 0 or indices.max() >= layout.classes:
             raise unfit(path, f"it has class {indices.max()}, of {layout.classes} classes")
         log_probs = columns["log_probs"]
-        if layout.full:  # into class order
+        if layout.full:  # sort into class order
             by_class = np.argsort(indices, axis=1)
             indices = np.take_along_axis(indices, by_class, 1)
             if (indices != np.arange(layout.classes)).any():
@@ -239,7 +239,7 @@ class _Rows:
 
 
 def read_rows(path: Path, meta: dict[str, Any] | None, layout: Layout) -> _Rows | None:
-    """A file's rows, checked; None if it has none.
+    """Read and validate the rows of a file; None if it has none.
 
     Raises:
         UserError: as ``Targets.load``.
@@ -249,10 +249,10 @@ def read_rows(path: Path, meta: dict[str, Any] | None, layout: Layout) -> _Rows 
 
 
 def check_covered(covered_VN: np.ndarray) -> None:
-    """See that every sample has its targets.
+    """Check that every sample has targets.
 
     Raises:
-        UserError: some have not.
+        UserError: some have none.
     """
     missing = int((~covered_VN.all(0)).sum())
     if missing or not covered_VN.size:
@@ -282,7 +282,7 @@ def _checked(path: Path, meta: dict[str, Any] | None) -> dict[str, np.ndarray]:
 
 
 def unfit(path: Path, what: str) -> UserError:
-    """The error about a file that can't be used."""
+    """Return the error for a file that can't be used."""
     return UserError(
         f"this file of soft targets can't be used: {what}",
         where=str(path),
@@ -291,7 +291,7 @@ def unfit(path: Path, what: str) -> UserError:
 
 
 def _read(path: Path) -> tuple[dict[bytes, bytes], dict[str, np.ndarray]]:
-    """The file's metadata; its columns: id and view [rows], indices and log_probs [rows, K]."""
+    """Return the file's metadata and its columns: id and view [rows], indices and log_probs [rows, K]."""
     with pq.ParquetFile(path) as file:
         table = file.read()
     columns = {name: table[name].to_numpy() for name in ("id", "view")}
@@ -304,7 +304,7 @@ def _read(path: Path) -> tuple[dict[bytes, bytes], dict[str, np.ndarray]]:
 
 
 def as_note(meta: dict[str, Any]) -> bytes:
-    """What targets belong to, as a file's metadata say it."""
+    """Encode what targets belong to, as in a file's metadata."""
     return json.dumps(meta, sort_keys=True).encode()
 
 

@@ -1,8 +1,8 @@
-"""Soft targets as arrays on disk that the processes of a host map, made from the Parquet files once.
+"""Soft targets as arrays on disk, built once from the Parquet files and memory-mapped by a host's processes.
 
-``dense/`` beside the files holds ``log_probs.npy``, ``indices.npy`` (unless all classes are kept)
-and ``note.json``: what it was made from, and checksums. Several ranks fill ``dense.tmp/``, each the
-rows of its files; one writes the note and renames. A folder without a valid note does not exist.
+``dense/`` beside the files contains ``log_probs.npy``, ``indices.npy`` (unless all classes are kept)
+and ``note.json``: what it was made from, and checksums. Several ranks fill ``dense.tmp/``, each with the
+rows of its files; one rank writes the note and renames. A folder without a valid note counts as missing.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ NOTE = "note.json"
 
 @dataclass(frozen=True)
 class Source:
-    """What the arrays are made from: files of soft targets, and how their rows are laid out.
+    """Source of the arrays: soft-target files and their layout.
 
-    ``digest``: of all that the arrays depend on; another one, other arrays.
+    ``digest``: digest of everything the arrays depend on; if it changes, the arrays are rebuilt.
     """
 
     files: tuple[Path, ...]
@@ -53,10 +53,10 @@ class Source:
 def source(
     files: Sequence[Path], num_samples: int, num_classes: int, meta: dict[str, Any]
 ) -> Source:
-    """What these files hold, by their footers: contents are checked when they are read.
+    """Describe these files from their footers; contents are validated when they are read.
 
     Raises:
-        UserError: none has a row; a file is missing or damaged, or of other targets than ``meta``.
+        UserError: no file has a row; a file is missing or corrupt, or of other targets than ``meta``.
     """  # noqa: DOC501
     found = hashlib.sha256(json.dumps([num_samples, num_classes]).encode())
     layout: Layout | None = None
@@ -80,7 +80,7 @@ def source(
 
 
 def is_whole(root: Path, wanted: Source) -> bool:
-    """Whether ``root/dense`` was made from this source and is as it was made (reads it all)."""
+    """Return whether ``root/dense`` was made from this source and is unmodified (reads all of it)."""
     folder = root / FOLDER
     try:
         note = json.loads((folder / NOTE).read_text(encoding="utf-8"))
@@ -92,11 +92,11 @@ def is_whole(root: Path, wanted: Source) -> bool:
 
 
 def create(root: Path, wanted: Source) -> None:
-    """Take the room for the arrays (one rank); what a kill has left goes.
+    """Allocate disk space for the arrays (one rank); remove what a killed run has left.
 
     Raises:
-        UserError: the disk is full.
-        OSError: nothing can be written here.
+        UserError: disk full.
+        OSError: the folder is not writable.
     """
     for left in (root / FOLDER, _unfinished(root)):
         if left.exists():
@@ -111,9 +111,9 @@ def create(root: Path, wanted: Source) -> None:
 
 
 def fill(root: Path, wanted: Source, files: Iterable[Path]) -> np.ndarray:
-    """Write the rows of these files to their places and wait for the disk; bool [V, N]: which.
+    """Write the rows of these files to their places and sync; return bool [V, N]: which were written.
 
-    Not through a mapping: ranks of several hosts would overwrite each other's rows of a page.
+    Does not use a memory map: ranks on several hosts would overwrite each other's rows within a page.
 
     Raises:
         UserError: as ``Targets.load``.
@@ -137,7 +137,7 @@ def fill(root: Path, wanted: Source, files: Iterable[Path]) -> np.ndarray:
 
 
 def finish(root: Path, wanted: Source, covered_VN: np.ndarray) -> None:
-    """Close what all ranks have filled (one rank).
+    """Finalize the arrays when all ranks have filled them (one rank).
 
     Raises:
         UserError: a sample has no targets.
@@ -153,7 +153,7 @@ def finish(root: Path, wanted: Source, covered_VN: np.ndarray) -> None:
 
 
 def opened(root: Path, layout: Layout) -> Targets:
-    """The targets, mapped: pages are read when they are looked up, once for a host's processes."""
+    """Memory-map the targets: pages are read on lookup, once for all processes of a host."""
     folder = root / FOLDER
     indices = None if layout.full else np.load(folder / "indices.npy", mmap_mode="r")
     log_probs = np.load(folder / "log_probs.npy", mmap_mode="r")
@@ -161,7 +161,7 @@ def opened(root: Path, layout: Layout) -> Targets:
 
 
 class _Array:
-    """An array file that is written row by row, past the page cache's mapping."""
+    """An array file that is written row by row, not through a memory map."""
 
     def __init__(self, path: Path, layout: Layout) -> None:
         shaped = np.load(path, mmap_mode="r")
@@ -179,7 +179,7 @@ class _Array:
             os.close(self.file)
 
     def put(self, places_n: np.ndarray, values_nK: np.ndarray) -> None:
-        """Write rows to their places: neighbours in one go."""
+        """Write rows to their places, contiguous ones in one call."""
         with durable.room(self.path):
             for first, last in _stretches(places_n):
                 rows = np.ascontiguousarray(values_nK[first:last], self.kind)
@@ -191,7 +191,7 @@ class _Array:
 
 
 def _stretches(places_n: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Spans in which each place follows the one before it."""
+    """Yield spans of consecutive places."""
     breaks = (np.flatnonzero(np.diff(places_n) != 1) + 1).tolist()
     yield from zip([0, *breaks], [*breaks, len(places_n)], strict=True)
 

@@ -1,7 +1,7 @@
-"""The reader pool: stateless readers, pulled in order, a few requests in flight.
+"""The reader pool: stateless readers that answer requests in order, with a few in flight.
 
-The same bytes in the same order from threads of this process or from Ray actors (``actors``).
-What is in flight is all there is: a consumer that stops asking stops the readers.
+Threads of this process and Ray actors (:mod:`.ray_readers`) give the same bytes in the same order.
+There is no work beyond the requests in flight: a consumer that stops asking stops the readers.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from cnn2gnn_dist.errors import UserError
 
 
 class ReaderPool:
-    """Batches in the order of their requests; one loop over them at a time.
+    """Batches in the order of their requests; supports one loop over them at a time.
 
     Args:
-        spec: what readers open.
-        backend: "ray" (reader actors beside this process) or "local" (threads).
-        workers: readers.
-        prefetch: most requests in flight: asked, being read, or read and not yet taken. Fewer
-            where they would not fit into Ray's object store (it says so).
+        spec: specification of the readers.
+        backend: "ray" (reader actors on this node) or "local" (threads).
+        workers: number of readers.
+        prefetch: maximum requests in flight: queued, being read, or read and not yet consumed. Reduced,
+            with a message, if they would not fit into Ray's object store.
         name: readable prefix of the actors' names.
 
     Attributes:
-        wait_seconds: time the consumer has waited for batches so far.
+        wait_seconds: total time the consumer has waited for batches.
 
     Raises:
-        UserError: unknown backend; Ray is asked for and not initialised.
+        UserError: unknown backend; Ray is requested but not initialized.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class ReaderPool:
             )
 
     def batches(self, requests: Iterable[Request]) -> Iterator[Batch]:
-        """Read all requests, taken lazily; what is in flight when the caller stops is dropped.
+        """Read all requests, consuming them lazily; those in flight when the caller stops are dropped.
 
         Raises:
             UserError: a shard is missing or changed; readers keep dying on one request; a batch
@@ -70,7 +70,7 @@ class ReaderPool:
             self._fill(waiting, source)
             while waiting:
                 batch = self._take(waiting.popleft())
-                self._fill(waiting, source)  # before the caller computes, not after
+                self._fill(waiting, source)  # refill before the caller computes
                 yield batch
         finally:
             for answer in waiting:
@@ -85,7 +85,7 @@ class ReaderPool:
             waiting.append(self._readers.ask(request))
 
     def close(self) -> None:
-        """End the readers."""
+        """Stop the readers."""
         self._readers.close()
 
     def __enter__(self) -> ReaderPool:
@@ -106,30 +106,30 @@ class _Answer(Protocol):
     """A request in flight."""
 
     def wait(self) -> Batch:
-        """The batch, when it is there."""
+        """Wait for the batch and return it."""
 
     def drop(self) -> None:
-        """Nobody wants it any more."""
+        """Discard the request."""
 
 
 class _Readers(Protocol):
-    """Who reads."""
+    """A set of readers."""
 
     def ask(self, request: Request) -> _Answer:
-        """Read this, when its turn comes."""
+        """Queue a request."""
 
     def depth(self, request: Request, prefetch: int) -> int:
-        """How many requests like this may be in flight."""
+        """Return how many requests of this size may be in flight."""
 
     def close(self) -> None:
-        """End."""
+        """Stop the readers."""
 
 
 class _LocalReaders:
-    """The same readers in threads of this process."""
+    """Readers in threads of this process."""
 
     def __init__(self, spec: ReaderSpec, workers: int) -> None:
-        # One for each thread: they would race on one table of open shards.
+        # One reader per thread: they would race on a shared table of open shards.
         self._free = deque(Reader(spec) for _ in range(workers))
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="reader")
 

@@ -1,9 +1,9 @@
-"""Reader actors: one of the two rooms in which Ray is met.
+"""Reader actors: one of the two modules that import Ray.
 
-A reader actor holds nothing but caches. When it dies, Ray starts another, and all that it had
-not answered is asked again, at once and of the readers that live. Exactly-once follows from
-purity. The room also sees that what is in flight fits into Ray's object store, which would
-otherwise spill to disk without a word.
+A reader actor has no state but caches. When it dies, Ray restarts it, and its unanswered requests are
+immediately reassigned to the living readers. Since reading is a pure function, each batch is delivered
+exactly once. This module also limits the data in flight to what fits into Ray's object store, which
+would otherwise spill to disk silently.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.runtime.ray_session import exit_code_kept
 
 MOST_DEATHS = 10
-"""Deaths of readers while they read one request, after which the request is to blame."""
+"""Number of readers that may die while reading one request before the request is blamed."""
 BACK_SECONDS = 120.0
-"""For a dead reader to come back; it takes about two."""
+"""Timeout for a dead reader to restart, which takes about two seconds."""
 STORE_SHARE = 0.5
-"""Of the object store for what all streams of a node have in flight; Ray spills from 0.8 on."""
+"""Fraction of the object store for the data in flight of all streams on a node; Ray spills from 0.8 on."""
 
 LOST = (RayActorError, OutOfMemoryError, ObjectLostError)
 
 
 class RayReaders:
-    """Reader actors on this node, asked in turn.
+    """Reader actors on this node, used round-robin.
 
     Args:
-        spec: what they open.
-        workers: how many.
+        spec: specification of the readers.
+        workers: number of actors.
         name: prefix of the actors' names.
 
     Raises:
-        UserError: Ray does not run in this process; the spec can't be opened.
+        UserError: Ray is not initialized in this process; the spec can't be opened.
     """
 
     def __init__(self, spec: ReaderSpec, workers: int, name: str) -> None:
@@ -59,7 +59,7 @@ class RayReaders:
                 where="stream.backend=ray",
                 remedy="start through `cnn2gnn run`, or stream.backend=local",
             )
-        Reader(spec).close()  # what can't be opened is said here, not by a dying actor
+        Reader(spec).close()  # fail here, not in a dying actor
         self._row_bytes = 3 * spec.views.size**2 + 17  # image, label, id, valid
         self._room = _store_bytes() * STORE_SHARE / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         self._told = False
@@ -71,16 +71,16 @@ class RayReaders:
         self._parked: list[RayAnswer] = []
 
     def ask(self, request: Request) -> RayAnswer:
-        """Ask the next living reader; while none lives the request is parked."""
+        """Send a request to the next living reader; park it while none is alive."""
         answer = RayAnswer(self, request, next(self._numbers))
         self._assign([answer])
         return answer
 
     def depth(self, request: Request, prefetch: int) -> int:
-        """How many requests like this may be in flight: ``prefetch``, or as many as have room.
+        """Return how many requests of this size may be in flight: ``prefetch``, or as many as fit.
 
         Raises:
-            UserError: not even one.
+            UserError: not even one fits.
         """
         size = len(request.ids) * self._row_bytes
         fits = int(self._room // size) if size else prefetch
@@ -104,18 +104,18 @@ class RayReaders:
         return min(fits, prefetch)
 
     def close(self) -> None:
-        """End the actors; twice is no harm."""
-        if ray.is_initialized():  # after its end the actors are gone anyway
+        """Kill the actors; may be called twice."""
+        if ray.is_initialized():  # after Ray's shutdown the actors are gone anyway
             for reader in self._readers:
                 ray.kill(reader.actor)
         self._readers, self._parked = [], []
 
     def fetch(self, answer: RayAnswer) -> Batch:
-        """The answer, asked again as often as it takes.
+        """Wait for an answer, reassigning its request as often as necessary.
 
         Raises:
             UserError: a shard is missing or changed; readers keep dying.
-            RayTaskError: a reader raised something else, a bug.
+            RayTaskError: a reader raised any other error, which is a bug.
         """
         with exit_code_kept():
             while True:
@@ -131,7 +131,7 @@ class RayReaders:
                     self._lost(answer, error)
 
     def forget(self, answer: RayAnswer) -> None:
-        """Nobody wants it any more: a reader that has not begun it need not."""
+        """Discard a request; a reader that has not started it skips it."""
         if answer in self._parked:
             self._parked.remove(answer)
         elif ray.is_initialized() and answer.reader is not None:
@@ -141,29 +141,31 @@ class RayReaders:
     def _let_go(self, answer: RayAnswer) -> None:
         if answer.reader is not None and answer in answer.reader.asked:
             answer.reader.asked.remove(answer)
-        answer.reader = answer.reference = None  # Ray frees the result with its last reference
+        answer.reader = answer.reference = (
+            None  # Ray frees the result when the last reference is dropped
+        )
 
     def _lost(self, answer: RayAnswer, error: Exception) -> None:
-        """Ask again all that a dead reader owes; what it was reading bears the blame."""
+        """Reassign a dead reader's unanswered requests and blame the one that it was reading."""
         reader = answer.reader
         assert reader is not None
         owed = reader.owed()
-        if answer not in owed:  # its result is lost, not its reader
+        if answer not in owed:  # the result is lost, not the reader
             owed.insert(0, answer)
-        # A reader reads in the order in which it was asked, so it died on the first it owes,
-        # or before it: the others are innocent, however often it happens.
+        # A reader reads requests in order, so it died on its first unanswered request or before it:
+        # the others are never to blame, however often this happens.
         owed[0].deaths += 1
         reader.revive()
         for one in owed:
             self._let_go(one)
-        if owed[0].deaths >= MOST_DEATHS:  # never asked again, or it would kill the next reader
+        if owed[0].deaths >= MOST_DEATHS:  # don't reassign it: it would kill the next reader
             self._assign(owed[1:])
             raise _hopeless(owed[0].request, error) from error
         self._assign(owed)
 
     def _assign(self, answers: list[RayAnswer], wait: bool = False) -> None:
-        """Ask living readers, parked requests first; none lives: park, or wait for one."""
-        # The consumer waits for the earliest: it comes first.
+        """Send requests to living readers, parked ones included; if none is alive, park or wait for one."""
+        # Earliest first: it is what the consumer waits for.
         self._parked = sorted(self._parked + answers, key=lambda answer: answer.number)
         down = [reader for reader in self._readers if reader.greeting is not None]
         if down:
@@ -176,7 +178,7 @@ class RayReaders:
         self._parked = []
 
     def _welcome(self, down: list[_Reader], wait: bool) -> None:
-        """See which of the dead readers are back; wait for one if need be."""
+        """Check which dead readers have restarted, and wait for one if requested."""
         greetings = [reader.greeting for reader in down]
         back, _ = ray.wait(greetings, timeout=BACK_SECONDS if wait else 0)
         for reader in down:
@@ -201,24 +203,24 @@ class RayAnswer:
         self._readers = readers
 
     def wait(self) -> Batch:
-        """The batch, when it is there."""
+        """Wait for the batch and return it."""
         batch = self._readers.fetch(self)
         self._readers._let_go(self)
         return batch
 
     def drop(self) -> None:
-        """Nobody wants it any more."""
+        """Discard the request."""
         self._readers.forget(self)
 
 
 class _Reader:
-    """One actor, alive or on its way back, and what it was asked in order."""
+    """One actor, alive or restarting, and its pending requests in order."""
 
     def __init__(self, spec: ReaderSpec, name: str) -> None:
         self._spec, self._name = spec, name
         self.asked: list[RayAnswer] = []
         self.greeting: Any = None
-        """While it is down: a call that Ray repeats until the actor is back."""
+        """While the actor is down: a call that Ray retries until it has restarted."""
         self._stillborn = 0
         self.actor = self._start()
 
@@ -226,7 +228,7 @@ class _Reader:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         actor: Any = ray.remote(ReaderActor)
         how = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": 0}
-        # Ray frees a dead actor's name only after a while: none for its successors.
+        # Ray frees a dead actor's name only after a while, so its successors get no name.
         named = {"name": self._name} if self._name else {}
         self._name = ""
         return actor.options(**named, scheduling_strategy=here, **how).remote(self._spec)
@@ -238,13 +240,13 @@ class _Reader:
         self.asked.append(answer)
 
     def owed(self) -> list[RayAnswer]:
-        """What it was asked and has not answered, in order."""
+        """Return the unanswered requests in order."""
         references = [answer.reference for answer in self.asked]
         ready, _ = ray.wait(references, num_returns=len(references), timeout=0)
         return [a for a in self.asked if a.reference not in ready or _is_lost(a.reference)]
 
     def revive(self) -> None:
-        """It died: don't ask it before it has answered a greeting."""
+        """Mark the reader as dead: it gets no requests until it has answered a greeting."""
         if self.greeting is None:
             self.greeting = self._greet()
 
@@ -252,7 +254,7 @@ class _Reader:
         return self.actor.process_id.options(max_task_retries=-1).remote()
 
     def welcome(self) -> None:
-        """Its greeting was answered: it is back; or it never will be, and another is started.
+        """Handle the result of the greeting: the actor is back, or it is gone for good and replaced.
 
         Raises:
             UserError: a reader can't be started here.
@@ -279,13 +281,13 @@ def _is_lost(reference: Any) -> bool:
         ray.get(reference)
     except (*LOST, TaskCancelledError):
         return True
-    except RayTaskError:  # an answer too: it is raised to who waits for it
+    except RayTaskError:  # counts as an answer: raised to the waiting caller
         return False
     return False
 
 
 def _store_bytes() -> float:
-    """Capacity of this node's object store."""
+    """Return the capacity of this node's object store in bytes."""
     me = ray.get_runtime_context().get_node_id()
     sizes = [n["Resources"].get("object_store_memory", 0) for n in ray.nodes() if n["NodeID"] == me]
     return float(sum(sizes))

@@ -16,12 +16,12 @@ from cnn2gnn_dist.data.reading.decoded_cache import DecodedCache
 from cnn2gnn_dist.data.reading.shard_files import CacheSpec, ShardFiles
 
 CHUNK = 32
-"""Images decoded before they are augmented together: bounds memory, shares the draws' cost."""
+"""Images decoded before they are augmented together: bounds memory and amortizes the random draws."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to read: sample ids [n] int64 and the number of the view."""
+    """A request: sample ids [n] int64 and the view number."""
 
     ids: np.ndarray
     view: int
@@ -29,13 +29,13 @@ class Request:
 
 @dataclass
 class Batch:
-    """What was read.
+    """A batch of samples.
 
     Attributes:
         images: uint8 [n, size, size, 3].
         labels, ids: int64 [n].
         valid: bool [n]; False where the sample is corrupt (its image is black).
-        problems: one line for each corrupt sample, in order: "shard: key: reason".
+        problems: one line per corrupt sample, in order: "shard: key: reason".
     """
 
     images: np.ndarray
@@ -47,9 +47,9 @@ class Batch:
     def tensors(
         self, device: str | torch.device = "cpu"
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """images uint8 [n, H, W, 3], labels int64 [n], valid bool [n] on the device.
+        """Return images uint8 [n, H, W, 3], labels int64 [n] and valid bool [n] on the device.
 
-        To a GPU through pinned memory, without waiting for the copy.
+        Copies to a GPU go through pinned memory and are asynchronous.
         """
         return (
             on_device(self.images, device),
@@ -59,7 +59,7 @@ class Batch:
 
 
 def on_device(array: np.ndarray, device: str | torch.device) -> torch.Tensor:
-    """An array on the device; to a GPU through pinned memory, without waiting for the copy."""
+    """Copy an array to the device; to a GPU asynchronously, through pinned memory."""
     tensor = torch.from_numpy(array)
     if torch.device(device).type == "cuda":
         tensor = tensor.pin_memory()
@@ -68,14 +68,14 @@ def on_device(array: np.ndarray, device: str | torch.device) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class ReaderSpec:
-    """What a reader needs to open itself anywhere.
+    """All that is needed to open a reader in any process.
 
     Attributes:
         manifest: path of the manifest.
-        views: what is made of an image.
-        decoded_bytes: most bytes of the node's cache of decoded images (0: none). Views that are
-            cut from a clean view of fixed size use it; a random resized crop does not.
-        cache: of whole remote shards; None: remote samples are read one by one.
+        views: view specification.
+        decoded_bytes: maximum bytes of the host's cache of decoded images (0: none). Views that are
+            cropped from a clean view of fixed size use it; a random resized crop does not.
+        cache: cache of complete remote shards; None: remote samples are read in ranges.
     """
 
     manifest: str
@@ -87,7 +87,7 @@ class ReaderSpec:
 class Reader:
     """Reads samples by id, in any order, from shards at recorded offsets.
 
-    Not to be shared between threads.
+    Not thread-safe.
     """
 
     def __init__(self, spec: ReaderSpec) -> None:
@@ -105,7 +105,7 @@ class Reader:
         """Read, decode and augment.
 
         Raises:
-            UserError: a shard is missing, truncated, unreadable, or not of the length indexed.
+            UserError: a shard is missing, truncated, unreadable, or not of the indexed length.
             IndexError: ids outside the manifest.
         """
         ids = np.asarray(request.ids, dtype=np.int64)
@@ -125,7 +125,7 @@ class Reader:
     def _read_cached(
         self, cache: DecodedCache, ids: np.ndarray, clean: np.ndarray, valid: np.ndarray
     ) -> list[str]:
-        """Fill ``clean`` with clean views, from the cache as far as they are there."""
+        """Fill ``clean`` with clean views, from the cache where present."""
         there = cache.has(ids)
         if there.all():
             clean[:] = cache.take(ids)
@@ -150,7 +150,7 @@ class Reader:
     def _read_chunk(
         self, ids: np.ndarray, view: int, images: np.ndarray, valid: np.ndarray
     ) -> list[str]:
-        """Fill ``images`` and ``valid``, views of the batch's arrays; returns the problems."""
+        """Fill ``images`` and ``valid``, views of the batch's arrays; return the problems."""
         blobs = self._files.read_all(ids.tolist())
         wrong = fill_views(self.views, blobs, ids, view, images)
         valid[list(wrong)] = False

@@ -1,4 +1,4 @@
-"""What runs inside a reader actor, and the way of a batch out of it. Plain Python: Ray wraps it."""
+"""The code of a reader actor, and the unpacking of its batches. Plain Python, wrapped by Ray."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cnn2gnn_dist.errors import UserError
 
 
 class ReaderActor:
-    """A reader in a process of its own."""
+    """A reader in a separate process."""
 
     def __init__(self, spec: ReaderSpec) -> None:
         import torch
@@ -21,22 +21,22 @@ class ReaderActor:
         torch.set_num_threads(1)
         self._spec = spec
         self._reader: Reader | None = None
-        with contextlib.suppress(UserError):  # here it would be the actor's death
+        with contextlib.suppress(UserError):  # raising here would kill the actor
             self._reader = Reader(spec)
 
     def read(self, ids: np.ndarray, view: int) -> tuple[Any, ...]:
-        """A batch as arrays: images, labels, ids, valid; and its problems."""
+        """Return a batch as arrays (images, labels, ids, valid) and its problems."""
         self._reader = self._reader or Reader(self._spec)
         batch = self._reader.read(Request(ids, view))
         return batch.images, batch.labels, batch.ids, batch.valid, batch.problems
 
     def process_id(self) -> int:
-        """Of the actor's process; also how it is asked whether it is there."""
+        """Return the actor's process id; also serves as a liveness check."""
         return os.getpid()
 
 
 def batch_of(arrays: tuple[Any, ...]) -> Batch:
-    """What ``ReaderActor.read`` returned, in memory of one's own."""
+    """Copy the result of ``ReaderActor.read`` into process memory."""
     images, labels, ids, valid, problems = arrays
-    # Views of the object store pin it: copy once, then let go.
+    # Views of the object store pin it: copy once, then release it.
     return Batch(images.copy(), labels.copy(), ids.copy(), valid.copy(), problems)

@@ -1,6 +1,6 @@
-"""Members of remote shards: from the node's cache of whole ones, or in as few ranges as it takes.
+"""Members of remote shards, read from the host's cache of complete shards or in as few ranges as possible.
 
-What several members need is asked for at once: the latency of a store is paid once, not by each.
+Requests for several members run concurrently, so that the latency of the store is paid once.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from cnn2gnn_dist.data.storage import urls
 from cnn2gnn_dist.data.storage.shard_cache import REST, ShardCache, release
 
 AT_ONCE = 8
-"""Requests of one reader."""
+"""Concurrent requests of one reader."""
 GAP = 16 << 10
-"""Bytes between two members that are rather read than asked around."""
+"""Maximum gap in bytes between two members that are read in one range."""
 SPAN = 8 << 20
-"""Bytes of neighbours that are asked for together, at most."""
+"""Maximum bytes of a range that covers several members."""
 AGAIN = 10.0
-"""Seconds before a shard that had no room in the cache is tried there again."""
+"""Seconds before retrying to cache a shard for which there was no room."""
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """Where whole copies of remote shards lie, and how many bytes they may take (0: none).
+    """Folder of the cache of complete remote shards, and its maximum size in bytes (0: no cache).
 
     ``rest``: see :data:`.shard_cache.REST`.
     """
@@ -46,7 +46,7 @@ class CacheSpec:
 
 @dataclass(frozen=True)
 class Span:
-    """A stretch of a shard, and the samples in it."""
+    """A byte range of a shard, and the samples in it."""
 
     shard: int
     start: int
@@ -55,7 +55,7 @@ class Span:
 
 
 def spans(manifest: Manifest, samples: Iterable[int]) -> list[Span]:
-    """Merge samples' places into stretches that hold neighbours, each sample once."""
+    """Merge the byte ranges of neighboring samples; each sample occurs once."""
     found: list[Span] = []
     shard_N, offset_N = manifest.shard_N, manifest.offset_N
     places = sorted((int(shard_N[s]), int(offset_N[s]), s) for s in set(samples))
@@ -71,11 +71,11 @@ def spans(manifest: Manifest, samples: Iterable[int]) -> list[Span]:
 
 
 class FarShards:
-    """Reads members of the remote shards of a manifest. Not for several threads.
+    """Reads members of the remote shards of a manifest. Not thread-safe.
 
     Args:
-        manifest: of the samples.
-        cache: for whole shards; None: ranges only.
+        manifest: manifest of the samples.
+        cache: cache of complete shards; None: read ranges only.
     """
 
     def __init__(self, manifest: Manifest, cache: CacheSpec | None) -> None:
@@ -88,10 +88,10 @@ class FarShards:
         self._pool: ThreadPoolExecutor | None = None
 
     def read(self, samples: Sequence[int]) -> dict[int, bytes]:
-        """The bytes of each sample, by its number.
+        """Return the bytes of each sample by its id.
 
         Raises:
-            UserError: a shard is missing, changed, or not to be reached.
+            UserError: a shard is missing, changed, or unreachable.
         """
         stretches = spans(self.manifest, samples)
         handles = self._open(sorted({span.shard for span in stretches}))
@@ -113,20 +113,20 @@ class FarShards:
                 release(handle)
 
     def read_again(self, sample: int) -> bytes:
-        """What the store holds now, past a copy that turned out wrong."""
+        """Read a sample from the store, and drop the cached shard, whose copy turned out wrong."""
         shard = self.manifest.shards[int(self.manifest.shard_N[sample])]
         if self._cache is not None:
             self._cache.drop(shard.path, shard.bytes)
         return self._range(spans(self.manifest, [sample])[0])
 
     def close(self) -> None:
-        """End the threads."""
+        """Stop the threads."""
         if self._pool is not None:
             self._pool.shutdown()
             self._pool = None
 
     def _open(self, numbers: Sequence[int]) -> dict[int, int]:
-        """Descriptors of the shards that the cache holds, or can hold."""
+        """Return descriptors of the shards that are cached, or can be."""
         if self._cache is None:
             return {}
         handles: dict[int, int] = {}
@@ -153,7 +153,7 @@ class FarShards:
         return handles
 
     def _fetched(self, number: int) -> int | BaseException | None:
-        """A descriptor; an error is handed back, so that no other descriptor is lost with it."""
+        """Return a descriptor, or the error instead of raising it, so that other descriptors don't leak."""
         assert self._cache is not None
         shard = self.manifest.shards[number]
         try:
@@ -162,7 +162,7 @@ class FarShards:
             return error
 
     def _wrong(self, number: int, handle: int) -> str:
-        """Which member of a copy is not the one indexed; empty if all are."""
+        """Describe the first member of a copy that differs from the indexed one; empty if none does."""
         manifest = self.manifest
         if manifest.crc_N is None:
             return ""

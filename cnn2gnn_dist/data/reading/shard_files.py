@@ -1,6 +1,6 @@
-"""Where the shards' bytes come from: positioned reads of members at recorded offsets.
+"""Positioned reads of shard members at recorded offsets.
 
-Local shards are read here, remote ones through :mod:`.far`.
+Local shards are read here, remote ones through :mod:`.remote_shards`.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ OPEN_SHARDS = 64
 
 
 class ShardFiles:
-    """Reads samples' bytes; keeps the last ``OPEN_SHARDS`` shards open. Not for several threads.
+    """Reads the bytes of samples; keeps the last ``OPEN_SHARDS`` shards open. Not thread-safe.
 
-    Remote shards are read from a cache of whole shards, or in ranges where there is none (or no
-    room in it). Where the manifest holds checksums, each sample's first read is verified.
+    Remote shards are read from a cache of complete shards, or in ranges if there is no cache or no
+    room in it. If the manifest has checksums, the first read of each sample is verified.
 
     Args:
-        manifest: of the samples.
-        cache: for remote shards; None: read ranges.
+        manifest: manifest of the samples.
+        cache: cache of remote shards; None: read ranges.
     """
 
     def __init__(self, manifest: Manifest, cache: CacheSpec | None = None) -> None:
@@ -52,15 +52,15 @@ class ShardFiles:
             self.close()
 
     def read(self, sample: int) -> bytes:
-        """The image bytes of a sample; errors as in :meth:`read_all`."""
+        """Return the image bytes of a sample; errors as in :meth:`read_all`."""
         return self.read_all([sample])[0]
 
     def read_all(self, samples: Sequence[int]) -> list[bytes]:
-        """The image bytes of samples, in the order asked.
+        """Return the image bytes of samples, in the requested order.
 
         Raises:
-            UserError: a shard is missing, truncated, unreadable, not of the length indexed, not
-                to be reached; or a sample's bytes are not those whose checksum was recorded.
+            UserError: a shard is missing, truncated, unreadable, unreachable, or not of the indexed
+                length; or a sample's bytes don't match the recorded checksum.
         """
         if self._far is None:
             blobs = [self._read(sample) for sample in samples]
@@ -73,7 +73,7 @@ class ShardFiles:
         return blobs
 
     def _verified(self, sample: int, data: bytes) -> bytes:
-        """The bytes, compared with the checksum when they are read for the first time."""
+        """Return the bytes, verified against the checksum on the first read."""
         seen_N, crc_N = self._verified_N, self.manifest.crc_N
         if seen_N is None or crc_N is None or seen_N[sample]:
             return data
@@ -93,7 +93,7 @@ class ShardFiles:
         size = int(manifest.size_N[sample])
         try:
             data = os.pread(self._file(number), size, int(manifest.offset_N[sample]))
-        except OSError as error:  # a file system gone, a bad disk
+        except OSError as error:  # lost file system, bad disk
             raise self._changed(number, f"it can't be read ({error.strerror})") from None
         if len(data) != size:
             raise self._changed(number, "it ends early")
@@ -110,7 +110,7 @@ class ShardFiles:
             raise self._changed(number, error.strerror or "it can't be opened") from None
         found = os.fstat(handle).st_size
         if found != shard.bytes:
-            os.close(handle)  # not kept: the next request must be refused as well
+            os.close(handle)  # not cached: the next request must fail too
             raise self._changed(number, f"it has {found:,} bytes, {shard.bytes:,} were indexed")
         self._files[number] = handle
         if len(self._files) > OPEN_SHARDS:
