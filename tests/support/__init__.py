@@ -1,4 +1,4 @@
-"""What the tests share: small inputs, real servers, groups of ranks, small whole runs."""
+"""Shared test support: small inputs, real servers, groups of ranks, small complete runs."""
 
 from pathlib import Path
 

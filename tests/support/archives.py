@@ -1,4 +1,4 @@
-"""Tar archives block by block, for what ``tarfile`` would not write; and what webdataset reads."""
+"""Tar archives built block by block, for what ``tarfile`` would not write; and webdataset's reading of them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def base256(number: int, width: int) -> bytes:
 
 
 def mend(block: bytes) -> bytes:
-    """A header block with its checksum put right."""
+    """A header block with its checksum corrected."""
     total = sum(block[:148]) + sum(block[156:512]) + 8 * 32
     return block[:148] + b"%06o\0 " % total + block[156:512]
 
@@ -59,7 +59,7 @@ def padded(data: bytes) -> bytes:
 
 
 def record(keyword: bytes, value: bytes) -> bytes:
-    """A pax record, which states its own length."""
+    """A pax record, which contains its own length."""
     length = len(keyword) + len(value) + 3
     while len(b"%d" % length) + len(keyword) + len(value) + 3 != length:
         length = len(b"%d" % length) + len(keyword) + len(value) + 3
@@ -106,7 +106,7 @@ odd_fields = st.fixed_dictionaries(
 
 @st.composite
 def regular(draw: st.DrawFn) -> bytes:
-    """A member with the extension headers before it, its name and size told in one of many ways."""
+    """A member with the extension headers before it, its name and size encoded in one of many ways."""
     name, data = draw(names), draw(payloads)
     kind = draw(st.sampled_from([b"0"] * 6 + [b"\0", b"7"]))
     pieces = draw(
@@ -127,16 +127,16 @@ def regular(draw: st.DrawFn) -> bytes:
         }[piece]
     sizes = [octal(len(data), 12), base256(len(data), 12), b"%11o " % len(data)]
     if told:
-        sizes += [octal(0, 12), octal(5, 12)]  # what the pax record says counts
+        sizes += [octal(0, 12), octal(5, 12)]  # the pax record wins
     if kind == b"\0" and name[:100].endswith(b"/"):
-        data, sizes = b"", [octal(9, 12)]  # a folder, whose size means nothing
+        data, sizes = b"", [octal(9, 12)]  # a folder, whose size is ignored
     head = header(name, draw(st.sampled_from(sizes)), kind, **draw(odd_fields))
     return out + head + padded(data)
 
 
 @st.composite
 def special(draw: st.DrawFn) -> bytes:
-    """A link, device, folder or pipe (a size there means nothing), or a member of unknown type."""
+    """A link, device, folder or pipe (whose size is ignored), or a member of unknown type."""
     name, data = draw(names), draw(payloads)
     if draw(st.booleans()):
         return header(name, len(data), draw(st.sampled_from([b"%d" % i for i in range(1, 7)])))

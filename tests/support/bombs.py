@@ -1,4 +1,4 @@
-"""Small files that unfold: what a decoder must refuse, or read, without taking memory or time."""
+"""Decompression bombs: small files that a decoder must refuse, or read, without using much memory or time."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import numpy as np
 from PIL import Image
 
 GIGA = 1 << 29
-"""Bytes that a bomb unfolds to: more than the test's process may take."""
+"""Decompressed bytes of a bomb: more than the test's process may allocate."""
 
 
 def saved(kind: str, high: int = 24, wide: int = 24, **options: object) -> bytes:
-    """A small sound image of a kind."""
+    """A small valid image of a kind."""
     rows = np.arange(high * wide * 3, dtype=np.uint8).reshape(high, wide, 3)
     file = io.BytesIO()
     Image.fromarray(rows).save(file, kind, **options)
@@ -29,20 +29,20 @@ def chunk(name: bytes, data: bytes) -> bytes:
 
 @functools.cache
 def unfolding(size: int) -> bytes:
-    """Zeros, hundreds of times as large."""
+    """Compressed zeros, which decompress to hundreds of times the size."""
     packer, piece = zlib.compressobj(1), bytes(1 << 20)
     return b"".join(packer.compress(piece) for _ in range(size >> 20)) + packer.flush()
 
 
 def png(high: int, wide: int, body: bytes, *before: bytes, kind: int = 2) -> bytes:
-    """A PNG of a given size, body and chunks before its body."""
+    """A PNG with a given size, body and chunks before the body."""
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", wide, high, 8, kind, 0, 0, 0))
     whole = [b"\x89PNG\r\n\x1a\n", head, *before, chunk(b"IDAT", body), chunk(b"IEND", b"")]
     return b"".join(whole)
 
 
 def pngs() -> dict[str, bytes]:
-    """PNGs that name, or unfold to, gigabytes."""
+    """PNGs that claim, or decompress to, gigabytes."""
     small, bomb = zlib.compress(bytes(8 * 25)), unfolding(GIGA)
     text = b"key\0\0" + bomb
     sound = png(8, 8, small)
@@ -61,7 +61,7 @@ def pngs() -> dict[str, bytes]:
 
 
 def jpegs() -> dict[str, bytes]:
-    """JPEGs that claim gigabytes, or pass over their pixels for hours."""
+    """JPEGs that claim gigabytes, or have scans that take hours."""
     plain, steps = saved("JPEG"), saved("JPEG", progressive=True)
 
     def claims(data: bytes, marker: bytes, high: int, wide: int) -> bytes:
@@ -86,14 +86,14 @@ def jpegs() -> dict[str, bytes]:
 
 
 def tiff(tags: list[tuple[int, int, int, int]], body: bytes = bytes(64)) -> bytes:
-    """A TIFF of (tag, type, count, value); 8 stands for the place of the body."""
+    """A TIFF of (tag, type, count, value); 8 is the offset of the body."""
     entries = b"".join(struct.pack("<HHII", *tag) for tag in sorted(tags))
     directory = struct.pack("<H", len(tags)) + entries + bytes(4)
     return b"II*\0" + struct.pack("<I", 8 + len(body)) + body + directory
 
 
 def tiffs() -> dict[str, bytes]:
-    """TIFFs with strips, tiles, samples and lists that fill the memory."""
+    """TIFFs whose strips, tiles, samples or lists would fill the memory."""
     size = [(256, 4, 1, 64), (257, 4, 1, 64)]
     kind = [(258, 3, 1, 8), (259, 3, 1, 8), (262, 3, 1, 1), (277, 3, 1, 1)]
     bomb = unfolding(GIGA)
@@ -114,7 +114,7 @@ def tiffs() -> dict[str, bytes]:
 
 
 def webps() -> dict[str, bytes]:
-    """WebPs whose canvas is larger than what is in it, still and animated."""
+    """WebPs, still and animated, whose canvas is larger than their contents."""
     plain, lossless = saved("WEBP"), saved("WEBP", lossless=True)
     frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
     file = io.BytesIO()

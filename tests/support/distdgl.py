@@ -25,7 +25,7 @@ needs_namespaces = pytest.mark.skipif(
 
 
 def make_version(root: Path, parts: int) -> GraphVersion:
-    """A graph with holes in its table and parts that no order of ids explains."""
+    """A graph with holes in its table and partitions unrelated to the order of ids."""
     rng = np.random.default_rng(0)
     table = rng.permuted(np.tile(np.arange(N), (N, 1)), axis=1)[:, :M].astype(np.int32)
     table[rng.random((N, M)) < 0.1] = -1
@@ -49,7 +49,7 @@ def make_version(root: Path, parts: int) -> GraphVersion:
 def serving(
     version: GraphVersion, folder: Path, *, timeout_s: float = 60.0
 ) -> Iterator[list[ServedGraph]]:
-    """One machine for each partition, all of them up."""
+    """One running machine per partition."""
     part_N = np.asarray(version.part)
     parts = int(part_N.max()) + 1
     taken = [socket.create_server(("127.0.0.1", 0)) for _ in range(parts)]

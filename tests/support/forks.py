@@ -1,9 +1,9 @@
-"""Processes that start with the libraries loaded: forks of a server that has imported them once.
+"""Processes with the libraries preloaded: forks of a server that has imported them once.
 
-A rank that starts an interpreter spends 3 s of processor time on torch and 2 to 3 on what its first
-optimizer step imports. Several hundred ranks in one run of the tests spend half an hour so. A fork
-is a process like any other: own memory, own signals, own group of processes. What is about starting
-itself (launchers, environments, Ray) is tested with real starts.
+A rank that starts an interpreter spends 3 s of CPU time on importing torch and 2 to 3 s on the imports
+of its first optimizer step. For the several hundred ranks of a test run that adds up to half an hour. A
+fork is a process like any other, with its own memory, signals and process group. Startup itself
+(launchers, environments, Ray) is tested with real starts.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _CONTEXT.set_forkserver_preload(["tests.support.libraries"])
 
 
 class Fork:
-    """A process of its own session; the part of ``subprocess.Popen`` that the tests use.
+    """A process in its own session, with the subset of ``subprocess.Popen`` that the tests use.
 
     Args:
-        job: a module-level function, called in the fork; what it returns is the exit code.
-        environment: all of the fork's environment, which the libraries have been loaded without:
-            what they read when they are imported (OMP_NUM_THREADS) is the server's.
-        output: a file for both outputs; None: a pipe, ``stdout``.
+        job: a module-level function, called in the fork; its return value is the exit code.
+        environment: the complete environment of the fork. The libraries were imported without it, so
+            variables that they read on import (OMP_NUM_THREADS) are the server's.
+        output: a file for stdout and stderr; None: a pipe, ``stdout``.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Fork:
         return code
 
     def communicate(self, timeout: float | None = None) -> tuple[str, None]:
-        """The rest of the output, when the process has ended."""
+        """The rest of the output, after waiting for the process to exit."""
         import threading
 
         parts: list[str] = []
@@ -84,7 +84,7 @@ class Fork:
         return "".join(parts), None
 
     def send_signal(self, number: int) -> None:
-        """To this process alone."""
+        """Send a signal to this process only."""
         if self.poll() is None:
             os.kill(self.pid, number)
 
@@ -98,7 +98,7 @@ class Fork:
 
 
 def _load_server() -> None:
-    """The server starts with this process's environment: let it find the package and the tests."""
+    """Set up the environment that the server inherits, so that it finds the package and the tests."""
     known = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     if str(REPOSITORY) not in known:
         os.environ["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), *filter(None, known)])
@@ -136,4 +136,4 @@ def _main(
         traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # as cnn2gnn_dist.launcher leaves, and for its reason
+    os._exit(code)  # as in cnn2gnn_dist.launcher, and for the same reason

@@ -1,6 +1,6 @@
-"""Saves on a small file system that fills up, then turns read-only, then has room again.
+"""Checkpoint saves on a small file system that fills up, then turns read-only, then has space again.
 
-Run in a mount namespace of its own, as root: python tests/support/full_disk.py FOLDER; prints JSON.
+Run in a separate mount namespace, as root: python tests/support/full_disk.py FOLDER; prints JSON.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Graph versions on a small file system that is full at one step after the other.
+"""Graph versions on a small file system that fills up at one step after another.
 
-Run in a mount namespace of its own, as root: python tests/support/full_disk_graph.py FOLDER; prints JSON.
+Run in a separate mount namespace, as root: python tests/support/full_disk_graph.py FOLDER; prints JSON.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Build a graph version from a finished run: python tests/support/graph_builds.py RUN FOLDER DIE_AFTER.
 
-DIE_AFTER: SIGKILL itself after so many units of the search; 0: end whole. Prints JSON.
+DIE_AFTER: SIGKILL itself after so many work units of the search; 0: run to the end. Prints JSON.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from cnn2gnn_dist.stages.shared.context import Context, RunPaths
 
 
 def contexts(run: Path, folder: Path, ranks: Ranks) -> Context:
-    """Of a build in many small units."""
+    """The context of a build in many small work units."""
     for name in ("SCAN_ROWS", "JOIN_ROWS", "PROBE_ROWS"):
         setattr(approximate, name, 40)
     config = settings.load(
@@ -43,7 +43,7 @@ def contexts(run: Path, folder: Path, ranks: Ranks) -> Context:
 
 
 def projection(context: Context) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """Images to x and z without a network."""
+    """Map images to x and z without a neural network."""
     config = context.config
     generator = torch.Generator().manual_seed(0)
     lift = torch.randn(16 * 16 * 3, config.student.dim, generator=generator)
@@ -56,7 +56,7 @@ def projection(context: Context) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
 
 
 def slow_second_rank(run: Path, folder: Path) -> dict[str, Any]:
-    """A build of two ranks, one much slower, whose barriers don't hold; the version's files."""
+    """Build on two ranks, one much slower, with barriers that don't block; return the version's files."""
     ranks = Ranks.from_environment()
     context = contexts(run, folder, ranks)
     project = projection(context)

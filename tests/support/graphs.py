@@ -1,4 +1,4 @@
-"""Candidate tables, made up."""
+"""Synthetic candidate tables."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def random_table(nodes: int, width: int, seed: int, holes: bool = False) -> np.n
 
 
 def clustered(groups: int, size: int, width: int, seed: int = 0) -> np.ndarray:
-    """Neighbours inside the own group, but for one edge in ten."""
+    """Neighbors within the node's own group, except for one edge in ten."""
     rng = np.random.default_rng(seed)
     nodes = groups * size
     table = rng.integers(0, size, (nodes, width)) + (np.arange(nodes) // size * size)[:, None]

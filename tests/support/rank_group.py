@@ -1,7 +1,7 @@
 """Run a test's function in several processes that form one gloo group on loopback.
 
-A case is a module-level function; it is named, not pickled, so its module is imported anew in
-every rank. Ranks get the pickled arguments and hand back a pickled value, through files.
+A case is a module-level function, passed by name and not pickled, so every rank imports its module
+afresh. Ranks receive pickled arguments and return a pickled value through files.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ GROUP_TIMEOUT_S = 60.0
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one rank ended: exit code (negative: the signal), its value or error, its output."""
+    """The result of one rank: exit code (negative: the signal), value or error, output."""
 
     returncode: int
     value: Any
@@ -36,14 +36,14 @@ class Outcome:
 
 
 def free_port() -> int:
-    """A loopback port that nobody listens on now."""
+    """A loopback port that is currently free."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])
 
 
 def run(case: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = 180) -> list:
-    """The values of ``case(*arguments)`` on ranks 0, 1, …; fails with their output otherwise."""
+    """Return the values of ``case(*arguments)`` on ranks 0, 1, …; fail with their output on any error."""
     outcomes = launch(case, world_size, *arguments, timeout=timeout)
     failed = [(r, o) for r, o in enumerate(outcomes) if o.returncode != 0]
     text = "\n".join(f"--- rank {r}: exit code {o.returncode}\n{o.output}" for r, o in failed)
@@ -58,7 +58,7 @@ def launch(
     timeout: float = 180,
     group_timeout_s: float = GROUP_TIMEOUT_S,
 ) -> list[Outcome]:
-    """Like ``run``, but whatever way the ranks end; none outlives this call."""
+    """Like ``run``, but accept any outcome of the ranks; none outlives this call."""
     port = free_port()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -105,7 +105,7 @@ def _outcome(folder: Path, rank: int, process: Fork) -> Outcome:
 
 
 def main(folder: Path) -> None:
-    """One rank: join the group, run the case, leave the value."""
+    """Run one rank: join the group, run the case, write the value."""
     from cnn2gnn_dist.runtime.ranks import Ranks
     from cnn2gnn_dist.training import engine
 

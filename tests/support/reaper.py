@@ -1,11 +1,10 @@
-"""Start a driver, let it end as told, and say what is left of it: ``python reaper.py JOB.json``.
+"""Start a driver, end it as specified, and report what is left of it: ``python reaper.py JOB.json``.
 
-This process is the subreaper of all that the driver starts: whatever loses its parent becomes a
-child of ours, so nothing escapes, and nothing of other people's is counted; ``listening`` says on
-which addresses they do at the trigger. It may run in a mount
-namespace of its own (``private``), and then has a /dev/shm of its own. The job: ``command``,
-``environment``, ``signal`` (a number or null, sent when a line of the driver contains ``trigger``),
-``seconds`` to wait for what is left, ``private``, ``result`` (a path).
+This process is the subreaper of everything that the driver starts: orphans become its children, so
+none escapes, and unrelated processes are not counted. ``listening`` reports the addresses on which they
+listen when the trigger occurs. With ``private`` it runs in a separate mount namespace with its own
+/dev/shm. The job: ``command``, ``environment``, ``signal`` (a number or null, sent when a line of the
+driver contains ``trigger``), ``seconds`` to wait for what is left, ``private``, ``result`` (a path).
 """
 
 from __future__ import annotations
@@ -58,10 +57,10 @@ def main() -> None:
 
 
 def _left(seconds: float) -> list[str]:
-    """Names of what lives on after ``seconds``; it is killed then."""
+    """Names of the processes still alive after ``seconds``, which are then killed."""
     deadline = time.monotonic() + seconds
     while True:
-        with contextlib.suppress(ChildProcessError):  # as init does: else zombies would be left
+        with contextlib.suppress(ChildProcessError):  # reap as init does, else zombies remain
             while os.waitpid(-1, os.WNOHANG) != (0, 0):
                 pass
         children = psutil.Process().children(recursive=True)
@@ -83,7 +82,7 @@ def _listening(process: psutil.Process) -> list[str]:
     except psutil.Error:
         return []
     addresses = [one.laddr.ip for one in sockets if one.status == psutil.CONN_LISTEN]
-    return [address.removeprefix("::ffff:") for address in addresses]  # IPv4 by an IPv6 socket
+    return [address.removeprefix("::ffff:") for address in addresses]  # IPv4 through an IPv6 socket
 
 
 def _name(process: psutil.Process) -> str:

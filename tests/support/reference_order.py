@@ -1,4 +1,4 @@
-"""The order written down plainly and slowly, from DESIGN's words: what fast code is held to."""
+"""A plain, slow reference implementation of the order, written from the design; fast code must match it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 
 def shuffled(values: object, seed: int, epoch: int, stream: int) -> np.ndarray:
-    """A permutation keyed by (seed, epoch, stream) alone; stream 0 is that of the shards."""
+    """A permutation keyed only by (seed, epoch, stream); stream 0 permutes the shards."""
     key = np.array([seed % 2**64, epoch * 2**32 + stream], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key)).permutation(values)
 
@@ -38,7 +38,7 @@ def plain_batches(
     shares: Sequence[int],
     parts: Sequence[np.ndarray] | None,
 ) -> list[list[int]]:
-    """All whole global batches of an epoch: of each part the next ``share`` ids, part by part."""
+    """All full global batches of an epoch: the next ``share`` ids of each partition, in partition order."""
     sequence = plain_order(sizes, seed, epoch, window).tolist()
     owned = [set(part.tolist()) for part in parts] if parts is not None else [set(sequence)]
     left = [[i for i in sequence if i in own] for own in owned]

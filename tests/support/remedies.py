@@ -1,9 +1,9 @@
-"""Remedies that errors name, carried out as they are written.
+"""Carry out the remedies in error messages literally.
 
-A remedy may hold commands (`` `cnn2gnn index` ``), options (``--update``) and overrides
-(``run.dir=…``, ``graph.partition.parts=2``): each is an alternative of its own. A command is run, with the
-config of the command that failed, and then that command again; options and overrides are added to
-it. Where a remedy leaves a value open (``…``, ``FOLDER``), the test fills it in.
+A remedy may contain commands (`` `cnn2gnn index` ``), options (``--update``) and overrides
+(``run.dir=…``, ``graph.partition.parts=2``): each is a separate alternative. A command is run with the
+config of the command that failed, and then that command is run again; options and overrides are added
+to it. Where a remedy has a placeholder (``…``, ``FOLDER``), the test fills it in.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from cnn2gnn_dist.pipeline import runner
 from tests.support import runs
 
 OPEN = re.compile(r"…|\b[A-Z]{3,}\b")
-"""What stands in a remedy for a value that only the user knows."""
+"""Placeholders in a remedy for a value that only the user knows."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """An error and the ways out of it.
+    """An error and the alternatives of its remedy.
 
     Attributes:
-        name: of the row.
-        provoke: makes, in an empty folder, a situation in which the command that it returns (as
-            after ``cnn2gnn``; the last arguments are config and overrides) fails.
-        says: a part of the error.
-        fill: values of open overrides by their field.
+        name: name of the row.
+        provoke: sets up, in an empty folder, a situation in which the returned command (the arguments
+            after ``cnn2gnn``, with config and overrides last) fails.
+        says: a part of the error message.
+        fill: values of the placeholders in overrides, by field.
         only: the alternatives of the remedy, for :func:`table`.
     """
 
@@ -49,9 +49,9 @@ class Row:
 
 
 def cnn2gnn(arguments: Sequence[str]) -> tuple[int, str]:
-    """Run a command of the product; exit code and output.
+    """Run a cnn2gnn command; return exit code and output.
 
-    Stages with models are run as one rank by ``launch/train.py``: the same calls without Ray.
+    Stages with models run as one rank through ``launch/train.py``: the same calls without Ray.
     """
     name, rest = arguments[0], list(arguments[1:])
     stages = None if name == "run" else name.split(",")
@@ -78,7 +78,7 @@ def cnn2gnn(arguments: Sequence[str]) -> tuple[int, str]:
 
 
 def remedy_of(said: str) -> str:
-    """The remedy of the last error in an output."""
+    """The remedy of the last error in the output."""
     found = re.findall(r"^ +remedy: (.*)$", said, re.MULTILINE)
     assert found, f"no remedy:\n{said}"
     return found[-1]
@@ -94,7 +94,7 @@ def alternatives(remedy: str) -> list[str]:
 
 
 def carry_out(row: Row, alternative: str, place: Path) -> None:
-    """Provoke the error, do what the alternative says, and see the command succeed."""
+    """Provoke the error, apply the alternative, and check that the command succeeds."""
     failing = row.provoke(place)
     code, said = cnn2gnn(failing)
     assert code not in (0, 1), said
@@ -116,7 +116,7 @@ def carry_out(row: Row, alternative: str, place: Path) -> None:
 
 
 def overridden(command: Sequence[str], *chosen: str) -> list[str]:
-    """A command with options and overrides; an override takes the place of one of its field."""
+    """A command with options and overrides added; an override replaces one of the same field."""
     fields = [f"{text.partition('=')[0]}=" for text in chosen if "=" in text]
     kept = [word for word in command if not any(word.startswith(name) for name in fields)]
     return [*kept, *chosen]
@@ -128,7 +128,7 @@ def _filled(alternative: str, row: Row, place: Path) -> str:
 
 
 def _config_of(command: Sequence[str]) -> list[str]:
-    """--config and overrides of a command; of one that has none (predict), of its run."""
+    """--config and overrides of a command, or of its run if it has none (predict)."""
     if "--config" in command:
         return [*command[command.index("--config") :]]
     run = Path(command[command.index("--run") + 1])
@@ -136,7 +136,7 @@ def _config_of(command: Sequence[str]) -> list[str]:
 
 
 def table(rows: Sequence[Row]) -> list[object]:
-    """Rows as parameters, one for each alternative that they name (``only``)."""
+    """Rows as test parameters, one per alternative in ``only``."""
     return [
         pytest.param(row, alternative, id=f"{row.name}: {alternative}")
         for row in rows

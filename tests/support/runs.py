@@ -1,4 +1,4 @@
-"""Small whole runs for tests: the digits through every engine in well under a minute."""
+"""Small complete runs for tests: the digits through every engine in well under a minute."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ MICRO = [
 
 
 def environment(**more: str) -> dict[str, str]:
-    """One thread a rank and nothing of an outer launcher or cluster."""
+    """An environment with one thread per rank and no variables of an outer launcher or cluster."""
     env = {
         k: v for k, v in os.environ.items() if not re.match(r"RANK|WORLD_SIZE|LOCAL_RANK|RAY_", k)
     }
@@ -63,12 +63,12 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def ray_environment() -> dict[str, str]:
-    """For runs that start a Ray: nothing more, it has a token of its own."""
+    """An environment for runs that start Ray, which creates its own token."""
     return environment()
 
 
 def bare_environment(home: Path) -> dict[str, str]:
-    """A user's shell: a path and a home of its own, nothing that tests or launchers set."""
+    """A user's shell environment: its own path and home, and nothing set by tests or launchers."""
     home.mkdir(exist_ok=True)
     path = f"{BIN}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
     return {"PATH": path, "HOME": str(home), "PYTHONPATH": str(REPOSITORY)}
@@ -84,7 +84,7 @@ def free_port() -> int:
 def start(
     command: list[str], env: dict[str, str], cwd: Path = REPOSITORY
 ) -> subprocess.Popen[str] | Fork:
-    """Start in a process group of its own, both outputs in one pipe."""
+    """Start a command in its own process group, with stdout and stderr in one pipe."""
     if command[0] == FORKED:
         return Fork(_launch, (int(command[1]), command[2:]), env, cwd)
     return subprocess.Popen(
@@ -110,10 +110,10 @@ def finish(process: subprocess.Popen[str] | Fork, seconds: float = 600) -> tuple
 
 
 def launch(run_dir: Path, *overrides: str, ranks: int = 2) -> list[str]:
-    """Command of a run on so many ranks, forked with the libraries loaded: for ``start``.
+    """Command for ``start`` of a run on so many ranks, forked with the libraries preloaded.
 
-    They are started, watched and ended as torchrun does; it saves what torchrun and each rank
-    would import.
+    The ranks are started, monitored and stopped as by torchrun, without the import time of torchrun
+    and of each rank.
     """
     return [FORKED, str(ranks), "--config", "demo", *MICRO, f"run.dir={run_dir}", *overrides]
 
@@ -129,7 +129,7 @@ def torchrun(run_dir: Path, *overrides: str, ranks: int = 2) -> list[str]:
 
 
 def _launch(ranks: int, arguments: list[str]) -> int:
-    """What torchrun does on one host: start the ranks; when one fails, end the others and say so."""
+    """Act as torchrun on one host: start the ranks; when one fails, stop the others and report it."""
     os.environ.update(WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     alive = {}
     for rank in range(ranks):
@@ -153,12 +153,12 @@ def _launch(ranks: int, arguments: list[str]) -> int:
 
 
 def results(run_dir: Path) -> dict:
-    """The table of a run."""
+    """The results table of a run."""
     return json.loads((run_dir / "results.json").read_text())
 
 
 def scores(run_dir: Path) -> dict[str, tuple[float, float]]:
-    """What must not depend on who started the run: accuracy and calibration of each model."""
+    """Results that must not depend on the launcher: accuracy and calibration of each model."""
     table = results(run_dir)
     return {
         name: (table[name]["accuracy"], table[name]["ece"])
@@ -167,14 +167,14 @@ def scores(run_dir: Path) -> dict[str, tuple[float, float]]:
 
 
 def trail(run_dir: Path, stages: tuple[str, ...] = ("teacher", "student", "control")) -> dict:
-    """What must be the same to the bit however often a run was killed: each training's lines of
-    metrics (without times and memory), and its last weights, moments and buffers.
+    """Results that must be bit-identical however often a run was killed: the metrics lines of each
+    training (without times and memory), and its last weights, moments and buffers.
     """
     return {stage: (lines(run_dir / stage), weights(run_dir / stage)) for stage in stages}
 
 
 def lines(folder: Path) -> list[dict]:
-    """Metrics of a training, without what depends on the clock."""
+    """Metrics of a training, without the time-dependent ones."""
     text = (folder / "metrics.jsonl").read_text()
     found = [json.loads(line) for line in text.splitlines()]
     clock = ("time", "images_per_s", "wait_share", "memory_mb")

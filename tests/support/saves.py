@@ -1,4 +1,4 @@
-"""Checkpoints of a tiny training: what the tests of saving and of its faults share."""
+"""Checkpoints of a tiny training, shared by the tests of saving and of its failures."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def state(engine: Engine) -> str:
 
 
 def uninterrupted(root: Path, stage: int) -> dict[str, Any]:
-    """Six steps with a checkpoint after every one from the second on; what there is to compare."""
+    """Run six steps with a checkpoint after each from the second on; return the state to compare."""
     engine = tiny.build(stage)
     saved = Checkpoints(root / str(stage), RUN, keep_last=2)
     losses = tiny.train(engine, range(HALF - 1))
@@ -57,7 +57,7 @@ def newest(folder: Path) -> Path:
 
 
 def publish(saved: Checkpoints, step: int, **fields: Any) -> None:
-    """A checkpoint without tensors, by the real publisher."""
+    """Publish a checkpoint without tensors, through the real publisher."""
     final = saved.folder / f"step-{step:08d}"
     work = final.with_name(final.name + ".tmp")
     work.mkdir(parents=True)

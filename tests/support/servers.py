@@ -19,16 +19,16 @@ from pathlib import Path
 from tests.support.rank_group import free_port
 
 Fault = str | None
-"""None, "500", "403", "404", "short" (the body stops early), "stall" (it stops and says nothing),
-"drop" (the connection closes without an answer), "whole" (the range is ignored),
+"""None, "500", "403", "404", "short" (truncated body), "stall" (stops without closing),
+"drop" (closes the connection without a response), "whole" (ignores the range),
 "flip" (a wrong byte), "drip" (a byte now and then)."""
 
 
 class Served:
-    """A folder behind HTTP.
+    """A folder served over HTTP.
 
-    ``fault`` is asked before each GET with its number (from 0) and path; ``requests`` counts GETs
-    by path; ``sent`` bytes of bodies. ``head_fault`` is the same for HEADs, by their path.
+    ``fault`` is called before each GET with its number (from 0) and path; ``requests`` counts GETs
+    by path; ``sent`` counts bytes of bodies. ``head_fault`` does the same for HEADs, by path.
     """
 
     def __init__(self, url: str) -> None:
@@ -38,8 +38,8 @@ class Served:
         self.requests: Counter[str] = Counter()
         self.sent = 0
         self.lock = threading.Lock()
-        self.tagged = False  # whether an ETag tells a file's versions apart
-        self.released = threading.Event()  # ends what stalls
+        self.tagged = False  # whether an ETag identifies the version of a file
+        self.released = threading.Event()  # releases stalled responses
 
 
 @contextlib.contextmanager
@@ -95,7 +95,9 @@ def http_server(folder: Path) -> Iterator[Served]:
                 data = data[: len(data) // 2]
                 self.close_connection = True
             with served.lock:
-                served.sent += len(data)  # before, since who has the last byte may look at once
+                served.sent += len(
+                    data
+                )  # count first: the client may check as soon as it has the last byte
             with contextlib.suppress(OSError):
                 if fault == "drip":
                     while data and not served.released.wait(0.05):
@@ -121,7 +123,7 @@ def http_server(folder: Path) -> Iterator[Served]:
 
 @contextlib.contextmanager
 def s3_server() -> Iterator[str]:
-    """The endpoint of an empty S3 store (moto's server, a process of its own)."""
+    """The endpoint of an empty S3 store (moto's server in a separate process)."""
     port = free_port()
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     log = subprocess.DEVNULL

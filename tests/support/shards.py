@@ -1,4 +1,4 @@
-"""What several test files share: where real data lies, and small shards made on the spot."""
+"""Data for several test files: the location of real data, and small generated shards."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support import REPOSITORY
 def data_dir(name: str) -> Path:
     """Folder of a real data set ('cifar10', 'mini-imagenet', 'imagenet-sample'); skips without it.
 
-    They are looked for in $CNN2GNN_DATA, else in ../shared/data beside the repository.
+    The folder is searched in $CNN2GNN_DATA, else in ../shared/data beside the repository.
     """
     beside = REPOSITORY.parent / "shared" / "data"
     folder = Path(os.environ.get("CNN2GNN_DATA") or beside) / name
@@ -28,7 +28,7 @@ def data_dir(name: str) -> Path:
 
 
 def random_images(count: int, height: int = 32, width: int = 32, seed: int = 0) -> np.ndarray:
-    """Smooth random RGB images, uint8 [N, H, W, 3]: blown-up noise, so that JPEG keeps them."""
+    """Smooth random RGB images, uint8 [N, H, W, 3]: upsampled noise, which JPEG preserves well."""
     rng = np.random.default_rng(seed)
     small = rng.integers(0, 256, (count, 4, 4, 3), dtype=np.uint8)
     size = (width, height)
@@ -38,7 +38,7 @@ def random_images(count: int, height: int = 32, width: int = 32, seed: int = 0) 
 
 
 def encode_image(image: np.ndarray, suffix: str = "png", **options: object) -> bytes:
-    """Encode a uint8 image as 'png' (exact) or 'jpg' (quality 90 unless told)."""
+    """Encode a uint8 image as 'png' (lossless) or 'jpg' (quality 90 by default)."""
     file = io.BytesIO()
     if suffix in ("jpg", "jpeg"):
         Image.fromarray(image).save(file, "JPEG", **{"quality": 90, **options})
@@ -48,7 +48,7 @@ def encode_image(image: np.ndarray, suffix: str = "png", **options: object) -> b
 
 
 def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> Path:
-    """Write a tar of (name, payload) as they come: wrong ones too."""
+    """Write a tar of (name, payload) pairs as given, even invalid ones."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
         for name, data in members:

@@ -17,7 +17,7 @@ ENOUGH = 6
 
 
 def main() -> None:
-    """Read for ever, or until the end that was asked for."""
+    """Read forever, or until the requested end."""
     manifest, backend, end = sys.argv[1:]
     # A shell that starts the tests in the background has SIGINT ignored, and children inherit it.
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,4 +1,4 @@
-"""A tiny BatchNorm CNN, its data and its training: what the tests of the training wing share."""
+"""A tiny BatchNorm CNN, its data and its training, shared by the tests of ``training``."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ LR, WEIGHT_DECAY = 0.01, 0.1
 
 
 class TinyNet(nn.Module):
-    """Images [B, 3, 8, 8] to logits [B, 4]: matrices, vectors, a gate, buffers of both kinds."""
+    """Maps images [B, 3, 8, 8] to logits [B, 4]; has matrices, vectors, a gate, buffers of both kinds."""
 
     def __init__(self, seed: int = 0, width: int = 6) -> None:
         super().__init__()
         torch.manual_seed(seed)
-        # No bias ahead of BatchNorm: its gradient is rounding noise, which Adam blows up.
+        # No bias before BatchNorm: its gradient is rounding noise, which Adam amplifies.
         self.first = nn.Conv2d(3, width, 3, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(width)
         self.second = nn.Conv2d(width, width, 3, stride=2, bias=False)
@@ -59,7 +59,7 @@ def lr(step: int) -> float:
 
 
 def config(stage: int, accumulation: int = 1, clip: float = 0.0) -> dict[str, Any]:
-    """The repository's ds_config.json, resolved for the group at hand."""
+    """The repository's ds_config.json, resolved for the current group."""
     return ds_config.resolve(
         ds_config.load(ds_config.PACKAGE.parent / "ds_config.json"),
         world_size=collectives.world_size(),
@@ -81,7 +81,7 @@ def build(stage: int, *, seed: int = 0, model: nn.Module | None = None, **option
 
 
 def train(engine: Engine, steps: range) -> list[float]:
-    """Optimizer steps on this rank's shares; the loss of every micro-batch."""
+    """Run optimizer steps on this rank's shares; return the loss of every micro-batch."""
     losses = []
     for step in steps:
         images, labels = share(step)

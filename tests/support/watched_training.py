@@ -1,7 +1,7 @@
-"""One rank of a small run under torchrun whose reads from the device are counted, or whose loss
-is spoilt: ``watched_training.py FOLDER reads|STEP section.field=value …``.
+"""One rank of a small run under torchrun whose device reads are counted, or whose loss is set to NaN:
+``watched_training.py FOLDER reads|STEP section.field=value …``.
 
-Leaves ``rank-N.json``: the counts by stage and by the package's function that asked.
+Writes ``rank-N.json``: the counts by stage and by calling function of the package.
 """
 
 from __future__ import annotations
@@ -42,20 +42,20 @@ PYTHON = {
         "__index__",
     ]
 }
-"""What brings values of a tensor to Python."""
+"""Tensor methods that copy values to Python."""
 INSIDE = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal"}
-"""torch's own operators that have to look at values."""
+"""torch operators that need values on the host."""
 STAGES = {"stages/teacher": "teacher", "stages/student": "student"}
 
 
 class Reads:
-    """Counts of reads by stage of training and by the package's function that asked."""
+    """Counts of reads by stage of training and by calling function of the package."""
 
     def __init__(self) -> None:
         self.found: dict[str, Counter[str]] = {}
 
     def note(self) -> None:
-        """Count whoever is calling."""
+        """Count a read for the caller."""
         asked, frame = None, sys._getframe(2)
         while frame is not None:
             path, code = Path(frame.f_code.co_filename), frame.f_code
@@ -71,7 +71,7 @@ class Reads:
 
     @contextmanager
     def counted(self) -> Iterator[None]:
-        """Within this block reads are counted."""
+        """Count the reads within this block."""
         with _Python(self), _Operators(self):
             yield
 
@@ -99,7 +99,7 @@ class _Operators(TorchDispatchMode):
 
 
 def spoil_loss(step: int) -> None:
-    """The student's loss is not a number from this step on, on this rank."""
+    """Make the student's loss NaN from this step on, on this rank."""
     calls, whole = [0], student.loss_of
 
     def spoilt(*arguments):
@@ -110,7 +110,7 @@ def spoil_loss(step: int) -> None:
 
 
 def main(folder: Path, what: str, overrides: list[str]) -> int:
-    """All stages up to the student's; exit code 2 for a refusal."""
+    """Run all stages up to the student's; return the exit code of a UserError, else 0."""
     ranks, reads = Ranks.from_environment(), Reads()
     how = [*MICRO, f"run.dir={folder / 'run'}", *overrides]
     tree = settings.as_tree(settings.load("demo", how))

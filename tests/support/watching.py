@@ -1,4 +1,4 @@
-"""Runs under way: waited for, looked into, killed."""
+"""Waiting for, inspecting and killing running processes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.forks import Fork
 
 
 def read_until(process: subprocess.Popen[str] | Fork, pattern: str) -> str:
-    """Output up to the first line that matches."""
+    """Read the output up to the first line that matches."""
     seen = []
     assert process.stdout is not None
     for line in process.stdout:
@@ -29,9 +29,9 @@ def read_until(process: subprocess.Popen[str] | Fork, pattern: str) -> str:
 def reach(
     process: subprocess.Popen[str] | Fork, run: Path, stage: str, step: int | None = None
 ) -> None:
-    """Wait until a training has logged this step; without one, until it has a checkpoint."""
+    """Wait until a training has logged this step, or without a step, until it has a checkpoint."""
     path, latest = run / stage / "metrics.jsonl", run / stage / "checkpoints" / "latest"
-    deadline = time.monotonic() + 400  # beside other work; it costs nothing where it is quick
+    deadline = time.monotonic() + 400  # generous for a loaded machine
 
     def there() -> bool:
         if step is None:
@@ -46,15 +46,15 @@ def reach(
 
 
 def ranks_of(process: subprocess.Popen[str] | Fork) -> list[psutil.Process]:
-    """The ranks below their launcher, in order."""
+    """The rank processes of a launcher, in order."""
     children = psutil.Process(process.pid).children()
-    forked = isinstance(process, Fork)  # torchrun has children of other kinds, too
+    forked = isinstance(process, Fork)  # torchrun has other kinds of children too
     ranks = [child for child in children if forked or "launch/train.py" in child.cmdline()]
     return sorted(ranks, key=lambda child: child.pid)
 
 
 def kill_all(process: subprocess.Popen[str] | Fork) -> None:
-    """SIGKILL to a process and everything below it, without warning."""
+    """Send SIGKILL to a process and all its descendants."""
     family = [process, *psutil.Process(process.pid).children(recursive=True)]
     for member in family:
         os.kill(member.pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Two sets of images, two numberings: classes are matched by name, or the run is refused."""
+"""Two data sets, two numberings: classes are matched by name, or the run is refused."""
 
 from __future__ import annotations
 
@@ -37,26 +37,26 @@ def shard(path: Path, *samples: tuple[int, str | None]) -> Path:
 @pytest.mark.parametrize(
     ("train", "held", "present", "expected"),
     [
-        # the same, a permutation, a part that is numbered from 0 again
+        # identical, a permutation, a subset renumbered from 0
         (told("ant", "bee", "cow"), told("ant", "bee", "cow"), [0, 1, 2], [0, 1, 2]),
         (told("ant", "bee", "cow"), told("cow", "ant", "bee"), [0, 1, 2], [2, 0, 1]),
         (told("ant", "bee", "cow"), told("bee", "cow"), [0, 1], [1, 2]),
-        # a class that is unknown and has no image matters to nobody
+        # an unknown class without images is ignored
         (told("ant", "bee"), told("fox", "bee"), [1], [-1, 1]),
-        # names that are numbers, sorted as text, as folders are
+        # names that are numbers, sorted as text like folders
         (told("0", "1", "10", "2"), told("0", "2"), [0, 1], [0, 3]),
-        # no names at all: numbers are all there is
+        # no names at all: only numbers
         (told(None, None, None), told(None, None), [0, 1], [0, 1]),
-        # names that are the very numbers, and a side with numbers only
+        # names that equal the numbers, and a side with only numbers
         (told("0", "1", "2"), told(None, None), [0, 1], [0, 1]),
         (told(None, None, None), told("0", "1"), [0, 1], [0, 1]),
-        # ImageNet's two cranes: by number, because all other names say the numbering is the same
+        # ImageNet's two cranes: by number, because all other names show the same numbering
         (told("crane", "bee", "crane"), told("crane", "bee", "crane"), [0, 1, 2], [0, 1, 2]),
         (told("crane", "bee", "crane"), told("crane", "bee", "crane"), [2, 1], [-1, 1, 2]),
         (told("crane", "crane"), told("crane", "crane"), [0, 1], [0, 1]),
-        # some without a name, and the others say that the numbering is the same
+        # some without a name, while the others show the same numbering
         (told("ant", None, "cow"), told("ant", "bee", None), [0, 1, 2], [0, 1, 2]),
-        # é in one sign or in two
+        # é as one code point or two
         (told("bee", "caf\u00e9"), told("cafe\u0301", "bee"), [0, 1], [1, 0]),
         (told("ant", "bee"), told(), [], []),
     ],
@@ -74,10 +74,10 @@ def test_classes_are_matched_by_name(train, held, present, expected):
         (told("ant", "bee"), told(None, None), [0, 1], "training images name .* only number"),
         (told(None, None), told("ant", "bee"), [0, 1], "held-out images name .* only number"),
         (told("1", "2", "3"), told(None, None, None), [1, 2], "only number"),
-        # no name tells which crane is which once the numbering is another one
+        # with a different numbering, no name can tell the cranes apart
         (told("crane", "bee", "crane"), told("bee", "crane"), [0, 1], "several classes bear"),
         (told("crane", "bee"), told("crane", "crane", "bee"), [0, 1, 2], "several classes bear"),
-        # another numbering, and a class without a name: nothing says which one it is
+        # a different numbering, and a class without a name: it could be any
         (told("ant", "bee", "cow"), told("bee", "ant", None), [0, 1, 2], "1 held-out classes have"),
         (told("ant", None, "cow"), told("cow", "bee", "ant"), [0, 1, 2], "'bee'"),
     ],
@@ -99,7 +99,7 @@ def test_a_likely_misspelling_is_named():
     ("names", "offered"), [(("ant", "bee", "cow", "dog"), True), (("0", "1", "10", "2"), False)]
 )
 def test_numbers_are_offered_only_where_they_can_be_meant(names, offered):
-    """Text labels sort '10' before '2': their places are no numbers of anything."""
+    """Text labels sort '10' before '2': their positions are not class numbers."""
     for sides in ((told(*names), told(None, None)), (told(None, None, None), told(*names))):
         with pytest.raises(UserError) as caught:
             match(*sides, [0, 1, 2][: sides[1].count])
@@ -126,7 +126,7 @@ def test_notes_say_what_the_table_does_not():
 
 
 def test_names_of_one_class_that_disagree_are_refused(tmp_path: Path) -> None:
-    """Within a shard and between shards, wherever in them."""
+    """Within a shard and between shards, at any position."""
     a = shard(tmp_path / "a.tar", (0, "ant"), (1, "bee"), (0, "ant"))
     within = shard(tmp_path / "b.tar", (0, "ant"), (1, "bee"), (0, "ant"), (1, "ant"))
     with pytest.raises(UserError, match="Class 1 is 'ant' here, and 'bee' in") as caught:
@@ -144,12 +144,12 @@ def test_names_of_one_class_that_disagree_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_json_in_any_writing_is_compared(tmp_path: Path) -> None:
-    """The quick comparison of bytes must not take one writing of a name for another name."""
+    """The fast byte comparison must not take another encoding of a name for another name."""
     writings = [
         b'{"class_name": "caf\\u00e9"}',
         '{"class_name":"café"}'.encode(),
         '{"x": [1], "class_name" : "café", "class_nam": "tea"}'.encode(),
-        b'{"class\\u005fname": "tea"}',  # not looked for, and so no name
+        b'{"class\\u005fname": "tea"}',  # not searched for, so no name
         b'{"caption": "tea"}',
         b'{"class_name": null}',
     ]
@@ -183,7 +183,7 @@ def test_a_list_beside_packed_shards_names_all_classes(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="list of the classes") as caught:
         index([path])
     assert caught.value.where == str(names)
-    names.write_text('{"ant": 0}')  # somebody else's
+    names.write_text('{"ant": 0}')  # an unrelated file
     assert index([path]).classes == ("ant", "1")
 
 
@@ -199,7 +199,7 @@ def test_a_list_that_names_nothing_is_said(tmp_path: Path) -> None:
     shard(tmp_path / "test-00.tar", (0, None))
     for name in ("train", "test"):
         (tmp_path / f"{name}-classes.json").write_text('["ant"]')
-    assert unused_lists([path]) is None  # the other list is that of the other shards
+    assert unused_lists([path]) is None  # the other list belongs to the other shards
     (tmp_path / "all-classes.json").write_text('["ant"]')
     found = unused_lists([path])
     assert found is not None
@@ -218,7 +218,7 @@ def test_held_out_labels_are_put_in_the_numbering_of_the_training_images(tmp_pat
     assert pair.train.label_N.tolist() == [0, 1, 2, 2]
     assert "matched by name" in pair.notes[0]
     assert "0 ('ant')" in pair.notes[1]
-    # and it is what goes to disk
+    # ... also on disk
     pair.held.save(tmp_path / "m.arrow")
     assert type(pair.held).load(tmp_path / "m.arrow").label_N.tolist() == [2, 1, 2]
 
@@ -241,7 +241,7 @@ def test_a_number_of_classes_checks_and_does_not_rename(tmp_path: Path) -> None:
 
 
 def test_labels_that_are_ids_or_begin_at_one(tmp_path: Path) -> None:
-    """Refused before memory is taken for as many classes, and with what is wrong."""
+    """Refused with the reason, before memory is allocated for that many classes."""
     for label in (40_000_000, 999_999_999, 10**12, 10**30):
         path = shard(tmp_path / "a.tar", (0, None), (label, None))
         with pytest.raises(UserError, match="id"):
@@ -262,7 +262,7 @@ def test_two_classes_of_one_name_get_their_numbers():
 
 
 def test_a_set_of_copies_is_said(tmp_path: Path) -> None:
-    """Also from recorded checksums, and in sets larger than the sample; some copies are no fault."""
+    """Also from recorded checksums, and in sets larger than the sample; a few copies are fine."""
     images = random_images(400, 8, 8)
     few = images[np.arange(400) % 3]
     for name, made, expected in (
@@ -292,7 +292,9 @@ def test_one_class_in_two_spellings_is_refused(tmp_path: Path, names, listed) ->
     with pytest.raises(UserError, match="spelled") as e:
         index_pair([one], [two])
     assert e.value.where == "data.test"
-    other = shard(tmp_path / "other.tar", (0, names[1]))  # of two sets they are the same
+    other = shard(
+        tmp_path / "other.tar", (0, names[1])
+    )  # across two data sets they are the same class
     assert index_pair([one], [other]).held.label_N.tolist() == [0]
 
 
@@ -332,5 +334,5 @@ def test_an_empty_name_among_others_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="name of class 0 is empty, and the other 1 have") as caught:
         index([path])
     assert caught.value.where == str(names)
-    names.write_text('[null, "1"]')  # known by its number
+    names.write_text('[null, "1"]')  # named by its number
     assert index([path]).classes == ("0", "1")

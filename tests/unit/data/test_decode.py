@@ -1,4 +1,4 @@
-"""Decoding: whatever an image may be becomes RGB, and what is none is said to be corrupt."""
+"""Decoding: any image becomes RGB, and anything else is reported as corrupt."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_jpeg_equals_pillow(options):
     data = encode_image(IMAGE, "jpg", **options)
     found = decode(data)
     assert found.dtype == np.uint8
-    # Both are libjpeg-turbo underneath, of other releases.
+    # Both use libjpeg-turbo, in different releases.
     np.testing.assert_array_equal(found, by_pillow(data))
 
 
@@ -65,7 +65,7 @@ def test_cmyk_jpeg_becomes_rgb():
 
 def test_ycck_jpeg_becomes_rgb():
     data = bytes_of(Image.fromarray(IMAGE).convert("CMYK"), "JPEG", quality=95)
-    flag = data.index(b"Adobe") + 11  # how the colours are stored: 2 is YCCK
+    flag = data.index(b"Adobe") + 11  # color transform: 2 is YCCK
     data = data[:flag] + b"\x02" + data[flag + 1 :]
     assert simplejpeg.decode_jpeg_header(data)[2] == "YCCK"
     np.testing.assert_array_equal(decode(data), by_pillow(data))
@@ -77,7 +77,7 @@ def test_ycck_jpeg_becomes_rgb():
     ids=str,
 )
 def test_rare_chroma_that_simplejpeg_does_not_know(chroma, factors):
-    """Sampling factors in other words: sound images (of shuffled blocks), which Pillow reads."""
+    """Equivalent sampling factors: valid images (of shuffled blocks) that Pillow reads."""
     image = random_images(1, 64, 64)[0]
     data = bytearray(simplejpeg.encode_jpeg(image, colorsubsampling=chroma))
     frame = data.index(b"\xff\xc0")
@@ -104,7 +104,7 @@ def test_other_kinds(kind):
 
 @pytest.mark.parametrize("kind", ["ICO", "PCX", "SGI", "EPS"])
 def test_kinds_that_nobody_keeps_images_in_are_not_tried(kind):
-    """Pillow reads them; for the last one it starts Ghostscript."""
+    """Pillow reads them, and starts Ghostscript for the last one."""
     with pytest.raises(CorruptSample, match=r"none of JPEG, PNG|a format that is not read"):
         decode(bytes_of(Image.fromarray(IMAGE), kind))
 
@@ -161,7 +161,7 @@ def test_too_large_is_refused_by_the_header_alone(suffix, monkeypatch):
 
 @pytest.mark.parametrize("how", ["lossy", "lossless", "extended"])
 def test_a_large_webp_is_refused_before_it_is_opened(how, monkeypatch):
-    """Opening it takes memory for all of its canvas."""
+    """Opening it allocates memory for its whole canvas."""
     image = Image.fromarray(random_images(1, 40, 57)[0])
     more = {"extended": {"exif": b"Exif\0\0" + bytes(9)}, "lossless": {"lossless": True}}
     data = bytes_of(image, "WEBP", **more.get(how, {}))
@@ -186,7 +186,9 @@ def test_large_progressive_images_of_usual_scans_are_decoded(monkeypatch):
     monkeypatch.setattr(decoding, "MAX_WORK", 300 * 400 * scans - 1)
     with pytest.raises(CorruptSample, match=f"400 x 300 pixels in {scans} scans"):
         decode(data)
-    plain = encode_image(image, "jpg", icc_profile=b"\xff\xda" * 999)  # no scans, only their mark
+    plain = encode_image(
+        image, "jpg", icc_profile=b"\xff\xda" * 999
+    )  # the scan marker without scans
     assert decode(plain).shape == image.shape
 
 

@@ -56,7 +56,7 @@ def test_what_is_read_is_bounded(tmp_path: Path, monkeypatch) -> None:
     assert str(overlap_note(a, b)).startswith("60 of 60 ")
     monkeypatch.setattr(
         held_out_overlap, "MOST", 59
-    )  # the first length met, up to where the other comes
+    )  # stop at the first image of the second length
     read: list[int] = []
     real = urls.read_range
     monkeypatch.setattr(

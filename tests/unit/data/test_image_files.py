@@ -1,4 +1,4 @@
-"""Which files below a folder are images: links, loops, names that say nothing, and what is left out."""
+"""Search for images below a folder: links, loops, names without a suffix, and files left out."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def test_links_are_followed_and_each_folder_is_read_once(tmp_path):
         "a/again": root / "b" / "sub",  # its images are b's
         "a/loop": root / "a",
         "a/more": store,
-        "a/up": tmp_path,  # holds the root itself
-        "b/deep": store / "deep",  # read as a part of a/more
+        "a/up": tmp_path,  # contains the root itself
+        "b/deep": store / "deep",  # read as part of a/more
         "c": tmp_path / "elsewhere",
     }.items():
         (root / name).symlink_to(target)
@@ -52,7 +52,7 @@ def test_links_are_followed_and_each_folder_is_read_once(tmp_path):
 def test_a_link_into_a_folder_that_is_read_later_is_no_second_copy(tmp_path):
     store = tree(tmp_path / "store", "s1.png", "deep/s2.png")
     root = tree(tmp_path / "in", "a/1.png")
-    (root / "a" / "deep").symlink_to(store / "deep")  # before the folder that holds it
+    (root / "a" / "deep").symlink_to(store / "deep")  # sorts before the folder that contains it
     (root / "a" / "whole").symlink_to(store)
     found = find_images(root)
     assert found.images == ["a/1.png", "a/deep/s2.png", "a/whole/s1.png"]
@@ -70,12 +70,12 @@ def test_what_is_no_image_is_counted_by_its_reason(tmp_path):
     root = tree(tmp_path / "in", "a/1.png", "a/2", "a/x.png/3.png", "a/4.2024", "a/5.HEIC", "6.png")
     tree(root, "a/._1.png", "a/.hid/7.png", "__MACOSX/8.png", "a/Thumbs.db", "a/9.jpg.part", "a/8~")
     tree(root, "a/10.HEIC", "a/list.csv", "a/nothing", "n.txt", data=b"words")
-    os.mkfifo(root / "a" / "pipe.png")  # reading it would wait for ever
+    os.mkfifo(root / "a" / "pipe.png")  # reading it would block forever
     (root / "a" / "sock").symlink_to(root / "a" / "pipe.png")
     (root / "a" / "gone").symlink_to("/nowhere")
     found = find_images(root, classes=True)
     assert found.folders == ["a"]
-    # A.heic that holds a PNG is one: phones name them so.
+    # A .heic file that contains a PNG is an image: phones name them so.
     assert found.images == ["a/1.png", "a/2", "a/4.2024", "a/5.HEIC", "a/x.png/3.png"]
     assert found.left_out == {
         "hidden": ["__MACOSX", "a/._1.png", "a/.hid", "a/Thumbs.db"],
@@ -122,13 +122,13 @@ def test_unreadable_says_what_a_file_is_instead(tmp_path):
 
 
 def test_a_pipe_gives_all_that_is_written_to_it(tmp_path):
-    pipe, data = tmp_path / "pipe.png", bytes(range(251)) * 1000  # more than a pipe holds
+    pipe, data = tmp_path / "pipe.png", bytes(range(251)) * 1000  # more than a pipe buffers
     os.mkfifo(pipe)
 
     def write_late():
-        time.sleep(0.2)  # the reader is there first
+        time.sleep(0.2)  # the reader opens it first
         with open(pipe, "wb", buffering=0) as file:
-            time.sleep(0.2)  # open, and nothing in it yet
+            time.sleep(0.2)  # open, but still empty
             file.write(data[:70])
             time.sleep(0.2)
             file.write(data[70:])
@@ -148,8 +148,8 @@ def test_a_pipe_that_nobody_writes_to_is_not_waited_for_without_end(tmp_path, mo
     os.mkfifo(pipe)
     with pytest.raises(TimeoutError, match=r"nobody writes to \(waited 0.25 seconds"):
         read_file(pipe)
-    held = os.open(pipe, os.O_RDWR)  # as a writer who says nothing
+    held = os.open(pipe, os.O_RDWR)  # a writer that writes nothing
     with pytest.raises(TimeoutError, match=r"waited 0.5 seconds"):
         read_file(pipe)
     threading.Timer(0.2, os.close, [held]).start()
-    assert read_file(pipe) == b""  # he has left
+    assert read_file(pipe) == b""  # the writer has closed it

@@ -1,4 +1,4 @@
-"""What the index withstands (hostile and odd shards), and what it records (checksums, any size)."""
+"""Indexing of hostile and unusual shards, and what the index records (checksums, any size)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def shard(folder: Path, *members: bytes) -> Path:
 
 
 def peak_of(work: Callable[[], object]) -> int:
-    """Most bytes that Python held at once during the work."""
+    """Peak bytes allocated by Python during the work."""
     tracemalloc.start()
     try:
         work()
@@ -56,7 +56,7 @@ def tree(folder: Path) -> set[str]:
 def test_names_are_text_and_never_paths(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """Absolute and ``..`` names are keys as in webdataset: nothing is written, here or there."""
+    """Absolute and ``..`` names are keys as in webdataset: nothing is written anywhere."""
     inside = tmp_path / "x" / "y"
     inside.mkdir(parents=True)
     monkeypatch.chdir(inside)
@@ -70,7 +70,7 @@ def test_names_are_text_and_never_paths(
 
 
 def test_links_devices_and_folders_are_ignored(tmp_path: Path) -> None:
-    """A link named like an image is no image, and what it points to is never opened."""
+    """A link with an image name is not an image, and its target is never opened."""
     secret = tmp_path / "secret.jpg"
     secret.write_bytes(b"secret")
     links = [header(b"k.png", 6, bytes([kind])) for kind in b"123456"]
@@ -93,11 +93,11 @@ class Mark:
 
 
 def test_pickles_are_never_unpickled(tmp_path: Path) -> None:
-    """Pickle members are ignored; one in the place of an image, label or json is only bytes."""
+    """Pickle members are ignored; one in place of an image, label or JSON is treated as bytes."""
     mark = tmp_path / "mark"
     bomb = pickle.dumps(Mark(mark))
     pickle.loads(bomb)
-    assert mark.exists()  # it does explode
+    assert mark.exists()  # unpickling it does run code
     mark.unlink()
     names = (b"k.pyd", b"k.pkl", b"k.pickle", b"k.json", b"k.png", b"k.pth", b"k.npz")
     path = shard(tmp_path, *[file(name, bomb) for name in names], SAMPLE)
@@ -150,13 +150,13 @@ def test_giant_and_impossible_headers_are_refused(
 
 
 def test_many_extension_headers_take_no_memory(tmp_path: Path) -> None:
-    """Those of one member don't pile up, whatever they say; ``tarfile`` recurses, and fails."""
+    """Those of one member don't accumulate, whatever they contain; ``tarfile`` recurses and fails."""
     long = b"n" * 100_000
     many = [gnu(b"%07d" % n + long) for n in range(100)]
     many += [pax({b"key%07d" % n: long, b"path": long}) for n in range(100)]
     many += [pax({b"key%07d" % n: long}, b"g") for n in range(100)]
     path = shard(tmp_path, *many, gnu(b"k.cls") * 3000, file(b"x", b"0"), file(b"k.jpg", b"im"))
-    with pytest.raises(UserError, match="no label"):  # the first header counts, as in tarfile
+    with pytest.raises(UserError, match="no label"):  # the first header wins, as in tarfile
         index([path])
     path = shard(tmp_path, gnu(b"k.cls"), *many, file(b"x", b"0"), file(b"k.jpg", b"im"))
     assert len(index([path])) == 1
@@ -164,7 +164,7 @@ def test_many_extension_headers_take_no_memory(tmp_path: Path) -> None:
 
 
 def test_giant_labels_and_jsons_are_not_read(tmp_path: Path) -> None:
-    """Holes of 2 GiB in the place of a json, a label, an unknown member and an image."""
+    """Holes of 2 GiB in place of a JSON file, a label, an unknown member and an image."""
     path = tmp_path / "giant.tar"
 
     def write(*members: tuple[bytes, int]) -> Path:
@@ -187,7 +187,7 @@ def test_giant_labels_and_jsons_are_not_read(tmp_path: Path) -> None:
 
 
 def test_labels_of_any_length_are_read_whole(tmp_path: Path) -> None:
-    """Not cut to their first bytes, which would make a 1 of a 1…9."""
+    """Not truncated to their first bytes, which would turn 1…9 into 1."""
     assert index([shard(tmp_path, file(b"k.cls", b"0".rjust(64)), SAMPLE[1024:])]).label_N[0] == 0
     with pytest.raises(UserError, match="no class number"):
         index([shard(tmp_path, file(b"k.cls", b"1".ljust(70) + b"9"), SAMPLE[1024:])])
@@ -211,7 +211,7 @@ def test_odd_jsons_name_nothing(tmp_path: Path, about: bytes) -> None:
 
 
 def test_what_is_no_plain_file_is_refused(tmp_path: Path) -> None:
-    """A folder; a named pipe, which would be waited for without end; a name with a NUL."""
+    """A folder; a named pipe, which would block forever; a name with a NUL."""
     pipe = tmp_path / "pipe.tar"
     os.mkfifo(pipe)
     for path in (pipe, tmp_path):
@@ -248,7 +248,7 @@ def test_hidden_files_of_macos_are_refused_with_the_remedy(tmp_path: Path) -> No
 
 
 def test_checksums(tmp_path: Path) -> None:
-    """Recorded on request, kept by saving and selecting; no part of the digest."""
+    """Recorded on request, kept by saving and selecting; not part of the digest."""
     images = random_images(10, 8, 8)
     paths = make_shards(tmp_path / "d", images, [0, 1] * 5, shard_size=4)
     plain, sums = index(paths), index(paths, checksums=True)
@@ -283,7 +283,7 @@ def test_checksums_of_images_longer_than_one_read(tmp_path: Path) -> None:
 
 
 def test_a_manifest_of_before_checksums_loads(tmp_path: Path) -> None:
-    """Written by pyarrow alone, column by column, as version 1 was before."""
+    """Written directly with pyarrow, column by column, as the first version 1 was."""
     header_ = {"version": 1, "digest": "d", "classes": ["a"], "shards": []}
     header_["shards"] = [{"path": "s.tar", "bytes": 9, "samples": 2}]
     values = {"shard": [0, 0], "offset": [512, 1 << 40], "size": [3, 4], "label": [0, -1]}
@@ -316,7 +316,7 @@ def test_a_manifest_with_other_columns_is_refused(tmp_path: Path, wrong: pa.Arra
 
 
 def test_a_manifest_whose_rows_make_no_sense_is_refused(tmp_path: Path) -> None:
-    """Shards that fall, or are not listed: as one flipped byte in the file would make them."""
+    """Decreasing or unlisted shard numbers, as one flipped byte in the file would cause."""
     manifest = index([shard(tmp_path, SAMPLE, file(b"l.cls", b"0"), file(b"l.jpg"))])
     for wrong in ([0, -1], [0, 1], [-1, 0], [5, 5]):
         columns = [np.array(wrong, np.int32), *_columns(manifest)[1:]]
@@ -331,7 +331,7 @@ def test_a_manifest_whose_rows_make_no_sense_is_refused(tmp_path: Path) -> None:
 
 
 def test_digest_is_that_of_the_rows_one_by_one() -> None:
-    """Over more keys than are hashed at a time, in strings with short and with long offsets."""
+    """With more keys than are hashed at a time, in strings with 32-bit and 64-bit offsets."""
     n = 70_000
     keys = [f"ключ/{i}" for i in range(n)]
     zeros = np.zeros(n, np.int32)
@@ -354,7 +354,7 @@ def test_keys_beyond_two_gibibytes_keep_long_offsets(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
 def test_workers_change_nothing(tmp_path: Path, workers: int) -> None:
-    """Rows in the shards' order, class names from any of them."""
+    """Rows in shard order, class names from any shard."""
     members = [[(f"{s}.cls", b"%d" % (s % 3)), (f"{s}.jpg", b"x" * s)] for s in range(20)]
     for s, sample in enumerate(members):
         sample.append((f"{s}.json", b'{"class_name": "from %d"}' % (s % 3)))
@@ -371,7 +371,7 @@ def test_workers_change_nothing(tmp_path: Path, workers: int) -> None:
 
 
 def test_headers_that_change_midway_are_read_as_well_as_the_first(tmp_path: Path) -> None:
-    """Owners, times, prefixes and types that alternate: no quick check may keep old ones."""
+    """Owners, times, prefixes and types that alternate: the fast check must not keep old ones."""
     members = []
     for n in range(40):
         fields = {"prefix": b"p%d" % (n % 3)} if n % 4 else {}
@@ -389,7 +389,7 @@ def test_headers_that_change_midway_are_read_as_well_as_the_first(tmp_path: Path
 
 @pytest.mark.parametrize("at", [0, 50, 105, 120, 130, 140, 150, 156, 300, 350, 511])
 def test_damage_anywhere_in_a_header_is_seen_after_many_sound_ones(tmp_path: Path, at: int) -> None:
-    """The quick check of headers like those before it is as strict as the first one."""
+    """The fast check of headers like earlier ones is as strict as the full check."""
     whole = bytearray(b"".join(file(b"%02d.jpg" % n, b"x") for n in range(20)) + END)
     whole[18 * 1024 + at] ^= 4
     path = tmp_path / "x.tar"
@@ -400,7 +400,7 @@ def test_damage_anywhere_in_a_header_is_seen_after_many_sound_ones(tmp_path: Pat
 
 @pytest.mark.parametrize("at", [100, 108, 116, 124, 135, 136, 329, 337])
 def test_numbers_are_checked_after_many_sound_ones(tmp_path: Path, at: int) -> None:
-    """As above, for damage that the checksum does not show."""
+    """As above, for corruption that the checksum does not detect."""
     whole = bytearray(b"".join(file(b"%02d.jpg" % n, b"x") for n in range(20)) + END)
     whole[18 * 1024 + at] = ord("z")
     whole[18 * 1024 : 18 * 1024 + 512] = archives.mend(bytes(whole[18 * 1024 : 18 * 1024 + 512]))
@@ -411,10 +411,10 @@ def test_numbers_are_checked_after_many_sound_ones(tmp_path: Path, at: int) -> N
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
-    """Serves files without a word."""
+    """Serves files without logging."""
 
     def log_message(self, *words: object) -> None:
-        """Keep silent."""
+        """Log nothing."""
 
 
 @contextlib.contextmanager
@@ -434,7 +434,7 @@ def served(folder: Path) -> Iterator[str]:
 def test_remote_shards_are_recorded_by_their_urls(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As local ones, with checksums; saving, loading and checking keep the URLs as they are."""
+    """Like local ones, with checksums; saving, loading and checking keep the URLs unchanged."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     paths = make_shards(tmp_path / "d", random_images(10, 8, 8), [0, 1] * 5, shard_size=4)
     local = index(paths, checksums=True)

@@ -1,4 +1,4 @@
-"""The manifest: what index reads, what survives saving and splitting, what is refused."""
+"""The manifest: what index reads, what saving and splitting preserve, what is refused."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_saved_and_loaded_is_the_same(tmp_path: Path) -> None:
     assert not loaded.offset_N.flags.writeable  # a view of the mapped file
     assert [p.name for p in path.parent.iterdir() if p.is_file()] == ["manifest.arrow"]
     first = path.read_bytes()
-    loaded.save(path)  # over the file it is mapped from
+    loaded.save(path)  # overwrites the file that it maps
     assert path.read_bytes() == first
 
 
@@ -269,7 +269,7 @@ def test_expand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_folder_means_its_files_of_the_source(tmp_path: Path) -> None:
-    hub = tmp_path / "hub"  # as Hugging Face lays repositories out
+    hub = tmp_path / "hub"  # Hugging Face's repository layout
     (hub / "data").mkdir(parents=True)
     for name in ("data/train-1.parquet", "data/train-0.parquet", "data/._train-0.parquet", "a.md"):
         (hub / name).touch()
@@ -283,7 +283,7 @@ def test_a_folder_means_its_files_of_the_source(tmp_path: Path) -> None:
     ) as e:
         files_of("parquet", str(hub))
     named, everything = re.findall(r"'([^']*)'", e.value.remedy)
-    assert files_of("parquet", named) == expected  # the remedy does what it says
+    assert files_of("parquet", named) == expected  # the remedy works
     assert len(files_of("parquet", everything)) == 3
     for url in ("https://h/train.parquet", "hf://datasets/x/a.parquet", "s3://b/*.parquet"):
         with pytest.raises(UserError, match="read from disk only"):
@@ -331,7 +331,7 @@ def test_a_folder_of_training_and_held_out_shards_is_not_mixed(tmp_path: Path) -
         (["train"], True),
         (["Train", "Test2017", "annotations"], True),
         (["test", "train", "val"], True),
-        (["car", "plane", "train"], False),  # the one on rails
+        (["car", "plane", "train"], False),  # the vehicle
         (["trainer", "valley"], False),
         (["cat", "dog"], False),
     ],
@@ -374,7 +374,7 @@ def test_split_depends_on_keys_and_seed_only() -> None:
     assert held_keys(rng.permutation(200), 0) == straight
     assert held_keys(np.arange(200), 1) != straight
     assert held_keys(np.arange(200), -1) != straight
-    # Written down: a split must not change with a version of Python or of a library.
+    # Pinned: a split must not change with the version of Python or of a library.
     small = built([0] * 8)
     assert split_per_class(small, 0.25, 0)[1].tolist() == [0, 5]
 
@@ -405,7 +405,7 @@ def test_imagenet_sample() -> None:
 
 
 def test_dotted_keys_are_what_webdataset_takes_them_for(tmp_path: Path) -> None:
-    """A dot inside the name ends the key there: the sample then has no image, which is said."""
+    """A dot inside the name ends the key there: the sample then has no image, which is reported."""
     path = write_tar(tmp_path / "a.tar", [("n01.v2_3.jpg", b"x"), ("n01.v2_3.cls", b"0")])
     with pytest.raises(UserError, match=r"Sample 'n01' has no image") as caught:
         index([path])

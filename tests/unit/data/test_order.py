@@ -1,4 +1,4 @@
-"""The order: every sample at most once an epoch, the same for any number of ranks."""
+"""The order: every sample at most once per epoch, the same for any number of ranks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.reference_order import plain_order
 
 
 def parts_of(total: int, count: int, seed: int) -> list[np.ndarray] | None:
-    """Random disjoint parts that cover all ids; None for no parts."""
+    """Random disjoint partitions that cover all ids; None for no partitions."""
     if not count:
         return None
     part = np.random.default_rng(seed).integers(0, count, total)
@@ -115,7 +115,7 @@ def test_any_batch_without_the_ones_before(count):
 
 def test_sequential_access_permutes_each_window_once(monkeypatch):
     sizes = np.full(20, 50)
-    # Shards sorted by class, parts by class: each part is at another window.
+    # Shards and partitions sorted by class: each partition is at a different window.
     parts = list(np.arange(1000).reshape(10, 100))
     made = []
     plain = Order._divided
@@ -133,13 +133,13 @@ def test_epochs_and_seeds_differ_and_all_is_shown_in_time():
     assert not np.array_equal(first, second)
     assert not np.array_equal(first, other)
     assert len(np.unique(first)) == 98  # 100 = 14 x 7 + 2
-    # What is left over differs by epoch: nothing is left out for ever.
+    # The skipped samples differ by epoch: no sample is skipped forever.
     assert len(np.unique([epoch_of(order, e) for e in range(12)])) == 100
 
 
 @pytest.mark.parametrize("count", [127, 128, 300, 33_000])
 def test_as_many_parts_as_there_are(count):
-    """Part numbers are held in as few bits as they need."""
+    """Partition numbers are stored in as few bits as they need."""
     ids = np.random.default_rng(0).permutation(2 * count)
     order = Order(
         np.full(2, count), seed=0, global_batch=count, window=1, parts=list(ids.reshape(count, 2))
@@ -151,13 +151,13 @@ def test_as_many_parts_as_there_are(count):
 
 def test_a_window_mixes_its_shards_and_no_others():
     order = Order(np.full(12, 10), seed=3, global_batch=30, window=3)
-    for batch in epoch_of(order, 0):  # a batch is just a window here
+    for batch in epoch_of(order, 0):  # here a batch is exactly a window
         assert len(np.unique(batch // 10)) == 3
         assert (np.diff(batch) < 0).any()
 
 
 def test_shuffling_is_even():
-    """Places of a sample over 4000 seeds: chi-squared with 19 degrees, far beyond 0.999."""
+    """Positions of a sample over 4000 seeds: chi-squared with 19 degrees of freedom, far beyond 0.999."""
     places = [
         int(
             np.flatnonzero(
@@ -172,7 +172,7 @@ def test_shuffling_is_even():
 
 @settings(max_examples=examples(200), deadline=None)
 @given(counts=st.lists(st.integers(0, 1000), min_size=1, max_size=12), total=st.integers(1, 500))
-@example(counts=[100, 95, 1, 1, 1, 1], total=9)  # the large ones give to the small: 3, 2, 1 …
+@example(counts=[100, 95, 1, 1, 1, 1], total=9)  # the large ones yield to the small: 3, 2, 1 …
 def test_shares(counts, total):
     alive = sum(c > 0 for c in counts)
     if not alive:
@@ -190,7 +190,7 @@ def test_shares(counts, total):
     exact = [c / sum(counts) * total for c in counts]
     if all(e >= 1 or e == 0 for e in exact):  # plain largest remainder: within one
         assert all(abs(s - e) < 1 for s, e in zip(shares, exact, strict=True))
-    # And the rows beyond the floors lie where most is missing: no row is better moved.
+    # The rows beyond the floors go where the most is missing: moving any row would not help.
     over = [s - e for s, e, count in zip(shares, exact, counts, strict=True) if count]
     givers = [o for o, s in zip(over, filter(None, shares), strict=True) if s > 1]
     assert all(giver - min(over) <= 1 + 1e-9 for giver in givers)
@@ -253,7 +253,7 @@ def test_micro_batches(count, accumulation):
 @settings(max_examples=examples(150), deadline=None)
 @given(sizes=SIZES, data=st.data())
 def test_micro_batches_have_equal_shares_of_every_part(sizes, data):
-    """BatchNorm takes a micro-batch for a sample of the data: none may be one partition alone."""
+    """BatchNorm treats a micro-batch as a sample of the data: none may come from one partition alone."""
     total = sum(sizes)
     count = data.draw(st.integers(1, min(6, total)), label="parts")
     parts = parts_of(total, count, data.draw(st.integers(0, 99)))
@@ -281,14 +281,14 @@ def test_micro_batches_have_equal_shares_of_every_part(sizes, data):
             assert max(held) - min(held) <= 1
         again = order.micro_batches(0, 0, rank, world, accumulation)
         assert [piece.tolist() for piece in again] == [piece.tolist() for piece in pieces]
-    # Together the same at any ranks: row g of the global batch is in micro-batch g mod A.
+    # The union over ranks is the same for any ranks: row g of the global batch is in micro-batch g mod A.
     for number in range(accumulation):
         together = np.concatenate([pieces[number] for pieces in ranks])
         np.testing.assert_array_equal(together, whole[number::accumulation])
 
 
 def test_eight_parts_in_micro_batches_of_eight():
-    """A row of each part, where each was one part's eight rows."""
+    """One row of each partition, where each used to be eight rows of one partition."""
     parts = [np.arange(p * 40, p * 40 + 40) for p in range(8)]
     order = Order(np.array([320]), seed=0, global_batch=64, window=1, parts=parts)
     for piece in order.micro_batches(0, 2, 0, 1, 8):
@@ -352,7 +352,7 @@ def test_ranks_with_too_few_rows_are_named_with_their_parts():
         order.check_ranks(2, 2)
     assert "rank 1 of 2 gets 1 of the 16 rows" in caught.value.what
     assert "partitions 4 to 6 have shares 1 + 0 + 0)" in caught.value.what
-    with pytest.raises(UserError) as caught:  # none at all
+    with pytest.raises(UserError) as caught:  # no rows at all
         order.rank_batch(0, 0, 0, 6)
     assert "rank 4 of 6 gets 0 of the 16 rows" in caught.value.what
     assert "partitions 5 to 5 have shares 0)" in caught.value.what
@@ -384,7 +384,7 @@ def test_a_config_that_does_not_fit_the_ranks_is_refused_before_the_first_stage(
     config = configs.load("demo", [change])
     with pytest.raises(UserError, match=what):
         preflight.check(config, stages, world)
-    preflight.check(config, ["pack", "evaluate"], world)  # what is whole had its own ranks
+    preflight.check(config, ["pack", "evaluate"], world)  # a complete stage had its own ranks
     preflight.check(configs.load("demo", [change, "graph.scope=batch"]), ["teacher"], 1)
     preflight.check(configs.load("demo", ["graph.partition.parts=4"]), stages, 4)
 
@@ -398,7 +398,7 @@ def test_seeds_that_not_all_random_numbers_can_take_are_refused():
 
 
 def test_many_small_parts_leave_one_sample_to_the_large_ones():
-    """Two samples too many are taken from two parts, not from one."""
+    """Two excess samples are taken from two partitions, not from one."""
     assert shares_of([1, 1, 1, 50, 47], 5) == [1, 1, 1, 1, 1]
 
 

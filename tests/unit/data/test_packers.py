@@ -1,4 +1,4 @@
-"""Packers: pixels and bytes survive, the same input gives the same shards, bad input is named."""
+"""Packers: pixels and bytes survive, the same input gives the same shards, bad input is reported."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_digits(tmp_path: Path) -> None:
         image = np.asarray(Image.open(io.BytesIO(sample["png"])))
         assert image.shape == (32, 32, 3)
         assert np.array_equal(image[..., 0], image[..., 2])
-        # Smooth enlargement: shrunk again it is close to the original.
+        # Smooth upsampling: downsampled again, it is close to the original.
         back = image[..., 0].reshape(8, 4, 8, 4).mean((1, 3))
         assert np.corrcoef(back.ravel(), digits.images[row].ravel())[0, 1] > 0.98
 
@@ -198,7 +198,7 @@ def test_parquet_that_does_not_fit(tmp_path: Path) -> None:
 
 
 def labelled(path: Path, labels: pa.Array, column: str = "label") -> Path:
-    """A Parquet file of good images with these labels."""
+    """A Parquet file of valid images with these labels."""
     image = encode_image(IMAGES[0])
     pq.write_table(pa.table({"image": [image] * len(labels), column: labels}), path)
     return path
@@ -231,7 +231,7 @@ def test_files_that_number_the_same_names_differently_are_renumbered(tmp_path: P
     "kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int8(), pa.string())]
 )
 def test_labels_that_are_text_are_names(tmp_path: Path, kind: pa.DataType) -> None:
-    """Sorted, and the same classes whichever files hold which of them."""
+    """Sorted, and the same classes however they are spread over the files."""
     a = labelled(tmp_path / "a.parquet", pa.array(["owl", "ant", "owl"]).cast(kind))
     b = labelled(tmp_path / "b.parquet", pa.array(["bee", "10"]).cast(kind))
     paths = pack_parquet([a, b], tmp_path / "out")
@@ -273,7 +273,11 @@ def test_a_column_that_stands_twice_is_refused(tmp_path: Path, names: list[str])
         pack_parquet(file, tmp_path / "out")
     assert caught.value.what == f"2 columns of the Parquet file are called '{names[1]}'."
     assert caught.value.where == str(file)
-    more = [*columns[::2], pa.array([1]), pa.array([2])]  # one that is not read may
+    more = [
+        *columns[::2],
+        pa.array([1]),
+        pa.array([2]),
+    ]  # a column that is not read may be duplicated
     pq.write_table(pa.Table.from_arrays(more, names=["image", "label", "x", "x"]), file)
     assert [f["cls"] for _, f in contents(pack_parquet(file, tmp_path / "out"))] == [b"0"]
 
@@ -386,7 +390,7 @@ def test_imagefolder(tmp_path: Path) -> None:
             "zebra/sub.x/a.b.jpeg": jpg,
             "zebra/sub_x/a_b.jpg": png,  # a PNG by its bytes
             "ant/é.jpg": jpg,
-            "ant/broken.jpg": jpg[:90],  # its middle is the reader's business
+            "ant/broken.jpg": jpg[:90],  # a corrupt middle is left to the reader
             "ant/._é.jpg": b"",
             "ant/notes.txt": b"",
             ".cache/x.jpg": jpg,

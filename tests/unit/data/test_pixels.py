@@ -1,4 +1,4 @@
-"""What each kind of file becomes (docs/images.md), against numbers worked out by hand."""
+"""The pixels of each kind of file (docs/images.md), against numbers worked out by hand."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def saved(image: np.ndarray | Image.Image, kind: str, **options: object) -> byte
 
 
 def png(depth: int, colour: int, rows: np.ndarray, *before: bytes) -> bytes:
-    """A PNG by the letter of its specification; ``rows`` [H, bytes]."""
+    """A PNG to the letter of the specification; ``rows`` [H, bytes]."""
     wide = rows.shape[1] * 8 // (depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour])
     head = struct.pack(">IIBBBBB", wide, len(rows), depth, colour, 0, 0, 0)
     body = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
@@ -43,12 +43,12 @@ def png(depth: int, colour: int, rows: np.ndarray, *before: bytes) -> bytes:
 
 
 def as_bytes(values: np.ndarray, kind: str) -> np.ndarray:
-    """Numbers as the bytes of their rows."""
+    """The numbers as bytes, row by row."""
     return np.ascontiguousarray(values.astype(kind)).view(np.uint8).reshape(len(values), -1)
 
 
 def packed(levels_HW: np.ndarray, bits: int) -> np.ndarray:
-    """Grey levels of ``bits`` bits, several in a byte, the first one in the upper bits."""
+    """Gray levels of ``bits`` bits, several per byte, the first one in the upper bits."""
     single = (levels_HW[..., None] >> np.arange(bits)[::-1] & 1).astype(np.uint8)
     return np.packbits(single.reshape(len(levels_HW), -1), axis=1)
 
@@ -66,7 +66,7 @@ def on_white(colours_HWC: np.ndarray, alpha_HW: np.ndarray) -> np.ndarray:
 def plain_tiff(
     pixels_: np.ndarray, bits: int, photometric: int, signed: int = 1, **more: int
 ) -> bytes:
-    """An uncompressed TIFF of one strip, one sample a pixel unless ``samples`` says more."""
+    """An uncompressed TIFF of one strip, with one sample per pixel unless ``samples`` is given."""
     body, samples = pixels_.tobytes(), more.get("samples", 1)
     size = [(256, 4, 1, WIDE), (257, 4, 1, HIGH), (278, 4, 1, HIGH), (279, 4, 1, len(body))]
     kind = [(258, 3, 1, bits), (259, 3, 1, 1), (262, 3, 1, photometric), (277, 3, 1, samples)]
@@ -74,7 +74,7 @@ def plain_tiff(
 
 
 def planes_tiff(planes: list[np.ndarray], photometric: int, order: str, bits: int = 16) -> bytes:
-    """An uncompressed TIFF of one strip for each colour (PlanarConfiguration 2)."""
+    """An uncompressed TIFF of one strip per color (PlanarConfiguration 2)."""
     kind, count = f"{order}u{bits // 8}", len(planes)
     body = b"".join(plane.astype(kind).tobytes() for plane in planes)
     each, at = len(body) // count, 8 + len(body)
@@ -98,7 +98,7 @@ def planes_tiff(planes: list[np.ndarray], photometric: int, order: str, bits: in
 
 
 def bmp(header: int, alpha: np.ndarray) -> bytes:
-    """A BMP of 32 bits whose masks name an alpha channel; a header of 108 bytes is V4, of 124 V5."""
+    """A 32-bit BMP whose masks name an alpha channel; a header of 108 bytes is V4, of 124 bytes V5."""
     body = np.dstack([RGB[..., ::-1], alpha.astype(np.uint8)])[::-1].tobytes()
     about = struct.pack("<IiiHHIIiiII", header, WIDE, HIGH, 1, 32, 3, len(body), 0, 0, 0, 0)
     about += struct.pack("<4I", 0xFF0000, 0xFF00, 0xFF, 0xFF000000)
@@ -278,7 +278,7 @@ def test_lab_becomes_the_colours_that_it_was_made_from():
 
 
 def gif(clear: int | None, left: int = 0, top: int = 0) -> bytes:
-    """A GIF of four greys whose frame begins at (left, top) of its screen."""
+    """A GIF of four grays whose frame begins at (left, top) of its canvas."""
     levels = ((x + y) % 4).astype(np.uint8)
     image = Image.fromarray(levels).convert("P")
     image.putpalette([0, 0, 0, 85, 85, 85, 170, 170, 170, 254, 254, 254])
@@ -355,7 +355,7 @@ SOUND = {**GREYS, **COLOURS, **TRANSPARENT}
 
 @pytest.mark.parametrize("name", SOUND)
 def test_training_predict_and_pack_agree(name, monkeypatch):
-    """One decoder: a batch of views shows the same pixels, and pack knows the file for an image."""
+    """One decoder: a batch of views has the same pixels, and pack accepts the file as an image."""
     data = SOUND[name][0]
     whole = decode(data)
     images = np.zeros((1, HIGH, HIGH, 3), np.uint8)
@@ -366,7 +366,7 @@ def test_training_predict_and_pack_agree(name, monkeypatch):
     np.testing.assert_array_equal(crop[0], render(spec, whole, 0, 0))
     if name != "pfm":
         assert image_suffix(data[:64]) is not None
-    monkeypatch.setattr(pixels, "BLOCK", 3 * WIDE + 1)  # in pieces of three rows: the same
+    monkeypatch.setattr(pixels, "BLOCK", 3 * WIDE + 1)  # in chunks of three rows: the same
     np.testing.assert_array_equal(decode(data), whole)
 
 

@@ -35,7 +35,7 @@ def test_images_and_labels_in_the_order_asked(shards):
     reader = Reader(spec_of(shards))
     ids = np.array([39, 0, 17, 8, 8, 23])
     batch = reader.read(Request(ids, CLEAN))
-    np.testing.assert_array_equal(batch.images, IMAGES[ids])  # PNG keeps every bit
+    np.testing.assert_array_equal(batch.images, IMAGES[ids])  # PNG is lossless
     np.testing.assert_array_equal(batch.labels, ids % 6)
     np.testing.assert_array_equal(batch.ids, ids)
     assert batch.valid.all()
@@ -112,7 +112,7 @@ def test_a_wrong_shard_is_refused_every_time(shards, damage):
             bad.mkdir()
     else:
         os.truncate(bad, bad.stat().st_size + (-600 if damage == "truncated" else 512))
-    for _ in range(2):  # a handle once refused is not kept
+    for _ in range(2):  # a refused handle is not cached
         with pytest.raises(UserError) as caught:
             reader.read(Request(np.array([1, 16, 2]), CLEAN))
         assert caught.value.where == str(bad)
@@ -124,7 +124,7 @@ def test_a_wrong_shard_is_refused_every_time(shards, damage):
 
 @pytest.mark.parametrize("left", [-5000, 0, 1, -1], ids=str)
 def test_a_shard_cut_while_it_is_open(shards, left):
-    """Cut before the sample, at its first byte, behind that byte, one byte before its end."""
+    """Truncated before the sample, at its first byte, after that byte, one byte before its end."""
     reader = Reader(spec_of(shards))
     assert reader.read(Request(np.array([16]), CLEAN)).valid.all()
     start, size = int(reader.manifest.offset_N[23]), int(reader.manifest.size_N[23])
@@ -147,7 +147,7 @@ def test_a_read_error_names_the_shard(shards, monkeypatch):
 
 
 def open_files() -> set[str]:
-    """What this process holds open; nothing where /proc is missing."""
+    """Files that this process has open; empty if /proc is missing."""
     folder = Path("/proc/self/fd")
     if not folder.is_dir():
         return set()
@@ -173,7 +173,7 @@ def test_shards_in_use_stay_open(shards, monkeypatch):
     opened = []
     plain = os.open
     monkeypatch.setattr(shard_files.os, "open", lambda p, *a: (opened.append(p), plain(p, *a))[1])
-    for sample in (0, 8, 1, 16, 2, 24, 3):  # the first shard is always among the last two
+    for sample in (0, 8, 1, 16, 2, 24, 3):  # the first shard is always among the last two used
         reader.read(Request(np.array([sample]), CLEAN))
     assert opened == [str(shards[i]) for i in (0, 1, 2, 3)]
 

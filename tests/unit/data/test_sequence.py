@@ -1,4 +1,4 @@
-"""The sequence of global batches does not know ranks, readers, backends or accumulation."""
+"""The sequence of global batches is independent of ranks, readers, backends and accumulation."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WORLDS = (1, 2, 4, 8)
 
 @dataclass(frozen=True)
 class Case:
-    """What an order is made of."""
+    """The inputs of an order."""
 
     sizes: tuple[int, ...]
     seed: int
@@ -54,7 +54,7 @@ class Case:
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    """Shards of any size, none and one among them, enough for a batch that 8 ranks can share."""
+    """Shards of any size, including 0 and 1, with enough samples for a batch that 8 ranks can share."""
     batch = 8 * draw(st.integers(1, 4), label="rows of each of 8 ranks")
     size = st.one_of(st.just(0), st.just(1), st.integers(2, 40))
     sizes = draw(st.lists(size, max_size=12))
@@ -64,7 +64,7 @@ def cases(draw: st.DrawFn) -> Case:
     if 0 < count <= batch:
         total, rng = sum(sizes), np.random.default_rng(draw(st.integers(0, 999)))
         part = rng.integers(0, count, total)
-        part[rng.permutation(total)[:count]] = np.arange(count)  # no part is empty
+        part[rng.permutation(total)[:count]] = np.arange(count)  # no partition is empty
         if draw(st.booleans(), label="parts follow the shards"):
             part.sort()
         parts = tuple(np.flatnonzero(part == p) for p in range(count))
@@ -73,7 +73,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 def ways_of(order: Order) -> list[tuple[int, int]]:
-    """All (ranks, accumulation) that the order lets pass."""
+    """All (ranks, accumulation) that the order accepts."""
     found = []
     for world, accumulation in itertools.product(WORLDS, range(1, order.global_batch + 1)):
         try:
@@ -85,9 +85,9 @@ def ways_of(order: Order) -> list[tuple[int, int]]:
 
 
 def places_of(order: Order, world: int, accumulation: int) -> list[int]:
-    """Places in the global batch of the rows as ranks' micro-batches bring them, one by one.
+    """Positions in the global batch of the rows, in the order of the ranks' micro-batches.
 
-    Without parts 0, 1, …; with parts a rank's rows are dealt out to its micro-batches in turn.
+    Without partitions 0, 1, …; with partitions a rank's rows are dealt round-robin to its micro-batches.
     """
     if order.part_N is None:
         return list(range(order.global_batch))
@@ -100,7 +100,7 @@ def places_of(order: Order, world: int, accumulation: int) -> list[int]:
 
 
 def step_of(order: Order, epoch: int, number: int, world: int, accumulation: int) -> list[int]:
-    """One global batch as all ranks' micro-batches bring it together, each row in its place."""
+    """One global batch assembled from all ranks' micro-batches, each row in its place."""
     rows: list[int] = []
     for rank in range(world):
         for piece in order.micro_batches(epoch, number, rank, world, accumulation):
@@ -131,7 +131,7 @@ def test_the_sequence_is_the_same_for_any_ranks_and_accumulation(case):
 @settings(max_examples=examples(120), deadline=None)
 @given(case=cases(), data=st.data())
 def test_a_run_that_changes_its_ranks_goes_on_with_the_same_sequence(case, data):
-    """Restarted at other ranks and accumulations, anywhere: also at and across an epoch's end."""
+    """Restarted with other ranks and accumulations at any point, including at and across an epoch's end."""
     per_epoch, ways = case.order().batches_per_epoch, ways_of(case.order())
     cuts = data.draw(
         st.lists(st.tuples(st.integers(0, per_epoch + 1), st.sampled_from(ways)), max_size=6)
@@ -157,7 +157,7 @@ def test_every_rank_gets_as_many_batches_of_as_many_rows(case):
             {len(order.rank_batch(1, i, rank, world)) for i in range(order.batches_per_epoch)}
             for rank in range(world)
         ]
-        assert all(len(sizes) == 1 for sizes in rows)  # in every batch the same
+        assert all(len(sizes) == 1 for sizes in rows)  # the same in every batch
         assert sum(size for sizes in rows for size in sizes) == case.global_batch
         assert min(size for sizes in rows for size in sizes) >= 1
         for rank in range(world):
@@ -181,7 +181,7 @@ def permuted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @settings(max_examples=examples(60), deadline=None)
 @given(case=cases())
 def test_any_batch_costs_the_windows_it_touches_and_no_others(case):
-    """Whatever b is: no batch before it is computed, no window permuted that it has no sample of."""
+    """For any b: no earlier batch is computed, and no window is permuted unless it has a sample of b."""
     windows = plain_windows(case.sizes, case.seed, 5, case.window)
     window_of = {i: number for number, ids in enumerate(windows) for i in ids}
     for number, wanted in enumerate(case.plain(5)):
@@ -193,12 +193,12 @@ def test_any_batch_costs_the_windows_it_touches_and_no_others(case):
         with pytest.MonkeyPatch.context() as patch:
             found = permuted(patch)
             mine = case.order().rank_batch(5, number, 3, 4).tolist()
-            touched = wanted if case.parts is None else mine  # a rank's parts, no other's
+            touched = wanted if case.parts is None else mine  # only this rank's partitions
             assert set(found) == {window_of[i] for i in touched}
 
 
 def test_a_rare_part_skips_the_windows_between(monkeypatch):
-    """One class in two shards far apart: the windows between hold none of it."""
+    """One class in two distant shards: the windows between have none of it."""
     sizes = np.full(200, 10)
     rare = np.r_[30:35, 1600:1605]
     parts = [rare, np.setdiff1d(np.arange(2000), rare)]
@@ -231,7 +231,7 @@ def digest(case: Case, epochs: tuple[int, ...]) -> str:
 
 
 def test_the_sequence_is_what_it_was():
-    """Runs resume by it: neither we nor a new numpy may change it unnoticed."""
+    """Runs resume by it: neither our code nor a new numpy may change it unnoticed."""
     sizes = (7, 0, 13, 1, 20, 9, 0, 0, 31, 4, 16, 11)
     parts = tuple(np.flatnonzero(np.arange(112) * 5 // 112 == p) for p in range(5))
     assert digest(Case(sizes, -3, 16, 3, None), (0, 1, 2**31)) == "031c04cd611c6d2a"
@@ -245,7 +245,7 @@ def test_seeds_of_any_size():
     assert len({tuple(ids) for ids in found}) == len(seeds)
     for seed, ids in zip(seeds, found, strict=True):
         assert ids == plain_order([9] * 6, seed, 0, 3).tolist()
-    # They count modulo 2^64, and as numpy's integers too.
+    # Taken modulo 2^64, also as numpy integers.
     again = Order(sizes, seed=2**64 + 1, global_batch=54, window=3).batch(0, 0)
     assert again.tolist() == found[1]
     again = Order(sizes, seed=np.int64(-1), global_batch=54, window=3).batch(0, 0)
@@ -258,7 +258,7 @@ def test_epochs_of_any_size():
     found = [order.batch(epoch, 0).tolist() for epoch in epochs]
     assert found == [plain_order([9] * 6, 0, epoch, 3).tolist() for epoch in epochs]
     assert len({tuple(ids) for ids in found}) == len(epochs)
-    for epoch in (2**32, -1):  # they would be another's
+    for epoch in (2**32, -1):  # they would alias another epoch
         with pytest.raises(IndexError, match=f"epoch {epoch}:"):
             order.batch(epoch, 0)
 
@@ -283,7 +283,7 @@ def test_ids_beyond_32_bits_in_shards_too_large_to_permute(monkeypatch):
     for first, begin, window in ((0, 3_000_000_000 // 8, 1), (1, 0, 0)):
 
         def key(seed: int, epoch: int, stream: int, small: int = window) -> np.ndarray:
-            assert stream in (0, small + 1)  # before 24 GB are filled
+            assert stream in (0, small + 1)  # before 24 GB are allocated
             return plain(seed, epoch, stream)
 
         monkeypatch.setattr(orders, "_key", key)
@@ -344,7 +344,7 @@ def data(shards, request) -> Data:
 
 @dataclass(frozen=True)
 class Way:
-    """How a stretch of the sequence is run."""
+    """How a range of the sequence is run."""
 
     world: int
     readers: int
@@ -354,9 +354,9 @@ class Way:
 
 
 def run(data: Data, way: Way, places: list[tuple[int, int]]) -> list[tuple[np.ndarray, ...]]:
-    """Global batches at (epoch, number): what all ranks' own pools bring, each row in its place.
+    """Global batches at (epoch, number), assembled from all ranks' pools, each row in its place.
 
-    Every pool is asked for a step more than is taken: what is in flight is dropped.
+    Every pool is asked for one step more than is consumed: requests in flight are dropped.
     """
     order = data.case.order()
     order.check_ranks(way.world, way.accumulation)

@@ -1,4 +1,4 @@
-"""The figures of docs/order.md mean what they say: the benchmark's measures against plain loops."""
+"""The metrics behind docs/order.md are correct: the benchmark's functions against plain loops."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def shuffle() -> ModuleType:
     path = REPOSITORY / "benchmarks" / "shuffle.py"
     spec = importlib.util.spec_from_file_location("shuffle_benchmark", path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclasses look themselves up
+    sys.modules[spec.name] = module  # its dataclasses look up their own module
     spec.loader.exec_module(module)
     return module
 
@@ -71,7 +71,7 @@ def test_the_formulas_hold(shuffle):
         assert np.median(near) == pytest.approx(0.2929 * window / 64, rel=0.03)
         assert np.quantile(near, 0.05) == pytest.approx(
             0.0253 * window / 64, rel=0.1
-        )  # whole positions
+        )  # positions are integers
         met = [shuffle.met_again(*pair) for pair in itertools.pairwise(epochs)]
         pairs = np.mean(met) / (15 / 3839)
         assert pairs == pytest.approx(shuffle.expected_pairs(64, window), rel=0.06)

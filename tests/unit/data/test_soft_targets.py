@@ -1,4 +1,4 @@
-"""Soft targets on disk: what was written comes back, what was damaged is noticed."""
+"""Soft targets on disk: they round-trip, and corruption is detected."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def write_all(
     meta: dict = META,
     places: np.ndarray | None = None,
 ) -> list[Path]:
-    """Files of ``shard_size`` samples each, which lie in the order of ``places``."""
+    """Files of ``shard_size`` samples each, in the order of ``places``."""
     views, n, _ = log_VNC.shape
     places, files = np.arange(n) if places is None else places, []
     for first in range(0, n, shard_size):
@@ -85,7 +85,7 @@ def test_the_rest_is_spread_evenly(tmp_path):
 
 
 def test_a_sure_teacher_leaves_no_class_impossible(tmp_path):
-    """All mass in the top k, in float16 even more than all: logarithms stay finite."""
+    """All mass in the top k, and in float16 even more than 1: logarithms stay finite."""
     classes, values = np.array([[[2, 0]]], np.int32), np.array([[[0.0, -9.0]]], np.float16)
     path = tmp_path / "a.parquet"
     write_shard(path, ids=np.array([0]), view_count=1, indices=classes, log_probs=values, meta=META)
@@ -96,7 +96,7 @@ def test_a_sure_teacher_leaves_no_class_impossible(tmp_path):
 
 
 def test_all_classes_are_exact_far_into_the_tail(tmp_path):
-    """Nothing is cut off: ratios of unlikely classes are those that were written."""
+    """Nothing is clipped: ratios of unlikely classes are as written."""
     log_VNC = teacher(2, 8, 12)
     log_VNC[..., 5] = -60.0
     write_all(tmp_path, log_VNC, 12)
@@ -131,7 +131,7 @@ def test_whole_or_not(tmp_path):
 
 
 def test_no_flipped_byte_changes_what_is_read(tmp_path):
-    """Any byte of the file: either the damage is noticed, or the contents are as written."""
+    """For any byte of the file: either the corruption is detected, or the contents are as written."""
     log_VNC = teacher(2, 40, 6)
     path = write_all(tmp_path, log_VNC, 3, shard_size=40)[0]
     wanted = Targets.load(tmp_path, 40, 6, META)
@@ -151,7 +151,7 @@ def test_no_flipped_byte_changes_what_is_read(tmp_path):
 
 
 def test_a_changed_value_is_noticed_by_the_checksum(tmp_path):
-    """A sound Parquet file with another number in it."""
+    """A valid Parquet file with one number changed."""
     path = write_all(tmp_path, teacher(1, 6, 5), 2)[0]
     table = pq.read_table(path)
     ids = table["id"].to_numpy().copy()
@@ -193,7 +193,7 @@ def test_negative_ids_and_views_are_refused(tmp_path):
 
 
 def test_a_sample_without_one_of_its_views(tmp_path):
-    """A file whose rows are not what ``write_shard`` makes, under a checksum that holds."""
+    """A file with rows that ``write_shard`` does not produce, but a valid checksum."""
     path = write_all(tmp_path, teacher(2, 6, 5), 2)[0]
     table = pq.read_table(path).filter([True] * 8 + [False] + [True] * 3)
     pq.write_table(table, path)

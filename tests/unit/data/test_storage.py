@@ -1,4 +1,4 @@
-"""Which bytes of a sample: cached shards under their bound, ranges of neighbours, checksums."""
+"""Reading the bytes of samples: the bounded shard cache, ranges of neighboring members, checksums."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def url_of(web: Served, shard: Path) -> str:
 
 
 def far_manifest(web: Served, shards: list[Path], local: tuple[int, ...] = ()) -> Manifest:
-    """As ``index`` makes it of the URLs, without a request; some shards stay local."""
+    """The manifest that ``index`` makes of the URLs, without a request; some shards stay local."""
     manifest = index(shards, progress=False, checksums=True)
     elsewhere = [
         shard if number in local else replace(shard, path=url_of(web, shards[number]))
@@ -55,7 +55,7 @@ def far_manifest(web: Served, shards: list[Path], local: tuple[int, ...] = ()) -
 
 
 def wanted_of(manifest: Manifest, shards: list[Path]) -> list[bytes]:
-    """Each sample's bytes, cut from the files."""
+    """Each sample's bytes, sliced from the files."""
     whole = [path.read_bytes() for path in shards]
     places = zip(manifest.shard_N, manifest.offset_N, manifest.size_N, strict=True)
     return [whole[shard][start : start + size] for shard, start, size in places]
@@ -151,7 +151,7 @@ def test_what_was_used_longest_ago_goes_first(web, shards, tmp_path):
 
 
 def test_a_shard_that_is_read_is_not_removed(web, shards, tmp_path):
-    """Removed it would take its disk all the same, and the bound would not hold."""
+    """If deleted, it would still occupy disk space, and the bound would not hold."""
     cache = ShardCache(tmp_path / "c", 2 * max(p.stat().st_size for p in shards), rest=0)
     handles = [open_one(cache, web, shards[number]) for number in (0, 1)]
     assert open_one(cache, web, shards[2]) is None
@@ -164,7 +164,7 @@ def test_a_shard_that_is_read_is_not_removed(web, shards, tmp_path):
 
 
 def test_a_window_larger_than_the_cache_does_not_turn_it_over(web, shards, tmp_path, monkeypatch):
-    """Part of it is kept and the rest read in ranges, instead of downloading with every batch."""
+    """Part of it is cached and the rest is read in ranges, instead of downloading with every batch."""
     monkeypatch.setattr(remote_shards, "AGAIN", 0.0)
     manifest = far_manifest(web, shards)
     wanted = wanted_of(manifest, shards)
@@ -191,21 +191,21 @@ def test_names_in_urls_lead_nowhere(web, shards, tmp_path):
     cache = ShardCache(tmp_path / "deep" / "c", 1 << 30)
     (shards[0].parent / "x").mkdir()
     url = f"{web.url}/x/..%2f../../{shards[0].name}"
-    with contextlib.suppress(UserError):  # the server may see nothing there
+    with contextlib.suppress(UserError):  # the server may find nothing there
         release(cache.open(url, shards[0].stat().st_size))
     assert {path.name for path in (tmp_path / "deep").iterdir()} == {"c"}
     names = [p.name for p in (tmp_path / "deep" / "c").iterdir() if p.name != ".room"]
     assert all(shard_cache._OURS.fullmatch(name) for name in names)
 
 
-# What goes wrong with it
+# Failures of the cache
 
 
 def test_a_full_disk_means_ranges_and_is_said_once(web, shards, tmp_path, capfd):
     manifest = far_manifest(web, shards)
     files = ShardFiles(manifest, CacheSpec(str(tmp_path / "c"), 1 << 30))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # no file may become longer
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # maximum length of any file
     try:
         blobs = files.read_all(list(range(40)))
     finally:
@@ -240,7 +240,7 @@ def test_a_copy_that_rots_is_dropped_and_its_sample_fetched(web, shards, tmp_pat
     assert ShardFiles(manifest, spec).read(3) == wanted[3]
     (kept,) = (tmp_path / "c").glob("*.tar")
     damage(kept, manifest, 3)
-    later = ShardFiles(manifest, spec)  # as in another process: it has verified nothing yet
+    later = ShardFiles(manifest, spec)  # as in another process: nothing verified yet
     assert later.read(3) == wanted[3]
     assert not kept.exists()
     assert later.read(4) == wanted[4]
@@ -248,14 +248,14 @@ def test_a_copy_that_rots_is_dropped_and_its_sample_fetched(web, shards, tmp_pat
 
 
 def test_a_download_is_verified_as_a_whole(web, shards, tmp_path):
-    """The sample asked for is sound, another is not: no such copy is kept."""
+    """The requested sample is intact, another is not: no such copy is cached."""
     manifest = far_manifest(web, shards)
     damage(shards[0], manifest, 5)
     files = ShardFiles(manifest, CacheSpec(str(tmp_path / "c"), 1 << 30))
     with pytest.raises(UserError, match=f"'{manifest.key(5)}' are not those indexed") as caught:
         files.read(3)
     assert caught.value.where == url_of(web, shards[0])
-    assert web.requests.total() == 2  # asked once more before it was refused
+    assert web.requests.total() == 2  # retried once before it was refused
     assert [p.name for p in (tmp_path / "c").iterdir()] == [".room"]
 
 
@@ -270,7 +270,7 @@ def test_a_grown_shard_is_refused_or_still_read_right(web, shards, tmp_path, lim
         with pytest.raises(UserError, match="has changed"):
             files.read(3)
     else:
-        assert files.read(3) == wanted[3]  # its checksum says so
+        assert files.read(3) == wanted[3]  # as its checksum proves
 
 
 # Several processes
@@ -282,7 +282,7 @@ def test_who_waits_too_long_reads_ranges(web, shards, tmp_path, monkeypatch):
     name = shard_cache._name(url_of(web, shards[0]), shards[0].stat().st_size)
     (tmp_path / "c").mkdir()
     with open(tmp_path / "c" / f"{name}.part", "wb") as part:
-        fcntl.flock(part, fcntl.LOCK_EX)  # one that downloads, and was stopped
+        fcntl.flock(part, fcntl.LOCK_EX)  # a downloader that hangs
         files = ShardFiles(manifest, CacheSpec(str(tmp_path / "c"), 1 << 30))
         assert files.read(3) == wanted_of(manifest, shards)[3]
         assert (tmp_path / "c" / f"{name}.part").exists()
@@ -315,4 +315,4 @@ def test_a_run_indexes_urls(web, shards, tmp_path, capsys):
     assert manifest.crc_N is not None
     web.requests.clear()
     assert cli.main(["index", "--config", "demo", *given]) == 0
-    assert web.requests.total() == 0  # it is whole
+    assert web.requests.total() == 0  # it is complete

@@ -1,4 +1,4 @@
-"""The public stream: its batches are the order's, at any world size, and a cursor is all its state."""
+"""The public stream: its batches follow the order at any world size, and its only state is a cursor."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_state_goes_on_at_another_world_size(shards, stop):
         read = (batch for _ in range(3) for batch in stream)
         for _ in range(stop):
             next(read)
-        state = json.loads(json.dumps(stream.state_dict()))  # plain data: goes into any checkpoint
+        state = json.loads(json.dumps(stream.state_dict()))  # plain data: fits any checkpoint
     found = []
     for rank in range(4):
         with a_stream(shards, rank, 4) as stream:
@@ -225,7 +225,7 @@ def test_the_decoded_cache_changes_no_byte(shards, kind, limit, monkeypatch):
     for one, other in zip(found, wanted, strict=True):
         np.testing.assert_array_equal(one.images, other.images)
         np.testing.assert_array_equal(one.labels, other.labels)
-    # Samples below the limit are decoded once, the others whenever they are shown.
+    # Samples below the limit are decoded once, the others each time they are read.
     kept = 0 if kind == "random_resized_crop" else min(70, limit // 3073)
     shown = np.concatenate([batch.ids for batch in wanted])
     assert len(decoded) == np.sum(shown >= kept) + len(np.unique(shown[shown < kept]))
@@ -247,7 +247,7 @@ def test_the_decoded_cache_is_shared_and_bounded_and_not_for_the_corrupt(tmp_pat
     tar.write_bytes(damaged)
     os.utime(
         tar, ns=(stat.st_atime_ns, stat.st_mtime_ns)
-    )  # the manifest still counts as this one's
+    )  # the cache still considers the manifest its own
     with a_stream(str(tar), decoded_bytes=1 << 20, max_corrupt=1.0) as stream:
         for _ in range(2):  # once decoded, once from the cache
             batches = list(stream)

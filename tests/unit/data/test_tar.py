@@ -1,4 +1,4 @@
-"""Our walk over tar headers against webdataset 1.0.2 and tarfile themselves."""
+"""Our walk over tar headers against the real webdataset 1.0.2 and tarfile."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def outcome(read: Callable[[Path], archives.Samples], path: Path) -> archives.Sa
 
 
 def assert_same(path: Path) -> None:
-    """Ours equal webdataset's, but that duplicate and scattered keys are refused."""
+    """Ours equal webdataset's, except that duplicate and scattered keys are refused."""
     expected, found = outcome(by_webdataset, path), outcome(ours, path)
     split = [samples.split_name(member.name) for member in samples.walk(path)]
     keys = [s[0] for s in split if s]
@@ -60,7 +60,7 @@ def assert_same(path: Path) -> None:
 
 
 def header_with_size(info: tarfile.TarInfo, kind: int, size: str) -> bytes:
-    """A member's header blocks, the size written in another way than tarfile would."""
+    """A member's header blocks, with the size encoded differently than tarfile would."""
     if size == "pax":
         info.pax_headers = {"size": str(info.size)}
         kind = tarfile.PAX_FORMAT
@@ -68,7 +68,7 @@ def header_with_size(info: tarfile.TarInfo, kind: int, size: str) -> bytes:
     if size == "base256":
         block[-512 + 124 : -512 + 136] = b"\x80" + info.size.to_bytes(11, "big")
     if size == "pax":
-        block[-512 + 124 : -512 + 136] = b"00000000000\0"  # only the pax record tells
+        block[-512 + 124 : -512 + 136] = b"00000000000\0"  # only the pax record has the size
     block[-512 + 148 : -512 + 156] = b" " * 8
     block[-512 + 148 : -512 + 156] = b"%06o\0 " % sum(block[-512:])
     return bytes(block)
@@ -85,7 +85,7 @@ def build(members: list[tuple[str, bytes, str, int, str]]) -> bytes:
         info.size = len(data)
         try:
             out.write(header_with_size(info, form, size if kind == "file" else "octal"))
-        except ValueError:  # too long for ustar: as GNU
+        except ValueError:  # too long for ustar: use GNU
             out.write(header_with_size(info, tarfile.GNU_FORMAT, "octal"))
         out.write(data + bytes(-len(data) % 512))
     return out.getvalue() + bytes(1024)
@@ -136,7 +136,7 @@ def test_samples_are_those_of_webdataset(members: list[tuple[str, bytes, str, in
 @example(archives.file(b"a.__bad__", b"1") + archives.file(b"b.__bad__") + archives.END)
 @example(archives.file(b"a.__local_path__", b"1") + archives.END)
 def test_samples_of_odd_archives_are_those_of_webdataset(data: bytes) -> None:
-    """Sound archives, block by block: equal, but for duplicate and scattered keys."""
+    """Valid archives built block by block: equal, except for duplicate and scattered keys."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "shard.tar"
         path.write_bytes(data if data.endswith(archives.END) else data + archives.END)
@@ -195,7 +195,7 @@ def test_ambiguous_names_are_refused(
 
 
 def test_hidden_files_of_macos_are_explained(tmp_path: Path) -> None:
-    """At the top they are skipped; in folders they become fields, as in webdataset, or scatter."""
+    """At the top level they are skipped; in folders they become fields, as in webdataset, or scatter."""
     top = write_tar(tmp_path / "a.tar", [("._b.jpg", b""), ("./._b.jpg", b""), ("b.jpg", b"1")])
     assert ours(top) == by_webdataset(top) == [("b", {"jpg": b"1"})]
     inside = write_tar(tmp_path / "b.tar", [("t/._a.jpg", b"x"), ("t/a.jpg", b"1")])
@@ -241,7 +241,7 @@ def test_foreign_and_damaged_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="sparse"):
         list(samples.walk(path))
     info = tarfile.TarInfo("a.jpg")
-    info.size = 9 << 30  # base-256 by tarfile itself; the file is far shorter
+    info.size = 9 << 30  # tarfile encodes it in base 256; the file is far shorter
     path.write_bytes(info.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
     with pytest.raises(UserError, match=r"member 'a.jpg' reaches to byte 9,663,676,928"):
         list(samples.walk(path))
@@ -254,7 +254,7 @@ def test_damage_never_escapes_as_another_error(data: st.DataObject) -> None:
     for _ in range(data.draw(st.integers(1, 6))):
         at = data.draw(st.integers(0, len(whole) - 1025))
         whole[at] = data.draw(st.integers(0, 255))
-    for start in (0, 1024):  # sums put right, so that the damage gets past them
+    for start in (0, 1024):  # checksums corrected, so that the corruption passes them
         block = whole[start : start + 512]
         block[148:156] = b" " * 8
         whole[start + 148 : start + 156] = b"%06o\0 " % sum(block)

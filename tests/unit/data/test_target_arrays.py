@@ -1,4 +1,4 @@
-"""Soft targets as one mapping a host: what all ranks fill is what a plain reading gives."""
+"""Soft targets as one memory map per host: the arrays that all ranks fill equal a plain read."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def context(root: Path) -> Context:
 
 
 class Samples:
-    """As much of a manifest as targets look at."""
+    """As much of a manifest as targets need."""
 
     num_classes = C
 
@@ -37,13 +37,13 @@ class Samples:
 
 
 def opened(root: Path, samples: int = N) -> Targets:
-    """As the student stage opens them."""
+    """Open targets as the student stage does."""
     (root / "targets").mkdir(exist_ok=True)
     return open_targets(context(root), Samples(samples), "k")  # type: ignore[arg-type]
 
 
 def made(root: Path, k: int, seed: int = 0) -> Targets:
-    """Files of N samples in shards of 7, and a plain reading of them."""
+    """Write files of N samples in shards of 7, and return a plain read of them."""
     write_all(root / "targets", teacher(2, N, C, seed), k, meta={"key": "k"})
     return Targets.load(root / "targets", N, C, {"key": "k"})
 
@@ -104,7 +104,7 @@ def test_samples_without_targets_are_refused(tmp_path):
 
 
 def test_files_of_another_order_go_to_their_places(tmp_path):
-    """Rows need not lie in stretches: only shards of the stages do."""
+    """Rows need not be contiguous, although the shards of the stages are."""
     log_VNC = teacher(2, N, C)
     write_all(tmp_path / "targets", log_VNC, 3, meta={"key": "k"}, places=np.arange(N)[::-1])
     same(opened(tmp_path), Targets.load(tmp_path / "targets", N, C))

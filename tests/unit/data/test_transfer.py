@@ -1,4 +1,4 @@
-"""What a network does to a transfer, and what is made of it."""
+"""Transfers under network faults."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_server_that_drips_is_given_up(web, monkeypatch):
 
 
 def test_s3_is_asked_as_often_as_we_say(web, monkeypatch, tmp_path):
-    """The store's own client would multiply our tries by its own."""
+    """The store's client would otherwise multiply our tries by its own."""
     for name, value in {
         "AWS_ACCESS_KEY_ID": "a",
         "AWS_SECRET_ACCESS_KEY": "b",
@@ -140,4 +140,4 @@ def test_a_copy_leaves_nothing_behind(web, tmp_path, monkeypatch):
     with contextlib.ExitStack() as stack:
         path = stack.enter_context(urls.local_copy(f"{web.url}/a.tar"))
         assert Path(path).read_bytes() == BYTES
-        assert list((tmp_path / "t").iterdir()) == []  # not even if we were killed now
+        assert list((tmp_path / "t").iterdir()) == []  # not even if this process were killed now

@@ -1,4 +1,4 @@
-"""Views: the bytes of torchvision's transforms v2, drawn from (seed, sample, view) alone."""
+"""Views: bit-identical to torchvision's transforms v2, drawn only from (seed, sample, view)."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_seed_sample_and_view_all_count():
 
 
 def test_draws_are_pinned():
-    """A change here would change every run: the numbers of 2026."""
+    """A change here would change every run: the numbers are from 2026."""
     found = uniform(7, np.arange(3), 2, 1)
     np.testing.assert_array_equal(found, [_uniform(7, i, 2, 1) for i in range(3)])
 
@@ -148,7 +148,7 @@ def test_draws_are_pinned():
     ],
 )
 def test_views_are_pinned(kind, view, digest):
-    """The same bytes on any machine, whatever its vector instructions."""
+    """Bit-identical on any machine, whatever its vector instructions."""
     images = np.random.default_rng(0).integers(0, 256, (6, 90, 121, 3), dtype=np.uint8)
     found = render_batch(ViewSpec(kind, 64, seed=3), images, np.arange(6), view)
     assert hashlib.sha256(found.tobytes()).hexdigest()[:12] == digest
@@ -174,7 +174,7 @@ def test_draws_are_even_and_unrelated():
     columns = [uniform(s, ids, v, d) for s, v, d in [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0)]]
     for column in columns:
         counts = np.histogram(column, bins=50, range=(0, 1))[0]
-        assert ((counts - 400) ** 2 / 400).sum() < 100  # 49 degrees: 0.99998
+        assert ((counts - 400) ** 2 / 400).sum() < 100  # 49 degrees of freedom: 0.99998
     assert np.abs(np.corrcoef(columns) - np.eye(4)).max() < 0.03
     following = np.corrcoef(columns[0][:-1], columns[0][1:])[0, 1]
     assert abs(following) < 0.03
@@ -203,7 +203,7 @@ def test_boxes_of_many_images():
 
 
 def plain_box(spec: ViewSpec, sample: int, high: int, wide: int, view: int) -> tuple[int, ...]:
-    """RandomResizedCrop.make_params of torchvision, with the hash's draws for its own."""
+    """torchvision's RandomResizedCrop.make_params, with its draws replaced by the hash's."""
     for attempt in range(10):
         u = [_uniform(spec.seed, sample, view, 10 + 4 * attempt + d) for d in range(4)]
         area = high * wide * (spec.scale[0] + u[0] * (spec.scale[1] - spec.scale[0]))
@@ -232,7 +232,7 @@ def test_boxes_are_those_of_torchvisions_rule(scale):
 
 
 def test_boxes_when_no_attempt_fits_are_torchvisions_fallback():
-    """Far too narrow images: the largest centred crop within the ratios."""
+    """Far too narrow images: the largest center crop within the ratios."""
     spec = ViewSpec("random_resized_crop", 32, scale=(1.0, 1.0))
     found = boxes(spec, np.arange(2), np.array([300, 10]), np.array([10, 300]), 0)
     assert [column[0] for column in found[:4]] == [143, 0, 13, 10]  # 10 / (3/4) = 13.3
