@@ -103,6 +103,12 @@ def averaged_block(
         seed_B: int64 into V, the seeds' own rows; -1 for unseen images.
         k: neighbours of a first-hop node with a weight above zero.
     """
+    if not len(first_U):  # all images are copies of each other: one node that nobody refers to,
+        first_U = first_U.new_zeros(1)  # since torch gathers nothing from an empty table
+        second_UG = second_UG.new_full((1, second_UG.shape[1]), -1)
+        seed_B = torch.full_like(seed_B, -1)
+        x_VD, z_Vd = x_VD.new_zeros(1, x_VD.shape[1]), z_Vd.new_zeros(1, z_Vd.shape[1])
+        labels_V = labels_V.new_full((1,), -1)
     with torch.no_grad():
         x_VD = x_VD.to(z_Vd.dtype)
         there_BF, row_of_BF = row_of_BF >= 0, row_of_BF.clamp(min=0)

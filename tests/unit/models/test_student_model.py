@@ -103,6 +103,23 @@ def test_seen_and_unseen_images_in_one_block_and_a_query() -> None:
     assert not asked[0].requires_grad
 
 
+def test_a_batch_in_which_nobody_has_a_candidate() -> None:
+    """All images copies of each other: each seed is what it is beside one that has neighbours."""
+    bank, made = Bank(), student("dataset")
+    images, seeds = make_images(3), SEEDS[:3].numpy()
+    sampler = make_sampler("table", whole(bank).table_KM, 0)
+    first = bank.table_NM[SEEDS[:3]].numpy()
+    first[:2] = -1
+    mixed = block_ids(sampler, first, seeds, M, **KEY)
+    alone = block_ids(sampler, first[:2], seeds[:2], M, **KEY)
+    expected = made(images, with_features(bank, mixed, np.arange(N))).logits_BC[:2]
+    found = made(images[:2], with_features(bank, alone, np.arange(N)))
+    torch.testing.assert_close(found.logits_BC, expected)
+    assert (found.weights_BF == 0).all()
+    found.logits_BC.sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in made.parameters())
+
+
 def test_own_label_and_row_do_not_reach_a_seed_through_a_searched_block() -> None:
     """The search may return the seed itself: it must leave no trace."""
     bank, made = Bank(), student("dataset").eval()
