@@ -1,1 +1,1 @@
-"""`report.html` and its plots."""
+"""`report.html` and its pictures."""
