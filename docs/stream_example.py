@@ -2,7 +2,7 @@
 
 torchrun --nproc_per_node 2 docs/stream_example.py 'runs/demo/shards/train-*.tar' /tmp/example.pt 3
 
-Stop it at any moment and start it again, with another --nproc_per_node if you like: it goes on at
+Stop it at any moment and start it again, with another --nproc_per_node if you like: it resumes at
 the batch after its last saved one.
 """
 

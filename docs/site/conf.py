@@ -2,9 +2,9 @@
 
     sphinx-build --fail-on-warning --conf-dir docs/site docs site
 
-Made on the way: pages from README, CONTRIBUTING and CHANGELOG; every command with its help; every field of the config.
-Looked at besides what Sphinx looks at: the files and tests that pages name are there, and nothing in the site is
-fetched from elsewhere. No network is needed, for the build or the site.
+Generated on the way: pages from README, CONTRIBUTING and CHANGELOG; every command with its help; every config field.
+Checked in addition to Sphinx's checks: the files and tests that pages name exist, and the site fetches nothing from
+elsewhere. Neither the build nor the site needs a network.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ myst_links_external_new_tab = False
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
-autodoc_inherit_docstrings = False  # torch's own are torch's
+autodoc_inherit_docstrings = False  # leave torch's docstrings to torch
 autodoc_default_options = {"members": True, "show-inheritance": True}
 python_maximum_signature_line_length = 88
 napoleon_numpy_docstring = False
@@ -57,7 +57,7 @@ add_module_names = False
 toc_object_entries_show_parents = "hide"
 
 OUTSIDE = {"index": "README.md", "contributing": "CONTRIBUTING.md", "changelog": "CHANGELOG.md"}
-"""Pages whose text stands in the root of the repository."""
+"""Pages whose text is in the root of the repository."""
 FOLDERS = "benchmarks|cluster|cnn2gnn_dist|data|docs|graph|launch|models|pipeline|report|runtime|stages|tests|training"
 FETCHED = re.compile(
     r"""<(?:script|img|iframe|source)\b[^>]*\bsrc=["']?(?:https?:)?//"""
@@ -76,7 +76,7 @@ def setup(app: Any) -> None:
 
 
 def fill(app: Any, docname: str, source: list[str]) -> None:
-    """Put the text of a made page before that of its stub; look at what a page names."""
+    """Put the text of a generated page before that of its stub; check the names in a page."""
     if docname in OUTSIDE:
         text = (ROOT / OUTSIDE[docname]).read_text(encoding="utf-8").replace("](docs/", "](")
         for page, file in OUTSIDE.items():
@@ -130,7 +130,7 @@ def fields(model: type[BaseModel], prefix: str) -> Iterator[str]:
 
 
 def missing_files(markdown: str) -> Iterator[str]:
-    """Tests, and files below a folder of ours, that a page names and that are not there."""
+    """Tests, and files below a folder of ours, that a page names but that do not exist."""
     tests = {path.name for path in (ROOT / "tests").rglob("*.py")}
     for name in re.findall(r"`(?:[\w/]*/)?(test_\w+\.py)", markdown):
         if name not in tests:
@@ -141,7 +141,7 @@ def missing_files(markdown: str) -> Iterator[str]:
 
 
 def refuse_fetched(app: Any, failure: Exception | None) -> None:
-    """Refuse a site that fetches something from elsewhere."""
+    """Refuse a site that fetches anything from elsewhere."""
     site = Path(app.outdir)
     for path in [*site.rglob("*.html"), *site.rglob("*.css")] if failure is None else []:
         for found in FETCHED.findall(path.read_text(encoding="utf-8")):
