@@ -1,8 +1,8 @@
-"""The import shims two libraries need beside a current torch, and nothing else.
+"""The import shims that two libraries need beside a current torch, and nothing else.
 
 ``torchvision`` from PyPI is linked against CUDA: beside a CPU build of torch its operators are
 missing and ``import torchvision`` (hence ``import timm``) fails. ``dgl`` 2.1.0, the last on PyPI,
-imports ``dgl.graphbolt``, which wants a compiled library for each torch release.
+imports ``dgl.graphbolt``, which needs a compiled library for each torch release.
 Import both libraries through the functions below.
 """
 
@@ -19,13 +19,13 @@ _keep_alive: list[Any] = []
 
 
 def import_timm() -> Any:
-    """Import timm, defining torchvision's two missing operators when its own do not load."""
+    """Import timm, defining torchvision's two missing operators if its own do not load."""
     import_torchvision()
     return importlib.import_module("timm")
 
 
 def import_torchvision() -> Any:
-    """Import torchvision, defining its missing operators first where the plain import fails.
+    """Import torchvision, defining its missing operators first if the plain import fails.
 
     Raises:
         RuntimeError: it fails for another reason.
@@ -42,7 +42,7 @@ def import_torchvision() -> Any:
     library = torch.library.Library("torchvision", "DEF")
     for operator in ("nms", "qnms"):
         library.define(f"{operator}{_NMS}")
-    _keep_alive.append(library)  # the definitions end with the object
+    _keep_alive.append(library)  # the definitions live as long as the object
     return importlib.import_module("torchvision")
 
 

@@ -1,4 +1,4 @@
-"""Files that survive a kill: synced to disk, replaced in one step, checked by their sum."""
+"""Files that survive a kill: synced to disk, replaced atomically, verified by checksum."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def sha256(path: Path) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a text file in one step: readers see the old one or the new one."""
+    """Replace a text file atomically: readers see the old one or the new one."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     sync(temporary)
@@ -48,11 +48,11 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextmanager
 def room(path: Path) -> Iterator[None]:
-    """Name a full disk while something is written to ``path``.
+    """Report a full disk while something is written to ``path``.
 
     Raises:
-        UserError: there is no room (or no quota) left.
-        OSError: whatever else writing meets.
+        UserError: no space (or no quota) is left.
+        OSError: any other error while writing.
     """
     try:
         yield
@@ -67,9 +67,9 @@ def room(path: Path) -> Iterator[None]:
 
 
 def reserve_array(path: Path, shape: tuple[int, ...], kind: Any) -> None:
-    """An array of zeros in a file whose room on the disk is taken now.
+    """Create an array of zeros in a file whose disk space is reserved now.
 
-    A full disk is met before the work, not in its midst.
+    A full disk is noticed before the work instead of halfway through.
 
     Raises:
         UserError: the disk is full; nothing is left behind.

@@ -1,10 +1,10 @@
-"""Errors that are the user's to mend: what is wrong, where, and the remedy."""
+"""Errors for the user to fix: what is wrong, where, and the remedy."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """A mistake in input, configuration or environment that a person can mend.
+    """A mistake in input, configuration or environment that a person can fix.
 
     The command line prints it without a traceback and exits with ``exit_code``.
 
@@ -36,13 +36,13 @@ class UserError(Exception):
 
 
 class Preempted(UserError):
-    """Training has ended on a notice to end (SIGTERM and the like); the same command continues."""
+    """Training stopped on request (SIGTERM and the like); the same command resumes."""
 
     exit_code = 143
 
 
 class PeerLost(UserError):
-    """Another rank died or did not answer in time; the same command continues."""
+    """Another rank died or did not answer in time; the same command resumes."""
 
     exit_code = 75
 

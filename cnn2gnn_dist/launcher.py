@@ -24,7 +24,8 @@ from cnn2gnn_dist.runtime.ranks import Ranks
 def main() -> int:
     """Run the pipeline on this rank; returns the exit code.
 
-    2 for what the user can mend, 75 for a lost peer, 143 after a notice to end (docs/resume.md).
+    2 for an error that the user can fix, 75 for a lost peer, 143 after a request to stop
+    (docs/resume.md).
     """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -35,7 +36,7 @@ def main() -> int:
     parser.add_argument(
         "--force", action="store_true", help="go on from checkpoints of another config"
     )
-    # What the DeepSpeed launcher and its habits put on the command line.
+    # What the DeepSpeed launcher puts on the command line.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument(
@@ -44,7 +45,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     arguments, odd = parser.parse_known_intermixed_args()
     ranks = Ranks()
-    if "LOCAL_RANK" in os.environ:  # a launcher's child; of a shell's, nohup must hold
+    if "LOCAL_RANK" in os.environ:  # a launcher's child; a shell's child must survive under nohup
         preemption.end_with_parent()
     try:
         ranks = Ranks.from_environment()
@@ -79,11 +80,11 @@ def _note(text: str) -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process without taking the interpreter apart.
+    """Exit this process without finalizing the interpreter.
 
-    Threads of torch and gloo that ask for the interpreter lock while it is being taken apart are
-    unwound through C++ that may not throw, and a rank that was done dies of SIGABRT (seen in 3 of
-    about 40 launches). All files are closed by now.
+    Threads of torch and gloo that request the GIL during finalization are unwound through C++ that
+    may not throw, and a rank that had finished dies of SIGABRT (seen in 3 of about 40 launches).
+    All files are closed by now.
     """
     sys.stdout.flush()
     sys.stderr.flush()

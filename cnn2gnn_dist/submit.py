@@ -35,12 +35,12 @@ done
 echo "no python on PATH: activate its environment before ray start" >&2
 exit 127
 """.strip()
-"""By the interpreter of Ray's own workers (children of the raylet, which is told it), whether or not
-its environment is activated."""
+"""Runs under the interpreter of Ray's own workers (children of the raylet, whose command line names
+it), whether or not its environment is activated."""
 
 
 def main() -> int:
-    """Submit, follow, report; 0 when the job succeeded, 1 when it failed, 2 when it can't be sent."""
+    """Submit, follow, report; 0 if the job succeeded, 1 if it failed, 2 if it can't be sent."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -64,7 +64,7 @@ def _submit(options: argparse.Namespace) -> int:
     ray_probe.spare_proxies(options.address)
     where = f"--address {options.address}"
     os.environ[ray_probe.MODE] = ray_probe.job_server_mode(options.address, where)
-    # Only now, because Ray reads how to authenticate when it is imported.
+    # Imported only now, because Ray reads how to authenticate when it is imported.
     from ray.job_submission import JobStatus, JobSubmissionClient
 
     folder = Path(options.working_dir).resolve()
@@ -99,7 +99,7 @@ def _submit(options: argparse.Namespace) -> int:
 
 
 def _sent(folder: Path) -> dict[str, int]:
-    """Relative path and bytes of every file that Ray will send, as its own walk finds them."""
+    """Relative path and bytes of every file that Ray will send, found by Ray's own walk."""
     from ray._private.runtime_env import packaging
 
     found: dict[str, int] = {}

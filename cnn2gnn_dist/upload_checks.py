@@ -1,4 +1,4 @@
-"""What a submitted job would find in Ray's copy of the working directory: checked before it is sent."""
+"""Check, before a job is submitted, what it would find in Ray's copy of the working directory."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from cnn2gnn_dist.config import Config
 from cnn2gnn_dist.errors import UserError
 
 MOST_BYTES = 500 << 20
-"""Of a working directory that Ray takes."""
+"""Size limit of a working directory that Ray accepts."""
 MIB = 2**20
 
 
 def check_size(files: Mapping[str, int], folder: Path) -> None:
-    """See that Ray will take the files (relative path → bytes) of ``folder``.
+    """Check that Ray will accept the files (relative path → bytes) of ``folder``.
 
     Raises:
-        UserError: too much, with the three largest.
+        UserError: too many bytes; names the three largest files.
     """
     total = sum(files.values())
     if total < MOST_BYTES:
@@ -39,10 +39,10 @@ def check_size(files: Mapping[str, int], folder: Path) -> None:
 
 
 def check_paths(files: Mapping[str, int], folder: Path, arguments: Sequence[str]) -> None:
-    """See that relative paths in the arguments of `cnn2gnn run` lead to files that are sent.
+    """Check that relative paths in the arguments of `cnn2gnn run` lead to files that are sent.
 
     Raises:
-        UserError: one doesn't, or the config itself is wrong.
+        UserError: one doesn't, or the config itself is invalid.
     """  # noqa: DOC501
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", default="demo")
@@ -58,9 +58,9 @@ def check_paths(files: Mapping[str, int], folder: Path, arguments: Sequence[str]
 
 
 def _relative_paths(source: str, overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Fields of a config whose paths count from the working directory, with those paths."""
+    """Fields of a config whose paths are relative to the working directory, with those paths."""
     with tempfile.TemporaryDirectory() as name:
-        # Whatever comes back below this folder was relative; some levels down, so that "../" is too.
+        # Paths that resolve below this folder were relative; it is nested so that "../" is too.
         root = os.path.realpath(name)
         start = os.path.join(root, "a", "b", "c", "d")
         os.makedirs(start)
@@ -81,7 +81,7 @@ def _paths(config: Config) -> Iterator[tuple[str, str]]:
     }
     for field, value in found.items():
         for path in [value] if isinstance(value, str) else value or []:
-            if os.path.isabs(path):  # not an URL
+            if os.path.isabs(path):  # not a URL
                 yield field, path
 
 

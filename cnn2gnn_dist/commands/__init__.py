@@ -1,1 +1,1 @@
-"""What `cnn2gnn` does besides running stages: predict, checkpoint, plan, doctor."""
+"""The commands of `cnn2gnn` other than running stages: predict, checkpoint, plan, doctor."""

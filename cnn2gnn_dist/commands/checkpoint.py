@@ -1,4 +1,4 @@
-"""``cnn2gnn checkpoint``: list, explain, verify and export what trainings have saved."""
+"""``cnn2gnn checkpoint``: list, explain, verify and export the checkpoints of trainings."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KINDS = {"w/": "weights", "m/": "first moments", "v/": "second moments", "b/": "
 
 
 def ls(place: Path) -> int:
-    """Print a line for each checkpoint of a run, a stage or one folder; 0."""
+    """Print a line for each checkpoint of a run, a stage or one folder; returns 0."""
     print(f"{'stage':8} {'checkpoint':14} {'epoch':>5} {'batch':>6} {'ranks':>5} {'MB':>9}  age")
     for folder in found_in(place):
         state = disk.read_state(folder)
@@ -40,7 +40,7 @@ def ls(place: Path) -> int:
 
 
 def show(place: Path) -> int:
-    """Explain one checkpoint: where training stood, what is inside, of which config; 0."""
+    """Explain one checkpoint: position of the training, contents, config; returns 0."""
     folder = one_of(place)
     state = disk.read_state(folder)
     cursor, best = state["extra"]["cursor"], state["extra"]["best"]
@@ -58,7 +58,7 @@ def show(place: Path) -> int:
 
 
 def verify(place: Path) -> int:
-    """Read all of it and compare checksums; 1 if a checkpoint is damaged."""
+    """Read everything and compare checksums; returns 1 if a checkpoint is damaged."""
     bad = 0
     for folder in found_in(place):
         problem = disk.damage(folder)
@@ -68,13 +68,13 @@ def verify(place: Path) -> int:
 
 
 def export(place: Path, out: Path) -> int:
-    """Write weights and buffers into one safetensors file with plain names; 0.
+    """Write weights and buffers into one safetensors file with plain names; returns 0.
 
-    A teacher's names are those of its timm network; what else its use needs (mean and standard
+    A teacher's names are those of its timm network; what else its use requires (mean and standard
     deviation of the images, class names, architecture) is in the file's metadata.
 
     Raises:
-        UserError: no whole checkpoint; the file is there already.
+        UserError: no complete checkpoint; the file already exists.
     """
     folder = one_of(place)
     problem = disk.damage(folder)
@@ -122,10 +122,10 @@ def found_in(place: Path) -> list[Path]:
 
 
 def one_of(place: Path) -> Path:
-    """The checkpoint of a place, whole or not: that with which a finished stage ended, or the newest.
+    """The checkpoint of a place, damaged or not: the one a finished stage recorded, or the newest.
 
     Raises:
-        UserError: none, or those of several stages.
+        UserError: there is none, or there are checkpoints of several stages.
     """
     found = found_in(place)
     stages = list(dict.fromkeys(_stage(folder) for folder in found))
@@ -139,12 +139,12 @@ def one_of(place: Path) -> Path:
 
 
 def _stage(folder: Path) -> str:
-    """Of the run: RUN/STAGE/checkpoints/step-NUMBER."""
+    """The stage in RUN/STAGE/checkpoints/step-NUMBER."""
     return folder.absolute().parent.parent.name
 
 
 def _contents(folder: Path) -> dict[str, tuple[int, int, int]]:
-    """Tensors, numbers and bytes of each kind; only headers are read."""
+    """Tensors, numbers and bytes of each kind; reads headers only."""
     found: dict[str, list[int]] = {}
     for path in sorted(folder.glob("rank-*.safetensors")):
         with safe_open(path, "pt") as file:
@@ -162,7 +162,7 @@ def _contents(folder: Path) -> dict[str, tuple[int, int, int]]:
 
 
 def _about(folder: Path) -> dict[str, str]:
-    """Metadata of an export: safetensors holds text only."""
+    """Metadata of an export: safetensors stores text only."""
     from cnn2gnn_dist.data.index.manifest import Manifest
 
     state, run = disk.read_state(folder), folder.absolute().parents[2]

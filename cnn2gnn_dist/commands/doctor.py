@@ -1,4 +1,4 @@
-"""``cnn2gnn doctor``: what this machine has, what it lacks, and what to do about it."""
+"""``cnn2gnn doctor``: what this machine has, what is missing, and what to do about it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Finding:
-    """One check: what it looked at, how it stands, what was seen, what to do."""
+    """One check: what it examined, its result, what was seen, what to do."""
 
     name: str
     standing: str
@@ -37,7 +37,7 @@ class Finding:
 
 
 def command() -> int:
-    """Print all findings; 1 if one of them stops a run, else 0."""
+    """Print all findings; returns 1 if one of them prevents a run, else 0."""
     findings = examine()
     for one in findings:
         print(f"{one.standing:5} {one.name:16} {one.seen}")
@@ -49,7 +49,7 @@ def command() -> int:
 
 
 def examine() -> list[Finding]:
-    """Run every check; a check that breaks is itself a finding."""
+    """Run every check; a check that raises is itself a finding."""
     with _quiet():
         return _examine()
 
@@ -90,7 +90,7 @@ def _python() -> Finding:
 
 
 def _versions() -> list[Finding]:
-    """Installed versions against the ranges this package asks for."""
+    """Installed versions against the ranges that this package requires."""
     from packaging.requirements import Requirement
 
     try:
@@ -98,7 +98,7 @@ def _versions() -> list[Finding]:
     except importlib.metadata.PackageNotFoundError:
         if not CHECKOUT.is_file():
             return [Finding("install", WARN, "the package is not installed", "pip install .")]
-        # Run from a checkout, as cluster jobs do: its pyproject says the same.
+        # Run from a checkout, as cluster jobs do: its pyproject has the same requirements.
         wanted = tomllib.loads(CHECKOUT.read_text(encoding="utf-8"))["project"]["dependencies"]
     findings = []
     for text in wanted:
@@ -211,7 +211,7 @@ def _open_files() -> Finding:
 
 
 def _home() -> Finding:
-    """Caches of compilers, fonts and remote shards go there; a run needs none of them."""
+    """Caches of compilers, fonts and remote shards are there; a run needs none of them."""
     home = Path.home()
     writable = home.is_dir() and os.access(home, os.W_OK)
     return Finding(
@@ -245,7 +245,7 @@ def _interfaces() -> Finding:
 
 
 def _port() -> Finding:
-    """torchrun's and DeepSpeed's launchers meet there unless told otherwise; nothing else does."""
+    """The launchers of torchrun and DeepSpeed meet there by default; nothing else does."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -273,7 +273,7 @@ def _threads() -> Finding:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the libraries' notes out of the table; C code writes to the descriptors itself."""
+    """Keep the libraries' output out of the table; C code writes to the descriptors directly."""
     with warnings.catch_warnings(), open(os.devnull, "w", encoding="utf-8") as nowhere:
         warnings.simplefilter("ignore")
         sys.stdout.flush()

@@ -19,10 +19,10 @@ PLACES: dict[memory_model.Place, str] = {
 
 
 def command(given: dict[str, Any], *, as_json: bool) -> int:
-    """Print the plan; 0.
+    """Print the plan; returns 0.
 
     Raises:
-        UserError: numbers that make no graph.
+        UserError: numbers that don't describe a graph.
     """
     sizes = _sizes(given)
     found = memory_model.structures(sizes)

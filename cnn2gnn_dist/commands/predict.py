@@ -33,13 +33,13 @@ SHOWN_NEIGHBOURS = 5
 
 
 def command(run: Path, images: list[str], *, top: int, as_json: bool) -> int:
-    """Print classes and neighbours of each image; 1 if some could not be read.
+    """Print classes and neighbors of each image; returns 1 if some could not be read.
 
     Args:
         run: folder of a finished run; it may have been moved.
         images: files and folders.
         top: classes shown for each image.
-        as_json: one JSON object a line instead of text.
+        as_json: one JSON object per line instead of text.
 
     Raises:
         UserError: no finished run, a folder without images, ``top`` below 1.
@@ -55,7 +55,7 @@ def command(run: Path, images: list[str], *, top: int, as_json: bool) -> int:
             file=sys.stderr,
         )
     failed = 0
-    # Of nearly equal size: the last image alone would have no company at all.
+    # Batches of nearly equal size: a last image alone would have no neighbors.
     size = -(-len(files) // max(1, -(-len(files) // BATCH)))
     for rows in tqdm(
         list(chunks(len(files), max(1, size))), "predict", disable=len(files) <= BATCH
@@ -86,10 +86,10 @@ class _Model:
 
 
 class Predictor:
-    """A finished run, ready to classify: student, and the bank that images attach to.
+    """A finished run, ready to classify: the student, and the bank that images attach to.
 
     Raises:
-        UserError: the folder is no finished run.
+        UserError: the folder is not a finished run.
     """
 
     def __init__(self, run: Path) -> None:
@@ -111,7 +111,7 @@ class Predictor:
 
     @torch.no_grad()
     def __call__(self, images_BHWC: np.ndarray, top: int) -> list[dict[str, Any]]:
-        """Classes and neighbours of uint8 images [B, size, size, 3]."""
+        """Classes and neighbors of uint8 images [B, size, size, 3]."""
         images = torch.from_numpy(images_BHWC).to(self.context.device)
         around = self._model.around
         query = around.around_unseen(len(images)) if around else None
@@ -147,7 +147,7 @@ def _context(run: Path) -> Context:
     try:
         config = settings.of_run(run)
     except UserError as error:
-        if str(file) in error.where:  # not even a config
+        if str(file) in error.where:  # not a config at all
             raise _unfinished(run, "its config.yaml is damaged", "run") from None
         raise UserError(
             f"this run's config is not of this version: {error.what}",
@@ -171,10 +171,10 @@ def _unfinished(run: Path, what: str, stage: str) -> UserError:
 
 
 def _files(images: list[str]) -> Iterator[Path]:
-    """The files named, and the images in the folders named: those that ``pack`` would take."""
+    """The named files, and the images in the named folders: those that ``pack`` would take."""
     for name in images:
         path = Path(name)
-        if not os.path.isdir(path):  # which is False, not an error, of names too long
+        if not os.path.isdir(path):  # False, not an error, for names that are too long
             yield path
             continue
         found = find_images(path)

@@ -1,1 +1,1 @@
-"""`report.html` and its pictures."""
+"""`report.html` and its plots."""

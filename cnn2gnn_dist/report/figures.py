@@ -28,7 +28,7 @@ COLOURS = {
 }
 HELD_OUT = {"test_accuracy": ("o", "held-out"), "self_path_test_accuracy": ("x", "self path")}
 MOST_CLASSES, NAMED_CLASSES, COUNTED_CLASSES = 1000, 100, 30
-"""Of the confusion matrix: up to how many classes there is a picture, with names, with counts."""
+"""Number of classes up to which the confusion matrix is drawn, has names, has counts."""
 LONGEST_NAME = 18
 ECE_BINS = 15
 
@@ -48,10 +48,10 @@ def picture(image_HWC: np.ndarray) -> str:
 
 
 def curve(metrics: Metrics, key: str, title: str, *, share: bool = False) -> bytes | None:
-    """One value of each training over its epochs, PNG; None when nobody logged it.
+    """One value of each training over its epochs, PNG; None if it was never logged.
 
-    ``share``: the value is a part of one, shown in percent. Accuracies carry the looks at
-    held-out images as dots.
+    ``share``: the value is a fraction of one, shown in percent. Accuracy curves show the held-out
+    evaluations as dots.
     """
     figure, axis = _axes(title)
     drawn = False
@@ -68,13 +68,13 @@ def curve(metrics: Metrics, key: str, title: str, *, share: bool = False) -> byt
     if share:
         axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     if len(axis.lines) > 1:
-        # A pale ground: throughput jumps all over, no corner of it is free for sure.
+        # A light background: throughput varies so much that no corner is sure to be free.
         axis.legend(framealpha=0.85, edgecolor="none", fontsize=9)
     return _png(figure)
 
 
 def homophily(lines: list[dict[str, Any]]) -> bytes | None:
-    """Weighted share of same-class neighbours of the seeds over epochs, PNG."""
+    """Weighted share of the seeds' same-class neighbors over epochs, PNG."""
     title = "weight on same-class neighbours (seeds)"
     return curve({"student": lines}, "homophily", title, share=True)
 
@@ -95,7 +95,7 @@ def degrees(histogram: dict[str, list[int]]) -> bytes:
 
 
 def confusion(matrix: np.ndarray, names: Sequence[str]) -> bytes:
-    """Confusion matrix with recall as colour, PNG; names and counts where there is room.
+    """Confusion matrix with recall as color, PNG; names and counts where there is room.
 
     Cost is bounded: beyond ``NAMED_CLASSES`` the picture has one size, and numbers on its axes.
     """
@@ -104,7 +104,7 @@ def confusion(matrix: np.ndarray, names: Sequence[str]) -> bytes:
     side = 2.4 + 0.36 * count if few else 2.4 + 0.136 * count if named else 10.0
     figure, axis = plt.subplots(figsize=(side, side), layout="constrained")
     share = (matrix / np.maximum(matrix.sum(1, keepdims=True), 1)).astype(np.float32)
-    # Of many classes a cell is a pixel: the root makes the rare mistakes visible.
+    # With many classes a cell is a pixel: the root makes rare mistakes visible.
     norm = PowerNorm(1.0 if named else 0.5, vmin=0, vmax=1)
     axis.imshow(share, cmap="Blues", norm=norm, interpolation="nearest")
     axis.set_xlabel("predicted" if named else "predicted (number of the class)")
@@ -128,7 +128,7 @@ def _name_classes(axis: Axes, names: Sequence[str], few: bool) -> None:
 
 
 def reliability(saved: dict[str, dict[str, np.ndarray]]) -> bytes:
-    """Accuracy against confidence in equal-width bins, PNG; the area of a dot is its images."""
+    """Accuracy against confidence in equal-width bins, PNG; a dot's area is its image count."""
     figure, axis = plt.subplots(figsize=(5, 5), layout="constrained")
     axis.plot([0, 1], [0, 1], "--", color="grey", linewidth=1)
     for name, found in saved.items():
@@ -157,7 +157,7 @@ def _axes(title: str) -> tuple[Figure, Axes]:
 
 
 def _line(axis: Axes, lines: list[dict[str, Any]], key: str, **form: Any) -> bool:
-    """Draw what was logged under a key; whether there was anything. Not finite is null there."""
+    """Draw what was logged under a key; returns whether anything was. Non-finite is null there."""
     points = [(line["epoch"], line[key]) for line in lines if line.get(key) is not None]
     if points:
         axis.plot(*zip(*points, strict=True), **form)
@@ -165,7 +165,7 @@ def _line(axis: Axes, lines: list[dict[str, Any]], key: str, **form: Any) -> boo
 
 
 def _plain(name: str) -> str:
-    """A class name as a label: matplotlib would read dollars as formulas."""
+    """A class name as a label: matplotlib would read dollar signs as formulas."""
     short = name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"
     return short.replace("$", r"\$")
 

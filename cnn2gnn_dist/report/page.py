@@ -1,4 +1,4 @@
-"""The page people look at: ``report.html``, one self-contained file of a run."""
+"""``report.html``: one self-contained file that shows the results of a run."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ FEW_PAIRS, MANY_PAIRS = 8, 30
 
 
 def write_report(root: Path, class_names: Sequence[str] | None = None) -> Path:
-    """Write ``report.html`` and ``evaluation/confusion.png`` of a finished run; the page's path.
+    """Write ``report.html`` and ``evaluation/confusion.png`` of a finished run.
 
-    What a run does not have (graph, control, gallery, curves) is left out. Classes are numbers
-    without ``class_names``.
+    Returns the page's path. What a run does not have (graph, control, gallery, curves) is left out.
+    Classes without a name in ``class_names`` are shown as numbers.
 
     Raises:
         UserError: the run has no ``results.json`` yet.
@@ -58,7 +58,7 @@ def write_report(root: Path, class_names: Sequence[str] | None = None) -> Path:
     }
     student, config = saved.get("student"), root / "config.yaml"
     names = list(class_names or ())
-    # Numbers for what has no name, so that a short list is no reason to have no page.
+    # Numbers for classes without names, so that a short list does not prevent the page.
     names += [str(number) for number in range(len(names), results["run"]["classes"])]
     graph = results["student"].get("graph")
     page = (
@@ -102,7 +102,7 @@ def _results(path: Path) -> dict[str, Any]:
 
 
 def table_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of the table: label and cells (text, whether it is the best of its column)."""
+    """Rows of the table: label and cells (text, whether it is the best in its column)."""
     there = [name for name in MODELS if name in results]
     rows = []
     for name in there:
@@ -119,7 +119,7 @@ def table_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
 def verdict(results: dict[str, Any], saved: dict[str, dict[str, np.ndarray]] | None = None) -> str:
     """Plain sentences: does the student beat its control and its own self path, beyond chance?
 
-    ``saved``: the answers to each image; with them the errors are those of paired differences.
+    ``saved``: the predictions for each image; with them the errors are those of paired differences.
     """
     if "control_mlp" not in results:
         said = "No control was trained, so what the graph adds is not known."
@@ -157,13 +157,13 @@ def _difference(
         error = float(gain.std()) / math.sqrt(len(gain))
         return 100 * (one - two), 100 * error, f"paired, {len(gain):,} images"
     images = results["student"].get("judged", results["run"]["test_images"])
-    # Both judged on the same images: taken as independent, the error is an upper bound.
+    # Evaluated on the same images but treated as independent: the error is an upper bound.
     error = math.sqrt((one * (1 - one) + two * (1 - two)) / images)
     return 100 * (one - two), 100 * error, f"binomial, {images:,} images"
 
 
 def _left_out(results: dict[str, Any]) -> str | None:
-    """What the table does not count, if there is anything."""
+    """What the table does not count, if anything."""
     left_out = results["student"].get("left_out")
     if not left_out:
         return None
@@ -179,7 +179,7 @@ def _left_out(results: dict[str, Any]) -> str | None:
 def confused_pairs(
     student: dict[str, np.ndarray] | None, names: Sequence[str]
 ) -> list[tuple[str, str, int]]:
-    """What the student mistakes most often: true class, predicted class, images."""
+    """The student's most frequent mistakes: true class, predicted class, images."""
     if student is None:
         return []
     # Counted where they occur: a full matrix of 20,000 classes takes gigabytes.
@@ -194,7 +194,7 @@ def confused_pairs(
 
 
 def _confusion(root: Path, student: dict[str, np.ndarray] | None, names: list[str]) -> str | None:
-    """The picture, where the classes are few enough to tell apart; also as a file."""
+    """The plot, if there are few enough classes to tell apart; also written as a file."""
     count = len(names)
     if student is None or count > figures.MOST_CLASSES:
         return None
@@ -205,7 +205,7 @@ def _confusion(root: Path, student: dict[str, np.ndarray] | None, names: list[st
 
 
 def _curves(metrics: figures.Metrics) -> list[tuple[str, str]]:
-    """Pictures over epochs: what they show, and the data URI."""
+    """Plots over epochs: their title and data URI."""
     drawn = [
         (title, figures.curve(metrics, key, title, share=share)) for key, title, share in CURVES
     ]
@@ -213,7 +213,7 @@ def _curves(metrics: figures.Metrics) -> list[tuple[str, str]]:
 
 
 def _gallery(path: Path, names: list[str]) -> list[dict[str, Any]]:
-    """Test images with the neighbours they attached to."""
+    """Test images with the neighbors that they attached to."""
     if not path.exists():
         return []
     saved = np.load(path)
@@ -274,7 +274,7 @@ def _metrics(folder: Path) -> list[dict[str, Any]]:
         try:
             lines.append(json.loads(text))
         except ValueError:
-            continue  # a last line cut off by a kill
+            continue  # a last line truncated by a kill
     return lines
 
 

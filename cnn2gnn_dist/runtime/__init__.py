@@ -1,1 +1,1 @@
-"""Ranks, groups, collectives, Ray and supervised processes: who runs, and what ends with what."""
+"""Ranks, groups, collectives, Ray and supervised processes: what runs, and what ends with what."""

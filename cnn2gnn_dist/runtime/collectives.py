@@ -31,16 +31,16 @@ def world_size() -> int:
 
 
 def barrier() -> None:
-    """Wait for all ranks: what each has written before is there when it returns.
+    """Wait for all ranks: whatever each has written before is visible when this returns.
 
-    For ranks that come at about the same time; where one may take long, see ``uneven``.
+    For ranks that arrive at about the same time; where one may take long, see ``uneven``.
 
     Raises:
-        RuntimeError: a rank is missing, or did not come in time (gloo's, NCCL's).
+        RuntimeError: a rank is missing, or did not arrive in time (gloo's, NCCL's).
     """
     if world_size() > 1:
-        # Not dist.barrier: under NCCL that guesses a device and warns. The sum is read, because
-        # a collective on CUDA is only queued when its call returns; the host would run on.
+        # Not dist.barrier: under NCCL that guesses a device and warns. The sum is read because
+        # a collective on CUDA is only queued when its call returns; the host would run ahead.
         here = int(all_reduce_sum(torch.ones(1, device=_device())).item())
         if here != world_size():
             raise RuntimeError(f"a barrier of {world_size()} ranks has counted {here}")
@@ -50,9 +50,9 @@ def barrier() -> None:
 def uneven() -> Iterator[None]:
     """Work that may take one rank longer than ``cluster.timeout_s``; all leave together.
 
-    A rank that works is waited for as long as its process gives signs of life; one that is gone
-    or stopped is noticed within the timeout. What a rank raises inside is raised on all.
-    Collective, and no collective may stand inside that the others don't join.
+    The others wait for a working rank as long as its process sends heartbeats; one that is gone
+    or stopped is noticed within the timeout. What a rank raises inside is raised on all ranks.
+    Collective, and the block must not contain a collective that the other ranks don't join.
     """
     if world_size() == 1:
         yield
@@ -65,10 +65,10 @@ def uneven() -> Iterator[None]:
 
 
 def alone(work: Callable[[], T]) -> T:
-    """Rank 0 does the work, however long it takes; all get its result, or raise its error.
+    """Rank 0 does the work, however long it takes; all ranks get its result or raise its error.
 
-    What the work has left on disk is there when this returns. Nothing of it is noted here: work
-    that was cut off is done again, unless it looks for what it had done.
+    What the work has left on disk is visible when this returns. No progress is recorded here:
+    interrupted work is repeated, unless it checks for what it had done.
     """
     result: Any = None
     with uneven():
@@ -108,7 +108,7 @@ def all_reduce_mean(tensor: Tensor) -> Tensor:
 
 
 def lost_peer(error: RuntimeError) -> bool:
-    """Whether an error says that another rank is gone or silent, not that something is wrong here."""
+    """Whether an error means that another rank is gone or silent, not that this rank failed."""
     if isinstance(error, dist.DistBackendError | dist.DistNetworkError | dist.DistStoreError):
         return True
     text = str(error)

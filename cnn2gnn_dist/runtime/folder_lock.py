@@ -1,8 +1,8 @@
 """One process at a time in a run's folder: the kernel's lock, or a file where there are no locks.
 
-``flock`` goes with the process that holds it. Some network file systems have none (ENOLCK,
-ENOTSUP and their like): there a file that only one can make stands for the lock. Its holder
-touches it every few seconds, so that what a killed process has left is told from one at work.
+``flock`` is released when its process ends. Some network file systems have no locks (ENOLCK,
+ENOTSUP and the like): there a file that only one process can create serves as the lock. Its
+holder touches it every few seconds, so that an abandoned file can be told from a held one.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from pathlib import Path
 from cnn2gnn_dist.errors import UserError
 
 BEAT_SECONDS = 5.0
-"""Between two touches of the file that stands for a lock."""
+"""Seconds between two touches of the file that serves as the lock."""
 SILENT_SECONDS = 60.0
-"""A holder that did not touch it for so long, by the clock of the file system, is gone."""
+"""A holder that has not touched it for this long, by the file system's clock, is gone."""
 NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 
 Release = Callable[[], None]
 
 
 def take(root: Path, seconds: float) -> Release:
-    """Take the lock of a run's folder; returns what lets go of it.
+    """Take the lock of a run's folder; returns a function that releases it.
 
     Args:
         root: the run's folder; it need not exist.
-        seconds: a holder that is just ending is waited for so long.
+        seconds: how long to wait for a holder that is exiting.
 
     Raises:
-        UserError: another process holds it; or nothing can be written where it would lie.
+        UserError: another process holds it; or the lock's file can't be written.
     """
     path = _place(root)
     deadline = time.monotonic() + seconds
@@ -65,7 +65,7 @@ def take(root: Path, seconds: float) -> Release:
 
 
 def _place(root: Path) -> Path:
-    """Beside the folder, as it need not be there; inside where only that can be written."""
+    """Beside the folder, which may not exist yet; inside it if only that is writable."""
     with contextlib.suppress(OSError):
         root.parent.mkdir(parents=True, exist_ok=True)
     beside = os.access(root.parent, os.W_OK)
@@ -84,7 +84,7 @@ def _opened(path: Path, root: Path) -> int:
 
 
 def _try(path: Path, handle: int) -> Release | None:
-    """Take the lock if it is free."""
+    """Take the lock if it is free; None if it is not."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -97,7 +97,7 @@ def _try(path: Path, handle: int) -> Release | None:
 
 
 def _try_file(path: Path, why: str) -> Release | None:
-    """Make the file that stands for a lock; one whose holder is gone is taken away."""
+    """Create the file that serves as the lock; one whose holder is gone is removed."""
     mine = json.dumps(
         {"host": socket.gethostname(), "pid": os.getpid(), "token": secrets.token_hex(8)}
     )
@@ -106,7 +106,7 @@ def _try_file(path: Path, why: str) -> Release | None:
     except FileExistsError:
         if not _abandoned(path):
             return None
-        # Renamed first, and to a name of our own: two that come at once can't both take it away.
+        # Renamed first, to a unique name, so that two processes can't both remove it.
         away = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
         with contextlib.suppress(FileNotFoundError):
             os.rename(path, away)
@@ -140,19 +140,19 @@ def _kept_alive(path: Path, mine: str) -> Release:
 
 
 def _abandoned(path: Path) -> bool:
-    """Whether the holder of a file is gone: on this host by its id, elsewhere by its silence."""
+    """Whether the holder of a file is gone: by its pid on this host, by its silence elsewhere."""
     try:
         holder, touched = json.loads(path.read_text()), path.stat().st_mtime
         host, pid = str(holder["host"]), int(holder["pid"])
     except FileNotFoundError:
-        return False  # let go of just now: the next try gets it
+        return False  # released just now: the next try gets it
     except (OSError, ValueError, KeyError, TypeError):
         host, pid, touched = "", 0, path.stat().st_mtime if path.exists() else time.time()
     if host == socket.gethostname():
         return not Path(f"/proc/{pid}").exists()
     probe = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
     try:
-        probe.touch()  # the file system's clock may not be ours
+        probe.touch()  # the file system's clock may differ from ours
         return probe.stat().st_mtime - touched > SILENT_SECONDS
     finally:
         probe.unlink(missing_ok=True)

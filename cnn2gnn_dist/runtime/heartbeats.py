@@ -1,9 +1,9 @@
-"""Waiting for ranks that are slow, and not for ranks that are gone.
+"""Wait for ranks that are slow, but not for ranks that are gone.
 
 A collective can't tell the two apart: it gives up after the group's timeout, however busy the
-rank is that it waits for. Here ranks meet at keys in the group's store instead. Who works
-refreshes a key from a thread, who waits looks at it: no sign of life for as long as the timeout
-means that the rank is lost; as long as there are signs, it is waited for.
+rank is that it waits for. Here ranks meet at keys in the group's store instead. A working rank
+refreshes a key from a thread, and waiting ranks poll it: a rank without a heartbeat for the length
+of the timeout counts as lost; one with heartbeats is waited for.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ import torch.distributed as dist
 from cnn2gnn_dist.errors import UserError
 
 BEAT_S = 5.0
-"""Seconds between two signs of life; a fifth of the timeout where that is less."""
+"""Seconds between two heartbeats; a fifth of the timeout where that is less."""
 FIRST_POLL_S, LAST_POLL_S = 0.001, 0.1
 LINGER_S = 10.0
-"""So long does rank 0, with an error, wait for ranks that still work to hear of it."""
+"""Seconds that rank 0, with an error, waits for ranks that still work to read it."""
 
 
 @dataclass
 class Meeting:
-    """Where the ranks of a group meet.
+    """The point where the ranks of a group meet.
 
     Args:
         store: shared by the group, empty at first; any of torch's that can be cloned.
-        timeout_s: silence after which a rank counts as lost.
+        timeout_s: seconds of silence after which a rank counts as lost.
     """
 
     store: Any
@@ -46,9 +46,9 @@ class Meeting:
         """Work that may take one rank much longer than another; all leave together (collective).
 
         Raises:
-            UserError: a rank has raised it (here, on every rank).
-            RuntimeError: a rank has raised something else.
-            DistStoreError, DistNetworkError: a rank is gone, stopped, or hasn't come at all.
+            UserError: a rank raised it (raised here on every rank).
+            RuntimeError: a rank raised something else.
+            DistStoreError, DistNetworkError: a rank is gone, stopped, or never arrived.
         """
         call = self.store.add(f"calls/{self.rank}", 1)
         beat = _Beat(self.store, f"beat/{self.rank}", call, self.every)
@@ -67,12 +67,12 @@ class Meeting:
             self.store.set(_open(call), b"")
         else:
             raised = self._wait(call)
-        self._end(call, self.world_size - (raised is not None))  # who raised doesn't ask
+        self._end(call, self.world_size - (raised is not None))  # the rank that raised doesn't ask
         if raised is not None:
             raise raised
 
     def _end(self, call: int, asking: int) -> None:
-        """Rank 0 lets the others read how it ended: the store often goes with its process."""
+        """Rank 0 waits until the others have read the outcome: the store often ends with it."""
         told = self.store.add(f"{call}/told", 1)
         if self.rank:
             return
@@ -80,16 +80,16 @@ class Meeting:
         while told < asking and time.monotonic() < deadline:
             time.sleep(FIRST_POLL_S)
             told = self.store.add(f"{call}/told", 0)
-        for name in ("open", "left", "told"):  # all are here: none looks back any more
+        for name in ("open", "left", "told"):  # all ranks are here: nobody reads the earlier call
             self.store.delete_key(f"{call - 1}/{name}")
 
     @property
     def every(self) -> float:
-        """Seconds between two signs of life."""
+        """Seconds between two heartbeats."""
         return min(BEAT_S, self.timeout_s / 5)
 
     def _told(self, error: BaseException) -> Exception:
-        """What the others raise when this rank has raised."""
+        """The error that the other ranks raise when this rank has raised ``error``."""
         if isinstance(error, UserError):
             return error
         if isinstance(error, Exception):
@@ -97,8 +97,8 @@ class Meeting:
         return dist.DistStoreError(f"rank {self.rank} was told to end ({error!r})")
 
     def _wait(self, call: int) -> Exception | None:
-        """Wait for the others; what one of them has raised."""
-        # In a thread: a store whose server was stopped doesn't answer and heeds no timeout.
+        """Wait for the others; returns the error that one of them raised, if any."""
+        # In a thread: a store whose server was stopped doesn't answer and ignores timeouts.
         watch = _Watch(self, call)
         threading.Thread(target=watch.run, daemon=True).start()
         while not watch.ended.wait(self.every):
@@ -114,7 +114,7 @@ class Meeting:
 
 @dataclass
 class _Watch:
-    """Looks whether a meeting has opened, and whether those who are missing still live."""
+    """Polls whether a meeting has opened, and whether the missing ranks are still alive."""
 
     meeting: Meeting
     call: int
@@ -163,7 +163,7 @@ class _Watch:
 
 
 class _Beat:
-    """Signs of life from a thread while work lasts."""
+    """Heartbeats from a thread while work lasts."""
 
     def __init__(self, store: Any, key: str, call: int, every: float) -> None:
         self.store, self.key, self.call, self.every = store, key, call, every
@@ -177,8 +177,8 @@ class _Beat:
 
     def _run(self) -> None:
         store, count = None, 0
-        with contextlib.suppress(Exception):  # a store that is gone: those who wait notice it
-            while not self.over.wait(self.every):  # short work needs no sign
+        with contextlib.suppress(Exception):  # a store that is gone: the waiting ranks notice it
+            while not self.over.wait(self.every):  # short work needs no heartbeat
                 store = store or self.store.clone()
                 count += 1
                 store.set(self.key, f"{self.call}.{count}")

@@ -1,4 +1,4 @@
-"""What this machine must have before a Ray is started on it: said at once, not by a hang."""
+"""Checks of this machine before Ray starts on it: a problem is reported at once, not by a hang."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ import psutil
 from cnn2gnn_dist.errors import UserError
 
 LEAST_FILES = 256
-"""Open files; with fewer Ray's daemons wait for each other without end."""
+"""Open files; with fewer, Ray's daemons wait for each other forever."""
 RANK_BYTES = 300 << 20
-"""Memory that a rank has to itself before it has trained anything: torch, DeepSpeed, Ray."""
+"""Memory that a rank uses before it has trained anything: torch, DeepSpeed, Ray."""
 RAY_BYTES = 600 << 20
-"""Of Ray's daemons and of the driver."""
+"""Memory of Ray's daemons and of the driver."""
 RANKS_PER_CORE = 8
-"""More don't come up before the others have given them up."""
+"""With more, ranks start so slowly that the others give them up."""
 SHARED_MEMORY = Path("/dev/shm")
 
 
 def check(ranks: int) -> None:
-    """See that a Ray with so many ranks can run here.
+    """Check that a Ray with ``ranks`` ranks can run here.
 
     Raises:
         UserError: loopback is down; /dev/shm can't be written; too few open files, cores, or
@@ -38,7 +38,7 @@ def check(ranks: int) -> None:
 
 
 def check_loopback() -> None:
-    """This host reaches itself, as a Ray on loopback must.
+    """Check that this host reaches itself, as a Ray on loopback must.
 
     Raises:
         UserError: it does not.
@@ -58,7 +58,7 @@ def check_loopback() -> None:
 
 
 def check_files() -> None:
-    """Ray's daemons may open as many files as they need.
+    """Check that Ray's daemons may open as many files as they need.
 
     Raises:
         UserError: they may not.
@@ -74,7 +74,7 @@ def check_files() -> None:
 
 
 def check_shared_memory() -> None:
-    """Ray's object store can lie in shared memory, or on disk where there is none.
+    """Check that Ray's object store can use shared memory, or the disk where there is none.
 
     Raises:
         UserError: nothing can be written there.
@@ -92,10 +92,10 @@ def check_shared_memory() -> None:
 
 
 def check_cores(ranks: int, cores: int) -> None:
-    """The ranks are not many times the cores.
+    """Check that there are not many times more ranks than cores.
 
     Raises:
-        UserError: they are.
+        UserError: there are.
     """
     if ranks > RANKS_PER_CORE * cores:
         raise UserError(
@@ -107,10 +107,10 @@ def check_cores(ranks: int, cores: int) -> None:
 
 
 def check_memory(ranks: int, available: int) -> None:
-    """Ranks and Ray have room in so many bytes.
+    """Check that ranks and Ray fit into ``available`` bytes.
 
     Raises:
-        UserError: they have not.
+        UserError: they don't.
     """
     fit = (available - RAY_BYTES) // RANK_BYTES
     if fit < ranks:
@@ -123,7 +123,7 @@ def check_memory(ranks: int, available: int) -> None:
 
 
 def available_memory() -> int:
-    """Bytes that this process's container, or the machine, can still give."""
+    """Bytes that this process's container, or the machine, has available."""
     found = int(psutil.virtual_memory().available)
     for folder, most, used, cache in (
         ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
@@ -141,5 +141,5 @@ def available_memory() -> int:
             idle = next(int(line.split()[1]) for line in lines if line.split()[0] == cache)
         except (OSError, ValueError, StopIteration):  # another version of cgroups, or "max"
             continue
-        found = min(found, limit - held + idle)  # cached files give way
+        found = min(found, limit - held + idle)  # cached files are reclaimable
     return found

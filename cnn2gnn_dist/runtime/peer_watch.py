@@ -1,9 +1,9 @@
-"""Who of the ranks is still there, asked beside the collectives: NCCL doesn't say whom it misses.
+"""Which ranks are still alive, checked beside the collectives: NCCL doesn't name a lost rank.
 
-Under gloo a dead peer fails the others' next collective. Under NCCL the GPU waits for it, the
-host for the GPU, and torch's watchdog ends the process after the timeout without a name; what
-sits in between can't be woken. So each rank notes in the group's store that it is alive, and ends
-itself, with a name, when another has not for a while.
+Under gloo a dead peer fails the others' next collective. Under NCCL the GPU waits for the peer and
+the host for the GPU, and torch's watchdog ends the process after the timeout without naming a rank;
+what waits in between can't be woken. So each rank writes heartbeats to the group's store, and
+exits, naming the rank, when another has been silent for a while.
 """
 
 from __future__ import annotations
@@ -21,34 +21,34 @@ from cnn2gnn_dist.errors import PeerLost
 
 BEAT_S = 2.0
 SILENCE_S = 60.0
-"""A rank may hold Python's lock for long, but not for so long."""
+"""A rank may hold the GIL for long, but not for this long."""
 
 
 class Silence:
-    """When each peer's note last changed. Pure: the clock is the caller's."""
+    """When each peer's heartbeat last changed. Pure: the caller passes the time."""
 
     def __init__(self, peers: Iterable[int], now: float) -> None:
         self._seen: dict[int, tuple[bytes | None, float]] = {p: (None, now) for p in peers}
 
     def note(self, values: Mapping[int, bytes], now: float) -> None:
-        """Take in the peers' notes; one that is missing or the old one counts as silence."""
+        """Record the peers' heartbeats; a missing or unchanged one counts as silence."""
         for peer, value in values.items():
             if value != self._seen[peer][0]:
                 self._seen[peer] = (value, now)
 
     def since(self, now: float, limit: float) -> dict[int, float]:
-        """Peers that have been silent for longer than ``limit``, and for how long."""
+        """Peers that have been silent for longer than ``limit`` seconds, and for how long."""
         quiet = {peer: now - seen for peer, (_, seen) in self._seen.items()}
         return {peer: seconds for peer, seconds in quiet.items() if seconds > limit}
 
 
 class PeerWatch:
-    """A thread that notes this rank's life in ``store`` and watches the others'.
+    """A thread that writes this rank's heartbeat to ``store`` and watches the others'.
 
     Args:
-        store: the group's; it is cloned, so that nobody waits for the thread's questions.
-        silence_s: after how long a peer counts as lost.
-        lost: what to do then; by default the process says so and ends with ``PeerLost``'s code.
+        store: the group's; it is cloned, so that nobody waits for the thread's requests.
+        silence_s: seconds of silence after which a peer counts as lost.
+        lost: what to do then; by default the process reports it and exits with ``PeerLost``'s code.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class PeerWatch:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop watching, and being alive to the others."""
+        """Stop watching and stop sending heartbeats."""
         self._stop.set()
 
     def _run(self) -> None:
@@ -83,7 +83,7 @@ class PeerWatch:
                 there = [peer for peer in self._peers if self._store.check([_key(peer)])]
                 silence.note({p: self._store.get(_key(p)) for p in there}, time.monotonic())
                 gone = ""
-            except RuntimeError:  # whoever hosts the store is gone, or leaves as we shall
+            except RuntimeError:  # the host of the store is gone, or is exiting as this rank will
                 gone = "; the meeting point does not answer"
             if quiet := silence.since(time.monotonic(), self._silence_s):
                 self._lost(_error(quiet, gone))
@@ -104,6 +104,6 @@ def _error(quiet: Mapping[int, float], gone: str) -> PeerLost:
 
 
 def _end(error: PeerLost) -> None:
-    """Nothing short of the process's end wakes a thread that waits for a GPU."""
+    """Exit: only the end of the process wakes a thread that waits for a GPU."""
     print(error, file=sys.stderr, flush=True)
     os._exit(PeerLost.exit_code)

@@ -1,7 +1,9 @@
-"""A notice to end soon (SIGTERM, SIGUSR1, `ray job stop`): training saves within two steps, then ends.
+"""A request to stop soon (SIGTERM, SIGUSR1, `ray job stop`): training saves and exits.
 
-Outside training the notice ends the process at once: every other stage continues where it was.
-A rank that can't reach its next step, because a peer hangs, says so and ends when its grace is over.
+Training saves within two steps. Outside it the request ends the process at once: every other stage
+resumes where it was.
+A rank that can't reach its next step, because a peer hangs, reports it and exits after its grace
+period.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from types import FrameType
 PR_SET_PDEATHSIG = 1
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 ENDED = 128 + signal.SIGTERM
-"""Exit code of whatever has ended on a notice."""
+"""Exit code of a process that stopped on request."""
 
 _asked = threading.Event()
 
@@ -27,32 +29,32 @@ _asked = threading.Event()
 def end_with_parent() -> None:
     """Have the kernel send SIGTERM when the process that started this one dies (Linux).
 
-    A launcher that is killed would leave its ranks behind: working, and holding the run's folder.
+    A killed launcher would otherwise leave its ranks running and holding the run's folder.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def ask() -> None:
-    """Give notice from within this process (Ray's ranks get no signals)."""
+    """Request a stop from within this process (Ray's ranks get no signals)."""
     _asked.set()
 
 
 def asked() -> bool:
-    """Whether this process is to end soon."""
+    """Whether this process has been asked to stop."""
     return _asked.is_set()
 
 
 @contextlib.contextmanager
 def heeded(grace_s: float, standing: Callable[[], str]) -> Iterator[None]:
-    """Within this block a notice is noted instead of ending the process.
+    """Within this block a request to stop is recorded instead of ending the process.
 
     Args:
-        grace_s: seconds from a signal after which the process ends all the same.
-        standing: what is then lost or kept, for the last words.
+        grace_s: seconds from a signal after which the process exits all the same.
+        standing: describes what is then lost or kept, for the last message.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield  # signals are the main thread's
+        yield  # only the main thread gets signals
         return
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
@@ -77,7 +79,7 @@ def _note(number: int, frame: FrameType | None) -> None:
 
 
 def _watch(reading: int, grace_s: float, standing: Callable[[], str]) -> None:
-    """Wait for a signal's byte, then for the end of the block; end the process if it doesn't come."""
+    """Wait for a signal's byte, then for the end of the block; exit if it doesn't come."""
     deadline: float | None = None
     while True:
         ready, _, _ = select.select([reading], [], [], deadline)

@@ -1,4 +1,4 @@
-"""torch's process group: who hosts its store, on which address, and which device is a rank's."""
+"""torch's process group: which rank hosts its store, on which address, and each rank's device."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from cnn2gnn_dist.runtime import rendezvous
 from cnn2gnn_dist.runtime.ranks import Ranks
 
 AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"
-"""Set by torchrun for its children: its agent hosts the store, and its listening is torchrun's."""
+"""Set by torchrun for its children: its agent hosts the store and decides where it listens."""
 
 
 def join(ranks: Ranks, device: torch.device, timeout: timedelta) -> None:
     """Join the group: NCCL on GPUs, gloo on CPUs.
 
-    A single process needs no port. Else rank 0 hosts a store at the meeting point alone,
-    unless torchrun's agent does.
+    A single process needs no port. Otherwise rank 0 hosts a store that listens at the rendezvous
+    alone, unless torchrun's agent hosts it.
 
     Raises:
         UserError: the port is taken; a network interface that the environment names is missing;
-            the other ranks have not come within ``timeout``.
+            the other ranks did not arrive within ``timeout``.
     """
     backend = "nccl" if device.type == "cuda" else "gloo"
     rendezvous.check_interfaces(backend)
     if rendezvous.GLOO not in os.environ and (name := rendezvous.facing(ranks)):
         os.environ[rendezvous.GLOO] = name
-    # Said before the first collective, NCCL's communicator is there when later groups split it.
+    # With the device known up front, NCCL's communicator exists when later groups split it.
     eager = device if backend == "nccl" and ranks.world_size > 1 else None
     dist.init_process_group(
         backend,
@@ -67,9 +67,9 @@ def _store(ranks: Ranks, timeout: timedelta) -> dist.Store:
 
 
 def device_index(local_rank: int, visible: int) -> int:
-    """Which of the GPUs that this process sees is its own.
+    """Index of this rank's GPU among those that this process sees.
 
-    A launcher that shows every task one GPU (``srun --gpus-per-task=1``) numbers it 0 in each.
+    A launcher that shows each task one GPU (``srun --gpus-per-task=1``) numbers it 0 in each.
 
     Raises:
         UserError: fewer GPUs than ranks on this host.

@@ -1,4 +1,4 @@
-"""Who am I among how many: read from the environment, whoever started the process."""
+"""This process's rank and world size, read from the environment, whichever launcher started it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DEFAULT_PORT = 29500
 class Ranks:
     """Position of this process in its group, and where the group meets.
 
-    ``rank`` of ``world_size`` in the whole group, ``local_rank`` on its node;
+    ``rank`` of ``world_size`` in the complete group, ``local_rank`` on its node;
     ``master_addr``/``master_port`` is rank 0's rendezvous (torch's TCP store).
     """
 
@@ -33,7 +33,7 @@ class Ranks:
         return self.rank == 0
 
     def own_address(self) -> str:
-        """The address of this host that faces rank 0's; nothing is sent.
+        """The address of this host that faces rank 0's; no packet is sent.
 
         Raises:
             UserError: ``master_addr`` can't be reached.
@@ -50,7 +50,7 @@ class Ranks:
             ) from None
 
     def environment(self) -> dict[str, str]:
-        """The variables by which torch and DeepSpeed recognise this process."""
+        """The variables by which torch and DeepSpeed recognize this process."""
         return {
             "RANK": str(self.rank),
             "LOCAL_RANK": str(self.local_rank),
@@ -63,12 +63,12 @@ class Ranks:
     def from_environment(cls, environ: Mapping[str, str] | None = None) -> Ranks:
         """Read torchrun's and DeepSpeed's variables, else Slurm's, else a single process.
 
-        Under ``srun`` the meeting point need not be exported: rank 0 runs on the step's first
-        node, and a port follows from the job's number.
+        Under ``srun`` the rendezvous need not be exported: rank 0 runs on the step's first
+        node, and the port is derived from the job's number.
 
         Raises:
-            UserError: a variable is no number, the rank lies outside the world size, or
-                nothing says where rank 0 is.
+            UserError: a variable is not a number, the rank is outside the world size, or
+                nothing tells where rank 0 is.
         """
         env = os.environ if environ is None else environ
         if "RANK" in env and "WORLD_SIZE" in env:
@@ -96,7 +96,7 @@ class Ranks:
 
 
 def _first_node(env: Mapping[str, str]) -> str:
-    """Where rank 0 of a Slurm step is: this host if it has but one node, else its first."""
+    """Where rank 0 of a Slurm step is: this host if the step has one node, else its first node."""
     listed = env.get("SLURM_STEP_NODELIST", "")
     if env.get("SLURM_STEP_NUM_NODES", "1" if not listed else "") == "1":
         return "127.0.0.1"
@@ -117,7 +117,7 @@ def first_host(listed: str) -> str:
 
 
 def _slurm_port(env: Mapping[str, str]) -> int:
-    """Two jobs of one node get different ports; below those that the kernel gives away."""
+    """A port that differs between jobs on one node, below those that the kernel assigns."""
     return 10_000 + (_number(env, "SLURM_JOB_ID") * 7 + _number(env, "SLURM_STEP_ID")) % 20_000
 
 

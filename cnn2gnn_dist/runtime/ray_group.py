@@ -1,7 +1,7 @@
-"""A group of ranks as Ray actors: placed together, started together, started again together.
+"""A group of ranks as Ray actors: placed together, started together, restarted together.
 
-One of the two rooms in which Ray is met. A collective cannot mend a lost member, so
-when one rank dies all are replaced, and the stage continues from its last checkpoint.
+One of the two modules that import Ray. A collective cannot replace a lost member, so
+when one rank dies all are replaced, and the stage resumes from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from cnn2gnn_dist.runtime.ranks import Ranks
 READY_SECONDS = 60.0
 GRACE_SECONDS = 5.0
 RAY_SETTINGS = {
-    # Batches that were taken would stay in the object store for a second.
+    # Batches that were consumed would stay in the object store for a second.
     "free_objects_period_milliseconds": 100,
-    # A history of all calls that nobody reads here: megabytes a minute.
+    # A history of all calls that is never read here: megabytes a minute.
     "task_events_report_interval_ms": 0,
-    # The head is this machine's: when it is gone it doesn't come back, and who waits for it spins.
+    # The head is on this machine: once gone it doesn't come back, and waiting for it spins.
     "gcs_rpc_server_reconnect_timeout_s": 10,
 }
-"""Of a cluster started here."""
+"""Settings of a cluster started here."""
 
 
 @dataclass(frozen=True)
 class GroupSpec:
-    """What a group of ranks asks of the cluster."""
+    """Resources that a group of ranks requests from the cluster."""
 
     world_size: int
     cpus_per_rank: float = 1.0
@@ -55,7 +55,7 @@ _session: ray_session.Session | None = None
 
 @contextmanager
 def running(address: str | None, cpus: int, logs: Path | None = None) -> Iterator[None]:
-    """A cluster for the length of this block: ``start``, and ``stop`` however the block ends."""
+    """A cluster for the duration of this block: ``start``, and ``stop`` however the block ends."""
     start(address, cpus, logs)
     try:
         yield
@@ -68,18 +68,18 @@ def running(address: str | None, cpus: int, logs: Path | None = None) -> Iterato
 def start(address: str | None, cpus: int, logs: Path | None = None) -> None:
     """Connect to a cluster (``address``, or ``RAY_ADDRESS`` inside a job), or start Ray here.
 
-    A cluster started here listens on loopback only, under a token of its own, keeps all its
-    files in one temporary folder, and leaves neither them nor a process however this process
-    ends (see ``runtime.shutdown``). From then on SIGTERM ends this process in order, with exit code 143.
+    A cluster started here listens on loopback only, under its own token, keeps all its
+    files in one temporary folder, and leaves no file and no process however this process
+    ends (see ``runtime.ray_session``). From then on SIGTERM is an orderly exit with code 143.
 
     Args:
         address: of a cluster; None starts one.
-        cpus: at least so many for a cluster started here.
-        logs: folder for Ray's logs when a cluster started here ends badly; replaced if there.
+        cpus: at least this many for a cluster started here.
+        logs: folder for Ray's logs when a cluster started here fails; replaced if it exists.
 
     Raises:
-        UserError: no cluster answers at the address, or none that lets us in; this machine
-            can't carry a cluster of its own.
+        UserError: no cluster answers at the address, or it refuses us; this machine
+            can't run a cluster of its own.
     """
     if ray.is_initialized():
         return
@@ -121,9 +121,9 @@ def _connect(address: str, where: str) -> None:
 
 
 def _seen_by_ray(address: str, where: str) -> str:
-    """The address that Ray will turn this one into.
+    """The address that Ray will resolve this one to.
 
-    For "auto" the cluster that runs on this host, for localhost what its head listens on.
+    For "auto" the cluster that runs on this host, for localhost the address its head listens on.
 
     Raises:
         UserError: no cluster runs here.
@@ -144,13 +144,13 @@ def _seen_by_ray(address: str, where: str) -> str:
 
 
 def _speak(mode: str) -> None:
-    """Have Ray in this process and its children send the token, or not."""
+    """Make Ray in this process and its children send the token, or not."""
     os.environ[ray_probe.MODE] = mode
     _read_again()
 
 
 def _read_again() -> None:
-    """Ray reads how to authenticate when it is imported: have it look at the variables anew."""
+    """Make Ray, which reads its authentication settings when imported, read them again."""
     import ray._raylet as raylet
 
     raylet.Config.initialize("")  # type: ignore[attr-defined]
@@ -166,7 +166,7 @@ def _start_here(cpus: int, logs: Path | None) -> None:
         _read_again()
         with _session.environment():
             ray.init(
-                address="local",  # else Ray joins whatever cluster was started here last
+                address="local",  # else Ray joins the cluster that was last started here
                 num_cpus=max(cpus, os.cpu_count() or 1),
                 include_dashboard=False,
                 _node_ip_address="127.0.0.1",
@@ -178,20 +178,20 @@ def _start_here(cpus: int, logs: Path | None) -> None:
         stop(failed=True)
         if not isinstance(error, Exception):
             raise
-        raise UserError(  # Ray says it in many ways, by a bare Exception too
+        raise UserError(  # Ray reports it in many ways, even by a bare Exception
             f"Ray does not start on this host: {_first_line(error)}",
             where="ray.init",
             remedy="again when the host has more time to spare; `cnn2gnn doctor` looks at what Ray "
             "needs, and torchrun with launch/train.py does without Ray",
         ) from error
-    atexit.register(_stop_at_exit)  # after Ray's own, so before them when the time comes
+    atexit.register(_stop_at_exit)  # registered after Ray's handler, so it runs before it
 
 
 def stop(failed: bool = False) -> None:
-    """Leave the cluster; one started here ends, and nothing of it stays.
+    """Leave the cluster; one started here ends and leaves nothing behind.
 
-    The ranks' last lines are shown first. Of a ``failed`` session the logs are kept, where
-    ``start`` was told, and a line on stderr says so.
+    The ranks' last lines are shown first. The logs of a ``failed`` session are kept, where
+    ``start`` was told, and a line on stderr says where.
     """
     global _session
     session, _session = _session, None
@@ -210,7 +210,7 @@ def _stop_at_exit() -> None:
 
 
 def gpus() -> int:
-    """GPUs of the whole cluster."""
+    """GPUs of the complete cluster."""
     return int(ray.cluster_resources().get("GPU", 0))
 
 
@@ -226,7 +226,7 @@ def run_group(
     at most ``spec.max_failures`` times.
 
     Raises:
-        UserError: a rank raised one (not tried again); the cluster has no room; the
+        UserError: a rank raised one (not retried); the cluster has no room; the
             group failed too often.
     """  # noqa: DOC501
     for attempt in range(spec.max_failures + 1):
@@ -245,7 +245,7 @@ def run_group(
 
 
 class LostRank(Exception):
-    """A rank died or stopped answering; the others can't go on without it."""
+    """A rank died or stopped answering; the others can't continue without it."""
 
 
 def _attempt(target: str, kwargs: dict[str, Any], spec: GroupSpec) -> list[Any]:
@@ -282,7 +282,7 @@ def _attempt(target: str, kwargs: dict[str, Any], spec: GroupSpec) -> list[Any]:
 
 
 def _let_them_save(actors: list[Any], refs: list[Any], grace_s: float) -> None:
-    """This process was told to end: the ranks get so long for a last checkpoint."""
+    """This process was asked to stop: give the ranks ``grace_s`` seconds for a last checkpoint."""
     for actor in actors:
         actor.told_to_end.remote()
     done, hanging = ray.wait(refs, num_returns=len(refs), timeout=grace_s)
@@ -310,9 +310,9 @@ def _gather(refs: list[Any]) -> list[Any]:
     """Results of all ranks.
 
     Raises:
-        UserError: a rank says what the user did wrong.
+        UserError: a rank reports a mistake of the user's.
         LostRank: a rank died, or hangs while the others failed.
-        RayTaskError: a rank raised something else: a bug, and no use in trying again.
+        RayTaskError: a rank raised something else: a bug, not worth a retry.
     """  # noqa: DOC501
     pending = list(refs)
     while pending:
@@ -322,7 +322,7 @@ def _gather(refs: list[Any]) -> list[Any]:
             break
     else:
         return ray.get(refs)
-    # The first failure is often a mere echo of another rank's: look at all of them.
+    # The first failure is often only a consequence of another rank's: look at all of them.
     done, hanging = (
         ray.wait(pending, num_returns=len(pending), timeout=GRACE_SECONDS) if pending else ([], [])
     )
@@ -349,14 +349,14 @@ def _failure(reference: Any) -> RayError | None:
 
 
 def _echo(error: RayError) -> bool:
-    """Whether an error looks like the loss of a peer rather than its cause."""
+    """Whether an error looks like the consequence of a lost peer rather than its cause."""
     text = str(error)
     return "Connection" in text or "gloo" in text or "NCCL" in text
 
 
 @ray.remote(max_restarts=0, concurrency_groups={"notices": 1})  # type: ignore[call-overload]
 class _Rank:
-    """One rank of a group; a notice reaches it while it works."""
+    """One rank of a group; a request to stop reaches it while it works."""
 
     def __init__(self, index: int) -> None:
         self._index = index
@@ -382,7 +382,7 @@ class _Rank:
         """Call the target; ``beside`` is the number of ranks on this node."""
         sys.path.extend(entry for entry in path if entry not in sys.path)
         os.environ.update(ranks.environment(), LOCAL_WORLD_SIZE=str(beside))
-        os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # of a launcher around the cluster
+        os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # set by a launcher around the cluster
         module, _, function = target.partition(":")
         return getattr(import_module(module), function)(ranks=ranks, **kwargs)
 
@@ -398,7 +398,7 @@ def _last_line(error: BaseException) -> str:
 
 
 def _stay_on_loopback() -> None:
-    """Ray replaces 127.0.0.1 by the host's address, which opens its ports to the network."""
+    """Keep Ray from replacing 127.0.0.1 by the host's address, which opens ports to the network."""
     import ray._private.services as services
 
     services.resolve_ip_for_localhost = lambda address, *_: address

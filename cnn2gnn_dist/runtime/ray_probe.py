@@ -1,7 +1,7 @@
-"""Whether a Ray cluster answers at an address, and how it wants to be spoken to: asked first.
+"""Probe, before Ray is used, whether a Ray cluster answers at an address and how to authenticate.
 
-Ray itself tries an address that is dead for ten minutes, and takes a refused token for a
-dead address. Nothing here needs Ray, so that it can be asked before Ray is imported.
+Ray itself tries a dead address for ten minutes, and mistakes a refused token for a dead
+address. Nothing here needs Ray, so the probe can run before Ray is imported.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cnn2gnn_dist.errors import UserError
 
 CONNECT_SECONDS = 5.0
 ANSWER_SECONDS = 15.0
-"""A head under load may take its time."""
+"""A head under load may be slow."""
 DEFAULT_PORT = 6379
 MODE = "RAY_AUTH_MODE"
 ASK = "/ray.rpc.NodeInfoGcsService/GetClusterId"
@@ -29,17 +29,17 @@ BEYOND_US = ("RAY_USE_TLS", "RAY_ENABLE_K8S_TOKEN_AUTH")
 
 
 def cluster_mode(address: str, where: str) -> str | None:
-    """How Ray is to speak to the cluster at ``host:port``: "token" or "disabled".
+    """How Ray must authenticate to the cluster at ``host:port``: "token" or "disabled".
 
-    None: it can't be told from outside (TLS, tokens of Kubernetes), and the environment's word holds.
+    None: it can't be told from outside (TLS, Kubernetes tokens), and the environment decides.
 
     Args:
-        address: of the cluster's head.
+        address: of the cluster's head node.
         where: the setting that named it, for messages.
 
     Raises:
-        UserError: nothing answers within seconds, what answers is no Ray cluster, or it demands
-            a token that we don't have.
+        UserError: nothing answers within seconds, what answers is not a Ray cluster, or it demands
+            a token that is missing here.
     """  # noqa: DOC501
     host, port = host_and_port(address, where)
     if failure := _unreachable(host, port):
@@ -67,10 +67,10 @@ def cluster_mode(address: str, where: str) -> str | None:
 
 
 def job_server_mode(url: str, where: str) -> str:
-    """The same of a job server at ``http://host:8265``.
+    """The same for a job server at ``http://host:8265``.
 
     Raises:
-        UserError: nothing answers, what answers is no job server, or it wants another token.
+        UserError: nothing answers, what answers is not a job server, or it wants another token.
     """  # noqa: DOC501
     parts = urlsplit(url)
     try:
@@ -121,7 +121,7 @@ def _refused(what: str, where: str) -> UserError:
 
 
 def own_token(environ: Mapping[str, str] | None = None) -> str:
-    """This user's token, from where Ray takes it; "": there is none."""
+    """This user's token, from where Ray reads it; "" if there is none."""
     env = os.environ if environ is None else environ
     if token := env.get("RAY_AUTH_TOKEN", "").strip():
         return token
@@ -143,10 +143,10 @@ def _token_file(env: Mapping[str, str]) -> Path:
 
 
 def host_and_port(address: str, where: str) -> tuple[str, int]:
-    """Both, of ``host``, ``host:port`` or ``[v6]:port``.
+    """Host and port of ``host``, ``host:port`` or ``[v6]:port``.
 
     Raises:
-        UserError: an URL, or a port that is no number.
+        UserError: a URL, or a port that is not a number.
     """
     wrong = UserError(
         f"a Ray cluster's address reads HOST:6379, not {address}",
@@ -167,7 +167,7 @@ def host_and_port(address: str, where: str) -> tuple[str, int]:
 
 
 def spare_proxies(url: str) -> None:
-    """Keep a proxy that the environment names from requests to this very machine."""
+    """Bypass any proxy that the environment names for requests to this machine itself."""
     host = urlsplit(url).hostname or ""
     if _is_loopback(host):
         for name in ("no_proxy", "NO_PROXY"):
@@ -192,7 +192,7 @@ def _unreachable(host: str, port: int) -> str:
 
 
 def _asked(host: str, port: int, token: str) -> str:
-    """gRPC's status code of the question to a head."""
+    """gRPC's status code of the probe call to a head node."""
     import grpc
 
     target = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -206,7 +206,7 @@ def _asked(host: str, port: int, token: str) -> str:
 
 
 def _got(url: str, token: str) -> tuple[int, str]:
-    """HTTP status and reason; status 0: no answer."""
+    """HTTP status and reason; status 0 if there is no answer."""
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     loopback = _is_loopback(urlsplit(url).hostname or "")
     opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if loopback else []))
@@ -223,7 +223,7 @@ def _got(url: str, token: str) -> tuple[int, str]:
 
 
 def _get_token() -> str:
-    """What to do about a missing or wrong token; a variable would come before the file."""
+    """What to do about a missing or wrong token; a variable would take precedence over the file."""
     named = [name for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH") if os.environ.get(name)]
     first = f"unset {' '.join(named)}, and " if named else ""
     return (

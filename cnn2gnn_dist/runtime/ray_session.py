@@ -1,4 +1,4 @@
-"""Nothing is left behind, however the driver ends: the driver's side.
+"""The driver's side of leaving nothing behind, however it ends.
 
 | the driver                      | who cleans up, and the exit code                   |
 |---------------------------------|----------------------------------------------------|
@@ -7,7 +7,7 @@
 | gets SIGTERM                    | the same; 143 (a second SIGTERM is not waited for) |
 | gets SIGKILL, SIGHUP, crashes   | the watcher, within seconds                        |
 
-Only for a Ray that this process has started; a cluster one connects to is others'.
+Only for a Ray that this process has started; a cluster that it joins belongs to others.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from cnn2gnn_dist.runtime import watcher
 from cnn2gnn_dist.runtime.watcher import MARK, Traces
 
 LONGEST_FOLDER = 40
-"""Characters: below it Ray puts sockets of 64 more, and a socket's path has at most 107."""
+"""Characters: Ray appends sockets of 64 more, and a socket's path has at most 107."""
 ENDED_BY_SIGTERM = 128 + signal.SIGTERM
 
 _terminated = threading.Event()
@@ -37,14 +37,14 @@ _terminated = threading.Event()
 
 @dataclass
 class Session:
-    """The traces of the Ray that this process starts, and the watcher that minds them.
+    """The traces of the Ray that this process starts, and the watcher that guards them.
 
     Attributes:
-        traces: what is to be cleared.
-        driver: pid of the process that has begun the session; only it may end it.
+        traces: what has to be cleared.
+        driver: pid of the process that began the session; only it may end it.
 
     From ``begin`` to ``end`` Ray in this process authenticates by the session's own token: a
-    token in the user's home would from then on be demanded by whatever Ray they start.
+    token in the user's home would be demanded from then on by every Ray that the user starts.
     """
 
     traces: Traces
@@ -54,10 +54,10 @@ class Session:
 
     @classmethod
     def begin(cls, logs: Path | None = None) -> Session:
-        """Make the folder, start the watcher.
+        """Make the folder and start the watcher.
 
         Args:
-            logs: folder that gets Ray's logs when the session ends badly (replaced if there).
+            logs: folder for Ray's logs when the session fails (replaced if it exists).
         """
         folder = Path(tempfile.mkdtemp(prefix="cnn2gnn-", dir=_short_place()))
         (folder / "tmp").mkdir()
@@ -79,13 +79,13 @@ class Session:
             "RAY_AUTH_TOKEN": None,
         }
         session = cls(traces, os.getpid(), process, _replace(authentication))
-        # A forked child would hold the pipe open after its parent's death.
+        # A forked child would keep the pipe open after its parent's death.
         os.register_at_fork(after_in_child=session._forget)
         return session
 
     @contextlib.contextmanager
     def environment(self) -> Iterator[None]:
-        """What Ray's processes inherit: the mark, and a temporary folder that goes with them."""
+        """Set what Ray's processes inherit: the mark, and a temporary folder of the session."""
         ours: dict[str, str | None] = {
             MARK: self.traces.mark,
             "TMPDIR": str(self.traces.folder / "tmp"),
@@ -97,9 +97,9 @@ class Session:
             _replace(before)
 
     def end(self, *, failed: bool) -> Path | None:
-        """Clear what is left, send the watcher home; returns where the logs were kept, if so.
+        """Clear the traces and dismiss the watcher; returns where the logs were kept, if they were.
 
-        In a forked child of the driver nothing happens.
+        Does nothing in a forked child of the driver.
         """
         if os.getpid() != self.driver:
             return None
@@ -116,9 +116,9 @@ class Session:
 
 @contextlib.contextmanager
 def orderly_sigterm() -> Iterator[None]:
-    """Ray replaces the handler of SIGTERM inside this block; afterwards it is an orderly end.
+    """Make SIGTERM an orderly exit after this block, inside which Ray replaces its handler.
 
-    A handler that the program had set itself is put back instead.
+    A handler that the program itself had set is restored instead.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -133,7 +133,7 @@ def orderly_sigterm() -> Iterator[None]:
 
 @contextlib.contextmanager
 def exit_code_kept() -> Iterator[None]:
-    """Ray turns any exit out of ``ray.get`` into exit code 1: SIGTERM's is put back.
+    """Restore SIGTERM's exit code: Ray turns any exit out of ``ray.get`` into exit code 1.
 
     Raises:
         SystemExit: with the code of SIGTERM.
@@ -148,12 +148,12 @@ def exit_code_kept() -> Iterator[None]:
 
 def _terminate(number: int, frame: FrameType | None) -> None:
     _terminated.set()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the next one doesn't wait; the watcher does
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the next one kills; the watcher cleans up
     raise SystemExit(ENDED_BY_SIGTERM)
 
 
 def _replace(values: Mapping[str, str | None]) -> dict[str, str | None]:
-    """Set environment variables (None: unset); returns what they were."""
+    """Set environment variables (None: unset); returns their earlier values."""
     before = {name: os.environ.get(name) for name in values}
     for name, value in values.items():
         if value is None:
@@ -164,7 +164,7 @@ def _replace(values: Mapping[str, str | None]) -> dict[str, str | None]:
 
 
 def _short_place() -> str:
-    """Where Ray would put its things ($RAY_TMPDIR, else the temporary folder), if short enough."""
+    """Where Ray would put its files ($RAY_TMPDIR, else the temporary folder), if short enough."""
     room = LONGEST_FOLDER - len("/cnn2gnn-12345678")
     place = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
     return place if len(place) <= room else "/tmp"

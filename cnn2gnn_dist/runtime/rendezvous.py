@@ -1,7 +1,7 @@
-"""Where ranks meet: sockets that listen on that address alone, and the interfaces they talk through.
+"""Where ranks meet: sockets that listen on that address alone, and the interfaces that ranks use.
 
-torch's store listens on every interface of its host unless it is handed a socket, and
-whoever reaches it can write into it. So the socket is made here.
+torch's store listens on every interface of its host unless it is given a socket, and
+anyone who reaches it can write to it. So the socket is made here.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.runtime.ranks import Ranks
 
 BACKLOG = 2048
-"""Ranks that may knock at once."""
+"""Ranks that may connect at once."""
 GLOO, NCCL = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
 
 _reserved: dict[tuple[str, int], socket.socket] = {}
 
 
 def reserve(address: str) -> int:
-    """A free port at ``address``, held for this process until ``listen`` takes it over."""
+    """Reserve a free port at ``address`` for this process until ``listen`` takes it over."""
     held = socket.socket()
     held.bind((address, 0))
     port = int(held.getsockname()[1])
@@ -34,13 +34,14 @@ def reserve(address: str) -> int:
 
 
 def listen(ranks: Ranks) -> socket.socket:
-    """Rank 0's socket at the meeting point; the caller owns it.
+    """Rank 0's socket at the rendezvous; the caller owns it.
 
-    A ``master_addr`` that is no address of this host (a Kubernetes service, a forwarded port) can't
-    be bound to: then, with a line on stderr, the socket listens on all interfaces as torch's would.
+    A ``master_addr`` that is not an address of this host (a Kubernetes service, a forwarded port)
+    can't be bound: then, with a line on stderr, the socket listens on all interfaces as torch's
+    would.
 
     Raises:
-        UserError: the port is taken; the address has no meaning here.
+        UserError: the port is taken; the address can't be resolved here.
     """  # noqa: DOC501
     address, port = ranks.master_addr, ranks.master_port
     held = _reserved.pop((address, port), None)
@@ -56,7 +57,7 @@ def listen(ranks: Ranks) -> socket.socket:
             where=where,
             remedy="MASTER_ADDR=an address of rank 0's host that all hosts know",
         ) from None
-    # "localhost" may be both; the ranks find either, and gloo speaks IPv4 more often.
+    # "localhost" may be both; ranks find either, and gloo uses IPv4 more often.
     family, _, _, _, place = min(found, key=lambda one: one[0] != socket.AF_INET)
     try:
         return _bound(family, place)
@@ -80,7 +81,7 @@ def listen(ranks: Ranks) -> socket.socket:
 
 
 def check_interfaces(backend: str, environ: Mapping[str, str] | None = None) -> None:
-    """See that the interfaces named in gloo's or NCCL's variable exist, before a rank waits on them.
+    """Check that the interfaces in gloo's or NCCL's variable exist, before a rank waits on them.
 
     Raises:
         UserError: one doesn't.
@@ -108,15 +109,15 @@ def unknown_interfaces(backend: str, wanted: str, there: Iterable[str]) -> list[
     if backend != "gloo":
         names = [name.partition(":")[0] for name in names]
     found = [any(one == name if exact else one.startswith(name) for one in there) for name in names]
-    if not exact:  # NCCL takes what there is of several
+    if not exact:  # NCCL uses those of several that exist
         return [] if any(found) else names
     return [name for name, known in zip(names, found, strict=True) if not known]
 
 
 def facing(ranks: Ranks) -> str | None:
-    """The interface that faces rank 0, by its name; None where none can be told.
+    """Name of the interface that faces rank 0; None if it can't be determined.
 
-    gloo would take the one that the host's name stands for: often 127.0.1.1, or nothing.
+    gloo would use the one that the host's name resolves to: often 127.0.1.1, or none.
     """
     if ranks.master_addr == "localhost" or ranks.master_addr.startswith("127."):
         own = "127.0.0.1"

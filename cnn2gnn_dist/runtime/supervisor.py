@@ -1,10 +1,10 @@
-"""Processes that live and die together, with a ``/dev/shm`` of their own: a machine within a host.
+"""Processes that live and die together, with their own ``/dev/shm``: a machine within a host.
 
-Libraries that name their shared memory alike on every machine (DGL's servers) can't run twice on
-a host, unless each has its own mount namespace. So a supervisor, run by its path and without
-torch (``python -P machine.py JSON``), opens one, starts the named processes in it, and ends them
-all when one of them ends, or when whoever asked for them does (a pipe on stdin closes). Their
-shared memory goes with the last of them: nothing is left behind, however they end.
+Libraries that give shared memory the same names on every machine (DGL's servers) can't run twice
+on a host unless each has its own mount namespace. So a supervisor, run by its path and without
+torch (``python -P supervisor.py JSON``), opens one, starts the named processes in it, and ends
+them all when one of them ends or when the process that asked for them does (a pipe on stdin
+closes). Their shared memory goes with the last of them: nothing is left behind, however they end.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ SHARED_MEMORY = "/dev/shm"
 REFUSED = 77
 """Exit code of a supervisor that was not allowed to open a namespace."""
 GONE_SECONDS = 10.0
-"""For a supervisor to end after its pipe is closed."""
+"""Seconds for a supervisor to exit after its pipe is closed."""
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What a supervisor is to do.
+    """Instructions for a supervisor.
 
     Attributes:
         commands: name → command line of each process.
-        environment: variables that are added to this process's own.
-        isolated: in a mount namespace of their own; else they share the host's.
-        files: name → file descriptors that this process alone inherits.
-        log: file that gets what they print; None: stderr.
+        environment: name → variables added to this process's own environment.
+        isolated: whether they run in their own mount namespace; else they share the host's.
+        files: name → file descriptors that only this process inherits.
+        log: file for their output; None: stderr.
     """
 
     commands: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -51,7 +51,7 @@ class Spec:
 
 
 class Machine:
-    """Named processes under a supervisor, seen from the process that needs them."""
+    """Named processes under a supervisor, as seen by the process that needs them."""
 
     def __init__(self, spec: Spec) -> None:
         files = [number for numbers in spec.files.values() for number in numbers]
@@ -63,10 +63,10 @@ class Machine:
             text=True,
         )
         self.processes: dict[str, int] = {}
-        """Process ids by name, after ``started``."""
+        """Process ids by name, filled by ``started``."""
 
     def started(self) -> bool:
-        """Wait for the processes to exist; False: no namespace was to be had."""
+        """Wait for the processes to exist; False if no namespace could be opened."""
         assert self._supervisor.stdout is not None
         line = self._supervisor.stdout.readline()
         if line.startswith("{"):
@@ -75,7 +75,7 @@ class Machine:
         return self._supervisor.wait() != REFUSED
 
     def first_end(self) -> str:
-        """Wait until a process ends; which did and how, in words. To be called once."""
+        """Wait until a process ends; returns which one and how, in words. Call only once."""
         assert self._supervisor.stdout is not None
         with self._supervisor.stdout as said:
             return said.readline().strip() or "its supervisor ended"
@@ -101,9 +101,9 @@ def can_be_isolated() -> bool:
 
 
 def main() -> int:
-    """Supervise, until a process ends or stdin closes."""
+    """Supervise until a process ends or stdin closes."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # meant for the asker, whose end is seen on stdin
+        signal.signal(number, signal.SIG_IGN)  # meant for the parent, whose end shows on stdin
     spec = Spec(**json.loads(sys.argv[1]))
     if spec.isolated:
         try:
@@ -123,13 +123,13 @@ def main() -> int:
 
 
 def _say(text: str) -> None:
-    """A line to the asker, who may be gone."""
+    """Write a line to the parent, which may be gone."""
     with contextlib.suppress(BrokenPipeError):
         os.write(1, f"{text}\n".encode())
 
 
 def _isolate() -> None:
-    """A mount namespace with an empty /dev/shm; without privileges, in a user namespace.
+    """Enter a mount namespace with an empty /dev/shm; without privileges, in a user namespace.
 
     Raises:
         OSError: the kernel refuses.
@@ -167,13 +167,13 @@ def _start(spec: Spec, name: str, log: IO[Any]) -> subprocess.Popen[bytes]:
         pass_fds=own,
         preexec_fn=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL),
     )
-    for number in own:  # the asker must see the end of a process at its files
+    for number in own:  # the parent must see a process's end as the closing of its files
         os.close(number)
     return process
 
 
 def _first_end(running: Mapping[str, subprocess.Popen[bytes]]) -> str:
-    """Wait; which process ended and how. "" when the asker is gone or has had enough."""
+    """Wait; returns which process ended and how, "" if the parent is gone or closed the pipe."""
     names = {os.pidfd_open(process.pid): name for name, process in running.items()}
     poll = select.poll()
     poll.register(sys.stdin, select.POLLIN | select.POLLHUP)

@@ -1,8 +1,8 @@
-"""What a Ray that was started here has left: found, ended, removed. Also the process that waits for it.
+"""Clear what a Ray that was started here has left; also the process that waits to do so.
 
-A driver killed by SIGKILL cleans nothing up, and Ray's agents live on. So a watcher, in a session
-of its own, holds the read end of a pipe whose write end lives in the driver alone: when the
-pipe closes without a word, the watcher does what the driver should have done. It imports
+A driver killed by SIGKILL cleans nothing up, and Ray's agents live on. So a watcher, in its own
+session, holds the read end of a pipe whose write end exists in the driver alone: when the
+pipe closes without a message, the watcher does what the driver should have done. It imports
 neither Ray nor torch, and is run by its path: ``python -P watcher.py FOLDER MARK [LOGS]``.
 """
 
@@ -22,21 +22,21 @@ import psutil
 MARK = "CNN2GNN_SESSION"
 """Environment variable that every process of a session inherits."""
 GRACE_SECONDS = 1.0
-"""For processes to end by themselves, before they are killed."""
+"""Seconds for processes to exit by themselves before they are killed."""
 PATIENCE_SECONDS = 30.0
-"""Until a process that can't be killed (a disk that doesn't answer) is given up."""
+"""Seconds until a process that can't be killed (a disk that doesn't answer) is given up."""
 DONE = b"done"
-"""What the driver writes when nothing is left to do."""
+"""What the driver writes when there is nothing left to clear."""
 
 
 @dataclass(frozen=True)
 class Traces:
-    """What belongs to one session, and to it alone.
+    """What belongs to one session only.
 
     Attributes:
-        folder: where its Ray keeps everything; nobody else's things are in it.
-        mark: value of ``MARK`` in the environment of its processes; not to be guessed.
-        logs: where Ray's logs are kept when the session ends badly; None: nowhere.
+        folder: where its Ray keeps everything; nothing else is in it.
+        mark: value of ``MARK`` in the environment of its processes; can't be guessed.
+        logs: where Ray's logs are kept when the session fails; None: nowhere.
     """
 
     folder: Path
@@ -44,7 +44,7 @@ class Traces:
     logs: Path | None = None
 
     def processes(self) -> list[psutil.Process]:
-        """Its living processes, but not this one."""
+        """Its running processes, except this one."""
         me = os.getpid()
         return [p for p in psutil.process_iter() if p.pid != me and self._owns(p)]
 
@@ -54,15 +54,15 @@ class Traces:
                 return False
             if process.environ().get(MARK) == self.mark:
                 return True
-            # Ray's agents write their title over their environment; their logs are open.
+            # Ray's agents overwrite their environment with their title; their logs are open.
             if not "".join(process.cmdline()[:1]).startswith("ray::"):
                 return False
             return any(self.folder in Path(f.path).parents for f in process.open_files())
-        except (psutil.Error, OSError):  # gone meanwhile, or another user's
+        except (psutil.Error, OSError):  # exited meanwhile, or another user's
             return False
 
     def clear(self, keep_logs: bool) -> Path | None:
-        """End the processes and remove the folder; may be called again, and by two at once.
+        """End the processes and remove the folder; safe to repeat, and concurrently.
 
         Returns where the logs are now, if they were kept.
         """
@@ -80,11 +80,11 @@ class Traces:
             if waited > GRACE_SECONDS:
                 for process in left:
                     with contextlib.suppress(psutil.Error):
-                        process.kill()  # psutil looks whether the pid is still the same process
+                        process.kill()  # psutil checks that the pid is still the same process
             time.sleep(0.05)
 
     def _keep_logs(self) -> Path | None:
-        """Only beside what is already there: a run that made no folder gets none from us."""
+        """Keep the logs only beside existing files: a run that made no folder gets none from us."""
         found = sorted(self.folder.glob("session_2*/logs"))
         if self.logs is None or not found:
             return None
@@ -98,9 +98,9 @@ class Traces:
 
 
 def main() -> None:
-    """Wait for the end of the driver; clear its traces unless it said that it did."""
+    """Wait for the end of the driver; clear its traces unless it reported that it did."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # meant for the driver, whose end is seen here
+        signal.signal(number, signal.SIG_IGN)  # meant for the driver, whose end shows on stdin
     folder, mark, *logs = sys.argv[1:]
     if sys.stdin.buffer.read() != DONE:
         Traces(Path(folder), mark, Path(logs[0]) if logs else None).clear(keep_logs=True)
