@@ -5,16 +5,19 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import logging
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cnn2gnn_dist import __version__, consistency, ledger, settings
+from cnn2gnn_dist import __version__, consistency, ledger, log, settings
 from cnn2gnn_dist.config import Config
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.runtime.ranks import Ranks
 from cnn2gnn_dist.runtime.ray_session import ENDED_BY_SIGTERM
+
+_log = logging.getLogger(__name__)
 
 STAGES = {
     "teacher": "train the CNN under DeepSpeed",
@@ -43,22 +46,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = _parse(argv)
     except UserError as error:
-        print(f"cnn2gnn: {error}", file=sys.stderr)
+        log.complain(error)
         return error.exit_code
     if isinstance(sys.stdout, io.TextIOWrapper):
         # In a file or pipe the ranks' lines would otherwise come in blocks, minutes late.
         sys.stdout.reconfigure(line_buffering=True)
     try:
-        return arguments.command(arguments) or 0
+        with log.console(getattr(arguments, "verbosity", log.NORMAL)):
+            return arguments.command(arguments) or 0
     except UserError as error:
-        print(f"cnn2gnn: {error}", file=sys.stderr)
+        log.complain(error)
         return error.exit_code
     except KeyboardInterrupt:
-        print("cnn2gnn: interrupted; the same command continues", file=sys.stderr)
+        log.complain("interrupted; the same command continues")
         return 130
     except SystemExit as end:
         if end.code == ENDED_BY_SIGTERM:
-            print("cnn2gnn: ended by SIGTERM; the same command continues", file=sys.stderr)
+            log.complain("ended by SIGTERM; the same command continues")
         raise
     except BrokenPipeError:
         return 1
@@ -114,7 +118,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     fields.add_argument("overrides", nargs="*", metavar="section.field=value")
     fields.set_defaults(command=_fields)
+    _add_verbosity(commands)
     return parser
+
+
+def _add_verbosity(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """``-v`` and ``-q`` on every command, at whatever depth."""
+    for parser in commands.choices.values():
+        log.add_options(parser)
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                _add_verbosity(action)
 
 
 def _config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -224,16 +238,16 @@ def _run(arguments: argparse.Namespace) -> int:
     from cnn2gnn_dist.pipeline import keys, runner
     from cnn2gnn_dist.unused_fields import Around
 
-    config = settings.load(arguments.config, arguments.overrides, _note)
+    config = settings.load(arguments.config, arguments.overrides, _log.warning)
     _warn_about_a_moved_run(arguments.config, config)
     if arguments.dry_run:
-        print(settings.as_yaml(config))
+        log.output(settings.as_yaml(config))
         steps = runner.plan(config, arguments.stages)
         for step in steps:
-            print(f"{step.stage.name:10} {step.standing.value:12} {step.why}")
+            log.output(f"{step.stage.name:10} {step.standing.value:12} {step.why}")
         around = Around(config.device == "cuda", deepspeed=keys.read_deepspeed(config))
         for note in consistency.notes(config, around):
-            print(f"note: {note}")
+            log.output(f"note: {note}")
         runner.check_ahead(config, steps, config.run.ranks)
         return 0
     _warn_about_lost_results(config)
@@ -283,11 +297,7 @@ def _on_ray(config: Config, stages: list[str] | None, update: bool, force: bool)
         )
     for name, why in outcome[0].items():
         if why == "whole, skipped":
-            print(runner.skipped(name))
-
-
-def _note(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr)
+            runner.say_skipped(name)
 
 
 def _warn_about_a_moved_run(name: str | None, config: Config) -> None:
@@ -295,10 +305,9 @@ def _warn_about_a_moved_run(name: str | None, config: Config) -> None:
     folder, named = Path(name or "").parent, Path(str(config.run.dir))
     of_a_run = Path(name or "").name == ledger.CONFIG and (folder / "manifest").is_dir()
     if of_a_run and not named.exists():
-        print(
-            f"note: this is the config of the run in {folder}, and it names run.dir={named}, where "
-            f"nothing is; to go on with the run: run.dir={folder}",
-            file=sys.stderr,
+        _log.warning(
+            f"this is the config of the run in {folder}, and it names run.dir={named}, where "
+            f"nothing is; to go on with the run: run.dir={folder}"
         )
 
 
@@ -306,10 +315,9 @@ def _warn_about_lost_results(config: Config) -> None:
     """In a submitted job relative paths lie in a copy of the working directory."""
     inside = Path(str(config.run.dir)).is_relative_to(Path.cwd())
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and inside:
-        print(
-            f"note: this job writes to {config.run.dir}, inside Ray's copy of the working "
-            "directory; give run.dir=/shared/path to keep the results",
-            file=sys.stderr,
+        _log.warning(
+            f"this job writes to {config.run.dir}, inside Ray's copy of the working "
+            "directory; give run.dir=/shared/path to keep the results"
         )
 
 
@@ -318,12 +326,12 @@ def _closing_words(config: Config) -> None:
 
     root = Path(str(config.run.dir))
     report = root / "report.html"
-    print("\n" + table(json.loads((root / "results.json").read_text(encoding="utf-8"))))
-    print(f"\nresults  {root / 'results.json'}")
+    log.output("\n" + table(json.loads((root / "results.json").read_text(encoding="utf-8"))))
+    log.output(f"\nresults  {root / 'results.json'}")
     if report.exists():
-        print(f"look     {report}")
-    print(f"predict  cnn2gnn predict --run {root} IMAGE…")
-    print("next     cnn2gnn run --config cifar10, or your own shards: see README.md")
+        log.output(f"look     {report}")
+    log.output(f"predict  cnn2gnn predict --run {root} IMAGE…")
+    log.output("next     cnn2gnn run --config cifar10, or your own shards: see README.md")
 
 
 def _predict(arguments: argparse.Namespace) -> int:
@@ -342,8 +350,11 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 def _fields(arguments: argparse.Namespace) -> int:
     if arguments.config or arguments.overrides:
-        print(settings.as_yaml(settings.load(arguments.config, arguments.overrides, _note)), end="")
+        log.output(
+            settings.as_yaml(settings.load(arguments.config, arguments.overrides, _log.warning)),
+            end="",
+        )
         return 0
-    print(settings.describe())
-    print(f"\npresets: {', '.join(settings.presets())}   (cnn2gnn config --config demo)")
+    log.output(settings.describe())
+    log.output(f"\npresets: {', '.join(settings.presets())}   (cnn2gnn config --config demo)")
     return 0

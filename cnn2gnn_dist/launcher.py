@@ -10,15 +10,18 @@ python launch/train.py --config demo               # a single process
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from typing import NoReturn
 
-from cnn2gnn_dist import settings
+from cnn2gnn_dist import log, settings
 from cnn2gnn_dist.errors import PeerLost, UserError
 from cnn2gnn_dist.pipeline import runner
 from cnn2gnn_dist.runtime import preemption
 from cnn2gnn_dist.runtime.ranks import Ranks
+
+_log = logging.getLogger(__name__)
 
 
 def main() -> int:
@@ -42,27 +45,35 @@ def main() -> int:
     parser.add_argument(
         "--deepspeed_config", metavar="FILE", help="DeepSpeed config of both models"
     )
+    log.add_options(parser)
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     arguments, odd = parser.parse_known_intermixed_args()
-    ranks = Ranks()
     if "LOCAL_RANK" in os.environ:  # a launcher's child; a shell's child must survive under nohup
         preemption.end_with_parent()
+    with log.console(getattr(arguments, "verbosity", log.NORMAL)):
+        return _run(arguments, odd, parser.prog)
+
+
+def _run(arguments: argparse.Namespace, odd: list[str], program: str) -> int:
+    """This rank's part of the run; its exit code. ``odd``: words that are no option."""
+    ranks = Ranks()
     try:
         ranks = Ranks.from_environment()
+        log.set_rank(ranks.rank)
         if odd:
             raise settings.misplaced(odd) or UserError(
-                "no such option", where=" ".join(odd), remedy=f"{parser.prog} --help"
+                "no such option", where=" ".join(odd), remedy=f"{program} --help"
             )
         overrides = list(arguments.overrides)
         if arguments.deepspeed_config:
             overrides += [
                 f"{part}.ds_config={arguments.deepspeed_config}" for part in ("teacher", "student")
             ]
-        config = settings.load(arguments.config, overrides, _note if ranks.is_first else None)
-        names = arguments.stages.split(",") if arguments.stages else None
+        note = _log.warning if ranks.is_first else None
+        config = settings.load(arguments.config, overrides, note)
         runner.run_rank(
             tree=settings.as_tree(config),
-            names=names,
+            names=arguments.stages.split(",") if arguments.stages else None,
             update=arguments.update,
             force=arguments.force,
             inside_ray=False,
@@ -70,13 +81,9 @@ def main() -> int:
         )
     except UserError as error:
         if ranks.is_first or isinstance(error, PeerLost):
-            print(f"{parser.prog}: {error}", file=sys.stderr, flush=True)
+            log.complain(error, program)
         return error.exit_code
     return 0
-
-
-def _note(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr, flush=True)
 
 
 def leave(code: int) -> NoReturn:

@@ -20,7 +20,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from cnn2gnn_dist import upload_checks
+from cnn2gnn_dist import log, upload_checks
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.runtime import ray_probe
 
@@ -52,11 +52,13 @@ def main() -> int:
     )
     parser.add_argument("--stop-on-interrupt", action="store_true", help="Ctrl-C stops the job")
     parser.add_argument("arguments", nargs="*", help="arguments of `cnn2gnn run`, after --")
+    log.add_options(parser)
     options = parser.parse_args()
     try:
-        return _submit(options)
+        with log.console(getattr(options, "verbosity", log.NORMAL)):
+            return _submit(options)
     except UserError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+        log.complain(error, parser.prog)
         return error.exit_code
 
 
@@ -83,18 +85,18 @@ def _submit(options: argparse.Namespace) -> int:
         raise UserError(
             f"the job server takes no job: {lines[0]}", where=where, remedy="see the head's log"
         ) from None
-    print(f"submitted {job}", flush=True)
+    log.output(f"submitted {job}")
     try:
         asyncio.run(_follow(client, job))
     except KeyboardInterrupt:
         if options.stop_on_interrupt:
             client.stop_job(job)
-            print(f"stopped {job}")
+            log.output(f"stopped {job}")
         else:
-            print(f"{job} goes on; `ray job logs {job} --follow` shows it")
+            log.output(f"{job} goes on; `ray job logs {job} --follow` shows it")
         return 130
     status = client.get_job_status(job)
-    print(f"{job}: {status.value}")
+    log.output(f"{job}: {status.value}")
     return 0 if status == JobStatus.SUCCEEDED else 1
 
 
@@ -118,7 +120,7 @@ def _sent(folder: Path) -> dict[str, int]:
 
 async def _follow(client: Any, job: str) -> None:
     async for lines in client.tail_job_logs(job):
-        print(lines, end="", flush=True)
+        log.output(lines, end="")
 
 
 if __name__ == "__main__":

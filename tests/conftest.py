@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from cnn2gnn_dist import log
 from tests.support import REPOSITORY, runs
 
 FOLDER = Path(tempfile.mkdtemp(prefix="r", dir="/tmp"))  # short: a socket's path has 107 bytes
@@ -40,6 +41,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if unit not in item.path.parents:
             item.add_marker("slow")
+
+
+@pytest.fixture
+def console() -> Iterator[None]:
+    """Log lines on stderr, as the entry points show them."""
+    with log.console():
+        yield
 
 
 @pytest.fixture(scope="session")

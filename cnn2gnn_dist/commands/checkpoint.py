@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from cnn2gnn_dist import settings
 from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.log import output
 from cnn2gnn_dist.pipeline.keys import as_made
 from cnn2gnn_dist.training.checkpoint import folder as disk
 
@@ -22,7 +23,7 @@ KINDS = {"w/": "weights", "m/": "first moments", "v/": "second moments", "b/": "
 
 def ls(place: Path) -> int:
     """Print a line for each checkpoint of a run, a stage or one folder; returns 0."""
-    print(f"{'stage':8} {'checkpoint':14} {'epoch':>5} {'batch':>6} {'ranks':>5} {'MB':>9}  age")
+    output(f"{'stage':8} {'checkpoint':14} {'epoch':>5} {'batch':>6} {'ranks':>5} {'MB':>9}  age")
     for folder in found_in(place):
         state = disk.read_state(folder)
         cursor, age = (
@@ -32,7 +33,7 @@ def ls(place: Path) -> int:
         size = sum(path.stat().st_size for path in folder.iterdir())
         latest = disk.all_of(folder.parent)[-1] == folder
         marks = ["latest"] * latest + ["best"] * (disk.best_of(folder.parent) == folder)
-        print(
+        output(
             f"{_stage(folder):8} {folder.name:14} {cursor['epoch']:5} {cursor['batch']:6} "
             f"{state['world_size']:5} {size / 1e6:9.1f}  {_age(age)}  {' '.join(marks)}".rstrip()
         )
@@ -44,16 +45,16 @@ def show(place: Path) -> int:
     folder = one_of(place)
     state = disk.read_state(folder)
     cursor, best = state["extra"]["cursor"], state["extra"]["best"]
-    print(f"checkpoint   {folder}")
-    print(f"stands at    epoch {cursor['epoch']}, batch {cursor['batch']}, step {state['step']}")
-    print(f"written by   {state['world_size']} ranks, ZeRO stage {state['zero_stage']}")
-    print(f"best so far  {'not judged yet' if best is None else f'{best:.2%} on held-out images'}")
-    print(f"run          {state['run_id']}")
+    output(f"checkpoint   {folder}")
+    output(f"stands at    epoch {cursor['epoch']}, batch {cursor['batch']}, step {state['step']}")
+    output(f"written by   {state['world_size']} ranks, ZeRO stage {state['zero_stage']}")
+    output(f"best so far  {'not judged yet' if best is None else f'{best:.2%} on held-out images'}")
+    output(f"run          {state['run_id']}")
     for prefix, (tensors, numbers, size) in _contents(folder).items():
-        print(f"{prefix:12} {tensors:5} tensors {numbers:13,} numbers {size / 1e6:9.1f} MB")
-    print("config")
+        output(f"{prefix:12} {tensors:5} tensors {numbers:13,} numbers {size / 1e6:9.1f} MB")
+    output("config")
     for name, value in state["about"].items():
-        print(f"  {name} = {json.dumps(value)}")
+        output(f"  {name} = {json.dumps(value)}")
     return 0
 
 
@@ -63,7 +64,7 @@ def verify(place: Path) -> int:
     for folder in found_in(place):
         problem = disk.damage(folder)
         bad += problem is not None
-        print(f"{_stage(folder):8} {folder.name:14} {problem or 'whole'}")
+        output(f"{_stage(folder):8} {folder.name:14} {problem or 'whole'}")
     return 1 if bad else 0
 
 
@@ -93,7 +94,7 @@ def export(place: Path, out: Path) -> int:
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, partial, about)
     partial.rename(out)
     numbers = sum(tensor.numel() for tensor in weights.values())
-    print(f"{out}: {len(weights)} tensors, {numbers:,} numbers of {_stage(folder)} {folder.name}")
+    output(f"{out}: {len(weights)} tensors, {numbers:,} numbers of {_stage(folder)} {folder.name}")
     return 0
 
 

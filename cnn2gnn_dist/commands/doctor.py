@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.log import output
 from cnn2gnn_dist.runtime import ray_probe
 from cnn2gnn_dist.runtime.ranks import DEFAULT_PORT
 
@@ -40,11 +41,11 @@ def command() -> int:
     """Print all findings; returns 1 if one of them prevents a run, else 0."""
     findings = examine()
     for one in findings:
-        print(f"{one.standing:5} {one.name:16} {one.seen}")
+        output(f"{one.standing:5} {one.name:16} {one.seen}")
         if one.standing != OK and one.remedy:
-            print(f"{'':22} -> {one.remedy}")
+            output(f"{'':22} -> {one.remedy}")
     bad = sum(one.standing == FAIL for one in findings)
-    print(f"\n{bad} problems" if bad else "\nnothing stands in the way")
+    output(f"\n{bad} problems" if bad else "\nnothing stands in the way")
     return 1 if bad else 0
 
 

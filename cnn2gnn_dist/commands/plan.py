@@ -9,6 +9,7 @@ from typing import Any
 
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.graph import memory_model
+from cnn2gnn_dist.log import output
 
 PLACES: dict[memory_model.Place, str] = {
     "disk": "on disk, each version (graph.keep_versions of them)",
@@ -28,25 +29,25 @@ def command(given: dict[str, Any], *, as_json: bool) -> int:
     found = memory_model.structures(sizes)
     if as_json:
         rows = [asdict(one) for one in found]
-        print(json.dumps({"sizes": asdict(sizes), "structures": rows}, indent=1))
+        output(json.dumps({"sizes": asdict(sizes), "structures": rows}, indent=1))
         return 0
-    print(
+    output(
         f"{sizes.images:,} images, features of {sizes.dim}, projections of {sizes.graph_dim}, "
         f"{sizes.candidates} candidates; {sizes.parts} partitions on {sizes.ranks} ranks\n"
         f"halos: {sizes.halo1:.2f} and {sizes.halo2:.2f} nodes for each inner node "
         "(weak homophily; --halo1, --halo2: yours, from `cnn2gnn graph`)"
     )
     for place, title in PLACES.items():
-        print(f"\n{title}")
+        output(f"\n{title}")
         for one in found:
             if one.place == place:
-                print(
+                output(
                     f"  {one.name:42} {_size(one.bytes):>11} {one.bytes / sizes.images:9.1f} B/image"
                 )
         if place != "partitioner":
-            print(f"  {'together':42} {_size(memory_model.total(found, place)):>11}")
+            output(f"  {'together':42} {_size(memory_model.total(found, place)):>11}")
     if sizes.images >= 2**31:
-        print("\nnote: ids are int32: more than 2,147,483,647 images need wider ones")
+        output("\nnote: ids are int32: more than 2,147,483,647 images need wider ones")
     return 0
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from cnn2gnn_dist import settings
 from cnn2gnn_dist.data.images.decode import CorruptSample, decode
@@ -21,12 +20,15 @@ from cnn2gnn_dist.data.images.views import CLEAN, render
 from cnn2gnn_dist.data.index.manifest import Manifest
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.graph.version import latest_version, open_version
+from cnn2gnn_dist.log import complain, output, progress
 from cnn2gnn_dist.pipeline.keys import as_made
 from cnn2gnn_dist.runtime.ranks import Ranks
 from cnn2gnn_dist.stages.neighbours.neighbourhood import Neighbourhood, Query
 from cnn2gnn_dist.stages.shared.context import Context, RunPaths, chunks, load_manifest
 from cnn2gnn_dist.stages.shared.networks import build_student, check_built_on, load_model
 from cnn2gnn_dist.training.checkpoint.manager import Checkpoints
+
+_log = logging.getLogger(__name__)
 
 BATCH = 64
 SHOWN_NEIGHBOURS = 5
@@ -49,15 +51,14 @@ def command(run: Path, images: list[str], *, top: int, as_json: bool) -> int:
     predictor = Predictor(run)
     files = list(_files(images))
     if predictor.context.config.graph.scope == "batch":
-        print(
-            f"cnn2gnn: graph.scope=batch: up to {BATCH} images are classified together and are "
-            "each other's neighbours, so an answer depends on its company",
-            file=sys.stderr,
+        _log.warning(
+            f"graph.scope=batch: up to {BATCH} images are classified together and are "
+            "each other's neighbours, so an answer depends on its company"
         )
     failed = 0
     # Batches of nearly equal size: a last image alone would have no neighbors.
     size = -(-len(files) // max(1, -(-len(files) // BATCH)))
-    for rows in tqdm(
+    for rows in progress(
         list(chunks(len(files), max(1, size))), "predict", disable=len(files) <= BATCH
     ):
         batch = [files[row] for row in rows]
@@ -67,15 +68,12 @@ def command(run: Path, images: list[str], *, top: int, as_json: bool) -> int:
                 pixels.append(render(predictor.context.views(), decode(read_file(path)), 0, CLEAN))
                 good.append(path)
             except (CorruptSample, OSError) as error:
-                print(
-                    f"cnn2gnn: {printable(path)}: not readable as an image: {_why(error)}",
-                    file=sys.stderr,
-                )
+                complain(f"{printable(path)}: not readable as an image: {_why(error)}")
                 failed += 1
         if good:
             for path, found in zip(good, predictor(np.stack(pixels), top), strict=True):
                 name = printable(path)
-                print(json.dumps({"image": name, **found}) if as_json else _line(name, found))
+                output(json.dumps({"image": name, **found}) if as_json else _line(name, found))
     return 1 if failed else 0
 
 
@@ -179,7 +177,7 @@ def _files(images: list[str]) -> Iterator[Path]:
             continue
         found = find_images(path)
         if found.left_out:
-            print(f"cnn2gnn: {printable(path)}: left out: {found.summary()}", file=sys.stderr)
+            complain(f"{printable(path)}: left out: {found.summary()}")
         if not found.images:
             raise UserError(
                 "no image in this folder", where=printable(path), remedy="name image files"

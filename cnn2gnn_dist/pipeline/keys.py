@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,8 @@ from cnn2gnn_dist.pipeline.registry import EXECUTION, STAGES, VERSIONS, Stage
 from cnn2gnn_dist.stages.shared.context import RunPaths, load_manifest
 from cnn2gnn_dist.training import ds_config
 from cnn2gnn_dist.training.checkpoint import folder as checkpoint_folder
+
+_log = logging.getLogger(__name__)
 
 NOTE = "inputs.json"
 """In the run's folder: the files that it was made from."""
@@ -248,7 +251,7 @@ class Survey:
         except UserError as error:
             if before is None or not self._needless(origin, before):
                 raise
-            print(f"note: {error.what} ({error.where}); taken as it was", flush=True)
+            _log.warning(f"{error.what} ({error.where}); taken as it was")
             return before
         if before is None and not self.reads:
             return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from cnn2gnn_dist.data.storage.shard_paths import files_of
 from cnn2gnn_dist.data.storage.urls import is_remote
 from cnn2gnn_dist.ledger import Entry
 from cnn2gnn_dist.stages.shared.context import RunPaths
+
+_log = logging.getLogger(__name__)
 
 
 def follow(config: Config, paths: RunPaths, entry: Entry) -> Entry:
@@ -37,7 +40,7 @@ def follow(config: Config, paths: RunPaths, entry: Entry) -> Entry:
         moved.append(there[0])
     if not moved:
         return entry
-    print(f"index    the shards have moved: now {moved[0]} …", flush=True)
+    _log.info(f"the shards have moved: now {moved[0]} …", extra={"stage": "index"})
     entry = dataclasses.replace(
         entry, outputs=ledger.outputs(paths.train_manifest.parent, list(named))
     )

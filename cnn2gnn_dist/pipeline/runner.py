@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cnn2gnn_dist import consistency, ledger, settings
+from cnn2gnn_dist import consistency, ledger, log, settings
 from cnn2gnn_dist.config import Config
 from cnn2gnn_dist.errors import PeerLost, UserError
 from cnn2gnn_dist.ledger import Standing
@@ -25,6 +25,8 @@ from cnn2gnn_dist.stages.shared import preflight
 from cnn2gnn_dist.stages.shared.context import Context, RunPaths, load_manifest
 from cnn2gnn_dist.training.checkpoint import folder as checkpoint_folder
 from cnn2gnn_dist.unused_fields import Around
+
+_log = logging.getLogger(__name__)
 
 LOCK_SECONDS = 10.0
 """A run that was killed or told to end may need so long to let go of its folder."""
@@ -139,7 +141,7 @@ def _run_all(
             )
             step = _execute(context, survey, step, dict(made))
         elif wanted and ranks.is_first and not inside_ray:
-            print(skipped(stage.name), flush=True)
+            say_skipped(stage.name)
         if step.standing is Standing.WHOLE and step.entry:
             digests[stage.name], made[stage.name] = step.entry.digest, step.entry.key
         else:
@@ -184,16 +186,21 @@ def _looked(
     return step
 
 
-def skipped(name: str) -> str:
+def say_skipped(name: str) -> None:
     """The line about a stage that is whole; under Ray the driver says it, whose lines are not lost."""
-    return f"{name:8} whole, skipped"
+    _log.info("whole, skipped", extra={"stage": name})
 
 
 def _execute(context: Context, survey: Survey, step: Step, made: dict[str, str]) -> Step:
+    with log.stage(step.stage.name):
+        return _executed(context, survey, step, made)
+
+
+def _executed(context: Context, survey: Survey, step: Step, made: dict[str, str]) -> Step:
     stage, ranks = step.stage, context.ranks
     began = time.perf_counter()
-    if ranks.is_first:
-        print(f"{stage.name:8} {step.standing.value}: {step.why}", flush=True)
+    context.say(f"{step.standing.value}: {step.why}")
+    _log.debug("key %s, folder %s", context.key, context.folder)
     if stage.alone:
         files = _together(ranks, lambda: stage.work(context, made))
     else:
@@ -206,7 +213,7 @@ def _execute(context: Context, survey: Survey, step: Step, made: dict[str, str])
             seconds=round(time.perf_counter() - began, 1),
         )
         ledger.finish(context.folder, entry)
-        print(f"{stage.name:8} done in {entry.seconds:.0f} s", flush=True)
+        _log.info(f"done in {entry.seconds:.0f} s")
         return replace(step, standing=Standing.WHOLE, why="made", entry=entry)
 
     return _together(ranks, close)
@@ -234,12 +241,12 @@ def _make_room(survey: Survey, step: Step, update: bool, force: bool) -> Step:
             + "`",
         )
     if step.standing is Standing.STALE and force and stage.trains:
-        print(f"{stage.name:8} goes on all the same: {step.why}", flush=True)
+        _log.warning(f"goes on all the same: {step.why}", extra={"stage": stage.name})
         if step.entry and step.entry.inputs.get("index") != step.inputs.get("index"):
-            print(
-                "note: held-out images may be among those that it has been trained on, and its "
+            _log.warning(
+                "held-out images may be among those that it has been trained on, and its "
                 "accuracy then flatters; --update trains anew",
-                flush=True,
+                extra={"stage": stage.name},
             )
     elif step.standing is Standing.STALE or (update and _of_another_config(step, folder)):
         if not (update or force):
@@ -250,7 +257,7 @@ def _make_room(survey: Survey, step: Step, update: bool, force: bool) -> Step:
                 + ("; or --force: training goes on from its checkpoint" * stage.trains),
             )
         aside = ledger.set_aside(folder)
-        print(f"{stage.name:8} old results moved to {aside.name}", flush=True)
+        _log.info(f"old results moved to {aside.name}", extra={"stage": stage.name})
         step = replace(step, standing=Standing.FRESH)
     ledger.begin(folder, step.record())
     if survey.inputs(stage):
@@ -286,7 +293,7 @@ def _begin(survey: Survey, names: list[str] | None, around: Around) -> None:
     ahead = check_ahead(config, plan(config, names, survey), around.ranks or config.run.ranks)
     if any(stage.trains for stage in ahead):
         for note in consistency.notes(config, around):
-            print(f"note: {note}", file=sys.stderr, flush=True)
+            _log.warning(note)
     ledger.claim(Path(str(config.run.dir)), settings.as_yaml(config))
 
 

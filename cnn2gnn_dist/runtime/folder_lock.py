@@ -11,16 +11,18 @@ import contextlib
 import errno
 import fcntl
 import json
+import logging
 import os
 import secrets
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from cnn2gnn_dist.errors import UserError
+
+_log = logging.getLogger(__name__)
 
 BEAT_SECONDS = 5.0
 """Seconds between two touches of the file that serves as the lock."""
@@ -114,7 +116,7 @@ def _try_file(path: Path, why: str) -> Release | None:
         return None
     with os.fdopen(handle, "w") as file:
         file.write(mine)
-    print(f"cnn2gnn: no locks on this file system ({why}): {path} stands for one", file=sys.stderr)
+    _log.warning(f"no locks on this file system ({why}): {path} stands for one")
     return _kept_alive(path, mine)
 
 

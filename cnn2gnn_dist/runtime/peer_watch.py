@@ -9,7 +9,6 @@ exits, naming the rank, when another has been silent for a while.
 from __future__ import annotations
 
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -17,6 +16,7 @@ from datetime import timedelta
 
 from torch import distributed as dist
 
+from cnn2gnn_dist import log
 from cnn2gnn_dist.errors import PeerLost
 
 BEAT_S = 2.0
@@ -105,5 +105,5 @@ def _error(quiet: Mapping[int, float], gone: str) -> PeerLost:
 
 def _end(error: PeerLost) -> None:
     """Exit: only the end of the process wakes a thread that waits for a GPU."""
-    print(error, file=sys.stderr, flush=True)
+    log.complain(error)
     os._exit(PeerLost.exit_code)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import os
 import select
 import signal
@@ -17,6 +18,8 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
+
+_log = logging.getLogger(__name__)
 
 PR_SET_PDEATHSIG = 1
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -84,11 +87,9 @@ def _watch(reading: int, grace_s: float, standing: Callable[[], str]) -> None:
     while True:
         ready, _, _ = select.select([reading], [], [], deadline)
         if not ready:
-            print(
+            _log.error(
                 f"no step ended within {grace_s:g} s of the notice to end, so nothing was saved: "
-                f"{standing()}",
-                file=sys.stderr,
-                flush=True,
+                f"{standing()}"
             )
             os._exit(ENDED)
         data = os.read(reading, 64)

@@ -10,7 +10,7 @@ import atexit
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -22,9 +22,12 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cnn2gnn_dist import log
 from cnn2gnn_dist.errors import PeerLost, Preempted, UserError
 from cnn2gnn_dist.runtime import host_checks, preemption, ray_probe, ray_session, rendezvous
 from cnn2gnn_dist.runtime.ranks import Ranks
+
+_log = logging.getLogger(__name__)
 
 READY_SECONDS = 60.0
 GRACE_SECONDS = 5.0
@@ -89,11 +92,9 @@ def start(address: str | None, cpus: int, logs: Path | None = None) -> None:
         address = os.environ.get("RAY_ADDRESS")
         where = f"RAY_ADDRESS={address}"
         if address and address.startswith(("http://", "https://")):
-            print(
-                f"note: {where} is a job server's, which `ray job submit` and launch/submit.py use; "
-                "this run starts a Ray of its own (to join a cluster: cluster.address=HEAD:6379)",
-                file=sys.stderr,
-                flush=True,
+            _log.warning(
+                f"{where} is a job server's, which `ray job submit` and launch/submit.py use; "
+                "this run starts a Ray of its own (to join a cluster: cluster.address=HEAD:6379)"
             )
             address = None
     with ray_session.orderly_sigterm():
@@ -201,7 +202,7 @@ def stop(failed: bool = False) -> None:
         kept = session.end(failed=failed)
         _read_again()
         if kept is not None:
-            print(f"Ray's logs were kept in {kept}", file=sys.stderr, flush=True)
+            _log.warning(f"Ray's logs were kept in {kept}")
 
 
 def _stop_at_exit() -> None:
@@ -218,7 +219,6 @@ def run_group(
     target: str,
     kwargs: dict[str, Any],
     spec: GroupSpec,
-    say: Callable[[str], None] = print,
 ) -> list[Any]:
     """Call ``target`` ("module:function") as ``target(ranks=Ranks, **kwargs)`` on every rank.
 
@@ -240,7 +240,9 @@ def run_group(
                     where="cluster.max_failures",
                     remedy="see the log above; the same command continues from the last checkpoint",
                 ) from None
-            say(f"a rank was lost ({lost}); starting the group again from the last checkpoint")
+            _log.warning(
+                f"a rank was lost ({lost}); starting the group again from the last checkpoint"
+            )
     raise AssertionError("unreachable")
 
 
@@ -290,7 +292,7 @@ def _let_them_save(actors: list[Any], refs: list[Any], grace_s: float) -> None:
     said = {cause.what for cause in causes if isinstance(cause, Preempted)}
     lost = f"no step ended within {grace_s:g} s: what came after the last checkpoint is lost"
     for line in sorted(said) or [lost if hanging else "the ranks were in no training"]:
-        print(line, file=sys.stderr, flush=True)
+        _log.warning(line)
 
 
 def _launch(actors: list[Any], target: str, kwargs: dict[str, Any], spec: GroupSpec) -> list[Any]:
@@ -302,7 +304,9 @@ def _launch(actors: list[Any], target: str, kwargs: dict[str, Any], spec: GroupS
         local = 0 if spec.gpus_per_rank else nodes[:rank].count(nodes[rank])
         ranks = Ranks(rank, local, spec.world_size, address, port)
         beside = nodes.count(nodes[rank])
-        refs.append(actor.run.remote(target, ranks, beside, kwargs, list(sys.path)))
+        refs.append(
+            actor.run.remote(target, ranks, beside, kwargs, list(sys.path), log.verbosity())
+        )
     return refs
 
 
@@ -377,14 +381,21 @@ class _Rank:
         preemption.ask()
 
     def run(
-        self, target: str, ranks: Ranks, beside: int, kwargs: dict[str, Any], path: list[str]
+        self,
+        target: str,
+        ranks: Ranks,
+        beside: int,
+        kwargs: dict[str, Any],
+        path: list[str],
+        verbosity: int,
     ) -> Any:
         """Call the target; ``beside`` is the number of ranks on this node."""
         sys.path.extend(entry for entry in path if entry not in sys.path)
         os.environ.update(ranks.environment(), LOCAL_WORLD_SIZE=str(beside))
         os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # set by a launcher around the cluster
         module, _, function = target.partition(":")
-        return getattr(import_module(module), function)(ranks=ranks, **kwargs)
+        with log.console(verbosity, ranks.rank):
+            return getattr(import_module(module), function)(ranks=ranks, **kwargs)
 
 
 def _first_line(error: BaseException) -> str:

@@ -7,15 +7,17 @@ anyone who reaches it can write to it. So the socket is made here.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import socket
-import sys
 from collections.abc import Iterable, Mapping
 
 import psutil
 
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.runtime.ranks import Ranks
+
+_log = logging.getLogger(__name__)
 
 BACKLOG = 2048
 """Ranks that may connect at once."""
@@ -68,11 +70,9 @@ def listen(ranks: Ranks) -> socket.socket:
             raise UserError(
                 f"rank 0 can't listen: {error.strerror}", where=where, remedy="another MASTER_PORT"
             ) from None
-    print(
-        f"note: MASTER_ADDR={address} is no address of rank 0's host, so the ranks' store listens "
-        "on all of its interfaces",
-        file=sys.stderr,
-        flush=True,
+    _log.warning(
+        f"MASTER_ADDR={address} is no address of rank 0's host, so the ranks' store listens "
+        "on all of its interfaces"
     )
     try:
         return _bound(family, ("", port))

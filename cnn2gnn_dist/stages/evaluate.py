@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cnn2gnn_dist import log
 from cnn2gnn_dist.data.images.image_files import corrupt_in
 from cnn2gnn_dist.data.images.views import CLEAN
 from cnn2gnn_dist.data.index.manifest import Manifest
@@ -85,9 +86,9 @@ def run(context: Context, keys: dict[str, str]) -> list[Path]:
         write_text(paths.results, as_json(results))
         write_report(paths.root, test.classes)
         if left_out:
-            context.say(f"evaluate {told(left_out, len(test))}")
+            context.warn(told(left_out, len(test)))
         if not context.inside_ray:  # under Ray the driver shows it, after the ranks' last lines
-            print(table(results), flush=True)
+            log.output(table(results))
 
     collectives.alone(report)
     return [path for path in sorted(context.folder.glob("*.np*"))]

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from cnn2gnn_dist import log
 from cnn2gnn_dist.config import GraphConfig
 from cnn2gnn_dist.data.images.views import CLEAN
 from cnn2gnn_dist.data.index.manifest import Manifest
@@ -52,14 +52,14 @@ def run(context: Context, student_key: str) -> list[Path]:
     load_model(model, checkpoints, "student")
     model.to(context.device).eval()
     made = build(context, model.embed, context.folder, config.student.epochs, None, "last")
-    context.say(describe(made.meta))
+    context.say(describe(made.meta), stage="graph")
     return [path for path in sorted(made.path.rglob("*")) if path.is_file()]
 
 
 def describe(meta: dict[str, Any]) -> str:
     """One line about a graph version."""
     return (
-        f"graph    {meta['nodes']} nodes, M={meta['candidates']}, {candidates.describe(meta['search'])}, "
+        f"{meta['nodes']} nodes, M={meta['candidates']}, {candidates.describe(meta['search'])}, "
         f"homophily {meta['homophily']:.3f}, "
         f"cut {meta['cut']:.3f}, parts {meta['inner']}, halos {meta['halo']}, "
         f"in-degree {meta['degree']['min']}..{meta['degree']['max']}"
@@ -143,7 +143,7 @@ def _embed_all(
         requests = (Request(ids, view) for ids, _ in plan[done:] for view in views)
         batches = stream.batches(requests)
         hidden = not ranks.is_first or len(plan) < LONG
-        for step in tqdm(
+        for step in log.progress(
             range(done, len(plan)), "embed", unit="batch", leave=False, disable=hidden
         ):
             ids, mask = plan[step]

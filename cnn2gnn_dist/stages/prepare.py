@@ -30,7 +30,7 @@ def pack_run(context: Context) -> list[Path]:
         done += pack_source(data, out, "test", data.test, context.config.seed)
         if data.source in ("parquet", "imagefolder"):
             for said in _in_both(*(_paths_of(data.source, o) for o in (data.train, data.test))):
-                context.say(f"pack     note: {said}")
+                context.warn(said)
     elif data.source in ("cifar10", "cifar100"):
         done += pack_source(data, out, "test", data.train, context.config.seed)
     return done
@@ -186,11 +186,11 @@ def index_run(context: Context) -> list[Path]:
     whole.save(paths.train_manifest)
     held.save(paths.test_manifest)
     context.say(
-        f"index    {len(whole)} training and {len(held)} held-out images of "
+        f"{len(whole)} training and {len(held)} held-out images of "
         f"{whole.num_classes} classes in {len(whole.shards)} shards"
     )
     for note in dict.fromkeys(said):
-        context.say(f"index    note: {note}")
+        context.warn(note)
     return [paths.train_manifest, paths.test_manifest]
 
 

@@ -137,7 +137,7 @@ class _Job:
             with engine.averaged_buffers():
                 moment = f"step {self.training.cursor.step}"
                 version = build(context, self._embed, root, number, previous, moment)
-            context.say(describe(version.meta))
+            context.say(describe(version.meta), stage="graph")
         own = parts_of(ranks.rank, ranks.world_size, settings.partition.parts)
         if settings.sampling.sampler == "distdgl":
             self.served = serve(context, version)

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from cnn2gnn_dist import log
 from cnn2gnn_dist.data import soft_targets as soft
 from cnn2gnn_dist.data.images.views import CLEAN
 from cnn2gnn_dist.data.index.manifest import Manifest
@@ -53,7 +53,7 @@ def run(context: Context, teacher_key: str) -> list[Path]:
         [s for s in shards if not soft.is_whole(files[s], meta)] if context.ranks.is_first else None
     )
     if len(missing) < len(shards):
-        context.say(f"targets  {len(shards) - len(missing)} of {len(shards)} shards are whole")
+        context.say(f"{len(shards) - len(missing)} of {len(shards)} shards are whole")
     if not missing:
         _count_corrupt(context, len(manifest), files)
         return list(files.values())
@@ -67,7 +67,9 @@ def run(context: Context, teacher_key: str) -> list[Path]:
         collectives.uneven(),
         context.stream(context.paths.train_manifest, "targets") as stream,
     ):
-        for shard in tqdm(mine, "targets", unit="shard", disable=not context.ranks.is_first):
+        for shard in log.progress(
+            mine, "targets", unit="shard", disable=not context.ranks.is_first
+        ):
             forwards += _write(context, classify, stream, manifest, shard, files[shard], meta)
         if collective:
             size = config.views.size
@@ -87,7 +89,7 @@ def _count_corrupt(context: Context, samples: int, files: dict[int, Path]) -> No
     found = corrupt.check()
     if found:
         some = "; ".join(sorted(found.values())[:3])
-        context.say(f"targets  {len(found)} corrupt images have uniform targets: {some}")
+        context.warn(f"{len(found)} corrupt images have uniform targets: {some}")
 
 
 def _classifier(

@@ -19,6 +19,8 @@ from cnn2gnn_dist.training.outcome import Outcome, StepInfo
 from cnn2gnn_dist.training.schedule import fresh_adam
 from cnn2gnn_dist.training.sync_norm import is_synchronised
 
+_log = logging.getLogger(__name__)
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -48,6 +50,7 @@ def init(ranks: Ranks, device: str, timeout_s: float = 600.0) -> None:
     c10d = torch.distributed.distributed_c10d
     c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout
     process_group.join(ranks, own, timeout)
+    _log.debug("joined a group of %d ranks, on %s", ranks.world_size, own)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
     import deepspeed
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import time
@@ -12,6 +13,8 @@ from typing import Any
 import psutil
 
 from cnn2gnn_dist import durable
+
+_log = logging.getLogger(__name__)
 
 CONSOLE_SECONDS = 2.0
 
@@ -62,7 +65,9 @@ class MetricsLog:
         due = time.monotonic() - self._said >= CONSOLE_SECONDS
         if self.console and (due or "test_accuracy" in values):
             self._said = time.monotonic()
-            print(console_line(self.name, step, values), flush=True)
+            _log.info(_figures(step, values), extra={"stage": self.name})
+        else:
+            _log.debug(_figures(step, values), extra={"stage": self.name})
 
     def _draw(self, step: int, values: dict[str, float]) -> None:
         if not self._wants_board:
@@ -122,6 +127,10 @@ _CONSOLE = (
 
 
 def console_line(name: str, step: int, values: dict[str, float]) -> str:
-    """One line for people."""
+    """One line for people, as the log shows it."""
+    return f"{name:8} {_figures(step, values)}"
+
+
+def _figures(step: int, values: dict[str, float]) -> str:
     shown = [text.format(values[key]) for key, text in _CONSOLE if key in values]
-    return f"{name:8} step {step:<6} " + "  ".join(shown)
+    return f"step {step:<6} " + "  ".join(shown)

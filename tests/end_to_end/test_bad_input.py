@@ -105,7 +105,7 @@ def test_corrupt_images_up_to_the_limit_are_reported_and_beyond_it_stop(tmp_path
     )
     done = launch(*arguments, "data.max_corrupt=0.5", "--update")
     assert done.returncode == 0, done.stderr
-    assert "1 corrupt" in done.stdout
+    assert "1 corrupt" in done.stderr
 
 
 def test_too_few_images_for_the_student_end_a_run_before_the_teacher(shards, tmp_path):

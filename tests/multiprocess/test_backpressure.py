@@ -141,7 +141,7 @@ def test_the_store_holds_the_prefetch_and_nothing_after(spec, ray_cluster):
         assert used_at_most(before) == before
 
 
-def test_nothing_is_spilled_whatever_the_prefetch(spec, ray_cluster, capsys):
+def test_nothing_is_spilled_whatever_the_prefetch(spec, ray_cluster, capsys, console):
     spilled, capacity = store().spilled_bytes_total, ray_readers._store_bytes()
     assert capacity == store().object_store_bytes_avail
     many = int(2 * capacity / BATCH_BYTES)  # in flight they would overfill the store

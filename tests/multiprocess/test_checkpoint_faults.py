@@ -165,6 +165,7 @@ def test_damaged_newest_falls_back_and_is_named(
     first: object,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    console: None,
     harm: Callable[[Path], None],
     word: str,
 ) -> None:

@@ -99,13 +99,13 @@ def sound(root: Path) -> np.ndarray:
     return np.setdiff1d(np.arange(TEST), BAD_TEST)
 
 
-def test_what_cannot_be_read_is_left_out_and_said(root, capsys):
+def test_what_cannot_be_read_is_left_out_and_said(root, capsys, console):
     here = context(root, "evaluation")
     trained(here)
     graph.run(context(root, "graph"), "student")
     capsys.readouterr()
     evaluate.run(here, KEYS)
-    said, table = capsys.readouterr().out, json.loads((root / "results.json").read_text())
+    said, table = "".join(capsys.readouterr()), json.loads((root / "results.json").read_text())
     assert list(table) == ["teacher", "student", "self_path", "vote", "control_mlp", "run"]
     for name in list(table)[:-1]:
         row, saved = table[name], np.load(root / "evaluation" / f"{name}.npz")
@@ -153,7 +153,7 @@ def test_two_ranks_judge_as_one_does(root, scope):
             np.testing.assert_array_equal(together[column], values)
 
 
-def test_a_student_of_the_batch_has_a_self_path_and_no_vote(root, capsys):
+def test_a_student_of_the_batch_has_a_self_path_and_no_vote(root, capsys, console):
     here = context(root, "evaluation", "graph.scope=batch", "student.control=false")
     trained(here)
     evaluate.run(
@@ -164,7 +164,7 @@ def test_a_student_of_the_batch_has_a_self_path_and_no_vote(root, capsys):
     assert {table[name]["judged"] for name in ("student", "self_path")} == {TEST - 3}
 
 
-def test_what_pack_left_out_is_counted_with_the_rest(root, capsys):
+def test_what_pack_left_out_is_counted_with_the_rest(root, capsys, console):
     note = {"count": 5, "first": ["a/1.png: an HTML page", "b/2.png: an empty file"]}
     record = {"images": TEST, "left_out": {"corrupt": note, "hidden": {"count": 9, "first": []}}}
     (root / "shards").mkdir()
@@ -177,7 +177,7 @@ def test_what_pack_left_out_is_counted_with_the_rest(root, capsys):
         trained(here)
         evaluate.run(here, {"teacher": "teacher", "student": "student"})
         said[source, test] = (
-            capsys.readouterr().out,
+            "".join(capsys.readouterr()),
             json.loads((root / "results.json").read_text()),
         )
     printed, table = said["imagefolder", "x"]
@@ -226,11 +226,11 @@ def test_more_than_the_limit_is_no_result(root):
     assert not (root / "results.json").exists()
 
 
-def test_targets_of_corrupt_images_are_uniform_and_counted(root, capsys):
+def test_targets_of_corrupt_images_are_uniform_and_counted(root, capsys, console):
     here = context(root, "targets", "targets.views=0")
     trained(here)
     targets.run(here, "teacher")
-    assert "2 corrupt images have uniform targets" in capsys.readouterr().out
+    assert "2 corrupt images have uniform targets" in capsys.readouterr().err
     found = Targets.load(root / "targets", TRAIN, C, {"key": "targets"})
     rows = np.exp(found.lookup(np.arange(TRAIN), 0))
     np.testing.assert_allclose(rows[list(BAD_TRAIN)], 1 / C, atol=1e-3)
@@ -249,7 +249,7 @@ def test_targets_of_corrupt_images_are_uniform_and_counted(root, capsys):
     )
 
     targets.run(here, "teacher")  # all is whole: what a former attempt met still counts
-    assert "2 corrupt images have uniform targets" in capsys.readouterr().out
+    assert "2 corrupt images have uniform targets" in capsys.readouterr().err
     with pytest.raises(UserError, match="2 corrupt training images among 60") as caught:
         targets.run(context(root, "targets", "targets.views=0", "data.max_corrupt=0.01"), "teacher")
     assert "train03" in caught.value.what

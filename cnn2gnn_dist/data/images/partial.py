@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cnn2gnn_dist import durable
+from cnn2gnn_dist import durable, log
 from cnn2gnn_dist.errors import UserError
 
 SOURCE = Path(__file__).with_suffix(".c")
@@ -140,15 +140,15 @@ def main(words: list[str]) -> int:
     """Run ``build``; any other argument, or none, prints the status."""
     try:
         if words == ["build"]:
-            print(f"built and tried: {build()}")
+            log.output(f"built and tried: {build()}")
         elif _decoder() is not None:
-            print(f"in use: {path()}")
+            log.output(f"in use: {path()}")
         elif path().exists():
-            print(f"built, but not in use (CNN2GNN_PARTIAL=0, or see the warning): {path()}")
+            log.output(f"built, but not in use (CNN2GNN_PARTIAL=0, or see the warning): {path()}")
         else:
-            print("not built: python -m cnn2gnn_dist.data.images.partial build")
+            log.output("not built: python -m cnn2gnn_dist.data.images.partial build")
     except UserError as error:
-        print(error, file=sys.stderr)
+        log.complain(error)
         return 2
     return 0
 

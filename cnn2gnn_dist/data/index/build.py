@@ -13,6 +13,7 @@ from typing import TypeVar
 import numpy as np
 import pyarrow as pa
 
+from cnn2gnn_dist import log
 from cnn2gnn_dist.data.index import class_names
 from cnn2gnn_dist.data.index.class_matching import Told, check_count
 from cnn2gnn_dist.data.index.class_names import Named
@@ -57,8 +58,6 @@ def gather(
 
     ``num_classes`` bounds the labels; ``names`` enables reading of class names.
     """
-    from tqdm import tqdm
-
     given = [os.fspath(shard) for shard in shards]
     paths = [name if urls.is_remote(name) else os.path.abspath(name) for name in given]
     far = any(map(urls.is_remote, paths))
@@ -78,7 +77,7 @@ def gather(
 
     parts: list[ShardRows] = []
     passed = Passed()
-    bar = tqdm(total=len(paths), desc="index", unit="shard", disable=None if progress else True)
+    bar = log.progress(total=len(paths), desc="index", unit="shard", disable=not progress)
     with bar:
         for rows in in_order(read, paths, workers):
             class_names.merge(found, rows.names)

@@ -6,6 +6,7 @@ Every packer takes ``limit`` (the maximum number of samples) and returns the pat
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import re
@@ -21,6 +22,8 @@ from cnn2gnn_dist.data.images.image_files import CORRUPT, Found, find_images, pr
 from cnn2gnn_dist.data.packing.parquet import open_parquet, read_labels
 from cnn2gnn_dist.data.packing.shard_writer import Source, encode_png, write_shards
 from cnn2gnn_dist.errors import UserError
+
+_log = logging.getLogger(__name__)
 
 
 def pack_digits(
@@ -204,7 +207,7 @@ def pack_imagefolder(
     )
     durable.write_json(Path(out) / f"{prefix}-left-out.json", found.record())
     if found.left_out:
-        print(f"pack     {prefix}: {len(labels)} images; left out: {found.summary()}", flush=True)
+        _log.warning(f"{prefix}: {len(labels)} images; left out: {found.summary()}")
     return shards
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from cnn2gnn_dist import log
 from cnn2gnn_dist.data.images.formats import image_suffix
 from cnn2gnn_dist.data.index.class_names import refuse_blank
 from cnn2gnn_dist.errors import UserError
@@ -53,11 +54,9 @@ def write_shards(
         UserError: an invalid prefix or shard size; shards of an earlier, larger run would remain
             beside the new ones; a class has an empty name.
     """
-    from tqdm import tqdm
-
     refuse_blank(classes, f"the classes of {prefix}")
     folder = _prepare(Path(out), prefix, shard_size, count)
-    bar = tqdm(total=count, desc=f"pack {prefix}", unit="img", disable=None if progress else True)
+    bar = log.progress(total=count, desc=f"pack {prefix}", unit="img", disable=not progress)
     stream = iter(sources)
     paths = []
     for first in range(0, count, shard_size):

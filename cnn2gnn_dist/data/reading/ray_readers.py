@@ -9,8 +9,8 @@ would otherwise spill to disk silently.
 from __future__ import annotations
 
 import itertools
+import logging
 import os
-import sys
 import uuid
 from typing import Any
 
@@ -29,6 +29,8 @@ from cnn2gnn_dist.data.reading.reader import Batch, Reader, ReaderSpec, Request
 from cnn2gnn_dist.data.reading.reader_actor import ReaderActor, batch_of
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.runtime.ray_session import exit_code_kept
+
+_log = logging.getLogger(__name__)
 
 MOST_DEATHS = 10
 """Number of readers that may die while reading one request before the request is blamed."""
@@ -94,12 +96,10 @@ class RayReaders:
             )
         if fits < prefetch and not self._told:
             self._told = True
-            print(
+            _log.warning(
                 f"stream: {fits} requests in flight instead of {prefetch}: batches of "
                 f"{size / 2**20:,.1f} MB, and room for {self._room / 2**20:,.0f} MB "
-                "in Ray's object store",
-                file=sys.stderr,
-                flush=True,
+                "in Ray's object store"
             )
         return min(fits, prefetch)
 

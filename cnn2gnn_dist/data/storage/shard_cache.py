@@ -14,15 +14,17 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import logging
 import os
 import re
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from cnn2gnn_dist.data.storage import urls
 from cnn2gnn_dist.errors import UserError
+
+_log = logging.getLogger(__name__)
 
 REST = 30.0
 """Seconds since its last use before a shard may be evicted. Without it, a window of shards larger than
@@ -75,11 +77,9 @@ class ShardCache:
         except OSError as error:
             if not self._said:
                 self._said = True
-                print(
-                    f"cnn2gnn: no room for shards in {self.folder} ({error.strerror}): "
-                    "reading ranges instead",
-                    file=sys.stderr,
-                    flush=True,
+                _log.warning(
+                    f"no room for shards in {self.folder} ({error.strerror}): "
+                    "reading ranges instead"
                 )
             return None
 

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cnn2gnn_dist import log
 from cnn2gnn_dist.errors import PeerLost, UserError
 from cnn2gnn_dist.graph.sampler import sample_key
 from cnn2gnn_dist.runtime.supervisor import Machine, Spec
@@ -210,7 +211,7 @@ class ServedGraph:
         self._how = self._machine.first_end()
         self._ended.set()
         if not self._told.wait(NOTICE_SECONDS):
-            print(self._error(self._how), file=sys.stderr, flush=True)
+            log.complain(self._error(self._how))
             os._exit(PeerLost.exit_code)
 
 

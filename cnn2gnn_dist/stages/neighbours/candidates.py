@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
+from cnn2gnn_dist import log
 from cnn2gnn_dist.graph import quality
 from cnn2gnn_dist.graph.search.approximate import Found, Goal, TableSearch
 from cnn2gnn_dist.graph.search.exact import exact_table
@@ -127,13 +127,15 @@ class _Bar:
 
     def __init__(self, context: Context) -> None:
         self.shown = context.ranks.is_first
-        self.bar: tqdm[Any] | None = None
+        self.bar: Any = None
 
     def __call__(self, phase: str, done: int, total: int) -> None:
         if not self.shown or total < LONG:
             return
         if self.bar is None or self.bar.desc != f"{phase}: ":
-            self.bar = tqdm(total=total, desc=phase, unit="unit", leave=False, initial=done - 1)
+            self.bar = log.progress(
+                total=total, desc=phase, unit="unit", leave=False, initial=done - 1
+            )
         self.bar.update(1)
         if done == total:
             self.bar.close()

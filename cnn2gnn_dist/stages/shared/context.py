@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.runtime import collectives
 from cnn2gnn_dist.runtime.ranks import Ranks
 from cnn2gnn_dist.training import ds_config
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -91,10 +94,17 @@ class Context:
             return self.deepspeed[model]
         return ds_config.load(getattr(self.config, model).ds_config)
 
-    def say(self, text: str) -> None:
-        """One line to the user, once for all ranks."""
+    def say(self, text: str, stage: str | None = None) -> None:
+        """One log line, once for all ranks; ``stage``: another than the one that runs."""
+        self._say(logging.INFO, text, stage)
+
+    def warn(self, text: str, stage: str | None = None) -> None:
+        """A note, once for all ranks: what a person should know although the run goes on."""
+        self._say(logging.WARNING, text, stage)
+
+    def _say(self, level: int, text: str, stage: str | None) -> None:
         if self.ranks.is_first:
-            print(text, flush=True)
+            _log.log(level, text, extra={} if stage is None else {"stage": stage})
 
     def views(self) -> ViewSpec:
         """The views of this run's images."""

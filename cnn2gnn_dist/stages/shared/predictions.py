@@ -171,7 +171,7 @@ def check_held_out(context: Context) -> None:
     left_out = corrupt.check()
     check_any_left(corrupt.total, left_out)
     if left_out:
-        context.say(told(left_out, corrupt.total))
+        context.warn(told(left_out, corrupt.total))
     if context.ranks.is_first:
         durable.write_text(note, json.dumps(digest))
 

@@ -132,8 +132,9 @@ class Training:
             random_state.seed(self.context.config.seed, self.cursor.step, ranks.rank)
         self.metrics.truncate_after(self.cursor.step)
         self.context.say(
-            f"{self.name:8} continues at epoch {self.cursor.epoch}, batch {self.cursor.batch} "
-            f"(step {self.cursor.step})"
+            f"continues at epoch {self.cursor.epoch}, batch {self.cursor.batch} "
+            f"(step {self.cursor.step})",
+            self.name,
         )
 
     def _note_norms(self, images: int | None) -> None:
@@ -143,9 +144,10 @@ class Training:
             return
         self.norms.append([self.cursor.step, images])
         if before is not None:
-            self.context.say(
-                f"{self.name:8} BatchNorm now sees {images} images at a time, {before} until step "
-                f"{self.cursor.step}: the result is not that of a run with either"
+            self.context.warn(
+                f"BatchNorm now sees {images} images at a time, {before} until step "
+                f"{self.cursor.step}: the result is not that of a run with either",
+                self.name,
             )
 
     def heeding_notices(self) -> AbstractContextManager[None]:
@@ -205,9 +207,9 @@ class Training:
     def _check_order(self, order: Order) -> None:
         """Within an epoch the order must be the one it began with (only ``--force`` gets here)."""
         if self.cursor.batch and self._order != order.digest:
-            self.context.say(
-                f"{self.name:8} the order of samples is another: epoch {self.cursor.epoch} "
-                "begins again"
+            self.context.warn(
+                f"the order of samples is another: epoch {self.cursor.epoch} begins again",
+                self.name,
             )
             self.cursor.batch = 0
         self._order = order.digest
@@ -332,6 +334,6 @@ class Training:
         corrupt = self.corrupt.check()
         if corrupt:
             some = "; ".join(sorted(corrupt.values())[:3])
-            self.context.say(f"{self.name:8} {len(corrupt)} corrupt images were left out: {some}")
+            self.context.warn(f"{len(corrupt)} corrupt images were left out: {some}", self.name)
         last = self.checkpoints.finish()
         return [path for path in last.iterdir() if path.is_file()]

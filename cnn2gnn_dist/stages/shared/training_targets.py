@@ -38,7 +38,7 @@ def open_targets(context: Context, manifest: Manifest, targets_key: str) -> Targ
 
     (wanted, standing), *_ = _on_all(begin if context.ranks.is_first else None)
     if standing.startswith("not writable"):
-        context.say(f"targets  {standing} ({root}): every rank reads them into its memory")
+        context.warn(f"{standing} ({root}): every rank reads them into its memory", stage="targets")
         return Targets.load(files, samples, classes, meta)
     if standing == "begun":
         ranks = context.ranks

@@ -8,8 +8,8 @@ folder read-only) is said and costs that save; the checkpoint before it stays.
 
 from __future__ import annotations
 
+import logging
 import shutil
-import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,8 @@ from cnn2gnn_dist.runtime import collectives
 from cnn2gnn_dist.training.checkpoint import folder as disk
 from cnn2gnn_dist.training.checkpoint import named_state
 from cnn2gnn_dist.training.engine import Engine
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -148,13 +150,13 @@ class Checkpoints:
         return path
 
     def latest(self) -> Path | None:
-        """The newest whole checkpoint; a damaged one is named on stderr and passed over."""
+        """The newest whole checkpoint; a damaged one is named in the log and passed over."""
         disk.recover(self.folder)
         for folder in reversed(disk.all_of(self.folder)):
             problem = disk.damage(folder)
             if problem is None:
                 return folder
-            print(f"checkpoint {folder.name} is passed over: {problem}", file=sys.stderr)
+            _log.warning(f"checkpoint {folder.name} is passed over: {problem}")
         return None
 
     def load(
@@ -222,16 +224,15 @@ class Checkpoints:
         if writing.best:
             durable.write_text(self.folder / disk.BEST, final.name)
         disk.prune(self.folder, final, self.keep_last)
+        _log.debug("checkpoint %s is whole", final.name)
 
     def _conclude(self, problem: str | None, work: Path) -> None:
         self.problem = problem
         if problem is not None and collectives.rank() == 0:
             shutil.rmtree(work, ignore_errors=True)
-            print(
+            _log.error(
                 f"checkpoint {work.stem} was not written: {problem}; training goes on, and the "
-                "checkpoint before it stays",
-                file=sys.stderr,
-                flush=True,
+                "checkpoint before it stays"
             )
 
 

@@ -122,7 +122,7 @@ def test_a_held_out_folder_that_lacks_a_class_is_matched_by_name(tmp_path, capsy
     held = image_tree(tmp_path / "val", {"green": 2, "red": 2})
     data = ("data.source=imagefolder", f"data.train={train}", f"data.test={held}")
     code, _, test = prepared(tmp_path / "run", *data)
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert code == 0
     assert test.classes == ("blue", "green", "red")
     for row in range(len(test)):
@@ -185,7 +185,7 @@ def test_too_few_images_are_said_at_index(tmp_path, capsys):
     run = ["--config", "demo", f"run.dir={tmp_path}/run", "data.source=imagefolder"]
     run += [f"data.train={tree}", "device=cpu", "teacher.global_batch=2", "graph.partition.parts=1"]
     assert cli.main(["pack", *run]) == cli.main(["index", *run]) == 0
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert "note: 8 training images are fewer than one global batch of 64" in said
     assert "note: 16 candidates for each of 8 training images" in said
     config = settings.load("demo", run[2:])
@@ -236,4 +236,4 @@ def test_held_out_images_that_are_training_images_are_said(tmp_path, capsys, sou
     run = ["--config", "demo", f"run.dir={tmp_path}/run", f"data.source={source}", *data]
     stages = ("index",) if source == "shards" else ("pack", "index")
     assert [cli.main([stage, *run]) for stage in stages] == [0] * len(stages)
-    assert "note: 1 of 1 held-out files or folders are training ones" in capsys.readouterr().out
+    assert "note: 1 of 1 held-out files or folders are training ones" in capsys.readouterr().err

@@ -146,7 +146,7 @@ def test_touched_and_copied_files_are_the_same_files(folder, tmp_path, capsys):
     shutil.rmtree(folder)
     run.set(train=tmp_path / "copy")
     assert run() == 0
-    assert "old results" not in capsys.readouterr().out
+    assert "old results" not in capsys.readouterr().err
     assert run.digest == before
 
 
@@ -155,7 +155,7 @@ def test_packed_images_are_not_needed_any_more(folder, tmp_path, capsys):
     assert run() == 0
     shutil.rmtree(folder)
     assert run() == 0
-    assert "there is no such folder" in capsys.readouterr().out
+    assert "there is no such folder" in capsys.readouterr().err
     run.set(train=tmp_path / "elsewhere")  # a path that the run doesn't know is an error
     assert run() == 2
 
@@ -168,7 +168,7 @@ def test_a_disk_that_is_not_mounted_costs_no_shards(folder, tmp_path, capsys):
     folder.mkdir()
     for options in ([], ["--update"]):
         assert run(*options) == 0
-        assert "held class folders, and holds none now" in capsys.readouterr().out
+        assert "held class folders, and holds none now" in capsys.readouterr().err
     assert not list((tmp_path / "run").glob("*.old-*"))
 
 
@@ -250,7 +250,7 @@ def test_manifests_follow_shards_that_have_moved(shards, tmp_path, capsys):
     shards.rename(tmp_path / "moved")
     run.set(train=f"{tmp_path}/moved/*.tar")
     assert run() == 0
-    assert "the shards have moved" in capsys.readouterr().out
+    assert "the shards have moved" in capsys.readouterr().err
     for name in ("train", "test"):
         manifest = Manifest.load(tmp_path / "run" / "manifest" / f"{name}.arrow")
         assert {Path(s.path).parent for s in manifest.shards} == {tmp_path / "moved"}

@@ -89,10 +89,10 @@ def test_more_corrupt_than_the_limit_is_refused_before_anything_is_trained(tmp_p
     assert not list(strict.folder.iterdir())
 
 
-def test_held_out_images_are_looked_through_once(tmp_path, capsys):
+def test_held_out_images_are_looked_through_once(tmp_path, capsys, console):
     held_out(tmp_path)
     judging.check_held_out(context(tmp_path))
-    assert "3 of 23 held-out images are corrupt and not judged" in capsys.readouterr().out
+    assert "3 of 23 held-out images are corrupt and not judged" in capsys.readouterr().err
     (tmp_path / "test-000000.tar").unlink()
     judging.check_held_out(context(tmp_path))
 

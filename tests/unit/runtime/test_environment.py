@@ -118,7 +118,7 @@ def test_a_reserved_port_is_nobody_elses_until_it_is_used():
         assert listening.getsockname() == ("127.0.0.1", port)
 
 
-def test_an_address_of_another_host_is_met_on_all_interfaces_with_a_note(capsys):
+def test_an_address_of_another_host_is_met_on_all_interfaces_with_a_note(capsys, console):
     with rendezvous.listen(Ranks(0, 0, 2, "192.0.2.77", runs.free_port())) as listening:
         assert listening.getsockname()[0] == "0.0.0.0"
     assert "MASTER_ADDR=192.0.2.77 is no address" in capsys.readouterr().err

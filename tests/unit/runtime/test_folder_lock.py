@@ -23,7 +23,7 @@ def no_locks(monkeypatch):
     monkeypatch.setattr(fcntl, "flock", flock)
 
 
-def test_where_there_are_no_locks_a_file_stands_for_one(tmp_path, no_locks, capsys):
+def test_where_there_are_no_locks_a_file_stands_for_one(tmp_path, no_locks, capsys, console):
     release = folder_lock.take(tmp_path / "run", 0)
     assert "No locks available" in capsys.readouterr().err
     with pytest.raises(UserError, match="another process"):

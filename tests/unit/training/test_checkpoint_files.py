@@ -142,7 +142,7 @@ def test_only_folders_named_so_are_checkpoints(tmp_path):
     assert steps(tmp_path) == [3, 12]
 
 
-def test_the_newest_whole_one_is_the_latest(tmp_path, capsys):
+def test_the_newest_whole_one_is_the_latest(tmp_path, capsys, console):
     for step in (1, 2, 3):
         publish(tmp_path, step)
     checkpoints = Checkpoints(tmp_path, "r")

@@ -33,12 +33,14 @@ def test_a_line_is_on_disk_when_log_returns(tmp_path: Path) -> None:
     assert log.path.read_text().endswith("\n")
 
 
-def test_only_rank_0_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_rank_0_writes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], console: None
+) -> None:
     log = MetricsLog(tmp_path, 1)
     log.log(1, loss=1.0)
     log.truncate_after(0)
     assert list(tmp_path.iterdir()) == []
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().err == ""
 
 
 def test_resume_drops_what_came_after_the_checkpoint(tmp_path: Path) -> None:
@@ -136,7 +138,10 @@ def test_console_line() -> None:
 
 
 def test_the_console_is_throttled_but_shows_every_test(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    console: None,
 ) -> None:
     now = [100.0]
     monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
@@ -146,7 +151,7 @@ def test_the_console_is_throttled_but_shows_every_test(
     log.log(2, test_accuracy=0.5)
     now[0] += metrics.CONSOLE_SECONDS
     log.log(3, loss=3.0)
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert [line.split("step")[1].split()[0] for line in said.splitlines()] == ["1", "2", "3"]
     assert "test 50.0%" in said
     assert "loss 2" not in said

@@ -1,0 +1,151 @@
+"""What the package says, and where: the logger tree ``cnn2gnn_dist``, results, last words.
+
+- **Log lines** go through ``logging.getLogger(__name__)`` of each module. Only the entry points
+  (``cli``, ``launcher``, ``submit``, a rank under Ray) show them, by ``console``: on stderr, so that
+  stdout holds nothing but what a command is asked for. A program that imports the package keeps
+  its own logging: nothing is set up on import.
+- **Output**, which is what a command exists to print, goes to stdout by ``output``.
+- **Last words**, the error that ends a process, go to stderr by ``complain``, whatever the level.
+
+A line reads ``[rank 1] teacher  note: text``: the rank where it isn't 0, the stage where there is
+one, ``note:`` for a warning and ``error:`` for an error.
+
+This is the only module that prints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+ROOT = "cnn2gnn_dist"
+QUIET, NORMAL, VERBOSE = -1, 0, 1
+LEVELS = {QUIET: logging.WARNING, NORMAL: logging.INFO, VERBOSE: logging.DEBUG}
+LABELS = {logging.DEBUG: "debug: ", logging.WARNING: "note: ", logging.ERROR: "error: "}
+
+
+class _State:
+    """What this process's lines carry."""
+
+    verbosity = NORMAL
+    rank = 0
+    stage = ""
+
+
+def verbosity() -> int:
+    """QUIET, NORMAL or VERBOSE, as the entry point was told; NORMAL without one."""
+    return _State.verbosity
+
+
+@contextmanager
+def console(verbosity: int = NORMAL, rank: int = 0) -> Iterator[None]:
+    """Within this block the package's log lines are shown on stderr (for entry points).
+
+    Args:
+        verbosity: QUIET (warnings and errors), NORMAL or VERBOSE (everything).
+        rank: of this process.
+    """
+    logger, handler = logging.getLogger(ROOT), _Console()
+    before = logger.level, logger.propagate, _State.verbosity, _State.rank
+    logger.addHandler(handler)
+    logger.setLevel(LEVELS[verbosity])
+    logger.propagate = False  # a library that sets up the root would say all twice
+    _State.verbosity, _State.rank = verbosity, rank
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        level, logger.propagate, _State.verbosity, _State.rank = before
+        logger.setLevel(level)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """``-v`` and ``-q``: ``verbosity`` in the namespace, where one is given."""
+    group = parser.add_mutually_exclusive_group()
+    for level, short, text in (
+        (VERBOSE, "-v", "say more: keys, checkpoints, every line of metrics"),
+        (QUIET, "-q", "say warnings and errors only; no progress bars"),
+    ):
+        group.add_argument(
+            *(short, "--verbose" if level == VERBOSE else "--quiet"),
+            action="store_const",
+            const=level,
+            dest="verbosity",
+            default=argparse.SUPPRESS,
+            help=text,
+        )
+
+
+def set_rank(rank: int) -> None:
+    """Have the lines of this process say its rank, once that is known."""
+    _State.rank = rank
+
+
+@contextmanager
+def stage(name: str) -> Iterator[None]:
+    """Within this block lines belong to a stage, unless they name one (``extra={"stage": …}``)."""
+    before, _State.stage = _State.stage, name
+    try:
+        yield
+    finally:
+        _State.stage = before
+
+
+def output(text: str = "", end: str = "\n") -> None:
+    """Print a command's result on stdout, at once: a pipe may be read line by line."""
+    print(text, end=end, flush=True)
+
+
+def complain(error: BaseException | str, program: str = "cnn2gnn") -> None:
+    """Say on stderr what ends this process, or what it couldn't do of what it was asked for."""
+    _write(f"{_rank()}{program}: {error}")
+
+
+def progress(*arguments: Any, disable: bool = False, **options: Any) -> Any:
+    """A ``tqdm`` bar on stderr, if that is a terminal and nobody has asked for quiet."""
+    from tqdm import tqdm
+
+    hidden = disable or _State.verbosity == QUIET
+    return tqdm(*arguments, disable=True if hidden else None, **options)  # None: off without a tty
+
+
+class _Console(logging.Handler):
+    """To whatever ``sys.stderr`` is at the moment, above progress bars."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.setFormatter(Lines())
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one line."""
+        try:
+            _write(self.format(record))
+        except Exception:  # as logging's own handlers: a line is no reason to stop
+            self.handleError(record)
+
+
+class Lines(logging.Formatter):
+    """``[rank 1] teacher  note: text``."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record as a line, with its traceback below if it has one."""
+        name = getattr(record, "stage", _State.stage)
+        column = f"{name:8} " if name else ""
+        return f"{_rank()}{column}{LABELS.get(record.levelno, '')}{super().format(record)}"
+
+
+def _rank() -> str:
+    return f"[rank {_State.rank}] " if _State.rank else ""
+
+
+def _write(text: str) -> None:
+    tqdm = sys.modules.get("tqdm")
+    if tqdm is None:  # no bar can be there
+        print(text, file=sys.stderr, flush=True)
+    else:
+        tqdm.tqdm.write(text, file=sys.stderr)
+        sys.stderr.flush()
