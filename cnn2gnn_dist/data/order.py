@@ -24,7 +24,14 @@ from cnn2gnn_dist.data.batch_sizes import (
 )
 from cnn2gnn_dist.errors import UserError
 
-__all__ = ["Order", "check_arithmetic", "micro_batches", "sequential", "shares_of"]
+__all__ = [
+    "Order",
+    "check_arithmetic",
+    "micro_batches",
+    "sequential",
+    "sequential_batch",
+    "shares_of",
+]
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
@@ -246,9 +253,16 @@ def sequential(
 def _sequential(
     num_samples: int, batch: int, rank: int, world_size: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    for start in range(0, num_samples, batch * world_size):
-        ids = np.arange(batch, dtype=np.int64) + start + rank * batch
-        yield np.minimum(ids, num_samples - 1), ids < num_samples
+    for index in range(-(-num_samples // (batch * world_size))):
+        yield sequential_batch(num_samples, batch, index, rank, world_size)
+
+
+def sequential_batch(
+    num_samples: int, batch: int, index: int, rank: int, world_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Step ``index`` of ``sequential``: (ids [batch], mask [batch])."""
+    ids = np.arange(batch, dtype=np.int64) + (index * world_size + rank) * batch
+    return np.minimum(ids, num_samples - 1), ids < num_samples
 
 
 def _part_of(parts: Sequence[np.ndarray], total: int) -> np.ndarray:

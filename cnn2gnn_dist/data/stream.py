@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,8 @@ from filelock import FileLock
 
 from cnn2gnn_dist.data.images.views import CLEAN, ViewSpec
 from cnn2gnn_dist.data.index.manifest import Manifest, index
-from cnn2gnn_dist.data.order import Order
+from cnn2gnn_dist.data.order import Order, sequential_batch
+from cnn2gnn_dist.data.reading.corrupt import CorruptSamples
 from cnn2gnn_dist.data.reading.pool import ReaderPool
 from cnn2gnn_dist.data.reading.reader import Batch, ReaderSpec, Request
 from cnn2gnn_dist.data.reading.shard_files import CacheSpec
@@ -93,14 +93,14 @@ class Stream:
         self.manifest_path = _manifest_of(data)
         self.manifest = Manifest.load(self.manifest_path)
         self.seed, self.window, self.num_views, self.train = seed, window, num_views, train
-        self.global_batch, self.views, self.max_corrupt = global_batch, views, max_corrupt
+        self.global_batch, self.views = global_batch, views
         self.epoch = 0
         self.batch = 0
         self._order = Order(
             self.manifest.shard_sizes, seed=seed, global_batch=global_batch, window=window
         )
         self._order.check_ranks(self.world_size)
-        self._corrupt: dict[str, None] = {}  # an ordered set: each counts once
+        self._corrupt = CorruptSamples(max_corrupt, len(self.manifest) / self.world_size)
         self._pool = ReaderPool(
             ReaderSpec(
                 str(self.manifest_path),
@@ -108,7 +108,7 @@ class Stream:
                 decoded_bytes,
                 CacheSpec(str(_cache_folder() / "shards"), cache_bytes),
             ),
-            backend=_backend(backend),
+            backend=backend,
             workers=workers,
             prefetch=prefetch,
         )
@@ -128,9 +128,9 @@ class Stream:
         first = self.batch
         batches = self._pool.batches(self._request(index) for index in range(first, len(self)))
         for number, batch in enumerate(batches, first):
-            if not self.train:
-                batch.valid &= self._places(number) < len(self.manifest)
             self._count_corrupt(batch)
+            if not self.train:
+                batch.valid &= self._in_order(number)[1]
             self.batch = number + 1
             yield batch
         self.epoch, self.batch = self.epoch + 1, 0
@@ -195,36 +195,27 @@ class Stream:
 
     def _request(self, index: int) -> Request:
         if not self.train:
-            return Request(np.minimum(self._places(index), len(self.manifest) - 1), CLEAN)
+            return Request(self._in_order(index)[0], CLEAN)
         ids = self._order.rank_batch(self.epoch, index, self.rank, self.world_size)
         view = self.epoch if self.num_views is None else self.epoch % self.num_views
         return Request(ids, view)
 
-    def _places(self, index: int) -> np.ndarray:
-        """This rank's places in the order of the data; those beyond its end are padding."""
+    def _in_order(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """This rank's ids of a batch in the order of the data; False where it is padding."""
         share = self.global_batch // self.world_size
-        return np.arange(share) + index * self.global_batch + self.rank * share
+        return sequential_batch(len(self.manifest), share, index, self.rank, self.world_size)
 
     def _count_corrupt(self, batch: Batch) -> None:
-        if not batch.problems:
-            return
-        self._corrupt.update(dict.fromkeys(batch.problems))
-        share = len(self.manifest) / self.world_size
-        if len(self._corrupt) > self.max_corrupt * share:
-            some = "; ".join(list(self._corrupt)[:3])
+        corrupt = self._corrupt
+        corrupt.note(batch)
+        if batch.problems and corrupt.exceeds(len(corrupt.seen)):
+            some = "; ".join(list(corrupt.seen.values())[:3])
             raise UserError(
-                f"{len(self._corrupt)} corrupt images among about {share:.0f} of this rank, more "
-                f"than the limit of {self.max_corrupt:.2%}: {some}",
+                f"{len(corrupt.seen)} corrupt images among about {corrupt.total:.0f} of this rank, "
+                f"more than the limit of {corrupt.limit:.2%}: {some}",
                 where="max_corrupt",
                 remedy="mend or drop these samples, or raise max_corrupt",
             )
-
-
-def _backend(name: str) -> str:
-    # Not imported for the question: where Ray runs in this process, it has been.
-    ray = sys.modules.get("ray")
-    running = ray is not None and ray.is_initialized()
-    return name if name != "auto" else "ray" if running else "local"
 
 
 def _manifest_of(data: str | os.PathLike[str] | Sequence[str | Path]) -> Path:

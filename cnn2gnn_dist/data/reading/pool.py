@@ -6,6 +6,7 @@ There is no work beyond the requests in flight: a consumer that stops asking sto
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -21,7 +22,8 @@ class ReaderPool:
 
     Args:
         spec: specification of the readers.
-        backend: "ray" (reader actors on this node) or "local" (threads).
+        backend: "ray" (reader actors on this node), "local" (threads), or "auto": ray if it runs in
+            this process.
         workers: number of readers.
         prefetch: maximum requests in flight: queued, being read, or read and not yet consumed. Reduced,
             with a message, if they would not fit into Ray's object store.
@@ -45,6 +47,8 @@ class ReaderPool:
             )
         self.prefetch = self._depth = prefetch
         self.wait_seconds = 0.0
+        if backend == "auto":
+            backend = "ray" if _ray_runs() else "local"
         if backend == "ray":
             from cnn2gnn_dist.data.reading.ray_readers import RayReaders
 
@@ -100,6 +104,12 @@ class ReaderPool:
             return answer.wait()
         finally:
             self.wait_seconds += time.perf_counter() - began
+
+
+def _ray_runs() -> bool:
+    # Not imported for the question: where Ray runs in this process, it has been.
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())
 
 
 class _Answer(Protocol):

@@ -14,6 +14,7 @@ import torch
 from cnn2gnn_dist.config import Config
 from cnn2gnn_dist.data.images.views import ViewSpec
 from cnn2gnn_dist.data.index.manifest import Manifest
+from cnn2gnn_dist.data.reading.corrupt import CorruptSamples
 from cnn2gnn_dist.data.reading.pool import ReaderPool
 from cnn2gnn_dist.data.reading.reader import Batch, ReaderSpec
 from cnn2gnn_dist.data.reading.shard_files import CacheSpec
@@ -123,9 +124,6 @@ class Context:
     def stream(self, manifest: Path, name: str) -> ReaderPool:
         """A stream of this rank's batches from a manifest's samples."""
         settings = self.config.stream
-        backend = settings.backend
-        if backend == "auto":
-            backend = "ray" if self.inside_ray else "local"
         return ReaderPool(
             ReaderSpec(
                 str(manifest),
@@ -133,7 +131,7 @@ class Context:
                 settings.decoded_bytes,
                 CacheSpec(settings.cache_dir, settings.cache_bytes),
             ),
-            backend=backend,
+            backend=settings.backend,
             workers=settings.workers,
             prefetch=settings.prefetch,
             name=f"{self.config.name}-{name}-rank{self.ranks.rank}-reader",
@@ -146,22 +144,16 @@ class Context:
 
 
 @dataclass
-class CorruptCount:
-    """Counts corrupt samples and stops a stage that meets too many.
+class CorruptCount(CorruptSamples):
+    """Counts all ranks' corrupt samples and stops a stage that meets too many.
 
-    The same sample counts once, however often it is read; ``what`` names the set in errors.
+    Attributes:
+        total: samples of the set.
+        what: the set, in errors.
     """
 
-    limit: float
     total: int
-    seen: dict[int, str] = field(default_factory=dict)
     what: str = "images"
-
-    def note(self, batch: Batch) -> None:
-        """Add a batch's corrupt samples."""
-        bad = [int(i) for i, ok in zip(batch.ids, batch.valid, strict=True) if not ok]
-        for sample, problem in zip(dict.fromkeys(bad), batch.problems, strict=False):
-            self.seen.setdefault(sample, problem)
 
     def check(self) -> dict[int, str]:
         """All ranks' corrupt samples (collective).
@@ -172,7 +164,7 @@ class CorruptCount:
         everyone: dict[int, str] = {}
         for seen in collectives.all_gather_object(self.seen):
             everyone.update(seen)
-        if len(everyone) > self.limit * self.total:
+        if self.exceeds(len(everyone)):
             some = "; ".join(sorted(everyone.values())[:5])
             share = math.ceil(1000 * len(everyone) / self.total) / 1000
             raise UserError(
