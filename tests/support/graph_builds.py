@@ -1,6 +1,6 @@
 """Build a graph version from a finished run: python tests/support/graph_builds.py RUN FOLDER DIE_AFTER.
 
-DIE_AFTER: SIGKILL itself after so many work units of the search; 0: run to the end. Prints JSON.
+DIE_AFTER: SIGKILL itself after this many work units of the search; 0: run to the end. Prints JSON.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Searches in separate processes: python tests/support/table_searches.py FOLDER Z RANK WORLD DIE_AFTER.
 
-Ranks synchronize through files in FOLDER. DIE_AFTER: SIGKILL itself after so many work units.
+Ranks synchronize through files in FOLDER. DIE_AFTER: SIGKILL itself after this many work units.
 """
 
 from __future__ import annotations

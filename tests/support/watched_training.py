@@ -60,7 +60,7 @@ class Reads:
         while frame is not None:
             path, code = Path(frame.f_code.co_filename), frame.f_code
             if "deepspeed" in path.parts and asked is None:
-                return  # its own affair; on the CPU Adam's count of steps
+                return  # DeepSpeed's own read; on the CPU, of Adam's step count
             if path.is_relative_to(PACKAGE):
                 where = path.relative_to(PACKAGE).with_suffix("").as_posix()
                 asked = asked or f"{where}.{code.co_name}"

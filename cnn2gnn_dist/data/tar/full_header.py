@@ -11,7 +11,7 @@ from typing import NamedTuple
 from cnn2gnn_dist.data.tar.tar_file import BLOCK, Archive, shown
 from cnn2gnn_dist.errors import UserError
 
-MAX_EXTENSION = 1 << 20  # a long name or pax header; more is damage or an attack
+MAX_EXTENSION = 1 << 20  # a long name or pax header; more is corruption or an attack
 _REGULAR = b"0\x007"
 _NO_PAYLOAD = b"123456"  # links, devices, directories, pipes: a size there means nothing
 _LEFT_OUT = {b"1": "hard links", b"2": "symbolic links"} | dict.fromkeys(
