@@ -135,7 +135,10 @@ def test_presets_set_nothing_that_does_nothing(around):
         config = settings.load(name)
         if around.ranks:
             config = settings.load(name, [f"run.ranks={around.ranks}"])
-        assert consistency.notes(config, around) == []
+        found = consistency.notes(config, around)
+        if name == "imagenet" and around.on_gpu:  # its search is set for whoever has none
+            assert found.pop(0).startswith("graph.search.exact=false")
+        assert found == []
 
 
 def test_every_rule_names_fields_that_there_are_and_is_tried_here():
