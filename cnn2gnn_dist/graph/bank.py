@@ -1,4 +1,4 @@
-"""The bank of a graph version: features, projections, labels and candidates of some of its parts."""
+"""The bank of a graph version: features, projections, labels and candidates of some partitions."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from cnn2gnn_dist.graph.version import GraphVersion, load_part
 
 
 class Rows(Protocol):
-    """Whoever holds the rows of nodes: a bank in this process, or servers."""
+    """Access to the rows of nodes: a bank in this process, or servers."""
 
     def local_of(self, ids: np.ndarray) -> np.ndarray:
-        """Local ids of this rank's seeds.
+        """Return the local ids of this rank's seed nodes.
 
         Raises:
-            KeyError: one is no seed of this rank.
+            KeyError: an id is not a seed node of this rank.
         """
 
     def global_of(self, local: np.ndarray) -> np.ndarray:
-        """Global ids of local ones; -1 stays."""
+        """Return the global ids of local ones; -1 stays -1."""
 
     def rows(self, local_V: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
         """x float16 [V, D], z float32 [V, d] and labels int32 [V]."""
@@ -33,7 +33,7 @@ class Rows(Protocol):
 
 @dataclass
 class Bank:
-    """The rows of some parts, ready for look-up.
+    """The rows of some partitions, ready for lookup.
 
     Attributes:
         x_LD: float16; z_Ld: float32; labels_L: int32, -1 = unknown; all of local rows.
@@ -50,10 +50,10 @@ class Bank:
     table_KM: np.ndarray
 
     def local_of(self, ids: np.ndarray) -> np.ndarray:
-        """Local rows of global ids that are inner here (see ``Rows``).
+        """Return the local rows of global ids that are inner here (see ``Rows``).
 
         Raises:
-            KeyError: one is not.
+            KeyError: an id is not.
         """
         inner = self.nodes_L[: self.num_inner]
         local = np.searchsorted(inner, ids)
@@ -62,7 +62,7 @@ class Bank:
         return local.astype(np.int64)
 
     def global_of(self, local: np.ndarray) -> np.ndarray:
-        """Global ids of local rows; -1 stays."""
+        """Return the global ids of local rows; -1 stays -1."""
         return np.where(local >= 0, np.asarray(self.nodes_L)[local], -1)
 
     def rows(self, local_V: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,9 +76,9 @@ class Bank:
 
 
 def load_bank(version: GraphVersion, parts: Sequence[int] | None = None) -> Bank:
-    """The bank of some parts with their halos; of all nodes when ``parts`` is None.
+    """Load the bank of some partitions with their halos; of all nodes when ``parts`` is None.
 
-    Then it is the version's files themselves, mapped: a host holds them once, whatever its ranks.
+    In that case it memory-maps the version's own files: a host holds one copy for all its ranks.
     """
     if parts is None:
         return _mapped_bank(version)
@@ -99,9 +99,9 @@ def load_bank(version: GraphVersion, parts: Sequence[int] | None = None) -> Bank
 
 
 def _mapped_bank(version: GraphVersion) -> Bank:
-    """All rows, in pages that the processes of a host share until one writes to them."""
+    """All rows, in pages that the processes of a host share until one of them writes."""
     x_LD, z_Ld, labels_L, table_KM = (
-        # Copy on write: torch warns of arrays that it must not write to.
+        # Copy on write: torch warns about read-only arrays.
         np.load(version.path / f"{name}.npy", mmap_mode="c")
         for name in ("x", "z", "labels", "candidates")
     )

@@ -1,4 +1,4 @@
-"""Blocks as indices: the nodes two hops around seeds, and who is whose candidate."""
+"""Blocks as indices: the nodes up to two hops around seed nodes, and which is whose candidate."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class BlockIds:
 def sampled_first_hop(
     sampler: Sampler, seeds_B: np.ndarray, fanout: int, *, epoch: int, step: int, rank: int
 ) -> np.ndarray:
-    """[B, fanout] local ids from the candidate table; a seed that comes twice gets the same."""
+    """[B, fanout] local ids from the candidate table; a repeated seed gets the same sample."""
     distinct, place = np.unique(seeds_B, return_inverse=True)
     return sampler.neighbours(distinct, fanout, epoch=epoch, step=step, hop=1, rank=rank)[place]
 
@@ -46,7 +46,7 @@ def block_ids(
     step: int,
     rank: int,
 ) -> BlockIds:
-    """First hop given (searched or sampled; -1 = none), second hop sampled.
+    """Build a block from a given first hop (searched or sampled; -1 = none); sample the second hop.
 
     First-hop nodes without a row in the sampler's table (second halo) get no second hop.
     Unseen images have seed -1.
@@ -69,17 +69,17 @@ def block_ids(
 
 
 def without_seed(first_BF: np.ndarray, seeds_B: np.ndarray) -> np.ndarray:
-    """Candidates, -1 where it is the seed itself."""
+    """Candidates, with -1 where a candidate is the seed itself."""
     return np.where(first_BF == np.asarray(seeds_B)[:, None], -1, first_BF)
 
 
 def _numbered(*groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct ids (-1 left out), ascending, and the place of each: ``place[id]``, -1 for -1.
+    """Distinct ids (without -1), ascending, and the position of each: ``place[id]``, -1 for -1.
 
-    By marking, in a tenth of the time of sorting; ``place`` holds nothing for other ids.
+    Uses a mark array, in a tenth of the time of sorting; ``place`` is undefined for other ids.
     """
     size = 1 + max(int(ids.max(initial=-1)) for ids in groups)
-    seen = np.zeros(size + 1, bool)  # the last one stands for -1
+    seen = np.zeros(size + 1, bool)  # the last entry stands for -1
     for ids in groups:
         seen[ids] = True
     nodes = np.flatnonzero(seen[:-1])

@@ -1,4 +1,4 @@
-"""Twins: nodes that are the same image. A seed must not see its own label through one."""
+"""Twins: nodes that are the same image. A seed must not see its own label through a twin."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ SEED = 20_26
 
 
 def groups(*keys: np.ndarray | None, apart: np.ndarray | None = None) -> np.ndarray:
-    """int32 [N]: the smallest of the nodes that share a key with a node, itself if it is alone.
+    """int32 [N]: the smallest node that shares a key with each node; the node itself if it has no twin.
 
     Args:
-        keys: [N] each; nodes are twins if they agree in any, or have a twin in common.
-        apart: bool [N]: these have no twins, whatever their keys.
+        keys: [N] each; nodes are twins if any of their keys match, or if they have a twin in common.
+        apart: bool [N]: these have no twins, regardless of their keys.
     """
     known = [key for key in keys if key is not None]
     group = np.arange(len(known[0]))
@@ -31,7 +31,7 @@ def groups(*keys: np.ndarray | None, apart: np.ndarray | None = None) -> np.ndar
 
 
 def row_keys(x_ND: np.ndarray) -> np.ndarray:
-    """uint64 [N]: equal for equal rows of a float16 array, and hardly ever for others."""
+    """uint64 [N]: equal for equal rows of a float16 array, and almost never for different rows."""
     odd = np.random.default_rng(SEED).integers(0, 2**63, x_ND.shape[1], np.uint64) * 2 + 1
     keys = np.empty(len(x_ND), np.uint64)
     for start in range(0, len(x_ND), ROWS):
@@ -41,6 +41,6 @@ def row_keys(x_ND: np.ndarray) -> np.ndarray:
 
 
 def summary(twin_N: np.ndarray) -> dict[str, int]:
-    """How many nodes have a twin, and how many nodes the largest group has (1: there are none)."""
+    """Count the nodes with a twin, and the nodes of the largest group (1: there are no twins)."""
     sizes = np.bincount(twin_N, minlength=len(twin_N))
     return {"nodes": int(sizes[sizes > 1].sum()), "most": int(sizes.max(initial=1))}

@@ -1,6 +1,7 @@
 """The memory model: bytes of every structure of a graph, from a few numbers.
 
-Counts are exact for arrays; what libraries add (METIS) is fitted to measurements (docs/scale.md).
+Counts are exact for arrays; the overhead of libraries (METIS) is fitted to measurements
+(docs/scale.md).
 """
 
 from __future__ import annotations
@@ -15,19 +16,19 @@ from cnn2gnn_dist.graph.search.nn_descent import TARGETS
 
 Place = Literal["disk", "rank", "search", "partitioner"]
 HALOS = {1: (0.0, 0.0), 2: (0.25, 0.43), 4: (0.52, 1.16), 8: (0.79, 2.25)}
-"""First and second halo nodes for each inner node, at homophily 0.65 (docs/scale.md)."""
+"""First and second halo nodes per inner node, at homophily 0.65 (docs/scale.md)."""
 METIS_PROCESS, METIS_EDGE = 0.45 * 2**30, 106
-"""Bytes of a process with torch and DGL, and for each candidate that METIS is shown."""
+"""Bytes of a process with torch and DGL, and bytes per candidate passed to METIS."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a plan is made for.
+    """Input of a memory plan.
 
     Attributes:
         images: N; dim: D of the features; graph_dim: d of the projections; candidates: M.
         parts: P, spread evenly over ``ranks``.
-        halo1, halo2: nodes of each halo for each inner node.
+        halo1, halo2: nodes of each halo per inner node.
         searched: the bank's projections are searched live (``graph.sampling.query=live``).
     """
 
@@ -44,7 +45,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Structure:
-    """One array, or several of a kind: where it lies and how large it is."""
+    """One array, or several of a kind: its location and size."""
 
     place: Place
     name: str
@@ -52,9 +53,9 @@ class Structure:
 
 
 def halos(parts: int) -> tuple[float, float]:
-    """Halo nodes for each inner node, between and beyond the measured numbers of parts.
+    """Halo nodes per inner node, interpolated and extrapolated from the measured numbers of partitions.
 
-    They grow with the logarithm of the parts and can't be more than all other nodes.
+    They grow with the logarithm of the number of partitions, up to all other nodes.
     """
     known = sorted(HALOS)
     above = next((p for p in known if p >= parts), known[-1])
@@ -68,7 +69,7 @@ def halos(parts: int) -> tuple[float, float]:
 
 
 def structures(s: Sizes) -> list[Structure]:
-    """Every structure of a version on disk, of a rank in training, of the search, of METIS."""
+    """Every structure of a version on disk, of a rank in training, of the search, and of METIS."""
     n, m, d = s.images, s.candidates, s.graph_dim
     inner = n / s.ranks
     rows, nodes = inner * (1 + s.halo1), inner * (1 + s.halo1 + s.halo2)

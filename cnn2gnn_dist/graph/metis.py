@@ -1,12 +1,13 @@
-"""METIS through DGL, as a process of its own: ``python -m cnn2gnn_dist.graph.metis TABLE OUT PARTS``.
+"""METIS through DGL, in a separate process: ``python -m cnn2gnn_dist.graph.metis TABLE OUT PARTS``.
 
-METIS keeps its random state for the life of a process: a second call on the same graph gives
-other parts (66 of 300 nodes differed). And something in it depends on addresses: of 30 small
-graphs 3 had other parts in some of 8 fresh processes, with or without address randomisation as
-long as the environment (and with it the stack) was another; with a fixed environment and no
-randomisation none had. So this process starts itself again without randomisation, and
-``partition.assign`` gives it an environment and arguments that are always the same. Where the
-kernel refuses (some containers) the parts nearly always repeat; ``graph.partition.partitioner=ranges`` always.
+METIS keeps its random state for the lifetime of a process: a second call on the same graph gives
+different partitions (66 of 300 nodes differed). Something in it also depends on addresses: of 30
+small graphs, 3 got different partitions in some of 8 fresh processes, with or without address
+randomization, whenever the environment (and with it the stack) differed; with a fixed environment
+and no randomization, none did. So this process re-executes itself without randomization, and
+``partition.assign`` gives it a fixed environment and fixed arguments. Where the kernel refuses
+(some containers), the partitions are nearly always the same; with
+``graph.partition.partitioner=ranges`` they always are.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ ASK = 0xFFFFFFFF
 
 
 def without_randomisation() -> None:
-    """Start this process again at fixed addresses, if it is not so already and the kernel allows."""
+    """Re-execute this process at fixed addresses, unless it already is or the kernel refuses."""
     if sys.platform != "linux":
         return
     libc = ctypes.CDLL(None)
@@ -33,7 +34,7 @@ def without_randomisation() -> None:
 
 
 def main(table_path: Path, out_path: Path, parts: int) -> None:
-    """Read a candidate table [N, M], write the part of each node [N] int32."""
+    """Read a candidate table [N, M], write the partition of each node [N] int32."""
     import numpy as np
     import torch
 
@@ -47,7 +48,7 @@ def main(table_path: Path, out_path: Path, parts: int) -> None:
 
 
 def _pairs(table_NM: Any) -> tuple[Any, Any]:
-    """Both ends of each undirected edge once (METIS would hold mutual ones twice), in little memory."""
+    """Both ends of each undirected edge once (METIS would store mutual edges twice), in little memory."""
     import numpy as np
 
     nodes = np.int64(len(table_NM))

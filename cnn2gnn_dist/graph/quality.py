@@ -1,4 +1,4 @@
-"""How good a neighbour table is: homophily, degrees, recall."""
+"""Quality of a neighbor table: homophily, degrees, recall."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import numpy as np
 def edge_homophily(
     table_NM: np.ndarray, labels_N: np.ndarray, weights_NM: np.ndarray | None = None
 ) -> float:
-    """Share of edges whose two ends have the same label; unknown labels and holes don't count.
+    """Fraction of edges whose two ends have the same label; unknown labels and empty cells don't count.
 
-    With ``weights_NM`` the share of their sum.
+    With ``weights_NM``, the fraction of the total weight.
     """
     there = (table_NM >= 0) & (labels_N[:, None] >= 0) & (labels_N[table_NM] >= 0)
     same = (labels_N[table_NM] == labels_N[:, None]) & there
@@ -37,14 +37,14 @@ def degree_stats(table_NM: np.ndarray) -> dict[str, Any]:
 
 
 def recall(table_NM: np.ndarray, reference_NM: np.ndarray) -> float:
-    """Share of the reference's neighbours that the table has, row by row; holes don't count."""
+    """Fraction of the reference's neighbors that the table has, row by row; empty cells don't count."""
     there = reference_NM >= 0
     hits = (reference_NM[:, :, None] == table_NM[:, None, :]).any(2) & there
     return float(hits.sum() / max(there.sum(), 1))
 
 
 def changed_edges(before_NM: np.ndarray, after_NM: np.ndarray, most: int = 65_536) -> float:
-    """Share of a table's edges that the one before did not have, over at most so many rows."""
+    """Fraction of a table's edges that are not in the previous table, over at most ``most`` rows."""
     rows = np.arange(0, len(after_NM), -(-len(after_NM) // most))
     before, after = before_NM[rows], after_NM[rows]
     there = after >= 0

@@ -1,8 +1,8 @@
-"""Arrays on disk that several ranks fill, each its own rows.
+"""Arrays on disk that several ranks fill, each with its own rows.
 
-Rows are written where they belong by plain writes, not through a mapping: hosts that share a file
-server write mapped pages whole, and bring back what another has just replaced in them. Whoever
-reads maps the file anew, after a meeting of the ranks that comes after the writers' ``sync``.
+Rows are written with plain writes, not through a memory map: hosts that share a file server write
+mapped pages back as a unit, and so restore bytes that another host has just replaced. Readers map
+the file again after a barrier that follows the writers' ``sync``.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from cnn2gnn_dist import durable
 
 
 class RowFile:
-    """An ``.npy`` file whose rows are written.
+    """An ``.npy`` file open for writing rows.
 
     Args:
-        path: made by ``durable.reserve_array``: its size doesn't change.
+        path: created by ``durable.reserve_array``; its size doesn't change.
     """
 
     def __init__(self, path: Path) -> None:
@@ -34,15 +34,15 @@ class RowFile:
             self.shape, _, self.kind = read(file)
             self._first = file.tell()
         self._row = self.kind.itemsize * int(np.prod(self.shape[1:], dtype=np.int64))
-        # Never open for reading: NFS then doesn't widen a write to the whole page.
+        # Never open for reading: otherwise NFS extends a write to the full page.
         self._handle = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
 
     def write(self, start: int, values: np.ndarray, sum_before: int = 0) -> int:
-        """Write rows ``start`` …; returns their check sum, going on from the one before.
+        """Write rows ``start`` …; return their checksum, continuing from ``sum_before``.
 
         Raises:
             IndexError: they don't fit.
-            ValueError: rows of another shape.
+            ValueError: the rows have a different shape.
             UserError: the disk is full.
         """
         data = np.ascontiguousarray(values, self.kind)
@@ -61,12 +61,12 @@ class RowFile:
         return check_sum(data, sum_before)
 
     def sync(self) -> None:
-        """Wait until what was written is on disk, or on the file server."""
+        """Wait until everything written is on disk, or on the file server."""
         with durable.room(self.path):
             os.fsync(self._handle)
 
     def close(self) -> None:
-        """Write no more."""
+        """Close the file."""
         if self._handle >= 0:
             os.close(self._handle)
             self._handle = -1
@@ -83,11 +83,11 @@ class RowFile:
 
 
 def read_rows(path: Path) -> np.ndarray:
-    """All rows, mapped anew: what others have synced is there."""
+    """Map all rows again, so that what other ranks have synced is visible."""
     array: np.ndarray = np.load(path, mmap_mode="r")
     return array
 
 
 def check_sum(values: Any, before: int = 0) -> int:
-    """CRC-32 of rows, going on from the one before: it finds what was lost, not what was forged."""
+    """CRC-32 of rows, continuing from ``before``: detects corruption, not tampering."""
     return zlib.crc32(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data, before)

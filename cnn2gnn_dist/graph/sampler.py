@@ -1,10 +1,11 @@
-"""Neighbour samplers behind one interface: uniform, without replacement, keyed by the step.
+"""Neighbor samplers behind one interface: uniform, without replacement, keyed by the step.
 
-The table's sampler is keyed by the node besides, whichever rank or partition asks: its samples do
-not change with the world size. DGL's has one stream a call, so its samples do.
+The table's sampler is also keyed by the node, whichever rank or partition asks, so its samples do
+not change with the world size. DGL's has one random stream per call, so its samples do.
 
 ``neighbours(rows, fanout, epoch=, step=, hop=, rank=)`` gives [Q, fanout] local ids, -1 = none;
-a fan-out of all candidates or more gives them all. The same key gives the same sample.
+a fan-out at or above the number of candidates returns all of them. The same key gives the same
+sample.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from cnn2gnn_dist.errors import UserError
 
 
 class Sampler(Protocol):
-    """What both samplers offer. ``num_rows``: nodes with candidates; halo-2 nodes have none."""
+    """Interface of both samplers. ``num_rows``: nodes with candidates; halo-2 nodes have none."""
 
     num_rows: int
 
@@ -30,14 +31,14 @@ class Sampler(Protocol):
     ) -> np.ndarray:
         """[Q, fanout] int64 local ids of sampled candidates of ``rows``; -1 = none.
 
-        They stand in the order of the table. Raises IndexError for a row without candidates.
+        In the order of the table. Raises IndexError for a row without candidates.
         """
 
 
 class TableSampler:
     """Samples columns of the candidate table with numpy.
 
-    ``nodes_K``: the global ids behind the rows; without them the rows count.
+    ``nodes_K``: the global ids behind the rows; without it the row numbers serve as ids.
     """
 
     def __init__(self, table_KM: np.ndarray, seed: int, nodes_K: np.ndarray | None = None) -> None:
@@ -61,7 +62,7 @@ class TableSampler:
 
 
 class DglSampler:
-    """Samples with DGL's C++ neighbour sampler; also fit for graphs of unequal degree."""
+    """Samples with DGL's C++ neighbor sampler; also suits graphs of unequal degree."""
 
     def __init__(self, table_KM: np.ndarray, seed: int) -> None:
         import torch
@@ -69,12 +70,12 @@ class DglSampler:
         self.table_KM, self.seed, self.num_rows = table_KM, seed, len(table_KM)
         self._dgl = import_dgl()
         there = (table_KM >= 0).ravel()
-        # Cell of the table of each edge; None: no holes, edge e is cell e.
+        # Table cell of each edge; None: no empty cells, edge e is cell e.
         self._cells = None if there.all() else np.flatnonzero(there)
         heads = np.repeat(np.arange(len(table_KM)), table_KM.shape[1])[there]
         tails = table_KM.ravel()[there].astype(np.int64)
         nodes = int(max(len(table_KM), table_KM.max(initial=-1) + 1))
-        # DGL samples in-edges: the edge runs from the candidate to the node that has it.
+        # DGL samples in-edges: the edge runs from the candidate to the node whose candidate it is.
         ends = torch.from_numpy(tails), torch.from_numpy(heads)
         self._graph: Any = self._dgl.graph(ends, num_nodes=nodes)
 
@@ -86,7 +87,7 @@ class DglSampler:
 
         width = self.table_KM.shape[1]
         fanout = min(fanout, width)
-        # DGL ends the process at an id below 0 and doesn't merge rows that are asked for twice.
+        # DGL aborts the process on a negative id and doesn't merge repeated rows.
         distinct, place = np.unique(_checked(rows, self.num_rows), return_inverse=True)
         with self._one_thread():
             self._dgl.seed(sample_key(self.seed, epoch, step, hop, rank) & 0x7FFFFFFF)
@@ -102,9 +103,9 @@ class DglSampler:
 
     @contextmanager
     def _one_thread(self) -> Iterator[None]:
-        """DGL's random stream belongs to the thread and is cut by their number.
+        """DGL's random stream is per thread, and depends on the number of threads.
 
-        Torch may share the OpenMP library, so its number of threads is put back.
+        Torch may share the OpenMP library, so its number of threads is restored.
         """
         threads = self._dgl.utils.get_num_threads()
         self._dgl.utils.set_num_threads(1)
@@ -117,10 +118,10 @@ class DglSampler:
 def make_sampler(
     name: str, table_KM: np.ndarray, seed: int, nodes_K: np.ndarray | None = None
 ) -> Sampler:
-    """A sampler by name, "table" or "dgl"; ``nodes_K``: global ids of the rows.
+    """Return a sampler by name, "table" or "dgl"; ``nodes_K``: global ids of the rows.
 
     Raises:
-        UserError: another name.
+        UserError: unknown name.
     """
     if name == "table":
         return TableSampler(table_KM, seed, nodes_K)
@@ -130,7 +131,7 @@ def make_sampler(
 
 
 def _checked(rows: np.ndarray, num_rows: int) -> np.ndarray:
-    """Rows as int64, all of them in the table."""
+    """Rows as int64, checked to be in the table."""
     rows = np.asarray(rows, np.int64)
     if len(rows) and (rows.min() < 0 or rows.max() >= num_rows):
         raise IndexError(f"rows {rows.min()}..{rows.max()} of a table of {num_rows} rows")
@@ -150,6 +151,6 @@ def _mixed(x: np.ndarray) -> np.ndarray:
 
 
 def sample_key(*numbers: int) -> int:
-    """64 bits that name a step's sample."""
+    """A 64-bit key of a step's sample."""
     text = ",".join(str(int(n)) for n in numbers).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")

@@ -1,8 +1,8 @@
-"""The files of a graph version: written by several ranks, whole or absent, pruned.
+"""The files of a graph version: written by several ranks, complete or absent, pruned.
 
 ``v0003/`` holds ``x.npy`` (float16), ``z.npy``, ``labels.npy``, ``candidates.npy``,
 ``part.npy`` and a folder for each part. Several ranks fill ``v0003.tmp/``; rank 0 writes
-``manifest.json`` and renames. A folder without a valid manifest does not exist.
+``manifest.json`` and renames the folder. A folder without a valid manifest does not count.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from cnn2gnn_dist.graph.row_file import RowFile, read_rows
 MANIFEST = "manifest.json"
 ATTEMPT = "attempt"
 WORKSHOP = "work"
-"""Folder of an unfinished version for whatever the table's makers put aside."""
+"""Folder of an unfinished version for intermediate files of the candidate search."""
 Shapes = Mapping[str, tuple[tuple[int, ...], type]]
 
 
 class GraphWriter:
-    """A version being written; ranks write rows of preallocated arrays."""
+    """A version being written; ranks write rows into preallocated arrays."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -40,8 +40,8 @@ class GraphWriter:
     def create(cls, root: Path, number: int, shapes: Shapes, attempt: str = "") -> GraphWriter:
         """Preallocate the arrays (rank 0).
 
-        An unfinished one of the same ``attempt`` (what goes into it, in words) goes on;
-        any other is dropped.
+        An unfinished version of the same ``attempt`` (a text that describes its inputs) is resumed;
+        any other is deleted.
 
         Raises:
             UserError: the disk is full.
@@ -64,11 +64,11 @@ class GraphWriter:
         return cls(version_path(root, number).with_suffix(".tmp"))
 
     def array(self, name: str) -> np.ndarray:
-        """An array of the version, mapped anew: what others have written and synced is there."""
+        """Map an array of the version again, so that what other ranks have written and synced is visible."""
         return read_rows(self.path / f"{name}.npy")
 
     def rows(self, name: str, start: int, values: np.ndarray, sum_before: int = 0) -> int:
-        """Write rows ``start`` … of an array; not yet synced. See ``RowFile.write``.
+        """Write rows ``start`` … of an array, without syncing. See ``RowFile.write``.
 
         Raises:
             IndexError: they don't fit.
@@ -78,12 +78,12 @@ class GraphWriter:
         return self._files[name].write(start, values, sum_before)
 
     def sync(self) -> None:
-        """Wait until the rows written here are where all ranks can read them."""
+        """Wait until the rows written here are visible to all ranks."""
         for file in self._files.values():
             file.sync()
 
     def finalise(self, meta: dict[str, Any]) -> Path:
-        """Checksum everything, write the manifest, rename (rank 0)."""
+        """Write checksums of everything and the manifest, then rename (rank 0)."""
         self.sync()
         for file in self._files.values():
             file.close()
@@ -113,12 +113,12 @@ class GraphWriter:
 
 @dataclass
 class GraphVersion:
-    """A whole version, memory-mapped.
+    """A complete version, memory-mapped.
 
     Attributes:
         x: float16 [N, D]; z: float32 [N, d]; labels: int32 [N]; candidates: int32 [N, M];
-        part: int32 [N]; order: int32 [N], alike nodes beside each other; twin: int32 [N], the
-        smallest of the nodes that are the same image; meta: what the builder noted.
+        part: int32 [N]; order: int32 [N], similar nodes next to each other; twin: int32 [N], the
+        smallest of the nodes that are the same image; meta: what the builder recorded.
     """
 
     path: Path
@@ -135,7 +135,7 @@ class GraphVersion:
         """Read everything and compare checksums.
 
         Raises:
-            UserError: a file is damaged.
+            UserError: a file is corrupt.
         """  # noqa: DOC501
         for name, (_, sha) in _read_manifest(self.path)[0].items():
             if durable.sha256(self.path / name) != sha:
@@ -153,7 +153,7 @@ def part_path(version: Path, number: int) -> Path:
 
 
 def open_version(path: Path) -> GraphVersion:
-    """A version whose files are there with their sizes.
+    """Open a version, checking that its files exist and have the right sizes.
 
     Raises:
         UserError: missing or incomplete.
@@ -162,16 +162,16 @@ def open_version(path: Path) -> GraphVersion:
 
 
 def latest_version(root: Path) -> Path | None:
-    """The newest whole version; None if there is none."""
+    """The newest complete version; None if there is none."""
     newest_first = sorted(Path(root).glob("v????"), reverse=True)
     return next((path for path in newest_first if _is_whole(path)), None)
 
 
 def load_part(version: GraphVersion, number: int) -> PartGraph:
-    """A part as it was when the version was made: its note, and by it its arrays.
+    """Load a part as it was when the version was created, verified by ``part.json`` and its checksums.
 
     Raises:
-        UserError: missing, damaged, or of another version.
+        UserError: missing, corrupt, or of another version.
     """  # noqa: DOC501
     folder = part_path(version.path, number)
     name, note = folder.name, f"{folder.name}/part.json"
@@ -182,13 +182,13 @@ def load_part(version: GraphVersion, number: int) -> PartGraph:
 
 
 def prune(root: Path, newest: Path, keep: int) -> None:
-    """Leave ``keep`` (at least 1) whole versions up to ``newest``, the one just built.
+    """Keep ``keep`` (at least 1) complete versions up to ``newest``, the one just built.
 
-    Newer ones go: they are of a future that a run lost when it fell back to an older checkpoint.
-    So do unfinished attempts.
+    Newer ones are deleted: the run lost the epochs they belong to when it fell back to an older
+    checkpoint. Unfinished attempts are deleted too.
     """
     versions = sorted(Path(root).glob("v????"))
-    # A damaged one doesn't count: kept, it could cost the last that can be used.
+    # A corrupt version doesn't count: keeping it could cost the last usable one.
     past = [path for path in versions if path.name <= newest.name and _is_whole(path)]
     kept = past[-max(keep, 1) :]
     for path in versions:
@@ -199,7 +199,7 @@ def prune(root: Path, newest: Path, keep: int) -> None:
 
 
 def _read_manifest(path: Path) -> tuple[dict[str, tuple[int, str]], dict[str, Any]]:
-    """{file: (bytes, sha256)} and the builder's notes; every file is there with its size."""
+    """{file: (bytes, sha256)} and the builder's metadata; checks that every file has its size."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         files = {name: (int(size), str(sha)) for name, (size, sha) in manifest["files"].items()}

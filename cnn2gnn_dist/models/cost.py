@@ -1,4 +1,4 @@
-"""What a model costs: parameters and floating point operations."""
+"""Cost of a model: parameters and floating-point operations."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def count_parameters(module: nn.Module) -> int:
-    """Number of trained values."""
+    """Count the trainable values."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
 def count_flops(function: Callable[..., Any], *inputs: Any) -> int:
-    """Operations of ``function(*inputs)``: 2 a multiply-add, matmuls and convolutions only.
+    """Count the operations of ``function(*inputs)``: 2 per multiply-add, matmuls and convolutions only.
 
-    Runs the function once, without gradients; modules are counted in evaluation mode and left in
-    the mode they were in.
+    Runs the function once, without gradients. Modules are counted in evaluation mode and then
+    restored to their previous mode.
     """
     modes = [(m, m.training) for m in function.modules()] if isinstance(function, nn.Module) else []
     for module, _ in modes:

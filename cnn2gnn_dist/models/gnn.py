@@ -4,7 +4,7 @@
     y_i  = A₂ h¹_i + g₂ ⊙ B₂ Σ_j p_ij [h¹_j, ℓ_j]
 
 Shapes: B seeds, F first-hop slots, U rows of the first hop, D features, H hidden, C classes,
-E label embedding. ``j|i`` is node j as the seed i sees it: with i taken out of j's neighbours.
+E label embedding. ``j|i`` is node j as seed i sees it: with i removed from j's neighbors.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from torch import Tensor, nn
 
 from cnn2gnn_dist.models.block import Block
 
-_ALONE = 1e-5  # j's neighbours other than the seed weigh less than this: j has no others
+_ALONE = 1e-5  # if j's neighbors other than the seed weigh less than this, j has no others
 
 
 class TwoLayerGNN(nn.Module):
-    """Self path A₂ φ(A₁ x), an MLP kept whole, and a gated path through the neighbours.
+    """Self path A₂ φ(A₁ x), a complete MLP, and a gated path through the neighbors.
 
-    The gates start at 0: at the start the model is its own self path. Labels enter on the last
+    The gates start at 0, so the model starts as its own self path. Labels enter on the last
     hop only, so that no seed can see its own label through a first-layer state.
 
     Args:
         dim, hidden, num_classes: D, H, C.
         label_dim: E; 0: no labels.
-        graph: False: the self path only (the control), without any graph parameter.
+        graph: False: only the self path (the control), without any graph parameter.
     """
 
     def __init__(
@@ -50,17 +50,17 @@ class TwoLayerGNN(nn.Module):
     def forward(
         self, x_BD: Tensor, p: Tensor | None = None, block: Block | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Logits with the graph, and of the self path alone: two [B, C].
+        """Return logits with the graph and logits of the self path alone: two [B, C].
 
         Args:
             x_BD: live features of the seeds.
             p: row-stochastic weights: [B, F] over the slots of the block (``dataset`` scope; 0
                 where none is present), or without a block [B, B] among the seeds themselves
                 (``batch`` scope). None: both results are the self path, and every graph
-                parameter gets a zero gradient, so that ZeRO and DDP find no unused ones.
-            block: what lies in the slots; of one float dtype.
+                parameter gets a zero gradient, so that ZeRO and DDP find no unused parameters.
+            block: contents of the slots; all floats have one dtype.
 
-        Everything goes through here and through the submodules' own ``forward``, because that is
+        Everything goes through this method and the submodules' own ``forward``, because that is
         where ZeRO-3 gathers parameters.
         """
         a_BH = self.self1(x_BD)
@@ -89,8 +89,8 @@ class TwoLayerGNN(nn.Module):
         return self.self2(h_BH) + self.gate2 * self.neighbour2(message_BH)
 
     def _around(self, block: Block) -> Tensor:
-        """B₁ m_{j|i} [B, F, H]; B₁ is linear, so the seed goes wherever that is cheaper."""
-        if block.row_of_BF is None:  # a row for each slot: out of the constants
+        """B₁ m_{j|i} [B, F, H]; B₁ is linear, so the seed is subtracted wherever that is cheaper."""
+        if block.row_of_BF is None:  # one row per slot: subtract from the constants
             mean_BFD = block.in_slots(block.mean_UD)
             rest_BFD = _without_seed(mean_BFD, block.back_BF, block.seed_x_BD)
             return self.neighbour1(rest_BFD)
@@ -103,7 +103,7 @@ class TwoLayerGNN(nn.Module):
         h_BH = F.relu(a_BH + self.gate1 * self.neighbour1(p_BB @ x_BD))
         message_BH = p_BB.to(h_BH.dtype) @ h_BH
         if self.label_dim:
-            # No labels here, but the table must not count as unused.
+            # No labels here, but the embedding table must not count as unused.
             none_B = torch.full((len(x_BD),), -1, device=x_BD.device)
             label_BE = self._label(none_B).to(message_BH.dtype)
             message_BH = torch.cat([message_BH, label_BE], 1)
@@ -127,7 +127,7 @@ def _average(p_BF: Tensor, values_BFX: Tensor) -> Tensor:
 
 
 def _without_seed(b_BFH: Tensor, back_BF: Tensor, c_BH: Tensor) -> Tensor:
-    """B₁ m_{j|i} = (B₁ m_j − p_ji B₁ u_i) / (1 − p_ji); 0 where j has no neighbour but i."""
+    """B₁ m_{j|i} = (B₁ m_j − p_ji B₁ u_i) / (1 − p_ji); 0 where j has no neighbor except i."""
     back_BF1 = back_BF.unsqueeze(-1)
     alone_BF1 = back_BF1 > 1.0 - _ALONE
     rest_BF1 = torch.where(alone_BF1, 1.0, 1.0 - back_BF1)

@@ -1,4 +1,4 @@
-"""The student's losses, one value a sample."""
+"""The student's losses, one value per sample."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_FLOOR = -1e4  # a teacher's log-probability of −inf: 0 · −inf would be NaN
+_FLOOR = -1e4  # replaces a teacher log-probability of −inf: 0 · −inf would be NaN
 
 
 def distillation_loss(
@@ -22,9 +22,9 @@ def distillation_loss(
 
     Args:
         logits_BC: the student's y, any float dtype; computed in float32 (or float64).
-        labels_B: int64; -1 = none: the sample has the second term only.
-        teacher_log_probs_BC: log-softmax of the teacher's logits t; it serves as t, from which it
-            differs by a constant a row. None: plain cross-entropy, whatever ``weight`` says.
+        labels_B: int64; -1 = none: the sample has only the second term.
+        teacher_log_probs_BC: log-softmax of the teacher's logits t; used in place of t, from which it
+            differs by a constant per row. None: plain cross-entropy, regardless of ``weight``.
         weight: λ in 0..1.
         temperature: T > 0.
         label_smoothing: of the cross-entropy.
@@ -49,15 +49,15 @@ def distillation_loss(
 def neighbour_loss(
     weights_BF: Tensor, labels_of_BF: Tensor, labels_B: Tensor, *, floor: float = 1e-4
 ) -> Tensor:
-    """−log of the weight on neighbours of the seed's own class, loss_B: trains the graph head.
+    """−log of the weight on neighbors of the seed's own class, loss_B: trains the graph head.
 
     Args:
-        weights_BF: p_ij over the neighbour slots.
+        weights_BF: p_ij over the neighbor slots.
         labels_of_BF: their labels, -1 = unknown or padding.
         labels_B: the seeds' labels, -1 = unknown.
-        floor: the weight below which a row counts as lost: it has no gradient.
+        floor: the weight below which a row is given up: it has no gradient.
 
-    Rows without a label of their own or of any neighbour give 0.
+    Rows in which the seed or all neighbors have no label give 0.
     """
     same_BF = (labels_of_BF == labels_B.unsqueeze(1)) & (labels_of_BF >= 0)
     known_B = ((labels_of_BF >= 0) & (weights_BF > 0)).any(1) & (labels_B >= 0)

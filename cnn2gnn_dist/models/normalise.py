@@ -1,4 +1,4 @@
-"""From decoded bytes to the network's input, on the device that computes."""
+"""From decoded bytes to the network's input, on the compute device."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 
 class Normalise(nn.Module):
-    """``(image / 255 − mean) / std``; the teacher and the student use the same one.
+    """``(image / 255 − mean) / std``; the teacher and the student share it.
 
     Args:
-        mean, std: one value a channel, in units of the 0..1 image (timm's and torchvision's usage).
+        mean, std: one value per channel, in units of the 0..1 image (as in timm and torchvision).
 
     Shapes:
         images_BHWC, uint8 or float in 0..255 → float32 [B, C, H, W] in channels-last memory order.
@@ -31,7 +31,7 @@ class Normalise(nn.Module):
         self.register_buffer("shift", shift)
 
     def forward(self, images_BHWC: Tensor) -> Tensor:
-        """Return the normalised images, channels first."""
-        # addcmul in float: autocast leaves it alone, so pixels never pass through 8-bit mantissas.
+        """Return the normalized images, channels first."""
+        # addcmul in float: autocast leaves it alone, so pixels are never rounded to an 8-bit mantissa.
         pixels = images_BHWC.to(self.scale.dtype)
         return torch.addcmul(self.shift, pixels, self.scale).permute(0, 3, 1, 2)

@@ -1,7 +1,7 @@
-"""The student's stem: images [B, 3, S, S] → features x_BD, non-negative and standardised.
+"""The student's stem: images [B, 3, S, S] → features x_BD, non-negative and standardized.
 
-The own stems read their last feature map out at 2×2 places: global average pooling starves the
-graph and the head (5 points on CIFAR-10).
+The built-in stems read out their last feature map at 2×2 positions: global average pooling starves
+the graph and the head (5 points on CIFAR-10).
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ def build_stem(name: str, dim_out: int, image_size: int, **args: Any) -> nn.Modu
 
     Args:
         name: ``conv3`` (three convolutions; args ``widths``), ``resnet_tiny`` (residual; args
-            ``widths``, ``blocks`` a stage), or any timm name (args of ``build_teacher`` and of
+            ``widths``, ``blocks`` per stage), or any timm name (args of ``build_teacher`` and of
             ``timm.create_model``).
         dim_out: D.
-        image_size: side of the square images, pixels; large ones are reduced in the first layer.
-        **args: of the stem that is named.
+        image_size: side of the square images, pixels; large ones are downsampled in the first layer.
+        **args: arguments of the named stem.
 
     Raises:
         UserError: unknown name or argument.
@@ -49,7 +49,7 @@ def build_stem(name: str, dim_out: int, image_size: int, **args: Any) -> nn.Modu
 
 
 class BasicBlock(nn.Module):
-    """Two 3×3 convolutions around a shortcut (He et al., 2015), the second BatchNorm from 0."""
+    """Two 3×3 convolutions around a shortcut (He et al., 2015), the second BatchNorm starting at 0."""
 
     def __init__(self, dim_in: int, dim_out: int, stride: int) -> None:
         super().__init__()
@@ -94,12 +94,12 @@ def _resnet_tiny(
 
 
 class TimmStem(nn.Module):
-    """The pooled features of a timm network, mapped to D, standardised, rectified."""
+    """The pooled features of a timm network, projected to D, standardized, rectified."""
 
     def __init__(self, network: nn.Module, dim_out: int, image_size: int) -> None:
         super().__init__()
         self.network = network
-        # Asked, not looked up: timm's families name their feature sizes differently.
+        # Measured, not looked up: timm's families name their feature sizes differently.
         training = network.training
         with torch.no_grad():
             features = network.eval()(torch.zeros(1, 3, image_size, image_size)).shape[1]

@@ -30,14 +30,14 @@ Scope = Literal["none", "batch", "dataset"]
 
 @dataclass
 class StudentOutput:
-    """What a forward pass gives.
+    """The result of a forward pass.
 
     Attributes:
         logits_BC, self_logits_BC: with the graph, and of the self path alone.
         x_BD, z_Bd: features and projection: the rows of the next bank.
         weights_BF: p_ij over the candidates ([B, B] in ``batch`` scope); None without a graph.
         first_labels_BF: labels of the candidates, -1 = unknown; ``dataset`` scope only.
-        degenerate: int tensor [], rows of p without a spread of distances.
+        degenerate: int tensor [], rows of p whose distances have no spread.
         scale: float tensor [], median S over the other rows; 0 if there are none.
     """
 
@@ -52,16 +52,16 @@ class StudentOutput:
 
 
 class Student(nn.Module):
-    """uint8 images → logits, through neighbours in the scope.
+    """uint8 images → logits, through the neighbors in the scope.
 
     Args:
-        stem: normalised images [B, 3, S, S] → x_BD.
+        stem: normalized images [B, 3, S, S] → x_BD.
         dim, graph_dim, hidden, num_classes: D, d, H, C.
-        label_dim: E of the neighbours' label embedding, ``dataset`` scope only; 0: none.
-        k: neighbours; fewer where there are not k+1 candidates.
+        label_dim: E of the neighbors' label embedding, ``dataset`` scope only; 0: none.
+        k: neighbors; fewer where there are fewer than k+1 candidates.
         scope: ``none``: the control, an MLP over the stem without any graph parameter;
             ``batch``: the graph of the mini-batch; ``dataset``: candidates from the bank.
-        mean, std: of the images' channels, in units of 0..1.
+        mean, std: of the image channels, in units of 0..1.
 
     Raises:
         UserError: unknown scope, k < 1.
@@ -95,7 +95,7 @@ class Student(nn.Module):
         self.k = k
         self.normalise = Normalise(mean, std)
         self.stem = stem
-        # What all scopes have is initialised first, so that the control begins with the same
+        # What all scopes share is initialized first, so that the control starts with the same
         # weights: the stem outside, then the self path, then what only the graph has.
         labels = label_dim if scope == "dataset" else 0
         gnn = TwoLayerGNN(dim, hidden, num_classes, labels, graph=scope != "none")
@@ -103,7 +103,7 @@ class Student(nn.Module):
         self.gnn = gnn
 
     def embed(self, images_BHWC: Tensor) -> tuple[Tensor, Tensor]:
-        """x_BD and z_Bd of images; without a graph head z is x at unit length."""
+        """x_BD and z_Bd of images; without a graph head z is x normalized to unit length."""
         x_BD = self.stem(self.normalise(images_BHWC))
         z_Bd = self.head(x_BD) if self.head is not None else F.normalize(x_BD.float(), dim=1)
         return x_BD, z_Bd
@@ -117,8 +117,8 @@ class Student(nn.Module):
 
         Args:
             images_BHWC: uint8, or float in 0..255.
-            block: candidates from the bank, in ``dataset`` scope only, or who finds them by
-                z_Bd. None there (warm-up, before there is a bank): the self path; graph
+            block: candidates from the bank, in ``dataset`` scope only, or a query that finds them
+                by z_Bd. None there (warm-up, before there is a bank): the self path; graph
                 parameters get zero gradients.
         """
         x_BD, z_Bd = self.embed(images_BHWC)
@@ -145,7 +145,7 @@ class Student(nn.Module):
         )
 
     def graph_parameters(self) -> dict[str, nn.Parameter]:
-        """Parameters that only the path through the neighbours has, by name."""
+        """Parameters used only by the path through the neighbors, by name."""
         graph_only = ("head.", "gnn.neighbour", "gnn.gate", "gnn.label")
         return {n: p for n, p in self.named_parameters() if n.startswith(graph_only)}
 
@@ -157,6 +157,6 @@ class Student(nn.Module):
 
 def _summary(found: Neighbours) -> tuple[Tensor, Tensor]:
     spread_B = found.scale_B
-    # nanmedian keeps the rows without a closed form out, and needs no synchronisation.
+    # nanmedian excludes the rows without a closed form, and needs no synchronization.
     median = torch.where(spread_B > 0, spread_B, torch.nan).nanmedian()
     return found.degenerate_B.sum(), median.nan_to_num(0.0)

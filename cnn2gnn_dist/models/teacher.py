@@ -1,4 +1,4 @@
-"""The teacher: any timm network, its first layers fitted to small images."""
+"""The teacher: any timm network, with its first layers adapted to small images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cnn2gnn_dist.compat import import_timm
 from cnn2gnn_dist.errors import UserError
 
-SMALL_IMAGE = 64  # pixels; up to here ResNets keep their full resolution in the first layers
+SMALL_IMAGE = 64  # pixels; up to this size ResNets keep their full resolution in the first layers
 
 _log = logging.getLogger(__name__)
 
@@ -28,10 +28,10 @@ def build_teacher(
     weights: str | None = None,
     args: dict[str, Any] | None = None,
 ) -> nn.Module:
-    """Build a timm network: normalised images [B, 3, S, S] → logits [B, num_classes].
+    """Build a timm network: normalized images [B, 3, S, S] → logits [B, num_classes].
 
     For ``image_size`` up to 64, ResNet-like networks get a 3×3 first convolution of stride 1 and
-    lose their max-pooling; other families stay as they are. Networks with a fixed input size
+    lose their max-pooling; other families are unchanged. Networks with a fixed input size
     (transformers) are built for ``image_size``.
 
     Args:
@@ -39,12 +39,12 @@ def build_teacher(
         num_classes: 0: no classifier, the network returns its pooled features.
         image_size: side of the square images, pixels.
         pretrained: start from timm's weights (needs the network or the Hugging Face cache).
-        weights: or from a local file, .safetensors or torch; a classifier of another size is left
-            out with a warning.
+        weights: or from a local file, .safetensors or torch; a classifier of a different size is
+            skipped with a warning.
         args: further arguments of ``timm.create_model``.
 
     Raises:
-        UserError: unknown name or argument, weights that can't be reached or don't fit.
+        UserError: unknown name or argument, or weights that can't be reached or don't fit.
     """
     if pretrained and weights:
         raise UserError(
@@ -64,7 +64,7 @@ def build_teacher(
 def fit_small_images(network: nn.Module, *, warn: bool = False) -> bool:
     """Keep the resolution of small images in the first layers of a ResNet-like network.
 
-    Works in place; returns False and changes nothing for other families. ``warn``: say that a
+    Works in place; returns False and changes nothing for other families. ``warn``: warn that a
     replaced first layer starts from new values.
     """
     first, pool = getattr(network, "conv1", None), getattr(network, "maxpool", None)
@@ -86,7 +86,7 @@ def fit_small_images(network: nn.Module, *, warn: bool = False) -> bool:
 
 
 def check_name(arch: str, others: Iterable[str] = ()) -> None:
-    """Refuse an unknown timm name or tag, naming what lies near it (``others`` included).
+    """Refuse an unknown timm name or tag, suggesting similar names (``others`` included).
 
     Raises:
         UserError: with up to five suggestions.
@@ -149,7 +149,7 @@ def _load(network: nn.Module, weights: str) -> None:
     def is_head(name: str) -> bool:
         return any(name.startswith(f"{head}.") for head in heads)
 
-    # A headless network (num_classes=0) has no place for a classifier at all.
+    # A headless network (num_classes=0) has no classifier to load.
     fits = {n: t for n, t in state.items() if n in own and t.shape == own[n].shape}
     dropped = [n for n in state if n not in fits and is_head(n)]
     wrong = [
@@ -185,7 +185,7 @@ def _read(path: Path) -> dict[str, Tensor]:
             state: Any = load_file(str(path))
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as failure:  # safetensors, zip and unpickling errors: one meaning here
+    except Exception as failure:  # safetensors, zip and unpickling errors all mean the same here
         raise UserError(
             f"The file of weights can't be read: {_first_line(failure)}",
             where=str(path),

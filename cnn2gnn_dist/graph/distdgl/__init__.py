@@ -1,1 +1,1 @@
-"""The graph and its bank held by DGL's servers instead of the ranks."""
+"""The graph and its bank held by DGL's servers instead of by the ranks."""

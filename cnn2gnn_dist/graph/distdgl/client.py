@@ -1,6 +1,6 @@
 """One rank's DistDGL client: ``python -m cnn2gnn_dist.graph.distdgl.client TASK LINE``.
 
-It fills the bank's DistTensors with its partition's rows, says that it is ready, and answers
+It fills the bank's DistTensors with its partition's rows, reports that it is ready, and answers
 requests over a private socket (the file descriptor LINE) until that closes.
 """
 
@@ -27,7 +27,7 @@ KINDS = {"x": torch.float16, "z": torch.float32, "labels": torch.int32}
 
 
 class Client:
-    """DGL's client of one machine; ids on this side are the graph version's."""
+    """DGL's client of one machine; callers pass and get ids of the graph version."""
 
     def __init__(self, task: Task) -> None:
         self._dgl = _connected(task)
@@ -41,7 +41,7 @@ class Client:
         self._graph.barrier()
 
     def neighbours(self, nodes_Q: np.ndarray, fanout: int, key: int) -> np.ndarray:
-        """[Q, fanout] sampled candidates of distinct nodes, in the order of the table; -1 = none."""
+        """[Q, fanout] sampled candidates of distinct nodes, in table order; -1 = none."""
         fanout = min(fanout, self._width)
         made = np.full((len(nodes_Q), fanout), -1, np.int64)
         if not len(nodes_Q):
@@ -64,7 +64,7 @@ class Client:
         return tuple(self._bank[name][new_V].numpy() for name in KINDS)
 
     def _filled(self, version: GraphVersion, name: str, start: int, end: int) -> Any:
-        """A DistTensor of the version's array, whose rows of this partition are there."""
+        """A DistTensor of the version's array, with the rows of this partition filled in."""
         array = getattr(version, name)
         policy = self._graph.get_node_partition_policy(NODES)
         tensor = self._dgl.distributed.DistTensor(
@@ -76,26 +76,26 @@ class Client:
 
 
 def _connected(task: Task) -> Any:
-    """DGL, connected to all servers from this machine's address only."""
+    """Return DGL, connected to all servers from this machine's address only."""
     dgl = import_dgl()
     address = task.addresses[task.part][0]
 
     def free_address(_server: str) -> str:
-        # DGL's own listens on all interfaces for a moment to find a free port.
+        # DGL's own version briefly listens on all interfaces to find a free port.
         with socket.socket() as found:
             found.bind((address, 0))
             return f"{address}:{found.getsockname()[1]}"
 
     client: Any = dgl.distributed.rpc_client
     client.get_local_usable_addr = free_address
-    # DGL's own looks at network interfaces, which machines on one host share.
+    # DGL's own version looks at network interfaces, which machines on one host share.
     client.get_local_machine_id = lambda _servers: task.part
     dgl.distributed.initialize(str(task.ip_config))
     return dgl
 
 
 def main(task: Task, line: Connection) -> None:
-    """Answer until the rank hangs up."""
+    """Answer requests until the rank closes the socket."""
     client = Client(task)
     line.send(("value", None))
     while True:
@@ -115,4 +115,4 @@ if __name__ == "__main__":
         code = 1
     sys.stderr.flush()
     sys.stdout.flush()
-    os._exit(code)  # an orderly exit would wait for all other clients
+    os._exit(code)  # a normal exit would wait for all other clients

@@ -1,13 +1,13 @@
 """The graph and the bank held by DistDGL's servers, seen from a rank: ``graph.sampling.sampler=distdgl``.
 
 Each rank owns one partition and one machine (``runtime.machine``): a server that holds the
-partition's rows of the graph and of the bank, and a client that asks all servers on the rank's
-behalf. The rank itself imports no DGL and is bound to neither: it asks its client over a private
-socket, with a time limit, and whatever of the two ends or falls silent is a ``PeerLost``.
-(DGL itself waits for ever: docs/distdgl.md.) Nothing that training needs to go on lives there:
-bank and graph are made again from the version on disk.
+partition's rows of the graph and of the bank, and a client that queries all servers on the rank's
+behalf. The rank itself neither imports DGL nor depends on its processes: it queries its client over
+a private socket, with a timeout, and if either process exits or stops responding it raises
+``PeerLost``. (DGL itself waits forever: docs/distdgl.md.) These processes hold nothing that training
+needs to resume: the bank and the graph are rebuilt from the version on disk.
 
-Local ids are global ones here.
+Local ids equal global ids here.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ from cnn2gnn_dist.graph.sampler import sample_key
 from cnn2gnn_dist.runtime.supervisor import Machine, Spec
 
 START_SECONDS = 120.0
-"""At least so long for servers and clients to find each other: DGL sleeps 3 s at a time."""
+"""Minimum time for servers and clients to find each other: DGL sleeps 3 s at a time."""
 NOTICE_SECONDS = 2.0
-"""For a rank to notice by itself that its server or client has ended."""
+"""Time for a rank to notice by itself that its server or client has exited."""
 GRAPH_NAME = "knn"
 PACKAGE_PARENT = Path(__file__).resolve().parents[3]
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a machine's server and client are told.
+    """Task of a machine's server and client.
 
     Attributes:
         version: folder of the graph version.
         part: the partition of this machine.
         folder: for DGL's files of the partition.
         addresses: host and port of every partition's server.
-        seed: of the server's random stream.
+        seed: seed of the server's random stream.
     """
 
     version: str
@@ -61,16 +61,16 @@ class Task:
 
     @property
     def config(self) -> Path:
-        """DGL's description of the partitions."""
+        """Path of DGL's description of the partitions."""
         return Path(self.folder) / f"{GRAPH_NAME}.json"
 
     @property
     def ip_config(self) -> Path:
-        """DGL's list of servers."""
+        """Path of DGL's list of servers."""
         return Path(self.folder) / "servers.txt"
 
     def environment(self, role: str) -> dict[str, str]:
-        """The variables by which DGL recognises a process."""
+        """The environment variables by which DGL identifies a process."""
         path = [str(PACKAGE_PARENT), os.environ.get("PYTHONPATH", "")]
         return {
             "PYTHONPATH": os.pathsep.join(path),
@@ -89,22 +89,22 @@ class Task:
 
     @classmethod
     def from_argument(cls, text: str) -> Task:
-        """The task on a command line."""
+        """Parse the task from a command-line argument."""
         return cls(**json.loads(text))
 
 
 class ServedGraph:
-    """Sampler and holder of rows in one: the servers' graph, through this rank's client.
+    """Sampler and ``Rows`` in one: the servers' graph, through this rank's client.
 
     Args:
-        task: what this rank's machine is to do; the same addresses on every rank.
-        inner: global ids of the partition, ascending: this rank's seeds.
-        num_nodes: of the whole graph.
-        isolated: give the machine its own shared memory (ranks that share a host need it).
-        timeout_s: for an answer.
+        task: the task of this rank's machine; the same addresses on every rank.
+        inner: global ids of the partition, ascending: this rank's seed nodes.
+        num_nodes: of the complete graph.
+        isolated: give the machine its own shared memory (needed by ranks that share a host).
+        timeout_s: for one answer.
 
     Raises:
-        PeerLost: a server or client did not come up in time.
+        PeerLost: a server or client did not start in time.
         UserError: the kernel refuses a mount namespace.
     """
 
@@ -142,7 +142,7 @@ class ServedGraph:
     def neighbours(
         self, rows: np.ndarray, fanout: int, *, epoch: int, step: int, hop: int, rank: int
     ) -> np.ndarray:
-        """See ``Sampler``. Which of the candidates is not repeatable: servers draw as asked."""
+        """See ``Sampler``. The sample is not reproducible: servers draw in the order of requests."""
         distinct, place = np.unique(np.asarray(rows, np.int64), return_inverse=True)
         key = sample_key(self._seed, epoch, step, hop, rank) & 0x7FFFFFFF
         return self._ask("neighbours", distinct, fanout, key)[place]
@@ -159,12 +159,12 @@ class ServedGraph:
         return local
 
     def rows(self, local_V: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-        """See ``Rows``: pulled from the servers' DistTensors."""
+        """See ``Rows``; pulled from the servers' DistTensors."""
         x, z, labels = self._ask("rows", np.asarray(local_V, np.int64))
         return torch.from_numpy(x), torch.from_numpy(z), torch.from_numpy(labels)
 
     def close(self) -> None:
-        """End server and client; only when no rank asks any more."""
+        """Stop the server and the client; call only when no rank sends requests any more."""
         self._told.set()
         self._line.close()
         self._machine.end()
@@ -191,7 +191,7 @@ class ServedGraph:
         self._told.set()
         self._line.close()
         if not silent:
-            self._ended.wait()  # who hangs up has ended, or is about to
+            self._ended.wait()  # a process that closes the socket has exited or is about to
         self._machine.end()
         return self._error(silent or self._how)
 
@@ -203,10 +203,10 @@ class ServedGraph:
         )
 
     def _watch(self) -> None:
-        """End this process when its server or client has ended and it doesn't ask, so isn't told.
+        """Exit if the server or client has exited while this process sends no request, so can't notice.
 
-        It may wait in a collective for a rank that waits for the server that is gone, and nothing
-        short of its end would wake that one.
+        The process may be waiting in a collective for a rank that waits for the lost server, and only
+        its exit would wake that rank.
         """
         self._how = self._machine.first_end()
         self._ended.set()

@@ -1,8 +1,8 @@
 """One partition's DistDGL server: ``python -m cnn2gnn_dist.graph.distdgl.server TASK``.
 
-It writes its partition in DGL's format and serves it; every server writes its own, none needs
-another's. Nodes are renumbered part by part (``partition.new_ids``). Edge ids have room for every
-cell of the candidate table: edge new_id·M + column.
+It writes its partition in DGL's format and serves it; every server writes only its own and needs no
+other. Nodes are renumbered partition by partition (``partition.new_ids``). Edge ids leave room for
+every cell of the candidate table: edge new_id·M + column.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NODES, EDGES = "_N", "_N:_E:_N"
 
 
 def node_ranges(part_N: np.ndarray, parts: int) -> np.ndarray:
-    """[P, 2] first new id of each part, and the one after its last."""
+    """[P, 2] first new id of each partition, and the id after its last."""
     ends = np.cumsum(np.bincount(part_N, minlength=parts))
     return np.stack([np.append(0, ends[:-1]), ends], 1)
 
@@ -52,7 +52,7 @@ def write(task: Task, version: GraphVersion) -> None:
 
 
 def new_of_old(part_N: np.ndarray) -> np.ndarray:
-    """New id [N] of each old one (``partition.new_ids``, turned around)."""
+    """New id [N] of each old id (the inverse of ``partition.new_ids``)."""
     from cnn2gnn_dist.graph.partition.parts import new_ids
 
     new = np.empty(len(part_N), np.int64)
@@ -77,7 +77,7 @@ def _description(ranges: np.ndarray, width: int, part: int) -> dict[str, Any]:
 
 
 def main(task: Task) -> None:
-    """Write, and serve until killed."""
+    """Write the partition, and serve it until killed."""
     write(task, open_version(Path(task.version)))
     dgl = import_dgl()
     dgl.seed(task.seed & 0x7FFFFFFF)

@@ -1,1 +1,1 @@
-"""Nodes to parts, and parts with their halos."""
+"""Assignment of nodes to partitions, and partitions with their halos."""

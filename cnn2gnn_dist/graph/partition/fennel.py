@@ -1,10 +1,10 @@
-"""Partitions of graphs past METIS's memory: restreamed Fennel, and moves that a refresh pays for.
+"""Partitioning of graphs too large for METIS: restreamed Fennel, and moves that a refresh justifies.
 
-Fennel (Tsourakakis et al., WSDM 2014) hands the nodes of a stream, one after the other, to the
-part with the most of their neighbours less a price for its size; restreaming (Nishimura and
-Ugander, KDD 2013) does so again from the result. Here nodes come in chunks, alike ones together.
+Fennel (Tsourakakis et al., WSDM 2014) assigns the nodes of a stream, one after the other, to the
+partition with the most of their neighbors minus a penalty for its size; restreaming (Nishimura and
+Ugander, KDD 2013) repeats this from the result. Here nodes arrive in chunks, similar ones together.
 
-Shapes: N nodes, M candidates, R reverse ones, P parts, U nodes of a chunk.
+Shapes: N nodes, M candidates, R reverse ones, P partitions, U nodes of a chunk.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from cnn2gnn_dist.graph.search.work_units import spans
 
 CHUNK = 8192
 GAMMA = 1.5
-"""Exponent of Fennel's price: between edges only (1) and balance only (2)."""
+"""Exponent of Fennel's size penalty: between edges only (1) and balance only (2)."""
 SLACK = 0.03
-"""By how much a part may be larger than the mean; METIS keeps to the same."""
+"""How much larger than the mean a partition may be; METIS uses the same."""
 
 
 def assign_streaming(
     table_NM: np.ndarray, order_N: np.ndarray, parts: int, passes: int = 10
 ) -> np.ndarray:
-    """int32 [N] part of each node; memory: the table's reverse beside the table.
+    """int32 [N] partition of each node; memory: the reversed table in addition to the table.
 
     Args:
         table_NM: int32 candidates of each node, -1 = none.
-        order_N: alike nodes beside each other (``order`` of a graph version). Equal stretches of
-            it are the start.
-        parts: how many.
-        passes: over the whole stream; ends early when hardly a node moves.
+        order_N: similar nodes next to each other (``order`` of a graph version). The initial
+            partitions are equal ranges of it.
+        parts: number of partitions.
+        passes: maximum passes over the stream; stops early when hardly any node moves.
     """
     nodes = len(table_NM)
     part_N = np.empty(nodes, np.int32)
@@ -41,7 +41,7 @@ def assign_streaming(
     price = table_NM.size * parts ** (GAMMA - 1) / nodes**GAMMA * GAMMA
     for number in range(passes):
         moved = 0
-        # Chunks of a shuffled stream of short stretches: neighbours rarely choose at the same time.
+        # Chunks of short ranges from a shuffled stream: neighbors rarely choose at the same time.
         for rows in _chunks(order_N, number):
             score_QP = _neighbours_in(table_NM, reverse_NR, part_N, rows, parts)
             score_QP = score_QP - price * sizes_P ** (GAMMA - 1)
@@ -54,9 +54,9 @@ def assign_streaming(
 def moved_where_it_pays(
     table_NM: np.ndarray, part_N: np.ndarray, parts: int, least_gain: int
 ) -> np.ndarray:
-    """int32 [N]: the map of an earlier graph, changed where at least so many edges stop crossing.
+    """int32 [N]: an earlier graph's partition map, changed where at least ``least_gain`` edges stop crossing.
 
-    A move costs: the node's rows change places, and the order of seeds with them.
+    A move has a cost: the node's rows change place, and with them the order of seed nodes.
     """
     part_N = part_N.astype(np.int32).copy()
     reverse_NR = reversed_table(table_NM)
@@ -70,7 +70,7 @@ def moved_where_it_pays(
 
 
 def reversed_table(table_NM: np.ndarray) -> np.ndarray:
-    """int32 [N, M]: up to M nodes whose candidate each node is; -1 = none."""
+    """int32 [N, M]: up to M of the nodes that have each node as a candidate; -1 = none."""
     width = table_NM.shape[1]
     cut = spans(len(table_NM), nn_descent.TARGETS)
     return np.concatenate([nn_descent.reverse(table_NM, span, width) for span in cut])
@@ -86,7 +86,7 @@ def _chunks(order_N: np.ndarray, number: int) -> list[np.ndarray]:
 def _neighbours_in(
     table_NM: np.ndarray, reverse_NR: np.ndarray, part_N: np.ndarray, rows: np.ndarray, parts: int
 ) -> np.ndarray:
-    """float [Q, P]: how many edges, of either direction, each row has into each part."""
+    """float [Q, P]: the number of edges, in either direction, from each row into each partition."""
     ends = np.concatenate([table_NM[rows], reverse_NR[rows]], axis=1)
     cell = np.arange(len(rows))[:, None] * parts + part_N[ends]
     counts = np.bincount(cell.ravel(), weights=(ends >= 0).ravel(), minlength=len(rows) * parts)
@@ -96,7 +96,7 @@ def _neighbours_in(
 def _hand_out(
     rows: np.ndarray, score_QP: np.ndarray, part_N: np.ndarray, sizes_P: np.ndarray, most: float
 ) -> int:
-    """Give rows to their best part while there is room, those who gain most first; how many moved."""
+    """Move rows to their best partition while there is room, largest gain first; return how many moved."""
     own = part_N[rows]
     line = np.arange(len(rows))
     best = score_QP.argmax(1)

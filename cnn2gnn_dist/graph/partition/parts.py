@@ -1,4 +1,4 @@
-"""Parts of the neighbour graph: DGL's METIS assigns nodes, halos keep two hops at hand.
+"""Parts of the neighbor graph: DGL's METIS assigns nodes, halos hold two hops locally.
 
 An edge runs from each node to its candidates. A part holds its inner nodes, the first halo
 (their candidates) and the second halo (those nodes' candidates): two layers need no row
@@ -25,14 +25,14 @@ from cnn2gnn_dist.errors import UserError
 
 ARRAYS = ("nodes", "table")
 METIS_CANDIDATES = 12
-"""Nearest candidates that METIS is shown: 16 cut 1 to 5 % less and take a quarter more memory."""
+"""Nearest candidates passed to METIS: 16 cut 1 to 5 % fewer edges and take a quarter more memory."""
 PACKAGE_PARENT = Path(__file__).resolve().parents[3]
 
 
 def assign(table_NM: np.ndarray, parts: int) -> np.ndarray:
     """[N] int32 part of each node, by DGL's METIS on the undirected graph.
 
-    The same parts for the same graph, where the kernel lets a process choose (``metis.py``).
+    The same graph gives the same parts, where the kernel lets a process fix its addresses (``metis.py``).
 
     Raises:
         UserError: more parts than nodes.
@@ -68,7 +68,7 @@ def assign(table_NM: np.ndarray, parts: int) -> np.ndarray:
 
 
 def _plain_environment() -> dict[str, str]:
-    """The same for every caller: METIS's answer depends on where the stack begins."""
+    """A fixed environment for every caller: METIS's result depends on where the stack begins."""
     path = [str(PACKAGE_PARENT), os.environ.get("PYTHONPATH", "")]
     needed = ("PATH", "HOME", "LD_LIBRARY_PATH")
     return {
@@ -81,20 +81,20 @@ def _plain_environment() -> dict[str, str]:
 
 
 def assign_ranges(table_NM: np.ndarray, parts: int) -> np.ndarray:
-    """[N] int32 part of each node: equal stretches of ids, whatever the graph."""
+    """[N] int32 part of each node: equal ranges of ids, regardless of the graph."""
     nodes = len(table_NM)
     return (np.arange(nodes, dtype=np.int64) * parts // nodes).astype(np.int32)
 
 
 def edge_cut(table_NM: np.ndarray, part_N: np.ndarray) -> float:
-    """Share of edges whose ends lie in different parts."""
+    """Fraction of edges whose ends are in different parts."""
     there = table_NM >= 0
     cut = (part_N[table_NM] != part_N[:, None]) & there
     return float(cut.sum() / max(there.sum(), 1))
 
 
 def new_ids(part_N: np.ndarray) -> np.ndarray:
-    """Old id of each new one, when parts are numbered one after the other (as DGL does)."""
+    """Old id of each new one, when nodes are renumbered part by part (as DGL does)."""
     return np.argsort(part_N, kind="stable")
 
 
@@ -105,7 +105,7 @@ class PartGraph:
     Attributes:
         part: its number.
         nodes_L: int32 global ids: inner, first halo, second halo, each ascending.
-        num_inner, num_halo1: how many of each of the first two.
+        num_inner, num_halo1: size of the first and of the second group.
         table_KM: int32 candidates as local ids, rows of inner and first-halo nodes; -1 = none.
     """
 
@@ -139,19 +139,19 @@ class PartGraph:
         """Read a part.
 
         Raises:
-            UserError: missing or damaged.
+            UserError: missing or corrupt.
         """  # noqa: DOC501
         try:
             note = json.loads((folder / "part.json").read_text(encoding="utf-8"))
             arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
             whole = all(_sha256(array) == note["sha256"][name] for name, array in arrays.items())
             part, inner, halo1 = (int(note[name]) for name in ("part", "num_inner", "num_halo1"))
-        except Exception as error:  # numpy's reader has a dozen kinds for a damaged header
+        except Exception as error:  # numpy's reader raises a dozen types for a corrupt header
             raise _damaged(folder, f"{type(error).__name__}: {error}") from None
         if not whole:
             raise _damaged(folder, "a checksum does not hold")
         nodes, table = arrays["nodes"], arrays["table"]
-        # Checksums cover the values only: a header or a note may still tell them wrongly.
+        # Checksums cover only the values: a header or ``part.json`` may still misdescribe them.
         if (nodes.dtype, nodes.ndim, table.dtype, table.ndim) != (np.int32, 1, np.int32, 2):
             raise _damaged(folder, "its arrays are of another kind")
         if min(inner, halo1) < 0 or not inner + halo1 == len(table) <= len(nodes):
@@ -165,20 +165,20 @@ def build_part(table_NM: np.ndarray, part_N: np.ndarray, part: int) -> PartGraph
 
 
 def build_union(table_NM: np.ndarray, inner: np.ndarray, part: int = -1) -> PartGraph:
-    """The part whose inner nodes are ``inner`` (ascending global ids)."""
+    """Build the part whose inner nodes are ``inner`` (ascending global ids)."""
     known = np.zeros(len(table_NM), bool)
     known[inner] = True
     halo1 = _reached(table_NM[inner], known)
     halo2 = _reached(table_NM[halo1], known)
     nodes = np.concatenate([inner, halo1, halo2]).astype(np.int32)
-    local = np.full(len(table_NM) + 1, -1, np.int32)  # the last stands for the id -1
+    local = np.full(len(table_NM) + 1, -1, np.int32)  # the last entry stands for the id -1
     local[nodes] = np.arange(len(nodes), dtype=np.int32)
     rows = nodes[: len(inner) + len(halo1)]
     return PartGraph(part, nodes, len(inner), len(halo1), local[table_NM[rows]])
 
 
 def summary(table_NM: np.ndarray, part_N: np.ndarray, parts: Sequence[PartGraph]) -> dict[str, Any]:
-    """Cut (share of edges), and how many inner and halo nodes each part has."""
+    """Edge cut (fraction of edges), and the numbers of inner and halo nodes of each part."""
     return {
         "cut": edge_cut(table_NM, part_N),
         "inner": [part.num_inner for part in parts],
@@ -190,9 +190,9 @@ def summary(table_NM: np.ndarray, part_N: np.ndarray, parts: Sequence[PartGraph]
 def _reached(candidates: np.ndarray, known_N: np.ndarray) -> np.ndarray:
     """Candidates (not -1) that are not known yet, ascending; marks them as known.
 
-    By marking: sorting two million candidates takes a hundred times as long.
+    Uses a mark array: sorting two million candidates takes a hundred times as long.
     """
-    seen = np.zeros(len(known_N) + 1, bool)  # the last stands for the id -1
+    seen = np.zeros(len(known_N) + 1, bool)  # the last entry stands for the id -1
     seen[candidates] = True
     found = np.flatnonzero(seen[:-1] & ~known_N)
     known_N[found] = True
@@ -200,7 +200,7 @@ def _reached(candidates: np.ndarray, known_N: np.ndarray) -> np.ndarray:
 
 
 def _fill_empty(part_N: np.ndarray, parts: int) -> np.ndarray:
-    """METIS may leave a part of a tiny graph empty: give it a node of the largest."""
+    """METIS may leave a part of a tiny graph empty: move a node there from the largest part."""
     counts = np.bincount(part_N, minlength=parts)
     for empty in np.flatnonzero(counts == 0):
         largest = int(np.argmax(counts))

@@ -1,1 +1,1 @@
-"""The candidate table: exact and approximate nearest neighbours, in units that ranks share."""
+"""The candidate table: exact and approximate nearest neighbors, in work units shared by ranks."""

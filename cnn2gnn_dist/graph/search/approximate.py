@@ -1,8 +1,8 @@
-"""The candidate table of all nodes: built from coarse lists or from the table before, on disk.
+"""The candidate table of all nodes: built from coarse lists or from the previous table, on disk.
 
 Both end in rounds of ``nn_descent.joined`` until a sample's recall is good enough. Work is done in
-units, shared by ranks, that go on where a kill left them and give the same table for any number
-of ranks. z may be memory-mapped: beside it a rank holds a unit's rows only.
+units shared by ranks; it resumes where a kill left it and gives the same table for any number of
+ranks. z may be memory-mapped: in addition to it, a rank holds only the rows of one unit.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ SCAN_ROWS, JOIN_ROWS, PROBE_ROWS = 131_072, 65_536, 65_536
 SAMPLE, SAMPLE_UNIT, BASE_ROWS = 256, 32, 262_144
 RECALL_AT = 10
 HOPELESS, REFRESH_ROUNDS = 0.8, 3
-"""Stale recall below which, and rounds after which, building anew is cheaper (docs/scale.md)."""
+"""Stale recall below which, and rounds after which, rebuilding is cheaper (docs/scale.md)."""
 
 
 @dataclass(frozen=True)
 class Goal:
-    """When a table is good enough: recall@10 (@M if M is less) of a sample, after at most ``rounds`` joins."""
+    """When a table is good enough: recall@10 (@M if M is less) of a sample, or after ``rounds`` joins."""
 
     recall: float = 0.95
     rounds: int = 6
@@ -34,13 +34,13 @@ class Goal:
 
 @dataclass
 class Found:
-    """A table and how it came about.
+    """A table and how it was found.
 
     Attributes:
         table_NM: int32 [N, M] candidates, nearest first, -1 = none; on disk.
-        order_N: int32 [N], alike nodes beside each other: the order in which units run.
+        order_N: int32 [N], similar nodes next to each other: the order in which units run.
         history: recall@10 of the sample at the start and after each round.
-        rebuilt: False: made from the table before.
+        rebuilt: False: derived from the previous table.
     """
 
     table_NM: np.ndarray
@@ -50,12 +50,12 @@ class Found:
 
 
 class TableSearch:
-    """Nearest neighbours of all nodes among all nodes.
+    """Nearest neighbors of all nodes among all nodes.
 
     Args:
         shop: the folder and the ranks.
-        z_Nd: float32 base; ``query_Nd``: what node i asks with (z itself, or another view of it).
-        m: candidates of each node, fewer than N.
+        z_Nd: float32 base; ``query_Nd``: the query of node i (z itself, or another view of it).
+        m: candidates per node, fewer than N.
     """
 
     def __init__(self, shop: Workshop, z_Nd: np.ndarray, query_Nd: np.ndarray, m: int) -> None:
@@ -66,7 +66,7 @@ class TableSearch:
         self._truth_SR: tuple[np.ndarray, np.ndarray] | None = None
 
     def build(self, goal: Goal) -> Found:
-        """From nothing but z (collective)."""
+        """Build the table from z alone (collective)."""
         order_N, start_L1, probe_NP = self._in_lists(goal)
 
         def scan(unit: slice) -> np.ndarray:
@@ -80,7 +80,7 @@ class TableSearch:
         return self._improve(Found(table_NM, order_N), goal, "build")
 
     def refresh(self, before_NM: np.ndarray, order_N: np.ndarray, goal: Goal) -> Found:
-        """From the table of an earlier z; builds anew where that does not reach the goal (collective)."""
+        """Build from the table of an earlier z; rebuild where that does not reach the goal (collective)."""
         stale = self.recall(before_NM)
         if stale >= HOPELESS:
             few = replace(goal, rounds=min(goal.rounds, REFRESH_ROUNDS))
@@ -92,16 +92,16 @@ class TableSearch:
         return found
 
     def recall(self, table_NM: np.ndarray) -> float:
-        """Share of a sample's ``RECALL_AT`` nearest nodes that the table has; ties count (collective)."""
+        """Fraction of a sample's ``RECALL_AT`` nearest nodes that the table has; ties count (collective)."""
         truth_SR, rows = self._truth()[0], self._sample_S
         near_SM = nn_descent.similarities(table_NM[rows], self.z_Nd, self.query_Nd[rows])
-        # By similarity, not by id: among equally near nodes any will do.
+        # By similarity, not by id: among equally near nodes any is correct.
         bar_S1 = truth_SR[:, -1:] - 1e-6
         hits = np.minimum((near_SM >= bar_S1).sum(1), truth_SR.shape[1])
         return float(hits.sum() / truth_SR.size)
 
     def _improve(self, found: Found, goal: Goal, name: str) -> Found:
-        """Rounds of neighbours of neighbours until the goal is reached, or nothing more is gained."""
+        """Run rounds of neighbors of neighbors until the goal is reached or nothing more is gained."""
         half, allowed = max(self.m // 2, 2), 1 - goal.recall
         widths = [
             Width(half // 2, half // 2, half),
@@ -114,7 +114,7 @@ class TableSearch:
             missing = 1 - found.history[-1]
             if missing <= allowed:
                 break
-            if missing > 2 * allowed:  # a narrow round halves what is missing, for half the price
+            if missing > 2 * allowed:  # a narrow round halves the missing fraction at half the cost
                 level = max(level, 1)
             found.table_NM = self._round(found, f"{name}-{number}", widths[level])
             found.history.append(self.recall(found.table_NM))
@@ -148,10 +148,10 @@ class TableSearch:
         order_N: np.ndarray,
         work: Callable[[slice], np.ndarray],
     ) -> np.ndarray:
-        """The table [N, M] by node, whose rows ``work`` makes in another order, alike ones together.
+        """The table [N, M] by node, whose rows ``work`` makes in another order, similar nodes together.
 
-        First they are written as they come, then each to its node: a unit's rows always lie
-        beside each other in the file, so that ranks don't write into each other's pages.
+        Rows are first written in that order, then each to its node: a unit's rows are always
+        contiguous in the file, so that ranks don't write into each other's pages.
         """
         shape = {f"placed-{name}": ((self.nodes, self.m), np.int32)}
         (placed_NM,) = self.shop.fill(
@@ -168,7 +168,7 @@ class TableSearch:
         return table_NM
 
     def _in_lists(self, goal: Goal) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Nodes by list [N], where each list starts [L + 1], and the lists of each query [N, P]."""
+        """Nodes by list [N], the start of each list [L + 1], and the lists of each query [N, P]."""
         count = ivf.number_of_lists(self.nodes)
         (centroids_Ld,) = self.shop.fill(
             "centroids",
@@ -190,9 +190,9 @@ class TableSearch:
         return order_N, np.searchsorted(home_N[order_N], np.arange(count + 1)), probe_NP
 
     def _probes_for(self, goal: Goal, centroids_Ld: np.ndarray) -> int:
-        """The fewest lists in which the sample's nearest nodes lie as often as the goal asks.
+        """The smallest number of lists that contain the sample's nearest nodes as often as the goal requires.
 
-        What the lists miss (a whole neighbourhood across a border) joins find late.
+        Joins are slow to find what the lists miss (a complete neighborhood across a border).
         """
         most = min(MOST_PROBES, len(centroids_Ld))
         near_SR = self._truth()[1]
@@ -209,7 +209,7 @@ class TableSearch:
         return self._truth_SR
 
     def _exact_sample(self) -> tuple[np.ndarray, np.ndarray]:
-        """Similarities and ids [S, R] of the sample's nearest nodes, its own left out, nearest first."""
+        """Similarities and ids [S, R] of the sample's nearest nodes, excluding itself, nearest first."""
         import faiss
 
         wanted = min(RECALL_AT, self.m, self.nodes - 1)

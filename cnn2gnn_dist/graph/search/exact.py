@@ -1,4 +1,4 @@
-"""The candidate table by exact search, in units that outlive a kill: small sets, and GPUs."""
+"""The candidate table by exact search, in units that survive a kill: for small sets and GPUs."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def exact_table(
 
     Args:
         shop: shares the rows among ranks.
-        z_Nd: float32, what is found.
-        query_Nd: float32; node i asks with ``query_Nd[i]``.
-        m: candidates of each node.
+        z_Nd: float32, the base rows.
+        query_Nd: float32; ``query_Nd[i]`` is the query of node i.
+        m: candidates per node.
         device: "cpu" (faiss) or "cuda" (blocked matmul and top-k).
 
     Raises:

@@ -1,8 +1,8 @@
-"""Coarse lists of alike nodes, and the scan of a few of them for many queries at once.
+"""Coarse lists of similar nodes, and batched scans of a few of them for many queries.
 
-A query looks into the lists whose centroids are nearest to it, as an inverted file (IVF) does.
-The work is turned around: all queries of a unit that look into a list meet its members in one
-matrix product, which is several times faster than one query after the other.
+A query probes the lists with the nearest centroids, as an inverted file (IVF) does. The loops
+are swapped: all queries of a unit that probe a list meet its members in one matrix product,
+which is several times faster than one query after the other.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ SEED = 1234
 
 
 def number_of_lists(nodes: int) -> int:
-    """Finding lists costs as much as scanning them when both grow with the root of the nodes."""
+    """Building the lists costs as much as scanning them when both grow with the square root of the nodes."""
     return max(1, int(1.8 * nodes**0.5))
 
 
 def train(z_Nd: np.ndarray, lists: int) -> np.ndarray:
-    """float32 [L, d] centroids of a seeded sample; alike ones beside each other."""
+    """float32 [L, d] centroids of a seeded sample; similar ones next to each other."""
     import faiss
 
     rng = np.random.default_rng(SEED)
@@ -56,13 +56,13 @@ def scan(
 
     Args:
         query_Qd: float32.
-        self_Q: each query's own node, left out.
-        probe_QP: lists to look into, as ``nearest_lists`` gives them.
+        self_Q: each query's own node, excluded.
+        probe_QP: lists to probe, as ``nearest_lists`` returns them.
         z_Nd: float32 rows of the members.
         order_N: nodes, list by list.
         start_L1: the members of list l are ``order_N[start[l] : start[l + 1]]``.
-        m: wanted.
-        keep: at most so many of one list.
+        m: number of results.
+        keep: maximum results from one list.
     """
     import faiss
 

@@ -1,4 +1,4 @@
-"""Nearest neighbours by inner product: exact or by inverted lists, the same rows every time.
+"""Nearest neighbors by inner product, exact or by inverted lists; results are deterministic.
 
 For unit vectors the order of inner products is the order of distances. Ties go to the
 smaller id, so that a rebuilt graph is the same graph.
@@ -15,7 +15,7 @@ from cnn2gnn_dist.errors import UserError
 
 QUERY_BLOCK = 1024
 SLACK = 8
-"""Hits fetched beyond those wanted, so that most ties at the border can be broken by id."""
+"""Extra hits to fetch, so that most ties at the border can be broken by id."""
 DEVICE_CELLS = 2**28
 """Similarities held at once on a device (float32: 1 GB)."""
 
@@ -25,7 +25,7 @@ class Index:
 
     Args:
         base_Nd: float32 rows.
-        exact: False: inverted lists (faiss IVF), ``probes`` of them looked into.
+        exact: False: inverted lists (faiss IVF), of which ``probes`` are scanned.
         device: "cpu" (faiss) or "cuda" (blocked matmul and top-k, always exact).
 
     Attributes:
@@ -65,11 +65,11 @@ class Index:
     ) -> tuple[np.ndarray, np.ndarray]:
         """The m nearest rows of each query: (ids [Q, m] int32, similarities [Q, m] float32).
 
-        ``exclude`` [Q]: a row to leave out of each query's answer, -1 = none. Where inverted
+        ``exclude`` [Q]: a row to exclude from each query's result, -1 = none. Where inverted
         lists hold fewer, ids are -1 and similarities -inf.
 
         Raises:
-            UserError: fewer than m rows are left to choose from.
+            UserError: fewer than m rows remain to choose from.
         """
         left_out = exclude is not None and bool((np.asarray(exclude) >= 0).any())
         if m > self.nodes - left_out:
@@ -92,14 +92,14 @@ class Index:
                 found, near = np.where(gone, -1, found), np.where(gone, -np.inf, near)
             ids[rows], sims[rows] = _best(found, near, m)
             if self._exact and fetch < self.nodes:
-                # Ties that reach past what was fetched: which of them came is the library's whim.
+                # Ties extend beyond the fetched hits: which of them the library returned is arbitrary.
                 for row in start + np.flatnonzero(sims[rows, -1] == last):
                     left = -1 if exclude is None else int(exclude[row])
                     ids[row], sims[row] = self._whole_row(query_Qd[row], m, left)
         return ids, sims
 
     def _whole_row(self, query_d: np.ndarray, m: int, left: int) -> tuple[np.ndarray, np.ndarray]:
-        """One query against all rows. Not a matmul: equal rows must come out equal."""
+        """One query against all rows. Not a matmul: equal rows must give equal results."""
         near_N = np.einsum("nd,d->n", self.base_Nd, np.asarray(query_d, np.float32))
         if left >= 0:
             near_N[left] = -np.inf
@@ -126,12 +126,12 @@ def search(
     """The m nearest base rows of each query; see ``Index``.
 
     Raises:
-        UserError: fewer than m rows are left to choose from.
+        UserError: fewer than m rows remain to choose from.
     """
     index = Index(base_Nd, exact=exact, probes=probes, device=device)
     ids, sims = index.search(query_Qd, m, exclude=exclude_Q)
     if (ids < 0).any():
-        # Inverted lists came up short for some: those few are searched exactly.
+        # Inverted lists gave too few for some queries: search those few exactly.
         short = np.flatnonzero((ids < 0).any(1))
         whole = Index(base_Nd, exact=True, device=device)
         left = None if exclude_Q is None else exclude_Q[short]
@@ -145,7 +145,7 @@ def _device_top(
     """Ids and similarities [Q, count] by matmul and top-k on the base's device."""
     found, near = [], []
     for query in torch.from_numpy(query_Qd).split(max(1, DEVICE_CELLS // len(base_Nd))):
-        # A live search runs inside the model's autocast: that would make it a bf16 matmul.
+        # A live search runs inside the model's autocast, which would make this a bf16 matmul.
         with torch.autocast(base_Nd.device.type, enabled=False):
             near_t, found_t = (query.to(base_Nd.device) @ base_Nd.T).topk(count, dim=1)
         found.append(found_t.cpu().numpy())
@@ -154,6 +154,6 @@ def _device_top(
 
 
 def _best(found: np.ndarray, near: np.ndarray, m: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first m by falling similarity, ties by rising id; holes (-1) last."""
+    """The first m by descending similarity, ties by ascending id; empty cells (-1) last."""
     order = np.lexsort((np.where(found < 0, np.iinfo(np.int64).max, found), -near), axis=1)[:, :m]
     return np.take_along_axis(found, order, 1), np.take_along_axis(near, order, 1)

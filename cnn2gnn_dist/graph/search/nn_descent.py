@@ -1,6 +1,6 @@
-"""Neighbours of neighbours: one round of NN-descent over a candidate table (Dong et al., WWW 2011).
+"""Neighbors of neighbors: one round of NN-descent over a candidate table (Dong et al., WWW 2011).
 
-Shapes: N nodes, M candidates of each, U rows of a unit, W candidates looked at.
+Shapes: N nodes, M candidates of each, U rows of a unit, W candidates examined.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from dataclasses import dataclass
 import numpy as np
 
 TARGETS = 1 << 18
-"""Nodes whose reverse neighbours are found at once: with place and source their number fits 63 bits."""
+"""Nodes whose reverse neighbors are found at once: with position and source, their number fits 63 bits."""
 ROWS = 8192
-"""Rows joined at once: their candidates, and those rows of z, then lie in the cache."""
+"""Rows joined at once: their candidates, and those rows of z, then fit in the cache."""
 NONE = np.int64(0x7FFFFFFF)
 
 
 @dataclass(frozen=True)
 class Width:
-    """How far a join looks.
+    """Limits of a join.
 
-    So many candidates of a row, so many rows that have it as theirs, and so many candidates of each
+    The numbers of candidates of a row, of rows that have it as a candidate, and of candidates of each
     of those.
     """
 
@@ -37,15 +37,15 @@ def joined(
     rows_Q: np.ndarray,
     width: Width,
 ) -> np.ndarray:
-    """[Q, M] int32: the best of each row's candidates, of those whose candidate it is, and of theirs.
+    """[Q, M] int32: the best of each row's candidates, of the rows it is a candidate of, and of theirs.
 
     Args:
-        table_NM: int32 candidates, -1 = none; only read, so that rows may be done in any order.
-        reverse_NR: ``reverse`` of it: without these, rows that nobody links to stay badly connected.
+        table_NM: int32 candidates, -1 = none; read-only, so that rows may be processed in any order.
+        reverse_NR: ``reverse`` of it: without it, rows that no node links to stay badly connected.
         z_Nd: float32 rows.
-        query_Nd: float32 rows; row i asks with ``query_Nd[i]`` (often z itself).
-        rows_Q: nodes to do; alike ones beside each other are several times faster.
-        width: how far to look.
+        query_Nd: float32 rows; ``query_Nd[i]`` is the query of row i (often z itself).
+        rows_Q: nodes to process; several times faster with similar nodes next to each other.
+        width: limits of the join.
     """
     out = np.empty((len(rows_Q), table_NM.shape[1]), np.int32)
     for start in range(0, len(rows_Q), ROWS):
@@ -60,7 +60,7 @@ def joined(
 
 
 def reverse(table_NM: np.ndarray, targets: slice, most: int) -> np.ndarray:
-    """int32 [targets, most]: whose candidate a node is, those first to whom it is nearest; -1 = none.
+    """int32 [targets, most]: the nodes that have each node as a candidate, nearest rank first; -1 = none.
 
     Raises:
         ValueError: more than ``TARGETS`` of them.
@@ -84,9 +84,9 @@ def reverse(table_NM: np.ndarray, targets: slice, most: int) -> np.ndarray:
 def best_of(
     ids_QW: np.ndarray, z_Nd: np.ndarray, query_Qd: np.ndarray, self_Q: np.ndarray, m: int
 ) -> np.ndarray:
-    """[Q, m] int32: the m nearest among ids (-1 = none, any number of times), nearest first.
+    """[Q, m] int32: the m nearest among ids (-1 = none, duplicates allowed), nearest first.
 
-    A row's own node is left out; ties go to the smaller id. Changes ``ids_QW``.
+    A row's own node is excluded; ties go to the smaller id. Modifies ``ids_QW``.
     """
     ids_QW[ids_QW == self_Q[:, None]] = -1
     ids_QW.sort(axis=1)
@@ -99,7 +99,7 @@ def best_of(
 def similarities(ids_QW: np.ndarray, z_Nd: np.ndarray, query_Qd: np.ndarray) -> np.ndarray:
     """float32 [Q, W] inner products of each query with its own nodes; -inf where the id is -1.
 
-    Each pair by itself, hence the same number wherever the pair is met.
+    Each pair is computed separately, so a pair gives the same number wherever it occurs.
     """
     import faiss
 
@@ -120,9 +120,9 @@ def similarities(ids_QW: np.ndarray, z_Nd: np.ndarray, query_Qd: np.ndarray) -> 
 
 
 def sort_keys(near: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """int64 keys that rise as similarity falls, and then with the id; ids of -1 come last.
+    """int64 keys that increase as similarity decreases, then with the id; ids of -1 come last.
 
-    One sort of integers (vectorised in numpy) instead of a lexsort of pairs.
+    One integer sort (vectorized in numpy) replaces a lexsort of pairs.
     """
     known = np.where(ids < 0, np.float32(-np.inf), near).astype(np.float32, copy=False)
     bits = (known + np.float32(0)).view(np.int32)  # -0.0 becomes 0.0

@@ -1,4 +1,4 @@
-"""A search among some of the nodes: corrupt images (z = 0) are nobody's neighbours and have none."""
+"""Search restricted to some nodes: corrupt images (z = 0) are no node's neighbors and have none."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROWS = 65_536
 
 
 def alive(*z_Nd: np.ndarray) -> np.ndarray:
-    """Nodes, ascending, whose rows differ from zero in all of some arrays."""
+    """Nodes, ascending, whose rows are nonzero in all of the arrays."""
     found = np.ones(len(z_Nd[0]), bool)
     for z in z_Nd:
         for span in spans(len(z), ROWS):
@@ -22,16 +22,16 @@ def alive(*z_Nd: np.ndarray) -> np.ndarray:
 
 
 class Alive:
-    """The rows of these nodes beside each other, numbered from 0 (A), and back (N).
+    """The rows of the given nodes, compacted: numbering from 0 (A), and back (N).
 
     Args:
-        shop: where the arrays lie.
+        shop: where the arrays are stored.
         nodes_A: ascending; nodes: N.
     """
 
     def __init__(self, shop: Workshop, nodes_A: np.ndarray, nodes: int) -> None:
         self.shop, self.nodes_A, self.nodes = shop, nodes_A.astype(np.int32), nodes
-        self.place_N = np.full(nodes + 1, -1, np.int32)  # the last stands for the id -1
+        self.place_N = np.full(nodes + 1, -1, np.int32)  # the last entry stands for the id -1
         self.place_N[nodes_A] = np.arange(len(nodes_A), dtype=np.int32)
 
     def rows(self, name: str, array_Nd: np.ndarray) -> np.ndarray:
@@ -39,18 +39,18 @@ class Alive:
         return self._filled(name, array_Nd.shape[1], np.float32, lambda own: array_Nd[own])
 
     def table(self, name: str, table_NM: np.ndarray) -> np.ndarray:
-        """A table of node ids [N, M] as one of places [A, M]; others are -1 (collective)."""
+        """Convert a table of node ids [N, M] to compact numbers [A, M]; other ids become -1 (collective)."""
         return self._filled(
             name, table_NM.shape[1], np.int32, lambda own: self.place_N[table_NM[own]]
         )
 
     def order(self, order_N: np.ndarray) -> np.ndarray:
-        """An order of nodes [N] as one of places [A]."""
+        """Convert an order of nodes [N] to compact numbers [A]."""
         place = self.place_N[order_N]
         return place[place >= 0]
 
     def whole(self, found: Found) -> Found:
-        """What was found among places, by node ids; rows of -1 for all others (collective)."""
+        """Convert a result from compact numbers to node ids; rows of -1 for all other nodes (collective)."""
         nodes_A1 = np.append(self.nodes_A, np.int32(-1))
 
         def work(unit: slice) -> tuple[np.ndarray]:

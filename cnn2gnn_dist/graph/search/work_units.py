@@ -1,10 +1,10 @@
-"""Units of a long computation, marked when done: what a kill leaves, and how ranks share.
+"""Units of a long computation, marked when done: resumable after a kill, and shared by ranks.
 
-A unit is a stretch of rows of one or more arrays on disk. Its mark, a file beside them, is written
-when its rows are on disk, and holds their check sums. A unit belongs to a rank by its number
-alone, and what it computes depends on nothing but its rows: any number of ranks, and any
-interruption, end in the same arrays. When all are done, every rank compares what it reads with
-the sums of those who wrote.
+A unit is a range of rows of one or more arrays on disk. Its mark, a file beside them, is written
+when its rows are on disk, and holds their checksums. The unit number alone determines the rank,
+and a unit's result depends only on its rows: any number of ranks, and any interruption, give the
+same arrays. When all units are done, every rank compares what it reads with the writers'
+checksums.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ Shape = tuple[tuple[int, ...], type]
 
 @dataclass(frozen=True)
 class Crew:
-    """Who works on a folder: this rank of ``world_size``, with ``threads``; how ranks wait.
+    """The ranks that work on a folder: this one of ``world_size``, with ``threads``; how ranks wait.
 
-    ``together``: while it lasts ranks work, however unevenly; all leave when all have.
+    ``together``: a context in which ranks work, however unevenly; all leave when all are done.
     ``gather``: every rank's object, in rank order, on every rank (collective).
-    ``progress``: told (phase, units done here, units here) after each unit.
+    ``progress``: called with (phase, units done here, units here) after each unit.
     """
 
     rank: int = 0
@@ -48,7 +48,7 @@ class Workshop:
     """A folder of arrays and marks.
 
     Args:
-        folder: made if missing; what a former attempt left in it is used.
+        folder: created if missing; the results of an earlier attempt in it are reused.
         crew: the ranks that share it.
     """
 
@@ -57,7 +57,7 @@ class Workshop:
         folder.mkdir(parents=True, exist_ok=True)
 
     def file(self, name: str, shape: tuple[int, ...], kind: type) -> RowFile:
-        """An array on disk whose rows are to be written (collective): made if missing.
+        """Open an array on disk for writing rows (collective); created if missing.
 
         Raises:
             UserError: the disk is full (on every rank).
@@ -71,7 +71,7 @@ class Workshop:
         return RowFile(path)
 
     def path(self, name: str) -> Path:
-        """Where an array lies."""
+        """Path of an array."""
         return self.folder / f"{name}.npy"
 
     def fill(
@@ -81,18 +81,18 @@ class Workshop:
         arrays: Mapping[str, Shape],
         work: Callable[[slice], tuple[np.ndarray, ...]],
     ) -> tuple[np.ndarray, ...]:
-        """Arrays whose rows ``work`` makes, unit by unit; mapped, read only (collective).
+        """Return arrays whose rows ``work`` computes, unit by unit; memory-mapped, read-only (collective).
 
-        Does this rank's units that have no mark yet and waits for the others.
+        Computes this rank's units that have no mark yet and waits for the others.
 
         Args:
-            phase: names the marks of what is done.
-            units: stretches of rows that cover the arrays.
+            phase: names the marks of completed units.
+            units: ranges of rows that cover the arrays.
             arrays: shape and type by name.
-            work: gives a unit's rows of each array, in their order.
+            work: returns a unit's rows of each array, in their order.
 
         Raises:
-            UserError: the disk is full, or a rank reads other rows than were written (on all).
+            UserError: the disk is full, or a rank reads other rows than were written (on all ranks).
         """
         crew = self.crew
         files = [self.file(name, *what) for name, what in arrays.items()]
@@ -126,7 +126,7 @@ class Workshop:
             if [check_sum(a[units[unit]]) for a in made] != everyone.get(unit)
         ]
         for unit in strange:
-            self._mark(phase, unit).unlink(missing_ok=True)  # so that it is done again
+            self._mark(phase, unit).unlink(missing_ok=True)  # so that it is recomputed
         agree(crew, [f"{phase} {units[unit].start}..{units[unit].stop}" for unit in strange],
               self.folder)  # fmt: skip
         return made
@@ -141,15 +141,15 @@ class Workshop:
 
 
 def agree(crew: Crew, strange: list[str], folder: Path) -> None:
-    """See that no rank has read other rows than were written (collective).
+    """Check that every rank has read the rows that were written (collective).
 
     Args:
         crew: all ranks.
-        strange: names of those that this rank has.
+        strange: names of the units whose rows differ on this rank.
         folder: of the arrays, for the message.
 
     Raises:
-        UserError: some rank has some, on every rank.
+        UserError: some rank has such units (on every rank).
     """
     for rank, names in enumerate(crew.gather(strange)):
         if names:
@@ -163,7 +163,7 @@ def agree(crew: Crew, strange: list[str], folder: Path) -> None:
 
 
 def spans(rows: int, size: int) -> list[slice]:
-    """Rows cut into stretches of at most ``size``."""
+    """Split rows into ranges of at most ``size``."""
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
@@ -171,4 +171,4 @@ def _one_thread() -> None:
     with contextlib.suppress(ImportError):  # a GPU's search needs no faiss
         import faiss
 
-        faiss.omp_set_num_threads(1)  # OpenMP keeps this for each thread that calls it
+        faiss.omp_set_num_threads(1)  # OpenMP stores this separately for each calling thread
