@@ -260,7 +260,7 @@ def _sequential(
 def sequential_batch(
     num_samples: int, batch: int, index: int, rank: int, world_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Step ``index`` of ``sequential``: (ids [batch], mask [batch])."""
+    """Return step ``index`` of ``sequential``: (ids [batch], mask [batch])."""
     ids = np.arange(batch, dtype=np.int64) + (index * world_size + rank) * batch
     return np.minimum(ids, num_samples - 1), ids < num_samples
 

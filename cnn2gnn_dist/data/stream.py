@@ -1,4 +1,4 @@
-"""The stream for anybody's training script: exact global batches, resumed by a cursor.
+"""A data stream for any training script: exact global batches, resumable from a cursor.
 
 ::
 
@@ -40,32 +40,33 @@ _VERSION = 1
 class Stream:
     """This rank's rows of the global batches of a data set, epoch after epoch.
 
-    ``for batch in stream`` gives what is left of the current epoch and moves on to the next one.
-    The order depends on the data, ``seed``, ``global_batch`` and ``window`` only: never on ranks,
-    readers or backend. The whole state is a cursor (epoch, batch), so it may be loaded at another
-    world size, and nothing before it is read again.
+    ``for batch in stream`` yields the rest of the current epoch and then advances to the next one.
+    The order depends only on the data, ``seed``, ``global_batch`` and ``window``, never on ranks,
+    readers or backend. The only state is a cursor (epoch, batch), so it can be loaded at another world
+    size, and no earlier data is read again.
 
     Args:
         data: WebDataset tar shards (path, glob, ``{0000..1023}``, folder, or several of them), or
-            a saved manifest (``.arrow``). Shards are indexed once and the manifest kept in the
+            a saved manifest (``.arrow``). Shards are indexed once, and the manifest is cached in the
             user's cache folder ($XDG_CACHE_HOME).
-        global_batch: G, samples of a step over all ranks; a multiple of the world size.
-        views: what is made of an image; every epoch shows another view.
-        seed: of the order (``views.seed`` is that of the views).
-        window: shards shuffled together (see docs/order.md).
-        backend: "local" (threads), "ray" (actors; Ray must run), "auto" (ray where it runs).
-        workers, prefetch: readers of this rank, and most requests in flight.
-        rank, world_size: who we are; from the launcher's environment when not given.
-        num_views: show view (epoch mod num_views); None: a new view each epoch.
-        train: False: all samples in order, clean, without dropping any; what pads the last
-            batch has ``valid`` False.
-        max_corrupt: share of corrupt images among this rank's above which reading stops.
-        decoded_bytes: most bytes of the node's cache of decoded images (small images; 0: none).
-        cache_bytes: most bytes of whole copies of remote shards in the user's cache folder (0:
-            their samples are read one by one).
+        global_batch: G, samples per step over all ranks; a multiple of the world size.
+        views: view specification; every epoch uses a new view.
+        seed: seed of the order (``views.seed`` is that of the views).
+        window: number of shards shuffled together (see docs/order.md).
+        backend: "local" (threads), "ray" (actors; Ray must be initialized), "auto" (ray if initialized).
+        workers, prefetch: number of readers of this rank, and maximum requests in flight.
+        rank, world_size: this rank and the number of ranks; default: from the launcher's environment.
+        num_views: use view (epoch mod num_views); None: a new view each epoch.
+        train: False: all samples in order, without augmentation and without skipping any; padding of
+            the last batch has ``valid`` False.
+        max_corrupt: maximum fraction of corrupt images among this rank's before reading stops.
+        decoded_bytes: maximum bytes of the host's cache of decoded images (small images; 0: none).
+        cache_bytes: maximum bytes of complete remote shards in the user's cache folder (0: their samples
+            are read in ranges).
 
     Raises:
-        UserError: no such data, sizes that can't be shared, an unknown backend.
+        UserError: the data is missing, the sizes can't be divided over the ranks, or the backend is
+            unknown.
     """
 
     def __init__(
@@ -114,13 +115,13 @@ class Stream:
         )
 
     def __len__(self) -> int:
-        """Batches of a whole epoch, the same on every rank."""
+        """Number of batches in a full epoch, the same on every rank."""
         if self.train:
             return self._order.batches_per_epoch
         return -(-len(self.manifest) // self.global_batch)
 
     def __iter__(self) -> Iterator[Batch]:
-        """The rest of the epoch. The cursor moves before a batch is handed over.
+        """Yield the rest of the epoch. The cursor advances before each batch is yielded.
 
         Raises:
             UserError: a shard is missing or changed; too many corrupt images.
@@ -136,19 +137,19 @@ class Stream:
         self.epoch, self.batch = self.epoch + 1, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Go to the start of an epoch (0 is the first)."""
+        """Move to the start of an epoch (0 is the first)."""
         self.epoch, self.batch = epoch, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """The cursor after the last batch handed over, and what it is a cursor of."""
+        """Return the cursor after the last yielded batch, and the identity of the stream it belongs to."""
         return {"version": _VERSION, "epoch": self.epoch, "batch": self.batch, **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where another stream of the same data stood, at whatever world size.
+        """Resume where another stream of the same data stopped, at any world size.
 
         Raises:
-            UserError: the data, the order or the views are not those of the state (the field is
-                named), so the cursor would mean other samples.
+            UserError: the data, the order or the views differ from those of the state (the message
+                names the field), so the cursor would refer to other samples.
         """
         mine = {"version": _VERSION, **self._identity()}
         for name, value in mine.items():
@@ -169,7 +170,7 @@ class Stream:
         self.epoch, self.batch = (epoch + 1, 0) if batch == len(self) else (epoch, batch)
 
     def close(self) -> None:
-        """End the readers."""
+        """Stop the readers."""
         self._pool.close()
 
     def __enter__(self) -> Stream:
@@ -201,7 +202,7 @@ class Stream:
         return Request(ids, view)
 
     def _in_order(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """This rank's ids of a batch in the order of the data; False where it is padding."""
+        """Return this rank's ids of a batch in data order, and a mask that is False for padding."""
         share = self.global_batch // self.world_size
         return sequential_batch(len(self.manifest), share, index, self.rank, self.world_size)
 
@@ -219,21 +220,21 @@ class Stream:
 
 
 def _manifest_of(data: str | os.PathLike[str] | Sequence[str | Path]) -> Path:
-    """A manifest as it is, or that of the shards, made once on this node."""
+    """Return a given manifest, or the manifest of the shards, built once per host."""
     if isinstance(data, str | os.PathLike) and str(data).endswith(".arrow"):
         return Path(data)
     shards = expand(data)  # type: ignore[arg-type]
     what = repr([_as_it_is_now(shard) for shard in shards])
     path = _cache_folder() / f"{hashlib.sha256(what.encode()).hexdigest()[:24]}.arrow"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):  # ranks of a node start together: one of them indexes
+    with FileLock(f"{path}.lock"):  # ranks of a host start together: only one indexes
         if not path.exists():
             index(shards, allow_empty_classes=True).save(path)
     return path
 
 
 def _as_it_is_now(shard: str) -> tuple[str, int, int]:
-    if is_remote(shard):  # without asking for each: a reader refuses one of another length
+    if is_remote(shard):  # no request per shard: a reader refuses one of a different length
         return shard, 0, 0
     stat = os.stat(shard)
     return os.path.abspath(shard), stat.st_size, stat.st_mtime_ns

@@ -22,8 +22,8 @@ class ReaderPool:
 
     Args:
         spec: specification of the readers.
-        backend: "ray" (reader actors on this node), "local" (threads), or "auto": ray if it runs in
-            this process.
+        backend: "ray" (reader actors on this node), "local" (threads), or "auto": ray if it is
+            initialized in this process.
         workers: number of readers.
         prefetch: maximum requests in flight: queued, being read, or read and not yet consumed. Reduced,
             with a message, if they would not fit into Ray's object store.
@@ -107,7 +107,7 @@ class ReaderPool:
 
 
 def _ray_runs() -> bool:
-    # Not imported for the question: where Ray runs in this process, it has been.
+    # No import here: if Ray runs in this process, it has been imported.
     ray = sys.modules.get("ray")
     return ray is not None and bool(ray.is_initialized())
 
