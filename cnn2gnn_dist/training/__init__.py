@@ -1,1 +1,1 @@
-"""Training under DeepSpeed: config, engine, schedules, norms over ranks, metrics."""
+"""Training under DeepSpeed: config, engine, schedules, norms across ranks, metrics."""

@@ -1,7 +1,7 @@
-"""``ds_config.json``: found, checked and resolved for the ranks at hand. Pure; no DeepSpeed here.
+"""``ds_config.json``: located, checked and resolved for the given ranks. Pure; no DeepSpeed here.
 
-DeepSpeed ignores unknown top-level keys in silence, drops "auto" or keeps it as a string, and
-clips at 1.0 when nothing is said; so every key is checked and every value written out.
+DeepSpeed silently ignores unknown top-level keys, drops "auto" or keeps it as a string, and
+clips at 1.0 by default; so every key is checked and every value written out.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ EXECUTION = KNOWN_KEYS - {
     "data_types",
     "seq_parallel_communication_data_type",
 }
-"""Keys that change how a result is reached, or what is printed on the way. Batches are among them:
-they must agree with the run's config, which says them.
+"""Keys that change how a result is computed, or what is printed on the way. They include the batch
+sizes: these must agree with the run's config, which sets them.
 """
 _DEFAULTS = {
     "optimizer.type": "AdamW",
@@ -82,14 +82,14 @@ _SAME_NUMBERS = {"optimizer.params.torch_adam"}
 
 
 BFLOAT16 = ("bfloat16", "bf16", "torch.bfloat16")
-"""DeepSpeed's names of it."""
+"""DeepSpeed's names for bfloat16."""
 
 
 def load(path: str | Path | None = None) -> dict[str, Any]:
-    """Read a DeepSpeed config; by default ``./ds_config.json``, else the one that comes with us.
+    """Read a DeepSpeed config; by default ``./ds_config.json``, else the packaged one.
 
     Raises:
-        UserError: not there, not JSON, a duplicate or unknown key, a number that is not finite.
+        UserError: missing, not JSON, a duplicate or unknown key, a number that is not finite.
     """
     file = Path(path) if path is not None else _default()
     try:
@@ -125,8 +125,8 @@ def load(path: str | Path | None = None) -> dict[str, Any]:
 def outcome(ds: dict[str, Any]) -> dict[str, Any]:
     """The fields of a config (as read) that results depend on, by dotted path.
 
-    Those that are not what they would be without it. "auto" is what the run's config says, so it is
-    not among them.
+    Only those that differ from what they would be without the file. "auto" takes its value from the run's
+    config, so it is not among them.
     """
     found: dict[str, Any] = {}
 
@@ -145,12 +145,12 @@ def outcome(ds: dict[str, Any]) -> dict[str, Any]:
 def accumulation_for(
     global_batch: int, world_size: int, max_micro_batch: int, field: str = "global_batch"
 ) -> int:
-    """Fewest micro-batches a step so that a rank holds at most ``max_micro_batch`` samples.
+    """Fewest micro-batches per step such that a rank holds at most ``max_micro_batch`` samples.
 
-    ``field`` is what the global batch is called where it was set.
+    ``field`` is the name of the global batch where it was set.
 
     Raises:
-        UserError: the global batch does not divide over ranks and micro-batches.
+        UserError: the global batch is not divisible by ranks and micro-batches.
     """
     if global_batch % world_size:
         raise UserError(
@@ -176,22 +176,22 @@ def resolve(
     device: str,
     stage: int | None = None,
 ) -> dict[str, Any]:
-    """Fill every "auto"; the batch stays global = micro x accumulation x ranks.
+    """Fill in every "auto"; the batch stays global = micro x accumulation x ranks.
 
     Args:
-        ds: as ``load`` gives it.
-        world_size: the ranks.
+        ds: as returned by ``load``.
+        world_size: number of ranks.
         global_batch: samples of an optimizer step over all ranks.
-        accumulation: micro-batches of an optimizer step, of a rank.
-        lr: peak learning rate, of the run's config.
-        weight_decay: of the run's config.
-        clip: largest gradient norm, 0 = off.
+        accumulation: micro-batches per optimizer step and rank.
+        lr: peak learning rate, from the run's config.
+        weight_decay: from the run's config.
+        clip: maximum gradient norm, 0 = off.
         device: "cpu" or "cuda"; on the CPU autocast and overlapped communication are off.
         stage: ZeRO stage, overriding the file's.
 
     Raises:
         UserError: the file fixes a batch size or learning rate that contradicts, a mode that can't
-            work, or a number that is none.
+            work, or a value that is not a number.
     """
     config = deepcopy(ds)
     _resolve_batches(config, world_size, global_batch, accumulation)
@@ -266,7 +266,7 @@ def _refuse_modes(config: dict[str, Any]) -> None:
 
 
 def _refuse_half(autocast: dict[str, Any], config: dict[str, Any]) -> None:
-    """bfloat16 or nothing, on the CPU too, where the same file would pass and mean nothing."""
+    """Allow only bfloat16, also on the CPU, where the same file would pass without effect."""
     # DeepSpeed would leave the choice to torch, whose default on GPUs is float16.
     dtype = autocast["dtype"] = _auto(autocast.get("dtype", "auto"), "bfloat16")
     if autocast.get("enabled", "auto") is not False and dtype not in BFLOAT16:
@@ -307,13 +307,13 @@ def _resolve_optimizer(
     params["weight_decay"] = _auto(params.get("weight_decay", "auto"), weight_decay)
     _check_params(params)
     if not on_gpu:
-        # Otherwise DeepSpeed compiles an Adam of its own, for more than a minute.
+        # Otherwise DeepSpeed compiles its own Adam, for more than a minute.
         params["torch_adam"] = True
     params.setdefault("torch_adam", True)
 
 
 def _check_params(params: dict[str, Any]) -> None:
-    """See that Adam's numbers are some; torch has tracebacks for them, or trains to NaN."""
+    """Check Adam's numbers; on invalid ones torch raises tracebacks or trains to NaN."""
     betas = params.get("betas", [0.9, 0.999])
     pair = isinstance(betas, list) and len(betas) == 2
     wanted = {
@@ -341,7 +341,7 @@ def _is_number(value: Any, least: float) -> bool:
 
 
 def _block(config: dict[str, Any], key: str, where: str = "") -> dict[str, Any]:
-    """The object under a key, made when absent."""
+    """The object under a key, created when missing."""
     found = config.setdefault(key, {})
     if not isinstance(found, dict):
         raise UserError(
@@ -372,7 +372,7 @@ def _default() -> Path:
 
 
 def _finite(text: str) -> float:
-    """A number of the file; Python would also read NaN, Infinity and 1e999, which JSON has not."""
+    """Parse a number of the file; Python would also accept NaN, Infinity and 1e999, which JSON lacks."""
     if not math.isfinite(float(text)):
         raise ValueError(f"{text} is not a finite number")
     return float(text)

@@ -1,4 +1,4 @@
-"""The one place that knows DeepSpeed: start it, wrap a model, step, read and set its state."""
+"""The only module that knows DeepSpeed: start it, wrap a model, step, read and set its state."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def init(ranks: Ranks, device: str, timeout_s: float = 600.0) -> None:
-    """Join the process group: NCCL on GPUs, gloo on CPUs; one OMP thread a CPU rank.
+    """Join the process group: NCCL on GPUs, gloo on CPUs; one OMP thread per CPU rank.
 
     A dead peer fails the others' next collective at once, a silent one after ``timeout_s``;
-    under NCCL, which says neither, a watch beside it ends the process with the peer's name.
+    NCCL reports neither, so under it a separate watch ends the process, naming the peer.
 
     Raises:
-        UserError: the port of the meeting point is taken, a network interface that the
+        UserError: the rendezvous port is taken, a network interface that the
             environment names is missing, or this rank has no GPU.
     """
     own, index = torch.device("cpu"), ranks.local_rank
@@ -39,14 +39,14 @@ def init(ranks: Ranks, device: str, timeout_s: float = 600.0) -> None:
         index = process_group.device_index(ranks.local_rank, torch.cuda.device_count())
         own = torch.device("cuda", index)
         torch.cuda.set_device(own)
-    # DeepSpeed takes LOCAL_RANK for the number of the device.
+    # DeepSpeed uses LOCAL_RANK as the device index.
     os.environ.update(ranks.environment(), LOCAL_RANK=str(index))
     if device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
         torch.set_num_threads(1)
     timeout = timedelta(seconds=timeout_s)
-    # ZeRO reduces in a group of its own, which DeepSpeed makes without a timeout: torch's default
-    # of half an hour would hold.
+    # ZeRO reduces in a separate group, which DeepSpeed creates without a timeout: torch's default
+    # of half an hour would apply.
     c10d = torch.distributed.distributed_c10d
     c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout
     process_group.join(ranks, own, timeout)
@@ -59,7 +59,7 @@ def init(ranks: Ranks, device: str, timeout_s: float = 600.0) -> None:
     if device == "cpu":
         # Otherwise init compiles a C++ operator that training never uses.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(  # takes the group that is there
+    deepspeed.init_distributed(  # uses the existing group
         dist_backend="nccl" if device == "cuda" else "gloo",
         timeout=timeout,
         auto_mpi_discovery=False,
@@ -92,8 +92,8 @@ class Engine:
         model: on the CPU, with the same weights on every rank.
         config: a resolved DeepSpeed config (``ds_config.resolve``).
         device: "cpu" or "cuda".
-        late: names of parameters that get no gradients before some step, ``late_from``: a
-            learning rate of their own, 0 until then, and Adam's bias correction from there.
+        late: names of parameters that get no gradients before some step, ``late_from``: they have a
+            separate learning rate, 0 until then, and Adam's bias correction counts from there.
 
     Vectors and scalars (norms, biases, gates) get no weight decay.
     """
@@ -115,7 +115,7 @@ class Engine:
         self.accumulation = int(config["gradient_accumulation_steps"])
         self.steps = 0
         self.late_from: int | None = None
-        """Optimizer steps done when the late parameters begin; None: they have not."""
+        """Optimizer steps done when the late parameters start; None: they have not started."""
         self._micro = 0
         self._finite = torch.ones((), device=self.device)
         self._awaited: Outcome | None = None
@@ -130,19 +130,19 @@ class Engine:
 
     @property
     def module(self) -> nn.Module:
-        """The model inside."""
+        """The wrapped model."""
         return self.deepspeed.module
 
     def __call__(self, *arguments: Any) -> Any:
-        """Forward through DeepSpeed."""
+        """Run the forward pass through DeepSpeed."""
         return self.deepspeed(*arguments)
 
     def train(self) -> None:
-        """Training mode."""
+        """Switch to training mode."""
         self.deepspeed.train()
 
     def eval(self) -> None:
-        """Evaluation mode."""
+        """Switch to evaluation mode."""
         self.deepspeed.eval()
 
     def backward(self, loss: Tensor) -> None:
@@ -158,11 +158,11 @@ class Engine:
     ) -> StepInfo:
         """Update the weights at the learning rate ``lr``, late ones at ``late_lr`` (collective).
 
-        ``votes`` are summed over ranks on the way: they cost no collective of their own. Waits
-        for the device; ``step_ahead`` does not.
+        ``votes`` are summed over ranks in a collective that runs anyway. Waits for the device;
+        ``step_ahead`` does not.
 
         Raises:
-            UserError: a loss since the last step was not finite (the weights are untouched), or
+            UserError: a loss since the last step was not finite (the weights are unchanged), or
                 the gradient was not (with ZeRO the weights are spoiled); on every rank alike.
             RuntimeError: fewer micro-batches than ``accumulation`` have been seen.
         """
@@ -177,17 +177,17 @@ class Engine:
     def step_ahead(
         self, lr: float, votes: tuple[float, ...] = (), late_lr: float | None = None
     ) -> StepInfo | None:
-        """``step`` without a wait for the device: how it came out is read one step later.
+        """``step`` without waiting for the device: its outcome is read one step later.
 
-        So the host always has a step queued while the device works on the one before. Weights
-        that a diverged step has spoiled are used for at most one step more; ``settle`` before
-        they are shown or saved.
+        So the host always has a step queued while the device works on the previous one. Weights
+        that a diverged step has spoiled are used for at most one more step; call ``settle`` before
+        they are evaluated or saved.
 
         Returns:
-            The step before this one; None where that is known already.
+            The previous step; None if its outcome has already been read.
 
         Raises:
-            UserError: the step before diverged; on every rank alike.
+            UserError: the previous step diverged; on every rank alike.
         """
         outcome = self._vote(lr, votes)
         outcome.norm = self._plain_norm()
@@ -198,17 +198,17 @@ class Engine:
         return before
 
     def settle(self) -> StepInfo | None:
-        """How the last ``step_ahead`` came out; None where nothing is open. Waits for that step.
+        """Return the outcome of the last ``step_ahead``, waiting for it; None if none is pending.
 
         Raises:
-            UserError: it diverged, on every rank alike; asked again, it says so again.
+            UserError: it diverged, on every rank alike; later calls raise it again.
         """
         info = None if self._awaited is None else self._awaited.read()
         self._awaited = None
         return info
 
     def _vote(self, lr: float, votes: tuple[float, ...]) -> Outcome:
-        """Sum over ranks who has finite losses, and the votes."""
+        """Sum over ranks whether losses are finite, and the votes."""
         if self._micro != self.accumulation:
             raise RuntimeError(f"{self._micro} of {self.accumulation} micro-batches seen")
         on_gpu = self.device.type == "cuda"
@@ -218,7 +218,7 @@ class Engine:
         return Outcome(self.steps, lr, ballot, collectives.world_size())
 
     def _update(self, outcome: Outcome, late_lr: float | None) -> None:
-        """The optimizer's step, and a new count of micro-batches."""
+        """Run the optimizer's step and restart the count of micro-batches."""
         for group in inner_optimizer(self).param_groups:
             group["lr"] = self._late(late_lr, group["betas"]) if group["late"] else outcome.lr
         self.deepspeed.step()
@@ -235,7 +235,7 @@ class Engine:
         return lr * fresh_adam(done, done - self.late_from, betas)
 
     def _plain_norm(self) -> Tensor | None:
-        """Norm of the gradients, averaged over ranks by now, which ZeRO-0 doesn't tell; else None."""
+        """Norm of the gradients, already averaged over ranks, which ZeRO-0 doesn't report; else None."""
         if self.zero_stage:
             return None
         return nn.utils.get_total_norm(
@@ -243,7 +243,7 @@ class Engine:
         )
 
     def average_buffers(self) -> None:
-        """Take the mean over ranks of floating buffers, rank 0's of the others (collective).
+        """Average floating-point buffers over ranks; take rank 0's for the others (collective).
 
         BatchNorm statistics differ from step 1 on.
         """
@@ -252,9 +252,9 @@ class Engine:
 
     @contextlib.contextmanager
     def averaged_buffers(self) -> Iterator[None]:
-        """Within this block buffers are averaged, as evaluation wants them (collective).
+        """Within this block buffers are averaged, as evaluation needs them (collective).
 
-        Then each rank's own again, so that looking changes nothing.
+        Afterwards each rank's own are restored, so that evaluation changes nothing.
         """
         own = [buffer.clone() for buffer in self.module.buffers()]
         self.average_buffers()
@@ -273,11 +273,11 @@ class Engine:
 
 
 def without_overlap(config: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """The config for a model whose backward pass has collectives of its own.
+    """Return the config for a model whose backward pass has collectives of its own.
 
-    SyncNorm reduces in the default group, ZeRO in one of its own. Two NCCL communicators at work
-    at once on one GPU, in an order that ranks need not share, may wait for each other for ever;
-    without ``overlap_comm`` all collectives follow each other on one stream.
+    SyncNorm reduces in the default group, ZeRO in a separate one. Two NCCL communicators active
+    at once on one GPU, in an order that may differ between ranks, may deadlock;
+    without ``overlap_comm`` all collectives run in order on one stream.
     """
     if not is_synchronised(model):
         return config
@@ -285,7 +285,7 @@ def without_overlap(config: dict[str, Any], model: nn.Module) -> dict[str, Any]:
 
 
 def _groups(model: nn.Module, decay: float, late: Collection[str]) -> list[dict[str, Any]]:
-    """Parameters by weight decay (matrices have it) and by when they begin."""
+    """Parameters grouped by weight decay (only matrices have it) and by when they start."""
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if unknown := set(late) - set(dict(model.named_parameters())):
         raise ValueError(f"no parameters of these names: {sorted(unknown)}")
@@ -302,13 +302,13 @@ def _groups(model: nn.Module, decay: float, late: Collection[str]) -> list[dict[
 
 
 def inner_optimizer(engine: Engine) -> torch.optim.Optimizer:
-    """The torch optimizer under ZeRO's wrapper (stage 0 has none)."""
+    """The torch optimizer inside ZeRO's wrapper (stage 0 has none)."""
     optimizer = engine.deepspeed.optimizer
     return getattr(optimizer, "optimizer", optimizer)
 
 
 def full_weight(engine: Engine, parameter: nn.Parameter) -> Tensor:
-    """A parameter's whole fp32 value on the CPU (collective for ZeRO > 0)."""
+    """A parameter's full fp32 value on the CPU (collective for ZeRO > 0)."""
     if engine.zero_stage == 0:
         return parameter.detach().float().cpu().clone()
     from deepspeed.utils import safe_get_full_fp32_param

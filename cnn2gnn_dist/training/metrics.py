@@ -1,4 +1,4 @@
-"""What a training says about itself: JSON lines, TensorBoard, one line on the console."""
+"""Metrics of a training: JSON lines, TensorBoard, one line on the console."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def process_memory_mb() -> float:
 
 
 class MetricsLog:
-    """Metrics of one training; rank 0 writes, the others keep silent.
+    """Metrics of one training; only rank 0 writes.
 
     Args:
         folder: gets ``metrics.jsonl`` and ``tensorboard/``.
@@ -56,7 +56,7 @@ class MetricsLog:
         """Record values after ``step`` optimizer steps."""
         if self.silent:
             return
-        # NaN and infinity are no JSON.
+        # NaN and infinity are not valid JSON.
         finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
         line = {"step": step, "time": round(time.time(), 3), **finite}
         with open(self.path, "a", encoding="utf-8") as file:
@@ -75,7 +75,7 @@ class MetricsLog:
         if self._board is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            # purge_step: TensorBoard forgets what a killed run wrote after its checkpoint.
+            # purge_step: TensorBoard drops what a killed run wrote after its checkpoint.
             self._board = SummaryWriter(
                 str(self.path.parent / "tensorboard"), purge_step=self._purge
             )
@@ -84,12 +84,12 @@ class MetricsLog:
         self._board.flush()
 
     def flush(self) -> None:
-        """Wait until all lines are on disk: a checkpoint counts on those before it."""
+        """Wait until all lines are on disk: a checkpoint relies on those before it."""
         if not self.silent and self.path.exists():
             durable.sync(self.path)
 
     def truncate_after(self, step: int) -> None:
-        """Drop what was logged after ``step``: a resumed run writes it again.
+        """Drop what was logged after ``step``: a resumed run logs it again.
 
         Call it before the first ``log``.
         """
@@ -103,7 +103,7 @@ class MetricsLog:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Lines of a metrics file; a last line cut off by a kill is left out."""
+    """Read the lines of a metrics file; a last line truncated by a kill is left out."""
     lines = []
     for text in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -127,7 +127,7 @@ _CONSOLE = (
 
 
 def console_line(name: str, step: int, values: dict[str, float]) -> str:
-    """One line for people, as the log shows it."""
+    """Format one line for people, as in the log."""
     return f"{name:8} {_figures(step, values)}"
 
 

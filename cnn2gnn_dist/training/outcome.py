@@ -1,4 +1,4 @@
-"""What an optimizer step came to, read from the device when that costs no wait."""
+"""Outcome of an optimizer step, read from the device when that costs no wait."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from cnn2gnn_dist.errors import UserError
 
 @dataclass(frozen=True)
 class StepInfo:
-    """What an optimizer step did.
+    """Result of an optimizer step.
 
     Attributes:
         step: optimizer steps done before it.
         grad_norm: norm of the gradient before clipping; None: unknown.
-        lr: of the step.
-        votes: the sums over ranks of what each had brought along.
+        lr: learning rate of the step.
+        votes: the sums over ranks of the values that each contributed.
     """
 
     step: int
@@ -29,11 +29,11 @@ class StepInfo:
 
 
 class Outcome:
-    """A step's ballot and the norm of its gradient, on the device until somebody asks.
+    """A step's votes and the norm of its gradient, kept on the device until they are read.
 
     Args:
         step: optimizer steps done before it.
-        lr: of the step.
+        lr: learning rate of the step.
         ballot: sums over ranks, [1 + votes]: ranks whose losses were all finite, then the votes.
         world_size: number of ranks.
     """
@@ -45,7 +45,7 @@ class Outcome:
         self._copied: tuple[Tensor, torch.cuda.Event] | None = None
 
     def check_loss(self) -> None:
-        """Wait for the device.
+        """Check that the losses were finite; waits for the device.
 
         Raises:
             UserError: a loss was not finite, on any rank.
@@ -53,7 +53,7 @@ class Outcome:
         self._require_finite_loss(float(self._ballot[0]))
 
     def check_norm(self) -> None:
-        """Wait for the device.
+        """Check that the gradient was finite; waits for the device.
 
         Raises:
             UserError: the gradient was not finite.
@@ -62,7 +62,7 @@ class Outcome:
             self._require_finite_norm(float(self.norm))
 
     def fetch(self) -> None:
-        """Begin to copy it to the host, behind the work that is queued: ``read`` waits for no more."""
+        """Start copying to the host, behind the work queued so far: ``read`` waits for no later work."""
         if self._ballot.device.type != "cuda":
             return
         values = self._values()
@@ -73,7 +73,7 @@ class Outcome:
         self._copied = host, event
 
     def read(self) -> StepInfo:
-        """What it came to; waits until the device has done this step, and for no later one.
+        """Return the outcome; waits until the device has done this step, but no later one.
 
         Raises:
             UserError: a loss or the gradient was not finite; on every rank alike.
@@ -102,7 +102,7 @@ class Outcome:
             raise self._diverged("loss")
 
     def _require_finite_norm(self, norm: float) -> None:
-        # ZeRO says -1 for a norm that is not finite.
+        # ZeRO returns -1 for a norm that is not finite.
         if not 0 <= norm < math.inf:
             raise self._diverged("gradient")
 

@@ -1,7 +1,7 @@
 """The random state of a rank as plain data: torch (CPU and GPU), numpy's and Python's generators.
 
-Order, views and neighbours are pure functions and draw nothing from these; dropout and whatever
-a user's model draws does.
+Order, views and neighbors are pure functions and use none of them; dropout and whatever a
+user's model draws do.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 
 def capture() -> dict[str, Any]:
-    """The state of all generators of this process, as JSON can hold it."""
+    """Return the state of all generators of this process, as JSON-serializable data."""
     version, words, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state()
     found: dict[str, Any] = {
@@ -29,7 +29,7 @@ def capture() -> dict[str, Any]:
 
 
 def restore(state: dict[str, Any]) -> None:
-    """Set all generators to what ``capture`` saw."""
+    """Set all generators to a state returned by ``capture``."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     kind, keys, position, has_gauss, cached = state["numpy"]
@@ -40,7 +40,7 @@ def restore(state: dict[str, Any]) -> None:
 
 
 def seed(*numbers: int) -> None:
-    """Seed all generators from some numbers: for ranks that have no state to go on from."""
+    """Seed all generators from some numbers: for ranks that have no saved state to resume from."""
     words = np.random.SeedSequence(numbers).generate_state(4, np.uint64)
     random.seed(int(words[0]))
     np.random.seed(words[1:3].view(np.uint32))

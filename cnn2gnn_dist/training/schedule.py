@@ -1,4 +1,4 @@
-"""Learning rate over training: linear warm-up, then half a cosine; and of what begins later."""
+"""Learning rate over training: linear warm-up, then half a cosine; also for parameters that start late."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 
 def lr_at(step: float, total: float, peak: float, warmup: float, final: float = 0.0) -> float:
-    """Learning rate at ``step`` of ``total``, in any one unit (steps or epochs).
+    """Learning rate at ``step`` of ``total``, both in the same unit (steps or epochs).
 
     Rises from 0 to ``peak`` over ``warmup``, then falls to ``final`` on a cosine
     (Loshchilov & Hutter, "SGDR", ICLR 2017, equation 5, a single period).
@@ -20,10 +20,10 @@ def lr_at(step: float, total: float, peak: float, warmup: float, final: float = 
 def late_lr_at(
     step: float, total: float, peak: float, warmup: float, start: float, late_warmup: float
 ) -> float:
-    """Learning rate of parameters whose first gradients come at ``start``.
+    """Learning rate of parameters whose first gradients arrive at ``start``.
 
-    The others', times a line from 0 over ``late_warmup``; 0 before. Two warm-ups at once are not
-    multiplied.
+    The other parameters' rate, times a linear ramp from 0 over ``late_warmup``; 0 before. Two
+    simultaneous warm-ups are not multiplied.
     """
     if step < start:
         return 0.0
@@ -34,12 +34,12 @@ def late_lr_at(
 
 
 def fresh_adam(step: int, since: int, betas: tuple[float, float]) -> float:
-    """What makes a step of Adam that counts ``step`` the one of an Adam that counts ``since``.
+    """Factor that turns a step of an Adam that counts ``step`` into one of an Adam that counts ``since``.
 
     Adam (Kingma & Ba, ICLR 2015, algorithm 1) divides its moments by 1 - β^t. Parameters without
-    gradients for a while have moments of zero, but the count goes on: for β₂ = 0.999 their
-    first steps are then up to six times too long. Both counts from 1. Up to Adam's ε; where the
-    factor goes into the learning rate, decoupled weight decay is as much weaker meanwhile.
+    gradients for a while have moments of zero, but the count continues: for β₂ = 0.999 their
+    first steps are then up to six times too long. Both counts start at 1. Exact up to Adam's ε; if
+    the factor is applied to the learning rate, decoupled weight decay is weaker by the same factor.
     """
     first, second = betas
     wrong = math.sqrt(1 - second**step) / (1 - first**step)

@@ -1,12 +1,12 @@
-"""BatchNorm over all ranks, differentiable, on gloo as on NCCL.
+"""Differentiable BatchNorm across all ranks, on gloo as well as NCCL.
 
-The student's ranks own partitions of a graph of alike images, so one rank's batch is not a
-fair sample of the data: it may hold half of the classes. Statistics of a rank's batch alone
-would then differ from those at evaluation. (torch's SyncBatchNorm wants a GPU.)
+The student's ranks own partitions of a graph of similar images, so one rank's batch is not a
+representative sample of the data: it may contain half of the classes. Statistics of a single rank's
+batch would then differ from those at evaluation. (torch's SyncBatchNorm requires a GPU.)
 
-A norm is changed in place, by its class: weights, buffers, activation, drop, hooks and whoever
-refers to it stay as they are. Only layers of exactly a known type are, since a subclass may do
-anything beside normalising; every other layer that looks at a whole batch is refused.
+A norm is converted in place, by changing its class: weights, buffers, activation, drop, hooks and
+references to it stay as they are. Only layers of exactly a known type are converted, since a subclass
+may do more than normalize; every other layer that uses batch statistics is refused.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _RUNNING = ("running_mean", "running_var")
 
 
 class SyncNorm(_BatchNorm):
-    """BatchNorm of inputs [N, C, ...] with the moments of all ranks' samples together.
+    """BatchNorm of inputs [N, C, ...] with the joint moments of all ranks' samples.
 
     Every rank must call it equally often; ranks may hold different numbers of samples. On one
-    rank, and in evaluation mode, it is the BatchNorm that it was, to the bit.
+    rank, and in evaluation mode, it is bit-identical to the original BatchNorm.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise; in evaluation mode with the running statistics."""
+        """Normalize; in evaluation mode with the running statistics."""
         if not self.training or collectives.world_size() == 1:
             return super().forward(x)
         self._check_input_dim(x)
@@ -84,14 +84,14 @@ _SYNCHRONISED: dict[type[nn.Module], type[SyncNorm]] = {
 
 
 def synchronise_norms(module: nn.Module) -> nn.Module:
-    """Let every BatchNorm of ``module`` see all ranks, in place; returns the module.
+    """Make every BatchNorm of ``module`` use all ranks' samples, in place; returns the module.
 
     Raises:
-        UserError: a layer that looks at a whole batch and is of no type known here; then
-            nothing is changed.
+        UserError: a layer uses batch statistics and is of no known type; in that case nothing is
+            changed.
     """
     known = dict(_SYNCHRONISED)
-    loaded = sys.modules.get(_TIMM)  # no layer is of a type whose module isn't loaded
+    loaded = sys.modules.get(_TIMM)  # no layer has a type whose module isn't loaded
     if loaded is not None:
         known[loaded.BatchNormAct2d] = _norm_and_act(loaded.BatchNormAct2d)
     found = list(module.named_modules())
@@ -105,12 +105,12 @@ def synchronise_norms(module: nn.Module) -> nn.Module:
 
 
 def is_synchronised(module: nn.Module) -> bool:
-    """Whether its forward and backward pass have collectives of ours."""
+    """Whether the module's forward and backward passes have collectives of ours."""
     return any(isinstance(child, SyncNorm) for child in module.modules())
 
 
 def _norm_and_act(kind: type[nn.Module]) -> type[SyncNorm]:
-    """The synchronised form of timm's layer that normalises, drops and activates."""
+    """The synchronized form of timm's layer that normalizes, drops and activates."""
     if kind not in _NORM_AND_ACT:
 
         class SyncNormAct2d(SyncNorm, kind):  # type: ignore[valid-type, misc]
@@ -130,8 +130,8 @@ _NORM_AND_ACT: dict[type[nn.Module], type[SyncNorm]] = {}
 
 
 def _refuse_others(name: str, child: nn.Module) -> None:
-    """Subclasses of BatchNorm, and whatever else keeps statistics of batches."""
-    if isinstance(child, _InstanceNorm):  # each image by itself
+    """Refuse subclasses of BatchNorm, and other layers that keep batch statistics."""
+    if isinstance(child, _InstanceNorm):  # each image separately
         return
     keeps = any(own in _RUNNING for own, _ in child.named_buffers(recurse=False))
     if not keeps and not isinstance(child, _BatchNorm):
@@ -149,8 +149,8 @@ def _refuse_others(name: str, child: nn.Module) -> None:
 def _moments_of_all(wide: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and biased variance [C] of all ranks' samples, and their number [].
 
-    Ranks bring means and variances of their own, joined as Chan, Golub and LeVeque do (1979):
-    sums of squares would lose all digits where the mean is large against the spread.
+    Ranks contribute their means and variances, combined as by Chan, Golub and LeVeque (1979):
+    sums of squares would lose all digits where the mean is large compared to the spread.
     """
     channels = wide.shape[1]
     axes = [axis for axis in range(wide.ndim) if axis != 1]
@@ -158,7 +158,7 @@ def _moments_of_all(wide: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     count = wide.new_full((1,), wide.numel() / channels)
     own = torch.cat([mean, variance, count])
     rank, ranks = collectives.rank(), collectives.world_size()
-    # Not by an index on the device: to bring it there the host would wait.
+    # Not an index on the device: copying it there would make the host wait.
     rows = [wide.new_zeros(rank, len(own)), own[None], wide.new_zeros(ranks - rank - 1, len(own))]
     all_R = _AllReduceSum.apply(torch.cat(rows))
     mean_RC, variance_RC, count_R1 = all_R.split([channels, channels, 1], 1)
@@ -183,9 +183,9 @@ class _AllReduceSum(torch.autograd.Function):
 
 
 def batch_of_norms(module: nn.Module, micro_batch: int, ranks: int) -> int | None:
-    """How many images the statistics of a model's BatchNorms are taken over while it trains.
+    """Number of images over which a model's BatchNorms compute their statistics in training.
 
-    A plain one sees a rank's micro-batch, ``SyncNorm`` that of all ranks. None where there is none.
+    A plain one sees a rank's micro-batch, ``SyncNorm`` that of all ranks. None if there is no BatchNorm.
     """
     kinds = [type(child) for child in module.modules()]
     if any(issubclass(kind, _BatchNorm) and not issubclass(kind, SyncNorm) for kind in kinds):

@@ -1,11 +1,11 @@
-"""One checkpoint on disk: what it is made of, how it becomes visible, whether it is whole.
+"""One checkpoint on disk: its contents, how it becomes visible, and whether it is complete.
 
-``step-00000123/`` holds, of each rank that wrote it, ``rank-R-of-N.safetensors`` (its share of the
-named tensors) and ``rank-R-of-N.json`` (what belongs to that rank alone), then ``state.json`` and
-``manifest.json`` with every file's size and SHA-256. It is written as ``step-00000123.tmp`` and
-renamed when all of it is on disk; a folder without a valid manifest does not exist. One of the same
-step is renamed aside first (``step-00000123.old``), never removed before the new one is in place.
-Nothing here needs DeepSpeed, a process group or pickle.
+``step-00000123/`` holds, for each rank that wrote it, ``rank-R-of-N.safetensors`` (its share of the
+named tensors) and ``rank-R-of-N.json`` (state that belongs to that rank alone), then ``state.json``
+and ``manifest.json`` with every file's size and SHA-256. It is written as ``step-00000123.tmp`` and
+renamed once all of it is on disk; a folder without a valid manifest does not count. An existing one
+of the same step is first renamed aside (``step-00000123.old``), never removed before the new one is
+in place. Nothing here needs DeepSpeed, a process group or pickle.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from cnn2gnn_dist.errors import UserError
 FORMAT = 2
 MANIFEST, STATE, LATEST, BEST = "manifest.json", "state.json", "latest", "best"
 ASIDE = ".old"
-"""Ends the name of a checkpoint that one of the same step replaces, until that one is in place."""
+"""Name suffix of a checkpoint being replaced by one of the same step, until that one is in place."""
 
 File = tuple[str, int, str]
 """Name, bytes, SHA-256."""
@@ -40,23 +40,23 @@ def path_of(root: Path, step: int) -> Path:
 
 
 def all_of(root: Path) -> list[Path]:
-    """Folders that look like checkpoints, the oldest first."""
+    """Folders that look like checkpoints, oldest first."""
     return sorted(path for path in Path(root).glob("step-????????") if path.is_dir())
 
 
 def describe(path: Path) -> File:
-    """A file that is whole, as the manifest names it."""
+    """Describe a complete file as the manifest lists it."""
     return path.name, path.stat().st_size, durable.sha256(path)
 
 
 def publish(work: Path, final: Path, state: dict[str, Any], files: Iterable[File]) -> None:
-    """Make a folder in which all shares are on disk the checkpoint ``final``, in one step."""
+    """Turn a folder in which all shares are on disk into the checkpoint ``final``, by an atomic rename."""
     durable.write_json(work / STATE, state)
     listed = {name: [size, sha] for name, size, sha in (*files, describe(work / STATE))}
     durable.write_json(work / MANIFEST, {"format": FORMAT, "files": listed})
     durable.sync(work)
     aside = final.with_name(final.name + ASIDE)
-    if final.exists():  # damaged; or whole, and saved again with another cursor at the same step
+    if final.exists():  # corrupt; or complete, and saved again with another cursor at the same step
         shutil.rmtree(aside, ignore_errors=True)
         os.rename(final, aside)
     os.rename(work, final)
@@ -66,14 +66,14 @@ def publish(work: Path, final: Path, state: dict[str, Any], files: Iterable[File
 
 
 def recover(root: Path) -> None:
-    """Finish what a kill cut off while a step was published again.
+    """Finish what a kill interrupted while a step was published again.
 
-    The new one if it is whole on disk, else the old one that had been renamed aside.
+    Keeps the new checkpoint if it is complete on disk, else the old one that had been renamed aside.
     """
     for aside in Path(root).glob(f"step-????????{ASIDE}"):
         final = aside.with_name(aside.name.removesuffix(ASIDE))
         work = final.with_name(final.name + ".tmp")
-        with contextlib.suppress(OSError):  # read only: nothing is published here, either
+        with contextlib.suppress(OSError):  # read-only: nothing is published here either
             if not final.exists() or damage(final) is not None:
                 best = next((p for p in (work, aside) if damage(p) is None), None)
                 if best is None:
@@ -84,7 +84,7 @@ def recover(root: Path) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, all of it read; None if it is whole."""
+    """Read a checkpoint completely; return what is wrong with it, or None if it is complete."""
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"].items()
         for name, (size, sha) in files:
@@ -99,7 +99,7 @@ def damage(folder: Path) -> str | None:
 
 
 def recorded(stage_folder: Path) -> Path | None:
-    """The checkpoint with which a finished training ended, as its ``done.json`` says; else None."""
+    """The final checkpoint of a finished training, as recorded in its ``done.json``; else None."""
     entry = ledger.finished(Path(stage_folder))
     names = [name for name, _ in entry.outputs] if entry else []
     found = {Path(name).parent for name in names if Path(name).name == MANIFEST}
@@ -107,7 +107,7 @@ def recorded(stage_folder: Path) -> Path | None:
 
 
 def best_of(root: Path) -> Path | None:
-    """The checkpoint that ``best`` names, if it is there."""
+    """The checkpoint that ``best`` names, if it exists."""
     try:
         path = Path(root) / (Path(root) / BEST).read_text(encoding="utf-8").strip()
     except OSError:
@@ -116,9 +116,10 @@ def best_of(root: Path) -> Path | None:
 
 
 def prune(root: Path, newest: Path, keep_last: int) -> None:
-    """Leave ``keep_last`` checkpoints up to ``newest``, and the best.
+    """Keep ``keep_last`` checkpoints up to ``newest``, and the best.
 
-    Torn saves go, and so does a damaged future, which a run that fell back behind it must not count.
+    Incomplete saves are deleted. So are corrupt checkpoints newer than ``newest``: a run that fell back to
+    an earlier one must not count them.
     """
     folders, best = all_of(root), best_of(root)
     past = [folder for folder in folders if folder.name <= newest.name]
@@ -130,10 +131,10 @@ def prune(root: Path, newest: Path, keep_last: int) -> None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """What ``state.json`` says.
+    """Return the contents of ``state.json``.
 
     Raises:
-        UserError: it is not there, or of another format.
+        UserError: it is missing, or has another format.
     """
     path = Path(folder) / STATE
     try:
@@ -155,7 +156,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def read_owns(folder: Path) -> list[dict[str, Any]]:
-    """What each rank that wrote the checkpoint kept for itself, in rank order."""
+    """The private state of each rank that wrote the checkpoint, in rank order."""
     names = sorted(name for name in _names(folder) if name.startswith("rank-"))
     return [
         json.loads((folder / name).read_text(encoding="utf-8"))
@@ -165,7 +166,7 @@ def read_owns(folder: Path) -> list[dict[str, Any]]:
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors, by prefixed name (see ``named_state``).
+    """Return all tensors, by prefixed name (see ``named_state``).
 
     Raises:
         UserError: a file can't be read.
@@ -185,11 +186,11 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def load_weights(folder: Path) -> dict[str, Tensor]:
-    """Weights and buffers of a checkpoint as a plain state dict; no DeepSpeed needed."""
+    """Return the weights and buffers of a checkpoint as a plain state dict, without DeepSpeed."""
     tensors = read_tensors(Path(folder))
     return {name[2:]: tensor for name, tensor in tensors.items() if name[:2] in ("w/", "b/")}
 
 
 def _names(folder: Path) -> list[str]:
-    """The files of the manifest; others in the folder are not ours."""
+    """The files in the manifest; other files in the folder are ignored."""
     return list(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"])

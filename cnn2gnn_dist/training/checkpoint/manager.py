@@ -1,9 +1,9 @@
-"""Sharded, atomic checkpoints of named tensors: any world size and any ZeRO stage reads them.
+"""Sharded, atomic checkpoints of named tensors, readable at any world size and any ZeRO stage.
 
 Saving copies the state to host memory (collective) and writes it in a thread of each rank; when
-all shares are on disk, rank 0 makes them visible (``checkpoint_folder``). It changes nothing of
-the state, so a run that is saved at other steps is the same run. A save that fails (disk full,
-folder read-only) is said and costs that save; the checkpoint before it stays.
+all shares are on disk, rank 0 makes them visible (``checkpoint_folder``). It doesn't change the
+state, so a run that is saved at other steps is the same run. A save that fails (disk full,
+read-only folder) is reported and costs only that save; the previous checkpoint stays.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a checkpoint holds beside the engine's state.
+    """Contents of a checkpoint apart from the engine's state.
 
     Attributes:
         extra: what all ranks had in common.
-        owns: what each rank that wrote it kept for itself, in rank order.
-        same_run: False for another run's, where that was allowed.
+        owns: the private state of each rank that wrote it, in rank order.
+        same_run: False if it is another run's, where that was allowed.
     """
 
     extra: dict[str, Any]
@@ -47,10 +47,10 @@ class Checkpoints:
     """The checkpoints of one stage of one run.
 
     Args:
-        folder: where they lie; made on the first save.
-        run_id: what they belong to; others are refused.
-        about: the config fields behind ``run_id``, so that a refusal can name what differs.
-        keep_last: how many are left; the best one is left besides.
+        folder: created on the first save.
+        run_id: the run that they belong to; checkpoints of other runs are refused.
+        about: the config fields behind ``run_id``, so that a refusal can name the differences.
+        keep_last: how many to keep, in addition to the best one.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Checkpoints:
         self.folder, self.run_id, self.keep_last = Path(folder), run_id, keep_last
         self.about = about or {}
         self.problem: str | None = None
-        """Why the last save failed; None if it is on disk, or still being written."""
+        """Why the last save failed; None if it is on disk or still being written."""
         self._writing: _Writing | None = None
 
     def save(
@@ -75,10 +75,10 @@ class Checkpoints:
         *,
         best: bool = False,
     ) -> None:
-        """Begin to write the state after ``step`` optimizer steps (collective).
+        """Start writing the state after ``step`` optimizer steps (collective).
 
-        It counts from ``settle`` on. ``extra`` (JSON) must be the same on all ranks, ``own`` is
-        this rank's. ``best``: to be kept until there is a better one.
+        It counts once ``settle`` has run. ``extra`` (JSON) must be the same on all ranks; ``own`` is
+        this rank's. ``best``: keep it until there is a better one.
 
         Raises:
             UserError: the engine's last step diverged: such weights are never saved.
@@ -109,12 +109,12 @@ class Checkpoints:
 
     @property
     def written(self) -> bool:
-        """Whether this rank has nothing left to write: when all say so ``settle`` does not wait."""
+        """Whether this rank has nothing left to write; if so on all ranks, ``settle`` does not wait."""
         return self._writing is None or self._writing.done
 
     @property
     def pending(self) -> bool:
-        """Whether a save waits for ``settle``; the same on all ranks."""
+        """Whether a save is waiting for ``settle``; the same on all ranks."""
         return self._writing is not None
 
     def settle(self) -> None:
@@ -131,7 +131,7 @@ class Checkpoints:
         self._conclude(collectives.broadcast_object(problem), writing.work)
 
     def finish(self) -> Path:
-        """The newest checkpoint, when training is over (collective).
+        """Return the newest checkpoint at the end of training (collective).
 
         Raises:
             UserError: the last save failed.
@@ -150,7 +150,7 @@ class Checkpoints:
         return path
 
     def latest(self) -> Path | None:
-        """The newest whole checkpoint; a damaged one is named in the log and passed over."""
+        """Return the newest complete checkpoint; a corrupt one is logged and skipped."""
         disk.recover(self.folder)
         for folder in reversed(disk.all_of(self.folder)):
             problem = disk.damage(folder)
@@ -162,12 +162,12 @@ class Checkpoints:
     def load(
         self, engine: Engine, *, force: bool = False, only: Path | None = None
     ) -> Loaded | None:
-        """Set the engine to the newest whole checkpoint; None if there is none (collective).
+        """Set the engine to the newest complete checkpoint; None if there is none (collective).
 
         Args:
             engine: one that has not stepped yet.
-            only: this checkpoint, which is known to be whole, and no other.
-            force: another run's or config's is good too, as long as the model's shapes fit.
+            only: load exactly this checkpoint, which is known to be complete.
+            force: also accept another run's or config's checkpoint if the model's shapes fit.
 
         Raises:
             UserError: the checkpoint belongs to another run, or to another architecture.
@@ -205,7 +205,7 @@ class Checkpoints:
         )
 
     def _opened(self, work: Path) -> bool:
-        """Make the folder to write into; rank 0 does."""
+        """Create the folder to write into, on rank 0."""
 
         def make() -> None:
             shutil.rmtree(work, ignore_errors=True)
@@ -237,7 +237,7 @@ class Checkpoints:
 
 
 class _Writing:
-    """One rank's share on its way to the disk."""
+    """One rank's share while it is written to disk."""
 
     def __init__(
         self,
@@ -252,7 +252,7 @@ class _Writing:
         self._name, self._tensors, self._own = name, tensors, own
         self._files: list[disk.File] = []
         self._error: str | None = None
-        # A daemon: a rank that fails must not stay alive to write what nobody will publish.
+        # A daemon: a rank that fails must not stay alive to write what no rank will publish.
         self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -261,7 +261,7 @@ class _Writing:
         return not self._thread.is_alive()
 
     def finish(self) -> tuple[str | None, list[disk.File]]:
-        """Wait; why it failed, or the files."""
+        """Wait; return the error, if any, and the files."""
         self._thread.join()
         return self._error, self._files
 
@@ -279,16 +279,16 @@ class _Writing:
 
 
 def _attempt(work: Any) -> str | None:
-    """Do it; what the disk had against it, if so."""
+    """Run ``work``; return the disk error, if any."""
     try:
         work()
-    except Exception as error:  # safetensors says ENOSPC in an error of its own
+    except Exception as error:  # safetensors reports ENOSPC with its own exception
         return str(error) or type(error).__name__
     return None
 
 
 def _shares(engine: Engine, world_size: int) -> dict[str, int]:
-    """Which rank writes which tensor: the largest first, each to the rank with the fewest bytes."""
+    """The rank that writes each tensor: largest first, each to the rank with the fewest bytes."""
     sizes = {name: 3 * _elements(p) for name, p in engine.module.named_parameters()}
     sizes.update({name: b.numel() for name, b in engine.module.named_buffers()})
     load = [0] * world_size
@@ -300,7 +300,7 @@ def _shares(engine: Engine, world_size: int) -> dict[str, int]:
 
 
 def _elements(parameter: Any) -> int:
-    """Elements of the whole parameter; ZeRO-3 leaves an empty tensor and ``ds_numel``."""
+    """Elements of the full parameter; ZeRO-3 leaves an empty tensor and ``ds_numel``."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 

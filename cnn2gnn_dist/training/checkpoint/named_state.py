@@ -1,8 +1,8 @@
-"""A model's training state as named tensors, pulled out of and pushed into any ZeRO stage.
+"""A model's training state as named tensors, extracted from and loaded into any ZeRO stage.
 
 ``w/NAME`` is the fp32 weight, ``m/NAME`` and ``v/NAME`` Adam's moments, ``b/NAME`` a buffer's mean
-over the ranks, ``own-R/NAME`` rank R's own (BatchNorm's statistics differ from the first step on).
-Touches private names of DeepSpeed (pinned, and tested over stages and world sizes); the three
+over the ranks, ``own-R/NAME`` rank R's own buffer (BatchNorm's statistics differ from the first step
+on). Uses private names of DeepSpeed (pinned, and tested across stages and world sizes); the three
 traps of ``safe_get_full_*`` are marked.
 """
 
@@ -21,9 +21,9 @@ PREFIX = {"exp_avg": "m/", "exp_avg_sq": "v/"}
 
 
 def pull(engine: Engine, mine: Callable[[str], bool]) -> tuple[dict[str, Tensor], float]:
-    """Named fp32 CPU tensors of the parameters that ``mine`` wants, and Adam's step count.
+    """Named fp32 CPU tensors of the parameters selected by ``mine``, and Adam's step count.
 
-    Buffers come as their mean. Collective: every rank walks all of them.
+    Buffers are averaged. Collective: every rank iterates over all parameters.
     """
     from deepspeed.utils import safe_get_full_optimizer_state
 
@@ -68,7 +68,7 @@ def push(engine: Engine, tensors: dict[str, Tensor], optimizer_step: float) -> N
 
 
 def own_buffers(engine: Engine, rank: int) -> dict[str, Tensor]:
-    """This rank's buffers as they are."""
+    """This rank's buffers, not averaged."""
     return {
         f"own-{rank}/{name}": buffer.detach().cpu().clone()
         for name, buffer in engine.module.named_buffers()
@@ -76,7 +76,7 @@ def own_buffers(engine: Engine, rank: int) -> dict[str, Tensor]:
 
 
 def push_buffers(engine: Engine, tensors: dict[str, Tensor], rank: int | None) -> None:
-    """Set the buffers to ``rank``'s own where they were kept, else to their mean."""
+    """Set the buffers to ``rank``'s own where they were saved, else to their mean."""
     with torch.no_grad():
         for name, buffer in engine.module.named_buffers():
             mean = tensors["b/" + name]
@@ -91,7 +91,7 @@ def _set(engine: Engine, parameter: Any, weight: Tensor, moments: dict[str, Tens
         for moment, value in moments.items():
             engine.deepspeed.optimizer.state[parameter][moment].copy_(value)
         return
-    # safe_set wants the value where the parameter's partition lies.
+    # safe_set expects the value on the device of the parameter's partition.
     safe_set_full_fp32_param(parameter, weight.to(engine.device))
     for moment, value in moments.items():
         safe_set_full_optimizer_state(parameter, value.to(engine.device), moment)
@@ -122,7 +122,7 @@ def _create_state(engine: Engine, optimizer_step: float) -> None:
 
 
 def _relink(engine: Engine) -> None:
-    """Trap: ZeRO 1/2 link fragments to optimizer state once, after group 0's first step only."""
+    """Trap: ZeRO 1/2 link fragments to optimizer state only once, after group 0's first step."""
     optimizer = engine.deepspeed.optimizer
     optimizer._hp_optimizer_states_linked = False
     optimizer._lazy_init_hp_params_optimizer_state()
