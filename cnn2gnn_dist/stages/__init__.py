@@ -1,1 +1,1 @@
-"""The stages of a run: each from files to files, the same call on every rank."""
+"""The stages of a run: each from files to files, called identically on every rank."""

@@ -1,4 +1,4 @@
-"""Who is judged: teacher, student, its self path, its neighbours' vote, control; and their costs."""
+"""The models that are evaluated: teacher, student, its self path, its neighbors' vote, control; and their costs."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from cnn2gnn_dist.training.checkpoint.manager import Checkpoints
 
 @dataclass
 class Row:
-    """One row of the table: what it takes to get its answers, and nothing else.
+    """One row of the table: only what is needed to get its answers.
 
     Attributes:
-        parameters: trained values that it needs.
+        parameters: number of trained values that it uses.
         run: classifies images, to be timed.
         flops: FLOPs of a batch of images.
-        notes: what else the results say of it.
+        notes: further entries for the results.
     """
 
     parameters: int
@@ -42,7 +42,7 @@ class Row:
 class Contestant:
     """One trained model: an ``answer`` for each of its rows, from one pass over the images.
 
-    ``shuffled``: its images see each other. ``attached``: the student with its bank, if any.
+    ``shuffled``: the images of a batch influence each other. ``attached``: the student with its bank, if any.
     """
 
     answer: Answer
@@ -52,12 +52,12 @@ class Contestant:
 
     @property
     def name(self) -> str:
-        """Of the model."""
+        """Name of the model."""
         return next(iter(self.rows))
 
 
 def contestants(context: Context, num_classes: int, keys: dict[str, str]) -> list[Contestant]:
-    """The models of the run that are trained: teacher, student, control."""
+    """The trained models of the run: teacher, student, control."""
     teacher = Teacher(context.config, num_classes, initial=False)
     _load(context, teacher, "teacher", keys)
     found = [_alone("teacher", teacher, teacher), _student(context, num_classes, keys)]
@@ -69,13 +69,13 @@ def contestants(context: Context, num_classes: int, keys: dict[str, str]) -> lis
 
 
 def self_path(student: Student, images_BHWC: Tensor) -> Tensor:
-    """Logits of the self path, and no other computation (not under ZeRO-3)."""
+    """Logits of the self path, without any other computation (not under ZeRO-3)."""
     x_BD = student.stem(student.normalise(images_BHWC))
     return student.gnn.self2(F.relu(student.gnn.self1(x_BD)))
 
 
 def label_vote(weights_BF: Tensor, labels_BF: Tensor, num_classes: int) -> Tensor:
-    """Probabilities [B, C]: the weight on neighbours of each class; uniform where none is known."""
+    """Probabilities [B, C]: the weight on neighbors of each class; uniform where no label is known."""
     known_BF = weights_BF.float() * (labels_BF >= 0)
     mass_BC = known_BF.new_zeros(len(known_BF), num_classes)
     mass_BC.scatter_add_(1, labels_BF.clamp(min=0), known_BF)
@@ -107,7 +107,7 @@ class Attached:
         return output.logits_BC
 
     def vote(self, images: Tensor) -> Tensor:
-        """The vote alone: features, projection, search, weights; no GNN, no second hop."""
+        """Compute the vote alone: features, projection, search, weights; no GNN, no second hop."""
         z_Bd = self.student.embed(images)[1]
         search, settings = self.around.search, self.around.settings
         assert search is not None
@@ -123,12 +123,12 @@ class Attached:
         return label_vote(found.p_BM, labels_BF, self.num_classes)
 
     def student_flops(self, images: Tensor) -> float:
-        """The search is counted by its own figure: on a GPU it is a matmul that torch sees too."""
+        """Count the search by its own figure: on a GPU it is a matmul that torch counts too."""
         block = self.around.around_unseen(len(images)).block(self.student.embed(images)[1])
         return count_flops(lambda shown: self.student(shown, block), images) + self._search(images)
 
     def vote_flops(self, images: Tensor) -> float:
-        """Features, projection and search; the vote itself has no product of matrices."""
+        """Features, projection and search; the vote itself has no matrix product."""
         return count_flops(self.student.embed, images) + self._search(images)
 
     def _search(self, images: Tensor) -> float:

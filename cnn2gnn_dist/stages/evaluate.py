@@ -1,4 +1,4 @@
-"""Stage ``evaluate``: teacher, student and control on the held-out images, and what each costs."""
+"""Stage ``evaluate``: teacher, student and control on the held-out images, and the cost of each."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ from cnn2gnn_dist.stages.shared.timing import milliseconds_an_image
 
 COST_BATCH = 64
 EXAMPLES = 5
-"""Images that were left out, by name, in the results."""
+"""Number of excluded images to name in the results."""
 
 
 class _LeftOut(NamedTuple):
-    """Held-out images that nobody judged: named as images but none by their bytes, or damaged.
+    """Held-out images that were not evaluated: images only by name, or corrupt.
 
     Attributes:
-        at_pack: how many ``pack`` did not take into the shards.
-        later: what is wrong with each image of the shards that can't be decoded.
-        first: some of both, with what is wrong.
+        at_pack: how many ``pack`` did not include in the shards.
+        later: the problem of each image of the shards that can't be decoded.
+        first: some of both, with the problem.
     """
 
     at_pack: int
@@ -47,12 +47,12 @@ class _LeftOut(NamedTuple):
 
     @property
     def total(self) -> int:
-        """Both together."""
+        """The sum of both."""
         return self.at_pack + len(self.later)
 
 
 def run(context: Context, keys: dict[str, str]) -> list[Path]:
-    """Judge every model; write ``results.json`` and what the report shows.
+    """Evaluate every model; write ``results.json`` and what the report shows.
 
     Raises:
         UserError: more corrupt held-out images than ``data.max_corrupt``, or no others.
@@ -66,7 +66,7 @@ def run(context: Context, keys: dict[str, str]) -> list[Path]:
         seed = config.seed if contestant.shuffled else None
         judged = judge(context, contestant.answer, paths.test_manifest, shuffle_seed=seed)
         attached, left_out = attached or contestant.attached, judged.left_out
-        with collectives.uneven():  # what rank 0 does alone may take long
+        with collectives.uneven():  # rank 0's work alone may take long
             for name, found in judged.found.items() if context.ranks.is_first else ():
                 row = contestant.rows[name]
                 results[name] = {
@@ -87,7 +87,7 @@ def run(context: Context, keys: dict[str, str]) -> list[Path]:
         write_report(paths.root, test.classes)
         if left_out:
             context.warn(told(left_out, len(test)))
-        if not context.inside_ray:  # under Ray the driver shows it, after the ranks' last lines
+        if not context.inside_ray:  # under Ray the driver prints it, after the ranks' last lines
             log.output(table(results))
 
     collectives.alone(report)
@@ -95,19 +95,19 @@ def run(context: Context, keys: dict[str, str]) -> list[Path]:
 
 
 def _left_out(context: Context, later: dict[int, str]) -> _LeftOut:
-    """All held-out images that are missing from the results, whoever left them out."""
+    """All held-out images that are missing from the results, whichever stage excluded them."""
     at_pack, packed_without = 0, list[str]()
     data = context.config.data
     if (
         data.source == "imagefolder" and data.test is not None
-    ):  # else a note of former data may lie there
+    ):  # otherwise a file of earlier data may be there
         at_pack, packed_without = corrupt_in(context.paths.shards / "test-left-out.json")
     first = [*packed_without, *(later[sample] for sample in sorted(later))]
     return _LeftOut(at_pack, later, first[:EXAMPLES])
 
 
 def as_json(results: dict[str, Any]) -> str:
-    """The results as strict JSON.
+    """Return the results as strict JSON.
 
     Raises:
         UserError: a number is not finite.
@@ -132,14 +132,14 @@ def as_json(results: dict[str, Any]) -> str:
 
 
 def _read(context: Context, ids: np.ndarray) -> Batch:
-    """Held-out images by their ids, clean view."""
+    """Read held-out images by their ids, clean view."""
     reader = Reader(ReaderSpec(str(context.paths.test_manifest), context.views()))
     return reader.read(Request(ids, CLEAN))
 
 
 @torch.no_grad()
 def _costs(context: Context, row: Row, batch: Batch) -> dict[str, float]:
-    """Parameters, FLOPs an image (2 a multiply-add, search included), milliseconds an image."""
+    """Parameters, FLOPs per image (2 per multiply-add, search included), milliseconds per image."""
     images: Tensor = context.to_device(batch)[0]
     return {
         "parameters": row.parameters,
@@ -162,7 +162,7 @@ def _save(folder: Path, name: str, found: Predictions) -> None:
 
 @torch.no_grad()
 def _gallery(context: Context, attached: Attached) -> None:
-    """Some test images with their neighbours and weights: half wrong ones where there are any."""
+    """Save some test images with their neighbors and weights, half of them misclassified if possible."""
     config = context.config
     saved = np.load(context.folder / "student.npz")
     wrong = saved["ids"][saved["predicted"] != saved["labels"]]
@@ -222,7 +222,7 @@ ROWS = {
 
 
 def table(results: dict[str, Any]) -> str:
-    """The results as text."""
+    """Format the results as text."""
     head = ("", "accuracy", "balanced", "ECE", "parameters", "MFLOP/image", "ms/image")
     lines = ["{:<20}{:>10}{:>10}{:>8}{:>12}{:>13}{:>10}".format(*head)]
     for key, label in ROWS.items():

@@ -1,7 +1,7 @@
-"""Stage ``graph``: embeddings → nearest neighbours → DGL partitions, as one version on disk.
+"""Stage ``graph``: embeddings → nearest neighbors → DGL partitions, as one version on disk.
 
-The student stage builds such a version at every refresh; the stage of this name builds the
-last one, from the trained student: the bank that unseen images attach to.
+The student stage builds such a version at every refresh; the ``graph`` stage builds the last one,
+from the trained student: the bank that unseen images attach to.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ Embed = Callable[[Tensor], tuple[Tensor, Tensor]]
 """images uint8 [B, H, W, 3] → x_BD, z_Bd."""
 
 ROWS_FORMAT = 2
-"""Of what an attempt leaves behind: another's is not gone on with."""
+"""Format of the files that an attempt leaves behind; an attempt with another format is not resumed."""
 LONG = 200
-"""Batches from which a progress bar is shown."""
+"""Minimum number of batches for a progress bar."""
 QUERY_VIEW = 1_000_000
-"""First view number of the query side of a table: no training epoch shows it."""
+"""First view number of the query side of a table: no training epoch uses it."""
 
 
 def run(context: Context, student_key: str) -> list[Path]:
-    """Build the final graph; returns its files."""
+    """Build the final graph; return its files."""
     config = context.config
     manifest = load_manifest(context.paths.train_manifest)
     model = build_student(config, manifest.num_classes, "dataset")
@@ -57,7 +57,7 @@ def run(context: Context, student_key: str) -> list[Path]:
 
 
 def describe(meta: dict[str, Any]) -> str:
-    """One line about a graph version."""
+    """Describe a graph version in one line."""
     return (
         f"{meta['nodes']} nodes, M={meta['candidates']}, {candidates.describe(meta['search'])}, "
         f"homophily {meta['homophily']:.3f}, "
@@ -77,12 +77,12 @@ def build(
 ) -> GraphVersion:
     """Embed, search, partition, write (collective).
 
-    The search starts from the candidates of ``previous``, and its node → part map is kept while
-    its cut holds, so that features and order keep their places. ``moment`` says which weights
-    embed: an attempt that a kill cut off goes on if it was made at the same one.
+    The search starts from the candidates of ``previous``, whose node → partition map is kept while
+    its edge cut stays low enough, so that features and order keep their places. ``moment`` identifies the
+    weights that embed: an attempt interrupted by a kill is resumed if it has the same ``moment``.
 
     Raises:
-        UserError: the disk is full; the versions that are whole stay as they are.
+        UserError: the disk is full; the complete versions stay as they are.
     """
     ranks, settings = context.ranks, context.config.graph
     manifest = load_manifest(context.paths.train_manifest)
@@ -127,8 +127,8 @@ def _embed_all(
 ) -> np.ndarray | None:
     """Write x and z of this rank's share; return the query side of the search [N, d], if any.
 
-    With ``graph.sampling.query=table`` candidates are looked up for an augmented view: found for
-    the clean one, whose features lie in the bank, they leak (DESIGN.md, section 3).
+    With ``graph.sampling.query=table`` candidates are looked up for an augmented view: if found for
+    the clean view, whose features are in the bank, they leak (DESIGN.md, section 3).
     """
     ranks, settings = context.ranks, context.config.graph
     shop = candidates.workshop(context, writer)
@@ -152,7 +152,7 @@ def _embed_all(
                 corrupt.note(got)
                 images, _, valid = context.to_device(got)
                 x_BD, z_Bd = embed(images)
-                # A corrupt image is nobody's neighbour: its z lies far from every unit vector.
+                # A corrupt image is no node's neighbor: its z is far from every unit vector.
                 z = (z_Bd.float() * valid[:, None]).cpu().numpy()[mask]
                 if view == CLEAN and mask.any():
                     made.write("x", int(ids[0]), x_BD.half().cpu().numpy()[mask])
@@ -162,7 +162,7 @@ def _embed_all(
             if (step + 1) % NOTE == 0 or step + 1 == len(plan):
                 made.note()
     made.close()
-    if ranks.is_first and done:  # what a former attempt met counts as well
+    if ranks.is_first and done:  # including those found by an earlier attempt
         manifest, z_Nd = load_manifest(context.paths.train_manifest), writer.array("z")
         for sample in np.setdiff1d(np.arange(samples), alive(z_Nd)).tolist():
             corrupt.seen.setdefault(sample, f"{manifest.key(sample)}: could not be read")
@@ -176,14 +176,14 @@ def _twins(writer: GraphWriter, manifest: Manifest) -> np.ndarray:
     if manifest.crc_N is not None:
         files = manifest.crc_N.astype(np.int64) << 31 ^ manifest.size_N.astype(np.int64)
     corrupt = np.ones(len(z_Nd), bool)
-    corrupt[alive(z_Nd)] = False  # all alike: nothing was read of them
+    corrupt[alive(z_Nd)] = False  # all such rows are equal: the images were not read
     return duplicates.groups(duplicates.row_keys(writer.array("x")), files, apart=corrupt)
 
 
 def _parts(
     table_NM: np.ndarray, order_N: np.ndarray, settings: GraphConfig, previous: GraphVersion | None
 ) -> tuple[np.ndarray, float]:
-    """Part of each node, and the cut when parts were last assigned anew."""
+    """Partition of each node, and the edge cut when partitions were last computed from scratch."""
     if previous is not None:
         part_N = np.asarray(previous.part)
         if settings.partition.partitioner != "ranges":

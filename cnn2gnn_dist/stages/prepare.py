@@ -1,4 +1,4 @@
-"""The stages before any model: pack images to shards, index shards to manifests."""
+"""The stages before any model: pack images into shards, index shards into manifests."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def pack_run(context: Context) -> list[Path]:
 def pack_source(
     data: DataConfig, out: Path, part: str, origin: str | list[str] | None, seed: int
 ) -> list[Path]:
-    """Pack one part ("train" or "test") of a source into ``out``; returns the shards.
+    """Pack one split ("train" or "test") of a source into ``out``; return the shards.
 
     Raises:
         UserError: the source needs a path and has none.
@@ -97,7 +97,7 @@ def _paths_of(source: str, origin: str | list[str] | None) -> list[str]:
 
 
 def _in_both(train: list[str], test: list[str]) -> list[str]:
-    """What to say where held-out files are training files too."""
+    """Warning if held-out files are also training files."""
     known = {path if is_remote(path) else os.path.realpath(path) for path in train}
     both = [path for path in test if (path if is_remote(path) else os.path.realpath(path)) in known]
     if not both:
@@ -127,10 +127,10 @@ def _one_folder(origin: str | list[str], source: str, part: str) -> Path:
 
 
 def check_tree(root: Path) -> None:
-    """See that a folder is a tree of images by class, as far as its names tell.
+    """Check that a folder is a tree of images by class, as far as names show.
 
     Raises:
-        UserError: it holds shards or Parquet files; its folders are the parts of a set.
+        UserError: it contains shards or Parquet files, or its folders are the splits of a data set.
     """
     if root.is_file():
         with open(root, "rb") as file:
@@ -141,7 +141,7 @@ def check_tree(root: Path) -> None:
             remedy=remedy_for(kind, "Name the folder that holds a folder for each class."),
         )
     if not root.is_dir():
-        return  # the packer says so
+        return  # the packer reports it
     inside = sorted(
         entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != "."
     )
@@ -197,7 +197,7 @@ def index_run(context: Context) -> list[Path]:
 def _held_out(
     data: DataConfig, train: list[str], seed: int
 ) -> tuple[Manifest, Manifest, list[str]]:
-    """Training images, the share of each class that is held out, and what to say of them."""
+    """Training images, the held-out fraction of each class, and the warnings about them."""
     if data.holdout <= 0:
         raise UserError(
             "there are no held-out images",
@@ -217,7 +217,7 @@ def _held_out(
 
 
 def shard_paths(origin: str | list[str] | None, part: str) -> list[str]:
-    """Paths of existing shards.
+    """Return the paths of existing shards.
 
     Raises:
         UserError: none named, or none found.

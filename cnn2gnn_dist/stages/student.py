@@ -1,4 +1,4 @@
-"""Stages ``student`` and ``control``: distil the teacher into the GNN, and into its stem alone."""
+"""Stages ``student`` and ``control``: distill the teacher into the GNN, and into its stem alone."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ from cnn2gnn_dist.training.sync_norm import synchronise_norms
 
 
 def run(context: Context, scope: Scope, targets_key: str) -> list[Path]:
-    """Train; returns the files of the last checkpoint."""
+    """Train; return the files of the last checkpoint."""
     config, settings = context.config, context.config.student
     manifest = load_manifest(context.paths.train_manifest)
     targets = open_targets(context, manifest, targets_key)
     torch.manual_seed(config.seed)
     model = build_student(config, manifest.num_classes, scope)
     if context.ranks.world_size > 1:
-        # Ranks own parts of a graph of alike images: one rank's batch is no fair sample. The
-        # control has no graph, but is judged beside the student: its norms are the same.
+        # Ranks own partitions of a graph of similar images: one rank's batch is not representative. The
+        # control has no graph, but is compared with the student: its norms are the same.
         synchronise_norms(model)
     name = "control" if scope == "none" else "student"
     late = None
@@ -74,8 +74,8 @@ def run(context: Context, scope: Scope, targets_key: str) -> list[Path]:
 def loss_of(output: StudentOutput, labels: Tensor, soft: Tensor, s: StudentConfig) -> Tensor:
     """Loss of each sample: with the graph, the self path's, and the graph head's.
 
-    Divided by the weight of the two paths, so that its gradient is as large as the control's,
-    which has the self path only, and the same clip means the same to both.
+    Divided by the weight of the two paths, so that its gradient is as large as that of the control,
+    which has only the self path, and the same clipping means the same for both.
     """
 
     def distil(logits: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ def loss_of(output: StudentOutput, labels: Tensor, soft: Tensor, s: StudentConfi
 
 
 class _Job:
-    """What a student's training has beyond a teacher's: the graph."""
+    """What the student's training adds to the teacher's: the graph."""
 
     def __init__(self, context: Context, training: Training, manifest: Manifest) -> None:
         self.context, self.training, self.manifest = context, training, manifest
@@ -109,7 +109,7 @@ class _Job:
         self.served: ServedGraph | None = None
 
     def open_epoch(self, epoch: int, scope: Scope) -> tuple[Order, Neighbourhood | None]:
-        """Order and neighbourhood of an epoch; builds or reopens the graph when due."""
+        """Return order and neighborhood of an epoch; builds or reopens the graph when due."""
         config = self.context.config
         if scope == "dataset":
             self._refresh(epoch)
@@ -144,7 +144,7 @@ class _Job:
         self.around = Neighbourhood(context, version, own, self.served)
 
     def close(self) -> None:
-        """End the servers of the graph, if there are any."""
+        """Stop the graph's servers, if there are any."""
         if self.served is not None:
             self.served.close()
             self.served = None
@@ -155,7 +155,7 @@ class _Job:
 
     @torch.no_grad()
     def observe(self, output: StudentOutput, labels: Tensor) -> None:
-        """Note how good the neighbours are."""
+        """Record the quality of the neighbors."""
         if output.weights_BF is None:
             return
         tally = self.training.tally
@@ -166,7 +166,7 @@ class _Job:
         tally.note("degenerate_rows", output.degenerate)
 
     def self_path_accuracy(self) -> float:
-        """Held-out accuracy of the self path: a look during training that needs no graph."""
+        """Held-out accuracy of the self path: an evaluation during training that needs no graph."""
         return accuracy_of(
             self.context, lambda images: self.training.engine(images, None).self_logits_BC
         )

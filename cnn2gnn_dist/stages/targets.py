@@ -1,4 +1,4 @@
-"""Stage ``targets``: the teacher's soft targets of every training image, a Parquet file a shard."""
+"""Stage ``targets``: the teacher's soft targets of every training image, one Parquet file per shard."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from cnn2gnn_dist.training.engine import Engine
 
 
 def view_numbers(views: int) -> list[int]:
-    """The views that get soft targets: 0..V-1, or the clean image alone for V = 0."""
+    """The views that get soft targets: 0..V-1, or only the clean image for V = 0."""
     return list(range(views)) if views else [CLEAN]
 
 
 def shard_file(folder: Path, manifest: Manifest, shard: int) -> Path:
-    """The soft targets of one shard (its number keeps equal names in two folders apart)."""
+    """Path of one shard's soft targets (its number distinguishes equal names in two folders)."""
     return folder / f"{shard:06d}-{Path(manifest.shards[shard].path).stem}.parquet"
 
 
 def run(context: Context, teacher_key: str) -> list[Path]:
-    """Write what is missing; returns all files. Ranks take shards in turn.
+    """Write the missing files; return all files. Shards are assigned to ranks round-robin.
 
-    With ZeRO-3 a forward pass is collective: ranks that are done run along until all are.
-    Else shards of unequal size, or one rank with a shard more, may keep the others waiting.
+    With ZeRO-3 a forward pass is collective: ranks that are done keep running along until all are.
+    Otherwise shards of unequal size, or one extra shard on a rank, may keep the others waiting.
 
     Raises:
         UserError: more corrupt images than ``data.max_corrupt``, on every rank.
@@ -60,7 +60,7 @@ def run(context: Context, teacher_key: str) -> list[Path]:
     classify, collective = _classifier(context, manifest.num_classes, teacher_key)
     world_size = context.ranks.world_size
     shares = [missing[rank::world_size] for rank in range(world_size)]
-    # Known before: to ask the others would be a collective between their forward passes.
+    # Computed beforehand: asking the others would be a collective between their forward passes.
     most = max(sum(len(_plan(context, manifest, s)) for s in share) for share in shares)
     mine, forwards = shares[context.ranks.rank], 0
     with (
@@ -81,7 +81,7 @@ def run(context: Context, teacher_key: str) -> list[Path]:
 
 
 def _count_corrupt(context: Context, samples: int, files: dict[int, Path]) -> None:
-    """All files' corrupt images, those of a former attempt too (collective)."""
+    """Count all files' corrupt images, including those of an earlier attempt (collective)."""
     mine = list(files.values())[context.ranks.rank :: context.ranks.world_size]
     corrupt = CorruptCount(context.config.data.max_corrupt, samples, what="training images")
     for path in mine:
@@ -124,7 +124,7 @@ def _classifier(
 
 
 def _plan(context: Context, manifest: Manifest, shard: int) -> list[Request]:
-    """One forward pass each: all views of a shard's images."""
+    """One request per forward pass: all views of a shard's images."""
     settings = context.config.targets
     first = int(np.searchsorted(manifest.shard_N, shard))
     ids = np.arange(first, first + int(manifest.shard_sizes[shard]))
@@ -144,7 +144,7 @@ def _write(
     path: Path,
     meta: dict[str, Any],
 ) -> int:
-    """One shard's file; returns the number of forward passes."""
+    """Write one shard's file; return the number of forward passes."""
     settings = context.config.targets
     first = int(np.searchsorted(manifest.shard_N, shard))
     ids = np.arange(first, first + int(manifest.shard_sizes[shard]))
@@ -156,7 +156,7 @@ def _write(
         corrupt.note(batch)
         images, _, valid_B = context.to_device(batch)
         log_BC = classify(images).float().log_softmax(1)
-        # What the teacher makes of a black image is nothing to learn from.
+        # The teacher's output for a black image is nothing to learn from.
         log_BC = log_BC.where(valid_B[:, None] > 0, -math.log(log_BC.shape[1]))
         k = log_BC.shape[1] if settings.top_k is None else min(settings.top_k, log_BC.shape[1])
         top, classes = log_BC.topk(k, dim=1)

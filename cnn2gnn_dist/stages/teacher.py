@@ -15,7 +15,7 @@ from cnn2gnn_dist.stages.shared.training_loop import Training
 
 
 def run(context: Context) -> list[Path]:
-    """Train the teacher; returns the files of its last checkpoint."""
+    """Train the teacher; return the files of its last checkpoint."""
     config, settings = context.config, context.config.teacher
     check_held_out(context)
     manifest = load_manifest(context.paths.train_manifest)

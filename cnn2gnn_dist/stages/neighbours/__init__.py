@@ -1,1 +1,1 @@
-"""The student's neighbourhood: embeddings, candidate versions, live search, second hop."""
+"""The student's neighborhood: embeddings, candidate versions, live search, second hop."""

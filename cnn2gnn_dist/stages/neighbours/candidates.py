@@ -1,4 +1,4 @@
-"""The candidate table of a graph version: which search makes it, with whom, and what is noted of it."""
+"""The candidate table of a graph version: the choice of search, its ranks, and the metadata it records."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from cnn2gnn_dist.runtime import collectives
 from cnn2gnn_dist.stages.shared.context import Context
 
 LONG = 4
-"""Units of a phase from which a progress bar is shown."""
+"""Minimum number of units of a phase for a progress bar."""
 
 
 def workshop(context: Context, writer: GraphWriter) -> Workshop:
-    """Where a version's makers put aside what a kill must not cost."""
+    """Storage for intermediate results of a version that must survive a kill."""
     ranks = context.ranks
     crew = Crew(
         ranks.rank,
         ranks.world_size,
-        # On a GPU each thread would hold similarities of its own there (``knn.DEVICE_CELLS``).
+        # On a GPU each thread would hold its own similarities there (``knn.DEVICE_CELLS``).
         1 if context.device == "cuda" else torch.get_num_threads(),
         collectives.uneven,
         collectives.all_gather_object,
@@ -42,9 +42,9 @@ def find(
     query_Nd: np.ndarray | None,
     previous: GraphVersion | None,
 ) -> dict[str, Any]:
-    """Fill ``candidates`` and ``order`` of a version (collective); what is worth noting of it.
+    """Fill ``candidates`` and ``order`` of a version (collective); return metadata of the search.
 
-    ``query_Nd``: what node i asks with; None: its own z.
+    ``query_Nd``: the query of each node; None: its own z.
     """
     settings, shop = context.config.graph, workshop(context, writer)
     z_Nd = writer.array("z")
@@ -67,7 +67,7 @@ def find(
 
 
 def describe(note: dict[str, Any]) -> str:
-    """A few words on how a table was found."""
+    """Describe in a few words how a table was found."""
     if note["exact"]:
         how = "exact"
     else:
@@ -85,7 +85,7 @@ def _search(
     query_Nd: np.ndarray,
     previous: GraphVersion | None,
 ) -> Found:
-    """Neighbours of all nodes but the corrupt ones, whose rows are -1 and who are in no other."""
+    """Neighbors of all nodes except corrupt ones, whose rows are -1 and which appear in no other row."""
     nodes_A = alive(z_Nd) if query_Nd is z_Nd else alive(z_Nd, query_Nd)
     if len(nodes_A) == len(z_Nd):
         before = None
@@ -109,7 +109,7 @@ def _among(
     query_Nd: np.ndarray,
     before: tuple[np.ndarray, np.ndarray] | None,
 ) -> Found:
-    """The table of these rows; ``before``: an earlier one, and the order of its rows."""
+    """The table of these rows; ``before``: an earlier table, and the order of its rows."""
     settings = context.config.graph
     if settings.search.exact or context.device == "cuda":
         return exact_table(shop, z_Nd, query_Nd, settings.candidates, context.device)

@@ -1,4 +1,4 @@
-"""The rows that ranks embed for a graph version: written, noted, and read back by the others."""
+"""The rows that ranks embed for a graph version: written, recorded, and read back by the others."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from cnn2gnn_dist.graph.search.work_units import Workshop, agree
 from cnn2gnn_dist.graph.version import GraphWriter
 
 NOTE = 16
-"""Batches of a chunk: after each a rank notes how far it has come."""
+"""Batches of a chunk: after each chunk a rank records its progress."""
 
 
 class Embedded:
     """x, z and the query side of this rank's images, in chunks of ``NOTE`` batches (collective).
 
-    A chunk is noted with its check sums when its rows are on disk. When all is done each rank
-    compares what it reads with the sums of those who wrote.
+    A chunk is recorded with its checksums when its rows are on disk. At the end each rank
+    compares what it reads with the writers' checksums.
 
     Args:
         writer: has the arrays ``x`` and ``z``.
-        shop: where the notes lie.
+        shop: where the records are stored.
         samples, batch: of the plan (``order.sequential``).
         query_dim: columns of the query side; 0: there is none.
     """
@@ -40,18 +40,18 @@ class Embedded:
             self.query = shop.file("query", (samples, query_dim), np.float32)
         self._path = shop.folder / f"embedded-{shop.crew.rank}"
         self._notes = _read(self._path)
-        # Every rank takes as many steps: a ZeRO-3 forward is collective.
+        # Every rank takes the same number of steps: a ZeRO-3 forward pass is collective.
         self._former = min(shop.crew.gather(len(self._notes)))
         self._notes = self._notes[: self._former]
         self._sums: dict[str, int] = {}
 
     @property
     def batches_done(self) -> int:
-        """How many batches of each rank a former attempt has left."""
+        """Number of batches per rank that an earlier attempt completed."""
         return min(self._former * NOTE, len(self._plan(self.shop.crew.rank)))
 
     def write(self, name: str, start: int, values: np.ndarray) -> None:
-        """Rows ``start`` … of ``x``, ``z`` or ``query``."""
+        """Write rows ``start`` … of ``x``, ``z`` or ``query``."""
         before = self._sums.get(name, 0)
         if name == "query":
             assert self.query is not None
@@ -60,7 +60,7 @@ class Embedded:
             self._sums[name] = self.writer.rows(name, start, values, before)
 
     def note(self) -> None:
-        """A chunk is written: sync it, then say so."""
+        """Sync the chunk just written, then record it."""
         self.writer.sync()
         if self.query is not None:
             self.query.sync()
@@ -69,7 +69,7 @@ class Embedded:
         durable.write_text(self._path, json.dumps(self._notes))
 
     def close(self) -> None:
-        """Wait for the others and compare.
+        """Wait for the others and compare checksums.
 
         Raises:
             UserError: a rank reads other rows than were written (on every rank).
@@ -81,7 +81,7 @@ class Embedded:
         strange = []
         for rank, notes in enumerate(everyone):
             mine, plan = rank == crew.rank, self._plan(rank)
-            last = self._former if mine else len(notes)  # the rest of mine this process has written
+            last = self._former if mine else len(notes)  # this process wrote the rest of mine
             for number, sums in enumerate(notes[:last]):
                 batches = plan[number * NOTE : (number + 1) * NOTE]
                 if self._read_back(batches, sums) != sums:
@@ -93,11 +93,11 @@ class Embedded:
     def _read_back(
         self, batches: list[tuple[np.ndarray, np.ndarray]], sums: dict[str, int]
     ) -> dict[str, int]:
-        """Check sums of a chunk as this rank reads it; x only where it is needed whole."""
+        """Checksums of a chunk as this rank reads it; x only where all of it is needed."""
         found = {}
         for name, known in sums.items():
             if name == "x" and self.shop.crew.rank:
-                found[name] = known  # rank 0 reads all of it, others their parts
+                found[name] = known  # rank 0 reads all of x, other ranks only their partitions
                 continue
             rows = self.array(name)
             total = 0
@@ -108,7 +108,7 @@ class Embedded:
         return found
 
     def array(self, name: str) -> np.ndarray:
-        """All rows of an array, mapped anew."""
+        """Map all rows of an array again."""
         if name != "query":
             return self.writer.array(name)
         rows: np.ndarray = np.load(self.shop.path("query"), mmap_mode="r")

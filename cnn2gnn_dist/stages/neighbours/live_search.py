@@ -1,4 +1,4 @@
-"""The live query: the nearest nodes to projections of the moment, in this rank's partitions."""
+"""The live query: the nearest nodes to the current projections, in this rank's partitions."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from cnn2gnn_dist.graph.search.knn import Index
 
 
 class LiveSearch:
-    """An index over each partition and its first halo, made at the first query.
+    """An index over each partition and its first halo, built at the first query.
 
     Args:
         bank: of the partitions.
         part_N: partition of every node of the graph.
         parts: the partitions; None: all of them, searched as one.
         settings: of the search.
-        device: where it runs.
+        device: where the search runs.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class LiveSearch:
 
     @property
     def nodes(self) -> int:
-        """Rows that have neighbours of their own here (inner and first halo)."""
+        """Number of rows with candidates here (inner and first halo)."""
         return len(self.bank.table_KM)
 
     @property
@@ -45,9 +45,9 @@ class LiveSearch:
         return self._opened()[0].index.flops_per_query
 
     def nearest(self, z_Bd: np.ndarray, wanted: int, seeds_B: np.ndarray) -> np.ndarray:
-        """[B, wanted] local ids of the nearest nodes; a seed's in its own partition and its halo.
+        """[B, wanted] local ids of the nearest nodes; a seed's are in its own partition and its halo.
 
-        A rank that owns several partitions searches each by itself, so that what a seed finds
+        A rank that owns several partitions searches each separately, so that what a seed finds
         does not change with the number of ranks.
         """
         found_BF = np.full((len(seeds_B), wanted), -1, np.int64)
@@ -63,7 +63,7 @@ class LiveSearch:
 
     def _opened(self) -> list[_Search]:
         if self._searches is None:
-            # Corrupt images (z = 0) are nobody's neighbours.
+            # Corrupt images (z = 0) are no node's neighbors.
             everything = np.flatnonzero(self.bank.z_Ld[: self.nodes].numpy().any(1))
             if len(self._parts) < 2:
                 self._searches = [self._search(everything, None)]
@@ -86,7 +86,7 @@ class LiveSearch:
 
     def _search(self, rows_S: np.ndarray, inner: np.ndarray | None) -> _Search:
         s, base = self.settings, self.bank.z_Ld.numpy()
-        if len(rows_S) < len(base):  # else all of them, without a copy
+        if len(rows_S) < len(base):  # otherwise all of them, without a copy
             base = base[rows_S]
         return _Search(
             Index(base, exact=s.search.exact, probes=s.search.probes, device=self.device),
@@ -97,7 +97,7 @@ class LiveSearch:
 
 @dataclass(frozen=True)
 class _Search:
-    """An index over some local rows; ``inner``: which inner rows ask here, None: all seeds do."""
+    """An index over some local rows; ``inner``: the inner rows that search here, None: all seeds do."""
 
     index: Index
     rows_S: np.ndarray
@@ -110,10 +110,10 @@ class _Search:
         return np.flatnonzero(self.inner[seeds_B])
 
     def place_of(self, seeds: np.ndarray) -> np.ndarray:
-        """Places of local ids in this index; -1 for none."""
+        """Positions of local ids in this index; -1 for none."""
         place = np.clip(np.searchsorted(self.rows_S, seeds), 0, len(self.rows_S) - 1)
         return np.where(self.rows_S[place] == seeds, place, -1)
 
     def local_of(self, found: np.ndarray) -> np.ndarray:
-        """Local ids of places in this index; -1 stays."""
+        """Local ids of positions in this index; -1 stays -1."""
         return np.where(found >= 0, self.rows_S[found], -1)

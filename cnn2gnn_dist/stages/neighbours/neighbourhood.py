@@ -1,4 +1,4 @@
-"""The student's neighbourhood: the graph of the moment, its partition here, blocks for seeds."""
+"""The student's neighborhood: the current graph, this rank's partitions, blocks for seed nodes."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def last_refresh(epoch: int, settings: GraphConfig) -> int | None:
 
 
 def reusable(root: Path, number: int, key: str) -> GraphVersion | None:
-    """A whole version of this number, built under this key; None if there is none (collective).
+    """Return a complete version of this number built under this key, or None (collective).
 
-    Rank 0 looks: hosts that see a folder at different moments must not part here.
+    Rank 0 checks: hosts that see different states of a folder must not diverge here.
     """
     path = version_path(root, number)
 
@@ -51,7 +51,7 @@ def reusable(root: Path, number: int, key: str) -> GraphVersion | None:
 
 
 def parts_of(rank: int, world_size: int, parts: int) -> list[int]:
-    """The partitions that a rank owns: part p goes to rank p·R // P.
+    """Return the partitions that a rank owns: part p goes to rank p·R // P.
 
     Raises:
         UserError: fewer partitions than ranks.
@@ -72,7 +72,7 @@ class Neighbourhood:
         context: for seed, device and graph settings.
         version: the graph.
         own_parts: partitions to hold; None for all of them.
-        served: DGL's servers, when they hold the graph instead of this rank.
+        served: DGL's servers, if they hold the graph instead of this rank.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Neighbourhood:
         self.device = context.device
         self.rank = context.ranks.rank
         self.version = version
-        # A version of before there were twins has none noted.
+        # Versions from before twins were introduced have none recorded.
         self.twins: dict[str, int] = version.meta.get("search", {}).get("twins", {})
         self.search: LiveSearch | None = None
         self.second: CachedSecondHop | None = None
@@ -111,7 +111,7 @@ class Neighbourhood:
         return self.search.flops_per_query
 
     def order(self, manifest: Manifest, *, seed: int, global_batch: int, window: int) -> Order:
-        """The order of seeds, a fixed share of every partition in each global batch."""
+        """The order of seed nodes, a fixed share of every partition in each global batch."""
         part_N = np.asarray(self.version.part)
         parts = [np.flatnonzero(part_N == p) for p in range(self.settings.partition.parts)]
         return Order(
@@ -119,36 +119,36 @@ class Neighbourhood:
         )
 
     def around(self, ids: np.ndarray, epoch: int, step: int) -> Query:
-        """Neighbours of training images, found when the student knows their projections."""
+        """Neighbors of training images, found once the student knows their projections."""
         return Query(
             self, self.holder.local_of(ids), self.settings.sampling.fanouts[1], epoch, step
         )
 
     def around_unseen(self, count: int) -> Query:
-        """Neighbours of images that are not in the graph; all of the second hop."""
+        """Neighbors of images that are not in the graph; with the full second hop."""
         return Query(self, np.full(count, -1, np.int64), self.settings.candidates, 0, 0)
 
     @property
     def spare(self) -> int:
-        """So many of a seed's nearest may be its twins."""
+        """How many of a seed's nearest nodes may be its twins."""
         return self.twins.get("most", 1) - 1
 
     def without_twins(self, first_BF: np.ndarray, seeds_B: np.ndarray, wanted: int) -> np.ndarray:
         """The first ``wanted`` candidates (local ids, -1 = none) that are not the seed's own image.
 
-        Its twin in the bank has its label. An unseen image (-1) may see all: it is in no bank.
+        A twin in the bank has the seed's label. An unseen image (-1) may see all: it is in no bank.
         """
         if self.spare:
             twin_BF = self._twin_of(first_BF)
             same = (twin_BF == self._twin_of(seeds_B)[:, None]) & (twin_BF >= 0)
             first_BF = np.where(same, -1, first_BF)
-            if first_BF.shape[1] > wanted:  # those who are left move up
+            if first_BF.shape[1] > wanted:  # the remaining ones move up
                 order = np.argsort(first_BF < 0, axis=1, kind="stable")
                 first_BF = np.take_along_axis(first_BF, order, 1)
         return first_BF[:, :wanted]
 
     def _twin_of(self, local: np.ndarray) -> np.ndarray:
-        """Global id of the first among a node's twins; -1 stays."""
+        """Global id of the first of a node's twins; -1 stays -1."""
         ids = np.asarray(self.holder.global_of(local))
         return np.where(ids >= 0, np.asarray(self.version.twin[np.maximum(ids, 0)]), -1)
 
@@ -167,7 +167,7 @@ class Query:
         self.first_BF = np.empty((0, 0), np.int64)
 
     def block(self, z_Bd: Tensor) -> Block:
-        """Find or sample the candidates of the seeds, and theirs."""
+        """Find or sample the candidates of the seeds, and the candidates' own."""
         around = self.around
         first_BF = without_seed(self._first_hop(z_Bd), self.seeds_B)
         self.first_BF = around.holder.global_of(first_BF)
@@ -176,7 +176,7 @@ class Query:
         return self._sampled_block(first_BF, z_Bd.dtype)
 
     def _first_hop(self, z_Bd: Tensor) -> np.ndarray:
-        """[B, F] local ids of the seeds' candidates, -1 = none: searched for, or of the table."""
+        """[B, F] local ids of the seeds' candidates, -1 = none: searched live, or from the table."""
         around, settings = self.around, self.around.settings.sampling
         unseen = bool((self.seeds_B < 0).any())
         if settings.query == "table" and not unseen:
@@ -191,7 +191,7 @@ class Query:
         return around.without_twins(first_BF, self.seeds_B, wanted)
 
     def _sampled_block(self, first_BF: np.ndarray, dtype: torch.dtype) -> Block:
-        """The second hop sampled, and averaged on the device."""
+        """Sample the second hop, and average it on the device."""
         around = self.around
         ids = block_ids(around.sampler, first_BF, self.seeds_B, self.fanout, **self.key)
         x_VD, z_Vd, labels_V = around.holder.rows(ids.nodes_V)

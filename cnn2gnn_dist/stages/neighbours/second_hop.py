@@ -1,8 +1,8 @@
-"""The second hop of all nodes at once: between two refreshes it does not change.
+"""The second hop of all nodes, precomputed: it does not change between two refreshes.
 
-Bank features and bank-to-bank weights are constants until the next refresh, so that
+Bank features and bank-to-bank weights are constants until the next refresh, so
 m_j = Σ_l p_jl x_l over all candidates l of j can be computed once. A step then gathers two
-vectors a neighbour, whatever the fan-out.
+vectors per neighbor, whatever the fan-out.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class CachedSecondHop:
 
     Args:
         bank: of this rank's partitions.
-        k: neighbours with a weight above zero.
+        k: neighbors with a weight above zero.
         kind: dtype of m: float16, as the features.
     """
 
@@ -50,9 +50,9 @@ class CachedSecondHop:
     def block(self, first_BF: np.ndarray, seeds_B: np.ndarray) -> Block:
         """The block of seeds (local ids, -1 = unseen) with these candidates (-1 = none).
 
-        Its first hop has a row for each slot: seeds drawn from a large graph hardly share
-        neighbours, and to sort them out costs more than it saves. Empty slots have the row of
-        node 0, which nobody looks at.
+        Its first hop has one row per slot: seeds drawn from a large graph rarely share neighbors,
+        and deduplicating them costs more than it saves. Empty slots have the row of node 0, which
+        is never used.
         """
         first_BF = without_seed(first_BF, seeds_B)
         nodes_U = first_BF.clip(min=0).reshape(-1)
@@ -70,11 +70,11 @@ class CachedSecondHop:
         )
 
     def _back(self, first_BF: np.ndarray, seeds_B: np.ndarray) -> Tensor:
-        """p_ji [B, F]: 0 for unseen seeds, empty slots and seeds that j has not among its own."""
-        seeds_B = np.where(seeds_B >= 0, seeds_B, -2)  # -1 would meet holes
+        """p_ji [B, F]: 0 for unseen seeds, empty slots and seeds that are not among j's candidates."""
+        seeds_B = np.where(seeds_B >= 0, seeds_B, -2)  # -1 would match empty cells
         rows = first_BF.clip(min=0)
         hit = (self.table_KM[rows] == seeds_B[:, None, None]) & (first_BF >= 0)[:, :, None]
         back = np.zeros(first_BF.shape, self.p_KM.numpy().dtype)
-        b, f, m = np.nonzero(hit)  # few: a neighbour rarely has the seed among its own
+        b, f, m = np.nonzero(hit)  # few: a neighbor rarely has the seed among its own
         back[b, f] = self.p_KM.numpy()[rows[b, f], m]
         return torch.from_numpy(back)

@@ -1,4 +1,4 @@
-"""DistDGL for a group of ranks: an address, a partition and a machine for each."""
+"""DistDGL for a group of ranks: an address, a partition and a machine per rank."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cnn2gnn_dist.stages.shared.context import Context
 
 
 def crowded(ranks: list[tuple[str, bool]]) -> list[str]:
-    """Hosts of more than one rank (host, can be isolated) where one can't be."""
+    """Hosts with more than one rank (host, can be isolated) where some rank can't be isolated."""
     hosts = [host for host, _ in ranks]
     return [host for host, can in ranks if hosts.count(host) > 1 and not can]
 
@@ -23,10 +23,10 @@ def crowded(ranks: list[tuple[str, bool]]) -> list[str]:
 def serve(context: Context, version: GraphVersion) -> ServedGraph:
     """Start this rank's server and client, and wait for all others' (collective).
 
-    They listen on the address by which this host reaches rank 0, and on no other.
+    They listen only on the address by which this host reaches rank 0.
 
     Raises:
-        PeerLost: one did not come up in time.
+        PeerLost: one did not start in time.
         UserError: ranks share a host whose kernel refuses mount namespaces (on every rank).
     """
     ranks, config = context.ranks, context.config

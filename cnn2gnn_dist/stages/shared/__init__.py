@@ -1,1 +1,1 @@
-"""What several stages use: context, networks, training loop, predictions, checks."""
+"""Code shared by several stages: context, networks, training loop, predictions, checks."""

@@ -1,4 +1,4 @@
-"""What a stage is handed: the config, its ranks, the run's folder, its inputs' digests."""
+"""What a stage gets: the config, its ranks, the run's folder, the digests of its inputs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunPaths:
-    """Where the parts of a run lie."""
+    """Paths of the parts of a run."""
 
     root: Path
 
@@ -49,7 +49,7 @@ class RunPaths:
 
     @property
     def targets(self) -> Path:
-        """Soft targets, one Parquet file a shard."""
+        """Soft targets, one Parquet file per shard."""
         return self.root / "targets"
 
     @property
@@ -59,12 +59,12 @@ class RunPaths:
 
     @property
     def results(self) -> Path:
-        """The table of the run."""
+        """The results of the run."""
         return self.root / "results.json"
 
     @property
     def report(self) -> Path:
-        """The page people look at."""
+        """The report page."""
         return self.root / "report.html"
 
 
@@ -73,8 +73,8 @@ class Context:
     """One stage's view of the run.
 
     ``key`` identifies this stage's config and inputs (checkpoints carry it), ``folder`` is
-    its own folder, ``device`` is "cpu" or "cuda", ``inside_ray`` whether Ray carries us,
-    ``about`` the config fields behind the key, ``force`` whether a checkpoint of another key will do,
+    its own folder, ``device`` is "cpu" or "cuda", ``inside_ray`` whether the process runs under Ray,
+    ``about`` the config fields behind the key, ``force`` whether to accept a checkpoint of another key,
     ``deepspeed`` the DeepSpeed configs that were read for all ranks.
     """
 
@@ -90,17 +90,17 @@ class Context:
     deepspeed: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def deepspeed_of(self, model: str) -> dict[str, Any]:
-        """The DeepSpeed config of "teacher" or "student", as one process read it for all ranks."""
+        """The DeepSpeed config of "teacher" or "student", read by one process for all ranks."""
         if model in self.deepspeed:
             return self.deepspeed[model]
         return ds_config.load(getattr(self.config, model).ds_config)
 
     def say(self, text: str, stage: str | None = None) -> None:
-        """One log line, once for all ranks; ``stage``: another than the one that runs."""
+        """Log one line, once for all ranks; ``stage``: a stage other than the running one."""
         self._say(logging.INFO, text, stage)
 
     def warn(self, text: str, stage: str | None = None) -> None:
-        """A note, once for all ranks: what a person should know although the run goes on."""
+        """Log a warning, once for all ranks: something to know although the run continues."""
         self._say(logging.WARNING, text, stage)
 
     def _say(self, level: int, text: str, stage: str | None) -> None:
@@ -145,11 +145,11 @@ class Context:
 
 @dataclass
 class CorruptCount(CorruptSamples):
-    """Counts all ranks' corrupt samples and stops a stage that meets too many.
+    """Counts all ranks' corrupt samples and stops a stage that finds too many.
 
     Attributes:
-        total: samples of the set.
-        what: the set, in errors.
+        total: samples of the data set.
+        what: the data set, in errors.
     """
 
     total: int
@@ -179,10 +179,10 @@ class CorruptCount(CorruptSamples):
 
 
 def load_manifest(path: Path, stage: str = "index") -> Manifest:
-    """A manifest of this run.
+    """Load a manifest of this run.
 
     Raises:
-        UserError: it is not there yet.
+        UserError: it does not exist yet.
     """
     if not path.is_file():
         raise UserError(

@@ -1,4 +1,4 @@
-"""The networks of a run, as its config says: teacher, student, control."""
+"""The networks of a run, as configured: teacher, student, control."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from cnn2gnn_dist.training.sync_norm import synchronise_norms
 
 
 class Teacher(nn.Module):
-    """uint8 images [B, H, W, 3] → logits_BC: normalisation, then the CNN.
+    """uint8 images [B, H, W, 3] → logits_BC: normalization, then the CNN.
 
-    ``initial``: start from pretrained weights where the config names them.
+    ``initial``: start from pretrained weights if the config names them.
     """
 
     def __init__(self, config: Config, num_classes: int, initial: bool = True) -> None:
@@ -40,12 +40,12 @@ class Teacher(nn.Module):
         )
 
     def forward(self, images_BHWC: torch.Tensor) -> torch.Tensor:
-        """Classify."""
+        """Classify images."""
         return self.cnn(self.normalise(images_BHWC))
 
 
 def build_student(config: Config, num_classes: int, scope: Scope) -> Student:
-    """The student of a config; ``scope="none"`` is the control: the same stem, an MLP head."""
+    """Build the student of a config; ``scope="none"`` is the control: the same stem, an MLP head."""
     s = config.student
     return Student(
         build_stem(s.stem, s.dim, config.views.size, **s.stem_args),
@@ -62,7 +62,7 @@ def build_student(config: Config, num_classes: int, scope: Scope) -> Student:
 
 
 def check_norms(config: Config) -> None:
-    """See that the norms of student and control can count over several ranks.
+    """Check that the norms of student and control can be synchronized across ranks.
 
     Raises:
         UserError: a layer of the stem is of another kind (``synchronise_norms``).
@@ -73,20 +73,20 @@ def check_norms(config: Config) -> None:
 
 
 def load_model(model: nn.Module, checkpoints: Checkpoints, stage: str) -> None:
-    """Weights and buffers with which a finished stage ended, without DeepSpeed.
+    """Load the weights and buffers with which a finished stage ended, without DeepSpeed.
 
     Raises:
-        UserError: the stage is not finished, or that checkpoint is not whole: others are not
-            taken, as what was built on the stage goes with no other.
+        UserError: the stage is not finished, or that checkpoint is incomplete; no other is used
+            instead, since whatever was built on the stage matches only that one.
     """
     model.load_state_dict(load_weights(final_checkpoint(checkpoints.folder.parent, stage)))
 
 
 def final_checkpoint(folder: Path, stage: str) -> Path:
-    """The checkpoint that a finished training has recorded in ``done.json``, whole.
+    """Return the checkpoint that a finished training has recorded in ``done.json``, verified.
 
     Raises:
-        UserError: the stage is not finished; that checkpoint is missing or damaged.
+        UserError: the stage is not finished; that checkpoint is missing or corrupt.
     """
     path = checkpoint_folder.recorded(folder)
     if path is None:
@@ -106,10 +106,10 @@ def final_checkpoint(folder: Path, stage: str) -> Path:
 
 
 def check_built_on(root: Path, stage: str, need: str) -> None:
-    """See that a finished stage of a run was built on what another one holds now.
+    """Check that a finished stage of a run was built on the current output of another one.
 
     Raises:
-        UserError: the other one was made again since.
+        UserError: the other stage has been rebuilt since.
     """
     entry, now = ledger.finished(root / stage), ledger.finished(root / need)
     if entry and now and entry.inputs.get(need, now.digest) != now.digest:
@@ -123,7 +123,7 @@ def check_built_on(root: Path, stage: str, need: str) -> None:
 def norms_of(root: Path, model: str) -> list[list[int]]:
     """[step, images] of a trained model: from which step on BatchNorm saw how many images at a time.
 
-    More than one pair: training went on at other micro-batches or ranks. Empty without BatchNorm.
+    More than one pair: training was resumed with other micro-batches or ranks. Empty without BatchNorm.
     """
     stage = "control" if model.startswith("control") else model
     path = checkpoint_folder.recorded(root / stage)

@@ -1,4 +1,4 @@
-"""How good are predictions: accuracy, class-balanced accuracy, confusion, calibration."""
+"""Quality of predictions: accuracy, class-balanced accuracy, confusion, calibration."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Predictions:
     """Predictions of N images, on every rank, in the order of the manifest.
 
     ``predicted_N``, ``label_N`` int64; ``confidence_N`` float32, the predicted class's
-    probability. Corrupt images are left out; ``id_N`` says which are there.
+    probability. Corrupt images are excluded; ``id_N`` lists those included.
     """
 
     id_N: np.ndarray
@@ -40,7 +40,7 @@ class Predictions:
     def scores(self, num_classes: int) -> dict[str, float]:
         """accuracy, balanced_accuracy (mean recall of the classes present), ece."""
         right = self.predicted_N == self.label_N
-        # Not from a confusion matrix: that of 20,000 classes takes gigabytes.
+        # Not from a confusion matrix: with 20,000 classes it takes gigabytes.
         images_C = np.bincount(self.label_N, minlength=num_classes)
         right_C = np.bincount(self.label_N[right], minlength=num_classes)
         present = images_C > 0
@@ -64,16 +64,16 @@ def calibration_error(confidence_N: np.ndarray, right_N: np.ndarray, bins: int =
 
 @dataclass
 class Judgement:
-    """What all names of an ``Answer`` predict, and which images had to be left out, and why."""
+    """Predictions for every name of an ``Answer``; which images were excluded, and why."""
 
     found: dict[str, Predictions]
     left_out: dict[int, str]
 
 
 def batches_of(samples: int, batch: int, shuffle_seed: int | None = None) -> list[np.ndarray]:
-    """Sample ids in batches of nearly equal size, at most ``batch``: the same for any ranks.
+    """Sample ids in batches of nearly equal size, at most ``batch``; the same for any ranks.
 
-    A last batch of a few images would be a poor company where images see each other.
+    A last batch of a few images would bias models in which the images of a batch influence each other.
     """
     places = np.arange(samples)
     if shuffle_seed is not None:
@@ -82,7 +82,7 @@ def batches_of(samples: int, batch: int, shuffle_seed: int | None = None) -> lis
 
 
 def sound(batch: Batch) -> Batch:
-    """The rows of a batch whose image could be read."""
+    """The rows of a batch whose images could be read."""
     keep = batch.valid
     return Batch(batch.images[keep], batch.labels[keep], batch.ids[keep], keep[keep])
 
@@ -90,10 +90,10 @@ def sound(batch: Batch) -> Batch:
 def own_batches(
     context: Context, manifest: Path, shuffle_seed: int | None, corrupt: CorruptCount
 ) -> Iterator[Batch | None]:
-    """This rank's batches of all samples, clean view, without corrupt ones, which are noted.
+    """This rank's batches of all samples, clean view, without corrupt ones, which are recorded.
 
-    Batches go round the ranks. Every rank gets as many, None for none (or none sound), so that a
-    forward pass may be collective.
+    Batches go to the ranks round-robin. Every rank gets the same number, with None for a missing or
+    completely corrupt batch, so that a forward pass may be collective.
     """
     ranks = context.ranks
     plan = batches_of(corrupt.total, context.config.evaluate.batch, shuffle_seed)
@@ -110,10 +110,10 @@ def own_batches(
 def judge(
     context: Context, answer: Answer, manifest: Path, shuffle_seed: int | None = None
 ) -> Judgement:
-    """Let a model answer for every image of a manifest that can be read (collective).
+    """Run a model on every readable image of a manifest (collective).
 
-    A model whose images see each other (``graph.scope=batch``) is judged in shuffled
-    order: stored order is often by class, and batches of one class tell the answer.
+    A model in which the images of a batch influence each other (``graph.scope=batch``) is evaluated in
+    shuffled order: stored order is often by class, and batches of one class give the answer away.
 
     Raises:
         UserError: on every rank: too many corrupt images (``data.max_corrupt``), or no others;
@@ -122,7 +122,7 @@ def judge(
     corrupt = held_out_count(context, manifest)
     columns: dict[str, list[list[np.ndarray]]] = {}
     for got in own_batches(context, manifest, shuffle_seed, corrupt):
-        if got is None:  # in step with the others
+        if got is None:  # stay in step with the other ranks
             answer(_nothing(context))
             continue
         images, _, _ = context.to_device(got)
@@ -143,7 +143,7 @@ def judge(
 
 
 def accuracy_of(context: Context, classify: Callable[[Tensor], Tensor]) -> float:
-    """Accuracy on the held-out images (collective); ``classify`` gives logits."""
+    """Accuracy on the held-out images (collective); ``classify`` returns logits."""
 
     def answer(images: Tensor) -> dict[str, Tensor]:
         return {"model": classify(images).float().softmax(1)}
@@ -153,9 +153,9 @@ def accuracy_of(context: Context, classify: Callable[[Tensor], Tensor]) -> float
 
 
 def check_held_out(context: Context) -> None:
-    """See that the held-out images can be read, before anything is trained (collective).
+    """Check that the held-out images can be read, before anything is trained (collective).
 
-    Done once for a manifest: the note lies in the stage's folder.
+    Done once per manifest: the record is in the stage's folder.
 
     Raises:
         UserError: as ``judge``.
@@ -177,7 +177,7 @@ def check_held_out(context: Context) -> None:
 
 
 def told(left_out: dict[int, str], total: int) -> str:
-    """One line about held-out images that are not judged."""
+    """Describe in one line the held-out images that are not evaluated."""
     some = "; ".join(left_out[sample] for sample in sorted(left_out)[:3])
     return f"{len(left_out)} of {total} held-out images are corrupt and not judged: {some}"
 
@@ -189,10 +189,10 @@ def held_out_count(context: Context, manifest: Path) -> CorruptCount:
 
 
 def check_any_left(total: int, left_out: dict[int, str]) -> None:
-    """See that there is something to judge.
+    """Check that there are images to evaluate.
 
     Raises:
-        UserError: there is not.
+        UserError: there are none.
     """
     if len(left_out) < total:
         return

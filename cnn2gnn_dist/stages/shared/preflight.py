@@ -1,4 +1,4 @@
-"""Whether ranks and images fit the config: said before the first training, not after hours of it."""
+"""Checks that ranks and images fit the config, made before the first training instead of hours into it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _TRAINS = ("teacher", "student", "control")
 
 
 def check(config: Config, stages: Iterable[str], world_size: int) -> None:
-    """See that batches and partitions fit the ranks, and that the stem's norms can count over them.
+    """Check that batches and partitions fit the ranks, and that the stem's norms can be synchronized.
 
     Args:
         config: of the run.
-        stages: names of those that are still to run; what is whole may have had other ranks.
-        world_size: the ranks.
+        stages: names of the stages still to run; complete stages may have had other ranks.
+        world_size: number of ranks.
 
     Raises:
         UserError: they don't.
@@ -53,7 +53,7 @@ def check(config: Config, stages: Iterable[str], world_size: int) -> None:
 
 
 def check_images(config: Config, stages: Iterable[str], images: int) -> None:
-    """See that there are enough training images for the stages that are still to run.
+    """Check that there are enough training images for the stages still to run.
 
     Raises:
         UserError: fewer than a global batch, or than a node's candidates in the graph.
@@ -63,7 +63,7 @@ def check_images(config: Config, stages: Iterable[str], images: int) -> None:
 
 
 def misfits(config: Config, stages: Iterable[str], images: int) -> list[UserError]:
-    """What so many training images are too few for, in the order of the stages."""
+    """Errors for everything that needs more than ``images`` training images, in the order of the stages."""
     ahead, found = set(stages), []
     for name in _TRAINS:
         section = "teacher" if name == "teacher" else "student"
@@ -92,15 +92,15 @@ def misfits(config: Config, stages: Iterable[str], images: int) -> list[UserErro
 
 
 def check_classes(train_N: np.ndarray, held_out: int, holdout: float | None) -> list[str]:
-    """See that there is something to learn and something to judge by.
+    """Check that there is something to learn and something to evaluate on.
 
     Args:
         train_N: labels of the training images.
         held_out: number of held-out images.
-        holdout: the share that was to be held out; None: they are a set of their own.
+        holdout: the fraction that was to be held out; None: they are a separate data set.
 
     Returns:
-        What is odd but may be meant, one sentence each.
+        Warnings about what is unusual but may be intended, one sentence each.
 
     Raises:
         UserError: no held-out images; images of one class only.

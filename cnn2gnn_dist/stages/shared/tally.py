@@ -1,4 +1,4 @@
-"""What a training counts between two log lines, left on the device."""
+"""Counts of a training between two log lines, kept on the device."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 
 
 class Tally:
-    """Sums of one rank since the last log line, on the device: to read one is to wait for it.
+    """Sums of one rank since the last log line, on the device: reading one waits for it.
 
     Attributes:
-        sums: float64 [3]: loss, right answers, samples; added up as Python's floats would be.
-        began: when, by ``time.perf_counter``.
-        waited: seconds of waiting for data.
+        sums: float64 [3]: loss, correct predictions, samples; summed as Python's floats would be.
+        began: start, by ``time.perf_counter``.
+        waited: seconds spent waiting for data.
         extra: observations by name, each a scalar tensor.
     """
 
@@ -30,17 +30,17 @@ class Tally:
         self.sums += torch.stack([loss.double(), right.double(), samples.double()])
 
     def note(self, name: str, value: Tensor) -> None:
-        """Remember one observation (a scalar), averaged in the next log line."""
+        """Record one observation (a scalar), averaged in the next log line."""
         self.extra.setdefault(name, []).append(value.detach())
 
     def observed(self) -> dict[str, list[float]]:
-        """What was noted, by name (waits for the device, once)."""
+        """Observations by name (waits for the device, once)."""
         flat = [value.double() for seen in self.extra.values() for value in seen]
         values = iter(torch.stack(flat).tolist() if flat else [])
         return {name: [next(values) for _ in seen] for name, seen in self.extra.items()}
 
     def state(self) -> dict[str, Any]:
-        """As plain data; seconds instead of a time that means nothing elsewhere."""
+        """Return plain data, with elapsed seconds instead of a clock reading, which has no meaning elsewhere."""
         loss, right, samples = self.sums.tolist()
         return {
             "loss": loss,
@@ -53,7 +53,7 @@ class Tally:
 
     @classmethod
     def of(cls, states: list[dict[str, Any]], device: torch.device) -> Tally:
-        """The sum of some ranks' tallies, to go on from."""
+        """The sum of some ranks' tallies, to resume from."""
         tally = cls(device)
         tally.began -= max(state["began"] for state in states)
         for state in states:

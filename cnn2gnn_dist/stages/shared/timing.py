@@ -1,4 +1,4 @@
-"""How long a model takes for an image, on one thread."""
+"""Time that a model takes per image, on one thread."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 def milliseconds_an_image(
     classify: Callable[[Tensor], Tensor], images: Tensor, at_least: int
 ) -> float:
-    """Median milliseconds an image over batches of ``images``, one CPU thread, warmed up."""
+    """Median milliseconds per image over batches of ``images``, on one CPU thread, after a warm-up."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

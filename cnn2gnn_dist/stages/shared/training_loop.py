@@ -1,4 +1,4 @@
-"""What training a teacher and training a student have in common: cursor, steps, checkpoints."""
+"""The training loop that teacher and student share: cursor, steps, checkpoints."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from cnn2gnn_dist.training.sync_norm import batch_of_norms
 
 @dataclass
 class Cursor:
-    """Where training stands: the next batch of an epoch, and optimizer steps done."""
+    """Position in training: the next batch of an epoch, and the optimizer steps done."""
 
     epoch: int = 0
     batch: int = 0
@@ -39,7 +39,7 @@ class Cursor:
 
 @dataclass(frozen=True)
 class Late:
-    """Parameters that begin at the start of an epoch, with a warm-up of their own (in epochs)."""
+    """Parameters that start at the beginning of an epoch, with a separate warm-up (in epochs)."""
 
     names: Collection[str]
     epoch: int
@@ -51,7 +51,7 @@ class Training:
 
     Args:
         context: the stage's view of the run.
-        name: what it is called in logs.
+        name: its name in logs.
         model: on the CPU; the same initial weights on every rank.
         settings: epochs, batch, learning rate.
         samples: number of training samples.
@@ -86,7 +86,7 @@ class Training:
         self.engine = Engine(
             model, resolved, device=context.device, late=late.names if late else ()
         )
-        # Rank losses are averaged over ranks and micro-batches: this makes them sum / G,
+        # Rank losses are averaged over ranks and micro-batches: this divisor makes them sum / G,
         # whatever the ranks' shares of the global batch.
         self.divisor = settings.global_batch / world_size / self.accumulation
         self.checkpoints = Checkpoints(
@@ -112,7 +112,7 @@ class Training:
         loaded = self.checkpoints.load(self.engine, force=self.context.force)
         if loaded is None:
             self.metrics.truncate_after(-1)
-            # Not what building the model left: student and control drop out alike.
+            # Not the state that building the model left: student and control get the same dropout.
             random_state.seed(self.context.config.seed, 0, self.context.ranks.rank)
             return
         extra, ranks = loaded.extra, self.context.ranks
@@ -125,7 +125,7 @@ class Training:
             own = loaded.owns[ranks.rank]
             self.tally = Tally.of([own["tally"]], self.engine.device)
             random_state.restore(own["random"])
-        else:  # the ranks are others: what they had seen goes to the first, once
+        else:  # other ranks than before: the first one takes all tallies
             if ranks.is_first:
                 tallies = [own["tally"] for own in loaded.owns]
                 self.tally = Tally.of(tallies, self.engine.device)
@@ -138,7 +138,7 @@ class Training:
         )
 
     def _note_norms(self, images: int | None) -> None:
-        """Say so when BatchNorm goes on with batches of another size: no undisturbed run has both."""
+        """Warn if BatchNorm resumes with another batch size: an uninterrupted run has only one."""
         before = self.norms[-1][1] if self.norms else None
         if images is None or images == before:
             return
@@ -151,7 +151,7 @@ class Training:
             )
 
     def heeding_notices(self) -> AbstractContextManager[None]:
-        """While it lasts, a notice to end (SIGTERM …) is met by a save at the next step."""
+        """Context in which a request to stop (SIGTERM …) leads to a save at the next step."""
 
         def standing() -> str:
             last = self.checkpoints.folder / "latest"
@@ -160,12 +160,12 @@ class Training:
         return preemption.heeded(self.context.config.checkpoint.grace_s, standing)
 
     def save(self, best: bool = False) -> None:
-        """Begin to write a checkpoint (collective).
+        """Start writing a checkpoint (collective).
 
         Raises:
             UserError: the last step diverged; nothing is saved.
         """
-        self.engine.settle()  # before anything else says that the step was taken
+        self.engine.settle()  # before anything else records the step as done
         extra = {
             "cursor": asdict(self.cursor),
             "corrupt": self.corrupt.check(),
@@ -182,7 +182,7 @@ class Training:
     def steps(
         self, order: Order, epoch: int, view: int, stream: ReaderPool
     ) -> Iterator[list[Batch]]:
-        """This rank's batches of the rest of an epoch, one list of micro-batches a step."""
+        """This rank's batches of the rest of an epoch, one list of micro-batches per step."""
         ranks = self.context.ranks
         order.check_ranks(ranks.world_size, self.accumulation)
         self._check_order(order)
@@ -205,7 +205,7 @@ class Training:
             yield micro
 
     def _check_order(self, order: Order) -> None:
-        """Within an epoch the order must be the one it began with (only ``--force`` gets here)."""
+        """Within an epoch the order must not change (only ``--force`` can lead here)."""
         if self.cursor.batch and self._order != order.digest:
             self.context.warn(
                 f"the order of samples is another: epoch {self.cursor.epoch} begins again",
@@ -215,9 +215,9 @@ class Training:
         self._order = order.digest
 
     def learn(self, loss_B: Tensor, valid_B: Tensor, logits_BC: Tensor, labels_B: Tensor) -> None:
-        """Back-propagate one micro-batch, corrupt samples masked; count what the log shows.
+        """Back-propagate one micro-batch, with corrupt samples masked; count what the log shows.
 
-        Nothing is read from the device here: a read would wait for all that is queued on it.
+        Nothing is read from the device here: a read would wait for all queued work.
         """
         loss = (loss_B * valid_B).sum()
         self.engine.backward(loss / self.divisor)
@@ -228,16 +228,16 @@ class Training:
     def step(self, batches_per_epoch: int) -> None:
         """Update the weights, advance the cursor, log and save when due.
 
-        How the step came out (finite or not, who was told to end) is heard one step later, so
-        that the host never waits for the device; before a log line and a save it is waited for.
+        The outcome of the step (finite or not, which ranks were asked to stop) is read one step later,
+        so that the host never waits for the device; before a log line and a save it does wait.
 
         Raises:
-            Preempted: some rank was told to end; the step is saved, or it is said why not.
-            UserError: this step or the one before it diverged; neither is logged or saved.
+            Preempted: some rank was asked to stop; the step is saved, or the message says why not.
+            UserError: this step or the previous one diverged; neither is logged or saved.
         """
         progress = self.cursor.epoch + self.cursor.batch / batches_per_epoch
         s = self.settings
-        # The first step of a warm-up from zero would be lost: count from the step's end.
+        # The first step of a warm-up from zero would have no effect: count from the step's end.
         progress += 1 / batches_per_epoch
         warmup = min(s.warmup_epochs, s.epochs / 2)
         lr = lr_at(progress, s.epochs, s.lr, warmup)
@@ -252,7 +252,7 @@ class Training:
         if logs or saves:
             heard = self.engine.settle()
         told_to_end, written = (0.0, 0.0) if heard is None else heard.votes
-        # Votes from before the save that is under way say nothing about it.
+        # Votes cast before the pending save started say nothing about it.
         if heard and heard.step >= self._saved_at and written == self.context.ranks.world_size:
             self.checkpoints.settle()
         if logs:
@@ -263,7 +263,7 @@ class Training:
             self._leave()
 
     def _late_lr(self, progress: float, warmup: float) -> float | None:
-        """Learning rate of the late parameters; None: there are none, or not yet."""
+        """Learning rate of the late parameters; None: there are none, or they have not started."""
         late, s = self.late, self.settings
         if late is None or self.cursor.epoch < late.epoch:
             return None
@@ -273,7 +273,7 @@ class Training:
         return late_lr_at(progress, s.epochs, s.lr, warmup, late.epoch, own)
 
     def end_epoch(self, judge: Callable[[], dict[str, float]] | None = None) -> None:
-        """Close an epoch: judge when due, save with the cursor at the next epoch's start."""
+        """Close an epoch: evaluate when due, save with the cursor at the next epoch's start."""
         every, found = self.settings.eval_epochs, {}
         if judge is not None and every and (self.cursor.epoch + 1) % every == 0:
             self.engine.eval()  # else BatchNorm would learn from the held-out images
@@ -284,12 +284,12 @@ class Training:
         self.cursor.batch = 0
         self.tally = Tally(self.engine.device)
         self.save(best=self._is_best(found))
-        self.checkpoints.settle()  # what comes next (a graph, a stage) may take long
+        self.checkpoints.settle()  # what follows (a graph, a stage) may take long
         if collectives.any_rank(preemption.asked()):
             self._leave()
 
     def _is_best(self, found: dict[str, float]) -> bool:
-        """Whether this accuracy on held-out images is the best so far, and to be kept."""
+        """Whether this held-out accuracy is the best so far, so that the checkpoint is to be kept."""
         accuracy = next((v for k, v in found.items() if k.endswith("test_accuracy")), None)
         if accuracy is None or (self.best is not None and accuracy <= self.best):
             return False
@@ -330,7 +330,7 @@ class Training:
         self.tally = Tally(self.engine.device)
 
     def finish(self) -> list[Path]:
-        """The files of the last checkpoint, when training is over (collective)."""
+        """Return the files of the last checkpoint, at the end of training (collective)."""
         corrupt = self.corrupt.check()
         if corrupt:
             some = "; ".join(sorted(corrupt.values())[:3])

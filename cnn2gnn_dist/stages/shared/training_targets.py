@@ -1,4 +1,4 @@
-"""The soft targets as a training sees them: one mapping a host, filled by all ranks once."""
+"""The soft targets as training reads them: one memory map per host, filled once by all ranks."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from cnn2gnn_dist.stages.shared.context import Context
 
 
 def open_targets(context: Context, manifest: Manifest, targets_key: str) -> Targets:
-    """All soft targets of the run (collective).
+    """Load all soft targets of the run (collective).
 
-    Where nothing can be written beside them every rank reads them into its memory.
+    If nothing can be written beside them, every rank reads them into its memory.
 
     Raises:
         UserError: on every rank: as ``Targets.load``; the disk is full.
@@ -52,7 +52,7 @@ def open_targets(context: Context, manifest: Manifest, targets_key: str) -> Targ
 
 
 def _on_all(work: Callable[[], Any] | None) -> list[Any]:
-    """What each rank's work gives, on every rank, however long; or an error of any (collective)."""
+    """Results of each rank's work, on every rank, however long it takes; or any rank's error (collective)."""
     with collectives.uneven():
         result = None if work is None else work()
     return collectives.all_gather_object(result)
