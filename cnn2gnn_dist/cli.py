@@ -1,4 +1,4 @@
-"""The commands, nothing else."""
+"""The command-line interface, and nothing else."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ EPILOG = """examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code: 0 well, 1 failed, 2 the user can mend it.
+    """Entry point; returns the exit code: 0 success, 1 failure, 2 an error that the user can fix.
 
-    130 and 143 after SIGINT and SIGTERM, with everything cleared.
+    130 and 143 after SIGINT and SIGTERM, with everything cleaned up.
 
     Raises:
-        SystemExit: argparse ends so (``--help``: 0, a wrong option: 2), and what SIGTERM stops (143).
+        SystemExit: raised by argparse (``--help``: 0, a wrong option: 2), and on SIGTERM (143).
     """
     try:
         arguments = _parse(argv)
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.complain(error)
         return error.exit_code
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # In a file or pipe the ranks' lines would otherwise come in blocks, minutes late.
+        # In a file or pipe the ranks' lines would otherwise arrive in blocks, minutes late.
         sys.stdout.reconfigure(line_buffering=True)
     try:
         with log.console(getattr(arguments, "verbosity", log.NORMAL)):
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Overrides may stand before, after and between options (argparse allows one place only)."""
+    """Parse options, with overrides before, after and between them (argparse allows one place only)."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     odd = [text for text in rest if text.startswith("-") or not hasattr(arguments, "overrides")]
@@ -123,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_verbosity(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """``-v`` and ``-q`` on every command, at whatever depth."""
+    """Add ``-v`` and ``-q`` to every command, at any depth."""
     for parser in commands.choices.values():
         log.add_options(parser)
         for action in parser._actions:
@@ -251,7 +251,7 @@ def _run(arguments: argparse.Namespace) -> int:
         runner.check_ahead(config, steps, config.run.ranks)
         return 0
     _warn_about_lost_results(config)
-    runner.plan(config, arguments.stages)  # refuses an unknown stage before Ray is started
+    runner.plan(config, arguments.stages)  # refuses an unknown stage before starting Ray
     if runner.light(config, arguments.stages):
         tree = settings.as_tree(config)
         runner.run_rank(tree, arguments.stages, arguments.update, False, Ranks(), arguments.force)
@@ -263,13 +263,13 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _on_ray(config: Config, stages: list[str] | None, update: bool, force: bool) -> None:
-    """All ranks as Ray actors, here or on the cluster at ``cluster.address``."""
+    """Run all ranks as Ray actors, here or on the cluster at ``cluster.address``."""
     from cnn2gnn_dist.pipeline import keys, runner
     from cnn2gnn_dist.runtime import ray_group, rendezvous
 
     cluster, ranks = config.cluster, config.run.ranks
     if not (cluster.address or os.environ.get("RAY_ADDRESS")):
-        # The ranks will be here: what they would refuse is refused before Ray is started.
+        # The ranks will run here: what they would refuse is refused before Ray is started.
         on_gpu = runner.choose_device(config.device) == "cuda"
         rendezvous.check_interfaces("nccl" if on_gpu else "gloo")
     with ray_group.running(cluster.address, ranks, logs=Path(str(config.run.dir)) / "ray-logs"):
@@ -291,7 +291,7 @@ def _on_ray(config: Config, stages: list[str] | None, update: bool, force: bool)
                 "update": update,
                 "inside_ray": True,
                 "force": force,
-                "deepspeed": keys.read_deepspeed(config),  # the ranks' folder is another
+                "deepspeed": keys.read_deepspeed(config),  # the ranks' working directory differs
             },
             spec,
         )
@@ -301,7 +301,7 @@ def _on_ray(config: Config, stages: list[str] | None, update: bool, force: bool)
 
 
 def _warn_about_a_moved_run(name: str | None, config: Config) -> None:
-    """A run's own config names the folder where it was made, which may be there no more."""
+    """A run's own config names the folder where it was made, which may no longer exist."""
     folder, named = Path(name or "").parent, Path(str(config.run.dir))
     of_a_run = Path(name or "").name == ledger.CONFIG and (folder / "manifest").is_dir()
     if of_a_run and not named.exists():
@@ -312,7 +312,7 @@ def _warn_about_a_moved_run(name: str | None, config: Config) -> None:
 
 
 def _warn_about_lost_results(config: Config) -> None:
-    """In a submitted job relative paths lie in a copy of the working directory."""
+    """In a submitted job relative paths are inside a copy of the working directory."""
     inside = Path(str(config.run.dir)).is_relative_to(Path.cwd())
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and inside:
         _log.warning(

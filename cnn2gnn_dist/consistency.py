@@ -1,4 +1,4 @@
-"""Fields of a config that do not go together: which one to change, and how."""
+"""Config fields that do not go together: which one to change, and how."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 
 def refuse(what: str, field: str, remedy: str) -> PydanticCustomError:
-    """The error that settings.py shows with this field and remedy."""
+    """Return the error that settings.py shows with this field and remedy."""
     return PydanticCustomError(
         "refused", "{what}", {"what": what, "field": field, "remedy": remedy}
     )
 
 
 def check_views(views: ViewsConfig) -> None:
-    """Ranges in order, moments of pixels from 0 to 1, padding below the image's size."""
+    """Check that ranges are ordered, pixel moments are from 0 to 1, and padding is below the image size."""
     defaults = {name: field.default for name, field in type(views).model_fields.items()}
     for name, most in (("scale", 1.0), ("ratio", float("inf"))):
         low, high = getattr(views, name)
@@ -50,7 +50,7 @@ def check_views(views: ViewsConfig) -> None:
 
 
 def check_graph(graph: GraphConfig) -> None:
-    """Enough candidates for the neighbours, in the table and in both hops; what distdgl can do."""
+    """Check for enough candidates for the neighbors, in the table and in both hops; distdgl's limits."""
     sampling, k = graph.sampling, graph.neighbours
     first, second = sampling.fanouts
     if k >= graph.candidates:
@@ -89,7 +89,7 @@ def check_graph(graph: GraphConfig) -> None:
 
 
 def check_whole(config: Config) -> None:
-    """Batches hold enough candidates where they are the graph."""
+    """Check that batches hold enough candidates where the batch is the graph."""
     graph, student = config.graph, config.student
     rows = min(student.global_batch, student.max_micro_batch)
     if graph.scope == "batch" and rows < graph.neighbours + 2:
@@ -103,11 +103,11 @@ def check_whole(config: Config) -> None:
 
 
 def notes(config: Config, around: Around | None = None) -> list[str]:
-    """What will run, though hardly as meant: trials with few epochs do so knowingly.
+    """What will run, but probably not as intended; trials with few epochs do so knowingly.
 
     Args:
         config: of the run.
-        around: what is known besides; None: nothing.
+        around: what else is known; None: nothing.
     """
     return _hardly_meant(config) + unused_fields.notes(config, around or Around())
 

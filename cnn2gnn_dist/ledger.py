@@ -1,9 +1,9 @@
-"""What a stage has left on disk, and whether it still holds: ``begin.json`` and ``done.json``.
+"""The files that a stage has left on disk, and whether they are valid: ``begin.json`` and ``done.json``.
 
 A stage's key is a hash of the config fields and inputs that determine its outputs
 (:mod:`cnn2gnn_dist.pipeline.keys`).
-``begin.json`` names the key while the stage works, ``done.json`` when it is whole. A folder
-of another key is never written into: it is refused, or set aside when the user says so.
+``begin.json`` contains the key while the stage works, ``done.json`` once it is complete. A folder
+with another key is never written into: it is refused, or set aside at the user's request.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from cnn2gnn_dist import durable
 from cnn2gnn_dist.errors import UserError
 
 SCHEMA = 2
-"""How keys are made of fields. Records of before it was noted are of schema 1, whose reader is
+"""Version of how keys are derived from fields. Records without it have schema 1, whose reader is
 :mod:`cnn2gnn_dist.pipeline.keys_v1`."""
 CONFIG = "config.yaml"
-"""In a run's folder: the config of the last command that was not refused."""
+"""File in a run's folder: the config of the last command that was not refused."""
 
 
 class Standing(Enum):
-    """Where a stage stands."""
+    """State of a stage."""
 
     FRESH = "to run"
     RESUME = "to continue"
@@ -40,9 +40,9 @@ class Entry:
     """The record of one stage folder.
 
     ``key`` identifies config and inputs, ``digest`` the outputs (downstream keys build on
-    it), ``parts`` are the config fields behind the key, those at their defaults too, ``outputs``
+    it), ``parts`` are the config fields behind the key, including those at their defaults, ``outputs``
     (relative path, bytes), ``inputs`` the digests of what it was built on, ``schema`` how the key
-    was made of them.
+    was derived from them.
     """
 
     key: str
@@ -62,7 +62,7 @@ def key_of(
 
 
 def digest_of(kind: str, contents: Mapping[str, Any]) -> str:
-    """Hex digest of contents that keys build on; the same under every schema of keys."""
+    """Hex digest of contents that keys build on; the same under every key schema."""
     return _hex([1, kind, dict(contents), {}])
 
 
@@ -72,12 +72,12 @@ def _hex(content: list[Any]) -> str:
 
 
 def recorded(folder: Path) -> Entry | None:
-    """The record of a stage that is done, else of one that is begun; None if there is none."""
+    """The record of a finished stage, else of one that has begun; None if there is none."""
     return _read(folder / "done.json") or _read(folder / "begin.json")
 
 
 def standing(folder: Path, key: str) -> tuple[Standing, Entry | None]:
-    """Compare a stage's folder with the key it should have."""
+    """Compare a stage's folder with its expected key."""
     done = _read(folder / "done.json")
     if done is not None:
         if done.key != key:
@@ -91,14 +91,14 @@ def standing(folder: Path, key: str) -> tuple[Standing, Entry | None]:
 
 
 def begin(folder: Path, entry: Entry) -> None:
-    """Mark a folder as being worked on under this key."""
+    """Mark a folder as in progress under this key."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "done.json").unlink(missing_ok=True)
     _write(folder / "begin.json", entry)
 
 
 def finish(folder: Path, entry: Entry) -> None:
-    """Mark a folder as whole."""
+    """Mark a folder as complete."""
     _write(folder / "done.json", entry)
 
 
@@ -108,7 +108,7 @@ def outputs(folder: Path, names: list[Path]) -> tuple[tuple[str, int], ...]:
 
 
 def set_aside(folder: Path) -> Path:
-    """Rename a stale folder out of the way, losing nothing; returns its new name."""
+    """Rename a stale folder out of the way, deleting nothing; return its new name."""
     number = 1
     while (target := folder.with_name(f"{folder.name}.old-{number}")).exists():
         number += 1
@@ -117,10 +117,10 @@ def set_aside(folder: Path) -> Path:
 
 
 def claim(root: Path, config_yaml: str) -> None:
-    """Make ``root`` a run's folder with this config, or see that it is one, whose config stays.
+    """Make ``root`` a run's folder with this config, or check that it is one; its config then stays.
 
     Raises:
-        UserError: the folder holds something else.
+        UserError: the folder contains something else.
     """
     check_claim(root)
     if not (root / CONFIG).exists():
@@ -129,15 +129,15 @@ def claim(root: Path, config_yaml: str) -> None:
 
 
 def record_config(root: Path, config_yaml: str) -> None:
-    """Note the config of a command that was not refused."""
+    """Record the config of a command that was not refused."""
     durable.write_text(root / CONFIG, config_yaml)
 
 
 def check_claim(root: Path) -> None:
-    """See that ``root`` is a run's folder, or may become one.
+    """Check that ``root`` is a run's folder, or may become one.
 
     Raises:
-        UserError: it is a file, or the folder holds something else.
+        UserError: it is a file, or the folder contains something else.
     """
     if (root.exists() or root.is_symlink()) and not root.is_dir():
         raise UserError(
@@ -159,12 +159,12 @@ def check_claim(root: Path) -> None:
 
 
 def finished(folder: Path) -> Entry | None:
-    """The record of a stage that is done; None if it is not."""
+    """The record of a finished stage; None if it is not finished."""
     return _read(folder / "done.json")
 
 
 def missing(folder: Path, entry: Entry) -> str:
-    """Which output is not there, or not of its length; empty if all are."""
+    """The first output that is missing or has the wrong size; empty if all are valid."""
     for name, size in entry.outputs:
         path = folder / name
         if not path.is_file():

@@ -1,13 +1,13 @@
-"""What the package says, and where: the logger tree ``cnn2gnn_dist``, results, last words.
+"""What the package prints, and where: the logger tree ``cnn2gnn_dist``, results, final errors.
 
 - **Log lines** go through ``logging.getLogger(__name__)`` of each module. Only the entry points
   (``cli``, ``launcher``, ``submit``, a rank under Ray) show them, by ``console``: on stderr, so that
-  stdout holds nothing but what a command is asked for. A program that imports the package keeps
-  its own logging: nothing is set up on import.
-- **Output**, which is what a command exists to print, goes to stdout by ``output``.
-- **Last words**, the error that ends a process, go to stderr by ``complain``, whatever the level.
+  stdout contains only what a command is asked for. A program that imports the package keeps
+  its own logging: nothing is configured on import.
+- **Output**, which is what a command exists to print, goes to stdout through ``output``.
+- **Final errors**, which end a process, go to stderr through ``complain``, at any verbosity.
 
-A line reads ``[rank 1] teacher  note: text``: the rank where it isn't 0, the stage where there is
+A line reads ``[rank 1] teacher  note: text``: the rank if it isn't 0, the stage if there is
 one, ``note:`` for a warning and ``error:`` for an error.
 
 This is the only module that prints.
@@ -29,7 +29,7 @@ LABELS = {logging.DEBUG: "debug: ", logging.WARNING: "note: ", logging.ERROR: "e
 
 
 class _State:
-    """What this process's lines carry."""
+    """The labels of this process's lines."""
 
     verbosity = NORMAL
     rank = 0
@@ -37,7 +37,7 @@ class _State:
 
 
 def verbosity() -> int:
-    """QUIET, NORMAL or VERBOSE, as the entry point was told; NORMAL without one."""
+    """QUIET, NORMAL or VERBOSE, as set at the entry point; NORMAL by default."""
     return _State.verbosity
 
 
@@ -53,7 +53,7 @@ def console(verbosity: int = NORMAL, rank: int = 0) -> Iterator[None]:
     before = logger.level, logger.propagate, _State.verbosity, _State.rank
     logger.addHandler(handler)
     logger.setLevel(LEVELS[verbosity])
-    logger.propagate = False  # a library that sets up the root would say all twice
+    logger.propagate = False  # a configured root logger would print all twice
     _State.verbosity, _State.rank = verbosity, rank
     try:
         yield
@@ -64,7 +64,7 @@ def console(verbosity: int = NORMAL, rank: int = 0) -> Iterator[None]:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """``-v`` and ``-q``: ``verbosity`` in the namespace, where one is given."""
+    """Add ``-v`` and ``-q``: they set ``verbosity`` in the namespace, if given."""
     group = parser.add_mutually_exclusive_group()
     for level, short, text in (
         (VERBOSE, "-v", "say more: keys, checkpoints, every line of metrics"),
@@ -81,13 +81,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def set_rank(rank: int) -> None:
-    """Have the lines of this process say its rank, once that is known."""
+    """Label this process's lines with its rank, once that is known."""
     _State.rank = rank
 
 
 @contextmanager
 def stage(name: str) -> Iterator[None]:
-    """Within this block lines belong to a stage, unless they name one (``extra={"stage": …}``)."""
+    """Within this block lines belong to a stage, unless they name another (``extra={"stage": …}``)."""
     before, _State.stage = _State.stage, name
     try:
         yield
@@ -96,17 +96,17 @@ def stage(name: str) -> Iterator[None]:
 
 
 def output(text: str = "", end: str = "\n") -> None:
-    """Print a command's result on stdout, at once: a pipe may be read line by line."""
+    """Print a command's result on stdout, flushed: a pipe may be read line by line."""
     print(text, end=end, flush=True)
 
 
 def complain(error: BaseException | str, program: str = "cnn2gnn") -> None:
-    """Say on stderr what ends this process, or what it couldn't do of what it was asked for."""
+    """Report on stderr the error that ends this process, or the part of its task that failed."""
     _write(f"{_rank()}{program}: {error}")
 
 
 def progress(*arguments: Any, disable: bool = False, **options: Any) -> Any:
-    """A ``tqdm`` bar on stderr, if that is a terminal and nobody has asked for quiet."""
+    """A ``tqdm`` bar on stderr, if that is a terminal and quiet mode is off."""
     from tqdm import tqdm
 
     hidden = disable or _State.verbosity == QUIET
@@ -114,7 +114,7 @@ def progress(*arguments: Any, disable: bool = False, **options: Any) -> Any:
 
 
 class _Console(logging.Handler):
-    """To whatever ``sys.stderr`` is at the moment, above progress bars."""
+    """Writes to the current ``sys.stderr``, above progress bars."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ class _Console(logging.Handler):
         """Write one line."""
         try:
             _write(self.format(record))
-        except Exception:  # as logging's own handlers: a line is no reason to stop
+        except Exception:  # as in logging's own handlers: a failed line is no reason to stop
             self.handleError(record)
 
 
@@ -132,7 +132,7 @@ class Lines(logging.Formatter):
     """``[rank 1] teacher  note: text``."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record as a line, with its traceback below if it has one."""
+        """Format the record as a line, followed by its traceback if it has one."""
         name = getattr(record, "stage", _State.stage)
         column = f"{name:8} " if name else ""
         return f"{_rank()}{column}{LABELS.get(record.levelno, '')}{super().format(record)}"
@@ -144,7 +144,7 @@ def _rank() -> str:
 
 def _write(text: str) -> None:
     tqdm = sys.modules.get("tqdm")
-    if tqdm is None:  # no bar can be there
+    if tqdm is None:  # without tqdm there can be no bar
         print(text, file=sys.stderr, flush=True)
     else:
         tqdm.tqdm.write(text, file=sys.stderr)

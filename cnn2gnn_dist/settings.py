@@ -1,4 +1,4 @@
-"""From a file or preset and overrides to a checked config; and back to text people read."""
+"""From a file or preset with overrides to a checked config, and back to readable text."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from cnn2gnn_dist.errors import UserError
 
 PRESETS = Path(__file__).parent / "presets"
 DATA = "../shared/data"
-"""Where presets look for public data sets unless $CNN2GNN_DATA says otherwise."""
+"""Where presets look for public data sets unless $CNN2GNN_DATA is set."""
 _VARIABLE = re.compile(r"\$(?:(\$)|([A-Za-z_][A-Za-z0-9_]*)|\{([^}]*)\})")
 
 
 def presets() -> list[str]:
-    """Names of the configs that come with the package."""
+    """Names of the packaged configs."""
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
@@ -37,20 +37,20 @@ def load(
 ) -> Config:
     """Read a config from a preset's name or a YAML file, then apply ``a.b=value`` overrides.
 
-    The text of a value is read by the type of its field (see :mod:`.typed_text`); of two overrides
+    The text of a value is parsed by the type of its field (see :mod:`.typed_text`); of two overrides
     of one field the last counts. In paths ``$NAME`` and ``${NAME}`` stand for environment
-    variables, ``$$`` for a dollar sign, ``~`` at the beginning for the home folder.
+    variables, ``$$`` for a dollar sign, and a leading ``~`` for the home folder.
 
-    ``run.dir`` and the paths of data and weights come back absolute (relative ones
-    count from the working directory), so that ranks on other working directories agree.
+    ``run.dir`` and the paths of data and weights are returned absolute (relative ones
+    are resolved against the working directory), so that ranks in other working directories agree.
 
     Args:
         source: the preset or file; None: the defaults.
         overrides: of fields and sections.
-        note: called with a line about fields given by names that they had once, if there are any.
+        note: called with a line about fields given by their former names, if there are any.
 
     Raises:
-        UserError: no such file, an unknown key or a wrong type, with the field's path;
+        UserError: a missing file, an unknown key or a wrong type, with the field's path;
             an environment variable that is not set; a field given by both of its names.
     """
     old: dict[str, None] = {}
@@ -64,13 +64,13 @@ def load(
 
 
 def check(tree: Mapping[str, Any]) -> Config:
-    """Validate a plain tree as :func:`as_tree` gives it, fill the defaults, make paths absolute."""
+    """Validate a plain tree as returned by :func:`as_tree`, fill in defaults, make paths absolute."""
     tree = field_names.with_todays_names(tree, "", {})
     return _checked(tree, lambda path, where: path)
 
 
 def of_run(folder: Path) -> Config:
-    """The config that a run has left in its folder; the folder counts if it was moved since.
+    """Load the config stored in a run's folder; ``run.dir`` is that folder, even if it was moved.
 
     Raises:
         UserError: as :func:`load`.
@@ -81,12 +81,12 @@ def of_run(folder: Path) -> Config:
 
 
 def as_tree(config: Config) -> dict[str, Any]:
-    """The config as plain dicts, lists and scalars."""
+    """Return the config as plain dicts, lists and scalars."""
     return json.loads(config.model_dump_json())
 
 
 def as_flat(config: Config) -> dict[str, Any]:
-    """The plain value of every field by its dotted name, sections taken apart."""
+    """Return the plain value of every field by its dotted name, with sections flattened."""
     tree, found = as_tree(config), dict[str, Any]()
     for path in field_names.fields(type(config)):
         value: Any = tree
@@ -97,7 +97,7 @@ def as_flat(config: Config) -> dict[str, Any]:
 
 
 def as_yaml(config: Config) -> str:
-    """The resolved config as YAML; :func:`load` reads it as the same config."""
+    """Return the resolved config as YAML; :func:`load` reads it back as the same config."""
     tree = as_tree(_on_paths(config, lambda path, where: path.replace("$", "$$")))
     return yaml.dump(tree, Dumper=typed_text.Dumper, sort_keys=False, allow_unicode=True)
 
@@ -115,7 +115,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 
 
 def misplaced(arguments: Sequence[str]) -> UserError | None:
-    """What to say of options that no command has, if they look like fields of the config."""
+    """Error for options that no command has, if they look like fields of the config."""
     known = list(field_names.paths())
     for text in arguments:
         name = text.lstrip("-").partition("=")[0].replace("-", "_")
@@ -137,7 +137,7 @@ def misplaced(arguments: Sequence[str]) -> UserError | None:
 
 
 def describe() -> str:
-    """Every field with its type, default and meaning: what ``cnn2gnn config`` prints."""
+    """Describe every field with its type, default and meaning: what ``cnn2gnn config`` prints."""
     lines: list[str] = []
     _describe(Config, "", lines)
     return "\n".join(lines)
@@ -211,14 +211,14 @@ def _apply(tree: dict[str, Any], override: str, old: dict[str, None]) -> None:
 
 
 def _in_place(names: list[str], value: dict[str, Any], old: dict[str, None]) -> dict[str, Any]:
-    """The fields of a section, those that have moved in their places."""
+    """The fields of a section, with moved ones in their new places."""
     whole = functools.reduce(lambda inner, name: {name: inner}, reversed(names), value)
     whole = field_names.with_todays_names(whole, "", old)
     return functools.reduce(lambda node, name: node[name], names, whole)
 
 
 def _added(section: Any, before: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """A section's fields with those that are given: the others stay, in sections within it too."""
+    """A section's fields updated with the given ones; the others stay, also in nested sections."""
     found = dict(before) if isinstance(before, dict) else {}
     for name, value in given.items():
         field = section.model_fields.get(name)
@@ -229,7 +229,7 @@ def _added(section: Any, before: Any, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_spelled_out(overrides: Sequence[str]) -> None:
-    """A shell makes of ``data.train=/x/{0..3}.tar`` four overrides; the last alone would count."""
+    """A shell expands ``data.train=/x/{0..3}.tar`` to four overrides, of which only the last would count."""
     given: dict[str, dict[str, None]] = {}
     for override in overrides:
         path, _, text = override.partition("=")
@@ -246,7 +246,7 @@ def _refuse_spelled_out(overrides: Sequence[str]) -> None:
 
 
 def _spelled(texts: list[str]) -> str:
-    """The braces that a shell has spelled out; a list where it was no range."""
+    """Undo a shell's brace expansion; a list where it was not a range."""
     prefix = _common(texts)
     end = _common([text[len(prefix) :][::-1] for text in texts])[::-1]
     inner = [text[len(prefix) : len(text) - len(end)] for text in texts]
@@ -258,7 +258,7 @@ def _spelled(texts: list[str]) -> str:
 
 
 def _common(texts: list[str]) -> str:
-    """What all begin with, by letters."""
+    """The longest common prefix."""
     low, high = min(texts), max(texts)
     return next((low[:i] for i, letter in enumerate(low) if high[i : i + 1] != letter), low)
 
@@ -267,11 +267,11 @@ def _explain(error: ValidationError) -> UserError:
     first = error.errors()[0]
     names = [part for part in first["loc"] if isinstance(part, str)]
     while len(names) > 1 and ".".join(names) not in field_names.paths():
-        names.pop()  # which alternative of a type was tried
+        names.pop()  # the alternative of a type that was tried
     where = ".".join(names)
     if first["type"] == "extra_forbidden":
         return field_names.unknown([str(part) for part in first["loc"]])
-    if first["type"] == "refused":  # between fields: config.py says which, and what to do
+    if first["type"] == "refused":  # across fields: config.py gives field and remedy
         return UserError(first["msg"], where=first["ctx"]["field"], remedy=first["ctx"]["remedy"])
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "missing" and isinstance(first["loc"][-1], int):
@@ -289,7 +289,7 @@ def _explain(error: ValidationError) -> UserError:
 
 _Section = TypeVar("_Section", bound=BaseModel)
 Change = Callable[[str, str], str]
-"""A path and the field that holds it, to the path that is meant."""
+"""Maps a path and the field that holds it to the intended path."""
 
 
 def _checked(tree: Mapping[str, Any], expand: Change) -> Config:
@@ -306,7 +306,7 @@ def _checked(tree: Mapping[str, Any], expand: Change) -> Config:
 
 
 def _refuse_odd_text(value: Any, where: str) -> None:
-    """Text that no file could hold: names of files in another encoding than UTF-8."""
+    """Refuse text that no file could contain: file names in an encoding other than UTF-8."""
     if isinstance(value, Mapping):
         for name, inner in value.items():
             _refuse_odd_text(inner, f"{where}.{name}" if where else str(name))
@@ -343,7 +343,7 @@ def _changed(value: str | list[str] | None, where: str, change: Change) -> str |
 
 
 def _expanded(path: str, where: str) -> str:
-    """With environment variables put in."""
+    """Expand environment variables."""
 
     def one(found: re.Match[str]) -> str:
         if found[1]:
@@ -362,7 +362,7 @@ def _expanded(path: str, where: str) -> str:
 
 
 def _absolute(path: str, where: str) -> str:
-    if not path.strip():  # else the working directory, which nobody has named
+    if not path.strip():  # otherwise the working directory, which was never named
         raise UserError("an empty path", where=where, remedy=f"{where}=PATH")
     if path.lower().startswith("file://"):
         local = unquote(path[len("file://") :]).removeprefix("localhost")
@@ -376,7 +376,7 @@ def _absolute(path: str, where: str) -> str:
     elif "://" in path:  # remote data
         return path
     if where == "stream.cache_dir" and path.startswith("~"):
-        return path  # each node's own home
+        return path  # each node has its own home
     known = os.path.expanduser(path)
     if known.startswith("~"):
         user = known.partition("/")[0]

@@ -1,7 +1,7 @@
-"""Text to the value of a config field. The field's type says how its text is read.
+"""Convert text to the value of a config field, guided by the field's type.
 
 YAML by itself guesses: ``no`` is false, ``0012`` ten, ``2024-05-01`` a date, ``1e-3`` a string. Here
-a field that holds text takes the text as it was typed, one that holds a number takes a number.
+a text field takes the text as typed, and a number field takes a number.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from cnn2gnn_dist.errors import UserError
 NULLS = ("null", "Null", "NULL", "none", "None")
 YES, NO = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
-_DEEP = 20  # levels of a file; more is an alias that holds itself
+_DEEP = 20  # levels of nesting; more is an alias that contains itself
 _PLAIN_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "seq", "map")}
 _GUESSES = yaml.resolver.Resolver()
 
 
 def from_text(kind: Any, text: str, where: str) -> Any:
-    """The value of an override's text for a field of a type.
+    """Convert an override's text to the value of a field of a type.
 
-    Strings are taken as they are; quotes around the whole of them are taken off.
-    ``null`` and ``none`` stand for no value where the field may have none. Lists and mappings are
+    Strings are taken verbatim, except that quotes around all of the text are removed.
+    ``null`` and ``none`` mean no value where the field allows that. Lists and mappings are
     written as in YAML or JSON.
 
     Args:
         kind: the annotation of the field.
-        text: what stands after the equals sign.
+        text: what follows the equals sign.
         where: the field's path, for errors.
 
     Raises:
@@ -71,10 +71,10 @@ def from_text(kind: Any, text: str, where: str) -> Any:
 
 
 def from_file(model: type[BaseModel], text: str, file: str) -> dict[str, Any]:
-    """The tree of fields that a YAML (or JSON) file holds.
+    """Return the tree of fields in a YAML (or JSON) file.
 
     Raises:
-        UserError: no YAML, no mapping, a key that stands twice; with the line.
+        UserError: not YAML, not a mapping, a duplicate key; with the line.
     """
     node = _compose(text, file, file)
     if node is None:
@@ -93,7 +93,7 @@ def from_file(model: type[BaseModel], text: str, file: str) -> dict[str, Any]:
 
 
 def field_of(section: type[BaseModel], name: str) -> FieldInfo | None:
-    """A section's field of this name, or the one that had this name once; None if there is none."""
+    """Return a section's field of this current or former name; None if there is none."""
     field = section.model_fields.get(name)
     moved = getattr(section, "moved", {})
     if field is None and name in moved:
@@ -103,22 +103,22 @@ def field_of(section: type[BaseModel], name: str) -> FieldInfo | None:
 
 
 def is_path(field: FieldInfo) -> bool:
-    """Whether a field of the config holds a path, or several."""
+    """Whether a field of the config holds one or more paths."""
     return isinstance(field.json_schema_extra, dict) and "path" in field.json_schema_extra
 
 
 class Dumper(yaml.SafeDumper):
-    """Writes YAML that both this module and any YAML reader take for the same values."""
+    """Writes YAML that this module and any YAML reader parse to the same values."""
 
 
-Dumper.add_implicit_resolver(  # such strings are put in quotes
+Dumper.add_implicit_resolver(  # such strings are quoted
     "tag:yaml.org,2002:float", re.compile(rf"(?:{_FLOAT.pattern})$"), list("-+.0123456789")
 )
 Dumper.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"(?:none|None)$"), ["n", "N"])
 
 
 def _quoted_if_odd(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    """Text with control characters and odd line ends is escaped: YAML would fold them."""
+    """Escape text with control characters and unusual line ends: YAML would fold them."""
     odd = re.search("[\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff]", text)
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if odd else None)
 
@@ -127,13 +127,13 @@ Dumper.add_representer(str, _quoted_if_odd)
 
 
 class _Reader:
-    """Values of nodes of one file (or of one override's text)."""
+    """Reads the values of the nodes of one file (or of one override's text)."""
 
     def __init__(self, file: str, whole: str) -> None:
         self.file, self.whole = file, whole
 
     def value(self, kind: Any, node: yaml.Node, path: str, depth: int = 0) -> Any:
-        """What a node holds, for a field of a type; ``Any`` where the type says nothing."""
+        """Return a node's value for a field of a type; ``Any`` where there is no type."""
         self._check(node, path, depth)
         if isinstance(node, yaml.MappingNode):
             return self._mapping(kind, node, path, depth)
@@ -156,7 +156,7 @@ class _Reader:
 
     def _text(self, kind: Any, node: yaml.ScalarNode, path: str) -> Any:
         text = node.value
-        if node.style is not None:  # quoted: text, whatever it says
+        if node.style is not None:  # quoted: text, whatever it contains
             return text
         if text in ("", "~", "null", "Null", "NULL") or (text in NULLS and _may_be_none(kind)):
             return {} if _is_section(kind) and not text else None
@@ -205,7 +205,7 @@ class _Reader:
                 raise self._odd("an empty path", node, path, f"write a path{none}")
 
     def _guess(self, node: yaml.ScalarNode, path: str) -> Any:
-        """An argument of a model, whose type nobody has declared: as YAML 1.2 and JSON say."""
+        """Guess the value of a model argument, which has no declared type, by the rules of YAML 1.2 and JSON."""
         text = node.value
         if text in ("true", "True", "TRUE", "false", "False", "FALSE"):
             return text.lower() == "true"
@@ -235,7 +235,7 @@ class _Reader:
 
 def _compose(text: str, file: str, where: str) -> yaml.Node:
     try:
-        # Without resolvers: a plain scalar stays the text that was typed.
+        # Without resolvers, a plain scalar stays the text as typed.
         return yaml.compose(text, Loader=yaml.BaseLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
@@ -259,7 +259,7 @@ def _compose(text: str, file: str, where: str) -> yaml.Node:
 
 
 def _scalar(kind: Any, text: str) -> Any:
-    """Number or truth value; the text itself where it is none, for the field's check to refuse."""
+    """A number or boolean; otherwise the text itself, for the field's check to refuse."""
     reader: dict[Any, Callable[[str], Any]] = {bool: _bool, int: _int, float: _float}
     for option in _options(kind):
         if option in reader:
@@ -275,7 +275,7 @@ def _bool(text: str) -> bool | None:
 
 
 def _int(text: str) -> int | None:
-    """12, 0012 (twelve), 1e3, 20.0; not 0x10, 1.5 or 12:30."""
+    """Parse 12, 0012 (twelve), 1e3, 20.0; not 0x10, 1.5 or 12:30."""
     if not _FLOAT.fullmatch(text):
         return None
     try:
@@ -288,12 +288,12 @@ def _int(text: str) -> int | None:
 
 def _float(text: str) -> float | None:
     if text.lower().lstrip("+-.") in ("inf", "infinity", "nan"):
-        return float(text.lower().replace(".", ""))  # which no field takes, and says so
+        return float(text.lower().replace(".", ""))  # no field accepts it; its check reports that
     return float(text) if _FLOAT.fullmatch(text) else None
 
 
 def _items(text: str) -> list[str] | None:
-    """The items of ``[a, b]``, as text with their quotes; None if the text is no such list.
+    """The items of ``[a, b]``, as text with their quotes; None if the text is not such a list.
 
     Commas in quotes, brackets and braces do not count, nor do brackets that close before the end:
     ``[0-9]*.tar`` and ``[0-9]/[a-z]`` are patterns.
@@ -315,7 +315,7 @@ def _items(text: str) -> list[str] | None:
 
 
 def _outside_quotes(text: str) -> Iterator[tuple[int, int]]:
-    """Places of characters outside of quotes, and how many brackets are open after each."""
+    """Positions of characters outside quotes, and how many brackets are open after each."""
     depth, quote = 0, ""
     for place, sign in enumerate(text):
         if quote:
@@ -329,7 +329,7 @@ def _outside_quotes(text: str) -> Iterator[tuple[int, int]]:
 
 
 def _unquoted(text: str) -> str:
-    """Text without the quotes around the whole of it, read as YAML and JSON read them."""
+    """Remove quotes around all of the text, as YAML and JSON interpret them."""
     if len(text) < 2 or text[0] not in "\"'" or text[-1] != text[0]:
         return text
     try:
@@ -340,7 +340,7 @@ def _unquoted(text: str) -> str:
 
 
 def _refuse_several(text: str, where: str) -> None:
-    """Two paths in one text: a comma or a blank before something that begins like a path."""
+    """Refuse two paths in one text: a comma or a space before something that starts like a path."""
     begin = r"(?:/|~/|\./|\.\./|\$[A-Za-z_{]|[a-z0-9]+://)"
     if not re.match(begin, text):
         return

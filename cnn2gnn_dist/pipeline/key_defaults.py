@@ -1,19 +1,19 @@
-"""Which value of a field counts as absent in keys: the default with which it came in.
+"""The value at which a field counts as absent in keys: the default it was introduced with.
 
-Frozen: a change here makes finished runs stale that are whole, or whole that are stale. When
+Frozen: a change here makes complete finished runs stale, or stale runs complete. When
 
-- a field comes in: it gets a line here, whose value is the one that does what was done before there
-  was the field. Where none does, no line: the field is in every key, and finished runs are stale.
-- a field moves: its line keeps the name that it came in with, and so do keys (``Section.moved``).
+- a field is added: it gets a line here, with the value that reproduces the behavior from before the
+  field existed. If no value does, no line: the field is in every key, and finished runs are stale.
+- a field moves: its line keeps the name that it was introduced with, and so do keys (``Section.moved``).
 - the default of a field changes: its line stays. Runs that have the old value, by default or set, are
-  whole under a config that sets it, and stale under the new default; both are right.
-- a field goes: its line stays as long as there are runs whose records have it.
-- code changes what a stage makes of the same fields: raise its version (``registry.VERSIONS``), or
-  bring in a new one at 2, with a line here that says 1.
-- any of this is not enough: raise ``ledger.SCHEMA``, and keep a reader of the old records as
+  complete under a config that sets it, and stale under the new default; both are right.
+- a field is removed: its line stays as long as there are runs whose records have it.
+- code changes a stage's result for the same fields: raise its version (``registry.VERSIONS``), or
+  introduce a new one at 2, with a line here that says 1.
+- none of this suffices: raise ``ledger.SCHEMA``, and keep a reader of the old records, as
   ``keys_v1.py`` is one.
 
-``tests/unit/pipeline/test_key_schema.py`` fails where the config and this table have parted.
+``tests/unit/pipeline/test_key_schema.py`` fails where the config and this table disagree.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a stage's key is made of: config fields, files outside the run, what it builds on."""
+"""Inputs of a stage's key: config fields, files outside the run, and the stages it builds on."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ from cnn2gnn_dist.training.checkpoint import folder as checkpoint_folder
 _log = logging.getLogger(__name__)
 
 NOTE = "inputs.json"
-"""In the run's folder: the files that it was made from."""
+"""File in the run's folder that lists the files the run was made from."""
 ROLES = ("train", "test")
 _OF_FILES = ("imagefolder", "parquet", "shards")
-"""Sources of files that may change; what torchvision downloads it holds to its own checksums."""
+"""Sources of files that may change; torchvision verifies its downloads against its own checksums."""
 _NO_FILES = {"files": ledger.digest_of("files", {"files": []})}
 
 DeepSpeed = dict[str, dict[str, Any]]
-"""The DeepSpeed configs as they were read, of "teacher" and "student"."""
+"""The DeepSpeed configs as read, of "teacher" and "student"."""
 
 
 def read_deepspeed(config: Config) -> DeepSpeed:
     """Read the DeepSpeed configs, once for all ranks: their working directories may differ.
 
     Raises:
-        UserError: one is missing or wrong.
+        UserError: one is missing or invalid.
     """
     return {
         "teacher": ds_config.load(config.teacher.ds_config),
@@ -55,23 +55,23 @@ def read_deepspeed(config: Config) -> DeepSpeed:
 def parts(
     config: Config, stage: Stage, deepspeed: DeepSpeed, entry: Entry | None = None
 ) -> dict[str, Any]:
-    """The fields behind a stage's key by their dotted names, those at their defaults too.
+    """The fields behind a stage's key by their dotted names, including those at their defaults.
 
     Files that a field names count by their content, a DeepSpeed config (``teacher.ds_config``) by
-    what it changes of results.
+    its effect on results.
 
     Args:
         config: of the run.
-        stage: whose.
+        stage: the stage.
         deepspeed: the DeepSpeed configs.
-        entry: what the stage has recorded; where a file is gone by now, its word is taken.
+        entry: the stage's record; used for files that no longer exist.
     """
     values = settings.as_flat(config) | VERSIONS
     left_out = EXECUTION - ({"evaluate.batch"} if config.graph.scope == "batch" else set())
     found = {name: values[name] for name in _of_stage(stage, values) if name not in left_out}
     for model, read in deepspeed.items():
         others = ds_config.outcome(read) if model in stage.fields else {}
-        if others:  # what the packaged file says is not in the key
+        if others:  # the packaged file's contents are not in the key
             found[f"{model}.ds_config"] = others
     if found.get("teacher.weights"):
         before = parts_of(entry).get("teacher.weights") if entry else None
@@ -80,15 +80,15 @@ def parts(
 
 
 def _of_stage(stage: Stage, names: Iterable[str]) -> list[str]:
-    """Which fields a stage names, itself or by their section."""
+    """The fields that a stage names, directly or by their section."""
     return [name for name in names if any(f"{name}.".startswith(f"{f}.") for f in stage.fields)]
 
 
 def key_of(stage: Stage, parts: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
     """Hex key of a stage.
 
-    Fields at their frozen defaults (``key_defaults.py``) count as absent, so that a run is still
-    whole when fields have been added since; those that have moved have the names they came in with.
+    Fields at their frozen defaults (``key_defaults.py``) count as absent, so that a run stays complete
+    when fields are added later; fields that have moved appear under their original names.
     """
     named = {field_names.first_name(name): value for name, value in parts.items()}
     away = {
@@ -100,22 +100,22 @@ def key_of(stage: Stage, parts: Mapping[str, Any], inputs: Mapping[str, str]) ->
 
 
 def parts_of(entry: Entry) -> dict[str, Any]:
-    """The fields that a record holds by their names of today, whatever schema it is of."""
+    """The fields in a record by their current names, whatever its schema."""
     found = keys_v1.by_dotted_names(entry.parts) if entry.schema == 1 else entry.parts
     return {field_names.todays_name(name): value for name, value in found.items()}
 
 
 def agrees(entry: Entry, stage: Stage, parts: Mapping[str, Any], inputs: Mapping[str, str]) -> bool:
-    """Whether a record of an older schema is of these fields and inputs.
+    """Whether a record of an older schema matches these fields and inputs.
 
-    It is believed only if its key is what that schema made of its fields and of these inputs.
+    It is trusted only if its key is what that schema derives from the record's fields and these inputs.
     """
     sound = entry.schema == 1 and keys_v1.sound(entry, stage.name, inputs)
     return sound and key_of(stage, parts_of(entry), inputs) == key_of(stage, parts, inputs)
 
 
 def changes(entry: Entry, parts: Mapping[str, Any]) -> list[str]:
-    """Lines about the fields that are others than recorded; one that is absent is at its default."""
+    """Describe the fields that differ from the recorded ones; an absent field is at its default."""
     before = parts_of(entry)
     defaults = {field_names.todays_name(name): value for name, value in DEFAULTS.items()}
     filled = {name: defaults[name] for name in (before.keys() | parts.keys()) & defaults.keys()}
@@ -123,7 +123,7 @@ def changes(entry: Entry, parts: Mapping[str, Any]) -> list[str]:
 
 
 def _weights(path: Path, before: str | None) -> str:
-    """A file of weights by its content; one that is gone by what was recorded under its name."""
+    """A weights file by its content; a missing file by the recorded value."""
     try:
         stat = path.stat()
     except OSError:
@@ -145,13 +145,13 @@ def _sha256(path: Path, size: int, time: int) -> str:
 
 @dataclass
 class Survey:
-    """What one command sees of the run's inputs and checkpoints: each is looked at once.
+    """One command's view of the run's inputs and checkpoints: each is examined only once.
 
     Attributes:
         config: of the run.
         deepspeed: the DeepSpeed configs.
-        reads: whether files may be read that are not noted yet; a plan only compares.
-        recheck: read contents even where lengths and times are those noted.
+        reads: whether files not yet recorded may be read; a plan only compares.
+        recheck: read contents even if lengths and modification times match the record.
     """
 
     config: Config
@@ -162,10 +162,10 @@ class Survey:
     _damage: dict[Path, str | None] = field(default_factory=dict)
 
     def inputs(self, stage: Stage) -> dict[str, str]:
-        """Sums of the files outside the run that a stage reads, by the field that names them.
+        """Checksums of the files outside the run that a stage reads, by the field that names them.
 
         Raises:
-            UserError: they are not there.
+            UserError: they are missing.
         """
         data = self.config.data
         first = "index" if data.source == "shards" else "pack"
@@ -176,17 +176,17 @@ class Survey:
         return {f"data.{role}": self.content(role) for role in self.roles}
 
     def content(self, role: str) -> str:
-        """Sum of the files of ``data.train`` or ``data.test``."""
+        """Checksum of the files of ``data.train`` or ``data.test``."""
         found = self._of(role)
         return found.content if found else "not read yet"
 
     def difference(self, role: str) -> str:
-        """In words which files are others than noted."""
+        """Describe which files differ from the record."""
         old, new = self.noted(role), self._of(role)
         return fingerprint.difference(old, new) if old and new else ""
 
     def untagged(self) -> bool:
-        """Whether files lie in a store that does not tell their versions apart."""
+        """Whether files are in a store without tags that distinguish their versions."""
         found = [noted for noted in map(self._of, self.roles) if noted is not None]
         return any(
             any(map(is_remote, noted.origin))
@@ -195,7 +195,7 @@ class Survey:
         )
 
     def keep(self) -> None:
-        """Note the files in the run's folder: they are what its results are made from."""
+        """Record the files in the run's folder: its results are made from them."""
         found = {role: noted.tree() for role, noted in self._found.items() if noted}
         if found and found != self._notes:
             path = Path(str(self.config.run.dir)) / NOTE
@@ -203,13 +203,13 @@ class Survey:
             self.__dict__.pop("_notes", None)
 
     def damage(self, checkpoint: Path) -> str | None:
-        """What is wrong with a checkpoint; all of it is read."""
+        """Read a checkpoint completely; return what is wrong with it."""
         if checkpoint not in self._damage:
             self._damage[checkpoint] = checkpoint_folder.damage(checkpoint)
         return self._damage[checkpoint]
 
     def noted(self, role: str) -> Noted | None:
-        """What the run's folder has noted."""
+        """The record in the run's folder."""
         try:
             return Noted.of(self._notes[role])
         except (KeyError, TypeError, ValueError):
@@ -226,7 +226,7 @@ class Survey:
 
     @property
     def roles(self) -> list[str]:
-        """Which of ``data.train`` and ``data.test`` name files."""
+        """Those of ``data.train`` and ``data.test`` that name files."""
         data = self.config.data
         named = [role for role in ROLES if self._origin(role) is not None]
         return named if data.source in _OF_FILES else []
@@ -259,7 +259,7 @@ class Survey:
 
     def _there(self, role: str, origin: str | list[str], before: Noted | None) -> None:
         folder = Path(fingerprint.folder_of(origin))
-        if before is not None and not folder.is_dir():  # of a fresh run the packer says so
+        if before is not None and not folder.is_dir():  # for a new run the packer reports it
             raise UserError(
                 "there is no such folder",
                 where=str(folder),
@@ -273,17 +273,17 @@ class Survey:
             )
 
     def _needless(self, origin: str | list[str], before: Noted) -> bool:
-        """Whether a run can do without files that don't answer: packed ones, and remote shards."""
+        """Whether a run can do without unreachable files: packed ones, and remote shards."""
         paths = fingerprint.paths_of(origin)
         packed = self.config.data.source != "shards"
         return paths == before.origin and (packed or all(map(is_remote, paths)))
 
 
 def digest(survey: Survey, stage: Stage, key: str, files: list[Path]) -> str:
-    """What later stages build on.
+    """The digest that later stages build on.
 
-    Rows of the manifests and contents of the input files; the weights of a training, which come out
-    otherwise when it is made again in other micro-batches or on other ranks; else the key.
+    Rows of the manifests and contents of the input files; the weights of a training, which differ when
+    it is repeated with other micro-batches or on other ranks; otherwise the key.
     """
     if stage.trains:
         return ledger.digest_of(stage.name, {"key": key, "weights": _weights_in(files)})
@@ -295,13 +295,13 @@ def digest(survey: Survey, stage: Stage, key: str, files: list[Path]) -> str:
     if survey.roles:
         found["files"] = {role: survey.content(role) for role in survey.roles}
         if any(is_remote(shard.path) for manifest in manifests for shard in manifest.shards):
-            # A store without tags: what was read of it is known by its checksums.
+            # A store without tags: the data read from it is identified by its checksums.
             found["crc"] = [_of_checksums(manifest.crc_N) for manifest in manifests]
     return ledger.digest_of("index", found)
 
 
 def _weights_in(files: list[Path]) -> dict[str, str]:
-    """Checksums of the tensors in the checkpoint with which a training ended."""
+    """Checksums of the tensors in the final checkpoint of a training."""
     found: dict[str, str] = {}
     for path in files:
         if path.name == checkpoint_folder.MANIFEST:
@@ -313,9 +313,9 @@ def _weights_in(files: list[Path]) -> dict[str, str]:
 
 
 def as_made(config: Config, root: Path, stage: str) -> Config:
-    """A config with the fields with which a finished stage was made, whatever the run's says today.
+    """The config with the fields with which a finished stage was made, whatever the run's config says today.
 
-    A field that came in since is at its default.
+    A field introduced since then is at its default.
 
     Raises:
         UserError: a field that this version does not know.
@@ -326,7 +326,7 @@ def as_made(config: Config, root: Path, stage: str) -> Config:
     for name, value in ({**made, **parts_of(entry)} if entry else {}).items():
         section, _, one = name.rpartition(".")
         if section == "version" or one in ("ds_config", "weights"):
-            continue  # no field; the content of a file, whose path the config has
+            continue  # not a field: the content of a file, whose path the config has
         node = tree
         for inner in section.split(".") if section else ():
             node = node.setdefault(inner, {})

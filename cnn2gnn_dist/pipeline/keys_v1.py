@@ -1,12 +1,12 @@
-"""Records of key schema 1, made before records named one: what they say, and whether it is so.
+"""Records of key schema 1, from before records named a schema: their contents, and their validity.
 
-Schema 1 hashed whole sections, fields at their defaults too, and noted them as nested mappings. Its
-keys are not made any more: a record is read, its key is compared with the hash of what it says, and
-its fields are then compared with the config's like those of any other (``keys.agrees``). A stage
-goes on under the key with which it was begun.
+Schema 1 hashed complete sections, including fields at their defaults, and recorded them as nested
+mappings. Its keys are no longer created: a record is read, its key is compared with the hash of its
+contents, and its fields are then compared with the config's like those of any other
+(``keys.agrees``). A stage resumes under the key with which it was started.
 
-Nothing here changes: these are the fields that schema 1 had when it ended. Records of before then,
-with fewer, were stale by then and still are.
+Nothing here changes: these are the fields that schema 1 had when it ended. Records from before
+then, with fewer fields, were already stale and still are.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _STAGES = {
 
 
 def by_dotted_names(parts: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a record, sections taken apart."""
+    """The fields of a record by dotted names, with sections flattened."""
     found: dict[str, Any] = {}
     for name, value in parts.items():
         if "." not in name and isinstance(value, dict):
@@ -53,7 +53,7 @@ def by_dotted_names(parts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def sound(entry: Entry, stage: str, inputs: Mapping[str, str]) -> bool:
-    """Whether a record's key is what schema 1 made of the record's own fields and of these inputs."""
+    """Whether a record's key is what schema 1 derives from the record's own fields and these inputs."""
     names = by_dotted_names(entry.parts).keys() - _NOW_AND_THEN
     same = stage in _STAGES and names == _fields(stage)
     return same and entry.key == ledger.key_of(stage, entry.parts, inputs, schema=1)

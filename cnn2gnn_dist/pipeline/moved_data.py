@@ -1,4 +1,4 @@
-"""Manifests follow data that has moved: the same shards, at the paths that the config names now."""
+"""Update manifests after data has moved: the same shards, at the paths that the config names now."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _log = logging.getLogger(__name__)
 
 
 def follow(config: Config, paths: RunPaths, entry: Entry) -> Entry:
-    """Write the shards' present paths into the manifests of a whole index; returns its record.
+    """Write the shards' current paths into the manifests of a complete index; return its record.
 
-    Its key says that these are the same files. Nothing is written where no path has changed.
+    The key proves that these are the same files. Nothing is written where no path has changed.
 
     Raises:
-        UserError: the config's shards are not there.
+        UserError: the config's shards are missing.
     """
     named = (paths.train_manifest, paths.test_manifest)
     moved = []
@@ -49,7 +49,7 @@ def follow(config: Config, paths: RunPaths, entry: Entry) -> Entry:
 
 
 def _shards(config: Config, paths: RunPaths) -> tuple[list[str], list[str]]:
-    """The paths of the shards behind the training and the held-out manifest."""
+    """The paths of the shards behind the training and the held-out manifests."""
     data = config.data
     if data.source == "shards":
         train = _expanded(data.train)

@@ -1,4 +1,4 @@
-"""What each stage of a run is worth as it lies there: whole, to continue, to run, or stale; and why."""
+"""The state of each stage of a run on disk: whole, to continue, to run, or stale; and why."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from cnn2gnn_dist.training.checkpoint import folder as checkpoint_folder
 
 @dataclass(frozen=True)
 class Step:
-    """A stage in a plan: what will happen to it, and why. ``key`` is None while inputs lack.
+    """A stage in a plan: what will happen to it, and why. ``key`` is None while inputs are missing.
 
-    ``parts`` and ``inputs`` are what the key is made of, in the way of ``schema``: what was begun
-    under an older one is ended under it.
+    ``parts`` and ``inputs`` are what the key is made of, according to ``schema``: what was started
+    under an older schema is finished under it.
     """
 
     stage: Stage
@@ -34,17 +34,17 @@ class Step:
     schema: int = ledger.SCHEMA
 
     def record(self, **made: Any) -> Entry:
-        """What ``begin.json`` says of this step, and ``done.json`` with what was ``made``."""
+        """The contents of this step's ``begin.json``, or of its ``done.json`` with what was ``made``."""
         return Entry(str(self.key), self.parts, inputs=self.inputs, schema=self.schema, **made)
 
 
 def plan(
     config: Config, names: list[str] | None = None, survey: Survey | None = None
 ) -> list[Step]:
-    """What would be skipped, continued or run, without doing anything.
+    """Determine what would be skipped, continued or run, without doing anything.
 
     Raises:
-        UserError: an unknown stage; data or a DeepSpeed config is not there.
+        UserError: an unknown stage; data or a DeepSpeed config is missing.
     """
     survey, stages = survey or Survey(config, keys.read_deepspeed(config)), stages_of(config)
     check_names(stages, names)
@@ -60,7 +60,7 @@ def plan(
 
 
 def look(survey: Survey, stage: Stage, stages: list[Stage], digests: dict[str, str]) -> Step:
-    """Where one stage stands; ``digests``: of the stages before it that are whole."""
+    """Determine the state of one stage; ``digests``: of the complete stages before it."""
     folder = Path(str(survey.config.run.dir)) / stage.folder
     there = {s.name for s in stages}
     needs = [need for need in stage.needs if need in there]
@@ -95,18 +95,18 @@ def look(survey: Survey, stage: Stage, stages: list[Stage], digests: dict[str, s
 
 
 def _damage(survey: Survey, folder: Path) -> str:
-    """What is wrong with the checkpoint with which a training ended; empty if nothing is."""
+    """What is wrong with the final checkpoint of a training; empty if nothing is."""
     recorded = checkpoint_folder.recorded(folder)
     problem = survey.damage(recorded) if recorded else None
     return f"{recorded.name}: {problem}" if recorded and problem else ""
 
 
 def _other_inputs(survey: Survey, entry: Entry, inputs: dict[str, str]) -> list[str]:
-    """Lines about what a stage was built on that is another now."""
+    """Describe the inputs of a stage that have changed since it was built on them."""
     found = []
     for name in sorted(entry.inputs.keys() | inputs.keys()):
         old, new = entry.inputs.get(name), inputs.get(name)
-        if not entry.inputs or old == new:  # records of earlier versions don't say
+        if not entry.inputs or old == new:  # records of earlier versions don't have them
             continue
         if not name.startswith("data."):
             found.append(f"the stage {name} was made again")
@@ -119,7 +119,7 @@ def _other_inputs(survey: Survey, entry: Entry, inputs: dict[str, str]) -> list[
 
 
 def check_names(stages: list[Stage], names: list[str] | None) -> None:
-    """See that all names are stages.
+    """Check that all names are stages.
 
     Raises:
         UserError: one is not.

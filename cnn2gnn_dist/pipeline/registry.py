@@ -1,4 +1,4 @@
-"""The stages of a run: what each works with, what it builds on, where it writes."""
+"""The stages of a run: what each uses, what it builds on, where it writes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from cnn2gnn_dist.config import Config
 from cnn2gnn_dist.data.images.decode import DECODING
 from cnn2gnn_dist.stages.shared.context import Context
 
-# Fields that change how a result is reached, not which: a run may go on with others. Where the
-# images of a batch see each other (graph.scope=batch) evaluate.batch is not among them.
+# Fields that change how a result is computed, but not which: a run may be resumed with others. Where
+# the images of a batch influence each other (graph.scope=batch) evaluate.batch is not among them.
 EXECUTION = frozenset(
     [
         *(
@@ -29,7 +29,7 @@ EXECUTION = frozenset(
 
 
 VERSIONS = {"version.decoding": DECODING}
-"""Versions of code that keys name like fields. Each is absent from keys while it is the first
+"""Versions of code that keys include like fields. Each is absent from keys while it is the first
 (``key_defaults.py``)."""
 
 
@@ -39,7 +39,7 @@ class Stage:
 
     ``fields``: config sections, fields and versions that determine its outputs; ``needs``: stages it
     builds on; ``alone``: rank 0 works, the others wait; ``trains``: it has checkpoints
-    to go on from.
+    to resume from.
     """
 
     name: str
@@ -158,7 +158,7 @@ STAGES = {
     stage.name: stage
     for stage in (_PACK, _INDEX, _TEACHER, _TARGETS, _STUDENT, _GRAPH, _CONTROL, _EVALUATE)
 }
-"""All that there are, by name."""
+"""All stages, by name."""
 
 
 def stages_of(config: Config) -> list[Stage]:

@@ -1,4 +1,4 @@
-"""Which stage comes next, and why: keys, skips, order; the same call on every rank."""
+"""Which stage comes next, and why: keys, skips, order; called identically on every rank."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from cnn2gnn_dist.unused_fields import Around
 _log = logging.getLogger(__name__)
 
 LOCK_SECONDS = 10.0
-"""A run that was killed or told to end may need so long to let go of its folder."""
+"""Seconds that a run that was killed or asked to stop may need to release its folder."""
 
 
 def run_rank(
@@ -41,21 +41,21 @@ def run_rank(
     force: bool = False,
     deepspeed: keys.DeepSpeed | None = None,
 ) -> dict[str, Any]:
-    """Run the stages that are not whole; every rank calls this with the same arguments.
+    """Run the stages that are not complete; every rank calls this with the same arguments.
 
     Args:
         tree: the resolved config as plain data.
         names: stages to run; None for all.
-        update: set stale results aside and make them again, instead of refusing.
-        inside_ray: Ray carries this process.
-        ranks: who we are.
-        force: like ``update``, but training goes on from its checkpoint under the new config.
+        update: set stale results aside and recompute them, instead of refusing.
+        inside_ray: this process runs under Ray.
+        ranks: this process's rank and group.
+        force: like ``update``, but training resumes from its checkpoint under the new config.
         deepspeed: the DeepSpeed configs as the driver read them; None: rank 0 reads them.
 
     Raises:
-        UserError: on every rank, whatever rank met it first in a stage of rank 0 alone.
+        UserError: on every rank, even if rank 0 met it in a stage that it runs alone.
         PeerLost: another rank died, or did not answer within ``cluster.timeout_s``.
-        Preempted: training was told to end, and has saved.
+        Preempted: training was asked to stop, and has saved.
         RuntimeError: torch's or ours: a bug.
     """  # noqa: DOC501
     from cnn2gnn_dist.runtime import collectives
@@ -81,15 +81,15 @@ def run_rank(
 
 
 def light(config: Config, names: list[str] | None) -> bool:
-    """Whether these stages are rank 0's alone, and need no process group."""
+    """Whether rank 0 runs these stages alone, without a process group."""
     return all(stage.alone for stage in stages_of(config) if names is None or stage.name in names)
 
 
 def choose_device(wanted: str) -> str:
-    """The device at hand, "cpu" or "cuda".
+    """Return the device to use, "cpu" or "cuda".
 
     Raises:
-        UserError: cuda is asked for and there is none.
+        UserError: cuda is requested and not available.
     """
     import torch
 
@@ -150,13 +150,13 @@ def _run_all(
             done[stage.name] = step.why
         if stage.name == "index" and step.standing is Standing.WHOLE:
             _together(ranks, lambda: _fit_images(survey, names))
-    if names is None:  # nothing was refused: whoever reads the folder finds the config of today
+    if names is None:  # nothing was refused: readers of the folder find the current config
         _together(ranks, partial(ledger.record_config, root, settings.as_yaml(config)))
     return done
 
 
 def _fit_images(survey: Survey, names: list[str] | None) -> None:
-    """See that there are images enough for what lies ahead, before any training is paid for."""
+    """Check that there are enough images for the stages still to run, before any training is paid for."""
     config, steps = survey.config, plan(survey.config, names, survey)
     ahead = [step.stage.name for step in steps if step.standing is not Standing.WHOLE]
     train = load_manifest(RunPaths(Path(str(config.run.dir))).train_manifest)
@@ -166,10 +166,10 @@ def _fit_images(survey: Survey, names: list[str] | None) -> None:
 def _looked(
     survey: Survey, stage: Stage, stages: list[Stage], digests: dict[str, str], update: bool
 ) -> Step:
-    """Where a stage stands (rank 0).
+    """Determine the state of a stage (rank 0).
 
-    Of what is whole, notes and paths follow the files: touched ones are noted as they are now, and
-    manifests find shards that have moved.
+    For a complete stage, records and paths follow the files: touched ones are recorded again, and
+    manifests are updated for shards that have moved.
     """
     step = look(survey, stage, stages, digests)
     if step.standing is not Standing.WHOLE or step.entry is None:
@@ -187,7 +187,7 @@ def _looked(
 
 
 def say_skipped(name: str) -> None:
-    """The line about a stage that is whole; under Ray the driver says it, whose lines are not lost."""
+    """Log that a stage is complete; under Ray the driver does, since its log lines are not lost."""
     _log.info("whole, skipped", extra={"stage": name})
 
 
@@ -229,7 +229,7 @@ def _peer_lost(error: RuntimeError, config: Config) -> PeerLost:
 
 
 def _make_room(survey: Survey, step: Step, update: bool, force: bool) -> Step:
-    """Mark the stage's folder as begun; a stale one is refused, set aside, or gone on with."""
+    """Mark the stage's folder as begun; refuse a stale one, set it aside, or resume it."""
     root, stage, key = Path(str(survey.config.run.dir)), step.stage, step.key
     folder = root / stage.folder
     if key is None:
@@ -266,9 +266,9 @@ def _make_room(survey: Survey, step: Step, update: bool, force: bool) -> Step:
 
 
 def _of_another_config(step: Step, folder: Path) -> bool:
-    """Whether a training begun under this key would go on from a checkpoint of another.
+    """Whether a training started under this key would resume from a checkpoint of another key.
 
-    One that ``--force`` took over, and that was not saved again since.
+    That is one that ``--force`` took over and that has not been saved again since.
     """
     if step.standing is not Standing.RESUME or not step.stage.trains:
         return False
@@ -277,10 +277,10 @@ def _of_another_config(step: Step, folder: Path) -> bool:
 
 
 def check_ahead(config: Config, steps: list[Step], world_size: int) -> list[Stage]:
-    """What lies ahead, once it is seen that nothing of it would be refused at once.
+    """Return the stages still to run, after checking that none would be refused at once.
 
     Raises:
-        UserError: settings that don't fit together; the folder holds something else.
+        UserError: settings that don't fit together; the folder contains something else.
     """
     ahead = [step.stage for step in steps if step.standing is not Standing.WHOLE]
     preflight.check(config, [stage.name for stage in ahead], world_size)
@@ -299,13 +299,13 @@ def _begin(survey: Survey, names: list[str] | None, around: Around) -> None:
 
 @contextmanager
 def _locked(root: Path, ranks: Ranks, timeout_s: float = 600.0) -> Iterator[None]:
-    """Keep a second run out of the folder; the lock goes with rank 0, which holds it.
+    """Keep a second run out of the folder; rank 0 holds the lock, which ends with it.
 
     Raises:
         UserError: on every rank: another process holds it.
     """
     held: list[folder_lock.Release] = []
-    # The others wait in a collective, whose patience must outlast ours.
+    # The others wait in a collective, whose timeout must exceed ours.
     seconds = min(LOCK_SECONDS, timeout_s / 2)
     try:
         _together(ranks, lambda: held.append(folder_lock.take(root, seconds)))
@@ -316,7 +316,7 @@ def _locked(root: Path, ranks: Ranks, timeout_s: float = 600.0) -> Iterator[None
 
 
 def _together(ranks: Ranks, work: Callable[[], Any]) -> Any:
-    """Rank 0 does the work, however long it takes; all get its result, or raise its error."""
+    """Rank 0 does the work, however long it takes; all ranks get its result or raise its error."""
     from cnn2gnn_dist.runtime import collectives
 
     return collectives.alone(work)
