@@ -1,4 +1,4 @@
-"""What users get wrong: in whole runs."""
+"""User errors, in complete runs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:
-    """Exit code 2, all parts said, no traceback."""
+    """Exit code 2, all parts in the message, no traceback."""
     assert done.returncode == 2, done.stdout + done.stderr
     for part in (*parts, "where:", "remedy:"):
         assert part in done.stderr, done.stderr

@@ -1,4 +1,4 @@
-"""`cnn2gnn checkpoint`: what it lists is there, what it finds damaged is, what it exports is the model."""
+"""`cnn2gnn checkpoint`: what it lists exists, what it reports as damaged is, and its export is the model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cnn2gnn_dist.training.checkpoint import folder as disk
 
 @pytest.fixture
 def run(micro_run, tmp_path):
-    """A copy to damage."""
+    """A copy of the run to damage."""
     shutil.copytree(micro_run, tmp_path / "run")
     return tmp_path / "run"
 

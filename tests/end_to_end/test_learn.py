@@ -1,6 +1,6 @@
-"""What a training step learns from: the loss of a global batch, its images, its soft targets.
+"""Inputs of a training step: the loss of a global batch, its images, its soft targets.
 
-The references are plain torch on the whole batch, the reader asked for the ids of the order,
+The references are plain torch on the complete batch, the reader queried for the ids of the order,
 and soft targets that the test wrote itself.
 """
 
@@ -40,7 +40,7 @@ def context_of(config: Config, folder: Path) -> Context:
 
 
 def whole_batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Features [G, WIDTH], labels [G] and which of them are sound [G]."""
+    """Features [G, WIDTH], labels [G] and which of them are valid [G]."""
     generator = torch.Generator().manual_seed(3)
     features = torch.randn(G, WIDTH, generator=generator)
     labels = torch.randint(0, CLASSES, (G,), generator=generator)
@@ -90,13 +90,13 @@ def learn_case(folder: str, shares: list[list[list[int]]]) -> dict[str, Any]:
     [
         [[[0, 1, 2, 3, 4, 5, 6, 7]]],
         [[[0, 1, 2], [3, 4, 5, 6, 7]]],
-        [[[0, 1, 2, 3, 4]], [[5, 6, 7]]],  # parts of unequal size
+        [[[0, 1, 2, 3, 4]], [[5, 6, 7]]],  # shares of unequal size
         [[[0, 1, 2], [3, 4]], [[5], [6, 7]]],
     ],
     ids=["one", "accumulated", "two ranks", "two ranks accumulated"],
 )
 def test_the_gradient_is_that_of_the_global_batch(tmp_path, shares):
-    """Sum over sound samples / G, however rows lie on ranks and micro-batches."""
+    """Sum over valid samples / G, however rows are distributed over ranks and micro-batches."""
     features, labels, valid = whole_batch()
     model = net()
     loss_B = F.cross_entropy(model(features), labels, reduction="none") * valid
@@ -120,7 +120,7 @@ def targets_of(samples: int) -> np.ndarray:
 
 
 def prepared(folder: Path) -> Config:
-    """A run of digits that is packed and indexed and has soft targets of the test's making."""
+    """A run of digits that is packed and indexed and has soft targets made by the test."""
     config = settings.load(
         "demo",
         [
@@ -157,7 +157,7 @@ def prepared(folder: Path) -> Config:
 
 
 def student_case(folder: str) -> list[dict[str, np.ndarray]]:
-    """What each micro-batch of this rank brought to the loss, in order."""
+    """What each micro-batch of this rank contributed to the loss, in order."""
     config = prepared(Path(folder))
     context = context_of(config, Path(folder) / "control")
     seen: list[dict[str, np.ndarray]] = []
@@ -181,7 +181,7 @@ def student_case(folder: str) -> list[dict[str, np.ndarray]]:
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_image_label_and_soft_target_belong_together(tmp_path, world_size):
-    """Every sample comes with its own label and the target of the very crop that is shown."""
+    """Every sample has its own label and the target of exactly the crop that is shown."""
     folder = tmp_path / "run"
     rank_group.run(prepare_case, 1, str(folder))
     ranks = rank_group.run(student_case, world_size, str(folder))
@@ -199,7 +199,7 @@ def test_image_label_and_soft_target_belong_together(tmp_path, world_size):
             ids = order.batch(epoch, index)
             batch, view = reader.read(Request(ids, epoch % VIEWS)), epoch % VIEWS
             shown.add(batch.images.tobytes())
-            # Micro-batches may take a rank's rows in any way: compare sample by sample.
+            # Micro-batches may take a rank's rows in any order: compare sample by sample.
             place = matched(together["images"], batch.images)
             np.testing.assert_array_equal(together["labels"], manifest.label_N[ids[place]])
             wanted = log_VNC[view, ids[place]].astype(np.float16).astype(np.float32)
@@ -214,7 +214,7 @@ def prepare_case(folder: str) -> None:
 
 
 def matched(shown_BHWC: np.ndarray, wanted_BHWC: np.ndarray) -> np.ndarray:
-    """For each shown image its place among the wanted ones; every one is there once."""
+    """For each shown image its position among the wanted ones; every one occurs once."""
     places = {image.tobytes(): place for place, image in enumerate(wanted_BHWC)}
     assert len(places) == len(wanted_BHWC)
     found = np.array([places[image.tobytes()] for image in shown_BHWC])

@@ -1,4 +1,4 @@
-"""What people look at after a run: in whole runs."""
+"""What people look at after a run, in complete runs."""
 
 from __future__ import annotations
 

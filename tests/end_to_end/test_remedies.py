@@ -1,4 +1,4 @@
-"""Every remedy that an error names works as it is written."""
+"""Every remedy that an error names works as written."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ LIGHT = [
 def test_a_remedy_works_as_written(row, alternative, tmp_path):
     if row.name == "no GPU" and torch.cuda.is_available():
         pytest.skip("there is one")
-    if " " in alternative:  # one way out that takes two overrides
+    if " " in alternative:  # an alternative that takes two overrides
         failing = row.provoke(tmp_path)
         code, said = cnn2gnn(failing)
         assert code == 2, said
@@ -164,7 +164,7 @@ def test_what_counts_as_an_alternative():
 
 @pytest.fixture
 def copied(micro_run) -> Callable[[Path], list[str]]:
-    """Copies the small run into a folder; gives its --config and overrides."""
+    """Copies the small run into a folder; returns its --config and overrides."""
 
     def copy(place: Path) -> list[str]:
         shutil.copytree(micro_run, place / "run")
@@ -174,7 +174,7 @@ def copied(micro_run) -> Callable[[Path], list[str]]:
 
 
 def damage_last(run: Path, stage: str) -> Path:
-    """Flip a bit in the checkpoint with which a stage ended."""
+    """Flip a bit in the final checkpoint of a stage."""
     path = sorted((run / stage / "checkpoints").glob("step-*/rank-00001-*.safetensors"))[-1]
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
@@ -203,12 +203,12 @@ def test_a_stage_that_waits_says_for_what_and_run_makes_it(copied, tmp_path):
 
     row = Row("waits", provoke, "waits for pack (pack: not whole any more: train-000000.tar is")
     carry_out(row, "cnn2gnn run", tmp_path)
-    assert not list((tmp_path / "run").glob("*.old-*"))  # the same shards: all else stays whole
+    assert not list((tmp_path / "run").glob("*.old-*"))  # the same shards: the rest stays complete
 
 
 @pytest.fixture
 def damaged_student(copied, micro_run, tmp_path) -> tuple[Path, list[str], list[str]]:
-    """A copy of the run whose student's last checkpoint is damaged; its config; how to ask it."""
+    """A copy of the run whose student's last checkpoint is corrupt; its config; the command to run it."""
     config, run, image = copied(tmp_path), tmp_path / "run", tmp_path / "image.png"
     image.write_bytes(encode_image(random_images(1, 16, 16)[0]))
     assert damage_last(run, "student").name == "step-00000027"
@@ -221,7 +221,7 @@ def damaged_student(copied, micro_run, tmp_path) -> tuple[Path, list[str], list[
 
 
 def test_a_training_made_again_on_as_many_ranks_is_the_same(damaged_student, micro_run):
-    """To the bit: all that was built on it stays whole, and answers as before."""
+    """Bit-identical: everything built on it stays complete, and gives the same answers as before."""
     run, _, ask = damaged_student
     code, said = runs.finish(runs.start(runs.launch(run), runs.environment()))
     assert code == 0, said[-4000:]
@@ -234,7 +234,7 @@ def test_a_training_made_again_on_as_many_ranks_is_the_same(damaged_student, mic
 
 
 def test_a_training_made_again_on_other_ranks_is_another(damaged_student):
-    """Its weights never meet the bank of those before."""
+    """Its weights are never combined with the bank of the previous ones."""
     _, config, ask = damaged_student
     code, said = cnn2gnn(["student", *config])
     assert code == 0, said
@@ -256,7 +256,7 @@ def test_a_plan_says_which_file_is_damaged(copied, tmp_path):
     assert code == 2
     for command in alternatives(remedy_of(said)):
         code, said = cnn2gnn(command.split()[1:])
-        assert code == 1  # of verify: one is damaged
+        assert code == 1  # of verify: one is corrupt
         assert said.count("whole") == 1
     steps = {s.stage.name: s for s in runner.plan(settings.load(config[1], config[2:]))}
     assert steps["teacher"].standing is ledger.Standing.RESUME
@@ -268,7 +268,7 @@ def test_a_plan_says_which_file_is_damaged(copied, tmp_path):
 
 @pytest.mark.parametrize("alternative", ["--update", "--force"])
 def test_a_checkpoint_of_another_config(copied, micro_run, tmp_path, alternative):
-    """As after a kill ahead of the first save that follows ``--force``."""
+    """As after a kill before the first save that follows ``--force``."""
 
     def provoke(place: Path) -> list[str]:
         config = [*copied(place), "teacher.lr=0.004"]
@@ -340,7 +340,7 @@ def test_batchnorm_that_goes_on_with_other_batches_is_said(copied, micro_run, tm
     state = disk.read_state(disk.recorded(tmp_path / "run" / "teacher"))
     assert state["extra"]["norms"] == [[0, 16], [16, 32]]
     assert weights(tmp_path / "run" / "teacher") != weights(micro_run / "teacher")
-    # What was built on the weights before is not whole any more.
+    # What was built on the old weights is no longer complete.
     code, said = cnn2gnn(["targets", *config])
     assert code == 2
     assert "the stage teacher was made again" in said

@@ -1,4 +1,4 @@
-"""The same command after a kill continues, and ends in the undisturbed run's bits."""
+"""The same command after a kill continues, and its result is bit-identical to an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.support.watching import kill_all, ranks_of, reach, read_until
 
 @pytest.mark.parametrize(("stage", "zero"), [("teacher", 3), ("student", 1), ("control", 0)])
 def test_killed_launch_continues_from_its_checkpoint(stage, zero, tmp_path):
-    """Every loss and the last bit of the weights; the same ZeRO stage, whose sums are its own."""
+    """Every loss, and bit-identical weights; for the same ZeRO stage, since its sums are its own."""
     how = [f"teacher.zero_stage={zero}", f"student.zero_stage={zero}"]
     before = {"teacher": "pack,index", "student": "pack,index,teacher,targets"}
     chosen = f"{before.get(stage, before['student'])},{stage}"
@@ -54,10 +54,10 @@ def test_killed_launch_continues_from_its_checkpoint(stage, zero, tmp_path):
 
 @pytest.mark.parametrize(("stage", "ranks"), [("teacher", 1), ("student", 1), ("student", 2)])
 def test_a_run_goes_on_at_another_world_size(stage, ranks, tmp_path):
-    """Same batches, same neighbours, the same losses to float tolerance; nothing is converted.
+    """Same batches, same neighbors, the same losses to float tolerance; nothing is converted.
 
-    Moments over ranks and moments of one are rounded differently, and training blows that up from
-    step to step (Adam makes a whole step of a gradient that is nothing but rounding).
+    Moments over several ranks and moments of one rank are rounded differently, and training amplifies
+    that from step to step (Adam makes a full step of a gradient that is only rounding error).
     """
     how = ["student.max_micro_batch=32", "teacher.max_micro_batch=16"]
     before = {"teacher": "pack,index", "student": "pack,index,teacher,targets"}[stage]
@@ -89,7 +89,7 @@ def test_a_run_goes_on_at_another_world_size(stage, ranks, tmp_path):
 
 
 def test_one_rank_killed_in_batch_scope(tmp_path):
-    """The paper's scope: the launcher ends the other rank, the next launch goes on."""
+    """The paper's scope: the launcher ends the other rank, the next launch resumes."""
     whole, run = tmp_path / "whole", tmp_path / "run"
     how = ["graph.scope=batch", "student.control=false", "teacher.epochs=1", "student.epochs=2"]
     code, output = finish(start(torchrun(whole, *how), environment()))
@@ -107,11 +107,11 @@ def test_one_rank_killed_in_batch_scope(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_notice_to_end_saves_the_step(number, micro_run, tmp_path):
-    """Both ranks save at the same next step, say so, and leave with exit code 143."""
+    """Both ranks save at the same next step, report it, and exit with code 143."""
     run = tmp_path / "run"
     process = start(launch(run, "checkpoint.every_steps=1000"), environment())
     reach(process, run, "teacher", 2)
-    ranks_of(process)[1].send_signal(number)  # one rank's notice is all ranks'
+    ranks_of(process)[1].send_signal(number)  # a signal to one rank stops all ranks
     code, output = finish(process)
     assert code != 0, output
     assert "exitcode  : 143" in output, output
@@ -142,7 +142,7 @@ def test_a_job_told_to_end_under_ray_saves_the_step(micro_run, tmp_path):
 
 
 def test_a_silent_peer_ends_in_a_named_error(tmp_path):
-    """A stopped rank: the other says so after cluster.timeout_s and leaves with exit code 75."""
+    """A stopped rank: the other reports it after cluster.timeout_s and exits with code 75."""
     run = tmp_path / "run"
     process = start(launch(run, "cluster.timeout_s=6"), environment())
     reach(process, run, "teacher", 2)
@@ -176,7 +176,7 @@ def test_a_rank_lost_under_ray_is_replaced(micro_run, tmp_path):
 @pytest.mark.ray
 @pytest.mark.parametrize("victim", ["driver", "gcs_server", "ray::ReaderAct"])
 def test_a_run_outlives_the_driver_rays_head_and_a_reader(victim, micro_run, tmp_path):
-    """A reader is replaced under way; after the others the same command goes on."""
+    """A killed reader is replaced during the run; after the other kills the same command resumes."""
     run = tmp_path / "run"
     command = [sys.executable, "-m", "cnn2gnn_dist", "run", "--config", "demo", *MICRO]
     process = start([*command, f"run.dir={run}"], ray_environment())
@@ -199,7 +199,7 @@ def test_a_run_outlives_the_driver_rays_head_and_a_reader(victim, micro_run, tmp
 
 
 def test_targets_continue_at_the_first_missing_shard(micro_run, tmp_path):
-    """A cut-off run left some files: they are not written again, a damaged one is."""
+    """An interrupted run left some files: they are not written again, a corrupt one is."""
     run = tmp_path / "run"
     shutil.copytree(micro_run, run)
     files = sorted((run / "targets").glob("*.parquet"))
@@ -222,7 +222,7 @@ def test_targets_continue_at_the_first_missing_shard(micro_run, tmp_path):
 
 
 def test_a_notice_that_no_step_ends_in_time_for_is_said(tmp_path):
-    """The peer is stopped, so no step ends: the rank says what is lost and leaves with 143."""
+    """The peer is stopped, so no step ends: the rank reports what is lost and exits with 143."""
     run = tmp_path / "run"
     process = start(launch(run, "checkpoint.grace_s=3"), environment())
     reach(process, run, "teacher", 2)
@@ -241,7 +241,7 @@ def test_a_notice_that_no_step_ends_in_time_for_is_said(tmp_path):
 
 
 def test_force_goes_on_under_another_config(micro_run, tmp_path):
-    """Without it the change is named and refused; with it the teacher trains on, the rest is anew."""
+    """Without it the change is named and refused; with it the teacher resumes, the rest is recomputed."""
     run = tmp_path / "run"
     shutil.copytree(micro_run, run)
     command = [*launch(run, "teacher.epochs=3"), "--stages", "pack,index,teacher"]

@@ -1,4 +1,4 @@
-"""Student and control are alike in all that the graph doesn't force apart."""
+"""Student and control are identical in everything that the graph doesn't force to differ."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def lines(stage: Path) -> list[dict[str, float]]:
 
 
 def test_they_are_one_training_until_the_graph_begins(micro_run: Path) -> None:
-    """On two ranks, to the bit: initial weights, norms, order, views, targets, loss, clip."""
+    """On two ranks, bit-identical: initial weights, norms, order, views, targets, loss, clipping."""
     student, control = lines(micro_run / "student"), lines(micro_run / "control")
     warm = [line for line in student if line["epoch"] <= 1.0]  # graph.start_epoch
     assert len(warm) >= 5

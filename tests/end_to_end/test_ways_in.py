@@ -1,4 +1,4 @@
-"""Three ways in, one code path: each carries the digits to the same end."""
+"""Three launchers, one code path: each takes the digits to the same result."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_cnn2gnn_run_on_ray(micro_run, tmp_path):
     assert code == 0
     for stage in ("pack", "index", "teacher", "targets", "student", "graph", "control", "evaluate"):
         assert f"{stage:8} whole, skipped" in output
-    assert not (tmp_path / ".ray").exists()  # a token there would be demanded by the user's own Ray
+    assert not (tmp_path / ".ray").exists()  # a token there would be required by the user's own Ray
 
 
 @pytest.mark.ray
@@ -79,8 +79,8 @@ def test_cnn2gnn_run_on_ray(micro_run, tmp_path):
 )
 def test_ray_job(micro_run, tmp_path):
     """`ray job submit`, launch/submit.py, cluster.address= and `ray job stop`, on a cluster that
-    demands the token in the user's home, and whose environment was not activated when it started.
-    The head sees loopback only.
+    requires the token in the user's home, and whose environment was not activated when it started.
+    The head sees only loopback.
     """
     run, run_3 = tmp_path / "job", tmp_path / "job-3"
     ports = {name: free_port_outside_workers() for name in ("gcs", "dashboard", "client")}
@@ -147,7 +147,7 @@ def test_ray_job(micro_run, tmp_path):
 
 
 def short_folder(tmp_path: Path) -> Path:
-    """Ray's sockets live below it: their path must stay under 107 bytes."""
+    """Ray's sockets are below it: their path must stay under 107 bytes."""
     folder = Path("/tmp") / f"ray-{os.getpid()}"
     folder.mkdir(exist_ok=True)
     (tmp_path / "session").symlink_to(folder)
@@ -155,7 +155,7 @@ def short_folder(tmp_path: Path) -> Path:
 
 
 def free_port_outside_workers() -> int:
-    """Ray keeps 10002-19999 for its workers."""
+    """Ray reserves 10002-19999 for its workers."""
     while 10002 <= (port := free_port()) <= 19999:
         pass
     return port

@@ -42,7 +42,7 @@ def test_the_same_table_at_any_number_of_ranks_and_after_a_kill(tmp_path: Path) 
     for stale in (tmp_path / "cut").glob("at-*"):
         stale.unlink()
     again = ends(start("cut", 0, 1, 0))[0].split()
-    # The threads that work may be further than the one that counts, when the kill comes.
+    # The worker threads may be further than the counting one when the kill arrives.
     assert 0 < int(again[0]) <= int(alone[0]) - done
     for name in ("table.npy", "order.npy"):
         want = np.load(tmp_path / "one" / name)

@@ -1,4 +1,4 @@
-"""A slow trainer bounds what is in flight; what is in flight never overfills Ray's object store."""
+"""A slow trainer bounds the requests in flight; these never overfill Ray's object store."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ pytestmark = pytest.mark.ray
 COUNT, SIZE, ROWS = 64, 128, 32
 BATCH_BYTES = ROWS * (3 * SIZE * SIZE + 17)
 SLACK = 64 << 10
-"""What Ray adds to a batch, and the pickle of its small parts."""
+"""Bytes that Ray adds to a batch, with the pickle of its small parts."""
 
 backends = pytest.mark.parametrize("backend", ["local", "ray"], indirect=True)
 
 
 @pytest.fixture
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Its readers note what they read."""
+    """A backend whose readers record what they read."""
     if request.param == "ray":
         request.getfixturevalue("ray_cluster")
         monkeypatch.setattr(ray_readers, "ReaderActor", NotingActor)
@@ -65,12 +65,12 @@ def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ReaderSpec:
 
 
 def requests(count: int) -> list[Request]:
-    """Their number is their view, by which readers note them."""
+    """Requests whose number is their view, by which readers record them."""
     return [Request(np.arange(n, n + ROWS) % COUNT, n) for n in range(count)]
 
 
 def settle(stream: ReaderPool) -> None:
-    """Return when all that was asked has been read: as with a trainer that takes its time."""
+    """Return when everything requested has been read, as with a slow trainer."""
     if isinstance(stream._readers, ray_readers.RayReaders):
         import ray
 
@@ -121,7 +121,7 @@ def store() -> Any:
 
 
 def used_at_most(limit: float) -> float:
-    """The store's bytes in use, as soon as they are below a limit: Ray frees them a little later."""
+    """The store's bytes in use, once they are below a limit: Ray frees them with a delay."""
     deadline = time.monotonic() + 30
     while (used := store().object_store_bytes_used) > limit and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -178,7 +178,7 @@ def test_a_batch_larger_than_the_store_is_refused(spec, ray_cluster, monkeypatch
 
 
 class Gated(NotingActor):
-    """Its second read goes on when the test says so."""
+    """Its second read continues when the test allows it."""
 
     def read(self, ids, view):
         folder = Path(self._spec.manifest).parent
@@ -196,7 +196,7 @@ def wait_for(path: Path) -> None:
 
 
 def test_what_an_abandoned_loop_had_asked_of_actors_is_cancelled(spec, ray_cluster, monkeypatch):
-    """Ray's cancelling is a message that may come late: that it is sent is all there is to see."""
+    """Ray's cancellation is a message that may arrive late: only its sending can be observed."""
     import ray
 
     cancelled, plain = [], ray.cancel
@@ -208,7 +208,7 @@ def test_what_an_abandoned_loop_had_asked_of_actors_is_cancelled(spec, ray_clust
         next(loop)
         wait_for(folder / "begun")
         asked = [answer.reference for answer in stream._readers._readers[0].asked]
-        loop.close()  # the second is under way, the others wait in the actor's queue
+        loop.close()  # the second is in progress, the others wait in the actor's queue
         assert cancelled == asked
         assert len(asked) == 7
         assert stream._readers._readers[0].asked == []

@@ -1,4 +1,4 @@
-"""Checkpoints: any ZeRO stage and world size reads any other's, and all of the state is in them."""
+"""Checkpoints: any ZeRO stage and world size reads any other's, and they contain the complete state."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PAIRS = [(saved, loaded) for saved in tiny.STAGES for loaded in tiny.STAGES]
 
 
 def resume(root: Path, saved: int, loaded: int) -> dict[str, Any]:
-    """Another model, another stage: load, compare, go on."""
+    """Another model, another stage: load, compare, continue."""
     engine = tiny.build(loaded, seed=99)
     loaded_state = Checkpoints(root / str(saved), RUN).load(engine)
     assert loaded_state is not None
@@ -64,7 +64,7 @@ def fresh(root: Path) -> tuple[Any, str, str]:
 
 
 def second_run(root: Path) -> dict[Any, Any]:
-    """New processes read all pairs of stages, and what a world of another size has written."""
+    """New processes read all pairs of stages, and checkpoints written at another world size."""
     found: dict[Any, Any] = {pair: resume(root, *pair) for pair in PAIRS}
     found["other run"] = refused(root, "student-xyz", tiny.TinyNet())
     found["other shape"] = refused(root, RUN, tiny.TinyNet(width=5))
@@ -89,7 +89,7 @@ def single_writes(root: Path) -> dict[Any, Any]:
 
 
 def pair_reads_single(root: Path) -> dict[Any, Any]:
-    """Two ranks read what one wrote."""
+    """Two ranks read what one rank wrote."""
     found = second_run(root)
     for stage in tiny.STAGES:
         engine = tiny.build(3 - stage, seed=99)
@@ -99,7 +99,7 @@ def pair_reads_single(root: Path) -> dict[Any, Any]:
 
 
 def best_and_last(root: Path) -> list[list[str]]:
-    """Five saves of which the second is the best, two left."""
+    """Five saves, of which the second is the best; two are kept."""
     engine, saved = tiny.build(0), Checkpoints(root, RUN, keep_last=2)
     found = []
     for step in range(1, 6):
@@ -111,7 +111,7 @@ def best_and_last(root: Path) -> list[list[str]]:
 
 
 def random_numbers(root: Path) -> tuple[list[float], list[float]]:
-    """Draws of a rank after a save, and of another process-like state after its load."""
+    """Random draws of a rank after a save, and of a different state after loading it."""
     engine, saved = tiny.build(1), Checkpoints(root, RUN)
     tiny.train(engine, range(1))
     random_state.seed(5, collectives.rank())
@@ -154,7 +154,7 @@ def save_changes_nothing(root: Path) -> list[str]:
 
 
 def long_run(root: Path) -> dict[int, list[list[float]]]:
-    """Two ranks, 3 steps, a save, 50 steps more: the losses of each step's micro-batches."""
+    """Two ranks, 3 steps, a save, 50 more steps: the losses of each step's micro-batches."""
     found = {}
     for stage in tiny.STAGES:
         engine, saved = tiny.build(stage), Checkpoints(root / f"wide-{stage}", RUN)
@@ -169,7 +169,7 @@ def long_run(root: Path) -> dict[int, list[list[float]]]:
 
 
 def narrow_run(root: Path) -> dict[str, dict[int, list[list[float]]]]:
-    """One rank of two micro-batches: goes on from the two ranks' save; and a save of its own."""
+    """One rank with two micro-batches: resumes from the two ranks' save; then a save of its own."""
     found: dict[str, dict[int, list[list[float]]]] = {"resumed": {}, "own": {}}
     for stage in tiny.STAGES:
         engine = tiny.build(stage, seed=9, accumulation=2)
@@ -185,7 +185,7 @@ def narrow_run(root: Path) -> dict[str, dict[int, list[list[float]]]]:
 
 
 def wide_again(root: Path) -> dict[int, list[list[float]]]:
-    """Two ranks go on from the one rank's save."""
+    """Two ranks resume from the one rank's save."""
     found = {}
     for stage in tiny.STAGES:
         engine = tiny.build(stage, seed=9)

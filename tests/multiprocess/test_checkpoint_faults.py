@@ -1,4 +1,4 @@
-"""Checkpoints under faults: kills, damage, full disks and other runs' files cost one save at most."""
+"""Checkpoints under faults: kills, corruption, full disks and other runs' files cost at most one save."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.support.saves import HALF, RUN, extra, first_run, newest, publish, st
 
 
 def saved_through_faults(root: Path) -> dict[str, Any]:
-    """A save that rank 1's disk refuses, one whose folder can't be made, and one that succeeds."""
+    """A save that fails on rank 1's disk, one whose folder can't be created, and one that succeeds."""
     engine, saved = tiny.build(2), Checkpoints(root, RUN)
     found: dict[str, Any] = {}
 
@@ -35,7 +35,7 @@ def saved_through_faults(root: Path) -> dict[str, Any]:
         tiny.train(engine, range(step - 1, step))
         saved.save(step, engine, extra(step))
         saved.settle()
-        collectives.barrier()  # rank 0 has cleared away what failed
+        collectives.barrier()  # rank 0 has removed what failed
         found[what] = (saved.problem, sorted(path.name for path in root.iterdir()))
         collectives.barrier()
 
@@ -70,7 +70,7 @@ def die_when(rank: int, module: Any, name: str, at: Callable[[Path], bool]) -> N
 
 
 def killed(root: Path, where: str) -> None:
-    """Go on from the latest, then die at one point of saving the next."""
+    """Resume from the latest, then die at one point of saving the next."""
     engine = tiny.build(2, seed=99)
     saved = Checkpoints(root, RUN)
     loaded = saved.load(engine)
@@ -89,7 +89,7 @@ def killed(root: Path, where: str) -> None:
 
 
 def another_config(root: Path) -> list[str]:
-    """A save of one config; what is said to another, and what force does."""
+    """A save of one config; the message for another config, and the effect of force."""
     old = {"teacher.lr": 0.1, "teacher.epochs": 5, "seed": 0}
     saved = Checkpoints(root, RUN, old)
     engine = tiny.build(0)
@@ -221,7 +221,7 @@ def test_a_save_that_the_disk_refuses_costs_that_save_only(tmp_path: Path) -> No
     reason="a file system of one's own wants a mount namespace (root, unshare)",
 )
 def test_a_disk_that_is_full_or_read_only(tmp_path: Path) -> None:
-    """Really so: a tmpfs of 96 KiB. The newest whole checkpoint stays, and saving recovers."""
+    """A real full disk: a tmpfs of 96 KiB. The newest complete checkpoint stays, and saving recovers."""
     (tmp_path / "d").mkdir()
     script = REPOSITORY / "tests/support/full_disk.py"
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
@@ -261,7 +261,7 @@ def test_a_damaged_future_does_not_push_out_the_present(tmp_path: Path) -> None:
 
 
 def killed_at(call: int, work: Callable[[], None]) -> bool:
-    """Do it in a process of its own that is killed ahead of its n-th rename or removal."""
+    """Run ``work`` in a separate process that is killed before its n-th rename or removal."""
     child = os.fork()
     if child == 0:
         calls = 0
@@ -284,7 +284,7 @@ def killed_at(call: int, work: Callable[[], None]) -> bool:
 
 
 def test_a_kill_while_a_step_is_published_again_leaves_one_of_the_two(tmp_path: Path) -> None:
-    """At whatever point: the old one or the new one, whole; and saving goes on from there."""
+    """At any point: the old one or the new one, complete; and saving continues from there."""
     points, seen = 0, set()
     while True:
         root = tmp_path / str(points)

@@ -1,4 +1,4 @@
-"""Ranks that wait for each other: barriers that hold the host, patience with a rank at work."""
+"""Ranks that wait for each other: barriers that block the host, and waiting for a rank that works."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TIMEOUT_S = 5.0
 
 
 def appears(path: Path, seconds: float) -> bool:
-    """Whether a file comes into being within a while."""
+    """Whether a file appears within some time."""
     end = time.monotonic() + seconds
     while not path.exists() and time.monotonic() < end:
         time.sleep(0.01)
@@ -28,7 +28,7 @@ def appears(path: Path, seconds: float) -> bool:
 
 
 class Queued(torch.Tensor):
-    """A tensor as on CUDA: collectives on it are only queued, whoever reads it waits for them."""
+    """A tensor as on CUDA: collectives on it are only queued, and reading it waits for them."""
 
     works: list[Any] = []
 
@@ -52,9 +52,9 @@ def as_on_cuda() -> None:
 
 
 def ran_on(folder: Path) -> bool:
-    """Rank 1 is slow to write a file that rank 0 reads after the barrier: did rank 0 run on?
+    """Rank 1 is slow to write a file that rank 0 reads after the barrier: did rank 0 run ahead?
 
-    Rank 1 holds back until rank 0 shows itself beyond the barrier, or long enough.
+    Rank 1 waits until rank 0 is seen beyond the barrier, or long enough.
     """
     if collectives.rank() == 0:
         collectives.barrier()
@@ -116,7 +116,7 @@ def test_a_rank_at_work_is_waited_for_beyond_the_timeout(tmp_path: Path) -> None
 
 
 def lost_while_working(folder: Path, who: int, how: int) -> tuple[str, bool]:
-    """A rank ends itself in the middle of its work: what the others are told, and whether in time."""
+    """A rank kills itself in the middle of its work: the error of the others, and whether it was in time."""
 
     def end() -> None:
         long_work_begun = time.monotonic()
@@ -150,11 +150,11 @@ def test_a_rank_that_is_gone_is_not_waited_for(tmp_path: Path, who: int, how: in
 
 
 def refused() -> tuple[str, float]:
-    """Rank 0 refuses after a while and leaves at once, and with it the store."""
+    """Rank 0 refuses after a while and exits at once, and with it the store."""
     begun = time.monotonic()
 
     def refuse() -> None:
-        while time.monotonic() < begun + 1:  # till the other asks no more than now and then
+        while time.monotonic() < begun + 1:  # until the other polls only occasionally
             torch.zeros(100).sin()
         raise UserError("no such stage")
 
@@ -174,7 +174,7 @@ def test_a_refusal_of_rank_0_reaches_all_before_it_leaves() -> None:
 
 
 def raising() -> list[tuple[str, str]]:
-    """What this rank is told when one of the two raises inside."""
+    """The error on this rank when one of the two raises inside."""
     found = []
     for kind in (UserError, KeyError):
         for who in (0, 1):
@@ -183,7 +183,7 @@ def raising() -> list[tuple[str, str]]:
                     if collectives.rank() == who:
                         raise kind(f"rank {who} has no room")
             except (UserError, RuntimeError, KeyError) as error:
-                collectives.barrier()  # and nobody is left waiting
+                collectives.barrier()  # and no rank is left waiting
                 found.append((type(error).__name__, error.args[0]))
     return found
 

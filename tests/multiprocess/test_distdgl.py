@@ -40,13 +40,13 @@ def graph(tmp_path_factory):
 
 
 def packed(table: np.ndarray) -> np.ndarray:
-    """Rows with their holes behind."""
+    """Rows with their empty cells at the end."""
     return np.take_along_axis(table, np.argsort(table < 0, axis=1, kind="stable"), 1)
 
 
 @pytest.mark.parametrize("machine", [0, 1])
 def test_all_neighbours_are_the_tables(graph, machine):
-    """Own and remote ones alike, in the table's order, a node without any included."""
+    """Local and remote ones alike, in table order, including a node without any."""
     version, machines = graph
     nodes = np.random.default_rng(machine).permutation(N)
     got = machines[machine].neighbours(nodes, M + 3, **KEY)
@@ -66,7 +66,7 @@ def test_sampled_neighbours_are_distinct_candidates_in_order(graph, machine):
         place = [list(there).index(c) for c in row[row >= 0]]
         assert place == sorted(set(place))
     seen = [machines[machine].neighbours(nodes, 3, **(KEY | {"step": s})) for s in range(30)]
-    assert {*np.unique(np.stack(seen))} >= {*np.unique(table[table >= 0])}  # none is left out
+    assert {*np.unique(np.stack(seen))} >= {*np.unique(table[table >= 0])}  # all are drawn
 
 
 def test_a_machine_repeats_what_it_draws_from_its_own_partition(graph):
@@ -91,7 +91,7 @@ def test_rows_are_the_versions(graph, machine):
 
 
 def test_blocks_are_those_of_the_table_sampler(graph):
-    """All neighbours: the block around a partition's seeds, features included."""
+    """All neighbors: the block around a partition's seed nodes, including features."""
     version, machines = graph
     whole = bank.load_bank(version, None)
     table = TableSampler(packed(np.asarray(version.candidates)), 0)
@@ -125,7 +125,7 @@ def test_servers_and_clients_listen_on_the_given_address_only(graph):
 
 @pytest.mark.parametrize("victim", ["server", "client"])
 def test_a_lost_process_is_a_named_error_on_every_rank(victim, tmp_path):
-    """Its own rank hears at once, the other when it has asked and waited in vain."""
+    """Its own rank notices at once, the other when a request has timed out."""
     version = make_version(tmp_path, 2)
     with serving(version, tmp_path, timeout_s=4) as machines:
         os.kill(machines[1].processes[victim], signal.SIGKILL)
@@ -138,7 +138,7 @@ def test_a_lost_process_is_a_named_error_on_every_rank(victim, tmp_path):
 
 
 def test_a_silent_server_is_lost_after_the_timeout(tmp_path):
-    """Who needs it says so; its own rank, which reads its shared memory, has not noticed."""
+    """A rank that needs it reports it; its own rank, which reads its shared memory, has not noticed."""
     version = make_version(tmp_path, 2)
     with serving(version, tmp_path, timeout_s=4) as machines:
         os.kill(machines[1].processes["server"], signal.SIGSTOP)
@@ -149,8 +149,8 @@ def test_a_silent_server_is_lost_after_the_timeout(tmp_path):
 
 
 def test_machines_die_with_the_rank_that_asked_for_them(tmp_path):
-    """SIGKILL to a rank: its server and client go, the other rank says what it lost, and leaves;
-    the same command goes on from the checkpoint.
+    """SIGKILL to a rank: its server and client exit, the other rank reports its loss and exits;
+    the same command resumes from the checkpoint.
     """
     run = tmp_path / "run"
     process = start(launch(run, *SERVED, "cluster.timeout_s=20"), environment())
@@ -168,7 +168,7 @@ def test_machines_die_with_the_rank_that_asked_for_them(tmp_path):
 
 
 def test_a_lost_server_ends_the_launch_and_the_same_command_continues(tmp_path):
-    """At once, also when its rank waits in a collective for one that waits for the server."""
+    """At once, even if its rank waits in a collective for one that waits for the server."""
     run = tmp_path / "run"
     process = start(launch(run, *SERVED), environment())  # its timeout is ten minutes
     reach(process, run, "student", 11)
@@ -197,7 +197,7 @@ def test_under_ray_the_group_starts_again_by_itself(tmp_path):
 
 
 def ask_on(machine) -> None:
-    """A server's end shows a moment later: its machine's shared memory is still there."""
+    """A server's exit is noticed with a delay: its machine's shared memory still exists."""
     while True:
         machine.neighbours(np.arange(N), 3, **KEY)
 

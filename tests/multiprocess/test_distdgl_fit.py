@@ -1,4 +1,4 @@
-"""What DistDGL asks of a run, said before it starts; how it numbers nodes."""
+"""DistDGL's requirements of a run, checked before it starts; its numbering of nodes."""
 
 from __future__ import annotations
 

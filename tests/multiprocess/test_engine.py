@@ -1,4 +1,4 @@
-"""The engine over real DeepSpeed and gloo: held to plain torch, in every ZeRO stage."""
+"""The engine on real DeepSpeed and gloo, compared with plain torch in every ZeRO stage."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def accumulated(stage: int, accumulation: int) -> dict[str, Tensor]:
 
 
 def refusal(engine: Engine, loss: Tensor) -> str | None:
-    """What the engine says to a loss."""
+    """The engine's error for a loss."""
     engine.backward(loss)
     try:
         engine.step(0.01)
@@ -110,7 +110,7 @@ def late_engine(stage: int, decay: float = 0.0) -> Engine:
 
 
 def late_start(stage: int, late_from: int) -> dict[str, Tensor]:
-    """Weights of late parameters over steps that come after 1,500 without gradients."""
+    """Weights of late parameters over steps that follow 1,500 steps without gradients."""
     engine = late_engine(stage)
     tensors, _ = named_state.pull(engine, lambda name: True)
     tensors = {n: t for rank in collectives.all_gather_object(tensors) for n, t in rank.items()}
@@ -129,7 +129,7 @@ def late_start(stage: int, late_from: int) -> dict[str, Tensor]:
 
 
 def late_resumed(stage: int) -> bool:
-    """Late parameters begin at step 2; weights after 6 steps, undisturbed and from step 4 on."""
+    """Late parameters start at step 2; weights after 6 steps, uninterrupted and resumed from step 4."""
 
     def go(engine: Engine, steps: range) -> None:
         for step in steps:
@@ -155,7 +155,7 @@ def late_resumed(stage: int) -> bool:
 
 
 def late_in_torch() -> dict[str, Tensor]:
-    """The same with an Adam of their own for the late parameters, which begins with them."""
+    """The same with a separate Adam for the late parameters, which starts with them."""
     model = tiny.TinyNet()
     named = dict(model.named_parameters())
 
@@ -183,7 +183,7 @@ def late_in_torch() -> dict[str, Tensor]:
 
 
 def not_yet(stage: int) -> bool:
-    """Late parameters that have not begun keep their weights, decay included."""
+    """Late parameters that have not started keep their weights, decay included."""
     engine = late_engine(stage, tiny.WEIGHT_DECAY)
     images, labels = tiny.share(0)
     engine.backward(F.cross_entropy(engine(images), labels))
@@ -194,8 +194,8 @@ def not_yet(stage: int) -> bool:
 
 
 def rounded_head(stage: int) -> dict[str, float]:
-    """Under bfloat16 autocast: how far z lies from the graph head on the same features in float32,
-    in both modes; and how far it lies where the head's weights are rounded.
+    """Under bfloat16 autocast: the difference of z from the graph head on the same features in float32,
+    in both modes; and the difference if the head's weights are rounded.
     """
     torch.manual_seed(0)
     stem = nn.Sequential(nn.AvgPool2d(2), nn.Flatten(), nn.Linear(48, 24), nn.ReLU())
@@ -226,7 +226,7 @@ def rounded_head(stage: int) -> dict[str, float]:
 
 
 def not_finite(stage: int) -> dict[str, Any]:
-    """Rank 1 alone has a NaN loss; then a finite loss whose gradient is not."""
+    """Only rank 1 has a NaN loss; then a finite loss whose gradient is not finite."""
     engine = tiny.build(stage)
     tiny.train(engine, range(1))
     before = tiny.digest(tiny.weights_only(engine.weights()))
@@ -243,7 +243,7 @@ def not_finite(stage: int) -> dict[str, Any]:
 
 
 def unused_parameter(stage: int) -> bool:
-    """A weight that no loss reaches doesn't keep the others from learning."""
+    """A weight that no loss depends on doesn't keep the others from learning."""
     model = tiny.TinyNet()
     model.register_parameter("idle", nn.Parameter(torch.ones(3, 3)))
     engine = tiny.build(stage, model=model)
@@ -301,7 +301,7 @@ def everything() -> dict[Any, Any]:
         found["idle", stage] = unused_parameter(stage)
         found["late", stage] = (late_start(stage, IDLE), late_start(stage, 0), not_yet(stage))
         found["late resumed", stage] = late_resumed(stage)
-    for stage in tiny.STAGES:  # last: DeepSpeed remembers for good that there was autocast
+    for stage in tiny.STAGES:  # last: DeepSpeed permanently remembers that autocast was used
         found["head", stage] = rounded_head(stage)
     return found
 
@@ -372,7 +372,7 @@ def test_unused_parameter_is_harmless(ranks: list[dict], stage: int) -> None:
 
 @pytest.mark.parametrize("stage", tiny.STAGES)
 def test_late_parameters_step_as_under_an_adam_of_their_own(ranks: list[dict], stage: int) -> None:
-    """Not six times as far, as with the bias correction of the 1,500 steps before them."""
+    """Not six times too far, as with the bias correction of the 1,500 steps before them."""
     expected = ranks[0]["torch late"]
     for rank in ranks:
         late, at_once, stayed = rank["late", stage]
@@ -437,13 +437,13 @@ def test_collectives(ranks: list[dict]) -> None:
 
 
 def test_communication_overlaps_only_where_the_model_has_no_collectives() -> None:
-    """Else two NCCL communicators would be at work at once."""
+    """Otherwise two NCCL communicators would be active at once."""
     config = {"zero_optimization": {"stage": 2, "overlap_comm": True}, "gradient_clipping": 1.0}
     plain = tiny.TinyNet()
     assert without_overlap(config, plain) == config
     found = without_overlap(config, synchronise_norms(plain))
     assert found["zero_optimization"] == {"stage": 2, "overlap_comm": False}
-    assert config["zero_optimization"]["overlap_comm"] is True  # not the caller's
+    assert config["zero_optimization"]["overlap_comm"] is True  # the caller's is unchanged
 
 
 def test_without_a_group_one_process_is_the_world() -> None:

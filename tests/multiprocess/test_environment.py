@@ -1,4 +1,4 @@
-"""What users' environments do to a start: across processes."""
+"""Effects of users' environments at startup: across processes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support import rank_group, runs
 
 
 def own_sockets() -> list[str]:
-    """Where this rank listens, once the group has talked."""
+    """Addresses on which this rank listens, once the group has communicated."""
     from cnn2gnn_dist.runtime import collectives
 
     collectives.all_gather_object(os.getpid())
@@ -37,7 +37,7 @@ def test_no_rank_listens_beyond_the_rendezvous_address():
 
 
 def test_a_ray_that_does_not_start_is_said_in_a_line(tmp_path):
-    """Here for a path that is too long for its sockets, which a session avoids otherwise."""
+    """Here because of a path that is too long for its sockets, which a session normally avoids."""
     place = tmp_path / ("x" * 90)
     place.mkdir()
     script = f"""
@@ -96,14 +96,14 @@ def test_a_run_that_can_go_nowhere_ends_before_anything_is_started(tmp_path, hel
 
 
 def test_a_single_process_needs_no_port(tmp_path):
-    """Others listen where launchers meet by default."""
+    """Another process listens on the launchers' default port."""
     with socket.socket() as taken:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             taken.bind(("0.0.0.0", DEFAULT_PORT))
             taken.listen()
         except OSError:
-            pass  # somebody else does
+            pass  # another process listens there
         command = [sys.executable, "launch/train.py", "--stages", "pack,index,teacher"]
         command += ["--config", "demo", *runs.MICRO, "data.limit=100", "data.holdout=0.2"]
         command += ["teacher.epochs=1", "device=cpu", f"run.dir={tmp_path / 'run'}"]

@@ -21,7 +21,7 @@ SEEDS = np.arange(0, N, 2)
 
 def step(part_N: np.ndarray, kind: str) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients summed over the partitions, each with its own seeds and halos."""
-    bank, made = Bank(), student("dataset").eval()  # BatchNorm would see each part's batch
+    bank, made = Bank(), student("dataset").eval()  # BatchNorm would see each partition's batch
     table = bank.table_NM.numpy().astype(np.int32)
     images, total = make_images(len(SEEDS)), 0.0
     for number in range(int(part_N.max()) + 1):

@@ -1,4 +1,4 @@
-"""Targets, final graph and evaluation of models that nobody trained, on images some of which are corrupt."""
+"""Targets, final graph and evaluation of untrained models, on images some of which are corrupt."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ KEYS = {stage: stage for stage in ("teacher", "targets", "student", "graph", "co
 
 
 def shard(root: Path, part: str, count: int, corrupt: tuple[int, ...]) -> None:
-    """A part of the data, and its manifest."""
+    """One split of the data, and its manifest."""
     members = []
     for i, image in enumerate(random_images(count, 16, 16, seed=count)):
         members.append((f"{part}{i:02d}.cls", str(i % C).encode()))
@@ -75,7 +75,7 @@ def context(root: Path, folder: str, *overrides: str) -> Context:
 
 @pytest.fixture
 def root(tmp_path):
-    """A run up to its trainings, models with open gates."""
+    """A run up to its trainings, with models whose gates are open."""
     shard(tmp_path, "train", TRAIN, BAD_TRAIN)
     shard(tmp_path, "test", TEST, BAD_TEST)
     return tmp_path
@@ -170,7 +170,7 @@ def test_what_pack_left_out_is_counted_with_the_rest(root, capsys, console):
     (root / "shards").mkdir()
     (root / "shards" / "test-left-out.json").write_text(json.dumps(record))
     said = {}
-    # The others lie beside a note of former data.
+    # The others have a record of earlier data beside them.
     for source, test in (("imagefolder", "x"), ("imagefolder", "null"), ("shards", "x")):
         data = [f"data.source={source}", "data.train=x", f"data.test={test}"]
         here = context(root, "evaluation", "graph.scope=batch", *data)
@@ -235,7 +235,7 @@ def test_targets_of_corrupt_images_are_uniform_and_counted(root, capsys, console
     rows = np.exp(found.lookup(np.arange(TRAIN), 0))
     np.testing.assert_allclose(rows[list(BAD_TRAIN)], 1 / C, atol=1e-3)
 
-    # The others are the teacher's two surest classes, the rest spread over the other two.
+    # The others are the teacher's two most confident classes; the rest goes to the other two.
     teacher = Teacher(here.config, C, initial=False).eval()
     teacher.load_state_dict(disk.load_weights(disk.recorded(root / "teacher")))
     reader = Reader(ReaderSpec(str(here.paths.train_manifest), here.views()))
@@ -248,7 +248,7 @@ def test_targets_of_corrupt_images_are_uniform_and_counted(root, capsys, console
         np.take_along_axis(rows[good], kept, 1), np.take_along_axis(wanted, kept, 1), atol=2e-3
     )
 
-    targets.run(here, "teacher")  # all is whole: what a former attempt met still counts
+    targets.run(here, "teacher")  # all complete: corrupt images of an earlier attempt still count
     assert "2 corrupt images have uniform targets" in capsys.readouterr().err
     with pytest.raises(UserError, match="2 corrupt training images among 60") as caught:
         targets.run(context(root, "targets", "targets.views=0", "data.max_corrupt=0.01"), "teacher")
@@ -262,5 +262,5 @@ def test_corrupt_images_are_counted_when_the_graph_is_built(root):
         graph.run(here, "student")
     assert not list((root / "graph").glob("v????"))
     with pytest.raises(UserError, match="2 corrupt training images among 60") as caught:
-        graph.run(here, "student")  # all is embedded: it goes on there, and is refused again
+        graph.run(here, "student")  # all is embedded: it resumes there, and is refused again
     assert "train03" in caught.value.what

@@ -41,7 +41,7 @@ def holder(root: Path, how: str = "") -> subprocess.Popen[str]:
 
 
 def refused_on(root: Path) -> tuple[str, int]:
-    """What a rank is told, and that it can still take part in a collective."""
+    """The error on a rank, and whether it can still take part in a collective."""
     ranks = Ranks(collectives.rank(), collectives.rank(), collectives.world_size())
     runner.LOCK_SECONDS = 0.2
     try:

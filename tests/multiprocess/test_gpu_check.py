@@ -1,4 +1,4 @@
-"""The script for the first GPU run comes to its last line without one; its checks can fail."""
+"""The script for the first GPU run reaches its last line without a GPU; its checks can fail."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def script(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_it_runs_to_its_last_line_and_makes_nothing_twice(tmp_path):
-    """All that is not itself a test of the suite: whole runs are in test_ways_in and test_resume."""
+    """Everything that is not itself a test of the suite: complete runs are in test_ways_in and test_resume."""
     names = "environment,search,throughput,memory,barrier,sync_norm,zero3,lost_peer"
     done = script(tmp_path, "--only", names)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -61,7 +61,7 @@ def test_what_failed_is_made_again_and_what_passed_is_kept(tmp_path):
         file = tmp_path / f"{status}.json"
         file.write_text(json.dumps({"status": status, "toy": True}))
         assert (gpu_check._kept(file, True) is not None) == kept
-        assert gpu_check._kept(file, False) is None  # toy sizes don't stand for real ones
+        assert gpu_check._kept(file, False) is None  # toy sizes don't substitute for real ones
     (tmp_path / "torn.json").write_text('{"status": "pa')
     assert gpu_check._kept(tmp_path / "torn.json", True) is None
 

@@ -1,4 +1,4 @@
-"""A graph version whose making was killed: the same version, without doing again what was done."""
+"""A graph version whose build was killed: the same version, without repeating finished work."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_killed_build_goes_on_at_its_unit(
     code, again = build(micro_run, tmp_path / "cut")
     assert code == 0
     assert again["embedded"] == 0
-    # The thread that works may be further than the one that counts, when the kill comes.
+    # The worker thread may be further than the counting one when the kill arrives.
     assert 0 < again["units"] <= whole["units"] - die_after
     assert again["files"] == whole["files"]
     names = [path.name for path in (tmp_path / "cut").iterdir()]
@@ -46,7 +46,7 @@ def test_a_killed_build_goes_on_at_its_unit(
 
 
 def test_a_build_rests_on_no_barrier(micro_run: Path, tmp_path: Path) -> None:
-    """One rank embeds much slower than the other: the graph is one rank's, to the bit."""
+    """One rank embeds much slower than the other: the graph is bit-identical to that of one rank."""
     code, whole = build(micro_run, tmp_path / "one")
     assert code == 0
     (tmp_path / "two").mkdir()

@@ -1,6 +1,6 @@
 """Training reads nothing from the device between log lines, and no diverged step is saved.
 
-On a GPU a read waits until all queued work is done. There is none here, so reads are counted:
+On a GPU a read waits until all queued work is done. There is no GPU here, so reads are counted:
 Python's (``item``, ``float``, ``tolist`` …) and those inside torch's own operators.
 """
 
@@ -18,8 +18,8 @@ from cnn2gnn_dist.training.checkpoint import folder as disk
 from cnn2gnn_dist.training.metrics import read
 from tests.support.runs import environment, finish, start, torchrun
 
-NO_LINES = ["run.log_steps=1000"]  # but those at the end of an epoch
-STEPS = 9  # of an epoch
+NO_LINES = ["run.log_steps=1000"]  # except at the end of an epoch
+STEPS = 9  # per epoch
 END_OF_EPOCH = ("stages/graph", "training/checkpoint", "training/random_state", "runtime/")
 
 
@@ -33,7 +33,7 @@ def watched(folder: Path, what: str, *overrides: str) -> tuple[int, str]:
 
 
 def of_steps(found: dict[str, int]) -> dict[str, int]:
-    """Without what an epoch's end reads: checkpoint, graph, agreement of the ranks."""
+    """Exclude the reads at the end of an epoch: checkpoint, graph, agreement of the ranks."""
     return {
         site: count
         for site, count in found.items()
@@ -43,7 +43,7 @@ def of_steps(found: dict[str, int]) -> dict[str, int]:
 
 @pytest.mark.slow
 def test_nothing_is_read_between_log_lines(tmp_path: Path) -> None:
-    """Two micro-batches a step; the only read of a step is that of the step before it, by then done."""
+    """Two micro-batches per step; a step reads only the result of the previous step, which is done by then."""
     code, output = watched(
         tmp_path / "reads",
         "reads",
@@ -65,7 +65,7 @@ def test_nothing_is_read_between_log_lines(tmp_path: Path) -> None:
 def test_a_diverged_step_is_named_and_never_saved(
     tmp_path: Path, query: str, save_every: int
 ) -> None:
-    """Rank 1 alone has a loss that is not finite: before a save that is due, and one step later."""
+    """Only rank 1 has a loss that is not finite: before a save that is due, and one step later."""
     folder = tmp_path / "nan"
     how = [f"graph.query={query}", f"checkpoint.every_steps={save_every}"]
     code, output = watched(folder, "12", *how)

@@ -1,4 +1,4 @@
-"""The compiled partial decode: the pixels of the full decoder to the bit, or none at all."""
+"""The compiled partial decoder: bit-identical to the full decoder, or no pixels at all."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SPEC = ViewSpec("random_resized_crop", 48, seed=5)
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The library of the present source; skips where it can't be made."""
+    """The library built from the present source; skips where it can't be built."""
     try:
         return partial.build(tmp_path_factory.mktemp("partial") / "partial.so")
     except UserError as error:
@@ -58,7 +58,7 @@ def built(use, library) -> None:
 
 
 def textured(high: int, wide: int, seed: int = 0) -> np.ndarray:
-    """Sharp edges and noise in all colours: chroma at a cut must come out right to look right."""
+    """Sharp edges and noise in all colors: chroma at a cut must be correct to look correct."""
     rng = np.random.default_rng(seed)
     noise = rng.integers(0, 256, (high, wide, 3))
     blocks = rng.integers(0, 256, (high // 7 + 1, wide // 5 + 1, 3)).repeat(7, 0).repeat(5, 1)
@@ -72,7 +72,7 @@ def by_pillow(image: np.ndarray, **options: object) -> bytes:
 
 
 def with_exif(image: np.ndarray) -> bytes:
-    """Lying on its side, with a thumbnail that is a JPEG itself."""
+    """Rotated by EXIF, with a thumbnail that is itself a JPEG."""
     exif = Image.Exif()
     exif[0x0112] = 6
     exif[0x010E] = "\u00e9" * 300
@@ -83,7 +83,7 @@ def with_exif(image: np.ndarray) -> bytes:
 
 
 def in_three_scans(image: np.ndarray) -> bytes:
-    """A sequential JPEG that holds one colour after the other."""
+    """A sequential JPEG that stores one color component after the other."""
     grey = [by_pillow(image[..., colour]) for colour in range(3)]
     frame, scan = grey[0].index(b"\xff\xc0"), grey[0].index(b"\xff\xda")
     size = grey[0][frame + 4 : frame + 9]
@@ -173,7 +173,7 @@ def test_what_others_must_decode(built, kind):
 
 
 def both_ways(use, library, blobs: list[bytes], view: int = 0) -> tuple[np.ndarray, dict]:
-    """Views with and without the extra, which must be the same; what is wrong, too."""
+    """Views with and without the extra, which must be the same; so must the errors."""
     found = []
     for path in (None, library):
         use(path)
@@ -196,11 +196,11 @@ def test_a_mixed_batch_is_the_same_with_and_without(use, library):
 
 
 def test_a_file_cut_anywhere_is_found_corrupt_either_way(use, library):
-    """In its header, its comment with a whole JPEG in it, its data, behind each byte."""
+    """In its header, its comment that contains a complete JPEG, its data, after each byte."""
     data = with_exif(random_images(1, 40, 56)[0])
     start = data.index(b"\xff\xda", 2000)
     cuts = [*range(0, len(data), 97), *range(start, len(data))]
-    inner = data.index(b"\xff\xd9") + 2  # ends as a whole file does
+    inner = data.index(b"\xff\xd9") + 2  # ends as a complete file does
     assert inner < start
     blobs = [data[:cut] for cut in [*cuts, inner]]
     _, wrong = both_ways(use, library, blobs)
@@ -212,7 +212,7 @@ def test_a_file_cut_anywhere_is_found_corrupt_either_way(use, library):
 
 
 def test_damage_is_never_taken_for_pixels_when_all_is_read(built):
-    """To the last row nothing is left unseen: the full decoder's pixels, or its refusal."""
+    """Down to the last row nothing goes unseen: the full decoder's pixels, or its error."""
     rng = np.random.default_rng(0)
     counts = {"same": 0, "left to the full decoder": 0}
     for kind in CUT:
@@ -229,7 +229,7 @@ def test_damage_is_never_taken_for_pixels_when_all_is_read(built):
 
 
 def test_damage_below_the_crop(use, library):
-    """Overwritten: seen. Zeros of a hole in the file: not, as the docstring says."""
+    """Overwritten bytes are detected; zeros of a hole in the file are not, as the docstring says."""
     image = textured(160, 160)
     data = bytearray(by_pillow(image))
     noise = np.random.default_rng(0).integers(0, 256, 4096, np.uint8).tobytes()
@@ -333,7 +333,7 @@ def test_real_photographs(use, library):
             by_extra += found is not None
             if found is not None:
                 np.testing.assert_array_equal(found, whole[top : top + h, left : left + w])
-    assert by_extra > 2.8 * len(blobs)  # few are progressive, or have something behind their end
+    assert by_extra > 2.8 * len(blobs)  # few are progressive, or have trailing data
     _, wrong = both_ways(use, library, blobs, 3)
     assert not wrong
 
@@ -370,7 +370,7 @@ def test_a_library_that_is_none_or_wrong_is_not_used(use, library, tmp_path, mon
 
 
 def run(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The command on a copy of the package's few files that it needs: none is built there."""
+    """The command on a copy of the few package files that it needs, in which no library is built."""
     package = folder / "cnn2gnn_dist"
     if not package.exists():
         (package / "data" / "images").mkdir(parents=True)
@@ -404,7 +404,7 @@ def test_the_command_builds_and_says_how_things_stand(library, tmp_path):
     assert run(tmp_path).stdout.startswith("in use: ")
     assert "not in use" in run(tmp_path, CNN2GNN_PARTIAL="0").stdout
     source = tmp_path / "cnn2gnn_dist" / "data" / "images" / "partial.c"
-    source.write_text(source.read_text() + "\n")  # another source: that library is not its
+    source.write_text(source.read_text() + "\n")  # another source: the library does not match it
     assert run(tmp_path).stdout.startswith("not built")
 
 

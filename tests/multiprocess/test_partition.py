@@ -1,4 +1,4 @@
-"""Parts and halos against sets, METIS against chance: across processes."""
+"""Parts and halos against sets, METIS against random assignment: across processes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.graphs import clustered, random_table
 
 
 def fixed_addresses() -> bool:
-    """Whether a process may turn off the randomisation of its addresses (containers may forbid it)."""
+    """Whether a process may turn off address randomization (containers may forbid it)."""
     code = "import ctypes; p = ctypes.CDLL(None).personality; print(p(p(-1) | 0x40000))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     return done.returncode == 0 and done.stdout.strip() != "-1"
@@ -49,12 +49,12 @@ def test_metis_that_fails_is_the_users_error(monkeypatch):
 
 @pytest.mark.skipif(not fixed_addresses(), reason="this kernel lets no process fix its addresses")
 def test_metis_starts_at_the_same_addresses_whatever_the_caller(monkeypatch, tmp_path):
-    """What its answer depends on: the environment, and where the loader puts things."""
+    """METIS's result depends on the environment, and on where the loader places things."""
     plain = partition._plain_environment()
     monkeypatch.setenv("WHATEVER", "x" * 37)
     assert partition._plain_environment() == plain
     code = "from cnn2gnn_dist.graph import metis; metis.without_randomisation()"
-    # Restarted at fixed addresses, it meets no arguments and says so; nothing comes after.
+    # Re-executed at fixed addresses, it finds no arguments and reports that; nothing follows.
     done = subprocess.run(
         [sys.executable, "-c", f"{code}; print('still random')"],
         env=plain,

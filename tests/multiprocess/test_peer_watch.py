@@ -1,4 +1,4 @@
-"""A lost rank is named, whatever the others wait in."""
+"""A lost rank is named, whatever the others are waiting in."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def test_silence_is_the_time_since_a_note_changed() -> None:
     silence.note({0: b"2", 2: b"1"}, 104.0)
     assert silence.since(106.0, limit=4.0) == {2: 5.0}
     assert silence.since(105.0, limit=4.0) == {}
-    silence.note({0: b"3"}, 107.0)  # 2 has no note any more
-    silence.note({2: b"5"}, 108.0)  # or is started again
+    silence.note({0: b"3"}, 107.0)  # 2 has no heartbeat any more
+    silence.note({2: b"5"}, 108.0)  # or is restarted
     assert silence.since(112.0, limit=4.0) == {0: 5.0}
 
 
@@ -47,7 +47,7 @@ def wait_for_the_dead(victim: int) -> str:
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_rank_is_named(victim: int) -> None:
-    """Rank 0 hosts the store: without it there is nobody to ask, which says it too."""
+    """Rank 0 hosts the store: without it there is nothing to ask, and the message says so too."""
     outcomes = rank_group.launch(
         wait_for_the_dead, 2, victim, timeout=2 * rank_group.GROUP_TIMEOUT_S
     )
@@ -59,7 +59,7 @@ def test_a_killed_rank_is_named(victim: int) -> None:
 
 
 def both_alive() -> bool:
-    """Until each has heard the other many times; long silences would be reported."""
+    """Until each has seen the other's heartbeat many times; long silences would be reported."""
     told: list[PeerLost] = []
     watch = PeerWatch(store(), collectives.rank(), 2, silence_s=30.0, beat_s=0.01, lost=told.append)
     other = f"alive/{1 - collectives.rank()}"

@@ -60,7 +60,7 @@ def test_local_gives_what_a_reader_gives(spec, workers, prefetch):
     requests = some_requests()
     with ReaderPool(spec, backend="local", workers=workers, prefetch=prefetch) as stream:
         assert_same(list(stream.batches(requests)), expected(spec, requests))
-        # Again on the same stream: an epoch after the other.
+        # Again on the same stream: one epoch after the other.
         assert_same(list(stream.batches(iter(requests[:2]))), expected(spec, requests[:2]))
         assert list(stream.batches([])) == []
         assert stream.wait_seconds > 0
@@ -74,7 +74,7 @@ def test_ray_gives_what_a_reader_gives(spec, ray_cluster, workers, prefetch):
         assert_same(found, expected(spec, requests))
         assert_same(list(stream.batches(requests[:2])), expected(spec, requests[:2]))
         assert stream.wait_seconds > 0
-        # Own memory, to be written and pinned; not a view of the object store.
+        # Own memory, which can be written and pinned; not a view of the object store.
         assert all(b.images.flags.writeable and b.images.flags.owndata for b in found)
 
 
@@ -84,7 +84,7 @@ def test_order_holds_when_readers_finish_out_of_order(spec, monkeypatch):
 
     def read(self, request):
         turn = int(request.ids[0])
-        if turn < 3:  # each waits until the one after it is done
+        if turn < 3:  # each waits until the next one is done
             assert later[turn + 1].wait(60)
         batch = plain(self, request)
         later[turn].set()
@@ -117,7 +117,7 @@ def test_requests_are_taken_lazily(spec, prefetch):
 
 def test_waiting_adds_up(spec, monkeypatch):
     clock = types.SimpleNamespace(perf_counter=itertools.count().__next__, sleep=None)
-    monkeypatch.setattr(pools, "time", clock)  # a look at it takes a second
+    monkeypatch.setattr(pools, "time", clock)  # reading it advances it by a second
     with ReaderPool(spec, backend="local", workers=2, prefetch=3) as stream:
         assert stream.wait_seconds == 0
         for number, _ in enumerate(stream.batches(some_requests(7)), 1):
@@ -138,7 +138,7 @@ def test_what_an_abandoned_loop_had_asked_is_not_read(spec, monkeypatch):
     with ReaderPool(spec, backend="local", workers=1, prefetch=7) as stream:
         loop = stream.batches(requests)
         next(loop)
-        loop.close()  # the second may be under way, the others wait
+        loop.close()  # the second may be in progress, the others wait
         goes_on.set()
         list(stream.batches([other]))
     assert read[-1] is other
@@ -226,7 +226,7 @@ def test_actors_end_with_the_stream_and_have_readable_names(spec, ray_cluster):
         processes = [psutil.Process(i) for i in ids]
     _, alive = psutil.wait_procs(processes, timeout=30)
     assert not alive
-    stream.close()  # twice is no harm
+    stream.close()  # closing twice is allowed
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ def test_a_wrong_shard_is_the_users_to_mend(spec, backend, damage, request):
             next(loop)
         assert caught.value.where == str(bad)
         assert caught.value.remedy
-        # The stream is still good for what lies elsewhere.
+        # The stream still works for data that is elsewhere.
         assert_same(list(stream.batches(requests[:1])), expected(spec, requests[:1]))
 
 
@@ -316,7 +316,7 @@ def test_the_sessions_cluster_listens_on_the_loopback_only(ray_cluster):
     children = psutil.Process().children(recursive=True)
     sockets = []
     for child in children:
-        with contextlib.suppress(psutil.NoSuchProcess, FileNotFoundError):  # gone since
+        with contextlib.suppress(psutil.NoSuchProcess, FileNotFoundError):  # it has exited since
             sockets += child.net_connections("inet")
     listening = {c.laddr.ip for c in sockets if c.status == psutil.CONN_LISTEN}
     assert listening <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}

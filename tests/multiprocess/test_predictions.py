@@ -26,12 +26,12 @@ from tests.unit.pipeline.test_predictions import (  # noqa: F401 (fixtures)
 
 
 def batch_student() -> torch.nn.Module:
-    """A student whose images see each other, gates open."""
+    """A student in which the images of a batch influence each other, with gates open."""
     return student("batch").eval()
 
 
 def ranks_judge(root: str) -> dict[str, Any]:
-    """A case of ``procs``: a batch-scope student's answers, and what it was shown."""
+    """A case of ``procs``: a batch-scope student's answers, and the images it was shown."""
     model, shown = batch_student(), []
 
     def answer(images: Tensor) -> dict[str, Tensor]:
@@ -45,7 +45,7 @@ def ranks_judge(root: str) -> dict[str, Any]:
 
 
 def in_company(images: np.ndarray, seed: int | None) -> dict[int, Tensor]:
-    """Probabilities of each sound image, classified beside the sound ones of its batch."""
+    """Probabilities of each valid image, classified together with the valid ones of its batch."""
     places = np.arange(IMAGES) if seed is None else np.random.default_rng(seed).permutation(IMAGES)
     found = {}
     for ids in np.array_split(places, 5):  # 23 images in batches of at most 5
@@ -58,7 +58,7 @@ def in_company(images: np.ndarray, seed: int | None) -> dict[int, Tensor]:
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_neither_padding_nor_corrupt_images_join_a_batch(tmp_path, world_size):
-    """Whatever the ranks: the same company, hence the same answers; and as many forward passes."""
+    """For any ranks: the same batches, hence the same answers; and the same number of forward passes."""
     images = held_out(tmp_path)
     wanted = in_company(images, SEED)
     assert not torch.allclose(wanted[0], in_company(images, None)[0]), "company does not matter"

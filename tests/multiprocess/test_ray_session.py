@@ -1,4 +1,4 @@
-"""However a driver of a stream ends: no process, no file, no shared memory is left of it."""
+"""However a driver of a stream ends, it leaves no process, no file and no shared memory."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from tests.support import REPOSITORY, runs
 from tests.support.shards import make_shards, random_images
 
 SECONDS = 20.0
-"""Until what is left counts as left: a limit for machines under load, not a measurement."""
+"""Seconds until leftovers count as such: a limit for loaded machines, not a measurement."""
 
 NAMESPACE = ["unshare", "--mount"] if os.geteuid() == 0 and shutil.which("unshare") else []
-"""With a /dev/shm of one's own nobody else's coming and going there is counted."""
+"""With a private /dev/shm, other processes' use of it is not counted."""
 
 pytestmark = [
     pytest.mark.ray,
@@ -41,7 +41,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def place() -> Iterator[Path]:
-    """A temporary folder of the driver's own; short, for a socket's path has 107 bytes."""
+    """A private temporary folder of the driver; short, since a socket's path has 107 bytes."""
     folder = Path(tempfile.mkdtemp(prefix="e", dir="/tmp"))
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
@@ -55,7 +55,7 @@ def end(
     trigger: str = "streaming",
 ) -> dict:
     """Exit code and output of a driver that gets this signal when it prints the trigger;
-    which processes it had then, what is left of it."""
+    the processes it had then, and its leftovers."""
     environment = runs.bare_environment(tmp_path / "home") | {
         "TMPDIR": str(place),
         "PYTHONPATH": str(REPOSITORY),
@@ -77,7 +77,7 @@ def end(
     ]
     subprocess.run([*NAMESPACE, *reaper], check=True, timeout=240)
     result = json.loads((tmp_path / "result.json").read_text())
-    # Else the next Ray that this user starts would demand the token.
+    # Otherwise the next Ray that this user starts would require the token.
     assert not (tmp_path / "home" / ".ray").exists()
     result["files"] = sorted(str(path.relative_to(place)) for path in place.rglob("*"))
     return result
@@ -105,7 +105,7 @@ def test_nothing_is_left_of_a_ray_driver(manifest, place, tmp_path, how, number,
     assert result["code"] == code, result["output"]
     if number == signal.SIGINT:
         assert result["output"].rstrip().endswith("KeyboardInterrupt")
-    # It had something to leave: the readers, Ray's daemons, the watcher.
+    # There was something to leave behind: the readers, Ray's daemons, the watcher.
     names = " ".join(result["started"])
     for part in ("raylet", "gcs_server", "ray::ReaderActor", "ray::DashboardAgent", "watcher.py"):
         assert part in names
@@ -137,7 +137,7 @@ def test_nothing_is_left_of_a_local_driver(manifest, place, tmp_path, how, numbe
     ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)]
 )
 def test_nothing_is_left_of_a_run_but_its_folder(place, tmp_path, number, code):
-    """Ranks with readers of their own, under the command; Ray's logs are kept beside the results."""
+    """Ranks with their own readers, under the command; Ray's logs are kept beside the results."""
     run = tmp_path / "run"
     command = ["-m", "cnn2gnn_dist", "run", "--config", "demo", *runs.MICRO, f"run.dir={run}"]
     result = end(place, tmp_path, command, number, trigger="teacher  step")

@@ -1,4 +1,4 @@
-"""The sequence of global batches does not know ranks, readers, backends or accumulation: across processes."""
+"""The sequence of global batches is independent of ranks, readers, backends and accumulation: across processes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LOCAL = [
 ]
 
 
-RAY = [  # few: a reader there is a process
+RAY = [  # few: each reader is a process
     ("parts", Way(2, 1, 2, "ray")),
     ("whole", Way(2, 3, 4, "ray")),
     ("whole", Way(1, 16, 12, "ray", prefetch=16)),
@@ -55,5 +55,5 @@ def test_the_bytes_are_the_same_any_way(data, way, request):
     rows = [len(order.rank_batch(0, 0, rank, way.world)) for rank in range(way.world)]
     way = replace(way, accumulation=min(way.accumulation, *rows, 99))
     last = order.batches_per_epoch
-    places = [(e, i) for e in (0, 1) for i in range(last)]  # over the epoch's end
+    places = [(e, i) for e in (0, 1) for i in range(last)]  # across the epoch's end
     assert_wanted(data, places, run(data, way, places))

@@ -1,4 +1,4 @@
-"""Processes that live and die together, with shared memory of their own."""
+"""Processes that live and die together, with their own shared memory."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def shell(text: str) -> list[str]:
 
 
 def gone(pids: Iterable[int]) -> bool:
-    """Whether all these processes end within a minute."""
+    """Whether all these processes exit within a minute."""
     family = []
     for pid in pids:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -66,7 +66,7 @@ def test_all_end_with_a_supervisor_that_is_killed():
 
 
 def test_all_end_with_the_asker(tmp_path):
-    """A rank killed by SIGKILL closes nothing in order: the kernel does."""
+    """A rank killed by SIGKILL closes nothing itself: the kernel does."""
     lines = (
         "import os, json; from cnn2gnn_dist.runtime.supervisor import Machine, Spec",
         f"m = Machine(Spec({{'a': {WAIT}, 'b': {WAIT}}}, isolated=False)); m.started()",
@@ -81,7 +81,7 @@ def test_all_end_with_the_asker(tmp_path):
 
 @isolated
 def test_shared_memory_is_the_machines_own():
-    """Two machines write the same name; the host sees neither."""
+    """Two machines write the same name; the host sees neither file."""
     name = f"cnn2gnn-test-{os.getpid()}"
     write = shell(f"test ! -e /dev/shm/{name} && echo x > /dev/shm/{name} && exec sleep 600")
     machines = [Machine(Spec({"writer": write})) for _ in range(2)]
@@ -109,7 +109,7 @@ def test_what_they_print_goes_to_the_log_and_files_to_their_owner(tmp_path):
     os.close(write)
     assert made.started()
     with os.fdopen(read) as file:
-        assert file.read() == "mine"  # ends: nobody else holds the other end
+        assert file.read() == "mine"  # EOF: no other process holds the other end
     assert made.first_end().startswith("owner ended")
     made.end()
     assert "said" in log.read_text()
@@ -128,7 +128,7 @@ def test_without_privileges_a_user_namespace_does():
 @isolated
 @pytest.mark.skipif(shutil.which("unshare") is None, reason="needs unshare (util-linux)")
 def test_a_kernel_that_refuses_is_told_apart():
-    """A user namespace whose limits leave no room for another."""
+    """A user namespace whose limits allow no further namespace."""
     limits = (
         "echo 0 > /proc/sys/user/max_mnt_namespaces; echo 0 > /proc/sys/user/max_user_namespaces"
     )

@@ -1,4 +1,4 @@
-"""SyncNorm: the same network over ranks as in one process, whatever the stem's layers are."""
+"""SyncNorm: the same network over several ranks as in one process, whatever the stem's layers are."""
 
 from __future__ import annotations
 
@@ -63,10 +63,10 @@ def furthest(found: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_one_process_sees_no_difference(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Evaluation to the bit; training through our own arithmetic, as on several ranks."""
+    """Evaluation is bit-identical; training uses our own arithmetic, as on several ranks."""
     plain = stem_of(name)
     ours = synchronise_norms(deepcopy(plain))
-    assert is_synchronised(ours)  # the readout has a BatchNorm1d at least
+    assert is_synchronised(ours)  # at least the readout has a BatchNorm1d
     assert list(ours.state_dict()) == list(plain.state_dict())
     with torch.no_grad():
         assert torch.equal(ours.eval()(images()), plain.eval()(images()))
@@ -108,7 +108,7 @@ def test_changing_twice_and_shared_layers() -> None:
 
 
 def strange() -> dict[str, Callable[[], nn.Module]]:
-    """Layers that look at a batch and are not exactly a BatchNorm."""
+    """Layers that use batch statistics and are not exactly a BatchNorm."""
     import_timm()
     from timm.layers import inplace_abn
     from timm.layers.evo_norm import EvoNorm2dB0
@@ -118,7 +118,7 @@ def strange() -> dict[str, Callable[[], nn.Module]]:
     from torchvision.ops.misc import FrozenBatchNorm2d
 
     class Own(nn.BatchNorm2d):
-        """Somebody's own."""
+        """A user's subclass."""
 
     def parametrised() -> nn.Module:
         norm = nn.BatchNorm2d(3)
@@ -165,7 +165,7 @@ def config_of(norm_layer: str) -> Config:
 
 
 def test_it_is_refused_before_the_first_stage_and_the_remedy_works() -> None:
-    """On several ranks only: one rank has nothing to synchronise."""
+    """On several ranks only: one rank has nothing to synchronize."""
     for stage in ("student", "control"):
         with pytest.raises(UserError, match="EvoNorm2dB0") as caught:
             preflight.check(config_of("evonormb0"), ["teacher", stage], 2)
@@ -185,8 +185,8 @@ def own_rows() -> slice:
 
 
 def against_one_process(plain: nn.Module, x: Tensor) -> dict[str, float]:
-    """How far outputs, gradients and statistics over ranks lie from those of the whole batch."""
-    plain.zero_grad()  # a copy takes gradients along
+    """Differences of outputs, gradients and statistics over ranks from those of the complete batch."""
+    plain.zero_grad()  # a copy includes the gradients
     ours = synchronise_norms(deepcopy(plain)).double().train()
     plain, x = plain.double().train(), x.double()
     expected = plain(x)
@@ -210,7 +210,7 @@ def against_one_process(plain: nn.Module, x: Tensor) -> dict[str, float]:
 
 
 def plain_norms() -> dict[str, nn.Module]:
-    """BatchNorms with every way of keeping statistics, two batches deep."""
+    """BatchNorms with every way of keeping statistics, after two batches."""
     return {
         "cumulative": nn.BatchNorm2d(3, momentum=None),
         "untracked": nn.BatchNorm2d(3, track_running_stats=False),
@@ -229,7 +229,7 @@ def compared() -> dict[str, dict[str, float]]:
         net = nn.Sequential(nn.Conv2d(3, 3, 1), norm)
         for scale in (1.0, 1.5):  # the second batch tells a cumulative mean from a running one
             found[f"{name} {scale}"] = against_one_process(net, images() * scale)
-    # A mean of 1,000 spreads against a spread of 1: sums of squares in float32 would give noise.
+    # A mean of 1,000 against a spread of 1: sums of squares in float32 would give noise.
     norm = nn.Sequential(nn.BatchNorm2d(3))
     x = images() + 1000.0
     single = norm(x)

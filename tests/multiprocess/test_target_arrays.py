@@ -1,4 +1,4 @@
-"""Soft targets as one mapping a host: across processes."""
+"""Soft targets as one memory map per host: across processes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.unit.data.test_target_arrays import C, N, made, opened, same
 
 
 def ranks_open(root: str) -> str:
-    """A case of ``procs``: what this rank's mapping holds, or how it was refused."""
+    """A case of ``procs``: the contents of this rank's memory map, or its error."""
     try:
         found = opened(Path(root))
     except UserError as error:
@@ -40,7 +40,7 @@ def test_ranks_fill_what_a_plain_reading_gives(tmp_path, k):
 
 def test_one_ranks_damaged_file_is_refused_on_all(tmp_path):
     made(tmp_path, 3)
-    damaged = sorted((tmp_path / "targets").glob("*.parquet"))[1]  # the second rank's to read
+    damaged = sorted((tmp_path / "targets").glob("*.parquet"))[1]  # the second rank reads it
     data = bytearray(damaged.read_bytes())
     data[200] ^= 0xFF
     damaged.write_bytes(data)

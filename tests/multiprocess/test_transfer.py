@@ -1,4 +1,4 @@
-"""What a network does to a transfer, and what is made of it: across processes."""
+"""Network faults during a transfer, and how they are handled: across processes."""
 
 from __future__ import annotations
 

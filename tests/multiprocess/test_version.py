@@ -18,7 +18,7 @@ from tests.support import REPOSITORY
     reason="a file system of one's own wants a mount namespace (root, unshare)",
 )
 def test_a_full_disk_leaves_the_version_before_in_use(tmp_path):
-    """Really full: a tmpfs of 1 MiB, filled while arrays, a part and the manifest are written."""
+    """A real full disk: a tmpfs of 1 MiB, filled while arrays, a part and the manifest are written."""
     script = REPOSITORY / "tests/support/full_disk_graph.py"
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     (tmp_path / "d").mkdir()

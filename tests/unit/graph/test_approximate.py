@@ -37,7 +37,7 @@ def search(folder: Path, z: np.ndarray, query: np.ndarray | None = None, m: int 
 
 
 def whole(table: np.ndarray, z: np.ndarray, query: np.ndarray | None = None) -> None:
-    """No self, nobody twice, nearest first."""
+    """No self, no duplicates, nearest first."""
     query = z if query is None else query
     assert (table != np.arange(len(table))[:, None]).all()
     assert (table >= 0).all()
@@ -63,7 +63,7 @@ def test_keys_sort_like_pairs(pairs: list[tuple[float, int]]) -> None:
 def test_best_of_equals_brute_force(seed: int) -> None:
     rng = np.random.default_rng(seed)
     z = points(seed, 60)
-    z[:20] = z[20:40]  # plenty of ties
+    z[:20] = z[20:40]  # many ties
     ids = rng.integers(-1, 60, (40, 50)).astype(np.int32)
     rows = rng.integers(0, 60, 40)
     got = nn_descent.best_of(ids.copy(), z, z[rows], rows, 8)
@@ -117,7 +117,7 @@ def test_scan_of_all_lists_is_exact() -> None:
     start = np.searchsorted(home[order], np.arange(8))
     every = np.tile(np.arange(7, dtype=np.int32), (500, 1))
     got = ivf.scan(z, np.arange(500), every, z, order, start, M, M)
-    assert quality.recall(got, exact(z, z, M)) > 0.99  # the copies' ties, cut off list by list
+    assert quality.recall(got, exact(z, z, M)) > 0.99  # ties among copies, truncated list by list
     whole(got, z)
 
 

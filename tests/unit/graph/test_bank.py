@@ -1,4 +1,4 @@
-"""Banks: the rows of some parts of a graph version, as they lie in its files."""
+"""Banks: the rows of some parts of a graph version, as stored in its files."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_types_and_copies_of_a_bank(tmp_path):
     kinds = (held.x_LD.dtype, held.z_Ld.dtype, held.labels_L.dtype)
     assert kinds == (torch.float16, torch.float32, torch.int32)
     assert (held.nodes_L == np.arange(N)).all()
-    held.x_LD.zero_()  # its own memory: the file stays as it was
+    held.x_LD.zero_()  # its own memory: the file is unchanged
     open_version(tmp_path / "v0003").verify()
     with pytest.raises(KeyError):
         held.local_of(np.array([-1]))
@@ -76,10 +76,10 @@ def test_types_and_copies_of_a_bank(tmp_path):
 
 
 def test_the_whole_bank_is_the_files_themselves(tmp_path):
-    """Judging loads it on every rank: a host's ranks share its pages instead of copying them."""
+    """Evaluation loads it on every rank: a host's ranks share its pages instead of copying them."""
     write(tmp_path)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # torch's, of arrays that it must not write to
+        warnings.simplefilter("error")  # torch warns about arrays that it must not write to
         held = bank.load_bank(open_version(tmp_path / "v0003"))
     maps = Path("/proc/self/maps").read_text()
     for name in ("x", "z", "labels", "candidates"):
@@ -96,7 +96,7 @@ def test_a_partition_of_another_version_is_refused(tmp_path):
     other.save(tmp_path / "v0002" / "part-01")
     note = tmp_path / "v0002" / "part-01" / "part.json"
     spare = (tmp_path / "v0001" / "part-01" / "part.json").stat().st_size - note.stat().st_size
-    note.write_text(note.read_text() + " " * spare)  # of the same size, and whole in itself
+    note.write_text(note.read_text() + " " * spare)  # of the same size, and valid by itself
     version = GraphVersion(tmp_path / "v0002", {})
     with pytest.raises(UserError, match=r"part-01"):
         bank.load_bank(version, [1])

@@ -16,7 +16,7 @@ KEY = {"epoch": 0, "step": 0, "rank": 0}
 
 
 def check(block: BlockIds, graph: np.ndarray, first: np.ndarray, seeds: np.ndarray) -> None:
-    """A block with full second fan-out says of every node what the table says."""
+    """A block with full second fan-out has for every node what the table has."""
     nodes = block.nodes_V
     wanted_first = [
         [-1 if j < 0 or j == seed else int(j) for j in row]
@@ -28,7 +28,7 @@ def check(block: BlockIds, graph: np.ndarray, first: np.ndarray, seeds: np.ndarr
     everyone |= {l for row in second.values() for l in row}  # noqa: E741
     assert nodes.tolist() == sorted(everyone)
 
-    ids = np.append(nodes, -1)  # place -1 reads -1
+    ids = np.append(nodes, -1)  # index -1 reads -1
     assert ids[first_of(block)].tolist() == wanted_first
     assert ids[block.first_U].tolist() == unique
     assert ids[block.seed_B].tolist() == [max(int(s), -1) for s in seeds]
@@ -51,7 +51,7 @@ def check(block: BlockIds, graph: np.ndarray, first: np.ndarray, seeds: np.ndarr
 def test_any_block_equals_the_naive_one(nodes, width, seeds, slots, number, holes):
     graph = random_table(nodes, min(width, nodes - 1), number, holes)
     rng = np.random.default_rng(number)
-    seeds_B = rng.integers(-1, nodes, seeds)  # unseen ones among them, and repeated ones
+    seeds_B = rng.integers(-1, nodes, seeds)  # including unseen and repeated ones
     first = rng.integers(-1, nodes, (seeds, slots)).astype(np.int32)
     made = make_sampler("table", graph, seed=0)
     check(block_ids(made, first, seeds_B, width, **KEY), graph, first, seeds_B)

@@ -12,12 +12,12 @@ N, M = 4000, 8
 
 
 def clustered(seed: int = 0, stray: float = 0.05) -> tuple[np.ndarray, np.ndarray]:
-    """A table with 40 groups of 100 nodes, ids shuffled, and the order that has groups together."""
+    """A table with 40 groups of 100 nodes, ids shuffled, and the order that keeps groups together."""
     rng = np.random.default_rng(seed)
     group = np.arange(N) // 100
     table = group[:, None] * 100 + rng.integers(0, 100, (N, M))
     table = np.where(rng.random((N, M)) < stray, rng.integers(0, N, (N, M)), table)
-    order = rng.permutation(N)  # node order[i] takes the place of i
+    order = rng.permutation(N)  # node order[i] takes position i
     named = np.empty((N, M), np.int64)
     named[order] = order[table]
     return named.astype(np.int32), order.astype(np.int32)

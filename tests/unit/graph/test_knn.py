@@ -1,4 +1,4 @@
-"""Neighbour search against dense numpy."""
+"""Neighbor search against dense numpy."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_duplicates_and_ties_go_to_the_smaller_id():
 
 
 def on_device(base: np.ndarray) -> knn.Index:
-    """The path of accelerators (matmul and top-k), on this processor."""
+    """The code path of accelerators (matmul and top-k), on the CPU."""
     index = knn.Index(base)
     index._on_device = torch.from_numpy(index.base_Nd)
     return index
@@ -71,7 +71,7 @@ def on_device(base: np.ndarray) -> knn.Index:
 @pytest.mark.parametrize("make", [knn.Index, on_device])
 @pytest.mark.parametrize("exclude", [False, True])
 def test_more_ties_than_were_fetched_go_to_the_smaller_id(make, exclude):
-    # Ahead of three better rows lie fifty equal ones: more than the slack can hold.
+    # Fifty equal rows precede three better ones: more than the slack can hold.
     base = np.zeros((60, 4), np.float32)
     base[:50, 0], base[50:53, 0] = 0.5, 1.0
     query = np.repeat(np.eye(4, dtype=np.float32)[:1], 30, 0)
@@ -83,7 +83,7 @@ def test_more_ties_than_were_fetched_go_to_the_smaller_id(make, exclude):
 
 @pytest.mark.parametrize("make", [knn.Index, on_device])
 def test_coarse_grid_full_of_ties_equals_dense(make, monkeypatch):
-    # Small integers: every inner product is exact, so are the ties.
+    # Small integers: every inner product is exact, and so are the ties.
     base = np.random.default_rng(0).integers(-1, 2, (300, 4)).astype(np.float32)
     out = np.arange(300)
     wanted = dense(base, base, 6, out)
@@ -158,7 +158,7 @@ def test_quality_by_loops():
     )
     assert sum(stats["histogram"]["nodes"]) == 4
     assert quality.recall(np.array([[1, 2, 3]]), np.array([[3, 9, 1]])) == pytest.approx(2 / 3)
-    assert quality.recall(np.array([[1, -1]]), np.array([[2, -1]])) == 0.0  # holes never match
+    assert quality.recall(np.array([[1, -1]]), np.array([[2, -1]])) == 0.0  # -1 never matches
 
 
 def test_a_search_inside_autocast_stays_in_float32():
@@ -206,10 +206,10 @@ def test_weighted_homophily_by_a_loop():
 
 
 def test_a_device_search_needs_no_faiss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The path of a GPU, on a machine without faiss; "there" is the CPU here."""
+    """The code path of a GPU, on a machine without faiss; the device here is the CPU."""
     rng = np.random.default_rng(3)
     z = rng.standard_normal((700, 8)).astype(np.float32)
-    z[::9] = z[1]  # ties that reach past what is fetched
+    z[::9] = z[1]  # ties that extend beyond what is fetched
     near = np.einsum("nd,md->nm", z, z)
     np.fill_diagonal(near, -np.inf)
     want = np.argsort(-near, axis=1, kind="stable")[:, :6]
@@ -226,7 +226,7 @@ def test_a_device_search_needs_no_faiss(tmp_path: Path, monkeypatch: pytest.Monk
 def test_on_a_gpu_one_thread_searches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, threads: int
 ) -> None:
-    """Each would hold similarities of its own, up to ``DEVICE_CELLS``."""
+    """Each thread would hold its own similarities, up to ``DEVICE_CELLS``."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     context = Context(
         settings.load("demo", []), Ranks(), RunPaths(tmp_path), tmp_path, "key", device, False

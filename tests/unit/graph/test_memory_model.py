@@ -1,4 +1,4 @@
-"""The memory model against arrays that were made."""
+"""The memory model against actual arrays."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ N, D, DIM, M, PARTS = 6000, 48, 16, 8, 4
 
 
 def version(folder: Path) -> tuple[GraphVersion, list[partition.PartGraph]]:
-    """A whole version over a ring with long links."""
+    """A complete version over a ring with long links."""
     rng = np.random.default_rng(0)
     step = rng.geometric(0.02, (N, M)) * rng.choice([-1, 1], (N, M))
     table = ((np.arange(N)[:, None] + step) % N).astype(np.int32)

@@ -1,4 +1,4 @@
-"""Rows of arrays on disk: written where they belong, noted when they are there, read as written."""
+"""Rows of arrays on disk: written in place, marked once on disk, read as written."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_sums_go_on_and_notice_every_byte(tmp_path: Path) -> None:
 
 
 def test_short_writes_are_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A write may take less than it was given (2 GiB at most, or a signal)."""
+    """A write may accept less than it was given (2 GiB at most, or a signal)."""
     rows = np.arange(300, dtype=np.int32).reshape(100, 3)
     durable.reserve_array(tmp_path / "a.npy", rows.shape, np.int32)
     write = os.pwrite
@@ -123,7 +123,7 @@ def test_a_mark_comes_after_its_rows_are_on_disk(
 
 
 def test_rows_that_were_marked_and_lost_are_made_again(tmp_path: Path) -> None:
-    """A machine that lost power with the mark on disk, a file server that lost a page."""
+    """A machine that lost power after the mark reached the disk, or a file server that lost a page."""
     filled(tmp_path, Crew())
     with RowFile(tmp_path / "halves.npy") as file:
         file.write(12, np.zeros((1, 2)))
@@ -135,7 +135,7 @@ def test_rows_that_were_marked_and_lost_are_made_again(tmp_path: Path) -> None:
 
 
 class Ranks:
-    """Ranks as threads; ``stale``: this one reads zeros, as from a page cache of its own."""
+    """Ranks as threads; ``stale``: this rank reads zeros, as from a stale page cache."""
 
     def __init__(self, count: int, stale: int | None = None) -> None:
         self.count, self.stale = count, stale
@@ -201,7 +201,7 @@ X = np.random.default_rng(1).standard_normal((203, 5)).astype(np.float16)
 
 
 def embed(folder: Path, crew: Crew, stop: int | None = None) -> list[np.ndarray] | int:
-    """Write X as x, and its first columns as z and query; ``stop``: leave after so many batches."""
+    """Write X as x, and its first columns as z and query; ``stop``: exit after this many batches."""
     writer = GraphWriter(folder)
     made = Embedded(writer, Workshop(folder / "work", crew), len(X), 3, 2)
     plan = made._plan(crew.rank)

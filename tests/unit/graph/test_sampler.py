@@ -57,7 +57,7 @@ def test_the_key_decides(kind):
     for name in KEY:
         other = made.neighbours(rows, 3, **{**KEY, name: 5})
         changes = (np.sort(other) != np.sort(first)).any()
-        assert changes == ((kind, name) != ("table", "rank"))  # a node's sample is whoever's asks
+        assert changes == ((kind, name) != ("table", "rank"))  # keyed by node, not by rank
     seeded = make_sampler(kind, table(), seed=8).neighbours(rows, 3, **KEY)
     assert (np.sort(seeded) != np.sort(first)).any()
 
@@ -99,7 +99,7 @@ def test_rows_may_be_none_or_repeated(kind, fanout):
 
 def test_holes_give_way_to_candidates(kind):
     graph = np.full((12, 6), -1, np.int32)
-    for node in range(12):  # 0, 1, … 5 and again: as many candidates, at the end of the row
+    for node in range(12):  # 0, 1, … 5 and again: that many candidates, at the end of the row
         count = node % 6
         graph[node, 6 - count :] = (node + 1 + np.arange(count)) % 12
     made = make_sampler(kind, graph, seed=0)
@@ -168,7 +168,7 @@ def test_samples_of_dgl_do_not_depend_on_the_number_of_threads():
 
 
 def test_a_nodes_sample_does_not_depend_on_its_place():
-    """Rows of a partition in another order, under their global ids, sample what the whole does."""
+    """Rows of a partition in another order, keyed by global ids, get the same samples as the full graph."""
     whole = table()
     nodes = np.random.default_rng(3).permutation(len(whole))[:20]
     part = make_sampler("table", whole[nodes], 7, nodes)

@@ -1,4 +1,4 @@
-"""Graph versions: several writers, one reader, nothing half done."""
+"""Graph versions: several writers, one reader, nothing incomplete."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_pruning_spares_the_last_whole_version(tmp_path):
 
 
 def test_the_version_just_built_stays_and_a_lost_future_goes(tmp_path):
-    """A run that fell back to an older checkpoint builds version 2 while 3 and 5 are there."""
+    """A run that fell back to an older checkpoint builds version 2 while 3 and 5 exist."""
     for number in (1, 3, 5):
         write(tmp_path, number)
     write(tmp_path, 2)
@@ -107,7 +107,7 @@ def test_the_version_just_built_stays_and_a_lost_future_goes(tmp_path):
 @pytest.mark.parametrize("start", [-1, N - 1, N, N + 5])
 def test_rows_outside_an_array_are_refused(tmp_path, start):
     writer = GraphWriter.create(tmp_path, 1, {"x": ((N, D), np.float16)})
-    count = 2 if start == N - 1 else 1  # numpy itself takes one row for none
+    count = 2 if start == N - 1 else 1  # numpy itself broadcasts one row over none
     with pytest.raises(IndexError, match="x: rows"):
         writer.rows("x", start, np.ones((count, D)))
     writer.rows("x", N - 1, np.ones((1, D)))
@@ -177,7 +177,7 @@ def test_writers_see_each_others_rows_before_the_end(tmp_path):
 def test_a_second_attempt_starts_from_nothing_and_replaces(tmp_path):
     old = write(tmp_path, 1)
     GraphWriter.create(tmp_path, 1, {"junk": ((3,), np.int32)})
-    assert latest_version(tmp_path).name == "v0001"  # whole until it is replaced
+    assert latest_version(tmp_path).name == "v0001"  # complete until it is replaced
     np.testing.assert_array_equal(open_version(tmp_path / "v0001").z, old["z"])
     fresh = GraphWriter.create(tmp_path, 1, {"z": ((2, 2), np.float32)})
     assert [path.name for path in fresh.path.iterdir()] == ["z.npy"]

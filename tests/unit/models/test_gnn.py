@@ -1,4 +1,4 @@
-"""The GNN over blocks against a dense N×N graph from which every seed is taken out explicitly."""
+"""The GNN over blocks against a dense N×N graph from which every seed is explicitly removed."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def model(label_dim: int = E, gates: bool = True, seed: int = 0) -> TwoLayerGNN:
 
 
 def random_graph(n: int, k: int) -> Tensor:
-    """Row-stochastic, k neighbours a row, no loops; node 1 has node 0 as its only neighbour."""
+    """Row-stochastic, k neighbors per row, no loops; node 1 has node 0 as its only neighbor."""
     p_NN = torch.zeros(n, n, dtype=torch.float64)
     for i in range(n):
         others = torch.tensor([j for j in range(n) if j != i])
         chosen = others[torch.randperm(n - 1)[:k]]
         p_NN[i, chosen] = torch.rand(k, dtype=torch.float64) + 0.05
-    p_NN[0, 1] = 0.7  # so that seed 0 looks at node 1
+    p_NN[0, 1] = 0.7  # so that seed 0 uses node 1
     p_NN[1] = 0.0
     p_NN[1, 0] = 1.0
     return p_NN / p_NN.sum(1, keepdim=True)
@@ -45,7 +45,7 @@ def dense_logits(
     x_ND: Tensor,
     labels: Tensor,
 ) -> Tensor:
-    """Logits of seed i on the whole graph without node i, straight from the definition."""
+    """Logits of seed i on the complete graph without node i, straight from the definition."""
     a1, a2 = gnn.self1, gnn.self2
     b1, b2 = gnn.neighbour1.weight, gnn.neighbour2.weight
     rest_NN = p_NN.clone()
@@ -77,7 +77,7 @@ def make_case(n: int = 14, k: int = 4) -> tuple[Tensor, Tensor, Tensor, Tensor, 
 
 
 def make_block(seeds_B: Tensor, p_NN: Tensor, x_ND: Tensor, labels: Tensor) -> tuple[Tensor, Block]:
-    """All first-hop neighbours as padded slots over unique nodes (padding: weight 0, index 0)."""
+    """All first-hop neighbors as padded slots over unique nodes (padding: weight 0, index 0)."""
     rows = [p_NN[i].nonzero().squeeze(1) for i in seeds_B]
     unique_U = torch.cat(rows).unique()
     slots = max(len(r) for r in rows) + 2
@@ -92,7 +92,7 @@ def make_block(seeds_B: Tensor, p_NN: Tensor, x_ND: Tensor, labels: Tensor) -> t
         present_BF=weights_BF > 0,
         row_of_BF=row_of_BF,
         x_UD=x_ND[unique_U],
-        z_Ud=x_ND[unique_U],  # not looked at here
+        z_Ud=x_ND[unique_U],  # unused here
         mean_UD=(p_NN @ x_ND)[unique_U],
         labels_U=labels[unique_U],
         back_BF=back_BF,
@@ -137,7 +137,7 @@ def test_block_equals_dense_graph_without_the_seed(label_dim: int) -> None:
 def test_the_correction_matters_and_a_lonely_neighbour_is_finite() -> None:
     seeds_B, live_BD, p_NN, x_ND, labels = make_case()
     weights_BF, block = make_block(seeds_B, p_NN, x_ND, labels)
-    assert block.back_BF.max() == 1.0  # node 1 has none but seed 0
+    assert block.back_BF.max() == 1.0  # node 1 has no neighbor except seed 0
     gnn = model()
     with_seed, _ = gnn(live_BD, weights_BF, replace(block, back_BF=torch.zeros(weights_BF.shape)))
     without_seed, _ = gnn(live_BD, weights_BF, block)
@@ -158,7 +158,7 @@ def test_seeds_bank_row_does_not_reach_its_logits() -> None:
 
 
 def test_an_unseen_image_may_have_any_row() -> None:
-    """Nobody gives it a weight, so what stands for its bank row does not matter."""
+    """No node gives it a weight, so the content of its bank row does not matter."""
     seeds_B, live_BD, p_NN, x_ND, labels = make_case()
     weights_BF, block = make_block(seeds_B, p_NN, x_ND, labels)
     unseen = replace(block, back_BF=torch.zeros_like(block.back_BF))
@@ -214,7 +214,7 @@ def test_gradients_in_batch_scope_equal_the_formula() -> None:
     (ours(x_BD, p_BB)[0] * upstream_BC).sum().backward()
     b1, b2 = theirs.neighbour1.weight, theirs.neighbour2.weight
     rows = []
-    for i in range(8):  # one node at a time, sums in place of matrix products
+    for i in range(8):  # one node at a time, with sums instead of matrix products
         h = [
             torch.relu(
                 theirs.self1(y_BD[j])
@@ -232,7 +232,7 @@ def test_gradients_in_batch_scope_equal_the_formula() -> None:
 
 
 def test_a_neighbour_that_almost_only_has_the_seed_is_finite_in_float32() -> None:
-    """Near 1 the renormalisation divides rounding by rounding: it must stay bounded."""
+    """Near 1 the renormalization divides rounding error by rounding error: it must stay bounded."""
     seeds_B, live_BD, p_NN, x_ND, labels = make_case()
     weights_BF, block = make_block(seeds_B, p_NN, x_ND, labels)
     gnn = model().float()

@@ -1,4 +1,4 @@
-"""Adaptive neighbours against two independent references, in value and gradient."""
+"""Adaptive neighbors against two independent references, in value and gradient."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SHAPES = [(1, 2, 1), (4, 5, 4), (7, 12, 5), (3, 40, 1), (16, 33, 12)]  # B, M, k
 
 
 def closed_form(d: np.ndarray, k: int, mask: np.ndarray | None = None) -> np.ndarray:
-    """Row by row, from the formula; degenerate rows as the docstring says."""
+    """Row by row, from the formula; degenerate rows as documented."""
     p = np.zeros_like(d)
     for i, row in enumerate(d):
         valid = np.arange(len(row)) if mask is None else np.flatnonzero(mask[i])
@@ -169,7 +169,7 @@ def test_no_candidates_and_no_rows() -> None:
 @pytest.mark.parametrize("scale", [1.0, 1e-3, 1e4])
 @pytest.mark.parametrize("shift", [0.0, 2.0, -5.0])
 def test_degenerate_rows_are_constant_among_others(scale: float, shift: float) -> None:
-    """Equal rows at any size and shift: uniform, with gradients of exactly 0."""
+    """Equal rows at any scale and shift: uniform, with gradients of exactly 0."""
     torch.manual_seed(0)
     d_BM = torch.rand(6, 9)
     d_BM[2] = 0.3
@@ -215,7 +215,7 @@ def test_gradients_of_scaled_and_shifted_rows() -> None:
 
 
 def test_it_minimises_what_it_is_said_to() -> None:
-    """Σ d p + γ Σ p² on the simplex, with γ = S / 2: no feasible step descends."""
+    """Σ d p + γ Σ p² on the simplex, with γ = S / 2: no feasible step decreases it."""
     d_BM = distances(1, 10)
     found = adaptive_neighbours(d_BM, 4)
     gradient = (d_BM + found.scale_B[:, None] * found.p_BM)[0]

@@ -1,4 +1,4 @@
-"""Losses against torch's own pieces and against the formulas written out."""
+"""Losses against torch's own functions and against the formulas written out."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_distillation_equals_the_formula(
     loss_B = distillation_loss(
         logits,
         labels,
-        teacher.log_softmax(1),  # log-probabilities stand for logits
+        teacher.log_softmax(1),  # log-probabilities serve as logits
         weight=weight,
         temperature=temperature,
         label_smoothing=smoothing,
@@ -154,6 +154,6 @@ def test_class_0_is_a_class_and_slots_without_weight_are_none() -> None:
     weights = torch.tensor([[0.25, 0.75, 0.0], [1.0, 0.0, 0.0], [0.7, 0.3000001, 0.0]])
     labels_of = torch.tensor([[0, 2, 0], [-1, 2, 2], [0, 0, 1]])
     loss_B = neighbour_loss(weights, labels_of, torch.tensor([0, 1, 0]))
-    assert float(weights[2].sum()) > 1  # rounding: the loss stays 0 or more all the same
+    assert float(weights[2].sum()) > 1  # rounding: the loss is still 0 or more
     torch.testing.assert_close(loss_B, torch.tensor([4.0, 1.0, 1.0]).log(), atol=0, rtol=1e-6)
     assert float(loss_B[2]) == 0.0

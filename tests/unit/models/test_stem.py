@@ -1,4 +1,4 @@
-"""Stems: shapes, sizes, what they cost; normalisation; the counters themselves."""
+"""Stems: shapes, sizes, costs; normalization; the counters themselves."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class Bank:
         self.table_NM = (torch.arange(N)[:, None] + shifts) % N
 
     def nodes(self, seeds_B: Tensor, first_BF: Tensor | None = None) -> dict[str, Tensor]:
-        """All candidates of the seeds and theirs; block rows are bank rows in another order."""
+        """All candidates of the seeds and the candidates' own; block rows are bank rows in another order."""
         first_BF = self.table_NM[seeds_B] if first_BF is None else first_BF
         order_V = torch.randperm(N, generator=torch.Generator().manual_seed(11))
         place_N = torch.empty_like(order_V)
@@ -73,7 +73,7 @@ def block_of(nodes: dict[str, Tensor], **changes: Tensor) -> Block:
 
 
 def reference_row(d_M: Tensor, k: int) -> Tensor:
-    """sparsemax(−d/S) over one row in sorted order: the closed form by another way."""
+    """sparsemax(−d/S) over one row in sorted order: another way to the closed form."""
     near = d_M.argsort(stable=True)[: k + 1]
     scale = k * d_M[near[k]] - d_M[near[:k]].sum()
     v_M = -d_M / scale
@@ -156,7 +156,7 @@ def test_a_seeds_own_label_and_features_do_not_reach_it() -> None:
         after = made(images, other.block(SEEDS)).logits_BC
         torch.testing.assert_close(after[b], before[b])
         reached += int(not torch.allclose(after, before))
-    assert reached > 0  # while they do reach other seeds
+    assert reached > 0  # although they do reach other seeds
 
 
 def test_a_seed_among_its_own_candidates_is_left_out() -> None:
@@ -270,7 +270,7 @@ def test_scopes_share_the_self_path() -> None:
 
 @pytest.mark.parametrize("stem", ["resnet_tiny", "conv3"])
 def test_control_and_student_begin_with_the_same_weights(stem: str) -> None:
-    """The graph's own parameters are drawn last, so that they move nobody else's."""
+    """The graph's own parameters are drawn last, so that they don't change any others."""
     config = Config(student=StudentConfig(stem=stem))
     states = {}
     for scope in ("none", "batch", "dataset"):
@@ -304,7 +304,7 @@ def test_the_loss_is_as_large_as_the_controls(self_loss: float) -> None:
 
 
 def test_the_terms_keep_their_weights() -> None:
-    """(graph + s · self + n · neighbours) / (1 + s), written out."""
+    """(graph + s · self + n · neighbors) / (1 + s), written out."""
     settings = StudentConfig(self_loss=0.5, neighbour_loss=0.25, distill_weight=0.0)
     bank, made = Bank(), student("dataset").eval()
     labels = bank.labels_N[SEEDS]
@@ -371,7 +371,7 @@ def test_batch_scope_of_identical_images_counts_degenerate_rows() -> None:
 @pytest.mark.parametrize("scope", ["none", "batch", "dataset"])
 @pytest.mark.parametrize("with_block", [False, True])
 def test_every_parameter_gets_a_gradient(scope: Scope, with_block: bool) -> None:
-    """ZeRO and DDP wait for all of them; in warm-up those of the graph are zero."""
+    """ZeRO and DDP need all of them; during warm-up those of the graph are zero."""
     bank, made = Bank(), student(scope)
     block = bank.block(SEEDS) if with_block and scope == "dataset" else None
     assert made.head is None or made.head.norm.num_batches_tracked == 0

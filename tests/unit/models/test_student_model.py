@@ -1,4 +1,4 @@
-"""The student on blocks that the graph wing makes: bank, sampler and block joined as a stage does.
+"""The student on blocks that the graph package builds: bank, sampler and block combined as in a stage.
 
 The dense references are those of ``test_student``, which builds its blocks by hand.
 """
@@ -49,7 +49,7 @@ def whole(bank: Bank) -> PartGraph:
 
 
 def half(bank: Bank) -> PartGraph:
-    """The seeds and a few more as inner nodes; the rest is halo, or not there."""
+    """The seeds and a few more as inner nodes; the others are halo nodes or absent."""
     inner = np.unique(np.append(SEEDS.numpy(), [1, 2, 3]))
     return build_union(bank.table_NM.numpy().astype(np.int32), inner)
 
@@ -104,7 +104,7 @@ def test_seen_and_unseen_images_in_one_block_and_a_query() -> None:
 
 
 def test_a_batch_in_which_nobody_has_a_candidate() -> None:
-    """All images copies of each other: each seed is what it is beside one that has neighbours."""
+    """All images are copies of each other: each seed gives the same result as beside one with neighbors."""
     bank, made = Bank(), student("dataset")
     images, seeds = make_images(3), SEEDS[:3].numpy()
     sampler = make_sampler("table", whole(bank).table_KM, 0)
@@ -168,7 +168,7 @@ def test_gradients_in_batch_scope_equal_dense() -> None:
 
 
 def test_copies_of_one_image_in_a_float32_batch_are_finite() -> None:
-    """Rounding of a matmul must not be taken for distances, nor its inverse for a gradient."""
+    """Rounding errors of a matmul must not be taken for distances, nor their inverse for a gradient."""
     made = student("batch", k=3).float()
     images = make_images(17)
     images[[0, 3, 5, 8, 11, 16]] = images[0].clone()

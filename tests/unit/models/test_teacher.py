@@ -1,4 +1,4 @@
-"""Teachers: the small-image variant, weights from files, and mistakes that a person can mend."""
+"""Teachers: the small-image variant, weights from files, and errors that a user can fix."""
 
 from __future__ import annotations
 

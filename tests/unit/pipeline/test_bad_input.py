@@ -1,4 +1,4 @@
-"""What users get wrong: a message with what, where and remedy, exit code 2, no traceback."""
+"""User errors: a message with what, where and remedy, exit code 2, no traceback."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_overrides_read_numbers_as_people_write_them():
 
 
 def image_tree(root: Path, counts: dict[str, int]) -> Path:
-    """A folder a class, each with so many images."""
+    """One folder per class, with the given numbers of images."""
     for number, (name, count) in enumerate(counts.items()):
         (root / name).mkdir(parents=True)
         for i, image in enumerate(random_images(count, 8, 8, seed=number)):
@@ -180,7 +180,7 @@ def test_degenerate_sets_are_refused_before_any_training(tmp_path, capsys, count
 
 
 def test_too_few_images_are_said_at_index(tmp_path, capsys):
-    """Also what only a later stage would meet, and for each stage what it needs."""
+    """Including what only a later stage would hit, and the requirement of each stage."""
     tree = image_tree(tmp_path / "in", {"a": 6, "b": 6})
     run = ["--config", "demo", f"run.dir={tmp_path}/run", "data.source=imagefolder"]
     run += [f"data.train={tree}", "device=cpu", "teacher.global_batch=2", "graph.partition.parts=1"]
@@ -210,7 +210,7 @@ def test_small_classes_are_no_fault_and_single_images_are_said():
 
 
 def test_a_source_that_reads_one_folder_refuses_two(tmp_path, capsys):
-    """Where the second was passed over without a word."""
+    """The second used to be ignored silently."""
     a, b = (image_tree(tmp_path / name, {"x": 2, "y": 2}) for name in "ab")
     data = ("data.source=imagefolder", f"data.train=[{a}, {b}]")
     assert prepared(tmp_path / "run", *data)[0] == 2

@@ -1,4 +1,4 @@
-"""The rows beside the student: its self path, its neighbours' vote, and what each costs."""
+"""The rows beside the student: its self path, its neighbors' vote, and the cost of each."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def attached(root: Path, *overrides: str) -> Attached:
 def test_the_vote_is_the_weight_on_each_class():
     rng = np.random.default_rng(0)
     weights, labels = rng.random((5, 4)).astype(np.float32), rng.integers(-1, 3, (5, 4))
-    labels[3] = -1  # nobody knows
+    labels[3] = -1  # unknown
     found = label_vote(torch.from_numpy(weights), torch.from_numpy(labels), 3)
     for row in range(5):
         mass = [
@@ -93,7 +93,7 @@ def test_one_pass_answers_for_student_self_path_and_vote(tmp_path, second_hop):
 
 
 def test_the_search_is_counted_once_where_torch_sees_it_too(tmp_path):
-    """On a GPU the search is a matmul: counted by its own figure, and by nothing else."""
+    """On a GPU the search is a matmul: counted only by its own figure."""
     model, images = attached(tmp_path), make_images(B)
     with torch.no_grad():
         on_cpu = model.student_flops(images), model.vote_flops(images)

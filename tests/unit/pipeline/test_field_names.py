@@ -1,4 +1,4 @@
-"""What messages, docstrings, comments and docs call a field of the config is one, by today's name."""
+"""Names of config fields in messages, docstrings, comments and docs are current field names."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support import REPOSITORY
 
 SECTIONS = [n for n, f in Config.model_fields.items() if field_names.is_section(f.annotation)]
 NAME = re.compile(
-    # No path, attribute of something else, variable of a shell, call or file's name.
+    # Not a path, an attribute of something else, a shell variable, a call or a file name.
     rf"(?<![\w./\-$*{{])(?:{'|'.join(SECTIONS)})(?:\.[a-z_][a-z0-9_]*)+(?![\w(/]|\.\w)"
 )
 KNOWN = set(field_names.paths())
@@ -28,9 +28,9 @@ OTHERS = {
     "stream.epoch": "an attribute, in an example",
     "views.seed": "an attribute of ViewSpec",
 }
-"""Names that look like fields and are something else."""
+"""Names that look like fields but are something else."""
 OLD = {"cnn2gnn_dist/field_names.py", "cnn2gnn_dist/pipeline/key_defaults.py", "CHANGELOG.md"}
-"""They are about names that there were, or are not."""
+"""They are about names that used to exist, or don't exist."""
 
 SOURCES = sorted(
     path
@@ -62,7 +62,7 @@ def texts(path: Path) -> Iterator[str]:
 
 
 def unknown(text: str) -> set[str]:
-    """What looks like a field of the config and is none."""
+    """Names that look like a config field but are none."""
     found = {name for name in NAME.findall(text) if not name.endswith(FILES)}
     return {n for n in found - KNOWN - OTHERS.keys() if not n.startswith(MAPPINGS)}
 

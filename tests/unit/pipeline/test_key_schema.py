@@ -1,4 +1,4 @@
-"""Keys outlive the code: fields that come in, defaults that change, records of an older schema."""
+"""Keys outlive the code: added fields, changed defaults, records of an older schema."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ CARRIES = {"name", "device", "run", "stream", "cluster", "checkpoint"} | {
     *("data.train", "data.test"),  # their files count by their content
     *("data.checksums", "data.max_corrupt"),
 }
-"""What is in no key: it says where and by whom a run is made, and when it is given up."""
+"""Fields that are in no key: where and by what a run is made, and when it is given up."""
 CHANGED: dict[str, Any] = {}
-"""Fields whose default is not what it was when they came in, and today's default."""
+"""Fields whose default differs from the one they were introduced with, and the current default."""
 PINNED = {
     "pack": "7d6970805a87cad6a07f",
     "index": "e78b6491afd96b253649",
@@ -61,16 +61,16 @@ def test_every_field_is_in_a_key_or_known_not_to_change_results():
 
 def test_every_field_of_a_key_has_a_frozen_default():
     """Failing for a new field: give it a line in key_defaults.py, which says what value; or, if no
-    value does what was done before, name it here: it then makes all finished runs stale."""
+    value reproduces the previous behavior, name it here: it then makes all finished runs stale."""
     in_every_key: set[str] = set()
     counted = key_fields() - EXECUTION | {"evaluate.batch"}
     assert {field_names.first_name(name) for name in counted} - DEFAULTS.keys() == in_every_key
 
 
 def test_a_default_that_changes_is_changed_knowingly():
-    """Failing for a field: leave its line in key_defaults.py as it is, whose value stays what keys
-    take for absent, and write today's default into CHANGED here. Runs made with the old default
-    are stale under the new one, as they should be."""
+    """Failing for a field: leave its line in key_defaults.py as it is, whose value remains the one that
+    counts as absent in keys, and write the current default into CHANGED here. Runs made with the old
+    default are stale under the new one, as they should be."""
     today = settings.as_flat(Config()) | {"teacher.ds_config": {}, "student.ds_config": {}}
     for name, value in DEFAULTS.items():
         if field_names.todays_name(name) in today:
@@ -90,7 +90,7 @@ def key_of(config: Config, stage: str) -> str:
 
 
 class Wider(GraphConfig):
-    """With a field that came in later."""
+    """With a field that was added later."""
 
     twist: int = Field(0, description="new")
 
@@ -131,7 +131,7 @@ def test_a_default_that_changes_is_in_the_key_from_then_on():
 
 @pytest.mark.parametrize("field", sorted(key_fields() - EXECUTION))
 def test_a_field_away_from_its_default_is_in_the_keys_of_its_stages(field):
-    """Every field, whatever its type: its parts are changed, not its config."""
+    """Every field, whatever its type: the key's fields are changed, not the config."""
     for stage in STAGES.values():
         parts = keys.parts(Config(), stage, {})
         if keys._of_stage(stage, [field]):
@@ -142,7 +142,7 @@ def test_a_field_away_from_its_default_is_in_the_keys_of_its_stages(field):
 
 
 def test_names_are_whole_paths():
-    """A field of one section is not that of another, nor an argument of timm's a field."""
+    """A field of one section is not that of another, and an argument of timm's is not a field."""
     config = settings.load("demo", ["teacher.args={batch: 3, lr: 1, layers.x: 2}"])
     parts = keys.parts(config, STAGES["teacher"], {})
     assert parts["teacher.args"] == {"batch": 3, "lr": 1, "layers.x": 2}
@@ -154,7 +154,7 @@ def test_names_are_whole_paths():
 
 
 def test_keys_are_what_they_were():
-    """Pinned: others would make every finished run stale."""
+    """Pinned: other keys would make every finished run stale."""
     found = {name: key_of(settings.load("demo"), name) for name in STAGES}
     assert found == PINNED
 
@@ -170,7 +170,7 @@ def test_a_field_that_has_moved_is_in_keys_by_the_name_that_it_came_in_with():
 
 
 def test_a_record_of_before_a_field_moved_is_read(tmp_path):
-    """Of schema 2 as of schema 1."""
+    """For schema 2 as well as schema 1."""
     config = made(tmp_path, "demo", "graph.search.recall=0.9")
     step = steps_of(config)["student"]
     assert step.why.endswith("graph.search.recall: 0.95 -> 0.9")
@@ -201,7 +201,7 @@ RECORDS = json.loads((Path(__file__).parent / "records_of_schema_1.json").read_t
 
 
 def made(tmp_path: Path, name: str, *more: str) -> Config:
-    """A run as that code has left it, but for what its stages made."""
+    """A run as that code left it, except for the outputs of its stages."""
     (tmp_path / "w.pth").write_bytes(b"one")
     shipped = json.loads((ds_config.PACKAGE.parent / "ds_config.json").read_text())
     (tmp_path / "ds.json").write_text(json.dumps({**shipped, "gradient_clipping": 5.0}))
@@ -256,7 +256,7 @@ def test_a_real_change_of_such_a_run_is_found_and_named(tmp_path, name, override
     step = steps_of(made(tmp_path, name, override))[stage]
     assert step.standing is Standing.STALE
     assert step.why == f"made from another config or other inputs: {words}"
-    assert step.schema == ledger.SCHEMA  # what is made anew is made under today's
+    assert step.schema == ledger.SCHEMA  # what is recomputed uses the current schema
 
 
 def test_other_weights_and_other_inputs_of_such_a_run_are_found(tmp_path):
@@ -266,7 +266,7 @@ def test_other_weights_and_other_inputs_of_such_a_run_are_found(tmp_path):
     assert step.standing is Standing.STALE
     assert "teacher.weights: 'w.pth " in step.why
     (tmp_path / "w.pth").unlink()
-    assert steps_of(config)["teacher"].standing is Standing.WHOLE  # its record knows them
+    assert steps_of(config)["teacher"].standing is Standing.WHOLE  # its record contains them
     done = tmp_path / "run" / "targets" / "done.json"
     done.write_text(json.dumps(json.loads(done.read_text()) | {"digest": "another"}))
     step = steps_of(config)["student"]
@@ -302,7 +302,7 @@ def test_a_field_that_schema_1_never_had_makes_its_record_stale_when_set(tmp_pat
 
 
 def test_a_record_of_before_schema_1_ended_is_stale_as_it_was(tmp_path):
-    """With fewer fields: what was done in their place is not known."""
+    """With fewer fields: what was done in their place is unknown."""
     config = made(tmp_path, "demo")
     done = tmp_path / "run" / "graph" / "done.json"
     record = json.loads(done.read_text())
@@ -313,7 +313,7 @@ def test_a_record_of_before_schema_1_ended_is_stale_as_it_was(tmp_path):
 
 
 def test_what_was_begun_under_schema_1_is_ended_under_it(tmp_path):
-    """Its checkpoints bear that key, and what was built on it its digest."""
+    """Its checkpoints have that key, and what was built on it has its digest."""
     config = made(tmp_path, "demo")
     (tmp_path / "run" / "teacher" / "done.json").unlink()
     (tmp_path / "run" / "targets" / "output").unlink()
@@ -361,7 +361,7 @@ def test_a_model_is_as_it_was_made_whatever_the_config_says_today(tmp_path, sche
     today = again(tmp_path, "other", "graph.neighbours=2", "student.dim=9", "student.lr=1")
     found = keys.as_made(today, tmp_path / "run", "student")
     assert (found.graph, found.student) == (config.graph, config.student)
-    if schema == 2:  # a field that came in after the record: what was done before
+    if schema == 2:  # a field added after the record: at its earlier behavior
         record = json.loads((folder / "done.json").read_text())
         del record["parts"]["graph.search.recall"]
         (folder / "done.json").write_text(json.dumps(record))

@@ -1,4 +1,4 @@
-"""Keys change when results do, and only then: data, DeepSpeed configs, weights, paths that moved."""
+"""Keys change exactly when results do: data, DeepSpeed configs, weights, paths that moved."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Run:
 
     @property
     def digest(self) -> str:
-        """What the teacher's key is built on."""
+        """The digest that the teacher's key is built on."""
         return json.loads((self.root / "manifest" / "done.json").read_text())["digest"]
 
     def standing(self, stage: str) -> tuple[Standing, str]:
@@ -71,7 +71,7 @@ class Run:
 
 
 def rewrite(path: Path, data: bytes) -> None:
-    """Other bytes of the same length, the time of the change kept from before."""
+    """Write other bytes of the same length, keeping the old modification time."""
     stat = path.stat()
     assert len(data) == stat.st_size
     path.write_bytes(data)
@@ -89,7 +89,7 @@ def flipped(path: Path) -> bytes:
 
 def mend(folder: Path) -> None:
     path = folder / "a" / "sub" / "5.png"
-    path.write_bytes(flipped(path))  # at equal length
+    path.write_bytes(flipped(path))  # of equal length
 
 
 def add(folder: Path) -> None:
@@ -122,12 +122,12 @@ def test_a_changed_file_of_a_folder_is_named_and_update_reaches_the_teacher(
     assert run() == 0
     before, times = run.digest, (folder / "a").stat().st_mtime_ns
     change(folder)
-    os.utime(folder / "a", ns=(times, times))  # nor need the folders' times tell
+    os.utime(folder / "a", ns=(times, times))  # the folders' times need not tell either
     assert run.standing("pack") == (
         Standing.STALE,
         f"made from another config or other inputs: {words}",
     )
-    for _ in range(2):  # a refusal changes nothing: the next says the same
+    for _ in range(2):  # a refusal changes nothing: the next gives the same message
         assert run() == 2
         assert words in capsys.readouterr().err
     assert run("--update") == 0
@@ -161,7 +161,7 @@ def test_packed_images_are_not_needed_any_more(folder, tmp_path, capsys):
 
 
 def test_a_disk_that_is_not_mounted_costs_no_shards(folder, tmp_path, capsys):
-    """Its mount point is there, and empty."""
+    """Its mount point exists, but is empty."""
     run = Run(tmp_path / "run", "imagefolder", train=folder)
     assert run() == 0
     shutil.rmtree(folder)
@@ -320,12 +320,12 @@ def test_of_a_store_without_tags_update_reads_again(tmp_path):
         assert run() == 0
         before = run.digest
         assert run("--update") == 0
-        assert run.digest == before  # read, and found the same: nothing is trained again
+        assert run.digest == before  # read and found the same: nothing is retrained
         path = tmp_path / "s" / "shard-000000.tar"
         path.write_bytes(path.read_bytes().replace(b"IEND", b"IENd"))
         assert run("--update") == 0
         assert run.digest != before
-    assert run() == 0  # gone for a while: said, and taken as it was
+    assert run() == 0  # missing for a while: reported, and treated as unchanged
 
 
 def test_names_count_from_what_files_have_in_common(tmp_path):
@@ -345,7 +345,7 @@ def test_names_count_from_what_files_have_in_common(tmp_path):
 
 
 def key_of(name: str, *overrides: str) -> str:
-    """Key of a stage, were all before it the same."""
+    """Key of a stage if all stages before it were the same."""
     config = settings.load("demo", ["run.dir=/nowhere/run", *overrides])
     stage = next(s for s in stages_of(config) if s.name == name)
     parts = keys.parts(config, stage, keys.read_deepspeed(config))
@@ -354,7 +354,7 @@ def key_of(name: str, *overrides: str) -> str:
 
 @pytest.fixture
 def ds(tmp_path):
-    """Writes a DeepSpeed config that deviates from the packaged one; gives the override."""
+    """Writes a DeepSpeed config that deviates from the packaged one; returns the override."""
     shipped = json.loads((ds_config.PACKAGE.parent / "ds_config.json").read_text())
 
     def write(model: str, **fields: object) -> str:
@@ -401,7 +401,7 @@ def test_a_deepspeed_config_that_changes_results_is_in_its_models_keys(ds, field
 
 
 def test_the_ranks_use_the_config_that_was_read_for_them(tmp_path, monkeypatch):
-    """Not what lies in their own working directory."""
+    """Not the one in their own working directory."""
     from cnn2gnn_dist.runtime.ranks import Ranks
     from cnn2gnn_dist.stages.shared.context import Context, RunPaths
 
@@ -453,7 +453,7 @@ def test_the_batch_of_evaluate_counts_where_its_images_see_each_other():
 
 
 def test_fields_are_left_out_by_their_whole_path():
-    """`batch` or `control` of another section, or an argument of timm's, is a field of its own."""
+    """`batch` or `control` of another section, or an argument of timm's, is a separate field."""
     assert key_of("teacher", "teacher.args={batch: 3, control: 1}") != key_of("teacher")
     for path in keys.EXECUTION:
         assert path in field_names.fields(), path
@@ -508,7 +508,7 @@ def test_lists_of_class_names_beside_shards_count(shards, tmp_path, before, afte
     assert run() == 0
 
 
-# --- what is no file ------------------------------------------------------------------------
+# --- not files ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("source", ["shards", "parquet"])

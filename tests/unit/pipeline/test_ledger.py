@@ -1,4 +1,4 @@
-"""The ledger by its rules: what a folder says of a stage, and what is never lost."""
+"""The ledger by its rules: what a folder records about a stage, and what is never lost."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_stage_from_nothing_to_whole(tmp_path):
 def test_another_key_is_stale_once_there_is_something_to_lose(tmp_path):
     begun = Entry("k", PARTS)
     ledger.begin(tmp_path, begun)
-    assert ledger.standing(tmp_path, "other") == (Standing.FRESH, None)  # nothing but the note
+    assert ledger.standing(tmp_path, "other") == (Standing.FRESH, None)  # nothing but the record
     (tmp_path / "metrics.jsonl").touch()
     assert ledger.standing(tmp_path, "other") == (Standing.STALE, begun)
     entry = made(tmp_path)
@@ -113,7 +113,7 @@ def test_a_note_says_by_which_schema_its_key_was_made(tmp_path):
     raw = json.loads((tmp_path / "done.json").read_text())
     assert raw["schema"] == ledger.SCHEMA
     assert json.loads((tmp_path / "begin.json").read_text())["schema"] == ledger.SCHEMA
-    del raw["schema"]  # of before it was noted
+    del raw["schema"]  # from before it was recorded
     (tmp_path / "done.json").write_text(json.dumps(raw))
     found = ledger.recorded(tmp_path)
     assert found is not None
@@ -137,7 +137,7 @@ def test_a_key_is_of_all_that_goes_in_and_of_no_order():
         ledger.key_of("teacher", {"a": 1, "b": {"c": 2, "d": 3}}, {"index": "x"}),
     ]
     assert len({key, *others}) == 6
-    # Pinned: other ones would make every finished run stale.
+    # Pinned: other values would make every finished run stale.
     pinned = {1: "b84ab14ca17fcfa4ac61", 2: "f1d4ac80a1cdae087906"}
     for schema, expected in pinned.items():
         assert ledger.key_of("index", {"seed": 0}, {"pack": "abc"}, schema) == expected

@@ -1,4 +1,4 @@
-"""What the package says: on which stream, of which rank and stage, and how much of it."""
+"""What the package prints: on which stream, for which rank and stage, and how much."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_a_line_stands_above_a_progress_bar(capsys, monkeypatch):
         HERE.info("in between")
         said = capsys.readouterr().err
     cleared, _, redrawn = said.partition("in between\n")
-    assert cleared.endswith("\r")  # the bar's line was wiped
+    assert cleared.endswith("\r")  # the bar's line was cleared
     assert "pack" in redrawn
 
 
@@ -81,7 +81,7 @@ def test_no_bars_under_quiet_or_without_a_terminal(verbosity, terminal, capsys, 
 
 def test_importing_the_package_sets_up_no_handler():
     for path in PACKAGE.rglob("*.py"):
-        # Not what a process of its own runs: it starts when it is imported.
+        # Not modules that run as separate processes: they start when imported.
         if path.name != "__main__.py" and path.parent.name != "distdgl":
             name = path.relative_to(PACKAGE.parent).with_suffix("").as_posix().replace("/", ".")
             importlib.import_module(name)
@@ -152,7 +152,7 @@ def test_a_stage_command_says_more_or_less(tmp_path, capsys):
     assert capsys.readouterr().err == ""
     assert cli.main(["pack", *run]) == 0
     assert capsys.readouterr().err == "pack     whole, skipped\n"
-    assert cli.main(["pack", "--quiet", *run, "data.limit=65"]) == 2  # last words are always said
+    assert cli.main(["pack", "--quiet", *run, "data.limit=65"]) == 2  # errors are always printed
     assert capsys.readouterr().err.startswith(
         "cnn2gnn: the stage pack of this folder was made from"
     )

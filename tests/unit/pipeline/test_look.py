@@ -60,7 +60,7 @@ def images(micro_run, tmp_path):
 
 
 def test_predict_answers_for_a_pipe_without_a_writer_and_goes_on(tmp_path, monkeypatch, capsys):
-    """Without a run: whatever model it is, the files are read alike."""
+    """Without a run: whatever the model, files are read the same way."""
 
     class Anything:
         def __init__(self, run):

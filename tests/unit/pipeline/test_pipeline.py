@@ -18,7 +18,7 @@ def config(tmp_path, *overrides: str):
 
 
 def make_whole(config, upto: int) -> None:
-    """Pretend that the first stages are done, under the keys they should have."""
+    """Mark the first stages as done, under the keys they should have."""
     for _ in range(upto):
         step = next(s for s in runner.plan(config) if s.standing is not Standing.WHOLE)
         folder = runner.Path(config.run.dir) / step.stage.folder

@@ -1,4 +1,4 @@
-"""Scores against definitions written out, scikit-learn, and loops; what is judged, and in what company."""
+"""Scores against definitions written out, scikit-learn, and loops; which images are evaluated, and in which batches."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LABELS = np.arange(IMAGES) % 3
 
 
 def held_out(root: Path, corrupt: tuple[int, ...] = CORRUPT) -> np.ndarray:
-    """A run with a manifest of held-out images, some of which are HTML; the images."""
+    """A run with a manifest of held-out images, some of which are HTML; returns the images."""
     images = random_images(IMAGES, 8, 8, seed=1)
     members = []
     for i, image in enumerate(images):
@@ -129,7 +129,7 @@ def test_results_are_strict_json(value):
 @pytest.fixture
 def found():
     rng = np.random.default_rng(0)
-    labels = np.repeat(np.arange(5), [50, 30, 15, 4, 1])  # and a class 5 of none
+    labels = np.repeat(np.arange(5), [50, 30, 15, 4, 1])  # and a class 5 without images
     predicted = np.where(rng.random(100) < 0.7, labels, rng.integers(0, 6, 100))
     return Predictions(np.arange(100), predicted, rng.random(100).astype(np.float32), labels)
 

@@ -1,4 +1,4 @@
-"""The report on small made-up runs: its numbers, its pictures, and what may be missing."""
+"""The report on small synthetic runs: its numbers, its pictures, and what may be missing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MODELS = ("teacher", "student", "self_path", "vote", "control_mlp")
 
 
 class Page(HTMLParser):
-    """Tables as lists of rows of text, bold cells, images, everything that points elsewhere."""
+    """Tables as lists of rows of text, bold cells, images, everything that links elsewhere."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -141,7 +141,7 @@ def made(tmp_path):
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    """For pages whose words matter: drawing takes most of a page's time."""
+    """For pages whose text matters: drawing takes most of a page's time."""
 
     def closed(figure):
         plt.close(figure)
@@ -152,7 +152,7 @@ def undrawn(monkeypatch):
 
 def page_of(root: Path, names: list[str] | None = None) -> tuple[Page, str]:
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # what matplotlib warns about shows in the picture
+        warnings.simplefilter("error")  # what matplotlib warns about is visible in the picture
         text = write_report(root, names).read_text()
     return Page(text), text
 
@@ -175,7 +175,7 @@ def test_the_table_is_results_json(made):
             f"{r['accuracy']:.2%}", f"{r['balanced_accuracy']:.2%}", f"{r['ece']:.3f}",
             f"{r['parameters']:,}", f"{r['flops'] / 1e6:.2f}", f"{r['ms_per_image']:.3f}",
         ]  # fmt: skip
-    # All are equally calibrated: all are the best there.
+    # All are equally calibrated, so all are the best there.
     assert page.bold == ["90.00%", "89.00%", *["0.050"] * 5, "5,000", "5.00", "0.050"]
     assert "made &lt;up&gt;" in text
     assert "1,234 training and 200 held-out images of 4 classes; 2 ranks on cpu; seed 0" in text
@@ -244,7 +244,7 @@ def test_the_error_is_of_the_images_that_were_judged():
 
 
 def test_with_the_answers_at_hand_errors_are_those_of_paired_differences(made, undrawn):
-    """The student corrects 12 of the self path's and spoils 4, of 200 images."""
+    """The student corrects 12 errors of the self path and introduces 4, of 200 images."""
     labels = np.zeros(200, int)
     wrong = {
         "student": np.r_[0:4, 20:40],
@@ -263,7 +263,7 @@ def test_with_the_answers_at_hand_errors_are_those_of_paired_differences(made, u
         "self path, the same weights without neighbours: +4.00 points, standard error 1.98" in text
     )
     assert "(paired, 200 images): beyond two standard errors" in text
-    # Against the control 4 corrected, 20 spoiled: 24 / 200 - (16 / 200)² = 0.1136, 0.0238.
+    # Against the control 4 corrected, 20 introduced: 24 / 200 - (16 / 200)² = 0.1136, 0.0238.
     assert "-8.00 points, standard error 2.38 (paired, 200 images, one seed)" in text
 
 
@@ -330,7 +330,7 @@ def test_confusion_is_a_picture_up_to_1000_classes(tmp_path, monkeypatch, classe
     )
     root = make_run(tmp_path / "run", classes)
     (root / "evaluation" / "gallery.npz").unlink()
-    page_of(root, [f"$class_{i}" for i in range(classes)])  # dollars are no formulas
+    page_of(root, [f"$class_{i}" for i in range(classes)])  # dollar signs are not formulas
     saved = np.load(root / "evaluation" / "student.npz")
     expected = np.zeros((classes, classes), int)
     np.add.at(expected, (saved["labels"], saved["predicted"]), 1)

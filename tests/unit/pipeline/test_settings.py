@@ -1,4 +1,4 @@
-"""What people type comes out as what they meant, or is refused with a remedy that works."""
+"""What people type is interpreted as they meant it, or is refused with a remedy that works."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def value(config: Config, path: str):
     return config
 
 
-TEXT = [  # as typed, and what it means; HERE is the working directory
+TEXT = [  # as typed, and its meaning; HERE is the working directory
     ("data.train", "*.tar", "HERE/*.tar"),
     ("data.train", "[0-9]*.tar", "HERE/[0-9]*.tar"),
     ("data.train", "[0-9]/[a-z]", "HERE/[0-9]/[a-z]"),
@@ -125,7 +125,7 @@ def round_trip(config: Config, here: str) -> None:
         file.write(text)
     assert settings.load(f"{here}/again.yaml") == config
     assert settings.check(settings.as_tree(config)) == config
-    plain = yaml.safe_load(text.replace("$$", "$"))  # to any other reader it says the same
+    plain = yaml.safe_load(text.replace("$$", "$"))  # any other reader parses it as the same
     assert plain == settings.as_tree(config)
 
 
@@ -143,7 +143,7 @@ def test_any_name_of_a_folder_survives_being_written_and_read(name):
     assert settings.load("again.yaml") == config
 
 
-REFUSED = [  # override, what is said, where, a part of the remedy
+REFUSED = [  # override, message, where, a part of the remedy
     ("data.train=", "without a value", "data.train", "data.train=null"),
     ("student.epochs=", "without a value", "student.epochs", "student.epochs="),
     ("data.train=/a/x,/b/y", "several paths", "data.train", "data.train='[/a/x, /b/y]'"),
@@ -278,7 +278,7 @@ def test_what_hardly_is_meant_is_noted_and_runs(overrides, said, capsys):
     for note, words in zip(notes, said, strict=True):
         assert words in note
         _, remedy, text = note.rpartition(": ")
-        if remedy and text.startswith("graph."):  # the remedy, as written, ends the note
+        if remedy and text.startswith("graph."):  # applying the remedy as written removes the note
             [cured] = shlex.split(text)
             assert note not in consistency.notes(settings.load("demo", [*overrides, cured]))
     assert cli.main(["run", "--config", "demo", "--dry-run", *overrides]) == 0
@@ -481,7 +481,7 @@ def notes_of(overrides: list[str], source: str = "demo") -> tuple[Config, list[s
     return settings.load(source, overrides, notes.append), notes
 
 
-MOVED = {  # and another value than the preset's
+MOVED = {  # and a value other than the preset's
     **{"graph.exact": "no", "graph.recall": "0.5", "graph.warm_start": "off", "graph.probes": "3"},
     **{"graph.parts": "3", "graph.partitioner": "ranges", "graph.repartition_cut": "2"},
     **{"graph.move_gain": "1e1", "graph.fanouts": "[11, 4]", "graph.second_hop": "cached"},
@@ -526,7 +526,7 @@ def test_the_config_of_an_old_run_is_read_with_one_note(here, capsys):
     assert "9 more have moved" in notes[0]
     assert (
         settings.of_run(Path(here)).graph == now.graph
-    )  # nothing to say to whoever asks for a prediction
+    )  # no note in a prediction
     assert cli.main(["config", "--config", f"{here}/config.yaml"]) == 0
     said = capsys.readouterr()
     assert said.err.count("note: ") == 1
@@ -540,7 +540,7 @@ def test_of_an_old_and_a_new_name_in_a_file_none_is_guessed(here):
     text = "graph: {exact: false}"
     with open(f"{here}/old.yaml", "w") as file:
         file.write(text)
-    for name in ("graph.search.exact", "graph.exact"):  # an override counts, by either name
+    for name in ("graph.search.exact", "graph.exact"):  # an override counts under either name
         assert settings.load(f"{here}/old.yaml", [f"{name}=true"]).graph.search.exact
     later = settings.load("demo", ["graph.exact=true", "graph.search.exact=false"])
     assert not later.graph.search.exact

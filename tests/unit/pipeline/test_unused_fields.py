@@ -1,4 +1,4 @@
-"""A field that is set and does nothing is named, with what makes it so; all else is silent."""
+"""A field that is set but has no effect is named, with the reason; everything else is silent."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ RAY, LAUNCHER = Around(inside_ray=True, ranks=2), Around(inside_ray=False, ranks
 CLIPS = Around(deepspeed={"teacher": {"gradient_clipping": 3}, "student": {}})
 NEAR, FAR = "data.train=/d/a.tar", "data.train=s3://b/a.tar"
 
-IDLE = [  # overrides of the preset demo, what is around, and the beginnings of the notes
+IDLE = [  # overrides of the preset demo, the environment, and the beginnings of the notes
     (["data.source=shards", NEAR], CPU, ["data.shard_size=256 does nothing: data.source=shards"]),
     (["data.image_column=img"], CPU, ["data.image_column=img does nothing: only data.source=parquet"]),
     (["data.source=parquet", "data.label_column=y", NEAR], CPU, []),
@@ -111,10 +111,10 @@ IDLE = [  # overrides of the preset demo, what is around, and the beginnings of 
         CPU,
         ["graph.sampling.fanouts[0]=30 counts as 16", "graph.sampling.fanouts[1]=20 counts as 16"],
     ),
-    (["graph.sampling.fanouts=[30, 16]"], CPU, []),  # a live search finds as many as are asked for
+    (["graph.sampling.fanouts=[30, 16]"], CPU, []),  # a live search finds as many as requested
     (["cluster.grace_s=9", "checkpoint.grace_s=9"], RAY, ["checkpoint.grace_s=9.0 does nothing: ranks"]),
     (["cluster.grace_s=9", "checkpoint.grace_s=9"], LAUNCHER, ["cluster.grace_s=9.0 does nothing"]),
-    (["cluster.grace_s=9", "checkpoint.grace_s=9"], CPU, []),  # of a plan: who starts is not known
+    (["cluster.grace_s=9", "checkpoint.grace_s=9"], CPU, []),  # a plan does not know the launcher
     (["cluster.address=h:1", "cluster.max_failures=1"], LAUNCHER, ["cluster.address=h:1, cluster.max"]),
     (["run.ranks=4"], LAUNCHER, ["run.ranks=4 does nothing: the launcher"]),
     (["run.ranks=4"], Around(inside_ray=True, ranks=4), []),
@@ -136,7 +136,7 @@ def test_presets_set_nothing_that_does_nothing(around):
         if around.ranks:
             config = settings.load(name, [f"run.ranks={around.ranks}"])
         found = consistency.notes(config, around)
-        if name == "imagenet" and around.on_gpu:  # its search is set for whoever has none
+        if name == "imagenet" and around.on_gpu:  # its search is set for users without one
             assert found.pop(0).startswith("graph.search.exact=false")
         assert found == []
 

@@ -1,4 +1,4 @@
-"""The doctor: every check, what it says when something is amiss, and silence otherwise."""
+"""The doctor: every check, its message when something is wrong, and silence otherwise."""
 
 from __future__ import annotations
 

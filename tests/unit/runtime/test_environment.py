@@ -1,4 +1,4 @@
-"""What users' environments do to a start: each is carried, or refused at once with what to do."""
+"""Effects of users' environments at startup: each is supported, or refused at once with a remedy."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cnn2gnn_dist.runtime.process_group import device_index, join
 from cnn2gnn_dist.runtime.ranks import Ranks, first_host
 from tests.support import runs
 
-# --- who am I, and where do we meet ------------------------------------------------------------
+# --- ranks and rendezvous ----------------------------------------------------------------------
 
 
 def slurm(**more: str) -> Ranks:
@@ -82,11 +82,11 @@ def test_a_task_that_sees_one_gpu_takes_it_whatever_its_number():
         ("gloo", "", []),
         ("gloo", "lo", []),
         ("gloo", "eth9,lo", ["eth9"]),
-        ("gloo", "eth", ["eth"]),  # gloo takes whole names
+        ("gloo", "eth", ["eth"]),  # gloo takes complete names
         ("nccl", "eth", []),  # NCCL takes prefixes,
-        ("nccl", "ib,eth", []),  # whichever there are,
-        ("nccl", "=eth", ["eth"]),  # or whole names,
-        ("nccl", "^docker", []),  # or all but some
+        ("nccl", "ib,eth", []),  # whichever exist,
+        ("nccl", "=eth", ["eth"]),  # or complete names,
+        ("nccl", "^docker", []),  # or all except some
         ("nccl", "ib,en", ["ib", "en"]),
         ("nccl", "eth0:1", []),
     ],
@@ -126,7 +126,7 @@ def test_an_address_of_another_host_is_met_on_all_interfaces_with_a_note(capsys,
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_ranks_that_nobody_else_joins(rank):
-    """RANK and WORLD_SIZE left in a shell, for one."""
+    """For example, RANK and WORLD_SIZE left over in a shell."""
     lonely = Ranks(rank, rank, 2, "127.0.0.1", runs.free_port())
     with pytest.raises(UserError, match=f"rank {rank} of 2 has not met the others") as caught:
         join(lonely, torch.device("cpu"), timedelta(seconds=1))
@@ -134,7 +134,7 @@ def test_ranks_that_nobody_else_joins(rank):
     assert not torch.distributed.is_initialized()
 
 
-# --- what this machine must have ---------------------------------------------------------------
+# --- requirements of this machine --------------------------------------------------------------
 
 
 def test_too_many_ranks_for_cores_or_memory():
@@ -168,7 +168,7 @@ def test_shared_memory_that_cannot_be_written(monkeypatch):
 
 @pytest.fixture
 def web() -> Iterator[str]:
-    """Something that listens, and is neither a cluster's head nor a job server."""
+    """A listening server that is neither a cluster's head nor a job server."""
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_: object) -> None:
@@ -232,7 +232,7 @@ def test_a_token_is_looked_for_where_ray_does(tmp_path):
     ]
 
 
-# --- what is sent with a job -------------------------------------------------------------------
+# --- files sent with a job ---------------------------------------------------------------------
 
 
 def test_a_working_directory_that_ray_would_not_take(tmp_path):
@@ -248,7 +248,7 @@ def test_a_working_directory_that_ray_would_not_take(tmp_path):
 
 @pytest.fixture
 def checkout(tmp_path) -> tuple[Path, dict[str, int]]:
-    """A folder with things in it, and what is sent of it."""
+    """A folder with content, and what is sent of it."""
     for name in ("images/a/1.png", "shards/1.tar", "shards/2.tar", "part.parquet", "w.safetensors"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()

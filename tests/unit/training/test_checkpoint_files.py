@@ -1,4 +1,4 @@
-"""Checkpoints as folders: published in one step, found whole or not at all, pruned in order.
+"""Checkpoints as folders: published atomically, found complete or not at all, pruned in order.
 
 No engine: the shares are a few bytes, the rules are those of ``checkpoint_folder``.
 """
@@ -21,7 +21,7 @@ STATE = {"format": disk.FORMAT, "run_id": "r", "step": 0, "extra": {}, "about": 
 
 
 def publish(root: Path, step: int, ranks: int = 2) -> Path:
-    """A checkpoint of two tensors a rank, as ranks leave it."""
+    """A checkpoint of two tensors per rank, as ranks leave it."""
     final = disk.path_of(root, step)
     work = final.with_name(final.name + ".tmp")
     work.mkdir(parents=True)
@@ -79,7 +79,7 @@ def test_every_file_counts_for_the_whole(tmp_path):
         assert disk.damage(final) is not None, name
         again = publish(tmp_path / "again", number)
         data = bytearray((again / name).read_bytes())
-        data[len(data) // 2] ^= 1  # as long as before: the checksum has to notice
+        data[len(data) // 2] ^= 1  # same length: the checksum has to notice
         (again / name).write_bytes(data)
         assert disk.damage(again) is not None, name
 
@@ -115,7 +115,7 @@ def test_pruning_leaves_the_last_and_the_best(tmp_path, keep):
 
 
 def test_pruning_counts_from_the_step_just_written(tmp_path):
-    """A run that fell back: what lies ahead of it goes if it is damaged, and stays if whole."""
+    """A run that fell back: a checkpoint ahead of it is deleted if it is corrupt, and kept if complete."""
     for step in (1, 2, 3, 8, 9):
         publish(tmp_path, step)
     (disk.path_of(tmp_path, 9) / "state.json").unlink()
@@ -177,12 +177,12 @@ def test_an_unreadable_share_is_named(tmp_path):
 
 
 def mark(folder: Path, text: str) -> None:
-    """Tell two checkpoints of a step apart, in a file that no manifest names."""
+    """Make two checkpoints of a step distinguishable, by a file that no manifest names."""
     (folder / "who").write_text(text)
 
 
 def cut_off(root: Path, *, final: str, work: str, aside: str) -> Path:
-    """What a kill may leave when step 4 is published again: each folder whole, torn or absent."""
+    """What a kill may leave when step 4 is published again: each folder complete, torn or absent."""
     for name, how in (("", final), (".tmp", work), (disk.ASIDE, aside)):
         if how == "absent":
             continue
@@ -200,7 +200,7 @@ def cut_off(root: Path, *, final: str, work: str, aside: str) -> Path:
         ("absent", "whole", "whole", ".tmp"),  # between the two renames
         ("absent", "torn", "whole", disk.ASIDE),
         ("absent", "absent", "whole", disk.ASIDE),
-        ("whole", "absent", "whole", "final"),  # after them
+        ("whole", "absent", "whole", "final"),  # after both
         ("torn", "absent", "whole", disk.ASIDE),
         ("torn", "whole", "torn", ".tmp"),
     ],
@@ -217,7 +217,7 @@ def test_recovering_touches_nothing_else(tmp_path):
     publish(tmp_path, 3)
     mark(disk.path_of(tmp_path, 3), "3")
     at = cut_off(tmp_path, final="torn", work="torn", aside="torn")
-    disk.recover(tmp_path)  # nothing whole to go back to: all of it is left to look at
+    disk.recover(tmp_path)  # nothing complete to fall back to: everything is kept for inspection
     assert (at / "who").read_text() == "final"
     assert (tmp_path / f"step-00000004{disk.ASIDE}").is_dir()
     assert (disk.path_of(tmp_path, 3) / "who").read_text() == "3"

@@ -1,4 +1,4 @@
-"""ds_config.json: what is found, what is refused, and the arithmetic of batches."""
+"""ds_config.json: what is accepted, what is refused, and the arithmetic of batches."""
 
 from __future__ import annotations
 
@@ -218,7 +218,7 @@ def test_autocast_is_bfloat16_or_refused(name: str, device: str) -> None:
 
 
 def test_autocast_without_a_dtype_is_not_left_to_torch() -> None:
-    """Its default on GPUs is float16."""
+    """Torch's default on GPUs is float16."""
     for ds in ({}, {"torch_autocast": {"enabled": True}}, {"torch_autocast": {"dtype": "auto"}}):
         assert resolve(ds, device="cuda")["torch_autocast"]["dtype"] == "bfloat16"
 
@@ -264,7 +264,7 @@ def test_accumulation_says_the_arithmetic() -> None:
 
 
 def test_deepspeed_knows_every_key_we_let_through() -> None:
-    """The whitelist holds no name that DeepSpeed's source doesn't contain."""
+    """The whitelist contains no name that is missing from DeepSpeed's source."""
     spec = importlib.util.find_spec("deepspeed")
     assert spec is not None
     assert spec.submodule_search_locations

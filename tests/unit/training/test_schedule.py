@@ -68,7 +68,7 @@ def test_a_late_start_at_the_beginning_is_no_second_warm_up() -> None:
 
 @pytest.mark.parametrize("late", [0, 1, 40, 1500])
 def test_a_late_adam_steps_as_a_fresh_one(late: int) -> None:
-    """Against torch's Adam: one that has counted ``late`` idle steps, one that has not."""
+    """Compare torch's Adam after ``late`` idle steps with a fresh one."""
     torch.manual_seed(0)
     betas = (0.9, 0.999)
     old, new = (torch.nn.Parameter(torch.zeros(5)) for _ in range(2))
