@@ -524,9 +524,7 @@ def test_the_config_of_an_old_run_is_read_with_one_note(here, capsys):
     assert found == now
     assert len(notes) == 1
     assert "9 more have moved" in notes[0]
-    assert (
-        settings.of_run(Path(here)).graph == now.graph
-    )  # no note in a prediction
+    assert settings.of_run(Path(here)).graph == now.graph  # no note in a prediction
     assert cli.main(["config", "--config", f"{here}/config.yaml"]) == 0
     said = capsys.readouterr()
     assert said.err.count("note: ") == 1
