@@ -42,7 +42,7 @@ LONGEST = 240
 
 @dataclass
 class Tally:
-    """What has happened so far."""
+    """Counts so far."""
 
     kills: Counter = field(default_factory=Counter)
     moments: Counter = field(default_factory=Counter)
@@ -98,7 +98,7 @@ def launch(run: Path, mode: str, log: Path) -> subprocess.Popen[bytes]:
 
 
 def runs_through(run: Path, mode: str, tally: Tally) -> dict:
-    """The run that nobody disturbs."""
+    """The uninterrupted run."""
     log = run.with_suffix(".log")
     began = time.monotonic()
     process = launch(run, mode, log)
@@ -110,7 +110,7 @@ def runs_through(run: Path, mode: str, tally: Tally) -> dict:
 
 
 def tortured(run: Path, mode: str, rng: random.Random, tally: Tally, most: int) -> None:
-    """Start, kill, start again, until it is through."""
+    """Start, kill and restart the run until it has finished."""
     while True:
         log, before, began = run.with_suffix(".log"), standing(run), time.monotonic()
         process = launch(run, mode, log)
@@ -145,7 +145,7 @@ def strike(
     before: tuple[str | None, int],
     began: float,
 ) -> bool:
-    """Wait for the moment and kill; False if the run ended first."""
+    """Wait for the chosen moment and kill; False if the run ended first."""
     if moment == "start":
         wait_for(lambda: False, process, rng.uniform(0.5, 9.0))
     else:
@@ -187,7 +187,7 @@ def kill(process: subprocess.Popen[bytes], mode: str, victim: str) -> bool:
 
 
 def standing(run: Path) -> tuple[str | None, int]:
-    """The training that has logged last, and its last step."""
+    """The training that logged last, and its last step."""
     logs = [run / stage / "metrics.jsonl" for stage in STAGES]
     there = [path for path in logs if path.exists() and path.stat().st_size]
     if not there:
@@ -197,7 +197,7 @@ def standing(run: Path) -> tuple[str | None, int]:
 
 
 def wait_for_step(run: Path, before: tuple[str | None, int], process: subprocess.Popen) -> bool:
-    """Until a step is logged that was not there before; False if the run ends without."""
+    """Wait until a new step is logged; False if the run ends without one."""
     order = (None, *STAGES)
 
     def further() -> bool:
@@ -209,7 +209,7 @@ def wait_for_step(run: Path, before: tuple[str | None, int], process: subprocess
 
 
 def wait_for(condition, process: subprocess.Popen, seconds: float) -> None:
-    """Until the condition holds, the process ends, or so long."""
+    """Wait until the condition holds, the process ends, or ``seconds`` have passed."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and process.poll() is None and not condition():
         time.sleep(0.002)

@@ -110,7 +110,7 @@ class Steps:
         self.labels = torch.randint(0, 10, (micro,))
 
     def step(self, vote: float = 0.0) -> Any:
-        """One optimizer step; the sum of the votes."""
+        """Run one optimizer step; return the sum of the votes."""
         for _ in range(self.accumulation):
             logits = self.engine(self.images)
             self.engine.backward(torch.nn.functional.cross_entropy(logits, self.labels))

@@ -65,7 +65,7 @@ PLACEHOLDERS = {"FOLDER": "scratch", "RUN": "runs/demo", "N": "1281167", "D": "1
 
 @dataclass(frozen=True)
 class Command:
-    """One command of the docs: where it stands, its text without comment, its kind and why."""
+    """One command of the docs: its location, its text without comment, its kind and the reason."""
 
     place: str
     text: str
@@ -74,7 +74,7 @@ class Command:
 
 
 def commands(root: Path = REPOSITORY) -> list[Command]:
-    """All commands of README.md, CONTRIBUTING.md and docs/*.md in reading order, each text once a file."""
+    """All commands of README.md, CONTRIBUTING.md and docs/*.md in reading order, each text once per file."""
     found: dict[tuple[str, str], Command] = {}
     for file in [
         root / "README.md",
@@ -89,7 +89,7 @@ def commands(root: Path = REPOSITORY) -> list[Command]:
 
 
 def kind_of(text: str) -> tuple[str, str]:
-    """Kind of a command, and why it is one: short unless KINDS says otherwise."""
+    """Kind of a command, and the reason: short unless KINDS says otherwise."""
     if "…" in text:
         return "name", "left open"
     for pattern, kind, why in KINDS:
@@ -99,7 +99,7 @@ def kind_of(text: str) -> tuple[str, str]:
 
 
 def stale_patterns(found: list[Command]) -> list[str]:
-    """Patterns of KINDS and PRINTS that fit no command of the docs."""
+    """Patterns of KINDS and PRINTS that match no command of the docs."""
     patterns = [each[0] for each in (*KINDS, *PRINTS)]
     return [p for p in patterns if not any(re.search(p, one.text) for one in found)]
 
@@ -130,7 +130,7 @@ def _without_comment(text: str) -> str:
 
 
 def fault(command: Command, root: Path = REPOSITORY) -> str:
-    """Why a command can't work as written; "" if nothing speaks against it."""
+    """Why a command can't work as written; "" if no fault is found."""
     if command.kind == "name":
         return ""
     words = shlex.split(filled(command.text))
@@ -157,7 +157,7 @@ def fault(command: Command, root: Path = REPOSITORY) -> str:
 
 
 def filled(text: str) -> str:
-    """A command with its placeholders filled."""
+    """A command with its placeholders filled in."""
     return " ".join(PLACEHOLDERS.get(word, word) for word in text.split(" "))
 
 
@@ -242,7 +242,7 @@ def run(command: Command, root: Path, seconds: float) -> tuple[str, str, float]:
     """Outcome ("ok" or what went wrong), output and seconds of a command."""
     environment = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "PYTHONPATH")}
     environment["PATH"] = f"{root / '.venv' / 'bin'}:{environment['PATH']}"
-    environment["PYTHONPATH"] = str(root)  # an environment that is there may know another checkout
+    environment["PYTHONPATH"] = str(root)  # an existing environment may know another checkout
     (root / "scratch").mkdir(exist_ok=True)
     begin = time.monotonic()
     try:
@@ -301,7 +301,7 @@ def main() -> int:
         root = clone(Path(folder), options.venv) if kinds else REPOSITORY
         if kinds:
             image(root)
-        # `make demo` stands first in README; what looks at its run comes after it everywhere.
+        # `make demo` comes first in README; commands that use its run come after it everywhere.
         for one in sorted(found, key=lambda each: each.text != "make demo"):
             outcome, took = faults[one] or (f"not run: {one.why}" if one.why else "not run"), 0.0
             if one.kind in kinds and not faults[one]:

@@ -30,12 +30,12 @@ M, GOAL = 16, Goal(0.95)
 
 
 def search(z: np.ndarray, folder: str) -> TableSearch:
-    """A search in a folder of its own."""
+    """A search in a separate folder."""
     return TableSearch(Workshop(Path(tempfile.mkdtemp(dir=folder)), Crew()), z, z, M)
 
 
 def refreshes(versions: list[GraphVersion], folder: str) -> None:
-    """A line for each pair."""
+    """Print a line for each pair."""
     print(
         "| version | median cosine moved | stale recall | joins, recall | changed | joins / build | build, recall |"
     )
@@ -58,7 +58,7 @@ def refreshes(versions: list[GraphVersion], folder: str) -> None:
 
 
 def shape(version: GraphVersion) -> None:
-    """What the last graph looks like."""
+    """Print statistics of the last graph."""
     table = np.ascontiguousarray(version.candidates[:, :M])
     degree = np.bincount(table.ravel(), minlength=len(table))
     percentiles = "/".join(

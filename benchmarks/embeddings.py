@@ -18,17 +18,17 @@ from tqdm import tqdm
 CLASSES = 1000
 DIM, FEATURES = 64, 128
 LATENT, TILT, NOISE = 12, 0.3, 0.1
-"""Directions in which nodes differ (the k-NN problem is about as hard as this), the last one's share
-of the first, and what is added in all others."""
+"""Directions in which nodes differ (the k-NN problem is about as hard as this), the last one's size
+relative to the first, and the noise added in all others."""
 BLOCK = 50_000
 SPREAD = {0.65: 0.485, 0.9: 0.29}
-"""Spread of a class that gives this share of same-class edges at 1,281,167 nodes and M = 16."""
+"""Spread of a class that gives this fraction of same-class edges at 1,281,167 nodes and M = 16."""
 DUPLICATES, HUBS, TAILS = 0.01, 0.005, 0.05
 FILES = {"x": (FEATURES, np.float16), "z": (DIM, np.float32), "labels": (None, np.int32)}
 
 
 class World:
-    """What all rows share: centres of classes in a few latent directions, and how these are lifted."""
+    """What all rows share: class centers in a few latent directions, and how these are embedded."""
 
     def __init__(self, homophily: float, seed: int) -> None:
         rng = np.random.default_rng([seed, 0])
@@ -39,7 +39,7 @@ class World:
         self.spread, self.seed = SPREAD[homophily], seed
 
     def block(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """x, z and labels of rows ``number`` · BLOCK and on."""
+        """x, z and labels of the rows from ``number`` · BLOCK."""
         rng = np.random.default_rng([self.seed, 1, number])
         labels = rng.integers(0, CLASSES, BLOCK, dtype=np.int32)
         size = np.exp(0.25 * rng.standard_normal(BLOCK))
@@ -71,7 +71,7 @@ def make(nodes: int, homophily: float, seed: int = 0) -> tuple[np.ndarray, np.nd
 def write(
     folder: Path, nodes: int, homophily: float, seed: int = 0, *, features: bool = True
 ) -> None:
-    """``x.npy``, ``z.npy``, ``labels.npy`` in a folder, block by block; kept if they are there."""
+    """Write ``x.npy``, ``z.npy``, ``labels.npy`` to a folder, block by block; existing files are kept."""
     if (folder / "labels.npy").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -87,7 +87,7 @@ def write(
         for name, rows in zip(FILES, world.block(number), strict=True):
             if name in files:
                 files[name][start : start + BLOCK] = rows[: nodes - start]
-    for name in names:  # the labels last: they say that all is there
+    for name in names:  # the labels last: they mark completion
         files[name].flush()
         (folder / f"{name}.tmp").replace(folder / f"{name}.npy")
 

@@ -43,7 +43,7 @@ def examples(markdown: str) -> list[Example]:
 
 
 def fault(example: Example, run: bool) -> str:
-    """What is wrong with an example; "" for nothing."""
+    """What is wrong with an example; "" if nothing."""
     with tempfile.TemporaryDirectory(prefix="example-") as folder:
         clone = ["git", "clone", "--quiet", str(REPOSITORY), folder]
         subprocess.run(clone, check=True)
@@ -54,7 +54,7 @@ def fault(example: Example, run: bool) -> str:
 
 
 def _said(command: list[str], folder: str, text: str = "") -> str:
-    """The last words of a command that fails; "" if it does not."""
+    """The last output of a command that fails; "" if it succeeds."""
     paths = [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
     environment = {**os.environ, "PATH": os.pathsep.join(paths), "PYTHONPATH": folder}
     done = subprocess.run(
@@ -64,7 +64,7 @@ def _said(command: list[str], folder: str, text: str = "") -> str:
 
 
 def main() -> int:
-    """Try all; returns the exit code."""
+    """Try all examples; return the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,13 +1,14 @@
-"""Fuzz of the decoder and the views: mutated images of every kind, real ones among them.
+"""Fuzz the decoder and the views with mutated images of every kind, some of them real.
 
 PYTHONPATH=. python benchmarks/fuzz_decode.py SECONDS              # atheris, else plain mutation
 PYTHONPATH=. python benchmarks/fuzz_decode.py SECONDS --sanitize   # partial.c under ASan and UBSan
 
-A finding is: an exception that is no CorruptSample, 10 s or (at a limit of a million pixels an image)
-64 MB more of memory for one input, a row that a corrupt image has touched, fill_views that disagrees with decode,
-partial decode with other pixels than the full one, or that finds corrupt what the other reads. The
-first one ends the run; its bytes are left in the current folder. Damage that shows only below the crop,
-which partial decode lets pass, is counted; its pixels must be those of a lenient full decoder.
+A finding is: an exception other than CorruptSample, 10 s or (at a limit of a million pixels per image)
+64 MB more of memory for one input, a row modified by a corrupt image, fill_views that disagrees with
+decode, or partial decode that gives other pixels than the full one or reports corruption where the
+full one reads the image. The first finding ends the run; its bytes are left in the current folder.
+Damage that shows only below the crop, which partial decode ignores, is counted; its pixels must be
+those of a lenient full decoder.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ try:
     import atheris
 except ImportError:
     atheris = None
-SANITIZED = "FUZZ_SANITIZED" in os.environ  # the library that was built for it
+SANITIZED = "FUZZ_SANITIZED" in os.environ  # the library built for it
 if SANITIZED:
-    atheris = None  # brings a sanitizer's run-time of its own
+    atheris = None  # it brings its own sanitizer run-time
 
 MINE = ["cnn2gnn_dist.data", "PIL"]
 with atheris.instrument_imports(MINE) if atheris else contextlib.nullcontext():
@@ -75,7 +76,7 @@ def switched(crop: Any) -> Any:
 
 
 def outcome(spec: ViewSpec, data: bytes, view: int, *, use_partial: bool) -> Any:
-    """The view, or why there is none."""
+    """The view, or the reason why there is none."""
     SWITCH["partial"] = use_partial
     images = np.full((1, spec.size, spec.size, 3), 7, np.uint8)
     wrong = fill_views(spec, [data], np.array([5]), view, images)
@@ -92,7 +93,7 @@ def sound_reason(error: CorruptSample) -> CorruptSample:
 
 
 def check(data: bytes) -> None:
-    """Raise when one input is treated wrongly."""
+    """Raise if one input is handled wrongly."""
     COUNTS["inputs"] += 1
     limit()
     before = peak()
@@ -129,7 +130,7 @@ def treat(data: bytes) -> None:
 
 
 def seeds() -> list[bytes]:
-    """Sound images of each kind, some of them photographs, and the bombs that are small."""
+    """Valid images of each kind, some of them photographs, and the small decompression bombs."""
     kinds = {**test_partial.CUT, **test_partial.WHOLE}
     found = [
         encode(test_partial.textured(*size))
@@ -151,7 +152,7 @@ def seeds() -> list[bytes]:
 
 
 def mended(data: bytes) -> bytes:
-    """A PNG with the sums of its chunks put right, so that damage gets past; others as they are."""
+    """A PNG with its chunk checksums corrected, so that damage gets past them; others unchanged."""
     if data[:4] != b"\x89PNG":
         return data
     out, at = bytearray(data), 8
@@ -166,7 +167,7 @@ def mended(data: bytes) -> bytes:
 
 
 def mutated(rng: np.random.Generator, pool: list[bytes]) -> bytes:
-    """One of the pool with a few changes. The headers are where most of them count."""
+    """One of the pool with a few changes, most of them in the headers, where they have most effect."""
     data = bytearray(pool[rng.integers(len(pool))])
     for _ in range(rng.integers(1, 5)):
         near = min(len(data), 700) if rng.random() < 0.6 else len(data)
@@ -192,7 +193,7 @@ def mutated(rng: np.random.Generator, pool: list[bytes]) -> bytes:
 
 
 def prepare() -> None:
-    """Bounds, and everything loaded that is loaded once."""
+    """Set limits, and load everything that is loaded once."""
     warnings.simplefilter("ignore")
     decoding.MAX_PIXELS = views.MAX_PIXELS = MAX_PIXELS
     decoding.MAX_WORK = 32 * MAX_PIXELS
@@ -206,8 +207,8 @@ def prepare() -> None:
 
 
 def limit() -> None:
-    """Bound the address space to what is taken now and SPARE: atheris itself loses 2 kB an input."""
-    if not SANITIZED:  # whose shadow takes terabytes of addresses
+    """Limit the address space to the current usage plus SPARE: atheris itself leaks 2 kB per input."""
+    if not SANITIZED:  # its shadow memory takes terabytes of addresses
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         resource.setrlimit(
             resource.RLIMIT_AS, (pages * resource.getpagesize() + SPARE, resource.RLIM_INFINITY)
@@ -215,7 +216,7 @@ def limit() -> None:
 
 
 def peak() -> int:
-    """Most memory that this process has had so far, in MB."""
+    """Peak memory of this process so far, in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
 
 
@@ -255,12 +256,12 @@ def guided(seconds: int, folder: Path) -> None:
 
 
 def unguided(seconds: int) -> None:
-    """The same checks on plain mutations."""
+    """Run the same checks on plain mutations."""
     prepare()
     start = last = time.monotonic()
     pool, rng = seeds(), np.random.default_rng(os.getpid())
     current = Path(f"finding-{os.getpid()}")
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # a hang ends the process, C code or not
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # a hang ends the process, in C code too
     while time.monotonic() - start < seconds:
         data = mended(mutated(rng, pool))
         current.write_bytes(data)
@@ -275,7 +276,7 @@ def unguided(seconds: int) -> None:
 
 
 def sanitized(seconds: str, folder: str) -> int:
-    """Build partial.c with sanitizers and run with that, as an interpreter without them can."""
+    """Build partial.c with sanitizers and run an interpreter without them on it."""
     flags = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     library = partial.build(Path(folder) / "sanitized.so", *flags)
     runtime = subprocess.check_output(["gcc", "-print-file-name=libasan.so"], text=True).strip()
@@ -289,7 +290,7 @@ def sanitized(seconds: str, folder: str) -> int:
 
 
 def main() -> int:
-    """Fuzz in a process of its own (libFuzzer ends its process at once) and clean up behind it."""
+    """Fuzz in a separate process (libFuzzer exits its process abruptly) and clean up after it."""
     if len(sys.argv) > 2 and sys.argv[2] != "--sanitize":
         if atheris:
             guided(int(sys.argv[1]), Path(sys.argv[2]))

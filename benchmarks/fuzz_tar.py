@@ -1,11 +1,11 @@
-"""Fuzz of the header walk and of the index: mutated and generated archives, held to webdataset.
+"""Fuzz the header walk and the index: mutated and generated archives, compared with webdataset.
 
 PYTHONPATH=. python benchmarks/fuzz_tar.py SECONDS    # coverage-guided with atheris, else by hypothesis
 
-A finding is: an exception that is no UserError, a message that is long or not printable, 512 MB of
+A finding is: an exception other than UserError, a message that is long or not printable, 512 MB of
 address space or 10 s for one archive (a few kB each), a member or sample that tarfile or webdataset
-sees otherwise in an archive that we accept, a file that appears. The first one ends the run; its
-archive is left in the current folder.
+reads differently in an archive that we accept, a file that appears. The first finding ends the run;
+its archive is left in the current folder.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from tests.support import archives
 from tests.support.archives import END, base256, file, gnu, header, mend, pax, record
 
 SPARE = 512 << 20
-FOLDER = Path(sys.argv[2] if len(sys.argv) > 2 else os.devnull)  # made by the first process
+FOLDER = Path(sys.argv[2] if len(sys.argv) > 2 else os.devnull)  # created by the first process
 SHARD, SAVED = FOLDER / "s.tar", FOLDER / "m.arrow"
 MAX = 1 << 14
 COUNTS: Counter[str] = Counter()
@@ -66,7 +66,7 @@ KEYS = [
 
 
 def mended(data: bytes) -> bytes:
-    """The archive with the checksums put right along its chain of headers, so that damage gets past."""
+    """The archive with the checksums corrected along its chain of headers, so that damage gets past them."""
     out, position = bytearray(data), 0
     while position + 512 <= len(out):
         block = bytes(out[position : position + 512])
@@ -81,7 +81,7 @@ def mended(data: bytes) -> bytes:
 
 
 def generated(draw: atheris.FuzzedDataProvider) -> bytes:
-    """An archive of odd pieces, put together as the input's bytes choose."""
+    """An archive of unusual pieces, combined as the input's bytes choose."""
     out = []
     for _ in range(draw.ConsumeIntInRange(1, 8)):
         if draw.ConsumeProbability() < 0.7:
@@ -118,7 +118,7 @@ def generated(draw: atheris.FuzzedDataProvider) -> bytes:
 
 
 def refusal(work: object) -> object:
-    """The result of the work, or its UserError, whose text must be fit to print."""
+    """The result of ``work``, or its UserError, whose text must be printable."""
     try:
         return work()
     except UserError as error:
@@ -129,7 +129,7 @@ def refusal(work: object) -> object:
 
 
 def check(data: bytes) -> None:
-    """Raise when one archive is treated wrongly."""
+    """Raise if one archive is handled wrongly."""
     SHARD.write_bytes(data)
     COUNTS["archives"] += 1
     members = refusal(lambda: list(samples.walk(SHARD)))
@@ -179,7 +179,7 @@ def compare_samples(data: bytes, found: list[samples.TarSample]) -> None:
 
 
 def seeds() -> list[bytes]:
-    """A few sound archives of each kind to start from."""
+    """A few valid archives of each kind to start from."""
     sample = file(b"a.cls", b"1") + file(b"a.jpg", b"x" * 600)
     return [
         sample + END,
@@ -201,7 +201,7 @@ def seeds() -> list[bytes]:
 
 
 def limit() -> None:
-    """Bound the address space to what is taken now and SPARE."""
+    """Limit the address space to the current usage plus SPARE."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     size = pages * os.sysconf("SC_PAGE_SIZE") + SPARE
     resource.setrlimit(resource.RLIMIT_AS, (size, size))
@@ -249,7 +249,7 @@ def guided(seconds: int) -> None:
 
 
 def unguided(seconds: int) -> None:
-    """The same checks on what hypothesis generates, mutated."""
+    """Run the same checks on mutations of what hypothesis generates."""
     from hypothesis import HealthCheck, given, settings
     from hypothesis import strategies as st
 
@@ -279,7 +279,7 @@ def unguided(seconds: int) -> None:
 
 
 def main() -> int:
-    """Fuzz in a process of its own (libFuzzer ends its process at once) and clean up behind it."""
+    """Fuzz in a separate process (libFuzzer exits its process abruptly) and clean up after it."""
     if len(sys.argv) > 2:
         (guided if atheris else unguided)(int(sys.argv[1]))
         return 0

@@ -38,7 +38,7 @@ LIMIT_S = 900.0
 
 
 def check(name: str, setting: Setting) -> dict[str, Any]:
-    """Make one check in this process: {status, figure, numbers}."""
+    """Run one check in this process: {status, figure, numbers}."""
     from cnn2gnn_dist.errors import UserError
 
     try:
@@ -61,7 +61,7 @@ def check(name: str, setting: Setting) -> dict[str, Any]:
 
 
 def made(name: str, setting: Setting) -> dict[str, Any]:
-    """Make one check in processes of its own; joins what the ranks of a group have to say."""
+    """Run one check in separate processes; combine the results of the ranks of a group."""
     ranks = setting.ranks if name in TOGETHER else 1
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -111,7 +111,7 @@ def _waited_for(processes: list[subprocess.Popen[str]], seconds: float) -> list[
 def _joined(
     name: str, ranks: int, found: list[dict[str, Any]], codes: list[int | None]
 ) -> dict[str, Any]:
-    """The worst of the ranks speaks for all; in ``lost_peer`` the last rank is meant to be gone."""
+    """The worst rank decides the result; in ``lost_peer`` the last rank is meant to be gone."""
     expected = ranks - 1 if name == "lost_peer" and ranks > 1 else ranks
     if len(found) < expected and not any(one["status"] != "pass" for one in found):
         figure = f"ranks ended without a word: exit codes {codes}"
@@ -127,7 +127,7 @@ def _key(name: str, setting: Setting) -> str:
 
 
 def wanted(setting: Setting, only: list[str]) -> list[tuple[str, Setting]]:
-    """The checks in order; those of groups on 1 rank, 2 ranks and all."""
+    """The checks in order; group checks on 1 rank, 2 ranks and all."""
     sizes = sorted({n for n in (1, 2, setting.ranks) if n <= setting.ranks})
     found = [(name, setting) for name in ALONE]
     found += [(name, replace(setting, ranks=n)) for name in TOGETHER for n in sizes]
@@ -163,7 +163,7 @@ def main() -> int:
         result = check(options.one, setting)
         (out / f".{options.one}-{options.rank}.json").write_text(json.dumps(result))
         sys.stdout.flush()
-        os._exit(0)  # threads of a broken group may keep the interpreter from ending
+        os._exit(0)  # threads of a broken group may prevent the interpreter from exiting
     rows = []
     for name, one in wanted(setting, only):
         file = out / f"{_key(name, one)}.json"
@@ -184,7 +184,7 @@ def main() -> int:
 
 
 def _kept(file: Path, toy: bool) -> dict[str, Any] | None:
-    """What an earlier call has found, if it stands."""
+    """The result of an earlier call, if it is still valid."""
     try:
         result = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):

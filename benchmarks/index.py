@@ -1,11 +1,11 @@
-"""How fast shards become a manifest, how much memory that takes, and how soon one is loaded.
+"""Speed and memory of turning shards into a manifest, and time to load one.
 
-PYTHONPATH=. python benchmarks/index.py [SAMPLES] [SHARDS]    # 1281167 1024 unless told; 3 minutes
+PYTHONPATH=. python benchmarks/index.py [SAMPLES] [SHARDS]    # default 1281167 1024; 3 minutes
 
-1. Members a second of tarfile, webdataset and ours on the same shard, best of five, in one process.
+1. Members per second of tarfile, webdataset and ours on the same shard, best of five, in one process.
 2. A data set of ImageNet's size as sparse tar shards: headers and labels are real, images are holes
-   (mean 110 kB), so that 140 GB take 8 GB of disk for a while. Each step runs in a process of its own, whose
-   peak memory counts.
+  (mean 110 kB), so that 140 GB temporarily take 8 GB of disk. Each step runs in a separate process,
+  whose peak memory is reported.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def write_shard(path: Path, first: int, sizes: np.ndarray, classes: int, json: b
 
 
 def best(work: Callable[[], int]) -> float:
-    """Members a second, best of several."""
+    """Members per second, best of several runs."""
     rates = []
     for _ in range(ROUNDS):
         start = time.perf_counter()
@@ -61,7 +61,7 @@ def best(work: Callable[[], int]) -> float:
 
 
 def compare(title: str, path: Path, members: int) -> None:
-    """Print members a second of each way to know what is in a shard."""
+    """Print members per second for each way to list the contents of a shard."""
     from webdataset import tariterators
 
     from cnn2gnn_dist.data.index.manifest import index
@@ -105,7 +105,7 @@ def compare(title: str, path: Path, members: int) -> None:
 
 
 def step_build(folder: Path) -> None:
-    """Index and save; prints what it took."""
+    """Index and save; print time and memory."""
     from cnn2gnn_dist.data.index.manifest import expand, index
 
     shards, before = expand(folder), peak()
@@ -124,7 +124,7 @@ def step_build(folder: Path) -> None:
 
 
 def step_load(folder: Path) -> None:
-    """Load, and what a reader needs at once; prints milliseconds."""
+    """Load, with what a reader needs at once; print milliseconds."""
     from cnn2gnn_dist.data.index.manifest import Manifest
 
     for turn in ("first in the process", "second", "third"):
@@ -145,7 +145,7 @@ def step_load(folder: Path) -> None:
 
 
 def step_use(folder: Path) -> None:
-    """Splitting and ordering at this size; prints seconds."""
+    """Split and order at this size; print seconds."""
     from cnn2gnn_dist.data.index.manifest import Manifest, split_per_class
     from cnn2gnn_dist.data.order import Order
 
@@ -175,8 +175,8 @@ def step_use(folder: Path) -> None:
 
 
 def peak() -> float:
-    """Highest resident memory of this process so far, in MB."""
-    status = Path("/proc/self/status").read_text()  # ru_maxrss would count the parent's
+    """Peak resident memory of this process so far, in MB."""
+    status = Path("/proc/self/status").read_text()  # ru_maxrss would include the parent's
     return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 

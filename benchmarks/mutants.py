@@ -36,12 +36,12 @@ ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("cnn2gnn_dist", "tests", "launch", "benchmarks", "ds_config.json", "pyproject.toml")
 GOAL = 0.95
 SAMPLE = 40
-"""Mutants of a file, unless all are asked for."""
+"""Mutants per file, unless all are requested."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A file and the tests that should notice what is wrong in it, the quickest first."""
+    """A file and the tests that should notice faults in it, fastest first."""
 
     name: str
     file: str
@@ -74,7 +74,7 @@ SUBJECTS = (
 
 
 class Server:
-    """Tests of one subject in a copy of the repository, mutant after mutant."""
+    """Tests of one subject in a copy of the repository, run on one mutant after another."""
 
     def __init__(self, folder: Path, subject: Subject) -> None:
         for name in COPIED:
@@ -100,7 +100,7 @@ class Server:
         )
 
     def run(self, source: str, seconds: float) -> tuple[str, float]:
-        """How the tests end on this source."""
+        """Outcome of the tests on this source."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(json.dumps({"source": source, "seconds": seconds}) + "\n")
@@ -111,7 +111,7 @@ class Server:
 
 @contextmanager
 def serving(subject: Subject) -> Iterator[Server]:
-    """A server, and its copy, for the length of this block."""
+    """A server, with its copy, for the duration of this block."""
     with tempfile.TemporaryDirectory(prefix="mutants-") as name:
         server = Server(Path(name), subject)
         try:
@@ -122,7 +122,7 @@ def serving(subject: Subject) -> Iterator[Server]:
 
 
 def judged(subject: Subject, chosen: list[Mutant], notes: Notes) -> dict[str, Any]:
-    """Run mutants of a subject; counts, and those that live."""
+    """Run mutants of a subject; return counts, and the survivors."""
     left = [mutant for mutant in chosen if notes.outcome(subject, mutant) is None]
     if left:
         with serving(subject) as server:
@@ -147,7 +147,7 @@ def judged(subject: Subject, chosen: list[Mutant], notes: Notes) -> dict[str, An
 
 
 def source_of(subject: Subject) -> str:
-    """The file as it is."""
+    """The unmodified file."""
     return (ROOT / "cnn2gnn_dist" / subject.file).read_text(encoding="utf-8")
 
 
@@ -162,11 +162,11 @@ class Notes:
         self.tests: dict[str, bytes] = {}
 
     def outcome(self, subject: Subject, mutant: Mutant) -> str | None:
-        """How its tests ended; None if they have not been run."""
+        """Outcome of its tests; None if they have not been run."""
         return self.known.get(self._key(subject, mutant))
 
     def add(self, subject: Subject, mutant: Mutant, outcome: str) -> None:
-        """Note it at once."""
+        """Record it at once."""
         key = self._key(subject, mutant)
         self.known[key] = outcome
         with open(self.path, "a", encoding="utf-8") as file:
@@ -181,7 +181,7 @@ class Notes:
 
 
 def main() -> int:
-    """Run, and print the table."""
+    """Run the mutants, and print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -208,7 +208,7 @@ def main() -> int:
 
 
 def report(found: dict[str, dict[str, Any]]) -> int:
-    """The table and the survivors; 0 if enough are killed."""
+    """Print the table and the survivors; return 0 if enough are killed."""
     columns = ("all", "run", "equivalent", "killed")
     print("\n" + f"{'subject':<20}" + "".join(f"{name:>12}" for name in (*columns, "share")))
     sums = {name: sum(row[name] for row in found.values()) for name in columns}

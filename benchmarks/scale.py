@@ -39,7 +39,7 @@ MEASURES: dict[str, Any] = {
 
 
 def plan(nodes: int, homophily: float, with_rivals: bool) -> list[dict[str, Any]]:
-    """What is measured for one set of nodes, in order."""
+    """The measurements for one set of nodes, in order."""
     steps: list[tuple[str, dict[str, Any]]] = [("build", {})]
     if with_rivals:
         steps += [("rival", {"name": name}) for name in NAMES]
@@ -109,7 +109,7 @@ def main() -> int:
 
 
 def measure_all(folder: Path, log: Path, jobs: list[dict[str, Any]], *, dry_run: bool) -> None:
-    """Whatever has no row yet, one process after the other."""
+    """Make all measurements without a row, one process after the other."""
     known = [row["job"] for row in read(log)]
     left = [job for job in jobs if job not in known]
     if dry_run:

@@ -25,14 +25,14 @@ SCHEDULE = ["teacher.epochs=6", "student.epochs=10", "graph.start_epoch=5", "gra
 
 
 def cnn2gnn(command: str, folder: Path, options: list[str]) -> None:
-    """One command of the CLI on the CIFAR-10 preset."""
+    """Run one command of the CLI on the CIFAR-10 preset."""
     line = [sys.executable, "-m", "cnn2gnn_dist", command, "--config", "cifar10"]
     with open(folder.with_suffix(".log"), "a", encoding="utf-8") as log:
         subprocess.run([*line, f"run.dir={folder}", *options], stdout=log, stderr=log, check=True)
 
 
 def one(root: Path, seed: int, limit: int) -> dict[str, Any]:
-    """Both ways for one seed."""
+    """Run both variants for one seed."""
     options = [*SCHEDULE, f"seed={seed}", f"data.limit={limit}"]
     base = root / f"seed{seed}-base"
     for stage in ("pack", "index", "teacher", "targets"):

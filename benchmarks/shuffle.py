@@ -25,13 +25,13 @@ SHARDS, SHARD, CLASSES, BATCH, SEED = 1024, 1250, 1000, 1024, 0
 
 @dataclass(frozen=True)
 class Quality:
-    """What a pair of epochs looks like; a share is of 1.
+    """Statistics of a pair of epochs; fractions are from 0 to 1.
 
     Attributes:
-        median, low: median and 5 % quantile of the distance between samples that are neighbours
-            in a shard, in positions of the epoch, as a share of N.
+        median, low: median and 5 % quantile of the distance between samples that are adjacent
+            in a shard, in positions of the epoch, as a fraction of N.
         sorted_tv, mixed_tv: total variation distance between the classes of a batch and those
-            of the data set, mean over batches; shards sorted by class, and of mixed classes.
+            of the data set, mean over batches; for shards sorted by class, and of mixed classes.
         pairs: how often two samples of one batch meet again in a batch of the next epoch.
     """
 
@@ -58,7 +58,7 @@ def quality(first_BG: np.ndarray, second_BG: np.ndarray, shard: int, classes: in
 
 
 def distances(ids_BG: np.ndarray, shard: int) -> np.ndarray:
-    """Positions between samples i and i+1 of one shard, for all of them that are shown."""
+    """Positions between samples i and i+1 of one shard, for all pairs in the epoch."""
     place_N = _by_id(np.arange(ids_BG.size), ids_BG)
     left = np.flatnonzero((place_N[:-1] >= 0) & (place_N[1:] >= 0))
     left = left[(left + 1) % shard > 0]
@@ -66,7 +66,7 @@ def distances(ids_BG: np.ndarray, shard: int) -> np.ndarray:
 
 
 def variation(ids_BG: np.ndarray, label_N: np.ndarray) -> np.ndarray:
-    """[B] half the L1 distance between each batch's shares of the classes and the data set's."""
+    """[B] half the L1 distance between each batch's class frequencies and the data set's."""
     batches, size = ids_BG.shape
     classes = int(label_N.max()) + 1
     cell = np.arange(batches)[:, None] * classes + label_N[ids_BG]
@@ -76,7 +76,7 @@ def variation(ids_BG: np.ndarray, label_N: np.ndarray) -> np.ndarray:
 
 
 def met_again(first_BG: np.ndarray, second_BG: np.ndarray) -> float:
-    """Of all pairs in a batch of the first epoch, the share in one batch of the second too."""
+    """The fraction of pairs in a batch of the first epoch that share a batch in the second."""
     batches, size = first_BG.shape
     numbers = np.repeat(np.arange(batches), size)
     one, two = _by_id(numbers, first_BG), _by_id(numbers, second_BG)
@@ -93,13 +93,13 @@ def _by_id(values: np.ndarray, ids_BG: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Cost:
-    """What the order asks of reader and machine.
+    """The order's cost for reader and host.
 
     Attributes:
         in_batch: distinct shards of a batch, mean.
-        opens: times a shard is opened for one sample read, one reader that keeps OPEN_SHARDS open.
-        batch_us: microseconds of a batch in turn.
-        seek_ms: milliseconds to a batch anywhere in another epoch, the worst of nine.
+        opens: shard opens per sample read, for one reader that keeps OPEN_SHARDS open.
+        batch_us: microseconds per consecutive batch.
+        seek_ms: milliseconds to an arbitrary batch in another epoch, the worst of nine.
     """
 
     in_batch: float
@@ -127,7 +127,7 @@ def cost(sizes: np.ndarray, batch: int, window: int, parts: Sequence[np.ndarray]
 
 
 def opened(shards: np.ndarray) -> float:
-    """Opens per read when the last OPEN_SHARDS shards are kept open."""
+    """Opens per read if the last OPEN_SHARDS shards are kept open."""
     kept: OrderedDict[int, None] = OrderedDict()
     opens = 0
     for shard in shards.tolist():
@@ -145,7 +145,7 @@ def epoch_of(order: Order, epoch: int) -> np.ndarray:
 
 
 def windowed(shards: int, window: int) -> Quality:
-    """Quality of our order over as many samples in ``shards`` shards."""
+    """Quality of our order for that many samples in ``shards`` shards."""
     size = SHARDS * SHARD // shards
     order = Order(np.full(shards, size), seed=SEED, global_batch=BATCH, window=window)
     return quality(epoch_of(order, 0), epoch_of(order, 1), size, CLASSES)
@@ -159,7 +159,7 @@ def permuted() -> Quality:
 
 
 def main(picture: Path | None) -> None:
-    """Print the tables; draw them."""
+    """Print the tables; draw the charts."""
     full = permuted()
     windows = [2**power for power in range(11)]
     print(f"{SHARDS} shards of {SHARD}, {CLASSES} classes, batches of {BATCH}, seed {SEED}\n")
@@ -245,7 +245,7 @@ def draw(
 
 
 def expected_pairs(shards: int, window: int) -> float:
-    """Pairs that meet again, against a full permutation: partners of one shard stay together."""
+    """Expected pairs that meet again, relative to a full permutation: partners of one shard stay together."""
     if shards == 1:
         return 1.0
     own, other = 1 / window, (window - 1) / window

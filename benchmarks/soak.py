@@ -40,15 +40,15 @@ LOOK_S, LINE_S, PHASE_S = 5.0, 30.0, 20.0
 SLOW_S = 0.2
 """Seconds that a step of the slow trainer takes."""
 FREED_S = 0.3
-"""Ray frees what was taken in rounds of a tenth of a second, one after the other."""
+"""Ray frees consumed batches in rounds of a tenth of a second, one after the other."""
 FLAT_SHARE = 0.02
-"""Growth over the second half, as a share of the mean, that still counts as flat."""
+"""Growth over the second half, as a fraction of the mean, that still counts as flat."""
 MB = 2**20
 
 
 @dataclass
 class Look:
-    """What was seen at one moment; sums over all processes of the session, in MB."""
+    """Observations at one moment; sums over all processes of the session, in MB."""
 
     seconds: float
     batches: int
@@ -65,7 +65,7 @@ class Look:
 
 @dataclass
 class Soak:
-    """The run so far; ``look`` is called by a thread of its own."""
+    """The run so far; ``look`` is called by a separate thread."""
 
     began: float = field(default_factory=time.monotonic)
     batches: int = 0
@@ -192,7 +192,7 @@ def store_stats() -> Any:
 def size_of(path: Path) -> int:
     try:
         return path.stat().st_size if path.is_file() and not path.is_symlink() else 0
-    except OSError:  # gone meanwhile
+    except OSError:  # deleted meanwhile
         return 0
 
 

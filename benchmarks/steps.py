@@ -57,7 +57,7 @@ def load(folder: Path, nodes: int, homophily: float) -> Arrays:
 
 
 def rank_main(name: str, rank: int, store: str, arrays: Arrays, steps: int) -> dict[str, float]:
-    """Train; returns this rank's figures."""
+    """Train; return this rank's figures."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
     contender = make(name, arrays, rank)
@@ -92,7 +92,7 @@ def rank_main(name: str, rank: int, store: str, arrays: Arrays, steps: int) -> d
 
 
 def together(given: argparse.Namespace, name: str) -> dict[str, float]:
-    """Both ranks of one contender; the mean of their figures."""
+    """Run both ranks of one contender; return the mean of their figures."""
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
             subprocess.Popen(
@@ -113,7 +113,7 @@ def together(given: argparse.Namespace, name: str) -> dict[str, float]:
 
 
 def table(found: dict[str, list[dict[str, float]]]) -> str:
-    """Medians over the rounds, and seeds/s by the better rival's."""
+    """Medians over the rounds, and seeds/s relative to the better competitor's."""
     middle: dict[str, dict[str, Any]] = {
         name: {key: median(r[key] for r in rounds) for key in rounds[0]}
         for name, rounds in found.items()

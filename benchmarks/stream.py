@@ -141,7 +141,7 @@ class Bench:
         return {"about": about, "rows": figures, "ratios": tables.ratios(job.kind, figures)}
 
     def _run(self, job: Job, label: str, partial: bool = False) -> Figures:
-        """One job in a process of its own; what went wrong is a figure too."""
+        """Run one job in a separate process; an error is a result too."""
         paths = [self.work / name for name in ("job.json", "result.json", "log.txt")]
         paths[1].unlink(missing_ok=True)
         job.born = time.time()
@@ -166,19 +166,19 @@ class Bench:
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """Wait for a run; one that hangs, and what it started, is ended."""
+    """Wait for a run; kill one that hangs, with everything that it started."""
     for patience, stop in ((LONGEST, signal.SIGTERM), (10, signal.SIGKILL)):
         try:
             process.wait(patience)
             return
         except subprocess.TimeoutExpired:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, stop)  # a session of its own: nobody else's
+                os.killpg(process.pid, stop)  # its own session: no other processes
     process.wait()
 
 
 def environment(work: Path, partial: bool) -> dict[str, str]:
-    """One thread for each worker; Ray's files and token in the folder of this run."""
+    """One thread per worker; Ray's files and token in the folder of this run."""
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")]),
@@ -194,7 +194,7 @@ def environment(work: Path, partial: bool) -> dict[str, str]:
 
 
 def child(job_path: Path, result_path: Path) -> None:
-    """Run one job here and leave its figures."""
+    """Run one job here and write its figures."""
     import torch
 
     torch.set_num_threads(1)

@@ -8,12 +8,12 @@ from typing import Any
 
 
 class Skip(Exception):
-    """A check that can't be made here, and why."""
+    """A check that can't run here, and why."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Where a check runs: "cuda" or "cpu", rank of ranks, small sizes, the folder of results."""
+    """Where a check runs: "cuda" or "cpu", rank and number of ranks, small sizes, the results folder."""
 
     device: str
     rank: int
@@ -24,7 +24,7 @@ class Setting:
 
 @dataclass
 class Outcome:
-    """Whether a check holds, its figure in a line, and further numbers."""
+    """Whether a check passes, its main figure in one line, and further numbers."""
 
     holds: bool
     figure: str

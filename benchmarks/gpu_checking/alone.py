@@ -1,4 +1,4 @@
-"""Checks that one process makes: what is installed, search, the student's numbers, throughput."""
+"""Checks in a single process: installed packages, search, the student's numbers, throughput."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from cnn2gnn_dist.models.student import Student, StudentOutput
 PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "dgl", "ray", "faiss-cpu", "webdataset",
             "simplejpeg", "pyarrow", "numpy")  # fmt: skip
 LOGITS, GRADIENTS, BFLOAT16, HEAD = 1e-3, 1e-2, 5e-2, 1e-5
-"""Largest relative differences allowed: float32 against the CPU, bfloat16 against float32, z."""
+"""Maximum relative differences: float32 against the CPU, bfloat16 against float32, z."""
 
 
 def environment(setting: Setting) -> Outcome:
-    """Versions and devices; what is not installed is listed, since later checks skip for it."""
+    """Versions and devices; missing packages are listed, since later checks are skipped without them."""
     found: dict[str, Any] = {"python": platform.python_version(), "machine": platform.machine()}
     for name in PACKAGES:
         try:
@@ -51,13 +51,13 @@ def environment(setting: Setting) -> Outcome:
 
 
 def search(setting: Setting) -> Outcome:
-    """The device's search finds the nearest rows of a float64 reference, duplicates too."""
+    """The device's search finds the nearest rows of a float64 reference, including duplicates."""
     from cnn2gnn_dist.graph.search.knn import Index
 
     nodes, queries, m, dim = (3000, 200, 16, 32) if setting.toy else (200_000, 2000, 24, 64)
     rng = np.random.default_rng(0)
     base = rng.normal(size=(nodes, dim)).astype(np.float32)
-    base[nodes // 2 :: 7] = base[0]  # ties that reach past any number of neighbours
+    base[nodes // 2 :: 7] = base[0]  # ties that extend beyond any number of neighbors
     base /= np.linalg.norm(base, axis=1, keepdims=True)
     rows = rng.choice(nodes, queries, replace=False)
     try:
@@ -135,7 +135,7 @@ def autocast(setting: Setting) -> Outcome:
 
 
 def gather(setting: Setting) -> Outcome:
-    """How far gradients of the same step differ when it is done again: the meaning of "exact"."""
+    """How far gradients of the same step differ when it is repeated: the meaning of "exact"."""
     times = 5 if setting.toy else 20
     first = _pass(setting, setting.device)[1]
     spread = [_apart(_pass(setting, setting.device)[1], first) for _ in range(times)]
@@ -192,7 +192,7 @@ def throughput(setting: Setting) -> Outcome:
 
 
 def memory(setting: Setting) -> Outcome:
-    """Peak memory and time of a student's step with a whole neighbourhood, float32 and bfloat16."""
+    """Peak memory and time of a student's step with a full neighborhood, float32 and bfloat16."""
     numbers: dict[str, Any] = {}
     for kind in (None, torch.bfloat16):
         name = "float32" if kind is None else "bfloat16"
@@ -224,7 +224,7 @@ CHECKS: dict[str, Callable[[Setting], Outcome]] = {
 
 
 def _student(setting: Setting) -> Student:
-    """The same weights every time; gates open, so that the neighbours matter."""
+    """The same weights every time, with open gates, so that the neighbors matter."""
     torch.manual_seed(0)
     dim = 32 if setting.toy else 512
     stem = build_stem("conv3" if setting.toy else "resnet18", dim, 32)
@@ -238,7 +238,7 @@ def _student(setting: Setting) -> Student:
 
 
 def _block(setting: Setting, model: Student, seeds: int) -> Block:
-    """Neighbours at random in a bank at random, both hops sampled."""
+    """Random neighbors in a random bank, with both hops sampled."""
     assert model.head is not None
     graph_dim, dim = model.head.project.weight.shape
     nodes, width, fanouts = (500, 8, (6, 4)) if setting.toy else (100_000, 24, (16, 10))
@@ -263,10 +263,10 @@ _ready: dict[str, Any] = {}
 def _pass(
     setting: Setting, device: str, low: torch.dtype | None = None
 ) -> tuple[StudentOutput, Tensor]:
-    """Output and all gradients, joined, of one forward and backward pass of the same student."""
+    """Output and all gradients, concatenated, of one forward and backward pass of the same student."""
     seeds = 16 if setting.toy else 256
     model = _student(setting).to(device).train()
-    if "block" not in _ready:  # the sampling of a large table takes a while
+    if "block" not in _ready:  # sampling a large table takes a while
         _ready["block"] = _block(setting, model, seeds)
     block = _ready["block"].to(device)
     generator = torch.Generator().manual_seed(3)
@@ -282,7 +282,7 @@ def _pass(
 
 
 def _apart(found: Tensor, wanted: Tensor) -> float:
-    """Norm of the difference in units of the norm of what is wanted."""
+    """Norm of the difference relative to the norm of the expected value."""
     found, wanted = found.detach().double().cpu(), wanted.detach().double().cpu()
     return float((found - wanted).norm() / wanted.norm())
 

@@ -1,4 +1,4 @@
-"""Checks by whole runs under torchrun: the demo on one rank and on all, a kill, judging on the CPU."""
+"""Checks with complete runs under torchrun: the demo on one rank and on all, a kill, evaluation on the CPU."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent.parent
 LEAST = 90.0
 """Accuracy in percent that teacher and student of the demo reach on any device (docs/results.md: 98)."""
 NEAR = 0.05
-"""How far weights of a resumed training may be from an undisturbed one's where devices add atomically."""
+"""Allowed difference between weights of a resumed and an uninterrupted training where devices add atomically."""
 TOY = [
     "data.limit=400", "data.shard_size=64", "views.size=16", "views.pad=1",
     "teacher.args={layers: [1, 1, 1, 1], channels: [8, 16, 16, 32]}", "teacher.epochs=2",
@@ -36,7 +36,7 @@ TOY = [
 
 
 def pipeline(setting: Setting) -> Outcome:
-    """The demo, every stage; resumed where an earlier attempt was cut off."""
+    """The demo, every stage; resumed if an earlier attempt was interrupted."""
     run = setting.out / f"run-{setting.ranks}"
     begin = time.monotonic()
     launch(setting, run)
@@ -52,7 +52,7 @@ def pipeline(setting: Setting) -> Outcome:
 
 
 def judged_on_cpu(setting: Setting) -> Outcome:
-    """The models of the one-rank demo judged on the CPU: as many FLOPs, as good."""
+    """The models of the one-rank demo evaluated on the CPU: the same FLOPs and accuracy."""
     run, copy = setting.out / "run-1", setting.out / "run-1-cpu"
     if not (run / "results.json").is_file():
         raise Skip("the demo on one rank has no results")
@@ -75,7 +75,7 @@ def judged_on_cpu(setting: Setting) -> Outcome:
 
 
 def resume(setting: Setting) -> Outcome:
-    """The teacher killed by SIGKILL after its first checkpoint, gone on with, against an undisturbed one."""
+    """The teacher, killed by SIGKILL after its first checkpoint and resumed, against an uninterrupted one."""
     calm, killed = setting.out / "calm", setting.out / "killed"
     shutil.rmtree(killed, ignore_errors=True)
     only = ("--stages", "pack,index,teacher", "checkpoint.every_steps=4")
@@ -114,12 +114,12 @@ CHECKS: dict[str, Callable[[Setting], Outcome]] = {
 
 
 def results(run: Path) -> dict[str, Any]:
-    """The table that a run has left."""
+    """The results that a run has left."""
     return json.loads((run / "results.json").read_text(encoding="utf-8"))
 
 
 def start(setting: Setting, run: Path, *more: str, ranks: int) -> subprocess.Popen[str]:
-    """launch/train.py under torchrun, in a process group of its own."""
+    """Start launch/train.py under torchrun, in a separate process group."""
     if importlib.util.find_spec("deepspeed") is None:
         raise Skip("No module named 'deepspeed'")
     with socket.socket() as probe:
@@ -145,10 +145,10 @@ def start(setting: Setting, run: Path, *more: str, ranks: int) -> subprocess.Pop
 
 
 def launch(setting: Setting, run: Path, *more: str, ranks: int | None = None) -> None:
-    """The same, waited for.
+    """Do the same, and wait for it.
 
     Raises:
-        RuntimeError: it ended badly; with the end of what it said.
+        RuntimeError: it failed; with the end of its output.
     """
     process = start(setting, run, *more, ranks=ranks or setting.ranks)
     try:

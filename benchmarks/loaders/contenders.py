@@ -1,4 +1,4 @@
-"""Who is compared on what, and what is expected of the ratios."""
+"""Which loaders are compared on what data, and the expected ratios."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Contender:
         module: of this package.
         options: for the module.
         partial: the compiled partial decoder: used, or turned off.
-        passes: how much more (or less) it reads than the others, being faster (or one epoch).
+        passes: how much more (or less) it reads than the others, because it is faster (or one epoch).
         settle: passes before its clock starts.
     """
 
@@ -69,7 +69,7 @@ SMALL = {
 LIMIT, LIMIT_PARTIAL = (LIMIT_T, LIMIT_P), (LIMIT_PT, LIMIT_PP)
 
 Goal = tuple[str, "str | tuple[str, ...]", float]
-"""Ours, theirs (of several the fastest), the ratio that is wanted."""
+"""Ours, theirs (the fastest if several), the target ratio."""
 
 GOALS: dict[str, list[Goal]] = {
     "photos": [

@@ -1,4 +1,4 @@
-"""What is read: full-size photographs and CIFAR-10, as WebDataset shards with a manifest."""
+"""The input data: full-size photographs and CIFAR-10, as WebDataset shards with a manifest."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def data_folder(given: str | None) -> Path:
 
 
 def photos(data: Path, work: Path, copies: int) -> Job:
-    """Full-size JPEGs, random resized crop to 224, batches of 64; each shard under many names."""
+    """Full-size JPEGs, random resized crop to 224, batches of 64; each shard under several names."""
     found = sorted((data / "imagenet-sample").glob("*.tar"))
     if not found:
         raise SystemExit(f"no photographs: {data}/imagenet-sample/*.tar (see --data)")
@@ -64,7 +64,7 @@ def _job(kind: str, found: list[Path], folder: Path, copies: int, *, batch: int,
 
 
 def describe(job: Job) -> str:
-    """One line for the head of a table."""
+    """One line for the header of a table."""
     size = sum(os.path.getsize(path) for path in job.shards)
     each = f", each image {job.copies} times" if job.copies > 1 else ""
     return (

@@ -1,4 +1,4 @@
-"""One run of one contender, and how its speed is taken."""
+"""One run of one contender, and how its speed is measured."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Job:
     Attributes:
         module, options: the contender and its own settings.
         kind: "photos" (random resized crop) or "small" (pad, crop, flip).
-        folder: where the contender may keep a format of its own.
+        folder: where the contender may store its own format.
         shards, manifest: the same images for all.
-        images: of one pass, which may show each image several times, as ``copies`` of a shard.
-        passes, seconds: reading ends after so many passes, or so long, whichever is first.
+        images: per pass, which may show each image several times, as ``copies`` of a shard.
+        passes, seconds: reading ends after that many passes or seconds, whichever is first.
         settle: images after which the clock starts; at least the first batch.
         born: time.time() at which the parent started this run's process.
     """
@@ -65,11 +65,11 @@ class Job:
 
 
 def measure(job: Job, batches: Iterator[Any]) -> dict[str, float]:
-    """Images a second from the first batch (or ``settle`` images) to the last.
+    """Images per second from the first batch (or ``settle`` images) to the last.
 
-    Also seconds from the birth of the process to the first batch, CPU milliseconds an image of
-    this process and its children (which other work on the machine disturbs little), and the
-    share of the cores that others had meanwhile.
+    Also seconds from the start of the process to the first batch, CPU milliseconds per image of
+    this process and its children (which other work on the machine affects little), and the
+    fraction of the cores that other processes used meanwhile.
     """
     count, first, start, mark = 0, 0.0, 0.0, (0.0, 0.0)
     with contextlib.closing(batches):  # type: ignore[type-var]
@@ -100,7 +100,7 @@ def measure(job: Job, batches: Iterator[Any]) -> dict[str, float]:
 
 
 def touch(batch: Any) -> int:
-    """Look at one byte of a batch: nobody gets away with a promise."""
+    """Read one byte of a batch, so that no loader can return a lazy result."""
     first = batch[0]
     while getattr(first, "ndim", 0):
         first = first[0]
@@ -114,7 +114,7 @@ def cpu_seconds() -> tuple[float, float]:
     me = psutil.Process()
     for process in [me, *me.children(recursive=True)]:
         with contextlib.suppress(psutil.Error):
-            own += sum(process.cpu_times()[:4])  # its own, and of its children that have ended
+            own += sum(process.cpu_times()[:4])  # its own, and its children's that have exited
     return own, machine.user + machine.system + machine.nice
 
 

@@ -25,7 +25,7 @@ def batches(job: Job) -> Iterator[np.ndarray]:
 
 
 def opened(job: Job) -> Stream:
-    """The stream of a job; Ray is started here where it is asked for."""
+    """The stream of a job; starts Ray if the job uses it."""
     backend = job.options["backend"]
     if backend == "ray":
         from cnn2gnn_dist.runtime import ray_group
@@ -44,7 +44,7 @@ def opened(job: Job) -> Stream:
 
 
 def remove_decoded(job: Job) -> None:
-    """Begin without a cache of decoded images."""
+    """Delete the cache of decoded images."""
     from cnn2gnn_dist.data.index.manifest import Manifest
 
     path: Path = cache_path(job.manifest, Manifest.load(job.manifest), job.views)

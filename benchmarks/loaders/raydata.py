@@ -1,6 +1,6 @@
 """Ray Data: read_webdataset, map_batches, iter_torch_batches.
 
-The images stay encoded until map_batches, which is kinder to Ray Data than its default: decoded
+The images stay encoded until map_batches, which favors Ray Data over its default: decoded
 pictures of many sizes would pass through the object store.
 """
 
@@ -21,15 +21,15 @@ def batches(job: Job) -> Iterator[Any]:
 
     ray_group.start(None, cpus=WORKERS)
     data = ray.data.read_webdataset(job.shards * job.passes, decoder=None)
-    # Tasks, not an actor pool: they are fused with reading, and two actors on two cores would
-    # leave none for the reading, and wait for ever.
+    # Tasks, not an actor pool: they are fused with reading, while two actors on two cores would
+    # leave no core for reading, and wait forever.
     data = data.map_batches(views, batch_size=job.batch, fn_kwargs={"job": job})
     for batch in data.iter_torch_batches(batch_size=job.batch, prefetch_batches=2):
         yield batch["image"]
 
 
 def views(batch: dict[str, Any], job: Job) -> dict[str, Any]:
-    """A batch of undecoded samples to uint8 [n, 3, size, size]."""
+    """Convert a batch of undecoded samples to uint8 [n, 3, size, size]."""
     one_thread()
     augment = transform(job)
     images = [augment(opened(data)).numpy() for data in batch["jpg"]]

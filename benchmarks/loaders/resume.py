@@ -9,11 +9,11 @@ from loaders.job import WORKERS, Job
 from loaders.ours import opened
 
 ROUNDS = {"local": 41, "ray": 5}
-"""A reader actor takes seconds to start, a thread nothing."""
+"""A reader actor takes seconds to start, a thread next to nothing."""
 
 
 def figures(job: Job) -> dict[str, float]:
-    """Median milliseconds from nothing (no stream, no readers, no open shard) to a batch."""
+    """Median milliseconds from scratch (no stream, no readers, no open shard) to a batch."""
     backend = job.options["backend"]
     if backend == "ray":
         from cnn2gnn_dist.runtime import ray_group

@@ -1,4 +1,4 @@
-"""The images of a job in memory, as they are encoded."""
+"""The encoded images of a job, in memory."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Where our own time goes: each step's share of a reader, and what the pool adds or loses.
+"""Profile of our own loader: each step's share of a reader, and what the pool adds or loses.
 
-The steps are timed by wrapping the functions the reader calls; a step's time excludes that of
-the steps it calls. Shares are of one thread's time; the figures beside them of processor time, so
+The steps are timed by wrapping the functions that the reader calls; a step's time excludes that of
+the steps it calls. Shares are of one thread's time; the other figures are processor time, so
 other work on the machine matters little.
 """
 
@@ -34,11 +34,11 @@ STEPS: list[tuple[str, Any, str]] = [
 
 
 def figures(job: Job) -> dict[str, float | str]:
-    """µs of processor time an image in one thread, and each step's share; the pool beside it."""
+    """µs of processor time per image in one thread, and each step's share; also the pool's."""
     _read(job, 0.2)  # imports
     found: dict[str, float | str] = {"CPU µs an image": _one_thread(job) * 1e6}
     found |= _pool(job)
-    spent = _wrapped()  # last: the wraps cost time of their own
+    spent = _wrapped()  # last: the wrappers cost time themselves
     _read(job, job.seconds / 3)
     total = sum(spent.values())
     return found | {name: f"{seconds / total:.1%}" for name, seconds in spent.items()}
@@ -51,7 +51,7 @@ def _one_thread(job: Job) -> float:
 
 
 def _pool(job: Job) -> dict[str, float]:
-    """Two threads and a consumer: processor time an image, cores used, the consumer's waiting."""
+    """Two threads and a consumer: processor time per image, cores used, the consumer's waiting."""
     count, job.options["backend"] = 0, "local"
     with opened(job) as stream:
         began, mark = time.perf_counter(), time.process_time()
@@ -65,7 +65,7 @@ def _pool(job: Job) -> dict[str, float]:
 
 
 def _read(job: Job, seconds: float) -> int:
-    """Read batches here for a while; returns how many images."""
+    """Read batches here for a while; return the number of images."""
     alone = Reader(ReaderSpec(job.manifest, job.views))
     order = Order(alone.manifest.shard_sizes, seed=0, global_batch=job.batch, window=8)
     count, end = 0, time.perf_counter() + seconds
@@ -77,9 +77,9 @@ def _read(job: Job, seconds: float) -> int:
 
 
 def _wrapped() -> dict[str, float]:
-    """Wrap all steps; the seconds of each, its own only, add up in the result."""
+    """Wrap all steps; each step's own seconds are summed in the result."""
     spent: dict[str, float] = {name: 0.0 for name, _, _ in STEPS}
-    inner = [0.0]  # seconds of steps called by the one on top
+    inner = [0.0]  # seconds of steps called by the top one
 
     def timed(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:

@@ -26,7 +26,7 @@ PACKAGES = [
 
 
 def versions() -> dict[str, str]:
-    """Of everything compared, and of what the speed hangs on."""
+    """Versions of everything compared, and of what the speed depends on."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:

@@ -31,7 +31,7 @@ def opened(data: bytes) -> Any:
 
 
 def one_thread(_: int = 0) -> None:
-    """For a worker: its cores are shared out by process, not by thread."""
+    """For a worker: cores are allotted per process, not per thread."""
     import torch
 
     torch.set_num_threads(1)

@@ -1,6 +1,6 @@
 """Mutants of a module: each is its source with one small fault.
 
-Left alone are words (messages, docstrings, what is printed), annotations, decorators, defaults
+Excluded are text (messages, docstrings, printed strings), annotations, decorators, defaults
 and constants at the top of a module: tests should not pin those.
 """
 
@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 CONTEXT = 32
-"""Characters shown on both sides of a change."""
+"""Characters shown on each side of a change."""
 
 Path = tuple[tuple[str, int | None], ...]
-"""From the module's node down: (field, place in it if it is a list)."""
+"""Path from the module's node down: (field, index in it if it is a list)."""
 
 COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Lt: ast.LtE,
@@ -58,12 +58,12 @@ ATTRIBUTES = NAMES | {
 }
 SPOKEN = {"print", "say", "UserError", "PeerLost", "ValueError", "IndexError", "KeyError",
           "warning", "debug", "info", "tqdm", "RuntimeError", "AssertionError"}  # fmt: skip
-"""Calls whose arguments are for people."""
+"""Calls whose arguments are text for people."""
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """One fault: where, what the statement said before and after, and the whole new source."""
+    """One fault: its location, the statement before and after, and the complete new source."""
 
     line: int
     function: str
@@ -73,12 +73,12 @@ class Mutant:
 
     @property
     def name(self) -> str:
-        """What it is told apart by, whatever lines come before it."""
+        """Identifier that does not depend on the lines before it."""
         return f"{self.function}: {self.before}  →  {self.after}"
 
 
 def mutants(source: str) -> Iterator[Mutant]:
-    """All mutants of a module, in the order of its lines; equal names are numbered."""
+    """All mutants of a module, in line order; equal names are numbered."""
     tree = ast.parse(source)
     seen: dict[str, int] = {}
     for path, function, change in _sites(tree, (), ""):
@@ -146,7 +146,7 @@ def _is_docstring(node: ast.AST) -> bool:
 
 
 def _changes(node: ast.AST) -> Iterator[Change]:
-    """What may be done to one node."""
+    """The possible changes to one node."""
     if isinstance(node, ast.Compare):
         for number, operator in enumerate(node.ops):
             yield _set_operator(number, COMPARISONS[type(operator)]())
@@ -186,7 +186,7 @@ def _constants(value: object) -> Iterator[Change]:
 
 
 def _is_removable(node: ast.AST) -> bool:
-    """Statements that can go and leave a module that compiles."""
+    """Whether a statement can be removed so that the module still compiles."""
     if isinstance(node, ast.Expr):
         return isinstance(node.value, ast.Call) and _called(node.value) not in SPOKEN
     if isinstance(node, ast.Assign):
@@ -212,7 +212,7 @@ def _set_operator(number: int, operator: ast.cmpop) -> Change:
 
 
 def _statement(path: Path, tree: ast.AST) -> Path:
-    """The innermost statement on the way to a node."""
+    """The innermost statement on the path to a node."""
     found, node = path, tree
     for depth, (field, place) in enumerate(path, 1):
         node = _get(node, field, place)
@@ -223,12 +223,12 @@ def _statement(path: Path, tree: ast.AST) -> Path:
 
 def _first_line(node: ast.AST) -> str:
     text = ast.unparse(node)
-    # A compound statement is told by its head, a simple one by all of it.
+    # A compound statement is identified by its first line, a simple one by all of it.
     return text.splitlines()[0] if hasattr(node, "body") else " ".join(text.split())
 
 
 def _where_they_differ(before: str, after: str) -> tuple[str, str]:
-    """Both texts from a little before to a little after the place where they differ."""
+    """Both texts around the place where they differ."""
     start = len(os.path.commonprefix([before, after]))  # noqa: RUF071 — texts
     tail = len(os.path.commonprefix([before[start:][::-1], after[start:][::-1]]))  # noqa: RUF071
     first = max(0, start - CONTEXT)

@@ -1,7 +1,7 @@
-"""Runs tests against one mutant after another, each in a fork of a process that has the libraries.
+"""Runs tests against one mutant after another, each in a fork of a process with the libraries loaded.
 
 python benchmarks/mutating/server.py MODULE_FILE TESTS…   in a copy of the repository. Each line
-on stdin is JSON {"source": …, "seconds": …}; each on stdout says "passed", "failed", "timeout",
+on stdin is JSON {"source": …, "seconds": …}; each on stdout is "passed", "failed", "timeout" or
 "broken" (no test ran), and the seconds.
 """
 
@@ -21,7 +21,7 @@ from pathlib import Path
 LIBRARIES = ("torch", "pyarrow.parquet", "hypothesis", "safetensors.torch", "sklearn.metrics",
              "PIL.Image", "psutil", "pydantic", "yaml", "tqdm", "faiss", "deepspeed")  # fmt: skip
 LOADED = "modules.json"
-"""What the tests have imported when they ran on the file as it is."""
+"""Modules that the tests imported when they ran on the unmodified file."""
 PASSED, FAILED = 0, 1  # pytest's exit codes
 
 
@@ -33,7 +33,7 @@ def main() -> None:
     os.dup2(quiet, 1)
     os.dup2(os.open("pytest.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     compileall.compile_dir(".", quiet=2)
-    # Benchmarks' folder was first; the copy and its tests are what counts now.
+    # The benchmarks folder was first; now the copy and its tests must be.
     sys.path[0] = os.getcwd()
     import pytest
 
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def _load_what_no_mutant_changes(module: Path) -> None:
-    """Import what the tests did, but for what imports the mutated file, and the tests' own."""
+    """Import what the tests imported, except what imports the mutated file, and the tests' own modules."""
     import grimp
 
     package = module.parts[module.parts.index("cnn2gnn_dist") :]
@@ -74,7 +74,7 @@ def _load_what_no_mutant_changes(module: Path) -> None:
     graph = grimp.build_graph("cnn2gnn_dist")
     changing = {mutated, *graph.find_downstream_modules(mutated)}
     for name in json.loads(Path(LOADED).read_text(encoding="utf-8")):
-        # A package runs when a module below it is imported, and stays what it was.
+        # Importing a submodule runs its package, which then stays as it was.
         if name in changing or name.split(".")[0] == "tests":
             continue
         with contextlib.suppress(Exception):
@@ -82,7 +82,7 @@ def _load_what_no_mutant_changes(module: Path) -> None:
 
 
 def _wait(child: int, seconds: float) -> str:
-    """How the tests ended; nothing that they started lives on."""
+    """Outcome of the tests; kills everything that they started."""
     handle = os.pidfd_open(child)
     try:
         import select
@@ -98,7 +98,7 @@ def _wait(child: int, seconds: float) -> str:
     if not os.WIFEXITED(status):
         return "failed"  # the mutant ended the process
     code = os.WEXITSTATUS(status)
-    # 2: an import failed while tests were collected, which is the mutant's doing too.
+    # 2: an import failed while tests were collected, which the mutant also caused.
     return {PASSED: "passed", FAILED: "failed", 2: "failed"}.get(code, "broken")
 
 

@@ -1,1 +1,1 @@
-"""The parts of benchmarks/scale.py: what is measured, against whom, and how it is drawn."""
+"""The parts of benchmarks/scale.py: measurements, competitors, plots."""

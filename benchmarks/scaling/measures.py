@@ -1,4 +1,4 @@
-"""One measurement each, in a process of its own: a folder of nodes in, a row of figures out."""
+"""One measurement each, in a separate process: a folder of nodes in, a row of figures out."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cnn2gnn_dist.graph.search.work_units import Crew, Workshop
 
 M, THREADS, RECALL = 16, 2, 0.95
 DRIFTS = (0.02, 0.05, 0.08, 0.14)
-"""How far rows move, from the last epochs of a training to its middle; stale recall says which."""
+"""How far rows move, from the last epochs of a training to its middle; see the stale recall."""
 FANOUT, SEEDS = 10, 512
 
 
@@ -32,13 +32,13 @@ def nodes_of(folder: Path) -> dict[str, np.ndarray]:
 
 
 def search_of(folder: Path, name: str, z_Nd: np.ndarray) -> TableSearch:
-    """A search that starts from nothing."""
+    """A search without earlier results."""
     shutil.rmtree(folder / name, ignore_errors=True)
     return TableSearch(Workshop(folder / name, Crew(threads=THREADS)), z_Nd, z_Nd, M)
 
 
 def build(folder: Path) -> dict[str, Any]:
-    """The table from nothing; keeps it for the measurements that follow."""
+    """Build the table from scratch; keep it for the measurements that follow."""
     z = nodes_of(folder)["z"]
     started = time.perf_counter()
     found = search_of(folder, "build", z).build(Goal(RECALL))
@@ -60,7 +60,7 @@ def build(folder: Path) -> dict[str, Any]:
 
 
 def refresh(folder: Path) -> dict[str, Any]:
-    """The table before against a full rebuild, after moves of several sizes."""
+    """Refresh from the previous table against a full rebuild, after moves of several sizes."""
     given = nodes_of(folder)
     rows = []
     for amount in DRIFTS:
@@ -98,7 +98,7 @@ def refresh(folder: Path) -> dict[str, Any]:
 
 
 def parts(folder: Path, how: str, count: int) -> dict[str, Any]:
-    """One partitioner: its cut, its halos, and what they cost to rebuild and to write."""
+    """One partitioner: its edge cut, its halos, and the cost of rebuilding and writing them."""
     given = nodes_of(folder)
     table, order = np.asarray(given["candidates"]), np.asarray(given["order"])
     before = children_gib()
@@ -135,7 +135,7 @@ def parts(folder: Path, how: str, count: int) -> dict[str, Any]:
 
 
 def keep(folder: Path, count: int = 8) -> dict[str, Any]:
-    """After a refresh: the map kept, moved where it pays, and assigned anew."""
+    """After a refresh: the map kept, moved where it pays off, and recomputed."""
     given = nodes_of(folder)
     old = np.load(folder / f"part-metis-{count}.npy")
     z = moved(given["z"], DRIFTS[-1])
@@ -156,7 +156,7 @@ def keep(folder: Path, count: int = 8) -> dict[str, Any]:
 
 
 def sample(folder: Path, how: str, count: int) -> dict[str, Any]:
-    """Two hops of 10 around seeds of one partition, by the table sampler: seeds a second."""
+    """Two hops of 10 around seed nodes of one partition, by the table sampler: seeds per second."""
     from cnn2gnn_dist.graph.block import block_ids, sampled_first_hop
 
     table, part = (np.load(folder / name) for name in ("candidates.npy", f"part-{how}-{count}.npy"))
@@ -181,7 +181,7 @@ def sample(folder: Path, how: str, count: int) -> dict[str, Any]:
 
 
 def moved(z_Nd: np.ndarray, amount: float, seed: int = 1) -> np.ndarray:
-    """Rows after some training: a smooth drift that all share, and a little of their own."""
+    """Rows after some training: a smooth shared drift, and a little individual movement."""
     rng = np.random.default_rng(seed)
     dim = z_Nd.shape[1]
     first, second = (rng.standard_normal((dim, dim)) / dim**0.5 for _ in range(2))
@@ -196,12 +196,12 @@ def moved(z_Nd: np.ndarray, amount: float, seed: int = 1) -> np.ndarray:
 
 
 def peak_gib() -> float:
-    """Largest resident memory of this process, mapped files included."""
+    """Peak resident memory of this process, including mapped files."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def children_gib() -> float:
-    """The same of the largest child that has ended."""
+    """The same for the largest child that has exited."""
     return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
 
 

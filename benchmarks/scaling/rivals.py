@@ -1,4 +1,4 @@
-"""The same table by others, at a recall no lower than ours, with two threads."""
+"""The same table by other libraries, at a recall no lower than ours, with two threads."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from . import measures
 
 SAMPLE = 256
 Search = Callable[[np.ndarray], np.ndarray]
-"""Queries to ids, the query itself among them."""
+"""Queries to ids, including the query itself."""
 
 
 def rival(folder: Path, name: str, goal: float) -> dict[str, Any]:
-    """Build, pick the cheapest setting that reaches the goal on a sample, search for all rows."""
+    """Build, choose the cheapest setting that reaches the goal on a sample, search for all rows."""
     z = np.ascontiguousarray(measures.nodes_of(folder)["z"])
     rng = np.random.default_rng(0)
     rows = np.sort(rng.choice(len(z), SAMPLE, replace=False))

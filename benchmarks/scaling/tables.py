@@ -11,7 +11,7 @@ Rows = list[dict[str, Any]]
 
 
 def tables(rows: Rows) -> str:
-    """Every table there are figures for."""
+    """Every table that has figures."""
     makers = (_builds, _rivals, _refreshes, _parts, _kept, _samples, _exponents)
     return "\n\n".join(text for text in (maker(rows) for maker in makers) if text)
 
@@ -117,7 +117,7 @@ def _samples(rows: Rows) -> str:
 
 
 def curves(rows: Rows) -> dict[str, dict[float, list[tuple[int, float]]]]:
-    """Seconds or GiB by nodes, for each homophily."""
+    """Seconds or GiB by number of nodes, for each homophily."""
     found: dict[str, dict[float, list[tuple[int, float]]]] = {}
 
     def add(name: str, job: dict[str, Any], value: float) -> None:
@@ -160,7 +160,7 @@ def _exponents(rows: Rows) -> str:
 
 
 def pictures(rows: Rows, folder: Path) -> None:
-    """``scale.png``: every curve in a field of its own, both axes logarithmic."""
+    """``scale.png``: each curve in its own panel, both axes logarithmic."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,8 +1,8 @@
 """Two-layer GNNs over the same graph: ours in three ways, DGL's and PyTorch Geometric's as users write them.
 
-A contender is made from the arrays of a graph and the nodes of a rank's part; it gives the module
-to train and batches: (loss of a batch, bytes of features gathered for it, share of remote nodes).
-All compute in float32: D = 128 → 128 → 1000 classes, fan-out [10, 10], batches of 512 seeds.
+A contender is built from the arrays of a graph and the nodes of a rank's partition; it provides the
+module to train and batches: (loss of a batch, bytes of features gathered for it, fraction of remote
+nodes). All compute in float32: D = 128 → 128 → 1000 classes, fan-out [10, 10], batches of 512 seeds.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Arrays:
 
 @dataclass
 class Step:
-    """One batch, ready to be learned from."""
+    """One batch, ready for training."""
 
     loss: Callable[[nn.Module], Tensor]
     feature_bytes: int
@@ -47,7 +47,7 @@ class Step:
 
 @dataclass
 class Contender:
-    """A module and its endless batches; ``halo_bytes``: fetched once a refresh."""
+    """A module and its endless batches; ``halo_bytes``: fetched once per refresh."""
 
     module: nn.Module
     batches: Iterator[Step]
@@ -100,7 +100,7 @@ def _ours(arrays: Arrays, rank: int, sampler_name: str, hop_name: str) -> Conten
 
 
 def _steps(arrays: Arrays, rank: int, holder: Any, sampler: Any, cached: Any) -> Iterator[Step]:
-    """Our steps, whoever holds the rows and samples the neighbours."""
+    """Our steps, for any holder of the rows and any neighbor sampler."""
     from cnn2gnn_dist.graph.block import block_ids
     from cnn2gnn_dist.models.block import averaged_block
 
@@ -129,7 +129,7 @@ def _steps(arrays: Arrays, rank: int, holder: Any, sampler: Any, cached: Any) ->
 
 
 def _served(arrays: Arrays, rank: int) -> Any:
-    """DistDGL's servers, one of each rank's, on loopback."""
+    """DistDGL's servers, one per rank, on loopback."""
     from cnn2gnn_dist.graph.distdgl.served import ServedGraph, Task
 
     path = arrays.folder / "served" / "v0000"
@@ -191,7 +191,7 @@ class _Sage(nn.Module):
 
 
 def _edges(arrays: Arrays) -> tuple[Tensor, Tensor]:
-    """From each candidate to the node that has it."""
+    """Edges from each candidate to the node whose candidate it is."""
     nodes, width = arrays.candidates.shape
     tails = torch.from_numpy(arrays.candidates.astype(np.int64).ravel())
     return tails, torch.arange(nodes).repeat_interleave(width)
