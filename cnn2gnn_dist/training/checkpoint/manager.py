@@ -1,7 +1,7 @@
 """Sharded, atomic checkpoints of named tensors, readable at any world size and any ZeRO stage.
 
 Saving copies the state to host memory (collective) and writes it in a thread of each rank; when
-all shares are on disk, rank 0 makes them visible (``checkpoint.folder``). It doesn't change the
+all shares are on disk, rank 0 makes them visible (``checkpoint/folder.py``). It doesn't change the
 state, so a run that is saved at other steps is the same run. A save that fails (disk full,
 read-only folder) is reported and costs only that save; the previous checkpoint stays.
 """

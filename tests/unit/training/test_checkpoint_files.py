@@ -1,6 +1,6 @@
 """Checkpoints as folders: published atomically, found complete or not at all, pruned in order.
 
-No engine: the shares are a few bytes, the rules are those of ``checkpoint.folder``.
+No engine: the shares are a few bytes, the rules are those of ``checkpoint/folder.py``.
 """
 
 from __future__ import annotations
