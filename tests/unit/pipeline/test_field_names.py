@@ -26,6 +26,7 @@ FILES = (".md", ".npz", ".dgl", ".safetensors")
 OTHERS = {
     "run.left_out_at_pack": "of results.json",
     "stream.epoch": "an attribute, in an example",
+    "stream.py": "a file",
     "views.seed": "an attribute of ViewSpec",
 }
 """Names that look like fields but are something else."""
