@@ -27,7 +27,7 @@ from pathlib import Path
 
 import psutil
 
-from cnn2gnn_dist.training import metrics
+from cnn2gnn_dist import durable
 from tests.support import runs
 
 HOW = ["checkpoint.every_steps=3", "cluster.max_failures=0", "cluster.timeout_s=60"]
@@ -192,7 +192,7 @@ def standing(run: Path) -> tuple[str | None, int]:
     there = [path for path in logs if path.exists() and path.stat().st_size]
     if not there:
         return None, 0
-    lines = metrics.read(there[-1])
+    lines = durable.read_lines(there[-1])
     return there[-1].parent.name, (lines[-1]["step"] if lines else 0)
 
 

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,42 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a text file atomically: readers see the old one or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    sync(temporary)
-    os.replace(temporary, path)
+@contextmanager
+def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
+    """Replace a file atomically: write the file that this gives, and it is synced and renamed.
+
+    Readers see the old one or the new one. After an error the old one stays and nothing is left
+    behind; what a kill leaves behind the next attempt overwrites.
+
+    Args:
+        path: the file.
+        shared: several processes may do this at the same time, and one of them wins. Else the
+            caller sees to it that there is one.
+    """
+    name = f".{path.name}.{os.getpid()}.tmp" if shared else f"{path.name}.tmp"
+    temporary = path.with_name(name)
+    try:
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str, *, shared: bool = False) -> None:
+    """Replace a text file atomically (see ``replacing``)."""
+    with replacing(path, shared=shared) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines; one that a kill cut off is left out."""
+    found = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        with suppress(ValueError):
+            found.append(json.loads(text))
+    return found
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -49,3 +49,18 @@ class PeerLost(UserError):
 
 def _rebuild(cls: type[UserError], what: str, where: str, remedy: str) -> UserError:
     return cls(what, where=where, remedy=remedy)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in its first line; its kind if it says nothing."""
+    return _lines(error)[0]
+
+
+def last_line(error: BaseException) -> str:
+    """What an error says, in its last line; its kind if it says nothing."""
+    return _lines(error)[-1]
+
+
+def _lines(error: BaseException) -> list[str]:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines or [type(error).__name__]

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from cnn2gnn_dist import settings
+from cnn2gnn_dist import durable, settings
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.log import output
 from cnn2gnn_dist.pipeline.keys import as_made
@@ -90,9 +90,8 @@ def export(place: Path, out: Path) -> int:
     weights, about = disk.load_weights(folder), _about(folder)
     if _stage(folder) == "teacher":
         weights = {n.removeprefix("cnn."): t for n, t in weights.items() if n.startswith("cnn.")}
-    partial = out.with_name(out.name + ".tmp")
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, partial, about)
-    partial.rename(out)
+    with durable.replacing(out) as partial:
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, partial, about)
     numbers = sum(tensor.numel() for tensor in weights.values())
     output(f"{out}: {len(weights)} tensors, {numbers:,} numbers of {_stage(folder)} {folder.name}")
     return 0
@@ -108,8 +107,8 @@ def found_in(place: Path) -> list[Path]:
         UserError: there are none.
     """
     place = Path(place)
-    roots = [place / stage / "checkpoints" for stage in STAGES]
-    roots += [place / "checkpoints", place]
+    roots = [disk.root_of(place / stage) for stage in STAGES]
+    roots += [disk.root_of(place), place]
     found = [folder for root in roots for folder in disk.all_of(root)]
     if (place / disk.MANIFEST).is_file() or place.name.startswith("step-"):
         found = [place]

@@ -26,7 +26,6 @@ from cnn2gnn_dist.runtime.ranks import Ranks
 from cnn2gnn_dist.stages.neighbours.neighbourhood import Neighbourhood, Query
 from cnn2gnn_dist.stages.shared.context import Context, RunPaths, chunks, load_manifest
 from cnn2gnn_dist.stages.shared.networks import build_student, check_built_on, load_model
-from cnn2gnn_dist.training.checkpoint.manager import Checkpoints
 
 _log = logging.getLogger(__name__)
 
@@ -96,7 +95,7 @@ class Predictor:
         self.train: Manifest = load_manifest(paths.train_manifest)
         self.names = self.train.classes
         student = build_student(config, self.train.num_classes, config.graph.scope)
-        load_model(student, Checkpoints(paths.root / "student" / "checkpoints", ""), "student")
+        load_model(student, paths.root, "student")
         student.to(self.context.device).eval()
         around = None
         if config.graph.scope == "dataset":

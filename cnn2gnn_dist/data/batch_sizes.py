@@ -112,6 +112,14 @@ def check_parts(parts: int, world_size: int, global_batch: int | None = None) ->
         )
 
 
+def parts_of_rank(rank: int, world_size: int, parts: int) -> range:
+    """The partitions of a rank: all p with p·R // P == r.
+
+    A contiguous range, so that the ranks in order give the global batch.
+    """
+    return range(-(-rank * parts // world_size), -(-(rank + 1) * parts // world_size))
+
+
 def check_sizes(total: int, shards: int, global_batch: int, window: int) -> None:
     """Check that the samples of all shards fill a global batch.
 

@@ -20,6 +20,7 @@ from cnn2gnn_dist.data.batch_sizes import (
     check_parts,
     check_sizes,
     micro_batches,
+    parts_of_rank,
     shares_of,
 )
 from cnn2gnn_dist.errors import UserError
@@ -177,9 +178,7 @@ class Order:
                 )
 
     def _own_parts(self, rank: int, world_size: int) -> range:
-        """All p with p·R // P == r: contiguous, so that the ranks in order give the global batch."""
-        parts = len(self.shares)
-        return range(-(-rank * parts // world_size), -(-(rank + 1) * parts // world_size))
+        return parts_of_rank(rank, world_size, len(self.shares))
 
     def _slice(self, epoch: int, index: int, part: int) -> np.ndarray:
         """Return ids [index·share, (index+1)·share) of a partition's sequence."""

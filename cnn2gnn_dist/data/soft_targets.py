@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cnn2gnn_dist import durable
 from cnn2gnn_dist.errors import UserError
 
 META, CHECKSUM, CORRUPT = b"cnn2gnn.meta", b"cnn2gnn.sha256", b"cnn2gnn.corrupt"
@@ -73,14 +73,10 @@ def write_shard(
     if corrupt:
         note[CORRUPT] = json.dumps({str(sample): what for sample, what in corrupt.items()}).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    # No dictionary encoding: the numbers hardly repeat, and reading would take 2.5 times as long.
-    pq.write_table(
-        table.replace_schema_metadata(note), temporary, compression="zstd", use_dictionary=False
-    )
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    table = table.replace_schema_metadata(note)
+    with durable.replacing(path) as temporary:
+        # No dictionary encoding: the numbers hardly repeat, and reading would take 2.5 times as long.
+        pq.write_table(table, temporary, compression="zstd", use_dictionary=False)
 
 
 def is_whole(path: Path, meta: dict[str, Any]) -> bool:

@@ -19,6 +19,7 @@ import numpy as np
 
 from cnn2gnn_dist.compat import import_dgl
 from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.splitmix import GOLDEN, mixed
 
 
 class Sampler(Protocol):
@@ -139,15 +140,9 @@ def _checked(rows: np.ndarray, num_rows: int) -> np.ndarray:
 
 
 def _draws(key: int, nodes_Q: np.ndarray, width: int) -> np.ndarray:
-    """uint64 [Q, width], random by (key, node, column): splitmix64 (Steele, Lea, Flood 2014)."""
-    columns = np.arange(1, width + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    return _mixed(_mixed(nodes_Q ^ np.uint64(key))[:, None] + columns)
-
-
-def _mixed(x: np.ndarray) -> np.ndarray:
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    """uint64 [Q, width], random by (key, node, column): splitmix64."""
+    columns = np.arange(1, width + 1, dtype=np.uint64) * GOLDEN
+    return mixed(mixed(nodes_Q ^ np.uint64(key))[:, None] + columns)
 
 
 def sample_key(*numbers: int) -> int:

@@ -31,10 +31,3 @@ def count_flops(function: Callable[..., Any], *inputs: Any) -> int:
     finally:
         for module, training in modes:
             module.training = training
-
-
-def flops_per_image(module: nn.Module, *image_shape: int) -> int:
-    """``count_flops`` for one image of zeros, e.g. ``flops_per_image(stem, 3, 32, 32)``."""
-    parameter = next(module.parameters(), None)
-    device = parameter.device if parameter is not None else torch.device("cpu")
-    return count_flops(module, torch.zeros(1, *image_shape, device=device))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cnn2gnn_dist.compat import import_timm
-from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.errors import UserError, first_line
 
 SMALL_IMAGE = 64  # pixels; up to this size ResNets keep their full resolution in the first layers
 
@@ -133,7 +133,7 @@ def _create(
                 remedy="choose another network or arguments that fit the image size",
             ) from failure
         raise UserError(
-            f"The pretrained weights of {arch} can't be had: {_first_line(failure)}",
+            f"The pretrained weights of {arch} can't be had: {first_line(failure)}",
             where="teacher.pretrained",
             remedy="fetch them where there is a network (HF_HOME holds the cache; HF_HUB_OFFLINE "
             "forbids the network), or name a local file in teacher.weights, or set "
@@ -187,7 +187,7 @@ def _read(path: Path) -> dict[str, Tensor]:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as failure:  # safetensors, zip and unpickling errors all mean the same here
         raise UserError(
-            f"The file of weights can't be read: {_first_line(failure)}",
+            f"The file of weights can't be read: {first_line(failure)}",
             where=str(path),
             remedy="give a .safetensors file, or a torch file that holds tensors only",
         ) from failure
@@ -212,7 +212,3 @@ def _classifier_names(network: nn.Module) -> list[str]:
 def _few(names: list[str], most: int = 4) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
-
-
-def _first_line(failure: Exception) -> str:
-    return (str(failure).strip().splitlines() or [type(failure).__name__])[0]

@@ -90,7 +90,7 @@ def _control(context: Context, keys: dict[str, str]) -> list[Path]:
 def _graph(context: Context, keys: dict[str, str]) -> list[Path]:
     from cnn2gnn_dist.stages import graph
 
-    return graph.run(context, keys["student"])
+    return graph.run(context)
 
 
 def _evaluate(context: Context, keys: dict[str, str]) -> list[Path]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from cnn2gnn_dist import consistency, ledger, log, settings
 from cnn2gnn_dist.config import Config
-from cnn2gnn_dist.errors import PeerLost, UserError
+from cnn2gnn_dist.errors import PeerLost, UserError, first_line
 from cnn2gnn_dist.ledger import Standing
 from cnn2gnn_dist.pipeline import keys, moved_data
 from cnn2gnn_dist.pipeline.keys import Survey
@@ -222,7 +222,7 @@ def _executed(context: Context, survey: Survey, step: Step, made: dict[str, str]
 def _peer_lost(error: RuntimeError, config: Config) -> PeerLost:
     return PeerLost(
         f"another rank died, or did not answer within {config.cluster.timeout_s:g} s: "
-        f"{str(error).splitlines()[0]}",
+        f"{first_line(error)}",
         where="cluster.timeout_s",
         remedy="see what the other ranks say; the same command continues from the last checkpoint",
     )
@@ -272,7 +272,7 @@ def _of_another_config(step: Step, folder: Path) -> bool:
     """
     if step.standing is not Standing.RESUME or not step.stage.trains:
         return False
-    found = checkpoint_folder.all_of(folder / "checkpoints")
+    found = checkpoint_folder.all_of(checkpoint_folder.root_of(folder))
     return bool(found) and checkpoint_folder.read_state(found[-1])["run_id"] != step.key
 
 

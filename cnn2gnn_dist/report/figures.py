@@ -17,6 +17,8 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from cnn2gnn_dist.report.labels import short
+
 Metrics = dict[str, list[dict[str, Any]]]
 
 COLOURS = {
@@ -138,7 +140,7 @@ def reliability(saved: dict[str, dict[str, np.ndarray]]) -> bytes:
         sure = [found["confidence"][bins == b].mean() for b in used]
         hit = [right[bins == b].mean() for b in used]
         area = [4 + 150 * float((bins == b).mean()) for b in used]
-        model = {"self_path": "self path"}.get(name, name.split("_")[0])
+        model = short(name)
         axis.plot(sure, hit, linewidth=1.2, label=model, color=COLOURS.get(model))
         axis.scatter(sure, hit, s=area, color=COLOURS.get(model), alpha=0.8)
     axis.set_xlabel("confidence")

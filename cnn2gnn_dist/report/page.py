@@ -11,17 +11,12 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from cnn2gnn_dist import durable
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.report import figures
+from cnn2gnn_dist.report.labels import CONTROL, LABELS
 
 TEMPLATE = "report.html.j2"
-MODELS = {
-    "teacher": "teacher",
-    "student": "student (graph)",
-    "self_path": "its self path alone",
-    "vote": "its neighbours' vote",
-    "control_mlp": "control (MLP head)",
-}
 COLUMNS = (
     ("accuracy", "accuracy", "{:.2%}", max),
     ("balanced_accuracy", "class-balanced", "{:.2%}", max),
@@ -53,7 +48,7 @@ def write_report(root: Path, class_names: Sequence[str] | None = None) -> Path:
     metrics = {name: lines for name, lines in metrics.items() if lines}
     saved = {
         name: dict(np.load(root / "evaluation" / f"{name}.npz"))
-        for name in MODELS
+        for name in LABELS
         if name in results and (root / "evaluation" / f"{name}.npz").exists()
     }
     student, config = saved.get("student"), root / "config.yaml"
@@ -84,9 +79,7 @@ def write_report(root: Path, class_names: Sequence[str] | None = None) -> Path:
         )
     )
     path = root / "report.html"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(path)
+    durable.write_text(path, page)
     return path
 
 
@@ -103,7 +96,7 @@ def _results(path: Path) -> dict[str, Any]:
 
 def table_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows of the table: label and cells (text, whether it is the best in its column)."""
-    there = [name for name in MODELS if name in results]
+    there = [name for name in LABELS if name in results]
     rows = []
     for name in there:
         cells = []
@@ -112,7 +105,7 @@ def table_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
             best = better(results[other][key] for other in there)
             shown = value / 1e6 if key == "flops" else value
             cells.append((form.format(shown), value == best))
-        rows.append({"label": MODELS[name], "cells": cells})
+        rows.append({"label": LABELS[name], "cells": cells})
     return rows
 
 
@@ -121,10 +114,10 @@ def verdict(results: dict[str, Any], saved: dict[str, dict[str, np.ndarray]] | N
 
     ``saved``: the predictions for each image; with them the errors are those of paired differences.
     """
-    if "control_mlp" not in results:
+    if CONTROL not in results:
         said = "No control was trained, so what the graph adds is not known."
     else:
-        points, noise, how = _difference(results, saved or {}, "control_mlp")
+        points, noise, how = _difference(results, saved or {}, CONTROL)
         beats, told = "does not beat", "the graph costs accuracy"
         if abs(points) <= 2 * noise or not points:
             told = "a tie, the difference is within two standard errors"
@@ -267,15 +260,7 @@ def _speed(metrics: figures.Metrics) -> list[dict[str, Any]]:
 
 def _metrics(folder: Path) -> list[dict[str, Any]]:
     path = folder / "metrics.jsonl"
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            continue  # a last line truncated by a kill
-    return lines
+    return durable.read_lines(path) if path.exists() else []
 
 
 def _maybe(png: bytes | None) -> str | None:

@@ -8,7 +8,7 @@ from datetime import timedelta
 import torch
 from torch import distributed as dist
 
-from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.errors import UserError, first_line
 from cnn2gnn_dist.runtime import rendezvous
 from cnn2gnn_dist.runtime.ranks import Ranks
 
@@ -60,7 +60,7 @@ def _store(ranks: Ranks, timeout: timedelta) -> dist.Store:
         place = f"MASTER_ADDR={ranks.master_addr} MASTER_PORT={ranks.master_port}"
         raise UserError(
             f"rank {ranks.rank} of {ranks.world_size} has not met the others within "
-            f"{timeout.total_seconds():g} s: {str(error).splitlines()[0]}",
+            f"{timeout.total_seconds():g} s: {first_line(error)}",
             where=place,
             remedy="see what the other ranks say; for a single process unset RANK and WORLD_SIZE",
         ) from None

@@ -23,7 +23,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cnn2gnn_dist import log
-from cnn2gnn_dist.errors import PeerLost, Preempted, UserError
+from cnn2gnn_dist.errors import PeerLost, Preempted, UserError, first_line, last_line
 from cnn2gnn_dist.runtime import host_checks, preemption, ray_probe, ray_session, rendezvous
 from cnn2gnn_dist.runtime.ranks import Ranks
 
@@ -114,7 +114,7 @@ def _connect(address: str, where: str) -> None:
         ray.init(address=address)
     except (ConnectionError, RayError, RuntimeError, ValueError) as error:
         raise UserError(
-            f"the Ray cluster at {address} can't be joined: {_first_line(error)}",
+            f"the Ray cluster at {address} can't be joined: {first_line(error)}",
             where=where,
             remedy="run on a host of that cluster, with its Ray and Python versions "
             "(`ray status` there says whether it is well)",
@@ -138,7 +138,7 @@ def _seen_by_ray(address: str, where: str) -> str:
         return services.canonicalize_bootstrap_address_or_die("auto")
     except (ConnectionError, ValueError) as error:
         raise UserError(
-            f"no Ray cluster is found on this host: {_first_line(error)}",
+            f"no Ray cluster is found on this host: {first_line(error)}",
             where=where,
             remedy="`ray start --head`, or name the cluster: cluster.address=HEAD:6379",
         ) from None
@@ -180,7 +180,7 @@ def _start_here(cpus: int, logs: Path | None) -> None:
         if not isinstance(error, Exception):
             raise
         raise UserError(  # Ray reports it in many ways, even by a bare Exception
-            f"Ray does not start on this host: {_first_line(error)}",
+            f"Ray does not start on this host: {first_line(error)}",
             where="ray.init",
             remedy="again when the host has more time to spare; `cnn2gnn doctor` looks at what Ray "
             "needs, and torchrun with launch/train.py does without Ray",
@@ -332,7 +332,7 @@ def _gather(refs: list[Any]) -> list[Any]:
     )
     failures = [failure, *(f for f in map(_failure, done) if f is not None)]
     causes = [one.cause for one in failures if isinstance(one, RayTaskError)]
-    lost = [_last_line(one) for one in failures if isinstance(one, RayActorError)]
+    lost = [last_line(one) for one in failures if isinstance(one, RayActorError)]
     lost += [cause.what for cause in causes if isinstance(cause, PeerLost)]
     for cause in causes:
         if isinstance(cause, UserError) and not isinstance(cause, PeerLost):
@@ -340,7 +340,7 @@ def _gather(refs: list[Any]) -> list[Any]:
     if lost:
         raise LostRank(lost[0]) from None
     if hanging:
-        raise LostRank(f"no answer; another rank failed with {_last_line(failures[0])}") from None
+        raise LostRank(f"no answer; another rank failed with {last_line(failures[0])}") from None
     raise min(failures, key=_echo)
 
 
@@ -396,16 +396,6 @@ class _Rank:
         module, _, function = target.partition(":")
         with log.console(verbosity, ranks.rank):
             return getattr(import_module(module), function)(ranks=ranks, **kwargs)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__
 
 
 def _stay_on_loopback() -> None:

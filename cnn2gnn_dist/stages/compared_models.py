@@ -14,11 +14,11 @@ from cnn2gnn_dist.graph.version import latest_version, open_version
 from cnn2gnn_dist.models.cost import count_flops, count_parameters
 from cnn2gnn_dist.models.graph_head import adaptive_neighbours, squared_distances
 from cnn2gnn_dist.models.student import Student, StudentOutput
+from cnn2gnn_dist.report.labels import CONTROL
 from cnn2gnn_dist.stages.neighbours.neighbourhood import Neighbourhood
 from cnn2gnn_dist.stages.shared.context import Context
 from cnn2gnn_dist.stages.shared.networks import Teacher, build_student, load_model
 from cnn2gnn_dist.stages.shared.predictions import Answer
-from cnn2gnn_dist.training.checkpoint.manager import Checkpoints
 
 
 @dataclass
@@ -56,15 +56,15 @@ class Contestant:
         return next(iter(self.rows))
 
 
-def contestants(context: Context, num_classes: int, keys: dict[str, str]) -> list[Contestant]:
+def contestants(context: Context, num_classes: int, control: bool) -> list[Contestant]:
     """The trained models of the run: teacher, student, control."""
     teacher = Teacher(context.config, num_classes, initial=False)
-    _load(context, teacher, "teacher", keys)
-    found = [_alone("teacher", teacher, teacher), _student(context, num_classes, keys)]
-    if "control" in keys:
-        control = build_student(context.config, num_classes, "none")
-        _load(context, control, "control", keys)
-        found.append(_alone("control_mlp", control, lambda images: control(images).logits_BC))
+    _load(context, teacher, "teacher")
+    found = [_alone("teacher", teacher, teacher), _student(context, num_classes)]
+    if control:
+        mlp = build_student(context.config, num_classes, "none")
+        _load(context, mlp, "control")
+        found.append(_alone(CONTROL, mlp, lambda images: mlp(images).logits_BC))
     return found
 
 
@@ -142,10 +142,10 @@ def open_bank(context: Context) -> Neighbourhood:
     return Neighbourhood(context, open_version(folder), None)
 
 
-def _student(context: Context, num_classes: int, keys: dict[str, str]) -> Contestant:
+def _student(context: Context, num_classes: int) -> Contestant:
     config = context.config
     student = build_student(config, num_classes, config.graph.scope)
-    _load(context, student, "student", keys)
+    _load(context, student, "student")
     whole = count_parameters(student)
     graph_only = sum(p.numel() for p in student.graph_parameters().values())
 
@@ -191,7 +191,6 @@ def _softmax(logits_BC: Tensor) -> Tensor:
     return logits_BC.float().softmax(1)
 
 
-def _load(context: Context, model: nn.Module, stage: str, keys: dict[str, str]) -> None:
-    checkpoints = Checkpoints(context.paths.root / stage / "checkpoints", keys[stage])
-    load_model(model, checkpoints, stage)
+def _load(context: Context, model: nn.Module, stage: str) -> None:
+    load_model(model, context.paths.root, stage)
     model.to(context.device).eval()

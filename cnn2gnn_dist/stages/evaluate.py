@@ -19,6 +19,7 @@ from cnn2gnn_dist.data.index.manifest import Manifest
 from cnn2gnn_dist.data.reading.reader import Batch, Reader, ReaderSpec, Request
 from cnn2gnn_dist.durable import write_text
 from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.report.labels import LABELS, stage_of
 from cnn2gnn_dist.report.page import write_report
 from cnn2gnn_dist.runtime import collectives
 from cnn2gnn_dist.stages.compared_models import Attached, Row, contestants
@@ -62,7 +63,7 @@ def run(context: Context, keys: dict[str, str]) -> list[Path]:
     results: dict[str, Any] = {}
     attached: Attached | None = None
     left_out: dict[int, str] = {}
-    for contestant in contestants(context, test.num_classes, keys):
+    for contestant in contestants(context, test.num_classes, "control" in keys):
         seed = config.seed if contestant.shuffled else None
         judged = judge(context, contestant.answer, paths.test_manifest, shuffle_seed=seed)
         attached, left_out = attached or contestant.attached, judged.left_out
@@ -75,7 +76,7 @@ def run(context: Context, keys: dict[str, str]) -> list[Path]:
                     "left_out": _left_out(context, left_out).total,
                     **_costs(context, row, _read(context, found.id_N[:COST_BATCH])),
                     **row.notes,
-                    "norms": norms_of(paths.root, contestant.name),
+                    "norms": norms_of(paths.root / stage_of(contestant.name)),
                 }
                 _save(context.folder, name, found)
 
@@ -212,20 +213,11 @@ def _circumstances(context: Context, test: Manifest, left_out: _LeftOut) -> dict
     }
 
 
-ROWS = {
-    "teacher": "teacher",
-    "student": "student (graph)",
-    "self_path": "its self path alone",
-    "vote": "its neighbours' vote",
-    "control_mlp": "control (MLP head)",
-}
-
-
 def table(results: dict[str, Any]) -> str:
     """Format the results as text."""
     head = ("", "accuracy", "balanced", "ECE", "parameters", "MFLOP/image", "ms/image")
     lines = ["{:<20}{:>10}{:>10}{:>8}{:>12}{:>13}{:>10}".format(*head)]
-    for key, label in ROWS.items():
+    for key, label in LABELS.items():
         if key in results:
             r = results[key]
             lines.append(

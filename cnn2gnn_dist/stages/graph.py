@@ -30,7 +30,6 @@ from cnn2gnn_dist.stages.neighbours import candidates
 from cnn2gnn_dist.stages.neighbours.embeddings import NOTE, Embedded
 from cnn2gnn_dist.stages.shared.context import Context, CorruptCount, load_manifest
 from cnn2gnn_dist.stages.shared.networks import build_student, load_model
-from cnn2gnn_dist.training.checkpoint.manager import Checkpoints
 
 Embed = Callable[[Tensor], tuple[Tensor, Tensor]]
 """images uint8 [B, H, W, 3] → x_BD, z_Bd."""
@@ -43,13 +42,12 @@ QUERY_VIEW = 1_000_000
 """First view number of the query side of a table: no training epoch uses it."""
 
 
-def run(context: Context, student_key: str) -> list[Path]:
+def run(context: Context) -> list[Path]:
     """Build the final graph; return its files."""
     config = context.config
     manifest = load_manifest(context.paths.train_manifest)
     model = build_student(config, manifest.num_classes, "dataset")
-    checkpoints = Checkpoints(context.paths.root / "student" / "checkpoints", student_key)
-    load_model(model, checkpoints, "student")
+    load_model(model, context.paths.root, "student")
     model.to(context.device).eval()
     made = build(context, model.embed, context.folder, config.student.epochs, None, "last")
     context.say(describe(made.meta), stage="graph")
@@ -128,7 +126,7 @@ def _embed_all(
     """Write x and z of this rank's share; return the query side of the search [N, d], if any.
 
     With ``graph.sampling.query=table`` candidates are looked up for an augmented view: if found for
-    the clean view, whose features are in the bank, they leak (DESIGN.md, section 3).
+    the clean view, whose features are in the bank, they leak.
     """
     ranks, settings = context.ranks, context.config.graph
     shop = candidates.workshop(context, writer)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cnn2gnn_dist.config import StudentConfig
+from cnn2gnn_dist.data.batch_sizes import check_parts, parts_of_rank
 from cnn2gnn_dist.data.index.manifest import Manifest
 from cnn2gnn_dist.data.order import Order
 from cnn2gnn_dist.data.reading.reader import on_device
@@ -20,7 +21,6 @@ from cnn2gnn_dist.stages.graph import build, describe
 from cnn2gnn_dist.stages.neighbours.neighbourhood import (
     Neighbourhood,
     last_refresh,
-    parts_of,
     reusable,
 )
 from cnn2gnn_dist.stages.neighbours.served_graph import serve
@@ -138,7 +138,9 @@ class _Job:
                 moment = f"step {self.training.cursor.step}"
                 version = build(context, self._embed, root, number, previous, moment)
             context.say(describe(version.meta), stage="graph")
-        own = parts_of(ranks.rank, ranks.world_size, settings.partition.parts)
+        parts = settings.partition.parts
+        check_parts(parts, ranks.world_size)
+        own = list(parts_of_rank(ranks.rank, ranks.world_size, parts))
         if settings.sampling.sampler == "distdgl":
             self.served = serve(context, version)
         self.around = Neighbourhood(context, version, own, self.served)

@@ -98,7 +98,6 @@ def _classifier(
     """The trained teacher, and whether its forward pass is collective (ZeRO-3)."""
     config, settings = context.config, context.config.teacher
     model: nn.Module = Teacher(config, num_classes, initial=False)
-    checkpoints = Checkpoints(context.paths.root / "teacher" / "checkpoints", teacher_key)
     source = context.deepspeed_of("teacher")
     world_size = context.ranks.world_size
     resolved = ds_config.resolve(
@@ -114,11 +113,11 @@ def _classifier(
     )
     if resolved["zero_optimization"]["stage"] == 3 and world_size > 1:
         engine = Engine(model, resolved, device=context.device)
-        last = final_checkpoint(checkpoints.folder.parent, "teacher")
-        checkpoints.load(engine, only=last, force=True)
+        last = final_checkpoint(context.paths.root, "teacher")
+        Checkpoints(last.parent, teacher_key).load(engine, only=last, force=True)
         engine.eval()
         return torch.no_grad()(engine), True
-    load_model(model, checkpoints, "teacher")
+    load_model(model, context.paths.root, "teacher")
     model.to(context.device).eval()
     return torch.no_grad()(model), False
 

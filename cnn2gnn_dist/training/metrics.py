@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -96,21 +95,8 @@ class MetricsLog:
         self._purge = step + 1
         if self.silent or not self.path.exists():
             return
-        kept = [line for line in read(self.path) if line["step"] <= step]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, self.path)
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """Read the lines of a metrics file; a last line truncated by a kill is left out."""
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            continue
-    return lines
+        kept = [line for line in durable.read_lines(self.path) if line["step"] <= step]
+        durable.write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 _CONSOLE = (
@@ -124,11 +110,6 @@ _CONSOLE = (
     ("memory_mb", "mem {:.0f} MB"),
     ("homophily", "homophily {:.2f}"),
 )
-
-
-def console_line(name: str, step: int, values: dict[str, float]) -> str:
-    """Format one line for people, as in the log."""
-    return f"{name:8} {_figures(step, values)}"
 
 
 def _figures(step: int, values: dict[str, float]) -> str:

@@ -102,7 +102,7 @@ def sound(root: Path) -> np.ndarray:
 def test_what_cannot_be_read_is_left_out_and_said(root, capsys, console):
     here = context(root, "evaluation")
     trained(here)
-    graph.run(context(root, "graph"), "student")
+    graph.run(context(root, "graph"))
     capsys.readouterr()
     evaluate.run(here, KEYS)
     said, table = "".join(capsys.readouterr()), json.loads((root / "results.json").read_text())
@@ -143,7 +143,7 @@ def test_two_ranks_judge_as_one_does(root, scope):
     here = context(root, "evaluation", f"graph.scope={scope}")
     trained(here)
     if scope == "dataset":
-        graph.run(context(root, "graph"), "student")
+        graph.run(context(root, "graph"))
     names = ranks_evaluate(str(root), scope)
     alone = {name: dict(np.load(root / "evaluation" / f"{name}.npz")) for name in names}
     assert rank_group.run(ranks_evaluate, 2, str(root), scope) == [names] * 2
@@ -259,8 +259,8 @@ def test_corrupt_images_are_counted_when_the_graph_is_built(root):
     here = context(root, "graph", "data.max_corrupt=0.01")
     trained(here)
     with pytest.raises(UserError, match="2 corrupt training images among 60"):
-        graph.run(here, "student")
+        graph.run(here)
     assert not list((root / "graph").glob("v????"))
     with pytest.raises(UserError, match="2 corrupt training images among 60") as caught:
-        graph.run(here, "student")  # all is embedded: it resumes there, and is refused again
+        graph.run(here)  # all is embedded: it resumes there, and is refused again
     assert "train03" in caught.value.what

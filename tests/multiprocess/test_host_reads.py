@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from cnn2gnn_dist.durable import read_lines
 from cnn2gnn_dist.stages.shared.tally import Tally
 from cnn2gnn_dist.training.checkpoint import folder as disk
-from cnn2gnn_dist.training.metrics import read
 from tests.support.runs import environment, finish, start, torchrun
 
 NO_LINES = ["run.log_steps=1000"]  # except at the end of an epoch
@@ -74,7 +74,9 @@ def test_a_diverged_step_is_named_and_never_saved(
         assert f"rank {rank} is told: the loss is not finite at step 12" in output, output[-4000:]
     saved = disk.all_of(folder / "run" / "student" / "checkpoints")
     assert [path.name for path in saved] == ["step-00000009"]
-    assert [line["step"] for line in read(folder / "run" / "student" / "metrics.jsonl")] == [9]
+    assert [line["step"] for line in read_lines(folder / "run" / "student" / "metrics.jsonl")] == [
+        9
+    ]
 
 
 def test_a_tally_adds_up_as_pythons_floats_do() -> None:

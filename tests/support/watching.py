@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from cnn2gnn_dist.training import metrics
+from cnn2gnn_dist import durable
 from tests.support.forks import Fork
 
 
@@ -36,7 +36,7 @@ def reach(
     def there() -> bool:
         if step is None:
             return latest.exists()
-        return path.exists() and any(line["step"] >= step for line in metrics.read(path))
+        return path.exists() and any(line["step"] >= step for line in durable.read_lines(path))
 
     while not there():
         if process.poll() is not None or time.monotonic() > deadline:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from cnn2gnn_dist.data.images.decode import MAX_PIXELS, CorruptSample
 from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.splitmix import GOLDEN, mixed
 
 KINDS = ("none", "shift", "crop_flip", "random_resized_crop")
 
@@ -189,7 +190,7 @@ def uniform(seed: int, ids: np.ndarray, view: int, draw: int) -> np.ndarray:
 def _state(seed: int, ids: np.ndarray, view: int) -> np.ndarray:
     """Return [N] uint64, the part of the hash that all draws of a view share."""
     with np.errstate(over="ignore"):
-        state = _mix(np.uint64(seed & 0xFFFFFFFFFFFFFFFF) + np.uint64(0x9E3779B97F4A7C15))
+        state = _mix(np.uint64(seed & 0xFFFFFFFFFFFFFFFF) + GOLDEN)
         return _mix(_mix(state ^ ids) ^ np.uint64(view & 0xFFFFFFFF))
 
 
@@ -200,11 +201,8 @@ def _draw(state: np.ndarray, draw: int | np.ndarray) -> np.ndarray:
 
 
 def _mix(x: np.ndarray | np.uint64) -> np.ndarray:
-    """One step of splitmix64 (Steele, Lea & Flood, OOPSLA 2014)."""
-    x = np.asarray(x, dtype=np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.asarray(x ^ (x >> np.uint64(31)))
+    """One step of splitmix64."""
+    return mixed(np.asarray(x, dtype=np.uint64) + GOLDEN)
 
 
 def _resized_boxes(

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 
+from cnn2gnn_dist import durable
 from cnn2gnn_dist.data.index.shard_rows import COLUMNS
 from cnn2gnn_dist.data.storage.urls import is_remote
 from cnn2gnn_dist.errors import UserError
@@ -66,13 +67,12 @@ def write(path: Path, about: About, columns: Mapping[str, np.ndarray], keys: pa.
         metadata={_METADATA: json.dumps(header).encode()},
     )
     batch = pa.RecordBatch.from_arrays(list(arrays.values()), schema=schema)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        with pa.ipc.new_file(file, schema) as writer:
-            writer.write_batch(batch)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, target)
+    with (
+        durable.replacing(target, shared=True) as temporary,
+        open(temporary, "wb") as file,
+        pa.ipc.new_file(file, schema) as writer,
+    ):
+        writer.write_batch(batch)
 
 
 def read(path: Path, make: Callable[[About, dict[str, np.ndarray], pa.Array], Made]) -> Made:

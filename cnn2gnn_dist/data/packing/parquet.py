@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from cnn2gnn_dist.data.images.file_kind import ENOUGH, kind_of, remedy_for
 from cnn2gnn_dist.data.index.class_matching import check_count
 from cnn2gnn_dist.data.tar.tar_file import shown
-from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.errors import UserError, first_line
 
 _LAYOUT = "The layout is struct<bytes: binary, path: string>, or binary, of encoded images."
 
@@ -75,7 +75,7 @@ def _unreadable(path: Path, failure: Exception) -> UserError:
         return UserError(what, where=str(path), remedy="Download it again.")
     if kind == "a Parquet file":
         return UserError(
-            f"The Parquet file cannot be read: it is cut or damaged ({_first_line(failure)}).",
+            f"The Parquet file cannot be read: it is cut or damaged ({_reason(failure)}).",
             where=str(path),
             remedy="Download it again.",
         )
@@ -94,14 +94,14 @@ def _unreadable(path: Path, failure: Exception) -> UserError:
             remedy=remedy_for(kind, "Name Parquet files."),
         )
     return UserError(
-        f"The Parquet file cannot be read: {_first_line(failure)}",
+        f"The Parquet file cannot be read: {_reason(failure)}",
         where=str(path),
         remedy="Check the path; download the file again if it is damaged.",
     )
 
 
-def _first_line(failure: Exception) -> str:
-    return (str(failure).splitlines() or [type(failure).__name__])[0].rstrip(".")
+def _reason(failure: Exception) -> str:
+    return first_line(failure).rstrip(".")
 
 
 def read_labels(paths: Sequence[Path], image_column: str, label_column: str) -> Labels:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from cnn2gnn_dist import log
+from cnn2gnn_dist import durable, log
 from cnn2gnn_dist.data.images.formats import image_suffix
 from cnn2gnn_dist.data.index.class_names import refuse_blank
 from cnn2gnn_dist.errors import UserError
@@ -61,24 +61,18 @@ def write_shards(
     paths = []
     for first in range(0, count, shard_size):
         path = folder / f"{prefix}-{first // shard_size:06d}.tar"
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with open(temporary, "wb") as file:
-                with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
-                    for _ in range(min(shard_size, count - first)):
-                        _add_sample(tar, next(stream), classes)
-                        bar.update()
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with (
+            durable.replacing(path, shared=True) as temporary,
+            tarfile.open(temporary, mode="w", format=tarfile.PAX_FORMAT) as tar,
+        ):
+            for _ in range(min(shard_size, count - first)):
+                _add_sample(tar, next(stream), classes)
+                bar.update()
         paths.append(path)
     bar.close()
     names = folder / f"{prefix}-classes.json"
-    temporary = names.with_name(f".{names.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(list(classes), ensure_ascii=False, indent=0) + "\n", "utf-8")
-    os.replace(temporary, names)
+    text = json.dumps(list(classes), ensure_ascii=False, indent=0) + "\n"
+    durable.write_text(names, text, shared=True)
     return paths
 
 

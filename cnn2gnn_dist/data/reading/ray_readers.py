@@ -27,7 +27,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cnn2gnn_dist.data.reading.reader import Batch, Reader, ReaderSpec, Request
 from cnn2gnn_dist.data.reading.reader_actor import ReaderActor, batch_of
-from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.errors import UserError, last_line
 from cnn2gnn_dist.runtime.ray_session import exit_code_kept
 
 _log = logging.getLogger(__name__)
@@ -265,7 +265,7 @@ class _Reader:
             self._stillborn += 1
             if error.actor_init_failed or self._stillborn == MOST_DEATHS:
                 raise UserError(
-                    f"a reader can't be started: {_last_line(error)}",
+                    f"a reader can't be started: {last_line(error)}",
                     where="stream.backend=ray",
                     remedy="see the readers' logs, or stream.backend=local",
                 ) from error
@@ -295,13 +295,8 @@ def _store_bytes() -> float:
 
 def _hopeless(request: Request, error: Exception) -> UserError:
     return UserError(
-        f"a reader died {MOST_DEATHS} times on one request: {_last_line(error)}",
+        f"a reader died {MOST_DEATHS} times on one request: {last_line(error)}",
         where=f"sample ids {request.ids[:4].tolist()}…, view {request.view}",
         remedy="see the readers' logs (in Ray's session folder; of a failed `cnn2gnn run` in the "
         "run's ray-logs); memory is the usual reason: fewer stream.workers, smaller batches",
     )
-
-
-def _last_line(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__

@@ -50,21 +50,6 @@ def reusable(root: Path, number: int, key: str) -> GraphVersion | None:
     return open_version(path) if collectives.alone(look) else None
 
 
-def parts_of(rank: int, world_size: int, parts: int) -> list[int]:
-    """Return the partitions that a rank owns: part p goes to rank p·R // P.
-
-    Raises:
-        UserError: fewer partitions than ranks.
-    """
-    if parts < world_size:
-        raise UserError(
-            f"{parts} partitions for {world_size} ranks: every rank needs one",
-            where="graph.partition.parts",
-            remedy=f"graph.partition.parts={world_size} or a multiple of it",
-        )
-    return [p for p in range(parts) if p * world_size // parts == rank]
-
-
 class Neighbourhood:
     """Blocks around seeds, from the partitions that this rank owns.
 

@@ -16,7 +16,6 @@ from cnn2gnn_dist.models.student import Scope, Student
 from cnn2gnn_dist.models.teacher import build_teacher
 from cnn2gnn_dist.training.checkpoint import folder as checkpoint_folder
 from cnn2gnn_dist.training.checkpoint.folder import load_weights
-from cnn2gnn_dist.training.checkpoint.manager import Checkpoints
 from cnn2gnn_dist.training.sync_norm import synchronise_norms
 
 
@@ -72,27 +71,27 @@ def check_norms(config: Config) -> None:
     synchronise_norms(build_stem(s.stem, s.dim, config.views.size, **untrained))
 
 
-def load_model(model: nn.Module, checkpoints: Checkpoints, stage: str) -> None:
-    """Load the weights and buffers with which a finished stage ended, without DeepSpeed.
+def load_model(model: nn.Module, root: Path, stage: str) -> None:
+    """Load the weights and buffers with which a finished stage of a run ended, without DeepSpeed.
 
     Raises:
         UserError: the stage is not finished, or that checkpoint is incomplete; no other is used
             instead, since whatever was built on the stage matches only that one.
     """
-    model.load_state_dict(load_weights(final_checkpoint(checkpoints.folder.parent, stage)))
+    model.load_state_dict(load_weights(final_checkpoint(root, stage)))
 
 
-def final_checkpoint(folder: Path, stage: str) -> Path:
+def final_checkpoint(root: Path, stage: str) -> Path:
     """Return the checkpoint that a finished training has recorded in ``done.json``, verified.
 
     Raises:
         UserError: the stage is not finished; that checkpoint is missing or corrupt.
     """
-    path = checkpoint_folder.recorded(folder)
+    path = checkpoint_folder.recorded(root / stage)
     if path is None:
         raise UserError(
             f"the stage {stage} is not finished",
-            where=str(folder),
+            where=str(root / stage),
             remedy=f"run `cnn2gnn {stage}` first",
         )
     problem = checkpoint_folder.damage(path)
@@ -120,11 +119,10 @@ def check_built_on(root: Path, stage: str, need: str) -> None:
         )
 
 
-def norms_of(root: Path, model: str) -> list[list[int]]:
+def norms_of(stage_folder: Path) -> list[list[int]]:
     """[step, images] of a trained model: from which step on BatchNorm saw how many images at a time.
 
     More than one pair: training was resumed with other micro-batches or ranks. Empty without BatchNorm.
     """
-    stage = "control" if model.startswith("control") else model
-    path = checkpoint_folder.recorded(root / stage)
+    path = checkpoint_folder.recorded(stage_folder)
     return list(checkpoint_folder.read_state(path)["extra"].get("norms", [])) if path else []

@@ -21,6 +21,7 @@ from cnn2gnn_dist.runtime import collectives, preemption
 from cnn2gnn_dist.stages.shared.context import Context, CorruptCount
 from cnn2gnn_dist.stages.shared.tally import Tally
 from cnn2gnn_dist.training import ds_config, random_state
+from cnn2gnn_dist.training.checkpoint.folder import root_of
 from cnn2gnn_dist.training.checkpoint.manager import Checkpoints
 from cnn2gnn_dist.training.engine import Engine
 from cnn2gnn_dist.training.metrics import MetricsLog, process_memory_mb
@@ -86,11 +87,11 @@ class Training:
         self.engine = Engine(
             model, resolved, device=context.device, late=late.names if late else ()
         )
-        # Rank losses are averaged over ranks and micro-batches: this divisor makes them sum / G,
+        # Rank losses are averaged over ranks and micro-batches: divided by this they are sum / G,
         # whatever the ranks' shares of the global batch.
-        self.divisor = settings.global_batch / world_size / self.accumulation
+        self.micro: int = resolved["train_micro_batch_size_per_gpu"]
         self.checkpoints = Checkpoints(
-            context.folder / "checkpoints",
+            root_of(context.folder),
             context.key,
             context.about,
             keep_last=context.config.checkpoint.keep_last,
@@ -102,11 +103,10 @@ class Training:
         self._saved_at = -1
         self.best: float | None = None
         self._order: str | None = None
-        micro = settings.global_batch // world_size // self.accumulation
         self.norms: list[list[int]] = []
         """[step, images]: from which step on BatchNorm has seen how many images at a time."""
         self._resume()
-        self._note_norms(batch_of_norms(model, micro, world_size))
+        self._note_norms(batch_of_norms(model, self.micro, world_size))
 
     def _resume(self) -> None:
         loaded = self.checkpoints.load(self.engine, force=self.context.force)
@@ -220,7 +220,7 @@ class Training:
         Nothing is read from the device here: a read would wait for all queued work.
         """
         loss = (loss_B * valid_B).sum()
-        self.engine.backward(loss / self.divisor)
+        self.engine.backward(loss / self.micro)
         with torch.no_grad():
             right = ((logits_BC.argmax(1) == labels_B) * valid_B).sum()
             self.tally.add(loss.detach(), right, valid_B.sum())

@@ -34,6 +34,11 @@ File = tuple[str, int, str]
 """Name, bytes, SHA-256."""
 
 
+def root_of(stage_folder: Path) -> Path:
+    """Where the checkpoints of a stage lie."""
+    return Path(stage_folder) / "checkpoints"
+
+
 def path_of(root: Path, step: int) -> Path:
     """Folder of the checkpoint after ``step`` optimizer steps."""
     return Path(root) / f"step-{step:08d}"

@@ -35,12 +35,10 @@ class Loaded:
     Attributes:
         extra: what all ranks had in common.
         owns: the private state of each rank that wrote it, in rank order.
-        same_run: False if it is another run's, where that was allowed.
     """
 
     extra: dict[str, Any]
     owns: list[dict[str, Any]]
-    same_run: bool = True
 
 
 class Checkpoints:
@@ -177,8 +175,7 @@ class Checkpoints:
         if path is None:
             return None
         state = disk.read_state(path)
-        same = state["run_id"] == self.run_id
-        if not same and not force:
+        if state["run_id"] != self.run_id and not force:
             raise self._of_another_run(path, state)
         tensors = disk.read_tensors(path)
         _check_shapes(engine, tensors, path)
@@ -187,7 +184,7 @@ class Checkpoints:
         named_state.push_buffers(engine, tensors, collectives.rank() if alike else None)
         engine.steps = int(state["step"])
         engine.deepspeed.global_steps = engine.steps
-        return Loaded(state["extra"], disk.read_owns(path), same)
+        return Loaded(state["extra"], disk.read_owns(path))
 
     def _of_another_run(self, path: Path, state: dict[str, Any]) -> UserError:
         before, now = (

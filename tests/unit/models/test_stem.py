@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.models.cost import count_flops, count_parameters, flops_per_image
+from cnn2gnn_dist.models.cost import count_flops, count_parameters
 from cnn2gnn_dist.models.normalise import Normalise
 from cnn2gnn_dist.models.stem import build_stem
 
@@ -33,14 +33,14 @@ def test_transformers_are_built_for_the_image_size() -> None:
 
 @pytest.mark.parametrize("name", ["conv3", "resnet_tiny"])
 def test_large_images_are_reduced_at_the_door(name: str) -> None:
-    small = flops_per_image(build_stem(name, 16, 64), 3, 64, 64)
-    assert flops_per_image(build_stem(name, 16, 128), 3, 128, 128) < 2 * small
-    assert flops_per_image(build_stem(name, 16, 224), 3, 224, 224) < 2 * small
+    small = count_flops(build_stem(name, 16, 64), torch.zeros(1, 3, 64, 64))
+    assert count_flops(build_stem(name, 16, 128), torch.zeros(1, 3, 128, 128)) < 2 * small
+    assert count_flops(build_stem(name, 16, 224), torch.zeros(1, 3, 224, 224)) < 2 * small
 
 
 def test_resnet_tiny_is_of_the_stated_size() -> None:
     stem = build_stem("resnet_tiny", 128, 32, widths=[12, 24, 48])
-    multiply_adds = flops_per_image(stem, 3, 32, 32) / 2
+    multiply_adds = count_flops(stem, torch.zeros(1, 3, 32, 32)) / 2
     assert 6.5e6 < multiply_adds < 7.5e6
     deeper = build_stem("resnet_tiny", 128, 32, blocks=2)
     assert count_parameters(deeper) > count_parameters(stem)
@@ -82,7 +82,7 @@ def test_normalise_equals_the_definition() -> None:
 
 def test_flops_count_two_a_multiply_add() -> None:
     conv = nn.Conv2d(3, 8, 3, padding=1)
-    assert flops_per_image(conv, 3, 10, 10) == 2 * 3 * 8 * 9 * 100
+    assert count_flops(conv, torch.zeros(1, 3, 10, 10)) == 2 * 3 * 8 * 9 * 100
     linear = nn.Linear(7, 5)
     assert count_flops(linear, torch.zeros(4, 7)) == 2 * 4 * 7 * 5
     assert count_flops(lambda a, b: a @ b, torch.zeros(2, 3), torch.zeros(3, 4)) == 2 * 2 * 3 * 4

@@ -12,11 +12,12 @@ from sklearn.metrics import balanced_accuracy_score
 from torch import Tensor
 
 from cnn2gnn_dist import settings
+from cnn2gnn_dist.data.batch_sizes import parts_of_rank
 from cnn2gnn_dist.data.index import manifest as manifests
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.runtime.ranks import Ranks
 from cnn2gnn_dist.stages.evaluate import as_json, table
-from cnn2gnn_dist.stages.neighbours.neighbourhood import last_refresh, parts_of
+from cnn2gnn_dist.stages.neighbours.neighbourhood import last_refresh
 from cnn2gnn_dist.stages.shared import predictions as judging
 from cnn2gnn_dist.stages.shared.context import Context, RunPaths
 from cnn2gnn_dist.stages.shared.predictions import Predictions, calibration_error
@@ -170,7 +171,7 @@ def test_last_refresh_over_epochs():
 
 @pytest.mark.parametrize(("world", "parts"), [(1, 1), (1, 4), (2, 2), (2, 5), (3, 8), (4, 4)])
 def test_every_part_has_one_owner_and_every_rank_a_part(world, parts):
-    owned = [parts_of(rank, world, parts) for rank in range(world)]
+    owned = [parts_of_rank(rank, world, parts) for rank in range(world)]
     assert sorted(p for parts_of_one in owned for p in parts_of_one) == list(range(parts))
     assert all(owned)
 

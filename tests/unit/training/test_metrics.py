@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from cnn2gnn_dist import durable
+from cnn2gnn_dist.durable import read_lines
 from cnn2gnn_dist.training import metrics
-from cnn2gnn_dist.training.metrics import MetricsLog, console_line, process_memory_mb, read
+from cnn2gnn_dist.training.metrics import MetricsLog, process_memory_mb
 
 
 def quiet(folder: Path, rank: int = 0) -> MetricsLog:
@@ -20,7 +22,7 @@ def test_lines_come_back(tmp_path: Path) -> None:
     log = quiet(tmp_path / "new" / "folder")
     log.log(1, loss=2.5, lr=1e-3)
     log.log(2, loss=2.25)
-    found = read(log.path)
+    found = read_lines(log.path)
     assert [line["step"] for line in found] == [1, 2]
     assert found[0]["loss"] == 2.5
     assert found[0]["lr"] == 1e-3
@@ -50,7 +52,7 @@ def test_resume_drops_what_came_after_the_checkpoint(tmp_path: Path) -> None:
     again = quiet(tmp_path)
     again.truncate_after(3)
     again.log(4, loss=40.0)
-    assert [(x["step"], x["loss"]) for x in read(log.path)] == [
+    assert [(x["step"], x["loss"]) for x in read_lines(log.path)] == [
         (1, 1.0),
         (2, 2.0),
         (3, 3.0),
@@ -72,12 +74,12 @@ def test_a_line_cut_off_by_a_kill_is_left_out(tmp_path: Path, cut: int) -> None:
     log.log(2, loss=2.0)
     text = log.path.read_text()
     log.path.write_text(text[: -cut - 1])
-    assert [line["step"] for line in read(log.path)] == [1]
+    assert [line["step"] for line in read_lines(log.path)] == [1]
     again = quiet(tmp_path)
     again.truncate_after(2)
     assert again.path.read_text() == whole
     again.log(2, loss=3.0)
-    assert [line["step"] for line in read(log.path)] == [1, 2]
+    assert [line["step"] for line in read_lines(log.path)] == [1, 2]
 
 
 def test_a_kill_while_truncating_loses_nothing(
@@ -91,7 +93,7 @@ def test_a_kill_while_truncating_loses_nothing(
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(metrics.os, "replace", killed)
+    monkeypatch.setattr(durable.os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         log.truncate_after(1)
     assert log.path.read_text() == before
@@ -101,7 +103,7 @@ def test_a_broken_line_costs_no_other(tmp_path: Path) -> None:
     """A log is no reason to stop training."""
     log = quiet(tmp_path)
     log.path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
-    assert [line["step"] for line in read(log.path)] == [1, 3]
+    assert [line["step"] for line in read_lines(log.path)] == [1, 3]
 
 
 def test_a_value_that_is_no_number_is_still_json(tmp_path: Path) -> None:
@@ -116,23 +118,22 @@ def test_a_value_that_is_no_number_is_still_json(tmp_path: Path) -> None:
     assert line["lr"] is None
 
 
-def test_console_line() -> None:
-    line = console_line(
-        "teacher",
+def test_console_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], console: None) -> None:
+    MetricsLog(tmp_path, 0, tensorboard=False, name="teacher").log(
         120,
-        {
-            "epoch": 3.0,
-            "loss": 1.23449,
-            "accuracy": 0.567,
-            "images_per_s": 1234.4,
-            "wait_share": 0.031,
-            "memory_mb": 812.3,
-            "homophily": 0.714,
-            "lr": 0.1,
-        },
+        epoch=3.0,
+        loss=1.23449,
+        accuracy=0.567,
+        images_per_s=1234.4,
+        wait_share=0.031,
+        memory_mb=812.3,
+        homophily=0.714,
+        lr=0.1,
     )
-    assert line == (
-        "teacher  step 120    epoch 3.00  loss 1.234  acc 56.7%  1234 img/s  wait 3%"
+    line = capsys.readouterr().err.rstrip()
+    assert "teacher" in line
+    assert line.endswith(
+        "step 120    epoch 3.00  loss 1.234  acc 56.7%  1234 img/s  wait 3%"
         "  mem 812 MB  homophily 0.71"
     )
 
@@ -155,7 +156,7 @@ def test_the_console_is_throttled_but_shows_every_test(
     assert [line.split("step")[1].split()[0] for line in said.splitlines()] == ["1", "2", "3"]
     assert "test 50.0%" in said
     assert "loss 2" not in said
-    assert len(read(log.path)) == 4
+    assert len(read_lines(log.path)) == 4
 
 
 def test_tensorboard_forgets_what_was_truncated(tmp_path: Path) -> None:

@@ -1,0 +1,27 @@
+"""The rows of ``results.json`` and what people call them."""
+
+from __future__ import annotations
+
+CONTROL = "control_mlp"
+"""The row of the model that the stage ``control`` trains."""
+
+LABELS = {
+    "teacher": "teacher",
+    "student": "student (graph)",
+    "self_path": "its self path alone",
+    "vote": "its neighbours' vote",
+    CONTROL: "control (MLP head)",
+}
+"""In the order of the table."""
+
+_SHORT = {"self_path": "self path", CONTROL: "control"}
+
+
+def short(row: str) -> str:
+    """A row's name in a legend."""
+    return _SHORT.get(row, row)
+
+
+def stage_of(row: str) -> str:
+    """The stage that trains a row's model."""
+    return "control" if row == CONTROL else row
