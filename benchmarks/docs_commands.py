@@ -37,7 +37,7 @@ KINDS: list[tuple[str, str, str]] = [  # pattern of the command, kind, why
     (r"^cnn2gnn run --config demo$", "demo", "again: skips what is whole"),
     (r"^cnn2gnn student --config demo$", "demo", ""),
     (r"^cnn2gnn (predict|checkpoint) .*runs/demo", "demo", "looks at the demo's run"),
-    (r"^torchrun .*docs/stream_example.py", "demo", "reads the demo's shards"),
+    (r"^torchrun .*examples/stream.py", "demo", "reads the demo's shards"),
     (r"^pip install", "install", "into the clone's own .venv; not with --venv"),
     (r"requirements-build", "long", "compiles for about 25 minutes"),
     (r"make (test|quick|lint|docs|install)", "long", "all tests, or the unit tests, or an install"),

@@ -22,7 +22,7 @@ def test_the_example_runs_under_torchrun_and_goes_on(tmp_path):
     def run(ranks: int, epochs: int) -> str:
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
         command += ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
-        command += ["docs/stream_example.py", str(tmp_path / "s"), str(checkpoint), str(epochs)]
+        command += ["examples/stream.py", str(tmp_path / "s"), str(checkpoint), str(epochs)]
         environ = {**os.environ, "PYTHONPATH": str(REPOSITORY), "GLOO_SOCKET_IFNAME": "lo"}
         done = subprocess.run(
             command,

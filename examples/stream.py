@@ -1,6 +1,6 @@
 """A training script that uses the stream and nothing else of this package.
 
-torchrun --nproc_per_node 2 docs/stream_example.py 'runs/demo/shards/train-*.tar' /tmp/example.pt 3
+torchrun --nproc_per_node 2 examples/stream.py 'runs/demo/shards/train-*.tar' /tmp/example.pt 3
 
 Stop it at any moment and start it again, with another --nproc_per_node if you like: it resumes at
 the batch after its last saved one.
