@@ -377,6 +377,7 @@ def run(folder: Path, *words: str, **environment: str) -> subprocess.CompletedPr
         for name in (
             "__init__.py",
             "errors.py",
+            "log.py",
             "durable.py",
             "data/images/partial.py",
             "data/images/partial.c",
