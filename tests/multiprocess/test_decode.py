@@ -26,9 +26,9 @@ UNFOLD = """
 import json, resource, signal, sys, warnings
 import numpy as np
 from tests.support.bombs import all_bombs
-from cnn2gnn_dist.data.decode import CorruptSample, decode
-from cnn2gnn_dist.data.imaging import fill_views
-from cnn2gnn_dist.data.views import ViewSpec
+from cnn2gnn_dist.data.images.decode import CorruptSample, decode
+from cnn2gnn_dist.data.images.batch_views import fill_views
+from cnn2gnn_dist.data.images.views import ViewSpec
 
 warnings.simplefilter("ignore")
 bombs = all_bombs()

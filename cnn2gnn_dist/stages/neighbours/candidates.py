@@ -128,11 +128,13 @@ class _Bar:
     def __init__(self, context: Context) -> None:
         self.shown = context.ranks.is_first
         self.bar: Any = None
+        self.phase = ""
 
     def __call__(self, phase: str, done: int, total: int) -> None:
         if not self.shown or total < LONG:
             return
-        if self.bar is None or self.bar.desc != f"{phase}: ":
+        if self.bar is None or self.phase != phase:
+            self.phase = phase
             self.bar = log.progress(
                 total=total, desc=phase, unit="unit", leave=False, initial=done - 1
             )

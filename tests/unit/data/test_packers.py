@@ -437,7 +437,7 @@ def test_imagefolder_that_does_not_fit(tmp_path: Path) -> None:
 
 
 def test_imagefolder_says_what_it_leaves_out(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, console: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     jpg = encode_image(IMAGES[0], "jpg")
     root = tree(
@@ -456,7 +456,7 @@ def test_imagefolder_says_what_it_leaves_out(
     (root / "bee" / "gone.png").symlink_to(tmp_path / "nowhere.png")
     paths = pack_imagefolder(root, tmp_path / "out", prefix="some")
     assert len(index(paths)) == 10
-    assert capsys.readouterr().out.strip() == (
+    assert capsys.readouterr().err.strip() == (
         "pack     some: 10 images; left out: 2 .avif (not read; first: bee/2.avif), "
         "1 .md (not read; first: README.md), 1 broken link (first: bee/gone.png), "
         "1 hidden (first: bee/.4.png), 1 loose file beside the class folders (first: loose.png)"
@@ -468,7 +468,7 @@ def test_imagefolder_says_what_it_leaves_out(
 
 
 def test_imagefolder_leaves_out_what_is_no_image_up_to_the_limit(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, console: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = {f"{c}/{n}.png": encode_image(IMAGES[n]) for c in ("ant", "bee") for n in range(4)}
     page, avif = b"<!DOCTYPE html>404", b"\0\0\0\x1cftypavif" + bytes(50)
@@ -483,7 +483,7 @@ def test_imagefolder_leaves_out_what_is_no_image_up_to_the_limit(
     assert sorted(key for key, _ in contents(paths)) == sorted(
         n[:5].replace("/", "_") for n in files
     )
-    assert "left out: 3 corrupt (first: ant/7.jpg: an HTML page" in capsys.readouterr().out
+    assert "left out: 3 corrupt (first: ant/7.jpg: an HTML page" in capsys.readouterr().err
     for name in files:
         if name.startswith("ant"):
             (root / name).write_bytes(b"")
@@ -491,7 +491,9 @@ def test_imagefolder_leaves_out_what_is_no_image_up_to_the_limit(
         pack_imagefolder(root, tmp_path / "out", max_corrupt=1)
 
 
-def test_names_that_are_not_utf8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_names_that_are_not_utf8(
+    tmp_path: Path, console: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = tree(tmp_path / "in", {"ant/1.png": encode_image(IMAGES[0])})
     other = os.fsencode(root) + b"/caf\xe9"
     os.mkdir(other)
@@ -504,7 +506,7 @@ def test_names_that_are_not_utf8(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert manifest.label_N.sum() == 2
     about = [json.loads(fields["json"])["filename"] for _, fields in contents(paths)]
     assert sorted(about) == ["ant/1.png", "caf\\xe9/a\\xe8.png", "caf\\xe9/a\\xe9.png"]
-    assert "1 .txt (not read; first: caf\\xe9/b\\xe9.txt)" in capsys.readouterr().out
+    assert "1 .txt (not read; first: caf\\xe9/b\\xe9.txt)" in capsys.readouterr().err
     (root / "caf\\xe9").mkdir()
     (root / "caf\\xe9" / "1.png").write_bytes(encode_image(IMAGES[2]))
     with pytest.raises(UserError, match="same name once it is written in UTF-8"):
