@@ -188,7 +188,5 @@ def test_dry_run_prints_config_and_plan(micro_run):
     plan = done.stdout.splitlines()[-8:]
     assert plan[3].split()[:2] == ["targets", "whole"]
     assert "student.epochs: 3 -> 5" in plan[4]
-    assert (
-        json.loads((micro_run / "student" / "done.json").read_text())["parts"]["student"]["epochs"]
-        == 3
-    )
+    done_json = json.loads((micro_run / "student" / "done.json").read_text())
+    assert done_json["parts"]["student.epochs"] == 3

@@ -457,7 +457,7 @@ def test_imagefolder_says_what_it_leaves_out(
     paths = pack_imagefolder(root, tmp_path / "out", prefix="some")
     assert len(index(paths)) == 10
     assert capsys.readouterr().err.strip() == (
-        "pack     some: 10 images; left out: 2 .avif (not read; first: bee/2.avif), "
+        "note: some: 10 images; left out: 2 .avif (not read; first: bee/2.avif), "
         "1 .md (not read; first: README.md), 1 broken link (first: bee/gone.png), "
         "1 hidden (first: bee/.4.png), 1 loose file beside the class folders (first: loose.png)"
     )
