@@ -1,4 +1,13 @@
-"""Errors for the user to fix: what is wrong, where, and the remedy."""
+"""Errors for the user to fix: what is wrong, where, and the remedy.
+
+How the texts are written, so that a line of the command line reads on from ``cnn2gnn:``
+
+- ``what``: what is wrong, with the values concerned. It begins in lower case (but for names, such as
+  Ray or METIS) and has no full stop; a second thought follows after a colon or a semicolon.
+- ``where``: a path, a key, a field or a variable, as it is typed; no sentence.
+- ``remedy``: what to do, as an order or a command, in the same form as ``what``. Carried out as it is
+  written it works (``tests/end_to_end/test_remedies.py``).
+"""
 
 from __future__ import annotations
 

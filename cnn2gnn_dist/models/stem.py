@@ -41,7 +41,7 @@ def build_stem(name: str, dim_out: int, image_size: int, **args: Any) -> nn.Modu
     known = list(inspect.signature(builder).parameters)[2:]
     if unknown := sorted(set(args) - set(known)):
         raise UserError(
-            f"The stem {name} doesn't take {', '.join(unknown)}",
+            f"the stem {name} doesn't take {', '.join(unknown)}",
             where="student.stem_args",
             remedy=f"it takes {', '.join(known)}",
         )

@@ -83,7 +83,7 @@ class Student(nn.Module):
         super().__init__()
         if scope not in get_args(Scope):
             raise UserError(
-                f"There is no scope '{scope}'",
+                f"there is no scope '{scope}'",
                 where="graph.scope",
                 remedy=f"one of {', '.join(get_args(Scope))}",
             )

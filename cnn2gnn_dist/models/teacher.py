@@ -48,7 +48,7 @@ def build_teacher(
     """
     if pretrained and weights:
         raise UserError(
-            "Two sources of weights: pretrained and weights",
+            "two sources of weights: pretrained and weights",
             where="teacher.pretrained, teacher.weights",
             remedy="keep one: weights is a local file, pretrained downloads timm's own",
         )
@@ -133,7 +133,7 @@ def _create(
                 remedy="choose another network or arguments that fit the image size",
             ) from failure
         raise UserError(
-            f"The pretrained weights of {arch} can't be had: {first_line(failure)}",
+            f"the pretrained weights of {arch} can't be had: {first_line(failure)}",
             where="teacher.pretrained",
             remedy="fetch them where there is a network (HF_HOME holds the cache; HF_HUB_OFFLINE "
             "forbids the network), or name a local file in teacher.weights, or set "
@@ -163,7 +163,7 @@ def _load(network: nn.Module, weights: str) -> None:
         parts = [f"of another shape or unknown: {_few(wrong)}"] if wrong else []
         parts += [f"missing: {_few(missing)}"] if missing else []
         raise UserError(
-            f"The weights don't fit the network ({'; '.join(parts)})",
+            f"the weights don't fit the network ({'; '.join(parts)})",
             where=str(weights),
             remedy="use weights of the same teacher.arch, teacher.args and kind of first layer "
             f"(images up to {SMALL_IMAGE} pixels get a 3×3 one)",
@@ -176,7 +176,7 @@ def _load(network: nn.Module, weights: str) -> None:
 def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(
-            "The file of weights doesn't exist", where=str(path), remedy="correct teacher.weights"
+            "the file of weights doesn't exist", where=str(path), remedy="correct teacher.weights"
         )
     try:
         if path.suffix == ".safetensors":
@@ -187,7 +187,7 @@ def _read(path: Path) -> dict[str, Tensor]:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as failure:  # safetensors, zip and unpickling errors all mean the same here
         raise UserError(
-            f"The file of weights can't be read: {first_line(failure)}",
+            f"the file of weights can't be read: {first_line(failure)}",
             where=str(path),
             remedy="give a .safetensors file, or a torch file that holds tensors only",
         ) from failure
@@ -196,7 +196,7 @@ def _read(path: Path) -> dict[str, Tensor]:
             state = state[wrapper]
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
         raise UserError(
-            "The file holds no table of named tensors",
+            "the file holds no table of named tensors",
             where=str(path),
             remedy="save model.state_dict() in it",
         )

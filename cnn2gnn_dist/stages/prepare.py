@@ -136,9 +136,9 @@ def check_tree(root: Path) -> None:
         with open(root, "rb") as file:
             kind = kind_of(file.read(ENOUGH)) or "a file"
         raise UserError(
-            f"The source 'imagefolder' reads a folder, and this is {kind}.",
+            f"the source 'imagefolder' reads a folder, and this is {kind}",
             where=str(root),
-            remedy=remedy_for(kind, "Name the folder that holds a folder for each class."),
+            remedy=remedy_for(kind, "name the folder that holds a folder for each class"),
         )
     if not root.is_dir():
         return  # the packer reports it
@@ -150,9 +150,9 @@ def check_tree(root: Path) -> None:
     if other is not None:
         kinds = {"shards": "tar shards", "parquet": "Parquet files"}
         raise UserError(
-            f"The folder holds {kinds[other]}, and no images in folders.",
+            f"the folder holds {kinds[other]}, and no images in folders",
             where=str(root),
-            remedy=f"Say data.source={other} if these are the data, or name another folder.",
+            remedy=f"say data.source={other} if these are the data, or name another folder",
         )
 
 

@@ -24,18 +24,18 @@ _MAGIC = (
     (b"RIFF", "a WebP image"),
 )
 _REMEDIES = {
-    "an HTML page": "Open the address in a browser: is it a login page, an error page, or a page "
-    "about the file? Use the address of the file itself.",
-    "an XML answer": "It may be a store's error message: look into it, and use the address of the "
-    "file itself.",
-    "JSON": "It may be a server's error message: look into it, and use the address of the file "
-    "itself.",
-    "a Git LFS pointer": "Fetch the file that it stands for: git lfs pull.",
-    "a Parquet file": "Parquet files are read with data.source=parquet.",
-    "a JPEG image": "Folders of images are read with data.source=imagefolder.",
-    "a PNG image": "Folders of images are read with data.source=imagefolder.",
-    "a zip archive": "Unpack it, and read its images with data.source=imagefolder.",
-    "a tar archive": "Tar shards are read with data.source=shards.",
+    "an HTML page": "open the address in a browser: is it a login page, an error page, or a page "
+    "about the file? Use the address of the file itself",
+    "an XML answer": "it may be a store's error message: look into it, and use the address of the "
+    "file itself",
+    "JSON": "it may be a server's error message: look into it, and use the address of the file "
+    "itself",
+    "a Git LFS pointer": "fetch the file that it stands for: git lfs pull",
+    "a Parquet file": "Parquet files are read with data.source=parquet",
+    "a JPEG image": "folders of images are read with data.source=imagefolder",
+    "a PNG image": "folders of images are read with data.source=imagefolder",
+    "a zip archive": "unpack it, and read its images with data.source=imagefolder",
+    "a tar archive": "tar shards are read with data.source=shards",
 }
 
 

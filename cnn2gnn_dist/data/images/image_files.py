@@ -149,9 +149,9 @@ class _Walk:
                 self.seen.add(_identity(os.stat(os.path.join(self.root, name))))
             except OSError as error:
                 raise UserError(
-                    f"A folder of images can't be read: {error.strerror}.",
+                    f"a folder of images can't be read: {error.strerror}",
                     where=printable(os.path.join(self.root, name)),
-                    remedy="Make it readable, or take it away.",
+                    remedy="make it readable, or take it away",
                 ) from None
             for entry in entries:
                 path = os.path.join(name, entry.name) if name else entry.name
@@ -194,9 +194,9 @@ class _Walk:
         except OSError:
             if at_top and self.classes and _suffix(entry.name) not in IMAGE_SUFFIXES:
                 raise UserError(
-                    f"'{printable(entry.name)}' is a link to nothing; if it was a class, it would be missing.",
+                    f"'{printable(entry.name)}' is a link to nothing; if it was a class, it would be missing",
                     where=printable(os.path.join(self.root, path)),
-                    remedy="Mend the link, or remove it.",
+                    remedy="mend the link, or remove it",
                 ) from None
             self.found.leave(BROKEN, path)
             return

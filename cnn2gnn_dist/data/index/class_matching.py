@@ -45,10 +45,10 @@ def check_count(count: int, samples: int, where: str = "") -> None:
     """
     if count > max(MOST, samples):
         raise UserError(
-            f"The highest label is {count - 1:,}, with {samples:,} samples: labels are the numbers "
-            "of classes, from 0, and these look like ids.",
+            f"the highest label is {count - 1:,}, with {samples:,} samples: labels are the numbers "
+            "of classes, from 0, and these look like ids",
             where=where,
-            remedy="Number the classes from 0 without gaps.",
+            remedy="number the classes from 0 without gaps",
         )
 
 
@@ -78,10 +78,10 @@ def refuse_spellings(told: Told, where: str) -> None:
         one = ", ".join(f"{n} ({shown(ascii(name), 60)})" for name, n in torn[0].items())
         raise UserError(
             f"{len(torn)} class names are spelled in several ways, each of which is a class of its "
-            f"own: classes {one}.",
+            f"own: classes {one}",
             where=where,
-            remedy="Give a class one spelling (blanks at the ends, and é as one sign or two, make "
-            "no other name): rename, or merge, its folders or labels.",
+            remedy="give a class one spelling (blanks at the ends, and é as one sign or two, make "
+            "no other name): rename, or merge, its folders or labels",
         )
 
 
@@ -117,14 +117,14 @@ def refuse_empty_classes(label_N: np.ndarray, names: Sequence[str], numbered: bo
     allow = "allow it by data.allow_empty_classes=true (classes keep their numbers and names)"
     if numbered and empty.tolist() == [0]:
         raise UserError(
-            f"1 of {len(names)} classes have no sample: 0. The labels begin at 1.",
+            f"1 of {len(names)} classes have no sample: 0; the labels begin at 1",
             where="data.allow_empty_classes",
-            remedy=f"Number the classes from 0, in training and held-out images alike, or {allow}.",
+            remedy=f"number the classes from 0, in training and held-out images alike, or {allow}",
         )
     raise UserError(
-        f"{len(empty)} of {len(names)} classes have no sample: {_listed(empty.tolist(), names)}.",
+        f"{len(empty)} of {len(names)} classes have no sample: {_listed(empty.tolist(), names)}",
         where="data.allow_empty_classes",
-        remedy=f"Add samples of them, or, if none are meant to be there, {allow}.",
+        remedy=f"add samples of them, or, if none are meant to be there, {allow}",
     )
 
 
@@ -287,9 +287,9 @@ def _refuse_beyond(labels: list[int], train: Told) -> None:
     if beyond:
         raise UserError(
             f"{len(beyond)} held-out classes are none of the {train.count} training classes: "
-            f"{', '.join(map(str, beyond[:_LISTED]))}{', …' if len(beyond) > _LISTED else ''}.",
+            f"{', '.join(map(str, beyond[:_LISTED]))}{', …' if len(beyond) > _LISTED else ''}",
             where="data.test",
-            remedy="Leave them out of the held-out images, or add training images of them.",
+            remedy="leave them out of the held-out images, or add training images of them",
         )
 
 
@@ -300,32 +300,32 @@ def _one_sided(train: Told, held: Told, labels: list[int]) -> UserError:
         what = (
             f"{len(labels)} held-out classes have a number and no name "
             f"({', '.join(map(str, labels[:_LISTED]))}), and the names of the others do not say "
-            "that both sets number their classes alike."
+            "that both sets number their classes alike"
         )
     else:
         some = _quoted(list((train if train.names else held).names.values()))
         what = (
-            f"The {has} images name their classes ({some}), the {lacks} images only number "
-            "theirs: whether the numbers mean the same can't be seen."
+            f"the {has} images name their classes ({some}), the {lacks} images only number "
+            "theirs: whether the numbers mean the same can't be seen"
         )
-    remedy = f"Name the classes of the {lacks} images too (class_name in a shard's .json)"
+    remedy = f"name the classes of the {lacks} images too (class_name in a shard's .json)"
     names = train.names or held.names
     if not any(name.isdigit() and name != str(number) for number, name in names.items()):
         # Names that are other numbers ('10' sorts before '2') must not be dropped for numbers.
         remedy += ", or, if both number their classes alike, say data.match_classes=number"
-    return UserError(what, where="data.match_classes", remedy=f"{remedy}.")
+    return UserError(what, where="data.match_classes", remedy=f"{remedy}")
 
 
 def _unknown(names: list[str], train: Told) -> UserError:
     known = list(dict.fromkeys(train.names.values()))
     alike = [found[0] for name in names if (found := _like(name, known))]
-    hint = f" Is one of them meant to be {_quoted(alike)}?" if alike else ""
+    hint = f" (is one of them meant to be {_quoted(alike)}?)" if alike else ""
     return UserError(
         f"{len(names)} held-out classes are none of the training classes: {_quoted(names)}; "
-        f"those are {_quoted(known)}.",
+        f"those are {_quoted(known)}",
         where="data.test",
-        remedy=f"Name classes alike in both sets.{hint} Leave those that are not to be learned "
-        "out of the held-out images.",
+        remedy=f"name classes alike in both sets{hint}; leave those that are not to be learned "
+        "out of the held-out images",
     )
 
 
@@ -336,9 +336,9 @@ def _like(name: str, known: list[str]) -> list[str]:
 
 def _torn(names: list[str]) -> UserError:
     return UserError(
-        f"Names that several classes bear do not tell which is which: {_quoted(names)}; and the "
-        "other names do not say that both sets number their classes alike.",
+        f"names that several classes bear do not tell which is which: {_quoted(names)}; and the "
+        "other names do not say that both sets number their classes alike",
         where="data.match_classes",
-        remedy="Give each class a name of its own, or, if both sets number their classes alike, "
-        "say data.match_classes=number.",
+        remedy="give each class a name of its own, or, if both sets number their classes alike, "
+        "say data.match_classes=number",
     )

@@ -96,10 +96,10 @@ def merge(known: dict[int, Named], found: Mapping[int, Named]) -> None:
 def disagree(label: int, old: Named, new: Named) -> UserError:
     """Return the error for two names of one class."""
     return UserError(
-        f"Class {label} is '{shown(new.name, 60)}' here, and '{shown(old.name, 60)}' in "
-        f"{old.where}: one of them numbers the classes in another way.",
+        f"class {label} is '{shown(new.name, 60)}' here, and '{shown(old.name, 60)}' in "
+        f"{old.where}: one of them numbers the classes in another way",
         where=new.where,
-        remedy="Write the shards anew with one numbering; shards of two data sets can't be mixed.",
+        remedy="write the shards anew with one numbering; shards of two data sets can't be mixed",
     )
 
 
@@ -159,9 +159,9 @@ def _read_list(path: str) -> list[str | None]:
             names = json.load(file)
     except (OSError, ValueError, RecursionError) as failure:
         raise UserError(
-            f"The list of the classes beside the shards can't be read: {failure}.",
+            f"the list of the classes beside the shards can't be read: {failure}",
             where=path,
-            remedy="Pack the shards again, or delete the list: names are then those in the shards.",
+            remedy="pack the shards again, or delete the list: names are then those in the shards",
         ) from failure
     if not isinstance(names, list) or any(not isinstance(x, str | None) for x in names):
         return []  # an unrelated file
@@ -178,9 +178,9 @@ def refuse_blank(names: Sequence[str | None], where: str) -> None:
     blank = [n for n, name in enumerate(names) if name is not None and not name.strip()]
     if blank and len(names) > 1:
         raise UserError(
-            f"The name of class {blank[0]} is empty, and the other {len(names) - 1} have some.",
+            f"the name of class {blank[0]} is empty, and the other {len(names) - 1} have some",
             where=where,
-            remedy="Give the samples without a label one, or leave them out of the data.",
+            remedy="give the samples without a label one, or leave them out of the data",
         )
 
 

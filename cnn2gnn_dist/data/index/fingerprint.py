@@ -135,18 +135,18 @@ def _regular(path: str) -> os.stat_result:
     Raises:
         UserError: it is missing or not a regular file.
     """
-    remedy = "Name the files themselves, by a glob that leaves this out, or take it out of there."
+    remedy = "name the files themselves, by a glob that leaves this out, or take it out of there"
     try:
         found = os.stat(path)
     except OSError as failure:
         link = f"is a link to {os.readlink(path)}, which " if os.path.islink(path) else ""
         raise UserError(
-            f"The file {link}can't be looked at: {failure.strerror}.", where=path, remedy=remedy
+            f"the file {link}can't be looked at: {failure.strerror}", where=path, remedy=remedy
         ) from failure
     if not stat.S_ISREG(found.st_mode):
         kinds = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a folder"}
         kind = kinds.get(stat.S_IFMT(found.st_mode), "a device")
-        raise UserError(f"This is {kind}, not a regular file.", where=path, remedy=remedy)
+        raise UserError(f"this is {kind}, not a regular file", where=path, remedy=remedy)
     return found
 
 

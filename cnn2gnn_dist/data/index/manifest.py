@@ -181,9 +181,9 @@ class Manifest:
             path, what = wrong[0]
             others = f" ({len(wrong) - 1} more shards are wrong)" if len(wrong) > 1 else ""
             raise UserError(
-                f"A shard {what}{others}.",
+                f"a shard {what}{others}",
                 where=path,
-                remedy="Restore the file, or index the shards again if the change is meant.",
+                remedy="restore the file, or index the shards again if the change is meant",
             )
 
 
@@ -261,7 +261,7 @@ def refuse_none(shards: Sequence[Path | str]) -> None:
         UserError: it is empty.
     """
     if not shards:
-        raise UserError("No shards are given.", remedy="Name at least one shard, glob or folder.")
+        raise UserError("no shards are given", remedy="name at least one shard, glob or folder")
 
 
 def manifest_of(found: Gathered, classes: tuple[str, ...], label_N: np.ndarray) -> Manifest:

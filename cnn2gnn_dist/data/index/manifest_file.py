@@ -96,13 +96,13 @@ def read(path: Path, make: Callable[[About, dict[str, np.ndarray], pa.Array], Ma
         return make(_about(header, source.parent), columns, batch.column("key"))
     except FileNotFoundError as failure:
         raise UserError(
-            "There is no manifest here.", where=str(source), remedy="Index the shards first."
+            "there is no manifest here", where=str(source), remedy="index the shards first"
         ) from failure
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError, IndexError) as failure:
         raise UserError(
-            f"The file is not a whole manifest of this version: {failure}.",
+            f"the file is not a whole manifest of this version: {failure}",
             where=str(source),
-            remedy="Delete it and index the shards again.",
+            remedy="delete it and index the shards again",
         ) from failure
 
 

@@ -54,9 +54,9 @@ def index_whole(
     if num_classes is not None:
         if told.count > num_classes:
             raise UserError(
-                f"The data have {told.count} classes, and data.num_classes is {num_classes}.",
+                f"the data have {told.count} classes, and data.num_classes is {num_classes}",
                 where="data.num_classes",
-                remedy=f"data.num_classes={told.count}, or leave it out: it is read from the data.",
+                remedy=f"data.num_classes={told.count}, or leave it out: it is read from the data",
             )
         check_count(num_classes, len(found.keys), "data.num_classes")
         told = Told(told.names, num_classes)

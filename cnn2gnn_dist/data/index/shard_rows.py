@@ -109,9 +109,9 @@ def _read(archive: Archive, payloads: _Payloads, wanted: Wanted, names: Names) -
                 names.see(label, sample)
     if not keys:
         raise UserError(
-            "The shard holds no samples.",
+            "the shard holds no samples",
             where=where,
-            remedy="Name members KEY.jpg and KEY.cls (webdataset's convention).",
+            remedy="name members KEY.jpg and KEY.cls (webdataset's convention)",
         )
     crcs = [payloads.crc(image) for image in images] if wanted.checksums else None
     return ShardRows(
@@ -144,9 +144,9 @@ class _Payloads:
         if member is None:
             if wanted.require_labels:
                 raise UserError(
-                    f"Sample '{shown(sample.key)}' has no label.",
+                    f"sample '{shown(sample.key)}' has no label",
                     where=self.where,
-                    remedy=f"Add a member '{shown(sample.key)}.cls' with the number of its class.",
+                    remedy=f"add a member '{shown(sample.key)}.cls' with the number of its class",
                 )
             return -1
         text = self.read(member[1], min(member[2], _MAX_LABEL + 1))
@@ -166,24 +166,24 @@ class _Payloads:
             and member.size <= _MAX_LABEL
         ):
             raise UserError(
-                f"The label of sample '{shown(sample.key)}' is {text.strip().decode()}: too large "
-                "for the number of a class, like an id.",
+                f"the label of sample '{shown(sample.key)}' is {text.strip().decode()}: too large "
+                "for the number of a class, like an id",
                 where=f"{self.where}, member '{shown(member.name)}'",
-                remedy="Number the classes from 0 without gaps.",
+                remedy="number the classes from 0 without gaps",
             )
         if match is None or member.size > _MAX_LABEL:
             raise UserError(
-                f"The label of sample '{shown(sample.key)}' is no class number: {text[:24]!r}.",
+                f"the label of sample '{shown(sample.key)}' is no class number: {text[:24]!r}",
                 where=f"{self.where}, member '{shown(member.name)}'",
-                remedy="A .cls member holds the number of the class in ASCII digits, from 0.",
+                remedy="a .cls member holds the number of the class in ASCII digits, from 0",
             )
         label = int(match.group(1))
         if wanted.num_classes is not None and label >= wanted.num_classes:
             raise UserError(
-                f"The label of sample '{shown(sample.key)}' is {label}; "
-                f"there are {wanted.num_classes} classes, numbered from 0.",
+                f"the label of sample '{shown(sample.key)}' is {label}; "
+                f"there are {wanted.num_classes} classes, numbered from 0",
                 where=f"{self.where}, member '{shown(member.name)}'",
-                remedy="Correct the label or the list of classes.",
+                remedy="correct the label or the list of classes",
             )
         return label
 
@@ -198,9 +198,9 @@ class _Payloads:
             piece = self.read(start, min(_CHUNK, end - start))
             if not piece:
                 raise UserError(
-                    f"The shard became shorter while it was read: member '{shown(member.name)}'.",
+                    f"the shard became shorter while it was read: member '{shown(member.name)}'",
                     where=self.where,
-                    remedy="Index it when nothing writes to it any more.",
+                    remedy="index it when nothing writes to it any more",
                 )
             crc, start = zlib.crc32(piece, crc), start + len(piece)
         return crc
@@ -216,18 +216,18 @@ def _image(where: str, sample: TarSample) -> Member:
     if hidden(sample.key):
         name = next(iter(sample.fields.values())).name
         raise UserError(
-            f"The shard holds hidden files of a folder: '{shown(name)}'. By their names they are "
-            f"fields of a sample '{shown(sample.key)}' (webdataset reads them so), without image.",
+            f"the shard holds hidden files of a folder: '{shown(name)}'; by their names they are "
+            f"fields of a sample '{shown(sample.key)}' (webdataset reads them so), without image",
             where=f"{where}, member '{shown(name)}'",
             remedy=MACOS,
         )
     fields = ", ".join(f".{shown(suffix, 40)}" for suffix in list(sample.fields)[:8])
     raise UserError(
-        f"Sample '{shown(sample.key)}' has no image (its fields: {fields}"
-        f"{', …' if len(sample.fields) > 8 else ''}).",
+        f"sample '{shown(sample.key)}' has no image (its fields: {fields}"
+        f"{', …' if len(sample.fields) > 8 else ''})",
         where=where,
-        remedy=f"Add one as '{shown(sample.key)}.jpg' or .{', .'.join(IMAGE_SUFFIXES[1:4])}, below "
-        "2 GiB; keys end at the first dot of the file name.",
+        remedy=f"add one as '{shown(sample.key)}.jpg' or .{', .'.join(IMAGE_SUFFIXES[1:4])}, below "
+        "2 GiB; keys end at the first dot of the file name",
     )
 
 
@@ -237,7 +237,7 @@ def _encoded(where: str, keys: list[str]) -> pa.LargeStringArray:
     except UnicodeEncodeError as failure:
         wrong = next(key for key in keys if not key.isascii() and ascii(key).find("\\udc") >= 0)
         raise UserError(
-            f"The name of sample '{shown(wrong)}' is not UTF-8.",
+            f"the name of sample '{shown(wrong)}' is not UTF-8",
             where=where,
-            remedy="Rename its members and write the shard again.",
+            remedy="rename its members and write the shard again",
         ) from failure

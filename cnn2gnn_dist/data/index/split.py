@@ -29,7 +29,7 @@ def split_per_class(
     """
     if not 0 <= fraction < 1:
         raise UserError(
-            f"The held-out fraction is {fraction}.", remedy="Choose one from 0 to less than 1."
+            f"the held-out fraction is {fraction}", remedy="choose one from 0 to less than 1"
         )
     hash_N = _hashes(manifest, seed)
     # Sort by class, then by hash; equal hashes (equal keys) keep row order.

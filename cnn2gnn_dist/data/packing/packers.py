@@ -96,7 +96,7 @@ def pack_parquet(
     """
     paths = [Path(files)] if isinstance(files, str | os.PathLike) else [Path(f) for f in files]
     if not paths:
-        raise UserError("There are no rows to pack.", remedy="Name at least one Parquet file.")
+        raise UserError("there are no rows to pack", remedy="name at least one Parquet file")
     labels = read_labels(paths, image_column, label_column)
     count = _limited(sum(map(len, labels.files)), limit)
     return write_shards(
@@ -124,10 +124,10 @@ def _parquet_sources(
                         data, name = image["bytes"], image.get("path") or ""
                     if not data:
                         raise UserError(
-                            f"Row {row} has no image bytes"
-                            + (f", only the path '{name}'." if name else "."),
+                            f"row {row} has no image bytes"
+                            + (f", only the path '{name}'" if name else ""),
                             where=str(path),
-                            remedy="Save the data set with the images embedded.",
+                            remedy="save the data set with the images embedded",
                         )
                     about = {"filename": name} if name else {}
                     suffix = _suffix(data, name, f"{path}, row {row}")
@@ -142,9 +142,9 @@ def _suffix(data: bytes, name: str, where: str) -> str:
     suffix = image_suffix(data) or (named if named in IMAGE_SUFFIXES else None)
     if suffix is None:
         raise UserError(
-            f"The bytes are no image that is read: {what_it_is(data)}.",
+            f"the bytes are no image that is read: {what_it_is(data)}",
             where=where,
-            remedy=f"Remove it, or convert it to one of: {', '.join(IMAGE_SUFFIXES)}.",
+            remedy=f"remove it, or convert it to one of: {', '.join(IMAGE_SUFFIXES)}",
         )
     return suffix
 
@@ -214,14 +214,14 @@ def pack_imagefolder(
 def _images_by_class(base: Path, max_corrupt: float) -> Found:
     """Find the images below the class folders, except those whose bytes are not an image's."""
     if not base.is_dir():
-        raise UserError("There is no such folder.", where=str(base), remedy="Check the path.")
+        raise UserError("there is no such folder", where=str(base), remedy="check the path")
     found = find_images(base, classes=True)
     if not found.folders:
-        there = f" What is there: {found.summary()}." if found.left_out else ""
+        there = f"; what is there: {found.summary()}" if found.left_out else ""
         raise UserError(
-            f"The folder holds no class folders.{there}",
+            f"the folder holds no class folders{there}",
             where=str(base),
-            remedy="The layout is FOLDER/CLASS/IMAGE.",
+            remedy="the layout is FOLDER/CLASS/IMAGE",
         )
     _leave_out_corrupt(base, found, max_corrupt)
     return found
@@ -260,16 +260,16 @@ def _class_numbers(base: Path, found: Found) -> list[int]:
             }
         )
         raise UserError(
-            f"Class '{printable(name)}' has no images"
-            + (f", only {inside.summary()}." if inside.left_out else "."),
+            f"class '{printable(name)}' has no images"
+            + (f", only {inside.summary()}" if inside.left_out else ""),
             where=printable(base / name),
-            remedy=f"Add images ({', '.join(IMAGE_SUFFIXES)}) or remove the folder.",
+            remedy=f"add images ({', '.join(IMAGE_SUFFIXES)}) or remove the folder",
         )
     if len({printable(name) for name in found.folders}) < len(found.folders):
         raise UserError(
-            "Two class folders have the same name once it is written in UTF-8.",
+            "two class folders have the same name once it is written in UTF-8",
             where=str(base),
-            remedy="Rename one of them.",
+            remedy="rename one of them",
         )
     return labels
 
@@ -310,18 +310,18 @@ def pack_torchvision(
     kinds = {"cifar10": "CIFAR10", "cifar100": "CIFAR100"}
     if name not in kinds:
         raise UserError(
-            f"torchvision's '{name}' cannot be packed.",
-            remedy=f"Choose one of: {', '.join(kinds)}; or pack its images as a folder tree.",
+            f"torchvision's '{name}' cannot be packed",
+            remedy=f"choose one of: {', '.join(kinds)}; or pack its images as a folder tree",
         )
     kind = getattr(import_torchvision().datasets, kinds[name])
     try:
         dataset = kind(str(root), train=train, download=True)  # no download if it is there
     except (OSError, RuntimeError) as failure:  # URLError is an OSError; RuntimeError: bad checksum
         raise UserError(
-            f"{kinds[name]} is not there and cannot be downloaded: {failure}.",
+            f"{kinds[name]} is not there and cannot be downloaded: {failure}",
             where=str(root),
-            remedy=f"Where there is a network, fetch {getattr(kind, 'url', kinds[name])} "
-            "and put the file into this folder; or pack it from Parquet.",
+            remedy=f"where there is a network, fetch {getattr(kind, 'url', kinds[name])} "
+            "and put the file into this folder; or pack it from Parquet",
         ) from failure
     begin = prefix or ("train" if train else "test")
     count = _limited(len(dataset.targets), limit)

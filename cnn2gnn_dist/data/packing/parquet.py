@@ -21,7 +21,7 @@ from cnn2gnn_dist.data.index.class_matching import check_count
 from cnn2gnn_dist.data.tar.tar_file import shown
 from cnn2gnn_dist.errors import UserError, first_line
 
-_LAYOUT = "The layout is struct<bytes: binary, path: string>, or binary, of encoded images."
+_LAYOUT = "the layout is struct<bytes: binary, path: string>, or binary, of encoded images"
 
 
 @dataclass(frozen=True)
@@ -65,38 +65,38 @@ def _unreadable(path: Path, failure: Exception) -> UserError:
             start = file.read(ENOUGH)
     except OSError as error:
         return UserError(
-            f"The Parquet file cannot be read: {error.strerror}.",
+            f"the Parquet file cannot be read: {error.strerror}",
             where=str(path),
-            remedy="Check the path and its permissions.",
+            remedy="check the path and its permissions",
         )
     kind = kind_of(start)
     if not start:
-        what = "The Parquet file is empty (0 bytes)."
-        return UserError(what, where=str(path), remedy="Download it again.")
+        what = "the Parquet file is empty (0 bytes)"
+        return UserError(what, where=str(path), remedy="download it again")
     if kind == "a Parquet file":
         return UserError(
-            f"The Parquet file cannot be read: it is cut or damaged ({_reason(failure)}).",
+            f"the Parquet file cannot be read: it is cut or damaged ({_reason(failure)})",
             where=str(path),
-            remedy="Download it again.",
+            remedy="download it again",
         )
     if kind == "text":
         begin = shown(start.decode("utf-8", "replace").strip(), 40)
         return UserError(
-            f"The file cannot be read as Parquet: it is text (CSV?): '{begin}'.",
+            f"the file cannot be read as Parquet: it is text (CSV?): '{begin}'",
             where=str(path),
-            remedy="Save the data set as Parquet with the images embedded, or read the images from "
-            "folders, one for each class: data.source=imagefolder.",
+            remedy="save the data set as Parquet with the images embedded, or read the images from "
+            "folders, one for each class: data.source=imagefolder",
         )
     if kind is not None:
         return UserError(
-            f"The file cannot be read as Parquet: it is {kind}.",
+            f"the file cannot be read as Parquet: it is {kind}",
             where=str(path),
-            remedy=remedy_for(kind, "Name Parquet files."),
+            remedy=remedy_for(kind, "name Parquet files"),
         )
     return UserError(
-        f"The Parquet file cannot be read: {_reason(failure)}",
+        f"the Parquet file cannot be read: {_reason(failure)}",
         where=str(path),
-        remedy="Check the path; download the file again if it is damaged.",
+        remedy="check the path; download the file again if it is damaged",
     )
 
 
@@ -117,9 +117,9 @@ def read_labels(paths: Sequence[Path], image_column: str, label_column: str) -> 
     columns = [_read(path, image_column, label_column) for path in paths]
     if not sum(len(column.label_N) for column in columns):
         raise UserError(
-            "There are no rows to pack.",
+            "there are no rows to pack",
             where=", ".join(str(path) for path in paths[:3]),
-            remedy="Name at least one Parquet file with rows.",
+            remedy="name at least one Parquet file with rows",
         )
     _refuse_missing(columns)
     if any(column.text for column in columns):
@@ -134,8 +134,8 @@ def _read(path: Path, image_column: str, label_column: str) -> _Column:
             if column not in schema.names:
                 raise _no_column(path, schema, column, field)
             if schema.names.count(column) > 1:
-                what = f"{schema.names.count(column)} columns of the Parquet file are called '{column}'."
-                raise UserError(what, where=str(path), remedy="Rename or drop all but one of them.")
+                what = f"{schema.names.count(column)} columns of the Parquet file are called '{column}'"
+                raise UserError(what, where=str(path), remedy="rename or drop all but one of them")
         _check_images(path, file, image_column)
         names = _huggingface_names(schema.metadata, label_column)
         try:
@@ -161,10 +161,10 @@ def _refuse_blank(path: Path, label_N: np.ndarray, names: Sequence[str]) -> None
     wrong = np.flatnonzero(np.isin(label_N, blank))
     if len(wrong):
         raise UserError(
-            f"Row {wrong[0]} has the label '{shown(names[label_N[wrong[0]]], 40)}', which names no "
-            f"class; {len(wrong)} of {len(label_N)} rows have an empty or blank one.",
+            f"row {wrong[0]} has the label '{shown(names[label_N[wrong[0]]], 40)}', which names no "
+            f"class; {len(wrong)} of {len(label_N)} rows have an empty or blank one",
             where=str(path),
-            remedy="Label them, or drop these rows.",
+            remedy="label them, or drop these rows",
         )
 
 
@@ -192,9 +192,9 @@ def _of_text(columns: list[_Column]) -> Labels:
     bare = next((column for column in columns if column.names is None), None)
     if bare is not None:
         raise UserError(
-            "Some of the files hold class names as labels, and this one numbers without names.",
+            "some of the files hold class names as labels, and this one numbers without names",
             where=str(bare.path),
-            remedy="Give all files of a part the same kind of labels.",
+            remedy="give all files of a part the same kind of labels",
         )
     used = [
         {(column.names or [])[label] for label in np.unique(column.label_N).tolist()}
@@ -215,16 +215,16 @@ def _of_numbers(columns: list[_Column]) -> Labels:
         if column.names is None or first.names is None:
             bare, named = (column, first) if column.names is None else (first, column)
             raise UserError(
-                f"The file numbers its classes without names, and {named.path} names them.",
+                f"the file numbers its classes without names, and {named.path} names them",
                 where=str(bare.path),
-                remedy="Pack files of one data set at a time.",
+                remedy="pack files of one data set at a time",
             )
         if sorted(column.names) != sorted(first.names) or len(set(first.names)) < len(first.names):
             raise UserError(
-                f"The class names differ from those of {first.path}: "
-                f"{_difference(column.names, first.names)}.",
+                f"the class names differ from those of {first.path}: "
+                f"{_difference(column.names, first.names)}",
                 where=str(column.path),
-                remedy="Pack files of one data set at a time.",
+                remedy="pack files of one data set at a time",
             )
     if first.names is None:
         highest = max(int(column.label_N.max(initial=0)) for column in columns)
@@ -265,15 +265,15 @@ def _refuse_missing(columns: list[_Column]) -> None:
         label = int(column.label_N[row])
         if label >= 0:
             raise UserError(
-                f"Row {row} has the label {label}; there are {count} classes, numbered from 0.",
+                f"row {row} has the label {label}; there are {count} classes, numbered from 0",
                 where=str(column.path),
-                remedy="Correct the label, or the class names in the file's metadata.",
+                remedy="correct the label, or the class names in the file's metadata",
             )
         raise UserError(
-            f"Row {row} has no label (null, or label -1), as {len(wrong)} of {len(column.label_N)} rows.",
+            f"row {row} has no label (null, or label -1), as {len(wrong)} of {len(column.label_N)} rows",
             where=str(column.path),
-            remedy="Label -1 is Hugging Face's for hidden labels: pack a split with labels; drop "
-            "rows without one.",
+            remedy="label -1 is Hugging Face's for hidden labels: pack a split with labels; drop "
+            "rows without one",
         )
 
 
@@ -286,17 +286,17 @@ def _no_column(path: Path, schema: pa.Schema, column: str, field: str) -> UserEr
     nested = [each.name for each in schema if column.startswith(f"{each.name}.")]
     if nested and pa.types.is_struct(schema.field(nested[0]).type):
         return UserError(
-            f"The Parquet file has no column '{column}': it lies inside the column '{nested[0]}'.",
+            f"the Parquet file has no column '{column}': it lies inside the column '{nested[0]}'",
             where=str(path),
-            remedy="Only whole columns are read: flatten the table first "
-            "(pyarrow's Table.flatten(), datasets' flatten()).",
+            remedy="only whole columns are read: flatten the table first "
+            "(pyarrow's Table.flatten(), datasets' flatten())",
         )
-    remedy = f"Say which column holds the {field}s: data.{field}_column=NAME."
+    remedy = f"say which column holds the {field}s: data.{field}_column=NAME"
     if likely:
         choices = " or ".join(f"data.{field}_column={name}" for name in likely[:4])
         remedy = f"Did you mean {choices}?"
     return UserError(
-        f"The Parquet file has no column '{column}', only: {', '.join(schema.names)}.",
+        f"the Parquet file has no column '{column}', only: {', '.join(schema.names)}",
         where=str(path),
         remedy=remedy,
     )
@@ -329,7 +329,7 @@ def _check_images(path: Path, file: Any, column: str) -> None:
     if _is_image(kind):
         return
     raise UserError(
-        f"Column '{column}' is {kind}, not encoded images{_hint(file, column, kind)}.",
+        f"column '{column}' is {kind}, not encoded images{_hint(file, column, kind)}",
         where=str(path),
         remedy=_LAYOUT,
     )
@@ -365,25 +365,25 @@ def _hint_text(value: str) -> str:
 
 def _no_labels(path: Path, column: pa.Array, name: str) -> UserError:
     kind = column.type
-    hint, remedy = "", "Number the classes from 0 as integers, or give their names as text."
+    hint, remedy = "", "number the classes from 0 as integers, or give their names as text"
     if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
         hint = " (a value to be predicted, or class numbers as floats?)"
-        remedy = "If they are class numbers, save the column as integers."
+        remedy = "if they are class numbers, save the column as integers"
     elif (
         pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     ):
         first: list[Any] = next((row for row in column[:100].to_pylist() if row), [])
         if len(first) > 1 and sum(bool(value) for value in first) == 1:
-            hint, remedy = " (one-hot?)", "Save the place of the 1 as an integer (argmax)."
+            hint, remedy = " (one-hot?)", "save the place of the 1 as an integer (argmax)"
         else:
             hint, remedy = (
                 " (several labels a row?)",
-                "Give each row one label, an integer or text.",
+                "give each row one label, an integer or text",
             )
     elif pa.types.is_null(kind):
-        hint, remedy = " (all rows are null)", "Name another column: data.label_column=NAME."
+        hint, remedy = " (all rows are null)", "name another column: data.label_column=NAME"
     return UserError(
-        f"Column '{name}' is {kind}, not the class of an image{hint}.",
+        f"column '{name}' is {kind}, not the class of an image{hint}",
         where=str(path),
         remedy=remedy,
     )

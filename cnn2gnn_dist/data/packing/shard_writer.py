@@ -79,15 +79,15 @@ def write_shards(
 def _prepare(folder: Path, prefix: str, shard_size: int, count: int) -> Path:
     if not re.fullmatch(r"[A-Za-z0-9_-]+", prefix):
         raise UserError(
-            f"The prefix '{prefix}' cannot begin the names of shards and samples.",
-            remedy="Use letters, digits, '-' and '_'.",
+            f"the prefix '{prefix}' cannot begin the names of shards and samples",
+            remedy="use letters, digits, '-' and '_'",
         )
     if shard_size < 1:
         raise UserError(
-            f"The shard size is {shard_size}.", remedy="Give the number of images a shard, from 1."
+            f"the shard size is {shard_size}", remedy="give the number of images a shard, from 1"
         )
     if count < 1:
-        raise UserError("There are no images to pack.", where=prefix, remedy="Check the source.")
+        raise UserError("there are no images to pack", where=prefix, remedy="check the source")
     folder.mkdir(parents=True, exist_ok=True)
     shards = -(-count // shard_size)
     name = re.compile(re.escape(prefix) + r"-(\d{6,})\.tar")
@@ -95,10 +95,10 @@ def _prepare(folder: Path, prefix: str, shard_size: int, count: int) -> Path:
     stale = sorted(path for path, m in matches.items() if m and int(m.group(1)) >= shards)
     if stale:
         raise UserError(
-            f"The folder holds {len(stale)} shards of an earlier, larger run, "
-            f"which would mix with the {shards} new ones.",
+            f"the folder holds {len(stale)} shards of an earlier, larger run, "
+            f"which would mix with the {shards} new ones",
             where=str(stale[0]),
-            remedy="Delete them, or choose another folder or prefix.",
+            remedy="delete them, or choose another folder or prefix",
         )
     return folder
 

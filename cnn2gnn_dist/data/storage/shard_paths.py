@@ -34,8 +34,8 @@ def expand(
         found.update(dict.fromkeys(_expand_one(name, suffix)))
     if not found:
         raise UserError(
-            f"No {_WORDS[suffix]}s are given.",
-            remedy=f"Name at least one {_WORDS[suffix]}, glob or folder.",
+            f"no {_WORDS[suffix]}s are given",
+            remedy=f"name at least one {_WORDS[suffix]}, glob or folder",
         )
     return list(found)
 
@@ -53,10 +53,10 @@ def _expand_one(pattern: str, suffix: str) -> list[str]:
     if urls.is_remote(pattern):
         if suffix == ".parquet":
             raise UserError(
-                "Parquet files are read from disk only, and this is a URL.",
+                "Parquet files are read from disk only, and this is a URL",
                 where=pattern,
-                remedy="Download them and name the files or their folder; what streams from URLs "
-                "are WebDataset shards (data.source=shards).",
+                remedy="download them and name the files or their folder; what streams from URLs "
+                "are WebDataset shards (data.source=shards)",
             )
         return _expand_remote(pattern)
     if os.path.isdir(pattern):
@@ -73,9 +73,9 @@ def _expand_one(pattern: str, suffix: str) -> list[str]:
     if missing:
         others = f" ({len(missing) - 1} more are missing)" if len(missing) > 1 else ""
         raise UserError(
-            f"No such {_WORDS[suffix]}{others}.",
+            f"no such {_WORDS[suffix]}{others}",
             where=missing[0] if missing[0] == pattern else f"{missing[0]}, from '{pattern}'",
-            remedy="Check the pattern; relative ones start at the current folder "
+            remedy="check the pattern; relative ones start at the current folder "
             f"({os.getcwd()}). Is the data's file system mounted?",
         )
     return files
@@ -92,9 +92,9 @@ def _expand_remote(pattern: str) -> list[str]:
         found = urls.matches(path)
         if not found:
             raise UserError(
-                "No such shard.",
+                "no such shard",
                 where=url,
-                remedy="Check the URL; many web servers can't list: write {0000..1023} instead.",
+                remedy="check the URL; many web servers can't list: write {0000..1023} instead",
             )
         shards += found
     return shards
@@ -107,7 +107,7 @@ def _spell_out(pattern: str) -> list[str]:
         return list(braceexpand(pattern))
     except ValueError as failure:
         raise UserError(
-            "The braces of the pattern do not match.",
+            "the braces of the pattern do not match",
             where=pattern,
-            remedy="Write ranges as {0000..1023} and alternatives as {a,b}.",
+            remedy="write ranges as {0000..1023} and alternatives as {a,b}",
         ) from failure

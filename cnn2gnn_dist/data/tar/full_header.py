@@ -134,9 +134,9 @@ class Careful:
 
     def _sparse(self, name: str) -> UserError:
         return UserError(
-            f"Member '{shown(name)}' is a sparse file, which cannot be read by position.",
+            f"member '{shown(name)}' is a sparse file, which cannot be read by position",
             where=self.tar.where,
-            remedy="Write the archive again without --sparse (-S).",
+            remedy="write the archive again without --sparse (-S)",
         )
 
     def _extend(self, kind: bytes, payload: int, size: int) -> None:

@@ -115,21 +115,21 @@ def _refuse_foreign(tar: Archive) -> None:
     kind = kind_of(start)
     if kind in _COMPRESSED:
         raise UserError(
-            f"The shard is compressed ({_COMPRESSED[kind]}): its members cannot be read by "
-            "position.",
+            f"the shard is compressed ({_COMPRESSED[kind]}): its members cannot be read by "
+            "position",
             where=tar.where,
-            remedy="Decompress it to a plain .tar; images gain nothing from compression.",
+            remedy="decompress it to a plain .tar; images gain nothing from compression",
         )
     if kind == "text":
         begin = shown(start.decode("utf-8", "replace").strip(), 40)
         raise UserError(
-            f"The shard is not a sound tar archive but text: '{begin}'.",
+            f"the shard is not a sound tar archive but text: '{begin}'",
             where=tar.where,
-            remedy="Name the .tar files themselves, not a list of them or a message about them.",
+            remedy="name the .tar files themselves, not a list of them or a message about them",
         )
     if kind not in (None, "a tar archive"):
         raise UserError(
-            f"The file is {kind}, not a tar shard.",
+            f"the file is {kind}, not a tar shard",
             where=tar.where,
             remedy=remedy_for(kind, WRITE_AGAIN),
         )

@@ -29,7 +29,7 @@ _KEY = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
 _TAKEN = {"__key__", "__url__"}  # webdataset adds these to every sample
 
 MACOS = (
-    "Write the shard again without hidden files. On macOS: COPYFILE_DISABLE=1 tar "
+    "write the shard again without hidden files; on macOS: COPYFILE_DISABLE=1 tar "
     "--no-mac-metadata --exclude .DS_Store -cf SHARD.tar …"
 )
 
@@ -107,12 +107,12 @@ def grouped(archive: Archive) -> Iterator[TarSample]:
             key, fields = prefix, {}
         if suffix in fields or suffix in _TAKEN:
             raise UserError(
-                f"Sample '{shown(key)}' has a duplicate field '.{shown(suffix)}'"
-                f"{' (webdataset keeps that name for itself)' if suffix in _TAKEN else ''}.",
+                f"sample '{shown(key)}' has a duplicate field '.{shown(suffix)}'"
+                f"{' (webdataset keeps that name for itself)' if suffix in _TAKEN else ''}",
                 where=f"{archive.where}, member '{shown(member.name)}'",
                 remedy=MACOS
                 if hidden(key)
-                else "Give each member of a sample its own suffix (case does not count).",
+                else "give each member of a sample its own suffix (case does not count)",
             )
         fields[suffix] = member
     if fields and not _marked_bad(archive, fields):
@@ -138,14 +138,14 @@ def _scattered(shard: str, member: Member) -> UserError:
     key = (split_name(member.name) or ("",))[0]
     if hidden(key):
         return UserError(
-            f"The shard holds hidden files, which webdataset takes for fields of a sample "
-            f"'{shown(key)}', and they do not lie next to each other.",
+            f"the shard holds hidden files, which webdataset takes for fields of a sample "
+            f"'{shown(key)}', and they do not lie next to each other",
             where=f"{shard}, member '{shown(member.name)}'",
             remedy=MACOS,
         )
     return UserError(
-        f"The members of sample '{shown(key)}' do not lie next to each other.",
+        f"the members of sample '{shown(key)}' do not lie next to each other",
         where=f"{shard}, member '{shown(member.name)}'",
-        remedy="Write the shard with the members of a sample in a row "
-        "(tar --sort=name does), and each key once.",
+        remedy="write the shard with the members of a sample in a row "
+        "(tar --sort=name does), and each key once",
     )

@@ -8,7 +8,7 @@ import stat
 from cnn2gnn_dist.errors import UserError
 
 BLOCK = 512
-WRITE_AGAIN = "Download the shard again, or write it again."
+WRITE_AGAIN = "download the shard again, or write it again"
 
 
 def shown(name: str, limit: int = 120) -> str:
@@ -67,9 +67,9 @@ class Archive:
         except (OSError, ValueError) as failure:
             reason = getattr(failure, "strerror", None) or failure
             raise UserError(
-                f"The shard cannot be opened: {reason}.",
+                f"the shard cannot be opened: {reason}",
                 where=self.where,
-                remedy="Check the path and its permissions; is the data's file system mounted?",
+                remedy="check the path and its permissions; is the data's file system mounted?",
             ) from failure
         about = os.fstat(self.fd)
         self.bytes = about.st_size
@@ -78,9 +78,9 @@ class Archive:
         if not stat.S_ISREG(about.st_mode):
             self.close()
             raise UserError(
-                "The shard is no regular file.",
+                "the shard is no regular file",
                 where=self.where,
-                remedy="Name .tar files, or a folder that holds some.",
+                remedy="name .tar files, or a folder that holds some",
             )
 
     def __enter__(self) -> Archive:
@@ -123,16 +123,16 @@ class Archive:
             return os.pread(self.fd, size, offset)
         except (OSError, OverflowError) as failure:
             raise UserError(
-                f"The shard cannot be read: {failure}.",
+                f"the shard cannot be read: {failure}",
                 where=self.where,
-                remedy="Check the disk or the network file system that holds it.",
+                remedy="check the disk or the network file system that holds it",
             ) from failure
 
     def truncated(self, what: str, needed: int) -> UserError:
         """Return the error for something that would extend to byte ``needed``."""
         return UserError(
-            f"The shard is truncated: {what} reaches to byte {needed:,}, "
-            f"the file has {self.bytes:,}.",
+            f"the shard is truncated: {what} reaches to byte {needed:,}, "
+            f"the file has {self.bytes:,}",
             where=self.where,
             remedy=WRITE_AGAIN,
         )
@@ -140,21 +140,21 @@ class Archive:
     def ended(self, position: int) -> UserError:
         """Return the error for an archive that ends where the next header should be."""
         if not self.bytes:
-            what = "The shard is empty (0 bytes)."
+            what = "the shard is empty (0 bytes)"
             return UserError(what, where=self.where, remedy=WRITE_AGAIN)
         if position != self.bytes:
             return self.truncated("a member's header", position + BLOCK)
         return UserError(
-            "The shard has no end-of-archive block: it may be cut between two members.",
+            "the shard has no end-of-archive block: it may be cut between two members",
             where=self.where,
-            remedy=f"{WRITE_AGAIN} If it is known to be whole, close it: "
+            remedy=f"{WRITE_AGAIN}; if it is known to be whole, close it: "
             f"truncate -s +1024 '{self.where}'",
         )
 
     def damaged(self, what: str, offset: int) -> UserError:
         """Return the error for an invalid header."""
         return UserError(
-            f"The shard is not a sound tar archive: {what} at byte {offset:,}.",
+            f"the shard is not a sound tar archive: {what} at byte {offset:,}",
             where=self.where,
             remedy=WRITE_AGAIN,
         )

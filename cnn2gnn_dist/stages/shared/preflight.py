@@ -108,19 +108,19 @@ def check_classes(train_N: np.ndarray, held_out: int, holdout: float | None) -> 
     classes, count_C = np.unique(train_N[train_N >= 0], return_counts=True)
     if not held_out:
         raise UserError(
-            "There is no held-out image: every class has one image, and that is for training."
+            "there is no held-out image: every class has one image, and that is for training"
             if holdout and count_C.max(initial=0) <= 1
-            else "There is no held-out image to judge by.",
+            else "there is no held-out image to judge by",
             where="data.test",
-            remedy="Name a set of held-out images: data.test=…"
+            remedy="name a set of held-out images: data.test=…"
             + ("" if holdout else "; or set data.holdout above 0")
             + ("; or add images, at least two of each class" if holdout else ""),
         )
     if len(classes) < 2:
         raise UserError(
-            f"All {len(train_N)} training images are of one class: there is nothing to tell apart.",
+            f"all {len(train_N)} training images are of one class: there is nothing to tell apart",
             where="data.train",
-            remedy="Name images of at least two classes; a folder of images has one folder for each.",
+            remedy="name images of at least two classes; a folder of images has one folder for each",
         )
     said = []
     single = int((count_C == 1).sum())

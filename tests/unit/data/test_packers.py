@@ -180,12 +180,12 @@ def test_parquet_that_does_not_fit(tmp_path: Path) -> None:
     refuses([a, b], "no column 'image', only: img, label", "b.parquet")
     b = write(tmp_path / "b.parquet", [good], [0], None, ("image", "target"))
     refuses(b, "no column 'label', only: image, target", "b.parquet")
-    refuses(write(tmp_path / "b.parquet", [good, good], [0, 2], ["x", "y"]), "Row 1 has", "b.pa")
+    refuses(write(tmp_path / "b.parquet", [good, good], [0, 2], ["x", "y"]), "row 1 has", "b.pa")
     refuses(write(tmp_path / "b.parquet", [good, good], [-1, 0], ["x", "y"]), "label -1", "b.pa")
-    refuses(write(tmp_path / "b.parquet", [good, good], [0, None]), "Row 1 has", "b.parquet")
+    refuses(write(tmp_path / "b.parquet", [good, good], [0, None]), "row 1 has", "b.parquet")
     none = {"bytes": None, "path": "cat.jpg"}
     b = write(tmp_path / "b.parquet", [good, good, none], [0, 0, 0])
-    refuses(b, "Row 2 has no image bytes, only the path 'cat.jpg'", "b.parquet")
+    refuses(b, "row 2 has no image bytes, only the path 'cat.jpg'", "b.parquet")
     b = write(tmp_path / "b.parquet", [good, {"bytes": b"text", "path": "a.txt"}], [0, 0])
     refuses(b, "no image that is read: text", "row 1")
     pq.write_table(pa.table({"image": ["a"], "label": [0]}), b)
@@ -239,7 +239,7 @@ def test_labels_that_are_text_are_names(tmp_path: Path, kind: pa.DataType) -> No
         *("10", "ant", "bee", "owl")
     ]
     assert [f["cls"] for _, f in contents(paths)] == [b"3", b"1", b"3", b"2", b"0"]
-    with pytest.raises(UserError, match="Row 1 has no label"):
+    with pytest.raises(UserError, match="row 1 has no label"):
         pack_parquet(labelled(tmp_path / "c.parquet", pa.array(["owl", None])), tmp_path / "c")
     number = labelled(tmp_path / "d.parquet", pa.array([0]))
     with pytest.raises(UserError, match="numbers without names") as caught:
@@ -258,7 +258,7 @@ def test_a_blank_label_is_refused_with_its_row(
         pack_parquet([labelled(tmp_path / "b.parquet", pa.array(["owl"])), file], tmp_path / "out")
     said = blank if blank.isprintable() else ascii(blank)[1:-1]
     assert caught.value.what == (
-        f"Row 1 has the label '{said}', which names no class; 2 of 4 rows have an empty or blank one."
+        f"row 1 has the label '{said}', which names no class; 2 of 4 rows have an empty or blank one"
     )
     assert caught.value.where == str(file)
     assert not list((tmp_path / "out").glob("*.tar"))
@@ -271,7 +271,7 @@ def test_a_column_that_stands_twice_is_refused(tmp_path: Path, names: list[str])
     pq.write_table(pa.Table.from_arrays(columns, names=names), file)
     with pytest.raises(UserError) as caught:
         pack_parquet(file, tmp_path / "out")
-    assert caught.value.what == f"2 columns of the Parquet file are called '{names[1]}'."
+    assert caught.value.what == f"2 columns of the Parquet file are called '{names[1]}'"
     assert caught.value.where == str(file)
     more = [
         *columns[::2],
@@ -425,7 +425,7 @@ def test_imagefolder(tmp_path: Path) -> None:
 def test_imagefolder_that_does_not_fit(tmp_path: Path) -> None:
     files = {"ant/1.jpg": b"\xff\xd8\xff", "bee/a.heic": bytes(99), "bee/read me": b""}
     root = tree(tmp_path / "in", files)
-    message = r"Class 'bee' has no images, only 1 \.heic .*, 1 without a suffix"
+    message = r"class 'bee' has no images, only 1 \.heic .*, 1 without a suffix"
     with pytest.raises(UserError, match=message) as caught:
         pack_imagefolder(root, tmp_path / "out")
     assert caught.value.where == str(root / "bee")
@@ -487,7 +487,7 @@ def test_imagefolder_leaves_out_what_is_no_image_up_to_the_limit(
     for name in files:
         if name.startswith("ant"):
             (root / name).write_bytes(b"")
-    with pytest.raises(UserError, match="Class 'ant' has no images, only 5 corrupt"):
+    with pytest.raises(UserError, match="class 'ant' has no images, only 5 corrupt"):
         pack_imagefolder(root, tmp_path / "out", max_corrupt=1)
 
 

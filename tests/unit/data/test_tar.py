@@ -173,7 +173,7 @@ def test_global_pax_header_and_signed_checksum(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        ([("a.jpg", b"1"), ("a.JPG", b"2")], "Sample 'a' has a duplicate field '.jpg'"),
+        ([("a.jpg", b"1"), ("a.JPG", b"2")], "sample 'a' has a duplicate field '.jpg'"),
         ([("a.jpg", b"1"), ("a.jpg", b"2")], "duplicate field"),
         ([("a.__key__", b"1")], "duplicate field '.__key__'.*webdataset keeps"),
         ([("a.jpg", b""), ("b.jpg", b""), ("a.cls", b"0")], "members of sample 'a' do not lie"),
@@ -290,7 +290,7 @@ def parquet_bytes() -> bytes:
         (encode_image(random_images(1)[0], "jpg"), "is a JPEG image", "data.source=imagefolder"),
         (b"PK\x03\x04" + bytes(600), "is a zip archive, not", "data.source=imagefolder"),
         (b"train-0.tar\ntrain-1.tar\n", "not a sound tar archive but text: 'train-0", "a list"),
-        (b"x" * 512, "not a sound tar archive but text", "Name the .tar files"),
+        (b"x" * 512, "not a sound tar archive but text", "name the .tar files"),
     ],
 )
 def test_what_is_no_tar_is_called_what_it_is(

@@ -93,7 +93,7 @@ def test_pretrained_out_of_reach(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 
 def test_two_sources_of_weights_are_refused() -> None:
-    with pytest.raises(UserError, match="Two sources"):
+    with pytest.raises(UserError, match="two sources"):
         build_teacher("resnet18", 10, 32, pretrained=True, weights="x.pth")
 
 

@@ -461,7 +461,7 @@ def test_fields_are_left_out_by_their_whole_path():
 
 def test_files_that_lack_are_an_error_of_the_plan(tmp_path):
     run = Run(tmp_path / "run", "shards", train=f"{tmp_path}/none-*.tar")
-    with pytest.raises(UserError, match="No such shard"):
+    with pytest.raises(UserError, match="no such shard"):
         Survey(run.config).inputs(stages_of(run.config)[0])
 
 
@@ -515,9 +515,9 @@ def test_lists_of_class_names_beside_shards_count(shards, tmp_path, before, afte
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("pipe", "This is a pipe, not a regular file."),
-        ("folder", "This is a folder, not a regular file."),
-        ("link", "The file is a link to /nowhere, which can't be looked at: No such file or"),
+        ("pipe", "this is a pipe, not a regular file"),
+        ("folder", "this is a folder, not a regular file"),
+        ("link", "the file is a link to /nowhere, which can't be looked at: No such file or"),
     ],
 )
 def test_what_is_no_file_is_refused_before_it_is_opened(shards, capsys, source, kind, message):
