@@ -533,5 +533,5 @@ def test_what_is_no_file_is_refused_before_it_is_opened(shards, capsys, source, 
     said = capsys.readouterr().err
     assert message in said
     assert str(path) in said
-    assert "Name the files themselves" in said
+    assert "name the files themselves" in said
     assert "Traceback" not in said
