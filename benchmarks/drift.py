@@ -22,16 +22,16 @@ import numpy as np
 
 from cnn2gnn_dist.graph import quality
 from cnn2gnn_dist.graph.partition import parts
-from cnn2gnn_dist.graph.search.approximate import Found, Goal, TableSearch
-from cnn2gnn_dist.graph.search.work_units import Crew, Workshop
+from cnn2gnn_dist.graph.search.approximate import RecallGoal, TableResult, TableSearch
+from cnn2gnn_dist.graph.search.work_units import RankGroup, WorkFolder
 from cnn2gnn_dist.graph.version import GraphVersion, open_version
 
-M, GOAL = 16, Goal(0.95)
+M, GOAL = 16, RecallGoal(0.95)
 
 
 def search(z: np.ndarray, folder: str) -> TableSearch:
     """A search in a separate folder."""
-    return TableSearch(Workshop(Path(tempfile.mkdtemp(dir=folder)), Crew()), z, z, M)
+    return TableSearch(WorkFolder(Path(tempfile.mkdtemp(dir=folder)), RankGroup()), z, z, M)
 
 
 def refreshes(versions: list[GraphVersion], folder: str) -> None:
@@ -45,7 +45,7 @@ def refreshes(versions: list[GraphVersion], folder: str) -> None:
         table = np.ascontiguousarray(before.candidates[:, :M])
         order = np.arange(len(z), dtype=np.int32)
         started = time.process_time()
-        warm = search(z, folder)._improve(Found(table, order, rebuilt=False), GOAL, "joins")
+        warm = search(z, folder)._improve(TableResult(table, order, rebuilt=False), GOAL, "joins")
         joined = time.process_time() - started
         started = time.process_time()
         built = search(z, folder).build(GOAL)

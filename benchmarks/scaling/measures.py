@@ -15,8 +15,8 @@ from cnn2gnn_dist.graph import memory_model, quality
 from cnn2gnn_dist.graph.partition import fennel
 from cnn2gnn_dist.graph.partition import parts as partition
 from cnn2gnn_dist.graph.sampler import TableSampler
-from cnn2gnn_dist.graph.search.approximate import Found, Goal, TableSearch
-from cnn2gnn_dist.graph.search.work_units import Crew, Workshop
+from cnn2gnn_dist.graph.search.approximate import RecallGoal, TableResult, TableSearch
+from cnn2gnn_dist.graph.search.work_units import RankGroup, WorkFolder
 
 M, THREADS, RECALL = 16, 2, 0.95
 DRIFTS = (0.02, 0.05, 0.08, 0.14)
@@ -34,14 +34,14 @@ def nodes_of(folder: Path) -> dict[str, np.ndarray]:
 def search_of(folder: Path, name: str, z_Nd: np.ndarray) -> TableSearch:
     """A search without earlier results."""
     shutil.rmtree(folder / name, ignore_errors=True)
-    return TableSearch(Workshop(folder / name, Crew(threads=THREADS)), z_Nd, z_Nd, M)
+    return TableSearch(WorkFolder(folder / name, RankGroup(threads=THREADS)), z_Nd, z_Nd, M)
 
 
 def build(folder: Path) -> dict[str, Any]:
     """Build the table from scratch; keep it for the measurements that follow."""
     z = nodes_of(folder)["z"]
     started = time.perf_counter()
-    found = search_of(folder, "build", z).build(Goal(RECALL))
+    found = search_of(folder, "build", z).build(RecallGoal(RECALL))
     seconds = time.perf_counter() - started
     np.save(folder / "candidates.npy", found.table_NM)
     np.save(folder / "order.npy", found.order_N)
@@ -69,7 +69,9 @@ def refresh(folder: Path) -> dict[str, Any]:
         stale = search.recall(given["candidates"])  # the sample's truth: part of both times below
         started = time.perf_counter()
         warm = search._improve(
-            Found(given["candidates"], np.asarray(given["order"]), rebuilt=False), Goal(RECALL), "r"
+            TableResult(given["candidates"], np.asarray(given["order"]), rebuilt=False),
+            RecallGoal(RECALL),
+            "r",
         )
         warm_s = time.perf_counter() - started
         changed = quality.changed_edges(given["candidates"], warm.table_NM)
@@ -78,7 +80,7 @@ def refresh(folder: Path) -> dict[str, Any]:
         truth.recall(given["candidates"])
         truth_s = time.perf_counter() - started
         started = time.perf_counter()
-        anew = search_of(folder, "anew", z).build(Goal(RECALL))
+        anew = search_of(folder, "anew", z).build(RecallGoal(RECALL))
         anew_s = time.perf_counter() - started
         rows.append(
             {
@@ -139,11 +141,11 @@ def keep(folder: Path, count: int = 8) -> dict[str, Any]:
     given = nodes_of(folder)
     old = np.load(folder / f"part-metis-{count}.npy")
     z = moved(given["z"], DRIFTS[-1])
-    table = search_of(folder, "keep", z).build(Goal(RECALL)).table_NM
+    table = search_of(folder, "keep", z).build(RecallGoal(RECALL)).table_NM
     rows: dict[str, Any] = {"kept": {"cut": partition.edge_cut(table, old), "moved": 0.0}}
     for gain in (1, 4, 8):
         started = time.perf_counter()
-        new = fennel.moved_where_it_pays(table, old, count, gain)
+        new = fennel.refine_partition(table, old, count, gain)
         rows[f"gain {gain}"] = {
             "cut": partition.edge_cut(table, new),
             "moved": float((new != old).mean()),

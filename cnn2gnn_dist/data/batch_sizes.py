@@ -20,17 +20,17 @@ def shares_of(counts: Sequence[int], total: int) -> list[int]:
         ValueError: no samples at all, or negative counts.
     """
     weights = np.asarray(counts, dtype=np.float64)
-    alive = weights > 0
-    if not alive.any() or (weights < 0).any():
+    nonempty = weights > 0
+    if not nonempty.any() or (weights < 0).any():
         raise ValueError(f"shares of {total} for parts of {list(counts)} samples")
-    if alive.sum() > total:
+    if nonempty.sum() > total:
         raise UserError(
-            f"{int(alive.sum())} partitions share a global batch of {total}: too few for one each",
+            f"{int(nonempty.sum())} partitions share a global batch of {total}: too few for one each",
             where="graph.partition.parts",
             remedy="fewer partitions, or a larger global batch",
         )
     exact = weights / weights.sum() * total
-    shares = np.maximum(np.floor(exact), alive).astype(int)
+    shares = np.maximum(np.floor(exact), nonempty).astype(int)
     while shares.sum() != total:
         gap = exact - shares
         if shares.sum() < total:

@@ -46,7 +46,7 @@ def write_shard(
         view_count: V.
         indices: [V, n, K] int32 classes.
         log_probs: [V, n, K] float16 of these classes.
-        meta: what the targets belong to (JSON), compared by ``is_whole``.
+        meta: what the targets belong to (JSON), compared by ``is_complete``.
         corrupt: corrupt samples and the reasons; see ``corrupt_samples``.
 
     Raises:
@@ -79,7 +79,7 @@ def write_shard(
         pq.write_table(table, temporary, compression="zstd", use_dictionary=False)
 
 
-def is_whole(path: Path, meta: dict[str, Any]) -> bool:
+def is_complete(path: Path, meta: dict[str, Any]) -> bool:
     """Return whether the file exists, is intact, and belongs to these targets."""
     try:
         note, columns = _read(path)

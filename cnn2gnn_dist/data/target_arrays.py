@@ -38,8 +38,8 @@ NOTE = "note.json"
 
 
 @dataclass(frozen=True)
-class Source:
-    """Source of the arrays: soft-target files and their layout.
+class TargetFiles:
+    """Soft-target files from which the arrays are built, and their layout.
 
     ``digest``: digest of everything the arrays depend on; if it changes, the arrays are rebuilt.
     """
@@ -50,9 +50,9 @@ class Source:
     digest: str
 
 
-def source(
+def describe(
     files: Sequence[Path], num_samples: int, num_classes: int, meta: dict[str, Any]
-) -> Source:
+) -> TargetFiles:
     """Describe these files from their footers; contents are validated when they are read.
 
     Raises:
@@ -76,10 +76,10 @@ def source(
     if layout is None:
         check_covered(np.zeros((1, num_samples), bool))
         raise AssertionError("no samples, no targets")
-    return Source(tuple(files), meta, layout, found.hexdigest())
+    return TargetFiles(tuple(files), meta, layout, found.hexdigest())
 
 
-def is_whole(root: Path, wanted: Source) -> bool:
+def is_complete(root: Path, wanted: TargetFiles) -> bool:
     """Return whether ``root/dense`` was made from this source and is unmodified (reads all of it)."""
     folder = root / FOLDER
     try:
@@ -91,7 +91,7 @@ def is_whole(root: Path, wanted: Source) -> bool:
         return False
 
 
-def create(root: Path, wanted: Source) -> None:
+def create(root: Path, wanted: TargetFiles) -> None:
     """Allocate disk space for the arrays (one rank); remove what a killed run has left.
 
     Raises:
@@ -110,7 +110,7 @@ def create(root: Path, wanted: Source) -> None:
         raise
 
 
-def fill(root: Path, wanted: Source, files: Iterable[Path]) -> np.ndarray:
+def fill(root: Path, wanted: TargetFiles, files: Iterable[Path]) -> np.ndarray:
     """Write the rows of these files to their places and sync; return bool [V, N]: which were written.
 
     Does not use a memory map: ranks on several hosts would overwrite each other's rows within a page.
@@ -136,7 +136,7 @@ def fill(root: Path, wanted: Source, files: Iterable[Path]) -> np.ndarray:
     return covered_VN
 
 
-def finish(root: Path, wanted: Source, covered_VN: np.ndarray) -> None:
+def finish(root: Path, wanted: TargetFiles, covered_VN: np.ndarray) -> None:
     """Finalize the arrays when all ranks have filled them (one rank).
 
     Raises:
@@ -181,7 +181,7 @@ class _Array:
     def put(self, places_n: np.ndarray, values_nK: np.ndarray) -> None:
         """Write rows to their places, contiguous ones in one call."""
         with durable.room(self.path):
-            for first, last in _stretches(places_n):
+            for first, last in _runs(places_n):
                 rows = np.ascontiguousarray(values_nK[first:last], self.kind)
                 data = rows.reshape(-1).view(np.uint8).data
                 offset = self.start + int(places_n[first]) * self.row_bytes
@@ -190,7 +190,7 @@ class _Array:
                     data, offset = data[written:], offset + written
 
 
-def _stretches(places_n: np.ndarray) -> Iterator[tuple[int, int]]:
+def _runs(places_n: np.ndarray) -> Iterator[tuple[int, int]]:
     """Yield spans of consecutive places."""
     breaks = (np.flatnonzero(np.diff(places_n) != 1) + 1).tolist()
     yield from zip([0, *breaks], [*breaks, len(places_n)], strict=True)

@@ -24,7 +24,7 @@ from cnn2gnn_dist.graph.row_file import RowFile, read_rows
 
 MANIFEST = "manifest.json"
 ATTEMPT = "attempt"
-WORKSHOP = "work"
+WORK_FOLDER = "work"
 """Folder of an unfinished version for intermediate files of the candidate search."""
 Shapes = Mapping[str, tuple[tuple[int, ...], type]]
 
@@ -87,7 +87,7 @@ class GraphWriter:
         self.sync()
         for file in self._files.values():
             file.close()
-        shutil.rmtree(self.path / WORKSHOP, ignore_errors=True)
+        shutil.rmtree(self.path / WORK_FOLDER, ignore_errors=True)
         (self.path / ATTEMPT).unlink(missing_ok=True)
         files = {}
         for path in sorted(self.path.rglob("*")):
@@ -164,7 +164,7 @@ def open_version(path: Path) -> GraphVersion:
 def latest_version(root: Path) -> Path | None:
     """The newest complete version; None if there is none."""
     newest_first = sorted(Path(root).glob("v????"), reverse=True)
-    return next((path for path in newest_first if _is_whole(path)), None)
+    return next((path for path in newest_first if _is_complete(path)), None)
 
 
 def load_part(version: GraphVersion, number: int) -> PartGraph:
@@ -189,7 +189,7 @@ def prune(root: Path, newest: Path, keep: int) -> None:
     """
     versions = sorted(Path(root).glob("v????"))
     # A corrupt version doesn't count: keeping it could cost the last usable one.
-    past = [path for path in versions if path.name <= newest.name and _is_whole(path)]
+    past = [path for path in versions if path.name <= newest.name and _is_complete(path)]
     kept = past[-max(keep, 1) :]
     for path in versions:
         if path not in kept:
@@ -212,7 +212,7 @@ def _read_manifest(path: Path) -> tuple[dict[str, tuple[int, str]], dict[str, An
     return files, meta
 
 
-def _is_whole(path: Path) -> bool:
+def _is_complete(path: Path) -> bool:
     try:
         _read_manifest(path)
     except UserError:

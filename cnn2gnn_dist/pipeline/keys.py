@@ -16,7 +16,7 @@ import numpy as np
 from cnn2gnn_dist import durable, field_names, ledger, settings
 from cnn2gnn_dist.config import Config
 from cnn2gnn_dist.data.index import fingerprint
-from cnn2gnn_dist.data.index.fingerprint import Noted
+from cnn2gnn_dist.data.index.fingerprint import Fingerprint
 from cnn2gnn_dist.data.storage.urls import is_remote
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.ledger import Entry
@@ -158,7 +158,7 @@ class Survey:
     deepspeed: DeepSpeed = field(default_factory=dict)
     reads: bool = False
     recheck: bool = False
-    _found: dict[str, Noted | None] = field(default_factory=dict)
+    _found: dict[str, Fingerprint | None] = field(default_factory=dict)
     _damage: dict[Path, str | None] = field(default_factory=dict)
 
     def inputs(self, stage: Stage) -> dict[str, str]:
@@ -208,10 +208,10 @@ class Survey:
             self._damage[checkpoint] = checkpoint_folder.damage(checkpoint)
         return self._damage[checkpoint]
 
-    def noted(self, role: str) -> Noted | None:
+    def noted(self, role: str) -> Fingerprint | None:
         """The record in the run's folder."""
         try:
-            return Noted.of(self._notes[role])
+            return Fingerprint.of(self._notes[role])
         except (KeyError, TypeError, ValueError):
             return None
 
@@ -234,18 +234,18 @@ class Survey:
     def _origin(self, role: str) -> str | list[str] | None:
         return self.config.data.train if role == "train" else self.config.data.test
 
-    def _of(self, role: str) -> Noted | None:
+    def _of(self, role: str) -> Fingerprint | None:
         if role not in self._found:
             self._found[role] = self._look(role)
         return self._found[role]
 
-    def _look(self, role: str) -> Noted | None:
+    def _look(self, role: str) -> Fingerprint | None:
         data, origin, before = self.config.data, self._origin(role), self.noted(role)
         assert origin is not None
         try:
             if data.source == "imagefolder":
                 self._there(role, origin, before)
-            seen = fingerprint.look(
+            seen = fingerprint.list_files(
                 origin, data.source, ask=self.reads or before is not None, brief=before is not None
             )
         except UserError as error:
@@ -255,9 +255,11 @@ class Survey:
             return before
         if before is None and not self.reads:
             return None
-        return fingerprint.note(origin, seen, before, read_all=data.checksums, recheck=self.recheck)
+        return fingerprint.fingerprint(
+            origin, seen, before, read_all=data.checksums, recheck=self.recheck
+        )
 
-    def _there(self, role: str, origin: str | list[str], before: Noted | None) -> None:
+    def _there(self, role: str, origin: str | list[str], before: Fingerprint | None) -> None:
         folder = Path(fingerprint.folder_of(origin))
         if before is not None and not folder.is_dir():  # for a new run the packer reports it
             raise UserError(
@@ -272,7 +274,7 @@ class Survey:
                 remedy=f"mount what lay there, or say where the images lie: data.{role}=FOLDER",
             )
 
-    def _needless(self, origin: str | list[str], before: Noted) -> bool:
+    def _needless(self, origin: str | list[str], before: Fingerprint) -> bool:
         """Whether a run can do without unreachable files: packed ones, and remote shards."""
         paths = fingerprint.paths_of(origin)
         packed = self.config.data.source != "shards"

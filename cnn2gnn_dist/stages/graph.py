@@ -23,7 +23,7 @@ from cnn2gnn_dist.data.reading.reader import Request
 from cnn2gnn_dist.graph import duplicates, quality, version
 from cnn2gnn_dist.graph.partition import fennel
 from cnn2gnn_dist.graph.partition import parts as partition
-from cnn2gnn_dist.graph.search.valid_nodes import alive
+from cnn2gnn_dist.graph.search.valid_nodes import valid_nodes_of
 from cnn2gnn_dist.graph.version import GraphVersion, GraphWriter
 from cnn2gnn_dist.runtime import collectives
 from cnn2gnn_dist.stages.neighbours import candidates
@@ -129,11 +129,11 @@ def _embed_all(
     the clean view, whose features are in the bank, they leak.
     """
     ranks, settings = context.ranks, context.config.graph
-    shop = candidates.workshop(context, writer)
+    work_folder = candidates.open_work_folder(context, writer)
     batch = context.config.evaluate.batch
     plan = list(sequential(samples, batch, ranks.rank, ranks.world_size))
     both = settings.sampling.query == "table"
-    made = Embedded(writer, shop, samples, batch, settings.dim if both else 0)
+    made = Embedded(writer, work_folder, samples, batch, settings.dim if both else 0)
     done = made.batches_done
     corrupt = CorruptCount(context.config.data.max_corrupt, samples, what="training images")
     with context.stream(context.paths.train_manifest, "embed") as stream:
@@ -162,7 +162,7 @@ def _embed_all(
     made.close()
     if ranks.is_first and done:  # including those found by an earlier attempt
         manifest, z_Nd = load_manifest(context.paths.train_manifest), writer.array("z")
-        for sample in np.setdiff1d(np.arange(samples), alive(z_Nd)).tolist():
+        for sample in np.setdiff1d(np.arange(samples), valid_nodes_of(z_Nd)).tolist():
             corrupt.seen.setdefault(sample, f"{manifest.key(sample)}: could not be read")
     corrupt.check()
     return made.array("query") if both else None
@@ -174,7 +174,7 @@ def _twins(writer: GraphWriter, manifest: Manifest) -> np.ndarray:
     if manifest.crc_N is not None:
         files = manifest.crc_N.astype(np.int64) << 31 ^ manifest.size_N.astype(np.int64)
     corrupt = np.ones(len(z_Nd), bool)
-    corrupt[alive(z_Nd)] = False  # all such rows are equal: the images were not read
+    corrupt[valid_nodes_of(z_Nd)] = False  # all such rows are equal: the images were not read
     return duplicates.groups(duplicates.row_keys(writer.array("x")), files, apart=corrupt)
 
 
@@ -185,7 +185,7 @@ def _parts(
     if previous is not None:
         part_N = np.asarray(previous.part)
         if settings.partition.partitioner != "ranges":
-            part_N = fennel.moved_where_it_pays(
+            part_N = fennel.refine_partition(
                 table_NM, part_N, settings.partition.parts, settings.partition.move_gain
             )
         first_cut = float(previous.meta["cut_when_assigned"])

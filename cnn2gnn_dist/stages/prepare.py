@@ -11,7 +11,7 @@ from cnn2gnn_dist.data.index import class_names
 from cnn2gnn_dist.data.index.class_matching import notes
 from cnn2gnn_dist.data.index.held_out_overlap import overlap_note
 from cnn2gnn_dist.data.index.manifest import Manifest, split_per_class
-from cnn2gnn_dist.data.index.manifest_pair import index_pair, index_whole
+from cnn2gnn_dist.data.index.manifest_pair import index_data_set, index_pair
 from cnn2gnn_dist.data.index.repeated_images import copies_note
 from cnn2gnn_dist.data.packing import packers
 from cnn2gnn_dist.data.storage import folders
@@ -204,7 +204,7 @@ def _held_out(
             where="data.test",
             remedy="name a second set of images, or set data.holdout above 0",
         )
-    whole = index_whole(
+    whole = index_data_set(
         train,
         num_classes=data.num_classes,
         allow_empty_classes=data.allow_empty_classes,
@@ -212,7 +212,7 @@ def _held_out(
     )
     train_rows, held_rows = split_per_class(whole.manifest, data.holdout, seed)
     part, held = whole.manifest.select(train_rows), whole.manifest.select(held_rows)
-    said = notes(whole.told, part.label_N, held.label_N, moved=False)
+    said = notes(whole.class_info, part.label_N, held.label_N, moved=False)
     return part, held, said + ([whole.left_out] if whole.left_out else [])
 
 

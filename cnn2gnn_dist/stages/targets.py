@@ -50,7 +50,9 @@ def run(context: Context, teacher_key: str) -> list[Path]:
     shards = [s for s, size in enumerate(manifest.shard_sizes) if size]
     files = {s: shard_file(context.folder, manifest, s) for s in shards}
     missing = collectives.broadcast_object(
-        [s for s in shards if not soft.is_whole(files[s], meta)] if context.ranks.is_first else None
+        [s for s in shards if not soft.is_complete(files[s], meta)]
+        if context.ranks.is_first
+        else None
     )
     if len(missing) < len(shards):
         context.say(f"{len(shards) - len(missing)} of {len(shards)} shards are whole")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cnn2gnn_dist.graph.search.work_units import Crew, spans
+from cnn2gnn_dist.graph.search.work_units import RankGroup, row_ranges
 from tests.support import REPOSITORY
 from tests.unit.graph.test_row_file import filled, numbers, right
 
@@ -24,7 +24,7 @@ def die(path, text):
         os.kill(os.getpid(), signal.SIGKILL)
     real(path, text)
 real, units.durable.write_text = units.durable.write_text, die
-t.filled(Path(sys.argv[1]), t.Crew())
+t.filled(Path(sys.argv[1]), t.RankGroup())
 """
 
 
@@ -42,5 +42,5 @@ def test_a_kill_between_rows_and_mark_costs_the_unit(tmp_path: Path) -> None:
         again.append(unit)
         return numbers(unit)
 
-    assert right(filled(tmp_path, Crew(), work))
-    assert again == spans(23, 5)[2:]
+    assert right(filled(tmp_path, RankGroup(), work))
+    assert again == row_ranges(23, 5)[2:]

@@ -47,10 +47,10 @@ def main(folder: Path, z_path: Path, rank: int, world_size: int, die_after: int)
         if units_done == die_after:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    crew = work_units.Crew(rank, world_size, 2, together, gather, progress)
+    group = work_units.RankGroup(rank, world_size, 2, together, gather, progress)
     z_Nd = np.load(z_path, mmap_mode="r")
-    search = approximate.TableSearch(work_units.Workshop(folder / "work", crew), z_Nd, z_Nd, 12)
-    found = search.build(approximate.Goal(0.97))
+    search = approximate.TableSearch(work_units.WorkFolder(folder / "work", group), z_Nd, z_Nd, 12)
+    found = search.build(approximate.RecallGoal(0.97))
     if rank == 0:
         np.save(folder / "table.npy", found.table_NM)
         np.save(folder / "order.npy", found.order_N)

@@ -49,7 +49,7 @@ _SUFFIX = re.compile(r"[A-Za-z0-9_-]{1,12}")
 
 
 @dataclass
-class Found:
+class FolderScan:
     """The contents of a folder.
 
     Attributes:
@@ -85,7 +85,7 @@ class Found:
 
 
 def corrupt_in(record: Path) -> tuple[int, list[str]]:
-    """Return the number of corrupt images and the first of them from a saved :meth:`Found.record`.
+    """Return the number of corrupt images and the first of them from a saved :meth:`FolderScan.record`.
 
     Zero if the file is missing: only folder trees are searched for images.
     """
@@ -101,7 +101,7 @@ def printable(path: str | os.PathLike[str]) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def find_images(root: str | os.PathLike[str], *, classes: bool = False) -> Found:
+def find_images(root: str | os.PathLike[str], *, classes: bool = False) -> FolderScan:
     """Find all images below a folder.
 
     Args:
@@ -112,7 +112,7 @@ def find_images(root: str | os.PathLike[str], *, classes: bool = False) -> Found
         UserError: a folder is not readable, so the result would be incomplete; with ``classes``, a
             broken link in the root may have been a class.
     """
-    found = Found()
+    found = FolderScan()
     walk = _Walk(str(root), classes, found)
     walk.folders([""])
     while walk.linked:  # links last: a folder inside the tree is listed at its real place
@@ -126,7 +126,7 @@ def find_images(root: str | os.PathLike[str], *, classes: bool = False) -> Found
 
 
 class _Walk:
-    def __init__(self, root: str, classes: bool, found: Found) -> None:
+    def __init__(self, root: str, classes: bool, found: FolderScan) -> None:
         self.root, self.classes, self.found = root, classes, found
         self.linked: list[str] = []
         above = [Path(root).resolve(), *Path(root).resolve().parents]

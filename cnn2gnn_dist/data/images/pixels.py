@@ -40,7 +40,7 @@ def rgb(image: Image) -> np.ndarray:
     tile = image.tile[0] if image.tile else None  # type: ignore[attr-defined]
     image.load()
     if image.format == "PNG" and tile is not None:
-        _mend_transparency(image, tile[3])
+        _rescale_transparency(image, tile[3])
     if image.mode.startswith("I"):
         made = _deep_grey(image)
     elif image.mode == "F":
@@ -76,7 +76,7 @@ def _check_tiff(image: TiffImageFile) -> bool:
     return tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO and image.mode in ("I;16", "I;16B", "F")
 
 
-def _mend_transparency(image: Image, layout: str) -> None:
+def _rescale_transparency(image: Image, layout: str) -> None:
     """Rescale the transparent color to the scale of the pixels; Pillow keeps the value in the file."""
     colour = image.info.get("transparency")
     if isinstance(colour, tuple):

@@ -15,12 +15,12 @@ import pyarrow as pa
 
 from cnn2gnn_dist import log
 from cnn2gnn_dist.data.index import class_names
-from cnn2gnn_dist.data.index.class_matching import Told, check_count
-from cnn2gnn_dist.data.index.class_names import Named
+from cnn2gnn_dist.data.index.class_matching import ClassInfo, check_count
+from cnn2gnn_dist.data.index.class_names import NamedClass
 from cnn2gnn_dist.data.index.manifest_file import Shard
-from cnn2gnn_dist.data.index.shard_rows import COLUMNS, ShardRows, Wanted, read_shard
+from cnn2gnn_dist.data.index.shard_rows import COLUMNS, ReadOptions, ShardRows, read_shard
 from cnn2gnn_dist.data.storage import urls
-from cnn2gnn_dist.data.tar.tar_file import Passed
+from cnn2gnn_dist.data.tar.tar_file import SkippedMembers
 
 _DOWNLOADS = 4  # concurrent downloads of remote shards
 SHORT = 1 << 31  # bytes addressable with 32-bit offsets
@@ -29,7 +29,7 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Gathered:
+class IndexedShards:
     """All rows of the shards.
 
     Columns ``NAME_N`` are as in the manifest. With them come the keys, the checksums (or None), the class names
@@ -37,11 +37,11 @@ class Gathered:
     """
 
     shards: tuple[Shard, ...]
-    told: Told
+    class_info: ClassInfo
     columns: dict[str, np.ndarray]
     keys: pa.Array
     crc_N: np.ndarray | None
-    passed: Passed
+    skipped: SkippedMembers
 
 
 def gather(
@@ -53,7 +53,7 @@ def gather(
     checksums: bool = False,
     workers: int | None = None,
     progress: bool = True,
-) -> Gathered:
+) -> IndexedShards:
     """Read the shards in order; see :func:`cnn2gnn_dist.data.index.manifest.index`.
 
     ``num_classes`` bounds the labels; ``names`` enables reading of class names.
@@ -63,39 +63,41 @@ def gather(
     far = any(map(urls.is_remote, paths))
     checksums = checksums or far  # data read over a network is verified against them
     workers = workers or (_DOWNLOADS if far else 1)
-    wanted = Wanted(num_classes, require_labels, checksums, names)
-    found: dict[int, Named] = {}
+    options = ReadOptions(num_classes, require_labels, checksums, names)
+    found: dict[int, NamedClass] = {}
     declared = 0
     if names:
         found, declared = class_names.lists_beside(paths)
 
     def read(path: str) -> ShardRows:
         if not urls.is_remote(path):
-            return read_shard(path, wanted, found)
+            return read_shard(path, options, found)
         with urls.local_copy(path) as local:
-            return read_shard(os.fspath(local), wanted, found, where=path)
+            return read_shard(os.fspath(local), options, found, where=path)
 
     parts: list[ShardRows] = []
-    passed = Passed()
+    skipped = SkippedMembers()
     bar = log.progress(total=len(paths), desc="index", unit="shard", disable=not progress)
     with bar:
         for rows in in_order(read, paths, workers):
             class_names.merge(found, rows.names)
-            passed.merge(rows.passed)
+            skipped.merge(rows.skipped)
             parts.append(rows)
             bar.update()
     label_N = np.concatenate([rows.label_n for rows in parts])
     highest = int(label_N.max(initial=-1))
     if num_classes is None:
         check_count(highest + 1, len(label_N), paths[0])
-    told = Told({label: n.name for label, n in found.items()}, max(declared, highest + 1))
-    return Gathered(
+    class_info = ClassInfo(
+        {label: n.name for label, n in found.items()}, max(declared, highest + 1)
+    )
+    return IndexedShards(
         tuple(Shard(p, rows.bytes, len(rows)) for p, rows in zip(paths, parts, strict=True)),
-        told,
+        class_info,
         _columns(parts),
         joined([rows.keys_n for rows in parts]),
         np.concatenate([rows.crc_n for rows in parts]) if checksums else None,
-        passed,
+        skipped,
     )
 
 

@@ -25,7 +25,7 @@ _LISTED = 5
 
 
 @dataclass(frozen=True)
-class Told:
+class ClassInfo:
     """The class names and class count of a data set.
 
     Attributes:
@@ -52,16 +52,16 @@ def check_count(count: int, samples: int, where: str = "") -> None:
         )
 
 
-def class_names(told: Told) -> tuple[str, ...]:
+def class_names(class_info: ClassInfo) -> tuple[str, ...]:
     """Return the names of classes 0..count; duplicates (ImageNet has two cranes) get their number appended."""
-    names = [told.names.get(label) or str(label) for label in range(told.count)]
+    names = [class_info.names.get(label) or str(label) for label in range(class_info.count)]
     repeated = {name for name, times in Counter(names).items() if times > 1}
     return tuple(
         f"{name} ({label})" if name in repeated else name for label, name in enumerate(names)
     )
 
 
-def refuse_spellings(told: Told, where: str) -> None:
+def refuse_spellings(class_info: ClassInfo, where: str) -> None:
     """Refuse a data set that lists one class name in two spellings as two classes.
 
     Such names look alike, and across data sets they are considered equal (see :func:`match`). Names
@@ -71,7 +71,7 @@ def refuse_spellings(told: Told, where: str) -> None:
         UserError: it does; both spellings are shown.
     """
     spelled: dict[str, dict[str, int]] = defaultdict(dict)
-    for label, name in told.names.items():
+    for label, name in class_info.names.items():
         spelled[_plain(name)].setdefault(name, label)
     torn = [found for found in spelled.values() if len(found) > 1]
     if torn:
@@ -85,10 +85,10 @@ def refuse_spellings(told: Told, where: str) -> None:
         )
 
 
-def case_note(told: Told) -> str | None:
+def case_note(class_info: ClassInfo) -> str | None:
     """Return one sentence if names differ only by case, else None."""
     folded: dict[str, dict[str, None]] = defaultdict(dict)
-    for name in told.names.values():
+    for name in class_info.names.values():
         folded[_plain(name).casefold()][name] = None
     alike = [list(found) for found in folded.values() if len(found) > 1]
     if not alike:
@@ -129,7 +129,10 @@ def refuse_empty_classes(label_N: np.ndarray, names: Sequence[str], numbered: bo
 
 
 def match(
-    train: Told, held: Told, present: Iterable[int], by: Literal["name", "number"] = "name"
+    train: ClassInfo,
+    held: ClassInfo,
+    present: Iterable[int],
+    by: Literal["name", "number"] = "name",
 ) -> np.ndarray:
     """Map each held-out class to its training class.
 
@@ -153,7 +156,7 @@ def match(
     return to
 
 
-def _matched(train: Told, held: Told, labels: list[int], by: str) -> dict[int, int]:
+def _matched(train: ClassInfo, held: ClassInfo, labels: list[int], by: str) -> dict[int, int]:
     named = [label for label in labels if label in held.names]
     if not labels:
         return {}
@@ -198,7 +201,7 @@ def _matched(train: Told, held: Told, labels: list[int], by: str) -> dict[int, i
     return {label: sure.get(label, label) for label in labels}
 
 
-def number_note(train: Told, held: Told, to_C: np.ndarray, by: str) -> str | None:
+def number_note(train: ClassInfo, held: ClassInfo, to_C: np.ndarray, by: str) -> str | None:
     """Return one sentence on held-out classes whose names had no counterpart to compare with, else None.
 
     Args:
@@ -225,7 +228,7 @@ def number_note(train: Told, held: Told, to_C: np.ndarray, by: str) -> str | Non
     )
 
 
-def notes(train: Told, train_N: np.ndarray, held_N: np.ndarray, moved: bool) -> list[str]:
+def notes(train: ClassInfo, train_N: np.ndarray, held_N: np.ndarray, moved: bool) -> list[str]:
     """Return notes for the user on two data sets whose labels use the same numbering.
 
     Args:
@@ -282,7 +285,7 @@ def _quoted(names: Sequence[str]) -> str:
     return listed + (", …" if len(names) > _LISTED else "")
 
 
-def _refuse_beyond(labels: list[int], train: Told) -> None:
+def _refuse_beyond(labels: list[int], train: ClassInfo) -> None:
     beyond = [label for label in labels if label >= train.count]
     if beyond:
         raise UserError(
@@ -293,7 +296,7 @@ def _refuse_beyond(labels: list[int], train: Told) -> None:
         )
 
 
-def _one_sided(train: Told, held: Told, labels: list[int]) -> UserError:
+def _one_sided(train: ClassInfo, held: ClassInfo, labels: list[int]) -> UserError:
     sides = ("training", "held-out")
     has, lacks = sides if train.names and not held.names else sides[::-1]
     if train.names and held.names:
@@ -316,7 +319,7 @@ def _one_sided(train: Told, held: Told, labels: list[int]) -> UserError:
     return UserError(what, where="data.match_classes", remedy=f"{remedy}")
 
 
-def _unknown(names: list[str], train: Told) -> UserError:
+def _unknown(names: list[str], train: ClassInfo) -> UserError:
     known = list(dict.fromkeys(train.names.values()))
     alike = [found[0] for name in names if (found := _like(name, known))]
     hint = f" (is one of them meant to be {_quoted(alike)}?)" if alike else ""

@@ -25,7 +25,7 @@ _SHARD = re.compile(r"(.+)-\d+\.tar")
 _LIST = "-classes.json"
 
 
-class Named(NamedTuple):
+class NamedClass(NamedTuple):
     """The name of a class, its bytes in a JSON file, and where it was found."""
 
     name: str
@@ -33,7 +33,7 @@ class Named(NamedTuple):
     where: str
 
 
-class Names:
+class ShardClassNames:
     """Collects the class names of one shard.
 
     Args:
@@ -45,8 +45,8 @@ class Names:
         bytes: class → the bytes that a JSON file with the known name contains.
     """
 
-    def __init__(self, archive: Archive, known: Mapping[int, Named]) -> None:
-        self.found: dict[int, Named] = {}
+    def __init__(self, archive: Archive, known: Mapping[int, NamedClass]) -> None:
+        self.found: dict[int, NamedClass] = {}
         self._read, self._where, self._known = archive.read, archive.where, known
         self.bytes = {label: named.bytes for label, named in list(known.items())}
 
@@ -72,7 +72,7 @@ class Names:
                 self.bytes.setdefault(label, b'"class_name": null')
             return
         member = f"{self._where}, member '{shown(sample.fields['json'].name)}'"
-        new = Named(name, _as_written(name, about), member)
+        new = NamedClass(name, _as_written(name, about), member)
         old = self.found.get(label) or self._known.get(label)
         if old is None:
             self.found[label] = new
@@ -81,7 +81,7 @@ class Names:
         self.bytes[label] = new.bytes
 
 
-def merge(known: dict[int, Named], found: Mapping[int, Named]) -> None:
+def merge(known: dict[int, NamedClass], found: Mapping[int, NamedClass]) -> None:
     """Merge the names of a shard into the known names.
 
     Raises:
@@ -93,7 +93,7 @@ def merge(known: dict[int, Named], found: Mapping[int, Named]) -> None:
             raise disagree(label, old, named)
 
 
-def disagree(label: int, old: Named, new: Named) -> UserError:
+def disagree(label: int, old: NamedClass, new: NamedClass) -> UserError:
     """Return the error for two names of one class."""
     return UserError(
         f"class {label} is '{shown(new.name, 60)}' here, and '{shown(old.name, 60)}' in "
@@ -103,18 +103,18 @@ def disagree(label: int, old: Named, new: Named) -> UserError:
     )
 
 
-def lists_beside(paths: Iterable[str]) -> tuple[dict[int, Named], int]:
+def lists_beside(paths: Iterable[str]) -> tuple[dict[int, NamedClass], int]:
     """Return the names in ``PREFIX-classes.json`` beside local shards, and the number of classes listed.
 
     Raises:
         UserError: a list is corrupt, or two lists disagree.
     """
-    known: dict[int, Named] = {}
+    known: dict[int, NamedClass] = {}
     count = 0
     for path in lists_of(paths):
         names = _read_list(path)
         count = max(count, len(names))
-        merge(known, {n: Named(x, _bytes_of(x), path) for n, x in enumerate(names) if x})
+        merge(known, {n: NamedClass(x, _bytes_of(x), path) for n, x in enumerate(names) if x})
     return known, count
 
 

@@ -36,7 +36,7 @@ SHORT = 1 << 20
 """Files up to this many bytes are read by one `os.read`: Python's `open` costs more than a small image."""
 
 
-class Seen(NamedTuple):
+class FileStat(NamedTuple):
     """A file without its content: ``time`` in ns; ``tag`` of a remote file, "" if it has none."""
 
     name: str
@@ -47,7 +47,7 @@ class Seen(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Noted:
+class Fingerprint:
     """The recorded fingerprint of the files of one origin.
 
     Attributes:
@@ -69,7 +69,7 @@ class Noted:
         return dict(self.__dict__)
 
     @classmethod
-    def of(cls, tree: dict[str, Any]) -> Noted:
+    def of(cls, tree: dict[str, Any]) -> Fingerprint:
         """Parse plain data; raises KeyError, TypeError or ValueError if it is not a fingerprint."""
         files = tree["files"]
         if files is not None:
@@ -88,7 +88,9 @@ def folder_of(origin: str | Sequence[str]) -> str:
     return os.path.expanduser(paths_of(origin)[0].removeprefix("file://"))
 
 
-def look(origin: str | Sequence[str], source: str, *, ask: bool, brief: bool) -> list[Seen]:
+def list_files(
+    origin: str | Sequence[str], source: str, *, ask: bool, brief: bool
+) -> list[FileStat]:
     """Return the files of an origin in the order in which they are read.
 
     Args:
@@ -111,7 +113,7 @@ def look(origin: str | Sequence[str], source: str, *, ask: bool, brief: bool) ->
         places = [*places, *class_names.lists_of(near)]
     with ThreadPoolExecutor(AT_ONCE) as pool:
         about = dict(
-            zip(far, pool.map(lambda u: urls.about(u, brief=brief), far), strict=True)
+            zip(far, pool.map(lambda u: urls.file_info(u, brief=brief), far), strict=True)
             if ask
             else []
         )
@@ -120,12 +122,12 @@ def look(origin: str | Sequence[str], source: str, *, ask: bool, brief: bool) ->
     for place in places:
         if place in names:
             size, tag = (about[place].bytes, about[place].tag) if ask else (-1, "")
-            found.append(Seen(names[place], place, size, 0, tag))
+            found.append(FileStat(names[place], place, size, 0, tag))
         else:
             path = os.path.abspath(place)
             about_it = _regular(path)
             name = os.path.relpath(path, base)
-            found.append(Seen(name, path, about_it.st_size, about_it.st_mtime_ns))
+            found.append(FileStat(name, path, about_it.st_size, about_it.st_mtime_ns))
     return found
 
 
@@ -150,14 +152,14 @@ def _regular(path: str) -> os.stat_result:
     return found
 
 
-def note(
+def fingerprint(
     origin: str | Sequence[str],
-    seen: Sequence[Seen],
-    before: Noted | None,
+    seen: Sequence[FileStat],
+    before: Fingerprint | None,
     *,
     read_all: bool = False,
     recheck: bool = False,
-) -> Noted:
+) -> Fingerprint:
     """Compute the fingerprint of files, reusing the previous one.
 
     Args:
@@ -169,7 +171,7 @@ def note(
     """
     sums = _sum(f"{s.name}\0{s.bytes}\0{s.time}\0{s.tag}" for s in seen)
     if before is not None and before.look == sums and not recheck:
-        return Noted(paths_of(origin), before.by, sums, before.content, before.files)
+        return Fingerprint(paths_of(origin), before.by, sums, before.content, before.files)
     small = sum(max(s.bytes, 0) for s in seen if not urls.is_remote(s.place)) <= READ_BYTES
     by = before.by if before else ("bytes" if read_all or small else "times")
     known = (before.files or {}) if before and not recheck else {}
@@ -179,10 +181,10 @@ def note(
     marks.update(zip((s.name for s in unread), _in_lots(_contents, unread), strict=True))
     content = _sum(f"{s.name}\0{s.bytes}\0{marks[s.name]}" for s in seen)
     files = {s.name: (s.bytes, s.time, str(marks[s.name])) for s in seen}
-    return Noted(paths_of(origin), by, sums, content, files if len(files) <= LISTED else None)
+    return Fingerprint(paths_of(origin), by, sums, content, files if len(files) <= LISTED else None)
 
 
-def difference(old: Noted, new: Noted) -> str:
+def difference(old: Fingerprint, new: Fingerprint) -> str:
     """Describe which files differ; empty if the contents are the same."""
     if old.content == new.content:
         return ""
@@ -209,21 +211,21 @@ def difference(old: Noted, new: Noted) -> str:
     return ", ".join(words) or "in another order"
 
 
-def _images(folder: str) -> list[Seen]:
+def _images(folder: str) -> list[FileStat]:
     """Return the images of a folder and its subfolders; files that are never packed are not included."""
     if not os.path.isdir(folder):
         return []
 
-    def look(names: list[str]) -> list[Seen]:
+    def look(names: list[str]) -> list[FileStat]:
         found = []
         for name in names:
             path = os.path.join(folder, name)
             try:
                 there = os.stat(path)
             except OSError:  # deleted since it was listed
-                found.append(Seen(name, path, -1))
+                found.append(FileStat(name, path, -1))
             else:
-                found.append(Seen(name, path, there.st_size, there.st_mtime_ns))
+                found.append(FileStat(name, path, there.st_size, there.st_mtime_ns))
         return found
 
     return _in_lots(look, find_images(folder, classes=True).images)
@@ -236,7 +238,7 @@ def _in_lots(work: Callable[[list[Any]], list[Any]], items: list[Any]) -> list[A
         return [result for lot in pool.map(work, lots) for result in lot]
 
 
-def _unread(file: Seen, by: str, known: dict[str, tuple[int, int, str]]) -> str | None:
+def _unread(file: FileStat, by: str, known: dict[str, tuple[int, int, str]]) -> str | None:
     """Return the content's stand-in if it need not be read (tag, time or recorded hash), else None."""
     if urls.is_remote(file.place):
         return file.tag
@@ -253,11 +255,11 @@ def _remote_names(places: Sequence[str]) -> list[str]:
     return [posixpath.relpath(path or "/", base) for path in paths]
 
 
-def _contents(files: list[Seen]) -> list[str]:
+def _contents(files: list[FileStat]) -> list[str]:
     return [_content(file) for file in files]
 
 
-def _content(file: Seen) -> str:
+def _content(file: FileStat) -> str:
     try:
         if file.bytes > SHORT:
             return durable.sha256(Path(file.place))[:20]

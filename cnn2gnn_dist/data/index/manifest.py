@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cnn2gnn_dist.data.index import manifest_file
-from cnn2gnn_dist.data.index.build import Gathered, gather, in_order
+from cnn2gnn_dist.data.index.build import IndexedShards, gather, in_order
 from cnn2gnn_dist.data.index.class_matching import class_names, refuse_empty_classes
 from cnn2gnn_dist.data.index.manifest_file import Shard
 from cnn2gnn_dist.data.index.shard_rows import COLUMNS
@@ -140,7 +140,7 @@ class Manifest:
             columns["crc"] = self.crc_N
         manifest_file.write(
             Path(path),
-            manifest_file.About(self.digest, self.classes, self.shards),
+            manifest_file.ManifestInfo(self.digest, self.classes, self.shards),
             columns,
             self.keys,
         )
@@ -154,14 +154,14 @@ class Manifest:
         """
 
         def make(
-            about: manifest_file.About, columns: dict[str, np.ndarray], keys: pa.Array
+            info: manifest_file.ManifestInfo, columns: dict[str, np.ndarray], keys: pa.Array
         ) -> Manifest:
             shard_N = columns["shard"]
-            if len(shard_N) and not 0 <= shard_N[0] <= shard_N[-1] < len(about.shards):
+            if len(shard_N) and not 0 <= shard_N[0] <= shard_N[-1] < len(info.shards):
                 raise ValueError("samples of shards that are not listed")
             named: dict[str, Any] = {f"{name}_N": column for name, column in columns.items()}
-            manifest = cls(about.shards, about.classes, **named, keys=keys)
-            manifest.__dict__["digest"] = about.digest  # preset the cached_property
+            manifest = cls(info.shards, info.classes, **named, keys=keys)
+            manifest.__dict__["digest"] = info.digest  # preset the cached_property
             return manifest
 
         return manifest_file.read(Path(path), make)
@@ -247,10 +247,12 @@ def index(
         workers=workers,
         progress=progress,
     )
-    names = tuple(classes) if classes is not None else class_names(found.told)
+    names = tuple(classes) if classes is not None else class_names(found.class_info)
     label_N = found.columns["label_N"]
     if not allow_empty_classes:
-        refuse_empty_classes(label_N, names, numbered=classes is None and not found.told.names)
+        refuse_empty_classes(
+            label_N, names, numbered=classes is None and not found.class_info.names
+        )
     return manifest_of(found, names, label_N)
 
 
@@ -264,7 +266,7 @@ def refuse_none(shards: Sequence[Path | str]) -> None:
         raise UserError("no shards are given", remedy="name at least one shard, glob or folder")
 
 
-def manifest_of(found: Gathered, classes: tuple[str, ...], label_N: np.ndarray) -> Manifest:
+def manifest_of(found: IndexedShards, classes: tuple[str, ...], label_N: np.ndarray) -> Manifest:
     """Make a manifest of the gathered rows with these class names and labels."""
     columns = {**found.columns, "label_N": np.ascontiguousarray(label_N, COLUMNS["label"])}
     return Manifest(found.shards, classes, **columns, keys=found.keys, crc_N=found.crc_N)

@@ -39,7 +39,7 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class About:
+class ManifestInfo:
     """The metadata of a manifest."""
 
     digest: str
@@ -47,17 +47,18 @@ class About:
     shards: tuple[Shard, ...]
 
 
-def write(path: Path, about: About, columns: Mapping[str, np.ndarray], keys: pa.Array) -> None:
+def write(
+    path: Path, info: ManifestInfo, columns: Mapping[str, np.ndarray], keys: pa.Array
+) -> None:
     """Write a manifest by atomic rename."""
     target = path.absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
     header = {
         "version": VERSION,
-        "digest": about.digest,
-        "classes": about.classes,
+        "digest": info.digest,
+        "classes": info.classes,
         "shards": [
-            {**dataclasses.asdict(s), "path": _recorded(s.path, target.parent)}
-            for s in about.shards
+            {**dataclasses.asdict(s), "path": _recorded(s.path, target.parent)} for s in info.shards
         ],
     }
     arrays = {name: _as_arrow(column, _KINDS[name]) for name, column in columns.items()}
@@ -75,7 +76,7 @@ def write(path: Path, about: About, columns: Mapping[str, np.ndarray], keys: pa.
         writer.write_batch(batch)
 
 
-def read(path: Path, make: Callable[[About, dict[str, np.ndarray], pa.Array], Made]) -> Made:
+def read(path: Path, make: Callable[[ManifestInfo, dict[str, np.ndarray], pa.Array], Made]) -> Made:
     """Memory-map a manifest and build it with ``make``, whose ValueError means a corrupt file.
 
     Raises:
@@ -93,7 +94,7 @@ def read(path: Path, make: Callable[[About, dict[str, np.ndarray], pa.Array], Ma
             for name, kind in _KINDS.items()
             if name not in _OPTIONAL or name in batch.schema.names
         }
-        return make(_about(header, source.parent), columns, batch.column("key"))
+        return make(_info(header, source.parent), columns, batch.column("key"))
     except FileNotFoundError as failure:
         raise UserError(
             "there is no manifest here", where=str(source), remedy="index the shards first"
@@ -106,11 +107,11 @@ def read(path: Path, make: Callable[[About, dict[str, np.ndarray], pa.Array], Ma
         ) from failure
 
 
-def _about(header: dict[str, Any], folder: Path) -> About:
+def _info(header: dict[str, Any], folder: Path) -> ManifestInfo:
     shards = tuple(
         Shard(_found(s["path"], folder), s["bytes"], s["samples"]) for s in header["shards"]
     )
-    return About(header["digest"], tuple(header["classes"]), shards)
+    return ManifestInfo(header["digest"], tuple(header["classes"]), shards)
 
 
 def _found(recorded: str, folder: Path) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 
 from cnn2gnn_dist.data.index.build import gather
 from cnn2gnn_dist.data.index.class_matching import (
-    Told,
+    ClassInfo,
     case_note,
     check_count,
     class_names,
@@ -26,21 +26,21 @@ from cnn2gnn_dist.errors import UserError
 
 
 @dataclass(frozen=True)
-class Whole:
+class IndexedDataSet:
     """A manifest, the classes of its shards, and a note for the user on left-out members."""
 
     manifest: Manifest
-    told: Told
+    class_info: ClassInfo
     left_out: str | None
 
 
-def index_whole(
+def index_data_set(
     shards: Sequence[Path | str],
     *,
     num_classes: int | None = None,
     allow_empty_classes: bool = False,
     checksums: bool = False,
-) -> Whole:
+) -> IndexedDataSet:
     """Index a data set of ``num_classes`` classes, however many of them have names; see :func:`index`.
 
     Raises:
@@ -49,25 +49,27 @@ def index_whole(
     """
     refuse_none(shards)
     found = gather(shards, num_classes=num_classes, checksums=checksums)
-    told = found.told
-    refuse_spellings(told, "data.train")
+    class_info = found.class_info
+    refuse_spellings(class_info, "data.train")
     if num_classes is not None:
-        if told.count > num_classes:
+        if class_info.count > num_classes:
             raise UserError(
-                f"the data have {told.count} classes, and data.num_classes is {num_classes}",
+                f"the data have {class_info.count} classes, and data.num_classes is {num_classes}",
                 where="data.num_classes",
-                remedy=f"data.num_classes={told.count}, or leave it out: it is read from the data",
+                remedy=f"data.num_classes={class_info.count}, or leave it out: it is read from the data",
             )
         check_count(num_classes, len(found.keys), "data.num_classes")
-        told = Told(told.names, num_classes)
-    names, label_N = class_names(told), found.columns["label_N"]
+        class_info = ClassInfo(class_info.names, num_classes)
+    names, label_N = class_names(class_info), found.columns["label_N"]
     if not allow_empty_classes:
-        refuse_empty_classes(label_N, names, numbered=not told.names)
-    return Whole(manifest_of(found, names, label_N), told, found.passed.note("data.train"))
+        refuse_empty_classes(label_N, names, numbered=not class_info.names)
+    return IndexedDataSet(
+        manifest_of(found, names, label_N), class_info, found.skipped.note("data.train")
+    )
 
 
 @dataclass(frozen=True)
-class Pair:
+class IndexedPair:
     """Manifests of training and held-out images with the same classes, and notes for the user."""
 
     train: Manifest
@@ -83,7 +85,7 @@ def index_pair(
     match_classes: Literal["name", "number"] = "name",
     allow_empty_classes: bool = False,
     checksums: bool = False,
-) -> Pair:
+) -> IndexedPair:
     """Index two data sets that have the same classes but may number them differently.
 
     The held-out labels are converted to the training images' numbering, by name where names exist
@@ -101,7 +103,7 @@ def index_pair(
         UserError: as :func:`index`; a held-out class is not a training class, or its name is
             ambiguous.
     """
-    whole = index_whole(
+    whole = index_data_set(
         train,
         num_classes=num_classes,
         allow_empty_classes=allow_empty_classes,
@@ -109,16 +111,18 @@ def index_pair(
     )
     refuse_none(held)
     found = gather(held, checksums=checksums)
-    refuse_spellings(found.told, "data.test")
+    refuse_spellings(found.class_info, "data.test")
     label_N = found.columns["label_N"]
-    to_C = match(whole.told, found.told, np.unique(label_N).tolist(), match_classes)
+    to_C = match(whole.class_info, found.class_info, np.unique(label_N).tolist(), match_classes)
     matched_N = to_C[label_N]
-    said = notes(whole.told, whole.manifest.label_N, matched_N, bool((matched_N != label_N).any()))
+    said = notes(
+        whole.class_info, whole.manifest.label_N, matched_N, bool((matched_N != label_N).any())
+    )
     more = (
         whole.left_out,
-        found.passed.note("data.test"),
-        number_note(whole.told, found.told, to_C, match_classes),
-        case_note(found.told),
+        found.skipped.note("data.test"),
+        number_note(whole.class_info, found.class_info, to_C, match_classes),
+        case_note(found.class_info),
     )
     said += [note for note in more if note and note not in said]
-    return Pair(whole.manifest, manifest_of(found, whole.manifest.classes, matched_N), said)
+    return IndexedPair(whole.manifest, manifest_of(found, whole.manifest.classes, matched_N), said)

@@ -16,10 +16,10 @@ import numpy as np
 import pyarrow as pa
 
 from cnn2gnn_dist.data.images.formats import IMAGE_SUFFIXES
-from cnn2gnn_dist.data.index.class_names import SMALL, Named, Names
+from cnn2gnn_dist.data.index.class_names import SMALL, NamedClass, ShardClassNames
 from cnn2gnn_dist.data.tar.full_header import Member
 from cnn2gnn_dist.data.tar.samples import MACOS, TarSample, grouped, hidden
-from cnn2gnn_dist.data.tar.tar_file import Archive, Passed, shown
+from cnn2gnn_dist.data.tar.tar_file import Archive, SkippedMembers, shown
 from cnn2gnn_dist.errors import UserError
 
 COLUMNS = {
@@ -39,7 +39,7 @@ class ShardRows:
 
     ``offset_n``, ``size_n``, ``label_n`` and ``keys_n`` are as in the manifest, ``crc_n`` holds the
     CRC-32 of the images (None: not requested), ``names`` the class names that were not known before,
-    ``passed`` the members that belong to no sample.
+    ``skipped`` the members that belong to no sample.
     """
 
     bytes: int
@@ -48,15 +48,15 @@ class ShardRows:
     label_n: np.ndarray
     keys_n: pa.LargeStringArray
     crc_n: np.ndarray | None
-    names: dict[int, Named]
-    passed: Passed = field(default_factory=Passed)
+    names: dict[int, NamedClass]
+    skipped: SkippedMembers = field(default_factory=SkippedMembers)
 
     def __len__(self) -> int:
         return len(self.label_n)
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ReadOptions:
     """What to read from every shard: ``num_classes`` bounds the labels, ``names`` enables class names."""
 
     num_classes: int | None
@@ -67,15 +67,15 @@ class Wanted:
 
 def read_shard(
     path: str,
-    wanted: Wanted,
-    known: Mapping[int, Named] = MappingProxyType({}),
+    options: ReadOptions,
+    known: Mapping[int, NamedClass] = MappingProxyType({}),
     where: str | None = None,
 ) -> ShardRows:
     """Walk a shard.
 
     Args:
         path: the shard, as a local file.
-        wanted: what to read from it.
+        options: what to read from it.
         known: class → name, as known so far.
         where: its name in errors (for example a URL); default: the path.
 
@@ -85,21 +85,23 @@ def read_shard(
             names.
     """
     with Archive(path, where) as archive:
-        return _read(archive, _Payloads(archive), wanted, Names(archive, known))
+        return _read(archive, _Payloads(archive), options, ShardClassNames(archive, known))
 
 
-def _read(archive: Archive, payloads: _Payloads, wanted: Wanted, names: Names) -> ShardRows:
+def _read(
+    archive: Archive, payloads: _Payloads, options: ReadOptions, names: ShardClassNames
+) -> ShardRows:
     where = archive.where
     keys: list[str] = []
     images: list[Member] = []
     labels: list[int] = []
-    named, holds = wanted.names, archive.holds
+    named, holds = options.names, archive.holds
     for sample in grouped(archive):
         key, fields = sample
         keys.append(key)
         jpg = fields.get("jpg")
         images.append(jpg if jpg and jpg[2] < _MAX_IMAGE else _image(where, sample))
-        label = payloads.label(sample, wanted)
+        label = payloads.label(sample, options)
         labels.append(label)
         json = fields.get("json")
         if json and named and label >= 0:
@@ -113,7 +115,7 @@ def _read(archive: Archive, payloads: _Payloads, wanted: Wanted, names: Names) -
             where=where,
             remedy="name members KEY.jpg and KEY.cls (webdataset's convention)",
         )
-    crcs = [payloads.crc(image) for image in images] if wanted.checksums else None
+    crcs = [payloads.crc(image) for image in images] if options.checksums else None
     return ShardRows(
         archive.bytes,
         np.asarray([image[1] for image in images], COLUMNS["offset"]),
@@ -122,7 +124,7 @@ def _read(archive: Archive, payloads: _Payloads, wanted: Wanted, names: Names) -
         _encoded(where, keys),
         None if crcs is None else np.asarray(crcs, np.uint32),
         names.found,
-        archive.passed,
+        archive.skipped,
     )
 
 
@@ -134,7 +136,7 @@ class _Payloads:
         self.where = archive.where
         self._labels: dict[bytes, int] = {}
 
-    def label(self, sample: TarSample, wanted: Wanted) -> int:
+    def label(self, sample: TarSample, options: ReadOptions) -> int:
         """Return the class of a sample; -1 is none.
 
         Raises:
@@ -142,7 +144,7 @@ class _Payloads:
         """
         member = sample.fields.get("cls")
         if member is None:
-            if wanted.require_labels:
+            if options.require_labels:
                 raise UserError(
                     f"sample '{shown(sample.key)}' has no label",
                     where=self.where,
@@ -152,12 +154,12 @@ class _Payloads:
         text = self.read(member[1], min(member[2], _MAX_LABEL + 1))
         if text in self._labels:
             return self._labels[text]
-        label = self._checked(text, sample, member, wanted)
+        label = self._checked(text, sample, member, options)
         if len(self._labels) < _MEMO:
             self._labels[text] = label
         return label
 
-    def _checked(self, text: bytes, sample: TarSample, member: Member, wanted: Wanted) -> int:
+    def _checked(self, text: bytes, sample: TarSample, member: Member, options: ReadOptions) -> int:
         match = _CLASS_NUMBER.fullmatch(text)
         if (
             match is None
@@ -178,10 +180,10 @@ class _Payloads:
                 remedy="a .cls member holds the number of the class in ASCII digits, from 0",
             )
         label = int(match.group(1))
-        if wanted.num_classes is not None and label >= wanted.num_classes:
+        if options.num_classes is not None and label >= options.num_classes:
             raise UserError(
                 f"the label of sample '{shown(sample.key)}' is {label}; "
-                f"there are {wanted.num_classes} classes, numbered from 0",
+                f"there are {options.num_classes} classes, numbered from 0",
                 where=f"{self.where}, member '{shown(member.name)}'",
                 remedy="correct the label or the list of classes",
             )

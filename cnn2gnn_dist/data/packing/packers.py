@@ -18,9 +18,15 @@ import numpy as np
 
 from cnn2gnn_dist import durable
 from cnn2gnn_dist.data.images.formats import IMAGE_SUFFIXES, image_suffix, what_it_is
-from cnn2gnn_dist.data.images.image_files import CORRUPT, Found, find_images, printable, unreadable
+from cnn2gnn_dist.data.images.image_files import (
+    CORRUPT,
+    FolderScan,
+    find_images,
+    printable,
+    unreadable,
+)
 from cnn2gnn_dist.data.packing.parquet import open_parquet, read_labels
-from cnn2gnn_dist.data.packing.shard_writer import Source, encode_png, write_shards
+from cnn2gnn_dist.data.packing.shard_writer import NewSample, encode_png, write_shards
 from cnn2gnn_dist.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -46,12 +52,12 @@ def pack_digits(
     grey_NHW = np.rint(digits.images * (255 / 16)).astype(np.uint8)
     count = _limited(len(grey_NHW), limit)
 
-    def sources() -> Iterator[Source]:
+    def sources() -> Iterator[NewSample]:
         for number, (grey_HW, label) in enumerate(zip(grey_NHW, digits.target, strict=True)):
             small = Image.fromarray(grey_HW)
             large = small.resize((image_size, image_size), Image.Resampling.BICUBIC)
             image = encode_png(np.asarray(large.convert("RGB")))
-            yield Source(f"{prefix}-{number:05d}", image, "png", int(label))
+            yield NewSample(f"{prefix}-{number:05d}", image, "png", int(label))
 
     return write_shards(
         islice(sources(), count),
@@ -112,7 +118,7 @@ def pack_parquet(
 
 def _parquet_sources(
     paths: Sequence[Path], labels: Sequence[np.ndarray], prefix: str, image_column: str
-) -> Iterator[Source]:
+) -> Iterator[NewSample]:
     number = 0
     for path, label_N in zip(paths, labels, strict=True):
         row = 0
@@ -131,7 +137,9 @@ def _parquet_sources(
                         )
                     about = {"filename": name} if name else {}
                     suffix = _suffix(data, name, f"{path}, row {row}")
-                    yield Source(f"{prefix}-{number:08d}", data, suffix, int(label_N[row]), about)
+                    yield NewSample(
+                        f"{prefix}-{number:08d}", data, suffix, int(label_N[row]), about
+                    )
                     row += 1
                     number += 1
 
@@ -188,13 +196,13 @@ def pack_imagefolder(
     count = _limited(len(found.images), limit)
     order = np.random.default_rng(seed).permutation(len(found.images))[:count]
 
-    def sources() -> Iterator[Source]:
+    def sources() -> Iterator[NewSample]:
         for i in order:
             image = found.images[i]
             data = (base / image).read_bytes()
             about = {"filename": printable(Path(image).as_posix())}
             suffix = _suffix(data, image, printable(base / image))
-            yield Source(keys[i], data, suffix, labels[i], about)
+            yield NewSample(keys[i], data, suffix, labels[i], about)
 
     shards = write_shards(
         sources(),
@@ -211,7 +219,7 @@ def pack_imagefolder(
     return shards
 
 
-def _images_by_class(base: Path, max_corrupt: float) -> Found:
+def _images_by_class(base: Path, max_corrupt: float) -> FolderScan:
     """Find the images below the class folders, except those whose bytes are not an image's."""
     if not base.is_dir():
         raise UserError("there is no such folder", where=str(base), remedy="check the path")
@@ -227,7 +235,7 @@ def _images_by_class(base: Path, max_corrupt: float) -> Found:
     return found
 
 
-def _leave_out_corrupt(base: Path, found: Found, max_corrupt: float) -> None:
+def _leave_out_corrupt(base: Path, found: FolderScan, max_corrupt: float) -> None:
     """Leave out files with image names that are not images; refuse if there are too many."""
     wrong = unreadable(base, found.images)
     total = len(found.images)
@@ -245,14 +253,14 @@ def _leave_out_corrupt(base: Path, found: Found, max_corrupt: float) -> None:
         found.leave(CORRUPT, f"{name}: {what}")
 
 
-def _class_numbers(base: Path, found: Found) -> list[int]:
+def _class_numbers(base: Path, found: FolderScan) -> list[int]:
     """Return the class of each image, as the number of its folder."""
     numbers = {name: number for number, name in enumerate(found.folders)}
     labels = [numbers[image.split(os.sep)[0]] for image in found.images]
     empty = set(found.folders) - {found.folders[label] for label in set(labels)}
     if empty:
         name = min(empty)
-        inside = Found(
+        inside = FolderScan(
             left_out={
                 reason: kept
                 for reason, paths in found.left_out.items()
@@ -326,10 +334,10 @@ def pack_torchvision(
     begin = prefix or ("train" if train else "test")
     count = _limited(len(dataset.targets), limit)
 
-    def sources() -> Iterator[Source]:
+    def sources() -> Iterator[NewSample]:
         for number in range(count):
             image = encode_png(np.asarray(dataset.data[number]))
-            yield Source(f"{begin}-{number:08d}", image, "png", int(dataset.targets[number]))
+            yield NewSample(f"{begin}-{number:08d}", image, "png", int(dataset.targets[number]))
 
     return write_shards(
         sources(),

@@ -19,11 +19,11 @@ from cnn2gnn_dist.data.images.formats import image_suffix
 from cnn2gnn_dist.data.index.class_names import refuse_blank
 from cnn2gnn_dist.errors import UserError
 
-__all__ = ["Source", "encode_png", "image_suffix", "write_shards"]
+__all__ = ["NewSample", "encode_png", "image_suffix", "write_shards"]
 
 
 @dataclass(frozen=True)
-class Source:
+class NewSample:
     """One image to write into a shard; ``about`` goes into its ``.json``."""
 
     key: str
@@ -34,7 +34,7 @@ class Source:
 
 
 def write_shards(
-    sources: Iterable[Source],
+    sources: Iterable[NewSample],
     count: int,
     out: str | os.PathLike[str],
     *,
@@ -103,7 +103,7 @@ def _prepare(folder: Path, prefix: str, shard_size: int, count: int) -> Path:
     return folder
 
 
-def _add_sample(tar: tarfile.TarFile, source: Source, classes: Sequence[str | None]) -> None:
+def _add_sample(tar: tarfile.TarFile, source: NewSample, classes: Sequence[str | None]) -> None:
     about = {**source.about, "label": source.label, "class_name": classes[source.label]}
     members = {
         "cls": str(source.label).encode("ascii"),

@@ -34,7 +34,7 @@ _log = logging.getLogger(__name__)
 
 MOST_DEATHS = 10
 """Number of readers that may die while reading one request before the request is blamed."""
-BACK_SECONDS = 120.0
+RESTART_SECONDS = 120.0
 """Timeout for a dead reader to restart, which takes about two seconds."""
 STORE_SHARE = 0.5
 """Fraction of the object store for the data in flight of all streams on a node; Ray spills from 0.8 on."""
@@ -64,7 +64,7 @@ class RayReaders:
         Reader(spec).close()  # fail here, not in a dying actor
         self._row_bytes = 3 * spec.views.size**2 + 17  # image, label, id, valid
         self._room = _store_bytes() * STORE_SHARE / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        self._told = False
+        self._warned = False
         tag = uuid.uuid4().hex[:6]
         names = (f"{name}-{number}-{tag}" for number in range(workers))
         self._readers = [_Reader(spec, one) for one in names]
@@ -94,8 +94,8 @@ class RayReaders:
                 remedy="smaller batches, stream.backend=local, or a larger object store "
                 "(more shared memory: docker --shm-size)",
             )
-        if fits < prefetch and not self._told:
-            self._told = True
+        if fits < prefetch and not self._warned:
+            self._warned = True
             _log.warning(
                 f"stream: {fits} requests in flight instead of {prefetch}: batches of "
                 f"{size / 2**20:,.1f} MB, and room for {self._room / 2**20:,.0f} MB "
@@ -136,9 +136,9 @@ class RayReaders:
             self._parked.remove(answer)
         elif ray.is_initialized() and answer.reader is not None:
             ray.cancel(answer.reference)
-        self._let_go(answer)
+        self._release(answer)
 
-    def _let_go(self, answer: RayAnswer) -> None:
+    def _release(self, answer: RayAnswer) -> None:
         if answer.reader is not None and answer in answer.reader.asked:
             answer.reader.asked.remove(answer)
         answer.reader = answer.reference = (
@@ -149,19 +149,19 @@ class RayReaders:
         """Reassign a dead reader's unanswered requests and blame the one that it was reading."""
         reader = answer.reader
         assert reader is not None
-        owed = reader.owed()
-        if answer not in owed:  # the result is lost, not the reader
-            owed.insert(0, answer)
+        unanswered = reader.unanswered()
+        if answer not in unanswered:  # the result is lost, not the reader
+            unanswered.insert(0, answer)
         # A reader reads requests in order, so it died on its first unanswered request or before it:
         # the others are never to blame, however often this happens.
-        owed[0].deaths += 1
-        reader.revive()
-        for one in owed:
-            self._let_go(one)
-        if owed[0].deaths >= MOST_DEATHS:  # don't reassign it: it would kill the next reader
-            self._assign(owed[1:])
-            raise _hopeless(owed[0].request, error) from error
-        self._assign(owed)
+        unanswered[0].deaths += 1
+        reader.mark_dead()
+        for one in unanswered:
+            self._release(one)
+        if unanswered[0].deaths >= MOST_DEATHS:  # don't reassign it: it would kill the next reader
+            self._assign(unanswered[1:])
+            raise _too_many_deaths(unanswered[0].request, error) from error
+        self._assign(unanswered)
 
     def _assign(self, answers: list[RayAnswer], wait: bool = False) -> None:
         """Send requests to living readers, parked ones included; if none is alive, park or wait for one."""
@@ -169,7 +169,7 @@ class RayReaders:
         self._parked = sorted(self._parked + answers, key=lambda answer: answer.number)
         down = [reader for reader in self._readers if reader.greeting is not None]
         if down:
-            self._welcome(down, wait=wait and len(down) == len(self._readers))
+            self._rejoin(down, wait=wait and len(down) == len(self._readers))
         if all(reader.greeting is not None for reader in self._readers):
             return
         for answer in self._parked:
@@ -177,16 +177,16 @@ class RayReaders:
             reader.ask(answer)
         self._parked = []
 
-    def _welcome(self, down: list[_Reader], wait: bool) -> None:
+    def _rejoin(self, down: list[_Reader], wait: bool) -> None:
         """Check which dead readers have restarted, and wait for one if requested."""
         greetings = [reader.greeting for reader in down]
-        back, _ = ray.wait(greetings, timeout=BACK_SECONDS if wait else 0)
+        back, _ = ray.wait(greetings, timeout=RESTART_SECONDS if wait else 0)
         for reader in down:
             if reader.greeting in back:
-                reader.welcome()
+                reader.rejoin()
         if wait and not back:
             raise UserError(
-                f"no reader has come back for {BACK_SECONDS:.0f} s after the last one died",
+                f"no reader has come back for {RESTART_SECONDS:.0f} s after the last one died",
                 where="stream.backend=ray",
                 remedy="see the readers' logs; memory is the usual reason: fewer stream.workers",
             )
@@ -205,7 +205,7 @@ class RayAnswer:
     def wait(self) -> Batch:
         """Wait for the batch and return it."""
         batch = self._readers.fetch(self)
-        self._readers._let_go(self)
+        self._readers._release(self)
         return batch
 
     def drop(self) -> None:
@@ -239,13 +239,13 @@ class _Reader:
         answer.reference = self.actor.read.remote(request.ids, request.view)
         self.asked.append(answer)
 
-    def owed(self) -> list[RayAnswer]:
+    def unanswered(self) -> list[RayAnswer]:
         """Return the unanswered requests in order."""
         references = [answer.reference for answer in self.asked]
         ready, _ = ray.wait(references, num_returns=len(references), timeout=0)
         return [a for a in self.asked if a.reference not in ready or _is_lost(a.reference)]
 
-    def revive(self) -> None:
+    def mark_dead(self) -> None:
         """Mark the reader as dead: it gets no requests until it has answered a greeting."""
         if self.greeting is None:
             self.greeting = self._greet()
@@ -253,7 +253,7 @@ class _Reader:
     def _greet(self) -> Any:
         return self.actor.process_id.options(max_task_retries=-1).remote()
 
-    def welcome(self) -> None:
+    def rejoin(self) -> None:
         """Handle the result of the greeting: the actor is back, or it is gone for good and replaced.
 
         Raises:
@@ -293,7 +293,7 @@ def _store_bytes() -> float:
     return float(sum(sizes))
 
 
-def _hopeless(request: Request, error: Exception) -> UserError:
+def _too_many_deaths(request: Request, error: Exception) -> UserError:
     return UserError(
         f"a reader died {MOST_DEATHS} times on one request: {last_line(error)}",
         where=f"sample ids {request.ids[:4].tolist()}…, view {request.view}",

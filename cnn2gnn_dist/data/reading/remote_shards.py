@@ -26,7 +26,7 @@ GAP = 16 << 10
 """Maximum gap in bytes between two members that are read in one range."""
 SPAN = 8 << 20
 """Maximum bytes of a range that covers several members."""
-AGAIN = 10.0
+RETRY_SECONDS = 10.0
 """Seconds before retrying to cache a shard for which there was no room."""
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -45,7 +45,7 @@ class CacheSpec:
 
 
 @dataclass(frozen=True)
-class Span:
+class ByteRange:
     """A byte range of a shard, and the samples in it."""
 
     shard: int
@@ -54,9 +54,9 @@ class Span:
     samples: tuple[int, ...]
 
 
-def spans(manifest: Manifest, samples: Iterable[int]) -> list[Span]:
+def merged_ranges(manifest: Manifest, samples: Iterable[int]) -> list[ByteRange]:
     """Merge the byte ranges of neighboring samples; each sample occurs once."""
-    found: list[Span] = []
+    found: list[ByteRange] = []
     shard_N, offset_N = manifest.shard_N, manifest.offset_N
     places = sorted((int(shard_N[s]), int(offset_N[s]), s) for s in set(samples))
     for shard, start, sample in places:
@@ -64,13 +64,13 @@ def spans(manifest: Manifest, samples: Iterable[int]) -> list[Span]:
         last = found[-1] if found else None
         if last and last.shard == shard and start - last.end <= GAP and end - last.start <= SPAN:
             within = (*last.samples, sample)
-            found[-1] = Span(shard, last.start, max(last.end, end), within)
+            found[-1] = ByteRange(shard, last.start, max(last.end, end), within)
         else:
-            found.append(Span(shard, start, end, (sample,)))
+            found.append(ByteRange(shard, start, end, (sample,)))
     return found
 
 
-class FarShards:
+class RemoteShards:
     """Reads members of the remote shards of a manifest. Not thread-safe.
 
     Args:
@@ -93,20 +93,20 @@ class FarShards:
         Raises:
             UserError: a shard is missing, changed, or unreachable.
         """
-        stretches = spans(self.manifest, samples)
-        handles = self._open(sorted({span.shard for span in stretches}))
+        ranges = merged_ranges(self.manifest, samples)
+        handles = self._open(sorted({byte_range.shard for byte_range in ranges}))
         try:
             found: dict[int, bytes] = {}
-            away = [span for span in stretches if span.shard not in handles]
-            for span, data in zip(away, self._each(self._range, away), strict=True):
-                for sample in span.samples:
+            away = [byte_range for byte_range in ranges if byte_range.shard not in handles]
+            for byte_range, data in zip(away, self._each(self._range, away), strict=True):
+                for sample in byte_range.samples:
                     start, end = self._place(sample)
-                    found[sample] = data[start - span.start : end - span.start]
-            for span in stretches:
-                if span.shard in handles:
-                    for sample in span.samples:
+                    found[sample] = data[start - byte_range.start : end - byte_range.start]
+            for byte_range in ranges:
+                if byte_range.shard in handles:
+                    for sample in byte_range.samples:
                         start, end = self._place(sample)
-                        found[sample] = os.pread(handles[span.shard], end - start, start)
+                        found[sample] = os.pread(handles[byte_range.shard], end - start, start)
             return found
         finally:
             for handle in handles.values():
@@ -117,7 +117,7 @@ class FarShards:
         shard = self.manifest.shards[int(self.manifest.shard_N[sample])]
         if self._cache is not None:
             self._cache.drop(shard.path, shard.bytes)
-        return self._range(spans(self.manifest, [sample])[0])
+        return self._range(merged_ranges(self.manifest, [sample])[0])
 
     def close(self) -> None:
         """Stop the threads."""
@@ -145,7 +145,7 @@ class FarShards:
             elif got is not None:
                 handles[number] = got
             else:
-                self._later[number] = time.monotonic() + AGAIN
+                self._later[number] = time.monotonic() + RETRY_SECONDS
         if problem is not None:
             for handle in handles.values():
                 release(handle)
@@ -173,9 +173,9 @@ class FarShards:
                 return f"the bytes of sample '{manifest.key(row)}' are not those indexed"
         return ""
 
-    def _range(self, span: Span) -> bytes:
-        url = self.manifest.shards[span.shard].path
-        return urls.read_range(url, span.start, span.end - span.start)
+    def _range(self, byte_range: ByteRange) -> bytes:
+        url = self.manifest.shards[byte_range.shard].path
+        return urls.read_range(url, byte_range.start, byte_range.end - byte_range.start)
 
     def _place(self, sample: int) -> tuple[int, int]:
         start = int(self.manifest.offset_N[sample])

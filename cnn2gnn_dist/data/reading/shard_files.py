@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from cnn2gnn_dist.data.index.manifest import Manifest
-from cnn2gnn_dist.data.reading.remote_shards import CacheSpec, FarShards
+from cnn2gnn_dist.data.reading.remote_shards import CacheSpec, RemoteShards
 from cnn2gnn_dist.data.storage.urls import is_remote
 from cnn2gnn_dist.errors import UserError
 
@@ -37,15 +37,15 @@ class ShardFiles:
         self.manifest = manifest
         self._files: OrderedDict[int, int] = OrderedDict()
         self._remote_S = [is_remote(shard.path) for shard in manifest.shards]
-        self._far = FarShards(manifest, cache) if any(self._remote_S) else None
+        self._remote = RemoteShards(manifest, cache) if any(self._remote_S) else None
         self._verified_N = None if manifest.crc_N is None else np.zeros(len(manifest), bool)
 
     def close(self) -> None:
         """Close the shards."""
         while self._files:
             os.close(self._files.popitem()[1])
-        if self._far is not None:
-            self._far.close()
+        if self._remote is not None:
+            self._remote.close()
 
     def __del__(self) -> None:
         if hasattr(self, "_verified_N"):
@@ -62,11 +62,11 @@ class ShardFiles:
             UserError: a shard is missing, truncated, unreadable, unreachable, or not of the indexed
                 length; or a sample's bytes don't match the recorded checksum.
         """
-        if self._far is None:
+        if self._remote is None:
             blobs = [self._read(sample) for sample in samples]
         else:
-            far = [s for s in samples if self._remote_S[int(self.manifest.shard_N[s])]]
-            found = self._far.read(far)
+            remote = [s for s in samples if self._remote_S[int(self.manifest.shard_N[s])]]
+            found = self._remote.read(remote)
             blobs = [found[s] if s in found else self._read(s) for s in samples]
         if self._verified_N is not None:
             blobs = [self._verified(*pair) for pair in zip(samples, blobs, strict=True)]
@@ -79,8 +79,8 @@ class ShardFiles:
             return data
         number, wanted = int(self.manifest.shard_N[sample]), int(crc_N[sample])
         if zlib.crc32(data) != wanted:
-            again = self._far is not None and self._remote_S[number]
-            data = self._far.read_again(sample) if self._far and again else self._read(sample)
+            again = self._remote is not None and self._remote_S[number]
+            data = self._remote.read_again(sample) if self._remote and again else self._read(sample)
             if zlib.crc32(data) != wanted:
                 what = f"the bytes of sample '{self.manifest.key(sample)}' are not those indexed"
                 raise self._changed(number, what)

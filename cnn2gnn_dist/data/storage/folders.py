@@ -10,7 +10,7 @@ from itertools import islice
 from cnn2gnn_dist.data.images.formats import IMAGE_SUFFIXES
 from cnn2gnn_dist.errors import UserError
 
-_LOOKED_AT = 2000
+_MAX_EXAMINED = 2000
 """Maximum entries of a folder tree to examine for a message."""
 _SPLIT = re.compile(
     r"(?:^|[-_. ])(train|training|val|valid|validation|dev|test|testing|eval)(?=[-_. ]|\d|$)",
@@ -84,10 +84,10 @@ def _glob(parts: dict[str, str], suffix: str) -> str:
     return f"{name[: match.end()]}*{suffix}"
 
 
-def held(folder: str) -> dict[str, int]:
+def files_by_source(folder: str) -> dict[str, int]:
     """Count the files of each ``data.source`` kind in a folder and below it."""
     counts: dict[str, int] = {}
-    for name, below in islice(_walk(folder), _LOOKED_AT):
+    for name, below in islice(_walk(folder), _MAX_EXAMINED):
         if not name:
             continue
         suffix = os.path.splitext(name)[1].lower()
@@ -115,7 +115,7 @@ def _walk(folder: str) -> Iterator[tuple[str, bool]]:
 
 def other_source(folder: str, source: str) -> str | None:
     """Return the source that fits a folder's files if they are not of ``source``."""
-    found = held(folder)
+    found = files_by_source(folder)
     if not found or found.get(source):
         return None
     return max(found, key=lambda name: found[name])
@@ -123,7 +123,7 @@ def other_source(folder: str, source: str) -> str | None:
 
 def _instead(folder: str, suffix: str) -> str:
     words = {"shards": ".tar", "parquet": "Parquet", "imagefolder": "image"}
-    found = {words[source]: count for source, count in held(folder).items()}
+    found = {words[source]: count for source, count in files_by_source(folder).items()}
     found.pop(words[KINDS[suffix]], None)
     if found:
         return ", but " + " and ".join(f"{kind} files" for kind in found)
@@ -138,7 +138,7 @@ def _remedy(folder: str, suffix: str) -> str:
     deeper = next(
         (
             place
-            for place, _, files in islice(os.walk(folder), _LOOKED_AT)
+            for place, _, files in islice(os.walk(folder), _MAX_EXAMINED)
             if any(name.lower().endswith(suffix) and not name.startswith(".") for name in files)
         ),
         None,

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from cnn2gnn_dist.errors import UserError
 
-_PASSING = {
+_TRANSIENT = {
     "ClientConnectionError",  # aiohttp: reset, refused, no route, timed out
     "ClientPayloadError",  # aiohttp: truncated body
     "ConnectionError",  # Python and botocore
@@ -21,9 +21,9 @@ _PASSING = {
     "ResponseParserError",  # botocore, for a busy server's error page
     "TimeoutError",
 }
-_LASTING = {"ClientSSLError", "SSLError", "ClientConnectorCertificateError"}
-_PASSING_STATUS = {408, 425, 429}
-_PASSING_NUMBERS = {
+_PERMANENT = {"ClientSSLError", "SSLError", "ClientConnectorCertificateError"}
+_TRANSIENT_STATUS = {408, 425, 429}
+_TRANSIENT_NUMBERS = {
     errno.EIO,  # s3fs, for a status without a specific exception
     getattr(errno, "EREMOTEIO", errno.EIO),
     errno.EBUSY,
@@ -34,17 +34,17 @@ _PASSING_NUMBERS = {
 }
 
 
-def passing(error: BaseException) -> bool:
+def is_transient(error: BaseException) -> bool:
     """Return whether a retry may help: timeouts, 5xx, broken connections, truncated bodies."""
     status = status_of(error)
     if status is not None:
-        return status >= 500 or status in _PASSING_STATUS
+        return status >= 500 or status in _TRANSIENT_STATUS
     names = {kind.__name__ for cause in _causes(error) for kind in type(cause).__mro__}
-    if names & _LASTING:
+    if names & _PERMANENT:
         return False
-    if names & _PASSING:
+    if names & _TRANSIENT:
         return True
-    return any(isinstance(e, OSError) and e.errno in _PASSING_NUMBERS for e in _causes(error))
+    return any(isinstance(e, OSError) and e.errno in _TRANSIENT_NUMBERS for e in _causes(error))
 
 
 def status_of(error: BaseException) -> int | None:

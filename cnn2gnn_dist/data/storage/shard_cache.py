@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 REST = 30.0
 """Seconds since its last use before a shard may be evicted. Without it, a window of shards larger than
 the cache would replace the cache's contents with every batch."""
-PATIENCE = 900.0
+WAIT_SECONDS = 900.0
 """Seconds to wait for a shard that another process is downloading before reading it in ranges."""
 _POLL = 0.05
 _OURS = re.compile(r"[0-9a-f]{40}\.(tar|part)")
@@ -46,12 +46,12 @@ class ShardCache:
 
     def __init__(self, folder: Path, limit: int, rest: float = REST) -> None:
         self.folder, self.limit, self._rest = folder, limit, rest
-        self._said = False
+        self._warned = False
 
     def held(self, url: str, length: int) -> int | None:
         """Return a descriptor of a cached shard, or None; the shard is kept until :func:`release`."""
         try:
-            return self._whole(_name(url, length), length)
+            return self._open_complete(_name(url, length), length)
         except OSError:  # any kind: the shard can also be read remotely
             return None
 
@@ -75,8 +75,8 @@ class ShardCache:
         try:
             return self._open(url, length, check)
         except OSError as error:
-            if not self._said:
-                self._said = True
+            if not self._warned:
+                self._warned = True
                 _log.warning(
                     f"no room for shards in {self.folder} ({error.strerror}): "
                     "reading ranges instead"
@@ -85,15 +85,15 @@ class ShardCache:
 
     def drop(self, url: str, length: int) -> None:
         """Remove a shard whose bytes turned out to be wrong."""
-        with contextlib.suppress(OSError), self._alone():
+        with contextlib.suppress(OSError), self._exclusive():
             os.unlink(self.folder / f"{_name(url, length)}.tar")
 
     def _open(self, url: str, length: int, check: Callable[[int], str] | None) -> int | None:
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         name = _name(url, length)
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + WAIT_SECONDS
         while time.monotonic() < deadline:
-            handle = self._whole(name, length)
+            handle = self._open_complete(name, length)
             if handle is not None:
                 return handle
             part = self._claim(name)
@@ -109,7 +109,7 @@ class ShardCache:
                     _fill(part, url, length, check)
                     os.rename(self.folder / f"{name}.part", self.folder / f"{name}.tar")
                     _lock(part, fcntl.LOCK_SH)  # the next line needs a shared lock too
-                    handle = self._whole(name, length)
+                    handle = self._open_complete(name, length)
                     if handle is not None:
                         return handle
             finally:
@@ -118,7 +118,7 @@ class ShardCache:
                 release(part)
         return None
 
-    def _whole(self, name: str, length: int) -> int | None:
+    def _open_complete(self, name: str, length: int) -> int | None:
         """Open a complete shard under a shared lock, if it is cached."""
         path = self.folder / f"{name}.tar"
         try:
@@ -151,7 +151,7 @@ class ShardCache:
 
     def _make_room(self, part: int, name: str, length: int) -> bool:
         """Evict the least recently used shards until ``length`` fits, and allocate the space."""
-        with self._alone():
+        with self._exclusive():
             os.ftruncate(part, 0)  # drop what a killed process had written
             used, idle = 0, []
             for path in self._ours():
@@ -180,7 +180,7 @@ class ShardCache:
             return [Path(entry.path) for entry in entries if _OURS.fullmatch(entry.name)]
 
     @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _exclusive(self) -> Iterator[None]:
         """Lock the counting and eviction, so that one process does it at a time."""
         lock = os.open(self.folder / ".room", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:

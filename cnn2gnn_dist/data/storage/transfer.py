@@ -24,7 +24,7 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Patience:
+class RetryPolicy:
     """Retry policy.
 
     Attributes:
@@ -49,11 +49,11 @@ class Patience:
         return self.seconds + size / self.slowest
 
 
-PLENTY = Patience()
+DEFAULT_RETRY = RetryPolicy()
 
 
 @dataclass(frozen=True)
-class About:
+class FileInfo:
     """Length of a remote file, and a tag that distinguishes its versions ("" if there is none)."""
 
     bytes: int
@@ -61,12 +61,12 @@ class About:
 
 
 @dataclass(frozen=True)
-class Source:
+class RemoteFiles:
     """Remote files, read with retries."""
 
-    patience: Patience = PLENTY
+    retry: RetryPolicy = DEFAULT_RETRY
 
-    def about(self, url: str) -> About:
+    def file_info(self, url: str) -> FileInfo:
         """Query the length and tag of a file.
 
         Raises:
@@ -75,9 +75,9 @@ class Source:
 
         def ask(seconds: float) -> Any:
             fs, path = self.filesystem(url)
-            return _run(fs, "info", path, seconds=min(seconds, 3 * self.patience.stall))
+            return _run(fs, "info", path, seconds=min(seconds, 3 * self.retry.stall))
 
-        found = self._patiently(url, 0, ask, lambda: 0)
+        found = self._with_retries(url, 0, ask, lambda: 0)
         size = found.get("size")
         if size is None or found.get("type") == "directory":
             raise UserError(
@@ -87,7 +87,7 @@ class Source:
             )
         tags = (found.get(name) for name in ("ETag", "etag", "md5Hash", "Last-Modified"))
         tag = next(filter(None, tags), found.get("LastModified", found.get("mtime", "")))
-        return About(int(size), str(tag))
+        return FileInfo(int(size), str(tag))
 
     def fetch(self, url: str, start: int, end: int, write: Callable[[bytes], object]) -> None:
         """Pass the bytes [start, end) to ``write``, in order and each once.
@@ -110,7 +110,7 @@ class Source:
                 raise EOFError("the body ends early")
 
         try:
-            self._patiently(url, end - start, ask, lambda: sink.done)
+            self._with_retries(url, end - start, ask, lambda: sink.done)
         except UserError:
             if sink.error is None:
                 raise
@@ -137,7 +137,7 @@ class Source:
                 raise
             return sorted(fs.unstrip_protocol(name) for name in found)
 
-        return self._patiently(pattern, 0, ask, lambda: 0)
+        return self._with_retries(pattern, 0, ask, lambda: 0)
 
     def filesystem(self, url: str) -> tuple[Any, str]:
         """Return the file system of a URL and its path there.
@@ -147,18 +147,18 @@ class Source:
         """  # noqa: DOC501
         protocol, _, rest = url.partition("://")
         try:
-            fs = opened(f"{protocol}://{rest.partition('/')[0]}", self.patience.stall, os.getpid())
+            fs = opened(f"{protocol}://{rest.partition('/')[0]}", self.retry.stall, os.getpid())
             return fs, fs._strip_protocol(url)
         except (ImportError, ValueError, TypeError) as error:
             raise network_errors.unknown(url, error) from None
 
-    def _patiently(
+    def _with_retries(
         self, url: str, size: int, ask: Callable[[float], Result], done: Callable[[], int]
     ) -> Result:
         """Call ``ask`` with the seconds left, until it succeeds or the retries are used up."""
-        patience = self.patience
+        retry = self.retry
         began = time.monotonic()
-        deadline = began + patience.limit(size)
+        deadline = began + retry.limit(size)
         chance = random.Random(f"{url} {size} {os.getpid()}")
         failures, before = 0, 0
         while True:
@@ -167,13 +167,13 @@ class Source:
             except UserError:
                 raise
             except Exception as error:
-                if not network_errors.passing(error):
+                if not network_errors.is_transient(error):
                     raise network_errors.refused(url, error) from None
                 failures = failures + 1 if done() == before else 1
                 before = done()
-                pause = min(patience.longest, patience.delay * 2 ** (failures - 1))
+                pause = min(retry.longest, retry.delay * 2 ** (failures - 1))
                 pause *= chance.uniform(0.5, 1)
-                if failures >= patience.tries or time.monotonic() + pause > deadline:
+                if failures >= retry.tries or time.monotonic() + pause > deadline:
                     raise network_errors.gave_up(url, error, time.monotonic() - began) from None
                 time.sleep(pause)
 

@@ -16,7 +16,7 @@ from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
 from cnn2gnn_dist.data.storage import transfer
-from cnn2gnn_dist.data.storage.transfer import About, Patience, Source
+from cnn2gnn_dist.data.storage.transfer import FileInfo, RemoteFiles, RetryPolicy
 from cnn2gnn_dist.errors import UserError
 
 ATTEMPTS = 6
@@ -59,24 +59,24 @@ def size(path: str) -> int:
     """
     if not is_remote(path):
         return os.stat(local_path(path)).st_size
-    return _source().about(path).bytes
+    return _remote_files().file_info(path).bytes
 
 
-def about(url: str, *, brief: bool = False) -> About:
+def file_info(url: str, *, brief: bool = False) -> FileInfo:
     """Return length and tag of a remote file; errors as :func:`size`.
 
     ``brief``: give up on a store that does not answer within seconds.
     """
-    source = _source()
+    files = _remote_files()
     if brief:
-        source = Source(Patience(2, FIRST_PAUSE, 1.0, min(READ_SECONDS, 5.0), 10.0, SLOWEST))
-    return source.about(url)
+        files = RemoteFiles(RetryPolicy(2, FIRST_PAUSE, 1.0, min(READ_SECONDS, 5.0), 10.0, SLOWEST))
+    return files.file_info(url)
 
 
 def read_range(path: str, offset: int, size: int) -> bytes:
     """Read ``size`` bytes from ``offset``, fewer only at the end of a local file. Errors as :func:`size`."""
     if is_remote(path):
-        return _source().read_range(path, offset, size)
+        return _remote_files().read_range(path, offset, size)
     handle = os.open(local_path(path), os.O_RDONLY | os.O_CLOEXEC)
     try:
         return os.pread(handle, size, offset)
@@ -91,7 +91,7 @@ def download(url: str, length: int, file: Writable) -> None:
         UserError: they can't be read.
         OSError: they can't be written (for example disk full).
     """
-    _source().fetch(url, 0, length, file.write)
+    _remote_files().fetch(url, 0, length, file.write)
 
 
 @contextmanager
@@ -125,8 +125,10 @@ def matches(pattern: str) -> list[str]:
     Raises:
         UserError: the store is unreachable or can't list.
     """
-    return _source().matches(pattern + "*.tar" if pattern.endswith("/") else pattern)
+    return _remote_files().matches(pattern + "*.tar" if pattern.endswith("/") else pattern)
 
 
-def _source() -> Source:
-    return Source(Patience(ATTEMPTS, FIRST_PAUSE, LONGEST_PAUSE, READ_SECONDS, SECONDS, SLOWEST))
+def _remote_files() -> RemoteFiles:
+    return RemoteFiles(
+        RetryPolicy(ATTEMPTS, FIRST_PAUSE, LONGEST_PAUSE, READ_SECONDS, SECONDS, SLOWEST)
+    )

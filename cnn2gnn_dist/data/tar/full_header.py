@@ -57,7 +57,7 @@ def number(field: bytes) -> int:
     return int(field.partition(b"\0")[0].decode("ascii").strip() or "0", 8)
 
 
-class Careful:
+class HeaderParser:
     """Parser for any header; keeps the state that extension headers set for later members.
 
     Attributes:
@@ -76,7 +76,7 @@ class Careful:
         if self._awaited:
             raise self.tar.damaged("an extension header without a member after it", position)
 
-    def take(self, header: bytes, position: int) -> tuple[Member | None, int]:
+    def parse(self, header: bytes, position: int) -> tuple[Member | None, int]:
         """Parse the header at a position; return its member, if it is one, and the next position.
 
         Raises:
@@ -96,7 +96,7 @@ class Careful:
         # Archives from before 1988 write a directory as a NUL type with a trailing slash.
         if kind in _NO_PAYLOAD or (kind == b"\0" and bare.endswith(b"/")):
             if kind in _LEFT_OUT:
-                self.tar.passed.add(_LEFT_OUT[kind], name)
+                self.tar.skipped.add(_LEFT_OUT[kind], name)
             return None, payload
         if kind == b"S" or "GNU.sparse" in fields:
             raise self._sparse(name)

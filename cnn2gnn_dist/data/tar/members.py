@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from zlib import adler32
 
 from cnn2gnn_dist.data.images.file_kind import kind_of, remedy_for
-from cnn2gnn_dist.data.tar.full_header import Careful, Member, header_sums, number, prefix_of
+from cnn2gnn_dist.data.tar.full_header import HeaderParser, Member, header_sums, number, prefix_of
 from cnn2gnn_dist.data.tar.tar_file import BLOCK, WRITE_AGAIN, Archive, shown
 from cnn2gnn_dist.errors import UserError
 
@@ -54,12 +54,12 @@ def walk(path: str | os.PathLike[str], where: str | None = None) -> Iterator[Mem
 def members(tar: Archive) -> Iterator[Member]:
     """Yield the regular files of an open archive, as :func:`walk` does.
 
-    Headers that resemble an earlier one take a fast check, others go to `Careful`. The fast check is
+    Headers that resemble an earlier one take a fast check, others go to `HeaderParser`. The fast check is
     equally strict: type, owner, devices and prefix match a header found valid before, the time is
     valid, and the checksum is exact (148 bytes sum up to less than adler32's modulus).
     """
     _refuse_foreign(tar)
-    careful, new, length = Careful(tar), tuple.__new__, tar.bytes
+    parser, new, length = HeaderParser(tar), tuple.__new__, tar.bytes
     window, start, have, position, ahead = b"", 0, 0, 0, _WINDOW
     owner, rest, prefix = b"", b"", ""
     sums, times = _Sums(b""), _Times()
@@ -78,7 +78,7 @@ def members(tar: Archive) -> Iterator[Member]:
             and head[100:124] == owner
             and sums[check] == adler32(head) & 0xFFFF
             and times[head[135:148]]
-            and careful.idle
+            and parser.idle
         ):
             try:
                 size = int(head[124:135], 8)
@@ -92,10 +92,10 @@ def members(tar: Archive) -> Iterator[Member]:
                 continue
         header = window[begin : begin + BLOCK]
         if header == _ZERO:
-            careful.end(position)
+            parser.end(position)
             return
-        plain = careful.idle
-        member, position = careful.take(header, position)
+        plain = parser.idle
+        member, position = parser.parse(header, position)
         if member is not None:
             if plain and header[156:157] in b"07":
                 owner = head[100:124]

@@ -95,7 +95,7 @@ def grouped(archive: Archive) -> Iterator[TarSample]:
         else:
             split = split_name(name)
             if split is None:
-                archive.passed.add(_why_none(name), name)
+                archive.skipped.add(_why_none(name), name)
                 continue
             prefix, suffix = split
         if prefix != key or not fields:
@@ -130,7 +130,7 @@ def _marked_bad(archive: Archive, fields: dict[str, Member]) -> bool:
     """Return whether webdataset drops the sample: it has a non-empty member ``KEY.__bad__``."""
     if "__bad__" not in fields or not fields["__bad__"].size:
         return False
-    archive.passed.add("of samples marked __bad__", fields["__bad__"].name, len(fields))
+    archive.skipped.add("of samples marked __bad__", fields["__bad__"].name, len(fields))
     return True
 
 

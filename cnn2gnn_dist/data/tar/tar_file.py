@@ -18,7 +18,7 @@ def shown(name: str, limit: int = 120) -> str:
     return text if len(text) <= limit and len(name) <= limit else f"{text[:limit]}…"
 
 
-class Passed(dict[str, tuple[int, str]]):
+class SkippedMembers(dict[str, tuple[int, str]]):
     """Members that belong to no sample: reason → number of members and the name of the first."""
 
     def add(self, reason: str, name: str, count: int = 1) -> None:
@@ -26,7 +26,7 @@ class Passed(dict[str, tuple[int, str]]):
         before, first = self.get(reason, (0, name))
         self[reason] = before + count, first
 
-    def merge(self, other: Passed) -> None:
+    def merge(self, other: SkippedMembers) -> None:
         """Add the counts of another archive."""
         for reason, (count, first) in other.items():
             self.add(reason, first, count)
@@ -51,7 +51,7 @@ class Archive:
         where: its name in errors (for example a URL); default: the path.
 
     Attributes:
-        passed: members left out by whoever walks the archive.
+        skipped: members left out by whoever walks the archive.
 
     Raises:
         UserError: the file is missing, not readable, or not a regular file.
@@ -59,7 +59,7 @@ class Archive:
 
     def __init__(self, path: str | os.PathLike[str], where: str | None = None) -> None:
         self.where = where or os.fspath(path)
-        self.passed = Passed()
+        self.skipped = SkippedMembers()
         # Without O_NONBLOCK, opening a named pipe would wait for a writer forever.
         flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
         try:

@@ -129,7 +129,7 @@ class ServedGraph:
                 where="graph.sampling.sampler=distdgl",
                 remedy="run as root, allow user namespaces, or graph.sampling.sampler=table",
             )
-        self._ended, self._told = threading.Event(), threading.Event()
+        self._ended, self._noticed = threading.Event(), threading.Event()
         self._how = ""
         threading.Thread(target=self._watch, name="distdgl-watch", daemon=True).start()
         self._answer(max(timeout_s, START_SECONDS))
@@ -165,7 +165,7 @@ class ServedGraph:
 
     def close(self) -> None:
         """Stop the server and the client; call only when no rank sends requests any more."""
-        self._told.set()
+        self._noticed.set()
         self._line.close()
         self._machine.end()
 
@@ -188,7 +188,7 @@ class ServedGraph:
         return value
 
     def _lost(self, silent: str = "") -> PeerLost:
-        self._told.set()
+        self._noticed.set()
         self._line.close()
         if not silent:
             self._ended.wait()  # a process that closes the socket has exited or is about to
@@ -210,7 +210,7 @@ class ServedGraph:
         """
         self._how = self._machine.first_end()
         self._ended.set()
-        if not self._told.wait(NOTICE_SECONDS):
+        if not self._noticed.wait(NOTICE_SECONDS):
             log.complain(self._error(self._how))
             os._exit(PeerLost.exit_code)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from cnn2gnn_dist.graph.search import nn_descent
-from cnn2gnn_dist.graph.search.work_units import spans
+from cnn2gnn_dist.graph.search.work_units import row_ranges
 
 CHUNK = 8192
 GAMMA = 1.5
@@ -45,13 +45,13 @@ def assign_streaming(
         for rows in _chunks(order_N, number):
             score_QP = _neighbours_in(table_NM, reverse_NR, part_N, rows, parts)
             score_QP = score_QP - price * sizes_P ** (GAMMA - 1)
-            moved += _hand_out(rows, score_QP, part_N, sizes_P, (1 + SLACK) * nodes / parts)
+            moved += _move_to_best(rows, score_QP, part_N, sizes_P, (1 + SLACK) * nodes / parts)
         if moved < nodes // 2000:
             break
     return part_N
 
 
-def moved_where_it_pays(
+def refine_partition(
     table_NM: np.ndarray, part_N: np.ndarray, parts: int, least_gain: int
 ) -> np.ndarray:
     """int32 [N]: an earlier graph's partition map, changed where at least ``least_gain`` edges stop crossing.
@@ -65,22 +65,22 @@ def moved_where_it_pays(
     for rows in _chunks(np.arange(len(part_N)), 0):
         score_QP = _neighbours_in(table_NM, reverse_NR, part_N, rows, parts)
         score_QP[np.arange(len(rows)), part_N[rows]] += least_gain - 1
-        _hand_out(rows, score_QP, part_N, sizes_P, most)
+        _move_to_best(rows, score_QP, part_N, sizes_P, most)
     return part_N
 
 
 def reversed_table(table_NM: np.ndarray) -> np.ndarray:
     """int32 [N, M]: up to M of the nodes that have each node as a candidate; -1 = none."""
     width = table_NM.shape[1]
-    cut = spans(len(table_NM), nn_descent.TARGETS)
+    cut = row_ranges(len(table_NM), nn_descent.TARGETS)
     return np.concatenate([nn_descent.reverse(table_NM, span, width) for span in cut])
 
 
 def _chunks(order_N: np.ndarray, number: int) -> list[np.ndarray]:
     rng = np.random.default_rng([number, len(order_N)])
-    stretches = np.array_split(order_N, max(1, len(order_N) // 64))
-    shuffled = np.concatenate([stretches[i] for i in rng.permutation(len(stretches))])
-    return [shuffled[span] for span in spans(len(shuffled), CHUNK)]
+    pieces = np.array_split(order_N, max(1, len(order_N) // 64))
+    shuffled = np.concatenate([pieces[i] for i in rng.permutation(len(pieces))])
+    return [shuffled[span] for span in row_ranges(len(shuffled), CHUNK)]
 
 
 def _neighbours_in(
@@ -93,7 +93,7 @@ def _neighbours_in(
     return counts.reshape(len(rows), parts)
 
 
-def _hand_out(
+def _move_to_best(
     rows: np.ndarray, score_QP: np.ndarray, part_N: np.ndarray, sizes_P: np.ndarray, most: float
 ) -> int:
     """Move rows to their best partition while there is room, largest gain first; return how many moved."""

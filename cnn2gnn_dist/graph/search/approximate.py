@@ -14,7 +14,7 @@ import numpy as np
 
 from cnn2gnn_dist.graph.search import ivf, nn_descent
 from cnn2gnn_dist.graph.search.nn_descent import Width
-from cnn2gnn_dist.graph.search.work_units import Workshop, spans
+from cnn2gnn_dist.graph.search.work_units import WorkFolder, row_ranges
 
 MOST_PROBES = 16
 SCAN_ROWS, JOIN_ROWS, PROBE_ROWS = 131_072, 65_536, 65_536
@@ -25,7 +25,7 @@ HOPELESS, REFRESH_ROUNDS = 0.8, 3
 
 
 @dataclass(frozen=True)
-class Goal:
+class RecallGoal:
     """When a table is good enough: recall@10 (@M if M is less) of a sample, or after ``rounds`` joins."""
 
     recall: float = 0.95
@@ -33,7 +33,7 @@ class Goal:
 
 
 @dataclass
-class Found:
+class TableResult:
     """A table and how it was found.
 
     Attributes:
@@ -53,19 +53,21 @@ class TableSearch:
     """Nearest neighbors of all nodes among all nodes.
 
     Args:
-        shop: the folder and the ranks.
+        work_folder: the folder and the ranks.
         z_Nd: float32 base; ``query_Nd``: the query of node i (z itself, or another view of it).
         m: candidates per node, fewer than N.
     """
 
-    def __init__(self, shop: Workshop, z_Nd: np.ndarray, query_Nd: np.ndarray, m: int) -> None:
-        self.shop, self.z_Nd, self.query_Nd, self.m = shop, z_Nd, query_Nd, m
+    def __init__(
+        self, work_folder: WorkFolder, z_Nd: np.ndarray, query_Nd: np.ndarray, m: int
+    ) -> None:
+        self.work_folder, self.z_Nd, self.query_Nd, self.m = work_folder, z_Nd, query_Nd, m
         self.nodes = len(z_Nd)
         rng = np.random.default_rng(ivf.SEED)
         self._sample_S = np.sort(rng.choice(self.nodes, min(SAMPLE, self.nodes), replace=False))
         self._truth_SR: tuple[np.ndarray, np.ndarray] | None = None
 
-    def build(self, goal: Goal) -> Found:
+    def build(self, goal: RecallGoal) -> TableResult:
         """Build the table from z alone (collective)."""
         order_N, start_L1, probe_NP = self._in_lists(goal)
 
@@ -77,14 +79,14 @@ class TableSearch:
             )  # fmt: skip
 
         table_NM = self._in_order("scan", "scan", SCAN_ROWS, order_N, scan)
-        return self._improve(Found(table_NM, order_N), goal, "build")
+        return self._improve(TableResult(table_NM, order_N), goal, "build")
 
-    def refresh(self, before_NM: np.ndarray, order_N: np.ndarray, goal: Goal) -> Found:
+    def refresh(self, before_NM: np.ndarray, order_N: np.ndarray, goal: RecallGoal) -> TableResult:
         """Build from the table of an earlier z; rebuild where that does not reach the goal (collective)."""
         stale = self.recall(before_NM)
         if stale >= HOPELESS:
             few = replace(goal, rounds=min(goal.rounds, REFRESH_ROUNDS))
-            found = self._improve(Found(before_NM, order_N, rebuilt=False), few, "refresh")
+            found = self._improve(TableResult(before_NM, order_N, rebuilt=False), few, "refresh")
             if found.history[-1] >= goal.recall:
                 return found
         found = self.build(goal)
@@ -100,7 +102,7 @@ class TableSearch:
         hits = np.minimum((near_SM >= bar_S1).sum(1), truth_SR.shape[1])
         return float(hits.sum() / truth_SR.size)
 
-    def _improve(self, found: Found, goal: Goal, name: str) -> Found:
+    def _improve(self, found: TableResult, goal: RecallGoal, name: str) -> TableResult:
         """Run rounds of neighbors of neighbors until the goal is reached or nothing more is gained."""
         half, allowed = max(self.m // 2, 2), 1 - goal.recall
         widths = [
@@ -124,11 +126,11 @@ class TableSearch:
                 break
         return found
 
-    def _round(self, found: Found, name: str, width: Width) -> np.ndarray:
+    def _round(self, found: TableResult, name: str, width: Width) -> np.ndarray:
         before_NM, order_N = found.table_NM, found.order_N
-        (reverse_NR,) = self.shop.fill(
+        (reverse_NR,) = self.work_folder.fill(
             f"reverse-{name}",
-            spans(self.nodes, nn_descent.TARGETS),
+            row_ranges(self.nodes, nn_descent.TARGETS),
             {f"reverse-{name}": ((self.nodes, width.backward), np.int32)},
             lambda unit: (nn_descent.reverse(before_NM, unit, width.backward),),
         )
@@ -154,23 +156,23 @@ class TableSearch:
         contiguous in the file, so that ranks don't write into each other's pages.
         """
         shape = {f"placed-{name}": ((self.nodes, self.m), np.int32)}
-        (placed_NM,) = self.shop.fill(
-            phase, spans(self.nodes, size), shape, lambda unit: (work(unit),)
+        (placed_NM,) = self.work_folder.fill(
+            phase, row_ranges(self.nodes, size), shape, lambda unit: (work(unit),)
         )
         place_N = np.empty(self.nodes, np.int32)
         place_N[order_N] = np.arange(self.nodes, dtype=np.int32)
-        (table_NM,) = self.shop.fill(
+        (table_NM,) = self.work_folder.fill(
             f"table-{name}",
-            spans(self.nodes, size),
+            row_ranges(self.nodes, size),
             {f"table-{name}": ((self.nodes, self.m), np.int32)},
             lambda unit: (placed_NM[place_N[unit]],),
         )
         return table_NM
 
-    def _in_lists(self, goal: Goal) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _in_lists(self, goal: RecallGoal) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Nodes by list [N], the start of each list [L + 1], and the lists of each query [N, P]."""
         count = ivf.number_of_lists(self.nodes)
-        (centroids_Ld,) = self.shop.fill(
+        (centroids_Ld,) = self.work_folder.fill(
             "centroids",
             [slice(0, count)],
             {"centroids": ((count, self.z_Nd.shape[1]), np.float32)},
@@ -185,11 +187,13 @@ class TableSearch:
             return ivf.nearest_lists(self.z_Nd[rows], centroids_Ld, 1)[:, 0], asked_QP
 
         arrays = {"home": ((self.nodes,), np.int32), "probe": ((self.nodes, probes), np.int32)}
-        home_N, probe_NP = self.shop.fill("probe", spans(self.nodes, PROBE_ROWS), arrays, probe)
+        home_N, probe_NP = self.work_folder.fill(
+            "probe", row_ranges(self.nodes, PROBE_ROWS), arrays, probe
+        )
         order_N = np.argsort(home_N, kind="stable").astype(np.int32)
         return order_N, np.searchsorted(home_N[order_N], np.arange(count + 1)), probe_NP
 
-    def _probes_for(self, goal: Goal, centroids_Ld: np.ndarray) -> int:
+    def _probes_for(self, goal: RecallGoal, centroids_Ld: np.ndarray) -> int:
         """The smallest number of lists that contain the sample's nearest nodes as often as the goal requires.
 
         Joins are slow to find what the lists miss (a complete neighborhood across a border).
@@ -218,7 +222,7 @@ class TableSearch:
         def exact(unit: slice) -> tuple[np.ndarray, np.ndarray]:
             rows = self._sample_S[unit]
             keys = np.empty((len(rows), 0), np.int64)
-            for span in spans(self.nodes, BASE_ROWS):
+            for span in row_ranges(self.nodes, BASE_ROWS):
                 base = np.ascontiguousarray(self.z_Nd[span], np.float32)
                 near, ids = faiss.knn(
                     np.ascontiguousarray(self.query_Nd[rows], np.float32), base,
@@ -232,7 +236,7 @@ class TableSearch:
             return -np.sort(-near, axis=1), best
 
         arrays = {"sample": (shape, np.float32), "sample-ids": (shape, np.int32)}
-        truth_SR, near_SR = self.shop.fill(
-            "sample", spans(len(self._sample_S), SAMPLE_UNIT), arrays, exact
+        truth_SR, near_SR = self.work_folder.fill(
+            "sample", row_ranges(len(self._sample_S), SAMPLE_UNIT), arrays, exact
         )
         return truth_SR, near_SR

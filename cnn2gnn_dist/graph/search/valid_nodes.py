@@ -6,31 +6,31 @@ from collections.abc import Callable
 
 import numpy as np
 
-from cnn2gnn_dist.graph.search.approximate import Found
-from cnn2gnn_dist.graph.search.work_units import Workshop, spans
+from cnn2gnn_dist.graph.search.approximate import TableResult
+from cnn2gnn_dist.graph.search.work_units import WorkFolder, row_ranges
 
 ROWS = 65_536
 
 
-def alive(*z_Nd: np.ndarray) -> np.ndarray:
+def valid_nodes_of(*z_Nd: np.ndarray) -> np.ndarray:
     """Nodes, ascending, whose rows are nonzero in all of the arrays."""
     found = np.ones(len(z_Nd[0]), bool)
     for z in z_Nd:
-        for span in spans(len(z), ROWS):
+        for span in row_ranges(len(z), ROWS):
             found[span] &= np.asarray(z[span]).any(1)
     return np.flatnonzero(found)
 
 
-class Alive:
+class ValidNodes:
     """The rows of the given nodes, compacted: numbering from 0 (A), and back (N).
 
     Args:
-        shop: where the arrays are stored.
+        work_folder: where the arrays are stored.
         nodes_A: ascending; nodes: N.
     """
 
-    def __init__(self, shop: Workshop, nodes_A: np.ndarray, nodes: int) -> None:
-        self.shop, self.nodes_A, self.nodes = shop, nodes_A.astype(np.int32), nodes
+    def __init__(self, work_folder: WorkFolder, nodes_A: np.ndarray, nodes: int) -> None:
+        self.work_folder, self.nodes_A, self.nodes = work_folder, nodes_A.astype(np.int32), nodes
         self.place_N = np.full(nodes + 1, -1, np.int32)  # the last entry stands for the id -1
         self.place_N[nodes_A] = np.arange(len(nodes_A), dtype=np.int32)
 
@@ -49,7 +49,7 @@ class Alive:
         place = self.place_N[order_N]
         return place[place >= 0]
 
-    def whole(self, found: Found) -> Found:
+    def whole(self, found: TableResult) -> TableResult:
         """Convert a result from compact numbers to node ids; rows of -1 for all other nodes (collective)."""
         nodes_A1 = np.append(self.nodes_A, np.int32(-1))
 
@@ -60,17 +60,17 @@ class Alive:
             return (rows,)
 
         shape = {"table-whole": ((self.nodes, found.table_NM.shape[1]), np.int32)}
-        (table_NM,) = self.shop.fill("whole", spans(self.nodes, ROWS), shape, work)
+        (table_NM,) = self.work_folder.fill("whole", row_ranges(self.nodes, ROWS), shape, work)
         others = np.flatnonzero(self.place_N[:-1] < 0).astype(np.int32)
         order_N = np.concatenate([self.nodes_A[found.order_N], others])
-        return Found(table_NM, order_N, found.history, found.rebuilt)
+        return TableResult(table_NM, order_N, found.history, found.rebuilt)
 
     def _filled(
         self, name: str, width: int, kind: type, rows_of: Callable[[np.ndarray], np.ndarray]
     ) -> np.ndarray:
         shape = {f"alive-{name}": ((len(self.nodes_A), width), kind)}
-        units = spans(len(self.nodes_A), ROWS)
-        (made,) = self.shop.fill(
+        units = row_ranges(len(self.nodes_A), ROWS)
+        (made,) = self.work_folder.fill(
             f"alive-{name}", units, shape, lambda unit: (rows_of(self.nodes_A[unit]),)
         )
         return made

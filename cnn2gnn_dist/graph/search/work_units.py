@@ -28,7 +28,7 @@ Shape = tuple[tuple[int, ...], type]
 
 
 @dataclass(frozen=True)
-class Crew:
+class RankGroup:
     """The ranks that work on a folder: this one of ``world_size``, with ``threads``; how ranks wait.
 
     ``together``: a context in which ranks work, however unevenly; all leave when all are done.
@@ -44,16 +44,16 @@ class Crew:
     progress: Callable[[str, int, int], None] = lambda phase, done, total: None
 
 
-class Workshop:
+class WorkFolder:
     """A folder of arrays and marks.
 
     Args:
         folder: created if missing; the results of an earlier attempt in it are reused.
-        crew: the ranks that share it.
+        group: the ranks that share it.
     """
 
-    def __init__(self, folder: Path, crew: Crew) -> None:
-        self.folder, self.crew = folder, crew
+    def __init__(self, folder: Path, group: RankGroup) -> None:
+        self.folder, self.group = folder, group
         folder.mkdir(parents=True, exist_ok=True)
 
     def file(self, name: str, shape: tuple[int, ...], kind: type) -> RowFile:
@@ -63,8 +63,8 @@ class Workshop:
             UserError: the disk is full (on every rank).
         """
         path = self.path(name)
-        with self.crew.together():
-            if self.crew.rank == 0 and not path.exists():
+        with self.group.together():
+            if self.group.rank == 0 and not path.exists():
                 unfinished = path.with_suffix(".tmp")
                 durable.reserve_array(unfinished, shape, kind)
                 unfinished.replace(path)
@@ -94,9 +94,9 @@ class Workshop:
         Raises:
             UserError: the disk is full, or a rank reads other rows than were written (on all ranks).
         """
-        crew = self.crew
+        group = self.group
         files = [self.file(name, *what) for name, what in arrays.items()]
-        mine = range(crew.rank, len(units), crew.world_size)
+        mine = range(group.rank, len(units), group.world_size)
         marked = {unit: self._sums(phase, unit) for unit in mine}
         sums = {unit: found for unit, found in marked.items() if found is not None}
         left = [unit for unit in mine if unit not in sums]
@@ -110,15 +110,15 @@ class Workshop:
             return unit, found
 
         done = len(sums)
-        with crew.together(), ThreadPoolExecutor(crew.threads, initializer=_one_thread) as pool:
+        with group.together(), ThreadPoolExecutor(group.threads, initializer=_one_thread) as pool:
             for unit, found in pool.map(one, left):
                 sums[unit] = found
                 done += 1
-                crew.progress(phase, done, len(mine))
+                group.progress(phase, done, len(mine))
         for file in files:
             file.close()
         made = tuple(read_rows(self.path(name)) for name in arrays)
-        everyone = {unit: s for part in crew.gather(sums) for unit, s in part.items()}
+        everyone = {unit: s for part in group.gather(sums) for unit, s in part.items()}
         others = set(range(len(units))) - set(left)
         strange = [
             unit
@@ -127,7 +127,7 @@ class Workshop:
         ]
         for unit in strange:
             self._mark(phase, unit).unlink(missing_ok=True)  # so that it is recomputed
-        agree(crew, [f"{phase} {units[unit].start}..{units[unit].stop}" for unit in strange],
+        check_agreement(group, [f"{phase} {units[unit].start}..{units[unit].stop}" for unit in strange],
               self.folder)  # fmt: skip
         return made
 
@@ -140,18 +140,18 @@ class Workshop:
         return None
 
 
-def agree(crew: Crew, strange: list[str], folder: Path) -> None:
+def check_agreement(group: RankGroup, strange: list[str], folder: Path) -> None:
     """Check that every rank has read the rows that were written (collective).
 
     Args:
-        crew: all ranks.
+        group: all ranks.
         strange: names of the units whose rows differ on this rank.
         folder: of the arrays, for the message.
 
     Raises:
         UserError: some rank has such units (on every rank).
     """
-    for rank, names in enumerate(crew.gather(strange)):
+    for rank, names in enumerate(group.gather(strange)):
         if names:
             raise UserError(
                 f"rank {rank} reads other rows than were written: {', '.join(names[:3])}"
@@ -162,7 +162,7 @@ def agree(crew: Crew, strange: list[str], folder: Path) -> None:
             )
 
 
-def spans(rows: int, size: int) -> list[slice]:
+def row_ranges(rows: int, size: int) -> list[slice]:
     """Split rows into ranges of at most ``size``."""
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 

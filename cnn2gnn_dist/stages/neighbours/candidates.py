@@ -9,11 +9,11 @@ import torch
 
 from cnn2gnn_dist import log
 from cnn2gnn_dist.graph import quality
-from cnn2gnn_dist.graph.search.approximate import Found, Goal, TableSearch
+from cnn2gnn_dist.graph.search.approximate import RecallGoal, TableResult, TableSearch
 from cnn2gnn_dist.graph.search.exact import exact_table
-from cnn2gnn_dist.graph.search.valid_nodes import Alive, alive
-from cnn2gnn_dist.graph.search.work_units import Crew, Workshop
-from cnn2gnn_dist.graph.version import WORKSHOP, GraphVersion, GraphWriter
+from cnn2gnn_dist.graph.search.valid_nodes import ValidNodes, valid_nodes_of
+from cnn2gnn_dist.graph.search.work_units import RankGroup, WorkFolder
+from cnn2gnn_dist.graph.version import WORK_FOLDER, GraphVersion, GraphWriter
 from cnn2gnn_dist.runtime import collectives
 from cnn2gnn_dist.stages.shared.context import Context
 
@@ -21,10 +21,10 @@ LONG = 4
 """Minimum number of units of a phase for a progress bar."""
 
 
-def workshop(context: Context, writer: GraphWriter) -> Workshop:
+def open_work_folder(context: Context, writer: GraphWriter) -> WorkFolder:
     """Storage for intermediate results of a version that must survive a kill."""
     ranks = context.ranks
-    crew = Crew(
+    group = RankGroup(
         ranks.rank,
         ranks.world_size,
         # On a GPU each thread would hold its own similarities there (``knn.DEVICE_CELLS``).
@@ -33,7 +33,7 @@ def workshop(context: Context, writer: GraphWriter) -> Workshop:
         collectives.all_gather_object,
         _Bar(context),
     )
-    return Workshop(writer.path / WORKSHOP, crew)
+    return WorkFolder(writer.path / WORK_FOLDER, group)
 
 
 def find(
@@ -46,9 +46,9 @@ def find(
 
     ``query_Nd``: the query of each node; None: its own z.
     """
-    settings, shop = context.config.graph, workshop(context, writer)
+    settings, work_folder = context.config.graph, open_work_folder(context, writer)
     z_Nd = writer.array("z")
-    found = _search(context, shop, z_Nd, z_Nd if query_Nd is None else query_Nd, previous)
+    found = _search(context, work_folder, z_Nd, z_Nd if query_Nd is None else query_Nd, previous)
 
     def keep() -> dict[str, Any]:
         writer.rows("candidates", 0, found.table_NM)
@@ -80,42 +80,42 @@ def describe(note: dict[str, Any]) -> str:
 
 def _search(
     context: Context,
-    shop: Workshop,
+    work_folder: WorkFolder,
     z_Nd: np.ndarray,
     query_Nd: np.ndarray,
     previous: GraphVersion | None,
-) -> Found:
+) -> TableResult:
     """Neighbors of all nodes except corrupt ones, whose rows are -1 and which appear in no other row."""
-    nodes_A = alive(z_Nd) if query_Nd is z_Nd else alive(z_Nd, query_Nd)
+    nodes_A = valid_nodes_of(z_Nd) if query_Nd is z_Nd else valid_nodes_of(z_Nd, query_Nd)
     if len(nodes_A) == len(z_Nd):
         before = None
         if previous is not None:
             before = previous.candidates, np.asarray(previous.order)
-        return _among(context, shop, z_Nd, query_Nd, before)
-    some = Alive(shop, nodes_A, len(z_Nd))
+        return _among(context, work_folder, z_Nd, query_Nd, before)
+    some = ValidNodes(work_folder, nodes_A, len(z_Nd))
     z_Ad = some.rows("z", z_Nd)
     query_Ad = z_Ad if query_Nd is z_Nd else some.rows("query", query_Nd)
     before = None
     if previous is not None:
         table_AM = some.table("before", previous.candidates)
         before = table_AM, some.order(np.asarray(previous.order))
-    return some.whole(_among(context, shop, z_Ad, query_Ad, before))
+    return some.whole(_among(context, work_folder, z_Ad, query_Ad, before))
 
 
 def _among(
     context: Context,
-    shop: Workshop,
+    work_folder: WorkFolder,
     z_Nd: np.ndarray,
     query_Nd: np.ndarray,
     before: tuple[np.ndarray, np.ndarray] | None,
-) -> Found:
+) -> TableResult:
     """The table of these rows; ``before``: an earlier table, and the order of its rows."""
     settings = context.config.graph
     if settings.search.exact or context.device == "cuda":
-        return exact_table(shop, z_Nd, query_Nd, settings.candidates, context.device)
+        return exact_table(work_folder, z_Nd, query_Nd, settings.candidates, context.device)
     search, goal = (
-        TableSearch(shop, z_Nd, query_Nd, settings.candidates),
-        Goal(settings.search.recall),
+        TableSearch(work_folder, z_Nd, query_Nd, settings.candidates),
+        RecallGoal(settings.search.recall),
     )
     if before is None or not settings.search.warm_start:
         return search.build(goal)

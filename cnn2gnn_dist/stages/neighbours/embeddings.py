@@ -11,7 +11,7 @@ import numpy as np
 from cnn2gnn_dist import durable
 from cnn2gnn_dist.data.order import sequential
 from cnn2gnn_dist.graph.row_file import RowFile, check_sum
-from cnn2gnn_dist.graph.search.work_units import Workshop, agree
+from cnn2gnn_dist.graph.search.work_units import WorkFolder, check_agreement
 from cnn2gnn_dist.graph.version import GraphWriter
 
 NOTE = 16
@@ -26,29 +26,34 @@ class Embedded:
 
     Args:
         writer: has the arrays ``x`` and ``z``.
-        shop: where the records are stored.
+        work_folder: where the records are stored.
         samples, batch: of the plan (``order.sequential``).
         query_dim: columns of the query side; 0: there is none.
     """
 
     def __init__(
-        self, writer: GraphWriter, shop: Workshop, samples: int, batch: int, query_dim: int
+        self, writer: GraphWriter, work_folder: WorkFolder, samples: int, batch: int, query_dim: int
     ) -> None:
-        self.writer, self.shop, self.samples, self.batch = writer, shop, samples, batch
+        self.writer, self.work_folder, self.samples, self.batch = (
+            writer,
+            work_folder,
+            samples,
+            batch,
+        )
         self.query: RowFile | None = None
         if query_dim:
-            self.query = shop.file("query", (samples, query_dim), np.float32)
-        self._path = shop.folder / f"embedded-{shop.crew.rank}"
+            self.query = work_folder.file("query", (samples, query_dim), np.float32)
+        self._path = work_folder.folder / f"embedded-{work_folder.group.rank}"
         self._notes = _read(self._path)
         # Every rank takes the same number of steps: a ZeRO-3 forward pass is collective.
-        self._former = min(shop.crew.gather(len(self._notes)))
+        self._former = min(work_folder.group.gather(len(self._notes)))
         self._notes = self._notes[: self._former]
         self._sums: dict[str, int] = {}
 
     @property
     def batches_done(self) -> int:
         """Number of batches per rank that an earlier attempt completed."""
-        return min(self._former * NOTE, len(self._plan(self.shop.crew.rank)))
+        return min(self._former * NOTE, len(self._plan(self.work_folder.group.rank)))
 
     def write(self, name: str, start: int, values: np.ndarray) -> None:
         """Write rows ``start`` … of ``x``, ``z`` or ``query``."""
@@ -74,13 +79,13 @@ class Embedded:
         Raises:
             UserError: a rank reads other rows than were written (on every rank).
         """
-        crew = self.shop.crew
+        group = self.work_folder.group
         if self.query is not None:
             self.query.close()
-        everyone = crew.gather(self._notes)
+        everyone = group.gather(self._notes)
         strange = []
         for rank, notes in enumerate(everyone):
-            mine, plan = rank == crew.rank, self._plan(rank)
+            mine, plan = rank == group.rank, self._plan(rank)
             last = self._former if mine else len(notes)  # this process wrote the rest of mine
             for number, sums in enumerate(notes[:last]):
                 batches = plan[number * NOTE : (number + 1) * NOTE]
@@ -88,7 +93,7 @@ class Embedded:
                     strange.append(f"embedded rows of rank {rank}, chunk {number}")
         if strange:
             self._path.unlink(missing_ok=True)
-        agree(crew, strange, self.writer.path)
+        check_agreement(group, strange, self.writer.path)
 
     def _read_back(
         self, batches: list[tuple[np.ndarray, np.ndarray]], sums: dict[str, int]
@@ -96,7 +101,7 @@ class Embedded:
         """Checksums of a chunk as this rank reads it; x only where all of it is needed."""
         found = {}
         for name, known in sums.items():
-            if name == "x" and self.shop.crew.rank:
+            if name == "x" and self.work_folder.group.rank:
                 found[name] = known  # rank 0 reads all of x, other ranks only their partitions
                 continue
             rows = self.array(name)
@@ -111,11 +116,11 @@ class Embedded:
         """Map all rows of an array again."""
         if name != "query":
             return self.writer.array(name)
-        rows: np.ndarray = np.load(self.shop.path("query"), mmap_mode="r")
+        rows: np.ndarray = np.load(self.work_folder.path("query"), mmap_mode="r")
         return rows
 
     def _plan(self, rank: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        return list(sequential(self.samples, self.batch, rank, self.shop.crew.world_size))
+        return list(sequential(self.samples, self.batch, rank, self.work_folder.group.world_size))
 
 
 def _read(path: Path) -> list[dict[str, int]]:

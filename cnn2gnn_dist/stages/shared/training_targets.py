@@ -26,9 +26,9 @@ def open_targets(context: Context, manifest: Manifest, targets_key: str) -> Targ
     samples, classes = len(manifest), manifest.num_classes
     files = sorted(root.glob("*.parquet"))
 
-    def begin() -> tuple[target_arrays.Source, str]:
-        wanted = target_arrays.source(files, samples, classes, meta)
-        if target_arrays.is_whole(root, wanted):
+    def begin() -> tuple[target_arrays.TargetFiles, str]:
+        wanted = target_arrays.describe(files, samples, classes, meta)
+        if target_arrays.is_complete(root, wanted):
             return wanted, "whole"
         try:
             target_arrays.create(root, wanted)

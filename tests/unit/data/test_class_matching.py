@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cnn2gnn_dist.data.index.class_matching import Told, case_note, class_names, match, notes
+from cnn2gnn_dist.data.index.class_matching import ClassInfo, case_note, class_names, match, notes
 from cnn2gnn_dist.data.index.class_names import unused_lists
 from cnn2gnn_dist.data.index.manifest import index
-from cnn2gnn_dist.data.index.manifest_pair import index_pair, index_whole
+from cnn2gnn_dist.data.index.manifest_pair import index_data_set, index_pair
 from cnn2gnn_dist.data.index.repeated_images import copies_note
 from cnn2gnn_dist.errors import UserError
 from tests.support.shards import encode_image, make_shards, random_images, write_tar
@@ -19,8 +19,8 @@ from tests.support.shards import encode_image, make_shards, random_images, write
 IMAGE = encode_image(random_images(1, 8, 8)[0])
 
 
-def told(*names: str | None) -> Told:
-    return Told({n: name for n, name in enumerate(names) if name is not None}, len(names))
+def info(*names: str | None) -> ClassInfo:
+    return ClassInfo({n: name for n, name in enumerate(names) if name is not None}, len(names))
 
 
 def shard(path: Path, *samples: tuple[int, str | None]) -> Path:
@@ -38,27 +38,27 @@ def shard(path: Path, *samples: tuple[int, str | None]) -> Path:
     ("train", "held", "present", "expected"),
     [
         # identical, a permutation, a subset renumbered from 0
-        (told("ant", "bee", "cow"), told("ant", "bee", "cow"), [0, 1, 2], [0, 1, 2]),
-        (told("ant", "bee", "cow"), told("cow", "ant", "bee"), [0, 1, 2], [2, 0, 1]),
-        (told("ant", "bee", "cow"), told("bee", "cow"), [0, 1], [1, 2]),
+        (info("ant", "bee", "cow"), info("ant", "bee", "cow"), [0, 1, 2], [0, 1, 2]),
+        (info("ant", "bee", "cow"), info("cow", "ant", "bee"), [0, 1, 2], [2, 0, 1]),
+        (info("ant", "bee", "cow"), info("bee", "cow"), [0, 1], [1, 2]),
         # an unknown class without images is ignored
-        (told("ant", "bee"), told("fox", "bee"), [1], [-1, 1]),
+        (info("ant", "bee"), info("fox", "bee"), [1], [-1, 1]),
         # names that are numbers, sorted as text like folders
-        (told("0", "1", "10", "2"), told("0", "2"), [0, 1], [0, 3]),
+        (info("0", "1", "10", "2"), info("0", "2"), [0, 1], [0, 3]),
         # no names at all: only numbers
-        (told(None, None, None), told(None, None), [0, 1], [0, 1]),
+        (info(None, None, None), info(None, None), [0, 1], [0, 1]),
         # names that equal the numbers, and a side with only numbers
-        (told("0", "1", "2"), told(None, None), [0, 1], [0, 1]),
-        (told(None, None, None), told("0", "1"), [0, 1], [0, 1]),
+        (info("0", "1", "2"), info(None, None), [0, 1], [0, 1]),
+        (info(None, None, None), info("0", "1"), [0, 1], [0, 1]),
         # ImageNet's two cranes: by number, because all other names show the same numbering
-        (told("crane", "bee", "crane"), told("crane", "bee", "crane"), [0, 1, 2], [0, 1, 2]),
-        (told("crane", "bee", "crane"), told("crane", "bee", "crane"), [2, 1], [-1, 1, 2]),
-        (told("crane", "crane"), told("crane", "crane"), [0, 1], [0, 1]),
+        (info("crane", "bee", "crane"), info("crane", "bee", "crane"), [0, 1, 2], [0, 1, 2]),
+        (info("crane", "bee", "crane"), info("crane", "bee", "crane"), [2, 1], [-1, 1, 2]),
+        (info("crane", "crane"), info("crane", "crane"), [0, 1], [0, 1]),
         # some without a name, while the others show the same numbering
-        (told("ant", None, "cow"), told("ant", "bee", None), [0, 1, 2], [0, 1, 2]),
+        (info("ant", None, "cow"), info("ant", "bee", None), [0, 1, 2], [0, 1, 2]),
         # é as one code point or two
-        (told("bee", "caf\u00e9"), told("cafe\u0301", "bee"), [0, 1], [1, 0]),
-        (told("ant", "bee"), told(), [], []),
+        (info("bee", "caf\u00e9"), info("cafe\u0301", "bee"), [0, 1], [1, 0]),
+        (info("ant", "bee"), info(), [], []),
     ],
 )
 def test_classes_are_matched_by_name(train, held, present, expected):
@@ -68,18 +68,18 @@ def test_classes_are_matched_by_name(train, held, present, expected):
 @pytest.mark.parametrize(
     ("train", "held", "present", "message"),
     [
-        (told("ant", "bee"), told("fox", "owl"), [0, 1], "2 held-out classes .*'fox', 'owl'"),
-        (told("ant", "bee"), told("ant", "bee", "fox"), [0, 1, 2], "1 held-out classes .*'fox'"),
-        (told(None, None), told(None, None, None), [0, 2], "none of the 2 training classes: 2"),
-        (told("ant", "bee"), told(None, None), [0, 1], "training images name .* only number"),
-        (told(None, None), told("ant", "bee"), [0, 1], "held-out images name .* only number"),
-        (told("1", "2", "3"), told(None, None, None), [1, 2], "only number"),
+        (info("ant", "bee"), info("fox", "owl"), [0, 1], "2 held-out classes .*'fox', 'owl'"),
+        (info("ant", "bee"), info("ant", "bee", "fox"), [0, 1, 2], "1 held-out classes .*'fox'"),
+        (info(None, None), info(None, None, None), [0, 2], "none of the 2 training classes: 2"),
+        (info("ant", "bee"), info(None, None), [0, 1], "training images name .* only number"),
+        (info(None, None), info("ant", "bee"), [0, 1], "held-out images name .* only number"),
+        (info("1", "2", "3"), info(None, None, None), [1, 2], "only number"),
         # with a different numbering, no name can tell the cranes apart
-        (told("crane", "bee", "crane"), told("bee", "crane"), [0, 1], "several classes bear"),
-        (told("crane", "bee"), told("crane", "crane", "bee"), [0, 1, 2], "several classes bear"),
+        (info("crane", "bee", "crane"), info("bee", "crane"), [0, 1], "several classes bear"),
+        (info("crane", "bee"), info("crane", "crane", "bee"), [0, 1, 2], "several classes bear"),
         # a different numbering, and a class without a name: it could be any
-        (told("ant", "bee", "cow"), told("bee", "ant", None), [0, 1, 2], "1 held-out classes have"),
-        (told("ant", None, "cow"), told("cow", "bee", "ant"), [0, 1, 2], "'bee'"),
+        (info("ant", "bee", "cow"), info("bee", "ant", None), [0, 1, 2], "1 held-out classes have"),
+        (info("ant", None, "cow"), info("cow", "bee", "ant"), [0, 1, 2], "'bee'"),
     ],
 )
 def test_what_does_not_match_is_refused(train, held, present, message):
@@ -91,7 +91,7 @@ def test_what_does_not_match_is_refused(train, held, present, message):
 
 def test_a_likely_misspelling_is_named():
     with pytest.raises(UserError, match="'Aeroplane'") as caught:
-        match(told("airplane", "bird"), told("Aeroplane", "bird"), [0, 1])
+        match(info("airplane", "bird"), info("Aeroplane", "bird"), [0, 1])
     assert "'airplane'" in caught.value.remedy
 
 
@@ -100,21 +100,21 @@ def test_a_likely_misspelling_is_named():
 )
 def test_numbers_are_offered_only_where_they_can_be_meant(names, offered):
     """Text labels sort '10' before '2': their positions are not class numbers."""
-    for sides in ((told(*names), told(None, None)), (told(None, None, None), told(*names))):
+    for sides in ((info(*names), info(None, None)), (info(None, None, None), info(*names))):
         with pytest.raises(UserError) as caught:
             match(*sides, [0, 1, 2][: sides[1].count])
         assert ("data.match_classes=number" in caught.value.remedy) == offered
 
 
 def test_numbers_are_trusted_when_told_so():
-    for held in (told(None, None), told("x", "y")):
-        assert match(told("ant", "bee"), held, [0, 1], "number").tolist() == [0, 1]
+    for held in (info(None, None), info("x", "y")):
+        assert match(info("ant", "bee"), held, [0, 1], "number").tolist() == [0, 1]
     with pytest.raises(UserError, match="none of the 2 training classes: 2"):
-        match(told("ant", "bee"), told(None, None, None), [2], "number")
+        match(info("ant", "bee"), info(None, None, None), [2], "number")
 
 
 def test_notes_say_what_the_table_does_not():
-    names = told("ant", "bee", "cow", "dog")
+    names = info("ant", "bee", "cow", "dog")
     said = notes(names, np.array([0, 0, 1, 2]), np.array([0, 3, 3]), moved=True)
     assert len(said) == 3
     assert "matched by name" in said[0]
@@ -225,19 +225,19 @@ def test_held_out_labels_are_put_in_the_numbering_of_the_training_images(tmp_pat
 
 def test_a_number_of_classes_checks_and_does_not_rename(tmp_path: Path) -> None:
     train = shard(tmp_path / "a.tar", (0, "ant"), (1, "bee"))
-    assert index_whole([train], num_classes=2).manifest.classes == ("ant", "bee")
+    assert index_data_set([train], num_classes=2).manifest.classes == ("ant", "bee")
     with pytest.raises(UserError, match=r"no sample: 2, 3\n") as caught:
-        index_whole([train], num_classes=4)
+        index_data_set([train], num_classes=4)
     assert "data.allow_empty_classes=true" in caught.value.remedy
-    whole = index_whole([train], num_classes=4, allow_empty_classes=True)
+    whole = index_data_set([train], num_classes=4, allow_empty_classes=True)
     assert whole.manifest.classes == ("ant", "bee", "2", "3")
     more = shard(tmp_path / "b.tar", (0, "ant"), (1, "bee"), (2, "cow"))
     with pytest.raises(UserError, match=r"label of sample .* is 2; there are 2 classes"):
-        index_whole([more], num_classes=2)
+        index_data_set([more], num_classes=2)
     (tmp_path / "c-classes.json").write_text('["ant", "bee", "cow"]')
     listed = shard(tmp_path / "c-000000.tar", (0, "ant"), (1, "bee"))
     with pytest.raises(UserError, match=r"3 classes, and data\.num_classes is 2"):
-        index_whole([listed], num_classes=2, allow_empty_classes=True)
+        index_data_set([listed], num_classes=2, allow_empty_classes=True)
 
 
 def test_labels_that_are_ids_or_begin_at_one(tmp_path: Path) -> None:
@@ -251,11 +251,11 @@ def test_labels_that_are_ids_or_begin_at_one(tmp_path: Path) -> None:
         index([one])
     assert index([one], allow_empty_classes=True).num_classes == 3
     with pytest.raises(UserError, match="look like ids"):
-        index_whole([one], num_classes=10**9, allow_empty_classes=True)
+        index_data_set([one], num_classes=10**9, allow_empty_classes=True)
 
 
 def test_two_classes_of_one_name_get_their_numbers():
-    assert class_names(told("crane", "crane", None, "ruff")) == (
+    assert class_names(info("crane", "crane", None, "ruff")) == (
         *("crane (0)", "crane (1)"),
         *("2", "ruff"),
     )
@@ -287,7 +287,7 @@ def test_one_class_in_two_spellings_is_refused(tmp_path: Path, names, listed) ->
     two = shard(tmp_path / "two.tar", *enumerate(names))
     one = shard(tmp_path / "one.tar", (0, names[0]))
     with pytest.raises(UserError, match=rf"1 class names are spelled in .*: classes {listed}") as e:
-        index_whole([two])
+        index_data_set([two])
     assert e.value.where == "data.train"
     with pytest.raises(UserError, match="spelled") as e:
         index_pair([one], [two])
@@ -306,7 +306,7 @@ def test_names_of_another_case_are_said(tmp_path: Path) -> None:
     ]
     assert pair.held.label_N.tolist() == [0, 1, 2]
     same = shard(tmp_path / "same.tar", (0, "crane"), (1, "crane"), (2, "dog"))
-    assert case_note(index_whole([same]).told) is None
+    assert case_note(index_data_set([same]).class_info) is None
 
 
 def test_classes_matched_by_number_under_names_of_one_side_are_said(tmp_path: Path) -> None:

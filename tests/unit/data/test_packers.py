@@ -25,7 +25,7 @@ from cnn2gnn_dist.data.packing.packers import (
     pack_parquet,
     pack_torchvision,
 )
-from cnn2gnn_dist.data.packing.shard_writer import Source, write_shards
+from cnn2gnn_dist.data.packing.shard_writer import NewSample, write_shards
 from cnn2gnn_dist.data.tar import samples
 from cnn2gnn_dist.errors import UserError
 from tests.support.shards import data_dir, encode_image, random_images
@@ -99,7 +99,7 @@ def test_same_input_same_bytes_and_rerun_replaces(tmp_path: Path) -> None:
 def test_interrupted_pack_leaves_whole_shards_only(tmp_path: Path) -> None:
     def sources() -> Any:
         for i in range(3):
-            yield Source(f"k{i}", b"x", "jpg", 0)
+            yield NewSample(f"k{i}", b"x", "jpg", 0)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

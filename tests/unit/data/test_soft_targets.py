@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cnn2gnn_dist.data import soft_targets as targets_module
-from cnn2gnn_dist.data.soft_targets import Targets, is_whole, write_shard
+from cnn2gnn_dist.data.soft_targets import Targets, is_complete, write_shard
 from cnn2gnn_dist.errors import UserError
 
 META = {"key": "abc", "views": [0, 1]}
@@ -119,15 +119,15 @@ def test_memory_is_dense_and_small(tmp_path):
 
 def test_whole_or_not(tmp_path):
     path = write_all(tmp_path, teacher(2, 6, 5), 2)[0]
-    assert is_whole(path, META)
-    assert is_whole(path, dict(reversed(META.items())))  # order of keys doesn't count
-    assert not is_whole(path, {**META, "key": "abd"})
-    assert not is_whole(tmp_path / "none.parquet", META)
+    assert is_complete(path, META)
+    assert is_complete(path, dict(reversed(META.items())))  # order of keys doesn't count
+    assert not is_complete(path, {**META, "key": "abd"})
+    assert not is_complete(tmp_path / "none.parquet", META)
     assert list(tmp_path.glob("*.tmp")) == []
     data = path.read_bytes()
     for size in (0, 3, len(data) // 2, len(data) - 1):
         path.write_bytes(data[:size])
-        assert not is_whole(path, META)
+        assert not is_complete(path, META)
 
 
 def test_no_flipped_byte_changes_what_is_read(tmp_path):
@@ -141,7 +141,7 @@ def test_no_flipped_byte_changes_what_is_read(tmp_path):
         damaged = bytearray(data)
         damaged[place] ^= 0x15
         path.write_bytes(damaged)
-        if not is_whole(path, META):
+        if not is_complete(path, META):
             noticed += 1
             continue
         found = Targets.load(tmp_path, 40, 6, META)
@@ -157,7 +157,7 @@ def test_a_changed_value_is_noticed_by_the_checksum(tmp_path):
     ids = table["id"].to_numpy().copy()
     ids[2] = 3
     pq.write_table(table.set_column(0, table.schema.field(0), [ids]), path)
-    assert not is_whole(path, META)
+    assert not is_complete(path, META)
     with pytest.raises(UserError, match="checksum") as caught:
         Targets.load([path], 6, 5)
     assert caught.value.where == str(path)
@@ -200,7 +200,7 @@ def test_a_sample_without_one_of_its_views(tmp_path):
     _, columns = targets_module._read(path)
     note = {**table.schema.metadata, targets_module.CHECKSUM: targets_module._checksum(columns)}
     pq.write_table(table.replace_schema_metadata(note), path)
-    assert is_whole(path, META)
+    assert is_complete(path, META)
     refused("1 of 6 samples have no soft targets", "targets", tmp_path, 6, 5)
 
 
@@ -231,10 +231,10 @@ def test_an_empty_shard_and_one_of_another_kind(tmp_path):
         log_probs=none.astype(np.float16),
         meta=META,
     )
-    assert is_whole(tmp_path / "empty.parquet", META)
+    assert is_complete(tmp_path / "empty.parquet", META)
     assert Targets.load(tmp_path, 7, 5).views == 2
     pq.write_table(pq.read_table(tmp_path / "empty.parquet").select(["id"]), tmp_path / "f.parquet")
-    assert not is_whole(tmp_path / "f.parquet", META)
+    assert not is_complete(tmp_path / "f.parquet", META)
     refused("can't be used", tmp_path / "f.parquet", tmp_path, 7, 5)
 
 

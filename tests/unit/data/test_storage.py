@@ -16,7 +16,7 @@ import pytest
 from cnn2gnn_dist import cli, settings
 from cnn2gnn_dist.data.index.manifest import Manifest, index
 from cnn2gnn_dist.data.reading import remote_shards
-from cnn2gnn_dist.data.reading.remote_shards import CacheSpec, spans
+from cnn2gnn_dist.data.reading.remote_shards import CacheSpec, merged_ranges
 from cnn2gnn_dist.data.reading.shard_files import ShardFiles
 from cnn2gnn_dist.data.storage import shard_cache, urls
 from cnn2gnn_dist.data.storage.shard_cache import ShardCache, release
@@ -106,14 +106,21 @@ def test_neighbours_come_in_one_range(web, shards):
 def test_stretches_end_at_gaps_at_their_limit_and_at_shards(shards, monkeypatch):
     manifest = index(shards, progress=False)
     monkeypatch.setattr(remote_shards, "GAP", 1 << 20)
-    assert [span.samples for span in spans(manifest, [9, 3, 0, 8, 3])] == [(0, 3), (8, 9)]
+    assert [byte_range.samples for byte_range in merged_ranges(manifest, [9, 3, 0, 8, 3])] == [
+        (0, 3),
+        (8, 9),
+    ]
     monkeypatch.setattr(remote_shards, "SPAN", int(manifest.size_N[:3].max()) + 10)
-    assert [span.samples for span in spans(manifest, [0, 1, 2])] == [(0,), (1,), (2,)]
+    assert [byte_range.samples for byte_range in merged_ranges(manifest, [0, 1, 2])] == [
+        (0,),
+        (1,),
+        (2,),
+    ]
     monkeypatch.setattr(remote_shards, "SPAN", 1 << 30)
     between = int(manifest.offset_N[2] - manifest.offset_N[0] - manifest.size_N[0])
     for gap, expected in ((between, [(0, 2)]), (between - 1, [(0,), (2,)])):
         monkeypatch.setattr(remote_shards, "GAP", gap)
-        assert [span.samples for span in spans(manifest, [0, 2])] == expected
+        assert [byte_range.samples for byte_range in merged_ranges(manifest, [0, 2])] == expected
 
 
 @pytest.mark.parametrize("limit", [0, 1 << 30])
@@ -165,7 +172,7 @@ def test_a_shard_that_is_read_is_not_removed(web, shards, tmp_path):
 
 def test_a_window_larger_than_the_cache_does_not_turn_it_over(web, shards, tmp_path, monkeypatch):
     """Part of it is cached and the rest is read in ranges, instead of downloading with every batch."""
-    monkeypatch.setattr(remote_shards, "AGAIN", 0.0)
+    monkeypatch.setattr(remote_shards, "RETRY_SECONDS", 0.0)
     manifest = far_manifest(web, shards)
     wanted = wanted_of(manifest, shards)
     limit = 2 * max(path.stat().st_size for path in shards)
@@ -277,7 +284,7 @@ def test_a_grown_shard_is_refused_or_still_read_right(web, shards, tmp_path, lim
 
 
 def test_who_waits_too_long_reads_ranges(web, shards, tmp_path, monkeypatch):
-    monkeypatch.setattr(shard_cache, "PATIENCE", 0.2)
+    monkeypatch.setattr(shard_cache, "WAIT_SECONDS", 0.2)
     manifest = far_manifest(web, shards)
     name = shard_cache._name(url_of(web, shards[0]), shards[0].stat().st_size)
     (tmp_path / "c").mkdir()

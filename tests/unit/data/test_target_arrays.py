@@ -62,12 +62,12 @@ def same(found: Targets, wanted: Targets) -> None:
 def test_what_a_kill_left_begins_anew(tmp_path):
     wanted = made(tmp_path, 3)
     root = tmp_path / "targets"
-    source = target_arrays.source(sorted(root.glob("*.parquet")), N, C, {"key": "k"})
+    source = target_arrays.describe(sorted(root.glob("*.parquet")), N, C, {"key": "k"})
     target_arrays.create(root, source)
     target_arrays.fill(root, source, source.files[:2])
-    assert not target_arrays.is_whole(root, source)
+    assert not target_arrays.is_complete(root, source)
     same(opened(tmp_path), wanted)
-    assert target_arrays.is_whole(root, source)
+    assert target_arrays.is_complete(root, source)
 
 
 def test_other_targets_give_other_arrays(tmp_path):

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from cnn2gnn_dist.graph import quality
 from cnn2gnn_dist.graph.search import ivf, nn_descent
-from cnn2gnn_dist.graph.search.approximate import Goal, TableSearch
-from cnn2gnn_dist.graph.search.work_units import Crew, Workshop, spans
+from cnn2gnn_dist.graph.search.approximate import RecallGoal, TableSearch
+from cnn2gnn_dist.graph.search.work_units import RankGroup, WorkFolder, row_ranges
 
 N, M = 3000, 12
 
@@ -33,7 +33,7 @@ def exact(z: np.ndarray, query: np.ndarray, m: int) -> np.ndarray:
 
 
 def search(folder: Path, z: np.ndarray, query: np.ndarray | None = None, m: int = M) -> TableSearch:
-    return TableSearch(Workshop(folder, Crew()), z, z if query is None else query, m)
+    return TableSearch(WorkFolder(folder, RankGroup()), z, z if query is None else query, m)
 
 
 def whole(table: np.ndarray, z: np.ndarray, query: np.ndarray | None = None) -> None:
@@ -129,7 +129,7 @@ def test_build_reaches_its_goal(tmp_path: Path, another_view: bool) -> None:
         query = query + 0.05 * np.random.default_rng(1).standard_normal(query.shape)
         query = query.astype(np.float32)
     made = search(tmp_path, z, query if another_view else None)
-    found = made.build(Goal(0.98))
+    found = made.build(RecallGoal(0.98))
     whole(found.table_NM, z, query)
     assert found.rebuilt
     assert found.history[-1] >= 0.98
@@ -140,7 +140,7 @@ def test_build_reaches_its_goal(tmp_path: Path, another_view: bool) -> None:
 
 def test_fewer_candidates_than_ten_can_be_found_in_full(tmp_path: Path) -> None:
     z = points()
-    found = search(tmp_path, z, m=4).build(Goal(0.95))
+    found = search(tmp_path, z, m=4).build(RecallGoal(0.95))
     assert found.history[-1] >= 0.95
     assert quality.recall(found.table_NM, exact(z, z, 4)) > 0.93
 
@@ -156,8 +156,8 @@ def test_recall_counts_what_is_as_near(tmp_path: Path) -> None:
 
 def test_a_refresh_with_nothing_moved_changes_nothing(tmp_path: Path) -> None:
     z = points()
-    built = search(tmp_path / "a", z).build(Goal(0.95))
-    again = search(tmp_path / "b", z).refresh(built.table_NM, built.order_N, Goal(0.95))
+    built = search(tmp_path / "a", z).build(RecallGoal(0.95))
+    again = search(tmp_path / "b", z).refresh(built.table_NM, built.order_N, RecallGoal(0.95))
     np.testing.assert_array_equal(again.table_NM, built.table_NM)
     assert not again.rebuilt
     assert again.history == [built.history[-1]]
@@ -165,10 +165,10 @@ def test_a_refresh_with_nothing_moved_changes_nothing(tmp_path: Path) -> None:
 
 def test_a_refresh_follows_what_moved(tmp_path: Path) -> None:
     z = points()
-    built = search(tmp_path / "a", z).build(Goal(0.97))
+    built = search(tmp_path / "a", z).build(RecallGoal(0.97))
     moved = z + 0.015 * np.random.default_rng(7).standard_normal(z.shape).astype(np.float32)
     moved /= np.linalg.norm(moved, axis=1, keepdims=True)
-    found = search(tmp_path / "b", moved).refresh(built.table_NM, built.order_N, Goal(0.97))
+    found = search(tmp_path / "b", moved).refresh(built.table_NM, built.order_N, RecallGoal(0.97))
     assert not found.rebuilt
     assert found.history[0] < 0.95
     assert found.history[-1] >= 0.97
@@ -178,12 +178,12 @@ def test_a_refresh_follows_what_moved(tmp_path: Path) -> None:
 
 def test_a_hopeless_refresh_builds_anew(tmp_path: Path) -> None:
     z, other = points(), points(9)
-    built = search(tmp_path / "a", z).build(Goal(0.95))
-    found = search(tmp_path / "b", other).refresh(built.table_NM, built.order_N, Goal(0.95))
+    built = search(tmp_path / "a", z).build(RecallGoal(0.95))
+    found = search(tmp_path / "b", other).refresh(built.table_NM, built.order_N, RecallGoal(0.95))
     assert found.rebuilt
     assert found.history[0] < 0.1
     assert found.history[-1] >= 0.95
-    fresh = search(tmp_path / "c", other).build(Goal(0.95))
+    fresh = search(tmp_path / "c", other).build(RecallGoal(0.95))
     np.testing.assert_array_equal(found.table_NM, fresh.table_NM)
 
 
@@ -195,5 +195,5 @@ def test_changed_edges() -> None:
 
 @pytest.mark.parametrize("rows", [1, 5, 6, 7])
 def test_spans_cover(rows: int) -> None:
-    cut = spans(rows, 3)
+    cut = row_ranges(rows, 3)
     assert [i for span in cut for i in range(span.start, span.stop)] == list(range(rows))

@@ -56,18 +56,18 @@ def test_only_what_pays_is_moved() -> None:
     wrong = group_part.copy()
     astray = np.random.default_rng(1).choice(N, 40, replace=False)
     wrong[astray] = (wrong[astray] + 1) % 4
-    moved = fennel.moved_where_it_pays(table, wrong, 4, 4)
+    moved = fennel.refine_partition(table, wrong, 4, 4)
     assert set(np.flatnonzero(moved != wrong).tolist()) <= set(astray.tolist())
     assert (moved == group_part).mean() > 0.995
-    np.testing.assert_array_equal(fennel.moved_where_it_pays(table, wrong, 4, 2 * M + 1), wrong)
-    np.testing.assert_array_equal(fennel.moved_where_it_pays(table, group_part, 4, 1), group_part)
+    np.testing.assert_array_equal(fennel.refine_partition(table, wrong, 4, 2 * M + 1), wrong)
+    np.testing.assert_array_equal(fennel.refine_partition(table, group_part, 4, 1), group_part)
 
 
 @pytest.mark.parametrize("least_gain", [1, 3, 6])
 def test_moves_never_cut_more_and_keep_balance(least_gain: int) -> None:
     table, _ = clustered(stray=0.2)
     part = np.random.default_rng(5).integers(0, 5, N).astype(np.int32)
-    moved = fennel.moved_where_it_pays(table, part, 5, least_gain)
+    moved = fennel.refine_partition(table, part, 5, least_gain)
     assert partition.edge_cut(table, moved) <= partition.edge_cut(table, part)
     most = max(np.bincount(part).max(), (1 + fennel.SLACK) * N / 5)
     assert np.bincount(moved).max() <= most

@@ -14,7 +14,7 @@ from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.graph import quality
 from cnn2gnn_dist.graph.search import exact as exact_search
 from cnn2gnn_dist.graph.search import knn
-from cnn2gnn_dist.graph.search.work_units import Crew, Workshop
+from cnn2gnn_dist.graph.search.work_units import RankGroup, WorkFolder
 from cnn2gnn_dist.graph.version import GraphWriter
 from cnn2gnn_dist.runtime.ranks import Ranks
 from cnn2gnn_dist.stages.neighbours import candidates
@@ -217,8 +217,10 @@ def test_a_device_search_needs_no_faiss(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)
     monkeypatch.setattr(exact_search, "ROWS", 200)
     with pytest.raises(ImportError):
-        exact_search.exact_table(Workshop(tmp_path / "cpu", Crew(threads=2)), z, z, 6, "cpu")
-    found = exact_search.exact_table(Workshop(tmp_path / "gpu", Crew(threads=2)), z, z, 6, "cuda")
+        exact_search.exact_table(WorkFolder(tmp_path / "cpu", RankGroup(threads=2)), z, z, 6, "cpu")
+    found = exact_search.exact_table(
+        WorkFolder(tmp_path / "gpu", RankGroup(threads=2)), z, z, 6, "cuda"
+    )
     np.testing.assert_array_equal(found.table_NM, want)
 
 
@@ -231,5 +233,5 @@ def test_on_a_gpu_one_thread_searches(
     context = Context(
         settings.load("demo", []), Ranks(), RunPaths(tmp_path), tmp_path, "key", device, False
     )
-    shop = candidates.workshop(context, GraphWriter(tmp_path))
-    assert shop.crew.threads == threads
+    work_folder = candidates.open_work_folder(context, GraphWriter(tmp_path))
+    assert work_folder.group.threads == threads

@@ -20,7 +20,7 @@ from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.graph import row_file
 from cnn2gnn_dist.graph.row_file import RowFile, check_sum, read_rows
 from cnn2gnn_dist.graph.search import work_units
-from cnn2gnn_dist.graph.search.work_units import Crew, Workshop, spans
+from cnn2gnn_dist.graph.search.work_units import RankGroup, WorkFolder, row_ranges
 from cnn2gnn_dist.graph.version import GraphWriter
 from cnn2gnn_dist.stages.neighbours import embeddings
 from cnn2gnn_dist.stages.neighbours.embeddings import Embedded
@@ -94,8 +94,8 @@ def numbers(unit: slice) -> tuple[np.ndarray, np.ndarray]:
 ARRAYS = {"tens": ((23,), np.int32), "halves": ((23, 2), np.float32)}
 
 
-def filled(folder: Path, crew: Crew, work: Callable[[slice], Any] = numbers) -> Any:
-    return Workshop(folder, crew).fill("made", spans(23, 5), ARRAYS, work)
+def filled(folder: Path, group: RankGroup, work: Callable[[slice], Any] = numbers) -> Any:
+    return WorkFolder(folder, group).fill("made", row_ranges(23, 5), ARRAYS, work)
 
 
 def right(arrays: Any) -> bool:
@@ -118,20 +118,20 @@ def test_a_mark_comes_after_its_rows_are_on_disk(
     monkeypatch.setattr(os, "pwrite", noted("rows", os.pwrite))
     monkeypatch.setattr(RowFile, "sync", noted("sync", RowFile.sync))
     monkeypatch.setattr(work_units.durable, "write_text", noted("mark", durable.write_text))
-    assert right(filled(tmp_path, Crew()))
+    assert right(filled(tmp_path, RankGroup()))
     assert done == ["rows", "rows", "sync", "sync", "mark"] * 5
 
 
 def test_rows_that_were_marked_and_lost_are_made_again(tmp_path: Path) -> None:
     """A machine that lost power after the mark reached the disk, or a file server that lost a page."""
-    filled(tmp_path, Crew())
+    filled(tmp_path, RankGroup())
     with RowFile(tmp_path / "halves.npy") as file:
         file.write(12, np.zeros((1, 2)))
     with pytest.raises(
         UserError, match=r"rank 0 reads other rows than were written: made 10\.\.15"
     ):
-        filled(tmp_path, Crew())
-    assert right(filled(tmp_path, Crew()))
+        filled(tmp_path, RankGroup())
+    assert right(filled(tmp_path, RankGroup()))
 
 
 class Ranks:
@@ -141,7 +141,7 @@ class Ranks:
         self.count, self.stale = count, stale
         self.meeting, self.said = threading.Barrier(count, timeout=60), [None] * count
 
-    def crew(self, rank: int) -> Crew:
+    def group(self, rank: int) -> RankGroup:
         def gather(own: Any) -> list[Any]:
             self.said[rank] = own
             self.meeting.wait()
@@ -156,14 +156,14 @@ class Ranks:
             def __exit__(inner, *_: object) -> None:
                 self.meeting.wait()
 
-        return Crew(rank, self.count, 1, Together, gather)
+        return RankGroup(rank, self.count, 1, Together, gather)
 
-    def run(self, work: Callable[[Crew], Any]) -> list[Any]:
+    def run(self, work: Callable[[RankGroup], Any]) -> list[Any]:
         found: list[Any] = [None] * self.count
 
         def one(rank: int) -> None:
             try:
-                found[rank] = work(self.crew(rank))
+                found[rank] = work(self.group(rank))
             except UserError as error:
                 found[rank] = error
 
@@ -187,24 +187,24 @@ def test_a_rank_that_reads_stale_rows_stops_all(
 ) -> None:
     ranks = Ranks(3, stale)
     monkeypatch.setattr(work_units, "read_rows", ranks.read)
-    found = ranks.run(lambda crew: filled(tmp_path, crew))
+    found = ranks.run(lambda group: filled(tmp_path, group))
     if stale is None:
         assert all(right(arrays) for arrays in found)
         return
     for error in found:
         assert f"rank {stale} reads other rows than were written: made" in str(error)
     monkeypatch.setattr(work_units, "read_rows", read_rows)
-    assert all(right(arrays) for arrays in Ranks(3).run(lambda crew: filled(tmp_path, crew)))
+    assert all(right(arrays) for arrays in Ranks(3).run(lambda group: filled(tmp_path, group)))
 
 
 X = np.random.default_rng(1).standard_normal((203, 5)).astype(np.float16)
 
 
-def embed(folder: Path, crew: Crew, stop: int | None = None) -> list[np.ndarray] | int:
+def embed(folder: Path, group: RankGroup, stop: int | None = None) -> list[np.ndarray] | int:
     """Write X as x, and its first columns as z and query; ``stop``: exit after this many batches."""
     writer = GraphWriter(folder)
-    made = Embedded(writer, Workshop(folder / "work", crew), len(X), 3, 2)
-    plan = made._plan(crew.rank)
+    made = Embedded(writer, WorkFolder(folder / "work", group), len(X), 3, 2)
+    plan = made._plan(group.rank)
     first = made.batches_done
     for step in range(first, len(plan) if stop is None else stop):
         ids, mask = plan[step]
@@ -232,10 +232,10 @@ def folder_for(path: Path) -> Path:
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_embedded_rows_after_an_interruption(tmp_path: Path, count: int) -> None:
     folder = folder_for(tmp_path / "v")
-    firsts = Ranks(count).run(lambda crew: embed(folder, crew, 17 + crew.rank))
+    firsts = Ranks(count).run(lambda group: embed(folder, group, 17 + group.rank))
     assert firsts == [0] * count
-    assert Ranks(count).run(lambda crew: embed(folder, crew, 16)) == [embeddings.NOTE] * count
-    for arrays in Ranks(count).run(lambda crew: embed(folder, crew)):
+    assert Ranks(count).run(lambda group: embed(folder, group, 16)) == [embeddings.NOTE] * count
+    for arrays in Ranks(count).run(lambda group: embed(folder, group)):
         for array, want in zip(arrays, (X, X[:, :2], -X[:, :2]), strict=True):
             np.testing.assert_array_equal(array, want)
 
@@ -248,10 +248,10 @@ def test_embedded_rows_that_others_read_otherwise(
 
     def stale(self: Embedded, asked: str) -> np.ndarray:
         rows = real(self, asked)
-        return rows * 0 if (asked, self.shop.crew.rank) == (name, rank) else rows
+        return rows * 0 if (asked, self.work_folder.group.rank) == (name, rank) else rows
 
     monkeypatch.setattr(Embedded, "array", stale)
-    for error in Ranks(2).run(lambda crew: embed(folder, crew)):
+    for error in Ranks(2).run(lambda group: embed(folder, group)):
         assert f"rank {rank} reads other rows than were written: embedded rows of rank" in str(
             error
         )
@@ -260,5 +260,5 @@ def test_embedded_rows_that_others_read_otherwise(
 def test_marks_of_another_form_don_t_count(tmp_path: Path) -> None:
     for unit, text in enumerate(["", "{", "3", json.dumps(["a"])]):
         (tmp_path / f"made-{unit:05d}.done").write_text(text)
-    assert right(filled(tmp_path, Crew()))
+    assert right(filled(tmp_path, RankGroup()))
     assert row_file.check_sum(np.zeros((0, 3))) == 0

@@ -219,7 +219,7 @@ def test_images_behind_links_count_and_what_is_never_packed_does_not(folder, tmp
     (folder / "a" / "broken.png").symlink_to("nowhere")
     (folder / "a" / ".hidden").touch()
     (folder / "a" / "notes.txt").write_text("no image")
-    seen = fingerprint.look(str(tmp_path / "d2"), "imagefolder", ask=False, brief=False)
+    seen = fingerprint.list_files(str(tmp_path / "d2"), "imagefolder", ask=False, brief=False)
     found = {s.name: s.bytes for s in seen}
     assert {n: (folder / n).stat().st_size for n in found} == found
     assert set(found) == {f"a/{'sub/' * (i > 3)}{i}.png" for i in range(8)}
@@ -331,7 +331,7 @@ def test_of_a_store_without_tags_update_reads_again(tmp_path):
 def test_names_count_from_what_files_have_in_common(tmp_path):
     for place in ("x/1", "x/2"):
         write_tar(tmp_path / place / "t.tar", [("a.cls", b"0")])
-    seen = fingerprint.look(
+    seen = fingerprint.list_files(
         [f"{tmp_path}/x/1/t.tar", f"{tmp_path}/x/2/t.tar"], "shards", ask=False, brief=False
     )
     assert [s.name for s in seen] == ["1/t.tar", "2/t.tar"]
