@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = _parse(argv)
     except UserError as error:
-        log.complain(error)
+        log.report_error(error)
         return error.exit_code
     if isinstance(sys.stdout, io.TextIOWrapper):
         # In a file or pipe the ranks' lines would otherwise arrive in blocks, minutes late.
@@ -55,14 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         with log.console(getattr(arguments, "verbosity", log.NORMAL)):
             return arguments.command(arguments) or 0
     except UserError as error:
-        log.complain(error)
+        log.report_error(error)
         return error.exit_code
     except KeyboardInterrupt:
-        log.complain("interrupted; the same command continues")
+        log.report_error("interrupted; the same command continues")
         return 130
     except SystemExit as end:
         if end.code == ENDED_BY_SIGTERM:
-            log.complain("ended by SIGTERM; the same command continues")
+            log.report_error("ended by SIGTERM; the same command continues")
         raise
     except BrokenPipeError:
         return 1
@@ -72,12 +72,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse options, with overrides before, after and between them (argparse allows one place only)."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
-    odd = [text for text in rest if text.startswith("-") or not hasattr(arguments, "overrides")]
-    if odd:
-        mistaken = settings.misplaced(odd) if hasattr(arguments, "overrides") else None
-        if mistaken is not None:
-            raise mistaken
-        parser.error(f"unrecognized arguments: {' '.join(odd)}")
+    unknown = [text for text in rest if text.startswith("-") or not hasattr(arguments, "overrides")]
+    if unknown:
+        misplaced = settings.misplaced(unknown) if hasattr(arguments, "overrides") else None
+        if misplaced is not None:
+            raise misplaced
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if rest:
         arguments.overrides = [*arguments.overrides, *rest]
     return arguments
@@ -236,29 +236,29 @@ def _checkpoint(arguments: argparse.Namespace) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     from cnn2gnn_dist.pipeline import keys, runner
-    from cnn2gnn_dist.unused_fields import Around
+    from cnn2gnn_dist.unused_fields import Surroundings
 
     config = settings.load(arguments.config, arguments.overrides, _log.warning)
-    _warn_about_a_moved_run(arguments.config, config)
+    _warn_if_run_moved(arguments.config, config)
     if arguments.dry_run:
         log.output(settings.as_yaml(config))
         steps = runner.plan(config, arguments.stages)
         for step in steps:
-            log.output(f"{step.stage.name:10} {step.standing.value:12} {step.why}")
-        around = Around(config.device == "cuda", deepspeed=keys.read_deepspeed(config))
-        for note in consistency.notes(config, around):
+            log.output(f"{step.stage.name:10} {step.status.value:12} {step.why}")
+        surroundings = Surroundings(config.device == "cuda", deepspeed=keys.read_deepspeed(config))
+        for note in consistency.notes(config, surroundings):
             log.output(f"note: {note}")
-        runner.check_ahead(config, steps, config.run.ranks)
+        runner.check_remaining(config, steps, config.run.ranks)
         return 0
-    _warn_about_lost_results(config)
+    _warn_if_results_are_lost(config)
     runner.plan(config, arguments.stages)  # refuses an unknown stage before starting Ray
-    if runner.light(config, arguments.stages):
+    if runner.needs_no_group(config, arguments.stages):
         tree = settings.as_tree(config)
         runner.run_rank(tree, arguments.stages, arguments.update, False, Ranks(), arguments.force)
     else:
         _on_ray(config, arguments.stages, arguments.update, arguments.force)
     if arguments.stages in (None, ["evaluate"]):
-        _closing_words(config)
+        _print_summary(config)
     return 0
 
 
@@ -297,10 +297,10 @@ def _on_ray(config: Config, stages: list[str] | None, update: bool, force: bool)
         )
     for name, why in outcome[0].items():
         if why == "whole, skipped":
-            runner.say_skipped(name)
+            runner.log_skipped(name)
 
 
-def _warn_about_a_moved_run(name: str | None, config: Config) -> None:
+def _warn_if_run_moved(name: str | None, config: Config) -> None:
     """A run's own config names the folder where it was made, which may no longer exist."""
     folder, named = Path(name or "").parent, Path(str(config.run.dir))
     of_a_run = Path(name or "").name == ledger.CONFIG and (folder / "manifest").is_dir()
@@ -311,7 +311,7 @@ def _warn_about_a_moved_run(name: str | None, config: Config) -> None:
         )
 
 
-def _warn_about_lost_results(config: Config) -> None:
+def _warn_if_results_are_lost(config: Config) -> None:
     """In a submitted job relative paths are inside a copy of the working directory."""
     inside = Path(str(config.run.dir)).is_relative_to(Path.cwd())
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and inside:
@@ -321,7 +321,7 @@ def _warn_about_lost_results(config: Config) -> None:
         )
 
 
-def _closing_words(config: Config) -> None:
+def _print_summary(config: Config) -> None:
     from cnn2gnn_dist.stages.evaluate import table
 
     root = Path(str(config.run.dir))

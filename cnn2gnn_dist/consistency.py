@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from pydantic_core import PydanticCustomError
 
 from cnn2gnn_dist import unused_fields
-from cnn2gnn_dist.unused_fields import Around
+from cnn2gnn_dist.unused_fields import Surroundings
 
 if TYPE_CHECKING:
     from cnn2gnn_dist.config import Config, GraphConfig, ViewsConfig
@@ -88,7 +88,7 @@ def check_graph(graph: GraphConfig) -> None:
         )
 
 
-def check_whole(config: Config) -> None:
+def check_batch_scope(config: Config) -> None:
     """Check that batches hold enough candidates where the batch is the graph."""
     graph, student = config.graph, config.student
     rows = min(student.global_batch, student.max_micro_batch)
@@ -102,17 +102,19 @@ def check_whole(config: Config) -> None:
         )
 
 
-def notes(config: Config, around: Around | None = None) -> list[str]:
+def notes(config: Config, surroundings: Surroundings | None = None) -> list[str]:
     """What will run, but probably not as intended; trials with few epochs do so knowingly.
 
     Args:
         config: of the run.
-        around: what else is known; None: nothing.
+        surroundings: what else is known; None: nothing.
     """
-    return _hardly_meant(config) + unused_fields.notes(config, around or Around())
+    return _probably_unintended(config) + unused_fields.notes(
+        config, surroundings or Surroundings()
+    )
 
 
-def _hardly_meant(config: Config) -> list[str]:
+def _probably_unintended(config: Config) -> list[str]:
     graph, student, found = config.graph, config.student, list[str]()
     if config.data.source == "digits" and config.data.test is not None:
         found.append(

@@ -77,7 +77,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextmanager
-def room(path: Path) -> Iterator[None]:
+def disk_full_reported(path: Path) -> Iterator[None]:
     """Report a full disk while something is written to ``path``.
 
     Raises:
@@ -105,7 +105,7 @@ def reserve_array(path: Path, shape: tuple[int, ...], kind: Any) -> None:
         UserError: the disk is full; nothing is left behind.
     """
     try:
-        with room(path):
+        with disk_full_reported(path):
             open_memmap(path, "w+", dtype=np.dtype(kind), shape=shape).flush()
             with open(path, "r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, max(path.stat().st_size, 1))

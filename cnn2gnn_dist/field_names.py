@@ -70,17 +70,17 @@ def moved() -> dict[str, str]:
     return found
 
 
-def todays_name(path: str) -> str:
+def current_name(path: str) -> str:
     """The name of a field that may be given by the one it came in with."""
     return moved().get(path, path)
 
 
-def first_name(path: str) -> str:
+def original_name(path: str) -> str:
     """The name that a field came in with: the keys of stages know it by that one."""
     return next((old for old, now in moved().items() if now == path), path)
 
 
-def with_todays_names(tree: Mapping[str, Any], where: str, old: dict[str, None]) -> dict[str, Any]:
+def with_current_names(tree: Mapping[str, Any], where: str, old: dict[str, None]) -> dict[str, Any]:
     """A tree of fields in which those that have moved are in their places.
 
     Args:
@@ -91,11 +91,11 @@ def with_todays_names(tree: Mapping[str, Any], where: str, old: dict[str, None])
     Raises:
         UserError: a field is there by both of its names.
     """
-    found = _copied(tree)
+    found = _copy(tree)
     for before, now in moved().items():
         *sections, name = before.split(".")
-        source = _within(found, sections, make=False)
-        target = _within(found, now.split(".")[:-1], make=source is not None and name in source)
+        source = _section_of(found, sections, make=False)
+        target = _section_of(found, now.split(".")[:-1], make=source is not None and name in source)
         if source is None or name not in source or target is None:
             continue
         last = now.rpartition(".")[2]
@@ -110,18 +110,18 @@ def with_todays_names(tree: Mapping[str, Any], where: str, old: dict[str, None])
     return found
 
 
-def said_of(old: list[str]) -> str:
+def renamed_note(old: list[str]) -> str:
     """A line about fields that were given by their old names."""
-    shown = ", ".join(f"{one} is {todays_name(one)} now" for one in old[:3])
+    shown = ", ".join(f"{one} is {current_name(one)} now" for one in old[:3])
     more = f", and {len(old) - 3} more have moved (`cnn2gnn config`)" if len(old) > 3 else ""
     return f"{shown}{more}; the old names are still read"
 
 
-def _copied(tree: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: _copied(v) if isinstance(v, Mapping) else v for k, v in tree.items()}
+def _copy(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: _copy(v) if isinstance(v, Mapping) else v for k, v in tree.items()}
 
 
-def _within(tree: dict[str, Any], sections: list[str], make: bool) -> dict[str, Any] | None:
+def _section_of(tree: dict[str, Any], sections: list[str], make: bool) -> dict[str, Any] | None:
     """What is in a section of a tree, if it is there, or is to be made, and holds fields."""
     node: Any = tree
     for section in sections:

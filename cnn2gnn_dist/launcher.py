@@ -47,22 +47,22 @@ def main() -> int:
     )
     log.add_options(parser)
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
-    arguments, odd = parser.parse_known_intermixed_args()
+    arguments, unknown = parser.parse_known_intermixed_args()
     if "LOCAL_RANK" in os.environ:  # a launcher's child; a shell's child must survive under nohup
         preemption.end_with_parent()
     with log.console(getattr(arguments, "verbosity", log.NORMAL)):
-        return _run(arguments, odd, parser.prog)
+        return _run(arguments, unknown, parser.prog)
 
 
-def _run(arguments: argparse.Namespace, odd: list[str], program: str) -> int:
-    """This rank's part of the run; its exit code. ``odd``: words that are no option."""
+def _run(arguments: argparse.Namespace, unknown: list[str], program: str) -> int:
+    """This rank's part of the run; its exit code. ``unknown``: words that are no option."""
     ranks = Ranks()
     try:
         ranks = Ranks.from_environment()
         log.set_rank(ranks.rank)
-        if odd:
-            raise settings.misplaced(odd) or UserError(
-                "no such option", where=" ".join(odd), remedy=f"{program} --help"
+        if unknown:
+            raise settings.misplaced(unknown) or UserError(
+                "no such option", where=" ".join(unknown), remedy=f"{program} --help"
             )
         overrides = list(arguments.overrides)
         if arguments.deepspeed_config:
@@ -81,12 +81,12 @@ def _run(arguments: argparse.Namespace, odd: list[str], program: str) -> int:
         )
     except UserError as error:
         if ranks.is_first or isinstance(error, PeerLost):
-            log.complain(error, program)
+            log.report_error(error, program)
         return error.exit_code
     return 0
 
 
-def leave(code: int) -> NoReturn:
+def exit_now(code: int) -> NoReturn:
     """Exit this process without finalizing the interpreter.
 
     Threads of torch and gloo that request the GIL during finalization are unwound through C++ that
@@ -99,4 +99,4 @@ def leave(code: int) -> NoReturn:
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_now(main())

@@ -26,12 +26,12 @@ CONFIG = "config.yaml"
 """File in a run's folder: the config of the last command that was not refused."""
 
 
-class Standing(Enum):
+class Status(Enum):
     """State of a stage."""
 
     FRESH = "to run"
     RESUME = "to continue"
-    WHOLE = "whole"
+    COMPLETE = "whole"
     STALE = "stale"
 
 
@@ -76,18 +76,18 @@ def recorded(folder: Path) -> Entry | None:
     return _read(folder / "done.json") or _read(folder / "begin.json")
 
 
-def standing(folder: Path, key: str) -> tuple[Standing, Entry | None]:
+def status(folder: Path, key: str) -> tuple[Status, Entry | None]:
     """Compare a stage's folder with its expected key."""
     done = _read(folder / "done.json")
     if done is not None:
         if done.key != key:
-            return Standing.STALE, done
-        return (Standing.RESUME if missing(folder, done) else Standing.WHOLE), done
+            return Status.STALE, done
+        return (Status.RESUME if missing(folder, done) else Status.COMPLETE), done
     begun = _read(folder / "begin.json")
     there = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     if begun is None or (begun.key != key and there == ["begin.json"]):
-        return (Standing.STALE, None) if begun is None and there else (Standing.FRESH, None)
-    return (Standing.RESUME if begun.key == key else Standing.STALE), begun
+        return (Status.STALE, None) if begun is None and there else (Status.FRESH, None)
+    return (Status.RESUME if begun.key == key else Status.STALE), begun
 
 
 def begin(folder: Path, entry: Entry) -> None:

@@ -5,7 +5,7 @@
   stdout contains only what a command is asked for. A program that imports the package keeps
   its own logging: nothing is configured on import.
 - **Output**, which is what a command exists to print, goes to stdout through ``output``.
-- **Final errors**, which end a process, go to stderr through ``complain``, at any verbosity.
+- **Final errors**, which end a process, go to stderr through ``report_error``, at any verbosity.
 
 A line reads ``[rank 1] teacher  note: text``: the rank if it isn't 0, the stage if there is
 one, ``note:`` for a warning and ``error:`` for an error.
@@ -100,9 +100,12 @@ def output(text: str = "", end: str = "\n") -> None:
     print(text, end=end, flush=True)
 
 
-def complain(error: BaseException | str, program: str = "cnn2gnn") -> None:
+def report_error(error: BaseException | str, program: str = "cnn2gnn") -> None:
     """Report on stderr the error that ends this process, or the part of its task that failed."""
     _write(f"{_rank()}{program}: {error}")
+
+
+complain = report_error  # the name that commands/predict.py still uses
 
 
 def progress(*arguments: Any, disable: bool = False, **options: Any) -> Any:

@@ -57,15 +57,15 @@ def load(
     tree = _read(source, old) if source else {}
     for override in overrides:
         _apply(tree, override, old)
-    _refuse_spelled_out(overrides)
+    _refuse_brace_expansion(overrides)
     if old and note:
-        note(field_names.said_of(list(old)))
+        note(field_names.renamed_note(list(old)))
     return _checked(tree, _expanded)
 
 
 def check(tree: Mapping[str, Any]) -> Config:
     """Validate a plain tree as returned by :func:`as_tree`, fill in defaults, make paths absolute."""
-    tree = field_names.with_todays_names(tree, "", {})
+    tree = field_names.with_current_names(tree, "", {})
     return _checked(tree, lambda path, where: path)
 
 
@@ -179,7 +179,7 @@ def _read(source: str, old: dict[str, None]) -> dict[str, Any]:
             f"the config can't be read: {error.strerror}", where=str(path), remedy="see its rights"
         ) from None
     tree = typed_text.from_file(Config, text, str(path))
-    return field_names.with_todays_names(tree, str(path), old)
+    return field_names.with_current_names(tree, str(path), old)
 
 
 def _apply(tree: dict[str, Any], override: str, old: dict[str, None]) -> None:
@@ -197,7 +197,7 @@ def _apply(tree: dict[str, Any], override: str, old: dict[str, None]) -> None:
         )
     if path in field_names.moved():
         old[path] = None
-    path = field_names.todays_name(path)
+    path = field_names.current_name(path)
     kind, names = field_names.kind_of(path)
     value = typed_text.from_text(kind, text, path)
     node = tree
@@ -206,29 +206,31 @@ def _apply(tree: dict[str, Any], override: str, old: dict[str, None]) -> None:
             node[section] = {}
         node = node[section]
     if field_names.is_section(kind) and isinstance(value, dict):
-        value = _added(kind, node.get(names[-1]), _in_place(names, value, old))
+        value = _merged(kind, node.get(names[-1]), _with_moved_fields(names, value, old))
     node[names[-1]] = value
 
 
-def _in_place(names: list[str], value: dict[str, Any], old: dict[str, None]) -> dict[str, Any]:
+def _with_moved_fields(
+    names: list[str], value: dict[str, Any], old: dict[str, None]
+) -> dict[str, Any]:
     """The fields of a section, with moved ones in their new places."""
     whole = functools.reduce(lambda inner, name: {name: inner}, reversed(names), value)
-    whole = field_names.with_todays_names(whole, "", old)
+    whole = field_names.with_current_names(whole, "", old)
     return functools.reduce(lambda node, name: node[name], names, whole)
 
 
-def _added(section: Any, before: Any, given: dict[str, Any]) -> dict[str, Any]:
+def _merged(section: Any, before: Any, given: dict[str, Any]) -> dict[str, Any]:
     """A section's fields updated with the given ones; the others stay, also in nested sections."""
     found = dict(before) if isinstance(before, dict) else {}
     for name, value in given.items():
         field = section.model_fields.get(name)
         inner = field_names.is_section(field.annotation) if field else False
         nested = inner and isinstance(value, dict)
-        found[name] = _added(field.annotation, found.get(name), value) if nested else value
+        found[name] = _merged(field.annotation, found.get(name), value) if nested else value
     return found
 
 
-def _refuse_spelled_out(overrides: Sequence[str]) -> None:
+def _refuse_brace_expansion(overrides: Sequence[str]) -> None:
     """A shell expands ``data.train=/x/{0..3}.tar`` to four overrides, of which only the last would count."""
     given: dict[str, dict[str, None]] = {}
     for override in overrides:
@@ -241,11 +243,11 @@ def _refuse_spelled_out(overrides: Sequence[str]) -> None:
                 f"{len(texts)} values are given: {texts[0]} to {texts[-1]}; "
                 "shells spell out braces that are not in quotes",
                 where=path,
-                remedy=f"{path}='{_spelled(texts)}', in quotes",
+                remedy=f"{path}='{_unexpanded(texts)}', in quotes",
             )
 
 
-def _spelled(texts: list[str]) -> str:
+def _unexpanded(texts: list[str]) -> str:
     """Undo a shell's brace expansion; a list where it was not a range."""
     prefix = _common(texts)
     end = _common([text[len(prefix) :][::-1] for text in texts])[::-1]
@@ -293,7 +295,7 @@ Change = Callable[[str, str], str]
 
 
 def _checked(tree: Mapping[str, Any], expand: Change) -> Config:
-    _refuse_odd_text(tree, "")
+    _refuse_non_utf8(tree, "")
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
@@ -305,14 +307,14 @@ def _checked(tree: Mapping[str, Any], expand: Change) -> Config:
     return _on_paths(config, lambda path, where: _absolute(expand(path, where), where))
 
 
-def _refuse_odd_text(value: Any, where: str) -> None:
+def _refuse_non_utf8(value: Any, where: str) -> None:
     """Refuse text that no file could contain: file names in an encoding other than UTF-8."""
     if isinstance(value, Mapping):
         for name, inner in value.items():
-            _refuse_odd_text(inner, f"{where}.{name}" if where else str(name))
+            _refuse_non_utf8(inner, f"{where}.{name}" if where else str(name))
     elif isinstance(value, list | tuple):
         for inner in value:
-            _refuse_odd_text(inner, where)
+            _refuse_non_utf8(inner, where)
     elif isinstance(value, str):
         try:
             value.encode()

@@ -58,19 +58,19 @@ def main() -> int:
         with log.console(getattr(options, "verbosity", log.NORMAL)):
             return _submit(options)
     except UserError as error:
-        log.complain(error, parser.prog)
+        log.report_error(error, parser.prog)
         return error.exit_code
 
 
 def _submit(options: argparse.Namespace) -> int:
-    ray_probe.spare_proxies(options.address)
+    ray_probe.bypass_proxies(options.address)
     where = f"--address {options.address}"
     os.environ[ray_probe.MODE] = ray_probe.job_server_mode(options.address, where)
     # Imported only now, because Ray reads how to authenticate when it is imported.
     from ray.job_submission import JobStatus, JobSubmissionClient
 
     folder = Path(options.working_dir).resolve()
-    files = _sent(folder)
+    files = _files_to_send(folder)
     upload_checks.check_size(files, folder)
     upload_checks.check_paths(files, folder, options.arguments)
     try:
@@ -100,7 +100,7 @@ def _submit(options: argparse.Namespace) -> int:
     return 0 if status == JobStatus.SUCCEEDED else 1
 
 
-def _sent(folder: Path) -> dict[str, int]:
+def _files_to_send(folder: Path) -> dict[str, int]:
     """Relative path and bytes of every file that Ray will send, found by Ray's own walk."""
     from ray._private.runtime_env import packaging
 
@@ -110,11 +110,11 @@ def _sent(folder: Path) -> dict[str, int]:
         if path.is_file():
             found[str(path.relative_to(folder))] = path.stat().st_size
 
-    heed_gitignore = os.environ.get("RAY_RUNTIME_ENV_IGNORE_GITIGNORE", "0") != "1"
+    use_gitignore = os.environ.get("RAY_RUNTIME_ENV_IGNORE_GITIGNORE", "0") != "1"
     silent = logging.getLogger("submit.silent")
     silent.disabled = True
     excludes = [packaging._get_excludes(folder, EXCLUDES)]
-    packaging._dir_travel(folder, excludes, note, heed_gitignore, silent)
+    packaging._dir_travel(folder, excludes, note, use_gitignore, silent)
     return found
 
 

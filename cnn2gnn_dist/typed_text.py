@@ -49,23 +49,23 @@ def from_text(kind: Any, text: str, where: str) -> Any:
             remedy=f"{where}=VALUE; was an unset variable of the shell meant?"
             + (f" {where}=null says none" if _may_be_none(kind) else ""),
         )
-    holds_text = _holds(kind, str)
+    holds_text = _accepts(kind, str)
     if _may_be_none(kind) and (text in NULLS or (text == "~" and not holds_text)):
         return None
-    if _holds(kind, list):
+    if _accepts(kind, list):
         items = _items(text)
         if items == []:
             raise UserError("an empty list", where=where, remedy=f"{where}='[A, B]'")
         if items is not None:
             return [_unquoted(item) for item in items]
-        _refuse_several(text, where)
+        _refuse_multiple_paths(text, where)
     if holds_text:
         return _unquoted(text)
-    if kind is Any or _holds(kind, dict) or _is_section(kind):
+    if kind is Any or _accepts(kind, dict) or _is_section(kind):
         return _Reader("", where).value(kind, _compose(text, "", where), where)
-    if _holds(kind, tuple):
+    if _accepts(kind, tuple):
         items = _items(text) if text[0] in "[(" else [part.strip() for part in text.split(",")]
-        inner = get_args(_only(kind, tuple))[0]
+        inner = get_args(_option_of(kind, tuple))[0]
         return [from_text(inner, item, where) for item in (items if items is not None else [text])]
     return _scalar(kind, _unquoted(text))
 
@@ -117,13 +117,13 @@ Dumper.add_implicit_resolver(  # such strings are quoted
 Dumper.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"(?:none|None)$"), ["n", "N"])
 
 
-def _quoted_if_odd(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+def _quoted_if_special(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
     """Escape text with control characters and unusual line ends: YAML would fold them."""
-    odd = re.search("[\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff]", text)
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if odd else None)
+    special = re.search("[\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff]", text)
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if special else None)
 
 
-Dumper.add_representer(str, _quoted_if_odd)
+Dumper.add_representer(str, _quoted_if_special)
 
 
 class _Reader:
@@ -138,21 +138,21 @@ class _Reader:
         if isinstance(node, yaml.MappingNode):
             return self._mapping(kind, node, path, depth)
         if isinstance(node, yaml.SequenceNode):
-            if _holds(kind, list) and not node.value:
-                raise self._odd("an empty list", node, path, "name at least one, or null")
+            if _accepts(kind, list) and not node.value:
+                raise self._error("an empty list", node, path, "name at least one, or null")
             inner = Any
             for origin in (list, tuple):
-                if _holds(kind, origin):
-                    inner = get_args(_only(kind, origin))[0]
+                if _accepts(kind, origin):
+                    inner = get_args(_option_of(kind, origin))[0]
             return [self.value(inner, each, path, depth + 1) for each in node.value]
         return self._text(kind, node, path)
 
     def _check(self, node: yaml.Node, path: str, depth: int) -> None:
         if depth > _DEEP:
-            raise self._odd("an alias that holds itself", node, path, "write the value out")
+            raise self._error("an alias that holds itself", node, path, "write the value out")
         if node.tag not in _PLAIN_TAGS:
             tag = node.tag.replace("tag:yaml.org,2002:", "!!")
-            raise self._odd(f"the tag {tag} has no meaning here", node, path, "leave it out")
+            raise self._error(f"the tag {tag} has no meaning here", node, path, "leave it out")
 
     def _text(self, kind: Any, node: yaml.ScalarNode, path: str) -> Any:
         text = node.value
@@ -162,9 +162,9 @@ class _Reader:
             return {} if _is_section(kind) and not text else None
         if kind is Any:
             return self._guess(node, path)
-        if _holds(kind, list):
-            _refuse_several(text, self._place(node, path))
-        return text if _holds(kind, str) else _scalar(kind, text)
+        if _accepts(kind, list):
+            _refuse_multiple_paths(text, self._location(node, path))
+        return text if _accepts(kind, str) else _scalar(kind, text)
 
     def _mapping(self, kind: Any, node: yaml.MappingNode, path: str, depth: int) -> dict[str, Any]:
         merged: dict[str, Any] = {}
@@ -175,16 +175,16 @@ class _Reader:
                 parts = value.value if isinstance(value, yaml.SequenceNode) else [value]
                 for part in reversed(parts):
                     if not isinstance(part, yaml.MappingNode):
-                        raise self._odd("<< takes in mappings only", key, path, "write it out")
+                        raise self._error("<< takes in mappings only", key, path, "write it out")
                     merged |= self.value(kind, part, path, depth + 1)
                 continue
             name = key.value if isinstance(key, yaml.ScalarNode) else None
             if name is None:
-                raise self._odd("a key is a name", key, path, "put quotes around it")
+                raise self._error("a key is a name", key, path, "put quotes around it")
             inner = f"{path}.{name}" if path else name
             line = key.start_mark.line + 1
             if name in lines:
-                raise self._odd(
+                raise self._error(
                     f"{inner} stands twice: in line {lines[name]} and in line {line}",
                     key,
                     inner,
@@ -202,7 +202,7 @@ class _Reader:
         for one in value if isinstance(value, list) else [value]:
             if isinstance(one, str) and not one.strip():
                 none = ", or null for none" if _may_be_none(field.annotation) else ""
-                raise self._odd("an empty path", node, path, f"write a path{none}")
+                raise self._error("an empty path", node, path, f"write a path{none}")
 
     def _guess(self, node: yaml.ScalarNode, path: str) -> Any:
         """Guess the value of a model argument, which has no declared type, by the rules of YAML 1.2 and JSON."""
@@ -216,7 +216,7 @@ class _Reader:
             return float(text)
         old = _GUESSES.resolve(yaml.ScalarNode, text, (True, False)).rpartition(":")[2]
         if number or old in ("bool", "int", "float"):
-            raise self._odd(
+            raise self._error(
                 f"{text} may be read in several ways",
                 node,
                 path,
@@ -224,13 +224,13 @@ class _Reader:
             )
         return text
 
-    def _place(self, node: yaml.Node, path: str) -> str:
+    def _location(self, node: yaml.Node, path: str) -> str:
         if not self.file:
             return path or self.whole
         return f"{self.file}, line {node.start_mark.line + 1}" + (f": {path}" if path else "")
 
-    def _odd(self, what: str, node: yaml.Node, path: str, remedy: str) -> UserError:
-        return UserError(what, where=self._place(node, path), remedy=remedy)
+    def _error(self, what: str, node: yaml.Node, path: str, remedy: str) -> UserError:
+        return UserError(what, where=self._location(node, path), remedy=remedy)
 
 
 def _compose(text: str, file: str, where: str) -> yaml.Node:
@@ -339,7 +339,7 @@ def _unquoted(text: str) -> str:
     return node.value if isinstance(node, yaml.ScalarNode) else text
 
 
-def _refuse_several(text: str, where: str) -> None:
+def _refuse_multiple_paths(text: str, where: str) -> None:
     """Refuse two paths in one text: a comma or a space before something that starts like a path."""
     begin = r"(?:/|~/|\./|\.\./|\$[A-Za-z_{]|[a-z0-9]+://)"
     if not re.match(begin, text):
@@ -372,15 +372,15 @@ def _may_be_none(kind: Any) -> bool:
     return type(None) in get_args(kind)
 
 
-def _holds(kind: Any, wanted: type) -> bool:
-    return any(_is(option, wanted) for option in _options(kind))
+def _accepts(kind: Any, wanted: type) -> bool:
+    return any(_has_kind(option, wanted) for option in _options(kind))
 
 
-def _only(kind: Any, wanted: type) -> Any:
-    return next(option for option in _options(kind) if _is(option, wanted))
+def _option_of(kind: Any, wanted: type) -> Any:
+    return next(option for option in _options(kind) if _has_kind(option, wanted))
 
 
-def _is(option: Any, wanted: type) -> bool:
+def _has_kind(option: Any, wanted: type) -> bool:
     if wanted is str and get_origin(option) is Literal:
         return True
     return option is wanted or get_origin(option) is wanted

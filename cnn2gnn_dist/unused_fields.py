@@ -16,7 +16,7 @@ DOWNLOADED = ("cifar10", "cifar100")
 
 
 @dataclass(frozen=True)
-class Around:
+class Surroundings:
     """What a config can't know.
 
     Attributes:
@@ -38,7 +38,7 @@ class _Rule:
 
     fields: tuple[str, ...]
     why: str
-    when: Callable[[Config, Around], bool]
+    when: Callable[[Config, Surroundings], bool]
 
 
 _RULES = (
@@ -177,12 +177,12 @@ _RULES = (
 )
 
 
-def notes(config: Config, around: Around) -> list[str]:
+def notes(config: Config, surroundings: Surroundings) -> list[str]:
     """A line for each reason why fields that are set do nothing; a field has one at most."""
     said: set[str] = set()
     found = []
     for rule in _RULES:
-        if not rule.when(config, around):
+        if not rule.when(config, surroundings):
             continue
         idle = {name: value for name, value in _set_fields(config, rule.fields) if name not in said}
         if idle:

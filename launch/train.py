@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cnn2gnn_dist.launcher import leave, main
+from cnn2gnn_dist.launcher import exit_now, main
 
 if __name__ == "__main__":
-    leave(main())
+    exit_now(main())

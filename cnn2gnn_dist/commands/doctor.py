@@ -32,7 +32,7 @@ class Finding:
     """One check: what it examined, its result, what was seen, what to do."""
 
     name: str
-    standing: str
+    status: str
     seen: str
     remedy: str = ""
 
@@ -41,10 +41,10 @@ def command() -> int:
     """Print all findings; returns 1 if one of them prevents a run, else 0."""
     findings = examine()
     for one in findings:
-        output(f"{one.standing:5} {one.name:16} {one.seen}")
-        if one.standing != OK and one.remedy:
+        output(f"{one.status:5} {one.name:16} {one.seen}")
+        if one.status != OK and one.remedy:
             output(f"{'':22} -> {one.remedy}")
-    bad = sum(one.standing == FAIL for one in findings)
+    bad = sum(one.status == FAIL for one in findings)
     output(f"\n{bad} problems" if bad else "\nnothing stands in the way")
     return 1 if bad else 0
 
@@ -189,8 +189,8 @@ def _shared_memory() -> Finding:
 
 def _disk() -> Finding:
     free = shutil.disk_usage(Path.cwd()).free / GIB
-    standing = OK if free >= 5 else (WARN if free >= 1 else FAIL)
-    return Finding("disk", standing, f"{free:.0f} GiB free here", "run.dir= on another disk")
+    status = OK if free >= 5 else (WARN if free >= 1 else FAIL)
+    return Finding("disk", status, f"{free:.0f} GiB free here", "run.dir= on another disk")
 
 
 def _memory() -> Finding:

@@ -90,34 +90,36 @@ def key_of(stage: Stage, parts: Mapping[str, Any], inputs: Mapping[str, str]) ->
     Fields at their frozen defaults (``key_defaults.py``) count as absent, so that a run stays complete
     when fields are added later; fields that have moved appear under their original names.
     """
-    named = {field_names.first_name(name): value for name, value in parts.items()}
-    away = {
+    named = {field_names.original_name(name): value for name, value in parts.items()}
+    non_default = {
         name: value
         for name, value in named.items()
         if name not in DEFAULTS or value != DEFAULTS[name]
     }
-    return ledger.key_of(stage.name, away, inputs)
+    return ledger.key_of(stage.name, non_default, inputs)
 
 
 def parts_of(entry: Entry) -> dict[str, Any]:
     """The fields in a record by their current names, whatever its schema."""
     found = keys_v1.by_dotted_names(entry.parts) if entry.schema == 1 else entry.parts
-    return {field_names.todays_name(name): value for name, value in found.items()}
+    return {field_names.current_name(name): value for name, value in found.items()}
 
 
-def agrees(entry: Entry, stage: Stage, parts: Mapping[str, Any], inputs: Mapping[str, str]) -> bool:
+def matches(
+    entry: Entry, stage: Stage, parts: Mapping[str, Any], inputs: Mapping[str, str]
+) -> bool:
     """Whether a record of an older schema matches these fields and inputs.
 
     It is trusted only if its key is what that schema derives from the record's fields and these inputs.
     """
-    sound = entry.schema == 1 and keys_v1.sound(entry, stage.name, inputs)
-    return sound and key_of(stage, parts_of(entry), inputs) == key_of(stage, parts, inputs)
+    authentic = entry.schema == 1 and keys_v1.is_authentic(entry, stage.name, inputs)
+    return authentic and key_of(stage, parts_of(entry), inputs) == key_of(stage, parts, inputs)
 
 
 def changes(entry: Entry, parts: Mapping[str, Any]) -> list[str]:
     """Describe the fields that differ from the recorded ones; an absent field is at its default."""
     before = parts_of(entry)
-    defaults = {field_names.todays_name(name): value for name, value in DEFAULTS.items()}
+    defaults = {field_names.current_name(name): value for name, value in DEFAULTS.items()}
     filled = {name: defaults[name] for name in (before.keys() | parts.keys()) & defaults.keys()}
     return settings.differences({**filled, **before}, {**filled, **parts})
 
@@ -236,20 +238,20 @@ class Survey:
 
     def _of(self, role: str) -> Fingerprint | None:
         if role not in self._found:
-            self._found[role] = self._look(role)
+            self._found[role] = self._examine(role)
         return self._found[role]
 
-    def _look(self, role: str) -> Fingerprint | None:
+    def _examine(self, role: str) -> Fingerprint | None:
         data, origin, before = self.config.data, self._origin(role), self.noted(role)
         assert origin is not None
         try:
             if data.source == "imagefolder":
-                self._there(role, origin, before)
+                self._check_folder(role, origin, before)
             seen = fingerprint.list_files(
                 origin, data.source, ask=self.reads or before is not None, brief=before is not None
             )
         except UserError as error:
-            if before is None or not self._needless(origin, before):
+            if before is None or not self._can_do_without(origin, before):
                 raise
             _log.warning(f"{error.what} ({error.where}); taken as it was")
             return before
@@ -259,7 +261,7 @@ class Survey:
             origin, seen, before, read_all=data.checksums, recheck=self.recheck
         )
 
-    def _there(self, role: str, origin: str | list[str], before: Fingerprint | None) -> None:
+    def _check_folder(self, role: str, origin: str | list[str], before: Fingerprint | None) -> None:
         folder = Path(fingerprint.folder_of(origin))
         if before is not None and not folder.is_dir():  # for a new run the packer reports it
             raise UserError(
@@ -274,7 +276,7 @@ class Survey:
                 remedy=f"mount what lay there, or say where the images lie: data.{role}=FOLDER",
             )
 
-    def _needless(self, origin: str | list[str], before: Fingerprint) -> bool:
+    def _can_do_without(self, origin: str | list[str], before: Fingerprint) -> bool:
         """Whether a run can do without unreachable files: packed ones, and remote shards."""
         paths = fingerprint.paths_of(origin)
         packed = self.config.data.source != "shards"
@@ -324,7 +326,7 @@ def as_made(config: Config, root: Path, stage: str) -> Config:
     """
     entry, tree = ledger.finished(root / stage), settings.as_tree(config)
     names = _of_stage(STAGES[stage], DEFAULTS.keys() - EXECUTION)
-    made = {field_names.todays_name(name): DEFAULTS[name] for name in names}
+    made = {field_names.current_name(name): DEFAULTS[name] for name in names}
     for name, value in ({**made, **parts_of(entry)} if entry else {}).items():
         section, _, one = name.rpartition(".")
         if section == "version" or one in ("ds_config", "weights"):

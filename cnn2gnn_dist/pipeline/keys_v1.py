@@ -3,7 +3,7 @@
 Schema 1 hashed complete sections, including fields at their defaults, and recorded them as nested
 mappings. Its keys are no longer created: a record is read, its key is compared with the hash of its
 contents, and its fields are then compared with the config's like those of any other
-(``keys.agrees``). A stage resumes under the key with which it was started.
+(``keys.matches``). A stage resumes under the key with which it was started.
 
 Nothing here changes: these are the fields that schema 1 had when it ended. Records from before
 then, with fewer fields, were already stale and still are.
@@ -28,7 +28,7 @@ _SECTIONS = {
     "stem_args dim hidden label_dim distill_weight temperature self_loss neighbour_loss",
     "evaluate": "gallery",
 }
-_NOW_AND_THEN = {"teacher.ds_config", "student.ds_config", "evaluate.batch"}
+_OPTIONAL = {"teacher.ds_config", "student.ds_config", "evaluate.batch"}
 _STAGES = {
     "pack": "seed data.source data.shard_size data.limit data.image_column data.label_column",
     "index": "seed data.holdout data.num_classes data.match_classes data.allow_empty_classes",
@@ -52,9 +52,9 @@ def by_dotted_names(parts: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def sound(entry: Entry, stage: str, inputs: Mapping[str, str]) -> bool:
+def is_authentic(entry: Entry, stage: str, inputs: Mapping[str, str]) -> bool:
     """Whether a record's key is what schema 1 derives from the record's own fields and these inputs."""
-    names = by_dotted_names(entry.parts).keys() - _NOW_AND_THEN
+    names = by_dotted_names(entry.parts).keys() - _OPTIONAL
     same = stage in _STAGES and names == _fields(stage)
     return same and entry.key == ledger.key_of(stage, entry.parts, inputs, schema=1)
 

@@ -9,7 +9,7 @@ from typing import Any
 from cnn2gnn_dist import ledger
 from cnn2gnn_dist.config import Config
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.ledger import Entry, Standing
+from cnn2gnn_dist.ledger import Entry, Status
 from cnn2gnn_dist.pipeline import keys
 from cnn2gnn_dist.pipeline.keys import Survey
 from cnn2gnn_dist.pipeline.registry import Stage, stages_of
@@ -26,7 +26,7 @@ class Step:
 
     stage: Stage
     key: str | None
-    standing: Standing
+    status: Status
     why: str
     entry: Entry | None = None
     parts: dict[str, Any] = field(default_factory=dict)
@@ -51,47 +51,49 @@ def plan(
     digests: dict[str, str] = {}
     steps = []
     for stage in stages:
-        step = look(survey, stage, stages, digests)
-        if step.standing is Standing.WHOLE and step.entry:
+        step = inspect_stage(survey, stage, stages, digests)
+        if step.status is Status.COMPLETE and step.entry:
             digests[stage.name] = step.entry.digest
         if names is None or stage.name in names:
             steps.append(step)
     return steps
 
 
-def look(survey: Survey, stage: Stage, stages: list[Stage], digests: dict[str, str]) -> Step:
+def inspect_stage(
+    survey: Survey, stage: Stage, stages: list[Stage], digests: dict[str, str]
+) -> Step:
     """Determine the state of one stage; ``digests``: of the complete stages before it."""
     folder = Path(str(survey.config.run.dir)) / stage.folder
     there = {s.name for s in stages}
     needs = [need for need in stage.needs if need in there]
     missing = [need for need in needs if need not in digests]
     if missing:
-        return Step(stage, None, Standing.FRESH, f"waits for {', '.join(missing)}")
+        return Step(stage, None, Status.FRESH, f"waits for {', '.join(missing)}")
     inputs = {need: digests[need] for need in needs} | survey.inputs(stage)
     before, recorded = ledger.finished(folder), ledger.recorded(folder)
     parts = keys.parts(survey.config, stage, survey.deepspeed, before)
     key, schema = keys.key_of(stage, parts, inputs), ledger.SCHEMA
-    if recorded and recorded.schema < schema and keys.agrees(recorded, stage, parts, inputs):
+    if recorded and recorded.schema < schema and keys.matches(recorded, stage, parts, inputs):
         key, parts, schema = recorded.key, recorded.parts, recorded.schema
-    standing, entry = ledger.standing(folder, key)
+    status, entry = ledger.status(folder, key)
     why = {
-        Standing.FRESH: "nothing there yet",
-        Standing.RESUME: "begun and not finished",
-        Standing.WHOLE: "whole, skipped",
-        Standing.STALE: "made from another config or other inputs",
-    }[standing]
-    if standing is Standing.STALE and entry is not None and entry.schema > ledger.SCHEMA:
+        Status.FRESH: "nothing there yet",
+        Status.RESUME: "begun and not finished",
+        Status.COMPLETE: "whole, skipped",
+        Status.STALE: "made from another config or other inputs",
+    }[status]
+    if status is Status.STALE and entry is not None and entry.schema > ledger.SCHEMA:
         why = f"recorded by a later version of cnn2gnn-dist (keys of schema {entry.schema})"
-    elif standing is Standing.STALE and entry is not None:
-        changed = keys.changes(entry, parts) + _other_inputs(survey, entry, inputs)
+    elif status is Status.STALE and entry is not None:
+        changed = keys.changes(entry, parts) + _changed_inputs(survey, entry, inputs)
         why += f": {'; '.join(changed)}" if changed else " (its inputs changed)"
-    elif standing is Standing.RESUME and before is not None:
+    elif status is Status.RESUME and before is not None:
         why = f"not whole any more: {ledger.missing(folder, before)}"
-    elif standing is Standing.WHOLE and stage.trains:
+    elif status is Status.COMPLETE and stage.trains:
         problem = _damage(survey, folder)
         if problem:
-            standing, why = Standing.RESUME, f"not whole any more: {problem}"
-    return Step(stage, key, standing, why, entry, parts, inputs, schema)
+            status, why = Status.RESUME, f"not whole any more: {problem}"
+    return Step(stage, key, status, why, entry, parts, inputs, schema)
 
 
 def _damage(survey: Survey, folder: Path) -> str:
@@ -101,7 +103,7 @@ def _damage(survey: Survey, folder: Path) -> str:
     return f"{recorded.name}: {problem}" if recorded and problem else ""
 
 
-def _other_inputs(survey: Survey, entry: Entry, inputs: dict[str, str]) -> list[str]:
+def _changed_inputs(survey: Survey, entry: Entry, inputs: dict[str, str]) -> list[str]:
     """Describe the inputs of a stage that have changed since it was built on them."""
     found = []
     for name in sorted(entry.inputs.keys() | inputs.keys()):

@@ -14,17 +14,17 @@ from typing import Any
 from cnn2gnn_dist import consistency, ledger, log, settings
 from cnn2gnn_dist.config import Config
 from cnn2gnn_dist.errors import PeerLost, UserError, first_line
-from cnn2gnn_dist.ledger import Standing
+from cnn2gnn_dist.ledger import Status
 from cnn2gnn_dist.pipeline import keys, moved_data
 from cnn2gnn_dist.pipeline.keys import Survey
-from cnn2gnn_dist.pipeline.planning import Step, check_names, flat, look, plan
+from cnn2gnn_dist.pipeline.planning import Step, check_names, flat, inspect_stage, plan
 from cnn2gnn_dist.pipeline.registry import Stage, stages_of
 from cnn2gnn_dist.runtime import folder_lock
 from cnn2gnn_dist.runtime.ranks import Ranks
 from cnn2gnn_dist.stages.shared import preflight
 from cnn2gnn_dist.stages.shared.context import Context, RunPaths, load_manifest
 from cnn2gnn_dist.training.checkpoint import folder as checkpoint_folder
-from cnn2gnn_dist.unused_fields import Around
+from cnn2gnn_dist.unused_fields import Surroundings
 
 _log = logging.getLogger(__name__)
 
@@ -63,14 +63,14 @@ def run_rank(
 
     config = settings.check(tree)
     device = choose_device(config.device)
-    if ranks.world_size > 1 or not light(config, names):
+    if ranks.world_size > 1 or not needs_no_group(config, names):
         engine.init(ranks, device, timeout_s=config.cluster.timeout_s)
     try:
         with _locked(Path(str(config.run.dir)), ranks, config.cluster.timeout_s):
-            read = _together(ranks, lambda: deepspeed or keys.read_deepspeed(config))
+            read = _on_rank_0(ranks, lambda: deepspeed or keys.read_deepspeed(config))
             survey = Survey(config, read, reads=True, recheck=update)
-            around = Around(device == "cuda", inside_ray, ranks.world_size, read)
-            _together(ranks, lambda: _begin(survey, names, around))
+            surroundings = Surroundings(device == "cuda", inside_ray, ranks.world_size, read)
+            _on_rank_0(ranks, lambda: _begin(survey, names, surroundings))
             return _run_all(survey, names, update, inside_ray, ranks, device, force)
     except RuntimeError as error:
         if ranks.world_size > 1 and collectives.lost_peer(error):
@@ -80,7 +80,7 @@ def run_rank(
         engine.shutdown()
 
 
-def light(config: Config, names: list[str] | None) -> bool:
+def needs_no_group(config: Config, names: list[str] | None) -> bool:
     """Whether rank 0 runs these stages alone, without a process group."""
     return all(stage.alone for stage in stages_of(config) if names is None or stage.name in names)
 
@@ -121,12 +121,14 @@ def _run_all(
     blocked = ""
     for stage in stages:
         wanted = names is None or stage.name in names
-        step = _together(ranks, partial(_looked, survey, stage, stages, digests, update and wanted))
+        step = _on_rank_0(
+            ranks, partial(_inspect, survey, stage, stages, digests, update and wanted)
+        )
         if step.key is None and blocked:
             step = replace(step, why=f"{step.why} ({blocked})")
-        if step.standing is not Standing.WHOLE and wanted:
-            step = _together(ranks, partial(_make_room, survey, step, update, force))
-            _together(ranks, partial(ledger.record_config, root, settings.as_yaml(config)))
+        if step.status is not Status.COMPLETE and wanted:
+            step = _on_rank_0(ranks, partial(_prepare_folder, survey, step, update, force))
+            _on_rank_0(ranks, partial(ledger.record_config, root, settings.as_yaml(config)))
             context = Context(
                 config,
                 ranks,
@@ -141,29 +143,29 @@ def _run_all(
             )
             step = _execute(context, survey, step, dict(made))
         elif wanted and ranks.is_first and not inside_ray:
-            say_skipped(stage.name)
-        if step.standing is Standing.WHOLE and step.entry:
+            log_skipped(stage.name)
+        if step.status is Status.COMPLETE and step.entry:
             digests[stage.name], made[stage.name] = step.entry.digest, step.entry.key
         else:
             blocked = blocked or f"{stage.name}: {step.why}"
         if wanted:
             done[stage.name] = step.why
-        if stage.name == "index" and step.standing is Standing.WHOLE:
-            _together(ranks, lambda: _fit_images(survey, names))
+        if stage.name == "index" and step.status is Status.COMPLETE:
+            _on_rank_0(ranks, lambda: _check_image_count(survey, names))
     if names is None:  # nothing was refused: readers of the folder find the current config
-        _together(ranks, partial(ledger.record_config, root, settings.as_yaml(config)))
+        _on_rank_0(ranks, partial(ledger.record_config, root, settings.as_yaml(config)))
     return done
 
 
-def _fit_images(survey: Survey, names: list[str] | None) -> None:
+def _check_image_count(survey: Survey, names: list[str] | None) -> None:
     """Check that there are enough images for the stages still to run, before any training is paid for."""
     config, steps = survey.config, plan(survey.config, names, survey)
-    ahead = [step.stage.name for step in steps if step.standing is not Standing.WHOLE]
+    ahead = [step.stage.name for step in steps if step.status is not Status.COMPLETE]
     train = load_manifest(RunPaths(Path(str(config.run.dir))).train_manifest)
     preflight.check_images(config, ahead, len(train))
 
 
-def _looked(
+def _inspect(
     survey: Survey, stage: Stage, stages: list[Stage], digests: dict[str, str], update: bool
 ) -> Step:
     """Determine the state of a stage (rank 0).
@@ -171,12 +173,12 @@ def _looked(
     For a complete stage, records and paths follow the files: touched ones are recorded again, and
     manifests are updated for shards that have moved.
     """
-    step = look(survey, stage, stages, digests)
-    if step.standing is not Standing.WHOLE or step.entry is None:
+    step = inspect_stage(survey, stage, stages, digests)
+    if step.status is not Status.COMPLETE or step.entry is None:
         return step
     if update and survey.inputs(stage) and survey.untagged():
         why = "from a store that does not tell whether files have changed: they are read again"
-        return replace(step, standing=Standing.STALE, why=why)
+        return replace(step, status=Status.STALE, why=why)
     if survey.inputs(stage):
         survey.keep()
     if stage.name == "index":
@@ -186,7 +188,7 @@ def _looked(
     return step
 
 
-def say_skipped(name: str) -> None:
+def log_skipped(name: str) -> None:
     """Log that a stage is complete; under Ray the driver does, since its log lines are not lost."""
     _log.info("whole, skipped", extra={"stage": name})
 
@@ -199,10 +201,10 @@ def _execute(context: Context, survey: Survey, step: Step, made: dict[str, str])
 def _executed(context: Context, survey: Survey, step: Step, made: dict[str, str]) -> Step:
     stage, ranks = step.stage, context.ranks
     began = time.perf_counter()
-    context.say(f"{step.standing.value}: {step.why}")
+    context.say(f"{step.status.value}: {step.why}")
     _log.debug("key %s, folder %s", context.key, context.folder)
     if stage.alone:
-        files = _together(ranks, lambda: stage.work(context, made))
+        files = _on_rank_0(ranks, lambda: stage.work(context, made))
     else:
         files = stage.work(context, made)
 
@@ -214,9 +216,9 @@ def _executed(context: Context, survey: Survey, step: Step, made: dict[str, str]
         )
         ledger.finish(context.folder, entry)
         _log.info(f"done in {entry.seconds:.0f} s")
-        return replace(step, standing=Standing.WHOLE, why="made", entry=entry)
+        return replace(step, status=Status.COMPLETE, why="made", entry=entry)
 
-    return _together(ranks, close)
+    return _on_rank_0(ranks, close)
 
 
 def _peer_lost(error: RuntimeError, config: Config) -> PeerLost:
@@ -228,7 +230,7 @@ def _peer_lost(error: RuntimeError, config: Config) -> PeerLost:
     )
 
 
-def _make_room(survey: Survey, step: Step, update: bool, force: bool) -> Step:
+def _prepare_folder(survey: Survey, step: Step, update: bool, force: bool) -> Step:
     """Mark the stage's folder as begun; refuse a stale one, set it aside, or resume it."""
     root, stage, key = Path(str(survey.config.run.dir)), step.stage, step.key
     folder = root / stage.folder
@@ -240,7 +242,7 @@ def _make_room(survey: Survey, step: Step, update: bool, force: bool) -> Step:
             + " --update" * update
             + "`",
         )
-    if step.standing is Standing.STALE and force and stage.trains:
+    if step.status is Status.STALE and force and stage.trains:
         _log.warning(f"goes on all the same: {step.why}", extra={"stage": stage.name})
         if step.entry and step.entry.inputs.get("index") != step.inputs.get("index"):
             _log.warning(
@@ -248,7 +250,7 @@ def _make_room(survey: Survey, step: Step, update: bool, force: bool) -> Step:
                 "accuracy then flatters; --update trains anew",
                 extra={"stage": stage.name},
             )
-    elif step.standing is Standing.STALE or (update and _of_another_config(step, folder)):
+    elif step.status is Status.STALE or (update and _of_another_config(step, folder)):
         if not (update or force):
             raise UserError(
                 f"the stage {stage.name} of this folder was {step.why}",
@@ -258,7 +260,7 @@ def _make_room(survey: Survey, step: Step, update: bool, force: bool) -> Step:
             )
         aside = ledger.set_aside(folder)
         _log.info(f"old results moved to {aside.name}", extra={"stage": stage.name})
-        step = replace(step, standing=Standing.FRESH)
+        step = replace(step, status=Status.FRESH)
     ledger.begin(folder, step.record())
     if survey.inputs(stage):
         survey.keep()
@@ -270,29 +272,31 @@ def _of_another_config(step: Step, folder: Path) -> bool:
 
     That is one that ``--force`` took over and that has not been saved again since.
     """
-    if step.standing is not Standing.RESUME or not step.stage.trains:
+    if step.status is not Status.RESUME or not step.stage.trains:
         return False
     found = checkpoint_folder.all_of(checkpoint_folder.root_of(folder))
     return bool(found) and checkpoint_folder.read_state(found[-1])["run_id"] != step.key
 
 
-def check_ahead(config: Config, steps: list[Step], world_size: int) -> list[Stage]:
+def check_remaining(config: Config, steps: list[Step], world_size: int) -> list[Stage]:
     """Return the stages still to run, after checking that none would be refused at once.
 
     Raises:
         UserError: settings that don't fit together; the folder contains something else.
     """
-    ahead = [step.stage for step in steps if step.standing is not Standing.WHOLE]
+    ahead = [step.stage for step in steps if step.status is not Status.COMPLETE]
     preflight.check(config, [stage.name for stage in ahead], world_size)
     ledger.check_claim(Path(str(config.run.dir)))
     return ahead
 
 
-def _begin(survey: Survey, names: list[str] | None, around: Around) -> None:
+def _begin(survey: Survey, names: list[str] | None, surroundings: Surroundings) -> None:
     config = survey.config
-    ahead = check_ahead(config, plan(config, names, survey), around.ranks or config.run.ranks)
+    ahead = check_remaining(
+        config, plan(config, names, survey), surroundings.ranks or config.run.ranks
+    )
     if any(stage.trains for stage in ahead):
-        for note in consistency.notes(config, around):
+        for note in consistency.notes(config, surroundings):
             _log.warning(note)
     ledger.claim(Path(str(config.run.dir)), settings.as_yaml(config))
 
@@ -308,14 +312,14 @@ def _locked(root: Path, ranks: Ranks, timeout_s: float = 600.0) -> Iterator[None
     # The others wait in a collective, whose timeout must exceed ours.
     seconds = min(LOCK_SECONDS, timeout_s / 2)
     try:
-        _together(ranks, lambda: held.append(folder_lock.take(root, seconds)))
+        _on_rank_0(ranks, lambda: held.append(folder_lock.take(root, seconds)))
         yield
     finally:
         for release in held:
             release()
 
 
-def _together(ranks: Ranks, work: Callable[[], Any]) -> Any:
+def _on_rank_0(ranks: Ranks, work: Callable[[], Any]) -> Any:
     """Rank 0 does the work, however long it takes; all ranks get its result or raise its error."""
     from cnn2gnn_dist.runtime import collectives
 

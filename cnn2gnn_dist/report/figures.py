@@ -59,9 +59,9 @@ def curve(metrics: Metrics, key: str, title: str, *, share: bool = False) -> byt
     drawn = False
     for name, lines in metrics.items():
         drawn |= _line(axis, lines, key, label=name, color=COLOURS.get(name), linewidth=1.4)
-        for looked, (marker, what) in HELD_OUT.items() if key == "accuracy" else ():
+        for held_out_key, (marker, what) in HELD_OUT.items() if key == "accuracy" else ():
             form = {"marker": marker, "linestyle": "", "color": COLOURS.get(name)}
-            drawn |= _line(axis, lines, looked, label=f"{name}, {what}", **form)
+            drawn |= _line(axis, lines, held_out_key, label=f"{name}, {what}", **form)
     if not drawn:
         plt.close(figure)
         return None
@@ -123,9 +123,9 @@ def confusion(matrix: np.ndarray, names: Sequence[str]) -> bytes:
 def _name_classes(axis: Axes, names: Sequence[str], few: bool) -> None:
     shown, size = [_plain(name) for name in names], 9.0 if few else 6.5
     short = max(map(len, shown)) <= 2
-    turned: dict[str, Any] = {} if short and few else {"rotation": 60 if few else 90}
-    align: dict[str, Any] = {"ha": "right", "rotation_mode": "anchor"} if turned and few else {}
-    axis.set_xticks(range(len(shown)), shown, fontsize=size, **turned, **align)
+    rotation: dict[str, Any] = {} if short and few else {"rotation": 60 if few else 90}
+    align: dict[str, Any] = {"ha": "right", "rotation_mode": "anchor"} if rotation and few else {}
+    axis.set_xticks(range(len(shown)), shown, fontsize=size, **rotation, **align)
     axis.set_yticks(range(len(shown)), shown, fontsize=size)
 
 

@@ -115,27 +115,27 @@ def verdict(results: dict[str, Any], saved: dict[str, dict[str, np.ndarray]] | N
     ``saved``: the predictions for each image; with them the errors are those of paired differences.
     """
     if CONTROL not in results:
-        said = "No control was trained, so what the graph adds is not known."
+        text = "No control was trained, so what the graph adds is not known."
     else:
         points, noise, how = _difference(results, saved or {}, CONTROL)
-        beats, told = "does not beat", "the graph costs accuracy"
+        beats, conclusion = "does not beat", "the graph costs accuracy"
         if abs(points) <= 2 * noise or not points:
-            told = "a tie, the difference is within two standard errors"
+            conclusion = "a tie, the difference is within two standard errors"
         elif points > 0:
-            beats, told = "beats", "the graph pays"
-        said = (
+            beats, conclusion = "beats", "the graph pays"
+        text = (
             f"The student {beats} its control (same stem and initial weights, MLP head, no graph "
             f"and no partitions in its order): {points:+.2f} points, standard error {noise:.2f} "
-            f"({how}, one seed): {told}."
+            f"({how}, one seed): {conclusion}."
         )
     if "self_path" in results:
         points, noise, how = _difference(results, saved or {}, "self_path")
-        told = "within" if abs(points) <= 2 * noise or not points else "beyond"
-        said += (
+        conclusion = "within" if abs(points) <= 2 * noise or not points else "beyond"
+        text += (
             f" Against its own self path, the same weights without neighbours: {points:+.2f} "
-            f"points, standard error {noise:.2f} ({how}): {told} two standard errors."
+            f"points, standard error {noise:.2f} ({how}): {conclusion} two standard errors."
         )
-    return said
+    return text
 
 
 def _difference(

@@ -43,11 +43,11 @@ def take(root: Path, seconds: float) -> Release:
     Raises:
         UserError: another process holds it; or the lock's file can't be written.
     """
-    path = _place(root)
+    path = _lock_path(root)
     deadline = time.monotonic() + seconds
-    handle = _opened(path, root)
+    handle = _open(path, root)
     try:
-        while (release := _try(path, handle)) is None:
+        while (release_lock := _try_lock(path, handle)) is None:
             if time.monotonic() > deadline:
                 raise UserError(
                     "another process works in this folder",
@@ -59,14 +59,14 @@ def take(root: Path, seconds: float) -> Release:
         os.close(handle)
         raise
 
-    def let_go() -> None:
-        release()
+    def release() -> None:
+        release_lock()
         os.close(handle)
 
-    return let_go
+    return release
 
 
-def _place(root: Path) -> Path:
+def _lock_path(root: Path) -> Path:
     """Beside the folder, which may not exist yet; inside it if only that is writable."""
     with contextlib.suppress(OSError):
         root.parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,7 @@ def _place(root: Path) -> Path:
     return root.parent / f".{root.name}.lock" if beside else root / ".lock"
 
 
-def _opened(path: Path, root: Path) -> int:
+def _open(path: Path, root: Path) -> int:
     try:
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:
@@ -85,7 +85,7 @@ def _opened(path: Path, root: Path) -> int:
         ) from None
 
 
-def _try(path: Path, handle: int) -> Release | None:
+def _try_lock(path: Path, handle: int) -> Release | None:
     """Take the lock if it is free; None if it is not."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -94,11 +94,11 @@ def _try(path: Path, handle: int) -> Release | None:
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
-        return _try_file(path.with_name(path.name + ".held"), error.strerror or "")
+        return _try_lock_file(path.with_name(path.name + ".held"), error.strerror or "")
     return lambda: None
 
 
-def _try_file(path: Path, why: str) -> Release | None:
+def _try_lock_file(path: Path, why: str) -> Release | None:
     """Create the file that serves as the lock; one whose holder is gone is removed."""
     mine = json.dumps(
         {"host": socket.gethostname(), "pid": os.getpid(), "token": secrets.token_hex(8)}
@@ -109,10 +109,10 @@ def _try_file(path: Path, why: str) -> Release | None:
         if not _abandoned(path):
             return None
         # Renamed first, to a unique name, so that two processes can't both remove it.
-        away = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
+        stale = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
         with contextlib.suppress(FileNotFoundError):
-            os.rename(path, away)
-            os.unlink(away)
+            os.rename(path, stale)
+            os.unlink(stale)
         return None
     with os.fdopen(handle, "w") as file:
         file.write(mine)
@@ -123,22 +123,22 @@ def _try_file(path: Path, why: str) -> Release | None:
 def _kept_alive(path: Path, mine: str) -> Release:
     ended = threading.Event()
 
-    def beat() -> None:
+    def keep_fresh() -> None:
         while not ended.wait(BEAT_SECONDS):
             with contextlib.suppress(OSError):
                 os.utime(path)
 
-    thread = threading.Thread(target=beat, name="folder lock", daemon=True)
+    thread = threading.Thread(target=keep_fresh, name="folder lock", daemon=True)
     thread.start()
 
-    def release() -> None:
+    def release_lock() -> None:
         ended.set()
         thread.join()
         with contextlib.suppress(OSError):
             if path.read_text() == mine:
                 path.unlink()
 
-    return release
+    return release_lock
 
 
 def _abandoned(path: Path) -> bool:

@@ -51,35 +51,37 @@ class Meeting:
             DistStoreError, DistNetworkError: a rank is gone, stopped, or never arrived.
         """
         call = self.store.add(f"calls/{self.rank}", 1)
-        beat = _Beat(self.store, f"beat/{self.rank}", call, self.every)
+        beat = _Heartbeat(self.store, f"beat/{self.rank}", call, self.every)
         try:
             with beat:
                 yield
         except BaseException as error:
             with contextlib.suppress(Exception):
-                self.store.set(_open(call), pickle.dumps(self._told(error)))
+                self.store.set(_outcome_key(call), pickle.dumps(self._error_for_peers(error)))
                 if self.rank == 0:
-                    self._end(call, self.world_size)
+                    self._wait_until_read(call, self.world_size)
             raise
         self.store.set(f"left/{self.rank}", str(call))
         raised: Exception | None = None
         if self.store.add(f"{call}/left", 1) == self.world_size:
-            self.store.set(_open(call), b"")
+            self.store.set(_outcome_key(call), b"")
         else:
             raised = self._wait(call)
-        self._end(call, self.world_size - (raised is not None))  # the rank that raised doesn't ask
+        self._wait_until_read(
+            call, self.world_size - (raised is not None)
+        )  # the rank that raised doesn't ask
         if raised is not None:
             raise raised
 
-    def _end(self, call: int, asking: int) -> None:
+    def _wait_until_read(self, call: int, readers: int) -> None:
         """Rank 0 waits until the others have read the outcome: the store often ends with it."""
-        told = self.store.add(f"{call}/told", 1)
+        read = self.store.add(f"{call}/told", 1)
         if self.rank:
             return
         deadline = time.monotonic() + min(LINGER_S, self.timeout_s)
-        while told < asking and time.monotonic() < deadline:
+        while read < readers and time.monotonic() < deadline:
             time.sleep(FIRST_POLL_S)
-            told = self.store.add(f"{call}/told", 0)
+            read = self.store.add(f"{call}/told", 0)
         for name in ("open", "left", "told"):  # all ranks are here: nobody reads the earlier call
             self.store.delete_key(f"{call - 1}/{name}")
 
@@ -88,7 +90,7 @@ class Meeting:
         """Seconds between two heartbeats."""
         return min(BEAT_S, self.timeout_s / 5)
 
-    def _told(self, error: BaseException) -> Exception:
+    def _error_for_peers(self, error: BaseException) -> Exception:
         """The error that the other ranks raise when this rank has raised ``error``."""
         if isinstance(error, UserError):
             return error
@@ -102,8 +104,8 @@ class Meeting:
         watch = _Watch(self, call)
         threading.Thread(target=watch.run, daemon=True).start()
         while not watch.ended.wait(self.every):
-            if time.monotonic() - watch.heard > self.timeout_s:
-                watch.given_up = True
+            if time.monotonic() - watch.last_answer > self.timeout_s:
+                watch.abandoned = True
                 raise dist.DistStoreError(
                     f"the store on rank 0 has not answered for {self.timeout_s:g} s"
                 )
@@ -121,8 +123,8 @@ class _Watch:
     ended: threading.Event = field(default_factory=threading.Event)
     raised: Exception | None = None
     lost: Exception | None = None
-    heard: float = field(default_factory=time.monotonic)
-    given_up: bool = False
+    last_answer: float = field(default_factory=time.monotonic)
+    abandoned: bool = False
 
     def run(self) -> None:
         try:
@@ -132,37 +134,39 @@ class _Watch:
         self.ended.set()
 
     def _watch(self, store: Any) -> None:
-        began = look = time.monotonic()
-        signs: dict[int, tuple[bytes, float]] = {}
+        began = next_check = time.monotonic()
+        heartbeats: dict[int, tuple[bytes, float]] = {}
         pause = FIRST_POLL_S
-        while not self.given_up:
-            if store.check([_open(self.call)]):
-                content = store.get(_open(self.call))
+        while not self.abandoned:
+            if store.check([_outcome_key(self.call)]):
+                content = store.get(_outcome_key(self.call))
                 self.raised = pickle.loads(content) if content else None
                 return
-            self.heard = now = time.monotonic()
-            if now >= look:
-                self._look(store, signs, began)
-                look = now + self.meeting.every
+            self.last_answer = now = time.monotonic()
+            if now >= next_check:
+                self._check_heartbeats(store, heartbeats, began)
+                next_check = now + self.meeting.every
             time.sleep(pause)
             pause = min(1.5 * pause, LAST_POLL_S)
 
-    def _look(self, store: Any, signs: dict[int, tuple[bytes, float]], began: float) -> None:
+    def _check_heartbeats(
+        self, store: Any, heartbeats: dict[int, tuple[bytes, float]], began: float
+    ) -> None:
         for rank in range(self.meeting.world_size):
             if int(_read(store, f"left/{rank}") or 0) >= self.call:
                 continue
-            sign, now = _read(store, f"beat/{rank}"), time.monotonic()
-            last, since = signs.get(rank, (sign, began))
-            if sign != last:
+            heartbeat, now = _read(store, f"beat/{rank}"), time.monotonic()
+            last, since = heartbeats.get(rank, (heartbeat, began))
+            if heartbeat != last:
                 since = now
-            signs[rank] = sign, since
+            heartbeats[rank] = heartbeat, since
             if now - since > self.meeting.timeout_s:
                 raise dist.DistStoreError(
                     f"rank {rank} has given no sign of life for {self.meeting.timeout_s:g} s"
                 )
 
 
-class _Beat:
+class _Heartbeat:
     """Heartbeats from a thread while work lasts."""
 
     def __init__(self, store: Any, key: str, call: int, every: float) -> None:
@@ -184,7 +188,7 @@ class _Beat:
                 store.set(self.key, f"{self.call}.{count}")
 
 
-def _open(call: int) -> str:
+def _outcome_key(call: int) -> str:
     return f"{call}/open"
 
 

@@ -44,11 +44,11 @@ def check_loopback() -> None:
         UserError: it does not.
     """
     try:
-        with socket.socket() as listening, socket.socket() as knocking:
+        with socket.socket() as listening, socket.socket() as client:
             listening.bind(("127.0.0.1", 0))
             listening.listen(1)
-            knocking.settimeout(2)
-            knocking.connect(listening.getsockname())
+            client.settimeout(2)
+            client.connect(listening.getsockname())
     except OSError as error:
         raise UserError(
             f"this host can't talk to itself at 127.0.0.1: {error.strerror or error}",

@@ -24,7 +24,7 @@ SILENCE_S = 60.0
 """A rank may hold the GIL for long, but not for this long."""
 
 
-class Silence:
+class SilenceTracker:
     """When each peer's heartbeat last changed. Pure: the caller passes the time."""
 
     def __init__(self, peers: Iterable[int], now: float) -> None:
@@ -38,8 +38,8 @@ class Silence:
 
     def since(self, now: float, limit: float) -> dict[int, float]:
         """Peers that have been silent for longer than ``limit`` seconds, and for how long."""
-        quiet = {peer: now - seen for peer, (_, seen) in self._seen.items()}
-        return {peer: seconds for peer, seconds in quiet.items() if seconds > limit}
+        silent = {peer: now - seen for peer, (_, seen) in self._seen.items()}
+        return {peer: seconds for peer, seconds in silent.items() if seconds > limit}
 
 
 class PeerWatch:
@@ -65,7 +65,7 @@ class PeerWatch:
         self._rank = rank
         self._store.set_timeout(timedelta(seconds=silence_s))
         self._peers = [peer for peer in range(world_size) if peer != rank]
-        self._silence_s, self._beat_s, self._lost = silence_s, beat_s, lost or _end
+        self._silence_s, self._beat_s, self._lost = silence_s, beat_s, lost or _exit
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="peers", daemon=True)
         self._thread.start()
@@ -75,18 +75,18 @@ class PeerWatch:
         self._stop.set()
 
     def _run(self) -> None:
-        silence, count = Silence(self._peers, time.monotonic()), 0
+        silence, count = SilenceTracker(self._peers, time.monotonic()), 0
         while not self._stop.wait(self._beat_s):
             count += 1
             try:
                 self._store.set(_key(self._rank), str(count))
-                there = [peer for peer in self._peers if self._store.check([_key(peer)])]
-                silence.note({p: self._store.get(_key(p)) for p in there}, time.monotonic())
+                present = [peer for peer in self._peers if self._store.check([_key(peer)])]
+                silence.note({p: self._store.get(_key(p)) for p in present}, time.monotonic())
                 gone = ""
             except RuntimeError:  # the host of the store is gone, or is exiting as this rank will
                 gone = "; the meeting point does not answer"
-            if quiet := silence.since(time.monotonic(), self._silence_s):
-                self._lost(_error(quiet, gone))
+            if silent := silence.since(time.monotonic(), self._silence_s):
+                self._lost(_error(silent, gone))
                 return
 
 
@@ -94,16 +94,16 @@ def _key(rank: int) -> str:
     return f"alive/{rank}"
 
 
-def _error(quiet: Mapping[int, float], gone: str) -> PeerLost:
-    names = ", ".join(str(peer) for peer in sorted(quiet))
+def _error(silent: Mapping[int, float], gone: str) -> PeerLost:
+    names = ", ".join(str(peer) for peer in sorted(silent))
     return PeerLost(
-        f"rank {names} has not been heard of for {max(quiet.values()):.0f} s{gone}",
+        f"rank {names} has not been heard of for {max(silent.values()):.0f} s{gone}",
         where="process group",
         remedy="look at that rank's own last lines; the same command continues",
     )
 
 
-def _end(error: PeerLost) -> None:
+def _exit(error: PeerLost) -> None:
     """Exit: only the end of the process wakes a thread that waits for a GPU."""
-    log.complain(error)
+    log.report_error(error)
     os._exit(PeerLost.exit_code)

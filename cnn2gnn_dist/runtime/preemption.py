@@ -23,10 +23,10 @@ _log = logging.getLogger(__name__)
 
 PR_SET_PDEATHSIG = 1
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-ENDED = 128 + signal.SIGTERM
+STOPPED = 128 + signal.SIGTERM
 """Exit code of a process that stopped on request."""
 
-_asked = threading.Event()
+_stop_requested = threading.Event()
 
 
 def end_with_parent() -> None:
@@ -38,23 +38,23 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def ask() -> None:
+def request_stop() -> None:
     """Request a stop from within this process (Ray's ranks get no signals)."""
-    _asked.set()
+    _stop_requested.set()
 
 
-def asked() -> bool:
+def stop_requested() -> bool:
     """Whether this process has been asked to stop."""
-    return _asked.is_set()
+    return _stop_requested.is_set()
 
 
 @contextlib.contextmanager
-def heeded(grace_s: float, standing: Callable[[], str]) -> Iterator[None]:
+def deferred_stop(grace_s: float, describe: Callable[[], str]) -> Iterator[None]:
     """Within this block a request to stop is recorded instead of ending the process.
 
     Args:
         grace_s: seconds from a signal after which the process exits all the same.
-        standing: describes what is then lost or kept, for the last message.
+        describe: says what is then lost or kept, for the last message.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread gets signals
@@ -63,8 +63,8 @@ def heeded(grace_s: float, standing: Callable[[], str]) -> Iterator[None]:
     os.set_blocking(writing, False)
     # The byte is written at once, even while the main thread waits in a collective.
     earlier_fd = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    earlier = {number: signal.signal(number, _note) for number in SIGNALS}
-    watch = threading.Thread(target=_watch, args=(reading, grace_s, standing), daemon=True)
+    earlier = {number: signal.signal(number, _record) for number in SIGNALS}
+    watch = threading.Thread(target=_watch, args=(reading, grace_s, describe), daemon=True)
     watch.start()
     try:
         yield
@@ -77,11 +77,11 @@ def heeded(grace_s: float, standing: Callable[[], str]) -> Iterator[None]:
         os.close(reading)
 
 
-def _note(number: int, frame: FrameType | None) -> None:
-    _asked.set()
+def _record(number: int, frame: FrameType | None) -> None:
+    _stop_requested.set()
 
 
-def _watch(reading: int, grace_s: float, standing: Callable[[], str]) -> None:
+def _watch(reading: int, grace_s: float, describe: Callable[[], str]) -> None:
     """Wait for a signal's byte, then for the end of the block; exit if it doesn't come."""
     deadline: float | None = None
     while True:
@@ -89,9 +89,9 @@ def _watch(reading: int, grace_s: float, standing: Callable[[], str]) -> None:
         if not ready:
             _log.error(
                 f"no step ended within {grace_s:g} s of the notice to end, so nothing was saved: "
-                f"{standing()}"
+                f"{describe()}"
             )
-            os._exit(ENDED)
+            os._exit(STOPPED)
         data = os.read(reading, 64)
         if not data:
             return

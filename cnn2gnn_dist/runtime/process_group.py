@@ -28,7 +28,7 @@ def join(ranks: Ranks, device: torch.device, timeout: timedelta) -> None:
     """
     backend = "nccl" if device.type == "cuda" else "gloo"
     rendezvous.check_interfaces(backend)
-    if rendezvous.GLOO not in os.environ and (name := rendezvous.facing(ranks)):
+    if rendezvous.GLOO not in os.environ and (name := rendezvous.interface_facing(ranks)):
         os.environ[rendezvous.GLOO] = name
     # With the device known up front, NCCL's communicator exists when later groups split it.
     eager = device if backend == "nccl" and ranks.world_size > 1 else None

@@ -106,10 +106,10 @@ def start(address: str | None, cpus: int, logs: Path | None = None) -> None:
 
 def _connect(address: str, where: str) -> None:
     if not address.startswith("ray://"):
-        address = _seen_by_ray(address, where)
+        address = _resolve(address, where)
         mode = ray_probe.cluster_mode(address, where)
         if mode is not None:
-            _speak(mode)
+            _set_auth_mode(mode)
     try:
         ray.init(address=address)
     except (ConnectionError, RayError, RuntimeError, ValueError) as error:
@@ -121,7 +121,7 @@ def _connect(address: str, where: str) -> None:
         ) from None
 
 
-def _seen_by_ray(address: str, where: str) -> str:
+def _resolve(address: str, where: str) -> str:
     """The address that Ray will resolve this one to.
 
     For "auto" the cluster that runs on this host, for localhost the address its head listens on.
@@ -144,13 +144,13 @@ def _seen_by_ray(address: str, where: str) -> str:
         ) from None
 
 
-def _speak(mode: str) -> None:
+def _set_auth_mode(mode: str) -> None:
     """Make Ray in this process and its children send the token, or not."""
     os.environ[ray_probe.MODE] = mode
-    _read_again()
+    _reload_auth_settings()
 
 
-def _read_again() -> None:
+def _reload_auth_settings() -> None:
     """Make Ray, which reads its authentication settings when imported, read them again."""
     import ray._raylet as raylet
 
@@ -164,7 +164,7 @@ def _start_here(cpus: int, logs: Path | None) -> None:
     _stay_on_loopback()
     _session = ray_session.Session.begin(logs)
     try:
-        _read_again()
+        _reload_auth_settings()
         with _session.environment():
             ray.init(
                 address="local",  # else Ray joins the cluster that was last started here
@@ -200,7 +200,7 @@ def stop(failed: bool = False) -> None:
     if session is not None:
         atexit.unregister(_stop_at_exit)
         kept = session.end(failed=failed)
-        _read_again()
+        _reload_auth_settings()
         if kept is not None:
             _log.warning(f"Ray's logs were kept in {kept}")
 
@@ -277,21 +277,21 @@ def _attempt(target: str, kwargs: dict[str, Any], spec: GroupSpec) -> list[Any]:
         try:
             return _gather(refs)
         except SystemExit:
-            _let_them_save(actors, refs, spec.grace_s)
+            _wait_for_saves(actors, refs, spec.grace_s)
             raise
     finally:
         remove_placement_group(group)
 
 
-def _let_them_save(actors: list[Any], refs: list[Any], grace_s: float) -> None:
+def _wait_for_saves(actors: list[Any], refs: list[Any], grace_s: float) -> None:
     """This process was asked to stop: give the ranks ``grace_s`` seconds for a last checkpoint."""
     for actor in actors:
-        actor.told_to_end.remote()
-    done, hanging = ray.wait(refs, num_returns=len(refs), timeout=grace_s)
+        actor.request_stop.remote()
+    done, unanswered = ray.wait(refs, num_returns=len(refs), timeout=grace_s)
     causes = [getattr(_failure(ref), "cause", None) for ref in done]
     said = {cause.what for cause in causes if isinstance(cause, Preempted)}
     lost = f"no step ended within {grace_s:g} s: what came after the last checkpoint is lost"
-    for line in sorted(said) or [lost if hanging else "the ranks were in no training"]:
+    for line in sorted(said) or [lost if unanswered else "the ranks were in no training"]:
         _log.warning(line)
 
 
@@ -303,9 +303,11 @@ def _launch(actors: list[Any], target: str, kwargs: dict[str, Any], spec: GroupS
         # Ray shows each actor only its own GPU, which is then number 0 there.
         local = 0 if spec.gpus_per_rank else nodes[:rank].count(nodes[rank])
         ranks = Ranks(rank, local, spec.world_size, address, port)
-        beside = nodes.count(nodes[rank])
+        local_world_size = nodes.count(nodes[rank])
         refs.append(
-            actor.run.remote(target, ranks, beside, kwargs, list(sys.path), log.verbosity())
+            actor.run.remote(
+                target, ranks, local_world_size, kwargs, list(sys.path), log.verbosity()
+            )
         )
     return refs
 
@@ -327,7 +329,7 @@ def _gather(refs: list[Any]) -> list[Any]:
     else:
         return ray.get(refs)
     # The first failure is often only a consequence of another rank's: look at all of them.
-    done, hanging = (
+    done, unanswered = (
         ray.wait(pending, num_returns=len(pending), timeout=GRACE_SECONDS) if pending else ([], [])
     )
     failures = [failure, *(f for f in map(_failure, done) if f is not None)]
@@ -339,9 +341,9 @@ def _gather(refs: list[Any]) -> list[Any]:
             raise cause from None
     if lost:
         raise LostRank(lost[0]) from None
-    if hanging:
+    if unanswered:
         raise LostRank(f"no answer; another rank failed with {last_line(failures[0])}") from None
-    raise min(failures, key=_echo)
+    raise min(failures, key=_is_consequence)
 
 
 def _failure(reference: Any) -> RayError | None:
@@ -352,7 +354,7 @@ def _failure(reference: Any) -> RayError | None:
     return None
 
 
-def _echo(error: RayError) -> bool:
+def _is_consequence(error: RayError) -> bool:
     """Whether an error looks like the consequence of a lost peer rather than its cause."""
     text = str(error)
     return "Connection" in text or "gloo" in text or "NCCL" in text
@@ -377,21 +379,21 @@ class _Rank:
         return ray.get_runtime_context().get_node_id()
 
     @ray.method(concurrency_group="notices")
-    def told_to_end(self) -> None:
-        preemption.ask()
+    def request_stop(self) -> None:
+        preemption.request_stop()
 
     def run(
         self,
         target: str,
         ranks: Ranks,
-        beside: int,
+        local_world_size: int,
         kwargs: dict[str, Any],
         path: list[str],
         verbosity: int,
     ) -> Any:
-        """Call the target; ``beside`` is the number of ranks on this node."""
+        """Call the target; ``local_world_size`` is the number of ranks on this node."""
         sys.path.extend(entry for entry in path if entry not in sys.path)
-        os.environ.update(ranks.environment(), LOCAL_WORLD_SIZE=str(beside))
+        os.environ.update(ranks.environment(), LOCAL_WORLD_SIZE=str(local_world_size))
         os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # set by a launcher around the cluster
         module, _, function = target.partition(":")
         with log.console(verbosity, ranks.rank):

@@ -23,9 +23,9 @@ ANSWER_SECONDS = 15.0
 """A head under load may be slow."""
 DEFAULT_PORT = 6379
 MODE = "RAY_AUTH_MODE"
-ASK = "/ray.rpc.NodeInfoGcsService/GetClusterId"
+PROBE_CALL = "/ray.rpc.NodeInfoGcsService/GetClusterId"
 """A call that changes nothing; its request is empty."""
-BEYOND_US = ("RAY_USE_TLS", "RAY_ENABLE_K8S_TOKEN_AUTH")
+CANNOT_PROBE = ("RAY_USE_TLS", "RAY_ENABLE_K8S_TOKEN_AUTH")
 
 
 def cluster_mode(address: str, where: str) -> str | None:
@@ -46,11 +46,11 @@ def cluster_mode(address: str, where: str) -> str | None:
         raise UserError(
             f"no Ray cluster answers at {host}:{port}: {failure}",
             where=where,
-            remedy=_instead(where),
+            remedy=_address_remedy(where),
         )
-    if any(os.environ.get(name, "0").lower() in ("1", "true") for name in BEYOND_US):
+    if any(os.environ.get(name, "0").lower() in ("1", "true") for name in CANNOT_PROBE):
         return None
-    code = _asked(host, port, "")
+    code = _probe(host, port, "")
     if code == "OK":
         return "disabled"
     if code != "UNAUTHENTICATED":
@@ -61,8 +61,8 @@ def cluster_mode(address: str, where: str) -> str | None:
             "8265 is the job server's, 10001 the Ray Client's)",
         )
     what = f"the Ray cluster at {host}:{port}"
-    if _asked(host, port, _token_for(what, where)) != "OK":
-        raise _refused(what, where)
+    if _probe(host, port, _require_token(what, where)) != "OK":
+        raise _token_refused(what, where)
     return "token"
 
 
@@ -83,12 +83,12 @@ def job_server_mode(url: str, where: str) -> str:
             where=where,
             remedy="the address that `ray start --head` calls the dashboard's",
         )
-    status, said = _got(f"{url.rstrip('/')}/api/version", "")
+    status, said = _http_get(f"{url.rstrip('/')}/api/version", "")
     if status == 401:
         what = f"the job server at {url}"
-        status, said = _got(f"{url.rstrip('/')}/api/version", _token_for(what, where))
+        status, said = _http_get(f"{url.rstrip('/')}/api/version", _require_token(what, where))
         if status in (401, 403):
-            raise _refused(what, where)
+            raise _token_refused(what, where)
         if status == 200:
             return "token"
     if status != 200:
@@ -100,23 +100,23 @@ def job_server_mode(url: str, where: str) -> str:
     return "disabled"
 
 
-def _token_for(what: str, where: str) -> str:
+def _require_token(what: str, where: str) -> str:
     """This user's token, which ``what`` demands."""
     own = own_token()
     if not own:
         raise UserError(
             f"{what} demands a token, and there is none here",
             where=f"{where}; looked for in {token_source()}",
-            remedy=_get_token(),
+            remedy=_token_remedy(),
         )
     return own
 
 
-def _refused(what: str, where: str) -> UserError:
+def _token_refused(what: str, where: str) -> UserError:
     return UserError(
         f"{what} refuses this user's token: it was started with another",
         where=f"{where}; token from {token_source()}",
-        remedy=_get_token(),
+        remedy=_token_remedy(),
     )
 
 
@@ -166,7 +166,7 @@ def host_and_port(address: str, where: str) -> tuple[str, int]:
     return host, port
 
 
-def spare_proxies(url: str) -> None:
+def bypass_proxies(url: str) -> None:
     """Bypass any proxy that the environment names for requests to this machine itself."""
     host = urlsplit(url).hostname or ""
     if _is_loopback(host):
@@ -191,7 +191,7 @@ def _unreachable(host: str, port: int) -> str:
     return ""
 
 
-def _asked(host: str, port: int, token: str) -> str:
+def _probe(host: str, port: int, token: str) -> str:
     """gRPC's status code of the probe call to a head node."""
     import grpc
 
@@ -199,13 +199,13 @@ def _asked(host: str, port: int, token: str) -> str:
     said = [("authorization", f"Bearer {token}")] if token else []
     with grpc.insecure_channel(target, options=[("grpc.enable_http_proxy", 0)]) as channel:
         try:
-            channel.unary_unary(ASK)(b"", timeout=ANSWER_SECONDS, metadata=said)
+            channel.unary_unary(PROBE_CALL)(b"", timeout=ANSWER_SECONDS, metadata=said)
         except grpc.RpcError as error:
             return str(error.code().name)
     return "OK"
 
 
-def _got(url: str, token: str) -> tuple[int, str]:
+def _http_get(url: str, token: str) -> tuple[int, str]:
     """HTTP status and reason; status 0 if there is no answer."""
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     loopback = _is_loopback(urlsplit(url).hostname or "")
@@ -222,7 +222,7 @@ def _got(url: str, token: str) -> tuple[int, str]:
         return 0, str(error) or type(error).__name__
 
 
-def _get_token() -> str:
+def _token_remedy() -> str:
     """What to do about a missing or wrong token; a variable would take precedence over the file."""
     named = [name for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH") if os.environ.get(name)]
     first = f"unset {' '.join(named)}, and " if named else ""
@@ -231,7 +231,7 @@ def _get_token() -> str:
     )
 
 
-def _instead(where: str) -> str:
+def _address_remedy(where: str) -> str:
     if where.startswith("RAY_ADDRESS"):
         return "`unset RAY_ADDRESS` (Ray is then started here), or start the cluster that it names"
     return "start one (`ray start --head`), mend the address, or leave it null"

@@ -62,10 +62,10 @@ def listen(ranks: Ranks) -> socket.socket:
     # "localhost" may be both; ranks find either, and gloo uses IPv4 more often.
     family, _, _, _, place = min(found, key=lambda one: one[0] != socket.AF_INET)
     try:
-        return _bound(family, place)
+        return _listen_at(family, place)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise _taken(port, where) from None
+            raise _port_taken(port, where) from None
         if error.errno != errno.EADDRNOTAVAIL:
             raise UserError(
                 f"rank 0 can't listen: {error.strerror}", where=where, remedy="another MASTER_PORT"
@@ -75,9 +75,9 @@ def listen(ranks: Ranks) -> socket.socket:
         "on all of its interfaces"
     )
     try:
-        return _bound(family, ("", port))
+        return _listen_at(family, ("", port))
     except OSError:
-        raise _taken(port, where) from None
+        raise _port_taken(port, where) from None
 
 
 def check_interfaces(backend: str, environ: Mapping[str, str] | None = None) -> None:
@@ -114,7 +114,7 @@ def unknown_interfaces(backend: str, wanted: str, there: Iterable[str]) -> list[
     return [name for name, known in zip(names, found, strict=True) if not known]
 
 
-def facing(ranks: Ranks) -> str | None:
+def interface_facing(ranks: Ranks) -> str | None:
     """Name of the interface that faces rank 0; None if it can't be determined.
 
     gloo would use the one that the host's name resolves to: often 127.0.1.1, or none.
@@ -132,7 +132,7 @@ def facing(ranks: Ranks) -> str | None:
     return None
 
 
-def _bound(family: int, place: tuple[object, ...]) -> socket.socket:
+def _listen_at(family: int, place: tuple[object, ...]) -> socket.socket:
     listening = socket.socket(family, socket.SOCK_STREAM)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -144,7 +144,7 @@ def _bound(family: int, place: tuple[object, ...]) -> socket.socket:
     return listening
 
 
-def _taken(port: int, where: str) -> UserError:
+def _port_taken(port: int, where: str) -> UserError:
     return UserError(
         f"port {port}, where the ranks are to meet, is taken by another process of this host",
         where=where,

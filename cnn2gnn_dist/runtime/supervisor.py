@@ -27,7 +27,7 @@ PR_SET_PDEATHSIG = 1
 SHARED_MEMORY = "/dev/shm"
 REFUSED = 77
 """Exit code of a supervisor that was not allowed to open a namespace."""
-GONE_SECONDS = 10.0
+EXIT_SECONDS = 10.0
 """Seconds for a supervisor to exit after its pipe is closed."""
 
 
@@ -50,7 +50,7 @@ class Spec:
     log: str | None = None
 
 
-class Machine:
+class SupervisedProcesses:
     """Named processes under a supervisor, as seen by the process that needs them."""
 
     def __init__(self, spec: Spec) -> None:
@@ -74,7 +74,7 @@ class Machine:
             return True
         return self._supervisor.wait() != REFUSED
 
-    def first_end(self) -> str:
+    def first_exit(self) -> str:
         """Wait until a process ends; returns which one and how, in words. Call only once."""
         assert self._supervisor.stdout is not None
         with self._supervisor.stdout as said:
@@ -85,18 +85,18 @@ class Machine:
         assert self._supervisor.stdin is not None
         self._supervisor.stdin.close()
         try:
-            self._supervisor.wait(GONE_SECONDS)
+            self._supervisor.wait(EXIT_SECONDS)
         except subprocess.TimeoutExpired:
             self._supervisor.kill()  # its children ask the kernel to die with it
             self._supervisor.wait()
 
 
-def can_be_isolated() -> bool:
+def can_isolate() -> bool:
     """Whether the kernel lets this user open a mount namespace (root, or user namespaces)."""
-    machine = Machine(Spec())
-    allowed = machine.started()
-    machine.end()
-    machine.first_end()
+    probe = SupervisedProcesses(Spec())
+    allowed = probe.started()
+    probe.end()
+    probe.first_exit()
     return allowed
 
 
@@ -112,9 +112,9 @@ def main() -> int:
             return REFUSED
     with open(spec.log, "ab") if spec.log else contextlib.nullcontext(sys.stderr) as log:
         running = {name: _start(spec, name, log) for name in spec.commands}
-    _say(json.dumps({name: process.pid for name, process in running.items()}))
+    _send(json.dumps({name: process.pid for name, process in running.items()}))
     try:
-        _say(_first_end(running))
+        _send(_first_exit(running))
     finally:
         for process in running.values():
             process.kill()
@@ -122,7 +122,7 @@ def main() -> int:
     return 0
 
 
-def _say(text: str) -> None:
+def _send(text: str) -> None:
     """Write a line to the parent, which may be gone."""
     with contextlib.suppress(BrokenPipeError):
         os.write(1, f"{text}\n".encode())
@@ -137,7 +137,7 @@ def _isolate() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     user, group = os.getuid(), os.getgid()
     if libc.unshare(CLONE_NEWNS):
-        _done(libc.unshare(CLONE_NEWNS | CLONE_NEWUSER))
+        _check(libc.unshare(CLONE_NEWNS | CLONE_NEWUSER))
         for path, text in (
             ("/proc/self/setgroups", "deny"),
             ("/proc/self/uid_map", f"{user} {user} 1"),
@@ -145,11 +145,11 @@ def _isolate() -> None:
         ):
             with open(path, "w", encoding="ascii") as file:
                 file.write(text)
-    _done(libc.mount(None, b"/", None, MS_REC | MS_PRIVATE, None))
-    _done(libc.mount(b"tmpfs", SHARED_MEMORY.encode(), b"tmpfs", 0, b"mode=1777"))
+    _check(libc.mount(None, b"/", None, MS_REC | MS_PRIVATE, None))
+    _check(libc.mount(b"tmpfs", SHARED_MEMORY.encode(), b"tmpfs", 0, b"mode=1777"))
 
 
-def _done(result: int) -> None:
+def _check(result: int) -> None:
     if result:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
@@ -172,7 +172,7 @@ def _start(spec: Spec, name: str, log: IO[Any]) -> subprocess.Popen[bytes]:
     return process
 
 
-def _first_end(running: Mapping[str, subprocess.Popen[bytes]]) -> str:
+def _first_exit(running: Mapping[str, subprocess.Popen[bytes]]) -> str:
     """Wait; returns which process ended and how, "" if the parent is gone or closed the pipe."""
     names = {os.pidfd_open(process.pid): name for name, process in running.items()}
     poll = select.poll()

@@ -39,16 +39,16 @@ class Row:
 
 
 @dataclass
-class Contestant:
+class ComparedModel:
     """One trained model: an ``answer`` for each of its rows, from one pass over the images.
 
-    ``shuffled``: the images of a batch influence each other. ``attached``: the student with its bank, if any.
+    ``shuffled``: the images of a batch influence each other. ``with_bank``: the student with its bank, if any.
     """
 
     answer: Answer
     rows: dict[str, Row]
     shuffled: bool = False
-    attached: Attached | None = None
+    with_bank: StudentWithBank | None = None
 
     @property
     def name(self) -> str:
@@ -56,15 +56,15 @@ class Contestant:
         return next(iter(self.rows))
 
 
-def contestants(context: Context, num_classes: int, control: bool) -> list[Contestant]:
+def compared_models(context: Context, num_classes: int, control: bool) -> list[ComparedModel]:
     """The trained models of the run: teacher, student, control."""
     teacher = Teacher(context.config, num_classes, initial=False)
     _load(context, teacher, "teacher")
-    found = [_alone("teacher", teacher, teacher), _student(context, num_classes)]
+    found = [_standalone("teacher", teacher, teacher), _student(context, num_classes)]
     if control:
         mlp = build_student(context.config, num_classes, "none")
         _load(context, mlp, "control")
-        found.append(_alone(CONTROL, mlp, lambda images: mlp(images).logits_BC))
+        found.append(_standalone(CONTROL, mlp, lambda images: mlp(images).logits_BC))
     return found
 
 
@@ -83,7 +83,7 @@ def label_vote(weights_BF: Tensor, labels_BF: Tensor, num_classes: int) -> Tenso
     return (mass_BC / total_B1).where(total_B1 > 0, 1.0 / num_classes)
 
 
-class Attached:
+class StudentWithBank:
     """A student and the bank that unseen images attach to."""
 
     def __init__(self, student: Student, around: Neighbourhood, num_classes: int) -> None:
@@ -142,7 +142,7 @@ def open_bank(context: Context) -> Neighbourhood:
     return Neighbourhood(context, open_version(folder), None)
 
 
-def _student(context: Context, num_classes: int) -> Contestant:
+def _student(context: Context, num_classes: int) -> ComparedModel:
     config = context.config
     student = build_student(config, num_classes, config.graph.scope)
     _load(context, student, "student")
@@ -161,26 +161,26 @@ def _student(context: Context, num_classes: int) -> Contestant:
             logits = {"student": output.logits_BC, "self_path": output.self_logits_BC}
             return {name: _softmax(found) for name, found in logits.items()}
 
-        return Contestant(answer, rows, shuffled=True)
+        return ComparedModel(answer, rows, shuffled=True)
     around = open_bank(context)
-    attached = Attached(student, around, num_classes)
+    with_bank = StudentWithBank(student, around, num_classes)
     assert student.head is not None
     notes = {"graph": around.version.meta, "graph_parameters": graph_only}
     rows = {
-        "student": Row(whole, attached.classify, attached.student_flops, notes),
+        "student": Row(whole, with_bank.classify, with_bank.student_flops, notes),
         "self_path": self_row,
         "vote": Row(
             count_parameters(student.stem) + count_parameters(student.head),
-            attached.vote,
-            attached.vote_flops,
+            with_bank.vote,
+            with_bank.vote_flops,
         ),
     }
-    return Contestant(attached.answer, rows, attached=attached)
+    return ComparedModel(with_bank.answer, rows, with_bank=with_bank)
 
 
-def _alone(name: str, model: nn.Module, classify: Callable[[Tensor], Tensor]) -> Contestant:
+def _standalone(name: str, model: nn.Module, classify: Callable[[Tensor], Tensor]) -> ComparedModel:
     row = _row(model, classify)
-    return Contestant(lambda images: {name: _softmax(classify(images))}, {name: row})
+    return ComparedModel(lambda images: {name: _softmax(classify(images))}, {name: row})
 
 
 def _row(model: nn.Module, classify: Callable[[Tensor], Any]) -> Row:

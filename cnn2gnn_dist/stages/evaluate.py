@@ -22,10 +22,10 @@ from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.report.labels import LABELS, stage_of
 from cnn2gnn_dist.report.page import write_report
 from cnn2gnn_dist.runtime import collectives
-from cnn2gnn_dist.stages.compared_models import Attached, Row, contestants
+from cnn2gnn_dist.stages.compared_models import Row, StudentWithBank, compared_models
 from cnn2gnn_dist.stages.shared.context import Context, load_manifest
 from cnn2gnn_dist.stages.shared.networks import norms_of
-from cnn2gnn_dist.stages.shared.predictions import Predictions, judge, told
+from cnn2gnn_dist.stages.shared.predictions import Predictions, describe_left_out, evaluate
 from cnn2gnn_dist.stages.shared.timing import milliseconds_an_image
 
 COST_BATCH = 64
@@ -61,33 +61,33 @@ def run(context: Context, keys: dict[str, str]) -> list[Path]:
     paths, config = context.paths, context.config
     test = load_manifest(paths.test_manifest)
     results: dict[str, Any] = {}
-    attached: Attached | None = None
+    with_bank: StudentWithBank | None = None
     left_out: dict[int, str] = {}
-    for contestant in contestants(context, test.num_classes, "control" in keys):
-        seed = config.seed if contestant.shuffled else None
-        judged = judge(context, contestant.answer, paths.test_manifest, shuffle_seed=seed)
-        attached, left_out = attached or contestant.attached, judged.left_out
+    for compared in compared_models(context, test.num_classes, "control" in keys):
+        seed = config.seed if compared.shuffled else None
+        evaluation = evaluate(context, compared.answer, paths.test_manifest, shuffle_seed=seed)
+        with_bank, left_out = with_bank or compared.with_bank, evaluation.left_out
         with collectives.uneven():  # rank 0's work alone may take long
-            for name, found in judged.found.items() if context.ranks.is_first else ():
-                row = contestant.rows[name]
+            for name, found in evaluation.found.items() if context.ranks.is_first else ():
+                row = compared.rows[name]
                 results[name] = {
                     **found.scores(test.num_classes),
                     "judged": len(found.id_N),
                     "left_out": _left_out(context, left_out).total,
                     **_costs(context, row, _read(context, found.id_N[:COST_BATCH])),
                     **row.notes,
-                    "norms": norms_of(paths.root / stage_of(contestant.name)),
+                    "norms": norms_of(paths.root / stage_of(compared.name)),
                 }
                 _save(context.folder, name, found)
 
     def report() -> None:
-        if attached is not None:
-            _gallery(context, attached)
-        results["run"] = _circumstances(context, test, _left_out(context, left_out))
+        if with_bank is not None:
+            _gallery(context, with_bank)
+        results["run"] = _run_facts(context, test, _left_out(context, left_out))
         write_text(paths.results, as_json(results))
         write_report(paths.root, test.classes)
         if left_out:
-            context.warn(told(left_out, len(test)))
+            context.warn(describe_left_out(left_out, len(test)))
         if not context.inside_ray:  # under Ray the driver prints it, after the ranks' last lines
             log.output(table(results))
 
@@ -162,7 +162,7 @@ def _save(folder: Path, name: str, found: Predictions) -> None:
 
 
 @torch.no_grad()
-def _gallery(context: Context, attached: Attached) -> None:
+def _gallery(context: Context, with_bank: StudentWithBank) -> None:
     """Save some test images with their neighbors and weights, half of them misclassified if possible."""
     config = context.config
     saved = np.load(context.folder / "student.npz")
@@ -176,8 +176,8 @@ def _gallery(context: Context, attached: Attached) -> None:
         return
     batch = _read(context, ids)
     images, _, _ = context.to_device(batch)
-    query = attached.around.around_unseen(len(ids))
-    output = attached.student(images, query)
+    query = with_bank.around.around_unseen(len(ids))
+    output = with_bank.student(images, query)
     assert output.weights_BF is not None
     weights = output.weights_BF.cpu().numpy()
     order = np.argsort(-weights, axis=1, kind="stable")[:, :8]
@@ -196,7 +196,7 @@ def _gallery(context: Context, attached: Attached) -> None:
     )
 
 
-def _circumstances(context: Context, test: Manifest, left_out: _LeftOut) -> dict[str, Any]:
+def _run_facts(context: Context, test: Manifest, left_out: _LeftOut) -> dict[str, Any]:
     train = load_manifest(context.paths.train_manifest)
     return {
         "name": context.config.name,

@@ -29,8 +29,10 @@ def pack_run(context: Context) -> list[Path]:
     if data.test is not None:
         done += pack_source(data, out, "test", data.test, context.config.seed)
         if data.source in ("parquet", "imagefolder"):
-            for said in _in_both(*(_paths_of(data.source, o) for o in (data.train, data.test))):
-                context.warn(said)
+            for note in _overlap_notes(
+                *(_paths_of(data.source, o) for o in (data.train, data.test))
+            ):
+                context.warn(note)
     elif data.source in ("cifar10", "cifar100"):
         done += pack_source(data, out, "test", data.train, context.config.seed)
     return done
@@ -96,7 +98,7 @@ def _paths_of(source: str, origin: str | list[str] | None) -> list[str]:
     return [str(_one_folder(origin or [], source, "train"))]
 
 
-def _in_both(train: list[str], test: list[str]) -> list[str]:
+def _overlap_notes(train: list[str], test: list[str]) -> list[str]:
     """Warning if held-out files are also training files."""
     known = {path if is_remote(path) else os.path.realpath(path) for path in train}
     both = [path for path in test if (path if is_remote(path) else os.path.realpath(path)) in known]
@@ -174,14 +176,14 @@ def index_run(context: Context) -> list[Path]:
             allow_empty_classes=data.allow_empty_classes,
             checksums=data.checksums,
         )
-        whole, held, said = pair.train, pair.held, [*pair.notes, *_in_both(train, test)]
+        whole, held, found = pair.train, pair.held, [*pair.notes, *_overlap_notes(train, test)]
     else:
-        whole, held, said = _held_out(data, train, config.seed)
-    said += preflight.check_classes(whole.label_N, len(held), None if test else data.holdout)
+        whole, held, found = _held_out(data, train, config.seed)
+    found += preflight.check_classes(whole.label_N, len(held), None if test else data.holdout)
     unused = class_names.unused_lists([*train, *(test or [])]) if data.source == "shards" else None
-    said += [note for note in (unused, copies_note(whole), overlap_note(whole, held)) if note]
+    found += [note for note in (unused, copies_note(whole), overlap_note(whole, held)) if note]
     stages = ("teacher", "student", *(("control",) if config.student.control else ()))
-    said += [f"{e.what} ({e.where})" for e in preflight.misfits(config, stages, len(whole))]
+    found += [f"{e.what} ({e.where})" for e in preflight.misfits(config, stages, len(whole))]
     paths.train_manifest.parent.mkdir(parents=True, exist_ok=True)
     whole.save(paths.train_manifest)
     held.save(paths.test_manifest)
@@ -189,7 +191,7 @@ def index_run(context: Context) -> list[Path]:
         f"{len(whole)} training and {len(held)} held-out images of "
         f"{whole.num_classes} classes in {len(whole.shards)} shards"
     )
-    for note in dict.fromkeys(said):
+    for note in dict.fromkeys(found):
         context.warn(note)
     return [paths.train_manifest, paths.test_manifest]
 
@@ -212,8 +214,8 @@ def _held_out(
     )
     train_rows, held_rows = split_per_class(whole.manifest, data.holdout, seed)
     part, held = whole.manifest.select(train_rows), whole.manifest.select(held_rows)
-    said = notes(whole.class_info, part.label_N, held.label_N, moved=False)
-    return part, held, said + ([whole.left_out] if whole.left_out else [])
+    found = notes(whole.class_info, part.label_N, held.label_N, moved=False)
+    return part, held, found + ([whole.left_out] if whole.left_out else [])
 
 
 def shard_paths(origin: str | list[str] | None, part: str) -> list[str]:

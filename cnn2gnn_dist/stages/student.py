@@ -49,12 +49,12 @@ def run(context: Context, scope: Scope, targets_key: str) -> list[Path]:
         graph = config.graph
         late = Late(model.graph_parameters().keys(), graph.start_epoch, graph.warmup_epochs)
     training = Training(context, name, model, settings, len(manifest), late)
-    engine, job = training.engine, _Job(context, training, manifest)
+    engine, schedule = training.engine, _GraphSchedule(context, training, manifest)
     reading = context.stream(context.paths.train_manifest, name)
-    with training.heeding_notices(), closing(job), reading as stream:
+    with training.deferred_stop(), closing(schedule), reading as stream:
         while training.cursor.epoch < settings.epochs:
             epoch = training.cursor.epoch
-            order, around = job.open_epoch(epoch, scope)
+            order, around = schedule.begin_epoch(epoch, scope)
             view = epoch % config.targets.views if config.targets.views else epoch
             engine.train()
             for micro in training.steps(order, epoch, view, stream):
@@ -65,9 +65,9 @@ def run(context: Context, scope: Scope, targets_key: str) -> list[Path]:
                     output = engine(images, query)
                     loss_B = loss_of(output, labels, soft, settings)
                     training.learn(loss_B, valid, output.logits_BC, labels)
-                    job.observe(output, labels)
+                    schedule.observe(output, labels)
                 training.step(order.batches_per_epoch)
-            training.end_epoch(lambda: {"self_path_test_accuracy": job.self_path_accuracy()})
+            training.end_epoch(lambda: {"self_path_test_accuracy": schedule.self_path_accuracy()})
     return training.finish()
 
 
@@ -100,7 +100,7 @@ def loss_of(output: StudentOutput, labels: Tensor, soft: Tensor, s: StudentConfi
     return loss_B / (1.0 + s.self_loss)
 
 
-class _Job:
+class _GraphSchedule:
     """What the student's training adds to the teacher's: the graph."""
 
     def __init__(self, context: Context, training: Training, manifest: Manifest) -> None:
@@ -108,7 +108,7 @@ class _Job:
         self.around: Neighbourhood | None = None
         self.served: ServedGraph | None = None
 
-    def open_epoch(self, epoch: int, scope: Scope) -> tuple[Order, Neighbourhood | None]:
+    def begin_epoch(self, epoch: int, scope: Scope) -> tuple[Order, Neighbourhood | None]:
         """Return order and neighborhood of an epoch; builds or reopens the graph when due."""
         config = self.context.config
         if scope == "dataset":

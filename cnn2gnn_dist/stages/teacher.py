@@ -30,7 +30,7 @@ def run(context: Context) -> list[Path]:
     training = Training(context, "teacher", model, settings, len(manifest))
     engine = training.engine
     reading = context.stream(context.paths.train_manifest, "teacher")
-    with training.heeding_notices(), reading as stream:
+    with training.deferred_stop(), reading as stream:
         while training.cursor.epoch < settings.epochs:
             epoch = training.cursor.epoch
             engine.train()

@@ -118,7 +118,7 @@ class Engine:
         """Optimizer steps done when the late parameters start; None: they have not started."""
         self._micro = 0
         self._finite = torch.ones((), device=self.device)
-        self._awaited: Outcome | None = None
+        self._pending: Outcome | None = None
         model.to(self.device)
         config = without_overlap(config, model)
         groups = _groups(model, config["optimizer"]["params"]["weight_decay"], late)
@@ -194,7 +194,7 @@ class Engine:
         self._update(outcome, late_lr)
         outcome.fetch()
         before = self.settle()
-        self._awaited = outcome
+        self._pending = outcome
         return before
 
     def settle(self) -> StepInfo | None:
@@ -203,8 +203,8 @@ class Engine:
         Raises:
             UserError: it diverged, on every rank alike; later calls raise it again.
         """
-        info = None if self._awaited is None else self._awaited.read()
-        self._awaited = None
+        info = None if self._pending is None else self._pending.read()
+        self._pending = None
         return info
 
     def _vote(self, lr: float, votes: tuple[float, ...]) -> Outcome:
@@ -212,9 +212,9 @@ class Engine:
         if self._micro != self.accumulation:
             raise RuntimeError(f"{self._micro} of {self.accumulation} micro-batches seen")
         on_gpu = self.device.type == "cuda"
-        brought = torch.tensor(votes, dtype=self._finite.dtype, pin_memory=on_gpu)
-        brought = brought.to(self.device, non_blocking=True)
-        ballot = collectives.all_reduce_sum(torch.cat([self._finite.reshape(1), brought]))
+        own_votes = torch.tensor(votes, dtype=self._finite.dtype, pin_memory=on_gpu)
+        own_votes = own_votes.to(self.device, non_blocking=True)
+        ballot = collectives.all_reduce_sum(torch.cat([self._finite.reshape(1), own_votes]))
         return Outcome(self.steps, lr, ballot, collectives.world_size())
 
     def _update(self, outcome: Outcome, late_lr: float | None) -> None:

@@ -44,7 +44,7 @@ class MetricsLog:
     ) -> None:
         self.path = Path(folder) / "metrics.jsonl"
         self.name, self.console, self.silent = name, console, rank != 0
-        self._said = float("-inf")
+        self._last_shown = float("-inf")
         self._wants_board = tensorboard
         self._board: Any = None
         self._purge: int | None = None
@@ -61,12 +61,12 @@ class MetricsLog:
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         self._draw(step, values)
-        due = time.monotonic() - self._said >= CONSOLE_SECONDS
+        due = time.monotonic() - self._last_shown >= CONSOLE_SECONDS
         if self.console and (due or "test_accuracy" in values):
-            self._said = time.monotonic()
-            _log.info(_figures(step, values), extra={"stage": self.name})
+            self._last_shown = time.monotonic()
+            _log.info(_console_line(step, values), extra={"stage": self.name})
         else:
-            _log.debug(_figures(step, values), extra={"stage": self.name})
+            _log.debug(_console_line(step, values), extra={"stage": self.name})
 
     def _draw(self, step: int, values: dict[str, float]) -> None:
         if not self._wants_board:
@@ -112,6 +112,6 @@ _CONSOLE = (
 )
 
 
-def _figures(step: int, values: dict[str, float]) -> str:
+def _console_line(step: int, values: dict[str, float]) -> str:
     shown = [text.format(values[key]) for key, text in _CONSOLE if key in values]
     return f"step {step:<6} " + "  ".join(shown)

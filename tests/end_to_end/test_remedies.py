@@ -259,7 +259,7 @@ def test_a_plan_says_which_file_is_damaged(copied, tmp_path):
         assert code == 1  # of verify: one is corrupt
         assert said.count("whole") == 1
     steps = {s.stage.name: s for s in runner.plan(settings.load(config[1], config[2:]))}
-    assert steps["teacher"].standing is ledger.Standing.RESUME
+    assert steps["teacher"].status is ledger.Status.RESUME
     assert steps["teacher"].why == (
         "not whole any more: step-00000018: rank-00001-of-00002.safetensors is damaged"
     )

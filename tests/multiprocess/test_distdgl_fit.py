@@ -10,7 +10,7 @@ from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.graph.distdgl.server import new_of_old, node_ranges
 from cnn2gnn_dist.graph.partition.parts import new_ids
 from cnn2gnn_dist.runtime.ranks import Ranks
-from cnn2gnn_dist.stages.neighbours.served_graph import crowded
+from cnn2gnn_dist.stages.neighbours.served_graph import hosts_in_conflict
 from cnn2gnn_dist.stages.shared import preflight
 
 SERVED = ["graph.sampling.sampler=distdgl", "graph.sampling.query=table"]
@@ -40,7 +40,7 @@ def test_what_servers_cannot_do_is_refused_before_the_run():
     (["a", "b", "b"], [False, False, True], ["b"]),
 ])  # fmt: skip
 def test_ranks_that_share_a_host_need_namespaces(hosts, can, named):
-    assert crowded(list(zip(hosts, can, strict=True))) == named
+    assert hosts_in_conflict(list(zip(hosts, can, strict=True))) == named
 
 
 def test_a_rank_listens_where_it_faces_rank_0():

@@ -11,12 +11,12 @@ import torch.distributed as dist
 
 from cnn2gnn_dist.errors import PeerLost
 from cnn2gnn_dist.runtime import collectives
-from cnn2gnn_dist.runtime.peer_watch import PeerWatch, Silence
+from cnn2gnn_dist.runtime.peer_watch import PeerWatch, SilenceTracker
 from tests.support import rank_group
 
 
 def test_silence_is_the_time_since_a_note_changed() -> None:
-    silence = Silence([0, 2], now=100.0)
+    silence = SilenceTracker([0, 2], now=100.0)
     silence.note({0: b"1", 2: b"1"}, 101.0)
     silence.note({0: b"2", 2: b"1"}, 104.0)
     assert silence.since(106.0, limit=4.0) == {2: 5.0}
@@ -27,7 +27,7 @@ def test_silence_is_the_time_since_a_note_changed() -> None:
 
 
 def test_a_peer_that_never_came_is_silent_from_the_start() -> None:
-    assert Silence([1], now=10.0).since(15.5, limit=5.0) == {1: 5.5}
+    assert SilenceTracker([1], now=10.0).since(15.5, limit=5.0) == {1: 5.5}
 
 
 def store() -> dist.Store:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cnn2gnn_dist.stages.shared import predictions as judging
+from cnn2gnn_dist.stages.shared import predictions
 from tests.support import rank_group
 from tests.unit.models.test_student import student
 from tests.unit.pipeline.test_predictions import (  # noqa: F401 (fixtures)
@@ -40,7 +40,7 @@ def ranks_judge(root: str) -> dict[str, Any]:
         return {"student": output.logits_BC.softmax(1), "alone": output.self_logits_BC.softmax(1)}
 
     here = context(Path(root))
-    found = judging.judge(here, answer, here.paths.test_manifest, shuffle_seed=SEED)
+    found = predictions.evaluate(here, answer, here.paths.test_manifest, shuffle_seed=SEED)
     return {"found": found.found, "left_out": found.left_out, "shown": shown}
 
 

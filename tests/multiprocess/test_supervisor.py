@@ -14,13 +14,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cnn2gnn_dist.runtime.supervisor import Machine, Spec, can_be_isolated
+from cnn2gnn_dist.runtime.supervisor import Spec, SupervisedProcesses, can_isolate
 
 WAIT = ["sleep", "600"]
 isolated = pytest.mark.skipif(
-    not can_be_isolated(), reason="this kernel refuses this user a mount namespace"
+    not can_isolate(), reason="this kernel refuses this user a mount namespace"
 )
-ASK = "from cnn2gnn_dist.runtime.supervisor import can_be_isolated; print(can_be_isolated())"
+ASK = "from cnn2gnn_dist.runtime.supervisor import can_isolate; print(can_isolate())"
 
 
 PRINT = "import os, sys; print('said'); os.write(int(sys.argv[1]), os.environ['NAME'].encode())"
@@ -42,25 +42,25 @@ def gone(pids: Iterable[int]) -> bool:
 @pytest.mark.parametrize(("how", "said"), [
     ("exit 3", "second ended with exit code 3"), ("kill -9 $$", "second was killed by signal 9")])  # fmt: skip
 def test_the_end_of_one_is_named_and_ends_the_others(how, said):
-    made = Machine(Spec({"first": WAIT, "second": shell(how)}, isolated=False))
+    made = SupervisedProcesses(Spec({"first": WAIT, "second": shell(how)}, isolated=False))
     assert made.started()
-    assert made.first_end() == said
+    assert made.first_exit() == said
     assert gone(made.processes.values())
     made.end()
 
 
 def test_all_end_when_they_are_no_longer_wanted():
-    made = Machine(Spec({"first": WAIT, "second": WAIT}, isolated=False))
+    made = SupervisedProcesses(Spec({"first": WAIT, "second": WAIT}, isolated=False))
     assert made.started()
     made.end()
     assert not any(psutil.pid_exists(pid) for pid in made.processes.values())
 
 
 def test_all_end_with_a_supervisor_that_is_killed():
-    made = Machine(Spec({"first": WAIT, "second": WAIT}, isolated=False))
+    made = SupervisedProcesses(Spec({"first": WAIT, "second": WAIT}, isolated=False))
     assert made.started()
     psutil.Process(made.processes["first"]).parent().kill()
-    assert made.first_end() == "its supervisor ended"
+    assert made.first_exit() == "its supervisor ended"
     assert gone(made.processes.values())
     made.end()
 
@@ -84,7 +84,7 @@ def test_shared_memory_is_the_machines_own():
     """Two machines write the same name; the host sees neither file."""
     name = f"cnn2gnn-test-{os.getpid()}"
     write = shell(f"test ! -e /dev/shm/{name} && echo x > /dev/shm/{name} && exec sleep 600")
-    machines = [Machine(Spec({"writer": write})) for _ in range(2)]
+    machines = [SupervisedProcesses(Spec({"writer": write})) for _ in range(2)]
     assert all(made.started() for made in machines)
     for made in machines:
         seen = Path(f"/proc/{made.processes['writer']}/root/dev/shm/{name}")
@@ -105,12 +105,12 @@ def test_what_they_print_goes_to_the_log_and_files_to_their_owner(tmp_path):
         files={"owner": [write]},
         log=str(log),
     )
-    made = Machine(spec)
+    made = SupervisedProcesses(spec)
     os.close(write)
     assert made.started()
     with os.fdopen(read) as file:
         assert file.read() == "mine"  # EOF: no other process holds the other end
-    assert made.first_end().startswith("owner ended")
+    assert made.first_exit().startswith("owner ended")
     made.end()
     assert "said" in log.read_text()
 

@@ -14,12 +14,12 @@ import pytest
 from cnn2gnn_dist.graph.distdgl.served import ServedGraph, Task
 from cnn2gnn_dist.graph.partition import parts as partition
 from cnn2gnn_dist.graph.version import GraphVersion, GraphWriter, open_version
-from cnn2gnn_dist.runtime.supervisor import can_be_isolated
+from cnn2gnn_dist.runtime.supervisor import can_isolate
 
 N, D, DIM, M = 300, 6, 4, 8
 
 needs_namespaces = pytest.mark.skipif(
-    not can_be_isolated(),
+    not can_isolate(),
     reason="two machines on one host need mount namespaces, which this kernel refuses this user",
 )
 

@@ -138,7 +138,7 @@ def _launch(ranks: int, arguments: list[str]) -> int:
         if child == 0:
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
             sys.argv = ["launch/train.py", *arguments]
-            launcher.leave(launcher.main())
+            launcher.exit_now(launcher.main())
         alive[child] = rank
     failed = 0
     while alive:

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import cnn2gnn_dist
 from cnn2gnn_dist import settings
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.launcher import leave
+from cnn2gnn_dist.launcher import exit_now
 from cnn2gnn_dist.pipeline import runner
 from cnn2gnn_dist.runtime.ranks import Ranks
 from cnn2gnn_dist.stages import student
@@ -132,4 +132,4 @@ def main(folder: Path, what: str, overrides: list[str]) -> int:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    leave(main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:]))
+    exit_now(main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:]))

@@ -148,7 +148,7 @@ def main(words: list[str]) -> int:
         else:
             log.output("not built: python -m cnn2gnn_dist.data.images.partial build")
     except UserError as error:
-        log.complain(error)
+        log.report_error(error)
         return 2
     return 0
 

@@ -31,7 +31,7 @@ from torch import Tensor
 from cnn2gnn_dist import log
 from cnn2gnn_dist.errors import PeerLost, UserError
 from cnn2gnn_dist.graph.sampler import sample_key
-from cnn2gnn_dist.runtime.supervisor import Machine, Spec
+from cnn2gnn_dist.runtime.supervisor import Spec, SupervisedProcesses
 
 START_SECONDS = 120.0
 """Minimum time for servers and clients to find each other: DGL sleeps 3 s at a time."""
@@ -120,7 +120,7 @@ class ServedGraph:
         task.ip_config.write_text(lines, encoding="ascii")
         own, clients = socket.socketpair()
         with clients:
-            self._machine = Machine(_spec(task, isolated, clients.fileno(), self.log))
+            self._machine = SupervisedProcesses(_spec(task, isolated, clients.fileno(), self.log))
         self._line = Connection(own.detach())
         if not self._machine.started():
             self._line.close()
@@ -208,10 +208,10 @@ class ServedGraph:
         The process may be waiting in a collective for a rank that waits for the lost server, and only
         its exit would wake that rank.
         """
-        self._how = self._machine.first_end()
+        self._how = self._machine.first_exit()
         self._ended.set()
         if not self._noticed.wait(NOTICE_SECONDS):
-            log.complain(self._error(self._how))
+            log.report_error(self._error(self._how))
             os._exit(PeerLost.exit_code)
 
 

@@ -124,7 +124,7 @@ class PartGraph:
         folder.mkdir(parents=True, exist_ok=True)
         arrays = dict(zip(ARRAYS, (self.nodes_L, self.table_KM), strict=True))
         for name, array in arrays.items():
-            with durable.room(folder):
+            with durable.disk_full_reported(folder):
                 np.save(folder / f"{name}.npy", array)
         note = {
             "part": self.part,

@@ -91,7 +91,7 @@ def _search(
         before = None
         if previous is not None:
             before = previous.candidates, np.asarray(previous.order)
-        return _among(context, work_folder, z_Nd, query_Nd, before)
+        return _search_rows(context, work_folder, z_Nd, query_Nd, before)
     some = ValidNodes(work_folder, nodes_A, len(z_Nd))
     z_Ad = some.rows("z", z_Nd)
     query_Ad = z_Ad if query_Nd is z_Nd else some.rows("query", query_Nd)
@@ -99,10 +99,10 @@ def _search(
     if previous is not None:
         table_AM = some.table("before", previous.candidates)
         before = table_AM, some.order(np.asarray(previous.order))
-    return some.whole(_among(context, work_folder, z_Ad, query_Ad, before))
+    return some.whole(_search_rows(context, work_folder, z_Ad, query_Ad, before))
 
 
-def _among(
+def _search_rows(
     context: Context,
     work_folder: WorkFolder,
     z_Nd: np.ndarray,

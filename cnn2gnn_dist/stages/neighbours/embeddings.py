@@ -83,17 +83,17 @@ class Embedded:
         if self.query is not None:
             self.query.close()
         everyone = group.gather(self._notes)
-        strange = []
+        mismatches = []
         for rank, notes in enumerate(everyone):
             mine, plan = rank == group.rank, self._plan(rank)
             last = self._former if mine else len(notes)  # this process wrote the rest of mine
             for number, sums in enumerate(notes[:last]):
                 batches = plan[number * NOTE : (number + 1) * NOTE]
                 if self._read_back(batches, sums) != sums:
-                    strange.append(f"embedded rows of rank {rank}, chunk {number}")
-        if strange:
+                    mismatches.append(f"embedded rows of rank {rank}, chunk {number}")
+        if mismatches:
             self._path.unlink(missing_ok=True)
-        check_agreement(group, strange, self.writer.path)
+        check_agreement(group, mismatches, self.writer.path)
 
     def _read_back(
         self, batches: list[tuple[np.ndarray, np.ndarray]], sums: dict[str, int]

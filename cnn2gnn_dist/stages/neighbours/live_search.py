@@ -52,7 +52,7 @@ class LiveSearch:
         """
         found_BF = np.full((len(seeds_B), wanted), -1, np.int64)
         for search in self._opened():
-            rows = search.concerned(seeds_B)
+            rows = search.rows_searching_here(seeds_B)
             if not len(rows):
                 continue
             left_out = search.place_of(seeds_B[rows])
@@ -103,7 +103,7 @@ class _Search:
     rows_S: np.ndarray
     inner: np.ndarray | None
 
-    def concerned(self, seeds_B: np.ndarray) -> np.ndarray:
+    def rows_searching_here(self, seeds_B: np.ndarray) -> np.ndarray:
         """Rows of the batch whose seeds search here."""
         if self.inner is None:
             return np.arange(len(seeds_B))

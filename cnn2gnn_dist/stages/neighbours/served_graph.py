@@ -10,11 +10,11 @@ from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.graph.distdgl.served import ServedGraph, Task
 from cnn2gnn_dist.graph.version import GraphVersion
 from cnn2gnn_dist.runtime import collectives
-from cnn2gnn_dist.runtime.supervisor import can_be_isolated
+from cnn2gnn_dist.runtime.supervisor import can_isolate
 from cnn2gnn_dist.stages.shared.context import Context
 
 
-def crowded(ranks: list[tuple[str, bool]]) -> list[str]:
+def hosts_in_conflict(ranks: list[tuple[str, bool]]) -> list[str]:
     """Hosts with more than one rank (host, can be isolated) where some rank can't be isolated."""
     hosts = [host for host, _ in ranks]
     return [host for host, can in ranks if hosts.count(host) > 1 and not can]
@@ -30,11 +30,11 @@ def serve(context: Context, version: GraphVersion) -> ServedGraph:
         UserError: ranks share a host whose kernel refuses mount namespaces (on every rank).
     """
     ranks, config = context.ranks, context.config
-    address, isolated = ranks.own_address(), can_be_isolated()
+    address, isolated = ranks.own_address(), can_isolate()
     with socket.create_server((address, 0)) as found:
         mine = (socket.gethostname(), isolated, address, int(found.getsockname()[1]))
         everyone = collectives.all_gather_object(mine)
-    hosts = crowded([(host, can) for host, can, *_ in everyone])
+    hosts = hosts_in_conflict([(host, can) for host, can, *_ in everyone])
     if hosts:
         raise UserError(
             f"DGL's servers of several ranks share {hosts[0]}, whose kernel refuses this user "

@@ -63,7 +63,7 @@ def calibration_error(confidence_N: np.ndarray, right_N: np.ndarray, bins: int =
 
 
 @dataclass
-class Judgement:
+class Evaluation:
     """Predictions for every name of an ``Answer``; which images were excluded, and why."""
 
     found: dict[str, Predictions]
@@ -81,7 +81,7 @@ def batches_of(samples: int, batch: int, shuffle_seed: int | None = None) -> lis
     return np.array_split(places, -(-samples // batch)) if samples else []
 
 
-def sound(batch: Batch) -> Batch:
+def readable_rows(batch: Batch) -> Batch:
     """The rows of a batch whose images could be read."""
     keep = batch.valid
     return Batch(batch.images[keep], batch.labels[keep], batch.ids[keep], keep[keep])
@@ -99,17 +99,17 @@ def own_batches(
     plan = batches_of(corrupt.total, context.config.evaluate.batch, shuffle_seed)
     mine = plan[ranks.rank :: ranks.world_size]
     with context.stream(manifest, "judge") as stream:
-        for got in stream.batches(Request(ids, CLEAN) for ids in mine):
-            corrupt.note(got)
-            yield sound(got) if got.valid.any() else None
+        for batch in stream.batches(Request(ids, CLEAN) for ids in mine):
+            corrupt.note(batch)
+            yield readable_rows(batch) if batch.valid.any() else None
     for _ in range(-(-len(plan) // ranks.world_size) - len(mine)):
         yield None
 
 
 @torch.no_grad()
-def judge(
+def evaluate(
     context: Context, answer: Answer, manifest: Path, shuffle_seed: int | None = None
-) -> Judgement:
+) -> Evaluation:
     """Run a model on every readable image of a manifest (collective).
 
     A model in which the images of a batch influence each other (``graph.scope=batch``) is evaluated in
@@ -121,14 +121,14 @@ def judge(
     """
     corrupt = held_out_count(context, manifest)
     columns: dict[str, list[list[np.ndarray]]] = {}
-    for got in own_batches(context, manifest, shuffle_seed, corrupt):
-        if got is None:  # stay in step with the other ranks
-            answer(_nothing(context))
+    for batch in own_batches(context, manifest, shuffle_seed, corrupt):
+        if batch is None:  # stay in step with the other ranks
+            answer(_dummy_images(context))
             continue
-        images, _, _ = context.to_device(got)
+        images, _, _ = context.to_device(batch)
         for name, probability_BC in answer(images).items():
             sure, predicted = probability_BC.float().max(1)
-            row = [got.ids, predicted.cpu().numpy(), sure.cpu().numpy(), got.labels]
+            row = [batch.ids, predicted.cpu().numpy(), sure.cpu().numpy(), batch.labels]
             columns.setdefault(name, []).append(row)
     left_out = corrupt.check()
     check_any_left(corrupt.total, left_out)
@@ -139,7 +139,7 @@ def judge(
     }
     for name, one in found.items():
         _check_finite(name, one)
-    return Judgement(found, left_out)
+    return Evaluation(found, left_out)
 
 
 def accuracy_of(context: Context, classify: Callable[[Tensor], Tensor]) -> float:
@@ -148,7 +148,7 @@ def accuracy_of(context: Context, classify: Callable[[Tensor], Tensor]) -> float
     def answer(images: Tensor) -> dict[str, Tensor]:
         return {"model": classify(images).float().softmax(1)}
 
-    found = judge(context, answer, context.paths.test_manifest).found["model"]
+    found = evaluate(context, answer, context.paths.test_manifest).found["model"]
     return float((found.predicted_N == found.label_N).mean())
 
 
@@ -158,7 +158,7 @@ def check_held_out(context: Context) -> None:
     Done once per manifest: the record is in the stage's folder.
 
     Raises:
-        UserError: as ``judge``.
+        UserError: as ``evaluate``.
     """
     manifest = context.paths.test_manifest
     note, digest = context.folder / HELD_OUT_NOTE, load_manifest(manifest).digest
@@ -171,12 +171,12 @@ def check_held_out(context: Context) -> None:
     left_out = corrupt.check()
     check_any_left(corrupt.total, left_out)
     if left_out:
-        context.warn(told(left_out, corrupt.total))
+        context.warn(describe_left_out(left_out, corrupt.total))
     if context.ranks.is_first:
         durable.write_text(note, json.dumps(digest))
 
 
-def told(left_out: dict[int, str], total: int) -> str:
+def describe_left_out(left_out: dict[int, str], total: int) -> str:
     """Describe in one line the held-out images that are not evaluated."""
     some = "; ".join(left_out[sample] for sample in sorted(left_out)[:3])
     return f"{len(left_out)} of {total} held-out images are corrupt and not judged: {some}"
@@ -206,7 +206,7 @@ def check_any_left(total: int, left_out: dict[int, str]) -> None:
     )
 
 
-def _nothing(context: Context) -> Tensor:
+def _dummy_images(context: Context) -> Tensor:
     size = context.config.views.size
     return torch.zeros(1, size, size, 3, dtype=torch.uint8, device=context.device)
 

@@ -150,14 +150,14 @@ class Training:
                 self.name,
             )
 
-    def heeding_notices(self) -> AbstractContextManager[None]:
+    def deferred_stop(self) -> AbstractContextManager[None]:
         """Context in which a request to stop (SIGTERM …) leads to a save at the next step."""
 
-        def standing() -> str:
+        def describe() -> str:
             last = self.checkpoints.folder / "latest"
             return f"the last checkpoint is {last.read_text() if last.exists() else 'none'}"
 
-        return preemption.heeded(self.context.config.checkpoint.grace_s, standing)
+        return preemption.deferred_stop(self.context.config.checkpoint.grace_s, describe)
 
     def save(self, best: bool = False) -> None:
         """Start writing a checkpoint (collective).
@@ -242,25 +242,29 @@ class Training:
         warmup = min(s.warmup_epochs, s.epochs / 2)
         lr = lr_at(progress, s.epochs, s.lr, warmup)
         late_lr = self._late_lr(progress, warmup)
-        mine = (float(preemption.asked()), float(self.checkpoints.written))
-        heard = self.engine.step_ahead(lr, mine, late_lr)
+        mine = (float(preemption.stop_requested()), float(self.checkpoints.written))
+        previous = self.engine.step_ahead(lr, mine, late_lr)
         self.cursor.batch += 1
         self.cursor.step += 1
         last = self.cursor.batch == batches_per_epoch
         logs = last or self.cursor.step % self.context.config.run.log_steps == 0
         saves = not last and self.cursor.step % self.context.config.checkpoint.every_steps == 0
         if logs or saves:
-            heard = self.engine.settle()
-        told_to_end, written = (0.0, 0.0) if heard is None else heard.votes
+            previous = self.engine.settle()
+        stop_votes, written = (0.0, 0.0) if previous is None else previous.votes
         # Votes cast before the pending save started say nothing about it.
-        if heard and heard.step >= self._saved_at and written == self.context.ranks.world_size:
+        if (
+            previous
+            and previous.step >= self._saved_at
+            and written == self.context.ranks.world_size
+        ):
             self.checkpoints.settle()
         if logs:
             self._log(lr, late_lr, batches_per_epoch)
-        if told_to_end or saves:
+        if stop_votes or saves:
             self.save()
-        if told_to_end:
-            self._leave()
+        if stop_votes:
+            self._stop()
 
     def _late_lr(self, progress: float, warmup: float) -> float | None:
         """Learning rate of the late parameters; None: there are none, or they have not started."""
@@ -272,21 +276,21 @@ class Training:
         own = min(late.warmup, (s.epochs - late.epoch) / 2)
         return late_lr_at(progress, s.epochs, s.lr, warmup, late.epoch, own)
 
-    def end_epoch(self, judge: Callable[[], dict[str, float]] | None = None) -> None:
+    def end_epoch(self, evaluate: Callable[[], dict[str, float]] | None = None) -> None:
         """Close an epoch: evaluate when due, save with the cursor at the next epoch's start."""
         every, found = self.settings.eval_epochs, {}
-        if judge is not None and every and (self.cursor.epoch + 1) % every == 0:
+        if evaluate is not None and every and (self.cursor.epoch + 1) % every == 0:
             self.engine.eval()  # else BatchNorm would learn from the held-out images
             with self.engine.averaged_buffers():
-                found = judge()
+                found = evaluate()
             self.metrics.log(self.cursor.step, epoch=self.cursor.epoch + 1, **found)
         self.cursor.epoch += 1
         self.cursor.batch = 0
         self.tally = Tally(self.engine.device)
         self.save(best=self._is_best(found))
         self.checkpoints.settle()  # what follows (a graph, a stage) may take long
-        if collectives.any_rank(preemption.asked()):
-            self._leave()
+        if collectives.any_rank(preemption.stop_requested()):
+            self._stop()
 
     def _is_best(self, found: dict[str, float]) -> bool:
         """Whether this held-out accuracy is the best so far, so that the checkpoint is to be kept."""
@@ -296,7 +300,7 @@ class Training:
         self.best = accuracy
         return self.context.config.checkpoint.keep_best
 
-    def _leave(self) -> None:
+    def _stop(self) -> None:
         self.checkpoints.settle()
         problem = self.checkpoints.problem
         kept = f"step {self.cursor.step} is saved" if problem is None else f"NOT saved: {problem}"

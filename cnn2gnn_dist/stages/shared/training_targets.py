@@ -36,11 +36,11 @@ def open_targets(context: Context, manifest: Manifest, targets_key: str) -> Targ
             return wanted, f"not writable: {error.strerror}"
         return wanted, "begun"
 
-    (wanted, standing), *_ = _on_all(begin if context.ranks.is_first else None)
-    if standing.startswith("not writable"):
-        context.warn(f"{standing} ({root}): every rank reads them into its memory", stage="targets")
+    (wanted, state), *_ = _on_all(begin if context.ranks.is_first else None)
+    if state.startswith("not writable"):
+        context.warn(f"{state} ({root}): every rank reads them into its memory", stage="targets")
         return Targets.load(files, samples, classes, meta)
-    if standing == "begun":
+    if state == "begun":
         ranks = context.ranks
         mine = wanted.files[ranks.rank :: ranks.world_size]
         covered = _on_all(lambda: np.packbits(target_arrays.fill(root, wanted, mine)))

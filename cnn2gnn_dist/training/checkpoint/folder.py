@@ -129,8 +129,8 @@ def prune(root: Path, newest: Path, keep_last: int) -> None:
     folders, best = all_of(root), best_of(root)
     past = [folder for folder in folders if folder.name <= newest.name]
     future = [folder for folder in folders if folder.name > newest.name and damage(folder)]
-    torn = [*Path(root).glob("step-*.tmp"), *Path(root).glob(f"step-*{ASIDE}")]
-    for old in [*past[:-keep_last], *future, *torn]:
+    incomplete = [*Path(root).glob("step-*.tmp"), *Path(root).glob(f"step-*{ASIDE}")]
+    for old in [*past[:-keep_last], *future, *incomplete]:
         if old != best:
             shutil.rmtree(old)
 

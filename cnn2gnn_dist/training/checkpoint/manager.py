@@ -85,7 +85,7 @@ class Checkpoints:
         self.settle()
         final = disk.path_of(self.folder, step)
         work = final.with_name(final.name + ".tmp")
-        if not self._opened(work):
+        if not self._create_folder(work):
             return
         rank, world_size = collectives.rank(), collectives.world_size()
         share = _shares(engine, world_size)
@@ -123,10 +123,10 @@ class Checkpoints:
         outcomes = collectives.all_gather_object(writing.finish())
         problem = next((error for error, _ in outcomes if error), None)
         if problem is None and collectives.rank() == 0:
-            problem = _attempt(
+            problem = _error_of(
                 lambda: self._publish(writing, [f for _, fs in outcomes for f in fs])
             )
-        self._conclude(collectives.broadcast_object(problem), writing.work)
+        self._report(collectives.broadcast_object(problem), writing.work)
 
     def finish(self) -> Path:
         """Return the newest checkpoint at the end of training (collective).
@@ -176,19 +176,19 @@ class Checkpoints:
             return None
         state = disk.read_state(path)
         if state["run_id"] != self.run_id and not force:
-            raise self._of_another_run(path, state)
+            raise self._other_run_error(path, state)
         tensors = disk.read_tensors(path)
         _check_shapes(engine, tensors, path)
-        alike = state["world_size"] == collectives.world_size()
+        same_world_size = state["world_size"] == collectives.world_size()
         named_state.push(engine, tensors, state["optimizer_step"])
-        named_state.push_buffers(engine, tensors, collectives.rank() if alike else None)
+        named_state.push_buffers(engine, tensors, collectives.rank() if same_world_size else None)
         engine.steps = int(state["step"])
         engine.deepspeed.global_steps = engine.steps
         return Loaded(state["extra"], disk.read_owns(path))
 
-    def _of_another_run(self, path: Path, state: dict[str, Any]) -> UserError:
+    def _other_run_error(self, path: Path, state: dict[str, Any]) -> UserError:
         before, now = (
-            {field_names.todays_name(name): value for name, value in about.items()}
+            {field_names.current_name(name): value for name, value in about.items()}
             for about in (state["about"], self.about)
         )
         there = [(f, before.get(f), now.get(f)) for f in sorted(before.keys() | now.keys())]
@@ -201,17 +201,17 @@ class Checkpoints:
             "or --force to go on from it all the same",
         )
 
-    def _opened(self, work: Path) -> bool:
+    def _create_folder(self, work: Path) -> bool:
         """Create the folder to write into, on rank 0."""
 
         def make() -> None:
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir(parents=True)
 
-        problem = _attempt(make) if collectives.rank() == 0 else None
+        problem = _error_of(make) if collectives.rank() == 0 else None
         problem = collectives.broadcast_object(problem)
         if problem is not None:
-            self._conclude(problem, work)
+            self._report(problem, work)
         return problem is None
 
     def _publish(self, writing: _Writing, files: list[disk.File]) -> None:
@@ -223,7 +223,7 @@ class Checkpoints:
         disk.prune(self.folder, final, self.keep_last)
         _log.debug("checkpoint %s is whole", final.name)
 
-    def _conclude(self, problem: str | None, work: Path) -> None:
+    def _report(self, problem: str | None, work: Path) -> None:
         self.problem = problem
         if problem is not None and collectives.rank() == 0:
             shutil.rmtree(work, ignore_errors=True)
@@ -263,7 +263,7 @@ class _Writing:
         return self._error, self._files
 
     def _run(self) -> None:
-        self._error = _attempt(self._write)
+        self._error = _error_of(self._write)
 
     def _write(self) -> None:
         path = self.work / f"{self._name}.safetensors"
@@ -275,7 +275,7 @@ class _Writing:
         self._files = [disk.describe(path), disk.describe(own)]
 
 
-def _attempt(work: Any) -> str | None:
+def _error_of(work: Any) -> str | None:
     """Run ``work``; return the disk error, if any."""
     try:
         work()

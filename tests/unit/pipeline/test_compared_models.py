@@ -13,7 +13,7 @@ from cnn2gnn_dist.graph.partition import parts
 from cnn2gnn_dist.graph.version import GraphWriter, open_version
 from cnn2gnn_dist.models.cost import count_flops
 from cnn2gnn_dist.runtime.ranks import Ranks
-from cnn2gnn_dist.stages.compared_models import Attached, label_vote, self_path
+from cnn2gnn_dist.stages.compared_models import StudentWithBank, label_vote, self_path
 from cnn2gnn_dist.stages.neighbours.neighbourhood import Neighbourhood
 from cnn2gnn_dist.stages.shared.context import Context, RunPaths
 from tests.support.graphs import random_table
@@ -22,7 +22,7 @@ from tests.unit.models.test_student import DZ, C, D, make_images, student
 N, M, B = 40, 6, 7
 
 
-def attached(root: Path, *overrides: str) -> Attached:
+def attached(root: Path, *overrides: str) -> StudentWithBank:
     """A student with open gates over a random bank of N nodes, some without a label."""
     rng = np.random.default_rng(3)
     z = rng.normal(size=(N, DZ)).astype(np.float32)
@@ -45,7 +45,7 @@ def attached(root: Path, *overrides: str) -> Attached:
     )  # fmt: skip
     here = Context(config, Ranks(), RunPaths(root), root, "", "cpu", False)
     version = open_version(root / "v0001")
-    return Attached(student("dataset").eval().float(), Neighbourhood(here, version, None), C)
+    return StudentWithBank(student("dataset").eval().float(), Neighbourhood(here, version, None), C)
 
 
 def test_the_vote_is_the_weight_on_each_class():

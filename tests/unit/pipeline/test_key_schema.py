@@ -13,7 +13,7 @@ from pydantic import Field
 from cnn2gnn_dist import cli, field_names, ledger, settings
 from cnn2gnn_dist.config import Config, GraphConfig
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.ledger import Standing
+from cnn2gnn_dist.ledger import Status
 from cnn2gnn_dist.pipeline import keys, registry, runner
 from cnn2gnn_dist.pipeline.key_defaults import DEFAULTS
 from cnn2gnn_dist.pipeline.registry import EXECUTION, STAGES
@@ -64,7 +64,7 @@ def test_every_field_of_a_key_has_a_frozen_default():
     value reproduces the previous behavior, name it here: it then makes all finished runs stale."""
     in_every_key: set[str] = set()
     counted = key_fields() - EXECUTION | {"evaluate.batch"}
-    assert {field_names.first_name(name) for name in counted} - DEFAULTS.keys() == in_every_key
+    assert {field_names.original_name(name) for name in counted} - DEFAULTS.keys() == in_every_key
 
 
 def test_a_default_that_changes_is_changed_knowingly():
@@ -73,8 +73,8 @@ def test_a_default_that_changes_is_changed_knowingly():
     default are stale under the new one, as they should be."""
     today = settings.as_flat(Config()) | {"teacher.ds_config": {}, "student.ds_config": {}}
     for name, value in DEFAULTS.items():
-        if field_names.todays_name(name) in today:
-            assert today[field_names.todays_name(name)] == CHANGED.get(name, value), name
+        if field_names.current_name(name) in today:
+            assert today[field_names.current_name(name)] == CHANGED.get(name, value), name
     assert CHANGED.keys() <= DEFAULTS.keys()
 
 
@@ -175,9 +175,9 @@ def test_a_record_of_before_a_field_moved_is_read(tmp_path):
     step = steps_of(config)["student"]
     assert step.why.endswith("graph.search.recall: 0.95 -> 0.9")
     record = step.record()
-    old = {field_names.first_name(name): value for name, value in record.parts.items()}
+    old = {field_names.original_name(name): value for name, value in record.parts.items()}
     ledger.finish(tmp_path / "run" / "student", dataclasses.replace(record, parts=old))
-    assert steps_of(config)["student"].standing is Standing.WHOLE
+    assert steps_of(config)["student"].status is Status.COMPLETE
     today = again(tmp_path, "demo", "graph.search.recall=0.5")
     assert keys.as_made(today, tmp_path / "run", "student").graph == config.graph
     step = steps_of(today)["student"]
@@ -188,7 +188,7 @@ def test_another_decoding_makes_stale_what_read_images(tmp_path, monkeypatch):
     config = made(tmp_path, "demo")
     monkeypatch.setitem(registry.VERSIONS, "version.decoding", 2)
     steps = {step.stage.name: step for step in runner.plan(config)}
-    assert steps["pack"].standing is Standing.STALE
+    assert steps["pack"].status is Status.STALE
     assert steps["pack"].why.endswith("version.decoding: 1 -> 2")
     for stage in ("pack", "index", "teacher"):
         assert "version.decoding" in keys.parts(config, STAGES[stage], {})
@@ -229,7 +229,7 @@ def steps_of(config: Config) -> dict[str, runner.Step]:
 @pytest.mark.parametrize("name", RECORDS)
 def test_a_run_of_schema_1_is_whole(tmp_path, name):
     steps = steps_of(made(tmp_path, name))
-    assert {step.standing for step in steps.values()} == {Standing.WHOLE}
+    assert {step.status for step in steps.values()} == {Status.COMPLETE}
     recorded = [entry["key"] for entry in RECORDS[name]["done"].values()]
     assert [step.key for step in steps.values()] == recorded
 
@@ -254,7 +254,7 @@ def test_a_run_of_schema_1_is_whole(tmp_path, name):
 )
 def test_a_real_change_of_such_a_run_is_found_and_named(tmp_path, name, override, stage, words):
     step = steps_of(made(tmp_path, name, override))[stage]
-    assert step.standing is Standing.STALE
+    assert step.status is Status.STALE
     assert step.why == f"made from another config or other inputs: {words}"
     assert step.schema == ledger.SCHEMA  # what is recomputed uses the current schema
 
@@ -263,20 +263,20 @@ def test_other_weights_and_other_inputs_of_such_a_run_are_found(tmp_path):
     config = made(tmp_path, "other")
     (tmp_path / "w.pth").write_bytes(b"two")
     step = steps_of(config)["teacher"]
-    assert step.standing is Standing.STALE
+    assert step.status is Status.STALE
     assert "teacher.weights: 'w.pth " in step.why
     (tmp_path / "w.pth").unlink()
-    assert steps_of(config)["teacher"].standing is Standing.WHOLE  # its record contains them
+    assert steps_of(config)["teacher"].status is Status.COMPLETE  # its record contains them
     done = tmp_path / "run" / "targets" / "done.json"
     done.write_text(json.dumps(json.loads(done.read_text()) | {"digest": "another"}))
     step = steps_of(config)["student"]
-    assert step.standing is Standing.STALE
+    assert step.status is Status.STALE
     assert "the stage targets was made again" in step.why
 
 
 def test_how_a_result_is_reached_changes_nothing_of_such_a_run(tmp_path):
     config = made(tmp_path, "demo", "run.ranks=4", "teacher.zero_stage=3", "evaluate.batch=17")
-    assert {step.standing for step in steps_of(config).values()} == {Standing.WHOLE}
+    assert {step.status for step in steps_of(config).values()} == {Status.COMPLETE}
 
 
 @pytest.mark.parametrize(
@@ -287,7 +287,7 @@ def test_a_record_that_does_not_bear_out_its_key_is_not_believed(tmp_path, field
     config = made(tmp_path, "demo")
     done = tmp_path / "run" / "student" / "done.json"
     done.write_text(json.dumps(json.loads(done.read_text()) | {field: value}))
-    assert steps_of(config)["student"].standing is Standing.STALE
+    assert steps_of(config)["student"].status is Status.STALE
 
 
 def test_a_field_that_schema_1_never_had_makes_its_record_stale_when_set(tmp_path, monkeypatch):
@@ -295,7 +295,7 @@ def test_a_field_that_schema_1_never_had_makes_its_record_stale_when_set(tmp_pat
     config = made(tmp_path, "demo")
     monkeypatch.setitem(DEFAULTS, "graph.twist", 0)
     tree = settings.as_tree(config)
-    assert steps_of(WiderConfig.model_validate(tree))["student"].standing is Standing.WHOLE
+    assert steps_of(WiderConfig.model_validate(tree))["student"].status is Status.COMPLETE
     tree["graph"]["twist"] = 1
     step = steps_of(WiderConfig.model_validate(tree))["student"]
     assert step.why == "made from another config or other inputs: graph.twist: 0 -> 1"
@@ -309,7 +309,7 @@ def test_a_record_of_before_schema_1_ended_is_stale_as_it_was(tmp_path):
     del record["parts"]["graph"]["move_gain"]
     record["key"] = ledger.key_of("graph", record["parts"], record["inputs"], schema=1)
     done.write_text(json.dumps(record))
-    assert steps_of(config)["graph"].standing is Standing.STALE
+    assert steps_of(config)["graph"].status is Status.STALE
 
 
 def test_what_was_begun_under_schema_1_is_ended_under_it(tmp_path):
@@ -319,24 +319,24 @@ def test_what_was_begun_under_schema_1_is_ended_under_it(tmp_path):
     (tmp_path / "run" / "targets" / "output").unlink()
     step = steps_of(config)["teacher"]
     record = RECORDS["demo"]["done"]["teacher"]
-    assert (step.standing, step.key, step.schema) == (Standing.RESUME, record["key"], 1)
-    runner._make_room(keys.Survey(config), step, update=True, force=False)
+    assert (step.status, step.key, step.schema) == (Status.RESUME, record["key"], 1)
+    runner._prepare_folder(keys.Survey(config), step, update=True, force=False)
     begun = json.loads((tmp_path / "run" / "teacher" / "begin.json").read_text())
     assert begun["schema"] == 1
     assert {k: begun[k] for k in ("key", "parts", "inputs")} == {
         k: record[k] for k in ("key", "parts", "inputs")
     }
-    assert steps_of(config)["teacher"].standing is Standing.RESUME
+    assert steps_of(config)["teacher"].status is Status.RESUME
 
 
 def test_update_makes_anew_under_todays_schema(tmp_path):
     config = made(tmp_path, "demo", "graph.neighbours=7")
     step = steps_of(config)["student"]
-    runner._make_room(keys.Survey(config), step, update=True, force=False)
+    runner._prepare_folder(keys.Survey(config), step, update=True, force=False)
     begun = json.loads((tmp_path / "run" / "student" / "begin.json").read_text())
     assert begun["schema"] == ledger.SCHEMA
     assert begun["parts"]["graph.neighbours"] == 7
-    assert steps_of(config)["student"].standing is Standing.RESUME
+    assert steps_of(config)["student"].status is Status.RESUME
 
 
 def test_a_record_of_a_later_schema_is_named_and_kept(tmp_path, capsys):
@@ -344,10 +344,10 @@ def test_a_record_of_a_later_schema_is_named_and_kept(tmp_path, capsys):
     done = tmp_path / "run" / "teacher" / "done.json"
     done.write_text(json.dumps(json.loads(done.read_text()) | {"schema": 3}))
     step = steps_of(config)["teacher"]
-    assert step.standing is Standing.STALE
+    assert step.status is Status.STALE
     assert step.why == "recorded by a later version of cnn2gnn-dist (keys of schema 3)"
     with pytest.raises(UserError, match="was recorded by a later version"):
-        runner._make_room(keys.Survey(config), step, update=False, force=False)
+        runner._prepare_folder(keys.Survey(config), step, update=False, force=False)
     assert cli.main(["run", "--config", "demo", f"run.dir={tmp_path}/run", "--dry-run"]) == 0
     assert "keys of schema 3" in capsys.readouterr().out
 

@@ -15,7 +15,7 @@ from cnn2gnn_dist import cli, field_names, settings
 from cnn2gnn_dist.data.index import fingerprint
 from cnn2gnn_dist.data.index.manifest import Manifest
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.ledger import Standing
+from cnn2gnn_dist.ledger import Status
 from cnn2gnn_dist.pipeline import keys, runner
 from cnn2gnn_dist.pipeline.keys import Survey
 from cnn2gnn_dist.pipeline.registry import stages_of
@@ -65,9 +65,9 @@ class Run:
         """The digest that the teacher's key is built on."""
         return json.loads((self.root / "manifest" / "done.json").read_text())["digest"]
 
-    def standing(self, stage: str) -> tuple[Standing, str]:
+    def status(self, stage: str) -> tuple[Status, str]:
         step = next(s for s in runner.plan(self.config) if s.stage.name == stage)
-        return step.standing, step.why
+        return step.status, step.why
 
 
 def rewrite(path: Path, data: bytes) -> None:
@@ -123,8 +123,8 @@ def test_a_changed_file_of_a_folder_is_named_and_update_reaches_the_teacher(
     before, times = run.digest, (folder / "a").stat().st_mtime_ns
     change(folder)
     os.utime(folder / "a", ns=(times, times))  # the folders' times need not tell either
-    assert run.standing("pack") == (
-        Standing.STALE,
+    assert run.status("pack") == (
+        Status.STALE,
         f"made from another config or other inputs: {words}",
     )
     for _ in range(2):  # a refusal changes nothing: the next gives the same message
@@ -141,7 +141,7 @@ def test_touched_and_copied_files_are_the_same_files(folder, tmp_path, capsys):
     before = run.digest
     for path in folder.rglob("*"):
         os.utime(path, (1, 1))
-    assert run.standing("pack")[0] is Standing.WHOLE
+    assert run.status("pack")[0] is Status.COMPLETE
     shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copyfile)
     shutil.rmtree(folder)
     run.set(train=tmp_path / "copy")
@@ -204,8 +204,8 @@ def test_which_files_train_and_which_test_is_in_the_key(folder, tmp_path):
     assert run() == 0
     before = run.digest
     run.set(train=tmp_path / "e", test=folder)
-    standing, why = run.standing("pack")
-    assert standing is Standing.STALE
+    status, why = run.status("pack")
+    assert status is Status.STALE
     assert "data.train: 1 with" in why
     assert "data.test: 1 with" in why
     assert run("--update") == 0
@@ -230,7 +230,7 @@ def test_of_very_large_sets_the_times_count(folder, tmp_path, monkeypatch):
     run = Run(tmp_path / "run", "imagefolder", train=folder)
     assert run() == 0
     os.utime(folder / "a" / "2.png", (1, 1))
-    assert "data.train: 1 with other times (a/2.png)" in run.standing("pack")[1]
+    assert "data.train: 1 with other times (a/2.png)" in run.status("pack")[1]
     assert run("--update") == 0
 
 
@@ -255,7 +255,7 @@ def test_manifests_follow_shards_that_have_moved(shards, tmp_path, capsys):
         manifest = Manifest.load(tmp_path / "run" / "manifest" / f"{name}.arrow")
         assert {Path(s.path).parent for s in manifest.shards} == {tmp_path / "moved"}
         manifest.check_shards()
-    assert run.standing("index")[0] is Standing.WHOLE
+    assert run.status("index")[0] is Status.COMPLETE
     assert run.digest == before
     assert run() == 0
     assert "moved" not in capsys.readouterr().out.replace(str(tmp_path), "")
@@ -284,8 +284,8 @@ def test_shards_corrected_in_place_at_equal_length(shards, tmp_path, what):
     else:
         path.write_bytes(path.read_bytes().replace(b"IEND", b"IENd"))
     assert path.stat().st_size == size
-    standing, why = run.standing("index")
-    assert standing is Standing.STALE
+    status, why = run.status("index")
+    assert status is Status.STALE
     assert "data.train: " in why
     assert "shard-000000.tar" in why
     assert run() == 2
@@ -304,8 +304,8 @@ def test_a_remote_shard_that_was_replaced_is_noticed_without_reading_it(tmp_path
         assert run() == 0
         path = tmp_path / "s" / "shard-000001.tar"
         path.write_bytes(path.read_bytes().replace(b"IEND", b"IENd"))
-        standing, why = run.standing("index")
-        assert standing is Standing.STALE
+        status, why = run.status("index")
+        assert status is Status.STALE
         assert "1 with other contents (shard-000001.tar)" in why
         assert served.sent == sent
         assert run() == 2
@@ -496,10 +496,10 @@ def test_lists_of_class_names_beside_shards_count(shards, tmp_path, before, afte
     write(before)
     run = Run(tmp_path / "run", "shards", train=f"{shards}/*.tar")
     assert run() == 0
-    assert run.standing("index")[0] is Standing.WHOLE
+    assert run.status("index")[0] is Status.COMPLETE
     write(after)
-    standing, why = run.standing("index")
-    assert standing is Standing.STALE
+    status, why = run.status("index")
+    assert status is Status.STALE
     assert words in why
     assert run() == 2
     assert run("--update") == 0

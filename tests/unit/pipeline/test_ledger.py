@@ -9,7 +9,7 @@ import pytest
 
 from cnn2gnn_dist import ledger
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.ledger import Entry, Standing
+from cnn2gnn_dist.ledger import Entry, Status
 
 PARTS = {"seed": 0, "teacher": {"epochs": 3}}
 
@@ -28,15 +28,15 @@ def made(folder: Path, key: str = "k") -> Entry:
 
 def test_a_stage_from_nothing_to_whole(tmp_path):
     folder = tmp_path / "deep" / "teacher"
-    assert ledger.standing(folder, "k") == (Standing.FRESH, None)
+    assert ledger.status(folder, "k") == (Status.FRESH, None)
     folder.mkdir(parents=True)
-    assert ledger.standing(folder, "k") == (Standing.FRESH, None)
+    assert ledger.status(folder, "k") == (Status.FRESH, None)
     ledger.begin(folder, Entry("k", PARTS))
-    assert ledger.standing(folder, "k") == (Standing.RESUME, Entry("k", PARTS))
+    assert ledger.status(folder, "k") == (Status.RESUME, Entry("k", PARTS))
     assert ledger.finished(folder) is None
     entry = made(folder)
     assert entry.outputs == (("a.bin", 4), ("sub/b.bin", 3))
-    assert ledger.standing(folder, "k") == (Standing.WHOLE, entry)
+    assert ledger.status(folder, "k") == (Status.COMPLETE, entry)
     assert ledger.finished(folder) == entry
     assert ledger.missing(folder, entry) == ""
 
@@ -44,24 +44,24 @@ def test_a_stage_from_nothing_to_whole(tmp_path):
 def test_another_key_is_stale_once_there_is_something_to_lose(tmp_path):
     begun = Entry("k", PARTS)
     ledger.begin(tmp_path, begun)
-    assert ledger.standing(tmp_path, "other") == (Standing.FRESH, None)  # nothing but the record
+    assert ledger.status(tmp_path, "other") == (Status.FRESH, None)  # nothing but the record
     (tmp_path / "metrics.jsonl").touch()
-    assert ledger.standing(tmp_path, "other") == (Standing.STALE, begun)
+    assert ledger.status(tmp_path, "other") == (Status.STALE, begun)
     entry = made(tmp_path)
-    assert ledger.standing(tmp_path, "other") == (Standing.STALE, entry)
+    assert ledger.status(tmp_path, "other") == (Status.STALE, entry)
 
 
 def test_files_without_any_note_are_nobodys_to_write_over(tmp_path):
     (tmp_path / "thesis.tex").touch()
-    assert ledger.standing(tmp_path, "k") == (Standing.STALE, None)
+    assert ledger.status(tmp_path, "k") == (Status.STALE, None)
 
 
 def test_beginning_again_takes_the_word_back(tmp_path):
     made(tmp_path)
     ledger.begin(tmp_path, Entry("k2", PARTS))
     assert ledger.finished(tmp_path) is None
-    assert ledger.standing(tmp_path, "k2")[0] is Standing.RESUME
-    assert ledger.standing(tmp_path, "k")[0] is Standing.STALE
+    assert ledger.status(tmp_path, "k2")[0] is Status.RESUME
+    assert ledger.status(tmp_path, "k")[0] is Status.STALE
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_beginning_again_takes_the_word_back(tmp_path):
 def test_an_output_that_is_not_what_it_was_is_made_again(tmp_path, harm, words, name):
     entry = made(tmp_path)
     harm(tmp_path / name)
-    assert ledger.standing(tmp_path, "k") == (Standing.RESUME, entry)
+    assert ledger.status(tmp_path, "k") == (Status.RESUME, entry)
     said = ledger.missing(tmp_path, entry)
     assert said.startswith(name)
     assert words in said
@@ -92,9 +92,9 @@ def test_an_output_that_is_not_what_it_was_is_made_again(tmp_path, harm, words, 
 def test_a_note_that_a_kill_cut_off_counts_as_none(tmp_path, text):
     made(tmp_path)
     (tmp_path / "done.json").write_text(text)
-    assert ledger.standing(tmp_path, "k")[0] is Standing.RESUME
+    assert ledger.status(tmp_path, "k")[0] is Status.RESUME
     (tmp_path / "begin.json").write_text(text)
-    assert ledger.standing(tmp_path, "k") == (Standing.STALE, None)
+    assert ledger.status(tmp_path, "k") == (Status.STALE, None)
 
 
 def test_a_note_of_before_there_were_inputs_is_read(tmp_path):
@@ -153,7 +153,7 @@ def test_nothing_is_written_over_when_set_aside(tmp_path):
         assert not folder.exists()
     assert names == ["teacher.old-1", "teacher.old-2", "teacher.old-3"]
     for number, name in enumerate(names):
-        assert ledger.standing(tmp_path / name, f"k{number}")[0] is Standing.WHOLE
+        assert ledger.status(tmp_path / name, f"k{number}")[0] is Status.COMPLETE
 
 
 def test_a_folder_is_a_runs_or_becomes_one(tmp_path):
@@ -188,4 +188,4 @@ def test_a_lock_alone_does_not_make_a_folder_foreign(tmp_path):
 
 def test_a_stage_makes_the_folders_above_its_own(tmp_path):
     ledger.begin(tmp_path / "run" / "teacher", Entry("k", PARTS))
-    assert ledger.standing(tmp_path / "run" / "teacher", "k")[0] is Standing.RESUME
+    assert ledger.status(tmp_path / "run" / "teacher", "k")[0] is Status.RESUME

@@ -46,7 +46,7 @@ def test_lines_carry_stage_and_rank(capsys):
     with log.console(rank=1), log.stage("teacher"):
         HERE.info("step 20")
         HERE.info("300 nodes", extra={"stage": "graph"})
-        log.complain(UserError("a peer is gone", where="here"), "train.py")
+        log.report_error(UserError("a peer is gone", where="here"), "train.py")
     with log.console(), log.stage("student"):
         HERE.warning("odd")
     HERE.info("nobody listens any more")

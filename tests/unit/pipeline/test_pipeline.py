@@ -6,7 +6,7 @@ import pytest
 
 from cnn2gnn_dist import cli, consistency, ledger, settings
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.ledger import Entry, Standing
+from cnn2gnn_dist.ledger import Entry, Status
 from cnn2gnn_dist.pipeline import runner
 from cnn2gnn_dist.pipeline.keys import Survey, as_made
 from cnn2gnn_dist.pipeline.registry import stages_of
@@ -20,7 +20,7 @@ def config(tmp_path, *overrides: str):
 def make_whole(config, upto: int) -> None:
     """Mark the first stages as done, under the keys they should have."""
     for _ in range(upto):
-        step = next(s for s in runner.plan(config) if s.standing is not Standing.WHOLE)
+        step = next(s for s in runner.plan(config) if s.status is not Status.COMPLETE)
         folder = runner.Path(config.run.dir) / step.stage.folder
         entry = Entry(step.key, step.parts, digest=step.key)
         ledger.begin(folder, entry)
@@ -29,8 +29,8 @@ def make_whole(config, upto: int) -> None:
         ledger.finish(folder, Entry(entry.key, entry.parts, step.key, files, 0.0, step.inputs))
 
 
-def standings(config) -> dict[str, Standing]:
-    return {step.stage.name: step.standing for step in runner.plan(config)}
+def statuses(config) -> dict[str, Status]:
+    return {step.stage.name: step.status for step in runner.plan(config)}
 
 
 def test_stages_follow_the_config(tmp_path):
@@ -58,16 +58,16 @@ def test_stages_follow_the_config(tmp_path):
 def test_whole_stages_are_whole_until_a_field_they_depend_on_changes(tmp_path):
     base = config(tmp_path)
     make_whole(base, 8)
-    assert set(standings(base).values()) == {Standing.WHOLE}
+    assert set(statuses(base).values()) == {Status.COMPLETE}
 
-    changed = standings(config(tmp_path, "student.epochs=99"))
-    assert changed["teacher"] is changed["targets"] is Standing.WHOLE
-    assert changed["student"] is changed["control"] is Standing.STALE
-    assert changed["graph"] is changed["evaluate"] is Standing.FRESH  # they wait for the student
+    changed = statuses(config(tmp_path, "student.epochs=99"))
+    assert changed["teacher"] is changed["targets"] is Status.COMPLETE
+    assert changed["student"] is changed["control"] is Status.STALE
+    assert changed["graph"] is changed["evaluate"] is Status.FRESH  # they wait for the student
 
-    graph = standings(config(tmp_path, "graph.neighbours=5"))
-    assert graph["control"] is Standing.WHOLE
-    assert graph["student"] is Standing.STALE
+    graph = statuses(config(tmp_path, "graph.neighbours=5"))
+    assert graph["control"] is Status.COMPLETE
+    assert graph["student"] is Status.STALE
 
 
 @pytest.mark.parametrize(
@@ -86,14 +86,14 @@ def test_whole_stages_are_whole_until_a_field_they_depend_on_changes(tmp_path):
 )
 def test_how_a_result_is_reached_is_not_in_its_key(tmp_path, override):
     make_whole(config(tmp_path), 8)
-    assert set(standings(config(tmp_path, override)).values()) == {Standing.WHOLE}
+    assert set(statuses(config(tmp_path, override)).values()) == {Status.COMPLETE}
 
 
 def test_a_missing_output_is_made_again(tmp_path):
     base = config(tmp_path)
     make_whole(base, 8)
     (tmp_path / "run" / "targets" / "output").unlink()
-    assert standings(base)["targets"] is Standing.RESUME
+    assert statuses(base)["targets"] is Status.RESUME
 
 
 def test_stale_results_are_refused_with_the_changed_fields_then_set_aside(tmp_path):
@@ -104,25 +104,25 @@ def test_stale_results_are_refused_with_the_changed_fields_then_set_aside(tmp_pa
     assert "student.epochs: 12 -> 99" in step.why
     root = tmp_path / "run"
     with pytest.raises(UserError, match=r"student\.epochs: 12 -> 99"):
-        runner._make_room(Survey(changed), step, update=False, force=False)
+        runner._prepare_folder(Survey(changed), step, update=False, force=False)
     assert (root / "student" / "output").exists()
-    runner._make_room(Survey(changed), step, update=True, force=False)
+    runner._prepare_folder(Survey(changed), step, update=True, force=False)
     assert (root / "student.old-1" / "output").read_text() == "student"
-    assert ledger.standing(root / "student", step.key)[0] is Standing.RESUME
+    assert ledger.status(root / "student", step.key)[0] is Status.RESUME
 
 
 def test_a_begun_folder_without_results_may_change_its_config(tmp_path):
     ledger.begin(tmp_path / "stage", Entry("one", {}))
-    assert ledger.standing(tmp_path / "stage", "two")[0] is Standing.FRESH
+    assert ledger.status(tmp_path / "stage", "two")[0] is Status.FRESH
     (tmp_path / "stage" / "checkpoint").write_text("work")
-    assert ledger.standing(tmp_path / "stage", "two")[0] is Standing.STALE
+    assert ledger.status(tmp_path / "stage", "two")[0] is Status.STALE
 
 
 def test_done_json_cut_off_by_a_kill_counts_as_not_done(tmp_path):
     folder = tmp_path / "stage"
     ledger.begin(folder, Entry("one", {}))
     (folder / "done.json").write_text('{"key": "one", "par')
-    assert ledger.standing(folder, "one")[0] is Standing.RESUME
+    assert ledger.status(folder, "one")[0] is Status.RESUME
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path):
@@ -168,7 +168,7 @@ def test_what_a_stage_waits_for_is_updated_with_it(tmp_path):
     step = next(s for s in runner.plan(config(tmp_path)) if s.stage.name == "teacher")
     for update, command in ((False, "`cnn2gnn run`"), (True, "`cnn2gnn run --update`")):
         with pytest.raises(UserError) as caught:
-            runner._make_room(Survey(config(tmp_path)), step, update=update, force=False)
+            runner._prepare_folder(Survey(config(tmp_path)), step, update=update, force=False)
         assert caught.value.remedy.endswith(command)
 
 

@@ -18,7 +18,7 @@ from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.runtime.ranks import Ranks
 from cnn2gnn_dist.stages.evaluate import as_json, table
 from cnn2gnn_dist.stages.neighbours.neighbourhood import last_refresh
-from cnn2gnn_dist.stages.shared import predictions as judging
+from cnn2gnn_dist.stages.shared import predictions
 from cnn2gnn_dist.stages.shared.context import Context, RunPaths
 from cnn2gnn_dist.stages.shared.predictions import Predictions, calibration_error
 from tests.support.shards import encode_image, random_images, write_tar
@@ -69,7 +69,9 @@ def test_the_accuracy_is_of_what_was_judged(tmp_path):
         return torch.eye(3)[torch.zeros(len(images), dtype=torch.long)]
 
     sound = np.delete(LABELS, CORRUPT)
-    assert judging.accuracy_of(context(tmp_path), classify) == pytest.approx((sound == 0).mean())
+    assert predictions.accuracy_of(context(tmp_path), classify) == pytest.approx(
+        (sound == 0).mean()
+    )
 
 
 def nothing(images: Tensor) -> dict[str, Tensor]:
@@ -80,8 +82,8 @@ def test_more_corrupt_than_the_limit_is_refused_before_anything_is_trained(tmp_p
     held_out(tmp_path)
     strict = context(tmp_path, "data.max_corrupt=0.1")
     for refused in (
-        lambda: judging.check_held_out(strict),
-        lambda: judging.judge(strict, nothing, strict.paths.test_manifest),
+        lambda: predictions.check_held_out(strict),
+        lambda: predictions.evaluate(strict, nothing, strict.paths.test_manifest),
     ):
         with pytest.raises(UserError, match="3 corrupt held-out images among 23") as caught:
             refused()
@@ -92,18 +94,18 @@ def test_more_corrupt_than_the_limit_is_refused_before_anything_is_trained(tmp_p
 
 def test_held_out_images_are_looked_through_once(tmp_path, capsys, console):
     held_out(tmp_path)
-    judging.check_held_out(context(tmp_path))
+    predictions.check_held_out(context(tmp_path))
     assert "3 of 23 held-out images are corrupt and not judged" in capsys.readouterr().err
     (tmp_path / "test-000000.tar").unlink()
-    judging.check_held_out(context(tmp_path))
+    predictions.check_held_out(context(tmp_path))
 
 
 def test_no_image_that_can_be_read_is_no_result(tmp_path):
     held_out(tmp_path, tuple(range(IMAGES)))
     lenient = context(tmp_path, "data.max_corrupt=1")
     for refused in (
-        lambda: judging.check_held_out(lenient),
-        lambda: judging.judge(lenient, nothing, lenient.paths.test_manifest),
+        lambda: predictions.check_held_out(lenient),
+        lambda: predictions.evaluate(lenient, nothing, lenient.paths.test_manifest),
     ):
         with pytest.raises(UserError, match="none of the 23 held-out images can be read"):
             refused()
@@ -117,7 +119,7 @@ def test_answers_that_are_not_finite_are_no_result(tmp_path):
 
     here = context(tmp_path)
     with pytest.raises(UserError, match="20 of 20 answers of the student are not finite"):
-        judging.judge(here, answer, here.paths.test_manifest)
+        predictions.evaluate(here, answer, here.paths.test_manifest)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

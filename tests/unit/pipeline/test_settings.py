@@ -492,7 +492,7 @@ MOVED = {  # and a value other than the preset's
 @pytest.mark.parametrize(("old", "typed"), MOVED.items())
 def test_a_field_is_read_by_the_name_that_it_had_once(here, old, typed):
     assert MOVED.keys() == field_names.moved().keys()
-    new = field_names.todays_name(old)
+    new = field_names.current_name(old)
     by_new, none = notes_of([f"{new}={typed}"])
     assert none == []
     by_old, notes = notes_of([f"{old}={typed}"])

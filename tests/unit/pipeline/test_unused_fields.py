@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from cnn2gnn_dist import cli, consistency, field_names, settings, unused_fields
-from cnn2gnn_dist.unused_fields import Around
+from cnn2gnn_dist.unused_fields import Surroundings
 
-CPU, GPU = Around(), Around(on_gpu=True)
-RAY, LAUNCHER = Around(inside_ray=True, ranks=2), Around(inside_ray=False, ranks=2)
-CLIPS = Around(deepspeed={"teacher": {"gradient_clipping": 3}, "student": {}})
+CPU, GPU = Surroundings(), Surroundings(on_gpu=True)
+RAY, LAUNCHER = Surroundings(inside_ray=True, ranks=2), Surroundings(inside_ray=False, ranks=2)
+CLIPS = Surroundings(deepspeed={"teacher": {"gradient_clipping": 3}, "student": {}})
 NEAR, FAR = "data.train=/d/a.tar", "data.train=s3://b/a.tar"
 
 IDLE = [  # overrides of the preset demo, the environment, and the beginnings of the notes
@@ -117,26 +117,26 @@ IDLE = [  # overrides of the preset demo, the environment, and the beginnings of
     (["cluster.grace_s=9", "checkpoint.grace_s=9"], CPU, []),  # a plan does not know the launcher
     (["cluster.address=h:1", "cluster.max_failures=1"], LAUNCHER, ["cluster.address=h:1, cluster.max"]),
     (["run.ranks=4"], LAUNCHER, ["run.ranks=4 does nothing: the launcher"]),
-    (["run.ranks=4"], Around(inside_ray=True, ranks=4), []),
+    (["run.ranks=4"], Surroundings(inside_ray=True, ranks=4), []),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("overrides", "around", "begin"), IDLE)
-def test_a_field_that_does_nothing_is_named_with_the_reason(overrides, around, begin):
-    found = consistency.notes(settings.load("demo", overrides), around)
+@pytest.mark.parametrize(("overrides", "surroundings", "begin"), IDLE)
+def test_a_field_that_does_nothing_is_named_with_the_reason(overrides, surroundings, begin):
+    found = consistency.notes(settings.load("demo", overrides), surroundings)
     assert len(found) == len(begin), found
     for note, start in zip(found, begin, strict=True):
         assert note.startswith(start)
 
 
-@pytest.mark.parametrize("around", [CPU, GPU, RAY, LAUNCHER, CLIPS])
-def test_presets_set_nothing_that_does_nothing(around):
+@pytest.mark.parametrize("surroundings", [CPU, GPU, RAY, LAUNCHER, CLIPS])
+def test_presets_set_nothing_that_does_nothing(surroundings):
     for name in settings.presets():
         config = settings.load(name)
-        if around.ranks:
-            config = settings.load(name, [f"run.ranks={around.ranks}"])
-        found = consistency.notes(config, around)
-        if name == "imagenet" and around.on_gpu:  # its search is set for users without one
+        if surroundings.ranks:
+            config = settings.load(name, [f"run.ranks={surroundings.ranks}"])
+        found = consistency.notes(config, surroundings)
+        if name == "imagenet" and surroundings.on_gpu:  # its search is set for users without one
             assert found.pop(0).startswith("graph.search.exact=false")
         assert found == []
 
@@ -145,8 +145,8 @@ def test_every_rule_names_fields_that_there_are_and_is_tried_here():
     tried = {
         rule.why
         for rule in unused_fields._RULES
-        for overrides, around, begin in IDLE
-        if begin and rule.when(settings.load("demo", overrides), around)
+        for overrides, surroundings, begin in IDLE
+        if begin and rule.when(settings.load("demo", overrides), surroundings)
     }
     assert tried == {rule.why for rule in unused_fields._RULES}
     for rule in unused_fields._RULES:

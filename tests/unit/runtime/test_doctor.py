@@ -55,7 +55,7 @@ def test_versions_against_the_ranges(monkeypatch):
         ["torch>=2.11,<2.14", "dgl==2.1.0", "ray[default]>=2.60", "pytest>=8; extra == 'test'"],
         {"torch": "2.13.0+cpu", "dgl": "2.4.0"},
     )
-    assert {name: one.standing for name, one in found.items()} == {
+    assert {name: one.status for name, one in found.items()} == {
         "torch": OK, "dgl": FAIL, "ray": FAIL,
     }  # fmt: skip
     assert '"dgl==2.1.0"' in found["dgl"].remedy
@@ -70,42 +70,42 @@ def test_a_checkout_that_is_not_installed_is_held_to_its_pyproject(monkeypatch, 
     assert {"torch", "dgl", "ray"} <= {finding.name for finding in doctor._versions()}
     monkeypatch.setattr(doctor, "CHECKOUT", tmp_path / "none.toml")
     (finding,) = doctor._versions()
-    assert finding.standing == WARN
+    assert finding.status == WARN
     assert finding.remedy == "pip install ."
 
 
 def test_python_of_another_version(monkeypatch):
     monkeypatch.setattr(sys, "version_info", (3, 13, 0))
-    assert doctor._python().standing == FAIL
+    assert doctor._python().status == FAIL
 
 
-@pytest.mark.parametrize(("free", "standing"), [(6, OK), (3, WARN), (0.5, FAIL)])
-def test_disk(monkeypatch, free, standing):
+@pytest.mark.parametrize(("free", "status"), [(6, OK), (3, WARN), (0.5, FAIL)])
+def test_disk(monkeypatch, free, status):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, free * doctor.GIB))
-    assert doctor._disk().standing == standing
+    assert doctor._disk().status == status
 
 
-@pytest.mark.parametrize(("free", "standing"), [(2, OK), (0.06, WARN)])
-def test_shared_memory(monkeypatch, free, standing):
+@pytest.mark.parametrize(("free", "status"), [(2, OK), (0.06, WARN)])
+def test_shared_memory(monkeypatch, free, status):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, free * doctor.GIB))
-    assert doctor._shared_memory().standing == standing
+    assert doctor._shared_memory().status == status
 
 
-@pytest.mark.parametrize(("limit", "standing"), [(65536, OK), (256, WARN)])
-def test_open_files(monkeypatch, limit, standing):
+@pytest.mark.parametrize(("limit", "status"), [(65536, OK), (256, WARN)])
+def test_open_files(monkeypatch, limit, status):
     monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, limit))
-    assert doctor._open_files().standing == standing
+    assert doctor._open_files().status == status
 
 
 @pytest.mark.parametrize(
-    ("value", "standing"), [(None, OK), ("1", OK), ("100", WARN), ("0", WARN), ("many", WARN)]
+    ("value", "status"), [(None, OK), ("1", OK), ("100", WARN), ("0", WARN), ("many", WARN)]
 )
-def test_threads(monkeypatch, value, standing):
+def test_threads(monkeypatch, value, status):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if value is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", value)
-    assert doctor._threads().standing == standing
+    assert doctor._threads().status == status
 
 
 @pytest.mark.parametrize("scheme", ["", "http://"])
@@ -113,29 +113,29 @@ def test_ray_is_told_where_it_would_connect_and_that_nobody_is_there(monkeypatch
     address = f"{scheme}127.0.0.1:{free_port()}"
     monkeypatch.setenv("RAY_ADDRESS", address)
     found = doctor._ray()
-    assert found.standing == WARN
+    assert found.status == WARN
     assert f"RAY_ADDRESS={address}" in found.seen
     assert "answers at" in found.seen
     monkeypatch.delenv("RAY_ADDRESS")
-    assert doctor._ray().standing == OK
+    assert doctor._ray().status == OK
 
 
 def test_a_home_that_cannot_be_written_to(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert doctor._home().standing == OK
+    assert doctor._home().status == OK
     monkeypatch.setenv("HOME", str(tmp_path / "none"))
-    assert doctor._home().standing == WARN
+    assert doctor._home().status == WARN
 
 
 def test_interfaces(monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     monkeypatch.delenv("NCCL_SOCKET_IFNAME", raising=False)
-    assert doctor._interfaces().standing == OK
+    assert doctor._interfaces().status == OK
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "=nothing9")
     found = doctor._interfaces()
-    assert found.standing == FAIL
+    assert found.status == FAIL
     assert "unset NCCL_SOCKET_IFNAME" in found.remedy
-    assert doctor._loopback().standing == OK
+    assert doctor._loopback().status == OK
 
 
 def test_the_launchers_port(monkeypatch):
@@ -144,14 +144,14 @@ def test_the_launchers_port(monkeypatch):
         taken.listen()
         monkeypatch.setattr(doctor, "DEFAULT_PORT", taken.getsockname()[1])
         found = doctor._port()
-    assert found.standing == WARN
+    assert found.status == WARN
     assert f"--master_port {doctor.DEFAULT_PORT + 1}" in found.remedy
-    assert doctor._port().standing == OK
+    assert doctor._port().status == OK
 
 
 def test_deepspeed_leaves_the_environment_as_it_was(monkeypatch):
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
-    assert doctor._deepspeed().standing == OK
+    assert doctor._deepspeed().status == OK
     assert "DS_ACCELERATOR" not in os.environ
 
 
@@ -167,5 +167,5 @@ def test_what_libraries_print_is_kept_out_and_the_streams_come_back(monkeypatch,
     said = capfd.readouterr()
     assert said.out == "after\n"
     assert said.err == ""
-    assert found["dgl imports"].standing == FAIL
+    assert found["dgl imports"].status == FAIL
     assert "libcudart" in found["dgl imports"].seen

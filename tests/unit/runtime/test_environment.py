@@ -293,11 +293,16 @@ def test_what_is_sent_is_what_ray_sends(tmp_path, monkeypatch):
     with open(tmp_path / "images" / "large.bin", "wb") as file:
         file.truncate(620 << 20)
     (tmp_path / ".gitignore").write_text("/data/\n")
-    sent = submit._sent(tmp_path)
+    sent = submit._files_to_send(tmp_path)
     assert sent.keys() == {".gitignore", "run.py", "images/1.png", "images/large.bin", "old/3.png"}
     assert sent["run.py"] == 5
     with pytest.raises(UserError, match=r"images/large.bin \(620 MiB\)") as caught:
         upload_checks.check_size(sent, tmp_path)
     assert ".rayignore" in caught.value.remedy
     (tmp_path / ".rayignore").write_text("images\n")
-    assert submit._sent(tmp_path).keys() == {".gitignore", ".rayignore", "run.py", "old/3.png"}
+    assert submit._files_to_send(tmp_path).keys() == {
+        ".gitignore",
+        ".rayignore",
+        "run.py",
+        "old/3.png",
+    }
