@@ -25,9 +25,10 @@ def shares_of(counts: Sequence[int], total: int) -> list[int]:
         raise ValueError(f"shares of {total} for parts of {list(counts)} samples")
     if nonempty.sum() > total:
         raise UserError(
-            f"{int(nonempty.sum())} partitions share a global batch of {total}: too few for one each",
+            f"{int(nonempty.sum())} partitions share a global batch of {total}: less than one "
+            "sample each",
             where="graph.partition.parts",
-            remedy="fewer partitions, or a larger global batch",
+            remedy="use fewer partitions or a larger global batch",
         )
     exact = weights / weights.sum() * total
     shares = np.maximum(np.floor(exact), nonempty).astype(int)
@@ -57,9 +58,9 @@ def micro_batches(ids: np.ndarray, accumulation: int, first: int | None = None) 
     """
     if not 1 <= accumulation <= len(ids):
         raise UserError(
-            f"{len(ids)} samples of a rank can't be cut into {accumulation} micro-batches",
+            f"a rank's {len(ids)} samples can't be split into {accumulation} micro-batches",
             where="global_batch, max_micro_batch",
-            remedy="a larger global batch, or larger (so fewer) micro-batches",
+            remedy="use a larger global batch, or larger (so fewer) micro-batches",
         )
     if first is None:
         return np.array_split(ids, accumulation)
@@ -77,16 +78,16 @@ def check_arithmetic(global_batch: int, world_size: int, accumulation: int) -> N
         raise UserError(
             f"{world_size} ranks x {accumulation} micro-batches: both must be 1 or more",
             where="run.ranks, max_micro_batch",
-            remedy="at least 1 for each",
+            remedy="set each to at least 1",
         )
     if global_batch < 1 or global_batch % unit:
         below = global_batch // unit * unit
         nearest = f"{below} or {below + unit}" if below > 0 else f"{unit}"
         raise UserError(
             f"a global batch of {global_batch} is not {world_size} ranks x {accumulation} "
-            f"micro-batches x a whole number ({global_batch} / {unit} = {global_batch / unit:.3g})",
+            f"micro-batches x an integer ({global_batch} / {unit} = {global_batch / unit:.3g})",
             where="global_batch",
-            remedy=f"a multiple of {unit}: {nearest}",
+            remedy=f"use a multiple of {unit}: {nearest}",
         )
 
 
@@ -100,15 +101,16 @@ def check_parts(parts: int, world_size: int, global_batch: int | None = None) ->
     """
     if not 1 <= world_size <= parts:
         raise UserError(
-            f"{parts} parts can't be shared by {world_size} ranks: every rank needs one",
+            f"{parts} partitions can't be shared by {world_size} ranks: every rank needs one",
             where="graph.partition.parts",
-            remedy=f"graph.partition.parts={world_size} or a multiple of it",
+            remedy=f"set graph.partition.parts={world_size} or a multiple of it",
         )
     if global_batch is not None and parts > global_batch:
         raise UserError(
-            f"{parts} partitions share a global batch of {global_batch}: too few for one each",
+            f"{parts} partitions share a global batch of {global_batch}: less than one sample each",
             where="graph.partition.parts, global_batch",
-            remedy=f"graph.partition.parts={global_batch} or fewer, or a larger global batch",
+            remedy=f"set graph.partition.parts={global_batch} or fewer, or use a larger global "
+            "batch",
         )
 
 
@@ -131,14 +133,14 @@ def check_sizes(total: int, shards: int, global_batch: int, window: int) -> None
             f"a global batch of {global_batch} and a window of {window} shards: "
             "both must be 1 or more",
             where="global_batch, stream.window",
-            remedy="at least 1 for each",
+            remedy="set each to at least 1",
         )
     if total < global_batch:
         raise UserError(
             f"{total} samples are fewer than one global batch of {global_batch}: "
-            f"{total} // {global_batch} = 0 batches an epoch ({shards} shards)",
+            f"{total} // {global_batch} = 0 batches per epoch ({shards} shards)",
             where="global_batch",
-            remedy=f"a global batch of at most {total}, or more samples"
+            remedy=f"use a global batch of at most {total}, or more samples"
             if total
-            else "data with samples in it",
+            else "use data that contains samples",
         )

@@ -76,7 +76,7 @@ class Order:
     ) -> None:
         self.sizes = np.asarray(shard_sizes, dtype=np.int64)
         if (self.sizes < 0).any():
-            raise ValueError("a shard has fewer than 0 samples")
+            raise ValueError("a shard has a negative number of samples")
         self.starts = np.concatenate([[0], np.cumsum(self.sizes)])
         # Python integers: a numpy int32 would overflow silently further down.
         self.seed, self.global_batch, self.window = int(seed), int(global_batch), int(window)
@@ -173,8 +173,8 @@ class Order:
                     f"rows of a global batch (partitions {own.start} to {own.stop - 1} have shares "
                     f"{' + '.join(map(str, shares))}), too few for {accumulation} micro-batches",
                     where="global_batch, max_micro_batch, graph.partition.parts",
-                    remedy="a larger global batch, larger (so fewer) micro-batches, "
-                    "or fewer ranks and partitions",
+                    remedy="use a larger global batch, larger (so fewer) micro-batches, or fewer "
+                    "ranks and partitions",
                 )
 
     def _own_parts(self, rank: int, world_size: int) -> range:
@@ -186,7 +186,7 @@ class Order:
         if not 0 <= index < self.batches_per_epoch:
             raise IndexError(f"batch {index} of {self.batches_per_epoch}")
         if not 0 <= epoch < MOST_EPOCHS:
-            raise IndexError(f"epoch {epoch}: they count from 0 to {MOST_EPOCHS - 1}")
+            raise IndexError(f"epoch {epoch} is not in 0..{MOST_EPOCHS - 1}")
         share = self.shares[part]
         first, last = index * share, (index + 1) * share
         ends = self._layout(epoch)[1][:, part]
@@ -243,7 +243,9 @@ def sequential(
         IndexError: no such rank.
     """
     if batch < 1:
-        raise UserError(f"batches of {batch} samples", where="max_micro_batch", remedy="at least 1")
+        raise UserError(
+            f"batches of {batch} samples", where="max_micro_batch", remedy="set it to at least 1"
+        )
     if not 0 <= rank < world_size:
         raise IndexError(f"rank {rank} of {world_size}")
     return _sequential(num_samples, batch, rank, world_size)
@@ -267,12 +269,12 @@ def sequential_batch(
 def _part_of(parts: Sequence[np.ndarray], total: int) -> np.ndarray:
     """Return the partition of each sample [N] in the narrowest type: up to 16 bits sort several times faster."""
     if any(len(ids) and not 0 <= ids.min() <= ids.max() < total for ids in parts):
-        raise ValueError(f"parts name samples outside 0..{total - 1}")
+        raise ValueError(f"partitions contain samples outside 0..{total - 1}")
     part_N = np.full(total, -1, dtype=np.min_scalar_type(-len(parts) - 1))
     for number, ids in enumerate(parts):
         part_N[ids] = number
     if (part_N < 0).any() or sum(len(ids) for ids in parts) != total:
-        raise ValueError("parts must be disjoint and cover all samples")
+        raise ValueError("partitions must be disjoint and cover all samples")
     return part_N
 
 

@@ -187,7 +187,7 @@ class Layout:
             UserError: it has more classes per sample than there are, or none.
         """  # noqa: DOC501
         if not 1 <= k <= classes:
-            raise unfit(path, f"it has {k} of {classes} classes a sample")
+            raise unfit(path, f"it has {k} of {classes} classes per sample")
         return cls(views, samples, k, classes)
 
     @property
@@ -219,17 +219,21 @@ class _Rows:
     def of(cls, path: Path, columns: dict[str, np.ndarray], layout: Layout) -> _Rows:
         ids, view, indices = columns["id"], columns["view"], columns["indices"]
         if (int(view.max()) + 1, indices.shape[1]) != (layout.views, layout.k):
-            raise unfit(path, "it has other views or another k than the other files")
+            raise unfit(path, "its views or its k differ from those of the other files")
         if min(ids.min(), view.min()) < 0 or ids.max() >= layout.samples:
-            raise unfit(path, f"it has sample ids to {ids.max()}, of {layout.samples} samples")
+            raise unfit(
+                path, f"it has sample ids up to {ids.max()}, but there are {layout.samples} samples"
+            )
         if indices.min() < 0 or indices.max() >= layout.classes:
-            raise unfit(path, f"it has class {indices.max()}, of {layout.classes} classes")
+            raise unfit(
+                path, f"it has class {indices.max()}, but there are {layout.classes} classes"
+            )
         log_probs = columns["log_probs"]
         if layout.full:  # sort into class order
             by_class = np.argsort(indices, axis=1)
             indices = np.take_along_axis(indices, by_class, 1)
             if (indices != np.arange(layout.classes)).any():
-                raise unfit(path, "a class comes twice in a row")
+                raise unfit(path, "a class occurs twice in one row")
             log_probs = np.take_along_axis(log_probs, by_class, 1)
         return cls(view, ids, indices.astype(layout.kind), log_probs)
 
@@ -264,23 +268,23 @@ def _checked(path: Path, meta: dict[str, Any] | None) -> dict[str, np.ndarray]:
         note, columns = _read(path)
     except FileNotFoundError:
         raise UserError(
-            "a file of soft targets is missing",
+            "a soft-target file is missing",
             where=str(path),
             remedy="run `cnn2gnn targets` again: it writes what is missing",
         ) from None
     except DAMAGE as error:
         raise unfit(path, str(error)) from None
     if note.get(CHECKSUM) != _checksum(columns):
-        raise unfit(path, "its checksum does not hold")
+        raise unfit(path, "its checksum does not match")
     if meta is not None and note.get(META) != as_note(meta):
-        raise unfit(path, "it belongs to other targets")
+        raise unfit(path, "it belongs to different targets")
     return columns
 
 
 def unfit(path: Path, what: str) -> UserError:
     """Return the error for a file that can't be used."""
     return UserError(
-        f"this file of soft targets can't be used: {what}",
+        f"this soft-target file can't be used: {what}",
         where=str(path),
         remedy="remove it and run `cnn2gnn targets` again: it writes what is missing",
     )

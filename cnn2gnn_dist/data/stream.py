@@ -155,17 +155,17 @@ class Stream:
         for name, value in mine.items():
             if state.get(name) != value:
                 raise UserError(
-                    f"this state belongs to another stream: {name} is {state.get(name)!r} there "
-                    f"and {value!r} here",
+                    f"this state belongs to a different stream: {name} is {state.get(name)!r} "
+                    f"there and {value!r} here",
                     where=name,
-                    remedy="the same data and settings, or a new start without the state",
+                    remedy="use the same data and settings, or start over without the state",
                 )
         epoch, batch = int(state["epoch"]), int(state["batch"])
         if epoch < 0 or not 0 <= batch <= len(self):
             raise UserError(
-                f"epoch {epoch}, batch {batch} lies outside an epoch of {len(self)} batches",
+                f"epoch {epoch}, batch {batch} is outside an epoch of {len(self)} batches",
                 where="state",
-                remedy="a state that state_dict() gave",
+                remedy="load a state returned by state_dict()",
             )
         self.epoch, self.batch = (epoch + 1, 0) if batch == len(self) else (epoch, batch)
 
@@ -215,7 +215,7 @@ class Stream:
                 f"{len(corrupt.seen)} corrupt images among about {corrupt.total:.0f} of this rank, "
                 f"more than the limit of {corrupt.limit:.2%}: {some}",
                 where="max_corrupt",
-                remedy="mend or drop these samples, or raise max_corrupt",
+                remedy="fix or drop these samples, or raise max_corrupt",
             )
 
 

@@ -65,7 +65,7 @@ def describe(
             with pq.ParquetFile(path) as file:
                 note, rows = file.metadata.metadata or {}, file.metadata.num_rows
                 if note.get(META) != as_note(meta):
-                    raise unfit(path, "it belongs to other targets")
+                    raise unfit(path, "it belongs to different targets")
                 found.update(note[CHECKSUM])
                 if layout is None and rows:
                     views = int(file.read(columns=["view"])["view"].to_numpy().max()) + 1

@@ -131,5 +131,5 @@ def test_a_folder_is_searched_as_pack_does_and_sixteen_bits_are_answered_as_eigh
     names = ["32", "8.png", "caf\\xe9.png", "far/far.jfif", "more/16.tif"]
     assert [answer["image"] for answer in answers] == [f"{odd}/{name}" for name in names]
     assert all(answer["classes"] == answers[0]["classes"] for answer in answers)
-    assert "1 .heic (not read; first: z.heic), 1 link to a folder that is read" in said.err
+    assert "1 .heic (not read; first: z.heic), 1 link to a folder that was already read" in said.err
     assert "nnn: not readable as an image: File name too long" in said.err

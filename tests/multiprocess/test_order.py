@@ -14,6 +14,6 @@ def test_ranks_that_do_not_fit_leave_no_trace(tmp_path):
         [*command, "graph.partition.parts=65"], capture_output=True, text=True, env=environment()
     )
     assert done.returncode == 2
-    assert "65 partitions share a global batch of 64: too few for one each" in done.stderr
+    assert "65 partitions share a global batch of 64: less than one sample each" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()

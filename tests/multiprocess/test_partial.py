@@ -360,12 +360,12 @@ def test_a_library_that_is_none_or_wrong_is_not_used(use, library, tmp_path, mon
     assert right in partial.SOURCE.read_text()
     source.write_text(partial.SOURCE.read_text().replace(right, "#define MARGIN_COLUMNS 0"))
     monkeypatch.setattr(partial, "SOURCE", source)
-    with pytest.raises(UserError, match="not those of the full decoder"):
+    with pytest.raises(UserError, match="differ from those of the full decoder"):
         partial.build(tmp_path / "wrong.so")
     assert not (tmp_path / "wrong.so").exists()
     wrong = partial.build(tmp_path / "unchecked.so", "-DUNCHECKED")
     use(wrong)
-    with pytest.warns(UserWarning, match="not those of the full decoder"):
+    with pytest.warns(UserWarning, match="differ from those of the full decoder"):
         assert partial.crop(data, 40, 60, 0, 0, 8, 8) is None
 
 

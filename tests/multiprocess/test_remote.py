@@ -170,7 +170,7 @@ def test_wrong_bytes_are_fetched_again_then_refused(web, shards, tmp_path, limit
     web.fault = mend
     reader = Reader(spec)
     if stays:
-        with pytest.raises(UserError, match="not those indexed") as error:
+        with pytest.raises(UserError, match="differ from those indexed") as error:
             reader.read(Request(np.array([3]), -1))
         assert error.value.where == f"{web.url}/{shards[0].name}"
     else:
@@ -186,7 +186,7 @@ def test_local_checksums_are_verified_too(shards, tmp_path):
     shards[0].write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
     reader = Reader(ReaderSpec(str(path), VIEWS))
     assert reader.read(Request(np.array([2]), -1)).valid.all()
-    with pytest.raises(UserError, match="not those indexed"):
+    with pytest.raises(UserError, match="differ from those indexed"):
         reader.read(Request(np.array([3]), -1))
 
 

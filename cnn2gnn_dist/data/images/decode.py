@@ -139,7 +139,7 @@ def _not_opened(data: bytes) -> str:
     kind = image_suffix(data)
     if kind is None:
         return what_it_is(data)
-    return f"{kind.upper()} of a rare kind that is not read, or with damage in its header"
+    return f"{kind.upper()} of an unsupported variety, or with a corrupt header"
 
 
 def _webp_canvas(data: bytes) -> tuple[int, int]:
@@ -156,4 +156,4 @@ def _webp_canvas(data: bytes) -> tuple[int, int]:
 
 def _check_size(wide: int, high: int) -> None:
     if wide * high > MAX_PIXELS:
-        raise CorruptSample(f"{wide} x {high} pixels are more than {MAX_PIXELS}")
+        raise CorruptSample(f"{wide} x {high} pixels, more than {MAX_PIXELS}")

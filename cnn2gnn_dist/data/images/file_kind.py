@@ -24,13 +24,13 @@ _MAGIC = (
     (b"RIFF", "a WebP image"),
 )
 _REMEDIES = {
-    "an HTML page": "open the address in a browser: is it a login page, an error page, or a page "
-    "about the file? Use the address of the file itself",
-    "an XML answer": "it may be a store's error message: look into it, and use the address of the "
-    "file itself",
-    "JSON": "it may be a server's error message: look into it, and use the address of the file "
+    "an HTML page": "open the URL in a browser: is it a login page, an error page, or a page "
+    "about the file? Use the URL of the file itself",
+    "an XML response": "it may be an error message from the store: read it, and use the URL of "
+    "the file itself",
+    "JSON": "it may be an error message from the server: read it, and use the URL of the file "
     "itself",
-    "a Git LFS pointer": "fetch the file that it stands for: git lfs pull",
+    "a Git LFS pointer": "fetch the actual file: git lfs pull",
     "a Parquet file": "Parquet files are read with data.source=parquet",
     "a JPEG image": "folders of images are read with data.source=imagefolder",
     "a PNG image": "folders of images are read with data.source=imagefolder",
@@ -53,7 +53,7 @@ def kind_of(start: bytes) -> str | None:
     if lower.startswith((b"<!doctype html", b"<html", b"<head", b"<body")):
         return "an HTML page"
     if lower.startswith(b"<?xml") or (lower.startswith(b"<") and b"xmlns" in lower):
-        return "an HTML page" if b"<html" in lower else "an XML answer"
+        return "an HTML page" if b"<html" in lower else "an XML response"
     if text[:1] in (b"{", b"[") and _is_text(start):
         return "JSON"
     if text and _is_text(start):

@@ -59,11 +59,11 @@ def what_it_is(data: bytes) -> str:
     if data[4:8] == b"ftyp":
         brand = data[8:12]
         if brand in (b"avif", b"avis"):
-            return "AVIF, a format that is not read"
-        return "HEIC, a format that is not read" if brand in _HEIF else "a film (MP4 or like it)"
+            return "AVIF, which is not supported"
+        return "HEIC, which is not supported" if brand in _HEIF else "a video (MP4 or similar)"
     for start, name in _UNREAD:
         if data.startswith(start):
-            return f"{name}, a format that is not read"
+            return f"{name}, which is not supported"
     if data[:4] == b"RIFF":
-        return "sound, film or another RIFF file, no WebP image"
+        return "audio, video or another RIFF file, not a WebP image"
     return kind_of(data[:ENOUGH]) or f"none of {', '.join(KINDS)}"

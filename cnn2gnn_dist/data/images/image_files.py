@@ -22,13 +22,13 @@ from cnn2gnn_dist.data.images.formats import HEAD, IMAGE_SUFFIXES, image_suffix,
 from cnn2gnn_dist.errors import UserError
 
 HIDDEN, LOOSE, BROKEN = "hidden", "loose file beside the class folders", "broken link"
-TWICE, SPECIAL, COPY = "link to a folder that is read already", "no plain file", "unfinished copy"
-NAMELESS, CORRUPT = "without a suffix, no image by its bytes", "corrupt"
+TWICE, SPECIAL, COPY = "link to a folder that was already read", "special file", "unfinished copy"
+NAMELESS, CORRUPT = "without a suffix, not an image by its bytes", "corrupt"
 _PLURAL = {
     LOOSE: "loose files beside the class folders",
     BROKEN: "broken links",
-    TWICE: "links to folders that are read already",
-    SPECIAL: "no plain files",
+    TWICE: "links to folders that were already read",
+    SPECIAL: "special files",
     COPY: "unfinished copies",
 }
 READ_AT_ONCE, PIECE = 8, 64
@@ -151,7 +151,7 @@ class _Walk:
                 raise UserError(
                     f"a folder of images can't be read: {error.strerror}",
                     where=printable(os.path.join(self.root, name)),
-                    remedy="make it readable, or take it away",
+                    remedy="make it readable, or remove it",
                 ) from None
             for entry in entries:
                 path = os.path.join(name, entry.name) if name else entry.name
@@ -194,9 +194,10 @@ class _Walk:
         except OSError:
             if at_top and self.classes and _suffix(entry.name) not in IMAGE_SUFFIXES:
                 raise UserError(
-                    f"'{printable(entry.name)}' is a link to nothing; if it was a class, it would be missing",
+                    f"'{printable(entry.name)}' is a broken link; if it was a class, that class "
+                    "would be missing",
                     where=printable(os.path.join(self.root, path)),
-                    remedy="mend the link, or remove it",
+                    remedy="fix the link, or remove it",
                 ) from None
             self.found.leave(BROKEN, path)
             return
@@ -277,7 +278,7 @@ def _all_of_pipe(pipe: int) -> bytes:
             return bytes(read)
         happened = poll.poll(wait * 1000)
         if not happened:
-            raise TimeoutError(f"a pipe that nobody writes to (waited {wait:g} seconds)")
+            raise TimeoutError(f"nothing is writing to the pipe (waited {wait:g} seconds)")
         if not happened[0][1] & select.POLLIN:  # the writer has closed it
             return bytes(read)
 

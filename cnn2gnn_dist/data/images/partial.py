@@ -97,7 +97,7 @@ def build(target: Path | None = None, *flags: str) -> Path:
 
 _REMEDY = (
     "install a compiler and libjpeg-turbo's header (Debian: gcc and libjpeg62-turbo-dev, Fedora: "
-    "gcc and libjpeg-turbo-devel), or do without: everything works, crops are cut more slowly"
+    "gcc and libjpeg-turbo-devel), or do without it: everything works, but crops are slower"
 )
 
 
@@ -129,7 +129,7 @@ def _load(library: Path) -> _Crop:
         failed = decode(data, len(data), 75, 99, 33, 41, 24, 31, made.ctypes.data)
         if failed or not np.array_equal(made, simplejpeg.decode_jpeg(data)[33:57, 41:72]):
             raise UserError(
-                "its pixels are not those of the full decoder",
+                "its pixels differ from those of the full decoder",
                 where=str(library),
                 remedy="build it again: python -m cnn2gnn_dist.data.images.partial build",
             )
@@ -140,7 +140,7 @@ def main(words: list[str]) -> int:
     """Run ``build``; any other argument, or none, prints the status."""
     try:
         if words == ["build"]:
-            log.output(f"built and tried: {build()}")
+            log.output(f"built and tested: {build()}")
         elif _decoder() is not None:
             log.output(f"in use: {path()}")
         elif path().exists():

@@ -62,17 +62,17 @@ def _check_tiff(image: TiffImageFile) -> bool:
     """Refuse TIFFs that Pillow misreads; return True if zero is white and Pillow does not invert it."""
     tags = image.tag_v2
     if _SIGNED in tags.get(_SAMPLE_FORMAT, ()):
-        raise CorruptSample("a TIFF of signed numbers, which do not say what is black")
+        raise CorruptSample("a TIFF with signed samples, whose black level is undefined")
     if image.mode == "I":
-        raise CorruptSample("a TIFF of 32-bit whole numbers, which do not say what is white")
+        raise CorruptSample("a TIFF with 32-bit integer samples, whose white level is undefined")
     if tags.get(_PHOTOMETRIC) == _YCBCR and tags.get(_COMPRESSION, _PLAIN) == _PLAIN:
         wide, high = image.size
         if sum(tags.get(_STRIP_BYTES, (wide * high * 3,))) != wide * high * 3:
-            raise CorruptSample("an uncompressed TIFF of YCbCr with fewer colours than pixels")
+            raise CorruptSample("an uncompressed YCbCr TIFF with subsampled chroma")
     planes = tags.get(_PLANES) == _PLANE_BY_PLANE and tags.get(_SAMPLES, 1) > 1
     if planes and tags.get(_COMPRESSION, _PLAIN) == _PLAIN and max(tags.get(_BITS, (1,))) > 8:
         # Pillow treats each byte of a plane as a pixel, so the low bytes become pixels too.
-        raise CorruptSample("an uncompressed TIFF of 16 bits a colour, plane by plane")
+        raise CorruptSample("an uncompressed TIFF with 16 bits per channel, stored plane by plane")
     return tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO and image.mode in ("I;16", "I;16B", "F")
 
 
@@ -81,7 +81,7 @@ def _rescale_transparency(image: Image, layout: str) -> None:
     colour = image.info.get("transparency")
     if isinstance(colour, tuple):
         if "16" in layout:
-            raise CorruptSample("a PNG of 16 bits a colour with one colour transparent")
+            raise CorruptSample("a PNG with 16 bits per channel and one transparent color")
         image.info["transparency"] = tuple(value & 255 for value in colour)
     elif isinstance(colour, int) and image.mode == "L":
         most = {"L;2": 3, "L;4": 15}.get(layout, 255)

@@ -55,13 +55,15 @@ class ViewSpec:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise UserError(
-                f"no kind of view {self.kind!r}", where="views.kind", remedy=", ".join(KINDS)
+                f"unknown kind of view {self.kind!r}",
+                where="views.kind",
+                remedy=f"use {', '.join(KINDS)}",
             )
         if self.size < 1 or self.pad < 0 or self.resize < 1:
             raise UserError(
                 f"views of size {self.size}, pad {self.pad}, resize {self.resize}",
                 where="views",
-                remedy="size >= 1, pad >= 0, resize >= 1",
+                remedy="use size >= 1, pad >= 0, resize >= 1",
             )
 
     @property
@@ -139,7 +141,7 @@ def clean_into(spec: ViewSpec, target_HWC: np.ndarray, image_HWC: np.ndarray) ->
     short = spec.short
     if min(high, wide) != short:
         if short * short * max(high, wide) > MAX_PIXELS * min(high, wide):
-            raise CorruptSample(f"{wide} x {high} pixels are too narrow to be resized")
+            raise CorruptSample(f"{wide} x {high} pixels, too narrow to resize")
         if high <= wide:
             image_HWC = _resized(image_HWC, short, int(short * wide / high))
         else:

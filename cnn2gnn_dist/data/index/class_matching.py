@@ -45,8 +45,8 @@ def check_count(count: int, samples: int, where: str = "") -> None:
     """
     if count > max(MOST, samples):
         raise UserError(
-            f"the highest label is {count - 1:,}, with {samples:,} samples: labels are the numbers "
-            "of classes, from 0, and these look like ids",
+            f"the highest label is {count - 1:,}, with {samples:,} samples: labels must be class "
+            "numbers starting at 0, but these look like ids",
             where=where,
             remedy="number the classes from 0 without gaps",
         )
@@ -77,11 +77,11 @@ def refuse_spellings(class_info: ClassInfo, where: str) -> None:
     if torn:
         one = ", ".join(f"{n} ({shown(ascii(name), 60)})" for name, n in torn[0].items())
         raise UserError(
-            f"{len(torn)} class names are spelled in several ways, each of which is a class of its "
-            f"own: classes {one}",
+            f"{len(torn)} class names appear in several spellings, each of which counts as a "
+            f"separate class: classes {one}",
             where=where,
-            remedy="give a class one spelling (blanks at the ends, and é as one sign or two, make "
-            "no other name): rename, or merge, its folders or labels",
+            remedy="use one spelling per class (blanks at the ends, or é as one code point or "
+            "two, do not make a different name): rename or merge its folders or labels",
         )
 
 
@@ -94,7 +94,7 @@ def case_note(class_info: ClassInfo) -> str | None:
     if not alike:
         return None
     return (
-        f"{len(alike)} class names differ from others by case alone, and are classes of their own: "
+        f"{len(alike)} class names differ from others only in case and count as separate classes: "
         + _quoted([name for names in alike for name in names])
     )
 
@@ -114,17 +114,17 @@ def refuse_empty_classes(label_N: np.ndarray, names: Sequence[str], numbered: bo
     empty = np.flatnonzero(count_C == 0)
     if not len(empty) or not np.any(label_N >= 0):
         return
-    allow = "allow it by data.allow_empty_classes=true (classes keep their numbers and names)"
+    allow = "allow it with data.allow_empty_classes=true (classes keep their numbers and names)"
     if numbered and empty.tolist() == [0]:
         raise UserError(
-            f"1 of {len(names)} classes have no sample: 0; the labels begin at 1",
+            f"1 of {len(names)} classes has no samples: 0; the labels start at 1",
             where="data.allow_empty_classes",
-            remedy=f"number the classes from 0, in training and held-out images alike, or {allow}",
+            remedy=f"number the classes from 0, in training and held-out images, or {allow}",
         )
     raise UserError(
-        f"{len(empty)} of {len(names)} classes have no sample: {_listed(empty.tolist(), names)}",
+        f"{len(empty)} of {len(names)} classes have no samples: {_listed(empty.tolist(), names)}",
         where="data.allow_empty_classes",
-        remedy=f"add samples of them, or, if none are meant to be there, {allow}",
+        remedy=f"add samples for them or, if they should have none, {allow}",
     )
 
 
@@ -223,7 +223,7 @@ def number_note(train: ClassInfo, held: ClassInfo, to_C: np.ndarray, by: str) ->
         return None
     listed = ", ".join(f"{n} ('{shown(name, 40)}')" for n, name in list(bare.items())[:_LISTED])
     return (
-        f"{len(bare)} classes matched by number, names on one side only: {listed}"
+        f"{len(bare)} classes are matched by number because only one side names them: {listed}"
         f"{', …' if len(bare) > _LISTED else ''}"
     )
 
@@ -240,13 +240,13 @@ def notes(train: ClassInfo, train_N: np.ndarray, held_N: np.ndarray, moved: bool
     names = class_names(train)
     said = []
     if moved:
-        said.append("held-out images number the classes in another way: matched by name")
+        said.append("held-out images number the classes differently: matched by name")
     case = case_note(train)
     said += [case] if case else []
     twins = [name for name, times in Counter(train.names.values()).items() if times > 1]
     if twins:
         said.append(
-            f"{len(twins)} names stand for several classes each, told apart by number: "
+            f"{len(twins)} names are shared by several classes, which are matched by number: "
             + _listed(range(len(twins)), twins)
         )
     count_C = np.bincount(train_N[train_N >= 0], minlength=len(names))
@@ -254,14 +254,14 @@ def notes(train: ClassInfo, train_N: np.ndarray, held_N: np.ndarray, moved: bool
     unseen = np.flatnonzero((held_C > 0) & (count_C == 0))
     if len(unseen):
         said.append(
-            f"{int(held_C[unseen].sum())} held-out images are of classes without a training image, "
-            f"and can't be told: {_listed(unseen.tolist(), names)}"
+            f"{int(held_C[unseen].sum())} held-out images belong to classes without training "
+            f"images and can't be recognized: {_listed(unseen.tolist(), names)}"
         )
     unjudged = np.flatnonzero((held_C == 0) & (count_C > 0))
     if len(unjudged) and len(held_N):
         said.append(
-            f"{len(unjudged)} of {len(names)} classes have no held-out image, so the table does "
-            f"not speak of them: {_listed(unjudged.tolist(), names)}"
+            f"{len(unjudged)} of {len(names)} classes have no held-out images, so the table does "
+            f"not cover them: {_listed(unjudged.tolist(), names)}"
         )
     return said
 
@@ -289,10 +289,10 @@ def _refuse_beyond(labels: list[int], train: ClassInfo) -> None:
     beyond = [label for label in labels if label >= train.count]
     if beyond:
         raise UserError(
-            f"{len(beyond)} held-out classes are none of the {train.count} training classes: "
+            f"{len(beyond)} held-out classes are not among the {train.count} training classes: "
             f"{', '.join(map(str, beyond[:_LISTED]))}{', …' if len(beyond) > _LISTED else ''}",
             where="data.test",
-            remedy="leave them out of the held-out images, or add training images of them",
+            remedy="remove them from the held-out images, or add training images for them",
         )
 
 
@@ -301,34 +301,34 @@ def _one_sided(train: ClassInfo, held: ClassInfo, labels: list[int]) -> UserErro
     has, lacks = sides if train.names and not held.names else sides[::-1]
     if train.names and held.names:
         what = (
-            f"{len(labels)} held-out classes have a number and no name "
-            f"({', '.join(map(str, labels[:_LISTED]))}), and the names of the others do not say "
-            "that both sets number their classes alike"
+            f"{len(labels)} held-out classes have a number but no name "
+            f"({', '.join(map(str, labels[:_LISTED]))}), and the names of the others do not show "
+            "that both sets number their classes the same way"
         )
     else:
         some = _quoted(list((train if train.names else held).names.values()))
         what = (
-            f"the {has} images name their classes ({some}), the {lacks} images only number "
-            "theirs: whether the numbers mean the same can't be seen"
+            f"the {has} images name their classes ({some}), but the {lacks} images only number "
+            "theirs: nothing shows that the numbers mean the same"
         )
     remedy = f"name the classes of the {lacks} images too (class_name in a shard's .json)"
     names = train.names or held.names
     if not any(name.isdigit() and name != str(number) for number, name in names.items()):
         # Names that are other numbers ('10' sorts before '2') must not be dropped for numbers.
-        remedy += ", or, if both number their classes alike, say data.match_classes=number"
+        remedy += ", or, if both number their classes the same way, set data.match_classes=number"
     return UserError(what, where="data.match_classes", remedy=f"{remedy}")
 
 
 def _unknown(names: list[str], train: ClassInfo) -> UserError:
     known = list(dict.fromkeys(train.names.values()))
     alike = [found[0] for name in names if (found := _like(name, known))]
-    hint = f" (is one of them meant to be {_quoted(alike)}?)" if alike else ""
+    hint = f" (did you mean {_quoted(alike)}?)" if alike else ""
     return UserError(
-        f"{len(names)} held-out classes are none of the training classes: {_quoted(names)}; "
-        f"those are {_quoted(known)}",
+        f"{len(names)} held-out classes are not among the training classes: {_quoted(names)}; "
+        f"the training classes are {_quoted(known)}",
         where="data.test",
-        remedy=f"name classes alike in both sets{hint}; leave those that are not to be learned "
-        "out of the held-out images",
+        remedy=f"use the same class names in both sets{hint}; remove classes without training "
+        "images from the held-out images",
     )
 
 
@@ -339,9 +339,9 @@ def _like(name: str, known: list[str]) -> list[str]:
 
 def _torn(names: list[str]) -> UserError:
     return UserError(
-        f"names that several classes bear do not tell which is which: {_quoted(names)}; and the "
-        "other names do not say that both sets number their classes alike",
+        f"several classes share a name, which makes them ambiguous: {_quoted(names)}; and the "
+        "other names do not show that both sets number their classes the same way",
         where="data.match_classes",
-        remedy="give each class a name of its own, or, if both sets number their classes alike, "
-        "say data.match_classes=number",
+        remedy="give each class a unique name, or, if both sets number their classes the same "
+        "way, set data.match_classes=number",
     )

@@ -96,10 +96,10 @@ def merge(known: dict[int, NamedClass], found: Mapping[int, NamedClass]) -> None
 def disagree(label: int, old: NamedClass, new: NamedClass) -> UserError:
     """Return the error for two names of one class."""
     return UserError(
-        f"class {label} is '{shown(new.name, 60)}' here, and '{shown(old.name, 60)}' in "
-        f"{old.where}: one of them numbers the classes in another way",
+        f"class {label} is '{shown(new.name, 60)}' here but '{shown(old.name, 60)}' in "
+        f"{old.where}: the two number their classes differently",
         where=new.where,
-        remedy="write the shards anew with one numbering; shards of two data sets can't be mixed",
+        remedy="rewrite the shards with one numbering; shards of two data sets can't be mixed",
     )
 
 
@@ -144,13 +144,15 @@ def unused_lists(paths: Sequence[str]) -> str | None:
     if not unused:
         return None
     return (
-        f"{shown(unused[0], 200)} is not read{_more(len(unused) - 1)}: a list of class names is "
-        "one JSON list beside its shards, PREFIX-classes.json beside PREFIX-000000.tar"
+        f"{shown(unused[0], 200)} is not read{_more(len(unused) - 1)}: class names belong in one "
+        "JSON list next to the shards, PREFIX-classes.json next to PREFIX-000000.tar"
     )
 
 
 def _more(count: int) -> str:
-    return f" (nor {'is' if count == 1 else 'are'} {count} more)" if count else ""
+    if not count:
+        return ""
+    return " (nor is 1 other)" if count == 1 else f" (nor are {count} others)"
 
 
 def _read_list(path: str) -> list[str | None]:
@@ -159,9 +161,9 @@ def _read_list(path: str) -> list[str | None]:
             names = json.load(file)
     except (OSError, ValueError, RecursionError) as failure:
         raise UserError(
-            f"the list of the classes beside the shards can't be read: {failure}",
+            f"the class list next to the shards can't be read: {failure}",
             where=path,
-            remedy="pack the shards again, or delete the list: names are then those in the shards",
+            remedy="pack the shards again, or delete the list to use the names in the shards",
         ) from failure
     if not isinstance(names, list) or any(not isinstance(x, str | None) for x in names):
         return []  # an unrelated file
@@ -178,9 +180,9 @@ def refuse_blank(names: Sequence[str | None], where: str) -> None:
     blank = [n for n, name in enumerate(names) if name is not None and not name.strip()]
     if blank and len(names) > 1:
         raise UserError(
-            f"the name of class {blank[0]} is empty, and the other {len(names) - 1} have some",
+            f"class {blank[0]} has an empty name, unlike the other {len(names) - 1}",
             where=where,
-            remedy="give the samples without a label one, or leave them out of the data",
+            remedy="label the samples that have no label, or remove them from the data",
         )
 
 

@@ -137,13 +137,13 @@ def _regular(path: str) -> os.stat_result:
     Raises:
         UserError: it is missing or not a regular file.
     """
-    remedy = "name the files themselves, by a glob that leaves this out, or take it out of there"
+    remedy = "name the files with a glob that excludes this one, or move it elsewhere"
     try:
         found = os.stat(path)
     except OSError as failure:
         link = f"is a link to {os.readlink(path)}, which " if os.path.islink(path) else ""
         raise UserError(
-            f"the file {link}can't be looked at: {failure.strerror}", where=path, remedy=remedy
+            f"the file {link}can't be accessed: {failure.strerror}", where=path, remedy=remedy
         ) from failure
     if not stat.S_ISREG(found.st_mode):
         kinds = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a folder"}
@@ -189,7 +189,7 @@ def difference(old: Fingerprint, new: Fingerprint) -> str:
     if old.content == new.content:
         return ""
     if old.files is None or new.files is None:
-        return "the files are others"
+        return "the files are different"
     same = "times" if old.by == "times" else "contents"
     added = [n for n in new.files if n not in old.files]
     gone = [n for n in old.files if n not in new.files]
@@ -202,13 +202,13 @@ def difference(old: Fingerprint, new: Fingerprint) -> str:
     words = [
         f"{len(names)} {what} ({names[0]}{', …' * (len(names) > 1)})"
         for names, what in (
-            (changed, f"with other {same}"),
-            (added, "more"),
-            (gone, "gone"),
+            (changed, f"with different {same}"),
+            (added, "added"),
+            (gone, "removed"),
         )
         if names
     ]
-    return ", ".join(words) or "in another order"
+    return ", ".join(words) or "in a different order"
 
 
 def _images(folder: str) -> list[FileStat]:

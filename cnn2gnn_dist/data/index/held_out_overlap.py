@@ -25,8 +25,8 @@ def overlap_note(train: Manifest, held: Manifest) -> str | None:
     if not twins:
         return None
     return (
-        f"{twins} of {len(rows_K)} held-out images looked at are training images too, byte by "
-        "byte: the table flatters"
+        f"{twins} of {len(rows_K)} checked held-out images are byte-identical to training "
+        "images: the results are too optimistic"
     )
 
 

@@ -158,7 +158,7 @@ class Manifest:
         ) -> Manifest:
             shard_N = columns["shard"]
             if len(shard_N) and not 0 <= shard_N[0] <= shard_N[-1] < len(info.shards):
-                raise ValueError("samples of shards that are not listed")
+                raise ValueError("a sample refers to a shard that is not listed")
             named: dict[str, Any] = {f"{name}_N": column for name, column in columns.items()}
             manifest = cls(info.shards, info.classes, **named, keys=keys)
             manifest.__dict__["digest"] = info.digest  # preset the cached_property
@@ -179,11 +179,11 @@ class Manifest:
         ]
         if wrong:
             path, what = wrong[0]
-            others = f" ({len(wrong) - 1} more shards are wrong)" if len(wrong) > 1 else ""
+            others = f" ({len(wrong) - 1} more shards are affected)" if len(wrong) > 1 else ""
             raise UserError(
                 f"a shard {what}{others}",
                 where=path,
-                remedy="restore the file, or index the shards again if the change is meant",
+                remedy="restore the file, or index the shards again if the change is intended",
             )
 
 
@@ -263,7 +263,7 @@ def refuse_none(shards: Sequence[Path | str]) -> None:
         UserError: it is empty.
     """
     if not shards:
-        raise UserError("no shards are given", remedy="name at least one shard, glob or folder")
+        raise UserError("no shards were given", remedy="name at least one shard, glob or folder")
 
 
 def manifest_of(found: IndexedShards, classes: tuple[str, ...], label_N: np.ndarray) -> Manifest:

@@ -101,7 +101,7 @@ def read(path: Path, make: Callable[[ManifestInfo, dict[str, np.ndarray], pa.Arr
         ) from failure
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError, IndexError) as failure:
         raise UserError(
-            f"the file is not a whole manifest of this version: {failure}",
+            f"the file is not a complete manifest of this version: {failure}",
             where=str(source),
             remedy="delete it and index the shards again",
         ) from failure

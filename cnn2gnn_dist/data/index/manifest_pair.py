@@ -54,9 +54,10 @@ def index_data_set(
     if num_classes is not None:
         if class_info.count > num_classes:
             raise UserError(
-                f"the data have {class_info.count} classes, and data.num_classes is {num_classes}",
+                f"the data has {class_info.count} classes, but data.num_classes is {num_classes}",
                 where="data.num_classes",
-                remedy=f"data.num_classes={class_info.count}, or leave it out: it is read from the data",
+                remedy=f"set data.num_classes={class_info.count}, or omit it to read it from the "
+                "data",
             )
         check_count(num_classes, len(found.keys), "data.num_classes")
         class_info = ClassInfo(class_info.names, num_classes)

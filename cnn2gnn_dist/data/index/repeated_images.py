@@ -22,8 +22,8 @@ def copies_note(manifest: Manifest) -> str | None:
     if len(sums) < 8 or len(set(sums)) > len(sums) / 2:
         return None
     return (
-        f"{len(sums) - len(set(sums))} of {len(sums)} images looked at are copies of others, byte "
-        "by byte: held-out images may be training images, and the table means little"
+        f"{len(sums) - len(set(sums))} of {len(sums)} checked images are byte-identical copies "
+        "of others: held-out images may also be training images, so the results mean little"
     )
 
 

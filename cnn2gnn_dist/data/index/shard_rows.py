@@ -111,7 +111,7 @@ def _read(
                 names.see(label, sample)
     if not keys:
         raise UserError(
-            "the shard holds no samples",
+            "the shard contains no samples",
             where=where,
             remedy="name members KEY.jpg and KEY.cls (webdataset's convention)",
         )
@@ -148,7 +148,7 @@ class _Payloads:
                 raise UserError(
                     f"sample '{shown(sample.key)}' has no label",
                     where=self.where,
-                    remedy=f"add a member '{shown(sample.key)}.cls' with the number of its class",
+                    remedy=f"add a member '{shown(sample.key)}.cls' with its class number",
                 )
             return -1
         text = self.read(member[1], min(member[2], _MAX_LABEL + 1))
@@ -168,16 +168,16 @@ class _Payloads:
             and member.size <= _MAX_LABEL
         ):
             raise UserError(
-                f"the label of sample '{shown(sample.key)}' is {text.strip().decode()}: too large "
-                "for the number of a class, like an id",
+                f"the label of sample '{shown(sample.key)}' is {text.strip().decode()}: too "
+                "large for a class number; it looks like an id",
                 where=f"{self.where}, member '{shown(member.name)}'",
                 remedy="number the classes from 0 without gaps",
             )
         if match is None or member.size > _MAX_LABEL:
             raise UserError(
-                f"the label of sample '{shown(sample.key)}' is no class number: {text[:24]!r}",
+                f"the label of sample '{shown(sample.key)}' is not a class number: {text[:24]!r}",
                 where=f"{self.where}, member '{shown(member.name)}'",
-                remedy="a .cls member holds the number of the class in ASCII digits, from 0",
+                remedy="a .cls member must hold the class number in ASCII digits, starting at 0",
             )
         label = int(match.group(1))
         if options.num_classes is not None and label >= options.num_classes:
@@ -200,9 +200,9 @@ class _Payloads:
             piece = self.read(start, min(_CHUNK, end - start))
             if not piece:
                 raise UserError(
-                    f"the shard became shorter while it was read: member '{shown(member.name)}'",
+                    f"the shard shrank while it was being read: member '{shown(member.name)}'",
                     where=self.where,
-                    remedy="index it when nothing writes to it any more",
+                    remedy="index it again once nothing is writing to it",
                 )
             crc, start = zlib.crc32(piece, crc), start + len(piece)
         return crc
@@ -218,8 +218,8 @@ def _image(where: str, sample: TarSample) -> Member:
     if hidden(sample.key):
         name = next(iter(sample.fields.values())).name
         raise UserError(
-            f"the shard holds hidden files of a folder: '{shown(name)}'; by their names they are "
-            f"fields of a sample '{shown(sample.key)}' (webdataset reads them so), without image",
+            f"the shard contains hidden files of a folder, such as '{shown(name)}'; webdataset "
+            f"reads them as fields of a sample '{shown(sample.key)}' that has no image",
             where=f"{where}, member '{shown(name)}'",
             remedy=MACOS,
         )
@@ -228,8 +228,8 @@ def _image(where: str, sample: TarSample) -> Member:
         f"sample '{shown(sample.key)}' has no image (its fields: {fields}"
         f"{', …' if len(sample.fields) > 8 else ''})",
         where=where,
-        remedy=f"add one as '{shown(sample.key)}.jpg' or .{', .'.join(IMAGE_SUFFIXES[1:4])}, below "
-        "2 GiB; keys end at the first dot of the file name",
+        remedy=f"add one named '{shown(sample.key)}.jpg' or .{', .'.join(IMAGE_SUFFIXES[1:4])}, "
+        "smaller than 2 GiB; a key ends at the first dot of the file name",
     )
 
 

@@ -29,7 +29,8 @@ def split_per_class(
     """
     if not 0 <= fraction < 1:
         raise UserError(
-            f"the held-out fraction is {fraction}", remedy="choose one from 0 to less than 1"
+            f"the held-out fraction is {fraction}",
+            remedy="choose a fraction of at least 0 and less than 1",
         )
     hash_N = _hashes(manifest, seed)
     # Sort by class, then by hash; equal hashes (equal keys) keep row order.

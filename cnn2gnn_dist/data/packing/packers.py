@@ -150,7 +150,7 @@ def _suffix(data: bytes, name: str, where: str) -> str:
     suffix = image_suffix(data) or (named if named in IMAGE_SUFFIXES else None)
     if suffix is None:
         raise UserError(
-            f"the bytes are no image that is read: {what_it_is(data)}",
+            f"the bytes are not a supported image: {what_it_is(data)}",
             where=where,
             remedy=f"remove it, or convert it to one of: {', '.join(IMAGE_SUFFIXES)}",
         )
@@ -225,11 +225,11 @@ def _images_by_class(base: Path, max_corrupt: float) -> FolderScan:
         raise UserError("there is no such folder", where=str(base), remedy="check the path")
     found = find_images(base, classes=True)
     if not found.folders:
-        there = f"; what is there: {found.summary()}" if found.left_out else ""
+        there = f"; it contains: {found.summary()}" if found.left_out else ""
         raise UserError(
-            f"the folder holds no class folders{there}",
+            f"the folder contains no class folders{there}",
             where=str(base),
-            remedy="the layout is FOLDER/CLASS/IMAGE",
+            remedy="use the layout FOLDER/CLASS/IMAGE",
         )
     _leave_out_corrupt(base, found, max_corrupt)
     return found
@@ -243,10 +243,12 @@ def _leave_out_corrupt(base: Path, found: FolderScan, max_corrupt: float) -> Non
         some = "; ".join(f"{printable(name)}: {what}" for name, what in list(wrong.items())[:5])
         share = math.ceil(len(wrong) / total * 1000) / 1000
         raise UserError(
-            f"{len(wrong)} corrupt image{'s' * (len(wrong) > 1)} among {total}, more than the limit of "
+            f"{len(wrong)} corrupt image{'s' * (len(wrong) > 1)} among {total}, more than the "
+            "limit of "
             f"{max_corrupt:.2%}: {some}",
             where=str(base),
-            remedy=f"mend or remove these files, or data.max_corrupt={share:g} to leave them out",
+            remedy=f"fix or remove these files, or set data.max_corrupt={share:g} to leave them "
+            "out",
         )
     found.images = [image for image in found.images if image not in wrong]
     for name, what in wrong.items():
@@ -275,7 +277,7 @@ def _class_numbers(base: Path, found: FolderScan) -> list[int]:
         )
     if len({printable(name) for name in found.folders}) < len(found.folders):
         raise UserError(
-            "two class folders have the same name once it is written in UTF-8",
+            "two class folders have the same name when encoded as UTF-8",
             where=str(base),
             remedy="rename one of them",
         )
@@ -326,10 +328,11 @@ def pack_torchvision(
         dataset = kind(str(root), train=train, download=True)  # no download if it is there
     except (OSError, RuntimeError) as failure:  # URLError is an OSError; RuntimeError: bad checksum
         raise UserError(
-            f"{kinds[name]} is not there and cannot be downloaded: {failure}",
+            f"{kinds[name]} is missing and cannot be downloaded: {failure}",
             where=str(root),
-            remedy=f"where there is a network, fetch {getattr(kind, 'url', kinds[name])} "
-            "and put the file into this folder; or pack it from Parquet",
+            remedy="on a machine with network access, download "
+            f"{getattr(kind, 'url', kinds[name])} and put the file into this folder; or pack it "
+            "from Parquet",
         ) from failure
     begin = prefix or ("train" if train else "test")
     count = _limited(len(dataset.targets), limit)

@@ -75,7 +75,7 @@ def _unreadable(path: Path, failure: Exception) -> UserError:
         return UserError(what, where=str(path), remedy="download it again")
     if kind == "a Parquet file":
         return UserError(
-            f"the Parquet file cannot be read: it is cut or damaged ({_reason(failure)})",
+            f"the Parquet file cannot be read: it is truncated or corrupt ({_reason(failure)})",
             where=str(path),
             remedy="download it again",
         )
@@ -84,8 +84,8 @@ def _unreadable(path: Path, failure: Exception) -> UserError:
         return UserError(
             f"the file cannot be read as Parquet: it is text (CSV?): '{begin}'",
             where=str(path),
-            remedy="save the data set as Parquet with the images embedded, or read the images from "
-            "folders, one for each class: data.source=imagefolder",
+            remedy="save the data set as Parquet with the images embedded, or read the images "
+            "from folders, one per class: data.source=imagefolder",
         )
     if kind is not None:
         return UserError(
@@ -134,7 +134,7 @@ def _read(path: Path, image_column: str, label_column: str) -> _Column:
             if column not in schema.names:
                 raise _no_column(path, schema, column, field)
             if schema.names.count(column) > 1:
-                what = f"{schema.names.count(column)} columns of the Parquet file are called '{column}'"
+                what = f"the Parquet file has {schema.names.count(column)} columns named '{column}'"
                 raise UserError(what, where=str(path), remedy="rename or drop all but one of them")
         _check_images(path, file, image_column)
         names = _huggingface_names(schema.metadata, label_column)
@@ -161,8 +161,8 @@ def _refuse_blank(path: Path, label_N: np.ndarray, names: Sequence[str]) -> None
     wrong = np.flatnonzero(np.isin(label_N, blank))
     if len(wrong):
         raise UserError(
-            f"row {wrong[0]} has the label '{shown(names[label_N[wrong[0]]], 40)}', which names no "
-            f"class; {len(wrong)} of {len(label_N)} rows have an empty or blank one",
+            f"row {wrong[0]} has the label '{shown(names[label_N[wrong[0]]], 40)}', which is not "
+            f"a class name; {len(wrong)} of {len(label_N)} rows have an empty or blank label",
             where=str(path),
             remedy="label them, or drop these rows",
         )
@@ -192,9 +192,9 @@ def _of_text(columns: list[_Column]) -> Labels:
     bare = next((column for column in columns if column.names is None), None)
     if bare is not None:
         raise UserError(
-            "some of the files hold class names as labels, and this one numbers without names",
+            "some files have class names as labels, but this one has numbers without names",
             where=str(bare.path),
-            remedy="give all files of a part the same kind of labels",
+            remedy="use the same kind of label in all files of a split",
         )
     used = [
         {(column.names or [])[label] for label in np.unique(column.label_N).tolist()}
@@ -215,7 +215,7 @@ def _of_numbers(columns: list[_Column]) -> Labels:
         if column.names is None or first.names is None:
             bare, named = (column, first) if column.names is None else (first, column)
             raise UserError(
-                f"the file numbers its classes without names, and {named.path} names them",
+                f"the file only numbers its classes, but {named.path} names them",
                 where=str(bare.path),
                 remedy="pack files of one data set at a time",
             )
@@ -242,11 +242,11 @@ def _of_numbers(columns: list[_Column]) -> Labels:
 def _difference(names: list[str], others: list[str]) -> str:
     more, less = sorted(set(names) - set(others)), sorted(set(others) - set(names))
     said = []
-    for these, verb in ((more, "it has"), (less, "it lacks")):
+    for these, verb in ((more, "it has"), (less, "it is missing")):
         if these:
             listed = ", ".join(f"'{shown(name, 40)}'" for name in these[:3])
             said.append(f"{verb} {listed}{', …' if len(these) > 3 else ''}")
-    return " and ".join(said) or "the same names in another order, some of them twice"
+    return " and ".join(said) or "the same names in a different order, some of them twice"
 
 
 def _renumbered(column: _Column, number: dict[str, int]) -> np.ndarray:
@@ -270,10 +270,11 @@ def _refuse_missing(columns: list[_Column]) -> None:
                 remedy="correct the label, or the class names in the file's metadata",
             )
         raise UserError(
-            f"row {row} has no label (null, or label -1), as {len(wrong)} of {len(column.label_N)} rows",
+            f"row {row} has no label (null, or label -1), like {len(wrong)} of "
+            f"{len(column.label_N)} rows",
             where=str(column.path),
-            remedy="label -1 is Hugging Face's for hidden labels: pack a split with labels; drop "
-            "rows without one",
+            remedy="Hugging Face uses label -1 for hidden labels: pack a split with labels, or "
+            "drop the rows without one",
         )
 
 
@@ -286,15 +287,16 @@ def _no_column(path: Path, schema: pa.Schema, column: str, field: str) -> UserEr
     nested = [each.name for each in schema if column.startswith(f"{each.name}.")]
     if nested and pa.types.is_struct(schema.field(nested[0]).type):
         return UserError(
-            f"the Parquet file has no column '{column}': it lies inside the column '{nested[0]}'",
+            f"the Parquet file has no column '{column}': it is nested inside the column "
+            f"'{nested[0]}'",
             where=str(path),
-            remedy="only whole columns are read: flatten the table first "
+            remedy="only top-level columns are read: flatten the table first "
             "(pyarrow's Table.flatten(), datasets' flatten())",
         )
-    remedy = f"say which column holds the {field}s: data.{field}_column=NAME"
+    remedy = f"set data.{field}_column=NAME to the column with the {field}s"
     if likely:
         choices = " or ".join(f"data.{field}_column={name}" for name in likely[:4])
-        remedy = f"Did you mean {choices}?"
+        remedy = f"did you mean {choices}?"
     return UserError(
         f"the Parquet file has no column '{column}', only: {', '.join(schema.names)}",
         where=str(path),
@@ -343,47 +345,47 @@ def _hint(file: Any, column: str, kind: pa.DataType) -> str:
         return _hint_text(value or "")
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         if _is_image(kind.value_type):
-            return ": it holds several images a row"
-        return ": it holds lists of numbers (pixels, or bytes one by one)"
+            return ": it contains several images per row"
+        return ": it contains lists of numbers (pixels, or single bytes)"
     if pa.types.is_fixed_size_binary(kind):
-        return ": all are of one length (raw pixels?)"
+        return ": all values have the same length (raw pixels?)"
     return ""
 
 
 def _hint_text(value: str) -> str:
     if value.startswith("data:image"):
-        return ": it holds data: URLs"
+        return ": it contains data: URLs"
     if "://" in value[:12]:
-        return f": it holds URLs ('{shown(value, 60)}')"
+        return f": it contains URLs ('{shown(value, 60)}')"
     try:
         if len(value) > 64 and kind_of(base64.b64decode(value[:400] + "=" * 2)[:ENOUGH]):
-            return ": it holds base64 text, to be decoded first"
+            return ": it contains base64 text, which must be decoded first"
     except (binascii.Error, ValueError):
         pass
-    return f": it holds text, such as paths of files ('{shown(value, 60)}')" if value else ""
+    return f": it contains text, such as file paths ('{shown(value, 60)}')" if value else ""
 
 
 def _no_labels(path: Path, column: pa.Array, name: str) -> UserError:
     kind = column.type
     hint, remedy = "", "number the classes from 0 as integers, or give their names as text"
     if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
-        hint = " (a value to be predicted, or class numbers as floats?)"
+        hint = " (regression targets, or class numbers as floats?)"
         remedy = "if they are class numbers, save the column as integers"
     elif (
         pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     ):
         first: list[Any] = next((row for row in column[:100].to_pylist() if row), [])
         if len(first) > 1 and sum(bool(value) for value in first) == 1:
-            hint, remedy = " (one-hot?)", "save the place of the 1 as an integer (argmax)"
+            hint, remedy = " (one-hot?)", "save the position of the 1 as an integer (argmax)"
         else:
             hint, remedy = (
-                " (several labels a row?)",
+                " (several labels per row?)",
                 "give each row one label, an integer or text",
             )
     elif pa.types.is_null(kind):
         hint, remedy = " (all rows are null)", "name another column: data.label_column=NAME"
     return UserError(
-        f"column '{name}' is {kind}, not the class of an image{hint}",
+        f"column '{name}' is {kind}, not a column of class labels{hint}",
         where=str(path),
         remedy=remedy,
     )

@@ -79,12 +79,13 @@ def write_shards(
 def _prepare(folder: Path, prefix: str, shard_size: int, count: int) -> Path:
     if not re.fullmatch(r"[A-Za-z0-9_-]+", prefix):
         raise UserError(
-            f"the prefix '{prefix}' cannot begin the names of shards and samples",
+            f"the prefix '{prefix}' is not valid in names of shards and samples",
             remedy="use letters, digits, '-' and '_'",
         )
     if shard_size < 1:
         raise UserError(
-            f"the shard size is {shard_size}", remedy="give the number of images a shard, from 1"
+            f"the shard size is {shard_size}",
+            remedy="set the number of images per shard to at least 1",
         )
     if count < 1:
         raise UserError("there are no images to pack", where=prefix, remedy="check the source")
@@ -95,7 +96,7 @@ def _prepare(folder: Path, prefix: str, shard_size: int, count: int) -> Path:
     stale = sorted(path for path, m in matches.items() if m and int(m.group(1)) >= shards)
     if stale:
         raise UserError(
-            f"the folder holds {len(stale)} shards of an earlier, larger run, "
+            f"the folder contains {len(stale)} shards of an earlier, larger run, "
             f"which would mix with the {shards} new ones",
             where=str(stale[0]),
             remedy="delete them, or choose another folder or prefix",

@@ -49,9 +49,10 @@ class DecodedCache:
                 os.close(handle)
         except OSError as error:
             raise UserError(
-                f"the cache of decoded images can't be made: {error.strerror}",
+                f"the cache of decoded images can't be created: {error.strerror}",
                 where=str(path),
-                remedy="stream.decoded_bytes=0 turns it off; a smaller number makes it smaller",
+                remedy="set stream.decoded_bytes=0 to turn it off, or a smaller number to make "
+                "it smaller",
             ) from None
         whole = np.memmap(path, np.uint8, "r+", shape=(length,)) if length else np.empty(0, "u1")
         self.there_N = whole[: self.rows]

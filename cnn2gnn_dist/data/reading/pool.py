@@ -43,7 +43,7 @@ class ReaderPool:
             raise UserError(
                 f"a stream of {workers} workers and {prefetch} requests in flight",
                 where="stream.workers, stream.prefetch",
-                remedy="at least 1 for each; 4 requests in flight are enough",
+                remedy="set each to at least 1; 4 requests in flight are enough",
             )
         self.prefetch = self._depth = prefetch
         self.wait_seconds = 0.0
@@ -57,7 +57,9 @@ class ReaderPool:
             self._readers = _LocalReaders(spec, workers)
         else:
             raise UserError(
-                f"no backend {backend!r}", where="stream.backend", remedy="ray, local or auto"
+                f"unknown backend {backend!r}",
+                where="stream.backend",
+                remedy="use ray, local or auto",
             )
 
     def batches(self, requests: Iterable[Request]) -> Iterator[Batch]:

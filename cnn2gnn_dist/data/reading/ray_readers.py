@@ -59,7 +59,7 @@ class RayReaders:
             raise UserError(
                 "Ray is not running in this process",
                 where="stream.backend=ray",
-                remedy="start through `cnn2gnn run`, or stream.backend=local",
+                remedy="start with `cnn2gnn run`, or set stream.backend=local",
             )
         Reader(spec).close()  # fail here, not in a dying actor
         self._row_bytes = 3 * spec.views.size**2 + 17  # image, label, id, valid
@@ -88,18 +88,18 @@ class RayReaders:
         fits = int(self._room // size) if size else prefetch
         if fits < 1:
             raise UserError(
-                f"one batch of {len(request.ids)} images takes {size / 2**20:,.0f} MB, and a "
-                f"stream has {self._room / 2**20:,.0f} MB of Ray's object store",
+                f"one batch of {len(request.ids)} images takes {size / 2**20:,.0f} MB, but a "
+                f"stream gets {self._room / 2**20:,.0f} MB of Ray's object store",
                 where="max_micro_batch, stream.backend=ray",
-                remedy="smaller batches, stream.backend=local, or a larger object store "
+                remedy="use smaller batches, stream.backend=local, or a larger object store "
                 "(more shared memory: docker --shm-size)",
             )
         if fits < prefetch and not self._warned:
             self._warned = True
             _log.warning(
-                f"stream: {fits} requests in flight instead of {prefetch}: batches of "
-                f"{size / 2**20:,.1f} MB, and room for {self._room / 2**20:,.0f} MB "
-                "in Ray's object store"
+                f"stream: {fits} requests in flight instead of {prefetch}: each batch takes "
+                f"{size / 2**20:,.1f} MB, and Ray's object store has room for "
+                f"{self._room / 2**20:,.0f} MB"
             )
         return min(fits, prefetch)
 
@@ -186,9 +186,10 @@ class RayReaders:
                 reader.rejoin()
         if wait and not back:
             raise UserError(
-                f"no reader has come back for {RESTART_SECONDS:.0f} s after the last one died",
+                f"no reader restarted within {RESTART_SECONDS:.0f} s after the last one died",
                 where="stream.backend=ray",
-                remedy="see the readers' logs; memory is the usual reason: fewer stream.workers",
+                remedy="check the readers' logs; lack of memory is the usual cause: use fewer "
+                "stream.workers",
             )
 
 
@@ -267,7 +268,7 @@ class _Reader:
                 raise UserError(
                     f"a reader can't be started: {last_line(error)}",
                     where="stream.backend=ray",
-                    remedy="see the readers' logs, or stream.backend=local",
+                    remedy="check the readers' logs, or set stream.backend=local",
                 ) from error
             self.actor = self._start()
             self.greeting = self._greet()
@@ -297,6 +298,7 @@ def _too_many_deaths(request: Request, error: Exception) -> UserError:
     return UserError(
         f"a reader died {MOST_DEATHS} times on one request: {last_line(error)}",
         where=f"sample ids {request.ids[:4].tolist()}…, view {request.view}",
-        remedy="see the readers' logs (in Ray's session folder; of a failed `cnn2gnn run` in the "
-        "run's ray-logs); memory is the usual reason: fewer stream.workers, smaller batches",
+        remedy="check the readers' logs (in Ray's session folder; for a failed `cnn2gnn run` in "
+        "the run's ray-logs); lack of memory is the usual cause: use fewer stream.workers or "
+        "smaller batches",
     )

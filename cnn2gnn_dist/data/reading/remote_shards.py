@@ -170,7 +170,7 @@ class RemoteShards:
         for row in range(first, last):
             data = os.pread(handle, int(manifest.size_N[row]), int(manifest.offset_N[row]))
             if zlib.crc32(data) != int(manifest.crc_N[row]):
-                return f"the bytes of sample '{manifest.key(row)}' are not those indexed"
+                return f"the bytes of sample '{manifest.key(row)}' differ from those indexed"
         return ""
 
     def _range(self, byte_range: ByteRange) -> bytes:

@@ -82,7 +82,8 @@ class ShardFiles:
             again = self._remote is not None and self._remote_S[number]
             data = self._remote.read_again(sample) if self._remote and again else self._read(sample)
             if zlib.crc32(data) != wanted:
-                what = f"the bytes of sample '{self.manifest.key(sample)}' are not those indexed"
+                key = self.manifest.key(sample)
+                what = f"the bytes of sample '{key}' differ from those indexed"
                 raise self._changed(number, what)
         seen_N[sample] = True
         return data
@@ -111,7 +112,9 @@ class ShardFiles:
         found = os.fstat(handle).st_size
         if found != shard.bytes:
             os.close(handle)  # not cached: the next request must fail too
-            raise self._changed(number, f"it has {found:,} bytes, {shard.bytes:,} were indexed")
+            raise self._changed(
+                number, f"it has {found:,} bytes, but had {shard.bytes:,} when indexed"
+            )
         self._files[number] = handle
         if len(self._files) > OPEN_SHARDS:
             os.close(self._files.popitem(last=False)[1])
@@ -121,5 +124,6 @@ class ShardFiles:
         return UserError(
             f"this shard is missing, truncated or changed: {what}",
             where=self.manifest.shards[number].path,
-            remedy="restore the shard or, if the change is meant, run the same command with --update",
+            remedy="restore the shard or, if the change is intended, run the same command with "
+            "--update",
         )

@@ -52,7 +52,7 @@ def files_in(folder: str, suffix: str) -> list[str]:
             _refuse_mixed(place, found, suffix)
             return found
     raise UserError(
-        f"the folder holds no {suffix} files{_instead(folder, suffix)}",
+        f"the folder contains no {suffix} files{_instead(folder, suffix)}",
         where=folder,
         remedy=_remedy(folder, suffix),
     )
@@ -68,11 +68,11 @@ def _refuse_mixed(folder: str, files: Sequence[str], suffix: str) -> None:
     if len(parts) > 1:
         some = ", ".join(f"'{name}'" for name in parts.values())
         raise UserError(
-            f"the folder holds files of several parts of a data set: {some}",
+            f"the folder contains files of several splits of a data set: {some}",
             where=folder,
-            remedy="name one part by a glob, as data.train='"
-            f"{os.path.join(folder, _glob(parts, suffix))}'; '{os.path.join(folder, '*' + suffix)}'"
-            " takes them all",
+            remedy="select one split with a glob, such as data.train='"
+            f"{os.path.join(folder, _glob(parts, suffix))}'; "
+            f"'{os.path.join(folder, '*' + suffix)}' selects all of them",
         )
 
 
@@ -126,7 +126,7 @@ def _instead(folder: str, suffix: str) -> str:
     found = {words[source]: count for source, count in files_by_source(folder).items()}
     found.pop(words[KINDS[suffix]], None)
     if found:
-        return ", but " + " and ".join(f"{kind} files" for kind in found)
+        return ", only " + " and ".join(f"{kind} files" for kind in found)
     return "" if any(True for _ in os.scandir(folder)) else ": it is empty"
 
 
@@ -134,7 +134,7 @@ def _remedy(folder: str, suffix: str) -> str:
     source = KINDS[suffix]
     other = other_source(folder, source)
     if other is not None:
-        return f"say data.source={other} if these are the data, or name another folder"
+        return f"set data.source={other} if this is the data, or name another folder"
     deeper = next(
         (
             place
@@ -144,7 +144,7 @@ def _remedy(folder: str, suffix: str) -> str:
         None,
     )
     if deeper is not None:
-        return f"name the folder of the files themselves: {deeper}"
+        return f"name the folder that contains the files: {deeper}"
     if suffix == ".tar":
         return "point to the folder of the shards, or pack the images first"
     return "point to the folder of the Parquet files"
@@ -171,7 +171,7 @@ def refuse_parts_as_classes(root: str, names: Sequence[str]) -> None:
         remedy += f" data.test={os.path.join(root, held_out)}"
     listed = ", ".join(f"'{name}'" for name in parts)
     raise UserError(
-        f"the folder holds parts of a data set ({listed}), which would be taken for classes",
+        f"the folder contains splits of a data set ({listed}), which would be mistaken for classes",
         where=root,
         remedy=remedy,
     )

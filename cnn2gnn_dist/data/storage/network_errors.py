@@ -66,26 +66,26 @@ def refused(url: str, error: BaseException) -> UserError:
     number = "" if status is None else f" ({status})"
     if status in (404, 410) or (status is None and "FileNotFoundError" in names):
         return UserError(
-            f"it can't be read: there is no such file{number}",
+            f"the file can't be read: it does not exist{number}",
             where=url,
             remedy="check the URL and the bucket",
         )
     if status in (401, 403) or names & {"PermissionError", "NoCredentialsError"}:
         return UserError(
-            f"it can't be read: no permission{number}: {brief(error)}",
+            f"the file can't be read: permission denied{number}: {brief(error)}",
             where=url,
-            remedy="credentials come from the usual environment of the protocol (AWS_*, ~/.aws, "
+            remedy="set credentials in the protocol's usual environment (AWS_*, ~/.aws, "
             "~/.netrc) or fsspec's configuration (~/.config/fsspec, FSSPEC_S3_ANON=true for public "
             "buckets)",
         )
     if status == 416:
         return UserError(
-            "it can't be read: it is shorter than it was (416)",
+            "the file can't be read: it is shorter than it was (416)",
             where=url,
             remedy="index the shards again",
         )
     return UserError(
-        f"it can't be read: {brief(error)}",
+        f"the file can't be read: {brief(error)}",
         where=url,
         remedy="check the URL and fsspec's configuration (~/.config/fsspec)",
     )
@@ -94,18 +94,18 @@ def refused(url: str, error: BaseException) -> UserError:
 def gave_up(url: str, error: BaseException, seconds: float) -> UserError:
     """Return the error after the last retry."""
     return UserError(
-        f"it can't be read, after {seconds:.0f} s of trying; the last answer: {brief(error)}",
+        f"the file can't be read after {seconds:.0f} s of retries; the last error: {brief(error)}",
         where=url,
-        remedy="see to the server or the network, then start again: what is done is kept",
+        remedy="check the server and the network, then start again: finished work is kept",
     )
 
 
 def unknown(url: str, error: Exception) -> UserError:
     """Return the error for a URL that has no file system."""
     if isinstance(error, ImportError):
-        remedy = "pip install 'cnn2gnn-dist[remote]' for s3; others: the package named above"
+        remedy = "for s3, pip install 'cnn2gnn-dist[remote]'; for others, install the package named above"
     else:
-        remedy = "protocols: file, http, https, s3 and what else fsspec knows"
+        remedy = "use file, http, https, s3 or any other protocol that fsspec supports"
     return UserError(f"this URL can't be opened: {error}", where=url, remedy=remedy)
 
 

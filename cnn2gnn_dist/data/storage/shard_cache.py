@@ -78,8 +78,8 @@ class ShardCache:
             if not self._warned:
                 self._warned = True
                 _log.warning(
-                    f"no room for shards in {self.folder} ({error.strerror}): "
-                    "reading ranges instead"
+                    f"can't cache shards in {self.folder} ({error.strerror}): reading ranges "
+                    "instead"
                 )
             return None
 
@@ -204,9 +204,10 @@ def _fill(part: int, url: str, length: int, check: Callable[[int], str] | None) 
     found = urls.size(url)
     if found != length:
         raise UserError(
-            f"this shard has changed: it has {found:,} bytes, {length:,} were indexed",
+            f"this shard has changed: it has {found:,} bytes, but had {length:,} when indexed",
             where=url,
-            remedy="restore the shard or, if the change is meant, run the same command with --update",
+            remedy="restore the shard or, if the change is intended, run the same command with "
+            "--update",
         )
     wrong = ""
     for _ in range(2):
@@ -220,7 +221,8 @@ def _fill(part: int, url: str, length: int, check: Callable[[int], str] | None) 
     raise UserError(
         f"this shard is missing, truncated or changed: {wrong}",
         where=url,
-        remedy="restore the shard or, if the change is meant, run the same command with --update",
+        remedy="restore the shard or, if the change is intended, run the same command with "
+        "--update",
     )
 
 

@@ -34,7 +34,7 @@ def expand(
         found.update(dict.fromkeys(_expand_one(name, suffix)))
     if not found:
         raise UserError(
-            f"no {_WORDS[suffix]}s are given",
+            f"no {_WORDS[suffix]}s were given",
             remedy=f"name at least one {_WORDS[suffix]}, glob or folder",
         )
     return list(found)
@@ -53,10 +53,10 @@ def _expand_one(pattern: str, suffix: str) -> list[str]:
     if urls.is_remote(pattern):
         if suffix == ".parquet":
             raise UserError(
-                "Parquet files are read from disk only, and this is a URL",
+                "Parquet files can only be read from disk, but this is a URL",
                 where=pattern,
-                remedy="download them and name the files or their folder; what streams from URLs "
-                "are WebDataset shards (data.source=shards)",
+                remedy="download them and name the files or their folder; only WebDataset shards "
+                "(data.source=shards) can be streamed from URLs",
             )
         return _expand_remote(pattern)
     if os.path.isdir(pattern):
@@ -75,8 +75,8 @@ def _expand_one(pattern: str, suffix: str) -> list[str]:
         raise UserError(
             f"no such {_WORDS[suffix]}{others}",
             where=missing[0] if missing[0] == pattern else f"{missing[0]}, from '{pattern}'",
-            remedy="check the pattern; relative ones start at the current folder "
-            f"({os.getcwd()}). Is the data's file system mounted?",
+            remedy="check the pattern (relative paths start at the current folder, "
+            f"{os.getcwd()}); is the data's file system mounted?",
         )
     return files
 
@@ -94,7 +94,8 @@ def _expand_remote(pattern: str) -> list[str]:
             raise UserError(
                 "no such shard",
                 where=url,
-                remedy="check the URL; many web servers can't list: write {0000..1023} instead",
+                remedy="check the URL; many web servers can't list files: write {0000..1023} "
+                "instead",
             )
         shards += found
     return shards
@@ -107,7 +108,7 @@ def _spell_out(pattern: str) -> list[str]:
         return list(braceexpand(pattern))
     except ValueError as failure:
         raise UserError(
-            "the braces of the pattern do not match",
+            "the braces in the pattern are unbalanced",
             where=pattern,
             remedy="write ranges as {0000..1023} and alternatives as {a,b}",
         ) from failure

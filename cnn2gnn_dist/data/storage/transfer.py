@@ -81,9 +81,9 @@ class RemoteFiles:
         size = found.get("size")
         if size is None or found.get("type") == "directory":
             raise UserError(
-                "this is a folder" if size is not None else "its length can't be found out",
+                "this is a folder" if size is not None else "its length can't be determined",
                 where=url,
-                remedy="name a file on a server that says how long it is",
+                remedy="name a file, on a server that reports file lengths",
             )
         tags = (found.get(name) for name in ("ETag", "etag", "md5Hash", "Last-Modified"))
         tag = next(filter(None, tags), found.get("LastModified", found.get("mtime", "")))
@@ -107,7 +107,7 @@ class RemoteFiles:
                 while start + sink.done < end and time.monotonic() < until:
                     _one_part(fs, path, start + sink.done, end, sink, until)
             if start + sink.done < end:
-                raise EOFError("the body ends early")
+                raise EOFError("the response body ended early")
 
         try:
             self._with_retries(url, end - start, ask, lambda: sink.done)
@@ -204,12 +204,12 @@ class _Sink:
     def __call__(self, data: bytes) -> None:
         with self._lock:
             if self._write is None:
-                raise ValueError("nobody waits for this")
+                raise ValueError("the transfer was abandoned")
             try:
                 self._write(data)
             except OSError as error:  # disk full, for example: not a network failure
                 self.error = error
-                raise UserError("the disk takes no more") from None
+                raise UserError("the file can't be written") from None
             self.done += len(data)
 
     def stop(self) -> None:
@@ -244,10 +244,10 @@ def _one_part(fs: Any, path: str, start: int, end: int, sink: _Sink, until: floa
     left = max(0.1, until - time.monotonic())
     data = _run(fs, "cat_file", path, start=start, end=last, seconds=left)
     if len(data) > last - start:
-        raise ValueError(f"{last - start:,} bytes were asked for, and {len(data):,} came")
+        raise ValueError(f"requested {last - start:,} bytes but received {len(data):,}")
     sink(data)
     if len(data) < last - start:
-        raise EOFError("the body ends early")
+        raise EOFError("the response body ended early")
 
 
 def _run(fs: Any, name: str, *args: Any, seconds: float, **kwargs: Any) -> Any:
@@ -280,7 +280,7 @@ async def _stream(fs: Any, url: str, start: int, end: int, sink: _Sink) -> None:
             first = answer.headers.get("Content-Range", "").removeprefix("bytes ").partition("-")[0]
             at = int(first) if first.isdigit() else start
         if at > start:
-            raise ValueError(f"bytes from {start:,} were asked for, and others came")
+            raise ValueError(f"requested bytes from {start:,} but received others")
         async for data in answer.content.iter_chunked(1 << 18):
             wanted = data[max(0, start - at) : end - at]
             at += len(data)

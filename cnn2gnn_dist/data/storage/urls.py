@@ -112,9 +112,9 @@ def local_copy(path: str) -> Iterator[str]:
             file.flush()
         except OSError as error:
             raise UserError(
-                f"there is no disk for a copy: {error.strerror}",
+                f"can't write a temporary copy: {error.strerror}",
                 where=path,
-                remedy=f"make room in {tempfile.gettempdir()}, or set TMPDIR to another disk",
+                remedy=f"free space in {tempfile.gettempdir()}, or set TMPDIR to another disk",
             ) from None
         yield f"/proc/self/fd/{file.fileno()}"
 

@@ -118,12 +118,12 @@ def _refuse_foreign(tar: Archive) -> None:
             f"the shard is compressed ({_COMPRESSED[kind]}): its members cannot be read by "
             "position",
             where=tar.where,
-            remedy="decompress it to a plain .tar; images gain nothing from compression",
+            remedy="decompress it to a plain .tar; images do not benefit from compression",
         )
     if kind == "text":
         begin = shown(start.decode("utf-8", "replace").strip(), 40)
         raise UserError(
-            f"the shard is not a sound tar archive but text: '{begin}'",
+            f"the shard is not a valid tar archive but text: '{begin}'",
             where=tar.where,
             remedy="name the .tar files themselves, not a list of them or a message about them",
         )

@@ -108,7 +108,7 @@ def grouped(archive: Archive) -> Iterator[TarSample]:
         if suffix in fields or suffix in _TAKEN:
             raise UserError(
                 f"sample '{shown(key)}' has a duplicate field '.{shown(suffix)}'"
-                f"{' (webdataset keeps that name for itself)' if suffix in _TAKEN else ''}",
+                f"{' (webdataset reserves that name)' if suffix in _TAKEN else ''}",
                 where=f"{archive.where}, member '{shown(member.name)}'",
                 remedy=MACOS
                 if hidden(key)
@@ -122,7 +122,7 @@ def grouped(archive: Archive) -> Iterator[TarSample]:
 def _why_none(name: str) -> str:
     """Return why a member belongs to no sample."""
     if _META.match(name):
-        return "named __…__, as webdataset names what is no sample"
+        return "named __…__, which webdataset does not read as samples"
     return "hidden" if os.path.basename(name).startswith(".") else "without a suffix"
 
 
@@ -138,14 +138,14 @@ def _scattered(shard: str, member: Member) -> UserError:
     key = (split_name(member.name) or ("",))[0]
     if hidden(key):
         return UserError(
-            f"the shard holds hidden files, which webdataset takes for fields of a sample "
-            f"'{shown(key)}', and they do not lie next to each other",
+            "the shard contains hidden files, which webdataset reads as fields of a sample "
+            f"'{shown(key)}', and they are not contiguous",
             where=f"{shard}, member '{shown(member.name)}'",
             remedy=MACOS,
         )
     return UserError(
-        f"the members of sample '{shown(key)}' do not lie next to each other",
+        f"the members of sample '{shown(key)}' are not contiguous",
         where=f"{shard}, member '{shown(member.name)}'",
-        remedy="write the shard with the members of a sample in a row "
-        "(tar --sort=name does), and each key once",
+        remedy="write the shard with the members of each sample next to each other (tar "
+        "--sort=name does this), and each key only once",
     )

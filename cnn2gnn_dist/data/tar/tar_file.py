@@ -78,9 +78,9 @@ class Archive:
         if not stat.S_ISREG(about.st_mode):
             self.close()
             raise UserError(
-                "the shard is no regular file",
+                "the shard is not a regular file",
                 where=self.where,
-                remedy="name .tar files, or a folder that holds some",
+                remedy="name .tar files, or a folder that contains some",
             )
 
     def __enter__(self) -> Archive:
@@ -131,8 +131,8 @@ class Archive:
     def truncated(self, what: str, needed: int) -> UserError:
         """Return the error for something that would extend to byte ``needed``."""
         return UserError(
-            f"the shard is truncated: {what} reaches to byte {needed:,}, "
-            f"the file has {self.bytes:,}",
+            f"the shard is truncated: {what} extends to byte {needed:,}, but the file has "
+            f"{self.bytes:,}",
             where=self.where,
             remedy=WRITE_AGAIN,
         )
@@ -145,16 +145,16 @@ class Archive:
         if position != self.bytes:
             return self.truncated("a member's header", position + BLOCK)
         return UserError(
-            "the shard has no end-of-archive block: it may be cut between two members",
+            "the shard has no end-of-archive block: it may be truncated between two members",
             where=self.where,
-            remedy=f"{WRITE_AGAIN}; if it is known to be whole, close it: "
+            remedy=f"{WRITE_AGAIN}; if it is known to be complete, terminate it: "
             f"truncate -s +1024 '{self.where}'",
         )
 
     def damaged(self, what: str, offset: int) -> UserError:
         """Return the error for an invalid header."""
         return UserError(
-            f"the shard is not a sound tar archive: {what} at byte {offset:,}",
+            f"the shard is not a valid tar archive: {what} at byte {offset:,}",
             where=self.where,
             remedy=WRITE_AGAIN,
         )

@@ -104,7 +104,7 @@ def test_too_narrow_images_are_corrupt_where_they_must_be_resized(monkeypatch):
             assert not wrong
         else:
             assert list(wrong) == [1]
-            assert "300 x 2 pixels are too narrow" in str(wrong[1])
+            assert "300 x 2 pixels, too narrow" in str(wrong[1])
             assert (images[1] == 99).all()
 
 

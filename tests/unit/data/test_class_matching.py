@@ -70,13 +70,23 @@ def test_classes_are_matched_by_name(train, held, present, expected):
     [
         (info("ant", "bee"), info("fox", "owl"), [0, 1], "2 held-out classes .*'fox', 'owl'"),
         (info("ant", "bee"), info("ant", "bee", "fox"), [0, 1, 2], "1 held-out classes .*'fox'"),
-        (info(None, None), info(None, None, None), [0, 2], "none of the 2 training classes: 2"),
+        (info(None, None), info(None, None, None), [0, 2], "not among the 2 training classes: 2"),
         (info("ant", "bee"), info(None, None), [0, 1], "training images name .* only number"),
         (info(None, None), info("ant", "bee"), [0, 1], "held-out images name .* only number"),
         (info("1", "2", "3"), info(None, None, None), [1, 2], "only number"),
         # with a different numbering, no name can tell the cranes apart
-        (info("crane", "bee", "crane"), info("bee", "crane"), [0, 1], "several classes bear"),
-        (info("crane", "bee"), info("crane", "crane", "bee"), [0, 1, 2], "several classes bear"),
+        (
+            info("crane", "bee", "crane"),
+            info("bee", "crane"),
+            [0, 1],
+            "several classes share a name",
+        ),
+        (
+            info("crane", "bee"),
+            info("crane", "crane", "bee"),
+            [0, 1, 2],
+            "several classes share a name",
+        ),
         # a different numbering, and a class without a name: it could be any
         (info("ant", "bee", "cow"), info("bee", "ant", None), [0, 1, 2], "1 held-out classes have"),
         (info("ant", None, "cow"), info("cow", "bee", "ant"), [0, 1, 2], "'bee'"),
@@ -109,7 +119,7 @@ def test_numbers_are_offered_only_where_they_can_be_meant(names, offered):
 def test_numbers_are_trusted_when_told_so():
     for held in (info(None, None), info("x", "y")):
         assert match(info("ant", "bee"), held, [0, 1], "number").tolist() == [0, 1]
-    with pytest.raises(UserError, match="none of the 2 training classes: 2"):
+    with pytest.raises(UserError, match="not among the 2 training classes: 2"):
         match(info("ant", "bee"), info(None, None, None), [2], "number")
 
 
@@ -118,7 +128,7 @@ def test_notes_say_what_the_table_does_not():
     said = notes(names, np.array([0, 0, 1, 2]), np.array([0, 3, 3]), moved=True)
     assert len(said) == 3
     assert "matched by name" in said[0]
-    assert said[1].startswith("2 held-out images are of classes without a training image")
+    assert said[1].startswith("2 held-out images belong to classes without training images")
     assert "3 ('dog')" in said[1]
     assert said[2].startswith("2 of 4 classes have no held-out image")
     assert "1 ('bee'), 2 ('cow')" in said[2]
@@ -129,7 +139,7 @@ def test_names_of_one_class_that_disagree_are_refused(tmp_path: Path) -> None:
     """Within a shard and between shards, at any position."""
     a = shard(tmp_path / "a.tar", (0, "ant"), (1, "bee"), (0, "ant"))
     within = shard(tmp_path / "b.tar", (0, "ant"), (1, "bee"), (0, "ant"), (1, "ant"))
-    with pytest.raises(UserError, match="class 1 is 'ant' here, and 'bee' in") as caught:
+    with pytest.raises(UserError, match="class 1 is 'ant' here but 'bee' in") as caught:
         index([within])
     assert caught.value.where == f"{within}, member 'b3.json'"
     for other in (
@@ -137,7 +147,7 @@ def test_names_of_one_class_that_disagree_are_refused(tmp_path: Path) -> None:
         shard(tmp_path / "d.tar", (0, "ant"), (1, "bee"), (1, "cow")),
     ):
         for workers in (1, 3):
-            with pytest.raises(UserError, match="numbers the classes in another way") as caught:
+            with pytest.raises(UserError, match="number their classes differently") as caught:
                 index([a, other], workers=workers)
             assert str(other) in caught.value.where
             assert str(a) in caught.value.what or str(other) in caught.value.what
@@ -173,14 +183,14 @@ def test_a_list_beside_packed_shards_names_all_classes(tmp_path: Path) -> None:
     path = shard(tmp_path / "train-000000.tar", (0, "ant"), (1, None))
     names = tmp_path / "train-classes.json"
     names.write_text(json.dumps(["ant", "bee", "cow"]))
-    with pytest.raises(UserError, match=r"no sample: 2 \('cow'\)"):
+    with pytest.raises(UserError, match=r"no samples: 2 \('cow'\)"):
         index([path])
     assert index([path], allow_empty_classes=True).classes == ("ant", "bee", "cow")
     names.write_text(json.dumps(["bee", "ant"]))
-    with pytest.raises(UserError, match=r"class 0 is 'ant' here, and 'bee' in .*classes\.json"):
+    with pytest.raises(UserError, match=r"class 0 is 'ant' here but 'bee' in .*classes\.json"):
         index([path])
     names.write_text('["ant"')
-    with pytest.raises(UserError, match="list of the classes") as caught:
+    with pytest.raises(UserError, match="class list") as caught:
         index([path])
     assert caught.value.where == str(names)
     names.write_text('{"ant": 0}')  # an unrelated file
@@ -203,9 +213,9 @@ def test_a_list_that_names_nothing_is_said(tmp_path: Path) -> None:
     (tmp_path / "all-classes.json").write_text('["ant"]')
     found = unused_lists([path])
     assert found is not None
-    assert found.startswith(f"{tmp_path}/all-classes.json is not read: a list of class names")
+    assert found.startswith(f"{tmp_path}/all-classes.json is not read: class names belong")
     (tmp_path / "train-classes.json").write_text('{"ant": 0}')
-    assert "(nor is 1 more)" in str(unused_lists([path]))
+    assert "(nor is 1 other)" in str(unused_lists([path]))
 
 
 def test_held_out_labels_are_put_in_the_numbering_of_the_training_images(tmp_path: Path) -> None:
@@ -226,7 +236,7 @@ def test_held_out_labels_are_put_in_the_numbering_of_the_training_images(tmp_pat
 def test_a_number_of_classes_checks_and_does_not_rename(tmp_path: Path) -> None:
     train = shard(tmp_path / "a.tar", (0, "ant"), (1, "bee"))
     assert index_data_set([train], num_classes=2).manifest.classes == ("ant", "bee")
-    with pytest.raises(UserError, match=r"no sample: 2, 3\n") as caught:
+    with pytest.raises(UserError, match=r"no samples: 2, 3\n") as caught:
         index_data_set([train], num_classes=4)
     assert "data.allow_empty_classes=true" in caught.value.remedy
     whole = index_data_set([train], num_classes=4, allow_empty_classes=True)
@@ -236,7 +246,7 @@ def test_a_number_of_classes_checks_and_does_not_rename(tmp_path: Path) -> None:
         index_data_set([more], num_classes=2)
     (tmp_path / "c-classes.json").write_text('["ant", "bee", "cow"]')
     listed = shard(tmp_path / "c-000000.tar", (0, "ant"), (1, "bee"))
-    with pytest.raises(UserError, match=r"3 classes, and data\.num_classes is 2"):
+    with pytest.raises(UserError, match=r"3 classes, but data\.num_classes is 2"):
         index_data_set([listed], num_classes=2, allow_empty_classes=True)
 
 
@@ -247,7 +257,7 @@ def test_labels_that_are_ids_or_begin_at_one(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="id"):
             index([path], allow_empty_classes=True)
     one = shard(tmp_path / "a.tar", (1, None), (2, None))
-    with pytest.raises(UserError, match=r"no sample: 0; the labels begin at 1"):
+    with pytest.raises(UserError, match=r"no samples: 0; the labels start at 1"):
         index([one])
     assert index([one], allow_empty_classes=True).num_classes == 3
     with pytest.raises(UserError, match="look like ids"):
@@ -266,8 +276,8 @@ def test_a_set_of_copies_is_said(tmp_path: Path) -> None:
     images = random_images(400, 8, 8)
     few = images[np.arange(400) % 3]
     for name, made, expected in (
-        ("all", few[:30], "27 of 30 images looked at are copies"),
-        ("many", few, "253 of 256 images looked at are copies"),
+        ("all", few[:30], "27 of 30 checked images are byte-identical copies"),
+        ("many", few, "253 of 256 checked images are byte-identical copies"),
         ("some", np.concatenate([images[:300], images[:100]]), None),
     ):
         paths = make_shards(tmp_path / name, made, np.arange(len(made)) % 2, shard_size=100)
@@ -286,10 +296,10 @@ def test_a_set_of_copies_is_said(tmp_path: Path) -> None:
 def test_one_class_in_two_spellings_is_refused(tmp_path: Path, names, listed) -> None:
     two = shard(tmp_path / "two.tar", *enumerate(names))
     one = shard(tmp_path / "one.tar", (0, names[0]))
-    with pytest.raises(UserError, match=rf"1 class names are spelled in .*: classes {listed}") as e:
+    with pytest.raises(UserError, match=rf"1 class names appear in .*: classes {listed}") as e:
         index_data_set([two])
     assert e.value.where == "data.train"
-    with pytest.raises(UserError, match="spelled") as e:
+    with pytest.raises(UserError, match="spellings") as e:
         index_pair([one], [two])
     assert e.value.where == "data.test"
     other = shard(
@@ -302,7 +312,7 @@ def test_names_of_another_case_are_said(tmp_path: Path) -> None:
     two = shard(tmp_path / "two.tar", (0, "Cat"), (1, "cat"), (2, "dog"))
     pair = index_pair([two], [two])
     assert pair.notes == [
-        "1 class names differ from others by case alone, and are classes of their own: 'Cat', 'cat'"
+        "1 class names differ from others only in case and count as separate classes: 'Cat', 'cat'"
     ]
     assert pair.held.label_N.tolist() == [0, 1, 2]
     same = shard(tmp_path / "same.tar", (0, "crane"), (1, "crane"), (2, "dog"))
@@ -314,14 +324,16 @@ def test_classes_matched_by_number_under_names_of_one_side_are_said(tmp_path: Pa
     held = shard(tmp_path / "b.tar", (0, "cat"), (1, "horse"), (2, "dog"), (3, None))
     pair = index_pair([train], [held])
     assert pair.held.label_N.tolist() == [0, 1, 2, 3]
-    words = "2 classes matched by number, names on one side only: 1 ('horse'), 2 ('dog')"
+    words = (
+        "2 classes are matched by number because only one side names them: 1 ('horse'), 2 ('dog')"
+    )
     assert pair.notes == [words]
     assert index_pair([held], [train]).notes == [words]
     assert index_pair([held], [held]).notes == []
     bare = shard(tmp_path / "c.tar", (0, None), (1, None))
     two = shard(tmp_path / "d.tar", (0, "cat"), (1, "dog"))
     assert index_pair([two], [bare], match_classes="number").notes == [
-        "2 classes matched by number, names on one side only: 0 ('cat'), 1 ('dog')"
+        "2 classes are matched by number because only one side names them: 0 ('cat'), 1 ('dog')"
     ]
     digits = shard(tmp_path / "e.tar", (0, "0"), (1, "1"))
     assert index_pair([digits], [bare]).notes == []
@@ -331,7 +343,7 @@ def test_an_empty_name_among_others_is_refused(tmp_path: Path) -> None:
     path = shard(tmp_path / "train-0.tar", (0, None), (1, None))
     names = tmp_path / "train-classes.json"
     names.write_text('["", "1"]')
-    with pytest.raises(UserError, match="name of class 0 is empty, and the other 1 have") as caught:
+    with pytest.raises(UserError, match="class 0 has an empty name, unlike the other 1") as caught:
         index([path])
     assert caught.value.where == str(names)
     names.write_text('[null, "1"]')  # named by its number

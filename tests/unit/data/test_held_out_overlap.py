@@ -35,7 +35,7 @@ def test_twins_are_counted_whatever_checksums_there_are(tmp_path: Path, checksum
     a = manifest(tmp_path / "a.tar", train, checksums[0])
     b = manifest(tmp_path / "b.tar", [*others, *train[:7], train[3]], checksums[1])
     assert overlap_note(a, b) == (
-        "8 of 20 held-out images looked at are training images too, byte by byte: the table flatters"
+        "8 of 20 checked held-out images are byte-identical to training images: the results are too optimistic"
     )
     assert overlap_note(a, manifest(tmp_path / "c.tar", others)) is None
 
@@ -81,4 +81,4 @@ def test_index_says_it(tmp_path: Path, console: None, capsys) -> None:
     run = [f"run.dir={tmp_path}/run", "data.source=shards", f"data.train={tmp_path}/a"]
     assert cli.main(["index", "--config", "demo", *run, f"data.test={tmp_path}/b"]) == 0
     said = capsys.readouterr().err
-    assert "note: 4 of 4 held-out images looked at are training images too" in said
+    assert "note: 4 of 4 checked held-out images are byte-identical to training images" in said

@@ -45,7 +45,7 @@ def test_links_are_followed_and_each_folder_is_read_once(tmp_path):
         *["b/2.png", "b/one.png", "b/sub/3.png", "c/4.png"],
     ]
     assert found.left_out == {
-        "link to a folder that is read already": ["a/again", "a/loop", "a/up", "b/deep"]
+        "link to a folder that was already read": ["a/again", "a/loop", "a/up", "b/deep"]
     }
 
 
@@ -56,7 +56,7 @@ def test_a_link_into_a_folder_that_is_read_later_is_no_second_copy(tmp_path):
     (root / "a" / "whole").symlink_to(store)
     found = find_images(root)
     assert found.images == ["a/1.png", "a/deep/s2.png", "a/whole/s1.png"]
-    assert found.left_out == {"link to a folder that is read already": ["a/whole/deep"]}
+    assert found.left_out == {"link to a folder that was already read": ["a/whole/deep"]}
 
 
 def test_a_class_that_is_another_one_under_a_second_name_has_no_images(tmp_path):
@@ -81,9 +81,9 @@ def test_what_is_no_image_is_counted_by_its_reason(tmp_path):
         "hidden": ["__MACOSX", "a/._1.png", "a/.hid", "a/Thumbs.db"],
         "loose file beside the class folders": ["6.png"],
         "broken link": ["a/gone"],
-        "no plain file": ["a/pipe.png", "a/sock"],
+        "special file": ["a/pipe.png", "a/sock"],
         "unfinished copy": ["a/8~", "a/9.jpg.part"],
-        "without a suffix, no image by its bytes": ["a/nothing"],
+        "without a suffix, not an image by its bytes": ["a/nothing"],
         ".heic": ["a/10.HEIC"],
         ".csv": ["a/list.csv"],
         ".txt": ["n.txt"],
@@ -94,7 +94,7 @@ def test_what_is_no_image_is_counted_by_its_reason(tmp_path):
 def test_a_class_whose_link_is_broken_is_not_passed_over(tmp_path):
     root = tree(tmp_path / "in", "a/1.png")
     (root / "b").symlink_to(tmp_path / "unmounted")
-    with pytest.raises(UserError, match="'b' is a link to nothing") as caught:
+    with pytest.raises(UserError, match="'b' is a broken link") as caught:
         find_images(root, classes=True)
     assert caught.value.where == str(root / "b")
     assert find_images(root).left_out == {"broken link": ["b"]}
@@ -146,7 +146,7 @@ def test_a_pipe_that_nobody_writes_to_is_not_waited_for_without_end(tmp_path, mo
     monkeypatch.setattr(image_files, "BYTES_S", 0.5)
     pipe = tmp_path / "pipe.png"
     os.mkfifo(pipe)
-    with pytest.raises(TimeoutError, match=r"nobody writes to \(waited 0.25 seconds"):
+    with pytest.raises(TimeoutError, match=r"nothing is writing to the pipe \(waited 0.25 seconds"):
         read_file(pipe)
     held = os.open(pipe, os.O_RDWR)  # a writer that writes nothing
     with pytest.raises(TimeoutError, match=r"waited 0.5 seconds"):

@@ -187,7 +187,7 @@ def test_parquet_that_does_not_fit(tmp_path: Path) -> None:
     b = write(tmp_path / "b.parquet", [good, good, none], [0, 0, 0])
     refuses(b, "row 2 has no image bytes, only the path 'cat.jpg'", "b.parquet")
     b = write(tmp_path / "b.parquet", [good, {"bytes": b"text", "path": "a.txt"}], [0, 0])
-    refuses(b, "no image that is read: text", "row 1")
+    refuses(b, "not a supported image: text", "row 1")
     pq.write_table(pa.table({"image": ["a"], "label": [0]}), b)
     refuses(b, "is string, not encoded images", "b.parquet")
     b.write_bytes(a.read_bytes()[:-9])
@@ -215,8 +215,11 @@ def test_files_that_number_the_same_names_differently_are_renumbered(tmp_path: P
     twice = write_parquet(tmp_path / "c.parquet", [row], [0], ["ant", "ant", "bee"])
     other = write_parquet(tmp_path / "d.parquet", [row], [0], ["bee", "ant", "ant"])
     for files, message in (
-        ([a, write_parquet(tmp_path / "e.parquet", [row], [0], ["ant", "bee"])], "lacks 'cow'"),
-        ([a, write_parquet(tmp_path / "f.parquet", [row], [0])], "numbers its classes without"),
+        (
+            [a, write_parquet(tmp_path / "e.parquet", [row], [0], ["ant", "bee"])],
+            "is missing 'cow'",
+        ),
+        ([a, write_parquet(tmp_path / "f.parquet", [row], [0])], "only numbers its classes"),
         ([twice, other], "some of them twice"),
     ):
         with pytest.raises(UserError, match=message):
@@ -258,7 +261,7 @@ def test_a_blank_label_is_refused_with_its_row(
         pack_parquet([labelled(tmp_path / "b.parquet", pa.array(["owl"])), file], tmp_path / "out")
     said = blank if blank.isprintable() else ascii(blank)[1:-1]
     assert caught.value.what == (
-        f"row 1 has the label '{said}', which names no class; 2 of 4 rows have an empty or blank one"
+        f"row 1 has the label '{said}', which is not a class name; 2 of 4 rows have an empty or blank label"
     )
     assert caught.value.where == str(file)
     assert not list((tmp_path / "out").glob("*.tar"))
@@ -271,7 +274,7 @@ def test_a_column_that_stands_twice_is_refused(tmp_path: Path, names: list[str])
     pq.write_table(pa.Table.from_arrays(columns, names=names), file)
     with pytest.raises(UserError) as caught:
         pack_parquet(file, tmp_path / "out")
-    assert caught.value.what == f"2 columns of the Parquet file are called '{names[1]}'"
+    assert caught.value.what == f"the Parquet file has 2 columns named '{names[1]}'"
     assert caught.value.where == str(file)
     more = [
         *columns[::2],
@@ -295,9 +298,13 @@ def test_any_whole_numbers_are_labels(tmp_path: Path, kind: pa.DataType) -> None
 @pytest.mark.parametrize(
     ("labels", "what", "remedy"),
     [
-        (pa.array([0.0, 1.0]), "double, not the class", "save the column as integers"),
+        (
+            pa.array([0.0, 1.0]),
+            "double, not a column of class labels",
+            "save the column as integers",
+        ),
         (pa.array([[0, 1], [1, 0]]), r"one-hot\?", "argmax"),
-        (pa.array([[1, 2], [1]]), "several labels a row", "one label"),
+        (pa.array([[1, 2], [1]]), "several labels per row", "one label"),
         (pa.array([None, None]), "all rows are null", "data.label_column=NAME"),
         (pa.array([10**12, 0]), "1,000,000,000,000, .* look like ids", "from 0"),
         (pa.array([2**64 - 1, 0], pa.uint64()), "look like ids", "from 0"),
@@ -317,11 +324,11 @@ def test_other_labels_are_refused_by_what_they_are(
 @pytest.mark.parametrize(
     ("images", "what"),
     [
-        (pa.array(["/data/0.png"]), "such as paths of files .'/data/0.png'"),
-        (pa.array(["https://x.org/0.png"]), "it holds URLs"),
+        (pa.array(["/data/0.png"]), "such as file paths .'/data/0.png'"),
+        (pa.array(["https://x.org/0.png"]), "it contains URLs"),
         (pa.array([base64.b64encode(encode_image(IMAGES[0])).decode()]), "base64 text"),
         (pa.array([[1, 2, 3]], pa.list_(pa.uint8())), "lists of numbers"),
-        (pa.array([[b"a"]]), "several images a row"),
+        (pa.array([[b"a"]]), "several images per row"),
         (pa.array([b"abc"], pa.binary(3)), "raw pixels"),
     ],
 )
@@ -337,10 +344,10 @@ def test_other_images_are_refused_by_what_they_are(
 @pytest.mark.parametrize(
     ("columns", "remedy"),
     [
-        (("Image", "label"), "Did you mean data.image_column=Image?"),
-        (("img", "label"), "Did you mean data.image_column=img?"),
-        (("image", "Label"), "Did you mean data.label_column=Label?"),
-        (("image", "fine_label"), "Did you mean data.label_column=fine_label?"),
+        (("Image", "label"), "did you mean data.image_column=Image?"),
+        (("img", "label"), "did you mean data.image_column=img?"),
+        (("image", "Label"), "did you mean data.label_column=Label?"),
+        (("image", "fine_label"), "did you mean data.label_column=fine_label?"),
     ],
 )
 def test_the_likely_column_is_named(tmp_path: Path, columns: tuple[str, str], remedy: str) -> None:
@@ -358,7 +365,7 @@ def test_the_likely_column_is_named(tmp_path: Path, columns: tuple[str, str], re
         (b"<!DOCTYPE html><html>log in", "it is an HTML page", "login page"),
         (b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS pointer", "git lfs pull"),
         (b"", "empty", "again"),
-        (b"PAR1" + bytes(300), "cut or damaged", "again"),
+        (b"PAR1" + bytes(300), "truncated or corrupt", "again"),
     ],
 )
 def test_what_is_no_parquet_is_called_what_it_is(
@@ -509,7 +516,7 @@ def test_names_that_are_not_utf8(
     assert "1 .txt (not read; first: caf\\xe9/b\\xe9.txt)" in capsys.readouterr().err
     (root / "caf\\xe9").mkdir()
     (root / "caf\\xe9" / "1.png").write_bytes(encode_image(IMAGES[2]))
-    with pytest.raises(UserError, match="same name once it is written in UTF-8"):
+    with pytest.raises(UserError, match="same name when encoded as UTF-8"):
         pack_imagefolder(root, tmp_path / "again")
 
 
@@ -549,7 +556,7 @@ def test_torchvision_out_of_reach(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception
 ) -> None:
     stub_torchvision(monkeypatch, failure)
-    with pytest.raises(UserError, match="CIFAR10 is not there and cannot be downloaded") as caught:
+    with pytest.raises(UserError, match="CIFAR10 is missing and cannot be downloaded") as caught:
         pack_torchvision("cifar10", tmp_path / "cifar", True, tmp_path / "out")
     assert caught.value.where == str(tmp_path / "cifar")
     assert "https://example.invalid" in caught.value.remedy
@@ -601,7 +608,7 @@ def test_an_empty_name_among_others_is_refused_before_a_shard_is_written(tmp_pat
     names = {"info": {"features": {"label": {"names": ["", "owl"], "_type": "ClassLabel"}}}}
     table = pa.table({"image": rows, "label": [0, 1]})
     pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(names)}), one)
-    with pytest.raises(UserError, match="name of class 0 is empty") as caught:
+    with pytest.raises(UserError, match="class 0 has an empty name") as caught:
         pack_parquet([one], tmp_path / "out", prefix="train")
     assert caught.value.where == "the classes of train"
     assert not (tmp_path / "out").exists()

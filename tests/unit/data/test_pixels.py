@@ -304,40 +304,40 @@ def test_gif_lies_on_white_also_around_a_small_first_frame():
 NAN = FLOATS.copy()
 NAN[3, 3] = np.nan
 REFUSED = {
-    "whole numbers of 32 bits": (plain_tiff(DEEP.astype("<u4"), 32, 1), "32-bit whole numbers"),
-    "signed numbers of 32 bits": (saved(DEEP.astype(np.int32), "TIFF"), "signed numbers"),
-    "signed numbers of 16 bits": (plain_tiff(DEEP.astype("<i2"), 16, 1, 2), "signed numbers"),
-    "signed numbers of 8 bits": (plain_tiff(GREY, 8, 1, 2), "signed numbers"),
+    "whole numbers of 32 bits": (plain_tiff(DEEP.astype("<u4"), 32, 1), "32-bit integer samples"),
+    "signed numbers of 32 bits": (saved(DEEP.astype(np.int32), "TIFF"), "signed samples"),
+    "signed numbers of 16 bits": (plain_tiff(DEEP.astype("<i2"), 16, 1, 2), "signed samples"),
+    "signed numbers of 8 bits": (plain_tiff(GREY, 8, 1, 2), "signed samples"),
     "floats below 0": (saved(FLOATS - 0.5, "TIFF"), "floats from -0.5 to"),
     "floats to 65535": (saved(DEEP.astype(np.float32), "TIFF"), "neither 0 to 1 nor 0 to 255"),
     "floats that are none": (saved(NAN, "TIFF"), "floats from nan"),
     "a pfm to 1000": (b"Pf 40 24 -1.0\n" + (FLOATS * 1000).tobytes(), "neither 0 to 1"),
     "a colour of 16 bits is transparent": (
         png(16, 2, as_bytes(RGB.astype(int) * 257, ">u2"), transparent(1, 2, 3)),
-        "one colour transparent",
+        "one transparent color",
     ),
     "YCbCr with fewer colours": (
         plain_tiff(RGB[: HIGH // 2], 8, 6, samples=3),
-        "fewer colours than pixels",
+        "subsampled chroma",
     ),
     **{
         f"{name} of 16 bits, plane by plane, {order}": (
             planes_tiff([DEEP] * count, photometric, order),
-            "16 bits a colour, plane by plane",
+            "16 bits per channel, stored plane by plane",
         )
         for order in "<>"
         for name, photometric, count in (("RGB", 2, 3), ("RGBA", 2, 4), ("CMYK", 5, 4))
     },
     "floats in colour": (
         plain_tiff(np.repeat(FLOATS, 3), 32, 2, 3, samples=3),
-        "TIF of a rare kind",
+        "TIF of an unsupported variety",
     ),
     "nothing": (b"", "an empty file"),
     "a page": (b"<!DOCTYPE html><title>404</title>", "an HTML page"),
     "words": (b"404: Not Found", "text"),
-    "avif": (saved(RGB, "AVIF"), "AVIF, a format that is not read"),
-    "jpeg 2000": (saved(RGB, "JPEG2000"), "JPEG 2000, a format that is not read"),
-    "heic": (b"\0\0\0\x18ftypheic" + bytes(99), "HEIC, a format that is not read"),
+    "avif": (saved(RGB, "AVIF"), "AVIF, which is not supported"),
+    "jpeg 2000": (saved(RGB, "JPEG2000"), "JPEG 2000, which is not supported"),
+    "heic": (b"\0\0\0\x18ftypheic" + bytes(99), "HEIC, which is not supported"),
     "a pointer": (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
     "numbers": (bytes(range(128, 228)), "none of JPEG, PNG"),
 }

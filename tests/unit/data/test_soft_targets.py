@@ -173,9 +173,9 @@ def refused(match: str, where: Path | str, *arguments) -> None:
 def test_what_is_wrong_is_named(tmp_path):
     files = write_all(tmp_path, teacher(2, 20, 5), 2)
     refused("4 of 24 samples have no soft targets", "targets", tmp_path, 24, 5)
-    refused("sample ids to 19, of 19", files[2], tmp_path, 19, 5)
-    refused("of 3 classes", files[0], tmp_path, 20, 3)
-    refused("other targets", files[0], tmp_path, 20, 5, {"key": "x"})
+    refused("sample ids up to 19, but there are 19", files[2], tmp_path, 19, 5)
+    refused("but there are 3 classes", files[0], tmp_path, 20, 3)
+    refused("different targets", files[0], tmp_path, 20, 5, {"key": "x"})
     refused("missing", tmp_path / "x.parquet", [*files, tmp_path / "x.parquet"], 20, 5)
     refused("20 of 20 samples", "targets", tmp_path / "no folder", 20, 5)
     files[1].write_bytes(files[1].read_bytes()[:-50])
@@ -217,7 +217,7 @@ def test_files_of_other_views_or_k_do_not_mix(tmp_path, views, k):
         log_probs=values,
         meta=META,
     )
-    refused("other views or another k", path, tmp_path, 10, 5)
+    refused("its views or its k differ", path, tmp_path, 10, 5)
 
 
 def test_an_empty_shard_and_one_of_another_kind(tmp_path):

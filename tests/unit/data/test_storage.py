@@ -259,7 +259,7 @@ def test_a_download_is_verified_as_a_whole(web, shards, tmp_path):
     manifest = far_manifest(web, shards)
     damage(shards[0], manifest, 5)
     files = ShardFiles(manifest, CacheSpec(str(tmp_path / "c"), 1 << 30))
-    with pytest.raises(UserError, match=f"'{manifest.key(5)}' are not those indexed") as caught:
+    with pytest.raises(UserError, match=f"'{manifest.key(5)}' differ from those indexed") as caught:
         files.read(3)
     assert caught.value.where == url_of(web, shards[0])
     assert web.requests.total() == 2  # retried once before it was refused

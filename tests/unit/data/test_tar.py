@@ -52,9 +52,9 @@ def assert_same(path: Path) -> None:
     runs = [key for key, before in zip(keys, [None, *keys], strict=False) if key != before]
     if isinstance(expected, Exception):
         assert "duplicate file name" in str(expected)
-        assert re.search("duplicate field|next to each other", str(found))
+        assert re.search("duplicate field|not contiguous", str(found))
     elif len(set(runs)) < len(runs):  # webdataset makes two samples of it
-        assert "next to each other" in str(found)
+        assert "not contiguous" in str(found)
     else:
         assert found == expected
 
@@ -175,8 +175,11 @@ def test_global_pax_header_and_signed_checksum(tmp_path: Path) -> None:
     [
         ([("a.jpg", b"1"), ("a.JPG", b"2")], "sample 'a' has a duplicate field '.jpg'"),
         ([("a.jpg", b"1"), ("a.jpg", b"2")], "duplicate field"),
-        ([("a.__key__", b"1")], "duplicate field '.__key__'.*webdataset keeps"),
-        ([("a.jpg", b""), ("b.jpg", b""), ("a.cls", b"0")], "members of sample 'a' do not lie"),
+        ([("a.__key__", b"1")], "duplicate field '.__key__'.*webdataset reserves"),
+        (
+            [("a.jpg", b""), ("b.jpg", b""), ("a.cls", b"0")],
+            "members of sample 'a' are not contiguous",
+        ),
     ],
 )
 def test_ambiguous_names_are_refused(
@@ -243,7 +246,7 @@ def test_foreign_and_damaged_files(tmp_path: Path) -> None:
     info = tarfile.TarInfo("a.jpg")
     info.size = 9 << 30  # tarfile encodes it in base 256; the file is far shorter
     path.write_bytes(info.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
-    with pytest.raises(UserError, match=r"member 'a.jpg' reaches to byte 9,663,676,928"):
+    with pytest.raises(UserError, match=r"member 'a.jpg' extends to byte 9,663,676,928"):
         list(samples.walk(path))
 
 
@@ -282,15 +285,19 @@ def parquet_bytes() -> bytes:
     [
         (b"<html>not found</html>".ljust(2048), "is an HTML page, not a tar", "login page"),
         (b"\n<!DOCTYPE html><html>Please log in</html>", "is an HTML page, not a tar", "login"),
-        (b'<?xml version="1.0"?><Error><Code>NoSuchKey</Code></Error>', "an XML answer", "store"),
-        (b'{"error": "Repository not found"}', "is JSON, not a tar", "server's error"),
+        (b'<?xml version="1.0"?><Error><Code>NoSuchKey</Code></Error>', "an XML response", "store"),
+        (
+            b'{"error": "Repository not found"}',
+            "is JSON, not a tar",
+            "error message from the server",
+        ),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "Git LFS", "git lfs pull"),
         (parquet_bytes(), "is a Parquet file, not a tar", "data.source=parquet"),
         (encode_image(random_images(1)[0]), "is a PNG image, not", "data.source=imagefolder"),
         (encode_image(random_images(1)[0], "jpg"), "is a JPEG image", "data.source=imagefolder"),
         (b"PK\x03\x04" + bytes(600), "is a zip archive, not", "data.source=imagefolder"),
-        (b"train-0.tar\ntrain-1.tar\n", "not a sound tar archive but text: 'train-0", "a list"),
-        (b"x" * 512, "not a sound tar archive but text", "name the .tar files"),
+        (b"train-0.tar\ntrain-1.tar\n", "not a valid tar archive but text: 'train-0", "a list"),
+        (b"x" * 512, "not a valid tar archive but text", "name the .tar files"),
     ],
 )
 def test_what_is_no_tar_is_called_what_it_is(
@@ -329,7 +336,7 @@ def test_what_is_part_of_no_sample_is_counted_by_reason(tmp_path: Path) -> None:
     words = (
         "10 members of the shards of {} are left out: 3 of samples marked __bad__ (first: "
         "b.__bad__), 2 hard links (first: c0.png), 1 devices and pipes (first: c3.png), 1 hidden "
-        "(first: .DS_Store), 1 named __…__, as webdataset names what is no sample (first: "
+        "(first: .DS_Store), 1 named __…__, which webdataset does not read as samples (first: "
         "__meta__/info.json), 1 symbolic links (first: c2.png), 1 without a suffix (first: README)"
     )
     assert pair.notes == [words.format("data.train"), words.format("data.test")]

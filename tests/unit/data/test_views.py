@@ -271,7 +271,7 @@ def test_too_narrow_to_be_resized(monkeypatch):
     monkeypatch.setattr(viewing, "MAX_PIXELS", 32 * 32 * 50)
     spec = ViewSpec("crop_flip", 32)
     assert render(spec, np.zeros((2, 100, 3), np.uint8), 0, CLEAN).shape == (32, 32, 3)
-    with pytest.raises(CorruptSample, match="102 x 2 pixels are too narrow"):
+    with pytest.raises(CorruptSample, match="102 x 2 pixels, too narrow"):
         render(spec, np.zeros((2, 102, 3), np.uint8), 0, 0)
 
 

@@ -9,7 +9,7 @@ from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.graph.partition import parts as partition
 from cnn2gnn_dist.graph.version import (
     MANIFEST,
-    WORKSHOP,
+    WORK_FOLDER,
     GraphWriter,
     latest_version,
     open_version,
@@ -192,11 +192,11 @@ def test_an_attempt_goes_on_only_if_it_is_the_same(tmp_path):
     shapes = {"z": ((4, 2), np.float32)}
     first = GraphWriter.create(tmp_path, 1, shapes, "weights of step 7")
     first.rows("z", 1, np.ones((1, 2)))
-    (first.path / WORKSHOP).mkdir()
+    (first.path / WORK_FOLDER).mkdir()
     again = GraphWriter.create(tmp_path, 1, shapes, "weights of step 7")
     np.testing.assert_array_equal(again.array("z")[1], [1, 1])
     other = GraphWriter.create(tmp_path, 1, shapes, "weights of step 8")
     np.testing.assert_array_equal(other.array("z"), np.zeros((4, 2)))
-    (other.path / WORKSHOP).mkdir()
+    (other.path / WORK_FOLDER).mkdir()
     made = other.finalise({})
     assert sorted(path.name for path in made.iterdir()) == ["manifest.json", "z.npy"]

@@ -127,7 +127,7 @@ def test_a_held_out_folder_that_lacks_a_class_is_matched_by_name(tmp_path, capsy
     assert test.classes == ("blue", "green", "red")
     for row in range(len(test)):
         assert test.key(row).startswith(test.classes[test.label_N[row]])
-    assert "note: held-out images number the classes in another way: matched by name" in said
+    assert "note: held-out images number the classes differently: matched by name" in said
     assert "note: 1 of 3 classes have no held-out image" in said
     code, _, test = prepared(tmp_path / "run2", *data, "data.num_classes=3")
     assert (code, test.classes) == (0, ("blue", "green", "red"))
@@ -167,7 +167,7 @@ def test_the_remedy_for_an_empty_class_works_as_written(tmp_path, capsys):
     [
         ({"a": 1, "b": 1, "c": 1}, ("no held-out image", "every class has one image", "data.test")),
         ({"only": 12}, ("one class", "data.train")),
-        ({"train": 3, "val": 3}, ("parts of a data set", "data.train=", "data.test=")),
+        ({"train": 3, "val": 3}, ("splits of a data set", "data.train=", "data.test=")),
     ],
 )
 def test_degenerate_sets_are_refused_before_any_training(tmp_path, capsys, counts, says):

@@ -109,10 +109,10 @@ def swap(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (mend, "data.train: 1 with other contents (a/sub/5.png)"),
-        (add, "data.train: 1 more (a/sub/new.png)"),
-        (drop, "data.train: 1 gone (b/sub/7.png)"),
-        (swap, "data.train: 2 with other contents (a/1.png, …)"),
+        (mend, "data.train: 1 with different contents (a/sub/5.png)"),
+        (add, "data.train: 1 added (a/sub/new.png)"),
+        (drop, "data.train: 1 removed (b/sub/7.png)"),
+        (swap, "data.train: 2 with different contents (a/1.png, …)"),
     ],
 )
 def test_a_changed_file_of_a_folder_is_named_and_update_reaches_the_teacher(
@@ -230,7 +230,7 @@ def test_of_very_large_sets_the_times_count(folder, tmp_path, monkeypatch):
     run = Run(tmp_path / "run", "imagefolder", train=folder)
     assert run() == 0
     os.utime(folder / "a" / "2.png", (1, 1))
-    assert "data.train: 1 with other times (a/2.png)" in run.status("pack")[1]
+    assert "data.train: 1 with different times (a/2.png)" in run.status("pack")[1]
     assert run("--update") == 0
 
 
@@ -306,7 +306,7 @@ def test_a_remote_shard_that_was_replaced_is_noticed_without_reading_it(tmp_path
         path.write_bytes(path.read_bytes().replace(b"IEND", b"IENd"))
         status, why = run.status("index")
         assert status is Status.STALE
-        assert "1 with other contents (shard-000001.tar)" in why
+        assert "1 with different contents (shard-000001.tar)" in why
         assert served.sent == sent
         assert run() == 2
         assert run("--update") == 0
@@ -481,9 +481,9 @@ def test_the_control_does_not_depend_on_the_graph_that_is_not_in_its_key():
 @pytest.mark.parametrize(
     ("before", "after", "words"),
     [
-        (["a", "b"], ["b", "a"], "data.train: 1 with other contents (shard-classes.json)"),
-        (None, ["a", "b"], "data.train: 1 more (shard-classes.json)"),
-        (["a", "b"], None, "data.train: 1 gone (shard-classes.json)"),
+        (["a", "b"], ["b", "a"], "data.train: 1 with different contents (shard-classes.json)"),
+        (None, ["a", "b"], "data.train: 1 added (shard-classes.json)"),
+        (["a", "b"], None, "data.train: 1 removed (shard-classes.json)"),
     ],
 )
 def test_lists_of_class_names_beside_shards_count(shards, tmp_path, before, after, words):
@@ -517,7 +517,7 @@ def test_lists_of_class_names_beside_shards_count(shards, tmp_path, before, afte
     [
         ("pipe", "this is a pipe, not a regular file"),
         ("folder", "this is a folder, not a regular file"),
-        ("link", "the file is a link to /nowhere, which can't be looked at: No such file or"),
+        ("link", "the file is a link to /nowhere, which can't be accessed: No such file or"),
     ],
 )
 def test_what_is_no_file_is_refused_before_it_is_opened(shards, capsys, source, kind, message):
@@ -533,5 +533,5 @@ def test_what_is_no_file_is_refused_before_it_is_opened(shards, capsys, source, 
     said = capsys.readouterr().err
     assert message in said
     assert str(path) in said
-    assert "name the files themselves" in said
+    assert "name the files with a glob" in said
     assert "Traceback" not in said

@@ -81,7 +81,7 @@ def test_predict_answers_for_a_pipe_without_a_writer_and_goes_on(tmp_path, monke
     said = capsys.readouterr()
     assert said.out == f"{image}  a 100.0%\n"
     assert said.err == (
-        f"cnn2gnn: {pipe}: not readable as an image: a pipe that nobody writes to (waited 0.1 seconds)\n"
+        f"cnn2gnn: {pipe}: not readable as an image: nothing is writing to the pipe (waited 0.1 seconds)\n"
     )
 
 
