@@ -58,7 +58,7 @@ class Bank:
         inner = self.nodes_L[: self.num_inner]
         local = np.searchsorted(inner, ids)
         if (local >= self.num_inner).any() or (inner[local] != ids).any():
-            raise KeyError("a seed lies outside the partitions of this rank")
+            raise KeyError("a seed node is outside the partitions of this rank")
         return local.astype(np.int64)
 
     def global_of(self, local: np.ndarray) -> np.ndarray:

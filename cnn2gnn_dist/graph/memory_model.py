@@ -89,7 +89,7 @@ def structures(s: Sizes) -> list[Structure]:
         *([Structure("rank", "index of z for live search", 8 * d * rows)] if s.searched else []),
         Structure("search", "z (mapped)", 4 * n * d),
         Structure("search", "table before and after (mapped)", 8 * n * m),
-        Structure("search", "reverse neighbours (mapped)", 4 * n * (m // 2)),
+        Structure("search", "reverse neighbors (mapped)", 4 * n * (m // 2)),
         Structure("search", "lists of each node (mapped)", 4 * n * (2 + MOST_PROBES / 2)),
         Structure("search", "a unit's keys", 16 * unit * MOST_PROBES / 2 * (m + 1)),
         Structure("search", "reverse edges of a unit", 40 * min(n, TARGETS) * m),

@@ -128,7 +128,9 @@ def make_sampler(
         return TableSampler(table_KM, seed, nodes_K)
     if name == "dgl":
         return DglSampler(table_KM, seed)
-    raise UserError(f"no sampler {name!r}", where="graph.sampling.sampler", remedy="table or dgl")
+    raise UserError(
+        f"unknown sampler {name!r}", where="graph.sampling.sampler", remedy="use table or dgl"
+    )
 
 
 def _checked(rows: np.ndarray, num_rows: int) -> np.ndarray:

@@ -139,7 +139,7 @@ class GraphVersion:
         """  # noqa: DOC501
         for name, (_, sha) in _read_manifest(self.path)[0].items():
             if durable.sha256(self.path / name) != sha:
-                raise _damaged(self.path, f"{name}: its checksum does not hold")
+                raise _damaged(self.path, f"{name}: its checksum does not match")
 
 
 def version_path(root: Path, number: int) -> Path:
@@ -177,7 +177,7 @@ def load_part(version: GraphVersion, number: int) -> PartGraph:
     name, note = folder.name, f"{folder.name}/part.json"
     files = _read_manifest(version.path)[0]
     if note not in files or durable.sha256(version.path / note) != files[note][1]:
-        raise _damaged(version.path, f"{name} is not the partition that was made with it")
+        raise _damaged(version.path, f"{name} is not the partition built with this version")
     return PartGraph.load(folder)
 
 
@@ -224,5 +224,5 @@ def _damaged(path: Path, what: str) -> UserError:
     return UserError(
         f"this graph version can't be used: {what}",
         where=str(path),
-        remedy="remove it; the stage builds it again",
+        remedy="remove it; the stage rebuilds it",
     )

@@ -51,7 +51,7 @@ def adaptive_neighbours(d_BM: Tensor, k: int, mask_BM: Tensor | None = None) -> 
         ValueError: k < 1.
     """
     if k < 1:
-        raise ValueError(f"k = {k}: at least one neighbour is needed")
+        raise ValueError(f"k = {k}: at least one neighbor is needed")
     if mask_BM is None:
         mask_BM = torch.ones_like(d_BM, dtype=torch.bool)
     d_BM = torch.where(mask_BM, d_BM, 0.0)  # keep masked values, even NaN, out of the computation

@@ -43,7 +43,7 @@ def build_stem(name: str, dim_out: int, image_size: int, **args: Any) -> nn.Modu
         raise UserError(
             f"the stem {name} doesn't take {', '.join(unknown)}",
             where="student.stem_args",
-            remedy=f"it takes {', '.join(known)}",
+            remedy=f"use only {', '.join(known)}",
         )
     return builder(dim_out, image_size, **args)
 

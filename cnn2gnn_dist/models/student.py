@@ -83,13 +83,15 @@ class Student(nn.Module):
         super().__init__()
         if scope not in get_args(Scope):
             raise UserError(
-                f"there is no scope '{scope}'",
+                f"unknown scope '{scope}'",
                 where="graph.scope",
-                remedy=f"one of {', '.join(get_args(Scope))}",
+                remedy=f"use one of {', '.join(get_args(Scope))}",
             )
         if k < 1:
             raise UserError(
-                f"k = {k} neighbours", where="graph.neighbours", remedy="at least 1, or scope none"
+                f"k = {k} neighbors",
+                where="graph.neighbours",
+                remedy="use at least 1, or graph.scope=none",
             )
         self.scope = scope
         self.k = k

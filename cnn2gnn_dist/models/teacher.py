@@ -48,7 +48,7 @@ def build_teacher(
     """
     if pretrained and weights:
         raise UserError(
-            "two sources of weights: pretrained and weights",
+            "pretrained and weights are both set",
             where="teacher.pretrained, teacher.weights",
             remedy="keep one: weights is a local file, pretrained downloads timm's own",
         )
@@ -81,7 +81,7 @@ def fit_small_images(network: nn.Module, *, warn: bool = False) -> bool:
     nn.init.kaiming_normal_(small.weight, mode="fan_out", nonlinearity="relu")
     network.conv1 = small
     if warn:
-        _log.warning("the first layer was replaced for small images: it starts from new values")
+        _log.warning("the first layer was replaced for small images and starts untrained")
     return True
 
 
@@ -97,7 +97,7 @@ def check_name(arch: str, others: Iterable[str] = ()) -> None:
         known = [*others, *timm.list_models()]
         near = difflib.get_close_matches(arch, known, n=5, cutoff=0.5)
         raise UserError(
-            f"timm knows no network named '{arch}'",
+            f"timm has no network named '{arch}'",
             where="teacher.arch (or student.stem)",
             remedy=f"did you mean {', '.join(near)}?" if near else "see timm.list_models()",
         )
@@ -133,11 +133,11 @@ def _create(
                 remedy="choose another network or arguments that fit the image size",
             ) from failure
         raise UserError(
-            f"the pretrained weights of {arch} can't be had: {first_line(failure)}",
+            f"the pretrained weights of {arch} can't be loaded: {first_line(failure)}",
             where="teacher.pretrained",
-            remedy="fetch them where there is a network (HF_HOME holds the cache; HF_HUB_OFFLINE "
-            "forbids the network), or name a local file in teacher.weights, or set "
-            "teacher.pretrained to false",
+            remedy="download them on a machine with network access (HF_HOME is the cache; "
+            "HF_HUB_OFFLINE disables the network), or set teacher.weights to a local file, or "
+            "set teacher.pretrained=false",
         ) from failure
 
 
@@ -160,7 +160,7 @@ def _load(network: nn.Module, weights: str) -> None:
     missing = [n for n in own if n not in state and not n.endswith("num_batches_tracked")]
     missing = [n for n in missing if not is_head(n)]
     if wrong or missing:
-        parts = [f"of another shape or unknown: {_few(wrong)}"] if wrong else []
+        parts = [f"wrong shape or unknown: {_few(wrong)}"] if wrong else []
         parts += [f"missing: {_few(missing)}"] if missing else []
         raise UserError(
             f"the weights don't fit the network ({'; '.join(parts)})",
@@ -169,14 +169,14 @@ def _load(network: nn.Module, weights: str) -> None:
             f"(images up to {SMALL_IMAGE} pixels get a 3×3 one)",
         )
     if dropped:
-        _log.warning("%s: the classifier (%s) doesn't fit, it is left out", weights, _few(dropped))
+        _log.warning("%s: the classifier (%s) doesn't fit and is skipped", weights, _few(dropped))
     network.load_state_dict(fits, strict=False)
 
 
 def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(
-            "the file of weights doesn't exist", where=str(path), remedy="correct teacher.weights"
+            "the weights file does not exist", where=str(path), remedy="correct teacher.weights"
         )
     try:
         if path.suffix == ".safetensors":
@@ -187,16 +187,16 @@ def _read(path: Path) -> dict[str, Tensor]:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as failure:  # safetensors, zip and unpickling errors all mean the same here
         raise UserError(
-            f"the file of weights can't be read: {first_line(failure)}",
+            f"the weights file can't be read: {first_line(failure)}",
             where=str(path),
-            remedy="give a .safetensors file, or a torch file that holds tensors only",
+            remedy="use a .safetensors file, or a torch file that contains only tensors",
         ) from failure
     for wrapper in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
         raise UserError(
-            "the file holds no table of named tensors",
+            "the file does not contain a dict of named tensors",
             where=str(path),
             remedy="save model.state_dict() in it",
         )

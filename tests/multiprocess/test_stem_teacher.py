@@ -36,7 +36,7 @@ def test_without_a_network_pretrained_says_what_to_do(tmp_path: Path) -> None:
         timeout=120,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("pretrained weights of resnet18 can't be had") == 2
+    assert done.stdout.count("pretrained weights of resnet18 can't be loaded") == 2
     assert done.stdout.count("remedy:") == 2
     assert "HF_HUB_OFFLINE" in done.stdout
     assert "teacher.weights" in done.stdout

@@ -127,7 +127,7 @@ class ServedGraph:
             raise UserError(
                 "this kernel refuses the mount namespace that DGL's servers need here",
                 where="graph.sampling.sampler=distdgl",
-                remedy="run as root, allow user namespaces, or graph.sampling.sampler=table",
+                remedy="run as root, allow user namespaces, or set graph.sampling.sampler=table",
             )
         self._ended, self._noticed = threading.Event(), threading.Event()
         self._how = ""
@@ -151,7 +151,7 @@ class ServedGraph:
         """See ``Rows``."""
         place = np.searchsorted(self._inner, ids)
         if (place >= len(self._inner)).any() or (self._inner[place] != ids).any():
-            raise KeyError("a seed lies outside the partition of this rank")
+            raise KeyError("a seed node is outside the partition of this rank")
         return np.asarray(ids, np.int64)
 
     def global_of(self, local: np.ndarray) -> np.ndarray:
@@ -179,7 +179,7 @@ class ServedGraph:
     def _answer(self, seconds: float) -> Any:
         try:
             if not self._line.poll(seconds):
-                raise self._lost(f"the client gave no answer within {seconds:.0f} s")
+                raise self._lost(f"the client did not answer within {seconds:.0f} s")
             kind, value = self._line.recv()
         except (EOFError, OSError):
             raise self._lost() from None
@@ -197,9 +197,9 @@ class ServedGraph:
 
     def _error(self, what: str) -> PeerLost:
         return PeerLost(
-            f"DistDGL is lost at partition {self.part}: {what}",
+            f"DistDGL was lost at partition {self.part}: {what}",
             where=str(self.log),
-            remedy="the same command continues",
+            remedy="run the same command again to resume",
         )
 
     def _watch(self) -> None:

@@ -40,9 +40,9 @@ def assign(table_NM: np.ndarray, parts: int) -> np.ndarray:
     nodes = len(table_NM)
     if parts > nodes:
         raise UserError(
-            f"{parts} partitions of {nodes} nodes",
+            f"{parts} partitions for only {nodes} nodes",
             where="graph.partition.parts",
-            remedy="fewer partitions",
+            remedy="use fewer partitions",
         )
     if parts == 1:
         return np.zeros(nodes, np.int32)
@@ -60,8 +60,9 @@ def assign(table_NM: np.ndarray, parts: int) -> np.ndarray:
             raise UserError(
                 f"METIS failed with exit code {done.returncode}: {done.stderr[-500:]}",
                 where="graph.partition.parts",
-                remedy="`cnn2gnn doctor` says whether DGL works here, `cnn2gnn plan` what METIS needs; "
-                "graph.partition.partitioner=streaming needs a tenth of it",
+                remedy="check with `cnn2gnn doctor` whether DGL works here, and with `cnn2gnn "
+                "plan` how much memory METIS needs; graph.partition.partitioner=streaming needs "
+                "a tenth of it",
             )
         part_N = np.load(Path(folder) / "part.npy")
     return _fill_empty(part_N, parts)
@@ -149,13 +150,13 @@ class PartGraph:
         except Exception as error:  # numpy's reader raises a dozen types for a corrupt header
             raise _damaged(folder, f"{type(error).__name__}: {error}") from None
         if not whole:
-            raise _damaged(folder, "a checksum does not hold")
+            raise _damaged(folder, "a checksum does not match")
         nodes, table = arrays["nodes"], arrays["table"]
         # Checksums cover only the values: a header or ``part.json`` may still misdescribe them.
         if (nodes.dtype, nodes.ndim, table.dtype, table.ndim) != (np.int32, 1, np.int32, 2):
-            raise _damaged(folder, "its arrays are of another kind")
+            raise _damaged(folder, "its arrays have the wrong type or shape")
         if min(inner, halo1) < 0 or not inner + halo1 == len(table) <= len(nodes):
-            raise _damaged(folder, "its counts don't fit its arrays")
+            raise _damaged(folder, "its counts don't match its arrays")
         return cls(part, nodes, inner, halo1, table)
 
 
@@ -218,5 +219,5 @@ def _damaged(folder: Path, what: str) -> UserError:
     return UserError(
         f"this partition can't be used: {what}",
         where=str(folder),
-        remedy="remove its graph version; the stage builds it again",
+        remedy="remove its graph version; the stage rebuilds it",
     )

@@ -74,10 +74,10 @@ class Index:
         left_out = exclude is not None and bool((np.asarray(exclude) >= 0).any())
         if m > self.nodes - left_out:
             raise UserError(
-                f"{m} neighbours are asked for among {self.nodes} nodes"
-                + (" of which one is the query itself" if left_out else ""),
+                f"{m} neighbors are requested among {self.nodes} nodes"
+                + (", one of which is the query itself" if left_out else ""),
                 where="graph.candidates",
-                remedy=f"at most {self.nodes - left_out}, or more training images",
+                remedy=f"use at most {self.nodes - left_out}, or more training images",
             )
         fetch = min(self.nodes, m + SLACK)
         ids = np.empty((len(query_Qd), m), np.int32)

@@ -154,11 +154,11 @@ def check_agreement(group: RankGroup, strange: list[str], folder: Path) -> None:
     for rank, names in enumerate(group.gather(strange)):
         if names:
             raise UserError(
-                f"rank {rank} reads other rows than were written: {', '.join(names[:3])}"
+                f"rank {rank} reads rows that differ from those written: {', '.join(names[:3])}"
                 + (f" and {len(names) - 3} more" if len(names) > 3 else ""),
                 where=str(folder),
-                remedy="a run.dir in which every host sees at once what another has written; "
-                "the same command makes these rows again",
+                remedy="use a run.dir where every host immediately sees what another has "
+                "written; the same command recomputes these rows",
             )
 
 

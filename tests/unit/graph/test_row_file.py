@@ -128,7 +128,7 @@ def test_rows_that_were_marked_and_lost_are_made_again(tmp_path: Path) -> None:
     with RowFile(tmp_path / "halves.npy") as file:
         file.write(12, np.zeros((1, 2)))
     with pytest.raises(
-        UserError, match=r"rank 0 reads other rows than were written: made 10\.\.15"
+        UserError, match=r"rank 0 reads rows that differ from those written: made 10\.\.15"
     ):
         filled(tmp_path, RankGroup())
     assert right(filled(tmp_path, RankGroup()))
@@ -192,7 +192,7 @@ def test_a_rank_that_reads_stale_rows_stops_all(
         assert all(right(arrays) for arrays in found)
         return
     for error in found:
-        assert f"rank {stale} reads other rows than were written: made" in str(error)
+        assert f"rank {stale} reads rows that differ from those written: made" in str(error)
     monkeypatch.setattr(work_units, "read_rows", read_rows)
     assert all(right(arrays) for arrays in Ranks(3).run(lambda group: filled(tmp_path, group)))
 
@@ -252,8 +252,9 @@ def test_embedded_rows_that_others_read_otherwise(
 
     monkeypatch.setattr(Embedded, "array", stale)
     for error in Ranks(2).run(lambda group: embed(folder, group)):
-        assert f"rank {rank} reads other rows than were written: embedded rows of rank" in str(
-            error
+        assert (
+            f"rank {rank} reads rows that differ from those written: embedded rows of rank"
+            in str(error)
         )
 
 

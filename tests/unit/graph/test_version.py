@@ -141,7 +141,7 @@ def test_verify_finds_a_flipped_byte_in_every_file(tmp_path):
         good = file.read_bytes()
         for place in (0, len(good) // 2, len(good) - 1):
             file.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
-            with pytest.raises(UserError, match="checksum does not hold") as raised:
+            with pytest.raises(UserError, match="checksum does not match") as raised:
                 open_version(version.path).verify()
             assert str(file.relative_to(version.path)) in raised.value.what
         file.write_bytes(good)
