@@ -108,6 +108,13 @@ def _parser() -> argparse.ArgumentParser:
         commands.add_parser("predict", help="classify image files with a trained run")
     )
 
+    export = commands.add_parser(
+        "export", help="write the model of a finished run to a folder of its own"
+    )
+    export.add_argument("run", metavar="RUN", help="folder of a finished run, or of a model")
+    export.add_argument("--to", required=True, metavar="MODEL", help="folder to write")
+    export.add_argument("--force", action="store_true", help="replace a model that is there")
+    export.set_defaults(command=_export)
     _checkpoint_arguments(commands.add_parser("checkpoint", help="list, explain, verify, export"))
     _plan_arguments(commands.add_parser("plan", help="memory and disk for so many images"))
     doctor = commands.add_parser("doctor", help="check this machine and say what to do")
@@ -159,10 +166,18 @@ def _config_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _predict_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--run", required=True, metavar="FOLDER", help="folder of a finished run")
+    parser.add_argument(
+        "--model",
+        "--run",
+        required=True,
+        metavar="FOLDER",
+        help="folder of a model (`cnn2gnn export`) or of a finished run",
+    )
     parser.add_argument("--top", type=int, default=3, help="classes shown for each image")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files or folders")
+    parser.add_argument(
+        "images", nargs="+", metavar="IMAGE", help="image files, folders, tar shards, Parquet files"
+    )
     parser.set_defaults(command=_predict)
 
 
@@ -338,8 +353,14 @@ def _predict(arguments: argparse.Namespace) -> int:
     from cnn2gnn_dist.commands import predict
 
     return predict.command(
-        Path(arguments.run), arguments.images, top=arguments.top, as_json=arguments.json
+        Path(arguments.model), arguments.images, top=arguments.top, as_json=arguments.json
     )
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from cnn2gnn_dist.commands import export
+
+    return export.command(Path(arguments.run), Path(arguments.to), force=arguments.force)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

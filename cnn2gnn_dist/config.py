@@ -44,6 +44,13 @@ class DataConfig(Section):
     holdout: float = Field(
         0.2, ge=0, lt=1, description="share of each class held out when `test` is null"
     )
+    calibration: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of the training images of each class set apart and never trained on: the exported model "
+        "is calibrated on them (confidence, new classes); 0: it is not",
+    )
     shard_size: int = Field(2048, ge=1, description="samples a packed shard")
     image_column: str = Field("image", description="Parquet column of the images")
     label_column: str = Field("label", description="Parquet column of the labels")
@@ -236,6 +243,18 @@ class EvaluateConfig(Section):
     )
 
 
+class ExportConfig(Section):
+    """What the exported model contains."""
+
+    thumbnails: int | None = Field(
+        None,
+        ge=0,
+        le=512,
+        description="side of the stored thumbnails of training images, in pixels; 0: none; null: 64, none for more "
+        "than 200,000 images",
+    )
+
+
 class ClusterConfig(Section):
     """How Ray carries the ranks."""
 
@@ -292,6 +311,7 @@ class Config(Section):
     graph: GraphConfig = Field(default_factory=GraphConfig)
     student: StudentConfig = Field(default_factory=StudentConfig)
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
+    export: ExportConfig = Field(default_factory=ExportConfig)
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
 

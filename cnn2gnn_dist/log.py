@@ -105,9 +105,6 @@ def report_error(error: BaseException | str, program: str = "cnn2gnn") -> None:
     _write(f"{_rank()}{program}: {error}")
 
 
-complain = report_error  # the name that commands/predict.py still uses
-
-
 def progress(*arguments: Any, disable: bool = False, **options: Any) -> Any:
     """A ``tqdm`` bar on stderr, if that is a terminal and quiet mode is off."""
     from tqdm import tqdm

@@ -28,6 +28,8 @@ DEFAULTS: dict[str, Any] = {
     "data.image_column": "image",
     "data.label_column": "label",
     "data.limit": None,
+    "data.calibration": 0.0,
+    "export.thumbnails": None,
     "data.num_classes": None,
     "data.match_classes": "name",
     "data.allow_empty_classes": False,

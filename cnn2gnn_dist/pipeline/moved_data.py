@@ -26,9 +26,10 @@ def follow(config: Config, paths: RunPaths, entry: Entry) -> Entry:
     Raises:
         UserError: the config's shards are missing.
     """
-    named = (paths.train_manifest, paths.test_manifest)
+    named = [path for path in paths.manifests if path.is_file()]
+    train, test = _shards(config, paths)
     moved = []
-    for path, there in zip(named, _shards(config, paths), strict=True):
+    for path, there in zip(named, (train, test, train), strict=False):
         manifest = Manifest.load(path)
         if len(there) != len(manifest.shards) or there == [s.path for s in manifest.shards]:
             continue
@@ -41,9 +42,7 @@ def follow(config: Config, paths: RunPaths, entry: Entry) -> Entry:
     if not moved:
         return entry
     _log.info(f"the shards have moved: now {moved[0]} …", extra={"stage": "index"})
-    entry = dataclasses.replace(
-        entry, outputs=ledger.outputs(paths.train_manifest.parent, list(named))
-    )
+    entry = dataclasses.replace(entry, outputs=ledger.outputs(paths.train_manifest.parent, named))
     ledger.finish(paths.train_manifest.parent, entry)
     return entry
 

@@ -99,6 +99,12 @@ def _evaluate(context: Context, keys: dict[str, str]) -> list[Path]:
     return evaluate.run(context, keys)
 
 
+def _export(context: Context, keys: dict[str, str]) -> list[Path]:
+    from cnn2gnn_dist.stages import export
+
+    return export.run(context)
+
+
 _PACK = Stage(
     "pack",
     "shards",
@@ -121,6 +127,7 @@ _INDEX = Stage(
     (
         "seed",
         "data.holdout",
+        "data.calibration",
         "data.num_classes",
         "data.match_classes",
         "data.allow_empty_classes",
@@ -152,11 +159,19 @@ _EVALUATE = Stage(
     ("index", "teacher", "student", "graph", "control"),
     _evaluate,
 )
+_EXPORT = Stage(
+    "export",
+    "model",
+    ("seed", "views", "export"),
+    ("index", "student", "graph", "evaluate"),
+    _export,
+    alone=True,
+)
 
 
 STAGES = {
     stage.name: stage
-    for stage in (_PACK, _INDEX, _TEACHER, _TARGETS, _STUDENT, _GRAPH, _CONTROL, _EVALUATE)
+    for stage in (_PACK, _INDEX, _TEACHER, _TARGETS, _STUDENT, _GRAPH, _CONTROL, _EVALUATE, _EXPORT)
 }
 """All stages, by name."""
 
@@ -170,4 +185,4 @@ def stages_of(config: Config) -> list[Stage]:
         found.append(_GRAPH)
     if config.student.control:
         found.append(_CONTROL)
-    return [*found, _EVALUATE]
+    return [*found, _EVALUATE, _EXPORT]

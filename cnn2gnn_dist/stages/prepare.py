@@ -21,6 +21,9 @@ from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.stages.shared import preflight
 from cnn2gnn_dist.stages.shared.context import Context
 
+_CALIBRATION = 0x5CA1AB1E
+"""Changes the seed of the held-out split into that of the calibration split."""
+
 
 def pack_run(context: Context) -> list[Path]:
     """Stage ``pack``: write the run's shards (rank 0; the others wait in the pipeline)."""
@@ -180,6 +183,9 @@ def index_run(context: Context) -> list[Path]:
     else:
         whole, held, found = _held_out(data, train, config.seed)
     found += preflight.check_classes(whole.label_N, len(held), None if test else data.holdout)
+    apart = None
+    if data.calibration:
+        whole, apart = _set_apart(whole, data.calibration, config.seed)
     unused = class_names.unused_lists([*train, *(test or [])]) if data.source == "shards" else None
     found += [note for note in (unused, copies_note(whole), overlap_note(whole, held)) if note]
     stages = ("teacher", "student", *(("control",) if config.student.control else ()))
@@ -187,13 +193,24 @@ def index_run(context: Context) -> list[Path]:
     paths.train_manifest.parent.mkdir(parents=True, exist_ok=True)
     whole.save(paths.train_manifest)
     held.save(paths.test_manifest)
+    paths.calibration_manifest.unlink(missing_ok=True)
+    if apart is not None:
+        apart.save(paths.calibration_manifest)
     context.say(
         f"{len(whole)} training and {len(held)} held-out images of "
         f"{whole.num_classes} classes in {len(whole.shards)} shards"
+        + (f"; {len(apart)} set apart for calibration" if apart is not None else "")
     )
     for note in dict.fromkeys(found):
         context.warn(note)
-    return [paths.train_manifest, paths.test_manifest]
+    return [path for path in paths.manifests if path.is_file()]
+
+
+def _set_apart(whole: Manifest, share: float, seed: int) -> tuple[Manifest, Manifest]:
+    """Split the training images into those trained on and those that calibrate the model."""
+    # Another seed than the held-out split's: the same hash would choose the next images in order.
+    rows, apart = split_per_class(whole, share, seed ^ _CALIBRATION)
+    return whole.select(rows), whole.select(apart)
 
 
 def _held_out(

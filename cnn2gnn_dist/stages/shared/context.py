@@ -48,6 +48,16 @@ class RunPaths:
         return self.root / "manifest" / "test.arrow"
 
     @property
+    def calibration_manifest(self) -> Path:
+        """Manifest of the images set apart from training; absent without ``data.calibration``."""
+        return self.root / "manifest" / "calibration.arrow"
+
+    @property
+    def manifests(self) -> tuple[Path, ...]:
+        """Training, held-out and calibration manifest; the last one may be absent."""
+        return self.train_manifest, self.test_manifest, self.calibration_manifest
+
+    @property
     def targets(self) -> Path:
         """Soft targets, one Parquet file per shard."""
         return self.root / "targets"

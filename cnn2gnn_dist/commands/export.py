@@ -1,0 +1,78 @@
+"""``cnn2gnn export``: the model of a finished run, as a folder of its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from cnn2gnn_dist import durable
+from cnn2gnn_dist.commands.opening import context_of, model_of_run
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.inference import artefact
+from cnn2gnn_dist.inference.classifier import Classifier
+from cnn2gnn_dist.log import output
+
+_OURS = ("begin.json", "done.json", ".lock")
+
+
+def command(run: Path, target: Path, *, force: bool = False) -> int:
+    """Write the model of a run to a folder of its own, and say how to use it.
+
+    Args:
+        run: folder of a finished run, or a model's folder (to copy it).
+        target: folder to write; it appears when it is complete.
+        force: replace a model that is there.
+
+    Raises:
+        UserError: the run is not finished; the target exists; the disk is full.
+    """
+    _check_target(target, force)
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        with durable.disk_full_reported(target):
+            _write(run, temporary)
+        Classifier.open(temporary, device="cpu", verify=True)
+        if target.exists():
+            aside = target.with_name(f".{target.name}.old")
+            os.replace(target, aside)
+            os.replace(temporary, target)
+            shutil.rmtree(aside)
+        else:
+            os.replace(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+    output(f"model    {target} ({size / 1e6:,.1f} MB)")
+    output(f"predict  cnn2gnn predict --model {target} IMAGE…")
+    return 0
+
+
+def _write(run: Path, temporary: Path) -> None:
+    source = run if (run / artefact.CONFIG).is_file() else None
+    if source is None:
+        context = context_of(run)
+        source = model_of_run(run)
+    if source is None:
+        from cnn2gnn_dist.stages.export import write_model
+
+        write_model(context, temporary)
+        return
+    artefact.read_config(source)
+    shutil.copytree(source, temporary, ignore=shutil.ignore_patterns(*_OURS, "*.tmp"))
+
+
+def _check_target(target: Path, force: bool) -> None:
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return
+    is_model = (target / artefact.CONFIG).is_file() and (target / artefact.CHECKSUMS).is_file()
+    empty = target.is_dir() and not any(target.iterdir())
+    if not (empty or (is_model and force)):
+        raise UserError(
+            "there is a model already" if is_model else "there is something else already",
+            where=str(target),
+            remedy="--force replaces it" if is_model else "name a folder that does not exist",
+        )

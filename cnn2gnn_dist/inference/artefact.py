@@ -1,0 +1,165 @@
+"""The folder of a model, in the Hub's layout: what is in it, written once, verified when read.
+
+    config.json        architecture, views, class names, where it comes from
+    model.safetensors  weights and buffers of the student
+    calibration.npz    outputs for images set apart from training; absent if there were none
+    memory/            the images that unseen ones attach to; absent without a dataset graph
+    README.md          the model card
+    checksums.json     size and SHA-256 of each of these files; the memory has its own
+
+Nothing in it is unpickled, and no path in it leads out of it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from cnn2gnn_dist import durable
+from cnn2gnn_dist.data.images.views import ViewSpec
+from cnn2gnn_dist.errors import UserError
+
+FORMAT = 1
+CONFIG, WEIGHTS, CARD, CHECKSUMS = "config.json", "model.safetensors", "README.md", "checksums.json"
+CALIBRATION, MEMORY = "calibration.npz", "memory"
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class StudentSpec(_Part):
+    """The student's architecture; ``stem_args`` without anything that concerns training."""
+
+    stem: str
+    stem_args: dict[str, Any]
+    dim: int
+    hidden: int
+    label_dim: int
+    graph_dim: int
+
+
+class GraphSpec(_Part):
+    """How an image attaches: weights over ``neighbours`` of its ``fanout`` nearest rows."""
+
+    neighbours: int
+    fanout: int
+    candidates: int
+
+
+class ViewsSpec(_Part):
+    """The clean view: see ``data.images.views.ViewSpec``; mean and std in units of 0..1."""
+
+    size: int
+    resize: float
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def spec(self) -> ViewSpec:
+        """Return the view that images are rendered in."""
+        return ViewSpec(kind="none", size=self.size, resize=self.resize, flip=False)
+
+
+class ModelConfig(_Part):
+    """``config.json`` of a model.
+
+    Attributes:
+        label_names: the classes that the network was trained on, in the order of its logits.
+        source: name of the run, numbers of images, seed, results, versions; for people.
+    """
+
+    format: int = FORMAT
+    library_name: str = "cnn2gnn-dist"
+    version: str
+    scope: Literal["none", "batch", "dataset"]
+    student: StudentSpec
+    graph: GraphSpec
+    views: ViewsSpec
+    label_names: list[str]
+    source: dict[str, Any] = {}
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """Read and check ``config.json``.
+
+    Raises:
+        UserError: not a model, damaged, or of a newer version.
+    """  # noqa: DOC501
+    file = folder / CONFIG
+    if not (file.is_file() and (folder / CHECKSUMS).is_file()):
+        raise not_a_model(folder, f"it has no {CONFIG if not file.is_file() else CHECKSUMS}")
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise damaged(file, str(error)) from None
+    if not isinstance(tree, dict) or tree.get("library_name") != "cnn2gnn-dist":
+        raise not_a_model(folder, "its config.json is another library's")
+    if int(tree.get("format", 0)) > FORMAT:
+        raise UserError(
+            f"the model was written by a newer version ({tree.get('version')}, format "
+            f"{tree.get('format')}; this one reads up to {FORMAT})",
+            where=str(folder),
+            remedy="upgrade cnn2gnn-dist",
+        )
+    try:
+        return ModelConfig.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        raise damaged(file, f"{field}: {first['msg']}") from None
+
+
+def write_checksums(folder: Path) -> None:
+    """Record size and SHA-256 of the files of a model (the memory keeps its own)."""
+    files = {}
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.name != CHECKSUMS:
+            durable.sync(path)
+            files[path.name] = [path.stat().st_size, durable.sha256(path)]
+    durable.write_text(folder / CHECKSUMS, json.dumps({"files": files}, indent=1))
+
+
+def check_files(folder: Path, *, read: bool = True) -> None:
+    """Compare the files of a model with their checksums.
+
+    Args:
+        folder: of the model.
+        read: False: only their sizes.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """  # noqa: DOC501
+    try:
+        recorded = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))["files"]
+        files = {str(name): (int(size), str(sha)) for name, (size, sha) in recorded.items()}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise damaged(folder / CHECKSUMS, str(error)) from None
+    for name, (size, sha) in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise damaged(path, "it is missing")
+        if path.stat().st_size != size:
+            raise damaged(path, f"it has {path.stat().st_size} bytes, {size} when it was written")
+        if read and name != CARD and durable.sha256(path) != sha:  # people edit the card
+            raise damaged(path, "its checksum does not match")
+
+
+def not_a_model(folder: Path, why: str) -> UserError:
+    """Return the error for a folder that does not hold a model."""
+    return UserError(
+        f"this folder is not a model: {why}",
+        where=str(folder),
+        remedy="name a folder that `cnn2gnn export RUN --to MODEL` has written, or a finished run",
+    )
+
+
+def damaged(path: Path, why: str) -> UserError:
+    """Return the error for a file of a model that is missing or damaged."""
+    return UserError(
+        f"the model is damaged: {why}",
+        where=str(path),
+        remedy="copy it again from where it came, or `cnn2gnn export RUN --to MODEL`",
+    )

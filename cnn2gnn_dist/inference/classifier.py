@@ -1,0 +1,298 @@
+"""The classifier: a model's folder, opened to answer."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import ModelHubMixin, snapshot_download
+
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.inference import artefact, inputs
+from cnn2gnn_dist.inference.answers import Answer, Neighbour
+from cnn2gnn_dist.inference.artefact import ModelConfig
+from cnn2gnn_dist.inference.inputs import Pixels
+from cnn2gnn_dist.inference.memory.view import Memory
+from cnn2gnn_dist.inference.network import Network, Outputs
+
+BATCH = 64
+DECODERS = 4
+"""Threads that decode images."""
+
+
+class Classifier(ModelHubMixin):
+    """A trained model with its memory; safe to use from several threads.
+
+    ``load`` opens one. On CPUs the answer for an image is bit-identical whatever other images it
+    is asked with (``batch`` scope apart, where the images of a batch are each other's neighbors).
+
+    Args:
+        folder: of the model.
+        config, network, memory: what is in it; ``memory`` is None without a dataset graph.
+
+    Attributes:
+        classes_: names of all classes; those added to the memory follow the trained ones.
+    """
+
+    def __init__(
+        self, folder: Path, config: ModelConfig, network: Network, memory: Memory | None
+    ) -> None:
+        self.folder, self.spec, self.network, self.memory = folder, config, network, memory
+        self._views = config.views.spec()
+        self._decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="decode")
+
+    @classmethod
+    def open(cls, folder: Path, *, device: str = "auto", verify: bool = False) -> Classifier:
+        """Open the folder of a model.
+
+        Args:
+            folder: that ``export`` wrote.
+            device: "auto" (CUDA where there is one), "cpu", "cuda", …
+            verify: also read the memory and compare its checksums.
+
+        Raises:
+            UserError: not a model, damaged, or of a newer version.
+        """  # noqa: DOC501
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        from cnn2gnn_dist.inference.memory import store
+
+        config = artefact.read_config(folder)
+        artefact.check_files(folder)
+        memory = None
+        if (folder / artefact.MEMORY).is_dir():
+            memory = Memory.open(folder / artefact.MEMORY)
+            if verify:
+                store.verify(memory.root, memory.version)
+        elif config.scope == "dataset":
+            raise artefact.damaged(folder / artefact.MEMORY, "it is missing")
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            weights = load_file(folder / artefact.WEIGHTS)
+        except (OSError, SafetensorError) as error:
+            raise artefact.damaged(folder / artefact.WEIGHTS, str(error)) from None
+        return cls(folder, config, Network(config, weights, device), memory)
+
+    @property
+    def classes_(self) -> list[str]:
+        """Names of all classes."""
+        return list(self.memory.classes if self.memory else self.spec.label_names)
+
+    def predict(self, images: Any, *, top: int = 5, neighbours: int = 5) -> Any:
+        """Answer one image with an ``Answer``, or a collection with a list of them.
+
+        Args:
+            images: path, bytes, PIL image or array uint8 [H, W, 3] (or [H, W]); a list of these;
+                an array [B, H, W, 3]; a folder, a tar shard, a Parquet file.
+            top: classes listed in an answer.
+            neighbours: neighbors listed in an answer.
+
+        Raises:
+            UserError: a folder or file without images. An image that can't be read is an answer
+                with ``error``.
+        """
+        found = list(self.stream(images, top=top, neighbours=neighbours))
+        return found[0] if inputs.is_single(images) else found
+
+    def stream(
+        self, images: Any, *, top: int = 5, neighbours: int = 5, batch: int = BATCH
+    ) -> Iterator[Answer]:
+        """Answer a collection of any length one by one, in order, in bounded memory."""
+        memory = self.memory  # one version for a whole call
+        for many in self.batches(images, batch):
+            good = [one for one in many if one.pixels is not None]
+            made = iter(self._answers(good, memory, top=top, neighbours=neighbours) if good else [])
+            for one in many:
+                yield Answer(one.name, error=one.error) if one.pixels is None else next(made)
+
+    def predict_proba(self, images: Any) -> np.ndarray:
+        """Probabilities float32 [B, classes]; rows of images that can't be read are NaN."""
+        rows = []
+        memory = self.memory
+        for many in self.batches(images, BATCH):
+            part = np.full((len(many), len(self.classes_)), np.nan, np.float32)
+            good = [row for row, one in enumerate(many) if one.pixels is not None]
+            if good:
+                part[good] = self.probabilities(
+                    self.outputs([many[row] for row in good], memory), memory
+                )
+            rows.append(part)
+        return np.concatenate(rows) if rows else np.empty((0, len(self.classes_)), np.float32)
+
+    def kneighbors(self, images: Any, n_neighbors: int = 5) -> tuple[np.ndarray, list[list[str]]]:
+        """Distances float32 [B, n] in the projection, and the keys of these training images.
+
+        Rows of images that can't be read have NaN and no keys.
+
+        Raises:
+            UserError: the model has no memory, or fewer rows than asked for.
+        """
+        memory = self._remembering()
+        if n_neighbors > len(memory):
+            raise UserError(
+                f"{n_neighbors} neighbours are asked for, and the memory has {len(memory)} images",
+                remedy=f"at most {len(memory)}",
+            )
+        distances: list[np.ndarray] = []
+        keys: list[list[str]] = []
+        for _, _, z in self.embed(images):
+            if z is None:
+                distances.append(np.full(n_neighbors, np.nan, np.float32))
+                keys.append([])
+                continue
+            rows = memory.nearest(z[None], n_neighbors)[0]
+            distances.append(np.sqrt(np.square(memory.z(rows) - z).sum(1)).astype(np.float32))
+            keys.append(memory.keys(rows))
+        return np.array(distances).reshape(-1, n_neighbors), keys
+
+    def embed(self, images: Any) -> Iterator[tuple[str, np.ndarray | None, np.ndarray | None]]:
+        """Yield (name, x float32 [D], z float32 [d]) of each image; None if it can't be read."""
+        for many in self.batches(images, BATCH):
+            good = [one for one in many if one.pixels is not None]
+            x_BD, z_Bd = (
+                self.network.embed(np.stack([one.pixels for one in good]))  # type: ignore[misc]
+                if good
+                else (np.empty((0, 0)), np.empty((0, 0)))
+            )
+            row = 0
+            for one in many:
+                if one.pixels is None:
+                    yield one.name, None, None
+                else:
+                    yield one.name, x_BD[row], z_Bd[row]
+                    row += 1
+
+    def batches(self, images: Any, size: int) -> Iterator[list[Pixels]]:
+        """Decode what was given in batches; also a way to see which inputs can't be read."""
+        given = inputs.expand(images)
+        if self.spec.scope == "batch":  # a last image alone would have no neighbors
+            everything = list(given)
+            size = -(-len(everything) // max(1, -(-len(everything) // size)))
+            given = iter(everything)
+        while many := list(islice(given, size)):
+            yield list(self._decoders.map(lambda one: inputs.to_pixels(one, self._views), many))
+
+    def outputs(self, images: list[Pixels], memory: Memory | None = None) -> Outputs:
+        """Run the network on decoded images; ``memory``: a version, by default the opened one."""
+        return self.network(
+            np.stack([one.pixels for one in images]),  # type: ignore[misc]
+            memory if memory is not None else self.memory,
+        )
+
+    def probabilities(self, made: Outputs, memory: Memory | None = None) -> np.ndarray:
+        """Probabilities float32 [B, classes] of the network's outputs."""
+        found = torch.from_numpy(made.logits).softmax(1).numpy()
+        classes = len(self.spec.label_names if memory is None else memory.classes)
+        return np.pad(found, ((0, 0), (0, classes - found.shape[1])))
+
+    def reload(self) -> None:
+        """Open the current version of the memory; calls that are running finish with theirs."""
+        if self.memory is not None:
+            self.memory = Memory.open(self.memory.root)
+
+    def _answers(
+        self, images: list[Pixels], memory: Memory | None, *, top: int, neighbours: int
+    ) -> list[Answer]:
+        made = self.outputs(images, memory)
+        probability_BC = self.probabilities(made, memory)
+        order_BC = np.argsort(-probability_BC, axis=1, kind="stable")[:, :top]
+        names = self.classes_
+        path = "graph" if made.rows.size or self.spec.scope == "batch" else "network"
+        return [
+            Answer(
+                name=one.name,
+                label=names[order[0]],
+                probability=float(probability[order[0]]),
+                classes=tuple((names[c], float(probability[c])) for c in order),
+                neighbours=_neighbours(memory, rows, weights, neighbours) if memory else (),
+                path=path,
+            )
+            for one, probability, order, rows, weights in zip(
+                images, probability_BC, order_BC, made.rows, made.weights, strict=True
+            )
+        ]
+
+    def _remembering(self) -> Memory:
+        if self.memory is None:
+            raise UserError(
+                "this model has no memory: it was trained without the data set's graph",
+                where=str(self.folder),
+                remedy="export a run with graph.scope=dataset",
+            )
+        return self.memory
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        copy_model(self.folder, save_directory)
+
+    @classmethod
+    def _from_pretrained(  # type: ignore[override]
+        cls,
+        *,
+        model_id: str,
+        revision: str | None = None,
+        cache_dir: str | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        device: str = "auto",
+        **_: Any,
+    ) -> Classifier:
+        folder = Path(model_id)
+        if not folder.is_dir():
+            folder = Path(
+                snapshot_download(
+                    model_id,
+                    revision=revision,
+                    cache_dir=cache_dir,
+                    force_download=force_download,
+                    local_files_only=local_files_only,
+                    token=token,
+                )
+            )
+        return cls.open(folder, device=device)
+
+
+def copy_model(source: Path, target: Path) -> None:
+    """Copy a model's folder, without what concerns this place only (locks)."""
+    target.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(
+        source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".lock", "*.tmp")
+    )
+
+
+def _neighbours(
+    memory: Memory, rows_F: np.ndarray, weights_F: np.ndarray, count: int
+) -> tuple[Neighbour, ...]:
+    slots = np.argsort(-weights_F, kind="stable")[:count]
+    slots = slots[(rows_F[slots] >= 0) & (weights_F[slots] > 0)]
+    keys = memory.keys(rows_F[slots]) if len(slots) else []
+    return tuple(
+        Neighbour(
+            key,
+            memory.classes[memory.labels[rows_F[slot]]],
+            float(weights_F[slot]),
+            int(rows_F[slot]),
+            memory.thumbnail,
+        )
+        for key, slot in zip(keys, slots, strict=True)
+    )
+
+
+def load(folder: str | Path, *, device: str = "auto") -> Classifier:
+    """Open a model: the folder that ``export`` wrote, or a run that holds one.
+
+    Raises:
+        UserError: neither, damaged, or of a newer version.
+    """
+    path = Path(folder).expanduser()
+    if (path / "model" / artefact.CONFIG).is_file() and not (path / artefact.CONFIG).is_file():
+        path = path / "model"
+    return Classifier.open(path, device=device)

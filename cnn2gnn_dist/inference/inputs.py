@@ -1,0 +1,197 @@
+"""What users give to a model: paths, bytes, pictures, arrays, folders, shards, Parquet → pixels."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cnn2gnn_dist.data.images.decode import CorruptSample, decode
+from cnn2gnn_dist.data.images.formats import IMAGE_SUFFIXES
+from cnn2gnn_dist.data.images.image_files import find_images, printable, read_file
+from cnn2gnn_dist.data.images.views import CLEAN, ViewSpec, render
+from cnn2gnn_dist.errors import UserError
+
+PARQUET_ROWS = 256
+"""Rows of a Parquet file read at a time."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """One image as it was given.
+
+    Attributes:
+        name: its path, ``shard.tar/key.jpg``, ``file.parquet#row``, or ``input N``.
+        value: bytes, a path, a PIL image, or an array uint8 [H, W, 3] or [H, W].
+    """
+
+    name: str
+    value: Any
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """An input as the model sees it: ``pixels`` uint8 [S, S, 3], or the reason why there are none."""
+
+    name: str
+    pixels: np.ndarray | None
+    error: str | None = None
+
+
+def is_single(inputs: Any) -> bool:
+    """Whether this is one image rather than a collection of images."""
+    if isinstance(inputs, (str, os.PathLike)):
+        return not os.path.isdir(inputs) and not _is_collection(os.fspath(inputs))
+    if isinstance(inputs, np.ndarray):
+        return inputs.ndim < 4 and inputs.dtype != object
+    return isinstance(inputs, (bytes, bytearray, memoryview)) or hasattr(inputs, "convert")
+
+
+def expand(inputs: Any, left_out: Callable[[str], None] | None = None) -> Iterator[Input]:
+    """Every image of what was given, in order; folders, shards and Parquet files are opened.
+
+    Args:
+        inputs: as ``Classifier.predict`` takes them.
+        left_out: called with a line about each folder that holds more than images.
+
+    Raises:
+        UserError: a folder without images, a shard or Parquet file that can't be read.
+    """
+    if isinstance(inputs, np.ndarray) and inputs.ndim == 4:
+        inputs = list(inputs)
+    if is_single(inputs) or isinstance(inputs, (str, os.PathLike)):
+        inputs = [inputs]
+    if not isinstance(inputs, Iterable):
+        raise UserError(
+            f"a {type(inputs).__name__} is not an image",
+            remedy="paths, bytes, PIL images, or uint8 arrays [H, W, 3], or a list of them",
+        )
+    for place, one in enumerate(inputs):
+        if isinstance(one, (str, os.PathLike)):
+            yield from _of_path(os.fspath(one), left_out)
+        elif isinstance(one, Input):
+            yield one
+        else:
+            yield Input(f"input {place}", one)
+
+
+def to_pixels(given: Input, views: ViewSpec) -> Pixels:
+    """Decode and render one input; a corrupt one is returned with its error."""
+    try:
+        image = _decoded(given.value)
+        return Pixels(given.name, render(views, image, 0, CLEAN))
+    except OSError as error:
+        return Pixels(given.name, None, error.strerror or str(error))
+    except (CorruptSample, ValueError, TypeError) as error:
+        return Pixels(given.name, None, str(error))
+    except (
+        Exception
+    ) as error:  # of Pillow, which raises many kinds, for an image that was given open
+        if not hasattr(given.value, "convert"):
+            raise
+        return Pixels(given.name, None, f"{type(error).__name__}: {error}")
+
+
+def _decoded(value: Any) -> np.ndarray:
+    if isinstance(value, (str, os.PathLike)):
+        return decode(read_file(value))
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return decode(bytes(value))
+    if isinstance(value, np.ndarray):
+        return _array(value)
+    if hasattr(value, "convert"):  # PIL, by the same rules as files: docs/images.md
+        from cnn2gnn_dist.data.images.pixels import rgb
+
+        return rgb(value)
+    raise CorruptSample(f"a {type(value).__name__} is not an image")
+
+
+def _array(value: np.ndarray) -> np.ndarray:
+    if value.dtype != np.uint8:
+        raise CorruptSample(f"an array of {value.dtype}; images are uint8, 0..255")
+    if value.ndim == 2:
+        value = np.repeat(value[:, :, None], 3, axis=2)
+    if value.ndim != 3 or value.shape[2] != 3 or 0 in value.shape:
+        raise CorruptSample(f"an array of shape {list(value.shape)}; images are [H, W, 3]")
+    return np.ascontiguousarray(value)
+
+
+def _is_collection(path: str) -> bool:
+    return path.lower().endswith((".tar", ".parquet"))
+
+
+def _of_path(path: str, left_out: Callable[[str], None] | None) -> Iterator[Input]:
+    if os.path.isdir(path):
+        found = find_images(path)
+        if found.left_out and left_out is not None:
+            left_out(f"{printable(path)}: left out: {found.summary()}")
+        if not found.images:
+            raise UserError(
+                "no image in this folder",
+                where=printable(path),
+                remedy="name image files, or a folder that holds some",
+            )
+        for image in found.images:
+            full = Path(path) / image
+            yield Input(printable(full), full)
+    elif path.lower().endswith(".tar"):
+        yield from _of_shard(path)
+    elif path.lower().endswith(".parquet"):
+        yield from _of_parquet(path)
+    else:
+        yield Input(printable(path), path)
+
+
+def _of_shard(path: str) -> Iterator[Input]:
+    try:
+        with tarfile.open(path) as tar:
+            for member in tar:
+                suffix = member.name.rpartition(".")[2].lower()
+                if member.isfile() and suffix in IMAGE_SUFFIXES:
+                    file = tar.extractfile(member)
+                    assert file is not None
+                    yield Input(f"{printable(path)}/{member.name}", file.read())
+    except (OSError, tarfile.TarError) as error:
+        raise UserError(f"this shard can't be read: {error}", where=printable(path)) from None
+
+
+def _of_parquet(path: str) -> Iterator[Input]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(path)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise UserError(
+            f"this Parquet file can't be read: {error}", where=printable(path)
+        ) from None
+    column = _image_column(file.schema_arrow, path)
+    row = 0
+    for batch in file.iter_batches(PARQUET_ROWS, columns=[column]):
+        for value in batch.column(0).to_pylist():
+            data = value.get("bytes") if isinstance(value, dict) else value
+            yield Input(f"{printable(path)}#{row}", b"" if data is None else data)
+            row += 1
+
+
+def _image_column(schema: Any, path: str) -> str:
+    import pyarrow as pa
+
+    names = [field.name for field in schema]
+    for field in schema:
+        inner = field.type
+        if pa.types.is_struct(inner) and inner.get_field_index("bytes") >= 0:
+            return str(field.name)
+    for field in schema:
+        if pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type):
+            return str(field.name)
+    raise UserError(
+        f"no column of images among {', '.join(names)}",
+        where=printable(path),
+        remedy="a column of bytes, or of structs with a field `bytes` (as datasets writes them)",
+    )

@@ -1,0 +1,289 @@
+"""Edits of a memory, each one new version: add, remove, relabel, forget, undo, compact."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cnn2gnn_dist import durable
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.inference.memory import store
+from cnn2gnn_dist.inference.memory.rewiring import rewired
+from cnn2gnn_dist.inference.memory.store import ClassEntry, NewRows, Version
+from cnn2gnn_dist.inference.memory.view import Memory, forgotten
+
+NAMED = 5
+"""Keys named in an error."""
+
+
+def create(
+    root: Path, rows: NewRows, classes: Sequence[str], action: str, left_out: np.ndarray
+) -> None:
+    """Create a memory with the candidate table that the rows come with.
+
+    Args:
+        root: folder; it must not exist.
+        rows: all rows, with candidates.
+        classes: names of the trained classes.
+        action: what was done, for people.
+        left_out: int64, rows that are nobody's candidates (corrupt images).
+    """
+    root.mkdir(parents=True)
+    with store.editing(root):
+        name = store.write_segment(root, rows)
+        arrays = {"removed": np.asarray(left_out, np.int64)} if len(left_out) else {}
+        entries = tuple(ClassEntry(name, True) for name in classes)
+        store.write_version(
+            root,
+            Version(0, None, store.now(), action, ((name, len(rows.labels)),), entries),
+            arrays,
+        )
+
+
+class Edit:
+    """Changes to the current version, written as one new version by ``commit``.
+
+    Use within ``store.editing``. Nothing is changed before ``commit``.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.before = root, Memory.open(root)
+        self.live = self.before.live.copy()
+        self.labels = self.before.labels.copy()
+        self.classes = list(self.before.version.classes)
+        self.heads: Mapping[str, Any] = self.before.version.heads
+        self._arrays: dict[str, np.ndarray] = {}
+        for name in self.before.version.files:
+            if name.startswith("heads"):
+                self._arrays[name.removesuffix(".npy")] = np.load(
+                    store.version_folder(root, self.before.version.number) / name
+                )
+        self._added: NewRows | None = None
+
+    def class_index(self, name: str, *, new: bool) -> int:
+        """Index of a class; ``new``: it is added if it isn't there.
+
+        Raises:
+            UserError: unknown class.
+        """
+        names = [entry.name for entry in self.classes]
+        if name in names:
+            return names.index(name)
+        if not new:
+            raise UserError(
+                f"the memory has no class '{name}'",
+                where=str(self.root),
+                remedy="`cnn2gnn memory ls MODEL` lists the classes; "
+                "`cnn2gnn memory add MODEL IMAGES --class NAME` adds one",
+            )
+        if not name.strip():
+            raise UserError("a class needs a name", where="--class", remedy="--class NAME")
+        self.classes.append(ClassEntry(name, False))
+        return len(self.classes) - 1
+
+    def rows_of(self, keys: Sequence[str]) -> np.ndarray:
+        """Live rows of keys, int64.
+
+        Raises:
+            UserError: a key is unknown.
+        """
+        found = self.before.ids_of(list(keys))
+        missing = [key for key in keys if key not in found]
+        if missing:
+            some = ", ".join(missing[:NAMED]) + (", …" if len(missing) > NAMED else "")
+            raise UserError(
+                f"{len(missing)} of {len(keys)} keys are not in the memory: {some}",
+                where=str(self.root),
+                remedy="`cnn2gnn memory ls MODEL --keys` lists them; nothing was changed",
+            )
+        return np.array([found[key] for key in dict.fromkeys(keys)], np.int64)
+
+    def add(self, rows: NewRows) -> None:
+        """Add rows; their labels index into ``classes``.
+
+        Raises:
+            UserError: a key, or an image, is in the memory already.
+        """
+        self._refuse_known(rows)
+        self._added = rows
+        self.live = np.concatenate([self.live, np.ones(len(rows.labels), bool)])
+        self.labels = np.concatenate([self.labels, rows.labels.astype(np.int32)])
+
+    def remove(self, rows: np.ndarray) -> None:
+        """Remove live rows."""
+        self.live[rows] = False
+
+    def relabel(self, rows: np.ndarray, label: int) -> None:
+        """Give rows another class."""
+        self.labels[rows] = label
+
+    def score_new_classes(self, heads: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+        """Set how new classes are scored; arrays are stored as ``heads_NAME.npy``."""
+        self._arrays = {f"heads_{name}": value for name, value in arrays.items()}
+        self.heads = dict(heads)
+
+    def commit(self, action: str) -> Version:
+        """Write the new version and make it current.
+
+        Raises:
+            UserError: the disk is full; the version before stays current.
+        """
+        before = self.before.version
+        segments = list(before.segments)
+        z_Nd = self.before.all_z()
+        if self._added is not None:
+            segments.append((store.write_segment(self.root, self._added), len(self._added.labels)))
+            z_Nd = np.concatenate([z_Nd, self._added.z.astype(np.float32)])
+        arrays = dict(self._arrays)
+        stored = np.concatenate(
+            [np.load(store.segment_folder(self.root, name) / "labels.npy") for name, _ in segments]
+        )
+        other = np.flatnonzero(stored != self.labels)
+        if len(other):
+            arrays["relabelled"] = np.stack([other, self.labels[other].astype(np.int64)], 1)
+        if not self.live.all():
+            arrays["removed"] = np.flatnonzero(~self.live)
+        changed = rewired(self.before.base_table, z_Nd, self.live)
+        if len(changed.ids_K):
+            arrays["changed"], arrays["changed_rows"] = changed
+        version = Version(
+            number=store.numbers(self.root)[-1] + 1,
+            parent=before.number,
+            made=store.now(),
+            action=action,
+            segments=tuple(segments),
+            classes=tuple(self.classes),
+            heads=self.heads,
+        )
+        store.write_version(self.root, version, arrays)
+        return store.read_version(self.root, version.number)
+
+    def _refuse_known(self, rows: NewRows) -> None:
+        known = self.before.ids_of(list(rows.keys))
+        if known:
+            raise UserError(
+                f"{len(known)} of these keys are in the memory already: "
+                + ", ".join(list(known)[:NAMED]),
+                where=str(self.root),
+                remedy="leave them out, rename the files, or remove the old ones first; "
+                "nothing was changed",
+            )
+        if len(set(rows.keys)) < len(rows.keys):
+            raise UserError(
+                "two of these images have the same name", remedy="rename one; nothing was changed"
+            )
+        nearest = self.before.nearest(rows.z.astype(np.float32), 1)[:, 0]
+        x_nD = np.ascontiguousarray(rows.x, np.float16)
+        for row, near in enumerate(nearest.tolist()):
+            if near >= 0 and np.array_equal(self.before.x(np.array([near]))[0], x_nD[row]):
+                raise UserError(
+                    f"the image {rows.keys[row]} is in the memory already, as "
+                    f"{self.before.keys(np.array([near]))[0]}",
+                    where=str(self.root),
+                    remedy="leave it out; nothing was changed",
+                )
+
+
+def undo(root: Path) -> Version:
+    """Make the version before the current one current.
+
+    Raises:
+        UserError: there is none: it is the first, or the memory was compacted.
+    """
+    with store.editing(root):
+        current = store.read_version(root, store.head(root))
+        if current.parent is None or current.parent not in store.numbers(root):
+            raise UserError(
+                "there is no earlier version: nothing to undo",
+                where=str(root),
+                remedy="`cnn2gnn memory log MODEL` lists the versions; compacting and forgetting "
+                "drop the earlier ones",
+            )
+        store.set_head(root, current.parent)
+        return store.read_version(root, current.parent)
+
+
+def history(root: Path) -> list[Version]:
+    """The current version and those that it was made from, newest first."""
+    found = [store.read_version(root, store.head(root))]
+    there = set(store.numbers(root))
+    while found[-1].parent is not None and found[-1].parent in there:
+        found.append(store.read_version(root, found[-1].parent))
+    return found
+
+
+def compact(root: Path, action: str = "compact") -> Version:
+    """Write the live rows as one segment, and delete everything else; answers stay the same."""
+    with store.editing(root):
+        return _compact(root, Memory.open(root), action)
+
+
+def forget(root: Path, keys: Sequence[str]) -> Version:
+    """Remove rows and delete all that the memory has of them, in earlier versions too.
+
+    Their keys go to ``forgotten.csv``, so that later trainings leave them out. The weights of the
+    network, which have seen the images, stay as they are.
+
+    Raises:
+        UserError: a key is unknown; nothing was changed.
+    """
+    with store.editing(root):
+        edit = Edit(root)
+        # Those that a killed attempt has removed are purged by this one.
+        before = set(forgotten(root)) - edit.before.ids_of(list(keys)).keys()
+        rows = edit.rows_of([key for key in keys if key not in before])
+        edit.remove(rows)
+        # Recorded first: a kill leaves them removed or not, but never forgotten without a record.
+        _record_forgotten(root, list(dict.fromkeys(keys)))
+        edit.commit(f"forget {len(rows)} images")
+        return _compact(root, Memory.open(root), f"forget {len(rows)} images")
+
+
+def _compact(root: Path, memory: Memory, action: str) -> Version:
+    ids = memory.live_ids
+    new_N = np.full(memory.rows, -1, np.int32)
+    new_N[ids] = np.arange(len(ids), dtype=np.int32)
+    table = memory.candidates(ids)
+    rows = NewRows(
+        x=memory.x(ids),
+        z=memory.z(ids),
+        labels=memory.labels[ids],
+        candidates=np.where(table >= 0, new_N[table.clip(min=0)], -1).astype(np.int32),
+        keys=memory.keys(ids),
+        sources=[memory.source(row) for row in ids.tolist()],
+        thumbnails=[memory.thumbnail(row) for row in ids.tolist()],
+    )
+    segment = store.write_segment(root, rows)
+    folder = store.version_folder(root, memory.version.number)
+    arrays = {
+        name.removesuffix(".npy"): np.load(folder / name)
+        for name in memory.version.files
+        if name.startswith("heads")
+    }
+    version = replace(
+        memory.version,
+        number=store.numbers(root)[-1] + 1,
+        parent=None,
+        made=store.now(),
+        action=action,
+        segments=((segment, len(ids)),),
+        files={},
+    )
+    store.write_version(root, version, arrays)
+    store.drop_all_but(root, version)
+    return store.read_version(root, version.number)
+
+
+def _record_forgotten(root: Path, keys: list[str]) -> None:
+    everything = dict.fromkeys([*forgotten(root), *keys])
+    text = io.StringIO()
+    out = csv.writer(text, lineterminator="\n")
+    out.writerow(["key", "class"])
+    out.writerows([key, "drop"] for key in everything)
+    durable.write_text(root / store.FORGOTTEN, text.getvalue())

@@ -1,0 +1,84 @@
+"""The candidate rows of an edited memory: which rows an edit changes, and what they become.
+
+A pure function of the rows that are there, never of the edits that led to them: adding images and
+removing them again gives the table from before, and an edited memory has the table that would be
+built from its rows. Shapes: N rows, M candidates, d projection.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from cnn2gnn_dist.graph.search.knn import Index
+
+CHUNK = 1 << 16
+_SLACK = 8
+_MARGIN = 1e-5
+"""Added to similarities of unit vectors before they are compared, so that rounding hides no row."""
+
+
+class Rewired(NamedTuple):
+    """Rows that differ from the base table: ``ids_K`` int64 ascending; ``rows_KM`` int32, -1 = none."""
+
+    ids_K: np.ndarray
+    rows_KM: np.ndarray
+
+
+def rewired(base_NM: np.ndarray, z_Nd: np.ndarray, live_N: np.ndarray) -> Rewired:
+    """Find the rows that differ from the base table, and search them exactly.
+
+    Args:
+        base_NM: int32, candidates of the first rows when they were written; -1 = none.
+        z_Nd: float32 of unit length, of these and of all rows added since.
+        live_N: bool, False where a row was removed.
+    """
+    count, width = base_NM.shape
+    added = count + np.flatnonzero(live_N[count:])
+    concerned = np.zeros(len(live_N), bool)
+    concerned[added] = True
+    for start in range(0, count, CHUNK):
+        rows = slice(start, min(start + CHUNK, count))
+        table = np.asarray(base_NM[rows])
+        lost = ((table >= 0) & ~live_N[table.clip(min=0)]).any(1)
+        concerned[rows] = (lost | _reached(table, rows, z_Nd, added)) & live_N[rows]
+    ids = np.flatnonzero(concerned)
+    return Rewired(ids, nearest_rows(z_Nd, np.flatnonzero(live_N), ids, width))
+
+
+def _reached(table: np.ndarray, rows: slice, z_Nd: np.ndarray, added: np.ndarray) -> np.ndarray:
+    """Whether an added row is nearer than the last candidate, or a place is free."""
+    if not len(added):
+        return np.zeros(len(table), bool)
+    z = np.asarray(z_Nd[rows])
+    last = np.einsum("nd,nd->n", z, z_Nd[table[:, -1].clip(min=0)])
+    near = (z @ z_Nd[added].T).max(1)
+    return (table[:, -1] < 0) | (near + _MARGIN >= last)
+
+
+def nearest_rows(z_Nd: np.ndarray, live: np.ndarray, ids_K: np.ndarray, width: int) -> np.ndarray:
+    """int32 [K, width]: the nearest live rows of rows, without themselves; -1 where there are fewer.
+
+    Ordered by squared distance, ties by id.
+    """
+    found_KM = np.full((len(ids_K), width), -1, np.int32)
+    some = min(width, len(live) - 1)
+    if some < 1 or not len(ids_K):
+        return found_KM
+    base = np.ascontiguousarray(z_Nd[live])
+    index = Index(base)
+    place = np.searchsorted(live, ids_K)
+    fetched, _ = index.search(z_Nd[ids_K], min(some + _SLACK, len(live) - 1), exclude=place)
+    found_KM[:, :some] = live[by_distance(z_Nd[ids_K], base, fetched)[:, :some]]
+    return found_KM
+
+
+def by_distance(query_Qd: np.ndarray, base_Nd: np.ndarray, ids_Qm: np.ndarray) -> np.ndarray:
+    """The ids of each row by ascending squared distance, ties by id; computed row by row.
+
+    The order that a search gives depends on how many queries it was given, in the last bits.
+    """
+    apart = (base_Nd[ids_Qm] - query_Qd[:, None]).astype(np.float64)
+    order = np.lexsort((ids_Qm, np.square(apart).sum(-1)), axis=1)
+    return np.take_along_axis(ids_Qm, order, 1)

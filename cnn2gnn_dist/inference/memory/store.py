@@ -1,0 +1,336 @@
+"""The files of a memory: immutable segments of rows, immutable versions, and which one is current.
+
+    memory/HEAD                      number of the current version
+    memory/segments/000001/          x.npy z.npy labels.npy (candidates.npy) rows.parquet segment.json
+    memory/versions/000003/          version.json and what it changes: removed.npy relabelled.npy
+                                     changed.npy changed_rows.npy heads.npz
+    memory/forgotten.csv             keys that later trainings leave out (``data.relabel`` reads it)
+
+An edit writes a segment and a version and then replaces HEAD: a kill leaves the version before.
+Rows are numbered through the segments of a version; ``classes`` only grow until compaction.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
+
+from cnn2gnn_dist import durable
+from cnn2gnn_dist.errors import UserError
+
+FORMAT = 1
+HEAD, LOCK, FORGOTTEN = "HEAD", ".lock", "forgotten.csv"
+ROWS = "rows.parquet"
+BASE = ("x", "z", "labels", "candidates")
+"""Arrays of the first segment; the others have no ``candidates``: the version has those rows."""
+
+
+@dataclass(frozen=True)
+class ClassEntry:
+    """A class: its name, and whether the network has a logit for it."""
+
+    name: str
+    trained: bool
+
+
+@dataclass(frozen=True)
+class Version:
+    """``version.json``.
+
+    Attributes:
+        number, parent: of this version and of the one it was made from; None: none.
+        made: UTC time, ISO 8601.
+        action: what was done, for people.
+        segments: (name, rows) in the order of row numbers.
+        classes: the labels index into them.
+        files: name → [bytes, SHA-256] of the arrays beside it.
+        heads: how new classes are scored (``inference/new_classes.py``); empty without any.
+    """
+
+    number: int
+    parent: int | None
+    made: str
+    action: str
+    segments: tuple[tuple[str, int], ...]
+    classes: tuple[ClassEntry, ...]
+    files: Mapping[str, tuple[int, str]] = field(default_factory=dict)
+    heads: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> int:
+        """Rows of all segments, removed ones included."""
+        return sum(rows for _, rows in self.segments)
+
+
+@dataclass(frozen=True)
+class NewRows:
+    """n rows to store.
+
+    Attributes:
+        x: float16 [n, D]; z: float32 [n, d]; labels: int32 [n]; candidates: int32 [n, M] or None.
+        keys, sources: n names, and where each image is (for people; may be empty).
+        thumbnails: n JPEGs, None where there is none.
+    """
+
+    x: np.ndarray
+    z: np.ndarray
+    labels: np.ndarray
+    candidates: np.ndarray | None
+    keys: Sequence[str]
+    sources: Sequence[str]
+    thumbnails: Sequence[bytes | None]
+
+
+def head(root: Path) -> int:
+    """Return the number of the current version.
+
+    Raises:
+        UserError: the memory is missing or damaged.
+    """  # noqa: DOC501
+    try:
+        return int((root / HEAD).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise damaged(root / HEAD, str(error)) from None
+
+
+def read_version(root: Path, number: int) -> Version:
+    """Read a version and check the sizes of its files.
+
+    Raises:
+        UserError: it is missing or damaged, or of a newer format.
+    """  # noqa: DOC501
+    folder = version_folder(root, number)
+    file = folder / "version.json"
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8"))
+        if int(tree["format"]) > FORMAT:
+            raise UserError(
+                f"this memory has format {tree['format']}, and this version reads {FORMAT}",
+                where=str(root),
+                remedy="upgrade cnn2gnn-dist",
+            )
+        version = Version(
+            number=int(tree["number"]),
+            parent=tree["parent"],
+            made=str(tree["made"]),
+            action=str(tree["action"]),
+            segments=tuple((str(name), int(rows)) for name, rows in tree["segments"]),
+            classes=tuple(ClassEntry(str(c["name"]), bool(c["trained"])) for c in tree["classes"]),
+            files={str(k): (int(size), str(sha)) for k, (size, sha) in tree["files"].items()},
+            heads=dict(tree["heads"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise damaged(file, str(error)) from None
+    _check(folder, version.files, read=False)
+    for name, _ in version.segments:
+        _check(segment_folder(root, name), segment_files(root, name), read=False)
+    return version
+
+
+def verify(root: Path, version: Version) -> None:
+    """Read the files of a version and compare their checksums.
+
+    Raises:
+        UserError: one is damaged.
+    """
+    _check(version_folder(root, version.number), version.files, read=True)
+    for name, _ in version.segments:
+        _check(segment_folder(root, name), segment_files(root, name), read=True)
+
+
+def version_folder(root: Path, number: int) -> Path:
+    """Folder of a version."""
+    return root / "versions" / f"{number:06d}"
+
+
+def segment_folder(root: Path, name: str) -> Path:
+    """Folder of a segment."""
+    return root / "segments" / name
+
+
+def segment_files(root: Path, name: str) -> dict[str, tuple[int, str]]:
+    """Sizes and SHA-256 of a segment's files.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """  # noqa: DOC501
+    file = segment_folder(root, name) / "segment.json"
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8"))["files"]
+        return {str(key): (int(size), str(sha)) for key, (size, sha) in tree.items()}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise damaged(file, str(error)) from None
+
+
+def numbers(root: Path) -> list[int]:
+    """The numbers of all versions, ascending."""
+    return sorted(int(path.name) for path in (root / "versions").glob("[0-9]" * 6))
+
+
+@contextmanager
+def editing(root: Path, wait_s: float = 10.0) -> Iterator[None]:
+    """Hold the right to edit, and remove what a killed edit left behind.
+
+    Raises:
+        UserError: another process holds it longer than ``wait_s``; the folder can't be written.
+    """
+    lock = FileLock(str(root / LOCK))
+    try:
+        lock.acquire(timeout=wait_s)
+    except Timeout:
+        raise UserError(
+            f"another process is editing this memory, for more than {wait_s:g} s",
+            where=str(root),
+            remedy="run the command again when the other edit has finished",
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"this memory can't be written: {error.strerror}", where=str(root),
+            remedy="copy the model to a folder that you may write to",
+        ) from None  # fmt: skip
+    try:
+        for unfinished in root.glob("*/*.tmp"):
+            shutil.rmtree(unfinished)
+        yield
+    finally:
+        lock.release()
+
+
+def write_segment(root: Path, rows: NewRows) -> str:
+    """Write a segment; return its name. The caller holds ``editing``.
+
+    Raises:
+        UserError: the disk is full; nothing is left behind.
+    """
+    name = f"{1 + max((int(p.name) for p in (root / 'segments').glob('[0-9]*')), default=-1):06d}"
+    with _new_folder(segment_folder(root, name)) as folder:
+        arrays = {"x": rows.x, "z": rows.z, "labels": rows.labels}
+        if rows.candidates is not None:
+            arrays["candidates"] = rows.candidates
+        kinds = {"x": np.float16, "z": np.float32, "labels": np.int32, "candidates": np.int32}
+        for key, array in arrays.items():
+            np.save(folder / f"{key}.npy", np.ascontiguousarray(array, kinds[key]))
+        pq.write_table(_table(rows), folder / ROWS, row_group_size=4096)
+        durable.write_json(folder / "segment.json", {"files": _digests(folder)})
+    return name
+
+
+def write_version(root: Path, version: Version, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write a version with its arrays, and make it the current one.
+
+    Raises:
+        UserError: the disk is full; the version before stays current.
+    """
+    with _new_folder(version_folder(root, version.number)) as folder:
+        for name, array in arrays.items():
+            np.save(folder / f"{name}.npy", array)
+        tree = {
+            "format": FORMAT,
+            "number": version.number,
+            "parent": version.parent,
+            "made": version.made,
+            "action": version.action,
+            "segments": version.segments,
+            "classes": [{"name": c.name, "trained": c.trained} for c in version.classes],
+            "files": _digests(folder),
+            "heads": dict(version.heads),
+        }
+        durable.write_json(folder / "version.json", tree)
+    set_head(root, version.number)
+
+
+def set_head(root: Path, number: int) -> None:
+    """Make a version the current one (atomically)."""
+    with durable.disk_full_reported(root / HEAD):
+        durable.write_text(root / HEAD, f"{number}\n")
+
+
+def drop_all_but(root: Path, version: Version) -> None:
+    """Delete all other versions, and the segments that only they have."""
+    for number in numbers(root):
+        if number != version.number:
+            shutil.rmtree(version_folder(root, number))
+    kept = {name for name, _ in version.segments}
+    for path in (root / "segments").iterdir():
+        if path.name not in kept:
+            shutil.rmtree(path)
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def damaged(path: Path, why: str) -> UserError:
+    """Return the error for a file of a memory that is missing or damaged."""
+    return UserError(
+        f"the model's memory is damaged: {why}",
+        where=str(path),
+        remedy="copy the model again from where it came, or `cnn2gnn export RUN --to MODEL`",
+    )
+
+
+@contextmanager
+def _new_folder(final: Path) -> Iterator[Path]:
+    temporary = final.with_suffix(".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        with durable.disk_full_reported(final):
+            yield temporary
+            for path in temporary.iterdir():
+                durable.sync(path)
+        durable.sync(temporary)
+        os.replace(temporary, final)
+        durable.sync(final.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _digests(folder: Path) -> dict[str, list[Any]]:
+    return {
+        path.name: [path.stat().st_size, durable.sha256(path)]
+        for path in sorted(folder.iterdir())
+        if path.is_file()
+    }
+
+
+def _check(folder: Path, files: Mapping[str, tuple[int, str]], *, read: bool) -> None:
+    for name, (size, sha) in files.items():
+        path = folder / name
+        try:
+            found = path.stat().st_size
+        except OSError as error:
+            raise damaged(path, error.strerror or str(error)) from None
+        if found != size:
+            raise damaged(path, f"it has {found} bytes, {size} when it was written")
+        if read and durable.sha256(path) != sha:
+            raise damaged(path, "its checksum does not match")
+
+
+def _table(rows: NewRows) -> pa.Table:
+    thumbnail = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    pictures = [
+        None if data is None else {"bytes": data, "path": f"{key}.jpg"}
+        for key, data in zip(rows.keys, rows.thumbnails, strict=True)
+    ]
+    return pa.table(
+        {
+            "key": pa.array(list(rows.keys), pa.string()),
+            "source": pa.array(list(rows.sources), pa.string()),
+            "thumbnail": pa.array(pictures, thumbnail),
+        }
+    )

@@ -1,0 +1,203 @@
+"""One version of a memory, opened for reading: its live rows, and who is whose candidate."""
+
+from __future__ import annotations
+
+import csv
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.graph.search.knn import Index
+from cnn2gnn_dist.inference.memory import store
+from cnn2gnn_dist.inference.memory.rewiring import by_distance
+from cnn2gnn_dist.inference.memory.store import Version
+
+_SLACK = 8
+
+
+class Memory:
+    """The rows of a version; arrays are memory-mapped. Safe to use from several threads.
+
+    Attributes:
+        version: what was opened.
+        classes: all class names; the first ``trained`` have a logit.
+        labels: int32 [N], index into ``classes``.
+        live: bool [N], False where a row was removed.
+    """
+
+    def __init__(self, root: Path, version: Version) -> None:
+        self.root, self.version = root, version
+        self._folders = [store.segment_folder(root, name) for name, _ in version.segments]
+        self._starts = np.cumsum([0, *(rows for _, rows in version.segments)])
+        self._x = [_mapped(folder / "x.npy") for folder in self._folders]
+        self._z = [_mapped(folder / "z.npy") for folder in self._folders]
+        self.base_table = _mapped(self._folders[0] / "candidates.npy")
+        self.classes = [entry.name for entry in version.classes]
+        self.trained = sum(entry.trained for entry in version.classes)
+        self.labels = np.concatenate([np.load(f / "labels.npy") for f in self._folders])
+        relabelled = self._array("relabelled", np.empty((0, 2), np.int64))
+        self.labels[relabelled[:, 0]] = relabelled[:, 1]
+        self.live = np.ones(len(self.labels), bool)
+        self.live[self._array("removed", np.empty(0, np.int64))] = False
+        self._changed = self._array("changed", np.empty(0, np.int64))
+        self._changed_rows = self._array(
+            "changed_rows", np.empty((0, self.base_table.shape[1]), np.int32)
+        )
+
+    @classmethod
+    def open(cls, root: Path, number: int | None = None) -> Memory:
+        """Open a version, by default the current one.
+
+        Raises:
+            UserError: it is missing or damaged.
+        """  # noqa: DOC501
+        while True:
+            current = store.head(root) if number is None else number
+            try:
+                return cls(root, store.read_version(root, current))
+            except (UserError, OSError):
+                if number is not None or store.head(root) == current:
+                    raise  # else a compaction has replaced it while it was opened
+
+    def __len__(self) -> int:
+        """The number of live rows."""
+        return int(self.live.sum())
+
+    @property
+    def rows(self) -> int:
+        """N: all rows, removed ones included."""
+        return len(self.labels)
+
+    @cached_property
+    def live_ids(self) -> np.ndarray:
+        """int64, the live rows."""
+        return np.flatnonzero(self.live)
+
+    def x(self, ids: np.ndarray) -> np.ndarray:
+        """Features float16 [n, D] of rows."""
+        return self._gather(self._x, ids)
+
+    def z(self, ids: np.ndarray) -> np.ndarray:
+        """Projections float32 [n, d] of rows, of unit length."""
+        return self._gather(self._z, ids)
+
+    def all_z(self) -> np.ndarray:
+        """Projections of all N rows."""
+        return self._z[0] if len(self._z) == 1 else np.concatenate(self._z)
+
+    def candidates(self, ids: np.ndarray) -> np.ndarray:
+        """int32 [n, M]: the candidates of live rows, nearest first; -1 = none."""
+        ids = np.asarray(ids)
+        count = len(self.base_table)
+        found = np.array(self.base_table[ids.clip(max=count - 1)])
+        place = np.searchsorted(self._changed, ids).clip(max=max(len(self._changed) - 1, 0))
+        if len(self._changed):
+            hit = self._changed[place] == ids
+            found[hit] = self._changed_rows[place[hit]]
+        return found
+
+    def nearest(self, z_Bd: np.ndarray, count: int) -> np.ndarray:
+        """int64 [B, count]: the nearest live rows; -1 where there are fewer. Ties by row."""
+        found = np.full((len(z_Bd), count), -1, np.int64)
+        index, ids, z_live = self._index
+        some = min(count, len(ids))
+        if some:
+            fetched, _ = index.search(z_Bd, min(some + _SLACK, len(ids)))
+            found[:, :some] = ids[by_distance(z_Bd, z_live, fetched)[:, :some]]
+        return found
+
+    def keys(self, ids: np.ndarray) -> list[str]:
+        """The keys of rows."""
+        return [str(key) for key in self._keys.take(pa.array(np.asarray(ids))).to_pylist()]
+
+    def ids_of(self, keys: list[str]) -> dict[str, int]:
+        """The live row of each key; keys that no live row has are missing from the result."""
+        place = pa.compute.index_in(pa.array(keys, pa.string()), value_set=self._live_keys)
+        return {
+            key: int(self.live_ids[row])
+            for key, row in zip(keys, place.to_pylist(), strict=True)
+            if row is not None
+        }
+
+    def source(self, row: int) -> str:
+        """Where the image of a row came from."""
+        return str(self._cell(row, "source").as_py() or "")
+
+    def thumbnail(self, row: int) -> bytes | None:
+        """The JPEG of a row; None if the memory has none of it."""
+        found = self._cell(row, "thumbnail").as_py()
+        return None if found is None else found["bytes"]
+
+    def counts(self) -> np.ndarray:
+        """Live rows of each class, int64 [classes]."""
+        return np.bincount(self.labels[self.live], minlength=len(self.classes))
+
+    @cached_property
+    def _index(self) -> tuple[Index, np.ndarray, np.ndarray]:
+        # Images that could not be read have z = 0 and are nobody's neighbors.
+        z_Nd = self.all_z()
+        ids = self.live_ids[z_Nd[self.live_ids].any(1)]
+        z_live = z_Nd if len(ids) == len(z_Nd) else np.ascontiguousarray(z_Nd[ids])
+        return Index(z_live), ids, z_live
+
+    @cached_property
+    def _keys(self) -> pa.ChunkedArray:
+        return pa.chunked_array(
+            [
+                chunk
+                for folder in self._folders
+                for chunk in pq.read_table(folder / store.ROWS, columns=["key"])["key"].chunks
+            ],
+            pa.string(),
+        )
+
+    @cached_property
+    def _live_keys(self) -> pa.Array:
+        return self._keys.take(pa.array(self.live_ids)).combine_chunks()
+
+    def _cell(self, row: int, column: str) -> pa.Scalar:
+        segment = int(np.searchsorted(self._starts, row, side="right")) - 1
+        file = pq.ParquetFile(self._folders[segment] / store.ROWS, memory_map=True)
+        row -= int(self._starts[segment])
+        for group in range(file.num_row_groups):
+            size = file.metadata.row_group(group).num_rows
+            if row < size:
+                return file.read_row_group(group, columns=[column])[column][row]
+            row -= size
+        raise IndexError(row)
+
+    def _gather(self, parts: list[np.ndarray], ids: np.ndarray) -> np.ndarray:
+        ids = np.asarray(ids)
+        if len(parts) == 1:
+            return parts[0][ids]
+        found = np.empty((len(ids), parts[0].shape[1]), parts[0].dtype)
+        segment = np.searchsorted(self._starts, ids, side="right") - 1
+        for number, part in enumerate(parts):
+            rows = segment == number
+            found[rows] = part[ids[rows] - self._starts[number]]
+        return found
+
+    def _array(self, name: str, missing: np.ndarray) -> np.ndarray:
+        if f"{name}.npy" not in self.version.files:
+            return missing
+        folder = store.version_folder(self.root, self.version.number)
+        found: np.ndarray = np.load(folder / f"{name}.npy")
+        return found
+
+
+def _mapped(path: Path) -> np.ndarray:
+    array: np.ndarray = np.load(path, mmap_mode="r")
+    return array
+
+
+def forgotten(root: Path) -> list[str]:
+    """Keys that were forgotten, which later trainings leave out."""
+    try:
+        with open(root / store.FORGOTTEN, encoding="utf-8", newline="") as file:
+            return [line["key"] for line in csv.DictReader(file)]
+    except FileNotFoundError:
+        return []

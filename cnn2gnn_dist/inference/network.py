@@ -1,0 +1,164 @@
+"""The student of a model: built from its config, run over pixels and the rows of a memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.inference.artefact import ModelConfig
+from cnn2gnn_dist.inference.batch_invariance import make_batch_invariant
+from cnn2gnn_dist.inference.memory.view import Memory
+from cnn2gnn_dist.models.block import Block, averaged_block
+from cnn2gnn_dist.models.stem import build_stem
+from cnn2gnn_dist.models.student import Student
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What the student gives for B images.
+
+    Attributes:
+        logits: float32 [B, C] with the neighbors; self_logits: without them.
+        x: float32 [B, D]; z: float32 [B, d] of unit length.
+        rows: int64 [B, F], rows of the memory that it attaches to, nearest first; -1 = none.
+        weights: float32 [B, F], summing to 1 (0 where there is no row).
+        distances: float32 [B, F], squared, of these rows; infinite where there is none.
+    """
+
+    logits: np.ndarray
+    self_logits: np.ndarray
+    x: np.ndarray
+    z: np.ndarray
+    rows: np.ndarray
+    weights: np.ndarray
+    distances: np.ndarray
+
+
+def build(config: ModelConfig) -> Student:
+    """Build the student of a model, with random weights.
+
+    Raises:
+        UserError: its stem is unknown here (another version of timm).
+    """
+    s = config.student
+    return Student(
+        build_stem(s.stem, s.dim, config.views.size, **s.stem_args),
+        dim=s.dim,
+        graph_dim=s.graph_dim,
+        hidden=s.hidden,
+        num_classes=len(config.label_names),
+        label_dim=s.label_dim,
+        k=config.graph.neighbours,
+        scope=config.scope,
+        mean=config.views.mean,
+        std=config.views.std,
+    )
+
+
+class Network:
+    """A student on a device, for inference.
+
+    Args:
+        config: of the model.
+        weights: its tensors.
+        device: "cpu", "cuda", …
+
+    Raises:
+        UserError: the weights are of another architecture.
+    """
+
+    def __init__(self, config: ModelConfig, weights: dict[str, Tensor], device: str) -> None:
+        self.config, self.device = config, device
+        student = build(config)
+        try:
+            student.load_state_dict(weights)
+        except RuntimeError as error:
+            raise UserError(
+                f"the weights are of another network: {str(error).splitlines()[-1].strip()}",
+                where="model.safetensors",
+                remedy="the version of cnn2gnn-dist and timm that the model was exported with",
+            ) from None
+        self.student = student.to(device).eval()
+        if device == "cpu":
+            make_batch_invariant(self.student)
+
+    @torch.inference_mode()
+    def __call__(self, images_BHWC: np.ndarray, memory: Memory | None) -> Outputs:
+        """Run the student on uint8 images [B, S, S, 3]; without a memory on its self path."""
+        images = torch.from_numpy(np.ascontiguousarray(images_BHWC)).to(self.device)
+        query = None
+        if self.config.scope == "dataset" and memory is not None and len(memory):
+            query = _Query(memory, self.config)
+        made = self.student(images, query)
+        count = len(images)
+        if query is not None and made.weights_BF is not None:
+            rows, weights = query.rows_BF, made.weights_BF.float().cpu().numpy()
+        else:
+            rows, weights = np.empty((count, 0), np.int64), np.empty((count, 0), np.float32)
+        z = made.z_Bd.float().cpu().numpy()
+        return Outputs(
+            logits=made.logits_BC.float().cpu().numpy(),
+            self_logits=made.self_logits_BC.float().cpu().numpy(),
+            x=made.x_BD.float().cpu().numpy(),
+            z=z,
+            rows=rows,
+            weights=weights,
+            distances=_distances(z, rows, memory),
+        )
+
+    @torch.inference_mode()
+    def embed(self, images_BHWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """x float32 [B, D] and z float32 [B, d] of uint8 images."""
+        images = torch.from_numpy(np.ascontiguousarray(images_BHWC)).to(self.device)
+        x_BD, z_Bd = self.student.embed(images)
+        return x_BD.float().cpu().numpy(), z_Bd.float().cpu().numpy()
+
+
+class _Query:
+    """The ``models.block.BlockQuery`` of a batch over the live rows of a memory.
+
+    The second hop is averaged here, over the candidates that are left: what is removed leaves the
+    messages of its neighbors too.
+    """
+
+    def __init__(self, memory: Memory, config: ModelConfig) -> None:
+        self.memory, self.graph = memory, config.graph
+        self.rows_BF = np.empty((0, 0), np.int64)
+
+    def block(self, z_Bd: Tensor) -> Block:
+        """Find the nearest rows of the images, and the candidates of those."""
+        memory = self.memory
+        wanted = min(self.graph.fanout, len(memory))
+        first_BF = memory.nearest(z_Bd.float().cpu().numpy(), wanted)
+        self.rows_BF = first_BF
+        first_U, row_of = np.unique(first_BF, return_inverse=True)
+        row_of_BF = row_of.reshape(first_BF.shape)
+        if len(first_U) and first_U[0] < 0:  # where there are fewer rows than wanted
+            first_U, row_of_BF = first_U[1:], row_of_BF - 1
+        second_UM = memory.candidates(first_U).astype(np.int64)
+        nodes_V = np.unique(np.concatenate([first_U, second_UM[second_UM >= 0]]))
+        place_UM = np.where(second_UM >= 0, np.searchsorted(nodes_V, second_UM), -1)
+        labels = memory.labels[nodes_V].astype(np.int64)
+        labels[labels >= memory.trained] = -1  # the network has no embedding of a new class
+        return averaged_block(
+            torch.from_numpy(memory.x(nodes_V)),
+            torch.from_numpy(memory.z(nodes_V)),
+            torch.from_numpy(labels),
+            first_U=torch.from_numpy(np.searchsorted(nodes_V, first_U)),
+            row_of_BF=torch.from_numpy(row_of_BF.astype(np.int64)),
+            second_UG=torch.from_numpy(place_UM),
+            seed_B=torch.full((len(first_BF),), -1),
+            k=self.graph.neighbours,
+        )
+
+
+def _distances(z_Bd: np.ndarray, rows_BF: np.ndarray, memory: Memory | None) -> np.ndarray:
+    if memory is None or not rows_BF.size:
+        return np.empty(rows_BF.shape, np.float32)
+    near = memory.z(rows_BF.clip(min=0).reshape(-1)).reshape(*rows_BF.shape, -1)
+    apart = np.square(near - z_Bd[:, None]).sum(-1)
+    return np.where(rows_BF >= 0, apart, np.inf).astype(np.float32)

@@ -1,0 +1,262 @@
+"""Stage ``export``: the student, its memory and its card as a folder that answers on its own."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from cnn2gnn_dist import __version__, durable, log
+from cnn2gnn_dist.config import Config
+from cnn2gnn_dist.data.images.views import CLEAN, ViewSpec
+from cnn2gnn_dist.data.index.manifest import Manifest
+from cnn2gnn_dist.data.reading.reader import Reader, ReaderSpec, Request
+from cnn2gnn_dist.data.reading.shard_files import CacheSpec
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.graph.search.valid_nodes import valid_nodes_of
+from cnn2gnn_dist.graph.version import latest_version, open_version
+from cnn2gnn_dist.inference import artefact
+from cnn2gnn_dist.inference.artefact import GraphSpec, ModelConfig, StudentSpec, ViewsSpec
+from cnn2gnn_dist.inference.card import card
+from cnn2gnn_dist.inference.memory import edits
+from cnn2gnn_dist.inference.memory.store import NewRows
+from cnn2gnn_dist.inference.memory.view import Memory
+from cnn2gnn_dist.inference.network import Network
+from cnn2gnn_dist.models.student import Student
+from cnn2gnn_dist.stages.shared.context import Context, chunks, load_manifest
+from cnn2gnn_dist.stages.shared.networks import build_student, check_built_on, load_model
+
+READ = 256
+"""Images read at a time."""
+THUMBNAILS_UP_TO = 200_000
+"""Images of a memory that gets thumbnails unless the config says otherwise."""
+THUMBNAIL, QUALITY = 64, 85
+FILES = (artefact.CONFIG, artefact.WEIGHTS, artefact.CARD, artefact.CHECKSUMS)
+"""What the stage's record names. Not the memory: editing it does not make the stage stale."""
+
+
+def run(context: Context) -> list[Path]:
+    """Write ``RUN/model``; one that is there already, whose training has changed, was set aside."""
+    write_model(context, context.folder)
+    context.say(f"the model is in {context.folder}")
+    return [context.folder / name for name in FILES]
+
+
+def write_model(context: Context, target: Path, *, thumbnails: int | None = None) -> None:
+    """Write the model of a run whose student (and graph) is finished.
+
+    Args:
+        context: of the run.
+        target: folder; files of the pipeline in it stay, anything else is replaced.
+        thumbnails: side in pixels, 0: none; None: as the config says.
+
+    Raises:
+        UserError: the student or the graph is not finished; the disk is full.
+    """
+    config, paths = context.config, context.paths
+    train = load_manifest(paths.train_manifest)
+    student = build_student(config, train.num_classes, config.graph.scope)
+    load_model(student, paths.root, "student")
+    with durable.disk_full_reported(target):
+        target.mkdir(parents=True, exist_ok=True)
+        _clear(target)
+        save_file(
+            {name: value.contiguous() for name, value in student.state_dict().items()},
+            target / artefact.WEIGHTS,
+        )
+        results = _results(paths.results)
+        made = _config(config, train, results)
+        durable.write_text(target / artefact.CONFIG, made.model_dump_json(indent=1))
+        rows = 0
+        if config.graph.scope == "dataset":
+            rows = _memory(context, train, target / artefact.MEMORY, thumbnails)
+        durable.write_text(target / artefact.CARD, card(made, results, rows))
+        _calibration(context, student, made, target)
+        artefact.write_checksums(target)
+
+
+def _clear(target: Path) -> None:
+    """Remove an unfinished model; records of the pipeline stay."""
+    for name in (*FILES, artefact.CALIBRATION):
+        (target / name).unlink(missing_ok=True)
+    shutil.rmtree(target / artefact.MEMORY, ignore_errors=True)
+
+
+def _config(config: Config, train: Manifest, results: dict[str, Any] | None) -> ModelConfig:
+    s, g, v = config.student, config.graph, config.views
+    untrained = {k: x for k, x in s.stem_args.items() if k not in ("pretrained", "weights")}
+    return ModelConfig(
+        version=__version__,
+        scope=g.scope,
+        student=StudentSpec(
+            stem=s.stem,
+            stem_args=untrained,
+            dim=s.dim,
+            hidden=s.hidden,
+            label_dim=s.label_dim,
+            graph_dim=g.dim,
+        ),
+        graph=GraphSpec(
+            neighbours=g.neighbours, fanout=g.sampling.fanouts[0], candidates=g.candidates
+        ),
+        views=ViewsSpec(size=v.size, resize=v.resize, mean=v.mean, std=v.std),
+        label_names=list(train.classes),
+        source={
+            "name": config.name,
+            "seed": config.seed,
+            "train_images": len(train),
+            "teacher": config.teacher.arch,
+            "torch": torch.__version__,
+            "accuracy": None if results is None else results["student"]["accuracy"],
+        },
+    )
+
+
+def _results(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def _memory(context: Context, train: Manifest, target: Path, thumbnails: int | None) -> int:
+    """Write the memory from the last graph; return the number of its rows."""
+    root = context.paths.root
+    check_built_on(root, "graph", "student")
+    found = latest_version(root / "graph")
+    if found is None:
+        raise UserError(
+            "the run has no graph", where=str(root), remedy="run `cnn2gnn graph` with its config"
+        )
+    version = open_version(found)
+    corrupt = np.ones(len(train), bool)
+    corrupt[valid_nodes_of(version.z)] = False
+    side = _thumbnail_side(context.config, len(train)) if thumbnails is None else thumbnails
+    edits.create(
+        target,
+        NewRows(
+            x=version.x,
+            z=version.z,
+            labels=version.labels,
+            candidates=version.candidates,
+            keys=unique_keys(train),
+            sources=[
+                os.path.basename(train.shards[shard].path) for shard in train.shard_N.tolist()
+            ],
+            thumbnails=_thumbnails(context, train, corrupt, side),
+        ),
+        train.classes,
+        f"export of the run {context.config.name}",
+        np.flatnonzero(corrupt),
+    )
+    return len(train) - int(corrupt.sum())
+
+
+def unique_keys(train: Manifest) -> list[str]:
+    """The keys of all images; where two shards use the same key, ``shard/key``."""
+    keys: list[str] = train.keys.to_pylist()
+    if len(set(keys)) == len(keys):
+        return keys
+    names = [os.path.splitext(os.path.basename(shard.path))[0] for shard in train.shards]
+    return [f"{names[s]}/{key}" for s, key in zip(train.shard_N.tolist(), keys, strict=True)]
+
+
+def _thumbnail_side(config: Config, images: int) -> int:
+    if config.export.thumbnails is not None:
+        return config.export.thumbnails
+    return THUMBNAIL if images <= THUMBNAILS_UP_TO else 0
+
+
+def _thumbnails(
+    context: Context, train: Manifest, corrupt: np.ndarray, side: int
+) -> list[bytes | None]:
+    if not side:
+        return [None] * len(train)
+    from PIL import Image
+
+    views = ViewSpec(kind="none", size=side, flip=False)
+    reader = _reader(context, context.paths.train_manifest, views)
+    found: list[bytes | None] = []
+    try:
+        for rows in log.progress(list(chunks(len(train), READ)), desc="thumbnails", unit="batch"):
+            batch = reader.read(Request(np.arange(rows.start, rows.stop), CLEAN))
+            for row, image in enumerate(batch.images):
+                if corrupt[rows[row]] or not batch.valid[row]:
+                    found.append(None)
+                    continue
+                data = io.BytesIO()
+                Image.fromarray(image).save(data, "JPEG", quality=QUALITY)
+                found.append(data.getvalue())
+    finally:
+        reader.close()
+    return found
+
+
+def _reader(context: Context, manifest: Path, views: ViewSpec) -> Reader:
+    stream = context.config.stream
+    return Reader(
+        ReaderSpec(str(manifest), views, 0, CacheSpec(stream.cache_dir, stream.cache_bytes))
+    )
+
+
+@dataclass
+class _Columns:
+    """Columns of ``calibration.npz``, batch by batch."""
+
+    parts: dict[str, list[np.ndarray]]
+
+    def add(self, **columns: np.ndarray) -> None:
+        for name, column in columns.items():
+            self.parts.setdefault(name, []).append(column)
+
+    def joined(self) -> dict[str, np.ndarray]:
+        return {name: np.concatenate(parts) for name, parts in self.parts.items()}
+
+
+def _calibration(context: Context, student: Student, made: ModelConfig, target: Path) -> None:
+    """Run the model over the images set apart (``data.calibration``), as it will run later."""
+    path = context.paths.calibration_manifest
+    if not path.is_file() or not len(apart := Manifest.load(path)):
+        return
+    network = Network(made, student.state_dict(), context.device)
+    memory = Memory.open(target / artefact.MEMORY) if made.scope == "dataset" else None
+    columns = _Columns({})
+    for images, label in _batches(context, path, len(apart)):
+        out = network(images, memory)
+        columns.add(
+            logits=out.logits, self_logits=out.self_logits, x=out.x, z=out.z, label=label,
+            near_distance=out.distances, near_weight=out.weights,
+        )  # fmt: skip
+        if memory is not None:
+            near = np.where(out.rows >= 0, memory.labels[out.rows.clip(min=0)], -1)
+            columns.add(near_label=near.astype(np.int32))
+    if columns.parts:
+        np.savez(target / artefact.CALIBRATION, **columns.joined())  # type: ignore[arg-type]
+
+
+def _batches(
+    context: Context, manifest: Path, count: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Images uint8 [b, S, S, 3] and labels int64 [b], without corrupt ones; a seeded random order.
+
+    In ``batch`` scope images answer together: batches of one class would answer too well.
+    """
+    views = context.views()
+    reader = _reader(context, manifest, views)
+    order = np.random.default_rng(context.config.seed).permutation(count)
+    try:
+        for rows in chunks(count, 64):
+            batch = reader.read(Request(order[rows.start : rows.stop], CLEAN))
+            if batch.valid.any():
+                yield batch.images[batch.valid], batch.labels[batch.valid]
+    finally:
+        reader.close()
