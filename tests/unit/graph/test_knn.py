@@ -125,7 +125,7 @@ def test_independent_of_how_queries_are_cut(monkeypatch):
 def test_too_many_neighbours():
     base = unit(6, 3)
     knn.search(base, base, 6)
-    with pytest.raises(UserError, match="7 neighbours"):
+    with pytest.raises(UserError, match="7 neighbors"):
         knn.search(base, base, 7)
     with pytest.raises(UserError, match="the query itself"):
         knn.search(base, base, 6, exclude_Q=np.arange(6))

@@ -57,7 +57,7 @@ def test_ranges_are_equal_stretches(nodes, parts):
 
 
 def test_more_parts_than_nodes():
-    with pytest.raises(UserError, match="5 partitions of 4 nodes"):
+    with pytest.raises(UserError, match="5 partitions for only 4 nodes"):
         partition.assign(random_table(4, 2, 0), 5)
 
 
