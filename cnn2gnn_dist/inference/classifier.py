@@ -109,7 +109,7 @@ class Classifier(ModelHubMixin):
         memory = self.memory  # one version for a whole call
         for many in self.batches(images, batch):
             good = [one for one in many if one.pixels is not None]
-            made = iter(self._answers(good, memory, top=top, neighbours=neighbours) if good else [])
+            made = iter(self.answers(good, memory, top=top, neighbours=neighbours) if good else [])
             for one in many:
                 yield Answer(one.name, error=one.error) if one.pixels is None else next(made)
 
@@ -180,6 +180,29 @@ class Classifier(ModelHubMixin):
         while many := list(islice(given, size)):
             yield list(self._decoders.map(lambda one: inputs.to_pixels(one, self._views), many))
 
+    def answers(
+        self, images: list[Pixels], memory: Memory | None, *, top: int, neighbours: int
+    ) -> list[Answer]:
+        """Answer decoded images, all readable, from one version of the memory."""
+        made = self.outputs(images, memory)
+        probability_BC = self.probabilities(made, memory)
+        order_BC = np.argsort(-probability_BC, axis=1, kind="stable")[:, :top]
+        names = memory.classes if memory else self.spec.label_names
+        path = "graph" if made.rows.size or self.spec.scope == "batch" else "network"
+        return [
+            Answer(
+                name=one.name,
+                label=names[order[0]],
+                probability=float(probability[order[0]]),
+                classes=tuple((names[c], float(probability[c])) for c in order),
+                neighbours=_neighbours(memory, rows, weights, neighbours) if memory else (),
+                path=path,
+            )
+            for one, probability, order, rows, weights in zip(
+                images, probability_BC, order_BC, made.rows, made.weights, strict=True
+            )
+        ]
+
     def outputs(self, images: list[Pixels], memory: Memory | None = None) -> Outputs:
         """Run the network on decoded images; ``memory``: a version, by default the opened one."""
         return self.network(
@@ -197,28 +220,6 @@ class Classifier(ModelHubMixin):
         """Open the current version of the memory; calls that are running finish with theirs."""
         if self.memory is not None:
             self.memory = Memory.open(self.memory.root)
-
-    def _answers(
-        self, images: list[Pixels], memory: Memory | None, *, top: int, neighbours: int
-    ) -> list[Answer]:
-        made = self.outputs(images, memory)
-        probability_BC = self.probabilities(made, memory)
-        order_BC = np.argsort(-probability_BC, axis=1, kind="stable")[:, :top]
-        names = self.classes_
-        path = "graph" if made.rows.size or self.spec.scope == "batch" else "network"
-        return [
-            Answer(
-                name=one.name,
-                label=names[order[0]],
-                probability=float(probability[order[0]]),
-                classes=tuple((names[c], float(probability[c])) for c in order),
-                neighbours=_neighbours(memory, rows, weights, neighbours) if memory else (),
-                path=path,
-            )
-            for one, probability, order, rows, weights in zip(
-                images, probability_BC, order_BC, made.rows, made.weights, strict=True
-            )
-        ]
 
     def _remembering(self) -> Memory:
         if self.memory is None:

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 
 from cnn2gnn_dist.data.images.formats import KINDS, image_suffix, what_it_is
 from cnn2gnn_dist.data.images.pixels import CorruptSample, rgb
 
-__all__ = ["DECODING", "MAX_PIXELS", "CorruptSample", "decode", "decode_crop", "jpeg_size"]
+__all__ = [
+    "DECODING",
+    "MAX_PIXELS",
+    "CorruptSample",
+    "decode",
+    "decode_crop",
+    "image_size",
+    "jpeg_size",
+]
 
 DECODING = 1
 """Version of the decoder's output, part of the keys of the stages that read images. Raise it when the
@@ -24,6 +34,8 @@ MAX_WORK = 32 * MAX_PIXELS
 
 TILE_WIDTH, TILE_HEIGHT = 322, 323
 
+T = TypeVar("T")
+
 
 def decode(data: bytes, into_HWC: np.ndarray | None = None) -> np.ndarray:
     """Decode an image of any supported kind to RGB pixels [H, W, 3] uint8; docs/images.md has the rules.
@@ -37,8 +49,17 @@ def decode(data: bytes, into_HWC: np.ndarray | None = None) -> np.ndarray:
     """
     size = jpeg_size(data)
     if size is None:
-        return _by_pillow(data)
+        return _by_pillow(data, rgb)
     return _jpeg(data, into_HWC if into_HWC is not None and into_HWC.shape[:2] == size else None)
+
+
+def image_size(data: bytes) -> tuple[int, int]:
+    """Return height and width of an image of any supported kind, from its header; decodes nothing.
+
+    Raises:
+        CorruptSample: not an image, or too large.
+    """
+    return jpeg_size(data) or _by_pillow(data, lambda image: (image.height, image.width))
 
 
 def jpeg_size(data: bytes) -> tuple[int, int] | None:
@@ -114,7 +135,7 @@ def _jpeg(data: bytes, into_HWC: np.ndarray | None = None) -> np.ndarray:
     return made if into_HWC is None else into_HWC
 
 
-def _by_pillow(data: bytes) -> np.ndarray:
+def _by_pillow(data: bytes, read: Callable[[Any], T]) -> T:
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -126,7 +147,7 @@ def _by_pillow(data: bytes) -> np.ndarray:
             if image.format == "TIFF":  # a tile may be larger than its image
                 tags = image.tag_v2  # type: ignore[attr-defined]
                 _check_size(tags.get(TILE_WIDTH, 0), tags.get(TILE_HEIGHT, 0))
-            return rgb(image)
+            return read(image)
     except CorruptSample:
         raise
     except UnidentifiedImageError:

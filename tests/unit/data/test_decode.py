@@ -12,7 +12,7 @@ import simplejpeg
 from PIL import Image
 
 from cnn2gnn_dist.data.images import decode as decoding
-from cnn2gnn_dist.data.images.decode import CorruptSample, decode
+from cnn2gnn_dist.data.images.decode import CorruptSample, decode, image_size
 from cnn2gnn_dist.data.tar.samples import samples
 from tests.support.shards import data_dir, encode_image, random_images
 
@@ -190,6 +190,14 @@ def test_large_progressive_images_of_usual_scans_are_decoded(monkeypatch):
         image, "jpg", icc_profile=b"\xff\xda" * 999
     )  # the scan marker without scans
     assert decode(plain).shape == image.shape
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM"])
+def test_the_size_from_the_header(kind: str):
+    data = bytes_of(Image.fromarray(IMAGE), kind)
+    assert image_size(data) == IMAGE.shape[:2]
+    with pytest.raises(CorruptSample):
+        image_size(data[:4])
 
 
 def test_real_photographs():
