@@ -30,9 +30,11 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 PROGRAMS = ("cnn2gnn", "python", "torchrun", "deepspeed", "srun", "ray", "make", "pip")
+OWN = "my.yaml"  # what `cnn2gnn init` writes: of no fixed content
 KINDS: list[tuple[str, str, str]] = [  # pattern of the command, kind, why
     (r"^cnn2gnn$|^(python|ray job stop|ray start --head)$", "name", "a program's name, not a call"),
     (r"^cnn2gnn (?!doctor|config)\w+( --run)?$", "name", "named in a sentence, without its arguments"),
+    (r"^cnn2gnn (init photos|run --config my\.yaml)", "no", "needs images of one's own: tests/end_to_end/test_init.py"),
     (r"^make demo$", "demo", "the first: others look at its run"),
     (r"^cnn2gnn run --config demo$", "demo", "again: skips what is whole"),
     (r"^cnn2gnn student --config demo$", "demo", ""),
@@ -192,7 +194,8 @@ def _cli_fault(rest: list[str]) -> str:
         with contextlib.redirect_stderr(said):
             arguments = cli._parse(rest)
         if getattr(arguments, "overrides", None) is not None:
-            settings.load(arguments.config, arguments.overrides)
+            own = None if arguments.config == OWN else arguments.config
+            settings.load(own, arguments.overrides)
     except UserError as error:
         return " ".join(str(error).split())
     except SystemExit:

@@ -28,6 +28,7 @@ STAGES = {
     "evaluate": "judge all models on held-out images; table, pictures, report",
 }
 EPILOG = """examples:
+  cnn2gnn init photos/ --minutes 30                a config for your own images
   cnn2gnn run --config demo                        the digits, end to end
   cnn2gnn run --config cifar10 student.epochs=20   a preset with an override
   cnn2gnn run --config my.yaml --dry-run           what would run, and why
@@ -115,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--to", required=True, metavar="MODEL", help="folder to write")
     export.add_argument("--force", action="store_true", help="replace a model that is there")
     export.set_defaults(command=_export)
+    _init_arguments(commands.add_parser("init", help="write a config for your own images"))
     _checkpoint_arguments(commands.add_parser("checkpoint", help="list, explain, verify, export"))
     _plan_arguments(commands.add_parser("plan", help="memory and disk for so many images"))
     doctor = commands.add_parser("doctor", help="check this machine and say what to do")
@@ -179,6 +181,35 @@ def _predict_arguments(parser: argparse.ArgumentParser) -> None:
         "images", nargs="+", metavar="IMAGE", help="image files, folders, tar shards, Parquet files"
     )
     parser.set_defaults(command=_predict)
+
+
+def _init_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Look at images, time the networks here, and write a config that fits both."
+    )
+    place = (
+        "folder of class folders, Parquet files or tar shards; with train and val parts, or without"
+    )
+    parser.add_argument("place", metavar="IMAGES", help=place)
+    parser.add_argument(
+        "--out", metavar="FILE", default="my.yaml", help="config to write; default my.yaml"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=30.0, help="time for the whole run; default 30"
+    )
+    parser.add_argument("--weights", metavar="FILE", help="pretrained weights of a teacher")
+    parser.add_argument("--dry-run", action="store_true", help="print the config, write nothing")
+    parser.add_argument("--force", action="store_true", help="replace the file if it exists")
+    parser.set_defaults(command=_init)
+
+
+def _init(arguments: argparse.Namespace) -> int:
+    from cnn2gnn_dist.commands import init
+
+    given = {"weights_file": arguments.weights, "dry_run": arguments.dry_run}
+    return init.command(
+        arguments.place, arguments.out, arguments.minutes, force=arguments.force, **given
+    )
 
 
 def _checkpoint_arguments(parser: argparse.ArgumentParser) -> None:

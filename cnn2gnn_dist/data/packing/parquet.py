@@ -279,7 +279,7 @@ def _refuse_missing(columns: list[_Column]) -> None:
 
 
 def _no_column(path: Path, schema: pa.Schema, column: str, field: str) -> UserError:
-    fits = _is_image if field == "image" else _is_label
+    fits = is_image if field == "image" else is_label
     alike = [name for name in schema.names if name.lower() == column.lower()]
     likely = alike or [each.name for each in schema if fits(each.type)]
     if not likely:
@@ -309,11 +309,13 @@ def _is_binary(kind: pa.DataType) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or view(kind))
 
 
-def _is_image(kind: pa.DataType) -> bool:
+def is_image(kind: pa.DataType) -> bool:
+    """Return whether a column of this type can hold encoded images."""
     return _is_binary(kind.field("bytes").type) if _has_bytes(kind) else _is_binary(kind)
 
 
-def _is_label(kind: pa.DataType) -> bool:
+def is_label(kind: pa.DataType) -> bool:
+    """Return whether a column of this type can hold one label a row."""
     return bool(
         pa.types.is_integer(kind)
         or pa.types.is_boolean(kind)
@@ -328,7 +330,7 @@ def _has_bytes(kind: Any) -> bool:
 
 def _check_images(path: Path, file: Any, column: str) -> None:
     kind = file.schema_arrow.field(column).type
-    if _is_image(kind):
+    if is_image(kind):
         return
     raise UserError(
         f"column '{column}' is {kind}, not encoded images{_hint(file, column, kind)}",
@@ -344,7 +346,7 @@ def _hint(file: Any, column: str, kind: pa.DataType) -> str:
         value = batch.column(0)[0].as_py() if batch is not None and len(batch) else None
         return _hint_text(value or "")
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        if _is_image(kind.value_type):
+        if is_image(kind.value_type):
             return ": it contains several images per row"
         return ": it contains lists of numbers (pixels, or single bytes)"
     if pa.types.is_fixed_size_binary(kind):

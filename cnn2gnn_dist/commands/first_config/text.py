@@ -1,0 +1,56 @@
+"""The config as YAML for people: twenty lines, each with what it means."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+
+def as_text(head: list[str], tree: dict[str, Any]) -> str:
+    """The YAML of a config (a plain tree), below lines of comment."""
+    data, views, teacher = tree["data"], tree["views"], tree["teacher"]
+    graph, student = tree["graph"], tree["student"]
+    lines = [f"# {line}".rstrip() for line in head]
+    lines += [
+        f"name: {_inline(tree['name'])}",
+        f"run: {_inline(tree['run'])}  # processes that train",
+    ]
+    lines.append("data:")
+    said = {
+        "test": "held-out images: what the models are judged on",
+        "holdout": "share of each class held out, to judge by; or name a second set: test: FOLDER",
+        "calibration": "share of the others set apart, for confidence that means something",
+        "max_corrupt": "share of unreadable images that is put up with",
+    }
+    lines += _block(data, said)
+    flip = "mirrored too; where that changes the class (letters): kind: shift"
+    lines += [
+        f"views: {_inline(views)}",
+        f"# {views['kind']}: {'not mirrored, as letters and digits need' if views['kind'] == 'shift' else flip}",
+    ]
+    if tree.get("stream"):
+        lines.append(f"stream: {_inline(tree['stream'])}")
+    lines.append("teacher:  # the CNN that teaches; more epochs first, then a larger network")
+    lines += _block(teacher, {"lr": "peak; halve it if the loss jumps"})
+    lines.append(f"targets: {_inline(tree['targets'])}")
+    lines.append(f"graph: {_inline(graph)}")
+    lines.append(
+        "student:  # the small network that is kept; `control` is the same without a graph"
+    )
+    lines += _block(student, {"stem": "conv3, resnet_tiny, or a timm network"})
+    return "\n".join(lines) + "\n"
+
+
+def _block(section: dict[str, Any], said: dict[str, str]) -> list[str]:
+    return [
+        f"  {name}: {_inline(value)}" + (f"  # {said[name]}" if name in said else "")
+        for name, value in section.items()
+    ]
+
+
+def _inline(value: Any) -> str:
+    text = yaml.safe_dump(
+        value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10_000
+    )
+    return text.removesuffix("\n").removesuffix("\n...").strip()
