@@ -100,18 +100,18 @@ def holdout(facts: Facts) -> float:
 
 
 def training_images(facts: Facts) -> int:
-    """Images that are left to train on (as :func:`...data.index.split.split_per_class` counts), without
-    unreadable ones and those of ``data.calibration``."""  # noqa: D205, D209
-    count_C = facts.count_C
-    if facts.held is None:
-        quota_C = np.rint(holdout(facts) * count_C).astype(np.int64)
-        count_C = count_C - np.clip(
-            quota_C, np.minimum(count_C - 1, 1).clip(0), (count_C - 1).clip(0)
-        )
-    count_C = count_C - np.ceil(CALIBRATION * count_C).astype(np.int64).clip(
-        0, (count_C - 1).clip(0)
-    )
+    """Images that are left to train on: without held-out, calibration and unreadable ones."""
+    count_C = facts.count_C if facts.held is not None else _kept(facts.count_C, holdout(facts))
+    if CALIBRATION:
+        count_C = _kept(count_C, CALIBRATION)
     return int(count_C.sum() * (1 - min(facts.bad, 0.9)))
+
+
+def _kept(count_C: np.ndarray, fraction: float) -> np.ndarray:
+    """Images of each class that are left, as ``data.index.split.split_per_class`` splits them."""
+    quota_C = np.rint(fraction * count_C).astype(np.int64)
+    least_C, most_C = (count_C - 1).clip(0, 1), (count_C - 1).clip(0)
+    return count_C - quota_C.clip(least_C, most_C)
 
 
 def held_images(facts: Facts) -> int:
