@@ -26,6 +26,7 @@ from cnn2gnn_dist.stages.shared import preflight
 _log = logging.getLogger(__name__)
 _STAGES = ("teacher", "student", "graph", "control")
 Say = Callable[[str], None]
+_ENOUGH = 0.7  # of the epochs wanted
 _SHORTEST, _LONGEST = 1.0, 60 * 24 * 30.0
 
 
@@ -78,7 +79,6 @@ def command(
 class _Choice:
     tree: dict[str, Any]
     estimate: recipe.Estimate
-    fits: float
     machine: speed.Machine
 
 
@@ -99,30 +99,33 @@ def facts_of(survey: Survey, decode_s: float = 0.0) -> recipe.Facts:
 def _choose(
     survey: Survey, machine: speed.Machine, known: dict[str, Any] | None, minutes: float
 ) -> _Choice:
-    """The most expensive networks whose epochs fit into the time, from the cheapest on; each is timed."""
+    """The most expensive networks of which enough epochs fit into the time; some are timed, by bisection."""
     facts = facts_of(survey)
     recipe.check_enough(facts)
     images, num_classes = recipe.training_images(facts), len(survey.classes)
     machine = recipe.ranks_for(images, machine)
     nets = _by_cost(facts, machine, known, num_classes)
-    best: _Choice | None = None
+    low, high, best = 0, len(nets), None  # those below `low` fit, those from `high` on don't
     with speed.Stopwatch(machine) as stopwatch:
-        for net in nets:
+        while best is None or low < high:
+            number = (low + high) // 2
+            net = nets[number]
             *_, decode_s, render_s = measure_views(survey, _spec(recipe.views(facts, net)))
             own = replace(facts, decode_s=decode_s + render_s)
             config = settings.check(_with_data(recipe.tree(own, machine, net, 8), survey))
             seen = stopwatch.time(config, num_classes, images)
             tree, estimate, fits = recipe.fit(own, machine, net, seen, minutes)
-            enough = recipe.wanted_epochs(images, "weights" in net.teacher)
+            wanted = recipe.wanted_epochs(images, "weights" in net.teacher)
             _log.debug(
                 f"{net.size} pixels, {net.teacher['arch']} {net.teacher['args']}: {fits:.1f} epochs fit, "
-                f"{enough:.0f} are wanted; a step takes {seen}"
+                f"{wanted:.0f} are wanted; {seen}"
             )
-            if best is None or fits >= 0.7 * enough:
-                best = _Choice(tree, estimate, fits, machine)
-            if fits < 0.3 * enough:
-                break
-    assert best is not None
+            if fits >= _ENOUGH * wanted:
+                low = number + 1
+            else:
+                high = number
+            if fits >= _ENOUGH * wanted or number == 0:
+                best = _Choice(tree, estimate, machine)
     return best
 
 
