@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cnn2gnn_dist import __version__, consistency, ledger, log, settings
+from cnn2gnn_dist.commands import memory_cli
 from cnn2gnn_dist.config import Config
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.runtime.ranks import Ranks
@@ -117,6 +118,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--force", action="store_true", help="replace a model that is there")
     export.set_defaults(command=_export)
     _init_arguments(commands.add_parser("init", help="write a config for your own images"))
+    memory_cli.arguments(
+        commands.add_parser("memory", help="look at a model's memory, and edit it")
+    )
     _checkpoint_arguments(commands.add_parser("checkpoint", help="list, explain, verify, export"))
     _plan_arguments(commands.add_parser("plan", help="memory and disk for so many images"))
     doctor = commands.add_parser("doctor", help="check this machine and say what to do")

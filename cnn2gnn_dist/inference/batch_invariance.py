@@ -2,8 +2,10 @@
 
 torch chooses another kernel for one row, or for a few small images, and the last bits of a result
 change with it. On CPUs a matrix product over a multiple of 16 rows, and oneDNN's convolution, give
-each row the same bits whatever the other rows are (tested over timm's families in
-``tests/unit/inference/test_batch_invariance.py``). On GPUs there is no such guarantee.
+each row the same bits whatever the other rows are. What is left are activations whose last elements
+take another path than the others (SiLU, sigmoid): stems that have them run in multiples of 16 images.
+Which ones do is found out when a model is opened, for it depends on the machine. On GPUs there is
+no such guarantee.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from torch import Tensor, nn
 from cnn2gnn_dist.models.graph_head import Float32Linear
 
 ROWS = 16
+"""Rows of a matrix product, and images of a batch, are filled up to a multiple of this."""
+_TRIED = 3
 
 
 class _Linear(nn.Linear):
@@ -33,6 +37,20 @@ class _Conv2d(nn.Conv2d):
         return torch.mkldnn_convolution(
             x, self.weight, self.bias, self.padding, self.stride, self.dilation, self.groups
         )
+
+
+def smallest_batch(stem: nn.Module, size: int) -> int:
+    """The number of which a batch must be a multiple, so that company changes no bit: 1 or ROWS.
+
+    Args:
+        stem: after ``make_batch_invariant``, in eval mode.
+        size: side of its images, in pixels.
+    """
+    images = torch.randn(_TRIED, 3, size, size, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        together = stem(images)
+        alone = torch.cat([stem(image) for image in images.split(1)])
+    return 1 if torch.equal(together, alone) else ROWS
 
 
 def make_batch_invariant(model: nn.Module) -> None:

@@ -20,6 +20,7 @@ from cnn2gnn_dist.inference.artefact import ModelConfig
 from cnn2gnn_dist.inference.inputs import Pixels
 from cnn2gnn_dist.inference.memory.view import Memory
 from cnn2gnn_dist.inference.network import Network, Outputs
+from cnn2gnn_dist.inference.scoring import Scoring
 
 BATCH = 64
 DECODERS = 4
@@ -34,16 +35,22 @@ class Classifier(ModelHubMixin):
 
     Args:
         folder: of the model.
-        config, network, memory: what is in it; ``memory`` is None without a dataset graph.
+        config, network, memory, scoring: what is in it; ``memory`` is None without a dataset graph.
 
     Attributes:
         classes_: names of all classes; those added to the memory follow the trained ones.
     """
 
     def __init__(
-        self, folder: Path, config: ModelConfig, network: Network, memory: Memory | None
+        self,
+        folder: Path,
+        config: ModelConfig,
+        network: Network,
+        memory: Memory | None,
+        scoring: Scoring,
     ) -> None:
         self.folder, self.spec, self.network, self.memory = folder, config, network, memory
+        self.scoring = scoring
         self._views = config.views.spec()
         self._decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="decode")
 
@@ -79,7 +86,8 @@ class Classifier(ModelHubMixin):
             weights = load_file(folder / artefact.WEIGHTS)
         except (OSError, SafetensorError) as error:
             raise artefact.damaged(folder / artefact.WEIGHTS, str(error)) from None
-        return cls(folder, config, Network(config, weights, device), memory)
+        network = Network(config, weights, device)
+        return cls(folder, config, network, memory, Scoring.read(folder))
 
     @property
     def classes_(self) -> list[str]:
@@ -188,7 +196,9 @@ class Classifier(ModelHubMixin):
         probability_BC = self.probabilities(made, memory)
         order_BC = np.argsort(-probability_BC, axis=1, kind="stable")[:, :top]
         names = memory.classes if memory else self.spec.label_names
-        path = "graph" if made.rows.size or self.spec.scope == "batch" else "network"
+        trained = len(self.spec.label_names)
+        graph = bool(made.rows.size) or self.spec.scope == "batch"
+        unusual = self.scoring.unusual(made, memory)
         return [
             Answer(
                 name=one.name,
@@ -196,10 +206,11 @@ class Classifier(ModelHubMixin):
                 probability=float(probability[order[0]]),
                 classes=tuple((names[c], float(probability[c])) for c in order),
                 neighbours=_neighbours(memory, rows, weights, neighbours) if memory else (),
-                path=path,
+                path="new class" if order[0] >= trained else "graph" if graph else "network",
+                scores={"unusual": strange} if strange else {},
             )
-            for one, probability, order, rows, weights in zip(
-                images, probability_BC, order_BC, made.rows, made.weights, strict=True
+            for one, probability, order, rows, weights, strange in zip(
+                images, probability_BC, order_BC, made.rows, made.weights, unusual, strict=True
             )
         ]
 
@@ -212,9 +223,7 @@ class Classifier(ModelHubMixin):
 
     def probabilities(self, made: Outputs, memory: Memory | None = None) -> np.ndarray:
         """Probabilities float32 [B, classes] of the network's outputs."""
-        found = torch.from_numpy(made.logits).softmax(1).numpy()
-        classes = len(self.spec.label_names if memory is None else memory.classes)
-        return np.pad(found, ((0, 0), (0, classes - found.shape[1])))
+        return self.scoring.probabilities(made, memory, len(self.spec.label_names))
 
     def reload(self) -> None:
         """Open the current version of the memory; calls that are running finish with theirs."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference.artefact import ModelConfig
-from cnn2gnn_dist.inference.batch_invariance import make_batch_invariant
+from cnn2gnn_dist.inference.batch_invariance import make_batch_invariant, smallest_batch
 from cnn2gnn_dist.inference.memory.view import Memory
 from cnn2gnn_dist.models.block import Block, averaged_block
 from cnn2gnn_dist.models.stem import build_stem
@@ -83,27 +83,29 @@ class Network:
                 remedy="the version of cnn2gnn-dist and timm that the model was exported with",
             ) from None
         self.student = student.to(device).eval()
-        if device == "cpu":
+        self._multiple = 1
+        if device == "cpu" and config.scope != "batch":
             make_batch_invariant(self.student)
+            self._multiple = smallest_batch(self.student.stem, config.views.size)
 
     @torch.inference_mode()
     def __call__(self, images_BHWC: np.ndarray, memory: Memory | None) -> Outputs:
         """Run the student on uint8 images [B, S, S, 3]; without a memory on its self path."""
-        images = torch.from_numpy(np.ascontiguousarray(images_BHWC)).to(self.device)
+        images, count = self._filled_up(images_BHWC), len(images_BHWC)
         query = None
         if self.config.scope == "dataset" and memory is not None and len(memory):
             query = _Query(memory, self.config)
         made = self.student(images, query)
-        count = len(images)
         if query is not None and made.weights_BF is not None:
-            rows, weights = query.rows_BF, made.weights_BF.float().cpu().numpy()
+            rows = query.rows_BF[:count]
+            weights = made.weights_BF[:count].float().cpu().numpy()
         else:
             rows, weights = np.empty((count, 0), np.int64), np.empty((count, 0), np.float32)
-        z = made.z_Bd.float().cpu().numpy()
+        z = made.z_Bd[:count].float().cpu().numpy()
         return Outputs(
-            logits=made.logits_BC.float().cpu().numpy(),
-            self_logits=made.self_logits_BC.float().cpu().numpy(),
-            x=made.x_BD.float().cpu().numpy(),
+            logits=made.logits_BC[:count].float().cpu().numpy(),
+            self_logits=made.self_logits_BC[:count].float().cpu().numpy(),
+            x=made.x_BD[:count].float().cpu().numpy(),
             z=z,
             rows=rows,
             weights=weights,
@@ -113,9 +115,15 @@ class Network:
     @torch.inference_mode()
     def embed(self, images_BHWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """x float32 [B, D] and z float32 [B, d] of uint8 images."""
-        images = torch.from_numpy(np.ascontiguousarray(images_BHWC)).to(self.device)
-        x_BD, z_Bd = self.student.embed(images)
-        return x_BD.float().cpu().numpy(), z_Bd.float().cpu().numpy()
+        x_BD, z_Bd = self.student.embed(self._filled_up(images_BHWC))
+        count = len(images_BHWC)
+        return x_BD[:count].float().cpu().numpy(), z_Bd[:count].float().cpu().numpy()
+
+    def _filled_up(self, images_BHWC: np.ndarray) -> Tensor:
+        images = torch.from_numpy(np.ascontiguousarray(images_BHWC))
+        if missing := -len(images) % self._multiple:
+            images = torch.cat([images, images.new_zeros(missing, *images.shape[1:])])
+        return images.to(self.device)
 
 
 class _Query:

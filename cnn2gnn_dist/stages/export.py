@@ -24,7 +24,7 @@ from cnn2gnn_dist.data.reading.shard_files import CacheSpec
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.graph.search.valid_nodes import valid_nodes_of
 from cnn2gnn_dist.graph.version import latest_version, open_version
-from cnn2gnn_dist.inference import artefact
+from cnn2gnn_dist.inference import artefact, scoring
 from cnn2gnn_dist.inference.artefact import GraphSpec, ModelConfig, StudentSpec, ViewsSpec
 from cnn2gnn_dist.inference.card import card
 from cnn2gnn_dist.inference.memory import edits
@@ -86,7 +86,7 @@ def write_model(context: Context, target: Path, *, thumbnails: int | None = None
 
 def _clear(target: Path) -> None:
     """Remove an unfinished model; records of the pipeline stay."""
-    for name in (*FILES, artefact.CALIBRATION):
+    for name in (*FILES, artefact.CALIBRATION, scoring.FITTED):
         (target / name).unlink(missing_ok=True)
     shutil.rmtree(target / artefact.MEMORY, ignore_errors=True)
 
@@ -241,6 +241,7 @@ def _calibration(context: Context, student: Student, made: ModelConfig, target: 
             columns.add(near_label=near.astype(np.int32))
     if columns.parts:
         np.savez(target / artefact.CALIBRATION, **columns.joined())  # type: ignore[arg-type]
+        scoring.write(target)
 
 
 def _batches(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,18 @@ class Edit:
                     store.version_folder(root, self.before.version.number) / name
                 )
         self._added: NewRows | None = None
+
+    def array(self, name: str) -> np.ndarray | None:
+        """An array of the version that is edited: ``heads_NAME``; None if it has none."""
+        return self._arrays.get(name)
+
+    def x(self, ids: np.ndarray) -> np.ndarray:
+        """Features of rows, those just added included."""
+        return self._with_added(ids, self.before.x, None if self._added is None else self._added.x)
+
+    def z(self, ids: np.ndarray) -> np.ndarray:
+        """Projections of rows, those just added included."""
+        return self._with_added(ids, self.before.z, None if self._added is None else self._added.z)
 
     def class_index(self, name: str, *, new: bool) -> int:
         """Index of a class; ``new``: it is added if it isn't there.
@@ -164,6 +176,20 @@ class Edit:
         store.write_version(self.root, version, arrays)
         return store.read_version(self.root, version.number)
 
+    def _with_added(
+        self,
+        ids: np.ndarray,
+        stored: Callable[[np.ndarray], np.ndarray],
+        added: np.ndarray | None,
+    ) -> np.ndarray:
+        first = self.before.rows
+        if added is None:
+            return stored(ids)
+        new = ids >= first
+        found = np.empty((len(ids), added.shape[1]), added.dtype)
+        found[~new], found[new] = stored(ids[~new]), added[ids[new] - first]
+        return found
+
     def _refuse_known(self, rows: NewRows) -> None:
         known = self.before.ids_of(list(rows.keys))
         if known:
@@ -240,7 +266,7 @@ def forget(root: Path, keys: Sequence[str]) -> Version:
         rows = edit.rows_of([key for key in keys if key not in before])
         edit.remove(rows)
         # Recorded first: a kill leaves them removed or not, but never forgotten without a record.
-        _record_forgotten(root, list(dict.fromkeys(keys)))
+        record_forgotten(root, keys)
         edit.commit(f"forget {len(rows)} images")
         return _compact(root, Memory.open(root), f"forget {len(rows)} images")
 
@@ -280,7 +306,8 @@ def _compact(root: Path, memory: Memory, action: str) -> Version:
     return store.read_version(root, version.number)
 
 
-def _record_forgotten(root: Path, keys: list[str]) -> None:
+def record_forgotten(root: Path, keys: Sequence[str]) -> None:
+    """Add keys to those that later trainings leave out."""
     everything = dict.fromkeys([*forgotten(root), *keys])
     text = io.StringIO()
     out = csv.writer(text, lineterminator="\n")

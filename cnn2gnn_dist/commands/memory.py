@@ -1,0 +1,189 @@
+"""``cnn2gnn memory``: look at a model's memory, and edit it."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.inference import editing
+from cnn2gnn_dist.inference.classifier import Classifier, load
+from cnn2gnn_dist.inference.editing import Added
+from cnn2gnn_dist.inference.memory import edits
+from cnn2gnn_dist.inference.memory.store import Version
+from cnn2gnn_dist.inference.memory.view import Memory, forgotten
+from cnn2gnn_dist.log import output, report_error
+
+
+def add(
+    folder: Path, images: Sequence[str], class_name: str, *, old_loss: float, dry_run: bool
+) -> int:
+    """Add images of one class; print what it costs and brings. Returns 1 if some can't be read.
+
+    Raises:
+        UserError: see ``editing.add``.
+    """
+    model = load(folder)
+    done = editing.add(model, list(images), class_name, old_loss=old_loss, dry_run=dry_run)
+    for name, why in done.errors:
+        report_error(f"{name}: not readable as an image: {why}")
+    verb = "would add" if dry_run else "added"
+    kind = "a new class" if done.new_class else "a trained class"
+    output(f"{verb} {len(done.keys)} images of '{class_name}', {kind}")
+    if done.new_class:
+        output(trade_table(done, old_loss))
+    if done.version is not None:
+        _print_version(done.version, model)
+    return 1 if done.errors else 0
+
+
+def trade_table(done: Added, old_loss: float) -> str:
+    """The predicted accuracies for a range of losses, the chosen row marked."""
+    how = "its column is learned" if done.learned else "it is scored by the mean of its images"
+    lines = [
+        f"{how}; predicted accuracy, old classes {done.old_before:.1f} % before:",
+        "  may lose   old classes   new classes",
+    ]
+    for trade in done.trades:
+        new = "   ?" if trade.new is None else f"{trade.new:.1f} %"
+        mark = "  <- this one (--old-loss)" if trade.old_loss == old_loss else ""
+        lines.append(f"  {trade.old_loss:8g}   {trade.old:9.1f} %   {new:>11}{mark}")
+    return "\n".join(lines)
+
+
+def remove(folder: Path, keys: Sequence[str]) -> int:
+    """Remove images by their keys.
+
+    Raises:
+        UserError: an unknown key; nothing was changed.
+    """
+    model = load(folder)
+    _print_version(editing.remove(model, list(keys)), model)
+    return 0
+
+
+def relabel(folder: Path, keys: Sequence[str], class_name: str) -> int:
+    """Give images another class.
+
+    Raises:
+        UserError: an unknown key or class; nothing was changed.
+    """
+    model = load(folder)
+    _print_version(editing.relabel(model, list(keys), class_name), model)
+    return 0
+
+
+def forget(folder: Path, keys: Sequence[str]) -> int:
+    """Remove images and all that the memory has of them; say what that can't undo.
+
+    Raises:
+        UserError: an unknown key; nothing was changed.
+    """
+    model = load(folder)
+    _print_version(editing.forget(model, list(keys)), model)
+    root = _memory(model).root
+    output(
+        f"{len(forgotten(root))} keys are in {root / 'forgotten.csv'}: train with "
+        "data.relabel=THAT_FILE to leave these images out\n"
+        "not undone: the network's weights and the teacher's soft targets have seen them; "
+        "only training again without them is"
+    )
+    return 0
+
+
+def undo(folder: Path) -> int:
+    """Make the version before the current one current.
+
+    Raises:
+        UserError: there is none.
+    """
+    model = load(folder)
+    _print_version(editing.undo(model), model)
+    return 0
+
+
+def compact(folder: Path) -> int:
+    """Delete earlier versions and what was removed.
+
+    Raises:
+        UserError: the disk is full; nothing was changed.
+    """
+    model = load(folder)
+    _print_version(editing.compact(model), model)
+    return 0
+
+
+def show(folder: Path, *, keys: bool, class_name: str | None) -> int:
+    """Print the classes with their numbers of images, or the keys of the images.
+
+    Raises:
+        UserError: no memory; an unknown class.
+    """
+    memory = _memory(load(folder))
+    if class_name is not None and class_name not in memory.classes:
+        raise UserError(
+            f"the memory has no class '{class_name}'",
+            where=str(folder),
+            remedy=f"one of {', '.join(memory.classes[:10])}",
+        )
+    if not keys:
+        output(f"{len(memory):,} images, version {memory.version.number}")
+        for label, (name, count) in enumerate(zip(memory.classes, memory.counts(), strict=True)):
+            if class_name in (None, name):
+                output(f"{count:8,}  {name}{'' if label < memory.trained else '  (new)'}")
+        return 0
+    ids = memory.live_ids
+    if class_name is not None:
+        ids = ids[memory.labels[ids] == memory.classes.index(class_name)]
+    for key, label in zip(memory.keys(ids), memory.labels[ids].tolist(), strict=True):
+        output(f"{key}\t{memory.classes[label]}")
+    return 0
+
+
+def log(folder: Path) -> int:
+    """Print the versions, newest first.
+
+    Raises:
+        UserError: no memory.
+    """
+    for version in edits.history(_memory(load(folder)).root):
+        output(f"{version.number:5}  {version.made}  {version.rows:8,} rows  {version.action}")
+    return 0
+
+
+def keys_from(file: Path) -> list[str]:
+    """Keys from the first column of a CSV or text file; a header ``key`` is skipped.
+
+    Raises:
+        UserError: it can't be read.
+    """
+    try:
+        with open(file, encoding="utf-8", newline="") as lines:
+            found = [line[0] for line in csv.reader(lines) if line and line[0].strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"this list of keys can't be read: {error}",
+            where=str(file),
+            remedy="a text file with one key per line",
+        ) from None
+    return found[1:] if found[:1] == ["key"] else found
+
+
+def _memory(model: Classifier) -> Memory:
+    if model.memory is None:
+        raise UserError(
+            "this model has no memory: it was trained without the data set's graph",
+            where=str(model.folder),
+            remedy="export a run with graph.scope=dataset",
+        )
+    return model.memory
+
+
+def _print_version(version: Version, model: Classifier) -> None:
+    memory = _memory(model)
+    output(f"version {version.number}: {version.action}; {len(memory):,} images")
+    counts = memory.counts()
+    for name, count in zip(memory.classes, counts, strict=True):
+        if not count:
+            output(f"note: the class '{name}' has no images left in the memory")

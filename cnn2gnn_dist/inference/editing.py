@@ -1,0 +1,302 @@
+"""Edits of a model's memory: images in, a new version out; new classes are scored by rule R.
+
+Every function edits the current version on disk, and lets the model answer from the new one.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.inference.classifier import BATCH, Classifier
+from cnn2gnn_dist.inference.inputs import Pixels
+from cnn2gnn_dist.inference.memory import edits, store
+from cnn2gnn_dist.inference.memory.store import NewRows, Version
+from cnn2gnn_dist.inference.memory.view import Memory
+from cnn2gnn_dist.inference.network import Outputs
+from cnn2gnn_dist.inference.new_classes import Images, NewClasses, OldClasses, Trade
+from cnn2gnn_dist.inference.scoring import HeldOut
+
+QUALITY = 85
+
+
+@dataclass(frozen=True)
+class Added:
+    """What adding images did.
+
+    Attributes:
+        version: the new version; None after a dry run.
+        keys: of the images added.
+        errors: (name, why) of images that could not be read.
+        new_class: whether the class was not trained.
+        learned: whether its column was learned, rather than the mean of its images taken.
+        old_before: accuracy on calibration images of the old classes before any new class, in %.
+        trades: predicted accuracies of old and new classes for a range of losses; the one whose
+            ``old_loss`` was asked for applies. Empty for a trained class.
+    """
+
+    version: Version | None
+    keys: list[str]
+    errors: list[tuple[str, str]] = field(default_factory=list)
+    new_class: bool = False
+    learned: bool = False
+    old_before: float | None = None
+    trades: tuple[Trade, ...] = ()
+
+
+def add(
+    model: Classifier,
+    images: Any,
+    class_name: str,
+    *,
+    old_loss: float = 1.0,
+    dry_run: bool = False,
+    wait_s: float = 10.0,
+) -> Added:
+    """Add images of one class to the memory; the class may be new.
+
+    Args:
+        model: with a memory.
+        images: as ``Classifier.predict`` takes them.
+        class_name: of all of them.
+        old_loss: points of accuracy that the old classes may lose to new ones.
+        dry_run: predict what it would do, and change nothing.
+        wait_s: seconds to wait for another edit to finish.
+
+    Raises:
+        UserError: no memory; no image can be read; an image or its key is there already; a new
+            class, and the model has no calibration images; nothing was changed.
+    """
+    root = _memory(model).root
+    decoded = [one for many in model.batches(images, BATCH) for one in many]
+    errors = [(one.name, one.error) for one in decoded if one.error is not None]
+    good = [one for one in decoded if one.pixels is not None]
+    if not good:
+        raise UserError(
+            f"none of these {len(decoded)} images can be read",
+            where=decoded[0].name if decoded else "",
+            remedy=errors[0][1] if errors else "name image files or folders",
+        )
+    with store.editing(root, wait_s):
+        edit = edits.Edit(root)
+        made = _outputs(model, good, edit.before)
+        label = edit.class_index(class_name, new=True)
+        rows = _rows(good, made, label, edit.before)
+        edit.add(rows)
+        fitted = _score_new_classes(model, edit, old_loss, rows, made.logits)
+        version = None if dry_run else edit.commit(f"add {len(good)} images of '{class_name}'")
+    model.reload()
+    return Added(
+        version=version,
+        keys=list(rows.keys),
+        errors=errors,
+        new_class=not edit.classes[label].trained,
+        learned=fitted.learned if fitted else False,
+        old_before=fitted.old_before if fitted else None,
+        trades=fitted.trades if fitted and not edit.classes[label].trained else (),
+    )
+
+
+def remove(model: Classifier, keys: Sequence[str], *, wait_s: float = 10.0) -> Version:
+    """Remove images by their keys.
+
+    Raises:
+        UserError: no memory; an unknown key; nothing was changed.
+    """
+    return _edited(
+        model, lambda edit: edit.remove(edit.rows_of(keys)), f"remove {len(keys)} images", wait_s
+    )
+
+
+def relabel(
+    model: Classifier, keys: Sequence[str], class_name: str, *, wait_s: float = 10.0
+) -> Version:
+    """Give images another class of the memory.
+
+    Raises:
+        UserError: no memory; an unknown key or class; nothing was changed.
+    """
+
+    def change(edit: edits.Edit) -> None:
+        edit.relabel(edit.rows_of(keys), edit.class_index(class_name, new=False))
+
+    return _edited(model, change, f"relabel {len(keys)} images to '{class_name}'", wait_s)
+
+
+def forget(model: Classifier, keys: Sequence[str]) -> Version:
+    """Remove images and all that the memory has of them, in its earlier versions too.
+
+    What it can't undo: the network's weights, and the teacher's soft targets, have seen them.
+
+    Raises:
+        UserError: no memory; an unknown key; nothing was changed.
+    """
+    memory = _memory(model)
+    there = list(memory.ids_of(list(keys)))
+    if there:
+        _edited(model, lambda edit: edit.remove(edit.rows_of(there)), "forget", 10.0, keys)
+    version = edits.forget(memory.root, keys)
+    model.reload()
+    return version
+
+
+def undo(model: Classifier) -> Version:
+    """Make the version before the current one current.
+
+    Raises:
+        UserError: no memory; no earlier version.
+    """
+    version = edits.undo(_memory(model).root)
+    model.reload()
+    return version
+
+
+def compact(model: Classifier) -> Version:
+    """Write the images that are left as one segment, and delete all earlier versions.
+
+    Raises:
+        UserError: no memory; the disk is full; nothing was changed.
+    """
+    version = edits.compact(_memory(model).root)
+    model.reload()
+    return version
+
+
+def _edited(
+    model: Classifier,
+    change: Any,
+    action: str,
+    wait_s: float,
+    forgotten: Sequence[str] = (),
+) -> Version:
+    root = _memory(model).root
+    with store.editing(root, wait_s):
+        edit = edits.Edit(root)
+        if forgotten:
+            edits.record_forgotten(root, forgotten)
+        change(edit)
+        _score_new_classes(model, edit, None, None, None)
+        version = edit.commit(action)
+    model.reload()
+    return version
+
+
+def _memory(model: Classifier) -> Memory:
+    if model.memory is None:
+        raise UserError(
+            "this model has no memory to edit: it was trained without the data set's graph",
+            where=str(model.folder),
+            remedy="export a run with graph.scope=dataset",
+        )
+    return model.memory
+
+
+def _outputs(model: Classifier, images: list[Pixels], memory: Memory) -> Outputs:
+    parts = [
+        model.outputs(images[start : start + BATCH], memory)
+        for start in range(0, len(images), BATCH)
+    ]
+    names = ("logits", "self_logits", "x", "z", "rows", "weights", "distances")
+    return Outputs(**{n: np.concatenate([getattr(p, n) for p in parts]) for n in names})
+
+
+def _rows(images: list[Pixels], made: Outputs, label: int, memory: Memory) -> NewRows:
+    return NewRows(
+        x=made.x.astype(np.float16),
+        z=made.z,
+        labels=np.full(len(images), label, np.int32),
+        candidates=None,
+        keys=_keys([one.name for one in images]),
+        sources=[one.name for one in images],
+        thumbnails=[_thumbnail(one.pixels) for one in images],
+    )
+
+
+def _keys(names: list[str]) -> list[str]:
+    """File names, or the whole path where two files have the same name."""
+    short = [Path(name).name for name in names]
+    return short if len(set(short)) == len(short) else names
+
+
+def _thumbnail(pixels: np.ndarray | None) -> bytes:
+    from PIL import Image
+
+    assert pixels is not None
+    data = io.BytesIO()
+    Image.fromarray(pixels).save(data, "JPEG", quality=QUALITY)
+    return data.getvalue()
+
+
+def _score_new_classes(
+    model: Classifier,
+    edit: edits.Edit,
+    old_loss: float | None,
+    added: NewRows | None,
+    added_logits: np.ndarray | None,
+) -> NewClasses | None:
+    """Fit rule R to the new classes that an edit leaves; without any the head is as trained.
+
+    The logits of new images are those from when they were added: they depend on the memory then.
+    """
+    trained = edit.before.trained
+    ids, logits = edit.array("heads_rows"), edit.array("heads_logits")
+    if ids is None or logits is None:
+        ids, logits = np.empty(0, np.int64), np.empty((0, trained), np.float32)
+    if added is not None and added_logits is not None:
+        first = len(edit.live) - len(added.labels)
+        ids = np.concatenate([ids, np.arange(first, len(edit.live))])
+        logits = np.concatenate([logits, added_logits])
+    wanted = edit.live[ids] & (edit.labels[ids] >= trained)
+    new_ids, new_logits = ids[wanted], logits[wanted]
+    relabelled = np.setdiff1d(np.flatnonzero(edit.live & (edit.labels >= trained)), new_ids)
+    if len(relabelled):  # trained on, and now of a new class
+        new_ids = np.concatenate([new_ids, relabelled])
+        new_logits = np.concatenate([new_logits, _self_logits(model, edit.x(relabelled))])
+    if not len(new_ids):
+        edit.score_new_classes({}, {})
+        return None
+    temperature = model.scoring.calibrated().temperature
+    held_out = HeldOut.read(model.folder)
+    assert held_out is not None
+    z = edit.z(new_ids)
+    entries = {
+        edit.classes[label].name: Images(
+            new_logits[edit.labels[new_ids] == label], z[edit.labels[new_ids] == label]
+        )
+        for label in np.unique(edit.labels[new_ids]).tolist()
+    }
+    known = np.flatnonzero(
+        edit.live[: edit.before.rows] & (edit.labels[: edit.before.rows] < trained)
+    )
+    old = OldClasses.fit(
+        edit.z(known), edit.labels[known], held_out.images, held_out.labels_n,
+        temperature=temperature,
+    )  # fmt: skip
+    loss = old_loss if old_loss is not None else edit.heads.get("new", {}).get("old_loss", 1.0)
+    fitted = NewClasses.fit(
+        old,
+        entries,
+        held_out.images,
+        held_out.labels_n,
+        old_loss=loss,
+        replay=Images(_self_logits(model, edit.x(known)), edit.z(known)),
+    )
+    edit.score_new_classes(
+        {"old": old.to_json(), "new": fitted.to_json()}, {"rows": new_ids, "logits": new_logits}
+    )
+    return fitted
+
+
+@torch.inference_mode()
+def _self_logits(model: Classifier, x_ND: np.ndarray) -> np.ndarray:
+    """Logits of the self path, from stored features."""
+    x = torch.from_numpy(np.ascontiguousarray(x_ND, np.float32)).to(model.network.device)
+    found: np.ndarray = model.network.student.gnn(x)[1].float().cpu().numpy()
+    return found

@@ -1,0 +1,177 @@
+"""From the network's outputs to probabilities: temperature, new classes, sets answered together.
+
+``calibration.json`` of a model holds what was fitted on images set apart from training when the model
+was exported; a version of the memory holds how its new classes are scored.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cnn2gnn_dist import durable
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.inference import artefact
+from cnn2gnn_dist.inference.calibration import Calibration, softmax
+from cnn2gnn_dist.inference.memory.view import Memory
+from cnn2gnn_dist.inference.network import Outputs
+from cnn2gnn_dist.inference.new_classes import Images, NewClasses, OldClasses
+from cnn2gnn_dist.inference.together import Together
+
+FITTED = "calibration.json"
+
+
+@dataclass(frozen=True, eq=False)
+class HeldOut:
+    """The images set apart from training, as the network saw them when the model was exported.
+
+    Attributes:
+        images: logits with the neighbors, and z.
+        labels_n: their classes.
+    """
+
+    images: Images
+    labels_n: np.ndarray
+
+    @classmethod
+    def read(cls, folder: Path) -> HeldOut | None:
+        """Read ``calibration.npz`` of a model; None if it has none."""
+        path = folder / artefact.CALIBRATION
+        if not path.is_file():
+            return None
+        with np.load(path) as kept:
+            return cls(Images(kept["logits"], kept["z"]), kept["label"])
+
+
+@dataclass(frozen=True, eq=False)
+class Scoring:
+    """How a model scores.
+
+    Attributes:
+        calibration: None: the model was exported without calibration images; its probabilities are
+            softmax's.
+        together: None: these images don't tell how alike images of one class are.
+    """
+
+    calibration: Calibration | None = None
+    together: Together | None = None
+
+    @classmethod
+    def read(cls, folder: Path) -> Scoring:
+        """Read ``calibration.json`` of a model.
+
+        Raises:
+            UserError: it is damaged.
+        """  # noqa: DOC501
+        path = folder / FITTED
+        if not path.is_file():
+            return cls()
+        try:
+            tree = json.loads(path.read_text(encoding="utf-8"))
+            together = tree["together"]
+            return cls(
+                Calibration.from_json(tree["calibration"]),
+                None if together is None else Together.from_json(together),
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise artefact.damaged(path, str(error)) from None
+
+    def probabilities(self, made: Outputs, memory: Memory | None, trained: int) -> np.ndarray:
+        """Probabilities float32 [B, classes of the memory]; 0 for new classes without images."""
+        classes = trained if memory is None else len(memory.classes)
+        found = np.zeros((len(made.logits), classes), np.float32)
+        heads = new_classes_of(memory)
+        if heads is None:
+            temperature = self.calibration.temperature if self.calibration else 1.0
+            found[:, :trained] = softmax(made.logits, temperature)
+            return found
+        assert memory is not None
+        old, new = heads
+        columns = [*range(trained), *(memory.classes.index(name) for name in new.names)]
+        found[:, columns] = new.probabilities(old, made.logits, made.z)
+        return found
+
+    def unusual(self, made: Outputs, memory: Memory | None) -> list[dict[str, float]]:
+        """Scores 0..1 of how unlike the training images each image is; empty if not calibrated."""
+        if self.calibration is None:
+            return [{} for _ in made.logits]
+        distance = vote = None
+        if memory is not None and made.rows.size:
+            distance = made.distances[:, -1]
+            vote = votes(made, memory, made.logits.shape[1])
+        found = self.calibration.unusual(made.logits, distance, vote)
+        columns = {"softmax": found.softmax_B, "distance": found.distance_B, "vote": found.vote_B}
+        return [
+            {name: round(float(c[row]), 4) for name, c in columns.items() if c is not None}
+            for row in range(len(made.logits))
+        ]
+
+    def sets(self, made: Outputs, coverage: float) -> np.ndarray:
+        """Bool [B, C]: sets of trained classes that hold the true one with this coverage.
+
+        Raises:
+            UserError: the model is not calibrated, or on too few images for this coverage.
+        """
+        calibration = self.calibrated()
+        return calibration.sets.sets(calibration.probabilities(made.logits), coverage)
+
+    def calibrated(self) -> Calibration:
+        """Return the calibration.
+
+        Raises:
+            UserError: there is none.
+        """
+        if self.calibration is None:
+            raise UserError(
+                "this model is not calibrated: no images were set apart when it was trained",
+                where="data.calibration",
+                remedy="train with data.calibration=0.05, and export again",
+            )
+        return self.calibration
+
+
+def new_classes_of(memory: Memory | None) -> tuple[OldClasses, NewClasses] | None:
+    """How the new classes of a version are scored; None if it has none."""
+    if memory is None or not memory.version.heads:
+        return None
+    kept = memory.version.heads
+    return OldClasses.from_json(kept["old"]), NewClasses.from_json(kept["new"])
+
+
+def votes(made: Outputs, memory: Memory, classes: int) -> np.ndarray:
+    """Weights of the neighbors, summed by trained class: float32 [B, classes]."""
+    labels = memory.labels[made.rows.clip(min=0)]
+    found = np.zeros((len(made.rows), classes), np.float32)
+    keep = (made.rows >= 0) & (labels < classes)
+    rows = np.broadcast_to(np.arange(len(labels))[:, None], labels.shape)
+    np.add.at(found, (rows[keep], labels[keep]), made.weights[keep])
+    return found
+
+
+def write(folder: Path) -> None:
+    """Fit what ``calibration.npz`` of a model allows, and write ``calibration.json``."""
+    held_out = HeldOut.read(folder)
+    if held_out is None:
+        return
+    with np.load(folder / artefact.CALIBRATION) as kept:
+        distances = kept["near_distance"]
+    fitted = Calibration.fit(
+        held_out.images.logits_nC,
+        held_out.labels_n,
+        distances[:, -1] if distances.shape[1] else None,
+    )
+    try:
+        together: dict[str, Any] | None = Together.fit(
+            held_out.images.logits_nC,
+            held_out.images.z_nd,
+            held_out.labels_n,
+            temperature=fitted.temperature,
+        ).to_json()
+    except UserError:  # too few images: single answers are calibrated all the same
+        together = None
+    text = json.dumps({"calibration": fitted.to_json(), "together": together})
+    durable.write_text(folder / FITTED, text)

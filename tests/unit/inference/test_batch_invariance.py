@@ -1,0 +1,65 @@
+"""An image's answer has the same bits alone, in any company, in any order."""
+
+import numpy as np
+import pytest
+import torch
+
+from cnn2gnn_dist.inference.batch_invariance import make_batch_invariant, smallest_batch
+from cnn2gnn_dist.inference.classifier import Classifier
+from cnn2gnn_dist.models.stem import build_stem
+from tests.support.models import pictures, write_model
+
+STEMS = [
+    ("resnet_tiny", 32),
+    ("conv3", 32),
+    ("resnet18", 32),
+    ("mobilenetv3_small_050", 32),
+    ("efficientnet_b0", 32),
+    ("regnety_002", 32),
+    ("convnext_atto", 32),
+    ("tf_efficientnet_lite0", 32),
+    ("vit_tiny_patch16_224", 224),
+]
+FILLED_UP = {"efficientnet_b0", "mobilenetv3_small_050", "regnety_002", "convnext_atto"}
+
+
+@pytest.mark.parametrize(("name", "size"), STEMS)
+def test_a_stem_gives_the_same_bits_in_every_batch(name, size):
+    torch.manual_seed(0)
+    stem = build_stem(name, 24, size).eval()
+    images = torch.randn(17, 3, size, size)
+    with torch.inference_mode():
+        before = stem(images)
+        make_batch_invariant(stem)
+        whole = stem(images)
+        torch.testing.assert_close(whole, before, atol=1e-4, rtol=1e-4)
+        multiple = smallest_batch(stem, size)
+        assert multiple == 1 or name in FILLED_UP
+
+        def run(some):
+            padded = torch.cat([some, some.new_zeros(-len(some) % multiple, 3, size, size)])
+            return stem(padded)[: len(some)]
+
+        whole = run(images)
+        for batch in (1, 2, 5, 16):
+            assert torch.equal(torch.cat([run(part) for part in images.split(batch)]), whole)
+        order = torch.randperm(17)
+        assert torch.equal(run(images[order]), whole[order])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_answers_of_a_model_do_not_depend_on_company(tmp_path, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        model = Classifier.open(write_model(tmp_path / "m"), device="cpu")
+        images = pictures(37, seed=5)
+        whole = model.predict_proba(images)
+        alone = np.concatenate([model.predict_proba([image]) for image in images])
+        np.testing.assert_array_equal(alone, whole)
+        order = np.random.default_rng(0).permutation(37)
+        np.testing.assert_array_equal(model.predict_proba(images[order]), whole[order])
+        others = np.concatenate([images[:3], pictures(60, seed=9)])
+        np.testing.assert_array_equal(model.predict_proba(others)[:3], whole[:3])
+    finally:
+        torch.set_num_threads(before)
