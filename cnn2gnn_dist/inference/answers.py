@@ -27,13 +27,17 @@ class Neighbour:
     row: int
     _thumbnail: Callable[[int], bytes | None] = field(repr=False, compare=False)
 
+    def thumbnail(self) -> bytes | None:
+        """Return the bytes of its thumbnail; None if the model has none."""
+        return self._thumbnail(self.row)
+
     def image(self) -> Image | None:
         """Return its thumbnail; None if the model has none."""
         import io
 
         from PIL import Image
 
-        data = self._thumbnail(self.row)
+        data = self.thumbnail()
         return None if data is None else Image.open(io.BytesIO(data))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from cnn2gnn_dist.inference.answers import Answer, Neighbour
 from cnn2gnn_dist.inference.artefact import ModelConfig
 from cnn2gnn_dist.inference.inputs import Pixels
 from cnn2gnn_dist.inference.memory.view import Memory
-from cnn2gnn_dist.inference.network import Network, Outputs
+from cnn2gnn_dist.inference.network import Network, Outputs, joined
 from cnn2gnn_dist.inference.scoring import Scoring
 
 BATCH = 64
@@ -94,7 +95,9 @@ class Classifier(ModelHubMixin):
         """Names of all classes."""
         return list(self.memory.classes if self.memory else self.spec.label_names)
 
-    def predict(self, images: Any, *, top: int = 5, neighbours: int = 5) -> Any:
+    def predict(
+        self, images: Any, *, top: int = 5, neighbours: int = 5, coverage: float | None = None
+    ) -> Any:
         """Answer one image with an ``Answer``, or a collection with a list of them.
 
         Args:
@@ -102,22 +105,39 @@ class Classifier(ModelHubMixin):
                 an array [B, H, W, 3]; a folder, a tar shard, a Parquet file.
             top: classes listed in an answer.
             neighbours: neighbors listed in an answer.
+            coverage: also give the set of classes that holds the true one this often; an answer
+                abstains where that is not exactly one class.
 
         Raises:
-            UserError: a folder or file without images. An image that can't be read is an answer
-                with ``error``.
+            UserError: a folder or file without images; a coverage that the model can't give. An
+                image that can't be read is an answer with ``error``.
         """
-        found = list(self.stream(images, top=top, neighbours=neighbours))
+        found = list(self.stream(images, top=top, neighbours=neighbours, coverage=coverage))
         return found[0] if inputs.is_single(images) else found
 
     def stream(
-        self, images: Any, *, top: int = 5, neighbours: int = 5, batch: int = BATCH
+        self,
+        images: Any,
+        *,
+        top: int = 5,
+        neighbours: int = 5,
+        batch: int = BATCH,
+        coverage: float | None = None,
     ) -> Iterator[Answer]:
-        """Answer a collection of any length one by one, in order, in bounded memory."""
+        """Answer a collection of any length one by one, in order, in bounded memory.
+
+        Raises:
+            UserError: see ``predict``.
+        """
         memory = self.memory  # one version for a whole call
+        self.scoring.check_coverage(coverage, memory)
         for many in self.batches(images, batch):
             good = [one for one in many if one.pixels is not None]
-            made = iter(self.answers(good, memory, top=top, neighbours=neighbours) if good else [])
+            made = iter(
+                self.answers(good, memory, top=top, neighbours=neighbours, coverage=coverage)
+                if good
+                else []
+            )
             for one in many:
                 yield Answer(one.name, error=one.error) if one.pixels is None else next(made)
 
@@ -188,12 +208,86 @@ class Classifier(ModelHubMixin):
         while many := list(islice(given, size)):
             yield list(self._decoders.map(lambda one: inputs.to_pixels(one, self._views), many))
 
-    def answers(
-        self, images: list[Pixels], memory: Memory | None, *, top: int, neighbours: int
+    def predict_together(
+        self, images: Any, *, same: bool = False, top: int = 5, neighbours: int = 5
     ) -> list[Answer]:
-        """Answer decoded images, all readable, from one version of the memory."""
+        """Answer a set of images together: a burst, the parts of one object, images from one place.
+
+        Where the images are found to be related, each answer depends on the others
+        (``inference/together.py``); else they are those of ``predict``.
+
+        Args:
+            images: a collection, as ``predict`` takes it.
+            same: they are known to show one class: their logits are averaged.
+            top, neighbours: as in ``predict``.
+
+        Raises:
+            UserError: the model is not calibrated; its memory has new classes.
+        """
+        memory = self.memory
+        rule = self.scoring.rule_together(memory)
+        decoded = [one for many in self.batches(images, BATCH) for one in many]
+        good = [one for one in decoded if one.pixels is not None]
+        if not good:
+            return [Answer(one.name, error=one.error) for one in decoded]
+        parts = [self.outputs(good[at : at + BATCH], memory) for at in range(0, len(good), BATCH)]
+        made = joined(parts)
+        found = rule.same(made.logits) if same else rule(made.logits, made.z)
+        company = {"related": found.related, "classes": found.classes, "images": len(good)}
+        answers = iter(
+            self._answers(
+                good, made, found.posterior_mC, memory, top, neighbours, {"together": company}
+            )
+        )
+        return [
+            Answer(one.name, error=one.error) if one.pixels is None else next(answers)
+            for one in decoded
+        ]
+
+    def answers(
+        self,
+        images: list[Pixels],
+        memory: Memory | None,
+        *,
+        top: int,
+        neighbours: int,
+        coverage: float | None = None,
+    ) -> list[Answer]:
+        """Answer decoded images, all readable, from one version of the memory.
+
+        Raises:
+            UserError: see ``predict``.
+        """
         made = self.outputs(images, memory)
-        probability_BC = self.probabilities(made, memory)
+        found = self._answers(
+            images, made, self.probabilities(made, memory), memory, top, neighbours, {}
+        )
+        if coverage is None:
+            return found
+        sets_BC = self.scoring.sets(made, coverage)
+        names = self.spec.label_names
+        return [
+            replace(
+                one,
+                scores=one.scores
+                | {
+                    "set": [names[c] for c in np.flatnonzero(inside)],
+                    "abstains": bool(inside.sum() != 1),
+                },
+            )
+            for one, inside in zip(found, sets_BC, strict=True)
+        ]
+
+    def _answers(
+        self,
+        images: list[Pixels],
+        made: Outputs,
+        probability_BC: np.ndarray,
+        memory: Memory | None,
+        top: int,
+        neighbours: int,
+        scores: dict[str, Any],
+    ) -> list[Answer]:
         order_BC = np.argsort(-probability_BC, axis=1, kind="stable")[:, :top]
         names = memory.classes if memory else self.spec.label_names
         trained = len(self.spec.label_names)
@@ -207,7 +301,7 @@ class Classifier(ModelHubMixin):
                 classes=tuple((names[c], float(probability[c])) for c in order),
                 neighbours=_neighbours(memory, rows, weights, neighbours) if memory else (),
                 path="new class" if order[0] >= trained else "graph" if graph else "network",
-                scores={"unusual": strange} if strange else {},
+                scores=scores | ({"unusual": strange} if strange else {}),
             )
             for one, probability, order, rows, weights, strange in zip(
                 images, probability_BC, order_BC, made.rows, made.weights, unusual, strict=True

@@ -20,7 +20,7 @@ from cnn2gnn_dist.inference.inputs import Pixels
 from cnn2gnn_dist.inference.memory import edits, store
 from cnn2gnn_dist.inference.memory.store import NewRows, Version
 from cnn2gnn_dist.inference.memory.view import Memory
-from cnn2gnn_dist.inference.network import Outputs
+from cnn2gnn_dist.inference.network import Outputs, joined
 from cnn2gnn_dist.inference.new_classes import Images, NewClasses, OldClasses, Trade
 from cnn2gnn_dist.inference.scoring import HeldOut
 
@@ -199,12 +199,8 @@ def _memory(model: Classifier) -> Memory:
 
 
 def _outputs(model: Classifier, images: list[Pixels], memory: Memory) -> Outputs:
-    parts = [
-        model.outputs(images[start : start + BATCH], memory)
-        for start in range(0, len(images), BATCH)
-    ]
-    names = ("logits", "self_logits", "x", "z", "rows", "weights", "distances")
-    return Outputs(**{n: np.concatenate([getattr(p, n) for p in parts]) for n in names})
+    starts = range(0, len(images), BATCH)
+    return joined([model.outputs(images[at : at + BATCH], memory) for at in starts])
 
 
 def _rows(images: list[Pixels], made: Outputs, label: int, memory: Memory) -> NewRows:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -36,6 +36,15 @@ class Outputs:
     rows: np.ndarray
     weights: np.ndarray
     distances: np.ndarray
+
+
+def joined(parts: list[Outputs]) -> Outputs:
+    """Outputs of several batches as one."""
+    return Outputs(*(np.concatenate(column) for column in zip(*map(_fields, parts), strict=True)))
+
+
+def _fields(made: Outputs) -> tuple[np.ndarray, ...]:
+    return tuple(getattr(made, field.name) for field in fields(Outputs))
 
 
 def build(config: ModelConfig) -> Student:

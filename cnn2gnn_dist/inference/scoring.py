@@ -119,6 +119,33 @@ class Scoring:
         calibration = self.calibrated()
         return calibration.sets.sets(calibration.probabilities(made.logits), coverage)
 
+    def check_coverage(self, coverage: float | None, memory: Memory | None) -> None:
+        """Check that sets with this coverage can be given; None: nothing is asked.
+
+        Raises:
+            UserError: not calibrated, on too few images, or the memory has new classes.
+        """
+        if coverage is None:
+            return
+        self.calibrated().sets.threshold(coverage)
+        _refuse_new_classes(memory, "sets with a coverage")
+
+    def rule_together(self, memory: Memory | None) -> Together:
+        """Return the rule for images answered together.
+
+        Raises:
+            UserError: not calibrated, on too few images, or the memory has new classes.
+        """
+        self.calibrated()
+        _refuse_new_classes(memory, "images answered together")
+        if self.together is None:
+            raise UserError(
+                "too few images were set apart to tell how alike images of one class are",
+                where="data.calibration",
+                remedy="train with a larger data.calibration, and export again",
+            )
+        return self.together
+
     def calibrated(self) -> Calibration:
         """Return the calibration.
 
@@ -132,6 +159,15 @@ class Scoring:
                 remedy="train with data.calibration=0.05, and export again",
             )
         return self.calibration
+
+
+def _refuse_new_classes(memory: Memory | None, what: str) -> None:
+    if new_classes_of(memory) is not None:
+        raise UserError(
+            f"{what} know the trained classes only, and the memory has new ones",
+            where="memory",
+            remedy="ask without, or train again with the new classes",
+        )
 
 
 def new_classes_of(memory: Memory | None) -> tuple[OldClasses, NewClasses] | None:

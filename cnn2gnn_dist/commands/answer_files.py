@@ -1,0 +1,159 @@
+"""Answers as files: JSON lines, CSV, Parquet, or a page with pictures."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import html
+import io
+import json
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from cnn2gnn_dist import durable
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.inference.answers import Answer
+
+KINDS = (".jsonl", ".csv", ".parquet", ".html")
+_GROUP = 4096
+_PICTURE = 96
+
+
+class Writer(Protocol):
+    """Takes answers one by one."""
+
+    def __call__(self, answer: Answer) -> None:
+        """Write one answer."""
+
+
+def writer_of(path: Path) -> AbstractContextManager[Writer]:
+    """A file of answers, by its suffix; it appears when it is complete.
+
+    Raises:
+        UserError: unknown suffix; the folder is missing.
+    """
+    if path.suffix.lower() not in KINDS:
+        raise UserError(
+            f"no kind of file for answers: {path.suffix or 'none'}",
+            where=f"--out {path}",
+            remedy=f"one of {', '.join(KINDS)}",
+        )
+    if not path.parent.is_dir():
+        raise UserError(
+            "the folder does not exist", where=str(path.parent), remedy="create it first"
+        )
+    return _opened(path, path.suffix.lower())
+
+
+@contextmanager
+def _opened(path: Path, kind: str) -> Iterator[Writer]:
+    with durable.disk_full_reported(path), durable.replacing(path) as temporary:
+        if kind == ".parquet":
+            with _parquet(temporary) as write:
+                yield write
+            return
+        with open(temporary, "w", encoding="utf-8", newline="") as file:
+            if kind == ".jsonl":
+                yield lambda answer: print(json.dumps(answer.as_dict()), file=file)
+            elif kind == ".csv":
+                rows = csv.DictWriter(file, fieldnames=list(_row(Answer(""))))
+                rows.writeheader()
+                yield lambda answer: rows.writerow(_row(answer))
+            else:
+                file.write(_HEAD)
+                yield lambda answer: print(_figure(answer), file=file)
+                file.write("</main>\n")
+
+
+def _row(answer: Answer) -> dict[str, Any]:
+    return {
+        "image": answer.name,
+        "class": answer.label,
+        "probability": answer.probability,
+        "path": answer.path,
+        "classes": json.dumps(dict(answer.classes)),
+        "neighbours": json.dumps([[n.key, n.label, round(n.weight, 4)] for n in answer.neighbours]),
+        "scores": json.dumps(answer.scores),
+        "error": answer.error,
+    }
+
+
+@contextmanager
+def _parquet(path: Path) -> Iterator[Writer]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = [(name, pa.string()) for name in _row(Answer(""))]
+    columns[2] = ("probability", pa.float64())
+    schema = pa.schema(columns)
+    rows: list[dict[str, Any]] = []
+    with pq.ParquetWriter(path, schema) as file:
+
+        def write(answer: Answer) -> None:
+            rows.append(_row(answer))
+            if len(rows) >= _GROUP:
+                file.write_table(pa.Table.from_pylist(rows, schema))
+                rows.clear()
+
+        yield write
+        file.write_table(pa.Table.from_pylist(rows, schema))
+
+
+def _figure(answer: Answer) -> str:
+    name = html.escape(answer.name)
+    if answer.error is not None:
+        return f'<article class="bad"><h2>{name}</h2><p>{html.escape(answer.error)}</p></article>'
+    classes = "".join(
+        f"<li><meter value={p:.4f}></meter> {html.escape(label)} {p:.1%}</li>"
+        for label, p in answer.classes
+    )
+    near = "".join(
+        f"<figure>{_picture(n.thumbnail(), n.key)}<figcaption>{html.escape(n.label)}"
+        f" {n.weight:.2f}</figcaption></figure>"
+        for n in answer.neighbours
+    )
+    return (
+        f"<article>{_picture(_file(answer.name), answer.name)}<div><h2>{name}</h2>"
+        f"<ol>{classes}</ol></div><div class=near>{near}</div></article>"
+    )
+
+
+def _file(name: str) -> bytes | None:
+    """A small copy of an image file; None if the input was no file."""
+    from PIL import Image
+
+    try:
+        with Image.open(name) as image:
+            small = image.convert("RGB")
+            small.thumbnail((_PICTURE, _PICTURE))
+            data = io.BytesIO()
+            small.save(data, "JPEG", quality=85)
+            return data.getvalue()
+    except Exception:  # a picture is a courtesy: the answer stands without it
+        return None
+
+
+def _picture(data: bytes | None, text: str) -> str:
+    if data is None:
+        return "<span class=none></span>"
+    kind = "png" if data[:4] == b"\x89PNG" else "jpeg"
+    source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    return f'<img src="{source}" alt="{html.escape(text)}">'
+
+
+_HEAD = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Answers</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>
+:root { color-scheme: light dark; font: 15px/1.4 system-ui, sans-serif }
+main { max-width: 70rem; margin: auto; padding: 1rem }
+article { display: flex; flex-wrap: wrap; gap: 1rem; padding: .8rem 0; border-bottom: 1px solid #8884 }
+article > img, .none { width: 96px; height: 96px; object-fit: contain; background: #8882 }
+h2 { font-size: 1rem; margin: 0; overflow-wrap: anywhere } ol { margin: .3rem 0; padding: 0; list-style: none }
+article > div:first-of-type { flex: 1 1 16rem } .near { display: flex; flex-wrap: wrap; gap: .5rem }
+figure { margin: 0; width: 72px } figure img { width: 72px; height: 72px; object-fit: contain }
+figcaption { font-size: .75rem; overflow-wrap: anywhere } .bad p { color: #b00020 }
+meter { width: 6rem }
+</style><main><h1>Answers</h1>
+"""
