@@ -182,6 +182,26 @@ def _predict_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top", type=int, default=3, help="classes shown for each image")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="write the answers to a .jsonl, .csv, .parquet or .html file (with pictures)",
+    )
+    parser.add_argument(
+        "--coverage",
+        type=float,
+        metavar="SHARE",
+        help="also give sets of classes that contain the true one this often, such as 0.95",
+    )
+    parser.add_argument(
+        "--together",
+        action="store_true",
+        help="answer the images together, as a burst or images from one place",
+    )
+    parser.add_argument(
+        "--same", action="store_true", help="like --together; all images show one class"
+    )
+    parser.add_argument(
         "images", nargs="+", metavar="IMAGE", help="image files, folders, tar shards, Parquet files"
     )
     parser.set_defaults(command=_predict)
@@ -388,7 +408,14 @@ def _predict(arguments: argparse.Namespace) -> int:
     from cnn2gnn_dist.commands import predict
 
     return predict.command(
-        Path(arguments.model), arguments.images, top=arguments.top, as_json=arguments.json
+        Path(arguments.model),
+        arguments.images,
+        top=arguments.top,
+        as_json=arguments.json,
+        out=arguments.out,
+        coverage=arguments.coverage,
+        together=arguments.together,
+        same=arguments.same,
     )
 
 

@@ -42,7 +42,8 @@ def command(
         as_json: one JSON object per line instead of text.
         out: file to write instead of printing (``answer_files.KINDS``).
         coverage: also give sets of classes with this coverage.
-        together: answer all images together; ``same``: they are known to be of one class.
+        together: answer all images together.
+        same: the same, and they are known to be of one class.
 
     Raises:
         UserError: not a model, a folder without images, ``top`` below 1, a model that is not

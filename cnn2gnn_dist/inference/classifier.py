@@ -219,7 +219,8 @@ class Classifier(ModelHubMixin):
         Args:
             images: a collection, as ``predict`` takes it.
             same: they are known to show one class: their logits are averaged.
-            top, neighbours: as in ``predict``.
+            top: as in ``predict``.
+            neighbours: as in ``predict``.
 
         Raises:
             UserError: the model is not calibrated; its memory has new classes.
