@@ -20,7 +20,7 @@ $(VENV)/.installed: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip
 	$(PIP) $(TORCH)
-	$(PIP) --constraint constraints.txt --editable ".[test,lint]"
+	$(PIP) --constraint constraints.txt --editable ".[all,test,lint]"
 	@touch $@
 
 install: $(VENV)/.installed

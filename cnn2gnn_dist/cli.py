@@ -28,6 +28,15 @@ STAGES = {
     "control": "train the same stem with an MLP head and no graph",
     "evaluate": "judge all models on held-out images; table, pictures, report",
 }
+_TRAIN = (
+    *("ray", "deepspeed", "dgl", "pandas", "webdataset", "sklearn", "tensorboard", "matplotlib"),
+    *("braceexpand", "jinja2", "fsspec"),
+)
+_EXTRAS = {
+    **dict.fromkeys(_TRAIN, "train"),
+    **dict.fromkeys(("fastapi", "uvicorn", "multipart", "prometheus_client"), "serve"),
+}
+"""Packages that the base install does not bring, and the extra that does."""
 EPILOG = """examples:
   cnn2gnn init photos/ --minutes 30                a config for your own images
   cnn2gnn run --config demo                        the digits, end to end
@@ -43,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     130 and 143 after SIGINT and SIGTERM, with everything cleaned up.
 
     Raises:
+        ModuleNotFoundError: a package that no extra brings.
         SystemExit: raised by argparse (``--help``: 0, a wrong option: 2), and on SIGTERM (143).
     """
     try:
@@ -68,6 +78,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise
     except BrokenPipeError:
         return 1
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in _EXTRAS:
+            raise
+        log.report_error(
+            UserError(
+                f"the package {error.name} is not installed",
+                remedy=f"pip install 'cnn2gnn-dist[{_EXTRAS[error.name.partition('.')[0]]}]'",
+            )
+        )
+        return 2
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

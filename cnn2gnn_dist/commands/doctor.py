@@ -60,7 +60,7 @@ def _examine() -> list[Finding]:
     try:
         findings += _versions()
     except ImportError as error:  # packaging itself
-        findings.append(Finding("versions", FAIL, str(error), "pip install ."))
+        findings.append(Finding("versions", FAIL, str(error), "pip install '.[all]'"))
     checks: list[tuple[str, Callable[[], Finding], str]] = [
         ("timm imports", _timm, "pip install timm torchvision; torch and torchvision of one build"),
         ("dgl imports", _dgl, "pip install dgl==2.1.0 pandas packaging"),
@@ -98,13 +98,16 @@ def _versions() -> list[Finding]:
         wanted = importlib.metadata.requires(DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError:
         if not CHECKOUT.is_file():
-            return [Finding("install", WARN, "the package is not installed", "pip install .")]
+            return [
+                Finding("install", WARN, "the package is not installed", "pip install '.[all]'")
+            ]
         # Run from a checkout, as cluster jobs do: its pyproject has the same requirements.
-        wanted = tomllib.loads(CHECKOUT.read_text(encoding="utf-8"))["project"]["dependencies"]
+        project = tomllib.loads(CHECKOUT.read_text(encoding="utf-8"))["project"]
+        wanted = project["dependencies"] + project["optional-dependencies"]["train"]
     findings = []
     for text in wanted:
         need = Requirement(text)
-        if need.marker is not None and not need.marker.evaluate({"extra": ""}):
+        if need.marker is not None and not need.marker.evaluate({"extra": "train"}):
             continue
         remedy = f'pip install -c constraints.txt "{need.name}{need.specifier}"'
         try:

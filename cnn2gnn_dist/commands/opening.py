@@ -6,12 +6,15 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cnn2gnn_dist import ledger, settings
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference import artefact
 from cnn2gnn_dist.inference.classifier import Classifier
-from cnn2gnn_dist.stages.shared.context import Context, RunPaths
+
+if TYPE_CHECKING:  # training's side: a model answers where its packages are not installed
+    from cnn2gnn_dist.stages.shared.context import Context
 
 
 @contextmanager
@@ -24,10 +27,10 @@ def opened(folder: Path, device: str = "auto") -> Iterator[Classifier]:
     if (folder / artefact.CONFIG).is_file():
         yield Classifier.open(folder, device=device)
         return
-    context = context_of(folder)
     if (made := model_of_run(folder)) is not None:
         yield Classifier.open(made, device=device)
         return
+    context = context_of(folder)
     from cnn2gnn_dist.stages.export import write_model
 
     with tempfile.TemporaryDirectory(prefix="cnn2gnn-model-") as name:
@@ -49,10 +52,6 @@ def context_of(run: Path) -> Context:
     Raises:
         UserError: the folder is not a run, or its student is not trained.
     """  # noqa: DOC501
-    from cnn2gnn_dist.pipeline.keys import as_made
-    from cnn2gnn_dist.pipeline.runner import choose_device
-    from cnn2gnn_dist.runtime.ranks import Ranks
-
     file = run / "config.yaml"
     if not file.is_file():
         raise unfinished(run, "it has no config.yaml", "run")
@@ -71,6 +70,11 @@ def context_of(run: Path) -> Context:
         raise unfinished(run, "its student is not trained", "run")
     if config.graph.scope == "dataset" and not list((root / "graph").glob("v????")):
         raise unfinished(run, "it has no graph", "graph")
+    from cnn2gnn_dist.pipeline.keys import as_made
+    from cnn2gnn_dist.pipeline.runner import choose_device
+    from cnn2gnn_dist.runtime.ranks import Ranks
+    from cnn2gnn_dist.stages.shared.context import Context, RunPaths
+
     config = as_made(config, root, "student")
     device = "cpu" if config.device == "cpu" else choose_device("auto")
     return Context(config, Ranks(), RunPaths(root), root, "", device, False)

@@ -5,9 +5,8 @@ import pytest
 import torch
 
 from cnn2gnn_dist.inference.batch_invariance import make_batch_invariant, smallest_batch
-from cnn2gnn_dist.inference.classifier import Classifier
 from cnn2gnn_dist.models.stem import build_stem
-from tests.support.models import pictures, write_model
+from tests.support.models import pictures
 
 STEMS = [
     ("resnet_tiny", 32),
@@ -48,11 +47,10 @@ def test_a_stem_gives_the_same_bits_in_every_batch(name, size):
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_answers_of_a_model_do_not_depend_on_company(tmp_path, threads):
+def test_answers_of_a_model_do_not_depend_on_company(model, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        model = Classifier.open(write_model(tmp_path / "m"), device="cpu")
         images = pictures(37, seed=5)
         whole = model.predict_proba(images)
         alone = np.concatenate([model.predict_proba([image]) for image in images])

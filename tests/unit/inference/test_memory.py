@@ -14,7 +14,7 @@ from cnn2gnn_dist.inference.classifier import Classifier
 from cnn2gnn_dist.inference.memory import edits, store
 from cnn2gnn_dist.inference.memory.rewiring import rewired
 from cnn2gnn_dist.inference.memory.view import Memory, forgotten
-from tests.support.models import config, pictures, rows_of, table_of, write_model
+from tests.support.models import config, pictures, rows_of, table_of
 
 
 def unit(count: int, dim: int, seed: int) -> np.ndarray:
@@ -50,11 +50,6 @@ def test_the_table_of_an_edited_memory_is_the_one_built_from_its_rows(count, add
     table = np.concatenate([base, np.full((added, width), -2, np.int32)])
     table[changed.ids_K] = changed.rows_KM
     np.testing.assert_array_equal(table[live], dense(z, live, width)[live])
-
-
-@pytest.fixture
-def model(tmp_path):
-    return Classifier.open(write_model(tmp_path / "m"), device="cpu")
 
 
 @pytest.fixture
@@ -208,7 +203,7 @@ def test_a_full_disk_changes_nothing(model, asked, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(store.np, "save", full)
-    with pytest.raises(UserError, match=r"disk full"):
+    with pytest.raises(UserError, match=r"disk full|no room"):
         edit(model, lambda one: one.add(added_rows(model)))
     monkeypatch.undo()
     model.reload()

@@ -1,0 +1,43 @@
+"""What answers needs neither Ray nor DeepSpeed nor DGL."""
+
+import subprocess
+import sys
+
+from tests.support.models import pictures, write_model
+from tests.support.shards import encode_image
+
+LIGHT = """
+import importlib.abc, sys
+HEAVY = {"ray", "deepspeed", "dgl", "webdataset", "tensorboard", "sklearn", "pandas", "matplotlib",
+         "braceexpand", "jinja2", "fsspec", "fastapi", "uvicorn"}
+
+class NotInstalled(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in HEAVY:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, NotInstalled())
+import cnn2gnn_dist
+assert "torch" not in sys.modules, "the package itself imports torch"
+import numpy as np
+model = cnn2gnn_dist.load(sys.argv[1])
+assert model.predict(np.zeros((16, 16, 3), np.uint8)).label
+from cnn2gnn_dist.cli import main
+assert main(["predict", "--model", *sys.argv[1:]]) == 0
+assert main(["memory", "ls", sys.argv[1]]) == 0
+sys.exit(main(["run", "--config", "demo"]))
+"""
+
+
+def test_a_model_answers_without_the_packages_of_training(tmp_path):
+    """They are hidden: an environment of its own would download torch again."""
+    written, image = write_model(tmp_path / "m"), tmp_path / "a.png"
+    image.write_bytes(encode_image(pictures(1)[0]))
+    done = subprocess.run(
+        [sys.executable, "-c", LIGHT, str(written), str(image)],
+        capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert f"{image}  class " in done.stdout
+    assert "cnn2gnn-dist[train]" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,200 @@
+"""Images into the memory: trained classes, new ones, and out again."""
+
+import json
+
+import numpy as np
+import pytest
+
+from cnn2gnn_dist import cli
+from cnn2gnn_dist.commands.answer_files import writer_of
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.inference import artefact, editing, scoring
+from cnn2gnn_dist.inference.classifier import Classifier
+from tests.support.models import pictures
+from tests.support.shards import encode_image
+
+
+def calibrate(folder, count=60):
+    """Give a model calibration images: labels are its own answers, most of the time."""
+    model = Classifier.open(folder, device="cpu")
+    out = model.network(pictures(count, seed=3), model.memory)
+    rng = np.random.default_rng(0)
+    label = np.where(rng.random(count) < 0.8, out.logits.argmax(1), rng.integers(0, 3, count))
+    np.savez(
+        folder / artefact.CALIBRATION, logits=out.logits, self_logits=out.self_logits, x=out.x,
+        z=out.z, label=label, near_distance=out.distances, near_weight=out.weights,
+        near_label=np.zeros_like(out.rows),
+    )  # fmt: skip
+    scoring.write(folder)
+    artefact.write_checksums(folder)
+    return Classifier.open(folder, device="cpu")
+
+
+@pytest.fixture
+def calibrated(model):
+    return calibrate(model.folder)
+
+
+def of_new_class(count, seed=200):
+    """Dark images with a red border: unlike the noise that the model knows."""
+    images = pictures(count, seed) // 8
+    images[:, :3], images[:, :, :3] = (250, 10, 10), (250, 10, 10)
+    return images
+
+
+def test_a_class_is_added_answered_and_gone_again_to_the_bit(calibrated):
+    model, asked = calibrated, pictures(20, seed=8)
+    before = model.predict_proba(asked)
+    done = editing.add(model, list(of_new_class(6)), "framed", old_loss=2.0)
+    assert done.new_class
+    assert not done.errors
+    assert model.classes_ == ["class 0", "class 1", "class 2", "framed"]
+    chosen = next(trade for trade in done.trades if trade.old_loss == 2.0)
+    assert chosen.old >= done.old_before - 2.0
+    answers = model.predict(of_new_class(8, seed=300))
+    assert [a.label for a in answers].count("framed") >= 6
+    assert {a.path for a in answers if a.label == "framed"} == {"new class"}
+    np.testing.assert_allclose(model.predict_proba(asked).sum(1), 1, atol=1e-6)
+    editing.remove(model, done.keys)
+    after = model.predict_proba(asked)
+    np.testing.assert_array_equal(after[:, :3], before)
+    assert not after[:, 3].any()
+
+
+def test_two_classes_at_once_or_one_after_the_other_score_the_same(calibrated, tmp_path):
+    model, asked = calibrated, pictures(10, seed=8)
+    first, second = list(of_new_class(3)), list(255 - of_new_class(3, seed=201))
+    editing.add(model, first, "a")
+    one = editing.add(model, second, "b")
+    together = model.predict_proba(asked)
+    editing.remove(model, one.keys)
+    editing.add(model, second, "b")
+    np.testing.assert_array_equal(model.predict_proba(asked), together)
+
+
+def test_a_trained_class_gets_more_images_without_calibration(model):
+    done = editing.add(model, list(of_new_class(4)), "class 1")
+    assert not done.new_class
+    assert not done.trades
+    assert model.memory.counts()[1] == 13 + 4
+
+
+def test_a_new_class_needs_calibration_images(model):
+    with pytest.raises(UserError, match="not calibrated") as caught:
+        editing.add(model, list(of_new_class(4)), "framed")
+    assert "data.calibration=" in caught.value.remedy
+    assert model.memory.version.number == 0
+
+
+def test_a_dry_run_changes_nothing(calibrated):
+    model = calibrated
+    done = editing.add(model, list(of_new_class(5)), "framed", dry_run=True)
+    assert done.version is None
+    assert done.trades
+    assert model.memory.version.number == 0
+    assert model.classes_ == ["class 0", "class 1", "class 2"]
+
+
+def test_unreadable_images_are_named_and_the_others_added(model, tmp_path):
+    done = editing.add(model, [*of_new_class(2), b"no image"], "class 0")
+    assert [name for name, _ in done.errors] == ["input 2"]
+    assert len(done.keys) == 2
+    with pytest.raises(UserError, match="none of these 1 images can be read"):
+        editing.add(model, [b"no image"], "class 0")
+
+
+def test_probabilities_are_calibrated_and_sets_have_their_coverage(calibrated):
+    model = calibrated
+    T = model.scoring.calibration.temperature
+    out = model.network(pictures(5, seed=9), model.memory)
+    expected = np.exp(out.logits / T) / np.exp(out.logits / T).sum(1, keepdims=True)
+    np.testing.assert_allclose(model.predict_proba(pictures(5, seed=9)), expected, atol=1e-6)
+    answers = model.predict(pictures(200, seed=3)[:60], coverage=0.8)
+    with np.load(model.folder / artefact.CALIBRATION) as kept:
+        names = [model.classes_[c] for c in kept["label"]]
+    covered = [name in a.scores["set"] for name, a in zip(names, answers, strict=True)]
+    assert np.mean(covered) >= 0.8
+    assert all(a.scores["abstains"] == (len(a.scores["set"]) != 1) for a in answers)
+    assert set(answers[0].scores["unusual"]) == {"softmax", "distance", "vote"}
+    with pytest.raises(UserError, match="needs at least 999 calibration images"):
+        model.predict(pictures(1), coverage=0.999)
+
+
+def test_a_set_answers_together_only_when_asked(calibrated):
+    model = calibrated
+    images = np.repeat(pictures(1, seed=4), 6, axis=0)
+    alone = model.predict(images)
+    same = model.predict_together(list(images), same=True)
+    assert {a.label for a in same} == {alone[0].label}
+    assert same[0].scores["together"] == {"related": True, "classes": 1, "images": 6}
+    found = model.predict_together([*images, b"no image"])
+    assert found[-1].error
+    assert found[0].scores["together"]["images"] == 6
+    assert [a.classes for a in model.predict(images)] == [a.classes for a in alone]
+
+
+def test_the_commands_edit_and_tell(calibrated, tmp_path, capsys):
+    folder, images = calibrated.folder, tmp_path / "framed"
+    images.mkdir()
+    for number, image in enumerate(of_new_class(4)):
+        (images / f"f{number}.png").write_bytes(encode_image(image))
+
+    def call(*arguments):
+        code = cli.main(list(map(str, arguments)))
+        return code, capsys.readouterr()
+
+    code, told = call("memory", "add", folder, images, "--class", "framed", "--dry-run")
+    assert code == 0
+    assert "would add 4 images of 'framed', a new class" in told.out
+    assert "<- this one (--old-loss)" in told.out
+    assert call("memory", "add", folder, images, "--class", "framed")[0] == 0
+    code, told = call("memory", "add", folder, images, "--class", "framed")
+    assert code == 2
+    assert "in the memory already: f0.png" in told.err
+    assert "       4  framed  (new)" in call("memory", "ls", folder)[1].out
+    assert call("memory", "ls", folder, "--keys", "--class", "framed")[1].out.splitlines() == [
+        f"f{n}.png\tframed" for n in range(4)
+    ]
+    assert call("memory", "relabel", folder, "f0.png", "--class", "nothing")[0] == 2
+    assert call("memory", "relabel", folder, "f0.png", "--class", "class 2")[0] == 0
+    (tmp_path / "keys.csv").write_text("key,class\nf1.png,x\nf2.png,y\n")
+    told = call("memory", "remove", folder, "--from", tmp_path / "keys.csv")[1].out
+    assert "remove 2 images; 42 images" in told
+    assert call("memory", "undo", folder)[0] == 0
+    log = call("memory", "log", folder)[1].out.splitlines()
+    assert [line.split("  ")[-1] for line in log] == [
+        "relabel 1 images to 'class 2'",
+        "add 4 images of 'framed'",
+        "test",
+    ]
+    told = call("memory", "forget", folder, "f3.png", "img-3")[1].out
+    assert "not undone: the network's weights" in told
+    assert call("memory", "undo", folder)[0] == 2
+    assert call("memory", "remove", folder, "f1.png", "f2.png")[0] == 0
+    code, told = call("predict", "--model", folder, images / "f1.png", "--json")
+    assert code == 0
+    assert json.loads(told.out)["path"] == "graph"
+
+
+def test_answers_are_written_as_files(model, tmp_path):
+    import csv
+
+    import pyarrow.parquet as pq
+
+    answers = model.predict([*pictures(3, seed=1), b"no image"])
+    for kind in ("jsonl", "csv", "parquet", "html"):
+        with writer_of(tmp_path / f"a.{kind}") as write:
+            for answer in answers:
+                write(answer)
+    lines = (tmp_path / "a.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [a.as_dict() for a in answers]
+    rows = list(csv.DictReader((tmp_path / "a.csv").open()))
+    assert [row["class"] for row in rows] == [a.label or "" for a in answers]
+    table = pq.read_table(tmp_path / "a.parquet").to_pylist()
+    assert [row["probability"] for row in table] == [a.probability for a in answers]
+    assert table[3]["error"]
+    page = (tmp_path / "a.html").read_text()
+    assert page.count("<article") == 4
+    assert page.count("data:image") == sum(len(a.neighbours) for a in answers)
+    with pytest.raises(UserError, match=r"no kind of file for answers: \.xlsx"):
+        writer_of(tmp_path / "a.xlsx")
