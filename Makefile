@@ -1,4 +1,5 @@
 # make demo: set up and run the whole pipeline on the digits.   make test, make lint: what CI calls.
+# make demo-memory: nine digits trained, the tenth added from 20 images without training.
 # make quick: lint and the unit tests, while you work; costly properties on a fifth of their examples.
 # make docs: the site, in site/index.html.
 PYTHON ?= python3.11
@@ -14,7 +15,7 @@ PYTEST := $(BIN)/python -m pytest --durations 25
 export OMP_NUM_THREADS ?= 1
 export PYTHONWARNINGS  ?= ignore::FutureWarning
 
-.PHONY: demo quick test lint docs install partial clean
+.PHONY: demo demo-memory quick test lint docs install partial clean
 
 $(VENV)/.installed: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -27,6 +28,9 @@ install: $(VENV)/.installed
 
 demo: install
 	$(BIN)/cnn2gnn run --config demo
+
+demo-memory: install
+	$(BIN)/python examples/memory_demo.py
 
 quick: lint
 	CNN2GNN_QUICK=1 $(PYTEST) tests/unit --numprocesses $(CORES) --dist loadfile

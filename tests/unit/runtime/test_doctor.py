@@ -71,7 +71,7 @@ def test_a_checkout_that_is_not_installed_is_held_to_its_pyproject(monkeypatch, 
     monkeypatch.setattr(doctor, "CHECKOUT", tmp_path / "none.toml")
     (finding,) = doctor._versions()
     assert finding.status == WARN
-    assert finding.remedy == "pip install ."
+    assert finding.remedy == "pip install '.[all]'"
 
 
 def test_python_of_another_version(monkeypatch):
