@@ -1,33 +1,30 @@
 """New classes without training: rule R.
 
-The old classes keep their head. With l the head's logits, z the features, and a generative model of z
+The old classes keep their head. With l the head's logits, f features (centred, of unit length), μ class means
 
-    S_c = log softmax(l/T)_c                                        old c
-    S_c = κ·(log p(z | c) − log Σ_old c' p(z | c')) + τ              new c
+    S_c = log softmax(l/T)_c                                                        old c
+    S_c = log softmax(10·cos(f, μ))_c + κ·log p(f | c) − log Σ_old p(f | c')^κ + τ       new c
 
-and the answer is the c with the largest S_c: Bayes' rule, where the head says which old class, the model
-of z says whether it is an old one at all, and τ stands for the log odds of meeting a new one. τ is not
+and the answer is the c with the largest S_c. The first term compares directions with all class means, old
+and new; the second is the log odds, under a model of f that says how classes lie, of a new class against
+an old one. Either alone finds fewer images of new classes at the same loss (``benchmarks/memory.py``). τ is not
 guessed: it is the largest with which held-out images of the old classes, the new entries in place, lose
 at most ``old_loss`` points of accuracy.
 
-**The model of z** is the two-covariance model (probabilistic LDA without subspaces; Ioffe, ECCV 2006;
-Brümmer, de Villiers, Odyssey 2010): a class mean is drawn from N(m, B), an image from N(mean, W). B and W are
-those of the old classes in the memory, so that one image of a new class is already a class: with n
-images of mean y, in coordinates where W = 1 and B = diag(b), its z is distributed as
+Both terms: ``old_classes.py``.
 
-    N(n b/(1 + n b)·y, 1 + b/(1 + n b)).
-
-With few old classes B says nothing in most directions, so b is mixed with its mean in the share
-d/(C − 1 + d). κ is fitted on calibration images of the old classes (by their likelihood).
-
-**From about a hundred images a class** the new columns are learned: u·(z, log Σ exp l) + v is added to S_c, by
+**From about a hundred images a class** columns are learned: u·(f, log Σ exp l) + v is added to S_c, by
 class-balanced cross-entropy over rows of the memory and the new images, from u = 0 on, with a penalty on u;
 then τ as above. It takes seconds and is convex: the same inputs give the same columns.
 
-Entries are all that counts, not the order of edits: adding one class after another gives what adding
-them at once gives, and without new classes S is the head's log softmax(l/T), bit for bit.
+Features: the stem's x, centred and of unit length (``OldClasses.features``), not the graph's projection z,
+which finds half as many new images: it keeps what tells the old classes apart.
 
-Shapes: N rows of the memory, n calibration or new images, C old and K new classes, d dimensions of z.
+Entries are all that counts, not the order of edits: adding one class after another gives what adding
+them at once gives (learned columns: up to rounding, if the classes come in another order), and without
+new classes S is the head's log softmax(l/T), bit for bit.
+
+Shapes: N rows of the memory, n calibration or new images, C old and K new classes, D dimensions of x.
 Pure: arrays in, arrays out.
 """
 
@@ -42,129 +39,17 @@ import torch
 import torch.nn.functional as F
 
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.inference.calibration import fit_temperature, log_softmax
+from cnn2gnn_dist.inference.calibration import log_softmax
+from cnn2gnn_dist.inference.old_classes import Images, OldClasses, dot, log_sum, to_json
 
 LEARNED_FROM = 100
 """Images of a class from which on its column is learned."""
 LOSSES = (0.0, 0.25, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0)
 """Points that old classes may lose, for which the trade is predicted."""
 FOLDS = 5
-PENALTY = 1e-3
+PENALTY = 0.1
 _REPLAY = 20_000  # rows of the memory that columns are learned against
-_RIDGE = 1e-2  # of W, relative to its mean variance
 _STEPS = 200
-
-
-@dataclass(frozen=True, eq=False)
-class Images:
-    """Images as rule R sees them.
-
-    Attributes:
-        logits_nC: the head's, over the old classes.
-        z_nd: features of unit length.
-    """
-
-    logits_nC: np.ndarray
-    z_nd: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.z_nd)
-
-    def __getitem__(self, rows: np.ndarray) -> Images:
-        return Images(self.logits_nC[rows], self.z_nd[rows])
-
-
-@dataclass(frozen=True, eq=False)
-class OldClasses:
-    """The old classes: head's temperature, and the two-covariance model of their z.
-
-    Attributes:
-        temperature: T of the head.
-        sharpness: κ.
-        centre_d: m.
-        axes_dd: rows are the directions in which W = 1 and B is diagonal: y = axes (z − m).
-        between_d: b.
-        mean_Cd: class means in y.
-        count_C: rows of each class.
-    """
-
-    temperature: float
-    sharpness: float
-    centre_d: np.ndarray
-    axes_dd: np.ndarray
-    between_d: np.ndarray
-    mean_Cd: np.ndarray
-    count_C: np.ndarray
-
-    @classmethod
-    def fit(
-        cls,
-        z_Nd: np.ndarray,
-        labels_N: np.ndarray,
-        calibration: Images,
-        labels_n: np.ndarray,
-        *,
-        temperature: float | None = None,
-    ) -> OldClasses:
-        """Fit to the memory's rows of the old classes, and κ to calibration images.
-
-        Args:
-            z_Nd: of the memory.
-            labels_N: old classes, 0..C−1; others (of new classes, or -1) are left out.
-            calibration: held-out images of the old classes.
-            labels_n: their classes.
-            temperature: T, if it is fitted already.
-
-        Raises:
-            UserError: no calibration images, or rows of fewer than two old classes.
-        """
-        temperature = temperature or fit_temperature(calibration.logits_nC, labels_n)
-        classes = calibration.logits_nC.shape[1]
-        old_N = (labels_N >= 0) & (labels_N < classes)
-        z_Nd, labels_N = np.asarray(z_Nd, np.float64)[old_N], np.asarray(labels_N)[old_N]
-        count_C = np.bincount(labels_N, minlength=classes)
-        present_C = count_C > 0
-        if present_C.sum() < 2 or len(z_Nd) <= present_C.sum():
-            raise UserError(
-                f"the memory has {len(z_Nd)} images of {int(present_C.sum())} old classes",
-                where="memory",
-                remedy="two old classes with two images or more show how classes differ",
-            )
-        centre_d, axes_dd, between_d, mean_Cd = _two_covariances(z_Nd, labels_N, count_C)
-        flat = cls(temperature, 1.0, centre_d, axes_dd, between_d, mean_Cd, count_C)
-        raw_nC = flat.log_density(flat.placed(calibration.z_nd), mean_Cd, count_C)
-        sharpness = 1 / fit_temperature(raw_nC, labels_n)
-        return cls(temperature, sharpness, centre_d, axes_dd, between_d, mean_Cd, count_C)
-
-    def placed(self, z_Bd: np.ndarray) -> np.ndarray:
-        """Y: z in the coordinates of the model, float64 [B, d]."""
-        return _dot(np.asarray(z_Bd, np.float64) - self.centre_d, self.axes_dd)
-
-    def log_density(self, y_Bd: np.ndarray, mean_Kd: np.ndarray, count_K: np.ndarray) -> np.ndarray:
-        """Log p(z | class), up to a constant, from the mean and number of each class's images [B, K]."""
-        n_K1 = np.asarray(count_K, np.float64)[:, None]
-        spread_Kd = self.between_d / (1 + n_K1 * self.between_d)
-        centre_Kd = n_K1 * spread_Kd * mean_Kd
-        precision_Kd = 1 / (1 + spread_Kd)
-        constant_K = (np.square(centre_Kd) * precision_Kd - np.log(precision_Kd)).sum(1)
-        squares_BK = _dot(np.square(y_Bd), precision_Kd)
-        return _dot(y_Bd, centre_Kd * precision_Kd) - 0.5 * (squares_BK + constant_K)
-
-    def against_old(self, y_Bd: np.ndarray, mean_Kd: np.ndarray, count_K: np.ndarray) -> np.ndarray:
-        """κ·log p(z | new class) − log Σ_old p(z | c')^κ, float64 [B, K]."""
-        old_BC = self.sharpness * self.log_density(y_Bd, self.mean_Cd, self.count_C)
-        return self.sharpness * self.log_density(y_Bd, mean_Kd, count_K) - _log_sum(old_BC)
-
-    def to_json(self) -> dict[str, Any]:
-        """As what JSON holds."""
-        return _to_json(self)
-
-    @classmethod
-    def from_json(cls, kept: dict[str, Any]) -> OldClasses:
-        """The inverse of ``to_json``, bit for bit."""
-        arrays = {name: np.array(v) for name, v in kept.items() if isinstance(v, list)}
-        arrays["count_C"] = arrays["count_C"].astype(np.int64)
-        return cls(**(kept | arrays))
 
 
 @dataclass(frozen=True)
@@ -192,8 +77,8 @@ class NewClasses:
     Attributes:
         names: of the K new classes, in the order of their columns.
         count_K: images of each.
-        mean_Kd: class means in y.
-        column_Kd: what was learned: u over (z, log Σ exp l) and v; zeros for means.
+        mean_KD: class means of f.
+        column_KE: what was learned: u over x and log Σ exp(l/T), both standardized, and v [K, D + 2]; zeros for means.
         offset: τ.
         old_loss: points that τ was chosen for.
         trades: predicted accuracies over a range of τ, the chosen one among them.
@@ -202,8 +87,8 @@ class NewClasses:
 
     names: tuple[str, ...]
     count_K: np.ndarray
-    mean_Kd: np.ndarray
-    column_Kd: np.ndarray
+    mean_KD: np.ndarray
+    column_KE: np.ndarray
     offset: float
     old_loss: float
     trades: tuple[Trade, ...]
@@ -212,7 +97,7 @@ class NewClasses:
     @property
     def learned(self) -> bool:
         """Whether columns were learned, rather than means taken."""
-        return bool(self.column_Kd.any())
+        return bool(self.column_KE.any())
 
     @classmethod
     def fit(
@@ -263,11 +148,11 @@ class NewClasses:
         trades = [trade(points) for points in sorted({*LOSSES, float(old_loss)})] if names else []
         offset = next((t.offset for t in trades if t.old_loss == old_loss), 0.0)
         return cls(
-            names, model.count_K, model.mean_Kd, model.column_Kd, offset, old_loss,
+            names, model.count_K, model.mean_KD, model.column_KE, offset, old_loss,
             tuple(trades), before,
         )  # fmt: skip
 
-    def scores(self, old: OldClasses, logits_BC: np.ndarray, z_Bd: np.ndarray) -> np.ndarray:
+    def scores(self, old: OldClasses, logits_BC: np.ndarray, x_BD: np.ndarray) -> np.ndarray:
         """S, float64 [B, C + K]; the largest is the answer, ties to the old classes.
 
         Rows don't depend on company. Without new classes: log softmax(l/T).
@@ -275,18 +160,18 @@ class NewClasses:
         head_BC = log_softmax(logits_BC, old.temperature)
         if not self.names:
             return head_BC
-        model = _Scorer(self.count_K, self.mean_Kd, self.column_Kd)
-        new_BK = model.scores(old, Images(logits_BC, z_Bd)) + self.offset
+        model = _Scorer(self.count_K, self.mean_KD, self.column_KE)
+        new_BK = model.scores(old, Images(logits_BC, x_BD)) + self.offset
         return np.concatenate([head_BC, new_BK], 1)
 
-    def probabilities(self, old: OldClasses, logits_BC: np.ndarray, z_Bd: np.ndarray) -> np.ndarray:
+    def probabilities(self, old: OldClasses, logits_BC: np.ndarray, x_BD: np.ndarray) -> np.ndarray:
         """softmax(S), float64 [B, C + K]: Bayes' rule with the prior odds that τ stands for."""
-        return np.exp(log_softmax(self.scores(old, logits_BC, z_Bd)))
+        return np.exp(log_softmax(self.scores(old, logits_BC, x_BD)))
 
     def to_json(self) -> dict[str, Any]:
         """As what JSON holds."""
         trades = [[t.old_loss, t.offset, t.old, t.new] for t in self.trades]
-        return _to_json(self) | {"names": list(self.names), "trades": trades}
+        return to_json(self) | {"names": list(self.names), "trades": trades}
 
     @classmethod
     def from_json(cls, kept: dict[str, Any]) -> NewClasses:
@@ -294,8 +179,8 @@ class NewClasses:
         return cls(
             tuple(kept["names"]),
             np.array(kept["count_K"], np.int64),
-            np.array(kept["mean_Kd"], np.float64),
-            np.array(kept["column_Kd"], np.float64),
+            np.array(kept["mean_KD"], np.float64),
+            np.array(kept["column_KE"], np.float64),
             float(kept["offset"]),
             float(kept["old_loss"]),
             tuple(Trade(*row) for row in kept["trades"]),
@@ -308,76 +193,73 @@ class _Scorer:
     """Scores of new classes without the offset: means, and what was learned on top."""
 
     count_K: np.ndarray
-    mean_Kd: np.ndarray
-    column_Kd: np.ndarray
+    mean_KD: np.ndarray
+    column_KE: np.ndarray
 
     @classmethod
     def fit(
         cls, old: OldClasses, images: Images, class_n: np.ndarray, new: int, replay: Images | None
     ) -> _Scorer:
-        y_nd = old.placed(images.z_nd)
+        f_nD = old.features(images.x_nD).f_BD
         count_K = np.bincount(class_n, minlength=new)
-        mean_Kd = np.stack([y_nd[class_n == k].mean(0) for k in range(new)]) if new else y_nd[:0]
-        scorer = cls(count_K, mean_Kd, np.zeros((new, y_nd.shape[1] + 2)))
+        mean_KD = np.stack([f_nD[class_n == k].mean(0) for k in range(new)]) if new else f_nD[:0]
+        scorer = cls(count_K, mean_KD, np.zeros((new, f_nD.shape[1] + 2)))
         if replay is None:
             return scorer
-        column_Kd = _learned(
+        column_KE = _learned(
             np.concatenate([scorer.scores(old, replay), scorer.scores(old, images)]),
             np.concatenate([_inputs(old, replay), _inputs(old, images)]),
             np.concatenate([np.zeros(len(replay), np.int64), class_n + 1]),
+            len(old.count_C),
         )
-        return cls(count_K, mean_Kd, column_Kd)
+        return cls(count_K, mean_KD, column_KE)
 
-    def scores(self, old: OldClasses, images: Images) -> np.ndarray:
-        """[B, K]."""
-        plain_BK = old.against_old(old.placed(images.z_nd), self.mean_Kd, self.count_K)
-        if not self.column_Kd.any():
-            return plain_BK
-        return plain_BK + _dot(_inputs(old, images), self.column_Kd)
-
-
-def _two_covariances(
-    z_Nd: np.ndarray, labels_N: np.ndarray, count_C: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """m, axes, b and the class means in y."""
-    dim, present_C = z_Nd.shape[1], count_C > 0
-    classes = int(present_C.sum())
-    mean_Cd = np.zeros((len(count_C), dim))
-    np.add.at(mean_Cd, labels_N, z_Nd)
-    mean_Cd /= np.maximum(count_C, 1)[:, None]
-    inside_Nd = z_Nd - mean_Cd[labels_N]
-    within_dd = inside_Nd.T @ inside_Nd / (len(z_Nd) - classes)
-    within_dd += _RIDGE * max(np.trace(within_dd) / dim, 1e-12) * np.eye(dim)
-    centre_d = mean_Cd[present_C].mean(0)
-    apart_Cd = mean_Cd[present_C] - centre_d
-    between_dd = apart_Cd.T @ apart_Cd / (classes - 1)
-    unwithin_dd = np.linalg.inv(np.linalg.cholesky(within_dd))
-    between_d, turn_dd = np.linalg.eigh(unwithin_dd @ between_dd @ unwithin_dd.T)
-    between_d = between_d.clip(min=0)
-    share = dim / (classes - 1 + dim)
-    axes_dd = np.ascontiguousarray(turn_dd.T @ unwithin_dd)
-    between_d = (1 - share) * between_d + share * between_d.mean()
-    return centre_d, axes_dd, between_d, _dot(mean_Cd - centre_d, axes_dd)
+    def scores(
+        self,
+        old: OldClasses,
+        images: Images,
+        own: tuple[np.ndarray, np.ndarray] | None = None,
+        class_B: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """[B, K]; ``own`` replaces both terms of image i in class ``class_B[i]``."""
+        features = old.features(images.x_nD)
+        cos_BK, density_BK = old.scorer(self.mean_KD, self.count_K).of_each(features)
+        if own is not None:
+            rows_B = np.arange(len(cos_BK))
+            cos_BK[rows_B, class_B], density_BK[rows_B, class_B] = own
+        cos_BC, density_BC = old.known.of_each(features)
+        # Sorted, so that the order of new classes doesn't change the bits.
+        scores_BK = cos_BK - log_sum(np.concatenate([cos_BC, np.sort(cos_BK, 1)], 1))
+        scores_BK += old.sharpness * density_BK - log_sum(old.sharpness * density_BC)
+        if self.column_KE.any():
+            scores_BK += dot(_inputs(old, images), self.column_KE)
+        return scores_BK
 
 
 def _inputs(old: OldClasses, images: Images) -> np.ndarray:
-    """What columns see: y/√d, the log of Σ exp(l/T), and 1: [B, d + 2]."""
-    y_Bd = old.placed(images.z_nd)
-    energy_B1 = _log_sum(np.asarray(images.logits_nC, np.float64) / old.temperature)
-    return np.concatenate([y_Bd / y_Bd.shape[1] ** 0.5, energy_B1, np.ones_like(energy_B1)], 1)
+    """What columns see: x and log Σ exp(l/T), both standardized, and 1: [B, D + 2]."""
+    x_BD = (np.asarray(images.x_nD, np.float64) - old.zero_D) / old.spread_D
+    energy_B1 = log_sum(np.asarray(images.logits_nC, np.float64) / old.temperature)
+    energy_B1 = (energy_B1 - old.energy_2[0]) / old.energy_2[1]
+    return np.concatenate([x_BD, energy_B1, np.ones_like(energy_B1)], 1)
 
 
-def _learned(plain_NK: np.ndarray, inputs_Nd: np.ndarray, target_N: np.ndarray) -> np.ndarray:
-    """Columns [K, d + 2] by class-balanced cross-entropy over (old, new classes); old scores 0.
+def _learned(
+    plain_NK: np.ndarray, inputs_NE: np.ndarray, target_N: np.ndarray, old: int
+) -> np.ndarray:
+    """Columns [K, E] by class-balanced cross-entropy over (old, new classes); old scores 0.
 
     With log softmax as the score of the old classes the loss over all classes differs from this one by a
-    constant: only old or new, and which new, is learned.
+    constant: only old or new, and which new, is learned. The old ones weigh as ``old`` classes.
     """
-    plain, inputs = torch.from_numpy(plain_NK), torch.from_numpy(inputs_Nd)
+    plain, inputs = torch.from_numpy(plain_NK), torch.from_numpy(inputs_NE)
     target = torch.from_numpy(target_N)
-    count = torch.bincount(target, minlength=plain.shape[1] + 1)
-    weight = (1.0 / count.clamp(min=1) / len(count))[target]
-    columns = torch.zeros(plain.shape[1], inputs.shape[1], dtype=torch.float64, requires_grad=True)
+    new = plain.shape[1]
+    count = torch.bincount(target, minlength=new + 1)
+    share = torch.ones(new + 1, dtype=torch.float64) / (old + new)
+    share[0] *= old
+    weight = (share / count.clamp(min=1))[target]
+    columns = torch.zeros(new, inputs.shape[1], dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS(
         [columns], max_iter=_STEPS, tolerance_grad=1e-7, line_search_fn="strong_wolfe"
     )
@@ -427,15 +309,12 @@ def _held_out(
             part = _Scorer.fit(old, images[~out_n], class_n[~out_n], new, replay)
             scores_nK[out_n] = part.scores(old, images[out_n])
         return scores_nK
-    scores_nK = model.scores(old, images)
-    y_nd = old.placed(images.z_nd)
-    for i, k in enumerate(class_n):
-        count = model.count_K[k]
-        if count < 2:
-            scores_nK[i] = np.nan
-            continue
-        without_1d = ((count * model.mean_Kd[k] - y_nd[i]) / (count - 1))[None]
-        scores_nK[i, k] = old.against_old(y_nd[i : i + 1], without_1d, np.array([count - 1]))[0, 0]
+    count_n = model.count_K[class_n]
+    features = old.features(images.x_nD)
+    mean_nD = count_n[:, None] * model.mean_KD[class_n] - features.f_BD
+    without = old.scorer(mean_nD / np.maximum(count_n - 1, 1)[:, None], count_n - 1)
+    scores_nK = model.scores(old, images, without.of_own(features), class_n)
+    scores_nK[count_n < 2] = np.nan
     return scores_nK
 
 
@@ -459,23 +338,8 @@ def _joined(parts: Sequence[Images], like: Images) -> Images:
     parts = [*parts] or [like[np.arange(0)]]
     return Images(
         np.concatenate([part.logits_nC for part in parts]),
-        np.concatenate([part.z_nd for part in parts]),
+        np.concatenate([part.x_nD for part in parts]),
     )
-
-
-def _dot(a_Bd: np.ndarray, b_Kd: np.ndarray) -> np.ndarray:
-    """A bᵀ, [B, K], each row the same bits in any company (a BLAS product promises no such thing)."""
-    return np.einsum("bd,kd->bk", a_Bd, b_Kd, optimize=False)
-
-
-def _log_sum(scores_BC: np.ndarray) -> np.ndarray:
-    """Log Σ exp of each row, [B, 1]."""
-    top_B1 = scores_BC.max(1, keepdims=True)
-    return top_B1 + np.log(np.exp(scores_BC - top_B1).sum(1, keepdims=True))
-
-
-def _to_json(of: OldClasses | NewClasses) -> dict[str, Any]:
-    return {n: v.tolist() if isinstance(v, np.ndarray) else v for n, v in vars(of).items()}
 
 
 def _check(entries: Mapping[str, Images], old_loss: float) -> None:
@@ -490,7 +354,7 @@ def _check(entries: Mapping[str, Images], old_loss: float) -> None:
             raise UserError(
                 f"class {name} has no images", where=name, remedy="add images, or remove the class"
             )
-        if not (np.isfinite(images.z_nd).all() and images.z_nd.any(1).all()):
+        if not (np.isfinite(images.x_nD).all() and images.x_nD.any(1).all()):
             raise UserError(
                 f"an image of class {name} has no features",
                 where=name,

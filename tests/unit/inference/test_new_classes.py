@@ -12,7 +12,8 @@ from sklearn.linear_model import LogisticRegression
 
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference.calibration import log_softmax
-from cnn2gnn_dist.inference.new_classes import Images, NewClasses, OldClasses, _learned, _offset
+from cnn2gnn_dist.inference.new_classes import PENALTY, NewClasses, _learned, _offset
+from cnn2gnn_dist.inference.old_classes import DIRECTION, Features, Images, OldClasses
 
 OLD, NEW, DIM = 9, 4, 12
 CENTRES = np.random.default_rng(1).standard_normal((OLD + NEW, DIM))
@@ -24,8 +25,7 @@ def drawn(seed, classes, each):
     labels = np.repeat(classes, each)
     x = CENTRES[labels] + 0.8 * rng.standard_normal((len(labels), DIM))
     logits = 1.5 * x @ CENTRES[:OLD].T - 0.75 * np.square(CENTRES[:OLD]).sum(1)
-    z = x / np.linalg.norm(x, axis=1, keepdims=True)
-    return Images(logits.astype(np.float32), z.astype(np.float32)), labels
+    return Images(logits.astype(np.float32), x.astype(np.float32)), labels
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def world():
     """Rows of the memory, the old classes' model, calibration images and their labels."""
     memory, labels = drawn(0, np.arange(OLD), 150)
     calibration, calibration_labels = drawn(1, np.arange(OLD), 80)
-    old = OldClasses.fit(memory.z_nd, labels, calibration, calibration_labels)
+    old = OldClasses.fit(memory.x_nD, labels, calibration, calibration_labels)
     return memory, old, calibration, calibration_labels
 
 
@@ -52,50 +52,81 @@ def accuracies(world, new_classes, seed=50):
     found = []
     for classes in (np.arange(OLD), OLD + np.arange(len(new_classes.names))):
         images, labels = drawn(seed, classes, 100)
-        scores = new_classes.scores(old, images.logits_nC, images.z_nd)
+        scores = new_classes.scores(old, images.logits_nC, images.x_nD)
         found.append((scores.argmax(1) == labels).mean())
     return found
 
 
+def placed(old, x):
+    """F and y, as their formulas are written."""
+    f = x.astype(np.float64) - old.zero_D
+    f /= np.linalg.norm(f, axis=1, keepdims=True)
+    return f, (f - old.centre_D) @ old.axes_DD.T
+
+
 def test_densities_are_scipys(world):
-    """p(z | n images of mean y), integrated over the class mean by the formulas of the joint normal."""
-    _, old, _, _ = world
+    """p(f | n images of mean y), integrated over the class mean by the formulas of the joint normal."""
+    _, old, calibration, _ = world
     rng = np.random.default_rng(3)
-    y, means, counts = rng.standard_normal((5, DIM)), rng.standard_normal((3, DIM)), [1, 4, 50]
-    found = old.log_density(y, means, np.array(counts))
-    b = old.between_d
+    means, counts = 0.3 * rng.standard_normal((3, DIM)), [1, 4, 50]
+    features = old.features(calibration.x_nD[:5])
+    _, y = placed(old, calibration.x_nD[:5])
+    _, found = old.scorer(means, np.array(counts)).of_each(features)
+    b, inverse = old.between_D, np.linalg.inv(old.axes_DD)
     for k, n in enumerate(counts):
         # (image, mean of n images) is jointly normal: variances b + 1 and b + 1/n, covariance b.
-        centre = b / (b + 1 / n) * means[k]
+        centre = b / (b + 1 / n) * (old.axes_DD @ (means[k] - old.centre_D))
         spread = b + 1 - b * b / (b + 1 / n)
         expected = multivariate_normal(centre, np.diag(spread)).logpdf(y)
         constant = -0.5 * DIM * np.log(2 * np.pi)
         np.testing.assert_allclose(found[:, k], expected - constant, rtol=1e-9)
+    np.testing.assert_allclose(y @ inverse.T + old.centre_D, features.f_BD, atol=1e-9)
+
+
+def test_own_class_is_each_class(world):
+    _, old, calibration, _ = world
+    features = old.features(calibration.x_nD[:OLD])
+    each, own = old.known.of_each(features), old.known.of_own(features)
+    for of_each, of_own in zip(each, own, strict=True):
+        np.testing.assert_allclose(np.diag(of_each), of_own, rtol=1e-9)
+    assert isinstance(features, Features)
 
 
 def test_axes_make_classes_white(world):
     memory, old, _, _ = world
-    y = old.placed(memory.z_nd)
+    f, y = placed(old, memory.x_nD)
     labels = np.repeat(np.arange(OLD), 150)
-    inside = y - old.mean_Cd[labels]
-    within = inside.T @ inside / (len(y) - OLD)
-    np.testing.assert_allclose(within, np.eye(DIM), atol=0.15)  # but for the ridge
-    np.testing.assert_allclose(old.mean_Cd, [y[labels == c].mean(0) for c in range(OLD)], atol=1e-9)
+    means = np.array([f[labels == c].mean(0) for c in range(OLD)])
+    np.testing.assert_allclose(old.mean_CD, means, atol=1e-9)
+    centres = (means - old.centre_D) @ old.axes_DD.T
+    inside = y - centres[labels]
+    np.testing.assert_allclose(
+        inside.T @ inside / (len(y) - OLD), np.eye(DIM), atol=0.15
+    )  # the ridge
+    b = np.diag(centres.T @ centres / (OLD - 1))
+    np.testing.assert_allclose(old.between_D, b / 2 + b.mean() / 2, atol=1e-9)
 
 
 def test_scores_are_the_formula(world):
     _, old, calibration, _ = world
-    new_classes = fitted(world, entries(3))
+    of = entries(3)
+    new_classes = fitted(world, of)
     asked = calibration[np.arange(0, 700, 50)]
-    scores = new_classes.scores(old, asked.logits_nC, asked.z_nd)
+    scores = new_classes.scores(old, asked.logits_nC, asked.x_nD)
     np.testing.assert_array_equal(scores[:, :OLD], log_softmax(asked.logits_nC, old.temperature))
-    y = old.placed(asked.z_nd)
-    olds = old.sharpness * old.log_density(y, old.mean_Cd, old.count_C)
-    for k in range(NEW):
-        mine = old.log_density(y, new_classes.mean_Kd[k : k + 1], np.array([3]))[:, 0]
-        expected = old.sharpness * mine - special.logsumexp(olds, axis=1) + new_classes.offset
-        np.testing.assert_allclose(scores[:, OLD + k], expected, rtol=1e-9)
-    p = new_classes.probabilities(old, asked.logits_nC, asked.z_nd)
+    f, y = placed(old, asked.x_nD)
+    means = np.concatenate([old.mean_CD, [placed(old, i.x_nD)[0].mean(0) for i in of.values()]])
+    cos = DIRECTION * f @ (means / np.linalg.norm(means, axis=1, keepdims=True)).T
+    density = []
+    for mean, n in zip(means, [*old.count_C, *[3] * NEW], strict=True):
+        spread = old.between_D / (1 + n * old.between_D)
+        centre = n * spread * (old.axes_DD @ (mean - old.centre_D))
+        density.append(multivariate_normal(centre, np.diag(1 + spread)).logpdf(y))
+    density = old.sharpness * np.stack(density, 1)
+    odds = density[:, OLD:] - special.logsumexp(density[:, :OLD], axis=1)[:, None]
+    expected = special.log_softmax(cos, axis=1)[:, OLD:] + odds + new_classes.offset
+    np.testing.assert_allclose(scores[:, OLD:], expected, rtol=1e-8)
+    p = new_classes.probabilities(old, asked.logits_nC, asked.x_nD)
     np.testing.assert_allclose(p, special.softmax(scores, axis=1), rtol=1e-9)
 
 
@@ -107,7 +138,7 @@ def test_offset_is_the_largest_that_costs_no_more(world, each, old_loss):
     before = (calibration.logits_nC.argmax(1) == labels).mean()
 
     def loss(by):
-        scores = new_classes.scores(old, calibration.logits_nC, calibration.z_nd)
+        scores = new_classes.scores(old, calibration.logits_nC, calibration.x_nD)
         scores[:, OLD:] += by
         return 100 * (before - (scores.argmax(1) == labels).mean())
 
@@ -164,7 +195,7 @@ def test_trades_predict(world, each):
                 rest = of | {name: images[np.arange(each) != i]}
                 without = NewClasses.fit(old, rest, calibration, labels)
                 one = images[np.array([i])]
-                scores = without.scores(old, one.logits_nC, one.z_nd)
+                scores = without.scores(old, one.logits_nC, one.x_nD)
                 scores[:, OLD:] += chosen.offset - without.offset
                 right.append(scores.argmax(1)[0] == OLD + k)
         assert chosen.new == pytest.approx(100 * np.mean(right))
@@ -179,7 +210,7 @@ def test_order_of_edits_does_not_matter(world):
     _, old, calibration, _ = world
     of = entries(6)
     at_once = fitted(world, of)
-    asked = calibration.logits_nC, calibration.z_nd
+    asked = calibration.logits_nC, calibration.x_nD
     scores = at_once.scores(old, *asked)
     one_by_one: dict[str, Images] = {}
     for name, images in of.items():
@@ -196,7 +227,7 @@ def test_order_of_edits_does_not_matter(world):
 def test_without_new_classes_the_head(world):
     _, old, calibration, labels = world
     nothing = fitted(world, {})
-    scores = nothing.scores(old, calibration.logits_nC, calibration.z_nd)
+    scores = nothing.scores(old, calibration.logits_nC, calibration.x_nD)
     assert scores.tobytes() == log_softmax(calibration.logits_nC, old.temperature).tobytes()
     assert nothing.trades == ()
     assert nothing.old_before == 100 * (calibration.logits_nC.argmax(1) == labels).mean()
@@ -207,22 +238,22 @@ def test_rows_do_not_depend_on_company(world, each):
     _, old, calibration, _ = world
     new_classes = fitted(world, entries(each))
     asked = calibration[np.arange(40)]
-    whole = new_classes.scores(old, asked.logits_nC, asked.z_nd)
+    whole = new_classes.scores(old, asked.logits_nC, asked.x_nD)
     alone = [
-        new_classes.scores(old, asked.logits_nC[i : i + 1], asked.z_nd[i : i + 1])
+        new_classes.scores(old, asked.logits_nC[i : i + 1], asked.x_nD[i : i + 1])
         for i in range(40)
     ]
     assert whole.tobytes() == np.concatenate(alone).tobytes()
 
 
-def test_columns_are_scikit_learns(world):
-    """One new class, and nothing but the columns: logistic regression with the same penalty."""
+def test_columns_are_scikit_learns():
+    """One old and one new class, nothing but the columns: logistic regression with the same penalty."""
     rng = np.random.default_rng(4)
     inputs = np.concatenate([rng.standard_normal((400, 3)), np.ones((400, 1))], 1)
     target = (rng.random(400) < special.expit(inputs[:, 0] * 2 - 1)).astype(np.int64)
-    found = _learned(np.zeros((400, 1)), inputs, target)
-    # PENALTY·u² beside a mean loss (weights sum to 1) is u²/2 beside a sum of 1/(2·PENALTY) weights.
-    model = LogisticRegression(C=1 / (2 * 1e-3), tol=1e-10, max_iter=1000)
+    found = _learned(np.zeros((400, 1)), inputs, target, old=1)
+    # PENALTY·u² beside a mean loss (weights sum to 1) is u²/2 beside 1/(2·PENALTY) such losses.
+    model = LogisticRegression(C=1 / (2 * PENALTY), tol=1e-10, max_iter=1000)
     weight = 0.5 / np.bincount(target)[target]
     model.fit(inputs[:, :3], target, sample_weight=weight)
     np.testing.assert_allclose(found[0, :3], model.coef_[0], rtol=1e-3, atol=1e-3)
@@ -231,7 +262,7 @@ def test_columns_are_scikit_learns(world):
 
 def test_columns_repeat(world):
     first, second = (fitted(world, entries(120)) for _ in range(2))
-    assert first.column_Kd.tobytes() == second.column_Kd.tobytes()
+    assert first.column_KE.tobytes() == second.column_KE.tobytes()
     assert first.offset == second.offset
 
 
@@ -244,7 +275,7 @@ def test_kept_as_json(world, each):
     old_again, again = OldClasses.from_json(old_again), NewClasses.from_json(again)
     assert again.trades == new_classes.trades
     assert again.names == new_classes.names
-    asked = calibration.logits_nC, calibration.z_nd
+    asked = calibration.logits_nC, calibration.x_nD
     assert again.scores(old_again, *asked).tobytes() == new_classes.scores(old, *asked).tobytes()
 
 
@@ -252,9 +283,9 @@ def test_old_class_without_rows_is_possible(world):
     """All of its images were removed: its mean is any old class's."""
     memory, _, calibration, labels = world
     rows = np.repeat(np.arange(OLD), 150)
-    old = OldClasses.fit(memory.z_nd, np.where(rows == 2, -1, rows), calibration, labels)
+    old = OldClasses.fit(memory.x_nD, np.where(rows == 2, -1, rows), calibration, labels)
     found = NewClasses.fit(old, entries(5), calibration, labels)
-    assert np.isfinite(found.scores(old, calibration.logits_nC, calibration.z_nd)).all()
+    assert np.isfinite(found.scores(old, calibration.logits_nC, calibration.x_nD)).all()
 
 
 def test_bad_input(world):
@@ -268,7 +299,7 @@ def test_bad_input(world):
         with pytest.raises(UserError, match="may lose"):
             fitted(world, entries(2), old_loss=points)
     with pytest.raises(UserError, match="old classes"):
-        OldClasses.fit(memory.z_nd, np.zeros(len(memory), int), calibration, labels)
+        OldClasses.fit(memory.x_nD, np.zeros(len(memory), int), calibration, labels)
     with pytest.raises(UserError, match="no calibration"):
-        OldClasses.fit(memory.z_nd, np.zeros(len(memory), int), calibration[:0], labels[:0])
+        OldClasses.fit(memory.x_nD, np.zeros(len(memory), int), calibration[:0], labels[:0])
     assert old.sharpness > 0
