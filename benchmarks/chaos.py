@@ -123,14 +123,14 @@ def tortured(run: Path, mode: str, rng: random.Random, tally: Tally, most: int) 
         if process.poll() is None:
             raise SystemExit(f"hangs:\n{log.read_text()[-4000:]}")
         text = log.read_text(errors="replace")
-        found = re.search(r"(\w+) +continues at epoch.*\(step (\d+)\)", text)
+        found = re.search(r"(\w+) +resumes at epoch.*\(step (\d+)\)", text)
         if found:
             tally.resumed += 1
             if before[0] == found[1]:
                 tally.lost_steps.append(before[1] - int(found[2]))
         if process.returncode == 0:
             return
-        if not stopped and not re.search("works in this folder|was told to end", text):
+        if not stopped and not re.search("is using this folder|was asked to stop", text):
             raise SystemExit(f"failed by itself ({process.returncode}):\n{text[-4000:]}")
         say(f"{sum(tally.kills.values())} kills; {run.name} stands at {standing(run)}")
 

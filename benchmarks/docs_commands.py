@@ -58,7 +58,7 @@ KINDS: list[tuple[str, str, str]] = [  # pattern of the command, kind, why
 ]  # fmt: skip
 PRINTS = [  # pattern of the command, pattern of what it prints
     (r"^make demo$", r"(?s)teacher.*student.*report\.html"),
-    (r"^cnn2gnn run --config demo$", r"whole, skipped"),
+    (r"^cnn2gnn run --config demo$", r"complete, skipped"),
     (r"--dry-run$", r"(?s)epochs: 20.*student +(to run|stale)"),
     (r"^cnn2gnn predict", r"image\.png"),
     (r"^cnn2gnn checkpoint ls", r"(?s)teacher.*student"),

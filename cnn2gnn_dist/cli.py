@@ -23,10 +23,10 @@ _log = logging.getLogger(__name__)
 STAGES = {
     "teacher": "train the CNN under DeepSpeed",
     "targets": "write the teacher's soft targets to Parquet",
-    "student": "distil into the GNN, refreshing the graph on the way",
-    "graph": "build the final graph and its partitions: the bank unseen images attach to",
+    "student": "distill into the GNN, refreshing the graph along the way",
+    "graph": "build the final graph and its partitions: the bank that unseen images attach to",
     "control": "train the same stem with an MLP head and no graph",
-    "evaluate": "judge all models on held-out images; table, pictures, report",
+    "evaluate": "evaluate all models on held-out images; table, plots, report",
 }
 _TRAIN = (
     *("ray", "deepspeed", "dgl", "pandas", "webdataset", "sklearn", "tensorboard", "matplotlib"),
@@ -70,11 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.report_error(error)
         return error.exit_code
     except KeyboardInterrupt:
-        log.report_error("interrupted; the same command continues")
+        log.report_error("interrupted; the same command resumes the run")
         return 130
     except SystemExit as end:
         if end.code == ENDED_BY_SIGTERM:
-            log.report_error("ended by SIGTERM; the same command continues")
+            log.report_error("stopped by SIGTERM; the same command resumes the run")
         raise
     except BrokenPipeError:
         return 1
@@ -108,19 +108,19 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="cnn2gnn",
-        description="Distil a deep CNN into a two-layer GNN over a sparse graph learned from images.",
+        description="Distill a deep CNN into a two-layer GNN over a sparse graph learned from images.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    whole = commands.add_parser("run", help="every stage, skipping what is whole")
+    whole = commands.add_parser("run", help="run every stage, skipping complete ones")
     _config_arguments(whole)
     whole.set_defaults(command=_run, stages=None)
     for name, text in (
-        ("pack", "make WebDataset shards from images"),
-        ("index", "make the manifests of existing or packed shards"),
+        ("pack", "pack images into WebDataset shards"),
+        ("index", "build the manifests of existing or packed shards"),
         *STAGES.items(),
     ):
         stage = commands.add_parser(name, help=text, description=text)
@@ -139,15 +139,21 @@ def _parser() -> argparse.ArgumentParser:
     export.set_defaults(command=_export)
     _init_arguments(commands.add_parser("init", help="write a config for your own images"))
     memory_cli.arguments(
-        commands.add_parser("memory", help="look at a model's memory, and edit it")
+        commands.add_parser("memory", help="inspect or edit a model's memory")
     )
-    _checkpoint_arguments(commands.add_parser("checkpoint", help="list, explain, verify, export"))
-    _plan_arguments(commands.add_parser("plan", help="memory and disk for so many images"))
-    doctor = commands.add_parser("doctor", help="check this machine and say what to do")
+    _checkpoint_arguments(
+        commands.add_parser("checkpoint", help="list, inspect, verify or export checkpoints")
+    )
+    _plan_arguments(
+        commands.add_parser("plan", help="estimate memory and disk for a number of images")
+    )
+    doctor = commands.add_parser("doctor", help="check this machine and suggest fixes")
     doctor.set_defaults(command=_doctor)
-    fields = commands.add_parser("config", help="every field with default and meaning; the presets")
+    fields = commands.add_parser(
+        "config", help="list every field with its default and meaning, and the presets"
+    )
     fields.add_argument(
-        "--config", metavar="FILE_OR_PRESET", help="print this one, resolved, instead"
+        "--config", metavar="FILE_OR_PRESET", help="print this config, resolved, instead"
     )
     fields.add_argument("overrides", nargs="*", metavar="section.field=value")
     fields.set_defaults(command=_fields)
@@ -171,23 +177,23 @@ def _config_arguments(parser: argparse.ArgumentParser) -> None:
         default="demo",
         help=f"YAML file or preset ({', '.join(settings.presets())}); default demo",
     )
-    parser.add_argument("--dry-run", action="store_true", help="print config and plan, do nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print config and plan, run nothing")
     parser.add_argument(
         "--update",
         action="store_true",
-        help="when config or inputs changed: keep old results aside and make them again",
+        help="if config or inputs changed: set old results aside and recompute them",
     )
     parser.add_argument(
         "--force",
         action="store_true",
-        help="the same, but training goes on from its checkpoint under the new config",
+        help="the same, but training resumes from its checkpoint under the new config",
     )
     parser.add_argument(
         "overrides",
         nargs="*",
         metavar="section.field=value",
-        help="see `cnn2gnn config`; text is taken as typed, null is none; of two for one field "
-        "the last counts",
+        help="see `cnn2gnn config`; text is taken as typed, null means none; the last override "
+        "of a field wins",
     )
 
 
@@ -260,9 +266,9 @@ def _checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     place = "folder of a run, of a stage in it (RUN/teacher), or a step-… folder"
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, text in (
-        ("ls", "a line for each: where it stands, its size, its age"),
-        ("show", "what is inside the newest, of which config"),
-        ("verify", "read all of it and compare checksums; exit code 1 if one is damaged"),
+        ("ls", "one line per checkpoint: position, size, age"),
+        ("show", "what the newest one contains, and its config"),
+        ("verify", "read everything and compare checksums; exit code 1 if a checkpoint is damaged"),
         ("export", "weights and buffers as one safetensors file with plain names"),
     ):
         one = commands.add_parser(name, help=text, description=text)
@@ -274,7 +280,7 @@ def _checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Bytes of every structure of the graph, on disk and in memory; runs nothing."
+        "Size of every structure of the graph, on disk and in memory; runs nothing."
     )
     parser.add_argument("--images", type=int, required=True, metavar="N", help="training images")
     for name, metavar, text in (
@@ -282,16 +288,16 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
         ("--graph-dim", "d", "width of the projections, graph.dim; default 64"),
         ("--candidates", "M", "graph.candidates; default 20"),
         ("--parts", "P", "graph.partition.parts; default 8"),
-        ("--ranks", "R", "default: one for each partition"),
+        ("--ranks", "R", "default: one per partition"),
     ):
         parser.add_argument(name, type=int, metavar=metavar, help=text)
     for name in ("--halo1", "--halo2"):
-        parser.add_argument(name, type=float, metavar="H", help="halo nodes for each inner node")
+        parser.add_argument(name, type=float, metavar="H", help="halo nodes per inner node")
     parser.add_argument(
         "--live",
         dest="searched",
         action="store_true",
-        help="graph.sampling.query=live: with its index",
+        help="include the index of graph.sampling.query=live",
     )
     parser.add_argument("--json", action="store_true", help="as one JSON object")
     parser.set_defaults(command=_plan)
@@ -366,7 +372,7 @@ def _on_ray(config: Config, stages: list[str] | None, update: bool, force: bool)
         on_gpu = config.device != "cpu" and ray_group.gpus() >= ranks
         if config.device == "cuda" and not on_gpu:
             raise UserError(
-                f"the config asks for {ranks} GPUs and Ray knows of {ray_group.gpus()}",
+                f"the config asks for {ranks} GPUs, but Ray has {ray_group.gpus()}",
                 where="device",
                 remedy="device=cpu, device=auto, or fewer ranks: run.ranks=…",
             )
@@ -386,7 +392,7 @@ def _on_ray(config: Config, stages: list[str] | None, update: bool, force: bool)
             spec,
         )
     for name, why in outcome[0].items():
-        if why == "whole, skipped":
+        if why == "complete, skipped":
             runner.log_skipped(name)
 
 
@@ -396,8 +402,8 @@ def _warn_if_run_moved(name: str | None, config: Config) -> None:
     of_a_run = Path(name or "").name == ledger.CONFIG and (folder / "manifest").is_dir()
     if of_a_run and not named.exists():
         _log.warning(
-            f"this is the config of the run in {folder}, and it names run.dir={named}, where "
-            f"nothing is; to go on with the run: run.dir={folder}"
+            f"this is the config of the run in {folder}, but it names run.dir={named}, which "
+            f"does not exist; to continue that run: run.dir={folder}"
         )
 
 
@@ -407,7 +413,7 @@ def _warn_if_results_are_lost(config: Config) -> None:
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and inside:
         _log.warning(
             f"this job writes to {config.run.dir}, inside Ray's copy of the working "
-            "directory; give run.dir=/shared/path to keep the results"
+            "directory; set run.dir=/shared/path to keep the results"
         )
 
 

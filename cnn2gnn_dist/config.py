@@ -13,14 +13,14 @@ from cnn2gnn_dist.config_section import Section as Section
 
 
 class RunConfig(Section):
-    """Where the run lives and how many ranks carry it."""
+    """Where the run is stored and how many ranks it has."""
 
     dir: str | None = Field(
         None, description="folder of the run; default runs/<name>", json_schema_extra=PATH
     )
-    log_steps: int = Field(10, ge=1, description="optimizer steps between two lines of metrics")
-    ranks: int = Field(2, ge=1, description="trainer processes (world size) that `cnn2gnn run` starts; "
-                       "under a launcher the launcher's number counts")  # fmt: skip
+    log_steps: int = Field(10, ge=1, description="optimizer steps between lines of metrics")
+    ranks: int = Field(2, ge=1, description="training processes (world size) that `cnn2gnn run` starts; "
+                       "a launcher sets its own number")  # fmt: skip
 
 
 class DataConfig(Section):
@@ -28,17 +28,17 @@ class DataConfig(Section):
 
     source: Literal["shards", "digits", "parquet", "imagefolder", "cifar10", "cifar100"] = Field(
         "digits",
-        description="shards: index WebDataset shards as they are; the others are packed to shards first",
+        description="shards: index WebDataset shards as they are; the others are packed into shards first",
     )
     train: str | list[str] | None = Field(
         None,
         description="the training images: shards (globs, {0000..1023}, a folder, URLs), Parquet files (globs, a "
-        "folder), or a folder of one folder a class",
+        "folder), or a folder with one subfolder per class",
         json_schema_extra=PATH,
     )
     test: str | list[str] | None = Field(
         None,
-        description="the same for the held-out images; null: split off `holdout` of each class",
+        description="the same for the held-out images; null: hold out a share of `holdout` of each class",
         json_schema_extra=PATH,
     )
     holdout: float = Field(
@@ -51,12 +51,10 @@ class DataConfig(Section):
         description="share of the training images of each class set apart and never trained on: the exported model "
         "is calibrated on them (confidence, new classes); 0: it is not",
     )
-    shard_size: int = Field(2048, ge=1, description="samples a packed shard")
+    shard_size: int = Field(2048, ge=1, description="samples per packed shard")
     image_column: str = Field("image", description="Parquet column of the images")
     label_column: str = Field("label", description="Parquet column of the labels")
-    limit: int | None = Field(
-        None, ge=1, description="pack only the first so many samples (trials)"
-    )
+    limit: int | None = Field(None, ge=1, description="pack only this many samples, for trials")
     num_classes: int | None = Field(
         None,
         ge=2,
@@ -64,10 +62,10 @@ class DataConfig(Section):
     )
     match_classes: Literal["name", "number"] = Field(
         "name",
-        description="held-out classes are matched by name where there are names; number: trust that `train` and "
-        "`test` number their classes alike",
+        description="match held-out classes by name if they have names; number: trust that `train` and "
+        "`test` number their classes identically",
     )
-    allow_empty_classes: bool = Field(False, description="accept classes without a training image")
+    allow_empty_classes: bool = Field(False, description="accept classes without training images")
     checksums: bool = Field(
         False,
         description="record a CRC-32 of every image when indexing (reads them all; always on for URLs)",
@@ -78,24 +76,24 @@ class DataConfig(Section):
 
 
 class ViewsConfig(Section):
-    """How an image becomes an array: size, augmentation, normalisation."""
+    """How an image becomes an array: size, augmentation, normalization."""
 
     kind: Literal["none", "shift", "crop_flip", "random_resized_crop"] = Field(
         "crop_flip",
-        description="augmentation: pad and crop (shift), the same and flip, or random resized crop and flip",
+        description="augmentation: pad and crop (shift), the same plus flip, or random resized crop plus flip",
     )
     size: int = Field(32, ge=8, description="side of the square image, in pixels")
     pad: int = Field(4, ge=0, description="pixels of padding before the crop (shift, crop_flip)")
     scale: tuple[float, float] = Field(
-        (0.35, 1.0), strict=False, description="area share of a random resized crop"
+        (0.35, 1.0), strict=False, description="range of the area share of a random resized crop"
     )
     ratio: tuple[float, float] = Field(
         (0.75, 1.3333333333333333),
         strict=False,
-        description="aspect ratios of a random resized crop",
+        description="range of the aspect ratio of a random resized crop",
     )
     resize: float = Field(
-        1.0, ge=1, description="clean view: shorter side resized to size x this, then centre crop"
+        1.0, ge=1, description="clean view: shorter side resized to size x this, then center crop"
     )
     mean: tuple[float, float, float] = Field(
         (0.485, 0.456, 0.406), strict=False, description="mean of each channel (0..1), subtracted"
@@ -113,27 +111,29 @@ class ViewsConfig(Section):
 
 
 class StreamConfig(Section):
-    """How batches reach a trainer."""
+    """How batches reach a training process."""
 
     backend: Literal["auto", "ray", "local"] = Field(
         "auto",
-        description="ray: reader actors; local: threads of the trainer; auto: ray inside Ray",
+        description="ray: reader actors; local: threads of the training process; auto: ray when running under Ray",
     )
-    workers: int = Field(1, ge=1, description="reader actors (or threads) of each rank")
-    prefetch: int = Field(4, ge=1, description="requests each rank keeps in flight")
+    workers: int = Field(1, ge=1, description="reader actors (or threads) per rank")
+    prefetch: int = Field(4, ge=1, description="requests that each rank keeps in flight")
     decoded_bytes: int = Field(
         0,
         ge=0,
-        description="bytes of a node's cache of decoded images, beside the manifest (0: none); "
-        "for small images: not with random_resized_crop",
+        description="size in bytes of a node's cache of decoded images, beside the manifest (0: none); "
+        "for small images; unused with random_resized_crop",
     )
     cache_dir: str = Field(
         "~/.cache/cnn2gnn/shards",
-        description="folder of whole copies of remote shards, shared by all processes of a node",
+        description="folder for complete copies of remote shards, shared by all processes of a node",
         json_schema_extra=PATH,
     )
     cache_bytes: int = Field(
-        20 << 30, ge=0, description="most bytes of them (0: read the members' ranges, keep nothing)"
+        20 << 30,
+        ge=0,
+        description="size limit of that folder in bytes (0: read only the byte ranges of samples, keep nothing)",
     )
     window: int = Field(
         16, ge=1, description="shards shuffled together; bounds random access per epoch"
@@ -141,29 +141,29 @@ class StreamConfig(Section):
 
 
 class TrainConfig(Section):
-    """What teacher and student have in common as trained models."""
+    """Training settings that teacher and student have in common."""
 
     epochs: int = Field(10, ge=1, description="passes over the training images")
-    global_batch: int = Field(
-        256, ge=1, description="samples of one optimizer step, over all ranks"
-    )
+    global_batch: int = Field(256, ge=1, description="samples per optimizer step, over all ranks")
     max_micro_batch: int = Field(
-        256, ge=1, description="most samples of a rank at once; more are accumulated"
+        256,
+        ge=1,
+        description="most samples that a rank holds at once; gradients of more are accumulated",
     )
     lr: float = Field(1e-3, gt=0, description="peak learning rate (AdamW, cosine to zero)")
     warmup_epochs: float = Field(1.0, ge=0, description="epochs of linear warm-up")
-    weight_decay: float = Field(0.05, ge=0, description="decoupled weight decay (not on vectors)")
-    clip: float = Field(1.0, ge=0, description="largest norm of the gradient; 0: off")
+    weight_decay: float = Field(0.05, ge=0, description="decoupled weight decay (matrices only)")
+    clip: float = Field(1.0, ge=0, description="gradient clipping: largest norm; 0: off")
     label_smoothing: float = Field(
         0.0, ge=0, lt=1, description="label smoothing of the cross-entropy"
     )
     eval_epochs: int = Field(
-        0, ge=0, description="epochs between looks at the held-out images; 0: at the end"
+        0, ge=0, description="epochs between evaluations on held-out images; 0: only at the end"
     )
 
 
 class TeacherConfig(TrainConfig):
-    """The CNN that teaches, trained under DeepSpeed."""
+    """The teacher, a CNN trained under DeepSpeed."""
 
     arch: str = Field("resnet18", description="any timm model name")
     args: dict[str, Any] = Field(
@@ -186,10 +186,14 @@ class TeacherConfig(TrainConfig):
 class TargetsConfig(Section):
     """The teacher's soft targets."""
 
-    views: int = Field(1, ge=0, description="V augmented views to write; the student's epoch e sees view e mod V; "
-                       "0: only the clean image is written, for all of the student's views")  # fmt: skip
-    top_k: int | None = Field(None, ge=1, description="classes kept of each row; null: all")
-    batch: int = Field(256, ge=1, description="images a forward pass")
+    views: int = Field(
+        1,
+        ge=0,
+        description="number V of augmented views to write; the student's epoch e uses view e mod V; "
+        "0: write only the clean image, for all views of the student",
+    )
+    top_k: int | None = Field(None, ge=1, description="classes kept per row; null: all")
+    batch: int = Field(256, ge=1, description="images per forward pass")
 
 
 class StudentConfig(TrainConfig):
@@ -203,7 +207,7 @@ class StudentConfig(TrainConfig):
     hidden: int = Field(128, ge=2, description="H: width of the GNN's hidden layer")
     label_dim: int = Field(32, ge=1, description="width of the label embedding on the last hop")
     distill_weight: float = Field(
-        0.9, ge=0, le=1, description="lambda: share of the soft-target loss"
+        0.9, ge=0, le=1, description="lambda: weight of the soft-target loss"
     )
     temperature: float = Field(2.0, gt=0, description="T of the soft targets")
     self_loss: float = Field(
@@ -212,7 +216,7 @@ class StudentConfig(TrainConfig):
     neighbour_loss: float = Field(
         0.0,
         ge=0,
-        description="weight of -log(share of p on same-class neighbours), which trains the graph head",
+        description="weight of -log(share of p on same-class neighbors), which trains the graph head",
     )
     control: bool = Field(
         True, description="also train the same stem with an MLP head and no graph"
@@ -228,15 +232,15 @@ class StudentConfig(TrainConfig):
 
 
 class EvaluateConfig(Section):
-    """How held-out images are judged."""
+    """How models are evaluated on held-out images."""
 
     batch: int = Field(
         256,
         ge=1,
-        description="images a forward pass of a rank, also where a graph's bank is embedded",
+        description="images per forward pass of a rank, also when embedding a graph's bank",
     )
     gallery: int = Field(
-        24, ge=0, description="test images shown in the report with their neighbours"
+        24, ge=0, description="test images shown in the report with their neighbors"
     )
     timing_images: int = Field(
         256, ge=64, description="images timed for ms_per_image (batches of 64)"
@@ -256,7 +260,7 @@ class ExportConfig(Section):
 
 
 class ClusterConfig(Section):
-    """How Ray carries the ranks."""
+    """How ranks run under Ray."""
 
     address: str | None = Field(
         None, description="Ray address of an existing cluster; null: start Ray here"
@@ -265,33 +269,33 @@ class ClusterConfig(Section):
     grace_s: float = Field(
         2.5,
         ge=0,
-        description="under `cnn2gnn run`: seconds the ranks have for a save when the driver gets SIGTERM "
-        "(`ray job stop` gives it 3); under a launcher checkpoint.grace_s counts",
+        description="under `cnn2gnn run`: seconds that the ranks have to save when the driver gets SIGTERM "
+        "(`ray job stop` allows it 3); under a launcher checkpoint.grace_s applies",
     )
-    max_failures: int = Field(3, ge=0, description="times the group of ranks is started again")
+    max_failures: int = Field(3, ge=0, description="how often the group of ranks is restarted")
     timeout_s: float = Field(
-        600.0, gt=0, description="seconds a collective waits for a silent rank"
+        600.0, gt=0, description="seconds that a collective waits for a silent rank"
     )
 
 
 class CheckpointConfig(Section):
-    """When state is saved."""
+    """When checkpoints are saved and which are kept."""
 
-    every_steps: int = Field(200, ge=1, description="optimizer steps between two checkpoints")
-    keep_last: int = Field(2, ge=1, description="checkpoints left on disk")
+    every_steps: int = Field(200, ge=1, description="optimizer steps between checkpoints")
+    keep_last: int = Field(2, ge=1, description="number of latest checkpoints to keep")
     keep_best: bool = Field(
-        True, description="also leave the one of the best held-out accuracy seen so far"
+        True, description="also keep the one with the best held-out accuracy so far"
     )
     grace_s: float = Field(
         25.0,
         gt=0,
-        description="under a launcher: seconds a rank has for its next step and a save after SIGTERM or "
-        "SIGUSR1; under `cnn2gnn run` cluster.grace_s counts",
+        description="under a launcher: seconds that a rank has to finish its step and save after SIGTERM or "
+        "SIGUSR1; under `cnn2gnn run` cluster.grace_s applies",
     )
 
 
 class Config(Section):
-    """A whole run."""
+    """All fields of a run."""
 
     name: str = Field(
         "demo", pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", description="name of the run"
@@ -299,9 +303,7 @@ class Config(Section):
     seed: int = Field(
         0, ge=0, lt=2**63, description="seed of initial weights, order, views, sampling and splits"
     )
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="auto: cuda where there is one"
-    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda if available")
     run: RunConfig = Field(default_factory=RunConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     views: ViewsConfig = Field(default_factory=ViewsConfig)

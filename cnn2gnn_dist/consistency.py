@@ -28,7 +28,7 @@ def check_views(views: ViewsConfig) -> None:
         if not 0 < low <= high <= most:
             limit = ", and at most 1" if most == 1 else ""
             raise refuse(
-                f"[{low:g}, {high:g}] is no range: the smaller one first, above 0{limit}",
+                f"[{low:g}, {high:g}] is not a range: the smaller value first, above 0{limit}",
                 f"views.{name}",
                 f"views.{name}='{list(defaults[name])}' is the default",
             )
@@ -36,7 +36,7 @@ def check_views(views: ViewsConfig) -> None:
         if max(values) > 1 or min(values) < 0 or (name == "std" and min(values) == 0):
             allowed = "above 0 and at most 1" if name == "std" else "from 0 to 1"
             raise refuse(
-                f"{list(values)}: the {name} of a channel is {allowed}, of pixels from 0 to 1",
+                f"{list(values)}: the {name} of a channel must be {allowed}, for pixels from 0 to 1",
                 f"views.{name}",
                 f"divide values for pixels from 0 to 255 by 255; views.{name}='{list(defaults[name])}' "
                 "are ImageNet's",
@@ -66,8 +66,8 @@ def check_graph(graph: GraphConfig) -> None:
         "sampled",
     ):
         raise refuse(
-            "sampler=distdgl needs query=table and second_hop=sampled: servers answer with "
-            "neighbours and rows, they don't search or average",
+            "sampler=distdgl needs query=table and second_hop=sampled: its servers return "
+            "neighbors and rows, but don't search or average",
             "graph.sampling.sampler",
             "graph.sampling.query=table graph.sampling.second_hop=sampled, or graph.sampling.sampler=table",
         )
@@ -78,7 +78,7 @@ def check_graph(graph: GraphConfig) -> None:
         raise refuse(
             f"fanouts {[first, second]}: a weight in the first hop needs 2 candidates",
             "graph.sampling.fanouts",
-            f"graph.sampling.fanouts='[{k + 1}, {max(second, least)}]' for all of k={k} neighbours",
+            f"graph.sampling.fanouts='[{k + 1}, {max(second, least)}]' for all k={k} neighbors",
         )
     if second < least:
         raise refuse(
@@ -94,8 +94,8 @@ def check_batch_scope(config: Config) -> None:
     rows = min(student.global_batch, student.max_micro_batch)
     if graph.scope == "batch" and rows < graph.neighbours + 2:
         raise refuse(
-            "in the scope batch the images of a batch are each other's candidates: "
-            f"{rows} are too few for k={graph.neighbours} neighbours",
+            "with graph.scope=batch the images of a batch are each other's candidates: "
+            f"{rows} are too few for k={graph.neighbours} neighbors",
             "graph.neighbours",
             f"student.global_batch and student.max_micro_batch of {graph.neighbours + 2} or more, "
             "or fewer graph.neighbours",
@@ -119,33 +119,33 @@ def _probably_unintended(config: Config) -> list[str]:
     if config.data.source == "digits" and config.data.test is not None:
         found.append(
             f"data.test={config.data.test}: data.source=digits has one set of images, which is "
-            "packed twice: the student is judged on images that it was trained on; data.test=null "
-            "splits some off"
+            "packed twice: the student is evaluated on images that it was trained on; "
+            "data.test=null holds some out"
         )
     if config.data.source == "shards" and config.data.limit is not None:
         found.append(
-            f"data.limit={config.data.limit} is for packing, and nothing is packed: all of the "
-            "shards counts; name fewer shards in data.train"
+            f"data.limit={config.data.limit} limits packing, and nothing is packed: all of the "
+            "shards are used; list fewer shards in data.train"
         )
     for part, train in (("teacher", config.teacher), ("student", student)):
         if train.warmup_epochs > train.epochs / 2:
             found.append(
-                f"{part}.warmup_epochs={train.warmup_epochs:g} is cut to half of the training of "
-                f"{train.epochs} epochs"
+                f"{part}.warmup_epochs={train.warmup_epochs:g} is capped at half of the "
+                f"{train.epochs} epochs of training"
             )
     if graph.scope != "dataset":
         return found
     if graph.start_epoch >= student.epochs:
         found.append(
             f"graph.start_epoch={graph.start_epoch} with student.epochs={student.epochs}: the "
-            "student is not trained with the graph, which then adds nothing; an earlier start: "
+            "student never trains with the graph, which then adds nothing; to start earlier: "
             f"graph.start_epoch={student.epochs // 2}"
         )
     first, k = graph.sampling.fanouts[0], graph.neighbours
     if first <= k:
         found.append(
-            f"graph.sampling.fanouts[0]={first} with graph.neighbours={k}: only {first - 1} neighbours of a "
-            "seed have a weight, since the closed form takes one candidate more; for all of them: "
+            f"graph.sampling.fanouts[0]={first} with graph.neighbours={k}: only {first - 1} neighbors of a "
+            "seed have a weight, since the closed form needs one more candidate; for all of them: "
             f"graph.sampling.fanouts='[{k + 1}, {graph.sampling.fanouts[1]}]'"
         )
     return found

@@ -90,9 +90,9 @@ def disk_full_reported(path: Path) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise UserError(
-            f"no room left: {error.strerror}",
+            f"disk full: {error.strerror}",
             where=str(path),
-            remedy="free some space and run the same command again: it goes on where it stopped",
+            remedy="free some space and run the same command again: it resumes where it stopped",
         ) from None
 
 

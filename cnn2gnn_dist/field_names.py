@@ -112,9 +112,9 @@ def with_current_names(tree: Mapping[str, Any], where: str, old: dict[str, None]
 
 def renamed_note(old: list[str]) -> str:
     """A line about fields that were given by their old names."""
-    shown = ", ".join(f"{one} is {current_name(one)} now" for one in old[:3])
+    shown = ", ".join(f"{one} is now {current_name(one)}" for one in old[:3])
     more = f", and {len(old) - 3} more have moved (`cnn2gnn config`)" if len(old) > 3 else ""
-    return f"{shown}{more}; the old names are still read"
+    return f"{shown}{more}; the old names are still accepted"
 
 
 def _copy(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,11 +143,11 @@ def unknown(loc: list[str]) -> UserError:
         shown = f"{{{field}: …}}"
         for section in reversed(sections[1:]):
             shown = f"{{{section}: {shown}}}"
-        remedy = f"in a file fields stand in their section: {sections[0]}: {shown}"
+        remedy = f"in a file, fields go into their section: {sections[0]}: {shown}"
     else:
         near = nearest(loc)
         remedy = f"did you mean {near}?" if near else "`cnn2gnn config` lists the fields"
-    return UserError("the config has no field of this name", where=".".join(loc), remedy=remedy)
+    return UserError("the config has no field with this name", where=".".join(loc), remedy=remedy)
 
 
 def nearest(loc: list[str]) -> str | None:

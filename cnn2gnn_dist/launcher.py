@@ -35,9 +35,9 @@ def main() -> int:
     )
     parser.add_argument("--config", default="demo", metavar="FILE_OR_PRESET")
     parser.add_argument("--stages", metavar="A,B", help="only these stages")
-    parser.add_argument("--update", action="store_true", help="make stale results again")
+    parser.add_argument("--update", action="store_true", help="recompute stale results")
     parser.add_argument(
-        "--force", action="store_true", help="go on from checkpoints of another config"
+        "--force", action="store_true", help="resume from checkpoints of another config"
     )
     # What the DeepSpeed launcher puts on the command line.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)

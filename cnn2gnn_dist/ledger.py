@@ -30,8 +30,8 @@ class Status(Enum):
     """State of a stage."""
 
     FRESH = "to run"
-    RESUME = "to continue"
-    COMPLETE = "whole"
+    RESUME = "to resume"
+    COMPLETE = "complete"
     STALE = "stale"
 
 
@@ -143,7 +143,7 @@ def check_claim(root: Path) -> None:
         raise UserError(
             "this is not a folder",
             where=str(root),
-            remedy="name another folder: run.dir=…",
+            remedy="choose another folder: run.dir=…",
         )
     there = (
         [path for path in root.iterdir() if not path.name.startswith(".lock")]
@@ -152,9 +152,9 @@ def check_claim(root: Path) -> None:
     )
     if there and not (root / CONFIG).exists():
         raise UserError(
-            "this folder is not empty and is not a run's",
+            "this folder is not empty and is not a run folder",
             where=str(root),
-            remedy="name another folder: run.dir=…",
+            remedy="choose another folder: run.dir=…",
         )
 
 

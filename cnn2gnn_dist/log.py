@@ -67,8 +67,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add ``-v`` and ``-q``: they set ``verbosity`` in the namespace, if given."""
     group = parser.add_mutually_exclusive_group()
     for level, short, text in (
-        (VERBOSE, "-v", "say more: keys, checkpoints, every line of metrics"),
-        (QUIET, "-q", "say warnings and errors only; no progress bars"),
+        (VERBOSE, "-v", "print more: keys, checkpoints, every line of metrics"),
+        (QUIET, "-q", "print only warnings and errors; no progress bars"),
     ):
         group.add_argument(
             *(short, "--verbose" if level == VERBOSE else "--quiet"),

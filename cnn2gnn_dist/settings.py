@@ -162,7 +162,7 @@ def _read(source: str, old: dict[str, None]) -> dict[str, Any]:
         if (path / "config.yaml").is_file():
             hint = f"did you mean {path / 'config.yaml'}? "
         raise UserError(
-            f"no config file and no preset of this name: {source}",
+            f"no config file or preset of this name: {source}",
             where=source,
             remedy=f"{hint}presets: {', '.join(presets())}",
         )
@@ -176,7 +176,9 @@ def _read(source: str, old: dict[str, None]) -> dict[str, Any]:
         ) from None
     except OSError as error:
         raise UserError(
-            f"the config can't be read: {error.strerror}", where=str(path), remedy="see its rights"
+            f"the config can't be read: {error.strerror}",
+            where=str(path),
+            remedy="check its permissions",
         ) from None
     tree = typed_text.from_file(Config, text, str(path))
     return field_names.with_current_names(tree, str(path), old)
@@ -187,11 +189,11 @@ def _apply(tree: dict[str, Any], override: str, old: dict[str, None]) -> None:
     path = path.strip()
     if not sign and (path in presets() or path.endswith((".yaml", ".yml", ".json"))):
         raise UserError(
-            "a config is named by --config", where=override, remedy=f"--config {override}"
+            "a config is given by --config", where=override, remedy=f"--config {override}"
         )
     if not sign or not path:
         raise UserError(
-            f"an override reads section.field=value, without blanks around =, not {override!r}",
+            f"an override has the form section.field=value, without spaces around =, not {override!r}",
             where=override,
             remedy=f"{path if path in field_names.paths() else 'student.epochs'}=20, for example",
         )
@@ -241,7 +243,7 @@ def _refuse_brace_expansion(overrides: Sequence[str]) -> None:
         if len(texts) > 1:
             raise UserError(
                 f"{len(texts)} values are given: {texts[0]} to {texts[-1]}; "
-                "shells spell out braces that are not in quotes",
+                "shells expand unquoted braces",
                 where=path,
                 remedy=f"{path}='{_unexpanded(texts)}', in quotes",
             )
@@ -279,9 +281,9 @@ def _explain(error: ValidationError) -> UserError:
     if first["type"] == "missing" and isinstance(first["loc"][-1], int):
         message = "too few values"
     if first["type"] in ("model_type", "model_attributes_type"):
-        message = f"{where} is a section: {where}.FIELD=VALUE sets a field of it"
+        message = f"{where} is a section: {where}.FIELD=VALUE sets one of its fields"
     if first["type"] == "string_pattern_mismatch":
-        message = "a name has letters, digits, '.', '_' and '-', and begins with one of the first two or '_'"
+        message = "a name consists of letters, digits, '.', '_' and '-', and starts with a letter, a digit or '_'"
     return UserError(
         f"{message} (got {first['input']!r})" if "input" in first and where else message,
         where=where or "config",
@@ -322,7 +324,7 @@ def _refuse_non_utf8(value: Any, where: str) -> None:
             raise UserError(
                 f"this is not UTF-8 text: {value.encode(errors='surrogateescape')!r}",
                 where=where,
-                remedy="rename the file or folder, or link to it by a name in UTF-8",
+                remedy="rename the file or folder, or link to it under a UTF-8 name",
             ) from None
 
 
@@ -356,7 +358,7 @@ def _expanded(path: str, where: str) -> str:
             raise UserError(
                 f"the environment variable {name} is {'empty' if name in os.environ else 'not set'}",
                 where=f"{where}={path}",
-                remedy=f"export {name}=…, or write the path out ($$ is a dollar sign in a name)",
+                remedy=f"export {name}=…, or write the path out ($$ stands for a dollar sign in a name)",
             )
         return value
 
@@ -370,7 +372,7 @@ def _absolute(path: str, where: str) -> str:
         local = unquote(path[len("file://") :]).removeprefix("localhost")
         if not local.startswith("/"):
             raise UserError(
-                "a file:// URL of another machine, or without its third slash",
+                "a file:// URL that names another machine or has no third slash",
                 where=f"{where}={path}",
                 remedy=f"{where}=/PATH",
             )
@@ -383,8 +385,8 @@ def _absolute(path: str, where: str) -> str:
     if known.startswith("~"):
         user = known.partition("/")[0]
         raise UserError(
-            f"there is no user {user[1:]!r} whose home {user} would be",
+            f"there is no user {user[1:]!r}, so {user} is no home folder",
             where=f"{where}={path}",
-            remedy=f"{where}=./{path} if the name begins like this",
+            remedy=f"{where}=./{path} if the name starts with a tilde",
         )
     return os.path.abspath(known)

@@ -3,9 +3,9 @@
 python launch/submit.py --address http://127.0.0.1:8265 -- --config demo run.dir=/shared/demo
 python -m cnn2gnn_dist.submit …                    # the same, without a checkout
 
-Everything after ``--`` goes to ``cnn2gnn run`` on the cluster, in a copy of this checkout: a
-relative path counts from there, and tars are not sent. Ctrl-C leaves the job running and says
-how to look at it; ``--stop-on-interrupt`` stops it instead.
+Everything after ``--`` goes to ``cnn2gnn run`` on the cluster, in a copy of this checkout: relative
+paths start there, and tars are not sent. Ctrl-C leaves the job running and says how to follow it;
+``--stop-on-interrupt`` stops it instead.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def main() -> int:
     parser.add_argument(
         "--working-dir",
         default=str(CHECKOUT if (CHECKOUT / "pyproject.toml").is_file() else Path.cwd()),
-        help="what is sent to the cluster: this checkout, or the current folder where there is none",
+        help="folder to send to the cluster; default: this checkout, or the current folder if there is none",
     )
     parser.add_argument("--stop-on-interrupt", action="store_true", help="Ctrl-C stops the job")
     parser.add_argument("arguments", nargs="*", help="arguments of `cnn2gnn run`, after --")
@@ -83,7 +83,7 @@ def _submit(options: argparse.Namespace) -> int:
     except (ConnectionError, RuntimeError, ValueError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
         raise UserError(
-            f"the job server takes no job: {lines[0]}", where=where, remedy="see the head's log"
+            f"the job server rejected the job: {lines[0]}", where=where, remedy="see the head's log"
         ) from None
     log.output(f"submitted {job}")
     try:
@@ -93,7 +93,7 @@ def _submit(options: argparse.Namespace) -> int:
             client.stop_job(job)
             log.output(f"stopped {job}")
         else:
-            log.output(f"{job} goes on; `ray job logs {job} --follow` shows it")
+            log.output(f"{job} keeps running; `ray job logs {job} --follow` shows its log")
         return 130
     status = client.get_job_status(job)
     log.output(f"{job}: {status.value}")

@@ -46,8 +46,8 @@ def from_text(kind: Any, text: str, where: str) -> Any:
         raise UserError(
             "an override without a value",
             where=where,
-            remedy=f"{where}=VALUE; was an unset variable of the shell meant?"
-            + (f" {where}=null says none" if _may_be_none(kind) else ""),
+            remedy=f"{where}=VALUE; was an unset shell variable meant?"
+            + (f" {where}=null means none" if _may_be_none(kind) else ""),
         )
     holds_text = _accepts(kind, str)
     if _may_be_none(kind) and (text in NULLS or (text == "~" and not holds_text)):
@@ -81,13 +81,13 @@ def from_file(model: type[BaseModel], text: str, file: str) -> dict[str, Any]:
         raise UserError(
             "the config file is empty",
             where=file,
-            remedy="`cnn2gnn config --config demo` prints one to begin with",
+            remedy="`cnn2gnn config --config demo` prints one to start from",
         )
     if not isinstance(node, yaml.MappingNode):
         raise UserError(
             "a config file is a mapping of sections, such as `student: {epochs: 20}`",
             where=file,
-            remedy="`cnn2gnn config --config demo` prints one to begin with",
+            remedy="`cnn2gnn config --config demo` prints one to start from",
         )
     return _Reader(file, file).value(model, node, "")
 
@@ -139,7 +139,7 @@ class _Reader:
             return self._mapping(kind, node, path, depth)
         if isinstance(node, yaml.SequenceNode):
             if _accepts(kind, list) and not node.value:
-                raise self._error("an empty list", node, path, "name at least one, or null")
+                raise self._error("an empty list", node, path, "give at least one, or null")
             inner = Any
             for origin in (list, tuple):
                 if _accepts(kind, origin):
@@ -149,10 +149,10 @@ class _Reader:
 
     def _check(self, node: yaml.Node, path: str, depth: int) -> None:
         if depth > _DEEP:
-            raise self._error("an alias that holds itself", node, path, "write the value out")
+            raise self._error("an alias that contains itself", node, path, "write the value out")
         if node.tag not in _PLAIN_TAGS:
             tag = node.tag.replace("tag:yaml.org,2002:", "!!")
-            raise self._error(f"the tag {tag} has no meaning here", node, path, "leave it out")
+            raise self._error(f"the tag {tag} is not supported here", node, path, "leave it out")
 
     def _text(self, kind: Any, node: yaml.ScalarNode, path: str) -> Any:
         text = node.value
@@ -175,17 +175,17 @@ class _Reader:
                 parts = value.value if isinstance(value, yaml.SequenceNode) else [value]
                 for part in reversed(parts):
                     if not isinstance(part, yaml.MappingNode):
-                        raise self._error("<< takes in mappings only", key, path, "write it out")
+                        raise self._error("<< accepts only mappings", key, path, "write it out")
                     merged |= self.value(kind, part, path, depth + 1)
                 continue
             name = key.value if isinstance(key, yaml.ScalarNode) else None
             if name is None:
-                raise self._error("a key is a name", key, path, "put quotes around it")
+                raise self._error("a key must be a name", key, path, "put it in quotes")
             inner = f"{path}.{name}" if path else name
             line = key.start_mark.line + 1
             if name in lines:
                 raise self._error(
-                    f"{inner} stands twice: in line {lines[name]} and in line {line}",
+                    f"{inner} appears twice: on line {lines[name]} and on line {line}",
                     key,
                     inner,
                     "keep one of them",
@@ -217,7 +217,7 @@ class _Reader:
         old = _GUESSES.resolve(yaml.ScalarNode, text, (True, False)).rpartition(":")[2]
         if number or old in ("bool", "int", "float"):
             raise self._error(
-                f"{text} may be read in several ways",
+                f"{text} is ambiguous",
                 node,
                 path,
                 "write true or false, or a plain finite number; put text in quotes",
@@ -247,8 +247,8 @@ def _compose(text: str, file: str, where: str) -> yaml.Node:
             where=place,
             remedy="indent with spaces instead of tabs"
             if tab
-            else "close all brackets and quotes; put a value in quotes that begins with "
-            "one of * & [ { @ % ! or holds ': '",
+            else "close all brackets and quotes; quote a value that starts with "
+            "one of * & [ { @ % ! or contains ': '",
         ) from None
     except yaml.YAMLError as error:
         raise UserError(
@@ -354,7 +354,7 @@ def _refuse_multiple_paths(text: str, where: str) -> None:
     if len(parts) > 1:
         field = where.rpartition(": ")[2]
         raise UserError(
-            "this reads like several paths in one",
+            "this looks like several paths in one",
             where=where,
             remedy=f"{field}='[{', '.join(parts)}]'"
             f" if so, {field}='[\"{text}\"]' if it is a single one",

@@ -21,7 +21,7 @@ class Surroundings:
 
     Attributes:
         on_gpu: whether tensors lie on a GPU.
-        inside_ray: whether Ray carries the ranks, or a launcher; None: not known yet.
+        inside_ray: whether the ranks run under Ray or under a launcher; None: not known yet.
         ranks: how many there are; None: not known yet.
         deepspeed: the DeepSpeed configs of "teacher" and "student".
     """
@@ -60,7 +60,7 @@ _RULES = (
     ),
     _Rule(
         ("data.holdout",),
-        "the held-out images are a set of their own",
+        "the held-out images are a separate data set",
         lambda c, a: c.data.test is not None or c.data.source in DOWNLOADED,
     ),
     _Rule(
@@ -71,22 +71,22 @@ _RULES = (
     # What becomes of them.
     _Rule(
         ("views.pad",),
-        "views.kind pads nothing: it is for shift and crop_flip",
+        "only views.kind=shift and views.kind=crop_flip pad",
         lambda c, a: c.views.kind not in ("shift", "crop_flip"),
     ),
     _Rule(
         ("views.scale", "views.ratio"),
-        "they are for views.kind=random_resized_crop",
+        "they apply only to views.kind=random_resized_crop",
         lambda c, a: c.views.kind != "random_resized_crop",
     ),
     _Rule(
         ("stream.decoded_bytes",),
-        "views.kind=random_resized_crop decodes another part of an image each time",
+        "views.kind=random_resized_crop decodes a different region of an image each time",
         lambda c, a: c.views.kind == "random_resized_crop",
     ),
     _Rule(
         ("stream.cache_dir", "stream.cache_bytes"),
-        "they are for remote shards, and all are local",
+        "they apply only to remote shards, and all shards are local",
         lambda c, a: not any(map(_is_remote, _shards(c))),
     ),
     _Rule(
@@ -97,27 +97,27 @@ _RULES = (
     # Trainings.
     _Rule(
         ("teacher.clip",),
-        "the DeepSpeed config has a gradient_clipping of its own",
+        "the DeepSpeed config sets its own gradient_clipping",
         lambda c, a: a.deepspeed.get("teacher", {}).get("gradient_clipping", "auto") != "auto",
     ),
     _Rule(
         ("student.clip",),
-        "the DeepSpeed config has a gradient_clipping of its own",
+        "the DeepSpeed config sets its own gradient_clipping",
         lambda c, a: a.deepspeed.get("student", {}).get("gradient_clipping", "auto") != "auto",
     ),
     _Rule(
         ("student.label_smoothing",),
-        "student.distill_weight=1 leaves the labels out",
+        "student.distill_weight=1 ignores the labels",
         lambda c, a: c.student.distill_weight == 1,
     ),
     _Rule(
         ("student.temperature", "targets.top_k"),
-        "student.distill_weight=0 leaves the soft targets out",
+        "student.distill_weight=0 ignores the soft targets",
         lambda c, a: c.student.distill_weight == 0,
     ),
     _Rule(
         ("student.neighbour_loss",),
-        "it is of graph.scope=dataset",
+        "it applies only to graph.scope=dataset",
         lambda c, a: c.graph.scope == "batch",
     ),
     # The graph.
@@ -137,7 +137,7 @@ _RULES = (
     ),
     _Rule(
         ("graph.search.recall", "graph.search.warm_start", "graph.search.probes"),
-        "graph.search.exact=true looks at all images",
+        "graph.search.exact=true searches all images",
         lambda c, a: c.graph.search.exact,
     ),
     _Rule(
@@ -150,7 +150,7 @@ _RULES = (
     ),
     _Rule(
         ("graph.partition.repartition_cut", "graph.partition.move_gain"),
-        "graph.partition.partitioner=ranges goes by the ids of images alone",
+        "graph.partition.partitioner=ranges uses only the ids of images",
         lambda c, a: c.graph.partition.partitioner == "ranges",
     ),
     _Rule(
@@ -161,17 +161,17 @@ _RULES = (
     # Who carries the ranks.
     _Rule(
         ("cluster.address", "cluster.cpus_per_rank", "cluster.max_failures", "cluster.grace_s"),
-        "they are for ranks that Ray carries, and a launcher has started these",
+        "they apply only to ranks under Ray, and a launcher started these",
         lambda c, a: a.inside_ray is False,
     ),
     _Rule(
         ("run.ranks",),
-        "the launcher has started another number",
+        "the launcher started a different number of ranks",
         lambda c, a: a.inside_ray is False and a.ranks not in (None, c.run.ranks),
     ),
     _Rule(
         ("checkpoint.grace_s",),
-        "ranks that Ray carries have cluster.grace_s for their last save",
+        "ranks under Ray have cluster.grace_s for their last save",
         lambda c, a: a.inside_ray is True,
     ),
 )
@@ -188,7 +188,7 @@ def notes(config: Config, surroundings: Surroundings) -> list[str]:
         if idle:
             said |= idle.keys()
             shown = ", ".join(f"{name}={_text(value)}" for name, value in idle.items())
-            found.append(f"{shown} {'does' if len(idle) == 1 else 'do'} nothing: {rule.why}")
+            found.append(f"{shown} {'has' if len(idle) == 1 else 'have'} no effect: {rule.why}")
     return found + _fanouts(config)
 
 
@@ -202,13 +202,13 @@ def _fanouts(config: Config) -> list[str]:
     for hop, (fanout, from_table) in enumerate(zip(sampling.fanouts, drawn, strict=True)):
         if from_table and fanout > graph.candidates:
             found.append(
-                f"graph.sampling.fanouts[{hop}]={fanout} counts as {graph.candidates}: there are "
+                f"graph.sampling.fanouts[{hop}]={fanout} is capped at {graph.candidates}: there are "
                 f"graph.candidates={graph.candidates} to draw from"
             )
     if cached and sampling.fanouts[1] not in (0, _default(sampling, "fanouts")[1]):
         found.append(
-            f"graph.sampling.fanouts[1]={sampling.fanouts[1]} does nothing: "
-            "graph.sampling.second_hop=cached averages over all candidates of a neighbour"
+            f"graph.sampling.fanouts[1]={sampling.fanouts[1]} has no effect: "
+            "graph.sampling.second_hop=cached averages over all candidates of a neighbor"
         )
     return found
 

@@ -30,11 +30,11 @@ def check_size(files: Mapping[str, int], folder: Path) -> None:
     largest = sorted(files, key=lambda name: -files[name])[:3]
     named = ", ".join(f"{name} ({files[name] / MIB:,.0f} MiB)" for name in largest)
     raise UserError(
-        f"{total / MIB:,.0f} MiB would be sent with the job, and Ray takes less than "
+        f"{total / MIB:,.0f} MiB would be sent with the job, but Ray accepts less than "
         f"{MOST_BYTES / MIB:,.0f}; the largest: {named}",
         where=str(folder),
         remedy="move data out of this folder, or list it in a file .rayignore there "
-        "(one pattern a line, as in .gitignore)",
+        "(one pattern per line, as in .gitignore)",
     )
 
 
@@ -104,7 +104,7 @@ def _check_path(field: str, path: str, files: Mapping[str, int], folder: Path) -
 
 
 def _excluded(path: Path) -> str:
-    return ": it is left out (tars, .git, runs, .venv, what .gitignore and .rayignore name)" * (
+    return ": it is excluded (tars, .git, runs, .venv, whatever .gitignore and .rayignore list)" * (
         path.exists() or "*" in path.name or "{" in path.name
     )
 
@@ -113,6 +113,6 @@ def _not_sent(field: str, path: str, folder: Path, why: str) -> UserError:
     return UserError(
         f"{path} is not among the files that are sent with the job{why}",
         where=field,
-        remedy="an absolute path that all hosts of the cluster see; relative ones count from "
-        f"the copy of {folder}",
+        remedy="an absolute path that all hosts of the cluster can see; relative paths start "
+        f"at the copy of {folder}",
     )

@@ -46,9 +46,11 @@ def show(place: Path) -> int:
     state = disk.read_state(folder)
     cursor, best = state["extra"]["cursor"], state["extra"]["best"]
     output(f"checkpoint   {folder}")
-    output(f"stands at    epoch {cursor['epoch']}, batch {cursor['batch']}, step {state['step']}")
+    output(f"position     epoch {cursor['epoch']}, batch {cursor['batch']}, step {state['step']}")
     output(f"written by   {state['world_size']} ranks, ZeRO stage {state['zero_stage']}")
-    output(f"best so far  {'not judged yet' if best is None else f'{best:.2%} on held-out images'}")
+    output(
+        f"best so far  {'not evaluated yet' if best is None else f'{best:.2%} on held-out images'}"
+    )
     output(f"run          {state['run_id']}")
     for prefix, (tensors, numbers, size) in _contents(folder).items():
         output(f"{prefix:12} {tensors:5} tensors {numbers:13,} numbers {size / 1e6:9.1f} MB")
@@ -64,7 +66,7 @@ def verify(place: Path) -> int:
     for folder in found_in(place):
         problem = disk.damage(folder)
         bad += problem is not None
-        output(f"{_stage(folder):8} {folder.name:14} {problem or 'whole'}")
+        output(f"{_stage(folder):8} {folder.name:14} {problem or 'complete'}")
     return 1 if bad else 0
 
 
@@ -81,12 +83,12 @@ def export(place: Path, out: Path) -> int:
     problem = disk.damage(folder)
     if problem is not None:
         raise UserError(
-            f"this checkpoint is not whole: {problem}",
+            f"this checkpoint is not complete: {problem}",
             where=str(folder),
-            remedy=f"another one: `cnn2gnn checkpoint verify {folder.parent.parent}` says which are",
+            remedy=f"another one: `cnn2gnn checkpoint verify {folder.parent.parent}` shows which are",
         )
     if out.exists():
-        raise UserError("the file is there already", where=str(out), remedy="another --out")
+        raise UserError("the file already exists", where=str(out), remedy="another --out")
     weights, about = disk.load_weights(folder), _about(folder)
     if _stage(folder) == "teacher":
         weights = {n.removeprefix("cnn."): t for n, t in weights.items() if n.startswith("cnn.")}

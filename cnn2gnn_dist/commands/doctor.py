@@ -45,7 +45,7 @@ def command() -> int:
         if one.status != OK and one.remedy:
             output(f"{'':22} -> {one.remedy}")
     bad = sum(one.status == FAIL for one in findings)
-    output(f"\n{bad} problems" if bad else "\nnothing stands in the way")
+    output(f"\n{bad} problems" if bad else "\nno problems found")
     return 1 if bad else 0
 
 
@@ -62,7 +62,11 @@ def _examine() -> list[Finding]:
     except ImportError as error:  # packaging itself
         findings.append(Finding("versions", FAIL, str(error), "pip install '.[all]'"))
     checks: list[tuple[str, Callable[[], Finding], str]] = [
-        ("timm imports", _timm, "pip install timm torchvision; torch and torchvision of one build"),
+        (
+            "timm imports",
+            _timm,
+            "pip install timm torchvision; matching builds of torch and torchvision",
+        ),
         ("dgl imports", _dgl, "pip install dgl==2.1.0 pandas packaging"),
         ("deepspeed imports", _deepspeed, "pip install deepspeed==0.19.8"),
         ("ray imports", _ray, 'pip install "ray[default]"'),
@@ -130,7 +134,7 @@ def _timm() -> Finding:
 def _dgl() -> Finding:
     from cnn2gnn_dist.compat import import_dgl
 
-    return Finding("dgl imports", OK, f"{import_dgl().__version__} (graphbolt left out)")
+    return Finding("dgl imports", OK, f"{import_dgl().__version__} (without graphbolt)")
 
 
 def _deepspeed() -> Finding:
@@ -156,7 +160,7 @@ def _ray() -> Finding:
     try:
         if address.startswith(("http://", "https://")):
             ray_probe.job_server_mode(address, where)
-            seen += " (a job server's: `cnn2gnn run` starts a Ray of its own)"
+            seen += " (a job server's address: `cnn2gnn run` starts its own Ray)"
         elif address != "auto" and not address.startswith("ray://"):
             ray_probe.cluster_mode(address, where)
     except UserError as error:
@@ -168,7 +172,7 @@ def _gpu() -> Finding:
     import torch
 
     if not torch.cuda.is_available():
-        return Finding("gpu", OK, "none that torch sees: runs use the CPU (device=auto)")
+        return Finding("gpu", OK, "torch sees none: runs use the CPU (device=auto)")
     cards = []
     for number in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(number)
@@ -205,7 +209,7 @@ def _memory() -> Finding:
         "memory",
         OK if free >= 3 else WARN,
         f"{free:.1f} GiB available, {cores} cores",
-        "about 1 GiB a rank and 0.5 GiB for Ray",
+        "about 1 GiB per rank and 0.5 GiB for Ray",
     )
 
 
@@ -245,7 +249,7 @@ def _interfaces() -> Finding:
     except UserError as error:
         return Finding("interfaces", FAIL, error.what, error.remedy)
     named = [f"{n}={os.environ[n]}" for n in (rendezvous.GLOO, rendezvous.NCCL) if n in os.environ]
-    return Finding("interfaces", OK, ", ".join(named) or "left to gloo and NCCL")
+    return Finding("interfaces", OK, ", ".join(named) or "chosen by gloo and NCCL")
 
 
 def _port() -> Finding:
@@ -258,7 +262,7 @@ def _port() -> Finding:
             return Finding(
                 f"port {DEFAULT_PORT}",
                 WARN,
-                f"{error.strerror}: launchers meet there by default",
+                f"{error.strerror}: launchers use this port by default",
                 f"torchrun or deepspeed --master_port {DEFAULT_PORT + 1}",
             )
     return Finding(f"port {DEFAULT_PORT}", OK, "free, for torchrun and deepspeed")
@@ -269,7 +273,7 @@ def _threads() -> Finding:
     if value is None:
         seen = "not set (ranks under Ray and torchrun use 1)"
         return Finding("OMP_NUM_THREADS", OK, seen)
-    remedy = "export OMP_NUM_THREADS=1, or at most the cores a rank has to itself"
+    remedy = "export OMP_NUM_THREADS=1, or at most the number of cores per rank"
     if not value.isdecimal() or not 1 <= int(value) <= cores:
         return Finding("OMP_NUM_THREADS", WARN, f"{value!r} with {cores} cores", remedy)
     return Finding("OMP_NUM_THREADS", OK, value)

@@ -14,7 +14,7 @@ from cnn2gnn_dist.log import output
 PLACES: dict[memory_model.Place, str] = {
     "disk": "on disk, each version (graph.keep_versions of them)",
     "rank": "each rank, in training",
-    "search": "each rank, while the candidates are searched",
+    "search": "each rank, during the candidate search",
     "partitioner": "the partitioner, on rank 0",
 }
 
@@ -34,8 +34,8 @@ def command(given: dict[str, Any], *, as_json: bool) -> int:
     output(
         f"{sizes.images:,} images, features of {sizes.dim}, projections of {sizes.graph_dim}, "
         f"{sizes.candidates} candidates; {sizes.parts} partitions on {sizes.ranks} ranks\n"
-        f"halos: {sizes.halo1:.2f} and {sizes.halo2:.2f} nodes for each inner node "
-        "(weak homophily; --halo1, --halo2: yours, from `cnn2gnn graph`)"
+        f"halos: {sizes.halo1:.2f} and {sizes.halo2:.2f} nodes per inner node "
+        "(assuming weak homophily; --halo1, --halo2: your own, from `cnn2gnn graph`)"
     )
     for place, title in PLACES.items():
         output(f"\n{title}")
@@ -45,9 +45,9 @@ def command(given: dict[str, Any], *, as_json: bool) -> int:
                     f"  {one.name:42} {_size(one.bytes):>11} {one.bytes / sizes.images:9.1f} B/image"
                 )
         if place != "partitioner":
-            output(f"  {'together':42} {_size(memory_model.total(found, place)):>11}")
+            output(f"  {'total':42} {_size(memory_model.total(found, place)):>11}")
     if sizes.images >= 2**31:
-        output("\nnote: ids are int32: more than 2,147,483,647 images need wider ones")
+        output("\nnote: ids are int32: more than 2,147,483,647 images need a wider type")
     return 0
 
 
@@ -63,7 +63,7 @@ def _sizes(given: dict[str, Any]) -> memory_model.Sizes:
         raise UserError(
             f"{sizes.parts} partitions of {sizes.images} images on {sizes.ranks} ranks",
             where="--parts",
-            remedy="at most one for each image, at least one for each rank",
+            remedy="at most one per image, at least one per rank",
         )
     first, second = memory_model.halos(sizes.ranks)
     return replace(

@@ -133,7 +133,7 @@ def _weights(path: Path, before: str | None) -> str:
         return str(before) if known else f"{path.name} is missing"
     if not S_ISREG(stat.st_mode):
         raise UserError(
-            "this is no file of weights",
+            "this is not a weights file",
             where=f"teacher.weights={path}",
             remedy="name a file: .safetensors, or .pth with a state dict",
         )
@@ -253,7 +253,7 @@ class Survey:
         except UserError as error:
             if before is None or not self._can_do_without(origin, before):
                 raise
-            _log.warning(f"{error.what} ({error.where}); taken as it was")
+            _log.warning(f"{error.what} ({error.where}); assumed unchanged")
             return before
         if before is None and not self.reads:
             return None
@@ -267,13 +267,13 @@ class Survey:
             raise UserError(
                 "there is no such folder",
                 where=str(folder),
-                remedy=f"say where the images lie now: data.{role}=FOLDER",
+                remedy=f"say where the images are now: data.{role}=FOLDER",
             )
         if before is not None and not any(path.is_dir() for path in folder.iterdir()):
             raise UserError(
-                "this folder held class folders, and holds none now",
+                "this folder had class folders, but has none now",
                 where=str(folder),
-                remedy=f"mount what lay there, or say where the images lie: data.{role}=FOLDER",
+                remedy=f"mount what was there, or say where the images are: data.{role}=FOLDER",
             )
 
     def _can_do_without(self, origin: str | list[str], before: Fingerprint) -> bool:

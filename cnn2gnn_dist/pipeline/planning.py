@@ -1,4 +1,4 @@
-"""The state of each stage of a run on disk: whole, to continue, to run, or stale; and why."""
+"""The state of each stage of a run on disk: complete, to resume, to run, or stale; and why."""
 
 from __future__ import annotations
 
@@ -77,22 +77,22 @@ def inspect_stage(
         key, parts, schema = recorded.key, recorded.parts, recorded.schema
     status, entry = ledger.status(folder, key)
     why = {
-        Status.FRESH: "nothing there yet",
-        Status.RESUME: "begun and not finished",
-        Status.COMPLETE: "whole, skipped",
-        Status.STALE: "made from another config or other inputs",
+        Status.FRESH: "not started yet",
+        Status.RESUME: "started but not finished",
+        Status.COMPLETE: "complete, skipped",
+        Status.STALE: "made from a different config or inputs",
     }[status]
     if status is Status.STALE and entry is not None and entry.schema > ledger.SCHEMA:
-        why = f"recorded by a later version of cnn2gnn-dist (keys of schema {entry.schema})"
+        why = f"recorded by a newer version of cnn2gnn-dist (key schema {entry.schema})"
     elif status is Status.STALE and entry is not None:
         changed = keys.changes(entry, parts) + _changed_inputs(survey, entry, inputs)
         why += f": {'; '.join(changed)}" if changed else " (its inputs changed)"
     elif status is Status.RESUME and before is not None:
-        why = f"not whole any more: {ledger.missing(folder, before)}"
+        why = f"no longer complete: {ledger.missing(folder, before)}"
     elif status is Status.COMPLETE and stage.trains:
         problem = _damage(survey, folder)
         if problem:
-            status, why = Status.RESUME, f"not whole any more: {problem}"
+            status, why = Status.RESUME, f"no longer complete: {problem}"
     return Step(stage, key, status, why, entry, parts, inputs, schema)
 
 
@@ -111,12 +111,12 @@ def _changed_inputs(survey: Survey, entry: Entry, inputs: dict[str, str]) -> lis
         if not entry.inputs or old == new:  # records of earlier versions don't have them
             continue
         if not name.startswith("data."):
-            found.append(f"the stage {name} was made again")
+            found.append(f"the stage {name} was rerun")
         elif old is None or new is None:
-            found.append(f"{name} was {'not ' * (old is None)}named")
+            found.append(f"{name} was {'not ' * (old is None)}set")
         else:
             how = survey.difference(name.removeprefix("data."))
-            found.append(f"{name}: {how or 'other files'}")
+            found.append(f"{name}: {how or 'different files'}")
     return found
 
 
@@ -132,7 +132,7 @@ def check_names(stages: list[Stage], names: list[str] | None) -> None:
             raise UserError(
                 f"this config has no stage {name!r}",
                 where="stages",
-                remedy=f"its stages: {', '.join(known)}",
+                remedy=f"its stages are {', '.join(known)}",
             )
 
 

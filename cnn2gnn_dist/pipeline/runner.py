@@ -96,9 +96,9 @@ def choose_device(wanted: str) -> str:
     there = torch.cuda.is_available()
     if wanted == "cuda" and not there:
         raise UserError(
-            "the config asks for a GPU and torch finds none",
+            "the config asks for a GPU, but torch finds none",
             where="device",
-            remedy="device=cpu or device=auto; `cnn2gnn doctor` says what torch sees",
+            remedy="device=cpu or device=auto; `cnn2gnn doctor` shows what torch sees",
         )
     return "cuda" if wanted == "cuda" or (wanted == "auto" and there) else "cpu"
 
@@ -177,7 +177,7 @@ def _inspect(
     if step.status is not Status.COMPLETE or step.entry is None:
         return step
     if update and survey.inputs(stage) and survey.untagged():
-        why = "from a store that does not tell whether files have changed: they are read again"
+        why = "its store can't tell whether files have changed, so they are read again"
         return replace(step, status=Status.STALE, why=why)
     if survey.inputs(stage):
         survey.keep()
@@ -190,7 +190,7 @@ def _inspect(
 
 def log_skipped(name: str) -> None:
     """Log that a stage is complete; under Ray the driver does, since its log lines are not lost."""
-    _log.info("whole, skipped", extra={"stage": name})
+    _log.info("complete, skipped", extra={"stage": name})
 
 
 def _execute(context: Context, survey: Survey, step: Step, made: dict[str, str]) -> Step:
@@ -226,7 +226,7 @@ def _peer_lost(error: RuntimeError, config: Config) -> PeerLost:
         f"another rank died, or did not answer within {config.cluster.timeout_s:g} s: "
         f"{first_line(error)}",
         where="cluster.timeout_s",
-        remedy="see what the other ranks say; the same command continues from the last checkpoint",
+        remedy="check the other ranks' output; the same command resumes from the last checkpoint",
     )
 
 
@@ -243,20 +243,20 @@ def _prepare_folder(survey: Survey, step: Step, update: bool, force: bool) -> St
             + "`",
         )
     if step.status is Status.STALE and force and stage.trains:
-        _log.warning(f"goes on all the same: {step.why}", extra={"stage": stage.name})
+        _log.warning(f"resuming anyway: {step.why}", extra={"stage": stage.name})
         if step.entry and step.entry.inputs.get("index") != step.inputs.get("index"):
             _log.warning(
-                "held-out images may be among those that it has been trained on, and its "
-                "accuracy then flatters; --update trains anew",
+                "it may have been trained on held-out images, which would inflate its accuracy; "
+                "--update retrains it",
                 extra={"stage": stage.name},
             )
     elif step.status is Status.STALE or (update and _of_another_config(step, folder)):
         if not (update or force):
             raise UserError(
-                f"the stage {stage.name} of this folder was {step.why}",
+                f"the stage {stage.name} in this folder was {step.why}",
                 where=str(folder),
                 remedy="another run.dir=…, or --update: the old results are kept beside the new"
-                + ("; or --force: training goes on from its checkpoint" * stage.trains),
+                + ("; or --force: training resumes from its checkpoint" * stage.trains),
             )
         aside = ledger.set_aside(folder)
         _log.info(f"old results moved to {aside.name}", extra={"stage": stage.name})

@@ -77,7 +77,7 @@ def curve(metrics: Metrics, key: str, title: str, *, share: bool = False) -> byt
 
 def homophily(lines: list[dict[str, Any]]) -> bytes | None:
     """Weighted share of the seeds' same-class neighbors over epochs, PNG."""
-    title = "weight on same-class neighbours (seeds)"
+    title = "weight on same-class neighbors (seeds)"
     return curve({"student": lines}, "homophily", title, share=True)
 
 
@@ -109,8 +109,8 @@ def confusion(matrix: np.ndarray, names: Sequence[str]) -> bytes:
     # With many classes a cell is a pixel: the root makes rare mistakes visible.
     norm = PowerNorm(1.0 if named else 0.5, vmin=0, vmax=1)
     axis.imshow(share, cmap="Blues", norm=norm, interpolation="nearest")
-    axis.set_xlabel("predicted" if named else "predicted (number of the class)")
-    axis.set_ylabel("true class" if named else "true class (its number)")
+    axis.set_xlabel("predicted" if named else "predicted (class number)")
+    axis.set_ylabel("true class" if named else "true class (number)")
     if named:
         _name_classes(axis, names[:count], few)
     for row, column in np.argwhere(matrix > 0) if few else ():

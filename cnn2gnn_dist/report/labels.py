@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 CONTROL = "control_mlp"
 """The row of the model that the stage ``control`` trains."""
 
@@ -9,12 +12,17 @@ LABELS = {
     "teacher": "teacher",
     "student": "student (graph)",
     "self_path": "its self path alone",
-    "vote": "its neighbours' vote",
+    "vote": "its neighbors' vote",
     CONTROL: "control (MLP head)",
 }
 """In the order of the table."""
 
 _SHORT = {"self_path": "self path", CONTROL: "control"}
+
+
+def evaluated(row: Mapping[str, Any]) -> int | None:
+    """How many images a row is of, which earlier versions recorded as ``judged``; None: not recorded."""
+    return row.get("evaluated", row.get("judged"))
 
 
 def short(row: str) -> str:

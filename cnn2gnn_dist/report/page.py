@@ -14,7 +14,7 @@ import numpy as np
 from cnn2gnn_dist import durable
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.report import figures
-from cnn2gnn_dist.report.labels import CONTROL, LABELS
+from cnn2gnn_dist.report.labels import CONTROL, LABELS, evaluated
 
 TEMPLATE = "report.html.j2"
 COLUMNS = (
@@ -115,14 +115,14 @@ def verdict(results: dict[str, Any], saved: dict[str, dict[str, np.ndarray]] | N
     ``saved``: the predictions for each image; with them the errors are those of paired differences.
     """
     if CONTROL not in results:
-        text = "No control was trained, so what the graph adds is not known."
+        text = "No control was trained, so the effect of the graph is unknown."
     else:
         points, noise, how = _difference(results, saved or {}, CONTROL)
-        beats, conclusion = "does not beat", "the graph costs accuracy"
+        beats, conclusion = "does not beat", "the graph hurts"
         if abs(points) <= 2 * noise or not points:
             conclusion = "a tie, the difference is within two standard errors"
         elif points > 0:
-            beats, conclusion = "beats", "the graph pays"
+            beats, conclusion = "beats", "the graph helps"
         text = (
             f"The student {beats} its control (same stem and initial weights, MLP head, no graph "
             f"and no partitions in its order): {points:+.2f} points, standard error {noise:.2f} "
@@ -132,7 +132,7 @@ def verdict(results: dict[str, Any], saved: dict[str, dict[str, np.ndarray]] | N
         points, noise, how = _difference(results, saved or {}, "self_path")
         conclusion = "within" if abs(points) <= 2 * noise or not points else "beyond"
         text += (
-            f" Against its own self path, the same weights without neighbours: {points:+.2f} "
+            f" Against its own self path, the same weights without neighbors: {points:+.2f} "
             f"points, standard error {noise:.2f} ({how}): {conclusion} two standard errors."
         )
     return text
@@ -149,7 +149,7 @@ def _difference(
         gain = hit.astype(float) - met
         error = float(gain.std()) / math.sqrt(len(gain))
         return 100 * (one - two), 100 * error, f"paired, {len(gain):,} images"
-    images = results["student"].get("judged", results["run"]["test_images"])
+    images = evaluated(results["student"]) or results["run"]["test_images"]
     # Evaluated on the same images but treated as independent: the error is an upper bound.
     error = math.sqrt((one * (1 - one) + two * (1 - two)) / images)
     return 100 * (one - two), 100 * error, f"binomial, {images:,} images"
@@ -160,12 +160,12 @@ def _left_out(results: dict[str, Any]) -> str | None:
     left_out = results["student"].get("left_out")
     if not left_out:
         return None
-    judged = results["student"]["judged"]
-    total = judged + left_out  # more than test_images where pack left some out
+    used = evaluated(results["student"]) or 0
+    total = used + left_out  # more than test_images where pack left some out
     some = "; ".join(results["run"].get("left_out", []))
     return (
-        f"{judged:,} of {total:,} held-out images are judged. {left_out:,} can't be read and "
-        f"count neither as right nor as wrong: {some}"
+        f"{used:,} of {total:,} held-out images were evaluated. {left_out:,} can't be read and "
+        f"count as neither right nor wrong: {some}"
     )
 
 

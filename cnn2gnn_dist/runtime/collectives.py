@@ -43,7 +43,7 @@ def barrier() -> None:
         # a collective on CUDA is only queued when its call returns; the host would run ahead.
         here = int(all_reduce_sum(torch.ones(1, device=_device())).item())
         if here != world_size():
-            raise RuntimeError(f"a barrier of {world_size()} ranks has counted {here}")
+            raise RuntimeError(f"a barrier of {world_size()} ranks counted {here}")
 
 
 @contextmanager

@@ -50,9 +50,9 @@ def take(root: Path, seconds: float) -> Release:
         while (release_lock := _try_lock(path, handle)) is None:
             if time.monotonic() > deadline:
                 raise UserError(
-                    "another process works in this folder",
+                    "another process is using this folder",
                     where=str(root),
-                    remedy="wait for it, or name another run.dir=…",
+                    remedy="wait for it, or choose another run.dir=…",
                 )
             time.sleep(0.1)
     except BaseException:
@@ -79,9 +79,9 @@ def _open(path: Path, root: Path) -> int:
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:
         raise UserError(
-            f"this folder can't be written: {error.strerror}",
+            f"this folder is not writable: {error.strerror}",
             where=str(root),
-            remedy="another run.dir=… in a folder of yours, or mend its permissions",
+            remedy="another run.dir=… in a folder that you own, or fix its permissions",
         ) from None
 
 
@@ -116,7 +116,7 @@ def _try_lock_file(path: Path, why: str) -> Release | None:
         return None
     with os.fdopen(handle, "w") as file:
         file.write(mine)
-    _log.warning(f"no locks on this file system ({why}): {path} stands for one")
+    _log.warning(f"this file system has no locks ({why}): {path} serves as one")
     return _kept_alive(path, mine)
 
 

@@ -69,7 +69,7 @@ class Meeting:
             raised = self._wait(call)
         self._wait_until_read(
             call, self.world_size - (raised is not None)
-        )  # the rank that raised doesn't ask
+        )  # the rank that raised doesn't read it
         if raised is not None:
             raise raised
 
@@ -96,7 +96,7 @@ class Meeting:
             return error
         if isinstance(error, Exception):
             return RuntimeError(f"rank {self.rank}: {error!r}")
-        return dist.DistStoreError(f"rank {self.rank} was told to end ({error!r})")
+        return dist.DistStoreError(f"rank {self.rank} was asked to stop ({error!r})")
 
     def _wait(self, call: int) -> Exception | None:
         """Wait for the others; returns the error that one of them raised, if any."""
@@ -162,7 +162,7 @@ class _Watch:
             heartbeats[rank] = heartbeat, since
             if now - since > self.meeting.timeout_s:
                 raise dist.DistStoreError(
-                    f"rank {rank} has given no sign of life for {self.meeting.timeout_s:g} s"
+                    f"rank {rank} has sent no heartbeat for {self.meeting.timeout_s:g} s"
                 )
 
 

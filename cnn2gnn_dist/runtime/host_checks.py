@@ -51,9 +51,9 @@ def check_loopback() -> None:
             client.connect(listening.getsockname())
     except OSError as error:
         raise UserError(
-            f"this host can't talk to itself at 127.0.0.1: {error.strerror or error}",
+            f"this host can't connect to itself at 127.0.0.1: {error.strerror or error}",
             where="the network interface lo",
-            remedy="`ip link set lo up` (root), or a container with a network of its own",
+            remedy="`ip link set lo up` (root), or a container with its own network",
         ) from None
 
 
@@ -67,7 +67,7 @@ def check_files() -> None:
     most = max(soft, hard)  # Ray raises the soft limit itself
     if resource.RLIM_INFINITY not in (soft, hard) and most < LEAST_FILES:
         raise UserError(
-            f"a process may open {most} files here, and Ray needs {LEAST_FILES}",
+            f"a process may open only {most} files here, but Ray needs {LEAST_FILES}",
             where="ulimit -n",
             remedy="a higher limit: `ulimit -n 65536`, in a container --ulimit nofile=65536",
         )
@@ -87,7 +87,7 @@ def check_shared_memory() -> None:
             raise UserError(
                 f"nothing can be written to {SHARED_MEMORY}: {error.strerror}",
                 where=str(SHARED_MEMORY),
-                remedy="a /dev/shm that can be written, 1 GiB or more (docker: --shm-size=4g)",
+                remedy="a writable /dev/shm of 1 GiB or more (docker: --shm-size=4g)",
             ) from None
 
 
@@ -101,7 +101,7 @@ def check_cores(ranks: int, cores: int) -> None:
         raise UserError(
             f"{ranks} ranks on {cores} cores would spend their time waiting for each other",
             where="run.ranks",
-            remedy=f"run.ranks={cores}: one for each core (or GPU), or a larger cluster in "
+            remedy=f"run.ranks={cores}: one per core (or GPU), or a larger cluster in "
             "cluster.address",
         )
 
@@ -116,7 +116,7 @@ def check_memory(ranks: int, available: int) -> None:
     if fit < ranks:
         raise UserError(
             f"{ranks} ranks need about {(RAY_BYTES + ranks * RANK_BYTES) / 2**30:.1f} GiB of memory "
-            f"before they train anything, and {available / 2**30:.1f} GiB are available",
+            f"before they train anything, but {available / 2**30:.1f} GiB is available",
             where="run.ranks",
             remedy=f"run.ranks={max(fit, 1)}, or a machine with more memory",
         )

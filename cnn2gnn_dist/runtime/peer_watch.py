@@ -84,7 +84,7 @@ class PeerWatch:
                 silence.note({p: self._store.get(_key(p)) for p in present}, time.monotonic())
                 gone = ""
             except RuntimeError:  # the host of the store is gone, or is exiting as this rank will
-                gone = "; the meeting point does not answer"
+                gone = "; the rendezvous store does not answer"
             if silent := silence.since(time.monotonic(), self._silence_s):
                 self._lost(_error(silent, gone))
                 return
@@ -97,9 +97,9 @@ def _key(rank: int) -> str:
 def _error(silent: Mapping[int, float], gone: str) -> PeerLost:
     names = ", ".join(str(peer) for peer in sorted(silent))
     return PeerLost(
-        f"rank {names} has not been heard of for {max(silent.values()):.0f} s{gone}",
+        f"rank {names} has not been heard from for {max(silent.values()):.0f} s{gone}",
         where="process group",
-        remedy="look at that rank's own last lines; the same command continues",
+        remedy="check that rank's last output; the same command resumes the run",
     )
 
 

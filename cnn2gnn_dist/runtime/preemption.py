@@ -88,7 +88,7 @@ def _watch(reading: int, grace_s: float, describe: Callable[[], str]) -> None:
         ready, _, _ = select.select([reading], [], [], deadline)
         if not ready:
             _log.error(
-                f"no step ended within {grace_s:g} s of the notice to end, so nothing was saved: "
+                f"no step finished within {grace_s:g} s of the request to stop, so nothing was saved: "
                 f"{describe()}"
             )
             os._exit(STOPPED)

@@ -59,10 +59,10 @@ def _store(ranks: Ranks, timeout: timedelta) -> dist.Store:
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         place = f"MASTER_ADDR={ranks.master_addr} MASTER_PORT={ranks.master_port}"
         raise UserError(
-            f"rank {ranks.rank} of {ranks.world_size} has not met the others within "
+            f"rank {ranks.rank} of {ranks.world_size} could not meet the others within "
             f"{timeout.total_seconds():g} s: {first_line(error)}",
             where=place,
-            remedy="see what the other ranks say; for a single process unset RANK and WORLD_SIZE",
+            remedy="check the other ranks' output; for a single process unset RANK and WORLD_SIZE",
         ) from None
 
 
@@ -79,8 +79,8 @@ def device_index(local_rank: int, visible: int) -> int:
     if visible == 1:
         return 0
     raise UserError(
-        f"rank {local_rank} of this host has no GPU: it sees {visible}",
+        f"rank {local_rank} of this host has no GPU: it sees only {visible}",
         where=f"LOCAL_RANK={local_rank}",
-        remedy=f"at most {visible} ranks a host, or one visible GPU for each "
+        remedy=f"at most {visible} ranks per host, or one visible GPU for each "
         "(srun --gpus-per-task=1); device=cpu needs none",
     )

@@ -44,7 +44,7 @@ class Ranks:
                 return str(found.getsockname()[0])
         except OSError as error:
             raise UserError(
-                f"no way leads to rank 0: {error}",
+                f"rank 0 can't be reached: {error}",
                 where=f"MASTER_ADDR={self.master_addr}",
                 remedy="an address that all hosts can reach",
             ) from None
@@ -80,7 +80,7 @@ class Ranks:
         rank, local_rank, world_size = (_number(env, name) for name in names)
         if not 0 <= rank < world_size:
             raise UserError(
-                f"rank {rank} lies outside a world of {world_size}",
+                f"rank {rank} is outside a world of size {world_size}",
                 where=f"{names[0]}={rank} {names[2]}={world_size}",
                 remedy="start all ranks with one launcher, or unset these variables",
             )
@@ -127,7 +127,7 @@ def _number(env: Mapping[str, str], name: str, default: int = 0) -> int:
         return int(text)
     except ValueError:
         raise UserError(
-            f"environment variable {name} is no whole number: {text!r}",
+            f"environment variable {name} is not an integer: {text!r}",
             where=name,
             remedy="let the launcher set it, or unset it",
         ) from None

@@ -93,8 +93,8 @@ def start(address: str | None, cpus: int, logs: Path | None = None) -> None:
         where = f"RAY_ADDRESS={address}"
         if address and address.startswith(("http://", "https://")):
             _log.warning(
-                f"{where} is a job server's, which `ray job submit` and launch/submit.py use; "
-                "this run starts a Ray of its own (to join a cluster: cluster.address=HEAD:6379)"
+                f"{where} is a job server's address, for `ray job submit` and launch/submit.py; "
+                "this run starts its own Ray (to join a cluster: cluster.address=HEAD:6379)"
             )
             address = None
     with ray_session.orderly_sigterm():
@@ -117,7 +117,7 @@ def _connect(address: str, where: str) -> None:
             f"the Ray cluster at {address} can't be joined: {first_line(error)}",
             where=where,
             remedy="run on a host of that cluster, with its Ray and Python versions "
-            "(`ray status` there says whether it is well)",
+            "(`ray status` there shows its health)",
         ) from None
 
 
@@ -138,7 +138,7 @@ def _resolve(address: str, where: str) -> str:
         return services.canonicalize_bootstrap_address_or_die("auto")
     except (ConnectionError, ValueError) as error:
         raise UserError(
-            f"no Ray cluster is found on this host: {first_line(error)}",
+            f"no Ray cluster was found on this host: {first_line(error)}",
             where=where,
             remedy="`ray start --head`, or name the cluster: cluster.address=HEAD:6379",
         ) from None
@@ -180,10 +180,10 @@ def _start_here(cpus: int, logs: Path | None) -> None:
         if not isinstance(error, Exception):
             raise
         raise UserError(  # Ray reports it in many ways, even by a bare Exception
-            f"Ray does not start on this host: {first_line(error)}",
+            f"Ray failed to start on this host: {first_line(error)}",
             where="ray.init",
-            remedy="again when the host has more time to spare; `cnn2gnn doctor` looks at what Ray "
-            "needs, and torchrun with launch/train.py does without Ray",
+            remedy="try again when the host is less busy; `cnn2gnn doctor` checks what Ray "
+            "needs, and torchrun with launch/train.py works without Ray",
         ) from error
     atexit.register(_stop_at_exit)  # registered after Ray's handler, so it runs before it
 
@@ -236,13 +236,11 @@ def run_group(
         except LostRank as lost:
             if attempt == spec.max_failures:
                 raise UserError(
-                    f"the group of {spec.world_size} ranks lost one {attempt + 1} times; last: {lost}",
+                    f"the group of {spec.world_size} ranks lost a rank {attempt + 1} times; last: {lost}",
                     where="cluster.max_failures",
-                    remedy="see the log above; the same command continues from the last checkpoint",
+                    remedy="see the log above; the same command resumes from the last checkpoint",
                 ) from None
-            _log.warning(
-                f"a rank was lost ({lost}); starting the group again from the last checkpoint"
-            )
+            _log.warning(f"a rank was lost ({lost}); restarting the group from the last checkpoint")
     raise AssertionError("unreachable")
 
 
@@ -261,7 +259,7 @@ def _attempt(target: str, kwargs: dict[str, Any], spec: GroupSpec) -> list[Any]:
                 f"the cluster has no room for {spec.world_size} ranks of {bundle}; "
                 f"it has {ray.available_resources()}",
                 where="run.ranks",
-                remedy="fewer ranks, cluster.cpus_per_rank lower, or a larger cluster",
+                remedy="fewer ranks, a lower cluster.cpus_per_rank, or a larger cluster",
             )
         actors = [
             _Rank.options(  # type: ignore[attr-defined]
@@ -290,8 +288,8 @@ def _wait_for_saves(actors: list[Any], refs: list[Any], grace_s: float) -> None:
     done, unanswered = ray.wait(refs, num_returns=len(refs), timeout=grace_s)
     causes = [getattr(_failure(ref), "cause", None) for ref in done]
     said = {cause.what for cause in causes if isinstance(cause, Preempted)}
-    lost = f"no step ended within {grace_s:g} s: what came after the last checkpoint is lost"
-    for line in sorted(said) or [lost if unanswered else "the ranks were in no training"]:
+    lost = f"no step finished within {grace_s:g} s: progress since the last checkpoint is lost"
+    for line in sorted(said) or [lost if unanswered else "no rank was training"]:
         _log.warning(line)
 
 

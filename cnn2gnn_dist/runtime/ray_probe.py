@@ -55,9 +55,9 @@ def cluster_mode(address: str, where: str) -> str | None:
         return "disabled"
     if code != "UNAUTHENTICATED":
         raise UserError(
-            f"what listens at {host}:{port} is no Ray cluster's head, or a dying one ({code})",
+            f"what listens at {host}:{port} is not the head of a Ray cluster, or is shutting down ({code})",
             where=where,
-            remedy="the address that `ray start --head` printed (port 6379 unless told otherwise; "
+            remedy="the address that `ray start --head` printed (port 6379 by default; "
             "8265 is the job server's, 10001 the Ray Client's)",
         )
     what = f"the Ray cluster at {host}:{port}"
@@ -79,7 +79,7 @@ def job_server_mode(url: str, where: str) -> str:
         port = 0
     if parts.scheme not in ("http", "https") or not parts.hostname or not port:
         raise UserError(
-            f"a job server's address reads http://HOST:8265, not {url}",
+            f"a job server's address has the form http://HOST:8265, not {url}",
             where=where,
             remedy="the address that `ray start --head` calls the dashboard's",
         )
@@ -95,7 +95,7 @@ def job_server_mode(url: str, where: str) -> str:
         raise UserError(
             f"no job server answers at {url}: {said}",
             where=where,
-            remedy="`ray start --head`, or mend --address",
+            remedy="`ray start --head`, or fix --address",
         )
     return "disabled"
 
@@ -105,7 +105,7 @@ def _require_token(what: str, where: str) -> str:
     own = own_token()
     if not own:
         raise UserError(
-            f"{what} demands a token, and there is none here",
+            f"{what} requires a token, but there is none here",
             where=f"{where}; looked for in {token_source()}",
             remedy=_token_remedy(),
         )
@@ -114,7 +114,7 @@ def _require_token(what: str, where: str) -> str:
 
 def _token_refused(what: str, where: str) -> UserError:
     return UserError(
-        f"{what} refuses this user's token: it was started with another",
+        f"{what} rejects this user's token: it was started with a different one",
         where=f"{where}; token from {token_source()}",
         remedy=_token_remedy(),
     )
@@ -149,7 +149,7 @@ def host_and_port(address: str, where: str) -> tuple[str, int]:
         UserError: a URL, or a port that is not a number.
     """
     wrong = UserError(
-        f"a Ray cluster's address reads HOST:6379, not {address}",
+        f"a Ray cluster's address has the form HOST:6379, not {address}",
         where=where,
         remedy="the address that `ray start --head` printed"
         + ("; http://… is the job server's, for launch/submit.py" * address.startswith("http")),
@@ -233,5 +233,7 @@ def _token_remedy() -> str:
 
 def _address_remedy(where: str) -> str:
     if where.startswith("RAY_ADDRESS"):
-        return "`unset RAY_ADDRESS` (Ray is then started here), or start the cluster that it names"
-    return "start one (`ray start --head`), mend the address, or leave it null"
+        return (
+            "`unset RAY_ADDRESS` (Ray is then started here), or start the cluster at that address"
+        )
+    return "start one (`ray start --head`), fix the address, or leave it null"

@@ -55,9 +55,9 @@ def listen(ranks: Ranks) -> socket.socket:
         found = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)
     except OSError as error:
         raise UserError(
-            f"rank 0's address is not known here: {error.strerror}",
+            f"rank 0's address can't be resolved here: {error.strerror}",
             where=where,
-            remedy="MASTER_ADDR=an address of rank 0's host that all hosts know",
+            remedy="MASTER_ADDR=an address of rank 0's host that all hosts can resolve",
         ) from None
     # "localhost" may be both; ranks find either, and gloo uses IPv4 more often.
     family, _, _, _, place = min(found, key=lambda one: one[0] != socket.AF_INET)
@@ -71,7 +71,7 @@ def listen(ranks: Ranks) -> socket.socket:
                 f"rank 0 can't listen: {error.strerror}", where=where, remedy="another MASTER_PORT"
             ) from None
     _log.warning(
-        f"MASTER_ADDR={address} is no address of rank 0's host, so the ranks' store listens "
+        f"MASTER_ADDR={address} is not an address of rank 0's host, so the ranks' store listens "
         "on all of its interfaces"
     )
     try:
@@ -146,7 +146,7 @@ def _listen_at(family: int, place: tuple[object, ...]) -> socket.socket:
 
 def _port_taken(port: int, where: str) -> UserError:
     return UserError(
-        f"port {port}, where the ranks are to meet, is taken by another process of this host",
+        f"port {port}, the ranks' rendezvous, is in use by another process on this host",
         where=where,
         remedy="another port for all ranks: MASTER_PORT=29501, or the launcher's --master_port 29501",
     )

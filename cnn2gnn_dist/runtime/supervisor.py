@@ -78,7 +78,7 @@ class SupervisedProcesses:
         """Wait until a process ends; returns which one and how, in words. Call only once."""
         assert self._supervisor.stdout is not None
         with self._supervisor.stdout as said:
-            return said.readline().strip() or "its supervisor ended"
+            return said.readline().strip() or "its supervisor exited"
 
     def end(self) -> None:
         """End all processes."""
@@ -184,7 +184,7 @@ def _first_exit(running: Mapping[str, subprocess.Popen[bytes]]) -> str:
         return ""
     name = names[ended.pop()]
     code = running[name].wait()
-    how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+    how = f"was killed by signal {-code}" if code < 0 else f"exited with code {code}"
     return f"{name} {how}"
 
 

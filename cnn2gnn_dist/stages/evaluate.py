@@ -19,7 +19,7 @@ from cnn2gnn_dist.data.index.manifest import Manifest
 from cnn2gnn_dist.data.reading.reader import Batch, Reader, ReaderSpec, Request
 from cnn2gnn_dist.durable import write_text
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.report.labels import LABELS, stage_of
+from cnn2gnn_dist.report.labels import LABELS, evaluated, stage_of
 from cnn2gnn_dist.report.page import write_report
 from cnn2gnn_dist.runtime import collectives
 from cnn2gnn_dist.stages.compared_models import Row, StudentWithBank, compared_models
@@ -72,7 +72,7 @@ def run(context: Context, keys: dict[str, str]) -> list[Path]:
                 row = compared.rows[name]
                 results[name] = {
                     **found.scores(test.num_classes),
-                    "judged": len(found.id_N),
+                    "evaluated": len(found.id_N),
                     "left_out": _left_out(context, left_out).total,
                     **_costs(context, row, _read(context, found.id_N[:COST_BATCH])),
                     **row.notes,
@@ -125,7 +125,7 @@ def as_json(results: dict[str, Any]) -> str:
             raise UserError(
                 f"the result {name} is {value}",
                 where="results.json",
-                remedy="look at metrics.jsonl of the stage concerned for where it went wrong",
+                remedy="check metrics.jsonl of that stage for where it diverged",
             )
 
     check(results, "")
@@ -228,7 +228,7 @@ def table(results: dict[str, Any]) -> str:
     if student.get("left_out"):
         at_pack = results.get("run", {}).get("left_out_at_pack", 0)
         lines.append(
-            f"judged on {student['judged']:,} held-out images; "
+            f"evaluated on {evaluated(student):,} held-out images; "
             f"{student['left_out']:,} that can't be read are left out"
             + (f" ({at_pack:,} of them by pack)" if at_pack else "")
         )

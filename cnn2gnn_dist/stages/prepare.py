@@ -54,7 +54,7 @@ def pack_source(
         return packers.pack_digits(out, shard_size=data.shard_size, prefix=part, limit=data.limit)
     if origin is None:
         raise UserError(
-            f"the source {data.source!r} needs to know where the images lie",
+            f"the source {data.source!r} needs to know where the images are",
             where=f"data.{part}",
             remedy=f"data.{part}=PATH",
         )
@@ -82,7 +82,7 @@ def pack_source(
         )
     if data.source == "shards":
         raise UserError(
-            "shards need no packing", where="data.source", remedy="run `cnn2gnn index` at once"
+            "shards need no packing", where="data.source", remedy="run `cnn2gnn index` directly"
         )
     return packers.pack_torchvision(
         data.source,
@@ -108,8 +108,8 @@ def _overlap_notes(train: list[str], test: list[str]) -> list[str]:
     if not both:
         return []
     return [
-        f"{len(both)} of {len(test)} held-out files or folders are training ones too "
-        f"({os.path.basename(both[0])}): the models have seen these images, the table flatters them"
+        f"{len(both)} of {len(test)} held-out files or folders are also training ones "
+        f"({os.path.basename(both[0])}): the models have seen these images, so the results are too good"
     ]
 
 
@@ -117,15 +117,15 @@ def _one_folder(origin: str | list[str], source: str, part: str) -> Path:
     named = [origin] if isinstance(origin, str) else origin
     if len(named) != 1:
         raise UserError(
-            f"the source {source!r} reads one folder, and {len(named)} are named",
+            f"the source {source!r} reads one folder, but {len(named)} are given",
             where=f"data.{part}",
-            remedy=f"data.{part}=FOLDER; several can be put into one by symbolic links",
+            remedy=f"data.{part}=FOLDER; combine several in one by symbolic links",
         )
     if "://" in named[0].removeprefix("file://"):
         raise UserError(
-            f"the source {source!r} reads a folder on disk, and this is a URL",
+            f"the source {source!r} reads a folder on disk, but this is a URL",
             where=f"data.{part}={named[0]}",
-            remedy="download the images; what streams from URLs are WebDataset shards "
+            remedy="download the images; only WebDataset shards stream from URLs "
             "(data.source=shards)",
         )
     return Path(named[0].removeprefix("file://")).expanduser()
@@ -141,9 +141,9 @@ def check_tree(root: Path) -> None:
         with open(root, "rb") as file:
             kind = kind_of(file.read(ENOUGH)) or "a file"
         raise UserError(
-            f"the source 'imagefolder' reads a folder, and this is {kind}",
+            f"the source 'imagefolder' reads a folder, but this is {kind}",
             where=str(root),
-            remedy=remedy_for(kind, "name the folder that holds a folder for each class"),
+            remedy=remedy_for(kind, "give the folder that has a subfolder per class"),
         )
     if not root.is_dir():
         return  # the packer reports it
@@ -155,9 +155,9 @@ def check_tree(root: Path) -> None:
     if other is not None:
         kinds = {"shards": "tar shards", "parquet": "Parquet files"}
         raise UserError(
-            f"the folder holds {kinds[other]}, and no images in folders",
+            f"the folder contains {kinds[other]}, and no images in subfolders",
             where=str(root),
-            remedy=f"say data.source={other} if these are the data, or name another folder",
+            remedy=f"set data.source={other} if these are the data, or give another folder",
         )
 
 
@@ -221,7 +221,7 @@ def _held_out(
         raise UserError(
             "there are no held-out images",
             where="data.test",
-            remedy="name a second set of images, or set data.holdout above 0",
+            remedy="give a second set of images, or set data.holdout above 0",
         )
     whole = index_data_set(
         train,
@@ -243,7 +243,7 @@ def shard_paths(origin: str | list[str] | None, part: str) -> list[str]:
     """
     if origin is None:
         raise UserError(
-            "no shards are named", where=f"data.{part}", remedy=f"data.{part}='/path/{part}-*.tar'"
+            "no shards are given", where=f"data.{part}", remedy=f"data.{part}='/path/{part}-*.tar'"
         )
     return files_of("shards", origin)
 

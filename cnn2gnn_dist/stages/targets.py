@@ -55,7 +55,7 @@ def run(context: Context, teacher_key: str) -> list[Path]:
         else None
     )
     if len(missing) < len(shards):
-        context.say(f"{len(shards) - len(missing)} of {len(shards)} shards are whole")
+        context.say(f"{len(shards) - len(missing)} of {len(shards)} shards are complete")
     if not missing:
         _count_corrupt(context, len(manifest), files)
         return list(files.values())

@@ -106,16 +106,16 @@ def load(path: str | Path | None = None) -> dict[str, Any]:
             remedy="name a file that exists, or none: teacher.ds_config=null student.ds_config=null",
         ) from None
     except ValueError as error:
-        raise UserError(f"not valid JSON: {error}", where=str(file), remedy="mend it") from None
+        raise UserError(f"not valid JSON: {error}", where=str(file), remedy="fix it") from None
     if not isinstance(raw, dict):
         raise UserError(
-            "a DeepSpeed config is an object", where=str(file), remedy="see ds_config.json"
+            "a DeepSpeed config must be an object", where=str(file), remedy="see ds_config.json"
         )
     for key in raw:
         if key not in KNOWN_KEYS:
             near = difflib.get_close_matches(key, KNOWN_KEYS, 1)
             raise UserError(
-                f"DeepSpeed has no key {key!r} (it would ignore it in silence)",
+                f"DeepSpeed has no key {key!r} (it would silently ignore it)",
                 where=f"{file}: {key}",
                 remedy=f"did you mean {near[0]!r}?" if near else "remove it",
             )
@@ -154,7 +154,7 @@ def accumulation_for(
     """
     if global_batch % world_size:
         raise UserError(
-            f"a global batch of {global_batch} does not divide over {world_size} ranks "
+            f"a global batch of {global_batch} does not divide evenly over {world_size} ranks "
             f"({global_batch} / {world_size} = {global_batch / world_size:.2f})",
             where=field,
             remedy=f"for example {field}={math.ceil(global_batch / world_size) * world_size}",
@@ -212,9 +212,9 @@ def resolve(
     clipping = config["gradient_clipping"] = _auto(config.get("gradient_clipping", "auto"), clip)
     if not _is_number(clipping, 0):
         raise UserError(
-            f"gradients can't be clipped at {clipping!r}: a largest norm is a number from 0 (off)",
+            f"gradients can't be clipped at {clipping!r}: the largest norm must be at least 0 (off)",
             where="gradient_clipping",
-            remedy='"auto", for the clip of the run\'s config, or a number from 0',
+            remedy='"auto", for the clip of the run\'s config, or a number of at least 0',
         )
     _resolve_optimizer(_block(config, "optimizer"), lr, weight_decay, on_gpu)
     config.setdefault("steps_per_print", 10**9)
@@ -229,7 +229,7 @@ def _resolve_batches(
     if rest or not micro:
         raise UserError(
             f"global batch {global_batch} is not {world_size} ranks x {accumulation} "
-            "micro-batches x a whole number",
+            "micro-batches x an integer",
             where="global_batch",
             remedy="a multiple of ranks x accumulation",
         )
@@ -242,7 +242,7 @@ def _resolve_batches(
         if config.get(key, "auto") not in ("auto", value):
             raise UserError(
                 f"{key} is {config[key]} in the file, but {global_batch} = {world_size} ranks x "
-                f"{accumulation} accumulated x {micro} asks for {value}",
+                f"{accumulation} accumulated x {micro} requires {value}",
                 where=key,
                 remedy='set it to "auto", or change the global batch',
             )
@@ -259,7 +259,7 @@ def _refuse_modes(config: dict[str, Any]) -> None:
             )
     if "scheduler" in config:
         raise UserError(
-            "the learning rate is set at every step, a scheduler would change nothing",
+            "the learning rate is set at every step, so a scheduler would have no effect",
             where="scheduler",
             remedy="remove it; see lr, warmup_epochs and epochs in the run's config",
         )
@@ -271,7 +271,7 @@ def _refuse_half(autocast: dict[str, Any], config: dict[str, Any]) -> None:
     dtype = autocast["dtype"] = _auto(autocast.get("dtype", "auto"), "bfloat16")
     if autocast.get("enabled", "auto") is not False and dtype not in BFLOAT16:
         raise UserError(
-            f"autocast to {dtype!r} is not supported: float16 needs a scaled loss, without which "
+            f"autocast to {dtype!r} is not supported: float16 needs loss scaling, without which "
             "small gradients vanish and training diverges",
             where="torch_autocast.dtype",
             remedy='"dtype": "bfloat16", or "enabled": false',
@@ -279,7 +279,7 @@ def _refuse_half(autocast: dict[str, Any], config: dict[str, Any]) -> None:
     for key in ("communication_data_type", "seq_parallel_communication_data_type"):
         if str(config.get(key)).lower() == "fp16":
             raise UserError(
-                "gradients can't be summed in float16: without a scaled loss small ones vanish",
+                "gradients can't be summed in float16: without loss scaling small ones vanish",
                 where=key,
                 remedy='"fp32" or "bf16", or remove it',
             )
@@ -300,7 +300,7 @@ def _resolve_optimizer(
     if params["lr"] != lr:
         raise UserError(
             f"the learning rate is set at every step from the run's config, where it is {lr:g}: "
-            f"the file's {params['lr']!r} would change nothing",
+            f"the file's {params['lr']!r} would have no effect",
             where="optimizer.params.lr",
             remedy='"auto", and lr in the run\'s config',
         )
@@ -324,12 +324,12 @@ def _check_params(params: dict[str, Any]) -> None:
     says = {
         "betas": "two numbers from 0 to below 1",
         "eps": "a number above 0",
-        "weight_decay": "a number from 0",
+        "weight_decay": "a number of at least 0",
     }
     for name, (right, example) in wanted.items():
         if not right:
             raise UserError(
-                f"{name} is {says[name]}, not {params[name]!r}",
+                f"{name} must be {says[name]}, not {params[name]!r}",
                 where=f"optimizer.params.{name}",
                 remedy=f'"{name}": {example}, for example',
             )
@@ -345,7 +345,7 @@ def _block(config: dict[str, Any], key: str, where: str = "") -> dict[str, Any]:
     found = config.setdefault(key, {})
     if not isinstance(found, dict):
         raise UserError(
-            f"{key} is an object, not {found!r}",
+            f"{key} must be an object, not {found!r}",
             where=where or key,
             remedy="see the ds_config.json that comes with the package",
         )
@@ -358,7 +358,7 @@ def _auto(value: Any, default: Any) -> Any:
 
 def _refuse_auto(node: Any, where: str) -> None:
     if node == "auto":
-        raise UserError('no value is known for this "auto"', where=where[1:], remedy="write one")
+        raise UserError('no value is known for this "auto"', where=where[1:], remedy="give one")
     for key, child in node.items() if isinstance(node, dict) else ():
         _refuse_auto(child, f"{where}.{key}")
 

@@ -110,5 +110,5 @@ class Outcome:
         return UserError(
             f"the {what} is not finite at step {self.step}",
             where=what,
-            remedy="a lower lr, a longer warm-up, or clip=1.0; then run again from the checkpoint",
+            remedy="a lower lr, a longer warm-up, or clip=1.0; then resume from the checkpoint",
         )

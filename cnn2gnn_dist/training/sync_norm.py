@@ -138,10 +138,10 @@ def _refuse_others(name: str, child: nn.Module) -> None:
         return
     kind = f"{type(child).__module__}.{type(child).__name__}"
     raise UserError(
-        f"the layer {name or 'given'} is a {kind}, whose statistics can't be taken over "
-        "several ranks (only those of BatchNorm and timm's BatchNormAct2d can)",
+        f"the layer {name or 'given'} is a {kind}, whose statistics can't be synchronized "
+        "across ranks (only those of BatchNorm and timm's BatchNormAct2d can)",
         where="student.stem, student.stem_args",
-        remedy="a norm_layer of batchnorm2d or of a kind that sees each image by itself "
+        remedy="a norm_layer of batchnorm2d or one that normalizes each image by itself "
         "(groupnorm1, layernorm2d), another student.stem, or one rank",
     )
 

@@ -84,7 +84,7 @@ LIGHT = [
     Row(
         "not a run's folder",
         someone_elses_folder,
-        "is not a run's",
+        "is not a run folder",
         {"run.dir": elsewhere},
         ("run.dir=…",),
     ),
@@ -201,7 +201,7 @@ def test_a_stage_that_waits_says_for_what_and_run_makes_it(copied, tmp_path):
             path.unlink()
         return ["index", *config]
 
-    row = Row("waits", provoke, "waits for pack (pack: not whole any more: train-000000.tar is")
+    row = Row("waits", provoke, "waits for pack (pack: no longer complete: train-000000.tar is")
     carry_out(row, "cnn2gnn run", tmp_path)
     assert not list((tmp_path / "run").glob("*.old-*"))  # the same shards: the rest stays complete
 
@@ -215,7 +215,7 @@ def damaged_student(copied, micro_run, tmp_path) -> tuple[Path, list[str], list[
     ask = ["predict", "--run", str(run), str(image)]
     code, said = cnn2gnn(ask)
     assert code == 2
-    assert "ended is not whole: rank-00001-of-00002.safetensors is damaged" in said
+    assert "is not complete: rank-00001-of-00002.safetensors is damaged" in said
     assert "cnn2gnn student" in alternatives(remedy_of(said))
     return run, config, ask
 
@@ -226,7 +226,7 @@ def test_a_training_made_again_on_as_many_ranks_is_the_same(damaged_student, mic
     code, said = runs.finish(runs.start(runs.launch(run), runs.environment()))
     assert code == 0, said[-4000:]
     for stage in ("graph", "control", "evaluate"):
-        assert f"{stage:8} whole, skipped" in said
+        assert f"{stage:8} complete, skipped" in said
     assert disk.damage(disk.recorded(run / "student")) is None
     before = cnn2gnn([word.replace(str(run), str(micro_run)) for word in ask])
     assert before[0] == 0
@@ -240,7 +240,7 @@ def test_a_training_made_again_on_other_ranks_is_another(damaged_student):
     assert code == 0, said
     code, said = cnn2gnn(ask)
     assert code == 2
-    assert "the graph of this run was built from another student" in said
+    assert "the graph of this run was built from a different student" in said
     assert "cnn2gnn graph --update" in alternatives(remedy_of(said))
     code, said = cnn2gnn(["graph", *config, "--update"])
     assert code == 0, said
@@ -261,7 +261,7 @@ def test_a_plan_says_which_file_is_damaged(copied, tmp_path):
     steps = {s.stage.name: s for s in runner.plan(settings.load(config[1], config[2:]))}
     assert steps["teacher"].status is ledger.Status.RESUME
     assert steps["teacher"].why == (
-        "not whole any more: step-00000018: rank-00001-of-00002.safetensors is damaged"
+        "no longer complete: step-00000018: rank-00001-of-00002.safetensors is damaged"
     )
     assert steps["targets"].why == "waits for teacher"
 
@@ -296,7 +296,7 @@ def test_a_graph_of_another_student_answers_nothing(copied, tmp_path):
         assert code == 0, said
         return ["predict", "--run", str(place / "run"), str(image)]
 
-    row = Row("graph of another student", provoke, "built from another student")
+    row = Row("graph of another student", provoke, "built from a different student")
     carry_out(row, "cnn2gnn graph --update", tmp_path)
 
 
@@ -343,7 +343,7 @@ def test_batchnorm_that_goes_on_with_other_batches_is_said(copied, micro_run, tm
     # What was built on the old weights is no longer complete.
     code, said = cnn2gnn(["targets", *config])
     assert code == 2
-    assert "the stage teacher was made again" in said
+    assert "the stage teacher was rerun" in said
     assert "--update" in remedy_of(said)
     shutil.rmtree(tmp_path / "run")
     config = copied(tmp_path)

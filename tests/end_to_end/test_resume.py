@@ -47,8 +47,8 @@ def test_killed_launch_continues_from_its_checkpoint(stage, zero, tmp_path):
 
     code, output = finish(start(command(run), environment()))
     assert code == 0, output[-4000:]
-    assert re.search(rf"{stage} +continues at epoch", output)
-    assert "pack     whole, skipped" in output
+    assert re.search(rf"{stage} +resumes at epoch", output)
+    assert "pack     complete, skipped" in output
     assert trail(run, (stage,)) == trail(whole, (stage,))
 
 
@@ -77,7 +77,7 @@ def test_a_run_goes_on_at_another_world_size(stage, ranks, tmp_path):
     kill_all(process)
     code, output = finish(start(command(run, ranks), environment()))
     assert code == 0, output[-4000:]
-    assert re.search(rf"{stage} +continues at epoch", output)
+    assert re.search(rf"{stage} +resumes at epoch", output)
 
     expected, found = lines(whole / stage), lines(run / stage)
     assert [line["step"] for line in found] == [line["step"] for line in expected]
@@ -101,7 +101,7 @@ def test_one_rank_killed_in_batch_scope(tmp_path):
     assert code != 0, output
     code, output = finish(start(torchrun(run, *how), environment()))
     assert code == 0, output[-4000:]
-    assert re.search(r"student +continues at epoch", output)
+    assert re.search(r"student +resumes at epoch", output)
     assert trail(run, ("teacher", "student")) == trail(whole, ("teacher", "student"))
 
 
@@ -115,7 +115,7 @@ def test_a_notice_to_end_saves_the_step(number, micro_run, tmp_path):
     code, output = finish(process)
     assert code != 0, output
     assert "exitcode  : 143" in output, output
-    stage, step = re.search(r"(\w+) was told to end: step (\d+) is saved", output).groups()
+    stage, step = re.search(r"(\w+) was asked to stop: step (\d+) is saved", output).groups()
     assert (run / stage / "checkpoints" / "latest").read_text() == f"step-{int(step):08d}"
 
     code, output = finish(start(launch(run, "checkpoint.every_steps=1000"), environment()))
@@ -134,7 +134,7 @@ def test_a_job_told_to_end_under_ray_saves_the_step(micro_run, tmp_path):
     process.terminate()
     code, output = finish(process)
     assert code == 143, output
-    stage, step = re.search(r"(\w+) was told to end: step (\d+) is saved", output).groups()
+    stage, step = re.search(r"(\w+) was asked to stop: step (\d+) is saved", output).groups()
     assert (run / stage / "checkpoints" / "latest").read_text() == f"step-{int(step):08d}"
     code, output = finish(start(command, ray_environment()))
     assert code == 0, output[-4000:]
@@ -169,7 +169,7 @@ def test_a_rank_lost_under_ray_is_replaced(micro_run, tmp_path):
     code, output = finish(process)
     assert code == 0, output[-4000:]
     assert "a rank was lost" in output
-    assert re.search(r"student +continues at epoch", output)
+    assert re.search(r"student +resumes at epoch", output)
     assert trail(run) == trail(micro_run)
 
 
@@ -214,7 +214,7 @@ def test_targets_continue_at_the_first_missing_shard(micro_run, tmp_path):
     command = launch(run)
     code, output = finish(start([*command, "--stages", "targets"], environment()))
     assert code == 0, output[-4000:]
-    assert f"{len(files) - 2} of {len(files)} shards are whole" in output
+    assert f"{len(files) - 2} of {len(files)} shards are complete" in output
     for path in files:
         assert path.read_bytes() == wanted[path.name]
         rewritten = path in (files[1], files[2])
@@ -230,7 +230,7 @@ def test_a_notice_that_no_step_ends_in_time_for_is_said(tmp_path):
     ranks[1].suspend()
     try:
         ranks[0].send_signal(signal.SIGTERM)
-        seen = read_until(process, "no step ended within 3 s of the notice to end")
+        seen = read_until(process, "no step finished within 3 s of the request to stop")
         ranks[0].wait(60)
     finally:
         ranks[1].kill()
@@ -252,7 +252,7 @@ def test_force_goes_on_under_another_config(micro_run, tmp_path):
     command = [*launch(run, "teacher.epochs=3"), "--stages", "pack,index,teacher", "--force"]
     code, output = finish(start(command, environment()))
     assert code == 0, output[-4000:]
-    assert "goes on all the same" in output
+    assert "resuming anyway" in output
     assert "(step 18)" in output
     assert [line["step"] for line in lines(run / "teacher") if "loss" in line] == list(range(1, 28))
     assert lines(run / "teacher")[:18] == lines(micro_run / "teacher")[:18]
@@ -270,10 +270,10 @@ def test_force_begins_the_epoch_again_when_the_order_is_another(tmp_path):
     how = ["teacher.epochs=1", "graph.partition.parts=4"]
     code, output = finish(start([*launch(run, *how), *before, "--force"], environment()))
     assert code == 0, output[-4000:]
-    assert "goes on all the same: made from another config" in output
+    assert "resuming anyway: made from another config" in output
     assert "graph.partition.parts: 2 -> 4" in output
-    assert f"student  continues at epoch {cursor['epoch']}, batch {cursor['batch']}" in output
-    assert ("the order of samples is another" in output) == (cursor["batch"] > 0)
+    assert f"student  resumes at epoch {cursor['epoch']}, batch {cursor['batch']}" in output
+    assert ("the order of samples has changed" in output) == (cursor["batch"] > 0)
     last = lines(run / "student")[-1]
     assert last["step"] == 27 + cursor["batch"]
     assert last["epoch"] == 3

@@ -68,7 +68,7 @@ def test_cnn2gnn_run_on_ray(micro_run, tmp_path):
     code, output = finish(start([*command, f"run.dir={run}"], bare_environment(tmp_path)))
     assert code == 0
     for stage in ("pack", "index", "teacher", "targets", "student", "graph", "control", "evaluate"):
-        assert f"{stage:8} whole, skipped" in output
+        assert f"{stage:8} complete, skipped" in output
     assert not (tmp_path / ".ray").exists()  # a token there would be required by the user's own Ray
 
 
@@ -137,10 +137,10 @@ def test_ray_job(micro_run, tmp_path):
     assert "cluster exit 0" in output, output[-3000:]
     for way in ("cluster", "script"):
         assert f"tokenless {way} exit 2" in output, output[-3000:]
-    assert output.count("demands a token, and there is none here") == 2
+    assert output.count("requires a token, but there is none here") == 2
     assert "Traceback" not in output.split("failing exit")[1].split("tokenless script exit")[0]
     assert scores(run) == scores(micro_run)
-    step = re.search(r"teacher was told to end: step (\d+) is saved", output)
+    step = re.search(r"teacher was asked to stop: step (\d+) is saved", output)
     assert step, output[-3000:]
     latest = run_3 / "teacher" / "checkpoints" / "latest"
     assert latest.read_text() == f"step-{int(step[1]):08d}"

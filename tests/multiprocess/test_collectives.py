@@ -146,7 +146,7 @@ def test_a_rank_that_is_gone_is_not_waited_for(tmp_path: Path, who: int, how: in
     said, lost = ended[1 - who].value
     assert lost, said
     if (who, how) == (1, signal.SIGKILL):
-        assert f"rank 1 has given no sign of life for {TIMEOUT_S:.0f} s" in said
+        assert f"rank 1 has sent no heartbeat for {TIMEOUT_S:.0f} s" in said
 
 
 def refused() -> tuple[str, float]:

@@ -166,7 +166,7 @@ def test_machines_die_with_the_rank_that_asked_for_them(tmp_path):
     assert not psutil.wait_procs(family, timeout=60)[1]
     code, output = finish(start(launch(run, *SERVED), environment()))
     assert code == 0, output[-4000:]
-    assert re.search(r"student +continues at epoch", output)
+    assert re.search(r"student +resumes at epoch", output)
 
 
 def test_a_lost_server_ends_the_launch_and_the_same_command_continues(tmp_path):
@@ -181,7 +181,7 @@ def test_a_lost_server_ends_the_launch_and_the_same_command_continues(tmp_path):
     assert re.search(r"exitcode +: 75", output), output
     code, output = finish(start(launch(run, *SERVED), environment()))
     assert code == 0, output[-4000:]
-    assert re.search(r"student +continues at epoch", output)
+    assert re.search(r"student +resumes at epoch", output)
     assert results(run)["student"]["accuracy"] > 0.2
 
 
@@ -195,7 +195,7 @@ def test_under_ray_the_group_starts_again_by_itself(tmp_path):
     code, output = finish(process)
     assert code == 0, output[-4000:]
     assert "a rank was lost" in output
-    assert re.search(r"student +continues at epoch", output)
+    assert re.search(r"student +resumes at epoch", output)
 
 
 def ask_on(machine) -> None:

@@ -45,5 +45,5 @@ def test_ranks_that_share_a_host_need_namespaces(hosts, can, named):
 
 def test_a_rank_listens_where_it_faces_rank_0():
     assert Ranks(master_addr="127.0.0.1").own_address() == "127.0.0.1"
-    with pytest.raises(UserError, match="no way leads to rank 0"):
+    with pytest.raises(UserError, match="rank 0 can't be reached"):
         Ranks(master_addr="no.such.host.invalid").own_address()

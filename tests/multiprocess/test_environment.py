@@ -52,7 +52,7 @@ except UserError as error:
     env = runs.bare_environment(tmp_path) | {"RAY_TMPDIR": str(place)}
     code, output = runs.finish(runs.start([sys.executable, "-c", script], env))
     assert code == 0, output
-    assert "Ray does not start on this host: " in output
+    assert "Ray failed to start on this host: " in output
     assert "AF_UNIX path length" in output
     assert "Traceback" not in output
     assert list(place.iterdir()) == []
@@ -65,11 +65,11 @@ def test_a_cluster_says_which_token_it_wants(ray_cluster, monkeypatch, tmp_path)
     assert ray_probe.cluster_mode(address, "cluster.address") == "token"
     with monkeypatch.context() as patch:
         patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        with pytest.raises(UserError, match="refuses this user's token") as caught:
+        with pytest.raises(UserError, match="rejects this user's token") as caught:
             ray_probe.cluster_mode(address, "cluster.address")
         assert caught.value.remedy.startswith("unset RAY_AUTH_TOKEN RAY_AUTH_TOKEN_PATH, and save")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "none"))
-    with pytest.raises(UserError, match="demands a token, and there is none here") as caught:
+    with pytest.raises(UserError, match="requires a token, but there is none here") as caught:
         ray_probe.cluster_mode(address, "cluster.address")
     assert str(tmp_path / "none") in caught.value.where
     assert caught.value.remedy.startswith("unset RAY_AUTH_TOKEN_PATH, and save")

@@ -109,7 +109,7 @@ def test_what_cannot_be_read_is_left_out_and_said(root, capsys, console):
     assert list(table) == ["teacher", "student", "self_path", "vote", "control_mlp", "run"]
     for name in list(table)[:-1]:
         row, saved = table[name], np.load(root / "evaluation" / f"{name}.npz")
-        assert (row["judged"], row["left_out"]) == (TEST - 3, 3)
+        assert (row["evaluated"], row["left_out"]) == (TEST - 3, 3)
         assert saved["ids"].tolist() == sound(root).tolist()
         np.testing.assert_array_equal(saved["labels"], sound(root) % C)
         assert row["accuracy"] == (saved["predicted"] == saved["labels"]).mean()
@@ -124,9 +124,9 @@ def test_what_cannot_be_read_is_left_out_and_said(root, capsys, console):
     assert table["student"]["graph_parameters"] == (
         table["student"]["parameters"] - table["self_path"]["parameters"]
     )
-    assert "judged on 18 held-out images; 3 that can't be read are left out" in said
+    assert "evaluated on 18 held-out images; 3 that can't be read are left out" in said
     page = (root / "report.html").read_text()
-    assert "18 of 21 held-out images are judged" in page
+    assert "18 of 21 held-out images were evaluated" in page
     assert "Against its own self path" in page
     assert f"{table['vote']['accuracy']:.2%}" in page
 
@@ -161,7 +161,7 @@ def test_a_student_of_the_batch_has_a_self_path_and_no_vote(root, capsys, consol
     )
     table = json.loads((root / "results.json").read_text())
     assert list(table) == ["teacher", "student", "self_path", "run"]
-    assert {table[name]["judged"] for name in ("student", "self_path")} == {TEST - 3}
+    assert {table[name]["evaluated"] for name in ("student", "self_path")} == {TEST - 3}
 
 
 def test_what_pack_left_out_is_counted_with_the_rest(root, capsys, console):
@@ -182,12 +182,12 @@ def test_what_pack_left_out_is_counted_with_the_rest(root, capsys, console):
         )
     printed, table = said["imagefolder", "x"]
     for name in ("teacher", "student", "self_path"):
-        assert (table[name]["judged"], table[name]["left_out"]) == (TEST - 3, 8)
+        assert (table[name]["evaluated"], table[name]["left_out"]) == (TEST - 3, 8)
     assert (table["run"]["test_images"], table["run"]["left_out_at_pack"]) == (TEST, 5)
     assert table["run"]["left_out"][:2] == note["first"]
     assert "test00" in table["run"]["left_out"][2]
     assert (
-        "judged on 18 held-out images; 8 that can't be read are left out (5 of them by pack)"
+        "evaluated on 18 held-out images; 8 that can't be read are left out (5 of them by pack)"
         in printed
     )
     for printed, table in (said["imagefolder", "null"], said["shards", "x"]):
@@ -197,11 +197,11 @@ def test_what_pack_left_out_is_counted_with_the_rest(root, capsys, console):
 
 def test_the_page_counts_what_pack_left_out():
     results = {
-        "student": {"judged": 64, "left_out": 15},
+        "student": {"evaluated": 64, "left_out": 15},
         "run": {"test_images": 64, "left_out": ["a/1.png: an HTML page"], "left_out_at_pack": 15},
     }
     assert report._left_out(results) == (
-        "64 of 79 held-out images are judged. 15 can't be read and count neither as right nor as "
+        "64 of 79 held-out images were evaluated. 15 can't be read and count as neither right nor "
         "wrong: a/1.png: an HTML page"
     )
     row = {

@@ -58,7 +58,7 @@ def test_a_taken_lock_is_every_ranks_error(tmp_path):
     finally:
         process.kill()
         process.wait()
-    assert found == [("another process works in this folder", 2)] * 2
+    assert found == [("another process is using this folder", 2)] * 2
     assert rank_group.run(refused_on, 2, tmp_path / "run") == [("let in", 0)] * 2
 
 

@@ -54,8 +54,8 @@ def test_a_killed_rank_is_named(victim: int) -> None:
     assert outcomes[victim].returncode == -signal.SIGKILL
     survivor = outcomes[1 - victim]
     assert survivor.returncode == PeerLost.exit_code, survivor.output
-    assert f"rank {victim} has not been heard of" in survivor.output
-    assert ("meeting point does not answer" in survivor.output) == (victim == 0)
+    assert f"rank {victim} has not been heard from" in survivor.output
+    assert ("rendezvous store does not answer" in survivor.output) == (victim == 0)
 
 
 def both_alive() -> bool:

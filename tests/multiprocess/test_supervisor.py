@@ -40,7 +40,7 @@ def gone(pids: Iterable[int]) -> bool:
 
 
 @pytest.mark.parametrize(("how", "said"), [
-    ("exit 3", "second ended with exit code 3"), ("kill -9 $$", "second was killed by signal 9")])  # fmt: skip
+    ("exit 3", "second exited with code 3"), ("kill -9 $$", "second was killed by signal 9")])  # fmt: skip
 def test_the_end_of_one_is_named_and_ends_the_others(how, said):
     made = SupervisedProcesses(Spec({"first": WAIT, "second": shell(how)}, isolated=False))
     assert made.started()
@@ -60,7 +60,7 @@ def test_all_end_with_a_supervisor_that_is_killed():
     made = SupervisedProcesses(Spec({"first": WAIT, "second": WAIT}, isolated=False))
     assert made.started()
     psutil.Process(made.processes["first"]).parent().kill()
-    assert made.first_exit() == "its supervisor ended"
+    assert made.first_exit() == "its supervisor exited"
     assert gone(made.processes.values())
     made.end()
 

@@ -93,5 +93,5 @@ def test_a_full_disk_is_named_and_a_read_only_one_is_read_into_memory(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     full, read_only, room = json.loads(done.stdout.splitlines()[-1])
-    assert "no room left" in full
+    assert "disk full" in full
     assert (read_only, room) == ("ndarray", "room")

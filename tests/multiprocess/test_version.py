@@ -32,5 +32,5 @@ def test_a_full_disk_leaves_the_version_before_in_use(tmp_path):
     said = json.loads(done.stdout.splitlines()[-1])
     assert [step for step, _, _ in said] == ["arrays", "a part", "the manifest"]
     for _, problem, newest in said:
-        assert "no room left" in problem
+        assert "disk full" in problem
         assert newest == "v0001"

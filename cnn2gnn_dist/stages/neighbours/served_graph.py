@@ -37,10 +37,10 @@ def serve(context: Context, version: GraphVersion) -> ServedGraph:
     hosts = hosts_in_conflict([(host, can) for host, can, *_ in everyone])
     if hosts:
         raise UserError(
-            f"DGL's servers of several ranks share {hosts[0]}, whose kernel refuses this user "
-            "the mount namespaces that keep their shared memory apart",
+            f"the DGL servers of several ranks share {hosts[0]}, whose kernel denies this user "
+            "the mount namespaces that isolate their shared memory",
             where="graph.sampling.sampler=distdgl",
-            remedy="run as root, allow user namespaces, one rank a host, or graph.sampling.sampler=table",
+            remedy="run as root, allow user namespaces, one rank per host, or graph.sampling.sampler=table",
         )
     task = Task(
         version=str(version.path.resolve()),

@@ -181,9 +181,9 @@ class CorruptCount(CorruptSamples):
                 f"{len(everyone)} corrupt {self.what} among {self.total}, more than the limit of "
                 f"{self.limit:.2%}: {some}",
                 where="data.max_corrupt",
-                remedy="mend or drop these images and run the same command with --update, "
-                f"or leave them out: data.max_corrupt={share:g}; a damaged shard that was packed "
-                "from whole images: delete it, and `cnn2gnn run` packs it again",
+                remedy="fix or remove these images and run the same command with --update, "
+                f"or leave them out: data.max_corrupt={share:g}; if a packed shard is "
+                "damaged and its images are not: delete it, and `cnn2gnn run` repacks it",
             )
         return everyone
 

@@ -97,9 +97,9 @@ def final_checkpoint(root: Path, stage: str) -> Path:
     problem = checkpoint_folder.damage(path)
     if problem is not None:
         raise UserError(
-            f"the checkpoint with which the stage {stage} ended is not whole: {problem}",
+            f"the final checkpoint of the stage {stage} is not complete: {problem}",
             where=str(path),
-            remedy=f"`cnn2gnn {stage}` makes it again from the checkpoint before it",
+            remedy=f"`cnn2gnn {stage}` recreates it from the previous checkpoint",
         )
     return path
 
@@ -113,9 +113,9 @@ def check_built_on(root: Path, stage: str, need: str) -> None:
     entry, now = ledger.finished(root / stage), ledger.finished(root / need)
     if entry and now and entry.inputs.get(need, now.digest) != now.digest:
         raise UserError(
-            f"the {stage} of this run was built from another {need} than the one that is there",
+            f"the {stage} of this run was built from a different {need} than the current one",
             where=str(root / stage),
-            remedy=f"`cnn2gnn {stage} --update` builds it from this one",
+            remedy=f"`cnn2gnn {stage} --update` rebuilds it from the current one",
         )
 
 

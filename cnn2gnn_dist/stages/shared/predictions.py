@@ -98,7 +98,7 @@ def own_batches(
     ranks = context.ranks
     plan = batches_of(corrupt.total, context.config.evaluate.batch, shuffle_seed)
     mine = plan[ranks.rank :: ranks.world_size]
-    with context.stream(manifest, "judge") as stream:
+    with context.stream(manifest, "evaluate") as stream:
         for batch in stream.batches(Request(ids, CLEAN) for ids in mine):
             corrupt.note(batch)
             yield readable_rows(batch) if batch.valid.any() else None
@@ -179,7 +179,7 @@ def check_held_out(context: Context) -> None:
 def describe_left_out(left_out: dict[int, str], total: int) -> str:
     """Describe in one line the held-out images that are not evaluated."""
     some = "; ".join(left_out[sample] for sample in sorted(left_out)[:3])
-    return f"{len(left_out)} of {total} held-out images are corrupt and not judged: {some}"
+    return f"{len(left_out)} of {total} held-out images are corrupt and not evaluated: {some}"
 
 
 def held_out_count(context: Context, manifest: Path) -> CorruptCount:
@@ -202,7 +202,7 @@ def check_any_left(total: int, left_out: dict[int, str]) -> None:
         if total
         else "there are no held-out images",
         where="data.test",
-        remedy="mend them, or name other held-out images",
+        remedy="fix them, or give other held-out images",
     )
 
 
@@ -221,7 +221,7 @@ def _check_finite(name: str, found: Predictions) -> None:
     wrong = int((~np.isfinite(found.confidence_N)).sum())
     if wrong:
         raise UserError(
-            f"{wrong} of {len(found.id_N)} answers of the {name} are not finite",
+            f"{wrong} of {len(found.id_N)} predictions of the {name} are not finite",
             where="evaluate",
-            remedy="look at its loss in metrics.jsonl; train it again with a smaller lr",
+            remedy="check its loss in metrics.jsonl; retrain it with a smaller lr",
         )

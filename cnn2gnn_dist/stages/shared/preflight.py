@@ -46,7 +46,7 @@ def check(config: Config, stages: Iterable[str], world_size: int) -> None:
             ):
                 raise UserError(
                     f"{config.graph.partition.parts} partitions for {world_size} ranks: with DGL's servers "
-                    "every rank serves one",
+                    "each rank serves one",
                     where="graph.partition.parts",
                     remedy=f"graph.partition.parts={world_size}, or graph.sampling.sampler=table",
                 )
@@ -83,7 +83,7 @@ def misfits(config: Config, stages: Iterable[str], images: int) -> list[UserErro
         found.append(
             UserError(
                 f"{graph.candidates} candidates for each of {images} training images: there are "
-                f"{images - 1} others",
+                f"only {images - 1} others",
                 where="graph.candidates",
                 remedy=fewer if images > 2 else "more images",
             )
@@ -108,24 +108,24 @@ def check_classes(train_N: np.ndarray, held_out: int, holdout: float | None) -> 
     classes, count_C = np.unique(train_N[train_N >= 0], return_counts=True)
     if not held_out:
         raise UserError(
-            "there is no held-out image: every class has one image, and that is for training"
+            "there are no held-out images: every class has one image, which is for training"
             if holdout and count_C.max(initial=0) <= 1
-            else "there is no held-out image to judge by",
+            else "there are no held-out images to evaluate on",
             where="data.test",
-            remedy="name a set of held-out images: data.test=…"
+            remedy="give a set of held-out images: data.test=…"
             + ("" if holdout else "; or set data.holdout above 0")
             + ("; or add images, at least two of each class" if holdout else ""),
         )
     if len(classes) < 2:
         raise UserError(
-            f"all {len(train_N)} training images are of one class: there is nothing to tell apart",
+            f"all {len(train_N)} training images are of one class: there is nothing to learn",
             where="data.train",
-            remedy="name images of at least two classes; a folder of images has one folder for each",
+            remedy="give images of at least two classes; a folder of images has a subfolder per class",
         )
     said = []
     single = int((count_C == 1).sum())
     if single == len(classes):
-        said.append("every class has a single training image: no image has a neighbour of its own")
+        said.append("every class has a single training image: no image has a neighbor of its class")
     elif single:
         said.append(f"{single} of {len(classes)} classes have a single training image")
     return said

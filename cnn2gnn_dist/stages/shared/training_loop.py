@@ -132,7 +132,7 @@ class Training:
             random_state.seed(self.context.config.seed, self.cursor.step, ranks.rank)
         self.metrics.truncate_after(self.cursor.step)
         self.context.say(
-            f"continues at epoch {self.cursor.epoch}, batch {self.cursor.batch} "
+            f"resumes at epoch {self.cursor.epoch}, batch {self.cursor.batch} "
             f"(step {self.cursor.step})",
             self.name,
         )
@@ -146,7 +146,7 @@ class Training:
         if before is not None:
             self.context.warn(
                 f"BatchNorm now sees {images} images at a time, {before} until step "
-                f"{self.cursor.step}: the result is not that of a run with either",
+                f"{self.cursor.step}: the result differs from that of a run with either",
                 self.name,
             )
 
@@ -208,7 +208,7 @@ class Training:
         """Within an epoch the order must not change (only ``--force`` can lead here)."""
         if self.cursor.batch and self._order != order.digest:
             self.context.warn(
-                f"the order of samples is another: epoch {self.cursor.epoch} begins again",
+                f"the order of samples has changed: epoch {self.cursor.epoch} starts over",
                 self.name,
             )
             self.cursor.batch = 0
@@ -305,9 +305,9 @@ class Training:
         problem = self.checkpoints.problem
         kept = f"step {self.cursor.step} is saved" if problem is None else f"NOT saved: {problem}"
         raise Preempted(
-            f"{self.name} was told to end: {kept}",
+            f"{self.name} was asked to stop: {kept}",
             where=str(self.checkpoints.folder),
-            remedy="the same command continues",
+            remedy="run the same command to resume",
         )
 
     def _log(self, lr: float, late_lr: float | None, batches_per_epoch: int) -> None:

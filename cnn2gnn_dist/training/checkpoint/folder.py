@@ -147,13 +147,13 @@ def read_state(folder: Path) -> dict[str, Any]:
         written = state["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"this is no checkpoint: {error}",
+            f"this is not a checkpoint: {error}",
             where=str(path),
             remedy="a folder step-…, as `cnn2gnn checkpoint ls` shows them",
         ) from None
     if written != FORMAT:
         raise UserError(
-            f"this checkpoint has format {written}, we know {FORMAT}",
+            f"this checkpoint has format {written}, but this version reads format {FORMAT}",
             where=str(folder),
             remedy="the version of cnn2gnn-dist that wrote it, or another run.dir=…",
         )
@@ -185,7 +185,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
                 raise UserError(
                     f"this checkpoint file can't be read: {error}",
                     where=str(folder / name),
-                    remedy="remove the folder and run again: training goes on from the one before it",
+                    remedy="remove the folder and run again: training resumes from the previous one",
                 ) from None
     return tensors
 

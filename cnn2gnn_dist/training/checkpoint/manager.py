@@ -139,7 +139,7 @@ class Checkpoints:
             raise UserError(
                 f"the last checkpoint could not be written: {self.problem}",
                 where=str(self.folder),
-                remedy="make room or mend the folder; the same command continues from the one before",
+                remedy="free some space or fix the folder; the same command resumes from the previous one",
             )
         path: Path | None = collectives.broadcast_object(
             self.latest() if collectives.rank() == 0 else None
@@ -154,7 +154,7 @@ class Checkpoints:
             problem = disk.damage(folder)
             if problem is None:
                 return folder
-            _log.warning(f"checkpoint {folder.name} is passed over: {problem}")
+            _log.warning(f"checkpoint {folder.name} is skipped: {problem}")
         return None
 
     def load(
@@ -197,8 +197,8 @@ class Checkpoints:
             "this checkpoint belongs to another run or config: "
             + ("; ".join(different) or "its inputs differ, not its config"),
             where=str(path),
-            remedy="another run.dir=…, --update to start this stage anew, "
-            "or --force to go on from it all the same",
+            remedy="another run.dir=…, --update to restart this stage, "
+            "or --force to resume from it anyway",
         )
 
     def _create_folder(self, work: Path) -> bool:
@@ -221,15 +221,15 @@ class Checkpoints:
         if writing.best:
             durable.write_text(self.folder / disk.BEST, final.name)
         disk.prune(self.folder, final, self.keep_last)
-        _log.debug("checkpoint %s is whole", final.name)
+        _log.debug("checkpoint %s is complete", final.name)
 
     def _report(self, problem: str | None, work: Path) -> None:
         self.problem = problem
         if problem is not None and collectives.rank() == 0:
             shutil.rmtree(work, ignore_errors=True)
             _log.error(
-                f"checkpoint {work.stem} was not written: {problem}; training goes on, and the "
-                "checkpoint before it stays"
+                f"checkpoint {work.stem} was not written: {problem}; training continues, and the "
+                "previous checkpoint is kept"
             )
 
 
@@ -312,7 +312,7 @@ def _check_shapes(engine: Engine, tensors: dict[str, Tensor], path: Path) -> Non
         if wanted.get(name) != there.get(name):
             raise UserError(
                 f"the checkpoint does not fit the model at {name[2:]}: shape "
-                f"{there.get(name, 'absent')} saved, {wanted.get(name, 'absent')} wanted",
+                f"{there.get(name, 'absent')} saved, {wanted.get(name, 'absent')} expected",
                 where=str(path),
                 remedy="the config of the run that wrote it, or another run.dir=…",
             )

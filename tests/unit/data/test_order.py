@@ -371,8 +371,8 @@ def test_sequential_refuses():
 @pytest.mark.parametrize(
     ("world", "change", "what"),
     [
-        (3, "teacher.global_batch=63", "a global batch of 64 does not divide over 3 ranks"),
-        (2, "student.global_batch=33", "a global batch of 33 does not divide over 2 ranks"),
+        (3, "teacher.global_batch=63", "a global batch of 64 does not divide evenly over 3 ranks"),
+        (2, "student.global_batch=33", "a global batch of 33 does not divide evenly over 2 ranks"),
         (4, "graph.partition.parts=3", "3 partitions can't be shared by 4 ranks"),
         (1, "graph.partition.parts=65", "65 partitions share a global batch of 64"),
     ],

@@ -214,7 +214,7 @@ def test_a_source_that_reads_one_folder_refuses_two(tmp_path, capsys):
     a, b = (image_tree(tmp_path / name, {"x": 2, "y": 2}) for name in "ab")
     data = ("data.source=imagefolder", f"data.train=[{a}, {b}]")
     assert prepared(tmp_path / "run", *data)[0] == 2
-    assert "reads one folder, and 2 are named" in capsys.readouterr().err
+    assert "reads one folder, but 2 are given" in capsys.readouterr().err
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "x.parquet").touch()
     assert (
@@ -236,4 +236,6 @@ def test_held_out_images_that_are_training_images_are_said(tmp_path, capsys, sou
     run = ["--config", "demo", f"run.dir={tmp_path}/run", f"data.source={source}", *data]
     stages = ("index",) if source == "shards" else ("pack", "index")
     assert [cli.main([stage, *run]) for stage in stages] == [0] * len(stages)
-    assert "note: 1 of 1 held-out files or folders are training ones" in capsys.readouterr().err
+    assert (
+        "note: 1 of 1 held-out files or folders are also training ones" in capsys.readouterr().err
+    )

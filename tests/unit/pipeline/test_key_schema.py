@@ -255,7 +255,7 @@ def test_a_run_of_schema_1_is_whole(tmp_path, name):
 def test_a_real_change_of_such_a_run_is_found_and_named(tmp_path, name, override, stage, words):
     step = steps_of(made(tmp_path, name, override))[stage]
     assert step.status is Status.STALE
-    assert step.why == f"made from another config or other inputs: {words}"
+    assert step.why == f"made from a different config or inputs: {words}"
     assert step.schema == ledger.SCHEMA  # what is recomputed uses the current schema
 
 
@@ -271,7 +271,7 @@ def test_other_weights_and_other_inputs_of_such_a_run_are_found(tmp_path):
     done.write_text(json.dumps(json.loads(done.read_text()) | {"digest": "another"}))
     step = steps_of(config)["student"]
     assert step.status is Status.STALE
-    assert "the stage targets was made again" in step.why
+    assert "the stage targets was rerun" in step.why
 
 
 def test_how_a_result_is_reached_changes_nothing_of_such_a_run(tmp_path):
@@ -298,7 +298,7 @@ def test_a_field_that_schema_1_never_had_makes_its_record_stale_when_set(tmp_pat
     assert steps_of(WiderConfig.model_validate(tree))["student"].status is Status.COMPLETE
     tree["graph"]["twist"] = 1
     step = steps_of(WiderConfig.model_validate(tree))["student"]
-    assert step.why == "made from another config or other inputs: graph.twist: 0 -> 1"
+    assert step.why == "made from a different config or inputs: graph.twist: 0 -> 1"
 
 
 def test_a_record_of_before_schema_1_ended_is_stale_as_it_was(tmp_path):
@@ -345,11 +345,11 @@ def test_a_record_of_a_later_schema_is_named_and_kept(tmp_path, capsys):
     done.write_text(json.dumps(json.loads(done.read_text()) | {"schema": 3}))
     step = steps_of(config)["teacher"]
     assert step.status is Status.STALE
-    assert step.why == "recorded by a later version of cnn2gnn-dist (keys of schema 3)"
-    with pytest.raises(UserError, match="was recorded by a later version"):
+    assert step.why == "recorded by a newer version of cnn2gnn-dist (key schema 3)"
+    with pytest.raises(UserError, match="was recorded by a newer version"):
         runner._prepare_folder(keys.Survey(config), step, update=False, force=False)
     assert cli.main(["run", "--config", "demo", f"run.dir={tmp_path}/run", "--dry-run"]) == 0
-    assert "keys of schema 3" in capsys.readouterr().out
+    assert "key schema 3" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("schema", [1, 2])

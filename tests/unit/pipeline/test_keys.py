@@ -125,7 +125,7 @@ def test_a_changed_file_of_a_folder_is_named_and_update_reaches_the_teacher(
     os.utime(folder / "a", ns=(times, times))  # the folders' times need not tell either
     assert run.status("pack") == (
         Status.STALE,
-        f"made from another config or other inputs: {words}",
+        f"made from a different config or inputs: {words}",
     )
     for _ in range(2):  # a refusal changes nothing: the next gives the same message
         assert run() == 2
@@ -168,7 +168,7 @@ def test_a_disk_that_is_not_mounted_costs_no_shards(folder, tmp_path, capsys):
     folder.mkdir()
     for options in ([], ["--update"]):
         assert run(*options) == 0
-        assert "held class folders, and holds none now" in capsys.readouterr().err
+        assert "had class folders, but has none now" in capsys.readouterr().err
     assert not list((tmp_path / "run").glob("*.old-*"))
 
 

@@ -145,14 +145,14 @@ def test_a_stage_command_says_more_or_less(tmp_path, capsys):
     run = ["--config", "demo", f"run.dir={tmp_path}/run", "data.limit=64"]
     assert cli.main(["pack", *run, "-v"]) == 0
     said = capsys.readouterr()
-    assert "pack     to run: nothing there yet\n" in said.err
+    assert "pack     to run: not started yet\n" in said.err
     assert "pack     debug: key " in said.err
     assert said.out == ""
     assert cli.main(["pack", "-q", *run]) == 0
     assert capsys.readouterr().err == ""
     assert cli.main(["pack", *run]) == 0
-    assert capsys.readouterr().err == "pack     whole, skipped\n"
+    assert capsys.readouterr().err == "pack     complete, skipped\n"
     assert cli.main(["pack", "--quiet", *run, "data.limit=65"]) == 2  # errors are always printed
     assert capsys.readouterr().err.startswith(
-        "cnn2gnn: the stage pack of this folder was made from"
+        "cnn2gnn: the stage pack in this folder was made from"
     )

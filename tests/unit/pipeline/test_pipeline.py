@@ -152,7 +152,10 @@ def test_every_preset_loads_and_describes_itself():
 
 @pytest.mark.parametrize(
     ("override", "words"),
-    [("run.ranks=3", "does not divide over 3 ranks"), ("run.dir={}/foreign", "is not a run's")],
+    [
+        ("run.ranks=3", "does not divide evenly over 3 ranks"),
+        ("run.dir={}/foreign", "is not a run folder"),
+    ],
 )
 def test_a_dry_run_refuses_what_the_run_would(tmp_path, capsys, override, words):
     (tmp_path / "foreign").mkdir()
@@ -175,7 +178,7 @@ def test_what_a_stage_waits_for_is_updated_with_it(tmp_path):
 def test_a_folder_is_no_file_of_weights(tmp_path):
     whole = config(tmp_path)
     make_whole(whole, 2)
-    with pytest.raises(UserError, match="no file of weights"):
+    with pytest.raises(UserError, match="not a weights file"):
         runner.plan(config(tmp_path, f"teacher.weights={tmp_path}"))
 
 
@@ -186,7 +189,7 @@ def test_the_config_of_a_run_that_was_moved_is_noted(tmp_path, capsys):
     (tmp_path / "run").rename(tmp_path / "moved")
     own = str(tmp_path / "moved" / "config.yaml")
     assert cli.main(["run", "--config", own, "--dry-run"]) == 0
-    assert f"to go on with the run: run.dir={tmp_path}/moved" in capsys.readouterr().err
+    assert f"to continue that run: run.dir={tmp_path}/moved" in capsys.readouterr().err
     assert cli.main(["run", "--config", own, f"run.dir={tmp_path}/moved", "--dry-run"]) == 0
     said = capsys.readouterr()
     assert "note" not in said.err
@@ -197,7 +200,7 @@ def test_a_limit_of_what_is_not_packed_is_noted(tmp_path):
     limited = config(tmp_path, "data.limit=50")
     assert consistency.notes(limited) == []
     shards = config(tmp_path, "data.limit=50", "data.source=shards", "data.train=x.tar")
-    assert "data.limit=50 is for packing" in consistency.notes(shards)[0]
+    assert "data.limit=50 limits packing" in consistency.notes(shards)[0]
 
 
 @pytest.mark.parametrize("parts", [{"bygone": {"a": 1}}, {"bygone.a": 1}, {"student": {"a": 1}}])

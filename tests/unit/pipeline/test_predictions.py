@@ -95,7 +95,7 @@ def test_more_corrupt_than_the_limit_is_refused_before_anything_is_trained(tmp_p
 def test_held_out_images_are_looked_through_once(tmp_path, capsys, console):
     held_out(tmp_path)
     predictions.check_held_out(context(tmp_path))
-    assert "3 of 23 held-out images are corrupt and not judged" in capsys.readouterr().err
+    assert "3 of 23 held-out images are corrupt and not evaluated" in capsys.readouterr().err
     (tmp_path / "test-000000.tar").unlink()
     predictions.check_held_out(context(tmp_path))
 
@@ -118,7 +118,7 @@ def test_answers_that_are_not_finite_are_no_result(tmp_path):
         return {"student": torch.full((len(images), 3), torch.nan)}
 
     here = context(tmp_path)
-    with pytest.raises(UserError, match="20 of 20 answers of the student are not finite"):
+    with pytest.raises(UserError, match="20 of 20 predictions of the student are not finite"):
         predictions.evaluate(here, answer, here.paths.test_manifest)
 
 
@@ -192,6 +192,8 @@ def test_table_shows_every_model():
     assert text.count("50.00%") == 5
     assert "12,345" in text
     assert "left out" not in text
-    counted = {**row, "judged": 1_200, "left_out": 3}
+    counted = {**row, "evaluated": 1_200, "left_out": 3}
     last = table(dict.fromkeys(models, counted)).splitlines()[-1]
-    assert last == "judged on 1,200 held-out images; 3 that can't be read are left out"
+    old = {**row, "judged": 1_200, "left_out": 3}  # the key of earlier versions
+    assert evaluate.table({"student": old}).splitlines()[-1] == last
+    assert last == "evaluated on 1,200 held-out images; 3 that can't be read are left out"

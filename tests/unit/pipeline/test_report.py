@@ -239,7 +239,7 @@ def test_the_verdict_is_plain(made, student, control, said, undrawn):
 def test_the_error_is_of_the_images_that_were_judged():
     table = {"student": scores(0.9, 1), "control_mlp": scores(0.8, 1), "run": {"test_images": 400}}
     assert "standard error 2.50" in verdict(table)
-    table["student"]["judged"] = 100
+    table["student"]["evaluated"] = 100
     assert "standard error 5.00 (binomial, 100 images" in verdict(table)
 
 
@@ -260,7 +260,7 @@ def test_with_the_answers_at_hand_errors_are_those_of_paired_differences(made, u
     text = page_of(made)[1]
     # By hand: (12 + 4) / 200 - (8 / 200)² = 0.0784, over 200 images: 0.0198.
     assert (
-        "self path, the same weights without neighbours: +4.00 points, standard error 1.98" in text
+        "self path, the same weights without neighbors: +4.00 points, standard error 1.98" in text
     )
     assert "(paired, 200 images): beyond two standard errors" in text
     # Against the control 4 corrected, 20 introduced: 24 / 200 - (16 / 200)² = 0.1136, 0.0238.
@@ -268,17 +268,19 @@ def test_with_the_answers_at_hand_errors_are_those_of_paired_differences(made, u
 
 
 def test_images_that_are_left_out_are_said(made, undrawn):
-    assert "count neither as right nor as wrong" not in page_of(made)[1]
-    change(made, student={"judged": 190, "left_out": 10}, run={"left_out": ["a.tar: k7: <html>"]})
+    assert "count as neither right nor wrong" not in page_of(made)[1]
+    change(
+        made, student={"evaluated": 190, "left_out": 10}, run={"left_out": ["a.tar: k7: <html>"]}
+    )
     text = page_of(made)[1]
-    assert "190 of 200 held-out images are judged. 10 can&#39;t be read" in text
+    assert "190 of 200 held-out images were evaluated. 10 can&#39;t be read" in text
     assert "a.tar: k7: &lt;html&gt;" in text
 
 
 @pytest.mark.parametrize(
     ("lost", "gone"),
     [
-        ("evaluation/gallery.npz", "Test images and the neighbours"),
+        ("evaluation/gallery.npz", "Test images and the neighbors"),
         ("evaluation/student.npz", "Confusion matrix"),
         ("config.yaml", "<details>"),
         ("teacher/metrics.jsonl", "<td>teacher</td><td>100"),

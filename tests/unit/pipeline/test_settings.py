@@ -264,8 +264,8 @@ def test_scopes_and_hops_that_need_no_fanouts_do_not_ask_for_them():
     ("overrides", "said"),
     [
         (["graph.sampling.fanouts=[8,6]"], ["only 7 neighbours"]),
-        (["graph.start_epoch=12"], ["not trained with the graph"]),
-        (["student.epochs=2", "student.warmup_epochs=2"], ["cut to half", "not trained with"]),
+        (["graph.start_epoch=12"], ["never trains with the graph"]),
+        (["student.epochs=2", "student.warmup_epochs=2"], ["capped at half", "never trains with"]),
         (["teacher.epochs=1"], ["teacher.warmup_epochs=1 is cut"]),
         (["graph.scope=batch", "graph.start_epoch=12"], ["graph.start_epoch=12"]),
         ([], []),
@@ -364,8 +364,8 @@ def test_a_file_with_a_byte_order_mark_and_a_json_file_are_read(here):
 @pytest.mark.parametrize(
     ("text", "what", "line", "remedy"),
     [
-        ("student:\n  epochs: 3\nstudent:\n  lr: 0.1\n", "in line 1 and in line 3", 3, "keep one"),
-        ("student:\n  epochs: 3\n  epochs: 4\n", "in line 2 and in line 3", 3, "keep one"),
+        ("student:\n  epochs: 3\nstudent:\n  lr: 0.1\n", "on line 1 and on line 3", 3, "keep one"),
+        ("student:\n  epochs: 3\n  epochs: 4\n", "on line 2 and on line 3", 3, "keep one"),
         ("student:\n\tepochs: 3\n", "not readable", 2, "instead of tabs"),
         ("data:\n  train: *.tar\n", "not readable", 2, "quotes"),
         ("data:\n  train: @x\n", "not readable", 2, "quotes"),
@@ -497,7 +497,7 @@ def test_a_field_is_read_by_the_name_that_it_had_once(here, old, typed):
     assert none == []
     by_old, notes = notes_of([f"{old}={typed}"])
     assert by_old == by_new != settings.load("demo")
-    assert notes == [f"{old} is {new} now; the old names are still read"]
+    assert notes == [f"{old} is now {new}; the old names are still accepted"]
     section, name = old.split(".")
     with open(f"{here}/old.yaml", "w") as file:
         file.write(f"{section}: {{{name}: {typed}}}")
@@ -557,7 +557,7 @@ def test_of_an_old_and_a_new_name_in_a_file_none_is_guessed(here):
     ],
 )
 def test_names_that_nothing_has_are_refused_with_the_nearest(typed, where, meant):
-    with pytest.raises(UserError, match="no field of this name") as caught:
+    with pytest.raises(UserError, match="no field with this name") as caught:
         settings.load("demo", [typed])
     assert (caught.value.where, caught.value.remedy) == (where, f"did you mean {meant}?")
 

@@ -20,7 +20,7 @@ IDLE = [  # overrides of the preset demo, the environment, and the beginnings of
     (
         ["data.source=imagefolder", NEAR, "data.test=/d/b"],
         CPU,
-        ["data.holdout=0.25 does nothing: the held-out images are a set"],
+        ["data.holdout=0.25 has no effect: the held-out images are a separate"],
     ),
     (["data.source=cifar10", NEAR], CPU, ["data.holdout=0.25 does nothing"]),
     (["data.match_classes=number"], CPU, ["data.match_classes=number does nothing"]),
@@ -30,7 +30,7 @@ IDLE = [  # overrides of the preset demo, the environment, and the beginnings of
         CPU,
         ["data.test=/d: data.source=digits has one set of images"],
     ),
-    (["views.kind=none"], CPU, ["views.pad=3 does nothing: views.kind pads nothing"]),
+    (["views.kind=none"], CPU, ["views.pad=3 has no effect: only views.kind=shift and"]),
     (["views.ratio=[1, 1]"], CPU, ["views.ratio=[1.0, 1.0] does nothing"]),
     (["views.kind=random_resized_crop", "views.ratio=[1, 1]", "views.pad=4"], CPU, []),
     (
@@ -39,7 +39,7 @@ IDLE = [  # overrides of the preset demo, the environment, and the beginnings of
         ["stream.decoded_bytes=1000000 does nothing: views.kind=random_resized_crop"],
     ),
     (["stream.decoded_bytes=1e6"], CPU, []),
-    (["stream.cache_bytes=0"], CPU, ["stream.cache_bytes=0 does nothing: they are for remote"]),
+    (["stream.cache_bytes=0"], CPU, ["stream.cache_bytes=0 has no effect: they apply only to remote"]),
     (["data.source=shards", FAR, "data.shard_size=2048", "stream.cache_bytes=9"], CPU, []),
     (
         ["data.source=shards", FAR, "data.shard_size=2048", "stream.cache_bytes=0", "stream.cache_dir=/c"],
@@ -156,4 +156,4 @@ def test_every_rule_names_fields_that_there_are_and_is_tried_here():
 def test_a_plan_says_so(capsys, tmp_path):
     command = ["run", "--config", "demo", "--dry-run", f"run.dir={tmp_path}/run"]
     assert cli.main([*command, "views.kind=none"]) == 0
-    assert "note: views.pad=3 does nothing: views.kind pads nothing" in capsys.readouterr().out
+    assert "note: views.pad=3 has no effect: only views.kind=shift and" in capsys.readouterr().out

@@ -121,14 +121,14 @@ def test_a_reserved_port_is_nobody_elses_until_it_is_used():
 def test_an_address_of_another_host_is_met_on_all_interfaces_with_a_note(capsys, console):
     with rendezvous.listen(Ranks(0, 0, 2, "192.0.2.77", runs.free_port())) as listening:
         assert listening.getsockname()[0] == "0.0.0.0"
-    assert "MASTER_ADDR=192.0.2.77 is no address" in capsys.readouterr().err
+    assert "MASTER_ADDR=192.0.2.77 is not an address" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_ranks_that_nobody_else_joins(rank):
     """For example, RANK and WORLD_SIZE left over in a shell."""
     lonely = Ranks(rank, rank, 2, "127.0.0.1", runs.free_port())
-    with pytest.raises(UserError, match=f"rank {rank} of 2 has not met the others") as caught:
+    with pytest.raises(UserError, match=f"rank {rank} of 2 could not meet the others") as caught:
         join(lonely, torch.device("cpu"), timedelta(seconds=1))
     assert "unset RANK and WORLD_SIZE" in caught.value.remedy
     assert not torch.distributed.is_initialized()
@@ -191,14 +191,14 @@ def test_a_dead_address_is_refused_by_the_name_of_what_held_it(named):
 
 
 def test_what_is_no_cluster_is_said_to_be_none(web):
-    with pytest.raises(UserError, match="is no Ray cluster's head"):
+    with pytest.raises(UserError, match="is not the head of a Ray cluster"):
         ray_probe.cluster_mode(web, "cluster.address")
     with pytest.raises(UserError, match=r"no job server answers .* 404"):
         ray_probe.job_server_mode(f"http://{web}", "--address")
-    with pytest.raises(UserError, match="reads HOST:6379") as caught:
+    with pytest.raises(UserError, match="has the form HOST:6379") as caught:
         ray_probe.cluster_mode(f"http://{web}", "cluster.address")
     assert "launch/submit.py" in caught.value.remedy
-    with pytest.raises(UserError, match="reads http://HOST:8265"):
+    with pytest.raises(UserError, match="has the form http://HOST:8265"):
         ray_probe.job_server_mode(web, "--address")
 
 
@@ -212,7 +212,7 @@ def test_host_and_port(address, parts):
 
 @pytest.mark.parametrize("address", ["h:port", "ray://h:1", "h:99999", ":1"])
 def test_addresses_that_are_none(address):
-    with pytest.raises(UserError, match="reads HOST:6379"):
+    with pytest.raises(UserError, match="has the form HOST:6379"):
         ray_probe.host_and_port(address, "")
 
 

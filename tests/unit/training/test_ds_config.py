@@ -183,8 +183,8 @@ def test_clipping_is_a_number_from_0(value: object) -> None:
         ("betas", [-0.1, 0.9], "two numbers from 0 to below 1, not [-0.1, 0.9]"),
         ("eps", "x", "a number above 0, not 'x'"),
         ("eps", 0, "a number above 0, not 0"),
-        ("weight_decay", -1, "a number from 0, not -1"),
-        ("weight_decay", None, "a number from 0, not None"),
+        ("weight_decay", -1, "a number of at least 0, not -1"),
+        ("weight_decay", None, "a number of at least 0, not None"),
     ],
 )
 def test_adams_numbers_are_checked_before_torch_meets_them(
