@@ -1,6 +1,6 @@
 """Kill a small run at random moments, start it again, and compare it with one that nobody killed.
 
-    PYTHONPATH=. python benchmarks/chaos.py 100          # at least so many kills, about 30 minutes
+    PYTHONPATH=. python benchmarks/chaos.py 100          # at least this many kills, about 30 minutes
     PYTHONPATH=. python benchmarks/chaos.py 20 --seed 7 --only ray
 
 Victims in turn: one rank, all ranks and their launcher, the launcher alone (torchrun); a rank, the
@@ -121,7 +121,7 @@ def tortured(run: Path, mode: str, rng: random.Random, tally: Tally, most: int) 
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(LONGEST)
         if process.poll() is None:
-            raise SystemExit(f"hangs:\n{log.read_text()[-4000:]}")
+            raise SystemExit(f"no exit:\n{log.read_text()[-4000:]}")
         text = log.read_text(errors="replace")
         found = re.search(r"(\w+) +resumes at epoch.*\(step (\d+)\)", text)
         if found:
@@ -131,8 +131,8 @@ def tortured(run: Path, mode: str, rng: random.Random, tally: Tally, most: int) 
         if process.returncode == 0:
             return
         if not stopped and not re.search("is using this folder|was asked to stop", text):
-            raise SystemExit(f"failed by itself ({process.returncode}):\n{text[-4000:]}")
-        say(f"{sum(tally.kills.values())} kills; {run.name} stands at {standing(run)}")
+            raise SystemExit(f"failed on its own ({process.returncode}):\n{text[-4000:]}")
+        say(f"{sum(tally.kills.values())} kills; {run.name} at {standing(run)}")
 
 
 def strike(
@@ -236,11 +236,11 @@ def table(tally: Tally, seed: int) -> str:
             f"| seed | {seed} |",
             f"| kills | {sum(tally.kills.values())}: {kills} |",
             f"| moments | {moments} |",
-            f"| launches, of which went on from a checkpoint | {tally.launches}, {tally.resumed} |",
-            f"| steps made again (of at most 3 between saves) | {sum(tally.lost_steps)}, "
-            f"{statistics.mean(tally.lost_steps):.1f} a kill |",
+            f"| launches, of which resumed from a checkpoint | {tally.launches}, {tally.resumed} |",
+            f"| steps repeated (of at most 3 between saves) | {sum(tally.lost_steps)}, "
+            f"{statistics.mean(tally.lost_steps):.1f} per kill |",
             f"| lines of metrics and final weights compared | {tally.compared} |",
-            f"| of these differing | {tally.differing} |",
+            f"| of these different | {tally.differing} |",
             f"| to the first new step, median (a cold start took {cold:.1f} s) | {middle:.1f} s |",
         ]
     )

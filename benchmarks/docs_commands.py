@@ -2,7 +2,7 @@
 
     python benchmarks/docs_commands.py                       the clone sets up its own .venv (make install)
     python benchmarks/docs_commands.py --venv PATH           with one that is there already
-    python benchmarks/docs_commands.py --venv PATH --long    also those of many minutes
+    python benchmarks/docs_commands.py --venv PATH --long    also those that take many minutes
     python benchmarks/docs_commands.py --check               only whether they could run: files, options, fields
 
 Commands are the lines of fenced blocks, and code in a sentence, that begin with a program of PROGRAMS. KINDS says which
@@ -40,10 +40,10 @@ KINDS: list[tuple[str, str, str]] = [  # pattern of the command, kind, why
      "needs images of one's own, or changes the model: tests/unit/inference/test_editing.py"),
     (r"^cnn2gnn (export|memory ls)", "demo", "the demo's model"),
     (r"^make demo-memory$", "long", "trains for some minutes"),
-    (r"^make demo$", "demo", "the first: others look at its run"),
-    (r"^cnn2gnn run --config demo$", "demo", "again: skips what is whole"),
+    (r"^make demo$", "demo", "the first: others use its run"),
+    (r"^cnn2gnn run --config demo$", "demo", "again: skips complete stages"),
     (r"^cnn2gnn student --config demo$", "demo", ""),
-    (r"^cnn2gnn (predict|checkpoint) .*runs/demo", "demo", "looks at the demo's run"),
+    (r"^cnn2gnn (predict|checkpoint) .*runs/demo", "demo", "uses the demo's run"),
     (r"^torchrun .*examples/stream.py", "demo", "reads the demo's shards"),
     (r"^pip install", "install", "into the clone's own .venv; not with --venv"),
     (r"requirements-build", "long", "compiles for about 25 minutes"),
@@ -52,7 +52,7 @@ KINDS: list[tuple[str, str, str]] = [  # pattern of the command, kind, why
     (r"^make partial", "install", "needs a compiler and libjpeg-turbo's header"),
     (r"cluster.address=HEAD", "no", "needs several hosts"),
     (r"^ray job submit|^python launch/submit.py|^ray (start|job)", "no", "needs a Ray cluster: test_ways_in.py"),
-    (r"^(deepspeed|torchrun) .*launch/train.py .*--config demo", "long", "a whole demo: test_ways_in.py"),
+    (r"^(deepspeed|torchrun) .*launch/train.py .*--config demo", "long", "a complete demo: test_ways_in.py"),
     (r"config (cifar10|mini_imagenet|imagenet)( |$)", "no", "needs a data set, and an hour or a GPU"),
     (r"python benchmarks/\w+\.py", "long", "minutes to an hour"),
 ]  # fmt: skip
@@ -265,7 +265,7 @@ def run(command: Command, root: Path, seconds: float) -> tuple[str, str, float]:
             timeout=seconds,
         )
     except subprocess.TimeoutExpired:
-        return f"not done after {seconds:.0f} s", "", seconds
+        return f"not finished after {seconds:.0f} s", "", seconds
     took = time.monotonic() - begin
     if done.returncode:
         return f"exit code {done.returncode}", done.stdout, took
@@ -290,12 +290,10 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--check", action="store_true", help="run nothing")
-    parser.add_argument("--short", action="store_true", help="without the demo and what needs it")
-    parser.add_argument("--long", action="store_true", help="also those of many minutes")
-    parser.add_argument("--venv", type=Path, help="an environment to use; default: make install")
-    parser.add_argument(
-        "--seconds", type=float, default=1200, help="limit of a command that is not long"
-    )
+    parser.add_argument("--short", action="store_true", help="skip the demo and what needs it")
+    parser.add_argument("--long", action="store_true", help="also those that take many minutes")
+    parser.add_argument("--venv", type=Path, help="environment to use; default: make install")
+    parser.add_argument("--seconds", type=float, default=1200, help="time limit of a short command")
     options = parser.parse_args()
     found = commands()
     faults = {one: fault(one) for one in found}
@@ -321,10 +319,10 @@ def main() -> int:
             rows.append((one, outcome, took))
             print(f"{one.kind:8} {took:6.1f} s  {outcome:40} {one.place:24} {one.text}", flush=True)
     failed = [row for row in rows if row[1] != "ok" and not row[1].startswith("not run")]
-    print(f"\n{len(rows)} commands: {sum(row[1] == 'ok' for row in rows)} ran well, "
+    print(f"\n{len(rows)} commands: {sum(row[1] == 'ok' for row in rows)} passed, "
           f"{len(failed)} failed, {sum(row[1].startswith('not run') for row in rows)} not run")  # fmt: skip
     for pattern in stale:
-        print(f"no command fits {pattern!r} any more: take it out of KINDS or PRINTS")
+        print(f"no command matches {pattern!r} any more: remove it from KINDS or PRINTS")
     return 1 if failed or stale else 0
 
 

@@ -71,7 +71,7 @@ def shape(version: GraphVersion) -> None:
         made = [parts.build_part(table, part, number) for number in range(count)]
         noted = parts.summary(table, part, made)
         print(f"{count} parts: cut {noted['cut']:.3f}, halos {sum(noted['halo1']) / len(table):.2f} and "
-              f"{sum(noted['halo2']) / len(table):.2f} for each inner node")  # fmt: skip
+              f"{sum(noted['halo2']) / len(table):.2f} per inner node")  # fmt: skip
 
 
 def main() -> int:

@@ -68,7 +68,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--run", action="store_true", help="run the commands, too")
+    parser.add_argument("--run", action="store_true", help="also run the commands")
     options = parser.parse_args()
     faults = 0
     for example in examples(PAGE.read_text(encoding="utf-8")):

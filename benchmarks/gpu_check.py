@@ -5,7 +5,7 @@
     python benchmarks/gpu_check.py --only barrier,zero3
 
 Each check is a process (or a rank of a group) of its own and leaves a JSON file in the folder --out. Called again, what
-has passed or can't be made here is not made again, what failed is; --again makes all anew. Ends with a table; exit code
+has passed or can't run here is not repeated, what failed is; --again repeats all. Ends with a table; exit code
 1 if a check failed. What is not installed (DeepSpeed, faiss, …) makes its checks skip, with the reason.
 """
 
@@ -114,7 +114,7 @@ def _joined(
     """The worst rank decides the result; in ``lost_peer`` the last rank is meant to be gone."""
     expected = ranks - 1 if name == "lost_peer" and ranks > 1 else ranks
     if len(found) < expected and not any(one["status"] != "pass" for one in found):
-        figure = f"ranks ended without a word: exit codes {codes}"
+        figure = f"ranks exited without output: exit codes {codes}"
         return {"status": "fail", "figure": figure, "numbers": {}}
     worst = min(found, key=lambda one: ("fail", "skip", "pass").index(one["status"]))
     if name == "lost_peer" and len(found) > 1:
@@ -142,17 +142,21 @@ def main() -> int:
     )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--out", type=Path, help="folder of results; default runs/gpu-check-DEVICE")
-    parser.add_argument("--ranks", type=int, help="most ranks; default: GPUs, or 2 on the CPU")
-    parser.add_argument("--only", help="these checks, with commas")
-    parser.add_argument("--again", action="store_true", help="make what is there anew")
-    parser.add_argument("--toy", action="store_true", help="small sizes; the CPU's always are")
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        help="maximum number of ranks; default: number of GPUs, or 2 on the CPU",
+    )
+    parser.add_argument("--only", help="only these checks, comma-separated")
+    parser.add_argument("--again", action="store_true", help="repeat checks that have results")
+    parser.add_argument("--toy", action="store_true", help="small sizes; always on the CPU")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--rank", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
     only = options.only.split(",") if options.only else []
     unknown = set(only) - {*ALONE, *TOGETHER, *WHOLE}
     if unknown:
-        parser.error(f"no check {', '.join(sorted(unknown))}; there are: "
+        parser.error(f"no check {', '.join(sorted(unknown))}; the checks are: "
                      f"{', '.join((*ALONE, *TOGETHER, *WHOLE))}")  # fmt: skip
     out = (options.out or HERE.parent / "runs" / f"gpu-check-{options.device}").resolve()
     out.mkdir(parents=True, exist_ok=True)

@@ -188,8 +188,8 @@ def main() -> int:
     names = [subject.name for subject in SUBJECTS]
     parser.add_argument("subjects", nargs="*", metavar="SUBJECT", help=", ".join(names))
     parser.add_argument("--all", action="store_true", help="every mutant, not a sample")
-    parser.add_argument("--list", action="store_true", help="only say which mutants there are")
-    parser.add_argument("--seed", type=int, default=0, help="of the sample")
+    parser.add_argument("--list", action="store_true", help="only list the mutants")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sample")
     options = parser.parse_args()
     if unknown := set(options.subjects) - set(names):
         parser.error(f"no subject {', '.join(sorted(unknown))}; there are {', '.join(names)}")

@@ -84,11 +84,13 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--nodes", type=int, nargs="*", default=SIZES)
     parser.add_argument("--homophily", type=float, nargs="*", default=(0.65, 0.9))
-    parser.add_argument("--rivals", action="store_true", help="only the build, beside others")
     parser.add_argument(
-        "--tables", action="store_true", help="print what is there, measure nothing"
+        "--rivals", action="store_true", help="only the build, next to other libraries"
     )
-    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="draw what is there")
+    parser.add_argument(
+        "--tables", action="store_true", help="print existing results, measure nothing"
+    )
+    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="plot existing results")
     parser.add_argument("--dry-run", action="store_true", help="list what would be measured")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     given = parser.parse_args()

@@ -163,7 +163,7 @@ def main(picture: Path | None) -> None:
     full = permuted()
     windows = [2**power for power in range(11)]
     print(f"{SHARDS} shards of {SHARD}, {CLASSES} classes, batches of {BATCH}, seed {SEED}\n")
-    print("Quality: distance of shard neighbours, classes of a batch, pairs that meet again")
+    print("Quality: distance of shard neighbors, classes of a batch, pairs that meet again")
     print(_line("W", "W/S", "median", "5 %", "TV sorted", "TV mixed", "pairs x full"))
     found = {}
     for window in windows:
@@ -219,7 +219,7 @@ def draw(
     far.loglog(windows, [q.low for q in found.values()], "s-", label="5 % quantile")
     for value in (full.median, full.low):
         far.axhline(value, color="black", linestyle=":")
-    far.set(title="Neighbours in a shard end up apart by", ylabel="share of the epoch")
+    far.set(title="Distance of neighbors in a shard", ylabel="share of the epoch")
     far.set(xlabel=f"window W (of {SHARDS} shards)")
     for shards, row in cut.items():
         tv = [q.sorted_tv for q in row.values()]
@@ -227,14 +227,18 @@ def draw(
     mixed = [q.mixed_tv for q in found.values()]
     classes.semilogx([w / SHARDS for w in windows], mixed, "^-", label="mixed shards")
     classes.axhline(full.sorted_tv, color="black", linestyle=":")
-    classes.set(title="A batch's classes differ from the set's", ylabel="total variation distance")
+    classes.set(
+        title="Class mix of a batch against the data set", ylabel="total variation distance"
+    )
     classes.set(xlabel="window as a share of all shards", ylim=(0, 1.02))
     pairs.loglog(windows, [q.pairs / full.pairs for q in found.values()], "o-", label="measured")
     pairs.loglog(
         windows, [expected_pairs(SHARDS, w) for w in windows], "--", label="formula (order.md)"
     )
     pairs.axhline(1, color="black", linestyle=":", label="full permutation")
-    pairs.set(title="Two of a batch meet again next epoch", ylabel="times a full permutation's")
+    pairs.set(
+        title="Pairs of a batch that meet again next epoch", ylabel="times a full permutation's"
+    )
     pairs.set(xlabel=f"window W (of {SHARDS} shards)")
     for axis in axes:
         axis.grid(alpha=0.3)

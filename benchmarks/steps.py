@@ -120,8 +120,8 @@ def table(found: dict[str, list[dict[str, float]]]) -> str:
         if rounds
     }
     best = max((middle[name]["seeds_per_s"] for name in RIVALS if name in middle), default=0.0)
-    head = ["", "seeds/s", "by the better rival", "feature bytes a seed", "remote", "halo a refresh, MiB",
-            "waiting", "peak GiB a rank"]  # fmt: skip
+    head = ["", "seeds/s", "relative to the better rival", "feature bytes per seed", "remote", "halo per refresh, MiB",
+            "waiting", "peak GiB per rank"]  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name, f in middle.items():
         ratio = f"{f['seeds_per_s'] / best:.2f}" if best else ""
@@ -140,7 +140,7 @@ def main() -> int:
     parser.add_argument("--nodes", type=int, default=1_281_167)
     parser.add_argument("--homophily", type=float, default=0.65)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=100, help="of each rank, in each round")
+    parser.add_argument("--steps", type=int, default=100, help="per rank and round")
     parser.add_argument("--only", nargs="*", choices=NAMES, default=NAMES)
     for hidden in ("--one", "--store"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)

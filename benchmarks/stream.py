@@ -60,12 +60,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--only", nargs="+", choices=[*parts, "cifar", "profile"], help="parts (cifar = small)"
     )
-    parser.add_argument("--profile", action="store_true", help="only where our time goes")
-    parser.add_argument("--contenders", nargs="+", default=[], help="only rows that begin so")
+    parser.add_argument("--profile", action="store_true", help="only profile where our time goes")
+    parser.add_argument(
+        "--contenders", nargs="+", default=[], help="only rows that start with this"
+    )
     parser.add_argument("--passes", type=int, default=40, help="over the photographs")
-    parser.add_argument("--seconds", type=float, default=8.0, help="of reading, at most")
+    parser.add_argument("--seconds", type=float, default=8.0, help="most seconds of reading")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--limit", type=int, help="images of CIFAR-10 (all)")
+    parser.add_argument("--limit", type=int, help="images of CIFAR-10 (default: all)")
     parser.add_argument("--data", help="folder of the data sets")
     parser.add_argument("--out", help="file for the figures of every round, as JSON")
     args = parser.parse_args()

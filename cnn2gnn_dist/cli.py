@@ -138,9 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--force", action="store_true", help="replace a model that is there")
     export.set_defaults(command=_export)
     _init_arguments(commands.add_parser("init", help="write a config for your own images"))
-    memory_cli.arguments(
-        commands.add_parser("memory", help="inspect or edit a model's memory")
-    )
+    memory_cli.arguments(commands.add_parser("memory", help="inspect or edit a model's memory"))
     _checkpoint_arguments(
         commands.add_parser("checkpoint", help="list, inspect, verify or export checkpoints")
     )

@@ -83,7 +83,7 @@ def search(setting: Setting) -> Outcome:
     }
     return Outcome(
         numbers["recall"] == 1.0 and distinct and index.flops_per_query == once,
-        f"recall {numbers['recall']:.4f} of {nodes:,} nodes, {queries / seconds:,.0f} queries/s; FLOPs said "
+        f"recall {numbers['recall']:.4f} of {nodes:,} nodes, {queries / seconds:,.0f} queries/s; FLOPs estimated "
         f"{index.flops_per_query / once:.0f}x, seen by the counter {seen / once:.0f}x",
         numbers,
     )
@@ -142,7 +142,7 @@ def gather(setting: Setting) -> Outcome:
     alike = sum(one == 0 for one in spread)
     return Outcome(
         True,
-        f"{alike} of {times} repetitions to the bit, at most {max(spread):.1e} apart",
+        f"{alike} of {times} repetitions bit-identical, at most {max(spread):.1e} apart",
         {"apart": spread},
     )
 

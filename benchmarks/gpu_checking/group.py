@@ -214,7 +214,7 @@ def lost_peer(setting: Setting) -> Outcome:
         said = str(error).splitlines()[0][:120]
         return Outcome(
             named,
-            f"{'named' if named else 'not recognised'} after {seconds:.1f} s: {said}",
+            f"{'recognized' if named else 'not recognized'} after {seconds:.1f} s: {said}",
             {"seconds": seconds},
         )
     return Outcome(False, "nothing was noticed in 100 s")

@@ -100,8 +100,8 @@ def resume(setting: Setting) -> Outcome:
     exact = setting.device == "cpu"
     return Outcome(
         cut_off and found.keys() == wanted.keys() and (same or (not exact and apart < NEAR)),
-        ("to the bit" if same else f"weights {apart:.1e} apart")
-        + ("" if cut_off else "; was not cut off"),
+        ("bit-identical" if same else f"weights {apart:.1e} apart")
+        + ("" if cut_off else "; was not interrupted"),
         {"same": same, "apart": apart},
     )
 

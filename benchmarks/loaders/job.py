@@ -89,7 +89,7 @@ def measure(job: Job, batches: Iterator[Any]) -> dict[str, float]:
         wall = time.perf_counter() - start
         own, busy = (now - then for now, then in zip(cpu_seconds(), mark, strict=True))
     if not start or not count:
-        raise RuntimeError("too few batches to take their speed: more passes are needed")
+        raise RuntimeError("too few batches to measure their speed: more passes are needed")
     return {
         "rate": count / wall,
         "start": first,

@@ -51,7 +51,7 @@ def brief(result: Figures) -> str:
     """One line of progress."""
     if "rate" in result:
         return (
-            f"{result['rate']:.0f} images/s, {result['cpu_ms']:.3f} CPU ms an image, "
+            f"{result['rate']:.0f} images/s, {result['cpu_ms']:.3f} CPU ms per image, "
             f"first batch after {result['start']:.1f} s, others had {result['others']:.0%}"
         )
     return " ".join(f"{key}={value}" for key, value in result.items()) or "done"
@@ -97,7 +97,7 @@ def markdown(results: Figures) -> str:
 
 def _speeds(rows: dict[str, list[Figures]]) -> list[str]:
     lines = [
-        "| | images/s: median (min–max) | of ours | CPU ms an image | first batch, s |",
+        "| | images/s: median (min–max) | of ours | CPU ms per image | first batch, s |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]
     base = [figures.get("rate") for figures in rows.get(LOCAL, [])]

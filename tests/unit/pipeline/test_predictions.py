@@ -195,5 +195,5 @@ def test_table_shows_every_model():
     counted = {**row, "evaluated": 1_200, "left_out": 3}
     last = table(dict.fromkeys(models, counted)).splitlines()[-1]
     old = {**row, "judged": 1_200, "left_out": 3}  # the key of earlier versions
-    assert evaluate.table({"student": old}).splitlines()[-1] == last
+    assert table({"student": old}).splitlines()[-1] == last
     assert last == "evaluated on 1,200 held-out images; 3 that can't be read are left out"
