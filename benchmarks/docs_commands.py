@@ -62,7 +62,7 @@ PRINTS = [  # pattern of the command, pattern of what it prints
     (r"--dry-run$", r"(?s)epochs: 20.*student +(to run|stale)"),
     (r"^cnn2gnn predict", r"image\.png"),
     (r"^cnn2gnn checkpoint ls", r"(?s)teacher.*student"),
-    (r"^cnn2gnn checkpoint verify", r"whole"),
+    (r"^cnn2gnn checkpoint verify", r"complete"),
     (r"^cnn2gnn config$", r"student\.epochs"),
     (r"^cnn2gnn doctor$", r"torch"),
     (r"^cnn2gnn plan", r"(?i)bytes|GiB|GB|MB"),

@@ -54,17 +54,17 @@ def test_show_wants_one_stage(micro_run, capsys):
 
 def test_verify_names_the_damaged(run, capsys):
     assert cli.main(["checkpoint", "verify", str(run)]) == 0
-    assert capsys.readouterr().out.count("whole") == 6
+    assert capsys.readouterr().out.count("complete") == 6
     path = sorted((run / "student" / "checkpoints").glob("step-*/rank-00001-*.safetensors"))[0]
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
     assert cli.main(["checkpoint", "verify", str(run)]) == 1
     out = capsys.readouterr().out
-    assert out.count("whole") == 5
+    assert out.count("complete") == 5
     assert f"{path.name} is damaged" in out
     assert cli.main(["checkpoint", "export", str(path.parent), "--out", str(run / "x")]) == 2
-    assert "not whole" in capsys.readouterr().err
+    assert "not complete" in capsys.readouterr().err
     assert not (run / "x").exists()
 
 

@@ -257,7 +257,7 @@ def test_a_plan_says_which_file_is_damaged(copied, tmp_path):
     for command in alternatives(remedy_of(said)):
         code, said = cnn2gnn(command.split()[1:])
         assert code == 1  # of verify: one is corrupt
-        assert said.count("whole") == 1
+        assert said.count("complete") == 1
     steps = {s.stage.name: s for s in runner.plan(settings.load(config[1], config[2:]))}
     assert steps["teacher"].status is ledger.Status.RESUME
     assert steps["teacher"].why == (

@@ -193,7 +193,7 @@ def test_the_config_of_a_run_that_was_moved_is_noted(tmp_path, capsys):
     assert cli.main(["run", "--config", own, f"run.dir={tmp_path}/moved", "--dry-run"]) == 0
     said = capsys.readouterr()
     assert "note" not in said.err
-    assert "index      whole" in said.out
+    assert "index      complete" in said.out
 
 
 def test_a_limit_of_what_is_not_packed_is_noted(tmp_path):
