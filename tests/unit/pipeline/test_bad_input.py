@@ -85,7 +85,7 @@ def test_more_candidates_than_nodes_names_the_field(tmp_path):
     from cnn2gnn_dist.graph.search import knn
 
     base = np.eye(5, dtype=np.float32)
-    with pytest.raises(UserError, match=r"5 neighbours .* 5 nodes") as caught:
+    with pytest.raises(UserError, match=r"5 neighbors .* 5 nodes") as caught:
         knn.search(base, base, 5, exclude_Q=np.arange(5))
     assert caught.value.where == "graph.candidates"
 

@@ -31,7 +31,7 @@ def test_the_docs_have_commands_of_every_program_and_no_pattern_is_stale():
     ("text", "fault"),
     [
         ("cnn2gnn run --config demo student.epoch=3", "student.epochs"),
-        ("cnn2gnn run --config nothing", "no preset"),
+        ("cnn2gnn run --config nothing", "no config file or preset"),
         ("cnn2gnn checkpoint list runs/demo", "invalid choice"),
         ("cnn2gnn run --dryrun", "--dryrun"),
         ("torchrun --nproc_per_node 2 launch/trein.py --config demo", "no file launch/trein.py"),

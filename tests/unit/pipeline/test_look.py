@@ -36,7 +36,7 @@ def results(student: float, control: float, images: int) -> dict:
 def test_verdict_says_tie_gain_or_loss():
     assert "a tie" in verdict(results(0.80, 0.79, 1000))
     assert "the graph helps" in verdict(results(0.80, 0.70, 1000))
-    assert "costs accuracy" in verdict(results(0.70, 0.80, 1000))
+    assert "hurts" in verdict(results(0.70, 0.80, 1000))
     assert "+10.00 points, standard error 1.92" in verdict(results(0.80, 0.70, 1000))
 
 

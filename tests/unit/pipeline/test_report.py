@@ -214,14 +214,14 @@ def test_the_gallery_marks_right_and_wrong_and_leaves_out_weightless_neighbours(
     assert text.count("✗") == 1
     assert "✗ dog 40%" in text
     near = [image["alt"] for image in page.images if image["alt"].startswith("neighbour")]
-    assert near == [f"neighbour, {name}" for name in ("ant", "bee", "dog", "dog", "cat")]
+    assert near == [f"neighbor, {name}" for name in ("ant", "bee", "dog", "dog", "cat")]
 
 
 @pytest.mark.parametrize(
     ("student", "control", "said"),
     [
-        (0.90, 0.80, ("beats its control", "+10.00 points", "standard error 3.54", "graph pays")),
-        (0.80, 0.90, ("does not beat", "-10.00 points", "standard error 3.54", "costs accuracy")),
+        (0.90, 0.80, ("beats its control", "+10.00 points", "standard error 3.54", "graph helps")),
+        (0.80, 0.90, ("does not beat", "-10.00 points", "standard error 3.54", "hurts")),
         (0.90, 0.89, ("does not beat", "+1.00 points", "a tie")),
         (1.00, 1.00, ("does not beat", "+0.00 points", "standard error 0.00", "a tie")),
         (0.00, 0.00, ("does not beat", "a tie")),
@@ -302,7 +302,7 @@ def test_a_run_without_graph_control_and_metrics(made):
         (made / stage / "metrics.jsonl").unlink()
     page, text = page_of(made)
     assert len(page.table("accuracy")) == 5
-    assert "not known" in text
+    assert "unknown" in text
     for gone in ("The learned graph", "<h2>Training"):
         assert gone not in text
 

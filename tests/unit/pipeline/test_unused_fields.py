@@ -13,17 +13,17 @@ CLIPS = Surroundings(deepspeed={"teacher": {"gradient_clipping": 3}, "student": 
 NEAR, FAR = "data.train=/d/a.tar", "data.train=s3://b/a.tar"
 
 IDLE = [  # overrides of the preset demo, the environment, and the beginnings of the notes
-    (["data.source=shards", NEAR], CPU, ["data.shard_size=256 does nothing: data.source=shards"]),
-    (["data.image_column=img"], CPU, ["data.image_column=img does nothing: only data.source=parquet"]),
+    (["data.source=shards", NEAR], CPU, ["data.shard_size=256 has no effect: data.source=shards"]),
+    (["data.image_column=img"], CPU, ["data.image_column=img has no effect: only data.source=parquet"]),
     (["data.source=parquet", "data.label_column=y", NEAR], CPU, []),
-    ([NEAR], CPU, ["data.train=/d/a.tar does nothing: the images of data.source=digits"]),
+    ([NEAR], CPU, ["data.train=/d/a.tar has no effect: the images of data.source=digits"]),
     (
         ["data.source=imagefolder", NEAR, "data.test=/d/b"],
         CPU,
         ["data.holdout=0.25 has no effect: the held-out images are a separate"],
     ),
-    (["data.source=cifar10", NEAR], CPU, ["data.holdout=0.25 does nothing"]),
-    (["data.match_classes=number"], CPU, ["data.match_classes=number does nothing"]),
+    (["data.source=cifar10", NEAR], CPU, ["data.holdout=0.25 has no effect"]),
+    (["data.match_classes=number"], CPU, ["data.match_classes=number has no effect"]),
     (["data.source=imagefolder", NEAR, "data.match_classes=number"], CPU, ["data.match_classes"]),
     (
         ["data.test=/d", "data.holdout=0.2"],
@@ -31,12 +31,12 @@ IDLE = [  # overrides of the preset demo, the environment, and the beginnings of
         ["data.test=/d: data.source=digits has one set of images"],
     ),
     (["views.kind=none"], CPU, ["views.pad=3 has no effect: only views.kind=shift and"]),
-    (["views.ratio=[1, 1]"], CPU, ["views.ratio=[1.0, 1.0] does nothing"]),
+    (["views.ratio=[1, 1]"], CPU, ["views.ratio=[1.0, 1.0] has no effect"]),
     (["views.kind=random_resized_crop", "views.ratio=[1, 1]", "views.pad=4"], CPU, []),
     (
         ["views.kind=random_resized_crop", "views.pad=4", "stream.decoded_bytes=1e6"],
         CPU,
-        ["stream.decoded_bytes=1000000 does nothing: views.kind=random_resized_crop"],
+        ["stream.decoded_bytes=1000000 has no effect: views.kind=random_resized_crop"],
     ),
     (["stream.decoded_bytes=1e6"], CPU, []),
     (["stream.cache_bytes=0"], CPU, ["stream.cache_bytes=0 has no effect: they apply only to remote"]),
@@ -44,58 +44,58 @@ IDLE = [  # overrides of the preset demo, the environment, and the beginnings of
     (
         ["data.source=shards", FAR, "data.shard_size=2048", "stream.cache_bytes=0", "stream.cache_dir=/c"],
         CPU,
-        ["stream.cache_dir=/c does nothing: stream.cache_bytes=0"],
+        ["stream.cache_dir=/c has no effect: stream.cache_bytes=0"],
     ),
-    (["teacher.clip=2", "student.clip=2"], CLIPS, ["teacher.clip=2.0 does nothing: the DeepSpeed"]),
+    (["teacher.clip=2", "student.clip=2"], CLIPS, ["teacher.clip=2.0 has no effect: the DeepSpeed"]),
     (["teacher.clip=2"], CPU, []),
     (
         ["student.distill_weight=1", "student.label_smoothing=0.1"],
         CPU,
-        ["student.label_smoothing=0.1 does nothing"],
+        ["student.label_smoothing=0.1 has no effect"],
     ),
     (
         ["student.distill_weight=0", "student.temperature=3", "targets.top_k=3"],
         CPU,
-        ["student.temperature=3.0, targets.top_k=3 do nothing: student.distill_weight=0"],
+        ["student.temperature=3.0, targets.top_k=3 have no effect: student.distill_weight=0"],
     ),
     (
         ["graph.scope=batch", "graph.partition.parts=4", "graph.search.probes=3"],
         GPU,
         [
             "graph.candidates=16, graph.refresh_epochs=2, graph.search.probes=3, "
-            "graph.partition.parts=4, graph.sampling.fanouts=[10, 6] do nothing: with graph.scope"
+            "graph.partition.parts=4, graph.sampling.fanouts=[10, 6] have no effect: with graph.scope"
         ],
     ),
     (
         ["graph.scope=batch", "student.neighbour_loss=0.1"],
         CPU,
-        ["student.neighbour_loss=0.1 does nothing", "graph.candidates=16"],
+        ["student.neighbour_loss=0.1 has no effect", "graph.candidates=16"],
     ),
-    (["graph.search.exact=false"], GPU, ["graph.search.exact=false does nothing: on a GPU"]),
+    (["graph.search.exact=false"], GPU, ["graph.search.exact=false has no effect: on a GPU"]),
     (["graph.search.exact=false", "graph.search.recall=0.9", "graph.search.probes=3"], CPU, []),
     (
         ["graph.search.recall=0.9", "graph.search.warm_start=no", "graph.search.probes=3"],
         CPU,
-        ["graph.search.recall=0.9, graph.search.warm_start=false, graph.search.probes=3 do nothing"],
+        ["graph.search.recall=0.9, graph.search.warm_start=false, graph.search.probes=3 have no effect"],
     ),
-    (["graph.search.recall=0.9"], GPU, ["graph.search.recall=0.9 does nothing: on a GPU"]),
+    (["graph.search.recall=0.9"], GPU, ["graph.search.recall=0.9 has no effect: on a GPU"]),
     (
         ["graph.partition.parts=1", "graph.partition.partitioner=ranges", "run.ranks=1"],
         CPU,
-        ["graph.partition.partitioner=ranges does nothing: graph.partition.parts=1"],
+        ["graph.partition.partitioner=ranges has no effect: graph.partition.parts=1"],
     ),
     (
         ["graph.partition.partitioner=ranges", "graph.partition.move_gain=3"],
         CPU,
-        ["graph.partition.move_gain=3 does nothing: graph.partition.partitioner=ranges"],
+        ["graph.partition.move_gain=3 has no effect: graph.partition.partitioner=ranges"],
     ),
     (["graph.partition.partitioner=streaming", "graph.partition.move_gain=3"], CPU, []),
     (
         ["graph.sampling.second_hop=cached", "graph.sampling.sampler=dgl"],
         CPU,
         [
-            "graph.sampling.sampler=dgl does nothing: with graph.sampling.query=live",
-            "graph.sampling.fanouts[1]=6 does nothing: graph.sampling.second_hop=cached",
+            "graph.sampling.sampler=dgl has no effect: with graph.sampling.query=live",
+            "graph.sampling.fanouts[1]=6 has no effect: graph.sampling.second_hop=cached",
         ],
     ),
     (
@@ -109,14 +109,14 @@ IDLE = [  # overrides of the preset demo, the environment, and the beginnings of
     (
         ["graph.sampling.query=table", "graph.sampling.fanouts=[30, 20]"],
         CPU,
-        ["graph.sampling.fanouts[0]=30 counts as 16", "graph.sampling.fanouts[1]=20 counts as 16"],
+        ["graph.sampling.fanouts[0]=30 is capped at 16", "graph.sampling.fanouts[1]=20 is capped at 16"],
     ),
     (["graph.sampling.fanouts=[30, 16]"], CPU, []),  # a live search finds as many as requested
-    (["cluster.grace_s=9", "checkpoint.grace_s=9"], RAY, ["checkpoint.grace_s=9.0 does nothing: ranks"]),
-    (["cluster.grace_s=9", "checkpoint.grace_s=9"], LAUNCHER, ["cluster.grace_s=9.0 does nothing"]),
+    (["cluster.grace_s=9", "checkpoint.grace_s=9"], RAY, ["checkpoint.grace_s=9.0 has no effect: ranks"]),
+    (["cluster.grace_s=9", "checkpoint.grace_s=9"], LAUNCHER, ["cluster.grace_s=9.0 has no effect"]),
     (["cluster.grace_s=9", "checkpoint.grace_s=9"], CPU, []),  # a plan does not know the launcher
     (["cluster.address=h:1", "cluster.max_failures=1"], LAUNCHER, ["cluster.address=h:1, cluster.max"]),
-    (["run.ranks=4"], LAUNCHER, ["run.ranks=4 does nothing: the launcher"]),
+    (["run.ranks=4"], LAUNCHER, ["run.ranks=4 has no effect: the launcher"]),
     (["run.ranks=4"], Surroundings(inside_ray=True, ranks=4), []),
 ]  # fmt: skip
 

@@ -71,7 +71,7 @@ def test_a_port_that_is_none_is_refused():
 def test_a_task_that_sees_one_gpu_takes_it_whatever_its_number():
     assert [device_index(rank, 4) for rank in range(4)] == [0, 1, 2, 3]
     assert device_index(5, 1) == 0
-    with pytest.raises(UserError, match="it sees 2") as caught:
+    with pytest.raises(UserError, match="it sees only 2") as caught:
         device_index(2, 2)
     assert "--gpus-per-task=1" in caught.value.remedy
 
@@ -105,7 +105,7 @@ def test_the_ranks_meet_on_their_address_alone():
     port = runs.free_port()
     with rendezvous.listen(Ranks(0, 0, 2, "127.0.0.1", port)) as listening:
         assert listening.getsockname() == ("127.0.0.1", port)
-        with pytest.raises(UserError, match=rf"port {port}.* is taken") as caught:
+        with pytest.raises(UserError, match=rf"port {port}.* is in use") as caught:
             rendezvous.listen(Ranks(0, 0, 2, "localhost", port))
         assert "MASTER_PORT" in caught.value.remedy
 

@@ -155,12 +155,12 @@ def test_the_newest_whole_one_is_the_latest(tmp_path, capsys, console):
 
 
 def test_what_is_no_checkpoint_or_of_another_format_is_refused(tmp_path):
-    with pytest.raises(UserError, match="no checkpoint"):
+    with pytest.raises(UserError, match="not a checkpoint"):
         disk.read_state(tmp_path)
     final = publish(tmp_path, 2)
     for text in ("{", "[]", '{"step": 1}'):
         (final / "state.json").write_text(text)
-        with pytest.raises(UserError, match="no checkpoint"):
+        with pytest.raises(UserError, match="not a checkpoint"):
             disk.read_state(final)
     for number in (disk.FORMAT + 1, disk.FORMAT - 1):
         (final / "state.json").write_text(json.dumps({**STATE, "format": number}))

@@ -158,7 +158,7 @@ def test_what_cannot_work_is_refused(ds: dict[str, Any], words: list[str]) -> No
 @pytest.mark.parametrize("lr", [9.0, 0.0031, "0.003", None])
 def test_a_learning_rate_that_would_be_ignored_is_refused(lr: object) -> None:
     with pytest.raises(
-        UserError, match=re.escape(f"0.003: the file's {lr!r} would change")
+        UserError, match=re.escape(f"0.003: the file's {lr!r} would have no effect")
     ) as caught:
         resolve({"optimizer": {"params": {"lr": lr}}})
     assert caught.value.where == "optimizer.params.lr"
@@ -193,7 +193,7 @@ def test_adams_numbers_are_checked_before_torch_meets_them(
     with pytest.raises(UserError) as caught:
         resolve({"optimizer": {"params": {name: value}}})
     assert (caught.value.what, caught.value.where) == (
-        f"{name} is {says}",
+        f"{name} must be {says}",
         f"optimizer.params.{name}",
     )
     fine = {"betas": [0, 0.5], "eps": 1e-4, "weight_decay": 0}
