@@ -213,7 +213,7 @@ def test_the_gallery_marks_right_and_wrong_and_leaves_out_weightless_neighbours(
     assert text.count("✓") == 2
     assert text.count("✗") == 1
     assert "✗ dog 40%" in text
-    near = [image["alt"] for image in page.images if image["alt"].startswith("neighbour")]
+    near = [image["alt"] for image in page.images if image["alt"].startswith("neighbor")]
     assert near == [f"neighbor, {name}" for name in ("ant", "bee", "dog", "dog", "cat")]
 
 
