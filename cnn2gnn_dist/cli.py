@@ -34,6 +34,7 @@ _TRAIN = (
 )
 _EXTRAS = {
     **dict.fromkeys(_TRAIN, "train"),
+    **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "onnx"),
     **dict.fromkeys(("fastapi", "uvicorn", "multipart", "prometheus_client"), "serve"),
 }
 """Packages that the base install does not bring, and the extra that does."""
@@ -136,6 +137,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("run", metavar="RUN", help="folder of a finished run, or of a model")
     export.add_argument("--to", required=True, metavar="MODEL", help="folder to write")
     export.add_argument("--force", action="store_true", help="replace a model that is there")
+    export.add_argument(
+        "--onnx", action="store_true", help="as ONNX graphs and arrays, to answer without torch"
+    )
     export.set_defaults(command=_export)
     _init_arguments(commands.add_parser("init", help="write a config for your own images"))
     memory_cli.arguments(commands.add_parser("memory", help="inspect or edit a model's memory"))
@@ -446,6 +450,8 @@ def _predict(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     from cnn2gnn_dist.commands import export
 
+    if arguments.onnx:
+        return export.onnx(Path(arguments.run), Path(arguments.to))
     return export.command(Path(arguments.run), Path(arguments.to), force=arguments.force)
 
 

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from cnn2gnn_dist import durable
-from cnn2gnn_dist.commands.opening import context_of, model_of_run
+from cnn2gnn_dist.commands.opening import context_of, model_of_run, opened
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference import artefact
 from cnn2gnn_dist.inference.classifier import Classifier
@@ -47,6 +47,20 @@ def command(run: Path, target: Path, *, force: bool = False) -> int:
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     output(f"model    {target} ({size / 1e6:,.1f} MB)")
     output(f"predict  cnn2gnn predict --model {target} IMAGE…")
+    return 0
+
+
+def onnx(model: Path, target: Path) -> int:
+    """Write a model as ONNX graphs and arrays (``inference/onnx_export.py``).
+
+    Raises:
+        UserError: not a model; the scope is batch; the target exists.
+    """
+    from cnn2gnn_dist.inference.onnx_export import export
+
+    with opened(model, "cpu") as classifier:
+        export(classifier, target)
+    output(f"onnx     {target}; an example that answers from it: examples/onnx_predict.py")
     return 0
 
 

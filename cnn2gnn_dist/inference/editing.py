@@ -5,6 +5,7 @@ Every function edits the current version on disk, and lets the model answer from
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ import torch
 
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference.classifier import BATCH, Classifier
-from cnn2gnn_dist.inference.inputs import Pixels
+from cnn2gnn_dist.inference.inputs import UNNAMED, Pixels
 from cnn2gnn_dist.inference.memory import edits, store
 from cnn2gnn_dist.inference.memory.store import NewRows, Version
 from cnn2gnn_dist.inference.memory.view import Memory
@@ -209,16 +210,22 @@ def _rows(images: list[Pixels], made: Outputs, label: int, memory: Memory) -> Ne
         z=made.z,
         labels=np.full(len(images), label, np.int32),
         candidates=None,
-        keys=_keys([one.name for one in images]),
+        keys=_keys(images),
         sources=[one.name for one in images],
         thumbnails=[_thumbnail(one.pixels) for one in images],
     )
 
 
-def _keys(names: list[str]) -> list[str]:
-    """File names, or the whole path where two files have the same name."""
+def _keys(images: list[Pixels]) -> list[str]:
+    """File names, or the whole path where two files have the same name; a digest where there is none."""
+    names = [_digest(one) if one.name.startswith(UNNAMED) else one.name for one in images]
     short = [Path(name).name for name in names]
     return short if len(set(short)) == len(short) else names
+
+
+def _digest(one: Pixels) -> str:
+    assert one.pixels is not None
+    return f"image-{hashlib.sha256(one.pixels.tobytes()).hexdigest()[:16]}"
 
 
 def _thumbnail(pixels: np.ndarray | None) -> bytes:

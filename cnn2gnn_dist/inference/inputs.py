@@ -17,6 +17,8 @@ from cnn2gnn_dist.data.images.image_files import find_images, printable, read_fi
 from cnn2gnn_dist.data.images.views import CLEAN, ViewSpec, render
 from cnn2gnn_dist.errors import UserError
 
+UNNAMED = "input "
+"""Names of inputs that have none of their own begin with this; their place follows."""
 PARQUET_ROWS = 256
 """Rows of a Parquet file read at a time."""
 
@@ -77,7 +79,7 @@ def expand(inputs: Any, left_out: Callable[[str], None] | None = None) -> Iterat
         elif isinstance(one, Input):
             yield one
         else:
-            yield Input(f"input {place}", one)
+            yield Input(f"{UNNAMED}{place}", one)
 
 
 def to_pixels(given: Input, views: ViewSpec) -> Pixels:

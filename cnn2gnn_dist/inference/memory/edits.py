@@ -292,6 +292,8 @@ def _compact(root: Path, memory: Memory, action: str) -> Version:
         for name in memory.version.files
         if name.startswith("heads")
     }
+    if "heads_rows" in arrays:
+        arrays["heads_rows"] = new_N[arrays["heads_rows"]].astype(np.int64)
     version = replace(
         memory.version,
         number=store.numbers(root)[-1] + 1,

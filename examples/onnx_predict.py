@@ -1,0 +1,34 @@
+"""Answer with a model's ONNX export: onnxruntime, numpy, faiss and Pillow, no torch.
+
+cnn2gnn export runs/demo --to onnx/ --onnx; python examples/onnx_predict.py onnx/ image.png
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import faiss
+import numpy as np
+import onnxruntime
+from PIL import Image, ImageOps
+
+folder, *paths = map(Path, sys.argv[1:])
+meta = json.loads((folder / "meta.json").read_text())
+memory = np.load(folder / "memory.npz")
+index = faiss.IndexFlatL2(memory["z"].shape[1])
+index.add(memory["z"])
+encoder = onnxruntime.InferenceSession(folder / "encoder.onnx")
+head = onnxruntime.InferenceSession(folder / "head.onnx")
+
+size = (meta["size"], meta["size"])
+pictures = [
+    ImageOps.fit(Image.open(p).convert("RGB"), size, Image.Resampling.BILINEAR) for p in paths
+]
+x, z, _ = encoder.run(None, {"images": np.stack([np.asarray(picture) for picture in pictures])})
+_, near = index.search(z, min(meta["fanout"], index.ntotal))
+near_rows = {f"near_{name}": memory[name][near] for name in ("x", "z", "mean")}
+logits, _ = head.run(None, {"x": x, "z": z, "near_label": memory["labels"][near], **near_rows})
+scaled = np.exp((logits - logits.max(1, keepdims=True)) / meta["temperature"])
+for path, probability in zip(paths, scaled / scaled.sum(1, keepdims=True), strict=True):
+    best = probability.argmax()
+    print(f"{path}  {meta['label_names'][best]} {probability[best]:.1%}")

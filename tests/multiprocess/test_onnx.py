@@ -1,0 +1,58 @@
+"""The ONNX export answers as torch does, in an example that imports no torch."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cnn2gnn_dist import cli
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.inference import onnx_export
+from cnn2gnn_dist.inference.classifier import Classifier
+from cnn2gnn_dist.models.block import nearest
+from tests.support.models import pictures, write_model
+from tests.support.shards import encode_image
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "onnx_predict.py"
+pytest.importorskip("onnxruntime")
+
+
+@pytest.mark.parametrize("columns", [1, 2, 3, 8])
+@pytest.mark.parametrize("k", [1, 3, 7])
+def test_weights_of_sorted_distances_are_those_of_adaptive_neighbours(columns, k):
+    d = torch.rand(40, columns, generator=torch.Generator().manual_seed(0)).sort(1).values
+    d[0] = 0.5
+    expected = nearest(d, k, torch.ones_like(d, dtype=torch.bool)).p_BM
+    torch.testing.assert_close(onnx_export.weights_of_sorted(d, k), expected)
+
+
+def test_the_example_answers_as_the_model(tmp_path):
+    folder = write_model(tmp_path / "m")
+    images = [tmp_path / f"{n}.png" for n in range(3)]
+    for path, image in zip(images, pictures(3, seed=6), strict=True):
+        path.write_bytes(encode_image(image))
+    assert cli.main(["export", str(folder), "--to", str(tmp_path / "onnx"), "--onnx"]) == 0
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLE), str(tmp_path / "onnx"), *map(str, images)],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    expected = [
+        f"{a.name}  {a.label} {a.probability:.1%}"
+        for a in Classifier.open(folder, device="cpu").predict(images)
+    ]
+    assert done.stdout.splitlines() == expected
+    with pytest.raises(UserError, match="there is something already"):
+        onnx_export.export(Classifier.open(folder, device="cpu"), tmp_path / "onnx")
+
+
+def test_arrays_leave_out_what_was_removed(tmp_path):
+    model = Classifier.open(write_model(tmp_path / "m"), device="cpu")
+    arrays = onnx_export.memory_arrays(model.memory, 3)
+    model.memory.live[5] = False
+    model.memory.__dict__.pop("live_ids")
+    fewer = onnx_export.memory_arrays(model.memory, 3)
+    assert len(fewer["x"]) == len(arrays["x"]) - 1
+    np.testing.assert_array_equal(fewer["z"], np.delete(arrays["z"], 5, 0))
