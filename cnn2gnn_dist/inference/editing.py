@@ -22,7 +22,8 @@ from cnn2gnn_dist.inference.memory import edits, store
 from cnn2gnn_dist.inference.memory.store import NewRows, Version
 from cnn2gnn_dist.inference.memory.view import Memory
 from cnn2gnn_dist.inference.network import Outputs, joined
-from cnn2gnn_dist.inference.new_classes import Images, NewClasses, OldClasses, Trade
+from cnn2gnn_dist.inference.new_classes import NewClasses, Trade
+from cnn2gnn_dist.inference.old_classes import Images, OldClasses
 from cnn2gnn_dist.inference.scoring import HeldOut
 
 QUALITY = 85
@@ -268,18 +269,19 @@ def _score_new_classes(
     temperature = model.scoring.calibrated().temperature
     held_out = HeldOut.read(model.folder)
     assert held_out is not None
-    z = edit.z(new_ids)
+    x = edit.x(new_ids).astype(np.float32)
     entries = {
         edit.classes[label].name: Images(
-            new_logits[edit.labels[new_ids] == label], z[edit.labels[new_ids] == label]
+            new_logits[edit.labels[new_ids] == label], x[edit.labels[new_ids] == label]
         )
         for label in np.unique(edit.labels[new_ids]).tolist()
     }
     known = np.flatnonzero(
         edit.live[: edit.before.rows] & (edit.labels[: edit.before.rows] < trained)
     )
+    known_x = edit.x(known).astype(np.float32)
     old = OldClasses.fit(
-        edit.z(known), edit.labels[known], held_out.images, held_out.labels_n,
+        known_x, edit.labels[known], held_out.images, held_out.labels_n,
         temperature=temperature,
     )  # fmt: skip
     loss = old_loss if old_loss is not None else edit.heads.get("new", {}).get("old_loss", 1.0)
@@ -289,7 +291,7 @@ def _score_new_classes(
         held_out.images,
         held_out.labels_n,
         old_loss=loss,
-        replay=Images(_self_logits(model, edit.x(known)), edit.z(known)),
+        replay=Images(_self_logits(model, known_x), known_x),
     )
     edit.score_new_classes(
         {"old": old.to_json(), "new": fitted.to_json()}, {"rows": new_ids, "logits": new_logits}

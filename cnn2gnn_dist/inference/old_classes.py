@@ -186,7 +186,10 @@ class OldClasses:
     @classmethod
     def from_json(cls, kept: dict[str, Any]) -> OldClasses:
         """The inverse of ``to_json``, bit for bit."""
-        return cls(**{n: np.array(v) if isinstance(v, list) else v for n, v in kept.items()})
+        arrays: dict[str, Any] = {
+            n: np.array(v) if isinstance(v, list) else v for n, v in kept.items()
+        }
+        return cls(**arrays)
 
 
 def _two_covariances(

@@ -19,7 +19,7 @@ from cnn2gnn_dist.inference import artefact
 from cnn2gnn_dist.inference.calibration import Calibration, softmax
 from cnn2gnn_dist.inference.memory.view import Memory
 from cnn2gnn_dist.inference.network import Outputs
-from cnn2gnn_dist.inference.new_classes import Images, NewClasses, OldClasses
+from cnn2gnn_dist.inference.old_classes import Images
 from cnn2gnn_dist.inference.together import Together
 
 FITTED = "calibration.json"
@@ -30,11 +30,13 @@ class HeldOut:
     """The images set apart from training, as the network saw them when the model was exported.
 
     Attributes:
-        images: logits with the neighbors, and z.
+        images: logits with the neighbors, and x.
+        z_nd: their projections.
         labels_n: their classes.
     """
 
     images: Images
+    z_nd: np.ndarray
     labels_n: np.ndarray
 
     @classmethod
@@ -44,7 +46,7 @@ class HeldOut:
         if not path.is_file():
             return None
         with np.load(path) as kept:
-            return cls(Images(kept["logits"], kept["z"]), kept["label"])
+            return cls(Images(kept["logits"], kept["x"]), kept["z"], kept["label"])
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +86,7 @@ class Scoring:
         """Probabilities float32 [B, classes of the memory]; 0 for new classes without images."""
         classes = trained if memory is None else len(memory.classes)
         found = np.zeros((len(made.logits), classes), np.float32)
-        heads = new_classes_of(memory)
+        heads = None if memory is None else memory.new_classes
         if heads is None:
             temperature = self.calibration.temperature if self.calibration else 1.0
             found[:, :trained] = softmax(made.logits, temperature)
@@ -92,7 +94,7 @@ class Scoring:
         assert memory is not None
         old, new = heads
         columns = [*range(trained), *(memory.classes.index(name) for name in new.names)]
-        found[:, columns] = new.probabilities(old, made.logits, made.z)
+        found[:, columns] = new.probabilities(old, made.logits, made.x)
         return found
 
     def unusual(self, made: Outputs, memory: Memory | None) -> list[dict[str, float]]:
@@ -162,20 +164,12 @@ class Scoring:
 
 
 def _refuse_new_classes(memory: Memory | None, what: str) -> None:
-    if new_classes_of(memory) is not None:
+    if memory is not None and memory.new_classes is not None:
         raise UserError(
             f"{what} know the trained classes only, and the memory has new ones",
             where="memory",
             remedy="ask without, or train again with the new classes",
         )
-
-
-def new_classes_of(memory: Memory | None) -> tuple[OldClasses, NewClasses] | None:
-    """How the new classes of a version are scored; None if it has none."""
-    if memory is None or not memory.version.heads:
-        return None
-    kept = memory.version.heads
-    return OldClasses.from_json(kept["old"]), NewClasses.from_json(kept["new"])
 
 
 def votes(made: Outputs, memory: Memory, classes: int) -> np.ndarray:
@@ -203,7 +197,7 @@ def write(folder: Path) -> None:
     try:
         together: dict[str, Any] | None = Together.fit(
             held_out.images.logits_nC,
-            held_out.images.z_nd,
+            held_out.z_nd,
             held_out.labels_n,
             temperature=fitted.temperature,
         ).to_json()

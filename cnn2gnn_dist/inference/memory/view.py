@@ -15,6 +15,8 @@ from cnn2gnn_dist.graph.search.knn import Index
 from cnn2gnn_dist.inference.memory import store
 from cnn2gnn_dist.inference.memory.rewiring import by_distance
 from cnn2gnn_dist.inference.memory.store import Version
+from cnn2gnn_dist.inference.new_classes import NewClasses
+from cnn2gnn_dist.inference.old_classes import OldClasses
 
 _SLACK = 8
 
@@ -135,6 +137,14 @@ class Memory:
     def counts(self) -> np.ndarray:
         """Live rows of each class, int64 [classes]."""
         return np.bincount(self.labels[self.live], minlength=len(self.classes))
+
+    @cached_property
+    def new_classes(self) -> tuple[OldClasses, NewClasses] | None:
+        """How new classes are scored beside the old ones; None if there are none."""
+        kept = self.version.heads
+        if not kept:
+            return None
+        return OldClasses.from_json(kept["old"]), NewClasses.from_json(kept["new"])
 
     @cached_property
     def _index(self) -> tuple[Index, np.ndarray, np.ndarray]:
