@@ -14,11 +14,14 @@ from cnn2gnn_dist.graph.partition.parts import METIS_CANDIDATES
 from cnn2gnn_dist.graph.search.approximate import MOST_PROBES, SCAN_ROWS
 from cnn2gnn_dist.graph.search.nn_descent import TARGETS
 
-Place = Literal["disk", "rank", "search", "partitioner"]
+Place = Literal["disk", "rank", "search", "partitioner", "model"]
 HALOS = {1: (0.0, 0.0), 2: (0.25, 0.43), 4: (0.52, 1.16), 8: (0.79, 2.25)}
 """First and second halo nodes per inner node, at homophily 0.65 (docs/scale.md)."""
 METIS_PROCESS, METIS_EDGE = 0.45 * 2**30, 106
 """Bytes of a process with torch and DGL, and bytes per candidate passed to METIS."""
+
+THUMBNAIL, THUMBNAILS_UP_TO, KEY = 2_000, 200_000, 24
+"""Bytes of a photograph of 64 x 64 as JPEG, images of a model that has them, bytes of a key in Parquet."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,10 @@ def structures(s: Sizes) -> list[Structure]:
         Structure("search", "a unit's keys", 16 * unit * MOST_PROBES / 2 * (m + 1)),
         Structure("search", "reverse edges of a unit", 40 * min(n, TARGETS) * m),
         Structure("partitioner", "METIS through DGL", METIS_PROCESS + METIS_EDGE * n * min(m, METIS_CANDIDATES)),
+        Structure("model", "x, features, float16", 2 * n * s.dim),
+        Structure("model", "z, projections, float32", 4 * n * d),
+        Structure("model", "candidates and labels, int32", 4 * n * (m + 1)),
+        Structure("model", "keys and thumbnails", n * (KEY + THUMBNAIL * (n <= THUMBNAILS_UP_TO))),
         Structure("partitioner", "or streaming: table and its reverse", 8 * n * m + 8 * n),
     ]  # fmt: skip
 

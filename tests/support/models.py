@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 from cnn2gnn_dist.graph.search.knn import Index
-from cnn2gnn_dist.inference import artefact, network
+from cnn2gnn_dist.inference import artefact, network, scoring
 from cnn2gnn_dist.inference.artefact import GraphSpec, ModelConfig, StudentSpec, ViewsSpec
+from cnn2gnn_dist.inference.classifier import Classifier
 from cnn2gnn_dist.inference.memory import edits
 from cnn2gnn_dist.inference.memory.store import NewRows
 from tests.support.shards import encode_image
@@ -97,3 +98,19 @@ def write_model(folder: Path, scope: str = "dataset", images: int = 40, classes:
         edits.create(folder / "memory", rows, made.label_names, "test", np.empty(0, np.int64))
     artefact.write_checksums(folder)
     return folder
+
+
+def calibrate(folder, count=60):
+    """Give a model calibration images: labels are its own answers, most of the time."""
+    model = Classifier.open(folder, device="cpu")
+    out = model.network(pictures(count, seed=3), model.memory)
+    rng = np.random.default_rng(0)
+    label = np.where(rng.random(count) < 0.8, out.logits.argmax(1), rng.integers(0, 3, count))
+    np.savez(
+        folder / artefact.CALIBRATION, logits=out.logits, self_logits=out.self_logits, x=out.x,
+        z=out.z, label=label, near_distance=out.distances, near_weight=out.weights,
+        near_label=np.zeros_like(out.rows),
+    )  # fmt: skip
+    scoring.write(folder)
+    artefact.write_checksums(folder)
+    return Classifier.open(folder, device="cpu")

@@ -8,26 +8,9 @@ import pytest
 from cnn2gnn_dist import cli
 from cnn2gnn_dist.commands.answer_files import writer_of
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.inference import artefact, editing, scoring
-from cnn2gnn_dist.inference.classifier import Classifier
-from tests.support.models import pictures
+from cnn2gnn_dist.inference import artefact, editing
+from tests.support.models import calibrate, pictures
 from tests.support.shards import encode_image
-
-
-def calibrate(folder, count=60):
-    """Give a model calibration images: labels are its own answers, most of the time."""
-    model = Classifier.open(folder, device="cpu")
-    out = model.network(pictures(count, seed=3), model.memory)
-    rng = np.random.default_rng(0)
-    label = np.where(rng.random(count) < 0.8, out.logits.argmax(1), rng.integers(0, 3, count))
-    np.savez(
-        folder / artefact.CALIBRATION, logits=out.logits, self_logits=out.self_logits, x=out.x,
-        z=out.z, label=label, near_distance=out.distances, near_weight=out.weights,
-        near_label=np.zeros_like(out.rows),
-    )  # fmt: skip
-    scoring.write(folder)
-    artefact.write_checksums(folder)
-    return Classifier.open(folder, device="cpu")
 
 
 @pytest.fixture

@@ -1,0 +1,29 @@
+"""The notebook runs from its first cell to its last, on a small model."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.models import calibrate, write_model
+
+NOTEBOOK = Path(__file__).parents[2] / "examples" / "quickstart.ipynb"
+
+
+def test_the_notebook_runs(tmp_path, monkeypatch):
+    nbformat = pytest.importorskip("nbformat")
+    nbclient = pytest.importorskip("nbclient")
+    calibrate(write_model(tmp_path / "m"))
+    monkeypatch.setenv("CNN2GNN_MODEL", str(tmp_path / "m"))
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3").execute(cwd=tmp_path)
+    texts = [
+        "".join(
+            o.get("text", "") or str(o.get("data", {}).get("text/plain", "")) for o in cell.outputs
+        )
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+    ]
+    assert "3 classes, 40 images in the memory" in texts[0]
+    assert "may lose  1.00" in texts[3]
+    assert texts[3].count("('stripes', 'new class')") >= 2
+    assert "stripes" not in texts[4]
