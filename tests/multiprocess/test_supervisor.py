@@ -68,8 +68,8 @@ def test_all_end_with_a_supervisor_that_is_killed():
 def test_all_end_with_the_asker(tmp_path):
     """A rank killed by SIGKILL closes nothing itself: the kernel does."""
     lines = (
-        "import os, json; from cnn2gnn_dist.runtime.supervisor import Machine, Spec",
-        f"m = Machine(Spec({{'a': {WAIT}, 'b': {WAIT}}}, isolated=False)); m.started()",
+        "import os, json; from cnn2gnn_dist.runtime.supervisor import SupervisedProcesses, Spec",
+        f"m = SupervisedProcesses(Spec({{'a': {WAIT}, 'b': {WAIT}}}, isolated=False)); m.started()",
         "print(json.dumps(m.processes), flush=True); os.kill(os.getpid(), 9)",
     )
     done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True)
@@ -110,7 +110,7 @@ def test_what_they_print_goes_to_the_log_and_files_to_their_owner(tmp_path):
     assert made.started()
     with os.fdopen(read) as file:
         assert file.read() == "mine"  # EOF: no other process holds the other end
-    assert made.first_exit().startswith("owner ended")
+    assert made.first_exit().startswith("owner exited")
     made.end()
     assert "said" in log.read_text()
 
