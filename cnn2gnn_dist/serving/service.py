@@ -1,0 +1,225 @@
+"""What the endpoints do: decode, ask, edit; without HTTP's names and without Ray's."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.inference.answers import Answer
+from cnn2gnn_dist.inference.classifier import DECODERS, Classifier
+from cnn2gnn_dist.inference.inputs import Input, Pixels, to_pixels
+from cnn2gnn_dist.inference.memory import store
+from cnn2gnn_dist.serving.batching import Answered, Batcher
+from cnn2gnn_dist.serving.limits import Limits, Refused, pixels_error
+from cnn2gnn_dist.serving.live import LiveModel
+from cnn2gnn_dist.serving.metrics import Metrics
+
+_log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Ask = Callable[[list[Pixels], int, int], Awaitable[Answered]]
+
+TOGETHER = 8
+"""Images that a decoding thread takes at a time."""
+THUMBNAILS = 2048
+"""Thumbnails kept at hand."""
+FOLLOW_SECONDS = 1.0
+
+
+@dataclass
+class Service:
+    """A model being served.
+
+    Attributes:
+        live: the model.
+        ask: answers decoded images from one version of the memory.
+        limits, metrics: see there.
+        token: that edits need; None: nobody may edit.
+        alive: whether requests are taken.
+        closing: run when the server stops, after the last answer.
+        pinned: answer from one version of the memory, and let nobody edit it; else look every
+            second whether another process has edited it.
+    """
+
+    live: LiveModel
+    ask: Ask
+    limits: Limits = field(default_factory=Limits)
+    metrics: Metrics = field(default_factory=Metrics)
+    token: str | None = None
+    alive: Callable[[], bool] = lambda: True
+    closing: Callable[[], None] = lambda: None
+    pinned: bool = False
+
+    def __post_init__(self) -> None:
+        self._decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="decode")
+        self._edits = ThreadPoolExecutor(1, thread_name_prefix="edit")
+        self._thumbnails: OrderedDict[tuple[int, int], bytes | None] = OrderedDict()
+
+    @classmethod
+    def batching(
+        cls, model: Classifier, *, limits: Limits | None = None, token: str | None = None
+    ) -> Service:
+        """Serve a model in this process: one thread runs the network over what waits for it."""
+        limits, metrics = limits or Limits(), Metrics()
+        live = LiveModel(model, metrics.swapped)
+        batcher = Batcher(lambda: live.current, limits.waiting, metrics.batch)
+        metrics.waiting.set_function(lambda: batcher.waiting)
+
+        async def ask(images: list[Pixels], top: int, neighbours: int) -> Answered:
+            future = batcher.submit(images, top=top, neighbours=neighbours)
+            return await asyncio.wrap_future(future)
+
+        return cls(
+            live, ask, limits, metrics, token, lambda: batcher.alive, batcher.close,
+        )  # fmt: skip
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Follow the memory on disk; afterwards end the threads, when all is answered."""
+        following = asyncio.create_task(self._follow())
+        try:
+            yield
+        finally:
+            following.cancel()
+            await asyncio.to_thread(self._close)
+
+    def _close(self) -> None:
+        self.closing()
+        self._edits.shutdown()
+        self._decoders.shutdown()
+
+    async def predict(self, images: list[Input], *, top: int, neighbours: int) -> Answered:
+        """Answer encoded images, in their order; one that can't be read has an error.
+
+        Raises:
+            Refused: not answered in time, the queue is full, or the server stops.
+        """
+        try:
+            async with asyncio.timeout(self.limits.seconds):
+                decoded = await self._decode(images)
+                good = [one for one in decoded if one.pixels is not None]
+                if good:
+                    made = await self.ask(good, top, neighbours)
+                else:
+                    made = Answered([], self.live.version)
+        except TimeoutError:
+            raise Refused(
+                504, f"no answer within {self.limits.seconds:g} s", "send fewer images, or later",
+                {"Retry-After": "5"},
+            ) from None  # fmt: skip
+        self.metrics.images.labels("answered").inc(len(good))
+        self.metrics.images.labels("unreadable").inc(len(decoded) - len(good))
+        answers = iter(made.answers)
+        return Answered(
+            [
+                Answer(one.name, error=one.error) if one.pixels is None else next(answers)
+                for one in decoded
+            ],
+            made.version,
+        )
+
+    async def edit(self, action: str, change: Callable[[Classifier], T]) -> T:
+        """Edit the memory; the answer comes when the result is being served.
+
+        Raises:
+            UserError: as the edit raises it; nothing is changed.
+            Refused: it takes long (it goes on), or the version is pinned.
+        """
+        if self.pinned:
+            raise Refused(
+                409, "this server answers from one version of the memory", "unpin memory_version"
+            )
+        loop = asyncio.get_running_loop()
+        task = loop.run_in_executor(self._edits, self.live.edit, change)
+        try:
+            async with asyncio.timeout(self.limits.edit_seconds):
+                made = await asyncio.shield(task)
+        except TimeoutError:
+            self.metrics.edits.labels(action, "slow").inc()
+            raise Refused(
+                504, f"the edit is not done after {self.limits.edit_seconds:g} s; it goes on",
+                "GET /memory shows when its version answers",
+            ) from None  # fmt: skip
+        except UserError:
+            self.metrics.edits.labels(action, "refused").inc()
+            raise
+        self.metrics.edits.labels(action, "done").inc()
+        return made
+
+    def memory(self) -> dict[str, Any]:
+        """The version that answers, its classes with their numbers of images."""
+        model = self.live.current
+        memory = model.memory
+        if memory is None:
+            classes = [{"class": name, "trained": True} for name in model.spec.label_names]
+            return {"version": None, "images": 0, "classes": classes, "undo": False}
+        version = memory.version
+        return {
+            "version": version.number,
+            "made": version.made,
+            "action": version.action,
+            "images": len(memory),
+            "undo": version.parent is not None and version.parent in store.numbers(memory.root),
+            "classes": [
+                {"class": entry.name, "images": int(count), "trained": entry.trained}
+                for entry, count in zip(version.classes, memory.counts(), strict=True)
+            ],
+        }
+
+    async def thumbnail(self, row: int, version: int | None) -> bytes:
+        """The JPEG of a row of the version that answers.
+
+        Raises:
+            Refused: no such row, removed, without a thumbnail, or of another version.
+        """
+        memory = self.live.current.memory
+        if memory is None or not 0 <= row < memory.rows or not memory.live[row]:
+            raise Refused(404, "the memory has no such image", "GET /memory/keys lists them")
+        now = memory.version.number
+        if version is not None and version != now:
+            raise Refused(404, "the memory has changed since that answer", "ask again")
+        if (now, row) not in self._thumbnails:
+            try:
+                found = await asyncio.to_thread(memory.thumbnail, row)
+            except OSError:  # compacted, or the image forgotten, a moment ago
+                found = None
+            self._thumbnails[now, row] = found
+            while len(self._thumbnails) > THUMBNAILS or next(iter(self._thumbnails))[0] != now:
+                self._thumbnails.popitem(last=False)
+        found = self._thumbnails[now, row]
+        if found is None:
+            raise Refused(404, "this image has no thumbnail", "export with export.thumbnails=64")
+        return found
+
+    async def _decode(self, images: list[Input]) -> list[Pixels]:
+        loop = asyncio.get_running_loop()
+        parts = [images[at : at + TOGETHER] for at in range(0, len(images), TOGETHER)]
+        made = await asyncio.gather(
+            *(loop.run_in_executor(self._decoders, self._decoded, part) for part in parts)
+        )
+        return [one for part in made for one in part]
+
+    def _decoded(self, images: list[Input]) -> list[Pixels]:
+        views = self.live.current.spec.views.spec()
+        found = []
+        for one in images:
+            error = pixels_error(one.value, self.limits)
+            found.append(Pixels(one.name, None, error) if error else to_pixels(one, views))
+        return found
+
+    async def _follow(self) -> None:
+        while True:
+            await asyncio.sleep(FOLLOW_SECONDS)
+            if self.pinned:
+                continue
+            try:
+                await asyncio.to_thread(self.live.follow)
+            except UserError as error:
+                _log.warning("the memory on disk can't be loaded: %s", error.what)

@@ -1,0 +1,282 @@
+"""``cnn2gnn serve`` as a process: signals, ports, tokens; and the page in a browser."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import pytest
+
+from cnn2gnn_dist.inference import editing
+from cnn2gnn_dist.inference.classifier import Classifier
+from tests.support.runs import bare_environment, environment
+from tests.support.serving import ALLOWED, TOKEN, encoded, parts, served_model
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return served_model(tmp_path_factory.mktemp("served") / "model")
+
+
+@pytest.fixture
+def folder(original: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(original, tmp_path / "model"))
+
+
+def command(folder: Path, *options: str) -> list[str]:
+    return [sys.executable, "-m", "cnn2gnn_dist", "serve", str(folder), "--port", "0", *options]
+
+
+@contextmanager
+def served(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server with a token: its process, and its address."""
+    process = subprocess.Popen(
+        command(folder, *options), env=environment(CNN2GNN_TOKEN=TOKEN),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    try:
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if found := re.search(r"http://\S+?(?=/ )", line):
+                yield process, found.group()
+                break
+        else:
+            raise AssertionError("".join(lines))
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def test_asked_edited_and_stopped(folder: Path):
+    with served(folder) as (process, address), httpx.Client(base_url=address, timeout=60) as client:
+        new = encoded(6, seed=11)
+        assert client.post("/predict", files=parts(new)).json()["memory_version"] == 0
+        made = client.post("/memory?class=new", files=parts(new[:5]), headers=ALLOWED)
+        assert made.status_code == 201, made.text
+        assert client.post("/predict", files=parts(new)).json()["memory_version"] == 1
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert "Traceback" not in output
+    assert Classifier.open(folder, device="cpu").classes_[-1] == "new", "acknowledged, hence kept"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_requests_in_flight_are_answered_before_the_end(folder: Path, number: signal.Signals):
+    image = encoded(1, seed=5)[0]
+    head = (
+        "POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
+        f"Content-Length: {len(image)}\r\n\r\n"
+    ).encode()
+    with served(folder) as (process, address), ExitStack() as stack:
+        port = int(address.rpartition(":")[2])
+        asking = [stack.enter_context(socket.create_connection(("127.0.0.1", port), 60))
+                  for _ in range(3)]  # fmt: skip
+        for one in asking:
+            one.sendall(head + image[:20])
+        while "cnn2gnn_requests_in_flight 4.0" not in httpx.get(f"{address}/metrics").text:
+            pass  # this request is the fourth
+        process.send_signal(number)
+        while listens(port):
+            pass
+        for one in asking:
+            one.sendall(image[20:])
+            answer = b"".join(iter(lambda one=one: one.recv(1 << 16), b""))
+            assert answer.startswith(b"HTTP/1.1 200 ")
+            assert b'"memory_version":0' in answer
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+
+
+def listens(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), 60).close()
+    except OSError:
+        return False
+    return True
+
+
+def test_edits_of_the_command_line_are_followed(folder: Path):
+    with served(folder) as (_, address), httpx.Client(base_url=address, timeout=60) as client:
+        editing.remove(Classifier.open(folder, device="cpu"), ["img-3"])
+        while client.get("/healthz").json()["memory_version"] == 0:
+            pass
+        assert client.get("/memory").json()["images"] == 39
+
+
+def fails(folder: Path, *options: str, **environ: str) -> str:
+    done = subprocess.run(
+        command(folder, *options), env=environment(**environ), capture_output=True, text=True,
+        timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "remedy:" in done.stderr
+    return done.stderr
+
+
+def test_what_is_refused_at_the_start(folder: Path, tmp_path: Path):
+    (tmp_path / "short").write_text("abc\n")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert f"can't listen on 127.0.0.1, port {port}" in fails(folder, "--port", port)
+    assert "can be reached from other machines" in fails(folder, "--host", "0.0.0.0")
+    assert "at least 16" in fails(folder, "--token-file", str(tmp_path / "short"))
+    assert "at least 16" in fails(folder, CNN2GNN_TOKEN="abc")
+    assert "can't be read" in fails(folder, "--token-file", str(tmp_path / "none"))
+    assert "not a limit" in fails(folder, "--max-images", "0")
+    assert "not a model" in fails(tmp_path)
+
+
+def test_a_public_address_is_said_clearly(folder: Path):
+    process = subprocess.Popen(
+        command(folder, "--host", "0.0.0.0", "--public"), env=bare_environment(folder / "home"),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            if "whoever reaches it" in line:
+                break
+        else:
+            raise AssertionError("not said")
+    finally:
+        process.kill()
+        process.communicate()
+
+
+# --- the page -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if CHROMIUM is None:
+        pytest.skip("no chromium here")
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with playwright.sync_playwright() as engine:
+        options = ["--no-sandbox"] if os.geteuid() == 0 else []
+        found = engine.chromium.launch(executable_path=CHROMIUM, args=options)
+        yield found
+        found.close()
+
+
+@contextmanager
+def page_of(browser: Any, address: str, **options: Any) -> Iterator[Any]:
+    """The page, of which every request goes to the server and no script fails."""
+    context = browser.new_context(**options)
+    page = context.new_page()
+    asked: list[str] = []
+    wrong: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("console", lambda line: line.type == "error" and wrong.append(line.text))
+    page.goto(address)
+    page.wait_for_selector("#classes li")
+    yield page
+    away = [url for url in asked if not url.startswith((address, "blob:", "data:"))]
+    context.close()
+    assert not away
+    assert not [text for text in wrong if "the server responded with a status of 4" not in text]
+
+
+def files(images: list[bytes]) -> list[dict[str, Any]]:
+    return [
+        {"name": f"{n}.png", "mimeType": "image/png", "buffer": data}
+        for n, data in enumerate(images)
+    ]
+
+
+def shows(page: Any, selector: str, text: str) -> None:
+    page.locator(selector, has_text=re.compile(text)).first.wait_for(timeout=60_000)
+
+
+def verdicts(page: Any) -> list[str]:
+    return [one.strip() for one in page.locator(".verdict").all_inner_texts()]
+
+
+@pytest.mark.parametrize(("scheme", "width", "height"), [("light", 1200, 900), ("dark", 390, 844)])
+def test_the_page(browser: Any, folder: Path, scheme: str, width: int, height: int):
+    new = encoded(6, seed=11)
+    size = {"width": width, "height": height}
+    with (
+        served(folder) as (_, address),
+        page_of(browser, address, color_scheme=scheme, viewport=size) as page,
+    ):
+        page.set_input_files("#ask-files", files([new[5], encoded(1)[0], b"no image"]))
+        shows(page, "#ask-state", "3 images answered")
+        before = verdicts(page)
+        assert before[2].startswith("not readable as an image")
+        page.locator(".near img").first.wait_for()
+        assert page.locator(".near img").count() == page.locator(".near li").count() > 0
+        assert all(
+            image.evaluate("i => i.decode().then(() => i.naturalWidth > 0)")
+            for image in page.locator(".near img").all()
+        )
+
+        page.fill("#add-name", "<b>new</b>")
+        page.set_input_files("#add-files", files(new[:5]))
+        page.fill("#token", "wrong-wrong-wrong")
+        page.click("#add-button")
+        shows(page, "#edit-state", "this token is wrong")
+        page.fill("#token", TOKEN)
+        page.click("#add-button")
+        shows(page, "#edit-state", "5 added to <b>new</b>")
+        shows(page, "#classes li", "<b>new</b>")
+        assert page.locator("#classes b").count() == 0, "names are text"
+
+        page.click("#undo")
+        shows(page, "#edit-state", "Undone: answers come from version 0")
+        shows(page, "#ask-state", "3 images answered")
+        assert verdicts(page) == before
+        assert page.locator("#undo").is_disabled()
+        assert not page.evaluate("document.documentElement.scrollWidth > innerWidth")
+        colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert (max(map(int, re.findall(r"\d+", colour))) < 80) == (scheme == "dark")
+
+
+def test_the_page_by_keyboard(browser: Any, folder: Path):
+    with served(folder) as (_, address), page_of(browser, address) as page:
+        page.set_input_files("#ask-files", files(encoded(1, seed=5)))
+        shows(page, "#ask-state", "1 image answered")
+        reached = []
+        page.locator("body").focus()
+        for _ in range(9):
+            page.keyboard.press("Tab")
+            reached.append(page.evaluate("document.activeElement.id"))
+            assert page.evaluate(
+                "e => { const s = getComputedStyle(document.activeElement.closest('.drop') ??"
+                " document.activeElement); return s.outlineStyle; }"
+            ) not in ("none", ""), f"no focus ring on {reached[-1]}"
+            if reached[-1] == "add-button":
+                break
+        assert reached == [
+            "ask-files", "again", "clear", "add-name", "add-files", "token", "add-button",
+        ]  # fmt: skip
+        page.focus("#clear")
+        page.keyboard.press("Enter")
+        assert page.locator(".answer").count() == 0
+
+
+def test_the_page_of_a_model_that_can_not_be_edited(browser: Any, tmp_path: Path):
+    folder = served_model(tmp_path / "plain", scope="none")
+    with served(folder) as (_, address), page_of(browser, address) as page:
+        page.set_input_files("#ask-files", files(encoded(2, seed=5)))
+        shows(page, "#ask-state", "2 images answered")
+        assert page.locator("#add").is_hidden()
+        shows(page, "#memory", "has no memory")

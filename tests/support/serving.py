@@ -1,0 +1,50 @@
+"""A small served model with calibration images, so that classes can be added to it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from cnn2gnn_dist.inference import artefact, scoring
+from cnn2gnn_dist.inference.classifier import Classifier
+from cnn2gnn_dist.inference.inputs import Pixels
+from tests.support.models import pictures, write_model
+from tests.support.shards import encode_image
+
+TOKEN = "a-token-of-the-tests"
+ALLOWED = {"Authorization": f"Bearer {TOKEN}"}
+
+
+def served_model(folder: Path, scope: str = "dataset") -> Path:
+    """Write the model of ``tests.support.models`` with 30 calibration images."""
+    write_model(folder, scope)
+    if scope == "dataset":
+        model = Classifier.open(folder, device="cpu")
+        made = model.outputs([Pixels("", one) for one in pictures(30, seed=7)])
+        assert model.memory is not None
+        near = np.maximum(made.rows, 0)
+        np.savez(
+            folder / artefact.CALIBRATION,
+            logits=made.logits,
+            self_logits=made.self_logits,
+            x=made.x,
+            z=made.z,
+            label=np.arange(30) % 3,
+            near_distance=made.distances,
+            near_weight=made.weights,
+            near_label=model.memory.labels[near],
+        )
+        scoring.write(folder)
+        artefact.write_checksums(folder)
+    return folder
+
+
+def encoded(count: int, seed: int = 0, suffix: str = "png") -> list[bytes]:
+    """Encoded images; of seed 0 the first 40 are in the memory (as JPEGs)."""
+    return [encode_image(image, suffix) for image in pictures(count, seed)]
+
+
+def parts(images: list[bytes]) -> list[tuple[str, tuple[str, bytes, str]]]:
+    """Images as the fields of a form."""
+    return [("images", (f"{n}.png", data, "image/png")) for n, data in enumerate(images)]

@@ -1,0 +1,109 @@
+"""Versions of the memory: loaded beside, then swapped; an answer is of one version."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.inference import editing
+from cnn2gnn_dist.inference.classifier import Classifier
+from cnn2gnn_dist.inference.inputs import Pixels
+from cnn2gnn_dist.inference.memory import store
+from cnn2gnn_dist.serving.batching import Batcher
+from cnn2gnn_dist.serving.live import LiveModel
+from tests.support.models import pictures, write_model
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Classifier:
+    return Classifier.open(write_model(tmp_path / "model"), device="cpu")
+
+
+def test_an_edit_leaves_the_model_that_answers_alone(model: Classifier):
+    live = LiveModel(model)
+    before = live.current
+    live.edit(lambda beside: editing.remove(beside, ["img-1"]))
+    assert (live.version, len(live.current.memory)) == (1, 39)
+    assert (before.memory.version.number, len(before.memory)) == (0, 40)
+
+
+def test_a_refused_edit_keeps_the_version(model: Classifier):
+    live = LiveModel(model)
+    with pytest.raises(UserError, match="not in the memory"):
+        live.edit(lambda beside: editing.remove(beside, ["img-1", "none"]))
+    assert live.version == store.head(model.memory.root) == 0
+
+
+def test_edits_of_other_processes_are_followed(model: Classifier):
+    live = LiveModel(model)
+    other = Classifier.open(model.folder, device="cpu")
+    assert not live.follow()
+    editing.remove(other, ["img-1"])
+    assert live.version == 0
+    assert live.follow()
+    assert live.version == 1
+    editing.undo(other)
+    assert live.follow()
+    assert live.version == 0
+
+
+def test_a_damaged_version_is_not_swapped_in(model: Classifier):
+    live = LiveModel(model)
+    other = Classifier.open(model.folder, device="cpu")
+    editing.remove(other, ["img-1"])
+    shutil.rmtree(store.version_folder(model.memory.root, 1))
+    with pytest.raises(UserError, match="damaged"):
+        live.follow()
+    assert live.version == 0
+    blank = [Pixels("", pictures(1)[0])]
+    assert live.current.answers(blank, live.current.memory, top=1, neighbours=1)
+
+
+def test_any_version_can_be_used(model: Classifier):
+    live = LiveModel(model)
+    for key in ("img-1", "img-2"):
+        live.edit(lambda beside, key=key: editing.remove(beside, [key]))
+    for number in (1, 0, 2, 2):
+        live.use(number)
+        assert live.version == number
+    with pytest.raises(UserError):
+        live.use(9)
+    assert live.version == 2
+
+
+def test_answers_during_swaps_are_each_of_the_version_they_name(model: Classifier):
+    seen: list[int | None] = []
+    live = LiveModel(model, lambda new: seen.append(new.memory.version.number))
+    batcher = Batcher(lambda: live.current, 10_000)
+    images = [Pixels("", one) for one in pictures(2, seed=5)]
+    nearest = model.predict(list(pictures(1, seed=5)))[0].neighbours[0].key
+    expected, futures, stop = {}, [], threading.Event()
+
+    def ask() -> None:
+        while not stop.is_set():
+            made = batcher.submit(images, top=3, neighbours=5)
+            futures.append(made)
+            made.result(60)
+
+    asking = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in asking:
+        thread.start()
+    for _ in range(4):
+        live.edit(lambda beside: editing.remove(beside, [nearest]))
+        live.edit(editing.undo)
+    stop.set()
+    for thread in asking:
+        thread.join()
+    batcher.close()
+    for number in set(seen):
+        live.use(number)
+        expected[number] = live.current.answers(images, live.current.memory, top=3, neighbours=5)
+    assert seen == [0, 1, 0, 2, 0, 3, 0, 4, 0, *seen[9:]]
+    for future in futures:
+        made = future.result(0)
+        assert made.answers == expected[made.version]
+    assert expected[0] != expected[1]

@@ -1,0 +1,80 @@
+"""What travels: any name, any JSON, any number."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cnn2gnn_dist.inference.inputs import Input
+from cnn2gnn_dist.serving import wire
+from cnn2gnn_dist.serving.limits import Refused
+
+ANY = st.text(st.characters(exclude_categories=()), max_size=300)  # lone surrogates, too
+
+
+@given(ANY)
+def test_plain_text_can_be_sent_and_printed(text: str):
+    clean = wire.plain_text(text)
+    clean.encode()
+    assert clean.isprintable()
+    assert len(clean) <= wire.LONGEST_NAME
+    assert wire.plain_text(clean) == clean
+
+
+@given(ANY)
+def test_class_names_are_taken_as_they_are_or_refused(text: str):
+    with contextlib.suppress(Refused):
+        name = wire.class_name_of(text)
+        assert name == text.strip()
+        assert name.isprintable()
+
+
+@given(ANY, ANY, st.binary(max_size=9))
+def test_keys_stay_inside_and_tell_contents_apart(name: str, class_name: str, data: bytes):
+    one, other = wire.keyed([Input(name, data), Input(name, data + b"x")], class_name)
+    assert one.name != other.name
+    assert one.name.count("/") == 1
+    assert ".." not in one.name.split("/")
+    assert wire.keyed([Input(name, data)], class_name)[0].name == one.name
+
+
+def test_keys_are_readable():
+    made = wire.keyed([Input("C:\\photos\\cat 1.JPG", b"a"), Input(".hidden", b"a")], "a/b")
+    assert [one.name for one in made] == ["a_b/cat 1-ca978112.JPG", "a_b/.hidden-ca978112"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"[" * 100_000,
+        b'{"images": 3}',
+        b'{"images": [{"data": 5}]}',
+        b'{"images": [], "more": 1}',
+        b'{"images": ["\\ud800"]}',
+        b"\xff\xfe",
+    ],
+)
+def test_json_that_is_not_a_request(body: bytes):
+    with pytest.raises(Refused) as refused:
+        wire._of_json(body)
+    assert refused.value.status == 400
+    assert refused.value.what.isprintable()
+
+
+@given(st.binary(max_size=60))
+def test_any_bytes_for_json(body: bytes):
+    with contextlib.suppress(Refused):
+        wire.parsed(wire.KeysIn, body)
+
+
+def test_numbers_that_json_lacks():
+    made = wire.finite({"a": float("nan"), "b": [1.5, float("inf")], "c": ("x", None, 3)})
+    assert json.dumps(made, allow_nan=False) == '{"a": null, "b": [1.5, null], "c": ["x", null, 3]}'
