@@ -117,7 +117,7 @@ def _choose(
             tree, estimate, fits = recipe.fit(own, machine, net, seen, minutes)
             wanted = recipe.wanted_epochs(images, "weights" in net.teacher)
             _log.debug(
-                f"{net.size} pixels, {net.teacher['arch']} {net.teacher['args']}: {fits:.1f} epochs fit, "
+                f"{net.size} pixels, {net.teacher['arch']} {net.teacher['args']}: {fits} epochs fit, "
                 f"{wanted:.0f} are wanted; {seen}"
             )
             if fits >= _ENOUGH * wanted:

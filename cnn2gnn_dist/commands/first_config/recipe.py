@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,7 @@ _REFRESH_S = 4.0  # METIS and the files of a graph version
 _STEP_S = 0.015  # DeepSpeed's own share of a step, and the gradients' exchange
 _FEWEST_STEPS = 200  # after fewer, a network answers with the most frequent class
 _CACHE = 2 << 30  # bytes of decoded images that are kept
+_MOST_EPOCHS = 10_000
 _MARGIN = 0.92  # of the minutes asked for
 
 
@@ -309,7 +311,7 @@ def _search_s(graph: dict[str, Any], images: int, machine: Machine) -> float:
 
 def fit(
     facts: Facts, machine: Machine, net: Net, speed: Speed, minutes: float
-) -> tuple[dict[str, Any], Estimate, float]:
+) -> tuple[dict[str, Any], Estimate, int]:
     """The config with as many epochs as the minutes allow, its estimate, and the epochs that would fit.
 
     There are at least so many that something is learned, even where this takes longer than asked, and
@@ -319,10 +321,11 @@ def fit(
     own = ranks_for(training_images(facts), machine)
     lanes = own.ranks if own.device == "cpu" else min(own.cores, own.ranks * own.workers)
     step_s = speed.teacher * lanes / batch(training_images(facts))
-    short, long = (tree(facts, machine, net, n, step_s) for n in (4, 24))
-    first, second = (estimate(facts, machine, c, speed).minutes for c in (short, long))
-    each = max((second - first) / 20, 1e-9)
-    fits = (minutes * _MARGIN - first) / each + 4
+
+    def spent(count: int) -> float:
+        return estimate(facts, machine, tree(facts, machine, net, count, step_s), speed).minutes
+
+    fits = bisect.bisect_right(range(1, _MOST_EPOCHS), minutes * _MARGIN, key=spent)
     images = training_images(facts)
     fewest = min(math.ceil(_FEWEST_STEPS * batch(images) / images), math.ceil(0.3 * wanted))
     epochs = int(max(2, fewest, min(fits, 2 * wanted)))
