@@ -158,8 +158,9 @@ def nets(facts: Facts, machine: Machine, weights: dict[str, Any] | None) -> list
                 found += [Net(size, teacher, stem) for stem in (_STEMS[2], _STEMS[most - 1])]
             continue
         for level in range(most):
-            # Above 64 pixels the first layers of a ResNet keep a quarter of the resolution: narrow ones are too weak.
-            if size <= 64 or level >= 2:
+            # Above 64 pixels a ResNet's first layers keep a quarter of the resolution: narrow ones are too weak,
+            # and a wide one on a small version of a photograph costs as much as on a large one.
+            if level >= 2 if size > 64 else level < 2 or facts.short_side <= 80:
                 found.append(Net(size, _TEACHERS[level], _STEMS[level]))
     return found
 

@@ -98,6 +98,12 @@ def test_sizes_ascend_and_none_is_larger_than_the_images(side, alike):
     assert max(found) <= max(32, side)
 
 
+def test_photographs_get_wide_networks_at_large_sizes_only():
+    nets = recipe.nets(Facts(np.full(6, 60), None, 375), Machine(2, 2, "cpu"), None)
+    assert {net.size for net in nets} == set(recipe.SIZES)
+    assert all((net.size > 64) == (net.teacher not in recipe._TEACHERS[:2]) for net in nets)
+
+
 def test_small_grey_images_are_not_mirrored_and_photographs_are_cropped_at_random():
     count_C = np.array([50, 50])
     net = recipe.Net(32, {}, {})
