@@ -131,6 +131,13 @@ def _parser() -> argparse.ArgumentParser:
         commands.add_parser("predict", help="classify image files with a trained run")
     )
 
+    embed = commands.add_parser("embed", help="write features and projections of images as Parquet")
+    embed.add_argument("--model", required=True, metavar="FOLDER", help="of a model or a run")
+    embed.add_argument("--out", required=True, metavar="FILE", help="Parquet file to write")
+    embed.add_argument(
+        "images", nargs="+", metavar="IMAGE", help="image files, folders, tar shards, Parquet files"
+    )
+    embed.set_defaults(command=_embed)
     export = commands.add_parser(
         "export", help="write the model of a finished run to a folder of its own"
     )
@@ -212,9 +219,15 @@ def _predict_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument(
         "--out",
-        type=Path,
-        metavar="FILE",
-        help="write the answers to a .jsonl, .csv, .parquet or .html file (with pictures)",
+        metavar="FILE_OR_FOLDER/",
+        help="write the answers to a .jsonl, .csv, .parquet or .html file (with pictures); FOLDER/: a file "
+        "for each input, skipping those that are there, over the ranks of torchrun or srun",
+    )
+    parser.add_argument(
+        "--format",
+        default="parquet",
+        metavar="KIND",
+        help="of the files in FOLDER/: parquet (default), jsonl, csv, html",
     )
     parser.add_argument(
         "--coverage",
@@ -434,18 +447,34 @@ def _print_summary(config: Config) -> None:
 
 
 def _predict(arguments: argparse.Namespace) -> int:
-    from cnn2gnn_dist.commands import predict
+    from cnn2gnn_dist.commands import predict, predict_shards
 
+    out: str | None = arguments.out
+    model, asked = Path(arguments.model), {"top": arguments.top, "coverage": arguments.coverage}
+    if out is not None and (out.endswith("/") or os.path.isdir(out)):
+        if arguments.together or arguments.same:
+            raise UserError(
+                "images are answered together over all inputs, and FOLDER/ has a file for each",
+                where=f"--out {out}",
+                remedy="--out FILE",
+            )
+        kind = f".{arguments.format.lstrip('.')}"
+        return predict_shards.command(model, arguments.images, Path(out), kind=kind, **asked)
     return predict.command(
-        Path(arguments.model),
+        model,
         arguments.images,
-        top=arguments.top,
         as_json=arguments.json,
-        out=arguments.out,
-        coverage=arguments.coverage,
+        out=None if out is None else Path(out),
         together=arguments.together,
         same=arguments.same,
+        **asked,
     )
+
+
+def _embed(arguments: argparse.Namespace) -> int:
+    from cnn2gnn_dist.commands import embed
+
+    return embed.command(Path(arguments.model), arguments.images, Path(arguments.out))
 
 
 def _export(arguments: argparse.Namespace) -> int:

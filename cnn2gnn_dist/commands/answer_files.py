@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 from cnn2gnn_dist import durable
 from cnn2gnn_dist.errors import UserError
@@ -56,15 +56,19 @@ def _opened(path: Path, kind: str) -> Iterator[Writer]:
             return
         with open(temporary, "w", encoding="utf-8", newline="") as file:
             if kind == ".jsonl":
-                yield lambda answer: print(json.dumps(answer.as_dict()), file=file)
+                yield lambda answer: _line(file, json.dumps(answer.as_dict()))
             elif kind == ".csv":
                 rows = csv.DictWriter(file, fieldnames=list(_row(Answer(""))))
                 rows.writeheader()
                 yield lambda answer: rows.writerow(_row(answer))
             else:
                 file.write(_HEAD)
-                yield lambda answer: print(_figure(answer), file=file)
+                yield lambda answer: _line(file, _figure(answer))
                 file.write("</main>\n")
+
+
+def _line(file: TextIO, text: str) -> None:
+    file.write(f"{text}\n")
 
 
 def _row(answer: Answer) -> dict[str, Any]:
