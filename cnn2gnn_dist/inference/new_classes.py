@@ -13,9 +13,9 @@ at most ``old_loss`` points of accuracy.
 
 Both terms: ``old_classes.py``.
 
-**From about a hundred images a class** columns are learned: u·(f, log Σ exp l) + v is added to S_c, by
-class-balanced cross-entropy over rows of the memory and the new images, from u = 0 on, with a penalty on u;
-then τ as above. It takes seconds and is convex: the same inputs give the same columns.
+**From about a hundred images a class** columns are learned: u·(x, log Σ exp l) + v takes the place of the first
+term, by class-balanced cross-entropy over rows of the memory and the new images, from u = 0 on, with a
+penalty on u; then τ as above. It takes seconds and is convex: the same inputs give the same columns.
 
 Features: the stem's x, centred and of unit length (``OldClasses.features``), not the graph's projection z,
 which finds half as many new images: it keeps what tells the old classes apart.
@@ -48,6 +48,7 @@ LOSSES = (0.0, 0.25, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0)
 """Points that old classes may lose, for which the trade is predicted."""
 FOLDS = 5
 PENALTY = 0.1
+"""On the squares of a column, beside the mean loss of its class."""
 _REPLAY = 20_000  # rows of the memory that columns are learned against
 _STEPS = 200
 
@@ -206,9 +207,10 @@ class _Scorer:
         scorer = cls(count_K, mean_KD, np.zeros((new, f_nD.shape[1] + 2)))
         if replay is None:
             return scorer
+        both = _joined([replay, images], replay)
         column_KE = _learned(
-            np.concatenate([scorer.scores(old, replay), scorer.scores(old, images)]),
-            np.concatenate([_inputs(old, replay), _inputs(old, images)]),
+            scorer.log_odds(old, both),
+            _inputs(old, both),
             np.concatenate([np.zeros(len(replay), np.int64), class_n + 1]),
             len(old.count_C),
         )
@@ -221,7 +223,9 @@ class _Scorer:
         own: tuple[np.ndarray, np.ndarray] | None = None,
         class_B: np.ndarray | None = None,
     ) -> np.ndarray:
-        """[B, K]; ``own`` replaces both terms of image i in class ``class_B[i]``."""
+        """[B, K]; ``own`` replaces both terms of image i in class ``class_B[i]`` (without columns)."""
+        if self.column_KE.any():
+            return self.log_odds(old, images) + dot(_inputs(old, images), self.column_KE)
         features = old.features(images.x_nD)
         cos_BK, density_BK = old.scorer(self.mean_KD, self.count_K).of_each(features)
         if own is not None:
@@ -231,9 +235,14 @@ class _Scorer:
         # Sorted, so that the order of new classes doesn't change the bits.
         scores_BK = cos_BK - log_sum(np.concatenate([cos_BC, np.sort(cos_BK, 1)], 1))
         scores_BK += old.sharpness * density_BK - log_sum(old.sharpness * density_BC)
-        if self.column_KE.any():
-            scores_BK += dot(_inputs(old, images), self.column_KE)
         return scores_BK
+
+    def log_odds(self, old: OldClasses, images: Images) -> np.ndarray:
+        """The second term alone, [B, K]."""
+        features = old.features(images.x_nD)
+        _, density_BK = old.scorer(self.mean_KD, self.count_K).of_each(features)
+        _, density_BC = old.known.of_each(features)
+        return old.sharpness * density_BK - log_sum(old.sharpness * density_BC)
 
 
 def _inputs(old: OldClasses, images: Images) -> np.ndarray:
@@ -268,7 +277,8 @@ def _learned(
         optimizer.zero_grad()
         scores = F.pad(plain + inputs @ columns.T, (1, 0))
         each = F.cross_entropy(scores, target, reduction="none")
-        total = (weight * each).sum() + PENALTY * columns[:, :-1].square().sum()
+        penalty = PENALTY / (old + new) * columns[:, :-1].square().sum()
+        total = (weight * each).sum() + penalty
         total.backward()
         return total
 

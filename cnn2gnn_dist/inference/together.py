@@ -5,9 +5,11 @@ A set of m images with logits l_i and features z_i, in four steps:
 1. **Gate.** Is the set related? Only if the mean over pairs of Σ_c p_ic p_jc, p = softmax(l/T), exceeds
    what 98 of 100 random sets of calibration images of this size have. Otherwise every image is
    answered alone, in the same bits as without company.
-2. **Edges** W_ij = σ(a·cos(z_i, z_j) + b): the probability that two images are of one class, fitted by
-   logistic regression on pairs of calibration images (as many of one class as of two, by weight).
-   The 15 largest of a row are kept, the diagonal is 0. Rows are not normalized: strangers get no edges.
+2. **Edges** W_ij = max(2σ(a·cos(z_i, z_j) + b) − 1, 0), where σ is the probability that two images are of
+   one class, fitted by logistic regression on pairs of calibration images (as many of one class as of
+   two, by weight): pairs that are rather of two classes have no edge. The 15 largest of a row are kept, the
+   diagonal is 0, and rows with a sum above 1 are divided by it: many weak edges don't outweigh an image's own
+   logits, and strangers stay without edges.
 3. **EM** (Dempster et al., 1977; for class priors: Saerens, Latinne, Decaestecker, 2002), 30 rounds from q = p:
    π = (Σ_i q_i + α) / (m + Cα), then q_i = softmax(l_i/T + log(Cπ) + λ Σ_j W_ij q_j), all i at once.
 4. The answer is q, and that it depends on company.
@@ -28,7 +30,7 @@ import numpy as np
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference.calibration import fit_temperature, log_softmax, softmax
 
-LAMBDA, ALPHA, ROUNDS, EDGES, GATE = 0.3, 0.02, 30, 15, 0.98
+LAMBDA, ALPHA, ROUNDS, EDGES, GATE = 1.5, 0.02, 30, 15, 0.98
 _SIZES = (2, 3, 4, 5, 6, 8, 11, 16, 23, 32, 45, 64, 91, 128, 181, 256, 512, 1024)
 _SETS = (
     4000  # random sets for each size: the standard error of the 98th percentile's level is 0.2 %
@@ -81,7 +83,7 @@ class Together:
 
         Args:
             logits_mC: as in ``fit``.
-            z_md: features of unit length; the zero vector (an image that can't be read) has no edges
+            z_md: features of unit length, as in ``fit``; the zero vector (an image that can't be read) has no edges
                 worth mentioning, so leave such images out.
         """
         p_mC = softmax(logits_mC, self.temperature)
@@ -108,12 +110,13 @@ class Together:
     def edges(self, z_md: np.ndarray) -> np.ndarray:
         """W, float64 [m, m]: at most EDGES a row, none to itself; ties go to the smaller index."""
         z_md = np.asarray(z_md, np.float64)
-        edges_mm = _sigmoid(self.slope * (z_md @ z_md.T) + self.offset)
+        edges_mm = 2 * _sigmoid(self.slope * (z_md @ z_md.T) + self.offset) - 1
+        edges_mm = edges_mm.clip(min=0)
         np.fill_diagonal(edges_mm, 0.0)
         if len(z_md) > EDGES + 1:
             order_mm = np.argsort(-edges_mm, axis=1, kind="stable")
             np.put_along_axis(edges_mm, order_mm[:, EDGES:], 0.0, axis=1)
-        return edges_mm
+        return edges_mm / np.maximum(edges_mm.sum(1, keepdims=True), 1.0)
 
     def em(self, log_p_mC: np.ndarray, edges_mm: np.ndarray) -> np.ndarray:
         """Return q after ROUNDS rounds: float64 [m, C]."""
@@ -139,7 +142,8 @@ class Together:
 
         Args:
             logits_nC: of calibration images.
-            z_nd: their features, of unit length.
+            z_nd: their features, of unit length: the stem's x, centred (``OldClasses.features``), tells
+                classes better than the graph's projection.
             labels_n: their classes.
             temperature: T, if it is fitted already.
             seed: of the random sets and of the images whose pairs are compared.

@@ -252,8 +252,8 @@ def test_columns_are_scikit_learns():
     inputs = np.concatenate([rng.standard_normal((400, 3)), np.ones((400, 1))], 1)
     target = (rng.random(400) < special.expit(inputs[:, 0] * 2 - 1)).astype(np.int64)
     found = _learned(np.zeros((400, 1)), inputs, target, old=1)
-    # PENALTY·u² beside a mean loss (weights sum to 1) is u²/2 beside 1/(2·PENALTY) such losses.
-    model = LogisticRegression(C=1 / (2 * PENALTY), tol=1e-10, max_iter=1000)
+    # PENALTY/2·u² beside a mean loss (weights sum to 1) is u²/2 beside 1/PENALTY such losses.
+    model = LogisticRegression(C=1 / PENALTY, tol=1e-10, max_iter=1000)
     weight = 0.5 / np.bincount(target)[target]
     model.fit(inputs[:, :3], target, sample_weight=weight)
     np.testing.assert_allclose(found[0, :3], model.coef_[0], rtol=1e-3, atol=1e-3)

@@ -47,12 +47,16 @@ def by_loops(rule, logits, z):
     w = np.zeros((count, count))
     for i in range(count):
         row = {
-            j: special.expit(rule.slope * float(z[i].astype(float) @ z[j]) + rule.offset)
+            j: max(
+                2 * special.expit(rule.slope * float(z[i].astype(float) @ z[j]) + rule.offset) - 1,
+                0,
+            )
             for j in range(count)
             if j != i
         }
         for j in sorted(row, key=lambda j: (-row[j], j))[:EDGES]:
             w[i, j] = row[j]
+        w[i] /= max(w[i].sum(), 1)
     q = special.softmax(a, axis=1)
     for _ in range(ROUNDS):
         prior = [

@@ -1,0 +1,150 @@
+"""What a memory of training images pays for: new classes without training, sets answered together, odd images.
+
+    python benchmarks/memory.py FOLDER --data cifar10:cat,ship --new --sets --odd --draws 20
+    python benchmarks/memory.py FOLDER --data mini-imagenet --new --sets --draws 5
+
+Features come from a small student that sees the old classes alone (about six minutes on one core, the first
+time; kept in FOLDER). Rules are fitted on calibration images of the old classes, never on test images.
+Prints Markdown; ± is 1.96 standard errors over draws. Needs $CNN2GNN_DATA.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+import numpy as np
+from remembering import additions, features, sets
+from sklearn.metrics import roc_auc_score
+from tqdm import tqdm
+
+from cnn2gnn_dist.inference.calibration import Calibration, calibration_error, softmax
+from cnn2gnn_dist.inference.together import Together
+
+SHOTS = (1, 5, 20, 100)
+K = 10
+
+
+def new_classes(of: additions.Setting, draws: int, shots: list[int]) -> None:
+    """Old and new accuracy of every rule, for 1 to 100 images a class."""
+    print("| images | rule | old | new | harmonic mean | AUROC | predicted new |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for each in shots:
+        rows: dict[str, list[list[float]]] = {}
+        predicted = []
+        for number in tqdm(range(draws), desc=f"{each} images a class", disable=None):
+            drawn = of.draw(each, number)
+            scores, trades = additions.ours(of, drawn)
+            chosen = next(t for t in trades if t.old_loss == 1.0)
+            predicted.append(np.nan if chosen.new is None else chosen.new)
+            rows.setdefault("rule R", []).append(additions.judged(of, scores, 1.0, own=False))
+            for name, rival in additions.RIVALS.items():
+                scores = rival(of, drawn)
+                if name in additions.UNCALIBRATED:
+                    judged = additions.judged(of, scores, None, own=False)
+                    rows.setdefault(f"{name}, no offset", []).append(judged)
+                own = name not in ("rule R, cosines", "its new columns", "k-NN-LM")
+                rows.setdefault(name, []).append(additions.judged(of, scores, 1.0, own=own))
+        for name, values in rows.items():
+            mean = np.mean(values, 0)
+            error = 1.96 * np.std(values, 0) / max(len(values) - 1, 1) ** 0.5
+            cells = [f"{m:.1f} ± {e:.1f}" for m, e in zip(mean, error, strict=True)]
+            said = f"{np.mean(predicted):.1f}" if name == "rule R" else ""
+            print(f"| {each} | {name} | " + " | ".join([*cells, said]) + " |", flush=True)
+
+
+def together(of: additions.Setting, count: int) -> None:
+    """Points gained by answering sets together."""
+    labels = of.labels["calibration"]
+    rule = Together.fit(of.logits["calibration"], of.f["calibration"], labels)
+    print(f"\nT = {rule.temperature:.3f}, edges σ({rule.slope:.2f} cos + {rule.offset:.2f})\n")
+    means = additions.unit(of.means)
+    test = of.logits["test"], of.f["test"], of.labels["test"]
+    for number, row in enumerate(sets.gains(rule, *test, means, count)):
+        if not number:
+            print("| " + " | ".join(row) + " |\n|" + " --- |" * len(row))
+        cells = [v if isinstance(v, str) else f"{v:.2f}" for v in row.values()]
+        print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def odd(of: additions.Setting, kept: dict[str, np.ndarray]) -> None:
+    """AUROC of shifted and unknown images against the test images; calibration and coverage."""
+    labels = of.labels["calibration"]
+    bank = of.f["train"]
+
+    def looked(f: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        cos = f @ bank.T
+        near = np.argpartition(-cos, K, axis=1)[:, :K]
+        vote = np.zeros((len(f), of.old))
+        np.add.at(vote, (np.arange(len(f))[:, None], of.labels["train"][near]), 1 / K)
+        return 2 - 2 * np.take_along_axis(cos, near, 1).min(1), vote
+
+    model = Calibration.fit(of.logits["calibration"], labels, looked(of.f["calibration"])[0])
+    p = model.probabilities(of.logits["test"])
+    before, after = softmax(of.logits["test"]), p
+    truth = of.labels["test"]
+    errors = [100 * calibration_error(q, truth) for q in (before, after)]
+    print(
+        f"\nT = {model.temperature:.3f}; calibration error {errors[0]:.2f} % → {errors[1]:.2f} %\n"
+    )
+    print("| coverage asked | reached | classes in a set | answered | right of those |")
+    print("| --- | --- | --- | --- | --- |")
+    for coverage in (0.8, 0.9, 0.95, 0.99):
+        inside = model.sets.sets(p, coverage)
+        answered = inside.sum(1) == 1
+        right = (p.argmax(1) == truth)[answered].mean()
+        reached = inside[np.arange(len(truth)), truth].mean()
+        figures = [reached, inside.sum(1).mean(), answered.mean(), right]
+        print(f"| {coverage} | " + " | ".join(f"{v:.3f}" for v in figures) + " |")
+    known = model.unusual(of.logits["test"], *looked(of.f["test"]))
+    print("\n| images | softmax | distance | vote | accuracy |\n| --- | --- | --- | --- | --- |")
+    shifted = [
+        name
+        for name in ("noise_15", "noise_40", "blur_1", "blur_2", "other")
+        if f"{name}/x" in kept
+    ]
+    mean_D = kept["train/x"].mean(0)
+    for name in ["new_test", *shifted]:
+        f = additions.unit(kept[f"{name}/x"] - mean_D)
+        found = model.unusual(kept[f"{name}/logits"], *looked(f))
+        areas = []
+        for kind in ("softmax_B", "distance_B", "vote_B"):
+            both = np.concatenate([getattr(known, kind), getattr(found, kind)])
+            areas.append(roc_auc_score(np.repeat([0, 1], [len(truth), len(f)]), both))
+        right = ""
+        if name.startswith(("noise", "blur")):
+            right = f"{(kept[f'{name}/logits'].argmax(1) == truth[::2]).mean():.3f}"
+        print(f"| {name} | " + " | ".join(f"{a:.3f}" for a in areas) + f" | {right} |", flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="where features are kept")
+    parser.add_argument(
+        "--data", default="cifar10:cat,ship", help="cifar10:NEW,NEW or mini-imagenet"
+    )
+    parser.add_argument("--draws", type=int, default=20)
+    parser.add_argument("--shots", type=int, nargs="+", default=list(SHOTS))
+    parser.add_argument("--count", type=int, default=400, help="sets of each kind")
+    for part in ("new", "sets", "odd"):
+        parser.add_argument(f"--{part}", action="store_true")
+    given = parser.parse_args()
+    file = given.folder / f"{given.data.replace(':', '-').replace(',', '-')}.npz"
+    kept = features.load(file, Path(os.environ["CNN2GNN_DATA"]), given.data)
+    of = additions.Setting(kept)
+    right = (of.logits["test"].argmax(1) == of.labels["test"]).mean()
+    print(f"{given.data}: {of.old} old classes at {100 * right:.1f} %, {of.new} new\n", flush=True)
+    if given.new:
+        new_classes(of, given.draws, given.shots)
+    if given.sets:
+        together(of, given.count)
+    if given.odd:
+        odd(of, kept)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

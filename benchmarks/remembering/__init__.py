@@ -1,0 +1,1 @@
+"""The parts of benchmarks/memory.py: features, rivals, sets of images, shifted images."""

@@ -1,0 +1,211 @@
+"""New classes: rule R beside what else one could do with the same images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from sklearn.metrics import roc_auc_score
+
+from cnn2gnn_dist.inference.calibration import fit_temperature, log_softmax, softmax
+from cnn2gnn_dist.inference.new_classes import NewClasses, Trade
+from cnn2gnn_dist.inference.old_classes import Images, OldClasses
+
+PARTS = ("calibration", "test", "new_test")
+REPLAY = 8000
+Scores = dict[str, tuple[np.ndarray, np.ndarray]]
+"""By part: scores of the old classes [n, C] and of the new ones [n, K]."""
+
+
+class Setting:
+    """A data set's features, with what all rules share; ``kept`` is of ``features.load``."""
+
+    def __init__(self, kept: dict[str, np.ndarray]) -> None:
+        self.old = int(kept["old"])
+        self.new = len(kept["classes"]) - self.old
+        parts = ("train", "pool", *PARTS)
+        self.raw = {p: kept[f"{p}/x"] for p in parts}
+        mean_D, spread_D = self.raw["train"].mean(0), self.raw["train"].std(0) + 1e-6
+        self.f = {p: unit(x - mean_D) for p, x in self.raw.items()}
+        self.x = {p: (x - mean_D) / spread_D for p, x in self.raw.items()}
+        self.logits = {p: kept[f"{p}/logits"] for p in parts}
+        self.labels = {p: kept[f"{p}/labels"] for p in parts}
+        self.temperature = fit_temperature(self.logits["calibration"], self.labels["calibration"])
+        self.log_p = {p: log_softmax(self.logits[p], self.temperature) for p in parts}
+        rows = np.random.default_rng(0).permutation(len(self.labels["train"]))
+        self.replay = np.sort(rows[:REPLAY])
+        self.model = OldClasses.fit(
+            self.raw["train"],
+            self.labels["train"],
+            self.images("calibration"),
+            self.labels["calibration"],
+        )
+        self.means = np.stack(
+            [self.f["train"][self.labels["train"] == c].mean(0) for c in range(self.old)]
+        )
+
+    def images(self, part: str, rows: np.ndarray | slice = slice(None)) -> Images:
+        return Images(self.logits[part][rows], self.raw[part][rows])
+
+    def draw(self, each: int, number: int) -> np.ndarray:
+        """Rows of the pool, ``each`` of every new class."""
+        rng = np.random.default_rng([each, number])
+        rows = [np.flatnonzero(self.labels["pool"] == self.old + k) for k in range(self.new)]
+        return np.concatenate([rng.choice(mine, each, replace=False) for mine in rows])
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+
+
+def ours(of: Setting, rows: np.ndarray) -> tuple[Scores, tuple[Trade, ...]]:
+    """The product's rule; its trades too."""
+    classes = of.labels["pool"][rows]
+    entries = {str(c): of.images("pool", rows[classes == c]) for c in np.unique(classes)}
+    found = NewClasses.fit(
+        of.model, entries, of.images("calibration"), of.labels["calibration"],
+        replay=of.images("train", of.replay),
+    )  # fmt: skip
+    scores = {p: found.scores(of.model, of.logits[p], of.raw[p]) for p in PARTS}
+    return {
+        p: (s[:, : of.old], s[:, of.old :] - found.offset) for p, s in scores.items()
+    }, found.trades
+
+
+def cosine_rule(of: Setting, rows: np.ndarray) -> Scores:
+    """Rule R of the first measurements: log softmax over class means of 10·cos."""
+    means = unit(np.concatenate([of.means, _new_means(of, of.f, rows)]))
+    return {p: (of.log_p[p], log_softmax(10 * of.f[p] @ means.T)[:, of.old :]) for p in PARTS}
+
+
+def prototypes(of: Setting, rows: np.ndarray) -> Scores:
+    """Cosine to class means, old ones too."""
+    means = unit(np.concatenate([of.means, _new_means(of, of.f, rows)]))
+    return {p: (s[:, : of.old], s[:, of.old :]) for p in PARTS for s in [of.f[p] @ means.T]}
+
+
+def imprinting(of: Setting, rows: np.ndarray) -> Scores:
+    """Weight imprinting (Qi, Brown, Lowe, CVPR 2018): the mean as weights, of the old weights' length."""
+    weights, bias = _old_head(of)
+    length = np.linalg.norm(weights, axis=0).mean()
+    new = length * unit(_new_means(of, of.x, rows)).T
+    return {p: (of.x[p] @ weights + bias, of.x[p] @ new + bias.mean()) for p in PARTS}
+
+
+def knn_lm(of: Setting, rows: np.ndarray, k: int = 10, share: float = 0.25) -> Scores:
+    """Softmax and the neighbors' vote mixed (Khandelwal et al., ICLR 2020)."""
+    bank = np.concatenate([of.f["train"], of.f["pool"][rows]])
+    labels = np.concatenate([of.labels["train"], of.labels["pool"][rows]])
+    scores = {}
+    for p in PARTS:
+        cos = of.f[p] @ bank.T
+        near = np.argpartition(-cos, k, axis=1)[:, :k]
+        weight = softmax(10 * np.take_along_axis(cos, near, 1))
+        vote = np.zeros((len(cos), of.old + of.new))
+        np.add.at(vote, (np.arange(len(cos))[:, None], labels[near]), weight)
+        mixed = share * vote
+        mixed[:, : of.old] += (1 - share) * np.exp(of.log_p[p])
+        scores[p] = mixed[:, : of.old], mixed[:, of.old :]
+    return scores
+
+
+def retrained(of: Setting, rows: np.ndarray) -> Scores:
+    """A linear head over all classes: class-balanced cross-entropy on x."""
+    x, labels = _replayed(of, rows)
+    weights, bias = _fit(x, labels, None, of.old + of.new)
+    scores = {p: of.x[p] @ weights + bias for p in PARTS}
+    return {p: (s[:, : of.old], s[:, of.old :]) for p, s in scores.items()}
+
+
+def columns(of: Setting, rows: np.ndarray) -> Scores:
+    """The new columns alone, beside the head's logits."""
+    x, labels = _replayed(of, rows)
+    logits = np.concatenate([of.logits["train"][of.replay], of.logits["pool"][rows]])
+    weights, bias = _fit(x, labels, logits, of.new)
+    return {p: (of.logits[p], of.x[p] @ weights + bias) for p in PARTS}
+
+
+RIVALS: dict[str, Callable[[Setting, np.ndarray], Scores]] = {
+    "rule R, cosines": cosine_rule,
+    "head retrained": retrained,
+    "its new columns": columns,
+    "prototypes": prototypes,
+    "imprinting": imprinting,
+    "k-NN-LM": knn_lm,
+}
+UNCALIBRATED = ("prototypes", "imprinting", "k-NN-LM")
+
+
+def judged(of: Setting, scores: Scores, old_loss: float | None, *, own: bool) -> list[float]:
+    """Old and new accuracy, their harmonic mean, AUROC of old against new; all in %.
+
+    Args:
+        of: the setting.
+        scores: of a rule.
+        old_loss: points lost on calibration images through the offset; None: no offset.
+        own: points are lost from the rule's own accuracy on the old classes, not from the head's.
+    """
+    labels = of.labels["calibration"]
+    offset = 0.0
+    if old_loss is not None:
+        old, new = scores["calibration"]
+        right = old.argmax(1) == labels
+        margins = np.sort((old.max(1) - new.max(1))[right])
+        head = of.logits["calibration"].argmax(1) == labels
+        spare = 0 if own else int(right.sum()) - int(head.sum())
+        turned = max(0, int(old_loss * len(labels) / 100 + 1e-9) + spare)
+        offset = margins[min(turned, len(margins) - 1)]
+    old, new = scores["test"]
+    stays = old.max(1) >= new.max(1) + offset
+    old_right = (stays & (old.argmax(1) == of.labels["test"])).mean()
+    margin = [new.max(1) - old.max(1)]
+    old, new = scores["new_test"]
+    found = old.max(1) < new.max(1) + offset
+    new_right = (found & (new.argmax(1) + of.old == of.labels["new_test"])).mean()
+    margin.append(new.max(1) - old.max(1))
+    auroc = roc_auc_score(np.repeat([0, 1], [len(m) for m in margin]), np.concatenate(margin))
+    mean = 2 * old_right * new_right / max(old_right + new_right, 1e-12)
+    return [100 * float(v) for v in (old_right, new_right, mean, auroc)]
+
+
+def _new_means(of: Setting, features: dict[str, np.ndarray], rows: np.ndarray) -> np.ndarray:
+    classes = of.labels["pool"][rows]
+    return np.stack([features["pool"][rows[classes == c]].mean(0) for c in np.unique(classes)])
+
+
+def _replayed(of: Setting, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    x = np.concatenate([of.x["train"][of.replay], of.x["pool"][rows]])
+    return x, np.concatenate([of.labels["train"][of.replay], of.labels["pool"][rows]])
+
+
+def _old_head(of: Setting) -> tuple[np.ndarray, np.ndarray]:
+    if not hasattr(of, "head"):
+        labels = of.labels["train"][of.replay]
+        of.head = _fit(of.x["train"][of.replay], labels, None, of.old)
+    return of.head
+
+
+def _fit(
+    x: np.ndarray, labels: np.ndarray, logits: np.ndarray | None, width: int, penalty: float = 1e-4
+) -> tuple[np.ndarray, np.ndarray]:
+    """Weights [D, width] and bias by class-balanced cross-entropy, beside fixed logits if given."""
+    inputs, target = torch.from_numpy(x.astype(np.float32)), torch.from_numpy(labels)
+    count = torch.bincount(target)
+    weight = (1.0 / count.clamp(min=1) / (count > 0).sum())[target]
+    weights = torch.zeros(x.shape[1], width, requires_grad=True)
+    bias = torch.zeros(width, requires_grad=True)
+    fixed = None if logits is None else torch.from_numpy(logits)
+    optimizer = torch.optim.LBFGS([weights, bias], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        scores = inputs @ weights + bias
+        scores = scores if fixed is None else torch.cat([fixed, scores], 1)
+        each = torch.nn.functional.cross_entropy(scores, target, reduction="none")
+        total = (weight * each).sum() + penalty * weights.square().sum()
+        total.backward()
+        return total
+
+    optimizer.step(loss)
+    return weights.detach().numpy(), bias.detach().numpy()
