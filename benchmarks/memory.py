@@ -74,11 +74,10 @@ def odd(of: additions.Setting, kept: dict[str, np.ndarray]) -> None:
     bank = of.f["train"]
 
     def looked(f: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        cos = f @ bank.T
-        near = np.argpartition(-cos, K, axis=1)[:, :K]
+        near, cos = additions.nearest(f, bank, K)
         vote = np.zeros((len(f), of.old))
         np.add.at(vote, (np.arange(len(f))[:, None], of.labels["train"][near]), 1 / K)
-        return 2 - 2 * np.take_along_axis(cos, near, 1).min(1), vote
+        return 2 - 2 * cos.min(1), vote
 
     model = Calibration.fit(of.logits["calibration"], labels, looked(of.f["calibration"])[0])
     p = model.probabilities(of.logits["test"])

@@ -95,13 +95,18 @@ def imprinting(of: Setting, rows: np.ndarray) -> Scores:
 
 def knn_lm(of: Setting, rows: np.ndarray, k: int = 10, share: float = 0.25) -> Scores:
     """Softmax and the neighbors' vote mixed (Khandelwal et al., ICLR 2020)."""
-    bank = np.concatenate([of.f["train"], of.f["pool"][rows]])
+    if not hasattr(of, "near"):
+        of.near = {p: nearest(of.f[p], of.f["train"], k) for p in PARTS}
     labels = np.concatenate([of.labels["train"], of.labels["pool"][rows]])
     scores = {}
     for p in PARTS:
-        cos = of.f[p] @ bank.T
-        near = np.argpartition(-cos, k, axis=1)[:, :k]
-        weight = softmax(10 * np.take_along_axis(cos, near, 1))
+        old_near, old_cos = of.near[p]
+        new_cos = of.f[p] @ of.f["pool"][rows].T
+        new_near = np.broadcast_to(len(of.labels["train"]) + np.arange(len(rows)), new_cos.shape)
+        cos = np.concatenate([old_cos, new_cos], 1)
+        best = np.argpartition(-cos, k, axis=1)[:, :k]
+        near = np.take_along_axis(np.concatenate([old_near, new_near], 1), best, 1)
+        weight = softmax(10 * np.take_along_axis(cos, best, 1))
         vote = np.zeros((len(cos), of.old + of.new))
         np.add.at(vote, (np.arange(len(cos))[:, None], labels[near]), weight)
         mixed = share * vote
@@ -167,6 +172,16 @@ def judged(of: Setting, scores: Scores, old_loss: float | None, *, own: bool) ->
     auroc = roc_auc_score(np.repeat([0, 1], [len(m) for m in margin]), np.concatenate(margin))
     mean = 2 * old_right * new_right / max(old_right + new_right, 1e-12)
     return [100 * float(v) for v in (old_right, new_right, mean, auroc)]
+
+
+def nearest(f: np.ndarray, bank: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the bank nearest to each of f, and their cosines, [n, k] each."""
+    found = []
+    for some in np.array_split(f, max(1, len(f) // 500)):
+        cos = some @ bank.T
+        near = np.argpartition(-cos, k, axis=1)[:, :k]
+        found.append((near, np.take_along_axis(cos, near, 1)))
+    return np.concatenate([n for n, _ in found]), np.concatenate([c for _, c in found])
 
 
 def _new_means(of: Setting, features: dict[str, np.ndarray], rows: np.ndarray) -> np.ndarray:

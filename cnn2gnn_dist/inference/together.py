@@ -30,7 +30,7 @@ import numpy as np
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference.calibration import fit_temperature, log_softmax, softmax
 
-LAMBDA, ALPHA, ROUNDS, EDGES, GATE = 1.5, 0.02, 30, 15, 0.98
+LAMBDA, ALPHA, ROUNDS, EDGES, GATE = 1.0, 0.02, 30, 15, 0.98
 _SIZES = (2, 3, 4, 5, 6, 8, 11, 16, 23, 32, 45, 64, 91, 128, 181, 256, 512, 1024)
 _SETS = (
     4000  # random sets for each size: the standard error of the 98th percentile's level is 0.2 %
