@@ -27,6 +27,7 @@ STAGES = {
     "graph": "build the final graph and its partitions: the bank that unseen images attach to",
     "control": "train the same stem with an MLP head and no graph",
     "evaluate": "evaluate all models on held-out images; table, plots, report",
+    "model": "write the model: student, memory and card in a folder that answers on its own",
 }
 _TRAIN = (
     *("ray", "deepspeed", "dgl", "pandas", "webdataset", "sklearn", "tensorboard", "matplotlib"),

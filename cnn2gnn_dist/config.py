@@ -247,7 +247,7 @@ class EvaluateConfig(Section):
     )
 
 
-class ExportConfig(Section):
+class ModelConfig(Section):
     """What the exported model contains."""
 
     thumbnails: int | None = Field(
@@ -313,7 +313,7 @@ class Config(Section):
     graph: GraphConfig = Field(default_factory=GraphConfig)
     student: StudentConfig = Field(default_factory=StudentConfig)
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
-    export: ExportConfig = Field(default_factory=ExportConfig)
+    model: ModelConfig = Field(default_factory=ModelConfig)
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
 

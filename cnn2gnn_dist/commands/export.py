@@ -70,7 +70,7 @@ def _write(run: Path, temporary: Path) -> None:
         context = context_of(run)
         source = model_of_run(run)
     if source is None:
-        from cnn2gnn_dist.stages.export import write_model
+        from cnn2gnn_dist.stages.model import write_model
 
         write_model(context, temporary)
         return

@@ -31,7 +31,7 @@ def opened(folder: Path, device: str = "auto") -> Iterator[Classifier]:
         yield Classifier.open(made, device=device)
         return
     context = context_of(folder)
-    from cnn2gnn_dist.stages.export import write_model
+    from cnn2gnn_dist.stages.model import write_model
 
     with tempfile.TemporaryDirectory(prefix="cnn2gnn-model-") as name:
         write_model(context, Path(name), thumbnails=0)

@@ -16,7 +16,7 @@ PLACES: dict[memory_model.Place, str] = {
     "rank": "each rank, in training",
     "search": "each rank, during the candidate search",
     "partitioner": "the partitioner, on rank 0",
-    "model": "the exported model (photographs; export.thumbnails=0: without thumbnails)",
+    "model": "the exported model (photographs; model.thumbnails=0: without thumbnails)",
 }
 
 

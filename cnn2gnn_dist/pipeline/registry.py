@@ -99,10 +99,10 @@ def _evaluate(context: Context, keys: dict[str, str]) -> list[Path]:
     return evaluate.run(context, keys)
 
 
-def _export(context: Context, keys: dict[str, str]) -> list[Path]:
-    from cnn2gnn_dist.stages import export
+def _model(context: Context, keys: dict[str, str]) -> list[Path]:
+    from cnn2gnn_dist.stages import model
 
-    return export.run(context)
+    return model.run(context)
 
 
 _PACK = Stage(
@@ -159,19 +159,19 @@ _EVALUATE = Stage(
     ("index", "teacher", "student", "graph", "control"),
     _evaluate,
 )
-_EXPORT = Stage(
-    "export",
+_MODEL = Stage(
     "model",
-    ("seed", "views", "export"),
+    "model",
+    ("seed", "views", "model"),
     ("index", "student", "graph", "evaluate"),
-    _export,
+    _model,
     alone=True,
 )
 
 
 STAGES = {
     stage.name: stage
-    for stage in (_PACK, _INDEX, _TEACHER, _TARGETS, _STUDENT, _GRAPH, _CONTROL, _EVALUATE, _EXPORT)
+    for stage in (_PACK, _INDEX, _TEACHER, _TARGETS, _STUDENT, _GRAPH, _CONTROL, _EVALUATE, _MODEL)
 }
 """All stages, by name."""
 
@@ -185,4 +185,4 @@ def stages_of(config: Config) -> list[Stage]:
         found.append(_GRAPH)
     if config.student.control:
         found.append(_CONTROL)
-    return [*found, _EVALUATE, _EXPORT]
+    return [*found, _EVALUATE, _MODEL]

@@ -195,7 +195,7 @@ class Service:
                 self._thumbnails.popitem(last=False)
         found = self._thumbnails[now, row]
         if found is None:
-            raise Refused(404, "this image has no thumbnail", "export with export.thumbnails=64")
+            raise Refused(404, "this image has no thumbnail", "export with model.thumbnails=64")
         return found
 
     async def _decode(self, images: list[Input]) -> list[Pixels]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from cnn2gnn_dist.data.images.views import CLEAN, ViewSpec
 from cnn2gnn_dist.data.index.manifest import Manifest
 from cnn2gnn_dist.data.reading.reader import Reader, ReaderSpec, Request
 from cnn2gnn_dist.report.page import table_rows, verdict
+from tests.support.models import write_model
 from tests.support.shards import encode_image
 
 
@@ -60,26 +60,14 @@ def images(micro_run, tmp_path):
 
 
 def test_predict_answers_for_a_pipe_without_a_writer_and_goes_on(tmp_path, monkeypatch, capsys):
-    """Without a run: whatever the model, files are read the same way."""
-
-    class Anything:
-        def __init__(self, run):
-            graph = SimpleNamespace(scope="dataset")
-            self.context = SimpleNamespace(
-                views=lambda: ViewSpec("none", 16), config=SimpleNamespace(graph=graph)
-            )
-
-        def __call__(self, images, top):
-            return [{"classes": [{"class": "a", "probability": 1.0}]} for _ in images]
-
-    monkeypatch.setattr(predict, "Predictor", Anything)
     monkeypatch.setattr(image_files, "WRITER_S", 0.1)
     pipe, image = tmp_path / "pipe.png", tmp_path / "1.png"
     os.mkfifo(pipe)
     image.write_bytes(encode_image(np.zeros((16, 16, 3), np.uint8)))
-    assert predict.command(tmp_path, [str(pipe), str(image)], top=1, as_json=False) == 1
+    model = write_model(tmp_path / "m")
+    assert predict.command(model, [str(pipe), str(image)], top=1, as_json=False) == 1
     said = capsys.readouterr()
-    assert said.out == f"{image}  a 100.0%\n"
+    assert said.out.startswith(f"{image}  class ")
     assert said.err == (
         f"cnn2gnn: {pipe}: not readable as an image: nothing is writing to the pipe (waited 0.1 seconds)\n"
     )
@@ -87,7 +75,7 @@ def test_predict_answers_for_a_pipe_without_a_writer_and_goes_on(tmp_path, monke
 
 def test_predict_wants_a_finished_run(tmp_path, capsys):
     assert cli.main(["predict", "--run", str(tmp_path), "x.png"]) == 2
-    assert "no finished run" in capsys.readouterr().err
+    assert "not a model or a finished run" in capsys.readouterr().err
 
 
 def test_doctor_names_what_is_missing_and_the_remedy(monkeypatch, capsys):

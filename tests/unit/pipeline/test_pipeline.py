@@ -44,6 +44,7 @@ def test_stages_follow_the_config(tmp_path):
         "graph",
         "control",
         "evaluate",
+        "model",
     ]
     shards = config(tmp_path, "data.source=shards", "graph.scope=batch", "student.control=false")
     assert [s.name for s in stages_of(shards)] == [
@@ -52,12 +53,13 @@ def test_stages_follow_the_config(tmp_path):
         "targets",
         "student",
         "evaluate",
+        "model",
     ]
 
 
 def test_whole_stages_are_whole_until_a_field_they_depend_on_changes(tmp_path):
     base = config(tmp_path)
-    make_whole(base, 8)
+    make_whole(base, 9)
     assert set(statuses(base).values()) == {Status.COMPLETE}
 
     changed = statuses(config(tmp_path, "student.epochs=99"))
@@ -91,14 +93,14 @@ def test_how_a_result_is_reached_is_not_in_its_key(tmp_path, override):
 
 def test_a_missing_output_is_made_again(tmp_path):
     base = config(tmp_path)
-    make_whole(base, 8)
+    make_whole(base, 9)
     (tmp_path / "run" / "targets" / "output").unlink()
     assert statuses(base)["targets"] is Status.RESUME
 
 
 def test_stale_results_are_refused_with_the_changed_fields_then_set_aside(tmp_path):
     base = config(tmp_path)
-    make_whole(base, 8)
+    make_whole(base, 9)
     changed = config(tmp_path, "student.epochs=99")
     step = next(s for s in runner.plan(changed) if s.stage.name == "student")
     assert "student.epochs: 12 -> 99" in step.why

@@ -1,4 +1,4 @@
-"""Stage ``export``: the student, its memory and its card as a folder that answers on its own."""
+"""Stage ``model``: the student, its memory and its card as a folder that answers on its own."""
 
 from __future__ import annotations
 
@@ -171,8 +171,8 @@ def unique_keys(train: Manifest) -> list[str]:
 
 
 def _thumbnail_side(config: Config, images: int) -> int:
-    if config.export.thumbnails is not None:
-        return config.export.thumbnails
+    if config.model.thumbnails is not None:
+        return config.model.thumbnails
     return THUMBNAIL if images <= THUMBNAILS_UP_TO else 0
 
 
