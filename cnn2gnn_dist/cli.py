@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cnn2gnn_dist import __version__, consistency, ledger, log, settings
-from cnn2gnn_dist.commands import memory_cli, serve
+from cnn2gnn_dist.commands import audit_cli, memory_cli, serve
 from cnn2gnn_dist.config import Config
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.runtime.ranks import Ranks
@@ -152,6 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     _init_arguments(commands.add_parser("init", help="write a config for your own images"))
     memory_cli.arguments(commands.add_parser("memory", help="inspect or edit a model's memory"))
     serve.arguments(commands.add_parser("serve", help="answer over HTTP, with a page"))
+    audit_cli.arguments(commands.add_parser("audit", help="find faults of a training set"))
     _checkpoint_arguments(
         commands.add_parser("checkpoint", help="list, inspect, verify or export checkpoints")
     )

@@ -55,6 +55,12 @@ class DataConfig(Section):
     image_column: str = Field("image", description="Parquet column of the images")
     label_column: str = Field("label", description="Parquet column of the labels")
     limit: int | None = Field(None, ge=1, description="pack only this many samples, for trials")
+    relabel: str | None = Field(
+        None,
+        description="CSV file with the columns key and class: these training images get this class, or are left out "
+        "(class drop); `cnn2gnn audit --fix` writes it",
+        json_schema_extra=PATH,
+    )
     num_classes: int | None = Field(
         None,
         ge=2,

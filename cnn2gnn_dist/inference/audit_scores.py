@@ -8,6 +8,7 @@ A neighbor's id of -1 means none.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -16,10 +17,10 @@ import torch
 from cnn2gnn_dist.graph.search.knn import Index
 from cnn2gnn_dist.models.graph_head import adaptive_neighbours
 
-HEAD_FLOOR, VOTE_FLOOR = 0.001, 0.02
+HEAD_FLOOR, VOTE_FLOOR, OF_BEST = 0.001, 0.02, 1 / 3
 """Added to the probabilities in the score, so that one of the two alone can't decide it."""
-ROWS = 8192
-"""Rows of a block: bounds what is held beside the inputs."""
+ROWS, CELLS = 8192, 1 << 23
+"""Rows of a block, and values of one with a column for each class and neighbor: bound what is held."""
 FALSE_PAIRS = 0.01
 """Expected share of pairs below the threshold that are no near-duplicates but close by chance."""
 
@@ -28,9 +29,11 @@ class LabelScores(NamedTuple):
     """How doubtful the label of each image is.
 
     Attributes:
-        score_N: float32, −log(p_head(y) + .001) − log(vote(y) + .02): higher is more doubtful.
-        suggested_N: int32, the class with the lowest such sum; the label itself if nothing is better.
-        margin_N: float32, the label's sum minus the suggested class's, ≥ 0.
+        score_N: float32, cost(y) − ⅓ min_c cost(c), cost(c) = −log(p_head(c) + .001) − log(vote(c) + .02):
+            higher is more doubtful. The second term: an image that fits no class is no label error.
+        suggested_N: int32, the class of the lowest cost; the label itself if nothing is better.
+        margin_N: float32, mean probability of head and vote for the best other class minus that for
+            the label. It ranks flips between two similar classes better, all others worse.
         head_N, vote_N: float32, probability of the label by the head and by the neighbors.
         agree_N: bool, head and neighbors both rank the suggested class first, and it isn't the label.
     """
@@ -51,16 +54,16 @@ class Pairs(NamedTuple):
         cosine_P: float32.
         ratio_P: float32, their distance divided by the distance to the k-th neighbor (the smaller of
             both sides within a set).
-        threshold: the ratio up to which a pair counts.
-        dimension: the intrinsic dimension of the features that it was computed from.
+        pixels_P: float32, likeness of the pixels (``look_alike``); nan where they were not compared.
+        threshold: the ratio up to which a pair counts, or the likeness from which on it does.
     """
 
     a_P: np.ndarray
     b_P: np.ndarray
     cosine_P: np.ndarray
     ratio_P: np.ndarray
+    pixels_P: np.ndarray
     threshold: float
-    dimension: float
 
 
 class Bleeding(NamedTuple):
@@ -141,21 +144,26 @@ def table_neighbours(
     return ids_Nk, far_Nk
 
 
-def nearest_of(base_Nd: np.ndarray, query_Qd: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k nearest images of another set: ids [Q, k] and squared distances [Q, k]; -1 and inf if fewer.
+class Nearest:
+    """Search in a set of images; rows of zeros are nobody's neighbors."""
 
-    Rows of zeros, of either set, have no neighbors and are nobody's.
-    """
-    there, asked = (np.flatnonzero(np.any(z, axis=1)) for z in (base_Nd, query_Qd))
-    ids_Qk = np.full((len(query_Qd), k), -1, np.int64)
-    far_Qk = np.full((len(query_Qd), k), np.inf, np.float32)
-    width = min(k, len(there))
-    if width and len(asked):
-        index = Index(np.asarray(base_Nd, np.float32)[there])
-        found, near = index.search(np.asarray(query_Qd, np.float32)[asked], width)
-        ids_Qk[asked, :width] = there[found]
-        far_Qk[asked, :width] = np.maximum(2 - 2 * near, 0)
-    return ids_Qk, far_Qk
+    def __init__(self, base_Nd: np.ndarray) -> None:
+        self._there = np.flatnonzero(np.any(base_Nd, axis=1))
+        self._index = Index(np.asarray(base_Nd, np.float32)[self._there])
+
+    def __call__(self, query_Qd: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The k nearest of each query: ids [Q, k] and squared distances [Q, k]; -1 and inf if fewer.
+
+        A query of zeros, an image that could not be read, has none.
+        """
+        ids_Qk = np.full((len(query_Qd), k), -1, np.int64)
+        far_Qk = np.full((len(query_Qd), k), np.inf, np.float32)
+        asked, width = np.flatnonzero(np.any(query_Qd, axis=1)), min(k, len(self._there))
+        if width and len(asked):
+            found, near = self._index.search(np.asarray(query_Qd, np.float32)[asked], width)
+            ids_Qk[asked, :width] = self._there[found]
+            far_Qk[asked, :width] = np.maximum(2 - 2 * near, 0)
+        return ids_Qk, far_Qk
 
 
 def _moved_up(ids_BM: np.ndarray, near_BM: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -196,33 +204,53 @@ def vote(
     return np.where(total_N > 0, mass_NC / np.maximum(total_N, 1e-12), np.float32(1 / classes))
 
 
+def soft_vote(
+    ids_Nk: np.ndarray,
+    weight_Nk: np.ndarray,
+    head_of: Callable[[np.ndarray], np.ndarray],
+    classes: int,
+) -> np.ndarray:
+    """The same with what a head says of the neighbors in place of their labels, [rows, C] float32.
+
+    Wrong labels of neighbors are outvoted twice: in the head, and here. ``head_of`` maps ids [n] to
+    probabilities [n, C].
+    """
+    found_NC = np.full((len(ids_Nk), classes), np.float32(1 / classes))
+    for start in range(0, len(ids_Nk), max(CELLS // (ids_Nk.shape[1] * classes), 1)):
+        rows = slice(start, start + max(CELLS // (ids_Nk.shape[1] * classes), 1))
+        ids, weight = ids_Nk[rows], np.where(ids_Nk[rows] >= 0, weight_Nk[rows], 0)
+        some, place = np.unique(ids.clip(min=0), return_inverse=True)
+        said = np.einsum("bk,bkc->bc", weight, head_of(some)[place.reshape(ids.shape)])
+        there = weight.sum(1) > 0
+        found_NC[rows][there] = said[there] / weight.sum(1, keepdims=True)[there]
+    return found_NC
+
+
 def label_scores(head_NC: np.ndarray, vote_NC: np.ndarray, labels_N: np.ndarray) -> LabelScores:
     """Combine a head's probabilities and the neighbors' vote; both [N, C] and of images left out of the vote."""
     rows = np.arange(len(labels_N))
     cost_NC = -np.log(head_NC + HEAD_FLOOR) - np.log(vote_NC + VOTE_FLOOR)
-    score_N, suggested_N = cost_NC[rows, labels_N], cost_NC.argmin(1)
-    better_N = cost_NC[rows, suggested_N] < score_N
-    suggested_N = np.where(better_N, suggested_N, labels_N).astype(np.int32)
-    agree_N = better_N & (head_NC.argmax(1) == suggested_N) & (vote_NC.argmax(1) == suggested_N)
+    given_N, suggested_N = cost_NC[rows, labels_N], cost_NC.argmin(1)
+    least_N = cost_NC[rows, suggested_N]
+    suggested_N = np.where(least_N < given_N, suggested_N, labels_N).astype(np.int32)
+    first_N = (head_NC.argmax(1) == suggested_N) & (vote_NC.argmax(1) == suggested_N)
+    mean_NC = (head_NC + vote_NC) / 2
+    own_N = mean_NC[rows, labels_N]
+    mean_NC[rows, labels_N] = -np.inf
     return LabelScores(
-        score_N.astype(np.float32),
+        (given_N - OF_BEST * least_N).astype(np.float32),
         suggested_N,
-        (score_N - cost_NC[rows, suggested_N]).astype(np.float32),
+        (mean_NC.max(1) - own_N).astype(np.float32),
         head_NC[rows, labels_N].astype(np.float32),
         vote_NC[rows, labels_N].astype(np.float32),
-        agree_N,
+        first_N & (suggested_N != labels_N),
     )
 
 
 def near_duplicates(
-    ids_Nk: np.ndarray,
-    far_Nk: np.ndarray,
-    *,
-    within: bool = True,
-    threshold: float | None = None,
-    dimension: float | None = None,
+    ids_Nk: np.ndarray, far_Nk: np.ndarray, *, within: bool = True, threshold: float | None = None
 ) -> Pairs:
-    """Pairs much closer than chance puts the nearest of k neighbors.
+    """Pairs much closer than chance puts the nearest of k neighbors, by features alone.
 
     Without near-duplicates, the neighbors of an image fill the ball that reaches to the k-th evenly:
     with intrinsic dimension m, a ratio r of distances is below t for a share of about
@@ -234,25 +262,58 @@ def near_duplicates(
         far_Nk: float32, squared distances.
         within: the ids are images of the same set, and a pair may be found from both sides.
         threshold: use this ratio instead of computing one.
-        dimension: use this intrinsic dimension instead of estimating it.
     """
+    if threshold is None:
+        ratio_Nk, m = _ratios(ids_Nk, far_Nk), intrinsic_dimension(np.sqrt(far_Nk))
+        threshold = _threshold(ratio_Nk[:, 0], ids_Nk.shape[1], m)
+    return _pairs(ids_Nk, far_Nk, within, threshold)
+
+
+def proposals(
+    ids_Nk: np.ndarray, far_Nk: np.ndarray, *, within: bool = True, first: int, most: int
+) -> Pairs:
+    """The ``first`` nearest of each image, as pairs to be confirmed by their pixels; the ``most`` closest."""
+    whole = _ratios(ids_Nk, far_Nk)[:, :first]
+    values = np.sort(whole[np.isfinite(whole)])
+    sides = 2 * most if within else most  # a pair may be found from both sides
+    limit = float(values[min(sides, len(values)) - 1]) if len(values) else 0.0
+    found = _pairs(ids_Nk, far_Nk, within, limit, first)
+    return Pairs(
+        found.a_P[:most], found.b_P[:most], found.cosine_P[:most], found.ratio_P[:most],
+        found.pixels_P[:most], limit,
+    )  # fmt: skip
+
+
+def _ratios(ids_Nk: np.ndarray, far_Nk: np.ndarray) -> np.ndarray:
     far_Nk = np.sqrt(far_Nk)
     border_N = _border(far_Nk)
-    m = intrinsic_dimension(far_Nk) if dimension is None else dimension
     ratio_Nk = np.where(ids_Nk >= 0, far_Nk / np.maximum(border_N, 1e-12)[:, None], np.inf)
     ratio_Nk[border_N <= 0] = np.inf
-    t = _threshold(ratio_Nk[:, 0], ids_Nk.shape[1], m) if threshold is None else threshold
-    rows, columns = np.nonzero(ratio_Nk <= t)
+    return ratio_Nk
+
+
+def _pairs(
+    ids_Nk: np.ndarray, far_Nk: np.ndarray, within: bool, limit: float, first: int | None = None
+) -> Pairs:
+    """The pairs up to a ratio, each once, closest first."""
+    ratio_Nk = _ratios(ids_Nk, far_Nk)[:, :first]
+    rows, columns = np.nonzero(ratio_Nk <= limit)
     a, b, ratio = rows.astype(np.int64), ids_Nk[rows, columns], ratio_Nk[rows, columns]
-    cosine = 1 - far_Nk[rows, columns] ** 2 / 2
+    cosine = 1 - far_Nk[rows, columns] / 2
     if within:
         a, b = np.minimum(a, b), np.maximum(a, b)
     order = np.lexsort((b, a, ratio))
     a, b, ratio, cosine = a[order], b[order], ratio[order], cosine[order]
-    _, first = np.unique(np.stack([a, b]), axis=1, return_index=True)
-    first.sort()
+    _, kept = np.unique(np.stack([a, b]), axis=1, return_index=True)
+    kept.sort()
+    nothing = np.full(len(kept), np.nan, np.float32)
     return Pairs(
-        a[first], b[first], cosine[first].astype(np.float32), ratio[first].astype(np.float32), t, m
+        a[kept],
+        b[kept],
+        cosine[kept].astype(np.float32),
+        ratio[kept].astype(np.float32),
+        nothing,
+        limit,
     )
 
 

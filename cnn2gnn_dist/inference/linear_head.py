@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-L2 = 1e-3
+L2 = 1e-2
 """Penalty on the squared weights of standardized features, per image: strong enough that the head can't
 learn wrong labels by heart."""
 MOST_IMAGES = 200_000

@@ -29,6 +29,7 @@ DEFAULTS: dict[str, Any] = {
     "data.label_column": "label",
     "data.limit": None,
     "data.calibration": 0.0,
+    "data.relabel": None,
     "model.thumbnails": None,
     "data.num_classes": None,
     "data.match_classes": "name",

@@ -76,6 +76,9 @@ def parts(
     if found.get("teacher.weights"):
         before = parts_of(entry).get("teacher.weights") if entry else None
         found["teacher.weights"] = _weights(Path(found["teacher.weights"]), before)
+    if found.get("data.relabel"):
+        before = parts_of(entry).get("data.relabel") if entry else None
+        found["data.relabel"] = _relabel_list(Path(found["data.relabel"]), before)
     return found
 
 
@@ -138,6 +141,15 @@ def _weights(path: Path, before: str | None) -> str:
             remedy="name a file: .safetensors, or .pth with a state dict",
         )
     return f"{path.name} {_sha256(path, stat.st_size, stat.st_mtime_ns)}"
+
+
+def _relabel_list(path: Path, before: str | None) -> str:
+    """A relabel list by its content, wherever it is; a missing file by the recorded value."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return before or f"{path.name} is missing"
+    return _sha256(path, stat.st_size, stat.st_mtime_ns) if S_ISREG(stat.st_mode) else path.name
 
 
 @functools.lru_cache
@@ -329,7 +341,7 @@ def as_made(config: Config, root: Path, stage: str) -> Config:
     made = {field_names.current_name(name): DEFAULTS[name] for name in names}
     for name, value in ({**made, **parts_of(entry)} if entry else {}).items():
         section, _, one = name.rpartition(".")
-        if section == "version" or one in ("ds_config", "weights"):
+        if section == "version" or one in ("ds_config", "weights", "relabel"):
             continue  # not a field: the content of a file, whose path the config has
         node = tree
         for inner in section.split(".") if section else ():

@@ -128,6 +128,7 @@ _INDEX = Stage(
         "seed",
         "data.holdout",
         "data.calibration",
+        "data.relabel",
         "data.num_classes",
         "data.match_classes",
         "data.allow_empty_classes",

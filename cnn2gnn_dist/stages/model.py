@@ -19,6 +19,7 @@ from cnn2gnn_dist import __version__, durable, log
 from cnn2gnn_dist.config import Config
 from cnn2gnn_dist.data.images.views import CLEAN, ViewSpec
 from cnn2gnn_dist.data.index.manifest import Manifest
+from cnn2gnn_dist.data.index.relabel import unique_keys
 from cnn2gnn_dist.data.reading.reader import Reader, ReaderSpec, Request
 from cnn2gnn_dist.data.reading.shard_files import CacheSpec
 from cnn2gnn_dist.errors import UserError
@@ -159,15 +160,6 @@ def _memory(context: Context, train: Manifest, target: Path, thumbnails: int | N
         np.flatnonzero(corrupt),
     )
     return len(train) - int(corrupt.sum())
-
-
-def unique_keys(train: Manifest) -> list[str]:
-    """The keys of all images; where two shards use the same key, ``shard/key``."""
-    keys: list[str] = train.keys.to_pylist()
-    if len(set(keys)) == len(keys):
-        return keys
-    names = [os.path.splitext(os.path.basename(shard.path))[0] for shard in train.shards]
-    return [f"{names[s]}/{key}" for s, key in zip(train.shard_N.tolist(), keys, strict=True)]
 
 
 def _thumbnail_side(config: Config, images: int) -> int:

@@ -12,6 +12,7 @@ from cnn2gnn_dist.data.index.class_matching import notes
 from cnn2gnn_dist.data.index.held_out_overlap import overlap_note
 from cnn2gnn_dist.data.index.manifest import Manifest, split_per_class
 from cnn2gnn_dist.data.index.manifest_pair import index_data_set, index_pair
+from cnn2gnn_dist.data.index.relabel import read_relabel, relabelled
 from cnn2gnn_dist.data.index.repeated_images import copies_note
 from cnn2gnn_dist.data.packing import packers
 from cnn2gnn_dist.data.storage import folders
@@ -182,6 +183,16 @@ def index_run(context: Context) -> list[Path]:
         whole, held, found = pair.train, pair.held, [*pair.notes, *_overlap_notes(train, test)]
     else:
         whole, held, found = _held_out(data, train, config.seed)
+    if data.relabel is not None:
+        path = Path(data.relabel)
+        whole, said = relabelled(
+            whole,
+            held,
+            read_relabel(path),
+            f"data.relabel={path}",
+            allow_empty_classes=data.allow_empty_classes,
+        )
+        context.say(said)
     found += preflight.check_classes(whole.label_N, len(held), None if test else data.holdout)
     apart = None
     if data.calibration:

@@ -54,12 +54,12 @@ def test_neighbours_leave_out_the_image_its_twins_and_the_unreadable(count, k, f
 def test_neighbours_in_another_set():
     base, query = unit_rows(50, 6), unit_rows(7, 6, seed=1)
     base[5], query[2] = 0, 0
-    ids, far = audit_scores.nearest_of(base, query, 4)
+    ids, far = audit_scores.Nearest(base)(query, 4)
     for row in range(7):
         want = np.argsort(((base - query[row]) ** 2).sum(1) + 9 * ~base.any(1), kind="stable")[:4]
         np.testing.assert_array_equal(ids[row], want if row != 2 else [-1] * 4)
     assert np.isinf(far[2]).all()
-    few, _ = audit_scores.nearest_of(base[:3], query, 5)
+    few, _ = audit_scores.Nearest(base[:3])(query, 5)
     assert (few[:, 3:] == -1).all()
 
 
@@ -85,16 +85,31 @@ def test_vote_is_the_closed_form_of_adaptive_neighbours():
     np.testing.assert_array_equal(some, votes[10:20])
 
 
-def test_score_is_the_sum_of_both_logarithms():
+def test_soft_vote_is_the_weighted_mean_of_what_the_head_says(monkeypatch):
+    rng = np.random.default_rng(3)
+    ids, weight = rng.integers(-1, 30, (30, 5)), rng.random((30, 5)).astype(np.float32)
+    ids[4] = -1
+    head = rng.dirichlet(np.ones(3), 30).astype(np.float32)
+    for cells in (1 << 20, 40):
+        monkeypatch.setattr(audit_scores, "CELLS", cells)
+        found = audit_scores.soft_vote(ids, weight, lambda some: head[some], 3)
+        for i in range(30):
+            good = ids[i] >= 0
+            want = weight[i, good] @ head[ids[i, good]] / max(weight[i, good].sum(), 1e-9)
+            np.testing.assert_allclose(found[i], want if good.any() else 1 / 3, atol=1e-5)
+
+
+def test_score_is_the_sum_of_both_logarithms_less_a_third_of_the_best():
     rng = np.random.default_rng(0)
     head, vote = (rng.dirichlet(np.ones(5), 30).astype(np.float32) for _ in range(2))
     labels = rng.integers(0, 5, 30)
     found = audit_scores.label_scores(head, vote, labels)
     for i, y in enumerate(labels):
         cost = [-np.log(head[i, c] + 0.001) - np.log(vote[i, c] + 0.02) for c in range(5)]
-        assert found.score_N[i] == pytest.approx(cost[y], rel=1e-5)
+        assert found.score_N[i] == pytest.approx(cost[y] - min(cost) / 3, rel=1e-5)
         assert found.suggested_N[i] == np.argmin(cost)
-        assert found.margin_N[i] == pytest.approx(cost[y] - min(cost), abs=1e-5)
+        mean = (head[i] + vote[i]) / 2
+        assert found.margin_N[i] == pytest.approx(np.delete(mean, y).max() - mean[y], abs=1e-6)
         first = head[i].argmax() == vote[i].argmax() != y
         assert found.agree_N[i] == (first and head[i].argmax() == np.argmin(cost))
     assert found.head_N == pytest.approx(head[np.arange(30), labels])
@@ -139,11 +154,12 @@ def test_planted_near_duplicates_are_found_and_hardly_anything_else():
     assert (pairs.a_P < pairs.b_P).all()
     assert (np.diff(pairs.ratio_P) >= 0).all()
     np.testing.assert_allclose(pairs.cosine_P, (z[pairs.a_P] * z[pairs.b_P]).sum(1), atol=1e-5)
+    first = audit_scores.proposals(ids, far, first=1, most=40)
+    np.testing.assert_array_equal(first.a_P, pairs.a_P[:40])
+    assert len(audit_scores.proposals(ids, far, first=3, most=10**6).a_P) > 4500
     # Between two sets: the copies asked for among the rest.
-    ids, far = audit_scores.nearest_of(z[:2900], z[2900:], 15)
-    across = audit_scores.near_duplicates(
-        ids, far, within=False, threshold=pairs.threshold, dimension=pairs.dimension
-    )
+    ids, far = audit_scores.Nearest(z[:2900])(z[2900:], 15)
+    across = audit_scores.near_duplicates(ids, far, within=False, threshold=pairs.threshold)
     assert (across.b_P == across.a_P).mean() > 0.97
     assert len(across.a_P) >= 97
 

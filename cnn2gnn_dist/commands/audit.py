@@ -1,0 +1,342 @@
+"""``cnn2gnn audit``: what is wrong with a training set, for a person to decide; and the decisions as a list."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from cnn2gnn_dist import durable
+from cnn2gnn_dist.commands.audit_source import Source, open_source
+from cnn2gnn_dist.data.index.relabel import (
+    Decision,
+    check_decisions,
+    read_relabel,
+    write_relabel,
+)
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.inference import audit_files
+from cnn2gnn_dist.inference.audit import Findings, HeldOut, audit
+from cnn2gnn_dist.inference.audit_scores import Pairs
+from cnn2gnn_dist.log import output, progress
+from cnn2gnn_dist.report.audit_page import jpeg_uri, write_page
+
+PAGE, RELABEL, MAP = "index.html", "relabel.csv", "map.parquet"
+SEEN_PAIRS = 5_000
+"""Pairs across to held-out images whose bytes are compared, closest first."""
+
+
+def command(
+    place: Path,
+    *,
+    out: Path | None,
+    top: int,
+    as_csv: bool,
+    with_map: bool,
+    fix: Path | None,
+    dry_run: bool,
+) -> int:
+    """Audit the training images of a run or model, or turn decisions into a relabel list; returns 0.
+
+    Args:
+        place: folder of a run or a model.
+        out: folder to write; None: ``audit`` in it.
+        top: entries of each section of the page.
+        as_csv: also write the tables as CSV.
+        with_map: also write the map.
+        fix: decisions (CSV with key and class); None: audit.
+        dry_run: say what would be read and written, and write nothing.
+
+    Raises:
+        UserError: neither a run with a graph nor a model with a memory; unknown keys or classes
+            in the decisions; the disk is full.
+    """
+    if top < 0:
+        raise UserError(f"{top} entries of a section", where="--top", remedy="use --top 0 or more")
+    folder = place / "audit" if out is None else out
+    with closing(open_source(place)) as source:
+        if fix is not None:
+            return _fix(source, fix, folder, dry_run)
+        if dry_run:
+            return _dry_run(source, folder, as_csv, with_map)
+        return _audit(source, place, folder, top=top, as_csv=as_csv, with_map=with_map)
+
+
+def _audit(
+    source: Source, place: Path, folder: Path, *, top: int, as_csv: bool, with_map: bool
+) -> int:
+    started = time.monotonic()
+    held = source.held_out(_bar)
+    found = audit(
+        source.training,
+        held,
+        look=source.look if source.has_pictures else None,
+        look_held=source.look_held if held is not None else None,
+        progress=_bar,
+    )
+    exact_P = _exact(source, found)
+    tables = audit_files.tables(
+        source.training, found, source.keys, source.held_keys, source.held_labels_Q, exact_P
+    )
+    with durable.disk_full_reported(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, table in tables.items():
+            audit_files.write(folder, name, table, as_csv=as_csv)
+        write_page(folder / PAGE, _page(source, place, found, tables, held, exact_P, top))
+        if with_map:
+            blocks = -(-len(source.keys) // audit_files.MAP_ROWS)
+            pictures = progress(
+                source.all_pictures(audit_files.MAP_ROWS), "map", total=blocks, leave=False
+            )
+            audit_files.write_map(folder / MAP, source.training, found, source.keys, pictures)
+    for line in _summary(source, tables):
+        output(line)
+    output(f"look        {folder / PAGE}  ({time.monotonic() - started:.0f} s)")
+    output(f"decide      save labels.csv on the page, then cnn2gnn audit {place} --fix labels.csv")
+    return 0
+
+
+def _exact(source: Source, found: Findings) -> np.ndarray:
+    """bool [P]: which pairs across are byte-identical."""
+    if found.across is None:
+        return np.zeros(0, bool)
+    exact_P = np.zeros(len(found.across.a_P), bool)
+    for number in range(min(len(exact_P), SEEN_PAIRS)):
+        if found.across.cosine_P[number] > 0.999:
+            a, b = int(found.across.a_P[number]), int(found.across.b_P[number])
+            exact_P[number] = source.same_bytes(a, b)
+    return exact_P
+
+
+def _summary(source: Source, tables: dict[str, pa.Table]) -> list[str]:
+    labels, pairs = tables["labels"], tables["duplicates"]
+    agree = int(pa.compute.sum(labels["both_agree"]).as_py() or 0)
+    lines = [
+        f"labels      {len(labels):,} of {len(source.keys):,} fit another class better; "
+        f"of {agree:,} head and neighbours agree on it"
+    ]
+    for where, title in (("train", "duplicates"), ("held-out", "leakage")):
+        kinds = pairs.filter(pa.compute.equal(pairs["set"], where))["kind"].to_pylist()
+        if where == "train" or len(source.held_keys):
+            between = "within the training images" if where == "train" else "with held-out images"
+            lines.append(
+                f"{title:11} {kinds.count('exact'):,} exact and {kinds.count('near'):,} near pairs {between}"
+            )
+    if len(tables["bleeding"]):
+        first = tables["bleeding"].slice(0, 1).to_pylist()[0]
+        lines.append(
+            f"bleeding    {first['class']} and {first['other_class']} most: "
+            f"{first['votes']:.1%} of their votes"
+        )
+    return lines
+
+
+def _dry_run(source: Source, folder: Path, as_csv: bool, with_map: bool) -> int:
+    count = len(source.keys)
+    output(f"read   {count:,} training images of {len(source.training.classes)} classes")
+    if len(source.held_keys):
+        output(f"embed  {len(source.held_keys):,} held-out images")
+    names = [f"{name}.parquet" for name in audit_files.TABLES]
+    names += [f"{name}.csv" for name in audit_files.TABLES] if as_csv else []
+    names += [MAP] if with_map else []
+    output(f"write  {folder}: {', '.join([*names, PAGE])}")
+    if with_map:
+        width = source.training.z_Nd.shape[1] + 3 * source.training.table_NM.shape[1]
+        output(f"       the map: {count * 4 * width / 1e6:,.0f} MB and the pictures")
+    return 0
+
+
+def _fix(source: Source, fix: Path, folder: Path, dry_run: bool) -> int:
+    """Write the relabel list: the decisions, over those that the run was made with."""
+    decisions = read_relabel(fix)
+    check_decisions(decisions, source.known, source.training.classes, str(fix), source.elsewhere)
+    if not decisions:
+        raise UserError(
+            "there are no decisions in this file",
+            where=str(fix),
+            remedy="give images a class, or drop, on audit/index.html, and save labels.csv there",
+        )
+    everything: dict[str, Decision] = {}
+    if source.earlier is not None:
+        everything |= read_relabel(source.earlier)
+    before = len(everything)
+    everything |= decisions
+    path = folder / RELABEL
+    dropped = sum(one.name is None for one in decisions.values())
+    output(f"{len(decisions) - dropped} images get a class, {dropped} are left out")
+    if before:
+        output(f"with {len(everything) - len(decisions)} earlier decisions ({source.earlier})")
+    if not dry_run:
+        with durable.disk_full_reported(path):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_relabel(path, everything)
+        output(f"list     {path}")
+    output(f"train    cnn2gnn run --config … run.dir=NEW data.relabel={path}")
+    return 0
+
+
+def _page(
+    source: Source,
+    place: Path,
+    found: Findings,
+    tables: dict[str, pa.Table],
+    held: HeldOut | None,
+    exact_P: np.ndarray,
+    top: int,
+) -> dict[str, Any]:
+    """The data of the page."""
+    labels_N, names, keys = source.training.labels_N, source.training.classes, source.keys
+    doubtful = found.doubtful(labels_N)[:top].tolist()
+    near = {row: audit_files.evidence(found, row) for row in doubtful}
+    pairs = _pairs(found, exact_P, top)
+    readable = np.isfinite(found.labels.score_N)
+    far = [r for r in np.argsort(-found.reach_N, kind="stable")[: 2 * top] if readable[r]][:top]
+    hubs = np.argsort(-found.degree_N, kind="stable")[:top].tolist()
+    shown = {*doubtful, *far, *hubs, *(other for one in near.values() for other, _ in one)}
+    shown |= {row for one in pairs for kind, row, *_ in one["ends"] if kind == "train"}
+    images = _images(source.pictures, shown)
+    held_images = _images(
+        source.held_pictures, {r for p in pairs for kind, r in p["ends"] if kind != "train"}
+    )
+
+    def end(kind: str, row: int) -> dict[str, Any]:
+        own = kind == "train"
+        label = int((labels_N if own else source.held_labels_Q)[row])
+        return {
+            "set": "training" if own else "held-out",
+            "class": names[label] if label >= 0 else "no class",
+            "key": (keys if own else source.held_keys)[row],
+            "image": (images if own else held_images)[row],
+        }
+
+    def card(row: int) -> dict[str, Any]:
+        return {"key": keys[row], "image": images[row], "class": names[labels_N[row]]}
+
+    for pair in pairs:
+        pair["sides"] = [end(*one) for one in pair["ends"]]
+        pair["same"] = pair["sides"][0]["class"] == pair["sides"][1]["class"]
+        # Only training images can be dropped: of two the second, which came later.
+        pair["droppable"] = pair["sides"][1]["key"]
+    scores = found.labels
+    duplicates = tables["duplicates"]["set"].to_pylist()
+    across, within = duplicates.count("held-out"), duplicates.count("train")
+    pair_sections = [
+        (
+            "duplicates",
+            "Duplicates among the training images",
+            "Exact: the same bytes or features. Near: the same details in another frame or colour, or mirrored; most "
+            "alike first. To drop: the second of a pair.",
+            [pair for pair in pairs if pair["ends"][0][0] == "train"],
+        )
+    ]
+    if held is not None:
+        pair_sections.insert(
+            0,
+            (
+                "leakage",
+                "Held-out images that are among the training images",
+                "They make results look better than they are. To drop: the training image.",
+                [pair for pair in pairs if pair["ends"][0][0] != "train"],
+            ),
+        )
+    bleeding = found.bleeding
+    return {
+        "name": source.name,
+        "stamp": f"{source.name} {len(keys)}",
+        "fix": f"cnn2gnn audit {place} --fix labels.csv",
+        "images": len(keys),
+        "held": 0 if held is None else len(source.held_keys),
+        "classes": list(names),
+        "sections": [
+            ("labels", "labels", len(tables["labels"])),
+            *([("leakage", "leakage", across)] if held is not None else []),
+            ("duplicates", "duplicates", within),
+            ("outliers", "outliers", len(far)),
+            ("hubs", "hubs", len(hubs)),
+            ("bleeding", "bleeding classes", len(bleeding.a_P)),
+        ],
+        "labels_said": f"The {len(doubtful):,} most doubtful of {len(tables['labels']):,} labels that fit another "
+        "class better, by the head and the neighbours together; all are in labels.parquet.",
+        "labels": [
+            card(row)
+            | {
+                "suggested": names[scores.suggested_N[row]],
+                "head": float(scores.head_N[row]),
+                "vote": float(scores.vote_N[row]),
+                "agree": bool(scores.agree_N[row]),
+                "near": [card(other) | {"weight": weight} for other, weight in near[row]],
+            }
+            for row in doubtful
+        ],
+        "pair_sections": pair_sections,
+        "outliers": [
+            card(int(row)) | {"distance": float(found.reach_N[row])}
+            for row in far
+            if np.isfinite(found.reach_N[row])
+        ],
+        "hubs": [
+            card(row)
+            | {"degree": int(found.degree_N[row]), "same": float(np.nan_to_num(found.same_N[row]))}
+            for row in hubs
+        ],
+        "bleeding": [
+            {"a": names[a], "b": names[b], "mass": float(m), "up": float(u), "down": float(d)}
+            for a, b, m, u, d in list(zip(*bleeding, strict=True))[: min(top, 30)]
+        ],
+    }
+
+
+def _pairs(found: Findings, exact_P: np.ndarray, top: int) -> list[dict[str, Any]]:
+    """The pairs on the page: held-out ones, then exact twins, then near ones; ``top`` of each set."""
+    across: list[dict[str, Any]] = []
+    if found.across is not None:
+        order = np.argsort(~exact_P, kind="stable")[:top]
+        across = [
+            {
+                "kind": "exact" if exact_P[p] else "near",
+                "alike": _alike(found.across, int(p)),
+                "ends": [
+                    ("held-out", int(found.across.a_P[p])),
+                    ("train", int(found.across.b_P[p])),
+                ],
+            }
+            for p in order
+        ]
+    within = [
+        {"kind": "exact", "alike": "", "ends": [("train", a), ("train", b)]}
+        for a, b in found.twins_P2[:top].tolist()
+    ]
+    within += [
+        {
+            "kind": "near",
+            "alike": _alike(found.within, p),
+            "ends": [("train", int(found.within.a_P[p])), ("train", int(found.within.b_P[p]))],
+        }
+        for p in range(min(len(found.within.a_P), top - len(within)))
+    ]
+    return across + within
+
+
+def _alike(pairs: Pairs, place: int) -> str:
+    """How alike a pair is, in words: by its pixels, else by its features."""
+    pixels = float(pairs.pixels_P[place])
+    if np.isnan(pixels):
+        return f"cosine of features {pairs.cosine_P[place]:.3f}"
+    return f"pixels alike {pixels:.2f}"
+
+
+def _images(read: Any, rows: Iterable[int]) -> dict[int, str | None]:
+    """Data URIs of pictures by row; read in order, as they lie in the shards."""
+    some: Sequence[int] = sorted(int(row) for row in rows)
+    return dict(zip(some, map(jpeg_uri, read(some)), strict=True))
+
+
+def _bar(rows: Iterable[Any], name: str) -> Iterable[Any]:
+    listed = list(rows)
+    shown: Iterable[Any] = progress(listed, name, leave=False, disable=len(listed) < 4)
+    return shown

@@ -1,0 +1,198 @@
+"""The relabel list: which training images get another class, and which are left out (``data.relabel``).
+
+A CSV file with the columns ``key`` and ``class``; further columns are ignored. Class ``drop`` (or ``-``)
+leaves the image out. ``cnn2gnn audit --fix`` writes it; so does ``forget`` of a memory.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import difflib
+import io
+import os
+from collections import Counter
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cnn2gnn_dist import durable
+from cnn2gnn_dist.data.index.manifest import Manifest
+from cnn2gnn_dist.errors import UserError
+
+DROP = ("drop", "-")
+NAMED = 3
+"""Keys or classes named in an error."""
+_CLASS_REMEDY = "name one of the classes, or drop to leave the image out"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of an image.
+
+    Attributes:
+        name: its new class; None: it is left out.
+        line: of the file.
+    """
+
+    name: str | None
+    line: int
+
+
+def read_relabel(path: Path) -> dict[str, Decision]:
+    """Read a relabel list: key → decision. Lines without a class are not decisions, and are skipped.
+
+    Raises:
+        UserError: the file can't be read, lacks a column, or decides twice and differently on a key.
+    """
+    found: dict[str, Decision] = {}
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            lines = csv.DictReader(file)
+            missing = {"key", "class"} - set(lines.fieldnames or ())
+            if missing:
+                raise UserError(
+                    f"this relabel list has no column {' and no column '.join(sorted(missing))}",
+                    where=str(path),
+                    remedy="make the first line: key,class",
+                )
+            for line in lines:
+                key, name = line["key"], (line["class"] or "").strip()
+                if not key or not name:
+                    continue
+                decision = Decision(None if name.lower() in DROP else name, lines.line_num)
+                if key in found and found[key].name != decision.name:
+                    raise UserError(
+                        f"two decisions on {key!r}, in lines {found[key].line} and {decision.line}",
+                        where=str(path),
+                        remedy="keep one of the two lines",
+                    )
+                found[key] = decision
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        raise UserError(
+            f"this relabel list can't be read: {why}",
+            where=str(path),
+            remedy="name a CSV file with the columns key and class, in UTF-8",
+        ) from None
+    return found
+
+
+def write_relabel(path: Path, decisions: Mapping[str, Decision]) -> None:
+    """Write a relabel list; atomically replaced."""
+    text = io.StringIO()
+    lines = csv.writer(text, lineterminator="\n")
+    lines.writerow(["key", "class"])
+    lines.writerows([key, one.name or DROP[0]] for key, one in decisions.items())
+    durable.write_text(path, text.getvalue())
+
+
+def unique_keys(manifest: Manifest) -> list[str]:
+    """The keys of all images; where two shards use the same key, ``shard/key`` for every image."""
+    keys: list[str] = manifest.keys.to_pylist()
+    if len(set(keys)) == len(keys):
+        return keys
+    names = [os.path.splitext(os.path.basename(shard.path))[0] for shard in manifest.shards]
+    return [f"{names[s]}/{key}" for s, key in zip(manifest.shard_N.tolist(), keys, strict=True)]
+
+
+def names_of(manifest: Manifest) -> dict[str, int]:
+    """Row of every name that an image goes by: its key, if no other image has it, and ``shard/key``."""
+    shards = [os.path.splitext(os.path.basename(shard.path))[0] for shard in manifest.shards]
+    keys: list[str] = manifest.keys.to_pylist()
+    found = {
+        f"{shards[s]}/{k}": row
+        for row, (s, k) in enumerate(zip(manifest.shard_N, keys, strict=True))
+    }
+    several = {key for key, count in Counter(keys).items() if count > 1}
+    return found | {key: row for row, key in enumerate(keys) if key not in several}
+
+
+def check_decisions(
+    decisions: Mapping[str, Decision],
+    known: Container[str],
+    classes: Sequence[str],
+    where: str,
+    elsewhere: Container[str] = (),
+) -> None:
+    """Check that all keys and classes exist.
+
+    Args:
+        decisions: of the list.
+        known: names of the training images.
+        classes: their names.
+        where: the file, for errors.
+        elsewhere: names of held-out images, to say so.
+
+    Raises:
+        UserError: some don't.
+    """
+    unknown = [key for key in decisions if key not in known]
+    if unknown:
+        held = [key for key in unknown if key in elsewhere]
+        raise UserError(
+            f"{_named(held)}: held out, and the list is of training images"
+            if held
+            else f"{_named(unknown)}: no training image has this key",
+            where=f"{where}, line {decisions[(held or unknown)[0]].line}",
+            remedy="remove these lines, or name the list that was made for these images",
+        )
+    names = set(classes)
+    wrong = {str(one.name): one for one in decisions.values() if one.name and one.name not in names}
+    if wrong:
+        name, first = next(iter(wrong.items()))
+        near = difflib.get_close_matches(name, classes, n=1)
+        raise UserError(
+            f"{_named(list(wrong))}: not a class of the training images",
+            where=f"{where}, line {first.line}",
+            remedy=_CLASS_REMEDY + (f"; did you mean {near[0]!r}?" if near else ""),
+        )
+
+
+def relabelled(
+    train: Manifest,
+    held: Manifest,
+    decisions: Mapping[str, Decision],
+    where: str,
+    *,
+    allow_empty_classes: bool = False,
+) -> tuple[Manifest, str]:
+    """Apply a list to the training images; return their manifest and a sentence on what was done.
+
+    Raises:
+        UserError: unknown keys or classes; a class, or the whole set, is left without an image.
+    """
+    row_of = names_of(train)
+    check_decisions(decisions, row_of, train.classes, where, names_of(held))
+    numbers = {name: number for number, name in reversed(list(enumerate(train.classes)))}
+    label_N = np.array(train.label_N)
+    kept_N = np.ones(len(train), bool)
+    for key, one in decisions.items():
+        row = row_of[key]
+        if one.name is None:
+            kept_N[row] = False
+        elif label_N[row] < 0 or train.classes[label_N[row]] != one.name:
+            # Two classes of one name keep their numbers apart: such an image keeps its own.
+            label_N[row] = numbers[one.name]
+    changed = int((label_N != train.label_N)[kept_N].sum())
+    made = dataclasses.replace(train, label_N=label_N).select(np.flatnonzero(kept_N))
+    emptied = np.setdiff1d(train.label_N, made.label_N)
+    if not len(made) or (len(emptied) and not allow_empty_classes):
+        names = [train.classes[c] for c in emptied if c >= 0]
+        raise UserError(
+            f"this relabel list leaves no training image of {_named(names)}",
+            where=where,
+            remedy="leave one of the class in, or data.allow_empty_classes=true",
+        )
+    dropped = int((~kept_N).sum())
+    return (
+        made,
+        f"relabel list: {changed} training images get another class, {dropped} are left out",
+    )
+
+
+def _named(names: Sequence[str]) -> str:
+    some = ", ".join(repr(name) for name in names[:NAMED])
+    return some + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")

@@ -1,0 +1,136 @@
+"""The relabel list: read, checked, applied to a manifest, and counted in the key of ``index``."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from cnn2gnn_dist import settings
+from cnn2gnn_dist.data.index.manifest import Manifest, index
+from cnn2gnn_dist.data.index.relabel import (
+    Decision,
+    read_relabel,
+    relabelled,
+    unique_keys,
+    write_relabel,
+)
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.pipeline import keys
+from cnn2gnn_dist.pipeline.registry import STAGES
+from tests.support.shards import write_tar
+
+NAMES = ("cat", "dog", "hen")
+
+
+def manifest(tmp_path, folder: str, labels: dict[str, list[int]]) -> Manifest:
+    shards = []
+    for shard, numbers in labels.items():
+        path = tmp_path / folder / f"{shard}.tar"
+        path.parent.mkdir(exist_ok=True)
+        members = []
+        for i, label in enumerate(numbers):
+            members += [(f"k{i}.jpg", b"x" * (5 + i)), (f"k{i}.cls", str(label).encode())]
+        write_tar(path, members)
+        shards.append(path)
+    return index(shards, classes=NAMES, progress=False, allow_empty_classes=True)
+
+
+@pytest.fixture
+def pair(tmp_path):
+    train = manifest(tmp_path, "train", {"a": [0, 0, 1, 1, 2]})
+    return train, manifest(tmp_path, "held", {"b": [0, 1, 2, 0, 0, 1, 1]})
+
+
+def written(tmp_path, text: str):
+    path = tmp_path / "list.csv"
+    path.write_text(text)
+    return path
+
+
+def apply(tmp_path, pair, text: str, **options):
+    return relabelled(*pair, read_relabel(written(tmp_path, text)), "list.csv", **options)
+
+
+def test_classes_change_and_images_are_left_out(tmp_path, pair):
+    made, said = apply(tmp_path, pair, "note,key,class\nx,k0,dog\nx,k2,DROP\nx,k3,dog\nx,k4,\n")
+    assert [made.key(row) for row in range(len(made))] == ["k0", "k1", "k3", "k4"]
+    np.testing.assert_array_equal(made.label_N, [1, 0, 1, 2])
+    np.testing.assert_array_equal(made.row_in_shard_N, [0, 1, 3, 4])
+    assert said == "relabel list: 1 training images get another class, 1 are left out"
+    assert made.digest != pair[0].digest
+    assert apply(tmp_path, pair, "key,class\n")[0].digest == pair[0].digest
+
+
+def test_what_is_written_is_read(tmp_path):
+    decisions = {"a,b": Decision("x y", 2), 'c"': Decision(None, 3)}
+    write_relabel(tmp_path / "out.csv", decisions)
+    assert read_relabel(tmp_path / "out.csv") == decisions
+    assert (tmp_path / "out.csv").read_text() == 'key,class\n"a,b",x y\n"c""",drop\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "what", "remedy"),
+    [
+        ("key,class\nk0,dog\nzz,dog\n", "'zz': no training image has this key", "remove"),
+        ("key,class\nk5,dog\nzz,dog\n", "'k5': held out", "remove these lines"),
+        ("key,class\nk0,hne\n", "'hne': not a class", "did you mean 'hen'"),
+        ("key,class\nk0,dog\nk0,cat\n", "two decisions on 'k0', in lines 2 and 3", "keep one"),
+        ("name,class\nk0,dog\n", "no column key", "key,class"),
+        ("", "no column class and no column key", "key,class"),
+        ("key,class\nk4,-\n", "leaves no training image of 'hen'", "allow_empty_classes"),
+        ("key,class\n" + "".join(f"k{i},-\n" for i in range(5)), "'cat', 'dog', 'hen'", "leave"),
+    ],
+)
+def test_what_does_not_fit_is_named_with_its_remedy(tmp_path, pair, text, what, remedy):
+    with pytest.raises(UserError) as caught:
+        apply(tmp_path, pair, text)
+    assert what in caught.value.what
+    assert remedy in caught.value.remedy
+
+
+def test_a_list_that_is_no_text_or_is_missing_is_named(tmp_path):
+    (tmp_path / "list.csv").write_bytes(b"key,class\n\xff\xfe,cat\n")
+    for path in (tmp_path / "list.csv", tmp_path / "none.csv", tmp_path):
+        with pytest.raises(UserError, match="can't be read"):
+            read_relabel(path)
+
+
+def test_keys_that_two_shards_have_are_told_apart(tmp_path):
+    train = manifest(tmp_path, "train", {"a": [0, 1], "b": [1, 2, 2]})
+    held = manifest(tmp_path, "held", {"c": [0]})
+    assert unique_keys(train) == ["a/k0", "a/k1", "b/k0", "b/k1", "b/k2"]
+    made, _ = apply(tmp_path, (train, held), "key,class\nb/k0,cat\nk2,dog\n")
+    np.testing.assert_array_equal(made.label_N, [0, 1, 0, 2, 1])
+    with pytest.raises(UserError, match="'k0': held out"):
+        apply(tmp_path, (train, held), "key,class\nk0,cat\n")
+
+
+def test_a_class_may_be_emptied_where_that_is_said(tmp_path, pair):
+    made, _ = apply(tmp_path, pair, "key,class\nk4,cat\n", allow_empty_classes=True)
+    assert made.classes == NAMES
+    assert 2 not in made.label_N
+
+
+def test_the_content_of_the_list_is_in_the_key_of_index_and_not_its_path(tmp_path):
+    def part(*overrides: str):
+        config = settings.load("demo", [f"run.dir={tmp_path}/run", *overrides])
+        found = keys.parts(config, STAGES["index"], {})
+        if not overrides:  # runs of before the field existed stay complete
+            older = {name: value for name, value in found.items() if name != "data.relabel"}
+            assert keys.key_of(STAGES["index"], found, {}) == keys.key_of(
+                STAGES["index"], older, {}
+            )
+        return found["data.relabel"], keys.key_of(STAGES["index"], found, {})
+
+    none, plain = part()
+    assert none is None
+    path = written(tmp_path, "key,class\nk0,dog\n")
+    first = part(f"data.relabel={path}")
+    assert first[1] != plain
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "other.csv").write_text(path.read_text())
+    assert part(f"data.relabel={tmp_path}/sub/other.csv") == first
+    path.write_text("key,class\nk0,hen\n")
+    assert part(f"data.relabel={path}") != first
+    path.unlink()
+    assert part(f"data.relabel={path}")[0] == "list.csv is missing"
