@@ -110,7 +110,7 @@ def training_images(facts: Facts) -> int:
 
 
 def _kept(count_C: np.ndarray, fraction: float) -> np.ndarray:
-    """Images of each class that are left, as ``data.index.split.split_per_class`` splits them."""
+    """Images of each class that are left, as ``split_per_class`` of the index splits them."""
     quota_C = np.rint(fraction * count_C).astype(np.int64)
     least_C, most_C = (count_C - 1).clip(0, 1), (count_C - 1).clip(0)
     return count_C - quota_C.clip(least_C, most_C)

@@ -87,7 +87,7 @@ def test_whole_stages_are_whole_until_a_field_they_depend_on_changes(tmp_path):
     ],
 )
 def test_how_a_result_is_reached_is_not_in_its_key(tmp_path, override):
-    make_whole(config(tmp_path), 8)
+    make_whole(config(tmp_path), 9)
     assert set(statuses(config(tmp_path, override)).values()) == {Status.COMPLETE}
 
 
