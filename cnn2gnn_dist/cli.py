@@ -44,7 +44,7 @@ EPILOG = """examples:
   cnn2gnn run --config demo                        the digits, end to end
   cnn2gnn run --config cifar10 student.epochs=20   a preset with an override
   cnn2gnn run --config my.yaml --dry-run           what would run, and why
-  cnn2gnn predict --run runs/demo images/*.png     classify images with a trained run
+  cnn2gnn predict --model runs/demo images/*.png   classify images with a trained run
 """
 
 
@@ -444,8 +444,11 @@ def _print_summary(config: Config) -> None:
     log.output(f"\nresults  {root / 'results.json'}")
     if report.exists():
         log.output(f"look     {report}")
-    log.output(f"predict  cnn2gnn predict --run {root} IMAGE…")
-    log.output("next     cnn2gnn run --config cifar10, or your own shards: see README.md")
+    log.output(f"model    {root / 'model'}")
+    log.output(f"predict  cnn2gnn predict --model {root} IMAGE…")
+    log.output(f"serve    cnn2gnn serve {root}")
+    log.output(f"audit    cnn2gnn audit {root}")
+    log.output("next     cnn2gnn run --config cifar10, or your own images: cnn2gnn init FOLDER")
 
 
 def _predict(arguments: argparse.Namespace) -> int:

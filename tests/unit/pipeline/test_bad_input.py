@@ -183,7 +183,13 @@ def test_too_few_images_are_said_at_index(tmp_path, capsys):
     """Including what only a later stage would hit, and the requirement of each stage."""
     tree = image_tree(tmp_path / "in", {"a": 6, "b": 6})
     run = ["--config", "demo", f"run.dir={tmp_path}/run", "data.source=imagefolder"]
-    run += [f"data.train={tree}", "device=cpu", "teacher.global_batch=2", "graph.partition.parts=1", "data.calibration=0"]
+    run += [
+        f"data.train={tree}",
+        "device=cpu",
+        "teacher.global_batch=2",
+        "graph.partition.parts=1",
+        "data.calibration=0",
+    ]
     assert cli.main(["pack", *run]) == cli.main(["index", *run]) == 0
     said = capsys.readouterr().err
     assert "note: 8 training images are fewer than one global batch of 64" in said
