@@ -202,7 +202,7 @@ def _old_head(of: Setting) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _fit(
-    x: np.ndarray, labels: np.ndarray, logits: np.ndarray | None, width: int, penalty: float = 1e-4
+    x: np.ndarray, labels: np.ndarray, logits: np.ndarray | None, width: int, penalty: float = 1e-3
 ) -> tuple[np.ndarray, np.ndarray]:
     """Weights [D, width] and bias by class-balanced cross-entropy, beside fixed logits if given."""
     inputs, target = torch.from_numpy(x.astype(np.float32)), torch.from_numpy(labels)
