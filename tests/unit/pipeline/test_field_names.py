@@ -24,6 +24,8 @@ KNOWN = set(field_names.paths())
 MAPPINGS = ("teacher.args.", "student.stem_args.", "teacher.ds_config.", "student.ds_config.")
 FILES = (".md", ".npz", ".dgl", ".safetensors")
 OTHERS = {
+    "model.classes_": "of a Classifier, in an example",
+    "model.predict_together": "of a Classifier, in a sentence",
     "run.left_out_at_pack": "of results.json",
     "stream.epoch": "an attribute, in an example",
     "stream.py": "a file",
