@@ -226,14 +226,14 @@ class Classifier(ModelHubMixin):
             UserError: the model is not calibrated; its memory has new classes.
         """
         memory = self.memory
-        rule = self.scoring.rule_together(memory)
+        self.scoring.rule_together(memory)  # refused before images are read
         decoded = [one for many in self.batches(images, BATCH) for one in many]
         good = [one for one in decoded if one.pixels is not None]
         if not good:
             return [Answer(one.name, error=one.error) for one in decoded]
         parts = [self.outputs(good[at : at + BATCH], memory) for at in range(0, len(good), BATCH)]
         made = joined(parts)
-        found = rule.same(made.logits) if same else rule(made.logits, made.z)
+        found = self.scoring.answer_together(made, memory, same=same)
         company = {"related": found.related, "classes": found.classes, "images": len(good)}
         answers = iter(
             self._answers(

@@ -19,8 +19,8 @@ from cnn2gnn_dist.inference import artefact
 from cnn2gnn_dist.inference.calibration import Calibration, softmax
 from cnn2gnn_dist.inference.memory.view import Memory
 from cnn2gnn_dist.inference.network import Outputs
-from cnn2gnn_dist.inference.old_classes import Images
-from cnn2gnn_dist.inference.together import Together
+from cnn2gnn_dist.inference.old_classes import Images, unit
+from cnn2gnn_dist.inference.together import Relations, Together
 
 FITTED = "calibration.json"
 
@@ -31,12 +31,10 @@ class HeldOut:
 
     Attributes:
         images: logits with the neighbors, and x.
-        z_nd: their projections.
         labels_n: their classes.
     """
 
     images: Images
-    z_nd: np.ndarray
     labels_n: np.ndarray
 
     @classmethod
@@ -46,7 +44,7 @@ class HeldOut:
         if not path.is_file():
             return None
         with np.load(path) as kept:
-            return cls(Images(kept["logits"], kept["x"]), kept["z"], kept["label"])
+            return cls(Images(kept["logits"], kept["x"]), kept["label"])
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,10 +55,12 @@ class Scoring:
         calibration: None: the model was exported without calibration images; its probabilities are
             softmax's.
         together: None: these images don't tell how alike images of one class are.
+        zero_D: mean of x over these images: what images are alike in is counted from there.
     """
 
     calibration: Calibration | None = None
     together: Together | None = None
+    zero_D: np.ndarray | None = None
 
     @classmethod
     def read(cls, folder: Path) -> Scoring:
@@ -78,6 +78,7 @@ class Scoring:
             return cls(
                 Calibration.from_json(tree["calibration"]),
                 None if together is None else Together.from_json(together),
+                np.array(tree["zero"], np.float64),
             )
         except (ValueError, KeyError, TypeError) as error:
             raise artefact.damaged(path, str(error)) from None
@@ -148,6 +149,20 @@ class Scoring:
             )
         return self.together
 
+    def answer_together(
+        self, made: Outputs, memory: Memory | None, *, same: bool = False
+    ) -> Relations:
+        """Answer all images of the outputs together; ``same``: they show one class.
+
+        Raises:
+            UserError: see ``rule_together``.
+        """
+        rule = self.rule_together(memory)
+        if same:
+            return rule.same(made.logits)
+        assert self.zero_D is not None
+        return rule(made.logits, unit(made.x.astype(np.float64) - self.zero_D))
+
     def calibrated(self) -> Calibration:
         """Return the calibration.
 
@@ -194,14 +209,18 @@ def write(folder: Path) -> None:
         held_out.labels_n,
         distances[:, -1] if distances.shape[1] else None,
     )
+    x_nD = np.asarray(held_out.images.x_nD, np.float64)
+    zero_D = x_nD.mean(0)
     try:
         together: dict[str, Any] | None = Together.fit(
             held_out.images.logits_nC,
-            held_out.z_nd,
+            unit(x_nD - zero_D),
             held_out.labels_n,
             temperature=fitted.temperature,
         ).to_json()
     except UserError:  # too few images: single answers are calibrated all the same
         together = None
-    text = json.dumps({"calibration": fitted.to_json(), "together": together})
+    text = json.dumps(
+        {"calibration": fitted.to_json(), "together": together, "zero": zero_D.tolist()}
+    )
     durable.write_text(folder / FITTED, text)

@@ -26,7 +26,7 @@ FILLED_UP = {"efficientnet_b0", "mobilenetv3_small_050", "regnety_002", "convnex
 def test_a_stem_gives_the_same_bits_in_every_batch(name, size):
     torch.manual_seed(0)
     stem = build_stem(name, 24, size).eval()
-    images = torch.randn(17, 3, size, size)
+    images = torch.randn(5, 3, size, size)
     with torch.inference_mode():
         before = stem(images)
         make_batch_invariant(stem)
@@ -40,9 +40,9 @@ def test_a_stem_gives_the_same_bits_in_every_batch(name, size):
             return stem(padded)[: len(some)]
 
         whole = run(images)
-        for batch in (1, 2, 5, 16):
+        for batch in (1, 2, 4):
             assert torch.equal(torch.cat([run(part) for part in images.split(batch)]), whole)
-        order = torch.randperm(17)
+        order = torch.tensor([3, 0, 4, 2, 1])
         assert torch.equal(run(images[order]), whole[order])
 
 
