@@ -7,7 +7,6 @@ import ipaddress
 import logging
 import signal
 import socket
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,9 +23,6 @@ LOCAL_NAMES = frozenset({"127.0.0.1", "localhost", "[::1]"})
 PATIENCE_SECONDS = 60
 """How long a stopping server waits for the requests that it has taken."""
 BACKLOG = 2048
-SWITCH_SECONDS = 0.0005
-"""How long the network's thread may hold Python while a request waits; Python's own 5 ms is more
-than a small network takes."""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,7 +95,8 @@ def command(given: argparse.Namespace) -> int:
     )
     listening = _bound(given.host, given.port)
     with listening, opened(Path(given.model), given.device) as model:
-        sys.setswitchinterval(SWITCH_SECONDS)
+        # It warns of every malformed form, which the client is told.
+        logging.getLogger("python_multipart").setLevel(logging.ERROR)
         service = Service.batching(model, limits=limits, token=secret)
         config = Config(
             create_app(service, hosts=hosts),

@@ -124,7 +124,11 @@ class Replica:
 
 
 def build(options: Options) -> serve.Application:
-    """Return the application of a model."""
+    """Return the application of a model.
+
+    What ``serve deploy`` of a changed ``user_config`` reconfigures, ``serve.run`` replaces: replica by
+    replica, which takes longer.
+    """
     return Replica.options(  # type: ignore[attr-defined, no-any-return]
         num_replicas=options.replicas,
         user_config={"memory_version": options.memory_version},
