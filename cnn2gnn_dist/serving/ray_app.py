@@ -123,14 +123,15 @@ class Replica:
         return [job.future.result() for job in jobs]
 
 
-def build(options: Options) -> serve.Application:
-    """Return the application of a model.
+def build(options: Options | dict[str, Any]) -> serve.Application:
+    """Return the application of a model; Serve calls it with the ``args`` of a config as a dict.
 
     What ``serve deploy`` of a changed ``user_config`` reconfigures, ``serve.run`` replaces: replica by
     replica, which takes longer.
     """
+    given = Options.model_validate(options)
     return Replica.options(  # type: ignore[attr-defined, no-any-return]
-        num_replicas=options.replicas,
-        user_config={"memory_version": options.memory_version},
-        ray_actor_options={"num_cpus": options.cpus, "num_gpus": options.gpus},
-    ).bind(options.model_dump(exclude={"memory_version"}))
+        num_replicas=given.replicas,
+        user_config={"memory_version": given.memory_version},
+        ray_actor_options={"num_cpus": given.cpus, "num_gpus": given.gpus},
+    ).bind(given.model_dump(exclude={"memory_version"}))

@@ -1,0 +1,136 @@
+"""The app on a local Ray: replicas, versions by ``reconfigure``, a replica that dies."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from tests.support.runs import environment, free_port
+from tests.support.serving import TOKEN, served_model
+
+pytestmark = pytest.mark.ray
+
+DRIVER = '''
+import json, os, signal, subprocess, sys, threading, time
+import httpx2 as httpx
+import psutil
+import ray
+from ray import serve
+from tests.support.runs import BIN, free_port
+from tests.support.serving import ALLOWED, encoded, parts
+
+model, port, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+dashboard = free_port()
+ray.init(num_cpus=4, dashboard_port=dashboard, log_to_driver=False, _temp_dir=folder)
+serve.start(http_options={"host": "127.0.0.1", "port": port})
+client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120)
+
+
+def deploy(version):
+    """As KubeRay and `serve deploy` do."""
+    application = {
+        "name": "m",
+        "import_path": "cnn2gnn_dist.serving.ray_app:build",
+        "args": {"model": model},
+        "deployments": [
+            {
+                "name": "Replica",
+                "num_replicas": 2,
+                "user_config": {"memory_version": version},
+                "ray_actor_options": {"num_cpus": 0.5},
+            }
+        ],
+    }
+    config = {"http_options": {"host": "127.0.0.1", "port": port}, "applications": [application]}
+    file = os.path.join(folder, "deploy.yaml")
+    with open(file, "w") as text:
+        json.dump(config, text)
+    address = f"http://127.0.0.1:{dashboard}"
+    subprocess.run([BIN / "serve", "deploy", file, "--address", address], check=True)
+
+
+def replicas():
+    titles = {p.pid: "".join(p.info["cmdline"] or ()) for p in psutil.process_iter(["cmdline"])}
+    return {pid for pid, title in titles.items() if title.startswith("ray::ServeReplica:m")}
+
+
+def say(**what):
+    print(json.dumps(what), flush=True)
+
+
+def versions():
+    """Of 20 answers, which two replicas give."""
+    images = parts(encoded(1, seed=5))
+    answers = [client.post("/predict", files=images) for _ in range(20)]
+    assert all(answer.status_code == 200 for answer in answers)
+    return {answer.json()["memory_version"] for answer in answers}
+
+
+try:
+    deploy(None)
+    while (status := serve.status().applications["m"].status) != "RUNNING":
+        assert status == "DEPLOYING", serve.status()
+    say(first=sorted(versions()), page=client.get("/").status_code, replicas=len(replicas()))
+    made = client.post("/memory?class=new", files=parts(encoded(5, seed=11)), headers=ALLOWED)
+    say(added=made.status_code, version=made.json()["memory"]["version"])
+    while versions() != {1}:
+        pass  # the replica that was not asked follows
+    before = replicas()
+    deploy(0)
+    while versions() != {0}:
+        pass
+    say(restarted=replicas() != before)
+    say(edit=client.post("/memory/undo", headers=ALLOWED).status_code)
+
+    answered, failed, go_on = [], [], threading.Event()
+
+    def ask():
+        images = parts(encoded(2, seed=5))
+        while not go_on.is_set() or len(answered) < 200:
+            try:
+                made = httpx.post(f"http://127.0.0.1:{port}/predict", files=images, timeout=120)
+            except httpx.TransportError as error:
+                failed.append(repr(error))
+                continue
+            (answered if made.status_code == 200 else failed).append(made.text)
+
+    threads = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    while len(answered) < 60:
+        pass
+    os.kill(min(replicas()), signal.SIGKILL)
+    go_on.set()
+    for thread in threads:
+        thread.join()
+    say(answered=len(answered), different=len({json.dumps(json.loads(a)["answers"]) for a in answered}))
+finally:
+    serve.shutdown()
+    ray.shutdown()
+'''
+
+
+def test_replicas(tmp_path: Path):
+    pytest.importorskip("ray.serve", reason="ray[serve] is not installed", exc_type=ImportError)
+    folder = served_model(tmp_path / "model")
+    with tempfile.TemporaryDirectory(prefix="ray-") as short:  # for paths of sockets
+        done = subprocess.run(
+            [sys.executable, "-c", DRIVER, str(folder), str(free_port()), short],
+            env=environment(CNN2GNN_TOKEN=TOKEN), capture_output=True, text=True, timeout=900,
+        )  # fmt: skip
+    said: dict[str, object] = {}
+    for line in re.findall(r"^\{.*\}$", done.stdout, re.MULTILINE):
+        said |= json.loads(line)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert (said["first"], said["page"], said["replicas"]) == ([0], 200, 2)
+    assert (said["added"], said["version"]) == (201, 1)
+    assert said["restarted"] is False
+    assert said["edit"] == 409
+    assert int(str(said["answered"])) >= 200
+    assert said["different"] == 1, "every answer that came is whole and right"
