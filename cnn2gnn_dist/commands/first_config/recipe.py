@@ -31,8 +31,10 @@ _STEMS: tuple[dict[str, Any], ...] = (
     {"stem": "resnet_tiny", "stem_args": {"widths": [32, 64, 128]}},
     {"stem": "resnet18", "stem_args": {}},
 )
-_STUDENT_EPOCHS = 1.25
-"""Epochs of student and control for each of the teacher."""
+_STUDENT_EPOCHS = 2.0
+"""Epochs of student and control for each of the teacher: they are cheaper, and a short training ends below a
+linear probe of its own features."""
+_DISTILL = 0.5  # a teacher of few epochs knows little that the labels don't say
 _START_S = {"cpu": 75.0, "cuda": 90.0}
 """Seconds that all stages of a run take beside the passes over the images: Ray, process groups, saves, report."""
 _REFRESH_S = 4.0  # METIS and the files of a graph version
@@ -244,7 +246,6 @@ def tree(
             **micro,
             "lr": 0.0005 if pretrained else lr / 2 if deep else lr,
             "warmup_epochs": min(warm, teacher_epochs / 2),
-            "label_smoothing": 0.1,
         },
         "targets": {"views": 0},
         "graph": graph(images, machine.ranks, student_epochs),
@@ -258,6 +259,7 @@ def tree(
             **micro,
             "lr": lr / 2 if net.stem["stem"] == "resnet18" else lr,
             "warmup_epochs": min(warm, student_epochs / 2),
+            "distill_weight": _DISTILL,
         },
     }
 

@@ -38,7 +38,13 @@ def as_text(head: list[str], tree: dict[str, Any]) -> str:
     lines.append(
         "student:  # the small network that is kept; `control` is the same without a graph"
     )
-    lines += _block(student, {"stem": "conv3, resnet_tiny, or a timm network"})
+    lines += _block(
+        student,
+        {
+            "stem": "conv3, resnet_tiny, or a timm network",
+            "distill_weight": "share of the teacher in the loss",
+        },
+    )
     return "\n".join(lines) + "\n"
 
 
