@@ -42,7 +42,7 @@ def of_shards(shards, tmp_path, *more: str) -> list[str]:
 
 def test_folder_that_is_not_a_runs(tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
-    refused(launch(f"run.dir={tmp_path}"), str(tmp_path), "not a run's", "run.dir=")
+    refused(launch(f"run.dir={tmp_path}"), str(tmp_path), "is not a run folder", "run.dir=")
     assert (tmp_path / "thesis.tex").read_text() == "mine"
     assert not (tmp_path / "config.yaml").exists()
 
@@ -73,7 +73,7 @@ def test_shard_changed_after_indexing(shards, tmp_path):
     arguments = of_shards(shards, tmp_path, "teacher.global_batch=8")
     assert launch(*arguments, "--stages", "index").returncode == 0
     shards[2].unlink()
-    refused(launch(*arguments, "--stages", "index,teacher"), "data.train: 1 gone", "--update")
+    refused(launch(*arguments, "--stages", "index,teacher"), "data.train: 1 removed", "--update")
 
 
 def test_fewer_samples_than_a_global_batch(shards, tmp_path):

@@ -72,7 +72,7 @@ def test_report_leaves_out_what_a_run_does_not_have(micro_run, tmp_path):
     text = write_report(copy, [str(n) for n in range(10)]).read_text()
     assert "The learned graph" not in text
     assert 'class="card"' not in text
-    assert "not known" in text
+    assert "is unknown" in text
 
 
 def test_predictions_are_those_of_the_evaluation(micro_run, images, capsys):

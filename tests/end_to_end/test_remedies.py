@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from cnn2gnn_dist import ledger, settings
-from cnn2gnn_dist.commands import checkpoint, predict
+from cnn2gnn_dist.commands import checkpoint, opening
 from cnn2gnn_dist.pipeline import runner
 from cnn2gnn_dist.training.checkpoint import folder as disk
 from tests.support import runs
@@ -359,12 +359,12 @@ def test_a_refused_command_leaves_the_config_and_models_answer_as_they_were_made
     code, said = cnn2gnn(["run", *config, "views.mean=[0.1,0.1,0.1]", "graph.neighbours=2"])
     assert code == 2, said
     assert (run / "config.yaml").read_text() == before
-    made = predict._context(run).config
+    made = opening.context_of(run).config
     (run / "config.yaml").write_text(
         before.replace("neighbours: 4", "neighbours: 2").replace("size: 16", "size: 8")
     )
     assert settings.of_run(run).graph.neighbours == 2
-    found = predict._context(run).config
+    found = opening.context_of(run).config
     assert (found.graph.neighbours, found.views) == (4, made.views)
     assert found.views.size == 16
     about = checkpoint._about(disk.recorded(run / "teacher"))

@@ -270,7 +270,7 @@ def test_force_begins_the_epoch_again_when_the_order_is_another(tmp_path):
     how = ["teacher.epochs=1", "graph.partition.parts=4"]
     code, output = finish(start([*launch(run, *how), *before, "--force"], environment()))
     assert code == 0, output[-4000:]
-    assert "resuming anyway: made from another config" in output
+    assert "resuming anyway: made from a different config" in output
     assert "graph.partition.parts: 2 -> 4" in output
     assert f"student  resumes at epoch {cursor['epoch']}, batch {cursor['batch']}" in output
     assert ("the order of samples has changed" in output) == (cursor["batch"] > 0)

@@ -23,6 +23,7 @@ FORKED = "forked ranks"
 MICRO = [
     "data.limit=400",
     "data.shard_size=64",
+    "data.calibration=0",  # the tests count steps and images
     "views.size=16",
     "views.pad=1",
     "teacher.args={layers: [1, 1, 1, 1], channels: [8, 16, 16, 32]}",
