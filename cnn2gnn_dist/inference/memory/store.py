@@ -222,7 +222,7 @@ def write_segment(root: Path, rows: NewRows) -> str:
         kinds = {"x": np.float16, "z": np.float32, "labels": np.int32, "candidates": np.int32}
         for key, array in arrays.items():
             np.save(folder / f"{key}.npy", np.ascontiguousarray(array, kinds[key]))
-        pq.write_table(_table(rows), folder / ROWS, row_group_size=4096)
+        pq.write_table(_table(rows), folder / ROWS, row_group_size=256)
         durable.write_json(folder / "segment.json", {"files": _digests(folder)})
     return name
 
