@@ -212,6 +212,7 @@ def damaged_student(copied, micro_run, tmp_path) -> tuple[Path, list[str], list[
     config, run, image = copied(tmp_path), tmp_path / "run", tmp_path / "image.png"
     image.write_bytes(encode_image(random_images(1, 16, 16)[0]))
     assert damage_last(run, "student").name == "step-00000027"
+    shutil.rmtree(run / "model")  # it would answer: it has weights of its own
     ask = ["predict", "--run", str(run), str(image)]
     code, said = cnn2gnn(ask)
     assert code == 2
