@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cnn2gnn_dist import __version__, consistency, ledger, log, settings
-from cnn2gnn_dist.commands import audit_cli, memory_cli, serve
+from cnn2gnn_dist.commands import audit_cli, memory_cli, predict_cli, serve
 from cnn2gnn_dist.config import Config
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.runtime.ranks import Ranks
@@ -128,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
         stage = commands.add_parser(name, help=text, description=text)
         _config_arguments(stage)
         stage.set_defaults(command=_run, stages=[name])
-    _predict_arguments(
+    predict_cli.arguments(
         commands.add_parser("predict", help="classify image files with a trained run")
     )
 
@@ -207,48 +207,6 @@ def _config_arguments(parser: argparse.ArgumentParser) -> None:
         help="see `cnn2gnn config`; text is taken as typed, null means none; the last override "
         "of a field wins",
     )
-
-
-def _predict_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model",
-        "--run",
-        required=True,
-        metavar="FOLDER",
-        help="folder of a model (`cnn2gnn export`) or of a finished run",
-    )
-    parser.add_argument("--top", type=int, default=3, help="classes shown for each image")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
-    parser.add_argument(
-        "--out",
-        metavar="FILE_OR_FOLDER/",
-        help="write the answers to a .jsonl, .csv, .parquet or .html file (with pictures); FOLDER/: a file "
-        "for each input, skipping those that are there, over the ranks of torchrun or srun",
-    )
-    parser.add_argument(
-        "--format",
-        default="parquet",
-        metavar="KIND",
-        help="of the files in FOLDER/: parquet (default), jsonl, csv, html",
-    )
-    parser.add_argument(
-        "--coverage",
-        type=float,
-        metavar="SHARE",
-        help="also give sets of classes that contain the true one this often, such as 0.95",
-    )
-    parser.add_argument(
-        "--together",
-        action="store_true",
-        help="answer the images together, as a burst or images from one place",
-    )
-    parser.add_argument(
-        "--same", action="store_true", help="like --together; all images show one class"
-    )
-    parser.add_argument(
-        "images", nargs="+", metavar="IMAGE", help="image files, folders, tar shards, Parquet files"
-    )
-    parser.set_defaults(command=_predict)
 
 
 def _init_arguments(parser: argparse.ArgumentParser) -> None:
@@ -449,31 +407,6 @@ def _print_summary(config: Config) -> None:
     log.output(f"serve    cnn2gnn serve {root}")
     log.output(f"audit    cnn2gnn audit {root}")
     log.output("next     cnn2gnn run --config cifar10, or your own images: cnn2gnn init FOLDER")
-
-
-def _predict(arguments: argparse.Namespace) -> int:
-    from cnn2gnn_dist.commands import predict, predict_shards
-
-    out: str | None = arguments.out
-    model, asked = Path(arguments.model), {"top": arguments.top, "coverage": arguments.coverage}
-    if out is not None and (out.endswith("/") or os.path.isdir(out)):
-        if arguments.together or arguments.same:
-            raise UserError(
-                "images are answered together over all inputs, and FOLDER/ has a file for each",
-                where=f"--out {out}",
-                remedy="--out FILE",
-            )
-        kind = f".{arguments.format.lstrip('.')}"
-        return predict_shards.command(model, arguments.images, Path(out), kind=kind, **asked)
-    return predict.command(
-        model,
-        arguments.images,
-        as_json=arguments.json,
-        out=None if out is None else Path(out),
-        together=arguments.together,
-        same=arguments.same,
-        **asked,
-    )
 
 
 def _embed(arguments: argparse.Namespace) -> int:
