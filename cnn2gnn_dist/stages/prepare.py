@@ -194,11 +194,11 @@ def index_run(context: Context) -> list[Path]:
         )
         context.say(said)
     found += preflight.check_classes(whole.label_N, len(held), None if test else data.holdout)
+    unused = class_names.unused_lists([*train, *(test or [])]) if data.source == "shards" else None
+    found += [note for note in (unused, copies_note(whole), overlap_note(whole, held)) if note]
     apart = None
     if data.calibration:
         whole, apart = _set_apart(whole, data.calibration, config.seed)
-    unused = class_names.unused_lists([*train, *(test or [])]) if data.source == "shards" else None
-    found += [note for note in (unused, copies_note(whole), overlap_note(whole, held)) if note]
     stages = ("teacher", "student", *(("control",) if config.student.control else ()))
     found += [f"{e.what} ({e.where})" for e in preflight.misfits(config, stages, len(whole))]
     paths.train_manifest.parent.mkdir(parents=True, exist_ok=True)
