@@ -282,7 +282,7 @@ def test_what_does_not_fit_is_refused(single: dict, second: list[dict], world_si
     for found in [single] if world_size == 1 else second:
         assert "another run" in found["other run"]
         assert f"step-{HALF:08d}" in found["other run"]
-        assert "gate: shape (6,) saved, (5,) wanted" in found["other shape"]
+        assert "gate: shape (6,) saved, (5,) expected" in found["other shape"]
         assert "zeal: shape absent saved" in found["other names"]
 
 
