@@ -12,7 +12,7 @@ from cnn2gnn_dist.inference.classifier import Classifier, load
 from cnn2gnn_dist.inference.editing import Added
 from cnn2gnn_dist.inference.memory import edits
 from cnn2gnn_dist.inference.memory.store import Version
-from cnn2gnn_dist.inference.memory.view import Memory, forgotten
+from cnn2gnn_dist.inference.memory.view import forgotten
 from cnn2gnn_dist.log import output, report_error
 
 
@@ -82,7 +82,7 @@ def forget(folder: Path, keys: Sequence[str]) -> int:
     """
     model = load(folder)
     _print_version(editing.forget(model, list(keys)), model)
-    root = _memory(model).root
+    root = model.required_memory().root
     output(
         f"{len(forgotten(root))} keys are in {root / 'forgotten.csv'}: train with "
         "data.relabel=THAT_FILE to leave these images out\n"
@@ -120,7 +120,7 @@ def show(folder: Path, *, keys: bool, class_name: str | None) -> int:
     Raises:
         UserError: no memory; an unknown class.
     """
-    memory = _memory(load(folder))
+    memory = load(folder).required_memory()
     if class_name is not None and class_name not in memory.classes:
         raise UserError(
             f"the memory has no class '{class_name}'",
@@ -147,7 +147,7 @@ def log(folder: Path) -> int:
     Raises:
         UserError: no memory.
     """
-    for version in edits.history(_memory(load(folder)).root):
+    for version in edits.history(load(folder).required_memory().root):
         output(f"{version.number:5}  {version.made}  {version.rows:8,} rows  {version.action}")
     return 0
 
@@ -170,18 +170,8 @@ def keys_from(file: Path) -> list[str]:
     return found[1:] if found[:1] == ["key"] else found
 
 
-def _memory(model: Classifier) -> Memory:
-    if model.memory is None:
-        raise UserError(
-            "this model has no memory: it was trained without the data set's graph",
-            where=str(model.folder),
-            remedy="export a run with graph.scope=dataset",
-        )
-    return model.memory
-
-
 def _print_version(version: Version, model: Classifier) -> None:
-    memory = _memory(model)
+    memory = model.required_memory()
     output(f"version {version.number}: {version.action}; {len(memory):,} images")
     counts = memory.counts()
     for name, count in zip(memory.classes, counts, strict=True):

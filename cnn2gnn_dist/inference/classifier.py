@@ -163,7 +163,7 @@ class Classifier(ModelHubMixin):
         Raises:
             UserError: the model has no memory, or fewer rows than asked for.
         """
-        memory = self._remembering()
+        memory = self.required_memory()
         if n_neighbors > len(memory):
             raise UserError(
                 f"{n_neighbors} neighbours are asked for, and the memory has {len(memory)} images",
@@ -325,7 +325,12 @@ class Classifier(ModelHubMixin):
         if self.memory is not None:
             self.memory = Memory.open(self.memory.root)
 
-    def _remembering(self) -> Memory:
+    def required_memory(self) -> Memory:
+        """Return the memory.
+
+        Raises:
+            UserError: the model has none.
+        """
         if self.memory is None:
             raise UserError(
                 "this model has no memory: it was trained without the data set's graph",

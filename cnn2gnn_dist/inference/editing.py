@@ -76,7 +76,7 @@ def add(
         UserError: no memory; no image can be read; an image or its key is there already; a new
             class, and the model has no calibration images; nothing was changed.
     """
-    root = _memory(model).root
+    root = model.required_memory().root
     decoded = [one for many in model.batches(images, BATCH) for one in many]
     errors = [(one.name, one.error) for one in decoded if one.error is not None]
     good = [one for one in decoded if one.pixels is not None]
@@ -140,7 +140,7 @@ def forget(model: Classifier, keys: Sequence[str]) -> Version:
     Raises:
         UserError: no memory; an unknown key; nothing was changed.
     """
-    memory = _memory(model)
+    memory = model.required_memory()
     there = list(memory.ids_of(list(keys)))
     if there:
         _edited(model, lambda edit: edit.remove(edit.rows_of(there)), "forget", 10.0, keys)
@@ -155,7 +155,7 @@ def undo(model: Classifier) -> Version:
     Raises:
         UserError: no memory; no earlier version.
     """
-    version = edits.undo(_memory(model).root)
+    version = edits.undo(model.required_memory().root)
     model.reload()
     return version
 
@@ -166,7 +166,7 @@ def compact(model: Classifier) -> Version:
     Raises:
         UserError: no memory; the disk is full; nothing was changed.
     """
-    version = edits.compact(_memory(model).root)
+    version = edits.compact(model.required_memory().root)
     model.reload()
     return version
 
@@ -178,7 +178,7 @@ def _edited(
     wait_s: float,
     forgotten: Sequence[str] = (),
 ) -> Version:
-    root = _memory(model).root
+    root = model.required_memory().root
     with store.editing(root, wait_s):
         edit = edits.Edit(root)
         if forgotten:
@@ -188,16 +188,6 @@ def _edited(
         version = edit.commit(action)
     model.reload()
     return version
-
-
-def _memory(model: Classifier) -> Memory:
-    if model.memory is None:
-        raise UserError(
-            "this model has no memory to edit: it was trained without the data set's graph",
-            where=str(model.folder),
-            remedy="export a run with graph.scope=dataset",
-        )
-    return model.memory
 
 
 def _outputs(model: Classifier, images: list[Pixels], memory: Memory) -> Outputs:

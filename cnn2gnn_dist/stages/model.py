@@ -23,6 +23,7 @@ from cnn2gnn_dist.data.index.relabel import unique_keys
 from cnn2gnn_dist.data.reading.reader import Reader, ReaderSpec, Request
 from cnn2gnn_dist.data.reading.shard_files import CacheSpec
 from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.graph.memory_model import THUMBNAILS_UP_TO
 from cnn2gnn_dist.graph.search.valid_nodes import valid_nodes_of
 from cnn2gnn_dist.graph.version import latest_version, open_version
 from cnn2gnn_dist.inference import artefact, scoring
@@ -38,8 +39,6 @@ from cnn2gnn_dist.stages.shared.networks import build_student, check_built_on, l
 
 READ = 256
 """Images read at a time."""
-THUMBNAILS_UP_TO = 200_000
-"""Images of a memory that gets thumbnails unless the config says otherwise."""
 THUMBNAIL, QUALITY = 64, 85
 FILES = (artefact.CONFIG, artefact.WEIGHTS, artefact.CARD, artefact.CHECKSUMS)
 """What the stage's record names. Not the memory: editing it does not make the stage stale."""
