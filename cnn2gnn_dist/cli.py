@@ -12,7 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cnn2gnn_dist import __version__, consistency, ledger, log, settings
-from cnn2gnn_dist.commands import audit_cli, memory_cli, predict_cli, serve
+from cnn2gnn_dist.commands import (
+    audit_cli,
+    checkpoint_cli,
+    memory_cli,
+    plan_cli,
+    predict_cli,
+    serve,
+)
 from cnn2gnn_dist.config import Config
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.runtime.ranks import Ranks
@@ -153,10 +160,10 @@ def _parser() -> argparse.ArgumentParser:
     memory_cli.arguments(commands.add_parser("memory", help="inspect or edit a model's memory"))
     serve.arguments(commands.add_parser("serve", help="answer over HTTP, with a page"))
     audit_cli.arguments(commands.add_parser("audit", help="find faults of a training set"))
-    _checkpoint_arguments(
+    checkpoint_cli.arguments(
         commands.add_parser("checkpoint", help="list, inspect, verify or export checkpoints")
     )
-    _plan_arguments(
+    plan_cli.arguments(
         commands.add_parser("plan", help="estimate memory and disk for a number of images")
     )
     doctor = commands.add_parser("doctor", help="check this machine and suggest fixes")
@@ -236,74 +243,6 @@ def _init(arguments: argparse.Namespace) -> int:
     return init.command(
         arguments.place, arguments.out, arguments.minutes, force=arguments.force, **given
     )
-
-
-def _checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
-    place = "folder of a run, of a stage in it (RUN/teacher), or a step-… folder"
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, text in (
-        ("ls", "one line per checkpoint: position, size, age"),
-        ("show", "what the newest one contains, and its config"),
-        ("verify", "read everything and compare checksums; exit code 1 if a checkpoint is damaged"),
-        ("export", "weights and buffers as one safetensors file with plain names"),
-    ):
-        one = commands.add_parser(name, help=text, description=text)
-        one.add_argument("place", metavar="PLACE", help=place)
-        one.set_defaults(command=_checkpoint, action=name)
-        if name == "export":
-            one.add_argument("--out", required=True, metavar="FILE", help="file to write")
-
-
-def _plan_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "Size of every structure of the graph, on disk and in memory; runs nothing."
-    )
-    parser.add_argument("--images", type=int, required=True, metavar="N", help="training images")
-    for name, metavar, text in (
-        ("--dim", "D", "width of the features, student.dim; default 128"),
-        ("--graph-dim", "d", "width of the projections, graph.dim; default 64"),
-        ("--candidates", "M", "graph.candidates; default 20"),
-        ("--parts", "P", "graph.partition.parts; default 8"),
-        ("--ranks", "R", "default: one per partition"),
-    ):
-        parser.add_argument(name, type=int, metavar=metavar, help=text)
-    for name in ("--halo1", "--halo2"):
-        parser.add_argument(name, type=float, metavar="H", help="halo nodes per inner node")
-    parser.add_argument(
-        "--live",
-        dest="searched",
-        action="store_true",
-        help="include the index of graph.sampling.query=live",
-    )
-    parser.add_argument("--json", action="store_true", help="as one JSON object")
-    parser.set_defaults(command=_plan)
-
-
-def _plan(arguments: argparse.Namespace) -> int:
-    from cnn2gnn_dist.commands import plan
-
-    names = [
-        "images",
-        "dim",
-        "graph_dim",
-        "candidates",
-        "parts",
-        "ranks",
-        "halo1",
-        "halo2",
-        "searched",
-    ]
-    given = {name: getattr(arguments, name) for name in names}
-    return plan.command(given, as_json=arguments.json)
-
-
-def _checkpoint(arguments: argparse.Namespace) -> int:
-    from cnn2gnn_dist.commands import checkpoint as tool
-
-    place = Path(arguments.place)
-    if arguments.action == "export":
-        return tool.export(place, Path(arguments.out))
-    return tool.COMMANDS[arguments.action](place)
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -11,7 +11,6 @@ map.parquet         one row an image: picture, z, neighbors (``embedding-atlas m
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cnn2gnn_dist import durable
 from cnn2gnn_dist.inference.audit import Findings, TrainingSet
 
 NEIGHBOURS = 6
@@ -163,10 +163,12 @@ def _bleeding(given: TrainingSet, found: Findings) -> pa.Table:
 def write(folder: Path, name: str, table: pa.Table, *, as_csv: bool) -> list[Path]:
     """Write a table as Parquet, and as CSV if asked for; atomically replaced."""
     written = [folder / f"{name}.parquet"]
-    _replaced(written[0], lambda path: pq.write_table(table, path))
+    with durable.replacing(written[0]) as path:
+        pq.write_table(table, path)
     if as_csv:
         written.append(folder / f"{name}.csv")
-        _replaced(written[1], lambda path: _write_csv(path, table))
+        with durable.replacing(written[1]) as path:
+            _write_csv(path, table)
     return written
 
 
@@ -192,12 +194,9 @@ def write_map(
             rows = np.arange(number * MAP_ROWS, number * MAP_ROWS + len(images))
             yield _map_rows(given, found, keys, rows, images)
 
-    def stream(temporary: Path) -> None:
-        with pq.ParquetWriter(temporary, _MAP) as writer:
-            for block in blocks():
-                writer.write_batch(block)
-
-    _replaced(path, stream)
+    with durable.replacing(path) as temporary, pq.ParquetWriter(temporary, _MAP) as writer:
+        for block in blocks():
+            writer.write_batch(block)
 
 
 def _map_rows(
@@ -241,15 +240,6 @@ def _cell(value: object) -> object:
     if isinstance(value, list):
         return ";".join(str(_cell(one)) for one in value)
     return f"{value:.5g}" if isinstance(value, float) else value
-
-
-def _replaced(path: Path, make: Callable[[Path], None]) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        make(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 _LIST, _WEIGHTS = pa.list_(pa.string()), pa.list_(pa.float32())
