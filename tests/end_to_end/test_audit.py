@@ -100,7 +100,9 @@ def test_the_page_needs_no_network_and_names_its_pictures(audited):
     assert all(one.startswith("data:image/jpeg;base64,") for one in pictures)
     assert page.nameless == 0
     assert not re.findall(r"https?://|@import|url\(", text)
-    assert text.count('<div class="card">') == 5
+    doubtful = len(pq.read_table(audited / "labels.parquet"))
+    assert doubtful
+    assert text.count('<div class="card">') == min(5, doubtful)
 
 
 def test_a_model_is_audited_as_its_run(micro_run, audited, tmp_path, capsys):
