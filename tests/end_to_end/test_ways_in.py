@@ -185,7 +185,7 @@ def test_dry_run_prints_config_and_plan(micro_run):
     )
     assert done.returncode == 0
     assert "epochs: 5" in done.stdout
-    plan = done.stdout.splitlines()[-8:]
+    plan = done.stdout.splitlines()[-9:]
     assert plan[3].split()[:2] == ["targets", "complete"]
     assert "student.epochs: 3 -> 5" in plan[4]
     done_json = json.loads((micro_run / "student" / "done.json").read_text())

@@ -48,7 +48,7 @@ def test_it_runs_to_its_last_line_and_makes_nothing_twice(tmp_path):
     assert wanted <= rows.keys()
     assert rows["lost_peer-1"] == "skip"
     assert all(rows[name] == "pass" for name in wanted)
-    assert "named after" in done.stdout
+    assert "recognized after" in done.stdout
     before = {file.name: file.stat().st_mtime_ns for file in tmp_path.glob("*.json")}
     again = script(tmp_path, "--only", names)
     assert again.returncode == 0
