@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from cnn2gnn_dist import durable
 from cnn2gnn_dist.commands.audit_source import Source, open_source
@@ -115,13 +116,13 @@ def _exact(source: Source, found: Findings) -> np.ndarray:
 
 def _summary(source: Source, tables: dict[str, pa.Table]) -> list[str]:
     labels, pairs = tables["labels"], tables["duplicates"]
-    agree = int(pa.compute.sum(labels["both_agree"]).as_py() or 0)
+    agree = int(pc.sum(labels["both_agree"]).as_py() or 0)
     lines = [
         f"labels      {len(labels):,} of {len(source.keys):,} fit another class better; "
         f"of {agree:,} head and neighbours agree on it"
     ]
     for where, title in (("train", "duplicates"), ("held-out", "leakage")):
-        kinds = pairs.filter(pa.compute.equal(pairs["set"], where))["kind"].to_pylist()
+        kinds = pairs.filter(pc.equal(pairs["set"], where))["kind"].to_pylist()
         if where == "train" or len(source.held_keys):
             between = "within the training images" if where == "train" else "with held-out images"
             lines.append(

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cnn2gnn_dist import durable
@@ -113,7 +114,7 @@ def _duplicates(
         [pa.array(column, kind) for column, kind in zip(columns, _DUPLICATES.types, strict=True)],
         schema=_DUPLICATES,
     )
-    same = pa.compute.equal(made["class"], made["other_class"])
+    same = pc.equal(made["class"], made["other_class"])
     return made.append_column("same_class", same)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cnn2gnn_dist.errors import UserError
@@ -118,7 +119,7 @@ class Memory:
 
     def ids_of(self, keys: list[str]) -> dict[str, int]:
         """The live row of each key; keys that no live row has are missing from the result."""
-        place = pa.compute.index_in(pa.array(keys, pa.string()), value_set=self._live_keys)
+        place = pc.index_in(pa.array(keys, pa.string()), value_set=self._live_keys)
         return {
             key: int(self.live_ids[row])
             for key, row in zip(keys, place.to_pylist(), strict=True)
