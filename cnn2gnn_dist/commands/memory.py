@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -153,21 +154,28 @@ def log(folder: Path) -> int:
 
 
 def keys_from(file: Path) -> list[str]:
-    """Keys from the first column of a CSV or text file; a header ``key`` is skipped.
+    """Keys from a text file: one a line, as ``ls --keys`` prints them, or a CSV's column ``key``.
 
     Raises:
         UserError: it can't be read.
     """
     try:
-        with open(file, encoding="utf-8", newline="") as lines:
-            found = [line[0] for line in csv.reader(lines) if line and line[0].strip()]
-    except (OSError, UnicodeDecodeError) as error:
+        with open(file, encoding="utf-8-sig", newline="") as opened:
+            text = opened.read()
+        head = next(csv.reader(io.StringIO(text)), [])
+        if "key" in head:
+            lines = csv.reader(io.StringIO(text))
+            at = next(lines).index("key")
+            return [line[at] for line in lines if line[at:] and line[at].strip()]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(
             f"this list of keys can't be read: {error}",
             where=str(file),
-            remedy="a text file with one key per line",
+            remedy="a text file with one key per line, or a CSV file with a column `key`",
         ) from None
-    return found[1:] if found[:1] == ["key"] else found
+    # Not a CSV: a key may hold commas and quotes. Behind a tab `ls --keys` prints the class.
+    lines_of_text = (line.rstrip("\r").partition("\t")[0] for line in text.split("\n"))
+    return [key for key in lines_of_text if key.strip()]
 
 
 def _print_version(version: Version, model: Classifier) -> None:

@@ -1,13 +1,14 @@
 """``cnn2gnn predict --out FOLDER/``: a file of answers per shard, over the ranks, resumable.
 
 Every rank takes every so-many-th input: under torchrun, DeepSpeed's launcher or srun, or all of them in
-a single process. A file of answers is complete or absent; what is there is skipped, so the same
-command resumes what was interrupted. The ranks need no group: none waits for another.
+a single process. A file of answers is complete or absent; one that is there, and newer than its input, is
+skipped, so the same command resumes what was interrupted. The ranks need no group: none waits for another.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from cnn2gnn_dist.commands.opening import opened
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference import artefact
 from cnn2gnn_dist.inference.classifier import Classifier
+from cnn2gnn_dist.inference.memory import store
 from cnn2gnn_dist.log import output, progress, report_error, set_rank
 from cnn2gnn_dist.runtime.ranks import Ranks
 
@@ -58,7 +60,7 @@ def command(
         folder.mkdir(parents=True, exist_ok=True)
         _check_note(folder, _note(classifier, top, coverage))
         mine = list(targets.items())[ranks.rank :: ranks.world_size]
-        left = [(given, target) for given, target in mine if not target.is_file()]
+        left = [(given, target) for given, target in mine if not _answered(given, target)]
         for given, target in progress(left, "predict", unit="shard", disable=not ranks.is_first):
             answers = classifier.stream([given], top=top, neighbours=NEIGHBOURS, coverage=coverage)
             with writer_of(target) as write:
@@ -96,12 +98,20 @@ def _targets(images: Sequence[str], folder: Path, kind: str) -> dict[str, Path]:
     return found
 
 
+def _answered(given: str, target: Path) -> bool:
+    """Whether the answers are there, and no older than what they answer."""
+    if not target.is_file():
+        return False
+    return not os.path.exists(given) or os.stat(given).st_mtime <= target.stat().st_mtime
+
+
 def _note(model: Classifier, top: int, coverage: float | None) -> dict[str, Any]:
+    """What the answers depend on: everything in the model, its memory's version, the options."""
     files = json.loads((model.folder / artefact.CHECKSUMS).read_text(encoding="utf-8"))["files"]
     memory = model.memory
     return {
-        "weights": files[artefact.WEIGHTS][1],
-        "memory": None if memory is None else [memory.version.made, memory.version.action],
+        "model": {name: sha for name, (_, sha) in files.items() if name != artefact.CARD},
+        "memory": None if memory is None else store.digest(memory.root, memory.version),
         "top": top,
         "coverage": coverage,
     }

@@ -130,6 +130,7 @@ class Classifier(ModelHubMixin):
             UserError: see ``predict``.
         """
         memory = self.memory  # one version for a whole call
+        _check_counts(top=(top, 1), neighbours=(neighbours, 0))
         self.scoring.check_coverage(coverage, memory)
         for many in self.batches(images, batch):
             good = [one for one in many if one.pixels is not None]
@@ -145,15 +146,16 @@ class Classifier(ModelHubMixin):
         """Probabilities float32 [B, classes]; rows of images that can't be read are NaN."""
         rows = []
         memory = self.memory
+        classes = len(memory.classes if memory else self.spec.label_names)
         for many in self.batches(images, BATCH):
-            part = np.full((len(many), len(self.classes_)), np.nan, np.float32)
+            part = np.full((len(many), classes), np.nan, np.float32)
             good = [row for row, one in enumerate(many) if one.pixels is not None]
             if good:
                 part[good] = self.probabilities(
                     self.outputs([many[row] for row in good], memory), memory
                 )
             rows.append(part)
-        return np.concatenate(rows) if rows else np.empty((0, len(self.classes_)), np.float32)
+        return np.concatenate(rows) if rows else np.empty((0, classes), np.float32)
 
     def kneighbors(self, images: Any, n_neighbors: int = 5) -> tuple[np.ndarray, list[list[str]]]:
         """Distances float32 [B, n] in the projection, and the keys of these training images.
@@ -164,6 +166,7 @@ class Classifier(ModelHubMixin):
             UserError: the model has no memory, or fewer rows than asked for.
         """
         memory = self.required_memory()
+        _check_counts(n_neighbors=(n_neighbors, 1))
         if n_neighbors > len(memory):
             raise UserError(
                 f"{n_neighbors} neighbours are asked for, and the memory has {len(memory)} images",
@@ -226,6 +229,7 @@ class Classifier(ModelHubMixin):
             UserError: the model is not calibrated; its memory has new classes.
         """
         memory = self.memory
+        _check_counts(top=(top, 1), neighbours=(neighbours, 0))
         self.scoring.rule_together(memory)  # refused before images are read
         decoded = [one for many in self.batches(images, BATCH) for one in many]
         good = [one for one in decoded if one.pixels is not None]
@@ -289,9 +293,14 @@ class Classifier(ModelHubMixin):
         neighbours: int,
         scores: dict[str, Any],
     ) -> list[Answer]:
-        order_BC = np.argsort(-probability_BC, axis=1, kind="stable")[:, :top]
         names = memory.classes if memory else self.spec.label_names
         trained = len(self.spec.label_names)
+        order_BC = np.argsort(-probability_BC, axis=1, kind="stable")
+        if memory is not None and len(names) > trained:  # a new class without images is no answer
+            gone = np.flatnonzero(memory.counts() == 0)
+            keep_BC = ~np.isin(order_BC, gone[gone >= trained])
+            order_BC = order_BC[keep_BC].reshape(len(order_BC), -1)
+        order_BC = order_BC[:, :top]
         graph = bool(made.rows.size) or self.spec.scope == "batch"
         unusual = self.scoring.unusual(made, memory)
         return [
@@ -394,6 +403,17 @@ def _neighbours(
         )
         for key, slot in zip(keys, slots, strict=True)
     )
+
+
+def _check_counts(**given: tuple[int, int]) -> None:
+    """Check numbers that were asked for against the smallest that makes sense.
+
+    Raises:
+        UserError: one is smaller, or not a whole number.
+    """
+    for name, (number, least) in given.items():
+        if not isinstance(number, (int, np.integer)) or number < least:
+            raise UserError(f"{name}={number!r}", remedy=f"a whole number, {least} or more")
 
 
 def load(folder: str | Path, *, device: str = "auto") -> Classifier:

@@ -113,7 +113,10 @@ def remove(model: Classifier, keys: Sequence[str], *, wait_s: float = 10.0) -> V
         UserError: no memory; an unknown key; nothing was changed.
     """
     return _edited(
-        model, lambda edit: edit.remove(edit.rows_of(keys)), f"remove {len(keys)} images", wait_s
+        model,
+        lambda edit: edit.remove(edit.rows_of(keys)),
+        f"remove {len(set(keys))} images",
+        wait_s,
     )
 
 
@@ -129,10 +132,10 @@ def relabel(
     def change(edit: edits.Edit) -> None:
         edit.relabel(edit.rows_of(keys), edit.class_index(class_name, new=False))
 
-    return _edited(model, change, f"relabel {len(keys)} images to '{class_name}'", wait_s)
+    return _edited(model, change, f"relabel {len(set(keys))} images to '{class_name}'", wait_s)
 
 
-def forget(model: Classifier, keys: Sequence[str]) -> Version:
+def forget(model: Classifier, keys: Sequence[str], *, wait_s: float = 10.0) -> Version:
     """Remove images and all that the memory has of them, in its earlier versions too.
 
     What it can't undo: the network's weights, and the teacher's soft targets, have seen them.
@@ -140,11 +143,12 @@ def forget(model: Classifier, keys: Sequence[str]) -> Version:
     Raises:
         UserError: no memory; an unknown key; nothing was changed.
     """
-    memory = model.required_memory()
-    there = list(memory.ids_of(list(keys)))
-    if there:
-        _edited(model, lambda edit: edit.remove(edit.rows_of(there)), "forget", 10.0, keys)
-    version = edits.forget(memory.root, keys)
+    version = edits.forget(
+        model.required_memory().root,
+        keys,
+        score=lambda edit: _score_new_classes(model, edit, None, None, None),
+        wait_s=wait_s,
+    )
     model.reload()
     return version
 
@@ -171,18 +175,10 @@ def compact(model: Classifier) -> Version:
     return version
 
 
-def _edited(
-    model: Classifier,
-    change: Any,
-    action: str,
-    wait_s: float,
-    forgotten: Sequence[str] = (),
-) -> Version:
+def _edited(model: Classifier, change: Any, action: str, wait_s: float) -> Version:
     root = model.required_memory().root
     with store.editing(root, wait_s):
         edit = edits.Edit(root)
-        if forgotten:
-            edits.record_forgotten(root, forgotten)
         change(edit)
         _score_new_classes(model, edit, None, None, None)
         version = edit.commit(action)

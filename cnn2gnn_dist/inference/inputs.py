@@ -157,7 +157,7 @@ def _of_shard(path: str) -> Iterator[Input]:
                 if member.isfile() and suffix in IMAGE_SUFFIXES:
                     file = tar.extractfile(member)
                     assert file is not None
-                    yield Input(f"{printable(path)}/{member.name}", file.read())
+                    yield Input(f"{printable(path)}/{printable(member.name)}", file.read())
     except (OSError, tarfile.TarError) as error:
         raise UserError(f"this shard can't be read: {error}", where=printable(path)) from None
 

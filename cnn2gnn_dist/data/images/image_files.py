@@ -45,6 +45,7 @@ _JUNK = {
     "desktop.ini",
 }
 _COPIES = {"bak", "orig", "tmp", "temp", "part", "partial", "crdownload", "download"}
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
 _SUFFIX = re.compile(r"[A-Za-z0-9_-]{1,12}")
 
 
@@ -97,8 +98,12 @@ def corrupt_in(record: Path) -> tuple[int, list[str]]:
 
 
 def printable(path: str | os.PathLike[str]) -> str:
-    r"""Return a path as text that is safe to print anywhere: bytes that are not UTF-8 become ``\xe9``."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    r"""Return a path as text that is safe to print anywhere.
+
+    Bytes that are not UTF-8 become ``\xe9``, and so do control characters: a name can hold a line end.
+    """
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def find_images(root: str | os.PathLike[str], *, classes: bool = False) -> FolderScan:

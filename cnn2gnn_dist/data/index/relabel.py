@@ -1,7 +1,8 @@
 """The relabel list: which training images get another class, and which are left out (``data.relabel``).
 
 A CSV file with the columns ``key`` and ``class``; further columns are ignored. Class ``drop`` (or ``-``)
-leaves the image out. ``cnn2gnn audit --fix`` writes it; so does ``forget`` of a memory.
+leaves the image out; with ``drop?`` it may be missing. ``cnn2gnn audit --fix`` writes it; so does
+``forget`` of a memory, whose images a later training need not have.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from cnn2gnn_dist.data.index.manifest import Manifest
 from cnn2gnn_dist.errors import UserError
 
 DROP = ("drop", "-")
+DROP_IF_THERE = "drop?"
 NAMED = 3
 """Keys or classes named in an error."""
 _CLASS_REMEDY = "name one of the classes, or drop to leave the image out"
@@ -35,10 +37,12 @@ class Decision:
     Attributes:
         name: its new class; None: it is left out.
         line: of the file.
+        required: whether it is an error if there is no such image.
     """
 
     name: str | None
     line: int
+    required: bool = True
 
 
 def read_relabel(path: Path) -> dict[str, Decision]:
@@ -62,7 +66,10 @@ def read_relabel(path: Path) -> dict[str, Decision]:
                 key, name = line["key"], (line["class"] or "").strip()
                 if not key or not name:
                     continue
-                decision = Decision(None if name.lower() in DROP else name, lines.line_num)
+                out = name.lower() in (*DROP, DROP_IF_THERE)
+                decision = Decision(
+                    None if out else name, lines.line_num, name.lower() != DROP_IF_THERE
+                )
                 if key in found and found[key].name != decision.name:
                     raise UserError(
                         f"two decisions on {key!r}, in lines {found[key].line} and {decision.line}",
@@ -85,7 +92,10 @@ def write_relabel(path: Path, decisions: Mapping[str, Decision]) -> None:
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
     lines.writerow(["key", "class"])
-    lines.writerows([key, one.name or DROP[0]] for key, one in decisions.items())
+    lines.writerows(
+        [key, one.name or (DROP[0] if one.required else DROP_IF_THERE)]
+        for key, one in decisions.items()
+    )
     durable.write_text(path, text.getvalue())
 
 
@@ -129,7 +139,7 @@ def check_decisions(
     Raises:
         UserError: some don't.
     """
-    unknown = [key for key in decisions if key not in known]
+    unknown = [key for key, one in decisions.items() if one.required and key not in known]
     if unknown:
         held = [key for key in unknown if key in elsewhere]
         raise UserError(
@@ -169,7 +179,11 @@ def relabelled(
     numbers = {name: number for number, name in reversed(list(enumerate(train.classes)))}
     label_N = np.array(train.label_N)
     kept_N = np.ones(len(train), bool)
+    missing = 0
     for key, one in decisions.items():
+        if key not in row_of:  # not required
+            missing += 1
+            continue
         row = row_of[key]
         if one.name is None:
             kept_N[row] = False
@@ -189,7 +203,8 @@ def relabelled(
     dropped = int((~kept_N).sum())
     return (
         made,
-        f"relabel list: {changed} training images get another class, {dropped} are left out",
+        f"relabel list: {changed} training images get another class, {dropped} are left out"
+        + (f", {missing} are not there" if missing else ""),
     )
 
 

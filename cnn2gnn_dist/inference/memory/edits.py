@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,12 @@ from cnn2gnn_dist.inference.memory.view import Memory, forgotten
 
 NAMED = 5
 """Keys named in an error."""
+LONGEST_NAME = 200
+"""Letters of the name of a class that is added."""
+UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")
+"""Unicode's categories of control characters, half characters and line ends."""
+DROP_IF_THERE = "drop?"
+"""What ``data.relabel`` reads as: leave this image out, if it is among the training images."""
 
 
 def create(
@@ -81,12 +88,18 @@ class Edit:
     def class_index(self, name: str, *, new: bool) -> int:
         """Index of a class; ``new``: it is added if it isn't there.
 
+        Spaces around a name, and how its accents are encoded, make no other class.
+
         Raises:
-            UserError: unknown class.
+            UserError: unknown class; a new name that is empty, too long or can't be printed.
         """
         names = [entry.name for entry in self.classes]
         if name in names:
             return names.index(name)
+        name = unicodedata.normalize("NFC", name).strip()
+        alike = [unicodedata.normalize("NFC", one).strip() for one in names]
+        if name in alike:
+            return alike.index(name)
         if not new:
             raise UserError(
                 f"the memory has no class '{name}'",
@@ -94,8 +107,14 @@ class Edit:
                 remedy="`cnn2gnn memory ls MODEL` lists the classes; "
                 "`cnn2gnn memory add MODEL IMAGES --class NAME` adds one",
             )
-        if not name.strip():
+        if not name:
             raise UserError("a class needs a name", where="--class", remedy="--class NAME")
+        if len(name) > LONGEST_NAME or any(unicodedata.category(c) in UNPRINTABLE for c in name):
+            raise UserError(
+                f"{name[:40]!a} is too long for the name of a class, or can't be printed",
+                where="--class",
+                remedy=f"at most {LONGEST_NAME} printable characters",
+            )
         self.classes.append(ClassEntry(name, False))
         return len(self.classes) - 1
 
@@ -140,8 +159,8 @@ class Edit:
         self._arrays = {f"heads_{name}": value for name, value in arrays.items()}
         self.heads = dict(heads)
 
-    def commit(self, action: str) -> Version:
-        """Write the new version and make it current.
+    def commit(self, action: str, *, undoable: bool = True) -> Version:
+        """Write the new version and make it current; ``undoable``: it can be undone.
 
         Raises:
             UserError: the disk is full; the version before stays current.
@@ -166,7 +185,7 @@ class Edit:
             arrays["changed"], arrays["changed_rows"] = changed
         version = Version(
             number=store.numbers(self.root)[-1] + 1,
-            parent=before.number,
+            parent=before.number if undoable else None,
             made=store.now(),
             action=action,
             segments=tuple(segments),
@@ -204,8 +223,15 @@ class Edit:
             raise UserError(
                 "two of these images have the same name", remedy="rename one; nothing was changed"
             )
-        nearest = self.before.nearest(rows.z.astype(np.float32), 1)[:, 0]
         x_nD = np.ascontiguousarray(rows.x, np.float16)
+        first: dict[bytes, str] = {}
+        for key, x in zip(rows.keys, x_nD, strict=True):
+            if (other := first.setdefault(x.tobytes(), key)) != key:
+                raise UserError(
+                    f"{other} and {key} are the same image",
+                    remedy="leave one of them out; nothing was changed",
+                )
+        nearest = self.before.nearest(rows.z.astype(np.float32), 1)[:, 0]
         for row, near in enumerate(nearest.tolist()):
             if near >= 0 and np.array_equal(self.before.x(np.array([near]))[0], x_nD[row]):
                 raise UserError(
@@ -250,25 +276,42 @@ def compact(root: Path, action: str = "compact") -> Version:
         return _compact(root, Memory.open(root), action)
 
 
-def forget(root: Path, keys: Sequence[str]) -> Version:
+def forget(
+    root: Path,
+    keys: Sequence[str],
+    *,
+    score: Callable[[Edit], object] = lambda _: None,
+    wait_s: float = 10.0,
+) -> Version:
     """Remove rows and delete all that the memory has of them, in earlier versions too.
 
     Their keys go to ``forgotten.csv``, so that later trainings leave them out. The weights of the
     network, which have seen the images, stay as they are.
 
+    Args:
+        root: of the memory.
+        keys: of images of the current version, or removed ones that an earlier version still has.
+        score: sets how new classes are scored without these rows.
+        wait_s: seconds to wait for another edit to finish.
+
     Raises:
         UserError: a key is unknown; nothing was changed.
     """
-    with store.editing(root):
+    with store.editing(root, wait_s):
         edit = Edit(root)
-        # Those that a killed attempt has removed are purged by this one.
-        before = set(forgotten(root)) - edit.before.ids_of(list(keys)).keys()
-        rows = edit.rows_of([key for key in keys if key not in before])
-        edit.remove(rows)
+        there = list(edit.before.ids_of(list(keys)))
+        if len(there) < len(set(keys)):
+            # Removed ones are purged from disk, and those that a killed attempt has begun with.
+            removed = store.keys_on_disk(root).union(forgotten(root)) - set(there)
+            edit.rows_of([key for key in keys if key not in removed])
+        action = f"forget {len(set(keys))} images"
+        edit.remove(edit.rows_of(there))
+        if there:
+            score(edit)
         # Recorded first: a kill leaves them removed or not, but never forgotten without a record.
         record_forgotten(root, keys)
-        edit.commit(f"forget {len(rows)} images")
-        return _compact(root, Memory.open(root), f"forget {len(rows)} images")
+        edit.commit(action, undoable=False)
+        return _compact(root, Memory.open(root), action)
 
 
 def _compact(root: Path, memory: Memory, action: str) -> Version:
@@ -282,8 +325,8 @@ def _compact(root: Path, memory: Memory, action: str) -> Version:
         labels=memory.labels[ids],
         candidates=np.where(table >= 0, new_N[table.clip(min=0)], -1).astype(np.int32),
         keys=memory.keys(ids),
-        sources=[memory.source(row) for row in ids.tolist()],
-        thumbnails=[memory.thumbnail(row) for row in ids.tolist()],
+        sources=memory.sources(ids),
+        thumbnails=memory.thumbnails(ids),
     )
     segment = store.write_segment(root, rows)
     folder = store.version_folder(root, memory.version.number)
@@ -314,5 +357,5 @@ def record_forgotten(root: Path, keys: Sequence[str]) -> None:
     text = io.StringIO()
     out = csv.writer(text, lineterminator="\n")
     out.writerow(["key", "class"])
-    out.writerows([key, "drop"] for key in everything)
+    out.writerows([key, DROP_IF_THERE] for key in everything)
     durable.write_text(root / store.FORGOTTEN, text.getvalue())

@@ -12,6 +12,7 @@ Rows are numbered through the segments of a version; ``classes`` only grow until
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -150,6 +151,14 @@ def verify(root: Path, version: Version) -> None:
         _check(segment_folder(root, name), segment_files(root, name), read=True)
 
 
+def digest(root: Path, version: Version) -> str:
+    """SHA-256 of a version and its segments, by their checksums."""
+    found = hashlib.sha256((version_folder(root, version.number) / "version.json").read_bytes())
+    for name, _ in version.segments:
+        found.update((segment_folder(root, name) / "segment.json").read_bytes())
+    return found.hexdigest()
+
+
 def version_folder(root: Path, number: int) -> Path:
     """Folder of a version."""
     return root / "versions" / f"{number:06d}"
@@ -172,6 +181,14 @@ def segment_files(root: Path, name: str) -> dict[str, tuple[int, str]]:
         return {str(key): (int(size), str(sha)) for key, (size, sha) in tree.items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise damaged(file, str(error)) from None
+
+
+def keys_on_disk(root: Path) -> set[str]:
+    """The keys of all segments, those of removed images and earlier versions included."""
+    files = (root / "segments").glob(f"[0-9]*/{ROWS}")
+    return {
+        key for file in files for key in pq.read_table(file, columns=["key"])["key"].to_pylist()
+    }
 
 
 def numbers(root: Path) -> list[int]:

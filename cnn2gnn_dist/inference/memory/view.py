@@ -38,6 +38,8 @@ class Memory:
         self._starts = np.cumsum([0, *(rows for _, rows in version.segments)])
         self._x = [_mapped(folder / "x.npy") for folder in self._folders]
         self._z = [_mapped(folder / "z.npy") for folder in self._folders]
+        # Mapped now: a compaction deletes these files, and this version is read on.
+        self._rows = [pa.memory_map(str(f / store.ROWS)).read_buffer() for f in self._folders]
         self.base_table = _mapped(self._folders[0] / "candidates.npy")
         self.classes = [entry.name for entry in version.classes]
         self.trained = sum(entry.trained for entry in version.classes)
@@ -96,7 +98,10 @@ class Memory:
         """int32 [n, M]: the candidates of live rows, nearest first; -1 = none."""
         ids = np.asarray(ids)
         count = len(self.base_table)
-        found = np.array(self.base_table[ids.clip(max=count - 1)])
+        if count:
+            found = np.array(self.base_table[ids.clip(max=count - 1)])
+        else:  # all images were removed, and the memory compacted, before others were added
+            found = np.full((len(ids), self.base_table.shape[1]), -1, np.int32)
         place = np.searchsorted(self._changed, ids).clip(max=max(len(self._changed) - 1, 0))
         if len(self._changed):
             hit = self._changed[place] == ids
@@ -126,9 +131,14 @@ class Memory:
             if row is not None
         }
 
-    def source(self, row: int) -> str:
-        """Where the image of a row came from."""
-        return str(self._cell(row, "source").as_py() or "")
+    def sources(self, ids: np.ndarray) -> list[str]:
+        """Where the images of rows came from."""
+        return [str(one or "") for one in self._column("source").take(pa.array(ids)).to_pylist()]
+
+    def thumbnails(self, ids: np.ndarray) -> list[bytes | None]:
+        """The JPEGs of rows; None where there is none."""
+        found = self._column("thumbnail").take(pa.array(ids)).to_pylist()
+        return [None if one is None else one["bytes"] for one in found]
 
     def thumbnail(self, row: int) -> bytes | None:
         """The JPEG of a row; None if the memory has none of it."""
@@ -157,22 +167,19 @@ class Memory:
 
     @cached_property
     def _keys(self) -> pa.ChunkedArray:
-        return pa.chunked_array(
-            [
-                chunk
-                for folder in self._folders
-                for chunk in pq.read_table(folder / store.ROWS, columns=["key"])["key"].chunks
-            ],
-            pa.string(),
-        )
+        return self._column("key")
 
     @cached_property
     def _live_keys(self) -> pa.Array:
         return self._keys.take(pa.array(self.live_ids)).combine_chunks()
 
+    def _column(self, name: str) -> pa.ChunkedArray:
+        parts = [pq.read_table(pa.BufferReader(rows), columns=[name])[name] for rows in self._rows]
+        return pa.chunked_array([chunk for part in parts for chunk in part.chunks], parts[0].type)
+
     def _cell(self, row: int, column: str) -> pa.Scalar:
         segment = int(np.searchsorted(self._starts, row, side="right")) - 1
-        file = pq.ParquetFile(self._folders[segment] / store.ROWS, memory_map=True)
+        file = pq.ParquetFile(pa.BufferReader(self._rows[segment]))
         row -= int(self._starts[segment])
         for group in range(file.num_row_groups):
             size = file.metadata.row_group(group).num_rows

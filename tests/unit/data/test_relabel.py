@@ -105,6 +105,15 @@ def test_keys_that_two_shards_have_are_told_apart(tmp_path):
         apply(tmp_path, (train, held), "key,class\nk0,cat\n")
 
 
+def test_a_forgotten_image_need_not_be_there(tmp_path, pair):
+    made, said = apply(tmp_path, pair, "key,class\nk0,drop?\nelsewhere,drop?\n")
+    assert len(made) == 4
+    assert said.endswith("1 are left out, 1 are not there")
+    found = read_relabel(written(tmp_path, "key,class\na,drop?\nb,drop\n"))
+    write_relabel(tmp_path / "again.csv", found)
+    assert read_relabel(tmp_path / "again.csv") == found
+
+
 def test_a_class_may_be_emptied_where_that_is_said(tmp_path, pair):
     made, _ = apply(tmp_path, pair, "key,class\nk4,cat\n", allow_empty_classes=True)
     assert made.classes == NAMES

@@ -7,6 +7,7 @@ import pytest
 
 from cnn2gnn_dist import cli
 from cnn2gnn_dist.commands.answer_files import writer_of
+from cnn2gnn_dist.commands.memory import keys_from
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference import artefact, editing
 from tests.support.models import calibrate, pictures
@@ -42,6 +43,7 @@ def test_a_class_is_added_answered_and_gone_again_to_the_bit(calibrated):
     after = model.predict_proba(asked)
     np.testing.assert_array_equal(after[:, :3], before)
     assert not after[:, 3].any()
+    assert all(len(answer.classes) == 3 for answer in model.predict(asked))
 
 
 def test_two_classes_at_once_or_one_after_the_other_score_the_same(calibrated, tmp_path):
@@ -157,6 +159,31 @@ def test_the_commands_edit_and_tell(calibrated, tmp_path, capsys):
     code, told = call("predict", "--model", folder, images / "f1.png", "--json")
     assert code == 0
     assert json.loads(told.out)["path"] == "graph"
+
+
+def test_keys_from_files(tmp_path):
+    def read(text):
+        (tmp_path / "keys").write_bytes(text.encode())
+        return keys_from(tmp_path / "keys")
+
+    assert read("a.jpg\nb,2.jpg\r\n\n'c' \"d\".jpg\n") == ["a.jpg", "b,2.jpg", "'c' \"d\".jpg"]
+    assert read("a.jpg\tclass 1\nb c.jpg\tclass 2\n") == ["a.jpg", "b c.jpg"]
+    assert read('\ufeffclass,key\nx,"b,2.jpg"\ny,c\n') == ["b,2.jpg", "c"]
+    assert read("") == []
+    (tmp_path / "keys").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="this list of keys can't be read"):
+        keys_from(tmp_path / "keys")
+
+
+def test_numbers_that_make_no_sense_are_refused(model):
+    image = pictures(1)[0]
+    for wrong in ({"top": 0}, {"top": 2.5}, {"neighbours": -1}):
+        with pytest.raises(UserError, match="=") as caught:
+            model.predict(image, **wrong)
+        assert "a whole number" in caught.value.remedy
+    for wrong in (0, -1, 1.5):
+        with pytest.raises(UserError, match="n_neighbors="):
+            model.kneighbors(image, wrong)
 
 
 def test_answers_are_written_as_files(model, tmp_path):

@@ -9,8 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cnn2gnn_dist.data.index.relabel import read_relabel
 from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.inference import editing
 from cnn2gnn_dist.inference.classifier import Classifier
+from cnn2gnn_dist.inference.inputs import Input
 from cnn2gnn_dist.inference.memory import edits, store
 from cnn2gnn_dist.inference.memory.rewiring import rewired
 from cnn2gnn_dist.inference.memory.view import Memory, forgotten
@@ -166,6 +169,91 @@ def test_forgetting_leaves_nothing_of_an_image_on_disk(model):
     assert row not in model.memory.base_table[:0]
     edits.forget(root, ["img-8"])
     assert forgotten(root) == ["img-7", "img-8"]
+
+
+def test_forgetting_an_unknown_key_beside_a_known_one_changes_nothing(model):
+    root = model.memory.root
+    with pytest.raises(UserError, match="1 of 2 keys are not in the memory: img-2x"):
+        editing.forget(model, ["img-1", "img-2x"])
+    assert not forgotten(root)
+    assert store.head(root) == 0
+
+
+def test_an_image_that_was_removed_before_can_be_forgotten(model):
+    root, thumbnail = model.memory.root, model.memory.thumbnail(7)
+    editing.remove(model, ["img-7"])
+    editing.forget(model, ["img-7", "img-8"])
+    assert not any(thumbnail in file.read_bytes() for file in root.rglob("*") if file.is_file())
+    assert forgotten(root) == ["img-7", "img-8"]
+    assert len(model.memory) == 38
+
+
+def test_a_forgotten_image_does_not_come_back_by_undo_after_a_kill(model, monkeypatch):
+    root = model.memory.root
+    monkeypatch.setattr(edits, "_compact", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        edits.forget(root, ["img-7"])
+    with pytest.raises(UserError, match="nothing to undo"):
+        edits.undo(root)
+    monkeypatch.undo()
+    edits.forget(root, ["img-7"])  # the same command completes it
+    assert forgotten(root) == ["img-7"]
+    assert "img-7" not in store.keys_on_disk(root)
+
+
+def test_what_was_forgotten_is_a_relabel_list_that_other_images_pass(model):
+    editing.forget(model, ["img-7"])
+    found = read_relabel(model.memory.root / store.FORGOTTEN)
+    assert found["img-7"].name is None
+    assert not found["img-7"].required
+
+
+def test_a_reader_keeps_keys_and_pictures_while_its_version_is_compacted(model, asked):
+    reader = Classifier.open(model.folder, device="cpu")  # has read no key so far
+    expected = [a.as_dict() for a in model.predict(asked)]
+    picture = model.memory.thumbnail(3)
+    editing.remove(model, ["img-1"])
+    editing.compact(model)
+    assert [a.as_dict() for a in reader.predict(asked)] == expected
+    assert reader.memory.thumbnail(3) == picture
+
+
+def test_a_memory_compacted_when_it_was_empty_is_filled_again(model, asked):
+    editing.remove(model, [f"img-{n}" for n in range(40)])
+    assert {a.path for a in model.predict(asked)} == {"network"}
+    editing.compact(model)
+    done = editing.add(model, list(pictures(5)), "class 0")
+    answers = model.predict(asked)
+    assert {a.path for a in answers} == {"graph"}
+    assert {n.key for a in answers for n in a.neighbours} <= set(done.keys)
+
+
+def test_one_image_under_two_names_is_refused(model):
+    image = pictures(1, seed=9)[0]
+    with pytest.raises(UserError, match=r"a\.jpg and b\.jpg are the same image"):
+        editing.add(model, [Input("a.jpg", image), Input("b.jpg", image)], "class 0")
+    assert store.head(model.memory.root) == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [(" class 1 ", "class 1"), ("Caf\u0065\u0301", "Caf\u00e9"), ("A/b <i>", "A/b <i>")],
+)
+def test_spaces_and_encodings_make_no_other_class(model, given, name):
+    edit = edits.Edit(model.memory.root)
+    place = edit.class_index(given, new=True)
+    assert edit.classes[place].name == name
+    assert edit.class_index(given, new=False) == edit.class_index(name, new=True) == place
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\x1b[31m", "\udce9", "x" * 201])
+def test_class_names_that_cannot_be_printed_are_refused(model, name):
+    with pytest.raises(UserError, match="too long for the name of a class"):
+        edits.Edit(model.memory.root).class_index(name, new=True)
+
+
+def test_log_counts_an_image_once(model):
+    assert editing.remove(model, ["img-1", "img-1"]).action == "remove 1 images"
 
 
 @pytest.mark.parametrize("stop_at", range(12))
