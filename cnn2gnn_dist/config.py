@@ -171,7 +171,7 @@ class TrainConfig(Section):
 class TeacherConfig(TrainConfig):
     """The teacher, a CNN trained under DeepSpeed."""
 
-    arch: str = Field("resnet18", description="any timm model name")
+    arch: str = Field("resnet18", description="whitened_cnn (args: widths), or any timm model name")
     args: dict[str, Any] = Field(
         default_factory=dict, description="further arguments of timm's model"
     )
@@ -205,7 +205,9 @@ class TargetsConfig(Section):
 class StudentConfig(TrainConfig):
     """The two-layer GNN on a small stem."""
 
-    stem: str = Field("resnet_tiny", description="conv3, resnet_tiny, or any timm model name")
+    stem: str = Field(
+        "resnet_tiny", description="conv3, resnet_tiny, whitened_cnn, or any timm model name"
+    )
     stem_args: dict[str, Any] = Field(
         default_factory=dict, description="further arguments of the stem"
     )
@@ -310,6 +312,11 @@ class Config(Section):
         0, ge=0, lt=2**63, description="seed of initial weights, order, views, sampling and splits"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda if available")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="of convolutions and matrix products; auto: bfloat16 where the device has it (GPUs; CPUs with "
+        "AVX512-bf16 or AMX). Weights, distances and losses are float32 in any case",
+    )
     run: RunConfig = Field(default_factory=RunConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     views: ViewsConfig = Field(default_factory=ViewsConfig)

@@ -24,6 +24,7 @@ from cnn2gnn_dist.models.graph_head import (
     squared_distances,
 )
 from cnn2gnn_dist.models.normalise import Normalise
+from cnn2gnn_dist.models.precision import MixedPrecision
 
 Scope = Literal["none", "batch", "dataset"]
 
@@ -51,7 +52,7 @@ class StudentOutput:
     scale: Tensor
 
 
-class Student(nn.Module):
+class Student(MixedPrecision):
     """uint8 images → logits, through the neighbors in the scope.
 
     Args:
@@ -106,8 +107,9 @@ class Student(nn.Module):
 
     def embed(self, images_BHWC: Tensor) -> tuple[Tensor, Tensor]:
         """x_BD and z_Bd of images; without a graph head z is x normalized to unit length."""
-        x_BD = self.stem(self.normalise(images_BHWC))
-        z_Bd = self.head(x_BD) if self.head is not None else F.normalize(x_BD.float(), dim=1)
+        with self.autocast(images_BHWC.device):
+            x_BD = self.stem(self.normalise(images_BHWC))
+            z_Bd = self.head(x_BD) if self.head is not None else F.normalize(x_BD.float(), dim=1)
         return x_BD, z_Bd
 
     def forward(
@@ -123,6 +125,10 @@ class Student(nn.Module):
                 by z_Bd. None there (warm-up, before there is a bank): the self path; graph
                 parameters get zero gradients.
         """
+        with self.autocast(images_BHWC.device):
+            return self._forward(images_BHWC, block)
+
+    def _forward(self, images_BHWC: Tensor, block: Block | BlockQuery | None) -> StudentOutput:
         x_BD, z_Bd = self.embed(images_BHWC)
         first_labels_BF: Tensor | None = None
         if self.scope == "batch":

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from cnn2gnn_dist.compat import import_timm
 from cnn2gnn_dist.errors import UserError, first_line
+from cnn2gnn_dist.models import whitened_cnn
 
 SMALL_IMAGE = 64  # pixels; up to this size ResNets keep their full resolution in the first layers
 
@@ -35,7 +36,7 @@ def build_teacher(
     (transformers) are built for ``image_size``.
 
     Args:
-        arch: a timm name, with or without a pretrained tag.
+        arch: a timm name, with or without a pretrained tag, or ``whitened_cnn`` (args: ``widths``).
         num_classes: 0: no classifier, the network returns its pooled features.
         image_size: side of the square images, pixels.
         pretrained: start from timm's weights (needs the network or the Hugging Face cache).
@@ -53,6 +54,8 @@ def build_teacher(
             remedy="keep one: weights is a local file, pretrained downloads timm's own",
         )
     check_name(arch)
+    if arch == whitened_cnn.NAME:
+        return _whitened(num_classes, image_size, pretrained, weights, dict(args or {}))
     network = _create(arch, num_classes, image_size, pretrained, dict(args or {}))
     if image_size <= SMALL_IMAGE:
         fit_small_images(network, warn=pretrained)
@@ -91,10 +94,12 @@ def check_name(arch: str, others: Iterable[str] = ()) -> None:
     Raises:
         UserError: with up to five suggestions.
     """
+    if arch == whitened_cnn.NAME:
+        return
     timm = import_timm()
     name, _, tag = arch.partition(".")
     if not timm.is_model(name):
-        known = [*others, *timm.list_models()]
+        known = [*others, whitened_cnn.NAME, *timm.list_models()]
         near = difflib.get_close_matches(arch, known, n=5, cutoff=0.5)
         raise UserError(
             f"timm has no network named '{arch}'",
@@ -108,6 +113,27 @@ def check_name(arch: str, others: Iterable[str] = ()) -> None:
             where="teacher.arch (or student.stem)",
             remedy=f"leave the tag out, or use one of {_few(tagged, 12)}",
         )
+
+
+def _whitened(
+    num_classes: int, image_size: int, pretrained: bool, weights: str | None, args: dict[str, Any]
+) -> nn.Module:
+    unknown = sorted(set(args) - {"widths"})
+    if unknown or pretrained:
+        raise UserError(
+            f"{whitened_cnn.NAME} doesn't take {', '.join(unknown)}"
+            if unknown
+            else f"there are no pretrained weights of {whitened_cnn.NAME}",
+            where="teacher.args (or student.stem_args)" if unknown else "teacher.pretrained",
+            remedy="use only widths"
+            if unknown
+            else "set teacher.weights to a local file, or neither",
+        )
+    network = whitened_cnn.WhitenedCNN(num_classes, **args)
+    network.check_size(image_size)
+    if weights:
+        _load(network, weights)
+    return network
 
 
 def _create(

@@ -22,6 +22,7 @@ from typing import Any
 
 DEFAULTS: dict[str, Any] = {
     "seed": 0,
+    "precision": "auto",
     "data.source": "digits",
     "data.holdout": 0.2,
     "data.shard_size": 2048,

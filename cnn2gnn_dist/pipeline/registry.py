@@ -141,22 +141,28 @@ _INDEX = Stage(
 _TEACHER = Stage(
     "teacher",
     "teacher",
-    ("seed", "views", "stream.window", "teacher", "version.decoding"),
+    ("seed", "precision", "views", "stream.window", "teacher", "version.decoding"),
     ("index",),
     _teacher,
     trains=True,
 )
-_TARGETS = Stage("targets", "targets", ("seed", "views", "targets"), ("index", "teacher"), _targets)
-_LEARN = ("seed", "views", "stream.window", "targets.views", "student")
+_TARGETS = Stage(
+    "targets",
+    "targets",
+    ("seed", "precision", "views", "targets"),
+    ("index", "teacher"),
+    _targets,
+)
+_LEARN = ("seed", "precision", "views", "stream.window", "targets.views", "student")
 _STUDENT = Stage(
     "student", "student", (*_LEARN, "graph"), ("index", "targets"), _student, trains=True
 )
-_GRAPH = Stage("graph", "graph", ("graph",), ("index", "student"), _graph)
+_GRAPH = Stage("graph", "graph", ("precision", "graph"), ("index", "student"), _graph)
 _CONTROL = Stage("control", "control", _LEARN, ("index", "targets"), _control, trains=True)
 _EVALUATE = Stage(
     "evaluate",
     "evaluation",
-    ("evaluate",),
+    ("precision", "evaluate"),
     ("index", "teacher", "student", "graph", "control"),
     _evaluate,
 )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from cnn2gnn_dist.graph.version import latest_version, open_version
 from cnn2gnn_dist.models.cost import count_flops, count_parameters
 from cnn2gnn_dist.models.graph_head import adaptive_neighbours, squared_distances
+from cnn2gnn_dist.models.precision import MixedPrecision
 from cnn2gnn_dist.models.student import Student, StudentOutput
 from cnn2gnn_dist.report.labels import CONTROL
 from cnn2gnn_dist.stages.neighbours.neighbourhood import Neighbourhood
@@ -191,6 +192,7 @@ def _softmax(logits_BC: Tensor) -> Tensor:
     return logits_BC.float().softmax(1)
 
 
-def _load(context: Context, model: nn.Module, stage: str) -> None:
+def _load(context: Context, model: MixedPrecision, stage: str) -> None:
     load_model(model, context.paths.root, stage)
+    model.compute_dtype = context.compute_dtype("teacher" if stage == "teacher" else "student")
     model.to(context.device).eval()

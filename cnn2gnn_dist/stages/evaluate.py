@@ -206,6 +206,10 @@ def _run_facts(context: Context, test: Manifest, left_out: _LeftOut) -> dict[str
         "left_out_at_pack": left_out.at_pack,
         "classes": test.num_classes,
         "device": context.device,
+        "precision": {
+            model: str(context.compute_dtype(model)).removeprefix("torch.")
+            for model in ("teacher", "student")
+        },
         "ranks": context.ranks.world_size,
         "seed": context.config.seed,
         "python": platform.python_version(),

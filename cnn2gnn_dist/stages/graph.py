@@ -48,6 +48,7 @@ def run(context: Context) -> list[Path]:
     manifest = load_manifest(context.paths.train_manifest)
     model = build_student(config, manifest.num_classes, "dataset")
     load_model(model, context.paths.root, "student")
+    model.compute_dtype = context.compute_dtype("student")
     model.to(context.device).eval()
     made = build(context, model.embed, context.folder, config.student.epochs, None, "last")
     context.say(describe(made.meta), stage="graph")

@@ -29,6 +29,7 @@ from cnn2gnn_dist.stages.shared.networks import build_student
 from cnn2gnn_dist.stages.shared.predictions import accuracy_of
 from cnn2gnn_dist.stages.shared.training_loop import Late, Training
 from cnn2gnn_dist.stages.shared.training_targets import open_targets
+from cnn2gnn_dist.stages.shared.whitening import whiten_first_layers
 from cnn2gnn_dist.training.sync_norm import synchronise_norms
 
 
@@ -39,6 +40,7 @@ def run(context: Context, scope: Scope, targets_key: str) -> list[Path]:
     targets = open_targets(context, manifest, targets_key)
     torch.manual_seed(config.seed)
     model = build_student(config, manifest.num_classes, scope)
+    whiten_first_layers(context, model)
     if context.ranks.world_size > 1:
         # Ranks own partitions of a graph of similar images: one rank's batch is not representative. The
         # control has no graph, but is compared with the student: its norms are the same.

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cnn2gnn_dist import log
 from cnn2gnn_dist.data import soft_targets as soft
@@ -99,7 +99,8 @@ def _classifier(
 ) -> tuple[Callable[[Tensor], Tensor], bool]:
     """The trained teacher, and whether its forward pass is collective (ZeRO-3)."""
     config, settings = context.config, context.config.teacher
-    model: nn.Module = Teacher(config, num_classes, initial=False)
+    model = Teacher(config, num_classes, initial=False)
+    model.compute_dtype = context.compute_dtype("teacher")
     source = context.deepspeed_of("teacher")
     world_size = context.ranks.world_size
     resolved = ds_config.resolve(
@@ -112,6 +113,7 @@ def _classifier(
         clip=0.0,
         device=context.device,
         stage=settings.zero_stage,
+        precision=config.precision,
     )
     if resolved["zero_optimization"]["stage"] == 3 and world_size > 1:
         engine = Engine(model, resolved, device=context.device)

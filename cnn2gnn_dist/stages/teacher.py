@@ -12,6 +12,7 @@ from cnn2gnn_dist.stages.shared.context import Context, load_manifest
 from cnn2gnn_dist.stages.shared.networks import Teacher
 from cnn2gnn_dist.stages.shared.predictions import accuracy_of, check_held_out
 from cnn2gnn_dist.stages.shared.training_loop import Training
+from cnn2gnn_dist.stages.shared.whitening import whiten_first_layers
 
 
 def run(context: Context) -> list[Path]:
@@ -21,6 +22,7 @@ def run(context: Context) -> list[Path]:
     manifest = load_manifest(context.paths.train_manifest)
     torch.manual_seed(config.seed)
     model = Teacher(config, manifest.num_classes)
+    whiten_first_layers(context, model)
     order = Order(
         manifest.shard_sizes,
         seed=config.seed,

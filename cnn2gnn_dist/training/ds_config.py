@@ -13,7 +13,10 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.training.precision import choose
 
 PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -175,6 +178,7 @@ def resolve(
     clip: float,
     device: str,
     stage: int | None = None,
+    precision: str = "auto",
 ) -> dict[str, Any]:
     """Fill in every "auto"; the batch stays global = micro x accumulation x ranks.
 
@@ -186,8 +190,10 @@ def resolve(
         lr: peak learning rate, from the run's config.
         weight_decay: from the run's config.
         clip: maximum gradient norm, 0 = off.
-        device: "cpu" or "cuda"; on the CPU autocast and overlapped communication are off.
+        device: "cpu" or "cuda"; on the CPU overlapped communication is off, and so is DeepSpeed's autocast,
+            which also rounds gradients: there the models cast (``models.precision``).
         stage: ZeRO stage, overriding the file's.
+        precision: the run's ``precision``: auto, float32 or bfloat16.
 
     Raises:
         UserError: the file fixes a batch size or learning rate that contradicts, a mode that can't
@@ -208,7 +214,7 @@ def resolve(
     zero["overlap_comm"] = on_gpu and _auto(zero.get("overlap_comm", "auto"), True)
     autocast = _block(config, "torch_autocast")
     _refuse_half(autocast, config)
-    autocast["enabled"] = on_gpu and _auto(autocast.get("enabled", "auto"), True)
+    autocast["enabled"] = on_gpu and choose(precision, device, ds) == torch.bfloat16
     clipping = config["gradient_clipping"] = _auto(config.get("gradient_clipping", "auto"), clip)
     if not _is_number(clipping, 0):
         raise UserError(

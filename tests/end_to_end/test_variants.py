@@ -46,10 +46,11 @@ def test_looking_at_held_out_images_does_not_change_the_training(micro_run, tmp_
     assert looks[-1]["test_accuracy"] == results(folder)["teacher"]["accuracy"]
 
 
-def test_cached_second_hop_streaming_partitioner_and_warm_refreshes(tmp_path):
+def test_bfloat16_cached_second_hop_streaming_partitioner_and_warm_refreshes(tmp_path):
     folder = tmp_path / "run"
     run(
         folder,
+        "precision=bfloat16",
         "graph.sampling.second_hop=cached",
         "graph.partition.partitioner=streaming",
         "graph.search.exact=false",
@@ -58,7 +59,12 @@ def test_cached_second_hop_streaming_partitioner_and_warm_refreshes(tmp_path):
         "graph.keep_versions=9",
         "student.epochs=4",
     )
-    assert results(folder)["student"]["accuracy"] > 0.2
+    table = results(folder)
+    assert table["student"]["accuracy"] > 0.2
+    assert table["run"]["precision"] == {"teacher": "bfloat16", "student": "bfloat16"}
+    for stage in ("teacher", "student", "control"):
+        state = disk.read_state(disk.recorded(folder / stage))
+        assert state["extra"]["precisions"] == [[0, "bfloat16"]]
     notes = [
         json.loads((path / "manifest.json").read_text())["meta"]
         for path in sorted((folder / "student" / "graph").glob("v????"))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.models.graph_head import GraphHead
+from cnn2gnn_dist.models.precision import MixedPrecision
 from cnn2gnn_dist.models.student import Student
 from cnn2gnn_dist.runtime import collectives
 from cnn2gnn_dist.training.checkpoint import named_state
@@ -225,6 +226,65 @@ def rounded_head(stage: int) -> dict[str, float]:
     return found
 
 
+class MixedNet(MixedPrecision):
+    """TinyNet under autocast to bfloat16, as teacher and student run on CPUs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = tiny.TinyNet()
+        self.compute_dtype = torch.bfloat16
+
+    def forward(self, images: Tensor) -> Tensor:
+        with self.autocast(images.device):
+            logits: Tensor = self.net(images)
+        assert logits.dtype == torch.bfloat16
+        return logits.float()
+
+
+def mixed_in_torch() -> tuple[list[float], dict[str, Tensor]]:
+    """DDP and AdamW around autocast, written out."""
+    model = tiny.TinyNet()
+    groups = [
+        {"params": [p for p in model.parameters() if (p.ndim > 1) == matrix], "weight_decay": decay}
+        for matrix, decay in ((True, tiny.WEIGHT_DECAY), (False, 0.0))
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=tiny.LR)
+    ddp = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    losses = []
+    for step in range(STEPS):
+        images, labels = tiny.share(step)
+        for group in optimizer.param_groups:
+            group["lr"] = tiny.lr(step)
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = ddp(images)
+        loss = F.cross_entropy(logits.float(), labels)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    return losses, {f"net.{n}": p.detach().clone() for n, p in model.named_parameters()}
+
+
+def mixed(stage: int) -> dict[str, Any]:
+    """Six steps in bfloat16: losses, weights; and the weights when resumed after four steps."""
+    whole = tiny.build(stage, model=MixedNet())
+    losses = tiny.train(whole, range(4))
+    mine, adam_steps = named_state.pull(whole, lambda name: True)
+    mine.update(named_state.own_buffers(whole, collectives.rank()))
+    resumed = tiny.build(stage, model=MixedNet())
+    named_state.push(resumed, mine, adam_steps)
+    named_state.push_buffers(resumed, mine, collectives.rank())
+    resumed.steps = whole.steps
+    losses += tiny.train(whole, range(4, STEPS))
+    tiny.train(resumed, range(4, STEPS))
+    weights = whole.weights()
+    return {
+        "losses": losses,
+        "weights": weights,
+        "resumed": tiny.digest(resumed.weights()) == tiny.digest(weights),
+    }
+
+
 def not_finite(stage: int) -> dict[str, Any]:
     """Only rank 1 has a NaN loss; then a finite loss whose gradient is not finite."""
     engine = tiny.build(stage)
@@ -288,6 +348,7 @@ def everything() -> dict[Any, Any]:
         "torch": plain_torch(),
         "torch clipped": plain_torch(clip=0.3),
         "torch late": late_in_torch(),
+        "torch mixed": mixed_in_torch(),
         "buffers": buffers_by_rank(),
         "norm": norm_over_ranks(),
         "gathered": collectives.all_gather_object(collectives.rank() * 10),
@@ -301,6 +362,7 @@ def everything() -> dict[Any, Any]:
         found["idle", stage] = unused_parameter(stage)
         found["late", stage] = (late_start(stage, IDLE), late_start(stage, 0), not_yet(stage))
         found["late resumed", stage] = late_resumed(stage)
+        found["mixed", stage] = mixed(stage)
     for stage in tiny.STAGES:  # last: DeepSpeed permanently remembers that autocast was used
         found["head", stage] = rounded_head(stage)
     return found
@@ -323,6 +385,20 @@ def test_every_zero_stage_is_bit_identical_to_ddp(ranks: list[dict], stage: int)
         for name, tensor in weights.items():
             assert torch.equal(found["weights"][name], tensor), name
         assert found["steps"] == STEPS
+
+
+@pytest.mark.parametrize("stage", tiny.STAGES)
+def test_bfloat16_on_cpus_is_bit_identical_to_ddp_and_resumes(
+    ranks: list[dict], stage: int
+) -> None:
+    for rank in ranks:
+        losses, weights = rank["torch mixed"]
+        found = rank["mixed", stage]
+        assert found["losses"] == losses
+        assert losses != rank["torch"][0]
+        for name, tensor in weights.items():
+            assert torch.equal(found["weights"][name], tensor), name
+        assert found["resumed"]
 
 
 @pytest.mark.parametrize("stage", tiny.STAGES)

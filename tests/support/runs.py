@@ -23,6 +23,7 @@ FORKED = "forked ranks"
 MICRO = [
     "data.limit=400",
     "data.shard_size=64",
+    "precision=float32",  # the same everywhere; the exported model answers in float32 too
     "data.calibration=0",  # the tests count steps and images
     "views.size=16",
     "views.pad=1",

@@ -17,8 +17,10 @@ from cnn2gnn_dist import settings
 from cnn2gnn_dist.config import Config
 from cnn2gnn_dist.models.block import Block, averaged_block
 from cnn2gnn_dist.models.cost import count_flops
+from cnn2gnn_dist.models.precision import MixedPrecision
 from cnn2gnn_dist.models.student import Student
 from cnn2gnn_dist.stages.shared.networks import Teacher, build_student
+from cnn2gnn_dist.training.precision import choose
 
 ENOUGH_S, STEPS = 0.6, 3
 """A model is timed for at least so many seconds and steps, after one step that is not counted."""
@@ -124,20 +126,20 @@ def _time(tree: dict[str, Any], num_classes: int, images: int, ranks: int) -> tu
     torch.manual_seed(0)
     began = time.perf_counter(), time.process_time()
 
-    def step_of(model: torch.nn.Module, batch: int, around: bool = False) -> tuple[float, float]:
+    def step_of(model: MixedPrecision, batch: int, around: bool = False) -> tuple[float, float]:
         model = model.to(device)
+        model.compute_dtype = choose(config.precision, device, {})
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
         pixels = torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8, device=device)
         labels = torch.randint(0, num_classes, (batch,), device=device)
         query = _Query(config, num_classes, images, device) if around else None
 
         def logits() -> torch.Tensor:
-            with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-                if isinstance(model, Student):
-                    result: torch.Tensor = model(pixels, query).logits_BC
-                    return result
-                output: torch.Tensor = model(pixels)
-                return output
+            if isinstance(model, Student):
+                result: torch.Tensor = model(pixels, query).logits_BC
+                return result
+            output: torch.Tensor = model(pixels)
+            return output
 
         def step() -> None:
             loss = torch.nn.functional.cross_entropy(logits().float(), labels)

@@ -21,7 +21,7 @@ from cnn2gnn_dist.data.reading.shard_files import CacheSpec
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.runtime import collectives
 from cnn2gnn_dist.runtime.ranks import Ranks
-from cnn2gnn_dist.training import ds_config
+from cnn2gnn_dist.training import ds_config, precision
 
 _log = logging.getLogger(__name__)
 
@@ -105,6 +105,10 @@ class Context:
             return self.deepspeed[model]
         return ds_config.load(getattr(self.config, model).ds_config)
 
+    def compute_dtype(self, model: str) -> torch.dtype:
+        """The precision in which "teacher" or "student" (and the control) computes on this device."""
+        return precision.choose(self.config.precision, self.device, self.deepspeed_of(model))
+
     def say(self, text: str, stage: str | None = None) -> None:
         """Log one line, once for all ranks; ``stage``: a stage other than the running one."""
         self._say(logging.INFO, text, stage)
@@ -131,16 +135,21 @@ class Context:
             resize=v.resize,
         )
 
+    def reader_spec(self, manifest: Path) -> ReaderSpec:
+        """How a manifest's samples are read in this run."""
+        settings = self.config.stream
+        return ReaderSpec(
+            str(manifest),
+            self.views(),
+            settings.decoded_bytes,
+            CacheSpec(settings.cache_dir, settings.cache_bytes),
+        )
+
     def stream(self, manifest: Path, name: str) -> ReaderPool:
         """A stream of this rank's batches from a manifest's samples."""
         settings = self.config.stream
         return ReaderPool(
-            ReaderSpec(
-                str(manifest),
-                self.views(),
-                settings.decoded_bytes,
-                CacheSpec(settings.cache_dir, settings.cache_bytes),
-            ),
+            self.reader_spec(manifest),
             backend=settings.backend,
             workers=settings.workers,
             prefetch=settings.prefetch,

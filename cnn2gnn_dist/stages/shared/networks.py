@@ -11,6 +11,7 @@ from cnn2gnn_dist import ledger
 from cnn2gnn_dist.config import Config
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.models.normalise import Normalise
+from cnn2gnn_dist.models.precision import MixedPrecision
 from cnn2gnn_dist.models.stem import build_stem
 from cnn2gnn_dist.models.student import Scope, Student
 from cnn2gnn_dist.models.teacher import build_teacher
@@ -19,7 +20,7 @@ from cnn2gnn_dist.training.checkpoint.folder import load_weights
 from cnn2gnn_dist.training.sync_norm import synchronise_norms
 
 
-class Teacher(nn.Module):
+class Teacher(MixedPrecision):
     """uint8 images [B, H, W, 3] → logits_BC: normalization, then the CNN.
 
     ``initial``: start from pretrained weights if the config names them.
@@ -40,7 +41,9 @@ class Teacher(nn.Module):
 
     def forward(self, images_BHWC: torch.Tensor) -> torch.Tensor:
         """Classify images."""
-        return self.cnn(self.normalise(images_BHWC))
+        with self.autocast(images_BHWC.device):
+            logits_BC: torch.Tensor = self.cnn(self.normalise(images_BHWC))
+        return logits_BC
 
 
 def build_student(config: Config, num_classes: int, scope: Scope) -> Student:

@@ -7,16 +7,18 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cnn2gnn_dist.config import StudentConfig, TeacherConfig
 from cnn2gnn_dist.data.order import Order
 from cnn2gnn_dist.data.reading.pool import ReaderPool
 from cnn2gnn_dist.data.reading.reader import Batch, Request
 from cnn2gnn_dist.errors import Preempted
+from cnn2gnn_dist.models.precision import MixedPrecision
 from cnn2gnn_dist.runtime import collectives, preemption
 from cnn2gnn_dist.stages.shared.context import Context, CorruptCount
 from cnn2gnn_dist.stages.shared.tally import Tally
@@ -63,7 +65,7 @@ class Training:
         self,
         context: Context,
         name: str,
-        model: nn.Module,
+        model: MixedPrecision,
         settings: TeacherConfig | StudentConfig,
         samples: int,
         late: Late | None = None,
@@ -73,8 +75,10 @@ class Training:
         self.accumulation = ds_config.accumulation_for(
             settings.global_batch, world_size, settings.max_micro_batch
         )
+        kind = "teacher" if isinstance(settings, TeacherConfig) else "student"
+        model.compute_dtype = context.compute_dtype(kind)
         resolved = ds_config.resolve(
-            context.deepspeed_of("teacher" if isinstance(settings, TeacherConfig) else "student"),
+            context.deepspeed_of(kind),
             world_size=world_size,
             global_batch=settings.global_batch,
             accumulation=self.accumulation,
@@ -83,6 +87,7 @@ class Training:
             clip=settings.clip,
             device=context.device,
             stage=settings.zero_stage,
+            precision=context.config.precision,
         )
         self.engine = Engine(
             model, resolved, device=context.device, late=late.names if late else ()
@@ -103,9 +108,12 @@ class Training:
         self._saved_at = -1
         self.best: float | None = None
         self._order: str | None = None
+        self.precisions: list[list[Any]] = []
+        """[step, name]: from which step on the model computed in which precision."""
         self.norms: list[list[int]] = []
         """[step, images]: from which step on BatchNorm has seen how many images at a time."""
         self._resume()
+        self._note_precision(str(model.compute_dtype).removeprefix("torch."))
         self._note_norms(batch_of_norms(model, self.micro, world_size))
 
     def _resume(self) -> None:
@@ -121,6 +129,7 @@ class Training:
         self.corrupt.seen = {int(i): text for i, text in extra["corrupt"].items()}
         self.best, self._order = extra["best"], extra["order"]
         self.norms = list(extra.get("norms", []))
+        self.precisions = list(extra.get("precisions", []))
         if len(loaded.owns) == ranks.world_size:
             own = loaded.owns[ranks.rank]
             self.tally = Tally.of([own["tally"]], self.engine.device)
@@ -136,6 +145,20 @@ class Training:
             f"(step {self.cursor.step})",
             self.name,
         )
+
+    def _note_precision(self, name: str) -> None:
+        """Warn if ``precision=auto`` means something else here than where training began."""
+        before = self.precisions[-1][1] if self.precisions else None
+        if name == before:
+            return
+        self.precisions.append([self.cursor.step, name])
+        if before is not None:
+            self.context.warn(
+                f"this device computes in {name}, the one before in {before} until step "
+                f"{self.cursor.step}: the result differs from that of a run with either "
+                f"(precision={before} continues as before)",
+                self.name,
+            )
 
     def _note_norms(self, images: int | None) -> None:
         """Warn if BatchNorm resumes with another batch size: an uninterrupted run has only one."""
@@ -173,6 +196,7 @@ class Training:
             "order": self._order,
             "late_from": self.engine.late_from,
             "norms": self.norms,
+            "precisions": self.precisions,
         }
         own = {"tally": self.tally.state(), "random": random_state.capture()}
         self.metrics.flush()

@@ -149,7 +149,7 @@ def test_names_are_whole_paths():
     assert parts["teacher.args"] == {"batch": 3, "lr": 1, "layers.x": 2}
     assert parts["teacher.lr"] == 0.003
     assert "teacher.args.lr" not in parts
-    assert all(name == "seed" or "." in name for name in parts)
+    assert all(name in ("seed", "precision") or "." in name for name in parts)
     named = [f"{section}.batch" for section in ("targets", "evaluate")]
     assert set(named) <= EXECUTION
 
