@@ -27,13 +27,26 @@ def run(folder, *overrides: str) -> str:
 
 def test_batch_scope_needs_no_bank_and_is_judged_in_shuffled_order(tmp_path):
     folder = tmp_path / "run"
-    output = run(folder, "graph.scope=batch", "student.epochs=4", "student.control=false")
+    networks = ("teacher.arch=whitened_cnn", "teacher.args={widths: [16, 16, 32]}",
+                "student.stem=whitened_cnn", "student.stem_args={widths: [16, 32]}")  # fmt: skip
+    output = run(
+        folder, "graph.scope=batch", "student.epochs=4", "student.control=false", *networks
+    )
     assert "graph  " not in output
     table = results(folder)
     assert "graph" not in table["student"]
     assert "control_mlp" not in table
     assert table["student"]["accuracy"] > 0.2
     assert (folder / "report.html").exists()
+    first = [
+        disk.load_weights(disk.recorded(folder / stage))[name]
+        for stage, name in (
+            ("teacher", "cnn.first.weight"),
+            ("student", "stem.network.first.weight"),
+        )
+    ]
+    assert torch.equal(*first)  # whitened from the same images
+    assert torch.equal(first[0][12:], -first[0][:12])
 
 
 def test_looking_at_held_out_images_does_not_change_the_training(micro_run, tmp_path):
