@@ -25,6 +25,10 @@ from cnn2gnn_dist.errors import UserError
 FORMAT = 1
 CONFIG, WEIGHTS, CARD, CHECKSUMS = "config.json", "model.safetensors", "README.md", "checksums.json"
 CALIBRATION, MEMORY = "calibration.npz", "memory"
+_LOADING = {
+    "pretrained", "weights", "checkpoint_path", "cache_dir", "pretrained_cfg", "pretrained_cfg_overlay",
+}  # fmt: skip
+"""Arguments by which timm reads files or the network: the weights of a model are in its folder."""
 
 
 class _Part(BaseModel):
@@ -97,7 +101,8 @@ def read_config(folder: Path) -> ModelConfig:
         raise damaged(file, str(error)) from None
     if not isinstance(tree, dict) or tree.get("library_name") != "cnn2gnn-dist":
         raise not_a_model(folder, "its config.json is another library's")
-    if int(tree.get("format", 0)) > FORMAT:
+    written = tree.get("format")
+    if isinstance(written, int) and written > FORMAT:
         raise UserError(
             f"the model was written by a newer version ({tree.get('version')}, format "
             f"{tree.get('format')}; this one reads up to {FORMAT})",
@@ -105,11 +110,16 @@ def read_config(folder: Path) -> ModelConfig:
             remedy="upgrade cnn2gnn-dist",
         )
     try:
-        return ModelConfig.model_validate(tree)
+        made = ModelConfig.model_validate(tree)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))
         raise damaged(file, f"{field}: {first['msg']}") from None
+    if foreign := _LOADING.intersection(made.student.stem_args):
+        raise damaged(
+            file, f"student.stem_args: {', '.join(sorted(foreign))} would load other files"
+        )
+    return made
 
 
 def write_checksums(folder: Path) -> None:
@@ -135,15 +145,21 @@ def check_files(folder: Path, *, read: bool = True) -> None:
     try:
         recorded = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))["files"]
         files = {str(name): (int(size), str(sha)) for name, (size, sha) in recorded.items()}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise damaged(folder / CHECKSUMS, str(error)) from None
+    if unlisted := {CONFIG, WEIGHTS} - files.keys():
+        raise damaged(folder / CHECKSUMS, f"it does not list {', '.join(sorted(unlisted))}")
     for name, (size, sha) in files.items():
+        if name == CARD:  # people edit the card
+            continue
+        if Path(name).name != name:
+            raise damaged(folder / CHECKSUMS, f"{name!r} is not a file of the model")
         path = folder / name
         if not path.is_file():
             raise damaged(path, "it is missing")
         if path.stat().st_size != size:
             raise damaged(path, f"it has {path.stat().st_size} bytes, {size} when it was written")
-        if read and name != CARD and durable.sha256(path) != sha:  # people edit the card
+        if read and durable.sha256(path) != sha:
             raise damaged(path, "its checksum does not match")
 
 

@@ -19,11 +19,15 @@ from cnn2gnn_dist.inference import artefact, inputs
 from cnn2gnn_dist.inference.answers import Answer, Neighbour
 from cnn2gnn_dist.inference.artefact import ModelConfig
 from cnn2gnn_dist.inference.inputs import Pixels
+from cnn2gnn_dist.inference.memory import store
+from cnn2gnn_dist.inference.memory.store import Version
 from cnn2gnn_dist.inference.memory.view import Memory
 from cnn2gnn_dist.inference.network import Network, Outputs, joined
 from cnn2gnn_dist.inference.scoring import Scoring
 
 BATCH = 64
+VERIFIED_BYTES = 256 << 20
+"""Up to this size a memory's checksums are compared whenever a model is opened."""
 DECODERS = 4
 """Threads that decode images."""
 
@@ -56,13 +60,14 @@ class Classifier(ModelHubMixin):
         self._decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="decode")
 
     @classmethod
-    def open(cls, folder: Path, *, device: str = "auto", verify: bool = False) -> Classifier:
+    def open(cls, folder: Path, *, device: str = "auto", verify: bool | None = None) -> Classifier:
         """Open the folder of a model.
 
         Args:
             folder: that ``export`` wrote.
             device: "auto" (CUDA where there is one), "cpu", "cuda", …
-            verify: also read the memory and compare its checksums.
+            verify: also read the memory and compare its checksums, which takes a second for each
+                gigabyte or so; None: unless it has more than ``VERIFIED_BYTES``.
 
         Raises:
             UserError: not a model, damaged, or of a newer version.
@@ -70,15 +75,14 @@ class Classifier(ModelHubMixin):
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        from cnn2gnn_dist.inference.memory import store
-
         config = artefact.read_config(folder)
         artefact.check_files(folder)
         memory = None
         if (folder / artefact.MEMORY).is_dir():
-            memory = Memory.open(folder / artefact.MEMORY)
-            if verify:
-                store.verify(memory.root, memory.version)
+            memory = Memory.open(
+                folder / artefact.MEMORY,
+                check=lambda root, version: _verify(root, version, verify),
+            )
         elif config.scope == "dataset":
             raise artefact.damaged(folder / artefact.MEMORY, "it is missing")
         if device == "auto":
@@ -403,6 +407,11 @@ def _neighbours(
         )
         for key, slot in zip(keys, slots, strict=True)
     )
+
+
+def _verify(root: Path, version: Version, wanted: bool | None) -> None:
+    if wanted or (wanted is None and store.size(root, version) <= VERIFIED_BYTES):
+        store.verify(root, version)
 
 
 def _check_counts(**given: tuple[int, int]) -> None:

@@ -122,6 +122,8 @@ def read_version(root: Path, number: int) -> Version:
                 where=str(root),
                 remedy="upgrade cnn2gnn-dist",
             )
+        if tree.get("digest") not in (None, _digest(tree)):
+            raise damaged(file, "its checksum does not match")
         version = Version(
             number=int(tree["number"]),
             parent=tree["parent"],
@@ -132,8 +134,10 @@ def read_version(root: Path, number: int) -> Version:
             files={str(k): (int(size), str(sha)) for k, (size, sha) in tree["files"].items()},
             heads=dict(tree["heads"]),
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise damaged(file, str(error)) from None
+    if strange := [name for name, _ in version.segments if not name.isdigit()]:
+        raise damaged(file, f"{strange[0]!r} is not a segment")
     _check(folder, version.files, read=False)
     for name, _ in version.segments:
         _check(segment_folder(root, name), segment_files(root, name), read=False)
@@ -159,6 +163,12 @@ def digest(root: Path, version: Version) -> str:
     return found.hexdigest()
 
 
+def size(root: Path, version: Version) -> int:
+    """Bytes of the files of a version."""
+    parts = [version.files, *(segment_files(root, name) for name, _ in version.segments)]
+    return sum(size for files in parts for size, _ in files.values())
+
+
 def version_folder(root: Path, number: int) -> Path:
     """Folder of a version."""
     return root / "versions" / f"{number:06d}"
@@ -179,7 +189,7 @@ def segment_files(root: Path, name: str) -> dict[str, tuple[int, str]]:
     try:
         tree = json.loads(file.read_text(encoding="utf-8"))["files"]
         return {str(key): (int(size), str(sha)) for key, (size, sha) in tree.items()}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise damaged(file, str(error)) from None
 
 
@@ -264,7 +274,7 @@ def write_version(root: Path, version: Version, arrays: Mapping[str, np.ndarray]
             "files": _digests(folder),
             "heads": dict(version.heads),
         }
-        durable.write_json(folder / "version.json", tree)
+        durable.write_json(folder / "version.json", tree | {"digest": _digest(tree)})
     set_head(root, version.number)
 
 
@@ -317,6 +327,12 @@ def _new_folder(final: Path) -> Iterator[Path]:
         raise
 
 
+def _digest(tree: Mapping[str, Any]) -> str:
+    """SHA-256 of a version's description, without the digest itself."""
+    content = {name: value for name, value in tree.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def _digests(folder: Path) -> dict[str, list[Any]]:
     return {
         path.name: [path.stat().st_size, durable.sha256(path)]
@@ -328,6 +344,8 @@ def _digests(folder: Path) -> dict[str, list[Any]]:
 def _check(folder: Path, files: Mapping[str, tuple[int, str]], *, read: bool) -> None:
     for name, (size, sha) in files.items():
         path = folder / name
+        if Path(name).name != name:
+            raise damaged(path, "it is not a file of the memory")
         try:
             found = path.stat().st_size
         except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
@@ -39,11 +40,11 @@ class Memory:
         self._x = [_mapped(folder / "x.npy") for folder in self._folders]
         self._z = [_mapped(folder / "z.npy") for folder in self._folders]
         # Mapped now: a compaction deletes these files, and this version is read on.
-        self._rows = [pa.memory_map(str(f / store.ROWS)).read_buffer() for f in self._folders]
+        self._rows = [_mapped_rows(folder / store.ROWS) for folder in self._folders]
         self.base_table = _mapped(self._folders[0] / "candidates.npy")
         self.classes = [entry.name for entry in version.classes]
         self.trained = sum(entry.trained for entry in version.classes)
-        self.labels = np.concatenate([np.load(f / "labels.npy") for f in self._folders])
+        self.labels = np.concatenate([_read(folder / "labels.npy") for folder in self._folders])
         relabelled = self._array("relabelled", np.empty((0, 2), np.int64))
         self.labels[relabelled[:, 0]] = relabelled[:, 1]
         self.live = np.ones(len(self.labels), bool)
@@ -54,8 +55,18 @@ class Memory:
         )
 
     @classmethod
-    def open(cls, root: Path, number: int | None = None) -> Memory:
+    def open(
+        cls,
+        root: Path,
+        number: int | None = None,
+        check: Callable[[Path, Version], object] = lambda *_: None,
+    ) -> Memory:
         """Open a version, by default the current one.
+
+        Args:
+            root: of the memory.
+            number: of the version; None: the current one.
+            check: called before its files are opened; raises UserError if they are damaged.
 
         Raises:
             UserError: it is missing or damaged.
@@ -63,7 +74,9 @@ class Memory:
         while True:
             current = store.head(root) if number is None else number
             try:
-                return cls(root, store.read_version(root, current))
+                version = store.read_version(root, current)
+                check(root, version)
+                return cls(root, version)
             except (UserError, OSError):
                 if number is not None or store.head(root) == current:
                     raise  # else a compaction has replaced it while it was opened
@@ -203,13 +216,30 @@ class Memory:
         if f"{name}.npy" not in self.version.files:
             return missing
         folder = store.version_folder(self.root, self.version.number)
-        found: np.ndarray = np.load(folder / f"{name}.npy")
-        return found
+        return _read(folder / f"{name}.npy")
+
+
+def _read(path: Path) -> np.ndarray:
+    return np.array(_mapped(path))
 
 
 def _mapped(path: Path) -> np.ndarray:
-    array: np.ndarray = np.load(path, mmap_mode="r")
+    try:
+        array: np.ndarray = np.load(path, mmap_mode="r")
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # numpy parses the header as Python's: of many kinds
+        raise store.damaged(path, str(error)) from None
     return array
+
+
+def _mapped_rows(path: Path) -> pa.Buffer:
+    buffer = pa.memory_map(str(path)).read_buffer()
+    try:
+        pq.ParquetFile(pa.BufferReader(buffer))
+    except (OSError, pa.ArrowException) as error:
+        raise store.damaged(path, str(error)) from None
+    return buffer
 
 
 def forgotten(root: Path) -> list[str]:

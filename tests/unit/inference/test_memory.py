@@ -335,7 +335,7 @@ def test_damage_is_named(model, damage):
     if damage in ("x.npy", "rows.parquet"):
         path.write_bytes(flipped)
         with pytest.raises(UserError, match="checksum"):
-            store.verify(root, Memory.open(root).version)
+            store.verify(root, store.read_version(root, 0))
 
 
 def test_what_is_there_already_and_unknown_keys_are_refused(model):

@@ -1,0 +1,116 @@
+"""A model's folder with a byte changed, cut off, or leading elsewhere: refused by name, never answered from."""
+
+import json
+
+import numpy as np
+import pytest
+
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.inference import artefact, editing
+from cnn2gnn_dist.inference.classifier import Classifier, load
+from tests.support.models import calibrate, pictures
+
+
+@pytest.fixture
+def edited(model):
+    calibrate(model.folder)
+    model = load(model.folder, device="cpu")
+    editing.add(model, list(pictures(4, seed=9)), "class 0")
+    editing.remove(model, ["img-1"])
+    return model
+
+
+def test_every_file_that_an_answer_rests_on_is_checked(edited):
+    folder, head = edited.folder, edited.memory.version.number
+    unused = {artefact.CARD, ".lock"}
+    for path in sorted(folder.rglob("*")):
+        other_version = path.parent.parent.name == "versions" and path.parent.name != f"{head:06d}"
+        if not path.is_file() or path.name in unused or other_version:
+            continue
+        data = path.read_bytes()
+        places = {0} if path.name == "HEAD" else {0, len(data) // 2, len(data) - 1}
+        for place in places:
+            damaged = bytearray(data)
+            damaged[place] ^= 0x55
+            path.write_bytes(damaged)
+            with pytest.raises(UserError) as caught:
+                load(folder, device="cpu")
+            assert caught.value.remedy, path
+        path.write_bytes(data[: len(data) // 2] if path.name != "HEAD" else b"")
+        with pytest.raises(UserError):
+            load(folder, device="cpu")
+        path.write_bytes(data)
+    load(folder, device="cpu")
+
+
+def test_a_large_memory_is_verified_when_asked(edited, monkeypatch):
+    monkeypatch.setattr("cnn2gnn_dist.inference.classifier.VERIFIED_BYTES", 10)
+    path = edited.memory.root / "segments" / "000000" / "z.npy"
+    path.write_bytes(path.read_bytes()[:-4] + b"abcd")
+    load(edited.folder, device="cpu")
+    with pytest.raises(UserError, match="its checksum does not match"):
+        Classifier.open(edited.folder, device="cpu", verify=True)
+    path.write_bytes(path.read_bytes().replace(b"NUMPY", b"NOPE!"))
+    with pytest.raises(UserError, match="memory is damaged") as caught:
+        load(edited.folder, device="cpu")
+    assert "z.npy" in caught.value.where
+
+
+def test_the_card_may_be_edited(model):
+    (model.folder / artefact.CARD).write_text("# ours\n\nlonger than before")
+    load(model.folder, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [("weights", "/etc/passwd"), ("checkpoint_path", "x"), ("pretrained", True)],
+)
+def test_a_model_loads_no_other_file(model, argument, value):
+    path = model.folder / artefact.CONFIG
+    tree = json.loads(path.read_text())
+    tree["student"] |= {"stem": "resnet18", "stem_args": {argument: value}}
+    path.write_text(json.dumps(tree))
+    artefact.write_checksums(model.folder)
+    with pytest.raises(UserError, match=f"{argument} would load other files"):
+        load(model.folder, device="cpu")
+
+
+@pytest.mark.parametrize(
+    "recorded", [{"files": []}, {"files": {}}, [], {"files": {"../x": [1, "a"]}}]
+)
+def test_checksums_that_list_nothing_or_lead_out(model, recorded):
+    path = model.folder / artefact.CHECKSUMS
+    if isinstance(recorded, dict) and recorded["files"]:
+        recorded = {"files": json.loads(path.read_text())["files"] | recorded["files"]}
+    path.write_text(json.dumps(recorded))
+    with pytest.raises(UserError, match="the model is damaged"):
+        load(model.folder, device="cpu")
+
+
+@pytest.mark.parametrize("change", [{"segments": [["../../x", 40]]}, {"files": {"../x": [1, "a"]}}])
+def test_a_version_does_not_lead_out_of_the_memory(model, change):
+    path = model.memory.root / "versions" / "000000" / "version.json"
+    tree = json.loads(path.read_text()) | change
+    del tree["digest"]
+    path.write_text(json.dumps(tree))
+    with pytest.raises(UserError, match="memory is damaged: "):
+        load(model.folder, device="cpu")
+
+
+@pytest.mark.parametrize("format", ["abc", None, [1], 1e9])
+def test_a_format_that_is_no_number(model, format):
+    path = model.folder / artefact.CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": format}))
+    with pytest.raises(UserError):
+        load(model.folder, device="cpu")
+
+
+def test_versions_from_before_digests_are_read(model):
+    path = model.memory.root / "versions" / "000000" / "version.json"
+    tree = json.loads(path.read_text())
+    del tree["digest"]
+    path.write_text(json.dumps(tree))
+    np.testing.assert_array_equal(
+        load(model.folder, device="cpu").predict_proba(pictures(3)),
+        model.predict_proba(pictures(3)),
+    )
