@@ -10,6 +10,7 @@ from cnn2gnn_dist import consistency
 from cnn2gnn_dist.config_graph import GraphConfig as GraphConfig
 from cnn2gnn_dist.config_section import PATH
 from cnn2gnn_dist.config_section import Section as Section
+from cnn2gnn_dist.config_training import TrainConfig as TrainConfig
 
 
 class RunConfig(Section):
@@ -146,34 +147,15 @@ class StreamConfig(Section):
     )
 
 
-class TrainConfig(Section):
-    """Training settings that teacher and student have in common."""
-
-    epochs: int = Field(10, ge=1, description="passes over the training images")
-    global_batch: int = Field(256, ge=1, description="samples per optimizer step, over all ranks")
-    max_micro_batch: int = Field(
-        256,
-        ge=1,
-        description="most samples that a rank holds at once; gradients of more are accumulated",
-    )
-    lr: float = Field(1e-3, gt=0, description="peak learning rate (AdamW, cosine to zero)")
-    warmup_epochs: float = Field(1.0, ge=0, description="epochs of linear warm-up")
-    weight_decay: float = Field(0.05, ge=0, description="decoupled weight decay (matrices only)")
-    clip: float = Field(1.0, ge=0, description="gradient clipping: largest norm; 0: off")
-    label_smoothing: float = Field(
-        0.0, ge=0, lt=1, description="label smoothing of the cross-entropy"
-    )
-    eval_epochs: int = Field(
-        0, ge=0, description="epochs between evaluations on held-out images; 0: only at the end"
-    )
-
-
 class TeacherConfig(TrainConfig):
     """The teacher, a CNN trained under DeepSpeed."""
 
     arch: str = Field("resnet18", description="whitened_cnn (args: widths), or any timm model name")
     args: dict[str, Any] = Field(
         default_factory=dict, description="further arguments of timm's model"
+    )
+    head_lr: float = Field(
+        1.0, ge=0, description="factor of the learning rate for the classifier, timm's last layer"
     )
     pretrained: bool = Field(False, description="start from timm's pretrained weights (downloads)")
     weights: str | None = Field(
@@ -210,6 +192,11 @@ class StudentConfig(TrainConfig):
     )
     stem_args: dict[str, Any] = Field(
         default_factory=dict, description="further arguments of the stem"
+    )
+    stem_lr: float = Field(
+        1.0,
+        ge=0,
+        description="factor of the learning rate for the stem; 0: frozen, norms' statistics aside",
     )
     dim: int = Field(128, ge=2, description="D: width of the stem's features x")
     hidden: int = Field(128, ge=2, description="H: width of the GNN's hidden layer")

@@ -96,6 +96,16 @@ _RULES = (
     ),
     # Trainings.
     _Rule(
+        ("teacher.momentum",),
+        "only teacher.optimizer=sgd has it",
+        lambda c, a: c.teacher.optimizer != "sgd",
+    ),
+    _Rule(
+        ("student.momentum",),
+        "only student.optimizer=sgd has it",
+        lambda c, a: c.student.optimizer != "sgd",
+    ),
+    _Rule(
         ("teacher.clip",),
         "the DeepSpeed config sets its own gradient_clipping",
         lambda c, a: a.deepspeed.get("teacher", {}).get("gradient_clipping", "auto") != "auto",

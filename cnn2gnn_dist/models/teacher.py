@@ -170,7 +170,7 @@ def _create(
 def _load(network: nn.Module, weights: str) -> None:
     state = _read(Path(weights))
     own = network.state_dict()
-    heads = _classifier_names(network)
+    heads = classifier_names(network)
 
     def is_head(name: str) -> bool:
         return any(name.startswith(f"{head}.") for head in heads)
@@ -229,7 +229,8 @@ def _read(path: Path) -> dict[str, Tensor]:
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}
 
 
-def _classifier_names(network: nn.Module) -> list[str]:
+def classifier_names(network: nn.Module) -> list[str]:
+    """Names of a timm network's last layers, as timm lists them."""
     known = getattr(network, "pretrained_cfg", None) or {}
     names = known.get("classifier") or "fc"
     return [names] if isinstance(names, str) else list(names)

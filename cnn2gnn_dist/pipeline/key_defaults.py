@@ -96,5 +96,13 @@ DEFAULTS: dict[str, Any] = {
     "student.ds_config": {},
     "evaluate.batch": 256,
     "evaluate.gallery": 24,
+    "teacher.optimizer": "adamw",
+    "teacher.momentum": 0.9,
+    "teacher.bias_lr": 1.0,
+    "student.optimizer": "adamw",
+    "student.momentum": 0.9,
+    "student.bias_lr": 1.0,
+    "teacher.head_lr": 1.0,
+    "student.stem_lr": 1.0,
     "version.decoding": 1,
 }

@@ -179,6 +179,8 @@ def resolve(
     device: str,
     stage: int | None = None,
     precision: str = "auto",
+    optimizer: str = "adamw",
+    momentum: float = 0.9,
 ) -> dict[str, Any]:
     """Fill in every "auto"; the batch stays global = micro x accumulation x ranks.
 
@@ -194,6 +196,8 @@ def resolve(
             which also rounds gradients: there the models cast (``models.precision``).
         stage: ZeRO stage, overriding the file's.
         precision: the run's ``precision``: auto, float32 or bfloat16.
+        optimizer: "adamw", as the file describes it, or "sgd", of which the file has the weight decay at most.
+        momentum: of sgd.
 
     Raises:
         UserError: the file fixes a batch size or learning rate that contradicts, a mode that can't
@@ -223,6 +227,8 @@ def resolve(
             remedy='"auto", for the clip of the run\'s config, or a number of at least 0',
         )
     _resolve_optimizer(_block(config, "optimizer"), lr, weight_decay, on_gpu)
+    if optimizer == "sgd":
+        _use_sgd(config, momentum)
     config.setdefault("steps_per_print", 10**9)
     _refuse_auto(config, "")
     return config
@@ -299,7 +305,8 @@ def _resolve_optimizer(
         raise UserError(
             f"the optimizer {kind!r} is not supported: checkpoints name Adam's moments",
             where="optimizer.type",
-            remedy='"AdamW" with "torch_adam": true',
+            remedy='"AdamW" with "torch_adam": true, here; for SGD teacher.optimizer=sgd or '
+            "student.optimizer=sgd in the run's config",
         )
     params = _block(optimizer, "params", "optimizer.params")
     params["lr"] = _auto(params.get("lr", "auto"), lr)
@@ -316,6 +323,19 @@ def _resolve_optimizer(
         # Otherwise DeepSpeed compiles its own Adam, for more than a minute.
         params["torch_adam"] = True
     params.setdefault("torch_adam", True)
+
+
+def _use_sgd(config: dict[str, Any], momentum: float) -> None:
+    """Put SGD with Nesterov's momentum in Adam's place, with its learning rate and weight decay."""
+    adam = config["optimizer"]["params"]
+    kept = {name: adam[name] for name in ("lr", "weight_decay")}
+    config["optimizer"] = {
+        "type": "SGD",
+        "params": {**kept, "momentum": momentum, "nesterov": True},
+    }
+    config["zero_allow_untested_optimizer"] = (
+        True  # ZeRO would refuse it; our tests cover all stages
+    )
 
 
 def _check_params(params: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -21,7 +21,8 @@ from cnn2gnn_dist.training.sync_norm import is_synchronised
 
 _log = logging.getLogger(__name__)
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = {"AdamW": ("exp_avg", "exp_avg_sq"), "SGD": ("momentum_buffer",)}
+"""What an optimizer keeps for each parameter, by torch's name for it (Adam's are AdamW's)."""
 
 
 def init(ranks: Ranks, device: str, timeout_s: float = 600.0) -> None:
@@ -94,6 +95,7 @@ class Engine:
         device: "cpu" or "cuda".
         late: names of parameters that get no gradients before some step, ``late_from``: they have a
             separate learning rate, 0 until then, and Adam's bias correction counts from there.
+        rates: factors of the learning rate by the names of parameters; of others 1.
 
     Vectors and scalars (norms, biases, gates) get no weight decay.
     """
@@ -105,6 +107,7 @@ class Engine:
         *,
         device: str,
         late: Collection[str] = (),
+        rates: Mapping[str, float] | None = None,
     ) -> None:
         import deepspeed
 
@@ -121,7 +124,10 @@ class Engine:
         self._pending: Outcome | None = None
         model.to(self.device)
         config = without_overlap(config, model)
-        groups = _groups(model, config["optimizer"]["params"]["weight_decay"], late)
+        self.moments = MOMENTS.get(config["optimizer"]["type"], MOMENTS["AdamW"])
+        groups = _groups(
+            model, config["optimizer"]["params"]["weight_decay"], late, dict(rates or {})
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.deepspeed, *_ = deepspeed.initialize(
@@ -220,7 +226,8 @@ class Engine:
     def _update(self, outcome: Outcome, late_lr: float | None) -> None:
         """Run the optimizer's step and restart the count of micro-batches."""
         for group in inner_optimizer(self).param_groups:
-            group["lr"] = self._late(late_lr, group["betas"]) if group["late"] else outcome.lr
+            rate = self._late(late_lr, group) if group["late"] else outcome.lr
+            group["lr"] = rate * group["rate"]
         self.deepspeed.step()
         if outcome.norm is None:
             outcome.norm = self.deepspeed.get_global_grad_norm()
@@ -228,11 +235,15 @@ class Engine:
         self._finite.fill_(1.0)
         self.steps += 1
 
-    def _late(self, lr: float | None, betas: tuple[float, float]) -> float:
+    def _late(self, lr: float | None, group: dict[str, Any]) -> float:
+        started = self.late_from is not None and lr is not None
+        if "betas" not in group:  # SGD adds the decay to the gradient: it would gather momentum
+            group["weight_decay"] = group["decay"] if started else 0.0
         if self.late_from is None or lr is None:
             return 0.0
         done = self.steps + 1
-        return lr * fresh_adam(done, done - self.late_from, betas)
+        since = done - self.late_from
+        return lr * fresh_adam(done, since, group["betas"]) if "betas" in group else lr
 
     def _plain_norm(self) -> Tensor | None:
         """Norm of the gradients, already averaged over ranks, which ZeRO-0 doesn't report; else None."""
@@ -284,19 +295,25 @@ def without_overlap(config: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     return {**config, "zero_optimization": {**config["zero_optimization"], "overlap_comm": False}}
 
 
-def _groups(model: nn.Module, decay: float, late: Collection[str]) -> list[dict[str, Any]]:
-    """Parameters grouped by weight decay (only matrices have it) and by when they start."""
+def _groups(
+    model: nn.Module, decay: float, late: Collection[str], rates: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """Parameters grouped by weight decay (only matrices have it), by when they start and by their rate."""
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if unknown := set(late) - set(dict(model.named_parameters())):
+    if unknown := (set(late) | set(rates)) - set(dict(model.named_parameters())):
         raise ValueError(f"no parameters of these names: {sorted(unknown)}")
+    kinds = {n: (n in late, p.ndim > 1, rates.get(n, 1.0)) for n, p in named.items()}
     groups = [
         {
-            "params": [p for n, p in named.items() if (n in late, p.ndim > 1) == (begins, matrix)],
+            "params": [p for n, p in named.items() if kinds[n] == (begins, matrix, rate)],
             "weight_decay": decay if matrix else 0.0,
+            "decay": decay if matrix else 0.0,
             "late": begins,
+            "rate": rate,
         }
         for begins in (False, True)
         for matrix in (True, False)
+        for rate in sorted(set(kinds[n][2] for n in named))
     ]
     return [group for group in groups if group["params"]]
 

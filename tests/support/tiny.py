@@ -15,7 +15,7 @@ from cnn2gnn_dist.training.engine import Engine
 
 GLOBAL_BATCH = 8
 STAGES = (0, 1, 2, 3)
-LR, WEIGHT_DECAY = 0.01, 0.1
+LR, WEIGHT_DECAY, MOMENTUM = 0.01, 0.1, 0.85
 
 
 class TinyNet(nn.Module):
@@ -58,7 +58,9 @@ def lr(step: int) -> float:
     return LR / (1 + step)
 
 
-def config(stage: int, accumulation: int = 1, clip: float = 0.0) -> dict[str, Any]:
+def config(
+    stage: int, accumulation: int = 1, clip: float = 0.0, optimizer: str = "adamw"
+) -> dict[str, Any]:
     """The repository's ds_config.json, resolved for the current group."""
     return ds_config.resolve(
         ds_config.load(ds_config.PACKAGE.parent / "ds_config.json"),
@@ -70,14 +72,23 @@ def config(stage: int, accumulation: int = 1, clip: float = 0.0) -> dict[str, An
         clip=clip,
         device="cpu",
         stage=stage,
+        optimizer=optimizer,
+        momentum=MOMENTUM,
     )
 
 
-def build(stage: int, *, seed: int = 0, model: nn.Module | None = None, **options: Any) -> Engine:
-    """An engine around a TinyNet (or ``model``) in training mode."""
-    engine = Engine(model or TinyNet(seed), config(stage, **options), device="cpu")
-    engine.train()
-    return engine
+def build(
+    stage: int,
+    *,
+    seed: int = 0,
+    model: nn.Module | None = None,
+    engine: dict[str, Any] | None = None,
+    **options: Any,
+) -> Engine:
+    """An engine around a TinyNet (or ``model``) in training mode; ``engine``: its further arguments."""
+    built = Engine(model or TinyNet(seed), config(stage, **options), device="cpu", **(engine or {}))
+    built.train()
+    return built
 
 
 def train(engine: Engine, steps: range) -> list[float]:

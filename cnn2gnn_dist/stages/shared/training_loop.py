@@ -21,6 +21,7 @@ from cnn2gnn_dist.errors import Preempted
 from cnn2gnn_dist.models.precision import MixedPrecision
 from cnn2gnn_dist.runtime import collectives, preemption
 from cnn2gnn_dist.stages.shared.context import Context, CorruptCount
+from cnn2gnn_dist.stages.shared.learning_rates import rates_of
 from cnn2gnn_dist.stages.shared.tally import Tally
 from cnn2gnn_dist.training import ds_config, random_state
 from cnn2gnn_dist.training.checkpoint.folder import root_of
@@ -88,9 +89,15 @@ class Training:
             device=context.device,
             stage=settings.zero_stage,
             precision=context.config.precision,
+            optimizer=settings.optimizer,
+            momentum=settings.momentum,
         )
         self.engine = Engine(
-            model, resolved, device=context.device, late=late.names if late else ()
+            model,
+            resolved,
+            device=context.device,
+            late=late.names if late else (),
+            rates=rates_of(model, settings),
         )
         # Rank losses are averaged over ranks and micro-batches: divided by this they are sum / G,
         # whatever the ranks' shares of the global batch.

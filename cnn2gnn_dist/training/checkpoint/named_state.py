@@ -1,6 +1,6 @@
 """A model's training state as named tensors, extracted from and loaded into any ZeRO stage.
 
-``w/NAME`` is the fp32 weight, ``m/NAME`` and ``v/NAME`` Adam's moments, ``b/NAME`` a buffer's mean
+``w/NAME`` is the fp32 weight, ``m/NAME`` and ``v/NAME`` Adam's moments (``m/NAME`` SGD's), ``b/NAME`` a buffer's mean
 over the ranks, ``own-R/NAME`` rank R's own buffer (BatchNorm's statistics differ from the first step
 on). Uses private names of DeepSpeed (pinned, and tested across stages and world sizes); the three
 traps of ``safe_get_full_*`` are marked.
@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from cnn2gnn_dist.runtime import collectives
-from cnn2gnn_dist.training.engine import MOMENTS, Engine, full_weight, inner_optimizer
+from cnn2gnn_dist.training.engine import Engine, full_weight, inner_optimizer
 
-PREFIX = {"exp_avg": "m/", "exp_avg_sq": "v/"}
+PREFIX = {"exp_avg": "m/", "exp_avg_sq": "v/", "momentum_buffer": "m/"}
 
 
 def pull(engine: Engine, mine: Callable[[str], bool]) -> tuple[dict[str, Tensor], float]:
-    """Named fp32 CPU tensors of the parameters selected by ``mine``, and Adam's step count.
+    """Named fp32 CPU tensors of the parameters selected by ``mine``, and the optimizer's step count.
 
     Buffers are averaged. Collective: every rank iterates over all parameters.
     """
@@ -34,7 +34,7 @@ def pull(engine: Engine, mine: Callable[[str], bool]) -> tuple[dict[str, Tensor]
     found: dict[str, Tensor] = {}
     for name, parameter in engine.module.named_parameters():
         whole = {"w/" + name: full_weight(engine, parameter)}
-        for moment in MOMENTS:
+        for moment in engine.moments:
             if engine.zero_stage == 0:
                 value = engine.deepspeed.optimizer.state[parameter][moment]
             else:
@@ -47,7 +47,7 @@ def pull(engine: Engine, mine: Callable[[str], bool]) -> tuple[dict[str, Tensor]
         if mine(name):
             found["b/" + name] = mean.cpu()
     state = next(iter(inner_optimizer(engine).state.values()))
-    return found, float(state["step"])
+    return found, float(state.get("step", engine.deepspeed.global_steps))  # SGD counts none
 
 
 def push(engine: Engine, tensors: dict[str, Tensor], optimizer_step: float) -> None:
@@ -58,9 +58,8 @@ def push(engine: Engine, tensors: dict[str, Tensor], optimizer_step: float) -> N
         _relink(engine)
     named = dict(engine.module.named_parameters())
     for name, parameter in named.items():
-        _set(
-            engine, parameter, tensors["w/" + name], {m: tensors[PREFIX[m] + name] for m in MOMENTS}
-        )
+        moments = {moment: tensors[PREFIX[moment] + name] for moment in engine.moments}
+        _set(engine, parameter, tensors["w/" + name], moments)
     if stage in (1, 2):
         optimizer.update_lp_params()
     if stage == 3:
@@ -107,7 +106,7 @@ def _set_gathered(named: dict[str, Any], tensors: dict[str, Tensor]) -> None:
 
 
 def _create_state(engine: Engine, optimizer_step: float) -> None:
-    """Trap: Adam's state is empty until the first step."""
+    """Trap: the optimizer's state is empty until the first step."""
     inner = inner_optimizer(engine)
     groups: list[dict[str, Any]] = inner.param_groups
     if engine.zero_stage == 3:
@@ -115,10 +114,11 @@ def _create_state(engine: Engine, optimizer_step: float) -> None:
     for group in groups:
         for parameter in group["params"]:
             state = inner.state[parameter]
-            for moment in MOMENTS:
-                if moment not in state:
+            for moment in engine.moments:
+                if state.get(moment) is None:
                     state[moment] = torch.zeros_like(parameter)
-            state["step"] = torch.tensor(float(optimizer_step))
+            if len(engine.moments) > 1:
+                state["step"] = torch.tensor(float(optimizer_step))
 
 
 def _relink(engine: Engine) -> None:

@@ -48,6 +48,9 @@ IDLE = [  # overrides of the preset demo, the environment, and the beginnings of
     ),
     (["teacher.clip=2", "student.clip=2"], CLIPS, ["teacher.clip=2.0 has no effect: the DeepSpeed"]),
     (["teacher.clip=2"], CPU, []),
+    (["teacher.momentum=0.8"], CPU, ["teacher.momentum=0.8 has no effect: only teacher.optimizer"]),
+    (["student.momentum=0.8"], CPU, ["student.momentum=0.8 has no effect: only student.optimizer"]),
+    (["student.momentum=0.8", "student.optimizer=sgd"], CPU, []),
     (
         ["student.distill_weight=1", "student.label_smoothing=0.1"],
         CPU,

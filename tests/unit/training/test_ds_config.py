@@ -275,3 +275,23 @@ def test_deepspeed_knows_every_key_we_let_through() -> None:
     )
     unknown = [k for k in ds_config.KNOWN_KEYS if not re.search(f"[\"']{k}[\"']", source)]
     assert unknown == []
+
+
+def test_sgd_takes_the_place_of_the_files_adam_with_its_weight_decay() -> None:
+    shipped = ds_config.load(SHIPPED)
+    found = resolve(shipped, optimizer="sgd", momentum=0.85)
+    assert found["optimizer"] == {
+        "type": "SGD",
+        "params": {"lr": 0.003, "weight_decay": 0.05, "momentum": 0.85, "nesterov": True},
+    }
+    assert found["zero_allow_untested_optimizer"] is True
+    shipped["optimizer"]["params"]["weight_decay"] = 0.25
+    assert resolve(shipped, optimizer="sgd")["optimizer"]["params"]["weight_decay"] == 0.25
+    assert "zero_allow_untested_optimizer" not in resolve(shipped)
+
+
+def test_sgd_in_the_file_is_refused_with_the_field_that_sets_it() -> None:
+    shipped = ds_config.load(SHIPPED)
+    shipped["optimizer"]["type"] = "SGD"
+    with pytest.raises(UserError, match=r"teacher\.optimizer=sgd"):
+        resolve(shipped)
