@@ -28,9 +28,48 @@ class TrainConfig(Section):
     bias_lr: float = Field(
         1.0, ge=0, description="factor of the learning rate for the biases of norms"
     )
-    warmup_epochs: float = Field(1.0, ge=0, description="epochs of linear warm-up")
+    schedule: Literal["cosine", "triangular", "one_cycle"] = Field(
+        "cosine",
+        description="learning rate over training. cosine: linear warm-up, then half a cosine to 0; triangular: a line "
+        "up and a line down; one_cycle: the same with half cosines, as torch's OneCycleLR",
+    )
+    lr_start: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="rate at the start as a share of lr (triangular, one_cycle); null: 0.2, 0.04",
+    )
+    lr_peak_at: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="where the peak is as a share of training (triangular, one_cycle); null: 0.23, 0.3",
+    )
+    lr_final: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="rate at the end as a share of lr (triangular, one_cycle); null: 0.07, 4e-6",
+    )
+    warmup_epochs: float = Field(1.0, ge=0, description="epochs of linear warm-up (cosine)")
     weight_decay: float = Field(0.05, ge=0, description="weight decay (matrices only)")
     clip: float = Field(1.0, ge=0, description="gradient clipping: largest norm; 0: off")
+    average: Literal["none", "ema", "lookahead"] = Field(
+        "none",
+        description="average of weights over steps, which answers come from. ema: follows the weights; lookahead: also "
+        "sets them to it",
+    )
+    average_decay: float = Field(
+        0.99, ge=0, lt=1, description="share of the average that is kept per step"
+    )
+    average_every: int = Field(
+        5, ge=1, description="steps between updates of the average, which then keeps decay^every"
+    )
+    average_ramp: float = Field(
+        0.0,
+        ge=0,
+        description="that share is multiplied by (share of training done)^this; 0: constant",
+    )
     label_smoothing: float = Field(
         0.0, ge=0, lt=1, description="label smoothing of the cross-entropy"
     )

@@ -128,7 +128,7 @@ def _probably_unintended(config: Config) -> list[str]:
             "shards are used; list fewer shards in data.train"
         )
     for part, train in (("teacher", config.teacher), ("student", student)):
-        if train.warmup_epochs > train.epochs / 2:
+        if train.schedule == "cosine" and train.warmup_epochs > train.epochs / 2:
             found.append(
                 f"{part}.warmup_epochs={train.warmup_epochs:g} is capped at half of the "
                 f"{train.epochs} epochs of training"

@@ -130,6 +130,36 @@ _RULES = (
         "it applies only to graph.scope=dataset",
         lambda c, a: c.graph.scope == "batch",
     ),
+    _Rule(
+        ("teacher.lr_start", "teacher.lr_peak_at", "teacher.lr_final"),
+        "teacher.schedule=cosine goes from 0 to its peak and to 0",
+        lambda c, a: c.teacher.schedule == "cosine",
+    ),
+    _Rule(
+        ("teacher.warmup_epochs",),
+        "only teacher.schedule=cosine has a warm-up",
+        lambda c, a: c.teacher.schedule != "cosine",
+    ),
+    _Rule(
+        ("teacher.average_decay", "teacher.average_every", "teacher.average_ramp"),
+        "teacher.average=none has no average",
+        lambda c, a: c.teacher.average == "none",
+    ),
+    _Rule(
+        ("student.lr_start", "student.lr_peak_at", "student.lr_final"),
+        "student.schedule=cosine goes from 0 to its peak and to 0",
+        lambda c, a: c.student.schedule == "cosine",
+    ),
+    _Rule(
+        ("student.warmup_epochs",),
+        "only student.schedule=cosine has a warm-up",
+        lambda c, a: c.student.schedule != "cosine",
+    ),
+    _Rule(
+        ("student.average_decay", "student.average_every", "student.average_ramp"),
+        "student.average=none has no average",
+        lambda c, a: c.student.average == "none",
+    ),
     # The graph.
     _Rule(
         (

@@ -18,7 +18,14 @@ from cnn2gnn_dist.pipeline.keys import as_made
 from cnn2gnn_dist.training.checkpoint import folder as disk
 
 STAGES = ("teacher", "student", "control")
-KINDS = {"w/": "weights", "m/": "first moments", "v/": "second moments", "b/": "buffers (mean)"}
+KINDS = {
+    "w/": "weights",
+    "a/": "weights averaged over steps",
+    "m/": "first moments",
+    "v/": "second moments",
+    "b/": "buffers (mean)",
+    "c/": "buffers averaged over steps",
+}
 
 
 def ls(place: Path) -> int:

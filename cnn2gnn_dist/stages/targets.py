@@ -118,7 +118,7 @@ def _classifier(
     if resolved["zero_optimization"]["stage"] == 3 and world_size > 1:
         engine = Engine(model, resolved, device=context.device)
         last = final_checkpoint(context.paths.root, "teacher")
-        Checkpoints(last.parent, teacher_key).load(engine, only=last, force=True)
+        Checkpoints(last.parent, teacher_key).load(engine, only=last, force=True, answering=True)
         engine.eval()
         return torch.no_grad()(engine), True
     load_model(model, context.paths.root, "teacher")

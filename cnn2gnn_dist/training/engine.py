@@ -15,14 +15,12 @@ from torch import Tensor, nn
 
 from cnn2gnn_dist.runtime import collectives, peer_watch, process_group
 from cnn2gnn_dist.runtime.ranks import Ranks
+from cnn2gnn_dist.training.average import MOMENTS, Average, Kind, create_state
 from cnn2gnn_dist.training.outcome import Outcome, StepInfo
 from cnn2gnn_dist.training.schedule import fresh_adam
 from cnn2gnn_dist.training.sync_norm import is_synchronised
 
 _log = logging.getLogger(__name__)
-
-MOMENTS = {"AdamW": ("exp_avg", "exp_avg_sq"), "SGD": ("momentum_buffer",)}
-"""What an optimizer keeps for each parameter, by torch's name for it (Adam's are AdamW's)."""
 
 
 def init(ranks: Ranks, device: str, timeout_s: float = 600.0) -> None:
@@ -96,6 +94,7 @@ class Engine:
         late: names of parameters that get no gradients before some step, ``late_from``: they have a
             separate learning rate, 0 until then, and Adam's bias correction counts from there.
         rates: factors of the learning rate by the names of parameters; of others 1.
+        average: of the weights over the steps: none, ema or lookahead (``average.Average``).
 
     Vectors and scalars (norms, biases, gates) get no weight decay.
     """
@@ -108,6 +107,7 @@ class Engine:
         device: str,
         late: Collection[str] = (),
         rates: Mapping[str, float] | None = None,
+        average: Kind = "none",
     ) -> None:
         import deepspeed
 
@@ -133,6 +133,10 @@ class Engine:
             self.deepspeed, *_ = deepspeed.initialize(
                 model=model, model_parameters=groups, config=config
             )
+        self.average: Average | None = None
+        if average != "none":
+            self.average = Average(average, self.deepspeed.optimizer, self.zero_stage, self.module)
+            self.create_state(0.0)
 
     @property
     def module(self) -> nn.Module:
@@ -159,10 +163,21 @@ class Engine:
         if self._micro < self.accumulation:
             self.deepspeed.step()
 
+    def create_state(self, steps: float) -> None:
+        """Create what the optimizer keeps, which torch does in its first step, as after ``steps``."""
+        optimizer = self.deepspeed.optimizer
+        create_state(optimizer, self.zero_stage, self.moments, steps, self.average is not None)
+
     def step(
-        self, lr: float, votes: tuple[float, ...] = (), late_lr: float | None = None
+        self,
+        lr: float,
+        votes: tuple[float, ...] = (),
+        late_lr: float | None = None,
+        kept: float | None = None,
     ) -> StepInfo:
         """Update the weights at the learning rate ``lr``, late ones at ``late_lr`` (collective).
+
+        ``kept``: then update their average, which keeps this share of itself; None: not at this step.
 
         ``votes`` are summed over ranks in a collective that runs anyway. Waits for the device;
         ``step_ahead`` does not.
@@ -177,11 +192,15 @@ class Engine:
         outcome.check_loss()
         outcome.norm = self._plain_norm()
         outcome.check_norm()
-        self._update(outcome, late_lr)
+        self._update(outcome, late_lr, kept)
         return outcome.read()
 
     def step_ahead(
-        self, lr: float, votes: tuple[float, ...] = (), late_lr: float | None = None
+        self,
+        lr: float,
+        votes: tuple[float, ...] = (),
+        late_lr: float | None = None,
+        kept: float | None = None,
     ) -> StepInfo | None:
         """``step`` without waiting for the device: its outcome is read one step later.
 
@@ -197,7 +216,7 @@ class Engine:
         """
         outcome = self._vote(lr, votes)
         outcome.norm = self._plain_norm()
-        self._update(outcome, late_lr)
+        self._update(outcome, late_lr, kept)
         outcome.fetch()
         before = self.settle()
         self._pending = outcome
@@ -223,7 +242,7 @@ class Engine:
         ballot = collectives.all_reduce_sum(torch.cat([self._finite.reshape(1), own_votes]))
         return Outcome(self.steps, lr, ballot, collectives.world_size())
 
-    def _update(self, outcome: Outcome, late_lr: float | None) -> None:
+    def _update(self, outcome: Outcome, late_lr: float | None, kept: float | None) -> None:
         """Run the optimizer's step and restart the count of micro-batches."""
         for group in inner_optimizer(self).param_groups:
             rate = self._late(late_lr, group) if group["late"] else outcome.lr
@@ -231,6 +250,8 @@ class Engine:
         self.deepspeed.step()
         if outcome.norm is None:
             outcome.norm = self.deepspeed.get_global_grad_norm()
+        if self.average is not None and kept is not None:
+            self.average.update(kept)
         self._micro = 0
         self._finite.fill_(1.0)
         self.steps += 1
@@ -275,6 +296,21 @@ class Engine:
             with torch.no_grad():
                 for buffer, kept in zip(self.module.buffers(), own, strict=True):
                     buffer.copy_(kept)
+
+    @contextlib.contextmanager
+    def answering(self) -> Iterator[None]:
+        """Within this block weights are those that answers come from: their average, if there is one.
+
+        Buffers are averaged over ranks. Afterwards all is as before (collective).
+        """
+        if self.average is not None:
+            self.average.swap()
+        try:
+            with self.averaged_buffers():
+                yield
+        finally:
+            if self.average is not None:
+                self.average.swap()
 
     def weights(self) -> dict[str, Tensor]:
         """All fp32 weights and buffers by name, on the CPU of every rank (collective)."""

@@ -1,4 +1,4 @@
-"""Learning rate over training: linear warm-up, then half a cosine; also for parameters that start late."""
+"""Learning rate over training: warm-up and cosine, a triangle, one cycle; also for parameters that start late."""
 
 from __future__ import annotations
 
@@ -15,6 +15,58 @@ def lr_at(step: float, total: float, peak: float, warmup: float, final: float = 
         return peak * step / warmup
     share = min(1.0, (step - warmup) / max(total - warmup, 1e-12))
     return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+SHARES = {"triangular": (0.2, 0.23, 0.07), "one_cycle": (0.04, 0.3, 4e-6)}
+"""Of the schedules with a peak inside: start and end as shares of the peak, which is at that share of
+training (in the order start, peak, end); airbench's, and those of torch's OneCycleLR."""
+
+
+def peaked_lr_at(
+    kind: str,
+    step: float,
+    total: float,
+    peak: float,
+    start: float | None = None,
+    peak_at: float | None = None,
+    final: float | None = None,
+) -> float:
+    """Learning rate at ``step`` of ``total`` that rises to ``peak`` and falls again.
+
+    Args:
+        kind: ``triangular``: two lines; ``one_cycle``: two half cosines (Smith and Topin, 2018; of T steps
+            torch's OneCycleLR has its last at T-1 and its peak one step early: ``total=T-1``).
+        step: steps or epochs done.
+        total: in the same unit.
+        peak: the largest rate.
+        start: rate at 0, as a share of the peak; None: the kind's (``SHARES``).
+        peak_at: where the peak is, as a share of ``total``.
+        final: rate at the end, as a share of the peak.
+    """
+    first, top, last = SHARES[kind]
+    first, top = (first if start is None else start), (top if peak_at is None else peak_at)
+    last, position = (last if final is None else final), min(1.0, step / total)
+    rising = position < top
+    low, share = (first, position / top) if rising else (last, (1 - position) / max(1 - top, 1e-12))
+    if kind == "one_cycle":
+        share = 0.5 * (1 - math.cos(math.pi * share))
+    return peak * (low + (1 - low) * share)
+
+
+def late_share(step: float, start: float, late_warmup: float) -> float:
+    """Share of the ordinary rate that parameters have whose first gradients arrive at ``start``: a line from 0."""
+    if step < start:
+        return 0.0
+    return min(1.0, (step - start) / late_warmup) if late_warmup else 1.0
+
+
+def kept_at(position: float, decay: float, every: int, ramp: float) -> float:
+    """Share of itself that an average of the weights keeps, updated once in ``every`` steps.
+
+    ``decay`` ^ ``every``, times ``position`` ^ ``ramp``: with a ramp, an average near the start of training
+    (``position`` 0 to 1) follows the weights closely.
+    """
+    return decay**every * position**ramp
 
 
 def late_lr_at(

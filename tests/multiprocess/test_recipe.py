@@ -1,4 +1,4 @@
-"""SGD on real DeepSpeed and gloo: as in plain torch, and through checkpoints."""
+"""SGD and averages of weights on real DeepSpeed and gloo: as in plain torch, and through checkpoints."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cnn2gnn_dist.runtime import collectives
+from cnn2gnn_dist.training.checkpoint.folder import load_weights
 from cnn2gnn_dist.training.checkpoint.manager import Checkpoints
 from cnn2gnn_dist.training.engine import Engine, inner_optimizer
 from tests.support import rank_group, tiny
-from tests.support.saves import END, HALF, RUN, extra, state
+from tests.support.saves import END, HALF, RUN, extra, newest, state
 
 RATES = {"norm.bias": 64.0, "norm2.bias": 64.0, "head.weight": 0.5}
 LATE = ("gate", "second.weight")
 STAGES = (0, 2, 3)
+KINDS = ("ema", "lookahead")
 
 
 # --- cases: run on every rank ---------------------------------------------------------------
@@ -78,6 +80,101 @@ def late_sgd(stage: int) -> tuple[bool, bool]:
     return still, torch.allclose(engine.weights()["second.weight"], moved, atol=1e-7)
 
 
+def averaging(kind: str, stage: int, **more: Any) -> Engine:
+    """AdamW for lookahead, SGD for ema: both kinds of moments are beside an average."""
+    optimizer = "sgd" if kind == "ema" else "adamw"
+    return tiny.build(stage, optimizer=optimizer, engine={"average": kind}, **more)
+
+
+def train_averaging(engine: Engine, steps: range) -> list[float]:
+    """Every second step updates the average, which keeps more of itself each time."""
+    losses = []
+    for step in steps:
+        images, labels = tiny.share(step)
+        loss = F.cross_entropy(engine(images), labels)
+        losses.append(float(loss))
+        engine.backward(loss)
+        engine.step(tiny.lr(step), kept=0.1 * step if step % 2 else None)
+    return losses
+
+
+def plain_averaging(kind: str) -> dict[str, Tensor]:
+    """The same by hand, on torch's optimizer: the averages of weights and of this rank's buffers."""
+    model = tiny.TinyNet()
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    groups = [
+        {"params": decayed, "weight_decay": tiny.WEIGHT_DECAY},
+        {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=tiny.LR)
+    if kind == "ema":
+        optimizer = torch.optim.SGD(groups, lr=tiny.LR, momentum=tiny.MOMENTUM, nesterov=True)
+    ddp = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    average = {n: t.detach().clone() for n, t in model.state_dict().items()}
+    for step in range(END):
+        images, labels = tiny.share(step)
+        for group in optimizer.param_groups:
+            group["lr"] = tiny.lr(step)
+        optimizer.zero_grad()
+        F.cross_entropy(ddp(images), labels).backward()
+        optimizer.step()
+        if step % 2 == 0:
+            continue
+        with torch.no_grad():
+            for name, tensor in model.state_dict().items():
+                if tensor.is_floating_point():
+                    average[name] += (1 - 0.1 * step) * (tensor - average[name])
+                else:
+                    average[name] = tensor.clone()
+            if kind == "lookahead":
+                for name, parameter in model.named_parameters():
+                    parameter.copy_(average[name])
+    return average
+
+
+def averages_of(kind: str, stage: int, root: Path) -> dict[str, Any]:
+    """An uninterrupted run with a save on the way, and what answers come from at its end."""
+    engine = averaging(kind, stage)
+    train_averaging(engine, range(HALF))
+    saved = Checkpoints(root / f"{kind}-{stage}", RUN)
+    saved.save(HALF, engine, extra(HALF))
+    saved.settle()
+    found: dict[str, Any] = {"saved": state(engine)}
+    found["next"] = train_averaging(engine, range(HALF, END))
+    found["last"] = state(engine)
+    images, _ = tiny.share(0)
+    before = tiny.digest(engine.weights())
+    engine.eval()
+    with engine.answering():
+        found["answers"], found["average"] = engine(images).detach(), engine.weights()
+    engine.train()
+    found["unchanged"] = before == tiny.digest(engine.weights())
+    last = Checkpoints(root / f"{kind}-{stage}-last", RUN)
+    last.save(END, engine, extra(END))
+    last.settle()
+    plain = tiny.TinyNet(seed=7)
+    plain.load_state_dict(load_weights(newest(last.folder)))
+    found["exported"] = plain.eval()(images).detach()
+    fresh = tiny.build(stage, seed=8)
+    last.load(fresh, answering=True)
+    fresh.eval()
+    found["loaded"] = fresh(images).detach()
+    return found
+
+
+def resumed_averages(root: Path) -> dict[Any, Any]:
+    found: dict[Any, Any] = {}
+    for kind in KINDS:
+        for saved in STAGES:
+            for loaded in STAGES:
+                engine = averaging(kind, loaded, seed=99)
+                Checkpoints(root / f"{kind}-{saved}", RUN).load(engine)
+                own = found[kind, saved, loaded] = {"saved": state(engine)}
+                own["next"] = train_averaging(engine, range(HALF, END))
+                own["last"] = state(engine)
+    return found
+
+
 def first_run(root: Path) -> dict[Any, Any]:
     """Two ranks: against torch; then three steps, a save, and on to the end."""
     found: dict[Any, Any] = {"torch": plain_sgd()}
@@ -92,6 +189,10 @@ def first_run(root: Path) -> dict[Any, Any]:
         found["saved", stage] = state(engine)
         found["next", stage] = tiny.train(engine, range(HALF, END))
         found["last", stage] = state(engine)
+        for kind in KINDS:
+            found[kind, stage] = averages_of(kind, stage, root)
+    for kind in KINDS:
+        found[kind] = plain_averaging(kind)
     return found
 
 
@@ -105,6 +206,7 @@ def resumed(root: Path) -> dict[Any, Any]:
             own = found[saved, loaded] = {"state": state(engine)}
             own["next"] = tiny.train(engine, range(HALF, END))
             own["last"] = state(engine)
+    found["averages"] = resumed_averages(root)
     return found
 
 
@@ -137,14 +239,70 @@ def test_late_parameters_gather_no_momentum_before_their_start(
     assert first[0]["late", stage] == (True, True)
 
 
-def test_a_resumed_run_is_the_uninterrupted_one_in_any_stage(root: Path, first: list[dict]) -> None:
-    for before, after in zip(first, rank_group.run(resumed, 2, root), strict=True):
-        for (saved, loaded), found in after.items():
-            for what, expected in (("state", "saved"), ("next", "next"), ("last", "last")):
-                assert found[what] == before[expected, saved], (saved, loaded, what)
+@pytest.fixture(scope="module")
+def again(root: Path, first: object) -> list[dict[Any, Any]]:
+    return rank_group.run(resumed, 2, root)
 
 
-def test_one_rank_reads_what_two_wrote(root: Path, first: list[dict]) -> None:
-    single = rank_group.run(resumed, 1, root)[0]
-    for (saved, _), found in single.items():
-        assert found["state"] == first[0]["saved", saved]
+@pytest.fixture(scope="module")
+def single(root: Path, first: object) -> dict[Any, Any]:
+    return rank_group.run(resumed, 1, root)[0]
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_in_any_stage(
+    first: list[dict], again: list[dict]
+) -> None:
+    for before, after in zip(first, again, strict=True):
+        for saved in STAGES:
+            for loaded in STAGES:
+                found = after[saved, loaded]
+                for what, expected in (("state", "saved"), ("next", "next"), ("last", "last")):
+                    assert found[what] == before[expected, saved], (saved, loaded, what)
+
+
+def test_one_rank_reads_what_two_wrote(first: list[dict], single: dict) -> None:
+    for saved in STAGES:
+        for loaded in STAGES:
+            assert single[saved, loaded]["state"] == first[0]["saved", saved]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_average_is_the_one_by_hand(first: list[dict], kind: str, stage: int) -> None:
+    """Weights in every stage; buffers as the mean over ranks of each rank's own average."""
+    by_hand = [rank[kind] for rank in first]
+    for rank in first:
+        for name, tensor in rank[kind, stage]["average"].items():
+            if name.endswith("num_batches_tracked"):
+                assert int(tensor) == END
+                continue
+            expected = (by_hand[0][name] + by_hand[1][name]) / 2
+            torch.testing.assert_close(tensor, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_answers_come_from_the_average_and_training_goes_on_without_it(
+    first: list[dict], kind: str, stage: int
+) -> None:
+    for rank in first:
+        found = rank[kind, stage]
+        assert found["unchanged"]
+        torch.testing.assert_close(found["exported"], found["answers"])
+        assert torch.equal(found["loaded"], found["answers"])
+
+
+def test_an_average_resumes_in_any_stage_and_world_size(
+    first: list[dict], again: list[dict], single: dict
+) -> None:
+    for before, after in zip(first, again, strict=True):
+        for (kind, saved, _), found in after["averages"].items():
+            for what in ("saved", "next", "last"):
+                assert found[what] == before[kind, saved][what], (kind, saved, what)
+    for (kind, saved, _), found in single["averages"].items():
+        assert found["saved"] == first[0][kind, saved]["saved"]
+
+
+def test_the_same_average_in_every_stage(first: list[dict]) -> None:
+    for kind in KINDS:
+        assert len({rank[kind, stage]["last"] for rank in first for stage in STAGES}) == 1

@@ -28,7 +28,13 @@ from cnn2gnn_dist.training.checkpoint.folder import root_of
 from cnn2gnn_dist.training.checkpoint.manager import Checkpoints
 from cnn2gnn_dist.training.engine import Engine
 from cnn2gnn_dist.training.metrics import MetricsLog, process_memory_mb
-from cnn2gnn_dist.training.schedule import late_lr_at, lr_at
+from cnn2gnn_dist.training.schedule import (
+    kept_at,
+    late_lr_at,
+    late_share,
+    lr_at,
+    peaked_lr_at,
+)
 from cnn2gnn_dist.training.sync_norm import batch_of_norms
 
 
@@ -98,6 +104,7 @@ class Training:
             device=context.device,
             late=late.names if late else (),
             rates=rates_of(model, settings),
+            average=settings.average,
         )
         # Rank losses are averaged over ranks and micro-batches: divided by this they are sum / G,
         # whatever the ranks' shares of the global batch.
@@ -271,10 +278,10 @@ class Training:
         # The first step of a warm-up from zero would have no effect: count from the step's end.
         progress += 1 / batches_per_epoch
         warmup = min(s.warmup_epochs, s.epochs / 2)
-        lr = lr_at(progress, s.epochs, s.lr, warmup)
+        lr = self._rate(progress, warmup)
         late_lr = self._late_lr(progress, warmup)
         mine = (float(preemption.stop_requested()), float(self.checkpoints.written))
-        previous = self.engine.step_ahead(lr, mine, late_lr)
+        previous = self.engine.step_ahead(lr, mine, late_lr, self._kept(progress))
         self.cursor.batch += 1
         self.cursor.step += 1
         last = self.cursor.batch == batches_per_epoch
@@ -297,6 +304,20 @@ class Training:
         if stop_votes:
             self._stop()
 
+    def _rate(self, progress: float, warmup: float) -> float:
+        s = self.settings
+        if s.schedule == "cosine":
+            return lr_at(progress, s.epochs, s.lr, warmup)
+        shape = (s.lr_start, s.lr_peak_at, s.lr_final)
+        return peaked_lr_at(s.schedule, progress, s.epochs, s.lr, *shape)
+
+    def _kept(self, progress: float) -> float | None:
+        """Share of itself that the average of the weights keeps; None: it is not updated at this step."""
+        s = self.settings
+        if s.average == "none" or (self.cursor.step + 1) % s.average_every:
+            return None
+        return kept_at(progress / s.epochs, s.average_decay, s.average_every, s.average_ramp)
+
     def _late_lr(self, progress: float, warmup: float) -> float | None:
         """Learning rate of the late parameters; None: there are none, or they have not started."""
         late, s = self.late, self.settings
@@ -305,6 +326,8 @@ class Training:
         if self.engine.late_from is None:
             self.engine.late_from = self.cursor.step
         own = min(late.warmup, (s.epochs - late.epoch) / 2)
+        if s.schedule != "cosine":
+            return self._rate(progress, warmup) * late_share(progress, late.epoch, own)
         return late_lr_at(progress, s.epochs, s.lr, warmup, late.epoch, own)
 
     def end_epoch(self, evaluate: Callable[[], dict[str, float]] | None = None) -> None:
@@ -312,7 +335,7 @@ class Training:
         every, found = self.settings.eval_epochs, {}
         if evaluate is not None and every and (self.cursor.epoch + 1) % every == 0:
             self.engine.eval()  # else BatchNorm would learn from the held-out images
-            with self.engine.averaged_buffers():
+            with self.engine.answering():
                 found = evaluate()
             self.metrics.log(self.cursor.step, epoch=self.cursor.epoch + 1, **found)
         self.cursor.epoch += 1

@@ -191,9 +191,28 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def load_weights(folder: Path) -> dict[str, Tensor]:
-    """Return the weights and buffers of a checkpoint as a plain state dict, without DeepSpeed."""
-    tensors = read_tensors(Path(folder))
+    """Return the weights and buffers of a checkpoint as a plain state dict, without DeepSpeed.
+
+    Those that answers come from: averages over the steps where training kept them.
+    """
+    tensors = answering(read_tensors(Path(folder)))
     return {name[2:]: tensor for name, tensor in tensors.items() if name[:2] in ("w/", "b/")}
+
+
+def answering(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The named tensors with averages over the steps, if any, in the place of weights and buffers.
+
+    Each rank's own buffers are then left out: the mean is what answers come from.
+    """
+    averages = {
+        {"a/": "w/", "c/": "b/"}[name[:2]] + name[2:]: tensor
+        for name, tensor in tensors.items()
+        if name[:2] in ("a/", "c/")
+    }
+    if not averages:
+        return tensors
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith("own-")}
+    return {**kept, **averages}
 
 
 def _names(folder: Path) -> list[str]:

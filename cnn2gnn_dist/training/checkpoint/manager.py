@@ -158,13 +158,19 @@ class Checkpoints:
         return None
 
     def load(
-        self, engine: Engine, *, force: bool = False, only: Path | None = None
+        self,
+        engine: Engine,
+        *,
+        force: bool = False,
+        only: Path | None = None,
+        answering: bool = False,
     ) -> Loaded | None:
         """Set the engine to the newest complete checkpoint; None if there is none (collective).
 
         Args:
             engine: one that has not stepped yet.
             only: load exactly this checkpoint, which is known to be complete.
+            answering: take averages over the steps, if any, for weights: to answer, not to train on.
             force: also accept another run's or config's checkpoint if the model's shapes fit.
 
         Raises:
@@ -178,6 +184,8 @@ class Checkpoints:
         if state["run_id"] != self.run_id and not force:
             raise self._other_run_error(path, state)
         tensors = disk.read_tensors(path)
+        if answering:
+            tensors = disk.answering(tensors)
         _check_shapes(engine, tensors, path)
         same_world_size = state["world_size"] == collectives.world_size()
         named_state.push(engine, tensors, state["optimizer_step"])

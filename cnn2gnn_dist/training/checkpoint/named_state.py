@@ -2,22 +2,24 @@
 
 ``w/NAME`` is the fp32 weight, ``m/NAME`` and ``v/NAME`` Adam's moments (``m/NAME`` SGD's), ``b/NAME`` a buffer's mean
 over the ranks, ``own-R/NAME`` rank R's own buffer (BatchNorm's statistics differ from the first step
-on). Uses private names of DeepSpeed (pinned, and tested across stages and world sizes); the three
+on). With an average of the weights ``a/NAME`` is it, ``c/NAME`` and ``avg-R/NAME`` are the averages
+of buffers, likewise. Uses private names of DeepSpeed (pinned, and tested across stages and world sizes); the three
 traps of ``safe_get_full_*`` are marked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cnn2gnn_dist.runtime import collectives
+from cnn2gnn_dist.training.average import AVERAGE
 from cnn2gnn_dist.training.engine import Engine, full_weight, inner_optimizer
 
-PREFIX = {"exp_avg": "m/", "exp_avg_sq": "v/", "momentum_buffer": "m/"}
+PREFIX = {"exp_avg": "m/", "exp_avg_sq": "v/", "momentum_buffer": "m/", AVERAGE: "a/"}
 
 
 def pull(engine: Engine, mine: Callable[[str], bool]) -> tuple[dict[str, Tensor], float]:
@@ -28,13 +30,13 @@ def pull(engine: Engine, mine: Callable[[str], bool]) -> tuple[dict[str, Tensor]
     from deepspeed.utils import safe_get_full_optimizer_state
 
     if engine.deepspeed.global_steps == 0:
-        _create_state(engine, 0.0)
+        engine.create_state(0.0)
     if engine.zero_stage in (1, 2):
         _relink(engine)
     found: dict[str, Tensor] = {}
     for name, parameter in engine.module.named_parameters():
         whole = {"w/" + name: full_weight(engine, parameter)}
-        for moment in engine.moments:
+        for moment in _kept(engine):
             if engine.zero_stage == 0:
                 value = engine.deepspeed.optimizer.state[parameter][moment]
             else:
@@ -42,10 +44,10 @@ def pull(engine: Engine, mine: Callable[[str], bool]) -> tuple[dict[str, Tensor]
             whole[PREFIX[moment] + name] = value.detach().float().cpu().clone()
         if mine(name):
             found.update(whole)
-    for name, buffer in engine.module.named_buffers():
+    for mean_of, _, name, buffer in _buffers(engine):
         mean = collectives.mean_or_first(buffer.detach().clone())
         if mine(name):
-            found["b/" + name] = mean.cpu()
+            found[mean_of + name] = mean.cpu()
     state = next(iter(inner_optimizer(engine).state.values()))
     return found, float(state.get("step", engine.deepspeed.global_steps))  # SGD counts none
 
@@ -53,13 +55,16 @@ def pull(engine: Engine, mine: Callable[[str], bool]) -> tuple[dict[str, Tensor]
 def push(engine: Engine, tensors: dict[str, Tensor], optimizer_step: float) -> None:
     """Set weights and moments of an engine that has not stepped yet (collective)."""
     stage, optimizer = engine.zero_stage, engine.deepspeed.optimizer
-    _create_state(engine, optimizer_step)
+    engine.create_state(optimizer_step)
     if stage in (1, 2):
         _relink(engine)
     named = dict(engine.module.named_parameters())
     for name, parameter in named.items():
-        moments = {moment: tensors[PREFIX[moment] + name] for moment in engine.moments}
-        _set(engine, parameter, tensors["w/" + name], moments)
+        weight = tensors["w/" + name]
+        kept = {
+            one: tensors.get(PREFIX[one] + name, _without(one, weight)) for one in _kept(engine)
+        }
+        _set(engine, parameter, weight, kept)
     if stage in (1, 2):
         optimizer.update_lp_params()
     if stage == 3:
@@ -67,19 +72,38 @@ def push(engine: Engine, tensors: dict[str, Tensor], optimizer_step: float) -> N
 
 
 def own_buffers(engine: Engine, rank: int) -> dict[str, Tensor]:
-    """This rank's buffers, not averaged."""
+    """This rank's buffers, not averaged over ranks."""
     return {
-        f"own-{rank}/{name}": buffer.detach().cpu().clone()
-        for name, buffer in engine.module.named_buffers()
+        f"{own}-{rank}/{name}": buffer.detach().cpu().clone()
+        for _, own, name, buffer in _buffers(engine)
     }
 
 
 def push_buffers(engine: Engine, tensors: dict[str, Tensor], rank: int | None) -> None:
     """Set the buffers to ``rank``'s own where they were saved, else to their mean."""
     with torch.no_grad():
-        for name, buffer in engine.module.named_buffers():
-            mean = tensors["b/" + name]
-            buffer.copy_(tensors.get(f"own-{rank}/{name}", mean))
+        for mean_of, own, name, buffer in _buffers(engine):
+            mean = tensors.get(mean_of + name, tensors["b/" + name])
+            buffer.copy_(tensors.get(f"{own}-{rank}/{name}", mean))
+
+
+def _buffers(engine: Engine) -> Iterator[tuple[str, str, str, Tensor]]:
+    """Prefix of the mean and of each rank's own, name and buffer: those of training, then their averages."""
+    for name, buffer in engine.module.named_buffers():
+        yield "b/", "own", name, buffer
+    if engine.average is not None:
+        for name, buffer in engine.average.buffers.items():
+            yield "c/", "avg", name, buffer
+
+
+def _kept(engine: Engine) -> tuple[str, ...]:
+    """What the optimizer keeps for each parameter."""
+    return (*engine.moments, AVERAGE) if engine.average is not None else engine.moments
+
+
+def _without(kept: str, weight: Tensor) -> Tensor:
+    """What is kept of a weight at the start: only ``--force`` loads a checkpoint without it."""
+    return weight if kept == AVERAGE else torch.zeros_like(weight)
 
 
 def _set(engine: Engine, parameter: Any, weight: Tensor, moments: dict[str, Tensor]) -> None:
@@ -103,22 +127,6 @@ def _set_gathered(named: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     with deepspeed.zero.GatheredParameters(list(named.values()), modifier_rank=0):
         for name, parameter in named.items():
             parameter.data.copy_(tensors["w/" + name])
-
-
-def _create_state(engine: Engine, optimizer_step: float) -> None:
-    """Trap: the optimizer's state is empty until the first step."""
-    inner = inner_optimizer(engine)
-    groups: list[dict[str, Any]] = inner.param_groups
-    if engine.zero_stage == 3:
-        groups = [{"params": engine.deepspeed.optimizer.fp32_partitioned_groups_flat}]
-    for group in groups:
-        for parameter in group["params"]:
-            state = inner.state[parameter]
-            for moment in engine.moments:
-                if state.get(moment) is None:
-                    state[moment] = torch.zeros_like(parameter)
-            if len(engine.moments) > 1:
-                state["step"] = torch.tensor(float(optimizer_step))
 
 
 def _relink(engine: Engine) -> None:

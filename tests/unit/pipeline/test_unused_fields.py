@@ -48,6 +48,21 @@ IDLE = [  # overrides of the preset demo, the environment, and the beginnings of
     ),
     (["teacher.clip=2", "student.clip=2"], CLIPS, ["teacher.clip=2.0 has no effect: the DeepSpeed"]),
     (["teacher.clip=2"], CPU, []),
+    *(
+        case
+        for m in ("teacher", "student")
+        for case in (
+            ([f"{m}.lr_final=0.5"], CPU, [f"{m}.lr_final=0.5 has no effect: {m}.schedule=cosine"]),
+            (
+                [f"{m}.schedule=triangular", f"{m}.warmup_epochs=2", f"{m}.epochs=9"],
+                CPU,
+                [f"{m}.warmup_epochs=2.0 has no effect: only {m}.schedule=cosine"],
+            ),
+            ([f"{m}.schedule=one_cycle", f"{m}.warmup_epochs=1", f"{m}.lr_peak_at=.1"], CPU, []),
+            ([f"{m}.average_every=2"], CPU, [f"{m}.average_every=2 has no effect: {m}.average=none"]),
+            ([f"{m}.average=ema", f"{m}.average_ramp=3"], CPU, []),
+        )
+    ),
     (["teacher.momentum=0.8"], CPU, ["teacher.momentum=0.8 has no effect: only teacher.optimizer"]),
     (["student.momentum=0.8"], CPU, ["student.momentum=0.8 has no effect: only student.optimizer"]),
     (["student.momentum=0.8", "student.optimizer=sgd"], CPU, []),

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from cnn2gnn_dist.training.schedule import fresh_adam, late_lr_at, lr_at
+from cnn2gnn_dist.training.schedule import (
+    fresh_adam,
+    kept_at,
+    late_lr_at,
+    late_share,
+    lr_at,
+    peaked_lr_at,
+)
 
 
 def test_warm_up_is_a_line_through_zero() -> None:
@@ -83,3 +91,51 @@ def test_a_late_adam_steps_as_a_fresh_one(late: int) -> None:
         idle.step()
         fresh.step()
         torch.testing.assert_close(old, new, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("steps", "peak_at"), [(40, 0.3), (100, 0.25), (11, 0.5)])
+def test_one_cycle_is_torchs(steps: int, peak_at: float) -> None:
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    reference = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 0.5, total_steps=steps, pct_start=peak_at, div_factor=25, final_div_factor=1e4
+    )
+    top = (peak_at * steps - 1) / (steps - 1)  # torch's peak and last step are one early
+    for step in range(steps):
+        found = peaked_lr_at("one_cycle", step, steps - 1, 0.5, peak_at=top)
+        assert found == pytest.approx(reference.get_last_lr()[0], rel=1e-9, abs=1e-15)
+        optimizer.step()
+        reference.step()
+
+
+def test_the_shape_of_one_cycle_is_torchs_too() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    reference = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 2.0, total_steps=21, pct_start=0.4, div_factor=5, final_div_factor=10
+    )
+    for step in range(21):
+        found = peaked_lr_at("one_cycle", step, 20, 2.0, 0.2, (0.4 * 21 - 1) / 20, 0.02)
+        assert found == pytest.approx(reference.get_last_lr()[0], rel=1e-9)
+        optimizer.step()
+        reference.step()
+
+
+def test_the_triangle_is_airbenchs() -> None:
+    """numpy.interp over its corners."""
+    for step in range(101):
+        corners = np.interp(step, [0, 23, 100], [0.2, 1.0, 0.07])
+        assert peaked_lr_at("triangular", step, 100, 3.0) == pytest.approx(3.0 * corners)
+    assert peaked_lr_at("triangular", 50, 100, 1.0, 0, 0.5, 0) == 1.0
+    assert peaked_lr_at("triangular", 200, 100, 1.0, 0, 0.5, 0.25) == 0.25
+
+
+def test_late_parameters_climb_from_zero_to_the_ordinary_rate() -> None:
+    assert [late_share(s, 2, 2) for s in (1.9, 2, 3, 4, 5)] == [0, 0, 0.5, 1, 1]
+    assert late_share(2, 2, 0) == 1
+
+
+def test_an_average_keeps_more_as_training_goes_on() -> None:
+    assert kept_at(0.3, 0.9, 1, 0) == 0.9
+    assert kept_at(1.0, 0.95, 5, 3) == pytest.approx(0.95**5)
+    assert kept_at(0.5, 0.95, 5, 3) == pytest.approx(0.95**5 / 8)
