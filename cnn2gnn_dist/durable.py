@@ -96,6 +96,47 @@ def disk_full_reported(path: Path) -> Iterator[None]:
         ) from None
 
 
+def check_writable(path: Path) -> None:
+    """Check that a file can be created, before the work whose result it will hold.
+
+    Raises:
+        UserError: it can't.
+    """  # noqa: DOC501
+    probe = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        with disk_full_reported(path):
+            probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise _not_writable(path, "file", error) from None
+
+
+def create_folder(folder: Path) -> None:
+    """Create a folder with those above it, if it is missing, and check that it can be written to.
+
+    Raises:
+        UserError: it can't.
+    """  # noqa: DOC501
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with disk_full_reported(folder):
+            probe = folder / f".{os.getpid()}.tmp"
+            probe.touch()
+            probe.unlink()
+    except OSError as error:
+        raise _not_writable(folder, "folder", error) from None
+
+
+def _not_writable(path: Path, kind: str, error: OSError) -> UserError:
+    return UserError(
+        f"this {kind} can't be written to: {error.strerror}",
+        where=str(path),
+        remedy=f"name a {kind} in a folder that exists and that you may write to",
+    )
+
+
 def reserve_array(path: Path, shape: tuple[int, ...], kind: Any) -> None:
     """Create an array of zeros in a file whose disk space is reserved now.
 

@@ -7,12 +7,15 @@ import csv
 import html
 import io
 import json
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from cnn2gnn_dist import durable
+from cnn2gnn_dist.data.images.decode import decode
+from cnn2gnn_dist.data.images.image_files import read_file
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference.answers import Answer
 
@@ -32,7 +35,7 @@ def writer_of(path: Path) -> AbstractContextManager[Writer]:
     """A file of answers, by its suffix; it appears when it is complete.
 
     Raises:
-        UserError: unknown suffix; the folder is missing.
+        UserError: unknown suffix; the folder is missing or can't be written to.
     """
     if path.suffix.lower() not in KINDS:
         raise UserError(
@@ -44,6 +47,7 @@ def writer_of(path: Path) -> AbstractContextManager[Writer]:
         raise UserError(
             "the folder does not exist", where=str(path.parent), remedy="create it first"
         )
+    durable.check_writable(path)
     return _opened(path, path.suffix.lower())
 
 
@@ -125,16 +129,17 @@ def _figure(answer: Answer) -> str:
 
 
 def _file(name: str) -> bytes | None:
-    """A small copy of an image file; None if the input was no file."""
+    """A small copy of an image file, as the model saw it; None if the input was no file."""
     from PIL import Image
 
     try:
-        with Image.open(name) as image:
-            small = image.convert("RGB")
-            small.thumbnail((_PICTURE, _PICTURE))
-            data = io.BytesIO()
-            small.save(data, "JPEG", quality=85)
-            return data.getvalue()
+        if not os.path.isfile(name):  # a pipe has been read, and would wait for another writer
+            return None
+        small = Image.fromarray(decode(read_file(name)))
+        small.thumbnail((_PICTURE, _PICTURE))
+        data = io.BytesIO()
+        small.save(data, "JPEG", quality=85)
+        return data.getvalue()
     except Exception:  # a picture is a courtesy: the answer stands without it
         return None
 

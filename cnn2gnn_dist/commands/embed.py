@@ -24,7 +24,7 @@ def command(model: Path, images: Sequence[str], out: Path) -> int:
         out: Parquet file; it appears when it is complete.
 
     Raises:
-        UserError: not a model; another kind of file; the disk is full.
+        UserError: not a model; another kind of file; it can't be written; the disk is full.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -33,6 +33,7 @@ def command(model: Path, images: Sequence[str], out: Path) -> int:
         raise UserError(
             "embeddings are written as Parquet", where=f"--out {out}", remedy="FILE.parquet"
         )
+    durable.check_writable(out)
     vector = pa.list_(pa.float32())
     schema = pa.schema(
         [("image", pa.string()), ("x", vector), ("z", vector), ("error", pa.string())]

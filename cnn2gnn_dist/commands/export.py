@@ -27,20 +27,21 @@ def command(run: Path, target: Path, *, force: bool = False) -> int:
     Raises:
         UserError: the run is not finished; the target exists; the disk is full.
     """
-    _check_target(target, force)
-    temporary = target.with_name(f".{target.name}.tmp")
+    _check_target(run, target, force)
+    if not (run / artefact.CONFIG).is_file():
+        context_of(run)  # refused before anything is created
+    durable.create_folder(target.parent)
+    temporary, aside = (target.with_name(f".{target.name}.{end}") for end in ("tmp", "old"))
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         with durable.disk_full_reported(target):
             _write(run, temporary)
         Classifier.open(temporary, device="cpu", verify=True)
         if target.exists():
-            aside = target.with_name(f".{target.name}.old")
+            shutil.rmtree(aside, ignore_errors=True)  # of a killed attempt
             os.replace(target, aside)
-            os.replace(temporary, target)
-            shutil.rmtree(aside)
-        else:
-            os.replace(temporary, target)
+        os.replace(temporary, target)
+        shutil.rmtree(aside, ignore_errors=True)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -78,9 +79,14 @@ def _write(run: Path, temporary: Path) -> None:
     shutil.copytree(source, temporary, ignore=shutil.ignore_patterns(*_OURS, "*.tmp"))
 
 
-def _check_target(target: Path, force: bool) -> None:
+def _check_target(run: Path, target: Path, force: bool) -> None:
+    if run.resolve() in target.resolve().parents and (run / artefact.CONFIG).is_file():
+        raise UserError(
+            "the target is inside the model itself",
+            where=str(target),
+            remedy="name a folder outside",
+        )
     if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
         return
     is_model = (target / artefact.CONFIG).is_file() and (target / artefact.CHECKSUMS).is_file()
     empty = target.is_dir() and not any(target.iterdir())

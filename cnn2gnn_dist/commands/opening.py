@@ -53,6 +53,12 @@ def context_of(run: Path) -> Context:
         UserError: the folder is not a run, or its student is not trained.
     """  # noqa: DOC501
     file = run / "config.yaml"
+    if not run.is_dir():
+        raise UserError(
+            "there is no such folder" if not run.exists() else "this is not a folder",
+            where=str(run),
+            remedy="name the folder of a model, or of a finished run",
+        )
     if not file.is_file():
         raise unfinished(run, "it has no config.yaml", "run")
     try:

@@ -47,10 +47,16 @@ def command(
 
     Raises:
         UserError: not a model, a folder without images, ``top`` below 1, a model that is not
-            calibrated for what is asked.
+            calibrated for what is asked, ``coverage`` of images answered together.
     """
     if top < 1:
         raise UserError(f"no classes to show: {top}", where="--top", remedy="use --top 1 or more")
+    if coverage is not None and (together or same):
+        raise UserError(
+            "sets with a coverage are of single images, not of images answered together",
+            where="--coverage",
+            remedy="leave out --coverage, or --together and --same",
+        )
     failed = 0
     with opened(model) as classifier:
         if classifier.spec.scope == "batch":

@@ -57,7 +57,7 @@ def command(
     failed = done = 0
     with opened(model) as classifier:
         classifier.scoring.check_coverage(coverage, classifier.memory)
-        folder.mkdir(parents=True, exist_ok=True)
+        durable.create_folder(folder)
         _check_note(folder, _note(classifier, top, coverage))
         mine = list(targets.items())[ranks.rank :: ranks.world_size]
         left = [(given, target) for given, target in mine if not _answered(given, target)]

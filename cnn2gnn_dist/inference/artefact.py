@@ -93,6 +93,8 @@ def read_config(folder: Path) -> ModelConfig:
         UserError: not a model, damaged, or of a newer version.
     """  # noqa: DOC501
     file = folder / CONFIG
+    if not folder.is_dir():
+        raise not_a_model(folder, "there is no such folder")
     if not (file.is_file() and (folder / CHECKSUMS).is_file()):
         raise not_a_model(folder, f"it has no {CONFIG if not file.is_file() else CHECKSUMS}")
     try:

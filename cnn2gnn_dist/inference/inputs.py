@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import lzma
 import os
 import tarfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,7 @@ import numpy as np
 
 from cnn2gnn_dist.data.images.decode import CorruptSample, decode
 from cnn2gnn_dist.data.images.formats import IMAGE_SUFFIXES
-from cnn2gnn_dist.data.images.image_files import find_images, printable, read_file
+from cnn2gnn_dist.data.images.image_files import MAX_BYTES, find_images, printable, read_file
 from cnn2gnn_dist.data.images.views import CLEAN, ViewSpec, render
 from cnn2gnn_dist.errors import UserError
 
@@ -29,7 +31,8 @@ class Input:
 
     Attributes:
         name: its path, ``shard.tar/key.jpg``, ``file.parquet#row``, or ``input N``.
-        value: bytes, a path, a PIL image, or an array uint8 [H, W, 3] or [H, W].
+        value: bytes, a path, a PIL image, an array uint8 [H, W, 3] or [H, W]; or a
+            ``CorruptSample``: why there is no image.
     """
 
     name: str
@@ -100,6 +103,8 @@ def to_pixels(given: Input, views: ViewSpec) -> Pixels:
 
 
 def _decoded(value: Any) -> np.ndarray:
+    if isinstance(value, CorruptSample):
+        raise value
     if isinstance(value, (str, os.PathLike)):
         return decode(read_file(value))
     if isinstance(value, (bytes, bytearray, memoryview)):
@@ -150,16 +155,62 @@ def _of_path(path: str, left_out: Callable[[str], None] | None) -> Iterator[Inpu
 
 
 def _of_shard(path: str) -> Iterator[Input]:
+    count = 0
     try:
         with tarfile.open(path) as tar:
             for member in tar:
                 suffix = member.name.rpartition(".")[2].lower()
                 if member.isfile() and suffix in IMAGE_SUFFIXES:
-                    file = tar.extractfile(member)
-                    assert file is not None
-                    yield Input(f"{printable(path)}/{printable(member.name)}", file.read())
-    except (OSError, tarfile.TarError) as error:
-        raise UserError(f"this shard can't be read: {error}", where=printable(path)) from None
+                    count += 1
+                    yield Input(f"{printable(path)}/{printable(member.name)}", _member(tar, member))
+            _check_end(tar)
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError) as error:
+        behind = f" behind its first {count} images" if count else ""
+        raise _unreadable(f"shard can't be read{behind}", path, error) from None
+    if not count:
+        raise _no_image("shard", path)
+
+
+def _check_end(tar: tarfile.TarFile) -> None:
+    """Check that the tar ended where its members did: tarfile stops at a damaged header and says nothing.
+
+    Raises:
+        ReadError: it did not.
+    """
+    assert tar.fileobj is not None
+    tar.fileobj.seek(tar.offset)
+    if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError("it is damaged, or was cut off")  # as when it is trained on
+
+
+def _member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | CorruptSample:
+    if member.size > MAX_BYTES:  # a sparse file of terabytes takes a few bytes in a tar
+        return CorruptSample(f"more than {MAX_BYTES / 1e9:g} GB, too large for an image")
+    file = tar.extractfile(member)
+    assert file is not None
+    return file.read()
+
+
+def _unreadable(what: str, path: str, error: Exception) -> UserError:
+    if not os.path.exists(path):
+        return UserError("there is no such file", where=printable(path), remedy="check the path")
+    if isinstance(error, OSError) and error.strerror:
+        why = error.strerror
+    elif isinstance(error, tarfile.ReadError) and "successfully" in str(error):
+        why = "it does not begin as a tar file does"
+    else:
+        why = str(error).partition("\n")[0] or type(error).__name__
+    return UserError(
+        f"this {what}: {why}", where=printable(path), remedy="copy or download it again"
+    )
+
+
+def _no_image(kind: str, path: str) -> UserError:
+    return UserError(
+        f"no image in this {kind}",
+        where=printable(path),
+        remedy="name image files, or something that holds some",
+    )
 
 
 def _of_parquet(path: str) -> Iterator[Input]:
@@ -168,17 +219,19 @@ def _of_parquet(path: str) -> Iterator[Input]:
 
     try:
         file = pq.ParquetFile(path)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise UserError(
-            f"this Parquet file can't be read: {error}", where=printable(path)
-        ) from None
-    column = _image_column(file.schema_arrow, path)
-    row = 0
-    for batch in file.iter_batches(PARQUET_ROWS, columns=[column]):
-        for value in batch.column(0).to_pylist():
-            data = value.get("bytes") if isinstance(value, dict) else value
-            yield Input(f"{printable(path)}#{row}", b"" if data is None else data)
-            row += 1
+        column = _image_column(file.schema_arrow, path)
+        row = 0
+        for batch in file.iter_batches(PARQUET_ROWS, columns=[column]):
+            for value in batch.column(0).to_pylist():
+                data = value.get("bytes") if isinstance(value, dict) else value
+                if data is None:
+                    data = CorruptSample("there are no bytes in this row")
+                yield Input(f"{printable(path)}#{row}", data)
+                row += 1
+    except (OSError, pa.ArrowException) as error:
+        raise _unreadable("Parquet file can't be read", path, error) from None
+    if not row:
+        raise _no_image("Parquet file", path)
 
 
 def _image_column(schema: Any, path: str) -> str:
@@ -187,13 +240,21 @@ def _image_column(schema: Any, path: str) -> str:
     names = [field.name for field in schema]
     for field in schema:
         inner = field.type
-        if pa.types.is_struct(inner) and inner.get_field_index("bytes") >= 0:
-            return str(field.name)
+        # Bytes only: text would be taken for the path of a file.
+        if pa.types.is_struct(inner) and inner.get_field_index("bytes") >= 0:  # noqa: SIM102
+            if _is_binary(inner.field("bytes").type):
+                return str(field.name)
     for field in schema:
-        if pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type):
+        if _is_binary(field.type):
             return str(field.name)
     raise UserError(
         f"no column of images among {', '.join(names)}",
         where=printable(path),
         remedy="a column of bytes, or of structs with a field `bytes` (as datasets writes them)",
     )
+
+
+def _is_binary(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))

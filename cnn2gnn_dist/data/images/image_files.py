@@ -6,6 +6,7 @@ A file is an image if it has an image suffix (``a.jpg``), or no recognizable suf
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -32,6 +33,8 @@ _PLURAL = {
     COPY: "unfinished copies",
 }
 READ_AT_ONCE, PIECE = 8, 64
+MAX_BYTES = 1_500_000_000
+"""Of a file that is read as an image: more than the largest one takes as uncompressed float32."""
 WRITER_S, BYTES_S = 10, 60
 """Seconds to wait on a pipe: for a writer, and for the writer's next bytes."""
 
@@ -253,10 +256,20 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
     """Read all bytes of a file, or of a pipe such as the shell's ``<(command)``.
 
     Raises:
-        OSError: it can't be read; TimeoutError: nobody writes to the pipe.
-    """
-    if not stat.S_ISFIFO(os.stat(path).st_mode):
-        return Path(path).read_bytes()
+        OSError: it can't be read, is a device, or has more than ``MAX_BYTES``; TimeoutError: nobody
+            writes to the pipe.
+    """  # noqa: DOC501
+    kind = os.stat(path).st_mode
+    if stat.S_ISCHR(kind) or stat.S_ISBLK(kind):  # /dev/zero has no end, a terminal waits
+        raise OSError(errno.EINVAL, "a device, not a file")
+    if not stat.S_ISFIFO(kind):
+        with open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_size > MAX_BYTES:
+                raise _too_long()
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise _too_long()
+        return data
     pipe = os.open(
         path, os.O_RDONLY | os.O_NONBLOCK
     )  # else open would block forever without a writer
@@ -278,6 +291,8 @@ def _all_of_pipe(pipe: int) -> bytes:
             piece, wait = None, BYTES_S
         if piece:
             read += piece
+            if len(read) > MAX_BYTES:
+                raise _too_long()
             continue
         if read and piece is not None:
             return bytes(read)
@@ -286,6 +301,10 @@ def _all_of_pipe(pipe: int) -> bytes:
             raise TimeoutError(f"nothing is writing to the pipe (waited {wait:g} seconds)")
         if not happened[0][1] & select.POLLIN:  # the writer has closed it
             return bytes(read)
+
+
+def _too_long() -> OSError:
+    return OSError(errno.EFBIG, f"more than {MAX_BYTES / 1e9:g} GB, too large for an image")
 
 
 def _head(path: str) -> bytes:
