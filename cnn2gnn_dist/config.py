@@ -91,6 +91,19 @@ class ViewsConfig(Section):
     )
     size: int = Field(32, ge=8, description="side of the square image, in pixels")
     pad: int = Field(4, ge=0, description="pixels of padding before the crop (shift, crop_flip)")
+    padding: Literal["zero", "reflect"] = Field(
+        "zero", description="what the padding holds: zeros, or the image mirrored at its border"
+    )
+    flip: Literal["random", "alternating"] = Field(
+        "random",
+        description="random: each view is mirrored with a probability of one half; alternating: every second view of "
+        "an image (crop_flip, random_resized_crop)",
+    )
+    cutout: int = Field(
+        0, ge=0, description="side in pixels of a square overwritten with the mean color; 0: none"
+    )
+    randaugment: int = Field(0, ge=0, description="RandAugment: operations on each view; 0: none")
+    magnitude: int = Field(9, ge=0, le=30, description="RandAugment: their strength")
     scale: tuple[float, float] = Field(
         (0.35, 1.0), strict=False, description="range of the area share of a random resized crop"
     )
@@ -156,6 +169,12 @@ class TeacherConfig(TrainConfig):
     )
     head_lr: float = Field(
         1.0, ge=0, description="factor of the learning rate for the classifier, timm's last layer"
+    )
+    mixup: float = Field(
+        0.0, ge=0, le=2, description="mixup of pairs of images: alpha of Beta(alpha, alpha); 0: off"
+    )
+    cutmix: float = Field(
+        0.0, ge=0, le=2, description="cutmix, likewise; with mixup: either, half of the pairs each"
     )
     pretrained: bool = Field(False, description="start from timm's pretrained weights (downloads)")
     weights: str | None = Field(

@@ -70,7 +70,7 @@ _RULES = (
     ),
     # What becomes of them.
     _Rule(
-        ("views.pad",),
+        ("views.pad", "views.padding"),
         "only views.kind=shift and views.kind=crop_flip pad",
         lambda c, a: c.views.kind not in ("shift", "crop_flip"),
     ),
@@ -78,6 +78,21 @@ _RULES = (
         ("views.scale", "views.ratio"),
         "they apply only to views.kind=random_resized_crop",
         lambda c, a: c.views.kind != "random_resized_crop",
+    ),
+    _Rule(
+        ("views.flip",),
+        "only views.kind=crop_flip and views.kind=random_resized_crop mirror",
+        lambda c, a: c.views.kind not in ("crop_flip", "random_resized_crop"),
+    ),
+    _Rule(
+        ("views.cutout", "views.randaugment", "views.magnitude"),
+        "views.kind=none leaves images as they are",
+        lambda c, a: c.views.kind == "none",
+    ),
+    _Rule(
+        ("views.magnitude",),
+        "views.randaugment=0 has no operations",
+        lambda c, a: not c.views.randaugment,
     ),
     _Rule(
         ("stream.decoded_bytes",),

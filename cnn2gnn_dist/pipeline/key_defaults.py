@@ -120,5 +120,12 @@ DEFAULTS: dict[str, Any] = {
     "student.average_decay": 0.99,
     "student.average_every": 5,
     "student.average_ramp": 0.0,
+    "views.padding": "zero",
+    "views.flip": "random",
+    "views.cutout": 0,
+    "views.randaugment": 0,
+    "views.magnitude": 9,
+    "teacher.mixup": 0.0,
+    "teacher.cutmix": 0.0,
     "version.decoding": 1,
 }

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor
 
+from cnn2gnn_dist.config import Config, TeacherConfig
 from cnn2gnn_dist.data.order import Order
 from cnn2gnn_dist.models.losses import distillation_loss
 from cnn2gnn_dist.stages.shared.context import Context, load_manifest
+from cnn2gnn_dist.stages.shared.mixing import Mixed, check_even, mix
 from cnn2gnn_dist.stages.shared.networks import Teacher
 from cnn2gnn_dist.stages.shared.predictions import accuracy_of, check_held_out
 from cnn2gnn_dist.stages.shared.training_loop import Training
@@ -31,6 +35,8 @@ def run(context: Context) -> list[Path]:
     )
     training = Training(context, "teacher", model, settings, len(manifest))
     engine = training.engine
+    if settings.mixup or settings.cutmix:
+        check_even(training.micro)
     reading = context.stream(context.paths.train_manifest, "teacher")
     with training.deferred_stop(), reading as stream:
         while training.cursor.epoch < settings.epochs:
@@ -39,16 +45,34 @@ def run(context: Context) -> list[Path]:
             for micro in training.steps(order, epoch, epoch, stream):
                 for batch in micro:
                     images, labels, valid = context.to_device(batch)
-                    logits = engine(images)
-                    loss_B = distillation_loss(
-                        logits,
-                        labels,
-                        None,
-                        weight=0.0,
-                        temperature=1.0,
-                        label_smoothing=settings.label_smoothing,
-                    )
+                    mixed = _mixed(config, images, batch.ids, valid, epoch)
+                    logits = engine(images if mixed is None else mixed.images_BHWC)
+                    loss_B = _cross_entropy(logits, labels, settings)
+                    if mixed is not None:
+                        other_B = _cross_entropy(logits, labels[mixed.partner_B], settings)
+                        loss_B = mixed.loss(loss_B, other_B)
                     training.learn(loss_B, valid, logits, labels)
                 training.step(order.batches_per_epoch)
             training.end_epoch(lambda: {"test_accuracy": accuracy_of(context, engine)})
     return training.finish()
+
+
+def _mixed(
+    config: Config, images: Tensor, ids_B: np.ndarray, valid: Tensor, epoch: int
+) -> Mixed | None:
+    """The micro-batch mixed in pairs; None: the run does not mix."""
+    mixup, cutmix = config.teacher.mixup, config.teacher.cutmix
+    if not (mixup or cutmix):
+        return None
+    return mix(images, ids_B, valid, seed=config.seed, epoch=epoch, mixup=mixup, cutmix=cutmix)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, settings: TeacherConfig) -> Tensor:
+    return distillation_loss(
+        logits,
+        labels,
+        None,
+        weight=0.0,
+        temperature=1.0,
+        label_smoothing=settings.label_smoothing,
+    )

@@ -7,7 +7,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from cnn2gnn_dist.data.images.decode import CorruptSample, decode, decode_crop, jpeg_size
-from cnn2gnn_dist.data.images.views import CLEAN, ViewSpec, boxes, clean_into, resized_into, shifted
+from cnn2gnn_dist.data.images.views import (
+    CLEAN,
+    ViewSpec,
+    boxes,
+    clean_into,
+    distorted,
+    resized_into,
+    shifted,
+)
 
 MOST_HELD = 4_000_000
 """Maximum pixels of decoded images held back to be cropped together."""
@@ -92,4 +100,7 @@ def _cut(
         else:
             crop = source[top : top + high, left : left + wide]
         resized_into(images[row], crop, flip)
+    sound = [row for row in rows if row not in wrong]
+    if sound and (spec.cutout or spec.randaugment):
+        images[sound] = distorted(spec, images[sound], ids_N[sound], view)
     return wrong

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from cnn2gnn_dist.data.images.decode import MAX_PIXELS, CorruptSample
+from cnn2gnn_dist.data.images.distort import LEVELS, Color, cutout, randaugment
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.splitmix import GOLDEN, mixed
 
@@ -25,6 +26,9 @@ CLEAN = -1
 
 ATTEMPTS = 10
 
+_OWN = -2  # "view number" of what a sample has in common over all of its views
+_CUTOUT, _RANDAUGMENT = 60, 100  # first draws
+
 
 @dataclass(frozen=True)
 class ViewSpec:
@@ -34,9 +38,14 @@ class ViewSpec:
         kind: none, shift (pad and crop), crop_flip, random_resized_crop.
         size: side of the square view, in pixels.
         seed: seed of all random draws.
-        pad: zero padding before the crop, in pixels.
+        pad: padding before the crop, in pixels, with zeros or ``reflect``: mirrored at the border.
         scale, ratio: area fraction and aspect ratio of a random resized crop.
         flip: mirror half of the views left to right (never for ``shift``).
+        alternating: mirror every second view of a sample, half of the samples in even views (Keller Jordan,
+            "94% on CIFAR-10 in 3.29 seconds", 2024); false: each view with a probability of one half.
+        cutout: side of a square that is overwritten with ``fill``, in pixels; 0: none.
+        randaugment: number of RandAugment's operations, of this ``magnitude`` (0 to 30).
+        fill: color in cutout and where RandAugment moves the image out.
         resize: clean view: resize the shorter side to size x this (1 or more), then crop the center.
 
     Raises:
@@ -51,6 +60,12 @@ class ViewSpec:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: bool = True
     resize: float = 1.0
+    reflect: bool = False
+    alternating: bool = False
+    cutout: int = 0
+    randaugment: int = 0
+    magnitude: int = 9
+    fill: Color = (0, 0, 0)
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -64,6 +79,12 @@ class ViewSpec:
                 f"views of size {self.size}, pad {self.pad}, resize {self.resize}",
                 where="views",
                 remedy="use size >= 1, pad >= 0, resize >= 1",
+            )
+        if self.cutout < 0 or self.randaugment < 0 or not 0 <= self.magnitude <= LEVELS:
+            raise UserError(
+                f"cutout {self.cutout}, randaugment {self.randaugment}, magnitude {self.magnitude}",
+                where="views",
+                remedy=f"use cutout >= 0, randaugment >= 0, magnitude from 0 to {LEVELS}",
             )
 
     @property
@@ -93,10 +114,10 @@ def boxes(
     state = _state(spec.seed, ids, view)
     if spec.kind == "random_resized_crop":
         heights, widths = np.asarray(heights_N, np.int64), np.asarray(widths_N, np.int64)
-        flip = (_draw(state, 0) < 0.5) & spec.flip
+        flip = _flips(spec, ids, view, _draw(state, 0)) & spec.flip
         return Boxes(*_resized_boxes(spec, state, heights, widths), flip)
     draws_3N = _draw(state, np.arange(3)[:, None])
-    flip = (draws_3N[0] < 0.5) & spec.flip & (spec.kind != "shift")
+    flip = _flips(spec, ids, view, draws_3N[0]) & spec.flip & (spec.kind != "shift")
     top, left = (draws_3N[1:] * (2 * spec.pad + 1)).astype(np.int64) - spec.pad
     return Boxes(top, left, none + spec.size, none + spec.size, flip)
 
@@ -128,7 +149,7 @@ def render_batch(
     corners = zip(*(column.tolist() for column in box), strict=True)
     for row, (top, left, high, wide, flip) in enumerate(corners):
         resized_into(made[row], images[row][top : top + high, left : left + wide], flip)
-    return made
+    return distorted(spec, made, ids_N, view)
 
 
 def clean_into(spec: ViewSpec, target_HWC: np.ndarray, image_HWC: np.ndarray) -> None:
@@ -171,8 +192,12 @@ def shifted(spec: ViewSpec, clean_NHWC: np.ndarray, ids_N: np.ndarray, view: int
     box = boxes(spec, ids_N, np.full(n, size), np.full(n, size), view)
     pad = min(spec.pad, size)  # beyond that, the crop contains no part of the image
     wide = size + 2 * pad
-    padded = np.zeros((n, wide, wide, 3), np.uint8)
-    padded[:, pad : pad + size, pad : pad + size] = clean_NHWC
+    if spec.reflect:
+        around = ((0, 0), (pad, pad), (pad, pad), (0, 0))
+        padded = np.pad(clean_NHWC, around, mode="reflect")
+    else:
+        padded = np.zeros((n, wide, wide, 3), np.uint8)
+        padded[:, pad : pad + size, pad : pad + size] = clean_NHWC
     # Each row of a view, at each possible start, is one array element, so it is copied by memcpy.
     lines = np.ndarray(
         (n, wide, 2 * pad + 1), f"V{3 * size}", padded, strides=(wide * wide * 3, wide * 3, 3)
@@ -181,7 +206,30 @@ def shifted(spec: ViewSpec, clean_NHWC: np.ndarray, ids_N: np.ndarray, view: int
     made = lines[np.arange(n)[:, None], tops, box.left_N.clip(-pad, pad)[:, None] + pad]
     pixels_NHW = made[..., None].view("V3")
     pixels_NHW[box.flip_N] = pixels_NHW[box.flip_N, :, ::-1]
-    return pixels_NHW.view(np.uint8).reshape(n, size, size, 3)
+    return distorted(spec, pixels_NHW.view(np.uint8).reshape(n, size, size, 3), ids_N, view)
+
+
+def distorted(spec: ViewSpec, images_NHWC: np.ndarray, ids_N: np.ndarray, view: int) -> np.ndarray:
+    """RandAugment and cutout on finished views, in place; returns the array."""
+    if not (spec.cutout or spec.randaugment):
+        return images_NHWC
+    state_N = _state(spec.seed, np.asarray(ids_N, np.int64).astype(np.uint64), view)
+    if spec.randaugment:
+        draws_KN = _draw(state_N, (_RANDAUGMENT + np.arange(2 * spec.randaugment))[:, None])
+        draws_NK2 = draws_KN.T.reshape(len(images_NHWC), -1, 2)
+        for image, draws_K2 in zip(images_NHWC, draws_NK2, strict=True):
+            image[:] = randaugment(image, draws_K2, spec.magnitude, spec.fill)
+    if spec.cutout:
+        draws_2N = _draw(state_N, (_CUTOUT + np.arange(2))[:, None])
+        cutout(images_NHWC, draws_2N, spec.cutout, spec.fill)
+    return images_NHWC
+
+
+def _flips(spec: ViewSpec, ids: np.ndarray, view: int, draw_N: np.ndarray) -> np.ndarray:
+    """Which views are mirrored, if any may be."""
+    if not spec.alternating:
+        return draw_N < 0.5
+    return (_draw(_state(spec.seed, ids, _OWN), 0) < 0.5) ^ bool(view & 1)
 
 
 def uniform(seed: int, ids: np.ndarray, view: int, draw: int) -> np.ndarray:

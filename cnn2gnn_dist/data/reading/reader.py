@@ -119,6 +119,7 @@ class Reader:
         else:
             problems = self._read_cached(self._cache, ids, images, valid)
             images = shifted(self.views, images, ids, request.view)
+            images[~valid] = 0  # as without a cache, whatever a distortion has put there
         labels = self.manifest.label_N[ids].astype(np.int64)
         return Batch(images, labels, ids.copy(), valid, problems)
 

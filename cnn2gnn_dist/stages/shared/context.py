@@ -133,6 +133,12 @@ class Context:
             ratio=v.ratio,
             flip=v.kind in ("crop_flip", "random_resized_crop"),
             resize=v.resize,
+            reflect=v.padding == "reflect",
+            alternating=v.flip == "alternating",
+            cutout=v.cutout,
+            randaugment=v.randaugment,
+            magnitude=v.magnitude,
+            fill=(round(255 * v.mean[0]), round(255 * v.mean[1]), round(255 * v.mean[2])),
         )
 
     def reader_spec(self, manifest: Path) -> ReaderSpec:

@@ -31,6 +31,18 @@ IDLE = [  # overrides of the preset demo, the environment, and the beginnings of
         ["data.test=/d: data.source=digits has one set of images"],
     ),
     (["views.kind=none"], CPU, ["views.pad=3 has no effect: only views.kind=shift and"]),
+    (["views.magnitude=5"], CPU, ["views.magnitude=5 has no effect: views.randaugment=0"]),
+    (["views.magnitude=5", "views.randaugment=2", "views.cutout=4"], CPU, []),
+    (
+        ["views.kind=none", "views.cutout=4", "views.flip=alternating"],
+        CPU,
+        [
+            "views.pad=3 has no effect",
+            "views.flip=alternating has no effect: only views.kind=crop_flip",
+            "views.cutout=4 has no effect: views.kind=none leaves",
+        ],
+    ),
+    (["views.kind=crop_flip", "views.flip=alternating", "views.padding=reflect"], CPU, []),
     (["views.ratio=[1, 1]"], CPU, ["views.ratio=[1.0, 1.0] has no effect"]),
     (["views.kind=random_resized_crop", "views.ratio=[1, 1]", "views.pad=4"], CPU, []),
     (
