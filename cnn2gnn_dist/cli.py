@@ -256,10 +256,11 @@ def _run(arguments: argparse.Namespace) -> int:
         steps = runner.plan(config, arguments.stages)
         for step in steps:
             log.output(f"{step.stage.name:10} {step.status.value:12} {step.why}")
-        surroundings = Surroundings(config.device == "cuda", deepspeed=keys.read_deepspeed(config))
+        deepspeed = keys.read_deepspeed(config)
+        surroundings = Surroundings(config.device == "cuda", deepspeed=deepspeed)
         for note in consistency.notes(config, surroundings):
             log.output(f"note: {note}")
-        runner.check_remaining(config, steps, config.run.ranks)
+        runner.check_remaining(config, steps, config.run.ranks, deepspeed)
         return 0
     _warn_if_results_are_lost(config)
     runner.plan(config, arguments.stages)  # refuses an unknown stage before starting Ray

@@ -278,14 +278,19 @@ def _of_another_config(step: Step, folder: Path) -> bool:
     return bool(found) and checkpoint_folder.read_state(found[-1])["run_id"] != step.key
 
 
-def check_remaining(config: Config, steps: list[Step], world_size: int) -> list[Stage]:
-    """Return the stages still to run, after checking that none would be refused at once.
+def check_remaining(
+    config: Config, steps: list[Step], world_size: int, deepspeed: keys.DeepSpeed | None = None
+) -> list[Stage]:
+    """Return the stages still to run, after checking that none would be refused when it begins.
+
+    ``deepspeed``: the DeepSpeed configs; None: they are read here.
 
     Raises:
         UserError: settings that don't fit together; the folder contains something else.
     """
     ahead = [step.stage for step in steps if step.status is not Status.COMPLETE]
-    preflight.check(config, [stage.name for stage in ahead], world_size)
+    read = keys.read_deepspeed(config) if deepspeed is None else deepspeed
+    preflight.check(config, [stage.name for stage in ahead], world_size, read)
     ledger.check_claim(Path(str(config.run.dir)))
     return ahead
 
@@ -293,7 +298,10 @@ def check_remaining(config: Config, steps: list[Step], world_size: int) -> list[
 def _begin(survey: Survey, names: list[str] | None, surroundings: Surroundings) -> None:
     config = survey.config
     ahead = check_remaining(
-        config, plan(config, names, survey), surroundings.ranks or config.run.ranks
+        config,
+        plan(config, names, survey),
+        surroundings.ranks or config.run.ranks,
+        survey.deepspeed,
     )
     if any(stage.trains for stage in ahead):
         for note in consistency.notes(config, surroundings):

@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 
+from cnn2gnn_dist.config import StudentConfig, TeacherConfig
 from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.training.adam_params import check_params, is_number
 from cnn2gnn_dist.training.precision import choose
 
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -220,7 +222,7 @@ def resolve(
     _refuse_half(autocast, config)
     autocast["enabled"] = on_gpu and choose(precision, device, ds) == torch.bfloat16
     clipping = config["gradient_clipping"] = _auto(config.get("gradient_clipping", "auto"), clip)
-    if not _is_number(clipping, 0):
+    if not is_number(clipping, 0):
         raise UserError(
             f"gradients can't be clipped at {clipping!r}: the largest norm must be at least 0 (off)",
             where="gradient_clipping",
@@ -232,6 +234,32 @@ def resolve(
     config.setdefault("steps_per_print", 10**9)
     _refuse_auto(config, "")
     return config
+
+
+def resolve_for(
+    ds: dict[str, Any],
+    settings: TeacherConfig | StudentConfig,
+    world_size: int,
+    accumulation: int,
+    device: str,
+    *,
+    precision: str,
+) -> dict[str, Any]:
+    """``resolve`` for the training of a model with these settings."""
+    return resolve(
+        ds,
+        world_size=world_size,
+        global_batch=settings.global_batch,
+        accumulation=accumulation,
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        clip=settings.clip,
+        device=device,
+        stage=settings.zero_stage,
+        precision=precision,
+        optimizer=settings.optimizer,
+        momentum=settings.momentum,
+    )
 
 
 def _resolve_batches(
@@ -318,7 +346,7 @@ def _resolve_optimizer(
             remedy='"auto", and lr in the run\'s config',
         )
     params["weight_decay"] = _auto(params.get("weight_decay", "auto"), weight_decay)
-    _check_params(params)
+    check_params(params)
     if not on_gpu:
         # Otherwise DeepSpeed compiles its own Adam, for more than a minute.
         params["torch_adam"] = True
@@ -336,34 +364,6 @@ def _use_sgd(config: dict[str, Any], momentum: float) -> None:
     config["zero_allow_untested_optimizer"] = (
         True  # ZeRO would refuse it; our tests cover all stages
     )
-
-
-def _check_params(params: dict[str, Any]) -> None:
-    """Check Adam's numbers; on invalid ones torch raises tracebacks or trains to NaN."""
-    betas = params.get("betas", [0.9, 0.999])
-    pair = isinstance(betas, list) and len(betas) == 2
-    wanted = {
-        "betas": (pair and all(_is_number(beta, 0) and beta < 1 for beta in betas), "[0.9, 0.999]"),
-        "eps": (_is_number(params.get("eps", 1e-8), 0) and params.get("eps", 1e-8) > 0, "1e-8"),
-        "weight_decay": (_is_number(params["weight_decay"], 0), '"auto"'),
-    }
-    says = {
-        "betas": "two numbers from 0 to below 1",
-        "eps": "a number above 0",
-        "weight_decay": "a number of at least 0",
-    }
-    for name, (right, example) in wanted.items():
-        if not right:
-            raise UserError(
-                f"{name} must be {says[name]}, not {params[name]!r}",
-                where=f"optimizer.params.{name}",
-                remedy=f'"{name}": {example}, for example',
-            )
-
-
-def _is_number(value: Any, least: float) -> bool:
-    plain = isinstance(value, int | float) and not isinstance(value, bool)
-    return plain and math.isfinite(value) and value >= least
 
 
 def _block(config: dict[str, Any], key: str, where: str = "") -> dict[str, Any]:

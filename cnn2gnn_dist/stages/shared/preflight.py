@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -10,21 +11,27 @@ from cnn2gnn_dist.config import Config
 from cnn2gnn_dist.data.batch_sizes import check_parts
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.stages.shared.networks import check_norms
-from cnn2gnn_dist.training.ds_config import accumulation_for
+from cnn2gnn_dist.training import ds_config
 
 _TRAINS = ("teacher", "student", "control")
 
 
-def check(config: Config, stages: Iterable[str], world_size: int) -> None:
+def check(
+    config: Config,
+    stages: Iterable[str],
+    world_size: int,
+    deepspeed: Mapping[str, dict[str, Any]] | None = None,
+) -> None:
     """Check that batches and partitions fit the ranks, and that the stem's norms can be synchronized.
 
     Args:
         config: of the run.
         stages: names of the stages still to run; complete stages may have had other ranks.
         world_size: number of ranks.
+        deepspeed: the DeepSpeed configs of "teacher" and "student", as read; None: they are not checked.
 
     Raises:
-        UserError: they don't.
+        UserError: they don't, or DeepSpeed's config of a stage ahead would be refused when it begins.
     """
     ahead = set(stages).intersection(_TRAINS)
     if world_size > 1 and ahead.intersection(("student", "control")):
@@ -32,12 +39,14 @@ def check(config: Config, stages: Iterable[str], world_size: int) -> None:
     for name in ahead:
         section = "teacher" if name == "teacher" else "student"
         settings = getattr(config, section)
-        accumulation_for(
+        accumulation = ds_config.accumulation_for(
             settings.global_batch,
             world_size,
             settings.max_micro_batch,
             f"{section}.global_batch",
         )
+        if deepspeed is not None and section in deepspeed:
+            _check_deepspeed(config, section, deepspeed[section], world_size, accumulation)
         if name == "student" and config.graph.scope == "dataset":
             check_parts(config.graph.partition.parts, world_size, settings.global_batch)
             if (
@@ -50,6 +59,20 @@ def check(config: Config, stages: Iterable[str], world_size: int) -> None:
                     where="graph.partition.parts",
                     remedy=f"graph.partition.parts={world_size}, or graph.sampling.sampler=table",
                 )
+
+
+def _check_deepspeed(
+    config: Config, section: str, read: dict[str, Any], world_size: int, accumulation: int
+) -> None:
+    settings = getattr(config, section)
+    device = "cuda" if config.device == "cuda" else "cpu"
+    try:
+        ds_config.resolve_for(
+            read, settings, world_size, accumulation, device, precision=config.precision
+        )
+    except UserError as error:
+        file = settings.ds_config or "ds_config.json"
+        raise UserError(error.what, where=f"{file}: {error.where}", remedy=error.remedy) from None
 
 
 def check_images(config: Config, stages: Iterable[str], images: int) -> None:

@@ -84,19 +84,13 @@ class Training:
         )
         kind = "teacher" if isinstance(settings, TeacherConfig) else "student"
         model.compute_dtype = context.compute_dtype(kind)
-        resolved = ds_config.resolve(
+        resolved = ds_config.resolve_for(
             context.deepspeed_of(kind),
-            world_size=world_size,
-            global_batch=settings.global_batch,
-            accumulation=self.accumulation,
-            lr=settings.lr,
-            weight_decay=settings.weight_decay,
-            clip=settings.clip,
-            device=context.device,
-            stage=settings.zero_stage,
+            settings,
+            world_size,
+            self.accumulation,
+            context.device,
             precision=context.config.precision,
-            optimizer=settings.optimizer,
-            momentum=settings.momentum,
         )
         self.engine = Engine(
             model,

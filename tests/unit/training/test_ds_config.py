@@ -295,3 +295,45 @@ def test_sgd_in_the_file_is_refused_with_the_field_that_sets_it() -> None:
     shipped["optimizer"]["type"] = "SGD"
     with pytest.raises(UserError, match=r"teacher\.optimizer=sgd"):
         resolve(shipped)
+
+
+@pytest.mark.parametrize(
+    ("params", "remedy"),
+    [
+        ({"weight_decy": 0.1}, "did you mean 'weight_decay'?"),
+        ({"beta": [0.9, 0.999]}, "did you mean 'betas'?"),
+        ({"max_grad_norm": 1.0}, "gradient_clipping"),
+        ({"maximize": True}, "one of lr, betas"),
+        ({"amsgrad": True}, '"amsgrad": false'),
+        ({"torch_adam": "yes"}, '"torch_adam": true'),
+    ],
+)
+def test_parameters_that_adam_does_not_take(params: dict[str, Any], remedy: str) -> None:
+    with pytest.raises(UserError) as caught:
+        resolve({"optimizer": {"params": params}})
+    assert caught.value.where == f"optimizer.params.{next(iter(params))}"
+    assert remedy in caught.value.remedy
+    resolve({"optimizer": {"params": {"amsgrad": False, "foreach": True}}})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"optimizer": {"params": {"weight_decy": 0.1}}}', "no parameter 'weight_decy'"),
+        ('{"train_batch_size": 7}', "train_batch_size is 7 in the file"),
+        ('{"fp16": {"enabled": true}}', "casts BatchNorm weights"),
+        ('{"zero_optimization": {"stage": 4}}', "ZeRO has no stage 4"),
+    ],
+)
+@pytest.mark.parametrize("model", ["teacher", "student"])
+def test_a_config_is_refused_before_anything_is_paid_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str, content: str, message: str
+) -> None:
+    from cnn2gnn_dist import cli
+
+    file = written(tmp_path, content)
+    call = ["run", "--config", "demo", f"run.dir={tmp_path}/run", f"{model}.ds_config={file}"]
+    assert cli.main([*call, "--dry-run"]) == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert f"{file}: " in told
