@@ -15,19 +15,13 @@ from urllib.parse import unquote
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from cnn2gnn_dist import field_names, typed_text
+from cnn2gnn_dist import field_names, presets, typed_text
 from cnn2gnn_dist.config import Config
 from cnn2gnn_dist.errors import UserError
 
-PRESETS = Path(__file__).parent / "presets"
 DATA = "../shared/data"
 """Where presets look for public data sets unless $CNN2GNN_DATA is set."""
 _VARIABLE = re.compile(r"\$(?:(\$)|([A-Za-z_][A-Za-z0-9_]*)|\{([^}]*)\})")
-
-
-def presets() -> list[str]:
-    """Names of the packaged configs."""
-    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
 def load(
@@ -155,16 +149,16 @@ def _describe(model: type[BaseModel], prefix: str, lines: list[str]) -> None:
 
 
 def _read(source: str, old: dict[str, None]) -> dict[str, Any]:
-    path = PRESETS / f"{source}.yaml" if source in presets() else Path(source)
+    path = presets.FOLDER / f"{source}.yaml" if source in presets.names() else Path(source)
     if not path.is_file():
-        near = difflib.get_close_matches(source, presets(), 1)
+        near = difflib.get_close_matches(source, presets.names(), 1)
         hint = f"did you mean the preset {near[0]!r}? " if near else ""
         if (path / "config.yaml").is_file():
             hint = f"did you mean {path / 'config.yaml'}? "
         raise UserError(
             f"no config file or preset of this name: {source}",
             where=source,
-            remedy=f"{hint}presets: {', '.join(presets())}",
+            remedy=f"{hint}presets: {', '.join(presets.names())}",
         )
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -187,7 +181,7 @@ def _read(source: str, old: dict[str, None]) -> dict[str, Any]:
 def _apply(tree: dict[str, Any], override: str, old: dict[str, None]) -> None:
     path, sign, text = override.partition("=")
     path = path.strip()
-    if not sign and (path in presets() or path.endswith((".yaml", ".yml", ".json"))):
+    if not sign and (path in presets.names() or path.endswith((".yaml", ".yml", ".json"))):
         raise UserError(
             "a config is given by --config", where=override, remedy=f"--config {override}"
         )

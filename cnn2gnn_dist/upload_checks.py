@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from cnn2gnn_dist import settings
+from cnn2gnn_dist import presets, settings
 from cnn2gnn_dist.config import Config
 from cnn2gnn_dist.errors import UserError
 
@@ -48,7 +48,7 @@ def check_paths(files: Mapping[str, int], folder: Path, arguments: Sequence[str]
     parser.add_argument("--config", default="demo")
     options, rest = parser.parse_known_args(arguments)
     source = options.config
-    if source not in settings.presets() and not os.path.isabs(source):
+    if source not in presets.names() and not os.path.isabs(source):
         if os.path.normpath(source) not in files:
             raise _not_sent("--config", source, folder, _excluded(folder / source))
         source = str(folder / source)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cnn2gnn_dist import ledger, settings
+from cnn2gnn_dist import ledger
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference import artefact
 from cnn2gnn_dist.inference.classifier import Classifier
@@ -52,6 +52,8 @@ def context_of(run: Path) -> Context:
     Raises:
         UserError: the folder is not a run, or its student is not trained.
     """  # noqa: DOC501
+    from cnn2gnn_dist import settings
+
     file = run / "config.yaml"
     if not run.is_dir():
         raise UserError(

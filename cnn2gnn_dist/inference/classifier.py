@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -12,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import ModelHubMixin, snapshot_download
 
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference import artefact, inputs
@@ -32,7 +30,7 @@ DECODERS = 4
 """Threads that decode images."""
 
 
-class Classifier(ModelHubMixin):
+class Classifier:
     """A trained model with its memory; safe to use from several threads.
 
     ``load`` opens one. On CPUs the answer for an image is bit-identical whatever other images it
@@ -352,43 +350,33 @@ class Classifier(ModelHubMixin):
             )
         return self.memory
 
-    def _save_pretrained(self, save_directory: Path) -> None:
-        copy_model(self.folder, save_directory)
-
     @classmethod
-    def _from_pretrained(  # type: ignore[override]
-        cls,
-        *,
-        model_id: str,
-        revision: str | None = None,
-        cache_dir: str | None = None,
-        force_download: bool = False,
-        local_files_only: bool = False,
-        token: str | bool | None = None,
-        device: str = "auto",
-        **_: Any,
-    ) -> Classifier:
-        folder = Path(model_id)
-        if not folder.is_dir():
-            folder = Path(
-                snapshot_download(
-                    model_id,
-                    revision=revision,
-                    cache_dir=cache_dir,
-                    force_download=force_download,
-                    local_files_only=local_files_only,
-                    token=token,
-                )
-            )
-        return cls.open(folder, device=device)
+    def from_pretrained(cls, model: str | Path, *, device: str = "auto", **hub: Any) -> Classifier:
+        """Open a model's folder, or a model of the Hugging Face Hub after downloading it.
 
+        Args:
+            model: folder, or a name on the Hub (``owner/name``).
+            device: see ``open``.
+            **hub: options of ``huggingface_hub.ModelHubMixin.from_pretrained``: ``revision``, …
 
-def copy_model(source: Path, target: Path) -> None:
-    """Copy a model's folder, without what concerns this place only (locks)."""
-    target.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(
-        source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".lock", "*.tmp")
-    )
+        Raises:
+            UserError: see ``open``.
+        """
+        from cnn2gnn_dist.inference.hub import HubFolder
+
+        return cls.open(HubFolder.from_pretrained(model, **hub).folder, device=device)
+
+    def save_pretrained(self, folder: str | Path, **hub: Any) -> str | None:
+        """Copy the model to a folder; see ``huggingface_hub.ModelHubMixin.save_pretrained``."""
+        from cnn2gnn_dist.inference.hub import HubFolder
+
+        return HubFolder(self.folder).save_pretrained(folder, **hub)
+
+    def push_to_hub(self, name: str, **hub: Any) -> str:
+        """Upload the model; see ``huggingface_hub.ModelHubMixin.push_to_hub``."""
+        from cnn2gnn_dist.inference.hub import HubFolder
+
+        return HubFolder(self.folder).push_to_hub(name, **hub)
 
 
 def _neighbours(

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 from tests.support.models import pictures, write_model
 from tests.support.shards import encode_image
 
@@ -41,3 +43,33 @@ def test_a_model_answers_without_the_packages_of_training(tmp_path):
     assert f"{image}  class " in done.stdout
     assert "cnn2gnn-dist[train]" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+FIRST_ANSWER = """
+import sys
+import cnn2gnn_dist
+NOT_NEEDED = {"pandas", "pyarrow.dataset", "pyarrow.compute", "ray", "deepspeed", "dgl", "webdataset",
+              "tensorboard", "matplotlib", "sklearn", "scipy", "torchvision", "timm", "torch._dynamo",
+              "huggingface_hub", "fastapi", "uvicorn", "jinja2", "fsspec", "onnx", "yaml", "psutil",
+              "cnn2gnn_dist.config"}
+if sys.argv[1] == "python":
+    answer = cnn2gnn_dist.load(sys.argv[2]).predict(sys.argv[3])
+    assert answer.label and answer.neighbours[0].key
+else:
+    from cnn2gnn_dist.cli import main
+    assert main(["predict", "--model", *sys.argv[2:]]) == 0
+print("imported:", *sorted(NOT_NEEDED & set(sys.modules)))
+"""
+
+
+@pytest.mark.parametrize("how", ["python", "command line"])
+def test_a_first_answer_imports_only_what_it_needs(tmp_path, how):
+    """Each of these packages costs a first answer a tenth of a second to several seconds."""
+    written, image = write_model(tmp_path / "m"), tmp_path / "a.png"
+    image.write_bytes(encode_image(pictures(1)[0]))
+    done = subprocess.run(
+        [sys.executable, "-c", FIRST_ANSWER, how, str(written), str(image)],
+        capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "imported:"

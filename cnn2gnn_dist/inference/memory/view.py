@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cnn2gnn_dist.errors import UserError
@@ -133,10 +132,13 @@ class Memory:
 
     def keys(self, ids: np.ndarray) -> list[str]:
         """The keys of rows."""
-        return [str(key) for key in self._keys.take(pa.array(np.asarray(ids))).to_pylist()]
+        # One by one: pa.array of an array of numpy's imports pandas, half a second at the first answer.
+        return [str(self._keys[row]) for row in np.asarray(ids).tolist()]
 
     def ids_of(self, keys: list[str]) -> dict[str, int]:
         """The live row of each key; keys that no live row has are missing from the result."""
+        import pyarrow.compute as pc  # an eighth of a second, and no answer needs it
+
         place = pc.index_in(pa.array(keys, pa.string()), value_set=self._live_keys)
         return {
             key: int(self.live_ids[row])
@@ -187,7 +189,9 @@ class Memory:
         return self._keys.take(pa.array(self.live_ids)).combine_chunks()
 
     def _column(self, name: str) -> pa.ChunkedArray:
-        parts = [pq.read_table(pa.BufferReader(rows), columns=[name])[name] for rows in self._rows]
+        # pq.read_table would import pyarrow.dataset, and that pandas.
+        files = [pq.ParquetFile(pa.BufferReader(rows)) for rows in self._rows]
+        parts = [file.read(columns=[name])[name] for file in files]
         return pa.chunked_array([chunk for part in parts for chunk in part.chunks], parts[0].type)
 
     def _cell(self, row: int, column: str) -> pa.Scalar:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cnn2gnn_dist import cli, consistency, ledger, settings
+from cnn2gnn_dist import cli, consistency, ledger, presets, settings
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.ledger import Entry, Status
 from cnn2gnn_dist.pipeline import runner
@@ -143,7 +143,7 @@ def test_unknown_stage_names_the_stages(tmp_path):
 
 
 def test_every_preset_loads_and_describes_itself():
-    for name in settings.presets():
+    for name in presets.names():
         loaded = settings.load(name)
         assert loaded.name == name
         assert loaded.graph.partition.parts >= 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cnn2gnn_dist import cli, consistency, field_names, settings, unused_fields
+from cnn2gnn_dist import cli, consistency, field_names, presets, settings, unused_fields
 from cnn2gnn_dist.unused_fields import Surroundings
 
 CPU, GPU = Surroundings(), Surroundings(on_gpu=True)
@@ -161,7 +161,7 @@ def test_a_field_that_does_nothing_is_named_with_the_reason(overrides, surroundi
 
 @pytest.mark.parametrize("surroundings", [CPU, GPU, RAY, LAUNCHER, CLIPS])
 def test_presets_set_nothing_that_does_nothing(surroundings):
-    for name in settings.presets():
+    for name in presets.names():
         config = settings.load(name)
         if surroundings.ranks:
             config = settings.load(name, [f"run.ranks={surroundings.ranks}"])

@@ -1,0 +1,25 @@
+"""The arguments of ``cnn2gnn export``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``cnn2gnn export``."""
+    parser.add_argument("run", metavar="RUN", help="folder of a finished run, or of a model")
+    parser.add_argument("--to", required=True, metavar="MODEL", help="folder to write")
+    parser.add_argument("--force", action="store_true", help="replace a model that is there")
+    parser.add_argument(
+        "--onnx", action="store_true", help="as ONNX graphs and arrays, to answer without torch"
+    )
+    parser.set_defaults(command=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from cnn2gnn_dist.commands import export
+
+    if arguments.onnx:
+        return export.onnx(Path(arguments.run), Path(arguments.to))
+    return export.command(Path(arguments.run), Path(arguments.to), force=arguments.force)

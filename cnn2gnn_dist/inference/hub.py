@@ -1,0 +1,60 @@
+"""A model on the Hugging Face Hub: its folder is one of the Hub's repositories as it is.
+
+Apart from the classifier, so that opening a model imports neither the Hub's client nor HTTP.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelHubMixin, snapshot_download
+
+
+class HubFolder(ModelHubMixin):
+    """The folder of a model, which the Hub's ``from_pretrained`` and ``push_to_hub`` carry.
+
+    Args:
+        folder: of the model, here.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        copy_model(self.folder, save_directory)
+
+    @classmethod
+    def _from_pretrained(  # type: ignore[override]
+        cls,
+        *,
+        model_id: str,
+        revision: str | None = None,
+        cache_dir: str | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        **_: Any,
+    ) -> HubFolder:
+        folder = Path(model_id)
+        if not folder.is_dir():
+            folder = Path(
+                snapshot_download(
+                    model_id,
+                    revision=revision,
+                    cache_dir=cache_dir,
+                    force_download=force_download,
+                    local_files_only=local_files_only,
+                    token=token,
+                )
+            )
+        return cls(folder)
+
+
+def copy_model(source: Path, target: Path) -> None:
+    """Copy a model's folder, without what concerns this place only (locks)."""
+    target.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(
+        source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".lock", "*.tmp")
+    )
