@@ -232,6 +232,12 @@ class StudentConfig(TrainConfig):
         ge=0,
         description="weight of -log(share of p on same-class neighbors), which trains the graph head",
     )
+    logit_adjust: float = Field(
+        0.0,
+        ge=0,
+        description="tau of logit adjustment for long tails: in training tau * log(share of the class) is added to "
+        "the logits, so that answers favor rare classes; 0: off",
+    )
     control: bool = Field(
         True, description="also train the same stem with an MLP head and no graph"
     )
@@ -252,6 +258,11 @@ class EvaluateConfig(Section):
         256,
         ge=1,
         description="images per forward pass of a rank, also when embedding a graph's bank",
+    )
+    flip: bool = Field(
+        False,
+        description="average the log-probabilities of each held-out image and its mirror image, for all models; an "
+        "exported model answers from the image alone",
     )
     gallery: int = Field(
         24, ge=0, description="test images shown in the report with their neighbors"

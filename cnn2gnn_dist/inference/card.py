@@ -70,6 +70,9 @@ def card(config: ModelConfig, results: dict[str, Any] | None, rows: int) -> str:
                     f"| {label} | {r['accuracy']:.2%} | {r['balanced_accuracy']:.2%} | "
                     f"{r['parameters']:,} | {r['flops'] / 1e6:.2f} |"
                 )
+        if results.get("student", {}).get("flip"):
+            lines += ["", "Measured on the mean of each image and its mirror image (`evaluate.flip`); this model "
+                      "answers from the image alone."]  # fmt: skip
     else:
         lines.append("The run was not evaluated when this model was exported.")
     lines += ["", "## Use", "", "```python", "import cnn2gnn_dist", "",

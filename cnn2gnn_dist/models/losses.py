@@ -63,3 +63,16 @@ def neighbour_loss(
     known_B = ((labels_of_BF >= 0) & (weights_BF > 0)).any(1) & (labels_B >= 0)
     mass_B = torch.where(same_BF, weights_BF, 0.0).sum(1)
     return torch.where(known_B, -mass_B.clamp(min=floor, max=1.0).log(), 0.0)
+
+
+def logit_adjustment(labels_N: Tensor, num_classes: int, tau: float) -> Tensor:
+    """τ·log π of each class [C] float32, π its share of the images; added to logits in training only.
+
+    Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, equation 10. What is learned is then
+    y = log p(class | image) - τ log π: answers from y weigh all classes alike (τ = 1). A teacher trained
+    without it has learned y + τ log π, so that its soft targets meet the adjusted logits too. Unlabelled
+    images (-1) don't count; a class without images is given one.
+    """
+    known_N = labels_N[labels_N >= 0].long()
+    images_C = torch.bincount(known_N, minlength=num_classes).clamp(min=1).double()
+    return (tau * (images_C / images_C.sum()).log()).float()

@@ -127,5 +127,7 @@ DEFAULTS: dict[str, Any] = {
     "views.magnitude": 9,
     "teacher.mixup": 0.0,
     "teacher.cutmix": 0.0,
+    "evaluate.flip": False,
+    "student.logit_adjust": 0.0,
     "version.decoding": 1,
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -66,7 +66,35 @@ def compared_models(context: Context, num_classes: int, control: bool) -> list[C
         mlp = build_student(context.config, num_classes, "none")
         _load(context, mlp, "control")
         found.append(_standalone(CONTROL, mlp, lambda images: mlp(images).logits_BC))
-    return found
+    return [mirrored(one) for one in found] if context.config.evaluate.flip else found
+
+
+def mirrored(model: ComparedModel) -> ComparedModel:
+    """The same model, asked about each image and its mirror image; its costs are those of both.
+
+    Probabilities are the softmax of the two log-probabilities' mean, which is that of the logits; the vote
+    has none (a class without neighbors has log 0), so that its two shares are averaged themselves.
+    """
+
+    def answer(images: Tensor) -> dict[str, Tensor]:
+        one, other = model.answer(images), model.answer(images.flip(2))
+        return {name: _of_both(name, one[name], other[name]) for name in one}
+
+    def both(row: Row) -> Row:
+        return Row(
+            row.parameters,
+            lambda images: (row.run(images), row.run(images.flip(2))),
+            lambda images: row.flops(images) + row.flops(images.flip(2)),
+            {**row.notes, "flip": True},
+        )
+
+    return replace(model, answer=answer, rows={name: both(row) for name, row in model.rows.items()})
+
+
+def _of_both(name: str, one_BC: Tensor, other_BC: Tensor) -> Tensor:
+    if name == "vote":
+        return (one_BC + other_BC) / 2
+    return (one_BC.log() + other_BC.log()).mul(0.5).clamp(min=-1e4).softmax(1)
 
 
 def self_path(student: Student, images_BHWC: Tensor) -> Tensor:

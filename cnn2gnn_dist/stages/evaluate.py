@@ -180,6 +180,11 @@ def _gallery(context: Context, with_bank: StudentWithBank) -> None:
     output = with_bank.student(images, query)
     assert output.weights_BF is not None
     weights = output.weights_BF.cpu().numpy()
+    predicted = output.logits_BC.argmax(1).cpu().numpy()
+    confidence = output.logits_BC.softmax(1).max(1).values.cpu().numpy()
+    if config.evaluate.flip:  # what was answered, from the mirror image as well
+        rows = np.searchsorted(saved["ids"], ids)
+        predicted, confidence = saved["predicted"][rows], saved["confidence"][rows]
     order = np.argsort(-weights, axis=1, kind="stable")[:, :8]
     neighbours = np.take_along_axis(query.first_BF, order, 1)
     reader = Reader(ReaderSpec(str(context.paths.train_manifest), context.views()))
@@ -188,8 +193,8 @@ def _gallery(context: Context, with_bank: StudentWithBank) -> None:
         context.folder / "gallery.npz",
         images=batch.images,
         labels=batch.labels,
-        predicted=output.logits_BC.argmax(1).cpu().numpy(),
-        confidence=output.logits_BC.softmax(1).max(1).values.cpu().numpy(),
+        predicted=predicted,
+        confidence=confidence,
         neighbour_images=shown.images.reshape(*neighbours.shape, *shown.images.shape[1:]),
         neighbour_labels=shown.labels.reshape(neighbours.shape),
         weights=np.take_along_axis(weights, order, 1),

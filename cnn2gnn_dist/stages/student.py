@@ -6,6 +6,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from cnn2gnn_dist.data.index.manifest import Manifest
 from cnn2gnn_dist.data.order import Order
 from cnn2gnn_dist.data.reading.reader import on_device
 from cnn2gnn_dist.graph.distdgl.served import ServedGraph
-from cnn2gnn_dist.models.losses import distillation_loss, neighbour_loss
+from cnn2gnn_dist.models.losses import distillation_loss, logit_adjustment, neighbour_loss
 from cnn2gnn_dist.models.student import Scope, StudentOutput
 from cnn2gnn_dist.stages.graph import build, describe
 from cnn2gnn_dist.stages.neighbours.neighbourhood import (
@@ -51,6 +52,11 @@ def run(context: Context, scope: Scope, targets_key: str) -> list[Path]:
         graph = config.graph
         late = Late(model.graph_parameters().keys(), graph.start_epoch, graph.warmup_epochs)
     training = Training(context, name, model, settings, len(manifest), late)
+    adjustment = None
+    if settings.logit_adjust:
+        known_N = torch.from_numpy(np.asarray(manifest.label_N, np.int64))
+        adjustment = logit_adjustment(known_N, manifest.num_classes, settings.logit_adjust)
+        adjustment = adjustment.to(training.engine.device)
     engine, schedule = training.engine, _GraphSchedule(context, training, manifest)
     reading = context.stream(context.paths.train_manifest, name)
     with training.deferred_stop(), closing(schedule), reading as stream:
@@ -65,7 +71,7 @@ def run(context: Context, scope: Scope, targets_key: str) -> list[Path]:
                     soft = on_device(targets.lookup(batch.ids, view), engine.device)
                     query = around and around.around(batch.ids, epoch, training.cursor.step)
                     output = engine(images, query)
-                    loss_B = loss_of(output, labels, soft, settings)
+                    loss_B = loss_of(output, labels, soft, settings, adjustment)
                     training.learn(loss_B, valid, output.logits_BC, labels)
                     schedule.observe(output, labels)
                 training.step(order.batches_per_epoch)
@@ -73,14 +79,23 @@ def run(context: Context, scope: Scope, targets_key: str) -> list[Path]:
     return training.finish()
 
 
-def loss_of(output: StudentOutput, labels: Tensor, soft: Tensor, s: StudentConfig) -> Tensor:
+def loss_of(
+    output: StudentOutput,
+    labels: Tensor,
+    soft: Tensor,
+    s: StudentConfig,
+    adjustment_C: Tensor | None = None,
+) -> Tensor:
     """Loss of each sample: with the graph, the self path's, and the graph head's.
 
     Divided by the weight of the two paths, so that its gradient is as large as that of the control,
-    which has only the self path, and the same clipping means the same for both.
+    which has only the self path, and the same clipping means the same for both. ``adjustment_C`` is
+    added to all logits (``logit_adjustment``).
     """
 
     def distil(logits: Tensor) -> Tensor:
+        if adjustment_C is not None:
+            logits = logits.float() + adjustment_C
         return distillation_loss(
             logits,
             labels,

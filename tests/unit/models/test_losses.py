@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cnn2gnn_dist.models.losses import distillation_loss, neighbour_loss
+from cnn2gnn_dist.models.losses import distillation_loss, logit_adjustment, neighbour_loss
 
 
 def case() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -157,3 +157,37 @@ def test_class_0_is_a_class_and_slots_without_weight_are_none() -> None:
     assert float(weights[2].sum()) > 1  # rounding: the loss is still 0 or more
     torch.testing.assert_close(loss_B, torch.tensor([4.0, 1.0, 1.0]).log(), atol=0, rtol=1e-6)
     assert float(loss_B[2]) == 0.0
+
+
+def test_logit_adjustment_is_menons_formula() -> None:
+    """Equation 10: -log(exp(f_y + t log p_y) / sum_k exp(f_k + t log p_k))."""
+    labels_N = torch.tensor([0] * 70 + [1] * 20 + [2] * 10 + [-1] * 40)
+    prior = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64)
+    logits, labels = torch.randn(6, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 2, 1, 0])
+    for tau in (0.5, 1.0, 2.0):
+        adjusted = logits + logit_adjustment(labels_N, 3, tau)
+        found = distillation_loss(adjusted, labels, None, weight=0.0, temperature=1.0)
+        powers = prior**tau * logits.exp()
+        wanted = -(powers[range(6), labels] / powers.sum(1)).log()
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_a_class_without_images_is_given_one() -> None:
+    found = logit_adjustment(torch.tensor([0, 0, 0, 2]), 3, 1.0)
+    torch.testing.assert_close(found, torch.tensor([0.6, 0.2, 0.2]).log())
+
+
+def test_an_adjusted_student_of_a_plain_teacher_learns_the_balanced_logits() -> None:
+    """The soft-target loss is least where y + log prior are the teacher's logits, at any temperature."""
+    adjustment = logit_adjustment(torch.tensor([0] * 9 + [1]), 2, 1.0)
+    teacher = torch.tensor([[2.0, -1.0]])
+    y = teacher - adjustment
+    for temperature in (1.0, 4.0):
+        loss = distillation_loss(
+            y + adjustment,
+            torch.tensor([0]),
+            teacher.log_softmax(1),
+            weight=1.0,
+            temperature=temperature,
+        )
+        assert float(loss) == pytest.approx(0, abs=1e-6)

@@ -13,7 +13,14 @@ from cnn2gnn_dist.graph.partition import parts
 from cnn2gnn_dist.graph.version import GraphWriter, open_version
 from cnn2gnn_dist.models.cost import count_flops
 from cnn2gnn_dist.runtime.ranks import Ranks
-from cnn2gnn_dist.stages.compared_models import StudentWithBank, label_vote, self_path
+from cnn2gnn_dist.stages.compared_models import (
+    ComparedModel,
+    Row,
+    StudentWithBank,
+    label_vote,
+    mirrored,
+    self_path,
+)
 from cnn2gnn_dist.stages.neighbours.neighbourhood import Neighbourhood
 from cnn2gnn_dist.stages.shared.context import Context, RunPaths
 from tests.support.graphs import random_table
@@ -105,3 +112,21 @@ def test_the_search_is_counted_once_where_torch_sees_it_too(tmp_path):
         assert (model.student_flops(images), model.vote_flops(images)) == on_cpu
     assert on_cpu[0] == unseen + B * 2 * N * DZ
     assert on_cpu[1] == count_flops(model.student.embed, images) + B * 2 * N * DZ
+
+
+def test_with_flip_probabilities_are_those_of_the_mean_logits(tmp_path):
+    """And the vote is the mean of both votes; costs are those of two images."""
+    bank = attached(tmp_path)
+    images = make_images(B)
+    rows = {"student": Row(1, bank.classify, lambda shown: 10.0 * len(shown))}
+    plain = ComparedModel(bank.answer, rows, with_bank=bank)
+    found = mirrored(plain).answer(images)
+    once, again = bank.answer(images), bank.answer(images.flip(2))
+    with torch.no_grad():
+        logits = (bank.classify(images) + bank.classify(images.flip(2))) / 2
+    torch.testing.assert_close(found["student"], logits.softmax(1))
+    torch.testing.assert_close(found["vote"], (once["vote"] + again["vote"]) / 2)
+    assert not torch.allclose(found["student"], once["student"])
+    row = mirrored(plain).rows["student"]
+    assert (row.flops(images), row.notes, row.parameters) == (20.0 * B, {"flip": True}, 1)
+    torch.testing.assert_close(mirrored(plain).answer(images.flip(2))["student"], found["student"])
