@@ -1,0 +1,221 @@
+"""Every control of the method on one data set: the table of docs/results.md, mean and deviation over seeds.
+
+    python benchmarks/accuracy.py FOLDER --preset cifar10 --seeds 0 1 2
+    python benchmarks/accuracy.py FOLDER --preset demo --seeds 0 --set teacher.epochs=2       (a trial)
+
+For each seed one run of the preset gives the teacher, the student with the learned graph, its self path, its
+neighbors' vote, and the control (the same stem with an MLP head: same initial weights, norms, order, loss).
+Further runs share its packed shards, its teacher and its soft targets:
+
+    batch             the graph of the mini-batch (graph.scope=batch), which is answered in batches
+    built_once        one graph, from the features after the warm-up, never refreshed
+    labels            student and control without distillation, for the same epochs
+    labels_at_cost    the control without distillation, for as many epochs as teacher, targets and control took
+    shuffled          the student of the first run, each neighbor replaced by an arbitrary node at test time
+
+All through the product's own commands. Run again, it continues with what is missing. Prints for every row
+accuracy (mean ± deviation over seeds), the paired difference to the control, parameters, FLOPs and
+milliseconds per image, seconds of training and images seen; ``cells.jsonl`` has the figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from cnn2gnn_dist import settings
+from cnn2gnn_dist.report.labels import CONTROL
+
+SHARED = ("shards", "manifest", "teacher", "targets")
+"""Folders of a run that its variants start from."""
+VARIANTS = ("batch", "built_once", "labels", "labels_at_cost", "shuffled")
+BASE_ROWS = ("teacher", "student", "self_path", "vote", CONTROL)
+
+
+def cnn2gnn(preset: str, folder: Path, options: list[str]) -> None:
+    """Run the preset into a folder; its output goes to a log beside it.
+
+    Raises:
+        CalledProcessError: it failed; the log says why.
+    """
+    line = [sys.executable, "-m", "cnn2gnn_dist", "run", "--config", preset, f"run.dir={folder}"]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_suffix(".log"), "a", encoding="utf-8") as log:
+        subprocess.run([*line, *options], stdout=log, stderr=log, check=True)
+
+
+def share(base: Path, folder: Path) -> None:
+    """Give a variant the stages of the base run that it shares, as hard links."""
+    for name in SHARED:
+        if (base / name).exists() and not (folder / name).exists():
+            shutil.copytree(base / name, folder / name, copy_function=_link)
+    if not (folder / "config.yaml").exists():  # what makes it a run's folder
+        shutil.copyfile(base / "config.yaml", folder / "config.yaml")
+
+
+def _link(source: str, target: str) -> None:
+    Path(target).hardlink_to(source)
+
+
+def seconds(folder: Path, stage: str) -> float:
+    """Wall seconds of a finished stage."""
+    return float(json.loads((folder / stage / "done.json").read_text())["seconds"])
+
+
+def overrides(variant: str, base: Path, options: list[str], preset: str) -> list[str]:
+    """The overrides that make a variant of the preset."""
+    student = settings.load(preset, options).student
+    if variant == "batch":
+        return ["graph.scope=batch", "student.control=false"]
+    if variant == "built_once":
+        return [f"graph.refresh_epochs={student.epochs}", "student.control=false"]
+    if variant == "labels":
+        return ["student.distill_weight=0"]
+    control = seconds(base, "control")
+    total = control + seconds(base, "teacher") + seconds(base, "targets")
+    return ["student.distill_weight=0", f"student.epochs={round(student.epochs * total / control)}"]
+
+
+def rows_of(variant: str) -> dict[str, str]:
+    """Rows of a variant's results, and what they are called in the table."""
+    if variant == "labels":
+        return {"student": "labels: student", CONTROL: "labels: control"}
+    if variant == "labels_at_cost":
+        return {CONTROL: "labels_at_cost: control"}
+    return {"student": variant}  # "shuffled" too
+
+
+def cells(
+    folder: Path, preset: str, seed: int, variants: list[str], options: list[str]
+) -> Iterator[dict[str, Any]]:
+    """All rows of one seed."""
+    options = [*options, f"seed={seed}"]
+    base = folder / f"seed{seed}" / "base"
+    cnn2gnn(preset, base, options)
+    found = json.loads((base / "results.json").read_text())
+    for row in BASE_ROWS:
+        yield _cell(row, seed, found[row], base, "teacher" if row == "teacher" else None)
+    for variant in variants:
+        if variant == "shuffled":
+            yield {"row": "shuffled", "seed": seed, "accuracy": shuffled_accuracy(base)}
+            continue
+        made = folder / f"seed{seed}" / variant
+        share(base, made)
+        cnn2gnn(preset, made, [*options, *overrides(variant, base, options, preset)])
+        found = json.loads((made / "results.json").read_text())
+        for row, name in rows_of(variant).items():
+            yield _cell(name, seed, found[row], made, None, row)
+
+
+def _cell(
+    name: str, seed: int, found: dict[str, Any], run: Path, stage: str | None, row: str = ""
+) -> dict[str, Any]:
+    stage = stage or ("control" if (row or name) == CONTROL else "student")
+    config = settings.load(str(run / "config.yaml"), [])
+    trained = config.teacher if stage == "teacher" else config.student
+    images = json.loads((run / "results.json").read_text())["run"]["train_images"]
+    kept = ("accuracy", "balanced_accuracy", "ece", "parameters", "flops", "ms_per_image")
+    return {
+        "row": name,
+        "seed": seed,
+        **{key: found[key] for key in kept},
+        "train_seconds": seconds(run, stage),
+        "images_seen": images * trained.epochs,
+    }
+
+
+def shuffled_accuracy(base: Path) -> float:
+    """Accuracy of the student when every neighbor's features and label are an arbitrary node's."""
+    import numpy as np
+    import torch
+
+    from cnn2gnn_dist.runtime.ranks import Ranks
+    from cnn2gnn_dist.stages.compared_models import compared_models
+    from cnn2gnn_dist.stages.shared.context import Context, RunPaths, load_manifest
+    from cnn2gnn_dist.stages.shared.predictions import evaluate
+
+    torch.set_num_threads(1)
+    config = settings.load(str(base / "config.yaml"), ["stream.backend=local"])
+    context = Context(config, Ranks(), RunPaths(base), base, "", "cpu", False)
+    train = load_manifest(context.paths.train_manifest)
+    model = next(m for m in compared_models(context, train.num_classes, False) if m.with_bank)
+    assert model.with_bank is not None
+    holder = model.with_bank.around.holder
+    place = np.random.default_rng(config.seed).permutation(len(train))
+    rows = holder.rows
+    holder.rows = lambda ids: rows(place[ids])  # type: ignore[method-assign]
+    found = evaluate(context, model.answer, context.paths.test_manifest).found["student"]
+    return float((found.predicted_N == found.label_N).mean())
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    """The rows as Markdown: means and deviations over seeds, differences to the control seed by seed."""
+    control = {c["seed"]: c["accuracy"] for c in found if c["row"] == CONTROL}
+    lines = [
+        "| | accuracy | minus control | parameters | MFLOP / image | ms / image | seconds | images seen |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in dict.fromkeys(c["row"] for c in found):
+        of_row = [c for c in found if c["row"] == row]
+        apart = [100 * (c["accuracy"] - control[c["seed"]]) for c in of_row]
+        first = of_row[0]
+        costs = ["", "", "", "", ""]
+        if "flops" in first:
+            costs = [
+                f"{first['parameters']:,}",
+                f"{first['flops'] / 1e6:.1f}",
+                f"{mean(c['ms_per_image'] for c in of_row):.3f}",
+                f"{mean(c['train_seconds'] for c in of_row):.0f}",
+                f"{first['images_seen']:,}",
+            ]
+        figures = [_spread([100 * c["accuracy"] for c in of_row]), _spread(apart, "+.2f")]
+        lines.append(f"| {row} | {' | '.join([*figures, *costs])} |")
+    return "\n".join(lines)
+
+
+def _spread(values: list[float], form: str = ".2f") -> str:
+    deviation = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{mean(values):{form}}{deviation}"
+
+
+def main() -> int:
+    """Fill in the missing cells and print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--preset", default="cifar10")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="overrides")
+    given = parser.parse_args()
+    file = given.folder / "cells.jsonl"
+    given.folder.mkdir(parents=True, exist_ok=True)
+    for seed in given.seeds:
+        known = (
+            [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        )
+        if {c["row"] for c in known if c["seed"] == seed} >= wanted(given.variants):
+            continue
+        fresh = list(cells(given.folder, given.preset, seed, given.variants, given.set))
+        kept = [c for c in known if c["seed"] != seed]
+        file.write_text("".join(json.dumps(c) + "\n" for c in [*kept, *fresh]))
+    print(table([json.loads(line) for line in file.read_text().splitlines()]))
+    return 0
+
+
+def wanted(variants: list[str]) -> set[str]:
+    """Names of the rows of the base run and of these variants."""
+    names = {name for variant in variants for name in rows_of(variant).values()}
+    return names - {"student"} | set(BASE_ROWS)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
