@@ -80,7 +80,8 @@ def _print_plan(config: Config, stages: list[str] | None) -> None:
         log.output(f"{step.stage.name:10} {step.status.value:12} {step.why}")
     deepspeed = keys.read_deepspeed(config)
     surroundings = Surroundings(config.device == "cuda", deepspeed=deepspeed)
-    for note in consistency.notes(config, surroundings):
+    late = runner.checksums_note(config, steps)
+    for note in [*consistency.notes(config, surroundings), *([late] if late else [])]:
         log.output(f"note: {note}")
     runner.check_remaining(config, steps, config.run.ranks, deepspeed)
 

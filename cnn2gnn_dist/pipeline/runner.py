@@ -295,14 +295,26 @@ def check_remaining(
     return ahead
 
 
+def checksums_note(config: Config, steps: list[Step]) -> str | None:
+    """Say so if ``data.checksums`` comes too late: the images were indexed without."""
+    manifest = RunPaths(Path(str(config.run.dir))).train_manifest
+    again = any(s.stage.name == "index" and s.status is not Status.COMPLETE for s in steps)
+    if not config.data.checksums or again or not manifest.is_file():
+        return None
+    if load_manifest(manifest).crc_N is not None:
+        return None
+    return (
+        "data.checksums=true comes too late: the images of this run were indexed without, and what is "
+        "read is not verified; make the run in another folder (run.dir=…) for that"
+    )
+
+
 def _begin(survey: Survey, names: list[str] | None, surroundings: Surroundings) -> None:
     config = survey.config
-    ahead = check_remaining(
-        config,
-        plan(config, names, survey),
-        surroundings.ranks or config.run.ranks,
-        survey.deepspeed,
-    )
+    steps = plan(config, names, survey)
+    ahead = check_remaining(config, steps, surroundings.ranks or config.run.ranks, survey.deepspeed)
+    if note := checksums_note(config, steps):
+        _log.warning(note)
     if any(stage.trains for stage in ahead):
         for note in consistency.notes(config, surroundings):
             _log.warning(note)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import pytest
 
 from cnn2gnn_dist import cli, consistency, ledger, presets, settings
+from cnn2gnn_dist.data.index.manifest import index
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.ledger import Entry, Status
 from cnn2gnn_dist.pipeline import runner
 from cnn2gnn_dist.pipeline.keys import Survey, as_made
 from cnn2gnn_dist.pipeline.registry import stages_of
 from cnn2gnn_dist.runtime.ranks import Ranks
+from cnn2gnn_dist.stages.shared.context import RunPaths
+from tests.support.shards import write_tar
 
 
 def config(tmp_path, *overrides: str):
@@ -212,3 +215,32 @@ def test_a_model_made_with_fields_of_another_version_is_refused(tmp_path, parts)
     ledger.finish(tmp_path / "run" / "student", Entry("k", parts))
     with pytest.raises(UserError, match=r"a\b|bygone"):
         as_made(made, tmp_path / "run", "student")
+
+
+@pytest.mark.parametrize("indexed_with", [False, True])
+def test_checksums_that_come_too_late_are_noted(tmp_path, capsys, indexed_with):
+    write_tar(
+        tmp_path / "a.tar", [("k0.jpg", b"x"), ("k0.cls", b"0"), ("k1.jpg", b"y"), ("k1.cls", b"1")]
+    )
+    run = config(tmp_path, "data.checksums=true")
+    make_whole(run, 2)
+    ledger.claim(runner.Path(str(run.run.dir)), settings.as_yaml(run))
+    manifest = RunPaths(runner.Path(str(run.run.dir))).train_manifest
+    index([tmp_path / "a.tar"], checksums=indexed_with, progress=False).save(manifest)
+    note = runner.checksums_note(run, runner.plan(run))
+    assert (note is None) == indexed_with
+    assert runner.checksums_note(config(tmp_path), runner.plan(run)) is None
+    assert (
+        cli.main(
+            [
+                "run",
+                "--config",
+                "demo",
+                f"run.dir={run.run.dir}",
+                "data.checksums=true",
+                "--dry-run",
+            ]
+        )
+        == 0
+    )
+    assert ("comes too late" in capsys.readouterr().out) != indexed_with
