@@ -55,7 +55,7 @@ def command(
 
     Raises:
         UserError: neither a run with a graph nor a model with a memory; unknown keys or classes
-            in the decisions; the disk is full.
+            in the decisions; the folder can't be written to; the disk is full.
     """
     if top < 0:
         raise UserError(f"{top} entries of a section", where="--top", remedy="use --top 0 or more")
@@ -72,6 +72,7 @@ def _audit(
     source: Source, place: Path, folder: Path, *, top: int, as_csv: bool, with_map: bool
 ) -> int:
     started = time.monotonic()
+    durable.create_folder(folder)
     held = source.held_out(_bar)
     found = audit(
         source.training,
@@ -85,7 +86,6 @@ def _audit(
         source.training, found, source.keys, source.held_keys, source.held_labels_Q, exact_P
     )
     with durable.disk_full_reported(folder):
-        folder.mkdir(parents=True, exist_ok=True)
         for name, table in tables.items():
             audit_files.write(folder, name, table, as_csv=as_csv)
         write_page(folder / PAGE, _page(source, place, found, tables, held, exact_P, top))
@@ -168,13 +168,14 @@ def _fix(source: Source, fix: Path, folder: Path, dry_run: bool) -> int:
     before = len(everything)
     everything |= decisions
     path = folder / RELABEL
+    if not dry_run:
+        durable.create_folder(folder)
     dropped = sum(one.name is None for one in decisions.values())
     output(f"{len(decisions) - dropped} images get a class, {dropped} are left out")
     if before:
         output(f"with {len(everything) - len(decisions)} earlier decisions ({source.earlier})")
     if not dry_run:
         with durable.disk_full_reported(path):
-            folder.mkdir(parents=True, exist_ok=True)
             write_relabel(path, everything)
         output(f"list     {path}")
     output(f"train    cnn2gnn run --config … run.dir=NEW data.relabel={path}")

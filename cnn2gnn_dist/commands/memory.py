@@ -164,7 +164,7 @@ def keys_from(file: Path) -> list[str]:
             text = opened.read()
         head = next(csv.reader(io.StringIO(text)), [])
         if "key" in head:
-            lines = csv.reader(io.StringIO(text))
+            lines = csv.reader(io.StringIO(text), strict=True)
             at = next(lines).index("key")
             return [line[at] for line in lines if line[at:] and line[at].strip()]
     except (OSError, UnicodeDecodeError, csv.Error) as error:

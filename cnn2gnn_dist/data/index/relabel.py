@@ -54,7 +54,7 @@ def read_relabel(path: Path) -> dict[str, Decision]:
     found: dict[str, Decision] = {}
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            lines = csv.DictReader(file)
+            lines = csv.DictReader(file, strict=True)
             missing = {"key", "class"} - set(lines.fieldnames or ())
             if missing:
                 raise UserError(

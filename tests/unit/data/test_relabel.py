@@ -105,6 +105,11 @@ def test_keys_that_two_shards_have_are_told_apart(tmp_path):
         apply(tmp_path, (train, held), "key,class\nk0,cat\n")
 
 
+def test_a_quote_that_is_not_closed_swallows_no_decisions(tmp_path):
+    with pytest.raises(UserError, match="this relabel list can't be read"):
+        read_relabel(written(tmp_path, 'key,class\nk0,cat\n"k1,cat\nk2,hen\n'))
+
+
 def test_a_forgotten_image_need_not_be_there(tmp_path, pair):
     made, said = apply(tmp_path, pair, "key,class\nk0,drop?\nelsewhere,drop?\n")
     assert len(made) == 4

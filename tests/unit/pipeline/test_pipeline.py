@@ -223,24 +223,13 @@ def test_checksums_that_come_too_late_are_noted(tmp_path, capsys, indexed_with):
         tmp_path / "a.tar", [("k0.jpg", b"x"), ("k0.cls", b"0"), ("k1.jpg", b"y"), ("k1.cls", b"1")]
     )
     run = config(tmp_path, "data.checksums=true")
-    make_whole(run, 2)
     ledger.claim(runner.Path(str(run.run.dir)), settings.as_yaml(run))
+    make_whole(run, 2)
     manifest = RunPaths(runner.Path(str(run.run.dir))).train_manifest
     index([tmp_path / "a.tar"], checksums=indexed_with, progress=False).save(manifest)
     note = runner.checksums_note(run, runner.plan(run))
     assert (note is None) == indexed_with
     assert runner.checksums_note(config(tmp_path), runner.plan(run)) is None
-    assert (
-        cli.main(
-            [
-                "run",
-                "--config",
-                "demo",
-                f"run.dir={run.run.dir}",
-                "data.checksums=true",
-                "--dry-run",
-            ]
-        )
-        == 0
-    )
+    call = ["run", "--config", "demo", f"run.dir={run.run.dir}", "data.checksums=true", "--dry-run"]
+    assert cli.main(call) == 0
     assert ("comes too late" in capsys.readouterr().out) != indexed_with
