@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.errors import UserError, first_line
 from cnn2gnn_dist.inference import artefact, inputs
 from cnn2gnn_dist.inference.answers import Answer, Neighbour
 from cnn2gnn_dist.inference.artefact import ModelConfig
@@ -68,7 +68,7 @@ class Classifier:
                 gigabyte or so; None: unless it has more than ``VERIFIED_BYTES``.
 
         Raises:
-            UserError: not a model, damaged, or of a newer version.
+            UserError: not a model, damaged, or of a newer version; no such device.
         """  # noqa: DOC501
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -83,8 +83,7 @@ class Classifier:
             )
         elif config.scope == "dataset":
             raise artefact.damaged(folder / artefact.MEMORY, "it is missing")
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = _device(device)
         try:
             weights = load_file(folder / artefact.WEIGHTS)
         except (OSError, SafetensorError) as error:
@@ -395,6 +394,20 @@ def _neighbours(
         )
         for key, slot in zip(keys, slots, strict=True)
     )
+
+
+def _device(wanted: str) -> str:
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=wanted)
+    except (RuntimeError, AssertionError, TypeError) as error:  # torch without CUDA asserts
+        raise UserError(
+            f"torch has no device {wanted!r} here: {first_line(error)}",
+            where="device",
+            remedy="auto, cpu, or cuda on a machine with a GPU that torch supports",
+        ) from None
+    return wanted
 
 
 def _verify(root: Path, version: Version, wanted: bool | None) -> None:

@@ -215,11 +215,15 @@ class Service:
         return found
 
     async def _follow(self) -> None:
+        said = ""
         while True:
             await asyncio.sleep(FOLLOW_SECONDS)
             if self.pinned:
                 continue
             try:
                 await asyncio.to_thread(self.live.follow)
+                said = ""
             except UserError as error:
-                _log.warning("the memory on disk can't be loaded: %s", error.what)
+                if error.what != said:  # once, not every second
+                    _log.warning("the memory on disk can't be loaded: %s", error.what)
+                said = error.what

@@ -56,6 +56,12 @@ def test_a_large_memory_is_verified_when_asked(edited, monkeypatch):
     assert "z.npy" in caught.value.where
 
 
+@pytest.mark.parametrize("device", ["tpu", "cuda:99", "meta:x", ""])
+def test_devices_that_are_not_there(model, device):
+    with pytest.raises(UserError, match="torch has no device"):
+        load(model.folder, device=device)
+
+
 def test_the_card_may_be_edited(model):
     (model.folder / artefact.CARD).write_text("# ours\n\nlonger than before")
     load(model.folder, device="cpu")
