@@ -65,6 +65,20 @@ def onnx(model: Path, target: Path) -> int:
     return 0
 
 
+def programs(model: Path, target: Path) -> int:
+    """Write a model as programs of ``torch.export`` and arrays (``inference/torch_export.py``).
+
+    Raises:
+        UserError: not a model; the scope is batch; the target exists.
+    """
+    from cnn2gnn_dist.inference.torch_export import export
+
+    with opened(model, "cpu") as classifier:
+        export(classifier, target)
+    output(f'programs {target}: torch.export.load("{target}/encoder.pt2").module()')
+    return 0
+
+
 def _write(run: Path, temporary: Path) -> None:
     source = run if (run / artefact.CONFIG).is_file() else None
     if source is None:

@@ -11,8 +11,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="folder of a finished run, or of a model")
     parser.add_argument("--to", required=True, metavar="MODEL", help="folder to write")
     parser.add_argument("--force", action="store_true", help="replace a model that is there")
-    parser.add_argument(
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument(
         "--onnx", action="store_true", help="as ONNX graphs and arrays, to answer without torch"
+    )
+    kind.add_argument(
+        "--torch-export",
+        action="store_true",
+        help="as programs of torch.export and arrays, to answer with torch alone",
     )
     parser.set_defaults(command=_run)
 
@@ -22,4 +28,6 @@ def _run(arguments: argparse.Namespace) -> int:
 
     if arguments.onnx:
         return export.onnx(Path(arguments.run), Path(arguments.to))
+    if arguments.torch_export:
+        return export.programs(Path(arguments.run), Path(arguments.to))
     return export.command(Path(arguments.run), Path(arguments.to), force=arguments.force)

@@ -10,7 +10,7 @@ import torch
 
 from cnn2gnn_dist import cli
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.inference import onnx_export
+from cnn2gnn_dist.inference import graphs, onnx_export
 from cnn2gnn_dist.inference.classifier import Classifier
 from cnn2gnn_dist.models.block import nearest
 from tests.support.models import pictures, write_model
@@ -26,7 +26,7 @@ def test_weights_of_sorted_distances_are_those_of_adaptive_neighbours(columns, k
     d = torch.rand(40, columns, generator=torch.Generator().manual_seed(0)).sort(1).values
     d[0] = 0.5
     expected = nearest(d, k, torch.ones_like(d, dtype=torch.bool)).p_BM
-    torch.testing.assert_close(onnx_export.weights_of_sorted(d, k), expected)
+    torch.testing.assert_close(graphs.weights_of_sorted(d, k), expected)
 
 
 def test_the_example_answers_as_the_model(tmp_path):
@@ -50,9 +50,9 @@ def test_the_example_answers_as_the_model(tmp_path):
 
 def test_arrays_leave_out_what_was_removed(tmp_path):
     model = Classifier.open(write_model(tmp_path / "m"), device="cpu")
-    arrays = onnx_export.memory_arrays(model.memory, 3)
+    arrays = graphs.memory_arrays(model.memory, 3)
     model.memory.live[5] = False
     model.memory.__dict__.pop("live_ids")
-    fewer = onnx_export.memory_arrays(model.memory, 3)
+    fewer = graphs.memory_arrays(model.memory, 3)
     assert len(fewer["x"]) == len(arrays["x"]) - 1
     np.testing.assert_array_equal(fewer["z"], np.delete(arrays["z"], 5, 0))
