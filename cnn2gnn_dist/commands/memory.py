@@ -31,7 +31,7 @@ def add(
         report_error(f"{name}: not readable as an image: {why}")
     verb = "would add" if dry_run else "added"
     kind = "a new class" if done.new_class else "a trained class"
-    output(f"{verb} {len(done.keys)} images of '{class_name}', {kind}")
+    output(f"{verb} {len(done.keys)} images of '{done.class_name}', {kind}")
     if done.new_class:
         output(trade_table(done, old_loss))
     if done.version is not None:

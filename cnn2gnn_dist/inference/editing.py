@@ -27,6 +27,8 @@ from cnn2gnn_dist.inference.old_classes import Images, OldClasses
 from cnn2gnn_dist.inference.scoring import HeldOut
 
 QUALITY = 85
+SAMPLED = 16
+"""Rows that tell whether a memory has thumbnails: a corrupt image has none in any case."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Added:
 
     Attributes:
         version: the new version; None after a dry run.
+        class_name: as the memory has it, without spaces around it.
         keys: of the images added.
         errors: (name, why) of images that could not be read.
         new_class: whether the class was not trained.
@@ -45,6 +48,7 @@ class Added:
     """
 
     version: Version | None
+    class_name: str
     keys: list[str]
     errors: list[tuple[str, str]] = field(default_factory=list)
     new_class: bool = False
@@ -82,9 +86,10 @@ def add(
     good = [one for one in decoded if one.pixels is not None]
     if not good:
         raise UserError(
-            f"none of these {len(decoded)} images can be read",
+            f"none of these {len(decoded)} images can be read"
+            + (f": {errors[0][1]}" if errors else ""),
             where=decoded[0].name if decoded else "",
-            remedy=errors[0][1] if errors else "name image files or folders",
+            remedy="name image files, or folders that hold some; nothing was changed",
         )
     with store.editing(root, wait_s):
         edit = edits.Edit(root)
@@ -93,10 +98,12 @@ def add(
         rows = _rows(good, made, label, edit.before)
         edit.add(rows)
         fitted = _score_new_classes(model, edit, old_loss, rows, made.logits)
-        version = None if dry_run else edit.commit(f"add {len(good)} images of '{class_name}'")
+        name = edit.classes[label].name
+        version = None if dry_run else edit.commit(f"add {len(good)} images of '{name}'")
     model.reload()
     return Added(
         version=version,
+        class_name=name,
         keys=list(rows.keys),
         errors=errors,
         new_class=not edit.classes[label].trained,
@@ -192,6 +199,7 @@ def _outputs(model: Classifier, images: list[Pixels], memory: Memory) -> Outputs
 
 
 def _rows(images: list[Pixels], made: Outputs, label: int, memory: Memory) -> NewRows:
+    pictures = _has_thumbnails(memory)
     return NewRows(
         x=made.x.astype(np.float16),
         z=made.z,
@@ -199,7 +207,7 @@ def _rows(images: list[Pixels], made: Outputs, label: int, memory: Memory) -> Ne
         candidates=None,
         keys=_keys(images),
         sources=[one.name for one in images],
-        thumbnails=[_thumbnail(one.pixels) for one in images],
+        thumbnails=[_thumbnail(one.pixels) if pictures else None for one in images],
     )
 
 
@@ -213,6 +221,12 @@ def _keys(images: list[Pixels]) -> list[str]:
 def _digest(one: Pixels) -> str:
     assert one.pixels is not None
     return f"image-{hashlib.sha256(one.pixels.tobytes()).hexdigest()[:16]}"
+
+
+def _has_thumbnails(memory: Memory) -> bool:
+    """Whether images of a memory are kept as thumbnails; one exported without any gets none later."""
+    rows = memory.live_ids[:SAMPLED].tolist()
+    return not rows or any(memory.thumbnail(row) is not None for row in rows)
 
 
 def _thumbnail(pixels: np.ndarray | None) -> bytes:

@@ -10,7 +10,8 @@ from cnn2gnn_dist.commands.answer_files import writer_of
 from cnn2gnn_dist.commands.memory import keys_from
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference import artefact, editing
-from tests.support.models import calibrate, pictures
+from cnn2gnn_dist.inference.classifier import load
+from tests.support.models import calibrate, pictures, write_model
 from tests.support.shards import encode_image
 
 
@@ -84,8 +85,9 @@ def test_unreadable_images_are_named_and_the_others_added(model, tmp_path):
     done = editing.add(model, [*of_new_class(2), b"no image"], "class 0")
     assert [name for name, _ in done.errors] == ["input 2"]
     assert len(done.keys) == 2
-    with pytest.raises(UserError, match="none of these 1 images can be read"):
+    with pytest.raises(UserError, match="none of these 1 images can be read: text") as caught:
         editing.add(model, [b"no image"], "class 0")
+    assert "name image files" in caught.value.remedy
 
 
 def test_probabilities_are_calibrated_and_sets_have_their_coverage(calibrated):
@@ -159,6 +161,14 @@ def test_the_commands_edit_and_tell(calibrated, tmp_path, capsys):
     code, told = call("predict", "--model", folder, images / "f1.png", "--json")
     assert code == 0
     assert json.loads(told.out)["path"] == "graph"
+
+
+def test_a_memory_without_thumbnails_gets_none(tmp_path, monkeypatch):
+    monkeypatch.setattr("tests.support.models.encode_image", lambda _: None)
+    model = load(write_model(tmp_path / "m"), device="cpu")
+    done = editing.add(model, list(of_new_class(3)), " class 1 ")
+    assert (done.class_name, done.version.action) == ("class 1", "add 3 images of 'class 1'")
+    assert model.memory.thumbnails(model.memory.live_ids) == [None] * 43
 
 
 def test_keys_from_files(tmp_path):
