@@ -27,7 +27,14 @@ def command(run: Path, target: Path, *, force: bool = False) -> int:
     Raises:
         UserError: the run is not finished; the target exists; the disk is full.
     """
-    _check_target(run, target, force)
+    try:
+        _check_target(run, target, force)
+    except OSError as error:
+        raise UserError(
+            f"this folder can't be looked at: {error.strerror}",
+            where=str(target),
+            remedy="name a folder in one that you may write to",
+        ) from None
     if not (run / artefact.CONFIG).is_file():
         context_of(run)  # refused before anything is created
     durable.create_folder(target.parent)
@@ -90,6 +97,7 @@ def _write(run: Path, temporary: Path) -> None:
         write_model(context, temporary)
         return
     artefact.read_config(source)
+    artefact.check_files(source)
     shutil.copytree(source, temporary, ignore=shutil.ignore_patterns(*_OURS, "*.tmp"))
 
 

@@ -99,7 +99,9 @@ def read_config(folder: Path) -> ModelConfig:
         raise not_a_model(folder, f"it has no {CONFIG if not file.is_file() else CHECKSUMS}")
     try:
         tree = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise _unreadable(file, error) from None
+    except ValueError as error:
         raise damaged(file, str(error)) from None
     if not isinstance(tree, dict) or tree.get("library_name") != "cnn2gnn-dist":
         raise not_a_model(folder, "its config.json is another library's")
@@ -161,7 +163,11 @@ def check_files(folder: Path, *, read: bool = True) -> None:
             raise damaged(path, "it is missing")
         if path.stat().st_size != size:
             raise damaged(path, f"it has {path.stat().st_size} bytes, {size} when it was written")
-        if read and durable.sha256(path) != sha:
+        try:
+            right = not read or durable.sha256(path) == sha
+        except OSError as error:
+            raise _unreadable(path, error) from None
+        if not right:
             raise damaged(path, "its checksum does not match")
 
 
@@ -171,6 +177,14 @@ def not_a_model(folder: Path, why: str) -> UserError:
         f"this folder is not a model: {why}",
         where=str(folder),
         remedy="name a folder that `cnn2gnn export RUN --to MODEL` has written, or a finished run",
+    )
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"a file of the model can't be read: {error.strerror}",
+        where=str(path),
+        remedy="make the model's folder readable for you",
     )
 
 

@@ -76,6 +76,8 @@ def write_model(context: Context, target: Path, *, thumbnails: int | None = None
         results = _results(paths.results)
         made = _config(config, train, results)
         durable.write_text(target / artefact.CONFIG, made.model_dump_json(indent=1))
+        # safetensors writes for its owner only; who may read the folder may read all of it.
+        shutil.copymode(target / artefact.CONFIG, target / artefact.WEIGHTS)
         rows = 0
         if config.graph.scope == "dataset":
             rows = _memory(context, train, target / artefact.MEMORY, thumbnails)

@@ -352,7 +352,11 @@ def _check(folder: Path, files: Mapping[str, tuple[int, str]], *, read: bool) ->
             raise damaged(path, error.strerror or str(error)) from None
         if found != size:
             raise damaged(path, f"it has {found} bytes, {size} when it was written")
-        if read and durable.sha256(path) != sha:
+        try:
+            right = not read or durable.sha256(path) == sha
+        except OSError as error:
+            raise damaged(path, error.strerror or str(error)) from None
+        if not right:
             raise damaged(path, "its checksum does not match")
 
 

@@ -56,6 +56,22 @@ def test_a_large_memory_is_verified_when_asked(edited, monkeypatch):
     assert "z.npy" in caught.value.where
 
 
+@pytest.mark.parametrize(
+    "name", [artefact.WEIGHTS, artefact.CONFIG, "memory/segments/000000/x.npy"]
+)
+def test_a_file_that_may_not_be_read(model, monkeypatch, name):
+    def refused(path, *_, opened=open, **__):
+        if str(path).endswith(name):
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *_, **__)
+
+    monkeypatch.setattr("builtins.open", refused)
+    monkeypatch.setattr("io.open", refused)
+    with pytest.raises(UserError, match="Permission denied") as caught:
+        load(model.folder, device="cpu")
+    assert caught.value.where.endswith(name)
+
+
 @pytest.mark.parametrize("device", ["tpu", "cuda:99", "meta:x", ""])
 def test_devices_that_are_not_there(model, device):
     with pytest.raises(UserError, match="torch has no device"):
