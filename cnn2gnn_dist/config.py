@@ -72,6 +72,11 @@ class DataConfig(Section):
         description="match held-out classes by name if they have names; number: trust that `train` and "
         "`test` number their classes identically",
     )
+    unlabelled: bool = Field(
+        False,
+        description="accept training images without a label (shards: no .cls; Parquet: null or -1): they learn from "
+        "soft targets only, and are nobody's neighbors",
+    )
     allow_empty_classes: bool = Field(False, description="accept classes without training images")
     checksums: bool = Field(
         False,
@@ -163,6 +168,11 @@ class StreamConfig(Section):
 class TeacherConfig(TrainConfig):
     """The teacher, a CNN trained under DeepSpeed."""
 
+    epochs: int = Field(
+        10,
+        ge=0,
+        description="passes over the training images; 0: the network of `weights` is used as it is",
+    )
     arch: str = Field("resnet18", description="whitened_cnn (args: widths), or any timm model name")
     args: dict[str, Any] = Field(
         default_factory=dict, description="further arguments of timm's model"
@@ -199,6 +209,12 @@ class TargetsConfig(Section):
         description="number V of augmented views to write; the student's epoch e uses view e mod V; "
         "0: write only the clean image, for all views of the student",
     )
+    logits: str | None = Field(
+        None,
+        description="Parquet file of ready logits, columns key (or id) and logits: there is no teacher then; null: the "
+        "teacher's (docs/recipe.md)",
+        json_schema_extra=PATH,
+    )
     top_k: int | None = Field(None, ge=1, description="classes kept per row; null: all")
     batch: int = Field(256, ge=1, description="images per forward pass")
 
@@ -216,6 +232,11 @@ class StudentConfig(TrainConfig):
         1.0,
         ge=0,
         description="factor of the learning rate for the stem; 0: frozen, norms' statistics aside",
+    )
+    weights: str | None = Field(
+        None,
+        description="start the stem of student and control from this local file (.safetensors, .pth)",
+        json_schema_extra=PATH,
     )
     dim: int = Field(128, ge=2, description="D: width of the stem's features x")
     hidden: int = Field(128, ge=2, description="H: width of the GNN's hidden layer")
@@ -350,4 +371,5 @@ class Config(Section):
     @model_validator(mode="after")
     def _check(self) -> Config:
         consistency.check_batch_scope(self)
+        consistency.check_teacher(self)
         return self

@@ -102,6 +102,23 @@ def check_batch_scope(config: Config) -> None:
         )
 
 
+def check_teacher(config: Config) -> None:
+    """Check that there is a teacher, trained or given, and that ready logits are of the clean images."""
+    if config.targets.logits is not None and config.targets.views:
+        raise refuse(
+            f"targets.logits has one row for each image, but targets.views={config.targets.views} asks for those of "
+            "augmented views",
+            "targets.views",
+            "targets.views=0",
+        )
+    if not config.teacher.epochs and not (config.teacher.weights or config.targets.logits):
+        raise refuse(
+            "a teacher of no epochs has learned nothing",
+            "teacher.epochs",
+            "teacher.weights=FILE with a trained network, targets.logits=FILE, or 1 or more epochs",
+        )
+
+
 def notes(config: Config, surroundings: Surroundings | None = None) -> list[str]:
     """What will run, but probably not as intended; trials with few epochs do so knowingly.
 

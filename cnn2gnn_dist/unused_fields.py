@@ -54,6 +54,11 @@ _RULES = (
         lambda c, a: c.data.source != "parquet",
     ),
     _Rule(
+        ("data.unlabelled",),
+        "only data.source=shards and data.source=parquet may lack labels",
+        lambda c, a: c.data.source not in ("shards", "parquet"),
+    ),
+    _Rule(
         ("data.train",),
         "the images of data.source=digits are scikit-learn's",
         lambda c, a: c.data.source == "digits",

@@ -8,13 +8,20 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.models.teacher import SMALL_IMAGE, build_teacher, check_name
+from cnn2gnn_dist.models.teacher import (
+    SMALL_IMAGE,
+    build_teacher,
+    check_name,
+    load_state,
+    read_weights,
+)
 
 _PLACES = 2  # side of the spatial readout
 
@@ -109,6 +116,27 @@ class TimmStem(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, S, S] → x_BD."""
         return self.readout(self.network(images))
+
+
+def load_stem(stem: nn.Module, weights: str) -> None:
+    """Load a trained stem: its own names, a student's (``stem.…``), or those of the timm network in it.
+
+    Raises:
+        UserError: the file can't be read or doesn't fit.
+    """
+    state = read_weights(Path(weights), "student.weights")
+    inside = {n.removeprefix("stem."): t for n, t in state.items() if n.startswith("stem.")}
+    state = inside or state
+    if isinstance(stem, TimmStem) and not any(name.startswith("network.") for name in state):
+        stem = stem.network
+    try:
+        load_state(stem, state, weights)
+    except UserError as error:
+        raise UserError(
+            error.what,
+            where=f"student.weights={weights}",
+            remedy="weights of the same student.stem, student.stem_args and student.dim",
+        ) from None
 
 
 def _timm_stem(

@@ -60,7 +60,7 @@ def build_teacher(
     if image_size <= SMALL_IMAGE:
         fit_small_images(network, warn=pretrained)
     if weights:
-        _load(network, weights)
+        load_state(network, read_weights(Path(weights)), weights)
     return network
 
 
@@ -132,7 +132,7 @@ def _whitened(
     network = whitened_cnn.WhitenedCNN(num_classes, **args)
     network.check_size(image_size)
     if weights:
-        _load(network, weights)
+        load_state(network, read_weights(Path(weights)), weights)
     return network
 
 
@@ -167,8 +167,14 @@ def _create(
         ) from failure
 
 
-def _load(network: nn.Module, weights: str) -> None:
-    state = _read(Path(weights))
+def load_state(network: nn.Module, state: dict[str, Tensor], where: str) -> None:
+    """Load named tensors; a classifier that does not fit is skipped with a warning.
+
+    ``where``: the file, for messages.
+
+    Raises:
+        UserError: other tensors are missing, unknown or of another shape.
+    """
     own = network.state_dict()
     heads = classifier_names(network)
 
@@ -190,19 +196,44 @@ def _load(network: nn.Module, weights: str) -> None:
         parts += [f"missing: {_few(missing)}"] if missing else []
         raise UserError(
             f"the weights don't fit the network ({'; '.join(parts)})",
-            where=str(weights),
+            where=where,
             remedy="use weights of the same teacher.arch, teacher.args and kind of first layer "
             f"(images up to {SMALL_IMAGE} pixels get a 3×3 one)",
         )
     if dropped:
-        _log.warning("%s: the classifier (%s) doesn't fit and is skipped", weights, _few(dropped))
+        _log.warning("%s: the classifier (%s) doesn't fit and is skipped", where, _few(dropped))
     network.load_state_dict(fits, strict=False)
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def check_classifier(network: nn.Module, weights: str) -> None:
+    """Check that a file has the classifier of a network that is not trained.
+
+    Raises:
+        UserError: it is missing or of another shape.
+    """
+    state, own = read_weights(Path(weights)), network.state_dict()
+    heads = tuple(f"{name}." for name in classifier_names(network))
+    wrong = [
+        n for n in own if n.startswith(heads) and (n not in state or state[n].shape != own[n].shape)
+    ]
+    if wrong:
+        shapes = {n: tuple(state[n].shape) if n in state else "none" for n in wrong}
+        raise UserError(
+            f"the classifier doesn't fit: {_few([f'{n} {shapes[n]}, expected {tuple(own[n].shape)}' for n in wrong])}",
+            where=weights,
+            remedy="weights of a network of these classes, or teacher.epochs of 1 or more to train it",
+        )
+
+
+def read_weights(path: Path, field: str = "teacher.weights") -> dict[str, Tensor]:
+    """The named tensors of a file, .safetensors or torch's; ``field`` names it.
+
+    Raises:
+        UserError: missing, unreadable, or something else.
+    """
     if not path.is_file():
         raise UserError(
-            "the weights file does not exist", where=str(path), remedy="correct teacher.weights"
+            "the weights file does not exist", where=str(path), remedy=f"correct {field}"
         )
     try:
         if path.suffix == ".safetensors":

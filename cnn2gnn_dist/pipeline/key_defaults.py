@@ -129,5 +129,8 @@ DEFAULTS: dict[str, Any] = {
     "teacher.cutmix": 0.0,
     "evaluate.flip": False,
     "student.logit_adjust": 0.0,
+    "targets.logits": None,
+    "student.weights": None,
+    "data.unlabelled": False,
     "version.decoding": 1,
 }

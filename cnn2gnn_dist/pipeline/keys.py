@@ -73,9 +73,10 @@ def parts(
         others = ds_config.outcome(read) if model in stage.fields else {}
         if others:  # the packaged file's contents are not in the key
             found[f"{model}.ds_config"] = others
-    if found.get("teacher.weights"):
-        before = parts_of(entry).get("teacher.weights") if entry else None
-        found["teacher.weights"] = _weights(Path(found["teacher.weights"]), before)
+    for name, remedy in _CONTENTS.items():
+        if found.get(name):
+            before = parts_of(entry).get(name) if entry else None
+            found[name] = _content_of(name, Path(found[name]), before, remedy)
     if found.get("data.relabel"):
         before = parts_of(entry).get("data.relabel") if entry else None
         found["data.relabel"] = _relabel_list(Path(found["data.relabel"]), before)
@@ -127,8 +128,16 @@ def changes(entry: Entry, parts: Mapping[str, Any]) -> list[str]:
     return settings.differences({**filled, **before}, {**filled, **parts})
 
 
-def _weights(path: Path, before: str | None) -> str:
-    """A weights file by its content; a missing file by the recorded value."""
+_CONTENTS = {
+    "teacher.weights": "name a file: .safetensors, or .pth with a state dict",
+    "student.weights": "name a file: .safetensors, or .pth with a state dict",
+    "targets.logits": "name one Parquet file",
+}
+"""Fields that name a file that counts by its content, and what to do if it isn't a file."""
+
+
+def _content_of(field: str, path: Path, before: str | None, remedy: str) -> str:
+    """A file by its name and content; a missing file by the recorded value."""
     try:
         stat = path.stat()
     except OSError:
@@ -136,9 +145,9 @@ def _weights(path: Path, before: str | None) -> str:
         return str(before) if known else f"{path.name} is missing"
     if not S_ISREG(stat.st_mode):
         raise UserError(
-            "this is not a weights file",
-            where=f"teacher.weights={path}",
-            remedy="name a file: .safetensors, or .pth with a state dict",
+            "this is not a weights file" if field.endswith("weights") else "this is not a file",
+            where=f"{field}={path}",
+            remedy=remedy,
         )
     return f"{path.name} {_sha256(path, stat.st_size, stat.st_mtime_ns)}"
 
@@ -341,7 +350,7 @@ def as_made(config: Config, root: Path, stage: str) -> Config:
     made = {field_names.current_name(name): DEFAULTS[name] for name in names}
     for name, value in ({**made, **parts_of(entry)} if entry else {}).items():
         section, _, one = name.rpartition(".")
-        if section == "version" or one in ("ds_config", "weights", "relabel"):
+        if section == "version" or one in ("ds_config", "weights", "logits", "relabel"):
             continue  # not a field: the content of a file, whose path the config has
         node = tree
         for inner in section.split(".") if section else ():

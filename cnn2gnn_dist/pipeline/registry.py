@@ -72,7 +72,7 @@ def _teacher(context: Context, keys: dict[str, str]) -> list[Path]:
 def _targets(context: Context, keys: dict[str, str]) -> list[Path]:
     from cnn2gnn_dist.stages import targets
 
-    return targets.run(context, keys["teacher"])
+    return targets.run(context, keys.get("teacher", ""))
 
 
 def _student(context: Context, keys: dict[str, str]) -> list[Path]:
@@ -115,6 +115,7 @@ _PACK = Stage(
         "data.limit",
         "data.image_column",
         "data.label_column",
+        "data.unlabelled",
         "version.decoding",
     ),
     (),
@@ -132,6 +133,7 @@ _INDEX = Stage(
         "data.num_classes",
         "data.match_classes",
         "data.allow_empty_classes",
+        "data.unlabelled",
         "version.decoding",
     ),
     ("pack",),
@@ -186,6 +188,8 @@ STAGES = {
 def stages_of(config: Config) -> list[Stage]:
     """The stages of a run, in order."""
     found = [_INDEX, _TEACHER, _TARGETS, _STUDENT]
+    if config.targets.logits is not None:
+        found.remove(_TEACHER)
     if config.data.source != "shards":
         found.insert(0, _PACK)
     if config.graph.scope == "dataset":

@@ -57,11 +57,15 @@ class ComparedModel:
         return next(iter(self.rows))
 
 
-def compared_models(context: Context, num_classes: int, control: bool) -> list[ComparedModel]:
-    """The trained models of the run: teacher, student, control."""
-    teacher = Teacher(context.config, num_classes, initial=False)
-    _load(context, teacher, "teacher")
-    found = [_standalone("teacher", teacher, teacher), _student(context, num_classes)]
+def compared_models(
+    context: Context, num_classes: int, control: bool, teacher: bool = True
+) -> list[ComparedModel]:
+    """The trained models of the run: teacher, student, control, as far as it has them."""
+    found = [_student(context, num_classes)]
+    if teacher:
+        cnn = Teacher(context.config, num_classes, initial=False)
+        _load(context, cnn, "teacher")
+        found.insert(0, _standalone("teacher", cnn, cnn))
     if control:
         mlp = build_student(context.config, num_classes, "none")
         _load(context, mlp, "control")

@@ -63,7 +63,8 @@ def run(context: Context, keys: dict[str, str]) -> list[Path]:
     results: dict[str, Any] = {}
     with_bank: StudentWithBank | None = None
     left_out: dict[int, str] = {}
-    for compared in compared_models(context, test.num_classes, "control" in keys):
+    there = ("control" in keys, "teacher" in keys)
+    for compared in compared_models(context, test.num_classes, *there):
         seed = config.seed if compared.shuffled else None
         evaluation = evaluate(context, compared.answer, paths.test_manifest, shuffle_seed=seed)
         with_bank, left_out = with_bank or compared.with_bank, evaluation.left_out

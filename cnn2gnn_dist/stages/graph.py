@@ -149,10 +149,12 @@ def _embed_all(
             for view in views:
                 got = next(batches)
                 corrupt.note(got)
-                images, _, valid = context.to_device(got)
+                images, labels, valid = context.to_device(got)
                 x_BD, z_Bd = embed(images)
-                # A corrupt image is no node's neighbor: its z is far from every unit vector.
-                z = (z_Bd.float() * valid[:, None]).cpu().numpy()[mask]
+                # Neither a corrupt image nor one without a label (data.unlabelled) is a node's
+                # neighbor: its z is far from every unit vector.
+                known = valid * (labels >= 0)
+                z = (z_Bd.float() * known[:, None]).cpu().numpy()[mask]
                 if view == CLEAN and mask.any():
                     made.write("x", int(ids[0]), x_BD.half().cpu().numpy()[mask])
                     made.write("z", int(ids[0]), z)
@@ -163,7 +165,8 @@ def _embed_all(
     made.close()
     if ranks.is_first and done:  # including those found by an earlier attempt
         manifest, z_Nd = load_manifest(context.paths.train_manifest), writer.array("z")
-        for sample in np.setdiff1d(np.arange(samples), valid_nodes_of(z_Nd)).tolist():
+        labelled = np.flatnonzero(np.asarray(manifest.label_N) >= 0)
+        for sample in np.setdiff1d(labelled, valid_nodes_of(z_Nd)).tolist():
             corrupt.seen.setdefault(sample, f"{manifest.key(sample)}: could not be read")
     corrupt.check()
     return made.array("query") if both else None

@@ -116,7 +116,7 @@ def _config(config: Config, train: Manifest, results: dict[str, Any] | None) -> 
             "name": config.name,
             "seed": config.seed,
             "train_images": len(train),
-            "teacher": config.teacher.arch,
+            "teacher": config.teacher.arch if config.targets.logits is None else "ready logits",
             "torch": torch.__version__,
             "accuracy": None if results is None else results["student"]["accuracy"],
         },

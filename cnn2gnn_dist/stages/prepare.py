@@ -10,10 +10,11 @@ from cnn2gnn_dist.data.images.file_kind import ENOUGH, kind_of, remedy_for
 from cnn2gnn_dist.data.index import class_names
 from cnn2gnn_dist.data.index.class_matching import notes
 from cnn2gnn_dist.data.index.held_out_overlap import overlap_note
-from cnn2gnn_dist.data.index.manifest import Manifest, split_per_class
+from cnn2gnn_dist.data.index.manifest import Manifest
 from cnn2gnn_dist.data.index.manifest_pair import index_data_set, index_pair
 from cnn2gnn_dist.data.index.relabel import read_relabel, relabelled
 from cnn2gnn_dist.data.index.repeated_images import copies_note
+from cnn2gnn_dist.data.index.split import split_labelled
 from cnn2gnn_dist.data.packing import packers
 from cnn2gnn_dist.data.storage import folders
 from cnn2gnn_dist.data.storage.shard_paths import files_of
@@ -68,6 +69,7 @@ def pack_source(
             image_column=data.image_column,
             label_column=data.label_column,
             limit=data.limit,
+            unlabelled=data.unlabelled and part == "train",
         )
     folder = _one_folder(origin, data.source, part)
     if data.source == "imagefolder":
@@ -179,6 +181,7 @@ def index_run(context: Context) -> list[Path]:
             match_classes=data.match_classes,
             allow_empty_classes=data.allow_empty_classes,
             checksums=data.checksums,
+            unlabelled=data.unlabelled,
         )
         whole, held, found = pair.train, pair.held, [*pair.notes, *_overlap_notes(train, test)]
     else:
@@ -199,7 +202,9 @@ def index_run(context: Context) -> list[Path]:
     apart = None
     if data.calibration:
         whole, apart = _set_apart(whole, data.calibration, config.seed)
-    stages = ("teacher", "student", *(("control",) if config.student.control else ()))
+    stages = ["student", *(("control",) if config.student.control else ())]
+    if config.targets.logits is None:
+        stages.insert(0, "teacher")
     found += [f"{e.what} ({e.where})" for e in preflight.misfits(config, stages, len(whole))]
     paths.train_manifest.parent.mkdir(parents=True, exist_ok=True)
     whole.save(paths.train_manifest)
@@ -220,7 +225,7 @@ def index_run(context: Context) -> list[Path]:
 def _set_apart(whole: Manifest, share: float, seed: int) -> tuple[Manifest, Manifest]:
     """Split the training images into those trained on and those that calibrate the model."""
     # Another seed than the held-out split's: the same hash would choose the next images in order.
-    rows, apart = split_per_class(whole, share, seed ^ _CALIBRATION)
+    rows, apart = split_labelled(whole, share, seed ^ _CALIBRATION)
     return whole.select(rows), whole.select(apart)
 
 
@@ -239,8 +244,9 @@ def _held_out(
         num_classes=data.num_classes,
         allow_empty_classes=data.allow_empty_classes,
         checksums=data.checksums,
+        unlabelled=data.unlabelled,
     )
-    train_rows, held_rows = split_per_class(whole.manifest, data.holdout, seed)
+    train_rows, held_rows = split_labelled(whole.manifest, data.holdout, seed)
     part, held = whole.manifest.select(train_rows), whole.manifest.select(held_rows)
     found = notes(whole.class_info, part.label_N, held.label_N, moved=False)
     return part, held, found + ([whole.left_out] if whole.left_out else [])

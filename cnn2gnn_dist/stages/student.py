@@ -17,6 +17,7 @@ from cnn2gnn_dist.data.order import Order
 from cnn2gnn_dist.data.reading.reader import on_device
 from cnn2gnn_dist.graph.distdgl.served import ServedGraph
 from cnn2gnn_dist.models.losses import distillation_loss, logit_adjustment, neighbour_loss
+from cnn2gnn_dist.models.stem import load_stem
 from cnn2gnn_dist.models.student import Scope, StudentOutput
 from cnn2gnn_dist.stages.graph import build, describe
 from cnn2gnn_dist.stages.neighbours.neighbourhood import (
@@ -42,6 +43,8 @@ def run(context: Context, scope: Scope, targets_key: str) -> list[Path]:
     torch.manual_seed(config.seed)
     model = build_student(config, manifest.num_classes, scope)
     whiten_first_layers(context, model)
+    if settings.weights:
+        load_stem(model.stem, settings.weights)
     if context.ranks.world_size > 1:
         # Ranks own partitions of a graph of similar images: one rank's batch is not representative. The
         # control has no graph, but is compared with the student: its norms are the same.
@@ -180,7 +183,12 @@ class _GraphSchedule:
         tally = self.training.tally
         if output.first_labels_BF is not None:
             same = output.first_labels_BF == labels[:, None]
-            tally.note("homophily", (output.weights_BF * same).sum(1).mean())
+            homophily_B = (output.weights_BF * same).sum(1)
+            if self.context.config.data.unlabelled:  # of those that have a label
+                known_B = labels >= 0
+                tally.note("homophily", homophily_B[known_B].sum() / known_B.sum().clamp(min=1))
+            else:
+                tally.note("homophily", homophily_B.mean())
         tally.note("median_scale", output.scale)
         tally.note("degenerate_rows", output.degenerate)
 

@@ -20,6 +20,8 @@ from cnn2gnn_dist.data.reading.reader import Request
 from cnn2gnn_dist.runtime import collectives
 from cnn2gnn_dist.stages.shared.context import Context, CorruptCount, chunks, load_manifest
 from cnn2gnn_dist.stages.shared.networks import Teacher, final_checkpoint, load_model
+from cnn2gnn_dist.stages.shared.predictions import check_held_out
+from cnn2gnn_dist.stages.shared.ready_logits import read_logits
 from cnn2gnn_dist.training import ds_config
 from cnn2gnn_dist.training.checkpoint.manager import Checkpoints
 from cnn2gnn_dist.training.engine import Engine
@@ -56,6 +58,10 @@ def run(context: Context, teacher_key: str) -> list[Path]:
     )
     if len(missing) < len(shards):
         context.say(f"{len(shards) - len(missing)} of {len(shards)} shards are complete")
+    if config.targets.logits is not None:
+        check_held_out(context)  # otherwise the teacher's stage has
+        collectives.alone(lambda: _write_ready(context, manifest, missing, files, meta))
+        return list(files.values())
     if not missing:
         _count_corrupt(context, len(manifest), files)
         return list(files.values())
@@ -80,6 +86,40 @@ def run(context: Context, teacher_key: str) -> list[Path]:
                 classify(idle)
     _count_corrupt(context, len(manifest), files)
     return list(files.values())
+
+
+def _write_ready(
+    context: Context,
+    manifest: Manifest,
+    shards: list[int],
+    files: dict[int, Path],
+    meta: dict[str, Any],
+) -> None:
+    """Write the files of these shards from ``targets.logits``."""
+    path = context.config.targets.logits
+    if not shards or path is None:
+        return
+    log_NC = read_logits(Path(path), manifest)
+    for shard in shards:
+        first = int(np.searchsorted(manifest.shard_N, shard))
+        ids = np.arange(first, first + int(manifest.shard_sizes[shard]))
+        indices, log_probs = _top(
+            torch.from_numpy(log_NC[first : first + len(ids)]), context.config.targets.top_k
+        )
+        soft.write_shard(
+            files[shard],
+            ids=ids,
+            view_count=1,
+            indices=indices[None],
+            log_probs=log_probs[None],
+            meta=meta,
+        )
+
+
+def _top(log_BC: Tensor, top_k: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """The classes [B, K] that are kept, most likely first, and their log-probabilities in float16."""
+    top, classes = log_BC.topk(min(top_k or log_BC.shape[1], log_BC.shape[1]), dim=1)
+    return classes.cpu().numpy().astype(np.int32), top.cpu().numpy().astype(np.float16)
 
 
 def _count_corrupt(context: Context, samples: int, files: dict[int, Path]) -> None:
@@ -161,10 +201,9 @@ def _write(
         log_BC = classify(images).float().log_softmax(1)
         # The teacher's output for a black image is nothing to learn from.
         log_BC = log_BC.where(valid_B[:, None] > 0, -math.log(log_BC.shape[1]))
-        k = log_BC.shape[1] if settings.top_k is None else min(settings.top_k, log_BC.shape[1])
-        top, classes = log_BC.topk(k, dim=1)
-        indices.append(classes.cpu().numpy().astype(np.int32))
-        log_probs.append(top.cpu().numpy().astype(np.float16))
+        classes, top = _top(log_BC, settings.top_k)
+        indices.append(classes)
+        log_probs.append(top)
     shape = (len(numbers), len(ids), -1)
     soft.write_shard(
         path,

@@ -11,6 +11,7 @@ from torch import Tensor
 from cnn2gnn_dist.config import Config, TeacherConfig
 from cnn2gnn_dist.data.order import Order
 from cnn2gnn_dist.models.losses import distillation_loss
+from cnn2gnn_dist.models.teacher import check_classifier
 from cnn2gnn_dist.stages.shared.context import Context, load_manifest
 from cnn2gnn_dist.stages.shared.mixing import Mixed, check_even, mix
 from cnn2gnn_dist.stages.shared.networks import Teacher
@@ -26,7 +27,10 @@ def run(context: Context) -> list[Path]:
     manifest = load_manifest(context.paths.train_manifest)
     torch.manual_seed(config.seed)
     model = Teacher(config, manifest.num_classes)
-    whiten_first_layers(context, model)
+    if not settings.weights:
+        whiten_first_layers(context, model)
+    elif not settings.epochs:
+        check_classifier(model.cnn, settings.weights)
     order = Order(
         manifest.shard_sizes,
         seed=config.seed,
@@ -54,6 +58,8 @@ def run(context: Context) -> list[Path]:
                     training.learn(loss_B, valid, logits, labels)
                 training.step(order.batches_per_epoch)
             training.end_epoch(lambda: {"test_accuracy": accuracy_of(context, engine)})
+    if not settings.epochs:
+        training.save()  # the weights as they were given
     return training.finish()
 
 

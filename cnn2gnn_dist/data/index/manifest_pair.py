@@ -40,15 +40,20 @@ def index_data_set(
     num_classes: int | None = None,
     allow_empty_classes: bool = False,
     checksums: bool = False,
+    unlabelled: bool = False,
 ) -> IndexedDataSet:
     """Index a data set of ``num_classes`` classes, however many of them have names; see :func:`index`.
+
+    ``unlabelled``: accept samples without a label.
 
     Raises:
         UserError: as :func:`index`; there are more classes than ``num_classes``; one class name has
             two spellings.
     """
     refuse_none(shards)
-    found = gather(shards, num_classes=num_classes, checksums=checksums)
+    found = gather(
+        shards, num_classes=num_classes, checksums=checksums, require_labels=not unlabelled
+    )
     class_info = found.class_info
     refuse_spellings(class_info, "data.train")
     if num_classes is not None:
@@ -86,6 +91,7 @@ def index_pair(
     match_classes: Literal["name", "number"] = "name",
     allow_empty_classes: bool = False,
     checksums: bool = False,
+    unlabelled: bool = False,
 ) -> IndexedPair:
     """Index two data sets that have the same classes but may number them differently.
 
@@ -99,6 +105,7 @@ def index_pair(
         match_classes: "number" assumes that both sets number their classes identically.
         allow_empty_classes: accept classes without a training image.
         checksums: as for :func:`index`.
+        unlabelled: accept training images without a label.
 
     Raises:
         UserError: as :func:`index`; a held-out class is not a training class, or its name is
@@ -109,6 +116,7 @@ def index_pair(
         num_classes=num_classes,
         allow_empty_classes=allow_empty_classes,
         checksums=checksums,
+        unlabelled=unlabelled,
     )
     refuse_none(held)
     found = gather(held, checksums=checksums)

@@ -46,6 +46,17 @@ def split_per_class(
     return np.sort(order_N[~held_N]), np.sort(order_N[held_N])
 
 
+def split_labelled(manifest: Manifest, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """``split_per_class`` that holds out no sample without a label: nothing can be said about it.
+
+    Raises:
+        UserError: the fraction is not in [0, 1).
+    """
+    held_N = split_per_class(manifest, fraction, seed)[1]
+    held_N = held_N[manifest.label_N[held_N] >= 0]
+    return np.setdiff1d(np.arange(len(manifest)), held_N), held_N
+
+
 def _hashes(manifest: Manifest, seed: int) -> np.ndarray:
     salt = int(seed).to_bytes(8, "little", signed=True)
     hash_N = np.empty(len(manifest), "<u8")

@@ -80,6 +80,7 @@ def pack_parquet(
     label_column: str = "label",
     limit: int | None = None,
     progress: bool = True,
+    unlabelled: bool = False,
 ) -> list[Path]:
     """Pack Parquet files in Hugging Face's image layout, row by row, in file order.
 
@@ -94,6 +95,7 @@ def pack_parquet(
         label_column: name of the label column.
         limit: maximum number of rows to pack.
         progress: show a progress bar when on a terminal.
+        unlabelled: accept rows without a label (null, -1).
 
     Raises:
         UserError: a file is missing or not Parquet; a column is missing (the message suggests the
@@ -103,7 +105,7 @@ def pack_parquet(
     paths = [Path(files)] if isinstance(files, str | os.PathLike) else [Path(f) for f in files]
     if not paths:
         raise UserError("there are no rows to pack", remedy="name at least one Parquet file")
-    labels = read_labels(paths, image_column, label_column)
+    labels = read_labels(paths, image_column, label_column, unlabelled)
     count = _limited(sum(map(len, labels.files)), limit)
     return write_shards(
         islice(_parquet_sources(paths, labels.files, prefix, image_column), count),

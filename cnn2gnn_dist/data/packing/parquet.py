@@ -104,8 +104,10 @@ def _reason(failure: Exception) -> str:
     return first_line(failure).rstrip(".")
 
 
-def read_labels(paths: Sequence[Path], image_column: str, label_column: str) -> Labels:
-    """Read the labels of files that are packed together.
+def read_labels(
+    paths: Sequence[Path], image_column: str, label_column: str, unlabelled: bool = False
+) -> Labels:
+    """Read the labels of files that are packed together; -1: none, where ``unlabelled`` allows it.
 
     If the files name their classes (Hugging Face's ClassLabel, or text labels), the names are
     decisive: a file that numbers the same classes in a different order is renumbered.
@@ -121,7 +123,7 @@ def read_labels(paths: Sequence[Path], image_column: str, label_column: str) -> 
             where=", ".join(str(path) for path in paths[:3]),
             remedy="name at least one Parquet file with rows",
         )
-    _refuse_missing(columns)
+    _refuse_missing(columns, unlabelled)
     if any(column.text for column in columns):
         return _of_text(columns)
     return _of_numbers(columns)
@@ -197,7 +199,7 @@ def _of_text(columns: list[_Column]) -> Labels:
             remedy="use the same kind of label in all files of a split",
         )
     used = [
-        {(column.names or [])[label] for label in np.unique(column.label_N).tolist()}
+        {(column.names or [])[n] for n in np.unique(column.label_N).tolist() if n >= 0}
         if column.text
         else set(column.names or [])
         for column in columns
@@ -250,15 +252,16 @@ def _difference(names: list[str], others: list[str]) -> str:
 
 
 def _renumbered(column: _Column, number: dict[str, int]) -> np.ndarray:
-    to = np.array([number.get(name, -1) for name in column.names or []], np.int64)
-    return to[column.label_N]
+    to = np.array([*(number.get(name, -1) for name in column.names or []), -1], np.int64)
+    return to[column.label_N]  # -1, none, is the last
 
 
-def _refuse_missing(columns: list[_Column]) -> None:
-    """Check that every row has a label, and that its file names it, if it names any."""
+def _refuse_missing(columns: list[_Column], unlabelled: bool) -> None:
+    """Check that every row has a label (or none, if ``unlabelled``), which its file names, if it names any."""
     for column in columns:
         count = np.iinfo(np.int64).max if column.names is None else len(column.names)
-        wrong = np.flatnonzero((column.label_N < 0) | (column.label_N >= count))
+        least = -1 if unlabelled else 0
+        wrong = np.flatnonzero((column.label_N < least) | (column.label_N >= count))
         if not len(wrong):
             continue
         row = int(wrong[0])
@@ -273,8 +276,8 @@ def _refuse_missing(columns: list[_Column]) -> None:
             f"row {row} has no label (null, or label -1), like {len(wrong)} of "
             f"{len(column.label_N)} rows",
             where=str(column.path),
-            remedy="Hugging Face uses label -1 for hidden labels: pack a split with labels, or "
-            "drop the rows without one",
+            remedy="Hugging Face uses label -1 for hidden labels: pack a split with labels, drop the "
+            "rows without one, or, for training images, data.unlabelled=true",
         )
 
 

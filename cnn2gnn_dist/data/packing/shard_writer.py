@@ -24,7 +24,7 @@ __all__ = ["NewSample", "encode_png", "image_suffix", "write_shards"]
 
 @dataclass(frozen=True)
 class NewSample:
-    """One image to write into a shard; ``about`` goes into its ``.json``."""
+    """One image to write into a shard; ``label`` -1: none; ``about`` goes into its ``.json``."""
 
     key: str
     image: bytes
@@ -105,9 +105,11 @@ def _prepare(folder: Path, prefix: str, shard_size: int, count: int) -> Path:
 
 
 def _add_sample(tar: tarfile.TarFile, source: NewSample, classes: Sequence[str | None]) -> None:
-    about = {**source.about, "label": source.label, "class_name": classes[source.label]}
+    known = source.label >= 0
+    label = {"label": source.label, "class_name": classes[source.label]} if known else {}
+    about = {**source.about, **label}
     members = {
-        "cls": str(source.label).encode("ascii"),
+        **({"cls": str(source.label).encode("ascii")} if known else {}),
         source.suffix: source.image,
         "json": json.dumps(about, sort_keys=True, ensure_ascii=False).encode(),
     }

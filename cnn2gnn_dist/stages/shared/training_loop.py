@@ -256,6 +256,9 @@ class Training:
         with torch.no_grad():
             right = ((logits_BC.argmax(1) == labels_B) * valid_B).sum()
             self.tally.add(loss.detach(), right, valid_B.sum())
+            if self.context.config.data.unlabelled:
+                labelled = (valid_B * (labels_B >= 0)).sum().clamp(min=1)
+                self.tally.note("labelled_accuracy", right / labelled)
 
     def step(self, batches_per_epoch: int) -> None:
         """Update the weights, advance the cursor, log and save when due.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pytest
 
 from cnn2gnn_dist.data.index.manifest import Manifest, expand, index, split_per_class
+from cnn2gnn_dist.data.index.split import split_labelled
 from cnn2gnn_dist.data.storage.folders import refuse_parts_as_classes
 from cnn2gnn_dist.data.storage.shard_paths import files_of
 from cnn2gnn_dist.errors import UserError
@@ -413,3 +415,16 @@ def test_dotted_keys_are_what_webdataset_takes_them_for(tmp_path: Path) -> None:
     dotted = write_tar(tmp_path / "b.tar", [("v1.0/a.jpg", b"x"), ("v1.0/a.cls", b"0")])
     assert index([dotted]).key(0) == "v1.0/a"
     assert json.dumps(index([dotted]).classes) == '["0"]'
+
+
+def test_samples_without_a_label_are_not_held_out(tmp_path: Path) -> None:
+    """And the others are held out as if those were not there."""
+    labels = [n % 3 for n in range(20)]
+    manifest = index(make_shards(tmp_path, IMAGES, labels))
+    label_N = np.array(manifest.label_N)
+    label_N[label_N == 1] = -1
+    some = dataclasses.replace(manifest, label_N=label_N)
+    train, held = split_labelled(some, 0.25, 3)
+    whole = split_per_class(manifest, 0.25, 3)[1]
+    assert held.tolist() == [n for n in whole.tolist() if label_N[n] >= 0]
+    assert sorted([*train, *held]) == list(range(20))

@@ -19,6 +19,7 @@ from PIL import Image
 
 from cnn2gnn_dist.data.images.formats import image_suffix
 from cnn2gnn_dist.data.index.manifest import index
+from cnn2gnn_dist.data.index.manifest_pair import index_data_set
 from cnn2gnn_dist.data.packing.packers import (
     pack_digits,
     pack_imagefolder,
@@ -612,3 +613,22 @@ def test_an_empty_name_among_others_is_refused_before_a_shard_is_written(tmp_pat
         pack_parquet([one], tmp_path / "out", prefix="train")
     assert caught.value.where == "the classes of train"
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.int64()])
+def test_rows_without_a_label_are_packed_if_asked(tmp_path: Path, kind: pa.DataType) -> None:
+    """Without .cls; the classes are those of the other rows."""
+    text = kind == pa.string()
+    labels = ["owl", None, "ant", None] if text else [1, None, 0, -1]
+    path = labelled(tmp_path / "a.parquet", pa.array(labels).cast(kind))
+    with pytest.raises(UserError, match="row 1 has no label") as caught:
+        pack_parquet(path, tmp_path / "no")
+    assert "data.unlabelled=true" in caught.value.remedy
+    paths = pack_parquet(path, tmp_path / "out", unlabelled=True)
+    assert [f.get("cls") for _, f in contents(paths)] == [b"1", None, b"0", None]
+    assert "class_name" not in json.loads(contents(paths)[1][1]["json"])
+    with pytest.raises(UserError, match="has no label"):
+        index(paths)
+    found = index_data_set(paths, unlabelled=True).manifest
+    assert found.label_N.tolist() == [1, -1, 0, -1]
+    assert found.classes == (("ant", "owl") if text else ("0", "1"))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.models.cost import count_flops, count_parameters
 from cnn2gnn_dist.models.normalise import Normalise
-from cnn2gnn_dist.models.stem import build_stem
+from cnn2gnn_dist.models.stem import build_stem, load_stem
+from cnn2gnn_dist.models.teacher import build_teacher
 
 
 @pytest.mark.parametrize("name", ["conv3", "resnet_tiny", "mobilenetv3_small_100", "resnet10t"])
@@ -99,3 +103,40 @@ def test_counting_leaves_the_model_as_it_was() -> None:
     assert not model[0].training
     assert model[1].num_batches_tracked == 0
     assert all(p.grad is None for p in model.parameters())
+
+
+SMALL = {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}
+
+
+@pytest.mark.parametrize("name", ["conv3", "resnet18"])
+@pytest.mark.parametrize("prefix", ["", "stem."])
+def test_a_stem_from_a_file(name: str, prefix: str, tmp_path: Path) -> None:
+    """Under its own names, or a student's, whose other parts are left out."""
+    args = SMALL if name == "resnet18" else {}
+    torch.manual_seed(1)
+    first = build_stem(name, 16, 32, **args)
+    state = {f"{prefix}{n}": t for n, t in first.state_dict().items()}
+    if prefix:
+        state["gnn.self1.weight"] = torch.zeros(2, 2)
+    save_file(state, tmp_path / "s.safetensors")
+    torch.manual_seed(2)
+    other = build_stem(name, 16, 32, **args)
+    load_stem(other, str(tmp_path / "s.safetensors"))
+    assert all(torch.equal(t, first.state_dict()[n]) for n, t in other.state_dict().items())
+
+
+def test_a_timm_stem_takes_its_networks_weights_without_classifier(tmp_path: Path) -> None:
+    network = build_teacher("resnet18", 7, 32, args=SMALL)
+    save_file(network.state_dict(), tmp_path / "n.safetensors")
+    stem = build_stem("resnet18", 16, 32, **SMALL)
+    load_stem(stem, str(tmp_path / "n.safetensors"))
+    assert torch.equal(stem.network.conv1.weight, network.conv1.weight)
+
+
+def test_weights_of_another_stem_are_refused(tmp_path: Path) -> None:
+    save_file(build_stem("conv3", 16, 32).state_dict(), tmp_path / "s.safetensors")
+    with pytest.raises(UserError, match="don't fit") as raised:
+        load_stem(build_stem("conv3", 20, 32), str(tmp_path / "s.safetensors"))
+    assert "student.dim" in raised.value.remedy
+    with pytest.raises(UserError, match="does not exist") as raised:
+        load_stem(build_stem("conv3", 20, 32), str(tmp_path / "t.safetensors"))

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.models.teacher import build_teacher, fit_small_images
+from cnn2gnn_dist.models.teacher import build_teacher, check_classifier, fit_small_images
 
 SMALL = {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}
 
@@ -165,3 +165,11 @@ def test_files_that_run_code_are_refused(tmp_path: Path) -> None:
     torch.save([torch.zeros(2)], tmp_path / "list.pth")
     with pytest.raises(UserError, match="does not contain a dict of named tensors"):
         build_teacher("resnet18", 5, 32, weights=str(tmp_path / "list.pth"), args=SMALL)
+
+
+def test_a_network_that_is_not_trained_needs_its_classifier(tmp_path: Path) -> None:
+    path = str(tmp_path / "w.safetensors")
+    save_file(small_teacher(5).state_dict(), path)
+    check_classifier(small_teacher(5), path)
+    with pytest.raises(UserError, match=r"fc\.weight \(5, 16\), expected \(7, 16\)"):
+        check_classifier(small_teacher(7), path)

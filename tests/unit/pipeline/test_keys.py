@@ -535,3 +535,36 @@ def test_what_is_no_file_is_refused_before_it_is_opened(shards, capsys, source, 
     assert str(path) in said
     assert "name the files with a glob" in said
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("field", "stage", "more"),
+    [("student.weights", "student", []), ("targets.logits", "targets", ["targets.views=0"])],
+)
+def test_other_files_that_a_field_names_count_by_their_content(tmp_path, field, stage, more):
+    path = tmp_path / "w"
+    path.write_bytes(b"one")
+    first = key_of(stage, f"{field}={path}", *more)
+    assert first != key_of(stage, *more)
+    path.write_bytes(b"other")
+    assert key_of(stage, f"{field}={path}", *more) != first
+    with pytest.raises(UserError, match="not a") as raised:
+        key_of(stage, f"{field}={tmp_path}", *more)
+    assert field in raised.value.where
+
+
+def test_with_ready_logits_there_is_no_teacher():
+    config = settings.load("demo", ["targets.logits=/x", "targets.views=0"])
+    assert "teacher" not in [stage.name for stage in stages_of(config)]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["teacher.epochs=0"], "has learned nothing"),
+        (["targets.logits=/x", "targets.views=2"], "one row for each image"),
+    ],
+)
+def test_a_teacher_that_is_none_is_refused(overrides, says):
+    with pytest.raises(UserError, match=says):
+        settings.load("demo", overrides)

@@ -23,6 +23,7 @@ IDLE = [  # overrides of the preset demo, the environment, and the beginnings of
         ["data.holdout=0.25 has no effect: the held-out images are a separate"],
     ),
     (["data.source=cifar10", NEAR], CPU, ["data.holdout=0.25 has no effect"]),
+    (["data.unlabelled=true"], CPU, ["data.unlabelled=true has no effect: only data.source=shards"]),
     (["data.match_classes=number"], CPU, ["data.match_classes=number has no effect"]),
     (["data.source=imagefolder", NEAR, "data.match_classes=number"], CPU, ["data.match_classes"]),
     (
