@@ -11,23 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 
 from cnn2gnn_dist.commands.opening import context_of, unfinished
-from cnn2gnn_dist.data.images.decode import decode
-from cnn2gnn_dist.data.images.views import CLEAN, ViewSpec, render
+from cnn2gnn_dist.data.images.views import CLEAN, ViewSpec
 from cnn2gnn_dist.data.index.manifest import Manifest
 from cnn2gnn_dist.data.index.relabel import names_of, unique_keys
 from cnn2gnn_dist.data.reading.reader import Reader, ReaderSpec, Request
 from cnn2gnn_dist.data.reading.shard_files import CacheSpec
 from cnn2gnn_dist.data.storage import urls
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.graph import duplicates
 from cnn2gnn_dist.graph.version import latest_version, open_version
 from cnn2gnn_dist.inference import artefact, look_alike
 from cnn2gnn_dist.inference.audit import HeldOut, TrainingSet
-from cnn2gnn_dist.inference.memory import store
+from cnn2gnn_dist.inference.audit_memory import Thumbnails, training_set
 from cnn2gnn_dist.inference.memory.view import Memory
 from cnn2gnn_dist.log import progress
 from cnn2gnn_dist.stages.shared.context import Context, chunks, load_manifest
@@ -206,47 +203,20 @@ def _of_run(folder: Path) -> Source:
 
 
 class _ModelSource(Source):
-    memory: Memory
+    thumbnails: Thumbnails
 
     def pictures(self, rows: Sequence[int]) -> list[bytes | None]:
-        ids = self.memory.live_ids
-        return [self.memory.thumbnail(int(ids[row])) for row in rows]
+        return self.thumbnails.jpegs(rows)
 
     def look(self, rows: np.ndarray) -> np.ndarray:
-        views = ViewSpec(kind="none", size=look_alike.SIDE, flip=False)
-        found = np.zeros((len(rows), look_alike.SIDE, look_alike.SIDE, 3), np.uint8)
-        wanted = {int(row): place for place, row in enumerate(rows)}  # rows are distinct
-        start = 0
-        for block in self.all_pictures(READ):
-            for row in range(start, start + len(block)):
-                data = block[row - start]
-                if row in wanted and data is not None:
-                    found[wanted[row]] = render(views, decode(data), 0, CLEAN)
-            start += len(block)
-        return found
+        return self.thumbnails.look(rows)
 
     @property
     def has_pictures(self) -> bool:
-        return any(data is not None for data in next(self.all_pictures(READ), []))
+        return self.thumbnails.any
 
     def all_pictures(self, size: int) -> Iterator[list[bytes | None]]:
-        """Row groups are read once each, in order, not once a row."""
-        held: list[bytes | None] = []
-        start = 0
-        for name, _ in self.memory.version.segments:
-            file = pq.ParquetFile(store.segment_folder(self.memory.root, name) / store.ROWS)
-            for batch in file.iter_batches(size, columns=["thumbnail"]):
-                live = self.memory.live[start : start + len(batch)]
-                cells = batch.column(0).to_pylist()
-                held += [
-                    cell and cell["bytes"] for cell, good in zip(cells, live, strict=True) if good
-                ]
-                start += len(batch)
-                while len(held) >= size:
-                    yield held[:size]
-                    held = held[size:]
-        if held:
-            yield held
+        return self.thumbnails.blocks(size)
 
 
 def _of_model(folder: Path) -> Source:
@@ -259,21 +229,9 @@ def _of_model(folder: Path) -> Source:
             remedy="export a run with graph.scope=dataset, or audit such a run",
         )
     memory = Memory.open(folder / artefact.MEMORY)
-    ids = memory.live_ids
-    new_N = np.full(memory.rows + 1, -1, np.int32)  # the last one: for -1
-    new_N[ids] = np.arange(len(ids), dtype=np.int32)
-    x_ND = memory.x(ids)
-    keys = memory.keys(ids)
-    training = TrainingSet(
-        x_ND,
-        memory.z(ids),
-        memory.labels[ids],
-        new_N[memory.candidates(ids)],
-        duplicates.groups(duplicates.row_keys(np.ascontiguousarray(x_ND))),
-        memory.classes,
-    )
-    source = _ModelSource(str(config.source.get("name", folder.name)), training, keys, set(keys))
-    source.memory = memory
+    keys, name = memory.keys(memory.live_ids), str(config.source.get("name", folder.name))
+    source = _ModelSource(name, training_set(memory), keys, set(keys))
+    source.thumbnails = Thumbnails(memory)
     return source
 
 

@@ -34,11 +34,14 @@ CURVES = (
 FEW_PAIRS, MANY_PAIRS = 8, 30
 
 
-def write_report(root: Path, class_names: Sequence[str] | None = None) -> Path:
+def write_report(
+    root: Path, class_names: Sequence[str] | None = None, audit: dict[str, Any] | None = None
+) -> Path:
     """Write ``report.html`` and ``evaluation/confusion.png`` of a finished run.
 
     Returns the page's path. What a run does not have (graph, control, gallery, curves) is left out.
-    Classes without a name in ``class_names`` are shown as numbers.
+    Classes without a name in ``class_names`` are shown as numbers; ``audit`` is what
+    ``stages/audit_digest.py`` found in the training images.
 
     Raises:
         UserError: the run has no ``results.json`` yet.
@@ -75,6 +78,7 @@ def write_report(root: Path, class_names: Sequence[str] | None = None) -> Path:
             pairs=confused_pairs(student, names),
             reliability=figures.uri(figures.reliability(saved)) if saved else None,
             gallery=_gallery(root / "evaluation" / "gallery.npz", names),
+            audit=audit,
             config=config.read_text(encoding="utf-8") if config.exists() else None,
         )
     )

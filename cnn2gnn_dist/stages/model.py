@@ -34,6 +34,8 @@ from cnn2gnn_dist.inference.memory.store import NewRows
 from cnn2gnn_dist.inference.memory.view import Memory
 from cnn2gnn_dist.inference.network import Network
 from cnn2gnn_dist.models.student import Student
+from cnn2gnn_dist.report.page import write_report
+from cnn2gnn_dist.stages.audit_digest import digest
 from cnn2gnn_dist.stages.shared.context import Context, chunks, load_manifest
 from cnn2gnn_dist.stages.shared.networks import build_student, check_built_on, load_model
 
@@ -45,9 +47,19 @@ FILES = (artefact.CONFIG, artefact.WEIGHTS, artefact.CARD, artefact.CHECKSUMS)
 
 
 def run(context: Context) -> list[Path]:
-    """Write ``RUN/model``; one that is there already, whose training has changed, was set aside."""
+    """Write ``RUN/model``, and the first page of its audit into the report.
+
+    A model that is there already, whose training has changed, was set aside.
+    """
     write_model(context, context.folder)
     context.say(f"the model is in {context.folder}")
+    if context.paths.results.is_file():
+        found = digest(context)
+        if isinstance(found, str):
+            context.say(f"the report has no section on the training images: {found}")
+        else:
+            train = load_manifest(context.paths.train_manifest)
+            write_report(context.paths.root, train.classes, found)
     return [context.folder / name for name in FILES]
 
 

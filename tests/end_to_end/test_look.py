@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 from PIL import Image
 
 from cnn2gnn_dist import cli
@@ -48,7 +50,8 @@ def test_report_is_one_file_with_the_numbers_of_results_json(micro_run):
     text = (micro_run / "report.html").read_text()
     page = Page(text)
     assert page.sources
-    assert all(source.startswith("data:image/png;base64,") for source in page.sources)
+    kinds = ("data:image/png;base64,", "data:image/jpeg;base64,")  # charts, thumbnails
+    assert all(source.startswith(kinds) for source in page.sources)
     assert page.links == []
     assert page.missing_alt == 0
     table = json.loads((micro_run / "results.json").read_text())
@@ -59,6 +62,21 @@ def test_report_is_one_file_with_the_numbers_of_results_json(micro_run):
         assert f"{count:,}" in page.cells
     assert (micro_run / "evaluation" / "confusion.png").read_bytes()[:4] == b"\x89PNG"
     assert text.count('class="card"') == 6
+
+
+def test_the_report_shows_the_audits_first_page(micro_run, tmp_path):
+    out = tmp_path / "audit"
+    assert cli.main(["audit", str(micro_run), "--out", str(out), "--no-map"]) == 0
+    labels = pq.read_table(out / "labels.parquet").to_pylist()
+    text = (micro_run / "report.html").read_text()
+    cards = re.findall(r'class="card doubt">.*?<span class="wrong">(.*?)</span> → <b>(.*?)</b>.*?'
+                       r'class="key">(.*?)</span>', text, re.DOTALL)  # fmt: skip
+    assert cards == [(one["class"], one["suggested"], one["key"]) for one in labels[:10]]
+    assert f"{len(labels):,} of " in text
+    held = len(Manifest.load(micro_run / "manifest" / "test.arrow"))
+    assert f" of {held:,} held-out images have an exact or near-duplicate" in text
+    hubs = pq.read_table(out / "hubs.parquet").slice(0, 1).to_pylist()[0]
+    assert f"{hubs['class']} · {hubs['in_degree']:,}<br>" in text
 
 
 def test_report_leaves_out_what_a_run_does_not_have(micro_run, tmp_path):

@@ -14,9 +14,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cnn2gnn_dist import settings
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.report import page as report
 from cnn2gnn_dist.report.page import confused_pairs, verdict, write_report
+from cnn2gnn_dist.runtime.ranks import Ranks
+from cnn2gnn_dist.stages.audit_digest import digest
+from cnn2gnn_dist.stages.shared.context import Context, RunPaths
+from tests.support.models import write_model
 
 MODELS = ("teacher", "student", "self_path", "vote", "control_mlp")
 
@@ -360,3 +365,36 @@ def test_pairs_are_counted_most_first():
 
 def test_classes_without_names_are_numbers(made, undrawn):
     assert "✗ 3 40%" in page_of(made, ["ant", "bee"])[1]
+
+
+AUDIT = {
+    "images": 1200, "doubtful": 1, "agree": 1, "held": 40, "across": 3, "leaked": 2, "within": 5,
+    "labels": [{
+        "key": "<b>", "image": None, "class": "cat", "suggested": "dog", "head": 0.1, "vote": 0.2,
+        "near": [{"key": "k", "image": None, "class": "dog", "weight": 0.5, "same": False}],
+    }],
+    "outliers": [{"key": "far", "image": None, "class": "cat"}],
+    "hubs": [{"key": "hub", "image": None, "class": "dog", "degree": 1234}],
+    "bleeding": ("cat", "dog", 0.25),
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_audits_first_page_is_in_the_report_where_there_is_one(made):
+    assert "first page" not in write_report(made).read_text()
+    text = write_report(made, None, AUDIT).read_text()
+    assert "1 of 1,200 labels fit another class better" in text
+    assert "2 of 40 held-out images have" in text
+    assert "dog · 1,234" in text
+    assert "<b></span>" not in text  # keys are text
+    nothing = {"labels": [], "outliers": [], "hubs": [], "bleeding": None, "held": 0}
+    text = write_report(made, None, AUDIT | nothing).read_text()
+    assert "held-out images have" not in text
+    assert "Most likely label errors" not in text
+
+
+def test_without_a_memory_the_reason_is_said(tmp_path):
+    folder = write_model(tmp_path / "model", "none")
+    config = settings.load("demo", [f"run.dir={tmp_path}"])
+    context = Context(config, Ranks(), RunPaths(tmp_path), folder, "", "cpu", False)
+    assert digest(context) == "the model has no memory of the training images"
