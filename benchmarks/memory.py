@@ -128,8 +128,9 @@ def main() -> int:
     parser.add_argument("--draws", type=int, default=20)
     parser.add_argument("--shots", type=int, nargs="+", default=list(SHOTS))
     parser.add_argument("--count", type=int, default=400, help="sets of each kind")
-    for part in ("new", "sets", "odd"):
-        parser.add_argument(f"--{part}", action="store_true")
+    parser.add_argument("--new", action="store_true", help="new classes without training")
+    parser.add_argument("--sets", action="store_true", help="sets answered together")
+    parser.add_argument("--odd", action="store_true", help="confidence and unusual images")
     given = parser.parse_args()
     file = given.folder / f"{given.data.replace(':', '-').replace(',', '-')}.npz"
     kept = features.load(file, Path(os.environ["CNN2GNN_DATA"]), given.data)
