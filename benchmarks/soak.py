@@ -34,7 +34,7 @@ from cnn2gnn_dist.data.index.manifest import Manifest, index
 from cnn2gnn_dist.data.order import Order
 from cnn2gnn_dist.data.reading.pool import ReaderPool
 from cnn2gnn_dist.data.reading.reader import ReaderSpec, Request
-from cnn2gnn_dist.runtime import ray_group
+from cnn2gnn_dist.runtime import ray_cluster
 
 LOOK_S, LINE_S, PHASE_S = 5.0, 30.0, 20.0
 SLOW_S = 0.2
@@ -121,7 +121,7 @@ def main() -> int:
         place.mkdir()
         os.environ["RAY_TMPDIR"] = str(place)
         spec = make_data(Path(folder))
-        ray_group.start(None, cpus=2)
+        ray_cluster.start(None, cpus=2)
         family = psutil.Process().children(recursive=True)
         soak = Soak(folder=place)
         print(f"{options}, one batch {options.batch * (3 * 64**2 + 17) / MB:.2f} MB")
@@ -134,7 +134,7 @@ def main() -> int:
             soak.over.set()
             watching.join()
             family += psutil.Process().children(recursive=True)
-            ray_group.stop()
+            ray_cluster.stop()
         return verdict(soak, options, family, place, before)
 
 

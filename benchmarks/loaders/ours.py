@@ -28,9 +28,9 @@ def opened(job: Job) -> Stream:
     """The stream of a job; starts Ray if the job uses it."""
     backend = job.options["backend"]
     if backend == "ray":
-        from cnn2gnn_dist.runtime import ray_group
+        from cnn2gnn_dist.runtime import ray_cluster
 
-        ray_group.start(None, cpus=WORKERS)
+        ray_cluster.start(None, cpus=WORKERS)
     return Stream(
         job.manifest,
         global_batch=job.batch,

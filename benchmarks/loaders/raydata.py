@@ -17,9 +17,9 @@ from loaders.users import one_thread, opened, transform
 def batches(job: Job) -> Iterator[Any]:
     import ray.data
 
-    from cnn2gnn_dist.runtime import ray_group
+    from cnn2gnn_dist.runtime import ray_cluster
 
-    ray_group.start(None, cpus=WORKERS)
+    ray_cluster.start(None, cpus=WORKERS)
     data = ray.data.read_webdataset(job.shards * job.passes, decoder=None)
     # Tasks, not an actor pool: they are fused with reading, while two actors on two cores would
     # leave no core for reading, and wait forever.

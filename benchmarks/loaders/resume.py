@@ -16,9 +16,9 @@ def figures(job: Job) -> dict[str, float]:
     """Median milliseconds from scratch (no stream, no readers, no open shard) to a batch."""
     backend = job.options["backend"]
     if backend == "ray":
-        from cnn2gnn_dist.runtime import ray_group
+        from cnn2gnn_dist.runtime import ray_cluster
 
-        ray_group.start(None, cpus=WORKERS)
+        ray_cluster.start(None, cpus=WORKERS)
     _seconds(job, 0)  # imports
     with opened(job) as stream:
         last = len(stream) - 1

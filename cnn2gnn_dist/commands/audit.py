@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 
 from cnn2gnn_dist import durable
 from cnn2gnn_dist.commands.audit_source import Source, open_source
+from cnn2gnn_dist.commands.audit_view import View
 from cnn2gnn_dist.data.index.relabel import (
     Decision,
     check_decisions,
@@ -22,10 +23,9 @@ from cnn2gnn_dist.data.index.relabel import (
 )
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference import audit_files
-from cnn2gnn_dist.inference.audit import Findings, HeldOut, audit
-from cnn2gnn_dist.inference.audit_scores import Pairs
+from cnn2gnn_dist.inference.audit import Findings, audit
 from cnn2gnn_dist.log import output, progress
-from cnn2gnn_dist.report.audit_page import jpeg_uri, write_page
+from cnn2gnn_dist.report.audit_page import write_page
 
 PAGE, RELABEL, MAP = "index.html", "relabel.csv", "map.parquet"
 SEEN_PAIRS = 5_000
@@ -88,7 +88,7 @@ def _audit(
     with durable.disk_full_reported(folder):
         for name, table in tables.items():
             audit_files.write(folder, name, table, as_csv=as_csv)
-        write_page(folder / PAGE, _page(source, place, found, tables, held, exact_P, top))
+        write_page(folder / PAGE, View(source, found, held, exact_P, top).data(place, tables))
         if with_map:
             blocks = -(-len(source.keys) // audit_files.MAP_ROWS)
             pictures = progress(
@@ -180,162 +180,6 @@ def _fix(source: Source, fix: Path, folder: Path, dry_run: bool) -> int:
         output(f"list     {path}")
     output(f"train    cnn2gnn run --config … run.dir=NEW data.relabel={path}")
     return 0
-
-
-def _page(
-    source: Source,
-    place: Path,
-    found: Findings,
-    tables: dict[str, pa.Table],
-    held: HeldOut | None,
-    exact_P: np.ndarray,
-    top: int,
-) -> dict[str, Any]:
-    """The data of the page."""
-    labels_N, names, keys = source.training.labels_N, source.training.classes, source.keys
-    doubtful = found.doubtful(labels_N)[:top].tolist()
-    near = {row: audit_files.evidence(found, row) for row in doubtful}
-    pairs = _pairs(found, exact_P, top)
-    readable = np.isfinite(found.labels.score_N)
-    far = [r for r in np.argsort(-found.reach_N, kind="stable")[: 2 * top] if readable[r]][:top]
-    hubs = np.argsort(-found.degree_N, kind="stable")[:top].tolist()
-    shown = {*doubtful, *far, *hubs, *(other for one in near.values() for other, _ in one)}
-    shown |= {row for one in pairs for kind, row, *_ in one["ends"] if kind == "train"}
-    images = _images(source.pictures, shown)
-    held_images = _images(
-        source.held_pictures, {r for p in pairs for kind, r in p["ends"] if kind != "train"}
-    )
-
-    def end(kind: str, row: int) -> dict[str, Any]:
-        own = kind == "train"
-        label = int((labels_N if own else source.held_labels_Q)[row])
-        return {
-            "set": "training" if own else "held-out",
-            "class": names[label] if label >= 0 else "no class",
-            "key": (keys if own else source.held_keys)[row],
-            "image": (images if own else held_images)[row],
-        }
-
-    def card(row: int) -> dict[str, Any]:
-        return {"key": keys[row], "image": images[row], "class": names[labels_N[row]]}
-
-    for pair in pairs:
-        pair["sides"] = [end(*one) for one in pair["ends"]]
-        pair["same"] = pair["sides"][0]["class"] == pair["sides"][1]["class"]
-        # Only training images can be dropped: of two the second, which came later.
-        pair["droppable"] = pair["sides"][1]["key"]
-    scores = found.labels
-    duplicates = tables["duplicates"]["set"].to_pylist()
-    across, within = duplicates.count("held-out"), duplicates.count("train")
-    pair_sections = [
-        (
-            "duplicates",
-            "Duplicates among the training images",
-            "Exact: the same bytes or features. Near: the same details in another frame or colour, or mirrored; most "
-            "alike first. To drop: the second of a pair.",
-            [pair for pair in pairs if pair["ends"][0][0] == "train"],
-        )
-    ]
-    if held is not None:
-        pair_sections.insert(
-            0,
-            (
-                "leakage",
-                "Held-out images that are among the training images",
-                "They make results look better than they are. To drop: the training image.",
-                [pair for pair in pairs if pair["ends"][0][0] != "train"],
-            ),
-        )
-    bleeding = found.bleeding
-    return {
-        "name": source.name,
-        "stamp": f"{source.name} {len(keys)}",
-        "fix": f"cnn2gnn audit {place} --fix labels.csv",
-        "images": len(keys),
-        "held": 0 if held is None else len(source.held_keys),
-        "classes": list(names),
-        "sections": [
-            ("labels", "labels", len(tables["labels"])),
-            *([("leakage", "leakage", across)] if held is not None else []),
-            ("duplicates", "duplicates", within),
-            ("outliers", "outliers", len(far)),
-            ("hubs", "hubs", len(hubs)),
-            ("bleeding", "bleeding classes", len(bleeding.a_P)),
-        ],
-        "labels_said": f"The {len(doubtful):,} most doubtful of {len(tables['labels']):,} labels that fit another "
-        "class better, by the head and the neighbours together; all are in labels.parquet.",
-        "labels": [
-            card(row)
-            | {
-                "suggested": names[scores.suggested_N[row]],
-                "head": float(scores.head_N[row]),
-                "vote": float(scores.vote_N[row]),
-                "agree": bool(scores.agree_N[row]),
-                "near": [card(other) | {"weight": weight} for other, weight in near[row]],
-            }
-            for row in doubtful
-        ],
-        "pair_sections": pair_sections,
-        "outliers": [
-            card(int(row)) | {"distance": float(found.reach_N[row])}
-            for row in far
-            if np.isfinite(found.reach_N[row])
-        ],
-        "hubs": [
-            card(row)
-            | {"degree": int(found.degree_N[row]), "same": float(np.nan_to_num(found.same_N[row]))}
-            for row in hubs
-        ],
-        "bleeding": [
-            {"a": names[a], "b": names[b], "mass": float(m), "up": float(u), "down": float(d)}
-            for a, b, m, u, d in list(zip(*bleeding, strict=True))[: min(top, 30)]
-        ],
-    }
-
-
-def _pairs(found: Findings, exact_P: np.ndarray, top: int) -> list[dict[str, Any]]:
-    """The pairs on the page: held-out ones, then exact twins, then near ones; ``top`` of each set."""
-    across: list[dict[str, Any]] = []
-    if found.across is not None:
-        order = np.argsort(~exact_P, kind="stable")[:top]
-        across = [
-            {
-                "kind": "exact" if exact_P[p] else "near",
-                "alike": _alike(found.across, int(p)),
-                "ends": [
-                    ("held-out", int(found.across.a_P[p])),
-                    ("train", int(found.across.b_P[p])),
-                ],
-            }
-            for p in order
-        ]
-    within = [
-        {"kind": "exact", "alike": "", "ends": [("train", a), ("train", b)]}
-        for a, b in found.twins_P2[:top].tolist()
-    ]
-    within += [
-        {
-            "kind": "near",
-            "alike": _alike(found.within, p),
-            "ends": [("train", int(found.within.a_P[p])), ("train", int(found.within.b_P[p]))],
-        }
-        for p in range(min(len(found.within.a_P), top - len(within)))
-    ]
-    return across + within
-
-
-def _alike(pairs: Pairs, place: int) -> str:
-    """How alike a pair is, in words: by its pixels, else by its features."""
-    pixels = float(pairs.pixels_P[place])
-    if np.isnan(pixels):
-        return f"cosine of features {pairs.cosine_P[place]:.3f}"
-    return f"pixels alike {pixels:.2f}"
-
-
-def _images(read: Any, rows: Iterable[int]) -> dict[int, str | None]:
-    """Data URIs of pictures by row; read in order, as they lie in the shards."""
-    some: Sequence[int] = sorted(int(row) for row in rows)
-    return dict(zip(some, map(jpeg_uri, read(some)), strict=True))
 
 
 def _bar(rows: Iterable[Any], name: str) -> Iterable[Any]:

@@ -151,7 +151,7 @@ def _spec(views: dict[str, Any]) -> ViewSpec:
 
 
 def _with_data(tree: dict[str, Any], survey: Survey) -> dict[str, Any]:
-    """The whole config: name, data, and the measured mean and std."""
+    """The complete config: name, data, and the measured mean and std."""
     source, facts = survey.source, facts_of(survey)
     data: dict[str, Any] = {"source": source.kind, "train": _escaped(source.train)}
     if source.test is not None:

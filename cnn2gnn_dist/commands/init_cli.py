@@ -18,7 +18,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--out", metavar="FILE", default="my.yaml", help="config to write; default my.yaml"
     )
     parser.add_argument(
-        "--minutes", type=float, default=30.0, help="time for the whole run; default 30"
+        "--minutes", type=float, default=30.0, help="time for the complete run; default 30"
     )
     parser.add_argument("--weights", metavar="FILE", help="pretrained weights of a teacher")
     parser.add_argument("--dry-run", action="store_true", help="print the config, write nothing")

@@ -90,18 +90,18 @@ def _on_ray(config: Config, stages: list[str] | None, update: bool, force: bool)
     """Run all ranks as Ray actors, here or on the cluster at ``cluster.address``."""
     from cnn2gnn_dist import settings
     from cnn2gnn_dist.pipeline import keys, runner
-    from cnn2gnn_dist.runtime import ray_group, rendezvous
+    from cnn2gnn_dist.runtime import ray_cluster, ray_group, rendezvous
 
     cluster, ranks = config.cluster, config.run.ranks
     if not (cluster.address or os.environ.get("RAY_ADDRESS")):
         # The ranks will run here: what they would refuse is refused before Ray is started.
         on_gpu = runner.choose_device(config.device) == "cuda"
         rendezvous.check_interfaces("nccl" if on_gpu else "gloo")
-    with ray_group.running(cluster.address, ranks, logs=Path(str(config.run.dir)) / "ray-logs"):
-        on_gpu = config.device != "cpu" and ray_group.gpus() >= ranks
+    with ray_cluster.running(cluster.address, ranks, logs=Path(str(config.run.dir)) / "ray-logs"):
+        on_gpu = config.device != "cpu" and ray_cluster.gpus() >= ranks
         if config.device == "cuda" and not on_gpu:
             raise UserError(
-                f"the config asks for {ranks} GPUs, but Ray has {ray_group.gpus()}",
+                f"the config asks for {ranks} GPUs, but Ray has {ray_cluster.gpus()}",
                 where="device",
                 remedy="device=cpu, device=auto, or fewer ranks: run.ranks=…",
             )

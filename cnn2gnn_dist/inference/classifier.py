@@ -14,7 +14,8 @@ import torch
 
 from cnn2gnn_dist.errors import UserError, first_line
 from cnn2gnn_dist.inference import artefact, inputs
-from cnn2gnn_dist.inference.answers import Answer, Neighbour
+from cnn2gnn_dist.inference.answering import answers_of, check_counts
+from cnn2gnn_dist.inference.answers import Answer
 from cnn2gnn_dist.inference.artefact import ModelConfig
 from cnn2gnn_dist.inference.inputs import Pixels
 from cnn2gnn_dist.inference.memory import store
@@ -131,7 +132,7 @@ class Classifier:
             UserError: see ``predict``.
         """
         memory = self.memory  # one version for a whole call
-        _check_counts(top=(top, 1), neighbours=(neighbours, 0))
+        check_counts(top=(top, 1), neighbours=(neighbours, 0))
         self.scoring.check_coverage(coverage, memory)
         for many in self.batches(images, batch):
             good = [one for one in many if one.pixels is not None]
@@ -167,7 +168,7 @@ class Classifier:
             UserError: the model has no memory, or fewer rows than asked for.
         """
         memory = self.required_memory()
-        _check_counts(n_neighbors=(n_neighbors, 1))
+        check_counts(n_neighbors=(n_neighbors, 1))
         if n_neighbors > len(memory):
             raise UserError(
                 f"{n_neighbors} neighbours are asked for, and the memory has {len(memory)} images",
@@ -230,7 +231,7 @@ class Classifier:
             UserError: the model is not calibrated; its memory has new classes.
         """
         memory = self.memory
-        _check_counts(top=(top, 1), neighbours=(neighbours, 0))
+        check_counts(top=(top, 1), neighbours=(neighbours, 0))
         self.scoring.rule_together(memory)  # refused before images are read
         decoded = [one for many in self.batches(images, BATCH) for one in many]
         good = [one for one in decoded if one.pixels is not None]
@@ -294,30 +295,11 @@ class Classifier:
         neighbours: int,
         scores: dict[str, Any],
     ) -> list[Answer]:
-        names = memory.classes if memory else self.spec.label_names
-        trained = len(self.spec.label_names)
-        order_BC = np.argsort(-probability_BC, axis=1, kind="stable")
-        if memory is not None and len(names) > trained:  # a new class without images is no answer
-            gone = np.flatnonzero(memory.counts() == 0)
-            keep_BC = ~np.isin(order_BC, gone[gone >= trained])
-            order_BC = order_BC[keep_BC].reshape(len(order_BC), -1)
-        order_BC = order_BC[:, :top]
-        graph = bool(made.rows.size) or self.spec.scope == "batch"
         unusual = self.scoring.unusual(made, memory)
-        return [
-            Answer(
-                name=one.name,
-                label=names[order[0]],
-                probability=float(probability[order[0]]),
-                classes=tuple((names[c], float(probability[c])) for c in order),
-                neighbours=_neighbours(memory, rows, weights, neighbours) if memory else (),
-                path="new class" if order[0] >= trained else "graph" if graph else "network",
-                scores=scores | ({"unusual": strange} if strange else {}),
-            )
-            for one, probability, order, rows, weights, strange in zip(
-                images, probability_BC, order_BC, made.rows, made.weights, unusual, strict=True
-            )
-        ]
+        said = [scores | ({"unusual": strange} if strange else {}) for strange in unusual]
+        names = [one.name for one in images]
+        shown = {"top": top, "neighbours": neighbours}
+        return answers_of(names, made, probability_BC, self.spec, memory, said, **shown)
 
     def outputs(self, images: list[Pixels], memory: Memory | None = None) -> Outputs:
         """Run the network on decoded images; ``memory``: a version, by default the opened one."""
@@ -378,24 +360,6 @@ class Classifier:
         return HubFolder(self.folder).push_to_hub(name, **hub)
 
 
-def _neighbours(
-    memory: Memory, rows_F: np.ndarray, weights_F: np.ndarray, count: int
-) -> tuple[Neighbour, ...]:
-    slots = np.argsort(-weights_F, kind="stable")[:count]
-    slots = slots[(rows_F[slots] >= 0) & (weights_F[slots] > 0)]
-    keys = memory.keys(rows_F[slots]) if len(slots) else []
-    return tuple(
-        Neighbour(
-            key,
-            memory.classes[memory.labels[rows_F[slot]]],
-            float(weights_F[slot]),
-            int(rows_F[slot]),
-            memory.thumbnail,
-        )
-        for key, slot in zip(keys, slots, strict=True)
-    )
-
-
 def _device(wanted: str) -> str:
     if wanted == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -413,17 +377,6 @@ def _device(wanted: str) -> str:
 def _verify(root: Path, version: Version, wanted: bool | None) -> None:
     if wanted or (wanted is None and store.size(root, version) <= VERIFIED_BYTES):
         store.verify(root, version)
-
-
-def _check_counts(**given: tuple[int, int]) -> None:
-    """Check numbers that were asked for against the smallest that makes sense.
-
-    Raises:
-        UserError: one is smaller, or not a whole number.
-    """
-    for name, (number, least) in given.items():
-        if not isinstance(number, (int, np.integer)) or number < least:
-            raise UserError(f"{name}={number!r}", remedy=f"a whole number, {least} or more")
 
 
 def load(folder: str | Path, *, device: str = "auto") -> Classifier:

@@ -70,7 +70,7 @@ class LiveModel:
         """Load the current version from disk if another process has made one; True if it did.
 
         Raises:
-            UserError: the memory is damaged; the version before goes on answering.
+            UserError: the memory is damaged; the version before continues to answer.
         """
         memory = self._current.memory
         if memory is None or store.head(memory.root) == memory.version.number:

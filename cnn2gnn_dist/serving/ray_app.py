@@ -106,7 +106,7 @@ class Replica:
             )
         except UserError:
             if number is not None:
-                raise  # Ray reports it; the version before goes on answering
+                raise  # Ray reports it; the version before continues to answer
 
     async def _ask(self, images: list[Pixels], top: int, neighbours: int) -> Answered:
         made: Answered = await self.answer(Job(images, top, neighbours))

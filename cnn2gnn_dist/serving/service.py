@@ -130,7 +130,7 @@ class Service:
 
         Raises:
             UserError: as the edit raises it; nothing is changed.
-            Refused: it takes long (it goes on), or the version is pinned.
+            Refused: it takes long (it continues), or the version is pinned.
         """
         if self.pinned:
             raise Refused(
@@ -144,7 +144,7 @@ class Service:
         except TimeoutError:
             self.metrics.edits.labels(action, "slow").inc()
             raise Refused(
-                504, f"the edit is not done after {self.limits.edit_seconds:g} s; it goes on",
+                504, f"the edit is not done after {self.limits.edit_seconds:g} s; it continues",
                 "GET /memory shows when its version answers",
             ) from None  # fmt: skip
         except UserError:

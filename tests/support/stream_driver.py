@@ -22,9 +22,9 @@ def main() -> None:
     # A shell that starts the tests in the background has SIGINT ignored, and children inherit it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if backend == "ray":
-        from cnn2gnn_dist.runtime import ray_group
+        from cnn2gnn_dist.runtime import ray_cluster
 
-        ray_group.start(None, cpus=2)
+        ray_cluster.start(None, cpus=2)
     samples = len(Manifest.load(manifest))
     requests = (Request(np.arange(n, n + 8) % samples, n) for n in itertools.count())
     spec = ReaderSpec(manifest, ViewSpec("crop_flip", 32))
@@ -37,7 +37,7 @@ def main() -> None:
                 if end == "return":
                     break
     if backend == "ray" and end == "stop":
-        ray_group.stop()
+        ray_cluster.stop()
 
 
 if __name__ == "__main__":

@@ -119,7 +119,7 @@ def _kept(count_C: np.ndarray, fraction: float) -> np.ndarray:
 
 
 def held_images(facts: Facts) -> int:
-    """Images that the models are judged on."""
+    """Images that the models are evaluated on."""
     return facts.held if facts.held is not None else round(holdout(facts) * facts.count_C.sum())
 
 

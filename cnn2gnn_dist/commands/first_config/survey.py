@@ -18,7 +18,8 @@ from cnn2gnn_dist.data.images.image_files import CORRUPT, find_images, printable
 from cnn2gnn_dist.data.images.views import CLEAN, ViewSpec, render
 from cnn2gnn_dist.data.index.manifest import Manifest
 from cnn2gnn_dist.data.index.manifest_pair import index_data_set
-from cnn2gnn_dist.data.packing.parquet import is_image, is_label, open_parquet, read_labels
+from cnn2gnn_dist.data.packing.parquet import open_parquet, read_labels
+from cnn2gnn_dist.data.packing.parquet_columns import is_image, is_label
 from cnn2gnn_dist.data.storage.shard_paths import files_of
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.stages.prepare import check_tree
@@ -111,7 +112,7 @@ def _refuse_few(survey: Survey) -> None:
         )
     if survey.held is None and survey.count_C.max() < 2:
         raise UserError(
-            "every class has a single image, so none can be held out to judge by",
+            "every class has a single image, so none can be held out to evaluate on",
             where=where,
             remedy="add images, at least ten of each class",
         )

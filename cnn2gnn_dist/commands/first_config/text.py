@@ -18,8 +18,8 @@ def as_text(head: list[str], tree: dict[str, Any]) -> str:
     ]
     lines.append("data:")
     said = {
-        "test": "held-out images: what the models are judged on",
-        "holdout": "share of each class held out, to judge by; or name a second set: test: FOLDER",
+        "test": "held-out images: what the models are evaluated on",
+        "holdout": "share of each class held out, to evaluate on; or name a second set: test: FOLDER",
         "calibration": "share of the others set apart, for confidence that means something",
         "max_corrupt": "share of unreadable images that is put up with",
     }

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
-import difflib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,10 +15,14 @@ import pyarrow.parquet as pq
 
 from cnn2gnn_dist.data.images.file_kind import ENOUGH, kind_of, remedy_for
 from cnn2gnn_dist.data.index.class_matching import check_count
+from cnn2gnn_dist.data.packing.parquet_columns import (
+    check_images,
+    is_text,
+    no_column,
+    no_labels,
+)
 from cnn2gnn_dist.data.tar.tar_file import shown
 from cnn2gnn_dist.errors import UserError, first_line
-
-_LAYOUT = "the layout is struct<bytes: binary, path: string>, or binary, of encoded images"
 
 
 @dataclass(frozen=True)
@@ -134,11 +135,11 @@ def _read(path: Path, image_column: str, label_column: str) -> _Column:
         schema = file.schema_arrow
         for column, field in ((image_column, "image"), (label_column, "label")):
             if column not in schema.names:
-                raise _no_column(path, schema, column, field)
+                raise no_column(path, schema, column, field)
             if schema.names.count(column) > 1:
                 what = f"the Parquet file has {schema.names.count(column)} columns named '{column}'"
                 raise UserError(what, where=str(path), remedy="rename or drop all but one of them")
-        _check_images(path, file, image_column)
+        check_images(path, file, image_column)
         names = _huggingface_names(schema.metadata, label_column)
         try:
             column = file.read([label_column]).column(label_column).combine_chunks()
@@ -148,7 +149,7 @@ def _read(path: Path, image_column: str, label_column: str) -> _Column:
         column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
-    if _is_text(column.type):
+    if is_text(column.type):
         coded = column.cast(pa.large_string()).dictionary_encode()
         label_N = coded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
         texts = coded.dictionary.to_pylist()
@@ -176,17 +177,12 @@ def _numbers(path: Path, column: pa.Array, name: str) -> np.ndarray:
     if pa.types.is_boolean(kind):
         column = column.cast(pa.uint8())
     elif not pa.types.is_integer(kind):
-        raise _no_labels(path, column, name)
+        raise no_labels(path, column, name)
     highest = pc.max(column).as_py()
     if highest is not None:
         check_count(int(highest) + 1, len(column), str(path))  # before the cast to int64
     label_N: np.ndarray = column.cast(pa.int64()).fill_null(-1).to_numpy(zero_copy_only=False)
     return label_N
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    view = getattr(pa.types, "is_string_view", lambda kind: False)
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or view(kind))
 
 
 def _of_text(columns: list[_Column]) -> Labels:
@@ -279,121 +275,6 @@ def _refuse_missing(columns: list[_Column], unlabelled: bool) -> None:
             remedy="Hugging Face uses label -1 for hidden labels: pack a split with labels, drop the "
             "rows without one, or, for training images, data.unlabelled=true",
         )
-
-
-def _no_column(path: Path, schema: pa.Schema, column: str, field: str) -> UserError:
-    fits = is_image if field == "image" else is_label
-    alike = [name for name in schema.names if name.lower() == column.lower()]
-    likely = alike or [each.name for each in schema if fits(each.type)]
-    if not likely:
-        likely = difflib.get_close_matches(column, schema.names, 1)
-    nested = [each.name for each in schema if column.startswith(f"{each.name}.")]
-    if nested and pa.types.is_struct(schema.field(nested[0]).type):
-        return UserError(
-            f"the Parquet file has no column '{column}': it is nested inside the column "
-            f"'{nested[0]}'",
-            where=str(path),
-            remedy="only top-level columns are read: flatten the table first "
-            "(pyarrow's Table.flatten(), datasets' flatten())",
-        )
-    remedy = f"set data.{field}_column=NAME to the column with the {field}s"
-    if likely:
-        choices = " or ".join(f"data.{field}_column={name}" for name in likely[:4])
-        remedy = f"did you mean {choices}?"
-    return UserError(
-        f"the Parquet file has no column '{column}', only: {', '.join(schema.names)}",
-        where=str(path),
-        remedy=remedy,
-    )
-
-
-def _is_binary(kind: pa.DataType) -> bool:
-    view = getattr(pa.types, "is_binary_view", lambda kind: False)
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or view(kind))
-
-
-def is_image(kind: pa.DataType) -> bool:
-    """Return whether a column of this type can hold encoded images."""
-    return _is_binary(kind.field("bytes").type) if _has_bytes(kind) else _is_binary(kind)
-
-
-def is_label(kind: pa.DataType) -> bool:
-    """Return whether a column of this type can hold one label a row."""
-    return bool(
-        pa.types.is_integer(kind)
-        or pa.types.is_boolean(kind)
-        or pa.types.is_dictionary(kind)
-        or _is_text(kind)
-    )
-
-
-def _has_bytes(kind: Any) -> bool:
-    return pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
-
-
-def _check_images(path: Path, file: Any, column: str) -> None:
-    kind = file.schema_arrow.field(column).type
-    if is_image(kind):
-        return
-    raise UserError(
-        f"column '{column}' is {kind}, not encoded images{_hint(file, column, kind)}",
-        where=str(path),
-        remedy=_LAYOUT,
-    )
-
-
-def _hint(file: Any, column: str, kind: pa.DataType) -> str:
-    """Describe what a column of the wrong type seems to contain."""
-    if _is_text(kind):
-        batch = next(file.iter_batches(batch_size=1, columns=[column]), None)
-        value = batch.column(0)[0].as_py() if batch is not None and len(batch) else None
-        return _hint_text(value or "")
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        if is_image(kind.value_type):
-            return ": it contains several images per row"
-        return ": it contains lists of numbers (pixels, or single bytes)"
-    if pa.types.is_fixed_size_binary(kind):
-        return ": all values have the same length (raw pixels?)"
-    return ""
-
-
-def _hint_text(value: str) -> str:
-    if value.startswith("data:image"):
-        return ": it contains data: URLs"
-    if "://" in value[:12]:
-        return f": it contains URLs ('{shown(value, 60)}')"
-    try:
-        if len(value) > 64 and kind_of(base64.b64decode(value[:400] + "=" * 2)[:ENOUGH]):
-            return ": it contains base64 text, which must be decoded first"
-    except (binascii.Error, ValueError):
-        pass
-    return f": it contains text, such as file paths ('{shown(value, 60)}')" if value else ""
-
-
-def _no_labels(path: Path, column: pa.Array, name: str) -> UserError:
-    kind = column.type
-    hint, remedy = "", "number the classes from 0 as integers, or give their names as text"
-    if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
-        hint = " (regression targets, or class numbers as floats?)"
-        remedy = "if they are class numbers, save the column as integers"
-    elif (
-        pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    ):
-        first: list[Any] = next((row for row in column[:100].to_pylist() if row), [])
-        if len(first) > 1 and sum(bool(value) for value in first) == 1:
-            hint, remedy = " (one-hot?)", "save the position of the 1 as an integer (argmax)"
-        else:
-            hint, remedy = (
-                " (several labels per row?)",
-                "give each row one label, an integer or text",
-            )
-    elif pa.types.is_null(kind):
-        hint, remedy = " (all rows are null)", "name another column: data.label_column=NAME"
-    return UserError(
-        f"column '{name}' is {kind}, not a column of class labels{hint}",
-        where=str(path),
-        remedy=remedy,
-    )
 
 
 def _huggingface_names(metadata: dict[bytes, bytes] | None, label_column: str) -> list[str] | None:
