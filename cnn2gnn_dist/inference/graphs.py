@@ -16,7 +16,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -35,7 +35,8 @@ TOLERANCE = 1e-3
 """Largest difference of a logit between a graph and the model, relative to the largest logit."""
 ENCODED = ["x", "z", "self_logits"]
 GATHERED = ["x", "z", "near_x", "near_z", "near_mean", "near_label"]
-Tensors, Names = tuple[Tensor, ...], list[str]
+Tensors: TypeAlias = tuple[Tensor, ...]
+Names: TypeAlias = list[str]
 _ROWS = 4096
 _TRIED = 5
 
