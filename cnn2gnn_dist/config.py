@@ -372,4 +372,5 @@ class Config(Section):
     def _check(self) -> Config:
         consistency.check_batch_scope(self)
         consistency.check_teacher(self)
+        consistency.check_sizes(self)
         return self

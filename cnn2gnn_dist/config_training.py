@@ -13,6 +13,14 @@ class TrainConfig(Section):
     """Training settings that teacher and student have in common."""
 
     epochs: int = Field(10, ge=1, description="passes over the training images")
+    early_size: int | None = Field(
+        None,
+        ge=8,
+        description="side to which images are shrunk in the first epochs, in pixels; null: views.size throughout",
+    )
+    early_share: float = Field(
+        0.6, gt=0, le=1, description="share of the epochs with images of early_size"
+    )
     global_batch: int = Field(256, ge=1, description="samples per optimizer step, over all ranks")
     max_micro_batch: int = Field(
         256,

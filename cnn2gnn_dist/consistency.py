@@ -119,6 +119,17 @@ def check_teacher(config: Config) -> None:
         )
 
 
+def check_sizes(config: Config) -> None:
+    """Check that early images are smaller than the later ones."""
+    for part, train in (("teacher", config.teacher), ("student", config.student)):
+        if train.early_size is not None and train.early_size >= config.views.size:
+            raise refuse(
+                f"images of {train.early_size} pixels first, of {config.views.size} later: early ones are smaller",
+                f"{part}.early_size",
+                f"less than views.size={config.views.size}, or null",
+            )
+
+
 def notes(config: Config, surroundings: Surroundings | None = None) -> list[str]:
     """What will run, but probably not as intended; trials with few epochs do so knowingly.
 

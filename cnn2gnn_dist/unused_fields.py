@@ -180,6 +180,16 @@ _RULES = (
         "student.average=none has no average",
         lambda c, a: c.student.average == "none",
     ),
+    _Rule(
+        ("teacher.early_share",),
+        "teacher.early_size=null has no early size",
+        lambda c, a: c.teacher.early_size is None,
+    ),
+    _Rule(
+        ("student.early_share",),
+        "student.early_size=null has no early size",
+        lambda c, a: c.student.early_size is None,
+    ),
     # The graph.
     _Rule(
         (

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -35,3 +36,15 @@ class Normalise(nn.Module):
         # addcmul in float: autocast leaves it alone, so pixels are never rounded to an 8-bit mantissa.
         pixels = images_BHWC.to(self.scale.dtype)
         return torch.addcmul(self.shift, pixels, self.scale).permute(0, 3, 1, 2)
+
+
+def shrunk(images_BHWC: Tensor, size: int) -> Tensor:
+    """Square images with sides of ``size`` pixels, float32 in 0..255; those of that size as they are.
+
+    Bilinear with antialiasing, on whole views: which part of the image is seen does not change.
+    """
+    if images_BHWC.shape[1] == size:
+        return images_BHWC
+    pixels = images_BHWC.permute(0, 3, 1, 2).float()
+    made = F.interpolate(pixels, (size, size), mode="bilinear", antialias=True)
+    return made.permute(0, 2, 3, 1)

@@ -132,5 +132,9 @@ DEFAULTS: dict[str, Any] = {
     "targets.logits": None,
     "student.weights": None,
     "data.unlabelled": False,
+    "teacher.early_size": None,
+    "teacher.early_share": 0.6,
+    "student.early_size": None,
+    "student.early_share": 0.6,
     "version.decoding": 1,
 }

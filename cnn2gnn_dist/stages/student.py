@@ -27,7 +27,7 @@ from cnn2gnn_dist.stages.neighbours.neighbourhood import (
 )
 from cnn2gnn_dist.stages.neighbours.served_graph import serve
 from cnn2gnn_dist.stages.shared.context import Context, load_manifest
-from cnn2gnn_dist.stages.shared.networks import build_student
+from cnn2gnn_dist.stages.shared.networks import build_student, check_early_size
 from cnn2gnn_dist.stages.shared.predictions import accuracy_of
 from cnn2gnn_dist.stages.shared.training_loop import Late, Training
 from cnn2gnn_dist.stages.shared.training_targets import open_targets
@@ -45,6 +45,7 @@ def run(context: Context, scope: Scope, targets_key: str) -> list[Path]:
     whiten_first_layers(context, model)
     if settings.weights:
         load_stem(model.stem, settings.weights)
+    check_early_size(model, model.stem, settings, "student")
     if context.ranks.world_size > 1:
         # Ranks own partitions of a graph of similar images: one rank's batch is not representative. The
         # control has no graph, but is compared with the student: its norms are the same.
@@ -73,7 +74,7 @@ def run(context: Context, scope: Scope, targets_key: str) -> list[Path]:
                     images, labels, valid = context.to_device(batch)
                     soft = on_device(targets.lookup(batch.ids, view), engine.device)
                     query = around and around.around(batch.ids, epoch, training.cursor.step)
-                    output = engine(images, query)
+                    output = engine(training.sized(images), query)
                     loss_B = loss_of(output, labels, soft, settings, adjustment)
                     training.learn(loss_B, valid, output.logits_BC, labels)
                     schedule.observe(output, labels)
@@ -172,7 +173,7 @@ class _GraphSchedule:
             self.served = None
 
     def _embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        output: StudentOutput = self.training.engine(images, None)
+        output: StudentOutput = self.training.engine(self.training.sized(images), None)
         return output.x_BD, output.z_Bd
 
     @torch.no_grad()

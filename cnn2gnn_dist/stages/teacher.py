@@ -14,7 +14,7 @@ from cnn2gnn_dist.models.losses import distillation_loss
 from cnn2gnn_dist.models.teacher import check_classifier
 from cnn2gnn_dist.stages.shared.context import Context, load_manifest
 from cnn2gnn_dist.stages.shared.mixing import Mixed, check_even, mix
-from cnn2gnn_dist.stages.shared.networks import Teacher
+from cnn2gnn_dist.stages.shared.networks import Teacher, check_early_size
 from cnn2gnn_dist.stages.shared.predictions import accuracy_of, check_held_out
 from cnn2gnn_dist.stages.shared.training_loop import Training
 from cnn2gnn_dist.stages.shared.whitening import whiten_first_layers
@@ -31,6 +31,7 @@ def run(context: Context) -> list[Path]:
         whiten_first_layers(context, model)
     elif not settings.epochs:
         check_classifier(model.cnn, settings.weights)
+    check_early_size(model, model.cnn, settings, "teacher")
     order = Order(
         manifest.shard_sizes,
         seed=config.seed,
@@ -50,7 +51,8 @@ def run(context: Context) -> list[Path]:
                 for batch in micro:
                     images, labels, valid = context.to_device(batch)
                     mixed = _mixed(config, images, batch.ids, valid, epoch)
-                    logits = engine(images if mixed is None else mixed.images_BHWC)
+                    seen = images if mixed is None else mixed.images_BHWC
+                    logits = engine(training.sized(seen))
                     loss_B = _cross_entropy(logits, labels, settings)
                     if mixed is not None:
                         other_B = _cross_entropy(logits, labels[mixed.partner_B], settings)

@@ -53,6 +53,12 @@ def peaked_lr_at(
     return peak * (low + (1 - low) * share)
 
 
+def size_at(epoch: int, epochs: int, size: int, early_size: int | None, early_share: float) -> int:
+    """Side of the images of an epoch (counted from 0): small ones first, as they cost less."""
+    early = early_size is not None and epoch < round(early_share * epochs)
+    return early_size if early and early_size is not None else size
+
+
 def late_share(step: float, start: float, late_warmup: float) -> float:
     """Share of the ordinary rate that parameters have whose first gradients arrive at ``start``: a line from 0."""
     if step < start:

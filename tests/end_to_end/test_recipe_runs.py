@@ -30,6 +30,7 @@ RECIPE = [
     *("teacher.mixup=0.2", "teacher.cutmix=1"),
     *("student.schedule=one_cycle", "student.average=ema", "student.average_decay=0.9"),
     *("student.stem_lr=0.5", "student.logit_adjust=1", "evaluate.flip=true"),
+    *("teacher.early_size=12", "student.early_size=12", "student.early_share=0.5"),
 ]  # fmt: skip
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from cnn2gnn_dist import ledger
-from cnn2gnn_dist.config import Config
-from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.config import Config, TrainConfig
+from cnn2gnn_dist.errors import UserError, first_line
 from cnn2gnn_dist.models.normalise import Normalise
 from cnn2gnn_dist.models.precision import MixedPrecision
 from cnn2gnn_dist.models.stem import build_stem
@@ -61,6 +61,30 @@ def build_student(config: Config, num_classes: int, scope: Scope) -> Student:
         mean=config.views.mean,
         std=config.views.std,
     )
+
+
+@torch.no_grad()
+def check_early_size(
+    model: Teacher | Student, network: nn.Module, settings: TrainConfig, section: str
+) -> None:
+    """Check that a network takes the smaller images of the first epochs.
+
+    Raises:
+        UserError: it doesn't: too little is left of them, or its input has a fixed size.
+    """
+    size = settings.early_size
+    if size is None:
+        return
+    training = network.training
+    try:
+        network.eval()(model.normalise(torch.zeros(2, size, size, 3)))
+    except Exception as error:  # timm's and torch's own, of no common kind
+        raise UserError(
+            f"the network can't take images of {size} pixels: {first_line(error)}",
+            where=f"{section}.early_size",
+            remedy=f"larger images, or {section}.early_size=null",
+        ) from error
+    network.train(training)
 
 
 def check_norms(config: Config) -> None:

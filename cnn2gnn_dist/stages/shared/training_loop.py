@@ -18,6 +18,7 @@ from cnn2gnn_dist.data.order import Order
 from cnn2gnn_dist.data.reading.pool import ReaderPool
 from cnn2gnn_dist.data.reading.reader import Batch, Request
 from cnn2gnn_dist.errors import Preempted
+from cnn2gnn_dist.models.normalise import shrunk
 from cnn2gnn_dist.models.precision import MixedPrecision
 from cnn2gnn_dist.runtime import collectives, preemption
 from cnn2gnn_dist.stages.shared.context import Context, CorruptCount
@@ -34,6 +35,7 @@ from cnn2gnn_dist.training.schedule import (
     late_share,
     lr_at,
     peaked_lr_at,
+    size_at,
 )
 from cnn2gnn_dist.training.sync_norm import batch_of_norms
 
@@ -245,6 +247,14 @@ class Training:
             )
             self.cursor.batch = 0
         self._order = order.digest
+
+    def sized(self, images_BHWC: Tensor) -> Tensor:
+        """The images in the size of this epoch (``early_size``)."""
+        s, size = self.settings, self.context.config.views.size
+        return shrunk(
+            images_BHWC,
+            size_at(self.cursor.epoch, s.epochs, size, s.early_size, s.early_share),
+        )
 
     def learn(self, loss_B: Tensor, valid_B: Tensor, logits_BC: Tensor, labels_B: Tensor) -> None:
         """Back-propagate one micro-batch, with corrupt samples masked; count what the log shows.

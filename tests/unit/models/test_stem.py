@@ -9,11 +9,13 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from cnn2gnn_dist import compat, settings
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.models.cost import count_flops, count_parameters
-from cnn2gnn_dist.models.normalise import Normalise
+from cnn2gnn_dist.models.normalise import Normalise, shrunk
 from cnn2gnn_dist.models.stem import build_stem, load_stem
 from cnn2gnn_dist.models.teacher import build_teacher
+from cnn2gnn_dist.stages.shared.networks import build_student, check_early_size
 
 
 @pytest.mark.parametrize("name", ["conv3", "resnet_tiny", "mobilenetv3_small_100", "resnet10t"])
@@ -140,3 +142,31 @@ def test_weights_of_another_stem_are_refused(tmp_path: Path) -> None:
     assert "student.dim" in raised.value.remedy
     with pytest.raises(UserError, match="does not exist") as raised:
         load_stem(build_stem("conv3", 20, 32), str(tmp_path / "t.safetensors"))
+
+
+def test_shrunk_images_are_torchvisions() -> None:
+    compat.import_torchvision()
+    from torchvision.transforms.v2 import functional
+
+    images = torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8)
+    wanted = functional.resize(images.permute(0, 3, 1, 2).float(), [24, 24], antialias=True)
+    torch.testing.assert_close(shrunk(images, 24), wanted.permute(0, 2, 3, 1))
+    assert shrunk(images, 32) is images
+
+
+def test_a_network_that_takes_no_smaller_images_is_refused() -> None:
+    config = settings.load("demo", ["student.early_size=8", "views.size=32"])
+    student = build_student(config, 10, "none")
+    check_early_size(student, student.stem, config.student, "student")
+    assert student.stem.training
+    overrides = [
+        "student.stem=vit_tiny_patch16_224",
+        "student.stem_args={depth: 1}",
+        "views.size=32",
+    ]
+    config = settings.load("demo", ["student.early_size=16", *overrides])
+    student = build_student(config, 10, "none")
+    with pytest.raises(UserError, match="can't take images of 16 pixels"):
+        check_early_size(student, student.stem, config.student, "student")
+    with pytest.raises(UserError, match="early ones are smaller"):
+        settings.load("demo", ["teacher.early_size=32", "views.size=32"])

@@ -72,6 +72,8 @@ IDLE = [  # overrides of the preset demo, the environment, and the beginnings of
                 [f"{m}.warmup_epochs=2.0 has no effect: only {m}.schedule=cosine"],
             ),
             ([f"{m}.schedule=one_cycle", f"{m}.warmup_epochs=1", f"{m}.lr_peak_at=.1"], CPU, []),
+            ([f"{m}.early_share=.5"], CPU, [f"{m}.early_share=0.5 has no effect: {m}.early_size=null"]),
+            ([f"{m}.early_share=.5", f"{m}.early_size=8"], CPU, []),
             ([f"{m}.average_every=2"], CPU, [f"{m}.average_every=2 has no effect: {m}.average=none"]),
             ([f"{m}.average=ema", f"{m}.average_ramp=3"], CPU, []),
         )

@@ -15,6 +15,7 @@ from cnn2gnn_dist.training.schedule import (
     late_share,
     lr_at,
     peaked_lr_at,
+    size_at,
 )
 
 
@@ -139,3 +140,9 @@ def test_an_average_keeps_more_as_training_goes_on() -> None:
     assert kept_at(0.3, 0.9, 1, 0) == 0.9
     assert kept_at(1.0, 0.95, 5, 3) == pytest.approx(0.95**5)
     assert kept_at(0.5, 0.95, 5, 3) == pytest.approx(0.95**5 / 8)
+
+
+def test_images_are_small_in_the_first_epochs() -> None:
+    assert [size_at(e, 10, 32, 24, 0.6) for e in (0, 5, 6, 9)] == [24, 24, 32, 32]
+    assert [size_at(e, 3, 32, 24, 0.5) for e in range(3)] == [24, 24, 32]
+    assert {size_at(e, 10, 32, None, 0.6) for e in range(10)} == {32}
