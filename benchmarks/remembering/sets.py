@@ -44,7 +44,7 @@ def drawn(labels_N: np.ndarray, size: int, classes: int, rng: np.random.Generato
 
 def answers(rule: Together, mean_Cd: np.ndarray) -> dict[str, Answer]:
     """All ways to answer a set."""
-    open_gate = replace(rule, thresholds=(-1.0,) * len(rule.sizes))
+    open_gate = replace(rule, gate=None)
     prior_only = replace(open_gate, strength=0.0)
     return {
         "mean of logits": lambda logits, z: rule.same(logits).posterior_mC.argmax(1),
