@@ -45,7 +45,7 @@ def drawn(labels_N: np.ndarray, size: int, classes: int, rng: np.random.Generato
 def answers(rule: Together, mean_Cd: np.ndarray) -> dict[str, Answer]:
     """All ways to answer a set."""
     open_gate = replace(rule, gate=None)
-    prior_only = replace(open_gate, strength=0.0)
+    prior_only = replace(open_gate, strength=0.0, one_class=None)
     return {
         "mean of logits": lambda logits, z: rule.same(logits).posterior_mC.argmax(1),
         "EM prior": lambda logits, z: prior_only(logits, z).posterior_mC.argmax(1),

@@ -6,19 +6,15 @@ Two measures of a set, each a mean over its pairs i < j, with p the class probab
 - *evidence*: log(1 + C · Σ_c p_ic p_jc · odds_ij), where odds_ij = exp(a·cos(z_i, z_j) + b) is how much likelier
   the two features are in images of one class than of two.
 
-A set's score is w₁·agreement + w₂·evidence, both in standard deviations from their mean over random sets of
-that size. The weights are learned by logistic regression: random sets of calibration images against sets
-of few classes among them. A set is related if its score exceeds those of 98 of 100 further random sets.
+Their weights are learned (``set_gate.py``): random sets of calibration images against sets of few classes
+among them. 98 of 100 random sets are answered alone.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
-
 import numpy as np
 
-from cnn2gnn_dist.inference.logistic import fit_balanced
+from cnn2gnn_dist.inference.set_gate import OfSize, SetGate, score
 
 LEVEL = 0.98
 SIZES = (2, 3, 4, 5, 6, 8, 11, 16, 23, 32, 45, 64)
@@ -30,96 +26,49 @@ _CELLS = 4_000_000  # numbers handled at once
 _LEAST = 1e-12
 
 
-@dataclass(frozen=True)
-class Gate:
-    """The gate, fitted for some sizes of a set; everything is linear in log m in between.
+def related_score(gate: SetGate, p_mC: np.ndarray, log_odds_mm: np.ndarray) -> tuple[float, float]:
+    """The score of a set of at least two images, and what it has to exceed.
 
-    Attributes:
-        sizes: numbers of images m.
-        weights: (agreement, evidence), for each size; (1, 0) where only agreement counts.
-        means, deviations: of the two measures over random sets, for each size.
-        thresholds: of the score, for each size.
+    Args:
+        gate: of ``fit_related``.
+        p_mC: class probabilities of each image alone.
+        log_odds_mm: a·cos(z_i, z_j) + b.
     """
+    of = gate.at(len(p_mC))
+    measures = np.array([agreement(p_mC[None])[0], 0.0])
+    if of.weights[1]:
+        measures[1] = evidence(p_mC[None], log_odds_mm[None])[0]
+    return score(of, measures), of.threshold
 
-    sizes: tuple[int, ...]
-    weights: tuple[tuple[float, float], ...]
-    means: tuple[tuple[float, float], ...]
-    deviations: tuple[tuple[float, float], ...]
-    thresholds: tuple[float, ...]
 
-    def score(self, p_mC: np.ndarray, log_odds_mm: np.ndarray) -> float:
-        """The score of a set of at least two images.
+def fit_related(
+    p_nC: np.ndarray, z_nd: np.ndarray, labels_n: np.ndarray, edge: tuple[float, float], seed: int
+) -> SetGate:
+    """Fit the gate on calibration images; the same bits for the same seed.
 
-        Args:
-            p_mC: class probabilities of each image alone.
-            log_odds_mm: a·cos(z_i, z_j) + b.
-        """
-        count = len(p_mC)
-        weights, means, deviations = (
-            np.array([self._at(count, [row[k] for row in rows]) for k in (0, 1)])
-            for rows in (self.weights, self.means, self.deviations)
-        )
-        measures = np.array([agreement(p_mC[None])[0], 0.0])
-        if weights[1]:
-            measures[1] = evidence(p_mC[None], log_odds_mm[None])[0]
-        return float((weights * (measures - means) / deviations).sum())
+    Args:
+        p_nC: class probabilities.
+        z_nd: features of unit length.
+        labels_n: classes.
+        edge: a and b of the odds.
+        seed: of the sets that are drawn.
+    """
+    z_nd, labels_n = np.asarray(z_nd, np.float64), np.asarray(labels_n)
+    sizes = [m for m in (*SIZES, *LARGE) if m <= max(2, len(labels_n) // 4)]
+    fitted: list[OfSize] = []
+    for count in sizes:
+        rng = np.random.default_rng([seed, count])
+        if count in SIZES:
+            fitted.append(_with_evidence(count, p_nC, z_nd, labels_n, edge, rng))
+        else:
+            fitted.append(_agreement_alone(count, p_nC, fitted[-1], rng))
+    return SetGate(tuple(sizes), tuple(fitted))
 
-    def threshold(self, count: int) -> float:
-        """What the score of this many images has to exceed; beyond the largest size, that one's."""
-        return self._at(count, list(self.thresholds))
 
-    def _at(self, count: int, values: list[float]) -> float:
-        return float(np.interp(np.log(count), np.log(self.sizes), values))
-
-    @classmethod
-    def fit(
-        cls,
-        p_nC: np.ndarray,
-        z_nd: np.ndarray,
-        labels_n: np.ndarray,
-        edge: tuple[float, float],
-        seed: int,
-    ) -> Gate:
-        """Fit it on calibration images; the same bits for the same seed.
-
-        Args:
-            p_nC: class probabilities.
-            z_nd: features of unit length.
-            labels_n: classes.
-            edge: a and b of the odds.
-            seed: of the sets that are drawn.
-        """
-        z_nd = np.asarray(z_nd, np.float64)
-        sizes = [m for m in (*SIZES, *LARGE) if m <= max(2, len(labels_n) // 4)]
-        columns = [
-            _of_size(m, p_nC, z_nd, np.asarray(labels_n), edge, np.random.default_rng([seed, m]))
-            for m in sizes
-        ]
-        last = max(at for at, size in enumerate(sizes) if size <= SIZES[-1])
-        for at in range(last + 1, len(sizes)):  # nothing of evidence's own to interpolate towards
-            weight, mean, deviation, threshold = columns[at]
-            mean, deviation = (mean[0], columns[last][1][1]), (deviation[0], columns[last][2][1])
-            columns[at] = weight, mean, deviation, threshold
-        weights, means, deviations, thresholds = zip(*columns, strict=True)
-        return cls(tuple(sizes), weights, means, deviations, thresholds)
-
-    @classmethod
-    def of_agreement(cls, sizes: list[int], thresholds: list[float]) -> Gate:
-        """The gate of models from before it was learned: agreement against a threshold."""
-        count = len(sizes)
-        return cls(
-            tuple(sizes), ((1.0, 0.0),) * count, ((0.0, 0.0),) * count, ((1.0, 1.0),) * count,
-            tuple(thresholds),
-        )  # fmt: skip
-
-    def to_json(self) -> dict[str, Any]:
-        """As what JSON holds."""
-        return {name: _lists(value) for name, value in asdict(self).items()}
-
-    @classmethod
-    def from_json(cls, kept: dict[str, Any]) -> Gate:
-        """The inverse of ``to_json``, bit for bit."""
-        return cls(**{name: _tuples(value) for name, value in kept.items()})
+def agreement_gate(sizes: list[int], thresholds: list[float]) -> SetGate:
+    """The gate of models from before it was learned: agreement against a threshold."""
+    fitted = [OfSize((1.0, 0.0), (0.0, 0.0), (1.0, 1.0), threshold) for threshold in thresholds]
+    return SetGate(tuple(sizes), tuple(fitted))
 
 
 def agreement(p_SmC: np.ndarray) -> np.ndarray:
@@ -138,55 +87,7 @@ def evidence(p_SmC: np.ndarray, log_odds_Smm: np.ndarray) -> np.ndarray:
     return np.logaddexp(0.0, log_ratio_SP).mean(1)
 
 
-def _of_size(
-    count: int,
-    p_nC: np.ndarray,
-    z_nd: np.ndarray,
-    labels_n: np.ndarray,
-    edge: tuple[float, float],
-    rng: np.random.Generator,
-) -> tuple[tuple[float, float], tuple[float, float], tuple[float, float], float]:
-    """Weights, means, deviations and threshold for sets of one size."""
-
-    def measured(sets: int, related: bool) -> np.ndarray:
-        members = [
-            _few_classes(labels_n, count, rng)
-            if related
-            else rng.choice(len(p_nC), count, replace=False)
-            for _ in range(sets)
-        ]
-        step = max(1, _CELLS // (count * max(p_nC.shape[1], count)))
-        found = []
-        for start in range(0, sets, step):
-            of_Sm = np.stack(members[start : start + step])
-            columns = [agreement(p_nC[of_Sm])]
-            if count <= SIZES[-1]:
-                z_Smd = z_nd[of_Sm]
-                log_odds_Smm = edge[0] * (z_Smd @ z_Smd.transpose(0, 2, 1)) + edge[1]
-                columns.append(evidence(p_nC[of_Sm], log_odds_Smm))
-            found.append(np.stack(columns, 1))
-        return np.concatenate(found)
-
-    strangers = measured(_LEARNED if count <= SIZES[-1] else _STRANGERS, False)
-    mean, deviation = strangers.mean(0), np.maximum(strangers.std(0), _LEAST)
-    if count > SIZES[-1]:
-        threshold = float(np.quantile((strangers - mean) / deviation, LEVEL))
-        return (1.0, 0.0), (float(mean[0]), 0.0), (float(deviation[0]), 1.0), threshold
-    related = measured(_LEARNED, True)
-    rows = (np.concatenate([strangers, related]) - mean) / deviation
-    positive = np.arange(len(rows)) >= len(strangers)
-    weights = np.maximum(
-        fit_balanced(rows, positive)[0], 0.0
-    )  # more of either is never a sign against
-    if not weights.any():
-        weights = np.array([1.0, 0.0])
-    weights = weights / weights.sum()
-    fresh = (measured(_STRANGERS, False) - mean) / deviation
-    threshold = float(np.quantile(fresh @ weights, LEVEL))
-    return _pair(weights), _pair(mean), _pair(deviation), threshold
-
-
-def _few_classes(labels_n: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+def few_classes(labels_n: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
     """Images of 1 to count/3 classes (log-uniform), of more where these have too few images."""
     classes = rng.permutation(np.unique(labels_n))
     most = max(1, min(count // 3, len(classes) // 2))
@@ -198,13 +99,44 @@ def _few_classes(labels_n: np.ndarray, count: int, rng: np.random.Generator) -> 
     return rng.choice(pool, count, replace=False)
 
 
-def _pair(values: np.ndarray) -> tuple[float, float]:
-    return float(values[0]), float(values[1])
+def _with_evidence(
+    count: int,
+    p_nC: np.ndarray,
+    z_nd: np.ndarray,
+    labels_n: np.ndarray,
+    edge: tuple[float, float],
+    rng: np.random.Generator,
+) -> OfSize:
+    def measured(members_Sm: np.ndarray) -> np.ndarray:
+        step = max(1, _CELLS // (count * max(p_nC.shape[1], count)))
+        found = []
+        for start in range(0, len(members_Sm), step):
+            of_Sm = members_Sm[start : start + step]
+            z_Smd = z_nd[of_Sm]
+            log_odds_Smm = edge[0] * (z_Smd @ z_Smd.transpose(0, 2, 1)) + edge[1]
+            p_SmC = p_nC[of_Sm]
+            found.append(np.stack([agreement(p_SmC), evidence(p_SmC, log_odds_Smm)], 1))
+        return np.concatenate(found)
+
+    strangers = measured(_random_sets(len(p_nC), count, _LEARNED, rng))
+    related = measured(np.stack([few_classes(labels_n, count, rng) for _ in range(_LEARNED)]))
+    fresh = measured(_random_sets(len(p_nC), count, _STRANGERS, rng))
+    return OfSize.fit(strangers, related, fresh, LEVEL)
 
 
-def _lists(value: Any) -> Any:
-    return [_lists(one) for one in value] if isinstance(value, tuple) else value
+def _agreement_alone(
+    count: int, p_nC: np.ndarray, last: OfSize, rng: np.random.Generator
+) -> OfSize:
+    """``last``: of the size before, whose scale of evidence holds in between."""
+    members_Sm = _random_sets(len(p_nC), count, _STRANGERS, rng)
+    step = max(1, _CELLS // (count * p_nC.shape[1]))
+    found = np.concatenate(
+        [agreement(p_nC[members_Sm[at : at + step]]) for at in range(0, _STRANGERS, step)]
+    )
+    mean, deviation = float(found.mean()), max(float(found.std()), _LEAST)
+    threshold = float(np.quantile((found - mean) / deviation, LEVEL))
+    return OfSize((1.0, 0.0), (mean, last.means[1]), (deviation, last.deviations[1]), threshold)
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(one) for one in value) if isinstance(value, list) else value
+def _random_sets(images: int, count: int, sets: int, rng: np.random.Generator) -> np.ndarray:
+    return np.stack([rng.choice(images, count, replace=False) for _ in range(sets)])

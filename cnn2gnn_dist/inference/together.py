@@ -1,6 +1,6 @@
 """Images that belong together (a burst, frames, parts off one line), answered together.
 
-A set of m images with logits l_i and features z_i, in four steps:
+A set of m images with logits l_i and features z_i, in five steps:
 
 1. **Gate** (``related.py``). Is the set related? Only if its score exceeds those of 98 of 100 random sets of
    calibration images of this size. Otherwise every image is answered alone, in the same bits as without
@@ -12,7 +12,9 @@ A set of m images with logits l_i and features z_i, in four steps:
    logits, and strangers stay without edges.
 3. **EM** (Dempster et al., 1977; for class priors: Saerens, Latinne, Decaestecker, 2002), 30 rounds from q = p:
    π = (Σ_i q_i + α) / (m + Cα), then q_i = softmax(l_i/T + log(Cπ) + λ Σ_j W_ij q_j), all i at once.
-4. The answer is q, and that it depends on company.
+4. **One class?** (``one_class.py``) If the set is found to be of a single class, the answer is as for a set that is
+   known to be: the mean of the logits.
+5. Otherwise the answer is q, and in both cases that it depends on company.
 
 If the set is *known* to be of one class, averaged logits are at or near the best (``same``).
 
@@ -22,7 +24,7 @@ Pure: arrays in, arrays out; equivariant to the order of a set, up to rounding.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,7 +32,10 @@ import numpy as np
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference.calibration import fit_temperature, log_softmax, softmax
 from cnn2gnn_dist.inference.logistic import fit_balanced, sigmoid
-from cnn2gnn_dist.inference.related import Gate
+from cnn2gnn_dist.inference.one_class import fit_one_class, measures
+from cnn2gnn_dist.inference.related import agreement_gate, fit_related, related_score
+from cnn2gnn_dist.inference.set_gate import SetGate
+from cnn2gnn_dist.inference.set_gate import score as gate_score
 
 LAMBDA, ALPHA, ROUNDS, EDGES = 1.0, 0.02, 30, 15
 _PAIRED = 3000  # calibration images whose pairs are compared
@@ -63,13 +68,15 @@ class Together:
         temperature: T of the logits.
         slope, offset: a and b of the edges.
         gate: whether a set is related; None: every set is.
+        one_class: whether a related set is of one class; None: none is.
         strength, alpha: λ and α.
     """
 
     temperature: float
     slope: float
     offset: float
-    gate: Gate | None
+    gate: SetGate | None
+    one_class: SetGate | None = None
     strength: float = LAMBDA
     alpha: float = ALPHA
 
@@ -88,12 +95,16 @@ class Together:
         score, threshold = 1.0, 0.0
         if self.gate is not None:
             z_md = np.asarray(z_md, np.float64)
-            score = self.gate.score(p_mC, self.slope * (z_md @ z_md.T) + self.offset)
-            threshold = self.gate.threshold(count)
+            log_odds_mm = self.slope * (z_md @ z_md.T) + self.offset
+            score, threshold = related_score(self.gate, p_mC, log_odds_mm)
         if not score > threshold:
             return Relations(p_mC, False, len(np.unique(p_mC.argmax(1))), score, threshold)
-        edges_mm = self.edges(z_md)
-        q_mC = self.em(log_softmax(logits_mC, self.temperature), edges_mm)
+        log_p_mC = log_softmax(logits_mC, self.temperature)
+        q_mC = self.em(log_p_mC[None], self.edges(z_md)[None])[0]
+        if self.one_class is not None:
+            of = self.one_class.at(count)
+            if gate_score(of, measures(log_p_mC[None], q_mC[None], self.alpha)[0]) > of.threshold:
+                return replace(self.same(logits_mC), score=score, threshold=threshold)
         return Relations(q_mC, True, len(np.unique(q_mC.argmax(1))), score, threshold)
 
     def same(self, logits_mC: np.ndarray) -> Relations:
@@ -113,15 +124,16 @@ class Together:
             np.put_along_axis(edges_mm, order_mm[:, EDGES:], 0.0, axis=1)
         return edges_mm / np.maximum(edges_mm.sum(1, keepdims=True), 1.0)
 
-    def em(self, log_p_mC: np.ndarray, edges_mm: np.ndarray) -> np.ndarray:
-        """Return q after ROUNDS rounds: float64 [m, C]."""
-        count, classes = log_p_mC.shape
-        q_mC = np.exp(log_p_mC)
+    def em(self, log_p_SmC: np.ndarray, edges_Smm: np.ndarray) -> np.ndarray:
+        """Return q of S sets after ROUNDS rounds: float64 [S, m, C]."""
+        count, classes = log_p_SmC.shape[1:]
+        q_SmC = np.exp(log_p_SmC)
         for _ in range(ROUNDS):
-            prior_C = (q_mC.sum(0) + self.alpha) / (count + classes * self.alpha)
-            company_mC = self.strength * (edges_mm @ q_mC)
-            q_mC = softmax(log_p_mC + np.log(classes * prior_C) + company_mC)
-        return q_mC
+            prior_SC = (q_SmC.sum(1) + self.alpha) / (count + classes * self.alpha)
+            company_SmC = self.strength * (edges_Smm @ q_SmC)
+            raw_SmC = log_p_SmC + np.log(classes * prior_SC)[:, None] + company_SmC
+            q_SmC = softmax(raw_SmC.reshape(-1, classes)).reshape(raw_SmC.shape)
+        return q_SmC
 
     @classmethod
     def fit(
@@ -151,23 +163,38 @@ class Together:
         temperature = temperature or fit_temperature(logits_nC, labels_n)
         slope, offset = _fit_edges(np.asarray(z_nd), labels_n, np.random.default_rng([seed, 0]))
         p_nC = softmax(logits_nC, temperature)
-        gate = Gate.fit(p_nC, z_nd, labels_n, (slope, offset), seed)
-        return cls(temperature, slope, offset, gate)
+        rule = cls(temperature, slope, offset, None)
+        log_p_nC = log_softmax(logits_nC, temperature)
+
+        def measured(members_Sm: np.ndarray) -> np.ndarray:
+            edges_Smm = np.stack([rule.edges(z_nd[members]) for members in members_Sm])
+            log_p_SmC = log_p_nC[members_Sm]
+            return measures(log_p_SmC, rule.em(log_p_SmC, edges_Smm), rule.alpha)
+
+        return replace(
+            rule,
+            gate=fit_related(p_nC, z_nd, labels_n, (slope, offset), seed),
+            one_class=fit_one_class(log_p_nC, labels_n, measured, seed),
+        )
 
     def to_json(self) -> dict[str, Any]:
         """As what JSON holds."""
-        kept = {name: value for name, value in asdict(self).items() if name != "gate"}
-        return kept | {"gate": None if self.gate is None else self.gate.to_json()}
+        kept = {
+            name: getattr(self, name)
+            for name in ("temperature", "slope", "offset", "strength", "alpha")
+        }
+        gates = {"gate": self.gate, "one_class": self.one_class}
+        return kept | {n: None if gate is None else gate.to_json() for n, gate in gates.items()}
 
     @classmethod
     def from_json(cls, kept: dict[str, Any]) -> Together:
         """The inverse of ``to_json``, bit for bit; also of models from before the gate was learned."""
         kept = dict(kept)
-        if "gate" in kept:
-            gate = None if kept["gate"] is None else Gate.from_json(kept["gate"])
-        else:
-            gate = Gate.of_agreement(kept.pop("sizes"), kept.pop("thresholds"))
-        return cls(**(kept | {"gate": gate}))
+        for name in ("gate", "one_class"):
+            kept[name] = SetGate.from_json(kept[name]) if kept.get(name) else None
+        if "thresholds" in kept:
+            kept["gate"] = agreement_gate(kept.pop("sizes"), kept.pop("thresholds"))
+        return cls(**kept)
 
 
 def _fit_edges(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
@@ -9,7 +11,14 @@ from sklearn.linear_model import LogisticRegression
 from cnn2gnn_dist.inference import related
 from cnn2gnn_dist.inference.calibration import softmax
 from cnn2gnn_dist.inference.logistic import fit_balanced
-from cnn2gnn_dist.inference.related import Gate, agreement, evidence
+from cnn2gnn_dist.inference.related import (
+    agreement,
+    evidence,
+    few_classes,
+    fit_related,
+    related_score,
+)
+from cnn2gnn_dist.inference.set_gate import SetGate
 from tests.unit.inference.test_together import CLASSES, images
 
 
@@ -26,12 +35,14 @@ EDGE = (6.0, -2.0)
 
 @pytest.fixture(scope="module")
 def gate(world):
-    return Gate.fit(*world, EDGE, 0)
+    return fit_related(*world, EDGE, 0)
 
 
 def scores(gate, world, sets):
     p, z, _ = world
-    return np.array([gate.score(p[at], EDGE[0] * (z[at] @ z[at].T) + EDGE[1]) for at in sets])
+    return np.array(
+        [related_score(gate, p[at], EDGE[0] * (z[at] @ z[at].T) + EDGE[1])[0] for at in sets]
+    )
 
 
 def strangers(world, count, number, seed=9):
@@ -66,7 +77,7 @@ def test_certain_images_give_no_infinities():
 )  # 10: between sizes; 80, 300: above SIZES
 def test_two_of_a_hundred_random_sets_pass(gate, world, count):
     found = scores(gate, world, strangers(world, count, 1500))
-    assert 0.01 < (found > gate.threshold(count)).mean() < 0.035
+    assert 0.01 < (found > gate.at(count).threshold).mean() < 0.035
 
 
 @pytest.mark.parametrize(("count", "classes"), [(4, 1), (8, 2), (16, 3)])
@@ -77,7 +88,7 @@ def test_it_finds_more_than_agreement_alone(gate, world, count, classes):
     for _ in range(200):
         chosen = rng.choice(CLASSES, classes, replace=False)
         sets.append(rng.choice(np.flatnonzero(np.isin(labels, chosen)), count, replace=False))
-    found = (scores(gate, world, sets) > gate.threshold(count)).mean()
+    found = (scores(gate, world, sets) > gate.at(count).threshold).mean()
     level = np.quantile(agreement(p[np.stack(strangers(world, count, 1500))]), related.LEVEL)
     alone = (agreement(p[np.stack(sets)]) > level).mean()
     assert found > alone + 0.03
@@ -97,10 +108,10 @@ def test_sets_of_few_classes_are_drawn_even_where_classes_are_small():
     labels = np.arange(60) // 3  # three images a class
     rng = np.random.default_rng(0)
     for count in (2, 8, 16):
-        members = related._few_classes(labels, count, rng)
+        members = few_classes(labels, count, rng)
         assert len(set(members)) == count
         assert len(set(labels[members])) <= max(-(-count // 3) + 1, count // 3)
 
 
 def test_it_is_kept_as_json(gate):
-    assert Gate.from_json(gate.to_json()) == gate
+    assert SetGate.from_json(json.loads(json.dumps(gate.to_json()))) == gate

@@ -75,7 +75,7 @@ def by_loops(rule, logits, z):
 @pytest.mark.parametrize("count", [2, 8, 20])
 def test_the_formula(rule, count):
     logits, z, _ = images(np.random.default_rng(count), np.zeros(count, int))
-    open_gate = dataclasses.replace(rule, gate=None)
+    open_gate = dataclasses.replace(rule, gate=None, one_class=None)
     found = open_gate(logits, z)
     assert found.related
     np.testing.assert_allclose(found.posterior_mC, by_loops(rule, logits, z), atol=1e-9)
@@ -118,7 +118,7 @@ def test_strangers_are_answered_alone(rule):
 @pytest.mark.parametrize(("count", "classes"), [(8, 1), (16, 2), (32, 3)])
 def test_related_images_gain(rule, count, classes):
     right = np.zeros(3)
-    open_gate = dataclasses.replace(rule, gate=None)
+    open_gate = dataclasses.replace(rule, gate=None, one_class=None)
     for seed in range(60):
         rng = np.random.default_rng([seed, count])
         labels = rng.choice(CLASSES, classes, replace=False)[np.arange(count) % classes]
@@ -127,6 +127,24 @@ def test_related_images_gain(rule, count, classes):
         gated = rule(logits, z).posterior_mC.argmax(1)
         right += [np.mean(answer == labels) for answer in (alone, gated, found)]
     assert right[2] > right[1] > right[0] + 60 * 0.02
+
+
+@pytest.mark.parametrize("count", [8, 16, 24])  # 24: between two fitted sizes
+def test_a_set_of_one_class_is_answered_by_its_mean(rule, count):
+    """Without being told; sets of two classes keep their mixture."""
+    found = {1: 0, 2: 0}
+    for seed in range(100):
+        for classes in found:
+            rng = np.random.default_rng([seed, count, classes])
+            labels = rng.choice(CLASSES, classes, replace=False)[np.arange(count) % classes]
+            logits, z, _ = images(rng, labels)
+            answer = rule(logits, z)
+            same = rule.same(logits).posterior_mC
+            if answer.related and answer.posterior_mC.tobytes() == same.tobytes():
+                found[classes] += 1
+                assert answer.classes == 1
+    assert found[1] > 60
+    assert found[2] <= 8
 
 
 def test_number_of_classes(rule):
@@ -163,12 +181,12 @@ def test_one_image_and_none(rule):
 def test_fitting_repeats_and_is_kept_as_json(rule, world):
     assert Together.fit(*world) == rule
     assert Together.from_json(json.loads(json.dumps(rule.to_json()))) == rule
-    ungated = dataclasses.replace(rule, gate=None)
+    ungated = dataclasses.replace(rule, gate=None, one_class=None)
     assert Together.from_json(json.loads(json.dumps(ungated.to_json()))) == ungated
 
 
 def test_models_from_before_the_gate_was_learned_are_read(rule):
-    kept = {k: v for k, v in rule.to_json().items() if k != "gate"}
+    kept = {k: v for k, v in rule.to_json().items() if k not in ("gate", "one_class")}
     old = Together.from_json(kept | {"sizes": [2, 64], "thresholds": [0.5, 0.2]})
     p = np.eye(CLASSES)[[3, 3, 3, 7]]
     found = old(20 * p, np.eye(4, DIM))
