@@ -177,7 +177,7 @@ def test_earlier_decisions_stay_in_the_list(micro_run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["NOWHERE"], "not a model or a finished run"),
+        (["NOWHERE"], "there is no such folder"),
         (["RUN", "--top", "-1"], "use --top 0 or more"),
         (["RUN", "--fix", "NOWHERE"], "can't be read: No such file"),
         (["RUN", "--fix", "key,class\nzz,1\n"], "'zz': no training image has this key"),
