@@ -24,6 +24,7 @@ from cnn2gnn_dist.runtime import collectives
 from cnn2gnn_dist.runtime.ranks import Ranks
 from cnn2gnn_dist.stages.shared.networks import Teacher
 from cnn2gnn_dist.training import ds_config, engine
+from cnn2gnn_dist.training.accumulation import accumulation_for
 from cnn2gnn_dist.training.checkpoint import folder as disk
 from cnn2gnn_dist.training.checkpoint.manager import Checkpoints
 
@@ -88,9 +89,7 @@ class Steps:
         config = settings.load(preset)
         t, size = config.teacher, config.views.size
         torch.manual_seed(0)
-        accumulation = ds_config.accumulation_for(
-            t.global_batch, ranks.world_size, t.max_micro_batch
-        )
+        accumulation = accumulation_for(t.global_batch, ranks.world_size, t.max_micro_batch)
         resolved = ds_config.resolve(
             ds_config.load(t.ds_config),
             world_size=ranks.world_size,

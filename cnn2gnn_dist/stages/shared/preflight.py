@@ -12,6 +12,7 @@ from cnn2gnn_dist.data.batch_sizes import check_parts
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.stages.shared.networks import check_norms
 from cnn2gnn_dist.training import ds_config
+from cnn2gnn_dist.training.accumulation import accumulation_for
 
 _TRAINS = ("teacher", "student", "control")
 
@@ -39,7 +40,7 @@ def check(
     for name in ahead:
         section = "teacher" if name == "teacher" else "student"
         settings = getattr(config, section)
-        accumulation = ds_config.accumulation_for(
+        accumulation = accumulation_for(
             settings.global_batch,
             world_size,
             settings.max_micro_batch,

@@ -23,18 +23,17 @@ from cnn2gnn_dist.models.precision import MixedPrecision
 from cnn2gnn_dist.runtime import collectives, preemption
 from cnn2gnn_dist.stages.shared.context import Context, CorruptCount
 from cnn2gnn_dist.stages.shared.learning_rates import rates_of
+from cnn2gnn_dist.stages.shared.rates import rate_at, share_kept
 from cnn2gnn_dist.stages.shared.tally import Tally
 from cnn2gnn_dist.training import ds_config, random_state
+from cnn2gnn_dist.training.accumulation import accumulation_for
 from cnn2gnn_dist.training.checkpoint.folder import root_of
 from cnn2gnn_dist.training.checkpoint.manager import Checkpoints
 from cnn2gnn_dist.training.engine import Engine
 from cnn2gnn_dist.training.metrics import MetricsLog, process_memory_mb
 from cnn2gnn_dist.training.schedule import (
-    kept_at,
     late_lr_at,
     late_share,
-    lr_at,
-    peaked_lr_at,
     size_at,
 )
 from cnn2gnn_dist.training.sync_norm import batch_of_norms
@@ -81,7 +80,7 @@ class Training:
     ) -> None:
         self.context, self.name, self.settings, self.late = context, name, settings, late
         world_size = context.ranks.world_size
-        self.accumulation = ds_config.accumulation_for(
+        self.accumulation = accumulation_for(
             settings.global_batch, world_size, settings.max_micro_batch
         )
         kind = "teacher" if isinstance(settings, TeacherConfig) else "student"
@@ -285,10 +284,12 @@ class Training:
         # The first step of a warm-up from zero would have no effect: count from the step's end.
         progress += 1 / batches_per_epoch
         warmup = min(s.warmup_epochs, s.epochs / 2)
-        lr = self._rate(progress, warmup)
+        lr = rate_at(s, progress, warmup)
         late_lr = self._late_lr(progress, warmup)
         mine = (float(preemption.stop_requested()), float(self.checkpoints.written))
-        previous = self.engine.step_ahead(lr, mine, late_lr, self._kept(progress))
+        previous = self.engine.step_ahead(
+            lr, mine, late_lr, share_kept(s, progress, self.cursor.step + 1)
+        )
         self.cursor.batch += 1
         self.cursor.step += 1
         last = self.cursor.batch == batches_per_epoch
@@ -311,20 +312,6 @@ class Training:
         if stop_votes:
             self._stop()
 
-    def _rate(self, progress: float, warmup: float) -> float:
-        s = self.settings
-        if s.schedule == "cosine":
-            return lr_at(progress, s.epochs, s.lr, warmup)
-        shape = (s.lr_start, s.lr_peak_at, s.lr_final)
-        return peaked_lr_at(s.schedule, progress, s.epochs, s.lr, *shape)
-
-    def _kept(self, progress: float) -> float | None:
-        """Share of itself that the average of the weights keeps; None: it is not updated at this step."""
-        s = self.settings
-        if s.average == "none" or (self.cursor.step + 1) % s.average_every:
-            return None
-        return kept_at(progress / s.epochs, s.average_decay, s.average_every, s.average_ramp)
-
     def _late_lr(self, progress: float, warmup: float) -> float | None:
         """Learning rate of the late parameters; None: there are none, or they have not started."""
         late, s = self.late, self.settings
@@ -334,7 +321,7 @@ class Training:
             self.engine.late_from = self.cursor.step
         own = min(late.warmup, (s.epochs - late.epoch) / 2)
         if s.schedule != "cosine":
-            return self._rate(progress, warmup) * late_share(progress, late.epoch, own)
+            return rate_at(s, progress, warmup) * late_share(progress, late.epoch, own)
         return late_lr_at(progress, s.epochs, s.lr, warmup, late.epoch, own)
 
     def end_epoch(self, evaluate: Callable[[], dict[str, float]] | None = None) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.training import ds_config
+from cnn2gnn_dist.training.accumulation import accumulation_for
 
 SHIPPED = ds_config.PACKAGE.parent / "ds_config.json"
 
@@ -247,7 +248,7 @@ def test_batches_that_do_not_divide(batch: int, world: int, accumulation: int) -
 @pytest.mark.parametrize("share", [1, 2, 12, 30, 31])
 @pytest.mark.parametrize("most", [1, 2, 5, 8, 64])
 def test_accumulation_is_the_smallest_that_fits(world: int, share: int, most: int) -> None:
-    found = ds_config.accumulation_for(world * share, world, most)
+    found = accumulation_for(world * share, world, most)
     fits = [a for a in range(1, share + 1) if share % a == 0 and share // a <= most]
     assert found == min(fits)
     resolved = resolve({}, global_batch=world * share, world_size=world, accumulation=found)
@@ -258,7 +259,7 @@ def test_accumulation_is_the_smallest_that_fits(world: int, share: int, most: in
 
 def test_accumulation_says_the_arithmetic() -> None:
     with pytest.raises(UserError) as caught:
-        ds_config.accumulation_for(100, 3, 64)
+        accumulation_for(100, 3, 64)
     assert "100 / 3 = 33.33" in str(caught.value)
     assert "102" in str(caught.value)
 
