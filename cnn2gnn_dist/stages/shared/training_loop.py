@@ -23,7 +23,7 @@ from cnn2gnn_dist.models.precision import MixedPrecision
 from cnn2gnn_dist.runtime import collectives, preemption
 from cnn2gnn_dist.stages.shared.context import Context, CorruptCount
 from cnn2gnn_dist.stages.shared.learning_rates import rates_of
-from cnn2gnn_dist.stages.shared.rates import rate_at, share_kept
+from cnn2gnn_dist.stages.shared.scheduled_values import rate_at, share_kept
 from cnn2gnn_dist.stages.shared.tally import Tally
 from cnn2gnn_dist.training import ds_config, random_state
 from cnn2gnn_dist.training.accumulation import accumulation_for
