@@ -83,10 +83,9 @@ class SetGate:
         return cls(tuple(kept["sizes"]), tuple(OfSize(**one) for one in fitted))
 
 
-def score(gate: OfSize, measures_K: np.ndarray) -> float:
-    """The score of a set with these measures."""
-    scaled_K = (measures_K - np.array(gate.means)) / np.array(gate.deviations)
-    return float(np.array(gate.weights) @ scaled_K)
+def scores(gate: OfSize, measures_SK: np.ndarray) -> np.ndarray:
+    """The scores [S] of sets with these measures."""
+    return ((measures_SK - np.array(gate.means)) / np.array(gate.deviations)) @ gate.weights
 
 
 def _list(value: Any) -> Any:

@@ -2,7 +2,7 @@
 
 A set of m images with logits l_i and features z_i, in five steps:
 
-1. **Gate** (``related.py``). Is the set related? Only if its score exceeds those of 98 of 100 random sets of
+1. **Gate** (``related.py``). Is the set related? Only if its score exceeds those of nearly all random sets of
    calibration images of this size. Otherwise every image is answered alone, in the same bits as without
    company.
 2. **Edges** W_ij = max(2σ(a·cos(z_i, z_j) + b) − 1, 0), where σ is the probability that two images are of
@@ -34,8 +34,7 @@ from cnn2gnn_dist.inference.calibration import fit_temperature, log_softmax, sof
 from cnn2gnn_dist.inference.logistic import fit_balanced, sigmoid
 from cnn2gnn_dist.inference.one_class import fit_one_class, measures
 from cnn2gnn_dist.inference.related import agreement_gate, fit_related, related_score
-from cnn2gnn_dist.inference.set_gate import SetGate
-from cnn2gnn_dist.inference.set_gate import score as gate_score
+from cnn2gnn_dist.inference.set_gate import SetGate, scores
 
 LAMBDA, ALPHA, ROUNDS, EDGES = 1.0, 0.02, 30, 15
 _PAIRED = 3000  # calibration images whose pairs are compared
@@ -103,7 +102,7 @@ class Together:
         q_mC = self.em(log_p_mC[None], self.edges(z_md)[None])[0]
         if self.one_class is not None:
             of = self.one_class.at(count)
-            if gate_score(of, measures(log_p_mC[None], q_mC[None], self.alpha)[0]) > of.threshold:
+            if scores(of, measures(log_p_mC[None], q_mC[None], self.alpha))[0] > of.threshold:
                 return replace(self.same(logits_mC), score=score, threshold=threshold)
         return Relations(q_mC, True, len(np.unique(q_mC.argmax(1))), score, threshold)
 
@@ -166,16 +165,28 @@ class Together:
         rule = cls(temperature, slope, offset, None)
         log_p_nC = log_softmax(logits_nC, temperature)
 
-        def measured(members_Sm: np.ndarray) -> np.ndarray:
+        def mixture(members_Sm: np.ndarray) -> np.ndarray:
             edges_Smm = np.stack([rule.edges(z_nd[members]) for members in members_Sm])
-            log_p_SmC = log_p_nC[members_Sm]
-            return measures(log_p_SmC, rule.em(log_p_SmC, edges_Smm), rule.alpha)
+            return rule.em(log_p_nC[members_Sm], edges_Smm)
 
-        return replace(
-            rule,
-            gate=fit_related(p_nC, z_nd, labels_n, (slope, offset), seed),
-            one_class=fit_one_class(log_p_nC, labels_n, measured, seed),
-        )
+        def measured(members_Sm: np.ndarray) -> np.ndarray:
+            return measures(log_p_nC[members_Sm], mixture(members_Sm), rule.alpha)
+
+        one_class = fit_one_class(log_p_nC, labels_n, measured, seed)
+
+        def lost(members_Sm: np.ndarray) -> np.ndarray:
+            log_p_SmC, q_SmC = log_p_nC[members_Sm], mixture(members_Sm)
+            found_Sm = q_SmC.argmax(2)
+            if one_class is not None:
+                of = one_class.at(members_Sm.shape[1])
+                on_S = scores(of, measures(log_p_SmC, q_SmC, rule.alpha)) > of.threshold
+                found_Sm[on_S] = log_p_SmC[on_S].mean(1).argmax(1)[:, None]
+            right_Sm = labels_n[members_Sm]
+            alone_S = (log_p_SmC.argmax(2) == right_Sm).mean(1)
+            return alone_S - (found_Sm == right_Sm).mean(1)
+
+        gate = fit_related(p_nC, z_nd, labels_n, (slope, offset), lost, seed)
+        return replace(rule, gate=gate, one_class=one_class)
 
     def to_json(self) -> dict[str, Any]:
         """As what JSON holds."""

@@ -35,7 +35,9 @@ EDGE = (6.0, -2.0)
 
 @pytest.fixture(scope="module")
 def gate(world):
-    return fit_related(*world, EDGE, 0)
+    return fit_related(
+        *world, EDGE, lambda members: np.full(len(members), 0.075), 0
+    )  # 2 of 100 may pass: 0.15 points
 
 
 def scores(gate, world, sets):
@@ -92,6 +94,22 @@ def test_it_finds_more_than_agreement_alone(gate, world, count, classes):
     level = np.quantile(agreement(p[np.stack(strangers(world, count, 1500))]), related.LEVEL)
     alone = (agreement(p[np.stack(sets)]) > level).mean()
     assert found > alone + 0.03
+
+
+def test_the_threshold_is_where_random_sets_lose_the_limit():
+    rng = np.random.default_rng(2)
+    score = rng.standard_normal(2000)
+    members = np.arange(2000)[:, None]  # a set is known by its only member
+    order = np.argsort(-score)
+    for each, passing in ((0.0999, 30), (0.04999, 60), (1.0, 10), (0.001, 200), (-0.5, 200)):
+        found = related._affordable(
+            score, members, lambda sets, each=each: np.full(len(sets), each)
+        )
+        assert (score > found).sum() == passing  # 0.0015 * 2000 / each, but 10 to 200
+    late = np.zeros(2000)
+    late[order[:50]], late[order[50:60]] = 0.01, 1.0
+    found = related._affordable(score, members, lambda sets: late[sets[:, 0]])
+    assert (score > found).sum() == 52
 
 
 def test_weights_are_scikit_learns(world):
