@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from cnn2gnn_dist.inference.related import rows_by_class
 from cnn2gnn_dist.inference.set_gate import OfSize, SetGate
 
 LEVEL = 0.97
@@ -53,39 +54,37 @@ def fit_one_class(
         measured: rows of images [S, m] to the measures of these sets [S, 2].
         seed: of the sets that are drawn.
     """
-    images_C = np.sort(np.unique(labels_n, return_counts=True)[1])
+    of_class = rows_by_class(labels_n)
+    images_C = sorted(len(rows) for rows in of_class)
     # At least half of the classes give sets, and two together are as large.
     sizes = [m for m in SIZES if m <= images_C[len(images_C) // 2]]
     fitted: list[OfSize] = []
     for count in sizes:
         rng = np.random.default_rng([seed, count, 1])
+        large = [rows for rows in of_class if len(rows) >= count]
         step = max(1, _CELLS // (count * max(log_p_nC.shape[1], count)))
-
-        def of(classes: tuple[int, ...], rng=rng, count=count, step=step) -> np.ndarray:  # type: ignore[no-untyped-def]
-            members = [
-                _of_classes(labels_n, count, classes[number % len(classes)], rng)
-                for number in range(_SETS)
-            ]
-            return np.concatenate(
-                [measured(np.stack(members[at : at + step])) for at in range(0, _SETS, step)]
-            )
-
-        several = (2,) if count < 4 else (2, 3)
-        fitted.append(OfSize.fit(of(several), of((1,)), of(several), LEVEL))
+        several = [2] if count < 4 else [2, 3]
+        no, yes, fresh = (
+            _in_pieces(measured, [_of_classes(large, count, kinds[n % len(kinds)], rng) for n in range(_SETS)], step)
+            for kinds in (several, [1], several)
+        )  # fmt: skip
+        fitted.append(OfSize.fit(no, yes, fresh, LEVEL))
     return SetGate(tuple(sizes), tuple(fitted)) if fitted else None
 
 
+def _in_pieces(
+    measured: Callable[[np.ndarray], np.ndarray], members: list[np.ndarray], step: int
+) -> np.ndarray:
+    pieces = range(0, len(members), step)
+    return np.concatenate([measured(np.stack(members[at : at + step])) for at in pieces])
+
+
 def _of_classes(
-    labels_n: np.ndarray, count: int, classes: int, rng: np.random.Generator
+    large: list[np.ndarray], count: int, classes: int, rng: np.random.Generator
 ) -> np.ndarray:
     """Images of exactly so many classes (where there are as many), at least one of each."""
-    every, images_C = np.unique(labels_n, return_counts=True)
-    large = every[images_C >= count]
-    chosen = rng.choice(large, min(classes, len(large)), replace=False)
-    of_m = np.concatenate([chosen, rng.choice(chosen, count - len(chosen))])
+    chosen = rng.choice(len(large), min(classes, len(large)), replace=False)
+    images_K = 1 + rng.multinomial(count - len(chosen), np.full(len(chosen), 1 / len(chosen)))
     return np.concatenate(
-        [
-            rng.choice(np.flatnonzero(labels_n == c), int((of_m == c).sum()), replace=False)
-            for c in chosen
-        ]
+        [rng.choice(large[c], n, replace=False) for c, n in zip(chosen, images_K, strict=True)]
     )

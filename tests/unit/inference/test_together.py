@@ -189,8 +189,9 @@ def test_one_image_and_none(rule):
 
 @pytest.mark.usefixtures("few_sets")
 def test_fitting_repeats(world):
-    assert Together.fit(*world) == Together.fit(*world)
-    assert Together.fit(*world) != Together.fit(*world, seed=1)
+    some = [a[:300] for a in world]
+    assert Together.fit(*some) == Together.fit(*some)
+    assert Together.fit(*some) != Together.fit(*some, seed=1)
 
 
 def test_it_is_kept_as_json(rule):
