@@ -16,6 +16,13 @@ _ROWS = {
 }
 
 
+_FLIPPED = [
+    "",
+    "Measured on the mean of each image and its mirror image (`evaluate.flip`); this model answers from the "
+    "image alone.",
+]
+
+
 def card(config: ModelConfig, results: dict[str, Any] | None, rows: int) -> str:
     """Return the text of ``README.md``.
 
@@ -74,6 +81,7 @@ def _figures(results: dict[str, Any] | None) -> list[str]:
         "| model | accuracy | balanced | parameters | MFLOP per image |",
         "| --- | --- | --- | --- | --- |",
         *(_row(label, results[key]) for key, label in _ROWS.items() if key in results),
+        *(_FLIPPED if results.get("student", {}).get("flip") else []),
     ]
 
 
