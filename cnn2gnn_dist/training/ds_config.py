@@ -199,13 +199,7 @@ def resolve(
     autocast = _block(config, "torch_autocast")
     _refuse_half(autocast, config)
     autocast["enabled"] = on_gpu and choose(precision, device, ds) == torch.bfloat16
-    clipping = config["gradient_clipping"] = _auto(config.get("gradient_clipping", "auto"), clip)
-    if not is_number(clipping, 0):
-        raise UserError(
-            f"gradients can't be clipped at {clipping!r}: the largest norm must be at least 0 (off)",
-            where="gradient_clipping",
-            remedy='"auto", for the clip of the run\'s config, or a number of at least 0',
-        )
+    _resolve_clipping(config, clip)
     _resolve_optimizer(_block(config, "optimizer"), lr, weight_decay, on_gpu)
     if optimizer == "sgd":
         _use_sgd(config, momentum)
@@ -301,6 +295,16 @@ def _refuse_half(autocast: dict[str, Any], config: dict[str, Any]) -> None:
                 where=key,
                 remedy='"fp32" or "bf16", or remove it',
             )
+
+
+def _resolve_clipping(config: dict[str, Any], clip: float) -> None:
+    clipping = config["gradient_clipping"] = _auto(config.get("gradient_clipping", "auto"), clip)
+    if not is_number(clipping, 0):
+        raise UserError(
+            f"gradients can't be clipped at {clipping!r}: the largest norm must be at least 0 (off)",
+            where="gradient_clipping",
+            remedy='"auto", for the clip of the run\'s config, or a number of at least 0',
+        )
 
 
 def _resolve_optimizer(
