@@ -1,0 +1,285 @@
+"""Hosts on one machine, for tests as root: each with its own network, processes, mounts, name and IPC.
+
+A host is a set of Linux namespaces that lives as long as a pipe is open: its process 1 waits for the
+end of its stdin. When the test ends, raises or is killed by SIGKILL, the pipe closes, and the kernel
+ends every process of the host, unmounts its file systems and removes its network interfaces::
+
+    with network(2, keep=[tmp_path]) as (a, b):      # 10.77.0.1, 10.77.0.2; no way out
+        share(tmp_path / "server", tmp_path / "shared", (a, b))
+        process = a.start([sys.executable, ...], runs.environment(MASTER_ADDR=a.address))
+        b.cut()
+        b.mend()
+
+Each host has its own /tmp and /dev/shm. Of the machine's /tmp it sees the checkout, the interpreter's
+environment and the folders in ``keep``. Signals for what a host has started go to its whole session:
+``os.killpg(process.pid, ...)``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import REPOSITORY
+from tests.support.forks import Fork
+
+NAMES = "abcdefgh"
+TEMPORARY = Path("/tmp")
+NAMESPACES = ("ipc", "uts", "net", "pid", "mnt")  # the mounts last: /proc is then the host's
+UNSHARE = ["unshare", "--net", "--mount", "--uts", "--ipc", "--pid", "--fork", "--mount-proc",
+           "--kill-child"]  # fmt: skip
+# Ignoring SIGCHLD reaps orphans.
+INIT = (
+    "import os, signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN); os.write(1, b'up\\n')\n"
+    "while os.read(0, 4096): pass"
+)
+
+
+@functools.cache
+def missing(*programs: str) -> str:
+    """Why there can be no hosts here; empty if there can. ``programs``: needed besides."""
+    if sys.platform != "linux" or os.geteuid() != 0:
+        return "hosts are Linux namespaces, which only root can create"
+    for program in ("unshare", "nsenter", "ip", "mount", *programs):
+        if shutil.which(program) is None:
+            return f"{program} is not installed"
+    if "bindfs" in programs and not os.access("/dev/fuse", os.W_OK):
+        return "/dev/fuse is missing"
+    tried = subprocess.run([*UNSHARE, "ip", "link", "add", "br0", "type", "bridge"],
+                           capture_output=True, text=True)  # fmt: skip
+    return f"no namespaces here: {tried.stderr.strip()}" if tried.returncode else ""
+
+
+def needed(*programs: str) -> pytest.MarkDecorator:
+    """Skip tests where there can be no hosts, or where one of these programs is missing."""
+    return pytest.mark.skipif(bool(missing(*programs)), reason=missing(*programs) or "-")
+
+
+class Host:
+    """One host; ``network`` makes them.
+
+    Attributes:
+        name: its host name.
+        address: on the private network; empty for the switch.
+    """
+
+    def __init__(self, name: str, address: str = "", keep: Iterable[Path] | None = None) -> None:
+        self.name, self.address = name, address
+        self.switch: Host | None = None
+        self.port = ""
+        self._holder = subprocess.Popen([*UNSHARE, sys.executable, "-S", "-c", INIT],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)  # fmt: skip
+        assert self._holder.stdout is not None
+        if self._holder.stdout.readline() != b"up\n":
+            raise RuntimeError(f"the host {name} did not start")
+        task = Path(f"/proc/{self._holder.pid}/task/{self._holder.pid}/children")
+        self.pid = int(task.read_text().split()[0])
+        self.shell(
+            f"hostname {name}; ip link set lo up; mount -t tmpfs -o mode=1777 tmpfs /dev/shm"
+        )
+        if keep is not None:
+            self._own_temporary_folder(keep)
+
+    def _own_temporary_folder(self, keep: Iterable[Path]) -> None:
+        kept: list[Path] = []
+        for path in sorted({Path(p).resolve() for p in keep}):
+            if path.is_relative_to(TEMPORARY) and not any(path.is_relative_to(k) for k in kept):
+                kept.append(path)
+        binds = "".join(
+            f"mkdir -p {p}; mount --rbind /mnt/{p.relative_to(TEMPORARY)} {p}\n" for p in kept
+        )
+        self.shell(
+            f"mount --rbind {TEMPORARY} /mnt; mount -t tmpfs -o mode=1777,size=4g tmpfs {TEMPORARY}\n"
+            f"{binds}umount --lazy /mnt; mkdir {TEMPORARY}/home"
+        )
+
+    def enter(self, command: Sequence[str], folder: Path = REPOSITORY) -> list[str]:
+        """The command that runs ``command`` in this host, in ``folder``."""
+        return ["nsenter", "-t", str(self.pid), "-a", f"--wdns={folder}", "--", *command]
+
+    def run(self, command: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        """Run a command to its end; options are those of ``subprocess.run``."""
+        return subprocess.run(self.enter(command, Path("/")), text=True, **options)
+
+    def shell(self, script: str) -> str:
+        """Run a shell script that must not fail; return its output."""
+        done = self.run(["sh", "-ec", script], capture_output=True)
+        if done.returncode:
+            raise RuntimeError(f"{self.name}: {script}\n{done.stderr}")
+        return done.stdout
+
+    def start(
+        self,
+        command: Sequence[str],
+        environment: dict[str, str],
+        folder: Path = REPOSITORY,
+        **options: Any,
+    ) -> subprocess.Popen[str]:
+        """Start a command in a session of its own, with stdout and stderr in one pipe."""
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} | options
+        return subprocess.Popen(self.enter(command, folder), env=environment, text=True,
+            start_new_session=True, **pipes)  # fmt: skip
+
+    def fork(
+        self,
+        job: Callable[..., int | None],
+        arguments: tuple[Any, ...],
+        environment: dict[str, str],
+        folder: Path = REPOSITORY,
+        output: Path | None = None,
+    ) -> Fork:
+        """Call ``job`` in a process of this host with the libraries preloaded (``forks.Fork``)."""
+        inside = (self.pid, job, arguments, str(folder))
+        return Fork(_inside, inside, environment, Path("/"), output)
+
+    def cut(self) -> None:
+        """The network swallows everything from and to this host, which sees no change itself."""
+        self._connect("nomaster")
+
+    def mend(self) -> None:
+        """End a ``cut``."""
+        self._connect("master br0")
+
+    def _connect(self, how: str) -> None:
+        assert self.switch is not None
+        self.switch.shell(f"ip link set {self.port} {how}")
+
+    def down(self) -> None:
+        """This host's own interface is down: its processes get errors at once."""
+        self.shell("ip link set eth0 down")
+
+    def up(self) -> None:
+        """End ``down``."""
+        self.shell("ip link set eth0 up")
+
+    def mount(self, source: Path, at: Path) -> None:
+        """Show the folder or file ``source`` of this machine at ``at`` in this host."""
+        self.shell(f"mount --bind {source} {at}")
+
+    def tmpfs(self, at: Path, size: str) -> None:
+        """A file system of ``size`` (such as ``64m``) at the folder ``at`` of this host."""
+        self.shell(f"mount -t tmpfs -o size={size} tmpfs {at}")
+
+    def resolve(self, names: dict[str, str]) -> None:
+        """The addresses by host name that this host finds in its /etc/hosts."""
+        text = "".join(f"{address} {name}\n" for name, address in names.items())
+        path = f"{TEMPORARY}/.hosts-{self.name}"
+        self.shell(
+            f"cat > {path} <<'END'\n127.0.0.1 localhost\n{text}END\nmount --bind {path} /etc/hosts"
+        )
+
+    def end(self) -> None:
+        """End every process of this host, as a power cut would."""
+        assert self._holder.stdin is not None
+        assert self._holder.stdout is not None
+        self._holder.stdin.close()
+        try:
+            self._holder.wait(10)
+        except subprocess.TimeoutExpired:
+            self._holder.kill()
+            self._holder.wait()
+        self._holder.stdout.close()
+
+
+@contextlib.contextmanager
+def network(count: int, keep: Iterable[Path] = ()) -> Iterator[tuple[Host, ...]]:
+    """Hosts ``node-a``, ``node-b``, … on a private network that leads nowhere else.
+
+    Args:
+        count: of hosts; at most 8.
+        keep: folders under /tmp that they share with this machine.
+    """
+    seen = [REPOSITORY, Path(sys.prefix), Path(sys.base_prefix), *keep]
+    if data := os.environ.get("CNN2GNN_DATA"):
+        seen.append(Path(data))
+    with contextlib.ExitStack() as stack:
+        switch = Host("switch")
+        stack.callback(switch.end)
+        switch.shell("ip link add br0 type bridge; ip link set br0 up")
+        hosts = []
+        for number in range(count):
+            host = Host(f"node-{NAMES[number]}", f"10.77.0.{number + 1}", seen)
+            stack.callback(host.end)
+            host.switch, host.port = switch, f"p{number}"
+            # Both ends are created inside: neither is ever among this machine's interfaces.
+            command = f"ip link add eth0 netns {host.pid} type veth peer name {host.port} netns {switch.pid}"
+            subprocess.run(command.split(), check=True)
+            switch.shell(f"ip link set {host.port} master br0; ip link set {host.port} up")
+            host.shell(f"ip addr add {host.address}/24 dev eth0; ip link set eth0 up")
+            hosts.append(host)
+        for host in hosts:
+            host.resolve({other.name: other.address for other in hosts})
+        yield tuple(hosts)
+
+
+def share(folder: Path, at: Path, hosts: Iterable[Host], believed_s: float = 0.0) -> None:
+    """Serve ``folder`` to each of these hosts at ``at``, as a file server would to its clients.
+
+    Each client has a page cache of its own, that the others' writes don't change: as under NFS,
+    pages are asked for again only when a file is opened after its size or time has changed
+    (close-to-open). Needs bindfs.
+
+    Args:
+        folder: of this machine; created.
+        at: created; the same path in every host.
+        hosts: the clients.
+        believed_s: seconds for which a client believes names, absent ones too, and attributes.
+    """
+    for path in (folder, at):
+        path.mkdir(parents=True, exist_ok=True)
+    times = ",".join(f"{what}_timeout={believed_s:g}" for what in ("attr", "entry", "negative"))
+    for host in hosts:
+        host.shell(
+            f"bindfs --multithreaded --enable-lock-forwarding -o auto_cache,{times} {folder} {at}"
+        )
+
+
+def end_family(process: subprocess.Popen[str] | Fork) -> None:
+    """Kill a started process with all that it has started in its session."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@contextlib.contextmanager
+def short_folder() -> Iterator[Path]:
+    """A new folder with a short path: that of a socket has at most 107 bytes."""
+    folder = Path(tempfile.mkdtemp(prefix="h", dir=TEMPORARY))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _inside(
+    pid: int, job: Callable[..., int | None], arguments: tuple[Any, ...], folder: str
+) -> int:
+    """Enter a host's namespaces and call the job in a child: only children get new process ids."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    handles = [os.open(f"/proc/{pid}/ns/{name}", os.O_RDONLY) for name in NAMESPACES]
+    for name, handle in zip(NAMESPACES, handles, strict=True):
+        if libc.setns(handle, 0) != 0:
+            raise OSError(ctypes.get_errno(), f"setns {name}")
+        os.close(handle)
+    os.chdir(folder)
+    child = os.fork()
+    if child == 0:
+        return job(*arguments) or 0
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # sent to the group: the child's answer counts
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code < 0:
+        if -code != signal.SIGKILL:
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    return code
