@@ -37,6 +37,7 @@ KINDS: list[tuple[str, str, str]] = [  # pattern of the command, kind, why
     (r"^cnn2gnn (init photos|run --config my\.yaml)", "no", "needs images of one's own: tests/end_to_end/test_init.py"),
     (r"^cnn2gnn export( RUN| --onnx)", "name", "named in a sentence"),
     (r"^(torchrun .* predict|cnn2gnn embed) ", "no", "needs shards: tests/multiprocess/test_predict_shards.py"),
+    (r"^cnn2gnn predict .* --actors", "no", "needs shards: tests/multiprocess/test_ray_pool.py"),
     (r"^cnn2gnn (predict --model model/|memory (add|remove|forget|undo))", "no",
      "needs images of one's own, or changes the model: tests/unit/inference/test_editing.py"),
     (r"^cnn2gnn (export|memory ls)", "demo", "the demo's model"),

@@ -24,13 +24,25 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--out",
         metavar="FILE_OR_FOLDER/",
         help="write the answers to a .jsonl, .csv, .parquet or .html file (with pictures); FOLDER/: a file "
-        "for each input, skipping those that are there, over the ranks of torchrun or srun",
+        "for each input, skipping those that are there, over the ranks of torchrun or srun, or --actors",
     )
     parser.add_argument(
         "--format",
         default="parquet",
         metavar="KIND",
         help="of the files in FOLDER/: parquet (default), jsonl, csv, html",
+    )
+    parser.add_argument(
+        "--actors",
+        type=int,
+        default=0,
+        metavar="N",
+        help="with --out FOLDER/: share the inputs out to N Ray actors",
+    )
+    parser.add_argument(
+        "--address",
+        metavar="HEAD:6379",
+        help="Ray cluster of the actors (default: RAY_ADDRESS, or a Ray of its own on this host)",
     )
     parser.add_argument(
         "--coverage",
@@ -57,7 +69,16 @@ def _run(arguments: argparse.Namespace) -> int:
 
     out: str | None = arguments.out
     model, asked = Path(arguments.model), {"top": arguments.top, "coverage": arguments.coverage}
-    if out is not None and (out.endswith("/") or os.path.isdir(out)):
+    to_folder = out is not None and (out.endswith("/") or os.path.isdir(out))
+    if arguments.actors < 0 or (arguments.address and not arguments.actors):
+        raise UserError("how many actors?", where="--actors", remedy="--actors N, at least 1")
+    if arguments.actors and not to_folder:
+        raise UserError(
+            "actors write a file for each input",
+            where="--actors",
+            remedy="--out FOLDER/, with the slash",
+        )
+    if out is not None and to_folder:
         if arguments.together or arguments.same:
             raise UserError(
                 "images are answered together over all inputs, and FOLDER/ has a file for each",
@@ -65,7 +86,10 @@ def _run(arguments: argparse.Namespace) -> int:
                 remedy="--out FILE",
             )
         kind = f".{arguments.format.lstrip('.')}"
-        return predict_shards.command(model, arguments.images, Path(out), kind=kind, **asked)
+        over = {"actors": arguments.actors, "address": arguments.address}
+        return predict_shards.command(
+            model, arguments.images, Path(out), kind=kind, **asked, **over
+        )
     return predict.command(
         model,
         arguments.images,

@@ -1,0 +1,26 @@
+"""Work for the actors of ``runtime.ray_pool``: some of it kills the process that does it."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+from cnn2gnn_dist.errors import UserError
+
+
+def squaring(notes: Path, refuse: int | None = None) -> Callable[[int], int]:
+    """Squares; a number divisible by 3 kills its process once, by 7 always; each call is noted."""
+
+    def square(number: int) -> int:
+        if number == refuse:
+            raise UserError("no such number", where=str(number), remedy="another number")
+        with open(notes / str(number), "a") as file:
+            file.write("x")
+        calls = (notes / str(number)).stat().st_size
+        if number % 7 == 0 or (number % 3 == 0 and calls == 1):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return number**2
+
+    return square
