@@ -1,0 +1,101 @@
+"""cluster/slurm.sbatch and cluster/slurm-ray.sbatch on a real Slurm of two hosts."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.support import REPOSITORY, hosts, slurm
+from tests.support.runs import MICRO
+
+pytestmark = hosts.needed(*slurm.PROGRAMS)
+
+NODES = "--nodes=2 --ntasks-per-node=1 --time=10"
+TEACHER = [*MICRO, "device=cpu", "cluster.timeout_s=60"]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[slurm.Slurm]:
+    with (
+        hosts.short_folder() as folder,
+        hosts.network(2, keep=[folder]) as two,
+        slurm.started(folder, two) as started,
+    ):
+        yield started
+
+
+def three_lines(name: str, cluster: slurm.Slurm, **third: str) -> tuple[Path, Path]:
+    """A script of cluster/ with its three lines changed as a user does, and its run folder."""
+    run = cluster.folder / f"run-{len(list(cluster.folder.glob('*.sbatch')))}"
+    lines = {
+        "1": f"#SBATCH {NODES}",
+        "2": f"environment={sys.prefix}",
+        "3": " ".join(f"{k}={v}" for k, v in {"config": "demo", "run_dir": run, **third}.items()),
+    }
+    text = (REPOSITORY / "cluster" / name).read_text()
+    text, changed = re.subn(r"^.* # (\d): your .*$", lambda line: lines[line[1]], text, flags=re.M)
+    assert changed == 3
+    script = cluster.folder / f"{run.name}.sbatch"
+    script.write_text(text)
+    return script, run
+
+
+def steps(run: Path) -> list[int]:
+    """Steps in the teacher's metrics so far."""
+    file = run / "teacher" / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [json.loads(line)["step"] for line in lines if '"step"' in line]
+
+
+def wait_for_step(cluster: slurm.Slurm, job: str, run: Path, step: int) -> None:
+    deadline = time.monotonic() + 240
+    while max(steps(run), default=0) < step:
+        assert time.monotonic() < deadline, cluster.output(job)[-3000:]
+        time.sleep(0.1)
+
+
+def test_a_signal_before_the_end_requeues_and_the_run_goes_on(cluster):
+    script, run = three_lines("slurm.sbatch", cluster)
+    job = cluster.submit(script, *TEACHER, "teacher.epochs=8", "--stages=pack,index,teacher")
+    wait_for_step(cluster, job, run, 5)
+    cluster.ask("scancel", "--signal=TERM", job)  # what --signal=TERM@120 sends: to the ranks alone
+    found = cluster.wait(job)
+    output = cluster.output(job)
+    assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "1"), output[-3000:]
+    assert "srun ended with 143" in output
+    saved = int(re.search(r"step (\d+) is saved", output)[1])
+    assert 5 <= saved < 72
+    assert f"step {saved}" in output.split("attempt 1")[1]
+    assert steps(run)[-1] == 72
+    assert json.loads((run / "teacher" / "done.json").read_text())
+
+
+def test_an_array_is_a_folder_and_a_seed_for_each_task(cluster):
+    script, run = three_lines("slurm.sbatch", cluster)
+    one_rank = ["--array=3", "--nodes=1"]
+    job = cluster.submit(script, *TEACHER, "--stages=pack", options=one_rank)
+    found = cluster.wait(f"{job}_3")
+    assert found["JobState"] == "COMPLETED", cluster.output(found["JobId"])
+    config = yaml.safe_load(Path(f"{run}-3", "config.yaml").read_text())
+    assert config["seed"] == 3
+
+
+def test_ray_has_time_to_save_and_keeps_the_exit_code(cluster):
+    script, run = three_lines("slurm-ray.sbatch", cluster, ranks="2")
+    job = cluster.submit(script, *TEACHER, "teacher.epochs=2000", MOST_REQUEUES="0")
+    wait_for_step(cluster, job, run, 5)
+    cluster.ask("scancel", "--signal=TERM", "--batch", job)  # what --signal=B:TERM@120 sends
+    found = cluster.wait(job)
+    output = cluster.output(job)
+    assert (found["JobState"], found["ExitCode"]) == ("FAILED", "143:0"), output[-3000:]
+    saved = int(re.search(r"step (\d+) is saved", output)[1])
+    assert (run / "teacher/checkpoints/latest").read_text() == f"step-{saved:08d}"
+    for host in cluster.hosts:
+        assert "raylet" not in host.shell("ps -eo comm")
