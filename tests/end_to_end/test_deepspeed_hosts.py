@@ -1,0 +1,81 @@
+"""The DeepSpeed launcher on two hosts: by ssh, with its own environment file, and without ssh."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support import hosts
+from tests.support.hosts import Host
+from tests.support.runs import BIN, MICRO, environment, finish, free_port
+
+pytestmark = hosts.needed("pdsh", "ssh", "sshd", "ssh-keygen")
+
+ARGUMENTS = ["launch/train.py", "--config", "demo", *MICRO, "teacher.epochs=1", "device=cpu"]
+SERVER = """\
+HostKey {folder}/key
+AuthorizedKeysFile {folder}/key.pub
+PidFile none
+PermitRootLogin yes
+StrictModes no
+UsePAM no
+"""
+CLIENT = """\
+Host *
+  IdentityFile {folder}/key
+  UserKnownHostsFile {folder}/known
+  StrictHostKeyChecking accept-new
+  BatchMode yes
+"""
+
+
+@pytest.fixture(scope="module")
+def folder() -> Iterator[Path]:
+    with hosts.short_folder() as path:
+        yield path
+
+
+@pytest.fixture(scope="module")
+def pair(folder: Path) -> Iterator[tuple[Host, ...]]:
+    """Two hosts with a login by a key of this test's, which the user's own files know nothing of."""
+    subprocess.run(["ssh-keygen", "-q", "-N", "", "-f", str(folder / "key")], check=True)
+    for name, text in (("server", SERVER), ("client", CLIENT)):
+        (folder / name).write_text(text.format(folder=folder))
+    with hosts.network(2, keep=[folder]) as two:
+        (folder / "hostfile").write_text("".join(f"{host.name} slots=1\n" for host in two))
+        for host in two:
+            host.mount(folder / "client", Path("/etc/ssh/ssh_config"))
+            host.shell(f"mkdir -p /run/sshd; $(which sshd) -f {folder}/server")
+        yield two
+
+
+def launcher(folder: Path, pair: tuple[Host, ...]) -> list[str]:
+    place = ["--master_addr", pair[0].address, "--master_port", str(free_port())]
+    return [str(BIN / "deepspeed"), "--hostfile", str(folder / "hostfile"), *place]
+
+
+def test_by_ssh(folder, pair):
+    (folder / "variables").write_text(f"RUNS={folder}\nOMP_NUM_THREADS=1\n")
+    ours = environment(DS_ENV_FILE=str(folder / "variables"), HOME="/tmp/home")
+    command = [*launcher(folder, pair), *ARGUMENTS, "run.dir=$RUNS/ssh"]
+    code, output = finish(pair[0].start([*command, "--stages=pack,index,teacher"], ours))
+    assert code == 0, output[-4000:]
+    for host in pair:
+        assert f"{host.name}: " in output
+    assert json.loads((folder / "ssh/teacher/done.json").read_text())
+
+
+def test_without_ssh(folder, pair):
+    command, started = launcher(folder, pair), []
+    for number, host in enumerate(pair):
+        own = [*command, "--no_ssh", "--node_rank", str(number), *ARGUMENTS]
+        own += [f"run.dir={folder}/no-ssh", "--stages=pack,index,teacher"]
+        started.append(host.start(own, environment(HOME="/tmp/home")))
+    for process in started:
+        code, output = finish(process)
+        assert code == 0, output[-4000:]
+    assert json.loads((folder / "no-ssh/teacher/done.json").read_text())
