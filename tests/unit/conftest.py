@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterator
 
 import pytest
+
+from cnn2gnn_dist import typed_text
 
 _STARTS = {"os.fork", "os.forkpty", "os.posix_spawn", "os.system", "subprocess.Popen"}
 _test: str | None = None
@@ -17,6 +20,8 @@ def _refuse(event: str, _arguments: tuple[object, ...]) -> None:
 
 
 sys.addaudithook(_refuse)
+# The same few presets are read thousands of times; nothing changes the nodes of a text.
+typed_text._compose = functools.lru_cache(maxsize=32)(typed_text._compose)  # type: ignore[assignment]
 
 
 @pytest.fixture(autouse=True)

@@ -8,13 +8,12 @@ import pytest
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference import artefact, editing
 from cnn2gnn_dist.inference.classifier import Classifier, load
-from tests.support.models import calibrate, pictures
+from tests.support.models import pictures
 
 
 @pytest.fixture
-def edited(model):
-    calibrate(model.folder)
-    model = load(model.folder, device="cpu")
+def edited(calibrated):
+    model = load(calibrated.folder, device="cpu")
     editing.add(model, list(pictures(4, seed=9)), "class 0")
     editing.remove(model, ["img-1"])
     return model

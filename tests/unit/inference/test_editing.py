@@ -11,13 +11,8 @@ from cnn2gnn_dist.commands.memory import keys_from
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference import artefact, editing
 from cnn2gnn_dist.inference.classifier import load
-from tests.support.models import calibrate, pictures, write_model
+from tests.support.models import pictures, write_model
 from tests.support.shards import encode_image
-
-
-@pytest.fixture
-def calibrated(model):
-    return calibrate(model.folder)
 
 
 def of_new_class(count, seed=200):

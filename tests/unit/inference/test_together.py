@@ -28,16 +28,23 @@ def world():
     return images(np.random.default_rng(3), np.random.default_rng(4).integers(0, CLASSES, 1500))
 
 
+def fit_from(strangers, learned, sets, *world, **options):
+    """Gates from fewer sets than a model's, whose level ``test_related.py`` checks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(related, "_STRANGERS", strangers)
+        patch.setattr(related, "_LEARNED", learned)
+        patch.setattr(one_class, "_SETS", sets)
+        return Together.fit(*world, **options)
+
+
 @pytest.fixture(scope="module")
 def rule(world):
-    return Together.fit(*world)
+    return fit_from(1000, 400, 600, *world)
 
 
-@pytest.fixture
-def few_sets(monkeypatch):
-    """Gates from few sets: where their values don't matter."""
-    for module, name in ((related, "_STRANGERS"), (related, "_LEARNED"), (one_class, "_SETS")):
-        monkeypatch.setattr(module, name, 100)
+def quickly(*world, **options):
+    """A rule whose gates don't matter."""
+    return fit_from(100, 100, 100, *world, **options)
 
 
 def images(rng, labels):
@@ -89,10 +96,9 @@ def test_the_formula(rule, count):
     np.testing.assert_allclose(found.posterior_mC, by_loops(rule, logits, z), atol=1e-9)
 
 
-@pytest.mark.usefixtures("few_sets")
 def test_edges_are_scikit_learns_logistic_regression(world):
     logits, z, labels = (a[:300] for a in world)
-    rule = Together.fit(logits, z, labels)
+    rule = quickly(logits, z, labels)
     i, j = np.triu_indices(300, 1)
     cos = (z.astype(np.float64) @ z.T)[i, j]
     model = LogisticRegression(C=1e5, class_weight="balanced", tol=1e-10, max_iter=500)
@@ -187,11 +193,10 @@ def test_one_image_and_none(rule):
     assert nothing.classes == 0
 
 
-@pytest.mark.usefixtures("few_sets")
 def test_fitting_repeats(world):
     some = [a[:300] for a in world]
-    assert Together.fit(*some) == Together.fit(*some)
-    assert Together.fit(*some) != Together.fit(*some, seed=1)
+    assert quickly(*some) == quickly(*some)
+    assert quickly(*some) != quickly(*some, seed=1)
 
 
 def test_it_is_kept_as_json(rule):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import io
 import re
 import tokenize
@@ -50,8 +51,13 @@ SOURCES = sorted(
 )
 
 
-def texts(path: Path) -> Iterator[str]:
+@functools.cache
+def texts(path: Path) -> tuple[str, ...]:
     """All text that people read: of a module its strings, docstrings and comments."""
+    return tuple(_texts(path))
+
+
+def _texts(path: Path) -> Iterator[str]:
     source = path.read_text(encoding="utf-8")
     if path.suffix != ".py":
         yield source

@@ -169,7 +169,7 @@ def change(root: Path, **models: dict) -> None:
     (root / "results.json").write_text(json.dumps(table))
 
 
-def test_the_table_is_results_json(made):
+def test_the_table_is_results_json(made, undrawn):
     page, text = page_of(made)
     table = json.loads((made / "results.json").read_text())
     _, *rows = page.table("accuracy")
@@ -201,7 +201,7 @@ def test_one_file_that_points_nowhere(made):
     assert "name: made" in text[text.index("<details>") :]
 
 
-def test_curves_speed_and_graph(made):
+def test_curves_speed_and_graph(made, undrawn):
     page, _ = page_of(made)
     shown = [image["alt"] for image in page.images]
     for what in ("training loss", "training accuracy", "images per second", "waiting for data"):
@@ -212,7 +212,7 @@ def test_curves_speed_and_graph(made):
     assert "Histogram of in-degrees" in shown
 
 
-def test_the_gallery_marks_right_and_wrong_and_leaves_out_weightless_neighbours(made):
+def test_the_gallery_marks_right_and_wrong_and_leaves_out_weightless_neighbours(made, undrawn):
     page, text = page_of(made, ["ant", "bee", "cat", "dog"])
     assert text.count('class="card"') == 3
     assert text.count("✓") == 2
@@ -299,7 +299,7 @@ def test_a_missing_file_leaves_its_part_out(made, lost, gone, undrawn):
     assert len(page.table("accuracy")) == 6
 
 
-def test_a_run_without_graph_control_and_metrics(made):
+def test_a_run_without_graph_control_and_metrics(made, undrawn):
     table = json.loads((made / "results.json").read_text())
     del table["student"]["graph"], table["control_mlp"]
     (made / "results.json").write_text(json.dumps(table))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import random
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,15 +30,23 @@ def client_of(folder: Path, limits: Limits = LIMITS, token: str | None = TOKEN) 
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
-    """Of a model that no test edits."""
-    with client_of(served_model(tmp_path_factory.mktemp("served") / "model")) as found:
+def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that no test edits."""
+    return served_model(tmp_path_factory.mktemp("served") / "model")
+
+
+@pytest.fixture(scope="module")
+def client(served: Path) -> Iterator[TestClient]:
+    """Of that model."""
+    with client_of(served) as found:
         yield found
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return served_model(tmp_path / "model")
+def folder(served: Path, tmp_path: Path) -> Path:
+    """A copy of that model."""
+    shutil.copytree(served, tmp_path / "model")
+    return tmp_path / "model"
 
 
 @pytest.fixture
@@ -68,8 +77,8 @@ def test_three_ways_to_send_an_image(client: TestClient):
     assert form["memory_version"] == 0
 
 
-def test_answers_are_those_of_the_model(client: TestClient, tmp_path: Path):
-    model = Classifier.open(served_model(tmp_path / "same"), device="cpu")
+def test_answers_are_those_of_the_model(client: TestClient, served: Path):
+    model = Classifier.open(served, device="cpu")
     images = encoded(6, seed=5)
     made = client.post("/predict?top=2&neighbours=3", files=parts(images)).json()["answers"]
     for shown, answer in zip(made, model.predict(images, top=2, neighbours=3), strict=True):
