@@ -39,7 +39,7 @@ def fit_from(strangers, learned, sets, *world, **options):
 
 @pytest.fixture(scope="module")
 def rule(world):
-    return fit_from(1000, 400, 600, *world)
+    return fit_from(1000, 800, 600, *world)
 
 
 def quickly(*world, **options):
