@@ -319,6 +319,25 @@ class ClusterConfig(Section):
         "(`ray job stop` allows it 3); under a launcher checkpoint.grace_s applies",
     )
     max_failures: int = Field(3, ge=0, description="how often the group of ranks is restarted")
+    strategy: Literal["PACK", "SPREAD", "STRICT_SPREAD"] = Field(
+        "PACK",
+        description="ranks on as few nodes as possible, on as many as possible, or each on a node of its own",
+    )
+    ranks_per_node: int | None = Field(
+        None,
+        ge=1,
+        description="exactly so many ranks on each node; null: as cluster.strategy places them",
+    )
+    rank_resources: dict[str, float] = Field(
+        default_factory=dict,
+        description="what a rank takes of Ray's custom resources, such as {trainer: 1}: it runs only on nodes "
+        "that were started with them",
+    )
+    reader_resources: dict[str, float] = Field(
+        default_factory=dict,
+        description="the same for a reader actor; readers are then spread over the nodes that have them, instead "
+        "of working on their rank's node",
+    )
     timeout_s: float = Field(
         600.0, gt=0, description="seconds that a collective waits for a silent rank"
     )

@@ -230,9 +230,23 @@ _RULES = (
     ),
     # Who carries the ranks.
     _Rule(
-        ("cluster.address", "cluster.cpus_per_rank", "cluster.max_failures", "cluster.grace_s"),
+        (
+            *(
+                "cluster.address",
+                "cluster.cpus_per_rank",
+                "cluster.max_failures",
+                "cluster.grace_s",
+            ),
+            *("cluster.strategy", "cluster.ranks_per_node"),
+            *("cluster.rank_resources", "cluster.reader_resources"),
+        ),
         "they apply only to ranks under Ray, and a launcher started these",
         lambda c, a: a.inside_ray is False,
+    ),
+    _Rule(
+        ("cluster.strategy",),
+        "cluster.ranks_per_node says how many ranks each node has",
+        lambda c, a: c.cluster.ranks_per_node is not None,
     ),
     _Rule(
         ("run.ranks",),

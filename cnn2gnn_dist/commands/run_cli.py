@@ -106,7 +106,14 @@ def _on_ray(config: Config, stages: list[str] | None, update: bool, force: bool)
                 remedy="device=cpu, device=auto, or fewer ranks: run.ranks=…",
             )
         spec = ray_group.GroupSpec(
-            ranks, cluster.cpus_per_rank, float(on_gpu), cluster.max_failures, cluster.grace_s
+            ranks,
+            cluster.cpus_per_rank,
+            float(on_gpu),
+            cluster.max_failures,
+            cluster.grace_s,
+            strategy=cluster.strategy,
+            ranks_per_node=cluster.ranks_per_node,
+            resources=cluster.rank_resources,
         )
         outcome = ray_group.run_group(
             "cnn2gnn_dist.pipeline.runner:run_rank",

@@ -9,18 +9,25 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from dataclasses import dataclass
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cnn2gnn_dist import log
 from cnn2gnn_dist.errors import PeerLost, Preempted, UserError, last_line
-from cnn2gnn_dist.runtime import preemption, ray_session, rendezvous
+from cnn2gnn_dist.runtime import preemption, rank_order, ray_session, rendezvous
 from cnn2gnn_dist.runtime.ranks import Ranks
 
 _log = logging.getLogger(__name__)
@@ -38,6 +45,23 @@ class GroupSpec:
     gpus_per_rank: float = 0.0
     max_failures: int = 3
     grace_s: float = 2.5
+    strategy: str = "PACK"
+    ranks_per_node: int | None = None
+    resources: Mapping[str, float] = field(default_factory=dict)
+
+    def bundles(self) -> tuple[list[dict[str, float]], str]:
+        """What a placement group reserves, and how: a bundle for each rank, or for the ranks of each node."""
+        together = self.ranks_per_node or 1
+        if self.world_size % together:
+            raise UserError(
+                f"{self.world_size} ranks can't be divided into groups of {together}",
+                where="cluster.ranks_per_node, run.ranks",
+                remedy="a number of ranks that is a multiple of cluster.ranks_per_node",
+            )
+        rank = {"CPU": self.cpus_per_rank, "GPU": self.gpus_per_rank, **self.resources}
+        bundle = {name: together * value for name, value in rank.items() if value}
+        strategy = "STRICT_SPREAD" if self.ranks_per_node else self.strategy
+        return [bundle or {"CPU": 0.0}] * (self.world_size // together), strategy
 
 
 def run_group(
@@ -54,10 +78,11 @@ def run_group(
         UserError: a rank raised one (not retried); the cluster has no room; the
             group failed too often.
     """  # noqa: DOC501
+    nodes: list[rank_order.Node] = []
     for attempt in range(spec.max_failures + 1):
         try:
             with ray_session.exit_code_kept():
-                return _attempt(target, kwargs, spec)
+                return _attempt(target, kwargs, spec, nodes)
         except LostRank as lost:
             if attempt == spec.max_failures:
                 raise UserError(
@@ -73,28 +98,38 @@ class LostRank(Exception):
     """A rank died or stopped answering; the others can't continue without it."""
 
 
-def _attempt(target: str, kwargs: dict[str, Any], spec: GroupSpec) -> list[Any]:
-    bundle = {"CPU": spec.cpus_per_rank}
-    if spec.gpus_per_rank:
-        bundle["GPU"] = spec.gpus_per_rank
-    group = placement_group([bundle] * spec.world_size, strategy="PACK")
+def _attempt(
+    target: str, kwargs: dict[str, Any], spec: GroupSpec, nodes: list[rank_order.Node]
+) -> list[Any]:
+    """Place, start and await a group; ``nodes``: of each rank so far, replaced by where they are now."""
+    bundles, strategy = spec.bundles()
+    group = placement_group(bundles, strategy=strategy)
     try:
         if not group.wait(READY_SECONDS):
             raise UserError(
-                f"the cluster has no room for {spec.world_size} ranks of {bundle}; "
-                f"it has {ray.available_resources()}",
+                f"the cluster has no room for {spec.world_size} ranks of {bundles[0]}"
+                + f" on {len(bundles)} nodes" * (strategy == "STRICT_SPREAD")
+                + f"; it has {ray.available_resources()}",
                 where="run.ranks",
                 remedy="fewer ranks, a lower cluster.cpus_per_rank, or a larger cluster",
             )
+        # Places are numbered by their bundle; a bundle may have several.
+        places = [place // (spec.ranks_per_node or 1) for place in range(spec.world_size)]
+        of_bundle = _nodes(group)
+        order = rank_order.order([of_bundle[bundle] for bundle in places], nodes)
+        nodes[:] = [of_bundle[places[place]] for place in order]
+        tag = uuid.uuid4().hex[:6]
         actors = [
             _Rank.options(  # type: ignore[attr-defined]
+                name=f"rank-{rank}-{tag}",
                 num_cpus=spec.cpus_per_rank,
                 num_gpus=spec.gpus_per_rank,
+                resources=dict(spec.resources),
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
-                    group, index, placement_group_capture_child_tasks=False
+                    group, places[place], placement_group_capture_child_tasks=False
                 ),
-            ).remote(index)
-            for index in range(spec.world_size)
+            ).remote(rank)
+            for rank, place in enumerate(order)
         ]
         refs = _launch(actors, target, kwargs, spec)
         try:
@@ -104,6 +139,13 @@ def _attempt(target: str, kwargs: dict[str, Any], spec: GroupSpec) -> list[Any]:
             raise
     finally:
         remove_placement_group(group)
+
+
+def _nodes(group: PlacementGroup) -> dict[int, rank_order.Node]:
+    """Address and id of the node of each bundle."""
+    addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+    found = placement_group_table(group)["bundles_to_node_id"]
+    return {bundle: (addresses.get(node, ""), node) for bundle, node in found.items()}
 
 
 def _wait_for_saves(actors: list[Any], refs: list[Any], grace_s: float) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
@@ -28,6 +28,7 @@ class ReaderPool:
         prefetch: maximum requests in flight: queued, being read, or read and not yet consumed. Reduced,
             with a message, if they would not fit into Ray's object store.
         name: readable prefix of the actors' names.
+        resources: of Ray's custom resources that a reader actor takes (see ``RayReaders``).
 
     Attributes:
         wait_seconds: total time the consumer has waited for batches.
@@ -37,7 +38,14 @@ class ReaderPool:
     """
 
     def __init__(
-        self, spec: ReaderSpec, *, backend: str, workers: int, prefetch: int, name: str = "stream"
+        self,
+        spec: ReaderSpec,
+        *,
+        backend: str,
+        workers: int,
+        prefetch: int,
+        name: str = "stream",
+        resources: Mapping[str, float] | None = None,
     ) -> None:
         if workers < 1 or prefetch < 1:
             raise UserError(
@@ -52,7 +60,7 @@ class ReaderPool:
         if backend == "ray":
             from cnn2gnn_dist.data.reading.ray_readers import RayReaders
 
-            self._readers: _Readers = RayReaders(spec, workers, name)
+            self._readers: _Readers = RayReaders(spec, workers, name, resources)
         elif backend == "local":
             self._readers = _LocalReaders(spec, workers)
         else:

@@ -12,6 +12,7 @@ import itertools
 import logging
 import os
 import uuid
+from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -49,12 +50,21 @@ class RayReaders:
         spec: specification of the readers.
         workers: number of actors.
         name: prefix of the actors' names.
+        resources: custom resources that an actor takes; the actors are then spread over the nodes that
+            have them, instead of all working on this node.
 
     Raises:
-        UserError: Ray is not initialized in this process; the spec can't be opened.
+        UserError: Ray is not initialized in this process; the spec can't be opened; no node has
+            the resources.
     """
 
-    def __init__(self, spec: ReaderSpec, workers: int, name: str) -> None:
+    def __init__(
+        self,
+        spec: ReaderSpec,
+        workers: int,
+        name: str,
+        resources: Mapping[str, float] | None = None,
+    ) -> None:
         if not ray.is_initialized():
             raise UserError(
                 "Ray is not running in this process",
@@ -62,12 +72,13 @@ class RayReaders:
                 remedy="start with `cnn2gnn run`, or set stream.backend=local",
             )
         Reader(spec).close()  # fail here, not in a dying actor
+        _check_resources(resources or {})
         self._row_bytes = 3 * spec.views.size**2 + 17  # image, label, id, valid
         self._room = _store_bytes() * STORE_SHARE / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         self._warned = False
         tag = uuid.uuid4().hex[:6]
         names = (f"{name}-{number}-{tag}" for number in range(workers))
-        self._readers = [_Reader(spec, one) for one in names]
+        self._readers = [_Reader(spec, one, resources or {}) for one in names]
         self._turn = itertools.cycle(self._readers)
         self._numbers = itertools.count()
         self._parked: list[RayAnswer] = []
@@ -217,8 +228,8 @@ class RayAnswer:
 class _Reader:
     """One actor, alive or restarting, and its pending requests in order."""
 
-    def __init__(self, spec: ReaderSpec, name: str) -> None:
-        self._spec, self._name = spec, name
+    def __init__(self, spec: ReaderSpec, name: str, resources: Mapping[str, float]) -> None:
+        self._spec, self._name, self._resources = spec, name, dict(resources)
         self.asked: list[RayAnswer] = []
         self.greeting: Any = None
         """While the actor is down: a call that Ray retries until it has restarted."""
@@ -226,13 +237,17 @@ class _Reader:
         self.actor = self._start()
 
     def _start(self) -> Any:
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        where: Any = "SPREAD"
+        if not self._resources:
+            here = ray.get_runtime_context().get_node_id()
+            where = NodeAffinitySchedulingStrategy(here, soft=False)
         actor: Any = ray.remote(ReaderActor)
         how = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": 0}
         # Ray frees a dead actor's name only after a while, so its successors get no name.
         named = {"name": self._name} if self._name else {}
         self._name = ""
-        return actor.options(**named, scheduling_strategy=here, **how).remote(self._spec)
+        placed = {"resources": self._resources, "scheduling_strategy": where}
+        return actor.options(**named, **placed, **how).remote(self._spec)
 
     def ask(self, answer: RayAnswer) -> None:
         request = answer.request
@@ -275,6 +290,18 @@ class _Reader:
         else:
             self._stillborn = 0
             self.greeting = None
+
+
+def _check_resources(wanted: Mapping[str, float]) -> None:
+    """Check that some node has these; Ray itself would wait for one forever."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not any(all(node.get(name, 0) >= n for name, n in wanted.items()) for node in nodes):
+        raise UserError(
+            f"no node of the cluster has {dict(wanted)} for a reader",
+            where="cluster.reader_resources",
+            remedy="start the nodes that are to read with `ray start --resources='{\"…\": 16}'`, or "
+            "leave the field empty: readers then work on their rank's node",
+        )
 
 
 def _is_lost(reference: Any) -> bool:

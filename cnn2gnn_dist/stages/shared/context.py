@@ -160,6 +160,7 @@ class Context:
             workers=settings.workers,
             prefetch=settings.prefetch,
             name=f"{self.config.name}-{name}-rank{self.ranks.rank}-reader",
+            resources=self.config.cluster.reader_resources,
         )
 
     def to_device(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
