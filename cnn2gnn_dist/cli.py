@@ -8,7 +8,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 
-from cnn2gnn_dist import __version__, log, presets
+from cnn2gnn_dist import __version__, log, presets, submit
 from cnn2gnn_dist.commands import (
     audit_cli,
     checkpoint_cli,
@@ -147,13 +147,22 @@ def _add_verbosity(commands: argparse._SubParsersAction[argparse.ArgumentParser]
                 _add_verbosity(action)
 
 
-def _no_arguments(parser: argparse.ArgumentParser) -> None:
+def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--cluster",
+        action="store_true",
+        help="ask every node of a Ray cluster, or every host of srun or torchrun",
+    )
+    parser.add_argument("--address", metavar="HOST:6379", help="of the Ray cluster")
+    parser.add_argument("--folder", help="that all nodes should share, such as a run's")
     parser.set_defaults(command=_doctor)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from cnn2gnn_dist.commands import doctor
+    from cnn2gnn_dist.commands import cluster_doctor, doctor
 
+    if arguments.cluster or arguments.address:
+        return cluster_doctor.command(arguments.address, arguments.folder)
     return doctor.command()
 
 
@@ -187,9 +196,14 @@ COMMANDS: tuple[tuple[str, str, Callable[[argparse.ArgumentParser], None]], ...]
     ("memory", "inspect or edit a model's memory", memory_cli.arguments),
     ("serve", "answer over HTTP, with a page", serve.arguments),
     ("audit", "find faults of a training set", audit_cli.arguments),
+    (
+        "submit",
+        "send a run to a Ray cluster, follow its log, return its exit code",
+        submit.arguments,
+    ),
     ("checkpoint", "list, inspect, verify or export checkpoints", checkpoint_cli.arguments),
     ("plan", "estimate memory and disk for a number of images", plan_cli.arguments),
-    ("doctor", "check this machine and suggest fixes", _no_arguments),
+    ("doctor", "check this machine, or a cluster, and suggest fixes", _doctor_arguments),
     ("config", "list every field with its default and meaning, and the presets", _field_arguments),
 )
 """Name, help and options of the commands beside the stages."""

@@ -1,11 +1,13 @@
 """Submit a run to a Ray cluster's job server, follow its log, return its exit code.
 
-python launch/submit.py --address http://127.0.0.1:8265 -- --config demo run.dir=/shared/demo
-python -m cnn2gnn_dist.submit …                    # the same, without a checkout
+cnn2gnn submit --address http://127.0.0.1:8265 -- --config demo run.dir=/shared/demo
+python -m cnn2gnn_dist.submit …                    # the same
+python launch/submit.py …                          # the same, from a checkout that is not installed
 
 Everything after ``--`` goes to ``cnn2gnn run`` on the cluster, in a copy of this checkout: relative
 paths start there, and tars are not sent. Ctrl-C leaves the job running and says how to follow it;
-``--stop-on-interrupt`` stops it instead.
+``--stop-on-interrupt`` stops it instead, as does SIGTERM then. Hosts that lack the package get it with
+``--send-package``, and what it needs with ``--pip``.
 """
 
 from __future__ import annotations
@@ -15,18 +17,25 @@ import asyncio
 import logging
 import os
 import shlex
+import signal
 import sys
+import time
 import uuid
 from pathlib import Path
 from typing import Any
 
-from cnn2gnn_dist import log, upload_checks
+from cnn2gnn_dist import log
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.runtime import ray_probe
+
+_log = logging.getLogger(__name__)
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 EXCLUDES = [".git", "runs", ".venv", "**/*.tar", "**/__pycache__"]
 ENTRYPOINT = r"""
+case "$VIRTUAL_ENV" in
+*/runtime_resources/pip/*) exec "$VIRTUAL_ENV/bin/python" -m cnn2gnn_dist run {arguments} ;;
+esac
 raylet=$(sed -n 's/^PPid:[^0-9]*//p' /proc/$PPID/status)
 for python in $(tr '\0' '\n' < /proc/$raylet/cmdline \
 | sed -n 's/^--python_worker_command=\([^ ]*\).*/\1/p') python python3; do
@@ -36,14 +45,29 @@ echo "no python on PATH: activate its environment before ray start" >&2
 exit 127
 """.strip()
 """Runs under the interpreter of Ray's own workers (children of the raylet, whose command line names
-it), whether or not its environment is activated."""
+it), whether or not its environment is activated; with ``--pip`` under that of the job's environment."""
+STOP_SECONDS = 60.0
+"""For a job to end after it was asked to; Ray kills it after 3."""
 
 
 def main() -> int:
-    """Submit, follow, report; 0 if the job succeeded, 1 if it failed, 2 if it can't be sent."""
+    """Submit, follow, report; the job's own exit code, or 2 if it can't be sent."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    arguments(parser)
+    log.add_options(parser)
+    options = parser.parse_args()
+    try:
+        with log.console(getattr(options, "verbosity", log.NORMAL)):
+            return int(options.command(options))
+    except UserError as error:
+        log.report_error(error, parser.prog)
+        return error.exit_code
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``cnn2gnn submit``."""
     parser.add_argument("--address", default="http://127.0.0.1:8265", help="the job server")
     parser.add_argument(
         "--working-dir",
@@ -51,15 +75,20 @@ def main() -> int:
         help="folder to send to the cluster; default: this checkout, or the current folder if there is none",
     )
     parser.add_argument("--stop-on-interrupt", action="store_true", help="Ctrl-C stops the job")
+    parser.add_argument(
+        "--send-package",
+        action="store_true",
+        help="send this installation's cnn2gnn_dist too, for hosts that lack it",
+    )
+    parser.add_argument(
+        "--pip",
+        action="append",
+        default=[],
+        metavar="REQUIREMENT",
+        help="install this on every host before the run, in an environment of the job's own; may be repeated",
+    )
     parser.add_argument("arguments", nargs="*", help="arguments of `cnn2gnn run`, after --")
-    log.add_options(parser)
-    options = parser.parse_args()
-    try:
-        with log.console(getattr(options, "verbosity", log.NORMAL)):
-            return _submit(options)
-    except UserError as error:
-        log.report_error(error, parser.prog)
-        return error.exit_code
+    parser.set_defaults(command=_submit)
 
 
 def _submit(options: argparse.Namespace) -> int:
@@ -69,16 +98,21 @@ def _submit(options: argparse.Namespace) -> int:
     # Imported only now, because Ray reads how to authenticate when it is imported.
     from ray.job_submission import JobStatus, JobSubmissionClient
 
+    from cnn2gnn_dist import (
+        upload_checks,  # pydantic's models, which no other command should wait for
+    )
+
     folder = Path(options.working_dir).resolve()
     files = _files_to_send(folder)
     upload_checks.check_size(files, folder)
     upload_checks.check_paths(files, folder, options.arguments)
+    _log.debug("sending %d files, %d KiB", len(files), sum(files.values()) >> 10)
     try:
         client = JobSubmissionClient(options.address)
         job = client.submit_job(
             submission_id=f"cnn2gnn-{uuid.uuid4().hex[:8]}",
             entrypoint=ENTRYPOINT.format(arguments=shlex.join(options.arguments)),
-            runtime_env={"working_dir": str(folder), "excludes": EXCLUDES},
+            runtime_env=_runtime_env(folder, options),
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
@@ -86,18 +120,37 @@ def _submit(options: argparse.Namespace) -> int:
             f"the job server rejected the job: {lines[0]}", where=where, remedy="see the head's log"
         ) from None
     log.output(f"submitted {job}")
+    if options.stop_on_interrupt:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         asyncio.run(_follow(client, job))
     except KeyboardInterrupt:
         if options.stop_on_interrupt:
-            client.stop_job(job)
-            log.output(f"stopped {job}")
+            _stop(client, job)
         else:
             log.output(f"{job} keeps running; `ray job logs {job} --follow` shows its log")
         return 130
-    status = client.get_job_status(job)
-    log.output(f"{job}: {status.value}")
-    return 0 if status == JobStatus.SUCCEEDED else 1
+    found = client.get_job_info(job)
+    log.output(f"{job}: {found.status.value}")
+    return 0 if found.status == JobStatus.SUCCEEDED else found.driver_exit_code or 1
+
+
+def _runtime_env(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    found: dict[str, Any] = {"working_dir": str(folder), "excludes": EXCLUDES}
+    if options.send_package:
+        found["py_modules"] = [str(Path(__file__).resolve().parent)]
+    if options.pip:
+        found["pip"] = options.pip
+    return found
+
+
+def _stop(client: Any, job: str) -> None:
+    """Stop a job, and wait until nothing of it runs any more."""
+    client.stop_job(job)
+    deadline = time.monotonic() + STOP_SECONDS
+    while not client.get_job_status(job).is_terminal() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    log.output(f"{job}: {client.get_job_status(job).value}")
 
 
 def _files_to_send(folder: Path) -> dict[str, int]:

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from tests.support import REPOSITORY, hosts, slurm
-from tests.support.runs import MICRO
+from tests.support.runs import MICRO, finish
 
 pytestmark = hosts.needed(*slurm.PROGRAMS)
 
@@ -85,6 +85,30 @@ def test_an_array_is_a_folder_and_a_seed_for_each_task(cluster):
     assert found["JobState"] == "COMPLETED", cluster.output(found["JobId"])
     config = yaml.safe_load(Path(f"{run}-3", "config.yaml").read_text())
     assert config["seed"] == 3
+
+
+def doctor(cluster: slurm.Slurm, folder: Path) -> tuple[int, str]:
+    """Exit code and output of the doctor as a rank of each host."""
+    command = ["srun", "--nodes=2", "--ntasks-per-node=1", "--kill-on-bad-exit=0", sys.executable]
+    command += ["-m", "cnn2gnn_dist", "doctor", "--cluster", "--folder", str(folder)]
+    return finish(cluster.hosts[0].start(command, cluster.environment))
+
+
+def test_the_doctor_asks_every_host(cluster):
+    code, output = doctor(cluster, cluster.folder)
+    assert "2 nodes, no problems found" in output, output
+    assert code == 0
+    for host in cluster.hosts:
+        (line,) = [one for one in output.splitlines() if one.startswith(host.name)]
+        assert line.split()[1:3] == [host.address, "eth0"]
+        assert " yes " in line
+
+
+def test_the_doctor_names_the_host_whose_folder_is_another(cluster):
+    code, output = doctor(cluster, Path("/tmp/home"))
+    assert code == 1
+    assert "FAIL  node-b: /tmp/home is another folder than on the first node" in output
+    assert "-> storage that all nodes mount at this path" in output
 
 
 def test_ray_has_time_to_save_and_keeps_the_exit_code(cluster):

@@ -131,7 +131,7 @@ def test_ray_job(micro_run, tmp_path):
             os.killpg(process.pid, signal.SIGKILL)
     assert "submit exit 0" in output, output[-6000:]
     assert "script exit 0" in output, output[-3000:]
-    assert "failing exit 1" in output, output[-3000:]
+    assert "failing exit 2" in output, output[-3000:]
     assert "wrong exit 2" in output, output[-3000:]
     assert "did you mean student.epochs?" in output
     assert "cluster exit 0" in output, output[-3000:]

@@ -1,0 +1,72 @@
+"""Where ranks and readers work on a Ray of several nodes, and that a rank stays on its node."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from tests.support.runs import environment
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("placed")
+    command = [sys.executable, "-m", "tests.support.placed", str(folder)]
+    token = folder / "token"
+    token.write_text("0" * 64)
+    env = environment(
+        RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token), RAY_raylet_start_wait_time_s="300"
+    )
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def nodes(group: list[Any]) -> list[str]:
+    return [rank[0] for rank in group]
+
+
+def test_strategies(found):
+    assert len(set(nodes(found["pack"]))) == 1
+    assert len(set(nodes(found["spread"]))) == 2
+    assert sorted(nodes(found["pinned"])) == sorted(found["trainers"])
+
+
+def test_ranks_per_node(found):
+    first, second, third, fourth = nodes(found["two each"])
+    assert first == second != third == fourth
+    assert {first, third} == set(found["trainers"])
+    assert [rank[1] for rank in found["two each"]] == [0, 1, 0, 1]
+    assert "can't be divided into groups of 2" in found["uneven"]
+
+
+def test_actors_have_names_that_say_their_rank(found):
+    for rank, (_, _, name) in enumerate(found["two each"]):
+        assert name.startswith(f"rank-{rank}-")
+
+
+def test_ranks_stay_where_they_were(found):
+    before, after = zip(*found["again"], strict=True)
+    assert before == after
+
+
+def test_readers_on_nodes_of_their_own(found):
+    assert set(found["readers"]) == {found["cpus"]}
+    assert "no node of the cluster has {'readers': 1}" in found["no reader"]
+
+
+def test_every_node_answers_the_doctor(found):
+    nodes, failed = found["survey"]
+    assert failed == {}
+    assert len(nodes) == 4
+    for node in nodes:
+        assert (node["address"], node["shared"], node["unreachable"]) == ("127.0.0.1", "", "")
+        assert node["versions"] == nodes[0]["versions"]
+        assert node["rate"] > 0
+        assert abs(node["offset_s"]) < 1  # one clock

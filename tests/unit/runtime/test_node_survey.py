@@ -1,0 +1,94 @@
+"""What several nodes have said of themselves: the table, and each problem with its remedy."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from cnn2gnn_dist.commands import cluster_doctor
+from cnn2gnn_dist.runtime import node_survey
+from cnn2gnn_dist.runtime.node_survey import GIB, MIB, Node, Peer
+
+VERSIONS = {"python": "3.11.7", "cnn2gnn": "0.1.0", "torch": "2.13.0", "ray": "2.60.0"}
+
+
+def node(letter: str, **more: object) -> Node:
+    good = Node(
+        host=f"node-{letter}",
+        address=f"10.0.0.{ord(letter) - 96}",
+        interface="eth0",
+        versions=dict(VERSIONS),
+        gpus=["NVIDIA H100"] * 8,
+        cores=64,
+        memory=200 * GIB,
+        shared_memory=60 * GIB,
+        disk=900 * GIB,
+        rate=1000 * MIB,
+    )
+    return dataclasses.replace(good, **more)
+
+
+def test_good_nodes_have_no_problems(capsys):
+    assert cluster_doctor.report([node("a"), node("b")], {}, "/shared") == 0
+    title, first, second, _, last = capsys.readouterr().out.splitlines()
+    assert title.split()[:3] == ["host", "address", "interface"]
+    assert first.split()[:3] == ["node-a", "10.0.0.1", "eth0"]
+    assert "8 NVIDIA H100" in second
+    assert last == "2 nodes, no problems found"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (
+            {"versions": VERSIONS | {"torch": "2.12.1"}},
+            "node-b: torch 2.12.1, but 2.13.0 on node-a",
+        ),
+        ({"versions": VERSIONS | {"ray": ""}}, "node-b: ray is missing, but 2.60.0 on node-a"),
+        ({"gpus": ["NVIDIA H100"] * 4}, "node-b: 4 GPUs, but 8 on node-a"),
+        ({"address": "127.0.1.1"}, "node-b: its address is 127.0.1.1, which no other node can"),
+        ({"shared": "can't be written: Read-only"}, "node-b: /shared can't be written: Read-only"),
+        ({"unreachable": "10.0.0.1: timed out"}, "node-b can't reach 10.0.0.1: timed out"),
+        ({"rate": 1.5 * MIB}, "node-b: only 1.5 MiB/s from the next node"),
+        ({"offset_s": -7.25}, "node-b: its clock is -7.2 s off node-a's"),
+        ({"shared_memory": 64 * MIB}, "node-b: 0.1 GiB free of /dev/shm, of the 1 needed"),
+        ({"disk": 0}, "node-b: 0.0 GiB free of disk, of the 5 needed"),
+    ],
+)
+def test_a_problem_is_a_line_with_its_host_and_a_remedy(wrong, said, capsys):
+    assert cluster_doctor.report([node("a"), node("b", **wrong)], {}, "/shared") == 1
+    output = capsys.readouterr().out
+    assert output.count("FAIL  ") == output.count("-> ") == 1
+    assert f"FAIL  {said}" in output
+
+
+def test_a_node_without_an_answer_is_a_problem(capsys):
+    failed = {"10.0.0.3": "No module named 'cnn2gnn_dist'"}
+    assert cluster_doctor.report([node("a")], failed, None) == 1
+    output = capsys.readouterr().out
+    assert "10.0.0.3 did not answer: No module named 'cnn2gnn_dist'" in output
+    assert "--send-package" in output
+    assert "2 nodes, 1 problems found" in output
+
+
+def test_nodes_measure_each_other():
+    peer = Peer("127.0.0.1", "secret")
+    here = node("a", rate=0.0, offset_s=9.0)
+    node_survey.measure(here, "secret", ("127.0.0.1", peer.port), ("127.0.0.1", peer.port))
+    assert here.unreachable == ""
+    assert here.rate > 0
+    assert abs(here.offset_s) < 1
+    node_survey.measure(here, "wrong.", ("127.0.0.1", peer.port), ("127.0.0.1", peer.port))
+    assert "127.0.0.1: " in here.unreachable
+    peer.close()
+
+
+def test_a_probe_is_found_where_the_folder_is_shared(tmp_path):
+    path, wrong = node_survey.write_probe(str(tmp_path / "new"))
+    assert wrong == ""
+    assert node_survey.find_probe(path) == ""
+    assert len(list((tmp_path / "new").iterdir())) == 1
+    assert "another folder" in node_survey.find_probe(f"{path}-not", seconds=0)
+    (tmp_path / "file").write_text("")
+    assert node_survey.write_probe(str(tmp_path / "file" / "sub"))[1].startswith("can't be written")
