@@ -1,6 +1,6 @@
 # make demo: set up and run the whole pipeline on the digits.   make test, make lint: what CI calls.
 # make demo-memory: nine digits trained, the tenth added from 20 images without training.
-# make quick: lint and the unit tests, while you work; costly properties on a fifth of their examples.
+# make quick: lint and the unit tests, while you work; costly properties on a fifth of their examples, or not at all.
 # make docs: the site, in site/index.html.
 PYTHON ?= python3.11
 VENV   ?= .venv
@@ -11,7 +11,7 @@ TORCH  ?= torch==2.13.0
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Files side by side: unit tests compute and start nothing, the others start ranks, two of each at a time.
 CORES  ?= 2
-PYTEST := $(BIN)/python -m pytest --durations 25
+PYTEST := $(BIN)/python -m pytest -p tests.support.processor_time
 export OMP_NUM_THREADS ?= 1
 export PYTHONWARNINGS  ?= ignore::FutureWarning
 
@@ -33,11 +33,11 @@ demo-memory: install
 	$(BIN)/python examples/memory_demo.py
 
 quick: lint
-	CNN2GNN_QUICK=1 $(PYTEST) tests/unit --numprocesses $(CORES) --dist loadfile
+	CNN2GNN_QUICK=1 $(PYTEST) tests/unit --numprocesses $(CORES) --dist loadfile -m "not thorough"
 
 test: install
 	$(PYTEST) tests/unit --numprocesses $(CORES) --dist loadfile
-	$(PYTEST) tests/multiprocess tests/end_to_end --numprocesses $(CORES) --dist loadfile -m "not ray"
+	$(PYTEST) tests/multiprocess tests/end_to_end --numprocesses $(CORES) --dist loadfile --no-loadscope-reorder -m "not ray"
 	$(PYTEST) tests/multiprocess tests/end_to_end -m ray
 
 lint: install

@@ -11,11 +11,14 @@ from pathlib import Path
 
 import psutil
 import pytest
+from filelock import FileLock
 
 from cnn2gnn_dist import log
 from tests.support import REPOSITORY, runs
 
 FOLDER = Path(tempfile.mkdtemp(prefix="r", dir="/tmp"))  # short: a socket's path has 107 bytes
+LONGEST = ("resume", "distdgl", "remedies", "variants", "recipe_runs", "checkpoint", "host_reads")
+"""Files that take minutes: begun first, or one of them is left over when all others are done."""
 
 
 def pytest_configure() -> None:
@@ -36,11 +39,13 @@ def pytest_unconfigure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What starts processes is slow."""
+    """What starts processes is slow; of several files side by side the long ones come first."""
     unit = REPOSITORY / "tests" / "unit"
     for item in items:
         if unit not in item.path.parents:
             item.add_marker("slow")
+    places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
 @pytest.fixture
@@ -89,8 +94,17 @@ def ray_cluster() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def micro_run(tmp_path_factory):
-    """Folder of a small whole run on two ranks under torchrun; not to be written into."""
-    folder = tmp_path_factory.mktemp("micro") / "run"
-    code, output = runs.finish(runs.start(runs.torchrun(folder), runs.environment()))
-    assert code == 0, output[-4000:]
-    return folder
+    """Folder of a small whole run on two ranks under torchrun; not to be written into.
+
+    The workers of pytest-xdist share one: whoever needs it first makes it.
+    """
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "micro"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "made").exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of a worker that failed to
+            command = runs.torchrun(folder / "run")
+            code, output = runs.finish(runs.start(command, runs.environment()))
+            assert code == 0, output[-4000:]
+            (folder / "made").touch()
+    return folder / "run"

@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import numpy as np
 
-from tests.support.runs import MICRO, environment
+from tests.support.runs import MICRO, alone
 from tests.support.shards import make_shards, random_images
 from tests.unit.pipeline.test_bad_input import shards  # noqa: F401 (fixtures)
 
 
-def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
+def launch(*arguments: str) -> tuple[int, str]:
     """launch/train.py as a single process."""
-    return subprocess.run(
-        [sys.executable, "launch/train.py", "--config", "demo", *MICRO, *arguments],
-        capture_output=True,
-        text=True,
-        env=environment(),
-    )
+    return alone("--config", "demo", *MICRO, *arguments)
 
 
-def refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:
+def refused(done: tuple[int, str], *parts: str) -> None:
     """Exit code 2, all parts in the message, no traceback."""
-    assert done.returncode == 2, done.stdout + done.stderr
+    code, said = done
+    assert code == 2, said
     for part in (*parts, "where:", "remedy:"):
-        assert part in done.stderr, done.stderr
-    assert "Traceback" not in done.stderr
+        assert part in said
+    assert "Traceback" not in said
 
 
 def of_shards(shards, tmp_path, *more: str) -> list[str]:
@@ -50,11 +43,11 @@ def test_folder_that_is_not_a_runs(tmp_path):
 def test_folder_of_another_config_is_refused_then_set_aside(tmp_path):
     run = f"run.dir={tmp_path}/run"
     only = ("--stages", "pack,index")
-    assert launch(run, *only).returncode == 0
+    assert launch(run, *only)[0] == 0
     before = sorted(path.name for path in (tmp_path / "run" / "shards").iterdir())
     refused(launch(run, "data.shard_size=32", *only), "data.shard_size: 64 -> 32", "--update")
     assert sorted(path.name for path in (tmp_path / "run" / "shards").iterdir()) == before
-    assert launch(run, "data.shard_size=32", "--update", *only).returncode == 0
+    assert launch(run, "data.shard_size=32", "--update", *only)[0] == 0
     assert (tmp_path / "run" / "shards.old-1" / "train-000000.tar").exists()
 
 
@@ -71,7 +64,7 @@ def test_truncated_shard(shards, tmp_path):
 
 def test_shard_changed_after_indexing(shards, tmp_path):
     arguments = of_shards(shards, tmp_path, "teacher.global_batch=8")
-    assert launch(*arguments, "--stages", "index").returncode == 0
+    assert launch(*arguments, "--stages", "index")[0] == 0
     shards[2].unlink()
     refused(launch(*arguments, "--stages", "index,teacher"), "data.train: 1 removed", "--update")
 
@@ -103,9 +96,9 @@ def test_corrupt_images_up_to_the_limit_are_reported_and_beyond_it_stop(tmp_path
         "data.max_corrupt",
         str(shards[0]),
     )
-    done = launch(*arguments, "data.max_corrupt=0.5", "--update")
-    assert done.returncode == 0, done.stderr
-    assert "1 corrupt" in done.stderr
+    code, said = launch(*arguments, "data.max_corrupt=0.5", "--update")
+    assert code == 0, said
+    assert "1 corrupt" in said
 
 
 def test_too_few_images_for_the_student_end_a_run_before_the_teacher(shards, tmp_path):

@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 
-from tests.support import REPOSITORY
+from tests.support import REPOSITORY, table_searches
+from tests.support.forks import Fork
+from tests.support.runs import environment
 from tests.unit.graph.test_approximate import points
 
 
 def test_the_same_table_at_any_number_of_ranks_and_after_a_kill(tmp_path: Path) -> None:
     np.save(tmp_path / "z.npy", points())
 
-    def start(folder: str, rank: int, world_size: int, die_after: int) -> subprocess.Popen[str]:
+    def start(folder: str, rank: int, world_size: int, die_after: int) -> Fork:
         (tmp_path / folder).mkdir(exist_ok=True)
-        command = [
-            sys.executable,
-            str(REPOSITORY / "tests/support/table_searches.py"),
-            str(tmp_path / folder),
-        ]
-        return subprocess.Popen(
-            [*command, str(tmp_path / "z.npy"), str(rank), str(world_size), str(die_after)],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        job = (tmp_path / folder, tmp_path / "z.npy", rank, world_size, die_after)
+        return Fork(table_searches.main, job, environment(), REPOSITORY)
 
-    def ends(*ranks: subprocess.Popen[str]) -> list[str]:
+    def ends(*ranks: Fork) -> list[str]:
         said = [rank.communicate(timeout=300)[0] for rank in ranks]
-        assert all(rank.returncode == 0 for rank in ranks)
+        assert all(rank.returncode == 0 for rank in ranks), said
         return said
 
     alone = ends(start("one", 0, 1, 0))[0].split()

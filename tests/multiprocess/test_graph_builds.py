@@ -3,33 +3,34 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.support import REPOSITORY, graph_builds, rank_group, runs
+from tests.support.forks import Fork
 
 
 def build(run: Path, folder: Path, die_after: int = 0) -> tuple[int, dict[str, Any]]:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.support.graph_builds", str(run), str(folder), str(die_after)],
-        env=runs.environment(PYTHONPATH=str(REPOSITORY)),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode in (0, -9), done.stderr[-3000:]
-    return done.returncode, json.loads(done.stdout.splitlines()[-1]) if done.stdout else {}
+    fork = Fork(graph_builds.main, (run, folder, die_after), runs.environment(), REPOSITORY)
+    code, output = runs.finish(fork)
+    assert code in (0, -9), output[-3000:]
+    return code, {} if code else json.loads(output.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def whole(micro_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Of a build that nobody kills."""
+    code, found = build(micro_run, tmp_path_factory.mktemp("built") / "whole")
+    assert code == 0
+    return found
 
 
 @pytest.mark.parametrize("die_after", [1, 5, 14])
 def test_a_killed_build_goes_on_at_its_unit(
-    micro_run: Path, tmp_path: Path, die_after: int
+    micro_run: Path, whole: dict[str, Any], tmp_path: Path, die_after: int
 ) -> None:
-    code, whole = build(micro_run, tmp_path / "whole")
-    assert code == 0
     assert whole["embedded"] > 0
     assert whole["units"] > die_after
     code, _ = build(micro_run, tmp_path / "cut", die_after)
@@ -45,10 +46,10 @@ def test_a_killed_build_goes_on_at_its_unit(
     assert names == ["v0007"]
 
 
-def test_a_build_rests_on_no_barrier(micro_run: Path, tmp_path: Path) -> None:
+def test_a_build_rests_on_no_barrier(
+    micro_run: Path, whole: dict[str, Any], tmp_path: Path
+) -> None:
     """One rank embeds much slower than the other: the graph is bit-identical to that of one rank."""
-    code, whole = build(micro_run, tmp_path / "one")
-    assert code == 0
     (tmp_path / "two").mkdir()
     for files in rank_group.run(graph_builds.slow_second_rank, 2, micro_run, tmp_path / "two"):
         assert files == whole["files"]

@@ -16,7 +16,9 @@ import torch
 from cnn2gnn_dist.durable import read_lines
 from cnn2gnn_dist.stages.shared.tally import Tally
 from cnn2gnn_dist.training.checkpoint import folder as disk
-from tests.support.runs import environment, finish, start, torchrun
+from tests.support import REPOSITORY, watched_training
+from tests.support.forks import Fork
+from tests.support.runs import environment, finish, launch_ranks
 
 NO_LINES = ["run.log_steps=1000"]  # except at the end of an epoch
 STEPS = 9  # per epoch
@@ -26,10 +28,8 @@ END_OF_EPOCH = ("stages/graph", "training/checkpoint", "training/random_state", 
 def watched(folder: Path, what: str, *overrides: str) -> tuple[int, str]:
     """Exit code and output of two ranks of ``tests/support/watched_training.py``."""
     folder.mkdir()
-    launch, _, rest = " ".join(torchrun(folder)).partition(" launch/train.py")
-    assert rest
-    job = ["-m", "tests.support.watched_training", str(folder), what, *NO_LINES, *overrides]
-    return finish(start([*launch.split(), *job], environment(PYTHONPATH=".")))
+    job = (watched_training.main, folder, what, [*NO_LINES, *overrides])
+    return finish(Fork(launch_ranks, (2, *job), environment(), REPOSITORY))
 
 
 def of_steps(found: dict[str, int]) -> dict[str, int]:

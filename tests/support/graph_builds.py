@@ -1,14 +1,10 @@
-"""Build a graph version from a finished run: python tests/support/graph_builds.py RUN FOLDER DIE_AFTER.
-
-DIE_AFTER: SIGKILL itself after this many work units of the search; 0: run to the end. Prints JSON.
-"""
+"""Build a graph version from a finished run, in many small work units."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -73,6 +69,7 @@ def slow_second_rank(run: Path, folder: Path) -> dict[str, Any]:
 
 
 def main(run: Path, folder: Path, die_after: int) -> None:
+    """Build in a process that sends itself SIGKILL after so many work units (0: never); print JSON."""
     context = contexts(run, folder, Ranks())
     embedded = units = 0
     project = projection(context)
@@ -92,7 +89,3 @@ def main(run: Path, folder: Path, die_after: int) -> None:
     version = graph.build(context, embed, folder, 7, None, "weights of step 9")
     files = json.loads((version.path / "manifest.json").read_text())["files"]
     print(json.dumps({"embedded": embedded, "units": units, "files": files}))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))

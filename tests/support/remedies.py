@@ -12,8 +12,6 @@ import contextlib
 import io
 import re
 import shlex
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,16 +63,7 @@ def cnn2gnn(arguments: Sequence[str]) -> tuple[int, str]:
                 code = int(end.code or 0)
         return code, said.getvalue()
     chosen = ["--stages", name] if stages else []
-    command = [sys.executable, str(runs.REPOSITORY / "launch" / "train.py"), *chosen, *rest]
-    done = subprocess.run(
-        command,
-        env=runs.environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=600,
-    )
-    return done.returncode, done.stdout
+    return runs.alone(*chosen, *rest)
 
 
 def remedy_of(said: str) -> str:

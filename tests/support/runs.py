@@ -6,13 +6,16 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from cnn2gnn_dist import launcher
+from cnn2gnn_dist import cli, launcher
 from cnn2gnn_dist.training.checkpoint import folder as disk
 from tests.support import REPOSITORY
 from tests.support.forks import Fork
@@ -53,6 +56,13 @@ MICRO = [
 ]
 
 
+OUTPUTS = (
+    *("teacher", "targets", "student", "graph", "control"),
+    *("evaluation", "results.json", "report.html", "model"),
+)
+"""What the stages leave in a run's folder, from the teacher on."""
+
+
 def environment(**more: str) -> dict[str, str]:
     """An environment with one thread per rank and no variables of an outer launcher or cluster."""
     env = {
@@ -88,7 +98,7 @@ def start(
 ) -> subprocess.Popen[str] | Fork:
     """Start a command in its own process group, with stdout and stderr in one pipe."""
     if command[0] == FORKED:
-        return Fork(_launch, (int(command[1]), command[2:]), env, cwd)
+        return Fork(launch_ranks, (int(command[1]), _train, command[2:]), env, cwd)
     return subprocess.Popen(
         command,
         cwd=cwd,
@@ -130,7 +140,32 @@ def torchrun(run_dir: Path, *overrides: str, ranks: int = 2) -> list[str]:
     ]
 
 
-def _launch(ranks: int, arguments: list[str]) -> int:
+def alone(*arguments: str) -> tuple[int, str]:
+    """Exit code and output of launch/train.py as a single process, forked as by ``launch``."""
+    return finish(Fork(_train, (list(arguments),), environment(), REPOSITORY))
+
+
+def cnn2gnn(*arguments: str, **environ: str) -> Fork:
+    """Start a command of the package in a fork."""
+    return Fork(cli.main, (list(arguments),), environment(**environ), REPOSITORY)
+
+
+def copy_before(run: Path, copy: Path, stage: str) -> None:
+    """Copy what a finished run had when this stage began: what the other stages made stays complete."""
+    left_out = OUTPUTS[OUTPUTS.index(stage) :]
+
+    def of_later_stages(folder: str, names: list[str]) -> list[str]:
+        return [name for name in names if Path(folder) == run and name in left_out]
+
+    shutil.copytree(run, copy, ignore=of_later_stages)
+
+
+def _train(arguments: list[str]) -> int:
+    sys.argv = ["launch/train.py", *arguments]
+    return launcher.main()
+
+
+def launch_ranks(ranks: int, job: Callable[..., int], *arguments: Any) -> int:
     """Act as torchrun on one host: start the ranks; when one fails, stop the others and report it."""
     os.environ.update(WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     alive = {}
@@ -139,8 +174,7 @@ def _launch(ranks: int, arguments: list[str]) -> int:
         child = os.fork()
         if child == 0:
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
-            sys.argv = ["launch/train.py", *arguments]
-            launcher.exit_now(launcher.main())
+            launcher.exit_now(job(*arguments))
         alive[child] = rank
     failed = 0
     while alive:

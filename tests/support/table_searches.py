@@ -1,14 +1,10 @@
-"""Searches in separate processes: python tests/support/table_searches.py FOLDER Z RANK WORLD DIE_AFTER.
-
-Ranks synchronize through files in FOLDER. DIE_AFTER: SIGKILL itself after this many work units.
-"""
+"""A search on ranks that synchronize through files."""
 
 from __future__ import annotations
 
 import os
 import pickle
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,11 +15,11 @@ import numpy as np
 
 from cnn2gnn_dist.graph.search import approximate, work_units
 
-for name in ("SCAN_ROWS", "JOIN_ROWS", "PROBE_ROWS"):
-    setattr(approximate, name, 700)
-
 
 def main(folder: Path, z_path: Path, rank: int, world_size: int, die_after: int) -> None:
+    """Search as one rank, in a process that sends itself SIGKILL after so many work units (0: never)."""
+    for name in ("SCAN_ROWS", "JOIN_ROWS", "PROBE_ROWS"):
+        setattr(approximate, name, 700)
     meetings = units_done = 0
 
     def gather(own: object) -> list[Any]:
@@ -55,7 +51,3 @@ def main(folder: Path, z_path: Path, rank: int, world_size: int, die_after: int)
         np.save(folder / "table.npy", found.table_NM)
         np.save(folder / "order.npy", found.order_N)
         print(units_done, found.history[-1])
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:6]))

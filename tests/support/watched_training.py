@@ -1,8 +1,4 @@
-"""One rank of a small run under torchrun whose device reads are counted, or whose loss is set to NaN:
-``watched_training.py FOLDER reads|STEP section.field=value …``.
-
-Writes ``rank-N.json``: the counts by stage and by calling function of the package.
-"""
+"""One rank of a small run whose device reads are counted, or whose loss is set to NaN."""
 
 from __future__ import annotations
 
@@ -21,7 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import cnn2gnn_dist
 from cnn2gnn_dist import settings
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.launcher import exit_now
 from cnn2gnn_dist.pipeline import runner
 from cnn2gnn_dist.runtime.ranks import Ranks
 from cnn2gnn_dist.stages import student
@@ -110,7 +105,14 @@ def spoil_loss(step: int) -> None:
 
 
 def main(folder: Path, what: str, overrides: list[str]) -> int:
-    """Run all stages up to the student's; return the exit code of a UserError, else 0."""
+    """Run all stages up to the student's; return the exit code of a UserError, else 0.
+
+    Args:
+        folder: gets ``rank-N.json``: the counts by stage and by calling function of the package.
+        what: "reads" to count them, or the step from which on rank 1's loss is NaN.
+        overrides: of the config.
+    """
+    torch.set_num_threads(1)
     ranks, reads = Ranks.from_environment(), Reads()
     how = [*MICRO, f"run.dir={folder / 'run'}", *overrides]
     tree = settings.as_tree(settings.load("demo", how))
@@ -128,8 +130,3 @@ def main(folder: Path, what: str, overrides: list[str]) -> int:
         return error.exit_code
     (folder / f"rank-{ranks.rank}.json").write_text(json.dumps(reads.found))
     return 0
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    exit_now(main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:]))

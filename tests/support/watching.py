@@ -53,10 +53,11 @@ def ranks_of(process: subprocess.Popen[str] | Fork) -> list[psutil.Process]:
     return sorted(ranks, key=lambda child: child.pid)
 
 
-def kill_all(process: subprocess.Popen[str] | Fork) -> None:
-    """Send SIGKILL to a process and all its descendants."""
+def kill_all(process: subprocess.Popen[str] | Fork) -> str:
+    """Send SIGKILL to a process and all its descendants; return the rest of the output."""
     family = [process, *psutil.Process(process.pid).children(recursive=True)]
     for member in family:
         os.kill(member.pid, signal.SIGKILL)
-    process.communicate()
+    output = process.communicate()[0]
     psutil.wait_procs([m for m in family if isinstance(m, psutil.Process)])
+    return output

@@ -47,6 +47,7 @@ MACHINES = st.builds(
 SPEEDS = st.floats(1e-3, 60.0).map(lambda s: Speed(s, s / 3, s / 4, s / 3, s / 12))
 
 
+@pytest.mark.thorough
 @trying(max_examples=40, deadline=None)
 @given(FACTS, MACHINES, SPEEDS, st.floats(1, 1e4))
 def test_any_images_and_minutes_give_a_config_that_fits_them(facts, machine, speed, minutes):
@@ -243,6 +244,7 @@ def test_an_existing_file_is_left_alone(tmp_path):
         assert caught.value.where == "--minutes"
 
 
+@pytest.mark.thorough
 def test_the_network_of_a_file_of_weights_is_found_by_its_name_or_shapes(tmp_path):
     from safetensors.torch import save_file
 

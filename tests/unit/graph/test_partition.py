@@ -87,6 +87,7 @@ def test_saved_and_read_again_and_damage_is_noticed(tmp_path):
         partition.PartGraph.load(tmp_path / "part")
 
 
+@pytest.mark.thorough
 def test_no_single_flipped_bit_passes_or_crashes(tmp_path):
     part = partition.build_part(random_table(9, 2, 0), np.arange(9) % 2, 1)
     part.save(tmp_path)

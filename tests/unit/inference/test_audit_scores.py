@@ -115,6 +115,7 @@ def test_score_is_the_sum_of_both_logarithms_less_a_third_of_the_best():
     assert found.head_N == pytest.approx(head[np.arange(30), labels])
 
 
+@pytest.mark.thorough
 def test_flipped_labels_are_found_and_their_class_is_suggested():
     rng = np.random.default_rng(0)
     true = rng.integers(0, 6, 1500)

@@ -101,6 +101,7 @@ def test_coverage_is_exact_in_decimal():
     assert ConformalSets.fit(p, np.zeros(99, int)).threshold(0.95) == np.sort(1 - p[:, 0])[94]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("coverage", [0.5, 0.9, 0.99])
 def test_coverage_holds_on_exchangeable_images(coverage):
     """The mean over many draws of both halves lies in [coverage, coverage + 1/(n+1)], T fitted on the same."""

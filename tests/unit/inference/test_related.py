@@ -75,6 +75,7 @@ def test_certain_images_give_no_infinities():
     assert found[0] == pytest.approx(np.log(5) / 6, abs=1e-9)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "count", [2, 8, 10, 64, 80, 300]
 )  # 10: between sizes; 80, 300: above SIZES
@@ -83,6 +84,7 @@ def test_two_of_a_hundred_random_sets_pass(gate, world, count):
     assert 0.01 < (found > gate.at(count).threshold).mean() < 0.035
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("count", "classes"), [(4, 1), (8, 2), (16, 3)])
 def test_it_finds_more_than_agreement_alone(gate, world, count, classes):
     p, _, labels = world
@@ -132,5 +134,6 @@ def test_sets_of_few_classes_are_drawn_even_where_classes_are_small():
         assert len(set(labels[members])) <= max(-(-count // 3) + 1, count // 3)
 
 
+@pytest.mark.thorough
 def test_it_is_kept_as_json(gate):
     assert SetGate.from_json(json.loads(json.dumps(gate.to_json()))) == gate

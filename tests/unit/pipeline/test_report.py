@@ -326,7 +326,9 @@ def test_no_results_is_for_the_user_to_mend(tmp_path):
     assert "evaluate" in caught.value.remedy
 
 
-@pytest.mark.parametrize("classes", [2, 31, 1000])
+@pytest.mark.parametrize(
+    "classes", [2, *(pytest.param(n, marks=pytest.mark.thorough) for n in (31, 1000))]
+)
 def test_confusion_is_a_picture_up_to_1000_classes(tmp_path, monkeypatch, classes):
     shown = []
     draw = report.figures.confusion

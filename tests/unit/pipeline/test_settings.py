@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 import yaml
@@ -34,6 +33,12 @@ def value(config: Config, path: str):
     for name in path.split("."):
         config = getattr(config, name)
     return config
+
+
+def from_file(here: str, text: str | bytes) -> Config:
+    with open(f"{here}/c.yaml", "wb") as file:
+        file.write(text if isinstance(text, bytes) else text.encode())
+    return settings.load(f"{here}/c.yaml")
 
 
 TEXT = [  # as typed, and its meaning; HERE is the working directory
@@ -326,141 +331,6 @@ def test_of_two_overrides_of_a_field_the_last_counts():
     assert settings.load("demo", ["student.epochs=5", "student.epochs=7"]).student.epochs == 7
 
 
-# Files
-
-
-def from_file(here: str, text: str | bytes) -> Config:
-    with open(f"{here}/c.yaml", "wb") as file:
-        file.write(text if isinstance(text, bytes) else text.encode())
-    return settings.load(f"{here}/c.yaml")
-
-
-FILE = """
-name: 0012
-seed: 1e3
-data: {label_column: no, image_column: 12:30, test: ~, train: [a, "no", $HOME/x]}
-run:
-  dir: 2024-05-01
-teacher: &both
-  lr: 1e-3
-  global_batch: 1_28
-student:
-  <<: *both
-  epochs: 4
-  lr: 2e-3
-cluster:
-"""
-
-
-def test_a_file_is_read_by_the_types_of_its_fields(here):
-    config = from_file(here, FILE.replace("1_28", "128"))
-    assert (config.name, config.seed) == ("0012", 1000)
-    assert (config.data.label_column, config.data.image_column) == ("no", "12:30")
-    assert config.data.test is None
-    assert config.data.train == [f"{here}/a", f"{here}/no", "/home/ann/x"]
-    assert config.run.dir == f"{here}/2024-05-01"
-    assert (config.teacher.lr, config.student.lr) == (0.001, 0.002)
-    assert (config.student.global_batch, config.student.epochs) == (128, 4)
-    round_trip(config, here)
-
-
-def test_a_file_with_a_byte_order_mark_and_a_json_file_are_read(here):
-    assert from_file(here, b"\xef\xbb\xbfname: x\n").name == "x"
-    assert from_file(here, '{"name": "x", "teacher": {"lr": 1e-3}}').teacher.lr == 0.001
-
-
-@pytest.mark.parametrize(
-    ("text", "what", "line", "remedy"),
-    [
-        ("student:\n  epochs: 3\nstudent:\n  lr: 0.1\n", "on line 1 and on line 3", 3, "keep one"),
-        ("student:\n  epochs: 3\n  epochs: 4\n", "on line 2 and on line 3", 3, "keep one"),
-        ("student:\n\tepochs: 3\n", "not readable", 2, "instead of tabs"),
-        ("data:\n  train: *.tar\n", "not readable", 2, "quotes"),
-        ("data:\n  train: @x\n", "not readable", 2, "quotes"),
-        ("run:\n  dir: /x: y\n", "not readable", 2, "quotes"),
-        ("data:\n  train: /a,/b\n", "several paths", 2, "data.train='[/a, /b]'"),
-        ("teacher:\n  args: {x: on}\n", "ambiguous", 2, "true or false"),
-        ("teacher:\n  args: &a {x: *a}\n", "contains itself", 2, "write"),
-        ("name: !!python/name:os.system x\n", "the tag", 1, "leave"),
-        ("- a\n- b\n", "a mapping of sections", None, "cnn2gnn config"),
-        ("just text\n", "a mapping of sections", None, "cnn2gnn config"),
-        ("", "is empty", None, "cnn2gnn config"),
-        ("# nothing\n", "is empty", None, "cnn2gnn config"),
-        (b"name: \xff\n", "not readable", None, "UTF-8"),
-        (b"\xff\xfen\x00a\x00", "not readable", None, "UTF-8"),
-        ("name: a\x00b\n", "not readable", None, "UTF-8"),
-    ],
-)
-def test_a_broken_file_is_refused_with_the_line(here, text, what, line, remedy):
-    with pytest.raises(UserError) as caught:
-        from_file(here, text)
-    assert what in caught.value.what
-    assert caught.value.where.startswith(f"{here}/c.yaml" + (f", line {line}" if line else ""))
-    assert remedy in caught.value.remedy
-
-
-@pytest.mark.parametrize(
-    ("text", "where", "remedy"),
-    [
-        ("student.epochs: 3\n", "student.epochs", "student: {epochs: …}"),
-        ("student: {epoch: 3}\n", "student.epoch", "student.epochs"),
-        ('student: {epochs: "3"}\n', "student.epochs", "config"),
-        ("data: {source: null}\n", "data.source", "config"),
-        ("student: 3\n", "student", "config"),
-        ("data: {train: {a: b}}\n", "data.train", "config"),
-    ],
-)
-def test_a_field_that_a_file_gets_wrong_is_named(here, text, where, remedy):
-    with pytest.raises(UserError) as caught:
-        from_file(here, text)
-    assert caught.value.where == where
-    assert remedy in caught.value.remedy
-
-
-@pytest.mark.parametrize(
-    ("text", "field", "line", "none"),
-    [
-        ("data: {train: ''}\n", "data.train", 1, ", or null for none"),
-        ("data:\n  test: '  '\n", "data.test", 2, ", or null for none"),
-        ('data:\n  train: [a, ""]\n', "data.train", 2, ", or null for none"),
-        ("name: x\nrun: {dir: ''}\n", "run.dir", 2, ", or null for none"),
-        ("teacher: {weights: ''}\n", "teacher.weights", 1, ", or null for none"),
-        ("student: {ds_config: ''}\n", "student.ds_config", 1, ", or null for none"),
-        ("stream:\n  cache_dir: ''\n", "stream.cache_dir", 2, ""),
-        ('{"data": {"train": ""}}', "data.train", 1, ", or null for none"),
-    ],
-)
-def test_an_empty_path_is_not_the_working_directory(here, text, field, line, none):
-    with pytest.raises(UserError) as caught:
-        from_file(here, text)
-    assert caught.value.what == "an empty path"
-    assert caught.value.where == f"{here}/c.yaml, line {line}: {field}"
-    assert caught.value.remedy == f"write a path{none}"
-    for override in (f"{field}=''", f'{field}="  "'):
-        with pytest.raises(UserError, match="an empty path") as caught:
-            settings.load("demo", [override])
-        assert (caught.value.where, caught.value.remedy) == (field, f"{field}=PATH")
-    assert from_file(here, "data: {train: ' a', test: }\n").data.train == f"{here}/ a"
-
-
-def test_a_run_folder_in_place_of_a_config_names_its_file(here):
-    os.makedirs(f"{here}/run")
-    with open(f"{here}/run/config.yaml", "w") as file:
-        file.write(settings.as_yaml(settings.load("demo")))
-    with pytest.raises(UserError) as caught:
-        settings.load(f"{here}/run")
-    assert f"did you mean {here}/run/config.yaml?" in caught.value.remedy
-
-
-def test_the_config_of_a_moved_run_names_its_folder_of_today(tmp_path):
-    made = settings.load("demo", ["run.dir=/x/$$a", "data.train=/d/$$b"])
-    (tmp_path / "$moved").mkdir()
-    (tmp_path / "$moved" / "config.yaml").write_text(settings.as_yaml(made))
-    found = settings.of_run(tmp_path / "$moved")
-    assert found.run.dir == str(tmp_path / "$moved")
-    assert found.data == made.data
-
-
 @pytest.mark.parametrize(
     ("arguments", "remedy"),
     [
@@ -479,77 +349,6 @@ def test_options_that_are_meant_as_overrides_get_a_hint(arguments, remedy, capsy
     said = capsys.readouterr().err
     assert remedy in said.partition("remedy:")[2]
     assert "Traceback" not in said
-
-
-# Fields that have moved
-
-
-def notes_of(overrides: list[str], source: str = "demo") -> tuple[Config, list[str]]:
-    notes: list[str] = []
-    return settings.load(source, overrides, notes.append), notes
-
-
-MOVED = {  # and a value other than the preset's
-    **{"graph.exact": "no", "graph.recall": "0.5", "graph.warm_start": "off", "graph.probes": "3"},
-    **{"graph.parts": "3", "graph.partitioner": "ranges", "graph.repartition_cut": "2"},
-    **{"graph.move_gain": "1e1", "graph.fanouts": "[11, 4]", "graph.second_hop": "cached"},
-    **{"graph.sampler": "dgl", "graph.query": "table"},
-}
-
-
-@pytest.mark.parametrize(("old", "typed"), MOVED.items())
-def test_a_field_is_read_by_the_name_that_it_had_once(here, old, typed):
-    assert MOVED.keys() == field_names.moved().keys()
-    new = field_names.current_name(old)
-    by_new, none = notes_of([f"{new}={typed}"])
-    assert none == []
-    by_old, notes = notes_of([f"{old}={typed}"])
-    assert by_old == by_new != settings.load("demo")
-    assert notes == [f"{old} is now {new}; the old names are still accepted"]
-    section, name = old.split(".")
-    with open(f"{here}/old.yaml", "w") as file:
-        file.write(f"{section}: {{{name}: {typed}}}")
-    by_file, notes = notes_of([], f"{here}/old.yaml")
-    assert value(by_file, new) == value(by_new, new)
-    assert len(notes) == 1
-    by_section, notes = notes_of([f"{section}={{{name}: {typed}}}"])
-    assert by_section == by_new
-    assert len(notes) == 1
-
-
-def test_the_config_of_an_old_run_is_read_with_one_note(here, capsys):
-    now = settings.load("demo", ["graph.search.exact=false", "graph.sampling.fanouts=[11, 4]"])
-    tree = settings.as_tree(now)
-    for old, new in field_names.moved().items():
-        _, section, name = new.split(".")
-        tree["graph"][old.split(".")[1]] = tree["graph"][section].pop(name)
-    for section in ("search", "partition", "sampling"):
-        assert tree["graph"].pop(section) == {}
-    assert settings.check(tree) == now
-    with open(f"{here}/config.yaml", "w") as file:
-        yaml.safe_dump(tree, file)
-    found, notes = notes_of([], f"{here}/config.yaml")
-    assert found == now
-    assert len(notes) == 1
-    assert "9 more have moved" in notes[0]
-    assert settings.of_run(Path(here)).graph == now.graph  # no note in a prediction
-    assert cli.main(["config", "--config", f"{here}/config.yaml"]) == 0
-    said = capsys.readouterr()
-    assert said.err.count("note: ") == 1
-    assert yaml.safe_load(said.out)["graph"] == settings.as_tree(now)["graph"]
-
-
-def test_of_an_old_and_a_new_name_in_a_file_none_is_guessed(here):
-    with pytest.raises(UserError, match=r"given twice: graph\.exact is its old name") as caught:
-        from_file(here, "graph: {exact: true, search: {exact: false}}")
-    assert caught.value.where == f"{here}/c.yaml: graph.search.exact"
-    text = "graph: {exact: false}"
-    with open(f"{here}/old.yaml", "w") as file:
-        file.write(text)
-    for name in ("graph.search.exact", "graph.exact"):  # an override counts under either name
-        assert settings.load(f"{here}/old.yaml", [f"{name}=true"]).graph.search.exact
-    later = settings.load("demo", ["graph.exact=true", "graph.search.exact=false"])
-    assert not later.graph.search.exact
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,210 @@
+"""Keys and the fields that name files, or decide which files count."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+
+from cnn2gnn_dist import field_names, settings
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.pipeline import keys
+from cnn2gnn_dist.pipeline.keys import Survey
+from cnn2gnn_dist.pipeline.registry import stages_of
+from cnn2gnn_dist.stages.shared.networks import build_student
+from cnn2gnn_dist.training import ds_config
+from tests.unit.pipeline.test_keys import Run, folder  # noqa: F401
+from tests.unit.pipeline.test_shard_keys import shards  # noqa: F401
+
+
+def key_of(name: str, *overrides: str) -> str:
+    """Key of a stage if all stages before it were the same."""
+    config = settings.load("demo", ["run.dir=/nowhere/run", *overrides])
+    stage = next(s for s in stages_of(config) if s.name == name)
+    parts = keys.parts(config, stage, keys.read_deepspeed(config))
+    return keys.key_of(stage, parts, {}) + json.dumps(parts, sort_keys=True)
+
+
+@pytest.fixture
+def ds(tmp_path):
+    """Writes a DeepSpeed config that deviates from the packaged one; returns the override."""
+    shipped = json.loads((ds_config.PACKAGE.parent / "ds_config.json").read_text())
+
+    def write(model: str, **fields: object) -> str:
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.json"
+        path.write_text(json.dumps({**shipped, **fields}))
+        return f"{model}.ds_config={path}"
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"zero_optimization": {"stage": 3, "reduce_bucket_size": 1000}},
+        {"steps_per_print": 5, "wall_clock_breakdown": True},
+        {"train_batch_size": 256},
+        {"gradient_clipping": "auto"},
+        {"optimizer": {"type": "AdamW", "params": {"lr": "auto", "eps": 1e-8}}},
+        {"torch_autocast": {"enabled": "auto", "dtype": "bfloat16"}},
+    ],
+)
+def test_a_deepspeed_config_that_changes_no_result_is_in_no_key(ds, fields):
+    for model, stage in (("teacher", "teacher"), ("student", "student"), ("student", "control")):
+        assert key_of(stage, ds(model, **fields)) == key_of(stage)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"gradient_clipping": 5.0}, '"gradient_clipping": 5.0'),
+        (
+            {"optimizer": {"type": "AdamW", "params": {"eps": 1e-3}}},
+            '"optimizer.params.eps": 0.001',
+        ),
+        ({"torch_autocast": {"enabled": False}}, '"torch_autocast.enabled": false'),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, '"data_types.grad_accum_dtype": "bf16"'),
+    ],
+)
+def test_a_deepspeed_config_that_changes_results_is_in_its_models_keys(ds, fields, words):
+    assert words in key_of("teacher", ds("teacher", **fields))
+    assert key_of("student", ds("teacher", **fields)) == key_of("student")
+    for stage in ("student", "control"):
+        assert words in key_of(stage, ds("student", **fields))
+
+
+def test_the_ranks_use_the_config_that_was_read_for_them(tmp_path, monkeypatch):
+    """Not the one in their own working directory."""
+    from cnn2gnn_dist.runtime.ranks import Ranks
+    from cnn2gnn_dist.stages.shared.context import Context, RunPaths
+
+    (tmp_path / "one").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "one" / "ds_config.json").write_text('{"gradient_clipping": 3}')
+    (tmp_path / "other" / "ds_config.json").write_text('{"gradient_clipping": 4}')
+    monkeypatch.chdir(tmp_path / "one")
+    config = settings.load("demo", [f"run.dir={tmp_path}/run"])
+    read = keys.read_deepspeed(config)
+    monkeypatch.chdir(tmp_path / "other")
+    context = Context(
+        config, Ranks(), RunPaths(tmp_path), tmp_path, "", "cpu", False, deepspeed=read
+    )
+    assert context.deepspeed_of("teacher") == context.deepspeed_of("student")
+    assert context.deepspeed_of("teacher") == {"gradient_clipping": 3}
+
+
+def test_weights_count_by_their_content(tmp_path):
+    path = tmp_path / "w.pth"
+    path.write_bytes(b"one")
+    first = key_of("teacher", f"teacher.weights={path}")
+    (tmp_path / "sub").mkdir()
+    shutil.copyfile(path, tmp_path / "sub" / "w.pth")
+    assert key_of("teacher", f"teacher.weights={tmp_path}/sub/w.pth") == first
+    os.utime(path, (1, 1))
+    assert key_of("teacher", f"teacher.weights={path}") == first
+    path.write_bytes(b"two")
+    assert key_of("teacher", f"teacher.weights={path}") != first
+
+
+def test_weights_that_are_gone_are_those_recorded(tmp_path):
+    from cnn2gnn_dist.ledger import Entry
+
+    path = tmp_path / "w.pth"
+    path.write_bytes(b"one")
+    config = settings.load("demo", [f"run.dir={tmp_path}/run", f"teacher.weights={path}"])
+    stage = next(s for s in stages_of(config) if s.name == "teacher")
+    recorded = keys.parts(config, stage, {})
+    path.unlink()
+    assert keys.parts(config, stage, {}, Entry("", recorded)) == recorded
+    assert keys.parts(config, stage, {})["teacher.weights"] == "w.pth is missing"
+
+
+def test_the_batch_of_evaluate_counts_where_its_images_see_each_other():
+    batch, scope = "evaluate.batch=17", "graph.scope=batch"
+    assert key_of("evaluate", batch) == key_of("evaluate")
+    assert key_of("evaluate", batch, scope) != key_of("evaluate", scope)
+
+
+def test_fields_are_left_out_by_their_whole_path():
+    """`batch` or `control` of another section, or an argument of timm's, is a separate field."""
+    assert key_of("teacher", "teacher.args={batch: 3, control: 1}") != key_of("teacher")
+    for path in keys.EXECUTION:
+        assert path in field_names.fields(), path
+
+
+def test_files_that_lack_are_an_error_of_the_plan(tmp_path):
+    run = Run(tmp_path / "run", "shards", train=f"{tmp_path}/none-*.tar")
+    with pytest.raises(UserError, match="no such shard"):
+        Survey(run.config).inputs(stages_of(run.config)[0])
+
+
+def test_the_control_does_not_depend_on_the_graph_that_is_not_in_its_key():
+    def initial(*overrides: str) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        return build_student(settings.load("demo", overrides), 10, "none").state_dict()
+
+    one, other = initial(), initial("graph.dim=8", "graph.neighbours=3", "graph.candidates=9")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("source", ["shards", "parquet"])
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("pipe", "this is a pipe, not a regular file"),
+        ("folder", "this is a folder, not a regular file"),
+        ("link", "the file is a link to /nowhere, which can't be accessed: No such file or"),
+    ],
+)
+def test_what_is_no_file_is_refused_before_it_is_opened(shards, capsys, source, kind, message):
+    path = shards / ("zz.tar" if source == "shards" else "zz.parquet")
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/nowhere")
+    run = Run(shards / "run", source, train=shards)
+    assert run() == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert str(path) in said
+    assert "name the files with a glob" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("field", "stage", "more"),
+    [("student.weights", "student", []), ("targets.logits", "targets", ["targets.views=0"])],
+)
+def test_other_files_that_a_field_names_count_by_their_content(tmp_path, field, stage, more):
+    path = tmp_path / "w"
+    path.write_bytes(b"one")
+    first = key_of(stage, f"{field}={path}", *more)
+    assert first != key_of(stage, *more)
+    path.write_bytes(b"other")
+    assert key_of(stage, f"{field}={path}", *more) != first
+    with pytest.raises(UserError, match="not a") as raised:
+        key_of(stage, f"{field}={tmp_path}", *more)
+    assert field in raised.value.where
+
+
+def test_with_ready_logits_there_is_no_teacher():
+    config = settings.load("demo", ["targets.logits=/x", "targets.views=0"])
+    assert "teacher" not in [stage.name for stage in stages_of(config)]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["teacher.epochs=0"], "has learned nothing"),
+        (["targets.logits=/x", "targets.views=2"], "one row for each image"),
+    ],
+)
+def test_a_teacher_that_is_none_is_refused(overrides, says):
+    with pytest.raises(UserError, match=says):
+        settings.load("demo", overrides)
