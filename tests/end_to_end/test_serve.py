@@ -19,7 +19,8 @@ import pytest
 
 from cnn2gnn_dist.inference import editing
 from cnn2gnn_dist.inference.classifier import Classifier
-from tests.support.runs import bare_environment, environment
+from tests.support.forks import Fork
+from tests.support.runs import bare_environment, cnn2gnn, environment, finish
 from tests.support.serving import ALLOWED, TOKEN, encoded, parts, served_model
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -35,17 +36,23 @@ def folder(original: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(original, tmp_path / "model"))
 
 
-def command(folder: Path, *options: str) -> list[str]:
-    return [sys.executable, "-m", "cnn2gnn_dist", "serve", str(folder), "--port", "0", *options]
+def serve(folder: Path, *options: str) -> list[str]:
+    return ["serve", str(folder), "--port", "0", *options]
+
+
+def real_process(folder: Path, env: dict[str, str], *options: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "cnn2gnn_dist", *serve(folder, *options)]
+    return subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 @contextmanager
-def served(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A server with a token: its process, and its address."""
-    process = subprocess.Popen(
-        command(folder, *options), env=environment(CNN2GNN_TOKEN=TOKEN),
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+def served(
+    folder: Path, process: subprocess.Popen[str] | None = None
+) -> Iterator[tuple[subprocess.Popen[str] | Fork, str]]:
+    """A server with a token: its process (a fork, unless one is given), and its address."""
+    process = process or cnn2gnn(*serve(folder), CNN2GNN_TOKEN=TOKEN)
     assert process.stdout is not None
     try:
         lines = []
@@ -63,7 +70,11 @@ def served(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str],
 
 
 def test_asked_edited_and_stopped(folder: Path):
-    with served(folder) as (process, address), httpx.Client(base_url=address, timeout=60) as client:
+    real = real_process(folder, environment(CNN2GNN_TOKEN=TOKEN))
+    with (
+        served(folder, real) as (process, address),
+        httpx.Client(base_url=address, timeout=60) as client,
+    ):
         new = encoded(6, seed=11)
         assert client.post("/predict", files=parts(new)).json()["memory_version"] == 0
         made = client.post("/memory?class=new", files=parts(new[:5]), headers=ALLOWED)
@@ -120,13 +131,10 @@ def test_edits_of_the_command_line_are_followed(folder: Path):
 
 
 def fails(folder: Path, *options: str, **environ: str) -> str:
-    done = subprocess.run(
-        command(folder, *options), env=environment(**environ), capture_output=True, text=True,
-        timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 2, done.stderr
-    assert "remedy:" in done.stderr
-    return done.stderr
+    code, said = finish(cnn2gnn(*serve(folder, *options), **environ), 120)
+    assert code == 2, said
+    assert "remedy:" in said
+    return said
 
 
 def test_what_is_refused_at_the_start(folder: Path, tmp_path: Path):
@@ -145,10 +153,8 @@ def test_what_is_refused_at_the_start(folder: Path, tmp_path: Path):
 
 
 def test_a_public_address_is_said_clearly(folder: Path):
-    process = subprocess.Popen(
-        command(folder, "--host", "0.0.0.0", "--public"), env=bare_environment(folder / "home"),
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+    options = ("--host", "0.0.0.0", "--public")
+    process = real_process(folder, bare_environment(folder / "home"), *options)
     assert process.stdout is not None
     try:
         for line in process.stdout:

@@ -14,9 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.models.graph_head import GraphHead
-from cnn2gnn_dist.models.precision import MixedPrecision
-from cnn2gnn_dist.models.student import Student
 from cnn2gnn_dist.runtime import collectives
 from cnn2gnn_dist.training.checkpoint import named_state
 from cnn2gnn_dist.training.engine import Engine, inner_optimizer, without_overlap
@@ -194,97 +191,6 @@ def not_yet(stage: int) -> bool:
     return moved == set(before) - set(LATE)
 
 
-def rounded_head(stage: int) -> dict[str, float]:
-    """Under bfloat16 autocast: the difference of z from the graph head on the same features in float32,
-    in both modes; and the difference if the head's weights are rounded.
-    """
-    torch.manual_seed(0)
-    stem = nn.Sequential(nn.AvgPool2d(2), nn.Flatten(), nn.Linear(48, 24), nn.ReLU())
-    student = Student(stem, 24, 16, 8, 4, 0, 3, "dataset", (0.5,) * 3, (0.25,) * 3)
-    config = tiny.config(stage)
-    config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
-    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # gather all of them
-    engine = Engine(student, config, device="cpu")
-    images = (tiny.share(0)[0].permute(0, 2, 3, 1) * 40 + 128).clamp(0, 255)
-    engine.train()
-    engine.backward(engine(images, None).logits_BC.square().mean())
-    engine.step(1e-2)
-    weights = {n[5:]: w for n, w in engine.weights().items() if n.startswith("head.")}
-    found = {}
-    for mode in ("eval", "train"):  # training moves the running statistics
-        getattr(engine, mode)()
-        output = engine(images, None)
-        assert output.logits_BC.dtype == torch.bfloat16  # autocast is on
-        for kind in ("whole", "rounded"):
-            head = GraphHead(24, 16)
-            head.load_state_dict(weights)
-            if kind == "rounded":
-                head.project.weight.data = head.project.weight.data.bfloat16().float()
-            head.train(mode == "train")
-            apart = (head(output.x_BD.float()) - output.z_Bd).detach().abs().max()
-            found[f"{mode} {kind}"] = float(apart)
-    return found
-
-
-class MixedNet(MixedPrecision):
-    """TinyNet under autocast to bfloat16, as teacher and student run on CPUs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = tiny.TinyNet()
-        self.compute_dtype = torch.bfloat16
-
-    def forward(self, images: Tensor) -> Tensor:
-        with self.autocast(images.device):
-            logits: Tensor = self.net(images)
-        assert logits.dtype == torch.bfloat16
-        return logits.float()
-
-
-def mixed_in_torch() -> tuple[list[float], dict[str, Tensor]]:
-    """DDP and AdamW around autocast, written out."""
-    model = tiny.TinyNet()
-    groups = [
-        {"params": [p for p in model.parameters() if (p.ndim > 1) == matrix], "weight_decay": decay}
-        for matrix, decay in ((True, tiny.WEIGHT_DECAY), (False, 0.0))
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=tiny.LR)
-    ddp = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
-    losses = []
-    for step in range(STEPS):
-        images, labels = tiny.share(step)
-        for group in optimizer.param_groups:
-            group["lr"] = tiny.lr(step)
-        optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = ddp(images)
-        loss = F.cross_entropy(logits.float(), labels)
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss))
-    return losses, {f"net.{n}": p.detach().clone() for n, p in model.named_parameters()}
-
-
-def mixed(stage: int) -> dict[str, Any]:
-    """Six steps in bfloat16: losses, weights; and the weights when resumed after four steps."""
-    whole = tiny.build(stage, model=MixedNet())
-    losses = tiny.train(whole, range(4))
-    mine, adam_steps = named_state.pull(whole, lambda name: True)
-    mine.update(named_state.own_buffers(whole, collectives.rank()))
-    resumed = tiny.build(stage, model=MixedNet())
-    named_state.push(resumed, mine, adam_steps)
-    named_state.push_buffers(resumed, mine, collectives.rank())
-    resumed.steps = whole.steps
-    losses += tiny.train(whole, range(4, STEPS))
-    tiny.train(resumed, range(4, STEPS))
-    weights = whole.weights()
-    return {
-        "losses": losses,
-        "weights": weights,
-        "resumed": tiny.digest(resumed.weights()) == tiny.digest(weights),
-    }
-
-
 def not_finite(stage: int) -> dict[str, Any]:
     """Only rank 1 has a NaN loss; then a finite loss whose gradient is not finite."""
     engine = tiny.build(stage)
@@ -348,7 +254,6 @@ def everything() -> dict[Any, Any]:
         "torch": plain_torch(),
         "torch clipped": plain_torch(clip=0.3),
         "torch late": late_in_torch(),
-        "torch mixed": mixed_in_torch(),
         "buffers": buffers_by_rank(),
         "norm": norm_over_ranks(),
         "gathered": collectives.all_gather_object(collectives.rank() * 10),
@@ -362,9 +267,6 @@ def everything() -> dict[Any, Any]:
         found["idle", stage] = unused_parameter(stage)
         found["late", stage] = (late_start(stage, IDLE), late_start(stage, 0), not_yet(stage))
         found["late resumed", stage] = late_resumed(stage)
-        found["mixed", stage] = mixed(stage)
-    for stage in tiny.STAGES:  # last: DeepSpeed permanently remembers that autocast was used
-        found["head", stage] = rounded_head(stage)
     return found
 
 
@@ -385,20 +287,6 @@ def test_every_zero_stage_is_bit_identical_to_ddp(ranks: list[dict], stage: int)
         for name, tensor in weights.items():
             assert torch.equal(found["weights"][name], tensor), name
         assert found["steps"] == STEPS
-
-
-@pytest.mark.parametrize("stage", tiny.STAGES)
-def test_bfloat16_on_cpus_is_bit_identical_to_ddp_and_resumes(
-    ranks: list[dict], stage: int
-) -> None:
-    for rank in ranks:
-        losses, weights = rank["torch mixed"]
-        found = rank["mixed", stage]
-        assert found["losses"] == losses
-        assert losses != rank["torch"][0]
-        for name, tensor in weights.items():
-            assert torch.equal(found["weights"][name], tensor), name
-        assert found["resumed"]
 
 
 @pytest.mark.parametrize("stage", tiny.STAGES)
@@ -465,16 +353,6 @@ def test_late_parameters_step_as_under_an_adam_of_their_own(ranks: list[dict], s
 @pytest.mark.parametrize("stage", tiny.STAGES)
 def test_late_parameters_go_on_to_the_bit(ranks: list[dict], stage: int) -> None:
     assert all(rank["late resumed", stage] for rank in ranks)
-
-
-@pytest.mark.parametrize("stage", tiny.STAGES)
-def test_the_graph_head_is_not_rounded_under_autocast(ranks: list[dict], stage: int) -> None:
-    """ZeRO-3 gathers the weights of plain linear layers in the lower precision."""
-    for rank in ranks:
-        found = rank["head", stage]
-        for mode in ("train", "eval"):
-            assert found[f"{mode} whole"] < 1e-6
-            assert found[f"{mode} rounded"] > 1e-4
 
 
 def test_buffers_become_the_mean_over_ranks(ranks: list[dict]) -> None:
