@@ -1,19 +1,21 @@
 #!/bin/bash
 # A Ray worker that comes back: a node that was cut off for a minute is declared dead by the head, and its processes end.
 #   cluster/ray-worker.sh HEAD:6379 [options of ray start]
-# Returns once the worker has joined, or after 60 s with exit code 1; started again, it takes the place of an earlier one.
-# It ends by itself when no head has answered for 10 minutes; before that: kill $(cat /tmp/cnn2gnn-ray-worker-$UID.pid); ray stop
+# Returns once the worker has joined, or after two minutes with exit code 1; started again, it takes the place of an earlier one.
+# It ends by itself when no head has answered for 10 minutes; before that: kill $(cat ~/.ray/worker-$(hostname).pid); ray stop
 address=$1
 ray="$(dirname "$0")/../.venv/bin/ray"
 [ -x "$ray" ] || ray=ray
-note=/tmp/cnn2gnn-ray-worker-$UID.pid log=/tmp/cnn2gnn-ray-worker-$UID.log
+note=~/.ray/worker-$(hostname).pid log=~/.ray/worker-$(hostname).log
+umask 077
+mkdir -p ~/.ray
 
 if [ "$2" != --loop ]; then
   if [ -f "$note" ] && grep -q ray-worker "/proc/$(cat "$note")/cmdline" 2> /dev/null; then kill "$(cat "$note")"; fi
   "$ray" stop > /dev/null 2>&1
   : > "$log"
   setsid nohup "$0" "$address" --loop "${@:2}" > "$log" 2>&1 < /dev/null &
-  for _ in {1..120}; do
+  for _ in {1..240}; do
     grep -q "Ray runtime started" "$log" && exit 0
     sleep 0.5
   done
@@ -21,13 +23,12 @@ if [ "$2" != --loop ]; then
   exit 1
 fi
 
-umask 077
 echo $$ > "$note"
 trap 'rm -f "$note"; exit 0' TERM
 tries=0
 while [ $tries -lt 60 ]; do
   tries=$((tries + 1))
-  if timeout 20 "$ray" health-check --address "$address" > /dev/null 2>&1; then
+  if timeout 60 "$ray" health-check --address "$address" > /dev/null 2>&1; then
     tries=0
     "$ray" start --block --address "$address" "${@:3}" &
     wait $! # a signal ends this wait, not the worker

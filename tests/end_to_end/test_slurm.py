@@ -61,12 +61,14 @@ def wait_for_step(cluster: slurm.Slurm, job: str, run: Path, step: int) -> None:
         time.sleep(0.1)
 
 
-def test_a_signal_before_the_end_requeues_and_the_run_goes_on(cluster):
+def test_a_task_of_an_array_is_signalled_requeued_and_goes_on(cluster):
     script, run = three_lines("slurm.sbatch", cluster)
-    job = cluster.submit(script, *TEACHER, "teacher.epochs=8", "--stages=pack,index,teacher")
+    run = run.with_name(f"{run.name}-3")
+    arguments = [*TEACHER, "teacher.epochs=8", "--stages=pack,index,teacher"]
+    job = cluster.submit(script, *arguments, options=["--array=3"])
     wait_for_step(cluster, job, run, 5)
     cluster.ask("scancel", "--signal=TERM", job)  # what --signal=TERM@120 sends: to the ranks alone
-    found = cluster.wait(job)
+    found = cluster.wait(f"{job}_3")
     output = cluster.output(job)
     assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "1"), output[-3000:]
     assert "srun ended with 143" in output
@@ -75,40 +77,21 @@ def test_a_signal_before_the_end_requeues_and_the_run_goes_on(cluster):
     assert f"step {saved}" in output.split("attempt 1")[1]
     assert steps(run)[-1] == 72
     assert json.loads((run / "teacher" / "done.json").read_text())
+    assert yaml.safe_load((run / "config.yaml").read_text())["seed"] == 3
 
 
-def test_an_array_is_a_folder_and_a_seed_for_each_task(cluster):
-    script, run = three_lines("slurm.sbatch", cluster)
-    one_rank = ["--array=3", "--nodes=1"]
-    job = cluster.submit(script, *TEACHER, "--stages=pack", options=one_rank)
-    found = cluster.wait(f"{job}_3")
-    assert found["JobState"] == "COMPLETED", cluster.output(found["JobId"])
-    config = yaml.safe_load(Path(f"{run}-3", "config.yaml").read_text())
-    assert config["seed"] == 3
-
-
-def doctor(cluster: slurm.Slurm, folder: Path) -> tuple[int, str]:
-    """Exit code and output of the doctor as a rank of each host."""
+def test_the_doctor_asks_every_host_and_names_the_one_whose_folder_is_another(cluster):
     command = ["srun", "--nodes=2", "--ntasks-per-node=1", "--kill-on-bad-exit=0", sys.executable]
-    command += ["-m", "cnn2gnn_dist", "doctor", "--cluster", "--folder", str(folder)]
-    return finish(cluster.hosts[0].start(command, cluster.environment))
-
-
-def test_the_doctor_asks_every_host(cluster):
-    code, output = doctor(cluster, cluster.folder)
-    assert "2 nodes, no problems found" in output, output
-    assert code == 0
-    for host in cluster.hosts:
+    command += ["-m", "cnn2gnn_dist", "doctor", "--cluster", "--folder", "/tmp/home"]
+    code, output = finish(cluster.hosts[0].start(command, cluster.environment))
+    assert code == 1
+    for host, shared in zip(cluster.hosts, ("yes", "no"), strict=True):
         (line,) = [one for one in output.splitlines() if one.startswith(host.name)]
         assert line.split()[1:3] == [host.address, "eth0"]
-        assert " yes " in line
-
-
-def test_the_doctor_names_the_host_whose_folder_is_another(cluster):
-    code, output = doctor(cluster, Path("/tmp/home"))
-    assert code == 1
+        assert f" {shared} " in line
     assert "FAIL  node-b: /tmp/home is another folder than on the first node" in output
     assert "-> storage that all nodes mount at this path" in output
+    assert "2 nodes, 1 problems found" in output
 
 
 def test_ray_has_time_to_save_and_keeps_the_exit_code(cluster):

@@ -40,7 +40,8 @@ def test_every_start_has_the_token_and_none_listens_elsewhere(config):
     head = next(command for command in starts if "--head" in command)
     assert "--node-ip-address=" in head
     assert "--dashboard-host=127.0.0.1" in head
-    assert "--autoscaling-config=" in head  # else no worker is ever started
+    assert "--autoscaling-config=" in head  # else no worker is ever started, nor
+    assert "RAY_enable_autoscaler_v2=0" in head  # by the second autoscaler
 
 
 def test_what_is_run_by_its_path_is_executable():
