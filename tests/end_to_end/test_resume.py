@@ -14,6 +14,7 @@ import pytest
 from cnn2gnn_dist.training.checkpoint import folder as disk
 from tests.support.runs import (
     MICRO,
+    copy_before,
     environment,
     finish,
     launch,
@@ -25,53 +26,56 @@ from tests.support.runs import (
 )
 from tests.support.watching import kill_all, ranks_of, reach, read_until
 
+TO_STUDENT = "pack,index,teacher,targets,student"
 
-@pytest.mark.parametrize(("stage", "zero"), [("teacher", 3), ("student", 1), ("control", 0)])
-def test_killed_launch_continues_from_its_checkpoint(stage, zero, tmp_path):
+
+def test_a_launch_killed_in_every_training_continues_from_its_checkpoints(tmp_path):
     """Every loss, and bit-identical weights; for the same ZeRO stage, since its sums are its own."""
-    how = [f"teacher.zero_stage={zero}", f"student.zero_stage={zero}"]
-    before = {"teacher": "pack,index", "student": "pack,index,teacher,targets"}
-    chosen = f"{before.get(stage, before['student'])},{stage}"
 
     def command(run: Path) -> list[str]:
-        return [*launch(run, *how), "--stages", chosen]
+        zero = ("teacher.zero_stage=3", "student.zero_stage=1")
+        return [*launch(run, *zero), "--stages", f"{TO_STUDENT},control"]
 
     whole, run = tmp_path / "whole", tmp_path / "run"
     code, output = finish(start(command(whole), environment()))
     assert code == 0, output[-4000:]
-    process = start(command(run), environment())
-    reach(process, run, stage)
-    kill_all(process)
-    assert not (run / stage / "done.json").exists()
-    assert list((run / stage / "checkpoints").glob("step-*"))
+    killed = None
+    for stage in ("teacher", "student", "control"):
+        process = start(command(run), environment())
+        reach(process, run, stage)
+        output = kill_all(process)
+        assert killed is None or re.search(rf"{killed} +resumes at epoch", output)
+        assert not (run / stage / "done.json").exists()
+        assert list((run / stage / "checkpoints").glob("step-*"))
+        killed = stage
 
     code, output = finish(start(command(run), environment()))
     assert code == 0, output[-4000:]
-    assert re.search(rf"{stage} +resumes at epoch", output)
+    assert re.search(r"control +resumes at epoch", output)
     assert "pack     complete, skipped" in output
-    assert trail(run, (stage,)) == trail(whole, (stage,))
+    assert trail(run) == trail(whole)
 
 
 @pytest.mark.parametrize(("stage", "ranks"), [("teacher", 1), ("student", 1), ("student", 2)])
-def test_a_run_goes_on_at_another_world_size(stage, ranks, tmp_path):
+def test_a_run_goes_on_at_another_world_size(stage, ranks, micro_run, tmp_path):
     """Same batches, same neighbors, the same losses to float tolerance; nothing is converted.
 
     Moments over several ranks and moments of one rank are rounded differently, and training amplifies
     that from step to step (Adam makes a full step of a gradient that is only rounding error).
     """
     how = ["student.max_micro_batch=32", "teacher.max_micro_batch=16"]
-    before = {"teacher": "pack,index", "student": "pack,index,teacher,targets"}[stage]
+    before = {"teacher": "pack,index,teacher", "student": TO_STUDENT}[stage]
 
     def command(run: Path, ranks: int) -> list[str]:
-        return [*launch(run, *how, ranks=ranks), "--stages", f"{before},{stage}"]
+        return [*launch(run, *how, ranks=ranks), "--stages", before]
 
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    code, output = finish(start(command(whole, 3 - ranks), environment()))
-    assert code == 0, output[-4000:]
-    shutil.copytree(whole, run)
-    for name in ("done.json", "metrics.jsonl"):
-        (run / stage / name).unlink()
-    shutil.rmtree(run / stage / "checkpoints")
+    whole, run = micro_run, tmp_path / "run"  # its two ranks have these micro-batches
+    if ranks == 2:
+        whole = tmp_path / "whole"
+        copy_before(micro_run, whole, stage)
+        code, output = finish(start(command(whole, 1), environment()))
+        assert code == 0, output[-4000:]
+    copy_before(micro_run, run, stage)
     process = start(command(run, 3 - ranks), environment())
     reach(process, run, stage)
     kill_all(process)
@@ -88,56 +92,46 @@ def test_a_run_goes_on_at_another_world_size(stage, ranks, tmp_path):
                 assert ours[name] == pytest.approx(theirs[name], rel=tolerance), theirs
 
 
-def test_one_rank_killed_in_batch_scope(tmp_path):
-    """The paper's scope: the launcher ends the other rank, the next launch resumes."""
+def test_one_rank_killed_in_batch_scope(micro_run, tmp_path):
+    """The paper's scope: torchrun ends the other rank, the next launch resumes."""
     whole, run = tmp_path / "whole", tmp_path / "run"
-    how = ["graph.scope=batch", "student.control=false", "teacher.epochs=1", "student.epochs=2"]
-    code, output = finish(start(torchrun(whole, *how), environment()))
+    how = ["graph.scope=batch", "student.epochs=2", "student.zero_stage=0"]
+    for folder in (whole, run):
+        copy_before(micro_run, folder, "student")
+    stages = ["--stages", TO_STUDENT]
+    code, output = finish(start([*launch(whole, *how), *stages], environment()))
     assert code == 0, output[-4000:]
-    process = start(torchrun(run, *how), environment())
+    process = start([*torchrun(run, *how), *stages], environment())
     reach(process, run, "student")
     ranks_of(process)[1].kill()
     code, output = finish(process)
     assert code != 0, output
-    code, output = finish(start(torchrun(run, *how), environment()))
+    code, output = finish(start([*launch(run, *how), *stages], environment()))
     assert code == 0, output[-4000:]
     assert re.search(r"student +resumes at epoch", output)
-    assert trail(run, ("teacher", "student")) == trail(whole, ("teacher", "student"))
+    assert trail(run, ("student",)) == trail(whole, ("student",))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_notice_to_end_saves_the_step(number, micro_run, tmp_path):
-    """Both ranks save at the same next step, report it, and exit with code 143."""
-    run = tmp_path / "run"
-    process = start(launch(run, "checkpoint.every_steps=1000"), environment())
-    reach(process, run, "teacher", 2)
-    ranks_of(process)[1].send_signal(number)  # a signal to one rank stops all ranks
-    code, output = finish(process)
-    assert code != 0, output
-    assert "exitcode  : 143" in output, output
-    stage, step = re.search(r"(\w+) was asked to stop: step (\d+) is saved", output).groups()
-    assert (run / stage / "checkpoints" / "latest").read_text() == f"step-{int(step):08d}"
+def test_a_notice_to_end_saves_the_step(micro_run, tmp_path):
+    """Both ranks save at the same next step, report it, and exit with code 143: in a teacher's epoch,
+    and in a student's.
+    """
+    run, step = tmp_path / "run", ""
+    command = [*launch(run, "checkpoint.every_steps=1000"), "--stages", f"{TO_STUDENT},control"]
+    for number, place in ((signal.SIGTERM, "teacher"), (signal.SIGUSR1, "student")):
+        process = start(command, environment())
+        reach(process, run, place, 2)
+        ranks_of(process)[1].send_signal(number)  # a signal to one rank stops all ranks
+        code, output = finish(process)
+        assert code != 0, output
+        assert "exitcode  : 143" in output, output
+        assert not step or f"(step {step})" in output
+        stage, step = re.search(r"(\w+) was asked to stop: step (\d+) is saved", output).groups()
+        assert (run / stage / "checkpoints" / "latest").read_text() == f"step-{int(step):08d}"
 
-    code, output = finish(start(launch(run, "checkpoint.every_steps=1000"), environment()))
+    code, output = finish(start(command, environment()))
     assert code == 0, output[-4000:]
     assert f"(step {step})" in output
-    assert trail(run) == trail(micro_run)
-
-
-@pytest.mark.ray
-def test_a_job_told_to_end_under_ray_saves_the_step(micro_run, tmp_path):
-    run = tmp_path / "run"
-    command = [sys.executable, "-m", "cnn2gnn_dist", "run", "--config", "demo", *MICRO]
-    command += [f"run.dir={run}", "checkpoint.every_steps=1000", "cluster.grace_s=20"]
-    process = start(command, ray_environment())
-    reach(process, run, "teacher", 2)
-    process.terminate()
-    code, output = finish(process)
-    assert code == 143, output
-    stage, step = re.search(r"(\w+) was asked to stop: step (\d+) is saved", output).groups()
-    assert (run / stage / "checkpoints" / "latest").read_text() == f"step-{int(step):08d}"
-    code, output = finish(start(command, ray_environment()))
-    assert code == 0, output[-4000:]
     assert trail(run) == trail(micro_run)
 
 
@@ -159,43 +153,64 @@ def test_a_silent_peer_ends_in_a_named_error(tmp_path):
 
 
 @pytest.mark.ray
-def test_a_rank_lost_under_ray_is_replaced(micro_run, tmp_path):
+def test_a_run_under_ray_outlives_a_notice_rays_head_the_driver_a_reader_and_a_rank(
+    micro_run, tmp_path
+):
+    """A notice saves the step. A lost reader or rank is replaced during the run; after the other kills
+    the same command resumes. At the end nothing of it is visible.
+    """
     run = tmp_path / "run"
     command = [sys.executable, "-m", "cnn2gnn_dist", "run", "--config", "demo", *MICRO]
-    process = start([*command, f"run.dir={run}"], ray_environment())
+    command += [f"run.dir={run}"]
+    how = ["checkpoint.every_steps=1000", "cluster.grace_s=20"]
+    process = start([*command, *how], ray_environment())
+    reach(process, run, "teacher", 2)
+    process.terminate()
+    code, output = finish(process)
+    assert code == 143, output
+    stage, step = re.search(r"(\w+) was asked to stop: step (\d+) is saved", output).groups()
+    assert (run / stage / "checkpoints" / "latest").read_text() == f"step-{int(step):08d}"
+
+    process = start(command, ray_environment())
+    reach(process, run, "teacher", int(step) + 2)
+    family = family_of(process)
+    kill_one(family, "gcs_server")
+    code, output = finish(process)
+    assert_all_ended(code, output, family)
+
+    process = start(command, ray_environment())
     reach(process, run, "student")
-    family = psutil.Process(process.pid).children(recursive=True)
-    next(child for child in family if child.name().startswith("ray::_Rank")).kill()
+    family = family_of(process)
+    process.kill()  # the driver
+    code, output = finish(process)
+    assert_all_ended(code, output, family)
+
+    last = lines(run / "student")[-1]["step"]
+    process = start(command, ray_environment())
+    reach(process, run, "student", last + 2)
+    kill_one(family_of(process), "ray::ReaderAct")
+    reach(process, run, "student", last + 6)
+    kill_one(family_of(process), "ray::_Rank")
     code, output = finish(process)
     assert code == 0, output[-4000:]
     assert "a rank was lost" in output
-    assert re.search(r"student +resumes at epoch", output)
+    assert len(re.findall(r"student +resumes at epoch", output)) == 2
     assert trail(run) == trail(micro_run)
 
 
-@pytest.mark.ray
-@pytest.mark.parametrize("victim", ["driver", "gcs_server", "ray::ReaderAct"])
-def test_a_run_outlives_the_driver_rays_head_and_a_reader(victim, micro_run, tmp_path):
-    """A killed reader is replaced during the run; after the other kills the same command resumes."""
-    run = tmp_path / "run"
-    command = [sys.executable, "-m", "cnn2gnn_dist", "run", "--config", "demo", *MICRO]
-    process = start([*command, f"run.dir={run}"], ray_environment())
-    reach(process, run, "teacher")
-    family = psutil.Process(process.pid).children(recursive=True)
-    if victim == "driver":
-        process.kill()
-    else:
-        next(child for child in family if child.name().startswith(victim)).kill()
-    code, output = finish(process)
+def family_of(process) -> list[psutil.Process]:
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def kill_one(family: list[psutil.Process], name: str) -> None:
+    """Send SIGKILL to the first process of this name."""
+    next(child for child in family if child.name().startswith(name)).kill()
+
+
+def assert_all_ended(code: int, output: str, family: list[psutil.Process]) -> None:
+    assert code != 0, output[-4000:]
     psutil.wait_procs(family, timeout=60)
-    if victim == "ray::ReaderAct":
-        assert code == 0, output[-4000:]
-    else:
-        assert code != 0, output[-4000:]
-        assert [child for child in family if child.is_running()] == []
-        code, output = finish(start([*command, f"run.dir={run}"], ray_environment()))
-        assert code == 0, output[-4000:]
-    assert trail(run) == trail(micro_run)
+    assert [child for child in family if child.is_running()] == []
 
 
 def test_targets_continue_at_the_first_missing_shard(micro_run, tmp_path):
@@ -258,17 +273,18 @@ def test_force_goes_on_under_another_config(micro_run, tmp_path):
     assert lines(run / "teacher")[:18] == lines(micro_run / "teacher")[:18]
 
 
-def test_force_begins_the_epoch_again_when_the_order_is_another(tmp_path):
+def test_force_begins_the_epoch_again_when_the_order_is_another(micro_run, tmp_path):
     """Another number of partitions in the middle of an epoch: no sample is left out of it."""
     run = tmp_path / "run"
-    before = ["--stages", "pack,index,teacher,targets,student"]
-    process = start([*launch(run, "teacher.epochs=1"), *before], environment())
+    copy_before(micro_run, run, "student")
+    before = ["--stages", TO_STUDENT]
+    process = start([*launch(run), *before], environment())
     reach(process, run, "student", 14)
     kill_all(process)
     newest = disk.all_of(run / "student" / "checkpoints")[-1]
     cursor = disk.read_state(newest)["extra"]["cursor"]
-    how = ["teacher.epochs=1", "graph.partition.parts=4"]
-    code, output = finish(start([*launch(run, *how), *before, "--force"], environment()))
+    command = [*launch(run, "graph.partition.parts=4"), *before, "--force"]
+    code, output = finish(start(command, environment()))
     assert code == 0, output[-4000:]
     assert "resuming anyway: made from a different config" in output
     assert "graph.partition.parts: 2 -> 4" in output

@@ -16,7 +16,7 @@ from cnn2gnn_dist.runtime.ranks import Ranks
 from cnn2gnn_dist.stages.shared.context import Context, RunPaths
 from cnn2gnn_dist.stages.shared.networks import Teacher
 from cnn2gnn_dist.training.checkpoint import folder as disk
-from tests.support.runs import environment, finish, launch, results, scores, start
+from tests.support.runs import copy_before, environment, finish, launch, results, scores, start
 
 
 def run(folder, *overrides: str) -> str:
@@ -90,11 +90,11 @@ def test_bfloat16_cached_second_hop_streaming_partitioner_and_warm_refreshes(tmp
     assert all(0 <= note["moved"] <= 1 for note in notes)
 
 
-def test_zero_3_top_k_dgl_sampler_table_query_and_inverted_lists(tmp_path):
+def test_zero_3_top_k_dgl_sampler_table_query_and_inverted_lists(micro_run, tmp_path):
     folder = tmp_path / "run"
+    copy_before(micro_run, folder, "targets")
     run(
         folder,
-        "teacher.zero_stage=3",
         "student.zero_stage=3",
         "targets.top_k=3",
         "graph.sampling.sampler=dgl",

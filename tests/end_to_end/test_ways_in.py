@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from cnn2gnn_dist import cli
 from tests.support.runs import (
     BIN,
     MICRO,
@@ -176,17 +177,12 @@ def test_submit_names_the_remedy_when_no_server_answers():
     assert "Traceback" not in done.stderr
 
 
-def test_dry_run_prints_config_and_plan(micro_run):
-    command = [sys.executable, "-m", "cnn2gnn_dist", "run", "--config", "demo", *MICRO]
-    done = subprocess.run(
-        [*command, f"run.dir={micro_run}", "student.epochs=5", "--dry-run"],
-        capture_output=True,
-        text=True,
-        env=environment(),
-    )
-    assert done.returncode == 0
-    assert "epochs: 5" in done.stdout
-    plan = done.stdout.splitlines()[-9:]
+def test_dry_run_prints_config_and_plan(micro_run, capsys):
+    command = ["run", "--config", "demo", *MICRO]
+    assert cli.main([*command, f"run.dir={micro_run}", "student.epochs=5", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "epochs: 5" in printed
+    plan = printed.splitlines()[-9:]
     assert plan[3].split()[:2] == ["targets", "complete"]
     assert "student.epochs: 3 -> 5" in plan[4]
     done_json = json.loads((micro_run / "student" / "done.json").read_text())

@@ -1,8 +1,7 @@
 """Whole shards over ranks: each input once, what is there is skipped, the answers those of one process."""
 
 import os
-import subprocess
-import sys
+import re
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -11,6 +10,7 @@ import pytest
 from cnn2gnn_dist import cli
 from cnn2gnn_dist.inference.classifier import Classifier
 from tests.support.models import pictures, write_model
+from tests.support.runs import cnn2gnn
 from tests.support.shards import encode_image
 
 
@@ -26,12 +26,9 @@ def asked(tmp_path):
 
 
 def predict(model, out, inputs, rank, world):
-    environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank),
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # fmt: skip
-    return subprocess.Popen(
-        [sys.executable, "-m", "cnn2gnn_dist", "predict", "--model", str(model), *inputs,
-         "--out", f"{out}/"], env=environment, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    ranks = {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+    command = ("predict", "--model", str(model), *inputs, "--out", f"{out}/")
+    return cnn2gnn(*command, **ranks, MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
 
 
 def test_ranks_share_the_inputs_and_a_second_call_makes_what_is_missing(asked, tmp_path, capsys):
@@ -40,7 +37,8 @@ def test_ranks_share_the_inputs_and_a_second_call_makes_what_is_missing(asked, t
     ranks = [predict(model, out, inputs, rank, 2) for rank in range(2)]
     told = [rank.communicate()[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0]
-    assert sorted(text.split(": ")[1].split(" of ")[0] for text in told) == ["6 images", "9 images"]
+    shares = [re.search(r": (\d+ images) of ", text) for text in told]
+    assert sorted(share[1] for share in shares) == ["6 images", "9 images"]
     expected = Classifier.open(model, device="cpu").predict(inputs, top=3)
     found = [row for n in range(5) for row in pq.read_table(out / f"part-{n}.parquet").to_pylist()]
     assert [row["image"] for row in found] == [a.name for a in expected]
