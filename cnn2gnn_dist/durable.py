@@ -26,6 +26,19 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def forget_pages(path: Path) -> None:
+    """Drop this host's cached pages of a file that other hosts write too: its server is asked again.
+
+    Pages that some process has mapped stay.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)  # only what is on the server can be dropped
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(handle)
+
+
 def sha256(path: Path) -> str:
     """Hex SHA-256 of a file's content."""
     with open(path, "rb") as file:

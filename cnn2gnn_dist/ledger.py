@@ -22,6 +22,8 @@ from cnn2gnn_dist.errors import UserError
 SCHEMA = 2
 """Version of how keys are derived from fields. Records without it have schema 1, whose reader is
 :mod:`cnn2gnn_dist.pipeline.keys_v1`."""
+DONE = "done.json"
+"""File in the folder of a complete stage."""
 CONFIG = "config.yaml"
 """File in a run's folder: the config of the last command that was not refused."""
 
@@ -73,12 +75,12 @@ def _hex(content: list[Any]) -> str:
 
 def recorded(folder: Path) -> Entry | None:
     """The record of a finished stage, else of one that has begun; None if there is none."""
-    return _read(folder / "done.json") or _read(folder / "begin.json")
+    return _read(folder / DONE) or _read(folder / "begin.json")
 
 
 def status(folder: Path, key: str) -> tuple[Status, Entry | None]:
     """Compare a stage's folder with its expected key."""
-    done = _read(folder / "done.json")
+    done = _read(folder / DONE)
     if done is not None:
         if done.key != key:
             return Status.STALE, done
@@ -93,13 +95,13 @@ def status(folder: Path, key: str) -> tuple[Status, Entry | None]:
 def begin(folder: Path, entry: Entry) -> None:
     """Mark a folder as in progress under this key."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "done.json").unlink(missing_ok=True)
+    (folder / DONE).unlink(missing_ok=True)
     _write(folder / "begin.json", entry)
 
 
 def finish(folder: Path, entry: Entry) -> None:
     """Mark a folder as complete."""
-    _write(folder / "done.json", entry)
+    _write(folder / DONE, entry)
 
 
 def outputs(folder: Path, names: list[Path]) -> tuple[tuple[str, int], ...]:
@@ -160,7 +162,7 @@ def check_claim(root: Path) -> None:
 
 def finished(folder: Path) -> Entry | None:
     """The record of a finished stage; None if it is not finished."""
-    return _read(folder / "done.json")
+    return _read(folder / DONE)
 
 
 def missing(folder: Path, entry: Entry) -> str:

@@ -91,6 +91,12 @@ def is_complete(root: Path, wanted: TargetFiles) -> bool:
         return False
 
 
+def checksums(root: Path) -> dict[str, str]:
+    """SHA-256 of each array of complete targets, as it was when they were finished."""
+    note = json.loads((root / FOLDER / NOTE).read_text(encoding="utf-8"))
+    return {str(name): str(sha) for name, sha in note["files"].items()}
+
+
 def create(root: Path, wanted: TargetFiles) -> None:
     """Allocate disk space for the arrays (one rank); remove what a killed run has left.
 
@@ -134,6 +140,11 @@ def fill(root: Path, wanted: TargetFiles, files: Iterable[Path]) -> np.ndarray:
                     arrays[name].put(places, values)
             covered_VN[rows.view, rows.ids] = True
     return covered_VN
+
+
+def unfinished_arrays(root: Path, wanted: TargetFiles) -> list[Path]:
+    """Paths of the arrays between ``create`` and ``finish``."""
+    return [_unfinished(root) / name for name in _arrays(wanted.layout)]
 
 
 def finish(root: Path, wanted: TargetFiles, covered_VN: np.ndarray) -> None:

@@ -65,7 +65,11 @@ class GraphWriter:
 
     def array(self, name: str) -> np.ndarray:
         """Map an array of the version again, so that what other ranks have written and synced is visible."""
-        return read_rows(self.path / f"{name}.npy")
+        return read_rows(self.array_path(name))
+
+    def array_path(self, name: str) -> Path:
+        """Path of an array of the version."""
+        return self.path / f"{name}.npy"
 
     def rows(self, name: str, start: int, values: np.ndarray, sum_before: int = 0) -> int:
         """Write rows ``start`` … of an array, without syncing. See ``RowFile.write``.
@@ -74,7 +78,7 @@ class GraphWriter:
             IndexError: they don't fit.
         """
         if name not in self._files:
-            self._files[name] = RowFile(self.path / f"{name}.npy")
+            self._files[name] = RowFile(self.array_path(name))
         return self._files[name].write(start, values, sum_before)
 
     def sync(self) -> None:
@@ -159,6 +163,15 @@ def open_version(path: Path) -> GraphVersion:
         UserError: missing or incomplete.
     """
     return GraphVersion(path, _read_manifest(path)[1])
+
+
+def checksums(path: Path) -> dict[str, tuple[int, str]]:
+    """Bytes and SHA-256 of every file of a version, as it was when it was finished.
+
+    Raises:
+        UserError: missing or incomplete.
+    """
+    return _read_manifest(path)[0]
 
 
 def latest_version(root: Path) -> Path | None:

@@ -19,7 +19,7 @@ from cnn2gnn_dist.pipeline import keys, moved_data
 from cnn2gnn_dist.pipeline.keys import Survey
 from cnn2gnn_dist.pipeline.planning import Step, check_names, flat, inspect_stage, plan
 from cnn2gnn_dist.pipeline.registry import Stage, stages_of
-from cnn2gnn_dist.runtime import folder_lock
+from cnn2gnn_dist.runtime import folder_lock, handover
 from cnn2gnn_dist.runtime.ranks import Ranks
 from cnn2gnn_dist.stages.shared import preflight
 from cnn2gnn_dist.stages.shared.context import Context, RunPaths, load_manifest
@@ -28,6 +28,8 @@ from cnn2gnn_dist.unused_fields import Surroundings
 
 _log = logging.getLogger(__name__)
 
+COMPARED = {".json", ".arrow"}
+"""Endings of the files that every host reads without other means to tell whether it reads them right."""
 LOCK_SECONDS = 10.0
 """Seconds that a run that was killed or asked to stop may need to release its folder."""
 
@@ -62,10 +64,17 @@ def run_rank(
     from cnn2gnn_dist.training import engine
 
     config = settings.check(tree)
-    device = choose_device(config.device)
-    if ranks.world_size > 1 or not needs_no_group(config, names):
-        engine.init(ranks, device, timeout_s=config.cluster.timeout_s)
+    problem: UserError | None = None
     try:
+        device = choose_device(config.device)
+    except UserError as error:  # the other ranks are to hear of it
+        device, problem = "cpu", error
+    try:
+        if ranks.world_size > 1 or not needs_no_group(config, names):
+            about = flat(tree) | {"stages": names, "update": update, "force": force}
+            engine.init(ranks, device, config.cluster.timeout_s, about, problem)
+        elif problem is not None:
+            raise problem
         with _locked(Path(str(config.run.dir)), ranks, config.cluster.timeout_s):
             read = _on_rank_0(ranks, lambda: deepspeed or keys.read_deepspeed(config))
             survey = Survey(config, read, reads=True, recheck=update)
@@ -144,6 +153,8 @@ def _run_all(
             step = _execute(context, survey, step, dict(made))
         elif wanted and ranks.is_first and not inside_ray:
             log_skipped(stage.name)
+        if step.status is Status.COMPLETE and not ends_here(stage, stages):
+            _hand_over(root / stage.folder, step)
         if step.status is Status.COMPLETE and step.entry:
             digests[stage.name], made[stage.name] = step.entry.digest, step.entry.key
         else:
@@ -155,6 +166,25 @@ def _run_all(
     if names is None:  # nothing was refused: readers of the folder find the current config
         _on_rank_0(ranks, partial(ledger.record_config, root, settings.as_yaml(config)))
     return done
+
+
+def ends_here(stage: Stage, stages: list[Stage]) -> bool:
+    """Whether no stage in which all ranks work builds on this one's files."""
+    return all(stage.name not in later.needs or later.alone for later in stages)
+
+
+def _hand_over(folder: Path, step: Step) -> None:
+    """Wait until all hosts see the files of a complete stage (collective).
+
+    What its readers verify by checksums of their own (weights, targets) is compared by size.
+    """
+
+    def files() -> dict[str, handover.Written]:
+        assert step.entry is not None
+        names = [name for name, _ in step.entry.outputs] + [ledger.DONE]
+        return handover.described(folder, {n: Path(n).suffix in COMPARED for n in names})
+
+    handover.hand_over(folder, files)
 
 
 def _check_image_count(survey: Survey, names: list[str] | None) -> None:

@@ -3,43 +3,95 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from datetime import timedelta
+from typing import Any, NoReturn
 
 import torch
 from torch import distributed as dist
 
 from cnn2gnn_dist.errors import UserError, first_line
-from cnn2gnn_dist.runtime import rendezvous
+from cnn2gnn_dist.runtime import members, rendezvous
 from cnn2gnn_dist.runtime.ranks import Ranks
 
 AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"
 """Set by torchrun for its children: its agent hosts the store and decides where it listens."""
+DECLINE_S = 10.0
+"""Seconds for which a rank that can't join waits for others that it could tell."""
 
 
-def join(ranks: Ranks, device: torch.device, timeout: timedelta) -> None:
+def join(
+    ranks: Ranks,
+    device: torch.device,
+    timeout: timedelta,
+    about: Mapping[str, Any] | None = None,
+    problem: UserError | None = None,
+) -> None:
     """Join the group: NCCL on GPUs, gloo on CPUs.
 
     A single process needs no port. Otherwise rank 0 hosts a store that listens at the rendezvous
-    alone, unless torchrun's agent hosts it.
+    alone, unless torchrun's agent hosts it. The ranks tell each other there what they run
+    (``members``) before they form the group.
+
+    Args:
+        ranks: this process.
+        device: of this rank.
+        timeout: of every collective.
+        about: this rank's config by dotted field: all ranks must have the same.
+        problem: what keeps this rank from joining; all ranks then raise it.
 
     Raises:
         UserError: the port is taken; a network interface that the environment names is missing;
-            the other ranks did not arrive within ``timeout``.
+            the other ranks did not arrive within ``timeout``, can't join, or differ from this one.
     """
     backend = "nccl" if device.type == "cuda" else "gloo"
-    rendezvous.check_interfaces(backend)
-    if rendezvous.GLOO not in os.environ and (name := rendezvous.interface_facing(ranks)):
-        os.environ[rendezvous.GLOO] = name
+    problem = problem or _interface_problem(ranks, backend)
+    if ranks.world_size == 1 and problem is not None:
+        raise problem
+    store = dist.PrefixStore(_attempt(), _store(ranks, timeout))
+    own = members.Member.here(ranks.rank, about, problem)
+    members.meet(store, own, ranks.world_size, timeout)
     # With the device known up front, NCCL's communicator exists when later groups split it.
     eager = device if backend == "nccl" and ranks.world_size > 1 else None
     dist.init_process_group(
         backend,
-        store=dist.PrefixStore("default_pg", _store(ranks, timeout)),
+        store=store,
         rank=ranks.rank,
         world_size=ranks.world_size,
         timeout=timeout,
         device_id=eager,
     )
+
+
+def decline(ranks: Ranks, problem: UserError) -> NoReturn:
+    """Tell the others, who may be waiting for this rank, why it can't join.
+
+    Raises:
+        UserError: what keeps this rank, and others that arrive within ``DECLINE_S``, from joining.
+    """
+    if ranks.world_size > 1:
+        timeout = timedelta(seconds=DECLINE_S)
+        try:
+            join(ranks, torch.device("cpu"), timeout, problem=problem)
+        except members.NotMet:
+            raise problem from None
+    raise problem
+
+
+def _attempt() -> str:
+    """Prefix of the store's keys: torchrun's agent keeps its store when it starts the ranks again."""
+    return f"default_pg/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+
+
+def _interface_problem(ranks: Ranks, backend: str) -> UserError | None:
+    """Choose gloo's interface; return what is wrong with the one that the environment names."""
+    try:
+        rendezvous.check_interfaces(backend)
+    except UserError as error:
+        return error
+    if rendezvous.GLOO not in os.environ and (name := rendezvous.interface_facing(ranks)):
+        os.environ[rendezvous.GLOO] = name
+    return None
 
 
 def _store(ranks: Ranks, timeout: timedelta) -> dist.Store:
@@ -49,16 +101,17 @@ def _store(ranks: Ranks, timeout: timedelta) -> dist.Store:
     socket = rendezvous.listen(ranks).detach() if hosted_here else None
     try:
         return dist.TCPStore(
-            ranks.master_addr,
+            ranks.meeting_address(),
             ranks.master_port,
             ranks.world_size,
             is_master=hosted_here,
             timeout=timeout,
+            wait_for_workers=False,  # ``members`` waits, and names the missing ones
             master_listen_fd=socket,
         )
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         place = f"MASTER_ADDR={ranks.master_addr} MASTER_PORT={ranks.master_port}"
-        raise UserError(
+        raise members.NotMet(
             f"rank {ranks.rank} of {ranks.world_size} could not meet the others within "
             f"{timeout.total_seconds():g} s: {first_line(error)}",
             where=place,

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from cnn2gnn_dist.errors import UserError
 
 DEFAULT_PORT = 29500
+INSIDE = ("docker", "br-", "virbr", "cni", "flannel", "veth")
+"""Beginnings of the names of interfaces that lead to containers of this host."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Ranks:
         """
         try:
             with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as found:
-                found.connect((self.master_addr, self.master_port))
+                found.connect((self.meeting_address(), self.master_port))
                 return str(found.getsockname()[0])
         except OSError as error:
             raise UserError(
@@ -48,6 +50,24 @@ class Ranks:
                 where=f"MASTER_ADDR={self.master_addr}",
                 remedy="an address that all hosts can reach",
             ) from None
+
+    def meeting_address(self) -> str:
+        """``master_addr``, or the address of this host that others can reach if its name is of no use to them.
+
+        Debian resolves a host's own name to 127.0.1.1: a rank 0 that listens there is met by nobody.
+        """
+        if is_loopback(self.master_addr) or self.on_one_host:
+            return self.master_addr
+        try:
+            found = socket.gethostbyname(self.master_addr)
+        except OSError:
+            return self.master_addr
+        return (first_address() or self.master_addr) if is_loopback(found) else self.master_addr
+
+    @property
+    def on_one_host(self) -> bool:
+        """Whether the launcher says that all ranks are on this host."""
+        return os.environ.get("LOCAL_WORLD_SIZE") == str(self.world_size)
 
     def environment(self) -> dict[str, str]:
         """The variables by which torch and DeepSpeed recognize this process."""
@@ -93,6 +113,25 @@ class Ranks:
                 f"there is no port {port}", where=f"MASTER_PORT={port}", remedy="1 to 65535"
             )
         return cls(rank, local_rank, world_size, address, port)
+
+
+def is_loopback(address: str) -> bool:
+    """Whether an address, as it is written, is this host's own loopback."""
+    return address in ("localhost", "::1") or address.startswith("127.")
+
+
+def first_address() -> str | None:
+    """The first IPv4 address of an interface that is up and leads out of this host; None if there is none."""
+    import psutil
+
+    up = {name for name, state in psutil.net_if_stats().items() if state.isup}
+    for name, addresses in psutil.net_if_addrs().items():
+        if name not in up or name.startswith(INSIDE):
+            continue
+        for one in addresses:
+            if one.family == socket.AF_INET and not is_loopback(one.address):
+                return str(one.address)
+    return None
 
 
 def _first_node(env: Mapping[str, str]) -> str:

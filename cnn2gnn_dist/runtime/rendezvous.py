@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 import psutil
 
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.runtime.ranks import Ranks
+from cnn2gnn_dist.runtime.ranks import Ranks, is_loopback
 
 _log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def listen(ranks: Ranks) -> socket.socket:
     Raises:
         UserError: the port is taken; the address can't be resolved here.
     """  # noqa: DOC501
-    address, port = ranks.master_addr, ranks.master_port
+    address, port = ranks.meeting_address(), ranks.master_port
     held = _reserved.pop((address, port), None)
     if held is not None:
         held.listen(BACKLOG)
@@ -119,7 +119,7 @@ def interface_facing(ranks: Ranks) -> str | None:
 
     gloo would use the one that the host's name resolves to: often 127.0.1.1, or none.
     """
-    if ranks.master_addr == "localhost" or ranks.master_addr.startswith("127."):
+    if is_loopback(ranks.master_addr):
         own = "127.0.0.1"
     else:
         try:

@@ -10,13 +10,14 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cnn2gnn_dist.graph.version import latest_version, open_version
+from cnn2gnn_dist.graph.version import latest_version
 from cnn2gnn_dist.models.cost import count_flops, count_parameters
 from cnn2gnn_dist.models.graph_head import adaptive_neighbours, squared_distances
 from cnn2gnn_dist.models.precision import MixedPrecision
 from cnn2gnn_dist.models.student import Student, StudentOutput
 from cnn2gnn_dist.report.labels import CONTROL
-from cnn2gnn_dist.stages.neighbours.neighbourhood import Neighbourhood
+from cnn2gnn_dist.runtime import collectives
+from cnn2gnn_dist.stages.neighbours.neighbourhood import Neighbourhood, opened
 from cnn2gnn_dist.stages.shared.context import Context
 from cnn2gnn_dist.stages.shared.networks import Teacher, build_student, load_model
 from cnn2gnn_dist.stages.shared.predictions import Answer
@@ -170,9 +171,9 @@ class StudentWithBank:
 
 def open_bank(context: Context) -> Neighbourhood:
     """The final graph with all of its partitions."""
-    folder = latest_version(context.paths.root / "graph")
+    folder = collectives.alone(lambda: latest_version(context.paths.root / "graph"))
     assert folder is not None, "the pipeline runs the graph stage first"
-    return Neighbourhood(context, open_version(folder), None)
+    return Neighbourhood(context, opened(folder), None)
 
 
 def _student(context: Context, num_classes: int) -> ComparedModel:

@@ -25,9 +25,10 @@ from cnn2gnn_dist.graph.partition import fennel
 from cnn2gnn_dist.graph.partition import parts as partition
 from cnn2gnn_dist.graph.search.valid_nodes import valid_nodes_of
 from cnn2gnn_dist.graph.version import GraphVersion, GraphWriter
-from cnn2gnn_dist.runtime import collectives
+from cnn2gnn_dist.runtime import collectives, handover
 from cnn2gnn_dist.stages.neighbours import candidates
 from cnn2gnn_dist.stages.neighbours.embeddings import NOTE, Embedded
+from cnn2gnn_dist.stages.neighbours.neighbourhood import opened
 from cnn2gnn_dist.stages.shared.context import Context, CorruptCount, load_manifest
 from cnn2gnn_dist.stages.shared.networks import build_student, load_model
 
@@ -104,6 +105,10 @@ def build(
 
     collectives.alone(create)
     writer = GraphWriter.open(root, number)
+    handover.hand_over(
+        writer.path,
+        lambda: handover.described(writer.path, {p.name: False for p in writer.path.glob("*.npy")}),
+    )
     query_Nd = _embed_all(context, embed, writer, len(manifest), number)
     searched = candidates.find(context, writer, query_Nd, previous)
 
@@ -118,7 +123,7 @@ def build(
         version.prune(root, made, settings.keep_versions)
 
     collectives.alone(close)
-    return version.open_version(version.version_path(root, number))
+    return opened(version.version_path(root, number))
 
 
 def _embed_all(

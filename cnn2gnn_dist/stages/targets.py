@@ -17,7 +17,7 @@ from cnn2gnn_dist.data.images.views import CLEAN
 from cnn2gnn_dist.data.index.manifest import Manifest
 from cnn2gnn_dist.data.reading.pool import ReaderPool
 from cnn2gnn_dist.data.reading.reader import Request
-from cnn2gnn_dist.runtime import collectives
+from cnn2gnn_dist.runtime import collectives, handover, members
 from cnn2gnn_dist.stages.shared.context import Context, CorruptCount, chunks, load_manifest
 from cnn2gnn_dist.stages.shared.networks import Teacher, final_checkpoint, load_model
 from cnn2gnn_dist.stages.shared.predictions import check_held_out
@@ -62,7 +62,9 @@ def run(context: Context, teacher_key: str) -> list[Path]:
         check_held_out(context)  # otherwise the teacher's stage has
         collectives.alone(lambda: _write_ready(context, manifest, missing, files, meta))
         return list(files.values())
+    complete = [files[s] for s in shards if s not in set(missing)]
     if not missing:
+        _hand_over(context, [], complete)
         _count_corrupt(context, len(manifest), files)
         return list(files.values())
     classify, collective = _classifier(context, manifest.num_classes, teacher_key)
@@ -84,8 +86,20 @@ def run(context: Context, teacher_key: str) -> list[Path]:
             idle = torch.zeros(1, size, size, 3, dtype=torch.uint8, device=context.device)
             for _ in range(most - forwards):
                 classify(idle)
+    _hand_over(context, [files[s] for s in mine], complete)
     _count_corrupt(context, len(manifest), files)
     return list(files.values())
+
+
+def _hand_over(context: Context, mine: list[Path], complete: list[Path]) -> None:
+    """Wait until all hosts see the files that each rank has written, and those of before (collective)."""
+    if not members.on_several_hosts():
+        return
+    known = [*mine, *(complete if context.ranks.is_first else [])]
+    own = handover.described(context.folder, {path.name: False for path in known})
+    everyone = collectives.all_gather_object(own)
+    together = {name: what for part in everyone for name, what in part.items()}
+    handover.hand_over(context.folder, lambda: together)
 
 
 def _write_ready(

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cnn2gnn_dist.runtime import collectives, peer_watch, process_group
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.runtime import collectives, members, peer_watch, process_group
 from cnn2gnn_dist.runtime.ranks import Ranks
 from cnn2gnn_dist.training.average import MOMENTS, Average, Kind, create_state
 from cnn2gnn_dist.training.outcome import Outcome, StepInfo
@@ -22,22 +23,41 @@ from cnn2gnn_dist.training.sync_norm import is_synchronised
 
 _log = logging.getLogger(__name__)
 
+TIMEOUT_S = 120.0
+"""Seconds that a collective waits for a silent rank."""
 
-def init(ranks: Ranks, device: str, timeout_s: float = 600.0) -> None:
+
+def init(
+    ranks: Ranks,
+    device: str,
+    timeout_s: float = TIMEOUT_S,
+    about: Mapping[str, Any] | None = None,
+    problem: UserError | None = None,
+) -> None:
     """Join the process group: NCCL on GPUs, gloo on CPUs; one OMP thread per CPU rank.
 
     A dead peer fails the others' next collective at once, a silent one after ``timeout_s``;
     NCCL reports neither, so under it a separate watch ends the process, naming the peer.
 
+    Args:
+        ranks: this process.
+        device: "cpu" or "cuda".
+        timeout_s: seconds that a collective waits for a silent rank.
+        about: the config by dotted field: all ranks must have the same.
+        problem: what keeps this rank from joining; all ranks then raise it.
+
     Raises:
-        UserError: the rendezvous port is taken, a network interface that the
-            environment names is missing, or this rank has no GPU.
+        UserError: the rendezvous port is taken; on every rank: one can't join (a network interface that
+            the environment names is missing, there is no GPU), or they differ (``members``).
     """
     own, index = torch.device("cpu"), ranks.local_rank
-    if device == "cuda":
-        index = process_group.device_index(ranks.local_rank, torch.cuda.device_count())
-        own = torch.device("cuda", index)
-        torch.cuda.set_device(own)
+    if device == "cuda" and problem is None:
+        try:
+            index = process_group.device_index(ranks.local_rank, torch.cuda.device_count())
+            own = torch.device("cuda", index)
+            torch.cuda.set_device(own)
+        except UserError as error:
+            problem = error
     # DeepSpeed uses LOCAL_RANK as the device index.
     os.environ.update(ranks.environment(), LOCAL_RANK=str(index))
     if device == "cpu":
@@ -48,7 +68,7 @@ def init(ranks: Ranks, device: str, timeout_s: float = 600.0) -> None:
     # of half an hour would apply.
     c10d = torch.distributed.distributed_c10d
     c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout
-    process_group.join(ranks, own, timeout)
+    process_group.join(ranks, own, timeout, about, problem)
     _log.debug("joined a group of %d ranks, on %s", ranks.world_size, own)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
     import deepspeed
@@ -79,6 +99,7 @@ def shutdown() -> None:
     """Leave the process group."""
     while _watches:
         _watches.pop().close()
+    members.forget()
     if collectives.is_initialised():
         with contextlib.suppress(Exception):
             torch.distributed.destroy_process_group()

@@ -224,7 +224,9 @@ def network(count: int, keep: Iterable[Path] = ()) -> Iterator[tuple[Host, ...]]
         yield tuple(hosts)
 
 
-def share(folder: Path, at: Path, hosts: Iterable[Host], believed_s: float = 0.0) -> None:
+def share(
+    folder: Path, at: Path, hosts: Iterable[Host], believed_s: float = 0.0, reopened: bool = True
+) -> None:
     """Serve ``folder`` to each of these hosts at ``at``, as a file server would to its clients.
 
     Each client has a page cache of its own, that the others' writes don't change: as under NFS,
@@ -236,13 +238,15 @@ def share(folder: Path, at: Path, hosts: Iterable[Host], believed_s: float = 0.0
         at: created; the same path in every host.
         hosts: the clients.
         believed_s: seconds for which a client believes names, absent ones too, and attributes.
+        reopened: whether opening a file again shows others' writes; else a page once seen stays.
     """
     for path in (folder, at):
         path.mkdir(parents=True, exist_ok=True)
     times = ",".join(f"{what}_timeout={believed_s:g}" for what in ("attr", "entry", "negative"))
+    cache = "auto_cache" if reopened else "kernel_cache"
     for host in hosts:
         host.shell(
-            f"bindfs --multithreaded --enable-lock-forwarding -o auto_cache,{times} {folder} {at}"
+            f"bindfs --multithreaded --enable-lock-forwarding -o {cache},{times} {folder} {at}"
         )
 
 

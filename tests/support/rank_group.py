@@ -73,7 +73,7 @@ def launch(
         finally:
             for process in ranks:
                 _kill_family(process)
-        return [_outcome(folder, rank, process) for rank, process in enumerate(ranks)]
+        return [outcome(folder, rank, process) for rank, process in enumerate(ranks)]
 
 
 def _start(folder: Path, rank: int, world_size: int, port: int) -> Fork:
@@ -97,7 +97,8 @@ def _kill_family(process: Fork) -> None:
     process.wait()
 
 
-def _outcome(folder: Path, rank: int, process: Fork) -> Outcome:
+def outcome(folder: Path, rank: int, process: Fork) -> Outcome:
+    """What a rank has left in the folder of its job."""
     path = folder / f"{rank}.value"
     value = pickle.loads(path.read_bytes()) if path.exists() else None
     output = (folder / f"{rank}.out").read_text(encoding="utf-8", errors="replace")

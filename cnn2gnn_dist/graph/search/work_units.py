@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -34,6 +34,7 @@ class RankGroup:
     ``together``: a context in which ranks work, however unevenly; all leave when all are done.
     ``gather``: every rank's object, in rank order, on every rank (collective).
     ``progress``: called with (phase, units done here, units here) after each unit.
+    ``forget``: called with the paths of arrays that all ranks have written, before they are read.
     """
 
     rank: int = 0
@@ -42,6 +43,7 @@ class RankGroup:
     together: Callable[[], AbstractContextManager[None]] = nullcontext
     gather: Callable[[Any], list[Any]] = lambda own: [own]
     progress: Callable[[str, int, int], None] = lambda phase, done, total: None
+    forget: Callable[[Iterable[Path]], None] = lambda paths: None
 
 
 class WorkFolder:
@@ -117,6 +119,7 @@ class WorkFolder:
                 group.progress(phase, done, len(mine))
         for file in files:
             file.close()
+        group.forget(self.path(name) for name in arrays)
         made = tuple(read_rows(self.path(name)) for name in arrays)
         everyone = {unit: s for part in group.gather(sums) for unit, s in part.items()}
         others = set(range(len(units))) - set(left)

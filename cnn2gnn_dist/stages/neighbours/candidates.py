@@ -14,7 +14,7 @@ from cnn2gnn_dist.graph.search.exact import exact_table
 from cnn2gnn_dist.graph.search.valid_nodes import ValidNodes, valid_nodes_of
 from cnn2gnn_dist.graph.search.work_units import RankGroup, WorkFolder
 from cnn2gnn_dist.graph.version import WORK_FOLDER, GraphVersion, GraphWriter
-from cnn2gnn_dist.runtime import collectives
+from cnn2gnn_dist.runtime import collectives, handover
 from cnn2gnn_dist.stages.shared.context import Context
 
 LONG = 4
@@ -32,6 +32,7 @@ def open_work_folder(context: Context, writer: GraphWriter) -> WorkFolder:
         collectives.uneven,
         collectives.all_gather_object,
         _Bar(context),
+        handover.forget,
     )
     return WorkFolder(writer.path / WORK_FOLDER, group)
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from cnn2gnn_dist import durable
 from cnn2gnn_dist.data.order import sequential
-from cnn2gnn_dist.graph.row_file import RowFile, check_sum
+from cnn2gnn_dist.graph.row_file import RowFile, check_sum, read_rows
 from cnn2gnn_dist.graph.search.work_units import WorkFolder, check_agreement
 from cnn2gnn_dist.graph.version import GraphWriter
 
@@ -83,6 +83,9 @@ class Embedded:
         if self.query is not None:
             self.query.close()
         everyone = group.gather(self._notes)
+        group.forget([self._array_path(name) for name in ("x", "z")])
+        if self.query is not None:
+            group.forget([self._array_path("query")])
         mismatches = []
         for rank, notes in enumerate(everyone):
             mine, plan = rank == group.rank, self._plan(rank)
@@ -114,10 +117,12 @@ class Embedded:
 
     def array(self, name: str) -> np.ndarray:
         """Map all rows of an array again."""
-        if name != "query":
-            return self.writer.array(name)
-        rows: np.ndarray = np.load(self.work_folder.path("query"), mmap_mode="r")
-        return rows
+        return read_rows(self._array_path(name))
+
+    def _array_path(self, name: str) -> Path:
+        if name == "query":
+            return self.work_folder.path(name)
+        return self.writer.array_path(name)
 
     def _plan(self, rank: int) -> list[tuple[np.ndarray, np.ndarray]]:
         return list(sequential(self.samples, self.batch, rank, self.work_folder.group.world_size))

@@ -16,9 +16,15 @@ from cnn2gnn_dist.graph.bank import Rows, load_bank
 from cnn2gnn_dist.graph.block import block_ids, sampled_first_hop, without_seed
 from cnn2gnn_dist.graph.distdgl.served import ServedGraph
 from cnn2gnn_dist.graph.sampler import Sampler, make_sampler
-from cnn2gnn_dist.graph.version import MANIFEST, GraphVersion, open_version, version_path
+from cnn2gnn_dist.graph.version import (
+    MANIFEST,
+    GraphVersion,
+    checksums,
+    open_version,
+    version_path,
+)
 from cnn2gnn_dist.models.block import Block, averaged_block
-from cnn2gnn_dist.runtime import collectives
+from cnn2gnn_dist.runtime import collectives, handover
 from cnn2gnn_dist.stages.neighbours.live_search import LiveSearch
 from cnn2gnn_dist.stages.neighbours.second_hop import CachedSecondHop
 from cnn2gnn_dist.stages.shared.context import Context
@@ -47,7 +53,22 @@ def reusable(root: Path, number: int, key: str) -> GraphVersion | None:
         except UserError:
             return False
 
-    return open_version(path) if collectives.alone(look) else None
+    return opened(path) if collectives.alone(look) else None
+
+
+def opened(path: Path) -> GraphVersion:
+    """Open a complete version once all hosts see it as it was written (collective).
+
+    Raises:
+        UserError: a host does not, or the version is incomplete (on every rank).
+    """
+
+    def files() -> dict[str, handover.Written]:
+        listed = {name: handover.Written(*one) for name, one in checksums(path).items()}
+        return listed | handover.described(path, {MANIFEST: True})
+
+    handover.hand_over(path, files)
+    return open_version(path)
 
 
 class Neighbourhood:

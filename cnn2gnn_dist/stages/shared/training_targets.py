@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from cnn2gnn_dist.data import target_arrays
 from cnn2gnn_dist.data.index.manifest import Manifest
 from cnn2gnn_dist.data.soft_targets import Targets
-from cnn2gnn_dist.runtime import collectives
+from cnn2gnn_dist.runtime import collectives, handover
 from cnn2gnn_dist.stages.shared.context import Context
 
 
@@ -24,7 +25,8 @@ def open_targets(context: Context, manifest: Manifest, targets_key: str) -> Targ
     """
     root, meta = context.paths.targets, {"key": targets_key}
     samples, classes = len(manifest), manifest.num_classes
-    files = sorted(root.glob("*.parquet"))
+    # Rank 0's list: another host may still believe an earlier one.
+    files: list[Path] = collectives.broadcast_object(sorted(root.glob("*.parquet")))
 
     def begin() -> tuple[target_arrays.TargetFiles, str]:
         wanted = target_arrays.describe(files, samples, classes, meta)
@@ -47,7 +49,14 @@ def open_targets(context: Context, manifest: Manifest, targets_key: str) -> Targ
         cells = wanted.layout.views * samples
         whole_VN = np.unpackbits(np.bitwise_or.reduce(covered), count=cells).astype(bool)
         whole_VN = whole_VN.reshape(wanted.layout.shape[:2])
-        _on_all((lambda: target_arrays.finish(root, wanted, whole_VN)) if ranks.is_first else None)
+
+        def finish() -> None:
+            handover.forget(target_arrays.unfinished_arrays(root, wanted))
+            target_arrays.finish(root, wanted, whole_VN)
+
+        _on_all(finish if ranks.is_first else None)
+    folder = root / target_arrays.FOLDER
+    handover.hand_over(folder, lambda: handover.recorded(folder, target_arrays.checksums(root)))
     return target_arrays.opened(root, wanted.layout)
 
 

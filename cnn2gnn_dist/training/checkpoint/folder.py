@@ -103,6 +103,12 @@ def damage(folder: Path) -> str | None:
     return None
 
 
+def checksums(folder: Path) -> dict[str, tuple[int, str]]:
+    """Bytes and SHA-256 of the files of a complete checkpoint."""
+    files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    return {str(name): (int(size), str(sha)) for name, (size, sha) in files.items()}
+
+
 def recorded(stage_folder: Path) -> Path | None:
     """The final checkpoint of a finished training, as recorded in its ``done.json``; else None."""
     entry = ledger.finished(Path(stage_folder))

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cnn2gnn_dist import durable, field_names
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.runtime import collectives
+from cnn2gnn_dist.runtime import collectives, handover
 from cnn2gnn_dist.training.checkpoint import folder as disk
 from cnn2gnn_dist.training.checkpoint import named_state
 from cnn2gnn_dist.training.engine import Engine
@@ -180,6 +180,7 @@ class Checkpoints:
         path: Path | None = collectives.broadcast_object(found)
         if path is None:
             return None
+        handover.hand_over(path, lambda: _written(path))
         state = disk.read_state(path)
         if state["run_id"] != self.run_id and not force:
             raise self._other_run_error(path, state)
@@ -274,6 +275,7 @@ class _Writing:
         self._error = _error_of(self._write)
 
     def _write(self) -> None:
+        handover.wait_for_folder(self.work)
         path = self.work / f"{self._name}.safetensors"
         save_file({name: tensor.contiguous() for name, tensor in self._tensors.items()}, path)
         self._tensors = {}
@@ -281,6 +283,11 @@ class _Writing:
         own = path.with_suffix(".json")
         durable.write_json(own, self._own)
         self._files = [disk.describe(path), disk.describe(own)]
+
+
+def _written(path: Path) -> dict[str, handover.Written]:
+    listed = {name: handover.Written(*one) for name, one in disk.checksums(path).items()}
+    return listed | handover.described(path, {disk.MANIFEST: True})
 
 
 def _error_of(work: Any) -> str | None:
