@@ -24,6 +24,8 @@ class UserError(Exception):
     """
 
     exit_code = 2
+    told = False
+    """Whether rank 0 reports it, so that this rank need not."""
 
     def __init__(self, what: str, *, where: str = "", remedy: str = "") -> None:
         super().__init__(what, where, remedy)

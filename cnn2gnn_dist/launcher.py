@@ -12,13 +12,14 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import socket
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from cnn2gnn_dist import log, settings
-from cnn2gnn_dist.errors import PeerLost, UserError
+from cnn2gnn_dist.errors import Preempted, UserError
 from cnn2gnn_dist.pipeline import runner
-from cnn2gnn_dist.runtime import preemption
+from cnn2gnn_dist.runtime import preemption, process_group
 from cnn2gnn_dist.runtime.ranks import Ranks
 
 _log = logging.getLogger(__name__)
@@ -60,19 +61,12 @@ def _run(arguments: argparse.Namespace, unknown: list[str], program: str) -> int
     try:
         ranks = Ranks.from_environment()
         log.set_rank(ranks.rank)
-        if unknown:
-            raise settings.misplaced(unknown) or UserError(
-                "no such option", where=" ".join(unknown), remedy=f"{program} --help"
-            )
-        overrides = list(arguments.overrides)
-        if arguments.deepspeed_config:
-            overrides += [
-                f"{part}.ds_config={arguments.deepspeed_config}" for part in ("teacher", "student")
-            ]
-        note = _log.warning if ranks.is_first else None
-        config = settings.load(arguments.config, overrides, note)
+        try:
+            tree = _config(arguments, unknown, program, ranks)
+        except UserError as error:
+            process_group.decline(ranks, error)
         runner.run_rank(
-            tree=settings.as_tree(config),
+            tree=tree,
             names=arguments.stages.split(",") if arguments.stages else None,
             update=arguments.update,
             force=arguments.force,
@@ -80,10 +74,30 @@ def _run(arguments: argparse.Namespace, unknown: list[str], program: str) -> int
             ranks=ranks,
         )
     except UserError as error:
-        if ranks.is_first or isinstance(error, PeerLost):
-            log.report_error(error, program)
+        # A request to stop reaches all ranks; other errors of theirs rank 0 may not hear of.
+        if ranks.is_first or not (error.told or isinstance(error, Preempted)):
+            log.report_error(
+                error, program if ranks.is_first else f"{socket.gethostname()}: {program}"
+            )
         return error.exit_code
     return 0
+
+
+def _config(
+    arguments: argparse.Namespace, unknown: list[str], program: str, ranks: Ranks
+) -> dict[str, Any]:
+    """The resolved config as plain data."""
+    if unknown:
+        raise settings.misplaced(unknown) or UserError(
+            "no such option", where=" ".join(unknown), remedy=f"{program} --help"
+        )
+    overrides = list(arguments.overrides)
+    if arguments.deepspeed_config:
+        overrides += [
+            f"{part}.ds_config={arguments.deepspeed_config}" for part in ("teacher", "student")
+        ]
+    note = _log.warning if ranks.is_first else None
+    return settings.as_tree(settings.load(arguments.config, overrides, note))
 
 
 def exit_now(code: int) -> NoReturn:

@@ -19,7 +19,14 @@ from cnn2gnn_dist.pipeline import keys, moved_data
 from cnn2gnn_dist.pipeline.keys import Survey
 from cnn2gnn_dist.pipeline.planning import Step, check_names, flat, inspect_stage, plan
 from cnn2gnn_dist.pipeline.registry import Stage, stages_of
-from cnn2gnn_dist.runtime import folder_lock, handover
+from cnn2gnn_dist.runtime import (
+    exchange,
+    folder_lock,
+    handover,
+    host_checks,
+    members,
+    shared_folder,
+)
 from cnn2gnn_dist.runtime.ranks import Ranks
 from cnn2gnn_dist.stages.shared import preflight
 from cnn2gnn_dist.stages.shared.context import Context, RunPaths, load_manifest
@@ -59,7 +66,7 @@ def run_rank(
         PeerLost: another rank died, or did not answer within ``cluster.timeout_s``.
         Preempted: training was asked to stop, and has saved.
         RuntimeError: torch's or ours: a bug.
-    """  # noqa: DOC501
+    """
     from cnn2gnn_dist.runtime import collectives
     from cnn2gnn_dist.training import engine
 
@@ -69,24 +76,52 @@ def run_rank(
         device = choose_device(config.device)
     except UserError as error:  # the other ranks are to hear of it
         device, problem = "cpu", error
+    words = exchange.LastWords()
     try:
         if ranks.world_size > 1 or not needs_no_group(config, names):
             about = flat(tree) | {"stages": names, "update": update, "force": force}
             engine.init(ranks, device, config.cluster.timeout_s, about, problem)
+            words = exchange.LastWords()
         elif problem is not None:
             raise problem
+        _check_hosts(config, device)
         with _locked(Path(str(config.run.dir)), ranks, config.cluster.timeout_s):
             read = _on_rank_0(ranks, lambda: deepspeed or keys.read_deepspeed(config))
             survey = Survey(config, read, reads=True, recheck=update)
             surroundings = Surroundings(device == "cuda", inside_ray, ranks.world_size, read)
             _on_rank_0(ranks, lambda: _begin(survey, names, surroundings))
             return _run_all(survey, names, update, inside_ray, ranks, device, force)
+    except UserError as error:
+        words.say(error)
+        engine.shutdown()  # the others' collectives fail, and they look for these words
+        error.told = error.told or words.heard_by_rank_0()
+        raise
     except RuntimeError as error:
         if ranks.world_size > 1 and collectives.lost_peer(error):
-            raise _peer_lost(error, config) from error
+            known = words.others()
+            engine.shutdown()
+            if known is not None:
+                known.told = words.heard_by_rank_0()
+            raise known or _peer_lost(error, config) from error
         raise
     finally:
         engine.shutdown()
+
+
+def _check_hosts(config: Config, device: str) -> None:
+    """Check every host of a group before anything is locked or trained (collective).
+
+    Raises:
+        UserError: one has no room, or another folder than the others; on every rank.
+    """
+    from cnn2gnn_dist.runtime import collectives
+
+    if collectives.world_size() == 1:
+        return
+    cache = config.stream.cache_dir
+    shares = device == "cuda" or config.graph.sampling.sampler == "distdgl"
+    exchange.every_rank(lambda: host_checks.check_rank(Path(cache) if cache else None, shares))
+    shared_folder.check(Path(str(config.run.dir)))
 
 
 def needs_no_group(config: Config, names: list[str] | None) -> bool:
@@ -162,6 +197,7 @@ def _run_all(
         if wanted:
             done[stage.name] = step.why
         if stage.name == "index" and step.status is Status.COMPLETE:
+            _check_shards(RunPaths(root))
             _on_rank_0(ranks, lambda: _check_image_count(survey, names))
     if names is None:  # nothing was refused: readers of the folder find the current config
         _on_rank_0(ranks, partial(ledger.record_config, root, settings.as_yaml(config)))
@@ -185,6 +221,27 @@ def _hand_over(folder: Path, step: Step) -> None:
         return handover.described(folder, {n: Path(n).suffix in COMPARED for n in names})
 
     handover.hand_over(folder, files)
+
+
+def _check_shards(paths: RunPaths) -> None:
+    """Check that every host sees all shards, before any of them is needed (collective).
+
+    Raises:
+        UserError: a host misses one, even after a while for those that were packed just now.
+    """
+    from cnn2gnn_dist.runtime import collectives
+
+    if not members.on_several_hosts():
+        return
+    rank = collectives.rank()
+
+    def look() -> None:
+        for path in (paths.train_manifest, paths.test_manifest):
+            manifest = load_manifest(path)
+            packed = any(Path(shard.path).is_relative_to(paths.root) for shard in manifest.shards)
+            handover.patiently(manifest.check_shards, handover.WAIT_S if packed else 0.0)
+
+    exchange.every_rank(lambda: look() if members.speaks_for_host(rank) else None)
 
 
 def _check_image_count(survey: Survey, names: list[str] | None) -> None:

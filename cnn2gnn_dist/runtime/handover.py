@@ -15,13 +15,11 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 from cnn2gnn_dist import durable
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.runtime import collectives, members
-
-T = TypeVar("T")
+from cnn2gnn_dist.runtime import collectives, exchange, members
 
 WAIT_S = 75.0
 """Clients of NFS believe names for up to 60 s (acdirmax)."""
@@ -54,26 +52,6 @@ def recorded(folder: Path, sums: Mapping[str, str]) -> dict[str, Written]:
     return {name: Written((folder / name).stat().st_size, sha) for name, sha in sums.items()}
 
 
-def every_rank(work: Callable[[], T]) -> list[T]:
-    """Every rank does this, however long it takes; results in rank order, on every rank (collective).
-
-    Raises:
-        UserError: some ranks raised one: each with its rank and host, on every rank.
-    """  # noqa: DOC501
-    result: Any = None
-    problem: UserError | None = None
-    with collectives.uneven():
-        try:
-            result = work()
-        except UserError as error:
-            problem = error
-    told = collectives.all_gather_object((result, problem))
-    wrong = [(_member(rank), error) for rank, (_, error) in enumerate(told) if error is not None]
-    if wrong:
-        raise members.together(wrong, len(told))
-    return [one for one, _ in told]
-
-
 def hand_over(folder: Path, files: Callable[[], Files], own_sums: bool = True) -> None:
     """Wait until every host sees these files of a folder as rank 0 describes them (collective).
 
@@ -94,7 +72,7 @@ def hand_over(folder: Path, files: Callable[[], Files], own_sums: bool = True) -
         if members.speaks_for_host(rank):
             wait_for(folder, wanted, sums=not (own_sums and rank == 0))
 
-    every_rank(look)
+    exchange.every_rank(look)
 
 
 def wait_for(folder: Path, files: Files, sums: bool = True, seconds: float | None = None) -> None:
@@ -147,6 +125,22 @@ def wait_for_folder(folder: Path) -> None:
         time.sleep(POLL_S)
 
 
+def patiently(check: Callable[[], None], seconds: float) -> None:
+    """Repeat a check until it passes, at most for ``seconds``.
+
+    Raises:
+        UserError: the check's, after that.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return check()
+        except UserError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(POLL_S)
+
+
 def _difference(path: Path, wanted: Written, sums: bool) -> str | None:
     """How this host sees the file; None: as it was written."""
     try:
@@ -168,8 +162,3 @@ def _difference(path: Path, wanted: Written, sums: bool) -> str | None:
     finally:
         os.close(handle)
     return None
-
-
-def _member(rank: int) -> members.Member:
-    there = members.present()
-    return there[rank] if rank < len(there) else members.Member.here(rank)

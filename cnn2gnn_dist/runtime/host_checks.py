@@ -21,6 +21,10 @@ RAY_BYTES = 600 << 20
 RANKS_PER_CORE = 8
 """With more, ranks start so slowly that the others give them up."""
 SHARED_MEMORY = Path("/dev/shm")
+LEAST_ROOM = 64 << 20
+"""Bytes that a folder for temporary files or a cache must have free."""
+LEAST_SHARED = 32 << 20
+"""Bytes that NCCL or a DGL server needs in /dev/shm at least."""
 
 
 def check(ranks: int) -> None:
@@ -35,6 +39,41 @@ def check(ranks: int) -> None:
     check_shared_memory()
     check_cores(ranks, len(os.sched_getaffinity(0)))
     check_memory(ranks, available_memory())
+
+
+def check_rank(cache: Path | None, shares_memory: bool) -> None:
+    """Check that a rank finds room on this host, before it trains.
+
+    Args:
+        cache: folder of cached shards, if there is one.
+        shares_memory: processes of the rank use /dev/shm: NCCL's, or DGL's.
+
+    Raises:
+        UserError: a folder can't be written, or has too little room.
+    """
+    check_room(Path(tempfile.gettempdir()), LEAST_ROOM, "TMPDIR=a folder with more room")
+    if cache is not None:
+        check_room(cache, LEAST_ROOM, "free some, or stream.cache_dir=another folder")
+    if shares_memory:
+        check_room(SHARED_MEMORY, LEAST_SHARED, "a larger /dev/shm (docker: --shm-size=4g)")
+
+
+def check_room(folder: Path, least: int, remedy: str) -> None:
+    """Check that a folder, or the nearest one above it that exists, has ``least`` bytes free.
+
+    Raises:
+        UserError: it has less, or can't be written.
+    """
+    there = next((path for path in (folder, *folder.parents) if path.is_dir()), Path("/"))
+    room = os.statvfs(there)
+    free = room.f_bavail * room.f_frsize
+    if free < least or not os.access(there, os.W_OK):
+        what = f"has {free / 2**20:.0f} MiB free, {least / 2**20:.0f} are needed"
+        raise UserError(
+            f"this folder {what if free < least else 'is not writable'}",
+            where=str(folder),
+            remedy=remedy,
+        )
 
 
 def check_loopback() -> None:

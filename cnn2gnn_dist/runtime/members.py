@@ -119,6 +119,7 @@ def meet(store: Any, own: Member, world_size: int, timeout: timedelta) -> None:
     if wrong is not None:
         if own.rank == 0:
             wait_until(lambda: store.add("members/read", 0) >= world_size, LINGER_S)
+        wrong.told = own.rank != 0
         raise wrong
     global _present
     _present = tuple(members)
@@ -229,20 +230,19 @@ def _clocks_differ(members: Sequence[Member]) -> UserError | None:
 @functools.cache
 def versions() -> dict[str, str]:
     """Versions of what computes results, by name; the package's own includes a digest of its files."""
-    found = {"cnn2gnn-dist": _own_version(), "python": ".".join(map(str, sys.version_info[:2]))}
+    found = {"cnn2gnn-dist": _own_files(), "python": ".".join(map(str, sys.version_info[:2]))}
     for name in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found
 
 
-def _own_version() -> str:
-    from cnn2gnn_dist import __version__
-
+def _own_files() -> str:
+    """A digest of the package's files: a checkout changes more often than its version."""
     root, digest = Path(__file__).resolve().parents[1], hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
-    return f"{__version__} (files {digest.hexdigest()[:8]})"
+    return f"(digest of its files) {digest.hexdigest()[:8]}"
 
 
 def _mounts() -> str:

@@ -18,7 +18,12 @@ PORT = 29_500
 
 
 def start(
-    members: Sequence[Host], arguments: Sequence[str], port: int = PORT, **more: str
+    members: Sequence[Host],
+    arguments: Sequence[str],
+    port: int = PORT,
+    own: dict[int, dict[str, str]] | None = None,
+    extra: dict[int, list[str]] | None = None,
+    **more: str,
 ) -> list[Fork]:
     """Start ``launch/train.py`` with these arguments as one rank on each host; rank 0 on the first.
 
@@ -26,10 +31,16 @@ def start(
         members: the hosts.
         arguments: of the program.
         port: of rank 0's store.
+        own: further environment variables by rank.
+        extra: further arguments by rank.
         more: further environment variables.
     """
     return [
-        host.fork(_rank, (list(arguments),), environment(members, rank, port) | more)
+        host.fork(
+            _rank,
+            ([*arguments, *(extra or {}).get(rank, [])],),
+            environment(members, rank, port) | more | (own or {}).get(rank, {}),
+        )
         for rank, host in enumerate(members)
     ]
 

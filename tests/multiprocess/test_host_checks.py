@@ -1,0 +1,170 @@
+"""What is wrong on one host is said on all, in a line that names it, before anything is trained.
+
+The hosts' own names are 127.0.1.1 to themselves, as Debian has it: ranks meet nevertheless.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.runtime import collectives
+from cnn2gnn_dist.runtime.exchange import LastWords, every_rank
+from cnn2gnn_dist.training import engine
+from tests.support import REPOSITORY, host_runs, hosts, rank_group
+from tests.support.hosts import Host
+from tests.support.shards import make_shards, random_images
+
+needs_hosts = hosts.needed()
+
+
+@pytest.fixture(scope="module")
+def folder() -> Iterator[Path]:
+    with hosts.short_folder() as path:
+        yield path
+
+
+@pytest.fixture(scope="module")
+def pair(folder: Path) -> Iterator[tuple[Host, ...]]:
+    with hosts.network(2, keep=[folder]) as made:
+        a, b = made
+        a.resolve({a.name: "127.0.1.1", b.name: b.address})
+        b.resolve({a.name: a.address, b.name: "127.0.1.1"})
+        yield made
+
+
+def refused(pair: tuple[Host, ...], folder: Path, *overrides: str, **how) -> str:
+    """What rank 0 says of a run that both ranks refuse."""
+    arguments = host_runs.micro(folder / "runs" / "run", *overrides)
+    found = host_runs.finish(host_runs.start(pair, arguments, MASTER_ADDR=pair[0].name, **how))
+    assert [code for code, _ in found] == [2, 2], found
+    said, quiet = (
+        "".join(line for line in output.splitlines(True) if "[c10d]" not in line)
+        for _, output in found
+    )
+    assert "Traceback" not in said + quiet
+    assert "train.py: " not in quiet  # one report for all
+    assert not (folder / "runs" / "run" / "teacher").exists()
+    return said
+
+
+@needs_hosts
+def test_a_run_folder_that_is_not_shared(pair: tuple[Host, ...], folder: Path) -> None:
+    (folder / "runs").mkdir(exist_ok=True)
+    pair[1].tmpfs(folder / "runs", "8m")
+    try:
+        assert "train.py: rank 1 on node-b: this folder is missing" in (refused(pair, folder))
+        pair[1].shell(f"mkdir {folder}/runs/run")
+        said = refused(pair, folder)
+        assert "rank 1 on node-b: this folder is not the one that rank 0 sees" in said
+        assert f"run.dir={folder}/runs/run" in said
+    finally:
+        pair[1].shell(f"umount {folder}/runs")
+    assert not list((folder / "runs").glob("run/*"))
+
+
+@needs_hosts
+def test_shards_that_one_host_misses(pair: tuple[Host, ...], folder: Path) -> None:
+    shards = folder / "shards"
+    make_shards(shards, random_images(200), np.arange(200) % 5)
+    (folder / "empty").mkdir()
+    pair[1].mount(folder / "empty", shards)
+    try:
+        sources = [f"data.train={shards}/*.tar", "data.holdout=0.2", "data.limit=null"]
+        said = refused(pair, folder, "data.source=shards", *sources)
+    finally:
+        pair[1].shell(f"umount {shards}")
+    assert "rank 1 on node-b: a shard cannot be read (No such file or directory)" in said
+    assert str(shards) in said
+
+
+@needs_hosts
+def test_software_and_configs_that_differ(pair: tuple[Host, ...], folder: Path) -> None:
+    other = folder / "other.py"
+    other.write_text("# another version\n")
+    pair[1].mount(other, REPOSITORY / "cnn2gnn_dist" / "splitmix.py")
+    try:
+        said = refused(pair, folder)
+    finally:
+        pair[1].shell(f"umount {REPOSITORY}/cnn2gnn_dist/splitmix.py")
+    assert (
+        "train.py: the ranks don't run the same software: cnn2gnn-dist (digest of its files)"
+        in said
+    )
+    assert "on node-b" in said
+    said = refused(pair, folder, extra={1: ["teacher.lr=0.5"]})
+    assert "rank 1 on node-b were started with different configs: teacher.lr 0.005 and 0.5" in said
+    said = refused(pair, folder, extra={1: ["teacher.lr=x"]})
+    assert "train.py: rank 1 on node-b: " in said
+    assert "teacher.lr" in said
+
+
+@needs_hosts
+def test_interfaces_and_room(pair: tuple[Host, ...], folder: Path) -> None:
+    said = refused(pair, folder, own={1: {"GLOO_SOCKET_IFNAME": "eth9"}})
+    assert (
+        "rank 1 on node-b: GLOO_SOCKET_IFNAME names no network interface of host node-b: eth9"
+        in said
+    )
+    for host, place in zip(pair, ("/dev/shm", "/tmp/home"), strict=True):
+        host.tmpfs(Path(place), "1m")
+    try:
+        said = refused(
+            pair, folder, "graph.sampling.sampler=distdgl", own={1: {"TMPDIR": "/tmp/home"}}
+        )
+    finally:
+        for host, place in zip(pair, ("/dev/shm", "/tmp/home"), strict=True):
+            host.shell(f"umount {place}")
+    assert "rank 0 on node-a: this folder has 1 MiB free, 32 are needed (/dev/shm)" in said
+    assert "rank 1 on node-b: this folder has 1 MiB free, 64 are needed (/tmp/home)" in said
+
+
+def stop_alone(who: int) -> tuple[str, bool]:
+    """One rank stops in the middle; the other learns why, instead of only that it is gone."""
+    words = LastWords()
+    collectives.barrier()
+    try:
+        if collectives.rank() == who:
+            raise UserError("a shard is gone", where="shard-3", remedy="restore it")
+        collectives.barrier()
+    except UserError as error:
+        words.say(error)
+        engine.shutdown()
+        return str(error), words.heard_by_rank_0()
+    except RuntimeError as error:
+        told = words.others() if collectives.lost_peer(error) else error
+        engine.shutdown()
+        return str(told), words.heard_by_rank_0()
+    return "", False
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_the_error_of_a_rank_that_stops_alone_is_every_ranks(who: int) -> None:
+    found = rank_group.run(stop_alone, 2, who)
+    own, other = found[who], found[1 - who]
+    assert own[0] == "a shard is gone\n  where:  shard-3\n  remedy: restore it"
+    assert other[0].startswith(f"rank {who} on ")
+    assert ": a shard is gone" in other[0]
+    assert found[1][1]  # rank 0 reports it for both
+    assert not found[0][1]
+
+
+def each_its_own() -> str:
+    def work() -> int:
+        raise UserError(f"no room {collectives.rank()}")
+
+    try:
+        every_rank(work)
+    except UserError as error:
+        return error.what
+    return ""
+
+
+def test_errors_of_all_ranks_are_gathered() -> None:
+    one, other = rank_group.run(each_its_own, 2)
+    assert one == other
+    assert "no room 0; rank 1 on " in one
