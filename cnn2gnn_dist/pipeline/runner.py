@@ -92,19 +92,14 @@ def run_rank(
             _on_rank_0(ranks, lambda: _begin(survey, names, surroundings))
             return _run_all(survey, names, update, inside_ray, ranks, device, force)
     except UserError as error:
-        words.say(error)
-        engine.shutdown()  # the others' collectives fail, and they look for these words
-        error.told = error.told or words.heard_by_rank_0()
+        error.told = words.say(error) or error.told
         raise
     except RuntimeError as error:
         if ranks.world_size > 1 and collectives.lost_peer(error):
-            known = words.others()
-            engine.shutdown()
-            if known is not None:
-                known.told = words.heard_by_rank_0()
-            raise known or _peer_lost(error, config) from error
+            raise words.others() or _peer_lost(error, config) from error
         raise
     finally:
+        words.close()
         engine.shutdown()
 
 

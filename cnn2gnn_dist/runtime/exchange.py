@@ -19,7 +19,8 @@ from cnn2gnn_dist.runtime import collectives, members
 T = TypeVar("T")
 
 WAIT_S = 4.0
-"""Seconds for which a rank that ends waits for the others' words."""
+"""Seconds for which a rank that ends waits to be heard."""
+POLL_S = 0.5
 
 
 def every_rank(work: Callable[[], T]) -> list[T]:
@@ -43,66 +44,66 @@ def every_rank(work: Callable[[], T]) -> list[T]:
 
 
 class LastWords:
-    """What each rank of the current group ends with, left in its store for the others.
+    """What a rank of the current group ends with, told to the others through the group's store.
 
-    Made when the group has been formed; without a group nobody is told.
+    Nothing wakes a rank from a collective but the end of the process that it waits for, and the store
+    often ends with that of rank 0. So a thread of each rank listens, and a rank with an error ends when
+    it has been heard. Without a group nobody is told.
     """
 
     def __init__(self) -> None:
         self.rank, self.world_size = collectives.rank(), collectives.world_size()
+        self._found: dict[int, UserError] = {}
+        self._over, self._listened = threading.Event(), threading.Event()
         self._store: Any = None
         if self.world_size > 1:
             whole = dist.distributed_c10d._get_default_store()
             self._store = dist.PrefixStore("last-words", whole)
-        self._said = False
+            threading.Thread(target=self._listen, name="last words", daemon=True).start()
 
-    def say(self, error: UserError) -> None:
-        """Leave an error of this rank."""
-        if (
-            self._store is not None
-            and not isinstance(error, PeerLost | Preempted)
-            and not self._said
-        ):
-            self._leave(error)
+    def close(self) -> None:
+        """Stop listening."""
+        self._over.set()
+
+    def say(self, error: UserError) -> bool:
+        """Tell the others of an error of this rank, or of all; wait until they have heard.
+
+        Returns whether rank 0 reports it, or one like it.
+        """
+        if self._store is None or isinstance(error, PeerLost | Preempted):
+            return False
+        _within(WAIT_S, lambda: self._tell(error))
+        waiting = [r for r in range(self.world_size) if r != self.rank] if self.rank == 0 else [0]
+        heard = _within(WAIT_S, lambda: self._store.wait([f"heard/{r}" for r in waiting]) or True)
+        return self.rank != 0 and bool(heard)
 
     def others(self) -> UserError | None:
-        """The errors that other ranks have left, as one, when a peer is gone; None: there are none."""
+        """The errors of other ranks, as one, when a peer is gone; None: it had none."""
         if self._store is None:
             return None
-        found = _within(WAIT_S, self._read) or {}
-        self._leave(None)
-        if not found:
+        self._listened.wait(2 * POLL_S)  # it may have said it just now
+        if not self._found:
             return None
-        return members.together([(_member(r), e) for r, e in found.items()], self.world_size)
-
-    def heard_by_rank_0(self) -> bool:
-        """Whether rank 0 will report what this rank has left; call it when the group is left.
-
-        Rank 0, with whose process the store often ends, waits here for the others to read its words.
-        """
-        if not self._said or self._store is None:
-            return False
-        keys = [str(rank) for rank in range(self.world_size)] if self.rank == 0 else ["0"]
-        heard = _within(WAIT_S, lambda: self._store.wait(keys) or True)
-        return bool(heard) and self.rank != 0
-
-    def _leave(self, error: UserError | None) -> None:
-        self._said = True
-        _within(WAIT_S, lambda: self._store.set(str(self.rank), pickle.dumps(error)))
-
-    def _read(self) -> dict[int, UserError]:
-        found: dict[int, UserError] = {}
-
-        def look() -> bool:
-            for rank in range(self.world_size):
-                if rank not in found and self._store.check([str(rank)]):
-                    error = pickle.loads(self._store.get(str(rank)))
-                    if error is not None:
-                        found[rank] = error
-            return bool(found)
-
-        members.wait_until(look, WAIT_S / 2)
+        wrong = [(_member(rank), error) for rank, error in sorted(self._found.items())]
+        found = members.together(wrong, self.world_size)
+        found.told = self.rank != 0
         return found
+
+    def _tell(self, error: UserError) -> None:
+        self._store.set(str(self.rank), pickle.dumps(error))
+        self._store.set("said", "")
+
+    def _listen(self) -> None:
+        with contextlib.suppress(Exception):  # the store is gone
+            store = self._store.clone()
+            while not self._over.wait(POLL_S):
+                if not store.check(["said"]):
+                    continue
+                for rank in range(self.world_size):
+                    if rank != self.rank and rank not in self._found and store.check([str(rank)]):
+                        self._found[rank] = pickle.loads(store.get(str(rank)))
+                        self._listened.set()
+                store.set(f"heard/{self.rank}", "")
 
 
 def _within(seconds: float, work: Callable[[], T]) -> T | None:
