@@ -339,7 +339,12 @@ class ClusterConfig(Section):
         "of working on their rank's node",
     )
     timeout_s: float = Field(
-        600.0, gt=0, description="seconds that a collective waits for a silent rank"
+        120.0, gt=0, description="seconds that a collective waits for a silent rank"
+    )
+    wait_s: float = Field(
+        600.0,
+        ge=0,
+        description="under Ray, when a rank was lost: seconds to wait for a host that may come back, or another",
     )
 
 
@@ -350,6 +355,9 @@ class CheckpointConfig(Section):
     keep_last: int = Field(2, ge=1, description="number of latest checkpoints to keep")
     keep_best: bool = Field(
         True, description="also keep the one with the best held-out accuracy so far"
+    )
+    max_failures: int = Field(
+        5, ge=1, description="how many in succession may fail to be written before training stops"
     )
     grace_s: float = Field(
         25.0,

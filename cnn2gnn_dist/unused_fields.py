@@ -236,6 +236,7 @@ _RULES = (
                 "cluster.cpus_per_rank",
                 "cluster.max_failures",
                 "cluster.grace_s",
+                "cluster.wait_s",
             ),
             *("cluster.strategy", "cluster.ranks_per_node"),
             *("cluster.rank_resources", "cluster.reader_resources"),

@@ -114,6 +114,7 @@ def _on_ray(config: Config, stages: list[str] | None, update: bool, force: bool)
             strategy=cluster.strategy,
             ranks_per_node=cluster.ranks_per_node,
             resources=cluster.rank_resources,
+            wait_s=cluster.wait_s,
         )
         outcome = ray_group.run_group(
             "cnn2gnn_dist.pipeline.runner:run_rank",

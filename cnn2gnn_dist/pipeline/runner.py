@@ -96,7 +96,7 @@ def run_rank(
         raise
     except RuntimeError as error:
         if ranks.world_size > 1 and collectives.lost_peer(error):
-            raise words.others() or _peer_lost(error, config) from error
+            raise words.others() or _peer_lost(error, config, words.silent()) from error
         raise
     finally:
         words.close()
@@ -303,10 +303,10 @@ def _executed(context: Context, survey: Survey, step: Step, made: dict[str, str]
     return _on_rank_0(ranks, close)
 
 
-def _peer_lost(error: RuntimeError, config: Config) -> PeerLost:
+def _peer_lost(error: RuntimeError, config: Config, who: str) -> PeerLost:
     return PeerLost(
-        f"another rank died, or did not answer within {config.cluster.timeout_s:g} s: "
-        f"{first_line(error)}",
+        f"another rank died, or did not answer within {config.cluster.timeout_s:g} s: {who} "
+        f"({first_line(error)})",
         where="cluster.timeout_s",
         remedy="check the other ranks' output; the same command resumes from the last checkpoint",
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import pickle
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -20,7 +21,7 @@ T = TypeVar("T")
 
 WAIT_S = 4.0
 """Seconds for which a rank that ends waits to be heard."""
-POLL_S = 0.5
+POLL_S, BEAT_S = 0.5, 2.0
 
 
 def every_rank(work: Callable[[], T]) -> list[T]:
@@ -89,6 +90,23 @@ class LastWords:
         found.told = self.rank != 0
         return found
 
+    def silent(self) -> str:
+        """The ranks that have not been heard from, when a collective failed: ``rank 1 on node-b``."""
+        others = [rank for rank in range(self.world_size) if rank != self.rank]
+        if len(others) == 1:
+            return members.name_of(others[0])
+        first = _within(WAIT_S, self._beats)
+        if first is None:
+            return f"{members.name_of(0)}, or the network to it"
+        time.sleep(2.5 * BEAT_S)
+        second = _within(WAIT_S, self._beats) or first
+        gone = [rank for rank in others if first.get(rank) == second.get(rank)]
+        return ", ".join(members.name_of(rank) for rank in gone) or "all ranks answer again"
+
+    def _beats(self) -> dict[int, bytes]:
+        there = [r for r in range(self.world_size) if self._store.check([f"alive/{r}"])]
+        return {rank: bytes(self._store.get(f"alive/{rank}")) for rank in there}
+
     def _tell(self, error: UserError) -> None:
         self._store.set(str(self.rank), pickle.dumps(error))
         self._store.set("said", "")
@@ -96,7 +114,11 @@ class LastWords:
     def _listen(self) -> None:
         with contextlib.suppress(Exception):  # the store is gone
             store = self._store.clone()
+            beats, due = 0, 0.0
             while not self._over.wait(POLL_S):
+                if time.monotonic() >= due:
+                    beats, due = beats + 1, time.monotonic() + BEAT_S
+                    store.set(f"alive/{self.rank}", str(beats))
                 if not store.check(["said"]):
                     continue
                 for rank in range(self.world_size):

@@ -22,7 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.errors import PeerLost, UserError
 
 CLOCKS_S = 60.0
 """Most seconds by which the clocks of two hosts may differ: times of files and logs are compared by hand."""
@@ -33,8 +33,8 @@ SHOWN = 5
 """Differences that a message lists."""
 
 
-class NotMet(UserError):
-    """The ranks did not all arrive in time."""
+class NotMet(PeerLost):
+    """The ranks did not all arrive in time; the same command may find them."""
 
 
 @dataclass(frozen=True)

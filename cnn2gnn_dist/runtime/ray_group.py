@@ -16,7 +16,7 @@ from importlib import import_module
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import (
     PlacementGroup,
     placement_group,
@@ -45,6 +45,7 @@ class GroupSpec:
     gpus_per_rank: float = 0.0
     max_failures: int = 3
     grace_s: float = 2.5
+    wait_s: float = READY_SECONDS
     strategy: str = "PACK"
     ranks_per_node: int | None = None
     resources: Mapping[str, float] = field(default_factory=dict)
@@ -82,7 +83,8 @@ def run_group(
     for attempt in range(spec.max_failures + 1):
         try:
             with ray_session.exit_code_kept():
-                return _attempt(target, kwargs, spec, nodes)
+                wait_s = spec.wait_s if attempt else READY_SECONDS
+                return _attempt(target, kwargs, spec, nodes, wait_s)
         except LostRank as lost:
             if attempt == spec.max_failures:
                 raise UserError(
@@ -99,17 +101,21 @@ class LostRank(Exception):
 
 
 def _attempt(
-    target: str, kwargs: dict[str, Any], spec: GroupSpec, nodes: list[rank_order.Node]
+    target: str,
+    kwargs: dict[str, Any],
+    spec: GroupSpec,
+    nodes: list[rank_order.Node],
+    wait_s: float = READY_SECONDS,
 ) -> list[Any]:
     """Place, start and await a group; ``nodes``: of each rank so far, replaced by where they are now."""
     bundles, strategy = spec.bundles()
     group = placement_group(bundles, strategy=strategy)
     try:
-        if not group.wait(READY_SECONDS):
+        if not _placed(group, wait_s):
             raise UserError(
                 f"the cluster has no room for {spec.world_size} ranks of {bundles[0]}"
                 + f" on {len(bundles)} nodes" * (strategy == "STRICT_SPREAD")
-                + f"; it has {ray.available_resources()}",
+                + f"; it has {ray.available_resources()}{_gone()}",
                 where="run.ranks",
                 remedy="fewer ranks, a lower cluster.cpus_per_rank, or a larger cluster",
             )
@@ -146,6 +152,23 @@ def _nodes(group: PlacementGroup) -> dict[int, rank_order.Node]:
     addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
     found = placement_group_table(group)["bundles_to_node_id"]
     return {bundle: (addresses.get(node, ""), node) for bundle, node in found.items()}
+
+
+def _placed(group: Any, wait_s: float) -> bool:
+    """Wait for room; after ``READY_SECONDS`` say for what."""
+    if group.wait(min(wait_s, READY_SECONDS)):
+        return True
+    if wait_s <= READY_SECONDS:
+        return False
+    _log.warning(f"waiting for room, for up to {wait_s:g} s (cluster.wait_s){_gone()}")
+    return bool(group.wait(wait_s - READY_SECONDS))
+
+
+def _gone() -> str:
+    """Names of the hosts that this cluster has lost."""
+    there = {node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
+    lost = {node["NodeManagerHostname"] for node in ray.nodes()} - there
+    return f"; lost: {', '.join(sorted(lost))}" if lost else ""
 
 
 def _wait_for_saves(actors: list[Any], refs: list[Any], grace_s: float) -> None:
@@ -198,23 +221,29 @@ def _gather(refs: list[Any]) -> list[Any]:
         ray.wait(pending, num_returns=len(pending), timeout=GRACE_SECONDS) if pending else ([], [])
     )
     failures = [failure, *(f for f in map(_failure, done) if f is not None)]
+    raise verdict(failures, unanswered=bool(unanswered)) from None
+
+
+def verdict(failures: list[RayError], unanswered: bool) -> Exception:
+    """What a group has ended with: a user's mistake, a lost rank, or a bug (see ``_gather``)."""
     causes = [one.cause for one in failures if isinstance(one, RayTaskError)]
-    lost = [last_line(one) for one in failures if isinstance(one, RayActorError)]
+    # A process or node that died, one that was killed for memory, or an answer that was lost with it.
+    lost = [last_line(one) for one in failures if not isinstance(one, RayTaskError)]
     lost += [cause.what for cause in causes if isinstance(cause, PeerLost)]
     for cause in causes:
         if isinstance(cause, UserError) and not isinstance(cause, PeerLost):
-            raise cause from None
+            return cause
     if lost:
-        raise LostRank(lost[0]) from None
+        return LostRank(lost[0])
     if unanswered:
-        raise LostRank(f"no answer; another rank failed with {last_line(failures[0])}") from None
-    raise min(failures, key=_is_consequence)
+        return LostRank(f"no answer; another rank failed with {last_line(failures[0])}")
+    return min(failures, key=_is_consequence)
 
 
 def _failure(reference: Any) -> RayError | None:
     try:
         ray.get(reference)
-    except (RayActorError, RayTaskError) as error:
+    except RayError as error:
         return error
     return None
 

@@ -109,6 +109,7 @@ class Training:
             context.key,
             context.about,
             keep_last=context.config.checkpoint.keep_last,
+            max_failures=context.config.checkpoint.max_failures,
         )
         self.metrics = MetricsLog(context.folder, context.ranks.rank, name=name)
         self.corrupt = CorruptCount(context.config.data.max_corrupt, samples)

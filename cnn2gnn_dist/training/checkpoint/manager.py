@@ -49,6 +49,7 @@ class Checkpoints:
         run_id: the run that they belong to; checkpoints of other runs are refused.
         about: the config fields behind ``run_id``, so that a refusal can name the differences.
         keep_last: how many to keep, in addition to the best one.
+        max_failures: how many saves in succession may fail; None: any number.
     """
 
     def __init__(
@@ -57,7 +58,9 @@ class Checkpoints:
         run_id: str,
         about: dict[str, Any] | None = None,
         keep_last: int = 2,
+        max_failures: int | None = None,
     ) -> None:
+        self.max_failures, self._failures = max_failures, 0
         self.folder, self.run_id, self.keep_last = Path(folder), run_id, keep_last
         self.about = about or {}
         self.problem: str | None = None
@@ -233,12 +236,27 @@ class Checkpoints:
         _log.debug("checkpoint %s is complete", final.name)
 
     def _report(self, problem: str | None, work: Path) -> None:
+        """Note the outcome of a save, the same on all ranks.
+
+        Raises:
+            UserError: ``max_failures`` have failed in succession.
+        """
         self.problem = problem
-        if problem is not None and collectives.rank() == 0:
+        self._failures = 0 if problem is None else self._failures + 1
+        if problem is None:
+            return
+        if collectives.rank() == 0:
             shutil.rmtree(work, ignore_errors=True)
             _log.error(
                 f"checkpoint {work.stem} was not written: {problem}; training continues, and the "
                 "previous checkpoint is kept"
+            )
+        if self.max_failures is not None and self._failures >= self.max_failures:
+            raise UserError(
+                f"{self._failures} checkpoints in succession could not be written: {problem}",
+                where=str(self.folder),
+                remedy="free some space or fix the folder; the same command resumes from the last one "
+                "that was written (checkpoint.max_failures)",
             )
 
 
