@@ -1,14 +1,17 @@
-"""Whole runs on two hosts: the same as on one, whatever their file server's clients believe."""
+"""Runs on two hosts: the same as on one, whatever their file server's clients believe and their link does."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from cnn2gnn_dist.errors import PeerLost
 from tests.support import host_runs, hosts, runs
 from tests.support.hosts import Host
+from tests.support.watching import reach
 
 pytestmark = hosts.needed("bindfs")
 
@@ -27,6 +30,19 @@ def pair(folder: Path) -> Iterator[tuple[Host, ...]]:
     with hosts.network(2, keep=[folder]) as made:
         hosts.share(folder / "server", folder / "shared", made, BELIEVED_S)
         yield made
+
+
+def listening(host: Host) -> set[str]:
+    """The addresses on which the processes of a host listen, from the kernel's own tables."""
+    found = set()
+    for line in host.shell("cat /proc/net/tcp /proc/net/tcp6").splitlines():
+        words = line.split()
+        if len(words) > 3 and words[3] == "0A":
+            digits = words[1].partition(":")[0][-8:]  # an IPv4 address through IPv6 ends with it
+            mapped = len(words[1].partition(":")[0]) == 8 or "FFFF0000" in words[1]
+            address = ".".join(str(int(digits[at : at + 2], 16)) for at in (6, 4, 2, 0))
+            found.add(address if mapped else words[1])
+    return found
 
 
 def arrays(run: Path) -> dict[str, bytes]:
@@ -50,3 +66,39 @@ def test_a_run_over_clients_with_caches_of_their_own(
     made, wanted = arrays(run), arrays(micro_run)
     assert made.keys() == wanted.keys()
     assert [name for name in made if made[name] != wanted[name]] == []
+
+
+def test_a_link_that_is_cut_for_a_while_and_one_that_stays_cut(
+    pair: tuple[Host, ...], folder: Path, micro_run: Path
+) -> None:
+    """8 s cost nothing; beyond the timeout both ranks end, name the other, and the same command resumes.
+
+    On the way: nothing listens beyond loopback and the network given.
+    """
+    run = folder / "cut"
+    chosen = ["--stages", "pack,index,teacher"]
+    whole = [*host_runs.micro(run), *chosen]
+    ranks = host_runs.start(pair, [*whole, "cluster.timeout_s=60"])
+    reach(ranks[0], run, "teacher", 1)
+    for host in pair:
+        assert listening(host) - {"127.0.0.1"} == {host.address}
+    pair[1].cut()
+    time.sleep(8)  # the length of the fault
+    pair[1].mend()
+    for code, output in host_runs.finish(ranks):
+        assert code == 0, output[-4000:]
+    assert runs.trail(run, ("teacher",)) == runs.trail(micro_run, ("teacher",))
+
+    run = folder / "lost"
+    whole = [*host_runs.micro(run), *chosen]
+    ranks = host_runs.start(pair, [*whole, "cluster.timeout_s=6"], port=29_501)
+    reach(ranks[0], run, "teacher", 6)
+    pair[1].cut()
+    ended = host_runs.finish(ranks)
+    pair[1].mend()
+    for (code, output), other in zip(ended, ("rank 1 on node-b", "rank 0 on node-a"), strict=True):
+        assert code == PeerLost.exit_code, output[-4000:]
+        assert f"another rank died, or did not answer within 6 s: {other}" in output
+    for code, output in host_runs.finish(host_runs.start(pair, whole, port=29_502)):
+        assert code == 0, output[-4000:]
+    assert runs.trail(run, ("teacher",)) == runs.trail(micro_run, ("teacher",))

@@ -15,7 +15,7 @@ import torch
 
 from cnn2gnn_dist import upload_checks
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.runtime import host_checks, ray_probe, rendezvous
+from cnn2gnn_dist.runtime import host_checks, ranks, ray_probe, rendezvous
 from cnn2gnn_dist.runtime.process_group import device_index, join
 from cnn2gnn_dist.runtime.ranks import Ranks, first_host
 from tests.support import runs
@@ -306,3 +306,19 @@ def test_what_is_sent_is_what_ray_sends(tmp_path, monkeypatch):
         "run.py",
         "old/3.png",
     }
+
+
+def test_a_name_of_its_own_that_leads_to_itself_is_no_meeting_place(monkeypatch):
+    """Debian's 127.0.1.1: others reach rank 0 at the address of an interface."""
+    monkeypatch.setattr(ranks.socket, "gethostbyname", lambda name: "127.0.1.1")
+    monkeypatch.setattr(ranks, "first_address", lambda: "192.0.2.5")
+    assert Ranks(0, 0, 2, "node-a").meeting_address() == "192.0.2.5"
+    assert Ranks(0, 0, 2, "localhost").meeting_address() == "localhost"
+    monkeypatch.setattr(ranks, "first_address", lambda: None)
+    assert Ranks(0, 0, 2, "node-a").meeting_address() == "node-a"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # all on this host: its loopback will do
+    monkeypatch.setattr(ranks, "first_address", lambda: "192.0.2.5")
+    assert Ranks(0, 0, 2, "node-a").meeting_address() == "node-a"
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    monkeypatch.setattr(ranks.socket, "gethostbyname", lambda name: "192.0.2.9")
+    assert Ranks(0, 0, 2, "node-a").meeting_address() == "node-a"

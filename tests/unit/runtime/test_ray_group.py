@@ -1,0 +1,32 @@
+"""What a group of ranks under Ray has ended with: a mistake, a lost rank, or a bug."""
+
+from __future__ import annotations
+
+from ray.exceptions import ActorDiedError, OutOfMemoryError, RayTaskError
+
+from cnn2gnn_dist.errors import PeerLost, UserError
+from cnn2gnn_dist.runtime.ray_group import LostRank, verdict
+
+
+def raised(cause: Exception) -> RayTaskError:
+    return RayTaskError("run", f"{type(cause).__name__}: {cause}", cause)
+
+
+def test_a_rank_that_was_killed_for_memory_is_a_lost_one() -> None:
+    found = verdict(
+        [OutOfMemoryError("Task was killed due to the node running low on memory.")], False
+    )
+    assert isinstance(found, LostRank)
+    assert "low on memory" in str(found)
+
+
+def test_a_mistake_counts_before_what_follows_from_it() -> None:
+    mistake = UserError("no room", where="run.dir")
+    assert verdict([ActorDiedError(), raised(PeerLost("gone")), raised(mistake)], True) is mistake
+
+
+def test_a_lost_peer_is_a_lost_rank_and_a_bug_is_none() -> None:
+    assert isinstance(verdict([raised(PeerLost("rank 1 is gone"))], False), LostRank)
+    assert isinstance(verdict([raised(ValueError("bug"))], unanswered=True), LostRank)
+    bug, consequence = raised(ValueError("bug")), raised(RuntimeError("Connection closed by peer"))
+    assert verdict([consequence, bug], False) is bug
