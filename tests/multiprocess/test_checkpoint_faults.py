@@ -50,6 +50,11 @@ def saved_through_faults(root: Path) -> dict[str, Any]:
     attempt("no folder", 3)
     with pytest.raises(UserError, match="the last checkpoint could not be written"):
         saved.finish()
+    strict = Checkpoints(root, RUN, max_failures=2)
+    strict.save(3, engine, extra(3))
+    with pytest.raises(UserError, match="2 checkpoints in succession could not be written"):
+        strict.save(3, engine, extra(3))
+    collectives.barrier()
     if collectives.rank() == 0:
         (root / "step-00000003.tmp").unlink()
     attempt("after", 4)
