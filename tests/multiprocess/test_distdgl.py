@@ -18,7 +18,17 @@ from cnn2gnn_dist.graph import bank
 from cnn2gnn_dist.graph.sampler import TableSampler
 from tests.support.blocks import sampled_block
 from tests.support.distdgl import D, M, N, make_version, needs_namespaces, serving
-from tests.support.runs import MICRO, environment, finish, launch, ray_environment, results, start
+from tests.support.runs import (
+    MICRO,
+    copy_before,
+    environment,
+    finish,
+    launch,
+    lines,
+    ray_environment,
+    results,
+    start,
+)
 from tests.support.watching import ranks_of, reach
 
 pytestmark = [needs_namespaces]
@@ -150,46 +160,48 @@ def test_a_silent_server_is_lost_after_the_timeout(tmp_path):
         assert time.monotonic() - began >= 4
 
 
-def test_machines_die_with_the_rank_that_asked_for_them(tmp_path):
-    """SIGKILL to a rank: its server and client exit, the other rank reports its loss and exits;
-    the same command resumes from the checkpoint.
+def test_a_lost_server_and_a_killed_rank_end_a_launch_and_the_same_command_continues(
+    micro_run, tmp_path
+):
+    """A lost server: at once, even if its rank waits in a collective for one that waits for it.
+    SIGKILL to a rank: its server and client exit, the other rank reports its loss and exits.
     """
     run = tmp_path / "run"
-    process = start(launch(run, *SERVED, "cluster.timeout_s=20"), environment())
-    reach(process, run, "student", 11)
-    ranks = ranks_of(process)
-    family = [child for rank in ranks for child in rank.children(recursive=True)]
-    assert len(parts_of(family, "distdgl.server")) == 2
-    ranks[1].kill()
-    code, output = finish(process)
-    assert code != 0, output
-    assert not psutil.wait_procs(family, timeout=60)[1]
-    code, output = finish(start(launch(run, *SERVED), environment()))
-    assert code == 0, output[-4000:]
-    assert re.search(r"student +resumes at epoch", output)
-
-
-def test_a_lost_server_ends_the_launch_and_the_same_command_continues(tmp_path):
-    """At once, even if its rank waits in a collective for one that waits for the server."""
-    run = tmp_path / "run"
-    process = start(launch(run, *SERVED), environment())  # its timeout is ten minutes
+    copy_before(micro_run, run, "student")
+    command = launch(run, *SERVED, "graph.refresh_epochs=9", "student.control=false")
+    process = start(command, environment())  # its timeout is ten minutes
     reach(process, run, "student", 11)
     one_of(process, "distdgl.server").kill()
     code, output = finish(process)
     assert code != 0
     assert re.search(r"DistDGL was lost at partition \d: server was killed by signal 9", output)
     assert re.search(r"exitcode +: 75", output), output
-    code, output = finish(start(launch(run, *SERVED), environment()))
+
+    last = lines(run / "student")[-1]["step"]
+    process = start([*command, "cluster.timeout_s=20"], environment())
+    reach(process, run, "student", last + 2)
+    ranks = ranks_of(process)
+    family = [child for rank in ranks for child in rank.children(recursive=True)]
+    assert len(parts_of(family, "distdgl.server")) == 2
+    ranks[1].kill()
+    code, output = finish(process)
+    assert code != 0, output
+    assert re.search(r"student +resumes at epoch", output)
+    assert not psutil.wait_procs(family, timeout=60)[1]
+
+    code, output = finish(start(command, environment()))
     assert code == 0, output[-4000:]
     assert re.search(r"student +resumes at epoch", output)
     assert results(run)["student"]["accuracy"] > 0.2
 
 
 @pytest.mark.ray
-def test_under_ray_the_group_starts_again_by_itself(tmp_path):
+def test_under_ray_the_group_starts_again_by_itself(micro_run, tmp_path):
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "cnn2gnn_dist", "run", "--config", "demo", *MICRO, *SERVED]
-    process = start([*command, f"run.dir={run}", "cluster.timeout_s=20"], ray_environment())
+    copy_before(micro_run, run, "student")
+    command = [sys.executable, "-m", "cnn2gnn_dist", "student", "--config", "demo", *MICRO, *SERVED]
+    command += [f"run.dir={run}", "cluster.timeout_s=20", "graph.refresh_epochs=9"]
+    process = start(command, ray_environment())
     reach(process, run, "student", 11)
     one_of(process, "distdgl.client").kill()
     code, output = finish(process)
