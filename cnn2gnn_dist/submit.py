@@ -17,20 +17,23 @@ import asyncio
 import logging
 import os
 import shlex
+import shutil
 import signal
 import sys
+import tempfile
 import time
 import uuid
 from pathlib import Path
 from typing import Any
 
 from cnn2gnn_dist import log
-from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.errors import UserError, first_line
 from cnn2gnn_dist.runtime import ray_probe
 
 _log = logging.getLogger(__name__)
 
 CHECKOUT = Path(__file__).resolve().parent.parent
+DS_CONFIG = "ds_config.json"
 EXCLUDES = [".git", "runs", ".venv", "**/*.tar", "**/__pycache__"]
 ENTRYPOINT = r"""
 case "$VIRTUAL_ENV" in
@@ -95,6 +98,8 @@ def _submit(options: argparse.Namespace) -> int:
     ray_probe.bypass_proxies(options.address)
     where = f"--address {options.address}"
     os.environ[ray_probe.MODE] = ray_probe.job_server_mode(options.address, where)
+    from aiohttp import ClientError
+
     # Imported only now, because Ray reads how to authenticate when it is imported.
     from ray.job_submission import JobStatus, JobSubmissionClient
 
@@ -109,12 +114,13 @@ def _submit(options: argparse.Namespace) -> int:
     _log.debug("sending %d files, %d KiB", len(files), sum(files.values()) >> 10)
     try:
         client = JobSubmissionClient(options.address)
-        job = client.submit_job(
-            submission_id=f"cnn2gnn-{uuid.uuid4().hex[:8]}",
-            entrypoint=ENTRYPOINT.format(arguments=shlex.join(options.arguments)),
-            runtime_env=_runtime_env(folder, options),
-        )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+        with tempfile.TemporaryDirectory() as scratch:
+            job = client.submit_job(
+                submission_id=f"cnn2gnn-{uuid.uuid4().hex[:8]}",
+                entrypoint=ENTRYPOINT.format(arguments=shlex.join(options.arguments)),
+                runtime_env=_runtime_env(folder, options, scratch),
+            )
+    except (OSError, RuntimeError, ValueError) as error:  # OSError: also those of requests
         lines = str(error).splitlines() or [type(error).__name__]
         raise UserError(
             f"the job server rejected the job: {lines[0]}", where=where, remedy="see the head's log"
@@ -124,24 +130,44 @@ def _submit(options: argparse.Namespace) -> int:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         asyncio.run(_follow(client, job))
+        found = client.get_job_info(job)
     except KeyboardInterrupt:
         if options.stop_on_interrupt:
             _stop(client, job)
         else:
             log.output(f"{job} keeps running; `ray job logs {job} --follow` shows its log")
         return 130
-    found = client.get_job_info(job)
+    except (OSError, RuntimeError, ClientError) as error:
+        raise UserError(
+            f"the job server stopped answering: {first_line(error)}",
+            where=where,
+            remedy=f"if the cluster still runs: `ray job logs {job} --follow`, `ray job status {job}`",
+        ) from None
     log.output(f"{job}: {found.status.value}")
+    if found.driver_exit_code is None and found.status == JobStatus.FAILED and found.message:
+        _log.warning(found.message.strip())  # it never began: its environment could not be made
     return 0 if found.status == JobStatus.SUCCEEDED else found.driver_exit_code or 1
 
 
-def _runtime_env(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+def _runtime_env(folder: Path, options: argparse.Namespace, scratch: str) -> dict[str, Any]:
+    """What Ray prepares on every host; ``scratch``: a folder that exists until the job is submitted."""
     found: dict[str, Any] = {"working_dir": str(folder), "excludes": EXCLUDES}
     if options.send_package:
-        found["py_modules"] = [str(Path(__file__).resolve().parent)]
+        found["py_modules"] = [str(_package(Path(scratch)))]
     if options.pip:
         found["pip"] = options.pip
     return found
+
+
+def _package(scratch: Path) -> Path:
+    """This package as a wheel would install it; in a checkout its DeepSpeed config lies beside it."""
+    package = Path(__file__).resolve().parent
+    if (package / DS_CONFIG).is_file():
+        return package
+    copy = scratch / package.name
+    shutil.copytree(package, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(package.parent / DS_CONFIG, copy)
+    return copy
 
 
 def _stop(client: Any, job: str) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cnn2gnn_dist import upload_checks
+from cnn2gnn_dist import submit, upload_checks
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.runtime import host_checks, ranks, ray_probe, rendezvous
 from cnn2gnn_dist.runtime.process_group import device_index, join
@@ -322,3 +322,11 @@ def test_a_name_of_its_own_that_leads_to_itself_is_no_meeting_place(monkeypatch)
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
     monkeypatch.setattr(ranks.socket, "gethostbyname", lambda name: "192.0.2.9")
     assert Ranks(0, 0, 2, "node-a").meeting_address() == "node-a"
+
+
+def test_the_package_is_sent_as_a_wheel_would_install_it(tmp_path):
+    package = submit._package(tmp_path)
+    assert package.name == "cnn2gnn_dist"
+    assert (package / "ds_config.json").is_file()  # in a checkout it lies beside the package
+    assert (package / "submit.py").is_file()
+    assert not list(package.rglob("__pycache__"))
