@@ -7,6 +7,7 @@ import secrets
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
@@ -73,6 +74,18 @@ def test_a_cluster_says_which_token_it_wants(ray_cluster, monkeypatch, tmp_path)
         ray_probe.cluster_mode(address, "cluster.address")
     assert str(tmp_path / "none") in caught.value.where
     assert caught.value.remedy.startswith("unset RAY_AUTH_TOKEN_PATH, and save")
+
+
+def test_the_clusters_token_is_in_no_command_and_no_log(ray_cluster):
+    """Every user of a host may read the commands of its processes; logs are shown to others."""
+    path = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
+    token = path.read_text().encode()
+    commands = [p.cmdline() for p in psutil.Process().children(recursive=True)]
+    assert any("raylet" in word for words in commands for word in words)
+    assert not any(token in word.encode() for words in commands for word in words)
+    logs = [p for p in (path.parent / "t").rglob("*") if p.is_file()]
+    assert any(p.name.startswith("raylet") for p in logs)
+    assert [p for p in logs if token in p.read_bytes()] == []
 
 
 @pytest.mark.parametrize("held_by", ["RAY_ADDRESS", "cluster.address", "GLOO_SOCKET_IFNAME"])
