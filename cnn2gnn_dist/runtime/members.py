@@ -12,6 +12,7 @@ import functools
 import hashlib
 import os
 import pickle
+import secrets
 import socket
 import sys
 import time
@@ -29,6 +30,7 @@ CLOCKS_S = 60.0
 LINGER_S = 5.0
 """Seconds that rank 0, whose store often ends with it, waits for the others to read an error."""
 PACKAGES = ("torch", "deepspeed", "dgl", "numpy", "ray", "timm", "pyarrow")
+POLL_S = 0.02
 SHOWN = 5
 """Differences that a message lists."""
 
@@ -100,6 +102,62 @@ def name_of(rank: int) -> str:
     return f"rank {rank}"
 
 
+def begin_attempt(store: Any, rank: int, world_size: int, timeout: timedelta) -> str:
+    """Agree on a name for this attempt of the ranks to form a group (every rank calls this).
+
+    torchrun's agents keep their store when they start ranks again, with all keys of those before; and an
+    agent counts only the restarts that its own ranks have caused. So rank 0 invites under a new
+    name, each rank answers with one of its own, and rank 0 lists whose answers it has: a list with this
+    rank's name can't be an old one.
+
+    Raises:
+        NotMet: ranks did not arrive in time.
+    """  # noqa: DOC501
+    deadline = timeout.total_seconds()
+    own, others = secrets.token_hex(8), range(1, world_size)
+    if rank == 0:
+        store.set("invitation", own)
+        answers: dict[int, str] = {}
+
+        def all_answered() -> bool:
+            for other in others:
+                invited, _, name = _value(store, f"answer/{other}").partition(" ")
+                if invited == own:
+                    answers[other] = name
+            return len(answers) == len(others)
+
+        if not wait_until(all_answered, deadline, POLL_S):
+            raise _not_met(rank, world_size, timeout, [r for r in others if r not in answers])
+        store.set("attempt", " ".join([own, *(answers[other] for other in others)]))
+        return own
+    answered = ""
+
+    def is_listed() -> bool:
+        nonlocal answered
+        invited = _value(store, "invitation")
+        if invited and invited != answered:
+            store.set(f"answer/{rank}", f"{invited} {own}")
+            answered = invited
+        return own in _value(store, "attempt").split(" ")[1:]
+
+    if not wait_until(is_listed, deadline, POLL_S):
+        raise _not_met(rank, world_size, timeout, [r for r in range(world_size) if r != rank][:1])
+    return _value(store, "attempt").split(" ")[0]
+
+
+def _value(store: Any, key: str) -> str:
+    return bytes(store.get(key)).decode() if store.check([key]) else ""
+
+
+def _not_met(rank: int, world_size: int, timeout: timedelta, missing: Sequence[int]) -> NotMet:
+    return NotMet(
+        f"rank {rank} of {world_size} could not meet the others within "
+        f"{timeout.total_seconds():g} s: rank {', '.join(map(str, missing))} did not arrive",
+        where="process group",
+        remedy="check the other ranks' output; for a single process unset RANK and WORLD_SIZE",
+    )
+
+
 def meet(store: Any, own: Member, world_size: int, timeout: timedelta) -> None:
     """Exchange cards over the store; the group is then ``present`` (every rank calls this).
 
@@ -134,12 +192,7 @@ def _all(store: Any, name: str, world_size: int, timeout: timedelta, rank: int) 
             store.wait([key], timedelta(seconds=left))
     missing = [number for number, key in enumerate(keys) if not store.check([key])]
     if missing:
-        raise NotMet(
-            f"rank {rank} of {world_size} could not meet the others within "
-            f"{timeout.total_seconds():g} s: rank {', '.join(map(str, missing))} did not arrive",
-            where="process group",
-            remedy="check the other ranks' output; for a single process unset RANK and WORLD_SIZE",
-        )
+        raise _not_met(rank, world_size, timeout, missing)
     return [bytes(store.get(key)) for key in keys]
 
 

@@ -48,7 +48,9 @@ def join(
     problem = problem or _interface_problem(ranks, backend)
     if ranks.world_size == 1 and problem is not None:
         raise problem
-    store = dist.PrefixStore(_attempt(), _store(ranks, timeout))
+    hosted = _store(ranks, timeout)
+    attempt = members.begin_attempt(hosted, ranks.rank, ranks.world_size, timeout)
+    store = dist.PrefixStore(f"default_pg/{attempt}", hosted)
     own = members.Member.here(ranks.rank, about, problem)
     members.meet(store, own, ranks.world_size, timeout)
     # With the device known up front, NCCL's communicator exists when later groups split it.
@@ -76,11 +78,6 @@ def decline(ranks: Ranks, problem: UserError) -> NoReturn:
         except members.NotMet:
             raise problem from None
     raise problem
-
-
-def _attempt() -> str:
-    """Prefix of the store's keys: torchrun's agent keeps its store when it starts the ranks again."""
-    return f"default_pg/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
 def _interface_problem(ranks: Ranks, backend: str) -> UserError | None:

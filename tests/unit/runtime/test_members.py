@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
+import threading
 from datetime import timedelta
 from pathlib import Path
 
@@ -77,6 +79,38 @@ def test_missing_ranks_are_named():
         members.meet(store, member(0), 4, timedelta(seconds=0.1))
     assert isinstance(caught.value, members.NotMet)
     assert members.present() == ()
+
+
+def joined(store: dist.Store, ranks: list[int]) -> list[str | None]:
+    """The name of the attempt on which these of three ranks agree; None: they did not meet."""
+    found: list[str | None] = [None] * len(ranks)
+
+    def join(place: int, rank: int) -> None:
+        with contextlib.suppress(members.NotMet):
+            found[place] = members.begin_attempt(store, rank, 3, timedelta(seconds=20))
+
+    threads = [threading.Thread(target=join, args=pair) for pair in enumerate(ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def test_each_attempt_has_a_name_of_its_own_in_a_store_that_remembers():
+    """As torchrun's agents keep it: with the answers of ranks that are gone."""
+    store = dist.HashStore()
+    first = joined(store, [0, 1, 2])
+    second = joined(store, [2, 1, 0])
+    assert len(set(first)) == len(set(second)) == 1
+    assert None not in (first[0], second[0])
+    assert first[0] != second[0]
+    with pytest.raises(
+        members.NotMet, match="rank 1, 2 did not arrive"
+    ):  # their answers are old ones
+        members.begin_attempt(store, 0, 3, timedelta(seconds=0.1))
+    with pytest.raises(members.NotMet, match="rank 0 did not arrive"):
+        members.begin_attempt(store, 1, 3, timedelta(seconds=0.1))
 
 
 def test_own_versions_name_the_packages_files():
