@@ -25,7 +25,7 @@ class UserError(Exception):
 
     exit_code = 2
     told = False
-    """Whether rank 0 reports it, so that this rank need not."""
+    """Whether rank 0 knows and reports it, so that no other rank need."""
 
     def __init__(self, what: str, *, where: str = "", remedy: str = "") -> None:
         super().__init__(what, where, remedy)

@@ -92,7 +92,7 @@ def run_rank(
             _on_rank_0(ranks, lambda: _begin(survey, names, surroundings))
             return _run_all(survey, names, update, inside_ray, ranks, device, force)
     except UserError as error:
-        error.told = words.say(error) or error.told
+        error.told = words.say(error)
         raise
     except RuntimeError as error:
         if ranks.world_size > 1 and collectives.lost_peer(error):

@@ -29,7 +29,7 @@ def every_rank(work: Callable[[], T]) -> list[T]:
 
     Raises:
         UserError: some ranks raised one: each with its rank and host, on every rank.
-    """  # noqa: DOC501
+    """
     result: Any = None
     problem: UserError | None = None
     with collectives.uneven():
@@ -40,7 +40,9 @@ def every_rank(work: Callable[[], T]) -> list[T]:
     told = collectives.all_gather_object((result, problem))
     wrong = [(_member(rank), error) for rank, (_, error) in enumerate(told) if error is not None]
     if wrong:
-        raise members.together(wrong, len(told))
+        everyones = members.together(wrong, len(told))
+        everyones.told = True
+        raise everyones
     return [one for one, _ in told]
 
 
@@ -71,8 +73,8 @@ class LastWords:
 
         Returns whether rank 0 reports it, or one like it.
         """
-        if self._store is None or isinstance(error, PeerLost | Preempted):
-            return False
+        if self._store is None or error.told or isinstance(error, PeerLost | Preempted):
+            return error.told
         _within(WAIT_S, lambda: self._tell(error))
         waiting = [r for r in range(self.world_size) if r != self.rank] if self.rank == 0 else [0]
         heard = _within(WAIT_S, lambda: self._store.wait([f"heard/{r}" for r in waiting]) or True)
@@ -87,7 +89,7 @@ class LastWords:
             return None
         wrong = [(_member(rank), error) for rank, error in sorted(self._found.items())]
         found = members.together(wrong, self.world_size)
-        found.told = self.rank != 0
+        found.told = True
         return found
 
     def silent(self) -> str:

@@ -56,6 +56,8 @@ class Meeting:
             with beat:
                 yield
         except BaseException as error:
+            if isinstance(error, UserError):
+                error.told = True
             with contextlib.suppress(Exception):
                 self.store.set(_outcome_key(call), pickle.dumps(self._error_for_peers(error)))
                 if self.rank == 0:
@@ -71,6 +73,8 @@ class Meeting:
             call, self.world_size - (raised is not None)
         )  # the rank that raised doesn't read it
         if raised is not None:
+            if isinstance(raised, UserError):
+                raised.told = True
             raise raised
 
     def _wait_until_read(self, call: int, readers: int) -> None:

@@ -177,7 +177,7 @@ def meet(store: Any, own: Member, world_size: int, timeout: timedelta) -> None:
     if wrong is not None:
         if own.rank == 0:
             wait_until(lambda: store.add("members/read", 0) >= world_size, LINGER_S)
-        wrong.told = own.rank != 0
+        wrong.told = True
         raise wrong
     global _present
     _present = tuple(members)
