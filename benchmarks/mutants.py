@@ -53,12 +53,20 @@ SUBJECTS = (
     Subject("order", "data/order.py", ("unit/data/test_order.py",)),
     Subject("targets", "data/soft_targets.py", ("unit/data/test_soft_targets.py",)),
     Subject("losses", "models/losses.py", ("unit/models/test_losses.py",)),
-    Subject("judge", "stages/shared/predictions.py", ("unit/pipeline/test_predictions.py",)),
+    Subject(
+        "judge",
+        "stages/shared/predictions.py",
+        ("unit/pipeline/test_predictions.py", "multiprocess/test_predictions.py"),
+    ),
     Subject(
         "block", "graph/block.py", ("unit/graph/test_block.py", "unit/models/test_student_model.py")
     ),
     Subject("live_search", "stages/neighbours/live_search.py", ("unit/graph/test_live_search.py",)),
-    Subject("partition", "graph/partition/parts.py", ("unit/graph/test_partition.py",)),
+    Subject(
+        "partition",
+        "graph/partition/parts.py",
+        ("unit/graph/test_partition.py", "multiprocess/test_partition.py"),
+    ),
     Subject(
         "checkpoint",
         "training/checkpoint/manager.py",

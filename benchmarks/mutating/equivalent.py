@@ -36,4 +36,32 @@ REASONS: dict[tuple[str, str], str] = {
         "arithmetic",
         "shares_of: if shares.sum() < total:  →  if shares.sum() <= total:",
     ): "the loop ends where they are equal",
+    (
+        "order",
+        "Order.rank_batch: self._checked.add(world_size)  →  pass",
+    ): "only saves checking the same ranks again",
+    (
+        "order",
+        "_part_of: …p.min_scalar_type(-len(parts) - 1))  →  …p.min_scalar_type(-len(parts) - 2))",
+    ): "a wider type at some counts: the same numbers",
+    (
+        "targets",
+        "Targets.lookup: full = np.maximum(full, 1e-12)  →  full = np.maximum(full, 2e-12)",
+    ): "a floor against log(0): any number far below float16's steps does",
+    (
+        "targets",
+        "_read: … values.to_numpy(zero_copy_only=False).reshape(-1, table.schema.fiel…  →  … values.to_numpy(zero_copy_only=True).reshape(-1, table.schema.fiel…",
+    ): "only values that are missing need a copy, and such a file is refused either way",
+    (
+        "partition",
+        "build_union: local = np.full(len(table_NM) + 1, -1, np.int32)  →  local = np.full(len(table_NM) + 2, -1, np.int32)",
+    ): "one more entry that stands for nobody",
+    (
+        "partition",
+        "PartGraph.save: …te_text(json.dumps(note, indent=1), encoding='utf-8')  →  …te_text(json.dumps(note, indent=2), encoding='utf-8')",
+    ): "how the file is indented",
+    (
+        "partition",
+        "_fill_empty: counts[empty] += 1  →  counts[empty] -= 1",
+    ): "a part of one node is never the largest while another is empty",
 }

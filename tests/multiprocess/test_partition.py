@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -40,6 +41,13 @@ def test_no_part_of_a_tiny_graph_is_empty(nodes):
     assert np.bincount(part, minlength=4).min() >= 1
 
 
+def test_metis_sees_the_nearest_candidates_only():
+    """A longer table, with far neighbours after the near ones, is cut as the table of the near ones."""
+    table = random_table(300, partition.METIS_CANDIDATES + 6, 0)
+    near = np.ascontiguousarray(table[:, : partition.METIS_CANDIDATES])
+    np.testing.assert_array_equal(partition.assign(table, 4), partition.assign(near, 4))
+
+
 def test_metis_that_fails_is_the_users_error(monkeypatch):
     monkeypatch.setattr(partition.sys, "executable", "/bin/false")
     with pytest.raises(UserError, match="exit code 1") as raised:
@@ -50,7 +58,9 @@ def test_metis_that_fails_is_the_users_error(monkeypatch):
 @pytest.mark.skipif(not fixed_addresses(), reason="this kernel lets no process fix its addresses")
 def test_metis_starts_at_the_same_addresses_whatever_the_caller(monkeypatch, tmp_path):
     """METIS's result depends on the environment, and on where the loader places things."""
+    monkeypatch.delenv("LD_LIBRARY_PATH", raising=False)
     plain = partition._plain_environment()
+    assert plain["PATH"] == os.environ["PATH"]
     monkeypatch.setenv("WHATEVER", "x" * 37)
     assert partition._plain_environment() == plain
     code = "from cnn2gnn_dist.graph import metis; metis.without_randomisation()"

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cnn2gnn_dist import settings as configs
 from cnn2gnn_dist.data.batch_sizes import check_arithmetic, check_parts, micro_batches, shares_of
-from cnn2gnn_dist.data.order import Order, sequential
+from cnn2gnn_dist.data.order import MOST_EPOCHS, Order, sequential
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.stages.shared import preflight
 from tests.support.examples import examples
@@ -137,6 +137,23 @@ def test_epochs_and_seeds_differ_and_all_is_shown_in_time():
     assert len(np.unique([epoch_of(order, e) for e in range(12)])) == 100
 
 
+def test_the_digest_tells_apart_all_that_the_sequence_depends_on():
+    how = {"seed": 1, "global_batch": 4, "window": 2}
+    halves = [np.arange(8), np.arange(8, 16)]
+    orders = [
+        Order(np.array([8, 8]), **how),
+        Order(np.array([8, 8]), **{**how, "seed": 2}),
+        Order(np.array([8, 8]), **{**how, "seed": 2**63}),
+        Order(np.array([8, 8]), **{**how, "global_batch": 5}),
+        Order(np.array([8, 8]), **{**how, "window": 1}),
+        Order(np.array([7, 9]), **how),
+        Order(np.array([8, 8]), **how, parts=halves),
+        Order(np.array([8, 8]), **how, parts=halves[::-1]),
+    ]
+    assert len({order.digest for order in orders}) == len(orders)
+    assert Order(np.array([8, 8]), **how).digest == orders[0].digest
+
+
 @pytest.mark.parametrize("count", [127, 128, 300, 33_000])
 def test_as_many_parts_as_there_are(count):
     """Partition numbers are stored in as few bits as they need."""
@@ -209,7 +226,8 @@ def test_wrong_arguments():
     for wrong in ({"global_batch": 0}, {"window": 0}):
         with pytest.raises(UserError):
             Order(sizes, **{"seed": 0, "global_batch": 4, "window": 1, **wrong})
-    for parts in ([np.arange(10), np.arange(8, 16)], [np.arange(15)]):
+    twice = [np.zeros(2, np.int64), np.arange(2, 16)]  # as many ids as samples, one of them missing
+    for parts in ([np.arange(10), np.arange(8, 16)], [np.arange(15)], twice):
         with pytest.raises(ValueError, match="disjoint and cover"):
             Order(sizes, seed=0, global_batch=4, window=1, parts=parts)
     for parts in ([np.arange(17)], [np.arange(8), np.arange(-8, 0)]):
@@ -222,6 +240,9 @@ def test_wrong_arguments():
         order.rank_batch(0, 0, 0, 3)
     with pytest.raises(IndexError):
         order.batch(0, 4)
+    for epoch in (-1, MOST_EPOCHS):
+        with pytest.raises(IndexError, match=rf"epoch {epoch} is not in 0\.\."):
+            order.batch(epoch, 0)
     two = Order(sizes, seed=0, global_batch=4, window=1, parts=[np.arange(8), np.arange(8, 16)])
     with pytest.raises(UserError, match="2 partitions can't be shared by 3 ranks"):
         two.rank_batch(0, 0, 0, 3)
@@ -307,7 +328,7 @@ def test_without_parts_two_ranks_hold_what_one_holds_in_two_micro_batches():
 @given(total=st.integers(1, 60), batch=st.integers(1, 12), world=st.integers(1, 5))
 def test_sequential_covers_all_in_order(total, batch, world):
     ranks = [list(sequential(total, batch, rank, world)) for rank in range(world)]
-    assert len({len(steps) for steps in ranks}) == 1
+    assert {len(steps) for steps in ranks} == {-(-total // (batch * world))}
     seen = []
     for step in zip(*ranks, strict=True):
         for ids, mask in step:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from cnn2gnn_dist.data import soft_targets as targets_module
-from cnn2gnn_dist.data.soft_targets import Targets, is_complete, write_shard
+from cnn2gnn_dist.data.soft_targets import Targets, corrupt_samples, is_complete, write_shard
 from cnn2gnn_dist.errors import UserError
 
 META = {"key": "abc", "views": [0, 1]}
@@ -190,6 +191,41 @@ def test_negative_ids_and_views_are_refused(tmp_path):
     how = {"view_count": 1, "indices": indices, "log_probs": values, "meta": META}
     write_shard(path, ids=np.array([0, 1, -1, -2]), **how)
     refused("can't be used", path, tmp_path, 4, 5)
+    write_shard(path, ids=np.arange(4), **how)
+    with_other_columns(path, view=pa.array([0, -1, 0, 0], pa.int32()))
+    refused("can't be used", path, tmp_path, 4, 5)
+
+
+def with_other_columns(path: Path, **columns: pa.Array) -> None:
+    """Replace columns of a file, under a valid checksum."""
+    table = pq.read_table(path)
+    note = dict(table.schema.metadata)
+    for name, values in columns.items():
+        table = table.set_column(table.schema.get_field_index(name), name, values)
+    pq.write_table(table, path)
+    _, found = targets_module._read(path)
+    note[targets_module.CHECKSUM] = targets_module._checksum(found)
+    pq.write_table(table.replace_schema_metadata(note), path)
+
+
+def test_a_class_that_occurs_twice_is_refused(tmp_path):
+    """With all classes in every row their order is implied, so that a repeated one would hide."""
+    path = write_all(tmp_path, teacher(1, 2, 3), 3)[0]
+    classes = pa.FixedSizeListArray.from_arrays(pa.array([0, 1, 2, 2, 1, 2], pa.int32()), 3)
+    with_other_columns(path, indices=classes)
+    assert is_complete(path, META)
+    refused("a class occurs twice", path, tmp_path, 2, 3)
+
+
+def test_corrupt_samples_and_their_reasons_are_kept(tmp_path):
+    indices, values = top(teacher(1, 4, 5), 2)
+    path = tmp_path / "made" / "with its folders" / "a.parquet"
+    how = {"view_count": 1, "indices": indices, "log_probs": values, "meta": META}
+    write_shard(path, ids=np.arange(4), **how, corrupt={2: "b.png: cut off"})
+    assert corrupt_samples(path) == {2: "b.png: cut off"}
+    assert is_complete(path, META)
+    write_shard(path, ids=np.arange(4), **how)
+    assert corrupt_samples(path) == {}
 
 
 def test_a_sample_without_one_of_its_views(tmp_path):

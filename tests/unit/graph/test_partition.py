@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -134,6 +136,19 @@ def test_a_note_of_another_form_is_refused(tmp_path, note):
         partition.PartGraph.load(tmp_path)
 
 
+@pytest.mark.parametrize(("inner", "halo1"), [(-1, 10), (10, -1), (9, 9), (1, 1)])
+def test_counts_that_do_not_fit_are_refused(tmp_path, inner, halo1):
+    part = partition.build_part(random_table(9, 2, 0), np.zeros(9, np.int32), 0)
+    part.save(tmp_path)
+    assert part.num_inner == len(part.table_KM) == 9
+    note = json.loads((tmp_path / "part.json").read_text())
+    (tmp_path / "part.json").write_text(
+        json.dumps({**note, "num_inner": inner, "num_halo1": halo1})
+    )
+    with pytest.raises(UserError, match="counts don't match"):
+        partition.PartGraph.load(tmp_path)
+
+
 def test_table_of_a_part_whose_neighbours_are_all_inside():
     table = clustered(2, 10, 3)
     table = np.where(table // 10 == np.arange(20)[:, None] // 10, table, -1)
@@ -141,6 +156,8 @@ def test_table_of_a_part_whose_neighbours_are_all_inside():
     assert (part.num_inner, part.num_halo1, len(part.nodes_L)) == (10, 0, 10)
     assert partition.edge_cut(table, np.arange(20) // 10) == 0.0
     assert partition.edge_cut(np.full((4, 2), -1), np.arange(4)) == 0.0
+    one_edge = np.array([[1], [-1], [-1], [-1]])
+    assert partition.edge_cut(one_edge, np.arange(4)) == 1.0
 
 
 def test_empty_parts_get_a_node_of_the_largest():

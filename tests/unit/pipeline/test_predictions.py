@@ -66,11 +66,20 @@ def test_the_accuracy_is_of_what_was_judged(tmp_path):
 
     def classify(images: Tensor) -> Tensor:
         assert images.flatten(1).any(1).all()
-        return torch.eye(3)[torch.zeros(len(images), dtype=torch.long)]
+        return torch.eye(3)[torch.full((len(images),), 2)]
 
     sound = np.delete(LABELS, CORRUPT)
+    assert (sound == 2).mean() != (sound == 0).mean()
     assert predictions.accuracy_of(context(tmp_path), classify) == pytest.approx(
-        (sound == 0).mean()
+        (sound == 2).mean()
+    )
+
+
+def test_three_of_those_left_out_are_named():
+    left_out = {9: "i09: no image", 2: "i02: cut off", 5: "i05: HTML", 4: "i04: empty"}
+    told = predictions.describe_left_out(left_out, 23)
+    assert told == (
+        "4 of 23 held-out images are corrupt and not evaluated: i02: cut off; i04: empty; i05: HTML"
     )
 
 
@@ -107,8 +116,9 @@ def test_no_image_that_can_be_read_is_no_result(tmp_path):
         lambda: predictions.check_held_out(lenient),
         lambda: predictions.evaluate(lenient, nothing, lenient.paths.test_manifest),
     ):
-        with pytest.raises(UserError, match="none of the 23 held-out images can be read"):
+        with pytest.raises(UserError, match="none of the 23 held-out images can be read") as raised:
             refused()
+        assert [name in raised.value.what for name in ("i00", "i02", "i03")] == [True, True, False]
 
 
 def test_answers_that_are_not_finite_are_no_result(tmp_path):
