@@ -17,7 +17,8 @@ REASONS: dict[tuple[str, str], str] = {
     ): "halo nodes are in no partition of this rank, so they equal none that is asked for",
     (
         "live_search",
-        "_Search.place_of: …rows_S[place] == seeds, place, -1)  →  …rows_S[place] == seeds, place, -2)",
+        "_Search.place_of: …rows_S[place] == seeds, place, -1)  →  "
+        "…rows_S[place] == seeds, place, -2)",
     ): "who is left out of a search: any negative number is nobody",
     (
         "live_search",
@@ -50,15 +51,18 @@ REASONS: dict[tuple[str, str], str] = {
     ): "a floor against log(0): any number far below float16's steps does",
     (
         "targets",
-        "_read: … values.to_numpy(zero_copy_only=False).reshape(-1, table.schema.fiel…  →  … values.to_numpy(zero_copy_only=True).reshape(-1, table.schema.fiel…",
+        "_read: … values.to_numpy(zero_copy_only=False).reshape(-1, table.schema.fiel…  →  "
+        "… values.to_numpy(zero_copy_only=True).reshape(-1, table.schema.fiel…",
     ): "only values that are missing need a copy, and such a file is refused either way",
     (
         "partition",
-        "build_union: local = np.full(len(table_NM) + 1, -1, np.int32)  →  local = np.full(len(table_NM) + 2, -1, np.int32)",
+        "build_union: local = np.full(len(table_NM) + 1, -1, np.int32)  →  "
+        "local = np.full(len(table_NM) + 2, -1, np.int32)",
     ): "one more entry that stands for nobody",
     (
         "partition",
-        "PartGraph.save: …te_text(json.dumps(note, indent=1), encoding='utf-8')  →  …te_text(json.dumps(note, indent=2), encoding='utf-8')",
+        "PartGraph.save: …te_text(json.dumps(note, indent=1), encoding='utf-8')  →  "
+        "…te_text(json.dumps(note, indent=2), encoding='utf-8')",
     ): "how the file is indented",
     (
         "partition",
