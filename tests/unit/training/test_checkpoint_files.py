@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from cnn2gnn_dist import ledger
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.training.checkpoint import folder as disk
 from cnn2gnn_dist.training.checkpoint.manager import Checkpoints
@@ -69,6 +71,39 @@ def test_files_that_the_manifest_does_not_name_are_not_read(tmp_path):
     assert disk.damage(final) is None
     assert "a9" not in disk.load_weights(final)
     assert len(disk.read_owns(final)) == 2
+
+
+def test_answers_come_from_the_averages_where_there_are_any():
+    weights = {
+        name: torch.tensor([float(i)]) for i, name in enumerate(("w/one", "w/two", "b/mean"))
+    }
+    assert disk.answering(weights) == weights
+    averages = {"a/one": torch.tensor([7.0]), "c/mean": torch.tensor([9.0])}
+    others = {"m/one": torch.tensor([5.0]), "own-0/b/mean": torch.tensor([6.0])}
+    found = disk.answering({**weights, **averages, **others})
+    assert {name: tensor.item() for name, tensor in found.items()} == {
+        "w/one": 7.0,
+        "w/two": 1.0,
+        "b/mean": 9.0,
+        "a/one": 7.0,
+        "c/mean": 9.0,
+        "m/one": 5.0,
+    }
+
+
+def test_a_finished_training_names_its_last_checkpoint(tmp_path):
+    assert disk.recorded(tmp_path) is None
+    for step in (3, 5):
+        publish(tmp_path / "checkpoints", step)
+    last = disk.path_of(tmp_path / "checkpoints", 3)
+    entry = ledger.Entry("key", {}, outputs=ledger.outputs(tmp_path, list(last.iterdir())))
+    ledger.finish(tmp_path, entry)
+    assert disk.recorded(tmp_path) == last
+    both = [*last.iterdir(), *disk.path_of(tmp_path / "checkpoints", 5).iterdir()]
+    ledger.finish(tmp_path, replace(entry, outputs=ledger.outputs(tmp_path, both)))
+    assert disk.recorded(tmp_path) is None
+    ledger.finish(tmp_path, replace(entry, outputs=()))
+    assert disk.recorded(tmp_path) is None
 
 
 def test_every_file_counts_for_the_whole(tmp_path):
