@@ -68,4 +68,9 @@ REASONS: dict[tuple[str, str], str] = {
         "partition",
         "_fill_empty: counts[empty] += 1  →  counts[empty] -= 1",
     ): "a part of one node is never the largest while another is empty",
+    (
+        "checkpoint_folder",
+        "prune: …lder in folders if folder.name > newest.name and damage(folder)]  →  "
+        "…lder in folders if folder.name >= newest.name and damage(folder)]",
+    ): "the newest has just been published, complete",
 }

@@ -93,6 +93,7 @@ def test_answers_come_from_the_averages_where_there_are_any():
 
 def test_a_finished_training_names_its_last_checkpoint(tmp_path):
     assert disk.recorded(tmp_path) is None
+    assert disk.root_of(tmp_path) == tmp_path / "checkpoints"
     for step in (3, 5):
         publish(tmp_path / "checkpoints", step)
     last = disk.path_of(tmp_path / "checkpoints", 3)
