@@ -43,10 +43,10 @@ def command(given: dict[str, Any], *, as_json: bool) -> int:
         for one in found:
             if one.place == place:
                 output(
-                    f"  {one.name:42} {_size(one.bytes):>11} {one.bytes / sizes.images:9.1f} B/image"
+                    f"  {one.name:42} {size_of(one.bytes):>11} {one.bytes / sizes.images:9.1f} B/image"
                 )
         if place != "partitioner":
-            output(f"  {'total':42} {_size(memory_model.total(found, place)):>11}")
+            output(f"  {'total':42} {size_of(memory_model.total(found, place)):>11}")
     if sizes.images >= 2**31:
         output("\nnote: ids are int32: more than 2,147,483,647 images need a wider type")
     return 0
@@ -74,7 +74,8 @@ def _sizes(given: dict[str, Any]) -> memory_model.Sizes:
     )
 
 
-def _size(count: float) -> str:
+def size_of(count: float) -> str:
+    """A number of bytes with its unit."""
     units = ("B", "KiB", "MiB", "GiB", "TiB")
     step = min(int(math.log2(max(count, 1)) // 10), len(units) - 1)
     return f"{count / 1024**step:,.1f} {units[step]}"

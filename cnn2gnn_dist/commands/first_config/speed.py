@@ -132,7 +132,7 @@ def _time(tree: dict[str, Any], num_classes: int, images: int, ranks: int) -> tu
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
         pixels = torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8, device=device)
         labels = torch.randint(0, num_classes, (batch,), device=device)
-        query = _Query(config, num_classes, images, device) if around else None
+        query = RandomQuery(config, num_classes, images, device) if around else None
 
         def logits() -> torch.Tensor:
             if isinstance(model, Student):
@@ -195,7 +195,7 @@ def _seconds(step: Callable[[], None], device: str) -> float:
     return spent / count
 
 
-class _Query:
+class RandomQuery:
     """Blocks around random seeds, found and averaged as those of a graph are."""
 
     def __init__(self, config: Config, num_classes: int, images: int, device: str) -> None:
@@ -208,6 +208,7 @@ class _Query:
         self.device = device
 
     def block(self, z_Bd: torch.Tensor) -> Block:
+        """The block around seeds with these projections."""
         first, second = self.graph.sampling.fanouts
         near_BF = (z_Bd.detach().float().cpu() @ self.bank_z.T).topk(min(first, self.nodes)).indices
         first_U, row = (near_BF % self.nodes).unique(return_inverse=True)

@@ -1,0 +1,1 @@
+"""What a run needs, before anybody rents a machine: memory, disk, network, hours."""

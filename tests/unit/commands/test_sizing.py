@@ -1,0 +1,121 @@
+"""Sizes of a run: traces against sums by hand, ZeRO's arithmetic, the plan as a user reads it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cnn2gnn_dist import cli
+from cnn2gnn_dist.commands.sizing.activations import trace
+from cnn2gnn_dist.commands.sizing.states import ring_seconds, sent_in_a_step, states
+
+
+def test_a_trace_counts_what_the_backward_pass_needs():
+    model = nn.Sequential(nn.Linear(10, 20), nn.ReLU(), nn.Linear(20, 5))
+
+    def loss_of(batch: int) -> torch.Tensor:
+        return F.cross_entropy(model(torch.randn(batch, 10)), torch.zeros(batch, dtype=torch.long))
+
+    found = trace(model.train(), loss_of)
+    assert found.parameters == 10 * 20 + 20 + 20 * 5 + 5
+    # Of an image: the input, the ReLU's output, the log-softmax, in float32, and the label, int64.
+    assert found.kept == 4 * (10 + 20 + 5) + 8
+    assert found.largest == 4 * 20
+    assert found.flops == 2 * (10 * 20 + 20 * 5)
+    assert found.fixed < 16  # the mean's divisor
+
+
+def test_a_trace_takes_no_weights_for_activations():
+    model = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU())
+    found = trace(model.train(), lambda batch: model(torch.randn(batch, 3, 8, 8)).mean())
+    maps = 4 * 64 * 8 * 8
+    assert found.kept == 4 * 3 * 8 * 8 + 2 * maps  # the input; the convolution's output; the ReLU's
+    assert found.buffers == 2 * 4 * 64 + 8
+    assert found.fixed == 2 * 4 * 64  # BatchNorm's mean and deviation
+
+
+@pytest.mark.parametrize(
+    ("stage", "weights", "gradients", "optimizer"),
+    [(0, 400, 400, 800), (1, 400, 400, 300), (2, 400, 100, 300), (3, 100, 100, 300)],
+)
+def test_states_of_a_rank(stage, weights, gradients, optimizer):
+    found = states(100, stage=stage, ranks=4)
+    assert (found.weights, found.gradients, found.optimizer) == (weights, gradients, optimizer)
+    more = states(100, stage=stage, ranks=4, optimizer="sgd", average=True, bucket=7)
+    assert more.optimizer == optimizer  # one moment less, an average more
+    assert more.buckets == (28 if stage else 0)
+    assert more.total == found.total + more.buckets
+
+
+def test_what_is_sent():
+    assert sent_in_a_step(100, 2, 1) == 0
+    assert sent_in_a_step(100, 0, 2) == sent_in_a_step(100, 2, 2) == 400
+    assert sent_in_a_step(100, 3, 4) == 3 * 300
+    assert ring_seconds(1e9, 1, 1e9, 1.0) == 0
+    assert ring_seconds(2e9, 4, 1e9, 0.5) == 2 + 6 * 0.5
+
+
+SMALL = ("--teacher", "whitened_cnn", "--student", "conv3", "teacher.args={widths: [8, 8, 8]}")
+
+
+def planned(capsys: pytest.CaptureFixture[str], *options: str) -> dict:
+    command = ["plan", "--config", "demo", "--images", "1440", "--classes", "10", "--json"]
+    assert cli.main([*command, *SMALL, *options]) == 0
+    found: dict = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_the_plan_of_a_run(capsys):
+    one = planned(capsys, "--ranks", "1")
+    two = planned(capsys, "--ranks", "1", "--nodes", "2", "--gbit", "1")
+    for kind in ("teacher", "student"):
+        alone, shared = one["models"][kind], two["models"][kind]
+        assert alone["trace"] == shared["trace"]
+        assert alone["sent"] == alone["network_s"] == 0
+        assert shared["sent"] == 4 * shared["trace"]["parameters"]
+        assert shared["network_s"] == pytest.approx(shared["sent"] / 1.25e8 + 2 * 2e-4)
+        whole = alone["micro_batch"] * alone["accumulation"]
+        assert whole == 2 * shared["micro_batch"] * shared["accumulation"]
+    assert set(one["hours"]) == set(two["hours"])
+    assert all(2.001 * two["hours"][stage] > one["hours"][stage] > 0 for stage in one["hours"])
+    wide = planned(capsys, "--ranks", "1", "student.dim=256")
+    assert wide["models"]["student"]["trace"]["kept"] > one["models"]["student"]["trace"]["kept"]
+    assert wide["models"]["teacher"] == one["models"]["teacher"]
+
+
+def test_hours_are_not_guessed(capsys):
+    assert planned(capsys, "--gpus", "2")["hours"] is None
+    assert planned(capsys, "--nodes", "2", "--ranks", "1")["hours"] is None
+    assert planned(capsys, "--gpus", "2", "--gflops", "5000")["hours"]["teacher"] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--gpus", "2"], "--gpus is of a whole run"),
+        (["teacher.epochs=3"], "overrides is of a whole run"),
+        (["--classes", "10", "--dim", "64"], "--dim is of the graph alone"),
+        (["--classes", "1"], "classes = 1"),
+        (["--classes", "10", "--nodes", "0"], "nodes = 0"),
+        (["--classes", "10", "--gbit", "0"], "gbit = 0"),
+        (["--classes", "10", "--ranks", "7"], "does not divide evenly over 7 ranks"),
+        (["--classes", "10", "teacher.arch=resnet19"], "resnet19"),
+    ],
+)
+def test_what_does_not_fit_is_named(capsys, options, told):
+    assert cli.main(["plan", "--images", "1000", *options]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_plan_is_readable(capsys):
+    command = ["plan", "--images", "1440", "--classes", "10", "--nodes", "2", "--gpus", "4"]
+    assert cli.main([*command, *SMALL]) == 0
+    told = capsys.readouterr().out
+    assert "config demo: 2 nodes x 4 GPUs, 8 ranks" in told
+    assert told.count("<- this config") == 2
+    assert "--gbit says how long that takes" in told
+    assert "hours: not known without --gflops" in told
