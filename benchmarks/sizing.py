@@ -3,10 +3,11 @@
     python benchmarks/sizing.py        CIFAR-10's teacher and student, 1 and 2 ranks, ZeRO 0 to 3 (4 minutes)
 
 "states": all tensors of a rank after a step, when gradients are gone (but for ZeRO 3), beside the plan's. On a CPU
-DeepSpeed's buckets (200 MB in ds_config.json) are tensors of which only the part that is used takes memory. "peak": the largest size of the process (VmHWM) beside the plan's process + states + activations.
-"process": what of the peak is neither states nor activations (constants.PROCESS). "GFLOP/s": in the fastest
-step, by a second of the rank's one thread on a core (constants.CPU_GFLOPS). Exit code 1 if a peak is more than
-25 % from its prediction.
+DeepSpeed's buckets (200 MB in ds_config.json) are tensors of which only the part that is used takes memory.
+"peak": the largest size of the process (VmHWM) beside the plan's process + states + activations. "process": what
+of the peak is neither states nor activations (constants.PROCESS). "GFLOP/s": in the fastest step, by a second of
+the rank's one thread on a core (constants.CPU_GFLOPS). Exit code 1 if a peak is more than 25 % from its
+prediction.
 """
 
 from __future__ import annotations
