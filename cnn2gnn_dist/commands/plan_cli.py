@@ -8,7 +8,7 @@ from typing import Any
 
 from cnn2gnn_dist.errors import UserError
 
-GRAPH = ("dim", "graph_dim", "candidates", "parts", "halo1", "halo2", "searched")
+GRAPH = ("dim", "graph_dim", "candidates", "parts", "halo1", "halo2", "searched", "averaged")
 RUN = (
     "config",
     "teacher",
@@ -69,6 +69,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         dest="searched",
         action="store_true",
         help="include the index of graph.sampling.query=live",
+    )
+    graph.add_argument(
+        "--cached",
+        dest="averaged",
+        action="store_true",
+        help="as with graph.sampling.second_hop=cached: averages instead of the second halo",
     )
     parser.add_argument("--json", action="store_true", help="as one JSON object")
     parser.set_defaults(command=_run)

@@ -36,7 +36,8 @@ class Bank:
     """The rows of some partitions, ready for lookup.
 
     Attributes:
-        x_LD: float16; z_Ld: float32; labels_L: int32, -1 = unknown; all of local rows.
+        x_LD: float16; z_Ld: float32; labels_L: int32, -1 = unknown; all of local rows, or of those
+            before the second halo (``load_bank``).
         nodes_L: int32 global ids: inner, first halo, second halo, each ascending.
         num_inner: inner rows.
         table_KM: int32 candidates as local ids, rows of inner and first-halo nodes.
@@ -75,10 +76,17 @@ class Bank:
         return x_VD, z_Vd, labels_V
 
 
-def load_bank(version: GraphVersion, parts: Sequence[int] | None = None) -> Bank:
+def load_bank(
+    version: GraphVersion, parts: Sequence[int] | None = None, second_halo: bool = True
+) -> Bank:
     """Load the bank of some partitions with their halos; of all nodes when ``parts`` is None.
 
     In that case it memory-maps the version's own files: a host holds one copy for all its ranks.
+
+    Args:
+        version: the graph.
+        parts: of this rank.
+        second_halo: whether to load the rows of the second halo. Its ids are there either way.
     """
     if parts is None:
         return _mapped_bank(version)
@@ -88,10 +96,11 @@ def load_bank(version: GraphVersion, parts: Sequence[int] | None = None) -> Bank
         inner = np.flatnonzero(np.isin(version.part, parts))
         graph = build_union(np.asarray(version.candidates), inner)
     nodes = np.asarray(graph.nodes_L)
+    loaded = nodes if second_halo else nodes[: graph.num_inner + graph.num_halo1]
     return Bank(
-        x_LD=torch.from_numpy(np.ascontiguousarray(version.x[nodes])),
-        z_Ld=torch.from_numpy(np.ascontiguousarray(version.z[nodes])),
-        labels_L=torch.from_numpy(np.ascontiguousarray(version.labels[nodes])),
+        x_LD=torch.from_numpy(np.ascontiguousarray(version.x[loaded])),
+        z_Ld=torch.from_numpy(np.ascontiguousarray(version.z[loaded])),
+        labels_L=torch.from_numpy(np.ascontiguousarray(version.labels[loaded])),
         nodes_L=nodes,
         num_inner=graph.num_inner,
         table_KM=np.asarray(graph.table_KM),

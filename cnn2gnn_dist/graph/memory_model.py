@@ -33,6 +33,8 @@ class Sizes:
         parts: P, spread evenly over ``ranks``.
         halo1, halo2: nodes of each halo per inner node.
         searched: the bank's projections are searched live (``graph.sampling.query=live``).
+        averaged: the second hop is averaged once (``graph.sampling.second_hop=cached``), and rows of the
+            second halo are not held.
     """
 
     images: int
@@ -44,6 +46,7 @@ class Sizes:
     halo1: float = 0.0
     halo2: float = 0.0
     searched: bool = False
+    averaged: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ def structures(s: Sizes) -> list[Structure]:
     n, m, d = s.images, s.candidates, s.graph_dim
     inner = n / s.ranks
     rows, nodes = inner * (1 + s.halo1), inner * (1 + s.halo1 + s.halo2)
+    held = rows if s.averaged else nodes
     parts = s.ranks * (4 * nodes + 4 * m * rows)
     unit = min(n, SCAN_ROWS)
     return [
@@ -84,9 +88,11 @@ def structures(s: Sizes) -> list[Structure]:
         Structure("disk", "candidates, int32", 4 * n * m),
         Structure("disk", "labels, parts, order, twins, int32", 16 * n),
         Structure("disk", "partitions: ids and tables, int32", parts),
-        Structure("rank", "x of inner and halo nodes, float16", 2 * nodes * s.dim),
-        Structure("rank", "z of inner and halo nodes, float32", 4 * nodes * d),
-        Structure("rank", "labels and ids, int32", 8 * nodes),
+        Structure("rank", "x of inner and halo nodes, float16", 2 * held * s.dim),
+        Structure("rank", "z of inner and halo nodes, float32", 4 * held * d),
+        Structure("rank", "labels and ids, int32", 4 * held + 4 * nodes),
+        *([Structure("rank", "averages of the second hop, float16", 2 * rows * s.dim)] if s.averaged else []),
+        *([Structure("rank", "weights of the second hop, float32", 4 * m * rows)] if s.averaged else []),
         Structure("rank", "candidates as local ids, int32 (mapped)", 4 * m * rows),
         Structure("rank", "sampler: ids behind rows, uint64", 8 * rows),
         *([Structure("rank", "index of z for live search", 8 * d * rows)] if s.searched else []),

@@ -6,7 +6,7 @@ gives ``plan`` what differs: --gflops, --gbit.
 
 from __future__ import annotations
 
-PROCESS = 395 * 10**6
+PROCESS = 470 * 10**6
 """Bytes of a rank's process on the CPU beside its model: Python, torch, DeepSpeed, after the first steps.
 ``python benchmarks/sizing.py`` (column "process")."""
 

@@ -203,6 +203,7 @@ def graph_sizes(config: Config, images: int, cluster: Cluster) -> memory_model.S
         halo1=first,
         halo2=second,
         searched=config.graph.sampling.query == "live",
+        averaged=config.graph.sampling.second_hop == "cached",
     )
 
 

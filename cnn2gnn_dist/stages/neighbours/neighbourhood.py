@@ -101,14 +101,16 @@ class Neighbourhood:
         if served is not None:
             self.holder = self.sampler = served
             return
-        bank = load_bank(version, own_parts)
         sampling = self.settings.sampling
+        cached = sampling.second_hop == "cached"
+        bank = load_bank(version, own_parts, second_halo=not cached)
         name = "table" if sampling.sampler == "distdgl" else sampling.sampler
         self.holder = bank
         self.sampler = make_sampler(name, bank.table_KM, context.config.seed, bank.nodes_L)
         self.search = LiveSearch(bank, version.part, own_parts, self.settings, self.device)
-        if sampling.second_hop == "cached":
-            self.second = CachedSecondHop(bank, self.settings.neighbours)
+        if cached:
+            everyone = None if own_parts is None else load_bank(version)
+            self.second = CachedSecondHop(bank, self.settings.neighbours, everyone=everyone)
 
     @property
     def flops_per_query(self) -> float:

@@ -23,27 +23,35 @@ class CachedSecondHop:
     """m and p of every row that can be a first hop (inner and first-halo nodes).
 
     Args:
-        bank: of this rank's partitions.
+        bank: of this rank's partitions; rows of the second halo are not needed if ``everyone`` is given.
         k: neighbors with a weight above zero.
         kind: dtype of m: float16, as the features.
+        everyone: the bank of all nodes, mapped: rows are read from it once, here.
     """
 
-    def __init__(self, bank: Bank, k: int, kind: torch.dtype = torch.float16) -> None:
+    def __init__(
+        self,
+        bank: Bank,
+        k: int,
+        kind: torch.dtype = torch.float16,
+        everyone: Bank | None = None,
+    ) -> None:
         rows, width = bank.table_KM.shape
         self.bank, self.table_KM = bank, bank.table_KM
         self.mean_KD = torch.zeros(rows, bank.x_LD.shape[1], dtype=kind)
         self.p_KM = torch.zeros(rows, width, dtype=bank.z_Ld.dtype)
         k = max(1, min(k, width - 1))
+        source = bank if everyone is None else everyone
         for start in range(0, rows, ROWS):
             own = torch.arange(start, min(start + ROWS, rows))
-            table = torch.from_numpy(
-                np.ascontiguousarray(bank.table_KM[start : start + ROWS])
-            ).long()
+            table = torch.from_numpy(bank.table_KM[start : start + ROWS].astype(np.int64))
             present = (table >= 0) & (table != own[:, None])
             near = table.clamp(min=0).view(-1)
-            z = bank.z_Ld.index_select(0, near).view(*table.shape, -1)
+            if everyone is not None:
+                near = torch.from_numpy(bank.nodes_L[near.numpy()]).long()
+            z = source.z_Ld.index_select(0, near).view(*table.shape, -1)
             p = adaptive_neighbours(squared_distances(bank.z_Ld[own], z), k, present).p_BM
-            x = bank.x_LD.index_select(0, near).view(*table.shape, -1).to(p.dtype)
+            x = source.x_LD.index_select(0, near).view(*table.shape, -1).to(p.dtype)
             self.p_KM[own] = p
             self.mean_KD[own] = torch.bmm(p.unsqueeze(1), x).squeeze(1).to(kind)
 

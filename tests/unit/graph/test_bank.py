@@ -14,6 +14,7 @@ from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.graph import bank
 from cnn2gnn_dist.graph.partition import parts as partition
 from cnn2gnn_dist.graph.version import GraphVersion, open_version
+from cnn2gnn_dist.stages.neighbours.second_hop import CachedSecondHop
 from tests.support.graphs import random_table
 from tests.unit.graph.test_version import D, M, N, write
 
@@ -31,6 +32,27 @@ def test_bank_rows_are_the_global_rows(tmp_path, parts):
     rows = len(held.table_KM)
     np.testing.assert_array_equal(nodes[held.table_KM], made["candidates"][nodes[:rows]])
     np.testing.assert_array_equal(nodes[held.local_of(inner[::-1])], inner[::-1])
+
+
+@pytest.mark.parametrize("parts", [[0], [2], [0, 2], []])
+def test_averages_need_no_second_halo(tmp_path, parts):
+    """Read once from the version, or held by the rank: the same bits, and the same blocks."""
+    write(tmp_path)
+    version = open_version(tmp_path / "v0003")
+    whole = bank.load_bank(version, parts)
+    small = bank.load_bank(version, parts, second_halo=False)
+    rows = len(small.table_KM)
+    assert len(small.x_LD) == len(small.z_Ld) == len(small.labels_L) == rows
+    np.testing.assert_array_equal(small.nodes_L, whole.nodes_L)
+    from_bank = CachedSecondHop(whole, 2)
+    from_version = CachedSecondHop(small, 2, everyone=bank.load_bank(version))
+    assert torch.equal(from_version.mean_KD, from_bank.mean_KD)
+    assert torch.equal(from_version.p_KM, from_bank.p_KM)
+    seeds = np.arange(small.num_inner)
+    first = np.asarray(small.table_KM)[: small.num_inner].astype(np.int64)
+    one, other = from_version.block(first, seeds), from_bank.block(first, seeds)
+    for field in ("x_UD", "z_Ud", "labels_U", "mean_UD", "back_BF", "seed_x_BD", "present_BF"):
+        assert torch.equal(getattr(one, field), getattr(other, field)), field
 
 
 def test_a_seed_of_another_part_is_refused(tmp_path):

@@ -14,6 +14,7 @@ from cnn2gnn_dist.graph import bank, memory_model
 from cnn2gnn_dist.graph.partition import parts as partition
 from cnn2gnn_dist.graph.sampler import TableSampler
 from cnn2gnn_dist.graph.version import GraphVersion, GraphWriter, open_version
+from cnn2gnn_dist.stages.neighbours.second_hop import CachedSecondHop
 
 N, D, DIM, M, PARTS = 6000, 48, 16, 8, 4
 
@@ -61,6 +62,22 @@ def test_prediction_against_what_was_made(tmp_path: Path) -> None:
         for b in held
     ]  # fmt: skip
     assert memory_model.total(found, "rank") == pytest.approx(np.mean(used), rel=0.02)
+
+
+def test_averages_replace_the_second_halo(tmp_path: Path) -> None:
+    whole, parts = version(tmp_path)
+    halo1 = sum(p.num_halo1 for p in parts) / N
+    halo2 = sum(len(p.nodes_L) for p in parts) / N - 1 - halo1
+    sizes = memory_model.Sizes(N, D, DIM, M, PARTS, PARTS, halo1, halo2, averaged=True)
+    used = []
+    for number in range(PARTS):
+        held = bank.load_bank(whole, [number], second_halo=False)
+        second = CachedSecondHop(held, 3, everyone=bank.load_bank(whole))
+        tensors = held.x_LD, held.z_Ld, held.labels_L, second.mean_KD, second.p_KM
+        arrays = held.nodes_L, held.table_KM, TableSampler(held.table_KM, 0, held.nodes_L)._nodes_K
+        used.append(sum(t.numpy().nbytes for t in tensors) + sum(a.nbytes for a in arrays))
+    found = memory_model.total(memory_model.structures(sizes), "rank")
+    assert found == pytest.approx(np.mean(used), rel=0.02)
 
 
 def test_halos_grow_with_the_parts_and_stay_within_the_graph() -> None:
