@@ -18,6 +18,7 @@ RUN = (
     "gbit",
     "image_bytes",
     "decode_ms",
+    "scaling",
     "overrides",
 )
 
@@ -53,6 +54,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--image-bytes", type=float, metavar="B", help="mean size of an image file")
     run.add_argument("--decode-ms", type=float, metavar="MS",
                      help="milliseconds of a core to decode an image; default: as measured")  # fmt: skip
+    run.add_argument(
+        "--scaling", action="store_true", help="efficiency on 1 to 64 nodes of this kind"
+    )
     run.add_argument("overrides", nargs="*", metavar="section.field=value", help="of the config")
     graph = parser.add_argument_group("the graph alone")
     for name, metavar, text in (
@@ -106,6 +110,7 @@ def _run_plan(given: dict[str, Any]) -> int:
         cluster=plan_training.cluster_of(given),
         image_bytes=given["image_bytes"] or 0.0,
         decode_s=None if decode_ms is None else decode_ms / 1000,
+        scaling=given["scaling"],
         as_json=given["json"],
     )
 

@@ -15,6 +15,8 @@ from cnn2gnn_dist.graph import memory_model
 from cnn2gnn_dist.log import output
 from cnn2gnn_dist.pipeline import keys
 
+NODES, GBITS = (1, 2, 4, 8, 16, 32, 64), (10, 25, 100, 400)
+"""Of the table of efficiencies."""
 TRACED_BANK = 4096
 """Rows of the bank in a trace: what a step keeps depends on the blocks, not on how many nodes there are."""
 
@@ -28,6 +30,7 @@ def command(
     cluster: Cluster,
     image_bytes: float = 0.0,
     decode_s: float | None = None,
+    scaling: bool = False,
     as_json: bool = False,
 ) -> int:
     """Print the plan of a run; returns 0.
@@ -40,6 +43,7 @@ def command(
         cluster: the hosts.
         image_bytes: mean size of an encoded image; 0: the shards are left out.
         decode_s: seconds of a core for an image; None: as measured for photographs or small images.
+        scaling: also print how efficient steps are on more nodes and other networks.
         as_json: as one JSON object.
 
     Raises:
@@ -82,6 +86,8 @@ def command(
     )
     for plan in plans.values():
         _print_model(plan)
+    for plan in plans.values() if scaling else ():
+        _print_scaling(plan, cluster)
     _print_sizes("memory of a host, in training", host)
     _print_sizes("shared storage", disk)
     _print_sizes("network: a refresh of the graph", refresh)
@@ -129,6 +135,18 @@ def _print_model(plan: ModelPlan) -> None:
     if plan.network_s is None:
         line += "; --gbit says how long that takes"
     output(line)
+
+
+def _print_scaling(plan: ModelPlan, cluster: Cluster) -> None:
+    if plan.compute_s is None:
+        return
+    output(
+        f"\n{plan.kind}: efficiency of a step of {plan.micro_batch} images per rank, not overlapped\n"
+        + "  nodes   " + "".join(f"{f'{gbit} Gbit/s':>13}" for gbit in GBITS)
+    )  # fmt: skip
+    for nodes in NODES:
+        found = [estimate.efficiency(plan, cluster, nodes, gbit) for gbit in GBITS]
+        output(f"  {nodes:5}   " + "".join(f"{one:13.2f}" for one in found))
 
 
 def _print_sizes(title: str, rows: dict[str, float]) -> None:

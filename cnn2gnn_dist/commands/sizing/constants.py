@@ -10,8 +10,8 @@ PROCESS = 470 * 10**6
 """Bytes of a rank's process on the CPU beside its model: Python, torch, DeepSpeed, after the first steps.
 ``python benchmarks/sizing.py`` (column "process")."""
 
-LATENCY_S = 2e-4
-"""Seconds of one message of a collective. Assumed: TCP within a data center; not measured here."""
+LATENCY_S = 5e-5
+"""Seconds of one message of a collective. Assumed: hosts of one data center; not measured here."""
 
 CPU_GFLOPS = 40.0
 """GFLOP/s of a core in a training step in float32. ``python benchmarks/sizing.py`` (column "GFLOP/s")."""

@@ -171,8 +171,26 @@ def _network_s(sent: float, cluster: Cluster) -> float | None:
         return 0.0  # ranks of a node exchange through its memory
     if cluster.bytes_per_s is None:
         return None
-    # A ring over nodes enters and leaves each node once, whatever its ranks.
-    return ring_seconds(sent, cluster.ranks, cluster.bytes_per_s, constants.LATENCY_S)
+    # A ring enters and leaves each node once, whatever its ranks.
+    return ring_seconds(sent, cluster.nodes, cluster.bytes_per_s, constants.LATENCY_S)
+
+
+def efficiency(plan: ModelPlan, cluster: Cluster, nodes: int, gbit: float) -> float | None:
+    """Share of a step that is spent computing, on so many nodes of this kind; None: not known.
+
+    The micro-batch of a rank is that of the plan (weak scaling), and nothing overlaps: DeepSpeed on GPUs hides
+    part of the gradients' way behind the backward pass.
+    """
+    if plan.compute_s is None:
+        return None
+    ranks = nodes * cluster.ranks_per_node
+    sent = sent_in_a_step(plan.trace.parameters, plan.stage, ranks)
+    larger = Cluster(
+        nodes, cluster.ranks_per_node, cluster.on_gpu, cluster.flops, gbit * 1e9 / 8, cluster.cores
+    )
+    network = _network_s(sent, larger)
+    assert network is not None
+    return plan.compute_s / (plan.compute_s + network)
 
 
 def _stage(own: int | None, zero: dict[str, Any]) -> int:

@@ -77,7 +77,7 @@ def sent_in_a_step(parameters: int, stage: int, ranks: int) -> float:
 
 
 def ring_seconds(sent: float, ranks: int, bytes_per_s: float, latency_s: float) -> float:
-    """Seconds of collectives around a ring in which each rank sends so many bytes.
+    """Seconds of collectives around a ring of R members, each of which sends so many bytes.
 
     2 (R - 1) messages follow each other (Patarasuk and Yuan, JPDC 2009).
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -77,7 +78,7 @@ def test_the_plan_of_a_run(capsys):
         assert alone["trace"] == shared["trace"]
         assert alone["sent"] == alone["network_s"] == 0
         assert shared["sent"] == 4 * shared["trace"]["parameters"]
-        assert shared["network_s"] == pytest.approx(shared["sent"] / 1.25e8 + 2 * 2e-4)
+        assert shared["network_s"] == pytest.approx(shared["sent"] / 1.25e8 + 2 * 5e-5)
         whole = alone["micro_batch"] * alone["accumulation"]
         assert whole == 2 * shared["micro_batch"] * shared["accumulation"]
     assert set(one["hours"]) == set(two["hours"])
@@ -109,6 +110,19 @@ def test_hours_are_not_guessed(capsys):
 def test_what_does_not_fit_is_named(capsys, options, told):
     assert cli.main(["plan", "--images", "1000", *options]) == 2
     assert told in capsys.readouterr().err
+
+
+def test_efficiencies_fall_with_nodes_and_rise_with_the_network(capsys):
+    command = ["plan", "--images", "1440", "--classes", "10", "--gpus", "4", "--gflops", "5000"]
+    assert cli.main([*command, "--scaling", *SMALL]) == 0
+    text = capsys.readouterr().out
+    rows = text.split("efficiency of a step of")[1].splitlines()[2:9]
+    table = np.array([[float(cell) for cell in row.split()] for row in rows])
+    assert table[:, 0].tolist() == [1, 2, 4, 8, 16, 32, 64]
+    assert (table[0, 1:] == 1).all()
+    assert (np.diff(table[:, 1:], axis=0) <= 0).all()
+    assert (np.diff(table[:, 1:], axis=1) >= 0).all()
+    assert 0 < table[-1, 1] < table[1, 1] < 1
 
 
 def test_a_plan_is_readable(capsys):
