@@ -13,8 +13,11 @@ PROCESS = 470 * 10**6
 LATENCY_S = 5e-5
 """Seconds of one message of a collective. Assumed: hosts of one data center; not measured here."""
 
-CPU_GFLOPS = 40.0
-"""GFLOP/s of a core in a training step in float32. ``python benchmarks/sizing.py`` (column "GFLOP/s")."""
+CPU_GFLOPS = 53.0
+"""GFLOP/s of a core in a training step of the teacher, float32. ``python benchmarks/sizing.py`` (column "GFLOP/s")."""
+
+STUDENT_SHARE = 0.66
+"""Of the teacher's rate that the student reaches: a small network waits for memory. The same table: 35 of 53."""
 
 OWN_STEP_S = 0.012
 """Seconds of a step that no model takes: the engine, its checks and collectives (``init``'s ``_STEP_S``)."""

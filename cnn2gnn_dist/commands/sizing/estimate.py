@@ -29,7 +29,7 @@ class Cluster:
     Attributes:
         nodes, ranks_per_node: R = nodes · ranks_per_node.
         on_gpu: a rank is a GPU, else a core.
-        flops: operations per second that a rank sustains in training; None: not known.
+        flops: operations per second that a rank sustains in training the teacher; None: not known.
         bytes_per_s: of a node's network; None: not known.
         cores: of a node, for decoding.
     """
@@ -45,6 +45,11 @@ class Cluster:
     def ranks(self) -> int:
         """World size."""
         return self.nodes * self.ranks_per_node
+
+    def rate(self, kind: str) -> float | None:
+        """Operations per second of a rank with the teacher or the student."""
+        share = 1.0 if kind == "teacher" else constants.STUDENT_SHARE
+        return None if self.flops is None else share * self.flops
 
 
 @dataclass(frozen=True)
@@ -151,7 +156,7 @@ def plan_model(
 
     rows = micro * accumulation
     work = (1 + constants.BACKWARD) * found.flops * rows
-    sent = sent_in_a_step(found.parameters, stage, cluster.ranks)
+    sent, rate = sent_in_a_step(found.parameters, stage, cluster.ranks), cluster.rate(kind)
     return ModelPlan(
         kind,
         found,
@@ -161,7 +166,7 @@ def plan_model(
         tuple(memory(number) for number in STAGES),
         sent,
         steps=settings.epochs * (images // settings.global_batch),
-        compute_s=None if cluster.flops is None else work / cluster.flops + constants.OWN_STEP_S,
+        compute_s=None if rate is None else work / rate + constants.OWN_STEP_S,
         network_s=_network_s(sent, cluster),
     )
 
@@ -285,8 +290,9 @@ def hours(
         return passes(plan.steps * (plan.compute_s + plan.network_s), epochs)
 
     def forward(plan: ModelPlan, count: float) -> float:
-        assert cluster.flops is not None
-        return passes(count * images * plan.trace.flops / (cluster.flops * cluster.ranks), count)
+        rate = cluster.rate(plan.kind)
+        assert rate is not None
+        return passes(count * images * plan.trace.flops / (rate * cluster.ranks), count)
 
     graph = config.graph
     later = max(0, config.student.epochs - graph.start_epoch)
