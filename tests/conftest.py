@@ -17,7 +17,10 @@ from cnn2gnn_dist import log
 from tests.support import REPOSITORY, runs
 
 FOLDER = Path(tempfile.mkdtemp(prefix="r", dir="/tmp"))  # short: a socket's path has 107 bytes
-LONGEST = ("resume", "distdgl", "remedies", "variants", "recipe_runs", "checkpoint", "host_reads")
+LONGEST = (
+    *("resume", "distdgl", "slurm", "two_hosts", "deepspeed_hosts", "remedies", "variants"),
+    *("recipe_runs", "checkpoint", "host_reads", "file_server", "hosts"),
+)
 """Files that take minutes: begun first, or one of them is left over when all others are done."""
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from cnn2gnn_dist.data.storage import urls
 from cnn2gnn_dist.data.storage.shard_cache import ShardCache
 from cnn2gnn_dist.data.storage.shard_paths import expand
 from cnn2gnn_dist.errors import UserError
+from tests.support.forks import fork_context
 from tests.support.servers import Served, http_server, s3_server
 from tests.support.shards import make_shards, random_images
 
@@ -205,7 +206,7 @@ def test_a_shard_too_large_for_the_cache_is_read_in_ranges(web, shards, tmp_path
     assert files_in(tmp_path / "cache", "*.tar") == []
 
 
-def read_all(spec: ReaderSpec, go: multiprocessing.synchronize.Barrier) -> None:
+def read_all(spec: ReaderSpec, go: Barrier) -> None:
     go.wait(60)
     Reader(spec).read(Request(IDS, 1))
 
@@ -213,9 +214,9 @@ def read_all(spec: ReaderSpec, go: multiprocessing.synchronize.Barrier) -> None:
 def test_processes_of_a_node_download_once(web, shards, tmp_path):
     spec = far_spec(tmp_path, urls_of(web, shards), 1 << 30)
     web.requests.clear()
-    spawn = multiprocessing.get_context("spawn")
-    go = spawn.Barrier(3)
-    readers = [spawn.Process(target=read_all, args=(spec, go)) for _ in range(3)]
+    context = fork_context()
+    go = context.Barrier(3)
+    readers = [context.Process(target=read_all, args=(spec, go)) for _ in range(3)]
     for process in readers:
         process.start()
     for process in readers:
@@ -230,11 +231,9 @@ def open_one(folder: Path, url: str, length: int) -> None:
 
 def test_a_download_that_is_killed_leaves_no_shard_and_is_cleared(web, shards, tmp_path):
     url, length = urls_of(web, shards)[0], shards[0].stat().st_size
-    asked, plain = multiprocessing.get_context("spawn").Event(), None
+    asked, plain = fork_context().Event(), None
     web.fault = lambda number, path: (asked.set(), "stall")[1]
-    process = multiprocessing.get_context("spawn").Process(
-        target=open_one, args=(tmp_path / "c", url, length)
-    )
+    process = fork_context().Process(target=open_one, args=(tmp_path / "c", url, length))
     process.start()
     assert asked.wait(60)
     os.kill(process.pid, signal.SIGKILL)

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -42,9 +43,9 @@ class Fork:
         cwd: Path,
         output: Path | None = None,
     ) -> None:
-        _load_server()
-        reader, writer = _CONTEXT.Pipe(duplex=False)
-        self._process = _CONTEXT.Process(
+        context = fork_context()
+        reader, writer = context.Pipe(duplex=False)
+        self._process = context.Process(
             target=_main, args=(job, arguments, environment, str(cwd), writer, output)
         )
         self._process.start()
@@ -97,12 +98,15 @@ class Fork:
         self.send_signal(signal.SIGTERM)
 
 
-def _load_server() -> None:
-    """Set up the environment that the server inherits, so that it finds the package and the tests."""
+def fork_context() -> ForkServerContext:
+    """The context of multiprocessing whose processes are forks of the server; it is set up to find
+    the package and the tests.
+    """
     known = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     if str(REPOSITORY) not in known:
         os.environ["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), *filter(None, known)])
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    return _CONTEXT
 
 
 def _main(
