@@ -15,18 +15,11 @@ from cnn2gnn_dist import consistency, ledger, log, settings
 from cnn2gnn_dist.config import Config
 from cnn2gnn_dist.errors import PeerLost, UserError, first_line
 from cnn2gnn_dist.ledger import Status
-from cnn2gnn_dist.pipeline import keys, moved_data
+from cnn2gnn_dist.pipeline import across_hosts, keys, moved_data
 from cnn2gnn_dist.pipeline.keys import Survey
 from cnn2gnn_dist.pipeline.planning import Step, check_names, flat, inspect_stage, plan
 from cnn2gnn_dist.pipeline.registry import Stage, stages_of
-from cnn2gnn_dist.runtime import (
-    exchange,
-    folder_lock,
-    handover,
-    host_checks,
-    members,
-    shared_folder,
-)
+from cnn2gnn_dist.runtime import exchange, folder_lock
 from cnn2gnn_dist.runtime.ranks import Ranks
 from cnn2gnn_dist.stages.shared import preflight
 from cnn2gnn_dist.stages.shared.context import Context, RunPaths, load_manifest
@@ -35,8 +28,6 @@ from cnn2gnn_dist.unused_fields import Surroundings
 
 _log = logging.getLogger(__name__)
 
-COMPARED = {".json", ".arrow"}
-"""Endings of the files that every host reads without other means to tell whether it reads them right."""
 LOCK_SECONDS = 10.0
 """Seconds that a run that was killed or asked to stop may need to release its folder."""
 
@@ -84,7 +75,7 @@ def run_rank(
             words = exchange.LastWords()
         elif problem is not None:
             raise problem
-        _check_hosts(config, device)
+        across_hosts.check_hosts(config, device)
         with _locked(Path(str(config.run.dir)), ranks, config.cluster.timeout_s):
             read = _on_rank_0(ranks, lambda: deepspeed or keys.read_deepspeed(config))
             survey = Survey(config, read, reads=True, recheck=update)
@@ -101,22 +92,6 @@ def run_rank(
     finally:
         words.close()
         engine.shutdown()
-
-
-def _check_hosts(config: Config, device: str) -> None:
-    """Check every host of a group before anything is locked or trained (collective).
-
-    Raises:
-        UserError: one has no room, or another folder than the others; on every rank.
-    """
-    from cnn2gnn_dist.runtime import collectives
-
-    if collectives.world_size() == 1:
-        return
-    cache = config.stream.cache_dir
-    shares = device == "cuda" or config.graph.sampling.sampler == "distdgl"
-    exchange.every_rank(lambda: host_checks.check_rank(Path(cache) if cache else None, shares))
-    shared_folder.check(Path(str(config.run.dir)))
 
 
 def needs_no_group(config: Config, names: list[str] | None) -> bool:
@@ -183,8 +158,8 @@ def _run_all(
             step = _execute(context, survey, step, dict(made))
         elif wanted and ranks.is_first and not inside_ray:
             log_skipped(stage.name)
-        if step.status is Status.COMPLETE and not ends_here(stage, stages):
-            _hand_over(root / stage.folder, step)
+        if step.status is Status.COMPLETE and not across_hosts.ends_here(stage, stages):
+            across_hosts.hand_over(root / stage.folder, step)
         if step.status is Status.COMPLETE and step.entry:
             digests[stage.name], made[stage.name] = step.entry.digest, step.entry.key
         else:
@@ -192,51 +167,11 @@ def _run_all(
         if wanted:
             done[stage.name] = step.why
         if stage.name == "index" and step.status is Status.COMPLETE:
-            _check_shards(RunPaths(root))
+            across_hosts.check_shards(RunPaths(root))
             _on_rank_0(ranks, lambda: _check_image_count(survey, names))
     if names is None:  # nothing was refused: readers of the folder find the current config
         _on_rank_0(ranks, partial(ledger.record_config, root, settings.as_yaml(config)))
     return done
-
-
-def ends_here(stage: Stage, stages: list[Stage]) -> bool:
-    """Whether no stage in which all ranks work builds on this one's files."""
-    return all(stage.name not in later.needs or later.alone for later in stages)
-
-
-def _hand_over(folder: Path, step: Step) -> None:
-    """Wait until all hosts see the files of a complete stage (collective).
-
-    What its readers verify by checksums of their own (weights, targets) is compared by size.
-    """
-
-    def files() -> dict[str, handover.Written]:
-        assert step.entry is not None
-        names = [name for name, _ in step.entry.outputs] + [ledger.DONE]
-        return handover.described(folder, {n: Path(n).suffix in COMPARED for n in names})
-
-    handover.hand_over(folder, files)
-
-
-def _check_shards(paths: RunPaths) -> None:
-    """Check that every host sees all shards, before any of them is needed (collective).
-
-    Raises:
-        UserError: a host misses one, even after a while for those that were packed just now.
-    """
-    from cnn2gnn_dist.runtime import collectives
-
-    if not members.on_several_hosts():
-        return
-    rank = collectives.rank()
-
-    def look() -> None:
-        for path in (paths.train_manifest, paths.test_manifest):
-            manifest = load_manifest(path)
-            packed = any(Path(shard.path).is_relative_to(paths.root) for shard in manifest.shards)
-            handover.patiently(manifest.check_shards, handover.WAIT_S if packed else 0.0)
-
-    exchange.every_rank(lambda: look() if members.speaks_for_host(rank) else None)
 
 
 def _check_image_count(survey: Survey, names: list[str] | None) -> None:

@@ -1,0 +1,74 @@
+"""What all hosts of a run must see alike: its folder, before anything begins; shards; each stage's files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cnn2gnn_dist import ledger
+from cnn2gnn_dist.config import Config
+from cnn2gnn_dist.pipeline.planning import Step
+from cnn2gnn_dist.pipeline.registry import Stage
+from cnn2gnn_dist.runtime import (
+    collectives,
+    exchange,
+    handover,
+    host_checks,
+    members,
+    shared_folder,
+)
+from cnn2gnn_dist.stages.shared.context import RunPaths, load_manifest
+
+COMPARED = {".json", ".arrow"}
+"""Endings of the files that every host reads without other means to tell whether it reads them right."""
+
+
+def check_hosts(config: Config, device: str) -> None:
+    """Check every host of a group before anything is locked or trained (collective).
+
+    Raises:
+        UserError: one has no room, or another folder than the others; on every rank.
+    """
+    if collectives.world_size() == 1:
+        return
+    cache = config.stream.cache_dir
+    shares = device == "cuda" or config.graph.sampling.sampler == "distdgl"
+    exchange.every_rank(lambda: host_checks.check_rank(Path(cache) if cache else None, shares))
+    shared_folder.check(Path(str(config.run.dir)))
+
+
+def ends_here(stage: Stage, stages: list[Stage]) -> bool:
+    """Whether no stage in which all ranks work builds on this one's files."""
+    return all(stage.name not in later.needs or later.alone for later in stages)
+
+
+def hand_over(folder: Path, step: Step) -> None:
+    """Wait until all hosts see the files of a complete stage (collective).
+
+    What its readers verify by checksums of their own (weights, targets) is compared by size.
+    """
+
+    def files() -> dict[str, handover.Written]:
+        assert step.entry is not None
+        names = [name for name, _ in step.entry.outputs] + [ledger.DONE]
+        return handover.described(folder, {n: Path(n).suffix in COMPARED for n in names})
+
+    handover.hand_over(folder, files)
+
+
+def check_shards(paths: RunPaths) -> None:
+    """Check that every host sees all shards, before any of them is needed (collective).
+
+    Raises:
+        UserError: a host misses one, even after a while for those that were packed just now.
+    """
+    if not members.on_several_hosts():
+        return
+    rank = collectives.rank()
+
+    def look() -> None:
+        for path in (paths.train_manifest, paths.test_manifest):
+            manifest = load_manifest(path)
+            packed = any(Path(shard.path).is_relative_to(paths.root) for shard in manifest.shards)
+            handover.patiently(manifest.check_shards, handover.WAIT_S if packed else 0.0)
+
+    exchange.every_rank(lambda: look() if members.speaks_for_host(rank) else None)
