@@ -101,7 +101,7 @@ class Host:
             f"mkdir -p {p}; mount --rbind /mnt/{p.relative_to(TEMPORARY)} {p}\n" for p in kept
         )
         self.shell(
-            f"mount --rbind {TEMPORARY} /mnt; mount -t tmpfs -o mode=1777,size=4g tmpfs {TEMPORARY}\n"
+            f"mount --rbind {TEMPORARY} /mnt; mount -t tmpfs -o mode=1777,size=8g tmpfs {TEMPORARY}\n"
             f"{binds}umount --lazy /mnt; mkdir {TEMPORARY}/home"
         )
 
