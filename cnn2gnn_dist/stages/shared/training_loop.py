@@ -31,11 +31,7 @@ from cnn2gnn_dist.training.checkpoint.folder import root_of
 from cnn2gnn_dist.training.checkpoint.manager import Checkpoints
 from cnn2gnn_dist.training.engine import Engine
 from cnn2gnn_dist.training.metrics import MetricsLog, process_memory_mb
-from cnn2gnn_dist.training.schedule import (
-    late_lr_at,
-    late_share,
-    size_at,
-)
+from cnn2gnn_dist.training.schedule import late_lr_at, late_share, size_at
 from cnn2gnn_dist.training.sync_norm import batch_of_norms
 
 
