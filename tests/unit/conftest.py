@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from cnn2gnn_dist import typed_text
 
@@ -20,6 +21,9 @@ def _refuse(event: str, _arguments: tuple[object, ...]) -> None:
 
 
 sys.addaudithook(_refuse)
+# A loaded machine is no fault: no test is judged by how fast its examples were made.
+settings.register_profile("any machine", suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 # The same few presets are read thousands of times; nothing changes the nodes of a text.
 typed_text._compose = functools.lru_cache(maxsize=32)(typed_text._compose)  # type: ignore[assignment]
 
