@@ -19,7 +19,7 @@ from cnn2gnn_dist.pipeline import across_hosts, keys, moved_data
 from cnn2gnn_dist.pipeline.keys import Survey
 from cnn2gnn_dist.pipeline.planning import Step, check_names, flat, inspect_stage, plan
 from cnn2gnn_dist.pipeline.registry import Stage, stages_of
-from cnn2gnn_dist.runtime import exchange, folder_lock
+from cnn2gnn_dist.runtime import exchange, folder_lock, preemption
 from cnn2gnn_dist.runtime.ranks import Ranks
 from cnn2gnn_dist.stages.shared import preflight
 from cnn2gnn_dist.stages.shared.context import Context, RunPaths, load_manifest
@@ -83,6 +83,8 @@ def run_rank(
             _on_rank_0(ranks, lambda: _begin(survey, names, surroundings))
             return _run_all(survey, names, update, inside_ray, ranks, device, force)
     except UserError as error:
+        if ranks.world_size > 1 and not inside_ray:
+            preemption.ignore_stop()  # whoever reports the error may not be the first to end
         error.told = words.say(error)
         raise
     except RuntimeError as error:

@@ -6,6 +6,7 @@ A rank that stops alone leaves the others in a collective, where they learn only
 from __future__ import annotations
 
 import contextlib
+import os
 import pickle
 import threading
 import time
@@ -78,7 +79,11 @@ class LastWords:
         _within(WAIT_S, lambda: self._tell(error))
         waiting = [r for r in range(self.world_size) if r != self.rank] if self.rank == 0 else [0]
         heard = _within(WAIT_S, lambda: self._store.wait([f"heard/{r}" for r in waiting]) or True)
-        return self.rank != 0 and bool(heard)
+        if self.rank == 0 or not heard:
+            return False
+        # A rank 0 without an error of its own is killed by torchrun as soon as this one has ended.
+        own = _within(WAIT_S, lambda: self._store.check(["0"]))
+        return bool(own) or "TORCHELASTIC_RUN_ID" not in os.environ
 
     def others(self) -> UserError | None:
         """The errors of other ranks, as one, when a peer is gone; None: it had none."""
@@ -112,6 +117,8 @@ class LastWords:
     def _tell(self, error: UserError) -> None:
         self._store.set(str(self.rank), pickle.dumps(error))
         self._store.set("said", "")
+        if self.rank != 0:  # it ends with an error of its own: rank 0 need not wait for it
+            self._store.set(f"heard/{self.rank}", "")
 
     def _listen(self) -> None:
         with contextlib.suppress(Exception):  # the store is gone

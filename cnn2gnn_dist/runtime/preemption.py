@@ -48,6 +48,15 @@ def stop_requested() -> bool:
     return _stop_requested.is_set()
 
 
+def ignore_stop() -> None:
+    """Ignore SIGTERM from now on: this process is about to report an error and to end.
+
+    A launcher sends it to all ranks as soon as one has ended.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 @contextlib.contextmanager
 def deferred_stop(grace_s: float, describe: Callable[[], str]) -> Iterator[None]:
     """Within this block a request to stop is recorded instead of ending the process.
