@@ -9,7 +9,9 @@ from typing import Any
 from cnn2gnn_dist import settings
 from cnn2gnn_dist.commands.plan import size_of
 from cnn2gnn_dist.commands.sizing import constants, estimate
+from cnn2gnn_dist.commands.sizing.activations import Trace
 from cnn2gnn_dist.commands.sizing.estimate import Cluster, ModelPlan
+from cnn2gnn_dist.config import Config
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.graph import memory_model
 from cnn2gnn_dist.log import output
@@ -53,12 +55,7 @@ def command(
     for name, given in (("images", images), ("classes", classes)):
         if given < 2:
             raise UserError(f"{name} = {given}", where=f"--{name}", remedy="at least 2")
-    deepspeed = keys.read_deepspeed(config)
-    traces = estimate.trace_models(config, classes, min(images, TRACED_BANK))
-    plans = {
-        kind: estimate.plan_model(kind, found, config, deepspeed[kind], cluster, images)
-        for kind, found in traces.items()
-    }
+    traces, plans = _planned(config, images, classes, cluster)
     if decode_s is None:
         kind = "small" if config.views.size <= constants.SMALL else "photograph"
         decode_s = constants.DECODE_S[kind]
@@ -93,6 +90,19 @@ def command(
     _print_sizes("network: a refresh of the graph", refresh)
     _print_hours(hours, cluster)
     return 0
+
+
+def _planned(
+    config: Config, images: int, classes: int, cluster: Cluster
+) -> tuple[dict[str, Trace], dict[str, ModelPlan]]:
+    """The traces and the plans of teacher and student."""
+    deepspeed = keys.read_deepspeed(config)
+    traces = estimate.trace_models(config, classes, min(images, TRACED_BANK))
+    plans = {
+        kind: estimate.plan_model(kind, found, config, deepspeed[kind], cluster, images)
+        for kind, found in traces.items()
+    }
+    return traces, plans
 
 
 def _host(
