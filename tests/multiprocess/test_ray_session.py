@@ -108,7 +108,7 @@ def test_nothing_is_left_of_a_ray_driver(manifest, place, tmp_path, how, number,
     # There was something to leave behind: the readers, Ray's daemons, the watcher.
     names = " ".join(result["started"])
     for part in ("raylet", "gcs_server", "ray::ReaderActor", "ray::DashboardAgent", "watcher.py"):
-        assert part in names
+        assert part[:15] in names  # a process's name has 15 characters
     assert_nothing_left(result)
     if how == "raise":
         assert "the trainer is broken" in result["output"]

@@ -33,11 +33,13 @@ def main() -> None:
     driver = subprocess.Popen(
         job["command"],
         env=job["environment"],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
     )
+    assert driver.stdin is not None
     assert driver.stdout is not None
     seen, started, listening = [], [], []
     for line in driver.stdout:
@@ -48,6 +50,7 @@ def main() -> None:
             listening = [address for child in children for address in _listening(child)]
             if job["signal"] is not None:
                 os.kill(driver.pid, job["signal"])
+            driver.stdin.close()  # what is listed above was alive: a driver waits for this before it ends
     code = driver.wait()
     left = _left(job["seconds"])
     result = {"code": code, "output": "".join(seen), "started": started, "left": left}

@@ -32,6 +32,8 @@ def main() -> None:
         for number, _ in enumerate(stream.batches(requests)):
             if number == ENOUGH:
                 print("streaming", flush=True)
+                if end != "stop":
+                    sys.stdin.read()  # until the test has listed this driver's processes
                 if end == "raise":
                     raise RuntimeError("the trainer is broken")
                 if end == "return":
