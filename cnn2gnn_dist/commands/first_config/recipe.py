@@ -180,7 +180,7 @@ def graph(images: int, ranks: int, student_epochs: int) -> dict[str, Any]:
         "neighbours": k,
         "start_epoch": start,
         "refresh_epochs": max(1, math.ceil((student_epochs - start) / 5)),
-        "sampling": {"fanouts": [first, max(2, min(8, k))]},
+        "sampling": {"fanouts": [first, 0], "second_hop": "cached"},
         "partition": {"parts": ranks},
         **({} if images < 200_000 else {"search": {"exact": False}}),
     }

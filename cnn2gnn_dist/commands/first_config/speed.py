@@ -210,6 +210,8 @@ class RandomQuery:
     def block(self, z_Bd: torch.Tensor) -> Block:
         """The block around seeds with these projections."""
         first, second = self.graph.sampling.fanouts
+        if self.graph.sampling.second_hop == "cached":
+            second = 2  # the fewest: a cached average is one more row of the bank
         near_BF = (z_Bd.detach().float().cpu() @ self.bank_z.T).topk(min(first, self.nodes)).indices
         first_U, row = (near_BF % self.nodes).unique(return_inverse=True)
         return averaged_block(
