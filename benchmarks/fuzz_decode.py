@@ -49,11 +49,11 @@ with atheris.instrument_imports(MINE) if atheris else contextlib.nullcontext():
     for kind in ("Jpeg", "Png", "Gif", "Bmp", "Tiff", "WebP", "Ppm"):
         importlib.import_module(f"PIL.{kind}ImagePlugin")
 
-import bombs  # noqa: E402
 import numpy as np  # noqa: E402
 import simplejpeg  # noqa: E402
-import test_partial  # noqa: E402
-import test_pixels  # noqa: E402
+
+from tests.support import bombs, jpegs  # noqa: E402
+from tests.unit.data import test_pixels  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 SPARE, MUCH, MAX_PIXELS, LONGEST, MAX_BYTES = 400 << 20, 64, 1_000_000, 10, 1 << 17
@@ -131,11 +131,9 @@ def treat(data: bytes) -> None:
 
 def seeds() -> list[bytes]:
     """Valid images of each kind, some of them photographs, and the small decompression bombs."""
-    kinds = {**test_partial.CUT, **test_partial.WHOLE}
+    kinds = {**jpegs.CUT, **jpegs.WHOLE}
     found = [
-        encode(test_partial.textured(*size))
-        for encode in kinds.values()
-        for size in ((32, 32), (75, 61))
+        encode(jpegs.textured(*size)) for encode in kinds.values() for size in ((32, 32), (75, 61))
     ]
     found += [bombs.saved(kind) for kind in ("PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM")]
     found += [bombs.saved("TIFF", compression=name) for name in ("jpeg", "tiff_lzw", "packbits")]

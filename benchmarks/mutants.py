@@ -49,7 +49,7 @@ class Subject:
 
 
 SUBJECTS = (
-    Subject("arithmetic", "data/batch_sizes.py", ("unit/data/test_order.py",)),
+    Subject("arithmetic", "data/batch_sizes.py", ("unit/data/test_batch_sizes.py",)),
     Subject("order", "data/order.py", ("unit/data/test_order.py",)),
     Subject("targets", "data/soft_targets.py", ("unit/data/test_soft_targets.py",)),
     Subject("losses", "models/losses.py", ("unit/models/test_losses.py",)),

@@ -86,25 +86,11 @@ def rank_main(kind: str, stage: int, micro: int) -> dict[str, float]:
         deepspeed, own, ranks.world_size, plan.accumulation, "cpu", precision=config.precision
     )
     run = engine.Engine(model, resolved, device="cpu", average=own.average)
-    run.train()
     size = config.views.size
     images = torch.randint(0, 256, (micro, size, size, 3), dtype=torch.uint8)
     labels = torch.randint(0, classes, (micro,))
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
-    seconds = []
     query = () if kind == "teacher" else (RandomQuery(config, classes, 4096, "cpu"),)
-    for _ in range(STEPS):
-        began = time.process_time()
-        output = run(images, *query)
-        if kind == "teacher":
-            loss = F.cross_entropy(output, labels)
-        else:
-            loss = F.cross_entropy(output.logits_BC, labels)
-            loss = loss + F.cross_entropy(output.self_logits_BC, labels)
-        run.backward(loss)
-        del loss, output
-        run.step(1e-4)
-        seconds.append(time.process_time() - began)
+    seconds = timed_steps(run, images, labels, query)
     gc.collect()
     work = 3 * plan.trace.flops * micro
     return {
@@ -114,6 +100,26 @@ def rank_main(kind: str, stage: int, micro: int) -> dict[str, float]:
         "predicted": expected.total,
         "gflops": work / min(seconds) / 1e9,
     }
+
+
+def timed_steps(run: Any, images: Any, labels: Any, query: tuple[Any, ...]) -> list[float]:
+    """Train ``STEPS`` steps, a student's with a ``query``; return the processor seconds of each."""
+    run.train()
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
+    seconds = []
+    for _ in range(STEPS):
+        began = time.process_time()
+        output = run(images, *query)
+        if query:
+            loss = F.cross_entropy(output.logits_BC, labels)
+            loss = loss + F.cross_entropy(output.self_logits_BC, labels)
+        else:
+            loss = F.cross_entropy(output, labels)
+        run.backward(loss)
+        del loss, output
+        run.step(1e-4)
+        seconds.append(time.process_time() - began)
+    return seconds
 
 
 def _without_gradients(expected: Any) -> float:

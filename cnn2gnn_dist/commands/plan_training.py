@@ -59,23 +59,14 @@ def command(
     if decode_s is None:
         kind = "small" if config.views.size <= constants.SMALL else "photograph"
         decode_s = constants.DECODE_S[kind]
-    sizes = estimate.graph_sizes(config, images, cluster)
-    bank = memory_model.total(memory_model.structures(sizes), "rank")
-    waiting = config.stream.prefetch * plans["student"].micro_batch * 3 * config.views.size**2
-    host = _host(plans, cluster, bank, waiting)
+    host = _host(config, images, plans, cluster)
     disk = estimate.disk(config, images, classes, traces, image_bytes)
     refresh = estimate.refresh_bytes(config, images, cluster)
     hours = estimate.hours(config, images, plans, cluster, decode_s)
     if as_json:
-        found = {
-            "cluster": asdict(cluster),
-            "models": {kind: asdict(plan) for kind, plan in plans.items()},
-            "host": host,
-            "disk": disk,
-            "refresh": refresh,
-            "hours": hours,
-        }
-        output(json.dumps(found, indent=1))
+        models = {kind: asdict(plan) for kind, plan in plans.items()}
+        sizes = {"host": host, "disk": disk, "refresh": refresh, "hours": hours}
+        output(json.dumps({"cluster": asdict(cluster), "models": models, **sizes}, indent=1))
         return 0
     output(
         f"{images:,} images of {classes:,} classes, config {source or 'demo'}: {cluster.nodes} nodes x "
@@ -106,9 +97,12 @@ def _planned(
 
 
 def _host(
-    plans: dict[str, ModelPlan], cluster: Cluster, bank: float, waiting: float
+    config: Config, images: int, plans: dict[str, ModelPlan], cluster: Cluster
 ) -> dict[str, float]:
     """Bytes of a host's memory while the more demanding of the models trains."""
+    sizes = estimate.graph_sizes(config, images, cluster)
+    bank = memory_model.total(memory_model.structures(sizes), "rank")
+    waiting = config.stream.prefetch * plans["student"].micro_batch * 3 * config.views.size**2
     most = max(plan.memory[plan.stage].total for plan in plans.values())
     rows = {
         "processes": float(constants.PROCESS),

@@ -49,14 +49,7 @@ def command(
         UserError: not a model, a folder without images, ``top`` below 1, a model that is not
             calibrated for what is asked, ``coverage`` of images answered together.
     """
-    if top < 1:
-        raise UserError(f"no classes to show: {top}", where="--top", remedy="use --top 1 or more")
-    if coverage is not None and (together or same):
-        raise UserError(
-            "sets with a coverage are of single images, not of images answered together",
-            where="--coverage",
-            remedy="leave out --coverage, or --together and --same",
-        )
+    _check_options(top, coverage, together or same)
     failed = 0
     with opened(model) as classifier:
         if classifier.spec.scope == "batch":
@@ -83,6 +76,17 @@ def command(
     if out is not None:
         output(f"answers  {out}")
     return 1 if failed else 0
+
+
+def _check_options(top: int, coverage: float | None, together: bool) -> None:
+    if top < 1:
+        raise UserError(f"no classes to show: {top}", where="--top", remedy="use --top 1 or more")
+    if coverage is not None and together:
+        raise UserError(
+            "sets with a coverage are of single images, not of images answered together",
+            where="--coverage",
+            remedy="leave out --coverage, or --together and --same",
+        )
 
 
 def _printer(as_json: bool) -> Callable[[Answer], None]:

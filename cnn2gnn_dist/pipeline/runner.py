@@ -62,11 +62,7 @@ def run_rank(
     from cnn2gnn_dist.training import engine
 
     config = settings.check(tree)
-    problem: UserError | None = None
-    try:
-        device = choose_device(config.device)
-    except UserError as error:  # the other ranks are to hear of it
-        device, problem = "cpu", error
+    device, problem = _device_or_problem(config)
     words = exchange.LastWords()
     try:
         if ranks.world_size > 1 or not needs_no_group(config, names):
@@ -78,8 +74,8 @@ def run_rank(
         across_hosts.check_hosts(config, device)
         with _locked(Path(str(config.run.dir)), ranks, config.cluster.timeout_s):
             read = _on_rank_0(ranks, lambda: deepspeed or keys.read_deepspeed(config))
-            survey = Survey(config, read, reads=True, recheck=update)
             surroundings = Surroundings(device == "cuda", inside_ray, ranks.world_size, read)
+            survey = Survey(config, read, reads=True, recheck=update)
             _on_rank_0(ranks, lambda: _begin(survey, names, surroundings))
             return _run_all(survey, names, update, inside_ray, ranks, device, force)
     except UserError as error:
@@ -117,6 +113,14 @@ def choose_device(wanted: str) -> str:
             remedy="device=cpu or device=auto; `cnn2gnn doctor` shows what torch sees",
         )
     return "cuda" if wanted == "cuda" or (wanted == "auto" and there) else "cpu"
+
+
+def _device_or_problem(config: Config) -> tuple[str, UserError | None]:
+    """The device; or why this rank has none, for the other ranks to hear."""
+    try:
+        return choose_device(config.device), None
+    except UserError as error:
+        return "cpu", error
 
 
 def _run_all(

@@ -16,7 +16,7 @@ from importlib import import_module
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError
 from ray.util.placement_group import (
     PlacementGroup,
     placement_group,
@@ -27,7 +27,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cnn2gnn_dist import log
 from cnn2gnn_dist.errors import PeerLost, Preempted, UserError, last_line
-from cnn2gnn_dist.runtime import preemption, rank_order, ray_session, rendezvous
+from cnn2gnn_dist.runtime import preemption, rank_order, ray_errors, ray_session, rendezvous
 from cnn2gnn_dist.runtime.ranks import Ranks
 
 _log = logging.getLogger(__name__)
@@ -176,7 +176,8 @@ def _wait_for_saves(actors: list[Any], refs: list[Any], grace_s: float) -> None:
     for actor in actors:
         actor.request_stop.remote()
     done, unanswered = ray.wait(refs, num_returns=len(refs), timeout=grace_s)
-    causes = [getattr(_failure(ref), "cause", None) for ref in done]
+    failures = [failure for failure in map(_failure, done) if failure is not None]
+    causes = map(ray_errors.cause_of, failures)
     said = {cause.what for cause in causes if isinstance(cause, Preempted)}
     lost = f"no step finished within {grace_s:g} s: progress since the last checkpoint is lost"
     for line in sorted(said) or [lost if unanswered else "no rank was training"]:
@@ -226,9 +227,8 @@ def _gather(refs: list[Any]) -> list[Any]:
 
 def verdict(failures: list[RayError], unanswered: bool) -> Exception:
     """What a group has ended with: a user's mistake, a lost rank, or a bug (see ``_gather``)."""
-    causes = [one.cause for one in failures if isinstance(one, RayTaskError)]
-    # A process or node that died, one that was killed for memory, or an answer that was lost with it.
-    lost = [last_line(one) for one in failures if not isinstance(one, RayTaskError)]
+    causes = [ray_errors.cause_of(one) for one in failures]
+    lost = [last_line(one) for one, cause in zip(failures, causes, strict=True) if cause is None]
     lost += [cause.what for cause in causes if isinstance(cause, PeerLost)]
     for cause in causes:
         if isinstance(cause, UserError) and not isinstance(cause, PeerLost):

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError
 
 from cnn2gnn_dist.errors import UserError, last_line
-from cnn2gnn_dist.runtime import ray_session
+from cnn2gnn_dist.runtime import ray_errors, ray_session
 
 ATTEMPTS = 3
 """How often an actor may die of one item."""
@@ -117,14 +117,14 @@ def _result(ref: Any, item: Any) -> Any:
     try:
         with ray_session.exit_code_kept():
             found = ray.get(ref)
-    except RayActorError as error:
+    except RayError as error:
+        if cause := ray_errors.cause_of(error):
+            raise cause from None
         raise UserError(
             f"an actor died {ATTEMPTS} times of {item}; last: {last_line(error)}",
             where="--actors",
             remedy="see the log above; what was finished is kept, and the same command resumes",
         ) from None
-    except RayTaskError as error:
-        raise error.cause if isinstance(error.cause, Exception) else error from None
     if isinstance(found, UserError):
         raise found
     return found

@@ -18,6 +18,7 @@ from cnn2gnn_dist.runtime import collectives, members, peer_watch, process_group
 from cnn2gnn_dist.runtime.ranks import Ranks
 from cnn2gnn_dist.training.average import MOMENTS, Average, Kind, create_state
 from cnn2gnn_dist.training.outcome import Outcome, StepInfo
+from cnn2gnn_dist.training.parameter_groups import parameter_groups
 from cnn2gnn_dist.training.schedule import fresh_adam
 from cnn2gnn_dist.training.sync_norm import is_synchronised
 
@@ -50,15 +51,14 @@ def init(
         UserError: the rendezvous port is taken; on every rank: one can't join (a network interface that
             the environment names is missing, there is no GPU), or they differ (``members``).
     """
-    own, index = torch.device("cpu"), ranks.local_rank
+    own = torch.device("cpu")
     if device == "cuda" and problem is None:
         try:
-            index = process_group.device_index(ranks.local_rank, torch.cuda.device_count())
-            own = torch.device("cuda", index)
-            torch.cuda.set_device(own)
+            own = _own_gpu(ranks)
         except UserError as error:
             problem = error
     # DeepSpeed uses LOCAL_RANK as the device index.
+    index = ranks.local_rank if own.index is None else own.index
     os.environ.update(ranks.environment(), LOCAL_RANK=str(index))
     if device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -70,20 +70,7 @@ def init(
     c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout
     process_group.join(ranks, own, timeout, about, problem)
     _log.debug("joined a group of %d ranks, on %s", ranks.world_size, own)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
-    import deepspeed
-
-    for name in ("DeepSpeed", "deepspeed"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    if device == "cpu":
-        # Otherwise init compiles a C++ operator that training never uses.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(  # uses the existing group
-        dist_backend="nccl" if device == "cuda" else "gloo",
-        timeout=timeout,
-        auto_mpi_discovery=False,
-        verbose=False,
-    )
+    _start_deepspeed(device, timeout)
     if device == "cuda" and ranks.world_size > 1:
         store = c10d._get_default_store()
         silence_s = min(peer_watch.SILENCE_S, timeout_s / 2)
@@ -93,6 +80,31 @@ def init(
 
 
 _watches: list[peer_watch.PeerWatch] = []
+
+
+def _own_gpu(ranks: Ranks) -> torch.device:
+    index = process_group.device_index(ranks.local_rank, torch.cuda.device_count())
+    own = torch.device("cuda", index)
+    torch.cuda.set_device(own)
+    return own
+
+
+def _start_deepspeed(device: str, timeout: timedelta) -> None:
+    """Have DeepSpeed use the existing group, without its log lines."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+    import deepspeed
+
+    for name in ("DeepSpeed", "deepspeed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if device == "cpu":
+        # Otherwise init compiles a C++ operator that training never uses.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        dist_backend="nccl" if device == "cuda" else "gloo",
+        timeout=timeout,
+        auto_mpi_discovery=False,
+        verbose=False,
+    )
 
 
 def shutdown() -> None:
@@ -146,7 +158,7 @@ class Engine:
         model.to(self.device)
         config = without_overlap(config, model)
         self.moments = MOMENTS.get(config["optimizer"]["type"], MOMENTS["AdamW"])
-        groups = _groups(
+        groups = parameter_groups(
             model, config["optimizer"]["params"]["weight_decay"], late, dict(rates or {})
         )
         with warnings.catch_warnings():
@@ -350,29 +362,6 @@ def without_overlap(config: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     if not is_synchronised(model):
         return config
     return {**config, "zero_optimization": {**config["zero_optimization"], "overlap_comm": False}}
-
-
-def _groups(
-    model: nn.Module, decay: float, late: Collection[str], rates: Mapping[str, float]
-) -> list[dict[str, Any]]:
-    """Parameters grouped by weight decay (only matrices have it), by when they start and by their rate."""
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if unknown := (set(late) | set(rates)) - set(dict(model.named_parameters())):
-        raise ValueError(f"no parameters of these names: {sorted(unknown)}")
-    kinds = {n: (n in late, p.ndim > 1, rates.get(n, 1.0)) for n, p in named.items()}
-    groups = [
-        {
-            "params": [p for n, p in named.items() if kinds[n] == (begins, matrix, rate)],
-            "weight_decay": decay if matrix else 0.0,
-            "decay": decay if matrix else 0.0,
-            "late": begins,
-            "rate": rate,
-        }
-        for begins in (False, True)
-        for matrix in (True, False)
-        for rate in sorted(set(kinds[n][2] for n in named))
-    ]
-    return [group for group in groups if group["params"]]
 
 
 def inner_optimizer(engine: Engine) -> torch.optim.Optimizer:

@@ -73,23 +73,14 @@ def test_cnn2gnn_run_on_ray(micro_run, tmp_path):
     assert not (tmp_path / ".ray").exists()  # a token there would be required by the user's own Ray
 
 
-@pytest.mark.ray
-@pytest.mark.skipif(
-    os.geteuid() != 0 or shutil.which("unshare") is None,
-    reason="Ray's job server binds to the network: the test wants a network namespace (root, unshare)",
-)
-def test_ray_job(micro_run, tmp_path):
-    """`ray job submit`, launch/submit.py, cluster.address= and `ray job stop`, on a cluster that
-    requires the token in the user's home, and whose environment was not activated when it started.
-    The head sees only loopback.
-    """
-    run, run_3 = tmp_path / "job", tmp_path / "job-3"
+def jobs_script(tmp_path: Path, run: Path, stopped: Path) -> str:
+    """Starts a cluster, submits jobs in every way, and stops one; says the exit code of each."""
     ports = {name: free_port_outside_workers() for name in ("gcs", "dashboard", "client")}
     teacher = (
         f"{sys.executable} -m cnn2gnn_dist teacher --config demo {_quoted(MICRO)} run.dir={run}"
     )
     cluster = f"cluster.address=127.0.0.1:{ports['gcs']}"
-    script = f"""
+    return f"""
     ip link set lo up
     ray get-auth-token --generate > /dev/null
     PATH=/usr/local/bin:/usr/bin:/bin {BIN}/ray start --head --block --disable-usage-stats \
@@ -119,11 +110,25 @@ def test_ray_job(micro_run, tmp_path):
     echo "tokenless script exit $?"
     export RAY_AUTH_MODE=token
     ray job submit --no-wait --submission-id stopped --working-dir . -- {sys.executable} -m cnn2gnn_dist run \
-        --config demo {_quoted(MICRO)} teacher.epochs=2000 checkpoint.every_steps=100000 run.dir={run_3}
-    for i in $(seq 1200); do [ -s {run_3}/teacher/metrics.jsonl ] && break; sleep 0.1; done
+        --config demo {_quoted(MICRO)} teacher.epochs=2000 checkpoint.every_steps=100000 run.dir={stopped}
+    for i in $(seq 1200); do [ -s {stopped}/teacher/metrics.jsonl ] && break; sleep 0.1; done
     ray job stop stopped
     ray job logs stopped
     """
+
+
+@pytest.mark.ray
+@pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("unshare") is None,
+    reason="Ray's job server binds to the network: the test wants a network namespace (root, unshare)",
+)
+def test_ray_job(micro_run, tmp_path):
+    """`ray job submit`, launch/submit.py, cluster.address= and `ray job stop`, on a cluster that
+    requires the token in the user's home, and whose environment was not activated when it started.
+    The head sees only loopback.
+    """
+    run, run_3 = tmp_path / "job", tmp_path / "job-3"
+    script = jobs_script(tmp_path, run, run_3)
     process = start(["unshare", "-n", "bash", "-c", script], bare_environment(tmp_path / "home"))
     try:
         _, output = finish(process, 800)

@@ -15,13 +15,9 @@ from torch import Tensor, nn
 
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.runtime import collectives
-from cnn2gnn_dist.training.checkpoint import named_state
 from cnn2gnn_dist.training.engine import Engine, inner_optimizer, without_overlap
 from cnn2gnn_dist.training.sync_norm import synchronise_norms
-from tests.support import rank_group, tiny
-
-STEPS = 6
-
+from tests.support import late_parameters, rank_group, tiny
 
 # --- cases: run on every rank ---------------------------------------------------------------
 
@@ -38,7 +34,7 @@ def plain_torch(clip: float = 0.0) -> tuple[list[float], dict[str, Tensor], list
     optimizer = torch.optim.AdamW(groups, lr=tiny.LR)
     ddp = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
     losses, norms = [], []
-    for step in range(STEPS):
+    for step in range(tiny.STEPS):
         images, labels = tiny.share(step)
         for group in optimizer.param_groups:
             group["lr"] = tiny.lr(step)
@@ -56,7 +52,7 @@ def engine_against_torch(stage: int, clip: float) -> dict[str, Any]:
     """One stage's losses, weights and norms in the same six steps."""
     engine = tiny.build(stage, clip=clip)
     losses, norms, rates = [], [], []
-    for step in range(STEPS):
+    for step in range(tiny.STEPS):
         images, labels = tiny.share(step)
         loss = F.cross_entropy(engine(images), labels)
         losses.append(float(loss))
@@ -93,102 +89,6 @@ def refusal(engine: Engine, loss: Tensor) -> str | None:
     except UserError as error:
         return str(error)
     return None
-
-
-IDLE = 1500
-LATE = ("gate", "second.weight")
-
-
-def late_engine(stage: int, decay: float = 0.0) -> Engine:
-    config = tiny.config(stage)
-    config["optimizer"]["params"]["weight_decay"] = decay
-    engine = Engine(tiny.TinyNet(), config, device="cpu", late=LATE)
-    engine.train()
-    return engine
-
-
-def late_start(stage: int, late_from: int) -> dict[str, Tensor]:
-    """Weights of late parameters over steps that follow 1,500 steps without gradients."""
-    engine = late_engine(stage)
-    tensors, _ = named_state.pull(engine, lambda name: True)
-    tensors = {n: t for rank in collectives.all_gather_object(tensors) for n, t in rank.items()}
-    engine = late_engine(stage)
-    named_state.push(engine, tensors, float(IDLE))
-    engine.steps, engine.late_from = IDLE, late_from
-    seen: dict[str, list[Tensor]] = {name: [] for name in LATE}
-    for _ in range(STEPS):
-        images, labels = tiny.share(0)  # the same batch again: gradients of one sign
-        engine.backward(F.cross_entropy(engine(images), labels))
-        engine.step(1e-3, late_lr=1e-3)
-        weights = engine.weights()
-        for name in LATE:
-            seen[name].append(weights[name])
-    return {name: torch.stack(values) for name, values in seen.items()}
-
-
-def late_resumed(stage: int) -> bool:
-    """Late parameters start at step 2; weights after 6 steps, uninterrupted and resumed from step 4."""
-
-    def go(engine: Engine, steps: range) -> None:
-        for step in steps:
-            images, labels = tiny.share(step)
-            engine.backward(F.cross_entropy(engine(images), labels))
-            if step == 2:
-                engine.late_from = engine.steps
-            engine.step(tiny.lr(step), late_lr=tiny.lr(step))
-
-    whole = late_engine(stage, tiny.WEIGHT_DECAY)
-    go(whole, range(4))
-    mine, adam_steps = named_state.pull(whole, lambda name: True)
-    mine.update(named_state.own_buffers(whole, collectives.rank()))
-    resumed = late_engine(stage, tiny.WEIGHT_DECAY)
-    named_state.push(resumed, mine, adam_steps)
-    named_state.push_buffers(resumed, mine, collectives.rank())
-    resumed.steps, resumed.late_from = whole.steps, whole.late_from
-    found = []
-    for engine in (whole, resumed):
-        go(engine, range(4, STEPS))
-        found.append(tiny.digest(engine.weights()))
-    return found[0] == found[1]
-
-
-def late_in_torch() -> dict[str, Tensor]:
-    """The same with a separate Adam for the late parameters, which starts with them."""
-    model = tiny.TinyNet()
-    named = dict(model.named_parameters())
-
-    old, new = (
-        torch.optim.Adam([p for n, p in named.items() if (n in LATE) == late], lr=1e-3)
-        for late in (False, True)
-    )
-    for parameter in old.param_groups[0]["params"]:
-        old.state[parameter] = {
-            "step": torch.tensor(float(IDLE)),
-            "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": torch.zeros_like(parameter),
-        }
-    ddp = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
-    seen: dict[str, list[Tensor]] = {name: [] for name in LATE}
-    for _ in range(STEPS):
-        images, labels = tiny.share(0)
-        F.cross_entropy(ddp(images), labels).backward()
-        for optimizer in (old, new):
-            optimizer.step()
-            optimizer.zero_grad()
-        for name in LATE:
-            seen[name].append(named[name].detach().clone())
-    return {name: torch.stack(values) for name, values in seen.items()}
-
-
-def not_yet(stage: int) -> bool:
-    """Late parameters that have not started keep their weights, decay included."""
-    engine = late_engine(stage, tiny.WEIGHT_DECAY)
-    images, labels = tiny.share(0)
-    engine.backward(F.cross_entropy(engine(images), labels))
-    engine.step(1e-2)
-    before, after = dict(tiny.TinyNet().named_parameters()), engine.weights()
-    moved = {name for name, p in before.items() if not torch.equal(after[name], p)}
-    return moved == set(before) - set(LATE)
 
 
 def not_finite(stage: int) -> dict[str, Any]:
@@ -253,7 +153,7 @@ def everything() -> dict[Any, Any]:
         "world": (collectives.rank(), collectives.world_size(), dist.get_backend()),
         "torch": plain_torch(),
         "torch clipped": plain_torch(clip=0.3),
-        "torch late": late_in_torch(),
+        "torch late": late_parameters.late_in_torch(),
         "buffers": buffers_by_rank(),
         "norm": norm_over_ranks(),
         "gathered": collectives.all_gather_object(collectives.rank() * 10),
@@ -265,8 +165,12 @@ def everything() -> dict[Any, Any]:
         found["accumulated", stage] = (accumulated(stage, 1), accumulated(stage, 2))
         found["finite", stage] = not_finite(stage)
         found["idle", stage] = unused_parameter(stage)
-        found["late", stage] = (late_start(stage, IDLE), late_start(stage, 0), not_yet(stage))
-        found["late resumed", stage] = late_resumed(stage)
+        found["late", stage] = (
+            late_parameters.late_start(stage, late_parameters.IDLE),
+            late_parameters.late_start(stage, 0),
+            late_parameters.not_yet(stage),
+        )
+        found["late resumed", stage] = late_parameters.late_resumed(stage)
     return found
 
 
@@ -286,7 +190,7 @@ def test_every_zero_stage_is_bit_identical_to_ddp(ranks: list[dict], stage: int)
         assert found["losses"] == losses
         for name, tensor in weights.items():
             assert torch.equal(found["weights"][name], tensor), name
-        assert found["steps"] == STEPS
+        assert found["steps"] == tiny.STEPS
 
 
 @pytest.mark.parametrize("stage", tiny.STAGES)
@@ -303,7 +207,7 @@ def test_clipping_and_gradient_norms_match_torch(ranks: list[dict], stage: int) 
 @pytest.mark.parametrize("stage", tiny.STAGES)
 def test_lr_reaches_all_groups_and_vectors_are_not_decayed(ranks: list[dict], stage: int) -> None:
     found = ranks[1]["stage", stage]
-    assert found["rates"] == [[tiny.lr(s)] * 2 for s in range(STEPS)]
+    assert found["rates"] == [[tiny.lr(s)] * 2 for s in range(tiny.STEPS)]
     assert sorted(found["decay"]) == [0.0, tiny.WEIGHT_DECAY]
 
 
@@ -341,7 +245,7 @@ def test_late_parameters_step_as_under_an_adam_of_their_own(ranks: list[dict], s
     for rank in ranks:
         late, at_once, stayed = rank["late", stage]
         assert stayed
-        for name in LATE:
+        for name in late_parameters.LATE:
             torch.testing.assert_close(late[name], expected[name], rtol=1e-4, atol=2e-6)
             first = dict(tiny.TinyNet().named_parameters())[name].detach()
             steps = late[name].diff(dim=0, prepend=first[None]).abs() / 1e-3

@@ -18,7 +18,7 @@ from cnn2gnn_dist.models.student import Student
 from cnn2gnn_dist.runtime import collectives
 from cnn2gnn_dist.training.checkpoint import named_state
 from cnn2gnn_dist.training.engine import Engine
-from tests.multiprocess.test_engine import STEPS, plain_torch
+from tests.multiprocess.test_engine import plain_torch
 from tests.support import rank_group, tiny
 
 # --- cases: run on every rank ---------------------------------------------------------------
@@ -49,7 +49,7 @@ def mixed_in_torch() -> tuple[list[float], dict[str, Tensor]]:
     optimizer = torch.optim.AdamW(groups, lr=tiny.LR)
     ddp = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
     losses = []
-    for step in range(STEPS):
+    for step in range(tiny.STEPS):
         images, labels = tiny.share(step)
         for group in optimizer.param_groups:
             group["lr"] = tiny.lr(step)
@@ -73,8 +73,8 @@ def mixed(stage: int) -> dict[str, Any]:
     named_state.push(resumed, mine, adam_steps)
     named_state.push_buffers(resumed, mine, collectives.rank())
     resumed.steps = whole.steps
-    losses += tiny.train(whole, range(4, STEPS))
-    tiny.train(resumed, range(4, STEPS))
+    losses += tiny.train(whole, range(4, tiny.STEPS))
+    tiny.train(resumed, range(4, tiny.STEPS))
     weights = whole.weights()
     return {
         "losses": losses,

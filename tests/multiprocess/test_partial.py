@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import shutil
 import subprocess
@@ -14,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import simplejpeg
-from PIL import Image
 
 from cnn2gnn_dist.data.images import decode as decoding
 from cnn2gnn_dist.data.images import partial
@@ -23,8 +21,8 @@ from cnn2gnn_dist.data.images.decode import CorruptSample, decode
 from cnn2gnn_dist.data.images.views import ViewSpec
 from cnn2gnn_dist.data.tar.samples import samples
 from cnn2gnn_dist.errors import UserError
-from tests.support import REPOSITORY
-from tests.support.shards import data_dir, encode_image, random_images
+from tests.support import REPOSITORY, jpegs
+from tests.support.shards import data_dir, random_images
 
 SPEC = ViewSpec("random_resized_crop", 48, seed=5)
 
@@ -57,77 +55,6 @@ def built(use, library) -> None:
     use(library)
 
 
-def textured(high: int, wide: int, seed: int = 0) -> np.ndarray:
-    """Sharp edges and noise in all colors: chroma at a cut must be correct to look correct."""
-    rng = np.random.default_rng(seed)
-    noise = rng.integers(0, 256, (high, wide, 3))
-    blocks = rng.integers(0, 256, (high // 7 + 1, wide // 5 + 1, 3)).repeat(7, 0).repeat(5, 1)
-    return ((noise + 3 * blocks[:high, :wide]) // 4).astype(np.uint8)
-
-
-def by_pillow(image: np.ndarray, **options: object) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, "JPEG", **{"quality": 92, **options})
-    return file.getvalue()
-
-
-def with_exif(image: np.ndarray) -> bytes:
-    """Rotated by EXIF, with a thumbnail that is itself a JPEG."""
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    exif[0x010E] = "\u00e9" * 300
-    data = by_pillow(image, exif=exif, icc_profile=bytes(range(256)) * 40)
-    thumbnail = by_pillow(image[:8, :8])
-    comment = b"\xff\xfe" + (len(thumbnail) + 2).to_bytes(2, "big") + thumbnail
-    return data[:2] + comment + data[2:]
-
-
-def in_three_scans(image: np.ndarray) -> bytes:
-    """A sequential JPEG that stores one color component after the other."""
-    grey = [by_pillow(image[..., colour]) for colour in range(3)]
-    frame, scan = grey[0].index(b"\xff\xc0"), grey[0].index(b"\xff\xda")
-    size = grey[0][frame + 4 : frame + 9]
-    tables = grey[0][frame + 2 + 11 : scan]
-    head = b"\xff\xc0\x00\x11" + size + b"\x03" + b"".join(bytes((i, 0x11, 0)) for i in (1, 2, 3))
-    scans = [
-        b"\xff\xda\x00\x08\x01" + bytes((i + 1, 0)) + b"\x00\x3f\x00" + data[scan + 10 : -2]
-        for i, data in enumerate(grey)
-    ]
-    return grey[0][:frame] + head + tables + b"".join(scans) + b"\xff\xd9"
-
-
-def by_turbo(chroma: str) -> Callable[[np.ndarray], bytes]:
-    return lambda image: simplejpeg.encode_jpeg(image, 90, colorsubsampling=chroma)
-
-
-CUT = {
-    **{chroma: by_turbo(chroma) for chroma in ("444", "422", "420", "440", "411")},
-    "grey": lambda image: by_pillow(image[..., 0]),
-    "rgb inside": lambda image: by_pillow(image, keep_rgb=True, subsampling=0),
-    "restarts by block": lambda image: by_pillow(image, restart_marker_blocks=2),
-    "restarts by row": lambda image: by_pillow(image, restart_marker_rows=1, subsampling=1),
-    "optimized": lambda image: by_pillow(image, optimize=True, quality=25),
-    "best": lambda image: by_pillow(image, quality=100, subsampling=2),
-    "exif": with_exif,
-}
-"""Kinds of JPEG that the extra decodes."""
-
-WHOLE = {
-    "progressive": lambda image: by_pillow(image, progressive=True),
-    "three scans": in_three_scans,
-    "cmyk": lambda image: encode_cmyk(image),
-    "png": lambda image: encode_image(image, "png"),
-    "something behind": lambda image: by_pillow(image) + b"\0",
-}
-"""Kinds that are left to the full decoder."""
-
-
-def encode_cmyk(image: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(image).convert("CMYK").save(file, "JPEG")
-    return file.getvalue()
-
-
 def assert_cut_right(data: bytes, top: int, left: int, high: int, wide: int) -> None:
     whole = simplejpeg.decode_jpeg(data)
     found = partial.crop(data, *whole.shape[:2], top, left, high, wide)
@@ -136,10 +63,10 @@ def assert_cut_right(data: bytes, top: int, left: int, high: int, wide: int) -> 
     np.testing.assert_array_equal(found, whole[top : top + high, left : left + wide])
 
 
-@pytest.mark.parametrize("kind", CUT)
+@pytest.mark.parametrize("kind", jpegs.CUT)
 def test_every_place_of_a_small_image(built, kind):
-    image = textured(41, 75)
-    data = CUT[kind](image)
+    image = jpegs.textured(41, 75)
+    data = jpegs.CUT[kind](image)
     whole = simplejpeg.decode_jpeg(data)
     for high, wide in ((1, 1), (3, 17), (12, 2), (23, 40)):
         for top in range(41 - high + 1):
@@ -150,13 +77,13 @@ def test_every_place_of_a_small_image(built, kind):
                 assert np.array_equal(found, wanted), (top, left, high, wide)
 
 
-@pytest.mark.parametrize("kind", CUT)
+@pytest.mark.parametrize("kind", jpegs.CUT)
 def test_any_size_and_crop(built, kind):
     rng = np.random.default_rng(1)
     sizes = [(1, 1), (1, 99), (99, 1), (2, 2), (7, 9), (8, 8), (16, 16), (17, 33), (64, 200)]
     sizes += [tuple(rng.integers(1, 260, 2)) for _ in range(12)]
     for number, (high, wide) in enumerate(sizes):
-        data = CUT[kind](textured(high, wide, number))
+        data = jpegs.CUT[kind](jpegs.textured(high, wide, number))
         assert_cut_right(data, 0, 0, high, wide)
         for _ in range(25):
             top, left = int(rng.integers(high)), int(rng.integers(wide))
@@ -164,10 +91,10 @@ def test_any_size_and_crop(built, kind):
             assert_cut_right(data, top, left, h, w)
 
 
-@pytest.mark.parametrize("kind", WHOLE)
+@pytest.mark.parametrize("kind", jpegs.WHOLE)
 def test_what_others_must_decode(built, kind):
-    image = textured(60, 80)
-    data = WHOLE[kind](image)
+    image = jpegs.textured(60, 80)
+    data = jpegs.WHOLE[kind](image)
     assert decode(data).shape == (60, 80, 3)
     assert partial.crop(data, 60, 80, 10, 10, 20, 20) is None
 
@@ -186,8 +113,8 @@ def both_ways(use, library, blobs: list[bytes], view: int = 0) -> tuple[np.ndarr
 
 
 def test_a_mixed_batch_is_the_same_with_and_without(use, library):
-    kinds = [*CUT.values(), *WHOLE.values()]
-    blobs = [encode(textured(90 + i, 120 - i, i)) for i, encode in enumerate(kinds)]
+    kinds = [*jpegs.CUT.values(), *jpegs.WHOLE.values()]
+    blobs = [encode(jpegs.textured(90 + i, 120 - i, i)) for i, encode in enumerate(kinds)]
     blobs += [b"", b"no image", blobs[0][:-30], blobs[1][:500]]
     for view in range(4):
         images, wrong = both_ways(use, library, blobs, view)
@@ -197,7 +124,7 @@ def test_a_mixed_batch_is_the_same_with_and_without(use, library):
 
 def test_a_file_cut_anywhere_is_found_corrupt_either_way(use, library):
     """In its header, its comment that contains a complete JPEG, its data, after each byte."""
-    data = with_exif(random_images(1, 40, 56)[0])
+    data = jpegs.with_exif(random_images(1, 40, 56)[0])
     start = data.index(b"\xff\xda", 2000)
     cuts = [*range(0, len(data), 97), *range(start, len(data))]
     inner = data.index(b"\xff\xd9") + 2  # ends as a complete file does
@@ -215,8 +142,8 @@ def test_damage_is_never_taken_for_pixels_when_all_is_read(built):
     """Down to the last row nothing goes unseen: the full decoder's pixels, or its error."""
     rng = np.random.default_rng(0)
     counts = {"same": 0, "left to the full decoder": 0}
-    for kind in CUT:
-        data = np.frombuffer(CUT[kind](textured(48, 64)), np.uint8)
+    for kind in jpegs.CUT:
+        data = np.frombuffer(jpegs.CUT[kind](jpegs.textured(48, 64)), np.uint8)
         for _ in range(150):
             damaged = data.copy()
             damaged[rng.integers(0, len(data), 2)] = rng.integers(0, 256, 2)
@@ -230,8 +157,8 @@ def test_damage_is_never_taken_for_pixels_when_all_is_read(built):
 
 def test_damage_below_the_crop(use, library):
     """Overwritten bytes are detected; zeros of a hole in the file are not, as the docstring says."""
-    image = textured(160, 160)
-    data = bytearray(by_pillow(image))
+    image = jpegs.textured(160, 160)
+    data = bytearray(jpegs.by_pillow(image))
     noise = np.random.default_rng(0).integers(0, 256, 4096, np.uint8).tobytes()
     seen = bytes(data[:-6000]) + noise + bytes(data[-6000 + 4096 :])
     unseen = bytes(data[:-6000]) + bytes(4096) + bytes(data[-6000 + 4096 :])
@@ -247,7 +174,7 @@ def test_damage_below_the_crop(use, library):
 
 @pytest.mark.parametrize("kind", ["420", "restarts by row"])
 def test_a_marker_below_the_crop_that_does_not_belong_there(use, library, kind):
-    data = CUT[kind](textured(160, 160))
+    data = jpegs.CUT[kind](jpegs.textured(160, 160))
     use(library)
     assert partial.crop(data, 160, 160, 0, 0, 30, 30) is not None
     at = len(data) - 4000
@@ -264,7 +191,7 @@ def test_a_marker_below_the_crop_that_does_not_belong_there(use, library, kind):
     "box", [(0, 0, 41, 1), (40, 0, 1, 1), (0, 60, 1, 1), (0, 0, 0, 5), (2**32 - 1, 0, 2, 2)]
 )
 def test_a_box_outside_is_refused(built, box):
-    data = by_pillow(textured(40, 60))
+    data = jpegs.by_pillow(jpegs.textured(40, 60))
     decode_into = partial._decoder()
     out = np.full((50, 70, 3), 9, np.uint8)
     assert decode_into(data, len(data), 40, 60, *box, out.ctypes.data) != 0
@@ -272,14 +199,14 @@ def test_a_box_outside_is_refused(built, box):
 
 
 def test_the_size_must_be_the_images(built):
-    data = by_pillow(textured(40, 60))
+    data = jpegs.by_pillow(jpegs.textured(40, 60))
     assert partial.crop(data, 40, 61, 0, 0, 5, 5) is None
     assert partial.crop(data, 39, 60, 0, 0, 5, 5) is None
     assert partial.crop(data, 60, 40, 0, 0, 5, 5) is None
 
 
 def test_nothing_is_written_beside_the_crop(built):
-    data = by_pillow(textured(64, 64))
+    data = jpegs.by_pillow(jpegs.textured(64, 64))
     decode_into = partial._decoder()
     for box in ((0, 0, 64, 64), (10, 20, 30, 44), (63, 63, 1, 1), (0, 5, 64, 7)):
         count = box[2] * box[3] * 3
@@ -290,7 +217,7 @@ def test_nothing_is_written_beside_the_crop(built):
 
 
 def test_from_many_threads(built):
-    blobs = [CUT[kind](textured(200, 300, i)) for i, kind in enumerate(CUT)]
+    blobs = [jpegs.CUT[kind](jpegs.textured(200, 300, i)) for i, kind in enumerate(jpegs.CUT)]
     whole = [simplejpeg.decode_jpeg(blob) for blob in blobs]
     wrong = []
 
@@ -339,7 +266,7 @@ def test_real_photographs(use, library):
 
 
 def test_the_switch_turns_it_off(use, library, monkeypatch):
-    data = by_pillow(textured(40, 60))
+    data = jpegs.by_pillow(jpegs.textured(40, 60))
     use(library)
     assert partial.crop(data, 40, 60, 0, 0, 8, 8) is not None
     monkeypatch.setenv("CNN2GNN_PARTIAL", "0")
@@ -349,7 +276,7 @@ def test_the_switch_turns_it_off(use, library, monkeypatch):
 
 
 def test_a_library_that_is_none_or_wrong_is_not_used(use, library, tmp_path, monkeypatch):
-    data = by_pillow(textured(40, 60))
+    data = jpegs.by_pillow(jpegs.textured(40, 60))
     broken = tmp_path / "broken.so"
     broken.write_bytes(b"no library")
     use(broken)

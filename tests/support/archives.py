@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
@@ -160,3 +162,19 @@ def special(draw: st.DrawFn) -> bytes:
 archives = st.lists(st.one_of(regular(), regular(), regular(), special()), max_size=7).map(
     lambda members: b"".join(members) + END
 )
+
+
+def shard(folder: Path, *members: bytes) -> Path:
+    path = folder / "shard.tar"
+    path.write_bytes(b"".join(members) + END)
+    return path
+
+
+def peak_of(work: Callable[[], object]) -> int:
+    """Peak bytes allocated by Python during the work."""
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from hypothesis import strategies as st
 
 
 def shuffled(values: object, seed: int, epoch: int, stream: int) -> np.ndarray:
@@ -47,3 +48,14 @@ def plain_batches(
         found.append([i for ids, share in zip(left, shares, strict=True) for i in ids[:share]])
         left = [ids[share:] for ids, share in zip(left, shares, strict=True)]
     return found
+
+
+def parts_of(total: int, count: int, seed: int) -> list[np.ndarray] | None:
+    """Random disjoint partitions that cover all ids; None for no partitions."""
+    if not count:
+        return None
+    part = np.random.default_rng(seed).integers(0, count, total)
+    return [np.flatnonzero(part == p) for p in range(count)]
+
+
+SIZES = st.lists(st.integers(0, 25), min_size=1, max_size=12).filter(lambda s: sum(s) > 0)

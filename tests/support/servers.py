@@ -42,73 +42,82 @@ class Served:
         self.released = threading.Event()  # releases stalled responses
 
 
+class _Handler(http.server.BaseHTTPRequestHandler):
+    """Answers from the folder of ``served``, with the faults that it asks for."""
+
+    protocol_version = "HTTP/1.1"
+    served: Served
+    folder: Path
+
+    def log_message(self, *words: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self._answer(self.served.head_fault(self.path), body=False)
+
+    def do_GET(self) -> None:
+        with self.served.lock:
+            number = self.served.requests.total()
+            self.served.requests[self.path] += 1
+        self._answer(self.served.fault(number, self.path), body=True)
+
+    def _answer(self, fault: Fault, *, body: bool) -> None:
+        path = self.folder / self.path.partition("?")[0].lstrip("/")
+        if fault == "drop":
+            self.close_connection = True
+        elif fault in ("500", "403", "404") or not path.is_file():
+            self.send_error(int(fault) if fault in ("500", "403") else 404)
+        else:
+            data = self._head(path.read_bytes(), fault)
+            if body:
+                self._body(data, fault)
+
+    def _head(self, data: bytes, fault: Fault) -> bytes:
+        """Send the headers of a file; return the bytes of the range that was asked for."""
+        whole, first, status = data, 0, 200
+        wanted = self.headers.get("Range")
+        if wanted and fault != "whole":
+            start, last = wanted.removeprefix("bytes=").split("-")
+            first = int(start)
+            data, status = data[first : int(last) + 1 if last else None], 206
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Accept-Ranges", "bytes")
+        if self.served.tagged:
+            self.send_header("ETag", f'"{hashlib.md5(whole).hexdigest()}"')
+        if status == 206:
+            ends = f"bytes {first}-{first + len(data) - 1}/{len(whole)}"
+            self.send_header("Content-Range", ends)
+        self.end_headers()
+        return data
+
+    def _body(self, data: bytes, fault: Fault) -> None:
+        served = self.served
+        if fault == "flip":
+            data = data[:-1] + bytes([data[-1] ^ 1])
+        if fault in ("short", "stall"):
+            data = data[: len(data) // 2]
+            self.close_connection = True
+        with served.lock:
+            # Counted first: the client may check as soon as it has the last byte.
+            served.sent += len(data)
+        with contextlib.suppress(OSError):
+            if fault == "drip":
+                while data and not served.released.wait(0.05):
+                    self.wfile.write(data[:1])
+                    data = data[1:]
+            self.wfile.write(data)
+            if fault == "stall":
+                self.wfile.flush()
+                served.released.wait(60)
+
+
 @contextlib.contextmanager
 def http_server(folder: Path) -> Iterator[Served]:
     """Serve the files of a folder."""
     served = Served("")
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def log_message(self, *words: object) -> None:
-            pass
-
-        def do_HEAD(self) -> None:
-            self._answer(served.head_fault(self.path), body=False)
-
-        def do_GET(self) -> None:
-            with served.lock:
-                number = served.requests.total()
-                served.requests[self.path] += 1
-            self._answer(served.fault(number, self.path), body=True)
-
-        def _answer(self, fault: Fault, *, body: bool) -> None:
-            path = folder / self.path.lstrip("/")
-            if fault == "drop":
-                self.close_connection = True
-                return
-            if fault in ("500", "403", "404") or not path.is_file():
-                self.send_error(int(fault) if fault in ("500", "403") else 404)
-                return
-            data, status = path.read_bytes(), 200
-            wanted = self.headers.get("Range")
-            self.total = len(data)
-            first = 0
-            if wanted and fault != "whole":
-                first, last = wanted.removeprefix("bytes=").split("-")
-                first = int(first)
-                data, status = data[first : int(last) + 1 if last else None], 206
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(data)))
-            self.send_header("Accept-Ranges", "bytes")
-            if served.tagged:
-                self.send_header("ETag", f'"{hashlib.md5(path.read_bytes()).hexdigest()}"')
-            if status == 206:
-                ends = f"bytes {first}-{first + len(data) - 1}/{self.total}"
-                self.send_header("Content-Range", ends)
-            self.end_headers()
-            if not body:
-                return
-            if fault == "flip":
-                data = data[:-1] + bytes([data[-1] ^ 1])
-            if fault in ("short", "stall"):
-                data = data[: len(data) // 2]
-                self.close_connection = True
-            with served.lock:
-                served.sent += len(
-                    data
-                )  # count first: the client may check as soon as it has the last byte
-            with contextlib.suppress(OSError):
-                if fault == "drip":
-                    while data and not served.released.wait(0.05):
-                        self.wfile.write(data[:1])
-                        data = data[1:]
-                self.wfile.write(data)
-                if fault == "stall":
-                    self.wfile.flush()
-                    served.released.wait(60)
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    handler = type("Handler", (_Handler,), {"served": served, "folder": folder})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         server.daemon_threads = True
         served.url = f"http://127.0.0.1:{server.server_address[1]}"
         thread = threading.Thread(target=server.serve_forever)

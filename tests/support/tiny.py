@@ -15,6 +15,7 @@ from cnn2gnn_dist.training.engine import Engine
 
 GLOBAL_BATCH = 8
 STAGES = (0, 1, 2, 3)
+STEPS = 6
 LR, WEIGHT_DECAY, MOMENTUM = 0.01, 0.1, 0.85
 
 
