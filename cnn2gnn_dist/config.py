@@ -52,14 +52,6 @@ class TeacherConfig(TrainConfig):
     weights: str | None = Field(
         None, description="start from this local file (.safetensors, .pth)", json_schema_extra=PATH
     )
-    ds_config: str | None = Field(
-        None,
-        description="DeepSpeed config; null: ./ds_config.json or the packaged one",
-        json_schema_extra=PATH,
-    )
-    zero_stage: int | None = Field(
-        None, ge=0, le=3, description="overrides the ZeRO stage of ds_config"
-    )
 
 
 class TargetsConfig(Section):
@@ -123,14 +115,6 @@ class StudentConfig(TrainConfig):
     )
     control: bool = Field(
         True, description="also train the same stem with an MLP head and no graph"
-    )
-    ds_config: str | None = Field(
-        None,
-        description="DeepSpeed config; null: ./ds_config.json or the packaged one",
-        json_schema_extra=PATH,
-    )
-    zero_stage: int | None = Field(
-        None, ge=0, le=3, description="overrides the ZeRO stage of ds_config"
     )
 
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from cnn2gnn_dist.config_section import Section
+from cnn2gnn_dist.config_section import PATH, Section
 
 
 class TrainConfig(Section):
@@ -83,4 +83,12 @@ class TrainConfig(Section):
     )
     eval_epochs: int = Field(
         0, ge=0, description="epochs between evaluations on held-out images; 0: only at the end"
+    )
+    ds_config: str | None = Field(
+        None,
+        description="DeepSpeed config; null: ./ds_config.json or the packaged one",
+        json_schema_extra=PATH,
+    )
+    zero_stage: int | None = Field(
+        None, ge=0, le=3, description="overrides the ZeRO stage of ds_config"
     )

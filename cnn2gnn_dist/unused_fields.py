@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cnn2gnn_dist.config import Config
+    from cnn2gnn_dist.config import Config, TrainConfig
 
 DOWNLOADED = ("cifar10", "cifar100")
 
@@ -39,6 +39,53 @@ class _Rule:
     fields: tuple[str, ...]
     why: str
     when: Callable[[Config, Surroundings], bool]
+
+
+def _training_rules(section: str) -> tuple[_Rule, ...]:
+    """Rules of the settings that the trainings of "teacher" and "student" have in common."""
+
+    def of(config: Config) -> TrainConfig:
+        found: TrainConfig = getattr(config, section)
+        return found
+
+    def clips(a: Surroundings) -> bool:
+        return bool(a.deepspeed.get(section, {}).get("gradient_clipping", "auto") != "auto")
+
+    def rule(names: str, why: str, when: Callable[[Config, Surroundings], bool]) -> _Rule:
+        return _Rule(tuple(f"{section}.{name}" for name in names.split()), why, when)
+
+    return (
+        rule(
+            "momentum",
+            f"only {section}.optimizer=sgd has it",
+            lambda c, a: of(c).optimizer != "sgd",
+        ),
+        rule(
+            "clip",
+            "the DeepSpeed config sets its own gradient_clipping",
+            lambda c, a: clips(a),
+        ),
+        rule(
+            "lr_start lr_peak_at lr_final",
+            f"{section}.schedule=cosine goes from 0 to its peak and to 0",
+            lambda c, a: of(c).schedule == "cosine",
+        ),
+        rule(
+            "warmup_epochs",
+            f"only {section}.schedule=cosine has a warm-up",
+            lambda c, a: of(c).schedule != "cosine",
+        ),
+        rule(
+            "average_decay average_every average_ramp",
+            f"{section}.average=none has no average",
+            lambda c, a: of(c).average == "none",
+        ),
+        rule(
+            "early_share",
+            f"{section}.early_size=null has no early size",
+            lambda c, a: of(c).early_size is None,
+        ),
+    )
 
 
 _RULES = (
@@ -115,26 +162,8 @@ _RULES = (
         lambda c, a: not c.stream.cache_bytes,
     ),
     # Trainings.
-    _Rule(
-        ("teacher.momentum",),
-        "only teacher.optimizer=sgd has it",
-        lambda c, a: c.teacher.optimizer != "sgd",
-    ),
-    _Rule(
-        ("student.momentum",),
-        "only student.optimizer=sgd has it",
-        lambda c, a: c.student.optimizer != "sgd",
-    ),
-    _Rule(
-        ("teacher.clip",),
-        "the DeepSpeed config sets its own gradient_clipping",
-        lambda c, a: a.deepspeed.get("teacher", {}).get("gradient_clipping", "auto") != "auto",
-    ),
-    _Rule(
-        ("student.clip",),
-        "the DeepSpeed config sets its own gradient_clipping",
-        lambda c, a: a.deepspeed.get("student", {}).get("gradient_clipping", "auto") != "auto",
-    ),
+    *_training_rules("teacher"),
+    *_training_rules("student"),
     _Rule(
         ("student.label_smoothing",),
         "student.distill_weight=1 ignores the labels",
@@ -149,46 +178,6 @@ _RULES = (
         ("student.neighbour_loss",),
         "it applies only to graph.scope=dataset",
         lambda c, a: c.graph.scope == "batch",
-    ),
-    _Rule(
-        ("teacher.lr_start", "teacher.lr_peak_at", "teacher.lr_final"),
-        "teacher.schedule=cosine goes from 0 to its peak and to 0",
-        lambda c, a: c.teacher.schedule == "cosine",
-    ),
-    _Rule(
-        ("teacher.warmup_epochs",),
-        "only teacher.schedule=cosine has a warm-up",
-        lambda c, a: c.teacher.schedule != "cosine",
-    ),
-    _Rule(
-        ("teacher.average_decay", "teacher.average_every", "teacher.average_ramp"),
-        "teacher.average=none has no average",
-        lambda c, a: c.teacher.average == "none",
-    ),
-    _Rule(
-        ("student.lr_start", "student.lr_peak_at", "student.lr_final"),
-        "student.schedule=cosine goes from 0 to its peak and to 0",
-        lambda c, a: c.student.schedule == "cosine",
-    ),
-    _Rule(
-        ("student.warmup_epochs",),
-        "only student.schedule=cosine has a warm-up",
-        lambda c, a: c.student.schedule != "cosine",
-    ),
-    _Rule(
-        ("student.average_decay", "student.average_every", "student.average_ramp"),
-        "student.average=none has no average",
-        lambda c, a: c.student.average == "none",
-    ),
-    _Rule(
-        ("teacher.early_share",),
-        "teacher.early_size=null has no early size",
-        lambda c, a: c.teacher.early_size is None,
-    ),
-    _Rule(
-        ("student.early_share",),
-        "student.early_size=null has no early size",
-        lambda c, a: c.student.early_size is None,
     ),
     # The graph.
     _Rule(

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
-
-import pytest
 
 from tests.support import hosts
 from tests.support.hosts import Host
@@ -33,24 +30,18 @@ Host *
 """
 
 
-@pytest.fixture(scope="module")
-def folder() -> Iterator[Path]:
-    with hosts.short_folder() as path:
-        yield path
-
-
-@pytest.fixture(scope="module")
-def pair(folder: Path) -> Iterator[tuple[Host, ...]]:
-    """Two hosts with a login by a key of this test's, which the user's own files know nothing of."""
+def with_a_login(pair: tuple[Host, ...], folder: Path) -> None:
+    """By a key of this test's, which the user's own files know nothing of."""
     subprocess.run(["ssh-keygen", "-q", "-N", "", "-f", str(folder / "key")], check=True)
     for name, text in (("server", SERVER), ("client", CLIENT)):
         (folder / name).write_text(text.format(folder=folder))
-    with hosts.network(2, keep=[folder]) as two:
-        (folder / "hostfile").write_text("".join(f"{host.name} slots=1\n" for host in two))
-        for host in two:
-            host.mount(folder / "client", Path("/etc/ssh/ssh_config"))
-            host.shell(f"mkdir -p /run/sshd; $(which sshd) -f {folder}/server")
-        yield two
+    (folder / "hostfile").write_text("".join(f"{host.name} slots=1\n" for host in pair))
+    for host in pair:
+        host.mount(folder / "client", Path("/etc/ssh/ssh_config"))
+        host.shell(f"mkdir -p /run/sshd; $(which sshd) -f {folder}/server")
+
+
+folder, pair = hosts.fixtures(with_a_login)
 
 
 def launcher(folder: Path, pair: tuple[Host, ...]) -> list[str]:

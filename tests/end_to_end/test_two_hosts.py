@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
-
-import pytest
 
 from cnn2gnn_dist.errors import PeerLost
 from tests.support import host_runs, hosts, runs
@@ -19,17 +16,11 @@ BELIEVED_S = 8.0
 """As long as a stage of this run: what a host has seen in one it believes in the next."""
 
 
-@pytest.fixture(scope="module")
-def folder() -> Iterator[Path]:
-    with hosts.short_folder() as path:
-        yield path
+def with_a_file_server(pair: tuple[Host, ...], folder: Path) -> None:
+    hosts.share(folder / "server", folder / "shared", pair, BELIEVED_S)
 
 
-@pytest.fixture(scope="module")
-def pair(folder: Path) -> Iterator[tuple[Host, ...]]:
-    with hosts.network(2, keep=[folder]) as made:
-        hosts.share(folder / "server", folder / "shared", made, BELIEVED_S)
-        yield made
+folder, pair = hosts.fixtures(with_a_file_server)
 
 
 def listening(host: Host) -> set[str]:

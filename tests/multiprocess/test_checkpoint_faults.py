@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,7 @@ from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.runtime import collectives
 from cnn2gnn_dist.training.checkpoint import folder as checkpoint_folder
 from cnn2gnn_dist.training.checkpoint.manager import Checkpoints
-from tests.support import REPOSITORY, rank_group, tiny
+from tests.support import REPOSITORY, own_mounts, rank_group, tiny
 from tests.support.saves import HALF, RUN, extra, first_run, newest, publish, state
 
 # --- cases: run on every rank ---------------------------------------------------------------
@@ -221,23 +218,12 @@ def test_a_save_that_the_disk_refuses_costs_that_save_only(tmp_path: Path) -> No
         assert found["finish"] == last
 
 
-@pytest.mark.skipif(
-    os.geteuid() != 0 or shutil.which("unshare") is None,
-    reason="a file system of one's own wants a mount namespace (root, unshare)",
-)
+@own_mounts.needed
 def test_a_disk_that_is_full_or_read_only(tmp_path: Path) -> None:
     """A real full disk: a tmpfs of 96 KiB. The newest complete checkpoint stays, and saving recovers."""
     (tmp_path / "d").mkdir()
     script = REPOSITORY / "tests/support/full_disk.py"
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(
-        ["unshare", "--mount", sys.executable, str(script), str(tmp_path / "d")],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    *well, full, read_only, again = json.loads(done.stdout.splitlines()[-1])
+    *well, full, read_only, again = own_mounts.run(str(script), str(tmp_path / "d"))
     assert len(well) >= 2
     assert all(problem is None for _, problem, _ in well)
     last = well[-1][2]

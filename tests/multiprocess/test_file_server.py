@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 from cnn2gnn_dist import durable
 from cnn2gnn_dist.errors import UserError
@@ -23,18 +21,12 @@ ROWS, WIDTH, UNIT = 4000, 20, 100
 """Units of 8,000 bytes: their borders are inside pages."""
 
 
-@pytest.fixture(scope="module")
-def folder() -> Iterator[Path]:
-    with hosts.short_folder() as path:
-        yield path
+def with_file_servers(pair: tuple[Host, ...], folder: Path) -> None:
+    hosts.share(folder / "server", folder / "shared", pair, believed_s=2)
+    hosts.share(folder / "server", folder / "stale", pair, believed_s=600, reopened=False)
 
 
-@pytest.fixture(scope="module")
-def pair(folder: Path) -> Iterator[tuple[Host, ...]]:
-    with hosts.network(2, keep=[folder]) as made:
-        hosts.share(folder / "server", folder / "shared", made, believed_s=2)
-        hosts.share(folder / "server", folder / "stale", made, believed_s=600, reopened=False)
-        yield made
+folder, pair = hosts.fixtures(with_file_servers)
 
 
 def group_of_ranks(forget: bool) -> RankGroup:

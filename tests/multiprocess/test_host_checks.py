@@ -5,7 +5,6 @@ The hosts' own names are 127.0.1.1 to themselves, as Debian has it: ranks meet n
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,19 +20,13 @@ from tests.support.shards import make_shards, random_images
 needs_hosts = hosts.needed()
 
 
-@pytest.fixture(scope="module")
-def folder() -> Iterator[Path]:
-    with hosts.short_folder() as path:
-        yield path
+def as_debian_resolves(pair: tuple[Host, ...], folder: Path) -> None:
+    a, b = pair
+    a.resolve({a.name: "127.0.1.1", b.name: b.address})
+    b.resolve({a.name: a.address, b.name: "127.0.1.1"})
 
 
-@pytest.fixture(scope="module")
-def pair(folder: Path) -> Iterator[tuple[Host, ...]]:
-    with hosts.network(2, keep=[folder]) as made:
-        a, b = made
-        a.resolve({a.name: "127.0.1.1", b.name: b.address})
-        b.resolve({a.name: a.address, b.name: "127.0.1.1"})
-        yield made
+folder, pair = hosts.fixtures(as_debian_resolves)
 
 
 def refused(pair: tuple[Host, ...], folder: Path, *overrides: str, **how) -> str:

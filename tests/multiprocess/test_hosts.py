@@ -8,11 +8,9 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
-import pytest
 
 from tests.support import REPOSITORY, hosts, runs
 from tests.support.hosts import Host
@@ -50,16 +48,7 @@ with hosts.network(1) as (a,):
 """
 
 
-@pytest.fixture(scope="module")
-def folder() -> Iterator[Path]:
-    with hosts.short_folder() as path:
-        yield path
-
-
-@pytest.fixture(scope="module")
-def pair(folder: Path) -> Iterator[tuple[Host, ...]]:
-    with hosts.network(2, keep=[folder]) as made:
-        yield made
+folder, pair = hosts.fixtures()
 
 
 def test_each_has_its_own_name_network_processes_and_temporary_files(

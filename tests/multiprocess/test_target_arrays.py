@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from cnn2gnn_dist.errors import UserError
-from tests.support import REPOSITORY, rank_group
+from tests.support import own_mounts, rank_group
 from tests.unit.data.test_target_arrays import C, N, made, opened, same
 
 
@@ -80,18 +75,8 @@ print(json.dumps(said))
 """
 
 
-@pytest.mark.skipif(
-    os.geteuid() != 0 or shutil.which("unshare") is None,
-    reason="a file system of one's own wants a mount namespace (root, unshare)",
-)
+@own_mounts.needed
 def test_a_full_disk_is_named_and_a_read_only_one_is_read_into_memory(tmp_path):
-    done = subprocess.run(
-        ["unshare", "--mount", sys.executable, "-c", ON_A_SMALL_DISK, str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    full, read_only, room = json.loads(done.stdout.splitlines()[-1])
+    full, read_only, room = own_mounts.run("-c", ON_A_SMALL_DISK, str(tmp_path))
     assert "disk full" in full
     assert (read_only, room) == ("ndarray", "room")

@@ -265,6 +265,29 @@ def short_folder() -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def fixtures(
+    prepare: Callable[[tuple[Host, ...], Path], None] = lambda pair, folder: None,
+) -> tuple[Any, Any]:
+    """Fixtures of a module: ``folder, pair = hosts.fixtures(prepare)``.
+
+    ``folder`` is a new one with a short path that all see; ``pair`` are two hosts on a network,
+    for which ``prepare(pair, folder)`` has been called.
+    """
+
+    @pytest.fixture(scope="module")
+    def folder() -> Iterator[Path]:
+        with short_folder() as path:
+            yield path
+
+    @pytest.fixture(scope="module")
+    def pair(folder: Path) -> Iterator[tuple[Host, ...]]:
+        with network(2, keep=[folder]) as made:
+            prepare(made, folder)
+            yield made
+
+    return folder, pair
+
+
 def _inside(
     pid: int, job: Callable[..., int | None], arguments: tuple[Any, ...], folder: str
 ) -> int:
