@@ -28,7 +28,7 @@ STEPS: list[tuple[str, Any, str]] = [
     ("crop, resize", batch_views, "resized_into"),
     ("crop, resize", batch_views, "clean_into"),
     ("crop, resize", batch_views, "shifted"),
-    ("rest of imaging", reader, "fill_views"),
+    ("rest of imaging", reader, "fill_several"),
     ("rest of reader", reader.Reader, "read"),
 ]
 

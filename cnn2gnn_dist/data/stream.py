@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
@@ -22,8 +21,10 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
+from cnn2gnn_dist.data.images.crops import Crops, Views, crops_of, identity
 from cnn2gnn_dist.data.images.views import CLEAN, ViewSpec
 from cnn2gnn_dist.data.index.manifest import Manifest, index
+from cnn2gnn_dist.data.mixing import partners
 from cnn2gnn_dist.data.order import Order, sequential_batch
 from cnn2gnn_dist.data.reading.corrupt import CorruptSamples
 from cnn2gnn_dist.data.reading.pool import ReaderPool
@@ -35,6 +36,8 @@ from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.runtime.ranks import Ranks
 
 _VERSION = 1
+_NOT_YET = {"pairs": False}
+"""What older states lack, and what they stand for."""
 
 
 class Stream:
@@ -50,7 +53,8 @@ class Stream:
             a saved manifest (``.arrow``). Shards are indexed once, and the manifest is cached in the
             user's cache folder ($XDG_CACHE_HOME).
         global_batch: G, samples per step over all ranks; a multiple of the world size.
-        views: view specification; every epoch uses a new view.
+        views: view specification; every epoch uses a new view. Or groups of several views of each sample,
+            which is decoded once: ``[Crops(ViewSpec(...), 2), ...]``, ``multi_crop()``.
         seed: seed of the order (``views.seed`` is that of the views).
         window: number of shards shuffled together (see docs/order.md).
         backend: "local" (threads), "ray" (actors; Ray must be initialized), "auto" (ray if initialized).
@@ -63,6 +67,7 @@ class Stream:
         decoded_bytes: maximum bytes of the host's cache of decoded images (small images; 0: none).
         cache_bytes: maximum bytes of complete remote shards in the user's cache folder (0: their samples
             are read in ranges).
+        pairs: in training, read another sample to mix with each one (``batch.partners``, ``mix_pairs``).
 
     Raises:
         UserError: the data is missing, the sizes can't be divided over the ranks, or the backend is
@@ -74,7 +79,7 @@ class Stream:
         data: str | os.PathLike[str] | Sequence[str | Path],
         *,
         global_batch: int,
-        views: ViewSpec,
+        views: ViewSpec | Sequence[Crops],
         seed: int = 0,
         window: int = 16,
         backend: str = "auto",
@@ -87,6 +92,7 @@ class Stream:
         max_corrupt: float = 0.001,
         decoded_bytes: int = 0,
         cache_bytes: int = 20 << 30,
+        pairs: bool = False,
     ) -> None:
         ranks = Ranks.from_environment()
         self.rank = ranks.rank if rank is None else rank
@@ -94,7 +100,8 @@ class Stream:
         self.manifest_path = _manifest_of(data)
         self.manifest = Manifest.load(self.manifest_path)
         self.seed, self.window, self.num_views, self.train = seed, window, num_views, train
-        self.global_batch, self.views = global_batch, views
+        self.global_batch, self.pairs = global_batch, pairs
+        self.views: Views = views if isinstance(views, ViewSpec) else crops_of(views)
         self.epoch = 0
         self.batch = 0
         self._order = Order(
@@ -105,7 +112,7 @@ class Stream:
         self._pool = ReaderPool(
             ReaderSpec(
                 str(self.manifest_path),
-                views,
+                self.views,
                 decoded_bytes,
                 CacheSpec(str(_cache_folder() / "shards"), cache_bytes),
             ),
@@ -132,6 +139,9 @@ class Stream:
             self._count_corrupt(batch)
             if not self.train:
                 batch.valid &= self._in_order(number)[1]
+            elif self.pairs:
+                batch, others = batch.halves()
+                batch.partners = others
             self.batch = number + 1
             yield batch
         self.epoch, self.batch = self.epoch + 1, 0
@@ -153,7 +163,7 @@ class Stream:
         """
         mine = {"version": _VERSION, **self._identity()}
         for name, value in mine.items():
-            if state.get(name) != value:
+            if state.get(name, _NOT_YET.get(name)) != value:
                 raise UserError(
                     f"this state belongs to a different stream: {name} is {state.get(name)!r} "
                     f"there and {value!r} here",
@@ -180,10 +190,6 @@ class Stream:
         self.close()
 
     def _identity(self) -> dict[str, Any]:
-        views = {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in dataclasses.asdict(self.views).items()
-        }
         return {
             "data": self.manifest.digest,
             "seed": self.seed,
@@ -191,7 +197,8 @@ class Stream:
             "window": self.window,
             "num_views": self.num_views,
             "train": self.train,
-            "views": views,
+            "views": identity(self.views),
+            "pairs": self.pairs,
         }
 
     def _request(self, index: int) -> Request:
@@ -199,6 +206,9 @@ class Stream:
             return Request(self._in_order(index)[0], CLEAN)
         ids = self._order.rank_batch(self.epoch, index, self.rank, self.world_size)
         view = self.epoch if self.num_views is None else self.epoch % self.num_views
+        if self.pairs:
+            seed = crops_of(self.views)[0].views.seed
+            ids = np.concatenate([ids, partners(seed, ids, view, len(self.manifest))])
         return Request(ids, view)
 
     def _in_order(self, index: int) -> tuple[np.ndarray, np.ndarray]:

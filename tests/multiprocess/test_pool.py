@@ -8,12 +8,14 @@ import os
 import signal
 import threading
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 
+from cnn2gnn_dist.data.images.crops import multi_crop
 from cnn2gnn_dist.data.images.views import CLEAN, ViewSpec
 from cnn2gnn_dist.data.index.manifest import index
 from cnn2gnn_dist.data.reading import pool as pools
@@ -76,6 +78,23 @@ def test_ray_gives_what_a_reader_gives(spec, ray_cluster, workers, prefetch):
         assert stream.wait_seconds > 0
         # Own memory, which can be written and pinned; not a view of the object store.
         assert all(b.images.flags.writeable and b.images.flags.owndata for b in found)
+
+
+@pytest.mark.parametrize("backend", ["local", "ray"])
+def test_several_views_are_the_same_from_any_backend(spec, backend, request):
+    if backend == "ray":
+        request.getfixturevalue("ray_cluster")
+    several = replace(spec, views=multi_crop(size=32, local_size=16, local_count=3, seed=5))
+    requests, reader = some_requests(), Reader(several)
+    with ReaderPool(several, backend=backend, workers=2, prefetch=4) as stream:
+        found = list(stream.batches(requests))
+    assert_same(found, [reader.read(one) for one in requests])
+    for batch, one in zip(found, requests, strict=True):
+        wanted = reader.read(one).crops
+        assert [crop.shape[0] for crop in batch.crops] == ([1, 1] if one.view == CLEAN else [2, 3])
+        for left, right in zip(batch.crops, wanted, strict=True):
+            np.testing.assert_array_equal(left, right)
+            assert left.flags.writeable
 
 
 def test_order_holds_when_readers_finish_out_of_order(spec, monkeypatch):

@@ -26,6 +26,7 @@ from ray.exceptions import (
 )
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cnn2gnn_dist.data.images.crops import pixel_bytes
 from cnn2gnn_dist.data.reading.reader import Batch, Reader, ReaderSpec, Request
 from cnn2gnn_dist.data.reading.reader_actor import ReaderActor, batch_of
 from cnn2gnn_dist.errors import UserError, last_line
@@ -73,7 +74,7 @@ class RayReaders:
             )
         Reader(spec).close()  # fail here, not in a dying actor
         _check_resources(resources or {})
-        self._row_bytes = 3 * spec.views.size**2 + 17  # image, label, id, valid
+        self._row_bytes = pixel_bytes(spec.views) + 17  # images, label, id, valid
         self._room = _store_bytes() * STORE_SHARE / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         self._warned = False
         tag = uuid.uuid4().hex[:6]

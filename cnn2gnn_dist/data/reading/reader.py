@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from cnn2gnn_dist.data.images.batch_views import fill_views
+from cnn2gnn_dist.data.images.batch_views import Wanted, fill_several
+from cnn2gnn_dist.data.images.crops import Crops, Views, crops_of, view_numbers
 from cnn2gnn_dist.data.images.decode import CorruptSample
-from cnn2gnn_dist.data.images.views import CLEAN, ViewSpec, shifted
+from cnn2gnn_dist.data.images.views import CLEAN, shifted
 from cnn2gnn_dist.data.index.manifest import Manifest
 from cnn2gnn_dist.data.reading import decoded_cache
 from cnn2gnn_dist.data.reading.decoded_cache import DecodedCache
@@ -21,7 +23,7 @@ CHUNK = 32
 
 @dataclass(frozen=True)
 class Request:
-    """A request: sample ids [n] int64 and the view number."""
+    """A request: sample ids [n] int64 and the view number (of several views: see ``images/crops.py``)."""
 
     ids: np.ndarray
     view: int
@@ -32,10 +34,14 @@ class Batch:
     """A batch of samples.
 
     Attributes:
-        images: uint8 [n, size, size, 3].
+        images: uint8 [n, size, size, 3]; of several views the first.
         labels, ids: int64 [n].
         valid: bool [n]; False where the sample is corrupt (its image is black).
         problems: one line per corrupt sample, in order: "shard: key: reason".
+        crops: if groups of views were asked for, each group's views uint8 [count, n, size, size, 3]; else
+            empty.
+        view: the request's view number.
+        partners: the samples to mix these with, row by row (``Stream(pairs=True)``); else None.
     """
 
     images: np.ndarray
@@ -43,6 +49,9 @@ class Batch:
     ids: np.ndarray
     valid: np.ndarray
     problems: list[str] = field(default_factory=list)
+    crops: tuple[np.ndarray, ...] = ()
+    view: int = CLEAN
+    partners: Batch | None = None
 
     def tensors(
         self, device: str | torch.device = "cpu"
@@ -56,6 +65,20 @@ class Batch:
             on_device(self.labels, device),
             on_device(self.valid, device),
         )
+
+    def halves(self) -> tuple[Batch, Batch]:
+        """Return the first and the second half of the rows as batches over the same memory."""
+        middle = len(self.ids) // 2
+        bad = int((~self.valid[:middle]).sum())
+        return (
+            self._rows(slice(None, middle), self.problems[:bad]),
+            self._rows(slice(middle, None), self.problems[bad:]),
+        )
+
+    def _rows(self, rows: slice, problems: list[str]) -> Batch:
+        crops = tuple(crop[:, rows] for crop in self.crops)
+        arrays = (self.images[rows], self.labels[rows], self.ids[rows], self.valid[rows])
+        return Batch(*arrays, problems, crops, self.view)
 
 
 def on_device(array: np.ndarray, device: str | torch.device) -> torch.Tensor:
@@ -72,14 +95,15 @@ class ReaderSpec:
 
     Attributes:
         manifest: path of the manifest.
-        views: view specification.
+        views: view specification, or groups of several views of each sample.
         decoded_bytes: maximum bytes of the host's cache of decoded images (0: none). Views that are
-            cropped from a clean view of fixed size use it; a random resized crop does not.
+            cropped from a clean view of fixed size use it; a random resized crop, or a second group of
+            views, does not.
         cache: cache of complete remote shards; None: remote samples are read in ranges.
     """
 
     manifest: str
-    views: ViewSpec
+    views: Views
     decoded_bytes: int = 0
     cache: CacheSpec | None = None
 
@@ -91,15 +115,15 @@ class Reader:
     """
 
     def __init__(self, spec: ReaderSpec) -> None:
-        self.views = spec.views
+        self.groups = crops_of(spec.views)
+        self._several = isinstance(spec.views, tuple)
         self.manifest = Manifest.load(spec.manifest)
         self._files = ShardFiles(self.manifest, spec.cache)
         self._cache: DecodedCache | None = None
-        if spec.decoded_bytes and spec.views.kind in decoded_cache.KINDS:
-            path = decoded_cache.cache_path(spec.manifest, self.manifest, spec.views)
-            self._cache = DecodedCache(
-                path, len(self.manifest), spec.views.size, spec.decoded_bytes
-            )
+        first = self.groups[0].views
+        if spec.decoded_bytes and len(self.groups) == 1 and first.kind in decoded_cache.KINDS:
+            path = decoded_cache.cache_path(spec.manifest, self.manifest, first)
+            self._cache = DecodedCache(path, len(self.manifest), first.size, spec.decoded_bytes)
 
     def read(self, request: Request) -> Batch:
         """Read, decode and augment.
@@ -111,19 +135,31 @@ class Reader:
         ids = np.asarray(request.ids, dtype=np.int64)
         if len(ids) and not 0 <= ids.min() <= ids.max() < len(self.manifest):
             raise IndexError(f"sample ids {ids.min()}..{ids.max()} of {len(self.manifest)}")
-        size = self.views.size
-        images = np.zeros((len(ids), size, size, 3), np.uint8)
+        numbers = view_numbers(self.groups, request.view)
+        made = [
+            _empty(group, len(own), ids) for group, own in zip(self.groups, numbers, strict=True)
+        ]
         valid = np.ones(len(ids), bool)
         if self._cache is None:
-            problems = self._read_rows(ids, request.view, images, valid)
+            problems = self._read_rows(ids, numbers, made, valid)
         else:
-            problems = self._read_cached(self._cache, ids, images, valid)
-            images = shifted(self.views, images, ids, request.view)
-            images[~valid] = 0  # as without a cache, whatever a distortion has put there
+            clean = made[0][0]
+            problems = self._read_clean(self._cache, ids, clean, valid)
+            made = [self._from_clean(clean, ids, numbers[0], valid)]
         labels = self.manifest.label_N[ids].astype(np.int64)
-        return Batch(images, labels, ids.copy(), valid, problems)
+        crops = tuple(made) if self._several else ()
+        return Batch(made[0][0], labels, ids.copy(), valid, problems, crops, request.view)
 
-    def _read_cached(
+    def _from_clean(
+        self, clean: np.ndarray, ids: np.ndarray, numbers: Sequence[int], valid: np.ndarray
+    ) -> np.ndarray:
+        """Return views [V, n, size, size, 3] of clean views; ``clean`` may become one of them."""
+        views = [shifted(self.groups[0].views, clean, ids, number) for number in numbers]
+        for images in views:
+            images[~valid] = 0  # as without a cache, whatever a distortion has put there
+        return views[0][None] if len(views) == 1 else np.stack(views)
+
+    def _read_clean(
         self, cache: DecodedCache, ids: np.ndarray, clean: np.ndarray, valid: np.ndarray
     ) -> list[str]:
         """Fill ``clean`` with clean views, from the cache where present."""
@@ -134,28 +170,31 @@ class Reader:
         clean[there] = cache.take(ids[there])
         absent = np.flatnonzero(~there)
         made, sound = np.zeros_like(clean[absent]), np.ones(len(absent), bool)
-        problems = self._read_rows(ids[absent], CLEAN, made, sound)
+        problems = self._read_rows(ids[absent], [(CLEAN,)], [made[None]], sound)
         clean[absent], valid[absent] = made, sound
         cache.keep(ids[absent[sound]], made[sound])
         return problems
 
     def _read_rows(
-        self, ids: np.ndarray, view: int, images: np.ndarray, valid: np.ndarray
+        self,
+        ids: np.ndarray,
+        numbers: Sequence[Sequence[int]],
+        made: Sequence[np.ndarray],
+        valid: np.ndarray,
     ) -> list[str]:
+        """Fill each group's views and ``valid``; return the problems."""
         problems: list[str] = []
         for first in range(0, len(ids), CHUNK):
             rows = slice(first, first + CHUNK)
-            problems += self._read_chunk(ids[rows], view, images[rows], valid[rows])
+            blobs = self._files.read_all(ids[rows].tolist())
+            wanted = [
+                Wanted(group.views, own, images[:, rows])
+                for group, own, images in zip(self.groups, numbers, made, strict=True)
+            ]
+            wrong = fill_several(wanted, blobs, ids[rows])
+            valid[rows][list(wrong)] = False
+            problems += [self._problem(int(ids[first + row]), wrong[row]) for row in sorted(wrong)]
         return problems
-
-    def _read_chunk(
-        self, ids: np.ndarray, view: int, images: np.ndarray, valid: np.ndarray
-    ) -> list[str]:
-        """Fill ``images`` and ``valid``, views of the batch's arrays; return the problems."""
-        blobs = self._files.read_all(ids.tolist())
-        wrong = fill_views(self.views, blobs, ids, view, images)
-        valid[list(wrong)] = False
-        return [self._problem(int(ids[row]), wrong[row]) for row in sorted(wrong)]
 
     def _problem(self, sample: int, error: CorruptSample) -> str:
         shard = self.manifest.shards[int(self.manifest.shard_N[sample])]
@@ -164,3 +203,8 @@ class Reader:
     def close(self) -> None:
         """Close the shards."""
         self._files.close()
+
+
+def _empty(group: Crops, views: int, ids: np.ndarray) -> np.ndarray:
+    size = group.views.size
+    return np.zeros((views, len(ids), size, size, 3), np.uint8)

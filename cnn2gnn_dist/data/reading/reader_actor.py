@@ -25,10 +25,11 @@ class ReaderActor:
             self._reader = Reader(spec)
 
     def read(self, ids: np.ndarray, view: int) -> tuple[Any, ...]:
-        """Return a batch as arrays (images, labels, ids, valid) and its problems."""
+        """Return a batch as arrays and plain data; :func:`batch_of` makes a batch of it."""
         self._reader = self._reader or Reader(self._spec)
         batch = self._reader.read(Request(ids, view))
-        return batch.images, batch.labels, batch.ids, batch.valid, batch.problems
+        images = batch.crops or (batch.images,)
+        return images, bool(batch.crops), batch.labels, batch.ids, batch.valid, batch.problems, view
 
     def process_id(self) -> int:
         """Return the actor's process id; also serves as a liveness check."""
@@ -37,6 +38,8 @@ class ReaderActor:
 
 def batch_of(arrays: tuple[Any, ...]) -> Batch:
     """Copy the result of ``ReaderActor.read`` into process memory."""
-    images, labels, ids, valid, problems = arrays
+    images, several, labels, ids, valid, problems, view = arrays
     # Views of the object store pin it: copy once, then release it.
-    return Batch(images.copy(), labels.copy(), ids.copy(), valid.copy(), problems)
+    made = tuple(image.copy() for image in images)
+    first, crops = (made[0][0], made) if several else (made[0], ())
+    return Batch(first, labels.copy(), ids.copy(), valid.copy(), problems, crops, view)

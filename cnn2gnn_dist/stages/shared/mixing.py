@@ -17,11 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cnn2gnn_dist.data.images.views import uniform
+from cnn2gnn_dist.data.mixing import blend, draw
 from cnn2gnn_dist.errors import UserError
-
-_ATTEMPTS = 64
-_WHICH, _ROW, _COLUMN, _BETA = 200, 201, 202, 210  # draws
 
 
 @dataclass(frozen=True)
@@ -69,46 +66,13 @@ def mix(
         UserError: an odd number of images.
     """
     check_even(len(ids_B))
-    device, (high, wide) = images_BHWC.device, images_BHWC.shape[1:3]
-    partner_B = torch.arange(len(ids_B), device=device) ^ 1
+    high, wide = images_BHWC.shape[1:3]
     first_P = np.asarray(ids_B)[::2]
-    cuts_P = uniform(seed, first_P, epoch, _WHICH) < (
-        0.5 if mixup and cutmix else float(cutmix > 0)
-    )
-    drawn_P = np.where(
-        cuts_P,
-        beta(cutmix or 1.0, seed, first_P, epoch),
-        beta(mixup or 1.0, seed, first_P, epoch),
-    )
-    inside_PHW, kept_P = _boxes(drawn_P, seed, first_P, epoch, high, wide)
-    share_P = np.where(cuts_P, kept_P, drawn_P)
-    share_B = torch.from_numpy(np.repeat(share_P, 2).astype(np.float32)).to(device)
-    share_B = torch.where((valid_B > 0) & (valid_B[partner_B] > 0), share_B, 1.0)
-    others = images_BHWC[partner_B]
-    cut_B = torch.from_numpy(np.repeat(cuts_P, 2)).to(device) & (share_B < 1)
-    made = images_BHWC
-    if cut_B.any():
-        inside = torch.from_numpy(np.repeat(inside_PHW, 2, axis=0)).to(device)
-        made = torch.where((inside & cut_B[:, None, None])[..., None], others, made)
-    if mixup:
-        blend = torch.where(cut_B, 1.0, share_B)[:, None, None, None]
-        made = made.float() * blend + others.float() * (1 - blend)
-    return Mixed(made, partner_B, share_B)
-
-
-def beta(alpha: float, seed: int, ids_N: np.ndarray, epoch: int) -> np.ndarray:
-    """[N] float64 of Beta(α, α), α up to 2, a hash of (seed, id, epoch): Jöhnk's method (1964)."""
-    found_N = np.full(len(ids_N), 0.5)
-    left_N = np.ones(len(ids_N), bool)
-    for attempt in range(_ATTEMPTS):
-        draws = [uniform(seed, ids_N, epoch, _BETA + 2 * attempt + one) for one in (0, 1)]
-        x_N, y_N = (np.log(np.maximum(draw, 2.0**-53)) / alpha for draw in draws)
-        good_N = left_N & (np.exp(x_N) + np.exp(y_N) <= 1)
-        found_N[good_N] = 1 / (1 + np.exp(np.minimum(y_N - x_N, 700)[good_N]))
-        left_N &= ~good_N
-        if not left_N.any():
-            break
-    return found_N
+    pairs = draw(first_P, seed=seed, view=epoch, mixup=mixup, cutmix=cutmix, high=high, wide=wide)
+    partner_B = torch.arange(len(ids_B), device=images_BHWC.device) ^ 1
+    both_B = (valid_B > 0) & (valid_B[partner_B] > 0)
+    images, share_B = blend(images_BHWC, images_BHWC[partner_B], pairs.repeated(2), both_B)
+    return Mixed(images, partner_B, share_B)
 
 
 def check_even(images: int) -> None:
@@ -123,17 +87,3 @@ def check_even(images: int) -> None:
             where="teacher.mixup, teacher.cutmix",
             remedy="a teacher.global_batch of an even number of images per rank and micro-batch",
         )
-
-
-def _boxes(
-    share_P: np.ndarray, seed: int, first_P: np.ndarray, epoch: int, high: int, wide: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Rectangles [P, H, W] bool of about the area 1 - share, and the share that is really left."""
-    inside = []
-    for draw, length in ((_ROW, high), (_COLUMN, wide)):
-        center_P = (uniform(seed, first_P, epoch, draw) * length).astype(np.int64)
-        side_P = (length * np.sqrt(1 - share_P)).astype(np.int64)
-        begin_P, pixels = center_P - side_P // 2, np.arange(length)
-        inside.append((pixels >= begin_P[:, None]) & (pixels < (begin_P + side_P)[:, None]))
-    inside_PHW = inside[0][:, :, None] & inside[1][:, None, :]
-    return inside_PHW, 1 - inside_PHW.mean(axis=(1, 2))

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from cnn2gnn_dist.data.mixing import beta
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.stages.shared.mixing import Mixed, beta, mix
+from cnn2gnn_dist.stages.shared.mixing import Mixed, mix
 
 IDS = np.array([40, 7, 3, 99, 12, 5, 61, 8])
 HOWS = [(1.0, 0.0), (0.0, 1.0), (0.4, 1.0)]
