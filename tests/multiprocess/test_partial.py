@@ -1,7 +1,9 @@
-"""The compiled partial decoder: bit-identical to the full decoder, or no pixels at all."""
+"""The partial decoders, compiled and of a wheel: bit-identical to the full decoder, or no pixels at all."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes.util
 import os
 import shutil
 import subprocess
@@ -15,9 +17,10 @@ import pytest
 import simplejpeg
 
 from cnn2gnn_dist.data.images import decode as decoding
-from cnn2gnn_dist.data.images import partial
+from cnn2gnn_dist.data.images import partial, turbo_crop
 from cnn2gnn_dist.data.images.batch_views import fill_views
 from cnn2gnn_dist.data.images.decode import CorruptSample, decode
+from cnn2gnn_dist.data.images.turbo_crop import TurboCrop
 from cnn2gnn_dist.data.images.views import ViewSpec
 from cnn2gnn_dist.data.tar.samples import samples
 from cnn2gnn_dist.errors import UserError
@@ -25,6 +28,26 @@ from tests.support import REPOSITORY, jpegs
 from tests.support.shards import data_dir, random_images
 
 SPEC = ViewSpec("random_resized_crop", 48, seed=5)
+
+
+@pytest.fixture(scope="session")
+def wheel() -> TurboCrop:
+    """libjpeg-turbo 3 of a wheel or of the system, whether or not it is faster here."""
+    for name in turbo_crop._libraries():
+        with contextlib.suppress(OSError, AttributeError):
+            found = TurboCrop(name)
+            assert turbo_crop.is_right(found)
+            return found
+    pytest.skip("no libturbojpeg 3: pip install 'cnn2gnn-dist[partial]'")
+
+
+@pytest.fixture(scope="session", params=["compiled", "wheel"])
+def either(request: pytest.FixtureRequest) -> Path | TurboCrop:
+    """Both decoders, one after the other."""
+    found: Path | TurboCrop = request.getfixturevalue(
+        "library" if request.param == "compiled" else "wheel"
+    )
+    return found
 
 
 @pytest.fixture(scope="session")
@@ -37,22 +60,36 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def use(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path | None], None]]:
+def use(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path | TurboCrop | None], None]]:
     """Lets a test choose the library in use, or none."""
     monkeypatch.delenv("CNN2GNN_PARTIAL", raising=False)
+    monkeypatch.setattr(turbo_crop, "WORTH", 99)  # every crop, to see whether it is right
 
-    def choose(path: Path | None) -> None:
-        monkeypatch.setattr(partial, "path", lambda: path or Path("/nowhere/partial.so"))
-        partial._decoder.cache_clear()
+    def choose(chosen: Path | TurboCrop | None) -> None:
+        turbo = chosen if isinstance(chosen, TurboCrop) else None
+        path = chosen if isinstance(chosen, Path) else Path("/nowhere/partial.so")
+        monkeypatch.setattr(partial, "path", lambda: path)
+        monkeypatch.setattr(turbo_crop, "find", lambda: turbo)
+        forget()
 
     yield choose
     monkeypatch.undo()
+    forget()
+
+
+def forget() -> None:
     partial._decoder.cache_clear()
+    partial._turbo.cache_clear()
 
 
 @pytest.fixture
 def built(use, library) -> None:
     use(library)
+
+
+@pytest.fixture
+def there(use, either) -> None:
+    use(either)
 
 
 def assert_cut_right(data: bytes, top: int, left: int, high: int, wide: int) -> None:
@@ -64,7 +101,7 @@ def assert_cut_right(data: bytes, top: int, left: int, high: int, wide: int) -> 
 
 
 @pytest.mark.parametrize("kind", jpegs.CUT)
-def test_every_place_of_a_small_image(built, kind):
+def test_every_place_of_a_small_image(there, kind):
     image = jpegs.textured(41, 75)
     data = jpegs.CUT[kind](image)
     whole = simplejpeg.decode_jpeg(data)
@@ -78,7 +115,7 @@ def test_every_place_of_a_small_image(built, kind):
 
 
 @pytest.mark.parametrize("kind", jpegs.CUT)
-def test_any_size_and_crop(built, kind):
+def test_any_size_and_crop(there, kind):
     rng = np.random.default_rng(1)
     sizes = [(1, 1), (1, 99), (99, 1), (2, 2), (7, 9), (8, 8), (16, 16), (17, 33), (64, 200)]
     sizes += [tuple(rng.integers(1, 260, 2)) for _ in range(12)]
@@ -92,7 +129,7 @@ def test_any_size_and_crop(built, kind):
 
 
 @pytest.mark.parametrize("kind", jpegs.WHOLE)
-def test_what_others_must_decode(built, kind):
+def test_what_others_must_decode(there, kind):
     image = jpegs.textured(60, 80)
     data = jpegs.WHOLE[kind](image)
     assert decode(data).shape == (60, 80, 3)
@@ -112,17 +149,17 @@ def both_ways(use, library, blobs: list[bytes], view: int = 0) -> tuple[np.ndarr
     return found[0]
 
 
-def test_a_mixed_batch_is_the_same_with_and_without(use, library):
+def test_a_mixed_batch_is_the_same_with_and_without(use, either):
     kinds = [*jpegs.CUT.values(), *jpegs.WHOLE.values()]
     blobs = [encode(jpegs.textured(90 + i, 120 - i, i)) for i, encode in enumerate(kinds)]
     blobs += [b"", b"no image", blobs[0][:-30], blobs[1][:500]]
     for view in range(4):
-        images, wrong = both_ways(use, library, blobs, view)
+        images, wrong = both_ways(use, either, blobs, view)
         assert sorted(wrong) == list(range(len(kinds), len(blobs)))
         assert (images[len(kinds) :] == 77).all()
 
 
-def test_a_file_cut_anywhere_is_found_corrupt_either_way(use, library):
+def test_a_file_cut_anywhere_is_found_corrupt_either_way(use, either):
     """In its header, its comment that contains a complete JPEG, its data, after each byte."""
     data = jpegs.with_exif(random_images(1, 40, 56)[0])
     start = data.index(b"\xff\xda", 2000)
@@ -130,15 +167,15 @@ def test_a_file_cut_anywhere_is_found_corrupt_either_way(use, library):
     inner = data.index(b"\xff\xd9") + 2  # ends as a complete file does
     assert inner < start
     blobs = [data[:cut] for cut in [*cuts, inner]]
-    _, wrong = both_ways(use, library, blobs)
+    _, wrong = both_ways(use, either, blobs)
     assert len(wrong) == len(blobs)
-    use(library)
+    use(either)
     assert partial.crop(data, 40, 56, 0, 0, 8, 8) is not None
     for blob in blobs:
         assert partial.crop(blob, 40, 56, 0, 0, 8, 8) is None
 
 
-def test_damage_is_never_taken_for_pixels_when_all_is_read(built):
+def test_damage_is_never_taken_for_pixels_when_all_is_read(there):
     """Down to the last row nothing goes unseen: the full decoder's pixels, or its error."""
     rng = np.random.default_rng(0)
     counts = {"same": 0, "left to the full decoder": 0}
@@ -155,14 +192,14 @@ def test_damage_is_never_taken_for_pixels_when_all_is_read(built):
     assert min(counts.values()) > 50, counts
 
 
-def test_damage_below_the_crop(use, library):
+def test_damage_below_the_crop(use, either):
     """Overwritten bytes are detected; zeros of a hole in the file are not, as the docstring says."""
     image = jpegs.textured(160, 160)
     data = bytearray(jpegs.by_pillow(image))
     noise = np.random.default_rng(0).integers(0, 256, 4096, np.uint8).tobytes()
     seen = bytes(data[:-6000]) + noise + bytes(data[-6000 + 4096 :])
     unseen = bytes(data[:-6000]) + bytes(4096) + bytes(data[-6000 + 4096 :])
-    use(library)
+    use(either)
     assert partial.crop(seen, 160, 160, 0, 0, 30, 30) is None
     found = partial.crop(unseen, 160, 160, 0, 0, 30, 30)
     np.testing.assert_array_equal(found, decode(bytes(data))[:30, :30])
@@ -173,9 +210,9 @@ def test_damage_below_the_crop(use, library):
 
 
 @pytest.mark.parametrize("kind", ["420", "restarts by row"])
-def test_a_marker_below_the_crop_that_does_not_belong_there(use, library, kind):
+def test_a_marker_below_the_crop_that_does_not_belong_there(use, either, kind):
     data = jpegs.CUT[kind](jpegs.textured(160, 160))
-    use(library)
+    use(either)
     assert partial.crop(data, 160, 160, 0, 0, 30, 30) is not None
     at = len(data) - 4000
     for marker in (0xC4, 0xDA, 0xD9, 0xD8, 0xD3, 0x01):
@@ -198,7 +235,7 @@ def test_a_box_outside_is_refused(built, box):
     assert (out == 9).all()
 
 
-def test_the_size_must_be_the_images(built):
+def test_the_size_must_be_the_images(there):
     data = jpegs.by_pillow(jpegs.textured(40, 60))
     assert partial.crop(data, 40, 61, 0, 0, 5, 5) is None
     assert partial.crop(data, 39, 60, 0, 0, 5, 5) is None
@@ -216,7 +253,7 @@ def test_nothing_is_written_beside_the_crop(built):
         assert (out[256 + count :] == 201).all()
 
 
-def test_from_many_threads(built):
+def test_from_many_threads(there):
     blobs = [jpegs.CUT[kind](jpegs.textured(200, 300, i)) for i, kind in enumerate(jpegs.CUT)]
     whole = [simplejpeg.decode_jpeg(blob) for blob in blobs]
     wrong = []
@@ -237,7 +274,7 @@ def test_from_many_threads(built):
     assert not wrong
 
 
-def test_real_photographs(use, library):
+def test_real_photographs(use, either):
     shards = sorted(data_dir("imagenet-sample").rglob("*.tar"))
     if not shards:
         pytest.skip("no shards in imagenet-sample")
@@ -249,7 +286,7 @@ def test_real_photographs(use, library):
                 blobs.append(file.read(sample.fields["jpg"].size))
     rng = np.random.default_rng(0)
     by_extra = 0
-    use(library)
+    use(either)
     for data in blobs:
         whole = decode(data)
         high, wide = whole.shape[:2]
@@ -261,16 +298,16 @@ def test_real_photographs(use, library):
             if found is not None:
                 np.testing.assert_array_equal(found, whole[top : top + h, left : left + w])
     assert by_extra > 2.8 * len(blobs)  # few are progressive, or have trailing data
-    _, wrong = both_ways(use, library, blobs, 3)
+    _, wrong = both_ways(use, either, blobs, 3)
     assert not wrong
 
 
-def test_the_switch_turns_it_off(use, library, monkeypatch):
+def test_the_switch_turns_it_off(use, either, monkeypatch):
     data = jpegs.by_pillow(jpegs.textured(40, 60))
-    use(library)
+    use(either)
     assert partial.crop(data, 40, 60, 0, 0, 8, 8) is not None
     monkeypatch.setenv("CNN2GNN_PARTIAL", "0")
-    partial._decoder.cache_clear()
+    forget()
     assert partial.crop(data, 40, 60, 0, 0, 8, 8) is None
     assert decoding.decode_crop(data, (40, 60), 3, 4, 8, 8).shape == (8, 8, 3)
 
@@ -308,6 +345,7 @@ def run(folder: Path, *words: str, **environment: str) -> subprocess.CompletedPr
             "durable.py",
             "data/images/partial.py",
             "data/images/partial.c",
+            "data/images/turbo_crop.py",
         ):
             shutil.copy(REPOSITORY / "cnn2gnn_dist" / name, package / name)
         for inner in ("data", "data/images"):
@@ -323,7 +361,7 @@ def run(folder: Path, *words: str, **environment: str) -> subprocess.CompletedPr
 
 def test_the_command_builds_and_says_how_things_stand(library, tmp_path):
     says = run(tmp_path)
-    assert (says.returncode, says.stdout[:9]) == (0, "not built")
+    assert (says.returncode, says.stdout[:9]) == (0, "not there")
     done = run(tmp_path, "build")
     assert done.returncode == 0, done.stderr
     made = [path.name for path in (tmp_path / "cnn2gnn_dist" / "data" / "images").iterdir()]
@@ -333,7 +371,7 @@ def test_the_command_builds_and_says_how_things_stand(library, tmp_path):
     assert "not in use" in run(tmp_path, CNN2GNN_PARTIAL="0").stdout
     source = tmp_path / "cnn2gnn_dist" / "data" / "images" / "partial.c"
     source.write_text(source.read_text() + "\n")  # another source: the library does not match it
-    assert run(tmp_path).stdout.startswith("not built")
+    assert run(tmp_path).stdout.startswith("not there")
 
 
 def test_without_compiler_or_header_the_command_says_so(library, tmp_path):
@@ -343,3 +381,31 @@ def test_without_compiler_or_header_the_command_says_so(library, tmp_path):
         assert "remedy: install a compiler and libjpeg-turbo's header" in failed.stderr
         assert "Traceback" not in failed.stderr
         assert not list((tmp_path / "cnn2gnn_dist" / "data" / "images").glob("*.so"))
+
+
+def test_a_crop_of_most_of_the_image_is_left_to_the_full_decoder(wheel):
+    data = jpegs.by_pillow(jpegs.textured(100, 100))
+    assert wheel(data, 100, 100, 0, 0, 100, 100) is None
+    assert wheel(data, 100, 100, 20, 0, 80, 100) is None
+    found = wheel(data, 100, 100, 10, 10, 30, 30)
+    np.testing.assert_array_equal(found, decode(data)[10:40, 10:40])
+
+
+@pytest.mark.parametrize("box", [(-1, 0, 5, 5), (0, 96, 5, 5), (96, 0, 5, 5), (0, 0, 0, 5)])
+def test_a_box_outside_is_refused_by_the_wheel_too(wheel, box):
+    assert wheel.cut(jpegs.by_pillow(jpegs.textured(100, 100)), 100, 100, *box) is None
+
+
+def test_a_library_that_is_old_or_slow_or_wrong_is_not_used(wheel, tmp_path, monkeypatch):
+    (tmp_path / "none.so").write_bytes(b"no library")
+    old = ctypes.util.find_library("c")
+    monkeypatch.setattr(turbo_crop, "_libraries", lambda: [str(tmp_path / "none.so"), old])
+    assert turbo_crop.find() is None
+    monkeypatch.setattr(turbo_crop, "_libraries", lambda: [wheel.library])
+    monkeypatch.setattr(turbo_crop, "_pays", lambda crop: True)
+    assert turbo_crop.find().library == wheel.library
+    monkeypatch.setattr(turbo_crop, "MARGIN_COLUMNS", 0)
+    assert turbo_crop.find() is None
+    monkeypatch.setattr(turbo_crop, "MARGIN_COLUMNS", 16)
+    monkeypatch.setattr(turbo_crop, "_pays", lambda crop: False)
+    assert turbo_crop.find() is None

@@ -1,9 +1,10 @@
-"""Partial JPEG decode: an optional compiled extra that only saves time.
+"""Partial JPEG decode: an optional extra that only saves time; either of two.
 
+    pip install 'cnn2gnn-dist[partial]'                  # libjpeg-turbo 3 in a wheel (turbo_crop.py)
     python -m cnn2gnn_dist.data.images.partial build     # needs a C compiler and libjpeg-turbo's header
 
-Once built, it is used for every random resized crop of a JPEG: it saves about half of the decoding,
-and the pixels are bit-identical. CNN2GNN_PARTIAL=0 turns it off. Nothing is compiled unless you run
+Where there is one, it is used for random resized crops of JPEGs, the compiled one first: it saves up to half of the
+decoding, and the pixels are bit-identical. CNN2GNN_PARTIAL=0 turns it off. Nothing is compiled unless you run
 this command, and no feature depends on it.
 """
 
@@ -26,6 +27,8 @@ from pathlib import Path
 import numpy as np
 
 from cnn2gnn_dist import durable, log
+from cnn2gnn_dist.data.images import turbo_crop
+from cnn2gnn_dist.data.images.turbo_crop import TurboCrop
 from cnn2gnn_dist.errors import UserError
 
 SOURCE = Path(__file__).with_suffix(".c")
@@ -38,15 +41,16 @@ def crop(
     """Decode rows [top, top + high) and columns [left, left + wide) of a JPEG [height, width].
 
     Returns:
-        Pixels [high, wide, 3] uint8, RGB, equal to a crop of the full decode. None: not built or
-        turned off, or the image is of a kind that needs a full decode, or is corrupt in a way that
-        does, as every truncated file is. Corruption visible only below the crop, as too few or too
-        many bits there, goes undetected: the pixels are then those of a lenient full decoder such as
-        Pillow's, where our full decode reports the image as corrupt.
+        Pixels [high, wide, 3] uint8, RGB, equal to a crop of the full decode. None: not there or
+        turned off, or the crop is most of the image, or the image is of a kind that needs a full
+        decode, or is corrupt in a way that does, as every truncated file is. Corruption visible only
+        below the crop, as too few or too many bits there, goes undetected: the pixels are then those
+        of a lenient full decoder such as Pillow's, where our full decode reports the image as corrupt.
     """
     decode = _decoder()
     if decode is None:
-        return None
+        turbo = _turbo()
+        return None if turbo is None else turbo(data, height, width, top, left, high, wide)
     made = np.empty((high, wide, 3), np.uint8)
     if decode(data, len(data), height, width, top, left, high, wide, made.ctypes.data):
         return None
@@ -113,6 +117,11 @@ def _decoder() -> _Crop | None:
         return None
 
 
+@functools.cache
+def _turbo() -> TurboCrop | None:
+    return None if os.environ.get("CNN2GNN_PARTIAL", "1") == "0" else turbo_crop.find()
+
+
 def _load(library: Path) -> _Crop:
     """Load the library's function and check that its pixels equal the full decoder's."""
     import simplejpeg
@@ -143,10 +152,15 @@ def main(words: list[str]) -> int:
             log.output(f"built and tested: {build()}")
         elif _decoder() is not None:
             log.output(f"in use: {path()}")
+        elif (turbo := _turbo()) is not None:
+            log.output(f"in use: {turbo.library}")
         elif path().exists():
             log.output(f"built, but not in use (CNN2GNN_PARTIAL=0, or see the warning): {path()}")
         else:
-            log.output("not built: python -m cnn2gnn_dist.data.images.partial build")
+            log.output(
+                "not there, or not faster than a full decode: pip install 'cnn2gnn-dist[partial]', or "
+                "python -m cnn2gnn_dist.data.images.partial build"
+            )
     except UserError as error:
         log.report_error(error)
         return 2
