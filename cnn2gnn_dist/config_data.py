@@ -95,6 +95,11 @@ class ViewsConfig(Section):
     )
     randaugment: int = Field(0, ge=0, description="RandAugment: operations on each view; 0: none")
     magnitude: int = Field(9, ge=0, le=30, description="RandAugment: their strength")
+    hook: str = Field(
+        "",
+        description="a transform of another library on each view: timm:CONFIG, as timm's --aa reads it "
+        "(timm:rand-m9-mstd0.5-inc1), or MODULE:FUNCTION (docs/recipe.md)",
+    )
     scale: tuple[float, float] = Field(
         (0.35, 1.0), strict=False, description="range of the area share of a random resized crop"
     )

@@ -137,7 +137,7 @@ _RULES = (
         lambda c, a: c.views.kind not in ("crop_flip", "random_resized_crop"),
     ),
     _Rule(
-        ("views.cutout", "views.randaugment", "views.magnitude"),
+        ("views.cutout", "views.randaugment", "views.magnitude", "views.hook"),
         "views.kind=none leaves images as they are",
         lambda c, a: c.views.kind == "none",
     ),

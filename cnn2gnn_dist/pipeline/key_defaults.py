@@ -125,6 +125,7 @@ DEFAULTS: dict[str, Any] = {
     "views.cutout": 0,
     "views.randaugment": 0,
     "views.magnitude": 9,
+    "views.hook": "",
     "teacher.mixup": 0.0,
     "teacher.cutmix": 0.0,
     "evaluate.flip": False,

@@ -151,6 +151,6 @@ def _cut(cuts: Sequence[_Cut], held: Sequence[_Held], ids_N: np.ndarray) -> Wron
             resized_into(images[row], crop, flip)
     sound = [row for row in rows if row not in wrong]
     for spec, view, images in cuts:
-        if sound and (spec.cutout or spec.randaugment):
+        if sound and spec.distorts:
             images[sound] = distorted(spec, images[sound], ids_N[sound], view)
     return wrong

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from cnn2gnn_dist.data.images.decode import MAX_PIXELS, CorruptSample
 from cnn2gnn_dist.data.images.distort import LEVELS, Color, cutout, randaugment
+from cnn2gnn_dist.data.images.hooks import apply, hook_of
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.splitmix import GOLDEN, mixed
 
@@ -27,7 +28,7 @@ CLEAN = -1
 ATTEMPTS = 10
 
 _OWN = -2  # "view number" of what a sample has in common over all of its views
-_CUTOUT, _RANDAUGMENT = 60, 100  # first draws
+_CUTOUT, _HOOK, _RANDAUGMENT = 60, 70, 100  # first draws
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class ViewSpec:
         cutout: side of a square that is overwritten with ``fill``, in pixels; 0: none.
         randaugment: number of RandAugment's operations, of this ``magnitude`` (0 to 30).
         fill: color in cutout and where RandAugment moves the image out.
+        hook: another library's transform on finished views (``hooks.hook_of``); "": none.
         resize: clean view: resize the shorter side to size x this (1 or more), then crop the center.
 
     Raises:
@@ -66,6 +68,7 @@ class ViewSpec:
     randaugment: int = 0
     magnitude: int = 9
     fill: Color = (0, 0, 0)
+    hook: str = ""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -86,6 +89,13 @@ class ViewSpec:
                 where="views",
                 remedy=f"use cutout >= 0, randaugment >= 0, magnitude from 0 to {LEVELS}",
             )
+        if self.hook:
+            hook_of(self.hook, self.size, self.fill)
+
+    @property
+    def distorts(self) -> bool:
+        """Whether finished views are distorted further."""
+        return bool(self.cutout or self.randaugment or self.hook)
 
     @property
     def short(self) -> int:
@@ -210,8 +220,8 @@ def shifted(spec: ViewSpec, clean_NHWC: np.ndarray, ids_N: np.ndarray, view: int
 
 
 def distorted(spec: ViewSpec, images_NHWC: np.ndarray, ids_N: np.ndarray, view: int) -> np.ndarray:
-    """RandAugment and cutout on finished views, in place; returns the array."""
-    if not (spec.cutout or spec.randaugment):
+    """RandAugment, the hook and cutout on finished views, in place; returns the array."""
+    if not spec.distorts:
         return images_NHWC
     state_N = _state(spec.seed, np.asarray(ids_N, np.int64).astype(np.uint64), view)
     if spec.randaugment:
@@ -219,6 +229,11 @@ def distorted(spec: ViewSpec, images_NHWC: np.ndarray, ids_N: np.ndarray, view: 
         draws_NK2 = draws_KN.T.reshape(len(images_NHWC), -1, 2)
         for image, draws_K2 in zip(images_NHWC, draws_NK2, strict=True):
             image[:] = randaugment(image, draws_K2, spec.magnitude, spec.fill)
+    if spec.hook:
+        hook = hook_of(spec.hook, spec.size, spec.fill)
+        seeds_N = _mix(state_N ^ np.uint64(_HOOK)) >> np.uint64(1)
+        for image, seed in zip(images_NHWC, seeds_N.tolist(), strict=True):
+            image[:] = apply(hook, image, seed)
     if spec.cutout:
         draws_2N = _draw(state_N, (_CUTOUT + np.arange(2))[:, None])
         cutout(images_NHWC, draws_2N, spec.cutout, spec.fill)

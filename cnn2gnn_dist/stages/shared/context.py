@@ -138,6 +138,7 @@ class Context:
             cutout=v.cutout,
             randaugment=v.randaugment,
             magnitude=v.magnitude,
+            hook=v.hook,
             fill=(round(255 * v.mean[0]), round(255 * v.mean[1]), round(255 * v.mean[2])),
         )
 

@@ -1,0 +1,256 @@
+"""The paper's table on Mini-ImageNet, on a GPU that one has for some minutes at a time.
+
+    python benchmarks/gpu_mini_imagenet.py cut DATA PIECES        here: the data set in pieces of at most 64 MB
+    python benchmarks/gpu_mini_imagenet.py run STORE --pieces PIECES --back BACK --out OUT --seconds 540
+                                                                  there, again and again, until it exits with 0
+    python benchmarks/gpu_mini_imagenet.py run STORE --toy ...    the same to its last line, on a CPU
+
+Each visit to the machine takes what is in PIECES (one piece or more; checked by SHA-256) into STORE, puts back what
+the last visit brought home (its OUT, given as BACK), and, once the data are whole, trains ResNet-50 and
+ResNet-152 with the student and its control each: 200 epochs in bfloat16, by the product's own launcher. Before the
+time is over it stops as on a preemption, at a step that is saved, and fills OUT: the table, what each run has
+measured and logged, then the models, then checkpoints, in files of at most --file-mb and --all-mb together. What did
+not fit is named; the runs whose checkpoints stayed behind start again on a bare machine.
+
+Exit codes: 0: the table is complete; 75: call again; 2: something is wrong, and said.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+LIST, AGAIN = "pieces.json", 75
+SPARE_S = 45.0
+"""Seconds kept for the last checkpoint and for filling OUT."""
+ROWS = ("teacher", "student", "self_path", "vote", "control")
+RUNS = {"resnet50": {"arch": "resnet50"}, "resnet152": {"arch": "resnet152"}}
+FULL = (
+    "precision=bfloat16", "stream.backend=local", "stream.workers=12", "teacher.epochs=200", "teacher.optimizer=sgd",
+    "teacher.lr=0.1", "teacher.weight_decay=0.0005", "teacher.max_micro_batch=256", "student.epochs=200",
+    "student.max_micro_batch=256", "graph.start_epoch=100", "graph.refresh_epochs=10",
+)  # fmt: skip
+TOY = (
+    "device=cpu", "stream.backend=local", "data.limit=2000", "data.allow_empty_classes=true", "data.calibration=0",
+    "views.size=32", "teacher.epochs=2", "teacher.args={layers: [1, 1, 1, 1], channels: [8, 8, 16, 16]}",
+    "student.epochs=2", "graph.start_epoch=1", "graph.refresh_epochs=1", "student.stem=conv3", "student.dim=32",
+    "student.hidden=32", "evaluate.timing_images=64",
+)  # fmt: skip
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def cut(data: Path, to: Path, most_mb: int) -> None:
+    """Group the data set's Parquet files into folders of at most so many MB, each with the list of all files."""
+    files = sorted((data / "mini-imagenet").glob("*.parquet"))
+    if not files:
+        raise SystemExit(f"no Parquet files in {data}/mini-imagenet")
+    listed = {file.name: digest(file) for file in files}
+    groups: list[list[Path]] = [[]]
+    for file in files:
+        if groups[-1] and sum(f.stat().st_size for f in [*groups[-1], file]) > most_mb * 10**6:
+            groups.append([])
+        groups[-1].append(file)
+    for number, group in enumerate(groups):
+        folder = to / f"piece-{number}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / LIST).write_text(json.dumps(listed, indent=1))
+        for file in group:
+            shutil.copyfile(file, folder / file.name)
+        print(f"{folder}: {sum(f.stat().st_size for f in group) / 1e6:.1f} MB")
+
+
+def take(pieces: Path, store: Path) -> list[str]:
+    """Take what is there of the data set; return the names of files still missing.
+
+    Raises:
+        SystemExit: a file is not what the list says, or there is no list.
+    """
+    data = store / "data" / "mini-imagenet"
+    data.mkdir(parents=True, exist_ok=True)
+    for found in [*pieces.rglob(LIST)] if pieces.is_dir() else []:
+        shutil.copyfile(found, data / LIST)
+    if not (data / LIST).is_file():
+        raise SystemExit(f"{pieces} holds no {LIST}: `cut` writes it")
+    listed: dict[str, str] = json.loads((data / LIST).read_text())
+    for name, expected in listed.items():
+        for found in pieces.rglob(name):
+            if digest(found) != expected:
+                raise SystemExit(f"{found} is not the file that was cut: bring it again")
+            shutil.copyfile(found, data / f".{name}")
+            (data / f".{name}").rename(data / name)
+    return [name for name in listed if not (data / name).is_file()]
+
+
+def put_back(back: Path, store: Path) -> None:
+    """Restore the runs that the last visit brought home, unless the store is ahead of them."""
+    for first in sorted(back.glob("*.tar.000")) if back.is_dir() else []:
+        name = first.name.removesuffix(".tar.000")
+        run = store / "runs" / name.partition("--")[0]
+        marker = store / f".{name}.sha256"
+        parts = sorted(back.glob(f"{name}.tar.*"))
+        seal = hashlib.sha256(b"".join(digest(part).encode() for part in parts)).hexdigest()
+        if run.exists() or (marker.exists() and marker.read_text() == seal):
+            continue  # this machine still has it
+        joined = store / f".{name}.tar"
+        with joined.open("wb") as file:
+            for part in parts:
+                file.write(part.read_bytes())
+        with tarfile.open(joined) as tar:
+            tar.extractall(store / "runs" / ".new", filter="data")
+        joined.unlink()
+        (store / "runs" / ".new" / run.name).rename(run)
+        marker.write_text(seal)
+
+
+def train(store: Path, name: str, seconds: float, toy: bool) -> int:
+    """Go on with one run; return its exit code, 75 if the time was over."""
+    options = [*(TOY if toy else FULL), f"run.dir={store / 'runs' / name}"]
+    options.append(f"teacher.arch={'resnet18' if toy else RUNS[name]['arch']}")
+    line = [sys.executable, "-m", "cnn2gnn_dist.launcher", "--config", "mini_imagenet", *options]
+    environment = os.environ | {"CNN2GNN_DATA": str(store / "data"), "PYTHONPATH": str(ROOT)}
+    with (store / f"{name}.log").open("a") as log:
+        running = subprocess.Popen(line, env=environment, stdout=log, stderr=log, cwd=ROOT)
+        try:
+            return running.wait(timeout=max(1.0, seconds))
+        except subprocess.TimeoutExpired:
+            running.send_signal(signal.SIGTERM)
+            running.wait()
+            return AGAIN
+
+
+def table(store: Path) -> tuple[str, bool]:
+    """The rows of all runs that are finished, and whether that is all of them."""
+    lines = [
+        "| run | row | accuracy | parameters | MFLOP / image | ms / image |",
+        "|---|---|---|---|---|---|",
+    ]
+    whole = True
+    for name in RUNS:
+        results = store / "runs" / name / "results.json"
+        if not results.is_file():
+            whole = False
+            lines.append(f"| {name} | not finished | | | | |")
+            continue
+        found = json.loads(results.read_text())
+        for row in ROWS:
+            one: dict[str, Any] = found.get(row) or {}
+            if one:
+                lines.append(
+                    f"| {name} | {row} | {100 * one['accuracy']:.2f} % | {one['parameters']:,} | "
+                    f"{one['flops_per_image'] / 1e6:.1f} | {one['ms_per_image']:.3f} |"
+                )
+    return "\n".join(lines), whole
+
+
+def bring(store: Path, out: Path, file_mb: int, all_mb: int) -> list[str]:
+    """Fill OUT: the table, logs and metrics, then models, then whole runs; return what did not fit."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "table.md").write_text(table(store)[0] + "\n")
+    for name in RUNS:
+        log = store / f"{name}.log"
+        if log.is_file():
+            (out / log.name).write_text("\n".join(log.read_text().splitlines()[-200:]))
+    left = []
+    budget = all_mb * 10**6 - sum(file.stat().st_size for file in out.iterdir())
+    for name, members in _bundles(store):
+        packed = store / f".out-{name}.tar"
+        with tarfile.open(packed, "w") as tar:
+            for member in members:
+                tar.add(member, member.relative_to(store / "runs"))
+        if packed.stat().st_size > budget:
+            left.append(f"{name} ({packed.stat().st_size / 1e6:.0f} MB)")
+        else:
+            budget -= packed.stat().st_size
+            with packed.open("rb") as file:
+                for number, part in enumerate(iter(lambda: file.read(file_mb * 10**6), b"")):
+                    (out / f"{name}.tar.{number:03d}").write_bytes(part)
+        packed.unlink()
+    (out / "left.txt").write_text("\n".join(left))
+    return left
+
+
+def _bundles(store: Path) -> Iterator[tuple[str, list[Path]]]:
+    """First what was measured and the models, then the runs with their checkpoints, without the shards."""
+    runs = [store / "runs" / name for name in RUNS if (store / "runs" / name).is_dir()]
+    for run in runs:
+        if (run / "model").is_dir():
+            yield f"model-{run.name}", [run / "model"]
+    for run in runs:
+        small = ("shards", "manifest", "model")  # made again within seconds, or brought above
+        yield run.name, [path for path in sorted(run.iterdir()) if path.name not in small]
+
+
+def visit(given: argparse.Namespace) -> int:
+    """One visit to the machine."""
+    end = time.monotonic() + given.seconds - SPARE_S
+    given.store.mkdir(parents=True, exist_ok=True)
+    missing = take(given.pieces, given.store)
+    if missing:
+        print(f"{len(missing)} files of the data set are missing: {', '.join(missing)}")
+        return AGAIN
+    (given.store / "runs").mkdir(exist_ok=True)
+    put_back(given.back, given.store)
+    code = 0
+    for name in RUNS:
+        code = (
+            AGAIN
+            if time.monotonic() >= end
+            else train(given.store, name, end - time.monotonic(), given.toy)
+        )
+        if code:
+            break
+    text, whole = table(given.store)
+    left = bring(given.store, given.out, given.file_mb, given.all_mb)
+    print(text)
+    if left:
+        print(f"did not fit into {given.all_mb} MB: {', '.join(left)}")
+    if code not in (0, AGAIN):
+        print((given.store / f"{name}.log").read_text()[-2000:])
+        return 2
+    return 0 if whole else AGAIN
+
+
+def main() -> int:
+    """Cut, or visit."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    ways = parser.add_subparsers(required=True)
+    cutting = ways.add_parser("cut")
+    cutting.add_argument("data", type=Path)
+    cutting.add_argument("to", type=Path)
+    cutting.add_argument("--most-mb", type=int, default=60)
+    cutting.set_defaults(run=lambda given: cut(given.data, given.to, given.most_mb) or 0)
+    visiting = ways.add_parser("run")
+    visiting.add_argument("store", type=Path)
+    visiting.add_argument("--pieces", type=Path, required=True)
+    visiting.add_argument("--back", type=Path, default=Path("no-such-folder"))
+    visiting.add_argument("--out", type=Path, required=True)
+    visiting.add_argument("--seconds", type=float, default=540.0)
+    visiting.add_argument("--file-mb", type=int, default=15)
+    visiting.add_argument("--all-mb", type=int, default=60)
+    visiting.add_argument("--toy", action="store_true")
+    visiting.set_defaults(run=visit)
+    given = parser.parse_args()
+    return int(given.run(given))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
