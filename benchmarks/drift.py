@@ -69,7 +69,7 @@ def shape(version: GraphVersion) -> None:
     for count in (2, 4, 8):
         part = parts.assign(table, count)
         made = [parts.build_part(table, part, number) for number in range(count)]
-        noted = parts.summary(table, part, made)
+        noted = parts.summary(table, part, [one.size for one in made])
         print(f"{count} parts: cut {noted['cut']:.3f}, halos {sum(noted['halo1']) / len(table):.2f} and "
               f"{sum(noted['halo2']) / len(table):.2f} per inner node")  # fmt: skip
 

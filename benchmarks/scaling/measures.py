@@ -119,7 +119,7 @@ def parts(folder: Path, how: str, count: int) -> dict[str, Any]:
     written = time.perf_counter() - started
     size = sum(path.stat().st_size for path in out.rglob("*.npy"))
     shutil.rmtree(out)
-    noted = partition.summary(table, part, made)
+    noted = partition.summary(table, part, [one.size for one in made])
     inner = sum(noted["inner"])
     return {
         "seconds": assigned,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cnn2gnn_dist import log
 from cnn2gnn_dist.config import GraphConfig
+from cnn2gnn_dist.data.batch_sizes import parts_of_rank
 from cnn2gnn_dist.data.images.views import CLEAN
 from cnn2gnn_dist.data.index.manifest import Manifest
 from cnn2gnn_dist.data.order import sequential
@@ -25,7 +26,7 @@ from cnn2gnn_dist.graph.partition import fennel
 from cnn2gnn_dist.graph.partition import parts as partition
 from cnn2gnn_dist.graph.search.valid_nodes import valid_nodes_of
 from cnn2gnn_dist.graph.version import GraphVersion, GraphWriter
-from cnn2gnn_dist.runtime import collectives, handover
+from cnn2gnn_dist.runtime import collectives, exchange, handover, members
 from cnn2gnn_dist.stages.neighbours import candidates
 from cnn2gnn_dist.stages.neighbours.embeddings import NOTE, Embedded
 from cnn2gnn_dist.stages.neighbours.neighbourhood import opened
@@ -112,14 +113,21 @@ def build(
     query_Nd = _embed_all(context, embed, writer, len(manifest), number)
     searched = candidates.find(context, writer, query_Nd, previous)
 
-    def close() -> None:
+    def assign() -> float:
         table_NM, order_N = (np.asarray(writer.array(name)) for name in ("candidates", "order"))
         part_N, cut = _parts(table_NM, order_N, settings, previous)
         writer.rows("part", 0, part_N)
         twin_N = _twins(writer, manifest)
         writer.rows("twin", 0, twin_N)
+        writer.sync()
         searched["twins"] = duplicates.summary(twin_N)
-        made = _finalise(context, writer, part_N, cut, searched, previous)
+        return cut
+
+    cut = collectives.alone(assign)
+    sizes = _cut_parts(context, writer)
+
+    def close() -> None:
+        made = _finalise(context, writer, sizes, cut, searched, previous)
         version.prune(root, made, settings.keep_versions)
 
     collectives.alone(close)
@@ -211,21 +219,47 @@ def _parts(
     return part_N, partition.edge_cut(table_NM, part_N)
 
 
+def _cut_parts(context: Context, writer: GraphWriter) -> list[partition.PartSize]:
+    """Each rank cuts the parts that it will own out of the table (collective); sizes of all parts in order.
+
+    Raises:
+        UserError: on every rank: the disk of one is full, or rank 0 does not see what another has written.
+    """
+    ranks, parts = context.ranks, context.config.graph.partition.parts
+    shared = {"candidates.npy": True, "part.npy": True}  # rank 0 has written them
+    handover.hand_over(writer.path, lambda: handover.described(writer.path, shared))
+
+    def cut() -> tuple[dict[int, partition.PartSize], handover.Files]:
+        table_NM, part_N = (np.asarray(writer.array(name)) for name in ("candidates", "part"))
+        sizes, files = dict[int, partition.PartSize](), dict[str, handover.Written]()
+        for number in parts_of_rank(ranks.rank, ranks.world_size, parts):
+            part = partition.build_part(table_NM, part_N, number)
+            folder = version.part_path(writer.path, number)
+            part.save(folder)
+            sizes[number] = part.size
+            if members.on_several_hosts():
+                names = {str(path.relative_to(writer.path)): True for path in folder.iterdir()}
+                files |= handover.described(writer.path, names)
+        return sizes, files
+
+    told = exchange.every_rank(cut)
+    if members.on_several_hosts():
+        written = {name: one for _, files in told for name, one in files.items()}
+        collectives.alone(lambda: handover.wait_for(writer.path, written))
+    sizes = {number: size for own, _ in told for number, size in own.items()}
+    return [sizes[number] for number in range(parts)]
+
+
 def _finalise(
     context: Context,
     writer: GraphWriter,
-    part_N: np.ndarray,
+    sizes: list[partition.PartSize],
     cut_when_assigned: float,
     searched: dict[str, Any],
     previous: GraphVersion | None,
 ) -> Path:
-    table_NM, labels_N = np.asarray(writer.array("candidates")), np.asarray(writer.array("labels"))
-    parts = [
-        partition.build_part(table_NM, part_N, number)
-        for number in range(context.config.graph.partition.parts)
-    ]
-    for number, part in enumerate(parts):
-        part.save(version.part_path(writer.path, number))
+    names = ("candidates", "labels", "part")
+    table_NM, labels_N, part_N = (np.asarray(writer.array(name)) for name in names)
     return writer.finalise(
         {
             "key": context.key,
@@ -234,9 +268,9 @@ def _finalise(
             "homophily": quality.edge_homophily(table_NM, labels_N),
             "degree": quality.degree_stats(table_NM),
             "search": searched,
-            **partition.summary(table_NM, part_N, parts),
+            **partition.summary(table_NM, part_N, sizes),
             "moved": 0.0 if previous is None else float((part_N != previous.part).mean()),
             "cut_when_assigned": cut_when_assigned,
-            "halo": [len(part.nodes_L) - part.num_inner for part in parts],
+            "halo": [size.halo1 + size.halo2 for size in sizes],
         }
     )

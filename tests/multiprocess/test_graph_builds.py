@@ -49,8 +49,12 @@ def test_a_killed_build_goes_on_at_its_unit(
 def test_a_build_rests_on_no_barrier(
     micro_run: Path, whole: dict[str, Any], tmp_path: Path
 ) -> None:
-    """One rank embeds much slower than the other: the graph is bit-identical to that of one rank."""
+    """One rank embeds much slower than the other: the graph is bit-identical to that of one rank.
+
+    Each rank has cut its own part of it.
+    """
     (tmp_path / "two").mkdir()
-    for files in rank_group.run(graph_builds.slow_second_rank, 2, micro_run, tmp_path / "two"):
-        assert files == whole["files"]
+    built = rank_group.run(graph_builds.slow_second_rank, 2, micro_run, tmp_path / "two")
+    assert [one["files"] for one in built] == [whole["files"]] * 2
+    assert [one["cut"] for one in built] == [[0], [1]]
     assert {"twin.npy", "candidates.npy", "x.npy"} <= set(whole["files"])

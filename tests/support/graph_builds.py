@@ -10,10 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cnn2gnn_dist import settings
+from cnn2gnn_dist.graph.partition import parts
 from cnn2gnn_dist.graph.search import approximate
 from cnn2gnn_dist.runtime import collectives
 from cnn2gnn_dist.runtime.ranks import Ranks
@@ -52,11 +54,21 @@ def projection(context: Context) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
 
 
 def slow_second_rank(run: Path, folder: Path) -> dict[str, Any]:
-    """Build on two ranks, one much slower, with barriers that don't block; return the version's files."""
+    """Build on two ranks, one much slower, with barriers that don't block.
+
+    Returns the version's files, and which parts this rank has cut.
+    """
     ranks = Ranks.from_environment()
     context = contexts(run, folder, ranks)
     project = projection(context)
     collectives.barrier = lambda: None
+    cut, cut_part = [], parts.build_part
+
+    def noted(table: np.ndarray, part: np.ndarray, number: int) -> parts.PartGraph:
+        cut.append(number)
+        return cut_part(table, part, number)
+
+    parts.build_part = noted
 
     def embed(images: Tensor) -> tuple[Tensor, Tensor]:
         begun = time.monotonic()
@@ -65,7 +77,8 @@ def slow_second_rank(run: Path, folder: Path) -> dict[str, Any]:
         return project(images)
 
     version = graph.build(context, embed, folder, 7, None, "weights of step 9")
-    return json.loads((version.path / "manifest.json").read_text())["files"]
+    files = json.loads((version.path / "manifest.json").read_text())["files"]
+    return {"files": files, "cut": cut}
 
 
 def main(run: Path, folder: Path, die_after: int) -> None:

@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -99,6 +99,14 @@ def new_ids(part_N: np.ndarray) -> np.ndarray:
     return np.argsort(part_N, kind="stable")
 
 
+class PartSize(NamedTuple):
+    """Numbers of nodes of a part: its own, and of its first and second halo."""
+
+    inner: int
+    halo1: int
+    halo2: int
+
+
 @dataclass
 class PartGraph:
     """One part with its halos.
@@ -115,6 +123,12 @@ class PartGraph:
     num_inner: int
     num_halo1: int
     table_KM: np.ndarray
+
+    @property
+    def size(self) -> PartSize:
+        """Numbers of its nodes."""
+        rest = len(self.nodes_L) - self.num_inner - self.num_halo1
+        return PartSize(self.num_inner, self.num_halo1, rest)
 
     def save(self, folder: Path) -> None:
         """Write ``nodes.npy``, ``table.npy`` and ``part.json`` with their checksums.
@@ -178,13 +192,13 @@ def build_union(table_NM: np.ndarray, inner: np.ndarray, part: int = -1) -> Part
     return PartGraph(part, nodes, len(inner), len(halo1), local[table_NM[rows]])
 
 
-def summary(table_NM: np.ndarray, part_N: np.ndarray, parts: Sequence[PartGraph]) -> dict[str, Any]:
+def summary(table_NM: np.ndarray, part_N: np.ndarray, sizes: Sequence[PartSize]) -> dict[str, Any]:
     """Edge cut (fraction of edges), and the numbers of inner and halo nodes of each part."""
     return {
         "cut": edge_cut(table_NM, part_N),
-        "inner": [part.num_inner for part in parts],
-        "halo1": [part.num_halo1 for part in parts],
-        "halo2": [len(part.nodes_L) - part.num_inner - part.num_halo1 for part in parts],
+        "inner": [size.inner for size in sizes],
+        "halo1": [size.halo1 for size in sizes],
+        "halo2": [size.halo2 for size in sizes],
     }
 
 
