@@ -70,7 +70,7 @@ SUBJECTS = (
     Subject(
         "checkpoint",
         "training/checkpoint/manager.py",
-        ("unit/training/test_checkpoint_files.py", "multiprocess/test_checkpoint.py"),
+        ("multiprocess/test_checkpoint_manager.py",),
     ),
     Subject(
         "checkpoint_folder",
