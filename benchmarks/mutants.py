@@ -70,7 +70,7 @@ SUBJECTS = (
     Subject(
         "checkpoint",
         "training/checkpoint/manager.py",
-        ("multiprocess/test_checkpoint_manager.py",),
+        ("multiprocess/test_checkpoint_manager.py", "multiprocess/test_checkpoint_pair.py"),
     ),
     Subject(
         "checkpoint_folder",

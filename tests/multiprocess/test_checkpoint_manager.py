@@ -1,4 +1,4 @@
-"""The manager of checkpoints, rule by rule: with an engine of one rank in this process, then with two ranks.
+"""The manager of checkpoints, rule by rule, with an engine of one rank in this process.
 
 Quick, because ``benchmarks/mutants.py`` runs it for every fault that it puts into the manager.
 """
@@ -8,11 +8,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 import threading
 import weakref
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +20,13 @@ from torch import nn
 
 from cnn2gnn_dist import durable
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.runtime import collectives, handover, members
 from cnn2gnn_dist.runtime.ranks import Ranks
 from cnn2gnn_dist.training import engine as engines
 from cnn2gnn_dist.training.checkpoint import folder as disk
 from cnn2gnn_dist.training.checkpoint import manager
 from cnn2gnn_dist.training.checkpoint.manager import Checkpoints
 from cnn2gnn_dist.training.engine import Engine
-from tests.support import rank_group, tiny
+from tests.support import tiny
 from tests.support.saves import RUN, extra, newest, state
 
 SHARE = "rank-00000-of-00001"
@@ -341,73 +338,3 @@ def test_another_architecture_is_named_with_its_shapes(root):
             Checkpoints(root, RUN).load(tiny.build(0, model=model), force=True)
         assert what in caught.value.what
         assert caught.value.where == str(root / "step-00000002")
-
-
-# Two ranks.
-
-
-def by_two(root: Path) -> dict[str, Any]:
-    """What each rank finds of saves, of one that fails on rank 1, and of loading."""
-    rank = collectives.rank()
-    built, saved = tiny.build(2), Checkpoints(root, RUN)
-    tiny.train(built, range(2))
-    found: dict[str, Any] = {"buffers": buffers_of(built)}
-    saved.save(2, built, extra(2), {"rank": rank})
-    found["finish"] = saved.finish().name
-    found["state"] = state(built)
-    saved.save(3, built, extra(3), {"not": object()} if rank == 1 else {})
-    saved.settle()
-    collectives.barrier()  # rank 0 has removed what failed
-    found["problem"], found["names"] = saved.problem, names(root)
-    other = tiny.build(1, seed=9)
-    loaded = saved.load(other)
-    assert loaded is not None
-    found["owns"] = loaded.owns
-    found["loaded buffers"] = buffers_of(other)
-    found["loaded state"] = state(other)
-    found["elsewhere"] = from_elsewhere(root / "step-00000002", root / "copy" / "step-00000002")
-    return found
-
-
-def buffers_of(built: Engine) -> dict[str, torch.Tensor]:
-    return {name: buffer.clone() for name, buffer in built.module.named_buffers()}
-
-
-def from_elsewhere(whole: Path, path: Path) -> str:
-    """The error of loading a copy in which the other host sees something else than was written."""
-    members._present = tuple(replace(m, place=str(m.rank)) for m in members.present())
-    handover.WAIT_S = handover.AGAIN_S = 0.1
-    if collectives.rank() == 0:
-        shutil.copytree(whole, path)
-        share = path / "rank-00000-of-00002.safetensors"
-        data = bytearray(share.read_bytes())
-        data[-9] ^= 1
-        share.write_bytes(data)
-    collectives.barrier()
-    with pytest.raises(UserError) as caught:
-        Checkpoints(path.parent, RUN).load(tiny.build(0), only=path)
-    return caught.value.what
-
-
-def test_two_ranks_save_together_and_load_their_own(tmp_path):
-    ranks = rank_group.run(by_two, 2, tmp_path)
-    path = tmp_path / "step-00000002"
-    for found in ranks:
-        assert found["finish"] == path.name
-        assert found["state"] == found["loaded state"] == ranks[0]["state"]
-        assert "not JSON serializable" in found["problem"]
-        assert found["names"] == ["latest", path.name]
-        assert found["owns"] == [{"rank": 0}, {"rank": 1}]
-        for name, buffer in found["buffers"].items():
-            assert torch.equal(found["loaded buffers"][name], buffer), name
-        assert "rank-00000-of-00002.safetensors has other contents" in found["elsewhere"]
-    listed = disk.checksums(path)
-    sizes = [size for name, (size, _) in listed.items() if name.endswith(".safetensors")]
-    assert len(sizes) == 2
-    assert max(sizes) < 2 * min(sizes)
-    alone = tiny.build(0, seed=9)  # as many own buffers as ranks, and none is this one's
-    Checkpoints(tmp_path, RUN).load(alone, only=path)
-    one, two = (rank["buffers"]["norm.running_mean"] for rank in ranks)
-    assert not torch.equal(one, two)
-    found_mean = dict(alone.module.named_buffers())["norm.running_mean"]
-    torch.testing.assert_close(found_mean, (one + two) / 2)
