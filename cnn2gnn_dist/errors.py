@@ -24,8 +24,8 @@ class UserError(Exception):
     """
 
     exit_code = 2
-    told = False
-    """Whether rank 0 knows and reports it, so that no other rank need."""
+    shared = False
+    """Whether rank 0 has it too and reports it, so that no other rank does."""
 
     def __init__(self, what: str, *, where: str = "", remedy: str = "") -> None:
         super().__init__(what, where, remedy)

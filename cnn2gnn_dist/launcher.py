@@ -75,7 +75,7 @@ def _run(arguments: argparse.Namespace, unknown: list[str], program: str) -> int
         )
     except UserError as error:
         # A request to stop reaches all ranks; other errors of theirs rank 0 may not hear of.
-        if ranks.is_first or not (error.told or isinstance(error, Preempted)):
+        if ranks.is_first or not (error.shared or isinstance(error, Preempted)):
             log.report_error(
                 error, program if ranks.is_first else f"{socket.gethostname()}: {program}"
             )

@@ -6,7 +6,7 @@ python launch/submit.py …                          # the same, from a checkout
 
 Everything after ``--`` goes to ``cnn2gnn run`` on the cluster, in a copy of this checkout: relative
 paths start there, and tars are not sent. Ctrl-C leaves the job running and says how to follow it;
-``--stop-on-interrupt`` stops it instead, as does SIGTERM then. Hosts that lack the package get it with
+``--stop-on-interrupt`` stops it instead, as does SIGTERM then. Hosts without the package get it with
 ``--send-package``, and what it needs with ``--pip``.
 """
 
@@ -81,7 +81,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--send-package",
         action="store_true",
-        help="send this installation's cnn2gnn_dist too, for hosts that lack it",
+        help="send this installation's cnn2gnn_dist too, for hosts without it",
     )
     parser.add_argument(
         "--pip",

@@ -102,7 +102,7 @@ _RULES = (
     ),
     _Rule(
         ("data.unlabelled",),
-        "only data.source=shards and data.source=parquet may lack labels",
+        "only data.source=shards and data.source=parquet accept images without a label",
         lambda c, a: c.data.source not in ("shards", "parquet"),
     ),
     _Rule(

@@ -3,7 +3,7 @@
 A set of m images with logits l_i and features z_i, in five steps:
 
 1. **Gate** (``related.py``). Is the set related? Only if its score exceeds those of nearly all random sets of
-   calibration images of this size. Otherwise every image is answered alone, in the same bits as without
+   calibration images of this size. Otherwise every image is answered alone, bit-identical to its answer without
    company.
 2. **Edges** W_ij = max(2σ(a·cos(z_i, z_j) + b) − 1, 0), where σ is the probability that two images are of
    one class, fitted by logistic regression on pairs of calibration images (as many of one class as of

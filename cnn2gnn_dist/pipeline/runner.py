@@ -63,12 +63,12 @@ def run_rank(
 
     config = settings.check(tree)
     device, problem = _device_or_problem(config)
-    words = exchange.LastWords()
+    errors = exchange.ErrorExchange()
     try:
         if ranks.world_size > 1 or not needs_no_group(config, names):
             about = flat(tree) | {"stages": names, "update": update, "force": force}
             engine.init(ranks, device, config.cluster.timeout_s, about, problem)
-            words = exchange.LastWords()
+            errors = exchange.ErrorExchange()
         elif problem is not None:
             raise problem
         across_hosts.check_hosts(config, device)
@@ -81,14 +81,14 @@ def run_rank(
     except UserError as error:
         if ranks.world_size > 1 and not inside_ray:
             preemption.ignore_stop()  # whoever reports the error may not be the first to end
-        error.told = words.say(error)
+        error.shared = errors.publish(error)
         raise
     except RuntimeError as error:
         if ranks.world_size > 1 and collectives.lost_peer(error):
-            raise words.others() or _peer_lost(error, config, words.silent()) from error
+            raise errors.received() or _peer_lost(error, config, errors.silent()) from error
         raise
     finally:
-        words.close()
+        errors.close()
         engine.shutdown()
 
 

@@ -1,10 +1,10 @@
 """Files that one host writes and others read: the readers see what was written, or all ranks stop.
 
-File servers let a client believe for a while what it has seen: names (absent ones too), sizes, and
-pages of files. A rank that reads such a file in time reads zeros, an earlier version or nothing, and
-computes on. So what crosses from host to host is handed over: one rank says which files there are,
-their sizes and checksums; one rank on each host looks until it sees them so, or time is up. Where all
-ranks share a page cache there is nothing to look at, and nothing is done.
+A client of a file server caches names (absent ones too), sizes and pages of files for a while. A rank
+that reads a file during that time may read zeros, an earlier version or nothing, and continue with it.
+So files that cross from host to host are handed over: one rank lists them with their sizes and
+checksums; one rank on each host polls until it sees them like that, or time is up. Where all ranks
+share a page cache, nothing is done.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.runtime import collectives, exchange, members
 
 WAIT_S = 75.0
-"""Clients of NFS believe names for up to 60 s (acdirmax)."""
+"""Clients of NFS cache names for up to 60 s (acdirmax)."""
 POLL_S, AGAIN_S = 0.1, 1.0
 
 
@@ -105,7 +105,7 @@ def forget(paths: Iterable[Path]) -> None:
 def wait_for_folder(folder: Path) -> None:
     """Wait until this rank can write into a folder that rank 0 has created (not collective).
 
-    One of the same name that rank 0 has removed before may still be believed in.
+    A folder of the same name that rank 0 has removed before may still be cached.
 
     Raises:
         OSError: it can't, even after ``WAIT_S``.

@@ -57,7 +57,7 @@ class Meeting:
                 yield
         except BaseException as error:
             if isinstance(error, UserError):
-                error.told = True
+                error.shared = True
             with contextlib.suppress(Exception):
                 self.store.set(_outcome_key(call), pickle.dumps(self._error_for_peers(error)))
                 if self.rank == 0:
@@ -74,7 +74,7 @@ class Meeting:
         )  # the rank that raised doesn't read it
         if raised is not None:
             if isinstance(raised, UserError):
-                raised.told = True
+                raised.shared = True
             raise raised
 
     def _wait_until_read(self, call: int, readers: int) -> None:

@@ -1,4 +1,4 @@
-"""Who is in the group, and what they run: told before a group is formed, so that all ranks stop together.
+"""Who is in the group, and what they run: exchanged before a group is formed, so that all ranks stop together.
 
 Each rank leaves a card in the group's store: its host, its versions, its config, and the error that
 keeps it from joining, if there is one. All ranks read all cards and come to the same conclusion. A
@@ -41,7 +41,7 @@ class NotMet(PeerLost):
 
 @dataclass(frozen=True)
 class Member:
-    """What a rank tells the others about itself.
+    """What a rank reports about itself to the others.
 
     Attributes:
         rank: its number.
@@ -177,7 +177,7 @@ def meet(store: Any, own: Member, world_size: int, timeout: timedelta) -> None:
     if wrong is not None:
         if own.rank == 0:
             wait_until(lambda: store.add("members/read", 0) >= world_size, LINGER_S)
-        wrong.told = True
+        wrong.shared = True
         raise wrong
     global _present
     _present = tuple(members)
@@ -198,22 +198,22 @@ def _all(store: Any, name: str, world_size: int, timeout: timedelta, rank: int) 
 
 def problem_of(members: Sequence[Member]) -> UserError | None:
     """What keeps these ranks from forming a group; the same on every rank. None if nothing does."""
-    told = [(m, m.problem) for m in members if m.problem is not None]
-    if told:
-        return together(told, len(members))
+    failed = [(m, m.problem) for m in members if m.problem is not None]
+    if failed:
+        return combined_error(failed, len(members))
     for wrong in (_versions_differ(members), _configs_differ(members), _clocks_differ(members)):
         if wrong is not None:
             return wrong
     return None
 
 
-def together(told: Sequence[tuple[Member, UserError]], world_size: int) -> UserError:
+def combined_error(failed: Sequence[tuple[Member, UserError]], world_size: int) -> UserError:
     """One error for those of several ranks: each with its ranks and host, unless all have the same."""
     by_error: dict[str, list[tuple[Member, UserError]]] = {}
-    for one in told:
+    for one in failed:
         by_error.setdefault(str(one[1]), []).append(one)
-    first = told[0][1]
-    if len(by_error) == 1 and len(told) == world_size:
+    first = failed[0][1]
+    if len(by_error) == 1 and len(failed) == world_size:
         return first
     texts = []
     for group in by_error.values():
@@ -221,7 +221,7 @@ def together(told: Sequence[tuple[Member, UserError]], world_size: int) -> UserE
         detail = f" ({error.where})" if error.where and len(by_error) > 1 else ""
         texts.append(f"{_names([member for member, _ in group])}: {error.what}{detail}")
     where = first.where if len(by_error) == 1 else ""
-    remedies = dict.fromkeys(error.remedy for _, error in told if error.remedy)
+    remedies = dict.fromkeys(error.remedy for _, error in failed if error.remedy)
     return type(first)("; ".join(texts), where=where, remedy="; ".join(remedies))
 
 

@@ -38,7 +38,7 @@ LEAST_RATE = 12 * MIB
 
 @dataclass
 class Node:
-    """What one node has said of itself.
+    """What one node reports about itself.
 
     Attributes:
         host, address, interface: its name, its address towards the peers, and that address's interface.
@@ -127,7 +127,7 @@ def write_probe(folder: str) -> tuple[str, str]:
 def find_probe(path: str, seconds: float = PEER_SECONDS) -> str:
     """Find the first node's file and write another beside it; "" or what is wrong.
 
-    A file server's client may believe for a few seconds that a name is absent.
+    A file server's client may cache for a few seconds that a name is absent.
     """
     deadline = time.monotonic() + seconds
     while not Path(path).exists():

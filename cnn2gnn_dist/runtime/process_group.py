@@ -17,7 +17,7 @@ from cnn2gnn_dist.runtime.ranks import Ranks
 AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"
 """Set by torchrun for its children: its agent hosts the store and decides where it listens."""
 DECLINE_S = 10.0
-"""Seconds for which a rank that can't join waits for others that it could tell."""
+"""Seconds for which a rank that can't join waits for others, to pass its error on."""
 
 
 def join(
@@ -30,7 +30,7 @@ def join(
     """Join the group: NCCL on GPUs, gloo on CPUs.
 
     A single process needs no port. Otherwise rank 0 hosts a store that listens at the rendezvous
-    alone, unless torchrun's agent hosts it. The ranks tell each other there what they run
+    alone, unless torchrun's agent hosts it. There the ranks exchange what they run
     (``members``) before they form the group.
 
     Args:

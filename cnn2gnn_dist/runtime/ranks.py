@@ -54,7 +54,7 @@ class Ranks:
     def meeting_address(self) -> str:
         """``master_addr``, or the address of this host that others can reach if its name is of no use to them.
 
-        Debian resolves a host's own name to 127.0.1.1: a rank 0 that listens there is met by nobody.
+        Debian resolves a host's own name to 127.0.1.1: nobody can reach a rank 0 that listens there.
         """
         if is_loopback(self.master_addr) or self.on_one_host:
             return self.master_addr

@@ -380,7 +380,7 @@ def _default() -> Path:
 
 
 def _finite(text: str) -> float:
-    """Parse a number of the file; Python would also accept NaN, Infinity and 1e999, which JSON lacks."""
+    """Parse a number of the file; Python would also accept NaN, Infinity and 1e999, which JSON does not have."""
     if not math.isfinite(float(text)):
         raise ValueError(f"{text} is not a finite number")
     return float(text)

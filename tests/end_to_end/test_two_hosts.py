@@ -1,4 +1,4 @@
-"""Runs on two hosts: the same as on one, whatever their file server's clients believe and their link does."""
+"""Runs on two hosts: the same as on one, whatever their file server's clients cache and their link does."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from tests.support.watching import reach
 
 pytestmark = hosts.needed("bindfs")
 
-BELIEVED_S = 8.0
-"""As long as a stage of this run: what a host has seen in one it believes in the next."""
+CACHED_S = 8.0
+"""As long as a stage of this run: what a host has seen in one is cached in the next."""
 
 
 def with_a_file_server(pair: tuple[Host, ...], folder: Path) -> None:
-    hosts.share(folder / "server", folder / "shared", pair, BELIEVED_S)
+    hosts.share(folder / "server", folder / "shared", pair, CACHED_S)
 
 
 folder, pair = hosts.fixtures(with_a_file_server)

@@ -22,8 +22,8 @@ ROWS, WIDTH, UNIT = 4000, 20, 100
 
 
 def with_file_servers(pair: tuple[Host, ...], folder: Path) -> None:
-    hosts.share(folder / "server", folder / "shared", pair, believed_s=2)
-    hosts.share(folder / "server", folder / "stale", pair, believed_s=600, reopened=False)
+    hosts.share(folder / "server", folder / "shared", pair, cached_s=2)
+    hosts.share(folder / "server", folder / "stale", pair, cached_s=600, reopened=False)
 
 
 folder, pair = hosts.fixtures(with_file_servers)

@@ -12,7 +12,7 @@ import pytest
 
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.runtime import collectives
-from cnn2gnn_dist.runtime.exchange import LastWords, every_rank
+from cnn2gnn_dist.runtime.exchange import ErrorExchange, every_rank
 from tests.support import REPOSITORY, host_runs, hosts, rank_group
 from tests.support.hosts import Host
 from tests.support.shards import make_shards, random_images
@@ -116,17 +116,17 @@ def test_interfaces_and_room(pair: tuple[Host, ...], folder: Path) -> None:
 
 def stop_alone(who: int) -> tuple[str, bool]:
     """One rank stops in the middle; the other learns why, instead of only that it is gone."""
-    words = LastWords()
+    errors = ErrorExchange()
     collectives.barrier()
     try:
         if collectives.rank() == who:
             raise UserError("a shard is gone", where="shard-3", remedy="restore it")
         collectives.barrier()
     except UserError as error:
-        return str(error), words.say(error)
+        return str(error), errors.publish(error)
     except RuntimeError as error:
-        told = words.others() if collectives.lost_peer(error) else None
-        return str(told or error), bool(told and told.told)
+        received = errors.received() if collectives.lost_peer(error) else None
+        return str(received or error), bool(received and received.shared)
     return "", False
 
 

@@ -225,7 +225,7 @@ def network(count: int, keep: Iterable[Path] = ()) -> Iterator[tuple[Host, ...]]
 
 
 def share(
-    folder: Path, at: Path, hosts: Iterable[Host], believed_s: float = 0.0, reopened: bool = True
+    folder: Path, at: Path, hosts: Iterable[Host], cached_s: float = 0.0, reopened: bool = True
 ) -> None:
     """Serve ``folder`` to each of these hosts at ``at``, as a file server would to its clients.
 
@@ -237,12 +237,12 @@ def share(
         folder: of this machine; created.
         at: created; the same path in every host.
         hosts: the clients.
-        believed_s: seconds for which a client believes names, absent ones too, and attributes.
+        cached_s: seconds for which a client caches names, absent ones too, and attributes.
         reopened: whether opening a file again shows others' writes; else a page once seen stays.
     """
     for path in (folder, at):
         path.mkdir(parents=True, exist_ok=True)
-    times = ",".join(f"{what}_timeout={believed_s:g}" for what in ("attr", "entry", "negative"))
+    times = ",".join(f"{what}_timeout={cached_s:g}" for what in ("attr", "entry", "negative"))
     cache = "auto_cache" if reopened else "kernel_cache"
     for host in hosts:
         host.shell(

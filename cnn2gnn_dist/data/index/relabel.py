@@ -49,7 +49,7 @@ def read_relabel(path: Path) -> dict[str, Decision]:
     """Read a relabel list: key → decision. Lines without a class are not decisions, and are skipped.
 
     Raises:
-        UserError: the file can't be read, lacks a column, or decides twice and differently on a key.
+        UserError: the file can't be read, has a column missing, or decides twice and differently on a key.
     """
     found: dict[str, Decision] = {}
     try:

@@ -200,7 +200,7 @@ class RayReaders:
             raise UserError(
                 f"no reader restarted within {RESTART_SECONDS:.0f} s after the last one died",
                 where="stream.backend=ray",
-                remedy="check the readers' logs; lack of memory is the usual cause: use fewer "
+                remedy="check the readers' logs; they usually ran out of memory: use fewer "
                 "stream.workers",
             )
 
@@ -327,6 +327,6 @@ def _too_many_deaths(request: Request, error: Exception) -> UserError:
         f"a reader died {MOST_DEATHS} times on one request: {last_line(error)}",
         where=f"sample ids {request.ids[:4].tolist()}…, view {request.view}",
         remedy="check the readers' logs (in Ray's session folder; for a failed `cnn2gnn run` in "
-        "the run's ray-logs); lack of memory is the usual cause: use fewer stream.workers or "
+        "the run's ray-logs); they usually ran out of memory: use fewer stream.workers or "
         "smaller batches",
     )

@@ -25,7 +25,7 @@ def open_targets(context: Context, manifest: Manifest, targets_key: str) -> Targ
     """
     root, meta = context.paths.targets, {"key": targets_key}
     samples, classes = len(manifest), manifest.num_classes
-    # Rank 0's list: another host may still believe an earlier one.
+    # Rank 0's list: another host may still have an earlier one cached.
     files: list[Path] = collectives.broadcast_object(sorted(root.glob("*.parquet")))
 
     def begin() -> tuple[target_arrays.TargetFiles, str]:
