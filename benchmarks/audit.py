@@ -6,7 +6,7 @@ A small stem is trained for five epochs on the first 12,500 training images (its
 Of 20,000 others 5, 20 and 40 % of the labels are flipped: to any other class, or to the class that the stem
 confuses most with the true one. All methods have the same features and the same labels:
 
-    audit, score      the order of ``cnn2gnn audit`` (inference/audit_scores.py), 19 neighbours
+    audit, score      the order of ``cnn2gnn audit`` (inference/audit_scores.py), 19 neighbors
     audit, margin     its column for flips between similar classes
     small loss        the loss of the same linear head alone
     cleanlab, *       its label quality scores, on probabilities of scikit-learn's logistic regression

@@ -119,7 +119,7 @@ def _summary(source: Source, tables: dict[str, pa.Table]) -> list[str]:
     agree = int(pc.sum(labels["both_agree"]).as_py() or 0)
     lines = [
         f"labels      {len(labels):,} of {len(source.keys):,} fit another class better; "
-        f"of {agree:,} head and neighbours agree on it"
+        f"of {agree:,} head and neighbors agree on it"
     ]
     for where, title in (("train", "duplicates"), ("held-out", "leakage")):
         kinds = pairs.filter(pc.equal(pairs["set"], where))["kind"].to_pylist()

@@ -68,7 +68,7 @@ class View:
             "classes": list(self.names),
             "sections": self._sections(tables),
             "labels_said": f"The {len(self.doubtful):,} most doubtful of {len(tables['labels']):,} labels that fit "
-            "another class better, by the head and the neighbours together; all are in labels.parquet.",
+            "another class better, by the head and the neighbors together; all are in labels.parquet.",
             "labels": self._labels(),
             "pair_sections": self._pair_sections(),
             "outliers": self._outliers(),
@@ -114,7 +114,7 @@ class View:
             (
                 "duplicates",
                 "Duplicates among the training images",
-                "Exact: the same bytes or features. Near: the same details in another frame or colour, or mirrored; "
+                "Exact: the same bytes or features. Near: the same details in another frame or color, or mirrored; "
                 "most alike first. To drop: the second of a pair.",
                 [pair for pair in pairs if pair["ends"][0][0] == "train"],
             )

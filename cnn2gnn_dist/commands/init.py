@@ -232,7 +232,7 @@ def _print_survey(survey: Survey, say: Say) -> None:
     kinds = ", ".join(f"{kind} {count}" for kind, count in survey.formats.most_common())
     say(
         f"sizes    median {wide:.0f} x {high:.0f}, shorter side {short_N.min()} to {short_N.max()} "
-        f"({len(short_N)} decoded: {kinds}{'; grey' if survey.grey > 0.95 else ''})"
+        f"({len(short_N)} decoded: {kinds}{'; gray' if survey.grey > 0.95 else ''})"
     )
     for reason, count in survey.unreadable.most_common(5):
         say(f"bad      {count} of {survey.looked_at}: {reason[:100]}")

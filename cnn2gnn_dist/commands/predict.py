@@ -55,7 +55,7 @@ def command(
         if classifier.spec.scope == "batch":
             _log.warning(
                 f"graph.scope=batch: up to {BATCH} images are classified together and are "
-                "each other's neighbours, so an answer depends on its company"
+                "each other's neighbors, so an answer depends on its company"
             )
         given = expand(list(images), left_out=report_error)
         answers: Iterable[Answer]

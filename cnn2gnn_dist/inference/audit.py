@@ -24,7 +24,7 @@ FIRST, MOST_PAIRS, CHANCE = 4, 50_000, 5_000
 chance does."""
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 Look = Callable[[np.ndarray], np.ndarray]
-"""Rows [n] → thumbnails uint8 [n, 32, 32, 3]; grey where there is none."""
+"""Rows [n] → thumbnails uint8 [n, 32, 32, 3]; gray where there is none."""
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ _SHOWN_CLASSES = 20
 _ROWS = {
     "teacher": "teacher (CNN)",
     "student": "this model",
-    "self_path": "this model without its neighbours",
-    "vote": "the neighbours' vote alone",
+    "self_path": "this model without its neighbors",
+    "vote": "the neighbors' vote alone",
     "control": "control: same stem, MLP head, no graph",
 }
 

@@ -171,7 +171,7 @@ class Classifier:
         check_counts(n_neighbors=(n_neighbors, 1))
         if n_neighbors > len(memory):
             raise UserError(
-                f"{n_neighbors} neighbours are asked for, and the memory has {len(memory)} images",
+                f"{n_neighbors} neighbors are asked for, and the memory has {len(memory)} images",
                 remedy=f"at most {len(memory)}",
             )
         distances: list[np.ndarray] = []

@@ -23,7 +23,7 @@ _BLOCK = 512
 def likeness(a_PHWC: np.ndarray, b_PHWC: np.ndarray) -> np.ndarray:
     """Highest correlation of details, float32 [P] in −1..1, over shifts and a mirrored copy.
 
-    The middle of ``a`` is searched in ``b``. Details: grey values minus their local mean, so that two
+    The middle of ``a`` is searched in ``b``. Details: gray values minus their local mean, so that two
     clear skies are not alike. Both are uint8 [P, SIDE, SIDE, 3].
     """
     found = np.empty(len(a_PHWC), np.float32)

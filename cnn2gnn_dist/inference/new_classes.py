@@ -1,6 +1,6 @@
 """New classes without training: rule R.
 
-The old classes keep their head. With l the head's logits, f features (centred, of unit length), μ class means
+The old classes keep their head. With l the head's logits, f features (centered, of unit length), μ class means
 
     S_c = log softmax(l/T)_c                                                        old c
     S_c = log softmax(10·cos(f, μ))_c + κ·log p(f | c) − log Σ_old p(f | c')^κ + τ       new c
@@ -17,7 +17,7 @@ Both terms: ``old_classes.py``.
 term, by class-balanced cross-entropy over rows of the memory and the new images, from u = 0 on, with a
 penalty on u; then τ as above. It takes seconds and is convex: the same inputs give the same columns.
 
-Features: the stem's x, centred and of unit length (``OldClasses.features``), not the graph's projection z,
+Features: the stem's x, centered and of unit length (``OldClasses.features``), not the graph's projection z,
 which finds half as many new images: it keeps what tells the old classes apart.
 
 Entries are all that counts, not the order of edits: adding one class after another gives what adding

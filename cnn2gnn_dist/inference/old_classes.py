@@ -1,6 +1,6 @@
 """How the features of the old classes lie: what new classes are told from them by (``new_classes.py``).
 
-Features f are the stem's x, centred and of unit length. Their model is the two-covariance model
+Features f are the stem's x, centered and of unit length. Their model is the two-covariance model
 (probabilistic LDA without subspaces; Ioffe, ECCV 2006; Brümmer, de Villiers, Odyssey 2010): a class mean is
 drawn from N(m, B), an image from N(mean, W). B and W are those of the old classes in the memory, so that
 one image of a new class is already a class: with n images of mean y, in coordinates where W = 1 and

@@ -148,7 +148,7 @@ class Together:
 
         Args:
             logits_nC: of calibration images.
-            z_nd: their features, of unit length: the stem's x, centred (``OldClasses.features``), tells
+            z_nd: their features, of unit length: the stem's x, centered (``OldClasses.features``), tells
                 classes better than the graph's projection.
             labels_n: their classes.
             temperature: T, if it is fitted already.

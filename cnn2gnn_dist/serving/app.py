@@ -31,7 +31,7 @@ MOST = 1000
 """Classes, or neighbors, in an answer at most."""
 
 Top = Annotated[int, Query(ge=1, le=MOST, description="classes in an answer")]
-Neighbours = Annotated[int, Query(ge=0, le=MOST, description="neighbours in an answer")]
+Neighbours = Annotated[int, Query(ge=0, le=MOST, description="neighbors in an answer")]
 
 _IMAGES = {
     "requestBody": {

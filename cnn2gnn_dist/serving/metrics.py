@@ -27,7 +27,7 @@ class Metrics:
             "cnn2gnn_batch_images", "images of a batch", buckets=_IMAGES, registry=made
         )
         self.network_seconds = Histogram(
-            "cnn2gnn_network_seconds", "network and neighbours, of a batch",
+            "cnn2gnn_network_seconds", "network and neighbors, of a batch",
             buckets=_SECONDS, registry=made,
         )  # fmt: skip
         self.wait_seconds = Histogram(

@@ -42,7 +42,7 @@ def test_no_part_of_a_tiny_graph_is_empty(nodes):
 
 
 def test_metis_sees_the_nearest_candidates_only():
-    """A longer table, with far neighbours after the near ones, is cut as the table of the near ones."""
+    """A longer table, with far neighbors after the near ones, is cut as the table of the near ones."""
     table = random_table(300, partition.METIS_CANDIDATES + 6, 0)
     near = np.ascontiguousarray(table[:, : partition.METIS_CANDIDATES])
     np.testing.assert_array_equal(partition.assign(table, 4), partition.assign(near, 4))

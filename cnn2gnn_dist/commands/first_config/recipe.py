@@ -54,7 +54,7 @@ class Facts:
         held: held-out images that are a set of their own; None: split them off.
         short_side: median shorter side, in pixels.
         alike: whether all images have this side.
-        grey: whether nearly all images are grey.
+        grey: whether nearly all images are gray.
         bad: share of images that can't be read.
         decode_s: seconds of one CPU to decode an image and make a view of it.
     """
@@ -168,7 +168,7 @@ def nets(facts: Facts, machine: Machine, weights: dict[str, Any] | None) -> list
 
 
 def graph(images: int, ranks: int, student_epochs: int) -> dict[str, Any]:
-    """The section ``graph``: fewer neighbours among few images, a graph for the later half of the epochs."""
+    """The section ``graph``: fewer neighbors among few images, a graph for the later half of the epochs."""
     part = images // max(1, ranks)  # candidates are searched in a rank's partition
     candidates = int(max(2, min(20, round(math.sqrt(images)), images - 1, part - 1)))
     k = max(1, candidates // 2)
@@ -190,7 +190,7 @@ def views(facts: Facts, net: Net, step_s: float = math.inf) -> dict[str, Any]:
     """The section ``views``, without mean and std.
 
     Random resized crops of larger images, if decoding takes less than the networks (they decode in
-    every epoch); else views of images that are decoded once. Small grey ones may be letters: no flip.
+    every epoch); else views of images that are decoded once. Small gray ones may be letters: no flip.
     """
     if net.size > 48 and facts.decode_s < step_s:
         resize = 1.15 if facts.short_side >= net.size * 1.15 else 1.0

@@ -20,7 +20,7 @@ CENTRES = np.random.default_rng(1).standard_normal((OLD + NEW, DIM))
 
 
 def drawn(seed, classes, each):
-    """Images and labels: z around class centres, logits of a head that knows the old ones."""
+    """Images and labels: z around class centers, logits of a head that knows the old ones."""
     rng = np.random.default_rng(seed)
     labels = np.repeat(classes, each)
     x = CENTRES[labels] + 0.8 * rng.standard_normal((len(labels), DIM))
