@@ -69,6 +69,10 @@ REASONS: dict[tuple[str, str], str] = {
         "_fill_empty: counts[empty] += 1  →  counts[empty] -= 1",
     ): "a part of one node is never the largest while another is empty",
     (
+        "checkpoint",
+        "_shares: load = [0] * world_size  →  load = [1] * world_size",
+    ): "only the differences between the loads count",
+    (
         "checkpoint_folder",
         "prune: …lder in folders if folder.name > newest.name and damage(folder)]  →  "
         "…lder in folders if folder.name >= newest.name and damage(folder)]",
