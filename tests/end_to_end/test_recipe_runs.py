@@ -24,7 +24,7 @@ from tests.support.runs import results
 
 RECIPE = [
     *("views.padding=reflect", "views.flip=alternating", "views.cutout=3"),
-    *("views.randaugment=1", "views.magnitude=5"),
+    *("views.randaugment=1", "views.magnitude=5", "views.hook=timm:rand-m3-n1-mstd0.5-inc1"),
     *("teacher.optimizer=sgd", "teacher.lr=0.1", "teacher.bias_lr=4", "teacher.schedule=triangular"),
     *("teacher.average=lookahead", "teacher.average_decay=0.9", "teacher.average_ramp=3"),
     *("teacher.mixup=0.2", "teacher.cutmix=1"),

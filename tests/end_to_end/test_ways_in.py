@@ -148,6 +148,12 @@ def test_ray_job(micro_run, tmp_path):
     assert scores(run) == scores(micro_run)
     step = re.search(r"teacher was asked to stop: step (\d+) is saved", output)
     assert step, output[-3000:]
+    # Neither configs nor checkpoints, metrics or reports hold the cluster's token.
+    token = (tmp_path / "home" / ".ray" / "auth_token").read_bytes().strip()
+    made = [path for folder in (run, run_3) for path in folder.rglob("*") if path.is_file()]
+    assert len(token) >= 32
+    assert len(made) > 100
+    assert [path for path in made if token in path.read_bytes()] == []
     latest = run_3 / "teacher" / "checkpoints" / "latest"
     assert latest.read_text() == f"step-{int(step[1]):08d}"
 
