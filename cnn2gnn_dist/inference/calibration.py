@@ -46,14 +46,6 @@ def softmax(logits_BC: np.ndarray, temperature: float = 1.0) -> np.ndarray:
     return np.exp(log_softmax(logits_BC, temperature))
 
 
-def negative_log_likelihood(
-    logits_nC: np.ndarray, labels_n: np.ndarray, temperature: float = 1.0
-) -> float:
-    """Mean of −log softmax(l / T)_y, in nats."""
-    log_p_nC = log_softmax(logits_nC, temperature)
-    return float(-log_p_nC[np.arange(len(labels_n)), labels_n].mean())
-
-
 def fit_temperature(logits_nC: np.ndarray, labels_n: np.ndarray) -> float:
     """T that minimizes the negative log-likelihood, within COLDEST..HOTTEST.
 
@@ -140,14 +132,6 @@ class ConformalSets:
             UserError: see ``threshold``.
         """
         return 1.0 - np.asarray(p_BC, np.float64) <= self.threshold(coverage)
-
-    def abstain(self, p_BC: np.ndarray, coverage: float) -> np.ndarray:
-        """Bool [B]: the set is not exactly one class: none is likely enough, or several are.
-
-        Raises:
-            UserError: see ``threshold``.
-        """
-        return self.sets(p_BC, coverage).sum(1) != 1
 
     def to_json(self) -> dict[str, Any]:
         """As what JSON holds."""

@@ -88,23 +88,8 @@ def build(
     ranks, settings = context.ranks, context.config.graph
     manifest = load_manifest(context.paths.train_manifest)
 
-    def create() -> None:
-        nodes = len(manifest)
-        shapes = {
-            "x": ((nodes, context.config.student.dim), np.float16),
-            "z": ((nodes, settings.dim), np.float32),
-            "labels": ((nodes,), np.int32),
-            "candidates": ((nodes, settings.candidates), np.int32),
-            "order": ((nodes,), np.int32),
-            "part": ((nodes,), np.int32),
-            "twin": ((nodes,), np.int32),
-        }
-        attempt = f"{context.key} {moment} {ranks.world_size} ranks {ROWS_FORMAT}" if moment else ""
-        made = GraphWriter.create(root, number, shapes, attempt)
-        made.rows("labels", 0, manifest.label_N)
-        made.sync()
-
-    collectives.alone(create)
+    attempt = f"{context.key} {moment} {ranks.world_size} ranks {ROWS_FORMAT}" if moment else ""
+    collectives.alone(lambda: _create(context, root, number, manifest, attempt))
     writer = GraphWriter.open(root, number)
     handover.hand_over(
         writer.path,
@@ -132,6 +117,23 @@ def build(
 
     collectives.alone(close)
     return opened(version.version_path(root, number))
+
+
+def _create(context: Context, root: Path, number: int, manifest: Manifest, attempt: str) -> None:
+    """Reserve the version's files, and write the labels."""
+    settings, nodes = context.config.graph, len(manifest)
+    shapes = {
+        "x": ((nodes, context.config.student.dim), np.float16),
+        "z": ((nodes, settings.dim), np.float32),
+        "labels": ((nodes,), np.int32),
+        "candidates": ((nodes, settings.candidates), np.int32),
+        "order": ((nodes,), np.int32),
+        "part": ((nodes,), np.int32),
+        "twin": ((nodes,), np.int32),
+    }
+    made = GraphWriter.create(root, number, shapes, attempt)
+    made.rows("labels", 0, manifest.label_N)
+    made.sync()
 
 
 def _embed_all(

@@ -14,7 +14,6 @@ from torch import nn
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.runtime import collectives
 from cnn2gnn_dist.training import random_state
-from cnn2gnn_dist.training.checkpoint import folder, manager
 from cnn2gnn_dist.training.checkpoint.folder import load_weights
 from cnn2gnn_dist.training.checkpoint.manager import Checkpoints
 from tests.support import rank_group, tiny
@@ -95,18 +94,6 @@ def pair_reads_single(root: Path) -> dict[Any, Any]:
         engine = tiny.build(3 - stage, seed=99)
         Checkpoints(root / f"single-{stage}", RUN).load(engine)
         found["single", stage] = state(engine)
-    return found
-
-
-def best_and_last(root: Path) -> list[list[str]]:
-    """Five saves, of which the second is the best; two are kept."""
-    engine, saved = tiny.build(0), Checkpoints(root, RUN, keep_last=2)
-    found = []
-    for step in range(1, 6):
-        tiny.train(engine, range(step - 1, step))
-        saved.save(step, engine, extra(step), best=step in (1, 2))
-        saved.settle()
-        found.append(sorted(path.name for path in root.glob("step-*")))
     return found
 
 
@@ -295,15 +282,6 @@ def test_before_the_first_step(single: dict, second: list[dict], world_size: int
         assert before.startswith("0 ")
 
 
-def test_the_best_is_kept_besides_the_last(tmp_path: Path) -> None:
-    steps = rank_group.run(best_and_last, 1, tmp_path)[0]
-    assert steps == [[f"step-{n:08d}" for n in left] for left in
-                     ([1], [1, 2], [2, 3], [2, 3, 4], [2, 4, 5])]  # fmt: skip
-    best = folder.best_of(tmp_path)
-    assert best is not None
-    assert best.name == "step-00000002"
-
-
 def test_every_generator_goes_on_where_it_was(tmp_path: Path) -> None:
     ranks = rank_group.run(random_numbers, 2, tmp_path)
     for expected, drawn in ranks:
@@ -325,15 +303,3 @@ def test_another_world_size_has_the_same_losses_for_fifty_steps(tmp_path: Path) 
 def test_saving_changes_nothing(tmp_path: Path) -> None:
     for often, never in rank_group.run(save_changes_nothing, 2, tmp_path):
         assert often == never
-
-
-def test_shares_name_every_tensor_once() -> None:
-    class Fake:
-        module = tiny.TinyNet()
-
-    names = {name for name, _ in Fake.module.named_parameters()}
-    names |= {name for name, _ in Fake.module.named_buffers()}
-    for world_size in (1, 2, 3, 50):
-        shares = manager._shares(Fake(), world_size)  # type: ignore[arg-type]
-        assert shares.keys() == names
-        assert set(shares.values()) <= set(range(world_size))

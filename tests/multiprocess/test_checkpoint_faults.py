@@ -18,7 +18,7 @@ from cnn2gnn_dist.runtime import collectives
 from cnn2gnn_dist.training.checkpoint import folder as checkpoint_folder
 from cnn2gnn_dist.training.checkpoint.manager import Checkpoints
 from tests.support import REPOSITORY, own_mounts, rank_group, tiny
-from tests.support.saves import HALF, RUN, extra, first_run, newest, publish, state
+from tests.support.saves import HALF, RUN, extra, newest, publish, uninterrupted
 
 # --- cases: run on every rank ---------------------------------------------------------------
 
@@ -90,26 +90,6 @@ def killed(root: Path, where: str) -> None:
     saved.settle()
 
 
-def another_config(root: Path) -> list[str]:
-    """A save of one config; the message for another config, and the effect of force."""
-    old = {"teacher.lr": 0.1, "teacher.epochs": 5, "seed": 0}
-    saved = Checkpoints(root, RUN, old)
-    engine = tiny.build(0)
-    tiny.train(engine, range(1))
-    saved.save(1, engine, extra(1))
-    saved.finish()
-    other = Checkpoints(root, "another", {**old, "teacher.epochs": 9})
-    said = []
-    with pytest.raises(UserError) as caught:
-        other.load(tiny.build(0, seed=2))
-    said.append(str(caught.value))
-    fresh_engine = tiny.build(0, seed=2)
-    loaded = other.load(fresh_engine, force=True)
-    assert loaded is not None
-    said.append(str(state(fresh_engine) == state(engine)))
-    return said
-
-
 # --- tests ----------------------------------------------------------------------------------
 
 
@@ -119,8 +99,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def first(root: Path) -> list[dict[int, dict[str, Any]]]:
-    return rank_group.run(first_run, 2, root)
+def first(root: Path) -> None:
+    rank_group.run(uninterrupted, 2, root, 0)
 
 
 def _flip(folder: Path) -> None:
@@ -164,7 +144,7 @@ def _empty_manifest(folder: Path) -> None:
 )
 def test_damaged_newest_falls_back_and_is_named(
     root: Path,
-    first: object,
+    first: None,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     console: None,
@@ -180,9 +160,7 @@ def test_damaged_newest_falls_back_and_is_named(
     assert word in said
 
 
-def test_kills_while_saving_cost_that_save_only(
-    root: Path, first: list[dict], tmp_path: Path
-) -> None:
+def test_kills_while_saving_cost_that_save_only(root: Path, first: None, tmp_path: Path) -> None:
     folder = tmp_path / "0"
     shutil.copytree(root / "0", folder)
     for where, victim in (("shard of rank 1", 1), ("before the manifest", 0)):
@@ -231,14 +209,6 @@ def test_a_disk_that_is_full_or_read_only(tmp_path: Path) -> None:
     assert "Read-only" in read_only[1]
     assert full[2] == read_only[2] == last == f"step-{len(well):08d}"
     assert again[1:] == [None, f"step-{len(well) + 3:08d}"]
-
-
-def test_another_config_is_named_and_refused_unless_forced(tmp_path: Path) -> None:
-    refusal, equal = rank_group.run(another_config, 1, tmp_path)[0]
-    assert "teacher.epochs: 5 -> 9" in refusal
-    assert "teacher.lr" not in refusal
-    assert "--force" in refusal
-    assert equal == "True"
 
 
 def test_a_damaged_future_does_not_push_out_the_present(tmp_path: Path) -> None:

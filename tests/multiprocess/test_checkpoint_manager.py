@@ -181,10 +181,15 @@ def test_as_many_are_kept_as_requested_and_the_best(tmp_path, engine):
         save(saved, step, engine, best=best)
         assert names(tmp_path) == ["best", "latest", *(f"step-{n:08d}" for n in kept)]
     assert (tmp_path / "best").read_text() == "step-00000004"
-    two = Checkpoints(tmp_path / "two", RUN)
+    two = Checkpoints(tmp_path / "two", RUN, keep_last=2)
+    for step, kept in ((1, [1]), (2, [1, 2]), (3, [2, 3]), (4, [2, 3, 4]), (5, [2, 4, 5])):
+        save(two, step, engine, best=step in (1, 2))
+        assert names(tmp_path / "two") == ["best", "latest", *(f"step-{n:08d}" for n in kept)]
+    assert disk.best_of(tmp_path / "two") == tmp_path / "two" / "step-00000002"
+    usual = Checkpoints(tmp_path / "usual", RUN)
     for step in (1, 2, 3):
-        save(two, step, engine)
-    assert names(tmp_path / "two") == ["latest", "step-00000002", "step-00000003"]
+        save(usual, step, engine)
+    assert names(tmp_path / "usual") == ["latest", "step-00000002", "step-00000003"]
 
 
 def test_shares_are_dealt_by_bytes_largest_first():
@@ -209,6 +214,13 @@ def test_shares_are_dealt_by_bytes_largest_first():
     }
     for world_size, shares in expected.items():
         assert manager._shares(Holder(), world_size) == shares  # type: ignore[arg-type]
+    Holder.module = tiny.TinyNet()
+    every = {name for name, _ in Holder.module.named_parameters()}
+    every |= {name for name, _ in Holder.module.named_buffers()}
+    for world_size in (1, 2, 3, 50):
+        found = manager._shares(Holder(), world_size)  # type: ignore[arg-type]
+        assert found.keys() == every
+        assert set(found.values()) <= set(range(world_size))
 
 
 # Failures.
@@ -315,6 +327,7 @@ def test_another_runs_is_refused_with_what_differs_unless_forced(root, engine):
         "teacher.lr: 0.1 -> 0.2"
     )
     assert caught.value.where == str(root / "step-00000002")
+    assert "--force" in caught.value.remedy
     same = Checkpoints(root, "another", {"teacher.lr": 0.1, "gone": 1, "seed": 0})
     with pytest.raises(UserError, match="its inputs differ, not its config"):
         same.load(tiny.build(0))

@@ -19,8 +19,6 @@ from tests.unit.data.test_sequence import (  # noqa: F401 (fixtures)
     shards,
 )
 
-pytestmark = pytest.mark.ray
-
 LOCAL = [
     Way(1, 1, 1),
     Way(1, 16, 24, prefetch=20),
@@ -32,10 +30,10 @@ LOCAL = [
 ]
 
 
-RAY = [  # few: each reader is a process
+RAY = [  # few: each reader is a process that takes 3 s of processor time to start
     ("parts", Way(2, 1, 2, "ray")),
     ("whole", Way(2, 3, 4, "ray")),
-    ("whole", Way(1, 16, 12, "ray", prefetch=16)),
+    ("whole", Way(1, 5, 12, "ray", prefetch=16)),
 ]
 
 

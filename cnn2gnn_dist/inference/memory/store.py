@@ -34,8 +34,6 @@ from cnn2gnn_dist.errors import UserError
 FORMAT = 1
 HEAD, LOCK, FORGOTTEN = "HEAD", ".lock", "forgotten.csv"
 ROWS = "rows.parquet"
-BASE = ("x", "z", "labels", "candidates")
-"""Arrays of the first segment; the others have no ``candidates``: the version has those rows."""
 
 
 @dataclass(frozen=True)
