@@ -184,6 +184,12 @@ class ClusterConfig(Section):
         description="the same for a reader actor; readers are then spread over the nodes that have them, instead "
         "of working on their rank's node",
     )
+    min_ranks: int | None = Field(
+        None,
+        ge=1,
+        description="under Ray, where there is no room for all ranks: go on with fewer, but not with less than so "
+        "many; null: with all or not at all",
+    )
     timeout_s: float = Field(
         120.0, gt=0, description="seconds that a collective waits for a silent rank"
     )

@@ -227,7 +227,7 @@ _RULES = (
                 "cluster.grace_s",
                 "cluster.wait_s",
             ),
-            *("cluster.strategy", "cluster.ranks_per_node"),
+            *("cluster.strategy", "cluster.ranks_per_node", "cluster.min_ranks"),
             *("cluster.rank_resources", "cluster.reader_resources"),
         ),
         "they apply only to ranks under Ray, and a launcher started these",
@@ -237,6 +237,11 @@ _RULES = (
         ("cluster.strategy",),
         "cluster.ranks_per_node says how many ranks each node has",
         lambda c, a: c.cluster.ranks_per_node is not None,
+    ),
+    _Rule(
+        ("cluster.min_ranks",),
+        "run.ranks is no larger",
+        lambda c, a: (c.cluster.min_ranks or 0) >= c.run.ranks,
     ),
     _Rule(
         ("run.ranks",),

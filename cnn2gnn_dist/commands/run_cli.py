@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -115,6 +116,7 @@ def _on_ray(config: Config, stages: list[str] | None, update: bool, force: bool)
             ranks_per_node=cluster.ranks_per_node,
             resources=cluster.rank_resources,
             wait_s=cluster.wait_s,
+            fewer=_fewer(config, stages),
         )
         outcome = ray_group.run_group(
             "cnn2gnn_dist.pipeline.runner:run_rank",
@@ -131,6 +133,23 @@ def _on_ray(config: Config, stages: list[str] | None, update: bool, force: bool)
     for name, why in outcome[0].items():
         if why == "complete, skipped":
             runner.log_skipped(name)
+
+
+def _fewer(config: Config, stages: list[str] | None) -> list[int]:
+    """World sizes with which the run could go on if hosts are lost, largest first."""
+    from cnn2gnn_dist.pipeline.registry import stages_of
+    from cnn2gnn_dist.stages.shared import preflight
+
+    cluster, ranks = config.cluster, config.run.ranks
+    names = stages or [stage.name for stage in stages_of(config)]
+    found = []
+    for world_size in range(ranks - 1, (cluster.min_ranks or ranks) - 1, -1):
+        if world_size % (cluster.ranks_per_node or 1):
+            continue
+        with contextlib.suppress(UserError):  # its batches can't be shared by so many
+            preflight.check(config, names, world_size)
+            found.append(world_size)
+    return found
 
 
 def _warn_if_run_moved(name: str | None, config: Config) -> None:

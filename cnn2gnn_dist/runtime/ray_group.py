@@ -10,8 +10,8 @@ import logging
 import os
 import sys
 import uuid
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any
 
@@ -33,12 +33,17 @@ from cnn2gnn_dist.runtime.ranks import Ranks
 _log = logging.getLogger(__name__)
 
 READY_SECONDS = 60.0
+FEWER_SECONDS = 15.0
+"""For a smaller group: what it needs is there, or was held by a group that has just ended."""
 GRACE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
 class GroupSpec:
-    """Resources that a group of ranks requests from the cluster."""
+    """Resources that a group of ranks requests from the cluster.
+
+    ``fewer``: world sizes to go on with, largest first, where there is no room for all ranks.
+    """
 
     world_size: int
     cpus_per_rank: float = 1.0
@@ -49,6 +54,7 @@ class GroupSpec:
     strategy: str = "PACK"
     ranks_per_node: int | None = None
     resources: Mapping[str, float] = field(default_factory=dict)
+    fewer: Sequence[int] = ()
 
     def bundles(self) -> tuple[list[dict[str, float]], str]:
         """What a placement group reserves, and how: a bundle for each rank, or for the ranks of each node."""
@@ -73,7 +79,7 @@ def run_group(
     """Call ``target`` ("module:function") as ``target(ranks=Ranks, **kwargs)`` on every rank.
 
     Returns the results in rank order. A group that loses a rank is replaced as a whole,
-    at most ``spec.max_failures`` times.
+    at most ``spec.max_failures`` times, by a smaller one if there is no longer room (``spec.fewer``).
 
     Raises:
         UserError: a rank raised one (not retried); the cluster has no room; the
@@ -108,17 +114,8 @@ def _attempt(
     wait_s: float = READY_SECONDS,
 ) -> list[Any]:
     """Place, start and await a group; ``nodes``: of each rank so far, replaced by where they are now."""
-    bundles, strategy = spec.bundles()
-    group = placement_group(bundles, strategy=strategy)
+    spec, group = _reserved(spec, wait_s)
     try:
-        if not _placed(group, wait_s):
-            raise UserError(
-                f"the cluster has no room for {spec.world_size} ranks of {bundles[0]}"
-                + f" on {len(bundles)} nodes" * (strategy == "STRICT_SPREAD")
-                + f"; it has {ray.available_resources()}{_gone()}",
-                where="run.ranks",
-                remedy="fewer ranks, a lower cluster.cpus_per_rank, or a larger cluster",
-            )
         # Places are numbered by their bundle; a bundle may have several.
         places = [place // (spec.ranks_per_node or 1) for place in range(spec.world_size)]
         of_bundle = _nodes(group)
@@ -145,6 +142,38 @@ def _attempt(
             raise
     finally:
         remove_placement_group(group)
+
+
+def _reserved(spec: GroupSpec, wait_s: float) -> tuple[GroupSpec, PlacementGroup]:
+    """Reserve places for the group, or for the largest of the smaller ones that there is room for.
+
+    Raises:
+        UserError: there is no room, even after ``wait_s``.
+    """
+    bundles, strategy = spec.bundles()
+    for world_size in (spec.world_size, *spec.fewer):
+        fitting = replace(spec, world_size=world_size)
+        group = placement_group(fitting.bundles()[0], strategy=strategy)
+        try:
+            if _placed(group, wait_s if world_size == spec.world_size else FEWER_SECONDS):
+                if world_size < spec.world_size:
+                    _log.warning(
+                        f"there is room for {world_size} of {spec.world_size} ranks: the run goes on with "
+                        f"{world_size} (cluster.min_ranks){_gone()}"
+                    )
+                return fitting, group
+        except BaseException:
+            remove_placement_group(group)
+            raise
+        remove_placement_group(group)
+    raise UserError(
+        f"the cluster has no room for {spec.world_size} ranks of {bundles[0]}"
+        + f" on {len(bundles)} nodes" * (strategy == "STRICT_SPREAD")
+        + f", nor for {min(spec.fewer, default=0)}" * bool(spec.fewer)
+        + f"; it has {ray.available_resources()}{_gone()}",
+        where="run.ranks",
+        remedy="fewer ranks, a lower cluster.cpus_per_rank, or a larger cluster",
+    )
 
 
 def _nodes(group: PlacementGroup) -> dict[int, rank_order.Node]:

@@ -54,6 +54,14 @@ def test_ranks_stay_where_they_were(found):
     assert before == after
 
 
+def test_a_run_goes_on_with_fewer_ranks_where_a_node_is_lost(found):
+    ((node, rank, world_size),) = found["fewer"]["group"]
+    assert (rank, world_size) == (0, 1)
+    assert set(found["fewer"]["lost"]) | {node} == set(found["trainers"])
+    assert "no room for 3 ranks" in found["no room"]
+    assert "nor for 2;" in found["no room"]
+
+
 def test_readers_on_nodes_of_their_own(found):
     assert set(found["readers"]) == {found["cpus"]}
     assert "no node of the cluster has {'readers': 1}" in found["no reader"]

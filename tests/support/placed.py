@@ -9,6 +9,8 @@ import json
 import os
 import signal
 import sys
+import threading
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,40 @@ def where_again(ranks: Ranks, folder: str) -> tuple[str, str]:
     return note.read_text(), node
 
 
+def where_with_fewer(ranks: Ranks, folder: str) -> tuple[str, int, int]:
+    """Node, rank and world size; if there are two ranks, rank 1 asks for the end of its node."""
+    node = where(ranks)[0]
+    if ranks.world_size == 2:
+        if ranks.rank == 1:
+            Path(folder, "remove.tmp").write_text(node)
+            Path(folder, "remove.tmp").rename(Path(folder, "remove"))
+        signal.pause()
+    return node, ranks.rank, ranks.world_size
+
+
+def with_fewer(folder: Path, cluster: Any, trainers: list[Any]) -> dict[str, Any]:
+    """A group of two on two nodes, one of which ends for good and takes its rank with it."""
+    from cnn2gnn_dist.runtime.ray_group import GroupSpec, run_group
+
+    lost: list[str] = []
+
+    def end_a_node() -> None:
+        while not (note := folder / "remove").exists():
+            time.sleep(0.1)
+        (node,) = [one for one in trainers if one.node_id == note.read_text()]
+        lost.append(node.node_id)
+        cluster.remove_node(node, allow_graceful=False)
+
+    ending = threading.Thread(target=end_a_node, daemon=True)
+    ending.start()
+    how: dict[str, Any] = {"strategy": "STRICT_SPREAD", "resources": {"trainer": 1}, "wait_s": 2}
+    group = run_group(
+        f"{HERE}where_with_fewer", {"folder": str(folder)}, GroupSpec(2, **how, fewer=[1])
+    )
+    ending.join()
+    return {"group": group, "lost": lost}
+
+
 def readers(folder: Path, resources: dict[str, float]) -> list[str]:
     """Nodes of two readers that have read."""
     from cnn2gnn_dist.data.images.views import CLEAN, ViewSpec
@@ -56,6 +92,14 @@ def readers(folder: Path, resources: dict[str, float]) -> list[str]:
         (batch,) = pool.batches([Request(np.arange(20), CLEAN)])
         assert len(batch.ids) == 20
         return [_node_of(reader.actor) for reader in pool._readers._readers]
+
+
+def no_room(spec: Any) -> None:
+    """Ask for more than there is, without patience."""
+    from cnn2gnn_dist.runtime import ray_group
+
+    ray_group.READY_SECONDS = ray_group.FEWER_SECONDS = 2.0
+    ray_group.run_group(f"{HERE}where", {}, spec)
 
 
 def _node_of(actor: Any) -> str:
@@ -95,9 +139,13 @@ def main(folder: Path) -> None:
         found["survey"] = [asdict(node) for node in nodes], failed
         found["again"] = run_group(f"{HERE}where_again", {"folder": str(folder)}, again)
         found["readers"] = readers(folder / "shards", {"reader": 1})
+        found["fewer"] = with_fewer(folder, cluster, trainers)
         for name, wrong in {
             "no reader": lambda: readers(folder / "none", {"readers": 1}),
             "uneven": lambda: run_group(f"{HERE}where", {}, GroupSpec(3, ranks_per_node=2)),
+            "no room": lambda: no_room(
+                GroupSpec(3, strategy="STRICT_SPREAD", resources={"trainer": 1}, fewer=[2])
+            ),
         }.items():
             try:
                 wrong()

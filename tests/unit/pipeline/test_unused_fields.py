@@ -150,6 +150,8 @@ IDLE = [  # overrides of the preset demo, the environment, and the beginnings of
     (["cluster.grace_s=9", "checkpoint.grace_s=9"], CPU, []),  # a plan does not know the launcher
     (["cluster.address=h:1", "cluster.max_failures=1"], LAUNCHER, ["cluster.address=h:1, cluster.max"]),
     (["cluster.ranks_per_node=1", "cluster.strategy=SPREAD"], CPU, ["cluster.strategy=SPREAD has no"]),
+    (["cluster.min_ranks=2"], CPU, ["cluster.min_ranks=2 has no effect: run.ranks is no larger"]),
+    (["cluster.min_ranks=1", "run.ranks=2"], CPU, []),
     (["run.ranks=4"], LAUNCHER, ["run.ranks=4 has no effect: the launcher"]),
     (["run.ranks=4"], Surroundings(inside_ray=True, ranks=4), []),
 ]  # fmt: skip

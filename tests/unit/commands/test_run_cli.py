@@ -1,0 +1,42 @@
+"""What `cnn2gnn run` asks of a Ray cluster."""
+
+from __future__ import annotations
+
+import pytest
+
+from cnn2gnn_dist import settings
+from cnn2gnn_dist.commands.run_cli import _fewer
+
+FOUR = [
+    "run.ranks=4",
+    "graph.partition.parts=4",
+    "teacher.global_batch=32",
+    "student.global_batch=32",
+]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], []),
+        (["cluster.min_ranks=1"], [2, 1]),  # 3 ranks can't share batches of 32
+        (["cluster.min_ranks=2"], [2]),
+        (["cluster.min_ranks=3"], []),
+        (["cluster.min_ranks=4"], []),
+        (["cluster.min_ranks=9"], []),
+        (["cluster.min_ranks=1", "cluster.ranks_per_node=2"], [2]),
+        (["cluster.min_ranks=1", "teacher.global_batch=36", "student.global_batch=36"], [3, 2, 1]),
+        (
+            ["cluster.min_ranks=1", "graph.sampling.sampler=distdgl", "graph.sampling.query=table"],
+            [],
+        ),
+    ],
+)
+def test_numbers_of_ranks_with_which_a_run_can_go_on(options, expected):
+    assert _fewer(settings.load("demo", [*FOUR, *options]), None) == expected
+
+
+def test_a_stage_alone_is_bound_by_its_own_batches_only():
+    config = settings.load("demo", [*FOUR, "cluster.min_ranks=1", "teacher.global_batch=36"])
+    assert _fewer(config, ["teacher"]) == [3, 2, 1]
+    assert _fewer(config, None) == [2, 1]
