@@ -1,6 +1,7 @@
 """Steps of a two-layer GNN at fan-out [10, 10] on two ranks that own their parts: ours, DGL, PyG.
 
     python benchmarks/steps.py FOLDER --nodes 1281167 --homophily 0.65     (about 8 minutes)
+    python benchmarks/steps.py FOLDER ... --precision bfloat16             all of them under autocast
 
 FOLDER is that of ``benchmarks/scale.py``: its graph and its METIS parts are used. End to end: sampling,
 gathering features, forward, backward, gradients averaged by DDP over gloo, AdamW. There are no images:
@@ -56,11 +57,12 @@ def load(folder: Path, nodes: int, homophily: float) -> Arrays:
     )
 
 
-def rank_main(name: str, rank: int, store: str, arrays: Arrays, steps: int) -> dict[str, float]:
+def rank_main(given: argparse.Namespace, arrays: Arrays) -> dict[str, float]:
     """Train; return this rank's figures."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
-    contender = make(name, arrays, rank)
+    store, steps = f"file://{given.store}", given.steps
+    dist.init_process_group("gloo", init_method=store, rank=given.rank, world_size=RANKS)
+    contender = make(given.one, arrays, given.rank)
     module = torch.nn.parallel.DistributedDataParallel(contender.module)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3)
     sums = {"feature_bytes": 0.0, "remote": 0.0, "loss": 0.0}
@@ -69,7 +71,8 @@ def rank_main(name: str, rank: int, store: str, arrays: Arrays, steps: int) -> d
             dist.barrier()
             started, worked = time.perf_counter(), time.process_time()
         step = next(contender.batches)
-        loss = step.loss(module)
+        with torch.autocast("cpu", torch.bfloat16, enabled=given.precision == "bfloat16"):
+            loss = step.loss(module)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -98,7 +101,7 @@ def together(given: argparse.Namespace, name: str) -> dict[str, float]:
             subprocess.Popen(
                 [sys.executable, __file__, str(given.folder), "--nodes", str(given.nodes),
                  "--homophily", str(given.homophily), "--steps", str(given.steps),
-                 "--one", name, "--rank", str(rank), "--store", f"{folder}/store"],
+                 "--precision", given.precision, "--one", name, "--rank", str(rank), "--store", f"{folder}/store"],
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
                 stdout=subprocess.PIPE,
                 text=True,
@@ -141,6 +144,7 @@ def main() -> int:
     parser.add_argument("--homophily", type=float, default=0.65)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=100, help="per rank and round")
+    parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--only", nargs="*", choices=NAMES, default=NAMES)
     for hidden in ("--one", "--store"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
@@ -148,7 +152,7 @@ def main() -> int:
     given = parser.parse_args()
     arrays = load(given.folder, given.nodes, given.homophily)
     if given.one:
-        print(json.dumps(rank_main(given.one, given.rank, given.store, arrays, given.steps)))
+        print(json.dumps(rank_main(given, arrays)))
         return 0
     found: dict[str, list[dict[str, float]]] = {name: [] for name in given.only}
     turns = [name for _ in range(given.rounds) for name in given.only]
