@@ -13,8 +13,6 @@ from cnn2gnn_dist.inference import artefact
 from cnn2gnn_dist.inference.classifier import Classifier
 from cnn2gnn_dist.log import output
 
-_OURS = ("begin.json", "done.json", ".lock")
-
 
 def command(run: Path, target: Path, *, force: bool = False) -> int:
     """Write the model of a run to a folder of its own, and say how to use it.
@@ -98,7 +96,9 @@ def _write(run: Path, temporary: Path) -> None:
         return
     artefact.read_config(source)
     artefact.check_files(source)
-    shutil.copytree(source, temporary, ignore=shutil.ignore_patterns(*_OURS, "*.tmp"))
+    shutil.copytree(
+        source, temporary, ignore=shutil.ignore_patterns(*artefact.RECORDS, ".lock", "*.tmp")
+    )
 
 
 def _check_target(run: Path, target: Path, force: bool) -> None:

@@ -24,6 +24,8 @@ from cnn2gnn_dist.errors import UserError
 
 FORMAT = 1
 CONFIG, WEIGHTS, CARD, CHECKSUMS = "config.json", "model.safetensors", "README.md", "checksums.json"
+RECORDS = ("begin.json", "done.json")
+"""The run's records of the stage that wrote the model: in its folder, but no part of the model."""
 CALIBRATION, MEMORY = "calibration.npz", "memory"
 _LOADING = {
     "pretrained", "weights", "checkpoint_path", "cache_dir", "pretrained_cfg", "pretrained_cfg_overlay",
@@ -130,7 +132,7 @@ def write_checksums(folder: Path) -> None:
     """Record size and SHA-256 of the files of a model (the memory keeps its own)."""
     files = {}
     for path in sorted(folder.iterdir()):
-        if path.is_file() and path.name != CHECKSUMS:
+        if path.is_file() and path.name not in (CHECKSUMS, *RECORDS):
             durable.sync(path)
             files[path.name] = [path.stat().st_size, durable.sha256(path)]
     durable.write_text(folder / CHECKSUMS, json.dumps({"files": files}, indent=1))
@@ -154,7 +156,7 @@ def check_files(folder: Path, *, read: bool = True) -> None:
     if unlisted := {CONFIG, WEIGHTS} - files.keys():
         raise damaged(folder / CHECKSUMS, f"it does not list {', '.join(sorted(unlisted))}")
     for name, (size, sha) in files.items():
-        if name == CARD:  # people edit the card
+        if name == CARD or name in RECORDS:  # people edit the card; records were once listed
             continue
         if Path(name).name != name:
             raise damaged(folder / CHECKSUMS, f"{name!r} is not a file of the model")

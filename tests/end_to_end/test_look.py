@@ -64,6 +64,15 @@ def test_report_is_one_file_with_the_numbers_of_results_json(micro_run):
     assert text.count('class="card"') == 6
 
 
+def test_the_model_of_a_run_is_exported_without_the_runs_records(micro_run, tmp_path):
+    assert cli.main(["export", str(micro_run), "--to", str(tmp_path / "model")]) == 0
+    made = {path.name for path in (micro_run / "model").iterdir()} - {"begin.json", "done.json"}
+    assert {path.name for path in (tmp_path / "model").iterdir()} == made
+    listed = json.loads((micro_run / "model" / "checksums.json").read_text())["files"]
+    assert set(listed) == made - {"checksums.json", "memory"}
+    assert cli.main(["export", str(tmp_path / "model"), "--to", str(tmp_path / "again")]) == 0
+
+
 def test_the_report_shows_the_audits_first_page(micro_run, tmp_path):
     out = tmp_path / "audit"
     assert cli.main(["audit", str(micro_run), "--out", str(out), "--no-map"]) == 0

@@ -42,6 +42,18 @@ def test_every_file_that_an_answer_rests_on_is_checked(edited):
     load(folder, device="cpu")
 
 
+def test_a_models_checksums_may_list_the_runs_records_as_they_once_did(edited):
+    path = edited.folder / artefact.CHECKSUMS
+    listed = json.loads(path.read_text())
+    listed["files"]["begin.json"] = [3, "0" * 64]
+    path.write_text(json.dumps(listed))
+    load(edited.folder, device="cpu")
+    listed["files"]["other.json"] = [3, "0" * 64]
+    path.write_text(json.dumps(listed))
+    with pytest.raises(UserError, match="it is missing"):
+        load(edited.folder, device="cpu")
+
+
 def test_a_large_memory_is_verified_when_asked(edited, monkeypatch):
     monkeypatch.setattr("cnn2gnn_dist.inference.classifier.VERIFIED_BYTES", 10)
     path = edited.memory.root / "segments" / "000000" / "z.npy"
