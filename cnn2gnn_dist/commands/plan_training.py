@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from cnn2gnn_dist import settings
@@ -16,6 +16,7 @@ from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.graph import memory_model
 from cnn2gnn_dist.log import output
 from cnn2gnn_dist.pipeline import keys
+from cnn2gnn_dist.training.precision import choose
 
 NODES, GBITS = (1, 2, 4, 8, 16, 32, 64), (10, 25, 100, 400)
 """Of the table of efficiencies."""
@@ -55,6 +56,9 @@ def command(
     for name, given in (("images", images), ("classes", classes)):
         if given < 2:
             raise UserError(f"{name} = {given}", where=f"--{name}", remedy="at least 2")
+    if cluster.flops is None and not cluster.on_gpu:
+        precision = str(choose(config.precision, "cpu", {})).removeprefix("torch.")
+        cluster = replace(cluster, flops=1e9 * constants.CPU_GFLOPS[precision])
     traces, plans = _planned(config, images, classes, cluster)
     if decode_s is None:
         kind = "small" if config.views.size <= constants.SMALL else "photograph"
@@ -183,10 +187,7 @@ def cluster_of(given: dict[str, Any]) -> Cluster:
     for name in ("gflops", "gbit"):
         if given[name] is not None and not given[name] > 0:
             raise UserError(f"{name} = {given[name]}", where=f"--{name}", remedy="more than 0")
-    on_gpu = bool(given["gpus"])
-    gflops = given["gflops"]
-    if gflops is None and not on_gpu:
-        gflops = constants.CPU_GFLOPS
+    on_gpu, gflops = bool(given["gpus"]), given["gflops"]
     return Cluster(
         nodes=given["nodes"],
         ranks_per_node=given["gpus"] or given["ranks"] or given["cores"],

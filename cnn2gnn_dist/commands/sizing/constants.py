@@ -13,8 +13,9 @@ PROCESS = 470 * 10**6
 LATENCY_S = 5e-5
 """Seconds of one message of a collective. Assumed: hosts of one data center; not measured here."""
 
-CPU_GFLOPS = 53.0
-"""GFLOP/s of a core in a training step of the teacher, float32. ``python benchmarks/sizing.py`` (column "GFLOP/s")."""
+CPU_GFLOPS = {"float32": 53.0, "bfloat16": 175.0}
+"""GFLOP/s of a core in a training step of the teacher. float32: ``python benchmarks/sizing.py`` (column "GFLOP/s")
+on a core with AVX2. bfloat16: ``python benchmarks/training.py`` on one with AVX512-bf16, which does 107 in float32."""
 
 STUDENT_SHARE = 0.66
 """Of the teacher's rate that the student reaches: a small network waits for memory. The same table: 35 of 53."""

@@ -18,6 +18,7 @@ from cnn2gnn_dist.config import Config, TrainConfig
 from cnn2gnn_dist.graph import memory_model
 from cnn2gnn_dist.stages.shared.networks import Teacher, build_student
 from cnn2gnn_dist.training.accumulation import accumulation_for
+from cnn2gnn_dist.training.schedule import size_at
 
 STAGES = (0, 1, 2, 3)
 
@@ -284,10 +285,12 @@ def hours(
         together = seconds + count * decode
         return (max(seconds, count * decode) if cluster.on_gpu else together) / 3600
 
-    def training(plan: ModelPlan, epochs: int) -> float:
+    def training(plan: ModelPlan, settings: TrainConfig) -> float:
         assert plan.compute_s is not None
         assert plan.network_s is not None
-        return passes(plan.steps * (plan.compute_s + plan.network_s), epochs)
+        share = _size_share(config, settings)
+        seconds = plan.steps * (share * plan.compute_s + plan.network_s)
+        return passes(seconds, settings.epochs)
 
     def forward(plan: ModelPlan, count: float) -> float:
         rate = cluster.rate(plan.kind)
@@ -298,9 +301,19 @@ def hours(
     later = max(0, config.student.epochs - graph.start_epoch)
     builds = 1 + math.ceil(later / graph.refresh_epochs)
     return {
-        "teacher": training(teacher, config.teacher.epochs),
+        "teacher": training(teacher, config.teacher),
         "targets": forward(teacher, max(1, config.targets.views)),
-        "student": training(student, config.student.epochs),
+        "student": training(student, config.student),
         "graph: embedding, without the search": forward(student, builds),
-        "control": training(student, config.student.epochs),
+        "control": training(student, config.student),
     }
+
+
+def _size_share(config: Config, settings: TrainConfig) -> float:
+    """Work of a training beside one in which all epochs have images of full size (``early_size``)."""
+    full = config.views.size
+    sizes = [
+        size_at(epoch, settings.epochs, full, settings.early_size, settings.early_share)
+        for epoch in range(settings.epochs)
+    ]
+    return sum((size / full) ** 2 for size in sizes) / max(1, len(sizes))

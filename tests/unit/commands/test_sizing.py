@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cnn2gnn_dist import cli
+from cnn2gnn_dist.commands.sizing import constants
 from cnn2gnn_dist.commands.sizing.activations import trace
 from cnn2gnn_dist.commands.sizing.states import ring_seconds, sent_in_a_step, states
 
@@ -92,6 +93,22 @@ def test_hours_are_not_guessed(capsys):
     assert planned(capsys, "--gpus", "2")["hours"] is None
     assert planned(capsys, "--nodes", "2", "--ranks", "1")["hours"] is None
     assert planned(capsys, "--gpus", "2", "--gflops", "5000")["hours"]["teacher"] > 0
+
+
+def test_hours_follow_precision_and_the_size_of_early_epochs(capsys):
+    """At 1 MFLOP/s all else is nothing: half of the epochs at half the side are 5/8 of the work."""
+    slow = ("--ranks", "1", "--gflops", "0.001", "--decode-ms", "0", "teacher.epochs=8")
+    whole, early = (
+        planned(capsys, *slow, *more)["hours"]
+        for more in ((), ("teacher.early_size=16", "teacher.early_share=0.5"))
+    )
+    assert early["teacher"] == pytest.approx(0.625 * whole["teacher"], rel=1e-3)
+    assert early["student"] == whole["student"]
+    rates = [
+        planned(capsys, "--ranks", "1", f"precision={one}")["cluster"]["flops"]
+        for one in ("float32", "bfloat16")
+    ]
+    assert rates == [1e9 * constants.CPU_GFLOPS[one] for one in ("float32", "bfloat16")]
 
 
 @pytest.mark.parametrize(
