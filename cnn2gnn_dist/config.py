@@ -22,6 +22,11 @@ class RunConfig(Section):
     dir: str | None = Field(
         None, description="folder of the run; default runs/<name>", json_schema_extra=PATH
     )
+    storage: str | None = Field(
+        None,
+        description="URL (s3://bucket/folder, or another that fsspec writes to) that also keeps the run: run.dir may "
+        "then be lost, and the same command continues on an empty one (docs/cluster.md); null: run.dir alone",
+    )
     log_steps: int = Field(10, ge=1, description="optimizer steps between lines of metrics")
     ranks: int = Field(2, ge=1, description="training processes (world size) that `cnn2gnn run` starts; "
                        "a launcher sets its own number")  # fmt: skip

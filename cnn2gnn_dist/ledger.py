@@ -26,6 +26,11 @@ DONE = "done.json"
 """File in the folder of a complete stage."""
 CONFIG = "config.yaml"
 """File in a run's folder: the config of the last command that was not refused."""
+HELD = ".stored.json"
+"""File in a stage's folder: those of its files that are in the run's storage (``run.storage``), whether or
+not they are here as well."""
+NOTE = ".storage.json"
+"""File in a run's folder: what is here of the run that is in its storage."""
 
 
 class Status(Enum):
@@ -148,7 +153,7 @@ def check_claim(root: Path) -> None:
             remedy="choose another folder: run.dir=…",
         )
     there = (
-        [path for path in root.iterdir() if not path.name.startswith(".lock")]
+        [path for path in root.iterdir() if not path.name.startswith((".lock", NOTE))]
         if root.is_dir()
         else []
     )
@@ -165,11 +170,26 @@ def finished(folder: Path) -> Entry | None:
     return _read(folder / DONE)
 
 
+def held(folder: Path) -> dict[str, int]:
+    """Bytes of the files of a stage that are in the run's storage, by relative path; empty without one."""
+    try:
+        raw = json.loads((folder / HELD).read_text(encoding="utf-8"))
+        return {str(name): int(size) for name, size in raw.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
 def missing(folder: Path, entry: Entry) -> str:
-    """The first output that is missing or has the wrong size; empty if all are valid."""
+    """The first output that is missing or has the wrong size; empty if all are valid.
+
+    One that the run's storage has is not missing: it is fetched when it is needed.
+    """
+    stored = held(folder)
     for name, size in entry.outputs:
         path = folder / name
         if not path.is_file():
+            if stored.get(name) == size:
+                continue
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size:,} bytes instead of {size:,}"

@@ -50,6 +50,8 @@ def hand_over(folder: Path, step: Step) -> None:
     def files() -> dict[str, handover.Written]:
         assert step.entry is not None
         names = [name for name, _ in step.entry.outputs] + [ledger.DONE]
+        if ledger.held(folder):  # in the run's storage, and not needed here
+            names = [name for name in names if (folder / name).is_file()]
         return handover.described(folder, {n: Path(n).suffix in COMPARED for n in names})
 
     handover.hand_over(folder, files)

@@ -99,6 +99,8 @@ def inspect_stage(
 def _damage(survey: Survey, folder: Path) -> str:
     """What is wrong with the final checkpoint of a training; empty if nothing is."""
     recorded = checkpoint_folder.recorded(folder)
+    if recorded and not recorded.is_dir() and ledger.held(folder):
+        return ""  # in the run's storage: compared with its checksums when it is fetched
     problem = survey.damage(recorded) if recorded else None
     return f"{recorded.name}: {problem}" if recorded and problem else ""
 

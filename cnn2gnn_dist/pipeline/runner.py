@@ -19,6 +19,7 @@ from cnn2gnn_dist.pipeline import across_hosts, keys, moved_data
 from cnn2gnn_dist.pipeline.keys import Survey
 from cnn2gnn_dist.pipeline.planning import Step, check_names, flat, inspect_stage, plan
 from cnn2gnn_dist.pipeline.registry import Stage, stages_of
+from cnn2gnn_dist.pipeline.stored import Stored
 from cnn2gnn_dist.runtime import exchange, folder_lock, preemption
 from cnn2gnn_dist.runtime.ranks import Ranks
 from cnn2gnn_dist.stages.shared import preflight
@@ -28,6 +29,8 @@ from cnn2gnn_dist.unused_fields import Surroundings
 
 _log = logging.getLogger(__name__)
 
+MADE = "made"
+"""Why a stage is complete that was run now."""
 LOCK_SECONDS = 10.0
 """Seconds that a run that was killed or asked to stop may need to release its folder."""
 
@@ -76,8 +79,10 @@ def run_rank(
             read = _on_rank_0(ranks, lambda: deepspeed or keys.read_deepspeed(config))
             surroundings = Surroundings(device == "cuda", inside_ray, ranks.world_size, read)
             survey = Survey(config, read, reads=True, recheck=update)
-            _on_rank_0(ranks, lambda: _begin(survey, names, surroundings))
-            return _run_all(survey, names, update, inside_ray, ranks, device, force)
+            stored = Stored(config)
+            stored.open()
+            _on_rank_0(ranks, lambda: _begin(survey, names, surroundings, stored))
+            return _run_all(survey, names, update, inside_ray, ranks, device, force, stored)
     except UserError as error:
         if ranks.world_size > 1 and not inside_ray:
             preemption.ignore_stop()  # whoever reports the error may not be the first to end
@@ -131,6 +136,7 @@ def _run_all(
     ranks: Ranks,
     device: str,
     force: bool,
+    stored: Stored,
 ) -> dict[str, Any]:
     config, stages = survey.config, stages_of(survey.config)
     root = Path(str(config.run.dir))
@@ -147,7 +153,8 @@ def _run_all(
         if step.key is None and blocked:
             step = replace(step, why=f"{step.why} ({blocked})")
         if step.status is not Status.COMPLETE and wanted:
-            step = _on_rank_0(ranks, partial(_prepare_folder, survey, step, update, force))
+            _on_rank_0(ranks, partial(stored.before, step, stages, force))
+            step = _on_rank_0(ranks, partial(_prepare_folder, survey, step, update, force, stored))
             _on_rank_0(ranks, partial(ledger.record_config, root, settings.as_yaml(config)))
             context = Context(
                 config,
@@ -160,12 +167,15 @@ def _run_all(
                 about=flat(step.parts),
                 force=force,
                 deepspeed=survey.deepspeed,
+                storage=stored.storage,
             )
             step = _execute(context, survey, step, dict(made))
         elif wanted and ranks.is_first and not inside_ray:
             log_skipped(stage.name)
         if step.status is Status.COMPLETE and not across_hosts.ends_here(stage, stages):
             across_hosts.hand_over(root / stage.folder, step)
+        if step.status is Status.COMPLETE:
+            stored.after(step, made=step.why == MADE)
         if step.status is Status.COMPLETE and step.entry:
             digests[stage.name], made[stage.name] = step.entry.digest, step.entry.key
         else:
@@ -177,6 +187,7 @@ def _run_all(
             _on_rank_0(ranks, lambda: _check_image_count(survey, names))
     if names is None:  # nothing was refused: readers of the folder find the current config
         _on_rank_0(ranks, partial(ledger.record_config, root, settings.as_yaml(config)))
+    stored.end()
     return done
 
 
@@ -239,7 +250,7 @@ def _executed(context: Context, survey: Survey, step: Step, made: dict[str, str]
         )
         ledger.finish(context.folder, entry)
         _log.info(f"done in {entry.seconds:.0f} s")
-        return replace(step, status=Status.COMPLETE, why="made", entry=entry)
+        return replace(step, status=Status.COMPLETE, why=MADE, entry=entry)
 
     return _on_rank_0(ranks, close)
 
@@ -253,7 +264,7 @@ def _peer_lost(error: RuntimeError, config: Config, who: str) -> PeerLost:
     )
 
 
-def _prepare_folder(survey: Survey, step: Step, update: bool, force: bool) -> Step:
+def _prepare_folder(survey: Survey, step: Step, update: bool, force: bool, stored: Stored) -> Step:
     """Mark the stage's folder as begun; refuse a stale one, set it aside, or resume it."""
     root, stage, key = Path(str(survey.config.run.dir)), step.stage, step.key
     folder = root / stage.folder
@@ -281,6 +292,7 @@ def _prepare_folder(survey: Survey, step: Step, update: bool, force: bool) -> St
                 remedy="another run.dir=…, or --update: the old results are kept beside the new"
                 + ("; or --force: training resumes from its checkpoint" * stage.trains),
             )
+        stored.set_aside(stage)
         aside = ledger.set_aside(folder)
         _log.info(f"old results moved to {aside.name}", extra={"stage": stage.name})
         step = replace(step, status=Status.FRESH)
@@ -332,7 +344,9 @@ def checksums_note(config: Config, steps: list[Step]) -> str | None:
     )
 
 
-def _begin(survey: Survey, names: list[str] | None, surroundings: Surroundings) -> None:
+def _begin(
+    survey: Survey, names: list[str] | None, surroundings: Surroundings, stored: Stored
+) -> None:
     config = survey.config
     steps = plan(config, names, survey)
     ahead = check_remaining(config, steps, surroundings.ranks or config.run.ranks, survey.deepspeed)
@@ -342,6 +356,7 @@ def _begin(survey: Survey, names: list[str] | None, surroundings: Surroundings) 
         for note in consistency.notes(config, surroundings):
             _log.warning(note)
     ledger.claim(Path(str(config.run.dir)), settings.as_yaml(config))
+    stored.begin(ahead)
 
 
 @contextmanager

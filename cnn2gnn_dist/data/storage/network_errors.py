@@ -59,20 +59,20 @@ def status_of(error: BaseException) -> int | None:
     return None
 
 
-def refused(url: str, error: BaseException) -> UserError:
-    """Return the error for a permanent failure."""
+def refused(url: str, error: BaseException, done: str = "read") -> UserError:
+    """Return the error for a permanent failure; ``done``: what was tried."""
     status = status_of(error)
     names = {kind.__name__ for cause in _causes(error) for kind in type(cause).__mro__}
     number = "" if status is None else f" ({status})"
     if status in (404, 410) or (status is None and "FileNotFoundError" in names):
         return UserError(
-            f"the file can't be read: it does not exist{number}",
+            f"the file can't be {done}: it does not exist{number}",
             where=url,
             remedy="check the URL and the bucket",
         )
     if status in (401, 403) or names & {"PermissionError", "NoCredentialsError"}:
         return UserError(
-            f"the file can't be read: permission denied{number}: {brief(error)}",
+            f"the file can't be {done}: permission denied{number}: {brief(error)}",
             where=url,
             remedy="set credentials in the protocol's usual environment (AWS_*, ~/.aws, "
             "~/.netrc) or fsspec's configuration (~/.config/fsspec, FSSPEC_S3_ANON=true for public "
@@ -85,16 +85,16 @@ def refused(url: str, error: BaseException) -> UserError:
             remedy="index the shards again",
         )
     return UserError(
-        f"the file can't be read: {brief(error)}",
+        f"the file can't be {done}: {brief(error)}",
         where=url,
         remedy="check the URL and fsspec's configuration (~/.config/fsspec)",
     )
 
 
-def gave_up(url: str, error: BaseException, seconds: float) -> UserError:
+def gave_up(url: str, error: BaseException, seconds: float, done: str = "read") -> UserError:
     """Return the error after the last retry."""
     return UserError(
-        f"the file can't be read after {seconds:.0f} s of retries; the last error: {brief(error)}",
+        f"the file can't be {done} after {seconds:.0f} s of retries; the last error: {brief(error)}",
         where=url,
         remedy="check the server and the network, then start again: finished work is kept",
     )

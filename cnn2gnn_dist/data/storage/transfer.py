@@ -6,13 +6,15 @@ process has one file system per set of options, shared by its threads and recrea
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from cnn2gnn_dist.data.storage import network_errors
@@ -62,7 +64,7 @@ class FileInfo:
 
 @dataclass(frozen=True)
 class RemoteFiles:
-    """Remote files, read with retries."""
+    """Remote files, read and written with retries."""
 
     retry: RetryPolicy = DEFAULT_RETRY
 
@@ -139,6 +141,55 @@ class RemoteFiles:
 
         return self._with_retries(pattern, 0, ask, lambda: 0)
 
+    def send(self, url: str, source: bytes | Path) -> None:
+        """Write a file whole, from memory or from a local file; an existing one is replaced.
+
+        Raises:
+            UserError: it can't be written.
+        """
+        size = len(source) if isinstance(source, bytes) else source.stat().st_size
+
+        def ask(seconds: float) -> None:
+            fs, path = self.filesystem(url)
+            if isinstance(source, bytes):
+                _run(fs, "pipe_file", path, source, seconds=seconds)
+            else:
+                _run(fs, "put_file", str(source), path, seconds=seconds)
+
+        self._with_retries(url, size, ask, lambda: 0, "written")
+
+    def remove(self, url: str) -> None:
+        """Remove a file, unless it is gone already.
+
+        Raises:
+            UserError: it can't be removed.
+        """
+
+        def ask(seconds: float) -> None:
+            fs, path = self.filesystem(url)
+            with contextlib.suppress(FileNotFoundError):
+                _run(fs, "rm_file", path, seconds=seconds)
+
+        self._with_retries(url, 0, ask, lambda: 0, "removed")
+
+    def below(self, url: str) -> dict[str, int]:
+        """Lengths of all files below a folder by their paths relative to it; empty if there is none.
+
+        Raises:
+            UserError: the store or the bucket is missing, unreachable, or refuses to list.
+        """
+
+        def ask(seconds: float) -> dict[str, int]:
+            fs, path = self.filesystem(url)
+            path = path.rstrip("/")
+            found = _run(fs, "find", path, detail=True, seconds=seconds)
+            return {
+                name.removeprefix(path).lstrip("/"): int(about.get("size") or 0)
+                for name, about in found.items()
+            }
+
+        return self._with_retries(url, 0, ask, lambda: 0, "listed")
+
     def filesystem(self, url: str) -> tuple[Any, str]:
         """Return the file system of a URL and its path there.
 
@@ -153,9 +204,17 @@ class RemoteFiles:
             raise network_errors.unknown(url, error) from None
 
     def _with_retries(
-        self, url: str, size: int, ask: Callable[[float], Result], done: Callable[[], int]
+        self,
+        url: str,
+        size: int,
+        ask: Callable[[float], Result],
+        done: Callable[[], int],
+        what: str = "read",
     ) -> Result:
-        """Call ``ask`` with the seconds left, until it succeeds or the retries are used up."""
+        """Call ``ask`` with the seconds left, until it succeeds or the retries are used up.
+
+        ``what``: what is done to the file, for the error.
+        """  # noqa: DOC501
         retry = self.retry
         began = time.monotonic()
         deadline = began + retry.limit(size)
@@ -168,14 +227,28 @@ class RemoteFiles:
                 raise
             except Exception as error:
                 if not network_errors.is_transient(error):
-                    raise network_errors.refused(url, error) from None
+                    raise network_errors.refused(url, error, what) from None
                 failures = failures + 1 if done() == before else 1
                 before = done()
                 pause = min(retry.longest, retry.delay * 2 ** (failures - 1))
                 pause *= chance.uniform(0.5, 1)
                 if failures >= retry.tries or time.monotonic() + pause > deadline:
-                    raise network_errors.gave_up(url, error, time.monotonic() - began) from None
+                    waited = time.monotonic() - began
+                    raise network_errors.gave_up(url, error, waited, what) from None
                 time.sleep(pause)
+
+
+@contextlib.contextmanager
+def explained(field: str) -> Iterator[None]:
+    """Name the config's field in the errors of the transfers inside.
+
+    Raises:
+        UserError: theirs.
+    """
+    try:
+        yield
+    except UserError as error:
+        raise UserError(error.what, where=f"{field}={error.where}", remedy=error.remedy) from None
 
 
 @functools.lru_cache

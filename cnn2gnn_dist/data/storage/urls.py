@@ -59,7 +59,7 @@ def size(path: str) -> int:
     """
     if not is_remote(path):
         return os.stat(local_path(path)).st_size
-    return _remote_files().file_info(path).bytes
+    return remote_files().file_info(path).bytes
 
 
 def file_info(url: str, *, brief: bool = False) -> FileInfo:
@@ -67,7 +67,7 @@ def file_info(url: str, *, brief: bool = False) -> FileInfo:
 
     ``brief``: give up on a store that does not answer within seconds.
     """
-    files = _remote_files()
+    files = remote_files()
     if brief:
         files = RemoteFiles(RetryPolicy(2, FIRST_PAUSE, 1.0, min(READ_SECONDS, 5.0), 10.0, SLOWEST))
     return files.file_info(url)
@@ -76,7 +76,7 @@ def file_info(url: str, *, brief: bool = False) -> FileInfo:
 def read_range(path: str, offset: int, size: int) -> bytes:
     """Read ``size`` bytes from ``offset``, fewer only at the end of a local file. Errors as :func:`size`."""
     if is_remote(path):
-        return _remote_files().read_range(path, offset, size)
+        return remote_files().read_range(path, offset, size)
     handle = os.open(local_path(path), os.O_RDONLY | os.O_CLOEXEC)
     try:
         return os.pread(handle, size, offset)
@@ -91,7 +91,7 @@ def download(url: str, length: int, file: Writable) -> None:
         UserError: they can't be read.
         OSError: they can't be written (for example disk full).
     """
-    _remote_files().fetch(url, 0, length, file.write)
+    remote_files().fetch(url, 0, length, file.write)
 
 
 @contextmanager
@@ -125,10 +125,11 @@ def matches(pattern: str) -> list[str]:
     Raises:
         UserError: the store is unreachable or can't list.
     """
-    return _remote_files().matches(pattern + "*.tar" if pattern.endswith("/") else pattern)
+    return remote_files().matches(pattern + "*.tar" if pattern.endswith("/") else pattern)
 
 
-def _remote_files() -> RemoteFiles:
+def remote_files() -> RemoteFiles:
+    """Return access to remote files with this module's retries."""
     return RemoteFiles(
         RetryPolicy(ATTEMPTS, FIRST_PAUSE, LONGEST_PAUSE, READ_SECONDS, SECONDS, SLOWEST)
     )

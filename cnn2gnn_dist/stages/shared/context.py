@@ -19,6 +19,7 @@ from cnn2gnn_dist.data.reading.pool import ReaderPool
 from cnn2gnn_dist.data.reading.reader import Batch, ReaderSpec
 from cnn2gnn_dist.data.reading.shard_files import CacheSpec
 from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.run_storage.session import RunStorage, TrainingCopies
 from cnn2gnn_dist.runtime import collectives
 from cnn2gnn_dist.runtime.ranks import Ranks
 from cnn2gnn_dist.training import ds_config, precision
@@ -85,7 +86,8 @@ class Context:
     ``key`` identifies this stage's config and inputs (checkpoints carry it), ``folder`` is
     its own folder, ``device`` is "cpu" or "cuda", ``inside_ray`` whether the process runs under Ray,
     ``about`` the config fields behind the key, ``force`` whether to accept a checkpoint of another key,
-    ``deepspeed`` the DeepSpeed configs that were read for all ranks.
+    ``deepspeed`` the DeepSpeed configs that were read for all ranks, ``storage`` where rank 0 also keeps
+    the run.
     """
 
     config: Config
@@ -98,6 +100,13 @@ class Context:
     about: dict[str, Any] = field(default_factory=dict)
     force: bool = False
     deepspeed: dict[str, dict[str, Any]] = field(default_factory=dict)
+    storage: RunStorage | None = None
+
+    def copies(self) -> TrainingCopies | None:
+        """Where this stage's checkpoints are also kept; None without ``run.storage``."""
+        if self.config.run.storage is None:
+            return None
+        return TrainingCopies(self.storage, self.folder)
 
     def deepspeed_of(self, model: str) -> dict[str, Any]:
         """The DeepSpeed config of "teacher" or "student", read by one process for all ranks."""

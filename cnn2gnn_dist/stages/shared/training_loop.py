@@ -107,6 +107,7 @@ class Training:
             context.about,
             keep_last=context.config.checkpoint.keep_last,
             max_failures=context.config.checkpoint.max_failures,
+            copies=context.copies(),
         )
         self.metrics = MetricsLog(context.folder, context.ranks.rank, name=name)
         self.corrupt = CorruptCount(context.config.data.max_corrupt, samples)
@@ -351,7 +352,7 @@ class Training:
         problem = self.checkpoints.problem
         kept = f"step {self.cursor.step} is saved" if problem is None else f"NOT saved: {problem}"
         raise Preempted(
-            f"{self.name} was asked to stop: {kept}",
+            f"{self.name} was asked to stop: {kept}{self.checkpoints.copies.wait()}",
             where=str(self.checkpoints.folder),
             remedy="run the same command to resume",
         )

@@ -23,6 +23,7 @@ from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.runtime import collectives, handover
 from cnn2gnn_dist.training.checkpoint import folder as disk
 from cnn2gnn_dist.training.checkpoint import named_state
+from cnn2gnn_dist.training.checkpoint.copies import Copies, CopyCount
 from cnn2gnn_dist.training.engine import Engine
 
 _log = logging.getLogger(__name__)
@@ -49,7 +50,8 @@ class Checkpoints:
         run_id: the run that they belong to; checkpoints of other runs are refused.
         about: the config fields behind ``run_id``, so that a refusal can name the differences.
         keep_last: how many to keep, in addition to the best one.
-        max_failures: how many saves in succession may fail; None: any number.
+        max_failures: how many saves in succession may fail, or copies; None: any number.
+        copies: where checkpoints are also kept; None on all ranks, or on none.
     """
 
     def __init__(
@@ -59,8 +61,10 @@ class Checkpoints:
         about: dict[str, Any] | None = None,
         keep_last: int = 2,
         max_failures: int | None = None,
+        copies: Copies | None = None,
     ) -> None:
         self.max_failures, self._failures = max_failures, 0
+        self.copies = CopyCount(copies, max_failures)
         self.folder, self.run_id, self.keep_last = Path(folder), run_id, keep_last
         self.about = about or {}
         self.problem: str | None = None
@@ -129,7 +133,9 @@ class Checkpoints:
             problem = _error_of(
                 lambda: self._publish(writing, [f for _, fs in outcomes for f in fs])
             )
-        self._report(collectives.broadcast_object(problem), writing.work)
+        problem = collectives.broadcast_object(problem)
+        self._report(problem, writing.work)
+        self.copies.settle(complete=problem is None)
 
     def finish(self) -> Path:
         """Return the newest checkpoint at the end of training (collective).

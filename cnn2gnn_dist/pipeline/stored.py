@@ -1,0 +1,104 @@
+"""A run that is also kept in a store (``run.storage``): what is fetched before a stage and kept after it.
+
+Only rank 0 talks to the store. Every rank calls these functions, which do nothing without one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from cnn2gnn_dist.config import Config
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.ledger import Status
+from cnn2gnn_dist.pipeline.planning import Step
+from cnn2gnn_dist.pipeline.registry import STAGES, Stage, stages_of
+from cnn2gnn_dist.run_storage import session
+from cnn2gnn_dist.run_storage.session import RunStorage
+from cnn2gnn_dist.runtime import collectives
+
+PACKED = STAGES["pack"].folder
+
+
+class Stored:
+    """A run's storage as the pipeline uses it.
+
+    Attributes:
+        storage: on rank 0 of a run that has one; else None.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._config, self._used = config, config.run.storage is not None
+        self.storage: RunStorage | None = None
+
+    def open(self) -> None:
+        """Look at the storage and restore how far the run is (collective).
+
+        Raises:
+            UserError: it can't be used, or it is missing in the config and the folder is not whole without.
+        """
+        collectives.alone(self._open)
+
+    def _open(self) -> None:
+        root, url = Path(str(self._config.run.dir)), self._config.run.storage
+        if url is not None:
+            self.storage = RunStorage.open(root, url)
+            return
+        folders = [stage.folder for stage in stages_of(self._config)]
+        if (found := session.held_back(root, folders)) is not None:
+            raise UserError(
+                f"parts of this run are in {found} alone",
+                where=f"run.dir={root}",
+                remedy=f"run.storage={found}",
+            )
+
+    def begin(self, ahead: Sequence[Stage]) -> None:
+        """Fetch packed shards if a stage that reads images is to run (rank 0)."""
+        if self.storage is not None and any(stage.name != "pack" for stage in ahead):
+            self.storage.fetch(PACKED)
+
+    def before(self, step: Step, stages: list[Stage], force: bool) -> None:
+        """Fetch what a stage builds on, and what it goes on from (rank 0).
+
+        Raises:
+            UserError: it can't be fetched.
+        """
+        if self.storage is None or step.key is None:
+            return
+        for stage in stages:
+            if stage.name in step.stage.needs or stage.folder == PACKED != step.stage.folder:
+                self.storage.fetch(stage.folder)
+        if step.status is Status.RESUME or (step.status is Status.STALE and force):
+            self.storage.fetch(step.stage.folder, resumes=True)
+
+    def set_aside(self, stage: Stage) -> None:
+        """Keep what the storage has of a stage under another name (rank 0)."""
+        if self.storage is not None:
+            self.storage.set_aside(stage.folder)
+
+    def after(self, step: Step, *, made: bool) -> None:
+        """Keep a complete stage (collective).
+
+        Raises:
+            UserError: it could not be stored; it is complete here.
+        """
+        if not self._used:
+            return
+
+        def keep() -> None:
+            assert self.storage is not None
+            try:
+                self.storage.keep_stage(step.stage.folder, made=made)
+            except UserError as error:
+                raise UserError(
+                    f"the stage {step.stage.name} is complete, but could not be stored: {error.what}",
+                    where=error.where,
+                    remedy=f"{error.remedy}; the same command goes on from here",
+                ) from None
+
+        collectives.alone(keep)
+
+    def end(self) -> None:
+        """Keep what belongs to no stage: config, results, report (collective)."""
+        if self._used:
+            collectives.alone(lambda: self.storage.keep_run() if self.storage else None)

@@ -1,0 +1,105 @@
+"""Which files of a folder count, with sizes and checksums, held so that they stay what they are."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+from cnn2gnn_dist import durable
+from cnn2gnn_dist.graph import version
+from cnn2gnn_dist.training.checkpoint import folder as checkpoint_folder
+
+Known = Mapping[str, tuple[int, str]]
+"""Bytes and SHA-256 by path relative to the stage's folder."""
+_LEFT_OUT = {"tensorboard", "dense", "work"}
+"""Folders that the run makes again from what is stored, or does without."""
+_SMALL = ("begin.json", "metrics.jsonl", "checkpoints/latest", "checkpoints/best")
+
+
+class Contents:
+    """Files as they were at one moment, whatever becomes of their names afterwards.
+
+    Those of a training grow or are pruned while they are being uploaded: small ones are in memory, the
+    others open.
+    """
+
+    def __init__(self) -> None:
+        self.sources: dict[str, tuple[int, str, bytes | Path]] = {}
+        self._open: list[BinaryIO] = []
+
+    def add_text(self, name: str, path: Path) -> None:
+        """Add a small file, if it is there."""
+        with contextlib.suppress(FileNotFoundError):
+            data = path.read_bytes()
+            self.sources[name] = (len(data), hashlib.sha256(data).hexdigest(), data)
+
+    def add_open(self, name: str, path: Path, size: int, sha256: str) -> None:
+        """Add a file whose checksum is known."""
+        file = open(path, "rb")  # noqa: SIM115 (until ``close``)
+        self._open.append(file)
+        self.sources[name] = (size, sha256, Path(f"/proc/self/fd/{file.fileno()}"))
+
+    def close(self) -> None:
+        """Let go of the files."""
+        for file in self._open:
+            file.close()
+        self._open = []
+
+
+def of_training(folder: Path) -> Contents:
+    """What a training in progress needs to be resumed: its complete checkpoints, graphs and metrics.
+
+    Raises:
+        OSError: something can't be read.
+    """
+    found = Contents()
+    try:
+        for name in _SMALL:
+            found.add_text(name, folder / name)
+        for relative, files in _with_sums(folder):
+            manifest = f"{relative}/{version.MANIFEST}"
+            found.add_text(manifest, folder / manifest)
+            for name, (size, sha) in files.items():
+                found.add_open(f"{relative}/{name}", folder / relative / name, size, sha)
+    except BaseException:
+        found.close()
+        raise
+    return found
+
+
+def of_stage(folder: Path) -> dict[str, tuple[int, str, bytes | Path]]:
+    """All files of a complete stage that others read, or that a training goes on from.
+
+    Raises:
+        OSError: something can't be read.
+    """
+    sums = {f"{r}/{name}": one for r, files in _with_sums(folder) for name, one in files.items()}
+    found: dict[str, tuple[int, str, bytes | Path]] = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if not path.is_file() or not all(map(_counts, name.parts)):
+            continue
+        size, sha = sums.get(str(name)) or (path.stat().st_size, durable.sha256(path))
+        found[str(name)] = (size, sha, path)
+    return found
+
+
+def _counts(part: str) -> bool:
+    return (
+        part not in _LEFT_OUT and not part.startswith(".") and not part.endswith((".tmp", ".old"))
+    )
+
+
+def _with_sums(folder: Path) -> Iterator[tuple[str, Known]]:
+    """The complete checkpoints and graph versions of a stage, relative to it, with their files' checksums."""
+    checkpoints = checkpoint_folder.all_of(checkpoint_folder.root_of(folder))
+    for path in [*checkpoints, *sorted(folder.glob("graph/v????"))]:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            listed = json.loads((path / version.MANIFEST).read_text(encoding="utf-8"))["files"]
+            files = {str(name): (int(size), str(sha)) for name, (size, sha) in listed.items()}
+            if all((path / name).stat().st_size == size for name, (size, _) in files.items()):
+                yield str(path.relative_to(folder)), files

@@ -1,0 +1,284 @@
+"""A run between its scratch folder and its storage: what is restored, fetched and kept, and in which order."""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cnn2gnn_dist import durable, ledger
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.run_storage import contents
+from cnn2gnn_dist.run_storage.background import Uploads
+from cnn2gnn_dist.run_storage.contents import Contents
+from cnn2gnn_dist.run_storage.store import Record, Store, TakenOver
+
+_log = logging.getLogger(__name__)
+
+RUN = "run"
+"""The unit of files that belong to no stage."""
+RUN_FILES = (ledger.CONFIG, "inputs.json", "results.json", "report.html")
+MANIFESTS = "manifest"
+"""The stage whose files are always fetched: they are small, and a plan reads them."""
+RECORDED = (ledger.DONE, "begin.json")
+
+
+@dataclass
+class RunStorage:
+    """One run's storage as rank 0 uses it; nobody else does.
+
+    Attributes:
+        root: the run's folder, on scratch.
+        store: where it is kept.
+        scratch: identifies the folder.
+        based: of each unit, the digest of the record that the folder's files come from.
+    """
+
+    root: Path
+    store: Store
+    scratch: str
+    based: dict[str, str] = field(default_factory=dict)
+    uploads: dict[str, Uploads] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, root: Path, url: str) -> RunStorage:
+        """Look at the storage, become its writer, and restore what says how far the run is.
+
+        Raises:
+            UserError: it can't be used (see ``Store.open``), or the folder holds another run.
+        """
+        store, note = Store.open(url), _read_note(root)
+        if store.records and (root / ledger.CONFIG).is_file() and note.get("url") != store.url:
+            raise UserError(
+                f"this folder holds a run that is not the one in {store.url}",
+                where=f"run.dir={root}",
+                remedy="an empty run.dir, or another run.storage",
+            )
+        ledger.check_claim(root)
+        store.claim()
+        known = note if note.get("url") == store.url else {}
+        made = cls(
+            root, store, known.get("scratch") or secrets.token_hex(8), known.get("based", {})
+        )
+        durable.create_folder(root)
+        made._write_note()
+        made._restore()
+        return made
+
+    def fetch(self, unit: str, *, resumes: bool = False) -> None:
+        """Fetch the files of a stage that are not here.
+
+        Args:
+            unit: its folder.
+            resumes: also checkpoints and graphs that only the stage itself goes on from.
+
+        Raises:
+            Damaged: one of them is damaged in the storage. A damaged checkpoint is only left out where
+                a training resumes: an earlier one serves.
+            UserError: the storage can't be read, or the disk is full.
+        """
+        folder = self.root / unit
+        entry = ledger.finished(folder)
+        outputs = {name for name, _ in entry.outputs} if entry else set()
+        names = {n for n in self._absent(unit) if resumes or n in outputs or not _only_to_resume(n)}
+        if not names:
+            return
+        size = sum(self.store.records[unit].files[name].size for name in names)
+        _log.info(f"fetches {len(names)} files ({size / 1e6:,.1f} MB) from {self.store.url}/{unit}")
+        for name, error in sorted(self.store.get(unit, names, folder).items()):
+            if not (resumes and name.startswith("checkpoints/step-")):
+                raise error
+            _log.warning(f"checkpoint {Path(name).parent.name}: {error.what} ({error.where})")
+
+    def keep_stage(self, unit: str, *, made: bool) -> None:
+        """Store a complete stage; one that was not ``made`` now, only if the storage has another.
+
+        Raises:
+            UserError: it could not be stored.
+        """
+        folder = self.root / unit
+        if unit in self.uploads:
+            self.uploads.pop(unit).wait()
+        record, done = self.store.records.get(unit), folder / ledger.DONE
+        kept = record.files.get(ledger.DONE) if record else None
+        if made or kept is None or kept.sha256 != durable.sha256(done):
+            self._put(unit, contents.of_stage(folder))
+            _log.debug("stored: %s", unit)
+        self.keep_run()
+
+    def keep_run(self) -> None:
+        """Store the files of the run itself, if they have changed.
+
+        Raises:
+            UserError: they could not be stored.
+        """
+        found = Contents()
+        for name in RUN_FILES:
+            found.add_text(name, self.root / name)
+        record = self.store.records.get(RUN, Record({}))
+        now = {name: (size, sha) for name, (size, sha, _) in found.sources.items()}
+        if now != {name: (kept.size, kept.sha256) for name, kept in record.files.items()}:
+            self._put(RUN, found.sources)
+
+    def set_aside(self, unit: str) -> None:
+        """Keep the record of a stage under another name: its files stay, and it begins anew.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        if unit in self.uploads:
+            self.uploads.pop(unit).wait()
+        record = self.store.records.get(unit)
+        if record is None:
+            return
+        number = 1
+        while f"{unit}.old-{number}" in self.store.records:
+            number += 1
+        self.store.replace({f"{unit}.old-{number}": record, unit: None})
+        self.based.pop(unit, None)
+        self._write_note()
+
+    def upload(self, unit: str) -> None:
+        """Begin to store what is complete of a training, in a thread."""
+        if unit not in self.uploads:
+            self.uploads[unit] = Uploads(lambda found: self._upload(unit, found))
+        self.uploads[unit].start(contents.of_training(self.root / unit))
+
+    def _upload(self, unit: str, found: Contents) -> None:
+        self.keep_run()
+        self._put(unit, found.sources)
+
+    def _put(self, unit: str, sources: dict[str, Any]) -> None:
+        self.store.put(unit, sources, self.scratch)
+        self._note_held(unit)
+
+    def _absent(self, unit: str) -> list[str]:
+        record = self.store.records.get(unit)
+        if record is None or not self._same(unit, record):
+            return []
+        return [name for name in record.files if not (self.root / unit / name).is_file()]
+
+    def _same(self, unit: str, record: Record) -> bool:
+        """Whether the record is of the stage as it is here: finished alike, or begun alike."""
+        for name in RECORDED:
+            path, kept = self.root / unit / name, record.files.get(name)
+            if path.is_file() or kept is not None:
+                here = durable.sha256(path) if path.is_file() else None
+                return kept is not None and here == kept.sha256
+        return True
+
+    def _restore(self) -> None:
+        """Bring config and records of stages here; folders of a run that went on elsewhere make room."""
+        for unit, record in sorted(self.store.records.items()):
+            if ".old-" in unit:
+                continue
+            folder = self.root if unit == RUN else self.root / unit
+            current = record.writer == self.scratch or self.based.get(unit) == record.digest
+            if unit != RUN and not current and any((folder / n).is_file() for n in RECORDED):
+                aside = ledger.set_aside(folder)
+                _log.warning(
+                    f"the run went on elsewhere; what is here of it is moved to {aside.name}"
+                )
+            if unit == RUN:
+                names = [n for n in record.files if not (current and (folder / n).is_file())]
+                self._get(unit, names)
+            elif not any((folder / n).is_file() for n in RECORDED):
+                if unit == MANIFESTS:
+                    self._get(unit, [n for n in record.files if n not in RECORDED])
+                # Last what the folder is judged by: a kill in between leaves it as not begun.
+                for name in RECORDED:
+                    self._get(unit, [name] if name in record.files else [])
+            self._note_held(unit)
+
+    def _get(self, unit: str, names: Collection[str]) -> None:
+        folder = self.root if unit == RUN else self.root / unit
+        for _, error in sorted(self.store.get(unit, names, folder).items()):
+            raise error
+
+    def _note_held(self, unit: str) -> None:
+        """Write down what the storage has of a unit, for those who look at the folder."""
+        record = self.store.records[unit]
+        if unit != RUN:
+            (self.root / unit / ledger.HELD).unlink(missing_ok=True)
+        if unit != RUN and self._same(unit, record):
+            held = {name: kept.size for name, kept in sorted(record.files.items())}
+            durable.write_text(self.root / unit / ledger.HELD, json.dumps(held))
+        self.based[unit] = record.digest
+        self._write_note()
+
+    def _write_note(self) -> None:
+        note = {"url": self.store.url, "scratch": self.scratch, "based": self.based}
+        durable.write_text(self.root / ledger.NOTE, json.dumps(note, indent=1))
+
+
+class TrainingCopies:
+    """The copies of one training's checkpoints, as every rank's ``Checkpoints`` knows them.
+
+    Args:
+        storage: on rank 0; None on others, whose methods are not called.
+        folder: the stage's.
+    """
+
+    def __init__(self, storage: RunStorage | None, folder: Path) -> None:
+        self._storage, self._unit = storage, folder.name
+
+    def start(self) -> str | None:
+        """Begin to copy what is complete; return why that is not possible, if so."""
+        assert self._storage is not None
+        try:
+            self._storage.upload(self._unit)
+        except OSError as error:
+            return str(error)
+        return None
+
+    def outcomes(self) -> list[str | None]:
+        """Why copies failed (or None) that have ended since the last call, in order.
+
+        Raises:
+            TakenOver: another run writes into the storage now.
+        """
+        found = self._uploads.outcomes() if self._uploads else []
+        for one in found:
+            if isinstance(one, TakenOver):
+                raise one
+        return [_text(one) for one in found]
+
+    def wait(self) -> str | None:
+        """Wait for all copies; return why the last one failed, if it did."""
+        return _text(self._uploads.wait()) if self._uploads else None
+
+    @property
+    def _uploads(self) -> Uploads | None:
+        assert self._storage is not None
+        return self._storage.uploads.get(self._unit)
+
+
+def held_back(root: Path, units: Collection[str]) -> str | None:
+    """The storage without which a run's folder is not whole; None if nothing is missing."""
+    for unit in units:
+        folder = root / unit
+        entry = ledger.finished(folder)
+        names = [name for name, _ in entry.outputs] if entry and ledger.held(folder) else []
+        if not all((folder / name).is_file() for name in names):
+            return str(_read_note(root).get("url"))
+    return None
+
+
+def _only_to_resume(name: str) -> bool:
+    return name.startswith(("checkpoints/step-", "graph/v"))
+
+
+def _text(error: UserError | None) -> str | None:
+    return None if error is None else f"{error.what} ({error.where})"
+
+
+def _read_note(root: Path) -> dict[str, Any]:
+    try:
+        note = json.loads((root / ledger.NOTE).read_text(encoding="utf-8"))
+        return note if isinstance(note, dict) else {}
+    except (OSError, ValueError):
+        return {}
