@@ -8,7 +8,7 @@ from pathlib import Path
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``cnn2gnn checkpoint``."""
-    place = "folder of a run, of a stage in it (RUN/teacher), or a step-… folder"
+    place = "folder of a run, of a stage in it (RUN/teacher), or a step-… folder; or a run.storage likewise"
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, text in (
         ("ls", "one line per checkpoint: position, size, age"),
@@ -25,8 +25,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     from cnn2gnn_dist.commands import checkpoint as tool
+    from cnn2gnn_dist.commands.stored_run import checkpoints_at
 
-    place = Path(arguments.place)
-    if arguments.action == "export":
-        return tool.export(place, Path(arguments.out))
-    return tool.COMMANDS[arguments.action](place)
+    with checkpoints_at(arguments.place) as place:
+        if arguments.action == "export":
+            return tool.export(place, Path(arguments.out))
+        return tool.COMMANDS[arguments.action](place)

@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from cnn2gnn_dist import durable
+from cnn2gnn_dist import durable, ledger
 from cnn2gnn_dist.commands.opening import context_of, model_of_run, opened
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference import artefact
@@ -97,7 +97,7 @@ def _write(run: Path, temporary: Path) -> None:
     artefact.read_config(source)
     artefact.check_files(source)
     shutil.copytree(
-        source, temporary, ignore=shutil.ignore_patterns(*artefact.RECORDS, ".lock", "*.tmp")
+        source, temporary, ignore=shutil.ignore_patterns(*artefact.RECORDS, ledger.HELD, ".lock", "*.tmp")
     )
 
 

@@ -8,7 +8,11 @@ from pathlib import Path
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``cnn2gnn export``."""
-    parser.add_argument("run", metavar="RUN", help="folder of a finished run, or of a model")
+    parser.add_argument(
+        "run",
+        metavar="RUN",
+        help="folder of a finished run or of a model, or URL of a run.storage",
+    )
     parser.add_argument("--to", required=True, metavar="MODEL", help="folder to write")
     parser.add_argument("--force", action="store_true", help="replace a model that is there")
     kind = parser.add_mutually_exclusive_group()
@@ -25,9 +29,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     from cnn2gnn_dist.commands import export
+    from cnn2gnn_dist.commands.stored_run import model_at
 
-    if arguments.onnx:
-        return export.onnx(Path(arguments.run), Path(arguments.to))
-    if arguments.torch_export:
-        return export.programs(Path(arguments.run), Path(arguments.to))
-    return export.command(Path(arguments.run), Path(arguments.to), force=arguments.force)
+    with model_at(arguments.run) as run:
+        if arguments.onnx:
+            return export.onnx(run, Path(arguments.to))
+        if arguments.torch_export:
+            return export.programs(run, Path(arguments.to))
+        return export.command(run, Path(arguments.to), force=arguments.force)

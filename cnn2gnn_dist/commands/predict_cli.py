@@ -16,7 +16,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--run",
         required=True,
         metavar="FOLDER",
-        help="folder of a model (`cnn2gnn export`) or of a finished run",
+        help="folder of a model (`cnn2gnn export`) or of a finished run, or URL of a run.storage",
     )
     parser.add_argument("--top", type=int, default=3, help="classes shown for each image")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
@@ -65,10 +65,17 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    from cnn2gnn_dist.commands.stored_run import model_at
+
+    with model_at(arguments.model) as model:
+        return _predict(arguments, model)
+
+
+def _predict(arguments: argparse.Namespace, model: Path) -> int:
     from cnn2gnn_dist.commands import predict, predict_shards
 
     out: str | None = arguments.out
-    model, asked = Path(arguments.model), {"top": arguments.top, "coverage": arguments.coverage}
+    asked = {"top": arguments.top, "coverage": arguments.coverage}
     to_folder = out is not None and (out.endswith("/") or os.path.isdir(out))
     if arguments.actors < 0 or (arguments.address and not arguments.actors):
         raise UserError("how many actors?", where="--actors", remedy="--actors N, at least 1")

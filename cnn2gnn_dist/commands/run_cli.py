@@ -177,11 +177,18 @@ def _print_summary(config: Config) -> None:
     from cnn2gnn_dist.stages.evaluate import table
 
     root = Path(str(config.run.dir))
-    report = root / "report.html"
+    report, stored = root / "report.html", config.run.storage
+    if stored is not None and not (root / "results.json").is_file():  # rank 0 has another scratch
+        log.output(f"results  {stored}")
+        return
     log.output("\n" + table(json.loads((root / "results.json").read_text(encoding="utf-8"))))
     log.output(f"\nresults  {root / 'results.json'}")
     if report.exists():
         log.output(f"look     {report}")
+    if stored is not None and not (root / "model" / "config.json").is_file():
+        log.output(f"predict  cnn2gnn predict --model {stored} IMAGE…")
+        log.output(f"model    cnn2gnn export {stored} --to MODEL")
+        return
     log.output(f"model    {root / 'model'}")
     log.output(f"predict  cnn2gnn predict --model {root} IMAGE…")
     log.output(f"serve    cnn2gnn serve {root}")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from cnn2gnn_dist import ledger
 from cnn2gnn_dist.config import Config
+from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.pipeline.planning import Step
 from cnn2gnn_dist.pipeline.registry import Stage
 from cnn2gnn_dist.runtime import (
@@ -33,7 +34,13 @@ def check_hosts(config: Config, device: str) -> None:
     cache = config.stream.cache_dir
     shares = device == "cuda" or config.graph.sampling.sampler == "distdgl"
     exchange.every_rank(lambda: host_checks.check_rank(Path(cache) if cache else None, shares))
-    shared_folder.check(Path(str(config.run.dir)))
+    try:
+        shared_folder.check(Path(str(config.run.dir)))
+    except UserError as error:
+        if config.run.storage is None:
+            raise
+        also = "run.storage keeps a run, but its hosts exchange files through the folder"
+        raise UserError(error.what, where=error.where, remedy=f"{error.remedy}: {also}") from None
 
 
 def ends_here(stage: Stage, stages: list[Stage]) -> bool:

@@ -23,11 +23,12 @@ _SMALL = ("begin.json", "metrics.jsonl", "checkpoints/latest", "checkpoints/best
 class Contents:
     """Files as they were at one moment, whatever becomes of their names afterwards.
 
-    Those of a training grow or are pruned while they are being uploaded: small ones are in memory, the
-    others open.
+    Those of a training grow or are pruned while they are being uploaded: small ones are in memory, those
+    of checkpoints open. A graph version has many files and stays for an epoch: its files are only named.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, known: Known | None = None) -> None:
+        self._known: Known = known or {}
         self.sources: dict[str, tuple[int, str, bytes | Path]] = {}
         self._open: list[BinaryIO] = []
 
@@ -38,7 +39,10 @@ class Contents:
             self.sources[name] = (len(data), hashlib.sha256(data).hexdigest(), data)
 
     def add_open(self, name: str, path: Path, size: int, sha256: str) -> None:
-        """Add a file whose checksum is known."""
+        """Add a file whose checksum is known; one that is stored already is not opened."""
+        if (size, sha256) == self._known.get(name) or not name.startswith("checkpoints/"):
+            self.sources[name] = (size, sha256, path)
+            return
         file = open(path, "rb")  # noqa: SIM115 (until ``close``)
         self._open.append(file)
         self.sources[name] = (size, sha256, Path(f"/proc/self/fd/{file.fileno()}"))
@@ -50,13 +54,17 @@ class Contents:
         self._open = []
 
 
-def of_training(folder: Path) -> Contents:
+def of_training(folder: Path, known: Known) -> Contents:
     """What a training in progress needs to be resumed: its complete checkpoints, graphs and metrics.
+
+    Args:
+        folder: of the stage.
+        known: files that are stored already.
 
     Raises:
         OSError: something can't be read.
     """
-    found = Contents()
+    found = Contents(known)
     try:
         for name in _SMALL:
             found.add_text(name, folder / name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import secrets
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -146,7 +146,9 @@ class RunStorage:
         """Begin to store what is complete of a training, in a thread."""
         if unit not in self.uploads:
             self.uploads[unit] = Uploads(lambda found: self._upload(unit, found))
-        self.uploads[unit].start(contents.of_training(self.root / unit))
+        record = self.store.records.get(unit, Record({}))
+        known = {name: (kept.size, kept.sha256) for name, kept in record.files.items()}
+        self.uploads[unit].start(contents.of_training(self.root / unit, known))
 
     def _upload(self, unit: str, found: Contents) -> None:
         self.keep_run()
@@ -195,9 +197,7 @@ class RunStorage:
             self._note_held(unit)
 
     def _get(self, unit: str, names: Collection[str]) -> None:
-        folder = self.root if unit == RUN else self.root / unit
-        for _, error in sorted(self.store.get(unit, names, folder).items()):
-            raise error
+        _complete(self.store, unit, names, self.root if unit == RUN else self.root / unit)
 
     def _note_held(self, unit: str) -> None:
         """Write down what the storage has of a unit, for those who look at the folder."""
@@ -266,6 +266,28 @@ def held_back(root: Path, units: Collection[str]) -> str | None:
         if not all((folder / name).is_file() for name in names):
             return str(_read_note(root).get("url"))
     return None
+
+
+def fetch_parts(store: Store, root: Path, parts: Mapping[str, str]) -> None:
+    """Fetch files of units for somebody who only reads: those whose names begin so, and the units' records.
+
+    Args:
+        store: read, never written.
+        root: folder to fetch into, as the run's.
+        parts: the beginning of names, by unit.
+
+    Raises:
+        Damaged: one of them is damaged in the storage.
+        UserError: the storage can't be read, or the disk is full.
+    """
+    for unit, start in parts.items():
+        names = [n for n in store.records[unit].files if n.startswith(start) or n in RECORDED]
+        _complete(store, unit, names, root if unit == RUN else root / unit)
+
+
+def _complete(store: Store, unit: str, names: Collection[str], folder: Path) -> None:
+    for _, error in sorted(store.get(unit, names, folder).items()):
+        raise error
 
 
 def _only_to_resume(name: str) -> bool:

@@ -127,8 +127,12 @@ class Store:
     _files: RemoteFiles = field(default_factory=urls.remote_files)
 
     @classmethod
-    def open(cls, url: str) -> Store:
+    def open(cls, url: str, field: str = "run.storage") -> Store:
         """Look at a store, and read the records in it.
+
+        Args:
+            url: of the store.
+            field: where the URL was given, for errors.
 
         Raises:
             UserError: not a URL that can be written to, no bucket, no permission, no answer; something
@@ -138,11 +142,11 @@ class Store:
         if not urls.is_remote(url):
             raise UserError(
                 "this is not the URL of a store",
-                where=f"run.storage={url}",
+                where=f"{field}={url}",
                 remedy="s3://BUCKET/FOLDER, for example; a folder that all hosts share is run.dir itself",
             )
         store = cls(url.rstrip("/"))
-        with transfer.explained("run.storage"):
+        with transfer.explained(field):
             there = RemoteFiles(BRIEF).below(store.url)
         names = [name for name in there if name.startswith(f"{RECORDS}/")]
         if there and not names and any(n != OWNER and not n.startswith(f"{FILES}/") for n in there):

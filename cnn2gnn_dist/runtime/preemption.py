@@ -58,12 +58,12 @@ def ignore_stop() -> None:
 
 
 @contextlib.contextmanager
-def deferred_stop(grace_s: float, describe: Callable[[], str]) -> Iterator[None]:
+def deferred_stop(grace_s: float, describe: Callable[[], tuple[str, str]]) -> Iterator[None]:
     """Within this block a request to stop is recorded instead of ending the process.
 
     Args:
         grace_s: seconds from a signal after which the process exits all the same.
-        describe: says what is then lost or kept, for the last message.
+        describe: says what did not come in time, and what is then lost or kept, for the last message.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread gets signals
@@ -90,16 +90,14 @@ def _record(number: int, frame: FrameType | None) -> None:
     _stop_requested.set()
 
 
-def _watch(reading: int, grace_s: float, describe: Callable[[], str]) -> None:
+def _watch(reading: int, grace_s: float, describe: Callable[[], tuple[str, str]]) -> None:
     """Wait for a signal's byte, then for the end of the block; exit if it doesn't come."""
     deadline: float | None = None
     while True:
         ready, _, _ = select.select([reading], [], [], deadline)
         if not ready:
-            _log.error(
-                f"no step finished within {grace_s:g} s of the request to stop, so nothing was saved: "
-                f"{describe()}"
-            )
+            late, kept = describe()
+            _log.error(f"{late} within {grace_s:g} s of the request to stop, {kept}")
             os._exit(STOPPED)
         data = os.read(reading, 64)
         if not data:

@@ -240,7 +240,7 @@ class RemoteFiles:
 
 @contextlib.contextmanager
 def explained(field: str) -> Iterator[None]:
-    """Name the config's field in the errors of the transfers inside.
+    """Name the config's field, if there is one, in the errors of the transfers inside.
 
     Raises:
         UserError: theirs.
@@ -248,7 +248,8 @@ def explained(field: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(error.what, where=f"{field}={error.where}", remedy=error.remedy) from None
+        where = f"{field}={error.where}" if field else error.where
+        raise UserError(error.what, where=where, remedy=error.remedy) from None
 
 
 @functools.lru_cache

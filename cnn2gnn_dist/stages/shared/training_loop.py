@@ -184,9 +184,15 @@ class Training:
     def deferred_stop(self) -> AbstractContextManager[None]:
         """Context in which a request to stop (SIGTERM …) leads to a save at the next step."""
 
-        def describe() -> str:
-            last = self.checkpoints.folder / "latest"
-            return f"the last checkpoint is {last.read_text() if last.exists() else 'none'}"
+        def describe() -> tuple[str, str]:
+            path = self.checkpoints.folder / "latest"
+            last = path.read_text() if path.exists() else "none"
+            if self.checkpoints.copies.waiting:
+                return (
+                    "run.storage did not get the last checkpoint",
+                    f"{last}: it is in run.dir alone",
+                )
+            return "no step finished", f"so nothing was saved: the last checkpoint is {last}"
 
         return preemption.deferred_stop(self.context.config.checkpoint.grace_s, describe)
 

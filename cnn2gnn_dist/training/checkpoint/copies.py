@@ -32,10 +32,12 @@ class CopyCount:
     Attributes:
         copies: what makes them; None on all ranks, or on none.
         max_failures: how many in succession may fail; None: any number.
+        waiting: whether this rank waits for the last copy.
     """
 
     copies: Copies | None
     max_failures: int | None
+    waiting: bool = False
     _failures: int = 0
 
     def settle(self, complete: bool) -> None:
@@ -69,5 +71,6 @@ class CopyCount:
 
     def wait(self) -> str:
         """Wait for all copies; what to add to a last word, empty if all is well (collective)."""
+        self.waiting = self.copies is not None
         problem = None if self.copies is None else collectives.alone(self.copies.wait)
         return "" if problem is None else f", but not copied to run.storage: {problem}"

@@ -1,0 +1,84 @@
+"""A run's storage named where a command takes a folder: what the command reads of it is fetched for its time."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cnn2gnn_dist.data.storage.urls import is_remote
+from cnn2gnn_dist.errors import UserError
+
+if TYPE_CHECKING:  # training's side: a model answers where its packages are not installed
+    from cnn2gnn_dist.run_storage.store import Store
+
+TRAININGS = ("teacher", "student", "control")
+
+
+@contextmanager
+def model_at(place: str) -> Iterator[Path]:
+    """Context manager for the folder of a model or run; a stored run's model is fetched.
+
+    Raises:
+        UserError: no run is stored there, it has no model yet, or something in it is damaged.
+    """
+    if not is_remote(place):
+        yield Path(place)
+        return
+    from cnn2gnn_dist.run_storage import session
+
+    store = _opened(place, place)
+    if "model" not in store.records:
+        raise UserError(
+            "the run stored here has no model yet",
+            where=place,
+            remedy=f"finish it: `cnn2gnn run` with its config and run.storage={place}",
+        )
+    with tempfile.TemporaryDirectory(prefix="cnn2gnn-stored-") as name:
+        session.fetch_parts(store, Path(name), {"model": ""})
+        yield Path(name) / "model"
+
+
+@contextmanager
+def checkpoints_at(place: str) -> Iterator[Path]:
+    """Context manager for a folder with checkpoints: of a run, of a stage in it, or one checkpoint.
+
+    Of a stored run (URL, URL/STAGE, URL/STAGE/checkpoints/step-…) they are fetched whole, with the manifests
+    and the records of their stages.
+
+    Raises:
+        UserError: no run is stored there, or something in it is damaged.
+    """
+    if not is_remote(place):
+        yield Path(place)
+        return
+    from cnn2gnn_dist.run_storage import session
+
+    found = re.fullmatch(
+        rf"(.+?)/({'|'.join(TRAININGS)})(/checkpoints/step-\d+)?", place.rstrip("/")
+    )
+    url, below = (found[1], f"{found[2]}{found[3] or ''}") if found else (place, "")
+    store = _opened(url, place)
+    stages = [below.partition("/")[0]] if below else [s for s in TRAININGS if s in store.records]
+    wanted = {stage: "checkpoints/" for stage in stages if stage in store.records}
+    with tempfile.TemporaryDirectory(prefix="cnn2gnn-stored-") as name:
+        folder = Path(name)
+        others = {unit: "" for unit in (session.RUN, session.MANIFESTS) if unit in store.records}
+        session.fetch_parts(store, folder, wanted | others)
+        yield folder / below
+
+
+def _opened(url: str, place: str) -> Store:
+    from cnn2gnn_dist.run_storage.store import Store
+
+    store = Store.open(url, field="")
+    if not store.records:
+        raise UserError(
+            "no run is stored here",
+            where=place,
+            remedy="the URL that the run has as run.storage",
+        )
+    return store

@@ -1,0 +1,222 @@
+"""A run between scratch and storage: what is restored, fetched, kept and set aside (a store in memory)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cnn2gnn_dist import durable, ledger
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.ledger import Entry, Status
+from cnn2gnn_dist.run_storage.session import RunStorage, TrainingCopies, held_back
+from cnn2gnn_dist.run_storage.store import Damaged, Store, TakenOver
+from cnn2gnn_dist.training.checkpoint import folder as disk
+
+URL = "memory://runs/one"
+
+
+@pytest.fixture(autouse=True)
+def memory() -> Iterator[None]:
+    import fsspec
+
+    store = fsspec.filesystem("memory")
+    store.store.clear()
+    yield
+    store.store.clear()
+
+
+def opened(root: Path) -> RunStorage:
+    storage = RunStorage.open(root, URL)
+    ledger.claim(root, "name: one\n")
+    return storage
+
+
+def checkpoint(stage: Path, step: int, size: int = 100) -> Path:
+    final = disk.path_of(disk.root_of(stage), step)
+    work = final.with_name(final.name + ".tmp")
+    work.mkdir(parents=True)
+    path = work / "rank-00000-of-00001.safetensors"
+    path.write_bytes(bytes([step]) * size)
+    disk.publish(work, final, {"format": disk.FORMAT, "step": step}, [disk.describe(path)])
+    return final
+
+
+def finished(stage: Path, names: dict[str, bytes], key: str = "k") -> None:
+    ledger.begin(stage, Entry(key, {}))
+    for name, data in names.items():
+        (stage / name).parent.mkdir(parents=True, exist_ok=True)
+        (stage / name).write_bytes(data)
+    files = [stage / name for name in names]
+    ledger.finish(stage, Entry(key, {}, outputs=ledger.outputs(stage, files)))
+
+
+def test_a_finished_stage_is_complete_elsewhere_before_its_files_come(tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    storage = opened(here)
+    finished(here / "targets", {"a.parquet": b"soft", "b.parquet": b"targets"})
+    (here / "targets" / "dense").mkdir()
+    (here / "targets" / "dense" / "x.npy").write_bytes(b"made again")
+    storage.keep_stage("targets", made=True)
+
+    other = opened(there)
+    assert sorted(p.name for p in (there / "targets").iterdir()) == [
+        ledger.HELD, "begin.json", ledger.DONE,
+    ]  # fmt: skip
+    assert ledger.status(there / "targets", "k")[0] is Status.COMPLETE
+    assert held_back(there, ["targets"]) == URL
+    assert held_back(here, ["targets"]) is None
+    other.fetch("targets")
+    assert (there / "targets" / "b.parquet").read_bytes() == b"targets"
+    assert not (there / "targets" / "dense").exists()
+    assert held_back(there, ["targets"]) is None
+    assert (there / ledger.CONFIG).read_text() == "name: one\n"
+
+
+def test_a_training_in_progress_comes_with_its_checkpoints_graphs_and_metrics(tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    storage = opened(here)
+    stage = here / "student"
+    ledger.begin(stage, Entry("k", {}))
+    (stage / "metrics.jsonl").write_text('{"step": 1}\n')
+    checkpoint(stage, 1)
+    checkpoint(stage, 2)
+    version = stage / "graph" / "v0001"
+    version.mkdir(parents=True)
+    (version / "x.npy").write_bytes(b"rows")
+    listed = {"files": {"x.npy": [4, durable.sha256(version / "x.npy")]}, "meta": {}}
+    (version / "manifest.json").write_text(json.dumps(listed))
+    (stage / "graph" / "v0002.tmp").mkdir()
+    (stage / "graph" / "v0002.tmp" / "x.npy").write_bytes(b"half")
+    copies = TrainingCopies(storage, stage)
+    assert copies.start() is None
+    assert copies.wait() is None
+
+    other = opened(there)
+    assert ledger.status(there / "student", "k")[0] is Status.RESUME
+    assert not list((there / "student").glob("checkpoints/*"))
+    other.fetch("student", resumes=True)
+    for step in (1, 2):
+        assert disk.damage(disk.path_of(disk.root_of(there / "student"), step)) is None
+    assert (there / "student" / "graph" / "v0001" / "x.npy").read_bytes() == b"rows"
+    assert not (there / "student" / "graph" / "v0002.tmp").exists()
+    assert (there / "student" / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+    checkpoint(stage, 3)
+    disk.prune(disk.root_of(stage), disk.path_of(disk.root_of(stage), 3), 2)
+    assert copies.start() is not None or copies.wait() is not None  # the other writes now
+
+
+def test_pruned_checkpoints_go_from_the_storage(tmp_path):
+    storage = opened(tmp_path)
+    stage = tmp_path / "teacher"
+    ledger.begin(stage, Entry("k", {}))
+    copies = TrainingCopies(storage, stage)
+    for step in range(1, 6):
+        final = checkpoint(stage, step)
+        disk.prune(disk.root_of(stage), final, 2)
+        copies.start()
+        assert copies.wait() is None
+    kept = {
+        name.split("/")[1] for name in Store.open(URL).records["teacher"].files if "step-" in name
+    }
+    assert kept == {"step-00000004", "step-00000005"}
+    objects = [n for n in storage.store._below("files") if n.endswith(".safetensors")]
+    assert len(objects) == 2
+    assert copies.outcomes() == [None] * 5
+
+
+def test_a_damaged_checkpoint_is_left_out_and_the_one_before_it_serves(tmp_path, caplog):
+    import fsspec
+
+    storage = opened(tmp_path / "here")
+    stage = tmp_path / "here" / "teacher"
+    ledger.begin(stage, Entry("k", {}))
+    checkpoint(stage, 1)
+    checkpoint(stage, 2)
+    copies = TrainingCopies(storage, stage)
+    copies.start()
+    assert copies.wait() is None
+    memory = fsspec.filesystem("memory")
+    [victim] = [n for n in memory.find("/runs/one/files") if "step-00000002/rank" in n]
+    memory.pipe_file(victim, b"\x07" * 100)
+
+    other = opened(tmp_path / "there")
+    other.fetch("teacher", resumes=True)
+    assert (
+        "checkpoint step-00000002: an object of the run's storage has other contents" in caplog.text
+    )
+    root = disk.root_of(tmp_path / "there" / "teacher")
+    assert [p.name for p in disk.all_of(root) if disk.damage(p) is None] == ["step-00000001"]
+    again = TrainingCopies(other, tmp_path / "there" / "teacher")
+    again.start()  # stores what is whole
+    assert again.wait() is None
+    assert not any("step-00000002" in n for n in Store.open(URL).records["teacher"].files)
+
+
+def test_a_damaged_file_of_a_finished_stage_is_an_error(tmp_path):
+    import fsspec
+
+    storage = opened(tmp_path / "here")
+    finished(tmp_path / "here" / "shards", {"train-000000.tar": b"images"})
+    storage.keep_stage("shards", made=True)
+    memory = fsspec.filesystem("memory")
+    [victim] = [n for n in memory.find("/runs/one/files/shards") if n.endswith(".tar")]
+    memory.pipe_file(victim, b"imag")
+    other = opened(tmp_path / "there")
+    with pytest.raises(Damaged, match="has 4 bytes instead of 6") as caught:
+        other.fetch("shards")
+    assert caught.value.where.startswith(f"{URL}/files/shards/train-000000.")
+
+
+def test_scratch_that_survived_is_used_unless_the_run_went_on_elsewhere(tmp_path, caplog):
+    here, there = tmp_path / "here", tmp_path / "there"
+    storage = opened(here)
+    finished(here / "teacher", {"w": b"first"})
+    storage.keep_stage("teacher", made=True)
+    (here / "teacher" / "w").write_bytes(b"local")
+    opened(here).fetch("teacher")
+    assert (here / "teacher" / "w").read_bytes() == b"local"  # nothing is fetched that is there
+
+    other = opened(there)
+    other.set_aside("teacher")
+    ledger.set_aside(there / "teacher")
+    finished(there / "teacher", {"w": b"second"}, key="l")
+    other.keep_stage("teacher", made=True)
+    assert sorted(Store.open(URL).records) == ["run", "teacher", "teacher.old-1"]
+
+    back = opened(here)
+    assert "the run went on elsewhere; what is here of it is moved to teacher.old-1" in caplog.text
+    assert (here / "teacher.old-1" / "w").read_bytes() == b"local"
+    back.fetch("teacher")
+    assert (here / "teacher" / "w").read_bytes() == b"second"
+
+
+def test_a_run_that_was_made_without_storage_is_adopted(tmp_path):
+    ledger.claim(tmp_path, "name: one\n")
+    finished(tmp_path / "shards", {"train-000000.tar": b"images"})
+    storage = opened(tmp_path)
+    storage.keep_stage("shards", made=False)
+    assert "train-000000.tar" in Store.open(URL).records["shards"].files
+
+
+def test_a_folder_with_another_run_is_refused(tmp_path):
+    opened(tmp_path / "here").keep_run()
+    ledger.claim(tmp_path / "other", "name: two\n")
+    with pytest.raises(UserError, match="holds a run that is not the one in memory://runs/one"):
+        RunStorage.open(tmp_path / "other", URL)
+
+
+def test_the_run_that_was_overtaken_hears_it_at_its_next_checkpoint(tmp_path):
+    first = opened(tmp_path / "here")
+    stage = tmp_path / "here" / "teacher"
+    ledger.begin(stage, Entry("k", {}))
+    opened(tmp_path / "there")
+    checkpoint(stage, 1)
+    copies = TrainingCopies(first, stage)
+    copies.start()
+    copies.wait()
+    with pytest.raises(TakenOver):
+        copies.outcomes()
