@@ -97,7 +97,9 @@ def _write(run: Path, temporary: Path) -> None:
     artefact.read_config(source)
     artefact.check_files(source)
     shutil.copytree(
-        source, temporary, ignore=shutil.ignore_patterns(*artefact.RECORDS, ledger.HELD, ".lock", "*.tmp")
+        source,
+        temporary,
+        ignore=shutil.ignore_patterns(*artefact.RECORDS, ledger.HELD, ".lock", "*.tmp"),
     )
 
 

@@ -132,7 +132,8 @@ def write_checksums(folder: Path) -> None:
     """Record size and SHA-256 of the files of a model (the memory keeps its own)."""
     files = {}
     for path in sorted(folder.iterdir()):
-        if path.is_file() and path.name not in (CHECKSUMS, *RECORDS):
+        ours = path.name not in (CHECKSUMS, *RECORDS) and not path.name.startswith(".")
+        if path.is_file() and ours:
             durable.sync(path)
             files[path.name] = [path.stat().st_size, durable.sha256(path)]
     durable.write_text(folder / CHECKSUMS, json.dumps({"files": files}, indent=1))

@@ -264,7 +264,9 @@ def _peer_lost(error: RuntimeError, config: Config, who: str) -> PeerLost:
     )
 
 
-def _prepare_folder(survey: Survey, step: Step, update: bool, force: bool, stored: Stored) -> Step:
+def _prepare_folder(
+    survey: Survey, step: Step, update: bool, force: bool, stored: Stored | None = None
+) -> Step:
     """Mark the stage's folder as begun; refuse a stale one, set it aside, or resume it."""
     root, stage, key = Path(str(survey.config.run.dir)), step.stage, step.key
     folder = root / stage.folder
@@ -292,7 +294,8 @@ def _prepare_folder(survey: Survey, step: Step, update: bool, force: bool, store
                 remedy="another run.dir=…, or --update: the old results are kept beside the new"
                 + ("; or --force: training resumes from its checkpoint" * stage.trains),
             )
-        stored.set_aside(stage)
+        if stored is not None:
+            stored.set_aside(stage)
         aside = ledger.set_aside(folder)
         _log.info(f"old results moved to {aside.name}", extra={"stage": stage.name})
         step = replace(step, status=Status.FRESH)
