@@ -63,7 +63,7 @@ KINDS: list[tuple[str, str, str]] = [  # pattern of the command, kind, why
 PRINTS = [  # pattern of the command, pattern of what it prints
     (r"^make demo$", r"(?s)teacher.*student.*report\.html"),
     (r"^cnn2gnn run --config demo$", r"complete, skipped"),
-    (r"--dry-run$", r"(?s)epochs: 20.*student +(to run|stale)"),
+    (r"student.epochs=20 --dry-run$", r"(?s)epochs: 20.*student +(to run|stale)"),
     (r"^cnn2gnn predict --model \S+ image\.png", r"image\.png"),
     (r"^cnn2gnn predict .* images/", r"digit-0"),
     (r"^cnn2gnn (predict|embed) .* --out", r"answers|rows|\d+"),
