@@ -67,7 +67,7 @@ PRINTS = [  # pattern of the command, pattern of what it prints
     (r"^cnn2gnn predict --model \S+ image\.png", r"image\.png"),
     (r"^cnn2gnn predict .* images/", r"digit-0"),
     (r"^cnn2gnn (predict|embed) .* --out", r"answers|rows|\d+"),
-    (r"^cnn2gnn memory ls", r"class"),
+    (r"^cnn2gnn memory ls", r"images, version"),
     (r"^cnn2gnn memory add", r"lynx"),
     (r"^cnn2gnn audit", r"audit"),
     (r"^cnn2gnn checkpoint ls", r"(?s)teacher.*student"),
