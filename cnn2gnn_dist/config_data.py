@@ -129,11 +129,12 @@ class ViewsConfig(Section):
 class StreamConfig(Section):
     """How batches reach a training process."""
 
-    backend: Literal["auto", "ray", "local"] = Field(
+    backend: Literal["auto", "ray", "local", "processes"] = Field(
         "auto",
-        description="ray: reader actors; local: threads of the training process; auto: ray when running under Ray",
+        description="ray: reader actors; local: threads of the training process; processes: its children, "
+        "for small images; auto: ray when running under Ray, else local",
     )
-    workers: int = Field(1, ge=1, description="reader actors (or threads) per rank")
+    workers: int = Field(1, ge=1, description="reader actors (or threads, or processes) per rank")
     prefetch: int = Field(4, ge=1, description="requests that each rank keeps in flight")
     decoded_bytes: int = Field(
         0,

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 LOCAL, RAY = "ours, threads", "ours, Ray actors"
+PROCESSES = "ours, processes"
 LOCAL_1, RAY_1 = "ours, 1 thread", "ours, 1 Ray actor"
 PARTIAL, PARTIAL_RAY = "ours, threads, partial decode", "ours, Ray actors, partial decode"
 WDS, WDS_OURS = "webdataset + DataLoader", "webdataset + DataLoader, our decoder"
@@ -55,6 +56,7 @@ PHOTOS = {
 SMALL = {
     LOCAL: Contender("ours", {"backend": "local"}, passes=10),
     RAY: Contender("ours", {"backend": "ray"}, passes=10),
+    PROCESSES: Contender("ours", {"backend": "processes"}, passes=10),
     LOCAL_1: Contender("ours", {"backend": "local", "workers": 1}, passes=10),
     RAY_1: Contender("ours", {"backend": "ray", "workers": 1}, passes=10),
     FIRST: Contender("ours", {"backend": "local", "decoded": "fresh"}, passes=0.5),
@@ -87,6 +89,7 @@ GOALS: dict[str, list[Goal]] = {
     ],
     "small": [
         (LOCAL, WDS, 6.0),
+        (PROCESSES, WDS, 15.0),
         (LOCAL, RAY_DATA, 10.0),
         (RAY, LOCAL, 0.9),
         (RAY_1, LOCAL_1, 0.9),

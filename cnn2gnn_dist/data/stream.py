@@ -57,7 +57,8 @@ class Stream:
             which is decoded once: ``[Crops(ViewSpec(...), 2), ...]``, ``multi_crop()``.
         seed: seed of the order (``views.seed`` is that of the views).
         window: number of shards shuffled together (see docs/order.md).
-        backend: "local" (threads), "ray" (actors; Ray must be initialized), "auto" (ray if initialized).
+        backend: "local" (threads), "processes" (children of this process; small images), "ray" (actors; Ray
+            must be initialized), "auto" (ray if initialized, else local).
         workers, prefetch: number of readers of this rank, and maximum requests in flight.
         rank, world_size: this rank and the number of ranks; default: from the launcher's environment.
         num_views: use view (epoch mod num_views); None: a new view each epoch.

@@ -124,10 +124,14 @@ def test_nothing_is_left_of_a_ray_driver(manifest, place, tmp_path, how, number,
         ("raise", None, 1),
     ],
 )
-def test_nothing_is_left_of_a_local_driver(manifest, place, tmp_path, how, number, code):
-    command = ["-m", "tests.support.stream_driver", str(manifest), "local", how]
+@pytest.mark.parametrize("backend", ["local", "processes"])
+def test_nothing_is_left_of_a_driver_without_ray(
+    manifest, place, tmp_path, backend, how, number, code
+):
+    command = ["-m", "tests.support.stream_driver", str(manifest), backend, how]
     result = end(place, tmp_path, command, number)
     assert result["code"] == code, result["output"]
+    assert len(result["started"]) >= (2 if backend == "processes" else 0)
     assert_nothing_left(result)
     for noise in ("resource_tracker", "leaked", "Exception ignored"):
         assert noise not in result["output"]

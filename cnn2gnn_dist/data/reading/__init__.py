@@ -1,1 +1,1 @@
-"""From sample ids to batches of pixels: readers, as threads or Ray actors, and their caches."""
+"""From sample ids to batches of pixels: readers, as threads, processes or Ray actors, and their caches."""

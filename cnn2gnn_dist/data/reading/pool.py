@@ -1,6 +1,7 @@
 """The reader pool: stateless readers that answer requests in order, with a few in flight.
 
-Threads of this process and Ray actors (:mod:`.ray_readers`) give the same bytes in the same order.
+Threads of this process, processes (:mod:`.process_readers`) and Ray actors (:mod:`.ray_readers`) give the same bytes
+in the same order.
 There is no work beyond the requests in flight: a consumer that stops asking stops the readers.
 """
 
@@ -22,8 +23,8 @@ class ReaderPool:
 
     Args:
         spec: specification of the readers.
-        backend: "ray" (reader actors on this node), "local" (threads), or "auto": ray if it is
-            initialized in this process.
+        backend: "ray" (reader actors on this node), "local" (threads), "processes" (children of this
+            process), or "auto": ray if it is initialized in this process, else local.
         workers: number of readers.
         prefetch: maximum requests in flight: queued, being read, or read and not yet consumed. Reduced,
             with a message, if they would not fit into Ray's object store.
@@ -61,13 +62,17 @@ class ReaderPool:
             from cnn2gnn_dist.data.reading.ray_readers import RayReaders
 
             self._readers: _Readers = RayReaders(spec, workers, name, resources)
+        elif backend == "processes":
+            from cnn2gnn_dist.data.reading.process_readers import ProcessReaders
+
+            self._readers = ProcessReaders(spec, workers)
         elif backend == "local":
             self._readers = _LocalReaders(spec, workers)
         else:
             raise UserError(
                 f"unknown backend {backend!r}",
                 where="stream.backend",
-                remedy="use ray, local or auto",
+                remedy="use ray, local, processes or auto",
             )
 
     def batches(self, requests: Iterable[Request]) -> Iterator[Batch]:

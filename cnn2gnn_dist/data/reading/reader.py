@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -125,8 +126,12 @@ class Reader:
             path = decoded_cache.cache_path(spec.manifest, self.manifest, first)
             self._cache = DecodedCache(path, len(self.manifest), first.size, spec.decoded_bytes)
 
-    def read(self, request: Request) -> Batch:
+    def read(self, request: Request, into: Sequence[np.ndarray] | None = None) -> Batch:
         """Read, decode and augment.
+
+        Args:
+            request: what to read.
+            into: each group's views [V, n, size, size, 3] uint8, to be overwritten; None: new arrays.
 
         Raises:
             UserError: a shard is missing, truncated, unreadable, or not of the indexed length.
@@ -136,28 +141,24 @@ class Reader:
         if len(ids) and not 0 <= ids.min() <= ids.max() < len(self.manifest):
             raise IndexError(f"sample ids {ids.min()}..{ids.max()} of {len(self.manifest)}")
         numbers = view_numbers(self.groups, request.view)
-        made = [
-            _empty(group, len(own), ids) for group, own in zip(self.groups, numbers, strict=True)
-        ]
+        made = list(into or map(partial(_empty, len(ids)), self.groups, numbers))
         valid = np.ones(len(ids), bool)
         if self._cache is None:
             problems = self._read_rows(ids, numbers, made, valid)
         else:
-            clean = made[0][0]
+            clean = _empty(len(ids), self.groups[0], [CLEAN])[0]
             problems = self._read_clean(self._cache, ids, clean, valid)
-            made = [self._from_clean(clean, ids, numbers[0], valid)]
+            views = [shifted(self.groups[0].views, clean, ids, number) for number in numbers[0]]
+            if into is None and len(views) == 1:
+                made = [views[0][None]]
+            else:
+                np.stack(views, out=made[0])
+        if problems:
+            for images in made:
+                images[:, ~valid] = 0  # whatever was there, or a distortion has put there
         labels = self.manifest.label_N[ids].astype(np.int64)
         crops = tuple(made) if self._several else ()
         return Batch(made[0][0], labels, ids.copy(), valid, problems, crops, request.view)
-
-    def _from_clean(
-        self, clean: np.ndarray, ids: np.ndarray, numbers: Sequence[int], valid: np.ndarray
-    ) -> np.ndarray:
-        """Return views [V, n, size, size, 3] of clean views; ``clean`` may become one of them."""
-        views = [shifted(self.groups[0].views, clean, ids, number) for number in numbers]
-        for images in views:
-            images[~valid] = 0  # as without a cache, whatever a distortion has put there
-        return views[0][None] if len(views) == 1 else np.stack(views)
 
     def _read_clean(
         self, cache: DecodedCache, ids: np.ndarray, clean: np.ndarray, valid: np.ndarray
@@ -205,6 +206,6 @@ class Reader:
         self._files.close()
 
 
-def _empty(group: Crops, views: int, ids: np.ndarray) -> np.ndarray:
+def _empty(rows: int, group: Crops, numbers: Sequence[int]) -> np.ndarray:
     size = group.views.size
-    return np.zeros((views, len(ids), size, size, 3), np.uint8)
+    return np.zeros((len(numbers), rows, size, size, 3), np.uint8)

@@ -1,0 +1,104 @@
+"""Batches in memory that two processes share: the layout, and buffers that leave nothing behind.
+
+A buffer has no name, in no file system: it is gone when the last process that maps it is, however that one ended.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from cnn2gnn_dist.data.images.crops import Crops, view_numbers
+
+
+class Layout:
+    """Where the arrays of a batch lie in a buffer; both processes compute the same.
+
+    Args:
+        groups: what the request asks for.
+        rows: number of samples.
+        view: the request's view number.
+
+    Attributes:
+        size: bytes of the batch.
+    """
+
+    def __init__(self, groups: Sequence[Crops], rows: int, view: int) -> None:
+        self._rows, at = rows, 8 * rows
+        self._images: list[tuple[int, tuple[int, ...]]] = []
+        for group, numbers in zip(groups, view_numbers(groups, view), strict=True):
+            side = group.views.size
+            shape = (len(numbers), rows, side, side, 3)
+            self._images.append((at, shape))
+            at += int(np.prod(shape))
+        self._valid = at
+        self.size = at + rows
+
+    def labels(self, memory: np.ndarray) -> np.ndarray:
+        """Return labels int64 [n] over the buffer's bytes."""
+        return memory[: 8 * self._rows].view(np.int64)
+
+    def valid(self, memory: np.ndarray) -> np.ndarray:
+        """Return the mask of samples that are not corrupt, bool [n], over the buffer's bytes."""
+        return memory[self._valid : self._valid + self._rows].view(bool)
+
+    def images(self, memory: np.ndarray) -> list[np.ndarray]:
+        """Return each group's views, uint8 [V, n, size, size, 3], over the buffer's bytes."""
+        return [memory[at : at + int(np.prod(shape))].reshape(shape) for at, shape in self._images]
+
+
+def mapped(handle: int, size: int) -> np.ndarray:
+    """Return a file's first bytes, uint8 [size], shared with whoever maps it."""
+    return np.frombuffer(mmap.mmap(handle, size), np.uint8)
+
+
+class Buffer:
+    """Shared memory of one batch.
+
+    Args:
+        number: its name among those of a stream.
+        size: bytes.
+
+    Attributes:
+        handle: open file that another process can map.
+        memory: its bytes.
+    """
+
+    def __init__(self, number: int, size: int) -> None:
+        self.number, self.size = number, size
+        self.handle = _unnamed_file(size)
+        self.memory = mapped(self.handle, size)
+
+    def __del__(self) -> None:
+        if hasattr(self, "handle"):
+            os.close(self.handle)
+
+
+class Lease:
+    """Memory of a batch that its arrays keep; with the last of them the buffer is free for another batch.
+
+    Views of views refer to this object itself, so that it lives as long as any of them.
+    """
+
+    def __init__(self, buffer: Buffer, free: deque[Buffer]) -> None:
+        self._buffer, self._free = buffer, free
+        self.__array_interface__: dict[str, Any] = buffer.memory.__array_interface__
+
+    def __del__(self) -> None:
+        self._free.append(self._buffer)
+
+
+def _unnamed_file(size: int) -> int:
+    if hasattr(os, "memfd_create"):
+        handle = os.memfd_create("cnn2gnn-batch", os.MFD_CLOEXEC)
+    else:
+        with tempfile.TemporaryFile() as file:
+            handle = os.dup(file.fileno())
+    os.ftruncate(handle, max(1, size))
+    return handle
