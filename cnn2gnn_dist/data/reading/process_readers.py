@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 
-import cnn2gnn_dist
 from cnn2gnn_dist.data.images.crops import crops_of
 from cnn2gnn_dist.data.reading.reader import Batch, Reader, ReaderSpec, Request
 from cnn2gnn_dist.data.reading.reader_process import receive, send
@@ -197,7 +196,7 @@ class _Process:
         self._known: set[int] = set()
         self._forgotten: list[int] = []
         # -P: what lies in the working folder is not imported; our own package is.
-        package = str(Path(cnn2gnn_dist.__file__).parents[1])
+        package = str(Path(__file__).parents[3])
         paths = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
         code = "from cnn2gnn_dist.data.reading.reader_process import main; main()"
         with theirs:
