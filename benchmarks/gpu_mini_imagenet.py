@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LIST, AGAIN = "pieces.json", 75
 SPARE_S = 45.0
 """Seconds kept for the last checkpoint and for filling OUT."""
-ROWS = ("teacher", "student", "self_path", "vote", "control")
+ROWS = ("teacher", "student", "self_path", "vote", "control_mlp")
 RUNS = {"resnet50": {"arch": "resnet50"}, "resnet152": {"arch": "resnet152"}}
 FULL = (
     "precision=bfloat16", "stream.backend=local", "stream.workers=12", "teacher.epochs=200", "teacher.optimizer=sgd",
@@ -154,7 +154,7 @@ def table(store: Path) -> tuple[str, bool]:
             if one:
                 lines.append(
                     f"| {name} | {row} | {100 * one['accuracy']:.2f} % | {one['parameters']:,} | "
-                    f"{one['flops_per_image'] / 1e6:.1f} | {one['ms_per_image']:.3f} |"
+                    f"{one['flops'] / 1e6:.1f} | {one['ms_per_image']:.3f} |"
                 )
     return "\n".join(lines), whole
 
