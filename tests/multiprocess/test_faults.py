@@ -24,6 +24,7 @@ from cnn2gnn_dist.data.order import Order
 from cnn2gnn_dist.data.reading import ray_readers
 from cnn2gnn_dist.data.reading.pool import ReaderPool
 from cnn2gnn_dist.data.reading.reader import Batch, ReaderSpec, Request
+from cnn2gnn_dist.data.reading.reader_actor import batch_of
 from cnn2gnn_dist.errors import UserError
 from tests.support.shards import make_shards, random_images
 
@@ -71,7 +72,7 @@ class Mortal(ray_readers.ReaderActor):
         self.die(f"before-{name}")
         first = super().read(ids[: len(ids) // 2], view)
         self.die(f"within-{name}")
-        assert len(first[0]) == len(ids) // 2
+        assert len(batch_of(first).ids) == len(ids) // 2
         answer = super().read(ids, view)
         self.die(f"after-{name}")
         return answer
