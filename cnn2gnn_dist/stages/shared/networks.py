@@ -15,6 +15,7 @@ from cnn2gnn_dist.models.precision import MixedPrecision
 from cnn2gnn_dist.models.stem import build_stem
 from cnn2gnn_dist.models.student import Scope, Student
 from cnn2gnn_dist.models.teacher import build_teacher
+from cnn2gnn_dist.runtime import collectives, members
 from cnn2gnn_dist.training.checkpoint import folder as checkpoint_folder
 from cnn2gnn_dist.training.checkpoint.folder import load_weights
 from cnn2gnn_dist.training.sync_norm import synchronise_norms
@@ -153,3 +154,14 @@ def norms_of(stage_folder: Path) -> list[list[int]]:
     """
     path = checkpoint_folder.recorded(stage_folder)
     return list(checkpoint_folder.read_state(path)["extra"].get("norms", [])) if path else []
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Give all ranks rank 0's buffers (collective): DeepSpeed does so for parameters alone.
+
+    They differ where hosts have read different files of initial weights.
+    """
+    if members.on_several_hosts():
+        values = collectives.broadcast_object([buffer.cpu() for buffer in model.buffers()])
+        for buffer, value in zip(model.buffers(), values, strict=True):
+            buffer.copy_(value)

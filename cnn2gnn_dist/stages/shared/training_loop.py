@@ -20,9 +20,10 @@ from cnn2gnn_dist.data.reading.reader import Batch, Request
 from cnn2gnn_dist.errors import Preempted
 from cnn2gnn_dist.models.normalise import shrunk
 from cnn2gnn_dist.models.precision import MixedPrecision
-from cnn2gnn_dist.runtime import collectives, members, preemption
+from cnn2gnn_dist.runtime import collectives, preemption
 from cnn2gnn_dist.stages.shared.context import Context, CorruptCount
 from cnn2gnn_dist.stages.shared.learning_rates import rates_of
+from cnn2gnn_dist.stages.shared.networks import share_buffers
 from cnn2gnn_dist.stages.shared.scheduled_values import rate_at, share_kept
 from cnn2gnn_dist.stages.shared.tally import Tally
 from cnn2gnn_dist.training import ds_config, random_state
@@ -89,7 +90,7 @@ class Training:
             context.device,
             precision=context.config.precision,
         )
-        _same_buffers(model)
+        share_buffers(model)
         self.engine = Engine(
             model,
             resolved,
@@ -394,14 +395,3 @@ class Training:
             self.context.warn(f"{len(corrupt)} corrupt images were left out: {some}", self.name)
         last = self.checkpoints.finish()
         return [path for path in last.iterdir() if path.is_file()]
-
-
-def _same_buffers(model: MixedPrecision) -> None:
-    """Give all ranks rank 0's buffers (collective): DeepSpeed does so for parameters alone.
-
-    They differ where hosts have read different files of initial weights.
-    """
-    if members.on_several_hosts():
-        values = collectives.broadcast_object([buffer.cpu() for buffer in model.buffers()])
-        for buffer, value in zip(model.buffers(), values, strict=True):
-            buffer.copy_(value)
