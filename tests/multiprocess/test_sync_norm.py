@@ -238,6 +238,47 @@ def compared() -> dict[str, dict[str, float]]:
     return found
 
 
+def bfloat16_rows() -> dict[str, float]:
+    """A bfloat16 batch in channels_last, beside float64 over the complete batch: largest differences."""
+    torch.manual_seed(0)
+    plain = nn.BatchNorm2d(3)
+    plain.weight.data.uniform_(0.5, 2)
+    x = (3 * images() + torch.tensor([0.0, 5.0, -20.0]).view(3, 1, 1)).bfloat16()
+    upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).bfloat16()
+    reference = deepcopy(plain).double()
+    whole = x.double().requires_grad_()
+    expected = reference(whole)
+    (expected * upstream.double()).sum().backward()
+    ours = synchronise_norms(plain)
+    own = x[own_rows()].to(memory_format=torch.channels_last).requires_grad_()
+    found = ours(own)
+    assert found.dtype == torch.bfloat16
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    found.backward(upstream[own_rows()])
+    sums = {
+        name: furthest(
+            collectives.all_reduce_sum(getattr(ours, name).grad).double(),
+            getattr(reference, name).grad,
+        )
+        for name in ("weight", "bias")
+    }
+    statistics = {
+        name: furthest(getattr(ours, name).double(), getattr(reference, name))
+        for name in ("running_mean", "running_var")
+    }
+    output = {"output": furthest(found.double(), expected[own_rows()])}
+    return output | {"dx": furthest(own.grad.double(), whole.grad[own_rows()])} | sums | statistics
+
+
+def test_bfloat16_is_rounded_only_where_it_is_stored() -> None:
+    """Moments and sums are float32; outputs and gradients differ by the last bit of bfloat16."""
+    for rank in rank_group.run(bfloat16_rows, 2):
+        for name in ("running_mean", "running_var", "weight", "bias"):
+            assert rank[name] < 1e-5, (name, rank)
+        assert rank["output"] < 2**-8, rank
+        assert rank["dx"] < 2**-7, rank
+
+
 def test_two_ranks_are_one_process_over_the_whole_batch() -> None:
     for rank in rank_group.run(compared, 2):
         assert set(FAMILIES) < set(rank)
