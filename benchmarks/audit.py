@@ -6,7 +6,7 @@ A small stem is trained for five epochs on the first 12,500 training images (its
 Of 20,000 others 5, 20 and 40 % of the labels are flipped: to any other class, or to the class that the stem
 confuses most with the true one. All methods have the same features and the same labels:
 
-    audit, score      the order of ``cnn2gnn audit`` (inference/audit_scores.py), 19 neighbors
+    audit, score      the order of ``cnn2gnn audit`` (inference/audit/scores.py), 19 neighbors
     audit, margin     its column for flips between similar classes
     small loss        the loss of the same linear head alone
     cleanlab, *       its label quality scores, on probabilities of scikit-learn's logistic regression
@@ -38,9 +38,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from cnn2gnn_dist.data.images.decode import decode
-from cnn2gnn_dist.inference import audit_scores
-from cnn2gnn_dist.inference.audit import HeldOut, TrainingSet, audit
-from cnn2gnn_dist.inference.linear_head import head_probabilities
+from cnn2gnn_dist.inference.audit import scores as audit_scores
+from cnn2gnn_dist.inference.audit.findings import HeldOut, TrainingSet, audit
+from cnn2gnn_dist.inference.audit.linear_head import head_probabilities
 from cnn2gnn_dist.models.stem import build_stem
 
 TRAINED, EPOCHS, JUDGED, CLASSES, BATCH = 12_500, 5, 20_000, 10, 256

@@ -20,7 +20,7 @@ import psutil
 import torch
 
 from cnn2gnn_dist import settings
-from cnn2gnn_dist.runtime import collectives
+from cnn2gnn_dist.runtime.group import collectives
 from cnn2gnn_dist.runtime.ranks import Ranks
 from cnn2gnn_dist.stages.shared.networks import Teacher
 from cnn2gnn_dist.training import ds_config, engine

@@ -20,7 +20,7 @@ from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
 from cnn2gnn_dist.inference.calibration import Calibration, calibration_error, softmax
-from cnn2gnn_dist.inference.together import Together
+from cnn2gnn_dist.inference.sets.together import Together
 
 SHOTS = (1, 5, 20, 100)
 K = 10

@@ -54,8 +54,8 @@ def peak() -> int:
 def rank_main(kind: str, stage: int, micro: int) -> dict[str, float]:
     """Train some steps as one rank; return predictions and measurements."""
     from cnn2gnn_dist import settings
-    from cnn2gnn_dist.commands.first_config.speed import RandomQuery
-    from cnn2gnn_dist.commands.sizing import estimate
+    from cnn2gnn_dist.commands.init.speed import RandomQuery
+    from cnn2gnn_dist.commands.plan import estimate
     from cnn2gnn_dist.runtime.ranks import Ranks
     from cnn2gnn_dist.stages.shared.networks import Teacher, build_student
     from cnn2gnn_dist.training import ds_config, engine
@@ -154,7 +154,7 @@ def measured(kind: str, stage: int, micro: int, world: int) -> dict[str, float]:
 
 def main() -> int:
     """Measure all cases, and print the table."""
-    from cnn2gnn_dist.commands.sizing.constants import PROCESS
+    from cnn2gnn_dist.commands.plan.constants import PROCESS
 
     print("| model | ranks | ZeRO | images | states, MB | predicted | peak, MB | predicted | ratio "
           "| process, MB | GFLOP/s |\n|---|---|---|---|---|---|---|---|---|---|---|")  # fmt: skip

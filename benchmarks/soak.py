@@ -34,7 +34,7 @@ from cnn2gnn_dist.data.index.manifest import Manifest, index
 from cnn2gnn_dist.data.order import Order
 from cnn2gnn_dist.data.reading.pool import ReaderPool
 from cnn2gnn_dist.data.reading.reader import ReaderSpec, Request
-from cnn2gnn_dist.runtime import ray_cluster
+from cnn2gnn_dist.runtime.ray import cluster as ray_cluster
 
 LOOK_S, LINE_S, PHASE_S = 5.0, 30.0, 20.0
 SLOW_S = 0.2

@@ -143,7 +143,7 @@ def batch(
     given: argparse.Namespace, config: Any, kind: str
 ) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
     """Images uint8 [B, S, S, 3], labels, and the neighbors around them, if the model takes any."""
-    from cnn2gnn_dist.commands.first_config.speed import RandomQuery
+    from cnn2gnn_dist.commands.init.speed import RandomQuery
 
     size = config.views.size
     images = torch.randint(0, 256, (given.images, size, size, 3), dtype=torch.uint8)

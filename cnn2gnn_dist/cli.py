@@ -9,18 +9,12 @@ import sys
 from collections.abc import Callable, Sequence
 
 from cnn2gnn_dist import __version__, log, presets, submit
-from cnn2gnn_dist.commands import (
-    audit_cli,
-    checkpoint_cli,
-    embed_cli,
-    export_cli,
-    init_cli,
-    memory_cli,
-    plan_cli,
-    predict_cli,
-    run_cli,
-    serve,
-)
+from cnn2gnn_dist.commands.answers import embed_cli, predict_cli
+from cnn2gnn_dist.commands.audit import arguments as audit_cli
+from cnn2gnn_dist.commands.init import arguments as init_cli
+from cnn2gnn_dist.commands.model import export_cli, memory_cli, serve
+from cnn2gnn_dist.commands.plan import arguments as plan_cli
+from cnn2gnn_dist.commands.runs import checkpoint_cli, run_cli
 from cnn2gnn_dist.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -82,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.report_error("interrupted; the same command resumes the run")
         return 130
     except SystemExit as end:
-        from cnn2gnn_dist.runtime.ray_session import ENDED_BY_SIGTERM
+        from cnn2gnn_dist.runtime.ray.session import ENDED_BY_SIGTERM
 
         if end.code == ENDED_BY_SIGTERM:
             log.report_error("stopped by SIGTERM; the same command resumes the run")
@@ -159,7 +153,8 @@ def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from cnn2gnn_dist.commands import cluster_doctor, doctor
+    from cnn2gnn_dist.commands.doctor import cluster as cluster_doctor
+    from cnn2gnn_dist.commands.doctor import machine as doctor
 
     if arguments.cluster or arguments.address:
         return cluster_doctor.command(arguments.address, arguments.folder)

@@ -19,7 +19,8 @@ from typing import Any, NoReturn
 from cnn2gnn_dist import log, settings
 from cnn2gnn_dist.errors import Preempted, UserError
 from cnn2gnn_dist.pipeline import runner
-from cnn2gnn_dist.runtime import preemption, process_group
+from cnn2gnn_dist.runtime import preemption
+from cnn2gnn_dist.runtime.group import process_group
 from cnn2gnn_dist.runtime.ranks import Ranks
 
 _log = logging.getLogger(__name__)

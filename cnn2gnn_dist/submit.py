@@ -28,7 +28,7 @@ from typing import Any
 
 from cnn2gnn_dist import log
 from cnn2gnn_dist.errors import UserError, first_line
-from cnn2gnn_dist.runtime import ray_probe
+from cnn2gnn_dist.runtime.ray import probe as ray_probe
 
 _log = logging.getLogger(__name__)
 

@@ -28,7 +28,7 @@ def opened(job: Job) -> Stream:
     """The stream of a job; starts Ray if the job uses it."""
     backend = job.options["backend"]
     if backend == "ray":
-        from cnn2gnn_dist.runtime import ray_cluster
+        from cnn2gnn_dist.runtime.ray import cluster as ray_cluster
 
         ray_cluster.start(None, cpus=WORKERS)
     return Stream(

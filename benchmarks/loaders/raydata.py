@@ -17,7 +17,7 @@ from loaders.users import one_thread, opened, transform
 def batches(job: Job) -> Iterator[Any]:
     import ray.data
 
-    from cnn2gnn_dist.runtime import ray_cluster
+    from cnn2gnn_dist.runtime.ray import cluster as ray_cluster
 
     ray_cluster.start(None, cpus=WORKERS)
     data = ray.data.read_webdataset(job.shards * job.passes, decoder=None)

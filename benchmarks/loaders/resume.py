@@ -16,7 +16,7 @@ def figures(job: Job) -> dict[str, float]:
     """Median milliseconds from scratch (no stream, no readers, no open shard) to a batch."""
     backend = job.options["backend"]
     if backend == "ray":
-        from cnn2gnn_dist.runtime import ray_cluster
+        from cnn2gnn_dist.runtime.ray import cluster as ray_cluster
 
         ray_cluster.start(None, cpus=WORKERS)
     _seconds(job, 0)  # imports

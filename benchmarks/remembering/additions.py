@@ -9,8 +9,8 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from cnn2gnn_dist.inference.calibration import fit_temperature, log_softmax, softmax
-from cnn2gnn_dist.inference.new_classes import NewClasses, Trade
-from cnn2gnn_dist.inference.old_classes import Images, OldClasses
+from cnn2gnn_dist.inference.memory.new_classes import NewClasses, Trade
+from cnn2gnn_dist.inference.memory.old_classes import Images, OldClasses
 
 PARTS = ("calibration", "test", "new_test")
 REPLAY = 8000

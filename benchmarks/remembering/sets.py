@@ -10,7 +10,7 @@ from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 
 from cnn2gnn_dist.inference.calibration import log_softmax, softmax
-from cnn2gnn_dist.inference.together import Together
+from cnn2gnn_dist.inference.sets.together import Together
 
 SETS = (
     (2, 1),

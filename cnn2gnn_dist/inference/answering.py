@@ -9,7 +9,7 @@ import numpy as np
 
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference.answers import Answer, Neighbour
-from cnn2gnn_dist.inference.artefact import ModelConfig
+from cnn2gnn_dist.inference.folder.artefact import ModelConfig
 from cnn2gnn_dist.inference.memory.view import Memory
 from cnn2gnn_dist.inference.network import Outputs
 

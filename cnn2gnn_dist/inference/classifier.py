@@ -13,10 +13,11 @@ import numpy as np
 import torch
 
 from cnn2gnn_dist.errors import UserError, first_line
-from cnn2gnn_dist.inference import artefact, inputs
+from cnn2gnn_dist.inference import inputs
 from cnn2gnn_dist.inference.answering import answers_of, check_counts
 from cnn2gnn_dist.inference.answers import Answer
-from cnn2gnn_dist.inference.artefact import ModelConfig
+from cnn2gnn_dist.inference.folder import artefact
+from cnn2gnn_dist.inference.folder.artefact import ModelConfig
 from cnn2gnn_dist.inference.inputs import Pixels
 from cnn2gnn_dist.inference.memory import store
 from cnn2gnn_dist.inference.memory.store import Version
@@ -219,7 +220,7 @@ class Classifier:
         """Answer a set of images together: a burst, the parts of one object, images from one place.
 
         Where the images are found to be related, each answer depends on the others
-        (``inference/together.py``); else they are those of ``predict``.
+        (``inference/sets/together.py``); else they are those of ``predict``.
 
         Args:
             images: a collection, as ``predict`` takes it.
@@ -343,19 +344,19 @@ class Classifier:
         Raises:
             UserError: see ``open``.
         """
-        from cnn2gnn_dist.inference.hub import HubFolder
+        from cnn2gnn_dist.inference.folder.hub import HubFolder
 
         return cls.open(HubFolder.from_pretrained(model, **hub).folder, device=device)
 
     def save_pretrained(self, folder: str | Path, **hub: Any) -> str | None:
         """Copy the model to a folder; see ``huggingface_hub.ModelHubMixin.save_pretrained``."""
-        from cnn2gnn_dist.inference.hub import HubFolder
+        from cnn2gnn_dist.inference.folder.hub import HubFolder
 
         return HubFolder(self.folder).save_pretrained(folder, **hub)
 
     def push_to_hub(self, name: str, **hub: Any) -> str:
         """Upload the model; see ``huggingface_hub.ModelHubMixin.push_to_hub``."""
-        from cnn2gnn_dist.inference.hub import HubFolder
+        from cnn2gnn_dist.inference.folder.hub import HubFolder
 
         return HubFolder(self.folder).push_to_hub(name, **hub)
 

@@ -19,11 +19,11 @@ from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference.classifier import BATCH, Classifier
 from cnn2gnn_dist.inference.inputs import UNNAMED, Pixels
 from cnn2gnn_dist.inference.memory import edits, store
+from cnn2gnn_dist.inference.memory.new_classes import NewClasses, Trade
+from cnn2gnn_dist.inference.memory.old_classes import Images, OldClasses
 from cnn2gnn_dist.inference.memory.store import NewRows, Version
 from cnn2gnn_dist.inference.memory.view import Memory
 from cnn2gnn_dist.inference.network import Outputs, joined
-from cnn2gnn_dist.inference.new_classes import NewClasses, Trade
-from cnn2gnn_dist.inference.old_classes import Images, OldClasses
 from cnn2gnn_dist.inference.scoring import HeldOut
 
 QUALITY = 85

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.inference.artefact import ModelConfig
 from cnn2gnn_dist.inference.batch_invariance import make_batch_invariant, smallest_batch
+from cnn2gnn_dist.inference.folder.artefact import ModelConfig
 from cnn2gnn_dist.inference.memory.view import Memory
 from cnn2gnn_dist.models.block import Block, averaged_block
 from cnn2gnn_dist.models.stem import build_stem

@@ -15,12 +15,12 @@ import numpy as np
 
 from cnn2gnn_dist import durable
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.inference import artefact
 from cnn2gnn_dist.inference.calibration import Calibration, softmax
+from cnn2gnn_dist.inference.folder import artefact
+from cnn2gnn_dist.inference.memory.old_classes import Images, unit
 from cnn2gnn_dist.inference.memory.view import Memory
 from cnn2gnn_dist.inference.network import Outputs
-from cnn2gnn_dist.inference.old_classes import Images, unit
-from cnn2gnn_dist.inference.together import Relations, Together
+from cnn2gnn_dist.inference.sets.together import Relations, Together
 
 FITTED = "calibration.json"
 

@@ -9,14 +9,9 @@ from cnn2gnn_dist.config import Config
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.pipeline.planning import Step
 from cnn2gnn_dist.pipeline.registry import Stage
-from cnn2gnn_dist.runtime import (
-    collectives,
-    exchange,
-    handover,
-    host_checks,
-    members,
-    shared_folder,
-)
+from cnn2gnn_dist.runtime.group import collectives, exchange, members
+from cnn2gnn_dist.runtime.hosts import host_checks
+from cnn2gnn_dist.runtime.shared_files import handover, shared_folder
 from cnn2gnn_dist.stages.shared.context import RunPaths, load_manifest
 
 COMPARED = {".json", ".arrow"}

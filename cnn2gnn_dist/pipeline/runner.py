@@ -20,8 +20,10 @@ from cnn2gnn_dist.pipeline.keys import Survey
 from cnn2gnn_dist.pipeline.planning import Step, check_names, flat, inspect_stage, plan
 from cnn2gnn_dist.pipeline.registry import Stage, stages_of
 from cnn2gnn_dist.pipeline.stored import Stored
-from cnn2gnn_dist.runtime import exchange, folder_lock, preemption
+from cnn2gnn_dist.runtime import preemption
+from cnn2gnn_dist.runtime.group import exchange
 from cnn2gnn_dist.runtime.ranks import Ranks
+from cnn2gnn_dist.runtime.shared_files import folder_lock
 from cnn2gnn_dist.stages.shared import preflight
 from cnn2gnn_dist.stages.shared.context import Context, RunPaths, load_manifest
 from cnn2gnn_dist.training.checkpoint import folder as checkpoint_folder
@@ -61,7 +63,7 @@ def run_rank(
         Preempted: training was asked to stop, and has saved.
         RuntimeError: torch's or ours: a bug.
     """
-    from cnn2gnn_dist.runtime import collectives
+    from cnn2gnn_dist.runtime.group import collectives
     from cnn2gnn_dist.training import engine
 
     config = settings.check(tree)
@@ -382,6 +384,6 @@ def _locked(root: Path, ranks: Ranks, timeout_s: float = 600.0) -> Iterator[None
 
 def _on_rank_0(ranks: Ranks, work: Callable[[], Any]) -> Any:
     """Rank 0 does the work, however long it takes; all ranks get its result or raise its error."""
-    from cnn2gnn_dist.runtime import collectives
+    from cnn2gnn_dist.runtime.group import collectives
 
     return collectives.alone(work)

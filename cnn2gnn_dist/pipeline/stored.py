@@ -15,7 +15,7 @@ from cnn2gnn_dist.pipeline.planning import Step
 from cnn2gnn_dist.pipeline.registry import STAGES, Stage, stages_of
 from cnn2gnn_dist.run_storage import session
 from cnn2gnn_dist.run_storage.session import RunStorage
-from cnn2gnn_dist.runtime import collectives
+from cnn2gnn_dist.runtime.group import collectives
 
 PACKED = STAGES["pack"].folder
 

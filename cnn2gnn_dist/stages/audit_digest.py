@@ -15,10 +15,10 @@ from cnn2gnn_dist.data.images.views import CLEAN, ViewSpec
 from cnn2gnn_dist.data.reading.reader import Reader, ReaderSpec, Request
 from cnn2gnn_dist.data.reading.shard_files import CacheSpec
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.inference import look_alike
-from cnn2gnn_dist.inference.audit import Findings, HeldOut, TrainingSet, audit
-from cnn2gnn_dist.inference.audit_files import evidence
-from cnn2gnn_dist.inference.audit_memory import Thumbnails, training_set
+from cnn2gnn_dist.inference.audit import look_alike
+from cnn2gnn_dist.inference.audit.files import evidence
+from cnn2gnn_dist.inference.audit.findings import Findings, HeldOut, TrainingSet, audit
+from cnn2gnn_dist.inference.audit.memory import Thumbnails, training_set
 from cnn2gnn_dist.inference.classifier import Classifier
 from cnn2gnn_dist.report.audit_page import jpeg_uri
 from cnn2gnn_dist.stages.shared.context import Context, chunks, load_manifest

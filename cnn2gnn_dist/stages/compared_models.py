@@ -16,7 +16,7 @@ from cnn2gnn_dist.models.graph_head import adaptive_neighbours, squared_distance
 from cnn2gnn_dist.models.precision import MixedPrecision
 from cnn2gnn_dist.models.student import Student, StudentOutput
 from cnn2gnn_dist.report.labels import CONTROL
-from cnn2gnn_dist.runtime import collectives
+from cnn2gnn_dist.runtime.group import collectives
 from cnn2gnn_dist.stages.neighbours.neighbourhood import Neighbourhood, opened
 from cnn2gnn_dist.stages.shared.context import Context
 from cnn2gnn_dist.stages.shared.networks import Teacher, build_student, load_model

@@ -21,7 +21,7 @@ from cnn2gnn_dist.durable import write_text
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.report.labels import LABELS, evaluated, stage_of
 from cnn2gnn_dist.report.page import write_report
-from cnn2gnn_dist.runtime import collectives
+from cnn2gnn_dist.runtime.group import collectives
 from cnn2gnn_dist.stages.compared_models import Row, StudentWithBank, compared_models
 from cnn2gnn_dist.stages.shared.context import Context, load_manifest
 from cnn2gnn_dist.stages.shared.networks import norms_of

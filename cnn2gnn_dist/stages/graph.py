@@ -26,7 +26,8 @@ from cnn2gnn_dist.graph.partition import fennel
 from cnn2gnn_dist.graph.partition import parts as partition
 from cnn2gnn_dist.graph.search.valid_nodes import valid_nodes_of
 from cnn2gnn_dist.graph.version import GraphVersion, GraphWriter
-from cnn2gnn_dist.runtime import collectives, exchange, handover, members
+from cnn2gnn_dist.runtime.group import collectives, exchange, members
+from cnn2gnn_dist.runtime.shared_files import handover
 from cnn2gnn_dist.stages.neighbours import candidates
 from cnn2gnn_dist.stages.neighbours.embeddings import NOTE, Embedded
 from cnn2gnn_dist.stages.neighbours.neighbourhood import opened

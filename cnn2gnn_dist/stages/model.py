@@ -26,9 +26,10 @@ from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.graph.memory_model import THUMBNAILS_UP_TO
 from cnn2gnn_dist.graph.search.valid_nodes import valid_nodes_of
 from cnn2gnn_dist.graph.version import latest_version, open_version
-from cnn2gnn_dist.inference import artefact, scoring
-from cnn2gnn_dist.inference.artefact import GraphSpec, ModelConfig, StudentSpec, ViewsSpec
-from cnn2gnn_dist.inference.card import card
+from cnn2gnn_dist.inference import scoring
+from cnn2gnn_dist.inference.folder import artefact
+from cnn2gnn_dist.inference.folder.artefact import GraphSpec, ModelConfig, StudentSpec, ViewsSpec
+from cnn2gnn_dist.inference.folder.card import card
 from cnn2gnn_dist.inference.memory import edits
 from cnn2gnn_dist.inference.memory.store import NewRows
 from cnn2gnn_dist.inference.memory.view import Memory

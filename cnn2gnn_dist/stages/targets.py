@@ -17,7 +17,8 @@ from cnn2gnn_dist.data.images.views import CLEAN
 from cnn2gnn_dist.data.index.manifest import Manifest
 from cnn2gnn_dist.data.reading.pool import ReaderPool
 from cnn2gnn_dist.data.reading.reader import Request
-from cnn2gnn_dist.runtime import collectives, handover, members
+from cnn2gnn_dist.runtime.group import collectives, members
+from cnn2gnn_dist.runtime.shared_files import handover
 from cnn2gnn_dist.stages.shared.context import Context, CorruptCount, chunks, load_manifest
 from cnn2gnn_dist.stages.shared.networks import Teacher, final_checkpoint, load_model
 from cnn2gnn_dist.stages.shared.predictions import check_held_out

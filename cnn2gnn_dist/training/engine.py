@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.runtime import collectives, members, peer_watch, process_group
+from cnn2gnn_dist.runtime.group import collectives, members, peer_watch, process_group
 from cnn2gnn_dist.runtime.ranks import Ranks
 from cnn2gnn_dist.training.average import MOMENTS, Average, Kind, create_state
 from cnn2gnn_dist.training.outcome import Outcome, StepInfo

@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.runtime import collectives
+from cnn2gnn_dist.runtime.group import collectives
 
 _TIMM = "timm.layers.norm_act"
 _RUNNING = ("running_mean", "running_var")

@@ -22,7 +22,7 @@ from cnn2gnn_dist.data.order import Order
 from cnn2gnn_dist.data.reading.reader import Reader, ReaderSpec, Request
 from cnn2gnn_dist.data.soft_targets import write_shard
 from cnn2gnn_dist.pipeline import runner
-from cnn2gnn_dist.runtime import collectives
+from cnn2gnn_dist.runtime.group import collectives
 from cnn2gnn_dist.runtime.ranks import Ranks
 from cnn2gnn_dist.stages import student
 from cnn2gnn_dist.stages.shared.context import Context, RunPaths

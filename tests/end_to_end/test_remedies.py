@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from cnn2gnn_dist import ledger, settings
-from cnn2gnn_dist.commands import checkpoint, opening
+from cnn2gnn_dist.commands.model import opening
+from cnn2gnn_dist.commands.runs import checkpoint
 from cnn2gnn_dist.pipeline import runner
 from cnn2gnn_dist.training.checkpoint import folder as disk
 from tests.support import runs
@@ -123,7 +124,7 @@ def test_a_remedy_works_as_written(row, alternative, tmp_path):
 @pytest.fixture
 def held(tmp_path) -> Iterator[None]:
     script = (
-        "import sys, pathlib; from cnn2gnn_dist.runtime import folder_lock as f; "
+        "import sys, pathlib; from cnn2gnn_dist.runtime.shared_files import folder_lock as f; "
         "f.take(pathlib.Path(sys.argv[1]), 0); print('held', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.runtime import collectives
+from cnn2gnn_dist.runtime.group import collectives
 from cnn2gnn_dist.training import random_state
 from cnn2gnn_dist.training.checkpoint.folder import load_weights
 from cnn2gnn_dist.training.checkpoint.manager import Checkpoints

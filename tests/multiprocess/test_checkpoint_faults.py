@@ -14,7 +14,7 @@ import pytest
 
 from cnn2gnn_dist import durable
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.runtime import collectives
+from cnn2gnn_dist.runtime.group import collectives
 from cnn2gnn_dist.training.checkpoint import folder as checkpoint_folder
 from cnn2gnn_dist.training.checkpoint.manager import Checkpoints
 from tests.support import REPOSITORY, own_mounts, rank_group, tiny

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.runtime import collectives, handover, members
+from cnn2gnn_dist.runtime.group import collectives, members
+from cnn2gnn_dist.runtime.shared_files import handover
 from cnn2gnn_dist.training.checkpoint import folder as disk
 from cnn2gnn_dist.training.checkpoint.manager import Checkpoints
 from cnn2gnn_dist.training.engine import Engine

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from cnn2gnn_dist.errors import PeerLost, UserError
-from cnn2gnn_dist.runtime import collectives
+from cnn2gnn_dist.runtime.group import collectives
 from tests.support import rank_group
 
 TIMEOUT_S = 5.0

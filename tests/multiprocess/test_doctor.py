@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cnn2gnn_dist.commands import doctor
+from cnn2gnn_dist.commands.doctor import machine as doctor
 
 
 def test_this_machine_can_run(capfd):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.runtime import collectives
+from cnn2gnn_dist.runtime.group import collectives
 from cnn2gnn_dist.training.engine import Engine, inner_optimizer, without_overlap
 from cnn2gnn_dist.training.sync_norm import synchronise_norms
 from tests.support import late_parameters, rank_group, tiny

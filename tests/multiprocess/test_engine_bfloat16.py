@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cnn2gnn_dist.models.graph_head import GraphHead
 from cnn2gnn_dist.models.precision import MixedPrecision
 from cnn2gnn_dist.models.student import Student
-from cnn2gnn_dist.runtime import collectives
+from cnn2gnn_dist.runtime.group import collectives
 from cnn2gnn_dist.training.checkpoint import named_state
 from cnn2gnn_dist.training.engine import Engine
 from tests.multiprocess.test_engine import plain_torch

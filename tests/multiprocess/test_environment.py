@@ -13,14 +13,14 @@ import psutil
 import pytest
 
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.runtime import ray_probe
 from cnn2gnn_dist.runtime.ranks import DEFAULT_PORT
+from cnn2gnn_dist.runtime.ray import probe as ray_probe
 from tests.support import rank_group, runs
 
 
 def own_sockets() -> list[str]:
     """Addresses on which this rank listens, once the group has communicated."""
-    from cnn2gnn_dist.runtime import collectives
+    from cnn2gnn_dist.runtime.group import collectives
 
     collectives.all_gather_object(os.getpid())
     return listening_at(psutil.Process())

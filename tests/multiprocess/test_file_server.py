@@ -11,7 +11,8 @@ import numpy as np
 from cnn2gnn_dist import durable
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.graph.search.work_units import RankGroup, WorkFolder, row_ranges
-from cnn2gnn_dist.runtime import collectives, handover, members
+from cnn2gnn_dist.runtime.group import collectives, members
+from cnn2gnn_dist.runtime.shared_files import handover
 from tests.support import host_runs, hosts
 from tests.support.hosts import Host
 

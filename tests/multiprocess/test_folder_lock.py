@@ -13,8 +13,9 @@ import pytest
 
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.pipeline import runner
-from cnn2gnn_dist.runtime import collectives, folder_lock
+from cnn2gnn_dist.runtime.group import collectives
 from cnn2gnn_dist.runtime.ranks import Ranks
+from cnn2gnn_dist.runtime.shared_files import folder_lock
 from tests.support import rank_group
 
 HOLD = """

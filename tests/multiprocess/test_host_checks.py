@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.runtime import collectives
-from cnn2gnn_dist.runtime.exchange import ErrorExchange, every_rank
+from cnn2gnn_dist.runtime.group import collectives
+from cnn2gnn_dist.runtime.group.exchange import ErrorExchange, every_rank
 from tests.support import REPOSITORY, host_runs, hosts, rank_group
 from tests.support.hosts import Host
 from tests.support.shards import make_shards, random_images

@@ -10,8 +10,8 @@ import torch
 
 from cnn2gnn_dist import cli
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.inference import graphs, onnx_export
 from cnn2gnn_dist.inference.classifier import Classifier
+from cnn2gnn_dist.inference.export import graphs, onnx_export
 from cnn2gnn_dist.models.block import nearest
 from tests.support.models import pictures, write_model
 from tests.support.shards import encode_image

@@ -10,8 +10,8 @@ import pytest
 import torch.distributed as dist
 
 from cnn2gnn_dist.errors import PeerLost
-from cnn2gnn_dist.runtime import collectives
-from cnn2gnn_dist.runtime.peer_watch import PeerWatch, SilenceTracker
+from cnn2gnn_dist.runtime.group import collectives
+from cnn2gnn_dist.runtime.group.peer_watch import PeerWatch, SilenceTracker
 from tests.support import rank_group
 
 

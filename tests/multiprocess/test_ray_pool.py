@@ -13,7 +13,7 @@ import pytest
 from cnn2gnn_dist import cli
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference.classifier import Classifier
-from cnn2gnn_dist.runtime import ray_pool
+from cnn2gnn_dist.runtime.ray import pool as ray_pool
 from tests.support.models import pictures, write_model
 from tests.support.pool_work import squaring
 from tests.support.shards import encode_image

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from cnn2gnn_dist.commands.sizing.states import states
+from cnn2gnn_dist.commands.plan.states import states
 from cnn2gnn_dist.training.engine import Engine
 from tests.support import rank_group, tiny
 

@@ -14,7 +14,7 @@ from cnn2gnn_dist.compat import import_timm
 from cnn2gnn_dist.config import Config, StudentConfig
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.models.stem import build_stem
-from cnn2gnn_dist.runtime import collectives
+from cnn2gnn_dist.runtime.group import collectives
 from cnn2gnn_dist.stages.shared import preflight
 from cnn2gnn_dist.training.sync_norm import SyncNorm, is_synchronised, synchronise_norms
 from tests.support import rank_group

@@ -17,7 +17,7 @@ from torch import Tensor
 from cnn2gnn_dist import settings
 from cnn2gnn_dist.graph.partition import parts
 from cnn2gnn_dist.graph.search import approximate
-from cnn2gnn_dist.runtime import collectives
+from cnn2gnn_dist.runtime.group import collectives
 from cnn2gnn_dist.runtime.ranks import Ranks
 from cnn2gnn_dist.stages import graph
 from cnn2gnn_dist.stages.neighbours import candidates

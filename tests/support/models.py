@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import save_file
 
 from cnn2gnn_dist.graph.search.knn import Index
-from cnn2gnn_dist.inference import artefact, network, scoring
-from cnn2gnn_dist.inference.artefact import GraphSpec, ModelConfig, StudentSpec, ViewsSpec
+from cnn2gnn_dist.inference import network, scoring
 from cnn2gnn_dist.inference.classifier import Classifier
+from cnn2gnn_dist.inference.folder import artefact
+from cnn2gnn_dist.inference.folder.artefact import GraphSpec, ModelConfig, StudentSpec, ViewsSpec
 from cnn2gnn_dist.inference.memory import edits
 from cnn2gnn_dist.inference.memory.store import NewRows
 from tests.support.shards import encode_image

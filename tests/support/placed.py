@@ -57,7 +57,7 @@ def where_with_fewer(ranks: Ranks, folder: str) -> tuple[str, int, int]:
 
 def with_fewer(folder: Path, cluster: Any, trainers: list[Any]) -> dict[str, Any]:
     """A group of two on two nodes, one of which ends for good and takes its rank with it."""
-    from cnn2gnn_dist.runtime.ray_group import GroupSpec, run_group
+    from cnn2gnn_dist.runtime.ray.group import GroupSpec, run_group
 
     lost: list[str] = []
 
@@ -96,7 +96,7 @@ def readers(folder: Path, resources: dict[str, float]) -> list[str]:
 
 def no_room(spec: Any) -> None:
     """Ask for more than there is, without patience."""
-    from cnn2gnn_dist.runtime import ray_group
+    from cnn2gnn_dist.runtime.ray import group as ray_group
 
     ray_group.READY_SECONDS = ray_group.FEWER_SECONDS = 2.0
     ray_group.run_group(f"{HERE}where", {}, spec)
@@ -114,8 +114,8 @@ def main(folder: Path) -> None:
     import ray._private.services as services
     from ray.cluster_utils import Cluster
 
-    from cnn2gnn_dist.runtime import ray_nodes
-    from cnn2gnn_dist.runtime.ray_group import GroupSpec, run_group
+    from cnn2gnn_dist.runtime.ray import nodes as ray_nodes
+    from cnn2gnn_dist.runtime.ray.group import GroupSpec, run_group
 
     # Else Ray takes the machine's address for 127.0.0.1, where nothing listens.
     services.resolve_ip_for_localhost = lambda address, *_: address

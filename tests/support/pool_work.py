@@ -1,4 +1,4 @@
-"""Work for the actors of ``runtime.ray_pool``: some of it kills the process that does it."""
+"""Work for the actors of ``runtime/ray/pool.py``: some of it kills the process that does it."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cnn2gnn_dist.runtime import collectives
+from cnn2gnn_dist.runtime.group import collectives
 from cnn2gnn_dist.training.checkpoint import folder as checkpoint_folder
 from cnn2gnn_dist.training.checkpoint import named_state
 from cnn2gnn_dist.training.checkpoint.manager import Checkpoints

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from cnn2gnn_dist.inference import artefact, scoring
+from cnn2gnn_dist.inference import scoring
 from cnn2gnn_dist.inference.classifier import Classifier
+from cnn2gnn_dist.inference.folder import artefact
 from cnn2gnn_dist.inference.inputs import Pixels
 from tests.support.models import pictures, write_model
 from tests.support.shards import encode_image

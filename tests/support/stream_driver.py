@@ -22,7 +22,7 @@ def main() -> None:
     # A shell that starts the tests in the background has SIGINT ignored, and children inherit it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if backend == "ray":
-        from cnn2gnn_dist.runtime import ray_cluster
+        from cnn2gnn_dist.runtime.ray import cluster as ray_cluster
 
         ray_cluster.start(None, cpus=2)
     samples = len(Manifest.load(manifest))

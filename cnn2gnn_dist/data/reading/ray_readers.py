@@ -30,7 +30,7 @@ from cnn2gnn_dist.data.images.crops import pixel_bytes
 from cnn2gnn_dist.data.reading.reader import Batch, Reader, ReaderSpec, Request
 from cnn2gnn_dist.data.reading.reader_actor import ReaderActor, batch_of
 from cnn2gnn_dist.errors import UserError, last_line
-from cnn2gnn_dist.runtime.ray_session import exit_code_kept
+from cnn2gnn_dist.runtime.ray.session import exit_code_kept
 
 _log = logging.getLogger(__name__)
 

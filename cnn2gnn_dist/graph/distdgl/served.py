@@ -1,6 +1,6 @@
 """The graph and the bank held by DistDGL's servers, seen from a rank: ``graph.sampling.sampler=distdgl``.
 
-Each rank owns one partition and one machine (``runtime.machine``): a server that holds the
+Each rank owns one partition and one machine (``runtime/supervisor.py``): a server that holds the
 partition's rows of the graph and of the bank, and a client that queries all servers on the rank's
 behalf. The rank itself neither imports DGL nor depends on its processes: it queries its client over
 a private socket, with a timeout, and if either process exits or stops responding it raises

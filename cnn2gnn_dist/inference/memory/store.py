@@ -55,7 +55,7 @@ class Version:
         segments: (name, rows) in the order of row numbers.
         classes: the labels index into them.
         files: name → [bytes, SHA-256] of the arrays beside it.
-        heads: how new classes are scored (``inference/new_classes.py``); empty without any.
+        heads: how new classes are scored (``inference/memory/new_classes.py``); empty without any.
     """
 
     number: int

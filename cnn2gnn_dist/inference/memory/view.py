@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.graph.search.knn import Index
 from cnn2gnn_dist.inference.memory import store
+from cnn2gnn_dist.inference.memory.new_classes import NewClasses
+from cnn2gnn_dist.inference.memory.old_classes import OldClasses
 from cnn2gnn_dist.inference.memory.rewiring import by_distance
 from cnn2gnn_dist.inference.memory.store import Version
-from cnn2gnn_dist.inference.new_classes import NewClasses
-from cnn2gnn_dist.inference.old_classes import OldClasses
 
 _SLACK = 8
 

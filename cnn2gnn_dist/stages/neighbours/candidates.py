@@ -14,7 +14,8 @@ from cnn2gnn_dist.graph.search.exact import exact_table
 from cnn2gnn_dist.graph.search.valid_nodes import ValidNodes, valid_nodes_of
 from cnn2gnn_dist.graph.search.work_units import RankGroup, WorkFolder
 from cnn2gnn_dist.graph.version import WORK_FOLDER, GraphVersion, GraphWriter
-from cnn2gnn_dist.runtime import collectives, handover
+from cnn2gnn_dist.runtime.group import collectives
+from cnn2gnn_dist.runtime.shared_files import handover
 from cnn2gnn_dist.stages.shared.context import Context
 
 LONG = 4

@@ -24,7 +24,8 @@ from cnn2gnn_dist.graph.version import (
     version_path,
 )
 from cnn2gnn_dist.models.block import Block, averaged_block
-from cnn2gnn_dist.runtime import collectives, handover
+from cnn2gnn_dist.runtime.group import collectives
+from cnn2gnn_dist.runtime.shared_files import handover
 from cnn2gnn_dist.stages.neighbours.live_search import LiveSearch
 from cnn2gnn_dist.stages.neighbours.second_hop import CachedSecondHop
 from cnn2gnn_dist.stages.shared.context import Context

@@ -9,7 +9,7 @@ import numpy as np
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.graph.distdgl.served import ServedGraph, Task
 from cnn2gnn_dist.graph.version import GraphVersion
-from cnn2gnn_dist.runtime import collectives
+from cnn2gnn_dist.runtime.group import collectives
 from cnn2gnn_dist.runtime.supervisor import can_isolate
 from cnn2gnn_dist.stages.shared.context import Context
 

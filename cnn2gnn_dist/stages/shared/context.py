@@ -20,7 +20,7 @@ from cnn2gnn_dist.data.reading.reader import Batch, ReaderSpec
 from cnn2gnn_dist.data.reading.shard_files import CacheSpec
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.run_storage.session import RunStorage, TrainingCopies
-from cnn2gnn_dist.runtime import collectives
+from cnn2gnn_dist.runtime.group import collectives
 from cnn2gnn_dist.runtime.ranks import Ranks
 from cnn2gnn_dist.training import ds_config, precision
 

@@ -15,7 +15,7 @@ from cnn2gnn_dist.models.precision import MixedPrecision
 from cnn2gnn_dist.models.stem import build_stem
 from cnn2gnn_dist.models.student import Scope, Student
 from cnn2gnn_dist.models.teacher import build_teacher
-from cnn2gnn_dist.runtime import collectives, members
+from cnn2gnn_dist.runtime.group import collectives, members
 from cnn2gnn_dist.training.checkpoint import folder as checkpoint_folder
 from cnn2gnn_dist.training.checkpoint.folder import load_weights
 from cnn2gnn_dist.training.sync_norm import synchronise_norms

@@ -15,7 +15,7 @@ from cnn2gnn_dist import durable
 from cnn2gnn_dist.data.images.views import CLEAN
 from cnn2gnn_dist.data.reading.reader import Batch, Request
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.runtime import collectives
+from cnn2gnn_dist.runtime.group import collectives
 from cnn2gnn_dist.stages.shared.context import Context, CorruptCount, load_manifest
 
 ECE_BINS = 15

@@ -20,7 +20,8 @@ from cnn2gnn_dist.data.reading.reader import Batch, Request
 from cnn2gnn_dist.errors import Preempted
 from cnn2gnn_dist.models.normalise import shrunk
 from cnn2gnn_dist.models.precision import MixedPrecision
-from cnn2gnn_dist.runtime import collectives, preemption
+from cnn2gnn_dist.runtime import preemption
+from cnn2gnn_dist.runtime.group import collectives
 from cnn2gnn_dist.stages.shared.context import Context, CorruptCount
 from cnn2gnn_dist.stages.shared.learning_rates import rates_of
 from cnn2gnn_dist.stages.shared.networks import share_buffers

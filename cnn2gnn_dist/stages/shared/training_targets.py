@@ -11,7 +11,8 @@ import numpy as np
 from cnn2gnn_dist.data import target_arrays
 from cnn2gnn_dist.data.index.manifest import Manifest
 from cnn2gnn_dist.data.soft_targets import Targets
-from cnn2gnn_dist.runtime import collectives, handover
+from cnn2gnn_dist.runtime.group import collectives
+from cnn2gnn_dist.runtime.shared_files import handover
 from cnn2gnn_dist.stages.shared.context import Context
 
 

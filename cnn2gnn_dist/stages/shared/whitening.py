@@ -10,7 +10,7 @@ from cnn2gnn_dist.data.images.views import CLEAN
 from cnn2gnn_dist.data.reading.reader import Reader, Request
 from cnn2gnn_dist.models.student import Student
 from cnn2gnn_dist.models.whitened_cnn import WhitenedCNN
-from cnn2gnn_dist.runtime import collectives
+from cnn2gnn_dist.runtime.group import collectives
 from cnn2gnn_dist.stages.shared.context import Context
 from cnn2gnn_dist.stages.shared.networks import Teacher
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.runtime import collectives
+from cnn2gnn_dist.runtime.group import collectives
 
 _log = logging.getLogger(__name__)
 

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from cnn2gnn_dist import durable, field_names
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.runtime import collectives, handover
+from cnn2gnn_dist.runtime.group import collectives
+from cnn2gnn_dist.runtime.shared_files import handover
 from cnn2gnn_dist.training.checkpoint import folder as disk
 from cnn2gnn_dist.training.checkpoint import named_state
 from cnn2gnn_dist.training.checkpoint.copies import Copies, CopyCount

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cnn2gnn_dist.runtime import collectives
+from cnn2gnn_dist.runtime.group import collectives
 from cnn2gnn_dist.training.average import AVERAGE
 from cnn2gnn_dist.training.engine import Engine, full_weight, inner_optimizer
 

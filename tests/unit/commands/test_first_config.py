@@ -14,12 +14,12 @@ from hypothesis import settings as trying
 from hypothesis import strategies as st
 
 from cnn2gnn_dist import consistency, settings
-from cnn2gnn_dist.commands import init
-from cnn2gnn_dist.commands.first_config import recipe, text, weights
-from cnn2gnn_dist.commands.first_config.recipe import Facts
-from cnn2gnn_dist.commands.first_config.sources import find_source
-from cnn2gnn_dist.commands.first_config.speed import Machine, Speed
-from cnn2gnn_dist.commands.first_config.survey import look
+from cnn2gnn_dist.commands.init import command as init
+from cnn2gnn_dist.commands.init import recipe, text, weights
+from cnn2gnn_dist.commands.init.recipe import Facts
+from cnn2gnn_dist.commands.init.sources import find_source
+from cnn2gnn_dist.commands.init.speed import Machine, Speed
+from cnn2gnn_dist.commands.init.survey import look
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.models.teacher import build_teacher
 from cnn2gnn_dist.stages.shared import preflight

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from cnn2gnn_dist import cli
-from cnn2gnn_dist.commands.sizing import constants
-from cnn2gnn_dist.commands.sizing.activations import trace
-from cnn2gnn_dist.commands.sizing.states import ring_seconds, sent_in_a_step, states
+from cnn2gnn_dist.commands.plan import constants
+from cnn2gnn_dist.commands.plan.activations import trace
+from cnn2gnn_dist.commands.plan.states import ring_seconds, sent_in_a_step, states
 
 
 def test_a_trace_counts_what_the_backward_pass_needs():

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from cnn2gnn_dist.inference import audit_scores
-from cnn2gnn_dist.inference.linear_head import head_probabilities
+from cnn2gnn_dist.inference.audit import scores as audit_scores
+from cnn2gnn_dist.inference.audit.linear_head import head_probabilities
 
 
 def unit_rows(count: int, dim: int, seed: int = 0) -> np.ndarray:

@@ -15,8 +15,8 @@ from PIL import Image
 
 import cnn2gnn_dist
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.inference import artefact
 from cnn2gnn_dist.inference.classifier import Classifier
+from cnn2gnn_dist.inference.folder import artefact
 from cnn2gnn_dist.inference.memory.view import Memory
 from cnn2gnn_dist.models.graph_head import adaptive_neighbours
 from tests.support.models import NEAR, SLOTS, pictures, write_model

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.inference import artefact, editing
+from cnn2gnn_dist.inference import editing
 from cnn2gnn_dist.inference.classifier import Classifier, load
+from cnn2gnn_dist.inference.folder import artefact
 from tests.support.models import pictures
 
 

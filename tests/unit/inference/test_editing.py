@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from cnn2gnn_dist import cli
-from cnn2gnn_dist.commands.answer_files import writer_of
-from cnn2gnn_dist.commands.memory import keys_from
+from cnn2gnn_dist.commands.answers.answer_files import writer_of
+from cnn2gnn_dist.commands.model.memory import keys_from
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.inference import artefact, editing
+from cnn2gnn_dist.inference import editing
 from cnn2gnn_dist.inference.classifier import load
+from cnn2gnn_dist.inference.folder import artefact
 from tests.support.models import pictures, write_model
 from tests.support.shards import encode_image
 

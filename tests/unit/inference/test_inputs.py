@@ -125,7 +125,7 @@ def test_a_page_does_not_wait_for_a_pipe_that_was_read(model, tmp_path):
     os.mkfifo(pipe)
     keep = os.open(pipe, os.O_RDWR)
     os.write(keep, PNG)
-    from cnn2gnn_dist.commands.answer_files import writer_of
+    from cnn2gnn_dist.commands.answers.answer_files import writer_of
     from cnn2gnn_dist.inference.answers import Answer
 
     with writer_of(tmp_path / "a.html") as write:

@@ -7,8 +7,8 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from cnn2gnn_dist.inference import linear_head
-from cnn2gnn_dist.inference.linear_head import fit_head, head_probabilities
+from cnn2gnn_dist.inference.audit import linear_head
+from cnn2gnn_dist.inference.audit.linear_head import fit_head, head_probabilities
 
 
 def data(count: int = 400, classes: int = 4) -> tuple[np.ndarray, np.ndarray]:

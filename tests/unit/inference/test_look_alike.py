@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cnn2gnn_dist.inference import look_alike
+from cnn2gnn_dist.inference.audit import look_alike
 from tests.support.shards import random_images
 
 

@@ -12,8 +12,8 @@ from sklearn.linear_model import LogisticRegression
 
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference.calibration import log_softmax
-from cnn2gnn_dist.inference.new_classes import PENALTY, NewClasses, _learned, _offset
-from cnn2gnn_dist.inference.old_classes import DIRECTION, Features, Images, OldClasses
+from cnn2gnn_dist.inference.memory.new_classes import PENALTY, NewClasses, _learned, _offset
+from cnn2gnn_dist.inference.memory.old_classes import DIRECTION, Features, Images, OldClasses
 
 OLD, NEW, DIM = 9, 4, 12
 CENTRES = np.random.default_rng(1).standard_normal((OLD + NEW, DIM))

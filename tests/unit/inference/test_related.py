@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from cnn2gnn_dist.inference import related
 from cnn2gnn_dist.inference.calibration import softmax
-from cnn2gnn_dist.inference.logistic import fit_balanced
-from cnn2gnn_dist.inference.related import (
+from cnn2gnn_dist.inference.sets import related
+from cnn2gnn_dist.inference.sets.logistic import fit_balanced
+from cnn2gnn_dist.inference.sets.related import (
     agreement,
     evidence,
     few_classes,
@@ -19,7 +19,7 @@ from cnn2gnn_dist.inference.related import (
     related_score,
     rows_by_class,
 )
-from cnn2gnn_dist.inference.set_gate import SetGate
+from cnn2gnn_dist.inference.sets.set_gate import SetGate
 from tests.unit.inference.test_together import CLASSES, images
 
 

@@ -11,8 +11,8 @@ from scipy import special
 from sklearn.linear_model import LogisticRegression
 
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.inference import one_class, related
-from cnn2gnn_dist.inference.together import EDGES, ROUNDS, Together
+from cnn2gnn_dist.inference.sets import one_class, related
+from cnn2gnn_dist.inference.sets.together import EDGES, ROUNDS, Together
 
 CLASSES, DIM = 12, 16
 

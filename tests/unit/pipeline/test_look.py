@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from cnn2gnn_dist import cli
-from cnn2gnn_dist.commands import doctor, predict
+from cnn2gnn_dist.commands.answers import predict
+from cnn2gnn_dist.commands.doctor import machine as doctor
 from cnn2gnn_dist.data.images import image_files
 from cnn2gnn_dist.data.images.views import CLEAN, ViewSpec
 from cnn2gnn_dist.data.index.manifest import Manifest

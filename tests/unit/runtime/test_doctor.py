@@ -12,8 +12,8 @@ import sys
 
 import pytest
 
-from cnn2gnn_dist.commands import doctor
-from cnn2gnn_dist.commands.doctor import FAIL, OK, WARN, Finding
+from cnn2gnn_dist.commands.doctor import machine as doctor
+from cnn2gnn_dist.commands.doctor.machine import FAIL, OK, WARN, Finding
 from tests.support.runs import free_port
 
 Usage = collections.namedtuple("Usage", "total used free")

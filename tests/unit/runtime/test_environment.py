@@ -15,9 +15,12 @@ import torch
 
 from cnn2gnn_dist import submit, upload_checks
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.runtime import host_checks, ranks, ray_probe, rendezvous
-from cnn2gnn_dist.runtime.process_group import device_index, join
+from cnn2gnn_dist.runtime import ranks
+from cnn2gnn_dist.runtime.group import rendezvous
+from cnn2gnn_dist.runtime.group.process_group import device_index, join
+from cnn2gnn_dist.runtime.hosts import host_checks
 from cnn2gnn_dist.runtime.ranks import Ranks, first_host
+from cnn2gnn_dist.runtime.ray import probe as ray_probe
 from tests.support import runs
 
 # --- ranks and rendezvous ----------------------------------------------------------------------

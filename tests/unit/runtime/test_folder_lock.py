@@ -12,7 +12,7 @@ import pytest
 
 from cnn2gnn_dist import ledger
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.runtime import folder_lock
+from cnn2gnn_dist.runtime.shared_files import folder_lock
 
 
 @pytest.fixture

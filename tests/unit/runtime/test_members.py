@@ -12,8 +12,9 @@ import pytest
 from torch import distributed as dist
 
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.runtime import handover, members
-from cnn2gnn_dist.runtime.members import Member, problem_of
+from cnn2gnn_dist.runtime.group import members
+from cnn2gnn_dist.runtime.group.members import Member, problem_of
+from cnn2gnn_dist.runtime.shared_files import handover
 
 
 def member(rank: int, host: str = "", **more) -> Member:

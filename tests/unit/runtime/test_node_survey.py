@@ -6,9 +6,9 @@ import dataclasses
 
 import pytest
 
-from cnn2gnn_dist.commands import cluster_doctor
-from cnn2gnn_dist.runtime import node_survey
-from cnn2gnn_dist.runtime.node_survey import GIB, MIB, Node, Peer
+from cnn2gnn_dist.commands.doctor import cluster as cluster_doctor
+from cnn2gnn_dist.runtime.hosts import node_survey
+from cnn2gnn_dist.runtime.hosts.node_survey import GIB, MIB, Node, Peer
 
 VERSIONS = {"python": "3.11.7", "cnn2gnn": "0.1.0", "torch": "2.13.0", "ray": "2.60.0"}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cnn2gnn_dist.runtime.rank_order import order
+from cnn2gnn_dist.runtime.ray.rank_order import order
 
 A, B, C = ("10.0.0.9", "f"), ("10.0.0.10", "e"), ("10.0.0.11", "d")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ray.exceptions import ActorDiedError, OutOfMemoryError, RayTaskError
 
 from cnn2gnn_dist.errors import PeerLost, UserError
-from cnn2gnn_dist.runtime.ray_group import LostRank, verdict
+from cnn2gnn_dist.runtime.ray.group import LostRank, verdict
 
 
 def raised(cause: Exception) -> RayTaskError:

@@ -1,0 +1,1 @@
+"""Answers about images: ``predict``, of files or of whole shards, ``embed``, and the files they write."""

@@ -1,0 +1,218 @@
+"""``cnn2gnn predict --out FOLDER/``: a file of answers per shard, over ranks or Ray actors, resumable.
+
+Every rank takes every so-many-th input: under torchrun, DeepSpeed's launcher or srun, or all of them in
+a single process. The ranks need no group: none waits for another. With ``--actors`` the actors of a Ray
+cluster take the inputs instead, each the next one when it is done. A file of answers is complete or
+absent; one that is there, and newer than its input, is skipped, so the same command resumes what was
+interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cnn2gnn_dist import durable
+from cnn2gnn_dist.commands.answers.answer_files import KINDS, writer_of
+from cnn2gnn_dist.commands.model.opening import opened
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.inference.classifier import Classifier
+from cnn2gnn_dist.inference.folder import artefact
+from cnn2gnn_dist.inference.memory import store
+from cnn2gnn_dist.log import output, progress, report_error, set_rank
+from cnn2gnn_dist.runtime.ranks import Ranks
+
+NOTE = "answers.json"
+"""In the folder: the model and the options that its answers are of."""
+NEIGHBOURS = 5
+Task = tuple[str, Path]
+"""An input and its file of answers."""
+Counted = tuple[int, list[str]]
+"""Images of an input, and what is said of those that could not be read."""
+
+
+class Asked(NamedTuple):
+    """Options of the answers: classes listed for each image, coverage of their sets."""
+
+    top: int
+    coverage: float | None
+
+
+def command(
+    model: Path,
+    images: Sequence[str],
+    folder: Path,
+    *,
+    kind: str = ".parquet",
+    top: int = 3,
+    coverage: float | None = None,
+    actors: int = 0,
+    address: str | None = None,
+) -> int:
+    """Answer each input into a file of its own; returns 1 if some images could not be read.
+
+    Args:
+        model: folder of a model or of a finished run.
+        images: shards, Parquet files, folders or images.
+        folder: created if it is missing.
+        kind: of the files: one of ``answer_files.KINDS``.
+        top: classes listed for each image.
+        coverage: also give sets of classes with this coverage.
+        actors: Ray actors that share the inputs; 0: this process, or the ranks of its launcher.
+        address: of their cluster; None: the one of RAY_ADDRESS, or one started here.
+
+    Raises:
+        UserError: not a model; two inputs of one name; the folder has answers of another model; no
+            cluster, or no room on it.
+    """
+    ranks = Ranks.from_environment()
+    if ranks.world_size > 1:
+        set_rank(ranks.rank)
+    targets = _targets(images, folder, kind)
+    with opened(model) as classifier:
+        classifier.scoring.check_coverage(coverage, classifier.memory)
+        durable.create_folder(folder)
+        _check_note(folder, _note(classifier, top, coverage))
+        mine = list(targets.items())[ranks.rank :: ranks.world_size]
+        left = [(given, target) for given, target in mine if not _answered(given, target)]
+        asked = Asked(top, coverage)
+        made: Iterator[Counted]
+        if actors:
+            made = _by_actors(classifier, left, asked, actors, address)
+        else:
+            made = map(partial(_answer, classifier, asked), left)
+        done = failed = 0
+        with progress(
+            made, "predict", total=len(left), unit="shard", disable=not ranks.is_first
+        ) as bar:
+            for images_done, failures in bar:
+                for failure in failures:
+                    report_error(failure)
+                done, failed = done + images_done, failed + len(failures)
+    output(
+        f"answers  {folder}: {done:,} images of {len(left)} inputs"
+        + (f", {len(mine) - len(left)} inputs were there already" if len(left) < len(mine) else "")
+    )
+    return 1 if failed else 0
+
+
+def _answer(classifier: Classifier, asked: Asked, task: Task) -> Counted:
+    """Answer an input into its file."""
+    given, target = task
+    done, failures = 0, []
+    answers = classifier.stream(
+        [given], top=asked.top, neighbours=NEIGHBOURS, coverage=asked.coverage
+    )
+    with writer_of(target) as write:
+        for answer in answers:
+            if answer.error is not None:
+                failures.append(f"{answer.name}: not readable as an image: {answer.error}")
+            done += 1
+            write(answer)
+    return done, failures
+
+
+def _by_actors(
+    classifier: Classifier,
+    tasks: list[Task],
+    asked: Asked,
+    actors: int,
+    address: str | None,
+) -> Iterator[Counted]:
+    """The same by Ray actors, each with the model in its memory."""
+    from cnn2gnn_dist.runtime.ray import cluster as ray_cluster
+    from cnn2gnn_dist.runtime.ray import pool as ray_pool
+
+    if not tasks:
+        return
+    given = {
+        "model": classifier.folder.absolute(),
+        "memory": _memory_digest(classifier),
+        "asked": asked,
+    }
+    with ray_cluster.running(address, actors):
+        gpus = 1.0 if ray_cluster.gpus() else 0.0
+        for _, counted in ray_pool.work_off(tasks, answering, given, actors=actors, gpus=gpus):
+            yield counted
+
+
+def answering(model: Path, memory: str | None, asked: Asked) -> Callable[[Task], Counted]:
+    """Open the model in an actor; returns what answers an input there.
+
+    Raises:
+        UserError: the model cannot be read there, or its memory is no longer the one of ``memory``.
+    """
+    classifier = Classifier.open(model)
+    if _memory_digest(classifier) != memory:
+        raise UserError(
+            "the memory was edited while images were being answered",
+            where=str(model),
+            remedy="name another folder, for answers of the memory as it is now",
+        )
+    return partial(_answer, classifier, asked)
+
+
+def _targets(images: Sequence[str], folder: Path, kind: str) -> dict[str, Path]:
+    """The file of answers of each input."""
+    if kind not in KINDS:
+        raise UserError(
+            f"no kind of file for answers: {kind}",
+            where="--format",
+            remedy=f"one of {', '.join(k.lstrip('.') for k in KINDS)}",
+        )
+    found: dict[str, Path] = {}
+    for given in images:
+        target = folder / f"{Path(given).name}{kind}"
+        if target in found.values():
+            raise UserError(
+                f"two inputs are named {Path(given).name}",
+                where=given,
+                remedy="give them to two commands with folders of their own",
+            )
+        found[given] = target
+    return found
+
+
+def _answered(given: str, target: Path) -> bool:
+    """Whether the answers are there, and no older than what they answer."""
+    if not target.is_file():
+        return False
+    return not os.path.exists(given) or os.stat(given).st_mtime <= target.stat().st_mtime
+
+
+def _note(model: Classifier, top: int, coverage: float | None) -> dict[str, Any]:
+    """What the answers depend on: everything in the model, its memory's version, the options."""
+    files = json.loads((model.folder / artefact.CHECKSUMS).read_text(encoding="utf-8"))["files"]
+    return {
+        "model": {name: sha for name, (_, sha) in files.items() if name != artefact.CARD},
+        "memory": _memory_digest(model),
+        "top": top,
+        "coverage": coverage,
+    }
+
+
+def _memory_digest(model: Classifier) -> str | None:
+    memory = model.memory
+    return None if memory is None else store.digest(memory.root, memory.version)
+
+
+def _check_note(folder: Path, note: dict[str, Any]) -> None:
+    path = folder / NOTE
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        durable.write_text(path, json.dumps(note, indent=1), shared=True)
+        return
+    except ValueError:
+        before = None
+    if before != note:
+        raise UserError(
+            "this folder has answers of another model, another version of its memory, or other "
+            "options",
+            where=str(folder),
+            remedy="name another folder",
+        )

@@ -1,0 +1,188 @@
+"""``cnn2gnn audit``: what is wrong with a training set, for a person to decide; and the decisions as a list."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from cnn2gnn_dist import durable
+from cnn2gnn_dist.commands.audit.source import Source, open_source
+from cnn2gnn_dist.commands.audit.view import View
+from cnn2gnn_dist.data.index.relabel import (
+    Decision,
+    check_decisions,
+    read_relabel,
+    write_relabel,
+)
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.inference.audit import files as audit_files
+from cnn2gnn_dist.inference.audit.findings import Findings, audit
+from cnn2gnn_dist.log import output, progress
+from cnn2gnn_dist.report.audit_page import write_page
+
+PAGE, RELABEL, MAP = "index.html", "relabel.csv", "map.parquet"
+SEEN_PAIRS = 5_000
+"""Pairs across to held-out images whose bytes are compared, closest first."""
+
+
+def command(
+    place: Path,
+    *,
+    out: Path | None,
+    top: int,
+    as_csv: bool,
+    with_map: bool,
+    fix: Path | None,
+    dry_run: bool,
+) -> int:
+    """Audit the training images of a run or model, or turn decisions into a relabel list; returns 0.
+
+    Args:
+        place: folder of a run or a model.
+        out: folder to write; None: ``audit`` in it.
+        top: entries of each section of the page.
+        as_csv: also write the tables as CSV.
+        with_map: also write the map.
+        fix: decisions (CSV with key and class); None: audit.
+        dry_run: say what would be read and written, and write nothing.
+
+    Raises:
+        UserError: neither a run with a graph nor a model with a memory; unknown keys or classes
+            in the decisions; the folder can't be written to; the disk is full.
+    """
+    if top < 0:
+        raise UserError(f"{top} entries of a section", where="--top", remedy="use --top 0 or more")
+    folder = place / "audit" if out is None else out
+    with closing(open_source(place)) as source:
+        if fix is not None:
+            return _fix(source, fix, folder, dry_run)
+        if dry_run:
+            return _dry_run(source, folder, as_csv, with_map)
+        return _audit(source, place, folder, top=top, as_csv=as_csv, with_map=with_map)
+
+
+def _audit(
+    source: Source, place: Path, folder: Path, *, top: int, as_csv: bool, with_map: bool
+) -> int:
+    started = time.monotonic()
+    durable.create_folder(folder)
+    held = source.held_out(_bar)
+    found = audit(
+        source.training,
+        held,
+        look=source.look if source.has_pictures else None,
+        look_held=source.look_held if held is not None else None,
+        progress=_bar,
+    )
+    exact_P = _exact(source, found)
+    tables = audit_files.tables(
+        source.training, found, source.keys, source.held_keys, source.held_labels_Q, exact_P
+    )
+    with durable.disk_full_reported(folder):
+        for name, table in tables.items():
+            audit_files.write(folder, name, table, as_csv=as_csv)
+        write_page(folder / PAGE, View(source, found, held, exact_P, top).data(place, tables))
+        if with_map:
+            blocks = -(-len(source.keys) // audit_files.MAP_ROWS)
+            pictures = progress(
+                source.all_pictures(audit_files.MAP_ROWS), "map", total=blocks, leave=False
+            )
+            audit_files.write_map(folder / MAP, source.training, found, source.keys, pictures)
+    for line in _summary(source, tables):
+        output(line)
+    output(f"look        {folder / PAGE}  ({time.monotonic() - started:.0f} s)")
+    output(f"decide      save labels.csv on the page, then cnn2gnn audit {place} --fix labels.csv")
+    return 0
+
+
+def _exact(source: Source, found: Findings) -> np.ndarray:
+    """bool [P]: which pairs across are byte-identical."""
+    if found.across is None:
+        return np.zeros(0, bool)
+    exact_P = np.zeros(len(found.across.a_P), bool)
+    for number in range(min(len(exact_P), SEEN_PAIRS)):
+        if found.across.cosine_P[number] > 0.999:
+            a, b = int(found.across.a_P[number]), int(found.across.b_P[number])
+            exact_P[number] = source.same_bytes(a, b)
+    return exact_P
+
+
+def _summary(source: Source, tables: dict[str, pa.Table]) -> list[str]:
+    labels, pairs = tables["labels"], tables["duplicates"]
+    agree = int(pc.sum(labels["both_agree"]).as_py() or 0)
+    lines = [
+        f"labels      {len(labels):,} of {len(source.keys):,} fit another class better; "
+        f"of {agree:,} head and neighbors agree on it"
+    ]
+    for where, title in (("train", "duplicates"), ("held-out", "leakage")):
+        kinds = pairs.filter(pc.equal(pairs["set"], where))["kind"].to_pylist()
+        if where == "train" or len(source.held_keys):
+            between = "within the training images" if where == "train" else "with held-out images"
+            lines.append(
+                f"{title:11} {kinds.count('exact'):,} exact and {kinds.count('near'):,} near pairs {between}"
+            )
+    if len(tables["bleeding"]):
+        first = tables["bleeding"].slice(0, 1).to_pylist()[0]
+        lines.append(
+            f"bleeding    {first['class']} and {first['other_class']} most: "
+            f"{first['votes']:.1%} of their votes"
+        )
+    return lines
+
+
+def _dry_run(source: Source, folder: Path, as_csv: bool, with_map: bool) -> int:
+    count = len(source.keys)
+    output(f"read   {count:,} training images of {len(source.training.classes)} classes")
+    if len(source.held_keys):
+        output(f"embed  {len(source.held_keys):,} held-out images")
+    names = [f"{name}.parquet" for name in audit_files.TABLES]
+    names += [f"{name}.csv" for name in audit_files.TABLES] if as_csv else []
+    names += [MAP] if with_map else []
+    output(f"write  {folder}: {', '.join([*names, PAGE])}")
+    if with_map:
+        width = source.training.z_Nd.shape[1] + 3 * source.training.table_NM.shape[1]
+        output(f"       the map: {count * 4 * width / 1e6:,.0f} MB and the pictures")
+    return 0
+
+
+def _fix(source: Source, fix: Path, folder: Path, dry_run: bool) -> int:
+    """Write the relabel list: the decisions, over those that the run was made with."""
+    decisions = read_relabel(fix)
+    check_decisions(decisions, source.known, source.training.classes, str(fix), source.elsewhere)
+    if not decisions:
+        raise UserError(
+            "there are no decisions in this file",
+            where=str(fix),
+            remedy="give images a class, or drop, on audit/index.html, and save labels.csv there",
+        )
+    everything: dict[str, Decision] = {}
+    if source.earlier is not None:
+        everything |= read_relabel(source.earlier)
+    before = len(everything)
+    everything |= decisions
+    path = folder / RELABEL
+    if not dry_run:
+        durable.create_folder(folder)
+    dropped = sum(one.name is None for one in decisions.values())
+    output(f"{len(decisions) - dropped} images get a class, {dropped} are left out")
+    if before:
+        output(f"with {len(everything) - len(decisions)} earlier decisions ({source.earlier})")
+    if not dry_run:
+        with durable.disk_full_reported(path):
+            write_relabel(path, everything)
+        output(f"list     {path}")
+    output(f"train    cnn2gnn run --config … run.dir=NEW data.relabel={path}")
+    return 0
+
+
+def _bar(rows: Iterable[Any], name: str) -> Iterable[Any]:
+    listed = list(rows)
+    shown: Iterable[Any] = progress(listed, name, leave=False, disable=len(listed) < 4)
+    return shown

@@ -1,0 +1,272 @@
+"""What ``audit`` reads: a run (graph, manifests, held-out images) or a model (its memory)."""
+
+from __future__ import annotations
+
+import io
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cnn2gnn_dist.commands.model.opening import context_of, unfinished
+from cnn2gnn_dist.data.images.views import CLEAN, ViewSpec
+from cnn2gnn_dist.data.index.manifest import Manifest
+from cnn2gnn_dist.data.index.relabel import names_of, unique_keys
+from cnn2gnn_dist.data.reading.reader import Reader, ReaderSpec, Request
+from cnn2gnn_dist.data.reading.shard_files import CacheSpec
+from cnn2gnn_dist.data.storage import urls
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.graph.version import latest_version, open_version
+from cnn2gnn_dist.inference.audit import look_alike
+from cnn2gnn_dist.inference.audit.findings import HeldOut, TrainingSet
+from cnn2gnn_dist.inference.audit.memory import Thumbnails, training_set
+from cnn2gnn_dist.inference.folder import artefact
+from cnn2gnn_dist.inference.memory.view import Memory
+from cnn2gnn_dist.log import progress
+from cnn2gnn_dist.stages.shared.context import Context, chunks, load_manifest
+from cnn2gnn_dist.stages.shared.networks import build_student, check_built_on, load_model
+
+SIDE, QUALITY, READ = 96, 85, 256
+"""Side of the pictures of a run, in pixels; their JPEG quality; images read at a time."""
+Progress = Callable[[Iterable[Any], str], Iterable[Any]]
+
+
+@dataclass
+class Source:
+    """A training set to audit, with its keys and pictures.
+
+    Attributes:
+        name: of the run or model.
+        training: its features and graph.
+        keys: of the N images.
+        known: every name that an image goes by in a relabel list.
+        elsewhere: names of held-out images.
+        held_keys, held_labels_Q: of the held-out images; empty for a model.
+        earlier: the relabel list that the run was made with.
+    """
+
+    name: str
+    training: TrainingSet
+    keys: Sequence[str]
+    known: set[str]
+    elsewhere: set[str] = field(default_factory=set)
+    held_keys: Sequence[str] = ()
+    held_labels_Q: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
+    earlier: Path | None = None
+
+    def held_out(self, bar: Progress) -> HeldOut | None:
+        """Embed the held-out images; None where there are none."""
+        return None
+
+    def pictures(self, rows: Sequence[int]) -> list[bytes | None]:
+        """JPEGs of training images; None where there is none."""
+        raise NotImplementedError
+
+    def held_pictures(self, rows: Sequence[int]) -> list[bytes | None]:
+        """JPEGs of held-out images."""
+        return [None] * len(rows)
+
+    def look(self, rows: np.ndarray) -> np.ndarray:
+        """Thumbnails uint8 [n, 32, 32, 3] of training images; black where there is none."""
+        raise NotImplementedError
+
+    def look_held(self, rows: np.ndarray) -> np.ndarray:
+        """Thumbnails of held-out images."""
+        raise NotImplementedError
+
+    @property
+    def has_pictures(self) -> bool:
+        """Whether there are thumbnails at all."""
+        return True
+
+    def all_pictures(self, size: int) -> Iterator[list[bytes | None]]:
+        """Pictures of all training images, in blocks."""
+        for rows in chunks(len(self.keys), size):
+            yield self.pictures(list(rows))
+
+    def same_bytes(self, a: int, b: int) -> bool:
+        """Whether a held-out image and a training image are the same file."""
+        return False
+
+    def close(self) -> None:
+        """Close the files."""
+
+
+def open_source(folder: Path) -> Source:
+    """Open a run or a model.
+
+    Raises:
+        UserError: neither, unfinished, or without a graph.
+    """
+    return _of_model(folder) if (folder / artefact.CONFIG).is_file() else _of_run(folder)
+
+
+class _RunSource(Source):
+    context: Context
+    train: Manifest
+    held: Manifest
+
+    def open(self, context: Context, train: Manifest, held: Manifest) -> _RunSource:
+        self.context, self.train, self.held = context, train, held
+        self._readers = [
+            _reader(context, path, ViewSpec(kind="none", size=size, flip=False))
+            for size in (SIDE, look_alike.SIDE)
+            for path in (context.paths.train_manifest, context.paths.test_manifest)
+        ]
+        return self
+
+    def held_out(self, bar: Progress) -> HeldOut | None:
+        if not len(self.held):
+            return None
+        config, context = self.context.config, self.context
+        student = build_student(config, self.train.num_classes, config.graph.scope)
+        load_model(student, context.paths.root, "student")
+        student.to(context.device).eval()
+        x_QD = np.zeros((len(self.held), config.student.dim), np.float16)
+        z_Qd = np.zeros((len(self.held), config.graph.dim), np.float32)
+        with (
+            torch.inference_mode(),
+            closing(_reader(context, context.paths.test_manifest, context.views())) as reader,
+        ):
+            for rows in bar(list(chunks(len(self.held), READ)), "embed held-out"):
+                batch = reader.read(Request(np.arange(rows.start, rows.stop), CLEAN))
+                x, z = student.embed(torch.from_numpy(batch.images).to(context.device))
+                good = batch.valid
+                x_QD[rows.start : rows.stop][good] = x.float().cpu().numpy()[good]
+                z_Qd[rows.start : rows.stop][good] = z.float().cpu().numpy()[good]
+        return HeldOut(x_QD, z_Qd, self.held.label_N)
+
+    def pictures(self, rows: Sequence[int]) -> list[bytes | None]:
+        return _jpegs(self._readers[0], rows)
+
+    def held_pictures(self, rows: Sequence[int]) -> list[bytes | None]:
+        return _jpegs(self._readers[1], rows)
+
+    def look(self, rows: np.ndarray) -> np.ndarray:
+        return _thumbnails(self._readers[2], rows)
+
+    def look_held(self, rows: np.ndarray) -> np.ndarray:
+        return _thumbnails(self._readers[3], rows)
+
+    def same_bytes(self, a: int, b: int) -> bool:
+        if self.held.size_N[a] != self.train.size_N[b]:
+            return False
+        return _crc(self.held, a) == _crc(self.train, b)
+
+    def close(self) -> None:
+        for reader in self._readers:
+            reader.close()
+
+
+def _of_run(folder: Path) -> Source:
+    context = context_of(folder)
+    root = context.paths.root
+    if context.config.graph.scope != "dataset":
+        raise UserError(
+            f"this run has no graph of its training images: graph.scope={context.config.graph.scope}",
+            where=str(folder),
+            remedy="audit a run with graph.scope=dataset",
+        )
+    check_built_on(root, "graph", "student")
+    found = latest_version(root / "graph")
+    if found is None:
+        raise unfinished(folder, "it has no graph", "graph")
+    version = open_version(found)
+    train = load_manifest(context.paths.train_manifest)
+    held = load_manifest(context.paths.test_manifest)
+    if not np.array_equal(version.labels, train.label_N):
+        raise UserError(
+            "the graph of this run is of other training images than its manifest lists",
+            where=str(found),
+            remedy="`cnn2gnn run --update` with the run's config, then audit it",
+        )
+    twin_N = np.asarray(version.twin) if (found / "twin.npy").is_file() else None
+    earlier = context.config.data.relabel
+    training = TrainingSet(
+        version.x, np.asarray(version.z), np.asarray(version.labels), version.candidates, twin_N,
+        train.classes,
+    )  # fmt: skip
+    return _RunSource(
+        context.config.name,
+        training,
+        unique_keys(train),
+        set(names_of(train)),
+        set(names_of(held)),
+        unique_keys(held),
+        held.label_N,
+        None if earlier is None else Path(earlier),
+    ).open(context, train, held)
+
+
+class _ModelSource(Source):
+    thumbnails: Thumbnails
+
+    def pictures(self, rows: Sequence[int]) -> list[bytes | None]:
+        return self.thumbnails.jpegs(rows)
+
+    def look(self, rows: np.ndarray) -> np.ndarray:
+        return self.thumbnails.look(rows)
+
+    @property
+    def has_pictures(self) -> bool:
+        return self.thumbnails.any
+
+    def all_pictures(self, size: int) -> Iterator[list[bytes | None]]:
+        return self.thumbnails.blocks(size)
+
+
+def _of_model(folder: Path) -> Source:
+    config = artefact.read_config(folder)
+    artefact.check_files(folder, read=False)
+    if not (folder / artefact.MEMORY).is_dir():
+        raise UserError(
+            "this model has no memory of its training images",
+            where=str(folder),
+            remedy="export a run with graph.scope=dataset, or audit such a run",
+        )
+    memory = Memory.open(folder / artefact.MEMORY)
+    keys, name = memory.keys(memory.live_ids), str(config.source.get("name", folder.name))
+    source = _ModelSource(name, training_set(memory), keys, set(keys))
+    source.thumbnails = Thumbnails(memory)
+    return source
+
+
+def _reader(context: Context, manifest: Path, views: ViewSpec) -> Reader:
+    stream = context.config.stream
+    return Reader(
+        ReaderSpec(str(manifest), views, 0, CacheSpec(stream.cache_dir, stream.cache_bytes))
+    )
+
+
+def _thumbnails(reader: Reader, rows: np.ndarray) -> np.ndarray:
+    found = np.empty((len(rows), look_alike.SIDE, look_alike.SIDE, 3), np.uint8)
+    blocks = list(chunks(len(rows), READ))
+    for some in progress(blocks, "compare pictures", leave=False, disable=len(blocks) < 8):
+        batch = reader.read(Request(np.asarray(rows[some.start : some.stop], np.int64), CLEAN))
+        found[some.start : some.stop] = batch.images
+    return found
+
+
+def _jpegs(reader: Reader, rows: Sequence[int]) -> list[bytes | None]:
+    from PIL import Image
+
+    found: list[bytes | None] = []
+    for some in chunks(len(rows), READ):
+        batch = reader.read(Request(np.asarray(rows[some.start : some.stop], np.int64), CLEAN))
+        for image, valid in zip(batch.images, batch.valid, strict=True):
+            data = io.BytesIO()
+            Image.fromarray(image).save(data, "JPEG", quality=QUALITY)
+            found.append(data.getvalue() if valid else None)
+    return found
+
+
+def _crc(manifest: Manifest, row: int) -> int:
+    if manifest.crc_N is not None:
+        return int(manifest.crc_N[row])
+    path = manifest.shards[int(manifest.shard_N[row])].path
+    return zlib.crc32(urls.read_range(path, int(manifest.offset_N[row]), int(manifest.size_N[row])))

@@ -1,0 +1,1 @@
+"""``cnn2gnn doctor``: this machine, or every node of a cluster."""

@@ -1,0 +1,35 @@
+"""The arguments of ``cnn2gnn init``."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``cnn2gnn init``."""
+    parser.description = (
+        "Look at images, time the networks here, and write a config that fits both."
+    )
+    place = (
+        "folder of class folders, Parquet files or tar shards; with train and val parts, or without"
+    )
+    parser.add_argument("place", metavar="IMAGES", help=place)
+    parser.add_argument(
+        "--out", metavar="FILE", default="my.yaml", help="config to write; default my.yaml"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=30.0, help="time for the complete run; default 30"
+    )
+    parser.add_argument("--weights", metavar="FILE", help="pretrained weights of a teacher")
+    parser.add_argument("--dry-run", action="store_true", help="print the config, write nothing")
+    parser.add_argument("--force", action="store_true", help="replace the file if it exists")
+    parser.set_defaults(command=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from cnn2gnn_dist.commands.init import command as init
+
+    given = {"weights_file": arguments.weights, "dry_run": arguments.dry_run}
+    return init.command(
+        arguments.place, arguments.out, arguments.minutes, force=arguments.force, **given
+    )

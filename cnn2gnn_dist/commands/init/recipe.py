@@ -1,0 +1,351 @@
+"""The choices of a first config, as pure functions of counts, sizes, ranks and minutes."""
+
+from __future__ import annotations
+
+import bisect
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cnn2gnn_dist.commands.init.speed import Machine, Speed
+from cnn2gnn_dist.config import DataConfig
+from cnn2gnn_dist.errors import UserError
+
+SIZES = (32, 48, 64, 96, 128, 160, 192, 224)
+FEWEST = 8
+"""Training images below which there is nothing to choose."""
+CALIBRATION = 0.05 if "calibration" in DataConfig.model_fields else 0.0
+_TEACHERS: tuple[dict[str, Any], ...] = (
+    {"arch": "resnet18", "args": {"layers": [1, 1, 1, 1], "channels": [16, 32, 64, 128]}},
+    {"arch": "resnet18", "args": {"layers": [1, 1, 1, 1], "channels": [24, 48, 96, 192]}},
+    {"arch": "resnet18", "args": {"layers": [1, 1, 1, 1], "channels": [32, 64, 128, 256]}},
+    {"arch": "resnet18", "args": {}},
+    {"arch": "resnet50", "args": {}},
+)
+_STEMS: tuple[dict[str, Any], ...] = (
+    {"stem": "resnet_tiny", "stem_args": {}},
+    {"stem": "resnet_tiny", "stem_args": {}},
+    {"stem": "resnet_tiny", "stem_args": {"widths": [16, 32, 64]}},
+    {"stem": "resnet_tiny", "stem_args": {"widths": [32, 64, 128]}},
+    {"stem": "resnet18", "stem_args": {}},
+)
+_STUDENT_EPOCHS = 2.0
+"""Epochs of student and control for each of the teacher: they are cheaper, and a short training ends below a
+linear probe of its own features."""
+_DISTILL = 0.5  # a teacher of few epochs knows little that the labels don't say
+_START_S = {"cpu": 75.0, "cuda": 90.0}
+"""Seconds that all stages of a run take beside the passes over the images: Ray, process groups, saves, report."""
+_REFRESH_S = 4.0  # METIS and the files of a graph version
+_STEP_S = 0.015  # DeepSpeed's own share of a step, and the gradients' exchange
+_FEWEST_STEPS = 200  # after fewer, a network answers with the most frequent class
+_CACHE = 2 << 30  # bytes of decoded images that are kept
+_MOST_EPOCHS = 10_000
+_MARGIN = 0.92  # of the minutes asked for
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the choices depend on.
+
+    Attributes:
+        count_C: images of each class, before any are split off.
+        held: held-out images that are a set of their own; None: split them off.
+        short_side: median shorter side, in pixels.
+        alike: whether all images have this side.
+        grey: whether nearly all images are gray.
+        bad: share of images that can't be read.
+        decode_s: seconds of one CPU to decode an image and make a view of it.
+    """
+
+    count_C: np.ndarray
+    held: int | None
+    short_side: int
+    alike: bool = False
+    grey: bool = False
+    bad: float = 0.0
+    decode_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Net:
+    """An image size with a teacher and a stem."""
+
+    size: int
+    teacher: dict[str, Any]
+    stem: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds of each stage; ``start`` is what all of them take beside their work."""
+
+    seconds: dict[str, float]
+
+    @property
+    def minutes(self) -> float:
+        """All stages."""
+        return sum(self.seconds.values()) / 60
+
+
+def sizes(short_side: int, alike: bool = False) -> list[int]:
+    """Sizes to choose among, ascending: none larger than the images; their own, if all have the same."""
+    found = [size for size in SIZES if size <= max(short_side, SIZES[0])]
+    if alike and SIZES[0] < short_side < SIZES[-1] and short_side not in found:
+        found.append(short_side)
+    return found
+
+
+def holdout(facts: Facts) -> float:
+    """The share of each class to hold out: less of many images."""
+    images = int(facts.count_C.sum())
+    return 0.2 if images < 5000 else 0.1 if images < 200_000 else 0.02
+
+
+def training_images(facts: Facts) -> int:
+    """Images that are left to train on: without held-out, calibration and unreadable ones."""
+    count_C = facts.count_C if facts.held is not None else _kept(facts.count_C, holdout(facts))
+    if CALIBRATION:
+        count_C = _kept(count_C, CALIBRATION)
+    return int(count_C.sum() * (1 - min(facts.bad, 0.9)))
+
+
+def _kept(count_C: np.ndarray, fraction: float) -> np.ndarray:
+    """Images of each class that are left, as ``split_per_class`` of the index splits them."""
+    quota_C = np.rint(fraction * count_C).astype(np.int64)
+    least_C, most_C = (count_C - 1).clip(0, 1), (count_C - 1).clip(0)
+    return count_C - quota_C.clip(least_C, most_C)
+
+
+def held_images(facts: Facts) -> int:
+    """Images that the models are evaluated on."""
+    return facts.held if facts.held is not None else round(holdout(facts) * facts.count_C.sum())
+
+
+def ranks_for(images: int, machine: Machine) -> Machine:
+    """Fewer ranks where a batch has not 8 images for each."""
+    ranks = max(1, min(machine.ranks, batch(images) // 8))
+    return Machine(ranks, machine.cores, machine.device, machine.workers)
+
+
+def batch(images: int) -> int:
+    """Images of a step: so many that an epoch has some steps."""
+    wanted = 32 if images < 1000 else 64 if images < 4000 else 128 if images < 16_000 else 256
+    while wanted > 4 and wanted * 4 > images:
+        wanted //= 2
+    return wanted
+
+
+def wanted_epochs(images: int, pretrained: bool) -> float:
+    """Epochs of a teacher after which more of them gain less than a larger network would."""
+    scale = 0.4 if pretrained else 1.0
+    return scale * min(100.0, max(8.0, 12.0 * math.sqrt(50_000 / images)))
+
+
+def nets(facts: Facts, machine: Machine, weights: dict[str, Any] | None) -> list[Net]:
+    """What to choose among, whatever the time.
+
+    Args:
+        facts: of the images.
+        machine: GPUs may carry larger networks.
+        weights: ``arch``, ``weights`` and ``size`` (the smallest) of a pretrained teacher.
+    """
+    most = 5 if machine.device == "cuda" else 4
+    found = []
+    for size in sizes(facts.short_side, facts.alike):
+        if weights is not None:
+            if size >= weights["size"]:
+                teacher = {"arch": weights["arch"], "args": {}, "weights": weights["weights"]}
+                found += [Net(size, teacher, stem) for stem in (_STEMS[2], _STEMS[most - 1])]
+            continue
+        for level in range(most):
+            # Above 64 pixels a ResNet's first layers keep a quarter of the resolution: narrow ones are too weak,
+            # and a wide one on a small version of a photograph costs as much as on a large one.
+            if level >= 2 if size > 64 else level < 2 or facts.short_side <= 80:
+                found.append(Net(size, _TEACHERS[level], _STEMS[level]))
+    return found
+
+
+def graph(images: int, ranks: int, student_epochs: int) -> dict[str, Any]:
+    """The section ``graph``: fewer neighbors among few images, a graph for the later half of the epochs."""
+    part = images // max(1, ranks)  # candidates are searched in a rank's partition
+    candidates = int(max(2, min(20, round(math.sqrt(images)), images - 1, part - 1)))
+    k = max(1, candidates // 2)
+    first = max(2, min(k + 2, candidates))
+    start = max(0, round(student_epochs * 0.5))
+    return {
+        "dim": 32 if images < 5000 else 64,
+        "candidates": candidates,
+        "neighbours": k,
+        "start_epoch": start,
+        "refresh_epochs": max(1, math.ceil((student_epochs - start) / 5)),
+        "sampling": {"fanouts": [first, 0], "second_hop": "cached"},
+        "partition": {"parts": ranks},
+        **({} if images < 200_000 else {"search": {"exact": False}}),
+    }
+
+
+def views(facts: Facts, net: Net, step_s: float = math.inf) -> dict[str, Any]:
+    """The section ``views``, without mean and std.
+
+    Random resized crops of larger images, if decoding takes less than the networks (they decode in
+    every epoch); else views of images that are decoded once. Small gray ones may be letters: no flip.
+    """
+    if net.size > 48 and facts.decode_s < step_s:
+        resize = 1.15 if facts.short_side >= net.size * 1.15 else 1.0
+        return {
+            "kind": "random_resized_crop",
+            "size": net.size,
+            "scale": [0.35, 1.0],
+            **({"resize": resize} if resize > 1 else {}),
+        }
+    kind = "shift" if facts.grey and facts.short_side <= 48 else "crop_flip"
+    return {"kind": kind, "size": net.size, "pad": max(2, net.size // 8)}
+
+
+def stream(images: int, machine: Machine, views: dict[str, Any]) -> dict[str, Any]:
+    """The section ``stream``: decoded images are kept where views start from the same clean one."""
+    row = 3 * views["size"] ** 2 + 1
+    kept = views["kind"] != "random_resized_crop" and images * row <= _CACHE
+    return {
+        **({"workers": machine.workers} if machine.workers > 1 else {}),
+        **({"decoded_bytes": int(1.1 * images * row) + 1} if kept else {}),
+    }
+
+
+def tree(
+    facts: Facts, machine: Machine, net: Net, teacher_epochs: int, step_s: float = math.inf
+) -> dict[str, Any]:
+    """All of the config but names, paths, mean and std, for so many epochs of the teacher.
+
+    ``step_s``: seconds that the teacher's step leaves the readers for each image.
+    """
+    images = training_images(facts)
+    machine = ranks_for(images, machine)
+    usual = batch(images)
+    size, student_epochs = (
+        usual // machine.ranks * machine.ranks,
+        max(2, round(_STUDENT_EPOCHS * teacher_epochs)),
+    )
+    pretrained = "weights" in net.teacher
+    deep = pretrained or not net.teacher["args"]
+    lr = {4: 0.001, 8: 0.001, 16: 0.002, 32: 0.002, 64: 0.003, 128: 0.003, 256: 0.004}[usual]
+    micro = {} if machine.device == "cpu" or net.size <= 128 else {"max_micro_batch": 64}
+    width = 64 if images < 2000 else 128
+    warm = min(2.0, max(0.5, teacher_epochs / 10))
+    view = views(facts, net, step_s)
+    return {
+        "run": {"ranks": machine.ranks},
+        "views": view,
+        "stream": stream(round(images / max(0.05, 1 - CALIBRATION)), machine, view),
+        "teacher": {
+            **net.teacher,
+            "epochs": teacher_epochs,
+            "global_batch": size,
+            **micro,
+            "lr": 0.0005 if pretrained else lr / 2 if deep else lr,
+            "warmup_epochs": min(warm, teacher_epochs / 2),
+        },
+        "targets": {"views": 0},
+        "graph": graph(images, machine.ranks, student_epochs),
+        "student": {
+            **net.stem,
+            "dim": 256 if net.stem["stem"] == "resnet18" else width,
+            "hidden": 256 if net.stem["stem"] == "resnet18" else width,
+            "label_dim": 16 if images < 2000 else 32,
+            "epochs": student_epochs,
+            "global_batch": size,
+            **micro,
+            "lr": lr / 2 if net.stem["stem"] == "resnet18" else lr,
+            "warmup_epochs": min(warm, student_epochs / 2),
+            "distill_weight": _DISTILL,
+        },
+    }
+
+
+def estimate(facts: Facts, machine: Machine, config: dict[str, Any], speed: Speed) -> Estimate:
+    """Seconds of each stage of a config (a :func:`tree`) at a measured speed."""
+    images, held = training_images(facts), held_images(facts)
+    machine = ranks_for(images, machine)
+    size = config["teacher"]["global_batch"]
+    cached = "decoded_bytes" in config["stream"]
+
+    def passes(step_s: float, count: float, of: int = images, decoded: bool = cached) -> float:
+        """Seconds of ``count`` passes over ``of`` images."""
+        decode = size * (0.15 * facts.decode_s if decoded else facts.decode_s)
+        readers = min(machine.cores, machine.ranks * machine.workers)
+        model = step_s if machine.device == "cuda" else step_s * machine.ranks / machine.cores
+        together = model + decode / machine.cores
+        busiest = max(step_s, decode / readers, together if machine.device == "cpu" else 0.0)
+        return count * of / size * busiest
+
+    epochs, rounds = config["teacher"]["epochs"], config["student"]["epochs"]
+    warm = config["graph"]["start_epoch"]
+    own_s = speed.busy * _STEP_S
+    builds = 1 + math.ceil((rounds - warm) / config["graph"]["refresh_epochs"])
+    one_pass = 0.0 if not cached else passes(0.0, 1, decoded=False)
+    embed = (
+        passes(speed.student_forward, 1)
+        + speed.busy * _REFRESH_S
+        + _search_s(config["graph"], images, machine)
+    )
+    return Estimate(
+        {
+            "start": speed.busy * _START_S[machine.device] + one_pass,
+            "pack, index": 2.0 + (images + held) * 2e-4,
+            "teacher": passes(speed.teacher + own_s, epochs),
+            "targets": passes(speed.teacher_forward, 1),
+            "student": passes(speed.control + own_s, min(warm, rounds))
+            + passes(speed.student + own_s, max(0, rounds - warm)),
+            "graph": builds * embed,
+            "control": passes(speed.control + own_s, rounds),
+            "evaluate": passes(speed.teacher_forward + 3 * speed.student_forward, 1, held, False),
+        }
+    )
+
+
+def _search_s(graph: dict[str, Any], images: int, machine: Machine) -> float:
+    """Of an exact search of all candidates, at 10 GFLOP/s a core."""
+    if graph.get("search") or machine.device == "cuda":
+        return images * 2e-4 / machine.ranks
+    return 2.0 * images * images * graph["dim"] / 1e10 / machine.ranks
+
+
+def fit(
+    facts: Facts, machine: Machine, net: Net, speed: Speed, minutes: float
+) -> tuple[dict[str, Any], Estimate, int]:
+    """The config with as many epochs as the minutes allow, its estimate, and the epochs that would fit.
+
+    There are at least so many that something is learned, even where this takes longer than asked, and
+    at most twice those wanted.
+    """
+    wanted = wanted_epochs(training_images(facts), "weights" in net.teacher)
+    own = ranks_for(training_images(facts), machine)
+    lanes = own.ranks if own.device == "cpu" else min(own.cores, own.ranks * own.workers)
+    step_s = speed.teacher * lanes / batch(training_images(facts))
+
+    def spent(count: int) -> float:
+        return estimate(facts, machine, tree(facts, machine, net, count, step_s), speed).minutes
+
+    fits = bisect.bisect_right(range(1, _MOST_EPOCHS), minutes * _MARGIN, key=spent)
+    images = training_images(facts)
+    fewest = min(math.ceil(_FEWEST_STEPS * batch(images) / images), math.ceil(0.3 * wanted))
+    epochs = int(max(2, fewest, min(fits, 2 * wanted)))
+    config = tree(facts, machine, net, epochs, step_s)
+    return config, estimate(facts, machine, config, speed), fits
+
+
+def check_enough(facts: Facts) -> None:
+    """Check that so many images are left to train on that a graph can be built.
+
+    Raises:
+        UserError: they are not.
+    """
+    images = training_images(facts)
+    if images < FEWEST:
+        raise UserError(
+            f"only {images} images are left for training, of {int(facts.count_C.sum())}",
+            where="the images",
+            remedy="add images: at least ten of each class, better a hundred",
+        )

@@ -1,0 +1,1 @@
+"""A finished model: open, export, edit its memory, serve."""

@@ -1,0 +1,122 @@
+"""``cnn2gnn export``: the model of a finished run, as a folder of its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from cnn2gnn_dist import durable, ledger
+from cnn2gnn_dist.commands.model.opening import context_of, model_of_run, opened
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.inference.classifier import Classifier
+from cnn2gnn_dist.inference.folder import artefact
+from cnn2gnn_dist.log import output
+
+
+def command(run: Path, target: Path, *, force: bool = False) -> int:
+    """Write the model of a run to a folder of its own, and say how to use it.
+
+    Args:
+        run: folder of a finished run, or a model's folder (to copy it).
+        target: folder to write; it appears when it is complete.
+        force: replace a model that is there.
+
+    Raises:
+        UserError: the run is not finished; the target exists; the disk is full.
+    """
+    try:
+        _check_target(run, target, force)
+    except OSError as error:
+        raise UserError(
+            f"this folder can't be looked at: {error.strerror}",
+            where=str(target),
+            remedy="name a folder in one that you may write to",
+        ) from None
+    if not (run / artefact.CONFIG).is_file():
+        context_of(run)  # refused before anything is created
+    durable.create_folder(target.parent)
+    temporary, aside = (target.with_name(f".{target.name}.{end}") for end in ("tmp", "old"))
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        with durable.disk_full_reported(target):
+            _write(run, temporary)
+        Classifier.open(temporary, device="cpu", verify=True)
+        if target.exists():
+            shutil.rmtree(aside, ignore_errors=True)  # of a killed attempt
+            os.replace(target, aside)
+        os.replace(temporary, target)
+        shutil.rmtree(aside, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+    output(f"model    {target} ({size / 1e6:,.1f} MB)")
+    output(f"predict  cnn2gnn predict --model {target} IMAGE…")
+    return 0
+
+
+def onnx(model: Path, target: Path) -> int:
+    """Write a model as ONNX graphs and arrays (``inference/export/onnx_export.py``).
+
+    Raises:
+        UserError: not a model; the scope is batch; the target exists.
+    """
+    from cnn2gnn_dist.inference.export.onnx_export import export
+
+    with opened(model, "cpu") as classifier:
+        export(classifier, target)
+    output(f"onnx     {target}; an example that answers from it: examples/onnx_predict.py")
+    return 0
+
+
+def programs(model: Path, target: Path) -> int:
+    """Write a model as programs of ``torch.export`` and arrays (``inference/export/torch_export.py``).
+
+    Raises:
+        UserError: not a model; the scope is batch; the target exists.
+    """
+    from cnn2gnn_dist.inference.export.torch_export import export
+
+    with opened(model, "cpu") as classifier:
+        export(classifier, target)
+    output(f'programs {target}: torch.export.load("{target}/encoder.pt2").module()')
+    return 0
+
+
+def _write(run: Path, temporary: Path) -> None:
+    source = run if (run / artefact.CONFIG).is_file() else None
+    if source is None:
+        context = context_of(run)
+        source = model_of_run(run)
+    if source is None:
+        from cnn2gnn_dist.stages.model import write_model
+
+        write_model(context, temporary)
+        return
+    artefact.read_config(source)
+    artefact.check_files(source)
+    shutil.copytree(
+        source,
+        temporary,
+        ignore=shutil.ignore_patterns(*artefact.RECORDS, ledger.HELD, ".lock", "*.tmp"),
+    )
+
+
+def _check_target(run: Path, target: Path, force: bool) -> None:
+    if run.resolve() in target.resolve().parents and (run / artefact.CONFIG).is_file():
+        raise UserError(
+            "the target is inside the model itself",
+            where=str(target),
+            remedy="name a folder outside",
+        )
+    if not target.exists():
+        return
+    is_model = (target / artefact.CONFIG).is_file() and (target / artefact.CHECKSUMS).is_file()
+    empty = target.is_dir() and not any(target.iterdir())
+    if not (empty or (is_model and force)):
+        raise UserError(
+            "there is a model already" if is_model else "there is something else already",
+            where=str(target),
+            remedy="--force replaces it" if is_model else "name a folder that does not exist",
+        )

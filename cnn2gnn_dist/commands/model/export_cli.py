@@ -1,0 +1,39 @@
+"""The arguments of ``cnn2gnn export``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``cnn2gnn export``."""
+    parser.add_argument(
+        "run",
+        metavar="RUN",
+        help="folder of a finished run or of a model, or URL of a run.storage",
+    )
+    parser.add_argument("--to", required=True, metavar="MODEL", help="folder to write")
+    parser.add_argument("--force", action="store_true", help="replace a model that is there")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument(
+        "--onnx", action="store_true", help="as ONNX graphs and arrays, to answer without torch"
+    )
+    kind.add_argument(
+        "--torch-export",
+        action="store_true",
+        help="as programs of torch.export and arrays, to answer with torch alone",
+    )
+    parser.set_defaults(command=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from cnn2gnn_dist.commands.model import export
+    from cnn2gnn_dist.commands.runs.stored_run import model_at
+
+    with model_at(arguments.run) as run:
+        if arguments.onnx:
+            return export.onnx(run, Path(arguments.to))
+        if arguments.torch_export:
+            return export.programs(run, Path(arguments.to))
+        return export.command(run, Path(arguments.to), force=arguments.force)

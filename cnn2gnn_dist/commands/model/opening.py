@@ -1,0 +1,97 @@
+"""Open what a user names as a model: its folder, or a run with a trained student."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cnn2gnn_dist import ledger
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.inference.classifier import Classifier
+from cnn2gnn_dist.inference.folder import artefact
+
+if TYPE_CHECKING:  # training's side: a model answers where its packages are not installed
+    from cnn2gnn_dist.stages.shared.context import Context
+
+
+@contextmanager
+def opened(folder: Path, device: str = "auto") -> Iterator[Classifier]:
+    """Open a model, the model that a run holds, or else one made from the run for this time.
+
+    Raises:
+        UserError: neither a model nor a finished run.
+    """
+    if (folder / artefact.CONFIG).is_file():
+        yield Classifier.open(folder, device=device)
+        return
+    if (made := model_of_run(folder)) is not None:
+        yield Classifier.open(made, device=device)
+        return
+    context = context_of(folder)
+    from cnn2gnn_dist.stages.model import write_model
+
+    with tempfile.TemporaryDirectory(prefix="cnn2gnn-model-") as name:
+        write_model(context, Path(name), thumbnails=0)
+        yield Classifier.open(Path(name), device=device)
+
+
+def model_of_run(run: Path) -> Path | None:
+    """The model in a run, if it is complete and made from the student that is there."""
+    entry, student = ledger.finished(run / "model"), ledger.finished(run / "student")
+    if entry is None or student is None or entry.inputs.get("student") != student.digest:
+        return None
+    return run / "model"
+
+
+def context_of(run: Path) -> Context:
+    """The context of a finished run, with the fields that its student was trained with.
+
+    Raises:
+        UserError: the folder is not a run, or its student is not trained.
+    """  # noqa: DOC501
+    from cnn2gnn_dist import settings
+
+    file = run / "config.yaml"
+    if not run.is_dir():
+        raise UserError(
+            "there is no such folder" if not run.exists() else "this is not a folder",
+            where=str(run),
+            remedy="name the folder of a model, or of a finished run",
+        )
+    if not file.is_file():
+        raise unfinished(run, "it has no config.yaml", "run")
+    try:
+        config = settings.of_run(run)
+    except UserError as error:
+        if str(file) in error.where:  # not a config at all
+            raise unfinished(run, "its config.yaml is damaged", "run") from None
+        raise UserError(
+            f"this run's config is not of this version: {error.what}",
+            where=f"{file}: {error.where}",
+            remedy="use the version of cnn2gnn-dist that made the run, or make the run again",
+        ) from None
+    root = Path(str(config.run.dir))
+    if not (root / "student" / "done.json").is_file():
+        raise unfinished(run, "its student is not trained", "run")
+    if config.graph.scope == "dataset" and not list((root / "graph").glob("v????")):
+        raise unfinished(run, "it has no graph", "graph")
+    from cnn2gnn_dist.pipeline.keys import as_made
+    from cnn2gnn_dist.pipeline.runner import choose_device
+    from cnn2gnn_dist.runtime.ranks import Ranks
+    from cnn2gnn_dist.stages.shared.context import Context, RunPaths
+
+    config = as_made(config, root, "student")
+    device = "cpu" if config.device == "cpu" else choose_device("auto")
+    return Context(config, Ranks(), RunPaths(root), root, "", device, False)
+
+
+def unfinished(run: Path, what: str, stage: str) -> UserError:
+    """Return the error for a folder that is not a finished run."""
+    return UserError(
+        f"this folder is not a model or a finished run: {what}",
+        where=str(run),
+        remedy=f"run `cnn2gnn {stage}` with the run's config, or name another folder",
+    )

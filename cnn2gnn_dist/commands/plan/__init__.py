@@ -1,0 +1,1 @@
+"""``cnn2gnn plan``: what a run needs, before anybody rents a machine. Memory, disk, network, hours."""

@@ -1,0 +1,198 @@
+"""``cnn2gnn plan --config …``: what a whole run needs of its hosts, and for how long."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from typing import Any
+
+from cnn2gnn_dist import settings
+from cnn2gnn_dist.commands.plan import constants, estimate
+from cnn2gnn_dist.commands.plan.activations import Trace
+from cnn2gnn_dist.commands.plan.estimate import Cluster, ModelPlan
+from cnn2gnn_dist.commands.plan.graph import size_of
+from cnn2gnn_dist.config import Config
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.graph import memory_model
+from cnn2gnn_dist.log import output
+from cnn2gnn_dist.pipeline import keys
+from cnn2gnn_dist.training.precision import choose
+
+NODES, GBITS = (1, 2, 4, 8, 16, 32, 64), (10, 25, 100, 400)
+"""Of the table of efficiencies."""
+TRACED_BANK = 4096
+"""Rows of the bank in a trace: what a step keeps depends on the blocks, not on how many nodes there are."""
+
+
+def command(
+    source: str | None,
+    overrides: list[str],
+    *,
+    images: int,
+    classes: int,
+    cluster: Cluster,
+    image_bytes: float = 0.0,
+    decode_s: float | None = None,
+    scaling: bool = False,
+    as_json: bool = False,
+) -> int:
+    """Print the plan of a run; returns 0.
+
+    Args:
+        source: the config: a preset or a file.
+        overrides: of the config.
+        images: for training.
+        classes: of them.
+        cluster: the hosts.
+        image_bytes: mean size of an encoded image; 0: the shards are left out.
+        decode_s: seconds of a core for an image; None: as measured for photographs or small images.
+        scaling: also print how efficient steps are on more nodes and other networks.
+        as_json: as one JSON object.
+
+    Raises:
+        UserError: a mistake in the config; a batch that the ranks can't share.
+    """
+    config = settings.load(source, overrides)
+    for name, given in (("images", images), ("classes", classes)):
+        if given < 2:
+            raise UserError(f"{name} = {given}", where=f"--{name}", remedy="at least 2")
+    if cluster.flops is None and not cluster.on_gpu:
+        precision = str(choose(config.precision, "cpu", {})).removeprefix("torch.")
+        cluster = replace(cluster, flops=1e9 * constants.CPU_GFLOPS[precision])
+    traces, plans = _planned(config, images, classes, cluster)
+    if decode_s is None:
+        kind = "small" if config.views.size <= constants.SMALL else "photograph"
+        decode_s = constants.DECODE_S[kind]
+    host = _host(config, images, plans, cluster)
+    disk = estimate.disk(config, images, classes, traces, image_bytes)
+    refresh = estimate.refresh_bytes(config, images, cluster)
+    hours = estimate.hours(config, images, plans, cluster, decode_s)
+    if as_json:
+        models = {kind: asdict(plan) for kind, plan in plans.items()}
+        sizes = {"host": host, "disk": disk, "refresh": refresh, "hours": hours}
+        output(json.dumps({"cluster": asdict(cluster), "models": models, **sizes}, indent=1))
+        return 0
+    output(
+        f"{images:,} images of {classes:,} classes, config {source or 'demo'}: {cluster.nodes} nodes x "
+        f"{cluster.ranks_per_node} {'GPUs' if cluster.on_gpu else 'cores'}, {cluster.ranks} ranks"
+    )
+    for plan in plans.values():
+        _print_model(plan)
+    for plan in plans.values() if scaling else ():
+        _print_scaling(plan, cluster)
+    _print_sizes("memory of a host, in training", host)
+    _print_sizes("shared storage", disk)
+    _print_sizes("network: a refresh of the graph", refresh)
+    _print_hours(hours, cluster)
+    return 0
+
+
+def _planned(
+    config: Config, images: int, classes: int, cluster: Cluster
+) -> tuple[dict[str, Trace], dict[str, ModelPlan]]:
+    """The traces and the plans of teacher and student."""
+    deepspeed = keys.read_deepspeed(config)
+    traces = estimate.trace_models(config, classes, min(images, TRACED_BANK))
+    plans = {
+        kind: estimate.plan_model(kind, found, config, deepspeed[kind], cluster, images)
+        for kind, found in traces.items()
+    }
+    return traces, plans
+
+
+def _host(
+    config: Config, images: int, plans: dict[str, ModelPlan], cluster: Cluster
+) -> dict[str, float]:
+    """Bytes of a host's memory while the more demanding of the models trains."""
+    sizes = estimate.graph_sizes(config, images, cluster)
+    bank = memory_model.total(memory_model.structures(sizes), "rank")
+    waiting = config.stream.prefetch * plans["student"].micro_batch * 3 * config.views.size**2
+    most = max(plan.memory[plan.stage].total for plan in plans.values())
+    rows = {
+        "processes": float(constants.PROCESS),
+        "graph (halos included)": bank,
+        "batches that wait": waiting,
+    }
+    if not cluster.on_gpu:
+        rows["the larger model, in training"] = most
+    return {name: size * cluster.ranks_per_node for name, size in rows.items()}
+
+
+def _print_model(plan: ModelPlan) -> None:
+    found = plan.trace
+    output(
+        f"\n{plan.kind}: {found.parameters:,} parameters, {found.flops / 1e9:,.3g} GFLOP an image; "
+        f"{plan.steps:,} steps of {plan.accumulation} x {plan.micro_batch} images per rank\n"
+        "  memory of a rank      weights   gradients   optimizer     buckets activations       total"
+    )
+    for one in plan.memory:
+        parts = one.states
+        columns = [
+            parts.weights, parts.gradients, parts.optimizer, parts.buckets, one.activations, one.total,
+        ]  # fmt: skip
+        mark = "  <- this config" if one.stage == plan.stage else ""
+        output(f"  ZeRO {one.stage}      " + "".join(f"{size_of(c):>12}" for c in columns) + mark)
+    line = f"  a step: {size_of(plan.sent)} sent per rank"
+    if plan.compute_s is not None:
+        line += f", {plan.compute_s:.3g} s to compute"
+        if plan.network_s is not None:
+            share = plan.compute_s / (plan.compute_s + plan.network_s)
+            line += (
+                f", {plan.network_s:.3g} s on the network (efficiency {share:.2f}, not overlapped)"
+            )
+    if plan.network_s is None:
+        line += "; --gbit says how long that takes"
+    output(line)
+
+
+def _print_scaling(plan: ModelPlan, cluster: Cluster) -> None:
+    if plan.compute_s is None:
+        return
+    output(
+        f"\n{plan.kind}: efficiency of a step of {plan.micro_batch} images per rank, not overlapped\n"
+        + "  nodes   " + "".join(f"{f'{gbit} Gbit/s':>13}" for gbit in GBITS)
+    )  # fmt: skip
+    for nodes in NODES:
+        found = [estimate.efficiency(plan, cluster, nodes, gbit) for gbit in GBITS]
+        output(f"  {nodes:5}   " + "".join(f"{one:13.2f}" for one in found))
+
+
+def _print_sizes(title: str, rows: dict[str, float]) -> None:
+    output(f"\n{title}")
+    for name, size in rows.items():
+        output(f"  {name:44} {size_of(size):>12}")
+    output(f"  {'total':44} {size_of(sum(rows.values())):>12}")
+
+
+def _print_hours(rows: dict[str, float] | None, cluster: Cluster) -> None:
+    if rows is None:
+        missing = "--gflops" if cluster.flops is None else "--gbit"
+        output(f"\nhours: not known without {missing} (docs/sizing.md says how to measure it)")
+        return
+    output("\nhours")
+    for name, hours in rows.items():
+        output(f"  {name:44} {hours:12.2f}")
+    output(f"  {'total':44} {sum(rows.values()):12.2f}")
+
+
+def cluster_of(given: dict[str, Any]) -> Cluster:
+    """The cluster of the command's options.
+
+    Raises:
+        UserError: a number below its least value.
+    """
+    for name in ("nodes", "gpus", "cores", "ranks"):
+        if given[name] is not None and given[name] < 1:
+            raise UserError(f"{name} = {given[name]}", where=f"--{name}", remedy="at least 1")
+    for name in ("gflops", "gbit"):
+        if given[name] is not None and not given[name] > 0:
+            raise UserError(f"{name} = {given[name]}", where=f"--{name}", remedy="more than 0")
+    on_gpu, gflops = bool(given["gpus"]), given["gflops"]
+    return Cluster(
+        nodes=given["nodes"],
+        ranks_per_node=given["gpus"] or given["ranks"] or given["cores"],
+        on_gpu=on_gpu,
+        flops=None if gflops is None else 1e9 * gflops,
+        bytes_per_s=None if given["gbit"] is None else given["gbit"] * 1e9 / 8,
+        cores=given["cores"],
+    )

@@ -1,1 +1,0 @@
-"""What a run needs, before anybody rents a machine: memory, disk, network, hours."""

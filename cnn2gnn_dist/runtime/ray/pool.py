@@ -1,0 +1,140 @@
+"""Independent pieces of work over Ray actors: each done once, whichever actor dies.
+
+Unlike the ranks of a group (``group.py``), the actors need each other for nothing: one that dies is restarted by
+Ray, which repeats the call it was lost in.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from cnn2gnn_dist.errors import UserError, last_line
+from cnn2gnn_dist.runtime.ray import errors as ray_errors
+from cnn2gnn_dist.runtime.ray import session as ray_session
+
+ATTEMPTS = 3
+"""How often an actor may die of one item."""
+START_SECONDS = 60.0
+"""Wait for a place for the first actor."""
+
+Work = Callable[[Any], Any]
+
+
+@ray.remote(max_restarts=-1, max_task_retries=ATTEMPTS - 1)
+class _Worker:
+    """Prepares once, then works through items."""
+
+    def __init__(self, prepare: Callable[..., Work], arguments: dict[str, Any], cwd: str) -> None:
+        self._prepare, self._arguments, self._cwd = prepare, arguments, cwd
+        self._work: Work | None = None
+
+    def ready(self) -> str:
+        """Return the node's address, once there is a place for this actor."""
+        return str(ray.util.get_node_ip_address())
+
+    def do(self, item: Any) -> Any:
+        """Work on one item; an error that a user can fix is returned."""
+        try:
+            if self._work is None:
+                self._enter()
+                self._work = self._prepare(**self._arguments)
+            return self._work(item)
+        except UserError as error:
+            return error
+
+    def _enter(self) -> None:
+        try:
+            os.chdir(self._cwd)
+        except OSError as error:
+            raise UserError(
+                f"the folder that the command was given in is not on node {self.ready()} ({error.strerror})",
+                where=self._cwd,
+                remedy="give the command in a folder that every node sees at the same path",
+            ) from None
+
+
+def work_off(
+    items: Sequence[Any],
+    prepare: Callable[..., Work],
+    arguments: dict[str, Any],
+    *,
+    actors: int,
+    cpus: float = 1.0,
+    gpus: float = 0.0,
+) -> Iterator[tuple[Any, Any]]:
+    """Yield (item, result) of every item, as they are finished.
+
+    A Ray is running (``cluster.running``). An actor takes the next item when it is done with one, so
+    that a slow node delays nothing but its own items.
+
+    Args:
+        items: can be pickled.
+        prepare: importable; called once in every actor, in this process's working directory; returns the
+            function of an item.
+        arguments: of ``prepare``.
+        actors: at most so many; as many work as the cluster has room for.
+        cpus: of an actor.
+        gpus: of an actor.
+
+    Raises:
+        UserError: raised by ``prepare`` or for an item; no room for a single actor; an item whose actors
+            keep dying.
+    """  # noqa: DOC501
+    remote = _Worker.options(num_cpus=cpus, num_gpus=gpus)  # type: ignore[attr-defined]
+    count = max(1, min(actors, len(items)))
+    workers = [remote.remote(prepare, arguments, os.getcwd()) for _ in range(count)]
+    waiting = iter(items)
+    starting = {worker.ready.remote(): worker for worker in workers}
+    running: dict[Any, tuple[Any, Any]] = {}
+    deadline = time.monotonic() + START_SECONDS
+    placed = False
+    try:
+        while starting or running:
+            left = None if placed else max(0.0, deadline - time.monotonic())
+            done, _ = ray.wait([*running, *starting], num_returns=1, timeout=left)
+            if not done:
+                raise _no_room(cpus, gpus)
+            placed = True
+            if (worker := starting.pop(done[0], None)) is None:
+                worker, item = running.pop(done[0])
+                yield item, _result(done[0], item)
+            for item in waiting:
+                running[worker.do.remote(item)] = (worker, item)
+                break
+            else:
+                starting.clear()  # nothing is left for actors that found no place so far
+    finally:
+        for worker in workers:
+            ray.kill(worker)
+
+
+def _result(ref: Any, item: Any) -> Any:
+    try:
+        with ray_session.exit_code_kept():
+            found = ray.get(ref)
+    except RayError as error:
+        if cause := ray_errors.cause_of(error):
+            raise cause from None
+        raise UserError(
+            f"an actor died {ATTEMPTS} times of {item}; last: {last_line(error)}",
+            where="--actors",
+            remedy="see the log above; what was finished is kept, and the same command resumes",
+        ) from None
+    if isinstance(found, UserError):
+        raise found
+    return found
+
+
+def _no_room(cpus: float, gpus: float) -> UserError:
+    return UserError(
+        f"the cluster has no room for an actor of {cpus:g} CPUs and {gpus:g} GPUs; it has "
+        f"{ray.available_resources()}",
+        where="--actors",
+        remedy="a larger cluster, or wait until others are done",
+    )
