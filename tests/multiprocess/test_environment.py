@@ -43,7 +43,7 @@ def test_a_ray_that_does_not_start_is_said_in_a_line(tmp_path):
     place.mkdir()
     script = f"""
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.runtime import ray_cluster, ray_session
+from cnn2gnn_dist.runtime.ray import cluster as ray_cluster, session as ray_session
 ray_session.LONGEST_FOLDER = {len(str(place)) + 40}
 try:
     ray_cluster.start(None, 1)

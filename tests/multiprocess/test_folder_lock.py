@@ -21,7 +21,7 @@ from tests.support import rank_group
 HOLD = """
 import sys, time
 from pathlib import Path
-from cnn2gnn_dist.runtime import folder_lock
+from cnn2gnn_dist.runtime.shared_files import folder_lock
 if sys.argv[2] == "no locks":
     import errno, fcntl
     def flock(*_): raise OSError(errno.ENOLCK, "No locks available")
