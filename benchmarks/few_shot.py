@@ -4,13 +4,12 @@
     python benchmarks/few_shot.py FOLDER --episodes 600 --preset mini_imagenet_cpu --set teacher.epochs=2      (a trial)
 
 Ravi and Larochelle's split (2017): the preset is trained on the 64 base classes alone (480 images each, 20 more to
-evaluate); the 16 validation classes are not used. The run is exported, and each of 600 episodes draws 5 of the 20
-novel classes, 1 or 5 images each to learn from and 15 to answer. Inductive: each query by the score of new classes
-(``new_classes.py``), which is what ``memory add`` answers with, restricted to the episode's classes. Transductive: an
-episode's 75 queries together, by the rule's EM over the same scores with edges between alike queries; shares of the
-classes are not assumed to be equal. Beside both: the nearest class mean, the same with all queries assigned by soft
-k-means, and LaplacianShot's propagation (Ziko et al., ICML 2020). FOLDER keeps the data, the run and the model: run
-again, it continues. Prints Markdown, mean ± 95 % over episodes. Needs $CNN2GNN_DATA.
+evaluate). The run is exported, and each of 600 episodes draws 5 of the 20 novel classes, 1 or 5 images each to learn
+from and 15 to answer. Inductive: each query by the score of new classes (``new_classes.py``), which is what ``memory
+add`` answers with, restricted to the episode's classes. Transductive: an episode's 75 queries together, by the EM of
+``predict --together`` over the same scores. Beside both: the nearest class mean, soft k-means (Ren et al., ICLR 2018),
+LaplacianShot (Ziko et al., ICML 2020). Constants are chosen by episodes of the 16 validation classes. FOLDER keeps the
+data, the run and the model: run again, it continues. Prints Markdown, mean ± 95 % over episodes. Needs $CNN2GNN_DATA.
 """
 
 from __future__ import annotations
@@ -22,30 +21,44 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from remembering import episodes
 from remembering.features import NOVEL
+from tqdm import tqdm
 
-VALIDATION = """
-n01855672 n02091244 n02114548 n02138441 n02174001 n02950826 n02971356 n02981792
-n03075370 n03417042 n03535780 n03584254 n03770439 n03773504 n03980874 n09256479
-""".split()
+from cnn2gnn_dist.inference.classifier import Classifier, load
+from cnn2gnn_dist.inference.network import joined
+from cnn2gnn_dist.inference.old_classes import Images, OldClasses
+from cnn2gnn_dist.inference.scoring import HeldOut
+
+VALIDATION = (
+    "n01855672 n02091244 n02114548 n02138441 n02174001 n02950826 n02971356 n02981792 "
+    "n03075370 n03417042 n03535780 n03584254 n03770439 n03773504 n03980874 n09256479"
+)
 """Mini-ImageNet's validation classes (Ravi and Larochelle, 2017)."""
 
 
 def stage(folder: Path) -> None:
     """Write base-train, base-test and novel.parquet, in the Hub's layout, unless they are there."""
     source = Path(os.environ["CNN2GNN_DATA"]) / "mini-imagenet"
-    parts = {"train": sorted(source.glob("train*.parquet")), "val": sorted(source.glob("val*.parquet"))}
+    parts = {
+        "train": sorted(source.glob("train*.parquet")),
+        "val": sorted(source.glob("val*.parquet")),
+    }
     names = _class_names(parts["val"][0])
-    base = [n for n in names if n.split(",")[0].split()[0] not in {*NOVEL, *VALIDATION}]
-    novel = [n for n in names if n.split(",")[0].split()[0] in NOVEL]
-    if (len(base), len(novel)) != (64, 20):
-        raise SystemExit(f"{len(base)} base and {len(novel)} novel classes among {names[:3]} …: another split")
+    novel = [name for name in names if name.split()[0].rstrip(",") in NOVEL]
+    validation = [name for name in names if name.split()[0].rstrip(",") in VALIDATION]
+    base = [name for name in names if name not in {*novel, *validation}]
+    if (len(base), len(validation), len(novel)) != (64, 16, 20):
+        raise SystemExit(f"the class names ({names[0]}, …) are not those of Mini-ImageNet")
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / "base-train.parquet", parts["train"], names, base)
     _write(folder / "base-test.parquet", parts["val"], names, base)
-    _write(folder / "novel.parquet", [*parts["train"], *parts["val"]], names, novel)
+    everything = [*parts["train"], *parts["val"]]
+    _write(folder / "validation.parquet", everything, names, validation)
+    _write(folder / "novel.parquet", everything, names, novel)
 
 
 def _class_names(file: Path) -> list[str]:
@@ -86,15 +99,79 @@ def train(folder: Path, preset: str, overrides: list[str]) -> Path:
     return model
 
 
+def features(folder: Path, model: Classifier, old: OldClasses, part: str) -> episodes.Features:
+    """Features of a part's images, kept in FOLDER."""
+    kept, file = folder / f"{part}.npz", folder / f"{part}.parquet"
+    if not kept.exists():
+        rows = pq.ParquetFile(file).metadata.num_rows
+        made = []
+        with tqdm(
+            total=rows, desc=f"features of {part} classes", unit="image", disable=None
+        ) as bar:
+            for many in model.batches(str(file), 64):
+                made.append(model.outputs(many))
+                bar.update(len(many))
+        both = joined(made)
+        np.savez(kept.with_suffix(".tmp.npz"), x=both.x, logits=both.logits)
+        kept.with_suffix(".tmp.npz").rename(kept)
+    with np.load(kept) as arrays:
+        images = Images(arrays["logits"], arrays["x"])
+    return episodes.Features(old, images, pq.read_table(file)["label"].to_numpy())
+
+
+def print_table(
+    folder: Path, model: Classifier, count: int, ways: int = 5, queries: int = 15
+) -> None:
+    """Accuracy of every rule over the episodes of the novel classes."""
+    held_out = HeldOut.read(model.folder)
+    memory = model.required_memory()
+    assert held_out is not None
+    calibration, labels_n = held_out.images, held_out.labels_n
+    rows = memory.live_ids
+    old = OldClasses.fit(memory.x(rows), memory.labels[rows], calibration, labels_n)
+    rule = model.scoring.rule_together(None)
+    parts = {part: features(folder, model, old, part) for part in ("validation", "novel")}
+    print(f"| {ways} classes, {count} episodes | 1 image | 5 images |")
+    print("| --- | --- | --- |")
+    cells_of: dict[str, list[str]] = {}
+    for shots in (1, 5):
+
+        def drawn(part: str, many: int, shots: int = shots) -> list[episodes.Episode]:
+            labels = parts[part].labels
+            return [episodes.draw(labels, ways, shots, queries, i) for i in range(many)]
+
+        def scored(of: episodes.Features, episode: episodes.Episode) -> np.ndarray:
+            return episodes.product_scores(old, calibration, labels_n, of, episode)
+
+        val = parts["validation"]
+        fitted = episodes.fit(lambda e, val=val: scored(val, e), val, drawn("validation", 100))
+        found: dict[str, list[float]] = {}
+        for episode in tqdm(drawn("novel", count), desc=f"{shots} images", disable=None):
+            novel = parts["novel"]
+            made = episodes.answers(novel, episode, scored(novel, episode), rule, fitted)
+            for name, answer in made:
+                found.setdefault(name, []).append(100 * float((answer == episode.labels).mean()))
+        for name, each in found.items():
+            error = 1.96 * np.std(each) / len(each) ** 0.5
+            cells_of.setdefault(name, []).append(f"{np.mean(each):.2f} ± {error:.2f}")
+    for name, cells in cells_of.items():
+        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--preset", default="mini_imagenet_cpu")
-    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="SECTION.FIELD=VALUE")
+    parser.add_argument(
+        "--set", action="append", default=[], dest="overrides", metavar="SECTION.FIELD=VALUE"
+    )
     parser.add_argument("--episodes", type=int, default=600)
     given = parser.parse_args()
     folder = given.folder.resolve()
     stage(folder)
+    print_table(folder, load(train(folder, given.preset, given.overrides)), given.episodes)
 
 
 if __name__ == "__main__":
