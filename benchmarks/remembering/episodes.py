@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from cnn2gnn_dist.inference.calibration import fit_temperature, log_softmax, softmax
-from cnn2gnn_dist.inference.new_classes import NewClasses
-from cnn2gnn_dist.inference.old_classes import Images, OldClasses
-from cnn2gnn_dist.inference.together import Together
+from cnn2gnn_dist.inference.memory.new_classes import NewClasses
+from cnn2gnn_dist.inference.memory.old_classes import Images, OldClasses
+from cnn2gnn_dist.inference.sets.together import Together
 
 
 @dataclass(frozen=True)
