@@ -14,9 +14,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
-import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -24,8 +21,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from rank_processes import ROOT, run_ranks
 
-ROOT = Path(__file__).resolve().parent.parent
 STEPS, TOLERANCE = 5, 0.25
 CASES = (  # model, images of a rank's micro-batch, ranks, ZeRO stages
     ("teacher", 512, 1, (0, 2)),
@@ -129,26 +126,10 @@ def _without_gradients(expected: Any) -> float:
 
 def measured(kind: str, stage: int, micro: int, world: int) -> dict[str, float]:
     """Start the ranks; return what rank 0 tells."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    call = [sys.executable, __file__, "--rank", kind, str(stage), str(micro)]
-    shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    shared |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-    ranks = [
-        subprocess.Popen(
-            call,
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    told = [rank.communicate()[0] for rank in ranks]
-    if any(rank.returncode for rank in ranks):
+    figures = run_ranks(__file__, ["--rank", kind, str(stage), str(micro)], world, ROOT)
+    if figures is None:
         raise SystemExit(f"{kind}, ZeRO {stage}, {world} ranks: a rank failed")
-    found: dict[str, float] = json.loads(told[0].splitlines()[-1])
+    found: dict[str, float] = figures[0]
     return found
 
 

@@ -15,11 +15,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from statistics import median
@@ -29,6 +26,7 @@ import embeddings
 import numpy as np
 import torch
 import torch.distributed as dist
+from rank_processes import run_ranks
 from stepping.contenders import BATCH, Arrays, make
 from tqdm import tqdm
 
@@ -60,9 +58,9 @@ def load(folder: Path, nodes: int, homophily: float) -> Arrays:
 def rank_main(given: argparse.Namespace, arrays: Arrays) -> dict[str, float]:
     """Train; return this rank's figures."""
     torch.set_num_threads(1)
-    store, steps = f"file://{given.store}", given.steps
-    dist.init_process_group("gloo", init_method=store, rank=given.rank, world_size=RANKS)
-    contender = make(given.one, arrays, given.rank)
+    steps = given.steps
+    dist.init_process_group("gloo")
+    contender = make(given.one, arrays, dist.get_rank())
     module = torch.nn.parallel.DistributedDataParallel(contender.module)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3)
     sums = {"feature_bytes": 0.0, "remote": 0.0, "loss": 0.0}
@@ -96,22 +94,11 @@ def rank_main(given: argparse.Namespace, arrays: Arrays) -> dict[str, float]:
 
 def together(given: argparse.Namespace, name: str) -> dict[str, float]:
     """Run both ranks of one contender; return the mean of their figures."""
-    with tempfile.TemporaryDirectory() as folder:
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, __file__, str(given.folder), "--nodes", str(given.nodes),
-                 "--homophily", str(given.homophily), "--steps", str(given.steps),
-                 "--precision", given.precision, "--one", name, "--rank", str(rank), "--store", f"{folder}/store"],
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(RANKS)
-        ]  # fmt: skip
-        said = [rank.communicate()[0] for rank in ranks]
-    if any(rank.returncode for rank in ranks):
+    options = [str(given.folder), "--nodes", str(given.nodes), "--homophily", str(given.homophily)]
+    options += ["--steps", str(given.steps), "--precision", given.precision, "--one", name]
+    figures = run_ranks(__file__, options, RANKS)
+    if figures is None:
         return {}
-    figures = [json.loads(text.splitlines()[-1]) for text in said]
     return {key: sum(f[key] for f in figures) / RANKS for key in figures[0]}
 
 
@@ -146,9 +133,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=100, help="per rank and round")
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--only", nargs="*", choices=NAMES, default=NAMES)
-    for hidden in ("--one", "--store"):
-        parser.add_argument(hidden, help=argparse.SUPPRESS)
-    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
     given = parser.parse_args()
     arrays = load(given.folder, given.nodes, given.homophily)
     if given.one:

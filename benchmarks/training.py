@@ -19,24 +19,21 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import re
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from rank_processes import ROOT, run_ranks
 from torch import Tensor, nn
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
 WAYS = ("plain", "plain, bfloat16", "engine")
 WARM_UP = 3
 KINDS = (  # the first pattern that an operator's name matches
@@ -209,38 +206,13 @@ def together(given: argparse.Namespace, kind: str, way: str, world: int) -> dict
     options = [f"--preset={given.preset}", f"--images={given.images}", f"--steps={given.steps}"]
     options += [f"--classes={given.classes}", *(f"--set={one}" for one in given.set)]
     with tempfile.TemporaryDirectory() as folder:
-        shared = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
-        shared |= {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(_free_port()),
-            "PYTHONWARNINGS": "ignore",
-        }
-        shared["PYTHONPATH"] = str(ROOT)
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, __file__, *options, "--one", kind, way],
-                env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                cwd=folder,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(world)
-        ]
-        said = [rank.communicate()[0] for rank in ranks]
-    if any(rank.returncode for rank in ranks):
+        figures = run_ranks(__file__, [*options, "--one", kind, way], world, folder)
+    if figures is None:
         raise SystemExit(f"{kind}, {way}, {world} ranks: a rank failed")
-    figures = [json.loads(text.splitlines()[-1]) for text in said]
     found = {
         name: sum(f[name] for f in figures) / world for name in ("images_per_s", "images_per_cpu_s")
     }
     return found | {"shares": figures[0].get("shares", {})}
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return int(sock.getsockname()[1])
 
 
 def tables(found: dict[tuple[str, str, int], list[dict[str, Any]]], models: list[str]) -> str:
