@@ -1,1 +1,1 @@
-"""Which stage runs next, and why: registry, keys, plan, runner."""
+"""Which stage runs next, and why: registry, keys, plan, runner, one stage's run."""

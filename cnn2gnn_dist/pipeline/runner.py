@@ -3,36 +3,33 @@
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cnn2gnn_dist import consistency, ledger, log, settings
+from cnn2gnn_dist import consistency, ledger, settings
 from cnn2gnn_dist.config import Config
 from cnn2gnn_dist.errors import PeerLost, UserError, first_line
 from cnn2gnn_dist.ledger import Status
-from cnn2gnn_dist.pipeline import across_hosts, keys, moved_data
+from cnn2gnn_dist.pipeline import across_hosts, keys
 from cnn2gnn_dist.pipeline.keys import Survey
-from cnn2gnn_dist.pipeline.planning import Step, check_names, flat, inspect_stage, plan
+from cnn2gnn_dist.pipeline.planning import Step, check_names, flat, plan
 from cnn2gnn_dist.pipeline.registry import Stage, stages_of
+from cnn2gnn_dist.pipeline.stage_run import MADE, Run, complete, inspect, on_rank_0
 from cnn2gnn_dist.pipeline.stored import Stored
 from cnn2gnn_dist.runtime import preemption
 from cnn2gnn_dist.runtime.group import exchange
 from cnn2gnn_dist.runtime.ranks import Ranks
 from cnn2gnn_dist.runtime.shared_files import folder_lock
 from cnn2gnn_dist.stages.shared import preflight
-from cnn2gnn_dist.stages.shared.context import Context, RunPaths, load_manifest
-from cnn2gnn_dist.training.checkpoint import folder as checkpoint_folder
+from cnn2gnn_dist.stages.shared.context import RunPaths, load_manifest
 from cnn2gnn_dist.unused_fields import Surroundings
 
 _log = logging.getLogger(__name__)
 
-MADE = "made"
-"""Why a stage is complete that was run now."""
 LOCK_SECONDS = 10.0
 """Seconds that a run that was killed or asked to stop may need to release its folder."""
 
@@ -78,13 +75,14 @@ def run_rank(
             raise problem
         across_hosts.check_hosts(config, device)
         with _locked(Path(str(config.run.dir)), ranks, config.cluster.timeout_s):
-            read = _on_rank_0(ranks, lambda: deepspeed or keys.read_deepspeed(config))
+            read = on_rank_0(ranks, lambda: deepspeed or keys.read_deepspeed(config))
             surroundings = Surroundings(device == "cuda", inside_ray, ranks.world_size, read)
             survey = Survey(config, read, reads=True, recheck=update)
             stored = Stored(config)
             stored.open()
-            _on_rank_0(ranks, lambda: _begin(survey, names, surroundings, stored))
-            return _run_all(survey, names, update, inside_ray, ranks, device, force, stored)
+            on_rank_0(ranks, lambda: _begin(survey, names, surroundings, stored))
+            run = Run(survey, stored, ranks, device, inside_ray, update, force)
+            return _run_all(run, names)
     except UserError as error:
         if ranks.world_size > 1 and not inside_ray:
             preemption.ignore_stop()  # whoever reports the error may not be the first to end
@@ -130,18 +128,9 @@ def _device_or_problem(config: Config) -> tuple[str, UserError | None]:
         return "cpu", error
 
 
-def _run_all(
-    survey: Survey,
-    names: list[str] | None,
-    update: bool,
-    inside_ray: bool,
-    ranks: Ranks,
-    device: str,
-    force: bool,
-    stored: Stored,
-) -> dict[str, Any]:
-    config, stages = survey.config, stages_of(survey.config)
-    root = Path(str(config.run.dir))
+def _run_all(run: Run, names: list[str] | None) -> dict[str, Any]:
+    """Run the stages named, in order; why each is complete."""
+    survey, stages = run.survey, stages_of(run.survey.config)
     check_names(stages, names)
     digests: dict[str, str] = {}
     made: dict[str, str] = {}
@@ -149,47 +138,27 @@ def _run_all(
     blocked = ""
     for stage in stages:
         wanted = names is None or stage.name in names
-        step = _on_rank_0(
-            ranks, partial(_inspect, survey, stage, stages, digests, update and wanted)
-        )
+        look = partial(inspect, survey, stage, stages, digests, run.update and wanted)
+        step = on_rank_0(run.ranks, look)
         if step.key is None and blocked:
             step = replace(step, why=f"{step.why} ({blocked})")
-        if step.status is not Status.COMPLETE and wanted:
-            _on_rank_0(ranks, partial(stored.before, step, stages, force))
-            step = _on_rank_0(ranks, partial(_prepare_folder, survey, step, update, force, stored))
-            _on_rank_0(ranks, partial(ledger.record_config, root, settings.as_yaml(config)))
-            context = Context(
-                config,
-                ranks,
-                RunPaths(root),
-                root / stage.folder,
-                str(step.key),
-                device,
-                inside_ray,
-                about=flat(step.parts),
-                force=force,
-                deepspeed=survey.deepspeed,
-                storage=stored.storage,
-            )
-            step = _execute(context, survey, step, dict(made))
-        elif wanted and ranks.is_first and not inside_ray:
-            log_skipped(stage.name)
-        if step.status is Status.COMPLETE and not across_hosts.ends_here(stage, stages):
-            across_hosts.hand_over(root / stage.folder, step)
+        if wanted:
+            step = complete(run, step, stages, made)
+            done[stage.name] = step.why
         if step.status is Status.COMPLETE:
-            stored.after(step, made=step.why == MADE)
+            if not across_hosts.ends_here(stage, stages):
+                across_hosts.hand_over(run.root / stage.folder, step)
+            run.stored.after(step, made=step.why == MADE)
         if step.status is Status.COMPLETE and step.entry:
             digests[stage.name], made[stage.name] = step.entry.digest, step.entry.key
         else:
             blocked = blocked or f"{stage.name}: {step.why}"
-        if wanted:
-            done[stage.name] = step.why
         if stage.name == "index" and step.status is Status.COMPLETE:
-            across_hosts.check_shards(RunPaths(root))
-            _on_rank_0(ranks, lambda: _check_image_count(survey, names))
+            across_hosts.check_shards(RunPaths(run.root))
+            on_rank_0(run.ranks, lambda: _check_image_count(survey, names))
     if names is None:  # nothing was refused: readers of the folder find the current config
-        _on_rank_0(ranks, partial(ledger.record_config, root, settings.as_yaml(config)))
-    stored.end()
+        run.record_config()
+    run.stored.end()
     return done
 
 
@@ -201,62 +170,6 @@ def _check_image_count(survey: Survey, names: list[str] | None) -> None:
     preflight.check_images(config, ahead, len(train))
 
 
-def _inspect(
-    survey: Survey, stage: Stage, stages: list[Stage], digests: dict[str, str], update: bool
-) -> Step:
-    """Determine the state of a stage (rank 0).
-
-    For a complete stage, records and paths follow the files: touched ones are recorded again, and
-    manifests are updated for shards that have moved.
-    """
-    step = inspect_stage(survey, stage, stages, digests)
-    if step.status is not Status.COMPLETE or step.entry is None:
-        return step
-    if update and survey.inputs(stage) and survey.untagged():
-        why = "its store can't tell whether files have changed, so they are read again"
-        return replace(step, status=Status.STALE, why=why)
-    if survey.inputs(stage):
-        survey.keep()
-    if stage.name == "index":
-        root = Path(str(survey.config.run.dir))
-        entry = moved_data.follow(survey.config, RunPaths(root), step.entry)
-        step = replace(step, entry=entry)
-    return step
-
-
-def log_skipped(name: str) -> None:
-    """Log that a stage is complete; under Ray the driver does, since its log lines are not lost."""
-    _log.info("complete, skipped", extra={"stage": name})
-
-
-def _execute(context: Context, survey: Survey, step: Step, made: dict[str, str]) -> Step:
-    with log.stage(step.stage.name):
-        return _executed(context, survey, step, made)
-
-
-def _executed(context: Context, survey: Survey, step: Step, made: dict[str, str]) -> Step:
-    stage, ranks = step.stage, context.ranks
-    began = time.perf_counter()
-    context.say(f"{step.status.value}: {step.why}")
-    _log.debug("key %s, folder %s", context.key, context.folder)
-    if stage.alone:
-        files = _on_rank_0(ranks, lambda: stage.work(context, made))
-    else:
-        files = stage.work(context, made)
-
-    def close() -> Step:
-        entry = step.record(
-            digest=keys.digest(survey, stage, context.key, files),
-            outputs=ledger.outputs(context.folder, files),
-            seconds=round(time.perf_counter() - began, 1),
-        )
-        ledger.finish(context.folder, entry)
-        _log.info(f"done in {entry.seconds:.0f} s")
-        return replace(step, status=Status.COMPLETE, why=MADE, entry=entry)
-
-    return _on_rank_0(ranks, close)
-
-
 def _peer_lost(error: RuntimeError, config: Config, who: str) -> PeerLost:
     return PeerLost(
         f"another rank died, or did not answer within {config.cluster.timeout_s:g} s: {who} "
@@ -264,58 +177,6 @@ def _peer_lost(error: RuntimeError, config: Config, who: str) -> PeerLost:
         where="cluster.timeout_s",
         remedy="check the other ranks' output; the same command resumes from the last checkpoint",
     )
-
-
-def _prepare_folder(
-    survey: Survey, step: Step, update: bool, force: bool, stored: Stored | None = None
-) -> Step:
-    """Mark the stage's folder as begun; refuse a stale one, set it aside, or resume it."""
-    root, stage, key = Path(str(survey.config.run.dir)), step.stage, step.key
-    folder = root / stage.folder
-    if key is None:
-        raise UserError(
-            f"the stage {stage.name} {step.why}",
-            where=str(root),
-            remedy="run the earlier stages first, or all: `cnn2gnn run"
-            + " --update" * update
-            + "`",
-        )
-    if step.status is Status.STALE and force and stage.trains:
-        _log.warning(f"resuming anyway: {step.why}", extra={"stage": stage.name})
-        if step.entry and step.entry.inputs.get("index") != step.inputs.get("index"):
-            _log.warning(
-                "it may have been trained on held-out images, which would inflate its accuracy; "
-                "--update retrains it",
-                extra={"stage": stage.name},
-            )
-    elif step.status is Status.STALE or (update and _of_another_config(step, folder)):
-        if not (update or force):
-            raise UserError(
-                f"the stage {stage.name} in this folder was {step.why}",
-                where=str(folder),
-                remedy="another run.dir=…, or --update: the old results are kept beside the new"
-                + ("; or --force: training resumes from its checkpoint" * stage.trains),
-            )
-        if stored is not None:
-            stored.set_aside(stage)
-        aside = ledger.set_aside(folder)
-        _log.info(f"old results moved to {aside.name}", extra={"stage": stage.name})
-        step = replace(step, status=Status.FRESH)
-    ledger.begin(folder, step.record())
-    if survey.inputs(stage):
-        survey.keep()
-    return step
-
-
-def _of_another_config(step: Step, folder: Path) -> bool:
-    """Whether a training started under this key would resume from a checkpoint of another key.
-
-    That is one that ``--force`` took over and that has not been saved again since.
-    """
-    if step.status is not Status.RESUME or not step.stage.trains:
-        return False
-    found = checkpoint_folder.all_of(checkpoint_folder.root_of(folder))
-    return bool(found) and checkpoint_folder.read_state(found[-1])["run_id"] != step.key
 
 
 def check_remaining(
@@ -375,15 +236,8 @@ def _locked(root: Path, ranks: Ranks, timeout_s: float = 600.0) -> Iterator[None
     # The others wait in a collective, whose timeout must exceed ours.
     seconds = min(LOCK_SECONDS, timeout_s / 2)
     try:
-        _on_rank_0(ranks, lambda: held.append(folder_lock.take(root, seconds)))
+        on_rank_0(ranks, lambda: held.append(folder_lock.take(root, seconds)))
         yield
     finally:
         for release in held:
             release()
-
-
-def _on_rank_0(ranks: Ranks, work: Callable[[], Any]) -> Any:
-    """Rank 0 does the work, however long it takes; all ranks get its result or raise its error."""
-    from cnn2gnn_dist.runtime.group import collectives
-
-    return collectives.alone(work)

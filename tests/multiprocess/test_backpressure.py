@@ -16,6 +16,7 @@ from cnn2gnn_dist.data.reading import ray_readers
 from cnn2gnn_dist.data.reading.pool import ReaderPool
 from cnn2gnn_dist.data.reading.reader import Reader, ReaderSpec, Request
 from cnn2gnn_dist.errors import UserError
+from tests.support.read_ahead import assert_read_ahead_is_the_prefetch
 from tests.support.shards import make_shards, random_images
 
 pytestmark = pytest.mark.ray
@@ -94,20 +95,9 @@ def held(stream: ReaderPool) -> list[Any]:
 @backends
 @pytest.mark.parametrize(("workers", "prefetch"), [(1, 1), (2, 3), (3, 7)])
 def test_what_is_read_ahead_is_the_prefetch(spec, backend, workers, prefetch):
-    folder, taken = Path(spec.manifest).parent / "read", 0
-
-    def source():
-        nonlocal taken
-        for request in requests(20):
-            taken += 1
-            yield request
-
     with ReaderPool(spec, backend=backend, workers=workers, prefetch=prefetch) as stream:
-        for received, _ in enumerate(stream.batches(source()), 1):
-            settle(stream)
-            wanted = min(20, received + prefetch)
-            assert taken == wanted
-            assert sorted(int(path.name) for path in folder.iterdir()) == list(range(wanted))
+        folder = Path(spec.manifest).parent / "read"
+        assert_read_ahead_is_the_prefetch(stream, requests(20), prefetch, folder, settle)
 
 
 def store() -> Any:

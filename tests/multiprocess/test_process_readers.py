@@ -28,6 +28,7 @@ from cnn2gnn_dist.data.reading.reader import Reader, ReaderSpec, Request
 from cnn2gnn_dist.errors import UserError
 from tests.multiprocess.test_pool import COUNT, assert_same, expected, some_requests
 from tests.support import REPOSITORY
+from tests.support.read_ahead import assert_read_ahead_is_the_prefetch
 from tests.support.shards import make_shards, random_images
 
 ROWS = 10
@@ -127,20 +128,9 @@ def test_memory_is_reused_once_a_batch_is_gone_and_never_before(spec):
 @pytest.mark.parametrize(("workers", "prefetch"), [(1, 1), (2, 3), (3, 7)])
 def test_what_is_read_ahead_is_the_prefetch(spec, monkeypatch, workers, prefetch):
     monkeypatch.setattr(process_readers, "READER", Noting)
-    folder, taken = Path(spec.manifest).parent / "read", 0
-
-    def source():
-        nonlocal taken
-        for request in numbered(20):
-            taken += 1
-            yield request
-
     with a_pool(spec, workers, prefetch) as pool:
-        for received, _ in enumerate(pool.batches(source()), 1):
-            settle(pool)
-            wanted = min(20, received + prefetch)
-            assert taken == wanted
-            assert sorted(int(path.name) for path in folder.iterdir()) == list(range(wanted))
+        folder = Path(spec.manifest).parent / "read"
+        assert_read_ahead_is_the_prefetch(pool, numbered(20), prefetch, folder, settle)
 
 
 class Noting(Reader):

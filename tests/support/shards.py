@@ -7,6 +7,7 @@ import os
 import tarfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -79,3 +80,15 @@ def make_shards(
             members.append((f"{names[i]}.{suffix}", encode_image(images[i], suffix)))
         paths.append(write_tar(folder / f"{prefix}-{number:06d}.tar", members))
     return paths
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is cached for this user lies in the test's own folder: ``pytest.mark.usefixtures("own_cache")``."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def shard_pattern(folder: Path, images: Any, labels: Any) -> str:
+    """Write shards of nine samples; the pattern that names them."""
+    make_shards(folder, images, labels, shard_size=9)
+    return str(folder / "shard-*.tar")

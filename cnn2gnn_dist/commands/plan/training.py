@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from cnn2gnn_dist import settings
 from cnn2gnn_dist.commands.plan import constants, estimate
-from cnn2gnn_dist.commands.plan.activations import Trace
 from cnn2gnn_dist.commands.plan.estimate import Cluster, ModelPlan
 from cnn2gnn_dist.commands.plan.graph import size_of
 from cnn2gnn_dist.config import Config
@@ -59,45 +58,53 @@ def command(
     if cluster.flops is None and not cluster.on_gpu:
         precision = str(choose(config.precision, "cpu", {})).removeprefix("torch.")
         cluster = replace(cluster, flops=1e9 * constants.CPU_GFLOPS[precision])
-    traces, plans = _planned(config, images, classes, cluster)
-    if decode_s is None:
-        kind = "small" if config.views.size <= constants.SMALL else "photograph"
-        decode_s = constants.DECODE_S[kind]
-    host = _host(config, images, plans, cluster)
-    disk = estimate.disk(config, images, classes, traces, image_bytes)
-    refresh = estimate.refresh_bytes(config, images, cluster)
-    hours = estimate.hours(config, images, plans, cluster, decode_s)
+    plan = _planned(config, images, classes, cluster, image_bytes, decode_s)
     if as_json:
-        models = {kind: asdict(plan) for kind, plan in plans.items()}
-        sizes = {"host": host, "disk": disk, "refresh": refresh, "hours": hours}
-        output(json.dumps({"cluster": asdict(cluster), "models": models, **sizes}, indent=1))
+        output(json.dumps({"cluster": asdict(cluster), **asdict(plan)}, indent=1))
         return 0
     output(
         f"{images:,} images of {classes:,} classes, config {source or 'demo'}: {cluster.nodes} nodes x "
         f"{cluster.ranks_per_node} {'GPUs' if cluster.on_gpu else 'cores'}, {cluster.ranks} ranks"
     )
-    for plan in plans.values():
-        _print_model(plan)
-    for plan in plans.values() if scaling else ():
-        _print_scaling(plan, cluster)
-    _print_sizes("memory of a host, in training", host)
-    _print_sizes("shared storage", disk)
-    _print_sizes("network: a refresh of the graph", refresh)
-    _print_hours(hours, cluster)
+    _print_plan(plan, cluster, scaling)
     return 0
 
 
+@dataclass(frozen=True)
+class _RunPlan:
+    """What a run needs: bytes by what holds or sends them, and hours by stage (None: not known)."""
+
+    models: dict[str, ModelPlan]
+    host: dict[str, float]
+    disk: dict[str, float]
+    refresh: dict[str, float]
+    hours: dict[str, float] | None
+
+
 def _planned(
-    config: Config, images: int, classes: int, cluster: Cluster
-) -> tuple[dict[str, Trace], dict[str, ModelPlan]]:
-    """The traces and the plans of teacher and student."""
+    config: Config,
+    images: int,
+    classes: int,
+    cluster: Cluster,
+    image_bytes: float,
+    decode_s: float | None,
+) -> _RunPlan:
     deepspeed = keys.read_deepspeed(config)
     traces = estimate.trace_models(config, classes, min(images, TRACED_BANK))
-    plans = {
+    models = {
         kind: estimate.plan_model(kind, found, config, deepspeed[kind], cluster, images)
         for kind, found in traces.items()
     }
-    return traces, plans
+    if decode_s is None:
+        kind = "small" if config.views.size <= constants.SMALL else "photograph"
+        decode_s = constants.DECODE_S[kind]
+    return _RunPlan(
+        models,
+        host=_host(config, images, models, cluster),
+        disk=estimate.disk(config, images, classes, traces, image_bytes),
+        refresh=estimate.refresh_bytes(config, images, cluster),
+        hours=estimate.hours(config, images, models, cluster, decode_s),
+    )
 
 
 def _host(
@@ -116,6 +123,17 @@ def _host(
     if not cluster.on_gpu:
         rows["the larger model, in training"] = most
     return {name: size * cluster.ranks_per_node for name, size in rows.items()}
+
+
+def _print_plan(plan: _RunPlan, cluster: Cluster, scaling: bool) -> None:
+    for model in plan.models.values():
+        _print_model(model)
+    for model in plan.models.values() if scaling else ():
+        _print_scaling(model, cluster)
+    _print_sizes("memory of a host, in training", plan.host)
+    _print_sizes("shared storage", plan.disk)
+    _print_sizes("network: a refresh of the graph", plan.refresh)
+    _print_hours(plan.hours, cluster)
 
 
 def _print_model(plan: ModelPlan) -> None:

@@ -90,7 +90,7 @@ def _print_plan(config: Config, stages: list[str] | None) -> None:
 def _on_ray(config: Config, stages: list[str] | None, update: bool, force: bool) -> None:
     """Run all ranks as Ray actors, here or on the cluster at ``cluster.address``."""
     from cnn2gnn_dist import settings
-    from cnn2gnn_dist.pipeline import keys, runner
+    from cnn2gnn_dist.pipeline import keys, runner, stage_run
     from cnn2gnn_dist.runtime.group import rendezvous
     from cnn2gnn_dist.runtime.ray import cluster as ray_cluster
     from cnn2gnn_dist.runtime.ray import group as ray_group
@@ -134,7 +134,7 @@ def _on_ray(config: Config, stages: list[str] | None, update: bool, force: bool)
         )
     for name, why in outcome[0].items():
         if why == "complete, skipped":
-            runner.log_skipped(name)
+            stage_run.log_skipped(name)
 
 
 def _fewer(config: Config, stages: list[str] | None) -> list[int]:

@@ -70,7 +70,7 @@ def work_off(
 ) -> Iterator[tuple[Any, Any]]:
     """Yield (item, result) of every item, as they are finished.
 
-    A Ray is running (``cluster.running``). An actor takes the next item when it is done with one, so
+    A Ray is running (:func:`.cluster.running`). An actor takes the next item when it is done with one, so
     that a slow node delays nothing but its own items.
 
     Args:

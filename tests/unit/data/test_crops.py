@@ -18,7 +18,13 @@ from cnn2gnn_dist.data.images.decode import CorruptSample, decode
 from cnn2gnn_dist.data.images.views import CLEAN, render
 from cnn2gnn_dist.data.reading.reader import Batch
 from cnn2gnn_dist.errors import UserError
-from tests.support.shards import encode_image, make_shards, random_images, write_tar
+from tests.support.shards import (
+    encode_image,
+    own_cache,  # noqa: F401 (fixture)
+    random_images,
+    shard_pattern,
+    write_tar,
+)
 from tests.unit.data.test_batch_views import chunk
 from tests.unit.data.test_views import _uniform
 
@@ -32,16 +38,12 @@ MIXED = (
     Crops(ViewSpec("shift", 24, seed=2, resize=1.2), 2),
 )
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture
 def shards(tmp_path: Path) -> str:
-    make_shards(tmp_path / "s", IMAGES, LABELS, shard_size=9)
-    return str(tmp_path / "s" / "shard-*.tar")
+    return shard_pattern(tmp_path / "s", IMAGES, LABELS)
 
 
 def a_stream(shards: str, views: object = DINO, rank: int = 0, ranks: int = 1, **how) -> Stream:

@@ -15,22 +15,24 @@ from cnn2gnn_dist.data.images.views import render
 from cnn2gnn_dist.data.order import Order
 from cnn2gnn_dist.data.reading import shard_files
 from cnn2gnn_dist.errors import UserError
-from tests.support.shards import make_shards, random_images, write_tar
+from tests.support.shards import (
+    make_shards,
+    own_cache,  # noqa: F401 (fixture)
+    random_images,
+    shard_pattern,
+    write_tar,
+)
 
 IMAGES = random_images(70)
 LABELS = np.arange(70) % 6
 VIEWS = ViewSpec("crop_flip", 32, seed=5)
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture
 def shards(tmp_path: Path) -> str:
-    make_shards(tmp_path / "s", IMAGES, LABELS, shard_size=9)
-    return str(tmp_path / "s" / "shard-*.tar")
+    return shard_pattern(tmp_path / "s", IMAGES, LABELS)
 
 
 def a_stream(shards: str, rank: int = 0, world_size: int = 1, **how) -> Stream:

@@ -15,7 +15,7 @@ from cnn2gnn_dist import cli, field_names, ledger, settings
 from cnn2gnn_dist.config import Config, GraphConfig
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.ledger import Status
-from cnn2gnn_dist.pipeline import keys, registry, runner
+from cnn2gnn_dist.pipeline import keys, registry, runner, stage_run
 from cnn2gnn_dist.pipeline.key_defaults import DEFAULTS
 from cnn2gnn_dist.pipeline.registry import EXECUTION, STAGES
 from cnn2gnn_dist.training import ds_config
@@ -331,7 +331,7 @@ def test_what_was_begun_under_schema_1_is_ended_under_it(tmp_path):
     step = steps_of(config)["teacher"]
     record = RECORDS["demo"]["done"]["teacher"]
     assert (step.status, step.key, step.schema) == (Status.RESUME, record["key"], 1)
-    runner._prepare_folder(keys.Survey(config), step, update=True, force=False)
+    stage_run.prepare_folder(keys.Survey(config), step, update=True, force=False)
     begun = json.loads((tmp_path / "run" / "teacher" / "begin.json").read_text())
     assert begun["schema"] == 1
     assert {k: begun[k] for k in ("key", "parts", "inputs")} == {
@@ -343,7 +343,7 @@ def test_what_was_begun_under_schema_1_is_ended_under_it(tmp_path):
 def test_update_makes_anew_under_todays_schema(tmp_path):
     config = made(tmp_path, "demo", "graph.neighbours=7")
     step = steps_of(config)["student"]
-    runner._prepare_folder(keys.Survey(config), step, update=True, force=False)
+    stage_run.prepare_folder(keys.Survey(config), step, update=True, force=False)
     begun = json.loads((tmp_path / "run" / "student" / "begin.json").read_text())
     assert begun["schema"] == ledger.SCHEMA
     assert begun["parts"]["graph.neighbours"] == 7
@@ -358,7 +358,7 @@ def test_a_record_of_a_later_schema_is_named_and_kept(tmp_path, capsys):
     assert step.status is Status.STALE
     assert step.why == "recorded by a newer version of cnn2gnn-dist (key schema 3)"
     with pytest.raises(UserError, match="was recorded by a newer version"):
-        runner._prepare_folder(keys.Survey(config), step, update=False, force=False)
+        stage_run.prepare_folder(keys.Survey(config), step, update=False, force=False)
     same = [f"run.dir={tmp_path}/run", "data.calibration=0"]
     assert cli.main(["run", "--config", "demo", *same, "--dry-run"]) == 0
     assert "key schema 3" in capsys.readouterr().out

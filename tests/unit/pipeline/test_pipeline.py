@@ -8,7 +8,7 @@ from cnn2gnn_dist import cli, consistency, ledger, presets, settings
 from cnn2gnn_dist.data.index.manifest import index
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.ledger import Entry, Status
-from cnn2gnn_dist.pipeline import runner
+from cnn2gnn_dist.pipeline import runner, stage_run
 from cnn2gnn_dist.pipeline.keys import Survey, as_made
 from cnn2gnn_dist.pipeline.registry import stages_of
 from cnn2gnn_dist.runtime.ranks import Ranks
@@ -109,9 +109,9 @@ def test_stale_results_are_refused_with_the_changed_fields_then_set_aside(tmp_pa
     assert "student.epochs: 12 -> 99" in step.why
     root = tmp_path / "run"
     with pytest.raises(UserError, match=r"student\.epochs: 12 -> 99"):
-        runner._prepare_folder(Survey(changed), step, update=False, force=False)
+        stage_run.prepare_folder(Survey(changed), step, update=False, force=False)
     assert (root / "student" / "output").exists()
-    runner._prepare_folder(Survey(changed), step, update=True, force=False)
+    stage_run.prepare_folder(Survey(changed), step, update=True, force=False)
     assert (root / "student.old-1" / "output").read_text() == "student"
     assert ledger.status(root / "student", step.key)[0] is Status.RESUME
 
@@ -176,7 +176,7 @@ def test_what_a_stage_waits_for_is_updated_with_it(tmp_path):
     step = next(s for s in runner.plan(config(tmp_path)) if s.stage.name == "teacher")
     for update, command in ((False, "`cnn2gnn run`"), (True, "`cnn2gnn run --update`")):
         with pytest.raises(UserError) as caught:
-            runner._prepare_folder(Survey(config(tmp_path)), step, update=update, force=False)
+            stage_run.prepare_folder(Survey(config(tmp_path)), step, update=update, force=False)
         assert caught.value.remedy.endswith(command)
 
 

@@ -1,0 +1,195 @@
+"""One stage of a run: inspect it, prepare its folder, run it unless it is complete, and record it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from cnn2gnn_dist import ledger, log, settings
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.ledger import Status
+from cnn2gnn_dist.pipeline import keys, moved_data
+from cnn2gnn_dist.pipeline.keys import Survey
+from cnn2gnn_dist.pipeline.planning import Step, flat, inspect_stage
+from cnn2gnn_dist.pipeline.registry import Stage
+from cnn2gnn_dist.pipeline.stored import Stored
+from cnn2gnn_dist.runtime.ranks import Ranks
+from cnn2gnn_dist.stages.shared.context import Context, RunPaths
+from cnn2gnn_dist.training.checkpoint import folder as checkpoint_folder
+
+_log = logging.getLogger(__name__)
+
+MADE = "made"
+"""Why a stage is complete that was run now."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """How stages are run, the same for all of them; ``runner.run_rank`` says what its arguments mean."""
+
+    survey: Survey
+    stored: Stored
+    ranks: Ranks
+    device: str
+    inside_ray: bool
+    update: bool
+    force: bool
+
+    @property
+    def root(self) -> Path:
+        """The run's folder."""
+        return Path(str(self.survey.config.run.dir))
+
+    def context(self, step: Step) -> Context:
+        """What the stage of a step works with."""
+        return Context(
+            self.survey.config,
+            self.ranks,
+            RunPaths(self.root),
+            self.root / step.stage.folder,
+            str(step.key),
+            self.device,
+            self.inside_ray,
+            about=flat(step.parts),
+            force=self.force,
+            deepspeed=self.survey.deepspeed,
+            storage=self.stored.storage,
+        )
+
+    def record_config(self) -> None:
+        """Leave the config in the run's folder (rank 0)."""
+        text = settings.as_yaml(self.survey.config)
+        on_rank_0(self.ranks, partial(ledger.record_config, self.root, text))
+
+
+def inspect(
+    survey: Survey, stage: Stage, stages: list[Stage], digests: dict[str, str], update: bool
+) -> Step:
+    """Determine the state of a stage (rank 0).
+
+    For a complete stage, records and paths follow the files: touched ones are recorded again, and
+    manifests are updated for shards that have moved.
+    """
+    step = inspect_stage(survey, stage, stages, digests)
+    if step.status is not Status.COMPLETE or step.entry is None:
+        return step
+    if update and survey.inputs(stage) and survey.untagged():
+        why = "its store can't tell whether files have changed, so they are read again"
+        return replace(step, status=Status.STALE, why=why)
+    if survey.inputs(stage):
+        survey.keep()
+    if stage.name == "index":
+        root = Path(str(survey.config.run.dir))
+        entry = moved_data.follow(survey.config, RunPaths(root), step.entry)
+        step = replace(step, entry=entry)
+    return step
+
+
+def complete(run: Run, step: Step, stages: list[Stage], made: dict[str, str]) -> Step:
+    """Run the stage of a step unless it is complete; the step that it then is."""
+    if step.status is Status.COMPLETE:
+        if run.ranks.is_first and not run.inside_ray:
+            log_skipped(step.stage.name)
+        return step
+    on_rank_0(run.ranks, partial(run.stored.before, step, stages, run.force))
+    prepare = partial(prepare_folder, run.survey, step, run.update, run.force, run.stored)
+    step = on_rank_0(run.ranks, prepare)
+    run.record_config()
+    return _execute(run.context(step), run.survey, step, dict(made))
+
+
+def log_skipped(name: str) -> None:
+    """Log that a stage is complete; under Ray the driver does, since its log lines are not lost."""
+    _log.info("complete, skipped", extra={"stage": name})
+
+
+def _execute(context: Context, survey: Survey, step: Step, made: dict[str, str]) -> Step:
+    with log.stage(step.stage.name):
+        return _executed(context, survey, step, made)
+
+
+def _executed(context: Context, survey: Survey, step: Step, made: dict[str, str]) -> Step:
+    stage, ranks = step.stage, context.ranks
+    began = time.perf_counter()
+    context.say(f"{step.status.value}: {step.why}")
+    _log.debug("key %s, folder %s", context.key, context.folder)
+    if stage.alone:
+        files = on_rank_0(ranks, lambda: stage.work(context, made))
+    else:
+        files = stage.work(context, made)
+
+    def close() -> Step:
+        entry = step.record(
+            digest=keys.digest(survey, stage, context.key, files),
+            outputs=ledger.outputs(context.folder, files),
+            seconds=round(time.perf_counter() - began, 1),
+        )
+        ledger.finish(context.folder, entry)
+        _log.info(f"done in {entry.seconds:.0f} s")
+        return replace(step, status=Status.COMPLETE, why=MADE, entry=entry)
+
+    return on_rank_0(ranks, close)
+
+
+def prepare_folder(
+    survey: Survey, step: Step, update: bool, force: bool, stored: Stored | None = None
+) -> Step:
+    """Mark the stage's folder as begun; refuse a stale one, set it aside, or resume it."""
+    root, stage, key = Path(str(survey.config.run.dir)), step.stage, step.key
+    folder = root / stage.folder
+    if key is None:
+        raise UserError(
+            f"the stage {stage.name} {step.why}",
+            where=str(root),
+            remedy="run the earlier stages first, or all: `cnn2gnn run"
+            + " --update" * update
+            + "`",
+        )
+    if step.status is Status.STALE and force and stage.trains:
+        _log.warning(f"resuming anyway: {step.why}", extra={"stage": stage.name})
+        if step.entry and step.entry.inputs.get("index") != step.inputs.get("index"):
+            _log.warning(
+                "it may have been trained on held-out images, which would inflate its accuracy; "
+                "--update retrains it",
+                extra={"stage": stage.name},
+            )
+    elif step.status is Status.STALE or (update and _of_another_config(step, folder)):
+        if not (update or force):
+            raise UserError(
+                f"the stage {stage.name} in this folder was {step.why}",
+                where=str(folder),
+                remedy="another run.dir=…, or --update: the old results are kept beside the new"
+                + ("; or --force: training resumes from its checkpoint" * stage.trains),
+            )
+        if stored is not None:
+            stored.set_aside(stage)
+        aside = ledger.set_aside(folder)
+        _log.info(f"old results moved to {aside.name}", extra={"stage": stage.name})
+        step = replace(step, status=Status.FRESH)
+    ledger.begin(folder, step.record())
+    if survey.inputs(stage):
+        survey.keep()
+    return step
+
+
+def _of_another_config(step: Step, folder: Path) -> bool:
+    """Whether a training started under this key would resume from a checkpoint of another key.
+
+    That is one that ``--force`` took over and that has not been saved again since.
+    """
+    if step.status is not Status.RESUME or not step.stage.trains:
+        return False
+    found = checkpoint_folder.all_of(checkpoint_folder.root_of(folder))
+    return bool(found) and checkpoint_folder.read_state(found[-1])["run_id"] != step.key
+
+
+def on_rank_0(ranks: Ranks, work: Callable[[], Any]) -> Any:
+    """Rank 0 does the work, however long it takes; all ranks get its result or raise its error."""
+    from cnn2gnn_dist.runtime.group import collectives
+
+    return collectives.alone(work)
