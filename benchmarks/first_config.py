@@ -1,0 +1,218 @@
+"""``cnn2gnn init`` on images of several kinds: is the time kept, and is the student worth it?
+
+    python benchmarks/first_config.py FOLDER [photographs mini10 six cifar10] [--minutes 5]
+
+Each set is made in FOLDER from the data in ``$CNN2GNN_DATA`` as its owner would have it (``SETS``), ``cnn2gnn
+init`` writes a config for it, and ``torchrun`` runs that. A row for each: minutes asked for, predicted and taken, by
+the clock and by the processors (processor time of all processes over the cores: what a machine that does nothing
+else would take at least), and held-out accuracies: of teacher, student and control, of a linear probe, and of
+always answering the most frequent class. The probe is logistic regression on the student's own features, the best of
+``STRENGTHS`` of regularization as judged on the held-out images themselves, so a little better than anyone
+could know. Exits with 1 if a student is below the probe by more than ``ERRORS`` standard errors, or below the
+most frequent class, or if a run took ``LATE`` times as long as asked for by the processors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+STRENGTHS = (0.003, 0.03, 0.3)
+ERRORS, LATE = 1.0, 1.5
+MODELS = ("teacher", "student", "control_mlp")
+ANIMALS = 398
+"""ImageNet's labels below this are animals."""
+COLUMNS = (
+    *("images", "asked", "predicted", "by the clock", "by the processors"),
+    *("teacher", "student", "control", "linear probe", "most frequent class"),
+)
+
+
+def photographs(folder: Path, data: Path) -> str:
+    """200 photographs of full size in two classes: the ImageNet sample's animals, and its other things."""
+    for shard in sorted((data / "imagenet-sample").glob("*.tar")):
+        with tarfile.open(shard) as tar:
+            files = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+        for name, content in files.items():
+            if name.endswith(".jpg"):
+                animal = int(files[name[:-3] + "cls"]) < ANIMALS
+                write(folder / ("animal" if animal else "thing") / name, content)
+    return str(folder)
+
+
+def mini_imagenet(folder: Path, data: Path, classes: Iterable[int], each: int) -> str:
+    """Some classes of Mini-ImageNet, and so many images of each, as a folder of folders."""
+    left = dict.fromkeys(classes, each)
+    for file in sorted((data / "mini-imagenet").glob("train-*.parquet")):
+        rows = pq.read_table(file, columns=["image", "label"]).to_pylist()
+        for number, row in enumerate(rows):
+            if left.get(row["label"], 0):
+                left[row["label"]] -= 1
+                name = f"{file.stem[:11]}-{number:05d}.jpg"
+                write(folder / f"class-{row['label']:02d}" / name, row["image"]["bytes"])
+    assert not any(left.values()), "the data set has fewer images"
+    return str(folder)
+
+
+SETS: dict[str, Callable[[Path, Path], str]] = {
+    "photographs": photographs,
+    "mini10": lambda folder, data: mini_imagenet(folder, data, range(0, 100, 10), 100),
+    "six": lambda folder, data: mini_imagenet(folder, data, range(3, 100, 17), 60),
+    "cifar10": lambda _, data: str(data / "cifar10"),
+}
+"""Name → what makes it (folder to write to, data) and tells what to give to ``init``."""
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write a file, with its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+def run(command: list[str], log: Path) -> float:
+    """Run a command with its output in a file; returns seconds of processor time.
+
+    Raises:
+        CalledProcessError: it failed; the log says why.
+    """
+
+    def spent() -> float:
+        times = os.times()
+        return times.children_user + times.children_system
+
+    before = spent()
+    with log.open("w", encoding="utf-8") as file:
+        subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=True, cwd=ROOT)
+    return spent() - before
+
+
+def references(folder: Path) -> dict[str, float]:
+    """Held-out accuracies that a run's student must reach: its linear probe's, the most frequent class's."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    from cnn2gnn_dist.commands.audit_source import open_source
+
+    source = open_source(folder)
+    x_ND = np.asarray(source.training.x_ND, np.float32)
+    labels_N = source.training.labels_N
+    held, held_labels_Q = source.held_out(lambda rows, _: rows), source.held_labels_Q
+    assert held is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the weakest regularization need not converge
+        heads = [
+            make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=300)).fit(
+                x_ND, labels_N
+            )
+            for strength in STRENGTHS
+        ]
+    frequent = np.bincount(labels_N).argmax()
+    return {
+        "held": len(held_labels_Q),
+        "probe": max(head.score(held.x_QD.astype(np.float32), held_labels_Q) for head in heads),
+        "frequent": float((held_labels_Q == frequent).mean()),
+    }
+
+
+def trial(name: str, root: Path, data: Path, minutes: float, options: list[str]) -> dict[str, Any]:
+    """Make the set, let ``init`` look at it, run what it wrote; the figures."""
+    images, config, out = root / name, root / f"{name}.yaml", root / f"{name}-run"
+    for old in (images, out):
+        shutil.rmtree(old, ignore_errors=True)
+    place = SETS[name](images, data)
+    run(
+        [sys.executable, "-m", "cnn2gnn_dist", "init", place, "--minutes", f"{minutes:g}", "--out",
+         str(config), "--force", *options], root / f"{name}-init.log",
+    )  # fmt: skip
+    said = (root / f"{name}-init.log").read_text(encoding="utf-8")
+    predicted = re.search(r"^minutes +([\d.]+) predicted", said, re.M)
+    ranks = yaml.safe_load(config.read_text(encoding="utf-8"))["run"]["ranks"]
+    began = time.monotonic()
+    training = run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks),
+         "--standalone", "launch/train.py", "--config", str(config), f"run.dir={out}",
+         "stream.backend=local"], root / f"{name}-run.log",
+    )  # fmt: skip
+    taken = (time.monotonic() - began) / 60
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    return {
+        "name": name,
+        "asked": minutes,
+        "predicted": float(predicted[1]) if predicted else float("nan"),
+        "clock": taken,
+        "processors": training / len(os.sched_getaffinity(0)) / 60,
+        "accuracy": {model: results[model]["accuracy"] for model in MODELS if model in results},
+        **references(out),
+    }
+
+
+def row(found: dict[str, Any]) -> str:
+    """A trial as a row of the table."""
+    minutes = [f"{found[key]:.1f}" for key in ("asked", "predicted", "clock", "processors")]
+    shares = [found["accuracy"].get(model, float("nan")) for model in MODELS]
+    shares += [found["probe"], found["frequent"]]
+    return f"| {' | '.join([found['name'], *minutes, *(f'{share:.1%}' for share in shares)])} |"
+
+
+def faults(found: dict[str, Any]) -> list[str]:
+    """What a trial does not keep of what ``init`` promises."""
+    student, probe = found["accuracy"]["student"], found["probe"]
+    error = math.sqrt(probe * (1 - probe) / found["held"])
+    said = []
+    if student < probe - ERRORS * error:
+        said.append(f"the student is below its linear probe (standard error {error:.1%})")
+    if student < found["frequent"]:
+        said.append("the student is below the most frequent class")
+    if found["processors"] > LATE * found["asked"]:
+        said.append(f"it took {found['processors']:.1f} minutes of the processors")
+    return said
+
+
+def main() -> None:
+    """Run the trials and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument(
+        "sets", nargs="*", metavar="SET", help=f"of {', '.join(SETS)}; default: all"
+    )
+    parser.add_argument("--minutes", type=float, default=5.0)
+    parser.add_argument(
+        "--idle", action="store_true", help="pass this on to init: the machine is busy"
+    )
+    given = parser.parse_args()
+    given.folder.mkdir(parents=True, exist_ok=True)
+    data = Path(os.environ["CNN2GNN_DATA"])
+    wrong = []
+    print("\n".join(f"| {' | '.join(cells)} |" for cells in (COLUMNS, ["---"] * len(COLUMNS))))
+    for name in given.sets or SETS:
+        found = trial(name, given.folder.resolve(), data, given.minutes, ["--idle"] * given.idle)
+        print(row(found), flush=True)
+        with (given.folder / "trials.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(found) + "\n")
+        wrong += [f"{name}: {fault}" for fault in faults(found)]
+    print("\n".join(wrong))
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()

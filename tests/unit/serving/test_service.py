@@ -1,0 +1,63 @@
+"""Where images are decoded: few small ones at once, others in threads, with the same answers."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cnn2gnn_dist.inference.classifier import load
+from cnn2gnn_dist.inference.inputs import Input
+from cnn2gnn_dist.serving import service
+from cnn2gnn_dist.serving.service import Service, is_small
+from tests.support.bombs import saved
+from tests.support.models import write_model
+from tests.support.shards import encode_image
+
+
+def noise(side: int) -> bytes:
+    return encode_image(np.random.default_rng(0).integers(0, 256, (side, side, 3)).astype(np.uint8))
+
+
+def test_small_is_by_bytes_and_by_pixels():
+    assert is_small(noise(64))
+    assert not is_small(b"no image")
+    assert is_small(saved("JPEG"))
+    assert not any(map(is_small, map(saved, ("GIF", "TIFF", "WEBP", "BMP"))))
+    assert not is_small(noise(128))  # 49 KB
+    flat = encode_image(np.zeros((200, 200, 3), np.uint8))
+    assert len(flat) < service.AT_ONCE_BYTES
+    assert not is_small(flat)
+
+
+@pytest.mark.parametrize(
+    ("side", "count", "at_once"), [(64, 1, True), (64, 5, False), (160, 1, False)]
+)
+def test_answers_do_not_depend_on_where_images_are_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: int, count: int, at_once: bool
+):
+    served = Service.batching(load(write_model(tmp_path / "m"), device="cpu"))
+    threads: list[str] = []
+    decoded = service.to_pixels
+
+    def watched(one, views):
+        threads.append(threading.current_thread().name)
+        return decoded(one, views)
+
+    monkeypatch.setattr(service, "to_pixels", watched)
+
+    async def ask():
+        async with served.running():
+            images = [Input(f"{n}", noise(side)) for n in range(count)]
+            return await served.predict(images, top=3, neighbours=3)
+
+    made = asyncio.run(ask())
+    assert len(threads) == count
+    assert all(name.startswith("decode") != at_once for name in threads)
+    right = load(tmp_path / "m", device="cpu").predict([noise(side)], top=3, neighbours=3)[0]
+    for one in made.answers:
+        assert one.classes == right.classes
+        assert [near.key for near in one.neighbours] == [near.key for near in right.neighbours]
