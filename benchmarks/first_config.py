@@ -111,7 +111,7 @@ def references(folder: Path) -> dict[str, float]:
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    from cnn2gnn_dist.commands.audit_source import open_source
+    from cnn2gnn_dist.commands.audit.source import open_source
 
     source = open_source(folder)
     x_ND = np.asarray(source.training.x_ND, np.float32)

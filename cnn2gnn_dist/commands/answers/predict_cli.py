@@ -6,6 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
+from cnn2gnn_dist.commands.answers.importing import without_collection
 from cnn2gnn_dist.errors import UserError
 
 
@@ -72,7 +73,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _predict(arguments: argparse.Namespace, model: Path) -> int:
-    from cnn2gnn_dist.commands.answers import predict, predict_shards
+    with without_collection():
+        from cnn2gnn_dist.commands.answers import predict, predict_shards
 
     out: str | None = arguments.out
     asked = {"top": arguments.top, "coverage": arguments.coverage}

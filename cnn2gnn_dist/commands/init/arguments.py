@@ -20,6 +20,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--minutes", type=float, default=30.0, help="time for the complete run; default 30"
     )
+    parser.add_argument(
+        "--idle", action="store_true",
+        help="this machine is busy now and will not be during the run: count processor time, not the clock",
+    )  # fmt: skip
     parser.add_argument("--weights", metavar="FILE", help="pretrained weights of a teacher")
     parser.add_argument("--dry-run", action="store_true", help="print the config, write nothing")
     parser.add_argument("--force", action="store_true", help="replace the file if it exists")
@@ -29,7 +33,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     from cnn2gnn_dist.commands.init import command as init
 
-    given = {"weights_file": arguments.weights, "dry_run": arguments.dry_run}
+    given = {name: getattr(arguments, name) for name in ("dry_run", "force", "idle")}
     return init.command(
-        arguments.place, arguments.out, arguments.minutes, force=arguments.force, **given
+        arguments.place, arguments.out, arguments.minutes, weights_file=arguments.weights, **given
     )

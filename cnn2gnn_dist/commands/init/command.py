@@ -38,8 +38,11 @@ def command(
     weights_file: str | None = None,
     dry_run: bool = False,
     force: bool = False,
+    idle: bool = False,
 ) -> int:
     """Write the config, or print it if it is a dry run; returns 0.
+
+    ``idle``: what slows down the machine now will not be there during the run.
 
     Raises:
         UserError: the images can't be trained on; the file exists (and no ``force``); the minutes are
@@ -64,7 +67,7 @@ def command(
     known = weights.from_file(weights_file) if weights_file else weights.cached()
     survey = look(find_source(place))
     _print_survey(survey, say)
-    found = _choose(survey, speed.this_machine(), known, minutes)
+    found = _choose(survey, speed.this_machine(), known, minutes, idle)
     written = _text(place, survey, found, minutes)
     _print_plan(found, minutes, say)
     if dry_run:
@@ -97,7 +100,7 @@ def facts_of(survey: Survey, decode_s: float = 0.0) -> recipe.Facts:
 
 
 def _choose(
-    survey: Survey, machine: speed.Machine, known: dict[str, Any] | None, minutes: float
+    survey: Survey, machine: speed.Machine, known: dict[str, Any] | None, minutes: float, idle: bool
 ) -> _Choice:
     """The most expensive networks of which enough epochs fit into the time; some are timed, by bisection."""
     facts = facts_of(survey)
@@ -106,11 +109,13 @@ def _choose(
     machine = recipe.ranks_for(images, machine)
     nets = _by_cost(facts, machine, known, num_classes)
     low, high, best = 0, len(nets), None  # those below `low` fit, those from `high` on don't
-    with speed.Stopwatch(machine) as stopwatch:
+    with speed.Stopwatch(machine, idle=idle) as stopwatch:
         while best is None or low < high:
             number = (low + high) // 2
             net = nets[number]
-            *_, decode_s, render_s = measure_views(survey, _spec(recipe.views(facts, net)))
+            *_, decode_s, render_s = measure_views(
+                survey, _spec(recipe.views(facts, net)), speed.clock(idle)
+            )
             own = replace(facts, decode_s=decode_s + render_s)
             config = settings.check(_with_data(recipe.tree(own, machine, net, 8), survey))
             seen = stopwatch.time(config, num_classes, images)

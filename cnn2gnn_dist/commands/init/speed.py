@@ -27,6 +27,7 @@ ENOUGH_S, STEPS = 0.6, 3
 _BANK = 4096  # rows of the bank from which the timed blocks are made
 _RAY_NICENESS = 15  # Ray gives its workers less priority than whoever started it
 _barrier: Barrier | None = None
+_idle = False
 
 
 @dataclass(frozen=True)
@@ -75,14 +76,19 @@ def this_machine() -> Machine:
 
 
 class Stopwatch:
-    """Times models in processes that live as long as the stopwatch; use it in a ``with`` block."""
+    """Times models in processes that live as long as the stopwatch; use it in a ``with`` block.
 
-    def __init__(self, machine: Machine) -> None:
+    Args:
+        machine: what will carry the run.
+        idle: take it that the machine will do nothing else: on CPUs, processor time counts, not the clock.
+    """
+
+    def __init__(self, machine: Machine, *, idle: bool = False) -> None:
         self.processes = machine.ranks if machine.device == "cpu" else 1
         self.ranks, self.device = machine.ranks, machine.device
         context = multiprocessing.get_context("spawn")
         self.pool = ProcessPoolExecutor(
-            self.processes, context, _begin, (context.Barrier(self.processes), self.device)
+            self.processes, context, _begin, (context.Barrier(self.processes), self.device, idle)
         )
 
     def __enter__(self) -> Stopwatch:
@@ -111,10 +117,16 @@ def teacher_flops(config: Config, num_classes: int) -> int:
     )
 
 
-def _begin(barrier: Barrier, device: str) -> None:
-    global _barrier
-    _barrier = barrier
-    os.nice(_RAY_NICENESS)
+def clock(idle: bool) -> Callable[[], float]:
+    """What tells how long something takes: the clock, or what it takes of a processor."""
+    return time.process_time if idle else time.perf_counter
+
+
+def _begin(barrier: Barrier, device: str, idle: bool) -> None:
+    global _barrier, _idle
+    _barrier, _idle = barrier, idle and device == "cpu"
+    if not idle:
+        os.nice(_RAY_NICENESS)
     if device == "cpu":
         torch.set_num_threads(1)
 
@@ -124,7 +136,7 @@ def _time(tree: dict[str, Any], num_classes: int, images: int, ranks: int) -> tu
     device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
     size, teacher, student = config.views.size, config.teacher, config.student
     torch.manual_seed(0)
-    began = time.perf_counter(), time.process_time()
+    began = clock(_idle)(), time.process_time()
 
     def step_of(model: MixedPrecision, batch: int, around: bool = False) -> tuple[float, float]:
         model = model.to(device)
@@ -160,7 +172,7 @@ def _time(tree: dict[str, Any], num_classes: int, images: int, ranks: int) -> tu
         return micro, -(-share // micro)
 
     def busy() -> float:
-        wall, cpu = time.perf_counter() - began[0], time.process_time() - began[1]
+        wall, cpu = clock(_idle)() - began[0], time.process_time() - began[1]
         return max(1.0, wall / max(cpu, 1e-3)) if device == "cpu" else 1.0
 
     batch, times = repeats(teacher)
@@ -183,13 +195,14 @@ def _seconds(step: Callable[[], None], device: str) -> float:
     assert _barrier is not None
     step()
     _barrier.wait(timeout=600)
-    began, count, spent = time.perf_counter(), 0, 0.0
+    now = clock(_idle)
+    began, count, spent = now(), 0, 0.0
     while count < STEPS or spent < ENOUGH_S:
         step()
         if device == "cuda":
             torch.cuda.synchronize()
         count += 1
-        spent = time.perf_counter() - began
+        spent = now() - began
         if spent > 4 * ENOUGH_S:
             break
     return spent / count

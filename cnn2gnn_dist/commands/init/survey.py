@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -273,16 +273,18 @@ def _decode(survey: Survey, images: Iterator[bytes]) -> None:
     survey.grey = grey / max(1, len(sides))
 
 
-def measure_views(survey: Survey, spec: ViewSpec) -> tuple[list[float], list[float], float, float]:
+def measure_views(
+    survey: Survey, spec: ViewSpec, now: Callable[[], float] = time.perf_counter
+) -> tuple[list[float], list[float], float, float]:
     """Mean and std of each channel in clean views, and seconds to decode and to render an image."""
     spent, rendered, views = 0.0, 0.0, []
     for number, data in enumerate(survey.sample[:_KEPT]):
-        began = time.perf_counter()
+        began = now()
         image_HWC = decode(data)
-        between = time.perf_counter()
+        between = now()
         try:
             render(spec, image_HWC, number, 0)
-            rendered += time.perf_counter() - between
+            rendered += now() - between
             views.append(render(spec, image_HWC, number, CLEAN))
         except CorruptSample:  # too narrow; a training counts it as corrupt
             continue
