@@ -43,7 +43,7 @@ KINDS: list[tuple[str, str, str]] = [  # pattern of the command, kind, why
     (r"^ray job submit|^python launch/submit.py|^cnn2gnn submit|^ray (start|job|symmetric-run|stop|dashboard)", "no",
      "needs a Ray cluster: test_ways_in.py"),
     (r"^cnn2gnn plan", "short", ""),
-    (r"config (cifar10|mini_imagenet|imagenet)( |$)", "no", "needs a data set, and an hour or a GPU"),
+    (r"config (cifar10|mini_imagenet|mini_imagenet_cpu|imagenet)( |$)", "no", "needs a data set, and an hour or a GPU"),
     (r"^cnn2gnn serve", "no", "serves until it is stopped: tests/end_to_end/test_serve.py"),
     (r"^cnn2gnn init photos", "long", "measures for some minutes"),
     (r"^cnn2gnn run --config my\.yaml", "long", "what init wrote: up to half an hour"),
