@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from cnn2gnn_dist import ledger
 from cnn2gnn_dist.config import Config
+from cnn2gnn_dist.data.storage.urls import is_remote
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.pipeline.planning import Step
 from cnn2gnn_dist.pipeline.registry import Stage
@@ -28,14 +30,32 @@ def check_hosts(config: Config, device: str) -> None:
         return
     cache = config.stream.cache_dir
     shares = device == "cuda" or config.graph.sampling.sampler == "distdgl"
-    exchange.every_rank(lambda: host_checks.check_rank(Path(cache) if cache else None, shares))
+    root = Path(str(config.run.dir))
+
+    data = [*_local(config.data.train), *_local(config.data.test)]
+    reads = (
+        collectives.rank() == 0 or config.data.source == "shards"
+    )  # the others read what was packed
+
+    def look() -> None:
+        own = [Path(cache)] if cache else []
+        host_checks.check_answers([root, *own, *(data if reads else [])])
+        host_checks.check_rank(own[0] if own else None, shares)
+
+    exchange.every_rank(look)
     try:
-        shared_folder.check(Path(str(config.run.dir)))
+        shared_folder.check(root)
     except UserError as error:
         if config.run.storage is None:
             raise
         also = "run.storage keeps a run, but its hosts exchange files through the folder"
         raise UserError(error.what, where=error.where, remedy=f"{error.remedy}: {also}") from None
+
+
+def _local(given: str | list[str] | None) -> list[Path]:
+    """The local images or shards that a field names: of each name the part before any wildcard."""
+    names = [given] if isinstance(given, str) else given or []
+    return [Path(re.split(r"[*?\[{]", n)[0] or ".") for n in names if not is_remote(n)]
 
 
 def ends_here(stage: Stage, stages: list[Stage]) -> bool:
@@ -72,6 +92,8 @@ def check_shards(paths: RunPaths) -> None:
     def look() -> None:
         for path in (paths.train_manifest, paths.test_manifest):
             manifest = load_manifest(path)
+            near = (Path(s.path).parent for s in manifest.shards if not is_remote(s.path))
+            host_checks.check_answers(dict.fromkeys(near))
             packed = any(Path(shard.path).is_relative_to(paths.root) for shard in manifest.shards)
             handover.patiently(manifest.check_shards, handover.WAIT_S if packed else 0.0)
 

@@ -5,9 +5,12 @@ Only rank 0 talks to the store. Every rank calls these functions, which do nothi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+from cnn2gnn_dist import ledger
 from cnn2gnn_dist.config import Config
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.ledger import Status
@@ -17,6 +20,7 @@ from cnn2gnn_dist.run_storage import session
 from cnn2gnn_dist.run_storage.session import RunStorage
 from cnn2gnn_dist.runtime.group import collectives
 
+Look = tuple[Config, list[str]]
 PACKED = STAGES["pack"].folder
 
 
@@ -43,14 +47,8 @@ class Stored:
         root, url = Path(str(self._config.run.dir)), self._config.run.storage
         if url is not None:
             self.storage = RunStorage.open(root, url)
-            return
-        folders = [stage.folder for stage in stages_of(self._config)]
-        if (found := session.held_back(root, folders)) is not None:
-            raise UserError(
-                f"parts of this run are in {found} alone",
-                where=f"run.dir={root}",
-                remedy=f"run.storage={found}",
-            )
+        else:
+            _check_whole(self._config, root)
 
     def begin(self, ahead: Sequence[Stage]) -> None:
         """Fetch packed shards if a stage that reads images is to run (rank 0)."""
@@ -102,3 +100,54 @@ class Stored:
         """Keep what belongs to no stage: config, results, report (collective)."""
         if self._used:
             collectives.alone(lambda: self.storage.keep_run() if self.storage else None)
+
+
+@contextmanager
+def looked_at(config: Config) -> Iterator[Look]:
+    """Context manager for a config to plan with: its folder is as a run would find it after ``open``.
+
+    Neither the run's folder nor its storage is changed. Also gives lines that say what the storage holds.
+
+    Raises:
+        UserError: as ``Stored.open``.
+    """
+    root, url = Path(str(config.run.dir)), config.run.storage
+    if url is None:
+        _check_whole(config, root)
+        yield config, []
+        return
+    ledger.check_claim(root)
+    with tempfile.TemporaryDirectory(prefix="cnn2gnn-plan-") as name:
+        storage, moved = RunStorage.look(root, url, Path(name))
+        run = config.run.model_copy(update={"dir": name})
+        lines = [f"storage: {_holdings(config, storage)}"]
+        lines += [f"the run went on elsewhere: {one} would be moved aside here" for one in moved]
+        yield config.model_copy(update={"run": run}), lines
+
+
+def _check_whole(config: Config, root: Path) -> None:
+    folders = [stage.folder for stage in stages_of(config)]
+    if (found := session.held_back(root, folders)) is not None:
+        raise UserError(
+            f"parts of this run are in {found} alone",
+            where=f"run.dir={root}",
+            remedy=f"run.storage={found}",
+        )
+
+
+def _holdings(config: Config, storage: RunStorage) -> str:
+    """What a storage holds, in a line: stages that are whole, and how far others are."""
+    whole, begun = [], []
+    for stage in stages_of(config):
+        record = storage.store.records.get(stage.folder)
+        if record is None:
+            continue
+        if ledger.DONE in record.files:
+            whole.append(stage.name)
+            continue
+        steps = [n.split("/")[1] for n in record.files if n.startswith("checkpoints/step-")]
+        begun.append(
+            f"{stage.name} up to {max(steps)}" if steps else f"the beginning of {stage.name}"
+        )
+    parts = [f"whole: {', '.join(whole)}"] * bool(whole) + begun
+    return f"{storage.store.url} holds {'; '.join(parts) or 'nothing of this run yet'}"

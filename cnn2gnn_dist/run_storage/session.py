@@ -51,6 +51,37 @@ class RunStorage:
         Raises:
             UserError: it can't be used (see ``Store.open``), or the folder holds another run.
         """
+        made = cls._of(root, url)
+        ledger.check_claim(root)
+        made.store.claim()
+        durable.create_folder(root)
+        made._write_note()
+        for aside in made._restore():
+            _log.warning(f"the run went on elsewhere; what is here of it is moved to {aside.name}")
+        return made
+
+    @classmethod
+    def look(cls, root: Path, url: str, view: Path) -> tuple[RunStorage, list[str]]:
+        """Restore into ``view`` what ``open`` would restore into ``root``, and write nothing else anywhere.
+
+        Args:
+            root: the run's folder; it need not exist.
+            url: of its storage.
+            view: an empty folder. It gets links to what is in ``root``.
+
+        Returns:
+            the storage, whose ``root`` is the view; names of folders in ``root`` that would make room.
+
+        Raises:
+            UserError: as ``open``, but the storage need not be writable.
+        """
+        made = cls._of(root, url)
+        _link(root, view)
+        made.root = view
+        return made, [aside.name.partition(".old-")[0] for aside in made._restore()]
+
+    @classmethod
+    def _of(cls, root: Path, url: str) -> RunStorage:
         store, note = Store.open(url), _read_note(root)
         if store.records and (root / ledger.CONFIG).is_file() and note.get("url") != store.url:
             raise UserError(
@@ -58,16 +89,9 @@ class RunStorage:
                 where=f"run.dir={root}",
                 remedy="an empty run.dir, or another run.storage",
             )
-        ledger.check_claim(root)
-        store.claim()
         known = note if note.get("url") == store.url else {}
-        made = cls(
-            root, store, known.get("scratch") or secrets.token_hex(8), known.get("based", {})
-        )
-        durable.create_folder(root)
-        made._write_note()
-        made._restore()
-        return made
+        scratch = known.get("scratch") or secrets.token_hex(8)
+        return cls(root, store, scratch, known.get("based", {}))
 
     def fetch(self, unit: str, *, resumes: bool = False) -> None:
         """Fetch the files of a stage that are not here.
@@ -173,18 +197,16 @@ class RunStorage:
                 return kept is not None and here == kept.sha256
         return True
 
-    def _restore(self) -> None:
-        """Bring config and records of stages here; folders of a run that went on elsewhere make room."""
+    def _restore(self) -> list[Path]:
+        """Bring config and records of stages here; return folders of a run that went on elsewhere, renamed."""
+        moved = []
         for unit, record in sorted(self.store.records.items()):
             if ".old-" in unit:
                 continue
             folder = self.root if unit == RUN else self.root / unit
             current = record.writer == self.scratch or self.based.get(unit) == record.digest
             if unit != RUN and not current and any((folder / n).is_file() for n in RECORDED):
-                aside = ledger.set_aside(folder)
-                _log.warning(
-                    f"the run went on elsewhere; what is here of it is moved to {aside.name}"
-                )
+                moved.append(ledger.set_aside(folder))
             if unit == RUN:
                 names = [n for n in record.files if not (current and (folder / n).is_file())]
                 self._get(unit, names)
@@ -195,6 +217,7 @@ class RunStorage:
                 for name in RECORDED:
                     self._get(unit, [name] if name in record.files else [])
             self._note_held(unit)
+        return moved
 
     def _get(self, unit: str, names: Collection[str]) -> None:
         _complete(self.store, unit, names, self.root if unit == RUN else self.root / unit)
@@ -288,6 +311,17 @@ def fetch_parts(store: Store, root: Path, parts: Mapping[str, str]) -> None:
 def _complete(store: Store, unit: str, names: Collection[str], folder: Path) -> None:
     for _, error in sorted(store.get(unit, names, folder).items()):
         raise error
+
+
+def _link(root: Path, view: Path) -> None:
+    """Links in ``view`` to what a run's folder holds; what is replaced in the view stays in the folder."""
+    for path in sorted(root.iterdir()) if root.is_dir() else []:
+        if not path.is_dir():
+            (view / path.name).symlink_to(path)
+            continue
+        (view / path.name).mkdir()
+        for below in path.iterdir():
+            (view / path.name / below.name).symlink_to(below)
 
 
 def _only_to_resume(name: str) -> bool:

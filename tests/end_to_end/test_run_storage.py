@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import re
 import shutil
 import time
@@ -14,7 +15,17 @@ import pytest
 from safetensors import safe_open
 
 from cnn2gnn_dist import cli
-from tests.support.runs import alone, environment, finish, launch, results, scores, start, trail
+from tests.support.runs import (
+    MICRO,
+    alone,
+    environment,
+    finish,
+    launch,
+    results,
+    scores,
+    start,
+    trail,
+)
 from tests.support.stored import record_files, s3_bucket
 from tests.support.watching import kill_all
 
@@ -39,6 +50,18 @@ def steps_in(names: list[str]) -> list[str]:
     return sorted({name.split("/")[1] for name in names if name.startswith("checkpoints/step-")})
 
 
+def planned(run: Path, *overrides: str) -> tuple[dict[str, str], str]:
+    """What a dry run says: the status of each stage, and its line about the storage; it changes no file."""
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    command = ["run", "--config", "demo", *MICRO, f"run.dir={run}", *overrides, "--dry-run"]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert cli.main(command) == 0
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+    text = printed.getvalue()
+    found = re.findall(r"^(\w+) +(to run|to resume|complete|stale) ", text, re.MULTILINE)
+    return dict(found), "".join(re.findall(r"^storage: .*", text, re.MULTILINE))
+
+
 def test_killed_in_each_training_and_continued_on_empty_folders(bucket, micro_run, tmp_path):
     """Teacher and student are killed and their folder is lost; the third host ends with the bits of a run
     that nobody disturbed. A fourth finds everything complete and fetches nothing of it.
@@ -59,7 +82,16 @@ def test_killed_in_each_training_and_continued_on_empty_folders(bucket, micro_ru
     assert re.search(r"teacher +resumes at epoch", output)
     kept = steps_in(record_files(bucket, url, "student"))
     assert 1 <= len(kept) <= 3  # checkpoint.keep_last, and the best
+    stored = f"run.storage={url}"
+    (here, line), empty = planned(tmp_path / "2", stored), planned(tmp_path / "none", stored)
+    assert [here[name] for name in ("pack", "index", "teacher", "targets")] == ["complete"] * 4
+    assert [here[name] for name in ("student", "graph")] == ["to resume", "to run"]
+    whole = "whole: pack, index, teacher, targets"
+    assert line == f"storage: {url} holds {whole}; student up to {max(kept)}"
+    assert empty == (here, line)
+    assert not (tmp_path / "none").exists()
     shutil.rmtree(tmp_path / "2")
+    assert not (tmp_path / "none").exists()
 
     code, output = finish(start(command(tmp_path / "3"), environment()))
     assert code == 0, output[-4000:]
@@ -113,6 +145,8 @@ def _check_without(run: Path, url: str) -> None:
     """A folder that is not whole without its storage says so, instead of training again."""
     code, output = alone(*launch(run, ranks=1)[2:])
     assert code == 2
+    dry = ["run", "--config", "demo", *MICRO, f"run.dir={run}", "--dry-run"]
+    assert cli.main(dry) == 2
     assert f"parts of this run are in {url} alone" in output
     assert f"run.storage={url}" in output
 
@@ -168,6 +202,8 @@ def test_another_config_is_refused_or_set_aside_in_the_storage_too(bucket, tmp_p
     assert record_files(bucket, url, "shards.old-1") == before
     assert len(record_files(bucket, url, "shards")) < len(before)
 
+    chosen = (f"run.storage={url}", "data.limit=300")
+    assert planned(tmp_path / "1", *chosen)[0]["index"] == "complete"
     code, output = alone(*command("1", 300))  # this folder has what was set aside elsewhere
     assert code == 0, output[-4000:]
     assert "the run went on elsewhere" in output

@@ -5,6 +5,7 @@ The hosts' own names are 127.0.1.1 to themselves, as Debian has it: ranks meet n
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ import pytest
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.runtime.group import collectives
 from cnn2gnn_dist.runtime.group.exchange import ErrorExchange, every_rank
+from cnn2gnn_dist.runtime.hosts import host_checks
+from cnn2gnn_dist.runtime.shared_files import shared_folder
 from tests.support import REPOSITORY, host_runs, hosts, rank_group
 from tests.support.hosts import Host
 from tests.support.shards import make_shards, random_images
@@ -112,6 +115,48 @@ def test_interfaces_and_room(pair: tuple[Host, ...], folder: Path) -> None:
             host.shell(f"umount {place}")
     assert "rank 0 on node-a: this folder has 1 MiB free, 32 are needed (/dev/shm)" in said
     assert "rank 1 on node-b: this folder has 1 MiB free, 64 are needed (/tmp/home)" in said
+
+
+def an_hour_ahead(rank: int) -> None:
+    """Hosts share the kernel's clock here: this one's process reads another."""
+    if rank == 1:
+        real = time.time
+        time.time = lambda: real() + 3600
+
+
+@needs_hosts
+def test_a_clock_that_is_ahead(pair: tuple[Host, ...], folder: Path) -> None:
+    said = refused(pair, folder, before=an_hour_ahead)
+    assert (
+        "train.py: the clock of node-b is 3600 s ahead of that of node-a; 60 s are allowed" in said
+    )
+
+
+def briefly(rank: int) -> None:
+    """Not the 12 s that a file system has to answer."""
+    host_checks.ANSWER_S = 1.0
+
+
+@hosts.needed("bindfs")
+@pytest.mark.parametrize("what", ["run.dir", "shards", "cache"])
+def test_a_file_server_that_is_gone(pair: tuple[Host, ...], folder: Path, what: str) -> None:
+    """Calls into it never return; ranks end nevertheless, and say where. Without the limit they would wait forever."""
+    assert host_checks.ANSWER_S + shared_folder.SECONDS < 30
+    place, served = folder / ("runs" if what == "run.dir" else what), folder / f"server-{what}"
+    make_shards(served, random_images(8), np.arange(8) % 2)
+    hosts.share(served, place, pair[1:])
+    pair[1].shell("kill -STOP $(pidof bindfs)")
+    given = {
+        "run.dir": [],
+        "shards": ["data.source=shards", f"data.train={place}/*.tar"],
+        "cache": [f"stream.cache_dir={place}"],
+    }
+    try:
+        said = refused(pair, folder, *given[what], before=briefly)
+    finally:
+        pair[1].shell(f"kill -CONT $(pidof bindfs); umount {place}")
+    assert "train.py: rank 1 on node-b: this file system has not answered for 1 s" in said
+    assert f"where:  {place}" in said
 
 
 def stop_alone(who: int) -> tuple[str, bool]:

@@ -23,6 +23,7 @@ def start(
     port: int = PORT,
     own: dict[int, dict[str, str]] | None = None,
     extra: dict[int, list[str]] | None = None,
+    before: Callable[[int], None] | None = None,
     **more: str,
 ) -> list[Fork]:
     """Start ``launch/train.py`` with these arguments as one rank on each host; rank 0 on the first.
@@ -33,12 +34,13 @@ def start(
         port: of rank 0's store.
         own: further environment variables by rank.
         extra: further arguments by rank.
+        before: called with each rank's number in its process, before the program: what a host is like.
         more: further environment variables.
     """
     return [
         host.fork(
             _rank,
-            ([*arguments, *(extra or {}).get(rank, [])],),
+            ([*arguments, *(extra or {}).get(rank, [])], before, rank),
             environment(members, rank, port) | more | (own or {}).get(rank, {}),
         )
         for rank, host in enumerate(members)
@@ -100,6 +102,8 @@ def micro(run_dir: Path, *overrides: str) -> list[str]:
     return ["--config", "demo", *runs.MICRO, f"run.dir={run_dir}", *overrides]
 
 
-def _rank(arguments: list[str]) -> int:
+def _rank(arguments: list[str], before: Callable[[int], None] | None, rank: int) -> int:
+    if before is not None:
+        before(rank)
     sys.argv = ["launch/train.py", *arguments]
     launcher.exit_now(launcher.main())

@@ -72,16 +72,19 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _print_plan(config: Config, stages: list[str] | None) -> None:
     from cnn2gnn_dist import consistency, settings
-    from cnn2gnn_dist.pipeline import keys, runner
+    from cnn2gnn_dist.pipeline import keys, runner, stored
     from cnn2gnn_dist.unused_fields import Surroundings
 
     log.output(settings.as_yaml(config))
-    steps = runner.plan(config, stages)
+    with stored.looked_at(config) as (seen, lines):
+        steps = runner.plan(seen, stages)
+        late = runner.checksums_note(seen, steps)
+    for line in lines:
+        log.output(line)
     for step in steps:
         log.output(f"{step.stage.name:10} {step.status.value:12} {step.why}")
     deepspeed = keys.read_deepspeed(config)
     surroundings = Surroundings(config.device == "cuda", deepspeed=deepspeed)
-    late = runner.checksums_note(config, steps)
     for note in [*consistency.notes(config, surroundings), *([late] if late else [])]:
         log.output(f"note: {note}")
     runner.check_remaining(config, steps, config.run.ranks, deepspeed)

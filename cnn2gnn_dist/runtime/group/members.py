@@ -30,6 +30,7 @@ CLOCKS_S = 60.0
 LINGER_S = 5.0
 """Seconds that rank 0, whose store often ends with it, waits for the others to read an error."""
 PACKAGES = ("torch", "deepspeed", "dgl", "numpy", "ray", "timm", "pyarrow")
+CHECK_OTHERS = "check the other ranks' output; for a single process unset RANK and WORLD_SIZE"
 POLL_S = 0.02
 SHOWN = 5
 """Differences that a message lists."""
@@ -154,7 +155,7 @@ def _not_met(rank: int, world_size: int, timeout: timedelta, missing: Sequence[i
         f"rank {rank} of {world_size} could not meet the others within "
         f"{timeout.total_seconds():g} s: rank {', '.join(map(str, missing))} did not arrive",
         where="process group",
-        remedy="check the other ranks' output; for a single process unset RANK and WORLD_SIZE",
+        remedy=CHECK_OTHERS,
     )
 
 

@@ -12,10 +12,13 @@ from torch import distributed as dist
 
 from cnn2gnn_dist.errors import UserError, first_line
 from cnn2gnn_dist.runtime.group import members, rendezvous
-from cnn2gnn_dist.runtime.ranks import Ranks
+from cnn2gnn_dist.runtime.ranks import Ranks, is_loopback
 
 AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"
 """Set by torchrun for its children: its agent hosts the store and decides where it listens."""
+LOOPBACK = (
+    "an address of rank 0's host that the others reach: on every host this one is the host itself"
+)
 DECLINE_S = 10.0
 """Seconds for which a rank that can't join waits for others, to pass its error on."""
 
@@ -112,7 +115,7 @@ def _store(ranks: Ranks, timeout: timedelta) -> dist.Store:
             f"rank {ranks.rank} of {ranks.world_size} could not meet the others within "
             f"{timeout.total_seconds():g} s: {first_line(error)}",
             where=place,
-            remedy="check the other ranks' output; for a single process unset RANK and WORLD_SIZE",
+            remedy=LOOPBACK if is_loopback(ranks.master_addr) else members.CHECK_OTHERS,
         ) from None
 
 

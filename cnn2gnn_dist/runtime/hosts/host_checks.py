@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import resource
 import socket
 import tempfile
+import threading
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import psutil
 
 from cnn2gnn_dist.errors import UserError
 
+T = TypeVar("T")
+
+ANSWER_S = 12.0
+"""Seconds within which this host's files answer before a run begins; those of a file server that is gone never do."""
 LEAST_FILES = 256
 """Open files; with fewer, Ray's daemons wait for each other forever."""
 RANK_BYTES = 300 << 20
@@ -56,6 +64,45 @@ def check_rank(cache: Path | None, shares_memory: bool) -> None:
         check_room(cache, LEAST_ROOM, "free some, or stream.cache_dir=another folder")
     if shares_memory:
         check_room(SHARED_MEMORY, LEAST_SHARED, "a larger /dev/shm (docker: --shm-size=4g)")
+
+
+def in_time(work: Callable[[], T], where: str) -> T:
+    """The result of ``work``, which looks at files, if it is there within ``ANSWER_S``.
+
+    Raises:
+        UserError: it is not: a call into a file system that doesn't answer can't be ended.
+    """
+    outcome: list[Any] = []
+
+    def run() -> None:
+        try:
+            outcome.append((work(), None))
+        except BaseException as error:
+            outcome.append((None, error))
+
+    thread = threading.Thread(target=run, name="a look at files", daemon=True)
+    thread.start()
+    thread.join(ANSWER_S)
+    if not outcome:
+        raise UserError(
+            f"this file system has not answered for {ANSWER_S:g} s",
+            where=where,
+            remedy="its server, or the network to it, is gone: `ls` there should answer at once; mount it again",
+        )
+    result, error = outcome[0]
+    if error is not None:
+        raise error
+    return result
+
+
+def check_answers(paths: Iterable[Path]) -> None:
+    """Check that the file systems of these paths answer, if only by an error.
+
+    Raises:
+        UserError: one does not, within ``ANSWER_S``.
+    """
+    for path in paths:
+        in_time(functools.partial(os.path.exists, path), str(path))
 
 
 def check_room(folder: Path, least: int, remedy: str) -> None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.runtime.group import collectives, exchange, members
+from cnn2gnn_dist.runtime.hosts import host_checks
 
 SECONDS = 10.0
 """For a new name to appear on another host: file servers' clients are asked at once for names never seen."""
@@ -27,24 +28,34 @@ def check(root: Path) -> None:
     another file, for which rank 0 waits. Takes 10 ms; nothing is done where all ranks are on one host.
 
     Raises:
-        UserError: on every rank, with the hosts where it is not so.
+        UserError: on every rank, with the hosts where it is not so, or where the folder doesn't answer.
     """
     if not members.on_several_hosts():
         return
     rank, world_size = collectives.rank(), collectives.world_size()
     name: str = collectives.broadcast_object(PREFIX + secrets.token_hex(8))
     answering = [r for r in range(1, world_size) if members.speaks_for_host(r)]
+    where = f"run.dir={root}"
+
+    def step(who: list[int], look: Callable[[], None]) -> None:
+        exchange.every_rank(lambda: host_checks.in_time(look, where) if rank in who else None)
+
     try:
-        exchange.every_rank(lambda: _write(root / name) if rank == 0 else None)
-        exchange.every_rank(lambda: _answer(root, name, rank) if rank in answering else None)
-        exchange.every_rank(lambda: _read(root, name, answering) if rank == 0 else None)
+        step([0], lambda: _write(root / name))
+        step(answering, lambda: _answer(root, name, rank))
+        step([0], lambda: _read(root, name, answering))
     finally:
         if rank == 0:
-            for path in [root / name, *(root / f"{name}-{r}" for r in answering)]:
-                with contextlib.suppress(OSError):
-                    path.unlink()
-            with contextlib.suppress(OSError):
-                root.rmdir()  # of a run that has not begun
+            with contextlib.suppress(UserError):  # it has been said that the folder doesn't answer
+                host_checks.in_time(lambda: _clear(root, name, answering), where)
+
+
+def _clear(root: Path, name: str, answering: list[int]) -> None:
+    for path in [root / name, *(root / f"{name}-{rank}" for rank in answering)]:
+        with contextlib.suppress(OSError):
+            path.unlink()
+    with contextlib.suppress(OSError):
+        root.rmdir()  # of a run that has not begun
 
 
 def _write(path: Path) -> None:
