@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -257,9 +258,21 @@ def _speed(metrics: figures.Metrics) -> list[dict[str, Any]]:
                     "images_per_s": float(np.median(speed)),
                     "wait": float(np.median(wait)),
                     "memory": max(memory),
+                    "slowest": _slowest(lines),
                 }
             )
     return rows
+
+
+def _slowest(lines: list[dict[str, Any]]) -> str:
+    """The rank that most often was the slowest, and its median ratio then; empty for a single rank."""
+    named = [line for line in lines if line.get("slowest") is not None]
+    if not named:
+        return ""
+    counts = Counter((line["slowest_rank"], line.get("slowest_host", "")) for line in named)
+    rank, host = counts.most_common(1)[0][0]
+    ratio = np.median([line["slowest"] for line in named if line["slowest_rank"] == rank])
+    return f"rank {rank}" + f" on {host}" * bool(host) + f", {ratio:.2f} ×"
 
 
 def _metrics(folder: Path) -> list[dict[str, Any]]:

@@ -51,12 +51,14 @@ class MetricsLog:
         if not self.silent:
             self.path.parent.mkdir(parents=True, exist_ok=True)
 
-    def log(self, step: int, **values: float) -> None:
+    def log(self, step: int, **values: float | str) -> None:
         """Record values after ``step`` optimizer steps."""
         if self.silent:
             return
         # NaN and infinity are not valid JSON.
-        finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
+        finite = {
+            k: v if isinstance(v, str) or math.isfinite(v) else None for k, v in values.items()
+        }
         line = {"step": step, "time": round(time.time(), 3), **finite}
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -68,7 +70,7 @@ class MetricsLog:
         else:
             _log.debug(_console_line(step, values), extra={"stage": self.name})
 
-    def _draw(self, step: int, values: dict[str, float]) -> None:
+    def _draw(self, step: int, values: dict[str, float | str]) -> None:
         if not self._wants_board:
             return
         if self._board is None:
@@ -79,6 +81,8 @@ class MetricsLog:
                 str(self.path.parent / "tensorboard"), purge_step=self._purge
             )
         for name, value in values.items():
+            if isinstance(value, str):
+                continue
             self._board.add_scalar(name, value, step)
         self._board.flush()
 
@@ -112,6 +116,6 @@ _CONSOLE = (
 )
 
 
-def _console_line(step: int, values: dict[str, float]) -> str:
+def _console_line(step: int, values: dict[str, float | str]) -> str:
     shown = [text.format(values[key]) for key, text in _CONSOLE if key in values]
     return f"step {step:<6} " + "  ".join(shown)

@@ -98,7 +98,8 @@ def make_run(root: Path, classes: int = 4, images: int = 200) -> Path:
         (root / stage).mkdir()
         lines = [
             {"step": s, "epoch": s / 4, "loss": 2 / s, "accuracy": 1 - 1 / s, "images_per_s": 100.0,
-             "wait_share": 0.25, "memory_mb": 500.0 + s} for s in range(1, 9)
+             "wait_share": 0.25, "memory_mb": 500.0 + s, "slowest": 1 + s / 8,
+             "slowest_rank": min(s % 4, 1), "slowest_host": "node-b" if s % 4 else "node-a"} for s in range(1, 9)
         ]  # fmt: skip
         (root / stage / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     labels = rng.integers(0, classes, images)

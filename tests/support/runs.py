@@ -214,6 +214,7 @@ def lines(folder: Path) -> list[dict]:
     text = (folder / "metrics.jsonl").read_text()
     found = [json.loads(line) for line in text.splitlines()]
     clock = ("time", "images_per_s", "wait_share", "memory_mb")
+    clock += ("slowest", "slowest_rank", "slowest_host")
     return [{k: v for k, v in line.items() if k not in clock} for line in found]
 
 

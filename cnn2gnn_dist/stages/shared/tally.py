@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cnn2gnn_dist.runtime import collectives
+from cnn2gnn_dist.stages.shared.stragglers import own_seconds
+
 
 class Tally:
     """Sums of one rank since the last log line, on the device: reading one waits for it.
@@ -16,6 +19,7 @@ class Tally:
         sums: float64 [3]: loss, correct predictions, samples; summed as Python's floats would be.
         began: start, by ``time.perf_counter``.
         waited: seconds spent waiting for data.
+        worked: ``stragglers.own_seconds`` at the start.
         extra: observations by name, each a scalar tensor.
     """
 
@@ -23,6 +27,7 @@ class Tally:
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)
         self.began = time.perf_counter()
         self.waited = 0.0
+        self.worked = own_seconds()
         self.extra: dict[str, list[Tensor]] = {}
 
     def add(self, loss: Tensor, right: Tensor, samples: Tensor) -> None:
@@ -39,6 +44,12 @@ class Tally:
         values = iter(torch.stack(flat).tolist() if flat else [])
         return {name: [next(values) for _ in seen] for name, seen in self.extra.items()}
 
+    def own_work(self) -> list[float]:
+        """Seconds that this rank did not spend on waiting for others, at its place among zeros for all ranks."""
+        found = [0.0] * collectives.world_size()
+        found[collectives.rank()] = own_seconds() - self.worked + self.waited
+        return found
+
     def state(self) -> dict[str, Any]:
         """Return plain data, with elapsed seconds instead of a clock reading, which has no meaning elsewhere."""
         loss, right, samples = self.sums.tolist()
@@ -48,6 +59,7 @@ class Tally:
             "samples": samples,
             "began": time.perf_counter() - self.began,
             "waited": self.waited,
+            "worked": own_seconds() - self.worked,
             "extra": self.observed(),
         }
 
@@ -56,6 +68,7 @@ class Tally:
         """The sum of some ranks' tallies, to resume from."""
         tally = cls(device)
         tally.began -= max(state["began"] for state in states)
+        tally.worked -= max(state.get("worked", 0.0) for state in states)
         for state in states:
             own = [state["loss"], state["right"], state["samples"]]
             tally.sums += torch.tensor(own, dtype=torch.float64, device=device)

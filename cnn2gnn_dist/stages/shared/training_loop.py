@@ -26,6 +26,7 @@ from cnn2gnn_dist.stages.shared.context import Context, CorruptCount
 from cnn2gnn_dist.stages.shared.learning_rates import rates_of
 from cnn2gnn_dist.stages.shared.networks import share_buffers
 from cnn2gnn_dist.stages.shared.scheduled_values import rate_at, share_kept
+from cnn2gnn_dist.stages.shared.stragglers import Stragglers
 from cnn2gnn_dist.stages.shared.tally import Tally
 from cnn2gnn_dist.training import ds_config, random_state
 from cnn2gnn_dist.training.accumulation import accumulation_for
@@ -114,7 +115,7 @@ class Training:
         self.metrics = MetricsLog(context.folder, context.ranks.rank, name=name)
         self.corrupt = CorruptCount(context.config.data.max_corrupt, samples)
         self.cursor = Cursor()
-        self.tally = Tally(self.engine.device)
+        self.tally, self.stragglers = Tally(self.engine.device), Stragglers()
         self._saved_at = -1
         self.best: float | None = None
         self._order: str | None = None
@@ -368,10 +369,11 @@ class Training:
     def _log(self, lr: float, late_lr: float | None, batches_per_epoch: int) -> None:
         t, now = self.tally, time.perf_counter()
         device = self.engine.device
-        sums = torch.cat([t.sums, t.sums.new_tensor([t.waited])])
-        loss, right, samples, waited = collectives.all_reduce_sum(sums).tolist()
+        sums = torch.cat([t.sums, t.sums.new_tensor([t.waited, *t.own_work()])])
+        loss, right, samples, waited, *work = collectives.all_reduce_sum(sums).tolist()
         seconds = max(now - t.began, 1e-9)
-        values: dict[str, float] = {
+        slow = self.stragglers.note(work, lambda text: self.context.warn(text, self.name))
+        values: dict[str, float | str] = {
             "epoch": self.cursor.epoch + self.cursor.batch / batches_per_epoch,
             "loss": loss / max(samples, 1),
             "accuracy": right / max(samples, 1),
@@ -379,6 +381,7 @@ class Training:
             "images_per_s": samples / seconds,
             "wait_share": waited / seconds / self.context.ranks.world_size,
             "memory_mb": process_memory_mb(),
+            **slow,
         }
         if late_lr is not None:
             values["graph_lr"] = late_lr

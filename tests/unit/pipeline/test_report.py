@@ -91,7 +91,8 @@ def test_curves_speed_and_graph(made, undrawn):
     shown = [image["alt"] for image in page.images]
     for what in ("training loss", "training accuracy", "images per second", "waiting for data"):
         assert any(what in alt for alt in shown), what
-    assert page.table("images / s (median)")[1] == ["teacher", "100", "25.0%", "508 MiB"]
+    speed = ["teacher", "100", "25.0%", "508 MiB", "rank 1 on node-b, 1.50 ×"]
+    assert page.table("images / s (median)")[1] == speed
     assert page.table("nodes")[1] == ["1,234", "16", "87.5%", "1.23%", "0 / 14 / 51"]
     assert page.table("partition")[1:] == [["0", "617", "31"], ["1", "617", "45"]]
     assert "Histogram of in-degrees" in shown

@@ -1,0 +1,31 @@
+"""The time that a rank's own work takes is told apart from its waiting for another."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+from cnn2gnn_dist.runtime import collectives
+from cnn2gnn_dist.stages.shared import stragglers
+from cnn2gnn_dist.stages.shared.tally import Tally
+from tests.support import rank_group
+
+
+def steps(slow: int) -> list[float]:
+    """What all ranks worked in steps that end together, one of them with 40 times as much to do."""
+    tally, work = Tally(torch.device("cpu")), b"x" * 1_000_000
+    for _ in range(4):
+        for _ in range(40 if collectives.rank() == slow else 1):
+            hashlib.sha256(work)
+        collectives.barrier()
+    return collectives.all_reduce_sum(torch.tensor(tally.own_work(), dtype=torch.float64)).tolist()
+
+
+def test_the_rank_with_more_to_do_is_the_slowest() -> None:
+    for slow in (0, 1):
+        (seconds, others) = rank_group.run(steps, 2, slow)
+        assert seconds == others
+        rank, ratio = stragglers.slowest(seconds)
+        assert rank == slow
+        assert ratio > 1
