@@ -6,7 +6,7 @@ import hashlib
 
 import torch
 
-from cnn2gnn_dist.runtime import collectives
+from cnn2gnn_dist.runtime.group import collectives
 from cnn2gnn_dist.stages.shared import stragglers
 from cnn2gnn_dist.stages.shared.tally import Tally
 from tests.support import rank_group

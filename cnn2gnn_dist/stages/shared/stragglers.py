@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cnn2gnn_dist.runtime import members
+from cnn2gnn_dist.runtime.group import members
 
 SLOW = 2.0
 """From this ratio on a rank is called slow."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cnn2gnn_dist.runtime import collectives
+from cnn2gnn_dist.runtime.group import collectives
 from cnn2gnn_dist.stages.shared.stragglers import own_seconds
 
 

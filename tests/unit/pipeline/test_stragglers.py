@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from cnn2gnn_dist.runtime import members
-from cnn2gnn_dist.runtime.members import Member
+from cnn2gnn_dist.runtime.group import members
+from cnn2gnn_dist.runtime.group.members import Member
 from cnn2gnn_dist.stages.shared import stragglers
 from cnn2gnn_dist.stages.shared.stragglers import Stragglers
 
