@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from torch import distributed as dist
 
 from cnn2gnn_dist.errors import PeerLost, Preempted, UserError
+from cnn2gnn_dist.runtime import bounded_wait
 from cnn2gnn_dist.runtime.group import collectives, members
 
 T = TypeVar("T")
@@ -141,16 +142,9 @@ class ErrorExchange:
 
 def _within(seconds: float, work: Callable[[], T]) -> T | None:
     """The result of the work; None if it fails or is not done in time: a store may be gone, or not answer."""
-    made: list[T] = []
-
-    def run() -> None:
-        with contextlib.suppress(Exception):
-            made.append(work())
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return made[0] if made else None
+    with contextlib.suppress(Exception):
+        return bounded_wait.result(work, seconds)
+    return None
 
 
 def _member(rank: int) -> members.Member:

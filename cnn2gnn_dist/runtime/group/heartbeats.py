@@ -19,6 +19,7 @@ from typing import Any
 import torch.distributed as dist
 
 from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.runtime.bounded_wait import BoundedStore
 
 BEAT_S = 5.0
 """Seconds between two heartbeats; a fifth of the timeout where that is less."""
@@ -40,6 +41,10 @@ class Meeting:
     rank: int
     world_size: int
     timeout_s: float
+
+    def __post_init__(self) -> None:
+        # Over a link that is cut a request would be waited for until the kernel gives the connection up.
+        self.store = BoundedStore(self.store, self.timeout_s)
 
     @contextlib.contextmanager
     def uneven(self) -> Iterator[None]:

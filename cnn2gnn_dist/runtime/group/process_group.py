@@ -11,14 +11,13 @@ import torch
 from torch import distributed as dist
 
 from cnn2gnn_dist.errors import UserError, first_line
+from cnn2gnn_dist.runtime.bounded_wait import BoundedStore
 from cnn2gnn_dist.runtime.group import members, rendezvous
 from cnn2gnn_dist.runtime.ranks import Ranks, is_loopback
 
 AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"
 """Set by torchrun for its children: its agent hosts the store and decides where it listens."""
-LOOPBACK = (
-    "an address of rank 0's host that the others reach: on every host this one is the host itself"
-)
+LOOPBACK = "on several hosts MASTER_ADDR must be the address of rank 0's host: this one is every host itself"
 DECLINE_S = 10.0
 """Seconds for which a rank that can't join waits for others, to pass its error on."""
 
@@ -52,10 +51,13 @@ def join(
     if ranks.world_size == 1 and problem is not None:
         raise problem
     hosted = _store(ranks, timeout)
-    attempt = members.begin_attempt(hosted, ranks.rank, ranks.world_size, timeout)
+    seconds = timeout.total_seconds()
+    attempt = members.begin_attempt(
+        BoundedStore(hosted, seconds), ranks.rank, ranks.world_size, timeout
+    )
     store = dist.PrefixStore(f"default_pg/{attempt}", hosted)
     own = members.Member.here(ranks.rank, about, problem)
-    members.meet(store, own, ranks.world_size, timeout)
+    members.meet(BoundedStore(store, seconds), own, ranks.world_size, timeout)
     # With the device known up front, NCCL's communicator exists when later groups split it.
     eager = device if backend == "nccl" and ranks.world_size > 1 else None
     dist.init_process_group(
@@ -115,7 +117,7 @@ def _store(ranks: Ranks, timeout: timedelta) -> dist.Store:
             f"rank {ranks.rank} of {ranks.world_size} could not meet the others within "
             f"{timeout.total_seconds():g} s: {first_line(error)}",
             where=place,
-            remedy=LOOPBACK if is_loopback(ranks.master_addr) else members.CHECK_OTHERS,
+            remedy=members.CHECK_OTHERS + f"; {LOOPBACK}" * is_loopback(ranks.master_addr),
         ) from None
 
 

@@ -7,14 +7,14 @@ import os
 import resource
 import socket
 import tempfile
-import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import psutil
 
 from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.runtime import bounded_wait
 
 T = TypeVar("T")
 
@@ -72,27 +72,14 @@ def in_time(work: Callable[[], T], where: str) -> T:
     Raises:
         UserError: it is not: a call into a file system that doesn't answer can't be ended.
     """
-    outcome: list[Any] = []
-
-    def run() -> None:
-        try:
-            outcome.append((work(), None))
-        except BaseException as error:
-            outcome.append((None, error))
-
-    thread = threading.Thread(target=run, name="a look at files", daemon=True)
-    thread.start()
-    thread.join(ANSWER_S)
-    if not outcome:
+    try:
+        return bounded_wait.result(work, ANSWER_S, "a look at files")
+    except TimeoutError:
         raise UserError(
             f"this file system has not answered for {ANSWER_S:g} s",
             where=where,
             remedy="its server, or the network to it, is gone: `ls` there should answer at once; mount it again",
-        )
-    result, error = outcome[0]
-    if error is not None:
-        raise error
-    return result
+        ) from None
 
 
 def check_answers(paths: Iterable[Path]) -> None:
