@@ -2,6 +2,7 @@
 
     PYTHONPATH=. python benchmarks/chaos.py 100          # at least this many kills, about 30 minutes
     PYTHONPATH=. python benchmarks/chaos.py 20 --seed 7 --only ray
+    PYTHONPATH=. python benchmarks/chaos.py 20 --hosts 2       # on hosts that are namespaces, as root
 
 Victims in turn: one rank, all ranks and their launcher, the launcher alone (torchrun); a rank, the
 driver, a stream's reader, Ray's head (`cnn2gnn run`). Moments: while starting, at any step, inside
@@ -26,6 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+from torturing import hosts as torturing_hosts
 
 from cnn2gnn_dist import durable
 from tests.support import runs
@@ -60,7 +62,10 @@ def main() -> int:
     parser.add_argument("kills", type=int, nargs="?", default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=list(VICTIMS))
+    parser.add_argument("--hosts", type=int, choices=[2, 3], help="see torturing/hosts.py")
     args = parser.parse_args()
+    if args.hosts:
+        return torturing_hosts.main(args.hosts, args.kills, args.seed)
     rng, tally = random.Random(args.seed), Tally()
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
     reference = runs_through(folder / "whole", "torchrun", tally)

@@ -6,12 +6,15 @@ import time
 from pathlib import Path
 
 from cnn2gnn_dist.errors import PeerLost
+from cnn2gnn_dist.runtime.group import members
 from tests.support import host_runs, hosts, runs
 from tests.support.hosts import Host
 from tests.support.watching import reach
 
 pytestmark = hosts.needed("bindfs")
 
+LOST_S = 20
+"""Seconds without an answer after which a rank counts as lost: longer than a loaded machine keeps one waiting."""
 CACHED_S = 8.0
 """As long as a stage of this run: what a host has seen in one is cached in the next."""
 
@@ -21,19 +24,6 @@ def with_a_file_server(pair: tuple[Host, ...], folder: Path) -> None:
 
 
 folder, pair = hosts.fixtures(with_a_file_server)
-
-
-def listening(host: Host) -> set[str]:
-    """The addresses on which the processes of a host listen, from the kernel's own tables."""
-    found = set()
-    for line in host.shell("cat /proc/net/tcp /proc/net/tcp6").splitlines():
-        words = line.split()
-        if len(words) > 3 and words[3] == "0A":
-            digits = words[1].partition(":")[0][-8:]  # an IPv4 address through IPv6 ends with it
-            mapped = len(words[1].partition(":")[0]) == 8 or "FFFF0000" in words[1]
-            address = ".".join(str(int(digits[at : at + 2], 16)) for at in (6, 4, 2, 0))
-            found.add(address if mapped else words[1])
-    return found
 
 
 def arrays(run: Path) -> dict[str, bytes]:
@@ -72,7 +62,7 @@ def test_a_link_that_is_cut_for_a_while_and_one_that_stays_cut(
     ranks = host_runs.start(pair, [*whole, "cluster.timeout_s=60"])
     reach(ranks[0], run, "teacher", 1)
     for host in pair:
-        assert listening(host) - {"127.0.0.1"} == {host.address}
+        assert hosts.listening(host) - {"127.0.0.1"} == {host.address}
     pair[1].cut()
     time.sleep(8)  # the length of the fault
     pair[1].mend()
@@ -93,3 +83,47 @@ def test_a_link_that_is_cut_for_a_while_and_one_that_stays_cut(
     for code, output in host_runs.finish(host_runs.start(pair, whole, port=29_502)):
         assert code == 0, output[-4000:]
     assert runs.trail(run, ("teacher",)) == runs.trail(micro_run, ("teacher",))
+
+
+def test_dgls_servers_listen_on_the_network_given(pair: tuple[Host, ...], folder: Path) -> None:
+    run = folder / "served"
+    served = ["graph.sampling.sampler=distdgl", "graph.sampling.query=table", "student.epochs=2"]
+    ranks = host_runs.start(pair, host_runs.micro(run, *served), port=29_530)
+    try:
+        reach(
+            ranks[0], run, "student", 15
+        )  # epochs of 9 steps; the graph is used from the second on
+        found = [hosts.listening(host) - {"127.0.0.1"} for host in pair]
+        assert found == [{host.address} for host in pair]
+    finally:
+        for rank in ranks:
+            hosts.end_family(rank)
+
+
+BEGUN = {
+    "targets": "targets/begin.json",
+    "refresh": "student/graph/*.tmp",
+    "student": "student/checkpoints/latest",
+}
+"""Files that show that a run is at this place."""
+
+
+def test_a_link_that_stays_cut_anywhere_ends_both_ranks(
+    pair: tuple[Host, ...], folder: Path, micro_run: Path
+) -> None:
+    """Cut in targets, in a refresh and in the student's training, the same command ends with the same bits."""
+    run = folder / "anywhere"
+    for number, (place, pattern) in enumerate(BEGUN.items()):
+        command = host_runs.micro(run, f"cluster.timeout_s={LOST_S}")
+        ranks = host_runs.start(pair, command, port=29_510 + number)
+        assert members.wait_until(lambda p=pattern: any(run.glob(p)), 400, 0.002)
+        pair[1].cut()
+        ended = host_runs.finish(ranks)
+        pair[1].mend()
+        assert [code for code, _ in ended] == [PeerLost.exit_code] * 2, (place, ended)
+        for (_, output), other in zip(ended, ("rank 1 on node-b", "rank 0 on node-a"), strict=True):
+            assert f"did not answer within {LOST_S} s: {other}" in output, (place, output[-3000:])
+    for code, output in host_runs.finish(host_runs.start(pair, command, port=29_520)):
+        assert code == 0, output[-4000:]
+    assert runs.trail(run) == runs.trail(micro_run)
+    assert runs.scores(run) == runs.scores(micro_run)

@@ -94,7 +94,8 @@ def test_a_tally_adds_up_as_pythons_floats_do() -> None:
     assert [state[name] for name in ("loss", "right", "samples")] == expected
     assert state["extra"] == {"scale": [s for s, _ in seen], "rows": [r for _, r in seen]}
     again = Tally.of([state], torch.device("cpu"))
-    assert {**again.state(), "began": 0} == {**state, "began": 0}
+    clocks = {"began": 0, "worked": 0}
+    assert {**again.state(), **clocks} == {**state, **clocks}
     both = Tally.of([state, state], torch.device("cpu"))
     assert both.sums.tolist() == [2 * value for value in expected]
     assert both.observed()["rows"] == state["extra"]["rows"] * 2

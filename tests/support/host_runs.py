@@ -39,7 +39,7 @@ def start(
     """
     return [
         host.fork(
-            _rank,
+            rank_main,
             ([*arguments, *(extra or {}).get(rank, [])], before, rank),
             environment(members, rank, port) | more | (own or {}).get(rank, {}),
         )
@@ -102,7 +102,10 @@ def micro(run_dir: Path, *overrides: str) -> list[str]:
     return ["--config", "demo", *runs.MICRO, f"run.dir={run_dir}", *overrides]
 
 
-def _rank(arguments: list[str], before: Callable[[int], None] | None, rank: int) -> int:
+def rank_main(
+    arguments: list[str], before: Callable[[int], None] | None = None, rank: int = 0
+) -> int:
+    """The program in a rank's own process; ``before`` and ``rank`` as in ``start``."""
     if before is not None:
         before(rank)
     sys.argv = ["launch/train.py", *arguments]

@@ -250,6 +250,19 @@ def share(
         )
 
 
+def listening(host: Host) -> set[str]:
+    """The addresses on which the processes of a host listen, from the kernel's own tables."""
+    found = set()
+    for line in host.shell("cat /proc/net/tcp /proc/net/tcp6").splitlines():
+        words = line.split()
+        if len(words) > 3 and words[3] == "0A":
+            digits = words[1].partition(":")[0][-8:]  # an IPv4 address through IPv6 ends with it
+            mapped = len(words[1].partition(":")[0]) == 8 or "FFFF0000" in words[1]
+            address = ".".join(str(int(digits[at : at + 2], 16)) for at in (6, 4, 2, 0))
+            found.add(address if mapped else words[1])
+    return found
+
+
 def end_family(process: subprocess.Popen[str] | Fork) -> None:
     """Kill a started process with all that it has started in its session."""
     with contextlib.suppress(ProcessLookupError):

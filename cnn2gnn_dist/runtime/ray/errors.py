@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from ray.exceptions import RayError, RayTaskError
 
 
@@ -13,3 +15,13 @@ def cause_of(error: RayError) -> Exception | None:
     if not isinstance(error, RayTaskError):
         return None
     return error.cause if isinstance(error.cause, Exception) else error
+
+
+def not_imported(error: RayError) -> str | None:
+    """Why an actor's class could not be imported where it was to run; None if that is not what failed."""
+    text = str(error)
+    if "failed to import on the worker" not in text:
+        return None
+    found = re.findall(r"^\s*(\w*(?:Error|Exception): .+)$", text, re.MULTILINE)
+    named = [line for line in found if "Module" in line or "Import" in line] or found
+    return named[-1] if named else "see the log of that host"

@@ -138,7 +138,7 @@ def _attempt(
             ).remote(rank)
             for rank, place in enumerate(order)
         ]
-        refs = _launch(actors, target, kwargs, spec)
+        refs = _launch(actors, target, kwargs, spec, nodes)
         try:
             return _gather(refs)
         except SystemExit:
@@ -217,9 +217,15 @@ def _wait_for_saves(actors: list[Any], refs: list[Any], grace_s: float) -> None:
         _log.warning(line)
 
 
-def _launch(actors: list[Any], target: str, kwargs: dict[str, Any], spec: GroupSpec) -> list[Any]:
-    address, port = ray.get(actors[0].rendezvous.remote())
-    nodes = ray.get([actor.node.remote() for actor in actors])
+def _launch(
+    actors: list[Any],
+    target: str,
+    kwargs: dict[str, Any],
+    spec: GroupSpec,
+    places: Sequence[rank_order.Node],
+) -> list[Any]:
+    nodes = _answers([actor.node.remote() for actor in actors], places)
+    address, port = _answers([actors[0].rendezvous.remote()], places)[0]
     refs = []
     for rank, actor in enumerate(actors):
         # Ray shows each actor only its own GPU, which is then number 0 there.
@@ -232,6 +238,29 @@ def _launch(actors: list[Any], target: str, kwargs: dict[str, Any], spec: GroupS
             )
         )
     return refs
+
+
+def _answers(refs: list[Any], places: Sequence[rank_order.Node]) -> list[Any]:
+    """What the ranks answer, before they work.
+
+    Raises:
+        UserError: the package can't be imported on some hosts.
+        LostRank: a rank is gone.
+    """  # noqa: DOC501
+    failures = [_failure(ref) for ref in refs]
+    wrong = [(place, failure) for place, failure in zip(places, failures, strict=False) if failure]
+    if not wrong:
+        return list(ray.get(refs))
+    absent = [(place, why) for place, failure in wrong if (why := ray_errors.not_imported(failure))]
+    if not absent:
+        raise verdict([failure for _, failure in wrong], unanswered=False) from None
+    names = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes()}
+    hosts = dict.fromkeys(names.get(node, address) for (address, node), _ in absent)
+    raise UserError(
+        f"this package can't be imported on {', '.join(hosts)}: {absent[0][1]}",
+        where="the environment of the cluster's hosts",
+        remedy="install it there at the same path and version, or send it along: cnn2gnn submit --send-package",
+    )
 
 
 def _gather(refs: list[Any]) -> list[Any]:

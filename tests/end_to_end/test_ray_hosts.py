@@ -1,0 +1,55 @@
+"""A Ray of two hosts: what one of them lacks is said, and a run outlives the cluster's head and a kill for memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support import REPOSITORY, host_runs, hosts, ray_hosts, runs
+from tests.support.hosts import Host
+from tests.support.watching import reach
+
+pytestmark = [hosts.needed(), pytest.mark.ray]
+
+folder, pair = hosts.fixtures()
+
+ON_BOTH = ["run.ranks=2", "cluster.strategy=STRICT_SPREAD"]
+
+
+def test_the_package_is_missing_on_one_host(pair: tuple[Host, ...], folder: Path) -> None:
+    run, empty = folder / "missing", folder / "empty"
+    empty.mkdir()
+    pair[1].mount(empty, REPOSITORY / "cnn2gnn_dist")
+    try:
+        with ray_hosts.started(pair, folder, (1, 1)) as cluster:
+            code, output = runs.finish(cluster.run(*host_runs.micro(run, *ON_BOTH)))
+    finally:
+        pair[1].shell(f"umount {REPOSITORY}/cnn2gnn_dist")
+    assert code == 2, output[-4000:]
+    assert (
+        "this package can't be imported on node-b: ModuleNotFoundError: No module named" in output
+    )
+    assert "cnn2gnn submit --send-package" in output
+    assert "Traceback" not in output
+    assert not (run / "teacher").exists()
+
+
+def test_the_death_of_the_head(pair: tuple[Host, ...], folder: Path, micro_run: Path) -> None:
+    """The driver ends, no rank stays; on a new cluster the same command ends with the same bits."""
+    run = folder / "headless"
+    arguments = [*host_runs.micro(run, *ON_BOTH)]
+    with ray_hosts.started(pair, folder, (1, 1)) as cluster:
+        driver = cluster.run(*arguments)
+        reach(driver, run, "teacher", 5)
+        pair[0].shell("pkill -KILL gcs_server")
+        code, output = runs.finish(driver)
+        assert code not in (0, 1), output[-4000:]
+        assert "Traceback" not in output, output[-4000:]
+    for host in pair:
+        assert host.run(["pgrep", "-f", "ray::_Rank"], capture_output=True).stdout == ""
+    with ray_hosts.started(pair, folder, (1, 1)) as cluster:
+        code, output = runs.finish(cluster.run(*arguments))
+    assert code == 0, output[-4000:]
+    assert "resumes at epoch" in output
+    assert runs.trail(run) == runs.trail(micro_run)
