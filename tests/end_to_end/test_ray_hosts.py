@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from cnn2gnn_dist.runtime.group import members
 from tests.support import REPOSITORY, host_runs, hosts, ray_hosts, runs
 from tests.support.hosts import Host
 from tests.support.watching import reach
@@ -18,9 +19,12 @@ ON_BOTH = ["run.ranks=2", "cluster.strategy=STRICT_SPREAD"]
 
 
 def test_the_package_is_missing_on_one_host(pair: tuple[Host, ...], folder: Path) -> None:
-    run, empty = folder / "missing", folder / "empty"
-    empty.mkdir()
-    pair[1].mount(empty, REPOSITORY / "cnn2gnn_dist")
+    run, absent = folder / "missing", folder / "absent"
+    absent.mkdir()
+    # Not just an empty folder: Python would go on to a copy that is installed elsewhere.
+    text = "raise ModuleNotFoundError(\"No module named 'cnn2gnn_dist'\")\n"
+    (absent / "__init__.py").write_text(text)
+    pair[1].mount(absent, REPOSITORY / "cnn2gnn_dist")
     try:
         with ray_hosts.started(pair, folder, (1, 1)) as cluster:
             code, output = runs.finish(cluster.run(*host_runs.micro(run, *ON_BOTH)))
@@ -46,8 +50,11 @@ def test_the_death_of_the_head(pair: tuple[Host, ...], folder: Path, micro_run: 
         code, output = runs.finish(driver)
         assert code not in (0, 1), output[-4000:]
         assert "Traceback" not in output, output[-4000:]
-    for host in pair:
-        assert host.run(["pgrep", "-f", "ray::_Rank"], capture_output=True).stdout == ""
+
+    def gone(host: Host) -> bool:
+        return host.run(["pgrep", "-f", "ray::.*[Rr]ank"], capture_output=True).returncode == 1
+
+    assert members.wait_until(lambda: all(map(gone, pair)), 120)
     with ray_hosts.started(pair, folder, (1, 1)) as cluster:
         code, output = runs.finish(cluster.run(*arguments))
     assert code == 0, output[-4000:]

@@ -1,0 +1,137 @@
+"""How much two ranks do in the time of one: on one host, and on two hosts of one rank each.
+
+    PYTHONPATH=. python benchmarks/scaling.py                                  the digits, to see that it runs
+    PYTHONPATH=. python benchmarks/scaling.py --config cifar10 --rounds 3      on a quiet machine, as root
+
+Whole runs through the same entry, in turns over the rounds, one thread a rank; hosts are namespaces of this machine
+(tests/support/hosts.py), so their network is the machine's own: what remains is latency and the cost of collectives,
+not bandwidth. Rates are images per second of all ranks: medians over log lines (teacher, student; without the first
+ones), or a stage's images by its seconds (targets; refresh: the stage ``graph``, which embeds, searches, partitions
+and writes a version). Efficiency is the rate of two ranks by twice that of one. Below: where the rest may have gone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from statistics import median
+
+from cnn2gnn_dist import durable, settings
+from cnn2gnn_dist.data.index.manifest import Manifest
+from tests.support import host_runs, hosts
+from tests.support.hosts import Host
+
+STAGES = ("pack", "index", "teacher", "targets", "student", "graph")
+SKIPPED = 2
+"""Log lines at the beginning of a training, which have the imports of a first step."""
+LONGEST_S = 24 * 3600.0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--config", help="a preset or file; without one the digits")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("overrides", nargs="*")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="s", dir="/tmp") as name, ExitStack() as stack:
+        members = stack.enter_context(_hosts(Path(name)))
+        ways: dict[str, tuple[Host, ...]] = {
+            "1 rank": members[:1],
+            "2 ranks, one host": members[:1] * 2,
+        }
+        if len(members) > 1:
+            ways["2 hosts, a rank each"] = members[:2]
+        found: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
+        for number in range(given.rounds):
+            for way, group in ways.items():
+                run = Path(name) / "run"
+                say(f"round {number + 1}: {way}")
+                _run(group, run, given.config, given.overrides, number)
+                found[way].append(_rates(run))
+                shutil.rmtree(run)
+    print(_table(found))
+    return 0
+
+
+@contextmanager
+def _hosts(folder: Path) -> Iterator[tuple[Host, ...]]:
+    if why := hosts.missing():
+        raise SystemExit(why)
+    with hosts.network(2, keep=[folder]) as members:
+        yield members
+
+
+def _run(
+    group: tuple[Host, ...], run: Path, config: str | None, more: list[str], number: int
+) -> None:
+    if config is None:
+        arguments = host_runs.micro(run, *more)
+    else:
+        arguments = ["--config", config, f"run.dir={run}", *more]
+    arguments += ["student.control=false", "--stages", ",".join(STAGES)]
+    ranks = host_runs.start(group, arguments, port=host_runs.PORT + len(group) + 2 * number)
+    for code, output in host_runs.finish(ranks, LONGEST_S):
+        if code:
+            raise SystemExit(f"exit code {code}\n{output[-4000:]}")
+
+
+def _rates(run: Path) -> dict[str, float]:
+    """Images per second by stage, and shares of the trainings' time."""
+    images = len(Manifest.load(run / "manifest" / "train.arrow"))
+    views = int(settings.load(str(run / "config.yaml"), [], say).targets.views)
+    found: dict[str, float] = {}
+    for stage in ("teacher", "student"):
+        lines = durable.read_lines(run / stage / "metrics.jsonl")
+        lines = [line for line in lines if "images_per_s" in line][SKIPPED:]
+        found[stage] = median(line["images_per_s"] for line in lines)
+        found[f"{stage}: waits for data"] = median(line["wait_share"] for line in lines)
+        if slow := [line["slowest"] for line in lines if "slowest" in line]:
+            found[f"{stage}: slowest rank by the other"] = median(slow)
+
+    def seconds(stage: str) -> float:
+        return float(json.loads((run / stage / "done.json").read_text())["seconds"])
+
+    found["targets"] = images * views / seconds("targets")
+    found["refresh"] = images / seconds("graph")
+    return found
+
+
+def _table(found: dict[str, list[dict[str, float]]]) -> str:
+    """Medians over the rounds; efficiency beside each rate of two ranks."""
+    middle = {
+        way: {name: median(one[name] for one in rounds) for name in rounds[0]}
+        for way, rounds in found.items()
+    }
+    alone, *_ = middle.values()
+    rows = [["", *middle], ["---", *("---:" for _ in middle)]]
+    for stage in ("teacher", "targets", "student", "refresh"):
+        cells = [f"{one[stage]:,.0f}" for one in middle.values()]
+        shares = [f" ({one[stage] / 2 / alone[stage]:.2f})" for one in list(middle.values())[1:]]
+        rows.append(
+            [
+                f"{stage}, images/s (efficiency)",
+                *map("".join, zip(cells, ["", *shares], strict=True)),
+            ]
+        )
+    for stage in ("teacher", "student"):
+        for what, form in (("waits for data", "{:.1%}"), ("slowest rank by the other", "{:.2f}")):
+            name = f"{stage}: {what}"
+            cells = [form.format(one[name]) if name in one else "" for one in middle.values()]
+            rows.append([name, *cells])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def say(text: str) -> None:
+    """A line of progress, on stderr."""
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
