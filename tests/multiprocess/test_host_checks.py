@@ -142,12 +142,12 @@ def briefly(rank: int) -> None:
 def test_a_file_server_that_is_gone(pair: tuple[Host, ...], folder: Path, what: str) -> None:
     """Calls into it never return; ranks end nevertheless, and say where. Without the limit they would wait forever."""
     assert host_checks.ANSWER_S + shared_folder.SECONDS < 30
-    place, served = folder / ("runs" if what == "run.dir" else what), folder / f"server-{what}"
+    place, served = folder / f"gone-{what}", folder / f"server-{what}"
     make_shards(served, random_images(8), np.arange(8) % 2)
     hosts.share(served, place, pair[1:])
     pair[1].shell("kill -STOP $(pidof bindfs)")
     given = {
-        "run.dir": [],
+        "run.dir": [f"run.dir={place}/run"],
         "shards": ["data.source=shards", f"data.train={place}/*.tar"],
         "cache": [f"stream.cache_dir={place}"],
     }
