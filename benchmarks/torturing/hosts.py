@@ -26,17 +26,23 @@ from tests.support.forks import Fork
 from tests.support.hosts import Host
 
 TIMEOUT_S = 25
-HOW = ["checkpoint.every_steps=3", f"cluster.timeout_s={TIMEOUT_S}", "checkpoint.max_failures=2"]
+STAGES = ("pack", "index", "teacher", "targets", "student", "graph")
+COMPARED = ("teacher", "student")
+HOW = [
+    *("checkpoint.every_steps=3", "checkpoint.max_failures=2", f"cluster.timeout_s={TIMEOUT_S}"),
+    *("data.limit=240", "student.control=false", "--stages", ",".join(STAGES)),
+]
+THREE = ["teacher.global_batch=36", "student.global_batch=36", "graph.partition.parts=3"]
 FAULTS = ("rank", "host", "short cut", "long cut", "disk")
 MOMENTS = {
-    "start": "config.yaml",
+    "start": "",
     "teacher": "teacher/metrics.jsonl",
     "targets": "targets/begin.json",
     "refresh": "student/graph/*.tmp",
     "student": "student/metrics.jsonl",
-    "control": "control/metrics.jsonl",
+    "graph": "graph/begin.json",
 }
-"""A stage, and the file that shows that it has begun; the fault comes up to ``LATER_S`` after that."""
+"""A stage, and the file that shows that it has begun; the fault comes up to ``LATER_S`` after that. "" is the launch."""
 LATER_S = 4.0
 LONGEST_S = 420.0
 """For all ranks to end after a fault; one that has not by then hangs."""
@@ -65,16 +71,16 @@ def main(count: int, faults: int, seed: int) -> int:
     if why := hosts.missing():
         raise SystemExit(why)
     rng, ledger = random.Random(seed), Ledger()
-    with _disk() as folder, hosts.network(count, keep=[folder]) as members:
+    with _disk() as folder, hosts.network(count, keep=[folder.parent]) as members:
         reference = folder / "whole"
         _end_of(_launch(members, reference, ledger), ledger, reference)
-        if not (reference / "results.json").exists():
+        if not _complete(reference):
             raise SystemExit("the run without faults did not end")
-        wanted = runs.trail(reference)
+        wanted = runs.trail(reference, COMPARED)
         while sum(ledger.faults.values()) < faults:
             run = folder / f"run-{ledger.runs}"
             _tortured(members, run, faults, rng, ledger)
-            _compare(runs.trail(run), wanted, ledger, run)
+            _compare(runs.trail(run, COMPARED), wanted, ledger, run)
             shutil.rmtree(run)
             ledger.runs += 1
     print(_table(ledger, count, seed))
@@ -83,27 +89,23 @@ def main(count: int, faults: int, seed: int) -> int:
 
 @contextlib.contextmanager
 def _disk() -> Iterator[Path]:
-    """A small file system that all hosts will share."""
-    folder = Path(tempfile.mkdtemp(prefix="c", dir="/tmp"))
+    """A small file system that all hosts will share; what the ranks say is kept beside it."""
+    base = Path(tempfile.mkdtemp(prefix="c", dir="/tmp"))
+    folder = base / "disk"
+    folder.mkdir()
+    (base / "logs").mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", folder], check=True)
     try:
         yield folder
     finally:
         subprocess.run(["umount", "--lazy", folder], check=True)
-        folder.rmdir()
+        shutil.rmtree(base)
 
 
 def _launch(members: Sequence[Host], run: Path, ledger: Ledger) -> list[Fork]:
     ledger.launches += 1
-    how = [
-        *HOW,
-        *(
-            ["teacher.global_batch=36", "student.global_batch=36", "graph.partition.parts=3"]
-            * (len(members) == 3)
-        ),
-    ]
+    how = [*(THREE if len(members) == 3 else []), *HOW]
     port = host_runs.PORT + ledger.launches % 1000  # the one before may still be in TIME_WAIT
-    run.parent.joinpath("logs").mkdir(exist_ok=True)
     return [
         host.fork(
             host_runs.rank_main,
@@ -115,18 +117,23 @@ def _launch(members: Sequence[Host], run: Path, ledger: Ledger) -> list[Fork]:
     ]
 
 
+def _complete(run: Path) -> bool:
+    return (run / STAGES[-1] / "done.json").exists()
+
+
 def _log(run: Path, rank: int) -> Path:
-    return run.parent / "logs" / f"{run.name}-{rank}.log"
+    return run.parent.parent / "logs" / f"{run.name}-{rank}.log"
 
 
 def _tortured(
     members: Sequence[Host], run: Path, most: int, rng: random.Random, ledger: Ledger
 ) -> None:
     """Start the run, strike, and start it again until it is complete."""
-    while not (run / "results.json").exists() or not (run / "model" / "done.json").exists():
+    while not _complete(run):
         ranks = _launch(members, run, ledger)
         if sum(ledger.faults.values()) < most:
-            moment, fault = rng.choice(list(MOMENTS)), rng.choice(FAULTS)
+            ahead = [name for name, file in MOMENTS.items() if not file or not any(run.glob(file))]
+            moment, fault = rng.choice(ahead), rng.choice(FAULTS)
             victim = rng.randrange(len(members))
             if _wait_for(run, moment, ranks, rng.uniform(0, LATER_S)):
                 began = time.monotonic()
@@ -154,7 +161,7 @@ def _wait_for(run: Path, moment: str, ranks: Sequence[Fork], later: float) -> bo
     """Wait until the stage has begun, and ``later`` seconds more; False if a rank ended first."""
     until = None
     while all(rank.poll() is None for rank in ranks):
-        if until is None and any(run.glob(MOMENTS[moment])):
+        if until is None and (not MOMENTS[moment] or any(run.glob(MOMENTS[moment]))):
             until = time.monotonic() + later
         if until is not None and time.monotonic() > until:
             return True
