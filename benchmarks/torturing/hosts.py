@@ -42,7 +42,7 @@ MOMENTS = {
     "student": "student/metrics.jsonl",
     "graph": "graph/begin.json",
 }
-"""A stage, and the file that shows that it has begun; the fault comes up to ``LATER_S`` after that. "" is the launch."""
+"""A stage, and the file that shows that it has begun (none: the launch); the fault comes up to ``LATER_S`` later."""
 LATER_S = 4.0
 LONGEST_S = 420.0
 """For all ranks to end after a fault; one that has not by then hangs."""
