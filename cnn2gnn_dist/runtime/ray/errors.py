@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
+
+from cnn2gnn_dist.errors import first_line, last_line
 
 
 def cause_of(error: RayError) -> Exception | None:
@@ -15,6 +17,11 @@ def cause_of(error: RayError) -> Exception | None:
     if not isinstance(error, RayTaskError):
         return None
     return error.cause if isinstance(error.cause, Exception) else error
+
+
+def why_lost(error: RayError) -> str:
+    """Why an actor is gone, in a line; Ray ends what it says of a kill for memory with general advice."""
+    return first_line(error) if isinstance(error, OutOfMemoryError) else last_line(error)
 
 
 def not_imported(error: RayError) -> str | None:

@@ -290,7 +290,11 @@ def _gather(refs: list[Any]) -> list[Any]:
 def verdict(failures: list[RayError], unanswered: bool) -> Exception:
     """What a group has ended with: a user's mistake, a lost rank, or a bug (see ``_gather``)."""
     causes = [ray_errors.cause_of(one) for one in failures]
-    lost = [last_line(one) for one, cause in zip(failures, causes, strict=True) if cause is None]
+    lost = [
+        ray_errors.why_lost(one)
+        for one, cause in zip(failures, causes, strict=True)
+        if cause is None
+    ]
     lost += [cause.what for cause in causes if isinstance(cause, PeerLost)]
     for cause in causes:
         if isinstance(cause, UserError) and not isinstance(cause, PeerLost):

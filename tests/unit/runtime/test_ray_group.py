@@ -14,7 +14,8 @@ def raised(cause: Exception) -> RayTaskError:
 
 def test_a_rank_that_was_killed_for_memory_is_a_lost_one() -> None:
     found = verdict(
-        [OutOfMemoryError("Task was killed due to the node running low on memory.")], False
+        [OutOfMemoryError("Task was killed due to the node running low on memory.\nTo disable")],
+        False,
     )
     assert isinstance(found, LostRank)
     assert "low on memory" in str(found)
