@@ -58,7 +58,8 @@ class Stream:
         seed: seed of the order (``views.seed`` is that of the views).
         window: number of shards shuffled together (see docs/order.md).
         backend: "local" (threads), "processes" (children of this process; small images), "ray" (actors; Ray
-            must be initialized), "auto" (ray if initialized, else local).
+            must be initialized), "auto" (ray if initialized, else local). Views with a hook: processes
+            instead of threads.
         workers, prefetch: number of readers of this rank, and maximum requests in flight.
         rank, world_size: this rank and the number of ranks; default: from the launcher's environment.
         num_views: use view (epoch mod num_views); None: a new view each epoch.

@@ -17,6 +17,8 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import torch
+from PIL import Image
 
 from cnn2gnn_dist.data.images.crops import multi_crop
 from cnn2gnn_dist.data.images.views import CLEAN, ViewSpec
@@ -330,3 +332,21 @@ os.kill(os.getpid(), signal.SIGKILL)
             assert process.status() == psutil.STATUS_ZOMBIE  # where nobody reaps orphans
     finally:
         os.kill(fork, signal.SIGKILL)
+
+
+def drawing(image: Image.Image) -> Image.Image:
+    """A hook: the number of the process that ran it as the color, drawing as it goes."""
+    torch.rand(())
+    color = os.getpid() % 256, os.getpid() // 256 % 256, os.getpid() // 65536
+    return Image.new("RGB", image.size, color)
+
+
+@pytest.mark.parametrize("backend", ["local", "auto", "processes"])
+def test_a_hook_never_runs_in_the_process_that_trains(spec, backend):
+    """There it would seed the generators from which the training draws at the same time."""
+    views = replace(spec.views, hook=f"{__name__}:drawing")
+    with ReaderPool(replace(spec, views=views), backend=backend, workers=1, prefetch=2) as pool:
+        for batch in pool.batches(numbered(2)):
+            first = batch.images[0, 0, 0].astype(int)
+            assert first @ [1, 256, 65536] == processes(pool)[0].process.pid
+            assert (batch.images == batch.images[0, 0, 0]).all()

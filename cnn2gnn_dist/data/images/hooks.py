@@ -1,7 +1,9 @@
 """Other libraries' transforms on finished views, as pure functions of (seed, sample, view).
 
 timm's, torchvision's and most others draw from the global generators of ``random``, NumPy and torch. A
-hook runs with all three seeded by the view's hash, and leaves them as they were.
+hook runs with all three seeded by the view's hash, and leaves them as they were. That holds among threads that all
+go through :func:`apply`; another thread that draws meanwhile (dropout on a CPU) would draw the hook's numbers, and
+the hook its. So a stream never runs hooks in threads of the training process (:mod:`..reading.pool`).
 """
 
 from __future__ import annotations
@@ -123,7 +125,7 @@ def _seeded(seed: int) -> Iterator[None]:
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs' too
     try:
         yield
     finally:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
+from cnn2gnn_dist.data.images.crops import crops_of
 from cnn2gnn_dist.data.reading.reader import Batch, Reader, ReaderSpec, Request
 from cnn2gnn_dist.errors import UserError
 
@@ -24,7 +25,8 @@ class ReaderPool:
     Args:
         spec: specification of the readers.
         backend: "ray" (reader actors on this node), "local" (threads), "processes" (children of this
-            process), or "auto": ray if it is initialized in this process, else local.
+            process), or "auto": ray if it is initialized in this process, else local. Views with a hook are
+            read in processes instead of threads: a hook draws from the generators of its process.
         workers: number of readers.
         prefetch: maximum requests in flight: queued, being read, or read and not yet consumed. Reduced,
             with a message, if they would not fit into Ray's object store.
@@ -58,6 +60,8 @@ class ReaderPool:
         self.wait_seconds = 0.0
         if backend == "auto":
             backend = "ray" if _ray_runs() else "local"
+        if backend == "local" and any(group.views.hook for group in crops_of(spec.views)):
+            backend = "processes"  # in threads a hook and the training would draw each other's numbers
         if backend == "ray":
             from cnn2gnn_dist.data.reading.ray_readers import RayReaders
 
