@@ -49,7 +49,8 @@ class RunStorage:
         """Look at the storage, become its writer, and restore what says how far the run is.
 
         Raises:
-            UserError: it can't be used (see ``Store.open``), or the folder holds another run.
+            UserError: it can't be used (see ``Store.open``); the folder holds another run, or only a part of
+                one whose rest is in another storage.
         """
         made = cls._of(root, url)
         ledger.check_claim(root)
@@ -88,6 +89,15 @@ class RunStorage:
                 f"this folder holds a run that is not the one in {store.url}",
                 where=f"run.dir={root}",
                 remedy="an empty run.dir, or another run.storage",
+            )
+        if (
+            note.get("url") != store.url
+            and (before := held_back(root, _with_notes(root))) is not None
+        ):
+            raise UserError(
+                f"parts of this run are in {before} alone, which is not the storage named now",
+                where=f"run.storage={url}",
+                remedy=f"run.storage={before}; or copy all of it to {store.url} and name an empty run.dir",
             )
         known = note if note.get("url") == store.url else {}
         scratch = known.get("scratch") or secrets.token_hex(8)
@@ -186,7 +196,10 @@ class RunStorage:
         record = self.store.records.get(unit)
         if record is None or not self._same(unit, record):
             return []
-        return [name for name in record.files if not (self.root / unit / name).is_file()]
+        folder = self.root / unit
+        entry = ledger.finished(folder)
+        sizes = dict(entry.outputs) if entry else {}
+        return [name for name in record.files if not _is_there(folder / name, sizes.get(name))]
 
     def _same(self, unit: str, record: Record) -> bool:
         """Whether the record is of the stage as it is here: finished alike, or begun alike."""
@@ -200,6 +213,9 @@ class RunStorage:
     def _restore(self) -> list[Path]:
         """Bring config and records of stages here; return folders of a run that went on elsewhere, renamed."""
         moved = []
+        for unit in _with_notes(self.root):
+            if unit not in self.store.records:  # removed, or set aside just before a kill
+                (self.root / unit / ledger.HELD).unlink()
         for unit, record in sorted(self.store.records.items()):
             if ".old-" in unit:
                 continue
@@ -322,6 +338,17 @@ def _link(root: Path, view: Path) -> None:
         (view / path.name).mkdir()
         for below in path.iterdir():
             (view / path.name / below.name).symlink_to(below)
+
+
+def _with_notes(root: Path) -> list[str]:
+    """The stages' folders that note which of their files are in a storage."""
+    units = (path.parent.name for path in root.glob(f"*/{ledger.HELD}"))
+    return [unit for unit in units if ".old-" not in unit]
+
+
+def _is_there(path: Path, size: int | None) -> bool:
+    """Whether a file is there, and whole if its size is known."""
+    return path.is_file() and size in (None, path.stat().st_size)
 
 
 def _only_to_resume(name: str) -> bool:

@@ -11,13 +11,15 @@ no record names are removed after that.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import socket
+import threading
 import time
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -114,7 +116,7 @@ def file_name(unit: str, name: str, sha256: str) -> str:
 
 @dataclass
 class Store:
-    """A URL that holds one run. Records are read once; after that this process is the one that writes.
+    """A URL that holds one run. After ``claim`` this process is the one that writes, and knows all records.
 
     Attributes:
         url: without a slash at its end.
@@ -148,29 +150,34 @@ class Store:
         store = cls(url.rstrip("/"))
         with transfer.explained(field):
             there = RemoteFiles(BRIEF).below(store.url)
-        names = [name for name in there if name.startswith(f"{RECORDS}/")]
-        if there and not names and any(n != OWNER and not n.startswith(f"{FILES}/") for n in there):
+        records = any(name.startswith(f"{RECORDS}/") for name in there)
+        if (
+            there
+            and not records
+            and any(n != OWNER and not n.startswith(f"{FILES}/") for n in there)
+        ):
             raise UserError(
                 "this storage holds something else than a run",
                 where=f"run.storage={url}",
                 remedy="a folder of its own: run.storage=s3://BUCKET/NEW_FOLDER",
             )
-        for name in names:
-            text = store._files.read_range(f"{store.url}/{name}", 0, there[name])
-            store.records[PurePosixPath(name).stem] = Record.of(text, f"{store.url}/{name}")
+        store._read_records(name for name in there if name.startswith(f"{RECORDS}/"))
         return store
 
     def claim(self) -> None:
         """Become the one that writes here; the run that did so before stops at its next upload.
 
-        Files that no record names, of a run that was killed while it uploaded, are removed.
+        Records are read once more, since that run may have written one after ``open``. Files that no
+        record names, of a run that was killed while it uploaded, are removed.
 
         Raises:
             UserError: nothing can be written.
+            Damaged: a record is.
         """
         self._owner = f"{socket.gethostname()}, process {os.getpid()}, {time.time_ns()}"
         with transfer.explained("run.storage"):
             RemoteFiles(BRIEF).send(f"{self.url}/{OWNER}", json.dumps(self._owner).encode())
+        self._read_records(self._below(RECORDS))
         named = self._named()
         self._remove(n for n in self._below(FILES) if n not in named)
 
@@ -220,6 +227,8 @@ class Store:
             else:
                 self._files.send(url, record.text().encode())
                 self.records[unit] = record
+        # Who took over between that check and the record goes on from what the one before names.
+        self._check_owner()
         self._remove(gone - self._named())
 
     def get(self, unit: str, names: Iterable[str], folder: Path) -> dict[str, Damaged]:
@@ -263,12 +272,32 @@ class Store:
                 raise _damaged("has other contents than were written", url)
             os.utime(partial, (kept.when, kept.when))
 
+    def _read_records(self, names: Iterable[str]) -> None:
+        """Read all records, each as it was at one moment though another run may be writing."""
+        self.records = {}
+        for name in names:
+            where = f"{self.url}/{name}"
+            text, record = b"", None
+            while record is None:
+                before, text = text, self._read(where)
+                try:
+                    record = Record.of(text, where)
+                except Damaged:
+                    if (
+                        text == before
+                    ):  # else it was replaced between the questions for length and bytes
+                        raise
+            self.records[PurePosixPath(name).stem] = record
+
+    def _read(self, url: str) -> bytes:
+        return self._files.read_range(url, 0, self._files.file_info(url).bytes)
+
     def _check_owner(self) -> None:
-        url = f"{self.url}/{OWNER}"
-        owner = json.loads(self._files.read_range(url, 0, self._files.file_info(url).bytes))
-        if owner != self._owner:
+        text = self._read(f"{self.url}/{OWNER}").decode(errors="replace")
+        if text != json.dumps(self._owner):
+            who = text.strip('"').rpartition(",")[0]
             raise TakenOver(
-                f"another run has been started with this storage: on {owner.rpartition(',')[0]}",
+                f"another run has been started with this storage: on {who}",
                 where=f"run.storage={self.url}",
                 remedy="stop one of the two, or give this one a storage of its own",
             )
@@ -292,11 +321,34 @@ class TakenOver(UserError):
     """Another run writes into this storage now."""
 
 
-def _each(work: Any, names: list[str]) -> None:
-    """Do the work for all names, several at a time; raises the first error when all have ended."""
-    with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="storage") as pool:
-        for done in [pool.submit(work, name) for name in names]:
-            done.result()
+def _each(work: Callable[[str], None], names: Sequence[str]) -> None:
+    """Do the work for all names, several at a time; raises the first name's error when all have ended.
+
+    Threads are daemons, unlike those of an executor: a process that has failed does not stay alive until
+    everything is uploaded, or until a store that is silent has been asked for the last time.
+    """
+    left, errors = deque(names), dict[str, BaseException]()
+
+    def run() -> None:
+        with contextlib.suppress(IndexError):
+            while True:
+                name = left.popleft()
+                try:
+                    work(name)
+                except BaseException as error:
+                    errors[name] = error
+
+    threads = [
+        threading.Thread(target=run, name=f"storage {number}", daemon=True)
+        for number in range(min(AT_ONCE, len(names)))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for name in names:
+        if name in errors:
+            raise errors[name]
 
 
 def _sum(body: Any) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 
 from cnn2gnn_dist.data.storage import urls
+from cnn2gnn_dist.data.storage.transfer import FileInfo, RemoteFiles
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.run_storage.store import Damaged, Store, TakenOver
 from tests.support import REPOSITORY
@@ -127,6 +130,57 @@ def test_the_run_that_was_started_last_writes(bucket):
     assert Store.open("s3://runs/two").records["teacher"].writer == "two"
 
 
+def test_what_the_one_before_writes_until_the_claim_is_kept(bucket, tmp_path):
+    """A run that is being stopped keeps a last checkpoint while its successor starts."""
+    first = Store.open("s3://runs/late")
+    first.claim()
+    first.put("teacher", sources(OLD), "one")
+    second = Store.open("s3://runs/late")
+    first.put("teacher", sources(NEW), "one")
+    second.claim()
+    assert sorted(second.records["teacher"].files) == sorted(NEW)
+    assert contents("s3://runs/late", tmp_path) == NEW
+
+
+def test_a_record_written_during_the_claim_takes_no_file_from_the_successor(
+    bucket, tmp_path, monkeypatch
+):
+    url = "s3://runs/crossing"
+    first = Store.open(url)
+    first.claim()
+    first.put("teacher", sources(OLD), "one")
+    second, check = Store.open(url), Store._check_owner
+
+    def crossed(store: Store) -> None:
+        check(store)
+        monkeypatch.setattr(Store, "_check_owner", check)
+        second.claim()
+
+    monkeypatch.setattr(Store, "_check_owner", crossed)
+    with pytest.raises(TakenOver):
+        first.put("teacher", sources(NEW), "one")
+    assert second.get("teacher", OLD, tmp_path) == {}
+    second.put("teacher", sources(OLD), "two")
+    assert contents(url, tmp_path) == OLD
+
+
+def test_a_record_that_is_replaced_while_it_is_read_is_read_again(bucket, monkeypatch):
+    url = "s3://runs/replaced"
+    first, info = Store.open(url), RemoteFiles.file_info
+    first.claim()
+    first.put("teacher", sources(OLD), "one")
+
+    def replaced(files: RemoteFiles, where: str) -> FileInfo:
+        found = info(files, where)
+        if where.endswith("teacher.json"):
+            monkeypatch.setattr(RemoteFiles, "file_info", info)
+            first.put("teacher", sources(OLD | NEW), "one")
+        return found
+
+    monkeypatch.setattr(RemoteFiles, "file_info", replaced)
+    assert sorted(Store.open(url).records["teacher"].files) == sorted(OLD | NEW)
+
+
 def test_another_thing_than_a_run_is_not_written_into(bucket):
     bucket.pipe_file("runs/other/picture.png", b"a picture")
     with pytest.raises(UserError, match="something else than a run") as caught:
@@ -154,3 +208,22 @@ def test_what_cannot_be_used_is_refused_within_seconds(bucket, tmp_path, monkeyp
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
     assert "s of retries" in refused("s3://runs/run").what
     urls._opened.cache_clear()
+
+
+def test_a_process_that_fails_does_not_stay_for_its_uploads():
+    """Else a rank that has raised would keep the others, and the machine, until a silent store is given up."""
+    code = (
+        "import threading\n"
+        "from cnn2gnn_dist.run_storage import store\n"
+        "from cnn2gnn_dist.run_storage.background import Uploads\n"
+        "from cnn2gnn_dist.run_storage.contents import Contents\n"
+        "begun = threading.Event()\n"
+        "def silent(name):\n"
+        "    begun.set()\n"
+        "    threading.Event().wait()\n"
+        "uploads = Uploads(lambda found: store._each(silent, ['a', 'b']))\n"
+        "uploads.start(Contents())\n"
+        "begun.wait()\n"
+        "raise SystemExit(7)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=300).returncode == 7

@@ -61,7 +61,9 @@ class ReaderPool:
         if backend == "auto":
             backend = "ray" if _ray_runs() else "local"
         if backend == "local" and any(group.views.hook for group in crops_of(spec.views)):
-            backend = "processes"  # in threads a hook and the training would draw each other's numbers
+            backend = (
+                "processes"  # in threads a hook and the training would draw each other's numbers
+            )
         if backend == "ray":
             from cnn2gnn_dist.data.reading.ray_readers import RayReaders
 

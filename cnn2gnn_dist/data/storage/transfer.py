@@ -182,6 +182,7 @@ class RemoteFiles:
         def ask(seconds: float) -> dict[str, int]:
             fs, path = self.filesystem(url)
             path = path.rstrip("/")
+            fs.invalidate_cache()  # another process may have written since it was listed last
             found = _run(fs, "find", path, detail=True, seconds=seconds)
             return {
                 name.removeprefix(path).lstrip("/"): int(about.get("size") or 0)

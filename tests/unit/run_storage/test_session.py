@@ -209,6 +209,50 @@ def test_a_folder_with_another_run_is_refused(tmp_path):
         RunStorage.open(tmp_path / "other", URL)
 
 
+def test_what_the_storage_no_longer_has_is_not_taken_as_kept_there(tmp_path):
+    """The remedy for a damaged record is to remove it: the stage is then made again."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    storage = opened(here)
+    finished(here / "targets", {"a.parquet": b"soft"})
+    storage.keep_stage("targets", made=True)
+    opened(there)
+    assert ledger.status(there / "targets", "k")[0] is Status.COMPLETE
+    Store.open(URL)._files.remove(f"{URL}/records/targets.json")
+    opened(there)
+    status, entry = ledger.status(there / "targets", "k")
+    assert status is Status.RESUME
+    assert entry is not None
+    assert ledger.missing(there / "targets", entry) == "a.parquet is missing"
+
+
+def test_a_folder_with_a_part_of_a_run_is_not_moved_to_another_storage(tmp_path):
+    """What it does not have would be recorded as stored there."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    storage = opened(here)
+    finished(here / "targets", {"a.parquet": b"soft"})
+    storage.keep_stage("targets", made=True)
+    opened(there)
+    with pytest.raises(
+        UserError, match="parts of this run are in memory://runs/one alone"
+    ) as caught:
+        RunStorage.open(there, "memory://runs/two")
+    assert "run.storage=memory://runs/one" in str(caught.value.remedy)
+    assert Store.open("memory://runs/two").records == {}
+    moved = RunStorage.open(here, "memory://runs/two")  # which has everything
+    moved.keep_stage("targets", made=False)
+    assert "a.parquet" in Store.open("memory://runs/two").records["targets"].files
+
+
+def test_a_truncated_file_of_a_finished_stage_is_fetched_again(tmp_path):
+    here = tmp_path / "here"
+    storage = opened(here)
+    finished(here / "targets", {"a.parquet": b"soft"})
+    storage.keep_stage("targets", made=True)
+    (here / "targets" / "a.parquet").write_bytes(b"so")
+    opened(here).fetch("targets")
+    assert (here / "targets" / "a.parquet").read_bytes() == b"soft"
+
+
 def test_the_run_that_was_overtaken_hears_it_at_its_next_checkpoint(tmp_path):
     first = opened(tmp_path / "here")
     stage = tmp_path / "here" / "teacher"
