@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from cnn2gnn_dist.runtime.group import collectives, exchange, members
 from cnn2gnn_dist.runtime.hosts import host_checks
 from cnn2gnn_dist.runtime.shared_files import handover, shared_folder
 from cnn2gnn_dist.stages.shared.context import RunPaths, load_manifest
+from cnn2gnn_dist.training.precision import has_bfloat16
+
+_log = logging.getLogger(__name__)
 
 COMPARED = {".json", ".arrow"}
 """Endings of the files that every host reads without other means to tell whether it reads them right."""
@@ -56,6 +60,21 @@ def _local(given: str | list[str] | None) -> list[Path]:
     """The local images or shards that a field names: of each name the part before any wildcard."""
     names = [given] if isinstance(given, str) else given or []
     return [Path(re.split(r"[*?\[{]", n)[0] or ".") for n in names if not is_remote(n)]
+
+
+def bfloat16_everywhere(config: Config, device: str) -> bool:
+    """Whether all ranks' devices have bfloat16, with a warning if only some do (collective).
+
+    Half of a group in bfloat16 would give the results of neither precision, at the pace of the others.
+    """
+    have = collectives.all_gather_object(has_bfloat16(device))
+    if any(have) and not all(have) and config.precision == "auto" and collectives.rank() == 0:
+        lacking = ", ".join(members.name_of(rank) for rank, has in enumerate(have) if not has)
+        _log.warning(
+            f"{lacking} without bfloat16 instructions: all ranks compute in float32 "
+            "(precision=bfloat16 emulates it there)"
+        )
+    return all(have)
 
 
 def ends_here(stage: Stage, stages: list[Stage]) -> bool:

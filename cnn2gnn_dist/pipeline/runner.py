@@ -74,6 +74,7 @@ def run_rank(
         elif problem is not None:
             raise problem
         across_hosts.check_hosts(config, device)
+        bfloat16 = across_hosts.bfloat16_everywhere(config, device)
         with _locked(Path(str(config.run.dir)), ranks, config.cluster.timeout_s):
             read = on_rank_0(ranks, lambda: deepspeed or keys.read_deepspeed(config))
             surroundings = Surroundings(device == "cuda", inside_ray, ranks.world_size, read)
@@ -81,7 +82,7 @@ def run_rank(
             stored = Stored(config)
             stored.open()
             on_rank_0(ranks, lambda: _begin(survey, names, surroundings, stored))
-            run = Run(survey, stored, ranks, device, inside_ray, update, force)
+            run = Run(survey, stored, ranks, device, inside_ray, update, force, bfloat16)
             return _run_all(run, names)
     except UserError as error:
         if ranks.world_size > 1 and not inside_ray:

@@ -30,7 +30,10 @@ MADE = "made"
 
 @dataclass(frozen=True)
 class Run:
-    """How stages are run, the same for all of them; ``runner.run_rank`` says what its arguments mean."""
+    """How stages are run, the same for all of them; ``runner.run_rank`` says what its arguments mean.
+
+    ``bfloat16``: whether all ranks' devices have it.
+    """
 
     survey: Survey
     stored: Stored
@@ -39,6 +42,7 @@ class Run:
     inside_ray: bool
     update: bool
     force: bool
+    bfloat16: bool = True
 
     @property
     def root(self) -> Path:
@@ -59,6 +63,7 @@ class Run:
             force=self.force,
             deepspeed=self.survey.deepspeed,
             storage=self.stored.storage,
+            bfloat16=self.bfloat16,
         )
 
     def record_config(self) -> None:

@@ -20,7 +20,7 @@ def has_bfloat16(device: str) -> bool:
     return any(bool(getattr(torch.cpu, name, bool)()) for name in asked)
 
 
-def choose(precision: str, device: str, ds: dict[str, Any]) -> torch.dtype:
+def choose(precision: str, device: str, ds: dict[str, Any], everywhere: bool = True) -> torch.dtype:
     """torch.bfloat16 or torch.float32.
 
     Args:
@@ -28,6 +28,7 @@ def choose(precision: str, device: str, ds: dict[str, Any]) -> torch.dtype:
             ``torch_autocast.enabled`` of ds_config is false.
         device: "cpu" or "cuda".
         ds: the DeepSpeed config as read.
+        everywhere: whether the devices of all other ranks have bfloat16: "auto" means the same on all.
 
     Raises:
         UserError: ``precision`` and ``torch_autocast.enabled`` contradict each other.
@@ -35,7 +36,7 @@ def choose(precision: str, device: str, ds: dict[str, Any]) -> torch.dtype:
     autocast = ds.get("torch_autocast")
     enabled = autocast.get("enabled", "auto") if isinstance(autocast, dict) else "auto"
     if precision == "auto":
-        low = enabled is not False and has_bfloat16(device)
+        low = enabled is not False and everywhere and has_bfloat16(device)
         return torch.bfloat16 if low else torch.float32
     low = precision == "bfloat16"
     if enabled not in ("auto", low):

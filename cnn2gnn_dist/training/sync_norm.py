@@ -176,9 +176,12 @@ class _JointNorm(torch.autograd.Function):
             weight = torch.ones_like(mean)
         if gradient.stride() != x.stride():  # else the kernel sums dy in bfloat16 on a CPU
             gradient = torch.empty_like(x).copy_(gradient)
-        dx, dot, total = torch.ops.aten.native_batch_norm_backward(
-            gradient, x, weight, mean, variance, None, None, False, context.eps, [True, True, True]
-        )
+        if x.numel():
+            dx, dot, total = torch.ops.aten.native_batch_norm_backward(
+                gradient, x, weight, mean, variance, None, None, False, context.eps, [True] * 3
+            )
+        else:  # torch's kernel divides by zero
+            dx, dot, total = torch.empty_like(x), torch.zeros_like(mean), torch.zeros_like(mean)
         joint = collectives.all_reduce_sum(torch.stack([dot, total])) / -count
         scale = weight * torch.rsqrt(variance + context.eps)
         dx += F.batch_norm(x, mean, variance, scale * joint[0], scale * joint[1], eps=context.eps)
@@ -199,7 +202,10 @@ def _moments_of_all(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     kind = torch.promote_types(x.dtype, torch.float32)
     # The moments have the type of the running statistics; without them, that of x.
     running = x.new_zeros(2, channels, dtype=kind)
-    mean, variance = torch.batch_norm_update_stats(x, running[0], running[1], 0.0)
+    if x.numel():
+        mean, variance = torch.batch_norm_update_stats(x, running[0], running[1], 0.0)
+    else:  # torch's kernel refuses a rank without samples, and the others would wait for it
+        mean, variance = running
     count = mean.new_full((1,), x.numel() / channels)
     own = torch.cat([mean, variance, count])
     rank, ranks = collectives.rank(), collectives.world_size()

@@ -5,6 +5,7 @@ In processes of their own: DeepSpeed permanently remembers that autocast was use
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,14 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cnn2gnn_dist import settings
 from cnn2gnn_dist.models.graph_head import GraphHead
 from cnn2gnn_dist.models.precision import MixedPrecision
 from cnn2gnn_dist.models.student import Student
+from cnn2gnn_dist.pipeline import across_hosts
 from cnn2gnn_dist.runtime.group import collectives
+from cnn2gnn_dist.runtime.ranks import Ranks
+from cnn2gnn_dist.stages.shared.context import Context, RunPaths
 from cnn2gnn_dist.training.checkpoint import named_state
 from cnn2gnn_dist.training.engine import Engine
 from tests.multiprocess.test_engine import plain_torch
 from tests.support import rank_group, tiny
+from tests.support.runs import MICRO
 
 # --- cases: run on every rank ---------------------------------------------------------------
 
@@ -155,3 +161,25 @@ def test_the_graph_head_is_not_rounded_under_autocast(ranks: list[dict], stage: 
         for mode in ("train", "eval"):
             assert found[f"{mode} whole"] < 1e-6
             assert found[f"{mode} rounded"] > 1e-4
+
+
+def dtypes_where_rank_0_has_bfloat16(tmp: str) -> tuple[str, str]:
+    """What rank 0's CPU alone has the instructions for: precision auto, and bfloat16, on this rank."""
+    torch.cpu._is_avx512_bf16_supported = lambda: collectives.rank() == 0  # type: ignore[attr-defined]
+    torch.cpu._is_amx_tile_supported = lambda: False  # type: ignore[attr-defined]
+    found = []
+    for name in ("auto", "bfloat16"):
+        config = settings.load("demo", [*MICRO, f"precision={name}", f"run.dir={tmp}"])
+        everywhere = across_hosts.bfloat16_everywhere(config, "cpu")
+        ranks = Ranks(collectives.rank(), 0, 2)
+        root = Path(tmp)
+        context = Context(
+            config, ranks, RunPaths(root), root, "", "cpu", False, bfloat16=everywhere
+        )
+        found.append(str(context.compute_dtype("student")).removeprefix("torch."))
+    return found[0], found[1]
+
+
+def test_auto_is_the_same_on_ranks_whose_processors_differ(tmp_path: Path) -> None:
+    found = rank_group.run(dtypes_where_rank_0_has_bfloat16, 2, str(tmp_path))
+    assert found == [("float32", "bfloat16")] * 2

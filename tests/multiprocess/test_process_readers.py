@@ -350,3 +350,19 @@ def test_a_hook_never_runs_in_the_process_that_trains(spec, backend):
             first = batch.images[0, 0, 0].astype(int)
             assert first @ [1, 256, 65536] == processes(pool)[0].process.pid
             assert (batch.images == batch.images[0, 0, 0]).all()
+
+
+class Unreadable(Reader):
+    """A disk with a bad block."""
+
+    def read(self, request, into=None):
+        raise OSError(5, "Input/output error", "shard-000000.tar")
+
+
+def test_an_error_of_the_disk_is_named_and_not_taken_for_a_death(spec, monkeypatch):
+    monkeypatch.setattr(process_readers, "READER", Unreadable)
+    with (
+        a_pool(spec, 1, 1) as pool,
+        pytest.raises(OSError, match=r"Input/output error.*shard-000000"),
+    ):
+        list(pool.batches(numbered(1)))

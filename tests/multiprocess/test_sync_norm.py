@@ -285,3 +285,32 @@ def test_two_ranks_are_one_process_over_the_whole_batch() -> None:
         for name, worst in rank.items():
             bound = 1e-3 if name == "large mean" else 1e-7
             assert all(value < bound for value in worst.values()), (name, worst)
+
+
+def with_nothing_on_one_rank() -> dict[str, float]:
+    """The whole batch on rank 0, no sample on rank 1, beside one process: largest differences."""
+    plain = nn.BatchNorm2d(3)
+    reference, x = deepcopy(plain), images()
+    upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
+    ours = synchronise_norms(plain)
+    rows = slice(None) if collectives.rank() == 0 else slice(BATCH, None)
+    whole, own = x.clone().requires_grad_(), x[rows].clone().requires_grad_()
+    reference(whole).backward(upstream)
+    ours(own).backward(upstream[rows])
+    assert own.grad.shape == own.shape
+    found = {
+        name: furthest(
+            collectives.all_reduce_sum(getattr(ours, name).grad), getattr(reference, name).grad
+        )
+        for name in ("weight", "bias")
+    }
+    found |= {
+        name: furthest(getattr(ours, name), getattr(reference, name))
+        for name in ("running_mean", "running_var")
+    }
+    return found | ({"dx": furthest(own.grad, whole.grad)} if len(own) else {})
+
+
+def test_a_rank_without_samples_keeps_up_with_the_others() -> None:
+    for rank in rank_group.run(with_nothing_on_one_rank, 2):
+        assert all(value < 1e-5 for value in rank.values()), rank

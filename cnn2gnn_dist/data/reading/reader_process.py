@@ -111,6 +111,8 @@ def serve(channel: socket.socket, parent: int) -> None:
         if number <= given_up[0]:
             send(channel, (number, None, None))
             continue
+        problems: list[str] | None = None
+        failure: Exception | None = None
         try:
             reader = reader or opened(spec)
             layout = Layout(groups, len(ids), view)
@@ -118,11 +120,10 @@ def serve(channel: socket.socket, parent: int) -> None:
             batch = reader.read(Request(ids, view), layout.images(memory))
             layout.labels(memory)[:] = batch.labels
             layout.valid(memory)[:] = batch.valid
-            send(channel, (number, batch.problems, None))
-        except OSError:
-            raise
-        except Exception as error:
-            send(channel, (number, None, _portable(error)))
+            problems = batch.problems
+        except Exception as error:  # an OSError too: dying of it would hide what it says
+            failure = _portable(error)
+        send(channel, (number, problems, failure))
 
 
 def _portable(error: Exception) -> Exception:

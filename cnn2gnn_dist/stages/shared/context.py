@@ -87,7 +87,7 @@ class Context:
     its own folder, ``device`` is "cpu" or "cuda", ``inside_ray`` whether the process runs under Ray,
     ``about`` the config fields behind the key, ``force`` whether to accept a checkpoint of another key,
     ``deepspeed`` the DeepSpeed configs that were read for all ranks, ``storage`` where rank 0 also keeps
-    the run.
+    the run, ``bfloat16`` whether no rank's device lacks it.
     """
 
     config: Config
@@ -101,6 +101,7 @@ class Context:
     force: bool = False
     deepspeed: dict[str, dict[str, Any]] = field(default_factory=dict)
     storage: RunStorage | None = None
+    bfloat16: bool = True
 
     def copies(self) -> TrainingCopies | None:
         """Where this stage's checkpoints are also kept; None without ``run.storage``."""
@@ -115,8 +116,9 @@ class Context:
         return ds_config.load(getattr(self.config, model).ds_config)
 
     def compute_dtype(self, model: str) -> torch.dtype:
-        """The precision in which "teacher" or "student" (and the control) computes on this device."""
-        return precision.choose(self.config.precision, self.device, self.deepspeed_of(model))
+        """The precision in which "teacher" or "student" (and the control) computes on all ranks."""
+        read = self.deepspeed_of(model)
+        return precision.choose(self.config.precision, self.device, read, self.bfloat16)
 
     def say(self, text: str, stage: str | None = None) -> None:
         """Log one line, once for all ranks; ``stage``: a stage other than the running one."""
