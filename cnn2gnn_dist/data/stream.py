@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
-from cnn2gnn_dist.data.images.crops import Crops, Views, crops_of, identity
+from cnn2gnn_dist.data.images.crops import Crops, Views, crops_of, identity, identity_today
 from cnn2gnn_dist.data.images.views import CLEAN, ViewSpec
 from cnn2gnn_dist.data.index.manifest import Manifest, index
 from cnn2gnn_dist.data.mixing import partners
@@ -164,6 +164,7 @@ class Stream:
                 names the field), so the cursor would refer to other samples.
         """
         mine = {"version": _VERSION, **self._identity()}
+        state = {**state, "views": identity_today(state.get("views"))}
         for name, value in mine.items():
             if state.get(name, _NOT_YET.get(name)) != value:
                 raise UserError(

@@ -101,3 +101,18 @@ def identity(views: Views) -> Any:
             for name, value in asdict(views).items()
         }
     return [{"count": group.count, **identity(group.views)} for group in views]
+
+
+def identity_today(recorded: Any) -> Any:
+    """Return what :func:`identity` says today of views recorded earlier: later fields are at their defaults."""
+    if isinstance(recorded, list):
+        return [identity_today(group) for group in recorded]
+    return {**_LATER, **recorded} if isinstance(recorded, dict) else recorded
+
+
+_LATER = {
+    name: value
+    for name, value in identity(ViewSpec("none", 1)).items()
+    if name not in ("kind", "size")
+}
+"""A field that is added has a default with which views are as they were without it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -268,6 +269,20 @@ def test_a_state_of_other_views_or_pairs_is_refused(shards):
     older = {name: value for name, value in state.items() if name != "pairs"}
     with a_stream(shards, DINO) as stream:
         stream.load_state_dict(older)
+
+
+def test_a_state_from_before_a_field_of_views_fits_its_default_and_nothing_else(shards):
+    plain = ViewSpec("crop_flip", 32, seed=5)
+    with a_stream(shards, plain) as stream:
+        state = json.loads(json.dumps(stream.state_dict()))
+        for later in ("hook", "randaugment", "alternating", "fill"):
+            del state["views"][later]
+        stream.load_state_dict(state)
+    with (
+        a_stream(shards, replace(plain, alternating=True)) as stream,
+        pytest.raises(UserError, match="views is"),
+    ):
+        stream.load_state_dict(state)
 
 
 def test_what_a_sample_takes():
