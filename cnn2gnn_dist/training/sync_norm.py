@@ -176,14 +176,17 @@ class _JointNorm(torch.autograd.Function):
             weight = torch.ones_like(mean)
         if gradient.stride() != x.stride():  # else the kernel sums dy in bfloat16 on a CPU
             gradient = torch.empty_like(x).copy_(gradient)
+        inverse = torch.rsqrt(variance + context.eps)
         if x.numel():
+            # The moments are given twice: of CUDA's kernels, the one for [N, C] and channels_last reads the
+            # second pair, and fails without it.
             dx, dot, total = torch.ops.aten.native_batch_norm_backward(
-                gradient, x, weight, mean, variance, None, None, False, context.eps, [True] * 3
+                gradient, x, weight, mean, variance, mean, inverse, False, context.eps, [True] * 3
             )
         else:  # torch's kernel divides by zero
             dx, dot, total = torch.empty_like(x), torch.zeros_like(mean), torch.zeros_like(mean)
         joint = collectives.all_reduce_sum(torch.stack([dot, total])) / -count
-        scale = weight * torch.rsqrt(variance + context.eps)
+        scale = weight * inverse
         dx += F.batch_norm(x, mean, variance, scale * joint[0], scale * joint[1], eps=context.eps)
         own = [
             None if kind is None else value.to(kind)

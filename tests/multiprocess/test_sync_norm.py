@@ -16,6 +16,7 @@ from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.models.stem import build_stem
 from cnn2gnn_dist.runtime.group import collectives
 from cnn2gnn_dist.stages.shared import preflight
+from cnn2gnn_dist.training import sync_norm
 from cnn2gnn_dist.training.sync_norm import SyncNorm, is_synchronised, synchronise_norms
 from tests.support import rank_group
 
@@ -314,3 +315,33 @@ def with_nothing_on_one_rank() -> dict[str, float]:
 def test_a_rank_without_samples_keeps_up_with_the_others() -> None:
     for rank in rank_group.run(with_nothing_on_one_rank, 2):
         assert all(value < 1e-5 for value in rank.values()), rank
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA's kernels: one for each layout")
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "rows", "rows of nothing"])
+def test_every_layout_has_a_kernel_on_a_gpu(layout: str, kind: torch.dtype) -> None:
+    x = images()
+    if layout.startswith("rows"):
+        x = x.flatten(1)[:, :3]
+    x = x[: 0 if layout.endswith("nothing") else BATCH].to(kind)
+    weight, bias = torch.rand(3) + 0.5, torch.rand(3)
+    upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).to(kind)
+    whole = x.double().requires_grad_()
+    expected = nn.functional.batch_norm(
+        whole, None, None, weight.double(), bias.double(), training=True
+    ) if len(x) else whole  # fmt: skip
+    expected.backward(upstream.double())
+    own = x.cuda()
+    if layout == "channels_last":
+        own = own.to(memory_format=torch.channels_last)
+    own.requires_grad_()
+    found, _, _, count = sync_norm._JointNorm.apply(own, weight.cuda(), bias.cuda(), 1e-5)
+    found.backward(upstream.cuda())
+    if not len(x):
+        assert own.grad.shape == x.shape
+        assert count.item() == 0
+        return
+    bound = 1e-4 if kind == torch.float32 else 2**-6
+    assert furthest(found.double().cpu(), expected) < bound
+    assert furthest(own.grad.double().cpu(), whole.grad) < bound
