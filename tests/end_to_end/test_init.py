@@ -23,7 +23,7 @@ def test_init_writes_a_config_that_run_accepts(tmp_path, capsys, monkeypatch):
 
     assert cli.main(["init", "my photos", "--minutes", "3"]) == 2  # it exists
     assert "--force" in capsys.readouterr().err
-    assert cli.main(["init", "my photos", "--minutes", "3", "--dry-run", "-q"]) == 0
+    assert cli.main(["init", "my photos", "--minutes", "3", "--idle", "--dry-run", "-q"]) == 0
     printed = capsys.readouterr().out
     (tmp_path / "other.yaml").write_text(printed)
     assert settings.load("other.yaml").data == config.data

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import time
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 
 from cnn2gnn_dist import consistency, settings
 from cnn2gnn_dist.commands.init import command as init
-from cnn2gnn_dist.commands.init import recipe, text, weights
+from cnn2gnn_dist.commands.init import recipe, speed, text, weights
 from cnn2gnn_dist.commands.init.recipe import Facts
 from cnn2gnn_dist.commands.init.sources import find_source
 from cnn2gnn_dist.commands.init.speed import Machine, Speed
@@ -258,3 +260,17 @@ def test_the_network_of_a_file_of_weights_is_found_by_its_name_or_shapes(tmp_pat
     save_file({"a": state["fc.weight"]}, tmp_path / "odd.safetensors")
     with pytest.raises(UserError, match="fit none"):
         weights.from_file(str(tmp_path / "odd.safetensors"))
+
+
+def _of_a_timing_process() -> tuple[int, bool]:
+    return os.nice(0), speed.clock(speed._idle) is time.process_time
+
+
+def test_a_machine_that_will_be_idle_is_timed_by_processor_time():
+    """Else by the clock, at the priority that Ray gives to ranks."""
+    found = {}
+    for idle in (False, True):
+        with speed.Stopwatch(speed.Machine(1, 1, "cpu"), idle=idle) as stopwatch:
+            found[idle] = stopwatch.pool.submit(_of_a_timing_process).result()
+    own = os.nice(0)
+    assert found == {False: (min(19, own + 15), False), True: (own, True)}
