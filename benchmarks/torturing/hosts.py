@@ -181,7 +181,7 @@ def _struck(
     """The fault, for as long as the ranks have to bear it; what the hosts need for the next command is mended."""
     host, filler = members[victim], run.parent / "filler"
     if fault == "rank":
-        os.killpg(ranks[victim].pid, signal.SIGKILL)
+        _kill(ranks[victim])
     elif fault == "disk":
         with contextlib.suppress(OSError), open(filler, "wb") as file:
             while True:
@@ -193,13 +193,20 @@ def _struck(
             time.sleep(rng.uniform(0.2, 0.4) * TIMEOUT_S)  # the length of the fault
             host.mend()
         elif fault == "host":
-            os.killpg(ranks[victim].pid, signal.SIGKILL)
+            _kill(ranks[victim])
             host.run(["sh", "-c", "kill -KILL -1"], capture_output=True)
     try:
         yield
     finally:
         filler.unlink(missing_ok=True)
         host.mend()
+
+
+def _kill(rank: Fork) -> None:
+    try:
+        os.killpg(rank.pid, signal.SIGKILL)
+    except ProcessLookupError:  # it has not yet begun a session of its own, and has no children
+        os.kill(rank.pid, signal.SIGKILL)
 
 
 def _end_of(ranks: Sequence[Fork], ledger: Ledger, run: Path) -> list[int]:
