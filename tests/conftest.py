@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -32,7 +33,10 @@ def pytest_configure() -> None:
     for name in [name for name in os.environ if name.startswith("RAY_")]:
         del os.environ[name]  # of an outer cluster
     os.environ.update(
-        RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token), RAY_USAGE_STATS_ENABLED="0"
+        RAY_AUTH_MODE="token",
+        RAY_AUTH_TOKEN_PATH=str(token),
+        RAY_USAGE_STATS_ENABLED="0",
+        **runs.SHARED_CORES,
     )
 
 
@@ -74,9 +78,10 @@ def ray_cluster() -> Iterator[None]:
     patch.setenv("PYTHONPATH", os.pathsep.join(paths))
     # Else Ray takes the machine's address for 127.0.0.1, and listens to the network.
     patch.setattr(services, "resolve_ip_for_localhost", lambda host: host)
-    before = set(psutil.Process().children(recursive=True))
+    before, daemons = set(psutil.Process().children()), set()
     try:
         ray.init(
+            address="local",  # never one that another test, or somebody else, has started here
             num_cpus=4,
             object_store_memory=200 << 20,
             include_dashboard=False,
@@ -85,14 +90,21 @@ def ray_cluster() -> Iterator[None]:
             _temp_dir=str(FOLDER / "t"),
             _node_ip_address="127.0.0.1",
         )
+        daemons = set(psutil.Process().children()) - before  # not what tests start beside it
         yield
     finally:
-        started = set(psutil.Process().children(recursive=True)) - before
+        started = [*daemons, *(p for one in daemons for p in _below(one))]
         ray.shutdown()
         _, alive = psutil.wait_procs(started, timeout=10)
         for process in alive:
             process.kill()
         patch.undo()
+
+
+def _below(process: psutil.Process) -> list[psutil.Process]:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.children(recursive=True)
+    return []
 
 
 @pytest.fixture(scope="session")

@@ -6,18 +6,18 @@ import json
 import re
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
 
+from tests.support import short_folder
 from tests.support.runs import environment, free_port
 from tests.support.serving import TOKEN, served_model
 
 pytestmark = pytest.mark.ray
 
 DRIVER = '''
-import json, os, signal, subprocess, sys, threading, time
+import contextlib, json, os, signal, subprocess, sys, threading, time
 import httpx2 as httpx
 import psutil
 import ray
@@ -27,7 +27,9 @@ from tests.support.serving import ALLOWED, encoded, parts
 
 model, port, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 dashboard = free_port()
-ray.init(num_cpus=4, dashboard_port=dashboard, log_to_driver=False, _temp_dir=folder)
+ray.init(
+    address="local", num_cpus=4, dashboard_port=dashboard, log_to_driver=False, _temp_dir=folder
+)
 serve.start(http_options={"host": "127.0.0.1", "port": port})
 client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120)
 
@@ -56,8 +58,13 @@ def deploy(version):
 
 
 def replicas():
-    titles = {p.pid: "".join(p.info["cmdline"] or ()) for p in psutil.process_iter(["cmdline"])}
-    return {pid for pid, title in titles.items() if title.startswith("ray::ServeReplica:m")}
+    """Of this driver's own Ray: another may serve on this host, too."""
+    found = set()
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "".join(process.cmdline()).startswith("ray::ServeReplica:m"):
+                found.add(process.pid)
+    return found
 
 
 def say(**what):
@@ -119,9 +126,9 @@ finally:
 def test_replicas(tmp_path: Path):
     pytest.importorskip("ray.serve", reason="ray[serve] is not installed", exc_type=ImportError)
     folder = served_model(tmp_path / "model")
-    with tempfile.TemporaryDirectory(prefix="ray-") as short:  # for paths of sockets
+    with short_folder() as short:
         done = subprocess.run(
-            [sys.executable, "-c", DRIVER, str(folder), str(free_port()), short],
+            [sys.executable, "-c", DRIVER, str(folder), str(free_port()), str(short)],
             env=environment(CNN2GNN_TOKEN=TOKEN), capture_output=True, text=True, timeout=900,
         )  # fmt: skip
     said: dict[str, object] = {}

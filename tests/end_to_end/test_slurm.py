@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.support import REPOSITORY, hosts, slurm
+from tests.support import REPOSITORY, hosts, short_folder, slurm
 from tests.support.runs import MICRO, finish
 
 pytestmark = hosts.needed(*slurm.PROGRAMS)
@@ -24,7 +24,7 @@ TEACHER = [*MICRO, "device=cpu", "cluster.timeout_s=60"]
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[slurm.Slurm]:
     with (
-        hosts.short_folder() as folder,
+        short_folder() as folder,
         hosts.network(2, keep=[folder]) as two,
         slurm.started(folder, two) as started,
     ):

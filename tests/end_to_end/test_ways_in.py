@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from cnn2gnn_dist import cli
+from tests.support import short_folder
 from tests.support.runs import (
     BIN,
     MICRO,
@@ -73,7 +74,7 @@ def test_cnn2gnn_run_on_ray(micro_run, tmp_path):
     assert not (tmp_path / ".ray").exists()  # a token there would be required by the user's own Ray
 
 
-def jobs_script(tmp_path: Path, run: Path, stopped: Path) -> str:
+def jobs_script(tmp_path: Path, session: Path, run: Path, stopped: Path) -> str:
     """Starts a cluster, submits jobs in every way, and stops one; says the exit code of each."""
     ports = {name: free_port_outside_workers() for name in ("gcs", "dashboard", "client")}
     teacher = (
@@ -86,7 +87,7 @@ def jobs_script(tmp_path: Path, run: Path, stopped: Path) -> str:
     PATH=/usr/local/bin:/usr/bin:/bin {BIN}/ray start --head --block --disable-usage-stats \
         --node-ip-address 127.0.0.1 --port {ports["gcs"]} --num-cpus 2 \
         --dashboard-host 127.0.0.1 --dashboard-port {ports["dashboard"]} --include-dashboard true \
-        --ray-client-server-port {ports["client"]} --temp-dir {short_folder(tmp_path)} > {tmp_path}/head.log 2>&1 &
+        --ray-client-server-port {ports["client"]} --temp-dir {session} > {tmp_path}/head.log 2>&1 &
     head=$!
     trap "kill -TERM $head; wait $head" EXIT
     export RAY_ADDRESS=http://127.0.0.1:{ports["dashboard"]}
@@ -128,13 +129,15 @@ def test_ray_job(micro_run, tmp_path):
     The head sees only loopback.
     """
     run, run_3 = tmp_path / "job", tmp_path / "job-3"
-    script = jobs_script(tmp_path, run, run_3)
-    process = start(["unshare", "-n", "bash", "-c", script], bare_environment(tmp_path / "home"))
-    try:
-        _, output = finish(process, 800)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+    with short_folder() as session:
+        script = jobs_script(tmp_path, session, run, run_3)
+        alone = ["unshare", "-n", "bash", "-c", script]
+        process = start(alone, bare_environment(tmp_path / "home"))
+        try:
+            _, output = finish(process, 800)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
     assert "submit exit 0" in output, output[-6000:]
     assert "script exit 0" in output, output[-3000:]
     assert "failing exit 2" in output, output[-3000:]
@@ -156,14 +159,6 @@ def test_ray_job(micro_run, tmp_path):
     assert [path for path in made if token in path.read_bytes()] == []
     latest = run_3 / "teacher" / "checkpoints" / "latest"
     assert latest.read_text() == f"step-{int(step[1]):08d}"
-
-
-def short_folder(tmp_path: Path) -> Path:
-    """Ray's sockets are below it: their path must stay under 107 bytes."""
-    folder = Path("/tmp") / f"ray-{os.getpid()}"
-    folder.mkdir(exist_ok=True)
-    (tmp_path / "session").symlink_to(folder)
-    return folder
 
 
 def free_port_outside_workers() -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.support import short_folder
 from tests.support.runs import environment
 
 pytestmark = pytest.mark.ray
@@ -20,8 +21,11 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     command = [sys.executable, "-m", "tests.support.placed", str(folder)]
     token = folder / "token"
     token.write_text("0" * 64)
-    env = environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token))
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=600)
+    with short_folder() as own:
+        env = environment(
+            RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token), RAY_TMPDIR=str(own)
+        )
+        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
 

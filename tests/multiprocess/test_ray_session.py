@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import numpy as np
 import pytest
 
 from cnn2gnn_dist.data.index.manifest import index
-from tests.support import REPOSITORY, runs
+from tests.support import REPOSITORY, runs, short_folder
 from tests.support.shards import make_shards, random_images
 
 SECONDS = 20.0
@@ -25,10 +24,7 @@ SECONDS = 20.0
 NAMESPACE = ["unshare", "--mount"] if os.geteuid() == 0 and shutil.which("unshare") else []
 """With a private /dev/shm, other processes' use of it is not counted."""
 
-pytestmark = [
-    pytest.mark.ray,
-    pytest.mark.skipif(sys.platform != "linux", reason="the test's subreaper is Linux's"),
-]
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the test's subreaper is Linux's")
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +37,9 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def place() -> Iterator[Path]:
-    """A private temporary folder of the driver; short, since a socket's path has 107 bytes."""
-    folder = Path(tempfile.mkdtemp(prefix="e", dir="/tmp"))
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)
+    """A private temporary folder of the driver."""
+    with short_folder() as folder:
+        yield folder
 
 
 def end(
@@ -89,6 +84,7 @@ def assert_nothing_left(result: dict) -> None:
     assert result["shared"] == []
 
 
+@pytest.mark.ray
 @pytest.mark.parametrize(
     ("how", "number", "code"),
     [
@@ -137,6 +133,7 @@ def test_nothing_is_left_of_a_driver_without_ray(
         assert noise not in result["output"]
 
 
+@pytest.mark.ray
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)]
 )

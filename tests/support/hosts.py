@@ -25,18 +25,16 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support import REPOSITORY
+from tests.support import REPOSITORY, TEMPORARY, short_folder
 from tests.support.forks import Fork
 
 NAMES = "abcdefgh"
-TEMPORARY = Path("/tmp")
 NAMESPACES = ("ipc", "uts", "net", "pid", "mnt")  # the mounts last: /proc is then the host's
 UNSHARE = ["unshare", "--net", "--mount", "--uts", "--ipc", "--pid", "--fork", "--mount-proc",
            "--kill-child"]  # fmt: skip
@@ -268,14 +266,6 @@ def end_family(process: subprocess.Popen[str] | Fork) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-
-
-@contextlib.contextmanager
-def short_folder() -> Iterator[Path]:
-    """A new folder with a short path: that of a socket has at most 107 bytes."""
-    folder = Path(tempfile.mkdtemp(prefix="h", dir=TEMPORARY))
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def fixtures(

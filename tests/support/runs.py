@@ -63,6 +63,10 @@ OUTPUTS = (
 """What the stages leave in a run's folder, from the teacher on."""
 
 
+SHARED_CORES = {"RAY_worker_niceness": "0"}
+"""For a Ray beside other tests: else its workers yield to all of them, and give up when they start too late."""
+
+
 def environment(**more: str) -> dict[str, str]:
     """An environment with one thread per rank and no variables of an outer launcher or cluster."""
     env = {
@@ -70,6 +74,7 @@ def environment(**more: str) -> dict[str, str]:
     }
     env.update(OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1", RAY_USAGE_STATS_ENABLED="0")
     env["PATH"] = f"{BIN}:{env['PATH']}"
+    env.update(SHARED_CORES)
     env.update(more)
     return env
 
@@ -80,10 +85,10 @@ def ray_environment() -> dict[str, str]:
 
 
 def bare_environment(home: Path) -> dict[str, str]:
-    """A user's shell environment: its own path and home, and nothing set by tests or launchers."""
+    """A user's shell environment: its own path and home, and nothing else set by tests or launchers."""
     home.mkdir(exist_ok=True)
     path = f"{BIN}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-    return {"PATH": path, "HOME": str(home), "PYTHONPATH": str(REPOSITORY)}
+    return {"PATH": path, "HOME": str(home), "PYTHONPATH": str(REPOSITORY), **SHARED_CORES}
 
 
 def free_port() -> int:
