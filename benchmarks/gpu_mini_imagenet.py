@@ -1,18 +1,18 @@
-"""The paper's table on Mini-ImageNet, on a GPU that one has for some minutes at a time.
+"""The paper's table on Mini-ImageNet, on a GPU that one has for a few minutes at a time.
 
     python benchmarks/gpu_mini_imagenet.py cut DATA PIECES        here: the data set in pieces of at most 64 MB
     python benchmarks/gpu_mini_imagenet.py run STORE --pieces PIECES --back BACK --out OUT --seconds 540
                                                                   there, again and again, until it exits with 0
     python benchmarks/gpu_mini_imagenet.py run STORE --toy ...    the same to its last line, on a CPU
 
-Each visit to the machine takes what is in PIECES (one piece or more; checked by SHA-256) into STORE, puts back what
-the last visit brought home (its OUT, given as BACK), and, once the data are whole, trains ResNet-50 and
+Each session on the machine takes what is in PIECES (one piece or more; checked by SHA-256) into STORE, puts back what
+the last session brought back (its OUT, given as BACK), and, once the data are whole, trains ResNet-50 and
 ResNet-152 with the student and its control each: 200 epochs in bfloat16, by the product's own launcher. Before the
 time is over it stops as on a preemption, at a step that is saved, and fills OUT: the table, what each run has
 measured and logged, then the models, then checkpoints, in files of at most --file-mb and --all-mb together. What did
 not fit is named; the runs whose checkpoints stayed behind start again on a bare machine.
 
-Exit codes: 0: the table is complete; 75: call again; 2: something is wrong, and said.
+Exit codes: 0: the table is complete; 75: call again; 2: an error, with its remedy.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def take(pieces: Path, store: Path) -> list[str]:
 
 
 def put_back(back: Path, store: Path) -> None:
-    """Restore the runs that the last visit brought home, unless the store is ahead of them."""
+    """Restore the runs that the last session brought back, unless the store is ahead of them."""
     for first in sorted(back.glob("*.tar.000")) if back.is_dir() else []:
         name = first.name.removesuffix(".tar.000")
         run = store / "runs" / name.partition("--")[0]
@@ -198,7 +198,7 @@ def _bundles(store: Path) -> Iterator[tuple[str, list[Path]]]:
 
 
 def visit(given: argparse.Namespace) -> int:
-    """One visit to the machine."""
+    """One session on the machine."""
     end = time.monotonic() + given.seconds - SPARE_S
     given.store.mkdir(parents=True, exist_ok=True)
     missing = take(given.pieces, given.store)
@@ -228,7 +228,7 @@ def visit(given: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    """Cut, or visit."""
+    """Cut, or run one session."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

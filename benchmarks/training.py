@@ -239,8 +239,12 @@ def tables(found: dict[tuple[str, str, int], list[dict[str, Any]]], models: list
         )
     worlds = sorted({world for _, _, world in found})
     columns = [(kind, world) for kind in models for world in worlds]
-    lines += ["", "| the engine's step | " + " | ".join(f"{kind}, {w} ranks" for kind, w in columns) + " |",
-              "|---" * (len(columns) + 1) + "|"]  # fmt: skip
+    heads = [f"{kind}, {world} rank{'s' * (world > 1)}" for kind, world in columns]
+    lines += [
+        "",
+        "| the engine's step | " + " | ".join(heads) + " |",
+        "|---" * (len(heads) + 1) + "|",
+    ]
     for name in [name for name, _ in KINDS] + ["other operators"]:
         shares = [
             median(one["shares"][name] for one in found[kind, "engine", w]) for kind, w in columns

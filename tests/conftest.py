@@ -78,22 +78,24 @@ def ray_cluster() -> Iterator[None]:
     patch.setenv("PYTHONPATH", os.pathsep.join(paths))
     # Else Ray takes the machine's address for 127.0.0.1, and listens to the network.
     patch.setattr(services, "resolve_ip_for_localhost", lambda host: host)
-    before, daemons = set(psutil.Process().children()), set()
+    before, started = set(psutil.Process().children()), set()
     try:
-        ray.init(
-            address="local",  # never one that another test, or somebody else, has started here
-            num_cpus=4,
-            object_store_memory=200 << 20,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-            _temp_dir=str(FOLDER / "t"),
-            _node_ip_address="127.0.0.1",
-        )
-        daemons = set(psutil.Process().children()) - before  # not what tests start beside it
+        try:
+            ray.init(
+                address="local",  # never one that another test, or somebody else, has started here
+                num_cpus=4,
+                object_store_memory=200 << 20,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+                _temp_dir=str(FOLDER / "t"),
+                _node_ip_address="127.0.0.1",
+            )
+        finally:
+            started = set(psutil.Process().children()) - before  # not what tests start beside it
         yield
     finally:
-        started = [*daemons, *(p for one in daemons for p in _below(one))]
+        started = {one for daemon in started for one in (daemon, *_below(daemon))}
         ray.shutdown()
         _, alive = psutil.wait_procs(started, timeout=10)
         for process in alive:
