@@ -139,7 +139,7 @@ class Ranks:
 
     def __init__(self, count: int, stale: int | None = None) -> None:
         self.count, self.stale = count, stale
-        self.meeting, self.said = threading.Barrier(count, timeout=60), [None] * count
+        self.meeting, self.said = threading.Barrier(count, timeout=600), [None] * count
 
     def group(self, rank: int) -> RankGroup:
         def gather(own: Any) -> list[Any]:

@@ -174,7 +174,8 @@ def test_presets_set_nothing_that_does_nothing(surroundings):
         found = consistency.notes(config, surroundings)
         if name == "imagenet" and surroundings.on_gpu:  # its search is set for users without one
             assert found.pop(0).startswith("graph.search.exact=false")
-        if name == "cifar10" and surroundings is CLIPS:  # SGD's recipe is without clipping
+        if name in ("cifar10", "mini_imagenet_cpu") and surroundings is CLIPS:
+            # SGD's recipe does not clip.
             assert found.pop(0).startswith("teacher.clip=0.0")
         assert found == []
 
