@@ -3,7 +3,9 @@
 Decoding dominates the cost of a small image, and pad-crop-flip starts from the same clean view every
 epoch. So the first reader that decodes a sample stores it here, and readers in all processes reuse it.
 Writes are idempotent (a clean view is a pure function of the sample), so no locks are needed. The file
-name depends on the data, the size and the boot of the host; deleting the file costs only time.
+name depends on the data, the decoder, the size and the boot of the host; deleting the file costs only time.
+The layout does not depend on the limit, so that processes with different limits may share the file: a byte for
+each of all N samples, which is 1 if its view is there, then the views of the first ones.
 """
 
 from __future__ import annotations
@@ -14,10 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
+from cnn2gnn_dist.data.images.decode import DECODING
 from cnn2gnn_dist.data.images.views import ViewSpec
 from cnn2gnn_dist.data.index.manifest import Manifest
 from cnn2gnn_dist.errors import UserError
 
+_LAYOUT = 2
 KINDS = ("none", "shift", "crop_flip")
 """View kinds that are cropped from the clean view; a random resized crop needs the full image."""
 
@@ -37,8 +41,8 @@ class DecodedCache:
 
     def __init__(self, path: Path, samples: int, size: int, limit: int) -> None:
         row = 3 * size * size
-        self.rows = min(samples, limit // (row + 1))
-        length = self.rows * (row + 1)
+        self.rows = min(samples, max(0, limit - samples) // row)
+        length = samples + self.rows * row if self.rows else 0
         try:
             # Never truncate: another process may already have it open and be filling it.
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -56,7 +60,7 @@ class DecodedCache:
             ) from None
         whole = np.memmap(path, np.uint8, "r+", shape=(length,)) if length else np.empty(0, "u1")
         self.there_N = whole[: self.rows]
-        self.images_NHWC = whole[self.rows :].reshape(self.rows, size, size, 3)
+        self.images_NHWC = whole[samples:].reshape(self.rows, size, size, 3)
 
     def has(self, ids_n: np.ndarray) -> np.ndarray:
         """Return [n] bool: which samples are cached."""
@@ -86,6 +90,6 @@ def cache_path(manifest_path: str | os.PathLike[str], manifest: Manifest, spec: 
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:  # not Linux: one permanent cache, whose pages the system flushes in order
         boot = ""
-    what = f"{manifest.digest} {spec.size} {spec.resize} {boot}"
+    what = f"{manifest.digest} {DECODING} {spec.size} {spec.resize} {boot} {_LAYOUT}"
     name = hashlib.sha256(what.encode()).hexdigest()[:16]
     return Path(manifest_path).absolute().with_name(f"decoded-{name}.u8")

@@ -211,7 +211,7 @@ def test_tensors_share_the_batchs_memory(shards):
 
 
 @pytest.mark.parametrize("kind", ["none", "shift", "crop_flip", "random_resized_crop"])
-@pytest.mark.parametrize("limit", [0, 20 * 3073, 1 << 30])
+@pytest.mark.parametrize("limit", [0, 70 + 20 * 3072, 1 << 30])
 def test_the_decoded_cache_changes_no_byte(shards, kind, limit, monkeypatch):
     views = ViewSpec(kind, 32, seed=1)
     with a_stream(shards, views=views) as stream:
@@ -228,9 +228,26 @@ def test_the_decoded_cache_changes_no_byte(shards, kind, limit, monkeypatch):
         np.testing.assert_array_equal(one.images, other.images)
         np.testing.assert_array_equal(one.labels, other.labels)
     # Samples below the limit are decoded once, the others each time they are read.
-    kept = 0 if kind == "random_resized_crop" else min(70, limit // 3073)
+    kept = 0 if kind == "random_resized_crop" else min(70, max(0, limit - 70) // 3072)
     shown = np.concatenate([batch.ids for batch in wanted])
     assert len(decoded) == np.sum(shown >= kept) + len(np.unique(shown[shown < kept]))
+
+
+def test_decoded_caches_of_other_limits_are_the_same_file(tmp_path):
+    """Pixels of 1, so that no byte of an image may be taken for the mark of one that is there."""
+    images = np.ones((70, 32, 32, 3), np.uint8)
+    images[:, 0, 0, 0] = np.arange(70)
+    shards = shard_pattern(tmp_path / "ones", images, np.zeros(70, int))
+    views = ViewSpec("none", 32)
+    with a_stream(shards, views=views, train=False) as stream:
+        wanted = list(stream)
+        folder = stream.manifest_path.parent
+    for images in (20, 50, 30, 70):
+        with a_stream(shards, views=views, train=False, decoded_bytes=70 + images * 3072) as stream:
+            for one, other in zip(stream, wanted, strict=True):
+                np.testing.assert_array_equal(one.images, other.images)
+    (file,) = folder.glob("decoded-*.u8")
+    assert file.stat().st_size == 70 + 70 * 3072
 
 
 def test_the_decoded_cache_is_shared_and_bounded_and_not_for_the_corrupt(tmp_path):
