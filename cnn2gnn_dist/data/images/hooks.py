@@ -3,7 +3,7 @@
 timm's, torchvision's and most others draw from the global generators of ``random``, NumPy and torch. A
 hook runs with all three seeded by the view's hash, and leaves them as they were. That holds among threads that all
 go through :func:`apply`; another thread that draws meanwhile (dropout on a CPU) would draw the hook's numbers, and
-the hook its. So a stream never runs hooks in threads of the training process (:mod:`..reading.pool`).
+the hook its. So a stream never runs hooks in threads of the training process (``data/reading/pool.py``).
 """
 
 from __future__ import annotations
