@@ -14,7 +14,7 @@ from cnn2gnn_dist.commands.audit import arguments as audit_cli
 from cnn2gnn_dist.commands.init import arguments as init_cli
 from cnn2gnn_dist.commands.model import export_cli, memory_cli, serve
 from cnn2gnn_dist.commands.plan import arguments as plan_cli
-from cnn2gnn_dist.commands.runs import checkpoint_cli, run_cli
+from cnn2gnn_dist.commands.run import checkpoint_cli, run_cli
 from cnn2gnn_dist.errors import UserError
 
 _log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ import torch
 
 from cnn2gnn_dist import ledger, settings
 from cnn2gnn_dist.commands.model import opening
-from cnn2gnn_dist.commands.runs import checkpoint
+from cnn2gnn_dist.commands.run import checkpoint
 from cnn2gnn_dist.pipeline import runner
 from cnn2gnn_dist.training.checkpoint import folder as disk
 from tests.support import runs

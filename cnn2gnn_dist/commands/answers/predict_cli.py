@@ -66,7 +66,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from cnn2gnn_dist.commands.runs.stored_run import model_at
+    from cnn2gnn_dist.commands.run.stored_run import model_at
 
     with model_at(arguments.model) as model:
         return _predict(arguments, model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cnn2gnn_dist import settings
-from cnn2gnn_dist.commands.runs.run_cli import _fewer
+from cnn2gnn_dist.commands.run.run_cli import _fewer
 
 FOUR = [
     "run.ranks=4",

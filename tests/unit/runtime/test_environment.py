@@ -21,7 +21,7 @@ from cnn2gnn_dist.runtime.group.process_group import device_index, join
 from cnn2gnn_dist.runtime.hosts import host_checks
 from cnn2gnn_dist.runtime.ranks import Ranks, first_host
 from cnn2gnn_dist.runtime.ray import probe as ray_probe
-from tests.support import runs
+from tests.support import REPOSITORY, runs
 
 # --- ranks and rendezvous ----------------------------------------------------------------------
 
@@ -333,3 +333,10 @@ def test_the_package_is_sent_as_a_wheel_would_install_it(tmp_path):
     assert (package / "ds_config.json").is_file()  # in a checkout it lies beside the package
     assert (package / "submit.py").is_file()
     assert not list(package.rglob("__pycache__"))
+
+
+def test_a_checkout_is_sent_with_every_module_of_the_package():
+    """What is left out by its name (runs) is left out at any depth."""
+    package = REPOSITORY / "cnn2gnn_dist"
+    modules = {str(path.relative_to(REPOSITORY)) for path in package.rglob("*.py")}
+    assert modules - submit._files_to_send(REPOSITORY).keys() == set()

@@ -24,8 +24,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from cnn2gnn_dist.commands.runs import checkpoint as tool
-    from cnn2gnn_dist.commands.runs.stored_run import checkpoints_at
+    from cnn2gnn_dist.commands.run import checkpoint as tool
+    from cnn2gnn_dist.commands.run.stored_run import checkpoints_at
 
     with checkpoints_at(arguments.place) as place:
         if arguments.action == "export":
