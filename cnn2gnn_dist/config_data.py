@@ -132,7 +132,7 @@ class StreamConfig(Section):
     backend: Literal["auto", "ray", "local", "processes"] = Field(
         "auto",
         description="ray: reader actors; local: threads of the training process; processes: its children, "
-        "for small images; auto: ray when running under Ray, else local",
+        "for small images; auto: ray when running under Ray, else local (with views.hook: processes)",
     )
     workers: int = Field(1, ge=1, description="reader actors (or threads, or processes) per rank")
     prefetch: int = Field(4, ge=1, description="requests that each rank keeps in flight")

@@ -1,4 +1,4 @@
-"""A Ray of two hosts: what one of them lacks is said."""
+"""A Ray of two hosts: what one of them lacks is said, and a run outlives the cluster's head and a kill for memory."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from cnn2gnn_dist.runtime.group import members
 from tests.support import REPOSITORY, host_runs, hosts, ray_hosts, runs
 from tests.support.hosts import Host
+from tests.support.watching import reach
 
 pytestmark = [hosts.needed(), pytest.mark.ray]
 
@@ -34,3 +36,26 @@ def test_the_package_is_missing_on_one_host(pair: tuple[Host, ...], folder: Path
     )
     assert "cnn2gnn submit --send-package" in output  # after what Ray itself prints of it
     assert not (run / "teacher").exists()
+
+
+def test_the_death_of_the_head(pair: tuple[Host, ...], folder: Path, micro_run: Path) -> None:
+    """The driver ends, no rank stays; on a new cluster the same command ends with the same bits."""
+    run = folder / "headless"
+    arguments = [*host_runs.micro(run, *ON_BOTH)]
+    with ray_hosts.started(pair, folder, (1, 1)) as cluster:
+        driver = cluster.run(*arguments)
+        reach(driver, run, "teacher", 5)
+        pair[0].shell("pkill -KILL gcs_server")
+        code, output = runs.finish(driver)
+        assert code != 0, output[-4000:]  # Ray itself ends a driver that it can't serve
+        assert "Failed to connect to GCS" in output
+
+    def gone(host: Host) -> bool:
+        return host.run(["pgrep", "-f", "ray::.*[Rr]ank"], capture_output=True).returncode == 1
+
+    assert members.wait_until(lambda: all(map(gone, pair)), 120)
+    with ray_hosts.started(pair, folder, (1, 1)) as cluster:
+        code, output = runs.finish(cluster.run(*arguments))
+    assert code == 0, output[-4000:]
+    assert "resumes at epoch" in output
+    assert runs.trail(run) == runs.trail(micro_run)
