@@ -38,7 +38,7 @@ quick: lint
 test: install
 	$(PYTEST) tests/unit --numprocesses $(CORES) --dist loadfile
 	$(PYTEST) tests/multiprocess tests/end_to_end --numprocesses $(CORES) --dist loadfile --no-loadscope-reorder -m "not ray"
-	$(PYTEST) tests/multiprocess tests/end_to_end -m ray
+	$(PYTEST) tests/multiprocess tests/end_to_end --numprocesses $(CORES) --dist loadfile --no-loadscope-reorder -m ray
 
 lint: install
 	$(BIN)/ruff check .
