@@ -85,9 +85,7 @@ def run_rank(
             run = Run(survey, stored, ranks, device, inside_ray, update, force, bfloat16)
             return _run_all(run, names)
     except UserError as error:
-        if ranks.world_size > 1 and not inside_ray:
-            preemption.ignore_stop()  # whoever reports the error may not be the first to end
-        error.shared = errors.publish(error)
+        _tell_others(error, errors, stays=ranks.world_size > 1 and not inside_ray)
         raise
     except RuntimeError as error:
         if ranks.world_size > 1 and collectives.lost_peer(error):
@@ -96,6 +94,13 @@ def run_rank(
     finally:
         errors.close()
         engine.shutdown()
+
+
+def _tell_others(error: UserError, errors: exchange.ErrorExchange, stays: bool) -> None:
+    """Publish this rank's error; ``stays``: until then no other rank's end stops this process."""
+    if stays:
+        preemption.ignore_stop()  # whoever reports the error may not be the first to end
+    error.shared = errors.publish(error)
 
 
 def needs_no_group(config: Config, names: list[str] | None) -> bool:

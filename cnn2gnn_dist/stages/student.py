@@ -27,9 +27,10 @@ from cnn2gnn_dist.stages.neighbours.neighbourhood import (
 )
 from cnn2gnn_dist.stages.neighbours.served_graph import serve
 from cnn2gnn_dist.stages.shared.context import Context, load_manifest
+from cnn2gnn_dist.stages.shared.learning_rates import Late
 from cnn2gnn_dist.stages.shared.networks import build_student, check_early_size
 from cnn2gnn_dist.stages.shared.predictions import accuracy_of
-from cnn2gnn_dist.stages.shared.training_loop import Late, Training
+from cnn2gnn_dist.stages.shared.training_loop import Training
 from cnn2gnn_dist.stages.shared.training_targets import open_targets
 from cnn2gnn_dist.stages.shared.whitening import whiten_first_layers
 from cnn2gnn_dist.training.sync_norm import synchronise_norms

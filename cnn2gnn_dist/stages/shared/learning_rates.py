@@ -1,6 +1,9 @@
-"""Which parameters of a model learn at a rate of their own: biases of norms, the classifier, the stem."""
+"""Which parameters of a model learn at a rate of their own (biases of norms, the classifier, the stem), or later."""
 
 from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -9,6 +12,15 @@ from cnn2gnn_dist.config import StudentConfig, TeacherConfig
 from cnn2gnn_dist.models.teacher import classifier_names
 
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm)
+
+
+@dataclass(frozen=True)
+class Late:
+    """Parameters that start at the beginning of an epoch, with a separate warm-up (in epochs)."""
+
+    names: Collection[str]
+    epoch: int
+    warmup: float
 
 
 def rates_of(model: nn.Module, settings: TeacherConfig | StudentConfig) -> dict[str, float]:

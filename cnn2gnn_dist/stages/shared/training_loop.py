@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from cnn2gnn_dist.models.precision import MixedPrecision
 from cnn2gnn_dist.runtime import preemption
 from cnn2gnn_dist.runtime.group import collectives
 from cnn2gnn_dist.stages.shared.context import Context, CorruptCount
-from cnn2gnn_dist.stages.shared.learning_rates import rates_of
+from cnn2gnn_dist.stages.shared.learning_rates import Late, rates_of
 from cnn2gnn_dist.stages.shared.networks import share_buffers
 from cnn2gnn_dist.stages.shared.scheduled_values import rate_at, share_kept
 from cnn2gnn_dist.stages.shared.stragglers import Stragglers
@@ -45,15 +45,6 @@ class Cursor:
     epoch: int = 0
     batch: int = 0
     step: int = 0
-
-
-@dataclass(frozen=True)
-class Late:
-    """Parameters that start at the beginning of an epoch, with a separate warm-up (in epochs)."""
-
-    names: Collection[str]
-    epoch: int
-    warmup: float
 
 
 class Training:
