@@ -23,6 +23,7 @@ from PIL import Image
 from cnn2gnn_dist.data.images.crops import multi_crop
 from cnn2gnn_dist.data.images.views import CLEAN, ViewSpec
 from cnn2gnn_dist.data.index.manifest import index
+from cnn2gnn_dist.data.reading import pool as pools
 from cnn2gnn_dist.data.reading import process_readers
 from cnn2gnn_dist.data.reading.pool import ReaderPool
 from cnn2gnn_dist.data.reading.process_readers import ProcessReaders
@@ -342,8 +343,9 @@ def drawing(image: Image.Image) -> Image.Image:
 
 
 @pytest.mark.parametrize("backend", ["local", "auto", "processes"])
-def test_a_hook_never_runs_in_the_process_that_trains(spec, backend):
+def test_a_hook_never_runs_in_the_process_that_trains(spec, backend, monkeypatch):
     """There it would seed the generators from which the training draws at the same time."""
+    monkeypatch.setattr(pools, "_ray_runs", lambda: False)  # another test's Ray may be up
     views = replace(spec.views, hook=f"{__name__}:drawing")
     with ReaderPool(replace(spec, views=views), backend=backend, workers=1, prefetch=2) as pool:
         for batch in pool.batches(numbered(2)):
