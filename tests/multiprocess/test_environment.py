@@ -59,6 +59,7 @@ except UserError as error:
     assert list(place.iterdir()) == []
 
 
+@pytest.mark.ray
 def test_a_cluster_says_which_token_it_wants(ray_cluster, monkeypatch, tmp_path):
     import ray
 
@@ -76,6 +77,7 @@ def test_a_cluster_says_which_token_it_wants(ray_cluster, monkeypatch, tmp_path)
     assert caught.value.remedy.startswith("unset RAY_AUTH_TOKEN_PATH, and save")
 
 
+@pytest.mark.ray
 def test_the_clusters_token_is_in_no_command_and_no_log(ray_cluster):
     """Every user of a host may read the commands of its processes; logs are shown to others."""
     path = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
