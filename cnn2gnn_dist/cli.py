@@ -28,7 +28,7 @@ STAGES = {
     "graph": "build the final graph and its partitions: the bank that unseen images attach to",
     "control": "train the same stem with an MLP head and no graph",
     "evaluate": "evaluate all models on held-out images; table, plots, report",
-    "model": "write the model: student, memory and card in a folder that answers on its own",
+    "model": "write the model: student, memory and card, in a self-contained folder",
 }
 _TRAIN = (
     *("ray", "deepspeed", "dgl", "pandas", "webdataset", "sklearn", "tensorboard", "matplotlib"),
@@ -39,7 +39,7 @@ _EXTRAS = {
     **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "onnx"),
     **dict.fromkeys(("fastapi", "uvicorn", "multipart", "prometheus_client"), "serve"),
 }
-"""Packages that the base install does not bring, and the extra that does."""
+"""Packages that are not in the base install, and the extra that installs each."""
 EPILOG = """examples:
   cnn2gnn init photos/ --minutes 30                a config for your own images
   cnn2gnn run --config demo                        the digits, end to end
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     130 and 143 after SIGINT and SIGTERM, with everything cleaned up.
 
     Raises:
-        ModuleNotFoundError: a package that no extra brings.
+        ModuleNotFoundError: a package is missing that no extra installs.
         SystemExit: raised by argparse (``--help``: 0, a wrong option: 2), and on SIGTERM (143).
     """
     try:
@@ -147,8 +147,8 @@ def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="ask every node of a Ray cluster, or every host of srun or torchrun",
     )
-    parser.add_argument("--address", metavar="HOST:6379", help="of the Ray cluster")
-    parser.add_argument("--folder", help="that all nodes should share, such as a run's")
+    parser.add_argument("--address", metavar="HOST:6379", help="address of the Ray cluster")
+    parser.add_argument("--folder", help="folder that all nodes should share, such as a run's")
     parser.set_defaults(command=_doctor)
 
 
@@ -186,11 +186,11 @@ def _fields(arguments: argparse.Namespace) -> int:
 COMMANDS: tuple[tuple[str, str, Callable[[argparse.ArgumentParser], None]], ...] = (
     ("predict", "classify image files with a trained run", predict_cli.arguments),
     ("embed", "write features and projections of images as Parquet", embed_cli.arguments),
-    ("export", "write the model of a finished run to a folder of its own", export_cli.arguments),
+    ("export", "write a finished run's model to a separate folder", export_cli.arguments),
     ("init", "write a config for your own images", init_cli.arguments),
     ("memory", "inspect or edit a model's memory", memory_cli.arguments),
-    ("serve", "answer over HTTP, with a page", serve.arguments),
-    ("audit", "find faults of a training set", audit_cli.arguments),
+    ("serve", "serve a model over HTTP, with a web page to try it", serve.arguments),
+    ("audit", "find faults in a training set", audit_cli.arguments),
     (
         "submit",
         "send a run to a Ray cluster, follow its log, return its exit code",
@@ -201,4 +201,4 @@ COMMANDS: tuple[tuple[str, str, Callable[[argparse.ArgumentParser], None]], ...]
     ("doctor", "check this machine, or a cluster, and suggest fixes", _doctor_arguments),
     ("config", "list every field with its default and meaning, and the presets", _field_arguments),
 )
-"""Name, help and options of the commands beside the stages."""
+"""Name, help and options of the commands other than stages."""

@@ -148,7 +148,7 @@ def test_what_is_refused_at_the_start(folder: Path, tmp_path: Path):
     assert "at least 16" in fails(folder, "--token-file", str(tmp_path / "short"))
     assert "at least 16" in fails(folder, CNN2GNN_TOKEN="abc")
     assert "can't be read" in fails(folder, "--token-file", str(tmp_path / "none"))
-    assert "not a limit" in fails(folder, "--max-images", "0")
+    assert "not a valid limit" in fails(folder, "--max-images", "0")
     assert "not a model" in fails(tmp_path)
 
 
@@ -158,7 +158,7 @@ def test_a_public_address_is_said_clearly(folder: Path):
     assert process.stdout is not None
     try:
         for line in process.stdout:
-            if "whoever reaches it" in line:
+            if "anyone who can reach it" in line:
                 break
         else:
             raise AssertionError("not said")

@@ -49,13 +49,13 @@ def test_ranks_share_the_inputs_and_a_second_call_makes_what_is_missing(asked, t
     (out / "part-3.parquet").unlink()
     call = ["predict", "--model", str(model), *inputs, "--out", f"{out}/"]
     assert cli.main(call) == 0
-    assert "3 images of 1 inputs, 4 inputs were there already" in capsys.readouterr().out
+    assert "3 images of 1 inputs, 4 inputs were already answered" in capsys.readouterr().out
     later = (out / "part-1.parquet").stat().st_mtime + 5
     os.utime(inputs[1], (later, later))  # changed since it was answered
     assert cli.main(call) == 0
-    assert "3 images of 1 inputs, 4 inputs were there already" in capsys.readouterr().out
+    assert "3 images of 1 inputs, 4 inputs were already answered" in capsys.readouterr().out
     assert cli.main([*call, "--top", "1"]) == 2
-    assert "answers of another model" in capsys.readouterr().err
+    assert "answers from another model" in capsys.readouterr().err
     assert cli.main(["memory", "remove", str(model), "img-1"]) == 0
     assert cli.main(call) == 2
     assert "another version of its memory" in capsys.readouterr().err

@@ -83,6 +83,6 @@ def test_predict_shares_its_inputs_out_to_actors(
     assert [row["class"] for row in rows] == [answer.label for answer in expected]
 
     assert cli.main(call) == 0  # nothing is left, so no Ray is started
-    assert "0 images of 0 inputs, 4 inputs were there already" in capsys.readouterr().out
+    assert "0 images of 0 inputs, 4 inputs were already answered" in capsys.readouterr().out
     assert cli.main(["predict", "--model", "m", *inputs, "--actors", "2"]) == 2
     assert "--out FOLDER/" in capsys.readouterr().err

@@ -32,14 +32,14 @@ class Writer(Protocol):
 
 
 def writer_of(path: Path) -> AbstractContextManager[Writer]:
-    """A file of answers, by its suffix; it appears when it is complete.
+    """Open a file of answers, whose suffix gives its format; it appears once it is complete.
 
     Raises:
         UserError: unknown suffix; the folder is missing or can't be written to.
     """
     if path.suffix.lower() not in KINDS:
         raise UserError(
-            f"no kind of file for answers: {path.suffix or 'none'}",
+            f"answers can't be written in this format: {path.suffix or 'no suffix'}",
             where=f"--out {path}",
             remedy=f"one of {', '.join(KINDS)}",
         )
@@ -129,7 +129,7 @@ def _figure(answer: Answer) -> str:
 
 
 def _file(name: str) -> bytes | None:
-    """A small copy of an image file, as the model saw it; None if the input was no file."""
+    """A small copy of an image file, as the model saw it; None if the input was not a file."""
     from PIL import Image
 
     try:
@@ -140,7 +140,7 @@ def _file(name: str) -> bytes | None:
         data = io.BytesIO()
         small.save(data, "JPEG", quality=85)
         return data.getvalue()
-    except Exception:  # a picture is a courtesy: the answer stands without it
+    except Exception:  # the picture is optional: the answer is valid without it
         return None
 
 

@@ -21,10 +21,10 @@ def command(model: Path, images: Sequence[str], out: Path) -> int:
     Args:
         model: folder of a model or of a finished run.
         images: files, folders, tar shards, Parquet files.
-        out: Parquet file; it appears when it is complete.
+        out: Parquet file; it appears once it is complete.
 
     Raises:
-        UserError: not a model; another kind of file; it can't be written; the disk is full.
+        UserError: not a model; not a Parquet file; it can't be written; the disk is full.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -8,7 +8,9 @@ from pathlib import Path
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``cnn2gnn embed``."""
-    parser.add_argument("--model", required=True, metavar="FOLDER", help="of a model or a run")
+    parser.add_argument(
+        "--model", required=True, metavar="FOLDER", help="folder of a model or a run"
+    )
     parser.add_argument("--out", required=True, metavar="FILE", help="Parquet file to write")
     parser.add_argument(
         "images", nargs="+", metavar="IMAGE", help="image files, folders, tar shards, Parquet files"

@@ -43,7 +43,7 @@ def command(
         out: file to write instead of printing (``answer_files.KINDS``).
         coverage: also give sets of classes with this coverage.
         together: answer all images together.
-        same: the same, and they are known to be of one class.
+        same: as ``together``, for images known to be of one class.
 
     Raises:
         UserError: not a model, a folder without images, ``top`` below 1, a model that is not
@@ -55,7 +55,7 @@ def command(
         if classifier.spec.scope == "batch":
             _log.warning(
                 f"graph.scope=batch: up to {BATCH} images are classified together and are "
-                "each other's neighbors, so an answer depends on its company"
+                "each other's neighbors, so an answer depends on the other images"
             )
         given = expand(list(images), left_out=report_error)
         answers: Iterable[Answer]
@@ -83,7 +83,7 @@ def _check_options(top: int, coverage: float | None, together: bool) -> None:
         raise UserError(f"no classes to show: {top}", where="--top", remedy="use --top 1 or more")
     if coverage is not None and together:
         raise UserError(
-            "sets with a coverage are of single images, not of images answered together",
+            "--coverage is for images answered one by one, not together",
             where="--coverage",
             remedy="leave out --coverage, or --together and --same",
         )

@@ -20,44 +20,44 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="folder of a model (`cnn2gnn export`) or of a finished run, or URL of a run.storage",
     )
     parser.add_argument("--top", type=int, default=3, help="classes shown for each image")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--json", action="store_true", help="one JSON object per line")
     parser.add_argument(
         "--out",
         metavar="FILE_OR_FOLDER/",
-        help="write the answers to a .jsonl, .csv, .parquet or .html file (with pictures); FOLDER/: a file "
-        "for each input, skipping those that are there, over the ranks of torchrun or srun, or --actors",
+        help="write the answers to a .jsonl, .csv, .parquet or .html file (with pictures); FOLDER/: one file "
+        "per input, skipping existing ones; inputs are shared by the ranks of torchrun or srun, or by --actors",
     )
     parser.add_argument(
         "--format",
         default="parquet",
         metavar="KIND",
-        help="of the files in FOLDER/: parquet (default), jsonl, csv, html",
+        help="format of the files in FOLDER/: parquet (default), jsonl, csv, html",
     )
     parser.add_argument(
         "--actors",
         type=int,
         default=0,
         metavar="N",
-        help="with --out FOLDER/: share the inputs out to N Ray actors",
+        help="with --out FOLDER/: distribute the inputs over N Ray actors",
     )
     parser.add_argument(
         "--address",
         metavar="HEAD:6379",
-        help="Ray cluster of the actors (default: RAY_ADDRESS, or a Ray of its own on this host)",
+        help="Ray cluster of the actors (default: RAY_ADDRESS, or a Ray started on this host)",
     )
     parser.add_argument(
         "--coverage",
         type=float,
         metavar="SHARE",
-        help="also give sets of classes that contain the true one this often, such as 0.95",
+        help="also give sets of classes that contain the true one with this probability, such as 0.95",
     )
     parser.add_argument(
         "--together",
         action="store_true",
-        help="answer the images together, as a burst or images from one place",
+        help="answer the images together: for a burst, or images from one place",
     )
     parser.add_argument(
-        "--same", action="store_true", help="like --together; all images show one class"
+        "--same", action="store_true", help="like --together, for images that all show one class"
     )
     parser.add_argument(
         "images", nargs="+", metavar="IMAGE", help="image files, folders, tar shards, Parquet files"
@@ -80,17 +80,21 @@ def _predict(arguments: argparse.Namespace, model: Path) -> int:
     asked = {"top": arguments.top, "coverage": arguments.coverage}
     to_folder = out is not None and (out.endswith("/") or os.path.isdir(out))
     if arguments.actors < 0 or (arguments.address and not arguments.actors):
-        raise UserError("how many actors?", where="--actors", remedy="--actors N, at least 1")
+        raise UserError(
+            "the number of actors is missing or negative",
+            where="--actors",
+            remedy="--actors N, at least 1",
+        )
     if arguments.actors and not to_folder:
         raise UserError(
-            "actors write a file for each input",
+            "actors write one file per input",
             where="--actors",
             remedy="--out FOLDER/, with the slash",
         )
     if out is not None and to_folder:
         if arguments.together or arguments.same:
             raise UserError(
-                "images are answered together over all inputs, and FOLDER/ has a file for each",
+                "images of all inputs are answered together, but FOLDER/ has one file per input",
                 where=f"--out {out}",
                 remedy="--out FILE",
             )

@@ -1,10 +1,10 @@
 """``cnn2gnn predict --out FOLDER/``: a file of answers per shard, over ranks or Ray actors, resumable.
 
-Every rank takes every so-many-th input: under torchrun, DeepSpeed's launcher or srun, or all of them in
-a single process. The ranks need no group: none waits for another. With ``--actors`` the actors of a Ray
-cluster take the inputs instead, each the next one when it is done. A file of answers is complete or
-absent; one that is there, and newer than its input, is skipped, so the same command resumes what was
-interrupted.
+Under torchrun, DeepSpeed's launcher or srun the inputs are dealt to the ranks in turn; a single process
+takes them all. The ranks form no process group: none waits for another. With ``--actors`` the actors of a
+Ray cluster take the inputs instead, each the next one when it is done. A file of answers is complete or
+absent; an existing one that is newer than its input is skipped, so the same command resumes after an
+interruption.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from cnn2gnn_dist.log import output, progress, report_error, set_rank
 from cnn2gnn_dist.runtime.ranks import Ranks
 
 NOTE = "answers.json"
-"""In the folder: the model and the options that its answers are of."""
+"""File in the folder: the model and the options that its answers come from."""
 NEIGHBOURS = 5
 Task = tuple[str, Path]
 """An input and its file of answers."""
 Counted = tuple[int, list[str]]
-"""Images of an input, and what is said of those that could not be read."""
+"""Number of images in an input, and a message for each that could not be read."""
 
 
 class Asked(NamedTuple):
@@ -59,15 +59,15 @@ def command(
         model: folder of a model or of a finished run.
         images: shards, Parquet files, folders or images.
         folder: created if it is missing.
-        kind: of the files: one of ``answer_files.KINDS``.
+        kind: format of the files, one of ``answer_files.KINDS``.
         top: classes listed for each image.
         coverage: also give sets of classes with this coverage.
         actors: Ray actors that share the inputs; 0: this process, or the ranks of its launcher.
-        address: of their cluster; None: the one of RAY_ADDRESS, or one started here.
+        address: of their cluster; None: that of RAY_ADDRESS, or a cluster started here.
 
     Raises:
-        UserError: not a model; two inputs of one name; the folder has answers of another model; no
-            cluster, or no room on it.
+        UserError: not a model; two inputs with the same name; the folder has another model's answers;
+            no cluster, or not enough room on it.
     """
     ranks = Ranks.from_environment()
     if ranks.world_size > 1:
@@ -95,7 +95,11 @@ def command(
                 done, failed = done + images_done, failed + len(failures)
     output(
         f"answers  {folder}: {done:,} images of {len(left)} inputs"
-        + (f", {len(mine) - len(left)} inputs were there already" if len(left) < len(mine) else "")
+        + (
+            f", {len(mine) - len(left)} inputs were already answered"
+            if len(left) < len(mine)
+            else ""
+        )
     )
     return 1 if failed else 0
 
@@ -123,7 +127,7 @@ def _by_actors(
     actors: int,
     address: str | None,
 ) -> Iterator[Counted]:
-    """The same by Ray actors, each with the model in its memory."""
+    """Answer the inputs on Ray actors, each with the model in its memory."""
     from cnn2gnn_dist.runtime.ray import cluster as ray_cluster
     from cnn2gnn_dist.runtime.ray import pool as ray_pool
 
@@ -141,17 +145,17 @@ def _by_actors(
 
 
 def answering(model: Path, memory: str | None, asked: Asked) -> Callable[[Task], Counted]:
-    """Open the model in an actor; returns what answers an input there.
+    """Open the model in an actor; returns the function that answers an input there.
 
     Raises:
-        UserError: the model cannot be read there, or its memory is no longer the one of ``memory``.
+        UserError: the model cannot be read there, or its memory no longer has the digest ``memory``.
     """
     classifier = Classifier.open(model)
     if _memory_digest(classifier) != memory:
         raise UserError(
             "the memory was edited while images were being answered",
             where=str(model),
-            remedy="name another folder, for answers of the memory as it is now",
+            remedy="name another folder for answers from the current memory",
         )
     return partial(_answer, classifier, asked)
 
@@ -160,7 +164,7 @@ def _targets(images: Sequence[str], folder: Path, kind: str) -> dict[str, Path]:
     """The file of answers of each input."""
     if kind not in KINDS:
         raise UserError(
-            f"no kind of file for answers: {kind}",
+            f"answers can't be written in this format: {kind}",
             where="--format",
             remedy=f"one of {', '.join(k.lstrip('.') for k in KINDS)}",
         )
@@ -171,14 +175,14 @@ def _targets(images: Sequence[str], folder: Path, kind: str) -> dict[str, Path]:
             raise UserError(
                 f"two inputs are named {Path(given).name}",
                 where=given,
-                remedy="give them to two commands with folders of their own",
+                remedy="answer them in two commands with different folders",
             )
         found[given] = target
     return found
 
 
 def _answered(given: str, target: Path) -> bool:
-    """Whether the answers are there, and no older than what they answer."""
+    """Whether the answers exist and are no older than their input."""
     if not target.is_file():
         return False
     return not os.path.exists(given) or os.stat(given).st_mtime <= target.stat().st_mtime
@@ -211,8 +215,8 @@ def _check_note(folder: Path, note: dict[str, Any]) -> None:
         before = None
     if before != note:
         raise UserError(
-            "this folder has answers of another model, another version of its memory, or other "
-            "options",
+            "this folder has answers from another model, another version of its memory, or with "
+            "other options",
             where=str(folder),
             remedy="name another folder",
         )

@@ -29,7 +29,7 @@ from cnn2gnn_dist.report.audit_page import write_page
 
 PAGE, RELABEL, MAP = "index.html", "relabel.csv", "map.parquet"
 SEEN_PAIRS = 5_000
-"""Pairs across to held-out images whose bytes are compared, closest first."""
+"""Number of (training, held-out) pairs whose bytes are compared, closest first."""
 
 
 def command(
@@ -47,7 +47,7 @@ def command(
     Args:
         place: folder of a run or a model.
         out: folder to write; None: ``audit`` in it.
-        top: entries of each section of the page.
+        top: entries in each section of the page.
         as_csv: also write the tables as CSV.
         with_map: also write the map.
         fix: decisions (CSV with key and class); None: audit.
@@ -58,7 +58,9 @@ def command(
             in the decisions; the folder can't be written to; the disk is full.
     """
     if top < 0:
-        raise UserError(f"{top} entries of a section", where="--top", remedy="use --top 0 or more")
+        raise UserError(
+            f"a section can't have {top} entries", where="--top", remedy="use --top 0 or more"
+        )
     folder = place / "audit" if out is None else out
     with closing(open_source(place)) as source:
         if fix is not None:
@@ -103,7 +105,7 @@ def _audit(
 
 
 def _exact(source: Source, found: Findings) -> np.ndarray:
-    """bool [P]: which pairs across are byte-identical."""
+    """bool [P]: which (training, held-out) pairs are byte-identical."""
     if found.across is None:
         return np.zeros(0, bool)
     exact_P = np.zeros(len(found.across.a_P), bool)
@@ -118,8 +120,8 @@ def _summary(source: Source, tables: dict[str, pa.Table]) -> list[str]:
     labels, pairs = tables["labels"], tables["duplicates"]
     agree = int(pc.sum(labels["both_agree"]).as_py() or 0)
     lines = [
-        f"labels      {len(labels):,} of {len(source.keys):,} fit another class better; "
-        f"of {agree:,} head and neighbors agree on it"
+        f"labels      {len(labels):,} of {len(source.keys):,} images fit another class better; "
+        f"head and neighbors agree on it for {agree:,}"
     ]
     for where, title in (("train", "duplicates"), ("held-out", "leakage")):
         kinds = pairs.filter(pc.equal(pairs["set"], where))["kind"].to_pylist()
@@ -153,12 +155,12 @@ def _dry_run(source: Source, folder: Path, as_csv: bool, with_map: bool) -> int:
 
 
 def _fix(source: Source, fix: Path, folder: Path, dry_run: bool) -> int:
-    """Write the relabel list: the decisions, over those that the run was made with."""
+    """Write the relabel list: the decisions, which override those that the run was trained with."""
     decisions = read_relabel(fix)
     check_decisions(decisions, source.known, source.training.classes, str(fix), source.elsewhere)
     if not decisions:
         raise UserError(
-            "there are no decisions in this file",
+            "this file contains no decisions",
             where=str(fix),
             remedy="give images a class, or drop, on audit/index.html, and save labels.csv there",
         )

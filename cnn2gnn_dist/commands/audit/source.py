@@ -44,10 +44,10 @@ class Source:
         name: of the run or model.
         training: its features and graph.
         keys: of the N images.
-        known: every name that an image goes by in a relabel list.
+        known: every name that a relabel list may use for an image.
         elsewhere: names of held-out images.
         held_keys, held_labels_Q: of the held-out images; empty for a model.
-        earlier: the relabel list that the run was made with.
+        earlier: the relabel list that the run was trained with.
     """
 
     name: str
@@ -81,7 +81,7 @@ class Source:
 
     @property
     def has_pictures(self) -> bool:
-        """Whether there are thumbnails at all."""
+        """Whether there are any thumbnails."""
         return True
 
     def all_pictures(self, size: int) -> Iterator[list[bytes | None]]:
@@ -181,7 +181,7 @@ def _of_run(folder: Path) -> Source:
     held = load_manifest(context.paths.test_manifest)
     if not np.array_equal(version.labels, train.label_N):
         raise UserError(
-            "the graph of this run is of other training images than its manifest lists",
+            "this run's graph was built from other training images than its manifest lists",
             where=str(found),
             remedy="`cnn2gnn run --update` with the run's config, then audit it",
         )

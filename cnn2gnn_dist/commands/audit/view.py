@@ -16,7 +16,7 @@ from cnn2gnn_dist.inference.audit.scores import Pairs
 from cnn2gnn_dist.report.audit_page import jpeg_uri
 
 MOST_BLEEDING = 30
-"""Pairs of classes on the page at most."""
+"""Most pairs of classes on the page."""
 
 
 class View:
@@ -24,10 +24,10 @@ class View:
 
     Args:
         source: what was audited.
-        found: in it.
+        found: the findings.
         held: the held-out images; None: there are none.
-        exact_P: which pairs across are byte-identical.
-        top: entries of each section.
+        exact_P: which (training, held-out) pairs are byte-identical.
+        top: entries in each section.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class View:
         )
 
     def data(self, place: Path, tables: dict[str, pa.Table]) -> dict[str, Any]:
-        """The data of the page; ``place``: of the run or model, ``tables``: in full."""
+        """The data of the page; ``place``: folder of the run or model, ``tables``: with all entries."""
         count = len(self.source.keys)
         return {
             "name": self.source.name,
@@ -67,7 +67,7 @@ class View:
             "held": 0 if self.held is None else len(self.source.held_keys),
             "classes": list(self.names),
             "sections": self._sections(tables),
-            "labels_said": f"The {len(self.doubtful):,} most doubtful of {len(tables['labels']):,} labels that fit "
+            "labels_said": f"The {len(self.doubtful):,} most doubtful of {len(tables['labels']):,} images that fit "
             "another class better, by the head and the neighbors together; all are in labels.parquet.",
             "labels": self._labels(),
             "pair_sections": self._pair_sections(),
@@ -115,7 +115,7 @@ class View:
                 "duplicates",
                 "Duplicates among the training images",
                 "Exact: the same bytes or features. Near: the same details in another frame or color, or mirrored; "
-                "most alike first. To drop: the second of a pair.",
+                "most similar first. Dropping removes the second of a pair.",
                 [pair for pair in pairs if pair["ends"][0][0] == "train"],
             )
         ]
@@ -123,7 +123,7 @@ class View:
             leakage = (
                 "leakage",
                 "Held-out images that are among the training images",
-                "They make results look better than they are. To drop: the training image.",
+                "They make results look better than they are. Dropping removes the training image.",
                 [pair for pair in pairs if pair["ends"][0][0] != "train"],
             )
             sections.insert(0, leakage)
@@ -131,7 +131,7 @@ class View:
 
     def _pair(self, pair: dict[str, Any]) -> dict[str, Any]:
         sides = [self._end(*one) for one in pair["ends"]]
-        # Only training images can be dropped: of two the second, which came later.
+        # Only training images can be dropped; if both are, the second, which came later.
         same = sides[0]["class"] == sides[1]["class"]
         return pair | {"sides": sides, "same": same, "droppable": sides[1]["key"]}
 
@@ -197,11 +197,11 @@ def _pairs(found: Findings, exact_P: np.ndarray, top: int) -> list[dict[str, Any
 
 
 def _alike(pairs: Pairs, place: int) -> str:
-    """How alike a pair is, in words: by its pixels, else by its features."""
+    """How similar a pair is, in words: by its pixels, else by its features."""
     pixels = float(pairs.pixels_P[place])
     if np.isnan(pixels):
-        return f"cosine of features {pairs.cosine_P[place]:.3f}"
-    return f"pixels alike {pixels:.2f}"
+        return f"feature cosine {pairs.cosine_P[place]:.3f}"
+    return f"pixel similarity {pixels:.2f}"
 
 
 def _images(read: Any, rows: Iterable[int]) -> dict[int, str | None]:

@@ -1,7 +1,7 @@
-"""``cnn2gnn doctor --cluster``: ask every node, print a table, name what keeps them from working together.
+"""``cnn2gnn doctor --cluster``: ask every node, print a table, list what keeps them from working together.
 
 On a Ray cluster (``--address``, ``RAY_ADDRESS``, or the one that runs here), or as ranks of ``srun`` or
-``torchrun``, where the first of each host answers and rank 0 prints.
+``torchrun``, where the first rank of each host answers and rank 0 prints.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def command(address: str | None, folder: str | None) -> int:
 
     Args:
         address: of a Ray cluster; None: see above.
-        folder: that all nodes should share, such as a run's; None: it is not looked at.
+        folder: that all nodes should share, such as a run's; None: not checked.
 
     Raises:
         UserError: no cluster answers; the ranks can't meet.
@@ -44,7 +44,7 @@ def command(address: str | None, folder: str | None) -> int:
 
 
 def report(nodes: list[Node], failed: dict[str, str], folder: str | None) -> int:
-    """Print what the nodes said; ``failed``: by address, why others did not."""
+    """Print the nodes' answers; ``failed``: by address, why others gave none."""
     output(node_survey.table(nodes))
     found = [(f"{address} did not answer: {why}", _remedy(why)) for address, why in failed.items()]
     found += node_survey.problems(nodes, folder)
@@ -58,7 +58,7 @@ def report(nodes: list[Node], failed: dict[str, str], folder: str | None) -> int
 def _remedy(why: str) -> str:
     if "cnn2gnn_dist" in why:
         return "install the package there, or send it with the job: cnn2gnn submit --send-package"
-    return "start it again (`ray start --address=…`), or look into its log"
+    return "start it again (`ray start --address=…`), or check its log"
 
 
 def _as_rank(ranks: Ranks, folder: str | None) -> int:

@@ -219,7 +219,7 @@ def _open_files() -> Finding:
 
 
 def _home() -> Finding:
-    """Caches of compilers, fonts and remote shards are there; a run needs none of them."""
+    """Compilers, fonts and remote shards are cached there; a run needs none of these caches."""
     home = Path.home()
     writable = home.is_dir() and os.access(home, os.W_OK)
     return Finding(
@@ -253,7 +253,7 @@ def _interfaces() -> Finding:
 
 
 def _port() -> Finding:
-    """The launchers of torchrun and DeepSpeed meet there by default; nothing else does."""
+    """torchrun and DeepSpeed's launcher rendezvous there by default; nothing else uses it."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

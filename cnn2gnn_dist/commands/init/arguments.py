@@ -11,7 +11,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "Look at images, time the networks here, and write a config that fits both."
     )
     place = (
-        "folder of class folders, Parquet files or tar shards; with train and val parts, or without"
+        "folder of class folders, Parquet files or tar shards, with or without train and val parts"
     )
     parser.add_argument("place", metavar="IMAGES", help=place)
     parser.add_argument(
@@ -22,9 +22,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--idle", action="store_true",
-        help="this machine is busy now and will not be during the run: count processor time, not the clock",
+        help="this machine is busy now but won't be during the run: measure processor time, not wall-clock time",
     )  # fmt: skip
-    parser.add_argument("--weights", metavar="FILE", help="pretrained weights of a teacher")
+    parser.add_argument("--weights", metavar="FILE", help="pretrained weights for the teacher")
     parser.add_argument("--dry-run", action="store_true", help="print the config, write nothing")
     parser.add_argument("--force", action="store_true", help="replace the file if it exists")
     parser.set_defaults(command=_run)

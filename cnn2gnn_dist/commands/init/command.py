@@ -1,4 +1,4 @@
-"""``cnn2gnn init``: look at somebody's images, and write a config that trains on them in the time given."""
+"""``cnn2gnn init``: look at the user's images, and write a config that trains on them in the given time."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from cnn2gnn_dist.stages.shared import preflight
 _log = logging.getLogger(__name__)
 _STAGES = ("teacher", "student", "graph", "control")
 Say = Callable[[str], None]
-_ENOUGH = 0.7  # of the epochs wanted
+_ENOUGH = 0.7  # of the wanted epochs
 _SHORTEST, _LONGEST = 1.0, 60 * 24 * 30.0
 
 
@@ -40,9 +40,9 @@ def command(
     force: bool = False,
     idle: bool = False,
 ) -> int:
-    """Write the config, or print it if it is a dry run; returns 0.
+    """Write the config, or print it in a dry run; returns 0.
 
-    ``idle``: what slows down the machine now will not be there during the run.
+    ``idle``: the other processes that slow this machine down now won't be running then.
 
     Raises:
         UserError: the images can't be trained on; the file exists (and no ``force``); the minutes are
@@ -50,7 +50,7 @@ def command(
     """
     if not _SHORTEST <= minutes <= _LONGEST:
         raise UserError(
-            f"{minutes:g} minutes",
+            f"{minutes:g} minutes are out of range",
             where="--minutes",
             remedy="--minutes 30, for example; at least 1",
         )
@@ -86,7 +86,7 @@ class _Choice:
 
 
 def facts_of(survey: Survey, decode_s: float = 0.0) -> recipe.Facts:
-    """What of a survey the choices depend on."""
+    """The facts of a survey that the choices depend on."""
     short_N = survey.sides.min(axis=1)
     return recipe.Facts(
         survey.count_C,
@@ -102,13 +102,13 @@ def facts_of(survey: Survey, decode_s: float = 0.0) -> recipe.Facts:
 def _choose(
     survey: Survey, machine: speed.Machine, known: dict[str, Any] | None, minutes: float, idle: bool
 ) -> _Choice:
-    """The most expensive networks of which enough epochs fit into the time; some are timed, by bisection."""
+    """The most expensive networks that leave time for enough epochs, found by timing some (bisection)."""
     facts = facts_of(survey)
     recipe.check_enough(facts)
     images, num_classes = recipe.training_images(facts), len(survey.classes)
     machine = recipe.ranks_for(images, machine)
     nets = _by_cost(facts, machine, known, num_classes)
-    low, high, best = 0, len(nets), None  # those below `low` fit, those from `high` on don't
+    low, high, best = 0, len(nets), None  # nets below `low` fit, nets from `high` on don't
     with speed.Stopwatch(machine, idle=idle) as stopwatch:
         while best is None or low < high:
             number = (low + high) // 2
@@ -167,7 +167,7 @@ def _with_data(tree: dict[str, Any], survey: Survey) -> dict[str, Any]:
         data["calibration"] = recipe.CALIBRATION
     if survey.columns != ("image", "label"):
         data["image_column"], data["label_column"] = survey.columns
-    if source.kind != "shards" and survey.images < 5 * 2048:  # some shards, to shuffle over
+    if source.kind != "shards" and survey.images < 5 * 2048:  # several shards, to shuffle over
         data["shard_size"] = max(32, -(-survey.images // 8))
     if survey.share > 0:
         data["max_corrupt"] = min(1.0, round(max(0.002, 1.5 * survey.share + 0.005), 3))
@@ -260,9 +260,9 @@ def _print_plan(found: _Choice, minutes: float, say: Say) -> None:
         f"{student['epochs']}; {found.machine.ranks} ranks ({found.machine.device})"
     )
     parts = ", ".join(f"{name} {spent / 60:.1f}" for name, spent in estimate.seconds.items())
-    say(f"minutes  {estimate.minutes:.1f} predicted ({minutes:g} asked for): {parts}")
+    say(f"minutes  {estimate.minutes:.1f} predicted ({minutes:g} requested): {parts}")
     if estimate.minutes > 1.25 * minutes:
         say(
-            f"note     even a short training takes longer than {minutes:g} minutes here: more --minutes, "
+            f"note     even a short run takes longer than {minutes:g} minutes here: more --minutes, "
             "a GPU, or fewer images (data.limit=…)"
         )

@@ -34,12 +34,12 @@ _STEMS: tuple[dict[str, Any], ...] = (
 _STUDENT_EPOCHS = 2.0
 """Epochs of student and control for each of the teacher: they are cheaper, and a short training ends below a
 linear probe of its own features."""
-_DISTILL = 0.5  # a teacher of few epochs knows little that the labels don't say
+_DISTILL = 0.5  # after few epochs a teacher adds little to the labels
 _START_S = {"cpu": 75.0, "cuda": 90.0}
-"""Seconds that all stages of a run take beside the passes over the images: Ray, process groups, saves, report."""
+"""Seconds that all stages of a run take besides the passes over the images: Ray, process groups, saves, report."""
 _REFRESH_S = 4.0  # METIS and the files of a graph version
-_STEP_S = 0.015  # DeepSpeed's own share of a step, and the gradients' exchange
-_FEWEST_STEPS = 200  # after fewer, a network answers with the most frequent class
+_STEP_S = 0.015  # DeepSpeed's own share of a step, and the gradient exchange
+_FEWEST_STEPS = 200  # after fewer, a network predicts the most frequent class
 _CACHE = 2 << 30  # bytes of decoded images that are kept
 _MOST_EPOCHS = 10_000
 _MARGIN = 0.92  # of the minutes asked for
@@ -51,12 +51,12 @@ class Facts:
 
     Attributes:
         count_C: images of each class, before any are split off.
-        held: held-out images that are a set of their own; None: split them off.
+        held: number of held-out images in a separate set; None: they are split off.
         short_side: median shorter side, in pixels.
-        alike: whether all images have this side.
+        alike: whether this is the shorter side of all images.
         grey: whether nearly all images are gray.
         bad: share of images that can't be read.
-        decode_s: seconds of one CPU to decode an image and make a view of it.
+        decode_s: CPU seconds to decode an image and make a view of it.
     """
 
     count_C: np.ndarray
@@ -79,18 +79,18 @@ class Net:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds of each stage; ``start`` is what all of them take beside their work."""
+    """Seconds of each stage; ``start`` is the overhead of all of them."""
 
     seconds: dict[str, float]
 
     @property
     def minutes(self) -> float:
-        """All stages."""
+        """Minutes of all stages."""
         return sum(self.seconds.values()) / 60
 
 
 def sizes(short_side: int, alike: bool = False) -> list[int]:
-    """Sizes to choose among, ascending: none larger than the images; their own, if all have the same."""
+    """Sizes to choose from, ascending: none larger than the images; their own, if all have the same."""
     found = [size for size in SIZES if size <= max(short_side, SIZES[0])]
     if alike and SIZES[0] < short_side < SIZES[-1] and short_side not in found:
         found.append(short_side)
@@ -98,13 +98,13 @@ def sizes(short_side: int, alike: bool = False) -> list[int]:
 
 
 def holdout(facts: Facts) -> float:
-    """The share of each class to hold out: less of many images."""
+    """The share of each class to hold out: the more images, the smaller."""
     images = int(facts.count_C.sum())
     return 0.2 if images < 5000 else 0.1 if images < 200_000 else 0.02
 
 
 def training_images(facts: Facts) -> int:
-    """Images that are left to train on: without held-out, calibration and unreadable ones."""
+    """Number of images left to train on, without held-out, calibration and unreadable ones."""
     count_C = facts.count_C if facts.held is not None else _kept(facts.count_C, holdout(facts))
     if CALIBRATION:
         count_C = _kept(count_C, CALIBRATION)
@@ -124,13 +124,13 @@ def held_images(facts: Facts) -> int:
 
 
 def ranks_for(images: int, machine: Machine) -> Machine:
-    """Fewer ranks where a batch has not 8 images for each."""
+    """Fewer ranks if a batch has fewer than 8 images for each."""
     ranks = max(1, min(machine.ranks, batch(images) // 8))
     return Machine(ranks, machine.cores, machine.device, machine.workers)
 
 
 def batch(images: int) -> int:
-    """Images of a step: so many that an epoch has some steps."""
+    """Images per step: few enough that an epoch has several steps."""
     wanted = 32 if images < 1000 else 64 if images < 4000 else 128 if images < 16_000 else 256
     while wanted > 4 and wanted * 4 > images:
         wanted //= 2
@@ -138,17 +138,17 @@ def batch(images: int) -> int:
 
 
 def wanted_epochs(images: int, pretrained: bool) -> float:
-    """Epochs of a teacher after which more of them gain less than a larger network would."""
+    """Teacher epochs beyond which further epochs gain less than a larger network would."""
     scale = 0.4 if pretrained else 1.0
     return scale * min(100.0, max(8.0, 12.0 * math.sqrt(50_000 / images)))
 
 
 def nets(facts: Facts, machine: Machine, weights: dict[str, Any] | None) -> list[Net]:
-    """What to choose among, whatever the time.
+    """The networks to choose from, regardless of time.
 
     Args:
         facts: of the images.
-        machine: GPUs may carry larger networks.
+        machine: GPUs allow larger networks.
         weights: ``arch``, ``weights`` and ``size`` (the smallest) of a pretrained teacher.
     """
     most = 5 if machine.device == "cuda" else 4
@@ -217,9 +217,9 @@ def stream(images: int, machine: Machine, views: dict[str, Any]) -> dict[str, An
 def tree(
     facts: Facts, machine: Machine, net: Net, teacher_epochs: int, step_s: float = math.inf
 ) -> dict[str, Any]:
-    """All of the config but names, paths, mean and std, for so many epochs of the teacher.
+    """The config without names, paths, mean and std, for this many epochs of the teacher.
 
-    ``step_s``: seconds that the teacher's step leaves the readers for each image.
+    ``step_s``: seconds per image that the teacher's step leaves to the readers.
     """
     images = training_images(facts)
     machine = ranks_for(images, machine)
@@ -306,7 +306,7 @@ def estimate(facts: Facts, machine: Machine, config: dict[str, Any], speed: Spee
 
 
 def _search_s(graph: dict[str, Any], images: int, machine: Machine) -> float:
-    """Of an exact search of all candidates, at 10 GFLOP/s a core."""
+    """Seconds of an exact search of all candidates, at 10 GFLOP/s per core."""
     if graph.get("search") or machine.device == "cuda":
         return images * 2e-4 / machine.ranks
     return 2.0 * images * images * graph["dim"] / 1e10 / machine.ranks
@@ -317,8 +317,8 @@ def fit(
 ) -> tuple[dict[str, Any], Estimate, int]:
     """The config with as many epochs as the minutes allow, its estimate, and the epochs that would fit.
 
-    There are at least so many that something is learned, even where this takes longer than asked, and
-    at most twice those wanted.
+    There are at least enough to learn something, even if that takes longer than requested, and at most
+    twice those wanted.
     """
     wanted = wanted_epochs(training_images(facts), "weights" in net.teacher)
     own = ranks_for(training_images(facts), machine)
@@ -337,15 +337,15 @@ def fit(
 
 
 def check_enough(facts: Facts) -> None:
-    """Check that so many images are left to train on that a graph can be built.
+    """Check that enough images are left to train on for a graph.
 
     Raises:
-        UserError: they are not.
+        UserError: there are too few.
     """
     images = training_images(facts)
     if images < FEWEST:
         raise UserError(
             f"only {images} images are left for training, of {int(facts.count_C.sum())}",
             where="the images",
-            remedy="add images: at least ten of each class, better a hundred",
+            remedy="add images: at least ten per class, preferably a hundred",
         )

@@ -21,7 +21,7 @@ Paths = str | list[str]
 _SUFFIX = {"shards": ".tar", "parquet": ".parquet"}
 _WORDS = {"imagefolder": "folders of images", "parquet": "Parquet files", "shards": "tar shards"}
 _HELD_OUT = ("val", "test")
-"""Parts that may be held out, the preferred one first: a test set is for after all choices are made."""
+"""Parts that may be held out, the preferred one first: a test set is for when all choices are made."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Source:
         kind: imagefolder, parquet or shards.
         train: a folder, a file, a glob, or a list of files; absolute.
         test: the same for the held-out images; None: they have to be split off.
-        unused: names of parts that neither of them takes.
+        unused: names of parts that neither of them uses.
     """
 
     kind: Kind
@@ -42,11 +42,11 @@ class Source:
 
 
 def find_source(place: str) -> Source:
-    """Tell what lies at a path: class folders, Parquet files or shards, with train and val or test parts.
+    """Find out what is at a path: class folders, Parquet files or shards, with train and val or test parts.
 
     Raises:
-        UserError: nothing is there, or nothing that can be trained on; several kinds; parts without a
-            training part.
+        UserError: nothing is there, or nothing to train on; several kinds; parts, but no training
+            part.
     """
     place = os.path.expanduser(place)
     if is_remote(place):
@@ -143,11 +143,11 @@ def _parts(place: str, names: Sequence[str]) -> dict[str, str]:
 def _kind_in(folder: str) -> Kind:
     counts = folders.files_by_source(folder)
     if len(counts) > 1 and not find_images(folder, classes=True).images:
-        counts.pop("imagefolder", None)  # files without a suffix, as a LICENSE
+        counts.pop("imagefolder", None)  # files without a suffix, such as LICENSE
     if len(counts) > 1:
         seen = " and ".join(_WORDS[kind] for kind in sorted(counts))
         raise UserError(
-            f"the folder holds {seen}: it is not clear which of them are the data",
+            f"the folder holds {seen}: it is unclear which of them are the data",
             where=folder,
             remedy="name one kind: a folder of its own, or a pattern such as "
             f"'{os.path.join(folder, '*' + _SUFFIX['parquet' if 'parquet' in counts else 'shards'])}'",
@@ -167,12 +167,12 @@ def _no_images(folder: str) -> UserError:
     loose = [image for image in find_images(folder).images if os.sep not in image]
     if loose:
         return UserError(
-            f"the folder holds {len(loose)} images and no class folders, so nothing says what they show",
+            f"the folder holds {len(loose)} images but no class folders, so their classes are unknown",
             where=folder,
             remedy="move them into a folder for each class: FOLDER/CLASS/IMAGE",
         )
     found = find_images(folder)
-    there = f"; what is there: {found.summary()}" if found.left_out else ""
+    there = f", only {found.summary()}" if found.left_out else ""
     return UserError(
         f"the folder holds no images{there}",
         where=folder,
@@ -215,7 +215,7 @@ def _of_files(folder: str, kind: Kind) -> Source:
 
 
 def _short(files: list[str]) -> Paths:
-    """One glob for the files if it matches just them, else the list."""
+    """One glob for the files if it matches exactly these, else the list."""
     folder, first = os.path.split(files[0])
     names = [os.path.basename(file) for file in files]
     name = names[0]

@@ -23,7 +23,7 @@ from cnn2gnn_dist.stages.shared.networks import Teacher, build_student
 from cnn2gnn_dist.training.precision import choose
 
 ENOUGH_S, STEPS = 0.6, 3
-"""A model is timed for at least so many seconds and steps, after one step that is not counted."""
+"""Least seconds and steps for which a model is timed, after one uncounted step."""
 _BANK = 4096  # rows of the bank from which the timed blocks are made
 _RAY_NICENESS = 15  # Ray gives its workers less priority than whoever started it
 _barrier: Barrier | None = None
@@ -32,10 +32,10 @@ _idle = False
 
 @dataclass(frozen=True)
 class Machine:
-    """What carries the run.
+    """The resources of the run.
 
     Attributes:
-        ranks: processes that train.
+        ranks: training processes.
         cores: CPU cores of this process.
         device: "cpu" or "cuda".
         workers: reader threads or actors of each rank.
@@ -54,7 +54,7 @@ class Speed:
     Attributes:
         teacher, student, control: a step; the student's with its graph.
         teacher_forward, student_forward: a forward pass.
-        busy: by how much other processes of this machine slow down what runs (1: not at all).
+        busy: factor by which other processes slow down this machine (1: not at all).
     """
 
     teacher: float
@@ -79,8 +79,8 @@ class Stopwatch:
     """Times models in processes that live as long as the stopwatch; use it in a ``with`` block.
 
     Args:
-        machine: what will carry the run.
-        idle: take it that the machine will do nothing else: on CPUs, processor time counts, not the clock.
+        machine: the resources of the run.
+        idle: assume that the machine will do nothing else: on CPUs, measure processor time, not wall-clock time.
     """
 
     def __init__(self, machine: Machine, *, idle: bool = False) -> None:
@@ -98,7 +98,7 @@ class Stopwatch:
         self.pool.shutdown(cancel_futures=True)
 
     def time(self, config: Config, num_classes: int, images: int) -> Speed:
-        """Time the models of a config, of whose micro-batch each process does its share."""
+        """Time the models of a config; each process computes its share of the batch."""
         tree = settings.as_tree(config)
         jobs = [
             self.pool.submit(_time, tree, num_classes, images, self.ranks)
@@ -118,7 +118,7 @@ def teacher_flops(config: Config, num_classes: int) -> int:
 
 
 def clock(idle: bool) -> Callable[[], float]:
-    """What tells how long something takes: the clock, or what it takes of a processor."""
+    """The timer: wall-clock or processor time, in seconds."""
     return time.process_time if idle else time.perf_counter
 
 
@@ -209,7 +209,7 @@ def _seconds(step: Callable[[], None], device: str) -> float:
 
 
 class RandomQuery:
-    """Blocks around random seeds, found and averaged as those of a graph are."""
+    """Blocks around random seeds, searched and averaged like those of a graph."""
 
     def __init__(self, config: Config, num_classes: int, images: int, device: str) -> None:
         graph, width = config.graph, config.student.dim

@@ -25,10 +25,10 @@ from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.stages.prepare import check_tree
 
 SAMPLE = 400
-"""Images that are decoded."""
+"""Most images that are decoded."""
 SAMPLE_BYTES = 128 << 20
 SHARDS = 32
-"""Shards that are indexed; of more, the counts are extrapolated."""
+"""Most shards that are indexed; from these the counts are extrapolated."""
 _KEPT = 200  # images kept decoded in clean views, for mean, std and timing
 
 
@@ -46,7 +46,7 @@ class Survey:
         formats: format → decoded images.
         looked_at: images whose bytes were read.
         unreadable: reason → images; ``share`` of all of them.
-        columns: of a Parquet file, those of images and labels.
+        columns: names of a Parquet file's columns of images and labels.
         notes: what the user should know.
         sample: encoded images.
     """
@@ -104,7 +104,7 @@ def _refuse_few(survey: Survey) -> None:
     if filled < 2:
         name = survey.classes[int(survey.count_C.argmax())] if len(survey.classes) else ""
         raise UserError(
-            f"all {survey.images} images are of one class ('{name}'): there is nothing to tell apart",
+            f"all {survey.images} images are of one class ('{name}'): there is nothing to distinguish",
             where=where,
             remedy="add a folder of images of another class"
             if survey.source.kind == "imagefolder"
@@ -198,7 +198,7 @@ def _columns(path: Path) -> tuple[str, str]:
 
 
 def _rows(paths: list[Path], column: str, rng: np.random.Generator) -> Iterator[bytes]:
-    """Images of some row groups; every file and group is as likely as it is long."""
+    """Images of some row groups, drawn with probabilities proportional to their numbers of rows."""
     groups = []
     for path in paths:
         with open_parquet(path) as file:
@@ -254,7 +254,7 @@ def _members(manifest: Manifest, rng: np.random.Generator) -> Iterator[bytes]:
 
 
 def _decode(survey: Survey, images: Iterator[bytes]) -> None:
-    """Decode up to SAMPLE images, into what the survey says of sizes, formats and errors."""
+    """Decode up to SAMPLE images, and record sizes, formats and errors in the survey."""
     sides, grey, seen = [], 0, 0
     for data in images:
         survey.looked_at += 1
@@ -286,7 +286,7 @@ def measure_views(
             render(spec, image_HWC, number, 0)
             rendered += now() - between
             views.append(render(spec, image_HWC, number, CLEAN))
-        except CorruptSample:  # too narrow; a training counts it as corrupt
+        except CorruptSample:  # too narrow; training counts it as corrupt
             continue
         finally:
             spent += between - began

@@ -1,4 +1,4 @@
-"""The config as YAML for people: twenty lines, each with what it means."""
+"""The config as YAML for people: about twenty lines, each with its meaning."""
 
 from __future__ import annotations
 
@@ -8,35 +8,37 @@ import yaml
 
 
 def as_text(head: list[str], tree: dict[str, Any]) -> str:
-    """The YAML of a config (a plain tree), below lines of comment."""
+    """The YAML of a config (a plain tree), with ``head`` as comment lines above it."""
     data, views, teacher = tree["data"], tree["views"], tree["teacher"]
     graph, student = tree["graph"], tree["student"]
     lines = [f"# {line}".rstrip() for line in head]
     lines += [
         f"name: {_inline(tree['name'])}",
-        f"run: {_inline(tree['run'])}  # processes that train",
+        f"run: {_inline(tree['run'])}  # training processes",
     ]
     lines.append("data:")
     said = {
         "test": "held-out images: what the models are evaluated on",
         "holdout": "share of each class held out, to evaluate on; or name a second set: test: FOLDER",
-        "calibration": "share of the others set apart, for confidence that means something",
-        "max_corrupt": "share of unreadable images that is put up with",
+        "calibration": "share of the others set apart to calibrate confidence",
+        "max_corrupt": "largest accepted share of unreadable images",
     }
     lines += _block(data, said)
-    flip = "mirrored too; where that changes the class (letters): kind: shift"
+    flip = "mirrored too; if that changes the class (letters), set kind: shift"
     lines += [
         f"views: {_inline(views)}",
         f"# {views['kind']}: {'not mirrored, as letters and digits need' if views['kind'] == 'shift' else flip}",
     ]
     if tree.get("stream"):
         lines.append(f"stream: {_inline(tree['stream'])}")
-    lines.append("teacher:  # the CNN that teaches; more epochs first, then a larger network")
+    lines.append(
+        "teacher:  # the large CNN; to improve it, try more epochs first, then a larger network"
+    )
     lines += _block(teacher, {"lr": "peak; halve it if the loss jumps"})
     lines.append(f"targets: {_inline(tree['targets'])}")
     lines.append(f"graph: {_inline(graph)}")
     lines.append(
-        "student:  # the small network that is kept; `control` is the same without a graph"
+        "student:  # the small network for later use; `control` is the same without a graph"
     )
     lines += _block(
         student,

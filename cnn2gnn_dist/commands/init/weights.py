@@ -1,4 +1,4 @@
-"""Pretrained weights that are at hand: a file that is named, or one in timm's cache. Nothing is downloaded."""
+"""Available pretrained weights: a given file, or one in timm's cache. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ from cnn2gnn_dist.models.teacher import SMALL_IMAGE, build_teacher
 
 ARCHITECTURES = ("resnet18", "resnet26", "resnet34", "resnet50", "mobilenetv3_small_100",
                  "mobilenetv3_large_100", "efficientnet_b0", "convnext_atto", "convnext_tiny")  # fmt: skip
-"""Networks that are tried on a file whose name says nothing, and looked for in the cache."""
-_SMALLEST = (
-    96  # pixels: below, pretrained filters see too little, and ResNets' first layer is another
-)
+"""Networks to try on a file whose name says nothing, and to look for in the cache."""
+_SMALLEST = 96  # pixels: below this, pretrained filters see too little, and ResNets have another first layer
 
 
 def from_file(path: str) -> dict[str, Any]:
@@ -25,7 +23,7 @@ def from_file(path: str) -> dict[str, Any]:
     """
     file = Path(path).expanduser().absolute()
     if not file.is_file():
-        raise UserError("there is no such file of weights", where=path, remedy="correct --weights")
+        raise UserError("there is no such weights file", where=path, remedy="correct --weights")
     timm = import_timm()
     words = file.name.lower().replace("-", "_").replace(".", "_")
     named = sorted((n for n in timm.list_models() if words.startswith(n)), key=len, reverse=True)[

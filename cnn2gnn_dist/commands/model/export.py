@@ -1,4 +1,4 @@
-"""``cnn2gnn export``: the model of a finished run, as a folder of its own."""
+"""``cnn2gnn export``: write a finished run's model to a separate folder."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from cnn2gnn_dist.log import output
 
 
 def command(run: Path, target: Path, *, force: bool = False) -> int:
-    """Write the model of a run to a folder of its own, and say how to use it.
+    """Write a run's model to a separate folder, and print how to use it.
 
     Args:
         run: folder of a finished run, or a model's folder (to copy it).
-        target: folder to write; it appears when it is complete.
-        force: replace a model that is there.
+        target: folder to write; it appears once it is complete.
+        force: replace an existing model.
 
     Raises:
         UserError: the run is not finished; the target exists; the disk is full.
@@ -29,9 +29,9 @@ def command(run: Path, target: Path, *, force: bool = False) -> int:
         _check_target(run, target, force)
     except OSError as error:
         raise UserError(
-            f"this folder can't be looked at: {error.strerror}",
+            f"this folder can't be read: {error.strerror}",
             where=str(target),
-            remedy="name a folder in one that you may write to",
+            remedy="name a folder inside one that you can write to",
         ) from None
     if not (run / artefact.CONFIG).is_file():
         context_of(run)  # refused before anything is created
@@ -43,7 +43,7 @@ def command(run: Path, target: Path, *, force: bool = False) -> int:
             _write(run, temporary)
         Classifier.open(temporary, device="cpu", verify=True)
         if target.exists():
-            shutil.rmtree(aside, ignore_errors=True)  # of a killed attempt
+            shutil.rmtree(aside, ignore_errors=True)  # left behind by a killed attempt
             os.replace(target, aside)
         os.replace(temporary, target)
         shutil.rmtree(aside, ignore_errors=True)
@@ -116,7 +116,7 @@ def _check_target(run: Path, target: Path, force: bool) -> None:
     empty = target.is_dir() and not any(target.iterdir())
     if not (empty or (is_model and force)):
         raise UserError(
-            "there is a model already" if is_model else "there is something else already",
+            "a model already exists here" if is_model else "something else already exists here",
             where=str(target),
             remedy="--force replaces it" if is_model else "name a folder that does not exist",
         )

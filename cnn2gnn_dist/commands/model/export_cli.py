@@ -14,7 +14,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="folder of a finished run or of a model, or URL of a run.storage",
     )
     parser.add_argument("--to", required=True, metavar="MODEL", help="folder to write")
-    parser.add_argument("--force", action="store_true", help="replace a model that is there")
+    parser.add_argument("--force", action="store_true", help="replace an existing model")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument(
         "--onnx", action="store_true", help="as ONNX graphs and arrays, to answer without torch"

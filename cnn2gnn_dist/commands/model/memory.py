@@ -76,7 +76,7 @@ def relabel(folder: Path, keys: Sequence[str], class_name: str) -> int:
 
 
 def forget(folder: Path, keys: Sequence[str]) -> int:
-    """Remove images and all that the memory has of them; say what that can't undo.
+    """Remove images and everything stored about them; print what that can't undo.
 
     Raises:
         UserError: an unknown key; nothing was changed.
@@ -87,14 +87,14 @@ def forget(folder: Path, keys: Sequence[str]) -> int:
     output(
         f"{len(forgotten(root))} keys are in {root / 'forgotten.csv'}: train with "
         "data.relabel=THAT_FILE to leave these images out\n"
-        "not undone: the network's weights and the teacher's soft targets have seen them; "
-        "only training again without them is"
+        "not undone: the network's weights and the teacher's soft targets were learned from them too; "
+        "only training again without them removes that"
     )
     return 0
 
 
 def undo(folder: Path) -> int:
-    """Make the version before the current one current.
+    """Return to the version before the current one.
 
     Raises:
         UserError: there is none.
@@ -105,7 +105,7 @@ def undo(folder: Path) -> int:
 
 
 def compact(folder: Path) -> int:
-    """Delete earlier versions and what was removed.
+    """Delete earlier versions and removed images.
 
     Raises:
         UserError: the disk is full; nothing was changed.
@@ -154,7 +154,7 @@ def log(folder: Path) -> int:
 
 
 def keys_from(file: Path) -> list[str]:
-    """Keys from a text file: one a line, as ``ls --keys`` prints them, or a CSV's column ``key``.
+    """Keys from a text file: one per line, as ``ls --keys`` prints them, or a CSV's column ``key``.
 
     Raises:
         UserError: it can't be read.
@@ -173,7 +173,7 @@ def keys_from(file: Path) -> list[str]:
             where=str(file),
             remedy="a text file with one key per line, or a CSV file with a column `key`",
         ) from None
-    # Not a CSV: a key may hold commas and quotes. Behind a tab `ls --keys` prints the class.
+    # Not a CSV: a key may hold commas and quotes. After a tab `ls --keys` prints the class.
     lines_of_text = (line.rstrip("\r").partition("\t")[0] for line in text.split("\n"))
     return [key for key in lines_of_text if key.strip()]
 

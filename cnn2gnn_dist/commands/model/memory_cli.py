@@ -7,19 +7,21 @@ from pathlib import Path
 
 _TEXTS = {
     "ls": "the classes and how many images each has; --keys: the images",
-    "add": "add images of one class, which may be new: it is answered from now on, without training",
+    "add": "add images of one class, which may be new: it is recognized from now on, without training",
     "remove": "remove images by their keys",
     "relabel": "give images another class",
-    "forget": "remove images and delete all that the memory has of them",
-    "undo": "go back to the version before",
+    "forget": "remove images and delete everything stored about them",
+    "undo": "return to the previous version",
     "log": "the versions, newest first",
-    "compact": "delete earlier versions and what was removed",
+    "compact": "delete earlier versions and removed images",
 }
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the commands and their options."""
-    parser.description = "Every edit is a new version: it is complete or absent, and can be undone."
+    parser.description = (
+        "Every edit makes a new version: it is complete or absent, and can be undone."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, text in _TEXTS.items():
         one = commands.add_parser(name, help=text, description=text)
@@ -44,12 +46,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
                 "keys", nargs="*", metavar="KEY", help="see `cnn2gnn memory ls --keys`"
             )
             one.add_argument(
-                "--from", dest="file", type=Path, metavar="FILE", help="keys, one a line"
+                "--from", dest="file", type=Path, metavar="FILE", help="file of keys, one per line"
             )
         if name == "ls":
             one.add_argument("--keys", action="store_true", help="list the images")
             one.add_argument(
-                "--class", dest="class_name", metavar="NAME", help="of this class only"
+                "--class", dest="class_name", metavar="NAME", help="only of this class"
             )
 
 

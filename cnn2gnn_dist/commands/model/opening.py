@@ -13,13 +13,13 @@ from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference.classifier import Classifier
 from cnn2gnn_dist.inference.folder import artefact
 
-if TYPE_CHECKING:  # training's side: a model answers where its packages are not installed
+if TYPE_CHECKING:  # needs training's packages, which a machine that only answers may not have
     from cnn2gnn_dist.stages.shared.context import Context
 
 
 @contextmanager
 def opened(folder: Path, device: str = "auto") -> Iterator[Classifier]:
-    """Open a model, the model that a run holds, or else one made from the run for this time.
+    """Open a model or a run's model; if the run has none yet, a temporary one is made from it.
 
     Raises:
         UserError: neither a model nor a finished run.
@@ -39,7 +39,7 @@ def opened(folder: Path, device: str = "auto") -> Iterator[Classifier]:
 
 
 def model_of_run(run: Path) -> Path | None:
-    """The model in a run, if it is complete and made from the student that is there."""
+    """The model in a run, if it is complete and made from the run's current student."""
     entry, student = ledger.finished(run / "model"), ledger.finished(run / "student")
     if entry is None or student is None or entry.inputs.get("student") != student.digest:
         return None
@@ -69,9 +69,9 @@ def context_of(run: Path) -> Context:
         if str(file) in error.where:  # not a config at all
             raise unfinished(run, "its config.yaml is damaged", "run") from None
         raise UserError(
-            f"this run's config is not of this version: {error.what}",
+            f"this run's config is from another version: {error.what}",
             where=f"{file}: {error.where}",
-            remedy="use the version of cnn2gnn-dist that made the run, or make the run again",
+            remedy="use the version of cnn2gnn-dist that made the run, or repeat the run",
         ) from None
     root = Path(str(config.run.dir))
     if not (root / "student" / "done.json").is_file():

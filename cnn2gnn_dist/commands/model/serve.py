@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 
 LOCAL_NAMES = frozenset({"127.0.0.1", "localhost", "[::1]"})
 PATIENCE_SECONDS = 60
-"""How long a stopping server waits for the requests that it has taken."""
+"""How long a stopping server waits for the requests that it has accepted."""
 BACKLOG = 2048
 
 
@@ -34,27 +34,27 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on; default %(default)s"
     )
-    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one; default 8000")
+    parser.add_argument("--port", type=int, default=8000, help="0 picks a free one; default 8000")
     parser.add_argument(
         "--public", action="store_true",
-        help="listen on an address that other machines reach: everyone who reaches it can ask the "
+        help="listen on an address that other machines can reach: anyone there can query the "
         "model and see the pictures in its memory, unencrypted",
     )  # fmt: skip
     parser.add_argument(
         "--token-file", metavar="FILE",
-        help=f"first line: the token that edits of the memory need; or {token.VARIABLE}. Without "
-        "a token there are no edits",
+        help=f"file whose first line is the token that edits of the memory require; or set {token.VARIABLE}. "
+        "Without a token, editing is disabled",
     )  # fmt: skip
     parser.add_argument(
         "--allow-host", action="append", default=[], metavar="NAME",
-        help="answer for this host name, too (behind a proxy)",
+        help="also accept requests for this host name (behind a proxy)",
     )  # fmt: skip
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda; default auto")
     for name, kind, default, text in (
-        ("--max-upload-mb", float, 16.0, "megabytes of a request"),
-        ("--max-images", int, 64, "images in a request"),
-        ("--max-megapixels", float, 50.0, "of an image"),
-        ("--rate", float, 100.0, "requests a second of one address; 0 = unlimited"),
+        ("--max-upload-mb", float, 16.0, "megabytes per request"),
+        ("--max-images", int, 64, "images per request"),
+        ("--max-megapixels", float, 50.0, "megapixels per image"),
+        ("--rate", float, 100.0, "requests per second from one address; 0 = unlimited"),
         ("--timeout", float, 30.0, "seconds from a request to its answer"),
     ):
         parser.add_argument(
@@ -64,7 +64,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def command(given: argparse.Namespace) -> int:
-    """Serve until SIGINT or SIGTERM; requests that were taken are answered first.
+    """Serve until SIGINT or SIGTERM; accepted requests are answered first.
 
     Raises:
         UserError: not a model, no permission to listen, a port in use, a bad token or option.
@@ -95,7 +95,7 @@ def command(given: argparse.Namespace) -> int:
     )
     listening = _bound(given.host, given.port)
     with listening, opened(Path(given.model), given.device) as model:
-        # It warns of every malformed form, which the client is told.
+        # It warns about every malformed form; the client gets that error as its answer.
         logging.getLogger("python_multipart").setLevel(logging.ERROR)
         service = Service.batching(model, limits=limits, token=secret)
         config = Config(
@@ -103,14 +103,14 @@ def command(given: argparse.Namespace) -> int:
             log_config=None,
             access_log=False,
             server_header=False,
-            proxy_headers=False,  # else a client may claim any address
+            proxy_headers=False,  # otherwise a client could claim any address
             ws="none",
             timeout_graceful_shutdown=PATIENCE_SECONDS,
             limit_concurrency=8 * limits.requests,  # connections, idle ones included
         )
         if secret is None:
             _log.info("no token: the memory can't be edited (--token-file, %s)", token.VARIABLE)
-        listening.listen(BACKLOG)  # who reads the next line may connect
+        listening.listen(BACKLOG)  # whoever reads the next line can connect at once
         host, port = listening.getsockname()[:2]
         output(f"serving  http://{f'[{host}]' if ':' in host else host}:{port}/  (Ctrl-C stops it)")
         _until_signal(Server(config), listening)
@@ -118,18 +118,18 @@ def command(given: argparse.Namespace) -> int:
 
 
 def _hosts(host: str, public: bool, more: list[str]) -> frozenset[str] | None:
-    """Names that the server answers for: its own on loopback, any if it is public."""
+    """Host names that the server accepts: its own on loopback, any if it is public."""
     if _is_loopback(host):
         return LOCAL_NAMES | {name.lower() for name in more} | {host.lower()}
     if not public:
         raise UserError(
-            f"{host} can be reached from other machines: whoever reaches it can ask the model and "
+            f"{host} can be reached from other machines: anyone there can query the model and "
             "see the pictures in its memory, and nothing is encrypted",
             where="--host",
             remedy="--host 127.0.0.1 (behind a proxy with TLS), or add --public if that is intended",
         )
     _log.warning(
-        f"listening on {host}: whoever reaches it can ask the model and see the pictures in its "
+        f"listening on {host}: anyone who can reach it can query the model and see the pictures in its "
         "memory, and nothing is encrypted, the token for edits included"
     )
     return frozenset(name.lower() for name in more) or None
@@ -148,7 +148,7 @@ def _check_numbers(given: argparse.Namespace) -> None:
     for name in ("max_upload_mb", "max_images", "max_megapixels", "timeout"):
         if not 0 < getattr(given, name) < 1e6:
             raise UserError(
-                f"{getattr(given, name):g} is not a limit",
+                f"{getattr(given, name):g} is not a valid limit",
                 where=f"--{name.replace('_', '-')}",
                 remedy="give a number above 0",
             )
@@ -175,14 +175,14 @@ def _bound(host: str, port: int) -> socket.socket:
         raise UserError(
             f"can't listen on {host}, port {port}: {error.strerror or error}",
             where="--host, --port",
-            remedy="--port 0 takes a free one",
+            remedy="--port 0 picks a free one",
         ) from None
     return listening
 
 
 def _until_signal(server: uvicorn.Server, listening: socket.socket) -> None:
-    """Run the server; SIGINT and SIGTERM end it in order, and this command with exit code 0."""
-    # uvicorn raises the signal that ended it once more, for the handler that was there before.
+    """Run the server; SIGINT and SIGTERM shut it down cleanly, and this command exits with 0."""
+    # After its shutdown uvicorn raises the signal again, for the handler installed before its own.
     before = {number: signal.signal(number, _nothing) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         server.run(sockets=[listening])

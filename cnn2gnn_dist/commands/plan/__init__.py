@@ -1,1 +1,1 @@
-"""``cnn2gnn plan``: what a run needs, before anybody rents a machine. Memory, disk, network, hours."""
+"""``cnn2gnn plan``: what a run needs, before you rent a machine: memory, disk, network, hours."""

@@ -19,11 +19,11 @@ class Trace:
     """A model's needs.
 
     Attributes:
-        parameters: of which gradients are kept; buffers: bytes.
+        parameters: number of trained values; buffers: bytes.
         kept: bytes that an image's forward pass keeps for the backward pass.
-        largest: bytes of the largest single one of them.
-        fixed: bytes that are kept whatever the batch.
-        flops: of a forward pass of an image; 2 per multiply-add, matrix products and convolutions.
+        largest: bytes of the largest of these tensors.
+        fixed: bytes that are kept regardless of the batch.
+        flops: of an image's forward pass; 2 per multiply-add in matrix products and convolutions.
     """
 
     parameters: int
@@ -39,7 +39,7 @@ def trace(model: nn.Module, loss_of: Callable[[int], Tensor]) -> Trace:
 
     Args:
         model: on the CPU, in training mode.
-        loss_of: the loss of a batch of so many images.
+        loss_of: maps a number of images to the loss of such a batch.
     """
     own = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
     kept, flops, largest = [], [], 0
@@ -61,13 +61,13 @@ def trace(model: nn.Module, loss_of: Callable[[int], Tensor]) -> Trace:
 
 
 def _forward(own: set[int], loss_of: Callable[[int], Tensor], batch: int) -> tuple[list[int], int]:
-    """Sizes of the storages that autograd keeps, and the operations."""
+    """Sizes of the storages that autograd keeps, and the number of operations."""
     found: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in own:
-            found[storage._cdata] = storage  # held, so that no other gets its address
+            found[storage._cdata] = storage  # kept alive, so that no other storage gets its address
         return tensor
 
     with FlopCounterMode(display=False) as counter, saved_tensors_hooks(pack, lambda kept: kept):

@@ -26,38 +26,43 @@ RUN = (
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``cnn2gnn plan``."""
     parser.description = (
-        "What a run needs, before anybody rents a machine: with --classes the whole run (memory of a rank "
-        "under each ZeRO stage, hosts, storage, network, hours; the models are traced here for some seconds), "
-        "else the size of every structure of the graph. Trains nothing."
+        "What a run needs, before you rent a machine. With --classes: the complete run (memory per rank under "
+        "each ZeRO stage, hosts, storage, network, hours; tracing the models takes a few seconds). Without: "
+        "the size of every structure of the graph. Nothing is trained."
     )
     parser.add_argument("--images", type=int, required=True, metavar="N", help="training images")
     parser.add_argument("--ranks", type=int, metavar="R",
-                        help="default: one per partition; run: of a host without GPUs, all its cores")  # fmt: skip
-    run = parser.add_argument_group("the whole run")
-    run.add_argument("--classes", type=int, metavar="C", help="classes of the images")
+                        help="default: one per partition; for a run on hosts without GPUs: one per core")  # fmt: skip
+    run = parser.add_argument_group("the complete run")
+    run.add_argument("--classes", type=int, metavar="C", help="number of classes")
     run.add_argument(
-        "--config", metavar="FILE_OR_PRESET", help="its models, batches, epochs and views"
+        "--config", metavar="FILE_OR_PRESET", help="the run's models, batches, epochs and views"
     )
     run.add_argument("--teacher", metavar="ARCH", help="teacher.arch")
     run.add_argument("--student", metavar="STEM", help="student.stem")
     run.add_argument("--nodes", type=int, default=1, metavar="N", help="hosts; default 1")
     run.add_argument(
-        "--gpus", type=int, metavar="G", help="of each host; default 0: ranks are cores"
+        "--gpus", type=int, metavar="G", help="GPUs per host; default 0: each rank is a core"
     )
     run.add_argument("--cores", type=int, default=os.cpu_count() or 1, metavar="N",
-                     help="of each host; default: as many as here")  # fmt: skip
+                     help="cores per host; default: as many as here")  # fmt: skip
     run.add_argument("--gflops", type=float, metavar="F",
-                     help="that a rank sustains in training; default for a core: docs/sizing.md")  # fmt: skip
+                     help="GFLOP/s that a rank sustains in training; default for a core: docs/sizing.md")  # fmt: skip
     run.add_argument(
-        "--gbit", type=float, metavar="B", help="gigabits a second of a host's network"
+        "--gbit",
+        type=float,
+        metavar="B",
+        help="network bandwidth of a host, in gigabits per second",
     )
     run.add_argument("--image-bytes", type=float, metavar="B", help="mean size of an image file")
     run.add_argument("--decode-ms", type=float, metavar="MS",
-                     help="milliseconds of a core to decode an image; default: as measured")  # fmt: skip
+                     help="milliseconds that a core takes to decode an image; default: as measured")  # fmt: skip
     run.add_argument(
-        "--scaling", action="store_true", help="efficiency on 1 to 64 nodes of this kind"
+        "--scaling", action="store_true", help="also show the efficiency on 1 to 64 such nodes"
     )
-    run.add_argument("overrides", nargs="*", metavar="section.field=value", help="of the config")
+    run.add_argument(
+        "overrides", nargs="*", metavar="section.field=value", help="overrides of the config"
+    )
     graph = parser.add_argument_group("the graph alone")
     for name, metavar, text in (
         ("--dim", "D", "width of the features, student.dim; default 128"),
@@ -78,18 +83,20 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--cached",
         dest="averaged",
         action="store_true",
-        help="as with graph.sampling.second_hop=cached: averages instead of the second halo",
+        help="assume graph.sampling.second_hop=cached: averages instead of the second halo",
     )
-    parser.add_argument("--json", action="store_true", help="as one JSON object")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(command=_run)
 
 
 def _run(arguments: argparse.Namespace) -> int:
     given = vars(arguments)
     if given["classes"] is not None:
-        _refuse(given, GRAPH, "of the graph alone: the config has it for a run", "an override")
+        _refuse(
+            given, GRAPH, "only for the graph alone: a run takes it from the config", "an override"
+        )
         return _run_plan(given)
-    _refuse(given, RUN, "of a whole run", "--classes")
+    _refuse(given, RUN, "only for a complete run", "--classes")
     from cnn2gnn_dist.commands.plan import graph as plan
 
     names = ("images", "ranks", *GRAPH)

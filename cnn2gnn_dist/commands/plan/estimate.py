@@ -25,13 +25,13 @@ STAGES = (0, 1, 2, 3)
 
 @dataclass(frozen=True)
 class Cluster:
-    """What carries the run.
+    """The machines of the run.
 
     Attributes:
         nodes, ranks_per_node: R = nodes · ranks_per_node.
-        on_gpu: a rank is a GPU, else a core.
-        flops: operations per second that a rank sustains in training the teacher; None: not known.
-        bytes_per_s: of a node's network; None: not known.
+        on_gpu: each rank is a GPU, otherwise a core.
+        flops: operations per second that a rank sustains in training the teacher; None: unknown.
+        bytes_per_s: of a node's network; None: unknown.
         cores: of a node, for decoding.
     """
 
@@ -73,13 +73,13 @@ class ModelPlan:
 
     Attributes:
         kind: "teacher" or "student".
-        trace: of it.
-        micro_batch, accumulation: images of a rank at a time, and how often in a step.
-        stage: of ZeRO, in this config.
-        memory: of a rank, by stage.
+        trace: its trace.
+        micro_batch, accumulation: images per rank at a time, and micro-batches per step.
+        stage: ZeRO stage of this config.
+        memory: of a rank, by ZeRO stage.
         sent: bytes per rank and step.
         steps: of the whole training.
-        compute_s, network_s: seconds of a step; None: not known.
+        compute_s, network_s: seconds per step; None: unknown.
     """
 
     kind: str
@@ -174,18 +174,18 @@ def plan_model(
 
 def _network_s(sent: float, cluster: Cluster) -> float | None:
     if cluster.nodes == 1:
-        return 0.0  # ranks of a node exchange through its memory
+        return 0.0  # ranks on the same node exchange data through its memory
     if cluster.bytes_per_s is None:
         return None
-    # A ring enters and leaves each node once, whatever its ranks.
+    # A ring enters and leaves each node once, however many ranks it has.
     return ring_seconds(sent, cluster.nodes, cluster.bytes_per_s, constants.LATENCY_S)
 
 
 def efficiency(plan: ModelPlan, cluster: Cluster, nodes: int, gbit: float) -> float | None:
-    """Share of a step that is spent computing, on so many nodes of this kind; None: not known.
+    """Share of a step that is spent computing, on this many such nodes; None: unknown.
 
-    The micro-batch of a rank is that of the plan (weak scaling), and nothing overlaps: DeepSpeed on GPUs hides
-    part of the gradients' way behind the backward pass.
+    A rank keeps the plan's micro-batch (weak scaling). No overlap is assumed, although DeepSpeed on GPUs hides
+    part of the gradient exchange behind the backward pass.
     """
     if plan.compute_s is None:
         return None
@@ -207,7 +207,7 @@ def _stage(own: int | None, zero: dict[str, Any]) -> int:
 
 
 def _bucket(zero: dict[str, Any], parameters: int, on_gpu: bool) -> int:
-    """Values of a bucket; on a CPU the pages of it that are never touched take no memory."""
+    """Values of a bucket; on a CPU its untouched pages take no memory."""
     given = zero.get("reduce_bucket_size", "auto")
     size = 500_000_000 if given == "auto" else int(float(given))
     return size if on_gpu else min(size, parameters)
@@ -234,7 +234,7 @@ def graph_sizes(config: Config, images: int, cluster: Cluster) -> memory_model.S
 def disk(
     config: Config, images: int, classes: int, traces: dict[str, Trace], image_bytes: float
 ) -> dict[str, float]:
-    """Bytes on shared storage, by what they are."""
+    """Bytes on shared storage, by kind."""
     sizes = graph_sizes(config, images, Cluster(1, 1, False, None, None, 1))
     version = memory_model.total(memory_model.structures(sizes), "disk")
     per_row = (config.targets.top_k or classes) * 6 + 12  # float16, int32; id and view
@@ -256,7 +256,7 @@ def disk(
 
 
 def refresh_bytes(config: Config, images: int, cluster: Cluster) -> dict[str, float]:
-    """Bytes that a refresh of the graph moves, over all hosts."""
+    """Bytes that a refresh of the graph moves, summed over hosts."""
     sizes = graph_sizes(config, images, cluster)
     row = 2 * sizes.dim + 4 * sizes.graph_dim
     table = 4 * images * sizes.candidates
@@ -273,14 +273,14 @@ def refresh_bytes(config: Config, images: int, cluster: Cluster) -> dict[str, fl
 def hours(
     config: Config, images: int, plans: dict[str, ModelPlan], cluster: Cluster, decode_s: float
 ) -> dict[str, float] | None:
-    """Hours of each stage; None where the ranks' speed or the network is not known."""
+    """Hours of each stage; None if the speed of the ranks or of the network is unknown."""
     teacher, student = plans["teacher"], plans["student"]
     times = [p for plan in (teacher, student) for p in (plan.compute_s, plan.network_s)]
     if cluster.flops is None or None in times:
         return None
 
     def passes(seconds: float, count: float) -> float:
-        """Hours of so many passes over the images, whichever is slower: the models or decoding."""
+        """Hours of ``count`` passes over the images, limited by the models or by decoding."""
         decode = images * decode_s / (cluster.nodes * cluster.cores)
         together = seconds + count * decode
         return (max(seconds, count * decode) if cluster.on_gpu else together) / 3600
@@ -310,7 +310,7 @@ def hours(
 
 
 def _size_share(config: Config, settings: TrainConfig) -> float:
-    """Work of a training beside one in which all epochs have images of full size (``early_size``)."""
+    """Work of a training relative to one with full-size images in every epoch (``early_size``)."""
     full = config.views.size
     sizes = [
         size_at(epoch, settings.epochs, full, settings.early_size, settings.early_share)

@@ -1,4 +1,4 @@
-"""``cnn2gnn plan``: what a graph of so many images needs, before anybody rents a machine."""
+"""``cnn2gnn plan``: what a graph of a number of images needs, before you rent a machine."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def command(given: dict[str, Any], *, as_json: bool) -> int:
         f"{sizes.images:,} images, features of {sizes.dim}, projections of {sizes.graph_dim}, "
         f"{sizes.candidates} candidates; {sizes.parts} partitions on {sizes.ranks} ranks\n"
         f"halos: {sizes.halo1:.2f} and {sizes.halo2:.2f} nodes per inner node "
-        "(assuming weak homophily; --halo1, --halo2: your own, from `cnn2gnn graph`)"
+        "(assuming weak homophily; --halo1 and --halo2 take your own, from `cnn2gnn graph`)"
     )
     for place, title in PLACES.items():
         output(f"\n{title}")

@@ -18,10 +18,10 @@ class States:
     """Bytes per rank.
 
     Attributes:
-        weights: that forward and backward passes use.
-        gradients: of them.
-        optimizer: what it keeps, its own copy of the weights included.
-        buckets: in which collectives gather.
+        weights: those that forward and backward passes use.
+        gradients: of these weights.
+        optimizer: its state, including its own copy of the weights.
+        buckets: buffers of collectives.
     """
 
     weights: float
@@ -31,7 +31,7 @@ class States:
 
     @property
     def total(self) -> float:
-        """All of them."""
+        """Sum of all."""
         return self.weights + self.gradients + self.optimizer + self.buckets
 
 
@@ -47,7 +47,7 @@ def states(
     """Bytes of a model's states on a rank.
 
     Args:
-        parameters: values that are trained.
+        parameters: number of trained values.
         stage: of ZeRO, 0 to 3. From 1 on the optimizer updates a copy of its share of the weights.
         ranks: R.
         optimizer: "adamw" or "sgd".
@@ -69,17 +69,17 @@ def states(
 def sent_in_a_step(parameters: int, stage: int, ranks: int) -> float:
     """Bytes that a rank sends for an optimizer step (ZeRO, section 7).
 
-    In stages 0 to 2 gradients are reduced, and their sums or the weights gathered; in stage 3 weights are
-    gathered twice.
+    In stages 0 to 2 gradients are reduced, and their sums or the weights are gathered; in stage 3 the weights
+    are gathered twice.
     """
     around = (ranks - 1) / ranks * FLOAT * parameters
     return (3 if stage == 3 else 2) * around
 
 
 def ring_seconds(sent: float, ranks: int, bytes_per_s: float, latency_s: float) -> float:
-    """Seconds of collectives around a ring of R members, each of which sends so many bytes.
+    """Seconds of collectives around a ring of R members, each of which sends ``sent`` bytes.
 
-    2 (R - 1) messages follow each other (Patarasuk and Yuan, JPDC 2009).
+    They take 2 (R - 1) messages in sequence (Patarasuk and Yuan, JPDC 2009).
     """
     if ranks == 1:
         return 0.0

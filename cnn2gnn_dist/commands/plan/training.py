@@ -1,4 +1,4 @@
-"""``cnn2gnn plan --config …``: what a whole run needs of its hosts, and for how long."""
+"""``cnn2gnn plan --config …``: what a complete run needs from its hosts, and for how long."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from cnn2gnn_dist.pipeline import keys
 from cnn2gnn_dist.training.precision import choose
 
 NODES, GBITS = (1, 2, 4, 8, 16, 32, 64), (10, 25, 100, 400)
-"""Of the table of efficiencies."""
+"""Rows and columns of the table of efficiencies."""
 TRACED_BANK = 4096
-"""Rows of the bank in a trace: what a step keeps depends on the blocks, not on how many nodes there are."""
+"""Rows of the bank in a trace: what a step keeps depends on the blocks, not on the number of nodes."""
 
 
 def command(
@@ -40,13 +40,13 @@ def command(
     Args:
         source: the config: a preset or a file.
         overrides: of the config.
-        images: for training.
-        classes: of them.
+        images: number of training images.
+        classes: number of classes.
         cluster: the hosts.
         image_bytes: mean size of an encoded image; 0: the shards are left out.
-        decode_s: seconds of a core for an image; None: as measured for photographs or small images.
+        decode_s: seconds that a core takes for an image; None: as measured for photographs or small images.
         scaling: also print how efficient steps are on more nodes and other networks.
-        as_json: as one JSON object.
+        as_json: print one JSON object.
 
     Raises:
         UserError: a mistake in the config; a batch that the ranks can't share.
@@ -72,7 +72,7 @@ def command(
 
 @dataclass(frozen=True)
 class _RunPlan:
-    """What a run needs: bytes by what holds or sends them, and hours by stage (None: not known)."""
+    """What a run needs: bytes by what holds or sends them, and hours by stage (None: unknown)."""
 
     models: dict[str, ModelPlan]
     host: dict[str, float]
@@ -118,7 +118,7 @@ def _host(
     rows = {
         "processes": float(constants.PROCESS),
         "graph (halos included)": bank,
-        "batches that wait": waiting,
+        "prefetched batches": waiting,
     }
     if not cluster.on_gpu:
         rows["the larger model, in training"] = most
@@ -139,7 +139,7 @@ def _print_plan(plan: _RunPlan, cluster: Cluster, scaling: bool) -> None:
 def _print_model(plan: ModelPlan) -> None:
     found = plan.trace
     output(
-        f"\n{plan.kind}: {found.parameters:,} parameters, {found.flops / 1e9:,.3g} GFLOP an image; "
+        f"\n{plan.kind}: {found.parameters:,} parameters, {found.flops / 1e9:,.3g} GFLOP per image; "
         f"{plan.steps:,} steps of {plan.accumulation} x {plan.micro_batch} images per rank\n"
         "  memory of a rank      weights   gradients   optimizer     buckets activations       total"
     )
@@ -159,7 +159,7 @@ def _print_model(plan: ModelPlan) -> None:
                 f", {plan.network_s:.3g} s on the network (efficiency {share:.2f}, not overlapped)"
             )
     if plan.network_s is None:
-        line += "; --gbit says how long that takes"
+        line += "; with --gbit, also how long that takes"
     output(line)
 
 
@@ -185,7 +185,7 @@ def _print_sizes(title: str, rows: dict[str, float]) -> None:
 def _print_hours(rows: dict[str, float] | None, cluster: Cluster) -> None:
     if rows is None:
         missing = "--gflops" if cluster.flops is None else "--gbit"
-        output(f"\nhours: not known without {missing} (docs/sizing.md says how to measure it)")
+        output(f"\nhours: unknown without {missing} (docs/sizing.md says how to measure it)")
         return
     output("\nhours")
     for name, hours in rows.items():
@@ -197,7 +197,7 @@ def cluster_of(given: dict[str, Any]) -> Cluster:
     """The cluster of the command's options.
 
     Raises:
-        UserError: a number below its least value.
+        UserError: a number below its minimum.
     """
     for name in ("nodes", "gpus", "cores", "ranks"):
         if given[name] is not None and given[name] < 1:

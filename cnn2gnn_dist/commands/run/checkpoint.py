@@ -1,4 +1,4 @@
-"""``cnn2gnn checkpoint``: list, explain, verify and export the checkpoints of trainings."""
+"""``cnn2gnn checkpoint``: list, explain, verify and export training checkpoints."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def verify(place: Path) -> int:
 def export(place: Path, out: Path) -> int:
     """Write weights and buffers into one safetensors file with plain names; returns 0.
 
-    A teacher's names are those of its timm network; what else its use requires (mean and standard
+    A teacher's names are those of its timm network; what else is needed to use it (mean and standard
     deviation of the images, class names, architecture) is in the file's metadata.
 
     Raises:
@@ -92,7 +92,7 @@ def export(place: Path, out: Path) -> int:
         raise UserError(
             f"this checkpoint is not complete: {problem}",
             where=str(folder),
-            remedy=f"another one: `cnn2gnn checkpoint verify {folder.parent.parent}` shows which are",
+            remedy=f"name another: `cnn2gnn checkpoint verify {folder.parent.parent}` shows which are complete",
         )
     if out.exists():
         raise UserError("the file already exists", where=str(out), remedy="another --out")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``cnn2gnn checkpoint``."""
-    place = "folder of a run, of a stage in it (RUN/teacher), or a step-… folder; or a run.storage likewise"
+    place = "folder of a run, of a stage in it (RUN/teacher), or a step-… folder; or the same of a run.storage URL"
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, text in (
         ("ls", "one line per checkpoint: position, size, age"),

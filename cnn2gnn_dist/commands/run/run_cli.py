@@ -1,4 +1,4 @@
-"""The arguments of ``cnn2gnn run`` and of single stages, and the start of their ranks."""
+"""The arguments of ``cnn2gnn run`` and of single stages; starts their ranks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def arguments(parser: argparse.ArgumentParser, stages: list[str] | None) -> None
     parser.add_argument(
         "--force",
         action="store_true",
-        help="the same, but training resumes from its checkpoint under the new config",
+        help="like --update, but training resumes from its checkpoint under the new config",
     )
     parser.add_argument(
         "overrides",
@@ -100,7 +100,7 @@ def _on_ray(config: Config, stages: list[str] | None, update: bool, force: bool)
 
     cluster, ranks = config.cluster, config.run.ranks
     if not (cluster.address or os.environ.get("RAY_ADDRESS")):
-        # The ranks will run here: what they would refuse is refused before Ray is started.
+        # The ranks will run on this host, so their checks can be made before Ray is started.
         on_gpu = runner.choose_device(config.device) == "cuda"
         rendezvous.check_interfaces("nccl" if on_gpu else "gloo")
     with ray_cluster.running(cluster.address, ranks, logs=Path(str(config.run.dir)) / "ray-logs"):
@@ -141,7 +141,7 @@ def _on_ray(config: Config, stages: list[str] | None, update: bool, force: bool)
 
 
 def _fewer(config: Config, stages: list[str] | None) -> list[int]:
-    """World sizes with which the run could go on if hosts are lost, largest first."""
+    """World sizes with which the run could continue if hosts are lost, largest first."""
     from cnn2gnn_dist.pipeline.registry import stages_of
     from cnn2gnn_dist.stages.shared import preflight
 
@@ -151,7 +151,7 @@ def _fewer(config: Config, stages: list[str] | None) -> list[int]:
     for world_size in range(ranks - 1, (cluster.min_ranks or ranks) - 1, -1):
         if world_size % (cluster.ranks_per_node or 1):
             continue
-        with contextlib.suppress(UserError):  # its batches can't be shared by so many
+        with contextlib.suppress(UserError):  # the batch can't be divided among this many ranks
             preflight.check(config, names, world_size)
             found.append(world_size)
     return found
@@ -183,7 +183,7 @@ def _print_summary(config: Config) -> None:
 
     root = Path(str(config.run.dir))
     report, stored = root / "report.html", config.run.storage
-    if stored is not None and not (root / "results.json").is_file():  # rank 0 has another scratch
+    if stored is not None and not (root / "results.json").is_file():  # rank 0 ran on another host
         log.output(f"results  {stored}")
         return
     log.output("\n" + table(json.loads((root / "results.json").read_text(encoding="utf-8"))))

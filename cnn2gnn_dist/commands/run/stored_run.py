@@ -1,4 +1,4 @@
-"""A run's storage named where a command takes a folder: what the command reads of it is fetched for its time."""
+"""Commands on a run.storage URL instead of a folder: what they read is fetched to a temporary folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from cnn2gnn_dist.data.storage.urls import is_remote
 from cnn2gnn_dist.errors import UserError
 
-if TYPE_CHECKING:  # training's side: a model answers where its packages are not installed
+if TYPE_CHECKING:  # needs training's packages, which a machine that only answers may not have
     from cnn2gnn_dist.run_storage.store import Store
 
 TRAININGS = ("teacher", "student", "control")
@@ -46,8 +46,8 @@ def model_at(place: str) -> Iterator[Path]:
 def checkpoints_at(place: str) -> Iterator[Path]:
     """Context manager for a folder with checkpoints: of a run, of a stage in it, or one checkpoint.
 
-    Of a stored run (URL, URL/STAGE, URL/STAGE/checkpoints/step-…) they are fetched whole, with the manifests
-    and the records of their stages.
+    Of a stored run (URL, URL/STAGE, URL/STAGE/checkpoints/step-…) they are fetched completely, with the
+    manifests and the records of their stages.
 
     Raises:
         UserError: no run is stored there, or something in it is damaged.
@@ -79,6 +79,6 @@ def _opened(url: str, place: str) -> Store:
         raise UserError(
             "no run is stored here",
             where=place,
-            remedy="the URL that the run has as run.storage",
+            remedy="name the URL that the run's config has as run.storage",
         )
     return store

@@ -219,7 +219,7 @@ def made(tmp_path, what):
         ("missing", "no such folder", "name a folder"),
         ("one class", "all 12 images are of one class ('cat')", "another class"),
         ("single images", "single image", "add images"),
-        ("loose", "3 images and no class folders", "FOLDER/CLASS/IMAGE"),
+        ("loose", "3 images but no class folders", "FOLDER/CLASS/IMAGE"),
         ("no training part", "none of them is for training", "'train'"),
         ("mixed", "folders of images and tar shards", "name one kind"),
         ("empty class", "'c'", "remove the folder"),

@@ -114,9 +114,9 @@ def test_hours_follow_precision_and_the_size_of_early_epochs(capsys):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--gpus", "2"], "--gpus is of a whole run"),
-        (["teacher.epochs=3"], "overrides is of a whole run"),
-        (["--classes", "10", "--dim", "64"], "--dim is of the graph alone"),
+        (["--gpus", "2"], "--gpus is only for a complete run"),
+        (["teacher.epochs=3"], "overrides is only for a complete run"),
+        (["--classes", "10", "--dim", "64"], "--dim is only for the graph alone"),
         (["--classes", "1"], "classes = 1"),
         (["--classes", "10", "--nodes", "0"], "nodes = 0"),
         (["--classes", "10", "--gbit", "0"], "gbit = 0"),
@@ -148,5 +148,5 @@ def test_a_plan_is_readable(capsys):
     told = capsys.readouterr().out
     assert "config demo: 2 nodes x 4 GPUs, 8 ranks" in told
     assert told.count("<- this config") == 2
-    assert "--gbit says how long that takes" in told
-    assert "hours: not known without --gflops" in told
+    assert "with --gbit, also how long that takes" in told
+    assert "hours: unknown without --gflops" in told

@@ -212,5 +212,5 @@ def test_answers_are_written_as_files(model, tmp_path):
     page = (tmp_path / "a.html").read_text()
     assert page.count("<article") == 4
     assert page.count("data:image") == sum(len(a.neighbours) for a in answers)
-    with pytest.raises(UserError, match=r"no kind of file for answers: \.xlsx"):
+    with pytest.raises(UserError, match=r"answers can.t be written in this format: \.xlsx"):
         writer_of(tmp_path / "a.xlsx")
