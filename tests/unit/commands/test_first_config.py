@@ -255,7 +255,7 @@ def test_the_network_of_a_file_of_weights_is_found_by_its_name_or_shapes(tmp_pat
         save_file(state, tmp_path / name)
         found = weights.from_file(str(tmp_path / name))
         assert found["arch"] == "resnet18"
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(UserError, match="no such weights file"):
         weights.from_file(str(tmp_path / "none"))
     save_file({"a": state["fc.weight"]}, tmp_path / "odd.safetensors")
     with pytest.raises(UserError, match="fit none"):
