@@ -141,7 +141,7 @@ def test_a_page_does_not_wait_for_a_pipe_that_was_read(model, tmp_path):
         (["--out", "/proc/a.csv"], "this file can't be written to"),
         (["--out", "a.png/"], "this folder can't be written to"),
         (["--out", "sub.csv/"], "answers  sub.csv: 1 images"),
-        (["--coverage", "0.9", "--together"], "of single images"),
+        (["--coverage", "0.9", "--together"], "answered one by one"),
     ],
 )
 def test_where_answers_cannot_go(model, tmp_path, monkeypatch, capsys, arguments, message):
