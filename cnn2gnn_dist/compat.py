@@ -1,6 +1,6 @@
-"""The import shims that two libraries need beside a current torch, and nothing else.
+"""The import shims that two libraries need with a current torch, and nothing else.
 
-``torchvision`` from PyPI is linked against CUDA: beside a CPU build of torch its operators are
+``torchvision`` from PyPI is linked against CUDA: with a CPU build of torch its operators are
 missing and ``import torchvision`` (hence ``import timm``) fails. ``dgl`` 2.1.0, the last on PyPI,
 imports ``dgl.graphbolt``, which needs a compiled library for each torch release.
 Import both libraries through the functions below.
@@ -47,8 +47,8 @@ def import_torchvision() -> Any:
 
 
 def import_dgl() -> Any:
-    """Import dgl with graphbolt stubbed out (its wheels do not load beside a current torch)."""
-    os.environ.setdefault("DGLBACKEND", "pytorch")  # else it asks on stderr and writes to HOME
+    """Import dgl with graphbolt stubbed out (its wheels do not load with a current torch)."""
+    os.environ.setdefault("DGLBACKEND", "pytorch")  # otherwise it asks on stderr and writes to HOME
     if "dgl.graphbolt" not in sys.modules:
         stub = types.ModuleType("dgl.graphbolt")
         stub.__path__ = []

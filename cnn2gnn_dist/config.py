@@ -24,8 +24,8 @@ class RunConfig(Section):
     )
     storage: str | None = Field(
         None,
-        description="URL (s3://bucket/folder, or another that fsspec writes to) that also keeps the run: run.dir may "
-        "then be lost, and the same command continues on an empty one (docs/cluster.md); null: run.dir alone",
+        description="URL (s3://bucket/folder, or any other that fsspec can write to) where the run is also stored: if "
+        "run.dir is lost, the same command continues with an empty one (docs/cluster.md); null: only run.dir",
     )
     log_steps: int = Field(10, ge=1, description="optimizer steps between lines of metrics")
     ranks: int = Field(2, ge=1, description="training processes (world size) that `cnn2gnn run` starts; "
@@ -38,7 +38,7 @@ class TeacherConfig(TrainConfig):
     epochs: int = Field(
         10,
         ge=0,
-        description="passes over the training images; 0: the network of `weights` is used as it is",
+        description="passes over the training images; 0: the network of `weights` is used as is",
     )
     arch: str = Field("resnet18", description="whitened_cnn (args: widths), or any timm model name")
     args: dict[str, Any] = Field(
@@ -70,8 +70,8 @@ class TargetsConfig(Section):
     )
     logits: str | None = Field(
         None,
-        description="Parquet file of ready logits, columns key (or id) and logits: there is no teacher then; null: the "
-        "teacher's (docs/recipe.md)",
+        description="Parquet file of precomputed logits, columns key (or id) and logits, in place of a teacher; null: "
+        "the teacher's (docs/recipe.md)",
         json_schema_extra=PATH,
     )
     top_k: int | None = Field(None, ge=1, description="classes kept per row; null: all")
@@ -90,7 +90,7 @@ class StudentConfig(TrainConfig):
     stem_lr: float = Field(
         1.0,
         ge=0,
-        description="factor of the learning rate for the stem; 0: frozen, norms' statistics aside",
+        description="factor of the learning rate for the stem; 0: frozen, except for the norms' statistics",
     )
     weights: str | None = Field(
         None,
@@ -172,28 +172,28 @@ class ClusterConfig(Section):
     max_failures: int = Field(3, ge=0, description="how often the group of ranks is restarted")
     strategy: Literal["PACK", "SPREAD", "STRICT_SPREAD"] = Field(
         "PACK",
-        description="ranks on as few nodes as possible, on as many as possible, or each on a node of its own",
+        description="ranks on as few nodes as possible, on as many as possible, or each on a separate node",
     )
     ranks_per_node: int | None = Field(
         None,
         ge=1,
-        description="exactly so many ranks on each node; null: as cluster.strategy places them",
+        description="exactly this many ranks on each node; null: as cluster.strategy places them",
     )
     rank_resources: dict[str, float] = Field(
         default_factory=dict,
-        description="what a rank takes of Ray's custom resources, such as {trainer: 1}: it runs only on nodes "
+        description="custom Ray resources that a rank requires, such as {trainer: 1}: it runs only on nodes "
         "that were started with them",
     )
     reader_resources: dict[str, float] = Field(
         default_factory=dict,
         description="the same for a reader actor; readers are then spread over the nodes that have them, instead "
-        "of working on their rank's node",
+        "of running on their rank's node",
     )
     min_ranks: int | None = Field(
         None,
         ge=1,
-        description="under Ray, where there is no room for all ranks: go on with fewer, but not with less than so "
-        "many; null: with all or not at all",
+        description="under Ray, if there is no room for all ranks: continue with fewer, but with at least this "
+        "many; null: all or none",
     )
     timeout_s: float = Field(
         120.0, gt=0, description="seconds that a collective waits for a silent rank"
@@ -201,7 +201,7 @@ class ClusterConfig(Section):
     wait_s: float = Field(
         600.0,
         ge=0,
-        description="under Ray, when a rank was lost: seconds to wait for a host that may come back, or another",
+        description="under Ray, after a rank was lost: seconds to wait for its host to return, or for another",
     )
 
 
@@ -214,7 +214,7 @@ class CheckpointConfig(Section):
         True, description="also keep the one with the best held-out accuracy so far"
     )
     max_failures: int = Field(
-        5, ge=1, description="how many in succession may fail to be written before training stops"
+        5, ge=1, description="how many consecutive saves may fail before training stops"
     )
     grace_s: float = Field(
         25.0,

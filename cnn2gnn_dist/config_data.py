@@ -1,4 +1,4 @@
-"""The settings of the images: which, how they become arrays, and how they reach a training process."""
+"""Settings of the images: which ones, how they become arrays, and how they reach a training process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class DataConfig(Section):
     )
     test: str | list[str] | None = Field(
         None,
-        description="the same for the held-out images; null: hold out a share of `holdout` of each class",
+        description="the same for the held-out images; null: hold out the share `holdout` of each class",
         json_schema_extra=PATH,
     )
     holdout: float = Field(
@@ -36,7 +36,7 @@ class DataConfig(Section):
         ge=0,
         lt=1,
         description="share of the training images of each class set apart and never trained on: the exported model "
-        "is calibrated on them (confidence, new classes); 0: it is not",
+        "is calibrated on them (confidence, new classes); 0: no calibration",
     )
     shard_size: int = Field(2048, ge=1, description="samples per packed shard")
     image_column: str = Field("image", description="Parquet column of the images")
@@ -61,7 +61,7 @@ class DataConfig(Section):
     unlabelled: bool = Field(
         False,
         description="accept training images without a label (shards: no .cls; Parquet: null or -1): they learn from "
-        "soft targets only, and are nobody's neighbors",
+        "soft targets only, and are never neighbors",
     )
     allow_empty_classes: bool = Field(False, description="accept classes without training images")
     checksums: bool = Field(
@@ -97,7 +97,7 @@ class ViewsConfig(Section):
     magnitude: int = Field(9, ge=0, le=30, description="RandAugment: their strength")
     hook: str = Field(
         "",
-        description="a transform of another library on each view: timm:CONFIG, as timm's --aa reads it "
+        description="another library's transform, applied to each view: timm:CONFIG, as timm's --aa reads it "
         "(timm:rand-m9-mstd0.5-inc1), or MODULE:FUNCTION (docs/recipe.md)",
     )
     scale: tuple[float, float] = Field(
@@ -139,7 +139,7 @@ class StreamConfig(Section):
     decoded_bytes: int = Field(
         0,
         ge=0,
-        description="size in bytes of a node's cache of decoded images, beside the manifest (0: none); "
+        description="size in bytes of a node's cache of decoded images, next to the manifest (0: none); "
         "for small images; unused with random_resized_crop",
     )
     cache_dir: str = Field(

@@ -99,7 +99,7 @@ class GraphConfig(Section):
         description="dataset: neighbors from the bank of all training images; batch: within the batch, as in the paper",
     )
     dim: int = Field(
-        64, ge=2, description="d: width of the projection z in which distances are taken"
+        64, ge=2, description="d: width of the projection z in which distances are measured"
     )
     candidates: int = Field(20, ge=2, description="M: nearest training images kept per node")
     neighbours: int = Field(10, ge=1, description="k: neighbors with a weight above zero, k < M")

@@ -16,5 +16,5 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
     moved: ClassVar[dict[str, str]] = {}
-    """Fields that lay in this section by their name then, and where they are now. Both are read
-    (settings.py); keys of stages have the name then (pipeline/keys.py)."""
+    """Fields that used to be in this section: their former name → where they are now. Both are accepted
+    (settings.py); keys of stages use the former name (pipeline/keys.py)."""

@@ -1,4 +1,4 @@
-"""The settings that the trainings of teacher and student have in common."""
+"""Training settings shared by teacher and student."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cnn2gnn_dist.config_section import PATH, Section
 
 
 class TrainConfig(Section):
-    """Training settings that teacher and student have in common."""
+    """Training settings shared by teacher and student."""
 
     epochs: int = Field(10, ge=1, description="passes over the training images")
     early_size: int | None = Field(

@@ -1,4 +1,4 @@
-"""Config fields that do not go together: which one to change, and how."""
+"""Config fields that don't fit together: which one to change, and how."""
 
 from __future__ import annotations
 
@@ -106,14 +106,14 @@ def check_teacher(config: Config) -> None:
     """Check that there is a teacher, trained or given, and that ready logits are of the clean images."""
     if config.targets.logits is not None and config.targets.views:
         raise refuse(
-            f"targets.logits has one row for each image, but targets.views={config.targets.views} asks for those of "
+            f"targets.logits has one row per image, but targets.views={config.targets.views} asks for logits of "
             "augmented views",
             "targets.views",
             "targets.views=0",
         )
     if not config.teacher.epochs and not (config.teacher.weights or config.targets.logits):
         raise refuse(
-            "a teacher of no epochs has learned nothing",
+            "a teacher trained for 0 epochs has learned nothing",
             "teacher.epochs",
             "teacher.weights=FILE with a trained network, targets.logits=FILE, or 1 or more epochs",
         )
@@ -124,14 +124,15 @@ def check_sizes(config: Config) -> None:
     for part, train in (("teacher", config.teacher), ("student", config.student)):
         if train.early_size is not None and train.early_size >= config.views.size:
             raise refuse(
-                f"images of {train.early_size} pixels first, of {config.views.size} later: early ones are smaller",
+                f"early images of {train.early_size} pixels, later ones of {config.views.size}: early ones must be "
+                "smaller",
                 f"{part}.early_size",
                 f"less than views.size={config.views.size}, or null",
             )
 
 
 def notes(config: Config, surroundings: Surroundings | None = None) -> list[str]:
-    """What will run, but probably not as intended; trials with few epochs do so knowingly.
+    """Settings that run, but probably not as intended; in trials with few epochs they may be deliberate.
 
     Args:
         config: of the run.

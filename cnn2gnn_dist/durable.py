@@ -27,7 +27,7 @@ def sync(path: Path) -> None:
 
 
 def forget_pages(path: Path) -> None:
-    """Drop this host's cached pages of a file that other hosts write too: its server is asked again.
+    """Drop this host's cached pages of a file that other hosts also write, so that reads ask the server again.
 
     Pages that some process has mapped stay.
     """
@@ -47,15 +47,15 @@ def sha256(path: Path) -> str:
 
 @contextmanager
 def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
-    """Replace a file atomically: write the file that this gives, and it is synced and renamed.
+    """Replace a file atomically: the caller writes to the yielded path, which is then synced and renamed.
 
     Readers see the old one or the new one. After an error the old one stays and nothing is left
-    behind; what a kill leaves behind the next attempt overwrites.
+    behind; what a kill leaves behind is overwritten by the next attempt.
 
     Args:
         path: the file.
-        shared: several processes may do this at the same time, and one of them wins. Else the
-            caller sees to it that there is one.
+        shared: several processes may do this at the same time, and one of them wins. Otherwise the
+            caller ensures that there is only one.
     """
     name = f".{path.name}.{os.getpid()}.tmp" if shared else f"{path.name}.tmp"
     temporary = path.with_name(name)
@@ -75,7 +75,7 @@ def write_text(path: Path, text: str, *, shared: bool = False) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines; one that a kill cut off is left out."""
+    """The objects of a file of JSON lines; a line that a kill cut off is left out."""
     found = []
     for text in path.read_text(encoding="utf-8").splitlines():
         with suppress(ValueError):
@@ -127,7 +127,7 @@ def check_writable(path: Path) -> None:
 
 
 def create_folder(folder: Path) -> None:
-    """Create a folder with those above it, if it is missing, and check that it can be written to.
+    """Create a folder and its parents if they are missing, and check that it can be written to.
 
     Raises:
         UserError: it can't.
@@ -146,7 +146,7 @@ def _not_writable(path: Path, kind: str, error: OSError) -> UserError:
     return UserError(
         f"this {kind} can't be written to: {error.strerror}",
         where=str(path),
-        remedy=f"name a {kind} in a folder that exists and that you may write to",
+        remedy=f"name a {kind} in an existing folder that you can write to",
     )
 
 

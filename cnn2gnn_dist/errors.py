@@ -1,12 +1,12 @@
 """Errors for the user to fix: what is wrong, where, and the remedy.
 
-How the texts are written, so that a line of the command line reads on from ``cnn2gnn:``
+How the texts are written, so that they continue the ``cnn2gnn:`` that the command line puts before them:
 
 - ``what``: what is wrong, with the values concerned. It begins in lower case (but for names, such as
   Ray or METIS) and has no full stop; a second thought follows after a colon or a semicolon.
-- ``where``: a path, a key, a field or a variable, as it is typed; no sentence.
-- ``remedy``: what to do, as an order or a command, in the same form as ``what``. Carried out as it is
-  written it works (``tests/end_to_end/test_remedies.py``).
+- ``where``: a path, a key, a field or a variable, as it is typed; not a sentence.
+- ``remedy``: what to do, as an imperative or a command, in the same form as ``what``. Carried out as
+  written, it works (``tests/end_to_end/test_remedies.py``).
 """
 
 from __future__ import annotations
@@ -63,12 +63,12 @@ def _rebuild(cls: type[UserError], what: str, where: str, remedy: str) -> UserEr
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in its first line; its kind if it says nothing."""
+    """The first line of an error's message; its type if the message is empty."""
     return _lines(error)[0]
 
 
 def last_line(error: BaseException) -> str:
-    """What an error says, in its last line; its kind if it says nothing."""
+    """The last line of an error's message; its type if the message is empty."""
     return _lines(error)[-1]
 
 

@@ -1,4 +1,4 @@
-"""Dotted names of the config's fields: which there are, which have moved, which one is meant."""
+"""Dotted names of the config's fields: all of them, those that have moved, and the one probably meant."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def is_section(kind: Any) -> bool:
 
 
 def kind_of(path: str) -> tuple[Any, list[str]]:
-    """Type of the field of a path, and the names on the way; ``Any`` inside of a mapping.
+    """Type of the field at a path, and the names on the way; ``Any`` inside a mapping.
 
     Raises:
         UserError: there is no such field.
@@ -60,7 +60,7 @@ def kind_of(path: str) -> tuple[Any, list[str]]:
 
 @functools.cache
 def moved() -> dict[str, str]:
-    """Fields that have moved (``Section.moved``): the name that each came in with to that of today."""
+    """Fields that have moved (``Section.moved``): original name → current name."""
     found: dict[str, str] = {}
     for path in ("", *paths()):
         section = kind_of(path)[0] if path else Config
@@ -71,12 +71,12 @@ def moved() -> dict[str, str]:
 
 
 def current_name(path: str) -> str:
-    """The name of a field that may be given by the one it came in with."""
+    """The current name of a field that may be given by its original one."""
     return moved().get(path, path)
 
 
 def original_name(path: str) -> str:
-    """The name that a field came in with: the keys of stages know it by that one."""
+    """The original name of a field, which the keys of stages use."""
     return next((old for old, now in moved().items() if now == path), path)
 
 
@@ -86,10 +86,10 @@ def with_current_names(tree: Mapping[str, Any], where: str, old: dict[str, None]
     Args:
         tree: as a file holds it.
         where: the file, for errors.
-        old: takes in the old names that are found.
+        old: collects the old names that are found.
 
     Raises:
-        UserError: a field is there by both of its names.
+        UserError: a field is given by both of its names.
     """
     found = _copy(tree)
     for before, now in moved().items():
@@ -122,7 +122,7 @@ def _copy(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _section_of(tree: dict[str, Any], sections: list[str], make: bool) -> dict[str, Any] | None:
-    """What is in a section of a tree, if it is there, or is to be made, and holds fields."""
+    """A section of a tree, created if ``make``; None if it is absent or is not a mapping."""
     node: Any = tree
     for section in sections:
         if make and node.get(section) is None:
@@ -133,11 +133,11 @@ def _section_of(tree: dict[str, Any], sections: list[str], make: bool) -> dict[s
     return node
 
 
-# --- names that there are not ---------------------------------------------------------------------
+# --- unknown names --------------------------------------------------------------------------------
 
 
 def unknown(loc: list[str]) -> UserError:
-    """What to say of a name that no field has."""
+    """The error for a name that no field has."""
     if len(loc) == 1 and loc[0] in paths():
         *sections, field = loc[0].split(".")
         shown = f"{{{field}: …}}"

@@ -57,7 +57,7 @@ def main() -> int:
 
 
 def _run(arguments: argparse.Namespace, unknown: list[str], program: str) -> int:
-    """This rank's part of the run; its exit code. ``unknown``: words that are no option."""
+    """This rank's part of the run; its exit code. ``unknown``: arguments that are not options."""
     ranks = Ranks()
     try:
         ranks = Ranks.from_environment()
@@ -75,7 +75,7 @@ def _run(arguments: argparse.Namespace, unknown: list[str], program: str) -> int
             ranks=ranks,
         )
     except UserError as error:
-        # A request to stop reaches all ranks; other errors of theirs rank 0 may not hear of.
+        # A request to stop reaches all ranks; of other ranks' other errors rank 0 may not learn.
         if ranks.is_first or not (error.shared or isinstance(error, Preempted)):
             log.report_error(
                 error, program if ranks.is_first else f"{socket.gethostname()}: {program}"

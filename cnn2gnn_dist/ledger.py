@@ -28,9 +28,9 @@ CONFIG = "config.yaml"
 """File in a run's folder: the config of the last command that was not refused."""
 HELD = ".stored.json"
 """File in a stage's folder: those of its files that are in the run's storage (``run.storage``), whether or
-not they are here as well."""
+not they are on this disk as well."""
 NOTE = ".storage.json"
-"""File in a run's folder: what is here of the run that is in its storage."""
+"""File in a run's folder: which parts of the stored run are on this disk."""
 
 
 class Status(Enum):
@@ -182,7 +182,7 @@ def held(folder: Path) -> dict[str, int]:
 def missing(folder: Path, entry: Entry) -> str:
     """The first output that is missing or has the wrong size; empty if all are valid.
 
-    One that the run's storage has is not missing: it is fetched when it is needed.
+    A file in the run's storage is not missing: it is fetched when it is needed.
     """
     stored = held(folder)
     for name, size in entry.outputs:

@@ -53,7 +53,7 @@ def console(verbosity: int = NORMAL, rank: int = 0) -> Iterator[None]:
     before = logger.level, logger.propagate, _State.verbosity, _State.rank
     logger.addHandler(handler)
     logger.setLevel(LEVELS[verbosity])
-    logger.propagate = False  # a configured root logger would print all twice
+    logger.propagate = False  # a configured root logger would print everything twice
     _State.verbosity, _State.rank = verbosity, rank
     try:
         yield

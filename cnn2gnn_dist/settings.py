@@ -31,8 +31,8 @@ def load(
 ) -> Config:
     """Read a config from a preset's name or a YAML file, then apply ``a.b=value`` overrides.
 
-    The text of a value is parsed by the type of its field (see :mod:`.typed_text`); of two overrides
-    of one field the last counts. In paths ``$NAME`` and ``${NAME}`` stand for environment
+    The text of a value is parsed by the type of its field (see :mod:`.typed_text`); if a field
+    is overridden twice, the last one wins. In paths ``$NAME`` and ``${NAME}`` stand for environment
     variables, ``$$`` for a dollar sign, and a leading ``~`` for the home folder.
 
     ``run.dir`` and the paths of data and weights are returned absolute (relative ones
@@ -360,7 +360,7 @@ def _expanded(path: str, where: str) -> str:
 
 
 def _absolute(path: str, where: str) -> str:
-    if not path.strip():  # otherwise the working directory, which was never named
+    if not path.strip():  # it would become the working directory, which nobody named
         raise UserError("an empty path", where=where, remedy=f"{where}=PATH")
     if path.lower().startswith("file://"):
         local = unquote(path[len("file://") :]).removeprefix("localhost")
@@ -379,7 +379,7 @@ def _absolute(path: str, where: str) -> str:
     if known.startswith("~"):
         user = known.partition("/")[0]
         raise UserError(
-            f"there is no user {user[1:]!r}, so {user} is no home folder",
+            f"there is no user {user[1:]!r}, so {user} is not a home folder",
             where=f"{where}={path}",
             remedy=f"{where}=./{path} if the name starts with a tilde",
         )

@@ -50,7 +50,7 @@ exit 127
 """Runs under the interpreter of Ray's own workers (children of the raylet, whose command line names
 it), whether or not its environment is activated; with ``--pip`` under that of the job's environment."""
 STOP_SECONDS = 60.0
-"""For a job to end after it was asked to; Ray kills it after 3."""
+"""How long to wait for a job to end after asking it to; Ray kills it after 3."""
 
 
 def main() -> int:
@@ -88,7 +88,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="REQUIREMENT",
-        help="install this on every host before the run, in an environment of the job's own; may be repeated",
+        help="install this on every host before the run, in a separate environment for the job; may be repeated",
     )
     parser.add_argument("arguments", nargs="*", help="arguments of `cnn2gnn run`, after --")
     parser.set_defaults(command=_submit)
@@ -145,7 +145,9 @@ def _submit(options: argparse.Namespace) -> int:
         ) from None
     log.output(f"{job}: {found.status.value}")
     if found.driver_exit_code is None and found.status == JobStatus.FAILED and found.message:
-        _log.warning(found.message.strip())  # it never began: its environment could not be made
+        _log.warning(
+            found.message.strip()
+        )  # it never started: its environment could not be created
     return 0 if found.status == JobStatus.SUCCEEDED else found.driver_exit_code or 1
 
 
@@ -171,7 +173,7 @@ def _package(scratch: Path) -> Path:
 
 
 def _stop(client: Any, job: str) -> None:
-    """Stop a job, and wait until nothing of it runs any more."""
+    """Stop a job, and wait until none of its processes is running."""
     client.stop_job(job)
     deadline = time.monotonic() + STOP_SECONDS
     while not client.get_job_status(job).is_terminal() and time.monotonic() < deadline:

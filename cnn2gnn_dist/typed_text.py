@@ -108,7 +108,7 @@ def is_path(field: FieldInfo) -> bool:
 
 
 class Dumper(yaml.SafeDumper):
-    """Writes YAML that this module and any YAML reader parse to the same values."""
+    """Writes YAML that this module and other YAML readers parse to the same values."""
 
 
 Dumper.add_implicit_resolver(  # such strings are quoted

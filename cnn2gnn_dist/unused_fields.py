@@ -1,6 +1,6 @@
-"""Fields that are set and do nothing, because of what another field or the machine says.
+"""Fields that are set but have no effect, because of another field or the machine.
 
-A field counts as set where it is not at its default: a config does not remember who wrote what.
+A field counts as set where it is not at its default: a config does not record which fields a user wrote.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Surroundings:
 
 @dataclass(frozen=True)
 class _Rule:
-    """These fields do nothing ``when`` it holds, for this reason."""
+    """These fields have no effect where ``when`` holds, for the reason ``why``."""
 
     fields: tuple[str, ...]
     why: str
@@ -42,7 +42,7 @@ class _Rule:
 
 
 def _training_rules(section: str) -> tuple[_Rule, ...]:
-    """Rules of the settings that the trainings of "teacher" and "student" have in common."""
+    """Rules for the training settings shared by "teacher" and "student"."""
 
     def of(config: Config) -> TrainConfig:
         found: TrainConfig = getattr(config, section)
@@ -57,7 +57,7 @@ def _training_rules(section: str) -> tuple[_Rule, ...]:
     return (
         rule(
             "momentum",
-            f"only {section}.optimizer=sgd has it",
+            f"only {section}.optimizer=sgd uses it",
             lambda c, a: of(c).optimizer != "sgd",
         ),
         rule(
@@ -89,7 +89,7 @@ def _training_rules(section: str) -> tuple[_Rule, ...]:
 
 
 _RULES = (
-    # Which images.
+    # Choice of images.
     _Rule(
         ("data.shard_size", "data.image_column", "data.label_column"),
         "data.source=shards packs nothing",
@@ -120,7 +120,7 @@ _RULES = (
         "held-out images that are split off have the same classes",
         lambda c, a: c.data.test is None and c.data.source not in DOWNLOADED,
     ),
-    # What becomes of them.
+    # How they become arrays.
     _Rule(
         ("views.pad", "views.padding"),
         "only views.kind=shift and views.kind=crop_flip pad",
@@ -143,7 +143,7 @@ _RULES = (
     ),
     _Rule(
         ("views.magnitude",),
-        "views.randaugment=0 has no operations",
+        "views.randaugment=0 applies no operations",
         lambda c, a: not c.views.randaugment,
     ),
     _Rule(
@@ -161,7 +161,7 @@ _RULES = (
         "stream.cache_bytes=0 keeps nothing",
         lambda c, a: not c.stream.cache_bytes,
     ),
-    # Trainings.
+    # Training.
     *_training_rules("teacher"),
     *_training_rules("student"),
     _Rule(
@@ -217,7 +217,7 @@ _RULES = (
         "with graph.sampling.query=live and graph.sampling.second_hop=cached nothing is sampled",
         lambda c, a: (c.graph.sampling.query, c.graph.sampling.second_hop) == ("live", "cached"),
     ),
-    # Who carries the ranks.
+    # What runs the ranks.
     _Rule(
         (
             *(
@@ -257,7 +257,7 @@ _RULES = (
 
 
 def notes(config: Config, surroundings: Surroundings) -> list[str]:
-    """A line for each reason why fields that are set do nothing; a field has one at most."""
+    """A line for each reason why fields that are set have no effect; each field has at most one."""
     said: set[str] = set()
     found = []
     for rule in _RULES:
@@ -272,7 +272,7 @@ def notes(config: Config, surroundings: Surroundings) -> list[str]:
 
 
 def _fanouts(config: Config) -> list[str]:
-    """Lines about one of two numbers, or a part of one."""
+    """Lines about ``fanouts`` of which one number, or a part of it, has no effect."""
     graph, sampling, found = config.graph, config.graph.sampling, list[str]()
     if graph.scope != "dataset":
         return found
@@ -312,7 +312,7 @@ def _default(section: Any, name: str) -> Any:
 
 
 def _text(value: Any) -> str:
-    """As an override is written."""
+    """A value as it is written in an override."""
     if isinstance(value, bool):
         return str(value).lower()
     return f"{list(value)}" if isinstance(value, tuple) else f"{value}"

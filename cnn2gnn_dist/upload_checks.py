@@ -104,8 +104,9 @@ def _check_path(field: str, path: str, files: Mapping[str, int], folder: Path) -
 
 
 def _excluded(path: Path) -> str:
-    return ": it is excluded (tars, .git, runs, .venv, whatever .gitignore and .rayignore list)" * (
-        path.exists() or "*" in path.name or "{" in path.name
+    return (
+        ": it is excluded (tars, .git, runs, .venv, and whatever .gitignore and .rayignore list)"
+        * (path.exists() or "*" in path.name or "{" in path.name)
     )
 
 

@@ -168,5 +168,5 @@ def test_a_network_that_takes_no_smaller_images_is_refused() -> None:
     student = build_student(config, 10, "none")
     with pytest.raises(UserError, match="can't take images of 16 pixels"):
         check_early_size(student, student.stem, config.student, "student")
-    with pytest.raises(UserError, match="early ones are smaller"):
+    with pytest.raises(UserError, match="early ones must be smaller"):
         settings.load("demo", ["teacher.early_size=32", "views.size=32"])

@@ -202,7 +202,7 @@ def test_with_ready_logits_there_is_no_teacher():
     ("overrides", "says"),
     [
         (["teacher.epochs=0"], "has learned nothing"),
-        (["targets.logits=/x", "targets.views=2"], "one row for each image"),
+        (["targets.logits=/x", "targets.views=2"], "one row per image"),
     ],
 )
 def test_a_teacher_that_is_none_is_refused(overrides, says):
