@@ -147,10 +147,13 @@ def shuffled_accuracy(base: Path) -> float:
     train = load_manifest(context.paths.train_manifest)
     model = next(m for m in compared_models(context, train.num_classes, False) if m.with_bank)
     assert model.with_bank is not None
-    holder = model.with_bank.around.holder
+    around = model.with_bank.around
+    holder = around.holder
     place = np.random.default_rng(config.seed).permutation(len(train))
     rows = holder.rows
     holder.rows = lambda ids: rows(place[ids])  # type: ignore[method-assign]
+    if around.second is not None:  # what the second hop averages is the arbitrary node's, too
+        around.second.mean_KD = around.second.mean_KD[torch.from_numpy(place)]
     found = evaluate(context, model.answer, context.paths.test_manifest).found["student"]
     return float((found.predicted_N == found.label_N).mean())
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import faiss
 import numpy as np
 import onnxruntime
-from PIL import Image, ImageOps
+from PIL import Image
 
 folder, *paths = map(Path, sys.argv[1:])
 meta = json.loads((folder / "meta.json").read_text())
@@ -20,11 +20,18 @@ index.add(memory["z"])
 encoder = onnxruntime.InferenceSession(folder / "encoder.onnx")
 head = onnxruntime.InferenceSession(folder / "head.onnx")
 
-size = (meta["size"], meta["size"])
-pictures = [
-    ImageOps.fit(Image.open(p).convert("RGB"), size, Image.Resampling.BILINEAR) for p in paths
-]
-x, z, _ = encoder.run(None, {"images": np.stack([np.asarray(picture) for picture in pictures])})
+
+def view(path: Path) -> np.ndarray:
+    """The image as the model saw it: its shorter side resized to size x resize, the middle of it."""
+    image, side = Image.open(path).convert("RGB"), meta["size"]
+    short, least = round(side * meta["resize"]), min(image.size)
+    image = image.resize([short * n // least for n in image.size], Image.Resampling.BILINEAR)
+    left, top = (round((n - side) / 2) for n in image.size)
+    return np.asarray(image.crop((left, top, left + side, top + side)))
+
+
+pictures = [view(path) for path in paths]
+x, z, _ = encoder.run(None, {"images": np.stack(pictures)})
 _, near = index.search(z, min(meta["fanout"], index.ntotal))
 near_rows = {f"near_{name}": memory[name][near] for name in ("x", "z", "mean")}
 logits, _ = head.run(None, {"x": x, "z": z, "near_label": memory["labels"][near], **near_rows})

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from cnn2gnn_dist.errors import UserError, first_line
+from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference import inputs
 from cnn2gnn_dist.inference.answering import answers_of, check_counts
 from cnn2gnn_dist.inference.answers import Answer
@@ -22,7 +21,7 @@ from cnn2gnn_dist.inference.inputs import Pixels
 from cnn2gnn_dist.inference.memory import store
 from cnn2gnn_dist.inference.memory.store import Version
 from cnn2gnn_dist.inference.memory.view import Memory
-from cnn2gnn_dist.inference.network import Network, Outputs, joined
+from cnn2gnn_dist.inference.network import Network, Outputs, device_of, joined
 from cnn2gnn_dist.inference.scoring import Scoring
 
 BATCH = 64
@@ -44,6 +43,7 @@ class Classifier:
 
     Attributes:
         classes_: names of all classes; those added to the memory follow the trained ones.
+        identity: of the model that was opened (``artefact.identity``).
     """
 
     def __init__(
@@ -57,6 +57,7 @@ class Classifier:
         self.folder, self.spec, self.network, self.memory = folder, config, network, memory
         self.scoring = scoring
         self._views = config.views.spec()
+        self.identity = artefact.identity(folder)
         self._decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="decode")
 
     @classmethod
@@ -76,22 +77,27 @@ class Classifier:
         from safetensors.torch import load_file
 
         config = artefact.read_config(folder)
+        before = artefact.identity(folder)
         artefact.check_files(folder)
         memory = None
-        if (folder / artefact.MEMORY).is_dir():
+        if config.scope != "dataset":
+            pass  # a memory that is there all the same is another model's (``artefact.part``)
+        elif (folder / artefact.MEMORY).is_dir():
             memory = Memory.open(
                 folder / artefact.MEMORY,
                 check=lambda root, version: _verify(root, version, verify),
             )
-        elif config.scope == "dataset":
+        else:
             raise artefact.damaged(folder / artefact.MEMORY, "it is missing")
-        device = _device(device)
+        device = device_of(device)
         try:
             weights = load_file(folder / artefact.WEIGHTS)
         except (OSError, SafetensorError) as error:
             raise artefact.damaged(folder / artefact.WEIGHTS, str(error)) from None
         network = Network(config, weights, device)
-        return cls(folder, config, network, memory, Scoring.read(folder))
+        found = cls(folder, config, network, memory, Scoring.read(folder))
+        artefact.check_unchanged(folder, before)
+        return found
 
     @property
     def classes_(self) -> list[str]:
@@ -314,9 +320,25 @@ class Classifier:
         return self.scoring.probabilities(made, memory, len(self.spec.label_names))
 
     def reload(self) -> None:
-        """Open the current version of the memory; calls that are running finish with theirs."""
+        """Open the current version of the memory; calls that are running finish with theirs.
+
+        Raises:
+            UserError: the memory is damaged; the folder holds another model by now.
+        """
+        self.use_version(None)
+
+    def use_version(self, number: int | None) -> None:
+        """Open a version of the memory; None: the current one.
+
+        Raises:
+            UserError: there is no such version, or it is damaged; the folder holds another model by now.
+        """
         if self.memory is not None:
-            self.memory = Memory.open(self.memory.root)
+            memory = Memory.open(self.memory.root, number)
+            artefact.check_unchanged(
+                self.folder, self.identity
+            )  # afterwards: another model's rows are never taken
+            self.memory = memory
 
     def required_memory(self) -> Memory:
         """Return the memory.
@@ -359,20 +381,6 @@ class Classifier:
         from cnn2gnn_dist.inference.folder.hub import HubFolder
 
         return HubFolder(self.folder).push_to_hub(name, **hub)
-
-
-def _device(wanted: str) -> str:
-    if wanted == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(1, device=wanted)
-    except (RuntimeError, AssertionError, TypeError) as error:  # torch without CUDA asserts
-        raise UserError(
-            f"torch has no device {wanted!r} here: {first_line(error)}",
-            where="device",
-            remedy="auto, cpu, or cuda on a machine with a GPU that torch supports",
-        ) from None
-    return wanted
 
 
 def _verify(root: Path, version: Version, wanted: bool | None) -> None:

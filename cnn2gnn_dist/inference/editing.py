@@ -17,6 +17,7 @@ import torch
 
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference.classifier import BATCH, Classifier
+from cnn2gnn_dist.inference.folder import artefact
 from cnn2gnn_dist.inference.inputs import UNNAMED, Pixels
 from cnn2gnn_dist.inference.memory import edits, store
 from cnn2gnn_dist.inference.memory.new_classes import NewClasses, Trade
@@ -44,7 +45,8 @@ class Added:
         learned: whether its column was learned, rather than the mean of its images taken.
         old_before: accuracy on calibration images of the old classes before any new class, in %.
         trades: predicted accuracies of old and new classes for a range of losses; the one whose
-            ``old_loss`` was asked for applies. Empty for a trained class.
+            ``old_loss`` is below applies. Empty for a trained class.
+        old_loss: points that the old classes may lose to new ones; None: there are no new ones.
     """
 
     version: Version | None
@@ -55,6 +57,7 @@ class Added:
     learned: bool = False
     old_before: float | None = None
     trades: tuple[Trade, ...] = ()
+    old_loss: float | None = None
 
 
 def add(
@@ -62,7 +65,7 @@ def add(
     images: Any,
     class_name: str,
     *,
-    old_loss: float = 1.0,
+    old_loss: float | None = None,
     dry_run: bool = False,
     wait_s: float = 10.0,
 ) -> Added:
@@ -72,7 +75,8 @@ def add(
         model: with a memory.
         images: as ``Classifier.predict`` takes them.
         class_name: of all of them.
-        old_loss: points of accuracy that the old classes may lose to new ones.
+        old_loss: points of accuracy that the old classes may lose to new ones; None: as many as
+            when it was last said, else 1.
         dry_run: predict what it would do, and change nothing.
         wait_s: seconds to wait for another edit to finish.
 
@@ -80,7 +84,7 @@ def add(
         UserError: no memory; no image can be read; an image or its key is there already; a new
             class, and the model has no calibration images; nothing was changed.
     """
-    root = model.required_memory().root
+    root = _root(model)
     decoded = [one for many in model.batches(images, BATCH) for one in many]
     errors = [(one.name, one.error) for one in decoded if one.error is not None]
     good = [one for one in decoded if one.pixels is not None]
@@ -110,6 +114,7 @@ def add(
         learned=fitted.learned if fitted else False,
         old_before=fitted.old_before if fitted else None,
         trades=fitted.trades if fitted and not edit.classes[label].trained else (),
+        old_loss=fitted.old_loss if fitted else None,
     )
 
 
@@ -151,7 +156,7 @@ def forget(model: Classifier, keys: Sequence[str], *, wait_s: float = 10.0) -> V
         UserError: no memory; an unknown key; nothing was changed.
     """
     version = edits.forget(
-        model.required_memory().root,
+        _root(model),
         keys,
         score=lambda edit: _score_new_classes(model, edit, None, None, None),
         wait_s=wait_s,
@@ -166,7 +171,7 @@ def undo(model: Classifier) -> Version:
     Raises:
         UserError: no memory; no earlier version.
     """
-    version = edits.undo(model.required_memory().root)
+    version = edits.undo(_root(model))
     model.reload()
     return version
 
@@ -177,13 +182,13 @@ def compact(model: Classifier) -> Version:
     Raises:
         UserError: no memory; the disk is full; nothing was changed.
     """
-    version = edits.compact(model.required_memory().root)
+    version = edits.compact(_root(model))
     model.reload()
     return version
 
 
 def _edited(model: Classifier, change: Any, action: str, wait_s: float) -> Version:
-    root = model.required_memory().root
+    root = _root(model)
     with store.editing(root, wait_s):
         edit = edits.Edit(root)
         change(edit)
@@ -191,6 +196,17 @@ def _edited(model: Classifier, change: Any, action: str, wait_s: float) -> Versi
         version = edit.commit(action)
     model.reload()
     return version
+
+
+def _root(model: Classifier) -> Path:
+    """Folder of the memory to edit, which is still that of this model.
+
+    Raises:
+        UserError: no memory; the folder holds another model by now.
+    """
+    root = model.required_memory().root
+    artefact.check_unchanged(model.folder, model.identity)
+    return root
 
 
 def _outputs(model: Classifier, images: list[Pixels], memory: Memory) -> Outputs:
@@ -276,9 +292,7 @@ def _score_new_classes(
         )
         for label in np.unique(edit.labels[new_ids]).tolist()
     }
-    known = np.flatnonzero(
-        edit.live[: edit.before.rows] & (edit.labels[: edit.before.rows] < trained)
-    )
+    known = np.flatnonzero(edit.live & (edit.labels < trained))  # those being added, too
     known_x = edit.x(known).astype(np.float32)
     old = OldClasses.fit(
         known_x, edit.labels[known], held_out.images, held_out.labels_n,

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.errors import UserError, first_line
 from cnn2gnn_dist.inference.batch_invariance import make_batch_invariant, smallest_batch
 from cnn2gnn_dist.inference.folder.artefact import ModelConfig
 from cnn2gnn_dist.inference.memory.view import Memory
@@ -133,6 +133,25 @@ class Network:
         if missing := -len(images) % self._multiple:
             images = torch.cat([images, images.new_zeros(missing, *images.shape[1:])])
         return images.to(self.device)
+
+
+def device_of(wanted: str) -> str:
+    """A device of torch by its name; "auto": CUDA where there is one.
+
+    Raises:
+        UserError: torch has no such device here.
+    """
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=wanted)
+    except (RuntimeError, AssertionError, TypeError) as error:  # torch without CUDA asserts
+        raise UserError(
+            f"torch has no device {wanted!r} here: {first_line(error)}",
+            where="device",
+            remedy="auto, cpu, or cuda on a machine with a GPU that torch supports",
+        ) from None
+    return wanted
 
 
 class _Query:

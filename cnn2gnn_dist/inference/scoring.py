@@ -40,9 +40,12 @@ class HeldOut:
     @classmethod
     def read(cls, folder: Path) -> HeldOut | None:
         """Read ``calibration.npz`` of a model; None if it has none."""
-        path = folder / artefact.CALIBRATION
-        if not path.is_file():
-            return None
+        path = artefact.part(folder, artefact.CALIBRATION)
+        return None if path is None else cls.of(path)
+
+    @classmethod
+    def of(cls, path: Path) -> HeldOut:
+        """Read a ``calibration.npz``."""
         with np.load(path) as kept:
             return cls(Images(kept["logits"], kept["x"]), kept["label"])
 
@@ -69,8 +72,8 @@ class Scoring:
         Raises:
             UserError: it is damaged.
         """  # noqa: DOC501
-        path = folder / FITTED
-        if not path.is_file():
+        path = artefact.part(folder, FITTED)
+        if path is None:
             return cls()
         try:
             tree = json.loads(path.read_text(encoding="utf-8"))
@@ -199,10 +202,11 @@ def votes(made: Outputs, memory: Memory, classes: int) -> np.ndarray:
 
 def write(folder: Path) -> None:
     """Fit what ``calibration.npz`` of a model allows, and write ``calibration.json``."""
-    held_out = HeldOut.read(folder)
-    if held_out is None:
+    path = folder / artefact.CALIBRATION
+    if not path.is_file():
         return
-    with np.load(folder / artefact.CALIBRATION) as kept:
+    held_out = HeldOut.of(path)  # the checksums, which would list it, are written last
+    with np.load(path) as kept:
         distances = kept["near_distance"]
     fitted = Calibration.fit(
         held_out.images.logits_nC,

@@ -172,8 +172,9 @@ def _add_edits(app: FastAPI, service: Service) -> None:
         request: Request,
         class_name: Annotated[str | None, Query(alias="class")] = None,
         old_loss: Annotated[
-            float, Query(ge=0, le=100, description="points that the trained classes may lose")
-        ] = 1.0,
+            float | None,
+            Query(ge=0, le=100, description="points that the trained classes may lose"),
+        ] = None,
         dry_run: Annotated[bool, Query(description="predict the accuracies, add nothing")] = False,
     ) -> dict[str, Any]:
         check(request)
@@ -194,6 +195,7 @@ def _add_edits(app: FastAPI, service: Service) -> None:
             "new_class": made.new_class,
             "learned": made.learned,
             "old_before": made.old_before,
+            "old_loss": made.old_loss,
             "trades": [asdict(trade) for trade in made.trades],
             "memory": service.memory(),
         }

@@ -16,9 +16,9 @@ import numpy as np
 
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference.classifier import Classifier
+from cnn2gnn_dist.inference.folder import artefact
 from cnn2gnn_dist.inference.inputs import Pixels
 from cnn2gnn_dist.inference.memory import store
-from cnn2gnn_dist.inference.memory.view import Memory
 
 _log = logging.getLogger(__name__)
 
@@ -70,9 +70,12 @@ class LiveModel:
         """Load the current version from disk if another process has made one; True if it did.
 
         Raises:
-            UserError: the memory is damaged; the version before continues to answer.
+            UserError: the memory is damaged, or the folder holds another model by now; the version
+                before continues to answer.
         """
-        memory = self._current.memory
+        current, memory = self._current, self._current.memory
+        if memory is not None:
+            artefact.check_unchanged(current.folder, current.identity)
         if memory is None or store.head(memory.root) == memory.version.number:
             return False
         with self._lock:
@@ -91,7 +94,7 @@ class LiveModel:
             beside = self._copy()
             assert beside.memory is not None
             if beside.memory.version.number != number:
-                beside.memory = Memory.open(beside.memory.root, number)
+                beside.use_version(number)
                 self._swap(beside)
 
     def _copy(self) -> Classifier:

@@ -1,5 +1,6 @@
 """The ONNX export answers as torch does, in an example that imports no torch."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from cnn2gnn_dist import cli
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference.classifier import Classifier
 from cnn2gnn_dist.inference.export import graphs, onnx_export
+from cnn2gnn_dist.inference.folder import artefact
 from cnn2gnn_dist.models.block import nearest
 from tests.support.models import pictures, write_model
 from tests.support.shards import encode_image
@@ -29,11 +31,17 @@ def test_weights_of_sorted_distances_are_those_of_adaptive_neighbours(columns, k
     torch.testing.assert_close(graphs.weights_of_sorted(d, k), expected)
 
 
-def test_the_example_answers_as_the_model(tmp_path):
+@pytest.mark.parametrize("resize", [1.0, 1.25])
+def test_the_example_answers_as_the_model(tmp_path, resize):
     folder = write_model(tmp_path / "m")
+    tree = json.loads((folder / artefact.CONFIG).read_text())
+    tree["views"]["resize"] = resize  # of 20 rows the middle 16 are seen
+    (folder / artefact.CONFIG).write_text(json.dumps(tree))
+    artefact.write_checksums(folder)
     images = [tmp_path / f"{n}.png" for n in range(3)]
     for path, image in zip(images, pictures(3, seed=6), strict=True):
-        path.write_bytes(encode_image(image))
+        whole = image if resize == 1.0 else np.pad(image, ((2, 2), (4, 4), (0, 0)), mode="wrap")
+        path.write_bytes(encode_image(whole))
     assert cli.main(["export", str(folder), "--to", str(tmp_path / "onnx"), "--onnx"]) == 0
     done = subprocess.run(
         [sys.executable, str(EXAMPLE), str(tmp_path / "onnx"), *map(str, images)],

@@ -1,14 +1,19 @@
 """Whole shards over ranks: each input once, what is there is skipped, the answers those of one process."""
 
+import json
 import os
 import re
+import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from cnn2gnn_dist import cli
+from cnn2gnn_dist.inference import editing
 from cnn2gnn_dist.inference.classifier import Classifier
+from cnn2gnn_dist.inference.memory import store
+from cnn2gnn_dist.inference.memory.view import Memory
 from tests.support.models import pictures, write_model
 from tests.support.runs import cnn2gnn
 from tests.support.shards import encode_image
@@ -50,8 +55,7 @@ def test_ranks_share_the_inputs_and_a_second_call_makes_what_is_missing(asked, t
     call = ["predict", "--model", str(model), *inputs, "--out", f"{out}/"]
     assert cli.main(call) == 0
     assert "3 images of 1 inputs, 4 inputs were already answered" in capsys.readouterr().out
-    later = (out / "part-1.parquet").stat().st_mtime + 5
-    os.utime(inputs[1], (later, later))  # changed since it was answered
+    os.utime(tmp_path / "part-1" / "2.png", (1, 1))  # changed since it was answered
     assert cli.main(call) == 0
     assert "3 images of 1 inputs, 4 inputs were already answered" in capsys.readouterr().out
     assert cli.main([*call, "--top", "1"]) == 2
@@ -59,6 +63,62 @@ def test_ranks_share_the_inputs_and_a_second_call_makes_what_is_missing(asked, t
     assert cli.main(["memory", "remove", str(model), "img-1"]) == 0
     assert cli.main(call) == 2
     assert "another version of its memory" in capsys.readouterr().err
+
+
+def answers(path):
+    return [row["image"] for row in pq.read_table(path).to_pylist()]
+
+
+def test_an_image_deep_in_a_folder_is_noticed(asked, tmp_path, capsys):
+    model, inputs = asked
+    (tmp_path / "part-0" / "deep").mkdir()
+    call = ["predict", "--model", str(model), inputs[0], "--out", f"{tmp_path / 'out'}/"]
+    assert cli.main(call) == 0
+    new = tmp_path / "part-0" / "deep" / "3.png"
+    new.write_bytes(encode_image(pictures(1, seed=9)[0]))
+    os.utime(new, (1, 1))  # copied with its time
+    assert cli.main(call) == 0
+    assert len(answers(tmp_path / "out" / "part-0.parquet")) == 4
+    assert cli.main(call) == 0
+    assert "1 inputs were already answered" in capsys.readouterr().out
+
+
+def test_answers_of_another_input_of_the_same_name_are_not_taken_for_its_own(
+    asked, tmp_path, capsys
+):
+    model, inputs = asked
+    other = tmp_path / "elsewhere" / "part-0"
+    shutil.copytree(inputs[1], other)
+    call = ["predict", "--model", str(model), "--out", f"{tmp_path / 'out'}/"]
+    assert cli.main([*call, inputs[0]]) == 0
+    assert cli.main([*call, str(other)]) == 2
+    assert inputs[0] in capsys.readouterr().err
+    assert answers(tmp_path / "out" / "part-0.parquet") == [
+        f"{inputs[0]}/{n}.png" for n in range(3)
+    ]
+    shutil.rmtree(other)
+    shutil.move(inputs[0], other)  # the same images, moved
+    assert cli.main([*call, str(other)]) == 0
+    assert "1 inputs were already answered" in capsys.readouterr().out
+
+
+def test_a_memory_made_again_from_the_same_run_is_the_same(tmp_path):
+    """A run without a model gets one for each command, at another time."""
+    memories = []
+    for number in range(2):
+        folder = write_model(tmp_path / str(number))
+        note = folder / "memory" / "versions" / "000000" / "version.json"
+        tree = json.loads(note.read_text()) | {
+            "made": f"2026-01-0{number + 1}T00:00:00Z",
+            "digest": None,
+        }
+        note.write_text(json.dumps(tree))
+        memories.append(Memory.open(folder / "memory"))
+    first, second = (store.digest(memory.root, memory.version) for memory in memories)
+    assert first == second
+    removed = Classifier.open(memories[0].root.parent, device="cpu")
+    editing.remove(removed, ["img-1"])
+    assert store.digest(memories[0].root, removed.memory.version) != first
 
 
 def test_embeddings_are_written(asked, tmp_path):

@@ -80,10 +80,12 @@ def rows_of(made: network.Network, images: np.ndarray, labels: np.ndarray, keys:
     )
 
 
-def write_model(folder: Path, scope: str = "dataset", images: int = 40, classes: int = 3) -> Path:
+def write_model(
+    folder: Path, scope: str = "dataset", images: int = 40, classes: int = 3, seed: int = 0
+) -> Path:
     """Write a model; image i of its memory is ``pictures(images)[i]``, with key ``img-i``."""
     made = config(scope, classes)
-    weights = random_weights(made)
+    weights = random_weights(made, seed)
     folder.mkdir(parents=True)
     save_file(weights, folder / artefact.WEIGHTS)
     (folder / artefact.CONFIG).write_text(made.model_dump_json())

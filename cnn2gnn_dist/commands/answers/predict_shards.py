@@ -1,22 +1,30 @@
 """``cnn2gnn predict --out FOLDER/``: a file of answers per shard, over ranks or Ray actors, resumable.
 
+<<<<<<< HEAD
 Under torchrun, DeepSpeed's launcher or srun the inputs are dealt to the ranks in turn; a single process
 takes them all. The ranks form no process group: none waits for another. With ``--actors`` the actors of a
 Ray cluster take the inputs instead, each the next one when it is done. A file of answers is complete or
 absent; an existing one that is newer than its input is skipped, so the same command resumes after an
 interruption.
+=======
+Every rank takes every so-many-th input: under torchrun, DeepSpeed's launcher or srun, or all of them in
+a single process. The ranks need no group: none waits for another. With ``--actors`` the actors of a Ray
+cluster take the inputs instead, each the next one when it is done. A file of answers is complete or
+absent; one that is there, of the input as it is now (``answered.py``), is skipped, so the same command
+resumes what was interrupted.
+>>>>>>> f1eb21a (predict --out FOLDER/ knows which input its files are of; a memory made again is the same; shards of one name are told apart; rewiring in bounded memory)
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from cnn2gnn_dist import durable
+from cnn2gnn_dist.commands.answers import answered
 from cnn2gnn_dist.commands.answers.answer_files import KINDS, writer_of
 from cnn2gnn_dist.commands.model.opening import opened
 from cnn2gnn_dist.errors import UserError
@@ -66,8 +74,13 @@ def command(
         address: of their cluster; None: that of RAY_ADDRESS, or a cluster started here.
 
     Raises:
+<<<<<<< HEAD
         UserError: not a model; two inputs with the same name; the folder has another model's answers;
             no cluster, or not enough room on it.
+=======
+        UserError: not a model; two inputs of one name; the folder has answers of another model, or of
+            another input of this name; no cluster, or no room on it.
+>>>>>>> f1eb21a (predict --out FOLDER/ knows which input its files are of; a memory made again is the same; shards of one name are told apart; rewiring in bounded memory)
     """
     ranks = Ranks.from_environment()
     if ranks.world_size > 1:
@@ -78,7 +91,9 @@ def command(
         durable.create_folder(folder)
         _check_note(folder, _note(classifier, top, coverage))
         mine = list(targets.items())[ranks.rank :: ranks.world_size]
-        left = [(given, target) for given, target in mine if not _answered(given, target)]
+        left = [
+            (given, target) for given, target in mine if not answered.is_answered(given, target)
+        ]
         asked = Asked(top, coverage)
         made: Iterator[Counted]
         if actors:
@@ -107,7 +122,7 @@ def command(
 def _answer(classifier: Classifier, asked: Asked, task: Task) -> Counted:
     """Answer an input into its file."""
     given, target = task
-    done, failures = 0, []
+    done, failures, look = 0, [], answered.look_at(given)
     answers = classifier.stream(
         [given], top=asked.top, neighbours=NEIGHBOURS, coverage=asked.coverage
     )
@@ -117,6 +132,7 @@ def _answer(classifier: Classifier, asked: Asked, task: Task) -> Counted:
                 failures.append(f"{answer.name}: not readable as an image: {answer.error}")
             done += 1
             write(answer)
+    answered.record(target, look)
     return done, failures
 
 
@@ -181,6 +197,7 @@ def _targets(images: Sequence[str], folder: Path, kind: str) -> dict[str, Path]:
     return found
 
 
+<<<<<<< HEAD
 def _answered(given: str, target: Path) -> bool:
     """Whether the answers exist and are no older than their input."""
     if not target.is_file():
@@ -188,6 +205,8 @@ def _answered(given: str, target: Path) -> bool:
     return not os.path.exists(given) or os.stat(given).st_mtime <= target.stat().st_mtime
 
 
+=======
+>>>>>>> f1eb21a (predict --out FOLDER/ knows which input its files are of; a memory made again is the same; shards of one name are told apart; rewiring in bounded memory)
 def _note(model: Classifier, top: int, coverage: float | None) -> dict[str, Any]:
     """What the answers depend on: everything in the model, its memory's version, the options."""
     files = json.loads((model.folder / artefact.CHECKSUMS).read_text(encoding="utf-8"))["files"]

@@ -18,7 +18,7 @@ from cnn2gnn_dist.log import output, report_error
 
 
 def add(
-    folder: Path, images: Sequence[str], class_name: str, *, old_loss: float, dry_run: bool
+    folder: Path, images: Sequence[str], class_name: str, *, old_loss: float | None, dry_run: bool
 ) -> int:
     """Add images of one class; print what it costs and brings. Returns 1 if some can't be read.
 
@@ -33,13 +33,13 @@ def add(
     kind = "a new class" if done.new_class else "a trained class"
     output(f"{verb} {len(done.keys)} images of '{done.class_name}', {kind}")
     if done.new_class:
-        output(trade_table(done, old_loss))
+        output(trade_table(done))
     if done.version is not None:
         _print_version(done.version, model)
     return 1 if done.errors else 0
 
 
-def trade_table(done: Added, old_loss: float) -> str:
+def trade_table(done: Added) -> str:
     """The predicted accuracies for a range of losses, the chosen row marked."""
     how = "its column is learned" if done.learned else "it is scored by the mean of its images"
     lines = [
@@ -48,7 +48,7 @@ def trade_table(done: Added, old_loss: float) -> str:
     ]
     for trade in done.trades:
         new = "   ?" if trade.new is None else f"{trade.new:.1f} %"
-        mark = "  <- this one (--old-loss)" if trade.old_loss == old_loss else ""
+        mark = "  <- this one (--old-loss)" if trade.old_loss == done.old_loss else ""
         lines.append(f"  {trade.old_loss:8g}   {trade.old:9.1f} %   {new:>11}{mark}")
     return "\n".join(lines)
 

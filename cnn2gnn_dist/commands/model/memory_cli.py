@@ -34,9 +34,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
             one.add_argument(
                 "--old-loss",
                 type=float,
-                default=1.0,
                 metavar="POINTS",
-                help="points of accuracy that old classes may lose to new ones; default 1",
+                help="points of accuracy that old classes may lose to new ones; default: as many as "
+                "when it was last said, else 1",
             )
             one.add_argument(
                 "--dry-run", action="store_true", help="predict the accuracies, change nothing"

@@ -100,17 +100,23 @@ def write_relabel(path: Path, decisions: Mapping[str, Decision]) -> None:
 
 
 def unique_keys(manifest: Manifest) -> list[str]:
-    """The keys of all images; where two shards use the same key, ``shard/key`` for every image."""
+    """The keys of all images; where two shards use the same key, ``shard/key`` for every image.
+
+    Shards of one name are told apart by their folders (``FOLDER/shard/key``).
+    """
     keys: list[str] = manifest.keys.to_pylist()
     if len(set(keys)) == len(keys):
         return keys
-    names = [os.path.splitext(os.path.basename(shard.path))[0] for shard in manifest.shards]
+    names = _shard_names([shard.path for shard in manifest.shards])
     return [f"{names[s]}/{key}" for s, key in zip(manifest.shard_N.tolist(), keys, strict=True)]
 
 
 def names_of(manifest: Manifest) -> dict[str, int]:
-    """Row of every name that an image goes by: its key, if no other image has it, and ``shard/key``."""
-    shards = [os.path.splitext(os.path.basename(shard.path))[0] for shard in manifest.shards]
+    """Row of every name that an image goes by: its key, if no other image has it, and ``shard/key``.
+
+    ``shard`` as in ``unique_keys``.
+    """
+    shards = _shard_names([shard.path for shard in manifest.shards])
     keys: list[str] = manifest.keys.to_pylist()
     found = {
         f"{shards[s]}/{k}": row
@@ -118,6 +124,21 @@ def names_of(manifest: Manifest) -> dict[str, int]:
     }
     several = {key for key, count in Counter(keys).items() if count > 1}
     return found | {key: row for row, key in enumerate(keys) if key not in several}
+
+
+def _shard_names(paths: Sequence[str]) -> list[str]:
+    """File names without their suffix, with as many folders before them as tell them apart."""
+    parts = [os.path.splitext(path)[0].split("/") for path in paths]
+    found = [one[-1] for one in parts]
+    for depth in range(2, max(map(len, parts), default=0) + 1):
+        times = Counter(found)
+        if len(times) == len(found):
+            break
+        found = [
+            name if times[name] == 1 else "/".join(one[-depth:])
+            for name, one in zip(found, parts, strict=True)
+        ]
+    return found
 
 
 def check_decisions(

@@ -13,6 +13,7 @@ graphs are written, ``onnx_export`` and ``torch_export`` say; both are held to t
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,6 +31,8 @@ from cnn2gnn_dist.inference.network import build
 from cnn2gnn_dist.models.block import Block, nearest
 from cnn2gnn_dist.models.graph_head import squared_distances
 from cnn2gnn_dist.models.student import Student
+
+_log = logging.getLogger(__name__)
 
 TOLERANCE = 1e-3
 """Largest difference of a logit between a graph and the model, relative to the largest logit."""
@@ -215,6 +218,11 @@ def _check(model: Classifier, folder: Path) -> None:
     if model.memory is not None and not len(model.memory):
         raise UserError(
             "the memory is empty", where=str(model.folder), remedy="add images to it first"
+        )
+    if model.memory is not None and model.memory.new_classes is not None:
+        _log.warning(
+            "new classes of the memory are not in the graphs: what is exported answers with the "
+            f"{len(model.spec.label_names)} trained ones"
         )
     if folder.exists():
         raise UserError(

@@ -149,14 +149,7 @@ def check_files(folder: Path, *, read: bool = True) -> None:
     Raises:
         UserError: a file is missing or damaged.
     """  # noqa: DOC501
-    try:
-        recorded = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))["files"]
-        files = {str(name): (int(size), str(sha)) for name, (size, sha) in recorded.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise damaged(folder / CHECKSUMS, str(error)) from None
-    if unlisted := {CONFIG, WEIGHTS} - files.keys():
-        raise damaged(folder / CHECKSUMS, f"it does not list {', '.join(sorted(unlisted))}")
-    for name, (size, sha) in files.items():
+    for name, (size, sha) in _listed(folder).items():
         if name == CARD or name in RECORDS:  # people edit the card; records were once listed
             continue
         if Path(name).name != name:
@@ -172,6 +165,53 @@ def check_files(folder: Path, *, read: bool = True) -> None:
             raise _unreadable(path, error) from None
         if not right:
             raise damaged(path, "its checksum does not match")
+
+
+def identity(folder: Path) -> tuple[str, str]:
+    """SHA-256 of config and weights of a model, as its checksums list them: what a memory belongs to.
+
+    Raises:
+        UserError: missing or damaged.
+    """
+    files = _listed(folder)
+    return files[CONFIG][1], files[WEIGHTS][1]
+
+
+def check_unchanged(folder: Path, opened: tuple[str, str]) -> None:
+    """Check that a folder still holds the model that was opened: a memory is of one network's features.
+
+    Raises:
+        UserError: it holds another one, or none.
+    """
+    if identity(folder) != opened:
+        raise UserError(
+            "another model has taken the place of this one since it was opened",
+            where=str(folder),
+            remedy="open it again (restart the server); give a new model a folder of its own",
+        )
+
+
+def part(folder: Path, name: str) -> Path | None:
+    """Path of a part that a model may have; None if its checksums don't list it.
+
+    A file that is there all the same is another model's, over which this one was copied or uploaded.
+
+    Raises:
+        UserError: the checksums are missing or damaged.
+    """
+    return folder / name if name in _listed(folder) else None
+
+
+def _listed(folder: Path) -> dict[str, tuple[int, str]]:
+    """Size and SHA-256 by name, of the files that the checksums list."""
+    try:
+        recorded = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))["files"]
+        files = {str(name): (int(size), str(sha)) for name, (size, sha) in recorded.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise damaged(folder / CHECKSUMS, str(error)) from None
+    if unlisted := {CONFIG, WEIGHTS} - files.keys():
+        raise damaged(folder / CHECKSUMS, f"it does not list {', '.join(sorted(unlisted))}")
+    return files
 
 
 def not_a_model(folder: Path, why: str) -> UserError:

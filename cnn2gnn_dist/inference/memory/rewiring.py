@@ -13,7 +13,8 @@ import numpy as np
 
 from cnn2gnn_dist.graph.search.knn import Index
 
-CHUNK = 1 << 16
+CHUNK, CELLS = 1 << 16, 1 << 24
+"""Rows, and similarities of rows to added ones, that are handled at once."""
 _SLACK = 8
 _MARGIN = 1e-5
 """Added to similarities of unit vectors before they are compared, so that rounding hides no row."""
@@ -38,8 +39,9 @@ def rewired(base_NM: np.ndarray, z_Nd: np.ndarray, live_N: np.ndarray) -> Rewire
     added = count + np.flatnonzero(live_N[count:])
     concerned = np.zeros(len(live_N), bool)
     concerned[added] = True
-    for start in range(0, count, CHUNK):
-        rows = slice(start, min(start + CHUNK, count))
+    chunk = min(CHUNK, max(CELLS // max(len(added), 1), 1))
+    for start in range(0, count, chunk):
+        rows = slice(start, min(start + chunk, count))
         table = np.asarray(base_NM[rows])
         lost = ((table >= 0) & ~live_N[table.clip(min=0)]).any(1)
         concerned[rows] = (lost | _reached(table, rows, z_Nd, added)) & live_N[rows]

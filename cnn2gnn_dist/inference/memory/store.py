@@ -154,11 +154,14 @@ def verify(root: Path, version: Version) -> None:
 
 
 def digest(root: Path, version: Version) -> str:
-    """SHA-256 of a version and its segments, by their checksums."""
-    found = hashlib.sha256((version_folder(root, version.number) / "version.json").read_bytes())
-    for name, _ in version.segments:
-        found.update((segment_folder(root, name) / "segment.json").read_bytes())
-    return found.hexdigest()
+    """SHA-256 of what answers depend on, by the checksums of files: not of when and how it was made."""
+    content = [
+        [[c.name, c.trained] for c in version.classes],
+        version.files,
+        version.heads,
+        [segment_files(root, name) for name, _ in version.segments],
+    ]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def size(root: Path, version: Version) -> int:

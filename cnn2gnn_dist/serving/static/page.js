@@ -6,7 +6,6 @@ const asked = []; // {file, url, item}
 const AT_ONCE = 16; // images of a request
 const SHOWN = 500; // classes of the list
 const UNUSUAL = 0.98; // share of images set apart from training that were nearer to it
-const OLD_LOSS = 1; // points that the trained classes may lose to added ones
 let memory = null;
 
 // --- the server -------------------------------------------------------------------------------
@@ -151,7 +150,7 @@ async function add(event) {
   const name = $("add-name").value.trim();
   await busy(async () => {
     say("edit-state", `Adding ${files.length}…`);
-    const path = `/memory?old_loss=${OLD_LOSS}&class=${encodeURIComponent(name)}`;
+    const path = `/memory?class=${encodeURIComponent(name)}`;
     const made = await edit(path, { method: "POST", body: form(files) });
     remember({ ...made.memory, editable: true });
     $("add-files").value = "";
@@ -163,7 +162,7 @@ async function add(event) {
 }
 
 function expected(made) {
-  const trade = made.trades.find((one) => one.old_loss === OLD_LOSS);
+  const trade = made.trades.find((one) => one.old_loss === made.old_loss);
   if (!trade) return "";
   const added = trade.new === null ? "" : `, added classes ${trade.new.toFixed(0)} %`;
   return `. Expected: trained classes ${trade.old.toFixed(1)} % right (${made.old_before.toFixed(1)} % before)${added}`;

@@ -9,6 +9,7 @@ from cnn2gnn_dist import settings
 from cnn2gnn_dist.data.index.manifest import Manifest, index
 from cnn2gnn_dist.data.index.relabel import (
     Decision,
+    names_of,
     read_relabel,
     relabelled,
     unique_keys,
@@ -103,6 +104,21 @@ def test_keys_that_two_shards_have_are_told_apart(tmp_path):
     np.testing.assert_array_equal(made.label_N, [0, 1, 0, 2, 1])
     with pytest.raises(UserError, match="'k0': held out"):
         apply(tmp_path, (train, held), "key,class\nk0,cat\n")
+
+
+def test_shards_of_one_name_in_two_folders_are_told_apart(tmp_path):
+    """Two data sets packed alike: the same names of shards, the same keys."""
+    for folder in ("one", "two"):
+        manifest(tmp_path, folder, {"t": [0, 1], "u": [2]})
+    shards = [tmp_path / folder / f"{name}.tar" for folder in ("one", "two") for name in "tu"]
+    both = index(shards, classes=NAMES, progress=False)
+    named = [f"{f}/{n}" for f in ("one", "two") for n in ("t/k0", "t/k1", "u/k0")]
+    assert unique_keys(both) == named
+    assert names_of(both) == {name: row for row, name in enumerate(named)}
+    made, _ = relabelled(
+        both, both, {"one/t/k0": Decision("hen", 1), "two/t/k1": Decision(None, 2)}, "list"
+    )
+    assert made.label_N.tolist() == [2, 1, 2, 0, 2]
 
 
 def test_a_quote_that_is_not_closed_swallows_no_decisions(tmp_path):

@@ -1,6 +1,7 @@
 """A model's folder with a byte changed, cut off, or leading elsewhere: refused by name, never answered from."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference import editing
 from cnn2gnn_dist.inference.classifier import Classifier, load
 from cnn2gnn_dist.inference.folder import artefact
-from tests.support.models import pictures
+from tests.support.models import pictures, write_model
 
 
 @pytest.fixture
@@ -148,3 +149,16 @@ def test_versions_from_before_digests_are_read(model):
         load(model.folder, device="cpu").predict_proba(pictures(3)),
         model.predict_proba(pictures(3)),
     )
+
+
+def test_parts_of_another_model_in_the_same_folder_are_not_taken(written_calibrated, tmp_path):
+    """Saved or uploaded over another model: its calibration and its memory stay in the folder."""
+    shutil.copytree(written_calibrated, tmp_path / "m")
+    Classifier.open(write_model(tmp_path / "plain", "none", seed=5)).save_pretrained(tmp_path / "m")
+    assert (tmp_path / "m" / "calibration.json").is_file()
+    over = Classifier.open(tmp_path / "m", device="cpu")
+    assert over.scoring.calibration is None
+    assert over.memory is None
+    alone = Classifier.open(tmp_path / "plain", device="cpu")
+    asked = pictures(5, seed=9)
+    np.testing.assert_array_equal(over.predict_proba(asked), alone.predict_proba(asked))

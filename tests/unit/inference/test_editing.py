@@ -1,6 +1,7 @@
 """Images into the memory: trained classes, new ones, and out again."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from cnn2gnn_dist.commands.answers.answer_files import writer_of
 from cnn2gnn_dist.commands.model.memory import keys_from
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference import editing
-from cnn2gnn_dist.inference.classifier import load
+from cnn2gnn_dist.inference.classifier import Classifier, load
 from cnn2gnn_dist.inference.folder import artefact
 from tests.support.models import pictures, write_model
 from tests.support.shards import encode_image
@@ -52,6 +53,34 @@ def test_two_classes_at_once_or_one_after_the_other_score_the_same(calibrated, t
     editing.remove(model, one.keys)
     editing.add(model, second, "b")
     np.testing.assert_array_equal(model.predict_proba(asked), together)
+
+
+def test_what_new_classes_are_scored_by_does_not_depend_on_the_order_of_edits(calibrated, tmp_path):
+    """Images added to a trained class count among the old ones at once, not only after the next edit."""
+    shutil.copytree(calibrated.folder, tmp_path / "other")
+    other, asked = Classifier.open(tmp_path / "other", device="cpu"), pictures(10, seed=8)
+    new, old = list(of_new_class(5)), list(pictures(5, seed=60))
+    editing.add(calibrated, new, "framed")
+    editing.add(calibrated, old, "class 0")
+    editing.add(other, old, "class 0")
+    editing.add(other, new, "framed")
+    heads = [model.memory.new_classes[0].count_C.tolist() for model in (calibrated, other)]
+    assert heads == [[14 + 5, 13, 13]] * 2
+    # The logits of new images are those from when they were added, which the neighbors change a little.
+    np.testing.assert_allclose(
+        calibrated.predict_proba(asked), other.predict_proba(asked), atol=0.05
+    )
+
+
+def test_what_old_classes_may_lose_holds_until_another_number_is_said(calibrated):
+    model = calibrated
+    assert editing.add(model, list(of_new_class(5)), "framed", old_loss=20.0).old_loss == 20.0
+    assert editing.add(model, list(pictures(3, seed=60)), "class 0").old_loss == 20.0
+    assert editing.add(model, list(of_new_class(2, seed=201)), "framed").old_loss == 20.0
+    assert model.memory.new_classes[1].old_loss == 20.0
+    assert (
+        editing.add(model, list(of_new_class(2, seed=202)), "framed", old_loss=3.0).old_loss == 3.0
+    )
 
 
 def test_a_trained_class_gets_more_images_without_calibration(model):

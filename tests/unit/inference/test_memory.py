@@ -14,7 +14,7 @@ from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference import editing
 from cnn2gnn_dist.inference.classifier import Classifier
 from cnn2gnn_dist.inference.inputs import Input
-from cnn2gnn_dist.inference.memory import edits, store
+from cnn2gnn_dist.inference.memory import edits, rewiring, store
 from cnn2gnn_dist.inference.memory.rewiring import rewired
 from cnn2gnn_dist.inference.memory.view import Memory, forgotten
 from tests.support.models import config, pictures, rows_of, table_of
@@ -365,3 +365,20 @@ def test_a_copied_memory_is_whole(model, asked, tmp_path):
     shutil.copytree(model.folder, tmp_path / "elsewhere")
     other = Classifier.open(tmp_path / "elsewhere", device="cpu", verify=True)
     np.testing.assert_array_equal(other.predict_proba(asked), model.predict_proba(asked))
+
+
+def test_rows_that_meet_many_added_ones_are_compared_in_pieces(monkeypatch):
+    """All of a large memory against all added rows at once would take gigabytes."""
+    z, live = unit(60, 4, 3), np.ones(60, bool)
+    base = table_of(z[:40], 5)
+    whole = rewired(base, z, live)
+    monkeypatch.setattr(rewiring, "CELLS", 100)
+    met = []
+    reached = rewiring._reached
+    monkeypatch.setattr(
+        rewiring, "_reached", lambda table, *rest: met.append(len(table)) or reached(table, *rest)
+    )
+    pieces = rewired(base, z, live)
+    assert met == [5] * 8  # 20 added rows
+    np.testing.assert_array_equal(pieces.ids_K, whole.ids_K)
+    np.testing.assert_array_equal(pieces.rows_KM, whole.rows_KM)

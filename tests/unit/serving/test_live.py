@@ -6,6 +6,7 @@ import shutil
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cnn2gnn_dist.errors import UserError
@@ -107,3 +108,27 @@ def test_answers_during_swaps_are_each_of_the_version_they_name(model: Classifie
         made = future.result(0)
         assert made.answers == expected[made.version]
     assert expected[0] != expected[1]
+
+
+def test_another_model_in_the_same_folder_is_neither_followed_nor_edited(
+    model: Classifier, tmp_path: Path
+):
+    """A memory is of one network's features: rows of a new export would be searched by the old one."""
+    live, asked = LiveModel(model), pictures(5, seed=9)
+    live.edit(lambda beside: editing.remove(beside, ["img-1"]))
+    answers = live.current.predict_proba(asked)
+    replaced = write_model(tmp_path / "other", seed=5)  # other weights, version 0 of its memory
+    shutil.rmtree(model.folder)
+    shutil.copytree(replaced, model.folder)
+    for change in (
+        live.follow,
+        lambda: live.use(0),
+        lambda: live.edit(
+            lambda beside: editing.add(beside, list(pictures(2, seed=50)), "class 0")
+        ),
+        lambda: live.edit(lambda beside: editing.forget(beside, ["img-2"])),
+    ):
+        with pytest.raises(UserError, match="another model"):
+            change()
+    np.testing.assert_array_equal(live.current.predict_proba(asked), answers)
+    assert len(Classifier.open(model.folder, device="cpu").memory) == 40

@@ -1,0 +1,84 @@
+"""Which input a file of answers is of, and whether that has changed since: a record beside each file.
+
+``.part-0.tar.parquet.json`` beside ``part-0.tar.parquet``: the input's path, and a hash of its names,
+lengths and times as they were before it was read. So an image deep in a folder counts, a copy that kept
+an old time too, and another input of the same name is not taken for this one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from cnn2gnn_dist import durable
+from cnn2gnn_dist.data.images.image_files import find_images, printable
+from cnn2gnn_dist.errors import UserError
+
+Look = dict[str, str]
+"""``input``: its absolute path; ``look``: the hash."""
+
+
+def look_at(given: str) -> Look | None:
+    """Describe an input as it is now; None: there is no such file or folder."""
+    found = hashlib.sha256()
+    try:
+        names = find_images(given).images if os.path.isdir(given) else [""]
+        for name in names:
+            about = os.stat(os.path.join(given, name) if name else given)
+            line = json.dumps([printable(name), about.st_size, about.st_mtime_ns])
+            found.update(f"{line}\n".encode())
+    except FileNotFoundError:
+        return None
+    return {"input": printable(os.path.abspath(given)), "look": found.hexdigest()}
+
+
+def record(target: Path, look: Look | None) -> None:
+    """Note of which input a complete file of answers is."""
+    if look is not None:
+        durable.write_text(_path(target), json.dumps(look, indent=1), shared=True)
+
+
+def is_answered(given: str, target: Path) -> bool:
+    """Whether the answers are there, and of the input as it is now.
+
+    Raises:
+        UserError: they are of another input of the same name.
+    """
+    if not target.is_file():
+        return False
+    now, then = look_at(given), _recorded(target)
+    if then is None:  # of a version that kept no record
+        return now is None or _newest(given) <= target.stat().st_mtime
+    if now is None:
+        return then["input"] == printable(os.path.abspath(given))
+    if now["look"] == then["look"]:
+        return True
+    if now["input"] != then["input"]:
+        raise UserError(
+            f"the answers that are there are of another input of this name, {then['input']}",
+            where=str(target),
+            remedy="name another folder, or remove this file if that input was moved and changed",
+        )
+    return False
+
+
+def _path(target: Path) -> Path:
+    return target.with_name(f".{target.name}.json")
+
+
+def _recorded(target: Path) -> Look | None:
+    try:
+        found = json.loads(_path(target).read_text(encoding="utf-8"))
+        return {name: str(found[name]) for name in ("input", "look")}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _newest(given: str) -> float:
+    """The latest time of an input: of a file, or of a folder and everything in it."""
+    paths = [given]
+    for folder, folders, files in os.walk(given):
+        paths += [os.path.join(folder, name) for name in (*folders, *files)]
+    return max(os.lstat(path).st_mtime for path in paths)
