@@ -1,18 +1,10 @@
 """``cnn2gnn predict --out FOLDER/``: a file of answers per shard, over ranks or Ray actors, resumable.
 
-<<<<<<< HEAD
 Under torchrun, DeepSpeed's launcher or srun the inputs are dealt to the ranks in turn; a single process
 takes them all. The ranks form no process group: none waits for another. With ``--actors`` the actors of a
 Ray cluster take the inputs instead, each the next one when it is done. A file of answers is complete or
-absent; an existing one that is newer than its input is skipped, so the same command resumes after an
-interruption.
-=======
-Every rank takes every so-many-th input: under torchrun, DeepSpeed's launcher or srun, or all of them in
-a single process. The ranks need no group: none waits for another. With ``--actors`` the actors of a Ray
-cluster take the inputs instead, each the next one when it is done. A file of answers is complete or
-absent; one that is there, of the input as it is now (``answered.py``), is skipped, so the same command
-resumes what was interrupted.
->>>>>>> f1eb21a (predict --out FOLDER/ knows which input its files are of; a memory made again is the same; shards of one name are told apart; rewiring in bounded memory)
+absent; an existing one of the input as it is now (``answered.py``) is skipped, so the same command resumes
+after an interruption.
 """
 
 from __future__ import annotations
@@ -74,13 +66,8 @@ def command(
         address: of their cluster; None: that of RAY_ADDRESS, or a cluster started here.
 
     Raises:
-<<<<<<< HEAD
-        UserError: not a model; two inputs with the same name; the folder has another model's answers;
-            no cluster, or not enough room on it.
-=======
-        UserError: not a model; two inputs of one name; the folder has answers of another model, or of
-            another input of this name; no cluster, or no room on it.
->>>>>>> f1eb21a (predict --out FOLDER/ knows which input its files are of; a memory made again is the same; shards of one name are told apart; rewiring in bounded memory)
+        UserError: not a model; two inputs with the same name; the folder has another model's answers, or
+            those of another input with this name; no cluster, or not enough room on it.
     """
     ranks = Ranks.from_environment()
     if ranks.world_size > 1:
@@ -197,16 +184,6 @@ def _targets(images: Sequence[str], folder: Path, kind: str) -> dict[str, Path]:
     return found
 
 
-<<<<<<< HEAD
-def _answered(given: str, target: Path) -> bool:
-    """Whether the answers exist and are no older than their input."""
-    if not target.is_file():
-        return False
-    return not os.path.exists(given) or os.stat(given).st_mtime <= target.stat().st_mtime
-
-
-=======
->>>>>>> f1eb21a (predict --out FOLDER/ knows which input its files are of; a memory made again is the same; shards of one name are told apart; rewiring in bounded memory)
 def _note(model: Classifier, top: int, coverage: float | None) -> dict[str, Any]:
     """What the answers depend on: everything in the model, its memory's version, the options."""
     files = json.loads((model.folder / artefact.CHECKSUMS).read_text(encoding="utf-8"))["files"]
