@@ -6,7 +6,6 @@ clips at 1.0 by default; so every key is checked and every value written out.
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 from copy import deepcopy
@@ -18,44 +17,10 @@ import torch
 from cnn2gnn_dist.config import StudentConfig, TeacherConfig
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.training.adam_params import check_params, is_number
+from cnn2gnn_dist.training.ds_keys import KNOWN_KEYS, check_keys
 from cnn2gnn_dist.training.precision import choose
 
 PACKAGE = Path(__file__).resolve().parent.parent
-
-KNOWN_KEYS = frozenset(
-    [
-        "train_batch_size",
-        "train_micro_batch_size_per_gpu",
-        "gradient_accumulation_steps",
-        "gradient_clipping",
-        "optimizer",
-        "scheduler",
-        "zero_optimization",
-        "zero_allow_untested_optimizer",
-        "zero_force_ds_cpu_optimizer",
-        "torch_autocast",
-        "bf16",
-        "fp16",
-        "communication_data_type",
-        "prescale_gradients",
-        "gradient_predivide_factor",
-        "steps_per_print",
-        "wall_clock_breakdown",
-        "dump_state",
-        "memory_breakdown",
-        "flops_profiler",
-        "tensorboard",
-        "csv_monitor",
-        "wandb",
-        "comms_logger",
-        "activation_checkpointing",
-        "checkpoint",
-        "data_types",
-        "dataloader_drop_last",
-        "seq_parallel_communication_data_type",
-        "compile",
-    ]
-)
 
 EXECUTION = KNOWN_KEYS - {
     "gradient_clipping",
@@ -94,12 +59,13 @@ def load(path: str | Path | None = None) -> dict[str, Any]:
     """Read a DeepSpeed config; by default ``./ds_config.json``, else the packaged one.
 
     Raises:
-        UserError: missing, not JSON, a duplicate or unknown key, a number that is not finite.
+        UserError: missing, not JSON, a duplicate or unknown key, a value of the wrong kind, a number that is
+            not finite.
     """
     file = Path(path) if path is not None else _default()
     try:
         raw = json.loads(
-            file.read_text(encoding="utf-8"),
+            file.read_text(encoding="utf-8-sig"),  # Windows editors write a BOM
             object_pairs_hook=_no_duplicates,
             parse_constant=_finite,
             parse_float=_finite,
@@ -116,14 +82,10 @@ def load(path: str | Path | None = None) -> dict[str, Any]:
         raise UserError(
             "a DeepSpeed config must be an object", where=str(file), remedy="see ds_config.json"
         )
-    for key in raw:
-        if key not in KNOWN_KEYS:
-            near = difflib.get_close_matches(key, KNOWN_KEYS, 1)
-            raise UserError(
-                f"DeepSpeed has no key {key!r} (it would silently ignore it)",
-                where=f"{file}: {key}",
-                remedy=f"did you mean {near[0]!r}?" if near else "remove it",
-            )
+    try:
+        check_keys(raw)
+    except UserError as error:
+        raise UserError(error.what, where=f"{file}: {error.where}", remedy=error.remedy) from None
     return raw
 
 
@@ -188,7 +150,7 @@ def resolve(
     _refuse_modes(config)
     zero = _block(config, "zero_optimization")
     zero["stage"] = stage if stage is not None else _auto(zero.get("stage", "auto"), 2)
-    if zero["stage"] not in (0, 1, 2, 3):
+    if isinstance(zero["stage"], bool) or zero["stage"] not in (0, 1, 2, 3):
         raise UserError(
             f"ZeRO has no stage {zero['stage']!r}",
             where="zero_optimization.stage",

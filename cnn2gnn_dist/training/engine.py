@@ -163,9 +163,18 @@ class Engine:
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self.deepspeed, *_ = deepspeed.initialize(
-                model=model, model_parameters=groups, config=config
-            )
+            try:
+                self.deepspeed, *_ = deepspeed.initialize(
+                    model=model, model_parameters=groups, config=config
+                )
+            except (ValueError, AssertionError, ModuleNotFoundError) as failure:
+                # Its checks of keys that we let through, of how they go together, and loggers' packages.
+                raise UserError(
+                    f"DeepSpeed refuses its config: {' '.join(str(failure).split())[:300]}",
+                    where="ds_config.json",
+                    remedy="change or remove that key; the packaged file: teacher.ds_config=null "
+                    "student.ds_config=null",
+                ) from failure
         self.average: Average | None = None
         if average != "none":
             self.average = Average(average, self.deepspeed.optimizer, self.zero_stage, self.module)

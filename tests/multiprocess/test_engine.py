@@ -146,6 +146,15 @@ def norm_over_ranks() -> dict[str, Tensor]:
     return {"y": y.detach(), "dx": x.grad, **found}
 
 
+def unknown_communication() -> str:
+    """What is said of a value that only DeepSpeed knows to be wrong."""
+    try:
+        Engine(tiny.TinyNet(), tiny.config(2) | {"communication_data_type": "int8"}, device="cpu")
+    except UserError as error:
+        return str(error)
+    return ""
+
+
 def everything() -> dict[Any, Any]:
     """All cases in one group, so that the processes start once."""
     torch.manual_seed(0)
@@ -156,6 +165,7 @@ def everything() -> dict[Any, Any]:
         "torch late": late_parameters.late_in_torch(),
         "buffers": buffers_by_rank(),
         "norm": norm_over_ranks(),
+        "communication": unknown_communication(),
         "gathered": collectives.all_gather_object(collectives.rank() * 10),
         "broadcast": collectives.broadcast_object({"from": collectives.rank()}),
     }
@@ -231,6 +241,13 @@ def test_nan_on_one_rank_stops_all_before_the_weights_change(ranks: list[dict], 
 def test_infinite_gradient_of_a_finite_loss_is_refused(ranks: list[dict], stage: int) -> None:
     for rank in ranks:
         assert "gradient" in (rank["finite", stage]["said_gradient"] or "")
+
+
+def test_what_deepspeed_itself_refuses_is_no_traceback(ranks: list[dict]) -> None:
+    for rank in ranks:
+        assert (
+            "DeepSpeed refuses its config: Invalid communication_data_type" in rank["communication"]
+        )
 
 
 @pytest.mark.parametrize("stage", tiny.STAGES)
