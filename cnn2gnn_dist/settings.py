@@ -359,6 +359,18 @@ def _expanded(path: str, where: str) -> str:
     return _VARIABLE.sub(one, path)
 
 
+def _refuse_url(url: str, where: str) -> None:
+    """Only images are read from URLs; of another, a local folder "s3:" would be made."""
+    if where in ("data.train", "data.test"):
+        return
+    stored = "run.dir=null, and this URL as run.storage, which keeps what is made in the folder"
+    raise UserError(
+        "this is a path on disk, not a URL",
+        where=f"{where}={url}",
+        remedy=stored if where == "run.dir" else f"download it: {where}=PATH",
+    )
+
+
 def _absolute(path: str, where: str) -> str:
     if not path.strip():  # it would become the working directory, which nobody named
         raise UserError("an empty path", where=where, remedy=f"{where}=PATH")
@@ -371,7 +383,8 @@ def _absolute(path: str, where: str) -> str:
                 remedy=f"{where}=/PATH",
             )
         path = local
-    elif "://" in path:  # remote data
+    elif "://" in path:
+        _refuse_url(path, where)
         return path
     if where == "stream.cache_dir" and path.startswith("~"):
         return path  # each node has its own home

@@ -311,7 +311,10 @@ def _one_sided(train: ClassInfo, held: ClassInfo, labels: list[int]) -> UserErro
             f"the {has} images name their classes ({some}), but the {lacks} images only number "
             "theirs: nothing shows that the numbers mean the same"
         )
-    remedy = f"name the classes of the {lacks} images too (class_name in a shard's .json)"
+    remedy = (
+        f"name the classes of the {lacks} images too (class_name in a shard's .json; in Parquet "
+        "text labels, or ClassLabel's names)"
+    )
     names = train.names or held.names
     if not any(name.isdigit() and name != str(number) for number, name in names.items()):
         # Names that are other numbers ('10' sorts before '2') must not be dropped for numbers.

@@ -244,13 +244,16 @@ def _leave_out_corrupt(base: Path, found: FolderScan, max_corrupt: float) -> Non
     if len(wrong) > max_corrupt * total:
         some = "; ".join(f"{printable(name)}: {what}" for name, what in list(wrong.items())[:5])
         share = math.ceil(len(wrong) / total * 1000) / 1000
+        classes = {image.split(os.sep)[0] for image in found.images}
+        whole = {image.split(os.sep)[0] for image in found.images if image not in wrong}
+        remedy = "fix or remove these files"
+        if whole == classes:  # else a class would have no image left
+            remedy += f", or set data.max_corrupt={share:g} to leave them out"
         raise UserError(
             f"{len(wrong)} corrupt image{'s' * (len(wrong) > 1)} among {total}, more than the "
-            "limit of "
-            f"{max_corrupt:.2%}: {some}",
+            f"limit of {max_corrupt:.2%}: {some}",
             where=str(base),
-            remedy=f"fix or remove these files, or set data.max_corrupt={share:g} to leave them "
-            "out",
+            remedy=remedy,
         )
     found.images = [image for image in found.images if image not in wrong]
     for name, what in wrong.items():

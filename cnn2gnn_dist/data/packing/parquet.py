@@ -140,7 +140,7 @@ def _read(path: Path, image_column: str, label_column: str) -> _Column:
                 what = f"the Parquet file has {schema.names.count(column)} columns named '{column}'"
                 raise UserError(what, where=str(path), remedy="rename or drop all but one of them")
         check_images(path, file, image_column)
-        names = _huggingface_names(schema.metadata, label_column)
+        names = _huggingface_names(path, schema.metadata, label_column)
         try:
             column = file.read([label_column]).column(label_column).combine_chunks()
         except (OSError, pa.ArrowException) as failure:
@@ -277,12 +277,34 @@ def _refuse_missing(columns: list[_Column], unlabelled: bool) -> None:
         )
 
 
-def _huggingface_names(metadata: dict[bytes, bytes] | None, label_column: str) -> list[str] | None:
+def _huggingface_names(
+    path: Path, metadata: dict[bytes, bytes] | None, label_column: str
+) -> list[str] | None:
+    """Return ClassLabel's names by number; None if the metadata have none: the classes are only numbered."""
     try:
         features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
         names = features[label_column]["names"]
         if isinstance(names, dict):  # some dataset cards use {"0": "cat", …}
-            names = [names[number] for number in sorted(names, key=int)]
-    except (KeyError, TypeError, ValueError):  # no names: the classes are only numbered
+            names = {int(number): name for number, name in names.items()}
+    except (KeyError, TypeError, ValueError):
         return None
-    return [str(name) for name in names] if isinstance(names, list) and names else None
+    if isinstance(names, dict):
+        if sorted(names) != list(range(len(names))):
+            # By position, label 1 would get the name of 2.
+            listed = ", ".join(map(str, sorted(names)[:5])) + (", …" if len(names) > 5 else "")
+            raise UserError(
+                f"the file's metadata name the classes {listed}, which are not 0 to {len(names) - 1}",
+                where=str(path),
+                remedy="number classes and labels from 0 without gaps, or remove the names "
+                "(pyarrow's replace_schema_metadata)",
+            )
+        names = [names[number] for number in range(len(names))]
+    if not isinstance(names, list) or not names:
+        return None
+    if None in names:
+        raise UserError(
+            f"the file's metadata have no name for class {names.index(None)}, but for others",
+            where=str(path),
+            remedy="name all classes, or remove the names (pyarrow's replace_schema_metadata)",
+        )
+    return [str(name) for name in names]

@@ -132,6 +132,9 @@ def test_imagefolder_leaves_out_what_is_no_image_up_to_the_limit(
     for name in files:
         if name.startswith("ant"):
             (root / name).write_bytes(b"")
+    with pytest.raises(UserError, match="7 corrupt images among 11") as caught:
+        pack_imagefolder(root, tmp_path / "out", max_corrupt=0.2)
+    assert "max_corrupt" not in caught.value.remedy  # it would leave a class without images
     with pytest.raises(UserError, match="class 'ant' has no images, only 5 corrupt"):
         pack_imagefolder(root, tmp_path / "out", max_corrupt=1)
 

@@ -325,6 +325,27 @@ def test_an_empty_name_among_others_is_refused_before_a_shard_is_written(tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("names", "what"),
+    [
+        ({"1": "ant", "2": "owl", "3": "fox"}, "name the classes 1, 2, 3, which are not 0 to 2"),
+        ({"0": "ant", "2": "owl"}, "name the classes 0, 2, which are not 0 to 1"),
+        (["ant", None, "owl"], "no name for class 1"),
+    ],
+)
+def test_names_that_skip_a_number_are_refused(tmp_path: Path, names: Any, what: str) -> None:
+    """By position, label 1 was packed as 'owl'; a null was packed as the class 'None'."""
+    rows = [{"bytes": encode_image(IMAGES[n % 2]), "path": None} for n in range(4)]
+    one = write_parquet(tmp_path / "a.parquet", rows, [0, 1, 0, 1], names)
+    with pytest.raises(UserError, match=what) as caught:
+        pack_parquet([one], tmp_path / "out")
+    assert caught.value.where == str(one)
+    # The remedy, as written.
+    bare = pq.read_table(one).replace_schema_metadata(None)
+    pq.write_table(bare, one)
+    assert index(pack_parquet([one], tmp_path / "out")).classes == ("0", "1")
+
+
 @pytest.mark.parametrize("kind", [pa.string(), pa.int64()])
 def test_rows_without_a_label_are_packed_if_asked(tmp_path: Path, kind: pa.DataType) -> None:
     """Without .cls; the classes are those of the other rows."""
