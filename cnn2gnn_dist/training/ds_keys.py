@@ -125,7 +125,7 @@ def check_keys(config: dict[str, Any]) -> None:
 
     Raises:
         UserError: an unknown key, also in a block; a value of the wrong kind; ``where`` is the dotted key.
-    """
+    """  # noqa: DOC501
     for key in config:
         if key not in KNOWN_KEYS:
             raise _unknown(key, key, KNOWN_KEYS)
