@@ -24,7 +24,8 @@ def paths(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
 def fields(model: type[BaseModel] = Config) -> list[str]:
     """Names of all fields, without those of sections."""
     found = list(paths(model))
-    return [path for path in found if not any(other.startswith(f"{path}.") for other in found)]
+    sections = {path.rpartition(".")[0] for path in found}
+    return [path for path in found if path not in sections]
 
 
 def is_section(kind: Any) -> bool:
