@@ -9,11 +9,15 @@ BIN    := $(VENV)/bin
 # With a GPU, or to choose a build: make demo TORCH="torch==2.13.0 --index-url <the index of your CUDA>"
 TORCH  ?= torch==2.13.0
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-# Files side by side: unit tests compute and start nothing, the others start ranks, two of each at a time.
+# Files side by side: unit tests compute all the time; the others start ranks and wait for them, so that one more of
+# them at a time keeps the cores busy.
 CORES  ?= 2
+BESIDE ?= $(shell expr $(CORES) + 1)
 PYTEST := $(BIN)/python -m pytest -p tests.support.processor_time
 export OMP_NUM_THREADS ?= 1
 export PYTHONWARNINGS  ?= ignore::FutureWarning
+# Bytecode is kept, or each of the tests' many processes compiles the package again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo demo-memory quick test lint docs install partial clean
 
@@ -37,8 +41,7 @@ quick: lint
 
 test: install
 	$(PYTEST) tests/unit --numprocesses $(CORES) --dist loadfile
-	$(PYTEST) tests/multiprocess tests/end_to_end --numprocesses $(CORES) --dist loadfile --no-loadscope-reorder -m "not ray"
-	$(PYTEST) tests/multiprocess tests/end_to_end --numprocesses $(CORES) --dist loadfile --no-loadscope-reorder -m ray
+	$(PYTEST) tests/multiprocess tests/end_to_end --numprocesses $(BESIDE) --dist loadfile --no-loadscope-reorder
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""What costs too much to make twice: one small Ray cluster for the whole session."""
+"""What costs too much to make twice: a small Ray cluster for the tests of a file, a small run for all."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ from tests.support import REPOSITORY, runs
 
 FOLDER = Path(tempfile.mkdtemp(prefix="r", dir="/tmp"))  # short: a socket's path has 107 bytes
 LONGEST = (
-    *("resume", "distdgl", "slurm", "two_hosts", "deepspeed_hosts", "remedies", "variants"),
-    *("recipe_runs", "checkpoint", "host_reads", "file_server", "hosts"),
+    *("resume", "ways_in", "distdgl", "ray_session", "slurm", "two_hosts", "remedies", "pool"),
+    *("deepspeed_hosts", "variants", "ray_hosts", "recipe_runs", "run_storage", "placement"),
+    *("checkpoint", "faults", "process_readers", "gpu_check", "host_reads", "backpressure"),
+    *("file_server", "hosts", "engine", "sequence", "collectives"),
 )
 """Files that take minutes: begun first, or one of them is left over when all others are done."""
 
@@ -62,11 +64,11 @@ def console() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ray_cluster() -> Iterator[None]:
     """A Ray cluster of this process: on the loopback only, under the session's own token.
 
-    Ends with the session, leaving neither files nor processes.
+    Ends with the file's tests, leaving no processes: those of the next file, in the same process, find no Ray.
     """
     import ray
     import ray._private.services as services
@@ -101,6 +103,7 @@ def ray_cluster() -> Iterator[None]:
         for process in alive:
             process.kill()
         patch.undo()
+        shutil.rmtree(FOLDER / "t", ignore_errors=True)
 
 
 def _below(process: psutil.Process) -> list[psutil.Process]:
