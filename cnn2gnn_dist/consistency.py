@@ -103,7 +103,7 @@ def check_batch_scope(config: Config) -> None:
 
 
 def check_teacher(config: Config) -> None:
-    """Check that there is a teacher, trained or given, and that ready logits are of the clean images."""
+    """Check that there is a teacher, trained or given, and that precomputed logits are of the clean images."""
     if config.targets.logits is not None and config.targets.views:
         raise refuse(
             f"targets.logits has one row per image, but targets.views={config.targets.views} asks for logits of "

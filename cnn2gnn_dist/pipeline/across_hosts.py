@@ -1,4 +1,4 @@
-"""What all hosts of a run must see alike: its folder, before anything begins; shards; each stage's files."""
+"""What all hosts of a run must see identically: its folder, before anything begins; shards; each stage's files."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from cnn2gnn_dist.training.precision import has_bfloat16
 _log = logging.getLogger(__name__)
 
 COMPARED = {".json", ".arrow"}
-"""Endings of the files that every host reads without other means to tell whether it reads them right."""
+"""Suffixes of the files for which a reading host has no other check that it reads the right contents."""
 
 
 def check_hosts(config: Config, device: str) -> None:
     """Check every host of a group before anything is locked or trained (collective).
 
     Raises:
-        UserError: one has no room, or another folder than the others; on every rank.
+        UserError: one has too little room, or sees another folder than the others; on every rank.
     """
     if collectives.world_size() == 1:
         return
@@ -39,7 +39,7 @@ def check_hosts(config: Config, device: str) -> None:
     data = [*_local(config.data.train), *_local(config.data.test)]
     reads = (
         collectives.rank() == 0 or config.data.source == "shards"
-    )  # the others read what was packed
+    )  # other sources are read from packed shards
 
     def look() -> None:
         own = [Path(cache)] if cache else []
@@ -52,12 +52,12 @@ def check_hosts(config: Config, device: str) -> None:
     except UserError as error:
         if config.run.storage is None:
             raise
-        also = "run.storage keeps a run, but its hosts exchange files through the folder"
+        also = "run.storage keeps a copy of a run, but its hosts exchange files through this folder"
         raise UserError(error.what, where=error.where, remedy=f"{error.remedy}: {also}") from None
 
 
 def _local(given: str | list[str] | None) -> list[Path]:
-    """The local images or shards that a field names: of each name the part before any wildcard."""
+    """The local images or shards that a field names; of each name the part before any wildcard."""
     names = [given] if isinstance(given, str) else given or []
     return [Path(re.split(r"[*?\[{]", n)[0] or ".") for n in names if not is_remote(n)]
 
@@ -65,7 +65,7 @@ def _local(given: str | list[str] | None) -> list[Path]:
 def bfloat16_everywhere(config: Config, device: str) -> bool:
     """Whether all ranks' devices have bfloat16, with a warning if only some do (collective).
 
-    Half of a group in bfloat16 would give the results of neither precision, at the pace of the others.
+    A group partly in bfloat16 would give the results of neither precision, at the speed of the slower ranks.
     """
     have = collectives.all_gather_object(has_bfloat16(device))
     if any(have) and not all(have) and config.precision == "auto" and collectives.rank() == 0:
@@ -85,13 +85,13 @@ def ends_here(stage: Stage, stages: list[Stage]) -> bool:
 def hand_over(folder: Path, step: Step) -> None:
     """Wait until all hosts see the files of a complete stage (collective).
 
-    What its readers verify by checksums of their own (weights, targets) is compared by size.
+    Files with their own checksums (weights, targets) are compared by size only.
     """
 
     def files() -> dict[str, handover.Written]:
         assert step.entry is not None
         names = [name for name, _ in step.entry.outputs] + [ledger.DONE]
-        if ledger.held(folder):  # in the run's storage, and not needed here
+        if ledger.held(folder):  # they are in the run's storage, and not needed here
             names = [name for name in names if (folder / name).is_file()]
         return handover.described(folder, {n: Path(n).suffix in COMPARED for n in names})
 
@@ -102,7 +102,7 @@ def check_shards(paths: RunPaths) -> None:
     """Check that every host sees all shards, before any of them is needed (collective).
 
     Raises:
-        UserError: a host misses one, even after a while for those that were packed just now.
+        UserError: a host misses one, even after waiting a while for newly packed ones.
     """
     if not members.on_several_hosts():
         return

@@ -10,8 +10,8 @@ Frozen: a change here makes complete finished runs stale, or stale runs complete
 - a field is removed: its line stays as long as there are runs whose records have it.
 - code changes a stage's result for the same fields: raise its version (``registry.VERSIONS``), or
   introduce a new one at 2, with a line here that says 1.
-- none of this suffices: raise ``ledger.SCHEMA``, and keep a reader of the old records, as
-  ``keys_v1.py`` is one.
+- none of this suffices: raise ``ledger.SCHEMA``, and keep a reader of the old records, such as
+  ``keys_v1.py``.
 
 ``tests/unit/pipeline/test_key_schema.py`` fails where the config and this table disagree.
 """

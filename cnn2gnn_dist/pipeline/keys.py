@@ -218,7 +218,7 @@ class Survey:
         )
 
     def keep(self) -> None:
-        """Record the files in the run's folder: its results are made from them."""
+        """Record in the run's folder the files that its results are made from."""
         found = {role: noted.tree() for role, noted in self._found.items() if noted}
         if found and found != self._notes:
             path = Path(str(self.config.run.dir)) / NOTE
@@ -288,13 +288,13 @@ class Survey:
             raise UserError(
                 "there is no such folder",
                 where=str(folder),
-                remedy=f"say where the images are now: data.{role}=FOLDER",
+                remedy=f"name the images' current folder: data.{role}=FOLDER",
             )
         if before is not None and not any(path.is_dir() for path in folder.iterdir()):
             raise UserError(
                 "this folder had class folders, but has none now",
                 where=str(folder),
-                remedy=f"mount what was there, or say where the images are: data.{role}=FOLDER",
+                remedy=f"mount what was there, or name the images' current folder: data.{role}=FOLDER",
             )
 
     def _can_do_without(self, origin: str | list[str], before: Fingerprint) -> bool:
@@ -338,7 +338,7 @@ def _weights_in(files: list[Path]) -> dict[str, str]:
 
 
 def as_made(config: Config, root: Path, stage: str) -> Config:
-    """The config with the fields with which a finished stage was made, whatever the run's config says today.
+    """The config with the fields that a finished stage was made with, whatever the run's config says now.
 
     A field introduced since then is at its default.
 

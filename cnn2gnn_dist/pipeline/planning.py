@@ -20,8 +20,8 @@ from cnn2gnn_dist.training.checkpoint import folder as checkpoint_folder
 class Step:
     """A stage in a plan: what will happen to it, and why. ``key`` is None while inputs are missing.
 
-    ``parts`` and ``inputs`` are what the key is made of, according to ``schema``: what was started
-    under an older schema is finished under it.
+    The key is derived from ``parts`` and ``inputs`` according to ``schema``: a stage started under an
+    older schema is finished under it.
     """
 
     stage: Stage

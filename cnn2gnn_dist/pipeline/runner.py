@@ -55,7 +55,7 @@ def run_rank(
         deepspeed: the DeepSpeed configs as the driver read them; None: rank 0 reads them.
 
     Raises:
-        UserError: on every rank, even if rank 0 met it in a stage that it runs alone.
+        UserError: on every rank, even if rank 0 raised it in a stage that it runs alone.
         PeerLost: another rank died, or did not answer within ``cluster.timeout_s``.
         Preempted: training was asked to stop, and has saved.
         RuntimeError: torch's or ours: a bug.
@@ -97,7 +97,7 @@ def run_rank(
 
 
 def _tell_others(error: UserError, errors: exchange.ErrorExchange, stays: bool) -> None:
-    """Publish this rank's error; ``stays``: until then no other rank's end stops this process."""
+    """Publish this rank's error; ``stays``: until that is done, another rank's exit doesn't stop this process."""
     if stays:
         preemption.ignore_stop()  # whoever reports the error may not be the first to end
     error.shared = errors.publish(error)
@@ -127,7 +127,7 @@ def choose_device(wanted: str) -> str:
 
 
 def _device_or_problem(config: Config) -> tuple[str, UserError | None]:
-    """The device; or why this rank has none, for the other ranks to hear."""
+    """The device; or why this rank has none, to pass on to the other ranks."""
     try:
         return choose_device(config.device), None
     except UserError as error:
@@ -135,7 +135,7 @@ def _device_or_problem(config: Config) -> tuple[str, UserError | None]:
 
 
 def _run_all(run: Run, names: list[str] | None) -> dict[str, Any]:
-    """Run the stages named, in order; why each is complete."""
+    """Run the named stages in order; return why each is complete."""
     survey, stages = run.survey, stages_of(run.survey.config)
     check_names(stages, names)
     digests: dict[str, str] = {}
@@ -169,7 +169,7 @@ def _run_all(run: Run, names: list[str] | None) -> dict[str, Any]:
 
 
 def _check_image_count(survey: Survey, names: list[str] | None) -> None:
-    """Check that there are enough images for the stages still to run, before any training is paid for."""
+    """Check that there are enough images for the stages still to run, before any training."""
     config, steps = survey.config, plan(survey.config, names, survey)
     ahead = [step.stage.name for step in steps if step.status is not Status.COMPLETE]
     train = load_manifest(RunPaths(Path(str(config.run.dir))).train_manifest)
@@ -203,7 +203,7 @@ def check_remaining(
 
 
 def checksums_note(config: Config, steps: list[Step]) -> str | None:
-    """Say so if ``data.checksums`` comes too late: the images were indexed without."""
+    """A note if ``data.checksums`` comes too late, because the images were indexed without."""
     manifest = RunPaths(Path(str(config.run.dir))).train_manifest
     again = any(s.stage.name == "index" and s.status is not Status.COMPLETE for s in steps)
     if not config.data.checksums or again or not manifest.is_file():
@@ -211,8 +211,8 @@ def checksums_note(config: Config, steps: list[Step]) -> str | None:
     if load_manifest(manifest).crc_N is not None:
         return None
     return (
-        "data.checksums=true comes too late: the images of this run were indexed without, and what is "
-        "read is not verified; make the run in another folder (run.dir=…) for that"
+        "data.checksums=true comes too late: this run's images were indexed without checksums, so reads "
+        "are not verified; start the run in another folder (run.dir=…) to verify them"
     )
 
 

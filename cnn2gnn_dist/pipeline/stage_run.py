@@ -25,7 +25,7 @@ from cnn2gnn_dist.training.checkpoint import folder as checkpoint_folder
 _log = logging.getLogger(__name__)
 
 MADE = "made"
-"""Why a stage is complete that was run now."""
+"""Why a stage is complete if it was run just now."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Run:
         return Path(str(self.survey.config.run.dir))
 
     def context(self, step: Step) -> Context:
-        """What the stage of a step works with."""
+        """The context for the stage of a step."""
         return Context(
             self.survey.config,
             self.ranks,
@@ -67,7 +67,7 @@ class Run:
         )
 
     def record_config(self) -> None:
-        """Leave the config in the run's folder (rank 0)."""
+        """Write the config to the run's folder (rank 0)."""
         text = settings.as_yaml(self.survey.config)
         on_rank_0(self.ranks, partial(ledger.record_config, self.root, text))
 
@@ -96,7 +96,7 @@ def inspect(
 
 
 def complete(run: Run, step: Step, stages: list[Stage], made: dict[str, str]) -> Step:
-    """Run the stage of a step unless it is complete; the step that it then is."""
+    """Run the stage of a step unless it is complete; return the step as it is afterwards."""
     if step.status is Status.COMPLETE:
         if run.ranks.is_first and not run.inside_ray:
             log_skipped(step.stage.name)
@@ -109,7 +109,7 @@ def complete(run: Run, step: Step, stages: list[Stage], made: dict[str, str]) ->
 
 
 def log_skipped(name: str) -> None:
-    """Log that a stage is complete; under Ray the driver does, since its log lines are not lost."""
+    """Log that a stage is complete; under Ray the driver does, whose log lines can't get lost."""
     _log.info("complete, skipped", extra={"stage": name})
 
 
@@ -168,7 +168,7 @@ def prepare_folder(
             raise UserError(
                 f"the stage {stage.name} in this folder was {step.why}",
                 where=str(folder),
-                remedy="another run.dir=…, or --update: the old results are kept beside the new"
+                remedy="another run.dir=…, or --update: the old results are kept next to the new"
                 + ("; or --force: training resumes from its checkpoint" * stage.trains),
             )
         if stored is not None:
@@ -185,7 +185,7 @@ def prepare_folder(
 def _of_another_config(step: Step, folder: Path) -> bool:
     """Whether a training started under this key would resume from a checkpoint of another key.
 
-    That is one that ``--force`` took over and that has not been saved again since.
+    That is the case after ``--force`` has taken one over, until it is saved again.
     """
     if step.status is not Status.RESUME or not step.stage.trains:
         return False

@@ -1,4 +1,4 @@
-"""A run that is also kept in a store (``run.storage``): what is fetched before a stage and kept after it.
+"""A run that is also kept in a store (``run.storage``): what is fetched before a stage and stored after it.
 
 Only rank 0 talks to the store. Every rank calls these functions, which do nothing without one.
 """
@@ -28,7 +28,7 @@ class Stored:
     """A run's storage as the pipeline uses it.
 
     Attributes:
-        storage: on rank 0 of a run that has one; else None.
+        storage: set on rank 0 of a run that has one; else None.
     """
 
     def __init__(self, config: Config) -> None:
@@ -36,10 +36,10 @@ class Stored:
         self.storage: RunStorage | None = None
 
     def open(self) -> None:
-        """Look at the storage and restore how far the run is (collective).
+        """Open the storage and restore the run's progress (collective).
 
         Raises:
-            UserError: it can't be used, or it is missing in the config and the folder is not whole without.
+            UserError: it can't be used, or the config doesn't name it and the folder is incomplete without it.
         """
         collectives.alone(self._open)
 
@@ -56,7 +56,7 @@ class Stored:
             self.storage.fetch(PACKED)
 
     def before(self, step: Step, stages: list[Stage], force: bool) -> None:
-        """Fetch what a stage builds on, and what it goes on from (rank 0).
+        """Fetch what a stage builds on, and what it resumes from (rank 0).
 
         Raises:
             UserError: it can't be fetched.
@@ -70,15 +70,15 @@ class Stored:
             self.storage.fetch(step.stage.folder, resumes=True)
 
     def set_aside(self, stage: Stage) -> None:
-        """Keep what the storage has of a stage under another name (rank 0)."""
+        """Keep a stage's files in the storage under another name (rank 0)."""
         if self.storage is not None:
             self.storage.set_aside(stage.folder)
 
     def after(self, step: Step, *, made: bool) -> None:
-        """Keep a complete stage (collective).
+        """Store a complete stage (collective).
 
         Raises:
-            UserError: it could not be stored; it is complete here.
+            UserError: it could not be stored; it is complete on this disk.
         """
         if not self._used:
             return
@@ -91,22 +91,22 @@ class Stored:
                 raise UserError(
                     f"the stage {step.stage.name} is complete, but could not be stored: {error.what}",
                     where=error.where,
-                    remedy=f"{error.remedy}; the same command goes on from here",
+                    remedy=f"{error.remedy}; the same command continues from here",
                 ) from None
 
         collectives.alone(keep)
 
     def end(self) -> None:
-        """Keep what belongs to no stage: config, results, report (collective)."""
+        """Store what belongs to no stage: config, results, report (collective)."""
         if self._used:
             collectives.alone(lambda: self.storage.keep_run() if self.storage else None)
 
 
 @contextmanager
 def looked_at(config: Config) -> Iterator[Look]:
-    """Context manager for a config to plan with: its folder is as a run would find it after ``open``.
+    """Context manager for a config to plan with, whose folder is as a run would find it after ``open``.
 
-    Neither the run's folder nor its storage is changed. Also gives lines that say what the storage holds.
+    Neither the run's folder nor its storage is changed. Also yields lines that describe the storage's contents.
 
     Raises:
         UserError: as ``Stored.open``.
@@ -121,7 +121,9 @@ def looked_at(config: Config) -> Iterator[Look]:
         storage, moved = RunStorage.look(root, url, Path(name))
         run = config.run.model_copy(update={"dir": name})
         lines = [f"storage: {_holdings(config, storage)}"]
-        lines += [f"the run went on elsewhere: {one} would be moved aside here" for one in moved]
+        lines += [
+            f"the run has continued elsewhere: {one} would be moved aside here" for one in moved
+        ]
         yield config.model_copy(update={"run": run}), lines
 
 
@@ -129,14 +131,14 @@ def _check_whole(config: Config, root: Path) -> None:
     folders = [stage.folder for stage in stages_of(config)]
     if (found := session.held_back(root, folders)) is not None:
         raise UserError(
-            f"parts of this run are in {found} alone",
+            f"parts of this run are only in {found}",
             where=f"run.dir={root}",
             remedy=f"run.storage={found}",
         )
 
 
 def _holdings(config: Config, storage: RunStorage) -> str:
-    """What a storage holds, in a line: stages that are whole, and how far others are."""
+    """What a storage holds, in one line: complete stages, and the progress of others."""
     whole, begun = [], []
     for stage in stages_of(config):
         record = storage.store.records.get(stage.folder)
@@ -149,5 +151,5 @@ def _holdings(config: Config, storage: RunStorage) -> str:
         begun.append(
             f"{stage.name} up to {max(steps)}" if steps else f"the beginning of {stage.name}"
         )
-    parts = [f"whole: {', '.join(whole)}"] * bool(whole) + begun
+    parts = [f"complete: {', '.join(whole)}"] * bool(whole) + begun
     return f"{storage.store.url} holds {'; '.join(parts) or 'nothing of this run yet'}"

@@ -1,1 +1,1 @@
-"""A run's artefacts in an object store: kept there as soon as they are complete, fetched when they are needed."""
+"""A run's artefacts in an object store: stored as soon as they are complete, fetched when they are needed."""

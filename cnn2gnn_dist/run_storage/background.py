@@ -1,4 +1,4 @@
-"""Uploads in a thread: one at a time, and of those that wait only the newest, which has all that counts."""
+"""Uploads in a thread: one at a time, and of those waiting only the newest, which supersedes the others."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Uploads:
         self._last: UserError | None = None
 
     def start(self, contents: Contents) -> None:
-        """Upload this when what is under way has ended."""
+        """Upload this when the current upload has ended."""
         with self._changed:
             if self._waiting is not None:
                 self._waiting.close()
@@ -37,13 +37,13 @@ class Uploads:
         threading.Thread(target=self._run, name="uploads", daemon=True).start()
 
     def outcomes(self) -> list[UserError | None]:
-        """The errors (or None) of those that have ended since the last call, in order."""
+        """The errors (or None) of uploads that have ended since the last call, in order."""
         with self._changed:
             found, self._outcomes = self._outcomes, []
         return found
 
     def wait(self) -> UserError | None:
-        """Wait until nothing is under way; return the error of the last upload."""
+        """Wait until no upload is running; return the error of the last one."""
         with self._changed:
             self._changed.wait_for(lambda: not self._busy)
             return self._last

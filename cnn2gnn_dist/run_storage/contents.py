@@ -1,4 +1,4 @@
-"""Which files of a folder count, with sizes and checksums, held so that they stay what they are."""
+"""Which files of a folder are stored, with sizes and checksums, held so that their contents stay the same."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from cnn2gnn_dist.training.checkpoint import folder as checkpoint_folder
 Known = Mapping[str, tuple[int, str]]
 """Bytes and SHA-256 by path relative to the stage's folder."""
 _LEFT_OUT = {"tensorboard", "dense", "work"}
-"""Folders that the run makes again from what is stored, or does without."""
+"""Folders that the run recreates from what is stored, or does without."""
 _SMALL = ("begin.json", "metrics.jsonl", "checkpoints/latest", "checkpoints/best")
 
 
 class Contents:
-    """Files as they were at one moment, whatever becomes of their names afterwards.
+    """Files as they were at one moment, whatever happens to their names afterwards.
 
-    Those of a training grow or are pruned while they are being uploaded: small ones are in memory, those
-    of checkpoints open. A graph version has many files and stays for an epoch: its files are only named.
+    A training's files grow or are pruned during the upload: so small ones are held in memory, and checkpoint
+    files are held open. A graph version has many files and stays for an epoch: its files are only named.
     """
 
     def __init__(self, known: Known | None = None) -> None:
@@ -33,13 +33,13 @@ class Contents:
         self._open: list[BinaryIO] = []
 
     def add_text(self, name: str, path: Path) -> None:
-        """Add a small file, if it is there."""
+        """Add a small file, if it exists."""
         with contextlib.suppress(FileNotFoundError):
             data = path.read_bytes()
             self.sources[name] = (len(data), hashlib.sha256(data).hexdigest(), data)
 
     def add_open(self, name: str, path: Path, size: int, sha256: str) -> None:
-        """Add a file whose checksum is known; one that is stored already is not opened."""
+        """Add a file whose checksum is known; one that is already stored is not opened."""
         if (size, sha256) == self._known.get(name) or not name.startswith("checkpoints/"):
             self.sources[name] = (size, sha256, path)
             return
@@ -48,7 +48,7 @@ class Contents:
         self.sources[name] = (size, sha256, Path(f"/proc/self/fd/{file.fileno()}"))
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the files."""
         for file in self._open:
             file.close()
         self._open = []
@@ -59,7 +59,7 @@ def of_training(folder: Path, known: Known) -> Contents:
 
     Args:
         folder: of the stage.
-        known: files that are stored already.
+        known: files that are already stored.
 
     Raises:
         OSError: something can't be read.
@@ -80,7 +80,7 @@ def of_training(folder: Path, known: Known) -> Contents:
 
 
 def of_stage(folder: Path) -> dict[str, tuple[int, str, bytes | Path]]:
-    """All files of a complete stage that others read, or that a training goes on from.
+    """All files of a complete stage that others read, or from which training resumes.
 
     Raises:
         OSError: something can't be read.

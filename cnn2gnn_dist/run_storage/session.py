@@ -1,4 +1,4 @@
-"""A run between its scratch folder and its storage: what is restored, fetched and kept, and in which order."""
+"""A run between its scratch folder and its storage: what is restored, fetched and stored, and in which order."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cnn2gnn_dist.run_storage.store import Record, Store, TakenOver
 _log = logging.getLogger(__name__)
 
 RUN = "run"
-"""The unit of files that belong to no stage."""
+"""The unit of the files that belong to no stage."""
 RUN_FILES = (ledger.CONFIG, "inputs.json", "results.json", "report.html")
 MANIFESTS = "manifest"
 """The stage whose files are always fetched: they are small, and a plan reads them."""
@@ -29,13 +29,13 @@ RECORDED = (ledger.DONE, "begin.json")
 
 @dataclass
 class RunStorage:
-    """One run's storage as rank 0 uses it; nobody else does.
+    """One run's storage, which only rank 0 uses.
 
     Attributes:
         root: the run's folder, on scratch.
-        store: where it is kept.
+        store: where the run is kept.
         scratch: identifies the folder.
-        based: of each unit, the digest of the record that the folder's files come from.
+        based: for each unit, the digest of the record that the folder's files come from.
     """
 
     root: Path
@@ -46,11 +46,11 @@ class RunStorage:
 
     @classmethod
     def open(cls, root: Path, url: str) -> RunStorage:
-        """Look at the storage, become its writer, and restore what says how far the run is.
+        """Open the storage, become its writer, and restore the run's progress.
 
         Raises:
             UserError: it can't be used (see ``Store.open``); the folder holds another run, or only a part of
-                one whose rest is in another storage.
+                a run whose rest is in another storage.
         """
         made = cls._of(root, url)
         ledger.check_claim(root)
@@ -58,7 +58,9 @@ class RunStorage:
         durable.create_folder(root)
         made._write_note()
         for aside in made._restore():
-            _log.warning(f"the run went on elsewhere; what is here of it is moved to {aside.name}")
+            _log.warning(
+                f"the run has continued elsewhere; its files here are moved to {aside.name}"
+            )
         return made
 
     @classmethod
@@ -68,10 +70,10 @@ class RunStorage:
         Args:
             root: the run's folder; it need not exist.
             url: of its storage.
-            view: an empty folder. It gets links to what is in ``root``.
+            view: an empty folder, which gets links to what is in ``root``.
 
         Returns:
-            the storage, whose ``root`` is the view; names of folders in ``root`` that would make room.
+            the storage, whose ``root`` is the view; names of folders in ``root`` that would be moved aside.
 
         Raises:
             UserError: as ``open``, but the storage need not be writable.
@@ -86,7 +88,7 @@ class RunStorage:
         store, note = Store.open(url), _read_note(root)
         if store.records and (root / ledger.CONFIG).is_file() and note.get("url") != store.url:
             raise UserError(
-                f"this folder holds a run that is not the one in {store.url}",
+                f"this folder holds another run than {store.url}",
                 where=f"run.dir={root}",
                 remedy="an empty run.dir, or another run.storage",
             )
@@ -95,7 +97,7 @@ class RunStorage:
             and (before := held_back(root, _with_notes(root))) is not None
         ):
             raise UserError(
-                f"parts of this run are in {before} alone, which is not the storage named now",
+                f"parts of this run are only in {before}, which is not the current run.storage",
                 where=f"run.storage={url}",
                 remedy=f"run.storage={before}; or copy all of it to {store.url} and name an empty run.dir",
             )
@@ -104,15 +106,15 @@ class RunStorage:
         return cls(root, store, scratch, known.get("based", {}))
 
     def fetch(self, unit: str, *, resumes: bool = False) -> None:
-        """Fetch the files of a stage that are not here.
+        """Fetch the missing files of a stage.
 
         Args:
             unit: its folder.
-            resumes: also checkpoints and graphs that only the stage itself goes on from.
+            resumes: also fetch checkpoints and graphs that only the stage itself resumes from.
 
         Raises:
-            Damaged: one of them is damaged in the storage. A damaged checkpoint is only left out where
-                a training resumes: an earlier one serves.
+            Damaged: one of them is damaged in the storage. When training resumes, a damaged checkpoint is
+                only left out: an earlier one takes its place.
             UserError: the storage can't be read, or the disk is full.
         """
         folder = self.root / unit
@@ -122,14 +124,16 @@ class RunStorage:
         if not names:
             return
         size = sum(self.store.records[unit].files[name].size for name in names)
-        _log.info(f"fetches {len(names)} files ({size / 1e6:,.1f} MB) from {self.store.url}/{unit}")
+        _log.info(
+            f"fetching {len(names)} files ({size / 1e6:,.1f} MB) from {self.store.url}/{unit}"
+        )
         for name, error in sorted(self.store.get(unit, names, folder).items()):
             if not (resumes and name.startswith("checkpoints/step-")):
                 raise error
             _log.warning(f"checkpoint {Path(name).parent.name}: {error.what} ({error.where})")
 
     def keep_stage(self, unit: str, *, made: bool) -> None:
-        """Store a complete stage; one that was not ``made`` now, only if the storage has another.
+        """Store a complete stage; one that was not ``made`` just now only if the storage has a different one.
 
         Raises:
             UserError: it could not be stored.
@@ -159,7 +163,7 @@ class RunStorage:
             self._put(RUN, found.sources)
 
     def set_aside(self, unit: str) -> None:
-        """Keep the record of a stage under another name: its files stay, and it begins anew.
+        """Keep the record of a stage under another name: its files stay, and the stage starts over.
 
         Raises:
             UserError: it could not be written.
@@ -177,7 +181,7 @@ class RunStorage:
         self._write_note()
 
     def upload(self, unit: str) -> None:
-        """Begin to store what is complete of a training, in a thread."""
+        """Start to store the complete files of a training, in a thread."""
         if unit not in self.uploads:
             self.uploads[unit] = Uploads(lambda found: self._upload(unit, found))
         record = self.store.records.get(unit, Record({}))
@@ -202,7 +206,7 @@ class RunStorage:
         return [name for name in record.files if not _is_there(folder / name, sizes.get(name))]
 
     def _same(self, unit: str, record: Record) -> bool:
-        """Whether the record is of the stage as it is here: finished alike, or begun alike."""
+        """Whether the record matches the stage in the folder: both finished, or both begun, under the same key."""
         for name in RECORDED:
             path, kept = self.root / unit / name, record.files.get(name)
             if path.is_file() or kept is not None:
@@ -211,7 +215,7 @@ class RunStorage:
         return True
 
     def _restore(self) -> list[Path]:
-        """Bring config and records of stages here; return folders of a run that went on elsewhere, renamed."""
+        """Restore config and records of stages; return folders moved aside because the run has continued elsewhere."""
         moved = []
         for unit in _with_notes(self.root):
             if unit not in self.store.records:  # removed, or set aside just before a kill
@@ -229,7 +233,7 @@ class RunStorage:
             elif not any((folder / n).is_file() for n in RECORDED):
                 if unit == MANIFESTS:
                     self._get(unit, [n for n in record.files if n not in RECORDED])
-                # Last what the folder is judged by: a kill in between leaves it as not begun.
+                # The record that decides the folder's state goes last: after a kill it counts as not begun.
                 for name in RECORDED:
                     self._get(unit, [name] if name in record.files else [])
             self._note_held(unit)
@@ -239,7 +243,7 @@ class RunStorage:
         _complete(self.store, unit, names, self.root if unit == RUN else self.root / unit)
 
     def _note_held(self, unit: str) -> None:
-        """Write down what the storage has of a unit, for those who look at the folder."""
+        """Record which files of a unit the storage has, for readers of the folder."""
         record = self.store.records[unit]
         if unit != RUN:
             (self.root / unit / ledger.HELD).unlink(missing_ok=True)
@@ -255,7 +259,7 @@ class RunStorage:
 
 
 class TrainingCopies:
-    """The copies of one training's checkpoints, as every rank's ``Checkpoints`` knows them.
+    """The copies of one training's checkpoints, as every rank's ``Checkpoints`` sees them.
 
     Args:
         storage: on rank 0; None on others, whose methods are not called.
@@ -266,7 +270,7 @@ class TrainingCopies:
         self._storage, self._unit = storage, folder.name
 
     def start(self) -> str | None:
-        """Begin to copy what is complete; return why that is not possible, if so."""
+        """Start to copy what is complete; return why that is impossible, if it is."""
         assert self._storage is not None
         try:
             self._storage.upload(self._unit)
@@ -275,7 +279,7 @@ class TrainingCopies:
         return None
 
     def outcomes(self) -> list[str | None]:
-        """Why copies failed (or None) that have ended since the last call, in order.
+        """For each copy that has ended since the last call, in order: why it failed, or None.
 
         Raises:
             TakenOver: another run writes into the storage now.
@@ -297,7 +301,7 @@ class TrainingCopies:
 
 
 def held_back(root: Path, units: Collection[str]) -> str | None:
-    """The storage without which a run's folder is not whole; None if nothing is missing."""
+    """The storage without which a run's folder is incomplete; None if nothing is missing."""
     for unit in units:
         folder = root / unit
         entry = ledger.finished(folder)
@@ -308,12 +312,12 @@ def held_back(root: Path, units: Collection[str]) -> str | None:
 
 
 def fetch_parts(store: Store, root: Path, parts: Mapping[str, str]) -> None:
-    """Fetch files of units for somebody who only reads: those whose names begin so, and the units' records.
+    """Fetch files of units for a reader: those whose names have a given prefix, and the units' records.
 
     Args:
         store: read, never written.
         root: folder to fetch into, as the run's.
-        parts: the beginning of names, by unit.
+        parts: the prefix of the files' names, by unit.
 
     Raises:
         Damaged: one of them is damaged in the storage.
@@ -330,7 +334,7 @@ def _complete(store: Store, unit: str, names: Collection[str], folder: Path) -> 
 
 
 def _link(root: Path, view: Path) -> None:
-    """Links in ``view`` to what a run's folder holds; what is replaced in the view stays in the folder."""
+    """Link ``view`` to the contents of a run's folder; replacing a file in the view leaves the folder unchanged."""
     for path in sorted(root.iterdir()) if root.is_dir() else []:
         if not path.is_dir():
             (view / path.name).symlink_to(path)
@@ -341,13 +345,13 @@ def _link(root: Path, view: Path) -> None:
 
 
 def _with_notes(root: Path) -> list[str]:
-    """The stages' folders that note which of their files are in a storage."""
+    """The stages' folders in which it is recorded which of their files are in a storage."""
     units = (path.parent.name for path in root.glob(f"*/{ledger.HELD}"))
     return [unit for unit in units if ".old-" not in unit]
 
 
 def _is_there(path: Path, size: int | None) -> bool:
-    """Whether a file is there, and whole if its size is known."""
+    """Whether a file exists, with the right size if that is known."""
     return path.is_file() and size in (None, path.stat().st_size)
 
 

@@ -1,12 +1,12 @@
-"""A run in an object store: immutable files named by their contents, and records that say which of them count.
+"""A run in an object store: immutable files named by their contents, and records that say which are valid.
 
-    owner.json                                   who writes here: the run that was started last
+    owner.json                                   the writer: the run that was started last
     records/teacher.json                         the files of a stage, with their sizes and SHA-256
     files/teacher/checkpoints/…/state.3f…e1.json  a file; its name has the first digits of its SHA-256
 
-Files are written first and never replaced; then the record, by one request, which stores do whole or
-not at all. So a writer that is killed at any moment leaves what the previous record says. Files that
-no record names are removed after that.
+Files are written first and never replaced; then the record, in one request, which a store completes or
+rejects as a unit. So a writer that is killed at any moment leaves the state of the previous record. Files
+that no record names are then removed.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from cnn2gnn_dist.errors import UserError
 FORMAT = 1
 RECORDS, FILES, OWNER = "records", "files", "owner.json"
 AT_ONCE = 8
-"""Files that are transferred at the same time."""
+"""Number of files transferred at the same time."""
 BRIEF = RetryPolicy(2, 0.2, 1.0, 5.0, 10.0)
-"""For the first look at a store: it answers within seconds, or the run does not begin."""
+"""For the first access to a store: it answers within seconds, or the run does not begin."""
 
 
 class Damaged(UserError):
-    """What a record names is not in the store as it was written."""
+    """A file that a record names is not in the store as it was written."""
 
 
 class Kept(NamedTuple):
@@ -65,7 +65,7 @@ class Record:
         return hashlib.sha256(self.text().encode()).hexdigest()[:20]
 
     def text(self) -> str:
-        """The record as JSON, with a checksum of its own."""
+        """The record as JSON, with its own checksum."""
         body = {
             "format": FORMAT,
             "writer": self.writer,
@@ -79,7 +79,7 @@ class Record:
 
         Raises:
             Damaged: it is damaged.
-            UserError: of a later version.
+            UserError: it was written by a later version.
         """  # noqa: DOC501
         try:
             tree = json.loads(text)
@@ -97,29 +97,29 @@ class Record:
                 str(n): Kept(int(a), str(b), float(c)) for n, (a, b, c) in body["files"].items()
             }
             if any(name.startswith("/") or ".." in PurePosixPath(name).parts for name in files):
-                raise ValueError("a name in it leads out of the folder")
+                raise ValueError("a path in it leads outside the folder")
             return cls(files, str(body["writer"]))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise Damaged(
                 f"a record of the run's storage is damaged: {error}",
                 where=where,
-                remedy="restore the object from the store's versions, or remove it: the stage is then made "
+                remedy="restore the object from the store's versions, or remove it: the stage is then run "
                 "again",
             ) from None
 
 
 def file_name(unit: str, name: str, sha256: str) -> str:
-    """The path of a file below the store's URL: readable, and no other contents have it."""
+    """The path of a file below the store's URL: readable, and unique to its contents."""
     path = PurePosixPath(FILES, unit, name)
     return str(path.with_name(f"{path.stem}.{sha256[:16]}{path.suffix}"))
 
 
 @dataclass
 class Store:
-    """A URL that holds one run. After ``claim`` this process is the one that writes, and knows all records.
+    """A URL that holds one run. After ``claim`` this process is the only writer, and knows all records.
 
     Attributes:
-        url: without a slash at its end.
+        url: without a trailing slash.
         records: by unit.
     """
 
@@ -130,16 +130,16 @@ class Store:
 
     @classmethod
     def open(cls, url: str, field: str = "run.storage") -> Store:
-        """Look at a store, and read the records in it.
+        """Open a store, and read the records in it.
 
         Args:
             url: of the store.
             field: where the URL was given, for errors.
 
         Raises:
-            UserError: not a URL that can be written to, no bucket, no permission, no answer; something
-                else than a run is there.
-            Damaged: a record is.
+            UserError: not a URL that can be written to, no bucket, no permission, no answer; it holds
+                something other than a run.
+            Damaged: a record is damaged.
         """
         if not urls.is_remote(url):
             raise UserError(
@@ -157,22 +157,22 @@ class Store:
             and any(n != OWNER and not n.startswith(f"{FILES}/") for n in there)
         ):
             raise UserError(
-                "this storage holds something else than a run",
+                "this storage holds something other than a run",
                 where=f"run.storage={url}",
-                remedy="a folder of its own: run.storage=s3://BUCKET/NEW_FOLDER",
+                remedy="name a new folder: run.storage=s3://BUCKET/NEW_FOLDER",
             )
         store._read_records(name for name in there if name.startswith(f"{RECORDS}/"))
         return store
 
     def claim(self) -> None:
-        """Become the one that writes here; the run that did so before stops at its next upload.
+        """Become the writer; the run that was the writer before stops at its next upload.
 
         Records are read once more, since that run may have written one after ``open``. Files that no
-        record names, of a run that was killed while it uploaded, are removed.
+        record names, left by a run that was killed during an upload, are removed.
 
         Raises:
             UserError: nothing can be written.
-            Damaged: a record is.
+            Damaged: a record is damaged.
         """
         self._owner = f"{socket.gethostname()}, process {os.getpid()}, {time.time_ns()}"
         with transfer.explained("run.storage"):
@@ -188,8 +188,8 @@ class Store:
 
         Args:
             unit: a stage's folder, or the run's.
-            sources: bytes, SHA-256 and contents (or where they are) of every file that now counts. What the
-                previous record of the unit names and this one doesn't is removed.
+            sources: bytes, SHA-256 and contents (or their path) of every current file. Files that only the
+                unit's previous record names are removed.
             writer: the scratch folder that they come from.
 
         Raises:
@@ -227,12 +227,12 @@ class Store:
             else:
                 self._files.send(url, record.text().encode())
                 self.records[unit] = record
-        # Who took over between that check and the record goes on from what the one before names.
+        # A run that took over between that check and the record continues from the previous record.
         self._check_owner()
         self._remove(gone - self._named())
 
     def get(self, unit: str, names: Iterable[str], folder: Path) -> dict[str, Damaged]:
-        """Fetch files of a unit into a folder, each complete or not at all; return what is wrong with others.
+        """Fetch files of a unit into a folder, each complete or not at all; return what is wrong with the others.
 
         Raises:
             UserError: the store can't be read, or the disk is full.
@@ -269,7 +269,7 @@ class Store:
 
                 self._files.fetch(url, 0, kept.size, write)
             if found.hexdigest() != kept.sha256:
-                raise _damaged("has other contents than were written", url)
+                raise _damaged("does not have the contents that were written", url)
             os.utime(partial, (kept.when, kept.when))
 
     def _read_records(self, names: Iterable[str]) -> None:
@@ -285,7 +285,7 @@ class Store:
                 except Damaged:
                     if (
                         text == before
-                    ):  # else it was replaced between the questions for length and bytes
+                    ):  # otherwise it was replaced between the requests for length and bytes
                         raise
             self.records[PurePosixPath(name).stem] = record
 
@@ -299,11 +299,11 @@ class Store:
             raise TakenOver(
                 f"another run has been started with this storage: on {who}",
                 where=f"run.storage={self.url}",
-                remedy="stop one of the two, or give this one a storage of its own",
+                remedy="stop one of the two, or give this one another storage",
             )
 
     def _named(self) -> set[str]:
-        """All files that records name; those of a unit that was set aside lie where they were."""
+        """All files that records name; those of a unit that was set aside stay where they were."""
         return {
             file_name(unit.partition(".old-")[0], name, kept.sha256)
             for unit, record in self.records.items()
@@ -325,7 +325,7 @@ def _each(work: Callable[[str], None], names: Sequence[str]) -> None:
     """Do the work for all names, several at a time; raises the first name's error when all have ended.
 
     Threads are daemons, unlike those of an executor: a process that has failed does not stay alive until
-    everything is uploaded, or until a store that is silent has been asked for the last time.
+    everything is uploaded, or until the last retry on a silent store has failed.
     """
     left, errors = deque(names), dict[str, BaseException]()
 
@@ -360,5 +360,5 @@ def _damaged(how: str, url: str) -> Damaged:
         f"an object of the run's storage {how}",
         where=url,
         remedy="restore it from the store's versions, or remove the stage's record in records/: the stage is "
-        "then made again",
+        "then run again",
     )

@@ -1,7 +1,7 @@
-"""Work that may never end is waited for only so long: a call into a file server that is gone, or over a cut link.
+"""Wait for a limited time only for work that may never end: a call into a lost file server, or over a cut link.
 
-The kernel gives up a connection whose peer is silent after a quarter of an hour, a file system never. Neither call can
-be interrupted, so it is made in a thread, which is left behind when time is up and ends with the process.
+The kernel gives up a connection to a silent peer after a quarter of an hour; a file system never gives up. Neither
+call can be interrupted, so it is made in a thread, which is left behind when time is up and ends with the process.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def result(work: Callable[[], T], seconds: float, name: str = "bounded work") -> T:
-    """What ``work`` returns or raises, within so many seconds.
+    """What ``work`` returns or raises, within ``seconds``.
 
     Raises:
         TimeoutError: it is not done by then.
@@ -40,9 +40,9 @@ def result(work: Callable[[], T], seconds: float, name: str = "bounded work") ->
 
 
 class BoundedStore:
-    """Requests to one of torch's stores that are answered in time, or raise DistStoreError.
+    """Requests to one of torch's stores, which are answered in time or raise DistStoreError.
 
-    A TCPStore's requests have no timeout of their own, but for ``wait``.
+    A TCPStore's requests have no timeout, except for ``wait``.
     """
 
     def __init__(self, store: Any, seconds: float) -> None:
@@ -73,14 +73,14 @@ class BoundedStore:
         return bool(self._ask(lambda: self._store.delete_key(key)))
 
     def clone(self) -> Any:
-        """A connection of its own, for a thread that nobody waits for; its requests are not bounded."""
+        """A separate connection, for a thread that nobody waits for; its requests are not bounded."""
         return self._store.clone()
 
     def _ask(self, request: Callable[[], T], more: float = 0.0) -> T:
         try:
             return result(request, self._seconds + more, "request to the store")
         except TimeoutError:
-            from torch import distributed as dist  # checks of a host do without
+            from torch import distributed as dist  # checks of a host do without torch
 
             raise dist.DistStoreError(
                 f"the store on rank 0 has not answered for {self._seconds + more:g} s"

@@ -12,7 +12,7 @@ from cnn2gnn_dist.errors import UserError
 
 DEFAULT_PORT = 29500
 INSIDE = ("docker", "br-", "virbr", "cni", "flannel", "veth")
-"""Beginnings of the names of interfaces that lead to containers of this host."""
+"""Prefixes of the names of interfaces that lead to containers on this host."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Ranks:
             ) from None
 
     def meeting_address(self) -> str:
-        """``master_addr``, or the address of this host that others can reach if its name is of no use to them.
+        """``master_addr``, or the address of this host that others can reach if its name resolves to loopback.
 
         Debian resolves a host's own name to 127.0.1.1: nobody can reach a rank 0 that listens there.
         """

@@ -1,7 +1,7 @@
 """The audit's first page, for the report: what is most likely wrong with the training images of a run.
 
 Read from the model that the run has just written: its memory, and the held-out images embedded by it. The
-complete audit, with all entries and a place to decide, is ``cnn2gnn audit``.
+complete audit, with all entries and forms for decisions, is ``cnn2gnn audit``.
 """
 
 from __future__ import annotations

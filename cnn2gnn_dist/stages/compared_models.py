@@ -75,7 +75,7 @@ def compared_models(
 
 
 def mirrored(model: ComparedModel) -> ComparedModel:
-    """The same model, asked about each image and its mirror image; its costs are those of both.
+    """The same model, run on each image and its mirror image; its costs are those of both.
 
     Probabilities are the softmax of the two log-probabilities' mean, which is that of the logits; the vote
     has none (a class without neighbors has log 0), so that its two shares are averaged themselves.

@@ -1,4 +1,4 @@
-"""Stage ``model``: the student, its memory and its card as a folder that answers on its own."""
+"""Stage ``model``: the student, its memory and its card, as a self-contained folder."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ FILES = (artefact.CONFIG, artefact.WEIGHTS, artefact.CARD, artefact.CHECKSUMS)
 def run(context: Context) -> list[Path]:
     """Write ``RUN/model``, and the first page of its audit into the report.
 
-    A model that is there already, whose training has changed, was set aside.
+    An existing model whose training has changed has been set aside before.
     """
     write_model(context, context.folder)
     context.say(f"the model is in {context.folder}")
@@ -89,7 +89,7 @@ def write_model(context: Context, target: Path, *, thumbnails: int | None = None
         results = _results(paths.results)
         made = _config(config, train, results)
         durable.write_text(target / artefact.CONFIG, made.model_dump_json(indent=1))
-        # safetensors writes for its owner only; who may read the folder may read all of it.
+        # safetensors lets only the owner read its files; whoever may read the folder should be able to read all of it.
         shutil.copymode(target / artefact.CONFIG, target / artefact.WEIGHTS)
         rows = 0
         if config.graph.scope == "dataset":
@@ -229,7 +229,7 @@ class _Columns:
 
 
 def _calibration(context: Context, student: Student, made: ModelConfig, target: Path) -> None:
-    """Run the model over the images set apart (``data.calibration``), as it will run later."""
+    """Run the model over the images set apart (``data.calibration``), as it will run in use."""
     path = context.paths.calibration_manifest
     if not path.is_file() or not len(apart := Manifest.load(path)):
         return
@@ -255,7 +255,7 @@ def _batches(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Images uint8 [b, S, S, 3] and labels int64 [b], without corrupt ones; a seeded random order.
 
-    In ``batch`` scope images answer together: batches of one class would answer too well.
+    In ``batch`` scope the images of a batch influence each other: batches of one class would score too well.
     """
     views = context.views()
     reader = _reader(context, manifest, views)

@@ -91,10 +91,10 @@ def loss_of(
     s: StudentConfig,
     adjustment_C: Tensor | None = None,
 ) -> Tensor:
-    """Loss of each sample: with the graph, the self path's, and the graph head's.
+    """Loss of each sample: that with the graph, the self path's, and the graph head's.
 
     Divided by the weight of the two paths, so that its gradient is as large as that of the control,
-    which has only the self path, and the same clipping means the same for both. ``adjustment_C`` is
+    which has only the self path, and the same clipping has the same effect on both. ``adjustment_C`` is
     added to all logits (``logit_adjustment``).
     """
 
@@ -123,7 +123,7 @@ def loss_of(
 
 
 class _GraphSchedule:
-    """What the student's training adds to the teacher's: the graph."""
+    """The part of training that only the student has: the graph."""
 
     def __init__(self, context: Context, training: Training, manifest: Manifest) -> None:
         self.context, self.training, self.manifest = context, training, manifest

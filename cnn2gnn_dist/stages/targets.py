@@ -93,7 +93,7 @@ def run(context: Context, teacher_key: str) -> list[Path]:
 
 
 def _hand_over(context: Context, mine: list[Path], complete: list[Path]) -> None:
-    """Wait until all hosts see the files that each rank has written, and those of before (collective)."""
+    """Wait until all hosts see the files that each rank has written, and earlier ones (collective)."""
     if not members.on_several_hosts():
         return
     known = [*mine, *(complete if context.ranks.is_first else [])]
@@ -214,7 +214,7 @@ def _write(
         corrupt.note(batch)
         images, _, valid_B = context.to_device(batch)
         log_BC = classify(images).float().log_softmax(1)
-        # The teacher's output for a black image is nothing to learn from.
+        # Nothing can be learned from the teacher's output for a black image.
         log_BC = log_BC.where(valid_B[:, None] > 0, -math.log(log_BC.shape[1]))
         classes, top = _top(log_BC, settings.top_k)
         indices.append(classes)

@@ -68,7 +68,7 @@ def run(context: Context) -> list[Path]:
 def _mixed(
     config: Config, images: Tensor, ids_B: np.ndarray, valid: Tensor, epoch: int
 ) -> Mixed | None:
-    """The micro-batch mixed in pairs; None: the run does not mix."""
+    """The micro-batch mixed in pairs; None: mixing is off."""
     mixup, cutmix = config.teacher.mixup, config.teacher.cutmix
     if not (mixup or cutmix):
         return None

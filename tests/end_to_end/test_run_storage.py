@@ -86,7 +86,7 @@ def test_killed_in_each_training_and_continued_on_empty_folders(bucket, micro_ru
     (here, line), empty = planned(tmp_path / "2", stored), planned(tmp_path / "none", stored)
     assert [here[name] for name in ("pack", "index", "teacher", "targets")] == ["complete"] * 4
     assert [here[name] for name in ("student", "graph")] == ["to resume", "to run"]
-    whole = "whole: pack, index, teacher, targets"
+    whole = "complete: pack, index, teacher, targets"
     assert line == f"storage: {url} holds {whole}; student up to {max(kept)}"
     assert empty == (here, line)
     assert not (tmp_path / "none").exists()
@@ -105,7 +105,7 @@ def test_killed_in_each_training_and_continued_on_empty_folders(bucket, micro_ru
     code, output = finish(start(command(tmp_path / "4"), environment()))
     assert code == 0, output[-4000:]
     assert output.count("complete, skipped") == 9
-    assert "fetches" not in output
+    assert "fetching" not in output
     assert results(tmp_path / "4") == results(tmp_path / "3")
     assert not list((tmp_path / "4").rglob("*.safetensors"))
     assert not list((tmp_path / "4").rglob("*.tar"))
@@ -142,12 +142,12 @@ def _exported(path: Path) -> tuple[dict[str, str], dict[str, bytes]]:
 
 
 def _check_without(run: Path, url: str) -> None:
-    """A folder that is not whole without its storage says so, instead of training again."""
+    """A folder that is incomplete without its storage says so, instead of training again."""
     code, output = alone(*launch(run, ranks=1)[2:])
     assert code == 2
     dry = ["run", "--config", "demo", *MICRO, f"run.dir={run}", "--dry-run"]
     assert cli.main(dry) == 2
-    assert f"parts of this run are in {url} alone" in output
+    assert f"parts of this run are only in {url}" in output
     assert f"run.storage={url}" in output
 
 
@@ -162,7 +162,7 @@ def test_a_damaged_shard_in_the_storage_is_named(bucket, tmp_path):
     second = launch(tmp_path / "2", f"run.storage={url}")[2:]
     code, output = alone(*second, "--stages", "teacher")
     assert code == 2
-    assert "an object of the run's storage has other contents than were written" in output
+    assert "an object of the run's storage does not have the contents that were written" in output
     assert f"s3://{victim}" in output
 
 
@@ -206,5 +206,5 @@ def test_another_config_is_refused_or_set_aside_in_the_storage_too(bucket, tmp_p
     assert planned(tmp_path / "1", *chosen)[0]["index"] == "complete"
     code, output = alone(*command("1", 300))  # this folder has what was set aside elsewhere
     assert code == 0, output[-4000:]
-    assert "the run went on elsewhere" in output
+    assert "the run has continued elsewhere" in output
     assert output.count("complete, skipped") == 2

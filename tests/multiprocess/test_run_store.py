@@ -183,7 +183,7 @@ def test_a_record_that_is_replaced_while_it_is_read_is_read_again(bucket, monkey
 
 def test_another_thing_than_a_run_is_not_written_into(bucket):
     bucket.pipe_file("runs/other/picture.png", b"a picture")
-    with pytest.raises(UserError, match="something else than a run") as caught:
+    with pytest.raises(UserError, match="something other than a run") as caught:
         Store.open("s3://runs/other")
     assert caught.value.where == "run.storage=s3://runs/other"
 

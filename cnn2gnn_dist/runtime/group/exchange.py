@@ -89,7 +89,7 @@ class ErrorExchange:
         return bool(own) or "TORCHELASTIC_RUN_ID" not in os.environ
 
     def received(self) -> UserError | None:
-        """The errors of other ranks, as one, when a peer is gone; None: there are none."""
+        """The errors of other ranks, combined into one, when a peer is gone; None: there are none."""
         if self._store is None:
             return None
         self._received.wait(2 * POLL_S)  # it may have been written just now
@@ -120,7 +120,7 @@ class ErrorExchange:
     def _write(self, error: UserError) -> None:
         self._store.set(str(self.rank), pickle.dumps(error))
         self._store.set("written", "")
-        if self.rank != 0:  # it ends with an error of its own: rank 0 need not wait for it
+        if self.rank != 0:  # it ends with its own error: rank 0 need not wait for it
             self._store.set(f"read/{self.rank}", "")
 
     def _poll(self) -> None:

@@ -43,7 +43,7 @@ class Meeting:
     timeout_s: float
 
     def __post_init__(self) -> None:
-        # Over a link that is cut a request would be waited for until the kernel gives the connection up.
+        # Over a cut link a request would block until the kernel gives up the connection.
         self.store = BoundedStore(self.store, self.timeout_s)
 
     @contextlib.contextmanager

@@ -80,7 +80,7 @@ def present() -> tuple[Member, ...]:
 
 
 def forget() -> None:
-    """The group has ended."""
+    """Forget the members of a group that has ended."""
     global _present
     _present = ()
 
@@ -97,7 +97,7 @@ def speaks_for_host(rank: int) -> bool:
 
 
 def name_of(rank: int) -> str:
-    """``rank 1 on node-b``, as far as that is known."""
+    """``rank 1 on node-b``, or ``rank 1`` if the host is unknown."""
     if rank < len(_present):
         return f"rank {rank} on {_present[rank].host}"
     return f"rank {rank}"
@@ -106,10 +106,10 @@ def name_of(rank: int) -> str:
 def begin_attempt(store: Any, rank: int, world_size: int, timeout: timedelta) -> str:
     """Agree on a name for this attempt of the ranks to form a group (every rank calls this).
 
-    torchrun's agents keep their store when they start ranks again, with all keys of those before; and an
-    agent counts only the restarts that its own ranks have caused. So rank 0 invites under a new
-    name, each rank answers with one of its own, and rank 0 lists whose answers it has: a list with this
-    rank's name can't be an old one.
+    torchrun's agents keep their store when they restart ranks, with all keys of the earlier attempts; and an
+    agent counts only the restarts that its own ranks have caused. So rank 0 invites under a new name, each
+    rank answers with a new name of its own, and rank 0 lists the answers it has: a list with this rank's name
+    can't be an old one.
 
     Raises:
         NotMet: ranks did not arrive in time.
@@ -247,7 +247,7 @@ def _versions_differ(members: Sequence[Member]) -> UserError | None:
     return UserError(
         f"the ranks don't run the same software: {'; '.join(found[:SHOWN])}",
         where="versions",
-        remedy="install the same versions on every host: one image, or one environment that they share",
+        remedy="install the same versions on every host: one image, or one shared environment",
     )
 
 
@@ -310,7 +310,7 @@ def _mounts() -> str:
 
 
 def wait_until(true: Callable[[], bool], seconds: float, pause: float = 0.05) -> bool:
-    """Poll until a condition holds, at most for ``seconds``; whether it does."""
+    """Poll until a condition holds, at most for ``seconds``; return whether it does."""
     deadline = time.monotonic() + seconds
     while not true():
         if time.monotonic() > deadline:

@@ -1,4 +1,4 @@
-"""Which ranks are still alive, checked beside the collectives: NCCL doesn't name a lost rank.
+"""Which ranks are still alive, checked alongside the collectives: NCCL doesn't name a lost rank.
 
 Under gloo a dead peer fails the others' next collective. Under NCCL the GPU waits for the peer and
 the host for the GPU, and torch's watchdog ends the process after the timeout without naming a rank;

@@ -17,7 +17,9 @@ from cnn2gnn_dist.runtime.ranks import Ranks, is_loopback
 
 AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"
 """Set by torchrun for its children: its agent hosts the store and decides where it listens."""
-LOOPBACK = "on several hosts MASTER_ADDR must be the address of rank 0's host: this one is every host itself"
+LOOPBACK = (
+    "on several hosts MASTER_ADDR must be the address of rank 0's host, not a loopback address"
+)
 DECLINE_S = 10.0
 """Seconds for which a rank that can't join waits for others, to pass its error on."""
 
@@ -31,8 +33,8 @@ def join(
 ) -> None:
     """Join the group: NCCL on GPUs, gloo on CPUs.
 
-    A single process needs no port. Otherwise rank 0 hosts a store that listens at the rendezvous
-    alone, unless torchrun's agent hosts it. There the ranks exchange what they run
+    A single process needs no port. Otherwise rank 0 hosts a store that listens only at the
+    rendezvous, unless torchrun's agent hosts it. There the ranks exchange what they run
     (``members``) before they form the group.
 
     Args:

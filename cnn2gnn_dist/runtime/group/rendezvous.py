@@ -1,4 +1,4 @@
-"""Where ranks meet: sockets that listen on that address alone, and the interfaces that ranks use.
+"""Where ranks meet: sockets that listen on that address only, and the interfaces that ranks use.
 
 torch's store listens on every interface of its host unless it is given a socket, and
 anyone who reaches it can write to it. So the socket is made here.

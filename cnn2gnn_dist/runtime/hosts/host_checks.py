@@ -19,7 +19,7 @@ from cnn2gnn_dist.runtime import bounded_wait
 T = TypeVar("T")
 
 ANSWER_S = 12.0
-"""Seconds within which this host's files answer before a run begins; those of a file server that is gone never do."""
+"""Seconds within which this host's file systems must answer before a run begins; a lost file server never does."""
 LEAST_FILES = 256
 """Open files; with fewer, Ray's daemons wait for each other forever."""
 RANK_BYTES = 300 << 20
@@ -27,12 +27,12 @@ RANK_BYTES = 300 << 20
 RAY_BYTES = 600 << 20
 """Memory of Ray's daemons and of the driver."""
 RANKS_PER_CORE = 8
-"""With more, ranks start so slowly that the others give them up."""
+"""With more, ranks start so slowly that the others give up on them."""
 SHARED_MEMORY = Path("/dev/shm")
 LEAST_ROOM = 64 << 20
 """Bytes that a folder for temporary files or a cache must have free."""
 LEAST_SHARED = 32 << 20
-"""Bytes that NCCL or a DGL server needs in /dev/shm at least."""
+"""Least bytes that NCCL or a DGL server needs in /dev/shm."""
 
 
 def check(ranks: int) -> None:
@@ -50,7 +50,7 @@ def check(ranks: int) -> None:
 
 
 def check_rank(cache: Path | None, shares_memory: bool) -> None:
-    """Check that a rank finds room on this host, before it trains.
+    """Check that this host has room for a rank, before it trains.
 
     Args:
         cache: folder of cached shards, if there is one.
@@ -67,10 +67,10 @@ def check_rank(cache: Path | None, shares_memory: bool) -> None:
 
 
 def in_time(work: Callable[[], T], where: str) -> T:
-    """The result of ``work``, which looks at files, if it is there within ``ANSWER_S``.
+    """The result of ``work``, which accesses files, if it is done within ``ANSWER_S``.
 
     Raises:
-        UserError: it is not: a call into a file system that doesn't answer can't be ended.
+        UserError: it isn't: a call into a file system that doesn't answer can't be interrupted.
     """
     try:
         return bounded_wait.result(work, ANSWER_S, "a look at files")
@@ -78,12 +78,12 @@ def in_time(work: Callable[[], T], where: str) -> T:
         raise UserError(
             f"this file system has not answered for {ANSWER_S:g} s",
             where=where,
-            remedy="its server, or the network to it, is gone: `ls` there should answer at once; mount it again",
+            remedy="its server, or the network to it, is down: `ls` there should answer at once; mount it again",
         ) from None
 
 
 def check_answers(paths: Iterable[Path]) -> None:
-    """Check that the file systems of these paths answer, if only by an error.
+    """Check that the file systems of these paths answer, even if only with an error.
 
     Raises:
         UserError: one does not, within ``ANSWER_S``.

@@ -1,4 +1,4 @@
-"""What a node is like and how well it reaches its peers: each node answers, one compares.
+"""A node's properties and how well it reaches its peers: each node answers, one compares.
 
 Neither Ray nor torch is needed here: ``commands/doctor/cluster.py`` asks the nodes over either.
 """
@@ -31,9 +31,9 @@ PINGS = 8
 PEER_SECONDS = 10.0
 LEAST_SHARED_MEMORY, LEAST_DISK, LEAST_MEMORY = 1 * GIB, 5 * GIB, 2 * GIB
 MOST_OFFSET_S = 1.0
-"""Between clocks: times of files and logs are compared across hosts."""
+"""Most seconds between two clocks: times of files and logs are compared across hosts."""
 LEAST_RATE = 12 * MIB
-"""Bytes a second: the network of 100 Mbit/s."""
+"""Least bytes per second: a network of 100 Mbit/s."""
 
 
 @dataclass
@@ -44,11 +44,11 @@ class Node:
         host, address, interface: its name, its address towards the peers, and that address's interface.
         versions: of Python, this package and those of ``PACKAGES``; "" for what is missing.
         gpus: names.
-        cores: that a process may use.
+        cores: those that a process may use.
         memory, shared_memory, disk: free bytes; the disk's in the shared folder.
         shared: "" if the node sees what the first has written into the shared folder; else what is wrong.
         offset_s: its clock minus the first node's, seconds.
-        rate: bytes a second from the next node.
+        rate: bytes per second from the next node.
         unreachable: the address of the peer that it could not reach, and why; "" if it could.
     """
 
@@ -114,7 +114,7 @@ def _free(folder: str | None) -> int:
 
 
 def write_probe(folder: str) -> tuple[str, str]:
-    """Write a file of a new name, made by the first node for the others to find; its path, or what is wrong."""
+    """On the first node, write a file with a new name for the others to find; its path, or what is wrong."""
     path = Path(folder, f".doctor-{uuid.uuid4().hex}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -125,7 +125,7 @@ def write_probe(folder: str) -> tuple[str, str]:
 
 
 def find_probe(path: str, seconds: float = PEER_SECONDS) -> str:
-    """Find the first node's file and write another beside it; "" or what is wrong.
+    """Find the first node's file and write another next to it; "" or what is wrong.
 
     A file server's client may cache for a few seconds that a name is absent.
     """
@@ -144,11 +144,11 @@ def find_probe(path: str, seconds: float = PEER_SECONDS) -> str:
 
 
 class Peer:
-    """A server that gives its clock, and bytes, to those who know the token.
+    """A server that sends its clock, and bytes, to those who know the token.
 
     Args:
-        address: of this node, on which alone it listens.
-        token: that all nodes of one survey share.
+        address: of this node; it listens on no other.
+        token: shared by all nodes of one survey.
     """
 
     def __init__(self, address: str, token: str) -> None:
@@ -223,7 +223,7 @@ def _receive(peer: socket.socket, count: int) -> bytes:
 
 
 def problems(nodes: Sequence[Node], folder: str | None) -> list[tuple[str, str]]:
-    """What keeps these nodes from working together, and the remedy of each; the first is the measure."""
+    """What keeps these nodes from working together, each with its remedy; the first node is the reference."""
     found = [
         *_version_problems(nodes),
         *_address_problems(nodes),
@@ -240,7 +240,7 @@ def problems(nodes: Sequence[Node], folder: str | None) -> list[tuple[str, str]]
             found.append(
                 (
                     f"{node.host} can't reach {node.unreachable}",
-                    "a firewall rule that lets the cluster's nodes reach each other at all ports",
+                    "a firewall rule that lets the cluster's nodes reach each other on all ports",
                 )
             )
         elif len(nodes) > 1 and node.rate < LEAST_RATE:
@@ -253,7 +253,7 @@ def problems(nodes: Sequence[Node], folder: str | None) -> list[tuple[str, str]]
         if abs(node.offset_s) > MOST_OFFSET_S:
             found.append(
                 (
-                    f"{node.host}: its clock is {node.offset_s:+.1f} s off {nodes[0].host}'s",
+                    f"{node.host}: its clock is off by {node.offset_s:+.1f} s from {nodes[0].host}'s",
                     "set all clocks by one server (chrony, systemd-timesyncd)",
                 )
             )
@@ -285,7 +285,10 @@ def _version_problems(nodes: Sequence[Node]) -> list[tuple[str, str]]:
         if len(node.gpus) != len(first.gpus) and node.gpus and first.gpus:
             text = f"{node.host}: {len(node.gpus)} GPUs, but {len(first.gpus)} on {first.host}"
             found.append(
-                (text, "ranks fill the nodes that Ray has; with srun and torchrun as many on each")
+                (
+                    text,
+                    "ranks fill Ray's nodes as they are; srun and torchrun start equally many on each",
+                )
             )
     return found
 
@@ -304,7 +307,7 @@ def _address_problems(nodes: Sequence[Node]) -> list[tuple[str, str]]:
 
 
 def table(nodes: Sequence[Node]) -> str:
-    """A line for each node, under a line of titles."""
+    """A line for each node, under a header line."""
     first = ("host", "address", "interface", "cnn2gnn", "torch", "GPUs", "cores")
     rows = [[*first, "memory", "/dev/shm", "disk", "shared", "clock", "from next"]]
     for node in nodes:

@@ -1,1 +1,1 @@
-"""Ray: a cluster of its own or one that is joined, groups of ranks, nodes, pools of actors, and what ends with them."""
+"""Ray: a cluster started here or joined, groups of ranks, nodes, pools of actors, and what ends with them."""

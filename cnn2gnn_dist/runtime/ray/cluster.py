@@ -1,4 +1,4 @@
-"""The Ray cluster of a driver: one that it joins, or one of its own that leaves nothing behind."""
+"""The Ray cluster of a driver: an existing one that it joins, or one that it starts and that leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 RAY_SETTINGS = {
     # Batches that were consumed would stay in the object store for a second.
     "free_objects_period_milliseconds": 100,
-    # A history of all calls that is never read here: megabytes a minute.
+    # A history of all calls that is never read here: megabytes per minute.
     "task_events_report_interval_ms": 0,
     # The head is on this machine: once gone it doesn't come back, and waiting for it spins.
     "gcs_rpc_server_reconnect_timeout_s": 10,
@@ -58,7 +58,7 @@ def start(address: str | None, cpus: int, logs: Path | None = None) -> None:
 
     Raises:
         UserError: no cluster answers at the address, or it refuses us; this machine
-            can't run a cluster of its own.
+            can't run a cluster.
     """
     if ray.is_initialized():
         return

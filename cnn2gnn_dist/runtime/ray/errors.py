@@ -1,4 +1,4 @@
-"""What Ray's exceptions say of a call: what the actor's own code raised, or that the actor is gone."""
+"""What Ray's exceptions say about a call: what the actor's own code raised, or that the actor is gone."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def cause_of(error: RayError) -> Exception | None:
 
 
 def why_lost(error: RayError) -> str:
-    """Why an actor is gone, in a line; Ray ends what it says of a kill for memory with general advice."""
+    """Why an actor is gone, in one line; Ray's message about an out-of-memory kill ends in general advice."""
     return first_line(error) if isinstance(error, OutOfMemoryError) else last_line(error)
 
 
 def not_imported(error: RayError) -> str | None:
-    """Why an actor's class could not be imported where it was to run; None if that is not what failed."""
+    """Why an actor's class could not be imported where it should run; None if something else failed."""
     text = str(error)
     if "failed to import on the worker" not in text:
         return None

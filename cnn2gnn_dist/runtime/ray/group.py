@@ -38,7 +38,7 @@ _log = logging.getLogger(__name__)
 
 READY_SECONDS = 60.0
 FEWER_SECONDS = 15.0
-"""For a smaller group: what it needs is there, or was held by a group that has just ended."""
+"""Seconds to wait for a smaller group's places: they are free, or held by a group that has just ended."""
 GRACE_SECONDS = 5.0
 
 
@@ -46,7 +46,7 @@ GRACE_SECONDS = 5.0
 class GroupSpec:
     """Resources that a group of ranks requests from the cluster.
 
-    ``fewer``: world sizes to go on with, largest first, where there is no room for all ranks.
+    ``fewer``: world sizes to continue with, largest first, if there is no room for all ranks.
     """
 
     world_size: int
@@ -117,7 +117,7 @@ def _attempt(
     nodes: list[rank_order.Node],
     wait_s: float = READY_SECONDS,
 ) -> list[Any]:
-    """Place, start and await a group; ``nodes``: of each rank so far, replaced by where they are now."""
+    """Place, start and await a group; ``nodes``: each rank's node so far, replaced by its current one."""
     spec, group = _reserved(spec, wait_s)
     try:
         # Places are numbered by their bundle; a bundle may have several.
@@ -149,7 +149,7 @@ def _attempt(
 
 
 def _reserved(spec: GroupSpec, wait_s: float) -> tuple[GroupSpec, PlacementGroup]:
-    """Reserve places for the group, or for the largest of the smaller ones that there is room for.
+    """Reserve places for the group, or for the largest smaller one for which there is room.
 
     Raises:
         UserError: there is no room, even after ``wait_s``.
@@ -162,7 +162,7 @@ def _reserved(spec: GroupSpec, wait_s: float) -> tuple[GroupSpec, PlacementGroup
             if _placed(group, wait_s if world_size == spec.world_size else FEWER_SECONDS):
                 if world_size < spec.world_size:
                     _log.warning(
-                        f"there is room for {world_size} of {spec.world_size} ranks: the run goes on with "
+                        f"there is room for {world_size} of {spec.world_size} ranks: the run continues with "
                         f"{world_size} (cluster.min_ranks){_gone()}"
                     )
                 return fitting, group
@@ -188,7 +188,7 @@ def _nodes(group: PlacementGroup) -> dict[int, rank_order.Node]:
 
 
 def _placed(group: Any, wait_s: float) -> bool:
-    """Wait for room; after ``READY_SECONDS`` say for what."""
+    """Wait for room; after ``READY_SECONDS`` log what is awaited."""
     if group.wait(min(wait_s, READY_SECONDS)):
         return True
     if wait_s <= READY_SECONDS:
@@ -241,7 +241,7 @@ def _launch(
 
 
 def _answers(refs: list[Any], places: Sequence[rank_order.Node]) -> list[Any]:
-    """What the ranks answer, before they work.
+    """The ranks' answers before they start to work.
 
     Raises:
         UserError: the package can't be imported on some hosts.

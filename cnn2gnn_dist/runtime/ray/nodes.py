@@ -1,4 +1,4 @@
-"""An actor on every node of a Ray cluster, for questions that each has to answer itself."""
+"""An actor on every node of a Ray cluster, for questions that each node must answer itself."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cnn2gnn_dist.runtime.hosts import node_survey
 from cnn2gnn_dist.runtime.hosts.node_survey import Node, Peer
 
 ANSWER_SECONDS = 120.0
-"""For a node to start the actor, which imports this package, and to answer."""
+"""Seconds for a node to start the actor, which imports this package, and to answer."""
 
 
 @ray.remote(num_cpus=0, max_restarts=0)
@@ -44,7 +44,7 @@ class _Answering:
 
 
 class Asked:
-    """Actors of all nodes, by address and id of the node; those that can't answer are left out from then on.
+    """Actors on all nodes, by address and id of the node; those that don't answer are dropped.
 
     Attributes:
         failed: by address, why a node gave no answer.
@@ -64,7 +64,7 @@ class Asked:
             actor: Any = _Answering
             options = {"name": f"doctor-{address}-{number[:6]}", "scheduling_strategy": here}
             self.actors[address, number] = actor.options(**options).remote(address)
-            self.failed.pop(address, None)  # it came back under another id
+            self.failed.pop(address, None)  # it has come back under another id
 
     def ask(self, call: str, *arguments: Any) -> list[Any]:
         """The answers, in the order of ``actors``."""
@@ -72,7 +72,7 @@ class Asked:
         return self.answers(asked)
 
     def answers(self, asked: dict[tuple[str, str], Any]) -> list[Any]:
-        """Wait for answers; who gives none is left out."""
+        """Wait for answers; actors that give none are dropped."""
         done, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=ANSWER_SECONDS)
         said = []
         for one, reference in asked.items():
@@ -90,8 +90,8 @@ def survey(folder: str | None, token: str) -> tuple[list[Node], dict[str, str]]:
     """Ask every node of the cluster that this process has joined, its own node first.
 
     Args:
-        folder: that all nodes should share; None: it is not looked at.
-        token: that the nodes' servers demand of each other.
+        folder: one that all nodes should share; None: not checked.
+        token: required by the nodes' servers from each other.
 
     Returns:
         The nodes that answered; and by address why others did not.

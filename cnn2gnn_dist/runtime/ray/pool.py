@@ -1,7 +1,7 @@
-"""Independent pieces of work over Ray actors: each done once, whichever actor dies.
+"""Independent pieces of work on Ray actors: each is done once, even if actors die.
 
-Unlike the ranks of a group (``group.py``), the actors need each other for nothing: one that dies is restarted by
-Ray, which repeats the call it was lost in.
+Unlike the ranks of a group (``group.py``), the actors are independent: one that dies is restarted by Ray, which
+repeats the call in which it was lost.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from cnn2gnn_dist.runtime.ray import errors as ray_errors
 from cnn2gnn_dist.runtime.ray import session as ray_session
 
 ATTEMPTS = 3
-"""How often an actor may die of one item."""
+"""How often actors may die of one item."""
 START_SECONDS = 60.0
-"""Wait for a place for the first actor."""
+"""Seconds to wait for room for the first actor."""
 
 Work = Callable[[Any], Any]
 
@@ -35,7 +35,7 @@ class _Worker:
         self._work: Work | None = None
 
     def ready(self) -> str:
-        """Return the node's address, once there is a place for this actor."""
+        """Return the node's address, once there is room for this actor."""
         return str(ray.util.get_node_ip_address())
 
     def do(self, item: Any) -> Any:
@@ -53,9 +53,9 @@ class _Worker:
             os.chdir(self._cwd)
         except OSError as error:
             raise UserError(
-                f"the folder that the command was given in is not on node {self.ready()} ({error.strerror})",
+                f"the command's working directory is not on node {self.ready()} ({error.strerror})",
                 where=self._cwd,
-                remedy="give the command in a folder that every node sees at the same path",
+                remedy="run the command in a folder that every node sees at the same path",
             ) from None
 
 
@@ -68,19 +68,19 @@ def work_off(
     cpus: float = 1.0,
     gpus: float = 0.0,
 ) -> Iterator[tuple[Any, Any]]:
-    """Yield (item, result) of every item, as they are finished.
+    """Yield (item, result) for every item, in the order in which they finish.
 
-    A Ray is running (:func:`.cluster.running`). An actor takes the next item when it is done with one, so
-    that a slow node delays nothing but its own items.
+    Ray must be running (:func:`.cluster.running`). An actor takes the next item when it is done with one, so
+    that a slow node delays only its own items.
 
     Args:
-        items: can be pickled.
+        items: must be picklable.
         prepare: importable; called once in every actor, in this process's working directory; returns the
-            function of an item.
+            function to apply to an item.
         arguments: of ``prepare``.
-        actors: at most so many; as many work as the cluster has room for.
-        cpus: of an actor.
-        gpus: of an actor.
+        actors: their largest number; as many work as the cluster has room for.
+        cpus: per actor.
+        gpus: per actor.
 
     Raises:
         UserError: raised by ``prepare`` or for an item; no room for a single actor; an item whose actors
@@ -108,7 +108,7 @@ def work_off(
                 running[worker.do.remote(item)] = (worker, item)
                 break
             else:
-                starting.clear()  # nothing is left for actors that found no place so far
+                starting.clear()  # no items are left for actors that have not been placed yet
     finally:
         for worker in workers:
             ray.kill(worker)
@@ -122,7 +122,7 @@ def _result(ref: Any, item: Any) -> Any:
         if cause := ray_errors.cause_of(error):
             raise cause from None
         raise UserError(
-            f"an actor died {ATTEMPTS} times of {item}; last: {last_line(error)}",
+            f"actors died {ATTEMPTS} times of {item}; last: {last_line(error)}",
             where="--actors",
             remedy="see the log above; what was finished is kept, and the same command resumes",
         ) from None
@@ -136,5 +136,5 @@ def _no_room(cpus: float, gpus: float) -> UserError:
         f"the cluster has no room for an actor of {cpus:g} CPUs and {gpus:g} GPUs; it has "
         f"{ray.available_resources()}",
         where="--actors",
-        remedy="a larger cluster, or wait until others are done",
+        remedy="use a larger cluster, or wait until other jobs are done",
     )

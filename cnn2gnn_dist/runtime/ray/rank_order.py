@@ -1,4 +1,4 @@
-"""Which rank works at which place of a group: neighbors in number on one node, and where they were before."""
+"""Which rank gets which place of a group: consecutive ranks on the same node, and where they were before."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import ipaddress
 from collections.abc import Sequence
 
 Node = tuple[str, str]
-"""Address of a node, and its id, which differs between two nodes of one address."""
+"""Address of a node, and its id, which differs between two nodes with the same address."""
 
 
 def order(places: Sequence[Node], before: Sequence[Node] | None = None) -> list[int]:
     """Return the place of each rank, an index into ``places``.
 
     Ranks of one node are consecutive, nodes in the order of their addresses, so that the same nodes give
-    the same order in every process. What was a rank's node ``before`` stays its node if there is still a
-    place: its partitions are in that host's page cache.
+    the same order in every process. A rank stays on its node of ``before`` if that still has a place: its
+    partitions are in that host's page cache.
 
     Args:
         places: the node of each place.

@@ -1,7 +1,7 @@
 """Is the run's folder the same one on every host? Asked with a new name, before anything is trained.
 
-A folder that is there on every host, but not the same, goes unnoticed until a rank misses what another
-has written: after the whole first training.
+A folder that exists on every host, but is not the same one, goes unnoticed until a rank misses what another
+has written: after the complete first training.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from cnn2gnn_dist.runtime.group import collectives, exchange, members
 from cnn2gnn_dist.runtime.hosts import host_checks
 
 SECONDS = 10.0
-"""For a new name to appear on another host: file servers' clients are asked at once for names never seen."""
+"""Seconds for a new name to appear on another host: clients ask the server at once for names never seen before."""
 PREFIX = ".lock-probe-"
-"""Names like this are no contents of a run's folder (``ledger.check_claim``)."""
+"""Files with such names don't count as contents of a run's folder (``ledger.check_claim``)."""
 
 
 def check(root: Path) -> None:
@@ -28,7 +28,7 @@ def check(root: Path) -> None:
     another file, for which rank 0 waits. Takes 10 ms; nothing is done where all ranks are on one host.
 
     Raises:
-        UserError: on every rank, with the hosts where it is not so, or where the folder doesn't answer.
+        UserError: on every rank, naming the hosts where that fails, or where the folder doesn't answer.
     """
     if not members.on_several_hosts():
         return
@@ -46,7 +46,7 @@ def check(root: Path) -> None:
         step([0], lambda: _read(root, name, answering))
     finally:
         if rank == 0:
-            with contextlib.suppress(UserError):  # it has been said that the folder doesn't answer
+            with contextlib.suppress(UserError):  # that the folder doesn't answer has been reported
                 host_checks.in_time(lambda: _clear(root, name, answering), where)
 
 
@@ -55,7 +55,7 @@ def _clear(root: Path, name: str, answering: list[int]) -> None:
         with contextlib.suppress(OSError):
             path.unlink()
     with contextlib.suppress(OSError):
-        root.rmdir()  # of a run that has not begun
+        root.rmdir()  # the folder of a run that has not begun
 
 
 def _write(path: Path) -> None:
@@ -98,5 +98,5 @@ def _reported(root: Path) -> Iterator[None]:
         raise UserError(
             f"this folder can't be written to: {error.strerror}",
             where=f"run.dir={root}",
-            remedy="a folder on storage that all hosts mount at this path and that you may write to",
+            remedy="a folder on storage that all hosts mount at this path and that you can write to",
         ) from None

@@ -1,4 +1,4 @@
-"""The rows that ranks embed for a graph version: written, recorded, and read back by the others."""
+"""The rows that ranks embed for a graph version: written, recorded, and read back by other ranks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cnn2gnn_dist.graph.search.work_units import WorkFolder, check_agreement
 from cnn2gnn_dist.graph.version import GraphWriter
 
 NOTE = 16
-"""Batches of a chunk: after each chunk a rank records its progress."""
+"""Batches per chunk: after each chunk a rank records its progress."""
 
 
 class Embedded:

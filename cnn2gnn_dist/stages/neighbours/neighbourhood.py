@@ -176,7 +176,7 @@ class Query:
         self.first_BF = np.empty((0, 0), np.int64)
 
     def block(self, z_Bd: Tensor) -> Block:
-        """Find or sample the candidates of the seeds, and the candidates' own."""
+        """Find or sample the candidates of the seeds, and the candidates' own candidates."""
         around = self.around
         first_BF = without_seed(self._first_hop(z_Bd), self.seeds_B)
         self.first_BF = around.holder.global_of(first_BF)

@@ -1,4 +1,4 @@
-"""Which parameters of a model learn at a rate of their own (biases of norms, the classifier, the stem), or later."""
+"""Which parameters of a model have their own learning rate (norm biases, the classifier, the stem), or start late."""
 
 from __future__ import annotations
 

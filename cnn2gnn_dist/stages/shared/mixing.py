@@ -1,12 +1,12 @@
 """Mixup and cutmix: two images in one, and the labels of both.
 
-The images at places 2i and 2i+1 of a global batch are mixed with each other: the order has shuffled them, so
-that this pairing is as good as any, and a micro-batch of even size holds both. So the result is exactly the same
-for any number of ranks and micro-batches, and no image is read twice. What is mixed how is a hash of (seed,
-epoch, the pair's first image).
+The images at positions 2i and 2i+1 of a global batch are mixed with each other: they are shuffled, so this
+pairing is as good as any, and a micro-batch of even size holds both. The result is therefore identical for any
+number of ranks and micro-batches, and no image is read twice. How a pair is mixed is a hash of (seed, epoch, the
+pair's first image).
 
-For the teacher only. The student's loss would mix as well, but a mixed seed would find the partner itself in the
-bank, and its label; and the soft targets are of single images.
+For the teacher only. The student's loss could be mixed as well, but a mixed seed would find its partner in the
+bank, with its label; and soft targets belong to single images.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Mixed:
     """A batch of mixed images.
 
     Attributes:
-        images_BHWC: uint8 where nothing is blended, else float32 in 0..255.
-        partner_B: int64, each image's place to its partner's.
+        images_BHWC: uint8 if nothing is blended, else float32 in 0..255.
+        partner_B: int64, the position of each image's partner.
         share_B: float32, weight of an image's own label; the partner's label has the rest.
     """
 
@@ -36,7 +36,7 @@ class Mixed:
     share_B: Tensor
 
     def loss(self, own_B: Tensor, partner_B: Tensor) -> Tensor:
-        """Loss of each mixed image, of the losses with its own labels and with its partner's."""
+        """Loss of each mixed image, from the losses with its own labels and with its partner's."""
         return self.share_B * own_B + (1 - self.share_B) * partner_B
 
 
@@ -85,5 +85,5 @@ def check_even(images: int) -> None:
         raise UserError(
             f"a micro-batch of {images} images can't be mixed in pairs",
             where="teacher.mixup, teacher.cutmix",
-            remedy="a teacher.global_batch of an even number of images per rank and micro-batch",
+            remedy="set teacher.global_batch to give an even number of images per rank and micro-batch",
         )

@@ -68,7 +68,7 @@ def build_student(config: Config, num_classes: int, scope: Scope) -> Student:
 def check_early_size(
     model: Teacher | Student, network: nn.Module, settings: TrainConfig, section: str
 ) -> None:
-    """Check that a network takes the smaller images of the first epochs.
+    """Check that a network accepts the smaller images of the first epochs.
 
     Raises:
         UserError: it doesn't: too little is left of them, or its input has a fixed size.
@@ -79,7 +79,7 @@ def check_early_size(
     training = network.training
     try:
         network.eval()(model.normalise(torch.zeros(2, size, size, 3)))
-    except Exception as error:  # timm's and torch's own, of no common kind
+    except Exception as error:  # timm's and torch's own, without a common type
         raise UserError(
             f"the network can't take images of {size} pixels: {first_line(error)}",
             where=f"{section}.early_size",
@@ -157,7 +157,7 @@ def norms_of(stage_folder: Path) -> list[list[int]]:
 
 
 def share_buffers(model: nn.Module) -> None:
-    """Give all ranks rank 0's buffers (collective): DeepSpeed does so for parameters alone.
+    """Give all ranks rank 0's buffers (collective): DeepSpeed does so for parameters only.
 
     They differ where hosts have read different files of initial weights.
     """

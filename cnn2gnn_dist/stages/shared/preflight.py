@@ -32,7 +32,7 @@ def check(
         deepspeed: the DeepSpeed configs of "teacher" and "student", as read; None: they are not checked.
 
     Raises:
-        UserError: they don't, or DeepSpeed's config of a stage ahead would be refused when it begins.
+        UserError: they don't, or the DeepSpeed config of a later stage would be refused when it begins.
     """
     ahead = set(stages).intersection(_TRAINS)
     if world_size > 1 and ahead.intersection(("student", "control")):
@@ -132,7 +132,7 @@ def check_classes(train_N: np.ndarray, held_out: int, holdout: float | None) -> 
     classes, count_C = np.unique(train_N[train_N >= 0], return_counts=True)
     if not held_out:
         raise UserError(
-            "there are no held-out images: every class has one image, which is for training"
+            "there are no held-out images: every class has one image, which is needed for training"
             if holdout and count_C.max(initial=0) <= 1
             else "there are no held-out images to evaluate on",
             where="data.test",

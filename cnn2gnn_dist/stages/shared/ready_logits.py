@@ -1,4 +1,4 @@
-"""A teacher's logits that somebody else has computed: ``targets.logits``, one Parquet file."""
+"""A teacher's precomputed logits: ``targets.logits``, one Parquet file."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def _numbers(path: Path, table: pa.Table) -> np.ndarray:
 
 
 def _in_order(path: Path, table: pa.Table, logits_MC: np.ndarray, manifest: Manifest) -> np.ndarray:
-    """The columns in the training images' order of classes."""
+    """The columns in the order of the training images' classes."""
     classes = list(manifest.classes)
     if logits_MC.shape[1] != len(classes):
         raise _wrong(

@@ -1,4 +1,4 @@
-"""Learning rate and average of the weights at a point of training, as configured. Pure."""
+"""Learning rate and weight averaging at a point of training, as configured. Pure."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from cnn2gnn_dist.training.schedule import kept_at, lr_at, peaked_lr_at
 
 
 def rate_at(settings: TrainConfig, progress: float, warmup: float) -> float:
-    """Learning rate after so many epochs; ``warmup``, in epochs, of the cosine schedule."""
+    """Learning rate after ``progress`` epochs; ``warmup``, in epochs, is that of the cosine schedule."""
     s = settings
     if s.schedule == "cosine":
         return lr_at(progress, s.epochs, s.lr, warmup)
@@ -16,7 +16,7 @@ def rate_at(settings: TrainConfig, progress: float, warmup: float) -> float:
 
 
 def share_kept(settings: TrainConfig, progress: float, step: int) -> float | None:
-    """Share of itself that the average of the weights keeps after a step; None: it stays as it is.
+    """Share of itself that the average of the weights keeps after a step; None: it is unchanged.
 
     ``progress``: epochs done; ``step``: optimizer steps done, this one included.
     """

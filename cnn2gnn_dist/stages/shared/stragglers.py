@@ -1,8 +1,8 @@
-"""Which rank the others wait for: told apart by the time that each one's own work takes.
+"""Which rank the others wait for, found by the time that each rank's own work takes.
 
-A step takes equally long on all ranks, because every collective ends when the slowest has arrived. So each rank
-counts the seconds for which it computed, waited for a core or waited for data; the rest it waited for
-others. On a GPU the host mostly waits for its device, so there only what keeps the host busy is compared.
+A step takes equally long on all ranks, because a collective ends only when the slowest rank has arrived. So each
+rank counts the seconds for which it computed, waited for a core or waited for data; the rest of the time it waited
+for others. On a GPU the host mostly waits for its device, so there only the host's busy time is compared.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cnn2gnn_dist.runtime.group import members
 SLOW = 2.0
 """From this ratio on a rank is called slow."""
 IN_SUCCESSION = 5
-"""Log lines for which the same rank has been slow when it is said."""
+"""Consecutive log lines for which a rank is slow before the warning."""
 
 
 def own_seconds() -> float:
@@ -51,7 +51,7 @@ class Stragglers:
     _said: bool = False
 
     def note(self, seconds: Sequence[float], warn: Callable[[str], None]) -> dict[str, float | str]:
-        """What to log for ranks whose own work took so long since the last line.
+        """What to log about ranks whose own work took these ``seconds`` since the last line.
 
         ``warn`` is called once, when a rank has been ``SLOW`` for ``IN_SUCCESSION`` lines.
         """

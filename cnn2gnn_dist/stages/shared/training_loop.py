@@ -184,7 +184,7 @@ class Training:
             if self.checkpoints.copies.waiting:
                 return (
                     "run.storage did not get the last checkpoint",
-                    f"{last}: it is in run.dir alone",
+                    f"{last}: it is only in run.dir",
                 )
             return "no step finished", f"so nothing was saved: the last checkpoint is {last}"
 
@@ -340,7 +340,7 @@ class Training:
             self._stop()
 
     def _is_best(self, found: dict[str, float]) -> bool:
-        """Whether this held-out accuracy is the best so far, so that the checkpoint is to be kept."""
+        """Whether this held-out accuracy is the best so far, so that its checkpoint is kept."""
         accuracy = next((v for k, v in found.items() if k.endswith("test_accuracy")), None)
         if accuracy is None or (self.best is not None and accuracy <= self.best):
             return False

@@ -19,7 +19,7 @@ from cnn2gnn_dist.stages.shared.context import Context
 def open_targets(context: Context, manifest: Manifest, targets_key: str) -> Targets:
     """Load all soft targets of the run (collective).
 
-    If nothing can be written beside them, every rank reads them into its memory.
+    If nothing can be written next to them, every rank reads them into its memory.
 
     Raises:
         UserError: on every rank: as ``Targets.load``; the disk is full.

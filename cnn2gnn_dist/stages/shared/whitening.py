@@ -19,10 +19,10 @@ IMAGES = 5000
 
 
 def whiten_first_layers(context: Context, model: Teacher | Student) -> None:
-    """Set the first layers of ``WhitenedCNN``s in the model (collective); without any do nothing.
+    """Set the first layers of ``WhitenedCNN``s in the model (collective); nothing happens if there are none.
 
-    From clean views of up to ``IMAGES`` readable training images, spread evenly over the set; computed on
-    rank 0, so that all ranks have the same bits.
+    Uses clean views of up to ``IMAGES`` readable training images, spread evenly over the set; computed on
+    rank 0, so that all ranks are bit-identical.
     """
     networks = [m for m in model.modules() if isinstance(m, WhitenedCNN)]
     if not networks:

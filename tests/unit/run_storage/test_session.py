@@ -146,7 +146,7 @@ def test_a_damaged_checkpoint_is_left_out_and_the_one_before_it_serves(tmp_path,
     other = opened(tmp_path / "there")
     other.fetch("teacher", resumes=True)
     assert (
-        "checkpoint step-00000002: an object of the run's storage has other contents" in caplog.text
+        "checkpoint step-00000002: an object of the run's storage does not have the contents" in caplog.text
     )
     root = disk.root_of(tmp_path / "there" / "teacher")
     assert [p.name for p in disk.all_of(root) if disk.damage(p) is None] == ["step-00000001"]
@@ -188,7 +188,9 @@ def test_scratch_that_survived_is_used_unless_the_run_went_on_elsewhere(tmp_path
     assert sorted(Store.open(URL).records) == ["run", "teacher", "teacher.old-1"]
 
     back = opened(here)
-    assert "the run went on elsewhere; what is here of it is moved to teacher.old-1" in caplog.text
+    assert (
+        "the run has continued elsewhere; its files here are moved to teacher.old-1" in caplog.text
+    )
     assert (here / "teacher.old-1" / "w").read_bytes() == b"local"
     back.fetch("teacher")
     assert (here / "teacher" / "w").read_bytes() == b"second"
@@ -205,12 +207,12 @@ def test_a_run_that_was_made_without_storage_is_adopted(tmp_path):
 def test_a_folder_with_another_run_is_refused(tmp_path):
     opened(tmp_path / "here").keep_run()
     ledger.claim(tmp_path / "other", "name: two\n")
-    with pytest.raises(UserError, match="holds a run that is not the one in memory://runs/one"):
+    with pytest.raises(UserError, match="holds another run than memory://runs/one"):
         RunStorage.open(tmp_path / "other", URL)
 
 
 def test_what_the_storage_no_longer_has_is_not_taken_as_kept_there(tmp_path):
-    """The remedy for a damaged record is to remove it: the stage is then made again."""
+    """The remedy for a damaged record is to remove it: the stage is then run again."""
     here, there = tmp_path / "here", tmp_path / "there"
     storage = opened(here)
     finished(here / "targets", {"a.parquet": b"soft"})
@@ -233,7 +235,7 @@ def test_a_folder_with_a_part_of_a_run_is_not_moved_to_another_storage(tmp_path)
     storage.keep_stage("targets", made=True)
     opened(there)
     with pytest.raises(
-        UserError, match="parts of this run are in memory://runs/one alone"
+        UserError, match="parts of this run are only in memory://runs/one"
     ) as caught:
         RunStorage.open(there, "memory://runs/two")
     assert "run.storage=memory://runs/one" in str(caught.value.remedy)
