@@ -1,4 +1,4 @@
-"""After training: a model in a folder that answers, with the training images it answers from.
+"""After training: a model in a folder that classifies images, with the training images its answers are based on.
 
-Light: only what ``pip install cnn2gnn-dist`` brings (no Ray, DeepSpeed or DGL).
+Light: needs only what ``pip install cnn2gnn-dist`` installs (no Ray, DeepSpeed or DGL).
 """

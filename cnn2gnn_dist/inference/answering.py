@@ -1,4 +1,4 @@
-"""From the network's outputs to answers: the classes, the neighbors that they rest on, the path."""
+"""From the network's outputs to answers: the classes, the neighbors that they are based on, the path."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def answers_of(
         probability_BC: of the classes of the memory, or of the trained ones without a memory.
         spec: of the model.
         memory: the version that the outputs were made with.
-        scores: of each image, as they are.
-        top: classes listed in an answer.
-        neighbours: neighbors listed in an answer.
+        scores: of each image, passed on unchanged.
+        top: number of classes in an answer.
+        neighbours: number of neighbors in an answer.
     """
     names = memory.classes if memory else spec.label_names
     trained = len(spec.label_names)
     order_BC = np.argsort(-probability_BC, axis=1, kind="stable")
-    if memory is not None and len(names) > trained:  # a new class without images is no answer
+    if memory is not None and len(names) > trained:  # a new class without images can't be an answer
         gone = np.flatnonzero(memory.counts() == 0)
         keep_BC = ~np.isin(order_BC, gone[gone >= trained])
         order_BC = order_BC[keep_BC].reshape(len(order_BC), -1)
@@ -81,7 +81,7 @@ def _neighbours(
 
 
 def check_counts(**given: tuple[int, int]) -> None:
-    """Check numbers that were asked for against the smallest that makes sense.
+    """Check requested numbers against their minimum.
 
     Raises:
         UserError: one is smaller, or not a whole number.

@@ -1,4 +1,4 @@
-"""What a model answers: a class with its probability, and the training images it rests on."""
+"""What a model answers: a class with its probability, and the training images it is based on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Neighbour:
     Attributes:
         key: of the training image.
         label: its class.
-        weight: share of it in the message, 0..1; the weights of an image's neighbors sum to 1.
+        weight: its share of the message, 0..1; the weights of an image's neighbors sum to 1.
         row: its row in the memory.
     """
 
@@ -48,11 +48,11 @@ class Answer:
     Attributes:
         name: of the input: its path, or ``input N``.
         label, probability: the most probable class; None if the image could not be read.
-        classes: (class, probability) by descending probability, as many as were asked for.
+        classes: (class, probability) by descending probability, as many as requested.
         neighbours: by descending weight.
         path: what decided: "graph" (the network with its neighbors), "network" (there are none:
             control, or an empty memory) or "new class" (a class added to the memory).
-        scores: further numbers, such as those that tell images unlike the training images.
+        scores: further numbers, such as those of how unlike the training images it is.
         error: why there is no answer.
     """
 

@@ -1,11 +1,11 @@
 """Layers whose result for an image does not depend on the other images of its batch, to the last bit.
 
-torch chooses another kernel for one row, or for a few small images, and the last bits of a result
-change with it. On CPUs a matrix product over a multiple of 16 rows, and oneDNN's convolution, give
-each row the same bits whatever the other rows are. What is left are activations whose last elements
-take another path than the others (SiLU, sigmoid): stems that have them run in multiples of 16 images.
-Which ones do is found out when a model is opened, for it depends on the machine. On GPUs there is
-no such guarantee.
+torch uses another kernel for a single row, or for a few small images, which changes the last bits of
+a result. On CPUs a matrix product over a multiple of 16 rows, and oneDNN's convolution, give each row
+the same bits regardless of the other rows. What remains are activations whose last elements take
+another code path (SiLU, sigmoid): stems that have them run in multiples of 16 images. Whether a model
+needs this is determined when it is opened, since it depends on the machine. On GPUs there is no such
+guarantee.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class _Conv2d(nn.Conv2d):
 
 
 def smallest_batch(stem: nn.Module, size: int) -> int:
-    """The number of which a batch must be a multiple, so that company changes no bit: 1 or ROWS.
+    """The number of which a batch size must be a multiple so that other images change no bit: 1 or ROWS.
 
     Args:
         stem: after ``make_batch_invariant``, in eval mode.

@@ -1,18 +1,18 @@
-"""Confidence that means something: temperature, scores of the unusual, sets with a stated coverage.
+"""Calibrated confidence: temperature, scores of unusual images, sets with a stated coverage.
 
-All is fitted on calibration images: apart from training, alike to what will be asked.
+Everything is fitted on calibration images: not used in training, but like those that will be asked about.
 
 - **Temperature** (Guo, Pleiss, Sun, Weinberger, ICML 2017): T minimizes the mean of −log softmax(l/T)_y.
 - **Unusual images**: 1 − max softmax(l/T); the quantile, among calibration images, of the distance to the
   k-th neighbor; the weight of the neighbors' vote that is not on the predicted class. All in 0..1, large =
-  unusual. They see different things: softmax finds classes between the known ones, the distance
-  finds what looks like nothing known.
+  unusual. They find different images: softmax those between known classes, the distance those that
+  look like nothing known.
 - **Conformal sets** (split conformal; Vovk et al., 2005; the score is LAC of Sadinle, Lei, Wasserman,
   JASA 2019): with s = 1 − p_y of the n calibration images and q the ⌈(n+1)·coverage⌉-th smallest, the set
   {c: 1 − p_c ≤ q} contains the true class of an exchangeable image with at least the coverage (and at
   most 1/(n+1) above it without ties). LAC rather than APS (Romano et al., 2020), because its sets are the
-  smallest on average, it needs no random number for each image, and what it does in doubt is what
-  abstaining needs: a set with several classes says "one of these", an empty one "none of them".
+  smallest on average, it needs no random number per image, and its sets tell why to abstain:
+  one with several classes says "one of these", an empty one "none of them".
   The coverage holds on average over images, not for each class.
 
 Shapes: n calibration images, B images asked about, C classes. Pure: arrays in, arrays out.
@@ -30,7 +30,7 @@ import numpy as np
 from cnn2gnn_dist.errors import UserError
 
 COLDEST, HOTTEST = 0.02, 50.0
-"""Bounds of T: without a single mistake among the calibration images the minimum is at T → 0."""
+"""Bounds of T: if no calibration image is misclassified, the minimum is at T → 0."""
 _ROUNDS = 60
 
 
@@ -134,7 +134,7 @@ class ConformalSets:
         return 1.0 - np.asarray(p_BC, np.float64) <= self.threshold(coverage)
 
     def to_json(self) -> dict[str, Any]:
-        """As what JSON holds."""
+        """As JSON-compatible data."""
         return {"scores": self.scores_n.tolist()}
 
     @classmethod
@@ -145,7 +145,7 @@ class ConformalSets:
 
 @dataclass(frozen=True, eq=False)
 class Unusual:
-    """Scores of how unlike the known an image is: float64 [B] each, 0..1, large = unusual.
+    """Scores of how unlike the known images an image is: float64 [B] each, 0..1, large = unusual.
 
     Attributes:
         softmax_B: 1 − max softmax(l/T).
@@ -161,7 +161,7 @@ class Unusual:
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """What calibration images say about a model.
+    """What calibration images tell about a model.
 
     Attributes:
         temperature: T.
@@ -178,13 +178,13 @@ class Calibration:
     def fit(
         cls, logits_nC: np.ndarray, labels_n: np.ndarray, distances_n: np.ndarray | None = None
     ) -> Calibration:
-        """Fit all to calibration images.
+        """Fit everything to calibration images.
 
-        T is fitted on the images that the sets are fitted on. Of one parameter and thousands of
-        images that costs the coverage nothing measurable (tests hold it).
+        T is fitted on the same images as the sets. With one parameter and thousands of images the
+        effect on the coverage is not measurable (tests check this).
 
         Args:
-            logits_nC: with the graph, as they will be asked for.
+            logits_nC: with the graph, as in use.
             labels_n: classes 0..C−1.
             distances_n: squared distances to the k-th neighbor in the memory, the image itself excluded.
 
@@ -224,7 +224,7 @@ class Calibration:
         return Unusual(1.0 - p_BC.max(1), distance_B, vote_B)
 
     def to_json(self) -> dict[str, Any]:
-        """As what JSON holds."""
+        """As JSON-compatible data."""
         return {
             "temperature": self.temperature,
             "sets": self.sets.to_json(),

@@ -1,4 +1,4 @@
-"""The classifier: a model's folder, opened to answer."""
+"""The classifier: a model's folder, opened for inference."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ DECODERS = 4
 class Classifier:
     """A trained model with its memory; safe to use from several threads.
 
-    ``load`` opens one. On CPUs the answer for an image is bit-identical whatever other images it
-    is asked with (``batch`` scope apart, where the images of a batch are each other's neighbors).
+    ``load`` opens one. On CPUs the answer for an image is bit-identical regardless of the other images
+    in the call (except in ``batch`` scope, where the images of a batch are each other's neighbors).
 
     Args:
         folder: of the model.
-        config, network, memory, scoring: what is in it; ``memory`` is None without a dataset graph.
+        config, network, memory, scoring: its contents; ``memory`` is None without a dataset graph.
 
     Attributes:
         classes_: names of all classes; those added to the memory follow the trained ones.
@@ -65,10 +65,10 @@ class Classifier:
         """Open the folder of a model.
 
         Args:
-            folder: that ``export`` wrote.
+            folder: one that ``export`` wrote.
             device: "auto" (CUDA where there is one), "cpu", "cuda", …
-            verify: also read the memory and compare its checksums, which takes a second for each
-                gigabyte or so; None: unless it has more than ``VERIFIED_BYTES``.
+            verify: also read the memory and compare its checksums, which takes about a second per
+                gigabyte; None: unless it has more than ``VERIFIED_BYTES``.
 
         Raises:
             UserError: not a model, damaged, or of a newer version; no such device.
@@ -112,10 +112,10 @@ class Classifier:
         Args:
             images: path, bytes, PIL image or array uint8 [H, W, 3] (or [H, W]); a list of these;
                 an array [B, H, W, 3]; a folder, a tar shard, a Parquet file.
-            top: classes listed in an answer.
-            neighbours: neighbors listed in an answer.
-            coverage: also give the set of classes that holds the true one this often; an answer
-                abstains where that is not exactly one class.
+            top: number of classes in an answer.
+            neighbours: number of neighbors in an answer.
+            coverage: also give the set of classes that contains the true one with this probability; an
+                answer abstains if that is not exactly one class.
 
         Raises:
             UserError: a folder or file without images; a coverage that the model can't give. An
@@ -172,14 +172,14 @@ class Classifier:
         Rows of images that can't be read have NaN and no keys.
 
         Raises:
-            UserError: the model has no memory, or fewer rows than asked for.
+            UserError: the model has no memory, or fewer rows than requested.
         """
         memory = self.required_memory()
         check_counts(n_neighbors=(n_neighbors, 1))
         if n_neighbors > len(memory):
             raise UserError(
-                f"{n_neighbors} neighbors are asked for, and the memory has {len(memory)} images",
-                remedy=f"at most {len(memory)}",
+                f"{n_neighbors} neighbors are requested, but the memory has {len(memory)} images",
+                remedy=f"request at most {len(memory)}",
             )
         distances: list[np.ndarray] = []
         keys: list[list[str]] = []
@@ -211,7 +211,7 @@ class Classifier:
                     row += 1
 
     def batches(self, images: Any, size: int) -> Iterator[list[Pixels]]:
-        """Decode what was given in batches; also a way to see which inputs can't be read."""
+        """Decode the inputs in batches; this also shows which of them can't be read."""
         given = inputs.expand(images)
         if self.spec.scope == "batch":  # a last image alone would have no neighbors
             everything = list(given)
@@ -226,7 +226,7 @@ class Classifier:
         """Answer a set of images together: a burst, the parts of one object, images from one place.
 
         Where the images are found to be related, each answer depends on the others
-        (``inference/sets/together.py``); else they are those of ``predict``.
+        (``inference/sets/together.py``); otherwise the answers are those of ``predict``.
 
         Args:
             images: a collection, as ``predict`` takes it.
@@ -239,7 +239,7 @@ class Classifier:
         """
         memory = self.memory
         check_counts(top=(top, 1), neighbours=(neighbours, 0))
-        self.scoring.rule_together(memory)  # refused before images are read
+        self.scoring.rule_together(memory)  # raises before images are read
         decoded = [one for many in self.batches(images, BATCH) for one in many]
         good = [one for one in decoded if one.pixels is not None]
         if not good:
@@ -348,7 +348,7 @@ class Classifier:
         """
         if self.memory is None:
             raise UserError(
-                "this model has no memory: it was trained without the data set's graph",
+                "this model has no memory: it was trained without a graph of the data set",
                 where=str(self.folder),
                 remedy="export a run with graph.scope=dataset",
             )
@@ -356,7 +356,7 @@ class Classifier:
 
     @classmethod
     def from_pretrained(cls, model: str | Path, *, device: str = "auto", **hub: Any) -> Classifier:
-        """Open a model's folder, or a model of the Hugging Face Hub after downloading it.
+        """Open a model's folder, or download a model from the Hugging Face Hub and open it.
 
         Args:
             model: folder, or a name on the Hub (``owner/name``).
@@ -389,7 +389,7 @@ def _verify(root: Path, version: Version, wanted: bool | None) -> None:
 
 
 def load(folder: str | Path, *, device: str = "auto") -> Classifier:
-    """Open a model: the folder that ``export`` wrote, or a run that holds one.
+    """Open a model: a folder that ``export`` wrote, or a run that contains one.
 
     Raises:
         UserError: neither, damaged, or of a newer version.

@@ -1,6 +1,6 @@
 """Edits of a model's memory: images in, a new version out; new classes are scored by rule R.
 
-Every function edits the current version on disk, and lets the model answer from the new one.
+Every function edits the current version on disk, and switches the model to the new one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from cnn2gnn_dist.inference.scoring import HeldOut
 
 QUALITY = 85
 SAMPLED = 16
-"""Rows that tell whether a memory has thumbnails: a corrupt image has none in any case."""
+"""Rows checked to find out whether a memory has thumbnails: a corrupt image never has one."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class Added:
 
     Attributes:
         version: the new version; None after a dry run.
-        class_name: as the memory has it, without spaces around it.
+        class_name: as stored in the memory, without surrounding spaces.
         keys: of the images added.
         errors: (name, why) of images that could not be read.
         new_class: whether the class was not trained.
-        learned: whether its column was learned, rather than the mean of its images taken.
+        learned: whether its column was learned, rather than taken from the mean of its images.
         old_before: accuracy on calibration images of the old classes before any new class, in %.
         trades: predicted accuracies of old and new classes for a range of losses; the one whose
             ``old_loss`` is below applies. Empty for a trained class.
@@ -81,8 +81,8 @@ def add(
         wait_s: seconds to wait for another edit to finish.
 
     Raises:
-        UserError: no memory; no image can be read; an image or its key is there already; a new
-            class, and the model has no calibration images; nothing was changed.
+        UserError: no memory; no image can be read; an image or its key already exists; a new class, but
+            the model has no calibration images. Nothing was changed.
     """
     root = _root(model)
     decoded = [one for many in model.batches(images, BATCH) for one in many]
@@ -93,7 +93,7 @@ def add(
             f"none of these {len(decoded)} images can be read"
             + (f": {errors[0][1]}" if errors else ""),
             where=decoded[0].name if decoded else "",
-            remedy="name image files, or folders that hold some; nothing was changed",
+            remedy="name image files, or folders that contain images; nothing was changed",
         )
     with store.editing(root, wait_s):
         edit = edits.Edit(root)
@@ -148,9 +148,9 @@ def relabel(
 
 
 def forget(model: Classifier, keys: Sequence[str], *, wait_s: float = 10.0) -> Version:
-    """Remove images and all that the memory has of them, in its earlier versions too.
+    """Remove images and everything stored about them, in earlier versions too.
 
-    What it can't undo: the network's weights, and the teacher's soft targets, have seen them.
+    It can't undo that the network's weights and the teacher's soft targets were learned from them.
 
     Raises:
         UserError: no memory; an unknown key; nothing was changed.
@@ -166,7 +166,7 @@ def forget(model: Classifier, keys: Sequence[str], *, wait_s: float = 10.0) -> V
 
 
 def undo(model: Classifier) -> Version:
-    """Make the version before the current one current.
+    """Return to the version before the current one.
 
     Raises:
         UserError: no memory; no earlier version.
@@ -177,7 +177,7 @@ def undo(model: Classifier) -> Version:
 
 
 def compact(model: Classifier) -> Version:
-    """Write the images that are left as one segment, and delete all earlier versions.
+    """Write the remaining images as one segment, and delete all earlier versions.
 
     Raises:
         UserError: no memory; the disk is full; nothing was changed.
@@ -228,7 +228,7 @@ def _rows(images: list[Pixels], made: Outputs, label: int, memory: Memory) -> Ne
 
 
 def _keys(images: list[Pixels]) -> list[str]:
-    """File names, or the whole path where two files have the same name; a digest where there is none."""
+    """File names, or full paths if two files have the same name; a digest if there is no name."""
     names = [_digest(one) if one.name.startswith(UNNAMED) else one.name for one in images]
     short = [Path(name).name for name in names]
     return short if len(set(short)) == len(short) else names
@@ -261,9 +261,9 @@ def _score_new_classes(
     added: NewRows | None,
     added_logits: np.ndarray | None,
 ) -> NewClasses | None:
-    """Fit rule R to the new classes that an edit leaves; without any the head is as trained.
+    """Fit rule R to the new classes after an edit; without any the head is as trained.
 
-    The logits of new images are those from when they were added: they depend on the memory then.
+    The logits of new images are those from when they were added: they depend on the memory at that time.
     """
     trained = edit.before.trained
     ids, logits = edit.array("heads_rows"), edit.array("heads_logits")

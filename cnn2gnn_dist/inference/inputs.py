@@ -20,7 +20,7 @@ from cnn2gnn_dist.data.images.views import CLEAN, ViewSpec, render
 from cnn2gnn_dist.errors import UserError
 
 UNNAMED = "input "
-"""Names of inputs that have none of their own begin with this; their place follows."""
+"""Prefix of the names of unnamed inputs; their position follows."""
 PARQUET_ROWS = 256
 """Rows of a Parquet file read at a time."""
 
@@ -58,7 +58,7 @@ def is_single(inputs: Any) -> bool:
 
 
 def expand(inputs: Any, left_out: Callable[[str], None] | None = None) -> Iterator[Input]:
-    """Every image of what was given, in order; folders, shards and Parquet files are opened.
+    """Every image of the inputs, in order; folders, shards and Parquet files are opened.
 
     Args:
         inputs: as ``Classifier.predict`` takes them.
@@ -94,9 +94,7 @@ def to_pixels(given: Input, views: ViewSpec) -> Pixels:
         return Pixels(given.name, None, error.strerror or str(error))
     except (CorruptSample, ValueError, TypeError) as error:
         return Pixels(given.name, None, str(error))
-    except (
-        Exception
-    ) as error:  # of Pillow, which raises many kinds, for an image that was given open
+    except Exception as error:  # Pillow raises many types for an already opened image
         if not hasattr(given.value, "convert"):
             raise
         return Pixels(given.name, None, f"{type(error).__name__}: {error}")
@@ -141,7 +139,7 @@ def _of_path(path: str, left_out: Callable[[str], None] | None) -> Iterator[Inpu
             raise UserError(
                 "no image in this folder",
                 where=printable(path),
-                remedy="name image files, or a folder that holds some",
+                remedy="name image files, or a folder that contains images",
             )
         for image in found.images:
             full = Path(path) / image
@@ -165,14 +163,14 @@ def _of_shard(path: str) -> Iterator[Input]:
                     yield Input(f"{printable(path)}/{printable(member.name)}", _member(tar, member))
             _check_end(tar)
     except (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError) as error:
-        behind = f" behind its first {count} images" if count else ""
+        behind = f" after its first {count} images" if count else ""
         raise _unreadable(f"shard can't be read{behind}", path, error) from None
     if not count:
         raise _no_image("shard", path)
 
 
 def _check_end(tar: tarfile.TarFile) -> None:
-    """Check that the tar ended where its members did: tarfile stops at a damaged header and says nothing.
+    """Check that the tar ended where its members did: tarfile stops at a damaged header without an error.
 
     Raises:
         ReadError: it did not.
@@ -180,11 +178,11 @@ def _check_end(tar: tarfile.TarFile) -> None:
     assert tar.fileobj is not None
     tar.fileobj.seek(tar.offset)
     if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-        raise tarfile.ReadError("it is damaged, or was cut off")  # as when it is trained on
+        raise tarfile.ReadError("it is damaged, or was cut off")  # the same message as in training
 
 
 def _member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | CorruptSample:
-    if member.size > MAX_BYTES:  # a sparse file of terabytes takes a few bytes in a tar
+    if member.size > MAX_BYTES:  # a sparse file of terabytes may take a few bytes in a tar
         return CorruptSample(f"more than {MAX_BYTES / 1e9:g} GB, too large for an image")
     file = tar.extractfile(member)
     assert file is not None
@@ -209,7 +207,7 @@ def _no_image(kind: str, path: str) -> UserError:
     return UserError(
         f"no image in this {kind}",
         where=printable(path),
-        remedy="name image files, or something that holds some",
+        remedy="name image files, or something that contains images",
     )
 
 
@@ -225,7 +223,7 @@ def _of_parquet(path: str) -> Iterator[Input]:
             for value in batch.column(0).to_pylist():
                 data = value.get("bytes") if isinstance(value, dict) else value
                 if data is None:
-                    data = CorruptSample("there are no bytes in this row")
+                    data = CorruptSample("this row contains no bytes")
                 yield Input(f"{printable(path)}#{row}", data)
                 row += 1
     except (OSError, pa.ArrowException) as error:
@@ -248,7 +246,7 @@ def _image_column(schema: Any, path: str) -> str:
         if _is_binary(field.type):
             return str(field.name)
     raise UserError(
-        f"no column of images among {', '.join(names)}",
+        f"none of these columns holds images: {', '.join(names)}",
         where=printable(path),
         remedy="a column of bytes, or of structs with a field `bytes` (as datasets writes them)",
     )

@@ -89,7 +89,7 @@ class Network:
             raise UserError(
                 f"the weights are of another network: {str(error).splitlines()[-1].strip()}",
                 where="model.safetensors",
-                remedy="the version of cnn2gnn-dist and timm that the model was exported with",
+                remedy="use the versions of cnn2gnn-dist and timm that the model was exported with",
             ) from None
         self.student = student.to(device).eval()
         self._multiple = 1
@@ -157,8 +157,8 @@ def device_of(wanted: str) -> str:
 class _Query:
     """The ``models.block.BlockQuery`` of a batch over the live rows of a memory.
 
-    The second hop is averaged here, over the candidates that are left: what is removed leaves the
-    messages of its neighbors too.
+    The second hop is averaged here, over the remaining candidates: removed images also disappear from
+    the messages of their neighbors.
     """
 
     def __init__(self, memory: Memory, config: ModelConfig) -> None:
@@ -173,7 +173,7 @@ class _Query:
         self.rows_BF = first_BF
         first_U, row_of = np.unique(first_BF, return_inverse=True)
         row_of_BF = row_of.reshape(first_BF.shape)
-        if len(first_U) and first_U[0] < 0:  # where there are fewer rows than wanted
+        if len(first_U) and first_U[0] < 0:  # there are fewer rows than wanted
             first_U, row_of_BF = first_U[1:], row_of_BF - 1
         second_UM = memory.candidates(first_U).astype(np.int64)
         nodes_V = np.unique(np.concatenate([first_U, second_UM[second_UM >= 0]]))

@@ -1,7 +1,7 @@
 """From the network's outputs to probabilities: temperature, new classes, sets answered together.
 
 ``calibration.json`` of a model holds what was fitted on images set apart from training when the model
-was exported; a version of the memory holds how its new classes are scored.
+was exported; a version of the memory contains how its new classes are scored.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class Scoring:
     Attributes:
         calibration: None: the model was exported without calibration images; its probabilities are
             softmax's.
-        together: None: these images don't tell how alike images of one class are.
-        zero_D: mean of x over these images: what images are alike in is counted from there.
+        together: None: these images don't tell how similar images of one class are.
+        zero_D: mean of x over these images: similarities are measured from there.
     """
 
     calibration: Calibration | None = None
@@ -126,7 +126,7 @@ class Scoring:
         return calibration.sets.sets(calibration.probabilities(made.logits), coverage)
 
     def check_coverage(self, coverage: float | None, memory: Memory | None) -> None:
-        """Check that sets with this coverage can be given; None: nothing is asked.
+        """Check that sets with this coverage can be given; None: none are requested.
 
         Raises:
             UserError: not calibrated, on too few images, or the memory has new classes.
@@ -146,7 +146,7 @@ class Scoring:
         _refuse_new_classes(memory, "images answered together")
         if self.together is None:
             raise UserError(
-                "too few images were set apart to tell how alike images of one class are",
+                "too few images were set apart to tell how similar images of one class are",
                 where="data.calibration",
                 remedy="train with a larger data.calibration, and export again",
             )
@@ -184,9 +184,9 @@ class Scoring:
 def _refuse_new_classes(memory: Memory | None, what: str) -> None:
     if memory is not None and memory.new_classes is not None:
         raise UserError(
-            f"{what} know the trained classes only, and the memory has new ones",
+            f"{what} know only the trained classes, and the memory has new ones",
             where="memory",
-            remedy="ask without, or train again with the new classes",
+            remedy="leave the option out, or train again with the new classes",
         )
 
 
@@ -201,7 +201,7 @@ def votes(made: Outputs, memory: Memory, classes: int) -> np.ndarray:
 
 
 def write(folder: Path) -> None:
-    """Fit what ``calibration.npz`` of a model allows, and write ``calibration.json``."""
+    """Fit what a model's ``calibration.npz`` allows, and write ``calibration.json``."""
     path = folder / artefact.CALIBRATION
     if not path.is_file():
         return
@@ -222,7 +222,7 @@ def write(folder: Path) -> None:
             held_out.labels_n,
             temperature=fitted.temperature,
         ).to_json()
-    except UserError:  # too few images: single answers are calibrated all the same
+    except UserError:  # too few images: single answers are calibrated nevertheless
         together = None
     text = json.dumps(
         {"calibration": fitted.to_json(), "together": together, "zero": zero_D.tolist()}

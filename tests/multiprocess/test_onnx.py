@@ -52,7 +52,7 @@ def test_the_example_answers_as_the_model(tmp_path, resize):
         for a in Classifier.open(folder, device="cpu").predict(images)
     ]
     assert done.stdout.splitlines() == expected
-    with pytest.raises(UserError, match="there is something already"):
+    with pytest.raises(UserError, match="something already exists here"):
         onnx_export.export(Classifier.open(folder, device="cpu"), tmp_path / "onnx")
 
 

@@ -1,1 +1,1 @@
-"""What is wrong with a training set, by its own graph: the scores, the findings of a whole set, the files of them."""
+"""Faults of a training set, found by its own graph: scores, findings over a complete set, and their files."""

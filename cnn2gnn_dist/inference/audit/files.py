@@ -3,9 +3,9 @@
 labels.parquet      doubtful labels, most doubtful first, each with its neighbors
 duplicates.parquet  exact and near-duplicates, within the training images and across to held-out ones
 outliers.parquet    all images by the distance to their neighbors
-hubs.parquet        all images by how many have them as a neighbor
+hubs.parquet        all images by the number of images whose neighbor they are
 bleeding.parquet    pairs of classes by the votes that they get from each other
-map.parquet         one row an image: picture, z, neighbors (``embedding-atlas map.parquet --vector z``)
+map.parquet         one row per image: picture, z, neighbors (``embedding-atlas map.parquet --vector z``)
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def _duplicates(
         line("exact", "train", a, b, 1.0, 1.0)
     for a, b, cosine, _, pixels in zip(*found.within[:5], strict=True):
         line("near", "train", a, b, float(cosine), float(pixels))
-    # What spoils a comparison first, then exact ones, then by how close.
+    # Pairs with held-out images first, since they distort results, then exact ones, then by distance.
     lines.sort(key=lambda row: (row[1] != "held-out", row[0] != "exact"))  # stable: closest first
     columns = list(zip(*lines, strict=True)) or [()] * len(_DUPLICATES.names)
     made = pa.table(
@@ -162,7 +162,7 @@ def _bleeding(given: TrainingSet, found: Findings) -> pa.Table:
 
 
 def write(folder: Path, name: str, table: pa.Table, *, as_csv: bool) -> list[Path]:
-    """Write a table as Parquet, and as CSV if asked for; atomically replaced."""
+    """Write a table as Parquet, and as CSV if requested; files are replaced atomically."""
     written = [folder / f"{name}.parquet"]
     with durable.replacing(written[0]) as path:
         pq.write_table(table, path)
@@ -207,7 +207,7 @@ def _map_rows(
     rows: np.ndarray,
     images: list[bytes | None],
 ) -> pa.RecordBatch:
-    # Of one length, which embedding-atlas wants; missing ones are -1, as far as the last that is there.
+    # Lists of equal length, as embedding-atlas requires, no longer than the longest; missing entries are -1.
     ids, far = found.ids_Nk[rows], np.sqrt(found.far_Nk[rows])
     last = np.where(np.isfinite(far), far, 0).max(1, keepdims=True)
     far = np.where(np.isfinite(far), far, last)

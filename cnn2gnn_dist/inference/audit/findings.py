@@ -19,10 +19,10 @@ from cnn2gnn_dist.inference.audit.scores import Bleeding, LabelScores, Pairs
 
 ROWS, CELLS = 8192, 1 << 24
 LEAST = 20
-"""Images below which a set has no statistics to speak of."""
+"""Images below which a set has no useful statistics."""
 FIRST, MOST_PAIRS, CHANCE = 4, 50_000, 5_000
-"""Nearest of each image that are proposed as its near-duplicates; pairs proposed; pairs that show what
-chance does."""
+"""Nearest neighbors of each image that are proposed as near-duplicates; proposed pairs; pairs that show
+how similar images are by chance."""
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 Look = Callable[[np.ndarray], np.ndarray]
 """Rows [n] → thumbnails uint8 [n, 32, 32, 3]; gray where there is none."""
@@ -30,14 +30,14 @@ Look = Callable[[np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """What is audited.
+    """The training set to audit.
 
     Attributes:
         x_ND: float16 or float32, the student's features.
         z_Nd: float32, of unit length; rows of zeros are images that could not be read.
         labels_N: int32.
         table_NM: int32, the candidates of each image; -1: none.
-        twin_N: int32, the smallest of the images that are the same image; None: not known.
+        twin_N: int32, the smallest id among the copies of an image; None: unknown.
         classes: names of the C classes.
     """
 
@@ -60,14 +60,14 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Findings:
-    """What was found.
+    """The findings.
 
     Attributes:
         ids_Nk, far_Nk, weight_Nk: neighbors without twins, squared distances in z, weights.
-        labels: one entry an image; of unreadable ones the score is -inf.
+        labels: one entry per image; unreadable ones have the score -inf.
         twins_P2: int64 [P, 2], pairs of exact twins: the first of a group, and each of the others.
         within: near-duplicates among the training images, exact twins left out.
-        across: between held-out (a) and training images (b), exact ones included; None: not looked for.
+        across: between held-out (a) and training images (b), exact ones included; None: not searched.
         reach_N, rank_N: distance to the farthest neighbor; share of images nearer to theirs.
         degree_N, same_N: in-degree; share of it from the same class.
         bleeding: pairs of classes.
@@ -106,10 +106,10 @@ def audit(
 
     Args:
         given: the training images.
-        held: held-out images, to find those that the training images give away.
-        look: pictures of training images, to confirm near-duplicates; None: features decide alone.
+        held: held-out images, to find those that are also among the training images.
+        look: pictures of training images, to confirm near-duplicates; None: features alone decide.
         look_held: pictures of held-out images.
-        progress: wraps an iterable; shows how far it is.
+        progress: wraps an iterable; shows its progress.
 
     Raises:
         UserError: fewer than ``LEAST`` readable images, or a single class.
@@ -162,8 +162,8 @@ def _labels(
     for rows in progress(_blocks(len(labels_N), max(min(ROWS, CELLS // classes), 1)), "labels"):
         y, ids, weight = labels_N[rows].clip(min=0), ids_Nk[rows], weight_Nk[rows]
         votes = audit_scores.vote(ids, weight, labels_N, classes)
-        # Half by the neighbors' labels, half by what the head says of them: with many wrong labels the
-        # first alone finds less than the head (docs/audit.md).
+        # Half by the neighbors' labels, half by the head's probabilities for them: with many wrong labels
+        # the labels alone find less than the head (docs/audit.md).
         mixed = (votes + audit_scores.soft_vote(ids, weight, head_of, classes)) / 2
         one = audit_scores.label_scores(head.probabilities(given.x_ND[rows]), mixed, y)
         parts.append(one._replace(agree_N=one.agree_N & (votes.argmax(1) == one.suggested_N)))
@@ -181,7 +181,7 @@ def _twins(twin_N: np.ndarray | None, readable_N: np.ndarray) -> np.ndarray:
 
 
 def _within(given: TrainingSet, ids_Nk: np.ndarray, look: Look | None) -> Pairs:
-    """Near-duplicates among the neighbors in z, by distances of the features x, which see more than the class."""
+    """Near-duplicates among the neighbors in z, by distances of the features x, which contain more than the class."""
     center_D = _center(given.x_ND)
     far_Nk = np.full(ids_Nk.shape, np.inf, np.float32)
     for rows in _blocks(len(ids_Nk)):
@@ -219,7 +219,7 @@ def _confirmed(
     if look_a is None or look_b is None:
         return audit_scores.near_duplicates(ids_Nk, far_Nk, within=within)
     found = audit_scores.proposals(ids_Nk, far_Nk, within=within, first=FIRST, most=MOST_PAIRS)
-    # Images and their last neighbors: as alike as images get without being the same picture.
+    # Images and their last neighbors: as similar as different pictures get.
     rows = np.flatnonzero(ids_Nk[:, -1] >= 0)
     rows = np.random.default_rng(0).permutation(rows)[:CHANCE]
     chance = _likeness(look_a, look_b, rows, ids_Nk[rows, -1])
@@ -238,7 +238,7 @@ def _confirmed(
 
 
 def _likeness(look_a: Look, look_b: Look, a_P: np.ndarray, b_P: np.ndarray) -> np.ndarray:
-    """Each picture is read once, not once a pair."""
+    """The likeness of each pair; each picture is read once, not once per pair."""
     (a, at_a), (b, at_b) = (np.unique(rows, return_inverse=True) for rows in (a_P, b_P))
     pictures_a, pictures_b = look_a(a), look_b(b)
     found = np.empty(len(a_P), np.float32)

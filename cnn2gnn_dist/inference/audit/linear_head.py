@@ -12,9 +12,9 @@ from torch import Tensor
 
 L2 = 1e-2
 """Penalty on the squared weights of standardized features, per image: strong enough that the head can't
-learn wrong labels by heart."""
+memorize wrong labels."""
 MOST_IMAGES = 200_000
-"""The head is fitted on at most so many images, drawn evenly: more change it little."""
+"""Most images that the head is fitted on, spread evenly: more would change little."""
 ROUNDS, ROWS = 60, 16_384
 
 

@@ -1,7 +1,7 @@
 """Whether two pictures are the same picture, by their pixels: shifted, mirrored, recolored, framed or not.
 
 Features propose pairs (:func:`cnn2gnn_dist.inference.audit.scores.proposals`), pixels confirm them: a
-student's features see the class first, so its nearest neighbors are alike, and seldom the same picture.
+student's features mainly encode the class, so its nearest neighbors are similar, but seldom the same picture.
 
 Shapes: P pairs of thumbnails of ``SIDE`` pixels.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 SIDE, SHIFT, BLUR = 32, 4, 5
 """Side of the thumbnails; pixels by which one may be shifted; side of the mean that is subtracted."""
 FALSE_SHARE = 0.1
-"""Expected share of pairs above the threshold that are no near-duplicates."""
+"""Expected share of pairs above the threshold that are not near-duplicates."""
 _BLOCK = 512
 
 
@@ -24,7 +24,7 @@ def likeness(a_PHWC: np.ndarray, b_PHWC: np.ndarray) -> np.ndarray:
     """Highest correlation of details, float32 [P] in −1..1, over shifts and a mirrored copy.
 
     The middle of ``a`` is searched in ``b``. Details: gray values minus their local mean, so that two
-    clear skies are not alike. Both are uint8 [P, SIDE, SIDE, 3].
+    clear skies are not similar. Both are uint8 [P, SIDE, SIDE, 3].
     """
     found = np.empty(len(a_PHWC), np.float32)
     for start in range(0, len(found), _BLOCK):
@@ -36,7 +36,7 @@ def likeness(a_PHWC: np.ndarray, b_PHWC: np.ndarray) -> np.ndarray:
 
 
 def threshold(found_P: np.ndarray, chance_Q: np.ndarray) -> float:
-    """The likeness from which on a proposed pair counts.
+    """The least likeness at which a proposed pair counts.
 
     Args:
         found_P: of the proposed pairs.
@@ -48,7 +48,7 @@ def threshold(found_P: np.ndarray, chance_Q: np.ndarray) -> float:
     """
     values = np.sort(found_P)[::-1]
     above = len(chance_Q) - np.searchsorted(np.sort(chance_Q), values, side="left")
-    # Half a pair more than were seen: with few pairs to compare with, none seen proves little.
+    # Half a pair more than was seen: if there are few pairs to compare with, having seen none proves little.
     expected = (above + 0.5) / (len(chance_Q) + 1) * len(found_P)
     good = np.flatnonzero(expected <= FALSE_SHARE * np.arange(1, len(values) + 1))
     return float(values[good[-1]]) if len(good) else float("inf")
@@ -67,7 +67,7 @@ def _best_match(a_PHW: Tensor, b_PHW: Tensor) -> Tensor:
     middle = a_PHW[:, SHIFT : SHIFT + inner, SHIFT : SHIFT + inner]
     middle = middle - middle.mean((1, 2), keepdim=True)
     size = middle.square().sum((1, 2))
-    # One group a pair: windows of b against the middle of its own a.
+    # One group per pair: windows of b against the middle of its own a.
     dot = F.conv2d(b_PHW[None], middle[:, None], groups=pairs)[0]
     count = inner * inner
     total = F.avg_pool2d(b_PHW[:, None], inner, stride=1)[:, 0] * count

@@ -22,7 +22,7 @@ READ = 256
 def training_set(memory: Memory) -> TrainingSet:
     """The live rows of a memory, renumbered without the removed ones."""
     ids = memory.live_ids
-    new_N = np.full(memory.rows + 1, -1, np.int32)  # the last one: for -1
+    new_N = np.full(memory.rows + 1, -1, np.int32)  # the last entry is for -1
     new_N[ids] = np.arange(len(ids), dtype=np.int32)
     x_ND = memory.x(ids)
     return TrainingSet(
@@ -66,7 +66,7 @@ class Thumbnails:
         return found
 
     def blocks(self, size: int) -> Iterator[list[bytes | None]]:
-        """All of them, in blocks. Row groups are read once each, in order, not once a row."""
+        """All of them, in blocks. Each row group is read once, in order, not once per row."""
         held: list[bytes | None] = []
         start = 0
         for name, _ in self.memory.version.segments:

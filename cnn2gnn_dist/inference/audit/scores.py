@@ -1,6 +1,6 @@
-"""What a training set's own graph says about it: label errors, near-duplicates, outliers, hubs, bleeding.
+"""What a training set's own graph shows: label errors, near-duplicates, outliers, hubs, bleeding.
 
-Pure: arrays in, arrays out. Nothing is ever computed for all pairs; pairs come from k nearest neighbors.
+Pure: arrays in, arrays out. Nothing is computed for all pairs; pairs come from k nearest neighbors.
 
 Shapes: N images, C classes, D features, d dimensions of z (unit length), k neighbors, P pairs, Q queries.
 A neighbor's id of -1 means none.
@@ -18,11 +18,11 @@ from cnn2gnn_dist.graph.search.knn import Index
 from cnn2gnn_dist.models.graph_head import adaptive_neighbours
 
 HEAD_FLOOR, VOTE_FLOOR, OF_BEST = 0.001, 0.02, 1 / 3
-"""Added to the probabilities in the score, so that one of the two alone can't decide it."""
+"""Added to the probabilities in the score, so that neither alone can decide it."""
 ROWS, CELLS = 8192, 1 << 23
-"""Rows of a block, and values of one with a column for each class and neighbor: bound what is held."""
+"""Most rows of a block, and most values of one with a column per class and neighbor: they bound memory."""
 FALSE_PAIRS = 0.01
-"""Expected share of pairs below the threshold that are no near-duplicates but close by chance."""
+"""Expected share of pairs below the threshold that are close by chance, not near-duplicates."""
 
 
 class LabelScores(NamedTuple):
@@ -30,12 +30,12 @@ class LabelScores(NamedTuple):
 
     Attributes:
         score_N: float32, cost(y) − ⅓ min_c cost(c), cost(c) = −log(p_head(c) + .001) − log(vote(c) + .02):
-            higher is more doubtful. The second term: an image that fits no class is no label error.
+            higher is more doubtful. The second term: an image that fits no class is not a label error.
         suggested_N: int32, the class of the lowest cost; the label itself if nothing is better.
         margin_N: float32, mean probability of head and vote for the best other class minus that for
             the label. It ranks flips between two similar classes better, all others worse.
         head_N, vote_N: float32, probability of the label by the head and by the neighbors.
-        agree_N: bool, head and neighbors both rank the suggested class first, and it isn't the label.
+        agree_N: bool, head and neighbors both rank the suggested class first, and it differs from the label.
     """
 
     score_N: np.ndarray
@@ -47,7 +47,7 @@ class LabelScores(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """Pairs of images that are nearly the same, closest first.
+    """Pairs of nearly identical images, closest first.
 
     Attributes:
         a_P, b_P: int64; within one set a < b, between two sets a of the queries, b of the base.
@@ -55,7 +55,7 @@ class Pairs(NamedTuple):
         ratio_P: float32, their distance divided by the distance to the k-th neighbor (the smaller of
             both sides within a set).
         pixels_P: float32, likeness of the pixels (``look_alike``); nan where they were not compared.
-        threshold: the ratio up to which a pair counts, or the likeness from which on it does.
+        threshold: the ratio up to which a pair counts, or the likeness from which it does.
     """
 
     a_P: np.ndarray
@@ -83,7 +83,7 @@ class Bleeding(NamedTuple):
 
 
 def unit(x_ND: np.ndarray) -> np.ndarray:
-    """Rows centered and scaled to unit length, float32: features whose inner products mean something."""
+    """Rows centered and scaled to unit length, float32: features with meaningful inner products."""
     x_ND = np.asarray(x_ND, np.float32)
     x_ND = x_ND - x_ND.mean(0)
     return x_ND / np.maximum(np.linalg.norm(x_ND, axis=1, keepdims=True), 1e-12)
@@ -95,7 +95,7 @@ def neighbours(
     """The k nearest other images of each, exactly: ids [N, k] int64 and squared distances [N, k] float32.
 
     The image itself and its twins (equal number in ``twin_N``) are left out. Rows of zeros are images
-    that could not be read: they have no neighbors and are nobody's. Missing ones are -1 and inf.
+    that could not be read: they have no neighbors and are never neighbors. Missing ones are -1 and inf.
     """
     count, there = len(z_Nd), np.flatnonzero(np.any(z_Nd, axis=1))
     ids_Nk = np.full((count, k), -1, np.int64)
@@ -145,7 +145,7 @@ def table_neighbours(
 
 
 class Nearest:
-    """Search in a set of images; rows of zeros are nobody's neighbors."""
+    """Search in a set of images; rows of zeros are never neighbors."""
 
     def __init__(self, base_Nd: np.ndarray) -> None:
         self._there = np.flatnonzero(np.any(base_Nd, axis=1))
@@ -210,7 +210,7 @@ def soft_vote(
     head_of: Callable[[np.ndarray], np.ndarray],
     classes: int,
 ) -> np.ndarray:
-    """The same with what a head says of the neighbors in place of their labels, [rows, C] float32.
+    """The same with a head's probabilities for the neighbors in place of their labels, [rows, C] float32.
 
     Wrong labels of neighbors are outvoted twice: in the head, and here. ``head_of`` maps ids [n] to
     probabilities [n, C].
@@ -227,7 +227,7 @@ def soft_vote(
 
 
 def label_scores(head_NC: np.ndarray, vote_NC: np.ndarray, labels_N: np.ndarray) -> LabelScores:
-    """Combine a head's probabilities and the neighbors' vote; both [N, C] and of images left out of the vote."""
+    """Combine a head's probabilities and the neighbors' vote; both [N, C], each image left out of its own vote."""
     rows = np.arange(len(labels_N))
     cost_NC = -np.log(head_NC + HEAD_FLOOR) - np.log(vote_NC + VOTE_FLOOR)
     given_N, suggested_N = cost_NC[rows, labels_N], cost_NC.argmin(1)
@@ -250,7 +250,7 @@ def label_scores(head_NC: np.ndarray, vote_NC: np.ndarray, labels_N: np.ndarray)
 def near_duplicates(
     ids_Nk: np.ndarray, far_Nk: np.ndarray, *, within: bool = True, threshold: float | None = None
 ) -> Pairs:
-    """Pairs much closer than chance puts the nearest of k neighbors, by features alone.
+    """Pairs much closer than the nearest of k neighbors would be by chance, by features alone.
 
     Without near-duplicates, the neighbors of an image fill the ball that reaches to the k-th evenly:
     with intrinsic dimension m, a ratio r of distances is below t for a share of about
@@ -320,8 +320,8 @@ def _pairs(
 def intrinsic_dimension(far_Nk: np.ndarray) -> float:
     """Median over images of the maximum-likelihood estimate (Levina and Bickel, NIPS 2004).
 
-    ``far_Nk``: distances (not squared) to the neighbors, nearest first; inf: none. The median ignores
-    what near-duplicates do to some rows. 1 where no row has neighbors at different distances.
+    ``far_Nk``: distances (not squared) to the neighbors, nearest first; inf: none. The median is robust
+    to near-duplicates in some rows. 1 where no row has neighbors at different distances.
     """
     border_N = _border(far_Nk)
     good = np.isfinite(far_Nk) & (far_Nk > 0)
@@ -330,7 +330,7 @@ def intrinsic_dimension(far_Nk: np.ndarray) -> float:
     fair = (used_N >= 3) & (sum_N > 0)
     if not fair.any():
         return 1.0
-    # k − 2 in place of k − 1: without bias (MacKay and Ghahramani, 2005).
+    # k − 2 in place of k − 1 makes it unbiased (MacKay and Ghahramani, 2005).
     return max(float(np.median((used_N[fair] - 2) / sum_N[fair])), 1.0)
 
 

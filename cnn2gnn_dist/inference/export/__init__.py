@@ -1,1 +1,1 @@
-"""A model as files that answer without this package: ONNX graphs, programs of torch.export."""
+"""A model as files that run without this package: ONNX graphs, programs of torch.export."""

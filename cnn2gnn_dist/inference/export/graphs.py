@@ -1,4 +1,4 @@
-"""A model as two graphs and arrays, to answer without this package.
+"""A model as two graphs and arrays, for use without this package.
 
     encoder    images uint8 [B, S, S, 3] → x [B, D], z [B, d], self_logits [B, C]
     head       x, z, and of the F nearest rows of the memory near_x [B, F, D], near_z [B, F, d],
@@ -6,8 +6,8 @@
     memory.npz x, z, labels and mean (m_j = Σ_l p_jl x_l over the candidates l) of all rows
     meta.json  label_names, size, resize, fanout, temperature
 
-The search in between is anybody's (``examples/onnx_predict.py`` uses faiss). In which format the
-graphs are written, ``onnx_export`` and ``torch_export`` say; both are held to the model when they are written.
+The search in between is up to the user (``examples/onnx_predict.py`` uses faiss). The formats of the graphs
+are those of ``onnx_export`` and ``torch_export``; both are compared with the model when they are written.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Head(nn.Module):
         near_label: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Shapes as in the module's docstring; float32, labels int64 (-1: a class without a logit)."""
-        # The rows come nearest first: no sort, which ONNX has no stable one of.
+        # The rows come nearest first, so no sort is needed: ONNX has no stable one.
         weights = weights_of_sorted(squared_distances(z, near_z), self.k)
         present = torch.ones_like(near_label, dtype=torch.bool)
         block = Block(
@@ -92,10 +92,9 @@ class Head(nn.Module):
 
 
 def weights_of_sorted(d_BF: Tensor, k: int) -> Tensor:
-    """``adaptive_neighbours`` of rows of distances that ascend: p, float32 [B, F].
+    """``adaptive_neighbours`` of rows of ascending distances: p, float32 [B, F].
 
-    k is one less than the columns where there are no more. Rows without a spread are uniform over the
-    k first.
+    k is at most one less than the number of columns. Rows of equal distances are uniform over the first k.
     """
     if d_BF.shape[1] == 1:
         return torch.ones_like(d_BF)
@@ -113,9 +112,9 @@ class Format(Protocol):
 
     suffix: str
     runtime: str
-    """What runs such a graph, for messages."""
+    """What runs such a graph, for error messages."""
     packages: str
-    """That decide whether it answers as the model does."""
+    """Packages on which it depends whether a graph answers as the model does."""
 
     def write(
         self, module: nn.Module, example: Tensors, path: Path, inputs: Names, outputs: Names
@@ -123,7 +122,7 @@ class Format(Protocol):
         """Write a module with a dynamic batch."""
 
     def run(self, path: Path, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        """Run a graph; ``feeds``: by input, in the order of the inputs."""
+        """Run a graph; ``feeds``: arrays by input, in the order of the inputs."""
 
 
 def export(model: Classifier, folder: Path, kind: Format) -> None:
@@ -131,7 +130,7 @@ def export(model: Classifier, folder: Path, kind: Format) -> None:
 
     Args:
         model: of scope dataset or none.
-        folder: to write; it appears when it is complete.
+        folder: to write; it appears once it is complete.
         kind: format of the graphs.
 
     Raises:
@@ -226,7 +225,7 @@ def _check(model: Classifier, folder: Path) -> None:
         )
     if folder.exists():
         raise UserError(
-            "there is something already",
+            "something already exists here",
             where=str(folder),
             remedy="name a folder that does not exist",
         )
@@ -249,7 +248,7 @@ def _example(
 
 
 def _compare(model: Classifier, folder: Path, encoder: Path, head: Path, kind: Format) -> None:
-    """Hold the graphs to the model.
+    """Compare the graphs with the model.
 
     Raises:
         UserError: they differ.

@@ -1,4 +1,4 @@
-"""A model as ONNX: ``encoder.onnx`` and ``head.onnx``, held to torch by onnxruntime (see ``graphs``)."""
+"""A model as ONNX: ``encoder.onnx`` and ``head.onnx``, compared with torch by onnxruntime (see ``graphs``)."""
 
 from __future__ import annotations
 

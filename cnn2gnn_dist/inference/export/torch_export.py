@@ -1,4 +1,4 @@
-"""A model as programs of ``torch.export``: ``encoder.pt2`` and ``head.pt2``, which torch alone runs.
+"""A model as programs of ``torch.export``: ``encoder.pt2`` and ``head.pt2``, which run with torch alone.
 
 Inputs and outputs are those of ``graphs``, in the same order::
 

@@ -1,4 +1,4 @@
-"""The folder of a model, in the Hub's layout: what is in it, written once, verified when read.
+"""The folder of a model, in the Hub's layout: its contents, written once and verified when read.
 
     config.json        architecture, views, class names, where it comes from
     model.safetensors  weights and buffers of the student
@@ -7,7 +7,7 @@
     README.md          the model card
     checksums.json     size and SHA-256 of each of these files; the memory has its own
 
-Nothing in it is unpickled, and no path in it leads out of it.
+Nothing in it is unpickled, and no path in it leads outside it.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from cnn2gnn_dist.errors import UserError
 FORMAT = 1
 CONFIG, WEIGHTS, CARD, CHECKSUMS = "config.json", "model.safetensors", "README.md", "checksums.json"
 RECORDS = ("begin.json", "done.json")
-"""The run's records of the stage that wrote the model: in its folder, but no part of the model."""
+"""The run's records of the stage that wrote the model: in its folder, but not part of the model."""
 CALIBRATION, MEMORY = "calibration.npz", "memory"
 _LOADING = {
     "pretrained", "weights", "checkpoint_path", "cache_dir", "pretrained_cfg", "pretrained_cfg_overlay",
 }  # fmt: skip
-"""Arguments by which timm reads files or the network: the weights of a model are in its folder."""
+"""Arguments that make timm read files or download: the weights of a model are in its folder."""
 
 
 class _Part(BaseModel):
@@ -144,7 +144,7 @@ def check_files(folder: Path, *, read: bool = True) -> None:
 
     Args:
         folder: of the model.
-        read: False: only their sizes.
+        read: False: compare only their sizes.
 
     Raises:
         UserError: a file is missing or damaged.
@@ -227,7 +227,7 @@ def _unreadable(path: Path, error: OSError) -> UserError:
     return UserError(
         f"a file of the model can't be read: {error.strerror}",
         where=str(path),
-        remedy="make the model's folder readable for you",
+        remedy="change the permissions of the model's folder so that you can read it",
     )
 
 
@@ -236,5 +236,5 @@ def damaged(path: Path, why: str) -> UserError:
     return UserError(
         f"the model is damaged: {why}",
         where=str(path),
-        remedy="copy it again from where it came, or `cnn2gnn export RUN --to MODEL`",
+        remedy="copy it again from its source, or `cnn2gnn export RUN --to MODEL`",
     )

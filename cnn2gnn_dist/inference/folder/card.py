@@ -1,4 +1,4 @@
-"""The model card: what a model is, what it was measured to do, how to load it."""
+"""The model card: what a model is, its measured accuracy, how to load it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def card(config: ModelConfig, results: dict[str, Any] | None, rows: int) -> str:
     Args:
         config: of the model.
         results: of the run's evaluation; None: not evaluated.
-        rows: images in its memory; 0: it has none.
+        rows: number of images in its memory; 0: it has none.
     """
     lines = [*_front_matter(), *_about(config, rows), *_figures(results), *_use(config)]
     return "\n".join(lines) + "\n"
@@ -76,7 +76,7 @@ def _figures(results: dict[str, Any] | None) -> list[str]:
     images = results.get("student", {}).get("evaluated", results.get("run", {}).get("test_images"))
     return [
         *title,
-        f"Accuracy on {images} held-out images, which no part of the training has seen:",
+        f"Accuracy on {images} held-out images, which were not used in training:",
         "",
         "| model | accuracy | balanced | parameters | MFLOP per image |",
         "| --- | --- | --- | --- | --- |",
@@ -98,6 +98,6 @@ def _use(config: ModelConfig) -> list[str]:
              "print(answer.label, answer.probability, answer.neighbours)", "```", "",
              "`cnn2gnn predict --model MODEL/ images/` answers from the command line."]  # fmt: skip
     if config.scope == "dataset":
-        lines += ["", "Its memory holds features, thumbnails and keys of the training images: who "
-                  "may see the model may see them."]  # fmt: skip
+        lines += ["", "Its memory holds features, thumbnails and keys of the training images: whoever "
+                  "can see the model can see them."]  # fmt: skip
     return lines

@@ -1,6 +1,6 @@
-"""A model on the Hugging Face Hub: its folder is one of the Hub's repositories as it is.
+"""A model on the Hugging Face Hub: its folder has the layout of a Hub repository.
 
-Apart from the classifier, so that opening a model imports neither the Hub's client nor HTTP.
+Separate from the classifier, so that opening a model imports neither the Hub's client nor HTTP.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from huggingface_hub import ModelHubMixin, snapshot_download
 
 
 class HubFolder(ModelHubMixin):
-    """The folder of a model, which the Hub's ``from_pretrained`` and ``push_to_hub`` carry.
+    """The folder of a model, for the Hub's ``from_pretrained`` and ``push_to_hub``.
 
     Args:
-        folder: of the model, here.
+        folder: of the model, on this disk.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -53,7 +53,7 @@ class HubFolder(ModelHubMixin):
 
 
 def copy_model(source: Path, target: Path) -> None:
-    """Copy a model's folder, without what concerns this place only (locks)."""
+    """Copy a model's folder without its locks, which only concern this copy."""
     target.mkdir(parents=True, exist_ok=True)
     shutil.copytree(
         source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".lock", "*.tmp")

@@ -1,4 +1,4 @@
-"""Edits of a memory, each one new version: add, remove, relabel, forget, undo, compact."""
+"""Edits of a memory, each of which makes a new version: add, remove, relabel, forget, undo, compact."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from cnn2gnn_dist.inference.memory.store import ClassEntry, NewRows, Version
 from cnn2gnn_dist.inference.memory.view import Memory, forgotten
 
 NAMED = 5
-"""Keys named in an error."""
+"""Most keys named in an error."""
 LONGEST_NAME = 200
-"""Letters of the name of a class that is added."""
+"""Most letters of the name of a new class."""
 UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")
 """Unicode's categories of control characters, half characters and line ends."""
 DROP_IF_THERE = "drop?"
-"""What ``data.relabel`` reads as: leave this image out, if it is among the training images."""
+"""What ``data.relabel`` reads as: leave this image out if it is among the training images."""
 
 
 def create(
     root: Path, rows: NewRows, classes: Sequence[str], action: str, left_out: np.ndarray
 ) -> None:
-    """Create a memory with the candidate table that the rows come with.
+    """Create a memory from rows and their candidate table.
 
     Args:
         root: folder; it must not exist.
         rows: all rows, with candidates.
         classes: names of the trained classes.
         action: what was done, for people.
-        left_out: int64, rows that are nobody's candidates (corrupt images).
+        left_out: int64, rows that are never candidates (corrupt images).
     """
     root.mkdir(parents=True)
     with store.editing(root):
@@ -78,17 +78,17 @@ class Edit:
         return self._arrays.get(name)
 
     def x(self, ids: np.ndarray) -> np.ndarray:
-        """Features of rows, those just added included."""
+        """Features of rows, including those just added."""
         return self._with_added(ids, self.before.x, None if self._added is None else self._added.x)
 
     def z(self, ids: np.ndarray) -> np.ndarray:
-        """Projections of rows, those just added included."""
+        """Projections of rows, including those just added."""
         return self._with_added(ids, self.before.z, None if self._added is None else self._added.z)
 
     def class_index(self, name: str, *, new: bool) -> int:
-        """Index of a class; ``new``: it is added if it isn't there.
+        """Index of a class; ``new``: it is added if it is missing.
 
-        Spaces around a name, and how its accents are encoded, make no other class.
+        Surrounding spaces and the encoding of accents don't make a different class.
 
         Raises:
             UserError: unknown class; a new name that is empty, too long or can't be printed.
@@ -139,7 +139,7 @@ class Edit:
         """Add rows; their labels index into ``classes``.
 
         Raises:
-            UserError: a key, or an image, is in the memory already.
+            UserError: a key, or an image, is already in the memory.
         """
         self._refuse_known(rows)
         self._added = rows
@@ -163,7 +163,7 @@ class Edit:
         """Write the new version and make it current; ``undoable``: it can be undone.
 
         Raises:
-            UserError: the disk is full; the version before stays current.
+            UserError: the disk is full; the previous version stays current.
         """
         before = self.before.version
         segments = list(before.segments)
@@ -213,7 +213,7 @@ class Edit:
         known = self.before.ids_of(list(rows.keys))
         if known:
             raise UserError(
-                f"{len(known)} of these keys are in the memory already: "
+                f"{len(known)} of these keys are already in the memory: "
                 + ", ".join(list(known)[:NAMED]),
                 where=str(self.root),
                 remedy="leave them out, rename the files, or remove the old ones first; "
@@ -235,7 +235,7 @@ class Edit:
         for row, near in enumerate(nearest.tolist()):
             if near >= 0 and np.array_equal(self.before.x(np.array([near]))[0], x_nD[row]):
                 raise UserError(
-                    f"the image {rows.keys[row]} is in the memory already, as "
+                    f"the image {rows.keys[row]} is already in the memory, as "
                     f"{self.before.keys(np.array([near]))[0]}",
                     where=str(self.root),
                     remedy="leave it out; nothing was changed",
@@ -243,7 +243,7 @@ class Edit:
 
 
 def undo(root: Path) -> Version:
-    """Make the version before the current one current.
+    """Return to the version before the current one.
 
     Raises:
         UserError: there is none: it is the first, or the memory was compacted.
@@ -262,7 +262,7 @@ def undo(root: Path) -> Version:
 
 
 def history(root: Path) -> list[Version]:
-    """The current version and those that it was made from, newest first."""
+    """The current version and its ancestors, newest first."""
     found = [store.read_version(root, store.head(root))]
     there = set(store.numbers(root))
     while found[-1].parent is not None and found[-1].parent in there:
@@ -283,14 +283,14 @@ def forget(
     score: Callable[[Edit], object] = lambda _: None,
     wait_s: float = 10.0,
 ) -> Version:
-    """Remove rows and delete all that the memory has of them, in earlier versions too.
+    """Remove rows and delete everything stored about them, in earlier versions too.
 
     Their keys go to ``forgotten.csv``, so that later trainings leave them out. The weights of the
-    network, which have seen the images, stay as they are.
+    network, which were trained on the images, stay as they are.
 
     Args:
         root: of the memory.
-        keys: of images of the current version, or removed ones that an earlier version still has.
+        keys: of images of the current version, or removed ones that are still in an earlier version.
         score: sets how new classes are scored without these rows.
         wait_s: seconds to wait for another edit to finish.
 
@@ -301,14 +301,14 @@ def forget(
         edit = Edit(root)
         there = list(edit.before.ids_of(list(keys)))
         if len(there) < len(set(keys)):
-            # Removed ones are purged from disk, and those that a killed attempt has begun with.
+            # Removed ones are purged from disk, as are those that a killed attempt had started with.
             removed = store.keys_on_disk(root).union(forgotten(root)) - set(there)
             edit.rows_of([key for key in keys if key not in removed])
         action = f"forget {len(set(keys))} images"
         edit.remove(edit.rows_of(there))
         if there:
             score(edit)
-        # Recorded first: a kill leaves them removed or not, but never forgotten without a record.
+        # Recorded first: after a kill they may or may not be removed, but never without a record.
         record_forgotten(root, keys)
         edit.commit(action, undoable=False)
         return _compact(root, Memory.open(root), action)

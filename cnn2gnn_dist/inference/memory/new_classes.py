@@ -6,23 +6,23 @@ The old classes keep their head. With l the head's logits, f features (centered,
     S_c = log softmax(10·cos(f, μ))_c + κ·log p(f | c) − log Σ_old p(f | c')^κ + τ       new c
 
 and the answer is the c with the largest S_c. The first term compares directions with all class means, old
-and new; the second is the log odds, under a model of f that says how classes lie, of a new class against
-an old one. Either alone finds fewer images of new classes at the same loss (``benchmarks/memory.py``). τ is not
-guessed: it is the largest with which held-out images of the old classes, the new entries in place, lose
-at most ``old_loss`` points of accuracy.
+and new; the second is the log odds of a new class against an old one, under a model of the distribution of f.
+Either alone finds fewer images of new classes at the same loss (``benchmarks/memory.py``). τ is not guessed: it
+is the largest value at which held-out images of the old classes, with the new entries in place, lose at most
+``old_loss`` points of accuracy.
 
 Both terms: ``old_classes.py``.
 
-**From about a hundred images a class** columns are learned: u·(x, log Σ exp l) + v takes the place of the first
+***From about a hundred images per class** columns are learned: u·(x, log Σ exp l) + v takes the place of the first
 term, by class-balanced cross-entropy over rows of the memory and the new images, from u = 0 on, with a
 penalty on u; then τ as above. It takes seconds and is convex: the same inputs give the same columns.
 
 Features: the stem's x, centered and of unit length (``OldClasses.features``), not the graph's projection z,
-which finds half as many new images: it keeps what tells the old classes apart.
+which finds half as many new images: it keeps only what distinguishes the old classes.
 
-Entries are all that counts, not the order of edits: adding one class after another gives what adding
-them at once gives (learned columns: up to rounding, if the classes come in another order), and without
-new classes S is the head's log softmax(l/T), bit for bit.
+Only the entries matter, not the order of edits: adding one class after another gives the same result as
+adding them at once (learned columns: up to rounding, if the classes come in another order), and without
+new classes S is bit-identical to the head's log softmax(l/T).
 
 Shapes: N rows of the memory, n calibration or new images, C old and K new classes, D dimensions of x.
 Pure: arrays in, arrays out.
@@ -43,19 +43,19 @@ from cnn2gnn_dist.inference.calibration import log_softmax
 from cnn2gnn_dist.inference.memory.old_classes import Images, OldClasses, dot, log_sum, to_json
 
 LEARNED_FROM = 100
-"""Images of a class from which on its column is learned."""
+"""Number of images from which the column of a class is learned."""
 LOSSES = (0.0, 0.25, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0)
-"""Points that old classes may lose, for which the trade is predicted."""
+"""Points that old classes may lose, for which the trade-off is predicted."""
 FOLDS = 5
 PENALTY = 0.1
-"""On the squares of a column, beside the mean loss of its class."""
+"""Penalty on the squares of a column, relative to the mean loss of its class."""
 _REPLAY = 20_000  # rows of the memory that columns are learned against
 _STEPS = 200
 
 
 @dataclass(frozen=True)
 class Trade:
-    """What one offset costs and brings, in % of images answered right.
+    """What one offset costs and gains, in % of correctly answered images.
 
     Attributes:
         old_loss: points that the old classes may lose.
@@ -73,11 +73,11 @@ class Trade:
 
 @dataclass(frozen=True, eq=False)
 class NewClasses:
-    """New classes beside the old ones.
+    """New classes alongside the old ones.
 
     Attributes:
         names: of the K new classes, in the order of their columns.
-        count_K: images of each.
+        count_K: number of images of each.
         mean_KD: class means of f.
         column_KE: what was learned: u over x and log Σ exp(l/T), both standardized, and v [K, D + 2]; zeros for means.
         offset: τ.
@@ -112,7 +112,7 @@ class NewClasses:
         replay: Images | None = None,
         learned_from: int = LEARNED_FROM,
     ) -> NewClasses:
-        """Score new classes, given all of their images that the memory has now.
+        """Fit the scores of new classes, given all of their images in the memory.
 
         Args:
             old: the old classes.
@@ -121,8 +121,8 @@ class NewClasses:
             labels_n: their classes.
             old_loss: points of accuracy that the old classes may lose on the calibration images.
             replay: rows of the memory of the old classes, to learn columns against; None: means are
-                taken however many images there are.
-            learned_from: images of the smallest new class from which on columns are learned.
+                used regardless of the number of images.
+            learned_from: number of images of the smallest new class from which columns are learned.
 
         Raises:
             UserError: a class without images, an image without features, ``old_loss`` outside 0..100.
@@ -156,7 +156,7 @@ class NewClasses:
     def scores(self, old: OldClasses, logits_BC: np.ndarray, x_BD: np.ndarray) -> np.ndarray:
         """S, float64 [B, C + K]; the largest is the answer, ties to the old classes.
 
-        Rows don't depend on company. Without new classes: log softmax(l/T).
+        Rows don't depend on each other. Without new classes: log softmax(l/T).
         """
         head_BC = log_softmax(logits_BC, old.temperature)
         if not self.names:
@@ -170,7 +170,7 @@ class NewClasses:
         return np.exp(log_softmax(self.scores(old, logits_BC, x_BD)))
 
     def to_json(self) -> dict[str, Any]:
-        """As what JSON holds."""
+        """As JSON-compatible data."""
         trades = [[t.old_loss, t.offset, t.old, t.new] for t in self.trades]
         return to_json(self) | {"names": list(self.names), "trades": trades}
 
@@ -191,7 +191,7 @@ class NewClasses:
 
 @dataclass(frozen=True, eq=False)
 class _Scorer:
-    """Scores of new classes without the offset: means, and what was learned on top."""
+    """Scores of new classes without the offset: from means, and from what was learned on top."""
 
     count_K: np.ndarray
     mean_KD: np.ndarray
@@ -246,7 +246,7 @@ class _Scorer:
 
 
 def _inputs(old: OldClasses, images: Images) -> np.ndarray:
-    """What columns see: x and log Σ exp(l/T), both standardized, and 1: [B, D + 2]."""
+    """Inputs of the columns: x and log Σ exp(l/T), both standardized, and 1: [B, D + 2]."""
     x_BD = (np.asarray(images.x_nD, np.float64) - old.zero_D) / old.spread_D
     energy_B1 = log_sum(np.asarray(images.logits_nC, np.float64) / old.temperature)
     energy_B1 = (energy_B1 - old.energy_2[0]) / old.energy_2[1]
@@ -259,7 +259,7 @@ def _learned(
     """Columns [K, E] by class-balanced cross-entropy over (old, new classes); old scores 0.
 
     With log softmax as the score of the old classes the loss over all classes differs from this one by a
-    constant: only old or new, and which new, is learned. The old ones weigh as ``old`` classes.
+    constant: only old or new, and which new, is learned. The old ones count as ``old`` classes.
     """
     plain, inputs = torch.from_numpy(plain_NK), torch.from_numpy(inputs_NE)
     target = torch.from_numpy(target_N)
@@ -289,7 +289,7 @@ def _learned(
 def _margins(
     old: OldClasses, model: _Scorer, calibration: Images, labels_n: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """By how much each calibration image stays old (the largest τ that it bears), and if it is right."""
+    """By how much each calibration image stays old (the largest τ at which it does), and whether it is right."""
     head_nC = log_softmax(calibration.logits_nC, old.temperature)
     right_n = head_nC.argmax(1) == labels_n
     if not len(model.count_K):
@@ -303,7 +303,7 @@ def _offset(margin_n: np.ndarray, right_n: np.ndarray, old_loss: float) -> float
     may_turn = int(old_loss * len(margin_n) / 100 + 1e-9)
     if may_turn < len(margins):
         return float(margins[may_turn])
-    return float(margin_n.max()) + 1.0  # all may be lost
+    return float(margin_n.max()) + 1.0  # all images may be lost
 
 
 def _held_out(
@@ -329,7 +329,7 @@ def _held_out(
 
 
 def _accuracy(scores_nK: np.ndarray, head_n: np.ndarray, class_n: np.ndarray) -> float | None:
-    """Mean over classes of the % of images that are answered with their new class."""
+    """Mean over new classes of the % of images that are answered with their class."""
     known_n = np.isfinite(scores_nK).all(1)
     if not known_n.any():
         return None

@@ -1,15 +1,15 @@
-"""How the features of the old classes lie: what new classes are told from them by (``new_classes.py``).
+"""The distribution of the old classes' features, by which new classes are told from them (``new_classes.py``).
 
 Features f are the stem's x, centered and of unit length. Their model is the two-covariance model
 (probabilistic LDA without subspaces; Ioffe, ECCV 2006; Brümmer, de Villiers, Odyssey 2010): a class mean is
-drawn from N(m, B), an image from N(mean, W). B and W are those of the old classes in the memory, so that
-one image of a new class is already a class: with n images of mean y, in coordinates where W = 1 and
+drawn from N(m, B), an image from N(mean, W). B and W are estimated from the old classes in the memory,
+so that a new class can consist of one image: with n images of mean y, in coordinates where W = 1 and
 B = diag(b), its f is distributed as
 
     N(n b/(1 + n b)·y, 1 + b/(1 + n b)).
 
-Few old classes say nothing about most directions, so b is the mean of itself and its mean over
-directions. κ is fitted on calibration images of the old classes, by their likelihood.
+Few old classes tell nothing about most directions, so b is averaged with its mean over directions. κ is fitted on
+calibration images of the old classes, by their likelihood.
 
 Shapes: N rows of the memory, n calibration images, B images, C old classes, K any classes, D dimensions.
 """
@@ -34,7 +34,7 @@ _SMALL = 1e-6
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """Images as rule R sees them.
+    """Images as input of rule R.
 
     Attributes:
         logits_nC: the head's, over the old classes.
@@ -64,7 +64,7 @@ class Features:
 
 @dataclass(frozen=True, eq=False)
 class ClassScores:
-    """What scores K classes by their images' mean and number: constants of the formulas above."""
+    """Scores K classes by the mean and number of their images: constants of the formulas above."""
 
     direction_KD: np.ndarray
     linear_KD: np.ndarray
@@ -87,7 +87,7 @@ class ClassScores:
 
 @dataclass(frozen=True, eq=False)
 class OldClasses:
-    """The old classes: head's temperature, and how their features lie.
+    """The old classes: the head's temperature, and the distribution of their features.
 
     Attributes:
         temperature: T of the head.
@@ -130,7 +130,7 @@ class OldClasses:
             labels_N: old classes, 0..C−1; others (of new classes, or -1) are left out.
             calibration: held-out images of the old classes.
             labels_n: their classes.
-            temperature: T, if it is fitted already.
+            temperature: T, if it is already fitted.
 
         Raises:
             UserError: no calibration images, or rows of fewer than two old classes.
@@ -145,7 +145,7 @@ class OldClasses:
             raise UserError(
                 f"the memory has {len(x_ND)} images of {present} old classes",
                 where="memory",
-                remedy="two old classes with two images or more show how classes differ",
+                remedy="keep at least two old classes with two or more images each: they show how classes differ",
             )
         zero_D, spread_D = x_ND.mean(0), x_ND.std(0) + _SMALL
         energy_n1 = log_sum(np.asarray(calibration.logits_nC, np.float64) / temperature)
@@ -180,7 +180,7 @@ class OldClasses:
         return self.scorer(self.mean_CD, self.count_C)
 
     def to_json(self) -> dict[str, Any]:
-        """As what JSON holds."""
+        """As JSON-compatible data."""
         return to_json(self)
 
     @classmethod
@@ -216,7 +216,7 @@ def unit(rows_BD: np.ndarray) -> np.ndarray:
 
 
 def dot(a_BD: np.ndarray, b_KD: np.ndarray) -> np.ndarray:
-    """A bᵀ, [B, K], each row the same bits in any company (a BLAS product promises no such thing)."""
+    """A bᵀ, [B, K], each row bit-identical regardless of the others (which a BLAS product does not guarantee)."""
     return np.einsum("bd,kd->bk", a_BD, b_KD, optimize=False)
 
 
@@ -227,6 +227,6 @@ def log_sum(scores_BC: np.ndarray) -> np.ndarray:
 
 
 def to_json(of: Any) -> dict[str, Any]:
-    """A dataclass of numbers and arrays as what JSON holds."""
+    """A dataclass of numbers and arrays as JSON-compatible data."""
     kept = {field.name: getattr(of, field.name) for field in fields(of)}
     return {n: v.tolist() if isinstance(v, np.ndarray) else v for n, v in kept.items()}

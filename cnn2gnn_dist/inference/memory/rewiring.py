@@ -1,8 +1,8 @@
-"""The candidate rows of an edited memory: which rows an edit changes, and what they become.
+"""The candidate rows of an edited memory: which rows an edit changes, and their new contents.
 
-A pure function of the rows that are there, never of the edits that led to them: adding images and
-removing them again gives the table from before, and an edited memory has the table that would be
-built from its rows. Shapes: N rows, M candidates, d projection.
+A pure function of the current rows, never of the edits that led to them: adding images and removing
+them again restores the previous table, and an edited memory has the table that would be built from its
+rows. Shapes: N rows, M candidates, d projection.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ CHUNK, CELLS = 1 << 16, 1 << 24
 """Rows, and similarities of rows to added ones, that are handled at once."""
 _SLACK = 8
 _MARGIN = 1e-5
-"""Added to similarities of unit vectors before they are compared, so that rounding hides no row."""
+"""Added to similarities of unit vectors before they are compared, so that rounding can't hide a row."""
 
 
 class Rewired(NamedTuple):
@@ -50,7 +50,7 @@ def rewired(base_NM: np.ndarray, z_Nd: np.ndarray, live_N: np.ndarray) -> Rewire
 
 
 def _reached(table: np.ndarray, rows: slice, z_Nd: np.ndarray, added: np.ndarray) -> np.ndarray:
-    """Whether an added row is nearer than the last candidate, or a place is free."""
+    """Whether an added row is nearer than the last candidate, or a slot is free."""
     if not len(added):
         return np.zeros(len(table), bool)
     z = np.asarray(z_Nd[rows])
@@ -79,7 +79,7 @@ def nearest_rows(z_Nd: np.ndarray, live: np.ndarray, ids_K: np.ndarray, width: i
 def by_distance(query_Qd: np.ndarray, base_Nd: np.ndarray, ids_Qm: np.ndarray) -> np.ndarray:
     """The ids of each row by ascending squared distance, ties by id; computed row by row.
 
-    The order that a search gives depends on how many queries it was given, in the last bits.
+    The order that a search returns depends, in the last bits, on the number of queries.
     """
     apart = (base_Nd[ids_Qm] - query_Qd[:, None]).astype(np.float64)
     order = np.lexsort((ids_Qm, np.square(apart).sum(-1)), axis=1)

@@ -6,7 +6,7 @@
                                      changed.npy changed_rows.npy heads.npz
     memory/forgotten.csv             keys that later trainings leave out (``data.relabel`` reads it)
 
-An edit writes a segment and a version and then replaces HEAD: a kill leaves the version before.
+An edit writes a segment and a version and then replaces HEAD: after a kill the previous version is current.
 Rows are numbered through the segments of a version; ``classes`` only grow until compaction.
 """
 
@@ -54,7 +54,7 @@ class Version:
         action: what was done, for people.
         segments: (name, rows) in the order of row numbers.
         classes: the labels index into them.
-        files: name → [bytes, SHA-256] of the arrays beside it.
+        files: name → [bytes, SHA-256] of the arrays next to it.
         heads: how new classes are scored (``inference/memory/new_classes.py``); empty without any.
     """
 
@@ -69,7 +69,7 @@ class Version:
 
     @property
     def rows(self) -> int:
-        """Rows of all segments, removed ones included."""
+        """Rows of all segments, including removed ones."""
         return sum(rows for _, rows in self.segments)
 
 
@@ -195,7 +195,7 @@ def segment_files(root: Path, name: str) -> dict[str, tuple[int, str]]:
 
 
 def keys_on_disk(root: Path) -> set[str]:
-    """The keys of all segments, those of removed images and earlier versions included."""
+    """The keys of all segments, including those of removed images and earlier versions."""
     files = (root / "segments").glob(f"[0-9]*/{ROWS}")
     return {
         key for file in files for key in pq.read_table(file, columns=["key"])["key"].to_pylist()
@@ -219,14 +219,14 @@ def editing(root: Path, wait_s: float = 10.0) -> Iterator[None]:
         lock.acquire(timeout=wait_s)
     except Timeout:
         raise UserError(
-            f"another process is editing this memory, for more than {wait_s:g} s",
+            f"another process has been editing this memory for more than {wait_s:g} s",
             where=str(root),
             remedy="run the command again when the other edit has finished",
         ) from None
     except OSError as error:
         raise UserError(
             f"this memory can't be written: {error.strerror}", where=str(root),
-            remedy="copy the model to a folder that you may write to",
+            remedy="copy the model to a folder that you can write to",
         ) from None  # fmt: skip
     try:
         for unfinished in root.glob("*/*.tmp"):
@@ -259,7 +259,7 @@ def write_version(root: Path, version: Version, arrays: Mapping[str, np.ndarray]
     """Write a version with its arrays, and make it the current one.
 
     Raises:
-        UserError: the disk is full; the version before stays current.
+        UserError: the disk is full; the previous version stays current.
     """
     with _new_folder(version_folder(root, version.number)) as folder:
         for name, array in arrays.items():
@@ -286,7 +286,7 @@ def set_head(root: Path, number: int) -> None:
 
 
 def drop_all_but(root: Path, version: Version) -> None:
-    """Delete all other versions, and the segments that only they have."""
+    """Delete all other versions, and the segments that only they use."""
     for number in numbers(root):
         if number != version.number:
             shutil.rmtree(version_folder(root, number))
@@ -306,7 +306,7 @@ def damaged(path: Path, why: str) -> UserError:
     return UserError(
         f"the model's memory is damaged: {why}",
         where=str(path),
-        remedy="copy the model again from where it came, or `cnn2gnn export RUN --to MODEL`",
+        remedy="copy the model again from its source, or `cnn2gnn export RUN --to MODEL`",
     )
 
 

@@ -1,4 +1,4 @@
-"""One version of a memory, opened for reading: its live rows, and who is whose candidate."""
+"""One version of a memory, opened for reading: its live rows and their candidates."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Memory:
         self._starts = np.cumsum([0, *(rows for _, rows in version.segments)])
         self._x = [_mapped(folder / "x.npy") for folder in self._folders]
         self._z = [_mapped(folder / "z.npy") for folder in self._folders]
-        # Mapped now: a compaction deletes these files, and this version is read on.
+        # Mapped now: a compaction deletes these files, but this version is still read.
         self._rows = [_mapped_rows(folder / store.ROWS) for folder in self._folders]
         self.base_table = _mapped(self._folders[0] / "candidates.npy")
         self.classes = [entry.name for entry in version.classes]
@@ -78,7 +78,7 @@ class Memory:
                 return cls(root, version)
             except (UserError, OSError):
                 if number is not None or store.head(root) == current:
-                    raise  # else a compaction has replaced it while it was opened
+                    raise  # otherwise a compaction has replaced it while it was being opened
 
     def __len__(self) -> int:
         """The number of live rows."""
@@ -86,7 +86,7 @@ class Memory:
 
     @property
     def rows(self) -> int:
-        """N: all rows, removed ones included."""
+        """N: all rows, including removed ones."""
         return len(self.labels)
 
     @cached_property
@@ -137,7 +137,7 @@ class Memory:
 
     def ids_of(self, keys: list[str]) -> dict[str, int]:
         """The live row of each key; keys that no live row has are missing from the result."""
-        import pyarrow.compute as pc  # an eighth of a second, and no answer needs it
+        import pyarrow.compute as pc  # takes an eighth of a second, and no answer needs it
 
         place = pc.index_in(pa.array(keys, pa.string()), value_set=self._live_keys)
         return {
@@ -166,7 +166,7 @@ class Memory:
 
     @cached_property
     def new_classes(self) -> tuple[OldClasses, NewClasses] | None:
-        """How new classes are scored beside the old ones; None if there are none."""
+        """How new classes are scored alongside the old ones; None if there are none."""
         kept = self.version.heads
         if not kept:
             return None
@@ -174,7 +174,7 @@ class Memory:
 
     @cached_property
     def _index(self) -> tuple[Index, np.ndarray, np.ndarray]:
-        # Images that could not be read have z = 0 and are nobody's neighbors.
+        # Images that could not be read have z = 0 and are never neighbors.
         z_Nd = self.all_z()
         ids = self.live_ids[z_Nd[self.live_ids].any(1)]
         z_live = z_Nd if len(ids) == len(z_Nd) else np.ascontiguousarray(z_Nd[ids])
@@ -232,7 +232,7 @@ def _mapped(path: Path) -> np.ndarray:
         array: np.ndarray = np.load(path, mmap_mode="r")
     except FileNotFoundError:
         raise
-    except Exception as error:  # numpy parses the header as Python's: of many kinds
+    except Exception as error:  # numpy parses the header as a Python literal: many types
         raise store.damaged(path, str(error)) from None
     return array
 

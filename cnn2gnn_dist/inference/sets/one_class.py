@@ -1,9 +1,9 @@
-"""The second gate, of sets that belong together: are they all of one class? Then their mean is the answer.
+"""The second gate, for sets that belong together: are they all of one class? Then their mean is the answer.
 
 Two measures of a set of m images, q being its answer by EM with shares π of the classes:
 
-- *likelihood*: (log Σ_c Π_i p_ic / C - Σ_i log Σ_c π_c p_ic) / m, how well one class explains the set beside the
-  mixture that EM found;
+- *likelihood*: (log Σ_c Π_i p_ic / C - Σ_i log Σ_c π_c p_ic) / m, how well one class explains the set compared
+  with the mixture that EM found;
 - *largest share*: max_c π_c.
 
 Their weights are learned (``set_gate.py``): sets of two and three classes against sets of one. 97 of 100
@@ -46,7 +46,7 @@ def fit_one_class(
     measured: Callable[[np.ndarray], np.ndarray],
     seed: int,
 ) -> SetGate | None:
-    """Fit the gate on calibration images; None: no class has images enough.
+    """Fit the gate on calibration images; None: no class has enough images.
 
     Args:
         log_p_nC: log-probabilities.
@@ -56,7 +56,7 @@ def fit_one_class(
     """
     of_class = rows_by_class(labels_n)
     images_C = sorted(len(rows) for rows in of_class)
-    # At least half of the classes give sets, and two together are as large.
+    # At least half of the classes have enough images for a set, and two classes together as well.
     sizes = [m for m in SIZES if m <= images_C[len(images_C) // 2]]
     fitted: list[OfSize] = []
     for count in sizes:
@@ -82,7 +82,7 @@ def _in_pieces(
 def _of_classes(
     large: list[np.ndarray], count: int, classes: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Images of exactly so many classes (where there are as many), at least one of each."""
+    """Images of exactly this many classes (if there are as many), at least one of each."""
     chosen = rng.choice(len(large), min(classes, len(large)), replace=False)
     images_K = 1 + rng.multinomial(count - len(chosen), np.full(len(chosen), 1 / len(chosen)))
     return np.concatenate(

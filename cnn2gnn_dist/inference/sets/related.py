@@ -1,14 +1,14 @@
-"""The gate before sets of images are answered together: do they belong together?
+"""The gate for answering a set of images together: do they belong together?
 
 Two measures of a set, each a mean over its pairs i < j, with p the class probabilities of the images alone:
 
 - *agreement*: Σ_c p_ic p_jc, the probability of the same class if there were no features;
-- *evidence*: log(1 + C · Σ_c p_ic p_jc · odds_ij), where odds_ij = exp(a·cos(z_i, z_j) + b) is how much likelier
-  the two features are in images of one class than of two.
+- *evidence*: log(1 + C · Σ_c p_ic p_jc · odds_ij), where odds_ij = exp(a·cos(z_i, z_j) + b) is how much more
+  likely the two features are in images of one class than of two.
 
 Their weights are learned (``set_gate.py``): random sets of calibration images against sets of few classes
 among them. The threshold is the lowest at which random sets, answered together where they pass, lose at most
-0.12 points of accuracy on average; at least 90 and at most 99.5 of 100 don't pass.
+0.12 points of accuracy on average; between 90 and 99.5 of 100 don't pass.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from cnn2gnn_dist.inference.sets.set_gate import OfSize, SetGate, scores
 LOSS = 0.0012
 LEVELS = (0.90, 0.995)
 LEVEL = 0.98
-"""Of large sets."""
+"""Sizes of large sets."""
 SIZES = (2, 3, 4, 5, 6, 8, 11, 16, 23, 32, 45, 64)
 LARGE = (91, 128, 181, 256, 512, 1024)
-"""Sizes from which agreement alone is looked at: it tells nearly always, and evidence costs m² logarithms."""
+"""Size from which only agreement is used: it nearly always decides, and evidence costs m² logarithms."""
 _STRANGERS = 4000  # random sets of each size: the standard error of the level is 0.2 %
 _LEARNED = 800  # random sets and as many related ones, from which the weights are learned
 _CELLS = 4_000_000  # numbers handled at once
@@ -56,15 +56,15 @@ def fit_related(
     lost: Callable[[np.ndarray], np.ndarray],
     seed: int,
 ) -> SetGate:
-    """Fit the gate on calibration images; the same bits for the same seed.
+    """Fit the gate on calibration images; bit-identical for the same seed.
 
     Args:
         p_nC: class probabilities.
         z_nd: features of unit length.
         labels_n: classes.
         edge: a and b of the odds.
-        lost: rows of images [S, m] to the accuracy that each set loses if it is answered together.
-        seed: of the sets that are drawn.
+        lost: maps rows of images [S, m] to the accuracy that each set loses if it is answered together.
+        seed: of the random sets.
     """
     z_nd, labels_n = np.asarray(z_nd, np.float64), np.asarray(labels_n)
     sizes = [m for m in (*SIZES, *LARGE) if m <= max(2, len(labels_n) // 4)]
@@ -155,7 +155,7 @@ def _affordable(
     order_S = np.argsort(-score_S, kind="stable")
     fewest, most = (round((1 - level) * len(score_S)) for level in LEVELS[::-1])
     lost_R = np.cumsum(lost(members_Sm[order_S[:most]])) / len(score_S)
-    # The loss is a random walk: where it first exceeds the limit, not where it last does.
+    # The loss is a random walk: use where it first exceeds the limit, not where it last does.
     beyond = np.flatnonzero(lost_R > LOSS)
     passing = max(fewest, int(beyond[0]) if len(beyond) else most)
     return float(score_S[order_S[passing]])

@@ -1,7 +1,7 @@
 """A yes-or-no question about a set of images, decided by a few measures of it whose weights are learned.
 
-The score of a set is Σ_k w_k (measure_k - mean_k) / deviation_k, the answer yes if it exceeds a threshold; all
-of these depend on the number of images m. The weights come from logistic regression of sets that deserve a yes
+The score of a set is Σ_k w_k (measure_k - mean_k) / deviation_k, and the answer is yes if it exceeds a threshold;
+all of these depend on the number of images m. The weights come from logistic regression of sets that deserve a yes
 against sets that don't, means, deviations and the threshold from the latter. Pure.
 """
 
@@ -30,18 +30,20 @@ class OfSize:
     def fit(
         cls, no_SK: np.ndarray, yes_SK: np.ndarray, fresh_SK: np.ndarray, level: float
     ) -> OfSize:
-        """Learn it from the measures of sets.
+        """Fit the gate to measures of sets.
 
         Args:
-            no_SK: of sets that deserve a no.
-            yes_SK: of sets that deserve a yes.
-            fresh_SK: of further sets that deserve a no.
-            level: the share of these that gets it.
+            no_SK: of sets whose answer should be no.
+            yes_SK: of sets whose answer should be yes.
+            fresh_SK: of further sets whose answer should be no.
+            level: the share of these that gets a no.
         """
         mean, deviation = no_SK.mean(0), np.maximum(no_SK.std(0), _LEAST)
         rows = (np.concatenate([no_SK, yes_SK]) - mean) / deviation
         found = fit_balanced(rows, np.arange(len(rows)) >= len(no_SK))[0]
-        weights = np.maximum(found, 0.0)  # measures are such that more of one is no sign against
+        weights = np.maximum(
+            found, 0.0
+        )  # by construction, a larger measure never speaks against a yes
         if not weights.any():
             weights[0] = 1.0
         weights = weights / weights.sum()
@@ -72,7 +74,7 @@ class SetGate:
         return OfSize(each("weights"), each("means"), each("deviations"), threshold)
 
     def to_json(self) -> dict[str, Any]:
-        """As what JSON holds."""
+        """As JSON-compatible data."""
         fitted = [{k: _list(v) for k, v in asdict(one).items()} for one in self.fitted]
         return {"sizes": list(self.sizes), "fitted": fitted}
 

@@ -3,20 +3,20 @@
 A set of m images with logits l_i and features z_i, in five steps:
 
 1. **Gate** (``related.py``). Is the set related? Only if its score exceeds those of nearly all random sets of
-   calibration images of this size. Otherwise every image is answered alone, bit-identical to its answer without
-   company.
+   calibration images of this size. Otherwise every image is answered alone, bit-identical to its answer in
+   isolation.
 2. **Edges** W_ij = max(2σ(a·cos(z_i, z_j) + b) − 1, 0), where σ is the probability that two images are of
    one class, fitted by logistic regression on pairs of calibration images (as many of one class as of
-   two, by weight): pairs that are rather of two classes have no edge. The 15 largest of a row are kept, the
+   two, by weight): pairs more likely of two classes have no edge. The 15 largest of a row are kept, the
    diagonal is 0, and rows with a sum above 1 are divided by it: many weak edges don't outweigh an image's own
-   logits, and strangers stay without edges.
+   logits, and unrelated images have no edges.
 3. **EM** (Dempster et al., 1977; for class priors: Saerens, Latinne, Decaestecker, 2002), 30 rounds from q = p:
    π = (Σ_i q_i + α) / (m + Cα), then q_i = softmax(l_i/T + log(Cπ) + λ Σ_j W_ij q_j), all i at once.
-4. **One class?** (``one_class.py``) If the set is found to be of a single class, the answer is as for a set that is
-   known to be: the mean of the logits.
-5. Otherwise the answer is q, and in both cases that it depends on company.
+4. **One class?** (``one_class.py``) If the set is found to be of a single class, the answer is that for a set known to
+   be: the mean of the logits.
+5. Otherwise the answer is q. In both cases it is marked as depending on the other images.
 
-If the set is *known* to be of one class, averaged logits are at or near the best (``same``).
+If the set is *known* to be of one class, averaging the logits is best, or close to it (``same``).
 
 Shapes: n calibration images, m images of a set, C classes, d dimensions of z (of unit length).
 Pure: arrays in, arrays out; equivariant to the order of a set, up to rounding.
@@ -42,13 +42,13 @@ _PAIRED = 3000  # calibration images whose pairs are compared
 
 @dataclass(frozen=True)
 class Relations:
-    """What is answered for a set of images.
+    """The answer for a set of images.
 
     Attributes:
         posterior_mC: float64, rows sum to 1.
-        related: the set's images were found to be related (or said to be: ``same``), so that the
-            posterior depends on company.
-        classes: number of different classes that the set was found to show (of the answers).
+        related: the set's images were found to be related (or declared to be: ``same``), so that each
+            posterior depends on the other images.
+        classes: number of different classes among the answers.
         score: of the gate; ``threshold``: what it had to exceed.
     """
 
@@ -84,8 +84,8 @@ class Together:
 
         Args:
             logits_mC: as in ``fit``.
-            z_md: features of unit length, as in ``fit``; the zero vector (an image that can't be read) has no edges
-                worth mentioning, so leave such images out.
+            z_md: features of unit length, as in ``fit``; leave out zero vectors (images that can't be
+                read), whose edges mean nothing.
         """
         p_mC = softmax(logits_mC, self.temperature)
         count = len(p_mC)
@@ -113,7 +113,7 @@ class Together:
         return Relations(p_mC, len(p_mC) > 1, min(len(p_mC), 1), 1.0, 0.0)
 
     def edges(self, z_md: np.ndarray) -> np.ndarray:
-        """W, float64 [m, m]: at most EDGES a row, none to itself; ties go to the smaller index."""
+        """W, float64 [m, m]: at most EDGES per row, none to itself; ties go to the smaller index."""
         z_md = np.asarray(z_md, np.float64)
         edges_mm = 2 * sigmoid(self.slope * (z_md @ z_md.T) + self.offset) - 1
         edges_mm = edges_mm.clip(min=0)
@@ -144,18 +144,18 @@ class Together:
         temperature: float | None = None,
         seed: int = 0,
     ) -> Together:
-        """Fit the constants on calibration images; the same bits for the same seed.
+        """Fit the constants on calibration images; bit-identical for the same seed.
 
         Args:
             logits_nC: of calibration images.
-            z_nd: their features, of unit length: the stem's x, centered (``OldClasses.features``), tells
+            z_nd: their features, of unit length: the stem's x, centered (``OldClasses.features``), separates
                 classes better than the graph's projection.
             labels_n: their classes.
-            temperature: T, if it is fitted already.
+            temperature: T, if it is already fitted.
             seed: of the random sets and of the images whose pairs are compared.
 
         Raises:
-            UserError: fewer than 4 calibration images, or no two of one class, or one class only.
+            UserError: fewer than 4 calibration images, no two of one class, or only one class.
         """
         labels_n = np.asarray(labels_n)
         _check(labels_n)
@@ -189,7 +189,7 @@ class Together:
         return replace(rule, gate=gate, one_class=one_class)
 
     def to_json(self) -> dict[str, Any]:
-        """As what JSON holds."""
+        """As JSON-compatible data."""
         kept = {
             name: getattr(self, name)
             for name in ("temperature", "slope", "offset", "strength", "alpha")
@@ -227,7 +227,7 @@ def _check(labels_n: np.ndarray) -> None:
     counts = np.unique(labels_n, return_counts=True)[1]
     if len(labels_n) < 4 or len(counts) < 2 or counts.max() < 2:
         raise UserError(
-            f"{len(labels_n)} calibration images of {len(counts)} classes don't tell how alike images"
+            f"{len(labels_n)} calibration images of {len(counts)} classes don't tell how similar images"
             " of one class are",
             where="data.calibration",
             remedy="train with a larger data.calibration: two images of two classes or more",

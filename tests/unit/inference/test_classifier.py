@@ -120,7 +120,7 @@ def test_neighbours_and_embeddings_are_those_of_brute_force(model, asked):
     order = np.argsort(every, axis=1, kind="stable")[:, :3]
     np.testing.assert_allclose(distances, np.take_along_axis(every, order, 1), atol=1e-5)
     assert keys == [[f"img-{row}" for row in rows] for rows in order]
-    with pytest.raises(UserError, match="41 neighbors are asked for"):
+    with pytest.raises(UserError, match="41 neighbors are requested"):
         model.kneighbors(asked, 41)
 
 

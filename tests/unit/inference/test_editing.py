@@ -162,7 +162,7 @@ def test_the_commands_edit_and_tell(calibrated, tmp_path, capsys):
     assert call("memory", "add", folder, images, "--class", "framed")[0] == 0
     code, told = call("memory", "add", folder, images, "--class", "framed")
     assert code == 2
-    assert "in the memory already: f0.png" in told.err
+    assert "already in the memory: f0.png" in told.err
     assert "       4  framed  (new)" in call("memory", "ls", folder)[1].out
     assert call("memory", "ls", folder, "--keys", "--class", "framed")[1].out.splitlines() == [
         f"f{n}.png\tframed" for n in range(4)

@@ -36,14 +36,14 @@ def parquet_of(path, values, kind=None):
 def test_text_in_a_parquet_file_is_not_taken_for_a_path(model, tmp_path):
     (tmp_path / "secret.png").write_bytes(PNG)
     rows = [{"bytes": str(tmp_path / "secret.png"), "path": "a"}]
-    with pytest.raises(UserError, match="no column of images"):
+    with pytest.raises(UserError, match="none of these columns holds images"):
         model.predict(parquet_of(tmp_path / "a.parquet", rows))
 
 
 def test_rows_without_bytes_are_errors_and_the_others_answered(model, tmp_path):
     rows = [{"bytes": PNG, "path": "a"}, {"bytes": None, "path": "secret.png"}, None]
     answers = model.predict(parquet_of(tmp_path / "a.parquet", rows))
-    assert [a.error for a in answers] == [None, *["there are no bytes in this row"] * 2]
+    assert [a.error for a in answers] == [None, *["this row contains no bytes"] * 2]
 
 
 def test_collections_without_images_are_refused(model, tmp_path):

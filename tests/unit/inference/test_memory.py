@@ -314,7 +314,7 @@ def test_a_second_writer_is_refused_and_a_reader_keeps_its_version(model, asked)
         thread = threading.Thread(target=second)
         thread.start()
         thread.join()
-        assert "another process is editing" in refused[0]
+        assert "another process has been editing" in refused[0]
     edit(model, lambda one: one.remove(np.arange(20)))
     edits.compact(root)  # deletes the files that the reader has mapped
     np.testing.assert_array_equal(model.network(asked, reader).logits, before)
@@ -341,10 +341,10 @@ def test_damage_is_named(model, damage):
 def test_what_is_there_already_and_unknown_keys_are_refused(model):
     rows = added_rows(model)
     edit(model, lambda one: one.add(rows))
-    with pytest.raises(UserError, match="4 of these keys are in the memory already"):
+    with pytest.raises(UserError, match="4 of these keys are already in the memory"):
         edit(model, lambda one: one.add(rows))
     again = store.NewRows(**{**vars(rows), "keys": ["a", "b", "c", "d"]})
-    with pytest.raises(UserError, match="image a is in the memory already, as new-0"):
+    with pytest.raises(UserError, match="image a is already in the memory, as new-0"):
         edit(model, lambda one: one.add(again))
     with pytest.raises(UserError, match="1 of 2 keys are not in the memory: nobody"):
         edit(model, lambda one: one.remove(one.rows_of(["img-1", "nobody"])))

@@ -218,5 +218,5 @@ def test_models_from_before_the_gate_was_learned_are_read(rule):
 @pytest.mark.parametrize("labels", [[0, 1], [0, 1, 2, 3], [0, 0, 0, 0]])
 def test_too_few_to_fit(labels):
     count = len(labels)
-    with pytest.raises(UserError, match="how alike"):
+    with pytest.raises(UserError, match="how similar"):
         Together.fit(np.zeros((count, 4)), np.eye(count, 4), np.array(labels))

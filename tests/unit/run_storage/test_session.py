@@ -146,7 +146,8 @@ def test_a_damaged_checkpoint_is_left_out_and_the_one_before_it_serves(tmp_path,
     other = opened(tmp_path / "there")
     other.fetch("teacher", resumes=True)
     assert (
-        "checkpoint step-00000002: an object of the run's storage does not have the contents" in caplog.text
+        "checkpoint step-00000002: an object of the run's storage does not have the contents"
+        in caplog.text
     )
     root = disk.root_of(tmp_path / "there" / "teacher")
     assert [p.name for p in disk.all_of(root) if disk.damage(p) is None] == ["step-00000001"]

@@ -51,7 +51,7 @@ def test_good_nodes_have_no_problems(capsys):
         ({"shared": "can't be written: Read-only"}, "node-b: /shared can't be written: Read-only"),
         ({"unreachable": "10.0.0.1: timed out"}, "node-b can't reach 10.0.0.1: timed out"),
         ({"rate": 1.5 * MIB}, "node-b: only 1.5 MiB/s from the next node"),
-        ({"offset_s": -7.25}, "node-b: its clock is -7.2 s off node-a's"),
+        ({"offset_s": -7.25}, "node-b: its clock is off by -7.2 s from node-a's"),
         ({"shared_memory": 64 * MIB}, "node-b: 0.1 GiB free of /dev/shm, of the 1 needed"),
         ({"disk": 0}, "node-b: 0.0 GiB free of disk, of the 5 needed"),
     ],
