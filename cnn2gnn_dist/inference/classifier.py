@@ -320,7 +320,7 @@ class Classifier:
         return self.scoring.probabilities(made, memory, len(self.spec.label_names))
 
     def reload(self) -> None:
-        """Open the current version of the memory; calls that are running finish with theirs.
+        """Open the current version of the memory; running calls finish with their version.
 
         Raises:
             UserError: the memory is damaged; the folder holds another model by now.

@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 
 STATIC = Path(__file__).parent / "static"
 MOST = 1000
-"""Classes, or neighbors, in an answer at most."""
+"""Most classes, or neighbors, in an answer."""
 
 Top = Annotated[int, Query(ge=1, le=MOST, description="classes in an answer")]
 Neighbours = Annotated[int, Query(ge=0, le=MOST, description="neighbors in an answer")]
@@ -64,7 +64,7 @@ def create_app(service: Service, *, hosts: frozenset[str] | None = None) -> Fast
 
     Args:
         service: what it serves.
-        hosts: names in the ``Host`` header that it answers for; None: any.
+        hosts: accepted names in the ``Host`` header; None: any.
     """
 
     @contextlib.asynccontextmanager
@@ -75,9 +75,9 @@ def create_app(service: Service, *, hosts: frozenset[str] | None = None) -> Fast
     app = FastAPI(
         title="cnn2gnn-dist",
         version=__version__,
-        description="Classify images, see what the answers rest on, and edit the memory.",
+        description="Classify images, see what the answers are based on, and edit the memory.",
         lifespan=lifespan,
-        docs_url=None,  # these pages load scripts from elsewhere
+        docs_url=None,  # these pages load scripts from other servers
         redoc_url=None,
     )
     _add_answers(app, service)
@@ -116,13 +116,13 @@ def _add_answers(app: FastAPI, service: Service) -> None:
             200 if alive else 503,
         )
 
-    @app.get("/metrics", summary="Numbers for Prometheus")
+    @app.get("/metrics", summary="Metrics for Prometheus")
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
 
 def _add_memory(app: FastAPI, service: Service) -> None:
-    @app.get("/memory", summary="The version that answers, and its classes")
+    @app.get("/memory", summary="The version being served, and its classes")
     async def memory() -> dict[str, Any]:
         return service.memory() | {
             "editable": None not in (service.token, service.live.version) and not service.pinned
@@ -166,7 +166,7 @@ def _add_edits(app: FastAPI, service: Service) -> None:
 
     @app.post(
         "/memory", openapi_extra=_IMAGES, status_code=201,
-        summary="Add images to a class, a new one or one that is there",
+        summary="Add images to a class, which may be new",
     )  # fmt: skip
     async def add(
         request: Request,
@@ -200,7 +200,7 @@ def _add_edits(app: FastAPI, service: Service) -> None:
             "memory": service.memory(),
         }
 
-    @app.delete("/memory", openapi_extra=_KEYS, summary="Remove images, or forget them for good")
+    @app.delete("/memory", openapi_extra=_KEYS, summary="Remove images, or forget them permanently")
     async def remove(request: Request) -> dict[str, Any]:
         check(request)
         given = wire.parsed(wire.KeysIn, await request.body())
@@ -232,7 +232,7 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(UserError)
     async def user_error(_: Request, error: UserError) -> Response:
-        # Without ``where``: a path of the server is none of the client's business.
+        # Without ``where``: clients must not learn the server's paths.
         return error_response(409, wire.plain_text(error.what, 1000), error.remedy)
 
     @app.exception_handler(RequestValidationError)
@@ -245,7 +245,7 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http_error(_: Request, error: HTTPException) -> Response:
-        remedies = {404: "see /openapi.json for what there is", 405: "see /openapi.json"}
+        remedies = {404: "see /openapi.json for the endpoints", 405: "see /openapi.json"}
         return error_response(
             error.status_code, wire.plain_text(str(error.detail), 300),
             remedies.get(error.status_code, wire.ACCEPTED), error.headers,

@@ -1,4 +1,4 @@
-"""On-the-fly batching: one thread runs the network over all images that wait for it.
+"""Dynamic batching: one thread runs the network over all waiting images.
 
 There is no timed wait: a lone request is answered at once, and while the network runs the next
 batch gathers. All images of a batch are answered from one version of the memory.
@@ -46,7 +46,7 @@ class Batcher:
 
     Args:
         model: gives the model to answer with; asked once for each batch.
-        waiting: images that may wait.
+        waiting: most images that may wait.
         observe: called with (images, seconds in the network, longest wait in seconds) of a batch.
     """
 
@@ -66,7 +66,7 @@ class Batcher:
 
     @property
     def alive(self) -> bool:
-        """Whether requests are taken."""
+        """Whether requests are accepted."""
         return self._thread.is_alive() and not self._closed
 
     @property
@@ -86,7 +86,7 @@ class Batcher:
                 raise Refused(503, "the server is stopping", "ask again", {"Retry-After": "5"})
             if self._images + len(images) > self._limit:
                 raise Refused(
-                    503, f"{self._images} images are waiting already", "ask again in a moment",
+                    503, f"{self._images} images are already waiting", "ask again in a moment",
                     {"Retry-After": "1"},
                 )  # fmt: skip
             self._jobs.append(job)
@@ -140,9 +140,9 @@ def answer(
     jobs: list[Job],
     observe: Callable[[int, float, float], None] = lambda *_: None,
 ) -> None:
-    """Answer requests together, all from the memory that the model has now.
+    """Answer requests together, all from the model's current memory.
 
-    With ``graph.scope=batch`` images are each other's neighbors, so that requests are kept apart.
+    With ``graph.scope=batch`` images are each other's neighbors, so requests are kept apart.
     """
     memory = model.memory
     version = None if memory is None else memory.version.number

@@ -1,4 +1,4 @@
-"""What every request passes: host, rate, size, time; every response gets its headers and is counted."""
+"""Checks of every request: host, rate, size, time; every response gets its headers and is counted."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _HEADERS = [
     ),
 ]
 _UNLIMITED = ("/healthz", "/metrics", "/static", "/memory/")
-"""Paths (or their beginnings) that a page or a probe asks often; GET only."""
+"""Paths (or prefixes of them) that a page or a probe requests often; GET only."""
 
 
 def error_response(status: int, what: str, remedy: str, headers: Any = None) -> JSONResponse:
@@ -37,9 +37,9 @@ class Guard:
     """ASGI middleware around the whole app.
 
     Args:
-        app: what it guards.
+        app: the app that it guards.
         limits, metrics: see there.
-        hosts: names that the server answers for; None: any.
+        hosts: host names that the server accepts; None: any.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Guard:
         self._in_flight = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle one request; websockets are none of ours."""
+        """Handle one request; websockets are not supported."""
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
         elif scope["type"] == "http":
@@ -73,7 +73,7 @@ class Guard:
             await self._guarded(scope, receive, answer)
         except Exception:
             if status:
-                raise  # too late for another answer; the server closes the connection
+                raise  # too late for another response; the server closes the connection
             _log.exception("%s %s failed", scope["method"], scope["path"])
             response = error_response(500, "internal error", "see the server's log")
             await response(scope, receive, answer)
@@ -101,13 +101,13 @@ class Guard:
             return
         if self._in_flight > self.limits.requests:
             raise Refused(
-                503, f"{self._in_flight - 1} requests are in work already", "ask again in a moment",
+                503, f"{self._in_flight - 1} requests are already in progress", "ask again in a moment",
                 {"Retry-After": "1"},
             )  # fmt: skip
         client = scope.get("client")
         if wait := self._rate.wait(client[0] if client else ""):
             raise Refused(
-                429, f"more than {self.limits.rate:g} requests a second from this address",
+                429, f"more than {self.limits.rate:g} requests per second from this address",
                 f"wait {wait:.1f} s", {"Retry-After": str(int(wait) + 1)},
             )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""What a client may ask for: sizes, pixels, rate, time, and who may edit the memory."""
+"""Limits for clients: sizes, pixels, rate, time, and who may edit the memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from cnn2gnn_dist.data.images.decode import CorruptSample, image_size
 
 ADDRESSES = 10_000
-"""Client addresses whose rates are remembered."""
+"""Number of client addresses whose rates are remembered."""
 
 
 @dataclass(frozen=True)
@@ -21,16 +21,15 @@ class Limits:
     """Bounds of a request and of the server.
 
     Attributes:
-        body_bytes: of a request.
-        images: in a request.
+        body_bytes: per request.
+        images: per request.
         pixels: height x width of an image.
-        rate: requests a second of one client address, on average; 0 = unlimited.
-        burst: requests of one address that may come at once.
+        rate: requests per second from one client address, on average; 0 = unlimited.
+        burst: requests from one address that may arrive at once.
         seconds: from the first byte of a request to its answer.
         edit_seconds: the same for an edit of the memory.
-        requests: that are being read or answered at a time; memory is bounded by this times
-            ``body_bytes``.
-        waiting: images that wait for the network.
+        requests: number being read or answered at a time; memory is bounded by this times ``body_bytes``.
+        waiting: images waiting for the network.
     """
 
     body_bytes: int = 16 << 20
@@ -45,13 +44,13 @@ class Limits:
 
 
 class Refused(Exception):
-    """A request that is not answered, for a reason that its sender can change.
+    """A request that is refused, for a reason that its sender can change.
 
     Args:
         status: of the response.
-        what: is wrong.
+        what: what is wrong.
         remedy: what to do about it.
-        headers: of the response, besides.
+        headers: further headers of the response.
     """
 
     def __init__(
@@ -66,7 +65,7 @@ class RateLimit:
     """A token bucket for each client address.
 
     Args:
-        rate: tokens a second; 0 = unlimited.
+        rate: tokens per second; 0 = unlimited.
         burst: tokens in a full bucket.
     """
 
@@ -75,7 +74,7 @@ class RateLimit:
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
     def wait(self, address: str, now: float | None = None) -> float:
-        """Take a token; returns 0, or the seconds until there is one again."""
+        """Take a token; returns 0, or the seconds until one is available."""
         if not self.rate:
             return 0.0
         now = time.monotonic() if now is None else now
@@ -112,7 +111,7 @@ class Body:
         Raises:
             Refused: too long (413) or too slow (408).
         """
-        if self._ended:  # what comes now is the disconnect, for which an answer may wait long
+        if self._ended:  # the next message is the disconnect, which may come much later
             return await self._receive()
         try:
             async with asyncio.timeout(max(0.0, self._until - time.monotonic())):
@@ -140,7 +139,7 @@ class Body:
 
 
 def pixels_error(data: bytes, limits: Limits) -> str | None:
-    """Why an image is not decoded: too many pixels, or none at all; from its header."""
+    """Why an image is not decoded (too many pixels, or none), from its header."""
     try:
         high, wide = image_size(data)
     except CorruptSample as error:
@@ -151,19 +150,19 @@ def pixels_error(data: bytes, limits: Limits) -> str | None:
 
 
 def check_token(given: str | None, token: str | None) -> None:
-    """Let a request edit the memory.
+    """Check that a request may edit the memory.
 
     Args:
         given: its ``Authorization`` header.
         token: of the server; None: nobody may edit.
 
     Raises:
-        Refused: 403 without a token of the server, 401 with a wrong one.
+        Refused: 403 if the server has no token, 401 if the request's is missing or wrong.
     """
     if token is None:
         raise Refused(
             403,
-            "this server does not let its memory be edited: it was started without a token",
+            "this server does not allow edits of its memory: it was started without a token",
             "start it with --token-file FILE or with CNN2GNN_TOKEN set",
         )
     scheme, _, value = (given or "").partition(" ")
@@ -178,7 +177,7 @@ def check_token(given: str | None, token: str | None) -> None:
 
 
 def check_host(host: bytes, allowed: frozenset[str] | None) -> None:
-    """Refuse a request that was sent to another name: a page elsewhere whose name now points here.
+    """Refuse a request sent to another name, such as from a foreign page whose name now resolves to this server.
 
     Args:
         host: the ``Host`` header.
@@ -195,6 +194,6 @@ def check_host(host: bytes, allowed: frozenset[str] | None) -> None:
     if name not in allowed:
         raise Refused(
             421,
-            "this server does not answer for this host name",
+            "this server does not accept this host name",
             "use http://127.0.0.1, or start the server with --allow-host NAME",
         )

@@ -1,7 +1,7 @@
-"""The model that answers now, and how another version of its memory takes its place.
+"""The model being served, and how another version of its memory replaces it.
 
-A new version is loaded beside the one that answers, asked once, and then swapped in: a batch sees
-one or the other, and nobody waits.
+A new version is loaded alongside the one being served, run once, and then swapped in: a batch sees one or the
+other, and no request waits.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class LiveModel:
     """A model with a memory that may change; safe to use from several threads.
 
     Args:
-        model: opened; it is not changed, its copies are.
+        model: opened; only copies of it are changed.
         swapped: called after every swap with the new model.
     """
 
@@ -37,13 +37,13 @@ class LiveModel:
         self, model: Classifier, swapped: Callable[[Classifier], None] = lambda _: None
     ) -> None:
         self._current, self._swapped = model, swapped
-        self._lock = threading.Lock()  # of those who make the next one
+        self._lock = threading.Lock()  # held while the next one is made
         self._ask(model)
         swapped(model)
 
     @property
     def current(self) -> Classifier:
-        """The model that answers; its memory stays as it is."""
+        """The model being served; its memory doesn't change."""
         return self._current
 
     @property
@@ -58,7 +58,7 @@ class LiveModel:
             change: given a copy of the model, whose memory it edits and reloads (as ``editing`` does).
 
         Raises:
-            UserError: as ``change`` raises it; the model without a memory.
+            UserError: as ``change`` raises it; the model has no memory.
         """
         with self._lock:
             beside = self._copy()
@@ -100,7 +100,7 @@ class LiveModel:
     def _copy(self) -> Classifier:
         if self._current.memory is None:
             raise UserError(
-                "this model has no memory: it was trained without the data set's graph",
+                "this model has no memory: it was trained without a graph of the data set",
                 remedy="serve a model that was exported from a run with graph.scope=dataset",
             )
         return copy.copy(self._current)
@@ -114,7 +114,7 @@ class LiveModel:
         self._swapped(beside)
 
     def _ask(self, model: Classifier) -> None:
-        """Let a model answer once, so that what it builds at the first question is there."""
+        """Run a model once, so that what it builds on first use exists."""
         if model.spec.scope == "batch":
             return
         side = model.spec.views.size

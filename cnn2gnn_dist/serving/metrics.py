@@ -1,4 +1,4 @@
-"""Numbers for Prometheus, of one server."""
+"""Prometheus metrics of one server."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _IMAGES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 class Metrics:
-    """The metrics of an app, in a registry of their own: ``/metrics`` shows ``text()``."""
+    """The metrics of an app, in a separate registry: ``/metrics`` shows ``text()``."""
 
     def __init__(self) -> None:
         self.registry = made = CollectorRegistry()
@@ -24,22 +24,22 @@ class Metrics:
         )  # fmt: skip
         self.images = Counter("cnn2gnn_images", "images asked about", ["outcome"], registry=made)
         self.batch_images = Histogram(
-            "cnn2gnn_batch_images", "images of a batch", buckets=_IMAGES, registry=made
+            "cnn2gnn_batch_images", "images per batch", buckets=_IMAGES, registry=made
         )
         self.network_seconds = Histogram(
-            "cnn2gnn_network_seconds", "network and neighbors, of a batch",
+            "cnn2gnn_network_seconds", "network and neighbor search, per batch",
             buckets=_SECONDS, registry=made,
         )  # fmt: skip
         self.wait_seconds = Histogram(
-            "cnn2gnn_wait_seconds", "longest wait for the network of a batch's requests",
+            "cnn2gnn_wait_seconds", "longest time that a request of a batch waited for the network",
             buckets=_SECONDS, registry=made,
         )  # fmt: skip
         self.waiting = Gauge("cnn2gnn_images_waiting", "images in the queue", registry=made)
-        self.in_flight = Gauge("cnn2gnn_requests_in_flight", "requests in work", registry=made)
+        self.in_flight = Gauge("cnn2gnn_requests_in_flight", "requests in progress", registry=made)
         self.edits = Counter(
             "cnn2gnn_memory_edits", "edits of the memory", ["action", "outcome"], registry=made
         )
-        self.version = Gauge("cnn2gnn_memory_version", "version that answers", registry=made)
+        self.version = Gauge("cnn2gnn_memory_version", "version being served", registry=made)
         self.rows = Gauge("cnn2gnn_memory_images", "images in the memory", registry=made)
         self.swaps = Counter("cnn2gnn_memory_swaps", "changes of the version", registry=made)
 
@@ -50,7 +50,7 @@ class Metrics:
         self.wait_seconds.observe(wait_s)
 
     def swapped(self, model: Classifier) -> None:
-        """Note which version of the memory answers."""
+        """Record which version of the memory is served."""
         if model.memory is not None:
             self.version.set(model.memory.version.number)
             self.rows.set(len(model.memory))

@@ -6,7 +6,7 @@ Each replica runs the same app as ``cnn2gnn serve`` and batches what reaches it.
 on storage that all replicas see. Without ``memory_version`` in ``user_config`` every replica follows
 the memory: an edit through one replica is answered by the others a second later. With a number,
 all answer from that version, without edits, and another number is rolled out by ``reconfigure``: loaded
-beside, then swapped, with no request lost.
+alongside, then swapped in, without losing a request.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from cnn2gnn_dist.serving.token import read_token
 
 _apps: list[FastAPI] = []
 """The app of this process's replica. Ray pickles the class below with copies of the globals that it
-names, so that the module itself is asked for this one."""
+names, so this one is looked up in the module."""
 
 
 class Options(BaseModel):
@@ -42,10 +42,10 @@ class Options(BaseModel):
         model: folder of a model, at the same path on all nodes.
         replicas: of the app.
         device: "auto" (CUDA where Ray gives a replica a GPU), "cpu", "cuda".
-        memory_version: that all answer from; None: the current one, which can be edited.
+        memory_version: the one that all answer from; None: the current one, which can be edited.
         token_file: as of ``cnn2gnn serve``; or ``CNN2GNN_TOKEN`` in the replicas' environment.
-        rate: requests a second of one address and replica; 0 = unlimited.
-        cpus, gpus: of a replica.
+        rate: requests per second from one address to a replica; 0 = unlimited.
+        cpus, gpus: per replica.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -106,7 +106,7 @@ class Replica:
             )
         except UserError:
             if number is not None:
-                raise  # Ray reports it; the version before continues to answer
+                raise  # Ray reports it; the previous version stays in use
 
     async def _ask(self, images: list[Pixels], top: int, neighbours: int) -> Answered:
         made: Answered = await self.answer(Job(images, top, neighbours))
@@ -114,7 +114,7 @@ class Replica:
 
     @serve.batch(max_batch_size=BATCH, batch_wait_timeout_s=0.0, batch_size_fn=_images)
     async def answer(self, jobs: list[Job]) -> list[Answered]:
-        """Answer requests together; what arrives meanwhile is the next batch."""
+        """Answer requests together; what arrives meanwhile forms the next batch."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._network, self._answered, jobs)
 
@@ -126,8 +126,8 @@ class Replica:
 def build(options: Options | dict[str, Any]) -> serve.Application:
     """Return the application of a model; Serve calls it with the ``args`` of a config as a dict.
 
-    What ``serve deploy`` of a changed ``user_config`` reconfigures, ``serve.run`` replaces: replica by
-    replica, which takes longer.
+    ``serve deploy`` with a changed ``user_config`` reconfigures the replicas; ``serve.run`` replaces them
+    one by one, which takes longer.
     """
     given = Options.model_validate(options)
     return Replica.options(  # type: ignore[attr-defined, no-any-return]

@@ -1,4 +1,4 @@
-"""What the endpoints do: decode, ask, edit; without HTTP's names and without Ray's."""
+"""What the endpoints do: decode, ask, edit; independent of HTTP and of Ray."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ T = TypeVar("T")
 Ask = Callable[[list[Pixels], int, int], Awaitable[Answered]]
 
 TOGETHER = 8
-"""Images that a decoding thread takes at a time."""
+"""Number of images that a decoding thread takes at a time."""
 AT_ONCE, AT_ONCE_BYTES, AT_ONCE_PIXELS = 4, 32 << 10, 128 * 128
-"""So few and so small JPEGs and PNGs are decoded where their request was read: they take less than a
-hand-over to a thread and back, for which a lone request would wait. In other formats a header does not
-bound what is decoded."""
+"""At most this many JPEGs and PNGs of at most this size are decoded where their request was read: they take
+less time than handing them to a thread and back, for which a lone request would wait. In other formats the
+header does not bound what is decoded."""
 THUMBNAILS = 2048
-"""Thumbnails kept at hand."""
+"""Number of cached thumbnails."""
 FOLLOW_SECONDS = 1.0
 
 
@@ -47,10 +47,10 @@ class Service:
         ask: answers decoded images from one version of the memory.
         limits, metrics: see there.
         token: that edits need; None: nobody may edit.
-        alive: whether requests are taken.
+        alive: whether requests are accepted.
         closing: run when the server stops, after the last answer.
-        pinned: answer from one version of the memory, and let nobody edit it; else look every
-            second whether another process has edited it.
+        pinned: answer from one version of the memory and refuse edits; otherwise check every second
+            whether another process has edited it.
     """
 
     live: LiveModel
@@ -71,7 +71,7 @@ class Service:
     def batching(
         cls, model: Classifier, *, limits: Limits | None = None, token: str | None = None
     ) -> Service:
-        """Serve a model in this process: one thread runs the network over what waits for it."""
+        """Serve a model in this process: one thread runs the network over the waiting images."""
         limits, metrics = limits or Limits(), Metrics()
         live = LiveModel(model, metrics.swapped)
         batcher = Batcher(lambda: live.current, limits.waiting, metrics.batch)
@@ -87,7 +87,7 @@ class Service:
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Follow the memory on disk; afterwards end the threads, when all is answered."""
+        """Follow the memory on disk; afterwards end the threads, once everything is answered."""
         following = asyncio.create_task(self._follow())
         try:
             yield
@@ -131,11 +131,11 @@ class Service:
         )
 
     async def edit(self, action: str, change: Callable[[Classifier], T]) -> T:
-        """Edit the memory; the answer comes when the result is being served.
+        """Edit the memory; returns once the result is being served.
 
         Raises:
             UserError: as the edit raises it; nothing is changed.
-            Refused: it takes long (it continues), or the version is pinned.
+            Refused: it takes too long (and continues), or the version is pinned.
         """
         if self.pinned:
             raise Refused(
@@ -150,7 +150,7 @@ class Service:
             self.metrics.edits.labels(action, "slow").inc()
             raise Refused(
                 504, f"the edit is not done after {self.limits.edit_seconds:g} s; it continues",
-                "GET /memory shows when its version answers",
+                "GET /memory shows when its version is served",
             ) from None  # fmt: skip
         except UserError:
             self.metrics.edits.labels(action, "refused").inc()
@@ -159,7 +159,7 @@ class Service:
         return made
 
     def memory(self) -> dict[str, Any]:
-        """The version that answers, its classes with their numbers of images."""
+        """The version being served, and its classes with their numbers of images."""
         model = self.live.current
         memory = model.memory
         if memory is None:
@@ -179,7 +179,7 @@ class Service:
         }
 
     async def thumbnail(self, row: int, version: int | None) -> bytes:
-        """The JPEG of a row of the version that answers.
+        """The JPEG of a row of the version being served.
 
         Raises:
             Refused: no such row, removed, without a thumbnail, or of another version.
@@ -237,7 +237,7 @@ class Service:
 
 
 def is_small(data: bytes) -> bool:
-    """Whether an encoded image takes well below a millisecond to decode, by its bytes and its header."""
+    """Whether an encoded image takes well under a millisecond to decode, judged by its bytes and header."""
     if len(data) > AT_ONCE_BYTES or not data.startswith((b"\xff\xd8", b"\x89PNG")):
         return False
     try:

@@ -1,4 +1,4 @@
-"""The token that edits of the memory need."""
+"""The token that edits of the memory require."""
 
 from __future__ import annotations
 

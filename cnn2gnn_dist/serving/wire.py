@@ -1,4 +1,4 @@
-"""What travels: images out of a request, answers into JSON."""
+"""Wire formats: images from requests, answers as JSON."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class ImagesIn(BaseModel):
 
 
 class KeysIn(BaseModel):
-    """Keys of images to remove; ``forget``: also delete all that the memory has of them."""
+    """Keys of images to remove; ``forget``: also delete everything stored about them."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -59,7 +59,7 @@ class KeysIn(BaseModel):
 
 @dataclass(frozen=True)
 class Upload:
-    """Images of a request, encoded as they were sent, and the form's class name if it has one."""
+    """Images of a request, encoded as they were sent, and the form's class name, if any."""
 
     images: list[Input]
     class_name: str | None = None
@@ -69,7 +69,7 @@ async def read_upload(request: Request, limits: Limits) -> Upload:
     """Read the images of a request: multipart, JSON, or one image as the body.
 
     Raises:
-        Refused: another content type, malformed, none or too many images.
+        Refused: unsupported content type, malformed, no images or too many.
     """  # noqa: DOC501
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
@@ -83,7 +83,7 @@ async def read_upload(request: Request, limits: Limits) -> Upload:
     else:
         raise Refused(415, f"images can't be sent as {plain_text(kind) or 'nothing'}", ACCEPTED)
     if not upload.images:
-        raise Refused(400, "there is no image in this request", ACCEPTED)
+        raise Refused(400, "this request contains no image", ACCEPTED)
     if len(upload.images) > limits.images:
         raise too_many(len(upload.images), limits)
     return upload
@@ -119,7 +119,7 @@ def parsed(model: type[M], body: bytes) -> M:
     """Parse JSON.
 
     Raises:
-        Refused: malformed, or other fields than the model's.
+        Refused: malformed, or fields other than the model's.
     """
     try:
         return model.model_validate_json(body)
@@ -141,7 +141,7 @@ def too_many(count: int, limits: Limits) -> Refused:
 
 
 def plain_text(text: str, longest: int = LONGEST_NAME) -> str:
-    """Text that any encoder and terminal takes: no control characters, no lone surrogates, not long."""
+    """Text that every encoder and terminal accepts: no control characters, no lone surrogates, not too long."""
     clean = text.encode("utf-8", "replace").decode("utf-8")
     clean = "".join(letter if letter.isprintable() else "?" for letter in clean).strip()
     return clean if len(clean) <= longest else clean[: longest - 1] + "…"
@@ -166,10 +166,10 @@ def class_name_of(given: str | None) -> str:
 
 
 def keyed(images: Iterable[Input], class_name: str) -> list[Input]:
-    """Name images as the memory will know them: class/file-content.
+    """Name images as the memory will store them: class/file-content.
 
-    The memory's key is the last part. Phones and browsers name every photograph alike, so that the
-    file's name alone is no key.
+    The memory's key is the last part. Phones and browsers give photographs the same names, so a
+    file name alone can't be a key.
     """
     found = []
     for one in images:
@@ -194,7 +194,7 @@ def as_json(answer: Answer) -> dict[str, Any]:
 
 
 def finite(value: Any) -> Any:
-    """The same data with None for numbers that JSON does not have."""
+    """The same data with None for numbers that JSON can't represent."""
     if isinstance(value, dict):
         return {key: finite(one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
