@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 from collections.abc import Callable
@@ -27,6 +28,7 @@ _log = logging.getLogger(__name__)
 _STAGES = ("teacher", "student", "graph", "control")
 Say = Callable[[str], None]
 _ENOUGH = 0.7  # of the wanted epochs
+_CERTAIN = 3.0  # points: larger standard errors are reported
 _SHORTEST, _LONGEST = 1.0, 60 * 24 * 30.0
 
 
@@ -152,7 +154,8 @@ def _by_cost(
 
 
 def _spec(views: dict[str, Any]) -> ViewSpec:
-    return ViewSpec(**views)
+    own = {name: value for name, value in views.items() if name != "padding"}
+    return ViewSpec(**own, reflect=views.get("padding") == "reflect")
 
 
 def _with_data(tree: dict[str, Any], survey: Survey) -> dict[str, Any]:
@@ -243,6 +246,13 @@ def _print_survey(survey: Survey, say: Say) -> None:
         say(f"bad      {count} of {survey.looked_at}: {reason[:100]}")
     for note in survey.notes:
         say(f"note     {note}")
+    held = recipe.held_images(facts_of(survey))
+    error = 50 / math.sqrt(max(1, held))  # of an accuracy of one half, the largest
+    if error > _CERTAIN:
+        again = "" if source.test is not None else "; other seeds (seed=1) hold out others"
+        say(
+            f"note     {held} images are held out: an accuracy has a standard error of up to {error:.0f} points{again}"
+        )
 
 
 def _shown(paths: str | list[str]) -> str:

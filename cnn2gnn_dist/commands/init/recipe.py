@@ -42,6 +42,7 @@ _STEP_S = 0.015  # DeepSpeed's own share of a step, and the gradient exchange
 _FEWEST_STEPS = 200  # after fewer, a network predicts the most frequent class
 _CACHE = 2 << 30  # bytes of decoded images that are kept
 _MOST_EPOCHS = 10_000
+_OFTEN = 80  # epochs from which crops of one decoded image are too alike
 _MARGIN = 0.92  # of the minutes asked for
 
 
@@ -186,11 +187,14 @@ def graph(images: int, ranks: int, student_epochs: int) -> dict[str, Any]:
     }
 
 
-def views(facts: Facts, net: Net, step_s: float = math.inf) -> dict[str, Any]:
+def views(facts: Facts, net: Net, step_s: float = math.inf, epochs: int = 0) -> dict[str, Any]:
     """The section ``views``, without mean and std.
 
     Random resized crops of larger images, if decoding takes less than the networks (they decode in
-    every epoch); else views of images that are decoded once. Small gray ones may be letters: no flip.
+    every epoch); else views of images that are decoded once, padded with their own mirror image: with a black
+    border the normalization layers learn the statistics of images that the clean ones are not, and the student ends
+    below a linear probe of its own features. Of few images that are seen many times (``epochs`` of the student) a
+    crop is too little variation: RandAugment too. Small gray ones may be letters: no flip, and a border of zeros.
     """
     if net.size > 48 and facts.decode_s < step_s:
         resize = 1.15 if facts.short_side >= net.size * 1.15 else 1.0
@@ -200,8 +204,11 @@ def views(facts: Facts, net: Net, step_s: float = math.inf) -> dict[str, Any]:
             "scale": [0.35, 1.0],
             **({"resize": resize} if resize > 1 else {}),
         }
-    kind = "shift" if facts.grey and facts.short_side <= 48 else "crop_flip"
-    return {"kind": kind, "size": net.size, "pad": max(2, net.size // 8)}
+    made = {"size": net.size, "pad": max(2, net.size // 8)}
+    if facts.grey and facts.short_side <= 48:
+        return {"kind": "shift", **made}
+    often = {"randaugment": 1} if epochs >= _OFTEN else {}
+    return {"kind": "crop_flip", **made, "padding": "reflect", **often}
 
 
 def stream(images: int, machine: Machine, views: dict[str, Any]) -> dict[str, Any]:
@@ -215,11 +222,17 @@ def stream(images: int, machine: Machine, views: dict[str, Any]) -> dict[str, An
 
 
 def tree(
-    facts: Facts, machine: Machine, net: Net, teacher_epochs: int, step_s: float = math.inf
+    facts: Facts,
+    machine: Machine,
+    net: Net,
+    teacher_epochs: int,
+    step_s: float = math.inf,
+    control: bool = True,
 ) -> dict[str, Any]:
     """The config without names, paths, mean and std, for this many epochs of the teacher.
 
-    ``step_s``: seconds per image that the teacher's step leaves to the readers.
+    ``step_s``: seconds per image that the teacher's step leaves to the readers. ``control``: whether the
+    student's network is also trained without a graph.
     """
     images = training_images(facts)
     machine = ranks_for(images, machine)
@@ -234,7 +247,7 @@ def tree(
     micro = {} if machine.device == "cpu" or net.size <= 128 else {"max_micro_batch": 64}
     width = 64 if images < 2000 else 128
     warm = min(2.0, max(0.5, teacher_epochs / 10))
-    view = views(facts, net, step_s)
+    view = views(facts, net, step_s, student_epochs)
     return {
         "run": {"ranks": machine.ranks},
         "views": view,
@@ -260,6 +273,7 @@ def tree(
             "lr": lr / 2 if net.stem["stem"] == "resnet18" else lr,
             "warmup_epochs": min(warm, student_epochs / 2),
             "distill_weight": _DISTILL,
+            **({} if control else {"control": False}),
         },
     }
 
@@ -280,7 +294,8 @@ def estimate(facts: Facts, machine: Machine, config: dict[str, Any], speed: Spee
         busiest = max(step_s, decode / readers, together if machine.device == "cpu" else 0.0)
         return count * of / size * busiest
 
-    epochs, rounds = config["teacher"]["epochs"], config["student"]["epochs"]
+    student = config["student"]
+    epochs, rounds = config["teacher"]["epochs"], student["epochs"]
     warm = config["graph"]["start_epoch"]
     own_s = speed.busy * _STEP_S
     builds = 1 + math.ceil((rounds - warm) / config["graph"]["refresh_epochs"])
@@ -299,7 +314,9 @@ def estimate(facts: Facts, machine: Machine, config: dict[str, Any], speed: Spee
             "student": passes(speed.control + own_s, min(warm, rounds))
             + passes(speed.student + own_s, max(0, rounds - warm)),
             "graph": builds * embed,
-            "control": passes(speed.control + own_s, rounds),
+            "control": passes(speed.control + own_s, rounds)
+            if student.get("control", True)
+            else 0.0,
             "evaluate": passes(speed.teacher_forward + 3 * speed.student_forward, 1, held, False),
         }
     )
@@ -318,21 +335,28 @@ def fit(
     """The config with as many epochs as the minutes allow, its estimate, and the epochs that would fit.
 
     There are at least enough to learn something, even if that takes longer than requested, and at most
-    twice those wanted.
+    twice those wanted. If the minimum doesn't fit, the control is left out: it is only there for comparison.
     """
-    wanted = wanted_epochs(training_images(facts), "weights" in net.teacher)
-    own = ranks_for(training_images(facts), machine)
-    lanes = own.ranks if own.device == "cpu" else min(own.cores, own.ranks * own.workers)
-    step_s = speed.teacher * lanes / batch(training_images(facts))
-
-    def spent(count: int) -> float:
-        return estimate(facts, machine, tree(facts, machine, net, count, step_s), speed).minutes
-
-    fits = bisect.bisect_right(range(1, _MOST_EPOCHS), minutes * _MARGIN, key=spent)
     images = training_images(facts)
-    fewest = min(math.ceil(_FEWEST_STEPS * batch(images) / images), math.ceil(0.3 * wanted))
-    epochs = int(max(2, fewest, min(fits, 2 * wanted)))
-    config = tree(facts, machine, net, epochs, step_s)
+    wanted = wanted_epochs(images, "weights" in net.teacher)
+    own = ranks_for(images, machine)
+    lanes = own.ranks if own.device == "cpu" else min(own.cores, own.ranks * own.workers)
+    step_s = speed.teacher * lanes / batch(images)
+    fewest = max(2, min(math.ceil(_FEWEST_STEPS * batch(images) / images), math.ceil(0.3 * wanted)))
+
+    def made(count: int, control: bool) -> dict[str, Any]:
+        return tree(facts, machine, net, count, step_s, control)
+
+    def fitting(control: bool) -> int:
+        def spent(count: int) -> float:
+            return estimate(facts, machine, made(count, control), speed).minutes
+
+        return bisect.bisect_right(range(1, _MOST_EPOCHS), minutes * _MARGIN, key=spent)
+
+    fits = fitting(True)
+    control = fits >= fewest
+    fits = fits if control else fitting(False)
+    config = made(int(max(fewest, min(fits, 2 * wanted))), control)
     return config, estimate(facts, machine, config, speed), fits
 
 

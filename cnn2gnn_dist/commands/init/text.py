@@ -45,6 +45,7 @@ def as_text(head: list[str], tree: dict[str, Any]) -> str:
         {
             "stem": "conv3, resnet_tiny, or a timm network",
             "distill_weight": "share of the teacher in the loss",
+            "control": "left out, as the minutes are few: the same network without a graph, to compare with",
         },
     )
     return "\n".join(lines) + "\n"

@@ -112,10 +112,22 @@ def test_small_grey_images_are_not_mirrored_and_photographs_are_cropped_at_rando
     net = recipe.Net(32, {}, {})
     assert recipe.views(Facts(count_C, None, 28, grey=True), net)["kind"] == "shift"
     assert recipe.views(Facts(count_C, None, 32), net)["kind"] == "crop_flip"
+    assert recipe.views(Facts(count_C, None, 28, grey=True), net).get("padding", "zero") == "zero"
     large = recipe.Net(128, {}, {})
     photographs = Facts(count_C, None, 3000, decode_s=0.1)
     assert recipe.views(photographs, large, step_s=1.0)["kind"] == "random_resized_crop"
     assert recipe.views(photographs, large, step_s=0.01)["kind"] == "crop_flip"
+
+
+def test_small_views_are_padded_with_the_image_and_varied_more_where_they_are_seen_often():
+    facts, machine = Facts(np.full(2, 100), None, 375), Machine(2, 2, "cpu")
+    net = recipe.nets(facts, machine, None)[0]
+    few, many = (recipe.tree(facts, machine, net, epochs)["views"] for epochs in (10, 60))
+    assert few["padding"] == many["padding"] == "reflect"
+    assert "randaugment" not in few
+    assert many["randaugment"] == 1
+    spec = init._spec(many)
+    assert (spec.reflect, spec.randaugment, spec.pad) == (True, 1, 4)
 
 
 def test_more_minutes_mean_more_epochs_up_to_twice_those_wanted():
@@ -128,6 +140,23 @@ def test_more_minutes_mean_more_epochs_up_to_twice_those_wanted():
     assert epochs == sorted(epochs)
     assert epochs[0] >= 2
     assert epochs[-1] == int(2 * recipe.wanted_epochs(recipe.training_images(facts), False))
+
+
+def test_too_few_minutes_leave_the_control_out_before_they_are_exceeded():
+    """Two epochs of 50,000 images take 5 minutes here, and a control a third of that more."""
+    facts = Facts(np.full(10, 5000), 10_000, 32)
+    machine, net = Machine(2, 2, "cpu"), recipe.Net(32, recipe._TEACHERS[0], recipe._STEMS[0])
+    speed = Speed(0.24, 0.14, 0.12, 0.08, 0.03)
+    spent = {}
+    for minutes in (3, 60):
+        tree, estimate, _ = recipe.fit(facts, machine, net, speed, minutes)
+        with_control = recipe.tree(facts, machine, net, tree["teacher"]["epochs"])
+        spent[minutes] = estimate.minutes
+        assert tree["student"].get("control", True) == (minutes == 60)
+        whole = recipe.estimate(facts, machine, with_control, speed).minutes
+        assert (whole > 1.25 * estimate.minutes) == (minutes == 3)
+        assert settings.check({**tree, "name": "x", "data": {"source": "shards", "train": "/x"}})
+    assert spent[60] <= 60
 
 
 def test_the_text_reads_back_as_the_tree_whatever_the_paths():
