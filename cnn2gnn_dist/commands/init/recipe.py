@@ -191,10 +191,10 @@ def views(facts: Facts, net: Net, step_s: float = math.inf, epochs: int = 0) -> 
     """The section ``views``, without mean and std.
 
     Random resized crops of larger images, if decoding takes less than the networks (they decode in
-    every epoch); else views of images that are decoded once, padded with their own mirror image: with a black
-    border the normalization layers learn the statistics of images that the clean ones are not, and the student ends
-    below a linear probe of its own features. Of few images that are seen many times (``epochs`` of the student) a
-    crop is too little variation: RandAugment too. Small gray ones may be letters: no flip, and a border of zeros.
+    every epoch); else views of images that are decoded once, padded with their own mirror image: no clean image has
+    a black border, and with one the student ended below a linear probe of its own features
+    (docs/first_config.md). A few images that are seen often (``epochs`` of the student) vary too little by a crop
+    alone: RandAugment is added. Small gray ones may be letters: no flip, and a border of zeros.
     """
     if net.size > 48 and facts.decode_s < step_s:
         resize = 1.15 if facts.short_side >= net.size * 1.15 else 1.0
