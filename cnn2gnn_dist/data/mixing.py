@@ -1,8 +1,8 @@
-"""Mixup and cutmix: what two images become, as a pure function of (seed, sample, view).
+"""Mixup and cutmix of two images, as a pure function of (seed, sample, view).
 
-:func:`partners` and :func:`mix_pairs` are for :class:`~cnn2gnn_dist.data.Stream` with ``pairs=True``: whom a sample
-is mixed with, and how, depends on nothing but (seed, sample, view), so that a mixed view is the same whatever batch,
-rank or epoch shows it, and targets can be computed for it beforehand. :func:`draw` and :func:`blend` are the parts.
+:func:`partners` and :func:`mix_pairs` are for :class:`~cnn2gnn_dist.data.Stream` with ``pairs=True``: a
+sample's partner, and how the two are mixed, depends only on (seed, sample, view), so that a mixed view is the same in
+any batch, rank or epoch, and targets can be computed for it in advance. :func:`draw` and :func:`blend` are its parts.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Draws(NamedTuple):
     """How each of N images is mixed.
 
     Attributes:
-        cuts_N: bool; by a rectangle of the partner, else by blending.
+        cuts_N: bool; True: by a rectangle of the partner, False: by blending.
         inside_NHW: bool; the rectangle.
         share_N: float64, the weight of the image's own label.
         blends: whether any image may be blended.
@@ -46,10 +46,10 @@ class MixedBatch(NamedTuple):
     """A batch of mixed images on its device.
 
     Attributes:
-        images: uint8 [n, H, W, 3] where nothing is blended, else float32 in 0..255.
+        images: uint8 [n, H, W, 3] if nothing is blended, else float32 in 0..255.
         labels, partner_labels: int64 [n].
         share: float32 [n], weight of an image's own label; the partner's label has the rest.
-        valid: bool [n]; False where the image itself is corrupt. One with a corrupt partner stays as it is.
+        valid: bool [n]; False where the image itself is corrupt. An image with a corrupt partner is unchanged.
     """
 
     images: Tensor
@@ -60,7 +60,7 @@ class MixedBatch(NamedTuple):
 
 
 def partners(seed: int, ids_N: np.ndarray, view: int, num_samples: int) -> np.ndarray:
-    """Return [N] int64, with whom each sample's view is mixed: any of all samples, a hash of (seed, id, view)."""
+    """Return [N] int64, the partner of each sample's view: any of all samples, by a hash of (seed, id, view)."""
     drawn_N = (uniform(seed, ids_N, view, _PARTNER) * num_samples).astype(np.int64)
     return np.minimum(drawn_N, num_samples - 1)
 
@@ -79,7 +79,7 @@ def mix_pairs(
         batch: with ``partners``.
         seed: that of the stream's views.
         mixup: as in :func:`draw`; 0: off.
-        cutmix: as in :func:`draw`; 0: off, but not both.
+        cutmix: as in :func:`draw`; 0: off. At least one of the two must be on.
         device: where the images are mixed.
 
     Raises:
@@ -108,7 +108,7 @@ def mix_pairs(
 def draw(
     ids_N: np.ndarray, *, seed: int, view: int, mixup: float, cutmix: float, high: int, wide: int
 ) -> Draws:
-    """Draw how images are mixed, a hash of (seed, id, view).
+    """Draw how images are mixed, by a hash of (seed, id, view).
 
     Args:
         ids_N: the samples.
@@ -134,7 +134,7 @@ def draw(
 def blend(
     images_NHWC: Tensor, others_NHWC: Tensor, draws: Draws, both_N: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Mix images uint8 with others; where ``both_N`` is False an image stays as it is.
+    """Mix images uint8 with others; an image is unchanged where ``both_N`` is False.
 
     Returns:
         The images, uint8 where nothing is blended, else float32; and the shares, float32 [N].
@@ -154,7 +154,7 @@ def blend(
 
 
 def beta(alpha: float, seed: int, ids_N: np.ndarray, epoch: int) -> np.ndarray:
-    """[N] float64 of Beta(α, α), α up to 2, a hash of (seed, id, epoch): Jöhnk's method (1964)."""
+    """[N] float64 of Beta(α, α), α up to 2, by a hash of (seed, id, epoch): Jöhnk's method (1964)."""
     found_N = np.full(len(ids_N), 0.5)
     left_N = np.ones(len(ids_N), bool)
     for attempt in range(_ATTEMPTS):
@@ -171,7 +171,7 @@ def beta(alpha: float, seed: int, ids_N: np.ndarray, epoch: int) -> np.ndarray:
 def _boxes(
     share_P: np.ndarray, seed: int, first_P: np.ndarray, epoch: int, high: int, wide: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rectangles [P, H, W] bool of about the area 1 - share, and the share that is really left."""
+    """Rectangles [P, H, W] bool of about the area 1 - share, and the actual remaining share."""
     inside = []
     for draw, length in ((_ROW, high), (_COLUMN, wide)):
         center_P = (uniform(seed, first_P, epoch, draw) * length).astype(np.int64)

@@ -37,7 +37,7 @@ from cnn2gnn_dist.runtime.ranks import Ranks
 
 _VERSION = 1
 _NOT_YET = {"pairs": False}
-"""What older states lack, and what they stand for."""
+"""Fields missing in older states, and the values that they imply."""
 
 
 class Stream:

@@ -1,6 +1,6 @@
 """Soft targets as arrays on disk, built once from the Parquet files and memory-mapped by a host's processes.
 
-``dense/`` beside the files contains ``log_probs.npy``, ``indices.npy`` (unless all classes are kept)
+``dense/`` next to the files contains ``log_probs.npy``, ``indices.npy`` (unless all classes are kept)
 and ``note.json``: what it was made from, and checksums. Several ranks fill ``dense.tmp/``, each with the
 rows of its files; one rank writes the note and renames. A folder without a valid note counts as missing.
 """
@@ -98,7 +98,7 @@ def checksums(root: Path) -> dict[str, str]:
 
 
 def create(root: Path, wanted: TargetFiles) -> None:
-    """Allocate disk space for the arrays (one rank); remove what a killed run has left.
+    """Allocate disk space for the arrays (one rank); remove what a killed run has left behind.
 
     Raises:
         UserError: disk full.

@@ -86,7 +86,7 @@ def load_bank(
     Args:
         version: the graph.
         parts: of this rank.
-        second_halo: whether to load the rows of the second halo. Its ids are there either way.
+        second_halo: whether to load the rows of the second halo. Its ids are loaded either way.
     """
     if parts is None:
         return _mapped_bank(version)

@@ -55,7 +55,7 @@ def neighbour_loss(
         weights_BF: p_ij over the neighbor slots.
         labels_of_BF: their labels, -1 = unknown or padding.
         labels_B: the seeds' labels, -1 = unknown.
-        floor: the weight below which a row is given up: it has no gradient.
+        floor: the weight below which a row is ignored: it has no gradient.
 
     Rows in which the seed or all neighbors have no label give 0.
     """
@@ -69,9 +69,9 @@ def logit_adjustment(labels_N: Tensor, num_classes: int, tau: float) -> Tensor:
     """τ·log π of each class [C] float32, π its share of the images; added to logits in training only.
 
     Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, equation 10. What is learned is then
-    y = log p(class | image) - τ log π: answers from y weigh all classes alike (τ = 1). A teacher trained
-    without it has learned y + τ log π, so that its soft targets meet the adjusted logits too. Unlabelled
-    images (-1) don't count; a class without images is given one.
+    y = log p(class | image) - τ log π: answers from y weigh all classes equally (τ = 1). A teacher trained
+    without it has learned y + τ log π, so its soft targets match the adjusted logits too. Unlabelled
+    images (-1) don't count; a class without images counts as having one.
     """
     known_N = labels_N[labels_N >= 0].long()
     images_C = torch.bincount(known_N, minlength=num_classes).clamp(min=1).double()

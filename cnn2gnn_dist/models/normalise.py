@@ -39,7 +39,7 @@ class Normalise(nn.Module):
 
 
 def shrunk(images_BHWC: Tensor, size: int) -> Tensor:
-    """Square images with sides of ``size`` pixels, float32 in 0..255; those of that size as they are.
+    """Square images with sides of ``size`` pixels, float32 in 0..255; images of that size are unchanged.
 
     Bilinear with antialiasing, on whole views: which part of the image is seen does not change.
     """

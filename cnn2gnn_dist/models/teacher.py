@@ -40,7 +40,7 @@ def build_teacher(
         num_classes: 0: no classifier, the network returns its pooled features.
         image_size: side of the square images, pixels.
         pretrained: start from timm's weights (needs the network or the Hugging Face cache).
-        weights: or from a local file, .safetensors or torch; a classifier of a different size is
+        weights: start from a local file, .safetensors or torch; a classifier of a different size is
             skipped with a warning.
         args: further arguments of ``timm.create_model``.
 
@@ -206,7 +206,7 @@ def load_state(network: nn.Module, state: dict[str, Tensor], where: str) -> None
 
 
 def check_classifier(network: nn.Module, weights: str) -> None:
-    """Check that a file has the classifier of a network that is not trained.
+    """Check that a file has the classifier of a network that is used without training.
 
     Raises:
         UserError: it is missing or of another shape.
@@ -221,7 +221,7 @@ def check_classifier(network: nn.Module, weights: str) -> None:
         raise UserError(
             f"the classifier doesn't fit: {_few([f'{n} {shapes[n]}, expected {tuple(own[n].shape)}' for n in wrong])}",
             where=weights,
-            remedy="weights of a network of these classes, or teacher.epochs of 1 or more to train it",
+            remedy="use weights of a network with these classes, or teacher.epochs of 1 or more to train it",
         )
 
 

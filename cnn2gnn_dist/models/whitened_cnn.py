@@ -19,7 +19,7 @@ NAME = "whitened_cnn"
 WHITENED = 24
 """Channels after the first layer: the 12 principal directions of 2×2 patches of 3 channels, and their negatives."""
 _EPS = 1e-2  # of the variance of normalized pixels: weak directions are noise
-_SCALE = 1 / 9  # of the logits: without norms behind it the last layer would start too sure
+_SCALE = 1 / 9  # of the logits: without norms after it the last layer would start overconfident
 
 
 class WhitenedCNN(nn.Module):
@@ -38,7 +38,9 @@ class WhitenedCNN(nn.Module):
         self.first = nn.Conv2d(3, WHITENED, 2, bias=False)
         fixed = self.first.weight.detach().clone()
         del self.first.weight
-        self.first.register_buffer("weight", fixed)  # no optimizer sees it, checkpoints have it
+        self.first.register_buffer(
+            "weight", fixed
+        )  # excluded from the optimizer, included in checkpoints
         channels = (WHITENED, *widths)
         self.blocks = nn.Sequential(
             *(_Block(before, after) for before, after in pairwise(channels))
@@ -51,7 +53,7 @@ class WhitenedCNN(nn.Module):
         return x if self.fc is None else self.fc(x) * _SCALE
 
     def check_size(self, image_size: int) -> None:
-        """Check that something is left of an image after all blocks.
+        """Check that an image has pixels left after all blocks.
 
         Raises:
             UserError: its side is too small.
@@ -66,21 +68,21 @@ class WhitenedCNN(nn.Module):
 
     @torch.no_grad()
     def whiten(self, images: Tensor) -> None:
-        """Set the first layer from normalized training images [N, 3, S, S], some thousands."""
+        """Set the first layer from some thousand normalized training images [N, 3, S, S]."""
         self.first.weight.copy_(whitening(images).to(self.first.weight))
 
 
 def whitening(images: Tensor) -> Tensor:
     """Filters [24, 3, 2, 2] after which patches of the images have unit covariance, up to ε.
 
-    The eigenvectors of the patches' covariance over √(eigenvalue + ε), in falling order, and their negatives.
+    The eigenvectors of the patches' covariance over √(eigenvalue + ε), in descending order, and their negatives.
     """
     patches = images.double().unfold(2, 2, 1).unfold(3, 2, 1).permute(0, 2, 3, 1, 4, 5)
     rows = patches.reshape(-1, 12)
     values, vectors = torch.linalg.eigh(torch.cov(rows.T, correction=0))
     vectors = vectors * vectors.sum(0).sign().where(
         vectors.sum(0) != 0, 1.0
-    )  # LAPACK's is arbitrary
+    )  # LAPACK's sign is arbitrary
     filters = (vectors / (values + _EPS).sqrt()).T.flip(0).reshape(12, 3, 2, 2)
     return torch.cat([filters, -filters])
 

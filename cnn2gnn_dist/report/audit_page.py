@@ -14,7 +14,7 @@ TEMPLATE = "audit.html.j2"
 
 
 def write_page(path: Path, page: dict[str, Any]) -> None:
-    """Render the page from plain data (the template names what it needs); atomically replaced."""
+    """Render the page from plain data (the template lists what it needs), replacing the file atomically."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,

@@ -30,7 +30,7 @@ COLOURS = {
 }
 HELD_OUT = {"test_accuracy": ("o", "held-out"), "self_path_test_accuracy": ("x", "self path")}
 MOST_CLASSES, NAMED_CLASSES, COUNTED_CLASSES = 1000, 100, 30
-"""Number of classes up to which the confusion matrix is drawn, has names, has counts."""
+"""Numbers of classes up to which the confusion matrix is drawn, shows names, shows counts."""
 LONGEST_NAME = 18
 ECE_BINS = 15
 

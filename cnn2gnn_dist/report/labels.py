@@ -1,4 +1,4 @@
-"""The rows of ``results.json`` and what people call them."""
+"""The rows of ``results.json`` and their names for people."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SHORT = {"self_path": "self path", CONTROL: "control"}
 
 
 def evaluated(row: Mapping[str, Any]) -> int | None:
-    """How many images a row is of, which earlier versions recorded as ``judged``; None: not recorded."""
+    """Number of images that a row covers (``judged`` in earlier versions); None: not recorded."""
     return row.get("evaluated", row.get("judged"))
 
 

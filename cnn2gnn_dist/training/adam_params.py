@@ -11,8 +11,8 @@ from cnn2gnn_dist.errors import UserError
 KNOWN = (
     "lr", "betas", "eps", "weight_decay", "torch_adam", "adam_w_mode", "amsgrad", "foreach", "fused",
 )  # fmt: skip
-"""What torch's Adam and AdamW take under DeepSpeed, but for ``maximize`` and the like, which would train
-to something else."""
+"""Parameters that torch's Adam and AdamW accept under DeepSpeed, except ``maximize`` and the like, which would
+change the objective."""
 
 
 def check_params(params: dict[str, Any]) -> None:
@@ -22,7 +22,7 @@ def check_params(params: dict[str, Any]) -> None:
         params: with lr and weight decay resolved.
 
     Raises:
-        UserError: an unknown name, or a value that makes no sense.
+        UserError: an unknown name, or an invalid value.
     """  # noqa: DOC501
     for name in params:
         if name not in KNOWN:

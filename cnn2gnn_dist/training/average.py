@@ -1,7 +1,7 @@
-"""The average of a model's weights over training, and what the optimizer keeps, in any ZeRO stage.
+"""The average of a model's weights over training, and the optimizer's state, in any ZeRO stage.
 
-The average lies where the optimizer keeps its moments (``state[parameter]``): ZeRO 1 to 3 divide it among the
-ranks as they do those, and checkpoints read and set it the same way. Uses private names of DeepSpeed (pinned,
+The average is stored with the optimizer's moments (``state[parameter]``): ZeRO 1 to 3 divide it among the ranks in
+the same way, and checkpoints read and set it like them. Uses private names of DeepSpeed (pinned,
 and tested across stages).
 """
 
@@ -30,9 +30,9 @@ def masters(optimizer: Any, zero_stage: int) -> list[Tensor]:
 def create_state(
     optimizer: Any, zero_stage: int, moments: tuple[str, ...], step: float, average: bool
 ) -> None:
-    """What the optimizer would keep after ``step`` steps, with moments of 0 where there are none.
+    """Create the optimizer's state as after ``step`` steps, with moments of 0 where there are none.
 
-    torch creates it in the first step only. An average starts as the weights.
+    torch creates it only in the first step. An average starts as a copy of the weights.
     """
     inner = getattr(optimizer, "optimizer", optimizer)
     for parameter in masters(optimizer, zero_stage):
@@ -52,9 +52,9 @@ class Average:
     ``ema`` follows the weights (Polyak and Juditsky, 1992), ``lookahead`` also sets them to the average each
     time (Zhang et al., NeurIPS 2019, "Lookahead optimizer"): its slow weights.
 
-    BatchNorm's running statistics are averaged alike, each rank's own: they move with the weights that they
-    belong to, it costs no pass over images, and the mean over ranks of averages is the average of means, so that
-    any world size resumes from it. The statistics of training itself are left alone. Counters are copied.
+    BatchNorm's running statistics are averaged in the same way, separately on each rank: they move with their
+    weights, this needs no pass over images, and the mean over ranks of the averages is the average of the means, so
+    that any world size can resume from it. The statistics used in training are not changed. Counters are copied.
     """
 
     def __init__(self, kind: Kind, optimizer: Any, zero_stage: int, module: nn.Module) -> None:

@@ -74,7 +74,7 @@ def load(path: str | Path | None = None) -> dict[str, Any]:
         raise UserError(
             f"the DeepSpeed config can't be read: {error.strerror}",
             where=str(file),
-            remedy="name a file that exists, or none: teacher.ds_config=null student.ds_config=null",
+            remedy="name an existing file, or none: teacher.ds_config=null student.ds_config=null",
         ) from None
     except ValueError as error:
         raise UserError(f"not valid JSON: {error}", where=str(file), remedy="fix it") from None
@@ -138,7 +138,7 @@ def resolve(
             which also rounds gradients: there the models cast (``models.precision``).
         stage: ZeRO stage, overriding the file's.
         precision: the run's ``precision``: auto, float32 or bfloat16.
-        optimizer: "adamw", as the file describes it, or "sgd", of which the file has the weight decay at most.
+        optimizer: "adamw", as the file describes it, or "sgd", for which the file may only set the weight decay.
         momentum: of sgd.
 
     Raises:
@@ -298,7 +298,7 @@ def _resolve_optimizer(
 
 
 def _use_sgd(config: dict[str, Any], momentum: float) -> None:
-    """Put SGD with Nesterov's momentum in Adam's place, with its learning rate and weight decay."""
+    """Replace Adam by SGD with Nesterov's momentum, with the same learning rate and weight decay."""
     adam = config["optimizer"]["params"]
     kept = {name: adam[name] for name in ("lr", "weight_decay")}
     config["optimizer"] = {

@@ -126,7 +126,7 @@ class Engine:
         device: "cpu" or "cuda".
         late: names of parameters that get no gradients before some step, ``late_from``: they have a
             separate learning rate, 0 until then, and Adam's bias correction counts from there.
-        rates: factors of the learning rate by the names of parameters; of others 1.
+        rates: factors of the learning rate by the names of parameters; 1 for the others.
         average: of the weights over the steps: none, ema or lookahead (``average.Average``).
 
     Vectors and scalars (norms, biases, gates) get no weight decay.
@@ -206,7 +206,7 @@ class Engine:
             self.deepspeed.step()
 
     def create_state(self, steps: float) -> None:
-        """Create what the optimizer keeps, which torch does in its first step, as after ``steps``."""
+        """Create the optimizer's state as after ``steps``; torch would create it in the first step."""
         optimizer = self.deepspeed.optimizer
         create_state(optimizer, self.zero_stage, self.moments, steps, self.average is not None)
 
@@ -226,7 +226,7 @@ class Engine:
 
         Raises:
             UserError: a loss since the last step was not finite (the weights are unchanged), or
-                the gradient was not (with ZeRO the weights are spoiled); on every rank alike.
+                the gradient was not (with ZeRO the weights are then corrupt); on every rank.
             RuntimeError: fewer micro-batches than ``accumulation`` have been seen.
         """
         self.settle()
@@ -247,14 +247,14 @@ class Engine:
         """``step`` without waiting for the device: its outcome is read one step later.
 
         So the host always has a step queued while the device works on the previous one. Weights
-        that a diverged step has spoiled are used for at most one more step; call ``settle`` before
+        corrupted by a diverged step are used for at most one more step; call ``settle`` before
         they are evaluated or saved.
 
         Returns:
             The previous step; None if its outcome has already been read.
 
         Raises:
-            UserError: the previous step diverged; on every rank alike.
+            UserError: the previous step diverged; on every rank.
         """
         outcome = self._vote(lr, votes)
         outcome.norm = self._plain_norm()
@@ -268,7 +268,7 @@ class Engine:
         """Return the outcome of the last ``step_ahead``, waiting for it; None if none is pending.
 
         Raises:
-            UserError: it diverged, on every rank alike; later calls raise it again.
+            UserError: it diverged; on every rank. Later calls raise it again.
         """
         info = None if self._pending is None else self._pending.read()
         self._pending = None
@@ -341,9 +341,9 @@ class Engine:
 
     @contextlib.contextmanager
     def answering(self) -> Iterator[None]:
-        """Within this block weights are those that answers come from: their average, if there is one.
+        """Within this block the weights are those used for inference: their average, if there is one.
 
-        Buffers are averaged over ranks. Afterwards all is as before (collective).
+        Buffers are averaged over ranks. Afterwards everything is restored (collective).
         """
         if self.average is not None:
             self.average.swap()
@@ -362,7 +362,7 @@ class Engine:
 
 
 def without_overlap(config: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """Return the config for a model whose backward pass has collectives of its own.
+    """Return the config for a model whose backward pass contains collectives.
 
     SyncNorm reduces in the default group, ZeRO in a separate one. Two NCCL communicators active
     at once on one GPU, in an order that may differ between ranks, may deadlock;

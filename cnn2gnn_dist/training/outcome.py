@@ -76,7 +76,7 @@ class Outcome:
         """Return the outcome; waits until the device has done this step, but no later one.
 
         Raises:
-            UserError: a loss or the gradient was not finite; on every rank alike.
+            UserError: a loss or the gradient was not finite; on every rank.
         """
         if self._copied is None:
             values = self._values()

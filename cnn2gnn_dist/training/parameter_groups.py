@@ -1,4 +1,4 @@
-"""Which parameters decay, start late, or have a learning rate of their own: the optimizer's groups."""
+"""Which parameters decay, start late, or have a separate learning rate: the optimizer's groups."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def parameter_groups(
         model: whose trainable parameters are grouped, each in one group.
         decay: weight decay of matrices; it is repeated as ``decay``, for optimizers that change theirs.
         late: names of the parameters that start late (``late`` of their group).
-        rates: factors of the learning rate by name (``rate`` of their group); of others 1.
+        rates: factors of the learning rate by name (``rate`` of their group); 1 for the others.
 
     Raises:
         ValueError: a name that the model does not have.

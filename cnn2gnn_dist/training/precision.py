@@ -10,7 +10,7 @@ from cnn2gnn_dist.errors import UserError
 
 
 def has_bfloat16(device: str) -> bool:
-    """Whether the device has bfloat16 instructions: GPUs are taken to have them, CPUs are asked.
+    """Whether the device has bfloat16 instructions: GPUs are assumed to, CPUs are queried.
 
     Without them torch emulates bfloat16, about eight times slower than float32.
     """

@@ -1,7 +1,7 @@
 """The random state of a rank as plain data: torch (CPU and GPU), numpy's and Python's generators.
 
-Order, views and neighbors are pure functions and use none of them; dropout and whatever a
-user's model draws do.
+Order, views and neighbors are pure functions and use none of them; dropout and random
+operations of a user's model do.
 """
 
 from __future__ import annotations

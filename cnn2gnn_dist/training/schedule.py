@@ -18,8 +18,9 @@ def lr_at(step: float, total: float, peak: float, warmup: float, final: float = 
 
 
 SHARES = {"triangular": (0.2, 0.23, 0.07), "one_cycle": (0.04, 0.3, 4e-6)}
-"""Of the schedules with a peak inside: start and end as shares of the peak, which is at that share of
-training (in the order start, peak, end); airbench's, and those of torch's OneCycleLR."""
+"""For the schedules with a peak within training, in the order start, peak, end: the rate at the start as a
+share of the peak, the peak's position as a share of training, the rate at the end as a share of the peak.
+airbench's values, and those of torch's OneCycleLR."""
 
 
 def peaked_lr_at(
@@ -60,14 +61,14 @@ def size_at(epoch: int, epochs: int, size: int, early_size: int | None, early_sh
 
 
 def late_share(step: float, start: float, late_warmup: float) -> float:
-    """Share of the ordinary rate that parameters have whose first gradients arrive at ``start``: a line from 0."""
+    """Share of the ordinary rate, rising linearly from 0, for parameters whose first gradients arrive at ``start``."""
     if step < start:
         return 0.0
     return min(1.0, (step - start) / late_warmup) if late_warmup else 1.0
 
 
 def kept_at(position: float, decay: float, every: int, ramp: float) -> float:
-    """Share of itself that an average of the weights keeps, updated once in ``every`` steps.
+    """Share of itself that an average of the weights, updated every ``every`` steps, keeps at an update.
 
     ``decay`` ^ ``every``, times ``position`` ^ ``ramp``: with a ramp, an average near the start of training
     (``position`` 0 to 1) follows the weights closely.

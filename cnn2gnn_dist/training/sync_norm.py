@@ -174,7 +174,7 @@ class _JointNorm(torch.autograd.Function):
         x, weight, mean, variance, count = context.saved_tensors
         if weight is None:
             weight = torch.ones_like(mean)
-        if gradient.stride() != x.stride():  # else the kernel sums dy in bfloat16 on a CPU
+        if gradient.stride() != x.stride():  # otherwise the kernel sums dy in bfloat16 on a CPU
             gradient = torch.empty_like(x).copy_(gradient)
         inverse = torch.rsqrt(variance + context.eps)
         if x.numel():

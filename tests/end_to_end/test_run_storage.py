@@ -179,7 +179,7 @@ def test_checkpoints_that_cannot_be_copied_end_a_run(bucket, tmp_path):
     code, output = finish(process)
     assert code != 0
     assert "a checkpoint was written but not copied: the file can't be" in output
-    assert "2 checkpoints in succession could not be copied" in output
+    assert "2 consecutive checkpoints could not be copied" in output
     assert "exitcode  : 2" in output
 
 

@@ -49,7 +49,7 @@ def saved_through_faults(root: Path) -> dict[str, Any]:
         saved.finish()
     strict = Checkpoints(root, RUN, max_failures=2)
     strict.save(3, engine, extra(3))
-    with pytest.raises(UserError, match="2 checkpoints in succession could not be written"):
+    with pytest.raises(UserError, match="2 consecutive checkpoints could not be written"):
         strict.save(3, engine, extra(3))
     collectives.barrier()
     if collectives.rank() == 0:

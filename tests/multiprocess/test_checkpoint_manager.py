@@ -258,7 +258,7 @@ def test_so_many_in_succession_may_fail(tmp_path, engine):
     save(saved, 1, engine, own=bad)
     save(saved, 2, engine)
     save(saved, 3, engine, own=bad)
-    with pytest.raises(UserError, match=r"^2 checkpoints in succession could not be written: Obj"):
+    with pytest.raises(UserError, match=r"^2 consecutive checkpoints could not be written: Obj"):
         save(saved, 4, engine, own=bad)
     assert saved.latest() == tmp_path / "step-00000002"
 

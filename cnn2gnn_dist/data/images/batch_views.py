@@ -25,7 +25,7 @@ Wrong = dict[int, CorruptSample]
 
 
 class Wanted(NamedTuple):
-    """Views of one specification, by their numbers, and where they go: uint8 [V, N, size, size, 3]."""
+    """Views of one specification, by their numbers, and their destination: uint8 [V, N, size, size, 3]."""
 
     spec: ViewSpec
     numbers: Sequence[int]

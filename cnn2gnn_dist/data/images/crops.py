@@ -1,6 +1,6 @@
-"""Several views of a sample in one request: which, of what size, and their view numbers.
+"""Several views of a sample in one request: their kinds, sizes and view numbers.
 
-View number v of a sample's request stands for as many plain views as the request has crops: with J crops in all,
+View number v of a request stands for as many plain views as the request has crops: with J crops in total,
 crop j is the plain view v·J + j of its group's :class:`~.views.ViewSpec`. So every crop is a pure function of (seed,
 sample, view), no two crops share their random draws, and a request of one crop is the plain view v itself.
 """
@@ -38,7 +38,7 @@ class Crops:
 
 
 Views = ViewSpec | tuple[Crops, ...]
-"""What a request asks for: one view of each sample, or groups of several."""
+"""The views of a request: one view of each sample, or groups of several."""
 
 
 def multi_crop(
@@ -51,7 +51,7 @@ def multi_crop(
     local_scale: tuple[float, float] = (0.05, 0.4),
     seed: int = 0,
 ) -> tuple[Crops, ...]:
-    """Return DINO's multi-crop: large crops of most of the image, small ones of little of it.
+    """Return DINO's multi-crop: large crops of most of the image, small ones of a small part of it.
 
     Caron et al., "Emerging Properties in Self-Supervised Vision Transformers", ICCV 2021; defaults are its
     values for a ViT-S/16. Crops and flips only: resizing is bilinear and antialiased (DINO's is bicubic), and
@@ -94,7 +94,7 @@ def pixel_bytes(views: Views) -> int:
 
 
 def identity(views: Views) -> Any:
-    """Return plain data (JSON) that tells these views from all others."""
+    """Return plain data (JSON) that distinguishes these views from all others."""
     if isinstance(views, ViewSpec):
         return {
             name: list(value) if isinstance(value, tuple) else value
@@ -104,7 +104,7 @@ def identity(views: Views) -> Any:
 
 
 def identity_today(recorded: Any) -> Any:
-    """Return what :func:`identity` says today of views recorded earlier: later fields are at their defaults."""
+    """Return what :func:`identity` now returns for views recorded earlier: fields added since are at their defaults."""
     if isinstance(recorded, list):
         return [identity_today(group) for group in recorded]
     return {**_LATER, **recorded} if isinstance(recorded, dict) else recorded
@@ -115,4 +115,4 @@ _LATER = {
     for name, value in identity(ViewSpec("none", 1)).items()
     if name not in ("kind", "size")
 }
-"""A field that is added has a default with which views are as they were without it."""
+"""A new field must have a default that leaves views unchanged."""

@@ -84,7 +84,7 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
 def _check_scans(data: bytes, wide: int, high: int) -> None:
     if high * wide * len(data) > MAX_WORK and not _in_one_scan(
         data
-    ):  # else too short for that many
+    ):  # otherwise too short for that many
         scans = data.count(b"\xff\xda")
         if high * wide * scans > MAX_WORK:
             raise CorruptSample(f"{wide} x {high} pixels in {scans} scans")

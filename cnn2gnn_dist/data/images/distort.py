@@ -15,7 +15,7 @@ Color = tuple[int, int, int]
 def cutout(images_NHWC: np.ndarray, draws_2N: np.ndarray, side: int, fill: Color) -> None:
     """Overwrite a square of ``side`` pixels in each image with ``fill``.
 
-    Its center is any pixel, so that it may stick out (DeVries and Taylor, 2017). ``draws_2N``: 0 to 1, the
+    Its center is any pixel, so it may extend beyond the image (DeVries and Taylor, 2017). ``draws_2N``: 0 to 1, the
     center's row and column.
     """
     high, wide = images_NHWC.shape[1:3]
@@ -30,9 +30,9 @@ def cutout(images_NHWC: np.ndarray, draws_2N: np.ndarray, side: int, fill: Color
 def randaugment(
     image_HWC: np.ndarray, draws_K2: np.ndarray, magnitude: int, fill: Color
 ) -> np.ndarray:
-    """One operation after the other on an image uint8 [H, W, 3]; the same as torchvision's on PIL images.
+    """Apply operations in sequence to an image uint8 [H, W, 3]; the same as torchvision's on PIL images.
 
-    Cubuk et al., "RandAugment", NeurIPS 2020. ``draws_K2``: for each of K operations which one, and its sign,
+    Cubuk et al., "RandAugment", NeurIPS 2020. ``draws_K2``: for each of K operations its choice and its sign,
     0 to 1; ``magnitude`` 0 to 30.
     """
     image = Image.fromarray(np.ascontiguousarray(image_HWC))
@@ -43,7 +43,7 @@ def randaugment(
 
 
 def operate(image: Image.Image, name: str, magnitude: int, sign: float, fill: Color) -> Image.Image:
-    """One of ``OPERATIONS`` on an image; ``sign`` 1 or -1, where it has one."""
+    """Apply one of ``OPERATIONS`` to an image; ``sign`` 1 or -1, if it has one."""
     share = magnitude / LEVELS
     if name in _ENHANCES:
         return _ENHANCES[name](image).enhance(1.0 + sign * 0.9 * share)

@@ -1,9 +1,9 @@
 """Other libraries' transforms on finished views, as pure functions of (seed, sample, view).
 
 timm's, torchvision's and most others draw from the global generators of ``random``, NumPy and torch. A
-hook runs with all three seeded by the view's hash, and leaves them as they were. That holds among threads that all
-go through :func:`apply`; another thread that draws meanwhile (dropout on a CPU) would draw the hook's numbers, and
-the hook its. So a stream never runs hooks in threads of the training process (``data/reading/pool.py``).
+hook runs with all three seeded by the view's hash, and they are restored afterwards. That is safe among threads that
+all use :func:`apply`; another thread that draws meanwhile (dropout on a CPU) would take the hook's numbers, and vice
+versa. So a stream never runs hooks in threads of the training process (``data/reading/pool.py``).
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ def hook_of(name: str, size: int, fill: Color) -> Hook:
 
     Args:
         name: ``timm:CONFIG``: timm's RandAugment, AutoAugment or AugMix, as its ``--aa`` option reads CONFIG
-            (``timm:rand-m9-mstd0.5-inc1``); ``MODULE:FUNCTION``: a function of one's own, which takes an RGB
-            image of PIL and returns one of the same size.
-        size: side of the images, in pixels: timm's moves are relative to it.
-        fill: color outside of what timm moves.
+            (``timm:rand-m9-mstd0.5-inc1``); ``MODULE:FUNCTION``: your own function, which takes an RGB
+            PIL image and returns one of the same size.
+        size: side of the images, in pixels: timm's translations are relative to it.
+        fill: color of the area that timm's moves leave empty.
 
     Raises:
         UserError: there is no such function, or timm does not know the config.
@@ -90,17 +90,17 @@ def _of_timm(config: str, size: int, fill: Color) -> Hook:
 
 
 def keep_a_bit(operation: Any) -> None:
-    """Let timm's posterize keep a bit where it draws none: current versions of Pillow refuse that, amid training."""
+    """Let timm's posterize keep a bit if it draws none: current versions of Pillow reject zero, during training."""
     if operation.aug_fn.__name__ == "posterize":
         posterize = operation.aug_fn
         operation.aug_fn = lambda image, bits, **kwargs: posterize(image, max(1, bits), **kwargs)
 
 
 def apply(hook: Hook, image_HWC: np.ndarray, seed: int) -> np.ndarray:
-    """The hook's image of an image uint8 [H, W, 3], all global generators seeded with ``seed``.
+    """Apply a hook to an image uint8 [H, W, 3], with all global generators seeded with ``seed``.
 
     Raises:
-        UserError: the hook failed, or returned something else than an RGB image of the same size.
+        UserError: the hook failed, or did not return an RGB image of the same size.
     """
     image = Image.fromarray(np.ascontiguousarray(image_HWC))
     with _alone, _seeded(seed):
@@ -115,7 +115,7 @@ def apply(hook: Hook, image_HWC: np.ndarray, seed: int) -> np.ndarray:
         raise UserError(
             f"the hook returned {what} for an RGB image {image.size}",
             where=WHERE,
-            remedy="return an RGB image of PIL of the same size",
+            remedy="return an RGB PIL image of the same size",
         )
     return np.asarray(made)
 

@@ -34,7 +34,7 @@ _PLURAL = {
 }
 READ_AT_ONCE, PIECE = 8, 64
 MAX_BYTES = 1_500_000_000
-"""Of a file that is read as an image: more than the largest one takes as uncompressed float32."""
+"""Most bytes of a file that is read as an image: more than the largest one takes as uncompressed float32."""
 WRITER_S, BYTES_S = 10, 60
 """Seconds to wait on a pipe: for a writer, and for the writer's next bytes."""
 
@@ -80,7 +80,7 @@ class FolderScan:
         return ", ".join(parts)
 
     def record(self) -> dict[str, Any]:
-        """Return the counts with five examples each, as stored beside the shards."""
+        """Return the counts with five examples each, as stored next to the shards."""
         left_out = {
             reason: {"count": len(paths), "first": [printable(path) for path in sorted(paths)[:5]]}
             for reason, paths in sorted(self.left_out.items())

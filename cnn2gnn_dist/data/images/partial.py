@@ -1,11 +1,11 @@
-"""Partial JPEG decode: an optional extra that only saves time; either of two.
+"""Partial JPEG decode: an optional extra that only saves time. There are two implementations.
 
     pip install 'cnn2gnn-dist[partial]'                  # libjpeg-turbo 3 in a wheel (turbo_crop.py)
     python -m cnn2gnn_dist.data.images.partial build     # needs a C compiler and libjpeg-turbo's header
 
-Where there is one, it is used for random resized crops of JPEGs, the compiled one first: it saves up to half of the
-decoding, and the pixels are bit-identical. CNN2GNN_PARTIAL=0 turns it off. Nothing is compiled unless you run
-this command, and no feature depends on it.
+If one is available (the compiled one is preferred), it is used for random resized crops of JPEGs: it saves up to half
+of the decoding, and the pixels are bit-identical. CNN2GNN_PARTIAL=0 turns it off. Nothing is compiled unless you run
+the second command, and no feature depends on it.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ def crop(
     """Decode rows [top, top + high) and columns [left, left + wide) of a JPEG [height, width].
 
     Returns:
-        Pixels [high, wide, 3] uint8, RGB, equal to a crop of the full decode. None: not there or
+        Pixels [high, wide, 3] uint8, RGB, equal to a crop of the full decode. None: unavailable or
         turned off, or the crop is most of the image, or the image is of a kind that needs a full
-        decode, or is corrupt in a way that does, as every truncated file is. Corruption visible only
-        below the crop, as too few or too many bits there, goes undetected: the pixels are then those
+        decode, or is corrupt in a way that needs one, as every truncated file is. Corruption visible
+        only below the crop (too few or too many bits there) goes undetected: the pixels are then those
         of a lenient full decoder such as Pillow's, where our full decode reports the image as corrupt.
     """
     decode = _decoder()
@@ -158,7 +158,7 @@ def main(words: list[str]) -> int:
             log.output(f"built, but not in use (CNN2GNN_PARTIAL=0, or see the warning): {path()}")
         else:
             log.output(
-                "not there, or not faster than a full decode: pip install 'cnn2gnn-dist[partial]', or "
+                "not available, or not faster than a full decode: pip install 'cnn2gnn-dist[partial]', or "
                 "python -m cnn2gnn_dist.data.images.partial build"
             )
     except UserError as error:

@@ -2,8 +2,8 @@
 
     pip install 'cnn2gnn-dist[partial]'     # the library, in the wheel of the package turbojpeg
 
-Any libturbojpeg 3 will do: that of the wheel, of a conda environment, of the system. It is used only if its pixels
-equal the full decoder's and it is faster here, and only for crops that leave out enough of the image.
+Any libturbojpeg 3 will do: from the wheel, a conda environment or the system. It is used only if its pixels equal
+the full decoder's and it is faster on this machine, and only for crops that omit enough of the image.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 MARGIN_COLUMNS, MARGIN_ROWS = 16, 2
-"""Decoded around the crop: chroma upsampling looks at the neighbors."""
+"""Pixels decoded around the crop, since chroma upsampling uses neighbors."""
 
 WORTH = 0.9
 """Maximum cost of a crop, as a share of a full decode, for which it is used."""
@@ -36,7 +36,7 @@ class _Region(ctypes.Structure):
 
 
 class TurboCrop:
-    """Crops of JPEGs by one libturbojpeg. Any number of threads may call it.
+    """Crops JPEGs with one libturbojpeg. Any number of threads may call it.
 
     Args:
         library: its path.
@@ -49,7 +49,7 @@ class TurboCrop:
     def __init__(self, library: str | Path) -> None:
         self.library = str(library)
         pointer, number = ctypes.c_void_p, ctypes.c_int
-        # What takes microseconds keeps the GIL; decoding releases it.
+        # Calls that take microseconds keep the GIL; decoding releases it.
         quick, slow = ctypes.PyDLL(self.library), ctypes.CDLL(self.library)
         self._header, self._region = quick.tj3DecompressHeader, quick.tj3SetCroppingRegion
         self._header.argtypes = [pointer, ctypes.c_char_p, ctypes.c_size_t]
@@ -90,7 +90,7 @@ class TurboCrop:
             or self._region(handle, region)
             or self._decode(handle, data, size, made.ctypes.data, 0, _RGB)
         ):
-            del self._of_thread.held  # after a wrong header it would refuse every other image
+            del self._of_thread.held  # after a bad header it would refuse every further image
             return None
         return made[top - y :, left - x : left - x + wide]
 
@@ -108,17 +108,17 @@ class _Handle:
         start.restype, self._end.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
         self.pointer = ctypes.c_void_p(start(_DECOMPRESS))
         if not self.pointer or library.tj3Set(self.pointer, _STOP_ON_WARNING, 1):
-            raise MemoryError("libturbojpeg has no room for a decoder")
+            raise MemoryError("libturbojpeg can't allocate a decoder")
 
     def __del__(self) -> None:
         self._end(self.pointer)
 
 
 def _unit(data: bytes, height: int, width: int) -> int:
-    """Return the width of a JPEG's coded units in pixels; 0 if the full decoder must have it.
+    """Return the width of a JPEG's coded units in pixels; 0 if the full decoder must handle it.
 
-    That is whatever might come out otherwise: progressive, arithmetic or lossless coding, several scans, four
-    colors, another size, a file that is cut or has more markers below than those that belong there.
+    That is every image that might decode differently: progressive, arithmetic or lossless coding, several scans,
+    four colors, another size, a file that is truncated or has further markers after the header.
     """
     at, unit, colors, restarts = 2, 0, 0, False
     while data[at : at + 1] == b"\xff" and at + 10 < len(data):
@@ -142,7 +142,7 @@ def _unit(data: bytes, height: int, width: int) -> int:
 
 
 def _rest_is_sound(data: bytes, start: int, restarts: bool) -> bool:
-    """Whether the coded data run to the end marker without another one, except restarts where there are any."""
+    """Whether the coded data run to the end marker without another one, except for expected restart markers."""
     if data[-2:] != b"\xff\xd9":
         return False
     found = data.count(b"\xff", start) - data.count(b"\xff\0", start) - 1
@@ -152,7 +152,7 @@ def _rest_is_sound(data: bytes, start: int, restarts: bool) -> bool:
 
 
 def find() -> TurboCrop | None:
-    """Return a libturbojpeg that gives the full decoder's pixels, and faster; None if there is none."""
+    """Return a libturbojpeg with the full decoder's pixels that is faster; None if there is none."""
     for library in _libraries():
         with contextlib.suppress(OSError, AttributeError, MemoryError):
             found = TurboCrop(library)
@@ -171,7 +171,7 @@ def _libraries() -> Iterator[str]:
     yield from (
         "libturbojpeg.so.0",
         "libturbojpeg.dylib",
-    )  # the loader knows where; no process is started
+    )  # the loader finds it; no process is started
 
 
 def _sample(high: int, wide: int, chroma: str) -> bytes:
@@ -195,7 +195,7 @@ def is_right(crop: TurboCrop) -> bool:
 
 
 def _pays(crop: TurboCrop) -> bool:
-    """Whether it decodes the middle of a photograph faster than the full decoder all of it, here."""
+    """Whether it decodes the middle of a photograph faster than the full decoder decodes all of it, on this machine."""
     import simplejpeg
 
     data, best = _sample(400, 500, "420"), [float("inf")] * 2

@@ -27,7 +27,7 @@ CLEAN = -1
 
 ATTEMPTS = 10
 
-_OWN = -2  # "view number" of what a sample has in common over all of its views
+_OWN = -2  # "view number" of what all views of a sample share
 _CUTOUT, _HOOK, _RANDAUGMENT = 60, 70, 100  # first draws
 
 
@@ -46,7 +46,7 @@ class ViewSpec:
             "94% on CIFAR-10 in 3.29 seconds", 2024); false: each view with a probability of one half.
         cutout: side of a square that is overwritten with ``fill``, in pixels; 0: none.
         randaugment: number of RandAugment's operations, of this ``magnitude`` (0 to 30).
-        fill: color in cutout and where RandAugment moves the image out.
+        fill: color of the cutout square and of areas that RandAugment leaves empty.
         hook: another library's transform on finished views (``hooks.hook_of``); "": none.
         resize: clean view: resize the shorter side to size x this (1 or more), then crop the center.
 

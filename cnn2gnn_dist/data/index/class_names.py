@@ -1,4 +1,4 @@
-"""Class names from shards: ``class_name`` in the samples' ``.json``, and lists beside the shards.
+"""Class names from shards: ``class_name`` in the samples' ``.json``, and lists next to the shards.
 
 The name in each sample is compared with the known name of its class, mostly by searching for the
 same few bytes: parsing every JSON file would double the time to build an index.
@@ -18,7 +18,7 @@ from cnn2gnn_dist.errors import UserError
 
 MAX_JSON = 1 << 20
 SMALL = 4096
-"""JSON files up to this many bytes lie in a window that is read anyway; of longer ones, one per class is read."""
+"""JSON files up to this many bytes are in a window that is read anyway; of longer ones, one per class is read."""
 _MAX_NAME = 1000
 _FIELD = b'"class_name"'
 _SHARD = re.compile(r"(.+)-\d+\.tar")
@@ -104,7 +104,7 @@ def disagree(label: int, old: NamedClass, new: NamedClass) -> UserError:
 
 
 def lists_beside(paths: Iterable[str]) -> tuple[dict[int, NamedClass], int]:
-    """Return the names in ``PREFIX-classes.json`` beside local shards, and the number of classes listed.
+    """Return the names in ``PREFIX-classes.json`` next to local shards, and the number of classes listed.
 
     Raises:
         UserError: a list is corrupt, or two lists disagree.
@@ -119,7 +119,7 @@ def lists_beside(paths: Iterable[str]) -> tuple[dict[int, NamedClass], int]:
 
 
 def lists_of(paths: Iterable[str]) -> list[str]:
-    """Return the files ``PREFIX-classes.json`` beside local shards ``PREFIX-NUMBER.tar``."""
+    """Return the files ``PREFIX-classes.json`` next to local shards ``PREFIX-NUMBER.tar``."""
     prefixes = dict.fromkeys(m.group(1) for m in map(_SHARD.fullmatch, paths) if m)
     lists = [f"{prefix}{_LIST}" for prefix in prefixes if "://" not in prefix]
     return [path for path in lists if os.path.isfile(path)]

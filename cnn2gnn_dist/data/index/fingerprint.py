@@ -27,7 +27,7 @@ from cnn2gnn_dist.data.storage.shard_paths import files_of
 from cnn2gnn_dist.errors import UserError
 
 READ_BYTES = 16 << 30
-"""Contents of larger data sets are not read unless asked for; their times are compared instead."""
+"""Contents of larger data sets are not read unless requested; their times are compared instead."""
 LISTED = 200_000
 """With more files, only hashes over all files are recorded, and not which file differs."""
 AT_ONCE, LOT = 8, 256
@@ -96,7 +96,7 @@ def list_files(
     Args:
         origin: ``data.train`` or ``data.test``.
         source: "imagefolder" (includes every image, also in subfolders), "parquet" or "shards"
-            (includes the lists of class names beside the shards, after all shards).
+            (includes the lists of class names next to the shards, after all shards).
         ask: ask remote stores for length and tag.
         brief: use a short timeout for remote stores.
 

@@ -223,7 +223,7 @@ def index(
     Args:
         shards: tar files or their URLs, in row order.
         classes: the class names. Without them, the number of classes follows from the highest label (or
-            from ``PREFIX-classes.json`` beside local shards), and names come from that list or from
+            from ``PREFIX-classes.json`` next to local shards), and names come from that list or from
             ``class_name`` in the samples' ``.json``, else the class number is the name.
         progress: show a progress bar when on a terminal.
         require_labels: refuse samples without ``.cls``; otherwise their label is -1.

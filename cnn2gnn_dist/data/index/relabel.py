@@ -1,8 +1,8 @@
 """The relabel list: which training images get another class, and which are left out (``data.relabel``).
 
 A CSV file with the columns ``key`` and ``class``; further columns are ignored. Class ``drop`` (or ``-``)
-leaves the image out; with ``drop?`` it may be missing. ``cnn2gnn audit --fix`` writes it; so does
-``forget`` of a memory, whose images a later training need not have.
+leaves the image out; with ``drop?`` it may be missing. ``cnn2gnn audit --fix`` writes such a list; so does
+``cnn2gnn memory forget``, whose images need not be among those of a later training.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from cnn2gnn_dist.errors import UserError
 DROP = ("drop", "-")
 DROP_IF_THERE = "drop?"
 NAMED = 3
-"""Keys or classes named in an error."""
+"""Most keys or classes named in an error."""
 _CLASS_REMEDY = "name one of the classes, or drop to leave the image out"
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What becomes of an image.
+    """What happens to an image.
 
     Attributes:
         name: its new class; None: it is left out.
@@ -49,7 +49,7 @@ def read_relabel(path: Path) -> dict[str, Decision]:
     """Read a relabel list: key → decision. Lines without a class are not decisions, and are skipped.
 
     Raises:
-        UserError: the file can't be read, has a column missing, or decides twice and differently on a key.
+        UserError: the file can't be read, lacks a column, or has two different decisions on a key.
     """
     found: dict[str, Decision] = {}
     try:
@@ -88,7 +88,7 @@ def read_relabel(path: Path) -> dict[str, Decision]:
 
 
 def write_relabel(path: Path, decisions: Mapping[str, Decision]) -> None:
-    """Write a relabel list; atomically replaced."""
+    """Write a relabel list, replacing it atomically."""
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
     lines.writerow(["key", "class"])
@@ -112,7 +112,7 @@ def unique_keys(manifest: Manifest) -> list[str]:
 
 
 def names_of(manifest: Manifest) -> dict[str, int]:
-    """Row of every name that an image goes by: its key, if no other image has it, and ``shard/key``.
+    """The row of each name of an image: its key, if no other image has it, and ``shard/key``.
 
     ``shard`` as in ``unique_keys``.
     """
@@ -153,9 +153,9 @@ def check_decisions(
     Args:
         decisions: of the list.
         known: names of the training images.
-        classes: their names.
+        classes: names of the classes.
         where: the file, for errors.
-        elsewhere: names of held-out images, to say so.
+        elsewhere: names of held-out images, for a more specific error.
 
     Raises:
         UserError: some don't.
@@ -164,7 +164,7 @@ def check_decisions(
     if unknown:
         held = [key for key in unknown if key in elsewhere]
         raise UserError(
-            f"{_named(held)}: held out, and the list is of training images"
+            f"{_named(held)}: held out, but the list is for training images"
             if held
             else f"{_named(unknown)}: no training image has this key",
             where=f"{where}, line {decisions[(held or unknown)[0]].line}",
@@ -190,7 +190,7 @@ def relabelled(
     *,
     allow_empty_classes: bool = False,
 ) -> tuple[Manifest, str]:
-    """Apply a list to the training images; return their manifest and a sentence on what was done.
+    """Apply a list to the training images; return their manifest and a sentence about the changes.
 
     Raises:
         UserError: unknown keys or classes; a class, or the whole set, is left without an image.
@@ -209,7 +209,7 @@ def relabelled(
         if one.name is None:
             kept_N[row] = False
         elif label_N[row] < 0 or train.classes[label_N[row]] != one.name:
-            # Two classes of one name keep their numbers apart: such an image keeps its own.
+            # If two classes share the name, an image that has one of them keeps it.
             label_N[row] = numbers[one.name]
     changed = int((label_N != train.label_N)[kept_N].sum())
     made = dataclasses.replace(train, label_N=label_N).select(np.flatnonzero(kept_N))
@@ -225,7 +225,7 @@ def relabelled(
     return (
         made,
         f"relabel list: {changed} training images get another class, {dropped} are left out"
-        + (f", {missing} are not there" if missing else ""),
+        + (f", {missing} are missing" if missing else ""),
     )
 
 

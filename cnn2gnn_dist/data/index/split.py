@@ -47,7 +47,7 @@ def split_per_class(
 
 
 def split_labelled(manifest: Manifest, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """``split_per_class`` that holds out no sample without a label: nothing can be said about it.
+    """``split_per_class`` that holds out no sample without a label, since it can't be evaluated.
 
     Raises:
         UserError: the fraction is not in [0, 1).

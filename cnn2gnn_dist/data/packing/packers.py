@@ -296,7 +296,7 @@ def _path_keys(paths: Sequence[Path]) -> list[str]:
     for path in paths:
         plain = re.sub(r"[^\w-]", "_", path.with_suffix("").as_posix())
         key = plain
-        while key in used:  # "a.b.jpg" beside "a_b.jpg", "a.jpg" beside "a.png"
+        while key in used:  # "a.b.jpg" and "a_b.jpg", "a.jpg" and "a.png"
             used[plain] += 1
             key = f"{plain}_{used[plain]}"
         used[key] = 1

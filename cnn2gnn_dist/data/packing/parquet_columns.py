@@ -1,4 +1,4 @@
-"""Columns of Parquet files by their types: which hold images or labels, and what others seem to hold."""
+"""Columns of Parquet files by type: which can hold images or labels, and what others seem to hold."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def is_image(kind: pa.DataType) -> bool:
 
 
 def is_label(kind: pa.DataType) -> bool:
-    """Return whether a column of this type can hold one label a row."""
+    """Return whether a column of this type can hold one label per row."""
     return bool(
         pa.types.is_integer(kind)
         or pa.types.is_boolean(kind)
@@ -48,7 +48,7 @@ def _has_bytes(kind: Any) -> bool:
 
 
 def no_column(path: Path, schema: pa.Schema, column: str, field: str) -> UserError:
-    """The error for a column that is missing, with the columns that were perhaps meant."""
+    """The error for a column that is missing, with the columns that were probably meant."""
     fits = is_image if field == "image" else is_label
     alike = [name for name in schema.names if name.lower() == column.lower()]
     likely = alike or [each.name for each in schema if fits(each.type)]

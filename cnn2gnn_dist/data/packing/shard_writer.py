@@ -52,7 +52,7 @@ def write_shards(
 
     Raises:
         UserError: an invalid prefix or shard size; shards of an earlier, larger run would remain
-            beside the new ones; a class has an empty name.
+            next to the new ones; a class has an empty name.
     """
     refuse_blank(classes, f"the classes of {prefix}")
     folder = _prepare(Path(out), prefix, shard_size, count)

@@ -4,8 +4,8 @@ Decoding dominates the cost of a small image, and pad-crop-flip starts from the 
 epoch. So the first reader that decodes a sample stores it here, and readers in all processes reuse it.
 Writes are idempotent (a clean view is a pure function of the sample), so no locks are needed. The file
 name depends on the data, the decoder, the size and the boot of the host; deleting the file costs only time.
-The layout does not depend on the limit, so that processes with different limits may share the file: a byte for
-each of all N samples, which is 1 if its view is there, then the views of the first ones.
+The layout does not depend on the limit, so that processes with different limits may share the file: one byte
+for each of the N samples, which is 1 if its view is present, then the views of the first ones.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class DecodedCache:
 
 
 def cache_path(manifest_path: str | os.PathLike[str], manifest: Manifest, spec: ViewSpec) -> Path:
-    """Return the path of the cache of a manifest's clean views: beside it, named after its contents.
+    """Return the path of the cache of a manifest's clean views: next to it, named after its contents.
 
     The name includes the host's boot id: after a crash, pages may be missing although their flags
     were written.

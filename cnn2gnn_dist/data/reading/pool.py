@@ -2,7 +2,7 @@
 
 Threads of this process, processes (:mod:`.process_readers`) and Ray actors (:mod:`.ray_readers`) give the same bytes
 in the same order.
-There is no work beyond the requests in flight: a consumer that stops asking stops the readers.
+Readers work only on the requests in flight: when the consumer stops asking, they stop.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class ReaderPool:
         prefetch: maximum requests in flight: queued, being read, or read and not yet consumed. Reduced,
             with a message, if they would not fit into Ray's object store.
         name: readable prefix of the actors' names.
-        resources: of Ray's custom resources that a reader actor takes (see ``RayReaders``).
+        resources: custom Ray resources that a reader actor requires (see ``RayReaders``).
 
     Attributes:
         wait_seconds: total time the consumer has waited for batches.
@@ -62,7 +62,7 @@ class ReaderPool:
             backend = "ray" if _ray_runs() else "local"
         if backend == "local" and any(group.views.hook for group in crops_of(spec.views)):
             backend = (
-                "processes"  # in threads a hook and the training would draw each other's numbers
+                "processes"  # in threads a hook and training would take each other's random numbers
             )
         if backend == "ray":
             from cnn2gnn_dist.data.reading.ray_readers import RayReaders

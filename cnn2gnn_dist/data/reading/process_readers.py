@@ -1,8 +1,8 @@
-"""Readers in processes of their own, without Ray: for small images, where threads contend for the interpreter.
+"""Readers in separate processes, without Ray: for small images, where threads contend for the interpreter.
 
-A reader process has no state but caches. Pixels come in shared memory without a name, so that nothing is left behind
-however a process ends. When a reader dies it is started again, and its unanswered requests go to the others at once;
-since reading is a pure function, each batch is delivered exactly once.
+A reader process has no state but caches. Pixels arrive in unnamed shared memory, so that nothing is left behind
+however a process ends. A reader that dies is restarted, and its unanswered requests go to the others at once; since
+reading is a pure function, each batch is delivered exactly once.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MOST_DEATHS = 10
 CLOSING_SECONDS = 10.0
 """Time that a reader has to finish its request when the stream closes."""
 READER: Any = Reader
-"""What a reader process opens; a test may put in one that dies."""
+"""The reader that a process opens; a test may substitute one that dies."""
 
 
 class ProcessReaders:
@@ -61,7 +61,7 @@ class ProcessReaders:
         return answer
 
     def depth(self, request: Request, prefetch: int) -> int:
-        """Return how many requests may be in flight: shared memory is limited by the memory alone."""
+        """Return how many requests may be in flight: shared memory is limited only by the main memory."""
         return prefetch
 
     def close(self) -> None:
@@ -115,7 +115,7 @@ class ProcessReaders:
         return min(self.readers, key=lambda reader: (not reader.ready, len(reader.asked)))
 
     def _lost(self, reader: _Process) -> None:
-        """Start a dead reader again, send its requests to others and blame the one that it was reading."""
+        """Restart a dead reader, send its requests to others and blame the one that it was reading."""
         unanswered = [answer for answer in reader.asked if not answer.dropped]
         # It reads in order, so it died on its first request: the others are never to blame.
         guilty = unanswered[0] if unanswered and unanswered[0] is reader.asked[0] else None
@@ -160,7 +160,7 @@ class ProcessAnswer:
             self.release()
 
     def hold(self, buffer: Buffer, free: deque[Buffer]) -> None:
-        """Take a buffer, to be given back to ``free``."""
+        """Hold a buffer, to be returned to ``free``."""
         self.buffer, self._free = buffer, free
 
     def lease(self) -> Lease:
@@ -170,7 +170,7 @@ class ProcessAnswer:
         return Lease(buffer, self._free)
 
     def release(self) -> None:
-        """Give the buffer back."""
+        """Return the buffer."""
         if self.buffer is not None:
             self._free.append(self.buffer)
             self.buffer = None
@@ -195,7 +195,7 @@ class _Process:
         self._control = Buffer(0, 8)
         self._known: set[int] = set()
         self._forgotten: list[int] = []
-        # -P: what lies in the working folder is not imported; our own package is.
+        # -P: nothing is imported from the working folder, only our own package.
         package = str(Path(__file__).parents[3])
         paths = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
         code = "from cnn2gnn_dist.data.reading.reader_process import main; main()"
@@ -243,9 +243,9 @@ class _Process:
         self.asked.append(answer)
 
     def _buffer(self, size: int) -> Buffer:
-        """Return a free buffer that is large enough, or a new one; smaller ones are given up."""
+        """Return a free buffer that is large enough, or a new one; smaller ones are discarded."""
         while self._free:
-            buffer = self._free.pop()  # the last one used: it is in the processor's cache
+            buffer = self._free.pop()  # the most recently used one: it is in the processor's cache
             if buffer.size >= size:
                 return buffer
             self._known.discard(buffer.number)
@@ -263,7 +263,7 @@ class _Process:
             self.receive()
 
     def receive(self) -> None:
-        """Wait for the next message and note what it says.
+        """Wait for the next message and record its contents.
 
         Raises:
             EOFError: the process is gone.
@@ -281,13 +281,13 @@ class _Process:
             answer.release()
 
     def give_up(self, number: int) -> None:
-        """Tell the process to skip all requests up to this one that it has not begun."""
+        """Tell the process to skip all requests up to this one that it has not started."""
         given_up = self._control.memory.view(np.uint64)
         given_up[0] = max(int(given_up[0]), number)
 
 
 def _end(process: subprocess.Popen[bytes], channel: socket.socket) -> None:
-    """End a reader: it stops when its socket is closed, or else is killed, which loses nothing."""
+    """End a reader: it stops when its socket is closed; otherwise it is killed, which loses nothing."""
     channel.close()
     try:
         process.wait(CLOSING_SECONDS)
@@ -300,6 +300,6 @@ def _too_many_deaths(request: Request, code: int | None) -> UserError:
     return UserError(
         f"a reader died {MOST_DEATHS} times on one request (exit code {code})",
         where=f"sample ids {request.ids[:4].tolist()}…, view {request.view}",
-        remedy="see what the readers wrote to stderr; lack of memory is the usual cause: use fewer "
+        remedy="see what the readers wrote to stderr; the usual cause is that memory ran out: use fewer "
         "stream.workers or smaller batches",
     )

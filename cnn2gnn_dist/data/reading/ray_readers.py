@@ -51,8 +51,8 @@ class RayReaders:
         spec: specification of the readers.
         workers: number of actors.
         name: prefix of the actors' names.
-        resources: custom resources that an actor takes; the actors are then spread over the nodes that
-            have them, instead of all working on this node.
+        resources: custom resources that an actor requires; the actors are then spread over the nodes that
+            have them, instead of all running on this node.
 
     Raises:
         UserError: Ray is not initialized in this process; the spec can't be opened; no node has
@@ -271,7 +271,7 @@ class _Reader:
         return self.actor.process_id.options(max_task_retries=-1).remote()
 
     def rejoin(self) -> None:
-        """Handle the result of the greeting: the actor is back, or it is gone for good and replaced.
+        """Handle the result of the greeting: the actor is back, or it is permanently gone and replaced.
 
         Raises:
             UserError: a reader can't be started here.
@@ -300,8 +300,8 @@ def _check_resources(wanted: Mapping[str, float]) -> None:
         raise UserError(
             f"no node of the cluster has {dict(wanted)} for a reader",
             where="cluster.reader_resources",
-            remedy="start the nodes that are to read with `ray start --resources='{\"…\": 16}'`, or "
-            "leave the field empty: readers then work on their rank's node",
+            remedy="start the nodes that should read with `ray start --resources='{\"…\": 16}'`, or "
+            "leave the field empty: readers then run on their rank's node",
         )
 
 

@@ -39,7 +39,7 @@ class Batch:
         labels, ids: int64 [n].
         valid: bool [n]; False where the sample is corrupt (its image is black).
         problems: one line per corrupt sample, in order: "shard: key: reason".
-        crops: if groups of views were asked for, each group's views uint8 [count, n, size, size, 3]; else
+        crops: if groups of views were requested, each group's views uint8 [count, n, size, size, 3]; else
             empty.
         view: the request's view number.
         partners: the samples to mix these with, row by row (``Stream(pairs=True)``); else None.
@@ -155,7 +155,7 @@ class Reader:
                 np.stack(views, out=made[0])
         if problems:
             for images in made:
-                images[:, ~valid] = 0  # whatever was there, or a distortion has put there
+                images[:, ~valid] = 0  # old contents, or what a distortion wrote
         labels = self.manifest.label_N[ids].astype(np.int64)
         crops = tuple(made) if self._several else ()
         return Batch(made[0][0], labels, ids.copy(), valid, problems, crops, request.view)

@@ -1,4 +1,4 @@
-"""The code of a reader process, and how it talks with its stream: messages over a socket, pixels in shared memory.
+"""The code of a reader process, and its protocol with the stream: messages over a socket, pixels in shared memory.
 
 It ends when the stream closes the socket, or when the process that started it is gone.
 """
@@ -25,7 +25,7 @@ from cnn2gnn_dist.errors import UserError
 
 _LENGTH = struct.Struct("<Q")
 _LOOK_SECONDS = 1.0
-"""How often an idle reader looks whether its parent is still there."""
+"""Seconds between an idle reader's checks that its parent is alive."""
 
 
 def send(channel: socket.socket, message: Any, handle: int | None = None) -> None:
@@ -71,7 +71,7 @@ def _exactly(channel: socket.socket, size: int) -> bytes:
 
 
 class _Requests:
-    """What the stream asks for, as it comes."""
+    """The stream's requests, as they arrive."""
 
     def __init__(self, channel: socket.socket, parent: int) -> None:
         self._channel, self._parent = channel, parent
@@ -89,7 +89,7 @@ class _Requests:
 
 
 def serve(channel: socket.socket, parent: int) -> None:
-    """Read what the stream asks for, until it closes."""
+    """Answer the stream's requests until it closes."""
     requests = _Requests(channel, parent)
     (opened, spec), handle = requests.next()
     assert handle is not None
@@ -121,7 +121,7 @@ def serve(channel: socket.socket, parent: int) -> None:
             layout.labels(memory)[:] = batch.labels
             layout.valid(memory)[:] = batch.valid
             problems = batch.problems
-        except Exception as error:  # an OSError too: dying of it would hide what it says
+        except Exception as error:  # an OSError too: dying of it would hide its message
             failure = _portable(error)
         send(channel, (number, problems, failure))
 

@@ -1,6 +1,6 @@
 """Batches in memory that two processes share: the layout, and buffers that leave nothing behind.
 
-A buffer has no name, in no file system: it is gone when the last process that maps it is, however that one ended.
+A buffer has no name in any file system: it is freed when the last process that maps it ends, in whatever way.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from cnn2gnn_dist.data.images.crops import Crops, view_numbers
 
 
 class Layout:
-    """Where the arrays of a batch lie in a buffer; both processes compute the same.
+    """Where the arrays of a batch are in a buffer; both processes compute the same layout.
 
     Args:
-        groups: what the request asks for.
+        groups: the requested views.
         rows: number of samples.
         view: the request's view number.
 
@@ -54,7 +54,7 @@ class Layout:
 
 
 def mapped(handle: int, size: int) -> np.ndarray:
-    """Return a file's first bytes, uint8 [size], shared with whoever maps it."""
+    """Return a file's first bytes, uint8 [size], shared by all processes that map it."""
     return np.frombuffer(mmap.mmap(handle, size), np.uint8)
 
 
@@ -62,7 +62,7 @@ class Buffer:
     """Shared memory of one batch.
 
     Args:
-        number: its name among those of a stream.
+        number: its number among the buffers of a stream.
         size: bytes.
 
     Attributes:
@@ -81,7 +81,7 @@ class Buffer:
 
 
 class Lease:
-    """Memory of a batch that its arrays keep; with the last of them the buffer is free for another batch.
+    """Memory of a batch, kept by its arrays; when the last of them is gone, the buffer is free for another batch.
 
     Views of views refer to this object itself, so that it lives as long as any of them.
     """

@@ -103,7 +103,7 @@ class ShardCache:
             try:
                 if not os.path.exists(
                     self.folder / f"{name}.tar"
-                ):  # else another process has just completed it
+                ):  # otherwise another process has just completed it
                     if not self._make_room(part, name, length):
                         return None
                     _fill(part, url, length, check)

@@ -1,4 +1,4 @@
-"""Network transfers: retried while a retry can help, else refused with a reason.
+"""Network transfers: retried while a retry can help, otherwise refused with a reason.
 
 Supports any file system that fsspec does. HTTP and S3 run in fsspec's event loop, in a thread. A
 process has one file system per set of options, shared by its threads and recreated after a fork.
@@ -142,7 +142,7 @@ class RemoteFiles:
         return self._with_retries(pattern, 0, ask, lambda: 0)
 
     def send(self, url: str, source: bytes | Path) -> None:
-        """Write a file whole, from memory or from a local file; an existing one is replaced.
+        """Write a complete file, from memory or from a local file; an existing one is replaced.
 
         Raises:
             UserError: it can't be written.
@@ -159,7 +159,7 @@ class RemoteFiles:
         self._with_retries(url, size, ask, lambda: 0, "written")
 
     def remove(self, url: str) -> None:
-        """Remove a file, unless it is gone already.
+        """Remove a file, unless it is already gone.
 
         Raises:
             UserError: it can't be removed.
@@ -263,7 +263,7 @@ def opened(root: str, stall: float, process: int) -> Any:
     # fsspec's own cache could return one made with other options or another environment.
     fs, _ = fsspec.core.url_to_fs(root, **options, skip_instance_cache=True)
     if hasattr(fs, "retries"):
-        fs.retries = 1  # else s3fs tries five times within each of ours
+        fs.retries = 1  # otherwise s3fs tries five times within each of ours
     return fs
 
 

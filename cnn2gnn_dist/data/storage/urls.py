@@ -26,7 +26,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.2, 20.0
 READ_SECONDS = 30.0
 """Seconds to wait for a connection, and for the next byte."""
 SECONDS, SLOWEST = 180.0, 100_000.0
-"""Seconds for one transfer with all its tries, plus the time it takes at so many bytes per second."""
+"""Seconds for one transfer with all its tries, plus the time it takes at this many bytes per second."""
 
 _opened = transfer.opened
 

@@ -203,7 +203,7 @@ class ServedGraph:
         )
 
     def _watch(self) -> None:
-        """Exit if the server or client has exited while this process sends no request, so can't notice.
+        """Exit if the server or client has exited while this process sends no request and so can't notice.
 
         The process may be waiting in a collective for a rank that waits for the lost server, and only
         its exit would wake that rank.

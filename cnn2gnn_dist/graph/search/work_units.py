@@ -1,6 +1,6 @@
 """Units of a long computation, marked when done: resumable after a kill, and shared by ranks.
 
-A unit is a range of rows of one or more arrays on disk. Its mark, a file beside them, is written
+A unit is a range of rows of one or more arrays on disk. Its mark, a file next to them, is written
 when its rows are on disk, and holds their checksums. The unit number alone determines the rank,
 and a unit's result depends only on its rows: any number of ranks, and any interruption, give the
 same arrays. When all units are done, every rank compares what it reads with the writers'

@@ -1,4 +1,4 @@
-"""Copies of complete checkpoints elsewhere, made in the background: when they begin, and when failures end a run."""
+"""Copies of complete checkpoints elsewhere, made in the background: when they start, and when failures end a run."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _log = logging.getLogger(__name__)
 
 
 class Copies(Protocol):
-    """Where complete checkpoints are also kept; used on rank 0, while training goes on."""
+    """Where complete checkpoints are also kept; used on rank 0, while training continues."""
 
     def start(self) -> str | None:
-        """Begin to copy what is complete; return why that is not possible, if so."""
+        """Start to copy what is complete; return why that is impossible, if it is."""
 
     def outcomes(self) -> list[str | None]:
-        """Why copies failed (or None) that have ended since the last call, in order."""
+        """For each copy that has ended since the last call, in order: why it failed, or None."""
 
     def wait(self) -> str | None:
         """Wait for all copies; return why the last one failed, if it did."""
@@ -27,11 +27,11 @@ class Copies(Protocol):
 
 @dataclass
 class CopyCount:
-    """The copies of one training, counted alike on all ranks.
+    """The copies of one training, with the same counts on all ranks.
 
     Attributes:
         copies: what makes them; None on all ranks, or on none.
-        max_failures: how many in succession may fail; None: any number.
+        max_failures: how many consecutive copies may fail; None: any number.
         waiting: whether this rank waits for the last copy.
     """
 
@@ -41,10 +41,10 @@ class CopyCount:
     _failures: int = 0
 
     def settle(self, complete: bool) -> None:
-        """Copy what has become complete, and note how earlier copies have ended (collective).
+        """Copy what has become complete, and record the outcome of earlier copies (collective).
 
         Raises:
-            UserError: ``max_failures`` have failed in succession.
+            UserError: ``max_failures`` consecutive copies have failed.
         """
         copies = self.copies
         if copies is None:
@@ -63,14 +63,14 @@ class CopyCount:
                 )
             if self.max_failures is not None and self._failures >= self.max_failures:
                 raise UserError(
-                    f"{self._failures} checkpoints in succession could not be copied: {problem}",
+                    f"{self._failures} consecutive checkpoints could not be copied: {problem}",
                     where="run.storage",
                     remedy="check the store and the network; the same command resumes from the last "
                     "checkpoint (checkpoint.max_failures)",
                 )
 
     def wait(self) -> str:
-        """Wait for all copies; what to add to a last word, empty if all is well (collective)."""
+        """Wait for all copies; return an addition to the final message, empty if all succeeded (collective)."""
         self.waiting = self.copies is not None
         problem = None if self.copies is None else collectives.alone(self.copies.wait)
         return "" if problem is None else f", but not copied to run.storage: {problem}"

@@ -35,7 +35,7 @@ File = tuple[str, int, str]
 
 
 def root_of(stage_folder: Path) -> Path:
-    """Where the checkpoints of a stage lie."""
+    """Folder of a stage's checkpoints."""
     return Path(stage_folder) / "checkpoints"
 
 
@@ -155,13 +155,13 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"this is not a checkpoint: {error}",
             where=str(path),
-            remedy="a folder step-…, as `cnn2gnn checkpoint ls` shows them",
+            remedy="name a step-… folder; `cnn2gnn checkpoint ls` lists them",
         ) from None
     if written != FORMAT:
         raise UserError(
             f"this checkpoint has format {written}, but this version reads format {FORMAT}",
             where=str(folder),
-            remedy="the version of cnn2gnn-dist that wrote it, or another run.dir=…",
+            remedy="use the version of cnn2gnn-dist that wrote it, or another run.dir=…",
         )
     return state
 
@@ -199,16 +199,16 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 def load_weights(folder: Path) -> dict[str, Tensor]:
     """Return the weights and buffers of a checkpoint as a plain state dict, without DeepSpeed.
 
-    Those that answers come from: averages over the steps where training kept them.
+    These are the ones for inference: averages over the steps if training kept them.
     """
     tensors = answering(read_tensors(Path(folder)))
     return {name[2:]: tensor for name, tensor in tensors.items() if name[:2] in ("w/", "b/")}
 
 
 def answering(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The named tensors with averages over the steps, if any, in the place of weights and buffers.
+    """The named tensors with averages over the steps, if any, in place of weights and buffers.
 
-    Each rank's own buffers are then left out: the mean is what answers come from.
+    Each rank's own buffers are then left out: inference uses the mean.
     """
     averages = {
         {"a/": "w/", "c/": "b/"}[name[:2]] + name[2:]: tensor

@@ -51,7 +51,7 @@ class Checkpoints:
         run_id: the run that they belong to; checkpoints of other runs are refused.
         about: the config fields behind ``run_id``, so that a refusal can name the differences.
         keep_last: how many to keep, in addition to the best one.
-        max_failures: how many saves in succession may fail, or copies; None: any number.
+        max_failures: how many consecutive saves, or copies, may fail; None: any number.
         copies: where checkpoints are also kept; None on all ranks, or on none.
     """
 
@@ -180,7 +180,7 @@ class Checkpoints:
         Args:
             engine: one that has not stepped yet.
             only: load exactly this checkpoint, which is known to be complete.
-            answering: take averages over the steps, if any, for weights: to answer, not to train on.
+            answering: load averages over the steps, if any, as weights: for inference, not for training.
             force: also accept another run's or config's checkpoint if the model's shapes fit.
 
         Raises:
@@ -243,10 +243,10 @@ class Checkpoints:
         _log.debug("checkpoint %s is complete", final.name)
 
     def _report(self, problem: str | None, work: Path) -> None:
-        """Note the outcome of a save, the same on all ranks.
+        """Record the outcome of a save, the same on all ranks.
 
         Raises:
-            UserError: ``max_failures`` have failed in succession.
+            UserError: ``max_failures`` consecutive saves have failed.
         """
         self.problem = problem
         self._failures = 0 if problem is None else self._failures + 1
@@ -260,7 +260,7 @@ class Checkpoints:
             )
         if self.max_failures is not None and self._failures >= self.max_failures:
             raise UserError(
-                f"{self._failures} checkpoints in succession could not be written: {problem}",
+                f"{self._failures} consecutive checkpoints could not be written: {problem}",
                 where=str(self.folder),
                 remedy="free some space or fix the folder; the same command resumes from the last one "
                 "that was written (checkpoint.max_failures)",
@@ -354,5 +354,5 @@ def _check_shapes(engine: Engine, tensors: dict[str, Tensor], path: Path) -> Non
                 f"the checkpoint does not fit the model at {name[2:]}: shape "
                 f"{there.get(name, 'absent')} saved, {wanted.get(name, 'absent')} expected",
                 where=str(path),
-                remedy="the config of the run that wrote it, or another run.dir=…",
+                remedy="use the config of the run that wrote it, or another run.dir=…",
             )

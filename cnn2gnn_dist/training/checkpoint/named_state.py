@@ -2,9 +2,9 @@
 
 ``w/NAME`` is the fp32 weight, ``m/NAME`` and ``v/NAME`` Adam's moments (``m/NAME`` SGD's), ``b/NAME`` a buffer's mean
 over the ranks, ``own-R/NAME`` rank R's own buffer (BatchNorm's statistics differ from the first step
-on). With an average of the weights ``a/NAME`` is it, ``c/NAME`` and ``avg-R/NAME`` are the averages
-of buffers, likewise. Uses private names of DeepSpeed (pinned, and tested across stages and world sizes); the three
-traps of ``safe_get_full_*`` are marked.
+on). ``a/NAME`` is the average of a weight, if there is one; ``c/NAME`` and ``avg-R/NAME`` are the averages
+of buffers (mean, and each rank's own). Uses private names of DeepSpeed (pinned, and tested across stages and world
+sizes); the three traps of ``safe_get_full_*`` are marked.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def own_buffers(engine: Engine, rank: int) -> dict[str, Tensor]:
 
 
 def push_buffers(engine: Engine, tensors: dict[str, Tensor], rank: int | None) -> None:
-    """Set the buffers to ``rank``'s own where they were saved, else to their mean."""
+    """Set the buffers to ``rank``'s own if they were saved, else to their mean."""
     with torch.no_grad():
         for mean_of, own, name, buffer in _buffers(engine):
             mean = tensors.get(mean_of + name, tensors["b/" + name])
@@ -88,7 +88,7 @@ def push_buffers(engine: Engine, tensors: dict[str, Tensor], rank: int | None) -
 
 
 def _buffers(engine: Engine) -> Iterator[tuple[str, str, str, Tensor]]:
-    """Prefix of the mean and of each rank's own, name and buffer: those of training, then their averages."""
+    """For each buffer: prefixes of its mean and of each rank's own, name, buffer; training's first, then averages."""
     for name, buffer in engine.module.named_buffers():
         yield "b/", "own", name, buffer
     if engine.average is not None:
@@ -97,12 +97,12 @@ def _buffers(engine: Engine) -> Iterator[tuple[str, str, str, Tensor]]:
 
 
 def _kept(engine: Engine) -> tuple[str, ...]:
-    """What the optimizer keeps for each parameter."""
+    """Names of the optimizer's state for each parameter."""
     return (*engine.moments, AVERAGE) if engine.average is not None else engine.moments
 
 
 def _without(kept: str, weight: Tensor) -> Tensor:
-    """What is kept of a weight at the start: only ``--force`` loads a checkpoint without it."""
+    """Initial optimizer state of a weight: only ``--force`` loads a checkpoint without it."""
     return weight if kept == AVERAGE else torch.zeros_like(weight)
 
 

@@ -112,7 +112,7 @@ def test_bombs(client: TestClient):
     [
         ("", {}, 415, "images can't be sent as nothing"),
         ("", {"data": {"a": "b"}}, 415, "x-www-form-urlencoded"),
-        ("", {"json": {"images": []}}, 400, "there is no image"),
+        ("", {"json": {"images": []}}, 400, "contains no image"),
         ("", {"json": {"images": ["?"]}}, 400, "image 0 is not base64"),
         ("", {"json": {"picture": "a"}}, 400, "images: Field required"),
         ("", {"content": b"{", "headers": {"Content-Type": "application/json"}}, 400, "EOF"),

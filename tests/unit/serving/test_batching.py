@@ -81,7 +81,7 @@ def test_a_full_queue_refuses(model: Classifier):
     held.asked.acquire()
     held.batcher.submit(images(4), top=1, neighbours=0)
     assert held.batcher.waiting == 4
-    with pytest.raises(Refused, match="4 images are waiting") as refused:
+    with pytest.raises(Refused, match="4 images are already waiting") as refused:
         held.batcher.submit(images(1), top=1, neighbours=0)
     assert refused.value.status == 503
     held.go()
