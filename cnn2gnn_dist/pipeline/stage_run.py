@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cnn2gnn_dist import ledger, log, settings
+from cnn2gnn_dist import durable, ledger, log, settings
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.ledger import Status
 from cnn2gnn_dist.pipeline import keys, moved_data
@@ -123,12 +123,18 @@ def _executed(context: Context, survey: Survey, step: Step, made: dict[str, str]
     began = time.perf_counter()
     context.say(f"{step.status.value}: {step.why}")
     _log.debug("key %s, folder %s", context.key, context.folder)
-    if stage.alone:
-        files = on_rank_0(ranks, lambda: stage.work(context, made))
-    else:
-        files = stage.work(context, made)
+
+    def work() -> list[Path]:
+        with durable.disk_full_reported(context.folder):
+            return stage.work(context, made)
+
+    files = on_rank_0(ranks, work) if stage.alone else work()
 
     def close() -> Step:
+        with durable.disk_full_reported(context.folder):
+            return recorded()
+
+    def recorded() -> Step:
         entry = step.record(
             digest=keys.digest(survey, stage, context.key, files),
             outputs=ledger.outputs(context.folder, files),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from tests.support import own_mounts
 from tests.support.runs import MICRO, alone
 from tests.support.shards import make_shards, random_images
 from tests.unit.pipeline.test_bad_input import shards  # noqa: F401 (fixtures)
@@ -106,3 +107,28 @@ def test_too_few_images_for_the_student_end_a_run_before_the_teacher(shards, tmp
     refused(done, "48 candidates for each of 48 training images", "graph.candidates=47 or less")
     assert (tmp_path / "run" / "manifest" / "done.json").exists()
     assert not (tmp_path / "run" / "teacher").exists()
+
+
+ON_A_SMALL_DISK = """
+import contextlib, io, json, subprocess, sys
+from cnn2gnn_dist import cli
+folder = sys.argv[1]
+mount = lambda how: subprocess.run(["mount", "-t", "tmpfs", "-o", how, "none", folder], check=True)
+said = []
+for how in ("size=40k", "remount,size=10m"):
+    mount(how)
+    text = io.StringIO()
+    with contextlib.redirect_stderr(text):
+        code = cli.main(["pack", "--config", "demo", "data.limit=60", f"run.dir={folder}/run"])
+    said.append([code, text.getvalue()])
+print(json.dumps(said))
+"""
+
+
+@own_mounts.needed
+def test_a_disk_that_fills_up_while_packing(tmp_path):
+    """A sentence, and the same command once there is space."""
+    (full, what), (again, _) = own_mounts.run("-c", ON_A_SMALL_DISK, str(tmp_path))
+    assert (full, again) == (2, 0)
+    assert "disk full: No space left on device" in what
+    assert "same command again" in what
