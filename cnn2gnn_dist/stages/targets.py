@@ -66,7 +66,7 @@ def run(context: Context, teacher_key: str) -> list[Path]:
     complete = [files[s] for s in shards if s not in set(missing)]
     if not missing:
         _hand_over(context, [], complete)
-        _count_corrupt(context, len(manifest), files)
+        _count_corrupt(context, manifest, files)
         return list(files.values())
     classify, collective = _classifier(context, manifest.num_classes, teacher_key)
     world_size = context.ranks.world_size
@@ -88,7 +88,7 @@ def run(context: Context, teacher_key: str) -> list[Path]:
             for _ in range(most - forwards):
                 classify(idle)
     _hand_over(context, [files[s] for s in mine], complete)
-    _count_corrupt(context, len(manifest), files)
+    _count_corrupt(context, manifest, files)
     return list(files.values())
 
 
@@ -137,16 +137,27 @@ def _top(log_BC: Tensor, top_k: int | None) -> tuple[np.ndarray, np.ndarray]:
     return classes.cpu().numpy().astype(np.int32), top.cpu().numpy().astype(np.float16)
 
 
-def _count_corrupt(context: Context, samples: int, files: dict[int, Path]) -> None:
+def _count_corrupt(context: Context, manifest: Manifest, files: dict[int, Path]) -> None:
     """Count all files' corrupt images, including those of an earlier attempt (collective)."""
     mine = list(files.values())[context.ranks.rank :: context.ranks.world_size]
-    corrupt = CorruptCount(context.config.data.max_corrupt, samples, what="training images")
+    limit = context.config.data.max_corrupt
+    corrupt = CorruptCount(limit, len(manifest), what="training images")
     for path in mine:
         corrupt.seen.update(soft.corrupt_samples(path))
     found = corrupt.check()
-    if found:
-        some = "; ".join(sorted(found.values())[:3])
-        context.warn(f"{len(found)} corrupt images have uniform targets: {some}")
+    if not found:
+        return
+    some = "; ".join(sorted(found.values())[:3])
+    context.warn(f"{len(found)} corrupt images have uniform targets: {some}")
+    labels = np.asarray(manifest.label_N)
+    lost = np.setdiff1d(labels, np.delete(labels, list(found)))
+    lost = lost[lost >= 0]
+    if len(lost):
+        names = ", ".join(f"'{manifest.classes[label]}'" for label in lost[:5])
+        context.warn(
+            f"{len(lost)} classes without a training image that can be read, so they can't be "
+            f"learned: {names}"
+        )
 
 
 def _classifier(

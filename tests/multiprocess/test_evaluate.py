@@ -255,6 +255,16 @@ def test_targets_of_corrupt_images_are_uniform_and_counted(root, capsys, console
     assert "train03" in caught.value.what
 
 
+def test_a_class_of_which_no_image_can_be_read_is_said(root, capsys, console):
+    shard(root, "train", TRAIN, range(1, TRAIN, C))
+    here = context(root, "targets", "targets.views=0")
+    trained(here)
+    targets.run(here, "teacher")
+    assert "1 classes without a training image that can be read, so they can't be learned: '1'" in (
+        capsys.readouterr().err
+    )
+
+
 def test_corrupt_images_are_counted_when_the_graph_is_built(root):
     here = context(root, "graph", "data.max_corrupt=0.01")
     trained(here)

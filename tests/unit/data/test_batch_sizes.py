@@ -8,7 +8,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cnn2gnn_dist import settings as configs
-from cnn2gnn_dist.data.batch_sizes import check_arithmetic, check_parts, micro_batches, shares_of
+from cnn2gnn_dist.data.batch_sizes import (
+    check_arithmetic,
+    check_parts,
+    check_sizes,
+    micro_batches,
+    shares_of,
+)
 from cnn2gnn_dist.data.order import Order
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.stages.shared import preflight
@@ -40,6 +46,12 @@ def test_shares(counts, total):
     over = [s - e for s, e, count in zip(shares, exact, counts, strict=True) if count]
     givers = [o for o, s in zip(over, filter(None, shares), strict=True) if s > 1]
     assert all(giver - min(over) <= 1 + 1e-9 for giver in givers)
+
+
+def test_of_equal_remainders_the_first_get_more():
+    """The order of a run depends on it."""
+    assert shares_of([1, 1, 1], 4) == [2, 1, 1]
+    assert shares_of([1, 1, 1, 1], 6) == [2, 2, 1, 1]
 
 
 @settings(deadline=None)
@@ -98,6 +110,7 @@ def test_micro_batches_have_equal_shares_of_every_part(sizes, data):
 
 def test_check_arithmetic():
     check_arithmetic(96, 3, 4)
+    check_arithmetic(1, 1, 1)
     with pytest.raises(UserError) as caught:
         check_arithmetic(100, 3, 4)
     assert "100 is not 3 ranks x 4" in caught.value.what
@@ -107,6 +120,13 @@ def test_check_arithmetic():
     for world, accumulation in ((0, 1), (1, 0), (-2, -2)):
         with pytest.raises(UserError, match=f"{world} ranks x {accumulation} micro-batches"):
             check_arithmetic(8, world, accumulation)
+
+
+def test_check_sizes():
+    check_sizes(1, 1, 1, 1)
+    for batch, window in ((0, 1), (1, 0), (0, 0)):
+        with pytest.raises(UserError, match="both must be 1 or more"):
+            check_sizes(8, 1, batch, window)
 
 
 def test_check_parts():
