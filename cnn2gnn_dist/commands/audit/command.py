@@ -165,8 +165,8 @@ def _fix(source: Source, fix: Path, folder: Path, dry_run: bool) -> int:
             remedy="give images a class, or drop, on audit/index.html, and save labels.csv there",
         )
     everything: dict[str, Decision] = {}
-    if source.earlier is not None:
-        everything |= read_relabel(source.earlier)
+    for earlier in source.earlier:  # ``data.relabel`` takes one list: this one has to hold them all
+        everything |= read_relabel(earlier)
     before = len(everything)
     everything |= decisions
     path = folder / RELABEL
@@ -175,7 +175,9 @@ def _fix(source: Source, fix: Path, folder: Path, dry_run: bool) -> int:
     dropped = sum(one.name is None for one in decisions.values())
     output(f"{len(decisions) - dropped} images get a class, {dropped} are left out")
     if before:
-        output(f"with {len(everything) - len(decisions)} earlier decisions ({source.earlier})")
+        output(
+            f"with {len(everything) - len(decisions)} earlier decisions ({', '.join(map(str, source.earlier))})"
+        )
     if not dry_run:
         with durable.disk_full_reported(path):
             write_relabel(path, everything)

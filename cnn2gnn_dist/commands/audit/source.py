@@ -26,6 +26,7 @@ from cnn2gnn_dist.inference.audit import look_alike
 from cnn2gnn_dist.inference.audit.findings import HeldOut, TrainingSet
 from cnn2gnn_dist.inference.audit.memory import Thumbnails, training_set
 from cnn2gnn_dist.inference.folder import artefact
+from cnn2gnn_dist.inference.memory import store
 from cnn2gnn_dist.inference.memory.view import Memory
 from cnn2gnn_dist.log import progress
 from cnn2gnn_dist.stages.shared.context import Context, chunks, load_manifest
@@ -47,7 +48,8 @@ class Source:
         known: every name that a relabel list may use for an image.
         elsewhere: names of held-out images.
         held_keys, held_labels_Q: of the held-out images; empty for a model.
-        earlier: the relabel list that the run was trained with.
+        earlier: relabel lists that hold besides: the one that the run was trained with, and what its
+            model's memory has forgotten.
     """
 
     name: str
@@ -57,7 +59,7 @@ class Source:
     elsewhere: set[str] = field(default_factory=set)
     held_keys: Sequence[str] = ()
     held_labels_Q: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
-    earlier: Path | None = None
+    earlier: Sequence[Path] = ()
 
     def held_out(self, bar: Progress) -> HeldOut | None:
         """Embed the held-out images; None where there are none."""
@@ -186,7 +188,7 @@ def _of_run(folder: Path) -> Source:
             remedy="`cnn2gnn run --update` with the run's config, then audit it",
         )
     twin_N = np.asarray(version.twin) if (found / "twin.npy").is_file() else None
-    earlier = context.config.data.relabel
+    earlier = [] if context.config.data.relabel is None else [Path(context.config.data.relabel)]
     training = TrainingSet(
         version.x, np.asarray(version.z), np.asarray(version.labels), version.candidates, twin_N,
         train.classes,
@@ -199,7 +201,7 @@ def _of_run(folder: Path) -> Source:
         set(names_of(held)),
         unique_keys(held),
         held.label_N,
-        None if earlier is None else Path(earlier),
+        [*earlier, *_forgotten(root / "model")],
     ).open(context, train, held)
 
 
@@ -231,9 +233,16 @@ def _of_model(folder: Path) -> Source:
         )
     memory = Memory.open(folder / artefact.MEMORY)
     keys, name = memory.keys(memory.live_ids), str(config.source.get("name", folder.name))
-    source = _ModelSource(name, training_set(memory), keys, set(keys))
+    known = set(keys)
+    source = _ModelSource(name, training_set(memory), keys, known, earlier=_forgotten(folder))
     source.thumbnails = Thumbnails(memory)
     return source
+
+
+def _forgotten(model: Path) -> list[Path]:
+    """The list of what a model's memory has forgotten, if there is one."""
+    path = model / artefact.MEMORY / store.FORGOTTEN
+    return [path] if path.is_file() else []
 
 
 def _reader(context: Context, manifest: Path, views: ViewSpec) -> Reader:

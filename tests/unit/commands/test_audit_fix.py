@@ -1,0 +1,24 @@
+"""Decisions of an audit become a relabel list, which holds what was forgotten besides."""
+
+from cnn2gnn_dist import cli
+from cnn2gnn_dist.data.index.relabel import read_relabel
+from cnn2gnn_dist.inference import editing
+from cnn2gnn_dist.inference.classifier import Classifier
+from tests.support.models import write_model
+
+
+def test_forgotten_images_stay_left_out_of_a_training_with_the_list(tmp_path, capsys):
+    """``data.relabel`` takes one file: two lists would mean that one of them is not applied."""
+    model = write_model(tmp_path / "m")
+    editing.forget(Classifier.open(model, device="cpu"), ["img-3", "img-4"])
+    (tmp_path / "labels.csv").write_text("key,class\nimg-1,class 2\nimg-2,drop\n")
+    assert cli.main(["audit", str(model), "--fix", str(tmp_path / "labels.csv")]) == 0
+    told = capsys.readouterr().out
+    assert "2 earlier decisions" in told
+    assert "forgotten.csv" in told
+    made = read_relabel(model / "audit" / "relabel.csv")
+    assert {key: one.name for key, one in made.items()} == {
+        "img-1": "class 2", "img-2": None, "img-3": None, "img-4": None,
+    }  # fmt: skip
+    assert not made["img-3"].required  # another training set may not have it
+    assert made["img-2"].required
