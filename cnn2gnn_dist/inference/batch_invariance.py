@@ -1,14 +1,17 @@
 """Layers whose result for an image does not depend on the other images of its batch, to the last bit.
 
 torch uses another kernel for a single row, or for a few small images, which changes the last bits of
-a result. On CPUs a matrix product over a multiple of 16 rows, and oneDNN's convolution, give each row
-the same bits regardless of the other rows. What remains are activations whose last elements take
-another code path (SiLU, sigmoid): stems that have them run in multiples of 16 images. Whether a model
-needs this is determined when it is opened, since it depends on the machine. On GPUs there is no such
-guarantee.
+a result. On CPUs a matrix product over a multiple of 16 rows and of 16 columns, and oneDNN's convolution,
+give each row the same bits regardless of the other rows and of its place among them. (For 2 to 11 outputs
+of a number of inputs that is not divisible by 4, MKL sums in an order that changes with the row's place.)
+What remains are activations whose last elements take another code path (SiLU, sigmoid): stems that have
+them run in multiples of 16 images. Whether a model needs this is determined when it is opened, since it
+depends on the machine. On GPUs there is no such guarantee.
 """
 
 from __future__ import annotations
+
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -17,17 +20,26 @@ from torch import Tensor, nn
 from cnn2gnn_dist.models.graph_head import Float32Linear
 
 ROWS = 16
-"""Rows of a matrix product, and images of a batch, are filled up to a multiple of this."""
+"""Rows and columns of a matrix product, and images of a batch, are filled up to a multiple of this."""
 _TRIED = 3
 
 
 class _Linear(nn.Linear):
+    wide: Tensor
+    """The weights, with columns of 0 up to a multiple of ROWS: they add nothing, exactly."""
+
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        count = len(flat)
-        if missing := -count % ROWS:
-            flat = torch.cat([flat, flat.new_zeros(missing, flat.shape[1])])
-        return F.linear(flat, self.weight, self.bias)[:count].view(*x.shape[:-1], -1)
+        count, width = flat.shape
+        missing = (0, self.wide.shape[1] - width, 0, -count % ROWS)
+        if any(missing):
+            flat = F.pad(flat, missing)
+        return F.linear(flat, self.wide, self.bias)[:count].view(*x.shape[:-1], -1)
+
+
+def _wide(weight: Tensor) -> Tensor:
+    missing = -weight.shape[1] % ROWS
+    return F.pad(weight, (0, missing)) if missing else weight
 
 
 class _Conv2d(nn.Conv2d):
@@ -58,6 +70,7 @@ def make_batch_invariant(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) in (nn.Linear, Float32Linear):
             module.__class__ = _Linear
+            module.wide = _wide(cast("nn.Linear", module).weight.detach())
         elif (
             type(module) is nn.Conv2d
             and not isinstance(module.padding, str)

@@ -56,6 +56,23 @@ def test_a_stem_gives_the_same_bits_in_every_batch(name, size):
         assert torch.equal(run(images[order]), whole[order])
 
 
+@pytest.mark.parametrize("inputs", [5, 10, 12, 33, 130, 254])
+@pytest.mark.parametrize("outputs", [1, 2, 3, 10, 11, 12, 100])
+def test_a_product_gives_a_row_the_same_bits_at_any_place(inputs, outputs):
+    """Of few outputs over an odd number of inputs MKL sums some rows in another order than others."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(inputs, outputs).eval()
+    rows = torch.randn(48, inputs)
+    with torch.inference_mode():
+        before = layer(rows)
+        make_batch_invariant(layer)
+        whole = layer(rows)
+        torch.testing.assert_close(whole, before, atol=1e-5, rtol=1e-5)
+        assert torch.equal(torch.cat([layer(row) for row in rows.split(1)]), whole)
+        order = torch.randperm(48)
+        assert torch.equal(layer(rows[order]), whole[order])
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_answers_of_a_model_do_not_depend_on_company(model, threads):
     before = torch.get_num_threads()
