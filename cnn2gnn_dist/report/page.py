@@ -17,7 +17,9 @@ from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.report import figures
 from cnn2gnn_dist.report.labels import CONTROL, LABELS, evaluated
 
-TEMPLATE = "report.html.j2"
+TEMPLATE, AUDIT = "report.html.j2", "report_audit.html.j2"
+BEGINS, ENDS = "<!-- audit begins -->", "<!-- audit ends -->"
+"""Around the audit's section in the page."""
 COLUMNS = (
     ("accuracy", "accuracy", "{:.2%}", max),
     ("balanced_accuracy", "class-balanced", "{:.2%}", max),
@@ -85,6 +87,22 @@ def write_report(
     )
     path = root / "report.html"
     durable.write_text(path, page)
+    return path
+
+
+def add_audit(root: Path, class_names: Sequence[str], audit: dict[str, Any]) -> Path:
+    """Put the audit's section into the report of a run, whose pictures stay as they are.
+
+    Arguments, result and errors are those of ``write_report``, which is called where there is no report yet.
+    """
+    path = root / "report.html"
+    page = path.read_text(encoding="utf-8") if path.exists() else ""
+    before, _, rest = page.partition(BEGINS)
+    _, ends, after = rest.partition(ENDS)
+    if not ends:
+        return write_report(root, class_names, audit)
+    section = _environment().get_template(AUDIT).render(audit=audit)
+    durable.write_text(path, "".join([before, BEGINS, section, ENDS, after]))
     return path
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from cnn2gnn_dist import settings
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.report import page as report
-from cnn2gnn_dist.report.page import confused_pairs, verdict, write_report
+from cnn2gnn_dist.report.page import add_audit, confused_pairs, verdict, write_report
 from cnn2gnn_dist.runtime.ranks import Ranks
 from cnn2gnn_dist.stages.audit_digest import digest
 from cnn2gnn_dist.stages.shared.context import Context, RunPaths
@@ -279,6 +279,19 @@ def test_the_audits_first_page_is_in_the_report_where_there_is_one(made):
     text = write_report(made, None, AUDIT | nothing).read_text()
     assert "held-out images have" not in text
     assert "Most likely label errors" not in text
+
+
+@pytest.mark.parametrize("there", ["nothing", "without one", "with another"])
+def test_an_audit_put_into_a_report_makes_the_page_that_is_written_with_it(made, there):
+    names, path = ["ant", "bee", "cat"], made / "report.html"
+    wanted = write_report(made, names, AUDIT).read_text()
+    if there == "nothing":
+        path.unlink()
+    else:
+        write_report(made, names, None if there == "without one" else AUDIT | {"hubs": []})
+        assert path.read_text() != wanted
+    assert add_audit(made, names, AUDIT) == path
+    assert path.read_text() == wanted
 
 
 def test_without_a_memory_the_reason_is_said(tmp_path):
