@@ -33,8 +33,8 @@ from cnn2gnn_dist.errors import PeerLost, UserError
 from cnn2gnn_dist.graph.sampler import sample_key
 from cnn2gnn_dist.runtime.supervisor import Spec, SupervisedProcesses
 
-START_SECONDS = 120.0
-"""Minimum time for servers and clients to find each other: DGL sleeps 3 s at a time."""
+START_SECONDS = 300.0
+"""Minimum time for servers and clients to find each other: each imports DGL first, and it sleeps 3 s at a time."""
 NOTICE_SECONDS = 2.0
 """Time for a rank to notice by itself that its server or client has exited."""
 GRAPH_NAME = "knn"
