@@ -129,7 +129,7 @@ def test_a_quote_that_is_not_closed_swallows_no_decisions(tmp_path):
 def test_a_forgotten_image_need_not_be_there(tmp_path, pair):
     made, said = apply(tmp_path, pair, "key,class\nk0,drop?\nelsewhere,drop?\n")
     assert len(made) == 4
-    assert said.endswith("1 are left out, 1 are not there")
+    assert said.endswith("1 are left out, 1 are missing")
     found = read_relabel(written(tmp_path, "key,class\na,drop?\nb,drop\n"))
     write_relabel(tmp_path / "again.csv", found)
     assert read_relabel(tmp_path / "again.csv") == found
