@@ -1,4 +1,4 @@
-"""What a model needs to answer, in an environment that has nothing else: installed, asked, timed.
+"""A model in an environment with only what it needs for inference: installed, run, timed.
 
     python benchmarks/base_install.py FOLDER MODEL IMAGE [--torch "torch==2.13.0"] [--rounds 5]
 
@@ -55,7 +55,7 @@ FIRST = "import cnn2gnn_dist, sys; cnn2gnn_dist.load(sys.argv[1]).predict([sys.a
 
 
 def install(folder: Path, torch: str) -> Path:
-    """Make the environment if it is not there, and install this checkout into it; its ``bin``."""
+    """Create the environment if it is missing, and install this checkout into it; return its ``bin``."""
     programs = folder / "bin"
     pip = [
         str(programs / "python"),
@@ -75,7 +75,7 @@ def install(folder: Path, torch: str) -> Path:
 
 
 def check_absent(programs: Path) -> None:
-    """Check that nothing came along that a model does not need."""
+    """Check that nothing was installed that a model does not need."""
     listed = subprocess.run(
         [programs / "python", "-m", "pip", "list", "--format", "json"],
         capture_output=True, check=True,

@@ -1,4 +1,4 @@
-"""Apply the diffs of CONTRIBUTING.md, each to a clone of its own, and run the commands below them.
+"""Apply the diffs of CONTRIBUTING.md, each to a separate clone, and run the commands below them.
 
     python benchmarks/examples.py          whether every diff applies to the last commit
     python benchmarks/examples.py --run    and whether its commands work, a few minutes each

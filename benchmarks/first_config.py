@@ -1,4 +1,4 @@
-"""``cnn2gnn init`` on images of several kinds: is the time kept, and is the student worth it?
+"""``cnn2gnn init`` on images of several kinds: does it stay within the time, and is the student any good?
 
     python benchmarks/first_config.py FOLDER [photographs mini10 six cifar10] [--minutes 5] [--seeds 3]
 
@@ -65,7 +65,7 @@ def photographs(folder: Path, data: Path) -> str:
 
 
 def mini_imagenet(folder: Path, data: Path, classes: Iterable[int], each: int) -> str:
-    """Some classes of Mini-ImageNet, and so many images of each, as a folder of folders."""
+    """Some classes of Mini-ImageNet, with a number of images of each, as a folder of folders."""
     left = dict.fromkeys(classes, each)
     for file in sorted((data / "mini-imagenet").glob("train-*.parquet")):
         rows = pq.read_table(file, columns=["image", "label"]).to_pylist()

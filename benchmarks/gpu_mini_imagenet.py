@@ -1,4 +1,4 @@
-"""The paper's table on Mini-ImageNet, on a GPU that one has for a few minutes at a time.
+"""The paper's table on Mini-ImageNet, on a GPU that is available for a few minutes at a time.
 
     python benchmarks/gpu_mini_imagenet.py cut DATA PIECES        here: the data set in pieces of at most 64 MB
     python benchmarks/gpu_mini_imagenet.py run STORE --pieces PIECES --back BACK --out OUT --seconds 540
@@ -57,7 +57,7 @@ def digest(path: Path) -> str:
 
 
 def cut(data: Path, to: Path, most_mb: int) -> None:
-    """Group the data set's Parquet files into folders of at most so many MB, each with the list of all files."""
+    """Group the data set's Parquet files into folders of limited size, each with the list of all files."""
     files = sorted((data / "mini-imagenet").glob("*.parquet"))
     if not files:
         raise SystemExit(f"no Parquet files in {data}/mini-imagenet")
@@ -77,7 +77,7 @@ def cut(data: Path, to: Path, most_mb: int) -> None:
 
 
 def take(pieces: Path, store: Path) -> list[str]:
-    """Take what is there of the data set; return the names of files still missing.
+    """Take the available part of the data set; return the names of files still missing.
 
     Raises:
         SystemExit: a file is not what the list says, or there is no list.
@@ -120,7 +120,7 @@ def put_back(back: Path, store: Path) -> None:
 
 
 def train(store: Path, name: str, seconds: float, toy: bool) -> int:
-    """Go on with one run; return its exit code, 75 if the time was over."""
+    """Continue one run; return its exit code, 75 if time ran out."""
     options = [*(TOY if toy else FULL), f"run.dir={store / 'runs' / name}"]
     options.append(f"teacher.arch={'resnet18' if toy else RUNS[name]['arch']}")
     line = [sys.executable, "-m", "cnn2gnn_dist.launcher", "--config", "mini_imagenet", *options]
@@ -160,7 +160,7 @@ def table(store: Path) -> tuple[str, bool]:
 
 
 def bring(store: Path, out: Path, file_mb: int, all_mb: int) -> list[str]:
-    """Fill OUT: the table, logs and metrics, then models, then whole runs; return what did not fit."""
+    """Fill OUT: the table, logs and metrics, then models, then complete runs; return what did not fit."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "table.md").write_text(table(store)[0] + "\n")
     for name in RUNS:

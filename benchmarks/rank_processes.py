@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def run_ranks(
     program: str, arguments: Sequence[str], ranks: int, folder: str | Path | None = None
 ) -> list[dict[str, Any]] | None:
-    """Run a program as so many ranks until all have ended; what each says on its last line, by rank.
+    """Run a program as a number of ranks until all have ended; return each rank's last line.
 
     They find each other by what torchrun sets (RANK, WORLD_SIZE, MASTER_ADDR, …), and import this checkout.
 

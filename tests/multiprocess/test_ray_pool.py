@@ -37,7 +37,7 @@ def test_an_item_whose_actor_dies_is_done_by_its_successor(
 
 
 def test_an_item_that_kills_every_actor_is_named(ray_cluster: None, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="an actor died 3 times of 7"):
+    with pytest.raises(UserError, match="actors died 3 times of 7"):
         work_off([1, 7], tmp_path)
     assert (tmp_path / "7").read_text() == "xxx"
 
