@@ -39,6 +39,7 @@ _START_S = {"cpu": 75.0, "cuda": 90.0}
 """Seconds that all stages of a run take besides the passes over the images: Ray, process groups, saves, report."""
 _REFRESH_S = 4.0  # METIS and the files of a graph version
 _STEP_S = 0.015  # DeepSpeed's own share of a step, and the gradient exchange
+_MODEL_S = 0.002  # an image's thumbnail, place in the memory and audit, by the first rank alone
 _FEWEST_STEPS = 200  # after fewer, a network predicts the most frequent class
 _CACHE = 2 << 30  # bytes of decoded images that are kept
 _MOST_EPOCHS = 10_000
@@ -168,7 +169,7 @@ def nets(facts: Facts, machine: Machine, weights: dict[str, Any] | None) -> list
     return found
 
 
-def graph(images: int, ranks: int, student_epochs: int) -> dict[str, Any]:
+def graph(images: int, ranks: int, student_epochs: int, refreshes: int = 5) -> dict[str, Any]:
     """The section ``graph``: fewer neighbors among few images, a graph for the later half of the epochs."""
     part = images // max(1, ranks)  # candidates are searched in a rank's partition
     candidates = int(max(2, min(20, round(math.sqrt(images)), images - 1, part - 1)))
@@ -180,7 +181,7 @@ def graph(images: int, ranks: int, student_epochs: int) -> dict[str, Any]:
         "candidates": candidates,
         "neighbours": k,
         "start_epoch": start,
-        "refresh_epochs": max(1, math.ceil((student_epochs - start) / 5)),
+        "refresh_epochs": max(1, math.ceil((student_epochs - start) / refreshes)),
         "sampling": {"fanouts": [first, 0], "second_hop": "cached"},
         "partition": {"parts": ranks},
         **({} if images < 200_000 else {"search": {"exact": False}}),
@@ -232,7 +233,8 @@ def tree(
     """The config without names, paths, mean and std, for this many epochs of the teacher.
 
     ``step_s``: seconds per image that the teacher's step leaves to the readers. ``control``: whether the
-    student's network is also trained without a graph.
+    student's network is also trained without a graph; False where time is short, and the graph is
+    refreshed only once.
     """
     images = training_images(facts)
     machine = ranks_for(images, machine)
@@ -261,7 +263,7 @@ def tree(
             "warmup_epochs": min(warm, teacher_epochs / 2),
         },
         "targets": {"views": 0},
-        "graph": graph(images, machine.ranks, student_epochs),
+        "graph": graph(images, machine.ranks, student_epochs, 5 if control else 1),
         "student": {
             **net.stem,
             "dim": 256 if net.stem["stem"] == "resnet18" else width,
@@ -318,6 +320,7 @@ def estimate(facts: Facts, machine: Machine, config: dict[str, Any], speed: Spee
             if student.get("control", True)
             else 0.0,
             "evaluate": passes(speed.teacher_forward + 3 * speed.student_forward, 1, held, False),
+            "model": speed.busy * _MODEL_S * images,
         }
     )
 
