@@ -249,6 +249,24 @@ def test_a_kill_while_publishing_again_leaves_one_whole(tmp_path, final, work, a
     assert not (tmp_path / f"step-00000004{disk.ASIDE}").exists()
 
 
+def test_the_first_is_there_until_the_second_has_its_name(tmp_path, monkeypatch):
+    """A kill right before the rename, of a publication and not of a state made by hand."""
+    publish(tmp_path, 4)
+    at, rename = disk.path_of(tmp_path, 4), os.rename
+
+    def killed(source, target):
+        if target == at:
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(disk.os, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        publish(tmp_path, 4)
+    monkeypatch.undo()
+    disk.recover(tmp_path)
+    assert disk.damage(at) is None
+
+
 def test_recovering_touches_nothing_else(tmp_path):
     publish(tmp_path, 3)
     mark(disk.path_of(tmp_path, 3), "3")
