@@ -20,7 +20,9 @@ from cnn2gnn_dist.inference.folder import artefact
 from cnn2gnn_dist.inference.memory.old_classes import Images, unit
 from cnn2gnn_dist.inference.memory.view import Memory
 from cnn2gnn_dist.inference.network import Outputs
-from cnn2gnn_dist.inference.sets.together import Relations, Together
+from cnn2gnn_dist.inference.sets.learned import LearnedSets
+from cnn2gnn_dist.inference.sets.relations import Relations
+from cnn2gnn_dist.inference.sets.together import Together
 
 FITTED = "calibration.json"
 
@@ -62,7 +64,7 @@ class Scoring:
     """
 
     calibration: Calibration | None = None
-    together: Together | None = None
+    together: LearnedSets | Together | None = None
     zero_D: np.ndarray | None = None
 
     @classmethod
@@ -80,7 +82,7 @@ class Scoring:
             together = tree["together"]
             return cls(
                 Calibration.from_json(tree["calibration"]),
-                None if together is None else Together.from_json(together),
+                None if together is None else _rule(together),
                 np.array(tree["zero"], np.float64),
             )
         except (ValueError, KeyError, TypeError) as error:
@@ -136,7 +138,7 @@ class Scoring:
         self.calibrated().sets.threshold(coverage)
         _refuse_new_classes(memory, "sets with a coverage")
 
-    def rule_together(self, memory: Memory | None) -> Together:
+    def rule_together(self, memory: Memory | None) -> LearnedSets | Together:
         """Return the rule for images answered together.
 
         Raises:
@@ -190,6 +192,11 @@ def _refuse_new_classes(memory: Memory | None, what: str) -> None:
         )
 
 
+def _rule(kept: dict[str, Any]) -> LearnedSets | Together:
+    """Models from before the rule was learned hold rule T."""
+    return LearnedSets.from_json(kept) if "network" in kept else Together.from_json(kept)
+
+
 def votes(made: Outputs, memory: Memory, classes: int) -> np.ndarray:
     """Weights of the neighbors, summed by trained class: float32 [B, classes]."""
     labels = memory.labels[made.rows.clip(min=0)]
@@ -216,7 +223,7 @@ def write(folder: Path) -> None:
     x_nD = np.asarray(held_out.images.x_nD, np.float64)
     zero_D = x_nD.mean(0)
     try:
-        together: dict[str, Any] | None = Together.fit(
+        together: dict[str, Any] | None = LearnedSets.fit(
             held_out.images.logits_nC,
             unit(x_nD - zero_D),
             held_out.labels_n,

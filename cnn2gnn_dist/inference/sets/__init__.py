@@ -1,1 +1,1 @@
-"""Images that belong together, answered together: two gates that decide whether they do, and the answer."""
+"""Images that belong together, answered together: whether they do, and the answer."""

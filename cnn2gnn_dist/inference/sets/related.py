@@ -139,10 +139,10 @@ def _with_evidence(
             found.append(np.stack([agreement(p_SmC), evidence(p_SmC, log_odds_Smm)], 1))
         return np.concatenate(found)
 
-    strangers = measured(_random_sets(len(p_nC), count, _LEARNED, rng))
+    strangers = measured(random_sets(len(p_nC), count, _LEARNED, rng))
     of_class = rows_by_class(labels_n)
     related = measured(np.stack([few_classes(of_class, count, rng) for _ in range(_LEARNED)]))
-    members_Sm = _random_sets(len(p_nC), count, _STRANGERS, rng)
+    members_Sm = random_sets(len(p_nC), count, _STRANGERS, rng)
     fresh = measured(members_Sm)
     gate = OfSize.fit(strangers, related, fresh, LEVEL)
     return replace(gate, threshold=_affordable(scores(gate, fresh), members_Sm, lost))
@@ -165,7 +165,7 @@ def _agreement_alone(
     count: int, p_nC: np.ndarray, last: OfSize, rng: np.random.Generator
 ) -> OfSize:
     """``last``: of the size before, whose scale of evidence holds in between."""
-    members_Sm = _random_sets(len(p_nC), count, _STRANGERS, rng)
+    members_Sm = random_sets(len(p_nC), count, _STRANGERS, rng)
     step = max(1, _CELLS // (count * p_nC.shape[1]))
     found = np.concatenate(
         [agreement(p_nC[members_Sm[at : at + step]]) for at in range(0, _STRANGERS, step)]
@@ -175,5 +175,6 @@ def _agreement_alone(
     return OfSize((1.0, 0.0), (mean, last.means[1]), (deviation, last.deviations[1]), threshold)
 
 
-def _random_sets(images: int, count: int, sets: int, rng: np.random.Generator) -> np.ndarray:
+def random_sets(images: int, count: int, sets: int, rng: np.random.Generator) -> np.ndarray:
+    """Sets of different images, drawn from all: indices [sets, count]."""
     return np.stack([rng.choice(images, count, replace=False) for _ in range(sets)])

@@ -1,4 +1,6 @@
-"""Images that belong together (a burst, frames, parts off one line), answered together.
+"""Rule T: images that belong together, answered together by a rule composed by hand.
+
+Models that were exported before ``learned.py`` hold it, and ``learned.py`` is measured against it.
 
 A set of m images with logits l_i and features z_i, in five steps:
 
@@ -29,34 +31,15 @@ from typing import Any
 
 import numpy as np
 
-from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference.calibration import fit_temperature, log_softmax, softmax
-from cnn2gnn_dist.inference.sets.logistic import fit_balanced, sigmoid
+from cnn2gnn_dist.inference.sets.logistic import sigmoid
 from cnn2gnn_dist.inference.sets.one_class import fit_one_class, measures
+from cnn2gnn_dist.inference.sets.pairs import PairOdds
 from cnn2gnn_dist.inference.sets.related import agreement_gate, fit_related, related_score
+from cnn2gnn_dist.inference.sets.relations import Relations, same_class
 from cnn2gnn_dist.inference.sets.set_gate import SetGate, scores
 
 LAMBDA, ALPHA, ROUNDS, EDGES = 1.0, 0.02, 30, 15
-_PAIRED = 3000  # calibration images whose pairs are compared
-
-
-@dataclass(frozen=True)
-class Relations:
-    """The answer for a set of images.
-
-    Attributes:
-        posterior_mC: float64, rows sum to 1.
-        related: the set's images were found to be related (or declared to be: ``same``), so that each
-            posterior depends on the other images.
-        classes: number of different classes among the answers.
-        score: of the gate; ``threshold``: what it had to exceed.
-    """
-
-    posterior_mC: np.ndarray
-    related: bool
-    classes: int
-    score: float
-    threshold: float
 
 
 @dataclass(frozen=True)
@@ -107,10 +90,8 @@ class Together:
         return Relations(q_mC, True, len(np.unique(q_mC.argmax(1))), score, threshold)
 
     def same(self, logits_mC: np.ndarray) -> Relations:
-        """Answer a set that is known to be of one class: softmax(mean logits / T), for each image."""
-        mean_1C = np.asarray(logits_mC, np.float64).mean(0, keepdims=True)
-        p_mC = np.repeat(softmax(mean_1C, self.temperature), len(logits_mC), axis=0)
-        return Relations(p_mC, len(p_mC) > 1, min(len(p_mC), 1), 1.0, 0.0)
+        """Answer a set that is known to be of one class."""
+        return same_class(logits_mC, self.temperature)
 
     def edges(self, z_md: np.ndarray) -> np.ndarray:
         """W, float64 [m, m]: at most EDGES per row, none to itself; ties go to the smaller index."""
@@ -158,9 +139,9 @@ class Together:
             UserError: fewer than 4 calibration images, no two of one class, or only one class.
         """
         labels_n = np.asarray(labels_n)
-        _check(labels_n)
+        odds = PairOdds.fit(np.asarray(z_nd), labels_n, np.random.default_rng([seed, 0]))
+        slope, offset = odds.slope, odds.offset
         temperature = temperature or fit_temperature(logits_nC, labels_n)
-        slope, offset = _fit_edges(np.asarray(z_nd), labels_n, np.random.default_rng([seed, 0]))
         p_nC = softmax(logits_nC, temperature)
         rule = cls(temperature, slope, offset, None)
         log_p_nC = log_softmax(logits_nC, temperature)
@@ -206,29 +187,3 @@ class Together:
         if "thresholds" in kept:
             kept["gate"] = agreement_gate(kept.pop("sizes"), kept.pop("thresholds"))
         return cls(**kept)
-
-
-def _fit_edges(
-    z_nd: np.ndarray, labels_n: np.ndarray, rng: np.random.Generator
-) -> tuple[float, float]:
-    """a and b of σ(a·cos + b): logistic regression on pairs, both kinds of equal weight."""
-    if len(labels_n) > _PAIRED:
-        chosen = np.sort(rng.choice(len(labels_n), _PAIRED, replace=False))
-        z_nd, labels_n = z_nd[chosen], labels_n[chosen]
-    z_nd = z_nd.astype(np.float64)
-    first, second = np.triu_indices(len(labels_n), 1)
-    cos_P = (z_nd @ z_nd.T)[first, second]
-    same_P = labels_n[first] == labels_n[second]
-    weights, offset = fit_balanced(cos_P[:, None], same_P)
-    return float(weights[0]), offset
-
-
-def _check(labels_n: np.ndarray) -> None:
-    counts = np.unique(labels_n, return_counts=True)[1]
-    if len(labels_n) < 4 or len(counts) < 2 or counts.max() < 2:
-        raise UserError(
-            f"{len(labels_n)} calibration images of {len(counts)} classes don't tell how similar images"
-            " of one class are",
-            where="data.calibration",
-            remedy="train with a larger data.calibration: two images of two classes or more",
-        )
