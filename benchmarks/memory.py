@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
 from cnn2gnn_dist.inference.calibration import Calibration, calibration_error, softmax
+from cnn2gnn_dist.inference.sets.learned import LearnedSets
 from cnn2gnn_dist.inference.sets.together import Together
 
 SHOTS = (1, 5, 20, 100)
@@ -57,11 +59,14 @@ def new_classes(of: additions.Setting, draws: int, shots: list[int]) -> None:
 def together(of: additions.Setting, count: int) -> None:
     """Points gained by answering sets together."""
     labels = of.labels["calibration"]
-    rule = Together.fit(of.logits["calibration"], of.f["calibration"], labels)
+    fitted = of.logits["calibration"], of.f["calibration"], labels
+    rule, started = Together.fit(*fitted), time.process_time()
+    learned = LearnedSets.fit(*fitted)
+    print(f"\nlearned in {time.process_time() - started:.0f} s of processor time")
     print(f"\nT = {rule.temperature:.3f}, edges σ({rule.slope:.2f} cos + {rule.offset:.2f})\n")
     means = additions.unit(of.means)
     test = of.logits["test"], of.f["test"], of.labels["test"]
-    for number, row in enumerate(sets.gains(rule, *test, means, count)):
+    for number, row in enumerate(sets.gains((learned, rule), *test, means, count)):
         if not number:
             print("| " + " | ".join(row) + " |\n|" + " --- |" * len(row))
         cells = [v if isinstance(v, str) else f"{v:.2f}" for v in row.values()]

@@ -1,4 +1,4 @@
-"""Sets of images answered together: rule T beside averaging, priors, k-means and clustering."""
+"""Sets of images answered together: the learned network next to rule T, averaging, priors, k-means, clustering."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 
 from cnn2gnn_dist.inference.calibration import log_softmax, softmax
+from cnn2gnn_dist.inference.sets.learned import LearnedSets
 from cnn2gnn_dist.inference.sets.together import Together
 
 SETS = (
@@ -26,6 +27,12 @@ SETS = (
     (64, 0),
 )
 """Images and classes of a set; 0 classes: strangers, drawn from all images."""
+NEW = (
+    ("a burst among strangers", 16),
+    ("all but one of a class", 16),
+    ("a class in three, ten others", 36),
+)
+"""Compositions that the network doesn't learn from, and their sizes."""
 Answer = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """Logits [m, C] and z [m, d] to predicted classes [m]."""
 
@@ -42,11 +49,24 @@ def drawn(labels_N: np.ndarray, size: int, classes: int, rng: np.random.Generato
     return np.concatenate(rows)
 
 
-def answers(rule: Together, mean_Cd: np.ndarray) -> dict[str, Answer]:
+def drawn_new(kind: str, labels_N: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Rows of a set of one of the compositions NEW."""
+    of_class = rng.permutation(labels_N.max() + 1)
+    first = {"a burst among strangers": size // 2, "all but one of a class": size - 1}
+    many = first.get(kind, size // 3)
+    burst = rng.choice(np.flatnonzero(labels_N == of_class[0]), many, replace=False)
+    others = np.flatnonzero(labels_N != of_class[0])
+    if kind == "a class in three, ten others":
+        others = np.flatnonzero(np.isin(labels_N, of_class[1:11]))
+    return np.concatenate([burst, rng.choice(others, size - many, replace=False)])
+
+
+def answers(learned: LearnedSets, rule: Together, mean_Cd: np.ndarray) -> dict[str, Answer]:
     """All ways to answer a set."""
     open_gate = replace(rule, gate=None)
     prior_only = replace(open_gate, strength=0.0, one_class=None)
     return {
+        "learned": lambda logits, z: learned(logits, z).posterior_mC.argmax(1),
         "mean of logits": lambda logits, z: rule.same(logits).posterior_mC.argmax(1),
         "EM prior": lambda logits, z: prior_only(logits, z).posterior_mC.argmax(1),
         "soft k-means": lambda logits, z: soft_k_means(logits, z, rule.temperature, mean_Cd),
@@ -84,7 +104,7 @@ def clustered(logits_mC: np.ndarray, z_md: np.ndarray, rule: Together) -> np.nda
 
 
 def gains(
-    rule: Together,
+    rules: tuple[LearnedSets, Together],
     logits: np.ndarray,
     z: np.ndarray,
     labels: np.ndarray,
@@ -92,20 +112,22 @@ def gains(
     sets: int,
 ) -> list[dict[str, float | str]]:
     """Points gained over answering alone, and how often the gate fired, a row for each kind of set."""
-    ways, rows = answers(rule, means), []
-    for size, classes in SETS:
-        if classes > labels.max() + 1:
-            continue
+    ways, rows = answers(*rules, means), []
+    kinds = [(f"{m}, {k or 'strangers'}", m, k) for m, k in SETS if k <= labels.max() + 1]
+    for name, size, kind in kinds + [(f"{m}, {k}", m, k) for k, m in NEW]:
         total = dict.fromkeys(["alone", *ways, "fired"], 0.0)
         for number in range(sets):
-            at = drawn(labels, size, classes, np.random.default_rng([size, classes, number]))
+            if isinstance(kind, int):
+                at = drawn(labels, size, kind, np.random.default_rng([size, kind, number]))
+            else:
+                at = drawn_new(kind, labels, size, np.random.default_rng([size, 99, number]))
             total["alone"] += (logits[at].argmax(1) == labels[at]).mean()
-            total["fired"] += rule(logits[at], z[at]).related
-            for name, answer in ways.items():
-                total[name] += (answer(logits[at], z[at]) == labels[at]).mean()
+            total["fired"] += rules[0](logits[at], z[at]).related
+            for way, answer in ways.items():
+                total[way] += (answer(logits[at], z[at]) == labels[at]).mean()
         alone = total["alone"]
-        row: dict[str, float | str] = {"set": f"{size}, {classes or 'strangers'}"}
+        row: dict[str, float | str] = {"set": name}
         row |= {"alone": 100 * alone / sets, "fired": total["fired"] / sets}
-        row |= {name: 100 * (total[name] - alone) / sets for name in ways}
+        row |= {way: 100 * (total[way] - alone) / sets for way in ways}
         rows.append(row)
     return rows

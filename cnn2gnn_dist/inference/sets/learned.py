@@ -28,9 +28,10 @@ from cnn2gnn_dist.inference.sets.relations import Relations, same_class
 from cnn2gnn_dist.inference.sets.set_network import SetNetwork
 
 SIZES = (2, 3, 4, 6, 8, 11, 16, 23, 32, 45, 64)
-STEPS, CELLS, SETS, RATE = 600, 384, (4, 96), 0.02
-"""Steps of Adam, each on about CELLS images in sets of one size, at least and at most so many."""
-RELATED_WEIGHT = 0.1
+STEPS, CELLS, SETS, RATE = (200, 600), 384, (4, 96), 0.02
+"""Steps of Adam, two per calibration image within these bounds, each on about CELLS images in sets of one size, with
+a lower and an upper bound on the number of sets."""
+RELATED_WEIGHT = 0.3
 """Of the cross-entropy of being related beside that of the classes."""
 _STRANGERS, _PER_SIZE = 1200, 40_000  # random sets of a size at least, and images in them
 
@@ -84,7 +85,7 @@ class LearnedSets:
         *,
         temperature: float | None = None,
         seed: int = 0,
-        steps: int = STEPS,
+        steps: int | None = None,
     ) -> LearnedSets:
         """Learn from calibration images; bit-identical for the same seed on the same machine.
 
@@ -95,7 +96,7 @@ class LearnedSets:
             labels_n: their classes.
             temperature: T, if it is fitted already.
             seed: of weights, sets, and the images whose pairs are compared.
-            steps: of the optimizer.
+            steps: of the optimizer; None: as many as the images give material for.
 
         Raises:
             UserError: fewer than 4 calibration images, or no two of one class, or one class only.
@@ -105,6 +106,7 @@ class LearnedSets:
         temperature = temperature or fit_temperature(logits_nC, labels_n)
         log_p_nC = log_softmax(logits_nC, temperature)
         sizes = tuple(m for m in SIZES if m <= max(2, len(labels_n) // 4))
+        steps = steps or int(np.clip(2 * len(labels_n), *STEPS))
         with _reproducible(seed):
             network = _learn(log_p_nC, z_nd, labels_n, odds, sizes, seed, steps).eval()
             gated = sizes[:1] + sizes[2::2]  # the threshold is linear in log m in between

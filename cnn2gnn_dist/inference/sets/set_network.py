@@ -8,10 +8,11 @@ each of R rounds:
     w_ij = σ(edge(o_ij, agree_ij, u)), w_ii = 0                      do i and j show one class?
     s_ic = a_ic + g · (λ log(C π_c) + Σ_j w_ij (κ a_jc + μ q_jc))
 
-with class shares π_c = (mean_i q_ic + α/m) / (1 + Cα/m), and λ, κ, μ ≥ 0 of a gate that sees u. g = σ(related(u of the
-first round)) says whether the set belongs together at all. w = 1 and κ = 1 with the rest 0 is the mean of logits,
-which is right for one class; λ = 1 with w = 0 is EM over class shares (Saerens, Latinne, Decaestecker, 2002); what
-``together.py`` (rule T) composes by hand lies between them. Rows of w don't sum to 1: strangers have no edges.
+with class shares π_c = (mean_i q_ic + α/m) / (1 + Cα/m), and λ, κ, μ ≥ 0 of a gate that sees u. g = σ(opening(u of
+the first round)) closes the edges of strangers; whether a set is related is judged by u before and after all rounds.
+w = 1 and κ = 1 with the rest 0 is the mean of logits, which is right for one class; λ = 1 with w = 0 is EM over class
+shares (Saerens, Latinne, Decaestecker, 2002); what ``together.py`` (rule T) composes by hand lies between them. Rows
+of w don't sum to 1: strangers have no edges.
 
 Nothing depends on which class or which image is which: the same few weights serve any number of classes and of
 images, equivariant to both. Shapes: S sets of m images, C classes.
@@ -48,7 +49,8 @@ class SetNetwork(nn.Module):
         self.about = nn.ModuleList(nn.Linear(_ABOUT, HIDDEN, bias=False) for _ in rounds)
         self.edge = nn.ModuleList(nn.Linear(HIDDEN, 1) for _ in rounds)
         self.gate = nn.ModuleList(_perceptron(3) for _ in rounds)
-        self.related = _perceptron(1)
+        self.opening = _perceptron(1)
+        self.related = _perceptron(1, 2 * _ABOUT)
         for edge, gate in zip(self.edge, self.gate, strict=True):
             nn.init.constant_(edge.bias, -2.0)  # type: ignore[arg-type]
             nn.init.constant_(gate[-1].bias, -1.0)  # type: ignore[index]
@@ -72,8 +74,7 @@ class SetNetwork(nn.Module):
             q_SmC = s_SmC.softmax(-1)
             about_SU = self._about(q_SmC, log_odds_Smm)
             if open_S is None:
-                score_S = self.related(about_SU)[:, 0]
-                open_S = torch.sigmoid(score_S)
+                first_SU, open_S = about_SU, torch.sigmoid(self.opening(about_SU)[:, 0])
             shares, logits, votes = (
                 F.softplus(g_S)[:, None, None] for g_S in self.gate[at](about_SU).unbind(-1)
             )
@@ -83,6 +84,8 @@ class SetNetwork(nn.Module):
             heard_SmC = self._heard(at, q_SmC, log_odds_Smm, about_SU, said_SmC)
             company_SmC = shares * (classes * prior_SC).log()[:, None] + hears * heard_SmC
             s_SmC = log_p_SmC + open_S[:, None, None] * company_SmC
+        last_SU = self._about(s_SmC.softmax(-1), log_odds_Smm)
+        score_S = self.related(torch.cat([first_SU, last_SU], -1))[:, 0]
         return s_SmC.log_softmax(-1), score_S
 
     def _about(self, q_SmC: torch.Tensor, log_odds_Smm: torch.Tensor) -> torch.Tensor:
@@ -131,8 +134,8 @@ class SetNetwork(nn.Module):
         return torch.cat(heard, 1)
 
 
-def _perceptron(outputs: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(_ABOUT, HIDDEN), nn.SiLU(), nn.Linear(HIDDEN, outputs))
+def _perceptron(outputs: int, inputs: int = _ABOUT) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inputs, HIDDEN), nn.SiLU(), nn.Linear(HIDDEN, outputs))
 
 
 def _agreement(q_SmC: torch.Tensor, rows: slice) -> torch.Tensor:
