@@ -224,7 +224,7 @@ def affordable(score_S: np.ndarray, lost_S: np.ndarray) -> float:
 def _answered(
     network: SetNetwork, log_p_SmC: np.ndarray, log_odds_Smm: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    dtype = network.related[0].weight.dtype
+    dtype = next(network.parameters()).dtype
     log_q_SmC, score_S = network(
         torch.from_numpy(log_p_SmC).to(dtype), torch.from_numpy(log_odds_Smm).to(dtype)
     )

@@ -52,7 +52,7 @@ def _check(labels_n: np.ndarray) -> None:
     counts = np.unique(labels_n, return_counts=True)[1]
     if len(labels_n) < 4 or len(counts) < 2 or counts.max() < 2:
         raise UserError(
-            f"{len(labels_n)} calibration images of {len(counts)} classes don't show how alike images"
+            f"{len(labels_n)} calibration images of {len(counts)} classes don't show how similar images"
             " of one class are",
             where="data.calibration",
             remedy="train with a larger data.calibration: two images of two classes or more",

@@ -244,7 +244,7 @@ def test_weights_of_another_network_are_refused(rule):
 @pytest.mark.parametrize("labels", [[0, 1], [0, 1, 2, 3], [0, 0, 0, 0]])
 def test_too_few_to_fit(labels):
     count = len(labels)
-    with pytest.raises(UserError, match="how alike"):
+    with pytest.raises(UserError, match="how similar"):
         LearnedSets.fit(np.zeros((count, 4)), np.eye(count, 4), np.array(labels))
 
 
