@@ -7,13 +7,13 @@ For each seed one run of the preset gives the teacher, the student with the lear
 neighbors' vote, and the control (the same stem with an MLP head: same initial weights, norms, order, loss).
 Further runs share its packed shards, its teacher and its soft targets:
 
-    batch             the graph of the mini-batch (graph.scope=batch), which is answered in batches
+    batch             the graph of the mini-batch (graph.scope=batch), evaluated in batches
     built_once        one graph, from the features after the warm-up, never refreshed
     labels            student and control without distillation, for the same epochs
     labels_at_cost    the control without distillation, for as many epochs as teacher, targets and control took
     shuffled          the student of the first run, each neighbor replaced by an arbitrary node at test time
 
-All through the product's own commands. Run again, it continues with what is missing. Prints for every row
+Everything goes through the product's own commands. Run again, it continues with what is missing. Prints for every row
 accuracy (mean ± deviation over seeds), the paired difference to the control, parameters, FLOPs and
 milliseconds per image, seconds of training and images seen; ``cells.jsonl`` has the figures.
 """
@@ -40,7 +40,7 @@ BASE_ROWS = ("teacher", "student", "self_path", "vote", CONTROL)
 
 
 def cnn2gnn(preset: str, folder: Path, options: list[str]) -> None:
-    """Run the preset into a folder; its output goes to a log beside it.
+    """Run the preset into a folder; its output goes to a log next to it.
 
     Raises:
         CalledProcessError: it failed; the log says why.

@@ -3,8 +3,8 @@
     python benchmarks/audit.py FOLDER --known known.csv       (about 8 minutes on one core)
 
 A small stem is trained for five epochs on the first 12,500 training images (its features are kept in FOLDER).
-Of 20,000 others 5, 20 and 40 % of the labels are flipped: to any other class, or to the class that the stem
-confuses most with the true one. All methods have the same features and the same labels:
+Of 20,000 others, 5, 20 and 40 % of the labels are flipped: to any other class, or to the class that the stem
+confuses most with the true one. All methods get the same features and the same labels:
 
     audit, score      the order of ``cnn2gnn audit`` (inference/audit/scores.py), 19 neighbors
     audit, margin     its column for flips between similar classes

@@ -1,13 +1,13 @@
-"""Kill a small run at random moments, start it again, and compare it with one that nobody killed.
+"""Kill a small run at random moments, restart it, and compare it with one that was not killed.
 
     PYTHONPATH=. python benchmarks/chaos.py 100          # at least this many kills, about 30 minutes
     PYTHONPATH=. python benchmarks/chaos.py 20 --seed 7 --only ray
     PYTHONPATH=. python benchmarks/chaos.py 20 --hosts 2       # on hosts that are namespaces, as root
 
-Victims in turn: one rank, all ranks and their launcher, the launcher alone (torchrun); a rank, the
-driver, a stream's reader, Ray's head (`cnn2gnn run`). Moments: while starting, at any step, inside
-the writing of a checkpoint, inside a graph refresh. Progress goes to stderr, the table to stdout;
-exit code 1 if one loss, accuracy or bit of the last weights differs.
+The victims, in turn: one rank, all ranks and their launcher, the launcher alone (torchrun); a rank, the
+driver, a stream's reader, Ray's head (`cnn2gnn run`). The moments: while starting, at any step, while
+a checkpoint is written, during a graph refresh. Progress goes to stderr, the table to stdout;
+exit code 1 if a loss, an accuracy or a bit of the last weights differs.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ def kill(process: subprocess.Popen[bytes], mode: str, victim: str) -> bool:
 
 
 def standing(run: Path) -> tuple[str | None, int]:
-    """The training that logged last, and its last step."""
+    """The training that logged last, and its latest step."""
     logs = [run / stage / "metrics.jsonl" for stage in STAGES]
     there = [path for path in logs if path.exists() and path.stat().st_size]
     if not there:

@@ -4,8 +4,8 @@
     PYTHONPATH=. torchrun --nproc_per_node 2 benchmarks/checkpoint.py --config cifar10 FOLDER   # resumes
 
 Steps of the preset's teacher on random images, in blocks; every second block begins with a save,
-whose cost is what such a block takes longer than its neighbours. The second call loads what the
-first has saved: both say how long it was from the start of the process to the first step's end.
+whose cost is how much longer such a block takes than its neighbors. The second call loads what the
+first one saved; both print the time from the start of the process to the end of the first step.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """Run the commands of README.md and docs/*.md as a newcomer would: in a fresh clone, one by one.
 
     python benchmarks/docs_commands.py                       the clone sets up its own .venv (make install)
-    python benchmarks/docs_commands.py --venv PATH           with one that is there already
+    python benchmarks/docs_commands.py --venv PATH           with an existing one
     python benchmarks/docs_commands.py --venv PATH --long    also those that take many minutes
     python benchmarks/docs_commands.py --check               only whether they could run: files, options, fields
 
 Commands are the lines of fenced blocks, and code in a sentence, that begin with a program of PROGRAMS. KINDS says which
-of them are not run, and why; a pattern there that fits no command any more is a failure, too. PRINTS is what the docs
-say that a command prints. Ends with a table; exit code 1 if something failed.
+of them are not run, and why; a pattern there that no longer matches a command is a failure too. PRINTS is what a
+command prints according to the docs. Ends with a table; exit code 1 if something failed.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Nodes with what real embeddings have: overlapping classes, tails, duplicates, hubs; seeded.
+"""Nodes with the traits of real embeddings: overlapping classes, tails, duplicates, hubs; seeded.
 
-Row i depends on (seed, i's block of rows) only, so any number of nodes is written block by block,
+Row i depends only on (seed, i's block of rows), so any number of nodes is written block by block,
 and the first rows of a large set are those of a small one.
 
     python benchmarks/embeddings.py FOLDER --nodes 200000 --homophily 0.65

@@ -3,7 +3,7 @@
     python benchmarks/examples.py          whether every diff applies to the last commit
     python benchmarks/examples.py --run    and whether its commands work, a few minutes each
 
-Ends with a line for each; exit code 1 if something failed.
+Ends with a line per example; exit code 1 if something failed.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
 
 FOLDER has a folder for each class (``benchmarks/first_config.py`` makes such folders). Each image is held out once:
 for every fold, teacher and student (the one without a graph) of ``cnn2gnn init``'s smallest pair are trained in this
-process as the stages do it, on views of 32 pixels of each of ``KINDS``. A row for each: accuracies of teacher,
-student and the best of three linear probes of each fold, and the student's differences from that probe and
+process as the stages do it, on views of 32 pixels of each of ``KINDS``. It prints a row for each: accuracies of
+teacher, student and the best of three linear probes of each fold, and the student's differences from that probe and
 from the student of the first kind, each with its standard error over the images.
 """
 

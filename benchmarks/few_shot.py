@@ -7,9 +7,9 @@ Ravi and Larochelle's split (2017): the preset is trained on the 64 base classes
 evaluate). The run is exported, and each of 600 episodes draws 5 of the 20 novel classes, 1 or 5 images each to learn
 from and 15 to answer. Inductive: each query by the score of new classes, which is what ``memory add`` answers with,
 restricted to the episode's classes. Transductive: an episode's 75 queries together, by the EM of ``predict --together``
-over the same scores. Beside both: the nearest class mean, soft k-means (Ren et al., ICLR 2018), LaplacianShot (Ziko et
-al., ICML 2020). Constants are chosen by episodes of the 16 validation classes. FOLDER keeps the data, the run and the
-model: run again, it continues. Prints Markdown, mean ± 95 % over episodes. Needs $CNN2GNN_DATA.
+over the same scores. For comparison: the nearest class mean, soft k-means (Ren et al., ICLR 2018), LaplacianShot (Ziko
+et al., ICML 2020). Constants are chosen by episodes of the 16 validation classes. FOLDER keeps the data, the run and
+the model; run again, it continues. Prints Markdown, mean ± 95 % over episodes. Needs $CNN2GNN_DATA.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""``cnn2gnn init`` on images of several kinds: does it stay within the time, and is the student any good?
+"""``cnn2gnn init`` on images of several kinds: does it keep to the time, and is the student any good?
 
     python benchmarks/first_config.py FOLDER [photographs mini10 six cifar10] [--minutes 5] [--seeds 3]
 
-Each set is made in FOLDER from the data in ``$CNN2GNN_DATA`` as its owner would have it (``SETS``), ``cnn2gnn
-init`` writes a config for it, and ``torchrun`` runs that, once for each seed: where images are split off, another
-seed holds out other images. A row for each set: minutes asked for, predicted and taken, by the clock and by the
-processors (processor time of all processes over the cores: what a machine that does nothing else would take at
-least), and held-out accuracies: of teacher, student and control, of a linear probe, and of always answering the most
-frequent class; means over the seeds, and the difference of student and probe with its standard error, paired over
+Each set is made in FOLDER from the data in ``$CNN2GNN_DATA`` in the form that a user would have it (``SETS``),
+``cnn2gnn init`` writes a config for it, and ``torchrun`` runs that, once per seed: where images are split off, another
+seed holds out other images. A row per set: minutes asked for, predicted and taken, by the clock and by the
+processors (processor time of all processes divided by the cores: the least that an otherwise idle machine would
+take), and held-out accuracies: of teacher, student and control, of a linear probe, and of always answering the most
+frequent class; means over the seeds, and the difference between student and probe with its standard error, paired over
 the same images. The probe is logistic regression on the student's own features, the best of ``STRENGTHS`` of
-regularization as judged on the held-out images themselves, so a little better than anyone could know.
+regularization as judged on the held-out images themselves, so a little better than one could choose in practice.
 
 Exits with 1 if a student is below the probe by more than ``ERRORS`` of these standard errors, or below the most
 frequent class, or if a run took ``LATE`` times as long as asked for by the processors. A set with forty held-out
@@ -84,7 +84,7 @@ SETS: dict[str, Callable[[Path, Path], str]] = {
     "six": lambda folder, data: mini_imagenet(folder, data, range(3, 100, 17), 60),
     "cifar10": lambda _, data: str(data / "cifar10"),
 }
-"""Name → what makes it (folder to write to, data) and tells what to give to ``init``."""
+"""Name → what makes it (folder to write to, data) and returns what to give to ``init``."""
 
 
 def write(path: Path, content: bytes) -> None:
@@ -111,7 +111,7 @@ def run(command: list[str], log: Path) -> float:
 
 
 def references(folder: Path) -> dict[str, Any]:
-    """Which held-out images of a run are answered rightly: by student, linear probe, most frequent class."""
+    """Which held-out images of a run are answered correctly: by student, linear probe, most frequent class."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -219,7 +219,7 @@ def row(found: list[dict[str, Any]]) -> str:
 
 
 def faults(found: list[dict[str, Any]]) -> list[str]:
-    """What the runs of a set do not keep of what ``init`` promises."""
+    """The promises of ``init`` that the runs of a set break."""
     gain, error = above_probe(found)
     said = []
     if gain < -ERRORS * error:

@@ -4,7 +4,7 @@ PYTHONPATH=. python benchmarks/fuzz_decode.py SECONDS              # atheris, el
 PYTHONPATH=. python benchmarks/fuzz_decode.py SECONDS --sanitize   # partial.c under ASan and UBSan
 
 A finding is: an exception other than CorruptSample, 10 s or (at a limit of a million pixels per image)
-64 MB more of memory for one input, a row modified by a corrupt image, fill_views that disagrees with
+64 MB of additional memory for one input, a row modified by a corrupt image, fill_views that disagrees with
 decode, or partial decode that gives other pixels than the full one or reports corruption where the
 full one reads the image. The first finding ends the run; its bytes are left in the current folder.
 Damage that shows only below the crop, which partial decode ignores, is counted; its pixels must be

@@ -4,8 +4,8 @@
     python benchmarks/gpu_check.py --device cpu         the same checks at toy size, without a GPU (a few minutes)
     python benchmarks/gpu_check.py --only barrier,zero3
 
-Each check is a process (or a rank of a group) of its own and leaves a JSON file in the folder --out. Called again, what
-has passed or can't run here is not repeated, what failed is; --again repeats all. Ends with a table; exit code
+Each check is a separate process (or rank of a group) and leaves a JSON file in the folder --out. When called again, it
+repeats what failed, but not what has passed or can't run here; --again repeats all. Ends with a table; exit code
 1 if a check failed. What is not installed (DeepSpeed, faiss, …) makes its checks skip, with the reason.
 """
 

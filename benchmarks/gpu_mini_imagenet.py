@@ -6,9 +6,9 @@
     python benchmarks/gpu_mini_imagenet.py run STORE --toy ...    the same to its last line, on a CPU
 
 Each session on the machine takes what is in PIECES (one piece or more; checked by SHA-256) into STORE, puts back what
-the last session brought back (its OUT, given as BACK), and, once the data are whole, trains ResNet-50 and
+the last session brought back (its OUT, given as BACK), and, once the data are complete, trains ResNet-50 and
 ResNet-152 with the student and its control each: 200 epochs in bfloat16, by the product's own launcher. Before the
-time is over it stops as on a preemption, at a step that is saved, and fills OUT: the table, what each run has
+time is up it stops as on a preemption, at a step that is saved, and fills OUT: the table, what each run has
 measured and logged, then the models, then checkpoints, in files of at most --file-mb and --all-mb together. What did
 not fit is named; the runs whose checkpoints stayed behind start again on a bare machine.
 

@@ -1,4 +1,4 @@
-"""Mutants: small faults put into the code one at a time. Which of them do the tests notice?
+"""Mutants: small faults put into the code one at a time. Which of them do the tests detect?
 
 python benchmarks/mutants.py                        every subject, a seeded sample of each
 python benchmarks/mutants.py losses judge --all     these two, every mutant
@@ -6,10 +6,10 @@ python benchmarks/mutants.py --list order           the mutants, nothing is run
 
 A mutant is killed when a test of its subject fails or hangs on it. Survivors are listed; those
 for which ``mutating/equivalent.py`` gives a reason don't count. Outcomes are kept in
-runs/mutants.jsonl, so a run that was cut off goes on. Exit code 1 below 95 %.
+runs/mutants.jsonl, so an interrupted run continues. Exit code 1 below 95 %.
 
-Why not mutmut or cosmic-ray: the one mutates every word of every message, the other starts an
-interpreter, and with it torch, for every mutant.
+Why not mutmut or cosmic-ray: the former mutates every word of every message, the latter starts an
+interpreter, and imports torch, for every mutant.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def extras() -> dict[str, Decoder]:
-    """Those that are there; the wheel's with and without leaving large crops to the full decoder."""
+    """Those that are installed; the wheel's with and without leaving large crops to the full decoder."""
     found: dict[str, Decoder] = {}
     compiled = partial._decoder()
     if compiled is not None:

@@ -5,7 +5,7 @@
     python benchmarks/scale.py FOLDER --rivals           faiss, hnswlib, pynndescent at 1.28 M as well
     python benchmarks/scale.py FOLDER --tables           what is there, as Markdown; --pictures DOCS/images
 
-Each figure comes from a process of its own and is kept in FOLDER/results.jsonl: run again, it goes on
+Each figure comes from a separate process and is kept in FOLDER/results.jsonl; run again, it continues
 with what is missing. Nodes: ``benchmarks/embeddings.py``, seed 0. Rivals: benchmarks/requirements.txt.
 """
 

@@ -1,13 +1,14 @@
 """How much two ranks do in the time of one: on one host, and on two hosts of one rank each.
 
-    PYTHONPATH=. python benchmarks/scaling.py                                  the digits, to see that it runs
+    PYTHONPATH=. python benchmarks/scaling.py                                  the digits, to check that it runs
     PYTHONPATH=. python benchmarks/scaling.py --config cifar10 --rounds 3      on a quiet machine, as root
 
-Whole runs through the same entry, in turns over the rounds, one thread a rank; hosts are namespaces of this machine
-(tests/support/hosts.py), so their network is the machine's own: what remains is latency and the cost of collectives,
-not bandwidth. Rates are images per second of all ranks: medians over log lines (teacher, student; without the first
-ones), or a stage's images by its seconds (targets; refresh: the stage ``graph``, which embeds, searches, partitions
-and writes a version). Efficiency is the rate of two ranks by twice that of one. Below: where the rest may have gone.
+Complete runs through the same entry point, in turns over the rounds, one thread per rank; hosts are namespaces of this
+machine (tests/support/hosts.py), so their network is the machine's own: what remains is latency and the cost of
+collectives, not bandwidth. Rates are images per second of all ranks: medians over log lines (teacher, student; without
+the first ones), or a stage's images divided by its seconds (targets; refresh: the stage ``graph``, which embeds,
+searches, partitions and writes a version). Efficiency is the rate of two ranks divided by twice that of one. Below:
+where the rest may have gone.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ def _rates(run: Path) -> dict[str, float]:
 
 
 def _table(found: dict[str, list[dict[str, float]]]) -> str:
-    """Medians over the rounds; efficiency beside each rate of two ranks."""
+    """Medians over the rounds; efficiency next to each rate of two ranks."""
     middle = {
         way: {name: median(one[name] for one in rounds) for name in rounds[0]}
         for way, rounds in found.items()

@@ -2,9 +2,9 @@
 
     python benchmarks/second_hop.py FOLDER --limit 15000 --seeds 0 1 2      (about 15 minutes on 2 cores)
 
-For each seed one teacher and its soft targets; then a student each way, from copies of that run, with a
+For each seed one teacher and its soft targets; then one student each way, from copies of that run, with a
 shortened schedule. Prints accuracies on the 10,000 test images, their differences, and seconds of the
-student stage. Run again, it goes on with what is missing. Needs $CNN2GNN_DATA/cifar10.
+student stage. Run again, it continues with what is missing. Needs $CNN2GNN_DATA/cifar10.
 """
 
 from __future__ import annotations

@@ -3,11 +3,11 @@
     python benchmarks/serving.py MODEL IMAGES [throughput] [swaps] [fuzz] [replica]
 
 MODEL is copied first; IMAGES is a folder of images of its kind. ``throughput``: images/s of a server
-beside those of the bare model in a loop, in turns, in requests of 1 and of 64 images. ``swaps``: 1,000
+compared with the bare model in a loop, in turns, in requests of 1 and of 64 images. ``swaps``: 1,000
 requests while the memory changes 20 times; every answer is compared with that of the version it names.
 ``fuzz``: 10,000 uploads, random, truncated, bit-flipped, bombs, malformed forms and JSON. ``replica``: Ray
-Serve with two replicas of which one is killed. Latency under a load: ``serving_locust.py``. Clients are
-processes of their own, on the same cores.
+Serve with two replicas, one of which is killed. Latency under load: ``serving_locust.py``. Clients are
+separate processes on the same cores.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ from serving_client import FORM, PNG, TOKEN, Client, form, served
 from cnn2gnn_dist.inference.classifier import load
 from cnn2gnn_dist.inference.memory.view import Memory
 
-# --- images a second --------------------------------------------------------------------------
+# --- images per second ------------------------------------------------------------------------
 
 
 def asking(
     port: int, images: list[bytes], size: int, clients: int, seconds: float, pipe: Any
 ) -> None:
-    """In a process: so many clients ask for some seconds; sends the images a second and what each request took."""
+    """In a process: this many clients ask for some seconds; sends images per second and the time of each request."""
 
     def one(number: int) -> list[float]:
         client, took, rng = Client(port), [], random.Random(number)
@@ -73,9 +73,9 @@ def cpu_seconds(pid: int) -> float:
 
 
 def measured(pid: int, run: Callable[[], tuple[float, list[float]]]) -> tuple[float, float, float]:
-    """Images a second, milliseconds of a process's processor time for each, and of the fastest tenth of requests.
+    """Images per second, milliseconds of processor time per image, and those of the fastest tenth of requests.
 
-    The last two are what other work on the machine disturbs least.
+    Other work on the machine disturbs the last two least.
     """
     before, start = cpu_seconds(pid), time.monotonic()
     rate, took = run()
@@ -84,7 +84,7 @@ def measured(pid: int, run: Callable[[], tuple[float, list[float]]]) -> tuple[fl
 
 
 def throughput(model: Path, images: list[bytes], seconds: float, rounds: int) -> None:
-    """Compare images a second, and processor time (which other work on the machine leaves alone)."""
+    """Compare images per second, and processor time (which other work on the machine hardly affects)."""
     bare = load(model, device="cpu")
     context = multiprocessing.get_context("fork")
 
@@ -199,7 +199,7 @@ def swaps(model: Path, images: list[bytes], requests: int = 1000, changes: int =
 def damaged(
     rng: random.Random, whole: list[bytes], bombs: list[bytes]
 ) -> tuple[bytes, dict[str, str]]:
-    """Body and headers of a request that is likely wrong."""
+    """Body and headers of a request that is probably invalid."""
     kind = rng.randrange(8)
     data = bytearray(rng.choice(whole))
     if kind == 0:

@@ -1,4 +1,4 @@
-"""A server of a model in a process of its own, and a client that keeps its connection; for ``serving.py``."""
+"""A server for a model in a separate process, and a client that keeps its connection open; for ``serving.py``."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def form(images: list[bytes]) -> bytes:
 
 
 class Client:
-    """A connection that is kept."""
+    """A connection that is kept open."""
 
     def __init__(self, port: int) -> None:
         self._made = http.client.HTTPConnection("127.0.0.1", port, timeout=120)

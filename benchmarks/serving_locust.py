@@ -1,8 +1,8 @@
-"""Users of a served model for locust: one image a request, at a steady rate each.
+"""Users of a served model, for locust: one image per request, each user at a steady rate.
 
     locust -f benchmarks/serving_locust.py --headless -u 20 -r 20 -t 60s --host http://127.0.0.1:8000
 
-``SERVING_IMAGES``: folder of images; ``SERVING_RATE``: requests a second of a user (1).
+``SERVING_IMAGES``: folder of images; ``SERVING_RATE``: requests per second of a user (1).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ RATE = float(os.environ.get("SERVING_RATE", "1"))
 
 
 class Asking(FastHttpUser):
-    """Asks about an image, and again."""
+    """Asks about one image after another."""
 
     wait_time = constant_throughput(RATE)
 

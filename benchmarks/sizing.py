@@ -1,12 +1,12 @@
-"""What `cnn2gnn plan` predicts for a rank beside what training steps take: memory and speed.
+"""What `cnn2gnn plan` predicts for a rank, compared with what training steps take: memory and speed.
 
     python benchmarks/sizing.py        CIFAR-10's teacher and student, 1 and 2 ranks, ZeRO 0 to 3 (4 minutes)
 
-"states": all tensors of a rank after a step, when gradients are gone (but for ZeRO 3), beside the plan's. On a CPU
+"states": all tensors of a rank after a step, when gradients are freed (except for ZeRO 3), and the plan's. On a CPU
 DeepSpeed's buckets (200 MB in ds_config.json) are tensors of which only the part that is used takes memory.
-"peak": the largest size of the process (VmHWM) beside the plan's process + states + activations. "process": what
-of the peak is neither states nor activations (constants.PROCESS). "GFLOP/s": in the fastest step, by a second of
-the rank's one thread on a core (constants.CPU_GFLOPS). Exit code 1 if a peak is more than 25 % from its
+"peak": the largest size of the process (VmHWM), and the plan's process + states + activations. "process": the part
+of the peak that is neither states nor activations (constants.PROCESS). "GFLOP/s": in the fastest step, per second of
+processor time of the rank's one thread (constants.CPU_GFLOPS). Exit code 1 if a peak is more than 25 % from its
 prediction.
 """
 
@@ -125,7 +125,7 @@ def _without_gradients(expected: Any) -> float:
 
 
 def measured(kind: str, stage: int, micro: int, world: int) -> dict[str, float]:
-    """Start the ranks; return what rank 0 tells."""
+    """Start the ranks; return what rank 0 reports."""
     figures = run_ranks(__file__, ["--rank", kind, str(stage), str(micro)], world, ROOT)
     if figures is None:
         raise SystemExit(f"{kind}, ZeRO {stage}, {world} ranks: a rank failed")

@@ -4,7 +4,7 @@
 
 Streams small JPEGs through Ray actors, a fast and a slow trainer in turn. Every five seconds it looks
 at the memory of all processes of the session, the object store, what was spilled, /dev/shm and
-the session's files; every thirty it prints a line; at the end a verdict (exit code 1: failed).
+the session's files; every thirty seconds it prints a line, and at the end a verdict (exit code 1: failed).
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
 
 FOLDER is that of ``benchmarks/scale.py``: its graph and its METIS parts are used. End to end: sampling,
 gathering features, forward, backward, gradients averaged by DDP over gloo, AdamW. There are no images:
-a seed's own features are the bank's with a little noise. DGL and PyG hold all features in each process;
-ours holds a part with its halos. Every contender in processes of its own, in turns over the rounds.
+a seed's own features are those of the bank with a little noise. DGL and PyG hold all features in each process;
+ours holds a part with its halos. Every contender runs in separate processes, in turns over the rounds.
 PyG's NeighborLoader needs pyg-lib (not on PyPI) or torch-sparse (built from its source: see
 benchmarks/requirements.txt).
 """

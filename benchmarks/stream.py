@@ -1,13 +1,13 @@
-"""Images a second of the stream and of what users would pick instead, side by side in one run.
+"""Images per second of the stream and of what users would pick instead, side by side in one run.
 
     pip install --no-deps -r benchmarks/requirements.txt     # the competitors that are not ours already
     python benchmarks/stream.py                              # everything, about 15 minutes on 2 cores
     python benchmarks/stream.py --only photos --rounds 1     # part of it
     python benchmarks/stream.py --profile                    # where our own time goes
 
-Every contender runs in a process of its own, in turn, several rounds long (A B C A B C …), on the
-same images from a warm page cache, with two workers of one thread each. Its speed is taken from
-its first batch on; how long that one took has a column of its own. Ratios are taken within a
+Every contender runs in a separate process, in turn, for several rounds (A B C A B C …), on the
+same images from a warm page cache, with two workers of one thread each. Its speed is measured from
+its first batch on; how long that one took has its own column. Ratios are taken within a
 round, and their median counts: cores may be shared, and seconds then mean little.
 Progress goes to stderr, the tables (Markdown) to stdout.
 """

@@ -1,4 +1,4 @@
-"""A training step as the product runs it beside the loop that users write with torch alone.
+"""A training step as the product runs it, compared with the loop that users write with torch alone.
 
     python benchmarks/training.py                                   CIFAR-10's teacher and student (about 6 minutes)
     python benchmarks/training.py --preset mini_imagenet --models teacher --images 32
@@ -8,7 +8,7 @@ stores them (NCHW), BatchNorm of each rank alone. ``plain, bfloat16``: the same 
 ``engine``: the network in the product's precision under DeepSpeed, at the ZeRO stage of ds_config.json. The student
 gets random blocks of neighbors; under the engine its BatchNorm is synchronized across ranks, as in a run.
 
-Every contender runs in processes of its own, in turns over the rounds, each rank with one thread. Images per
+Every contender runs in separate processes, in turns over the rounds, each rank with one thread. Images per
 second are those of all ranks by the clock, images per processor second those of one rank by its own use of the
 processor, which other work on the machine disturbs less; ratios are of the latter. The last table says where the
 engine's time goes (torch's profiler, rank 0).
@@ -49,7 +49,7 @@ KINDS = (  # the first pattern that an operator's name matches
 
 
 class _NCHW(nn.Module):
-    """A network that gets its images as torch stores them when nothing is said."""
+    """A network that gets its images in torch's default memory layout."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()

@@ -24,7 +24,7 @@ class Contender:
         module: of this package.
         options: for the module.
         partial: the compiled partial decoder: used, or turned off.
-        passes: how much more (or less) it reads than the others, because it is faster (or one epoch).
+        passes: how much more (or less) it reads than the others, because it is faster (or stops after one epoch).
         settle: passes before its clock starts.
     """
 

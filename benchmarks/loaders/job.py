@@ -108,7 +108,7 @@ def touch(batch: Any) -> int:
 
 
 def cpu_seconds() -> tuple[float, float]:
-    """CPU time of this process and its descendants so far, and of the whole machine."""
+    """CPU time of this process and its descendants so far, and of the complete machine."""
     machine = psutil.cpu_times()
     own = 0.0
     me = psutil.Process()

@@ -1,4 +1,4 @@
-"""New classes: rule R beside what else one could do with the same images."""
+"""New classes: rule R compared with other uses of the same images."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def retrained(of: Setting, rows: np.ndarray) -> Scores:
 
 
 def columns(of: Setting, rows: np.ndarray) -> Scores:
-    """The new columns alone, beside the head's logits."""
+    """The new columns alone, next to the head's logits."""
     x, labels = _replayed(of, rows)
     logits = np.concatenate([of.logits["train"][of.replay], of.logits["pool"][rows]])
     weights, bias = _fit(x, labels, logits, of.new)
@@ -204,7 +204,7 @@ def _old_head(of: Setting) -> tuple[np.ndarray, np.ndarray]:
 def _fit(
     x: np.ndarray, labels: np.ndarray, logits: np.ndarray | None, width: int, penalty: float = 1e-3
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Weights [D, width] and bias by class-balanced cross-entropy, beside fixed logits if given."""
+    """Weights [D, width] and bias by class-balanced cross-entropy, next to fixed logits if given."""
     inputs, target = torch.from_numpy(x.astype(np.float32)), torch.from_numpy(labels)
     count = torch.bincount(target)
     weight = (1.0 / count.clamp(min=1) / (count > 0).sum())[target]

@@ -98,7 +98,7 @@ def split(
         names: class names.
         new: names of the classes left out.
         calibration: training images of each old class set apart for calibration.
-        test: training images of each class that are tested on beside those of the test files.
+        test: training images of each class to test on, in addition to those of the test files.
     """
     order = [name for name in names if name not in new] + new
     number = np.array([order.index(name) for name in names])
@@ -125,7 +125,7 @@ def split(
 
 
 def cifar10(data: Path, new: list[str]) -> Images:
-    """CIFAR-10 with classes left out, and shifted images beside."""
+    """CIFAR-10 with classes left out, together with shifted images."""
     folder = data / "cifar10"
     train = read(sorted(folder.glob("train*.parquet")), 32)
     test = read(sorted(folder.glob("test*.parquet")), 32)

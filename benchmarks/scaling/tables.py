@@ -64,7 +64,7 @@ def _rivals(rows: Rows) -> str:
         ]
         for j, f in of(rows, "rival")
     ]  # fmt: skip
-    head = ["nodes", "homophily", "", "setting", "seconds", "recall@10", "peak GiB", "by ours"]
+    head = ["nodes", "homophily", "", "setting", "seconds", "recall@10", "peak GiB", "/ ours"]
     return _table("The same table by others, two threads", head, lines)
 
 

@@ -1,8 +1,8 @@
-"""Runs on hosts that are namespaces, each hit by faults at moments drawn from a seed, and a ledger of what came of it.
+"""Runs on hosts that are namespaces, each hit by faults at moments drawn from a seed, and a ledger of the results.
 
 Faults: a rank is killed; a host loses power (its link, then all its processes); its link is cut for less than
-``cluster.timeout_s``, or until its rank has given up; the disk of the run is full for a while. Nothing starts a rank
-again but this program, with the same command on all hosts.
+``cluster.timeout_s``, or until its rank has given up; the run's disk is full for a while. Only this program restarts
+ranks, with the same command on all hosts.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ EXPECTED = {0, 2, 75, 143, -signal.SIGKILL}
 
 @dataclass
 class Ledger:
-    """What came of the faults so far."""
+    """Results of the faults so far."""
 
     faults: Counter[str] = field(default_factory=Counter)
     moments: Counter[str] = field(default_factory=Counter)
@@ -89,7 +89,7 @@ def main(count: int, faults: int, seed: int) -> int:
 
 @contextlib.contextmanager
 def _disk() -> Iterator[Path]:
-    """A small file system that all hosts will share; what the ranks say is kept beside it."""
+    """A small file system that all hosts will share; the ranks' output is kept next to it."""
     base = Path(tempfile.mkdtemp(prefix="c", dir="/tmp"))
     folder = base / "disk"
     folder.mkdir()
@@ -178,7 +178,7 @@ def _struck(
     victim: int,
     rng: random.Random,
 ) -> Iterator[None]:
-    """The fault, for as long as the ranks have to bear it; what the hosts need for the next command is mended."""
+    """Cause the fault for as long as it should last; then repair what the hosts need for the next command."""
     host, filler = members[victim], run.parent / "filler"
     if fault == "rank":
         _kill(ranks[victim])

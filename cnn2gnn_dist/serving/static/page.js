@@ -3,8 +3,8 @@
 
 const $ = (id) => document.getElementById(id);
 const asked = []; // {file, url, item}
-const AT_ONCE = 16; // images of a request
-const SHOWN = 500; // classes of the list
+const AT_ONCE = 16; // images per request
+const SHOWN = 500; // classes in the list
 const UNUSUAL = 0.98; // share of images set apart from training that were nearer to it
 let memory = null;
 
@@ -101,7 +101,7 @@ function show(item, answer, version) {
     bars.append(line);
   }
   if (!answer.neighbours?.length) return;
-  rest.textContent = "It rests on these images, by weight:";
+  rest.textContent = "Based on these images, by weight:";
   for (const one of answer.neighbours) {
     const line = element("li", "");
     line.title = one.key;
@@ -155,7 +155,7 @@ async function add(event) {
     remember({ ...made.memory, editable: true });
     $("add-files").value = "";
     chosen();
-    const unread = made.errors.length ? `, ${made.errors.length} not readable` : "";
+    const unread = made.errors.length ? `, ${made.errors.length} unreadable` : "";
     say("edit-state", `${made.keys.length} added to ${name}${unread}${expected(made)}`);
     await ask(asked);
   });
@@ -165,7 +165,7 @@ function expected(made) {
   const trade = made.trades.find((one) => one.old_loss === made.old_loss);
   if (!trade) return "";
   const added = trade.new === null ? "" : `, added classes ${trade.new.toFixed(0)} %`;
-  return `. Expected: trained classes ${trade.old.toFixed(1)} % right (${made.old_before.toFixed(1)} % before)${added}`;
+  return `. Expected: trained classes ${trade.old.toFixed(1)} % correct (${made.old_before.toFixed(1)} % before)${added}`;
 }
 
 async function undo() {
@@ -196,7 +196,7 @@ function chosen() {
     : "Drop its images, or choose files";
 }
 
-// --- small things -----------------------------------------------------------------------------
+// --- helpers ----------------------------------------------------------------------------------
 
 function element(tag, text, kind = "") {
   const made = document.createElement(tag);
@@ -213,7 +213,7 @@ function say(id, text, wrong = false) {
 }
 
 function droppable(zone, input, changed) {
-  // The input lies over its zone: it takes clicks, keys and drops itself, here only colours.
+  // The input covers its zone and handles clicks, keys and drops itself; only the highlight is set here.
   for (const kind of ["dragenter", "dragover"]) zone.addEventListener(kind, () => zone.classList.add("over"));
   for (const kind of ["dragleave", "drop"]) zone.addEventListener(kind, () => zone.classList.remove("over"));
   input.addEventListener("change", changed);
@@ -226,7 +226,7 @@ droppable($("ask-drop"), $("ask-files"), async () => {
 });
 droppable($("add-drop"), $("add-files"), chosen);
 for (const kind of ["dragover", "drop"]) {
-  // A file dropped beside a zone would replace the page.
+  // A file dropped outside a zone would replace the page.
   document.addEventListener(kind, (event) => event.target.type !== "file" && event.preventDefault());
 }
 document.addEventListener("paste", (event) => {
