@@ -1,4 +1,4 @@
-"""N-way K-shot episodes over features, and what answers them.
+"""N-way K-shot episodes over features, and the rules that answer them.
 
 Shapes: an episode has K classes, n shots of each (S = K·n rows) and q queries of each (Q = K·q rows).
 """
@@ -117,7 +117,7 @@ def laplacian_shot(
 def together(
     rule: Together, scores: np.ndarray, of: Features, episode: Episode, t: float
 ) -> np.ndarray:
-    """Probabilities [Q, K] by rule T's EM and edges; its gate isn't asked: queries are known to be related."""
+    """Probabilities [Q, K] by rule T's EM and edges, without its gate, since the queries are known to be related."""
     log_p = log_softmax(scores, t)
     return rule.em(log_p[None], rule.edges(of.f[episode.queries.reshape(-1)])[None])[0]
 

@@ -1,7 +1,7 @@
 """Features of images by a small student, computed once and kept in a file.
 
-The student (``models/student.py``, scope ``batch``, so that the graph head is trained too) sees the old
-classes alone. Kept are, for each part, x, z, the logits of its self path, and labels:
+The student (``models/student.py``, scope ``batch``, so that the graph head is trained too) sees only
+the old classes. For each part, x, z, the logits of its self path and the labels are kept:
 
     train, calibration, test     images of the old classes; calibration images are never trained on
     pool, new_test               images of the classes left out: to add from, and to test with
