@@ -226,7 +226,7 @@ class Classifier:
         """Answer a set of images together: a burst, the parts of one object, images from one place.
 
         Where the images are found to be related, each answer depends on the others
-        (``inference/sets/together.py``); otherwise the answers are those of ``predict``.
+        (``inference/sets/learned.py``); otherwise the answers are those of ``predict``.
 
         Args:
             images: a collection, as ``predict`` takes it.

@@ -155,7 +155,15 @@ _TARGETS = Stage(
     ("index", "teacher"),
     _targets,
 )
-_LEARN = ("seed", "precision", "views", "stream.window", "targets.views", "student")
+_LEARN = (
+    "seed",
+    "precision",
+    "views",
+    "stream.window",
+    "targets.views",
+    "student",
+    "version.decoding",  # with targets.logits there is no teacher that would be stale
+)
 _STUDENT = Stage(
     "student", "student", (*_LEARN, "graph"), ("index", "targets"), _student, trains=True
 )

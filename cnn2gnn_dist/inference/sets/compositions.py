@@ -26,11 +26,11 @@ SHARES = {Kind.STRANGERS: 0.35, Kind.BURST: 0.25, Kind.MIXTURE: 0.40}
 
 def draw(
     of_class: list[np.ndarray], count: int, kind: Kind, rng: np.random.Generator
-) -> np.ndarray:
-    """Draw a set of different images: indices [m].
+) -> tuple[np.ndarray, Kind]:
+    """Draw a set of different images: indices [m], and the kind that it is.
 
-    Classes with too few images are replaced by more classes than asked for; where even all together have too
-    few for the proportions that were drawn, the set is one of strangers.
+    Classes with too few images are replaced by more classes than asked for; where even these have too few for
+    the proportions that were drawn, the set is one of strangers, and said to be.
 
     Args:
         of_class: the images of each class; ``count`` images or more in all.
@@ -50,9 +50,9 @@ def draw(
                     rng.choice(of_class[c], n, replace=False)
                     for c, n in zip(chosen, images_K, strict=True)
                 ]
-                return np.concatenate(parts)
+                return np.concatenate(parts), kind
             wanted = min(wanted + 1, count, len(of_class))
-    return rng.choice(np.concatenate(of_class), count, replace=False)
+    return rng.choice(np.concatenate(of_class), count, replace=False), Kind.STRANGERS
 
 
 def _classes(count: int, classes: int, rng: np.random.Generator) -> int:

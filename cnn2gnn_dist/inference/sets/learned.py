@@ -167,10 +167,11 @@ def _learn(
         count = int(rng.choice(sizes))
         sets = int(np.clip(CELLS // count, *SETS))
         kinds = [Kind(k) for k in rng.choice(list(SHARES), sets, p=list(SHARES.values()))]
-        members = np.stack([draw(of_class, count, kind, rng) for kind in kinds])
+        drawn = [draw(of_class, count, kind, rng) for kind in kinds]
+        members = np.stack([images for images, _ in drawn])
         log_odds = torch.from_numpy(odds(z_nd[members]).astype(np.float32))
         log_q, score = network(log_p[members], log_odds)
-        related = torch.tensor([float(kind is not Kind.STRANGERS) for kind in kinds])
+        related = torch.tensor([float(kind is not Kind.STRANGERS) for _, kind in drawn])
         loss = F.nll_loss(log_q.flatten(0, 1), labels[members].flatten().long())
         loss = loss + RELATED_WEIGHT * F.binary_cross_entropy_with_logits(score, related)
         optimizer.zero_grad()

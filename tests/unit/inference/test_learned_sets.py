@@ -255,7 +255,8 @@ def test_kinds_of_sets(count):
     found = {kind: [] for kind in Kind}
     for kind in Kind:
         for _ in range(200):
-            members = draw(of_class, count, kind, rng)
+            members, made = draw(of_class, count, kind, rng)
+            assert made is kind
             assert len(np.unique(members)) == len(members) == count
             found[kind].append(len(np.unique(labels[members])))
     assert set(found[Kind.BURST]) == {1}
@@ -269,7 +270,19 @@ def test_sets_are_drawn_even_where_classes_are_small():
     of_class, rng = rows_by_class(labels), np.random.default_rng(0)
     for kind in Kind:
         for _ in range(50):
-            members = draw(of_class, 8, kind, rng)
+            members, _ = draw(of_class, 8, kind, rng)
             assert len(np.unique(members)) == 8
             if kind is Kind.BURST:
                 assert len(np.unique(labels[members])) >= 3
+
+
+def test_sets_that_classes_are_too_small_for_count_as_strangers():
+    labels = np.repeat(np.arange(100), 3)
+    of_class, rng = rows_by_class(labels), np.random.default_rng(0)
+    burst, kinds = [], []
+    for _ in range(30):
+        members, kind = draw(of_class, 64, Kind.BURST, rng)  # 20 tries reach 20 classes: 60 images
+        burst.append(len(np.unique(labels[members])))
+        kinds.append(kind)
+    assert set(kinds) == {Kind.STRANGERS}
+    assert np.mean(burst) > 40

@@ -198,7 +198,7 @@ def test_another_decoding_makes_stale_what_read_images(tmp_path, monkeypatch):
     steps = {step.stage.name: step for step in runner.plan(config)}
     assert steps["pack"].status is Status.STALE
     assert steps["pack"].why.endswith("version.decoding: 1 -> 2")
-    for stage in ("pack", "index", "teacher"):
+    for stage in ("pack", "index", "teacher", "student", "control"):
         assert "version.decoding" in keys.parts(config, STAGES[stage], {})
         assert key_of(config, stage) != PINNED[stage]
 
