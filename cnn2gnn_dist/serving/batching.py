@@ -103,18 +103,7 @@ class Batcher:
 
     def _run(self) -> None:
         while jobs := self._next():
-            try:
-                answer(self._model(), jobs, self._observe)
-            except Exception:
-                _log.exception("a batch of %d requests failed; each is tried alone", len(jobs))
-                self._one_by_one([job for job in jobs if not job.future.done()])
-
-    def _one_by_one(self, jobs: list[Job]) -> None:
-        for job in jobs:
-            try:
-                answer(self._model(), [job], self._observe)
-            except Exception as error:
-                job.future.set_exception(error)
+            answer_each(self._model, jobs, self._observe)
 
     def _next(self) -> list[Job]:
         """Wait for jobs; returns none when closed and empty."""
@@ -133,6 +122,25 @@ class Batcher:
                         jobs.append(job)
                         count += len(job.images)
         return jobs
+
+
+def answer_each(
+    model: Callable[[], Classifier],
+    jobs: list[Job],
+    observe: Callable[[int, float, float], None] = lambda *_: None,
+) -> None:
+    """As ``answer``; if that fails, each request is tried alone, and its future gets its own error."""
+    try:
+        answer(model(), jobs, observe)
+    except Exception:
+        _log.exception("a batch of %d requests failed; each is tried alone", len(jobs))
+        for job in jobs:
+            if job.future.done():
+                continue
+            try:
+                answer(model(), [job], observe)
+            except Exception as error:
+                job.future.set_exception(error)
 
 
 def answer(

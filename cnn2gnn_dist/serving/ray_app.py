@@ -23,7 +23,7 @@ from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference.classifier import BATCH, load
 from cnn2gnn_dist.inference.inputs import Pixels
 from cnn2gnn_dist.serving.app import create_app
-from cnn2gnn_dist.serving.batching import Answered, Job, answer
+from cnn2gnn_dist.serving.batching import Answered, Job, answer_each
 from cnn2gnn_dist.serving.limits import Limits
 from cnn2gnn_dist.serving.live import LiveModel
 from cnn2gnn_dist.serving.metrics import Metrics
@@ -109,18 +109,23 @@ class Replica:
                 raise  # Ray reports it; the previous version stays in use
 
     async def _ask(self, images: list[Pixels], top: int, neighbours: int) -> Answered:
-        made: Answered = await self.answer(Job(images, top, neighbours))
+        made: Answered | BaseException = await self.answer(Job(images, top, neighbours))
+        if isinstance(made, BaseException):
+            raise made
         return made
 
     @serve.batch(max_batch_size=BATCH, batch_wait_timeout_s=0.0, batch_size_fn=_images)
-    async def answer(self, jobs: list[Job]) -> list[Answered]:
-        """Answer requests together; what arrives meanwhile forms the next batch."""
+    async def answer(self, jobs: list[Job]) -> list[Answered | BaseException]:
+        """Answer requests together; what arrives meanwhile forms the next batch.
+
+        A request that can't be answered has its error here: raised, Serve would give it to the whole batch.
+        """
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._network, self._answered, jobs)
 
-    def _answered(self, jobs: list[Job]) -> list[Answered]:
-        answer(self.live.current, jobs, self._metrics.batch)
-        return [job.future.result() for job in jobs]
+    def _answered(self, jobs: list[Job]) -> list[Answered | BaseException]:
+        answer_each(lambda: self.live.current, jobs, self._metrics.batch)
+        return [job.future.exception() or job.future.result() for job in jobs]
 
 
 def build(options: Options | dict[str, Any]) -> serve.Application:
