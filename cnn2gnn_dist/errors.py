@@ -58,6 +58,16 @@ class PeerLost(UserError):
     exit_code = 75
 
 
+class ShardChanged(UserError):
+    """A shard is not as it was when it was indexed."""
+
+    def __init__(self, what: str, *, where: str = "", remedy: str = "") -> None:
+        remedy = remedy or (
+            "restore the shard or, if the change is intended, run the same command with --update"
+        )
+        super().__init__(what, where=where, remedy=remedy)
+
+
 def _rebuild(cls: type[UserError], what: str, where: str, remedy: str) -> UserError:
     return cls(what, where=where, remedy=remedy)
 

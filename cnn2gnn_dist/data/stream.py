@@ -32,7 +32,7 @@ from cnn2gnn_dist.data.reading.reader import Batch, ReaderSpec, Request
 from cnn2gnn_dist.data.reading.shard_files import CacheSpec
 from cnn2gnn_dist.data.storage.shard_paths import expand
 from cnn2gnn_dist.data.storage.urls import is_remote
-from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.errors import ShardChanged, UserError
 from cnn2gnn_dist.runtime.ranks import Ranks
 
 _VERSION = 1
@@ -136,7 +136,7 @@ class Stream:
             UserError: a shard is missing or changed; too many corrupt images.
         """
         first = self.batch
-        batches = self._pool.batches(self._request(index) for index in range(first, len(self)))
+        batches = self._read(self._request(index) for index in range(first, len(self)))
         for number, batch in enumerate(batches, first):
             self._count_corrupt(batch)
             if not self.train:
@@ -203,6 +203,17 @@ class Stream:
             "views": identity(self.views),
             "pairs": self.pairs,
         }
+
+    def _read(self, requests: Iterator[Request]) -> Iterator[Batch]:
+        try:
+            yield from self._pool.batches(requests)
+        except ShardChanged as error:  # a stream has no command to run again
+            raise UserError(
+                error.what,
+                where=error.where,
+                remedy=f"restore the shard or, if the change is intended, remove {self.manifest_path} and"
+                " index the shards again (a new Stream of the shards does)",
+            ) from None
 
     def _request(self, index: int) -> Request:
         if not self.train:

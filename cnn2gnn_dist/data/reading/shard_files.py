@@ -15,7 +15,7 @@ import numpy as np
 from cnn2gnn_dist.data.index.manifest import Manifest
 from cnn2gnn_dist.data.reading.remote_shards import CacheSpec, RemoteShards
 from cnn2gnn_dist.data.storage.urls import is_remote
-from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.errors import ShardChanged
 
 __all__ = ["OPEN_SHARDS", "CacheSpec", "ShardFiles"]
 
@@ -120,10 +120,8 @@ class ShardFiles:
             os.close(self._files.popitem(last=False)[1])
         return handle
 
-    def _changed(self, number: int, what: str) -> UserError:
-        return UserError(
+    def _changed(self, number: int, what: str) -> ShardChanged:
+        return ShardChanged(
             f"this shard is missing, truncated or changed: {what}",
             where=self.manifest.shards[number].path,
-            remedy="restore the shard or, if the change is intended, run the same command with "
-            "--update",
         )

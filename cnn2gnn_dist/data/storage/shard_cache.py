@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from cnn2gnn_dist.data.storage import urls
-from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.errors import ShardChanged
 
 _log = logging.getLogger(__name__)
 
@@ -203,11 +203,9 @@ def _name(url: str, length: int) -> str:
 def _fill(part: int, url: str, length: int, check: Callable[[int], str] | None) -> None:
     found = urls.size(url)
     if found != length:
-        raise UserError(
+        raise ShardChanged(
             f"this shard has changed: it has {found:,} bytes, but had {length:,} when indexed",
             where=url,
-            remedy="restore the shard or, if the change is intended, run the same command with "
-            "--update",
         )
     wrong = ""
     for _ in range(2):
@@ -218,12 +216,7 @@ def _fill(part: int, url: str, length: int, check: Callable[[int], str] | None) 
         wrong = check(part) if check else ""
         if not wrong:
             return
-    raise UserError(
-        f"this shard is missing, truncated or changed: {wrong}",
-        where=url,
-        remedy="restore the shard or, if the change is intended, run the same command with "
-        "--update",
-    )
+    raise ShardChanged(f"this shard is missing, truncated or changed: {wrong}", where=url)
 
 
 def _lock(handle: int, kind: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from cnn2gnn_dist.data import Stream, ViewSpec
 from cnn2gnn_dist.data.images.views import render
 from cnn2gnn_dist.data.order import Order
 from cnn2gnn_dist.data.reading import shard_files
-from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.errors import ShardChanged, UserError
 from tests.support.shards import (
     make_shards,
     own_cache,  # noqa: F401 (fixture)
@@ -291,3 +292,23 @@ def test_readers_are_ended(shards):
     stream.close()
     with pytest.raises(RuntimeError):
         list(stream)
+
+
+def test_a_shard_that_was_replaced_can_be_indexed_again(shards):
+    with a_stream(shards) as stream:
+        shard = Path(stream.manifest.shards[0].path)
+        write_tar(shard, [("0.png", b"no image"), ("0.cls", b"1")])
+        with pytest.raises(UserError, match="when indexed") as caught:
+            list(stream)
+        assert "--update" not in caught.value.remedy
+        assert f"remove {stream.manifest_path} " in caught.value.remedy
+        stream.manifest_path.unlink()
+    with a_stream(shards) as again:
+        assert len(again.manifest) == 70 - 9 + 1
+
+
+def test_readers_in_other_processes_tell_a_changed_shard_apart():
+    made = pickle.loads(pickle.dumps(ShardChanged("it grew", where="a.tar")))
+    assert type(made) is ShardChanged
+    assert (made.what, made.where) == ("it grew", "a.tar")
+    assert made.remedy.endswith("--update")
