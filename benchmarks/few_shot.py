@@ -32,6 +32,8 @@ from cnn2gnn_dist.inference.classifier import Classifier, load
 from cnn2gnn_dist.inference.memory.old_classes import Images, OldClasses
 from cnn2gnn_dist.inference.network import joined
 from cnn2gnn_dist.inference.scoring import HeldOut
+from cnn2gnn_dist.inference.sets.learned import LearnedSets
+from cnn2gnn_dist.inference.sets.together import Together
 
 VALIDATION = (
     "n01855672 n02091244 n02114548 n02138441 n02174001 n02950826 n02971356 n02981792 "
@@ -129,7 +131,8 @@ def print_table(
     calibration, labels_n = held_out.images, held_out.labels_n
     rows = memory.live_ids
     old = OldClasses.fit(memory.x(rows), memory.labels[rows], calibration, labels_n)
-    rule = model.scoring.rule_together(None)
+    fitted_on = calibration.logits_nC, old.features(calibration.x_nD).f_BD, labels_n
+    rules = LearnedSets.fit(*fitted_on), Together.fit(*fitted_on)
     parts = {part: features(folder, model, old, part) for part in ("validation", "novel")}
     print(f"| {ways} classes, {count} episodes | 1 image | 5 images |")
     print("| --- | --- | --- |")
@@ -148,7 +151,7 @@ def print_table(
         found: dict[str, list[float]] = {}
         for episode in tqdm(drawn("novel", count), desc=f"{shots} images", disable=None):
             novel = parts["novel"]
-            made = episodes.answers(novel, episode, scored(novel, episode), rule, fitted)
+            made = episodes.answers(novel, episode, scored(novel, episode), rules, fitted)
             for name, answer in made:
                 found.setdefault(name, []).append(100 * float((answer == episode.labels).mean()))
         for name, each in found.items():

@@ -9,11 +9,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from cnn2gnn_dist.inference.calibration import fit_temperature, log_softmax, softmax
 from cnn2gnn_dist.inference.memory.new_classes import NewClasses
 from cnn2gnn_dist.inference.memory.old_classes import Images, OldClasses
+from cnn2gnn_dist.inference.sets.learned import LearnedSets
 from cnn2gnn_dist.inference.sets.together import Together
+
+SURE = 0.99
+"""Probability of a shot's own class, where shots are members of a set."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +127,22 @@ def together(
     return rule.em(log_p[None], rule.edges(of.f[episode.queries.reshape(-1)])[None])[0]
 
 
+def learned_together(
+    rule: LearnedSets, scores: np.ndarray, of: Features, episode: Episode, t: float
+) -> np.ndarray:
+    """Probabilities [Q, K] by the learned network, of a set of queries and shots; nor is its gate asked."""
+    classes, shots = episode.support.shape
+    sure = np.full((classes * shots, classes), np.log((1 - SURE) / (classes - 1)))
+    sure[np.arange(classes * shots), np.repeat(np.arange(classes), shots)] = np.log(SURE)
+    log_p = np.concatenate([log_softmax(scores, t), sure])
+    rows = np.concatenate([episode.queries.reshape(-1), episode.support.reshape(-1)])
+    with torch.no_grad():
+        log_q, _ = rule.network(
+            torch.from_numpy(log_p)[None], torch.from_numpy(rule.odds(of.f[rows]))[None]
+        )
+    return np.exp(log_q[0, : len(scores)].numpy())
+
+
 def fit(scored: Callable[[Episode], np.ndarray], of: Features, episodes: list[Episode]) -> Fitted:
     """Choose constants by the validation classes: likelihood for a temperature, accuracy for the others."""
     labels = np.concatenate([e.labels for e in episodes])
@@ -138,7 +159,11 @@ def fit(scored: Callable[[Episode], np.ndarray], of: Features, episodes: list[Ep
 
 
 def answers(
-    of: Features, episode: Episode, scores: np.ndarray, rule: Together, fitted: Fitted
+    of: Features,
+    episode: Episode,
+    scores: np.ndarray,
+    rules: tuple[LearnedSets, Together],
+    fitted: Fitted,
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Name and answers [Q] of every rule."""
     yield "inductive: nearest class mean", distances(of, episode, of.means(episode)).argmin(1)
@@ -146,5 +171,7 @@ def answers(
     yield "transductive: soft k-means", soft_kmeans(of, episode, fitted.kmeans).argmax(1)
     made = laplacian_shot(of, episode, fitted.strength, fitted.sharpness)
     yield "transductive: LaplacianShot", made.argmax(1)
-    made = together(rule, scores, of, episode, fitted.temperature)
+    made = learned_together(rules[0], scores, of, episode, fitted.temperature)
+    yield "transductive: memory, together (learned)", made.argmax(1)
+    made = together(rules[1], scores, of, episode, fitted.temperature)
     yield "transductive: memory, together (rule T)", made.argmax(1)

@@ -39,6 +39,7 @@ def world():
 def rule(world):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(learned, "SIZES", (2, 3, 4, 8, 16, 32))
+        patch.setattr(learned, "_PER_SIZE", 20_000)
         return LearnedSets.fit(*world, steps=300)
 
 
@@ -214,7 +215,9 @@ def test_one_image_and_none(rule):
     assert rule(logits[:0], z[:0]).posterior_mC.shape == (0, CLASSES)
 
 
-def test_fitting_repeats_and_leaves_torch_as_it_was(world):
+def test_fitting_repeats_and_leaves_torch_as_it_was(world, monkeypatch):
+    monkeypatch.setattr(learned, "_STRANGERS", 100)
+    monkeypatch.setattr(learned, "_PER_SIZE", 1000)
     some = [a[:200] for a in world]
     torch.manual_seed(11)
     before = torch.get_rng_state(), torch.get_num_threads()
