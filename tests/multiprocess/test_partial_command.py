@@ -40,7 +40,7 @@ def run(folder: Path, *words: str, **environment: str) -> subprocess.CompletedPr
 
 def test_the_command_builds_and_says_how_things_stand(library, tmp_path):
     says = run(tmp_path)
-    assert (says.returncode, says.stdout[:9]) == (0, "not there")
+    assert (says.returncode, says.stdout[:13]) == (0, "not available")
     done = run(tmp_path, "build")
     assert done.returncode == 0, done.stderr
     made = [path.name for path in (tmp_path / "cnn2gnn_dist" / "data" / "images").iterdir()]
@@ -50,7 +50,7 @@ def test_the_command_builds_and_says_how_things_stand(library, tmp_path):
     assert "not in use" in run(tmp_path, CNN2GNN_PARTIAL="0").stdout
     source = tmp_path / "cnn2gnn_dist" / "data" / "images" / "partial.c"
     source.write_text(source.read_text() + "\n")  # another source: the library does not match it
-    assert run(tmp_path).stdout.startswith("not there")
+    assert run(tmp_path).stdout.startswith("not available")
 
 
 def test_without_compiler_or_header_the_command_says_so(library, tmp_path):
