@@ -109,7 +109,7 @@ class LearnedSets:
         steps = steps or int(np.clip(2 * len(labels_n), *STEPS))
         with _reproducible(seed):
             network = _learn(log_p_nC, z_nd, labels_n, odds, sizes, seed, steps).eval()
-            gated = sizes[:1] + sizes[2::2]  # the threshold is linear in log m in between
+            gated = tuple(sorted({*sizes[::2], sizes[-1]}))  # linear in log m in between
             thresholds = tuple(
                 _threshold(
                     network, log_p_nC, z_nd, labels_n, odds, m, np.random.default_rng([seed, 2, m])
