@@ -66,6 +66,11 @@ REASONS: dict[tuple[str, str], str] = {
     ): "how the file is indented",
     (
         "partition",
+        "PartGraph.save: …nodes_L, self.table_KM), strict=True))  →  "
+        "…nodes_L, self.table_KM), strict=False))",
+    ): "there are two names for these two arrays",
+    (
+        "partition",
         "_fill_empty: counts[empty] += 1  →  counts[empty] -= 1",
     ): "a part of one node is never the largest while another is empty",
     (

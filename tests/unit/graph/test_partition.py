@@ -176,3 +176,14 @@ def test_summary_counts_every_node():
     ):
         assert inner + one + two == len(part.nodes_L)
         assert inner + one == len(part.table_KM)
+
+
+def test_a_part_without_a_halo_is_read_again(tmp_path):
+    table_NM = np.array([[1], [0], [3], [2]], np.int32)
+    made = partition.build_part(table_NM, np.array([0, 0, 1, 1]), 1)
+    assert (made.num_inner, made.num_halo1) == (2, 0)
+    made.save(tmp_path)
+    found = partition.PartGraph.load(tmp_path)
+    assert (found.num_inner, found.num_halo1) == (2, 0)
+    np.testing.assert_array_equal(found.nodes_L, [2, 3])
+    np.testing.assert_array_equal(found.table_KM, made.table_KM)
