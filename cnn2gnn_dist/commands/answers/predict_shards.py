@@ -95,14 +95,9 @@ def command(
                 for failure in failures:
                     report_error(failure)
                 done, failed = done + images_done, failed + len(failures)
-    output(
-        f"answers  {folder}: {done:,} images of {len(left)} inputs"
-        + (
-            f", {len(mine) - len(left)} inputs were already answered"
-            if len(left) < len(mine)
-            else ""
-        )
-    )
+    before = len(mine) - len(left)
+    already = f", {before} inputs were already answered" if before else ""
+    output(f"answers  {folder}: {done:,} images of {len(left)} inputs{already}")
     return 1 if failed else 0
 
 

@@ -33,7 +33,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=int, required=True, metavar="N", help="training images")
     parser.add_argument("--ranks", type=int, metavar="R",
                         help="default: one per partition; for a run on hosts without GPUs: one per core")  # fmt: skip
-    run = parser.add_argument_group("the complete run")
+    _complete_run(parser.add_argument_group("the complete run"))
+    _graph_alone(parser.add_argument_group("the graph alone"))
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(command=_run)
+
+
+def _complete_run(run: argparse._ArgumentGroup) -> None:
     run.add_argument("--classes", type=int, metavar="C", help="number of classes")
     run.add_argument(
         "--config", metavar="FILE_OR_PRESET", help="the run's models, batches, epochs and views"
@@ -63,7 +69,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument(
         "overrides", nargs="*", metavar="section.field=value", help="overrides of the config"
     )
-    graph = parser.add_argument_group("the graph alone")
+
+
+def _graph_alone(graph: argparse._ArgumentGroup) -> None:
     for name, metavar, text in (
         ("--dim", "D", "width of the features, student.dim; default 128"),
         ("--graph-dim", "d", "width of the projections, graph.dim; default 64"),
@@ -85,8 +93,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="assume graph.sampling.second_hop=cached: averages instead of the second halo",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.set_defaults(command=_run)
 
 
 def _run(arguments: argparse.Namespace) -> int:
