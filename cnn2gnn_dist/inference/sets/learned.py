@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -104,17 +104,14 @@ class LearnedSets:
         z_nd, labels_n = np.asarray(z_nd, np.float64), np.asarray(labels_n)
         odds = PairOdds.fit(z_nd, labels_n, np.random.default_rng([seed, 0]))
         temperature = temperature or fit_temperature(logits_nC, labels_n)
-        log_p_nC = log_softmax(logits_nC, temperature)
+        images = _Images(log_softmax(logits_nC, temperature), z_nd, labels_n, odds)
         sizes = tuple(m for m in SIZES if m <= max(2, len(labels_n) // 4))
         steps = steps or int(np.clip(2 * len(labels_n), *STEPS))
         with _reproducible(seed):
-            network = _learn(log_p_nC, z_nd, labels_n, odds, sizes, seed, steps).eval()
+            network = _learn(images, sizes, seed, steps).eval()
             gated = tuple(sorted({*sizes[::2], sizes[-1]}))  # linear in log m in between
             thresholds = tuple(
-                _threshold(
-                    network, log_p_nC, z_nd, labels_n, odds, m, np.random.default_rng([seed, 2, m])
-                )
-                for m in gated
+                _threshold(network, images, m, np.random.default_rng([seed, 2, m])) for m in gated
             )
         return cls(float(temperature), odds, network.double(), gated, thresholds)
 
@@ -148,28 +145,33 @@ class LearnedSets:
         return cls(kept["temperature"], odds, network.eval(), sizes, thresholds)
 
 
-def _learn(
-    log_p_nC: np.ndarray,
-    z_nd: np.ndarray,
-    labels_n: np.ndarray,
-    odds: PairOdds,
-    sizes: tuple[int, ...],
-    seed: int,
-    steps: int,
-) -> SetNetwork:
+class _Images(NamedTuple):
+    """Calibration images, and the odds of their pairs."""
+
+    log_p_nC: np.ndarray
+    z_nd: np.ndarray
+    labels_n: np.ndarray
+    odds: PairOdds
+
+    def log_odds(self, members_Sm: np.ndarray) -> np.ndarray:
+        return self.odds(self.z_nd[members_Sm])
+
+
+def _learn(images: _Images, sizes: tuple[int, ...], seed: int, steps: int) -> SetNetwork:
     """The network, in float32: cross-entropy of each image's class, and of being related."""
     network = SetNetwork(sizes[-1])
     optimizer = torch.optim.Adam(network.parameters(), lr=RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=max(steps, 2))
-    rng, of_class = np.random.default_rng([seed, 1]), rows_by_class(labels_n)
-    log_p, labels = torch.from_numpy(log_p_nC.astype(np.float32)), torch.from_numpy(labels_n)
+    rng, of_class = np.random.default_rng([seed, 1]), rows_by_class(images.labels_n)
+    log_p = torch.from_numpy(images.log_p_nC.astype(np.float32))
+    labels = torch.from_numpy(images.labels_n)
     for _ in range(steps):
         count = int(rng.choice(sizes))
         sets = int(np.clip(CELLS // count, *SETS))
         kinds = [Kind(k) for k in rng.choice(list(SHARES), sets, p=list(SHARES.values()))]
         drawn = [draw(of_class, count, kind, rng) for kind in kinds]
-        members = np.stack([images for images, _ in drawn])
-        log_odds = torch.from_numpy(odds(z_nd[members]).astype(np.float32))
+        members = np.stack([of_set for of_set, _ in drawn])
+        log_odds = torch.from_numpy(images.log_odds(members).astype(np.float32))
         log_q, score = network(log_p[members], log_odds)
         related = torch.tensor([float(kind is not Kind.STRANGERS) for _, kind in drawn])
         loss = F.nll_loss(log_q.flatten(0, 1), labels[members].flatten().long())
@@ -184,23 +186,15 @@ def _learn(
     return network
 
 
-def _threshold(
-    network: SetNetwork,
-    log_p_nC: np.ndarray,
-    z_nd: np.ndarray,
-    labels_n: np.ndarray,
-    odds: PairOdds,
-    count: int,
-    rng: np.random.Generator,
-) -> float:
+def _threshold(network: SetNetwork, images: _Images, count: int, rng: np.random.Generator) -> float:
     """The score from which sets of this many images are related."""
     sets = max(_STRANGERS, _PER_SIZE // count)
-    members_Sm = random_sets(len(labels_n), count, sets, rng)
+    members_Sm = random_sets(len(images.labels_n), count, sets, rng)
     score_S, lost_S = np.empty(sets), np.empty(sets)
     for at in np.array_split(np.arange(sets), -(-sets * count // 4000)):
         members = members_Sm[at]
-        log_p_SmC, right_Sm = log_p_nC[members], labels_n[members]
-        log_q_SmC, score_S[at] = _answered(network, log_p_SmC, odds(z_nd[members]))
+        log_p_SmC, right_Sm = images.log_p_nC[members], images.labels_n[members]
+        log_q_SmC, score_S[at] = _answered(network, log_p_SmC, images.log_odds(members))
         alone_S = (log_p_SmC.argmax(2) == right_Sm).mean(1)
         lost_S[at] = alone_S - (log_q_SmC.argmax(2) == right_Sm).mean(1)
     return affordable(score_S, lost_S)
