@@ -1,4 +1,4 @@
-"""The arithmetic of batches: shares of partitions, micro-batches, and what does not divide."""
+"""The arithmetic of batches: shares of partitions, micro-batches, and sizes that do not divide evenly."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.support.reference_order import SIZES, parts_of
 
 @settings(max_examples=examples(200), deadline=None)
 @given(counts=st.lists(st.integers(0, 1000), min_size=1, max_size=12), total=st.integers(1, 500))
-@example(counts=[100, 95, 1, 1, 1, 1], total=9)  # the large ones yield to the small: 3, 2, 1 …
+@example(counts=[100, 95, 1, 1, 1, 1], total=9)  # the large ones give rows to the small: 3, 2, 1 …
 def test_shares(counts, total):
     alive = sum(c > 0 for c in counts)
     if not alive:
@@ -40,7 +40,7 @@ def test_shares(counts, total):
     for count, share in zip(counts, shares, strict=True):
         assert (share >= 1) == (count > 0)
     exact = [c / sum(counts) * total for c in counts]
-    if all(e >= 1 or e == 0 for e in exact):  # plain largest remainder: within one
+    if all(e >= 1 or e == 0 for e in exact):  # plain largest remainder: off by less than one
         assert all(abs(s - e) < 1 for s, e in zip(shares, exact, strict=True))
     # The rows beyond the floors go where the most is missing: moving any row would not help.
     over = [s - e for s, e, count in zip(shares, exact, counts, strict=True) if count]
@@ -49,7 +49,7 @@ def test_shares(counts, total):
 
 
 def test_of_equal_remainders_the_first_get_more():
-    """The order of a run depends on it."""
+    """The order of a run depends on this."""
     assert shares_of([1, 1, 1], 4) == [2, 1, 1]
     assert shares_of([1, 1, 1, 1], 6) == [2, 2, 1, 1]
 
@@ -102,7 +102,7 @@ def test_micro_batches_have_equal_shares_of_every_part(sizes, data):
             assert max(held) - min(held) <= 1
         again = order.micro_batches(0, 0, rank, world, accumulation)
         assert [piece.tolist() for piece in again] == [piece.tolist() for piece in pieces]
-    # The union over ranks is the same for any ranks: row g of the global batch is in micro-batch g mod A.
+    # The union over ranks does not depend on their number: row g of the global batch is in micro-batch g mod A.
     for number in range(accumulation):
         together = np.concatenate([pieces[number] for pieces in ranks])
         np.testing.assert_array_equal(together, whole[number::accumulation])
@@ -173,7 +173,7 @@ def test_a_config_that_does_not_fit_the_ranks_is_refused_before_the_first_stage(
     config = configs.load("demo", [change])
     with pytest.raises(UserError, match=what):
         preflight.check(config, stages, world)
-    preflight.check(config, ["pack", "evaluate"], world)  # a complete stage had its own ranks
+    preflight.check(config, ["pack", "evaluate"], world)  # evaluates what other ranks trained
     preflight.check(configs.load("demo", [change, "graph.scope=batch"]), ["teacher"], 1)
     preflight.check(configs.load("demo", ["graph.partition.parts=4"]), stages, 4)
 

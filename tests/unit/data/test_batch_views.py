@@ -1,4 +1,4 @@
-"""From bytes to views: a chunk of any images equals decoding and cropping each image alone."""
+"""From bytes to views: a chunk of mixed images gives what decoding and cropping each image alone gives."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SIZES = [(32, 32), (31, 32), (32, 40), (60, 45), (5, 90), (1, 1), (200, 300)]
 
 
 def chunk() -> list[bytes]:
-    """JPEGs of all sizes, mixed with other kinds and bytes that are not an image."""
+    """JPEGs of all sizes, mixed with other formats and with bytes that are not an image."""
     blobs = []
     for number, (high, wide) in enumerate(SIZES * 2):
         image = random_images(1, high, wide, seed=number)[0]
@@ -65,7 +65,7 @@ def test_a_chunk_is_what_its_images_are_alone(kind, resize, view, held, monkeypa
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("view", [CLEAN, 2])
 def test_a_damaged_image_leaves_its_row_as_it_was(kind, view):
-    """Also if some pixels were decoded before the corruption was found."""
+    """Even if some pixels were decoded before the corruption was found."""
     whole = encode_image(random_images(1)[0], "jpg", quality=100)
     blobs = [whole, whole[: len(whole) - 200] + b"\xff\xd9", whole]
     images = np.full((3, 32, 32, 3), 99, np.uint8)
@@ -110,7 +110,7 @@ def test_too_narrow_images_are_corrupt_where_they_must_be_resized(monkeypatch):
 
 @pytest.mark.parametrize("pad", [3, 31, 32, 33, 100_000])
 def test_any_padding_takes_no_more_room_than_the_image(pad):
-    """Far outside, nothing of the image is left: black, without allocating an array of that size."""
+    """A crop far outside the image is black, and no array of the padded size is allocated."""
     images = random_images(40)
     blobs = [encode_image(image, "png") for image in images]
     spec = ViewSpec("crop_flip", 32, pad=pad)

@@ -1,4 +1,4 @@
-"""Two data sets, two numberings: classes are matched by name, or the run is refused."""
+"""Two data sets that number their classes differently are matched by class name, or the run is refused."""
 
 from __future__ import annotations
 
@@ -45,18 +45,18 @@ def shard(path: Path, *samples: tuple[int, str | None]) -> Path:
         (info("ant", "bee"), info("fox", "bee"), [1], [-1, 1]),
         # names that are numbers, sorted as text like folders
         (info("0", "1", "10", "2"), info("0", "2"), [0, 1], [0, 3]),
-        # no names at all: only numbers
+        # no names at all, only numbers
         (info(None, None, None), info(None, None), [0, 1], [0, 1]),
-        # names that equal the numbers, and a side with only numbers
+        # names equal to the numbers on one side, only numbers on the other
         (info("0", "1", "2"), info(None, None), [0, 1], [0, 1]),
         (info(None, None, None), info("0", "1"), [0, 1], [0, 1]),
-        # ImageNet's two cranes: by number, because all other names show the same numbering
+        # ImageNet's two cranes: matched by number, because all other names agree with the numbering
         (info("crane", "bee", "crane"), info("crane", "bee", "crane"), [0, 1, 2], [0, 1, 2]),
         (info("crane", "bee", "crane"), info("crane", "bee", "crane"), [2, 1], [-1, 1, 2]),
         (info("crane", "crane"), info("crane", "crane"), [0, 1], [0, 1]),
-        # some without a name, while the others show the same numbering
+        # some without a name, while the others agree with the numbering
         (info("ant", None, "cow"), info("ant", "bee", None), [0, 1, 2], [0, 1, 2]),
-        # é as one code point or two
+        # é as one code point or as two
         (info("bee", "caf\u00e9"), info("cafe\u0301", "bee"), [0, 1], [1, 0]),
         (info("ant", "bee"), info(), [], []),
     ],
@@ -159,7 +159,7 @@ def test_a_json_in_any_writing_is_compared(tmp_path: Path) -> None:
         b'{"class_name": "caf\\u00e9"}',
         '{"class_name":"café"}'.encode(),
         '{"x": [1], "class_name" : "café", "class_nam": "tea"}'.encode(),
-        b'{"class\\u005fname": "tea"}',  # not searched for, so no name
+        b'{"class\\u005fname": "tea"}',  # an escaped key is not searched for: counts as no name
         b'{"caption": "tea"}',
         b'{"class_name": null}',
     ]
@@ -272,7 +272,7 @@ def test_two_classes_of_one_name_get_their_numbers():
 
 
 def test_a_set_of_copies_is_said(tmp_path: Path) -> None:
-    """Also from recorded checksums, and in sets larger than the sample; a few copies are fine."""
+    """Also by recorded checksums, and in sets larger than the sample; a few copies are fine."""
     images = random_images(400, 8, 8)
     few = images[np.arange(400) % 3]
     for name, made, expected in (
@@ -304,7 +304,7 @@ def test_one_class_in_two_spellings_is_refused(tmp_path: Path, names, listed) ->
     assert e.value.where == "data.test"
     other = shard(
         tmp_path / "other.tar", (0, names[1])
-    )  # across two data sets they are the same class
+    )  # between two data sets they are the same class
     assert index_pair([one], [other]).held.label_N.tolist() == [0]
 
 

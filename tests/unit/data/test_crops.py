@@ -1,4 +1,4 @@
-"""Several views of a sample: each is a plain view of its own number, from one decode, whoever reads it."""
+"""Several views of a sample: each equals the single view of that number, and the image is decoded once."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_one_view_is_what_it_was(shards):
 
 
 def test_no_two_crops_share_their_draws():
-    """Groups of the same seed, too: a small crop is not a part of the large one of its number."""
+    """Not even groups with the same seed: a small crop is not a part of the large crop of the same number."""
     image = random_images(1, 90, 120)[0]
     spec = ViewSpec("random_resized_crop", 16)
     made = [
@@ -102,11 +102,11 @@ def test_no_two_crops_share_their_draws():
 @pytest.mark.parametrize("held", [1, 3000, 4_000_000], ids=str)
 @pytest.mark.parametrize("groups", [DINO, MIXED], ids=["dino", "mixed"])
 def test_a_chunk_of_any_images(groups, held, monkeypatch):
-    """Also corrupt ones, whose rows stay as they were in all views."""
+    """Including corrupt ones, whose rows are left untouched in all views."""
     monkeypatch.setattr(batch_views, "MOST_HELD", held)
     blobs = chunk()
     ids = np.random.default_rng(0).permutation(10**6)[: len(blobs)]
-    first, wanted = 3 * 5, []  # view 3 of five crops in all
+    first, wanted = 3 * 5, []  # view 3, with five crops per view
     for group in groups:
         side = group.views.size
         images = np.full((group.count, len(blobs), side, side, 3), 99, np.uint8)
@@ -146,7 +146,7 @@ def test_each_image_is_decoded_once(groups, monkeypatch):
 
 
 def whole(batches: list[Batch]) -> list[list[np.ndarray]]:
-    """Each batch's arrays, partners' included."""
+    """Each batch's arrays, including the partners'."""
     return [
         [*one.crops, one.images, one.ids, one.labels, one.valid]
         for batch in batches
@@ -209,7 +209,7 @@ def test_mixed_pairs_are_the_same_in_any_batch(shards, how):
 
 
 def check_mixed(one: tuple[torch.Tensor, ...], own: torch.Tensor, other: torch.Tensor) -> None:
-    """Either blended with the share, or cut with a rectangle of that area."""
+    """Either blended by the share, or with a rectangle of that area cut in."""
     image, share = one
     blended = share * own + (1 - share) * other
     if not torch.allclose(image, blended, atol=1e-3):

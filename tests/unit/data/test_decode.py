@@ -44,7 +44,7 @@ def test_jpeg_equals_pillow(options):
     data = encode_image(IMAGE, "jpg", **options)
     found = decode(data)
     assert found.dtype == np.uint8
-    # Both use libjpeg-turbo, in different releases.
+    # Both use libjpeg-turbo, but different releases of it.
     np.testing.assert_array_equal(found, by_pillow(data))
 
 
@@ -77,7 +77,7 @@ def test_ycck_jpeg_becomes_rgb():
     ids=str,
 )
 def test_rare_chroma_that_simplejpeg_does_not_know(chroma, factors):
-    """Equivalent sampling factors: valid images (of shuffled blocks) that Pillow reads."""
+    """Equivalent sampling factors: valid images (with shuffled blocks) that Pillow reads."""
     image = random_images(1, 64, 64)[0]
     data = bytearray(simplejpeg.encode_jpeg(image, colorsubsampling=chroma))
     frame = data.index(b"\xff\xc0")
@@ -104,7 +104,7 @@ def test_other_kinds(kind):
 
 @pytest.mark.parametrize("kind", ["ICO", "PCX", "SGI", "EPS"])
 def test_kinds_that_nobody_keeps_images_in_are_not_tried(kind):
-    """Pillow reads them, and starts Ghostscript for the last one."""
+    """Pillow would read them, and start Ghostscript for the last one."""
     with pytest.raises(CorruptSample, match=r"none of JPEG, PNG|which is not supported"):
         decode(bytes_of(Image.fromarray(IMAGE), kind))
 
@@ -188,7 +188,7 @@ def test_large_progressive_images_of_usual_scans_are_decoded(monkeypatch):
         decode(data)
     plain = encode_image(
         image, "jpg", icc_profile=b"\xff\xda" * 999
-    )  # the scan marker without scans
+    )  # the bytes of a scan marker, but no scans
     assert decode(plain).shape == image.shape
 
 

@@ -73,7 +73,7 @@ SPEC = ViewSpec(
 
 @pytest.mark.parametrize("kind", ["shift", "crop_flip", "random_resized_crop"])
 def test_a_view_is_a_pure_function_of_seed_sample_and_view(kind: str) -> None:
-    """Whatever the batch, and whether from files or from pixels."""
+    """Whatever the batch, and whether read from files or given as pixels."""
     spec, images = replace(SPEC, kind=kind), random_images(6, 40, 36)
     ids = np.array([5, 2, 9, 1_000_003, 0, 7])
     for view in (0, 1):
@@ -126,7 +126,7 @@ def test_padding_reflects_as_torchs() -> None:
 
 
 def test_draws_of_distortions_are_no_others() -> None:
-    """A cutout is not where the crop is."""
+    """The position of a cutout does not follow that of the crop."""
     ids = np.arange(5000)
     for one in (0, 1, 2):
         for other in (60, 61, 100, 101):

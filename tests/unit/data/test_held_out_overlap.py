@@ -1,4 +1,4 @@
-"""Held-out images that are training images: by length and checksum, in a bounded sample."""
+"""Held-out images that are also training images are found by length and checksum, in a bounded sample."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ BARE = ViewSpec("crop_flip", 24, seed=5, fill=FILL)
 
 
 def drawn(image: Image.Image) -> Image.Image:
-    """An image whose first pixels tell what the three global generators gave."""
+    """The image with its first pixel set from a draw of each of the three global generators."""
     pixels = np.array(image)
     given = random.random(), np.random.rand(), torch.rand(()).item()
     pixels[0, 0] = [int(255 * one) for one in given]
@@ -89,7 +89,7 @@ def test_all_three_generators_differ_between_samples_views_and_seeds(images):
         for view in range(3)
         for pixel in views_of(images, view, hook=own(drawn), **changes)[:, 0, 0].tolist()
     }
-    # 240 views; two of them agree in all three channels (1 of 16.7 million colors) once in 600 tests.
+    # 240 views; that two of them agree in all three channels (one of 16.7 million colors) happens once in 600 tests.
     assert len(seen) >= 239
     for channel in range(3):
         assert len({pixel[channel] for pixel in seen}) > 100
@@ -122,7 +122,7 @@ def test_timm_by_name_is_the_transform_of_its_own_factory(images):
         24, is_training=True, auto_augment=TIMM.removeprefix("timm:"), mean=mean, interpolation="bilinear"
     )  # fmt: skip
     (reference,) = [one for one in factory.transforms if isinstance(one, RandAugment)]
-    for operation in reference.ops:  # it asks for its interpolation, ours leaves it to timm
+    for operation in reference.ops:  # the factory sets an interpolation, ours leaves it to timm
         hooks.keep_a_bit(operation)
         operation.kwargs["resample"] = hooks.hook_of(TIMM, 24, FILL).ops[0].kwargs["resample"]
     changed = 0

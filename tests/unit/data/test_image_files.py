@@ -1,4 +1,4 @@
-"""Search for images below a folder: links, loops, names without a suffix, and files left out."""
+"""The search for images below a folder: links, loops, names without a suffix, and files left out."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_what_is_no_image_is_counted_by_its_reason(tmp_path):
     (root / "a" / "gone").symlink_to("/nowhere")
     found = find_images(root, classes=True)
     assert found.folders == ["a"]
-    # A .heic file that contains a PNG is an image: phones name them so.
+    # A .heic file that contains a PNG is an image: some phones name them that way.
     assert found.images == ["a/1.png", "a/2", "a/4.2024", "a/5.HEIC", "a/x.png/3.png"]
     assert found.left_out == {
         "hidden": ["__MACOSX", "a/._1.png", "a/.hid", "a/Thumbs.db"],

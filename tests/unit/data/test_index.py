@@ -52,7 +52,7 @@ def test_names_are_text_and_never_paths(
 
 
 def test_links_devices_and_folders_are_ignored(tmp_path: Path) -> None:
-    """A link with an image name is not an image, and its target is never opened."""
+    """A link with the name of an image is not an image, and its target is never opened."""
     secret = tmp_path / "secret.jpg"
     secret.write_bytes(b"secret")
     links = [header(b"k.png", 6, bytes([kind])) for kind in b"123456"]
@@ -65,7 +65,7 @@ def test_links_devices_and_folders_are_ignored(tmp_path: Path) -> None:
 
 
 class Mark:
-    """Unpickled, it leaves a mark."""
+    """Leaves a mark when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -132,7 +132,7 @@ def test_giant_and_impossible_headers_are_refused(
 
 
 def test_many_extension_headers_take_no_memory(tmp_path: Path) -> None:
-    """Those of one member don't accumulate, whatever they contain; ``tarfile`` recurses and fails."""
+    """Headers of one member don't accumulate, whatever they contain; ``tarfile`` recurses on them and fails."""
     long = b"n" * 100_000
     many = [gnu(b"%07d" % n + long) for n in range(100)]
     many += [pax({b"key%07d" % n: long, b"path": long}) for n in range(100)]
@@ -146,7 +146,7 @@ def test_many_extension_headers_take_no_memory(tmp_path: Path) -> None:
 
 
 def test_giant_labels_and_jsons_are_not_read(tmp_path: Path) -> None:
-    """Holes of 2 GiB in place of a JSON file, a label, an unknown member and an image."""
+    """Sparse members of 2 GiB in place of a JSON file, a label, an unknown member and an image."""
     path = tmp_path / "giant.tar"
 
     def write(*members: tuple[bytes, int]) -> Path:
@@ -230,7 +230,7 @@ def test_hidden_files_of_macos_are_refused_with_the_remedy(tmp_path: Path) -> No
 
 
 def test_headers_that_change_midway_are_read_as_well_as_the_first(tmp_path: Path) -> None:
-    """Owners, times, prefixes and types that alternate: the fast check must not keep old ones."""
+    """Alternating owners, times, prefixes and types: the fast check must not keep old ones."""
     members = []
     for n in range(40):
         fields = {"prefix": b"p%d" % (n % 3)} if n % 4 else {}
@@ -259,7 +259,7 @@ def test_damage_anywhere_in_a_header_is_seen_after_many_sound_ones(tmp_path: Pat
 
 @pytest.mark.parametrize("at", [100, 108, 116, 124, 135, 136, 329, 337])
 def test_numbers_are_checked_after_many_sound_ones(tmp_path: Path, at: int) -> None:
-    """As above, for corruption that the checksum does not detect."""
+    """The same for corruption that the checksum does not detect."""
     whole = bytearray(b"".join(file(b"%02d.jpg" % n, b"x") for n in range(20)) + END)
     whole[18 * 1024 + at] = ord("z")
     whole[18 * 1024 : 18 * 1024 + 512] = archives.mend(bytes(whole[18 * 1024 : 18 * 1024 + 512]))

@@ -1,4 +1,4 @@
-"""What index records, and what a manifest file must hold: checksums, digests, URLs, with any number of workers."""
+"""What index records and a manifest file must contain: checksums, digests, URLs, with any number of workers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MB = 1 << 20
 
 
 def test_checksums(tmp_path: Path) -> None:
-    """Recorded on request, kept by saving and selecting; not part of the digest."""
+    """Recorded on request, preserved by saving and selecting; not part of the digest."""
     images = random_images(10, 8, 8)
     paths = make_shards(tmp_path / "d", images, [0, 1] * 5, shard_size=4)
     plain, sums = index(paths), index(paths, checksums=True)
@@ -65,7 +65,7 @@ def test_checksums_of_images_longer_than_one_read(tmp_path: Path) -> None:
 
 
 def test_a_manifest_of_before_checksums_loads(tmp_path: Path) -> None:
-    """Written directly with pyarrow, column by column, as the first version 1 was."""
+    """Written directly with pyarrow, column by column, as the first release of format version 1 wrote it."""
     header_ = {"version": 1, "digest": "d", "classes": ["a"], "shards": []}
     header_["shards"] = [{"path": "s.tar", "bytes": 9, "samples": 2}]
     values = {"shard": [0, 0], "offset": [512, 1 << 40], "size": [3, 4], "label": [0, -1]}
@@ -98,7 +98,7 @@ def test_a_manifest_with_other_columns_is_refused(tmp_path: Path, wrong: pa.Arra
 
 
 def test_a_manifest_whose_rows_make_no_sense_is_refused(tmp_path: Path) -> None:
-    """Decreasing or unlisted shard numbers, as one flipped byte in the file would cause."""
+    """Decreasing or unlisted shard numbers, as a single flipped byte in the file would cause."""
     manifest = index([shard(tmp_path, SAMPLE, file(b"l.cls", b"0"), file(b"l.jpg"))])
     for wrong in ([0, -1], [0, 1], [-1, 0], [5, 5]):
         columns = [np.array(wrong, np.int32), *_columns(manifest)[1:]]
@@ -113,7 +113,7 @@ def test_a_manifest_whose_rows_make_no_sense_is_refused(tmp_path: Path) -> None:
 
 
 def test_digest_is_that_of_the_rows_one_by_one() -> None:
-    """With more keys than are hashed at a time, in strings with 32-bit and 64-bit offsets."""
+    """With more keys than are hashed at a time, in string columns with 32-bit and 64-bit offsets."""
     n = 70_000
     keys = [f"ключ/{i}" for i in range(n)]
     zeros = np.zeros(n, np.int32)
@@ -136,7 +136,7 @@ def test_keys_beyond_two_gibibytes_keep_long_offsets(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
 def test_workers_change_nothing(tmp_path: Path, workers: int) -> None:
-    """Rows in shard order, class names from any shard."""
+    """Rows are in shard order, and class names may come from any shard."""
     members = [[(f"{s}.cls", b"%d" % (s % 3)), (f"{s}.jpg", b"x" * s)] for s in range(20)]
     for s, sample in enumerate(members):
         sample.append((f"{s}.json", b'{"class_name": "from %d"}' % (s % 3)))

@@ -309,7 +309,7 @@ def test_dotted_keys_are_what_webdataset_takes_them_for(tmp_path: Path) -> None:
 
 
 def test_samples_without_a_label_are_not_held_out(tmp_path: Path) -> None:
-    """And the others are held out as if those were not there."""
+    """The choice among the labeled samples is the one made if all had labels."""
     labels = [n % 3 for n in range(20)]
     manifest = index(make_shards(tmp_path, IMAGES, labels))
     label_N = np.array(manifest.label_N)

@@ -17,7 +17,7 @@ from tests.support.reference_order import SIZES, parts_of, plain_order
 
 
 def epoch_of(order: Order, epoch: int) -> np.ndarray:
-    """[batches, G] of one epoch."""
+    """The global batches [batches, G] of one epoch."""
     return np.stack([order.batch(epoch, i) for i in range(order.batches_per_epoch)])
 
 
@@ -94,7 +94,7 @@ def test_any_batch_without_the_ones_before(count):
     jumping = Order(sizes, **how)
     for epoch, index in places:
         np.testing.assert_array_equal(jumping.batch(epoch, index), in_turn[epoch][index])
-    for epoch, index in places[:10]:  # a fresh one, as after a restart
+    for epoch, index in places[:10]:  # a fresh order, as after a restart
         np.testing.assert_array_equal(
             Order(sizes, **how).batch(epoch, index), in_turn[epoch][index]
         )
@@ -120,7 +120,7 @@ def test_epochs_and_seeds_differ_and_all_is_shown_in_time():
     assert not np.array_equal(first, second)
     assert not np.array_equal(first, other)
     assert len(np.unique(first)) == 98  # 100 = 14 x 7 + 2
-    # The skipped samples differ by epoch: no sample is skipped forever.
+    # Different samples are skipped in each epoch: none is skipped forever.
     assert len(np.unique([epoch_of(order, e) for e in range(12)])) == 100
 
 
@@ -155,13 +155,13 @@ def test_as_many_parts_as_there_are(count):
 
 def test_a_window_mixes_its_shards_and_no_others():
     order = Order(np.full(12, 10), seed=3, global_batch=30, window=3)
-    for batch in epoch_of(order, 0):  # here a batch is exactly a window
+    for batch in epoch_of(order, 0):  # here a batch is exactly one window
         assert len(np.unique(batch // 10)) == 3
         assert (np.diff(batch) < 0).any()
 
 
 def test_shuffling_is_even():
-    """Positions of a sample over 4000 seeds: chi-squared with 19 degrees of freedom, far beyond 0.999."""
+    """Positions of a sample over 4000 seeds: the limit is far beyond the 0.999 quantile of chi-squared (19 dof)."""
     places = [
         int(
             np.flatnonzero(
@@ -216,7 +216,7 @@ def test_wrong_arguments():
 
 
 def test_eight_parts_in_micro_batches_of_eight():
-    """One row of each partition, where each used to be eight rows of one partition."""
+    """One row of each partition; each micro-batch used to be eight rows of one partition."""
     parts = [np.arange(p * 40, p * 40 + 40) for p in range(8)]
     order = Order(np.array([320]), seed=0, global_batch=64, window=1, parts=parts)
     for piece in order.micro_batches(0, 2, 0, 1, 8):

@@ -35,7 +35,7 @@ def test_imagefolder(tmp_path: Path) -> None:
             "zebra/sub.x/a.b.jpeg": jpg,
             "zebra/sub_x/a_b.jpg": png,  # a PNG by its bytes
             "ant/é.jpg": jpg,
-            "ant/broken.jpg": jpg[:90],  # a corrupt middle is left to the reader
+            "ant/broken.jpg": jpg[:90],  # corruption after the header is left to the reader
             "ant/._é.jpg": b"",
             "ant/notes.txt": b"",
             ".cache/x.jpg": jpg,

@@ -1,4 +1,4 @@
-"""Parquet tables as shards: bytes pass untouched, labels and names are understood, the rest is refused."""
+"""Parquet tables as shards: bytes pass unchanged, labels and names are understood, the rest is refused."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_files_that_number_the_same_names_differently_are_renumbered(tmp_path: P
     "kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int8(), pa.string())]
 )
 def test_labels_that_are_text_are_names(tmp_path: Path, kind: pa.DataType) -> None:
-    """Sorted, and the same classes however they are spread over the files."""
+    """Sorted, and the same classes however they are distributed over the files."""
     a = labelled(tmp_path / "a.parquet", pa.array(["owl", "ant", "owl"]).cast(kind))
     b = labelled(tmp_path / "b.parquet", pa.array(["bee", "10"]).cast(kind))
     paths = pack_parquet([a, b], tmp_path / "out")
@@ -334,13 +334,13 @@ def test_an_empty_name_among_others_is_refused_before_a_shard_is_written(tmp_pat
     ],
 )
 def test_names_that_skip_a_number_are_refused(tmp_path: Path, names: Any, what: str) -> None:
-    """By position, label 1 was packed as 'owl'; a null was packed as the class 'None'."""
+    """Taken by position, label 1 would be packed as 'owl', and a null as the class 'None'."""
     rows = [{"bytes": encode_image(IMAGES[n % 2]), "path": None} for n in range(4)]
     one = write_parquet(tmp_path / "a.parquet", rows, [0, 1, 0, 1], names)
     with pytest.raises(UserError, match=what) as caught:
         pack_parquet([one], tmp_path / "out")
     assert caught.value.where == str(one)
-    # The remedy, as written.
+    # The remedy works as written.
     bare = pq.read_table(one).replace_schema_metadata(None)
     pq.write_table(bare, one)
     assert index(pack_parquet([one], tmp_path / "out")).classes == ("0", "1")
@@ -348,7 +348,7 @@ def test_names_that_skip_a_number_are_refused(tmp_path: Path, names: Any, what: 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.int64()])
 def test_rows_without_a_label_are_packed_if_asked(tmp_path: Path, kind: pa.DataType) -> None:
-    """Without .cls; the classes are those of the other rows."""
+    """They get no .cls; the classes are those of the other rows."""
     text = kind == pa.string()
     labels = ["owl", None, "ant", None] if text else [1, None, 0, -1]
     path = labelled(tmp_path / "a.parquet", pa.array(labels).cast(kind))

@@ -1,4 +1,4 @@
-"""The pixels of each kind of file (docs/images.md), against numbers worked out by hand."""
+"""The pixels of each kind of file (docs/images.md) against values computed by hand."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def saved(image: np.ndarray | Image.Image, kind: str, **options: object) -> byte
 
 
 def png(depth: int, colour: int, rows: np.ndarray, *before: bytes) -> bytes:
-    """A PNG to the letter of the specification; ``rows`` [H, bytes]."""
+    """A PNG written by the letter of the specification; ``rows`` [H, bytes]."""
     wide = rows.shape[1] * 8 // (depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour])
     head = struct.pack(">IIBBBBB", wide, len(rows), depth, colour, 0, 0, 0)
     body = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
@@ -43,7 +43,7 @@ def png(depth: int, colour: int, rows: np.ndarray, *before: bytes) -> bytes:
 
 
 def as_bytes(values: np.ndarray, kind: str) -> np.ndarray:
-    """The numbers as bytes, row by row."""
+    """The values as bytes, row by row."""
     return np.ascontiguousarray(values.astype(kind)).view(np.uint8).reshape(len(values), -1)
 
 
@@ -58,7 +58,7 @@ def transparent(*values: int) -> bytes:
 
 
 def on_white(colours_HWC: np.ndarray, alpha_HW: np.ndarray) -> np.ndarray:
-    """The formula itself, in floats."""
+    """Blending with white, as the formula says, in floating point."""
     share = alpha_HW[..., None] / 255
     return colours_HWC * share + 255 * (1 - share)
 
@@ -66,7 +66,7 @@ def on_white(colours_HWC: np.ndarray, alpha_HW: np.ndarray) -> np.ndarray:
 def plain_tiff(
     pixels_: np.ndarray, bits: int, photometric: int, signed: int = 1, **more: int
 ) -> bytes:
-    """An uncompressed TIFF of one strip, with one sample per pixel unless ``samples`` is given."""
+    """An uncompressed TIFF with one strip, and one sample per pixel unless ``samples`` is given."""
     body, samples = pixels_.tobytes(), more.get("samples", 1)
     size = [(256, 4, 1, WIDE), (257, 4, 1, HIGH), (278, 4, 1, HIGH), (279, 4, 1, len(body))]
     kind = [(258, 3, 1, bits), (259, 3, 1, 1), (262, 3, 1, photometric), (277, 3, 1, samples)]
@@ -74,7 +74,7 @@ def plain_tiff(
 
 
 def planes_tiff(planes: list[np.ndarray], photometric: int, order: str, bits: int = 16) -> bytes:
-    """An uncompressed TIFF of one strip per color (PlanarConfiguration 2)."""
+    """An uncompressed TIFF with one strip per color (PlanarConfiguration 2)."""
     kind, count = f"{order}u{bits // 8}", len(planes)
     body = b"".join(plane.astype(kind).tobytes() for plane in planes)
     each, at = len(body) // count, 8 + len(body)
@@ -98,7 +98,7 @@ def planes_tiff(planes: list[np.ndarray], photometric: int, order: str, bits: in
 
 
 def bmp(header: int, alpha: np.ndarray) -> bytes:
-    """A 32-bit BMP whose masks name an alpha channel; a header of 108 bytes is V4, of 124 bytes V5."""
+    """A 32-bit BMP whose masks declare an alpha channel; a header of 108 bytes is V4, of 124 bytes V5."""
     body = np.dstack([RGB[..., ::-1], alpha.astype(np.uint8)])[::-1].tobytes()
     about = struct.pack("<IiiHHIIiiII", header, WIDE, HIGH, 1, 32, 3, len(body), 0, 0, 0, 0)
     about += struct.pack("<4I", 0xFF0000, 0xFF00, 0xFF, 0xFF000000)
@@ -366,7 +366,7 @@ def test_training_predict_and_pack_agree(name, monkeypatch):
     np.testing.assert_array_equal(crop[0], render(spec, whole, 0, 0))
     if name != "pfm":
         assert image_suffix(data[:64]) is not None
-    monkeypatch.setattr(pixels, "BLOCK", 3 * WIDE + 1)  # in chunks of three rows: the same
+    monkeypatch.setattr(pixels, "BLOCK", 3 * WIDE + 1)  # in chunks of three rows: no difference
     np.testing.assert_array_equal(decode(data), whole)
 
 

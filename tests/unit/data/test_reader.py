@@ -112,7 +112,7 @@ def test_a_wrong_shard_is_refused_every_time(shards, damage):
             bad.mkdir()
     else:
         os.truncate(bad, bad.stat().st_size + (-600 if damage == "truncated" else 512))
-    for _ in range(2):  # a refused handle is not cached
+    for _ in range(2):  # the handle of a refused shard is not cached
         with pytest.raises(UserError) as caught:
             reader.read(Request(np.array([1, 16, 2]), CLEAN))
         assert caught.value.where == str(bad)
@@ -124,7 +124,7 @@ def test_a_wrong_shard_is_refused_every_time(shards, damage):
 
 @pytest.mark.parametrize("left", [-5000, 0, 1, -1], ids=str)
 def test_a_shard_cut_while_it_is_open(shards, left):
-    """Truncated before the sample, at its first byte, after that byte, one byte before its end."""
+    """Truncated before the sample, at its first byte, after that byte, or one byte before its end."""
     reader = Reader(spec_of(shards))
     assert reader.read(Request(np.array([16]), CLEAN)).valid.all()
     start, size = int(reader.manifest.offset_N[23]), int(reader.manifest.size_N[23])

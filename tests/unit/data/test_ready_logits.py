@@ -1,4 +1,4 @@
-"""Logits that somebody else has computed: by key, by class name, complete."""
+"""Logits that were computed elsewhere: matched by key and class name, and checked for completeness."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def log_softmax(values: np.ndarray) -> np.ndarray:
 
 
 def test_rows_are_found_by_key_in_any_order(manifest: Manifest, tmp_path: Path) -> None:
-    """Among those of other images."""
+    """Even among rows of other images."""
     order = [3, 1, 5, 0, 4, 2]
     keys = [manifest.key(n) for n in order] + ["another"]
     values = logits(N + 1)

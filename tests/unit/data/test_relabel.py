@@ -107,7 +107,7 @@ def test_keys_that_two_shards_have_are_told_apart(tmp_path):
 
 
 def test_shards_of_one_name_in_two_folders_are_told_apart(tmp_path):
-    """Two data sets packed alike: the same names of shards, the same keys."""
+    """Two data sets packed in the same way: the same shard names, the same keys."""
     for folder in ("one", "two"):
         manifest(tmp_path, folder, {"t": [0, 1], "u": [2]})
     shards = [tmp_path / folder / f"{name}.tar" for folder in ("one", "two") for name in "tu"]
@@ -145,7 +145,7 @@ def test_the_content_of_the_list_is_in_the_key_of_index_and_not_its_path(tmp_pat
     def part(*overrides: str):
         config = settings.load("demo", [f"run.dir={tmp_path}/run", *overrides])
         found = keys.parts(config, STAGES["index"], {})
-        if not overrides:  # runs of before the field existed stay complete
+        if not overrides:  # runs from before the field existed stay complete
             older = {name: value for name, value in found.items() if name != "data.relabel"}
             assert keys.key_of(STAGES["index"], found, {}) == keys.key_of(
                 STAGES["index"], older, {}

@@ -28,7 +28,7 @@ WORLDS = (1, 2, 4, 8)
 
 @dataclass(frozen=True)
 class Case:
-    """The inputs of an order."""
+    """The inputs from which an order is computed."""
 
     sizes: tuple[int, ...]
     seed: int
@@ -37,7 +37,7 @@ class Case:
     parts: tuple[np.ndarray, ...] | None
 
     def order(self) -> Order:
-        """A fresh one, as after a restart."""
+        """A fresh order, as after a restart."""
         return Order(
             np.array(self.sizes),
             seed=self.seed,
@@ -47,14 +47,14 @@ class Case:
         )
 
     def plain(self, epoch: int) -> list[list[int]]:
-        """The epoch's global batches by the reference."""
+        """The epoch's global batches by the reference implementation."""
         shares = self.order().shares
         return plain_batches(self.sizes, self.seed, epoch, self.window, shares, self.parts)
 
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    """Shards of any size, including 0 and 1, with enough samples for a batch that 8 ranks can share."""
+    """Shards of any size, including 0 and 1, with enough samples in all for a batch that 8 ranks can share."""
     batch = 8 * draw(st.integers(1, 4), label="rows of each of 8 ranks")
     size = st.one_of(st.just(0), st.just(1), st.integers(2, 40))
     sizes = draw(st.lists(size, max_size=12))
@@ -85,7 +85,7 @@ def ways_of(order: Order) -> list[tuple[int, int]]:
 
 
 def places_of(order: Order, world: int, accumulation: int) -> list[int]:
-    """Positions in the global batch of the rows, in the order of the ranks' micro-batches.
+    """Positions of the rows in the global batch, in the order of the ranks' micro-batches.
 
     Without partitions 0, 1, …; with partitions a rank's rows are dealt round-robin to its micro-batches.
     """
@@ -117,7 +117,7 @@ def test_the_sequence_is_the_same_for_any_ranks_and_accumulation(case):
     order = case.order()
     ways = ways_of(order)
     assert {world for world, _ in ways} == set(WORLDS)
-    if case.parts is None:  # every split of every rank's rows
+    if case.parts is None:  # split every rank's rows in every possible way
         rows = case.global_batch
         assert ways == [(w, a) for w in WORLDS for a in range(1, rows + 1) if rows % (w * a) == 0]
     for epoch in (0, 3):
@@ -131,7 +131,7 @@ def test_the_sequence_is_the_same_for_any_ranks_and_accumulation(case):
 @settings(max_examples=examples(120), deadline=None)
 @given(case=cases(), data=st.data())
 def test_a_run_that_changes_its_ranks_goes_on_with_the_same_sequence(case, data):
-    """Restarted with other ranks and accumulations at any point, including at and across an epoch's end."""
+    """Restarted with another number of ranks or another accumulation at any point, also at an epoch's end."""
     per_epoch, ways = case.order().batches_per_epoch, ways_of(case.order())
     cuts = data.draw(
         st.lists(st.tuples(st.integers(0, per_epoch + 1), st.sampled_from(ways)), max_size=6)
@@ -166,7 +166,7 @@ def test_every_rank_gets_as_many_batches_of_as_many_rows(case):
 
 
 def permuted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Numbers of the windows permuted from now on; the permutation of the shards is not listed."""
+    """A list to which the number of every window that is permuted is added; the shards' permutation is not."""
     found: list[int] = []
     plain = orders._key
 
@@ -181,7 +181,7 @@ def permuted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @settings(max_examples=examples(60), deadline=None)
 @given(case=cases())
 def test_any_batch_costs_the_windows_it_touches_and_no_others(case):
-    """For any b: no earlier batch is computed, and no window is permuted unless it has a sample of b."""
+    """For any batch b: no earlier batch is computed, and only windows that have a sample of b are permuted."""
     windows = plain_windows(case.sizes, case.seed, 5, case.window)
     window_of = {i: number for number, ids in enumerate(windows) for i in ids}
     for number, wanted in enumerate(case.plain(5)):
@@ -231,7 +231,7 @@ def digest(case: Case, epochs: tuple[int, ...]) -> str:
 
 
 def test_the_sequence_is_what_it_was():
-    """Runs resume by it: neither our code nor a new numpy may change it unnoticed."""
+    """Runs resume by the sequence: neither our code nor a new numpy may change it unnoticed."""
     sizes = (7, 0, 13, 1, 20, 9, 0, 0, 31, 4, 16, 11)
     parts = tuple(np.flatnonzero(np.arange(112) * 5 // 112 == p) for p in range(5))
     assert digest(Case(sizes, -3, 16, 3, None), (0, 1, 2**31)) == "031c04cd611c6d2a"
@@ -245,7 +245,7 @@ def test_seeds_of_any_size():
     assert len({tuple(ids) for ids in found}) == len(seeds)
     for seed, ids in zip(seeds, found, strict=True):
         assert ids == plain_order([9] * 6, seed, 0, 3).tolist()
-    # Taken modulo 2^64, also as numpy integers.
+    # Seeds count modulo 2^64, as numpy integers too.
     again = Order(sizes, seed=2**64 + 1, global_batch=54, window=3).batch(0, 0)
     assert again.tolist() == found[1]
     again = Order(sizes, seed=np.int64(-1), global_batch=54, window=3).batch(0, 0)
@@ -258,7 +258,7 @@ def test_epochs_of_any_size():
     found = [order.batch(epoch, 0).tolist() for epoch in epochs]
     assert found == [plain_order([9] * 6, 0, epoch, 3).tolist() for epoch in epochs]
     assert len({tuple(ids) for ids in found}) == len(epochs)
-    for epoch in (2**32, -1):  # they would alias another epoch
+    for epoch in (2**32, -1):  # would alias another epoch
         with pytest.raises(IndexError, match=f"epoch {epoch} is not in"):
             order.batch(epoch, 0)
 
@@ -274,16 +274,16 @@ def test_numpys_narrow_integers_do_not_overflow():
 
 
 def test_ids_beyond_32_bits_in_shards_too_large_to_permute(monkeypatch):
-    """Only the small shard's window is touched; the one of 3 billion samples would not fit."""
+    """Only the small shard's window is permuted; that of 3 billion samples would not fit in memory."""
     sizes = np.array([3_000_000_000, 64])
     order = Order(sizes, seed=0, global_batch=8, window=1)
     assert order.batches_per_epoch == 3_000_000_064 // 8
-    epoch_of = {order._layout(epoch)[0][0]: epoch for epoch in range(20)}  # by its first shard
+    epoch_of = {order._layout(epoch)[0][0]: epoch for epoch in range(20)}  # by first shard
     plain = orders._key
     for first, begin, window in ((0, 3_000_000_000 // 8, 1), (1, 0, 0)):
 
         def key(seed: int, epoch: int, stream: int, small: int = window) -> np.ndarray:
-            assert stream in (0, small + 1)  # before 24 GB are allocated
+            assert stream in (0, small + 1)  # fails before 24 GB are allocated
             return plain(seed, epoch, stream)
 
         monkeypatch.setattr(orders, "_key", key)
@@ -291,18 +291,18 @@ def test_ids_beyond_32_bits_in_shards_too_large_to_permute(monkeypatch):
         assert sorted(np.concatenate(found)) == list(range(3_000_000_000, 3_000_000_064))
 
 
-# The same bytes through real readers
+# The same bytes through real readers.
 
 
 @dataclass(frozen=True)
 class Data:
-    """Shards of odd sizes under a view that differs by sample and number."""
+    """Shards of odd sizes, and a view that differs by sample and view number."""
 
     spec: ReaderSpec
     case: Case
 
     def wanted(self, epoch: int, number: int) -> tuple[np.ndarray, ...]:
-        """The global batch by the reference order, read in one go by one reader."""
+        """The global batch by the reference order, read by one reader in a single request."""
         ids = np.array(self.case.plain(epoch)[number])
         got = Reader(self.spec).read(Request(ids, epoch))
         assert got.valid.all()
@@ -344,7 +344,7 @@ def data(shards, request) -> Data:
 
 @dataclass(frozen=True)
 class Way:
-    """How a range of the sequence is run."""
+    """Ranks, readers and accumulation with which a range of the sequence is run."""
 
     world: int
     readers: int
@@ -356,7 +356,7 @@ class Way:
 def run(data: Data, way: Way, places: list[tuple[int, int]]) -> list[tuple[np.ndarray, ...]]:
     """Global batches at (epoch, number), assembled from all ranks' pools, each row in its place.
 
-    Every pool is asked for one step more than is consumed: requests in flight are dropped.
+    Every pool is asked for one more step than is consumed: requests in flight are dropped.
     """
     order = data.case.order()
     order.check_ranks(way.world, way.accumulation)

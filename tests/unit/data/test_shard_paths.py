@@ -1,4 +1,4 @@
-"""Which files a pattern, a folder or a list means, and what is refused with the remedy."""
+"""Which files a pattern, a folder or a list stands for, and what is refused, with its remedy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The metrics behind docs/order.md are correct: the benchmark's functions against plain loops."""
+"""The metrics in docs/order.md are correct: the benchmark's functions against plain loops."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_opened(shuffle, monkeypatch):
 
 
 def test_the_formulas_hold(shuffle):
-    """A window of w = W/S: distances are w times a full permutation's; pairs as computed."""
+    """For a window of w = W/S, distances are w times those of a full permutation; pairs are as computed."""
     orders = {w: Order(np.full(64, 60), seed=0, global_batch=16, window=w) for w in (8, 16, 64)}
     for window, order in orders.items():
         epochs = [shuffle.epoch_of(order, epoch) for epoch in range(25)]

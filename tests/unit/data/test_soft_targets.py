@@ -86,7 +86,7 @@ def test_the_rest_is_spread_evenly(tmp_path):
 
 
 def test_a_sure_teacher_leaves_no_class_impossible(tmp_path):
-    """All mass in the top k, and in float16 even more than 1: logarithms stay finite."""
+    """With all mass in the top k, in float16 even more than 1, logarithms stay finite."""
     classes, values = np.array([[[2, 0]]], np.int32), np.array([[[0.0, -9.0]]], np.float16)
     path = tmp_path / "a.parquet"
     write_shard(path, ids=np.array([0]), view_count=1, indices=classes, log_probs=values, meta=META)
@@ -97,7 +97,7 @@ def test_a_sure_teacher_leaves_no_class_impossible(tmp_path):
 
 
 def test_all_classes_are_exact_far_into_the_tail(tmp_path):
-    """Nothing is clipped: ratios of unlikely classes are as written."""
+    """Nothing is clipped: the ratios of unlikely classes are those written."""
     log_VNC = teacher(2, 8, 12)
     log_VNC[..., 5] = -60.0
     write_all(tmp_path, log_VNC, 12)
@@ -121,7 +121,7 @@ def test_memory_is_dense_and_small(tmp_path):
 def test_whole_or_not(tmp_path):
     path = write_all(tmp_path, teacher(2, 6, 5), 2)[0]
     assert is_complete(path, META)
-    assert is_complete(path, dict(reversed(META.items())))  # order of keys doesn't count
+    assert is_complete(path, dict(reversed(META.items())))  # the order of keys doesn't matter
     assert not is_complete(path, {**META, "key": "abd"})
     assert not is_complete(tmp_path / "none.parquet", META)
     assert list(tmp_path.glob("*.tmp")) == []
@@ -209,7 +209,7 @@ def with_other_columns(path: Path, **columns: pa.Array) -> None:
 
 
 def test_a_class_that_occurs_twice_is_refused(tmp_path):
-    """With all classes in every row their order is implied, so that a repeated one would hide."""
+    """With all classes in every row their order is implied, so a repeated class would go unnoticed."""
     path = write_all(tmp_path, teacher(1, 2, 3), 3)[0]
     classes = pa.FixedSizeListArray.from_arrays(pa.array([0, 1, 2, 2, 1, 2], pa.int32()), 3)
     with_other_columns(path, indices=classes)
@@ -229,7 +229,7 @@ def test_corrupt_samples_and_their_reasons_are_kept(tmp_path):
 
 
 def test_a_sample_without_one_of_its_views(tmp_path):
-    """A file with rows that ``write_shard`` does not produce, but a valid checksum."""
+    """A file with rows that ``write_shard`` never produces, but with a valid checksum."""
     path = write_all(tmp_path, teacher(2, 6, 5), 2)[0]
     table = pq.read_table(path).filter([True] * 8 + [False] + [True] * 3)
     pq.write_table(table, path)

@@ -45,7 +45,7 @@ def url_of(web: Served, shard: Path) -> str:
 
 
 def far_manifest(web: Served, shards: list[Path], local: tuple[int, ...] = ()) -> Manifest:
-    """The manifest that ``index`` makes of the URLs, without a request; some shards stay local."""
+    """The manifest that ``index`` would write for the URLs, made without a request; some shards stay local."""
     manifest = index(shards, progress=False, checksums=True)
     elsewhere = [
         shard if number in local else replace(shard, path=url_of(web, shards[number]))
@@ -171,7 +171,7 @@ def test_a_shard_that_is_read_is_not_removed(web, shards, tmp_path):
 
 
 def test_a_window_larger_than_the_cache_does_not_turn_it_over(web, shards, tmp_path, monkeypatch):
-    """Part of it is cached and the rest is read in ranges, instead of downloading with every batch."""
+    """Part of it is cached and the rest is read in ranges; nothing is downloaded again with every batch."""
     monkeypatch.setattr(remote_shards, "RETRY_SECONDS", 0.0)
     manifest = far_manifest(web, shards)
     wanted = wanted_of(manifest, shards)
@@ -198,7 +198,7 @@ def test_names_in_urls_lead_nowhere(web, shards, tmp_path):
     cache = ShardCache(tmp_path / "deep" / "c", 1 << 30)
     (shards[0].parent / "x").mkdir()
     url = f"{web.url}/x/..%2f../../{shards[0].name}"
-    with contextlib.suppress(UserError):  # the server may find nothing there
+    with contextlib.suppress(UserError):  # the server may answer 404
         release(cache.open(url, shards[0].stat().st_size))
     assert {path.name for path in (tmp_path / "deep").iterdir()} == {"c"}
     names = [p.name for p in (tmp_path / "deep" / "c").iterdir() if p.name != ".room"]
@@ -247,7 +247,7 @@ def test_a_copy_that_rots_is_dropped_and_its_sample_fetched(web, shards, tmp_pat
     assert ShardFiles(manifest, spec).read(3) == wanted[3]
     (kept,) = (tmp_path / "c").glob("*.tar")
     damage(kept, manifest, 3)
-    later = ShardFiles(manifest, spec)  # as in another process: nothing verified yet
+    later = ShardFiles(manifest, spec)  # as in a new process: nothing verified yet
     assert later.read(3) == wanted[3]
     assert not kept.exists()
     assert later.read(4) == wanted[4]
@@ -255,7 +255,7 @@ def test_a_copy_that_rots_is_dropped_and_its_sample_fetched(web, shards, tmp_pat
 
 
 def test_a_download_is_verified_as_a_whole(web, shards, tmp_path):
-    """The requested sample is intact, another is not: no such copy is cached."""
+    """The requested sample is intact, but another is not: such a copy is not cached."""
     manifest = far_manifest(web, shards)
     damage(shards[0], manifest, 5)
     files = ShardFiles(manifest, CacheSpec(str(tmp_path / "c"), 1 << 30))
@@ -277,7 +277,7 @@ def test_a_grown_shard_is_refused_or_still_read_right(web, shards, tmp_path, lim
         with pytest.raises(UserError, match="has changed"):
             files.read(3)
     else:
-        assert files.read(3) == wanted[3]  # as its checksum proves
+        assert files.read(3) == wanted[3]  # its checksum matches
 
 
 # Several processes
@@ -322,4 +322,4 @@ def test_a_run_indexes_urls(web, shards, tmp_path, capsys):
     assert manifest.crc_N is not None
     web.requests.clear()
     assert cli.main(["index", "--config", "demo", *given]) == 0
-    assert web.requests.total() == 0  # it is complete
+    assert web.requests.total() == 0  # the stage is complete

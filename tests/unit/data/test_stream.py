@@ -228,14 +228,14 @@ def test_the_decoded_cache_changes_no_byte(shards, kind, limit, monkeypatch):
     for one, other in zip(found, wanted, strict=True):
         np.testing.assert_array_equal(one.images, other.images)
         np.testing.assert_array_equal(one.labels, other.labels)
-    # Samples below the limit are decoded once, the others each time they are read.
+    # Samples below the limit are decoded once, the others each time that they are read.
     kept = 0 if kind == "random_resized_crop" else min(70, max(0, limit - 70) // 3072)
     shown = np.concatenate([batch.ids for batch in wanted])
     assert len(decoded) == np.sum(shown >= kept) + len(np.unique(shown[shown < kept]))
 
 
 def test_decoded_caches_of_other_limits_are_the_same_file(tmp_path):
-    """Pixels of 1, so that no byte of an image may be taken for the mark of one that is there."""
+    """All pixels are 1, like the mark of an image that is cached: neither may be taken for the other."""
     images = np.ones((70, 32, 32, 3), np.uint8)
     images[:, 0, 0, 0] = np.arange(70)
     shards = shard_pattern(tmp_path / "ones", images, np.zeros(70, int))
@@ -267,9 +267,9 @@ def test_the_decoded_cache_is_shared_and_bounded_and_not_for_the_corrupt(tmp_pat
     tar.write_bytes(damaged)
     os.utime(
         tar, ns=(stat.st_atime_ns, stat.st_mtime_ns)
-    )  # the cache still considers the manifest its own
+    )  # the cache still takes the manifest for the same one
     with a_stream(str(tar), decoded_bytes=1 << 20, max_corrupt=1.0) as stream:
-        for _ in range(2):  # once decoded, once from the cache
+        for _ in range(2):  # first decoded, then from the cache
             batches = list(stream)
             bad = [i for b in batches for i in b.ids[~b.valid].tolist()]
             assert bad == [3]

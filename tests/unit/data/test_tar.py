@@ -1,4 +1,4 @@
-"""Our walk over tar headers against the real webdataset 1.0.2 and tarfile."""
+"""Our walk over tar headers compared with the real webdataset 1.0.2 and with tarfile."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def outcome(read: Callable[[Path], archives.Samples], path: Path) -> archives.Sa
 
 
 def assert_same(path: Path) -> None:
-    """Ours equal webdataset's, except that duplicate and scattered keys are refused."""
+    """Our samples equal webdataset's, except that duplicate and scattered keys are refused."""
     expected, found = outcome(by_webdataset, path), outcome(ours, path)
     split = [samples.split_name(member.name) for member in samples.walk(path)]
     keys = [s[0] for s in split if s]
@@ -60,7 +60,7 @@ def assert_same(path: Path) -> None:
 
 
 def header_with_size(info: tarfile.TarInfo, kind: int, size: str) -> bytes:
-    """A member's header blocks, with the size encoded differently than tarfile would."""
+    """A member's header blocks, with the size encoded in another way than tarfile does."""
     if size == "pax":
         info.pax_headers = {"size": str(info.size)}
         kind = tarfile.PAX_FORMAT
@@ -198,7 +198,7 @@ def test_ambiguous_names_are_refused(
 
 
 def test_hidden_files_of_macos_are_explained(tmp_path: Path) -> None:
-    """At the top level they are skipped; in folders they become fields, as in webdataset, or scatter."""
+    """Skipped at the top level; in folders they become fields, as in webdataset, or scatter a sample."""
     top = write_tar(tmp_path / "a.tar", [("._b.jpg", b""), ("./._b.jpg", b""), ("b.jpg", b"1")])
     assert ours(top) == by_webdataset(top) == [("b", {"jpg": b"1"})]
     inside = write_tar(tmp_path / "b.tar", [("t/._a.jpg", b"x"), ("t/a.jpg", b"1")])

@@ -1,4 +1,4 @@
-"""Soft targets as one memory map per host: the arrays that all ranks fill equal a plain read."""
+"""Soft targets as one memory map per host: the arrays filled by all ranks equal a plain read."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def context(root: Path) -> Context:
 
 
 class Samples:
-    """As much of a manifest as targets need."""
+    """The parts of a manifest that targets need."""
 
     num_classes = C
 
@@ -37,7 +37,7 @@ class Samples:
 
 
 def opened(root: Path, samples: int = N) -> Targets:
-    """Open targets as the student stage does."""
+    """Open the targets as the student stage does."""
     (root / "targets").mkdir(exist_ok=True)
     return open_targets(context(root), Samples(samples), "k")  # type: ignore[arg-type]
 

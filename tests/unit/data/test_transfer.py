@@ -80,7 +80,7 @@ def test_a_server_that_drips_is_given_up(web, monkeypatch):
 
 
 def test_s3_is_asked_as_often_as_we_say(web, monkeypatch, tmp_path):
-    """The store's client would otherwise multiply our tries by its own."""
+    """Otherwise the store's client would multiply our retries by its own."""
     for name, value in {
         "AWS_ACCESS_KEY_ID": "a",
         "AWS_SECRET_ACCESS_KEY": "b",

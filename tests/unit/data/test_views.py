@@ -134,7 +134,7 @@ def test_seed_sample_and_view_all_count():
 
 
 def test_draws_are_pinned():
-    """A change here would change every run: the numbers are from 2026."""
+    """A change here would change every run: the values were recorded in 2026."""
     found = uniform(7, np.arange(3), 2, 1)
     np.testing.assert_array_equal(found, [_uniform(7, i, 2, 1) for i in range(3)])
 
@@ -148,7 +148,7 @@ def test_draws_are_pinned():
     ],
 )
 def test_views_are_pinned(kind, view, digest):
-    """Bit-identical on any machine, whatever its vector instructions."""
+    """Bit-identical on every machine, whatever its vector instructions."""
     images = np.random.default_rng(0).integers(0, 256, (6, 90, 121, 3), dtype=np.uint8)
     found = render_batch(ViewSpec(kind, 64, seed=3), images, np.arange(6), view)
     assert hashlib.sha256(found.tobytes()).hexdigest()[:12] == digest
@@ -174,7 +174,7 @@ def test_draws_are_even_and_unrelated():
     columns = [uniform(s, ids, v, d) for s, v, d in [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0)]]
     for column in columns:
         counts = np.histogram(column, bins=50, range=(0, 1))[0]
-        assert ((counts - 400) ** 2 / 400).sum() < 100  # 49 degrees of freedom: 0.99998
+        assert ((counts - 400) ** 2 / 400).sum() < 100  # 0.99998 quantile, 49 degrees of freedom
     assert np.abs(np.corrcoef(columns) - np.eye(4)).max() < 0.03
     following = np.corrcoef(columns[0][:-1], columns[0][1:])[0, 1]
     assert abs(following) < 0.03
