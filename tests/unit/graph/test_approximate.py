@@ -1,4 +1,4 @@
-"""The approximate table: joins against brute force, ranks, kills, refreshes."""
+"""The approximate table: joins against brute force, builds, refreshes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ N, M = 3000, 12
 
 
 def points(seed: int = 0, nodes: int = N, dim: int = 16) -> np.ndarray:
-    """Overlapping clusters at unit length, every 50th row a copy of another."""
+    """Rows of unit length in overlapping clusters; every 50th row is a copy of another."""
     rng = np.random.default_rng(seed)
     centres = rng.standard_normal((30, dim))
     z = centres[rng.integers(0, 30, nodes)] + 0.7 * rng.standard_normal((nodes, dim))
@@ -117,7 +117,7 @@ def test_scan_of_all_lists_is_exact() -> None:
     start = np.searchsorted(home[order], np.arange(8))
     every = np.tile(np.arange(7, dtype=np.int32), (500, 1))
     got = ivf.scan(z, np.arange(500), every, z, order, start, M, M)
-    assert quality.recall(got, exact(z, z, M)) > 0.99  # ties among copies, truncated list by list
+    assert quality.recall(got, exact(z, z, M)) > 0.99  # ties among copies, cut off list by list
     whole(got, z)
 
 

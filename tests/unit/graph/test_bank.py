@@ -36,7 +36,7 @@ def test_bank_rows_are_the_global_rows(tmp_path, parts):
 
 @pytest.mark.parametrize("parts", [[0], [2], [0, 2], []])
 def test_averages_need_no_second_halo(tmp_path, parts):
-    """Read once from the version, or held by the rank: the same bits, and the same blocks."""
+    """Whether read once from the version or held by the rank, averages and blocks are bit-identical."""
     write(tmp_path)
     version = open_version(tmp_path / "v0003")
     whole = bank.load_bank(version, parts)
@@ -89,7 +89,7 @@ def test_types_and_copies_of_a_bank(tmp_path):
     kinds = (held.x_LD.dtype, held.z_Ld.dtype, held.labels_L.dtype)
     assert kinds == (torch.float16, torch.float32, torch.int32)
     assert (held.nodes_L == np.arange(N)).all()
-    held.x_LD.zero_()  # its own memory: the file is unchanged
+    held.x_LD.zero_()  # a copy in memory: the file is unchanged
     open_version(tmp_path / "v0003").verify()
     with pytest.raises(KeyError):
         held.local_of(np.array([-1]))
@@ -98,7 +98,7 @@ def test_types_and_copies_of_a_bank(tmp_path):
 
 
 def test_the_whole_bank_is_the_files_themselves(tmp_path):
-    """Evaluation loads it on every rank: a host's ranks share its pages instead of copying them."""
+    """Evaluation loads the whole bank on every rank: the ranks of a host share its pages."""
     write(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # torch warns about arrays that it must not write to
@@ -118,7 +118,7 @@ def test_a_partition_of_another_version_is_refused(tmp_path):
     other.save(tmp_path / "v0002" / "part-01")
     note = tmp_path / "v0002" / "part-01" / "part.json"
     spare = (tmp_path / "v0001" / "part-01" / "part.json").stat().st_size - note.stat().st_size
-    note.write_text(note.read_text() + " " * spare)  # of the same size, and valid by itself
+    note.write_text(note.read_text() + " " * spare)  # of the same size, and valid on its own
     version = GraphVersion(tmp_path / "v0002", {})
     with pytest.raises(UserError, match=r"part-01"):
         bank.load_bank(version, [1])

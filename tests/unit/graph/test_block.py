@@ -1,4 +1,4 @@
-"""Blocks against sets and dictionaries."""
+"""Blocks compared with sets and dictionaries."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KEY = {"epoch": 0, "step": 0, "rank": 0}
 
 
 def check(block: BlockIds, graph: np.ndarray, first: np.ndarray, seeds: np.ndarray) -> None:
-    """A block with full second fan-out has for every node what the table has."""
+    """Assert that a block with full second fan-out has, for every node, what the table has."""
     nodes = block.nodes_V
     wanted_first = [
         [-1 if j < 0 or j == seed else int(j) for j in row]
@@ -51,7 +51,7 @@ def check(block: BlockIds, graph: np.ndarray, first: np.ndarray, seeds: np.ndarr
 def test_any_block_equals_the_naive_one(nodes, width, seeds, slots, number, holes):
     graph = random_table(nodes, min(width, nodes - 1), number, holes)
     rng = np.random.default_rng(number)
-    seeds_B = rng.integers(-1, nodes, seeds)  # including unseen and repeated ones
+    seeds_B = rng.integers(-1, nodes, seeds)  # including unseen (-1) and repeated ones
     first = rng.integers(-1, nodes, (seeds, slots)).astype(np.int32)
     made = make_sampler("table", graph, seed=0)
     check(block_ids(made, first, seeds_B, width, **KEY), graph, first, seeds_B)

@@ -12,7 +12,7 @@ N, M = 4000, 8
 
 
 def clustered(seed: int = 0, stray: float = 0.05) -> tuple[np.ndarray, np.ndarray]:
-    """A table with 40 groups of 100 nodes, ids shuffled, and the order that keeps groups together."""
+    """A table with 40 groups of 100 nodes under shuffled ids, and the order that keeps groups together."""
     rng = np.random.default_rng(seed)
     group = np.arange(N) // 100
     table = group[:, None] * 100 + rng.integers(0, 100, (N, M))
@@ -46,7 +46,7 @@ def test_reversed_table() -> None:
         whose = np.flatnonzero((table == node).any(1))
         got = back[node][back[node] >= 0]
         assert set(got.tolist()) <= set(whose.tolist())
-        assert len(set(got.tolist())) >= min(M, len(whose)) - 2  # a node may have it twice
+        assert len(set(got.tolist())) >= min(M, len(whose)) - 2  # a row may have a node twice
 
 
 def test_only_what_pays_is_moved() -> None:

@@ -71,7 +71,7 @@ def on_device(base: np.ndarray) -> knn.Index:
 @pytest.mark.parametrize("make", [knn.Index, on_device])
 @pytest.mark.parametrize("exclude", [False, True])
 def test_more_ties_than_were_fetched_go_to_the_smaller_id(make, exclude):
-    # Fifty equal rows precede three better ones: more than the slack can hold.
+    # Fifty equal rows come before three better ones: more ties than the extra fetched rows hold.
     base = np.zeros((60, 4), np.float32)
     base[:50, 0], base[50:53, 0] = 0.5, 1.0
     query = np.repeat(np.eye(4, dtype=np.float32)[:1], 30, 0)
@@ -83,7 +83,7 @@ def test_more_ties_than_were_fetched_go_to_the_smaller_id(make, exclude):
 
 @pytest.mark.parametrize("make", [knn.Index, on_device])
 def test_coarse_grid_full_of_ties_equals_dense(make, monkeypatch):
-    # Small integers: every inner product is exact, and so are the ties.
+    # With small integers every inner product is exact, and so are the ties.
     base = np.random.default_rng(0).integers(-1, 2, (300, 4)).astype(np.float32)
     out = np.arange(300)
     wanted = dense(base, base, 6, out)
@@ -163,7 +163,7 @@ def test_quality_by_loops():
 
 def test_a_search_inside_autocast_stays_in_float32():
     base = unit(4000, 32)
-    base = (base + 3 * base[:1]).astype(np.float32)  # close together: bf16 mixes up their order
+    base = (base + 3 * base[:1]).astype(np.float32)  # close together: bfloat16 changes their order
     base /= np.linalg.norm(base, axis=1, keepdims=True)
     index = on_device(base)
     plain, _ = index.search(base[:50], 10)

@@ -1,4 +1,4 @@
-"""Nodes that are no neighbors: corrupt images, and for a seed its own image under another id."""
+"""Nodes that must not be neighbors: corrupt images, and a seed's own image under another id."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_corrupt_images_are_in_no_row_and_have_none(
         query = z + 0.05 * np.random.default_rng(1).standard_normal(z.shape).astype(np.float32)
     options = [f"graph.search.exact={str(how == 'exact').lower()}", "graph.search.recall=0.97"]
     before = None
-    if how == "refreshed":  # in the previous table none was known to be corrupt
+    if how == "refreshed":  # no image was known to be corrupt in the previous table
         table, order, _ = find(tmp_path / "before", z, query, None, *options)
         before = GraphVersion(tmp_path, {})
         before.__dict__.update(candidates=table, order=order)
@@ -80,7 +80,7 @@ def test_corrupt_images_are_in_no_row_and_have_none(
     assert sorted(order.tolist()) == list(range(N))
     asked = z if query is None else query
     want = REST[exact(z[REST], asked[REST], M)]
-    if how == "exact":  # copies may be in another order: equally near is equally good
+    if how == "exact":  # copies may be in another order: they are equally near
         near = [nn_descent.similarities(t, z, asked[REST]) for t in (table[REST], want)]
         np.testing.assert_allclose(*near, atol=1e-5)
     else:
@@ -100,7 +100,7 @@ def held(z: np.ndarray, parts: int = 1) -> tuple[Bank, np.ndarray]:
 
 @pytest.mark.parametrize("parts", [None, [0, 1]])
 def test_a_live_search_finds_no_corrupt_image(tmp_path: Path, parts: list[int] | None) -> None:
-    # All others are placed so that their inner products with the seeds are below zero.
+    # All other nodes are placed so that their inner products with the seeds are negative.
     z = -np.abs(points(2, 60, 4))
     z[[1, 5, 40]] = 0
     kept, part_N = held(z, 2)
@@ -124,7 +124,7 @@ def test_groups_are_connected_components(rows: list[tuple[int, int, bool]]) -> N
     one, two = (np.array([r[i] for r in rows], np.int64) for i in (0, 1))
     apart = np.array([r[2] for r in rows], bool)
     want = list(range(len(rows)))
-    for _ in rows:  # as often as a name may have to propagate
+    for _ in rows:  # as many rounds as a group's number may need to propagate
         for i, (a, b, alone) in enumerate(rows):
             for j, (c, d, other) in enumerate(rows):
                 if not (alone or other) and (a == c or b == d):
@@ -150,7 +150,7 @@ def test_equal_rows_have_equal_keys_and_others_have_not() -> None:
 
 
 def version_with_twins(root: Path) -> tuple[GraphVersion, np.ndarray]:
-    """60 nodes in two parts: 10, 11 and 40 are one image, 20 and 21 are another; they are mutually nearest."""
+    """60 nodes in two parts; 10, 11 and 40 are one image, 20 and 21 another, and copies are each other's nearest."""
     z = points(3, 60, 8)
     z[[11, 40]], z[21] = z[10], z[20]
     rng = np.random.default_rng(0)
@@ -199,11 +199,11 @@ def test_a_seed_meets_no_twin_and_an_unseen_image_does(
         same = {10: {10, 11, 40}, 11: {10, 11, 40}, 40: {10, 11, 40}, 20: {20, 21}}
         for seed, row in zip(ids.tolist(), asked.first_BF.tolist(), strict=True):
             assert not set(row) & same.get(seed, {seed})
-        # What the model sees is checked here: labels are ids.
+        # Labels are ids here, so that they show what the model sees.
         labels = block.first_labels_BF().numpy()
         there = asked.first_BF >= 0
         np.testing.assert_array_equal(labels[there], asked.first_BF[there])
-        if query == "live" and own_parts is None:  # and no seed has fewer because of it
+        if query == "live" and own_parts is None:  # no seed has fewer neighbors because of it
             near = z[ids] @ z.T
             for row, seed in enumerate(ids.tolist()):
                 near[row, list(same.get(seed, {seed}))] = -np.inf

@@ -47,7 +47,7 @@ def found_by(parts: list[int] | None, seeds: np.ndarray, query: np.ndarray, want
 
 
 def brute_force(seed: int, query: np.ndarray, wanted: int) -> list[int]:
-    """The nearest in the seed's own part and its first halo; everywhere for an unseen image."""
+    """The nearest nodes in the seed's own part and its first halo; for an unseen image, the nearest of all."""
     z, table, part = graph()
     allowed = np.arange(N)
     if seed >= 0:
@@ -66,7 +66,7 @@ def test_a_seed_finds_what_its_own_partition_holds_whoever_else_is_here(parts):
     found = found_by(parts, seeds, query, 7)
     for row, seed in enumerate(seeds):
         assert found[row].tolist() == brute_force(int(seed), query[row], 7)
-    # An order that treats all parts as one would find nodes that this seed may not see.
+    # A search that treats all parts as one would find nodes that this seed may not see.
     everywhere = [brute_force(-1, query[row], 8) for row in range(len(seeds))]
     assert any(set(row.tolist()) - set(whole) for row, whole in zip(found, everywhere, strict=True))
 
@@ -92,7 +92,7 @@ def test_more_than_a_partition_holds_leaves_empty_slots():
 
 
 def test_a_node_is_never_its_own_neighbour_wherever_it_stands():
-    """The first and the last row, and one queried together with an image that is not here."""
+    """The first and the last row, and a row queried together with an unseen image."""
     bank, (z, _, part) = bank_of(None), graph()
     search = LiveSearch(bank, part, None, GraphConfig(dim=D), "cpu")
     for seeds in ([0], [N - 1], [5, -1], [-1, 0]):
@@ -106,10 +106,10 @@ def test_a_node_is_never_its_own_neighbour_wherever_it_stands():
 @pytest.mark.parametrize("parts", [None, [0, 1]])
 def test_images_without_features_are_found_by_nobody_and_may_ask(parts):
     bank, (z, _, part) = bank_of(parts), graph()
-    last = bank.num_inner - 1  # placed after every row that can be found
+    last = bank.num_inner - 1  # behind every row that can be found
     corrupt = [3, 7, last, *range(bank.num_inner, len(bank.nodes_L))]
     bank.z_Ld[corrupt] = 0.0
-    bank.z_Ld[4, 0] = 0.0  # one zero among other values is an ordinary number
+    bank.z_Ld[4, 0] = 0.0  # a single zero among other values is nothing special
     search = LiveSearch(bank, part, parts, GraphConfig(dim=D), "cpu")
     seeds = np.array([3, last, 5])
     found = search.nearest(z[bank.nodes_L[seeds]], 60, seeds)

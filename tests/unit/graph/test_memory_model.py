@@ -1,4 +1,4 @@
-"""The memory model against actual arrays."""
+"""The memory model compared with actual arrays."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ N, D, DIM, M, PARTS = 6000, 48, 16, 8, 4
 
 
 def version(folder: Path) -> tuple[GraphVersion, list[partition.PartGraph]]:
-    """A complete version over a ring with long links."""
+    """A complete graph version: a ring with additional long-range edges."""
     rng = np.random.default_rng(0)
     step = rng.geometric(0.02, (N, M)) * rng.choice([-1, 1], (N, M))
     table = ((np.arange(N)[:, None] + step) % N).astype(np.int32)

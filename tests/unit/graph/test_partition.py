@@ -1,4 +1,4 @@
-"""Parts and halos against sets, METIS against random assignment."""
+"""Parts and halos compared with sets, METIS with random assignment."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_no_single_flipped_bit_passes_or_crashes(tmp_path):
                 except UserError:
                     refused += 1
                     continue
-                # Spaces in a header, or the number in ``part.json``, on which no array depends.
+                # The bit was in padding of a header, or in the number in ``part.json``: no array depends on it.
                 assert (again.num_inner, again.num_halo1) == (part.num_inner, part.num_halo1)
                 assert again.nodes_L.dtype == np.int32
                 assert again.table_KM.dtype == np.int32

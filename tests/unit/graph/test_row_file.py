@@ -1,4 +1,4 @@
-"""Rows of arrays on disk: written in place, marked once on disk, read as written."""
+"""Rows of arrays on disk: written in place, marked once they are synced, read as written."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_a_mark_comes_after_its_rows_are_on_disk(
 
 
 def test_rows_that_were_marked_and_lost_are_made_again(tmp_path: Path) -> None:
-    """A machine that lost power after the mark reached the disk, or a file server that lost a page."""
+    """As after a power loss that kept the mark but not the rows, or when a file server lost a page."""
     filled(tmp_path, RankGroup())
     with RowFile(tmp_path / "halves.npy") as file:
         file.write(12, np.zeros((1, 2)))
@@ -135,7 +135,7 @@ def test_rows_that_were_marked_and_lost_are_made_again(tmp_path: Path) -> None:
 
 
 class Ranks:
-    """Ranks as threads; ``stale``: this rank reads zeros, as from a stale page cache."""
+    """Ranks as threads; the rank ``stale`` reads zeros, as from a stale page cache."""
 
     def __init__(self, count: int, stale: int | None = None) -> None:
         self.count, self.stale = count, stale
@@ -201,7 +201,7 @@ X = np.random.default_rng(1).standard_normal((203, 5)).astype(np.float16)
 
 
 def embed(folder: Path, group: RankGroup, stop: int | None = None) -> list[np.ndarray] | int:
-    """Write X as x, and its first columns as z and query; ``stop``: exit after this many batches."""
+    """Write X as x, and its first columns as z and query; stop after ``stop`` batches."""
     writer = GraphWriter(folder)
     made = Embedded(writer, WorkFolder(folder / "work", group), len(X), 3, 2)
     plan = made._plan(group.rank)

@@ -1,4 +1,4 @@
-"""Samplers and blocks against plain Python."""
+"""Samplers and blocks compared with plain Python."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_every_candidate_is_drawn_about_as_often(kind):
         counts[found[0]] += 1
     drawn = counts[table()[5]]
     assert drawn.sum() == 1600
-    # 800 draws of 2 from 8: mean 200, standard deviation 12; five of them.
+    # 800 draws of 2 from 8: mean 200, standard deviation 12; the tolerance is five of them.
     assert (abs(drawn - 200) < 62).all()
 
 
@@ -99,7 +99,7 @@ def test_rows_may_be_none_or_repeated(kind, fanout):
 
 def test_holes_give_way_to_candidates(kind):
     graph = np.full((12, 6), -1, np.int32)
-    for node in range(12):  # 0, 1, … 5 and again: that many candidates, at the end of the row
+    for node in range(12):  # node % 6 candidates, at the end of the row
         count = node % 6
         graph[node, 6 - count :] = (node + 1 + np.arange(count)) % 12
     made = make_sampler(kind, graph, seed=0)
@@ -118,7 +118,7 @@ def test_samples_do_not_depend_on_what_was_asked_before(kind):
 
 
 def test_tables_with_rows_of_inner_nodes_only(kind):
-    # A part's table: candidates may be second-halo nodes, which have no row of their own.
+    # As in a part's table: candidates may be second-halo nodes, which have no row themselves.
     graph = np.array([[1, 7], [9, 0], [3, 8]], np.int32)
     made = make_sampler(kind, graph, seed=0)
     assert np.sort(made.neighbours(np.array([1, 2]), 2, **KEY)).tolist() == [[0, 9], [3, 8]]
@@ -168,7 +168,7 @@ def test_samples_of_dgl_do_not_depend_on_the_number_of_threads():
 
 
 def test_a_nodes_sample_does_not_depend_on_its_place():
-    """Rows of a partition in another order, keyed by global ids, get the same samples as the full graph."""
+    """Rows in another order, as in a partition, get the same samples as in the full graph: global ids are the key."""
     whole = table()
     nodes = np.random.default_rng(3).permutation(len(whole))[:20]
     part = make_sampler("table", whole[nodes], 7, nodes)

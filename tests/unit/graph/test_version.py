@@ -32,7 +32,7 @@ def arrays() -> dict[str, np.ndarray]:
 
 
 def write(root, number: int = 3) -> dict[str, np.ndarray]:
-    """Two writers, one half each."""
+    """Write a version by two writers, half of the rows each."""
     made = arrays()
     shapes = {name: (a.shape, a.dtype.type) for name, a in made.items()}
     GraphWriter.create(root, number, shapes)
@@ -94,7 +94,7 @@ def test_pruning_spares_the_last_whole_version(tmp_path):
 
 
 def test_the_version_just_built_stays_and_a_lost_future_goes(tmp_path):
-    """A run that fell back to an older checkpoint builds version 2 while 3 and 5 exist."""
+    """A run that fell back to an older checkpoint builds version 2 although 3 and 5 exist."""
     for number in (1, 3, 5):
         write(tmp_path, number)
     write(tmp_path, 2)
@@ -107,7 +107,7 @@ def test_the_version_just_built_stays_and_a_lost_future_goes(tmp_path):
 @pytest.mark.parametrize("start", [-1, N - 1, N, N + 5])
 def test_rows_outside_an_array_are_refused(tmp_path, start):
     writer = GraphWriter.create(tmp_path, 1, {"x": ((N, D), np.float16)})
-    count = 2 if start == N - 1 else 1  # numpy itself broadcasts one row over none
+    count = 2 if start == N - 1 else 1  # numpy would broadcast one row over none
     with pytest.raises(IndexError, match="x: rows"):
         writer.rows("x", start, np.ones((count, D)))
     writer.rows("x", N - 1, np.ones((1, D)))

@@ -1,4 +1,4 @@
-"""The GNN over blocks against a dense N×N graph from which every seed is explicitly removed."""
+"""The GNN over blocks compared with a dense N×N graph from which each seed is explicitly removed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def model(label_dim: int = E, gates: bool = True, seed: int = 0) -> TwoLayerGNN:
 
 
 def random_graph(n: int, k: int) -> Tensor:
-    """Row-stochastic, k neighbors per row, no loops; node 1 has node 0 as its only neighbor."""
+    """Row-stochastic, k neighbors per row, no self-loops; node 1 has node 0 as its only neighbor."""
     p_NN = torch.zeros(n, n, dtype=torch.float64)
     for i in range(n):
         others = torch.tensor([j for j in range(n) if j != i])
@@ -45,7 +45,7 @@ def dense_logits(
     x_ND: Tensor,
     labels: Tensor,
 ) -> Tensor:
-    """Logits of seed i on the complete graph without node i, straight from the definition."""
+    """Logits of seed i on the full graph without node i, straight from the definition."""
     a1, a2 = gnn.self1, gnn.self2
     b1, b2 = gnn.neighbour1.weight, gnn.neighbour2.weight
     rest_NN = p_NN.clone()
@@ -158,7 +158,7 @@ def test_seeds_bank_row_does_not_reach_its_logits() -> None:
 
 
 def test_an_unseen_image_may_have_any_row() -> None:
-    """No node gives it a weight, so the content of its bank row does not matter."""
+    """No node gives it weight, so the contents of its bank row do not matter."""
     seeds_B, live_BD, p_NN, x_ND, labels = make_case()
     weights_BF, block = make_block(seeds_B, p_NN, x_ND, labels)
     unseen = replace(block, back_BF=torch.zeros_like(block.back_BF))
@@ -232,7 +232,7 @@ def test_gradients_in_batch_scope_equal_the_formula() -> None:
 
 
 def test_a_neighbour_that_almost_only_has_the_seed_is_finite_in_float32() -> None:
-    """Near 1 the renormalization divides rounding error by rounding error: it must stay bounded."""
+    """Near 1 the renormalization divides one rounding error by another: it must stay bounded."""
     seeds_B, live_BD, p_NN, x_ND, labels = make_case()
     weights_BF, block = make_block(seeds_B, p_NN, x_ND, labels)
     gnn = model().float()

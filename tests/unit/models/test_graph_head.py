@@ -1,4 +1,4 @@
-"""Adaptive neighbors against two independent references, in value and gradient."""
+"""Adaptive neighbors compared with two independent references, in value and gradient."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_mask_equals_leaving_the_columns_out() -> None:
     assert (poisoned.grad[:, [0, 7]] == 0).all()
 
 
-# Rows that break a thresholding or dividing implementation: (row, k, expected, degenerate).
+# Rows that break an implementation by thresholds or naive division: (row, k, expected, degenerate).
 HARD_ROWS = {
     "all equal": ([1.0] * 6, 3, [1 / 3, 1 / 3, 1 / 3, 0, 0, 0], True),
     "all zero": ([0.0] * 5, 2, [1 / 2, 1 / 2, 0, 0, 0], True),
@@ -150,7 +150,7 @@ def test_masked_hard_rows() -> None:
     found = adaptive_neighbours(d_BM, 2, mask_BM)
     assert found.p_BM.tolist() == [[0.5, 0, 0.5, 0], [0] * 4, [1, 0, 0, 0]]
     assert found.scale_B.tolist() == [0, 0, 0]
-    found.p_BM.sum().backward()  # in the graph, with zero gradients: ZeRO and DDP need that
+    found.p_BM.sum().backward()  # has gradients, all zero: ZeRO and DDP need them
     assert d_BM.grad is not None
     assert (d_BM.grad == 0).all()
 
@@ -169,7 +169,7 @@ def test_no_candidates_and_no_rows() -> None:
 @pytest.mark.parametrize("scale", [1.0, 1e-3, 1e4])
 @pytest.mark.parametrize("shift", [0.0, 2.0, -5.0])
 def test_degenerate_rows_are_constant_among_others(scale: float, shift: float) -> None:
-    """Equal rows at any scale and shift: uniform, with gradients of exactly 0."""
+    """Constant rows at any scale and shift give uniform weights, with gradients of exactly 0."""
     torch.manual_seed(0)
     d_BM = torch.rand(6, 9)
     d_BM[2] = 0.3

@@ -1,4 +1,4 @@
-"""Losses against torch's own functions and against the formulas written out."""
+"""Losses compared with torch's own functions and with the formulas written out."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_class_0_is_a_class_and_slots_without_weight_are_none() -> None:
     weights = torch.tensor([[0.25, 0.75, 0.0], [1.0, 0.0, 0.0], [0.7, 0.3000001, 0.0]])
     labels_of = torch.tensor([[0, 2, 0], [-1, 2, 2], [0, 0, 1]])
     loss_B = neighbour_loss(weights, labels_of, torch.tensor([0, 1, 0]))
-    assert float(weights[2].sum()) > 1  # rounding: the loss is still 0 or more
+    assert float(weights[2].sum()) > 1  # by rounding; the loss must not become negative
     torch.testing.assert_close(loss_B, torch.tensor([4.0, 1.0, 1.0]).log(), atol=0, rtol=1e-6)
     assert float(loss_B[2]) == 0.0
 
@@ -178,7 +178,7 @@ def test_a_class_without_images_is_given_one() -> None:
 
 
 def test_an_adjusted_student_of_a_plain_teacher_learns_the_balanced_logits() -> None:
-    """The soft-target loss is least where y + log prior are the teacher's logits, at any temperature."""
+    """The soft-target loss is minimal where y + log prior are the teacher's logits, at any temperature."""
     adjustment = logit_adjustment(torch.tensor([0] * 9 + [1]), 2, 1.0)
     teacher = torch.tensor([[2.0, -1.0]])
     y = teacher - adjustment

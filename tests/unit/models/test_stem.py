@@ -1,4 +1,4 @@
-"""Stems: shapes, sizes, costs; normalization; the counters themselves."""
+"""Stems: shapes, sizes, costs; normalization; the counters of operations themselves."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ SMALL = {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}
 @pytest.mark.parametrize("name", ["conv3", "resnet18"])
 @pytest.mark.parametrize("prefix", ["", "stem."])
 def test_a_stem_from_a_file(name: str, prefix: str, tmp_path: Path) -> None:
-    """Under its own names, or a student's, whose other parts are left out."""
+    """Under its own names, or under a student's, whose other parts are ignored."""
     args = SMALL if name == "resnet18" else {}
     torch.manual_seed(1)
     first = build_stem(name, 16, 32, **args)

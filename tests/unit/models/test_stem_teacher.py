@@ -1,4 +1,4 @@
-"""Stems and teachers as named in the presets: resolution, weights from files, no network access."""
+"""Stems and teachers as the presets name them: resolution, weights from files, no network access."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SMALL = {"layers": [1, 1, 1, 1], "channels": [16, 32, 64, 128]}
 
 
 def side_after_first_layers(network: nn.Module, size: int) -> list[int]:
-    """Sides after conv1 and before layer1, measured by running them."""
+    """Side lengths after conv1 and before layer1, measured by running them."""
     sides: list[int] = []
     first = network.conv1.register_forward_hook(lambda m, i, out: sides.append(out.shape[-1]))
     last = network.layer1.register_forward_pre_hook(lambda m, i: sides.append(i[0].shape[-1]))
@@ -124,7 +124,7 @@ def test_names_like_nothing_are_the_users_error(asked: str) -> None:
 
 
 def test_the_seed_decides_the_first_values() -> None:
-    """Resumed and repeated runs start equal, including the replaced first layer."""
+    """Resumed and repeated runs start from the same weights, those of the replaced first layer included."""
     for name, args in (("resnet18", SMALL), ("resnet_tiny", {}), ("conv3", {})):
         made = []
         for _ in range(2):

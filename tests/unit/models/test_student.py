@@ -1,4 +1,4 @@
-"""The student end to end against dense references on a small bank."""
+"""The student end to end, compared with dense references on a small bank."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ class Bank:
         self.x_ND = torch.rand(N, D, **options)
         self.z_Nd = nn.functional.normalize(torch.randn(N, DZ, **options), dim=1)
         self.labels_N = torch.randint(-1, C, (N,), generator=generator)
-        # Shifted ids: never the node itself, all different.
+        # Shifted ids: all different, and never the node itself.
         shifts = torch.stack([torch.randperm(N - 1, generator=generator)[:M] + 1 for _ in range(N)])
         self.table_NM = (torch.arange(N)[:, None] + shifts) % N
 
     def nodes(self, seeds_B: Tensor, first_BF: Tensor | None = None) -> dict[str, Tensor]:
-        """All candidates of the seeds and the candidates' own; block rows are bank rows in another order."""
+        """The seeds' candidates and the candidates of those; block rows are bank rows in another order."""
         first_BF = self.table_NM[seeds_B] if first_BF is None else first_BF
         order_V = torch.randperm(N, generator=torch.Generator().manual_seed(11))
         place_N = torch.empty_like(order_V)
@@ -73,7 +73,7 @@ def block_of(nodes: dict[str, Tensor], **changes: Tensor) -> Block:
 
 
 def reference_row(d_M: Tensor, k: int) -> Tensor:
-    """sparsemax(−d/S) over one row in sorted order: another way to the closed form."""
+    """sparsemax(−d/S) over one row in sorted order: another route to the closed form."""
     near = d_M.argsort(stable=True)[: k + 1]
     scale = k * d_M[near[k]] - d_M[near[:k]].sum()
     v_M = -d_M / scale
@@ -156,7 +156,7 @@ def test_a_seeds_own_label_and_features_do_not_reach_it() -> None:
         after = made(images, other.block(SEEDS)).logits_BC
         torch.testing.assert_close(after[b], before[b])
         reached += int(not torch.allclose(after, before))
-    assert reached > 0  # although they do reach other seeds
+    assert reached > 0  # while they do reach other seeds
 
 
 def test_a_seed_among_its_own_candidates_is_left_out() -> None:
@@ -270,7 +270,7 @@ def test_scopes_share_the_self_path() -> None:
 
 @pytest.mark.parametrize("stem", ["resnet_tiny", "conv3"])
 def test_control_and_student_begin_with_the_same_weights(stem: str) -> None:
-    """The graph's own parameters are drawn last, so that they don't change any others."""
+    """The graph's own parameters are drawn last, so that they don't change the others."""
     config = Config(student=StudentConfig(stem=stem))
     states = {}
     for scope in ("none", "batch", "dataset"):
@@ -371,7 +371,7 @@ def test_batch_scope_of_identical_images_counts_degenerate_rows() -> None:
 @pytest.mark.parametrize("scope", ["none", "batch", "dataset"])
 @pytest.mark.parametrize("with_block", [False, True])
 def test_every_parameter_gets_a_gradient(scope: Scope, with_block: bool) -> None:
-    """ZeRO and DDP need all of them; during warm-up those of the graph are zero."""
+    """ZeRO and DDP need every gradient; during warm-up those of the graph are zero."""
     bank, made = Bank(), student(scope)
     block = bank.block(SEEDS) if with_block and scope == "dataset" else None
     assert made.head is None or made.head.norm.num_batches_tracked == 0
@@ -383,7 +383,7 @@ def test_every_parameter_gets_a_gradient(scope: Scope, with_block: bool) -> None
         assert torch.equal(out.logits_BC, out.self_logits_BC)
         assert all((p.grad == 0).all() for p in made.graph_parameters().values())
         assert made.head is not None
-        assert made.head.norm.num_batches_tracked == 1  # its statistics are warm
+        assert made.head.norm.num_batches_tracked == 1  # its statistics have been updated
 
 
 def test_mistakes_are_named() -> None:

@@ -104,7 +104,7 @@ def test_seen_and_unseen_images_in_one_block_and_a_query() -> None:
 
 
 def test_a_batch_in_which_nobody_has_a_candidate() -> None:
-    """All images are copies of each other: each seed gives the same result as beside one with neighbors."""
+    """All images are copies of each other: each seed gives the same result as next to one that has neighbors."""
     bank, made = Bank(), student("dataset")
     images, seeds = make_images(3), SEEDS[:3].numpy()
     sampler = make_sampler("table", whole(bank).table_KM, 0)
@@ -121,7 +121,7 @@ def test_a_batch_in_which_nobody_has_a_candidate() -> None:
 
 
 def test_own_label_and_row_do_not_reach_a_seed_through_a_searched_block() -> None:
-    """The search may return the seed itself: it must leave no trace."""
+    """The search may return the seed itself, which must leave no trace."""
     bank, made = Bank(), student("dataset").eval()
     images = make_images(len(SEEDS))
     sampler = make_sampler("table", whole(bank).table_KM, 0)
@@ -168,7 +168,7 @@ def test_gradients_in_batch_scope_equal_dense() -> None:
 
 
 def test_copies_of_one_image_in_a_float32_batch_are_finite() -> None:
-    """Rounding errors of a matmul must not be taken for distances, nor their inverse for a gradient."""
+    """A matmul's rounding errors must not be taken for distances, nor their inverses for gradients."""
     made = student("batch", k=3).float()
     images = make_images(17)
     images[[0, 3, 5, 8, 11, 16]] = images[0].clone()

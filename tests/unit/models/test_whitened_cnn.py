@@ -1,4 +1,4 @@
-"""The CNN with a whitened first layer: its filters, its initial state, how it is built."""
+"""The CNN with a whitening first layer: its filters, its initial state, how it is built."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_patches_have_unit_covariance_up_to_epsilon() -> None:
     assert torch.equal(filters[12:], -filters[:12])
     rows = F.conv2d(x, filters[:12]).permute(0, 2, 3, 1).reshape(-1, 12)
     found = torch.cov(rows.T, correction=0)
-    patches = F.unfold(x, 2).permute(0, 2, 1).reshape(-1, 12)  # torch's own cutting of patches
+    patches = F.unfold(x, 2).permute(0, 2, 1).reshape(-1, 12)  # patches as torch extracts them
     values = torch.linalg.eigvalsh(torch.cov(patches.T, correction=0)).flip(0)
     torch.testing.assert_close(found, torch.diag(values / (values + 1e-2)))
 

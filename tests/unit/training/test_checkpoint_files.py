@@ -1,6 +1,6 @@
 """Checkpoints as folders: published atomically, found complete or not at all, pruned in order.
 
-No engine: the shares are a few bytes, the rules are those of ``checkpoint/folder.py``.
+Without an engine: the shares are a few bytes; the rules are those of ``checkpoint/folder.py``.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def test_pruning_leaves_the_last_and_the_best(tmp_path, keep):
 
 
 def test_pruning_counts_from_the_step_just_written(tmp_path):
-    """A run that fell back: a checkpoint ahead of it is deleted if it is corrupt, and kept if complete."""
+    """In a run that fell back, a checkpoint ahead of it is deleted if corrupt and kept if complete."""
     for step in (1, 2, 3, 8, 9):
         publish(tmp_path, step)
     (disk.path_of(tmp_path, 9) / "state.json").unlink()
@@ -218,7 +218,7 @@ def mark(folder: Path, text: str) -> None:
 
 
 def cut_off(root: Path, *, final: str, work: str, aside: str) -> Path:
-    """What a kill may leave when step 4 is published again: each folder complete, torn or absent."""
+    """What a kill may leave when step 4 is published again: each folder is complete, partial or absent."""
     for name, how in (("", final), (".tmp", work), (disk.ASIDE, aside)):
         if how == "absent":
             continue
@@ -250,7 +250,7 @@ def test_a_kill_while_publishing_again_leaves_one_whole(tmp_path, final, work, a
 
 
 def test_the_first_is_there_until_the_second_has_its_name(tmp_path, monkeypatch):
-    """A kill right before the rename, of a publication and not of a state made by hand."""
+    """A kill right before the rename of an actual publication, not a state built by hand."""
     publish(tmp_path, 4)
     at, rename = disk.path_of(tmp_path, 4), os.rename
 
@@ -271,7 +271,7 @@ def test_recovering_touches_nothing_else(tmp_path):
     publish(tmp_path, 3)
     mark(disk.path_of(tmp_path, 3), "3")
     at = cut_off(tmp_path, final="torn", work="torn", aside="torn")
-    disk.recover(tmp_path)  # nothing complete to fall back to: everything is kept for inspection
+    disk.recover(tmp_path)  # no complete one to fall back to: everything is kept for inspection
     assert (at / "who").read_text() == "final"
     assert (tmp_path / f"step-00000004{disk.ASIDE}").is_dir()
     assert (disk.path_of(tmp_path, 3) / "who").read_text() == "3"

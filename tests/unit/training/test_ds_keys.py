@@ -59,7 +59,7 @@ def test_a_value_that_would_end_in_a_traceback_is_refused(tmp_path, config, wher
 
 
 def test_what_others_write_is_read(tmp_path):
-    """Sizes as 5e8, features that are off, the byte order mark of Windows editors."""
+    """Sizes such as 5e8, features that are switched off, the byte order mark of Windows editors."""
     zero = {"stage": 2, "reduce_bucket_size": 5e8, "zero_quantized_weights": False, "zenflow": None}
     config = {"zero_optimization": zero, "bf16": {"enabled": False}, "steps_per_print": 10}
     file = tmp_path / "ds.json"

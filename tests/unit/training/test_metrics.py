@@ -1,4 +1,4 @@
-"""Metrics of a training: lines, kills in mid-line, resume, the console."""
+"""Metrics of a training: lines, kills in the middle of a line, resuming, the console."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_a_kill_while_truncating_loses_nothing(
 
 
 def test_a_broken_line_costs_no_other(tmp_path: Path) -> None:
-    """A log is no reason to stop training."""
+    """A broken log is no reason to stop training."""
     log = quiet(tmp_path)
     log.path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
     assert [line["step"] for line in read_lines(log.path)] == [1, 3]
@@ -175,7 +175,7 @@ def test_tensorboard_forgets_what_was_truncated(tmp_path: Path) -> None:
 
 
 def test_memory_of_this_process() -> None:
-    # Pages of a separate mapping: a large enough heap would return pages that are already resident.
+    # Pages of a separate mapping: a large heap could return pages that are already resident.
     before = process_memory_mb()
     with mmap.mmap(-1, 64 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as block:
         for page in range(0, len(block), mmap.PAGESIZE):

@@ -1,4 +1,4 @@
-"""The learning rate over training."""
+"""The learning rate over the course of training."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_one_cycle_is_torchs(steps: int, peak_at: float) -> None:
     reference = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, 0.5, total_steps=steps, pct_start=peak_at, div_factor=25, final_div_factor=1e4
     )
-    top = (peak_at * steps - 1) / (steps - 1)  # torch's peak and last step are one early
+    top = (peak_at * steps - 1) / (steps - 1)  # torch's peak and last step come one step early
     for step in range(steps):
         found = peaked_lr_at("one_cycle", step, steps - 1, 0.5, peak_at=top)
         assert found == pytest.approx(reference.get_last_lr()[0], rel=1e-9, abs=1e-15)
@@ -123,7 +123,7 @@ def test_the_shape_of_one_cycle_is_torchs_too() -> None:
 
 
 def test_the_triangle_is_airbenchs() -> None:
-    """numpy.interp over its corners."""
+    """Compared with numpy.interp over its corners."""
     for step in range(101):
         corners = np.interp(step, [0, 23, 100], [0.2, 1.0, 0.07])
         assert peaked_lr_at("triangular", step, 100, 3.0) == pytest.approx(3.0 * corners)
