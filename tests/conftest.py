@@ -1,4 +1,4 @@
-"""What costs too much to make twice: a small Ray cluster for the tests of a file, a small run for all."""
+"""What costs too much to make twice: a small Ray cluster for the tests of a file, one small run for all tests."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from filelock import FileLock
 from cnn2gnn_dist import log
 from tests.support import REPOSITORY, runs
 
-FOLDER = Path(tempfile.mkdtemp(prefix="r", dir="/tmp"))  # short: a socket's path has 107 bytes
+FOLDER = Path(tempfile.mkdtemp(prefix="r", dir="/tmp"))  # a socket's path has at most 107 bytes
 LONGEST = (
     *("resume", "ways_in", "distdgl", "ray_session", "slurm", "two_hosts", "remedies", "pool"),
     *("deepspeed_hosts", "variants", "ray_hosts", "recipe_runs", "run_storage", "placement"),
     *("checkpoint", "faults", "process_readers", "gpu_check", "host_reads", "backpressure"),
     *("file_server", "hosts", "engine", "sequence", "collectives"),
 )
-"""Files that take minutes: begun first, or one of them is left over when all others are done."""
+"""Files that take minutes: started first, so that none of them is still running when all others are done."""
 
 
 def pytest_configure() -> None:
-    """Ray reads how to authenticate when it is imported: say so before any test does."""
+    """Set how Ray authenticates before any test imports it: it reads that on import."""
     token = FOLDER / "token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
     for name in [name for name in os.environ if name.startswith("RAY_")]:
-        del os.environ[name]  # of an outer cluster
+        del os.environ[name]  # set by an outer cluster
     os.environ.update(
         RAY_AUTH_MODE="token",
         RAY_AUTH_TOKEN_PATH=str(token),
@@ -43,12 +43,12 @@ def pytest_configure() -> None:
 
 
 def pytest_unconfigure() -> None:
-    """Remove the token, and what the cluster has left."""
+    """Remove the token, and what the cluster has left behind."""
     shutil.rmtree(FOLDER, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What starts processes is slow; of several files side by side the long ones come first."""
+    """Mark tests that start processes as slow; run the longest files first, since files run side by side."""
     unit = REPOSITORY / "tests" / "unit"
     for item in items:
         if unit not in item.path.parents:
@@ -66,19 +66,19 @@ def console() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def ray_cluster() -> Iterator[None]:
-    """A Ray cluster of this process: on the loopback only, under the session's own token.
+    """A Ray cluster of this process: on loopback only, with the session's own token.
 
-    Ends with the file's tests, leaving no processes: those of the next file, in the same process, find no Ray.
+    It ends with the file's tests and leaves no processes: those of the next file, in the same process, find no Ray.
     """
     import ray
     import ray._private.services as services
 
     patch = pytest.MonkeyPatch()
-    # Actors import the package and the tests' modules as this process does.
+    # So that actors import the package and the tests' modules as this process does.
     known = os.environ.get("PYTHONPATH", "")
     paths = [str(REPOSITORY), *filter(None, [known])]
     patch.setenv("PYTHONPATH", os.pathsep.join(paths))
-    # Else Ray takes the machine's address for 127.0.0.1, and listens to the network.
+    # Otherwise Ray replaces 127.0.0.1 by the machine's address, and listens on the network.
     patch.setattr(services, "resolve_ip_for_localhost", lambda host: host)
     before, started = set(psutil.Process().children()), set()
     try:
@@ -94,7 +94,7 @@ def ray_cluster() -> Iterator[None]:
                 _node_ip_address="127.0.0.1",
             )
         finally:
-            started = set(psutil.Process().children()) - before  # not what tests start beside it
+            started = set(psutil.Process().children()) - before  # not what tests start themselves
         yield
     finally:
         started = {one for daemon in started for one in (daemon, *_below(daemon))}
@@ -114,15 +114,15 @@ def _below(process: psutil.Process) -> list[psutil.Process]:
 
 @pytest.fixture(scope="session")
 def micro_run(tmp_path_factory):
-    """Folder of a small whole run on two ranks under torchrun; not to be written into.
+    """Folder of a small complete run on two ranks under torchrun, which tests must not write into.
 
-    The workers of pytest-xdist share one: whoever needs it first makes it.
+    The workers of pytest-xdist share one: the first that needs it makes it.
     """
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "micro"
     with FileLock(f"{folder}.lock"):
         if not (folder / "made").exists():
-            shutil.rmtree(folder, ignore_errors=True)  # of a worker that failed to
+            shutil.rmtree(folder, ignore_errors=True)  # left by a worker that failed
             command = runs.torchrun(folder / "run")
             code, output = runs.finish(runs.start(command, runs.environment()))
             assert code == 0, output[-4000:]

@@ -1,4 +1,4 @@
-"""A unit test starts no process: what does belongs in tests/multiprocess or tests/end_to_end."""
+"""A unit test starts no process: one that does belongs in tests/multiprocess or tests/end_to_end."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def _refuse(event: str, _arguments: tuple[object, ...]) -> None:
 
 
 sys.addaudithook(_refuse)
-# A loaded machine is no fault: no test is judged by how fast its examples were made.
+# On a loaded machine examples are drawn slowly, which is no reason for a test to fail.
 settings.register_profile("any machine", suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
-# The same few presets are read thousands of times; nothing changes the nodes of a text.
+# The same few presets are read thousands of times, and nothing changes the nodes composed from a text.
 typed_text._compose = functools.lru_cache(maxsize=32)(typed_text._compose)  # type: ignore[assignment]
 
 

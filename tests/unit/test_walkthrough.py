@@ -1,4 +1,4 @@
-"""docs/walkthrough.md names functions: every one exists where the page says."""
+"""Every function that docs/walkthrough.md names exists where the page says."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NAMED = sorted(set(re.findall(r"`([\w/]+\.py):([\w.]+)`", TEXT)))
 
 
 def names_of(body: list[ast.stmt], prefix: str = "") -> set[str]:
-    """Functions and classes, with the methods and attributes of these."""
+    """Functions and classes, with the methods and attributes of the classes."""
     found = set()
     for node in body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -32,7 +32,7 @@ def test_a_function_of_the_page_exists(file: str, name: str) -> None:
 
 
 def test_the_page_names_its_functions_in_full() -> None:
-    """What looks like a file or a function of a file has the form that is checked."""
+    """Everything that looks like a file or a function of one is written in the form that is checked."""
     assert len(NAMED) > 50
     spans = re.findall(r"`([^`\n]+)`", re.sub(r"(?s)```.*?```", "", TEXT))
     bare = [span for span in spans if re.fullmatch(r"[\w/]+\.py", span)]

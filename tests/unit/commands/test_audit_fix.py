@@ -1,4 +1,4 @@
-"""Decisions of an audit become a relabel list, which holds what was forgotten besides."""
+"""Decisions of an audit become a relabel list, which also holds what was forgotten."""
 
 from cnn2gnn_dist import cli
 from cnn2gnn_dist.data.index.relabel import read_relabel
@@ -8,7 +8,7 @@ from tests.support.models import write_model
 
 
 def test_forgotten_images_stay_left_out_of_a_training_with_the_list(tmp_path, capsys):
-    """``data.relabel`` takes one file: two lists would mean that one of them is not applied."""
+    """``data.relabel`` takes one file: with two lists, one of them would not be applied."""
     model = write_model(tmp_path / "m")
     editing.forget(Classifier.open(model, device="cpu"), ["img-3", "img-4"])
     (tmp_path / "labels.csv").write_text("key,class\nimg-1,class 2\nimg-2,drop\n")

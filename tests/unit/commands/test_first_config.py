@@ -1,4 +1,4 @@
-"""`cnn2gnn init`: its choices as pure functions, and what it sees in a folder."""
+"""`cnn2gnn init`: its choices as pure functions, and what it finds in a folder."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_more_minutes_mean_more_epochs_up_to_twice_those_wanted():
 
 
 def test_too_few_minutes_leave_the_control_out_before_they_are_exceeded():
-    """Two epochs of 50,000 images take 5 minutes here, and a control a third of that more."""
+    """Two epochs of 50,000 images take 5 minutes here, and a control adds a third of that."""
     facts = Facts(np.full(10, 5000), 10_000, 32)
     machine, net = Machine(2, 2, "cpu"), recipe.Net(32, recipe._TEACHERS[0], recipe._STEMS[0])
     speed = Speed(0.24, 0.14, 0.12, 0.08, 0.03)
@@ -296,7 +296,7 @@ def _of_a_timing_process() -> tuple[int, bool]:
 
 
 def test_a_machine_that_will_be_idle_is_timed_by_processor_time():
-    """Else by the clock, at the priority that Ray gives to ranks."""
+    """Otherwise by the clock, at the priority that Ray gives to ranks."""
     found = {}
     for idle in (False, True):
         with speed.Stopwatch(speed.Machine(1, 1, "cpu"), idle=idle) as stopwatch:

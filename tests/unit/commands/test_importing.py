@@ -1,4 +1,4 @@
-"""Garbage is not collected during imports, and is again afterwards."""
+"""Garbage is not collected during imports, and is collected again afterwards."""
 
 from __future__ import annotations
 

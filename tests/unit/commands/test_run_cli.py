@@ -1,4 +1,4 @@
-"""What `cnn2gnn run` asks of a Ray cluster."""
+"""What `cnn2gnn run` requests from a Ray cluster."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sizes of a run: traces against sums by hand, ZeRO's arithmetic, the plan as a user reads it."""
+"""Sizes of a run: traces compared with sums by hand, ZeRO's arithmetic, the plan as a user reads it."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def test_a_trace_counts_what_the_backward_pass_needs():
 
     found = trace(model.train(), loss_of)
     assert found.parameters == 10 * 20 + 20 + 20 * 5 + 5
-    # Of an image: the input, the ReLU's output, the log-softmax, in float32, and the label, int64.
+    # Per image: the input, the ReLU's output and the log-softmax, in float32, and the label, in int64.
     assert found.kept == 4 * (10 + 20 + 5) + 8
     assert found.largest == 4 * 20
     assert found.flops == 2 * (10 * 20 + 20 * 5)
-    assert found.fixed < 16  # the mean's divisor
+    assert found.fixed < 16  # the divisor of the mean
 
 
 def test_a_trace_takes_no_weights_for_activations():
@@ -96,7 +96,7 @@ def test_hours_are_not_guessed(capsys):
 
 
 def test_hours_follow_precision_and_the_size_of_early_epochs(capsys):
-    """At 1 MFLOP/s all else is nothing: half of the epochs at half the side are 5/8 of the work."""
+    """At 1 MFLOP/s nothing else counts: with half of the epochs at half the side, 5/8 of the work is left."""
     slow = ("--ranks", "1", "--gflops", "0.001", "--decode-ms", "0", "teacher.epochs=8")
     whole, early = (
         planned(capsys, *slow, *more)["hours"]

@@ -8,13 +8,13 @@ from tests.support.models import calibrate, write_model
 
 @pytest.fixture(scope="session")
 def written(tmp_path_factory):
-    """A small model on disk, not to be changed."""
+    """A small model on disk, which tests must not change."""
     return write_model(tmp_path_factory.mktemp("written") / "m")
 
 
 @pytest.fixture(scope="session")
 def written_calibrated(written, tmp_path_factory):
-    """The same with calibration images: fitting takes longer than most tests."""
+    """The same with calibration images; shared, because fitting takes longer than most tests."""
     folder = tmp_path_factory.mktemp("calibrated") / "m"
     shutil.copytree(written, folder)
     calibrate(folder)
@@ -23,13 +23,13 @@ def written_calibrated(written, tmp_path_factory):
 
 @pytest.fixture
 def model(written, tmp_path):
-    """A copy of it, opened."""
+    """A copy of it, opened, that a test may change."""
     shutil.copytree(written, tmp_path / "m")
     return Classifier.open(tmp_path / "m", device="cpu")
 
 
 @pytest.fixture
 def calibrated(written_calibrated, tmp_path):
-    """A copy of the calibrated one, opened."""
+    """A copy of the calibrated one, opened, that a test may change."""
     shutil.copytree(written_calibrated, tmp_path / "m")
     return Classifier.open(tmp_path / "m", device="cpu")

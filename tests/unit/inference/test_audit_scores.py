@@ -1,4 +1,4 @@
-"""The audit's figures against loops over all pairs, and on data whose faults are known."""
+"""The audit's figures compared with loops over all pairs, and on data whose faults are known."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def unit_rows(count: int, dim: int, seed: int = 0) -> np.ndarray:
 
 
 def all_pairs(z_Nd: np.ndarray, k: int, twin_N: np.ndarray) -> list[list[int]]:
-    """The k nearest others of each row, by squared distances of all pairs in float64."""
+    """The k nearest other rows of each row, by squared distances of all pairs in float64."""
     found = []
     for i, row in enumerate(z_Nd.astype(np.float64)):
         far = ((z_Nd - row) ** 2).sum(1)
@@ -42,7 +42,7 @@ def test_neighbours_leave_out_the_image_its_twins_and_the_unreadable(count, k, f
         ids, far = audit_scores.neighbours(z, k, twin)
     assert ids.shape == far.shape == (count, k)
     for i, near in enumerate(all_pairs(z, k, twin)):
-        # Twins elsewhere are at equal distances, up to rounding: compare distances, not ids.
+        # Twins are at equal distances from other rows, up to rounding: compare distances, not ids.
         given = ids[i][ids[i] >= 0]
         assert len(given) == len(near)
         assert not np.isin(twin[given], twin[i]).any()
@@ -158,7 +158,7 @@ def test_planted_near_duplicates_are_found_and_hardly_anything_else():
     first = audit_scores.proposals(ids, far, first=1, most=40)
     np.testing.assert_array_equal(first.a_P, pairs.a_P[:40])
     assert len(audit_scores.proposals(ids, far, first=3, most=10**6).a_P) > 4500
-    # Between two sets: the copies asked for among the rest.
+    # Between two sets: the copies are looked up among the other images.
     ids, far = audit_scores.Nearest(z[:2900])(z[2900:], 15)
     across = audit_scores.near_duplicates(ids, far, within=False, threshold=pairs.threshold)
     assert (across.b_P == across.a_P).mean() > 0.97

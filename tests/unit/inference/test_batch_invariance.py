@@ -1,4 +1,4 @@
-"""An image's answer has the same bits alone, in any company, in any order."""
+"""An image's answer is bit-identical whether it is alone or in any batch, in any order."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ STEMS = [
     ("tf_efficientnet_lite0", 32),
     ("vit_tiny_patch16_224", 224),
 ]
-# SiLU and the like; the last one has convolutions of its own.
+# Networks with SiLU and the like; the last one has its own kind of convolution.
 FILLED_UP = {
     "tf_efficientnet_lite0",
     "efficientnet_b0",
@@ -59,7 +59,7 @@ def test_a_stem_gives_the_same_bits_in_every_batch(name, size):
 @pytest.mark.parametrize("inputs", [5, 10, 12, 33, 130, 254])
 @pytest.mark.parametrize("outputs", [1, 2, 3, 10, 11, 12, 100])
 def test_a_product_gives_a_row_the_same_bits_at_any_place(inputs, outputs):
-    """Of few outputs over an odd number of inputs MKL sums some rows in another order than others."""
+    """For few outputs and an odd number of inputs, MKL sums some rows in another order than others."""
     torch.manual_seed(0)
     layer = torch.nn.Linear(inputs, outputs).eval()
     rows = torch.randn(48, inputs)

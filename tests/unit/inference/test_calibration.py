@@ -1,4 +1,4 @@
-"""Temperature, scores of the unusual, conformal sets: against scipy, brute force, and their guarantees."""
+"""Temperature, scores of unusual images, conformal sets: against scipy, brute force, and their guarantees."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_temperature_lowers_the_calibration_error(rng):
 
 def test_calibration_error_by_hand():
     p = np.array([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6]])
-    # Bins: twice .9 with half right, once .6 right.
+    # Bins: two images at .9, one of them right; one at .6, right.
     assert calibration_error(p, np.array([0, 1, 1]), bins=10) == pytest.approx((2 * 0.4 + 0.4) / 3)
 
 
@@ -96,7 +96,7 @@ def test_quantile_is_the_smallest_that_covers(count, coverage, seed):
 
 
 def test_coverage_is_exact_in_decimal():
-    # (99 + 1) · 0.95 is 95, not the 96 that a rounded product may be raised to.
+    # (99 + 1) · 0.95 is 95, not 96, which rounding up an inexact product may give.
     p = np.stack([np.linspace(0.99, 0.01, 99), np.linspace(0.01, 0.99, 99)], 1)
     assert ConformalSets.fit(p, np.zeros(99, int)).threshold(0.95) == np.sort(1 - p[:, 0])[94]
 
@@ -104,7 +104,7 @@ def test_coverage_is_exact_in_decimal():
 @pytest.mark.thorough
 @pytest.mark.parametrize("coverage", [0.5, 0.9, 0.99])
 def test_coverage_holds_on_exchangeable_images(coverage):
-    """The mean over many draws of both halves lies in [coverage, coverage + 1/(n+1)], T fitted on the same."""
+    """The mean over many draws of both halves is in [coverage, coverage + 1/(n+1)], T fitted on the same images."""
     rng = np.random.default_rng(5)
     count, covered = 150, []
     for _ in range(300):
@@ -141,7 +141,7 @@ def test_coverage_that_is_out_of_reach():
     assert "at most 0.9473" in error.value.remedy
     assert sets.threshold(0.9473) == pytest.approx(0.2)  # the remedy works
     more = ConformalSets.fit(np.tile([0.8, 0.2], (19, 1)), np.zeros(19, int))
-    assert more.threshold(0.95) == pytest.approx(0.2)  # and so does the other
+    assert more.threshold(0.95) == pytest.approx(0.2)  # and so does one image more
 
 
 @pytest.mark.parametrize("coverage", [0.0, 1.0, -1.0, 2.0, float("nan")])
@@ -181,7 +181,7 @@ def test_distance_ranks_as_the_distances_do(rng):
     whole = roc_auc_score(strange, np.concatenate([near, far]))
     assert roc_auc_score(strange, found) == pytest.approx(
         whole, abs=0.06
-    )  # beyond the largest: ties
+    )  # not equal: beyond the largest calibration distance there are ties
     assert (found >= 0).all()
     assert (found < 1).all()
 

@@ -1,4 +1,4 @@
-"""The API: what it takes, what it answers, what it refuses."""
+"""The API: what it accepts, what it answers, what it refuses."""
 
 import io
 import json
@@ -88,7 +88,7 @@ def test_an_answer_shows_its_evidence(model, asked):
 
 
 def test_the_network_is_the_students_dense_mathematics(model, asked):
-    """The whole graph at once: p over all rows, the second hop over whole candidate rows."""
+    """Computed on the full graph at once: p over all rows, the second hop over complete candidate rows."""
     memory, student = model.memory, model.network.student
     out = model.network(asked, memory)
     everything = np.arange(40)
@@ -200,7 +200,7 @@ def test_a_memory_that_is_missing_is_damage(model):
 
 
 def test_answers_while_the_memory_is_replaced_are_of_one_version(model, asked):
-    """A reader keeps the version with which its call began."""
+    """A call keeps the version with which it began."""
     before = model.predict_proba(asked)
     stream = model.stream(list(asked) * 20, batch=9)
     first = next(stream)

@@ -1,4 +1,4 @@
-"""A model's folder with a byte changed, cut off, or leading elsewhere: refused by name, never answered from."""
+"""A model's folder with a changed byte, a truncated file or a path that leads elsewhere: refused, and named."""
 
 import json
 import shutil
@@ -152,7 +152,7 @@ def test_versions_from_before_digests_are_read(model):
 
 
 def test_parts_of_another_model_in_the_same_folder_are_not_taken(written_calibrated, tmp_path):
-    """Saved or uploaded over another model: its calibration and its memory stay in the folder."""
+    """A model saved or uploaded over another, whose calibration and memory stay in the folder."""
     shutil.copytree(written_calibrated, tmp_path / "m")
     Classifier.open(write_model(tmp_path / "plain", "none", seed=5)).save_pretrained(tmp_path / "m")
     assert (tmp_path / "m" / "calibration.json").is_file()

@@ -1,4 +1,4 @@
-"""Images into the memory: trained classes, new ones, and out again."""
+"""Images added to the memory, of trained classes and of new ones, and removed again."""
 
 import json
 import shutil
@@ -56,7 +56,7 @@ def test_two_classes_at_once_or_one_after_the_other_score_the_same(calibrated, t
 
 
 def test_what_new_classes_are_scored_by_does_not_depend_on_the_order_of_edits(calibrated, tmp_path):
-    """Images added to a trained class count among the old ones at once, not only after the next edit."""
+    """Images added to a trained class count among the old ones at once, not from the next edit on."""
     shutil.copytree(calibrated.folder, tmp_path / "other")
     other, asked = Classifier.open(tmp_path / "other", device="cpu"), pictures(10, seed=8)
     new, old = list(of_new_class(5)), list(pictures(5, seed=60))
@@ -66,7 +66,7 @@ def test_what_new_classes_are_scored_by_does_not_depend_on_the_order_of_edits(ca
     editing.add(other, new, "framed")
     heads = [model.memory.new_classes[0].count_C.tolist() for model in (calibrated, other)]
     assert heads == [[14 + 5, 13, 13]] * 2
-    # The logits of new images are those from when they were added, which the neighbors change a little.
+    # The logits of new images were computed when they were added; the neighbors of that time change them a little.
     np.testing.assert_allclose(
         calibrated.predict_proba(asked), other.predict_proba(asked), atol=0.05
     )

@@ -1,4 +1,4 @@
-"""What is given to a model: damaged collections, other kinds of files, and nothing at all."""
+"""Inputs of a model: damaged collections, other kinds of files, and nothing at all."""
 
 import gzip
 import io
@@ -172,7 +172,7 @@ def test_exports_that_are_refused_create_nothing(model, tmp_path, capsys):
     assert "inside the model itself" in capsys.readouterr().err
     assert export(model.folder, "/proc/a") == 2
     assert "can't be written to" in capsys.readouterr().err
-    (tmp_path / ".e.old" / "left").mkdir(parents=True)  # of an export that was killed
+    (tmp_path / ".e.old" / "left").mkdir(parents=True)  # left by an export that was killed
     assert export(model.folder, tmp_path / "e") == 0
     assert export(model.folder, tmp_path / "e", "--force") == 0
     assert not (tmp_path / ".e.old").exists()

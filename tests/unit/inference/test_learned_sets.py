@@ -1,4 +1,4 @@
-"""Sets answered by the learned network: its formula by loops, what it may not depend on, and what it gains."""
+"""Sets answered by the learned network: its formula by loops, what it must not depend on, and what it gains."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def by_loops(network, a, o):
     return special.log_softmax(s, axis=1), perceptron("related", np.concatenate([first, last]))[0]
 
 
-@pytest.mark.parametrize("count", [2, 7, 20])  # 20: more than it learns from
+@pytest.mark.parametrize("count", [2, 7, 20])  # 20: larger than the sets it learns from
 def test_the_formula(network, count):
     log_p, odds = given(count)
     with torch.no_grad():
@@ -157,7 +157,7 @@ def test_certain_images_give_finite_gradients():
 
 
 def test_strangers_are_answered_alone(rule):
-    """Where the set isn't related, the bits are those of each image without company."""
+    """Where the set isn't related, each answer is bit-identical to that of the image alone."""
     fired = 0
     for seed in range(100):
         rng = np.random.default_rng([seed, 7])
@@ -172,7 +172,7 @@ def test_strangers_are_answered_alone(rule):
 
 @pytest.mark.parametrize(("count", "classes"), [(2, 1), (4, 1), (16, 1), (16, 3), (24, 2)])
 def test_related_images_gain(rule, count, classes):
-    """Over every image alone; where all are of one class, nearly as by the mean of logits."""
+    """They gain over single images; where all are of one class, nearly as much as by the mean of logits."""
     right = np.zeros(3)
     for seed in range(80):
         rng = np.random.default_rng([seed, count])
@@ -183,13 +183,13 @@ def test_related_images_gain(rule, count, classes):
         right += [np.mean(answer == labels) for answer in (logits.argmax(1), mean, together)]
     alone, mean, together = right / 80
     assert together > alone + (0.02 if count < 4 else 0.08)
-    if classes == 1 and count > 4:  # fewer show too little to exceed the score of strangers
+    if classes == 1 and count > 4:  # fewer images are too little evidence to score above strangers
         assert together > mean - 0.08
 
 
 @pytest.mark.parametrize("count", [10, 32, 100])
 def test_strangers_lose_next_to_nothing(rule, count):
-    """Also in sets larger than any that it learned from."""
+    """Even in sets larger than any that it learned from."""
     lost = []
     for seed in range(60):
         rng = np.random.default_rng([seed, count, 3])

@@ -1,4 +1,4 @@
-"""The same picture through shifts, mirrors, colors and frames; and others, which are not."""
+"""The same picture shifted, mirrored, recolored or framed is recognized; other pictures are not."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def textured(count: int, seed: int = 0) -> np.ndarray:
 
 
 def slow(a: np.ndarray, b: np.ndarray) -> float:
-    """By loops, in float64."""
+    """The likeness by loops, in float64."""
 
     def details(image):
         grey = image.astype(np.float64).mean(2)

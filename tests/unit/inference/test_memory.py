@@ -1,4 +1,4 @@
-"""Edits of a memory: what is left is what would be built from the rows that are left."""
+"""Edits of a memory: the result equals a memory built from the rows that are left."""
 
 import errno
 import shutil
@@ -26,7 +26,7 @@ def unit(count: int, dim: int, seed: int) -> np.ndarray:
 
 
 def dense(z: np.ndarray, live: np.ndarray, width: int) -> np.ndarray:
-    """The table by sorting all distances."""
+    """The table, by sorting all distances."""
     distance = np.square(z[:, None].astype(np.float64) - z).sum(-1)
     distance[:, ~live] = np.inf
     np.fill_diagonal(distance, np.inf)
@@ -112,7 +112,7 @@ def test_an_edited_memory_answers_as_one_built_from_its_rows(model, asked, tmp_p
 
 
 def test_removed_rows_leave_the_second_hop_too(model, asked):
-    """A node that no image attaches to, but that the neighbors of images average over."""
+    """Also a node to which no image attaches, but over which the images' neighbors average."""
     out = model.network(asked[:1], model.memory)
     first = out.rows[0][out.rows[0] >= 0]
     second = np.setdiff1d(model.memory.candidates(first), np.append(first, -1))
@@ -196,7 +196,7 @@ def test_a_forgotten_image_does_not_come_back_by_undo_after_a_kill(model, monkey
     with pytest.raises(UserError, match="nothing to undo"):
         edits.undo(root)
     monkeypatch.undo()
-    edits.forget(root, ["img-7"])  # the same command completes it
+    edits.forget(root, ["img-7"])  # the same command completes what was interrupted
     assert forgotten(root) == ["img-7"]
     assert "img-7" not in store.keys_on_disk(root)
 
@@ -209,7 +209,7 @@ def test_what_was_forgotten_is_a_relabel_list_that_other_images_pass(model):
 
 
 def test_a_reader_keeps_keys_and_pictures_while_its_version_is_compacted(model, asked):
-    reader = Classifier.open(model.folder, device="cpu")  # has read no key so far
+    reader = Classifier.open(model.folder, device="cpu")  # has not read any key yet
     expected = [a.as_dict() for a in model.predict(asked)]
     picture = model.memory.thumbnail(3)
     editing.remove(model, ["img-1"])
@@ -368,7 +368,7 @@ def test_a_copied_memory_is_whole(model, asked, tmp_path):
 
 
 def test_rows_that_meet_many_added_ones_are_compared_in_pieces(monkeypatch):
-    """All of a large memory against all added rows at once would take gigabytes."""
+    """Comparing a large memory with all added rows at once would take gigabytes."""
     z, live = unit(60, 4, 3), np.ones(60, bool)
     base = table_of(z[:40], 5)
     whole = rewired(base, z, live)

@@ -1,4 +1,4 @@
-"""New classes without training: against scipy's densities, brute force, and what must hold of edits."""
+"""New classes without training: compared with scipy's densities and brute force; what must hold for edits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CENTRES = np.random.default_rng(1).standard_normal((OLD + NEW, DIM))
 
 
 def drawn(seed, classes, each):
-    """Images and labels: z around class centers, logits of a head that knows the old ones."""
+    """Images and labels: z around class centers, logits of a head that knows the old classes."""
     rng = np.random.default_rng(seed)
     labels = np.repeat(classes, each)
     x = CENTRES[labels] + 0.8 * rng.standard_normal((len(labels), DIM))
@@ -143,7 +143,7 @@ def test_offset_is_the_largest_that_costs_no_more(world, each, old_loss):
         return 100 * (before - (scores.argmax(1) == labels).mean())
 
     assert loss(-1e-9) <= old_loss + 1e-9
-    assert loss(1e-6) > old_loss  # a little more, and one image too many is lost
+    assert loss(1e-6) > old_loss  # with a little more, one image too many is lost
 
 
 def test_offset_by_brute_force():
@@ -173,7 +173,7 @@ def test_old_are_kept_and_new_are_found(world, each):
 
 @pytest.mark.parametrize("each", [5, 120])
 def test_trades_predict(world, each):
-    """Each image answered without itself: by refitting without it, and near what fresh images give."""
+    """Each image is answered without itself: compared with refitting without it, and with fresh images."""
     _, old, calibration, labels = world
     of = entries(each)
     new_classes = fitted(world, of)
@@ -206,7 +206,7 @@ def test_one_image_a_class_predicts_nothing_of_the_new(world):
 
 
 def test_order_of_edits_does_not_matter(world):
-    """One after another, at once, in another order, added and removed again: the same bits."""
+    """One after another, at once, in another order, added and removed again: bit-identical results."""
     _, old, calibration, _ = world
     of = entries(6)
     at_once = fitted(world, of)
@@ -247,12 +247,12 @@ def test_rows_do_not_depend_on_company(world, each):
 
 
 def test_columns_are_scikit_learns():
-    """One old and one new class, nothing but the columns: logistic regression with the same penalty."""
+    """With one old and one new class, the columns are a logistic regression with the same penalty."""
     rng = np.random.default_rng(4)
     inputs = np.concatenate([rng.standard_normal((400, 3)), np.ones((400, 1))], 1)
     target = (rng.random(400) < special.expit(inputs[:, 0] * 2 - 1)).astype(np.int64)
     found = _learned(np.zeros((400, 1)), inputs, target, old=1)
-    # PENALTY/2·u² beside a mean loss (weights sum to 1) is u²/2 beside 1/PENALTY such losses.
+    # PENALTY/2·u² plus a mean loss (weights sum to 1) is PENALTY times (u²/2 plus that loss divided by PENALTY).
     model = LogisticRegression(C=1 / PENALTY, tol=1e-10, max_iter=1000)
     weight = 0.5 / np.bincount(target)[target]
     model.fit(inputs[:, :3], target, sample_weight=weight)
@@ -280,7 +280,7 @@ def test_kept_as_json(world, each):
 
 
 def test_old_class_without_rows_is_possible(world):
-    """All of its images were removed: its mean is any old class's."""
+    """All of its images were removed: its mean is only known to be drawn like those of the other old classes."""
     memory, _, calibration, labels = world
     rows = np.repeat(np.arange(OLD), 150)
     old = OldClasses.fit(memory.x_nD, np.where(rows == 2, -1, rows), calibration, labels)

@@ -1,4 +1,4 @@
-"""The gate: its measures against loops, its level on strangers, and what it finds beyond agreement."""
+"""The gate: its measures compared with loops, its level on strangers, what it finds beyond agreement."""
 
 from __future__ import annotations
 
@@ -102,13 +102,13 @@ def test_it_finds_more_than_agreement_alone(gate, world, count, classes):
 def test_the_threshold_is_where_random_sets_lose_the_limit():
     rng = np.random.default_rng(2)
     score = rng.standard_normal(2000)
-    members = np.arange(2000)[:, None]  # a set is known by its only member
+    members = np.arange(2000)[:, None]  # sets of one image, which identifies the set
     order = np.argsort(-score)
     for each, passing in ((0.0799, 30), (0.03999, 60), (1.0, 10), (0.001, 200), (-0.5, 200)):
         found = related._affordable(
             score, members, lambda sets, each=each: np.full(len(sets), each)
         )
-        assert (score > found).sum() == passing  # 0.0012 * 2000 / each, but 10 to 200
+        assert (score > found).sum() == passing  # 0.0012 * 2000 / each, within 10 to 200
     late = np.zeros(2000)
     late[order[:50]], late[order[50:60]] = 0.01, 1.0
     found = related._affordable(score, members, lambda sets: late[sets[:, 0]])

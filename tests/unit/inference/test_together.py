@@ -1,4 +1,4 @@
-"""Sets answered together: against dense loops and scikit-learn, and what holds whatever the set."""
+"""Sets answered together: compared with dense loops and scikit-learn, and what holds for any set."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def world():
 
 
 def fit_from(strangers, learned, sets, *world, **options):
-    """Gates from fewer sets than a model's, whose level ``test_related.py`` checks."""
+    """Gates fitted on fewer sets than a model's; ``test_related.py`` checks the level of the real ones."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(related, "_STRANGERS", strangers)
         patch.setattr(related, "_LEARNED", learned)
@@ -43,7 +43,7 @@ def rule(world):
 
 
 def quickly(*world, **options):
-    """A rule whose gates don't matter."""
+    """A rule for tests in which the gates don't matter."""
     return fit_from(100, 100, 100, *world, **options)
 
 
@@ -117,7 +117,7 @@ def test_permuted(rule):
 
 
 def test_strangers_are_answered_alone(rule):
-    """Where the gate doesn't fire, the bits are those of each image without company."""
+    """Where the gate doesn't fire, each answer is bit-identical to that of the image alone."""
     fired = 0
     for seed in range(100):
         rng = np.random.default_rng([seed, 7])
@@ -146,7 +146,7 @@ def test_related_images_gain(rule, count, classes):
 
 @pytest.mark.parametrize("count", [8, 16, 24])  # 24: between two fitted sizes
 def test_a_set_of_one_class_is_answered_by_its_mean(rule, count):
-    """Without being told; sets of two classes keep their mixture."""
+    """Without being told that it is one; sets of two classes keep their mixture."""
     found = {1: 0, 2: 0}
     for seed in range(100):
         for classes in found:

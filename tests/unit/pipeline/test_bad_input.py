@@ -1,4 +1,4 @@
-"""User errors: a message with what, where and remedy, exit code 2, no traceback."""
+"""User errors: a message that says what, where and remedy; exit code 2; no traceback."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def test_degenerate_sets_are_refused_before_any_training(tmp_path, capsys, count
 
 
 def test_too_few_images_are_said_at_index(tmp_path, capsys):
-    """Including what only a later stage would hit, and the requirement of each stage."""
+    """Including what only a later stage would run into, with the requirement of each stage."""
     tree = image_tree(tmp_path / "in", {"a": 6, "b": 6})
     run = ["--config", "demo", f"run.dir={tmp_path}/run", "data.source=imagefolder"]
     run += [
@@ -216,7 +216,7 @@ def test_small_classes_are_no_fault_and_single_images_are_said():
 
 
 def test_a_source_that_reads_one_folder_refuses_two(tmp_path, capsys):
-    """The second used to be ignored silently."""
+    """It used to ignore the second without a word."""
     a, b = (image_tree(tmp_path / name, {"x": 2, "y": 2}) for name in "ab")
     data = ("data.source=imagefolder", f"data.train=[{a}, {b}]")
     assert prepared(tmp_path / "run", *data)[0] == 2

@@ -1,4 +1,4 @@
-"""The rows beside the student: its self path, its neighbors' vote, and the cost of each."""
+"""The results reported next to the student's: its self path, its neighbors' vote, and the cost of each."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_one_pass_answers_for_student_self_path_and_vote(tmp_path, second_hop):
 
 
 def test_the_search_is_counted_once_where_torch_sees_it_too(tmp_path):
-    """On a GPU the search is a matmul: counted only by its own figure."""
+    """On a GPU the search is a matmul, which must not be counted in addition to its own figure."""
     model, images = attached(tmp_path), make_images(B)
     with torch.no_grad():
         on_cpu = model.student_flops(images), model.vote_flops(images)
@@ -115,7 +115,7 @@ def test_the_search_is_counted_once_where_torch_sees_it_too(tmp_path):
 
 
 def test_with_flip_probabilities_are_those_of_the_mean_logits(tmp_path):
-    """And the vote is the mean of both votes; costs are those of two images."""
+    """The vote is the mean of both votes; costs are those of two images."""
     bank = attached(tmp_path)
     images = make_images(B)
     rows = {"student": Row(1, bank.classify, lambda shown: 10.0 * len(shown))}

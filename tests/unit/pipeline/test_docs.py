@@ -1,4 +1,4 @@
-"""The commands of README and docs are plausible: their files, options and fields exist."""
+"""The commands in README and docs could run: their files, options and fields exist."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_command_that_could_not_run_is_found(text, fault):
 
 
 def test_what_is_compared_with_installs_from_wheels_or_says_how_to_build_it():
-    """Nothing in requirements.txt has to be compiled; what must be is installed without isolation."""
+    """Nothing in requirements.txt has to be compiled; what must be is installed without build isolation."""
     folder = REPOSITORY / "benchmarks"
     built = ("hnswlib", "torch-scatter", "torch-sparse")
     plain = (folder / "requirements.txt").read_text()

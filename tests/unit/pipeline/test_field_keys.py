@@ -1,4 +1,4 @@
-"""Keys and the fields that name files, or decide which files count."""
+"""How keys depend on the fields that name files, or decide which files count."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.unit.pipeline.test_shard_keys import shards  # noqa: F401
 
 
 def key_of(name: str, *overrides: str) -> str:
-    """Key of a stage if all stages before it were the same."""
+    """The key of a stage, all stages before it being the same."""
     config = settings.load("demo", ["run.dir=/nowhere/run", *overrides])
     stage = next(s for s in stages_of(config) if s.name == name)
     parts = keys.parts(config, stage, keys.read_deepspeed(config))
@@ -30,7 +30,7 @@ def key_of(name: str, *overrides: str) -> str:
 
 @pytest.fixture
 def ds(tmp_path):
-    """Writes a DeepSpeed config that deviates from the packaged one; returns the override."""
+    """A function that writes a DeepSpeed config with changes to the packaged one and returns the override."""
     shipped = json.loads((ds_config.PACKAGE.parent / "ds_config.json").read_text())
 
     def write(model: str, **fields: object) -> str:
@@ -77,7 +77,7 @@ def test_a_deepspeed_config_that_changes_results_is_in_its_models_keys(ds, field
 
 
 def test_the_ranks_use_the_config_that_was_read_for_them(tmp_path, monkeypatch):
-    """Not the one in their own working directory."""
+    """Not one in their own working directory."""
     from cnn2gnn_dist.runtime.ranks import Ranks
     from cnn2gnn_dist.stages.shared.context import Context, RunPaths
 

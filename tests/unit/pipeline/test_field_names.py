@@ -18,7 +18,7 @@ from tests.support import REPOSITORY
 
 SECTIONS = [n for n, f in Config.model_fields.items() if field_names.is_section(f.annotation)]
 NAME = re.compile(
-    # Not a path, an attribute of something else, a shell variable, a call or a file name.
+    # Not part of a path, an attribute of something else, a shell variable, a call or a file name.
     rf"(?<![\w./\-$*{{])(?:{'|'.join(SECTIONS)})(?:\.[a-z_][a-z0-9_]*)+(?![\w(/]|\.\w)"
 )
 KNOWN = set(field_names.paths())
@@ -34,7 +34,7 @@ OTHERS = {
 }
 """Names that look like fields but are something else."""
 OLD = {"cnn2gnn_dist/field_names.py", "cnn2gnn_dist/pipeline/key_defaults.py", "CHANGELOG.md"}
-"""They are about names that used to exist, or don't exist."""
+"""Files about names that used to exist, or never existed."""
 
 SOURCES = sorted(
     path
@@ -53,7 +53,7 @@ SOURCES = sorted(
 
 @functools.cache
 def texts(path: Path) -> tuple[str, ...]:
-    """All text that people read: of a module its strings, docstrings and comments."""
+    """All text in a file that people read; in a module, its strings, docstrings and comments."""
     return tuple(_texts(path))
 
 
@@ -71,7 +71,7 @@ def _texts(path: Path) -> Iterator[str]:
 
 
 def unknown(text: str) -> set[str]:
-    """Names that look like a config field but are none."""
+    """Names that look like a config field but are not one."""
     found = {name for name in NAME.findall(text) if not name.endswith(FILES)}
     return {n for n in found - KNOWN - OTHERS.keys() if not n.startswith(MAPPINGS)}
 

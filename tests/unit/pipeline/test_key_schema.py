@@ -1,4 +1,4 @@
-"""Keys outlive the code: added fields, changed defaults, records of an older schema."""
+"""Keys stay valid as the code changes: added fields, changed defaults, records of an older schema."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from cnn2gnn_dist.training import ds_config
 # --- the table of defaults ----------------------------------------------------------------------
 
 CARRIES = {"name", "device", "run", "stream", "cluster", "checkpoint"} | {
-    *("data.train", "data.test"),  # their files count by their content
+    *("data.train", "data.test"),  # their files count by content
     *("data.checksums", "data.max_corrupt"),
 }
-"""Fields that are in no key: where and by what a run is made, and when it is given up."""
+"""Fields that are in no key: where and with what a run is computed, and when it gives up."""
 CHANGED: dict[str, Any] = {}
 """Fields whose default differs from the one they were introduced with, and the current default."""
 PINNED = {
@@ -53,7 +53,7 @@ def key_fields() -> set[str]:
 
 
 def test_every_field_is_in_a_key_or_known_not_to_change_results():
-    """Failing for a new field: name it in a stage of registry.py (a section names all of its
+    """If this fails for a new field: name the field in a stage of registry.py (a section names all of its
     fields), in registry.EXECUTION, or in CARRIES here."""
     in_keys = key_fields() - EXECUTION
     for name in field_names.fields():
@@ -63,7 +63,7 @@ def test_every_field_is_in_a_key_or_known_not_to_change_results():
 
 
 def test_every_field_of_a_key_has_a_frozen_default():
-    """Failing for a new field: give it a line in key_defaults.py, which says what value; or, if no
+    """If this fails for a new field: give it a line in key_defaults.py, which explains what value; or, if no
     value reproduces the previous behavior, name it here: it then makes all finished runs stale."""
     in_every_key: set[str] = set()
     counted = key_fields() - EXECUTION | {"evaluate.batch"}
@@ -71,8 +71,8 @@ def test_every_field_of_a_key_has_a_frozen_default():
 
 
 def test_a_default_that_changes_is_changed_knowingly():
-    """Failing for a field: leave its line in key_defaults.py as it is, whose value remains the one that
-    counts as absent in keys, and write the current default into CHANGED here. Runs made with the old
+    """If this fails for a field: leave its line in key_defaults.py as it is, since that value remains the one
+    that counts as absent in keys, and write the current default into CHANGED here. Runs made with the old
     default are stale under the new one, as they should be."""
     today = settings.as_flat(Config()) | {"teacher.ds_config": {}, "student.ds_config": {}}
     for name, value in DEFAULTS.items():
@@ -93,13 +93,13 @@ def key_of(config: Config, stage: str) -> str:
 
 
 class Wider(GraphConfig):
-    """With a field that was added later."""
+    """The section with a field that was added later."""
 
     twist: int = Field(0, description="new")
 
 
 class WiderConfig(Config):
-    """With that section."""
+    """The config with that section."""
 
     graph: Wider = Field(default_factory=Wider)
 
@@ -161,7 +161,7 @@ def test_names_are_whole_paths():
 
 
 def test_keys_are_what_they_were():
-    """Pinned: other keys would make every finished run stale."""
+    """Pinned: a change of these keys would make every finished run stale."""
     config = settings.load("demo", ["data.calibration=0"])  # as the preset was then
     found = {name: key_of(config, name) for name in STAGES}
     assert found == PINNED
@@ -209,7 +209,7 @@ RECORDS = json.loads((Path(__file__).parent / "records_of_schema_1.json").read_t
 
 
 def made(tmp_path: Path, name: str, *more: str) -> Config:
-    """A run as that code left it, except for the outputs of its stages."""
+    """A run as that code left it, except for the contents of its stages' outputs."""
     (tmp_path / "w.pth").write_bytes(b"one")
     shipped = json.loads((ds_config.PACKAGE.parent / "ds_config.json").read_text())
     (tmp_path / "ds.json").write_text(json.dumps({**shipped, "gradient_clipping": 5.0}))
@@ -227,13 +227,13 @@ def made(tmp_path: Path, name: str, *more: str) -> Config:
 
 def again(tmp_path: Path, name: str, *more: str) -> Config:
     overrides = [one.replace("HERE", str(tmp_path)) for one in RECORDS[name]["overrides"]]
-    # The preset had no calibration images then.
+    # The preset had no calibration images at that time.
     then = [f"run.dir={tmp_path}/run", "data.calibration=0"]
     return settings.load("demo", [*then, *overrides, *more])
 
 
 def steps_of(config: Config) -> dict[str, runner.Step]:
-    """The stages that such a run has; the stage model came later."""
+    """The stages of such a run; the stage model was added later."""
     return {step.stage.name: step for step in runner.plan(config) if step.stage.name != "model"}
 
 
@@ -277,7 +277,7 @@ def test_other_weights_and_other_inputs_of_such_a_run_are_found(tmp_path):
     assert step.status is Status.STALE
     assert "teacher.weights: 'w.pth " in step.why
     (tmp_path / "w.pth").unlink()
-    assert steps_of(config)["teacher"].status is Status.COMPLETE  # its record contains them
+    assert steps_of(config)["teacher"].status is Status.COMPLETE  # its record has their digest
     done = tmp_path / "run" / "targets" / "done.json"
     done.write_text(json.dumps(json.loads(done.read_text()) | {"digest": "another"}))
     step = steps_of(config)["student"]
@@ -302,7 +302,7 @@ def test_a_record_that_does_not_bear_out_its_key_is_not_believed(tmp_path, field
 
 
 def test_a_field_that_schema_1_never_had_makes_its_record_stale_when_set(tmp_path, monkeypatch):
-    """As any record: absent is at its default."""
+    """As for any record, an absent field counts as being at its default."""
     config = made(tmp_path, "demo")
     monkeypatch.setitem(DEFAULTS, "graph.twist", 0)
     tree = settings.as_tree(config)
@@ -313,7 +313,7 @@ def test_a_field_that_schema_1_never_had_makes_its_record_stale_when_set(tmp_pat
 
 
 def test_a_record_of_before_schema_1_ended_is_stale_as_it_was(tmp_path):
-    """With fewer fields: what was done in their place is unknown."""
+    """A record with fewer fields: what the code did in their place is unknown."""
     config = made(tmp_path, "demo")
     done = tmp_path / "run" / "graph" / "done.json"
     record = json.loads(done.read_text())
@@ -373,7 +373,7 @@ def test_a_model_is_as_it_was_made_whatever_the_config_says_today(tmp_path, sche
     today = again(tmp_path, "other", "graph.neighbours=2", "student.dim=9", "student.lr=1")
     found = keys.as_made(today, tmp_path / "run", "student")
     assert (found.graph, found.student) == (config.graph, config.student)
-    if schema == 2:  # a field added after the record: at its earlier behavior
+    if schema == 2:  # a field added after the record counts as its earlier behavior
         record = json.loads((folder / "done.json").read_text())
         del record["parts"]["graph.search.recall"]
         (folder / "done.json").write_text(json.dumps(record))

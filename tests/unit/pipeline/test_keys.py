@@ -37,13 +37,13 @@ class Run:
         self.set(**data)
 
     def set(self, **data: object) -> None:
-        """Fields of the section data."""
+        """Set fields of the section data."""
         named = {f"data.{name}=": value for name, value in data.items()}
         kept = [o for o in self.overrides if not o.startswith(tuple(named))] if named else []
         self.overrides = [*(kept or self.overrides), *(f"{n}{v}" for n, v in named.items())]
 
     def __call__(self, *more: str) -> int:
-        """Pack and index; the exit code."""
+        """Pack and index; return the exit code."""
         stages = [s.name for s in stages_of(self.config) if s.name in ("pack", "index")]
         codes = [cli.main([name, "--config", "demo", *self.overrides, *more]) for name in stages]
         return max(codes)
@@ -111,12 +111,12 @@ def test_a_changed_file_of_a_folder_is_named_and_update_reaches_the_teacher(
     assert run() == 0
     before, times = run.digest, (folder / "a").stat().st_mtime_ns
     change(folder)
-    os.utime(folder / "a", ns=(times, times))  # the folders' times need not tell either
+    os.utime(folder / "a", ns=(times, times))  # not even the folder's time may show it
     assert run.status("pack") == (
         Status.STALE,
         f"made from a different config or inputs: {words}",
     )
-    for _ in range(2):  # a refusal changes nothing: the next gives the same message
+    for _ in range(2):  # a refusal changes nothing: the next run gives the same message
         assert run() == 2
         assert words in capsys.readouterr().err
     assert run("--update") == 0
@@ -150,7 +150,7 @@ def test_packed_images_are_not_needed_any_more(folder, tmp_path, capsys):
 
 
 def test_a_disk_that_is_not_mounted_costs_no_shards(folder, tmp_path, capsys):
-    """Its mount point exists, but is empty."""
+    """The mount point exists, but it is empty."""
     run = Run(tmp_path / "run", "imagefolder", train=folder)
     assert run() == 0
     shutil.rmtree(folder)

@@ -1,4 +1,4 @@
-"""Parts of a model that learn at a rate of their own."""
+"""Parts of a model that have their own learning rate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ledger by its rules: what a folder records about a stage, and what is never lost."""
+"""The rules of the ledger: what a folder records about a stage, and what is never lost."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_a_key_is_of_all_that_goes_in_and_of_no_order():
         ledger.key_of("teacher", {"a": 1, "b": {"c": 2, "d": 3}}, {"index": "x"}),
     ]
     assert len({key, *others}) == 6
-    # Pinned: other values would make every finished run stale.
+    # Pinned: a change of these values would make every finished run stale.
     pinned = {1: "b84ab14ca17fcfa4ac61", 2: "f1d4ac80a1cdae087906"}
     for schema, expected in pinned.items():
         assert ledger.key_of("index", {"seed": 0}, {"pack": "abc"}, schema) == expected
@@ -161,7 +161,7 @@ def test_a_folder_is_a_runs_or_becomes_one(tmp_path):
     ledger.claim(root, "a: 1\n")
     assert (root / "config.yaml").read_text() == "a: 1\n"
     (root / "teacher").mkdir()
-    ledger.claim(root, "a: 2\n")  # not yet known whether it will be refused
+    ledger.claim(root, "a: 2\n")  # it may still be refused: the config is not replaced yet
     assert (root / "config.yaml").read_text() == "a: 1\n"
     ledger.record_config(root, "a: 2\n")
     assert (root / "config.yaml").read_text() == "a: 2\n"

@@ -81,7 +81,7 @@ def test_no_bars_under_quiet_or_without_a_terminal(verbosity, terminal, capsys, 
 
 def test_importing_the_package_sets_up_no_handler():
     for path in PACKAGE.rglob("*.py"):
-        # Not modules that run as separate processes: they start when imported.
+        # Without the modules that run as separate processes: importing one starts it.
         if path.name != "__main__.py" and path.parent.name != "distdgl":
             name = path.relative_to(PACKAGE.parent).with_suffix("").as_posix().replace("/", ".")
             importlib.import_module(name)

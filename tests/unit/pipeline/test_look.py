@@ -1,4 +1,4 @@
-"""What people look at after a run: the report, predictions, the doctor."""
+"""What users look at after a run: the report, predictions, the doctor."""
 
 from __future__ import annotations
 

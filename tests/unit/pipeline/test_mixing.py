@@ -1,4 +1,4 @@
-"""Mixup and cutmix: the formulas, and the same pairs whoever holds them."""
+"""Mixup and cutmix: the formulas, and that pairs do not depend on which rank holds them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A field is read by the name that it had once, and a note says so."""
+"""A field is still read under its former name, and a note says so."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scores against definitions written out, scikit-learn, and loops; which images are evaluated, and in which batches."""
+"""Scores compared with their definitions, scikit-learn, and loops; which images are evaluated, in which batches."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LABELS = np.arange(IMAGES) % 3
 
 
 def held_out(root: Path, corrupt: tuple[int, ...] = CORRUPT) -> np.ndarray:
-    """A run with a manifest of held-out images, some of which are HTML; returns the images."""
+    """The images of a run with a manifest of held-out images, some of which are HTML pages."""
     images = random_images(IMAGES, 8, 8, seed=1)
     members = []
     for i, image in enumerate(images):
@@ -142,7 +142,7 @@ def test_results_are_strict_json(value):
 @pytest.fixture
 def found():
     rng = np.random.default_rng(0)
-    labels = np.repeat(np.arange(5), [50, 30, 15, 4, 1])  # and a class 5 without images
+    labels = np.repeat(np.arange(5), [50, 30, 15, 4, 1])  # there is also a class 5, without images
     predicted = np.where(rng.random(100) < 0.7, labels, rng.integers(0, 6, 100))
     return Predictions(np.arange(100), predicted, rng.random(100).astype(np.float32), labels)
 
@@ -167,7 +167,7 @@ def test_calibration_error_by_hand(found):
     assert calibration_error(np.ones(10), np.ones(10, bool)) == 0.0
     assert calibration_error(np.ones(10), np.zeros(10, bool)) == 1.0
     assert calibration_error(np.array([0.5]), np.ones(1, bool)) == 0.5
-    # A confidence of exactly 1 shares the last bin with 14/15 and above, and with nothing below.
+    # A confidence of exactly 1 is in the last bin, from 14/15 up.
     for confidence, right, wanted in (([1.0, 0.95], [0, 1], 0.95), ([0.99, 0.9], [1, 0], 0.91)):
         found_error = calibration_error(np.array(confidence), np.array(right, bool))
         assert found_error == pytest.approx(wanted / 2)

@@ -1,4 +1,4 @@
-"""The report on small synthetic runs: its numbers, its pictures, and what may be missing."""
+"""The report of small synthetic runs: its numbers, its pictures, and what may be missing."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def made(tmp_path):
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    """For pages whose text matters: drawing takes most of a page's time."""
+    """Skip drawing, for pages of which only the text matters: drawing takes most of their time."""
 
     def closed(figure):
         plt.close(figure)
@@ -42,7 +42,7 @@ def undrawn(monkeypatch):
 
 def page_of(root: Path, names: list[str] | None = None) -> tuple[Page, str]:
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # what matplotlib warns about is visible in the picture
+        warnings.simplefilter("error")  # what matplotlib warns about shows in the picture
         text = write_report(root, names).read_text()
     return Page(text), text
 
@@ -65,7 +65,7 @@ def test_the_table_is_results_json(made, undrawn):
             f"{r['accuracy']:.2%}", f"{r['balanced_accuracy']:.2%}", f"{r['ece']:.3f}",
             f"{r['parameters']:,}", f"{r['flops'] / 1e6:.2f}", f"{r['ms_per_image']:.3f}",
         ]  # fmt: skip
-    # All are equally calibrated, so all are the best there.
+    # All are equally well calibrated, so all are the best in that column.
     assert page.bold == ["90.00%", "89.00%", *["0.050"] * 5, "5,000", "5.00", "0.050"]
     assert "made &lt;up&gt;" in text
     assert "1,234 training and 200 held-out images of 4 classes; 2 ranks on cpu; seed 0" in text
@@ -120,7 +120,7 @@ def test_the_gallery_marks_right_and_wrong_and_leaves_out_weightless_neighbours(
 )
 def test_the_verdict_is_plain(made, student, control, said, undrawn):
     change(made, student={"accuracy": student}, control_mlp={"accuracy": control})
-    for name in MODELS:  # without the answers the error is an upper bound
+    for name in MODELS:  # without the predictions the standard error is an upper bound
         (made / "evaluation" / f"{name}.npz").unlink()
     sentence = verdict(json.loads((made / "results.json").read_text()))
     assert all(part in sentence for part in said), sentence

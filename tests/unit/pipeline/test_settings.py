@@ -1,4 +1,4 @@
-"""What people type is interpreted as they meant it, or is refused with a remedy that works."""
+"""What users type is interpreted as they meant it, or refused with a remedy that works."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def round_trip(config: Config, here: str) -> None:
         file.write(text)
     assert settings.load(f"{here}/again.yaml") == config
     assert settings.check(settings.as_tree(config)) == config
-    plain = yaml.safe_load(text.replace("$$", "$"))  # any other reader parses it as the same
+    plain = yaml.safe_load(text.replace("$$", "$"))  # other YAML readers see the same values
     assert plain == settings.as_tree(config)
 
 
@@ -142,7 +142,7 @@ folder_names = st.text(
 @given(st.lists(folder_names, min_size=5, max_size=5))
 @hypothesis_settings(max_examples=examples(75), deadline=None)
 def test_any_name_of_a_folder_survives_being_written_and_read(names):
-    """Five names a file: a config takes longer to write and read than a name."""
+    """Five names per file, because reading and writing a config takes most of the time."""
     config = settings.load("demo")
     run = config.run.model_copy(update={"dir": f"/x/{names[0]}y"})
     columns = {"image_column": names[0], "label_column": names[1]}
@@ -236,7 +236,7 @@ def test_what_can_not_be_meant_is_refused(override, what, where, remedy):
 
 @pytest.mark.parametrize(("override", "remedy"), [(r[0], r[3]) for r in REFUSED if "=" in r[3]])
 def test_remedies_that_are_overrides_work_as_written(override, remedy):
-    """Each ``field=value`` of a remedy, typed after what was refused, is accepted."""
+    """Each ``field=value`` in a remedy is accepted when it is typed after what was refused."""
     with pytest.raises(UserError) as caught:
         settings.load("demo", [override])
     commands = re.findall(r"(?:[a-z_]+\.)+[a-z_]+=(?:'[^']*'|[^\s,;]+)", caught.value.remedy)
@@ -314,7 +314,7 @@ def test_sections_are_added_to_and_mappings_replaced():
 
 
 def test_braces_that_the_shell_has_spelled_out_are_refused():
-    """bash makes of data.train=/d/{0..2}.tar three arguments; the last alone is not what was meant."""
+    """bash turns data.train=/d/{0..2}.tar into three arguments; the last one alone is not what was meant."""
     from braceexpand import braceexpand
 
     for typed in (

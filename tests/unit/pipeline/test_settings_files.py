@@ -1,4 +1,4 @@
-"""Config files are interpreted as they were meant, or refused with the line."""
+"""Config files are interpreted as they were meant, or refused with the line number."""
 
 from __future__ import annotations
 

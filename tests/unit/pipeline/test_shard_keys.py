@@ -1,4 +1,4 @@
-"""Keys follow the content of shards: moved, corrected, replaced remotely, and their lists of names."""
+"""Keys follow the contents of shards that were moved, corrected or replaced remotely, and of their class lists."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_of_a_store_without_tags_update_reads_again(tmp_path):
         path.write_bytes(path.read_bytes().replace(b"IEND", b"IENd"))
         assert run("--update") == 0
         assert run.digest != before
-    assert run() == 0  # missing for a while: reported, and treated as unchanged
+    assert run() == 0  # the server is gone: reported, and treated as unchanged
 
 
 def test_names_count_from_what_files_have_in_common(tmp_path):

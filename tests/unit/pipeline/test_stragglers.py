@@ -1,4 +1,4 @@
-"""Which rank the others wait for, and when that is said."""
+"""Which rank the others wait for, and when this is reported."""
 
 from __future__ import annotations
 
@@ -42,6 +42,6 @@ def test_what_passes_is_not_said(three):
         for _ in range(stragglers.IN_SUCCESSION - 1):
             found.note([3.0, 1.0, 1.0], pytest.fail)
         found.note([1.0, 1.1, 1.0], pytest.fail)
-    for _ in range(2 * stragglers.IN_SUCCESSION):  # each in turn
+    for _ in range(2 * stragglers.IN_SUCCESSION):  # they take turns
         found.note([3.0, 1.0, 1.0], pytest.fail)
         found.note([1.0, 3.0, 1.0], pytest.fail)

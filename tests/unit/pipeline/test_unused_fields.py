@@ -1,4 +1,4 @@
-"""A field that is set but has no effect is named, with the reason; everything else is silent."""
+"""A field that is set but has no effect is named, with the reason; nothing else causes a note."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ IDLE = [  # overrides of the preset demo, the environment, and the beginnings of
     (["graph.sampling.fanouts=[30, 16]"], CPU, []),  # a live search finds as many as requested
     (["cluster.grace_s=9", "checkpoint.grace_s=9"], RAY, ["checkpoint.grace_s=9.0 has no effect: ranks"]),
     (["cluster.grace_s=9", "checkpoint.grace_s=9"], LAUNCHER, ["cluster.grace_s=9.0 has no effect"]),
-    (["cluster.grace_s=9", "checkpoint.grace_s=9"], CPU, []),  # a plan does not know the launcher
+    (["cluster.grace_s=9", "checkpoint.grace_s=9"], CPU, []),  # the plan can't know the launcher
     (["cluster.address=h:1", "cluster.max_failures=1"], LAUNCHER, ["cluster.address=h:1, cluster.max"]),
     (["cluster.ranks_per_node=1", "cluster.strategy=SPREAD"], CPU, ["cluster.strategy=SPREAD has no"]),
     (["cluster.min_ranks=2"], CPU, ["cluster.min_ranks=2 has no effect: run.ranks is no larger"]),
@@ -172,10 +172,10 @@ def test_presets_set_nothing_that_does_nothing(surroundings):
         if surroundings.ranks:
             config = settings.load(name, [f"run.ranks={surroundings.ranks}"])
         found = consistency.notes(config, surroundings)
-        if name == "imagenet" and surroundings.on_gpu:  # its search is set for users without one
+        if name == "imagenet" and surroundings.on_gpu:  # set for users without a GPU
             assert found.pop(0).startswith("graph.search.exact=false")
         if name in ("cifar10", "mini_imagenet_cpu") and surroundings is CLIPS:
-            # SGD's recipe does not clip.
+            # The SGD recipe does not clip.
             assert found.pop(0).startswith("teacher.clip=0.0")
         assert found == []
 

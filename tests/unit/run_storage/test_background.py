@@ -1,4 +1,4 @@
-"""Uploads in a thread: nobody waits for them, and of those that wait only the newest is made."""
+"""Uploads in a thread: nobody waits for them, and of several pending ones only the newest is made."""
 
 from __future__ import annotations
 

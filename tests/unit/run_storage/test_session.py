@@ -1,4 +1,4 @@
-"""A run between scratch and storage: what is restored, fetched, kept and set aside (a store in memory)."""
+"""A run between scratch and storage: what is restored, fetched, kept and set aside (with a store in memory)."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_a_training_in_progress_comes_with_its_checkpoints_graphs_and_metrics(tm
 
     checkpoint(stage, 3)
     disk.prune(disk.root_of(stage), disk.path_of(disk.root_of(stage), 3), 2)
-    assert copies.start() is not None or copies.wait() is not None  # the other writes now
+    assert copies.start() is not None or copies.wait() is not None  # the other writes by now
 
 
 def test_pruned_checkpoints_go_from_the_storage(tmp_path):
@@ -229,7 +229,7 @@ def test_what_the_storage_no_longer_has_is_not_taken_as_kept_there(tmp_path):
 
 
 def test_a_folder_with_a_part_of_a_run_is_not_moved_to_another_storage(tmp_path):
-    """What it does not have would be recorded as stored there."""
+    """The files that it does not have would be recorded as stored there."""
     here, there = tmp_path / "here", tmp_path / "there"
     storage = opened(here)
     finished(here / "targets", {"a.parquet": b"soft"})

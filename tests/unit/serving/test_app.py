@@ -1,4 +1,4 @@
-"""The app: every endpoint, every refusal, as a client sees them."""
+"""The app: every endpoint and every refusal, as a client sees them."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ def client_of(folder: Path, limits: Limits = LIMITS, token: str | None = TOKEN) 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that no test edits."""
+    """A model that tests must not edit."""
     return served_model(tmp_path_factory.mktemp("served") / "model")
 
 
 @pytest.fixture(scope="module")
 def client(served: Path) -> Iterator[TestClient]:
-    """Of that model."""
+    """A client of an app that serves this model."""
     with client_of(served) as found:
         yield found
 
 
 @pytest.fixture
 def folder(served: Path, tmp_path: Path) -> Path:
-    """A copy of that model."""
+    """A copy of this model, which a test may edit."""
     shutil.copytree(served, tmp_path / "model")
     return tmp_path / "model"
 
@@ -56,7 +56,7 @@ def edited(folder: Path) -> Iterator[TestClient]:
 
 
 def refused(response: object, status: int) -> str:
-    """The error of a response, which has a remedy."""
+    """The error in a response, which also has a remedy."""
     assert response.status_code == status, response.text  # type: ignore[attr-defined]
     body = response.json()  # type: ignore[attr-defined]
     assert body["error"]

@@ -1,4 +1,4 @@
-"""Batching: who waits together is answered together, nobody is lost."""
+"""Batching: requests that wait together are answered together, and none is lost."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_what_waits_is_answered_together_and_as_if_alone(model: Classifier):
     sizes = [1, 3, 2, 30, 40, 1]
     jobs = [(images(size, seed), held.batcher.submit(images(size, seed), top=3, neighbours=2))
             for seed, size in enumerate(sizes)]  # fmt: skip
-    held.asked.acquire()  # the first request is in the network, alone
+    held.asked.acquire()  # the first request is being computed, alone
     held.go()
     for given, future in jobs:
         made = future.result(timeout=60)
@@ -118,7 +118,7 @@ def test_closing_answers_what_is_queued_and_takes_no_more(model: Classifier):
 
 
 class Poisoned(Classifier):
-    """Fails on one image."""
+    """A model that fails on one image."""
 
     def answers(self, images: list[Pixels], *rest: object, **more: object) -> list[Answer]:
         if any(one.name == "poison" for one in images):

@@ -108,7 +108,7 @@ def test_bombs_are_refused_by_their_header(name: str):
 
 
 def received(messages: list[dict], allowed: Limits, declared: bytes | None = None) -> list[dict]:
-    """What the app receives of a body."""
+    """The messages of a body that reach the app."""
 
     async def run() -> list[dict]:
         queue = iter(messages)
@@ -116,7 +116,7 @@ def received(messages: list[dict], allowed: Limits, declared: bytes | None = Non
         async def receive() -> dict:
             for message in queue:
                 return message
-            await asyncio.Event().wait()  # nothing more comes
+            await asyncio.Event().wait()  # no more messages
             raise AssertionError
 
         body = Body(receive, {b"content-length": declared} if declared else {}, allowed)

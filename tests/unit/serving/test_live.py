@@ -1,4 +1,4 @@
-"""Versions of the memory: loaded beside, then swapped; an answer is of one version."""
+"""Versions of the memory: loaded next to the current one, then swapped; an answer is from one version."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_answers_during_swaps_are_each_of_the_version_they_name(model: Classifie
 def test_another_model_in_the_same_folder_is_neither_followed_nor_edited(
     model: Classifier, tmp_path: Path
 ):
-    """A memory is of one network's features: rows of a new export would be searched by the old one."""
+    """A memory belongs to one network's features: the old network would search rows of the new export."""
     live, asked = LiveModel(model), pictures(5, seed=9)
     live.edit(lambda beside: editing.remove(beside, ["img-1"]))
     answers = live.current.predict_proba(asked)

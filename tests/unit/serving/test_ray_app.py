@@ -1,4 +1,4 @@
-"""What a replica gives Serve for a batch: the class itself, without a Ray."""
+"""What a replica returns to Serve for a batch: the class itself, without Ray."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where images are decoded: few small ones at once, others in threads, with the same answers."""
+"""Where images are decoded: a few small ones on the spot, others in threads, with the same answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What travels: any name, any JSON, any number."""
+"""What is sent over the wire: any name, any JSON, any number."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cnn2gnn_dist.inference.inputs import Input
 from cnn2gnn_dist.serving import wire
 from cnn2gnn_dist.serving.limits import Refused
 
-ANY = st.text(st.characters(exclude_categories=()), max_size=300)  # lone surrogates, too
+ANY = st.text(st.characters(exclude_categories=()), max_size=300)  # including lone surrogates
 
 
 @given(ANY)
