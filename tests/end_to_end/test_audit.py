@@ -119,7 +119,7 @@ def test_copies_among_held_out_images_are_leakage(micro_run, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(micro_run, copy)
     train = Manifest.load(copy / "manifest" / "train.arrow")
-    # Half of the "held-out" images are training images: the same bytes, at the same place.
+    # Half of the "held-out" images are training images: the same bytes, at the same positions.
     train.select(np.arange(0, len(train), 2)).save(copy / "manifest" / "test.arrow")
     out = tmp_path / "out"
     assert cli.main(["audit", str(copy), "--out", str(out), "--no-map", "--top", "3"]) == 0

@@ -127,7 +127,7 @@ print(json.dumps(said))
 
 @own_mounts.needed
 def test_a_disk_that_fills_up_while_packing(tmp_path):
-    """A sentence, and the same command once there is space."""
+    """It ends with a sentence, and the same command continues once there is space."""
     (full, what), (again, _) = own_mounts.run("-c", ON_A_SMALL_DISK, str(tmp_path))
     assert (full, again) == (2, 0)
     assert "disk full: No space left on device" in what

@@ -1,4 +1,4 @@
-"""`cnn2gnn checkpoint`: what it lists exists, what it reports as damaged is, and its export is the model."""
+"""`cnn2gnn checkpoint`: its lists, its reports of damage and its exports are correct."""
 
 from __future__ import annotations
 

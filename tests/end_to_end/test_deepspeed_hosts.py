@@ -31,7 +31,7 @@ Host *
 
 
 def with_a_login(pair: tuple[Host, ...], folder: Path) -> None:
-    """By a key of this test's, which the user's own files know nothing of."""
+    """Let the hosts log in by a key of this test, of which the user's own files know nothing."""
     subprocess.run(["ssh-keygen", "-q", "-N", "", "-f", str(folder / "key")], check=True)
     for name, text in (("server", SERVER), ("client", CLIENT)):
         (folder / name).write_text(text.format(folder=folder))

@@ -21,7 +21,7 @@ def test_init_writes_a_config_that_run_accepts(tmp_path, capsys, monkeypatch):
     assert "teacher    to run" in planned
     assert "note:" not in planned
 
-    assert cli.main(["init", "my photos", "--minutes", "3"]) == 2  # it exists
+    assert cli.main(["init", "my photos", "--minutes", "3"]) == 2  # the file exists
     assert "--force" in capsys.readouterr().err
     assert cli.main(["init", "my photos", "--minutes", "3", "--idle", "--dry-run", "-q"]) == 0
     printed = capsys.readouterr().out

@@ -1,7 +1,7 @@
 """Inputs of a training step: the loss of a global batch, its images, its soft targets.
 
-The references are plain torch on the complete batch, the reader queried for the ids of the order,
-and soft targets that the test wrote itself.
+The references are plain torch on the complete batch, a reader that is asked for the order's ids, and
+soft targets that the test wrote itself.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def net() -> nn.Module:
 
 
 def learn_case(folder: str, shares: list[list[list[int]]]) -> dict[str, Any]:
-    """Gradient and counts after one step; ``shares[rank][micro-batch]`` are rows of the batch."""
+    """Gradient and counts after one step; ``shares[rank][micro-batch]`` has rows of the batch."""
     rank, accumulation = collectives.rank(), len(shares[0])
     overrides = [
         f"run.dir={folder}",
@@ -118,7 +118,7 @@ def targets_of(samples: int) -> np.ndarray:
 
 
 def prepared(folder: Path) -> Config:
-    """A run of digits that is packed and indexed and has soft targets made by the test."""
+    """A run of the digits that is packed and indexed, with soft targets written by the test."""
     config = settings.load(
         "demo",
         [
@@ -212,7 +212,7 @@ def prepare_case(folder: str) -> None:
 
 
 def matched(shown_BHWC: np.ndarray, wanted_BHWC: np.ndarray) -> np.ndarray:
-    """For each shown image its position among the wanted ones; every one occurs once."""
+    """For each image that was shown, its position among the expected ones; every one occurs once."""
     places = {image.tobytes(): place for place, image in enumerate(wanted_BHWC)}
     assert len(places) == len(wanted_BHWC)
     found = np.array([places[image.tobytes()] for image in shown_BHWC])

@@ -1,4 +1,4 @@
-"""What people look at after a run, in complete runs."""
+"""What users look at after a run, in complete runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A Ray of two hosts: what one of them lacks is said, and a run outlives the cluster's head and a kill for memory."""
+"""A Ray cluster of two hosts: a package missing on one is reported, and a run survives the death of the head."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ON_BOTH = ["run.ranks=2", "cluster.strategy=STRICT_SPREAD"]
 def test_the_package_is_missing_on_one_host(pair: tuple[Host, ...], folder: Path) -> None:
     run, absent = folder / "missing", folder / "absent"
     absent.mkdir()
-    # Not just an empty folder: Python would go on to a copy that is installed elsewhere.
+    # Not just an empty folder: Python would fall back to a copy that is installed elsewhere.
     text = "raise ModuleNotFoundError(\"No module named 'cnn2gnn_dist'\")\n"
     (absent / "__init__.py").write_text(text)
     pair[1].mount(absent, REPOSITORY / "cnn2gnn_dist")
@@ -34,12 +34,12 @@ def test_the_package_is_missing_on_one_host(pair: tuple[Host, ...], folder: Path
     assert (
         "this package can't be imported on node-b: ModuleNotFoundError: No module named" in output
     )
-    assert "cnn2gnn submit --send-package" in output  # after what Ray itself prints of it
+    assert "cnn2gnn submit --send-package" in output  # after what Ray itself prints about it
     assert not (run / "teacher").exists()
 
 
 def test_the_death_of_the_head(pair: tuple[Host, ...], folder: Path, micro_run: Path) -> None:
-    """The driver ends, no rank stays; on a new cluster the same command ends with the same bits."""
+    """The driver ends, and no rank stays; on a new cluster the same command gives bit-identical results."""
     run = folder / "headless"
     arguments = [*host_runs.micro(run, *ON_BOTH)]
     with ray_hosts.started(pair, folder, (1, 1)) as cluster:
@@ -47,7 +47,7 @@ def test_the_death_of_the_head(pair: tuple[Host, ...], folder: Path, micro_run: 
         reach(driver, run, "teacher", 5)
         pair[0].shell("pkill -KILL gcs_server")
         code, output = runs.finish(driver)
-        assert code != 0, output[-4000:]  # Ray itself ends a driver that it can't serve
+        assert code != 0, output[-4000:]  # Ray itself ends a driver that has lost its head
         assert "Failed to connect to GCS" in output
 
     def gone(host: Host) -> bool:

@@ -1,4 +1,4 @@
-"""Whole runs with the recipe's fields, and with a teacher that somebody else has trained."""
+"""Complete runs with the recipe's fields, and with a teacher that was trained elsewhere."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_the_whole_recipe_learns_and_answers_come_from_the_averages(tmp_path):
     table = results(folder)
     for name in ("teacher", "student", "self_path", "control_mlp"):
         assert table[name]["flip"] is True
-        # A teacher of 30 steps on mixed and distorted digits knows little yet.
+        # A teacher of 30 steps on mixed and distorted digits has learned little.
         assert table[name]["accuracy"] > (0.0 if name == "teacher" else 0.2), name
     for stage in ("teacher", "student", "control"):
         tensors = disk.read_tensors(disk.recorded(folder / stage))
@@ -100,7 +100,7 @@ def test_ready_logits_take_the_place_of_a_teacher(micro_run, tmp_path):
 
 
 def test_unlabelled_images_learn_from_soft_targets_and_are_nobodys_neighbours(micro_run, tmp_path):
-    """Every second image of six shards has lost its label; one shard is packed as it was."""
+    """Every second image has lost its label."""
     (tmp_path / "data").mkdir()
     for path in sorted((micro_run / "shards").glob("train-*")):
         if path.suffix != ".tar":
@@ -136,7 +136,7 @@ def test_unlabelled_images_learn_from_soft_targets_and_are_nobodys_neighbours(mi
     seen = [line for line in map(json.loads, lines) if "labelled_accuracy" in line]
     assert seen
     means = [np.mean([line[n] for line in seen]) for n in ("accuracy", "labelled_accuracy")]
-    assert means[1] > 1.3 * means[0]  # of the others, five of eight, none counts as right
+    assert means[1] > 1.3 * means[0]  # those without a label, five in eight, never count as right
     model = cnn2gnn_dist.load(folder / "model")
     answer = model.predict(np.zeros((16, 16, 3), np.uint8))
     assert answer.neighbours

@@ -34,7 +34,7 @@ SMALL = ["--config", "demo", "device=cpu", "data.limit=40"]
 
 
 def elsewhere(place: Path) -> Path:
-    """Another folder for a run."""
+    """An override that names another folder for the run."""
     return place / "elsewhere"
 
 
@@ -204,7 +204,7 @@ def test_a_stage_that_waits_says_for_what_and_run_makes_it(copied, tmp_path):
 
     row = Row("waits", provoke, "waits for pack (pack: no longer complete: train-000000.tar is")
     carry_out(row, "cnn2gnn run", tmp_path)
-    assert not list((tmp_path / "run").glob("*.old-*"))  # the same shards: the rest stays complete
+    assert not list((tmp_path / "run").glob("*.old-*"))  # same shards: all else stays complete
 
 
 @pytest.fixture
@@ -213,7 +213,7 @@ def damaged_student(copied, micro_run, tmp_path) -> tuple[Path, list[str], list[
     config, run, image = copied(tmp_path), tmp_path / "run", tmp_path / "image.png"
     image.write_bytes(encode_image(random_images(1, 16, 16)[0]))
     assert damage_last(run, "student").name == "step-00000027"
-    shutil.rmtree(run / "model")  # it would answer: it has weights of its own
+    shutil.rmtree(run / "model")  # would answer, since it has its own copy of the weights
     ask = ["predict", "--run", str(run), str(image)]
     code, said = cnn2gnn(ask)
     assert code == 2
@@ -223,7 +223,7 @@ def damaged_student(copied, micro_run, tmp_path) -> tuple[Path, list[str], list[
 
 
 def test_a_training_made_again_on_as_many_ranks_is_the_same(damaged_student, micro_run):
-    """Bit-identical: everything built on it stays complete, and gives the same answers as before."""
+    """It is bit-identical: everything built on it stays complete, and gives the same answers as before."""
     run, _, ask = damaged_student
     code, said = runs.finish(runs.start(runs.launch(run), runs.environment()))
     assert code == 0, said[-4000:]
@@ -258,7 +258,7 @@ def test_a_plan_says_which_file_is_damaged(copied, tmp_path):
     assert code == 2
     for command in alternatives(remedy_of(said)):
         code, said = cnn2gnn(command.split()[1:])
-        assert code == 1  # of verify: one is corrupt
+        assert code == 1  # verify found a corrupt one
         assert said.count("complete") == 1
     steps = {s.stage.name: s for s in runner.plan(settings.load(config[1], config[2:]))}
     assert steps["teacher"].status is ledger.Status.RESUME
@@ -333,7 +333,7 @@ def test_corrupt_images_are_mended_or_left_out(tmp_path):
 
 
 def test_batchnorm_that_goes_on_with_other_batches_is_said(copied, micro_run, tmp_path):
-    """Two ranks saw 16 images at a time; one sees 32 from here on, and results.json would say so."""
+    """Two ranks saw 16 images at a time; one rank sees 32 from here on, and the results would show it."""
     config = copied(tmp_path)
     damage_last(tmp_path / "run", "teacher")
     code, said = cnn2gnn(["teacher", *config])

@@ -1,4 +1,4 @@
-"""The same command after a kill continues, and its result is bit-identical to an uninterrupted run."""
+"""After a kill the same command continues, and its result is bit-identical to that of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TO_STUDENT = "pack,index,teacher,targets,student"
 
 
 def test_a_launch_killed_in_every_training_continues_from_its_checkpoints(tmp_path):
-    """Every loss, and bit-identical weights; for the same ZeRO stage, since its sums are its own."""
+    """Every loss and weight is bit-identical, for the same ZeRO stage, since each stage sums in its own order."""
 
     def command(run: Path) -> list[str]:
         zero = ("teacher.zero_stage=3", "student.zero_stage=1")
@@ -58,7 +58,7 @@ def test_a_launch_killed_in_every_training_continues_from_its_checkpoints(tmp_pa
 
 @pytest.mark.parametrize(("stage", "ranks"), [("teacher", 1), ("student", 1), ("student", 2)])
 def test_a_run_goes_on_at_another_world_size(stage, ranks, micro_run, tmp_path):
-    """Same batches, same neighbors, the same losses to float tolerance; nothing is converted.
+    """Same batches, same neighbors, the same losses up to rounding; nothing is converted.
 
     Moments over several ranks and moments of one rank are rounded differently, and training amplifies
     that from step to step (Adam makes a full step of a gradient that is only rounding error).
@@ -93,7 +93,7 @@ def test_a_run_goes_on_at_another_world_size(stage, ranks, micro_run, tmp_path):
 
 
 def test_one_rank_killed_in_batch_scope(micro_run, tmp_path):
-    """The paper's scope: torchrun ends the other rank, the next launch resumes."""
+    """The paper's scope: torchrun ends the other rank, and the next launch resumes."""
     whole, run = tmp_path / "whole", tmp_path / "run"
     how = ["graph.scope=batch", "student.epochs=2", "student.zero_stage=0"]
     for folder in (whole, run):
@@ -136,7 +136,7 @@ def test_a_notice_to_end_saves_the_step(micro_run, tmp_path):
 
 
 def test_a_silent_peer_ends_in_a_named_error(tmp_path):
-    """A stopped rank: the other reports it after cluster.timeout_s and exits with code 75."""
+    """One rank is stopped: the other reports it after cluster.timeout_s and exits with code 75."""
     run = tmp_path / "run"
     process = start(launch(run, "cluster.timeout_s=6"), environment())
     reach(process, run, "teacher", 2)
@@ -156,8 +156,8 @@ def test_a_silent_peer_ends_in_a_named_error(tmp_path):
 def test_a_run_under_ray_outlives_a_notice_rays_head_the_driver_a_reader_and_a_rank(
     micro_run, tmp_path
 ):
-    """A notice saves the step. A lost reader or rank is replaced during the run; after the other kills
-    the same command resumes. At the end nothing of it is visible.
+    """On a notice the step is saved. A lost reader or rank is replaced during the run; after the other kills
+    the same command resumes. The result shows no trace of any of it.
     """
     run = tmp_path / "run"
     command = [sys.executable, "-m", "cnn2gnn_dist", "run", "--config", "demo", *MICRO]
@@ -214,7 +214,7 @@ def assert_all_ended(code: int, output: str, family: list[psutil.Process]) -> No
 
 
 def test_targets_continue_at_the_first_missing_shard(micro_run, tmp_path):
-    """An interrupted run left some files: they are not written again, a corrupt one is."""
+    """Files that an interrupted run left are not written again, except for a corrupt one."""
     run = tmp_path / "run"
     shutil.copytree(micro_run, run)
     files = sorted((run / "targets").glob("*.parquet"))
@@ -237,7 +237,7 @@ def test_targets_continue_at_the_first_missing_shard(micro_run, tmp_path):
 
 
 def test_a_notice_that_no_step_ends_in_time_for_is_said(tmp_path):
-    """The peer is stopped, so no step ends: the rank reports what is lost and exits with 143."""
+    """The peer is stopped, so the step never ends: the rank reports what is lost and exits with code 143."""
     run = tmp_path / "run"
     process = start(launch(run, "checkpoint.grace_s=3"), environment())
     reach(process, run, "teacher", 2)
@@ -256,7 +256,7 @@ def test_a_notice_that_no_step_ends_in_time_for_is_said(tmp_path):
 
 
 def test_force_goes_on_under_another_config(micro_run, tmp_path):
-    """Without it the change is named and refused; with it the teacher resumes, the rest is recomputed."""
+    """Without --force the change is named and refused; with it the teacher resumes and the rest is recomputed."""
     run = tmp_path / "run"
     shutil.copytree(micro_run, run)
     command = [*launch(run, "teacher.epochs=3"), "--stages", "pack,index,teacher"]
@@ -274,7 +274,7 @@ def test_force_goes_on_under_another_config(micro_run, tmp_path):
 
 
 def test_force_begins_the_epoch_again_when_the_order_is_another(micro_run, tmp_path):
-    """Another number of partitions in the middle of an epoch: no sample is left out of it."""
+    """With another number of partitions in the middle of an epoch, no sample of that epoch is left out."""
     run = tmp_path / "run"
     copy_before(micro_run, run, "student")
     before = ["--stages", TO_STUDENT]

@@ -1,4 +1,4 @@
-"""A run that is kept in a store: killed, its folder lost, the same command ends with the same bits."""
+"""A run kept in an object store: after a kill and the loss of its folder, the result is bit-identical."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def bucket() -> Iterator[Any]:
 
 
 def reach_stored(process: Any, fs: Any, url: str, stage: str, checkpoint: str) -> None:
-    """Wait until the storage has this checkpoint of a training that goes on."""
+    """Wait until the storage has this checkpoint of a training in progress."""
     deadline = time.monotonic() + 400
     while f"checkpoints/{checkpoint}/manifest.json" not in record_files(fs, url, stage):
         if process.poll() is not None or time.monotonic() > deadline:
@@ -51,7 +51,7 @@ def steps_in(names: list[str]) -> list[str]:
 
 
 def planned(run: Path, *overrides: str) -> tuple[dict[str, str], str]:
-    """What a dry run says: the status of each stage, and its line about the storage; it changes no file."""
+    """What a dry run prints: the status of each stage, and its line about the storage; it changes no file."""
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     command = ["run", "--config", "demo", *MICRO, f"run.dir={run}", *overrides, "--dry-run"]
     with contextlib.redirect_stdout(io.StringIO()) as printed:
@@ -63,8 +63,8 @@ def planned(run: Path, *overrides: str) -> tuple[dict[str, str], str]:
 
 
 def test_killed_in_each_training_and_continued_on_empty_folders(bucket, micro_run, tmp_path):
-    """Teacher and student are killed and their folder is lost; the third host ends with the bits of a run
-    that nobody disturbed. A fourth finds everything complete and fetches nothing of it.
+    """Teacher and student are killed and their folder is lost; the third host ends bit-identical to an
+    uninterrupted run. A fourth finds everything complete and fetches nothing.
     """
     url = "s3://runs/micro"
 
@@ -114,7 +114,7 @@ def test_killed_in_each_training_and_continued_on_empty_folders(bucket, micro_ru
 
 
 def _check_commands(url: str, run: Path, tmp_path: Path) -> None:
-    """Commands that read a run take its storage instead."""
+    """Commands that read a run also take its storage."""
     assert cli.main(["checkpoint", "verify", url]) == 0
     assert cli.main(["checkpoint", "ls", f"{url}/student"]) == 0
     for place, name in ((f"{url}/teacher", "far"), (f"{run}/teacher", "near")):
@@ -142,7 +142,7 @@ def _exported(path: Path) -> tuple[dict[str, str], dict[str, bytes]]:
 
 
 def _check_without(run: Path, url: str) -> None:
-    """A folder that is incomplete without its storage says so, instead of training again."""
+    """With a folder that is incomplete without its storage, the run says so instead of training again."""
     code, output = alone(*launch(run, ranks=1)[2:])
     assert code == 2
     dry = ["run", "--config", "demo", *MICRO, f"run.dir={run}", "--dry-run"]
@@ -167,14 +167,14 @@ def test_a_damaged_shard_in_the_storage_is_named(bucket, tmp_path):
 
 
 def test_checkpoints_that_cannot_be_copied_end_a_run(bucket, tmp_path):
-    """The bucket goes while the teacher trains: said each time, and after checkpoint.max_failures it ends."""
+    """The bucket is removed during training: each failure is reported, and checkpoint.max_failures ends the run."""
     bucket.mkdir("short-lived")
     url = "s3://short-lived/run"
     how = ("checkpoint.every_steps=1", "checkpoint.max_failures=2", "teacher.epochs=200")
     process = start(launch(tmp_path, f"run.storage={url}", *how), environment())
     reach_stored(process, bucket, url, "teacher", "step-00000004")
     while bucket.exists("short-lived"):
-        with contextlib.suppress(OSError):  # an upload came in between
+        with contextlib.suppress(OSError):  # an upload may come in between
             bucket.rm("short-lived", recursive=True)
     code, output = finish(process)
     assert code != 0
@@ -204,7 +204,7 @@ def test_another_config_is_refused_or_set_aside_in_the_storage_too(bucket, tmp_p
 
     chosen = (f"run.storage={url}", "data.limit=300")
     assert planned(tmp_path / "1", *chosen)[0]["index"] == "complete"
-    code, output = alone(*command("1", 300))  # this folder has what was set aside elsewhere
+    code, output = alone(*command("1", 300))  # its folder still has what was set aside elsewhere
     assert code == 0, output[-4000:]
     assert "the run has continued elsewhere" in output
     assert output.count("complete, skipped") == 2

@@ -101,7 +101,7 @@ def test_requests_in_flight_are_answered_before_the_end(folder: Path, number: si
         for one in asking:
             one.sendall(head + image[:20])
         while "cnn2gnn_requests_in_flight 4.0" not in httpx.get(f"{address}/metrics").text:
-            pass  # this request is the fourth
+            pass  # the request for the metrics is the fourth
         process.send_signal(number)
         while listens(port):
             pass
@@ -184,7 +184,7 @@ def browser() -> Iterator[Any]:
 
 @contextmanager
 def page_of(browser: Any, address: str, **options: Any) -> Iterator[Any]:
-    """The page, of which every request goes to the server and no script fails."""
+    """The page; asserts that all its requests go to the server and that no script fails."""
     context = browser.new_context(**options)
     page = context.new_page()
     asked: list[str] = []

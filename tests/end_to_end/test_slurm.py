@@ -32,7 +32,7 @@ def cluster() -> Iterator[slurm.Slurm]:
 
 
 def three_lines(name: str, cluster: slurm.Slurm, **third: str) -> tuple[Path, Path]:
-    """A script of cluster/ with its three lines changed as a user does, and its run folder."""
+    """A script of cluster/ with its three lines changed as a user would, and its run folder."""
     run = cluster.folder / f"run-{len(list(cluster.folder.glob('*.sbatch')))}"
     lines = {
         "1": f"#SBATCH {NODES}",

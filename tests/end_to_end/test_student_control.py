@@ -1,4 +1,4 @@
-"""Student and control are identical in everything that the graph doesn't force to differ."""
+"""Student and control are identical in everything that the graph does not force to be different."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs on two hosts: the same as on one, whatever their file server's clients cache and their link does."""
+"""Runs on two hosts give the results of one host, whatever the file server's clients cache and the link does."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from tests.support.watching import reach
 pytestmark = hosts.needed("bindfs")
 
 LOST_S = 20
-"""Seconds without an answer after which a rank counts as lost: longer than a loaded machine keeps one waiting."""
+"""Seconds without an answer after which a rank counts as lost: more than a rank takes on a loaded machine."""
 CACHED_S = 8.0
-"""As long as a stage of this run: what a host has seen in one is cached in the next."""
+"""As long as a stage of this run: what a host has seen in one stage is still cached in the next."""
 
 
 def with_a_file_server(pair: tuple[Host, ...], folder: Path) -> None:
@@ -27,7 +27,7 @@ folder, pair = hosts.fixtures(with_a_file_server)
 
 
 def arrays(run: Path) -> dict[str, bytes]:
-    """Everything that was computed, by path: rows of graphs, their parts, targets, predictions."""
+    """Everything that was computed, by path: rows of graphs, their partitions, targets, predictions."""
     found = {}
     for pattern in ("**/*.npy", "targets/**/*.parquet", "evaluation/*.npz"):
         for path in sorted(run.glob(pattern)):
@@ -52,9 +52,9 @@ def test_a_run_over_clients_with_caches_of_their_own(
 def test_a_link_that_is_cut_for_a_while_and_one_that_stays_cut(
     pair: tuple[Host, ...], folder: Path, micro_run: Path
 ) -> None:
-    """8 s cost nothing; beyond the timeout both ranks end, name the other, and the same command resumes.
+    """A cut of 8 s costs nothing; after the timeout both ranks end and name the other; the same command resumes.
 
-    On the way: nothing listens beyond loopback and the network given.
+    Also checked: nothing listens beyond loopback and the given network.
     """
     run = folder / "cut"
     chosen = ["--stages", "pack,index,teacher"]
@@ -103,7 +103,7 @@ def test_dgls_servers_listen_on_the_network_given(pair: tuple[Host, ...], folder
 def test_a_link_that_stays_cut_anywhere_ends_both_ranks(
     pair: tuple[Host, ...], folder: Path, micro_run: Path
 ) -> None:
-    """Cut in targets, in a refresh and in the student's training, the same command ends with the same bits."""
+    """After cuts in targets, a refresh and the student's training, the same command gives bit-identical results."""
     run = folder / "anywhere"
     command = host_runs.micro(run, f"cluster.timeout_s={LOST_S}")
     begun = {"targets": "targets/begin.json", "refresh": "student/graph/*.tmp", "student": ""}

@@ -1,4 +1,4 @@
-"""Other paths through the same stages, each to the end on two ranks."""
+"""Other variants of the same stages, each run to the end on two ranks."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_zero_3_top_k_dgl_sampler_table_query_and_inverted_lists(micro_run, tmp_
 
 
 def test_soft_targets_are_the_teachers_answers_by_id_and_view(micro_run):
-    """Against the teacher, loaded without DeepSpeed, on crops read for this test."""
+    """Compared with the teacher, loaded without DeepSpeed, on crops read for this test."""
     config = settings.check(yaml.safe_load((micro_run / "config.yaml").read_text()))
     context = Context(config, Ranks(), RunPaths(micro_run), micro_run, "", "cpu", False)
     path = context.paths.train_manifest
@@ -144,4 +144,4 @@ def test_soft_targets_are_the_teachers_answers_by_id_and_view(micro_run):
             wanted = teacher(torch.from_numpy(batch.images)).log_softmax(1).numpy()
         np.testing.assert_allclose(targets.lookup(ids, view), wanted, atol=0.02)
         answers.append(wanted)
-    assert np.abs(answers[0] - answers[1]).max() > 0.1  # crops differ, so would swapped views
+    assert np.abs(answers[0] - answers[1]).max() > 0.1  # swapped views would be noticed

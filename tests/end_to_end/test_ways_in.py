@@ -1,4 +1,4 @@
-"""Three launchers, one code path: each takes the digits to the same result."""
+"""Three launchers, one code path: each gets the same result on the digits."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_cnn2gnn_run_on_ray(micro_run, tmp_path):
 
 
 def jobs_script(tmp_path: Path, session: Path, run: Path, stopped: Path) -> str:
-    """Starts a cluster, submits jobs in every way, and stops one; says the exit code of each."""
+    """A script that starts a cluster, submits jobs in every way, stops one, and prints the exit code of each."""
     ports = {name: free_port_outside_workers() for name in ("gcs", "dashboard", "client")}
     teacher = (
         f"{sys.executable} -m cnn2gnn_dist teacher --config demo {_quoted(MICRO)} run.dir={run}"
@@ -124,9 +124,9 @@ def jobs_script(tmp_path: Path, session: Path, run: Path, stopped: Path) -> str:
     reason="Ray's job server binds to the network: the test wants a network namespace (root, unshare)",
 )
 def test_ray_job(micro_run, tmp_path):
-    """`ray job submit`, launch/submit.py, cluster.address= and `ray job stop`, on a cluster that
-    requires the token in the user's home, and whose environment was not activated when it started.
-    The head sees only loopback.
+    """`ray job submit`, launch/submit.py, cluster.address= and `ray job stop`, on a cluster that requires
+    the token in the user's home, and that was started without an activated environment. The head sees
+    only loopback.
     """
     run, run_3 = tmp_path / "job", tmp_path / "job-3"
     with short_folder() as session:
@@ -151,7 +151,7 @@ def test_ray_job(micro_run, tmp_path):
     assert scores(run) == scores(micro_run)
     step = re.search(r"teacher was asked to stop: step (\d+) is saved", output)
     assert step, output[-3000:]
-    # Neither configs nor checkpoints, metrics or reports hold the cluster's token.
+    # No config, checkpoint, metrics file or report contains the cluster's token.
     token = (tmp_path / "home" / ".ray" / "auth_token").read_bytes().strip()
     made = [path for folder in (run, run_3) for path in folder.rglob("*") if path.is_file()]
     assert len(token) >= 32

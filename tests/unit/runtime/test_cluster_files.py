@@ -1,4 +1,4 @@
-"""cluster/ray-cluster.yaml by Ray's own schema; that its text says what its hosts need."""
+"""cluster/ray-cluster.yaml is valid by Ray's own schema, and contains what its hosts need."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_every_start_has_the_token_and_none_listens_elsewhere(config):
     head = next(command for command in starts if "--head" in command)
     assert "--node-ip-address=" in head
     assert "--dashboard-host=127.0.0.1" in head
-    assert "--autoscaling-config=" in head  # else no worker is ever started, nor
+    assert "--autoscaling-config=" in head  # without it no worker is ever started, nor
     assert "RAY_enable_autoscaler_v2=0" in head  # by the second autoscaler
 
 

@@ -1,4 +1,4 @@
-"""The doctor: every check, its message when something is wrong, and silence otherwise."""
+"""The doctor: every check, with its message when something is wrong and its silence otherwise."""
 
 from __future__ import annotations
 

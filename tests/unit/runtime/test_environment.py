@@ -1,4 +1,4 @@
-"""Effects of users' environments at startup: each is supported, or refused at once with a remedy."""
+"""How users' environments affect startup: each is supported, or refused at once with a remedy."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_an_address_of_another_host_is_met_on_all_interfaces_with_a_note(capsys,
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_ranks_that_nobody_else_joins(rank):
-    """For example, RANK and WORLD_SIZE left over in a shell."""
+    """For example because RANK and WORLD_SIZE were left over in a shell."""
     lonely = Ranks(rank, rank, 2, "127.0.0.1", runs.free_port())
     with pytest.raises(UserError, match=f"rank {rank} of 2 could not meet the others") as caught:
         join(lonely, torch.device("cpu"), timedelta(seconds=1))
@@ -251,7 +251,7 @@ def test_a_working_directory_that_ray_would_not_take(tmp_path):
 
 @pytest.fixture
 def checkout(tmp_path) -> tuple[Path, dict[str, int]]:
-    """A folder with content, and what is sent of it."""
+    """A folder with files, and which of them are sent."""
     for name in ("images/a/1.png", "shards/1.tar", "shards/2.tar", "part.parquet", "w.safetensors"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
@@ -312,14 +312,14 @@ def test_what_is_sent_is_what_ray_sends(tmp_path, monkeypatch):
 
 
 def test_a_name_of_its_own_that_leads_to_itself_is_no_meeting_place(monkeypatch):
-    """Debian's 127.0.1.1: others reach rank 0 at the address of an interface."""
+    """As Debian's 127.0.1.1: other hosts reach rank 0 at the address of an interface."""
     monkeypatch.setattr(ranks.socket, "gethostbyname", lambda name: "127.0.1.1")
     monkeypatch.setattr(ranks, "first_address", lambda: "192.0.2.5")
     assert Ranks(0, 0, 2, "node-a").meeting_address() == "192.0.2.5"
     assert Ranks(0, 0, 2, "localhost").meeting_address() == "localhost"
     monkeypatch.setattr(ranks, "first_address", lambda: None)
     assert Ranks(0, 0, 2, "node-a").meeting_address() == "node-a"
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # all on this host: its loopback will do
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # all ranks on this host: loopback will do
     monkeypatch.setattr(ranks, "first_address", lambda: "192.0.2.5")
     assert Ranks(0, 0, 2, "node-a").meeting_address() == "node-a"
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
@@ -330,13 +330,13 @@ def test_a_name_of_its_own_that_leads_to_itself_is_no_meeting_place(monkeypatch)
 def test_the_package_is_sent_as_a_wheel_would_install_it(tmp_path):
     package = submit._package(tmp_path)
     assert package.name == "cnn2gnn_dist"
-    assert (package / "ds_config.json").is_file()  # in a checkout it lies beside the package
+    assert (package / "ds_config.json").is_file()  # in a checkout it is next to the package
     assert (package / "submit.py").is_file()
     assert not list(package.rglob("__pycache__"))
 
 
 def test_a_checkout_is_sent_with_every_module_of_the_package():
-    """What is left out by its name (runs) is left out at any depth."""
+    """A name that is left out (runs) is left out at any depth, so no module may have such a name."""
     package = REPOSITORY / "cnn2gnn_dist"
     modules = {str(path.relative_to(REPOSITORY)) for path in package.rglob("*.py")}
     assert modules - submit._files_to_send(REPOSITORY).keys() == set()

@@ -1,4 +1,4 @@
-"""One process at a time in a run's folder, on every rank, and where there are no locks."""
+"""One process at a time in a run's folder, for all ranks, even where the file system has no locks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The manifests of cluster/kuberay: against KubeRay's schema, against our config, and against each other."""
+"""The manifests of cluster/kuberay are checked against KubeRay's schema, our config, and each other."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from tests.support import REPOSITORY
 
 FOLDER = REPOSITORY / "cluster" / "kuberay"
 CRD = REPOSITORY.parent / "shared" / "cluster" / "rayjobs-1.7.0.yaml.xz"
-"""KubeRay's published definition of a RayJob, whose cluster is that of the other two kinds."""
+"""KubeRay's published definition of a RayJob; its cluster has the schema of the other two kinds."""
 SPEC = {
     "rayjob": ("rayClusterSpec",),
     "raycluster": (),
     "rayservice": ("rayClusterConfig",),
 }
 STORE_SHARE = 0.3
-"""Of its memory that a Ray node takes for the object store in /dev/shm."""
+"""Share of its memory that a Ray node takes for the object store in /dev/shm."""
 
 
 def manifest(name: str) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def pods(name: str) -> list[dict[str, Any]]:
 
 
 def amount(text: str) -> float:
-    """A quantity of Kubernetes in bytes or units."""
+    """A Kubernetes quantity, in bytes or units."""
     number, unit = re.fullmatch(r"([\d.]+)(\w*)", text).groups()
     return float(number) * {"": 1, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}[unit]
 
@@ -60,7 +60,7 @@ def crd() -> dict[str, Any]:
 
 
 def strict(schema: Any) -> Any:
-    """The API server drops unknown fields without a word: a typing error would pass."""
+    """Refuse unknown fields, which the API server silently drops: a typing error would pass."""
     if isinstance(schema, list):
         return [strict(one) for one in schema]
     if not isinstance(schema, dict):

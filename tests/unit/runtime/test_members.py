@@ -1,4 +1,4 @@
-"""What ranks tell each other before they form a group, and what follows from it; files that hosts hand over."""
+"""What ranks tell each other before they form a group, and what they conclude; files that hosts hand over."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_errors_of_several_ranks_are_one():
     assert wrong.what == "rank 0, 1 on a: no room (/a); rank 2 on b: no GPU"
     assert wrong.remedy == "make room"
     everyone = problem_of([member(r, problem=gpu) for r in range(3)])
-    assert everyone is gpu  # no list of all ranks
+    assert everyone is gpu  # the error itself, without a list of all ranks
 
 
 def test_missing_ranks_are_named():
@@ -99,7 +99,7 @@ def joined(store: dist.Store, ranks: list[int]) -> list[str | None]:
 
 
 def test_each_attempt_has_a_name_of_its_own_in_a_store_that_remembers():
-    """As torchrun's agents keep it: with the answers of ranks that are gone."""
+    """As with the store of torchrun's agents, which still has the answers of ranks that are gone."""
     store = dist.HashStore()
     first = joined(store, [0, 1, 2])
     second = joined(store, [2, 1, 0])
@@ -108,7 +108,7 @@ def test_each_attempt_has_a_name_of_its_own_in_a_store_that_remembers():
     assert first[0] != second[0]
     with pytest.raises(
         members.NotMet, match="rank 1, 2 did not arrive"
-    ):  # their answers are old ones
+    ):  # their answers are from earlier attempts
         members.begin_attempt(store, 0, 3, timedelta(seconds=0.1))
     with pytest.raises(members.NotMet, match="rank 0 did not arrive"):
         members.begin_attempt(store, 1, 3, timedelta(seconds=0.1))

@@ -1,4 +1,4 @@
-"""What several nodes have said of themselves: the table, and each problem with its remedy."""
+"""What several nodes report about themselves: the table, and each problem with its remedy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which rank works where: consecutive on a node, and where it was before."""
+"""Which rank works on which node: consecutive ranks on a node, and each where it was before."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_a_rank_stays_on_its_node_and_another_takes_the_lost_one():
         0,
         2,
         1,
-    ]  # another number of ranks: as if for the first time
+    ]  # with another number of ranks, the order starts from scratch
 
 
 NODES = st.lists(st.sampled_from([A, B, C]), min_size=1, max_size=12)

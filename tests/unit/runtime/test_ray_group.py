@@ -1,4 +1,4 @@
-"""What a group of ranks under Ray has ended with: a mistake, a lost rank, or a bug."""
+"""How the end of a group of ranks under Ray is classified: a user's mistake, a lost rank, or a bug."""
 
 from __future__ import annotations
 
