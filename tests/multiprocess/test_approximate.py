@@ -27,14 +27,14 @@ def test_the_same_table_at_any_number_of_ranks_and_after_a_kill(tmp_path: Path) 
 
     alone = ends(start("one", 0, 1, 0))[0].split()
     ends(*(start("three", rank, 3, 0) for rank in range(3)))
-    done = 13  # lists, five of probes, five of the scan, and two of the sample's
+    done = 13  # units: the lists, five of probes, five of the scan, and two of the sample
     cut = start("cut", 0, 1, done)
     cut.communicate(timeout=300)
     assert cut.returncode == -9
     for stale in (tmp_path / "cut").glob("at-*"):
         stale.unlink()
     again = ends(start("cut", 0, 1, 0))[0].split()
-    # The worker threads may be further than the counting one when the kill arrives.
+    # The worker threads may be ahead of the counting one when the kill arrives.
     assert 0 < int(again[0]) <= int(alone[0]) - done
     for name in ("table.npy", "order.npy"):
         want = np.load(tmp_path / "one" / name)

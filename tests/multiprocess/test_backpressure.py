@@ -1,4 +1,4 @@
-"""A slow trainer bounds the requests in flight; these never overfill Ray's object store."""
+"""With a slow trainer the requests in flight are bounded and never overfill Ray's object store."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.ray
 COUNT, SIZE, ROWS = 64, 128, 32
 BATCH_BYTES = ROWS * (3 * SIZE * SIZE + 17)
 SLACK = 64 << 10
-"""Bytes that Ray adds to a batch, with the pickle of its small parts."""
+"""Bytes that Ray adds to a batch, including the pickle of its small parts."""
 
 backends = pytest.mark.parametrize("backend", ["local", "ray"], indirect=True)
 
@@ -66,12 +66,12 @@ def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ReaderSpec:
 
 
 def requests(count: int) -> list[Request]:
-    """Requests whose number is their view, by which readers record them."""
+    """Requests whose view is their number, so that readers can record it."""
     return [Request(np.arange(n, n + ROWS) % COUNT, n) for n in range(count)]
 
 
 def settle(stream: ReaderPool) -> None:
-    """Return when everything requested has been read, as with a slow trainer."""
+    """Return when everything that was requested has been read, as under a slow trainer."""
     if isinstance(stream._readers, ray_readers.RayReaders):
         import ray
 
@@ -111,7 +111,7 @@ def store() -> Any:
 
 
 def used_at_most(limit: float) -> float:
-    """The store's bytes in use, once they are below a limit: Ray frees them with a delay."""
+    """The store's bytes in use, once below a limit: Ray frees memory with a delay."""
     deadline = time.monotonic() + 30
     while (used := store().object_store_bytes_used) > limit and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -168,7 +168,7 @@ def test_a_batch_larger_than_the_store_is_refused(spec, ray_cluster, monkeypatch
 
 
 class Gated(NotingActor):
-    """Its second read continues when the test allows it."""
+    """A reader whose second read waits until the test allows it to continue."""
 
     def read(self, ids, view):
         folder = Path(self._spec.manifest).parent

@@ -1,4 +1,4 @@
-"""Checkpoints: any ZeRO stage and world size reads any other's, and they contain the complete state."""
+"""Checkpoints contain the complete state, and any ZeRO stage and world size reads those of any other."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PAIRS = [(saved, loaded) for saved in tiny.STAGES for loaded in tiny.STAGES]
 
 
 def resume(root: Path, saved: int, loaded: int) -> dict[str, Any]:
-    """Another model, another stage: load, compare, continue."""
+    """With another model and another stage: load, compare, continue."""
     engine = tiny.build(loaded, seed=99)
     loaded_state = Checkpoints(root / str(saved), RUN).load(engine)
     assert loaded_state is not None
@@ -50,7 +50,7 @@ def refused(root: Path, run_id: str, model: nn.Module) -> str:
 
 
 def fresh(root: Path) -> tuple[Any, str, str]:
-    """No checkpoint yet; then one of a model that has not stepped, read back."""
+    """First no checkpoint; then that of a model that has not stepped, read back."""
     engine = tiny.build(1)
     nothing = Checkpoints(root / "none", RUN).load(engine)
     saved = Checkpoints(root / "fresh", RUN)
@@ -63,7 +63,7 @@ def fresh(root: Path) -> tuple[Any, str, str]:
 
 
 def second_run(root: Path) -> dict[Any, Any]:
-    """New processes read all pairs of stages, and checkpoints written at another world size."""
+    """New processes read the checkpoints of all pairs of stages, and those of another world size."""
     found: dict[Any, Any] = {pair: resume(root, *pair) for pair in PAIRS}
     found["other run"] = refused(root, "student-xyz", tiny.TinyNet())
     found["other shape"] = refused(root, RUN, tiny.TinyNet(width=5))
@@ -75,7 +75,7 @@ def second_run(root: Path) -> dict[Any, Any]:
 
 
 def single_writes(root: Path) -> dict[Any, Any]:
-    """One rank: reads what two wrote, then writes itself."""
+    """One rank reads what two wrote, then writes its own."""
     found = second_run(root)
     for stage in tiny.STAGES:
         engine = tiny.build(stage)
@@ -125,7 +125,7 @@ def draws() -> list[float]:
 
 
 def save_changes_nothing(root: Path) -> list[str]:
-    """Six steps, saved after every one, and not saved at all."""
+    """Six steps with a save after every one, and six steps without any."""
     found = []
     for often in (True, False):
         engine, saved = tiny.build(1), Checkpoints(root / str(often), RUN)
@@ -133,7 +133,7 @@ def save_changes_nothing(root: Path) -> list[str]:
         for step in range(END):
             losses += tiny.train(engine, range(step, step + 1))
             if often:
-                saved.save(step + 1, engine, extra(step + 1))  # settled by the next
+                saved.save(step + 1, engine, extra(step + 1))  # the next save settles it
         saved.settle()
         own = {name: buffer.clone() for name, buffer in engine.module.named_buffers()}
         found.append(f"{losses} {tiny.digest(own)} {state(engine)}")
@@ -141,7 +141,7 @@ def save_changes_nothing(root: Path) -> list[str]:
 
 
 def long_run(root: Path) -> dict[int, list[list[float]]]:
-    """Two ranks, 3 steps, a save, 50 more steps: the losses of each step's micro-batches."""
+    """On two ranks, 3 steps, a save, 50 more steps: the losses of each step's micro-batches."""
     found = {}
     for stage in tiny.STAGES:
         engine, saved = tiny.build(stage), Checkpoints(root / f"wide-{stage}", RUN)
@@ -156,7 +156,7 @@ def long_run(root: Path) -> dict[int, list[list[float]]]:
 
 
 def narrow_run(root: Path) -> dict[str, dict[int, list[list[float]]]]:
-    """One rank with two micro-batches: resumes from the two ranks' save; then a save of its own."""
+    """One rank with two micro-batches resumes from the two ranks' save; then it makes its own."""
     found: dict[str, dict[int, list[list[float]]]] = {"resumed": {}, "own": {}}
     for stage in tiny.STAGES:
         engine = tiny.build(stage, seed=9, accumulation=2)

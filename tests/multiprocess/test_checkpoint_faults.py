@@ -1,4 +1,4 @@
-"""Checkpoints under faults: kills, corruption, full disks and other runs' files cost at most one save."""
+"""Checkpoints under faults: kills, corruption, full disks and files of other runs cost at most one save."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def die_when(rank: int, module: Any, name: str, at: Callable[[Path], bool]) -> N
 
 
 def killed(root: Path, where: str) -> None:
-    """Resume from the latest, then die at one point of saving the next."""
+    """Resume from the latest checkpoint, then die at some point while saving the next."""
     engine = tiny.build(2, seed=99)
     saved = Checkpoints(root, RUN)
     loaded = saved.load(engine)
@@ -245,7 +245,7 @@ def killed_at(call: int, work: Callable[[], None]) -> bool:
 
 
 def test_a_kill_while_a_step_is_published_again_leaves_one_of_the_two(tmp_path: Path) -> None:
-    """At any point: the old one or the new one, complete; and saving continues from there."""
+    """A kill at any point leaves the old one or the new one, complete; and saving continues from there."""
     points, seen = 0, set()
     while True:
         root = tmp_path / str(points)

@@ -1,6 +1,6 @@
-"""The manager of checkpoints, rule by rule, with an engine of one rank in this process.
+"""The checkpoint manager, rule by rule, with an engine of one rank in this process.
 
-Quick, because ``benchmarks/mutants.py`` runs it for every fault that it puts into the manager.
+Quick, because ``benchmarks/mutants.py`` runs these tests for every mutant of the manager.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def test_weights_of_a_step_that_diverged_are_not_saved(tmp_path, engine):
 
 
 def test_writing_goes_on_beside_and_is_waited_for(tmp_path, engine, monkeypatch):
-    """Tensors are let go once they are written; the file is synced before anything names it."""
+    """Tensors are released once they are written; the file is synced before anything names it."""
     release, tensors, synced = threading.Event(), [], []
     write, sync = manager.save_file, durable.sync
 
@@ -193,7 +193,7 @@ def test_as_many_are_kept_as_requested_and_the_best(tmp_path, engine):
 
 
 def test_shares_are_dealt_by_bytes_largest_first():
-    """Weights count three times, for the moments with them: as here with a plain loop."""
+    """Weights count three times, since their moments come with them; expected sizes are by hand."""
 
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -229,7 +229,7 @@ def test_shares_are_dealt_by_bytes_largest_first():
 def test_a_save_that_fails_is_reported_and_costs_only_itself(tmp_path, engine, caplog):
     saved = Checkpoints(tmp_path, RUN)
     save(saved, 1, engine)
-    (tmp_path / "step-00000002.tmp").mkdir()  # of a killed attempt: replaced
+    (tmp_path / "step-00000002.tmp").mkdir()  # left by a killed attempt: replaced
     (tmp_path / "step-00000002.tmp" / "stale").touch()
     save(saved, 2, engine)
     assert saved.problem is None
@@ -268,7 +268,7 @@ def test_so_many_in_succession_may_fail(tmp_path, engine):
 
 @pytest.fixture
 def root(tmp_path, engine):
-    """Steps 1 and 2, which are the states after two and three steps."""
+    """Checkpoints 1 and 2, which have the states after two and three steps."""
     saved = Checkpoints(tmp_path, RUN, {"teacher.lr": 0.1, "gone": 1, "seed": 0})
     save(saved, 1, engine, own={"rank": 0})
     tiny.train(engine, range(2, 3))

@@ -1,4 +1,4 @@
-"""The manager of checkpoints with two ranks: what each of them writes, learns and loads."""
+"""The checkpoint manager with two ranks: what each of them writes, is told and loads."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def names(root: Path) -> list[str]:
 
 
 def by_two(root: Path) -> dict[str, Any]:
-    """What each rank finds of saves, of one that fails on rank 1, and of loading."""
+    """What each rank observes of saves, one of which fails on rank 1, and of loading."""
     rank = collectives.rank()
     built, saved = tiny.build(2), Checkpoints(root, RUN)
     tiny.train(built, range(2))
@@ -52,7 +52,7 @@ def buffers_of(built: Engine) -> dict[str, torch.Tensor]:
 
 
 def from_elsewhere(whole: Path, path: Path) -> str:
-    """The error of loading a copy in which the other host sees something else than was written."""
+    """The error of loading a copy in which the other host sees something other than what was written."""
     members._present = tuple(replace(m, place=str(m.rank)) for m in members.present())
     handover.WAIT_S = handover.AGAIN_S = 0.1
     if collectives.rank() == 0:
@@ -68,7 +68,7 @@ def from_elsewhere(whole: Path, path: Path) -> str:
 
 
 def alone(path: Path) -> dict[str, torch.Tensor]:
-    """One rank takes the mean of the buffers: the first rank's own are not its."""
+    """A single rank loads the mean of the buffers, not those of the first rank."""
     built = tiny.build(0, seed=9)
     Checkpoints(path.parent, RUN).load(built, only=path)
     return buffers_of(built)

@@ -1,4 +1,4 @@
-"""Ranks that wait for each other: barriers that block the host, and waiting for a rank that works."""
+"""Ranks that wait for each other: barriers that block the host, and waiting for a rank at work."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def appears(path: Path, seconds: float) -> bool:
 
 
 class Queued(torch.Tensor):
-    """A tensor as on CUDA: collectives on it are only queued, and reading it waits for them."""
+    """Behaves like a tensor on CUDA: collectives on it are only queued, and reading it waits for them."""
 
     works: list[Any] = []
 
@@ -40,7 +40,7 @@ class Queued(torch.Tensor):
 
 
 def as_on_cuda() -> None:
-    """From here on ``dist.all_reduce`` returns before anything is reduced."""
+    """Make ``dist.all_reduce`` return before anything is reduced."""
     zeros, ones, all_reduce = torch.zeros, torch.ones, dist.all_reduce
 
     def queue(tensor, **how):
@@ -54,7 +54,7 @@ def as_on_cuda() -> None:
 def ran_on(folder: Path) -> bool:
     """Rank 1 is slow to write a file that rank 0 reads after the barrier: did rank 0 run ahead?
 
-    Rank 1 waits until rank 0 is seen beyond the barrier, or long enough.
+    Rank 1 waits until it sees rank 0 beyond the barrier, or for a second.
     """
     if collectives.rank() == 0:
         collectives.barrier()
@@ -97,7 +97,7 @@ def longer_than_the_timeout(folder: Path) -> tuple[str, bool]:
 
 
 def uneven_shares(folder: Path) -> bool:
-    """Rank 1 has the long share; the ranks meet more than once."""
+    """Rank 1 has the large share; the ranks meet more than once."""
     with collectives.uneven():
         pass
     with collectives.uneven():
@@ -116,7 +116,7 @@ def test_a_rank_at_work_is_waited_for_beyond_the_timeout(tmp_path: Path) -> None
 
 
 def lost_while_working(folder: Path, who: int, how: int) -> tuple[str, bool]:
-    """A rank kills itself in the middle of its work: the error of the others, and whether it was in time."""
+    """A rank kills or stops itself in the middle of its work: the others' error, and whether it is a lost peer."""
 
     def end() -> None:
         long_work_begun = time.monotonic()
@@ -150,11 +150,11 @@ def test_a_rank_that_is_gone_is_not_waited_for(tmp_path: Path, who: int, how: in
 
 
 def refused() -> tuple[str, float]:
-    """Rank 0 refuses after a while and exits at once, and with it the store."""
+    """Rank 0 refuses after a while and exits at once, which also ends the store."""
     begun = time.monotonic()
 
     def refuse() -> None:
-        while time.monotonic() < begun + 1:  # until the other polls only occasionally
+        while time.monotonic() < begun + 1:  # by then the other polls only occasionally
             torch.zeros(100).sin()
         raise UserError("no such stage")
 
@@ -183,7 +183,7 @@ def raising() -> list[tuple[str, str]]:
                     if collectives.rank() == who:
                         raise kind(f"rank {who} has no room")
             except (UserError, RuntimeError, KeyError) as error:
-                collectives.barrier()  # and no rank is left waiting
+                collectives.barrier()  # no rank is left waiting
                 found.append((type(error).__name__, error.args[0]))
     return found
 

@@ -1,4 +1,4 @@
-"""A link that is cut where ranks meet through the store: every rank ends within the timeout, on both sides."""
+"""When a link is cut where ranks meet through the store, the ranks on both sides end within the timeout."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ pytestmark = hosts.needed()
 
 TIMEOUT_S = 4.0
 FOREVER_S = 120.0
-"""Nobody takes this long but for waiting in vain; the kernel gives a connection up after 15 minutes."""
+"""Only a rank that waits in vain takes this long: the kernel gives up a connection after 15 minutes."""
 
 folder, pair = hosts.fixtures()
 
 
 def meeting(folder: Path, where: str) -> tuple[str, bool]:
-    """What a rank's meeting ends with whose link is cut before it arrives, while it works, or while it waits."""
+    """How a meeting of ranks ends if a link is cut before this rank arrives, while it works, or while it waits."""
     rank = collectives.rank()
     errors = exchange.ErrorExchange()
 

@@ -19,7 +19,7 @@ SURVIVES = {
     "tiff, strip",
     "gif, frames",
 }
-"""Decompression bombs whose image itself is small and complete."""
+"""Decompression bombs in which the image itself is small and complete."""
 
 
 UNFOLD = """
@@ -55,7 +55,7 @@ print(json.dumps(found))
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the limit needs /proc")
 def test_bombs_take_neither_memory_nor_time():
-    """All in a process limited to 800 MB more: about three images of the largest size."""
+    """All bombs in a process limited to 800 MB more: about three images of the largest size."""
     run = subprocess.run(
         [sys.executable, "-c", UNFOLD],
         cwd=REPOSITORY,

@@ -46,20 +46,20 @@ def graph(tmp_path_factory):
         yield version, machines
         family = [psutil.Process(p) for machine in machines for p in machine.processes.values()]
     assert not any(process.is_running() for process in family)
-    # Other tests at the same time come and go with semaphores of Python's multiprocessing and of joblib.
+    # Tests that run at the same time create and remove semaphores (Python's multiprocessing, joblib).
     passing = ("sem.mp-", "sem.loky-")
     left = {name for name in os.listdir("/dev/shm") if not name.startswith(passing)}
     assert left <= before
 
 
 def packed(table: np.ndarray) -> np.ndarray:
-    """Rows with their empty cells at the end."""
+    """Rows with their empty cells moved to the end."""
     return np.take_along_axis(table, np.argsort(table < 0, axis=1, kind="stable"), 1)
 
 
 @pytest.mark.parametrize("machine", [0, 1])
 def test_all_neighbours_are_the_tables(graph, machine):
-    """Local and remote ones alike, in table order, including a node without any."""
+    """Local and remote ones, in table order, including a node without any."""
     version, machines = graph
     nodes = np.random.default_rng(machine).permutation(N)
     got = machines[machine].neighbours(nodes, M + 3, **KEY)
@@ -72,14 +72,14 @@ def test_sampled_neighbours_are_distinct_candidates_in_order(graph, machine):
     nodes = np.arange(N).repeat(2)
     got = machines[machine].neighbours(nodes, 3, **KEY)
     table = packed(np.asarray(version.candidates))
-    np.testing.assert_array_equal(got[::2], got[1::2])  # asked twice, the same answer
+    np.testing.assert_array_equal(got[::2], got[1::2])  # each was asked for twice
     for node, row in zip(nodes[::2], got[::2], strict=True):
         there = table[node][table[node] >= 0]
         assert (row >= 0).sum() == min(3, len(there))
         place = [list(there).index(c) for c in row[row >= 0]]
         assert place == sorted(set(place))
     seen = [machines[machine].neighbours(nodes, 3, **(KEY | {"step": s})) for s in range(30)]
-    assert {*np.unique(np.stack(seen))} >= {*np.unique(table[table >= 0])}  # all are drawn
+    assert {*np.unique(np.stack(seen))} >= {*np.unique(table[table >= 0])}  # every one is drawn
 
 
 def test_a_machine_repeats_what_it_draws_from_its_own_partition(graph):
@@ -104,7 +104,7 @@ def test_rows_are_the_versions(graph, machine):
 
 
 def test_blocks_are_those_of_the_table_sampler(graph):
-    """All neighbors: the block around a partition's seed nodes, including features."""
+    """With all neighbors: the block around a partition's seed nodes, including features."""
     version, machines = graph
     whole = bank.load_bank(version, None)
     table = TableSampler(packed(np.asarray(version.candidates)), 0)
@@ -138,7 +138,7 @@ def test_servers_and_clients_listen_on_the_given_address_only(graph):
 
 @pytest.mark.parametrize("victim", ["server", "client"])
 def test_a_lost_process_is_a_named_error_on_every_rank(victim, tmp_path):
-    """Its own rank notices at once, the other when a request has timed out."""
+    """Its own rank notices at once, the other when a request times out."""
     version = make_version(tmp_path, 2)
     with serving(version, tmp_path, timeout_s=4) as machines:
         os.kill(machines[1].processes[victim], signal.SIGKILL)
@@ -151,7 +151,7 @@ def test_a_lost_process_is_a_named_error_on_every_rank(victim, tmp_path):
 
 
 def test_a_silent_server_is_lost_after_the_timeout(tmp_path):
-    """A rank that needs it reports it; its own rank, which reads its shared memory, has not noticed."""
+    """A rank that needs it reports it; its own rank, which reads its shared memory, does not notice."""
     version = make_version(tmp_path, 2)
     with serving(version, tmp_path, timeout_s=4) as machines:
         os.kill(machines[1].processes["server"], signal.SIGSTOP)
@@ -164,8 +164,8 @@ def test_a_silent_server_is_lost_after_the_timeout(tmp_path):
 def test_a_lost_server_and_a_killed_rank_end_a_launch_and_the_same_command_continues(
     micro_run, tmp_path
 ):
-    """A lost server: at once, even if its rank waits in a collective for one that waits for it.
-    SIGKILL to a rank: its server and client exit, the other rank reports its loss and exits.
+    """A lost server ends the launch at once, even if its rank waits in a collective for one that waits for it.
+    After SIGKILL to a rank, its server and client exit, and the other rank reports its loss and exits.
     """
     run = tmp_path / "run"
     copy_before(micro_run, run, "student")
@@ -212,18 +212,18 @@ def test_under_ray_the_group_starts_again_by_itself(micro_run, tmp_path):
 
 
 def ask_on(machine) -> None:
-    """A server's exit is noticed with a delay: its machine's shared memory still exists."""
+    """Ask until the server's exit is noticed, which takes a while: its machine's shared memory still exists."""
     while True:
         machine.neighbours(np.arange(N), 3, **KEY)
 
 
 def one_of(process, module: str) -> psutil.Process:
-    """A server or client below a launch."""
+    """A server or client among a launch's descendants."""
     return parts_of(psutil.Process(process.pid).children(recursive=True), module)[0]
 
 
 def parts_of(family: list[psutil.Process], module: str) -> list[psutil.Process]:
-    """Those that run this module."""
+    """The processes that run this module."""
     return [p for p in family if p.cmdline()[2:3] == [f"cnn2gnn_dist.graph.{module}"]]
 
 

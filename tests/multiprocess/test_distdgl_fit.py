@@ -1,4 +1,4 @@
-"""DistDGL's requirements of a run, checked before it starts; its numbering of nodes."""
+"""What DistDGL requires of a run, checked before it starts; its numbering of nodes."""
 
 from __future__ import annotations
 

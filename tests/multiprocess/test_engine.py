@@ -92,7 +92,7 @@ def refusal(engine: Engine, loss: Tensor) -> str | None:
 
 
 def not_finite(stage: int) -> dict[str, Any]:
-    """Only rank 1 has a NaN loss; then a finite loss whose gradient is not finite."""
+    """First rank 1 alone has a NaN loss; then a finite loss has a gradient that is not finite."""
     engine = tiny.build(stage)
     tiny.train(engine, range(1))
     before = tiny.digest(tiny.weights_only(engine.weights()))
@@ -147,7 +147,7 @@ def norm_over_ranks() -> dict[str, Tensor]:
 
 
 def unknown_communication() -> str:
-    """What is said of a value that only DeepSpeed knows to be wrong."""
+    """The message about a value that only DeepSpeed knows to be wrong."""
     try:
         Engine(tiny.TinyNet(), tiny.config(2) | {"communication_data_type": "int8"}, device="cpu")
     except UserError as error:
@@ -257,7 +257,7 @@ def test_unused_parameter_is_harmless(ranks: list[dict], stage: int) -> None:
 
 @pytest.mark.parametrize("stage", tiny.STAGES)
 def test_late_parameters_step_as_under_an_adam_of_their_own(ranks: list[dict], stage: int) -> None:
-    """Not six times too far, as with the bias correction of the 1,500 steps before them."""
+    """Their steps are not six times too long, as with the bias correction of the 1,500 steps before them."""
     expected = ranks[0]["torch late"]
     for rank in ranks:
         late, at_once, stayed = rank["late", stage]
@@ -312,7 +312,7 @@ def test_collectives(ranks: list[dict]) -> None:
 
 
 def test_communication_overlaps_only_where_the_model_has_no_collectives() -> None:
-    """Otherwise two NCCL communicators would be active at once."""
+    """With collectives in the model, two NCCL communicators would be active at once."""
     config = {"zero_optimization": {"stage": 2, "overlap_comm": True}, "gradient_clipping": 1.0}
     plain = tiny.TinyNet()
     assert without_overlap(config, plain) == config

@@ -46,7 +46,7 @@ class MixedNet(MixedPrecision):
 
 
 def mixed_in_torch() -> tuple[list[float], dict[str, Tensor]]:
-    """DDP and AdamW around autocast, written out."""
+    """The same with DDP and AdamW around autocast, written out."""
     model = tiny.TinyNet()
     groups = [
         {"params": [p for p in model.parameters() if (p.ndim > 1) == matrix], "weight_decay": decay}
@@ -70,7 +70,7 @@ def mixed_in_torch() -> tuple[list[float], dict[str, Tensor]]:
 
 
 def mixed(stage: int) -> dict[str, Any]:
-    """Six steps in bfloat16: losses, weights; and the weights when resumed after four steps."""
+    """Six steps in bfloat16: losses and weights, and the weights of a training resumed after four steps."""
     whole = tiny.build(stage, model=MixedNet())
     losses = tiny.train(whole, range(4))
     mine, adam_steps = named_state.pull(whole, lambda name: True)
@@ -90,8 +90,8 @@ def mixed(stage: int) -> dict[str, Any]:
 
 
 def rounded_head(stage: int) -> dict[str, float]:
-    """Under bfloat16 autocast: the difference of z from the graph head on the same features in float32,
-    in both modes; and the difference if the head's weights are rounded.
+    """Under bfloat16 autocast: the difference between z and the graph head on the same features in float32,
+    in both modes; and the difference that rounded weights of the head would make.
     """
     torch.manual_seed(0)
     stem = nn.Sequential(nn.AvgPool2d(2), nn.Flatten(), nn.Linear(48, 24), nn.ReLU())
@@ -164,7 +164,7 @@ def test_the_graph_head_is_not_rounded_under_autocast(ranks: list[dict], stage: 
 
 
 def dtypes_where_rank_0_has_bfloat16(tmp: str) -> tuple[str, str]:
-    """What rank 0's CPU alone has the instructions for: precision auto, and bfloat16, on this rank."""
+    """Results of precision auto and bfloat16 on this rank, if only rank 0's CPU has the instructions."""
     torch.cpu._is_avx512_bf16_supported = lambda: collectives.rank() == 0  # type: ignore[attr-defined]
     torch.cpu._is_amx_tile_supported = lambda: False  # type: ignore[attr-defined]
     found = []

@@ -1,4 +1,4 @@
-"""Effects of users' environments at startup: across processes."""
+"""How users' environments affect startup: across processes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_no_rank_listens_beyond_the_rendezvous_address():
 
 
 def test_a_ray_that_does_not_start_is_said_in_a_line(tmp_path):
-    """Here because of a path that is too long for its sockets, which a session normally avoids."""
+    """Here because a path is too long for its sockets, which a session normally avoids."""
     place = tmp_path / ("x" * 90)
     place.mkdir()
     script = f"""
@@ -79,7 +79,7 @@ def test_a_cluster_says_which_token_it_wants(ray_cluster, monkeypatch, tmp_path)
 
 @pytest.mark.ray
 def test_the_clusters_token_is_in_no_command_and_no_log(ray_cluster):
-    """Every user of a host may read the commands of its processes; logs are shown to others."""
+    """Every user of a host can read the command lines of its processes, and logs are shown to others."""
     path = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
     token = path.read_text().encode()
     commands = [p.cmdline() for p in psutil.Process().children(recursive=True)]

@@ -22,8 +22,8 @@ SEEDS = np.arange(0, N, 2)
 
 
 def step(part_N: np.ndarray, kind: str) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and gradients summed over the partitions, each with its own seeds and halos."""
-    bank, made = Bank(), student("dataset").eval()  # BatchNorm would see each partition's batch
+    """Loss and gradients, summed over partitions with their own seeds and halos."""
+    bank, made = Bank(), student("dataset").eval()  # BatchNorm would use each partition's moments
     table = bank.table_NM.numpy().astype(np.int32)
     images, total = make_images(len(SEEDS)), 0.0
     for number in range(int(part_N.max()) + 1):
@@ -110,7 +110,7 @@ def test_the_cached_second_hop_is_the_sampled_one_at_full_fanout(parts: int) -> 
         )
         hop = CachedSecondHop(held, K, torch.float64)
         sampler = make_sampler("table", graph.table_KM, 0, graph.nodes_L)
-        # Training seeds, and with -1 images that are not in the graph.
+        # Training seeds, and, with -1, images that are not in the graph.
         for seeds in (np.arange(graph.num_inner), np.array([-1, 0, -1, 2])):
             known = np.maximum(seeds, 0)
             first = sampler.neighbours(known, M, hop=1, **KEY)

@@ -46,7 +46,7 @@ def shard(root: Path, part: str, count: int, corrupt: tuple[int, ...]) -> None:
 
 
 def finished(folder: Path, model: nn.Module) -> None:
-    """A stage whose training has ended with this model."""
+    """Record a stage's training as finished with this model."""
     final = disk.path_of(folder / "checkpoints", 1)
     work = final.with_name(final.name + ".tmp")
     work.mkdir(parents=True)
@@ -68,7 +68,7 @@ def context(root: Path, folder: str, *overrides: str) -> Context:
         [*micro, f"run.dir={root}", "views.kind=none", "graph.partition.parts=1", "targets.top_k=2",
          "evaluate.batch=8", "data.max_corrupt=0.5", *overrides],
     )  # fmt: skip
-    (root / folder).mkdir(exist_ok=True)  # ranks may meet here
+    (root / folder).mkdir(exist_ok=True)  # several ranks may get here at once
     ranks = Ranks.from_environment()
     return Context(config, ranks, RunPaths(root), root / folder, folder, "cpu", False)
 
@@ -132,7 +132,7 @@ def test_what_cannot_be_read_is_left_out_and_said(root, capsys, console):
 
 
 def ranks_evaluate(root: str, scope: str) -> list[str]:
-    """A case of ``procs``: the stage on several ranks; names of the rows on rank 0's disk."""
+    """A case of ``rank_group``: the stage on several ranks; names of the rows on rank 0's disk."""
     here = context(Path(root), "evaluation", f"graph.scope={scope}")
     keys = KEYS if scope == "dataset" else {k: v for k, v in KEYS.items() if k != "graph"}
     return [path.stem for path in evaluate.run(here, keys)]
@@ -170,7 +170,7 @@ def test_what_pack_left_out_is_counted_with_the_rest(root, capsys, console):
     (root / "shards").mkdir()
     (root / "shards" / "test-left-out.json").write_text(json.dumps(record))
     said = {}
-    # The others have a record of earlier data beside them.
+    # The other two configs do not use the record, which is one of earlier data.
     for source, test in (("imagefolder", "x"), ("imagefolder", "null"), ("shards", "x")):
         data = [f"data.source={source}", "data.train=x", f"data.test={test}"]
         here = context(root, "evaluation", "graph.scope=batch", *data)
@@ -235,7 +235,7 @@ def test_targets_of_corrupt_images_are_uniform_and_counted(root, capsys, console
     rows = np.exp(found.lookup(np.arange(TRAIN), 0))
     np.testing.assert_allclose(rows[list(BAD_TRAIN)], 1 / C, atol=1e-3)
 
-    # The others are the teacher's two most confident classes; the rest goes to the other two.
+    # The other images keep the teacher's two most probable classes; the rest is shared by the other two.
     teacher = Teacher(here.config, C, initial=False).eval()
     teacher.load_state_dict(disk.load_weights(disk.recorded(root / "teacher")))
     reader = Reader(ReaderSpec(str(here.paths.train_manifest), here.views()))
@@ -248,7 +248,7 @@ def test_targets_of_corrupt_images_are_uniform_and_counted(root, capsys, console
         np.take_along_axis(rows[good], kept, 1), np.take_along_axis(wanted, kept, 1), atol=2e-3
     )
 
-    targets.run(here, "teacher")  # all complete: corrupt images of an earlier attempt still count
+    targets.run(here, "teacher")  # nothing left to do; corrupt images of the first run still count
     assert "2 corrupt images have uniform targets" in capsys.readouterr().err
     with pytest.raises(UserError, match="2 corrupt training images among 60") as caught:
         targets.run(context(root, "targets", "targets.views=0", "data.max_corrupt=0.01"), "teacher")
@@ -272,5 +272,5 @@ def test_corrupt_images_are_counted_when_the_graph_is_built(root):
         graph.run(here)
     assert not list((root / "graph").glob("v????"))
     with pytest.raises(UserError, match="2 corrupt training images among 60") as caught:
-        graph.run(here)  # all is embedded: it resumes there, and is refused again
+        graph.run(here)  # all images are embedded: it resumes after that, and is refused again
     assert "train03" in caught.value.what

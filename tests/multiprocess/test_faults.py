@@ -1,8 +1,8 @@
-"""Exactly once under faults: readers are killed at random points, without any visible effect.
+"""Every sample exactly once under faults: readers are killed at random points, without any visible effect.
 
-Every point is a place in the run, not a time: "after batch n was received" (the test kills),
-"before, while or after reading a request" (the reader kills itself with SIGKILL), "while
-starting". A seeded generator chooses the points.
+Each point is a place in the run, not a time: "after batch n was received" (the test kills), "before, while
+or after reading a request" (the reader kills itself with SIGKILL), "while starting". A seeded generator
+chooses the points.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def bytes_of(batch: Batch) -> tuple:
 
 
 class Mortal(ray_readers.ReaderActor):
-    """A reader that is killed according to the plan, and whose pid is known without asking it."""
+    """A reader that kills itself according to a plan, and whose pid is known without asking it."""
 
     def __init__(self, spec):
         self.folder = Path(spec.manifest).parent
@@ -81,20 +81,20 @@ class Mortal(ray_readers.ReaderActor):
         """SIGKILL this process if the plan says so, once."""
         planned, done = self.folder / "plan" / moment, self.folder / "killed" / moment
         if planned.exists():
-            with contextlib.suppress(FileNotFoundError):  # another reader has died for it
+            with contextlib.suppress(FileNotFoundError):  # another reader has died at this point
                 planned.rename(done)
                 mark_dead(self.folder / "pids" / str(os.getpid()))
                 os.kill(os.getpid(), signal.SIGKILL)
 
 
 def mark_dead(path: Path) -> None:
-    """No process is killed twice; its file still counts among the readers that have started."""
+    """Record the kill: no process is killed twice, but its file still counts as a reader that has started."""
     with contextlib.suppress(FileNotFoundError):
         path.rename(path.with_suffix(".dead"))
 
 
 def kill_some(folder: Path, rng: random.Random, most: int) -> int:
-    """SIGKILL some of the running readers, including those that are starting; return how many."""
+    """Send SIGKILL to some of the running readers, including those that are starting; return how many."""
     alive: list[psutil.Process] = []
     if most == 0:
         return 0
@@ -130,7 +130,7 @@ def test_every_sample_exactly_once_under_fifty_kills(spec, ray_cluster, monkeypa
         for number, batch in enumerate(stream.batches(requests)):
             found.append(batch)
             due += WORKERS * (number in after)
-            killed = kill_some(folder, rng, most=due)  # those not running now die later
+            killed = kill_some(folder, rng, most=due)  # kills without a running reader come later
             kills, due = kills + killed, due - killed
     kinds = Counter(path.name.split("-")[0] for path in (folder / "killed").iterdir())
 
@@ -145,7 +145,7 @@ def test_every_sample_exactly_once_under_fifty_kills(spec, ray_cluster, monkeypa
 
 
 class Poisoned(ray_readers.ReaderActor):
-    """Dies of one request, whichever reader reads it."""
+    """A reader that dies of one request, whichever reader it is."""
 
     def read(self, ids, view):
         if 7 in ids:
@@ -165,7 +165,7 @@ def test_whoever_kills_readers_is_blamed_and_not_its_neighbours(
         with pytest.raises(UserError, match="died 3 times on one request") as caught:
             found.extend(stream.batches(requests))
         assert caught.value.where.startswith("sample ids [7, 107]")
-        # Requests pending beside it have been repeated and were not dropped; the rest can be read.
+        # Requests that were pending next to it have been repeated, not dropped; the rest can be read.
         assert [batch.ids[0] for batch in found] == list(range(len(found)))
         assert len(found) <= 7
         rest = [request for request in requests if request.view != 7]
@@ -183,7 +183,7 @@ def test_a_reader_gone_for_good_is_replaced(spec, ray_cluster):
         for number, batch in enumerate(stream.batches(requests)):
             found.append(batch)
             if number in (1, 6):
-                ray.kill(stream._readers._readers[0].actor)  # Ray restarts it no more
+                ray.kill(stream._readers._readers[0].actor)  # Ray won't restart it
     with ReaderPool(spec, backend="local", workers=1, prefetch=1) as undisturbed:
         assert [bytes_of(b) for b in found] == [bytes_of(b) for b in undisturbed.batches(requests)]
 

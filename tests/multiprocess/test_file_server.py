@@ -1,4 +1,4 @@
-"""Files that one host writes and another reads, over a file server whose clients have caches of their own."""
+"""Files that one host writes and another reads, over a file server whose clients have their own caches."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.hosts import Host
 pytestmark = hosts.needed("bindfs")
 
 ROWS, WIDTH, UNIT = 4000, 20, 100
-"""Units of 8,000 bytes: their borders are inside pages."""
+"""Units of 8,000 bytes: their boundaries are inside pages."""
 
 
 def with_file_servers(pair: tuple[Host, ...], folder: Path) -> None:
@@ -51,7 +51,7 @@ def filled(work: WorkFolder) -> np.ndarray:
 
 
 def look_before_the_others_write(path: str, held: bool) -> Any:
-    """Every rank reads the whole array while it is zero, then all fill it. ``held``: and keeps it mapped."""
+    """Every rank reads the whole array while it is zero, then all fill it; with ``held`` it stays mapped."""
     work = WorkFolder(Path(path), group_of_ranks(forget=True))
     work.file("numbers", (ROWS, WIDTH), np.int32).close()
     with open(work.path("numbers"), "rb") as file:
@@ -80,7 +80,7 @@ def test_pages_that_a_rank_has_seen_before_are_asked_for_again(
 
 
 def test_a_rank_that_still_sees_old_pages_is_noticed(pair: tuple[Host, ...], folder: Path) -> None:
-    """A mapping from before the writes keeps them: nothing helps but to compare contents."""
+    """A mapping from before the writes keeps old pages: only comparing the contents helps."""
     path = str(folder / "stale" / "mapped")
     found = host_runs.call(pair, folder / "job-mapped", look_before_the_others_write, path, True)
     for one in found:
@@ -90,7 +90,7 @@ def test_a_rank_that_still_sees_old_pages_is_noticed(pair: tuple[Host, ...], fol
 
 
 def hand_over_late(path: str) -> Any:
-    """A name that rank 1 has found absent, then written by rank 0; then one that rank 0 alone sees."""
+    """A file that rank 1 has found missing and rank 0 then writes; then one that only rank 0 sees."""
     root, rank = Path(path), collectives.rank()
     assert members.on_several_hosts()
     assert members.speaks_for_host(rank)

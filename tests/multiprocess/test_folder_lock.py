@@ -1,4 +1,4 @@
-"""One process at a time in a run's folder, on every rank, and where there are no locks: across processes."""
+"""One process at a time in a run's folder, for all ranks, even without locks in the file system: across processes."""
 
 from __future__ import annotations
 

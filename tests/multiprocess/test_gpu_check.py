@@ -1,4 +1,4 @@
-"""The script for the first GPU run reaches its last line without a GPU; its checks can fail."""
+"""The script for the first GPU run also runs to its end without a GPU, and its checks can fail."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def script(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_it_runs_to_its_last_line_and_makes_nothing_twice(tmp_path):
-    """Everything that is not itself a test of the suite: complete runs are in test_ways_in and test_resume."""
+    """All checks that the test suite does not make anyway: complete runs are in test_ways_in and test_resume."""
     names = "environment,search,throughput,memory,barrier,sync_norm,zero3,lost_peer"
     done = script(tmp_path, "--only", names)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""A graph version whose build was killed: the same version, without repeating finished work."""
+"""A graph build that was killed continues to the same version, without repeating finished work."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def build(run: Path, folder: Path, die_after: int = 0) -> tuple[int, dict[str, A
 
 @pytest.fixture(scope="module")
 def whole(micro_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Of a build that nobody kills."""
+    """The version of a build that is not killed."""
     code, found = build(micro_run, tmp_path_factory.mktemp("built") / "whole")
     assert code == 0
     return found
@@ -39,7 +39,7 @@ def test_a_killed_build_goes_on_at_its_unit(
     code, again = build(micro_run, tmp_path / "cut")
     assert code == 0
     assert again["embedded"] == 0
-    # The worker thread may be further than the counting one when the kill arrives.
+    # The worker thread may be ahead of the counting one when the kill arrives.
     assert 0 < again["units"] <= whole["units"] - die_after
     assert again["files"] == whole["files"]
     names = [path.name for path in (tmp_path / "cut").iterdir()]
@@ -49,9 +49,9 @@ def test_a_killed_build_goes_on_at_its_unit(
 def test_a_build_rests_on_no_barrier(
     micro_run: Path, whole: dict[str, Any], tmp_path: Path
 ) -> None:
-    """One rank embeds much slower than the other: the graph is bit-identical to that of one rank.
+    """Although one rank embeds much more slowly, the graph is bit-identical to that of a single rank.
 
-    Each rank has cut its own part of it.
+    Each rank cuts its own part of it.
     """
     (tmp_path / "two").mkdir()
     built = rank_group.run(graph_builds.slow_second_rank, 2, micro_run, tmp_path / "two")

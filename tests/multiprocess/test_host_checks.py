@@ -1,6 +1,6 @@
-"""What is wrong on one host is said on all, in a line that names it, before anything is trained.
+"""What is wrong on one host is reported on all, in a line that names it, before anything is trained.
 
-The hosts' own names are 127.0.1.1 to themselves, as Debian has it: ranks meet nevertheless.
+Each host resolves its own name to 127.0.1.1, as on Debian; the ranks meet nevertheless.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ folder, pair = hosts.fixtures(as_debian_resolves)
 
 
 def refused(pair: tuple[Host, ...], folder: Path, *overrides: str, **how) -> str:
-    """What rank 0 says of a run that both ranks refuse."""
+    """What rank 0 prints about a run that both ranks refuse."""
     arguments = host_runs.micro(folder / "runs" / "run", *overrides)
     found = host_runs.finish(host_runs.start(pair, arguments, MASTER_ADDR=pair[0].name, **how))
     assert [code for code, _ in found] == [2, 2], found
@@ -118,7 +118,7 @@ def test_interfaces_and_room(pair: tuple[Host, ...], folder: Path) -> None:
 
 
 def an_hour_ahead(rank: int) -> None:
-    """Hosts share the kernel's clock here: this one's process reads another."""
+    """Hosts share the kernel's clock here, so the process of this one reads a patched clock."""
     if rank == 1:
         real = time.time
         time.time = lambda: real() + 3600
@@ -133,14 +133,14 @@ def test_a_clock_that_is_ahead(pair: tuple[Host, ...], folder: Path) -> None:
 
 
 def briefly(rank: int) -> None:
-    """Not the 12 s that a file system has to answer."""
+    """Wait less than the 12 s that a file system normally has to answer."""
     host_checks.ANSWER_S = 1.0
 
 
 @hosts.needed("bindfs")
 @pytest.mark.parametrize("what", ["run.dir", "shards", "cache"])
 def test_a_file_server_that_is_gone(pair: tuple[Host, ...], folder: Path, what: str) -> None:
-    """Calls into it never return; ranks end nevertheless, and say where. Without the limit they would wait forever."""
+    """Calls into it never return, but the ranks end and name the path. Without the limit they would wait forever."""
     assert host_checks.ANSWER_S + shared_folder.SECONDS < 30
     place, served = folder / f"gone-{what}", folder / f"server-{what}"
     make_shards(served, random_images(8), np.arange(8) % 2)
@@ -160,7 +160,7 @@ def test_a_file_server_that_is_gone(pair: tuple[Host, ...], folder: Path, what: 
 
 
 def stop_alone(who: int) -> tuple[str, bool]:
-    """One rank stops in the middle; the other learns why, instead of only that it is gone."""
+    """One rank stops in the middle; the other is told why, not only that it is gone."""
     errors = ErrorExchange()
     collectives.barrier()
     try:

@@ -33,7 +33,7 @@ def watched(folder: Path, what: str, *overrides: str) -> tuple[int, str]:
 
 
 def of_steps(found: dict[str, int]) -> dict[str, int]:
-    """Exclude the reads at the end of an epoch: checkpoint, graph, agreement of the ranks."""
+    """Leave out the reads at the end of an epoch: checkpoint, graph, agreement of the ranks."""
     return {
         site: count
         for site, count in found.items()
@@ -43,7 +43,7 @@ def of_steps(found: dict[str, int]) -> dict[str, int]:
 
 @pytest.mark.slow
 def test_nothing_is_read_between_log_lines(tmp_path: Path) -> None:
-    """Two micro-batches per step; a step reads only the result of the previous step, which is done by then."""
+    """With two micro-batches per step, a step reads only the outcome of the previous step, which is done by then."""
     code, output = watched(
         tmp_path / "reads",
         "reads",
@@ -65,7 +65,7 @@ def test_nothing_is_read_between_log_lines(tmp_path: Path) -> None:
 def test_a_diverged_step_is_named_and_never_saved(
     tmp_path: Path, query: str, save_every: int
 ) -> None:
-    """Only rank 1 has a loss that is not finite: before a save that is due, and one step later."""
+    """Only rank 1 has a loss that is not finite: at a step before a save, and one step later."""
     folder = tmp_path / "nan"
     how = [f"graph.query={query}", f"checkpoint.every_steps={save_every}"]
     code, output = watched(folder, "12", *how)

@@ -1,4 +1,4 @@
-"""The hosts that tests run on: apart where they must be, and gone when their test is."""
+"""The simulated hosts of the tests: separate where they must be, and gone when their test ends."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_a_link_is_cut_and_mended(pair: tuple[Host, ...]) -> None:
 def test_clients_of_a_file_server_have_pages_of_their_own(
     pair: tuple[Host, ...], folder: Path
 ) -> None:
-    """Else what is tested with them would show nothing."""
+    """Otherwise the tests with these clients would prove nothing."""
     shared = folder / "shared"
     hosts.share(folder / "server", shared, pair)
     a, b = pair

@@ -1,4 +1,4 @@
-"""What answers needs neither Ray nor DeepSpeed nor DGL."""
+"""Inference needs neither Ray nor DeepSpeed nor DGL."""
 
 import subprocess
 import sys
@@ -32,7 +32,7 @@ sys.exit(main(["run", "--config", "demo"]))
 
 
 def test_a_model_answers_without_the_packages_of_training(tmp_path):
-    """They are hidden: an environment of its own would download torch again."""
+    """The packages are hidden: a separate environment would have to download torch again."""
     written, image = write_model(tmp_path / "m"), tmp_path / "a.png"
     image.write_bytes(encode_image(pictures(1)[0]))
     done = subprocess.run(
@@ -64,7 +64,7 @@ print("imported:", *sorted(NOT_NEEDED & set(sys.modules)))
 
 @pytest.mark.parametrize("how", ["python", "command line"])
 def test_a_first_answer_imports_only_what_it_needs(tmp_path, how):
-    """Each of these packages costs a first answer a tenth of a second to several seconds."""
+    """Importing any of these packages delays a first answer by a tenth of a second to several seconds."""
     written, image = write_model(tmp_path / "m"), tmp_path / "a.png"
     image.write_bytes(encode_image(pictures(1)[0]))
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""``cnn2gnn memory`` as it is run: in a process of its own, which has imported nothing else."""
+"""``cnn2gnn memory`` as users run it: in a fresh process, which has imported nothing else."""
 
 import os
 import subprocess

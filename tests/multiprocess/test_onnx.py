@@ -35,7 +35,7 @@ def test_weights_of_sorted_distances_are_those_of_adaptive_neighbours(columns, k
 def test_the_example_answers_as_the_model(tmp_path, resize):
     folder = write_model(tmp_path / "m")
     tree = json.loads((folder / artefact.CONFIG).read_text())
-    tree["views"]["resize"] = resize  # of 20 rows the middle 16 are seen
+    tree["views"]["resize"] = resize  # with 1.25, the middle 16 of 20 rows are seen
     (folder / artefact.CONFIG).write_text(json.dumps(tree))
     artefact.write_checksums(folder)
     images = [tmp_path / f"{n}.png" for n in range(3)]

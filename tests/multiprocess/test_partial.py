@@ -1,4 +1,4 @@
-"""The partial decoders, compiled and of a wheel: bit-identical to the full decoder, or no pixels at all."""
+"""The partial decoders, compiled and from a wheel: bit-identical to the full decoder, or no pixels at all."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SPEC = ViewSpec("random_resized_crop", 48, seed=5)
 
 @pytest.fixture(scope="session")
 def wheel() -> TurboCrop:
-    """libjpeg-turbo 3 of a wheel or of the system, whether or not it is faster here."""
+    """libjpeg-turbo 3 from a wheel or the system, whether or not it is faster here."""
     for name in turbo_crop._libraries():
         with contextlib.suppress(OSError, AttributeError):
             found = TurboCrop(name)
@@ -48,7 +48,7 @@ def either(request: pytest.FixtureRequest) -> Path | TurboCrop:
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The library built from the present source; skips where it can't be built."""
+    """The library built from the current source; skips where it can't be built."""
     try:
         return partial.build(tmp_path_factory.mktemp("partial") / "partial.so")
     except UserError as error:
@@ -57,9 +57,9 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def use(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path | TurboCrop | None], None]]:
-    """Lets a test choose the library in use, or none."""
+    """A function by which a test chooses the library in use, or none."""
     monkeypatch.delenv("CNN2GNN_PARTIAL", raising=False)
-    monkeypatch.setattr(turbo_crop, "WORTH", 99)  # every crop, to see whether it is right
+    monkeypatch.setattr(turbo_crop, "WORTH", 99)  # for every crop, however large
 
     def choose(chosen: Path | TurboCrop | None) -> None:
         turbo = chosen if isinstance(chosen, TurboCrop) else None
@@ -133,7 +133,7 @@ def test_what_others_must_decode(there, kind):
 
 
 def both_ways(use, library, blobs: list[bytes], view: int = 0) -> tuple[np.ndarray, dict]:
-    """Views with and without the extra, which must be the same; so must the errors."""
+    """Views with and without the extra: pixels and errors must be the same."""
     found = []
     for path in (None, library):
         use(path)
@@ -156,11 +156,11 @@ def test_a_mixed_batch_is_the_same_with_and_without(use, either):
 
 
 def test_a_file_cut_anywhere_is_found_corrupt_either_way(use, either):
-    """In its header, its comment that contains a complete JPEG, its data, after each byte."""
+    """Cut in its header, in a comment that contains a complete JPEG, and after each byte of its data."""
     data = jpegs.with_exif(random_images(1, 40, 56)[0])
     start = data.index(b"\xff\xda", 2000)
     cuts = [*range(0, len(data), 97), *range(start, len(data))]
-    inner = data.index(b"\xff\xd9") + 2  # ends as a complete file does
+    inner = data.index(b"\xff\xd9") + 2  # the cut file ends as a complete one does
     assert inner < start
     blobs = [data[:cut] for cut in [*cuts, inner]]
     _, wrong = both_ways(use, either, blobs)
@@ -172,7 +172,7 @@ def test_a_file_cut_anywhere_is_found_corrupt_either_way(use, either):
 
 
 def test_damage_is_never_taken_for_pixels_when_all_is_read(there):
-    """Down to the last row nothing goes unseen: the full decoder's pixels, or its error."""
+    """A crop down to the last row gives the full decoder's pixels or is left to it, whatever the damage."""
     rng = np.random.default_rng(0)
     counts = {"same": 0, "left to the full decoder": 0}
     for kind in jpegs.CUT:
@@ -189,7 +189,7 @@ def test_damage_is_never_taken_for_pixels_when_all_is_read(there):
 
 
 def test_damage_below_the_crop(use, either):
-    """Overwritten bytes are detected; zeros of a hole in the file are not, as the docstring says."""
+    """Overwritten bytes are detected, but not the zeros of a hole in the file, as the docstring says."""
     image = jpegs.textured(160, 160)
     data = bytearray(jpegs.by_pillow(image))
     noise = np.random.default_rng(0).integers(0, 256, 4096, np.uint8).tobytes()
@@ -293,7 +293,7 @@ def test_real_photographs(use, either):
             by_extra += found is not None
             if found is not None:
                 np.testing.assert_array_equal(found, whole[top : top + h, left : left + w])
-    assert by_extra > 2.8 * len(blobs)  # few are progressive, or have trailing data
+    assert by_extra > 2.8 * len(blobs)  # only a few are progressive or have trailing data
     _, wrong = both_ways(use, either, blobs, 3)
     assert not wrong
 

@@ -1,4 +1,4 @@
-"""The command that builds the partial decoder, and says what is in use."""
+"""The command that builds the partial decoder and says which one is in use."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_the_command_builds_and_says_how_things_stand(library, tmp_path):
     assert run(tmp_path).stdout.startswith("in use: ")
     assert "not in use" in run(tmp_path, CNN2GNN_PARTIAL="0").stdout
     source = tmp_path / "cnn2gnn_dist" / "data" / "images" / "partial.c"
-    source.write_text(source.read_text() + "\n")  # another source: the library does not match it
+    source.write_text(source.read_text() + "\n")  # the library does not match the changed source
     assert run(tmp_path).stdout.startswith("not available")
 
 

@@ -1,4 +1,4 @@
-"""Parts and halos against sets, METIS against random assignment: across processes."""
+"""Parts and halos compared with sets, METIS with random assignment: across processes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_no_part_of_a_tiny_graph_is_empty(nodes):
 
 
 def test_metis_sees_the_nearest_candidates_only():
-    """A longer table, with far neighbors after the near ones, is cut as the table of the near ones."""
+    """A longer table, with far neighbors after the near ones, is cut like the table of the near ones alone."""
     table = random_table(300, partition.METIS_CANDIDATES + 6, 0)
     near = np.ascontiguousarray(table[:, : partition.METIS_CANDIDATES])
     np.testing.assert_array_equal(partition.assign(table, 4), partition.assign(near, 4))
@@ -64,7 +64,7 @@ def test_metis_starts_at_the_same_addresses_whatever_the_caller(monkeypatch, tmp
     monkeypatch.setenv("WHATEVER", "x" * 37)
     assert partition._plain_environment() == plain
     code = "from cnn2gnn_dist.graph import metis; metis.without_randomisation()"
-    # Re-executed at fixed addresses, it finds no arguments and reports that; nothing follows.
+    # The process is re-executed at fixed addresses, finds no arguments and reports that; nothing is printed after it.
     done = subprocess.run(
         [sys.executable, "-c", f"{code}; print('still random')"],
         env=plain,

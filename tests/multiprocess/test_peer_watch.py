@@ -21,8 +21,8 @@ def test_silence_is_the_time_since_a_note_changed() -> None:
     silence.note({0: b"2", 2: b"1"}, 104.0)
     assert silence.since(106.0, limit=4.0) == {2: 5.0}
     assert silence.since(105.0, limit=4.0) == {}
-    silence.note({0: b"3"}, 107.0)  # 2 has no heartbeat any more
-    silence.note({2: b"5"}, 108.0)  # or is restarted
+    silence.note({0: b"3"}, 107.0)  # rank 2 has no heartbeat any more
+    silence.note({2: b"5"}, 108.0)  # rank 2 is restarted
     assert silence.since(112.0, limit=4.0) == {0: 5.0}
 
 
@@ -35,7 +35,7 @@ def store() -> dist.Store:
 
 
 def wait_for_the_dead(victim: int) -> str:
-    """One rank is killed; the other waits in something that no peer's death would end."""
+    """One rank is killed; the other waits in a call that the death of a peer does not end."""
     watch = PeerWatch(store(), collectives.rank(), 2, silence_s=3.0, beat_s=0.1)
     collectives.barrier()
     if collectives.rank() == victim:
@@ -47,7 +47,7 @@ def wait_for_the_dead(victim: int) -> str:
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_rank_is_named(victim: int) -> None:
-    """Rank 0 hosts the store: without it there is nothing to ask, and the message says so too."""
+    """Rank 0 hosts the store: when it is lost nothing can be asked, and the message says that too."""
     outcomes = rank_group.launch(
         wait_for_the_dead, 2, victim, timeout=2 * rank_group.GROUP_TIMEOUT_S
     )
@@ -59,7 +59,7 @@ def test_a_killed_rank_is_named(victim: int) -> None:
 
 
 def both_alive() -> bool:
-    """Until each has seen the other's heartbeat many times; long silences would be reported."""
+    """Both ranks run until each has seen many heartbeats of the other; long silences would be reported."""
     told: list[PeerLost] = []
     watch = PeerWatch(store(), collectives.rank(), 2, silence_s=30.0, beat_s=0.01, lost=told.append)
     other = f"alive/{1 - collectives.rank()}"

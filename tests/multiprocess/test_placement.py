@@ -1,4 +1,4 @@
-"""Where ranks and readers work on a Ray of several nodes, and that a rank stays on its node."""
+"""Where ranks and readers work on a Ray cluster of several nodes, and that a rank stays on its node."""
 
 from __future__ import annotations
 
@@ -79,4 +79,4 @@ def test_every_node_answers_the_doctor(found):
         assert (node["address"], node["shared"], node["unreachable"]) == ("127.0.0.1", "", "")
         assert node["versions"] == nodes[0]["versions"]
         assert node["rate"] > 0
-        assert abs(node["offset_s"]) < 1  # one clock
+        assert abs(node["offset_s"]) < 1  # all nodes have the same clock

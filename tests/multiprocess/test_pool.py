@@ -1,4 +1,4 @@
-"""The stream: both backends give the same bytes in order, also when readers die."""
+"""The stream: both backends give the same bytes in order, even when readers die."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_ray_gives_what_a_reader_gives(spec, ray_cluster, workers, prefetch):
         assert_same(found, expected(spec, requests))
         assert_same(list(stream.batches(requests[:2])), expected(spec, requests[:2]))
         assert stream.wait_seconds > 0
-        # Own memory, which can be written and pinned; not a view of the object store.
+        # The batch has its own memory, which can be written and pinned: it is no view of the object store.
         assert all(b.images.flags.writeable and b.images.flags.owndata for b in found)
 
 
@@ -103,7 +103,7 @@ def test_order_holds_when_readers_finish_out_of_order(spec, monkeypatch):
 
     def read(self, request):
         turn = int(request.ids[0])
-        if turn < 3:  # each waits until the next one is done
+        if turn < 3:  # each reader waits until the next one is done
             assert later[turn + 1].wait(60)
         batch = plain(self, request)
         later[turn].set()
@@ -136,7 +136,7 @@ def test_requests_are_taken_lazily(spec, prefetch):
 
 def test_waiting_adds_up(spec, monkeypatch):
     clock = types.SimpleNamespace(perf_counter=itertools.count().__next__, sleep=None)
-    monkeypatch.setattr(pools, "time", clock)  # reading it advances it by a second
+    monkeypatch.setattr(pools, "time", clock)  # each reading of this clock is a second later
     with ReaderPool(spec, backend="local", workers=2, prefetch=3) as stream:
         assert stream.wait_seconds == 0
         for number, _ in enumerate(stream.batches(some_requests(7)), 1):
@@ -272,7 +272,7 @@ def test_a_wrong_shard_is_the_users_to_mend(spec, backend, damage, request):
             next(loop)
         assert caught.value.where == str(bad)
         assert caught.value.remedy
-        # The stream still works for data that is elsewhere.
+        # The stream still works for data in other shards.
         assert_same(list(stream.batches(requests[:1])), expected(spec, requests[:1]))
 
 

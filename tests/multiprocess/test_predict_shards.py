@@ -1,4 +1,4 @@
-"""Whole shards over ranks: each input once, what is there is skipped, the answers those of one process."""
+"""Whole shards over ranks: each input once, existing answers skipped, the same answers as in one process."""
 
 import json
 import os
@@ -76,7 +76,7 @@ def test_an_image_deep_in_a_folder_is_noticed(asked, tmp_path, capsys):
     assert cli.main(call) == 0
     new = tmp_path / "part-0" / "deep" / "3.png"
     new.write_bytes(encode_image(pictures(1, seed=9)[0]))
-    os.utime(new, (1, 1))  # copied with its time
+    os.utime(new, (1, 1))  # as if copied together with its time
     assert cli.main(call) == 0
     assert len(answers(tmp_path / "out" / "part-0.parquet")) == 4
     assert cli.main(call) == 0
@@ -103,7 +103,7 @@ def test_answers_of_another_input_of_the_same_name_are_not_taken_for_its_own(
 
 
 def test_a_memory_made_again_from_the_same_run_is_the_same(tmp_path):
-    """A run without a model gets one for each command, at another time."""
+    """A run without a model gets a new one for each command, with a different time."""
     memories = []
     for number in range(2):
         folder = write_model(tmp_path / str(number))

@@ -1,4 +1,4 @@
-"""Scores against definitions written out, scikit-learn, and loops: across processes."""
+"""Scores compared with their definitions, scikit-learn, and loops: across processes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def batch_student() -> torch.nn.Module:
 
 
 def ranks_judge(root: str) -> dict[str, Any]:
-    """A case of ``procs``: a batch-scope student's answers, and the images it was shown."""
+    """A case of ``rank_group``: a batch-scope student's answers, and the images it was shown."""
     model, shown = batch_student(), []
 
     def answer(images: Tensor) -> dict[str, Tensor]:
@@ -45,7 +45,7 @@ def ranks_judge(root: str) -> dict[str, Any]:
 
 
 def in_company(images: np.ndarray, seed: int | None) -> dict[int, Tensor]:
-    """Probabilities of each valid image, classified together with the valid ones of its batch."""
+    """Probabilities of each valid image, classified together with the other valid images of its batch."""
     places = np.arange(IMAGES) if seed is None else np.random.default_rng(seed).permutation(IMAGES)
     found = {}
     for ids in np.array_split(places, 5):  # 23 images in batches of at most 5
@@ -58,7 +58,7 @@ def in_company(images: np.ndarray, seed: int | None) -> dict[int, Tensor]:
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_neither_padding_nor_corrupt_images_join_a_batch(tmp_path, world_size):
-    """For any ranks: the same batches, hence the same answers; and the same number of forward passes."""
+    """On any number of ranks: the same batches, hence the same answers, and the same number of forward passes."""
     images = held_out(tmp_path)
     wanted = in_company(images, SEED)
     assert not torch.allclose(wanted[0], in_company(images, None)[0]), "company does not matter"

@@ -1,4 +1,4 @@
-"""Reader processes without Ray: the same bytes, also when they die; bounded; nothing is left behind."""
+"""Reader processes without Ray: the same bytes even when they die, bounded memory, nothing left behind."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ def processes(pool: ReaderPool) -> list[process_readers._Process]:
 
 
 def numbered(count: int) -> list[Request]:
-    """Requests whose number is their view, by which the readers below record them."""
+    """Requests whose view is their number, so that the readers below can record it."""
     return [Request(np.arange(n, n + ROWS) % COUNT, n) for n in range(count)]
 
 
 def settle(pool: ReaderPool) -> None:
-    """Take the readers' messages until all that was asked has been answered."""
+    """Take the readers' messages until everything that was requested has been answered."""
     for reader in processes(pool):
         while reader.asked:
             assert select.select([reader.channel], [], [], 60)[0]
@@ -77,7 +77,7 @@ def test_they_give_what_a_reader_gives(spec, workers, prefetch):
         assert_same(list(pool.batches(requests[:2])), expected(spec, requests[:2]))
         assert list(pool.batches([])) == []
         assert pool.wait_seconds > 0
-    # Written to after the readers are gone: a batch's memory is its own.
+    # A batch has its own memory, which can be written even after the readers are gone.
     for batch in found:
         batch.images[:] = 7
         batch.valid &= False
@@ -102,7 +102,7 @@ def test_several_views_and_corrupt_samples_in_reused_memory(spec, tmp_path):
                     assert_same([batch], [wanted])
                     for left, right in zip(batch.crops, wanted.crops, strict=True):
                         np.testing.assert_array_equal(left, right)
-                    batch.images[:] = 201  # the next batch may lie here
+                    batch.images[:] = 201  # the next batch may use this memory
                     del batch
 
 
@@ -125,7 +125,7 @@ def test_memory_is_reused_once_a_batch_is_gone_and_never_before(spec):
             assert_same([batch], [one])
             del batch
         assert processes(pool)[0]._buffers <= before + 3 + 2
-        assert len(processes(pool)[0]._free) <= 3 + 2  # the smaller ones have been given up
+        assert len(processes(pool)[0]._free) <= 3 + 2  # the smaller ones have been released
 
 
 @pytest.mark.parametrize(("workers", "prefetch"), [(1, 1), (2, 3), (3, 7)])
@@ -137,7 +137,7 @@ def test_what_is_read_ahead_is_the_prefetch(spec, monkeypatch, workers, prefetch
 
 
 class Noting(Reader):
-    """Records what it reads."""
+    """A reader that records what it reads."""
 
     def __init__(self, spec: ReaderSpec) -> None:
         super().__init__(spec)
@@ -167,7 +167,7 @@ def test_what_an_abandoned_loop_had_asked_is_not_read(spec, monkeypatch):
 
 
 class Waiting(Noting):
-    """Waits in request 1 until it is told to go on."""
+    """A reader that waits in request 1 until it is told to continue."""
 
     def read(self, request, into=None):
         if request.view == 1:
@@ -180,7 +180,7 @@ MOMENTS = ("start", "before", "within")
 
 
 class Mortal(Noting):
-    """Killed by itself according to the plan."""
+    """A reader that kills itself according to a plan."""
 
     def __init__(self, spec: ReaderSpec) -> None:
         folder = Path(spec.manifest).parent
@@ -241,7 +241,7 @@ def test_a_request_that_kills_every_reader_is_named_and_not_its_neighbors(
 
 
 class Poisoned(Reader):
-    """Dies of one request."""
+    """A reader that dies of one request."""
 
     def read(self, request, into=None):
         if request.view == 7:
@@ -257,7 +257,7 @@ def test_readers_that_cannot_start_end_the_stream(spec, monkeypatch):
 
 
 class Stillborn(Reader):
-    """Ends its process."""
+    """A reader whose process ends at once."""
 
     def __init__(self, spec: ReaderSpec) -> None:
         os._exit(7)
@@ -307,7 +307,7 @@ def test_processes_end_with_the_pool(spec):
 
 
 def test_a_reader_ends_with_its_parent_though_another_child_holds_its_socket(spec, tmp_path):
-    """As the workers of a DataLoader do, which are forks."""
+    """As the workers of a DataLoader do, since they are forks."""
     code = f"""
 import os, signal, sys, time
 from tests.multiprocess.test_process_readers import *
@@ -336,7 +336,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def drawing(image: Image.Image) -> Image.Image:
-    """A hook: the number of the process that ran it as the color, drawing as it goes."""
+    """A hook that draws random numbers and returns the number of its process as a color."""
     torch.rand(())
     color = os.getpid() % 256, os.getpid() // 256 % 256, os.getpid() // 65536
     return Image.new("RGB", image.size, color)
@@ -344,7 +344,7 @@ def drawing(image: Image.Image) -> Image.Image:
 
 @pytest.mark.parametrize("backend", ["local", "auto", "processes"])
 def test_a_hook_never_runs_in_the_process_that_trains(spec, backend, monkeypatch):
-    """There it would seed the generators from which the training draws at the same time."""
+    """It would seed the generators from which the training draws at the same time."""
     monkeypatch.setattr(pools, "_ray_runs", lambda: False)  # another test's Ray may be up
     views = replace(spec.views, hook=f"{__name__}:drawing")
     with ReaderPool(replace(spec, views=views), backend=backend, workers=1, prefetch=2) as pool:
@@ -355,7 +355,7 @@ def test_a_hook_never_runs_in_the_process_that_trains(spec, backend, monkeypatch
 
 
 class Unreadable(Reader):
-    """A disk with a bad block."""
+    """A reader of a disk with a bad block."""
 
     def read(self, request, into=None):
         raise OSError(5, "Input/output error", "shard-000000.tar")

@@ -1,4 +1,4 @@
-"""A rank that Ray kills for memory: the group starts again, and what happened is said."""
+"""A rank that Ray kills for memory: the group is restarted, and the reason is reported."""
 
 from __future__ import annotations
 

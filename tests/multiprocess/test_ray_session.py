@@ -1,4 +1,4 @@
-"""However a driver of a stream ends, it leaves no process, no file and no shared memory."""
+"""However the driver of a stream ends, it leaves no process, no file and no shared memory behind."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from tests.support import REPOSITORY, runs, short_folder
 from tests.support.shards import make_shards, random_images
 
 SECONDS = 20.0
-"""Seconds until leftovers count as such: a limit for loaded machines, not a measurement."""
+"""Seconds after which what is left counts as left behind: a limit for loaded machines, not a measurement."""
 
 NAMESPACE = ["unshare", "--mount"] if os.geteuid() == 0 and shutil.which("unshare") else []
-"""With a private /dev/shm, other processes' use of it is not counted."""
+"""With a private /dev/shm, its use by other processes is not counted."""
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the test's subreaper is Linux's")
 
@@ -49,8 +49,8 @@ def end(
     number: int | None,
     trigger: str = "streaming",
 ) -> dict:
-    """Exit code and output of a driver that gets this signal when it prints the trigger;
-    the processes it had then, and its leftovers."""
+    """Exit code and output of a driver that gets this signal when it prints the trigger; the processes that it
+    had then, and what it left behind."""
     environment = runs.bare_environment(tmp_path / "home") | {
         "TMPDIR": str(place),
         "PYTHONPATH": str(REPOSITORY),
@@ -72,7 +72,7 @@ def end(
     ]
     subprocess.run([*NAMESPACE, *reaper], check=True, timeout=240)
     result = json.loads((tmp_path / "result.json").read_text())
-    # Otherwise the next Ray that this user starts would require the token.
+    # A token there would be required by the next Ray that this user starts.
     assert not (tmp_path / "home" / ".ray").exists()
     result["files"] = sorted(str(path.relative_to(place)) for path in place.rglob("*"))
     return result
@@ -101,10 +101,10 @@ def test_nothing_is_left_of_a_ray_driver(manifest, place, tmp_path, how, number,
     assert result["code"] == code, result["output"]
     if number == signal.SIGINT:
         assert result["output"].rstrip().endswith("KeyboardInterrupt")
-    # There was something to leave behind: the readers, Ray's daemons, the watcher.
+    # There was something that could be left behind: the readers, Ray's daemons, the watcher.
     names = " ".join(result["started"])
     for part in ("raylet", "gcs_server", "ray::ReaderActor", "ray::DashboardAgent", "watcher.py"):
-        assert part[:15] in names  # a process's name has 15 characters
+        assert part[:15] in names  # a process name has at most 15 characters
     assert_nothing_left(result)
     if how == "raise":
         assert "the trainer is broken" in result["output"]
@@ -138,7 +138,7 @@ def test_nothing_is_left_of_a_driver_without_ray(
     ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)]
 )
 def test_nothing_is_left_of_a_run_but_its_folder(place, tmp_path, number, code):
-    """Ranks with their own readers, under the command; Ray's logs are kept beside the results."""
+    """Ranks with their own readers, under the command; Ray's logs are kept next to the results."""
     run = tmp_path / "run"
     command = ["-m", "cnn2gnn_dist", "run", "--config", "demo", *runs.MICRO, f"run.dir={run}"]
     result = end(place, tmp_path, command, number, trigger="teacher  step")

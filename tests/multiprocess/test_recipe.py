@@ -1,4 +1,4 @@
-"""SGD and averages of weights on real DeepSpeed and gloo: as in plain torch, and through checkpoints."""
+"""SGD and averaged weights on real DeepSpeed and gloo: as in plain torch, and through checkpoints."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def engine_sgd(stage: int) -> tuple[list[float], dict[str, Tensor]]:
 
 
 def late_sgd(stage: int) -> tuple[bool, bool]:
-    """Late parameters don't move before their start; then as in an SGD that starts with them."""
+    """Late parameters don't move before their start; then they step as in an SGD that starts with them."""
     model = tiny.TinyNet()
     engine = Engine(model, tiny.config(stage, optimizer="sgd"), device="cpu", late=LATE)
     engine.train()
@@ -74,20 +74,20 @@ def late_sgd(stage: int) -> tuple[bool, bool]:
     images, labels = tiny.share(0)
     engine.backward(F.cross_entropy(engine(images), labels) * 0.0)
     engine.step(0.1, late_lr=0.1)
-    # One step of decay alone: Nesterov adds the momentum once more.
+    # A step of weight decay alone, to which Nesterov adds the momentum once more.
     grown = before["second.weight"]
     moved = grown - 0.1 * (1 + tiny.MOMENTUM) * tiny.WEIGHT_DECAY * grown
     return still, torch.allclose(engine.weights()["second.weight"], moved, atol=1e-7)
 
 
 def averaging(kind: str, stage: int, **more: Any) -> Engine:
-    """AdamW for lookahead, SGD for ema: both kinds of moments are beside an average."""
+    """AdamW for lookahead, SGD for ema, so that both kinds of moments occur together with an average."""
     optimizer = "sgd" if kind == "ema" else "adamw"
     return tiny.build(stage, optimizer=optimizer, engine={"average": kind}, **more)
 
 
 def train_averaging(engine: Engine, steps: range) -> list[float]:
-    """Every second step updates the average, which keeps more of itself each time."""
+    """Train; every second step updates the average, which keeps more of itself each time."""
     losses = []
     for step in steps:
         images, labels = tiny.share(step)
@@ -99,7 +99,7 @@ def train_averaging(engine: Engine, steps: range) -> list[float]:
 
 
 def plain_averaging(kind: str) -> dict[str, Tensor]:
-    """The same by hand, on torch's optimizer: the averages of weights and of this rank's buffers."""
+    """The same by hand, with torch's optimizer: the averages of the weights and of this rank's buffers."""
     model = tiny.TinyNet()
     decayed = [p for p in model.parameters() if p.ndim > 1]
     groups = [
@@ -133,7 +133,7 @@ def plain_averaging(kind: str) -> dict[str, Tensor]:
 
 
 def averages_of(kind: str, stage: int, root: Path) -> dict[str, Any]:
-    """An uninterrupted run with a save on the way, and what answers come from at its end."""
+    """An uninterrupted run with a save on the way, and the weights that are used for inference at its end."""
     engine = averaging(kind, stage)
     train_averaging(engine, range(HALF))
     saved = Checkpoints(root / f"{kind}-{stage}", RUN)
@@ -176,7 +176,7 @@ def resumed_averages(root: Path) -> dict[Any, Any]:
 
 
 def first_run(root: Path) -> dict[Any, Any]:
-    """Two ranks: against torch; then three steps, a save, and on to the end."""
+    """Two ranks: compared with torch; then three steps, a save, and on to the end."""
     found: dict[Any, Any] = {"torch": plain_sgd()}
     for stage in STAGES:
         found["sgd", stage] = engine_sgd(stage)
@@ -197,7 +197,7 @@ def first_run(root: Path) -> dict[Any, Any]:
 
 
 def resumed(root: Path) -> dict[Any, Any]:
-    """Other weights, any stage: load, compare, go on."""
+    """With other weights and any stage: load, compare, continue."""
     found: dict[Any, Any] = {}
     for saved in STAGES:
         for loaded in STAGES:
@@ -269,7 +269,7 @@ def test_one_rank_reads_what_two_wrote(first: list[dict], single: dict) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("stage", STAGES)
 def test_an_average_is_the_one_by_hand(first: list[dict], kind: str, stage: int) -> None:
-    """Weights in every stage; buffers as the mean over ranks of each rank's own average."""
+    """Weights in every stage; buffers are the mean over ranks of each rank's own average."""
     by_hand = [rank[kind] for rank in first]
     for rank in first:
         for name, tensor in rank[kind, stage]["average"].items():

@@ -1,4 +1,4 @@
-"""Remote shards: the same bytes as local ones through HTTP and S3, whatever the network does."""
+"""Remote shards give the same bytes as local ones through HTTP and S3, whatever the network does."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_http_in_ranges_reads_only_what_is_delivered(web, shards, tmp_path, want
 def test_http_through_the_cache_downloads_each_shard_once(web, shards, tmp_path, wanted):
     spec = far_spec(tmp_path, urls_of(web, shards), 1 << 30)
     web.requests.clear()
-    for _ in range(2):  # another reader uses what the first has left
+    for _ in range(2):  # a second reader uses what the first has cached
         assert_same(Reader(spec).read(Request(IDS, 1)), wanted)
     assert dict(web.requests) == {f"/{path.name}": 1 for path in shards}
     kept = files_in(tmp_path / "cache", "*.tar")
@@ -137,7 +137,7 @@ def test_faults_that_pass_are_borne(web, shards, tmp_path, wanted, fault, limit,
     every = 20 if fault == "stall" else 3
     web.fault = lambda number, path: fault if (number - begins) % every == 0 else None
     assert_same(Reader(spec).read(Request(IDS, 1)), wanted)
-    again = fault != "whole"  # that one need not be requested again
+    again = fault != "whole"  # a whole file need not be requested again
     assert (web.requests.total() - begins > without) == again
     urls._opened.cache_clear()
 
@@ -163,7 +163,7 @@ def test_wrong_bytes_are_fetched_again_then_refused(web, shards, tmp_path, limit
     mended = []
 
     def mend(number: int, path: str) -> None:
-        # The first answer is the corrupt one; later ones are valid, unless the fault stays.
+        # The first answer is corrupt; later ones are valid, unless the fault stays.
         if mended and not stays:
             shards[0].write_bytes(whole)
         mended.append(path)
@@ -266,7 +266,7 @@ def test_a_stream_over_urls(web, shards):
     ],
 )
 def test_a_page_instead_of_a_shard_is_called_a_page(web, shards, answer, says):
-    """With status 200, as login pages and portals respond."""
+    """Served with status 200, as login pages and portals do."""
     shards[1].write_bytes(answer)
     urls = urls_of(web, shards)
     with pytest.raises(UserError, match=says) as caught:

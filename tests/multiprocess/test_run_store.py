@@ -1,4 +1,4 @@
-"""A run in an object store: whenever its writer is killed, the store says what it said before or what is new."""
+"""A run in an object store: whenever its writer is killed, the store has either the old state or the new one."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def quick(monkeypatch):
 
 
 def contents(url: str, folder: Path) -> dict[str, bytes]:
-    """Everything that a store has of the teacher, as somebody reads it who begins now."""
+    """Everything that a store has of the teacher, as a new reader sees it."""
     store = Store.open(url)
     assert store.get("teacher", store.records["teacher"].files, folder) == {}
     return {
@@ -54,7 +54,7 @@ def objects(fs: Any, url: str) -> list[str]:
 
 
 def test_a_writer_killed_before_any_request_leaves_the_old_state_or_the_new(bucket, tmp_path):
-    """Requests of the new state: the claim, two files, the record, two removals."""
+    """The requests of the new state are the claim, two files, the record and two removals."""
     seen = []
     for requests in range(7):
         url = f"s3://runs/killed-{requests}"
@@ -67,7 +67,7 @@ def test_a_writer_killed_before_any_request_leaves_the_old_state_or_the_new(buck
         assert found in (OLD, NEW)
         seen.append(found == NEW)
 
-        again = Store.open(url)  # whoever comes next removes what was left behind
+        again = Store.open(url)  # the next writer removes what was left behind
         again.claim()
         assert len(objects(bucket, url)) == 3
         again.put("teacher", sources(NEW), "two")
@@ -131,7 +131,7 @@ def test_the_run_that_was_started_last_writes(bucket):
 
 
 def test_what_the_one_before_writes_until_the_claim_is_kept(bucket, tmp_path):
-    """A run that is being stopped keeps a last checkpoint while its successor starts."""
+    """A run that is being stopped stores a last checkpoint while its successor starts."""
     first = Store.open("s3://runs/late")
     first.claim()
     first.put("teacher", sources(OLD), "one")
@@ -211,7 +211,7 @@ def test_what_cannot_be_used_is_refused_within_seconds(bucket, tmp_path, monkeyp
 
 
 def test_a_process_that_fails_does_not_stay_for_its_uploads():
-    """Else a rank that has raised would keep the others, and the machine, until a silent store is given up."""
+    """Otherwise a rank that has raised would keep the others waiting until it gives up on a silent store."""
     code = (
         "import threading\n"
         "from cnn2gnn_dist.run_storage import store\n"

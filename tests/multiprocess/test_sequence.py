@@ -30,7 +30,7 @@ LOCAL = [
 ]
 
 
-RAY = [  # few: each reader is a process that takes 3 s of processor time to start
+RAY = [  # only a few: each reader is a process that takes 3 s of processor time to start
     ("parts", Way(2, 1, 2, "ray")),
     ("whole", Way(2, 3, 4, "ray")),
     ("whole", Way(1, 5, 12, "ray", prefetch=16)),

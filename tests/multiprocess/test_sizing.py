@@ -1,4 +1,4 @@
-"""The plan's arithmetic of ZeRO against the tensors of real ranks."""
+"""The plan's arithmetic of ZeRO compared with the tensors of real ranks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def live_bytes() -> int:
 
 
 def rank_states(stage: int) -> int:
-    """Bytes of a rank's tensors after a step, when its gradients are gone."""
+    """Bytes of a rank's tensors after a step, when its gradients have been freed."""
     gc.collect()
     before = live_bytes()
     config = tiny.config(stage)
@@ -47,8 +47,8 @@ def rank_states(stage: int) -> int:
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_the_states_of_a_rank_are_those_predicted(stage: int) -> None:
     found = rank_group.run(rank_states, 2, stage)
-    # DeepSpeed holds the last bucket: here all gradients there are.
+    # DeepSpeed keeps the last bucket, which has all gradients here.
     predicted = states(PARAMETERS, stage=stage, ranks=2, bucket=PARAMETERS)
-    # Gradients are gone, but in stage 3 their place is kept.
+    # Gradients are freed, but in stage 3 their memory is kept.
     expected = predicted.total - (predicted.gradients if stage < 3 else 0)
     assert found == pytest.approx([expected] * 2, rel=0.01)

@@ -1,4 +1,4 @@
-"""Stems and teachers as named in the presets: across processes."""
+"""Stems and teachers as the presets name them: across processes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.unit.models.test_stem_teacher import PACKAGE
 
 
 def test_without_a_network_pretrained_says_what_to_do(tmp_path: Path) -> None:
-    """The variable is read at import, so this uses a separate process, as a user would start it."""
+    """The variable is read on import, hence a separate process, started as a user would start it."""
     code = (
         "from cnn2gnn_dist.errors import UserError\n"
         "from cnn2gnn_dist.models.stem import build_stem\n"

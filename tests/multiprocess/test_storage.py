@@ -1,4 +1,4 @@
-"""Which bytes of a sample: across processes."""
+"""Reading the bytes of samples: across processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The time that a rank's own work takes is told apart from its waiting for another."""
+"""The time of a rank's own work is measured apart from the time that it waits for others."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support import rank_group
 
 
 def steps(slow: int) -> list[float]:
-    """What all ranks worked in steps that end together, one of them with 40 times as much to do."""
+    """The work time of all ranks in steps that end together; one rank has 40 times as much to do."""
     tally, work = Tally(torch.device("cpu")), b"x" * 1_000_000
     for _ in range(4):
         for _ in range(40 if collectives.rank() == slow else 1):

@@ -1,4 +1,4 @@
-"""Processes that live and die together, with their own shared memory."""
+"""Processes that run and end together, with their own shared memory."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_all_end_with_a_supervisor_that_is_killed():
 
 
 def test_all_end_with_the_asker(tmp_path):
-    """A rank killed by SIGKILL closes nothing itself: the kernel does."""
+    """A rank ended by SIGKILL closes nothing itself; the kernel does."""
     lines = (
         "import os, json; from cnn2gnn_dist.runtime.supervisor import SupervisedProcesses, Spec",
         f"m = SupervisedProcesses(Spec({{'a': {WAIT}, 'b': {WAIT}}}, isolated=False)); m.started()",
@@ -109,7 +109,7 @@ def test_what_they_print_goes_to_the_log_and_files_to_their_owner(tmp_path):
     os.close(write)
     assert made.started()
     with os.fdopen(read) as file:
-        assert file.read() == "mine"  # EOF: no other process holds the other end
+        assert file.read() == "mine"  # ends with EOF: no other process has the other end open
     assert made.first_exit().startswith("owner exited")
     made.end()
     assert "said" in log.read_text()
@@ -128,7 +128,7 @@ def test_without_privileges_a_user_namespace_does():
 @isolated
 @pytest.mark.skipif(shutil.which("unshare") is None, reason="needs unshare (util-linux)")
 def test_a_kernel_that_refuses_is_told_apart():
-    """A user namespace whose limits allow no further namespace."""
+    """Here a user namespace whose limits allow no further namespaces."""
     limits = (
         "echo 0 > /proc/sys/user/max_mnt_namespaces; echo 0 > /proc/sys/user/max_user_namespaces"
     )

@@ -1,4 +1,4 @@
-"""SyncNorm: the same network over several ranks as in one process, whatever the stem's layers are."""
+"""SyncNorm: a network on several ranks equals the one in one process, whatever the stem's layers are."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cnn2gnn_dist.training import sync_norm
 from cnn2gnn_dist.training.sync_norm import SyncNorm, is_synchronised, synchronise_norms
 from tests.support import rank_group
 
-# Small members of timm's families; the arguments make them smaller still.
+# Small members of timm's families; the arguments make them even smaller.
 FAMILIES: dict[str, dict[str, Any]] = {
     "resnet18": {"layers": [1, 1, 1, 1], "channels": [8, 16, 16, 32]},
     "mobilenetv3_small_050": {},
@@ -40,7 +40,7 @@ SIDE, BATCH, DIM = 32, 8, 16
 
 
 def stem_of(name: str) -> nn.Module:
-    """A stem with the statistics of some training, and with weights that are not all 0 or 1."""
+    """A stem with statistics as after some training, and with weights that are not all 0 or 1."""
     torch.manual_seed(0)
     stem = build_stem(name, DIM, SIDE, **FAMILIES[name])
     for tensor in (*stem.parameters(), *stem.buffers()):
@@ -64,7 +64,7 @@ def furthest(found: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_one_process_sees_no_difference(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Evaluation is bit-identical; training uses our own arithmetic, as on several ranks."""
+    """Evaluation is bit-identical; training uses SyncNorm's own arithmetic, as on several ranks."""
     plain = stem_of(name)
     ours = synchronise_norms(deepcopy(plain))
     assert is_synchronised(ours)  # at least the readout has a BatchNorm1d
@@ -166,7 +166,7 @@ def config_of(norm_layer: str) -> Config:
 
 
 def test_it_is_refused_before_the_first_stage_and_the_remedy_works() -> None:
-    """On several ranks only: one rank has nothing to synchronize."""
+    """Only on several ranks: one rank has nothing to synchronize."""
     for stage in ("student", "control"):
         with pytest.raises(UserError, match="EvoNorm2dB0") as caught:
             preflight.check(config_of("evonormb0"), ["teacher", stage], 2)
@@ -186,7 +186,7 @@ def own_rows() -> slice:
 
 
 def against_one_process(plain: nn.Module, x: Tensor) -> dict[str, float]:
-    """Differences of outputs, gradients and statistics over ranks from those of the complete batch."""
+    """Differences in outputs, gradients and statistics between the ranks and one process with the whole batch."""
     plain.zero_grad()  # a copy includes the gradients
     ours = synchronise_norms(deepcopy(plain)).double().train()
     plain, x = plain.double().train(), x.double()
@@ -211,7 +211,7 @@ def against_one_process(plain: nn.Module, x: Tensor) -> dict[str, float]:
 
 
 def plain_norms() -> dict[str, nn.Module]:
-    """BatchNorms with every way of keeping statistics, after two batches."""
+    """BatchNorms for every way of keeping statistics, after two batches."""
     return {
         "cumulative": nn.BatchNorm2d(3, momentum=None),
         "untracked": nn.BatchNorm2d(3, track_running_stats=False),
@@ -228,9 +228,9 @@ def compared() -> dict[str, dict[str, float]]:
     found = {name: against_one_process(stem_of(name), images()) for name in FAMILIES}
     for name, norm in plain_norms().items():
         net = nn.Sequential(nn.Conv2d(3, 3, 1), norm)
-        for scale in (1.0, 1.5):  # the second batch tells a cumulative mean from a running one
+        for scale in (1.0, 1.5):  # the second batch distinguishes cumulative from running means
             found[f"{name} {scale}"] = against_one_process(net, images() * scale)
-    # A mean of 1,000 against a spread of 1: sums of squares in float32 would give noise.
+    # With a mean of 1,000 and a spread of 1, sums of squares in float32 would give noise.
     norm = nn.Sequential(nn.BatchNorm2d(3))
     x = images() + 1000.0
     single = norm(x)
@@ -240,7 +240,7 @@ def compared() -> dict[str, dict[str, float]]:
 
 
 def bfloat16_rows() -> dict[str, float]:
-    """A bfloat16 batch in channels_last, beside float64 over the complete batch: largest differences."""
+    """Largest differences between a bfloat16 batch in channels_last and float64 over the whole batch."""
     torch.manual_seed(0)
     plain = nn.BatchNorm2d(3)
     plain.weight.data.uniform_(0.5, 2)
@@ -272,7 +272,7 @@ def bfloat16_rows() -> dict[str, float]:
 
 
 def test_bfloat16_is_rounded_only_where_it_is_stored() -> None:
-    """Moments and sums are float32; outputs and gradients differ by the last bit of bfloat16."""
+    """Moments and sums are float32; outputs and gradients differ by no more than the last bit of bfloat16."""
     for rank in rank_group.run(bfloat16_rows, 2):
         for name in ("running_mean", "running_var", "weight", "bias"):
             assert rank[name] < 1e-5, (name, rank)
@@ -289,7 +289,7 @@ def test_two_ranks_are_one_process_over_the_whole_batch() -> None:
 
 
 def with_nothing_on_one_rank() -> dict[str, float]:
-    """The whole batch on rank 0, no sample on rank 1, beside one process: largest differences."""
+    """Largest differences between one process and two ranks, all samples being on rank 0."""
     plain = nn.BatchNorm2d(3)
     reference, x = deepcopy(plain), images()
     upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))

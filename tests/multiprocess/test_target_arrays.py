@@ -13,7 +13,7 @@ from tests.unit.data.test_target_arrays import C, N, made, opened, same
 
 
 def ranks_open(root: str) -> str:
-    """A case of ``procs``: the contents of this rank's memory map, or its error."""
+    """A case of ``rank_group``: the contents of this rank's memory map, or its error."""
     try:
         found = opened(Path(root))
     except UserError as error:

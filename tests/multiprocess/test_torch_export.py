@@ -1,4 +1,4 @@
-"""Exported programs answer as the model does, in a process that has torch and numpy only."""
+"""Exported programs answer as the model does, in a process that has only torch and numpy."""
 
 import subprocess
 import sys

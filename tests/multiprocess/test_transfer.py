@@ -1,4 +1,4 @@
-"""Network faults during a transfer, and how they are handled: across processes."""
+"""Transfers under network faults: across processes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_threads_and_children_read_on_their_own(web, way):
     for thread in threads:
         thread.join()
     assert b"".join(found[number] for number in range(8)) == BYTES[:8000]
-    context = multiprocessing.get_context(way)  # the parent's loop and sessions are in use
+    context = multiprocessing.get_context(way)  # while the parent's loop and sessions are in use
     answer = context.Queue()
     child = context.Process(target=read_in_child, args=(url, answer))
     child.start()
