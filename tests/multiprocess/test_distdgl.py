@@ -170,7 +170,7 @@ def test_a_lost_server_and_a_killed_rank_end_a_launch_and_the_same_command_conti
     run = tmp_path / "run"
     copy_before(micro_run, run, "student")
     command = launch(run, *SERVED, "graph.refresh_epochs=9", "student.control=false")
-    process = start(command, environment())  # its timeout is ten minutes
+    process = start(command, environment())  # cluster.timeout_s: two minutes
     reach(process, run, "student", 11)
     one_of(process, "distdgl.server").kill()
     code, output = finish(process)
