@@ -1,4 +1,4 @@
-"""Shared test support: small inputs, real servers, groups of ranks, small complete runs."""
+"""Support shared by tests: small inputs, real servers, groups of ranks, small complete runs."""
 
 import contextlib
 import shutil
@@ -12,7 +12,7 @@ TEMPORARY = Path("/tmp")
 
 @contextlib.contextmanager
 def short_folder() -> Iterator[Path]:
-    """A new folder with a short path, for Ray's sockets too: their paths have at most 107 bytes."""
+    """A new folder with a path short enough for Ray's sockets, whose paths have at most 107 bytes."""
     folder = Path(tempfile.mkdtemp(prefix="h", dir=TEMPORARY))
     try:
         yield folder

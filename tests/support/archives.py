@@ -1,4 +1,4 @@
-"""Tar archives built block by block, for what ``tarfile`` would not write; and webdataset's reading of them."""
+"""Tar archives built block by block, such as ``tarfile`` would not write, and their samples by webdataset."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ SUFFIXES = [b"jpg", b"JPG", b"cls", b"json", b"seg.png", b"Seg.PNG", b"", b"v2_3
 SUFFIXES += [b"__bad__", b"__url__", b"__local_path__", b"pyd", "ÉÄ".encode(), b"j\np", b"jpg/"]
 FOLDERS = [b"", b"", b"", b"./", b"/", b"../", b"dir/", b"dir.x/", b"__m__/", b".git/", b"d\n/"]
 
-# One choice per name, not three: hypothesis' choices are what such a test spends its time on.
+# One choice per name, not three: such a test spends its time on hypothesis' choices.
 names = st.one_of(
     st.sampled_from([b"%b%b.%b" % choice for choice in product(FOLDERS, PARTS, SUFFIXES)]),
     st.sampled_from([b"%b%b" % choice for choice in product(FOLDERS, PARTS)]),
@@ -103,7 +103,7 @@ ODD_FIELDS = {
     "mtime": [base256(-5, 12), b" " * 12, b"14231234567 "],
     "device": [b"0000000\0" * 2, b"000000 \0" * 2, b"    \0\0\0\0" * 2],
 }
-# Up to four of them are odd; of two choices of one field the last counts.
+# Up to four fields are odd; if a field is chosen twice, the last choice counts.
 odd_fields = st.lists(
     st.sampled_from([(name, value) for name, values in ODD_FIELDS.items() for value in values]),
     max_size=4,

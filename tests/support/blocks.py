@@ -1,4 +1,4 @@
-"""Blocks both of whose hops are sampled from a candidate table."""
+"""Blocks whose two hops are both sampled from a candidate table."""
 
 from __future__ import annotations
 
@@ -16,5 +16,5 @@ def sampled_block(
 
 
 def first_of(block: BlockIds) -> np.ndarray:
-    """[B, F] into V, the seeds' candidates; -1 = none."""
+    """The seeds' candidates [B, F], as indices into V; -1: none."""
     return np.append(block.first_U, -1)[block.row_of_BF]

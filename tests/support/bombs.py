@@ -1,4 +1,4 @@
-"""Decompression bombs: small files that a decoder must refuse, or read, without using much memory or time."""
+"""Decompression bombs: small files that a decoder must refuse or read without much memory or time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GIGA = 1 << 29
 
 
 def saved(kind: str, high: int = 24, wide: int = 24, **options: object) -> bytes:
-    """A small valid image of a kind."""
+    """A small valid image of a format."""
     rows = np.arange(high * wide * 3, dtype=np.uint8).reshape(high, wide, 3)
     file = io.BytesIO()
     Image.fromarray(rows).save(file, kind, **options)

@@ -25,7 +25,7 @@ needs_namespaces = pytest.mark.skipif(
 
 
 def make_version(root: Path, parts: int) -> GraphVersion:
-    """A graph with holes in its table and partitions unrelated to the order of ids."""
+    """A graph with empty cells in its table, and partitions unrelated to the order of ids."""
     rng = np.random.default_rng(0)
     table = rng.permuted(np.tile(np.arange(N), (N, 1)), axis=1)[:, :M].astype(np.int32)
     table[rng.random((N, M)) < 0.1] = -1

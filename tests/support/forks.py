@@ -1,4 +1,4 @@
-"""Processes with the libraries preloaded: forks of a server that has imported them once.
+"""Processes with the libraries preloaded: forks of a server that has already imported them.
 
 A rank that starts an interpreter spends 3 s of CPU time on importing torch and 2 to 3 s on the imports
 of its first optimizer step. For the several hundred ranks of a test run that adds up to half an hour. A

@@ -1,4 +1,4 @@
-"""Checkpoint saves on a small file system that fills up, then turns read-only, then has space again.
+"""Checkpoint saves on a small file system that fills up, becomes read-only, and has space again.
 
 Run in a separate mount namespace, as root: python tests/support/full_disk.py FOLDER; prints JSON.
 """

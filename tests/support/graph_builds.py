@@ -54,9 +54,9 @@ def projection(context: Context) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
 
 
 def slow_second_rank(run: Path, folder: Path) -> dict[str, Any]:
-    """Build on two ranks, one much slower, with barriers that don't block.
+    """Build on two ranks, one of which is much slower, with barriers that don't block.
 
-    Returns the version's files, and which parts this rank has cut.
+    Returns the version's files, and the parts that this rank has cut.
     """
     ranks = Ranks.from_environment()
     context = contexts(run, folder, ranks)
@@ -82,7 +82,7 @@ def slow_second_rank(run: Path, folder: Path) -> dict[str, Any]:
 
 
 def main(run: Path, folder: Path, die_after: int) -> None:
-    """Build in a process that sends itself SIGKILL after so many work units (0: never); print JSON."""
+    """Build in a process that sends itself SIGKILL after ``die_after`` work units (0: never); print JSON."""
     context = contexts(run, folder, Ranks())
     embedded = units = 0
     project = projection(context)

@@ -30,12 +30,12 @@ def start(
 
     Args:
         members: the hosts.
-        arguments: of the program.
-        port: of rank 0's store.
+        arguments: for the program.
+        port: for rank 0's store.
         own: further environment variables by rank.
         extra: further arguments by rank.
-        before: called with each rank's number in its process, before the program: what a host is like.
-        more: further environment variables.
+        before: called in each rank's process with its number, before the program; sets up what is special there.
+        more: further environment variables for all.
     """
     return [
         host.fork(
@@ -48,7 +48,7 @@ def start(
 
 
 def environment(members: Sequence[Host], rank: int, port: int = PORT) -> dict[str, str]:
-    """The variables of a rank, as a launcher sets them."""
+    """The environment variables of a rank, as a launcher sets them."""
     return runs.environment(
         RANK=str(rank),
         LOCAL_RANK="0",
@@ -59,7 +59,7 @@ def environment(members: Sequence[Host], rank: int, port: int = PORT) -> dict[st
 
 
 def finish(ranks: Sequence[Fork], seconds: float = 300) -> list[tuple[int, str]]:
-    """Exit code and output of each rank; none outlives this call."""
+    """Exit code and output of each rank; no rank outlives this call."""
     try:
         return [runs.finish(rank, seconds) for rank in ranks]
     finally:
@@ -77,7 +77,7 @@ def call(
 ) -> list[Outcome]:
     """The outcomes of ``case(*arguments)`` in a group of one rank on each host (``rank_group.launch``).
 
-    ``folder``: a new one that all hosts see, for arguments and results.
+    ``folder``: a new folder that all hosts see, for arguments and results.
     """
     folder.mkdir()
     job = (case.__module__, case.__name__, arguments, timeout_s)
@@ -98,7 +98,7 @@ def call(
 
 
 def micro(run_dir: Path, *overrides: str) -> list[str]:
-    """Arguments of a small whole run."""
+    """Arguments of a small complete run."""
     return ["--config", "demo", *runs.MICRO, f"run.dir={run_dir}", *overrides]
 
 

@@ -1,6 +1,6 @@
 """Hosts on one machine, for tests as root: each with its own network, processes, mounts, name and IPC.
 
-A host is a set of Linux namespaces that lives as long as a pipe is open: its process 1 waits for the
+A host is a set of Linux namespaces that exists as long as a pipe is open: its process 1 waits for the
 end of its stdin. When the test ends, raises or is killed by SIGKILL, the pipe closes, and the kernel
 ends every process of the host, unmounts its file systems and removes its network interfaces::
 
@@ -11,7 +11,7 @@ ends every process of the host, unmounts its file systems and removes its networ
         b.mend()
 
 Each host has its own /tmp and /dev/shm. Of the machine's /tmp it sees the checkout, the interpreter's
-environment and the folders in ``keep``. Signals for what a host has started go to its whole session:
+environment and the folders in ``keep``. Send signals for what a host has started to its whole session:
 ``os.killpg(process.pid, ...)``.
 """
 
@@ -35,10 +35,10 @@ from tests.support import REPOSITORY, TEMPORARY, short_folder
 from tests.support.forks import Fork
 
 NAMES = "abcdefgh"
-NAMESPACES = ("ipc", "uts", "net", "pid", "mnt")  # the mounts last: /proc is then the host's
+NAMESPACES = ("ipc", "uts", "net", "pid", "mnt")  # mounts last: from then on /proc is the host's
 UNSHARE = ["unshare", "--net", "--mount", "--uts", "--ipc", "--pid", "--fork", "--mount-proc",
            "--kill-child"]  # fmt: skip
-# Ignoring SIGCHLD reaps orphans.
+# With SIGCHLD ignored, orphans are reaped.
 INIT = (
     "import os, signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN); os.write(1, b'up\\n')\n"
     "while os.read(0, 4096): pass"
@@ -47,7 +47,7 @@ INIT = (
 
 @functools.cache
 def missing(*programs: str) -> str:
-    """Why there can be no hosts here; empty if there can. ``programs``: needed besides."""
+    """Why there can be no hosts here; empty if there can. ``programs`` are needed in addition."""
     if sys.platform != "linux" or os.geteuid() != 0:
         return "hosts are Linux namespaces, which only root can create"
     for program in ("unshare", "nsenter", "ip", "mount", *programs):
@@ -66,10 +66,10 @@ def needed(*programs: str) -> pytest.MarkDecorator:
 
 
 class Host:
-    """One host; ``network`` makes them.
+    """One host, created by ``network``.
 
     Attributes:
-        name: its host name.
+        name: the host name.
         address: on the private network; empty for the switch.
     """
 
@@ -143,7 +143,7 @@ class Host:
         return Fork(_inside, inside, environment, Path("/"), output)
 
     def cut(self) -> None:
-        """The network swallows everything from and to this host, which sees no change itself."""
+        """Let the network drop everything from and to this host, which sees no change itself."""
         self._connect("nomaster")
 
     def mend(self) -> None:
@@ -155,7 +155,7 @@ class Host:
         self.switch.shell(f"ip link set {self.port} {how}")
 
     def down(self) -> None:
-        """This host's own interface is down: its processes get errors at once."""
+        """Take this host's own interface down: its processes get errors at once."""
         self.shell("ip link set eth0 down")
 
     def up(self) -> None:
@@ -171,7 +171,7 @@ class Host:
         self.shell(f"mount -t tmpfs -o size={size} tmpfs {at}")
 
     def resolve(self, names: dict[str, str]) -> None:
-        """The addresses by host name that this host finds in its /etc/hosts."""
+        """Set the addresses, by host name, that this host finds in its /etc/hosts."""
         text = "".join(f"{address} {name}\n" for name, address in names.items())
         path = f"{TEMPORARY}/.hosts-{self.name}"
         self.shell(
@@ -197,7 +197,7 @@ def network(count: int, keep: Iterable[Path] = ()) -> Iterator[tuple[Host, ...]]
 
     Args:
         count: of hosts; at most 8.
-        keep: folders under /tmp that they share with this machine.
+        keep: folders under /tmp that the hosts share with this machine.
     """
     seen = [REPOSITORY, Path(sys.prefix), Path(sys.base_prefix), *keep]
     if data := os.environ.get("CNN2GNN_DATA"):
@@ -211,7 +211,7 @@ def network(count: int, keep: Iterable[Path] = ()) -> Iterator[tuple[Host, ...]]
             host = Host(f"node-{NAMES[number]}", f"10.77.0.{number + 1}", seen)
             stack.callback(host.end)
             host.switch, host.port = switch, f"p{number}"
-            # Both ends are created inside: neither is ever among this machine's interfaces.
+            # Both ends are created inside, so neither is ever among this machine's interfaces.
             command = f"ip link add eth0 netns {host.pid} type veth peer name {host.port} netns {switch.pid}"
             subprocess.run(command.split(), check=True)
             switch.shell(f"ip link set {host.port} master br0; ip link set {host.port} up")
@@ -227,16 +227,16 @@ def share(
 ) -> None:
     """Serve ``folder`` to each of these hosts at ``at``, as a file server would to its clients.
 
-    Each client has a page cache of its own, that the others' writes don't change: as under NFS,
-    pages are asked for again only when a file is opened after its size or time has changed
+    Each client has its own page cache, which others' writes don't change: as under NFS, pages are
+    requested again only when a file is opened after its size or time has changed
     (close-to-open). Needs bindfs.
 
     Args:
         folder: of this machine; created.
         at: created; the same path in every host.
         hosts: the clients.
-        cached_s: seconds for which a client caches names, absent ones too, and attributes.
-        reopened: whether opening a file again shows others' writes; else a page once seen stays.
+        cached_s: seconds for which a client caches names, including absent ones, and attributes.
+        reopened: whether reopening a file shows others' writes; otherwise a page once seen stays.
     """
     for path in (folder, at):
         path.mkdir(parents=True, exist_ok=True)
@@ -254,7 +254,7 @@ def listening(host: Host) -> set[str]:
     for line in host.shell("cat /proc/net/tcp /proc/net/tcp6").splitlines():
         words = line.split()
         if len(words) > 3 and words[3] == "0A":
-            digits = words[1].partition(":")[0][-8:]  # an IPv4 address through IPv6 ends with it
+            digits = words[1].partition(":")[0][-8:]  # an IPv4-mapped address ends with the IPv4 one
             mapped = len(words[1].partition(":")[0]) == 8 or "FFFF0000" in words[1]
             address = ".".join(str(int(digits[at : at + 2], 16)) for at in (6, 4, 2, 0))
             found.add(address if mapped else words[1])
@@ -262,7 +262,7 @@ def listening(host: Host) -> set[str]:
 
 
 def end_family(process: subprocess.Popen[str] | Fork) -> None:
-    """Kill a started process with all that it has started in its session."""
+    """Kill a process and everything that it has started in its session."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -306,7 +306,7 @@ def _inside(
     if child == 0:
         return job(*arguments) or 0
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)  # sent to the group: the child's answer counts
+        signal.signal(number, signal.SIG_IGN)  # the whole group gets it: the child's reaction counts
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if code < 0:
         if -code != signal.SIGKILL:

@@ -1,4 +1,4 @@
-"""JPEG files of every kind that the partial decoder reads, or must leave to the full one."""
+"""JPEG files of every kind that the partial decoder reads or must leave to the full one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.shards import encode_image
 
 
 def textured(high: int, wide: int, seed: int = 0) -> np.ndarray:
-    """Sharp edges and noise in all colors: chroma at a cut must be correct to look correct."""
+    """Sharp edges and noise in all colors, so that wrong chroma at a cut shows."""
     rng = np.random.default_rng(seed)
     noise = rng.integers(0, 256, (high, wide, 3))
     blocks = rng.integers(0, 256, (high // 7 + 1, wide // 5 + 1, 3)).repeat(7, 0).repeat(5, 1)
@@ -27,7 +27,7 @@ def by_pillow(image: np.ndarray, **options: object) -> bytes:
 
 
 def with_exif(image: np.ndarray) -> bytes:
-    """Rotated by EXIF, with a thumbnail that is itself a JPEG."""
+    """With an EXIF rotation, and a thumbnail that is itself a JPEG."""
     exif = Image.Exif()
     exif[0x0112] = 6
     exif[0x010E] = "\u00e9" * 300

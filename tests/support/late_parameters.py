@@ -1,4 +1,4 @@
-"""Parameters that get gradients late, under the engine and in plain torch; run on every rank."""
+"""Parameters that get gradients late, under the engine and in plain torch; each case runs on every rank."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def late_engine(stage: int, decay: float = 0.0) -> Engine:
 
 
 def late_start(stage: int, late_from: int) -> dict[str, Tensor]:
-    """Weights of late parameters over steps that follow 1,500 steps without gradients."""
+    """Weights of late parameters over the steps after 1,500 steps without gradients."""
     engine = late_engine(stage)
     tensors, _ = named_state.pull(engine, lambda name: True)
     tensors = {n: t for rank in collectives.all_gather_object(tensors) for n, t in rank.items()}
@@ -99,7 +99,7 @@ def late_in_torch() -> dict[str, Tensor]:
 
 
 def not_yet(stage: int) -> bool:
-    """Late parameters that have not started keep their weights, decay included."""
+    """Late parameters that have not started keep their weights: no weight decay either."""
     engine = late_engine(stage, tiny.WEIGHT_DECAY)
     images, labels = tiny.share(0)
     engine.backward(F.cross_entropy(engine(images), labels))

@@ -1,7 +1,7 @@
 """Imports preloaded in forked processes: the libraries, and the modules of the package that a run imports.
 
-What is missing here, every rank of every test imports itself: without deepspeed, its Muon (which brings torch's
-compiler), scikit-learn and pandas, half of a small run's processor time was spent on imports.
+What is missing here is imported by every rank of every test: without deepspeed, its Muon (which imports
+torch's compiler), scikit-learn and pandas, imports took half of a small run's processor time.
 """
 
 import gc
@@ -9,7 +9,7 @@ import importlib
 
 from cnn2gnn_dist import compat
 
-compat.import_timm()  # provides the layers of the stem and the teacher
+compat.import_timm()  # has the layers of stem and teacher
 for _name in (
     "cnn2gnn_dist.launcher",
     "cnn2gnn_dist.stages.evaluate",

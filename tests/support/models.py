@@ -47,7 +47,7 @@ def pictures(count: int, seed: int = 0) -> np.ndarray:
 
 
 def random_weights(made: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Weights of a student whose graph has its say (its gates start at 0 otherwise)."""
+    """Weights of a student whose graph has an effect (its gates would start at 0)."""
     torch.manual_seed(seed)
     student = network.build(made)
     with torch.no_grad():
@@ -55,7 +55,7 @@ def random_weights(made: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor]:
             if "gate" in name:
                 value.fill_(0.7)
         student.train()
-        for _ in range(4):  # BatchNorm's statistics
+        for _ in range(4):  # for BatchNorm's statistics
             student.embed(torch.from_numpy(pictures(32, seed=1)))
     return {name: value.contiguous() for name, value in student.state_dict().items()}
 
@@ -104,7 +104,7 @@ def write_model(
 
 
 def calibrate(folder, count=60):
-    """Give a model calibration images: labels are its own answers, most of the time."""
+    """Give a model calibration images, most of whose labels are the model's own answers."""
     model = Classifier.open(folder, device="cpu")
     out = model.network(pictures(count, seed=3), model.memory)
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""Python with mounts of its own: a test's small or read-only file system is there for it alone."""
+"""Python in its own mount namespace: a test's small or read-only file system exists for it alone."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ needed = pytest.mark.skipif(
     os.geteuid() != 0 or shutil.which("unshare") is None,
     reason="a file system of one's own wants a mount namespace (root, unshare)",
 )
-"""Skips tests where there can be none."""
+"""Skips tests where no mount namespace can be created."""
 
 
 def run(*arguments: str) -> Any:
-    """Run Python with these arguments; return what its last line says, as JSON."""
+    """Run Python with these arguments; return its last line, parsed as JSON."""
     done = subprocess.run(
         ["unshare", "--mount", sys.executable, *arguments],
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},

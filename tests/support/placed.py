@@ -1,4 +1,6 @@
-"""A Ray of four nodes on loopback, and where ranks and readers land on it; a program, because a process has one Ray.
+"""A Ray cluster of four nodes on loopback, and where ranks and readers land on it.
+
+A program of its own, because a process can have only one Ray:
 
 python -m tests.support.placed FOLDER       prints one line of JSON
 """
@@ -33,7 +35,7 @@ def where(ranks: Ranks) -> tuple[str, int, str]:
 
 
 def where_again(ranks: Ranks, folder: str) -> tuple[str, str]:
-    """Node of a rank before and after rank 1 has died once."""
+    """Nodes of a rank before and after rank 1 has died once."""
     node = where(ranks)[0]
     note = Path(folder, f"rank-{ranks.rank}")
     if not note.exists():
@@ -56,7 +58,7 @@ def where_with_fewer(ranks: Ranks, folder: str) -> tuple[str, int, int]:
 
 
 def with_fewer(folder: Path, cluster: Any, trainers: list[Any]) -> dict[str, Any]:
-    """A group of two on two nodes, one of which ends for good and takes its rank with it."""
+    """A group of two ranks on two nodes, one of which ends for good and takes its rank with it."""
     from cnn2gnn_dist.runtime.ray.group import GroupSpec, run_group
 
     lost: list[str] = []
@@ -79,7 +81,7 @@ def with_fewer(folder: Path, cluster: Any, trainers: list[Any]) -> dict[str, Any
 
 
 def readers(folder: Path, resources: dict[str, float]) -> list[str]:
-    """Nodes of two readers that have read."""
+    """Nodes of two readers that have read something."""
     from cnn2gnn_dist.data.images.views import CLEAN, ViewSpec
     from cnn2gnn_dist.data.index.manifest import index
     from cnn2gnn_dist.data.reading.pool import ReaderPool
@@ -95,7 +97,7 @@ def readers(folder: Path, resources: dict[str, float]) -> list[str]:
 
 
 def no_room(spec: Any) -> None:
-    """Ask for more than there is, without patience."""
+    """Ask for more than there is, with short timeouts."""
     from cnn2gnn_dist.runtime.ray import group as ray_group
 
     ray_group.READY_SECONDS = ray_group.FEWER_SECONDS = 2.0
@@ -117,7 +119,7 @@ def main(folder: Path) -> None:
     from cnn2gnn_dist.runtime.ray import nodes as ray_nodes
     from cnn2gnn_dist.runtime.ray.group import GroupSpec, run_group
 
-    # Else Ray takes the machine's address for 127.0.0.1, where nothing listens.
+    # Otherwise Ray replaces 127.0.0.1 by the machine's address, where nothing listens.
     services.resolve_ip_for_localhost = lambda address, *_: address
     here = {"node_ip_address": "127.0.0.1"}
     head = {"num_cpus": 0, "include_dashboard": False, **here}

@@ -1,4 +1,4 @@
-"""Work for the actors of ``runtime/ray/pool.py``: some of it kills the process that does it."""
+"""Work for the actors of ``runtime/ray/pool.py``, some of which kills the process that does it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cnn2gnn_dist.errors import UserError
 
 
 def squaring(notes: Path, refuse: int | None = None) -> Callable[[int], int]:
-    """Squares; a number divisible by 3 kills its process once, by 7 always; each call is noted."""
+    """Squares numbers; one divisible by 3 kills its process once, by 7 always; each call is recorded."""
 
     def square(number: int) -> int:
         if number == refuse:

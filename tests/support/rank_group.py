@@ -1,7 +1,7 @@
 """Run a test's function in several processes that form one gloo group on loopback.
 
-A case is a module-level function, passed by name and not pickled, so every rank imports its module
-afresh. Ranks receive pickled arguments and return a pickled value through files.
+A case is a module-level function, passed by name rather than pickled, so that every rank imports its
+module. Ranks get pickled arguments and return a pickled value through files.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def launch(
     timeout: float = 180,
     group_timeout_s: float = GROUP_TIMEOUT_S,
 ) -> list[Outcome]:
-    """Like ``run``, but accept any outcome of the ranks; none outlives this call."""
+    """Like ``run``, but accept any outcome of the ranks; no rank outlives this call."""
     port = free_port()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -67,7 +67,7 @@ def launch(
         ranks = [_start(folder, rank, world_size, port) for rank in range(world_size)]
         try:
             deadline = time.monotonic() + timeout
-            with contextlib.suppress(subprocess.TimeoutExpired):  # killed below: exit code -9
+            with contextlib.suppress(subprocess.TimeoutExpired):  # killed below, exit code -9
                 for process in ranks:
                     process.wait(max(deadline - time.monotonic(), 0.1))
         finally:

@@ -1,4 +1,4 @@
-"""A Ray of several hosts that are namespaces (``tests.support.hosts``): a head on the first, a worker on each other."""
+"""A Ray cluster on hosts that are namespaces (``tests.support.hosts``): a head on the first, workers on the others."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ PORT = 6379
 
 
 class RayHosts:
-    """A cluster as one that somebody has started.
+    """A cluster as if a user had started it.
 
     Attributes:
-        environment: of its processes and of a driver, with the cluster's token.
-        nodes: the process of each host's node.
+        environment: for its processes and a driver, with the cluster's token.
+        nodes: the process of the node on each host.
     """
 
     def __init__(self, members: Sequence[Host], folder: Path) -> None:
@@ -38,7 +38,7 @@ class RayHosts:
         self.nodes: list[subprocess.Popen[str]] = []
 
     def start(self, cpus: Sequence[int]) -> None:
-        """Start the nodes, with so many CPUs on each host."""
+        """Start the nodes, with this many CPUs on each host."""
         for host, count in zip(self.members, cpus, strict=True):
             head = ["--head", "--port", str(PORT), "--include-dashboard=false"]
             role = head if host is self.members[0] else ["--address", self.address]
@@ -49,7 +49,7 @@ class RayHosts:
             read_until(node, "Ray runtime started")
 
     def run(self, *arguments: str) -> subprocess.Popen[str]:
-        """Start ``cnn2gnn run`` on the first host, on this cluster."""
+        """Start ``cnn2gnn run`` on this cluster, from the first host."""
         command = [str(BIN / "python"), "-m", "cnn2gnn_dist", "run", *arguments]
         command += [f"cluster.address={self.address}"]
         return self.members[0].start(command, self.environment)
@@ -57,7 +57,7 @@ class RayHosts:
 
 @contextlib.contextmanager
 def started(members: Sequence[Host], folder: Path, cpus: Sequence[int]) -> Iterator[RayHosts]:
-    """A Ray on these hosts; ``folder``: one that they share. It ends with the hosts at the latest."""
+    """A Ray cluster on these hosts, which share ``folder``. It ends with the hosts at the latest."""
     cluster = RayHosts(members, folder)
     try:
         cluster.start(cpus)

@@ -1,4 +1,4 @@
-"""What a pool of readers reads ahead, whatever its backend."""
+"""How far a pool of readers reads ahead, whatever its backend."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def assert_read_ahead_is_the_prefetch(
     folder: Path,
     settle: Callable[[ReaderPool], None],
 ) -> None:
-    """Take batch after batch; each time, exactly ``prefetch`` more have been asked for and read.
+    """Take batch after batch; assert that each time exactly ``prefetch`` more have been requested and read.
 
     ``folder`` gets a file from the readers for each request, named by its view: 0, 1, 2, …. ``settle``
-    returns when all that was asked has been read, as with a slow trainer.
+    returns when everything that was requested has been read, as under a slow trainer.
     """
     taken = 0
 

@@ -50,7 +50,7 @@ def main() -> None:
             listening = [address for child in children for address in _listening(child)]
             if job["signal"] is not None:
                 os.kill(driver.pid, job["signal"])
-            driver.stdin.close()  # what is listed above was alive: a driver waits for this before it ends
+            driver.stdin.close()  # a driver waits for this before it ends: what is listed above was alive
     code = driver.wait()
     left = _left(job["seconds"])
     result = {"code": code, "output": "".join(seen), "started": started, "left": left}
@@ -63,7 +63,7 @@ def _left(seconds: float) -> list[str]:
     """Names of the processes still alive after ``seconds``, which are then killed."""
     deadline = time.monotonic() + seconds
     while True:
-        with contextlib.suppress(ChildProcessError):  # reap as init does, else zombies remain
+        with contextlib.suppress(ChildProcessError):  # reap as init does, or zombies remain
             while os.waitpid(-1, os.WNOHANG) != (0, 0):
                 pass
         children = psutil.Process().children(recursive=True)

@@ -1,4 +1,4 @@
-"""A plain, slow reference implementation of the order, written from the design; fast code must match it."""
+"""A plain, slow reference implementation of the order, written from the design, that the fast code must match."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Carry out the remedies in error messages literally.
+"""Carry out the remedies in error messages as they are written.
 
 A remedy may contain commands (`` `cnn2gnn index` ``), options (``--update``) and overrides
 (``run.dir=…``, ``graph.partition.parts=2``): each is a separate alternative. A command is run with the
@@ -31,7 +31,7 @@ class Row:
     """An error and the alternatives of its remedy.
 
     Attributes:
-        name: name of the row.
+        name: of the row.
         provoke: sets up, in an empty folder, a situation in which the returned command (the arguments
             after ``cnn2gnn``, with config and overrides last) fails.
         says: a part of the error message.

@@ -12,7 +12,7 @@ MODELS = ("teacher", "student", "self_path", "vote", "control_mlp")
 
 
 class Page(HTMLParser):
-    """Tables as lists of rows of text, bold cells, images, everything that links elsewhere."""
+    """Tables as lists of rows of text, bold cells, images, and everything that links elsewhere."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Small complete runs for tests: the digits through every engine in well under a minute."""
+"""Small complete runs for tests: the digits, under every launcher, in well under a minute."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FORKED = "forked ranks"
 MICRO = [
     "data.limit=400",
     "data.shard_size=64",
-    "precision=float32",  # the same everywhere; the exported model answers in float32 too
+    "precision=float32",  # the same on every machine, and as the exported model answers
     "data.calibration=0",  # the tests count steps and images
     "views.size=16",
     "views.pad=1",
@@ -64,11 +64,11 @@ OUTPUTS = (
 
 
 SHARED_CORES = {"RAY_worker_niceness": "0"}
-"""For a Ray beside other tests: else its workers yield to all of them, and give up when they start too late."""
+"""For a Ray next to other tests: otherwise its workers yield to all of them, and give up if they start too late."""
 
 
 def environment(**more: str) -> dict[str, str]:
-    """An environment with one thread per rank and no variables of an outer launcher or cluster."""
+    """An environment with one thread per rank and without variables of an outer launcher or cluster."""
     env = {
         k: v for k, v in os.environ.items() if not re.match(r"RANK|WORLD_SIZE|LOCAL_RANK|RAY_", k)
     }
@@ -85,7 +85,7 @@ def ray_environment() -> dict[str, str]:
 
 
 def bare_environment(home: Path) -> dict[str, str]:
-    """A user's shell environment: its own path and home, and nothing else set by tests or launchers."""
+    """A user's shell environment: a path and a home, and nothing that tests or launchers set."""
     home.mkdir(exist_ok=True)
     path = f"{BIN}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
     return {"PATH": path, "HOME": str(home), "PYTHONPATH": str(REPOSITORY), **SHARED_CORES}
@@ -127,10 +127,10 @@ def finish(process: subprocess.Popen[str] | Fork, seconds: float = 600) -> tuple
 
 
 def launch(run_dir: Path, *overrides: str, ranks: int = 2) -> list[str]:
-    """Command for ``start`` of a run on so many ranks, forked with the libraries preloaded.
+    """Command for ``start`` of a run on this many ranks, forked with the libraries preloaded.
 
-    The ranks are started, monitored and stopped as by torchrun, without the import time of torchrun
-    and of each rank.
+    The ranks are started, monitored and stopped as by torchrun, without the time that torchrun and each
+    rank would spend on imports.
     """
     return [FORKED, str(ranks), "--config", "demo", *MICRO, f"run.dir={run_dir}", *overrides]
 
@@ -146,7 +146,7 @@ def torchrun(run_dir: Path, *overrides: str, ranks: int = 2) -> list[str]:
 
 
 def alone(*arguments: str) -> tuple[int, str]:
-    """Exit code and output of launch/train.py as a single process, forked as by ``launch``."""
+    """Exit code and output of launch/train.py as a single process, forked as in ``launch``."""
     return finish(Fork(_train, (list(arguments),), environment(), REPOSITORY))
 
 
@@ -156,7 +156,7 @@ def cnn2gnn(*arguments: str, **environ: str) -> Fork:
 
 
 def copy_before(run: Path, copy: Path, stage: str) -> None:
-    """Copy what a finished run had when this stage began: what the other stages made stays complete."""
+    """Copy a finished run as it was when this stage began: the results of the stages before it stay complete."""
     left_out = OUTPUTS[OUTPUTS.index(stage) :]
 
     def of_later_stages(folder: str, names: list[str]) -> list[str]:
@@ -208,8 +208,8 @@ def scores(run_dir: Path) -> dict[str, tuple[float, float]]:
 
 
 def trail(run_dir: Path, stages: tuple[str, ...] = ("teacher", "student", "control")) -> dict:
-    """Results that must be bit-identical however often a run was killed: the metrics lines of each
-    training (without times and memory), and its last weights, moments and buffers.
+    """Results that must be bit-identical however often a run was killed: the metrics lines of each training
+    (without times and memory), and its last weights, moments and buffers.
     """
     return {stage: (lines(run_dir / stage), weights(run_dir / stage)) for stage in stages}
 

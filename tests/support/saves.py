@@ -1,4 +1,4 @@
-"""Checkpoints of a tiny training, shared by the tests of saving and of its failures."""
+"""Checkpoints of a tiny training, shared by the tests of saving and of failing saves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Real servers on the loopback: HTTP with byte ranges and faults on demand, and S3 (moto)."""
+"""Real servers on loopback: HTTP with byte ranges and faults on demand, and S3 (moto)."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Served:
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
-    """Answers from the folder of ``served``, with the faults that it asks for."""
+    """Answers from the folder of ``served``, with the faults that it specifies."""
 
     protocol_version = "HTTP/1.1"
     served: Served
@@ -99,7 +99,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             data = data[: len(data) // 2]
             self.close_connection = True
         with served.lock:
-            # Counted first: the client may check as soon as it has the last byte.
+            # Counted before sending: the client may check as soon as it has the last byte.
             served.sent += len(data)
         with contextlib.suppress(OSError):
             if fault == "drip":

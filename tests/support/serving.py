@@ -42,7 +42,7 @@ def served_model(folder: Path, scope: str = "dataset") -> Path:
 
 
 def encoded(count: int, seed: int = 0, suffix: str = "png") -> list[bytes]:
-    """Encoded images; of seed 0 the first 40 are in the memory (as JPEGs)."""
+    """Encoded images; with seed 0, the first 40 are in the memory (as JPEGs)."""
     return [encode_image(image, suffix) for image in pictures(count, seed)]
 
 

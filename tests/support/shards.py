@@ -17,9 +17,9 @@ from tests.support import REPOSITORY
 
 
 def data_dir(name: str) -> Path:
-    """Folder of a real data set ('cifar10', 'mini-imagenet', 'imagenet-sample'); skips without it.
+    """Folder of a real data set ('cifar10', 'mini-imagenet', 'imagenet-sample'); skips the test without it.
 
-    The folder is searched in $CNN2GNN_DATA, else in ../shared/data beside the repository.
+    It is looked for in $CNN2GNN_DATA, or else in ../shared/data next to the repository.
     """
     beside = REPOSITORY.parent / "shared" / "data"
     folder = Path(os.environ.get("CNN2GNN_DATA") or beside) / name
@@ -84,11 +84,11 @@ def make_shards(
 
 @pytest.fixture
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is cached for this user lies in the test's own folder: ``pytest.mark.usefixtures("own_cache")``."""
+    """Keep this user's cache in the test's own folder: ``pytest.mark.usefixtures("own_cache")``."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 def shard_pattern(folder: Path, images: Any, labels: Any) -> str:
-    """Write shards of nine samples; the pattern that names them."""
+    """Write shards of nine samples each; return the pattern that names them."""
     make_shards(folder, images, labels, shard_size=9)
     return str(folder / "shard-*.tar")

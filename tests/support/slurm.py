@@ -1,4 +1,4 @@
-"""A real Slurm on hosts that are namespaces (``tests.support.hosts``): Debian's daemons, which end with their hosts."""
+"""A real Slurm on hosts that are namespaces (``tests.support.hosts``): Debian's daemons, ending with their hosts."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ export SLURM_CONF={config}
 
 
 class Slurm:
-    """Jobs of a cluster whose controller is on the first host."""
+    """Jobs on a cluster whose controller is on the first host."""
 
     def __init__(self, folder: Path, hosts: Sequence[Host]) -> None:
         self.folder, self.hosts = folder, hosts
         self.environment = environment(SLURM_CONF=str(folder / "slurm.conf"), HOME="/tmp/home")
 
     def ask(self, *command: str, **more: str) -> str:
-        """Output of a command of Slurm's on the first host, in ``folder``."""
+        """Output of a Slurm command on the first host, in ``folder``."""
         done = subprocess.run(
             self.hosts[0].enter(command, self.folder),
             env=self.environment | more,
@@ -71,7 +71,7 @@ class Slurm:
     def submit(
         self, script: Path, *arguments: str, options: Sequence[str] = (), **more: str
     ) -> str:
-        """Number of a new job."""
+        """Submit a job; return its number."""
         return self.ask("sbatch", "--parsable", *options, str(script), *arguments, **more)
 
     def state(self, job: str) -> dict[str, str]:
@@ -96,7 +96,7 @@ class Slurm:
 
 @contextlib.contextmanager
 def started(folder: Path, hosts: Sequence[Host]) -> Iterator[Slurm]:
-    """Slurm on these hosts, two tasks on each; ``folder``: what they share."""
+    """Slurm on these hosts, with two tasks on each; they share ``folder``."""
     key, config = folder / "munge.key", folder / "slurm.conf"
     key.write_bytes(os.urandom(128))
     nodes = (f"NodeName={h.name} NodeAddr={h.address} CPUs=2 RealMemory=1000" for h in hosts)

@@ -1,4 +1,4 @@
-"""A store on the loopback for tests of ``run.storage``, and what they do to it."""
+"""A store on loopback for tests of ``run.storage``, and what they do to it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BUCKET = "runs"
 
 
 def s3_access(endpoint: str) -> dict[str, str]:
-    """The environment with which s3fs finds a server."""
+    """The environment variables by which s3fs finds a server."""
     return {
         "AWS_ACCESS_KEY_ID": "a",
         "AWS_SECRET_ACCESS_KEY": "b",
@@ -29,7 +29,7 @@ def s3_access(endpoint: str) -> dict[str, str]:
 
 @contextlib.contextmanager
 def s3_bucket() -> Iterator[Any]:
-    """An fsspec file system with an empty bucket; this process and its children find it by its URL."""
+    """An fsspec file system with an empty bucket, which this process and its children find by its URL."""
     import fsspec
 
     before = dict(os.environ)
@@ -48,7 +48,7 @@ def s3_bucket() -> Iterator[Any]:
 
 
 def sources(contents: dict[str, bytes]) -> dict[str, tuple[int, str, bytes]]:
-    """Contents as ``Store.put`` takes them."""
+    """Contents in the form that ``Store.put`` takes."""
     import hashlib
 
     return {n: (len(data), hashlib.sha256(data).hexdigest(), data) for n, data in contents.items()}
@@ -64,7 +64,7 @@ def record_files(fs: Any, url: str, unit: str) -> list[str]:
 
 
 def put_and_die(url: str, unit: str, contents: dict[str, bytes], requests: int) -> int:
-    """Write a unit into a store, in a process that SIGKILL ends before request number ``requests``."""
+    """Write a unit into a store, in a process that sends itself SIGKILL before request number ``requests``."""
     left = iter(range(requests))
     send, remove = RemoteFiles.send, RemoteFiles.remove
 

@@ -1,4 +1,4 @@
-"""A small driver of a stream, for tests of how it ends: python streaming.py MANIFEST BACKEND END."""
+"""A small driver of a stream, for tests of how it ends: python stream_driver.py MANIFEST BACKEND END."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ENOUGH = 6
 def main() -> None:
     """Read forever, or until the requested end."""
     manifest, backend, end = sys.argv[1:]
-    # A shell that starts the tests in the background has SIGINT ignored, and children inherit it.
+    # A shell that starts the tests in the background ignores SIGINT, which children inherit.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if backend == "ray":
         from cnn2gnn_dist.runtime.ray import cluster as ray_cluster

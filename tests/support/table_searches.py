@@ -17,7 +17,7 @@ from cnn2gnn_dist.graph.search import approximate, work_units
 
 
 def main(folder: Path, z_path: Path, rank: int, world_size: int, die_after: int) -> None:
-    """Search as one rank, in a process that sends itself SIGKILL after so many work units (0: never)."""
+    """Search as one rank, in a process that sends itself SIGKILL after ``die_after`` work units (0: never)."""
     for name in ("SCAN_ROWS", "JOIN_ROWS", "PROBE_ROWS"):
         setattr(approximate, name, 700)
     meetings = units_done = 0

@@ -20,7 +20,7 @@ LR, WEIGHT_DECAY, MOMENTUM = 0.01, 0.1, 0.85
 
 
 class TinyNet(nn.Module):
-    """Maps images [B, 3, 8, 8] to logits [B, 4]; has matrices, vectors, a gate, buffers of both kinds."""
+    """Maps images [B, 3, 8, 8] to logits [B, 4]; has matrices, vectors, a gate, and buffers of both kinds."""
 
     def __init__(self, seed: int = 0, width: int = 6) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ def build(
     engine: dict[str, Any] | None = None,
     **options: Any,
 ) -> Engine:
-    """An engine around a TinyNet (or ``model``) in training mode; ``engine``: its further arguments."""
+    """An engine around a TinyNet (or ``model``) in training mode; ``engine`` has further arguments for it."""
     built = Engine(model or TinyNet(seed), config(stage, **options), device="cpu", **(engine or {}))
     built.train()
     return built

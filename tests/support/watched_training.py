@@ -44,7 +44,7 @@ STAGES = {"stages/teacher": "teacher", "stages/student": "student"}
 
 
 class Reads:
-    """Counts of reads by stage of training and by calling function of the package."""
+    """Counts of reads by training stage and by calling function of the package."""
 
     def __init__(self) -> None:
         self.found: dict[str, Counter[str]] = {}
@@ -55,7 +55,7 @@ class Reads:
         while frame is not None:
             path, code = Path(frame.f_code.co_filename), frame.f_code
             if "deepspeed" in path.parts and asked is None:
-                return  # DeepSpeed's own read; on the CPU, of Adam's step count
+                return  # DeepSpeed's own read; on the CPU, that of Adam's step count
             if path.is_relative_to(PACKAGE):
                 where = path.relative_to(PACKAGE).with_suffix("").as_posix()
                 asked = asked or f"{where}.{code.co_name}"

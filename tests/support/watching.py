@@ -29,7 +29,7 @@ def read_until(process: subprocess.Popen[str] | Fork, pattern: str) -> str:
 def reach(
     process: subprocess.Popen[str] | Fork, run: Path, stage: str, step: int | None = None
 ) -> None:
-    """Wait until a training has logged this step, or without a step, until it has a checkpoint."""
+    """Wait until a training has logged this step; without a step, until it has a checkpoint."""
     path, latest = run / stage / "metrics.jsonl", run / stage / "checkpoints" / "latest"
     deadline = time.monotonic() + 400  # generous for a loaded machine
 
