@@ -1,9 +1,9 @@
-"""Every control of the method on one data set: the table of docs/results.md, mean and deviation over seeds.
+"""The method and all its controls on one data set: a table of accuracies, mean and deviation over seeds.
 
     python benchmarks/accuracy.py FOLDER --preset cifar10 --seeds 0 1 2
     python benchmarks/accuracy.py FOLDER --preset demo --seeds 0 --set teacher.epochs=2       (a trial)
 
-For each seed one run of the preset gives the teacher, the student with the learned graph, its self path, its
+For each seed, one run of the preset gives the teacher, the student with the learned graph, its self path, its
 neighbors' vote, and the control (the same stem with an MLP head: same initial weights, norms, order, loss).
 Further runs share its packed shards, its teacher and its soft targets:
 
@@ -13,8 +13,8 @@ Further runs share its packed shards, its teacher and its soft targets:
     labels_at_cost    the control without distillation, for as many epochs as teacher, targets and control took
     shuffled          the student of the first run, each neighbor replaced by an arbitrary node at test time
 
-Everything goes through the product's own commands. Run again, it continues with what is missing. Prints for every row
-accuracy (mean ± deviation over seeds), the paired difference to the control, parameters, FLOPs and
+Everything goes through the product's own commands. When it is run again, it continues with what is missing. For every
+row it prints accuracy (mean ± deviation over seeds), the paired difference from the control, parameters, FLOPs and
 milliseconds per image, seconds of training and images seen; ``cells.jsonl`` has the figures.
 """
 
@@ -34,7 +34,7 @@ from cnn2gnn_dist import settings
 from cnn2gnn_dist.report.labels import CONTROL
 
 SHARED = ("shards", "manifest", "teacher", "targets")
-"""Folders of a run that its variants start from."""
+"""Folders of a run from which its variants start."""
 VARIANTS = ("batch", "built_once", "labels", "labels_at_cost", "shuffled")
 BASE_ROWS = ("teacher", "student", "self_path", "vote", CONTROL)
 
@@ -52,7 +52,7 @@ def cnn2gnn(preset: str, folder: Path, options: list[str]) -> None:
 
 
 def share(base: Path, folder: Path) -> None:
-    """Give a variant the stages of the base run that it shares, as hard links."""
+    """Give a variant the stages that it shares with the base run, as hard links."""
     for name in SHARED:
         if (base / name).exists() and not (folder / name).exists():
             shutil.copytree(base / name, folder / name, copy_function=_link)
@@ -84,7 +84,7 @@ def overrides(variant: str, base: Path, options: list[str], preset: str) -> list
 
 
 def rows_of(variant: str) -> dict[str, str]:
-    """Rows of a variant's results, and what they are called in the table."""
+    """Rows of a variant's results, and their names in the table."""
     if variant == "labels":
         return {"student": "labels: student", CONTROL: "labels: control"}
     if variant == "labels_at_cost":
@@ -132,7 +132,7 @@ def _cell(
 
 
 def shuffled_accuracy(base: Path) -> float:
-    """Accuracy of the student when every neighbor's features and label are an arbitrary node's."""
+    """Accuracy of the student when every neighbor's features and label are those of an arbitrary node."""
     import numpy as np
     import torch
 
@@ -152,14 +152,14 @@ def shuffled_accuracy(base: Path) -> float:
     place = np.random.default_rng(config.seed).permutation(len(train))
     rows = holder.rows
     holder.rows = lambda ids: rows(place[ids])  # type: ignore[method-assign]
-    if around.second is not None:  # what the second hop averages is the arbitrary node's, too
+    if around.second is not None:  # the second hop's averages are the arbitrary node's, too
         around.second.mean_KD = around.second.mean_KD[torch.from_numpy(place)]
     found = evaluate(context, model.answer, context.paths.test_manifest).found["student"]
     return float((found.predicted_N == found.label_N).mean())
 
 
 def table(found: list[dict[str, Any]]) -> str:
-    """The rows as Markdown: means and deviations over seeds, differences to the control seed by seed."""
+    """The rows as Markdown: means and deviations over seeds; differences from the control, paired by seed."""
     control = {c["seed"]: c["accuracy"] for c in found if c["row"] == CONTROL}
     lines = [
         "| | accuracy | minus control | parameters | MFLOP / image | ms / image | seconds | images seen |",

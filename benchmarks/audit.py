@@ -4,17 +4,17 @@
 
 A small stem is trained for five epochs on the first 12,500 training images (its features are kept in FOLDER).
 Of 20,000 others, 5, 20 and 40 % of the labels are flipped: to any other class, or to the class that the stem
-confuses most with the true one. All methods get the same features and the same labels:
+confuses most with the true one. All methods get the same features and labels:
 
     audit, score      the order of ``cnn2gnn audit`` (inference/audit/scores.py), 19 neighbors
-    audit, margin     its column for flips between similar classes
+    audit, margin     the audit's column for flips between similar classes
     small loss        the loss of the same linear head alone
     cleanlab, *       its label quality scores, on probabilities of scikit-learn's logistic regression
                       over five folds, as its documentation advises
 
-Printed: AUROC of flipped against kept, precision among as many images as were flipped. Then near-duplicates
-between the 10,000 test and 50,000 training images. ``--known``: a CSV with a column ``name`` of test images
-(cat_0012.jpg) that are known to have one, counted as found or not. Needs $CNN2GNN_DATA/cifar10.
+It prints the AUROC of flipped against unchanged labels, and the precision among as many images as were flipped; then
+near-duplicates between the 10,000 test and 50,000 training images. ``--known``: a CSV with a column ``name`` of test
+images (cat_0012.jpg) that are known to have one, counted as found or not. Needs $CNN2GNN_DATA/cifar10.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ NEIGHBOURS = 20
 
 
 def images(part: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """uint8 [N, 32, 32, 3], labels [N] and names of one part of CIFAR-10."""
+    """Pixels uint8 [N, 32, 32, 3], labels [N] and names of one part of CIFAR-10."""
     folder = Path(os.environ["CNN2GNN_DATA"]) / "cifar10"
     tables = [pq.read_table(path) for path in sorted(folder.glob(f"{part}*.parquet"))]
     records = [one for table in tables for one in table.column("image").to_pylist()]
@@ -61,7 +61,7 @@ def normal(pixels: np.ndarray) -> torch.Tensor:
 
 
 def train(pixels: np.ndarray, labels: np.ndarray, epochs: int, seed: int = 0) -> torch.nn.Module:
-    """A stem trained with a linear head, crops and flips."""
+    """Train a stem with a linear head, crops and flips."""
     torch.manual_seed(seed)
     model = torch.nn.Sequential(build_stem("resnet_tiny", 128, 32), torch.nn.Linear(128, CLASSES))
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.05)
@@ -108,7 +108,7 @@ def features(folder: Path) -> dict[str, np.ndarray]:
 def flipped(
     y: np.ndarray, kind: str, share: float, confusion: np.ndarray, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Labels, and which of them are wrong."""
+    """Labels after flips, and which of them are wrong."""
     rng = np.random.default_rng(seed)
     wrong = rng.random(len(y)) < share
     other = (y + rng.integers(1, CLASSES, len(y))) % CLASSES

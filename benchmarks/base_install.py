@@ -1,11 +1,12 @@
-"""A model in an environment with only what it needs for inference: installed, run, timed.
+"""A model in an environment that has only what inference needs: installed, run, timed.
 
     python benchmarks/base_install.py FOLDER MODEL IMAGE [--torch "torch==2.13.0"] [--rounds 5]
 
-Makes a virtual environment in FOLDER (kept for the next time), installs torch and then this checkout without extras,
-and checks: none of the packages of training and serving came along; the commands of ``COMMANDS`` exit with 0, and
-what needs an extra says which, with 2. Then seconds of processor time (medians; on a busy machine the clock says
-little) of ``import cnn2gnn_dist``, of ``import torch``, and of a first answer in Python and on the command line.
+Creates a virtual environment in FOLDER (kept for the next time), installs torch and then this checkout without extras,
+and checks that no package for training or serving was installed with it, that the commands of ``COMMANDS`` exit with 0,
+and that those that need an extra name it and exit with 2. Then it prints seconds of processor time (medians; on a busy
+machine wall time says little) of ``import cnn2gnn_dist``, of ``import torch``, and of a first answer in Python and on
+the command line.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def install(folder: Path, torch: str) -> Path:
 
 
 def check_absent(programs: Path) -> None:
-    """Check that nothing was installed that a model does not need."""
+    """Check that nothing was installed that inference does not need."""
     listed = subprocess.run(
         [programs / "python", "-m", "pip", "list", "--format", "json"],
         capture_output=True, check=True,
@@ -86,7 +87,7 @@ def check_absent(programs: Path) -> None:
 
 
 def check_commands(programs: Path, model: Path, image: Path, out: Path) -> None:
-    """Run the commands; what needs an extra names it."""
+    """Run the commands; check that those that need an extra name it."""
     for commands, expected in ((COMMANDS, 0), (NEED_EXTRAS, 2)):
         for command in commands:
             words = [word.format(model=model, image=image, out=out) for word in command.split()]
@@ -99,7 +100,7 @@ def check_commands(programs: Path, model: Path, image: Path, out: Path) -> None:
 
 
 def seconds(command: list[str], rounds: int) -> str:
-    """Median processor time and median time by the clock of a command."""
+    """Median processor time and median wall time of a command."""
     spent, taken = [], []
     for _ in range(rounds):
         before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
@@ -120,7 +121,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("image", type=Path)
     parser.add_argument(
-        "--torch", default="torch==2.13.0", help="what pip is told, an index included"
+        "--torch", default="torch==2.13.0", help="arguments for pip, including an index"
     )
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Kill a small run at random moments, restart it, and compare it with one that was not killed.
+"""Kill a small run at random moments, restart it, and compare it with an uninterrupted one.
 
     PYTHONPATH=. python benchmarks/chaos.py 100          # at least this many kills, about 30 minutes
     PYTHONPATH=. python benchmarks/chaos.py 20 --seed 7 --only ray
@@ -103,7 +103,7 @@ def launch(run: Path, mode: str, log: Path) -> subprocess.Popen[bytes]:
 
 
 def runs_through(run: Path, mode: str, tally: Tally) -> dict:
-    """The uninterrupted run."""
+    """Run to the end without interruption."""
     log = run.with_suffix(".log")
     began = time.monotonic()
     process = launch(run, mode, log)
@@ -115,7 +115,7 @@ def runs_through(run: Path, mode: str, tally: Tally) -> dict:
 
 
 def tortured(run: Path, mode: str, rng: random.Random, tally: Tally, most: int) -> None:
-    """Start, kill and restart the run until it has finished."""
+    """Start, kill and restart the run until it is complete."""
     while True:
         log, before, began = run.with_suffix(".log"), standing(run), time.monotonic()
         process = launch(run, mode, log)
@@ -150,7 +150,7 @@ def strike(
     before: tuple[str | None, int],
     began: float,
 ) -> bool:
-    """Wait for the chosen moment and kill; False if the run ended first."""
+    """Wait for the chosen moment, then kill; False if the run ended before it."""
     if moment == "start":
         wait_for(lambda: False, process, rng.uniform(0.5, 9.0))
     else:
@@ -173,7 +173,7 @@ def strike(
 
 
 def kill(process: subprocess.Popen[bytes], mode: str, victim: str) -> bool:
-    """SIGKILL to the victim; False if there is none yet."""
+    """Send SIGKILL to the victim; False if there is none yet."""
     with contextlib.suppress(psutil.NoSuchProcess):
         top = psutil.Process(process.pid)
         family = top.children(recursive=True)

@@ -1,11 +1,11 @@
-"""What a checkpoint costs the training: step time, bytes, time to resume.
+"""What a checkpoint costs a training: step time, bytes, time to resume.
 
     PYTHONPATH=. torchrun --nproc_per_node 2 benchmarks/checkpoint.py --config cifar10 FOLDER
     PYTHONPATH=. torchrun --nproc_per_node 2 benchmarks/checkpoint.py --config cifar10 FOLDER   # resumes
 
-Steps of the preset's teacher on random images, in blocks; every second block begins with a save,
-whose cost is how much longer such a block takes than its neighbors. The second call loads what the
-first one saved; both print the time from the start of the process to the end of the first step.
+It runs steps of the preset's teacher on random images, in blocks. Every second block begins with a save,
+which costs as much as such a block takes longer than its neighbors. The second call loads what the first
+one saved; both print the time from the start of the process to the end of the first step.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--config", default="cifar10")
     parser.add_argument("--blocks", type=int, default=11)
-    parser.add_argument("--steps", type=int, default=5, help="of a block")
+    parser.add_argument("--steps", type=int, default=5, help="per block")
     args = parser.parse_args()
     ranks = Ranks.from_environment()
     engine.init(ranks, "cpu")

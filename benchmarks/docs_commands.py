@@ -5,9 +5,9 @@
     python benchmarks/docs_commands.py --venv PATH --long    also those that take many minutes
     python benchmarks/docs_commands.py --check               only whether they could run: files, options, fields
 
-Commands are the lines of fenced blocks, and code in a sentence, that begin with a program of PROGRAMS. KINDS says which
-of them are not run, and why; a pattern there that no longer matches a command is a failure too. PRINTS is what a
-command prints according to the docs. Ends with a table; exit code 1 if something failed.
+Commands are lines of fenced blocks and code in sentences that begin with a program of PROGRAMS. KINDS says which of
+them are not run, and why; a pattern there that no longer matches any command is a failure too. PRINTS is what a command
+prints according to the docs. It ends with a table; exit code 1 if something failed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 PROGRAMS = ("cnn2gnn", "python", "torchrun", "deepspeed", "srun", "ray", "make", "pip")
-OWN = "my.yaml"  # what `cnn2gnn init` writes: of no fixed content
+OWN = "my.yaml"  # what `cnn2gnn init` writes: its contents are not fixed
 KINDS: list[tuple[str, str, str]] = [  # pattern of the command, kind, why
     (r"^cnn2gnn$|^(python|ray job stop|ray start --head|ray up)$", "name", "a program's name, not a call"),
     (r"^(torchrun -m cnn2gnn_dist.launcher|python -m cnn2gnn_dist.submit)$", "name", "named in a sentence"),
@@ -112,7 +112,7 @@ def commands(root: Path = REPOSITORY) -> list[Command]:
 
 
 def kind_of(text: str) -> tuple[str, str]:
-    """Kind of a command, and the reason: short unless KINDS says otherwise."""
+    """Kind of a command, and the reason; "short" unless KINDS says otherwise."""
     if "…" in text:
         return "name", "left open"
     for pattern, kind, why in KINDS:
@@ -149,7 +149,7 @@ def _without_comment(text: str) -> str:
     return re.sub(r"\s+#\s.*$", "", text).strip()
 
 
-# Could it run?
+# Could a command run?
 
 
 def fault(command: Command, root: Path = REPOSITORY) -> str:
@@ -257,7 +257,7 @@ def clone(folder: Path, venv: Path | None) -> Path:
     for name in (
         "constraints.txt",
         "pyproject.toml",
-    ):  # older than the environment: nothing to install
+    ):  # not newer than the environment: nothing to install
         os.utime(root / name, (0, 0))
     return root
 
@@ -266,8 +266,8 @@ def run(command: Command, root: Path, seconds: float) -> tuple[str, str, float]:
     """Outcome ("ok" or what went wrong), output and seconds of a command."""
     environment = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "PYTHONPATH")}
     environment["PATH"] = f"{root / '.venv' / 'bin'}:{environment['PATH']}"
-    environment["PYTHONPATH"] = str(root)  # an existing environment may know another checkout
-    environment["HOME"] = str(root / "scratch" / "home")  # nothing of the user's is read or written
+    environment["PYTHONPATH"] = str(root)  # an existing environment may have another checkout
+    environment["HOME"] = str(root / "scratch" / "home")  # the user's files are not touched
     (root / "scratch" / "home").mkdir(parents=True, exist_ok=True)
     begin = time.monotonic()
     try:
@@ -293,7 +293,7 @@ def run(command: Command, root: Path, seconds: float) -> tuple[str, str, float]:
 
 
 def write_images(root: Path) -> None:
-    """The images of the docs' commands: digits, and for a new class digits on white."""
+    """Write the images in the docs' commands: digits, and, for a new class, digits on white."""
     import numpy as np
     from PIL import Image
     from sklearn.datasets import load_digits
@@ -312,7 +312,7 @@ def write_images(root: Path) -> None:
 
 
 def copy_shards(root: Path) -> None:
-    """The shards and the decisions of the docs' commands, from the demo's run."""
+    """Copy the shards and decisions in the docs' commands from the demo's run."""
     found = sorted((root / "runs" / "demo" / "shards").glob("*.tar"))
     if (root / "shards").exists() or not found:
         return
@@ -344,12 +344,12 @@ def main() -> int:
     kinds += ["long"] if options.long else []
     kinds += ["install"] if kinds and options.venv is None else []
     rows: list[tuple[Command, str, float]] = []
-    known: dict[str, str] = {}  # a command that stands in two files is run once
+    known: dict[str, str] = {}  # a command that occurs in two files is run once
     with tempfile.TemporaryDirectory(prefix="docs-commands-") as folder:
         root = clone(Path(folder), options.venv) if kinds else REPOSITORY
         if kinds:
             write_images(root)
-        # `make demo` comes first in README; commands that use its run come after it everywhere.
+        # `make demo` comes first in README, so commands that use its run come after it.
         for one in sorted(found, key=lambda each: each.text != "make demo"):
             outcome, took = faults[one] or (f"not run: {one.why}" if one.why else "not run"), 0.0
             if one.kind in kinds and not faults[one]:

@@ -1,12 +1,12 @@
-r"""Refreshes over the drift of a real training: every pair of consecutive graph versions of a run.
+r"""Refreshes under the drift of a real training: every pair of consecutive graph versions of a run.
 
     cnn2gnn run --config cifar10 run.dir=RUN run.ranks=1 teacher.epochs=3 student.epochs=12 \
         graph.start_epoch=2 graph.refresh_epochs=1 graph.keep_versions=20 graph.partition.parts=1 student.control=false
     python benchmarks/drift.py RUN
 
-For each pair: how far rows moved, the stale recall of the previous table, and the time of joins from that
-table relative to a build from scratch, the sample's exact search included in both. Then how the real
-graph compares with ``embeddings.py``: homophily, in-degrees, METIS's cut and halos at 2, 4, 8 parts.
+For each pair: how far rows moved, the stale recall of the previous table, and the time of joins from that table
+relative to a build from scratch, both including the sample's exact search. Then figures by which to compare the
+real graph with those of ``embeddings.py``: homophily, in-degrees, METIS's cut and halos at 2, 4, 8 parts.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Nodes with the traits of real embeddings: overlapping classes, tails, duplicates, hubs; seeded.
+"""Synthetic nodes with the traits of real embeddings: overlapping classes, tails, duplicates, hubs; seeded.
 
-Row i depends only on (seed, i's block of rows), so any number of nodes is written block by block,
-and the first rows of a large set are those of a small one.
+Row i depends only on the seed and its block of rows, so any number of nodes is written block by block, and
+the first rows of a large set are those of a small one.
 
     python benchmarks/embeddings.py FOLDER --nodes 200000 --homophily 0.65
 """
@@ -18,17 +18,17 @@ from tqdm import tqdm
 CLASSES = 1000
 DIM, FEATURES = 64, 128
 LATENT, TILT, NOISE = 12, 0.3, 0.1
-"""Directions in which nodes differ (the k-NN problem is about as hard as this), the last one's size
-relative to the first, and the noise added in all others."""
+"""Directions in which nodes differ (the k-NN problem is about as hard as in this many dimensions), the size of
+the last one relative to the first, and the noise added in all others."""
 BLOCK = 50_000
 SPREAD = {0.65: 0.485, 0.9: 0.29}
-"""Spread of a class that gives this fraction of same-class edges at 1,281,167 nodes and M = 16."""
+"""Spread of a class, by the fraction of same-class edges that it gives at 1,281,167 nodes and M = 16."""
 DUPLICATES, HUBS, TAILS = 0.01, 0.005, 0.05
 FILES = {"x": (FEATURES, np.float16), "z": (DIM, np.float32), "labels": (None, np.int32)}
 
 
 class World:
-    """What all rows share: class centers in a few latent directions, and how these are embedded."""
+    """What all rows share: class centers in a few latent directions, and the embedding of these."""
 
     def __init__(self, homophily: float, seed: int) -> None:
         rng = np.random.default_rng([seed, 0])
@@ -61,7 +61,7 @@ class World:
 
 
 def make(nodes: int, homophily: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """x float16 [N, 128], z float32 [N, 64] of unit length, labels int32 [N]."""
+    """Return x float16 [N, 128], z float32 [N, 64] of unit length, labels int32 [N]."""
     world = World(homophily, seed)
     blocks = [world.block(number) for number in range(-(-nodes // BLOCK))]
     x, z, labels = (np.concatenate(column)[:nodes] for column in zip(*blocks, strict=True))
@@ -87,7 +87,7 @@ def write(
         for name, rows in zip(FILES, world.block(number), strict=True):
             if name in files:
                 files[name][start : start + BLOCK] = rows[: nodes - start]
-    for name in names:  # the labels last: they mark completion
+    for name in names:  # the labels come last: they mark completion
         files[name].flush()
         (folder / f"{name}.tmp").replace(folder / f"{name}.npy")
 

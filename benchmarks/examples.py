@@ -1,9 +1,9 @@
 """Apply the diffs of CONTRIBUTING.md, each to a separate clone, and run the commands below them.
 
-    python benchmarks/examples.py          whether every diff applies to the last commit
-    python benchmarks/examples.py --run    and whether its commands work, a few minutes each
+    python benchmarks/examples.py          does every diff apply to the last commit?
+    python benchmarks/examples.py --run    do its commands work, too? (a few minutes each)
 
-Ends with a line per example; exit code 1 if something failed.
+It ends with a line per example; exit code 1 if something failed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PAGE = REPOSITORY / "CONTRIBUTING.md"
 
 @dataclass(frozen=True)
 class Example:
-    """A heading of the page, its diff, and the commands that follow."""
+    """A heading of the page, its diff, and the commands after it."""
 
     title: str
     diff: str

@@ -2,10 +2,10 @@
 
     python benchmarks/few_images.py FOLDER [black mirrored black+augment mirrored+augment] [--epochs 51] [--folds 5]
 
-FOLDER has a folder for each class (``benchmarks/first_config.py`` makes such folders). Each image is held out once:
-for every fold, teacher and student (the one without a graph) of ``cnn2gnn init``'s smallest pair are trained in this
-process as the stages do it, on views of 32 pixels of each of ``KINDS``. It prints a row for each: accuracies of
-teacher, student and the best of three linear probes of each fold, and the student's differences from that probe and
+FOLDER has a folder for each class (``benchmarks/first_config.py`` makes such folders). Each image is held out once.
+For every fold and each of ``KINDS``, teacher and student (without a graph) of the smallest pair of ``cnn2gnn init`` are
+trained in this process, as the stages do it, on views of 32 pixels. It prints a row for each kind: accuracies of
+teacher, student and the best of three linear probes per fold, and the differences of the student from that probe and
 from the student of the first kind, each with its standard error over the images.
 """
 
@@ -47,7 +47,7 @@ Loss = Callable[[torch.Tensor, np.ndarray], torch.Tensor]
 def train(
     model: MixedPrecision, views: Callable[[int], np.ndarray], loss_of: Loss, epochs: int, seed: int
 ) -> None:
-    """AdamW with warm-up and cosine; ``views``: epoch → images, ``loss_of``: images, their rows → loss."""
+    """Train by AdamW with warm-up and cosine; ``views``: epoch → images, ``loss_of``: images, their rows → loss."""
     model.compute_dtype = choose("auto", "cpu", {})
     groups = [[p for p in model.parameters() if (p.ndim > 1) == whole] for whole in (True, False)]
     optimizer = torch.optim.AdamW(
@@ -73,7 +73,7 @@ def train(
 def answers(
     images: list[np.ndarray], labels_N: np.ndarray, held: np.ndarray, kind: str, epochs: int
 ) -> dict[str, np.ndarray]:
-    """Which held-out images teacher, student and the best probe of the student's features get right."""
+    """Which held-out images the teacher, the student and the best probe of the student's features get right."""
     mine, classes = np.setdiff1d(np.arange(len(labels_N)), held), int(labels_N.max()) + 1
     spec = ViewSpec("crop_flip", SIZE, pad=PAD, fill=(128, 128, 128), **KINDS[kind])
     clean = render_batch(spec, images, np.arange(len(images)), CLEAN)
@@ -131,8 +131,8 @@ def main() -> None:
     """Train on all folds and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"of {', '.join(KINDS)}")
-    parser.add_argument("--epochs", type=int, default=51, help="of the teacher; the student: twice")
+    parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"one of {', '.join(KINDS)}")
+    parser.add_argument("--epochs", type=int, default=51, help="for the teacher; twice for the student")
     parser.add_argument("--folds", type=int, default=5)
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -147,7 +147,7 @@ def main() -> None:
     order = np.random.default_rng(0).permutation(len(files))
     order = order[
         np.argsort(labels_N[order], kind="stable")
-    ]  # each fold has its share of each class
+    ]  # each fold has an equal share of each class
     print("| views | teacher | student | best probe | student - probe | student - first |")
     print("| --- | --- | --- | --- | --- | --- |")
     first = None

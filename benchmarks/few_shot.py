@@ -1,15 +1,15 @@
-"""Novel classes of Mini-ImageNet from a few images: 5-way episodes through the product's memory.
+"""Novel classes of Mini-ImageNet from a few images: 5-way episodes with the product's memory.
 
     python benchmarks/few_shot.py FOLDER
     python benchmarks/few_shot.py FOLDER --episodes 600 --preset mini_imagenet_cpu --set teacher.epochs=2      (a trial)
 
-Ravi and Larochelle's split (2017): the preset is trained on the 64 base classes alone (480 images each, 20 more to
-evaluate). The run is exported, and each of 600 episodes draws 5 of the 20 novel classes, 1 or 5 images each to learn
-from and 15 to answer. Inductive: each query by the score of new classes, which is what ``memory add`` answers with,
-restricted to the episode's classes. Transductive: an episode's 75 queries together, by the EM of ``predict --together``
-over the same scores. For comparison: the nearest class mean, soft k-means (Ren et al., ICLR 2018), LaplacianShot (Ziko
-et al., ICML 2020). Constants are chosen by episodes of the 16 validation classes. FOLDER keeps the data, the run and
-the model; run again, it continues. Prints Markdown, mean ± 95 % over episodes. Needs $CNN2GNN_DATA.
+By Ravi and Larochelle's split (2017): the preset is trained on the 64 base classes alone (480 images each, 20 more for
+evaluation). The run is exported, and each of 600 episodes draws 5 of the 20 novel classes, with 1 or 5 images each to
+learn from and 15 to answer. Inductive: each query by the score of new classes with which ``memory add`` answers,
+restricted to the episode's classes. Transductive: the 75 queries of an episode together, over the same scores, by the
+EM of ``predict --together``. For comparison: the nearest class mean, soft k-means (Ren et al., ICLR 2018), LaplacianShot
+(Ziko et al., ICML 2020). Constants are chosen on episodes of the 16 validation classes. FOLDER keeps the data, the run
+and the model; when it is run again, it continues. Prints Markdown, mean ± 95 % over episodes. Needs $CNN2GNN_DATA.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ VALIDATION = (
 
 
 def stage(folder: Path) -> None:
-    """Write base-train, base-test and novel.parquet, in the Hub's layout, unless they are there."""
+    """Write base-train, base-test and novel.parquet in the Hub's layout, unless they exist."""
     source = Path(os.environ["CNN2GNN_DATA"]) / "mini-imagenet"
     parts = {
         "train": sorted(source.glob("train*.parquet")),

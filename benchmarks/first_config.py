@@ -1,20 +1,20 @@
-"""``cnn2gnn init`` on images of several kinds: does it keep to the time, and is the student any good?
+"""``cnn2gnn init`` on images of several kinds: does it keep to the time, and how good is the student?
 
     python benchmarks/first_config.py FOLDER [photographs mini10 six cifar10] [--minutes 5] [--seeds 3]
 
-Each set is made in FOLDER from the data in ``$CNN2GNN_DATA`` in the form that a user would have it (``SETS``),
-``cnn2gnn init`` writes a config for it, and ``torchrun`` runs that, once per seed: where images are split off, another
-seed holds out other images. A row per set: minutes asked for, predicted and taken, by the clock and by the
-processors (processor time of all processes divided by the cores: the least that an otherwise idle machine would
-take), and held-out accuracies: of teacher, student and control, of a linear probe, and of always answering the most
-frequent class; means over the seeds, and the difference between student and probe with its standard error, paired over
-the same images. The probe is logistic regression on the student's own features, the best of ``STRENGTHS`` of
-regularization as judged on the held-out images themselves, so a little better than one could choose in practice.
+Each set is made in FOLDER from the data in ``$CNN2GNN_DATA``, in the form in which a user would have it (``SETS``);
+``cnn2gnn init`` writes a config for it, and ``torchrun`` runs it once per seed (where images are split off, another
+seed holds out other images). It prints a row per set. Minutes: asked for, predicted and taken, by the clock and by the
+processors (processor time of all processes divided by the number of cores: the least that an otherwise idle machine
+would take). Held-out accuracies: of teacher, student and control, of a linear probe, and of always answering the most
+frequent class; they are means over the seeds. Then the difference between student and probe with its standard error,
+paired over the same images. The probe is a logistic regression on the student's own features, the best of the
+``STRENGTHS`` of regularization on the held-out images themselves, so a little better than one could choose in practice.
 
-Exits with 1 if a student is below the probe by more than ``ERRORS`` of these standard errors, or below the most
-frequent class, or if a run took ``LATE`` times as long as asked for by the processors. A set with forty held-out
-images needs several seeds: one image is 2.5 points there, and the best of three probes is above any one of them by
-luck alone.
+It exits with 1 if a student is below the probe by more than ``ERRORS`` of these standard errors, or below the most
+frequent class, or if a run took ``LATE`` times the minutes asked for, by the processors. A set with forty held-out
+images needs several seeds: one image is 2.5 points there, and the best of three probes is above each of them by luck
+alone.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ COLUMNS = (
 
 
 def photographs(folder: Path, data: Path) -> str:
-    """200 photographs of full size in two classes: the ImageNet sample's animals, and its other things."""
+    """200 full-size photographs in two classes: the animals of the ImageNet sample, and its other things."""
     for shard in sorted((data / "imagenet-sample").glob("*.tar")):
         with tarfile.open(shard) as tar:
             files = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
@@ -65,7 +65,7 @@ def photographs(folder: Path, data: Path) -> str:
 
 
 def mini_imagenet(folder: Path, data: Path, classes: Iterable[int], each: int) -> str:
-    """Some classes of Mini-ImageNet, with a number of images of each, as a folder of folders."""
+    """Some classes of Mini-ImageNet, with a given number of images each, as a folder of folders."""
     left = dict.fromkeys(classes, each)
     for file in sorted((data / "mini-imagenet").glob("train-*.parquet")):
         rows = pq.read_table(file, columns=["image", "label"]).to_pylist()
@@ -84,11 +84,11 @@ SETS: dict[str, Callable[[Path, Path], str]] = {
     "six": lambda folder, data: mini_imagenet(folder, data, range(3, 100, 17), 60),
     "cifar10": lambda _, data: str(data / "cifar10"),
 }
-"""Name → what makes it (folder to write to, data) and returns what to give to ``init``."""
+"""Name → function (folder to write to, data) that writes the set and returns the arguments for ``init``."""
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write a file, with its folder."""
+    """Write a file, creating its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
 
@@ -111,7 +111,7 @@ def run(command: list[str], log: Path) -> float:
 
 
 def references(folder: Path) -> dict[str, Any]:
-    """Which held-out images of a run are answered correctly: by student, linear probe, most frequent class."""
+    """Which held-out images of a run the student, the linear probe and the most frequent class get right."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -171,7 +171,7 @@ def trial(
 
 
 def one_run(config: Path, root: Path, name: str, seed: int) -> dict[str, Any]:
-    """Run a config; the minutes that it took, the accuracies, and which held-out images are right."""
+    """Run a config; return the minutes it took, the accuracies, and which held-out images are right."""
     out = root / f"{name}-run"
     shutil.rmtree(out, ignore_errors=True)
     ranks = yaml.safe_load(config.read_text(encoding="utf-8"))["run"]["ranks"]
@@ -192,7 +192,7 @@ def one_run(config: Path, root: Path, name: str, seed: int) -> dict[str, Any]:
 
 
 def mean(found: list[dict[str, Any]], key: str) -> float:
-    """Of all runs of a set: minutes, or the accuracy of a model or a reference over all their held-out images."""
+    """The mean over a set's runs: minutes, or the accuracy of a model or reference over all held-out images."""
     if key in MODELS:
         return float(np.mean([run["accuracy"].get(key, math.nan) for run in found]))
     if key in found[0]["right"]:
@@ -201,7 +201,7 @@ def mean(found: list[dict[str, Any]], key: str) -> float:
 
 
 def above_probe(found: list[dict[str, Any]]) -> tuple[float, float]:
-    """Accuracy of the student less that of its probe, and the standard error, paired over the images."""
+    """Accuracy of the student minus that of its probe, and the standard error, paired over the images."""
     gains = [np.subtract(run["right"]["student"], run["right"]["probe"]) for run in found]
     gain_Q = np.concatenate(gains).astype(float)
     return float(gain_Q.mean()), float(gain_Q.std() / math.sqrt(len(gain_Q)))
@@ -241,11 +241,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument(
-        "sets", nargs="*", metavar="SET", help=f"of {', '.join(SETS)}; default: all"
+        "sets", nargs="*", metavar="SET", help=f"one of {', '.join(SETS)}; default: all"
     )
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument(
-        "--idle", action="store_true", help="pass this on to init: the machine is busy"
+        "--idle", action="store_true", help="pass --idle to init, if this machine is busy"
     )
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="runs of each set")
     given = parser.parse_args()

@@ -1,6 +1,6 @@
 """Fuzz the decoder and the views with mutated images of every kind, some of them real.
 
-PYTHONPATH=. python benchmarks/fuzz_decode.py SECONDS              # atheris, else plain mutation
+PYTHONPATH=. python benchmarks/fuzz_decode.py SECONDS              # with atheris, or else by plain mutation
 PYTHONPATH=. python benchmarks/fuzz_decode.py SECONDS --sanitize   # partial.c under ASan and UBSan
 
 A finding is: an exception other than CorruptSample, 10 s or (at a limit of a million pixels per image)
@@ -35,7 +35,7 @@ except ImportError:
     atheris = None
 SANITIZED = "FUZZ_SANITIZED" in os.environ  # the library built for it
 if SANITIZED:
-    atheris = None  # it brings its own sanitizer run-time
+    atheris = None  # it has its own sanitizer runtime
 
 MINE = ["cnn2gnn_dist.data", "PIL"]
 with atheris.instrument_imports(MINE) if atheris else contextlib.nullcontext():
@@ -115,7 +115,7 @@ def treat(data: bytes) -> None:
     for spec, view in SPECS:
         plain = outcome(spec, data, view, use_partial=False)
         wanted: Any = None
-        with contextlib.suppress(CorruptSample):  # too narrow, or corrupt
+        with contextlib.suppress(CorruptSample):  # the image is too narrow, or corrupt
             wanted = None if pixels is None else render(spec, pixels, 5, view)
         assert (wanted is None) == isinstance(plain, CorruptSample), "fill_views against decode"
         assert wanted is None or np.array_equal(plain, wanted), "fill_views against render"
@@ -150,7 +150,7 @@ def seeds() -> list[bytes]:
 
 
 def mended(data: bytes) -> bytes:
-    """A PNG with its chunk checksums corrected, so that damage gets past them; others unchanged."""
+    """A PNG with its chunk checksums corrected, so that damage gets past them; other formats unchanged."""
     if data[:4] != b"\x89PNG":
         return data
     out, at = bytearray(data), 8
@@ -165,7 +165,7 @@ def mended(data: bytes) -> bytes:
 
 
 def mutated(rng: np.random.Generator, pool: list[bytes]) -> bytes:
-    """One of the pool with a few changes, most of them in the headers, where they have most effect."""
+    """One image of the pool with a few changes, most of them in its headers, where they have most effect."""
     data = bytearray(pool[rng.integers(len(pool))])
     for _ in range(rng.integers(1, 5)):
         near = min(len(data), 700) if rng.random() < 0.6 else len(data)
@@ -206,7 +206,7 @@ def prepare() -> None:
 
 def limit() -> None:
     """Limit the address space to the current usage plus SPARE: atheris itself leaks 2 kB per input."""
-    if not SANITIZED:  # its shadow memory takes terabytes of addresses
+    if not SANITIZED:  # a sanitizer's shadow memory takes terabytes of addresses
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         resource.setrlimit(
             resource.RLIMIT_AS, (pages * resource.getpagesize() + SPARE, resource.RLIM_INFINITY)

@@ -1,10 +1,10 @@
 """Fuzz the header walk and the index: mutated and generated archives, compared with webdataset.
 
-PYTHONPATH=. python benchmarks/fuzz_tar.py SECONDS    # coverage-guided with atheris, else by hypothesis
+PYTHONPATH=. python benchmarks/fuzz_tar.py SECONDS    # coverage-guided with atheris, or else by hypothesis
 
 A finding is: an exception other than UserError, a message that is long or not printable, 512 MB of
 address space or 10 s for one archive (a few kB each), a member or sample that tarfile or webdataset
-reads differently in an archive that we accept, a file that appears. The first finding ends the run;
+reads differently in an archive that we accept, or a file that appears. The first finding ends the run;
 its archive is left in the current folder.
 """
 

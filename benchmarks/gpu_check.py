@@ -1,12 +1,12 @@
-"""Everything that a first run on GPUs must show, in one command.
+"""Everything to check on a first run on GPUs, in one command.
 
     python benchmarks/gpu_check.py                      all checks, on all GPUs of this machine
     python benchmarks/gpu_check.py --device cpu         the same checks at toy size, without a GPU (a few minutes)
     python benchmarks/gpu_check.py --only barrier,zero3
 
-Each check is a separate process (or rank of a group) and leaves a JSON file in the folder --out. When called again, it
-repeats what failed, but not what has passed or can't run here; --again repeats all. Ends with a table; exit code
-1 if a check failed. What is not installed (DeepSpeed, faiss, …) makes its checks skip, with the reason.
+Each check is a separate process (or a group of ranks) and leaves a JSON file in the folder --out. When called again,
+the command repeats what failed, but not what has passed or can't run here; --again repeats all. It ends with a table;
+exit code 1 if a check failed. Checks of what is not installed (DeepSpeed, faiss, …) are skipped, with the reason.
 """
 
 from __future__ import annotations

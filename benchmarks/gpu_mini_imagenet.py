@@ -1,16 +1,16 @@
 """The paper's table on Mini-ImageNet, on a GPU that is available for a few minutes at a time.
 
-    python benchmarks/gpu_mini_imagenet.py cut DATA PIECES        here: the data set in pieces of at most 64 MB
+    python benchmarks/gpu_mini_imagenet.py cut DATA PIECES        here: cuts the data set into pieces of at most 64 MB
     python benchmarks/gpu_mini_imagenet.py run STORE --pieces PIECES --back BACK --out OUT --seconds 540
-                                                                  there, again and again, until it exits with 0
-    python benchmarks/gpu_mini_imagenet.py run STORE --toy ...    the same to its last line, on a CPU
+                                                                  there: repeat it until it exits with 0
+    python benchmarks/gpu_mini_imagenet.py run STORE --toy ...    the same at toy size, on a CPU
 
-Each session on the machine takes what is in PIECES (one piece or more; checked by SHA-256) into STORE, puts back what
-the last session brought back (its OUT, given as BACK), and, once the data are complete, trains ResNet-50 and
-ResNet-152 with the student and its control each: 200 epochs in bfloat16, by the product's own launcher. Before the
-time is up it stops as on a preemption, at a step that is saved, and fills OUT: the table, what each run has
-measured and logged, then the models, then checkpoints, in files of at most --file-mb and --all-mb together. What did
-not fit is named; the runs whose checkpoints stayed behind start again on a bare machine.
+Each session on the machine copies what is in PIECES (one piece or more; checked by SHA-256) into STORE, restores what
+the last session brought back (its OUT, given as BACK), and, once the data set is complete, trains ResNet-50 and
+ResNet-152, each with the student and its control: 200 epochs in bfloat16, by the product's own launcher. Before the
+time is up it stops as on a preemption, at a step that is saved, and fills OUT: the table, what each run has measured
+and logged, then the models, then checkpoints, in files of at most --file-mb each and --all-mb together. What did not
+fit is named; runs whose checkpoints were left behind start again on an empty machine.
 
 Exit codes: 0: the table is complete; 75: call again; 2: an error, with its remedy.
 """
@@ -34,7 +34,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 LIST, AGAIN = "pieces.json", 75
 SPARE_S = 45.0
-"""Seconds kept for the last checkpoint and for filling OUT."""
+"""Seconds reserved for the last checkpoint and for filling OUT."""
 ROWS = ("teacher", "student", "self_path", "vote", "control_mlp")
 RUNS = {"resnet50": {"arch": "resnet50"}, "resnet152": {"arch": "resnet152"}}
 FULL = (
@@ -77,10 +77,10 @@ def cut(data: Path, to: Path, most_mb: int) -> None:
 
 
 def take(pieces: Path, store: Path) -> list[str]:
-    """Take the available part of the data set; return the names of files still missing.
+    """Copy the available part of the data set; return the names of files still missing.
 
     Raises:
-        SystemExit: a file is not what the list says, or there is no list.
+        SystemExit: a file differs from what the list says, or there is no list.
     """
     data = store / "data" / "mini-imagenet"
     data.mkdir(parents=True, exist_ok=True)
@@ -99,7 +99,7 @@ def take(pieces: Path, store: Path) -> list[str]:
 
 
 def put_back(back: Path, store: Path) -> None:
-    """Restore the runs that the last session brought back, unless the store is ahead of them."""
+    """Restore the runs that the last session brought back, unless the store is further."""
     for first in sorted(back.glob("*.tar.000")) if back.is_dir() else []:
         name = first.name.removesuffix(".tar.000")
         run = store / "runs" / name.partition("--")[0]
@@ -136,7 +136,7 @@ def train(store: Path, name: str, seconds: float, toy: bool) -> int:
 
 
 def table(store: Path) -> tuple[str, bool]:
-    """The rows of all runs that are finished, and whether that is all of them."""
+    """The rows of all finished runs, and whether those are all runs."""
     lines = [
         "| run | row | accuracy | parameters | MFLOP / image | ms / image |",
         "|---|---|---|---|---|---|",
@@ -187,13 +187,13 @@ def bring(store: Path, out: Path, file_mb: int, all_mb: int) -> list[str]:
 
 
 def _bundles(store: Path) -> Iterator[tuple[str, list[Path]]]:
-    """First what was measured and the models, then the runs with their checkpoints, without the shards."""
+    """First measurements and models, then the runs with their checkpoints, without the shards."""
     runs = [store / "runs" / name for name in RUNS if (store / "runs" / name).is_dir()]
     for run in runs:
         if (run / "model").is_dir():
             yield f"model-{run.name}", [run / "model"]
     for run in runs:
-        small = ("shards", "manifest", "model")  # made again within seconds, or brought above
+        small = ("shards", "manifest", "model")  # recomputed within seconds, or bundled above
         yield run.name, [path for path in sorted(run.iterdir()) if path.name not in small]
 
 

@@ -1,9 +1,9 @@
-"""Speed and memory of turning shards into a manifest, and time to load one.
+"""Speed and memory of building a manifest from shards, and the time to load one.
 
-PYTHONPATH=. python benchmarks/index.py [SAMPLES] [SHARDS]    # default 1281167 1024; 3 minutes
+PYTHONPATH=. python benchmarks/index.py [SAMPLES] [SHARDS]    # default 1281167 and 1024; 3 minutes
 
 1. Members per second of tarfile, webdataset and ours on the same shard, best of five, in one process.
-2. A data set of ImageNet's size as sparse tar shards: headers and labels are real, images are holes
+2. A data set of ImageNet's size in sparse tar shards: headers and labels are real, images are holes
   (mean 110 kB), so that 140 GB temporarily take 8 GB of disk. Each step runs in a separate process,
   whose peak memory is reported.
 """
@@ -124,7 +124,7 @@ def step_build(folder: Path) -> None:
 
 
 def step_load(folder: Path) -> None:
-    """Load, with what a reader needs at once; print milliseconds."""
+    """Load, with what a reader needs at its start; print milliseconds."""
     from cnn2gnn_dist.data.index.manifest import Manifest
 
     for turn in ("first in the process", "second", "third"):

@@ -1,4 +1,4 @@
-"""What a memory of training images pays for: new classes without training, sets answered together, odd images.
+"""What a memory of training images is good for: new classes without training, sets answered together, odd images.
 
     python benchmarks/memory.py FOLDER --data cifar10:cat,ship --new --sets --odd --draws 20
     python benchmarks/memory.py FOLDER --data mini-imagenet --new --sets --draws 5
@@ -29,7 +29,7 @@ K = 10
 
 
 def new_classes(of: additions.Setting, draws: int, shots: list[int]) -> None:
-    """Old and new accuracy of every rule, for 1 to 100 images a class."""
+    """Old and new accuracy of every rule, for 1 to 100 images per class."""
     print("| images | rule | old | new | harmonic mean | AUROC | predicted new |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for each in shots:
@@ -57,7 +57,7 @@ def new_classes(of: additions.Setting, draws: int, shots: list[int]) -> None:
 
 
 def together(of: additions.Setting, count: int) -> None:
-    """Points gained by answering sets together."""
+    """Points gained by answering the images of a set together."""
     labels = of.labels["calibration"]
     fitted = of.logits["calibration"], of.f["calibration"], labels
     rule, started = Together.fit(*fitted), time.process_time()

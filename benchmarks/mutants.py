@@ -1,15 +1,15 @@
-"""Mutants: small faults put into the code one at a time. Which of them do the tests detect?
+"""Mutants: small faults put into the code, one at a time. Which of them do the tests detect?
 
 python benchmarks/mutants.py                        every subject, a seeded sample of each
-python benchmarks/mutants.py losses judge --all     these two, every mutant
+python benchmarks/mutants.py losses judge --all     these two subjects, every mutant
 python benchmarks/mutants.py --list order           the mutants, nothing is run
 
 A mutant is killed when a test of its subject fails or hangs on it. Survivors are listed; those
 for which ``mutating/equivalent.py`` gives a reason don't count. Outcomes are kept in
 runs/mutants.jsonl, so an interrupted run continues. Exit code 1 below 95 %.
 
-Why not mutmut or cosmic-ray: the former mutates every word of every message, the latter starts an
-interpreter, and imports torch, for every mutant.
+Why not mutmut or cosmic-ray? The former mutates every word of every message; the latter starts an interpreter,
+and imports torch, for every mutant.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ def source_of(subject: Subject) -> str:
 
 
 class Notes:
-    """Outcomes on disk: a mutant is run again when its file or the tests have changed."""
+    """Outcomes on disk: a mutant is run again if its file or the tests have changed."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(exist_ok=True)

@@ -1,8 +1,8 @@
-"""What partial decoding saves: processor time of random resized crops of photographs, in full and by the extras.
+"""What partial decoding saves: processor time of random resized crops, with full decoding and with the extras.
 
     PYTHONPATH=. python benchmarks/partial.py     # a minute
 
-Every crop is decoded by each decoder in turn, several times, in one thread; the fastest of each counts.
+Every crop is decoded by each decoder in turn, several times, in one thread; the fastest time of each counts.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def extras() -> dict[str, Decoder]:
-    """Those that are installed; the wheel's with and without leaving large crops to the full decoder."""
+    """The installed ones; the wheel's with and without leaving large crops to the full decoder."""
     found: dict[str, Decoder] = {}
     compiled = partial._decoder()
     if compiled is not None:

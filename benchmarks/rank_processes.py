@@ -1,4 +1,4 @@
-"""Ranks of a benchmark: processes on this machine that form a group, each with one thread."""
+"""Ranks of a benchmark: processes on this machine that form a group, with one thread each."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ ROOT = Path(__file__).resolve().parent.parent
 def run_ranks(
     program: str, arguments: Sequence[str], ranks: int, folder: str | Path | None = None
 ) -> list[dict[str, Any]] | None:
-    """Run a program as a number of ranks until all have ended; return each rank's last line.
+    """Run a program on a number of ranks until all have ended; return each rank's last line.
 
-    They find each other by what torchrun sets (RANK, WORLD_SIZE, MASTER_ADDR, …), and import this checkout.
+    They find each other by the variables that torchrun sets (RANK, WORLD_SIZE, MASTER_ADDR, …), and import this
+    checkout.
 
     Args:
         program: path of a script whose last line of output is a JSON object.
-        arguments: of every rank.
+        arguments: for every rank.
         ranks: how many.
-        folder: the one they work in; None: this process's own.
+        folder: the working directory; None: that of this process.
 
     Returns:
         The objects; None if a rank failed (its error is on stderr).

@@ -1,12 +1,12 @@
 """How the graph scales: build, refresh, partition, sample, memory, from 50 thousand to 10 million nodes.
 
     python benchmarks/scale.py FOLDER                    the curves: 50 k, 200 k, 1.28 M (about 20 minutes)
-    python benchmarks/scale.py FOLDER --nodes 10000000   one more point (about 12 minutes, 10 GB of disk)
-    python benchmarks/scale.py FOLDER --rivals           faiss, hnswlib, pynndescent at 1.28 M as well
-    python benchmarks/scale.py FOLDER --tables           what is there, as Markdown; --pictures DOCS/images
+    python benchmarks/scale.py FOLDER --nodes 10000000   another point (about 12 minutes, 10 GB of disk)
+    python benchmarks/scale.py FOLDER --rivals           also faiss, hnswlib and pynndescent at 1.28 M
+    python benchmarks/scale.py FOLDER --tables           existing results as Markdown; --pictures DOCS/images: plots
 
-Each figure comes from a separate process and is kept in FOLDER/results.jsonl; run again, it continues
-with what is missing. Nodes: ``benchmarks/embeddings.py``, seed 0. Rivals: benchmarks/requirements.txt.
+Each figure comes from a separate process and is kept in FOLDER/results.jsonl; when it is run again, it continues with
+what is missing. Nodes: ``benchmarks/embeddings.py``, seed 0. Rivals: benchmarks/requirements.txt.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def main() -> int:
 
 
 def measure_all(folder: Path, log: Path, jobs: list[dict[str, Any]], *, dry_run: bool) -> None:
-    """Make all measurements without a row, one process after the other."""
+    """Make all measurements that have no row yet, one process after the other."""
     known = [row["job"] for row in read(log)]
     left = [job for job in jobs if job not in known]
     if dry_run:

@@ -1,14 +1,14 @@
-"""How much two ranks do in the time of one: on one host, and on two hosts of one rank each.
+"""How much more two ranks do than one: on one host, and on two hosts with one rank each.
 
     PYTHONPATH=. python benchmarks/scaling.py                                  the digits, to check that it runs
     PYTHONPATH=. python benchmarks/scaling.py --config cifar10 --rounds 3      on a quiet machine, as root
 
-Complete runs through the same entry point, in turns over the rounds, one thread per rank; hosts are namespaces of this
-machine (tests/support/hosts.py), so their network is the machine's own: what remains is latency and the cost of
-collectives, not bandwidth. Rates are images per second of all ranks: medians over log lines (teacher, student; without
-the first ones), or a stage's images divided by its seconds (targets; refresh: the stage ``graph``, which embeds,
-searches, partitions and writes a version). Efficiency is the rate of two ranks divided by twice that of one. Below:
-where the rest may have gone.
+Complete runs through the same entry point, in turns over the rounds, one thread per rank. Hosts are namespaces of this
+machine (tests/support/hosts.py), so their network is the machine's own: it shows latency and the cost of collectives,
+but not bandwidth. Rates are images per second of all ranks: medians over log lines (teacher, student; without the first
+ones), or a stage's images divided by its seconds (targets; refresh: the stage ``graph``, which embeds, searches,
+partitions and writes a version). Efficiency is the rate of two ranks divided by twice that of one. Shares of the
+trainings' time below the table show where the rest may have gone.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from tests.support.hosts import Host
 
 STAGES = ("pack", "index", "teacher", "targets", "student", "graph")
 SKIPPED = 2
-"""Log lines at the beginning of a training, which have the imports of a first step."""
+"""Log lines at the beginning of a training that include the imports of the first step."""
 LONGEST_S = 24 * 3600.0
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--config", help="a preset or file; without one the digits")
+    parser.add_argument("--config", help="a preset or file; default: the digits")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("overrides", nargs="*")
     given = parser.parse_args()

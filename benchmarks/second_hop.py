@@ -2,9 +2,9 @@
 
     python benchmarks/second_hop.py FOLDER --limit 15000 --seeds 0 1 2      (about 15 minutes on 2 cores)
 
-For each seed one teacher and its soft targets; then one student each way, from copies of that run, with a
-shortened schedule. Prints accuracies on the 10,000 test images, their differences, and seconds of the
-student stage. Run again, it continues with what is missing. Needs $CNN2GNN_DATA/cifar10.
+For each seed it trains one teacher and writes its soft targets; then it trains one student each way, from copies of
+that run, with a shortened schedule. Prints accuracies on the 10,000 test images, their differences, and seconds of the
+student stage. When it is run again, it continues with what is missing. Needs $CNN2GNN_DATA/cifar10.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def main() -> int:
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--limit", type=int, default=15_000, help="training images; 50000: all")
+    parser.add_argument("--limit", type=int, default=15_000, help="training images (50000: all)")
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
     log = given.folder / "results.jsonl"

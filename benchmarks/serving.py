@@ -1,13 +1,12 @@
-"""A served model measured and mistreated: images/s, versions swapped under load, damaged uploads.
+"""A served model under measurement and abuse: images/s, versions swapped under load, damaged uploads.
 
     python benchmarks/serving.py MODEL IMAGES [throughput] [swaps] [fuzz] [replica]
 
-MODEL is copied first; IMAGES is a folder of images of its kind. ``throughput``: images/s of a server
-compared with the bare model in a loop, in turns, in requests of 1 and of 64 images. ``swaps``: 1,000
-requests while the memory changes 20 times; every answer is compared with that of the version it names.
-``fuzz``: 10,000 uploads, random, truncated, bit-flipped, bombs, malformed forms and JSON. ``replica``: Ray
-Serve with two replicas, one of which is killed. Latency under load: ``serving_locust.py``. Clients are
-separate processes on the same cores.
+MODEL is copied first; IMAGES is a folder of images of its kind. ``throughput``: images/s of a server compared with
+the bare model in a loop, in turns, in requests of 1 and of 64 images. ``swaps``: 1,000 requests while the memory
+changes 20 times; every answer is compared with that of the version it names. ``fuzz``: 10,000 uploads: random,
+truncated, bit-flipped, bombs, malformed forms and JSON. ``replica``: Ray Serve with two replicas, one of which is
+killed. Latency under load: ``serving_locust.py``. Clients are separate processes on the same cores.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ from cnn2gnn_dist.inference.memory.view import Memory
 def asking(
     port: int, images: list[bytes], size: int, clients: int, seconds: float, pipe: Any
 ) -> None:
-    """In a process: this many clients ask for some seconds; sends images per second and the time of each request."""
+    """Run in a process: this many clients ask for some seconds; sends images per second and each request's time."""
 
     def one(number: int) -> list[float]:
         client, took, rng = Client(port), [], random.Random(number)
@@ -73,7 +72,7 @@ def cpu_seconds(pid: int) -> float:
 
 
 def measured(pid: int, run: Callable[[], tuple[float, list[float]]]) -> tuple[float, float, float]:
-    """Images per second, milliseconds of processor time per image, and those of the fastest tenth of requests.
+    """Images per second, milliseconds of processor time per image, and time per image of the fastest tenth of requests.
 
     Other work on the machine disturbs the last two least.
     """
@@ -135,7 +134,7 @@ def throughput(model: Path, images: list[bytes], seconds: float, rounds: int) ->
 
 
 def swaps(model: Path, images: list[bytes], requests: int = 1000, changes: int = 20) -> None:
-    """Removals and undos while clients ask; the answers of each version are computed afterwards."""
+    """Remove and undo while clients ask; the expected answers of each version are computed afterwards."""
     opened = load(model, device="cpu")
     asked = images[:3]
     assert opened.memory is not None
@@ -333,10 +332,10 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("images", type=Path)
     parser.add_argument("what", nargs="*", default=["throughput", "swaps", "fuzz"])
-    parser.add_argument("--seconds", type=float, default=5.0, help="of a measurement")
+    parser.add_argument("--seconds", type=float, default=5.0, help="per measurement")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--uploads", type=int, default=10_000)
-    parser.add_argument("--seed", type=int, default=0, help="of the damage")
+    parser.add_argument("--seed", type=int, default=0, help="for the damage")
     given = parser.parse_args()
     images = [path.read_bytes() for path in sorted(given.images.iterdir()) if path.is_file()]
     with tempfile.TemporaryDirectory() as folder:

@@ -1,9 +1,9 @@
-"""How well the stream's order shuffles, and what it costs, by window; against full permutations.
+"""How well the stream's order shuffles, and what it costs, by window; compared with full permutations.
 
 PYTHONPATH=. python benchmarks/shuffle.py [--picture docs/images/shuffle.png]    # 15 seconds on one core
 
-No data is read: the shape of ImageNet (1,024 shards of 1,250 samples, 1,000 classes, batches of
-1,024), the order alone. Figures are of two epochs in a row; see docs/order.md for what they mean.
+No data is read: only the order is computed, at the size of ImageNet (1,024 shards of 1,250 samples, 1,000 classes,
+batches of 1,024). Figures are of two consecutive epochs; docs/order.md says what they mean.
 """
 
 from __future__ import annotations
@@ -96,8 +96,8 @@ class Cost:
     """The order's cost for reader and host.
 
     Attributes:
-        in_batch: distinct shards of a batch, mean.
-        opens: shard opens per sample read, for one reader that keeps OPEN_SHARDS open.
+        in_batch: distinct shards per batch, mean.
+        opens: times that a shard is opened per sample read, for one reader that keeps OPEN_SHARDS open.
         batch_us: microseconds per consecutive batch.
         seek_ms: milliseconds to an arbitrary batch in another epoch, the worst of nine.
     """

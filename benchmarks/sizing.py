@@ -1,12 +1,12 @@
-"""What `cnn2gnn plan` predicts for a rank, compared with what training steps take: memory and speed.
+"""What `cnn2gnn plan` predicts for a rank compared with real training steps: memory and speed.
 
     python benchmarks/sizing.py        CIFAR-10's teacher and student, 1 and 2 ranks, ZeRO 0 to 3 (4 minutes)
 
-"states": all tensors of a rank after a step, when gradients are freed (except for ZeRO 3), and the plan's. On a CPU
-DeepSpeed's buckets (200 MB in ds_config.json) are tensors of which only the part that is used takes memory.
+"states": all tensors of a rank after a step, when gradients are freed (except under ZeRO 3), and the plan's. On a CPU,
+DeepSpeed's buckets (200 MB in ds_config.json) are tensors of which only the used part takes memory.
 "peak": the largest size of the process (VmHWM), and the plan's process + states + activations. "process": the part
 of the peak that is neither states nor activations (constants.PROCESS). "GFLOP/s": in the fastest step, per second of
-processor time of the rank's one thread (constants.CPU_GFLOPS). Exit code 1 if a peak is more than 25 % from its
+processor time of the rank's single thread (constants.CPU_GFLOPS). Exit code 1 if a peak is more than 25 % off its
 prediction.
 """
 
@@ -43,7 +43,7 @@ def live_bytes() -> int:
 
 
 def peak() -> int:
-    """The largest size of this process so far, bytes."""
+    """The largest size of this process so far, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(dict(line.split(":", 1) for line in lines)["VmHWM"].split()[0]) * 1024
 
@@ -100,9 +100,9 @@ def rank_main(kind: str, stage: int, micro: int) -> dict[str, float]:
 
 
 def timed_steps(run: Any, images: Any, labels: Any, query: tuple[Any, ...]) -> list[float]:
-    """Train ``STEPS`` steps, a student's with a ``query``; return the processor seconds of each."""
+    """Train ``STEPS`` steps, with a ``query`` those of a student; return the processor seconds of each."""
     run.train()
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     seconds = []
     for _ in range(STEPS):
         began = time.process_time()
@@ -120,7 +120,7 @@ def timed_steps(run: Any, images: Any, labels: Any, query: tuple[Any, ...]) -> l
 
 
 def _without_gradients(expected: Any) -> float:
-    gone = expected.states.gradients if expected.stage < 3 else 0.0  # stage 3 keeps their place
+    gone = expected.states.gradients if expected.stage < 3 else 0.0  # stage 3 keeps their memory
     return expected.states.total - gone
 
 

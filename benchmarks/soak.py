@@ -2,9 +2,9 @@
 
     python benchmarks/soak.py SECONDS
 
-Streams small JPEGs through Ray actors, a fast and a slow trainer in turn. Every five seconds it looks
-at the memory of all processes of the session, the object store, what was spilled, /dev/shm and
-the session's files; every thirty seconds it prints a line, and at the end a verdict (exit code 1: failed).
+Streams small JPEGs through Ray actors, to a fast and a slow trainer in turn. Every five seconds it looks at the memory
+of all processes of the session, the object store, what was spilled, /dev/shm and the session's files; every thirty
+seconds it prints a line, and at the end a verdict (exit code 1: failed).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from cnn2gnn_dist.runtime.ray import cluster as ray_cluster
 
 LOOK_S, LINE_S, PHASE_S = 5.0, 30.0, 20.0
 SLOW_S = 0.2
-"""Seconds that a step of the slow trainer takes."""
+"""Seconds per step of the slow trainer."""
 FREED_S = 0.3
 """Ray frees consumed batches in rounds of a tenth of a second, one after the other."""
 FLAT_SHARE = 0.02
@@ -48,7 +48,7 @@ MB = 2**20
 
 @dataclass
 class Look:
-    """Observations at one moment; sums over all processes of the session, in MB."""
+    """What was observed at one moment; sums over all processes of the session, in MB."""
 
     seconds: float
     batches: int

@@ -1,12 +1,12 @@
-"""Steps of a two-layer GNN at fan-out [10, 10] on two ranks that own their parts: ours, DGL, PyG.
+"""Steps of a two-layer GNN at fan-out [10, 10] on two ranks that own their partitions: ours, DGL, PyG.
 
     python benchmarks/steps.py FOLDER --nodes 1281167 --homophily 0.65     (about 8 minutes)
     python benchmarks/steps.py FOLDER ... --precision bfloat16             all of them under autocast
 
-FOLDER is that of ``benchmarks/scale.py``: its graph and its METIS parts are used. End to end: sampling,
-gathering features, forward, backward, gradients averaged by DDP over gloo, AdamW. There are no images:
-a seed's own features are those of the bank with a little noise. DGL and PyG hold all features in each process;
-ours holds a part with its halos. Every contender runs in separate processes, in turns over the rounds.
+FOLDER is that of ``benchmarks/scale.py``, whose graph and METIS partitions are used. Steps are timed end to end:
+sampling, gathering features, forward, backward, gradients averaged by DDP over gloo, AdamW. There are no images: a
+seed's own features are those of the bank with a little noise. DGL and PyG hold all features in each process; ours
+holds a partition with its halos. Every contender runs in separate processes, in turns over the rounds.
 PyG's NeighborLoader needs pyg-lib (not on PyPI) or torch-sparse (built from its source: see
 benchmarks/requirements.txt).
 """
@@ -103,7 +103,7 @@ def together(given: argparse.Namespace, name: str) -> dict[str, float]:
 
 
 def table(found: dict[str, list[dict[str, float]]]) -> str:
-    """Medians over the rounds, and seeds/s relative to the better competitor's."""
+    """Medians over the rounds, and seeds/s relative to the better of the two competitors."""
     middle: dict[str, dict[str, Any]] = {
         name: {key: median(r[key] for r in rounds) for key in rounds[0]}
         for name, rounds in found.items()

@@ -1,14 +1,14 @@
-"""Images per second of the stream and of what users would pick instead, side by side in one run.
+"""Images per second of the stream and of what users would use instead, side by side in one run.
 
-    pip install --no-deps -r benchmarks/requirements.txt     # the competitors that are not ours already
+    pip install --no-deps -r benchmarks/requirements.txt     # the competitors that are not installed yet
     python benchmarks/stream.py                              # everything, about 15 minutes on 2 cores
     python benchmarks/stream.py --only photos --rounds 1     # part of it
     python benchmarks/stream.py --profile                    # where our own time goes
 
-Every contender runs in a separate process, in turn, for several rounds (A B C A B C …), on the
-same images from a warm page cache, with two workers of one thread each. Its speed is measured from
-its first batch on; how long that one took has its own column. Ratios are taken within a
-round, and their median counts: cores may be shared, and seconds then mean little.
+Every contender runs in a separate process, in turn, for several rounds (A B C A B C …), on the same images from a
+warm page cache, with two workers of one thread each. Its speed is measured from its first batch on; the time to the
+first batch has its own column. Ratios are taken within a round, and their median counts: cores may be shared, and
+then seconds mean little.
 Progress goes to stderr, the tables (Markdown) to stdout.
 """
 
@@ -36,7 +36,7 @@ from loaders import contenders, inputs, tables  # noqa: E402
 from loaders.job import Job, measure  # noqa: E402
 
 LONGEST = 240
-"""Seconds after which a run has hung."""
+"""Seconds after which a run counts as hung."""
 Figures = dict[str, Any]
 
 
@@ -65,7 +65,7 @@ def arguments() -> argparse.Namespace:
         "--contenders", nargs="+", default=[], help="only rows that start with this"
     )
     parser.add_argument("--passes", type=int, default=40, help="over the photographs")
-    parser.add_argument("--seconds", type=float, default=8.0, help="most seconds of reading")
+    parser.add_argument("--seconds", type=float, default=8.0, help="maximum seconds of reading")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--limit", type=int, help="images of CIFAR-10 (default: all)")
     parser.add_argument("--data", help="folder of the data sets")
@@ -175,7 +175,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
             return
         except subprocess.TimeoutExpired:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, stop)  # its own session: no other processes
+                os.killpg(process.pid, stop)  # it has its own session
     process.wait()
 
 

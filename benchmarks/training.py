@@ -1,17 +1,17 @@
-"""A training step as the product runs it, compared with the loop that users write with torch alone.
+"""A training step as the product runs it, compared with the loop that users would write in plain torch.
 
     python benchmarks/training.py                                   CIFAR-10's teacher and student (about 6 minutes)
     python benchmarks/training.py --preset mini_imagenet --models teacher --images 32
 
-Networks of a preset on random images. ``plain``: DistributedDataParallel over gloo, float32, images as torch
-stores them (NCHW), BatchNorm of each rank alone. ``plain, bfloat16``: the same with channels_last and autocast.
+It trains the networks of a preset on random images. ``plain``: DistributedDataParallel over gloo, float32, images in
+torch's layout (NCHW), BatchNorm separate on each rank. ``plain, bfloat16``: the same with channels_last and autocast.
 ``engine``: the network in the product's precision under DeepSpeed, at the ZeRO stage of ds_config.json. The student
 gets random blocks of neighbors; under the engine its BatchNorm is synchronized across ranks, as in a run.
 
-Every contender runs in separate processes, in turns over the rounds, each rank with one thread. Images per
-second are those of all ranks by the clock, images per processor second those of one rank by its own use of the
-processor, which other work on the machine disturbs less; ratios are of the latter. The last table says where the
-engine's time goes (torch's profiler, rank 0).
+Every contender runs in separate processes, in turns over the rounds, with one thread per rank. Images per second are
+those of all ranks by the clock; images per processor second are those of one rank by its own processor time, which
+other work on the machine disturbs less. Ratios are of the latter. The last table shows where the engine's time goes
+(torch's profiler, rank 0).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ KINDS = (  # the first pattern that an operator's name matches
 
 
 class _NCHW(nn.Module):
-    """A network that gets its images in torch's default memory layout."""
+    """Gives a network its images in torch's default memory layout."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -183,7 +183,7 @@ def rank_main(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def profile(step: Callable[[], None], rank: int) -> dict[str, float]:
-    """Shares of a step's time by kind of operator; all ranks take the steps, rank 0 looks."""
+    """Shares of a step's time by kind of operator; all ranks take the steps, rank 0 is profiled."""
     watch: Any = contextlib.nullcontext()
     if rank == 0:
         watch = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
@@ -254,7 +254,7 @@ def tables(found: dict[tuple[str, str, int], list[dict[str, Any]]], models: list
 
 
 def main() -> int:
-    """Take turns, and print the tables."""
+    """Run the contenders in turns, and print the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -264,7 +264,7 @@ def main() -> int:
         "--models", nargs="+", choices=("teacher", "student"), default=["teacher", "student"]
     )
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--images", type=int, default=256, help="of a rank, per step")
+    parser.add_argument("--images", type=int, default=256, help="per rank and step")
     parser.add_argument("--classes", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(

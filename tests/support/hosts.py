@@ -254,7 +254,7 @@ def listening(host: Host) -> set[str]:
     for line in host.shell("cat /proc/net/tcp /proc/net/tcp6").splitlines():
         words = line.split()
         if len(words) > 3 and words[3] == "0A":
-            digits = words[1].partition(":")[0][-8:]  # an IPv4-mapped address ends with the IPv4 one
+            digits = words[1].partition(":")[0][-8:]  # IPv4-mapped addresses end with the IPv4 one
             mapped = len(words[1].partition(":")[0]) == 8 or "FFFF0000" in words[1]
             address = ".".join(str(int(digits[at : at + 2], 16)) for at in (6, 4, 2, 0))
             found.add(address if mapped else words[1])
@@ -306,7 +306,7 @@ def _inside(
     if child == 0:
         return job(*arguments) or 0
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)  # the whole group gets it: the child's reaction counts
+        signal.signal(number, signal.SIG_IGN)  # the group gets it: the child's reaction counts
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if code < 0:
         if -code != signal.SIGKILL:
