@@ -132,7 +132,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"one of {', '.join(KINDS)}")
-    parser.add_argument("--epochs", type=int, default=51, help="for the teacher; twice for the student")
+    parser.add_argument("--epochs", type=int, default=51, help="of the teacher; the student: twice")
     parser.add_argument("--folds", type=int, default=5)
     given = parser.parse_args()
     torch.set_num_threads(1)

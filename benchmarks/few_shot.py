@@ -6,10 +6,11 @@
 By Ravi and Larochelle's split (2017): the preset is trained on the 64 base classes alone (480 images each, 20 more for
 evaluation). The run is exported, and each of 600 episodes draws 5 of the 20 novel classes, with 1 or 5 images each to
 learn from and 15 to answer. Inductive: each query by the score of new classes with which ``memory add`` answers,
-restricted to the episode's classes. Transductive: the 75 queries of an episode together, over the same scores, by the
-EM of ``predict --together``. For comparison: the nearest class mean, soft k-means (Ren et al., ICLR 2018), LaplacianShot
-(Ziko et al., ICML 2020). Constants are chosen on episodes of the 16 validation classes. FOLDER keeps the data, the run
-and the model; when it is run again, it continues. Prints Markdown, mean ± 95 % over episodes. Needs $CNN2GNN_DATA.
+restricted to the episode's classes. Transductive: the 75 queries of an episode together, over the same scores, by rule
+T's EM and by the learned network of ``predict --together``. For comparison: the nearest class mean, soft k-means (Ren
+et al., ICLR 2018), LaplacianShot (Ziko et al., ICML 2020). Constants are chosen on episodes of the 16 validation
+classes. FOLDER keeps the data, the run and the model; when it is run again, it continues. Prints Markdown, mean ± 95 %
+over episodes. Needs $CNN2GNN_DATA.
 """
 
 from __future__ import annotations
