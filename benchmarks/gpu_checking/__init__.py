@@ -13,7 +13,7 @@ class Skip(Exception):
 
 @dataclass(frozen=True)
 class Setting:
-    """Where a check runs: "cuda" or "cpu", rank and number of ranks, small sizes, the results folder."""
+    """Where a check runs: "cuda" or "cpu", rank and number of ranks, whether at toy size, the results folder."""
 
     device: str
     rank: int

@@ -25,7 +25,7 @@ from cnn2gnn_dist.models.student import Student, StudentOutput
 PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "dgl", "ray", "faiss-cpu", "webdataset",
             "simplejpeg", "pyarrow", "numpy")  # fmt: skip
 LOGITS, GRADIENTS, BFLOAT16, HEAD = 1e-3, 1e-2, 5e-2, 1e-5
-"""Maximum relative differences: float32 against the CPU, bfloat16 against float32, z."""
+"""Maximum relative differences: of float32 from the CPU, of bfloat16 from float32, of z."""
 
 
 def environment(setting: Setting) -> Outcome:
@@ -90,7 +90,7 @@ def search(setting: Setting) -> Outcome:
 
 
 def parity(setting: Setting) -> Outcome:
-    """Logits and gradients of the student on the device against those on the CPU, in float32."""
+    """Logits and gradients of the student on the device compared with those on the CPU, in float32."""
     numbers: dict[str, Any] = {}
     kept = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     reference = _pass(setting, "cpu")
@@ -111,7 +111,7 @@ def parity(setting: Setting) -> Outcome:
 
 
 def autocast(setting: Setting) -> Outcome:
-    """Under bfloat16 autocast: logits near those of float32, z exactly the float32 head's of x."""
+    """Under bfloat16 autocast: logits are near those of float32, z is exactly the float32 head's output for x."""
     plain, _ = _pass(setting, setting.device)
     rounded, _ = _pass(setting, setting.device, torch.bfloat16)
     model = _student(setting).to(setting.device)
@@ -135,7 +135,7 @@ def autocast(setting: Setting) -> Outcome:
 
 
 def gather(setting: Setting) -> Outcome:
-    """How far gradients of the same step differ when it is repeated: the meaning of "exact"."""
+    """How far the gradients of a step differ when it is repeated: what "exact" can mean here."""
     times = 5 if setting.toy else 20
     first = _pass(setting, setting.device)[1]
     spread = [_apart(_pass(setting, setting.device)[1], first) for _ in range(times)]

@@ -38,9 +38,9 @@ NORMS, HEAD = 1e-3, 1e-5
 
 
 def join(setting: Setting, timeout_s: float = 120.0) -> None:
-    """The process group as a run creates it; plain torch's where DeepSpeed is not installed."""
+    """Join the process group as a run does; with plain torch where DeepSpeed is not installed."""
     ranks = Ranks.from_environment()
-    if setting.ranks == 1:  # a group of one, as `torchrun --nproc_per_node 1` has
+    if setting.ranks == 1:  # a group of one, as under `torchrun --nproc_per_node 1`
         os.environ.update(ranks.environment())
     try:
         from cnn2gnn_dist.training import engine
@@ -54,7 +54,7 @@ def join(setting: Setting, timeout_s: float = 120.0) -> None:
 
 
 def barrier(setting: Setting) -> Outcome:
-    """No rank leaves before the last has arrived, with a late host and then with a busy device."""
+    """No rank leaves before the last has arrived: first with a late host, then with a busy device."""
     join(setting)
     collectives.barrier()
     numbers: dict[str, Any] = {}
@@ -65,7 +65,7 @@ def barrier(setting: Setting) -> Outcome:
         collectives.barrier()
         begin = time.monotonic()
         if late and kind == "device" and setting.device == "cuda":
-            # A spinning kernel: what the barrier queues behind it can't finish before it.
+            # A spinning kernel: what the barrier queues behind it can't finish first.
             torch.cuda._sleep(int(DELAY_S * _cycles_per_second()))
         elif late:
             time.sleep(DELAY_S)
@@ -92,7 +92,7 @@ def barrier(setting: Setting) -> Outcome:
 
 
 def sync_norm(setting: Setting) -> Outcome:
-    """Stems of timm's families: ranks with SyncNorm against one process with the complete batch."""
+    """Stems of timm's families: ranks with SyncNorm compared with one process and the whole batch."""
     join(setting)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     names = list(FAMILIES)[: 3 if setting.toy else None]
@@ -143,14 +143,14 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
 
 
 def _apart(found: Tensor, wanted: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> float:
-    """Largest difference relative to the largest value; to the largest of all where that is tiny."""
+    """Largest difference, relative to the largest value, or to the largest of all where that is tiny."""
     most = max(float(each.detach().abs().max()) for _, each in pairs)
     unit = max(float(wanted.detach().abs().max()), 1e-3 * most)
     return float((found - wanted).detach().abs().max()) / unit
 
 
 def zero3(setting: Setting) -> Outcome:
-    """The graph head keeps float32 weights under ZeRO-3 with autocast: z as from the full weights."""
+    """The graph head keeps float32 weights under ZeRO-3 with autocast: z is as with the unpartitioned weights."""
     try:
         import deepspeed  # noqa: F401
     except ImportError as error:
@@ -167,8 +167,8 @@ def zero3(setting: Setting) -> Outcome:
         world_size=setting.ranks, global_batch=rows * setting.ranks, accumulation=1, lr=1e-3,
         weight_decay=0.0, clip=1.0, device=setting.device, stage=3,
     )  # fmt: skip
-    config["torch_autocast"]["enabled"] = True  # also on the CPU, where runs leave it off
-    # Small weights would otherwise never be partitioned and gathered.
+    config["torch_autocast"]["enabled"] = True  # on the CPU too, where runs leave it off
+    # Otherwise small weights would never be partitioned and gathered.
     config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     engine = Engine(_student(setting), config, device=setting.device)
     engine.train()
@@ -197,7 +197,7 @@ def zero3(setting: Setting) -> Outcome:
 
 
 def lost_peer(setting: Setting) -> Outcome:
-    """A rank is killed: the others raise an error that is recognized, within the timeout."""
+    """A rank is killed: within the timeout, the others raise an error that counts as a lost peer."""
     if setting.ranks == 1:
         raise Skip("needs two ranks")
     join(setting, timeout_s=20.0)
@@ -229,7 +229,7 @@ CHECKS: dict[str, Callable[[Setting], Outcome]] = {
 
 
 def _cycles_per_second() -> float:
-    """Frequency of the clock that torch.cuda._sleep counts, measured."""
+    """The measured frequency of the clock that torch.cuda._sleep counts."""
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     begin.record()
     torch.cuda._sleep(100_000_000)

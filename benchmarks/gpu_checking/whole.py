@@ -1,4 +1,4 @@
-"""Checks with complete runs under torchrun: the demo on one rank and on all, a kill, evaluation on the CPU."""
+"""Checks with complete runs under torchrun: the demo on one rank and on all, a kill, an evaluation on the CPU."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from cnn2gnn_dist.training.checkpoint import folder as disk
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 LEAST = 90.0
-"""Accuracy in percent that teacher and student of the demo reach on any device (docs/results.md: 98)."""
+"""Accuracy in percent that teacher and student of the demo must reach on any device (docs/results.md: 98)."""
 NEAR = 0.05
 """Allowed difference between weights of a resumed and an uninterrupted training where devices add atomically."""
 TOY = [
@@ -52,7 +52,7 @@ def pipeline(setting: Setting) -> Outcome:
 
 
 def judged_on_cpu(setting: Setting) -> Outcome:
-    """The models of the one-rank demo evaluated on the CPU: the same FLOPs and accuracy."""
+    """The models of the one-rank demo, evaluated on the CPU, have the same FLOPs and accuracy."""
     run, copy = setting.out / "run-1", setting.out / "run-1-cpu"
     if not (run / "results.json").is_file():
         raise Skip("the demo on one rank has no results")
@@ -75,7 +75,7 @@ def judged_on_cpu(setting: Setting) -> Outcome:
 
 
 def resume(setting: Setting) -> Outcome:
-    """The teacher, killed by SIGKILL after its first checkpoint and resumed, against an uninterrupted one."""
+    """A teacher killed by SIGKILL after its first checkpoint, then resumed, equals an uninterrupted one."""
     calm, killed = setting.out / "calm", setting.out / "killed"
     shutil.rmtree(killed, ignore_errors=True)
     only = ("--stages", "pack,index,teacher", "checkpoint.every_steps=4")
@@ -145,10 +145,10 @@ def start(setting: Setting, run: Path, *more: str, ranks: int) -> subprocess.Pop
 
 
 def launch(setting: Setting, run: Path, *more: str, ranks: int | None = None) -> None:
-    """Do the same, and wait for it.
+    """Do the same, and wait for its end.
 
     Raises:
-        RuntimeError: it failed; with the end of its output.
+        RuntimeError: it failed; the message has the end of its output.
     """
     process = start(setting, run, *more, ranks=ranks or setting.ranks)
     try:

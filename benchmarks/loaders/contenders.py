@@ -1,4 +1,4 @@
-"""Which loaders are compared on what data, and the expected ratios."""
+"""Which loaders are compared on which data, and the expected ratios."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Contender:
     """A row of the table.
 
     Attributes:
-        module: of this package.
-        options: for the module.
-        partial: the compiled partial decoder: used, or turned off.
-        passes: how much more (or less) it reads than the others, because it is faster (or stops after one epoch).
+        module: its module in this package.
+        options: for that module.
+        partial: whether the compiled partial decoder is used or turned off.
+        passes: how many times as much as the others it reads, because it is faster (or stops after one epoch).
         settle: passes before its clock starts.
     """
 
@@ -71,7 +71,7 @@ SMALL = {
 LIMIT, LIMIT_PARTIAL = (LIMIT_T, LIMIT_P), (LIMIT_PT, LIMIT_PP)
 
 Goal = tuple[str, "str | tuple[str, ...]", float]
-"""Ours, theirs (the fastest if several), the target ratio."""
+"""Ours, theirs (the fastest of several), the target ratio."""
 
 GOALS: dict[str, list[Goal]] = {
     "photos": [

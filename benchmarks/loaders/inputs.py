@@ -19,7 +19,7 @@ def data_folder(given: str | None) -> Path:
 
 
 def photos(data: Path, work: Path, copies: int) -> Job:
-    """Full-size JPEGs, random resized crop to 224, batches of 64; each shard under several names."""
+    """Full-size JPEGs, random resized crops to 224, batches of 64; each shard occurs under several names."""
     found = sorted((data / "imagenet-sample").glob("*.tar"))
     if not found:
         raise SystemExit(f"no photographs: {data}/imagenet-sample/*.tar (see --data)")
@@ -33,7 +33,7 @@ def photos(data: Path, work: Path, copies: int) -> Job:
 
 
 def small(data: Path, work: Path, limit: int | None) -> Job:
-    """CIFAR-10, pad 4 and crop and flip, batches of 256."""
+    """CIFAR-10, padded by 4, cropped and flipped, batches of 256."""
     found = sorted((data / "cifar10").glob("train*.parquet"))
     if not found:
         raise SystemExit(f"no CIFAR-10: {data}/cifar10/train*.parquet (see --data)")
@@ -64,7 +64,7 @@ def _job(kind: str, found: list[Path], folder: Path, copies: int, *, batch: int,
 
 
 def describe(job: Job) -> str:
-    """One line for the header of a table."""
+    """The line above a table."""
     size = sum(os.path.getsize(path) for path in job.shards)
     each = f", each image {job.copies} times" if job.copies > 1 else ""
     return (

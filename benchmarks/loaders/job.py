@@ -16,7 +16,7 @@ import psutil
 from cnn2gnn_dist.data.images.views import ViewSpec
 
 WORKERS = 2
-"""Readers of every contender: what a user would choose for two cores."""
+"""Number of readers of every contender: what a user would choose for two cores."""
 
 
 @dataclass
@@ -28,10 +28,10 @@ class Job:
         kind: "photos" (random resized crop) or "small" (pad, crop, flip).
         folder: where the contender may store its own format.
         shards, manifest: the same images for all.
-        images: per pass, which may show each image several times, as ``copies`` of a shard.
+        images: per pass, in which an image may occur several times, through ``copies`` of its shard.
         passes, seconds: reading ends after that many passes or seconds, whichever is first.
         settle: images after which the clock starts; at least the first batch.
-        born: time.time() at which the parent started this run's process.
+        born: time.time() when the parent started this run's process.
     """
 
     module: str
@@ -51,7 +51,7 @@ class Job:
 
     @property
     def views(self) -> ViewSpec:
-        """The views of our own loaders; the others draw the same kind from torchvision."""
+        """The views of our own loaders; the others draw the same kind with torchvision."""
         kind = "random_resized_crop" if self.kind == "photos" else "crop_flip"
         return ViewSpec(kind, self.size, seed=0, pad=4)
 
@@ -65,11 +65,11 @@ class Job:
 
 
 def measure(job: Job, batches: Iterator[Any]) -> dict[str, float]:
-    """Images per second from the first batch (or ``settle`` images) to the last.
+    """Images per second from the first batch (or the first ``settle`` images) to the last.
 
-    Also seconds from the start of the process to the first batch, CPU milliseconds per image of
-    this process and its children (which other work on the machine affects little), and the
-    fraction of the cores that other processes used meanwhile.
+    Also the seconds from the start of the process to the first batch, CPU milliseconds per image of this
+    process and its children (which other work on the machine affects little), and the fraction of the cores
+    that other processes used in the meantime.
     """
     count, first, start, mark = 0, 0.0, 0.0, (0.0, 0.0)
     with contextlib.closing(batches):  # type: ignore[type-var]
@@ -108,13 +108,13 @@ def touch(batch: Any) -> int:
 
 
 def cpu_seconds() -> tuple[float, float]:
-    """CPU time of this process and its descendants so far, and of the complete machine."""
+    """CPU time of this process and its descendants so far, and of the whole machine."""
     machine = psutil.cpu_times()
     own = 0.0
     me = psutil.Process()
     for process in [me, *me.children(recursive=True)]:
         with contextlib.suppress(psutil.Error):
-            own += sum(process.cpu_times()[:4])  # its own, and its children's that have exited
+            own += sum(process.cpu_times()[:4])  # its own, and that of its children that exited
     return own, machine.user + machine.system + machine.nice
 
 

@@ -1,4 +1,4 @@
-"""The upper bound: only our decode, crop and resize on two cores, with the bytes already in memory."""
+"""The upper bound: nothing but our decode, crop and resize on two cores, with the bytes already in memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cnn2gnn_dist.data.reading.reader import CHUNK
 
 
 def batches(job: Job) -> Iterator[np.ndarray]:
-    """Yield the same array, each time a worker has filled such a batch."""
+    """Yield the same array each time that a worker has filled such a batch."""
     blobs = [image for image, _ in members(job)]
     total = job.passes * job.images // job.batch
     done: Any

@@ -1,4 +1,4 @@
-"""litdata: its own chunks of the same JPEG bytes, StreamingDataLoader."""
+"""litdata: the same JPEG bytes in its own chunks, StreamingDataLoader."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MosaicML streaming: MDS shards of the same JPEG bytes, torch's DataLoader."""
+"""MosaicML streaming: the same JPEG bytes in MDS shards, torch's DataLoader."""
 
 from __future__ import annotations
 

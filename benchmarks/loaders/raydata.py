@@ -1,7 +1,7 @@
 """Ray Data: read_webdataset, map_batches, iter_torch_batches.
 
-The images stay encoded until map_batches, which favors Ray Data over its default: decoded
-pictures of many sizes would pass through the object store.
+The images stay encoded until map_batches, in favor of Ray Data: by default, decoded images of many sizes would
+pass through the object store.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ def batches(job: Job) -> Iterator[Any]:
 
     ray_cluster.start(None, cpus=WORKERS)
     data = ray.data.read_webdataset(job.shards * job.passes, decoder=None)
-    # Tasks, not an actor pool: they are fused with reading, while two actors on two cores would
-    # leave no core for reading, and wait forever.
+    # Tasks rather than an actor pool: they are fused with reading, while two actors on two cores
+    # would leave no core for reading and wait forever.
     data = data.map_batches(views, batch_size=job.batch, fn_kwargs={"job": job})
     for batch in data.iter_torch_batches(batch_size=job.batch, prefetch_batches=2):
         yield batch["image"]

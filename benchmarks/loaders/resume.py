@@ -9,11 +9,11 @@ from loaders.job import WORKERS, Job
 from loaders.ours import opened
 
 ROUNDS = {"local": 41, "ray": 5}
-"""A reader actor takes seconds to start, a thread next to nothing."""
+"""A reader actor takes seconds to start, a thread almost no time."""
 
 
 def figures(job: Job) -> dict[str, float]:
-    """Median milliseconds from scratch (no stream, no readers, no open shard) to a batch."""
+    """Median milliseconds to a batch from scratch (no stream, no readers, no open shard)."""
     backend = job.options["backend"]
     if backend == "ray":
         from cnn2gnn_dist.runtime.ray import cluster as ray_cluster

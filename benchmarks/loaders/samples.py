@@ -9,7 +9,7 @@ from cnn2gnn_dist.data.reading.shard_files import ShardFiles
 
 
 def members(job: Job) -> list[tuple[bytes, int]]:
-    """(encoded image, label) of all samples, in the shards' order, each once."""
+    """(encoded image, label) of every sample, once each, in the order of the shards."""
     manifest = Manifest.load(job.manifest)
     files = ShardFiles(manifest)
     labels = manifest.label_N.tolist()

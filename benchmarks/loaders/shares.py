@@ -1,8 +1,8 @@
 """Profile of our own loader: each step's share of a reader, and what the pool adds or loses.
 
-The steps are timed by wrapping the functions that the reader calls; a step's time excludes that of
-the steps it calls. Shares are of one thread's time; the other figures are processor time, so
-other work on the machine matters little.
+The steps are timed by wrapping the functions that the reader calls; a step's time excludes that of the steps it
+calls. Shares are of one thread's time; the other figures are processor time, which other work on the machine
+hardly affects.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ STEPS: list[tuple[str, Any, str]] = [
 
 
 def figures(job: Job) -> dict[str, float | str]:
-    """µs of processor time per image in one thread, and each step's share; also the pool's."""
+    """µs of processor time per image in one thread, and each step's share; also the pool's figures."""
     _read(job, 0.2)  # imports
     found: dict[str, float | str] = {"CPU µs an image": _one_thread(job) * 1e6}
     found |= _pool(job)
@@ -51,7 +51,7 @@ def _one_thread(job: Job) -> float:
 
 
 def _pool(job: Job) -> dict[str, float]:
-    """Two threads and a consumer: processor time per image, cores used, the consumer's waiting."""
+    """Two threads and a consumer: processor time per image, cores used, the time that the consumer waits."""
     count, job.options["backend"] = 0, "local"
     with opened(job) as stream:
         began, mark = time.perf_counter(), time.process_time()
@@ -77,9 +77,9 @@ def _read(job: Job, seconds: float) -> int:
 
 
 def _wrapped() -> dict[str, float]:
-    """Wrap all steps; each step's own seconds are summed in the result."""
+    """Wrap all steps; the result sums the own seconds of each."""
     spent: dict[str, float] = {name: 0.0 for name, _, _ in STEPS}
-    inner = [0.0]  # seconds of steps called by the top one
+    inner = [0.0]  # a stack: seconds of the steps called by the current one
 
     def timed(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Figures to Markdown."""
+"""Figures as Markdown."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def brief(result: Figures) -> str:
 
 
 def ratios(kind: str, rows: dict[str, list[Figures]]) -> list[Figures]:
-    """Each goal with the ratios of all rounds."""
+    """Each goal, with the ratios of all rounds."""
     return [
         {"ours": goal[0], "theirs": _names(goal), "goal": goal[2], "rounds": _ratio(goal, rows)}
         for goal in GOALS[kind]

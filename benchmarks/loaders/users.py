@@ -1,4 +1,4 @@
-"""Pictures to tensors as users write it: Pillow and torchvision's transforms v2."""
+"""Images to tensors as users write it: Pillow and torchvision's transforms v2."""
 
 from __future__ import annotations
 

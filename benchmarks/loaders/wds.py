@@ -1,4 +1,4 @@
-"""webdataset and torch's DataLoader: as users write it, or with our decoder in its map function."""
+"""webdataset with torch's DataLoader: as users write it, or with our decoder in its map function."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def batches(job: Job) -> Iterator[Any]:
 
 
 class OurViews:
-    """Samples' bytes to a batch of views, by this project's decoder."""
+    """Turns the bytes of samples into a batch of views by this project's decoder."""
 
     def __init__(self, job: Job) -> None:
         self.job, self.calls = job, 0

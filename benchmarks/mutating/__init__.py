@@ -1,1 +1,1 @@
-"""Parts of ``benchmarks/mutants.py``: what is mutated, where it runs, what may survive."""
+"""Parts of ``benchmarks/mutants.py``: what is mutated, where it runs, and what may survive."""

@@ -1,7 +1,7 @@
-"""Mutants of a module: each is its source with one small fault.
+"""Mutants of a module: each is the module's source with one small fault.
 
-Excluded are text (messages, docstrings, printed strings), annotations, decorators, defaults
-and constants at the top of a module: tests should not pin those.
+Text (messages, docstrings, printed strings), annotations, decorators, defaults and constants at the top of a
+module are excluded: tests should not pin those.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ SPOKEN = {"print", "say", "UserError", "PeerLost", "ValueError", "IndexError", "
 
 @dataclass(frozen=True)
 class Mutant:
-    """One fault: its location, the statement before and after, and the complete new source."""
+    """One fault: its location, the statement before and after it, and the complete new source."""
 
     line: int
     function: str
@@ -223,7 +223,7 @@ def _statement(path: Path, tree: ast.AST) -> Path:
 
 def _first_line(node: ast.AST) -> str:
     text = ast.unparse(node)
-    # A compound statement is identified by its first line, a simple one by all of it.
+    # A compound statement is identified by its first line, a simple one by its whole text.
     return text.splitlines()[0] if hasattr(node, "body") else " ".join(text.split())
 
 

@@ -1,4 +1,4 @@
-"""Runs tests against one mutant after another, each in a fork of a process with the libraries loaded.
+"""Run tests against one mutant after another, each in a fork of a process with the libraries loaded.
 
 python benchmarks/mutating/server.py MODULE_FILE TESTS…   in a copy of the repository. Each line
 on stdin is JSON {"source": …, "seconds": …}; each on stdout is "passed", "failed", "timeout" or
@@ -45,7 +45,7 @@ def main() -> None:
         job = json.loads(line)
         module.write_text(job["source"], encoding="utf-8")
         began = time.monotonic()
-        sys.dont_write_bytecode = not first  # a mutant never leaves bytecode behind
+        sys.dont_write_bytecode = not first  # a mutant must not leave bytecode behind
         child = os.fork()
         if child == 0:
             os.setsid()
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def _load_what_no_mutant_changes(module: Path) -> None:
-    """Import what the tests imported, except what imports the mutated file, and the tests' own modules."""
+    """Import what the tests imported, except for what imports the mutated file and the tests' own modules."""
     import grimp
 
     package = module.parts[module.parts.index("cnn2gnn_dist") :]
@@ -74,7 +74,7 @@ def _load_what_no_mutant_changes(module: Path) -> None:
     graph = grimp.build_graph("cnn2gnn_dist")
     changing = {mutated, *graph.find_downstream_modules(mutated)}
     for name in json.loads(Path(LOADED).read_text(encoding="utf-8")):
-        # Importing a submodule runs its package, which then stays as it was.
+        # This also imports the packages above, which import no module of ours themselves.
         if name in changing or name.split(".")[0] == "tests":
             continue
         with contextlib.suppress(Exception):
@@ -82,7 +82,7 @@ def _load_what_no_mutant_changes(module: Path) -> None:
 
 
 def _wait(child: int, seconds: float) -> str:
-    """Outcome of the tests; kills everything that they started."""
+    """Wait for the outcome of the tests; kill everything that they started."""
     handle = os.pidfd_open(child)
     try:
         import select

@@ -1,4 +1,4 @@
-"""New classes: rule R compared with other uses of the same images."""
+"""New classes: rule R compared with other ways to use the same images."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from cnn2gnn_dist.inference.memory.old_classes import Images, OldClasses
 PARTS = ("calibration", "test", "new_test")
 REPLAY = 8000
 Scores = dict[str, tuple[np.ndarray, np.ndarray]]
-"""By part: scores of the old classes [n, C] and of the new ones [n, K]."""
+"""Scores by part: of the old classes [n, C] and of the new ones [n, K]."""
 
 
 class Setting:
-    """A data set's features, with what all rules share; ``kept`` is of ``features.load``."""
+    """A data set's features, with what all rules share; ``kept`` comes from ``features.load``."""
 
     def __init__(self, kept: dict[str, np.ndarray]) -> None:
         self.old = int(kept["old"])
@@ -49,7 +49,7 @@ class Setting:
         return Images(self.logits[part][rows], self.raw[part][rows])
 
     def draw(self, each: int, number: int) -> np.ndarray:
-        """Rows of the pool, ``each`` of every new class."""
+        """Draw rows of the pool, ``each`` of every new class."""
         rng = np.random.default_rng([each, number])
         rows = [np.flatnonzero(self.labels["pool"] == self.old + k) for k in range(self.new)]
         return np.concatenate([rng.choice(mine, each, replace=False) for mine in rows])
@@ -60,7 +60,7 @@ def unit(rows: np.ndarray) -> np.ndarray:
 
 
 def ours(of: Setting, rows: np.ndarray) -> tuple[Scores, tuple[Trade, ...]]:
-    """The product's rule; its trades too."""
+    """The product's rule, and its trades."""
     classes = of.labels["pool"][rows]
     entries = {str(c): of.images("pool", rows[classes == c]) for c in np.unique(classes)}
     found = NewClasses.fit(
@@ -80,13 +80,13 @@ def cosine_rule(of: Setting, rows: np.ndarray) -> Scores:
 
 
 def prototypes(of: Setting, rows: np.ndarray) -> Scores:
-    """Cosine to class means, old ones too."""
+    """Cosine to class means, for old classes too."""
     means = unit(np.concatenate([of.means, _new_means(of, of.f, rows)]))
     return {p: (s[:, : of.old], s[:, of.old :]) for p in PARTS for s in [of.f[p] @ means.T]}
 
 
 def imprinting(of: Setting, rows: np.ndarray) -> Scores:
-    """Weight imprinting (Qi, Brown, Lowe, CVPR 2018): the mean as weights, of the old weights' length."""
+    """Weight imprinting (Qi, Brown, Lowe, CVPR 2018): the mean, scaled to the old weights' length, as weights."""
     weights, bias = _old_head(of)
     length = np.linalg.norm(weights, axis=0).mean()
     new = length * unit(_new_means(of, of.x, rows)).T
@@ -147,9 +147,9 @@ def judged(of: Setting, scores: Scores, old_loss: float | None, *, own: bool) ->
 
     Args:
         of: the setting.
-        scores: of a rule.
-        old_loss: points lost on calibration images through the offset; None: no offset.
-        own: points are lost from the rule's own accuracy on the old classes, not from the head's.
+        scores: those of a rule.
+        old_loss: points that the offset may cost on calibration images; None: no offset.
+        own: points count from the rule's own accuracy on the old classes, not from the head's.
     """
     labels = of.labels["calibration"]
     offset = 0.0
@@ -175,7 +175,7 @@ def judged(of: Setting, scores: Scores, old_loss: float | None, *, own: bool) ->
 
 
 def nearest(f: np.ndarray, bank: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of the bank nearest to each of f, and their cosines, [n, k] each."""
+    """The rows of the bank nearest to each row of f, and their cosines, [n, k] each."""
     found = []
     for some in np.array_split(f, max(1, len(f) // 500)):
         cos = some @ bank.T
@@ -204,7 +204,7 @@ def _old_head(of: Setting) -> tuple[np.ndarray, np.ndarray]:
 def _fit(
     x: np.ndarray, labels: np.ndarray, logits: np.ndarray | None, width: int, penalty: float = 1e-3
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Weights [D, width] and bias by class-balanced cross-entropy, next to fixed logits if given."""
+    """Fit weights [D, width] and bias by class-balanced cross-entropy, next to fixed logits if given."""
     inputs, target = torch.from_numpy(x.astype(np.float32)), torch.from_numpy(labels)
     count = torch.bincount(target)
     weight = (1.0 / count.clamp(min=1) / (count > 0).sum())[target]

@@ -1,6 +1,6 @@
-"""N-way K-shot episodes over features, and the rules that answer them.
+"""Episodes of a few classes and a few shots over features, and the rules that answer them.
 
-Shapes: an episode has K classes, n shots of each (S = K·n rows) and q queries of each (Q = K·q rows).
+Shapes: an episode has K classes, with n shots each (S = K·n rows) and q queries each (Q = K·q rows).
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ SURE = 0.99
 
 @dataclass(frozen=True)
 class Episode:
-    """Rows of the features: support [K, n] and queries [K, q]; row k is of the episode's class k."""
+    """Rows of the features: support [K, n] and queries [K, q]; row k belongs to the episode's class k."""
 
     support: np.ndarray
     queries: np.ndarray
 
     @property
     def labels(self) -> np.ndarray:
-        """Of the queries, [Q]."""
+        """Labels of the queries, [Q]."""
         return np.repeat(np.arange(len(self.queries)), self.queries.shape[1])
 
 
 def draw(labels: np.ndarray, ways: int, shots: int, queries: int, number: int) -> Episode:
-    """Episode ``number``: the same rows for the same arguments."""
+    """Draw episode ``number``: the same rows for the same arguments."""
     rng = np.random.default_rng([ways, shots, queries, number])
     classes = rng.choice(np.unique(labels), ways, replace=False)
     rows = [
@@ -45,7 +45,7 @@ def draw(labels: np.ndarray, ways: int, shots: int, queries: int, number: int) -
 
 
 class Features:
-    """Features of a part: what the product sees (``images``) and f [N, D], centered, of unit length."""
+    """Features of a part: what the product sees (``images``), and f [N, D], centered and of unit length."""
 
     def __init__(self, old: OldClasses, images: Images, labels: np.ndarray) -> None:
         self.images, self.labels = images, labels
@@ -57,12 +57,12 @@ class Features:
 
 @dataclass(frozen=True)
 class Fitted:
-    """What the validation classes' episodes chose.
+    """Constants chosen on episodes of the validation classes.
 
     Attributes:
-        temperature: of the product's scores of new classes, with which they are probabilities.
+        temperature: the one that makes the product's scores of new classes probabilities.
         kmeans: scale of soft k-means' distances.
-        strength: λ of LaplacianShot; ``sharpness``: of its distances.
+        strength: λ of LaplacianShot; ``sharpness``: that of its distances.
     """
 
     temperature: float
@@ -106,7 +106,7 @@ def laplacian_shot(
     near: int = 3,
     rounds: int = 20,
 ) -> np.ndarray:
-    """Probabilities [Q, K]: queries agree with their nearest ones (Ziko et al., ICML 2020)."""
+    """Probabilities [Q, K]: queries agree with their nearest queries (Ziko et al., ICML 2020)."""
     queries = of.f[episode.queries.reshape(-1)]
     cos = queries @ queries.T
     np.fill_diagonal(cos, -np.inf)
@@ -122,7 +122,7 @@ def laplacian_shot(
 def together(
     rule: Together, scores: np.ndarray, of: Features, episode: Episode, t: float
 ) -> np.ndarray:
-    """Probabilities [Q, K] by rule T's EM and edges, without its gate, since the queries are known to be related."""
+    """Probabilities [Q, K] by rule T's EM and edges; without its gate, since the queries are known to be related."""
     log_p = log_softmax(scores, t)
     return rule.em(log_p[None], rule.edges(of.f[episode.queries.reshape(-1)])[None])[0]
 
@@ -130,7 +130,7 @@ def together(
 def learned_together(
     rule: LearnedSets, scores: np.ndarray, of: Features, episode: Episode, t: float
 ) -> np.ndarray:
-    """Probabilities [Q, K] by the learned network, of a set of queries and shots; nor is its gate asked."""
+    """Probabilities [Q, K] by the learned network, for the set of queries and shots; again without the gate."""
     classes, shots = episode.support.shape
     sure = np.full((classes * shots, classes), np.log((1 - SURE) / (classes - 1)))
     sure[np.arange(classes * shots), np.repeat(np.arange(classes), shots)] = np.log(SURE)
@@ -144,7 +144,7 @@ def learned_together(
 
 
 def fit(scored: Callable[[Episode], np.ndarray], of: Features, episodes: list[Episode]) -> Fitted:
-    """Choose constants by the validation classes: likelihood for a temperature, accuracy for the others."""
+    """Choose constants on the validation classes: the temperature by likelihood, the others by accuracy."""
     labels = np.concatenate([e.labels for e in episodes])
     temperature = fit_temperature(np.concatenate([scored(e) for e in episodes]), labels)
 

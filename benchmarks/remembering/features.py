@@ -1,10 +1,10 @@
-"""Features of images by a small student, computed once and kept in a file.
+"""Features of images from a small student, computed once and kept in a file.
 
-The student (``models/student.py``, scope ``batch``, so that the graph head is trained too) sees only
-the old classes. For each part, x, z, the logits of its self path and the labels are kept:
+The student (``models/student.py`` with scope ``batch``, so that the graph head is trained too) sees only the old
+classes. For each part, x, z, the logits of the self path and the labels are kept:
 
     train, calibration, test     images of the old classes; calibration images are never trained on
-    pool, new_test               images of the classes left out: to add from, and to test with
+    pool, new_test               images of the classes left out: to add, and to test with
     noise_*, blur_*, other       the old classes' test images with Gaussian noise or blur, and another set
 
 Class numbers: old classes 0 … C−1, then the new ones.
@@ -94,11 +94,11 @@ def split(
     """Parts of a data set with classes left out.
 
     Args:
-        first, second: pixels and labels of the training and the test files.
+        first, second: pixels and labels of the training files and of the test files.
         names: class names.
         new: names of the classes left out.
         calibration: training images of each old class set apart for calibration.
-        test: training images of each class to test on, in addition to those of the test files.
+        test: training images of each class used as test images, in addition to the test files.
     """
     order = [name for name in names if name not in new] + new
     number = np.array([order.index(name) for name in names])
@@ -145,7 +145,7 @@ def cifar10(data: Path, new: list[str]) -> Images:
 
 
 def blurred(pixels: np.ndarray, sigma: float) -> np.ndarray:
-    """Gaussian blur of float32 [N, S, S, 3]; uint8."""
+    """Blur float32 [N, S, S, 3] by a Gaussian; return uint8."""
     reach = int(3 * sigma)
     kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / sigma) ** 2)
     kernel = (kernel / kernel.sum()).reshape(1, 1, -1, 1)
@@ -157,7 +157,7 @@ def blurred(pixels: np.ndarray, sigma: float) -> np.ndarray:
 
 
 def mini_imagenet(data: Path) -> Images:
-    """Mini-ImageNet at 42 pixels, Ravi and Larochelle's test classes left out."""
+    """Mini-ImageNet at 42 pixels, with Ravi and Larochelle's test classes left out."""
     folder = data / "mini-imagenet"
     train = read(sorted(folder.glob("train*.parquet")), 42)
     test = read(sorted(folder.glob("val*.parquet")), 42)
@@ -202,7 +202,7 @@ def train(images: Images, epochs: int, seed: int = 0) -> Student:
 
 
 def augmented(batch: torch.Tensor) -> torch.Tensor:
-    """Random crops out of 4 pixels of padding, and flips, of uint8 [B, 3, S, S]."""
+    """Random crops with 4 pixels of padding, and flips, of uint8 [B, 3, S, S]."""
     count, _, size, _ = batch.shape
     padded = F.pad(batch.float(), (4,) * 4, mode="reflect").byte()
     down, right = torch.randint(0, 9, (2, count))
@@ -230,7 +230,7 @@ def features(student: Student, images: Images) -> dict[str, np.ndarray]:
 
 
 def load(file: Path, data: Path, which: str) -> dict[str, np.ndarray]:
-    """Features of a data set: from the file, or computed and written there.
+    """Features of a data set, read from the file, or computed and written there.
 
     Args:
         file: ``.npz``.

@@ -1,4 +1,4 @@
-"""Sets of images answered together: the learned network next to rule T, averaging, priors, k-means, clustering."""
+"""Sets of images answered together: the learned network, rule T, averaging, priors, k-means, clustering."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ SETS = (
     (16, 0),
     (64, 0),
 )
-"""Images and classes of a set; 0 classes: strangers, drawn from all images."""
+"""Numbers of images and classes in a set; 0 classes: strangers, drawn from all images."""
 NEW = (
     ("a burst among strangers", 16),
     ("all but one of a class", 16),
     ("a class in three, ten others", 36),
 )
-"""Compositions that the network doesn't learn from, and their sizes."""
+"""Kinds of sets from which the network doesn't learn, and their sizes."""
 Answer = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """Logits [m, C] and z [m, d] to predicted classes [m]."""
 
 
 def drawn(labels_N: np.ndarray, size: int, classes: int, rng: np.random.Generator) -> np.ndarray:
-    """Rows of a set: of that many classes, each at least once, otherwise at random."""
+    """Rows of a set of that many classes, each at least once, otherwise drawn at random."""
     if not classes:
         return rng.choice(len(labels_N), size, replace=False)
     chosen = rng.choice(labels_N.max() + 1, classes, replace=False)
@@ -50,7 +50,7 @@ def drawn(labels_N: np.ndarray, size: int, classes: int, rng: np.random.Generato
 
 
 def drawn_new(kind: str, labels_N: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Rows of a set of one of the compositions NEW."""
+    """Rows of a set of one of the kinds NEW."""
     of_class = rng.permutation(labels_N.max() + 1)
     first = {"a burst among strangers": size // 2, "all but one of a class": size - 1}
     many = first.get(kind, size // 3)
@@ -90,7 +90,7 @@ def soft_k_means(
 
 
 def clustered(logits_mC: np.ndarray, z_md: np.ndarray, rule: Together) -> np.ndarray:
-    """Average-linkage clusters cut where two images are as likely of one class as not; each is averaged."""
+    """Average-linkage clusters, cut where two images are as likely as not of one class; each is averaged."""
     cos_mm = np.clip(z_md.astype(np.float64) @ z_md.T, -1, 1)
     far_mm = 1 - cos_mm
     np.fill_diagonal(far_mm, 0)
@@ -111,7 +111,7 @@ def gains(
     means: np.ndarray,
     sets: int,
 ) -> list[dict[str, float | str]]:
-    """Points gained over answering alone, and how often the gate fired, a row for each kind of set."""
+    """Points gained over answering images alone, and how often the gate fired: a row for each kind of set."""
     ways, rows = answers(*rules, means), []
     kinds = [(f"{m}, {k or 'strangers'}", m, k) for m, k in SETS if k <= labels.max() + 1]
     for name, size, kind in kinds + [(f"{m}, {k}", m, k) for k, m in NEW]:

@@ -20,7 +20,7 @@ from cnn2gnn_dist.graph.search.work_units import RankGroup, WorkFolder
 
 M, THREADS, RECALL = 16, 2, 0.95
 DRIFTS = (0.02, 0.05, 0.08, 0.14)
-"""How far rows move, from the last epochs of a training to its middle; see the stale recall."""
+"""How far rows move, as in the last epochs of a training up to as in its middle; see the stale recall."""
 FANOUT, SEEDS = 10, 512
 
 
@@ -32,13 +32,13 @@ def nodes_of(folder: Path) -> dict[str, np.ndarray]:
 
 
 def search_of(folder: Path, name: str, z_Nd: np.ndarray) -> TableSearch:
-    """A search without earlier results."""
+    """A search without results of earlier ones."""
     shutil.rmtree(folder / name, ignore_errors=True)
     return TableSearch(WorkFolder(folder / name, RankGroup(threads=THREADS)), z_Nd, z_Nd, M)
 
 
 def build(folder: Path) -> dict[str, Any]:
-    """Build the table from scratch; keep it for the measurements that follow."""
+    """Build the table from scratch, and keep it for the other measurements."""
     z = nodes_of(folder)["z"]
     started = time.perf_counter()
     found = search_of(folder, "build", z).build(RecallGoal(RECALL))
@@ -60,13 +60,13 @@ def build(folder: Path) -> dict[str, Any]:
 
 
 def refresh(folder: Path) -> dict[str, Any]:
-    """Refresh from the previous table against a full rebuild, after moves of several sizes."""
+    """Refresh from the previous table, compared with a full rebuild, after moves of several sizes."""
     given = nodes_of(folder)
     rows = []
     for amount in DRIFTS:
         z = moved(given["z"], amount)
         search = search_of(folder, "refresh", z)
-        stale = search.recall(given["candidates"])  # the sample's truth: part of both times below
+        stale = search.recall(given["candidates"])  # finds the sample's truth, timed below
         started = time.perf_counter()
         warm = search._improve(
             TableResult(given["candidates"], np.asarray(given["order"]), rebuilt=False),
@@ -100,7 +100,7 @@ def refresh(folder: Path) -> dict[str, Any]:
 
 
 def parts(folder: Path, how: str, count: int) -> dict[str, Any]:
-    """One partitioner: its edge cut, its halos, and the cost of rebuilding and writing them."""
+    """One partitioner: its edge cut and halos, and the cost of rebuilding and writing them."""
     given = nodes_of(folder)
     table, order = np.asarray(given["candidates"]), np.asarray(given["order"])
     before = children_gib()
@@ -137,7 +137,7 @@ def parts(folder: Path, how: str, count: int) -> dict[str, Any]:
 
 
 def keep(folder: Path, count: int = 8) -> dict[str, Any]:
-    """After a refresh: the map kept, moved where it pays off, and recomputed."""
+    """After a refresh: the partition map kept, improved by moves that pay off, and recomputed."""
     given = nodes_of(folder)
     old = np.load(folder / f"part-metis-{count}.npy")
     z = moved(given["z"], DRIFTS[-1])
@@ -158,7 +158,7 @@ def keep(folder: Path, count: int = 8) -> dict[str, Any]:
 
 
 def sample(folder: Path, how: str, count: int) -> dict[str, Any]:
-    """Two hops of 10 around seed nodes of one partition, by the table sampler: seeds per second."""
+    """Two hops of 10 around seed nodes of one partition by the table sampler, in seeds per second."""
     from cnn2gnn_dist.graph.block import block_ids, sampled_first_hop
 
     table, part = (np.load(folder / name) for name in ("candidates.npy", f"part-{how}-{count}.npy"))

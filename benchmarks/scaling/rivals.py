@@ -1,4 +1,4 @@
-"""The same table by other libraries, at a recall no lower than ours, with two threads."""
+"""The same table by other libraries, with at least our recall and two threads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Search = Callable[[np.ndarray], np.ndarray]
 
 
 def rival(folder: Path, name: str, goal: float) -> dict[str, Any]:
-    """Build, choose the cheapest setting that reaches the goal on a sample, search for all rows."""
+    """Build, choose the cheapest setting that reaches the goal on a sample, and search for all rows."""
     z = np.ascontiguousarray(measures.nodes_of(folder)["z"])
     rng = np.random.default_rng(0)
     rows = np.sort(rng.choice(len(z), SAMPLE, replace=False))
@@ -30,7 +30,7 @@ def rival(folder: Path, name: str, goal: float) -> dict[str, Any]:
     }
     settings = ways[name](z)
     if name == "pynndescent":
-        next(ways[name](z[:5000]))  # compiles: not timed
+        next(ways[name](z[:5000]))  # compiles, which is not timed
     started, built, recall, setting = time.perf_counter(), 0.0, -1.0, ""
     while recall < goal and (step := next(settings, None)):
         built = built or time.perf_counter() - started

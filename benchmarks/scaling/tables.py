@@ -1,4 +1,4 @@
-"""The figures of benchmarks/scale.py as Markdown tables, fitted exponents and pictures."""
+"""The figures of benchmarks/scale.py as Markdown tables, fitted exponents and plots."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def tables(rows: Rows) -> str:
 
 
 def of(rows: Rows, measure: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """(job, figures) of one measure, smallest first."""
+    """(job, figures) of one measurement, smallest first."""
     found = [(row["job"], row["found"]) for row in rows if row["job"]["measure"] == measure]
     return sorted(found, key=lambda pair: (pair[0]["nodes"], pair[0]["homophily"]))
 

@@ -1,8 +1,8 @@
 """Two-layer GNNs over the same graph: ours in three ways, DGL's and PyTorch Geometric's as users write them.
 
-A contender is built from the arrays of a graph and the nodes of a rank's partition; it provides the
-module to train and batches: (loss of a batch, bytes of features gathered for it, fraction of remote
-nodes). All compute in float32: D = 128 → 128 → 1000 classes, fan-out [10, 10], batches of 512 seeds.
+A contender is built from the arrays of a graph and the nodes of a rank's partition; it provides the module to
+train, and batches of (loss, bytes of features gathered, fraction of remote nodes). All have D = 128 → 128 →
+1000 classes, fan-out [10, 10] and batches of 512 seeds.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Step:
 
 @dataclass
 class Contender:
-    """A module and its endless batches; ``halo_bytes``: fetched once per refresh."""
+    """A module and its endless batches; ``halo_bytes`` are fetched once per refresh."""
 
     module: nn.Module
     batches: Iterator[Step]
@@ -163,7 +163,7 @@ def _loss(x_BD: Tensor, block: Any, labels: Tensor) -> Callable[[nn.Module], Ten
 
 
 def _student() -> nn.Module:
-    """Graph head and GNN; the stem's features come from the bank, with a little noise."""
+    """Graph head and GNN; in place of the stem's features come those of the bank with a little noise."""
     from cnn2gnn_dist.models.student import Student
 
     class OnFeatures(Student):

@@ -1,6 +1,6 @@
-"""Runs on hosts that are namespaces, each hit by faults at moments drawn from a seed, and a ledger of the results.
+"""Runs on hosts that are namespaces, hit by faults at moments drawn from a seed, and a ledger of the results.
 
-Faults: a rank is killed; a host loses power (its link, then all its processes); its link is cut for less than
+Faults: a rank is killed; a host loses power (its link, then all its processes); a host's link is cut for less than
 ``cluster.timeout_s``, or until its rank has given up; the run's disk is full for a while. Only this program restarts
 ranks, with the same command on all hosts.
 """
@@ -42,10 +42,10 @@ MOMENTS = {
     "student": "student/metrics.jsonl",
     "graph": "graph/begin.json",
 }
-"""A stage, and the file that shows that it has begun (none: the launch); the fault comes up to ``LATER_S`` later."""
+"""A stage, and the file that shows that it has begun (none: at launch); the fault comes up to ``LATER_S`` later."""
 LATER_S = 4.0
 LONGEST_S = 420.0
-"""For all ranks to end after a fault; one that has not by then hangs."""
+"""Time for all ranks to end after a fault; one that has not ended by then counts as hung."""
 DISK = "192m"
 EXPECTED = {0, 2, 75, 143, -signal.SIGKILL}
 
@@ -67,7 +67,7 @@ class Ledger:
 
 
 def main(count: int, faults: int, seed: int) -> int:
-    """Strike this many times on ``count`` hosts; print a table; 1 if something differed, hung or ended strangely."""
+    """Cause this many faults on ``count`` hosts; print a table; return 1 if a run differed, hung or ended oddly."""
     if why := hosts.missing():
         raise SystemExit(why)
     rng, ledger = random.Random(seed), Ledger()
@@ -128,7 +128,7 @@ def _log(run: Path, rank: int) -> Path:
 def _tortured(
     members: Sequence[Host], run: Path, most: int, rng: random.Random, ledger: Ledger
 ) -> None:
-    """Start the run, strike, and start it again until it is complete."""
+    """Start the run, cause a fault, and start it again, until it is complete."""
     while not _complete(run):
         ranks = _launch(members, run, ledger)
         if sum(ledger.faults.values()) < most:
@@ -158,7 +158,7 @@ def _tortured(
 
 
 def _wait_for(run: Path, moment: str, ranks: Sequence[Fork], later: float) -> bool:
-    """Wait until the stage has begun, and ``later`` seconds more; False if a rank ended first."""
+    """Wait until the stage has begun, then ``later`` seconds; False if a rank ended first."""
     until = None
     while all(rank.poll() is None for rank in ranks):
         if until is None and (not MOMENTS[moment] or any(run.glob(MOMENTS[moment]))):
@@ -178,7 +178,7 @@ def _struck(
     victim: int,
     rng: random.Random,
 ) -> Iterator[None]:
-    """Cause the fault for as long as it should last; then repair what the hosts need for the next command."""
+    """Cause the fault for as long as it should last; then repair what the next command needs."""
     host, filler = members[victim], run.parent / "filler"
     if fault == "rank":
         _kill(ranks[victim])
@@ -210,7 +210,7 @@ def _kill(rank: Fork) -> None:
 
 
 def _end_of(ranks: Sequence[Fork], ledger: Ledger, run: Path) -> list[int]:
-    """Exit codes of all ranks; one that does not end is counted and killed."""
+    """Exit codes of all ranks; a rank that does not end is counted and killed."""
     deadline = time.monotonic() + LONGEST_S
     codes = []
     for number, rank in enumerate(ranks):
