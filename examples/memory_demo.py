@@ -1,7 +1,7 @@
-"""Add a class to a trained model without training: nine digits are trained, the tenth is added.
+"""Add a class to a trained model without training: a model of nine digits gets the tenth.
 
-Trains on the digits 0 to 8, exports the model, adds 20 images of the digit 9 to its memory, and
-removes them again; prints the accuracy on the old digits and on the new one at each step.
+Trains on the digits 0 to 8, exports the model, adds 20 images of the digit 9 to its memory, and removes them
+again. Prints the accuracy on the old digits and on the new one after each step.
 
     make demo-memory
 """
@@ -22,11 +22,11 @@ import cnn2gnn_dist
 from cnn2gnn_dist.inference import editing
 
 NEW, GIVEN = 9, 20
-"""The digit that is added, and the number of its images."""
+"""The digit that is added, and the number of images of it."""
 
 
 def write_images(folder: Path) -> None:
-    """Write the digits as PNGs: train/ and test/ by class, and the new digit's in a separate folder."""
+    """Write the digits as PNGs: train/ and test/ by class, and those of the new digit to a separate folder."""
     digits = load_digits()
     rng = np.random.default_rng(0)
     for label in range(10):
@@ -42,7 +42,7 @@ def write_images(folder: Path) -> None:
 
 
 def train(root: Path) -> Path:
-    """Train on nine digits; return the folder of the model."""
+    """Train on nine digits; return the model's folder."""
     images, run = root / "images", root / "run"
     command = [str(Path(sys.executable).with_name("cnn2gnn")), "run", "--config", "demo", "name=nine-digits",
                "data.source=imagefolder", f"data.train={images / 'train'}", f"data.test={images / 'test'}",

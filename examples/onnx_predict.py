@@ -1,4 +1,4 @@
-"""Answer with a model's ONNX export: onnxruntime, numpy, faiss and Pillow, no torch.
+"""Predict with a model's ONNX export, using onnxruntime, numpy, faiss and Pillow, but no torch.
 
 cnn2gnn export runs/demo --to onnx/ --onnx; python examples/onnx_predict.py onnx/ image.png
 """
@@ -22,7 +22,7 @@ head = onnxruntime.InferenceSession(folder / "head.onnx")
 
 
 def view(path: Path) -> np.ndarray:
-    """The image as the model saw it: its shorter side resized to size x resize, the middle of it."""
+    """The image as in the model's evaluation: its shorter side resized to size x resize, then cropped to its center."""
     image, side = Image.open(path).convert("RGB"), meta["size"]
     short, least = round(side * meta["resize"]), min(image.size)
     image = image.resize([short * n // least for n in image.size], Image.Resampling.BILINEAR)

@@ -1,9 +1,9 @@
-"""A training script that uses the stream and nothing else of this package.
+"""A training script that uses the stream and nothing else from this package.
 
 torchrun --nproc_per_node 2 examples/stream.py 'runs/demo/shards/train-*.tar' /tmp/example.pt 3
 
-Stop it at any moment and start it again, with another --nproc_per_node if you like: it resumes at
-the batch after its last saved one.
+Stop it at any moment and start it again, with a different --nproc_per_node if you like: it resumes at the
+batch after the last one it saved.
 """
 
 import sys
