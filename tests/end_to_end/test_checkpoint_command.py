@@ -24,7 +24,7 @@ def run(micro_run, tmp_path):
     return tmp_path / "run"
 
 
-def test_ls_shows_where_each_stands(micro_run, capsys):
+def test_ls_shows_the_position_of_each_checkpoint(micro_run, capsys):
     assert cli.main(["checkpoint", "ls", str(micro_run)]) == 0
     head, *rows = capsys.readouterr().out.splitlines()
     assert head.split() == ["stage", "checkpoint", "epoch", "batch", "ranks", "MB", "age"]
@@ -97,7 +97,7 @@ def test_an_exported_student_loads_by_the_runs_config(micro_run, tmp_path):
     student.load_state_dict(load_file(out))
 
 
-def test_no_checkpoint_is_said(tmp_path, capsys):
+def test_a_missing_checkpoint_is_reported(tmp_path, capsys):
     assert cli.main(["checkpoint", "ls", str(tmp_path)]) == 2
     assert "no checkpoint here" in capsys.readouterr().err
 

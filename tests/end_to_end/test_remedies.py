@@ -302,7 +302,7 @@ def test_a_graph_of_another_student_answers_nothing(copied, tmp_path):
     carry_out(row, "cnn2gnn graph --update", tmp_path)
 
 
-def test_corrupt_images_are_mended_or_left_out(tmp_path):
+def test_corrupt_images_are_repaired_or_left_out(tmp_path):
     def provoke(place: Path) -> list[str]:
         images, labels = random_images(32, 16, 16), np.arange(32) % 2
         (path,) = make_shards(place / "s", images, labels, shard_size=32)
@@ -332,7 +332,7 @@ def test_corrupt_images_are_mended_or_left_out(tmp_path):
     assert "old results moved to teacher.old-1" in said
 
 
-def test_batchnorm_that_goes_on_with_other_batches_is_said(copied, micro_run, tmp_path):
+def test_batchnorm_that_continues_with_other_batches_is_reported(copied, micro_run, tmp_path):
     """Two ranks saw 16 images at a time; one rank sees 32 from here on, and the results would show it."""
     config = copied(tmp_path)
     damage_last(tmp_path / "run", "teacher")

@@ -236,7 +236,7 @@ def test_targets_continue_at_the_first_missing_shard(micro_run, tmp_path):
         assert (path.stat().st_mtime_ns != before.get(path.name)) == rewritten
 
 
-def test_a_notice_that_no_step_ends_in_time_for_is_said(tmp_path):
+def test_a_notice_without_a_step_that_ends_in_time_is_reported(tmp_path):
     """The peer is stopped, so the step never ends: the rank reports what is lost and exits with code 143."""
     run = tmp_path / "run"
     process = start(launch(run, "checkpoint.grace_s=3"), environment())

@@ -152,7 +152,7 @@ def test_what_is_refused_at_the_start(folder: Path, tmp_path: Path):
     assert "not a model" in fails(tmp_path)
 
 
-def test_a_public_address_is_said_clearly(folder: Path):
+def test_a_public_address_is_reported_clearly(folder: Path):
     options = ("--host", "0.0.0.0", "--public")
     process = real_process(folder, bare_environment(folder / "home"), *options)
     assert process.stdout is not None

@@ -25,7 +25,7 @@ def run(folder, *overrides: str) -> str:
     return output
 
 
-def test_batch_scope_needs_no_bank_and_is_judged_in_shuffled_order(tmp_path):
+def test_batch_scope_needs_no_bank_and_is_evaluated_in_shuffled_order(tmp_path):
     folder = tmp_path / "run"
     networks = ("teacher.arch=whitened_cnn", "teacher.args={widths: [16, 16, 32]}",
                 "student.stem=whitened_cnn", "student.stem_args={widths: [16, 32]}")  # fmt: skip

@@ -272,7 +272,7 @@ def test_late_parameters_step_as_under_an_adam_of_their_own(ranks: list[dict], s
 
 
 @pytest.mark.parametrize("stage", tiny.STAGES)
-def test_late_parameters_go_on_to_the_bit(ranks: list[dict], stage: int) -> None:
+def test_late_parameters_resume_bit_identically(ranks: list[dict], stage: int) -> None:
     assert all(rank["late resumed", stage] for rank in ranks)
 
 

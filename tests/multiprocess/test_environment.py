@@ -37,7 +37,7 @@ def test_no_rank_listens_beyond_the_rendezvous_address():
         assert set(found) == {"127.0.0.1"}
 
 
-def test_a_ray_that_does_not_start_is_said_in_a_line(tmp_path):
+def test_a_ray_that_does_not_start_is_reported_in_a_line(tmp_path):
     """Here because a path is too long for its sockets, which a session normally avoids."""
     place = tmp_path / ("x" * 90)
     place.mkdir()

@@ -99,7 +99,7 @@ def sound(root: Path) -> np.ndarray:
     return np.setdiff1d(np.arange(TEST), BAD_TEST)
 
 
-def test_what_cannot_be_read_is_left_out_and_said(root, capsys, console):
+def test_what_cannot_be_read_is_left_out_and_reported(root, capsys, console):
     here = context(root, "evaluation")
     trained(here)
     graph.run(context(root, "graph"))
@@ -139,7 +139,7 @@ def ranks_evaluate(root: str, scope: str) -> list[str]:
 
 
 @pytest.mark.parametrize("scope", ["dataset", "batch"])
-def test_two_ranks_judge_as_one_does(root, scope):
+def test_two_ranks_evaluate_as_one_does(root, scope):
     here = context(root, "evaluation", f"graph.scope={scope}")
     trained(here)
     if scope == "dataset":
@@ -255,7 +255,7 @@ def test_targets_of_corrupt_images_are_uniform_and_counted(root, capsys, console
     assert "train03" in caught.value.what
 
 
-def test_a_class_of_which_no_image_can_be_read_is_said(root, capsys, console):
+def test_a_class_without_a_readable_image_is_reported(root, capsys, console):
     shard(root, "train", TRAIN, range(1, TRAIN, C))
     here = context(root, "targets", "targets.views=0")
     trained(here)

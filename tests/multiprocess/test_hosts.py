@@ -66,7 +66,7 @@ def test_each_has_its_own_name_network_processes_and_temporary_files(
         assert int(processes) < 10
 
 
-def test_a_link_is_cut_and_mended(pair: tuple[Host, ...]) -> None:
+def test_a_link_is_cut_and_restored(pair: tuple[Host, ...]) -> None:
     a, b = pair
     server = b.start([sys.executable, "-S", "-c", SERVER], runs.environment())
 

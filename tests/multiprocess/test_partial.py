@@ -308,7 +308,7 @@ def test_the_switch_turns_it_off(use, either, monkeypatch):
     assert decoding.decode_crop(data, (40, 60), 3, 4, 8, 8).shape == (8, 8, 3)
 
 
-def test_a_library_that_is_none_or_wrong_is_not_used(use, library, tmp_path, monkeypatch):
+def test_a_library_that_is_invalid_or_wrong_is_not_used(use, library, tmp_path, monkeypatch):
     data = jpegs.by_pillow(jpegs.textured(40, 60))
     broken = tmp_path / "broken.so"
     broken.write_bytes(b"no library")

@@ -256,7 +256,7 @@ def test_actors_end_with_the_stream_and_have_readable_names(spec, ray_cluster):
         ("ray", "missing"),
     ],
 )
-def test_a_wrong_shard_is_the_users_to_mend(spec, backend, damage, request):
+def test_a_wrong_shard_is_the_users_error(spec, backend, damage, request):
     if backend == "ray":
         request.getfixturevalue("ray_cluster")
     bad = Path(spec.manifest).parent / "s" / "shard-000002.tar"
@@ -342,7 +342,7 @@ def test_the_sessions_cluster_listens_on_the_loopback_only(ray_cluster):
     assert listening
 
 
-def test_a_missing_manifest_is_said_at_once(tmp_path, ray_cluster):
+def test_a_missing_manifest_is_reported_at_once(tmp_path, ray_cluster):
     spec = ReaderSpec(str(tmp_path / "none.arrow"), ViewSpec("none", 32))
     with pytest.raises(UserError, match="no manifest"):
         ReaderPool(spec, backend="ray", workers=1, prefetch=1)

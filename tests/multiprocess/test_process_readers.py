@@ -274,7 +274,7 @@ def test_an_error_of_a_reader_is_raised_here_with_its_traceback(spec):
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated"])
-def test_a_wrong_shard_is_the_users_to_mend(spec, damage):
+def test_a_wrong_shard_is_the_users_error(spec, damage):
     bad = Path(spec.manifest).parent / "s" / "shard-000002.tar"
     if damage == "missing":
         bad.unlink()
@@ -290,7 +290,7 @@ def test_a_wrong_shard_is_the_users_to_mend(spec, damage):
         assert_same(list(pool.batches(requests[:1])), expected(spec, requests[:1]))
 
 
-def test_a_missing_manifest_is_said_at_once(spec):
+def test_a_missing_manifest_is_reported_at_once(spec):
     with pytest.raises(UserError):
         a_pool(replace(spec, manifest="/nowhere/m.arrow"))
 

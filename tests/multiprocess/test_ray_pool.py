@@ -48,7 +48,7 @@ def test_an_error_that_a_user_can_fix_arrives_as_it_is(ray_cluster: None, tmp_pa
     assert raised.value.remedy == "another number"
 
 
-def test_no_room_for_an_actor_is_told(
+def test_no_room_for_an_actor_is_reported(
     ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ray_pool, "START_SECONDS", 0.2)

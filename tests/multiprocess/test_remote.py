@@ -127,7 +127,7 @@ def test_s3(shards, tmp_path, wanted, limit, monkeypatch):
 
 @pytest.mark.parametrize("limit", [0, 1 << 30])
 @pytest.mark.parametrize("fault", ["500", "short", "drop", "whole", "stall"])
-def test_faults_that_pass_are_borne(web, shards, tmp_path, wanted, fault, limit, monkeypatch):
+def test_transient_faults_are_survived(web, shards, tmp_path, wanted, fault, limit, monkeypatch):
     monkeypatch.setattr(urls, "READ_SECONDS", 0.5)
     urls._opened.cache_clear()
     spec = far_spec(tmp_path, urls_of(web, shards), limit)
@@ -143,7 +143,7 @@ def test_faults_that_pass_are_borne(web, shards, tmp_path, wanted, fault, limit,
 
 
 @pytest.mark.parametrize(("fault", "attempts"), [("500", urls.ATTEMPTS), ("404", 1)])
-def test_faults_that_stay_are_named(web, shards, tmp_path, fault, attempts):
+def test_permanent_faults_are_named(web, shards, tmp_path, fault, attempts):
     spec = far_spec(tmp_path, urls_of(web, shards))
     web.requests.clear()
     web.fault = lambda number, path: fault

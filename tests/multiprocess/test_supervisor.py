@@ -127,7 +127,7 @@ def test_without_privileges_a_user_namespace_does():
 
 @isolated
 @pytest.mark.skipif(shutil.which("unshare") is None, reason="needs unshare (util-linux)")
-def test_a_kernel_that_refuses_is_told_apart():
+def test_a_kernel_that_refuses_is_recognized():
     """Here a user namespace whose limits allow no further namespaces."""
     limits = (
         "echo 0 > /proc/sys/user/max_mnt_namespaces; echo 0 > /proc/sys/user/max_user_namespaces"

@@ -184,7 +184,7 @@ def test_many_small_parts_leave_one_sample_to_the_large_ones():
 
 
 @pytest.mark.parametrize(("batch", "nearest"), [(5, "4 or 8"), (3, "4"), (0, "4")])
-def test_a_batch_that_does_not_divide_is_told_the_nearest(batch, nearest):
+def test_a_batch_that_does_not_divide_gets_the_nearest_that_does(batch, nearest):
     with pytest.raises(UserError) as caught:
         check_arithmetic(batch, 2, 2)
     assert caught.value.remedy == f"use a multiple of 4: {nearest}"

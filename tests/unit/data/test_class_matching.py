@@ -204,7 +204,7 @@ def test_a_list_counts_however_many_digits_the_shards_have(tmp_path: Path, numbe
     assert index([path]).classes == ("ant", "bee")
 
 
-def test_a_list_that_names_nothing_is_said(tmp_path: Path) -> None:
+def test_a_list_that_names_nothing_is_reported(tmp_path: Path) -> None:
     path = str(shard(tmp_path / "train-00.tar", (0, None)))
     shard(tmp_path / "test-00.tar", (0, None))
     for name in ("train", "test"):
@@ -271,7 +271,7 @@ def test_two_classes_of_one_name_get_their_numbers():
     )
 
 
-def test_a_set_of_copies_is_said(tmp_path: Path) -> None:
+def test_a_set_of_copies_is_reported(tmp_path: Path) -> None:
     """Also by recorded checksums, and in sets larger than the sample; a few copies are fine."""
     images = random_images(400, 8, 8)
     few = images[np.arange(400) % 3]
@@ -308,7 +308,7 @@ def test_one_class_in_two_spellings_is_refused(tmp_path: Path, names, listed) ->
     assert index_pair([one], [other]).held.label_N.tolist() == [0]
 
 
-def test_names_of_another_case_are_said(tmp_path: Path) -> None:
+def test_names_of_another_case_are_reported(tmp_path: Path) -> None:
     two = shard(tmp_path / "two.tar", (0, "Cat"), (1, "cat"), (2, "dog"))
     pair = index_pair([two], [two])
     assert pair.notes == [
@@ -319,7 +319,7 @@ def test_names_of_another_case_are_said(tmp_path: Path) -> None:
     assert case_note(index_data_set([same]).class_info) is None
 
 
-def test_classes_matched_by_number_under_names_of_one_side_are_said(tmp_path: Path) -> None:
+def test_classes_matched_by_number_although_one_side_has_names_are_reported(tmp_path: Path) -> None:
     train = shard(tmp_path / "a.tar", (0, "cat"), (1, None), (2, None), (3, None))
     held = shard(tmp_path / "b.tar", (0, "cat"), (1, "horse"), (2, "dog"), (3, None))
     pair = index_pair([train], [held])

@@ -290,7 +290,7 @@ def test_what_a_sample_takes():
     assert pixel_bytes(DINO) == 3 * (2 * 32**2 + 3 * 16**2)
 
 
-def test_wrong_wishes(shards):
+def test_wrong_arguments_are_refused(shards):
     with pytest.raises(UserError, match="no views"):
         a_stream(shards, ())
     with pytest.raises(UserError, match="group of 0 views"):

@@ -103,7 +103,7 @@ def test_other_kinds(kind):
 
 
 @pytest.mark.parametrize("kind", ["ICO", "PCX", "SGI", "EPS"])
-def test_kinds_that_nobody_keeps_images_in_are_not_tried(kind):
+def test_unusual_formats_are_not_tried(kind):
     """Pillow would read them, and start Ghostscript for the last one."""
     with pytest.raises(CorruptSample, match=r"none of JPEG, PNG|which is not supported"):
         decode(bytes_of(Image.fromarray(IMAGE), kind))

@@ -74,7 +74,7 @@ def test_what_is_read_is_bounded(tmp_path: Path, monkeypatch) -> None:
     assert str(overlap_note(a, b)).startswith("5 of 5 ")
 
 
-def test_index_says_it(tmp_path: Path, console: None, capsys) -> None:
+def test_index_reports_it(tmp_path: Path, console: None, capsys) -> None:
     images = random_images(12, 16, 16)
     make_shards(tmp_path / "a", images, np.arange(12) % 2, shard_size=12)
     make_shards(tmp_path / "b", images[:4], np.arange(4) % 2, keys=list("wxyz"))

@@ -182,7 +182,7 @@ def test_a_blank_label_is_refused_with_its_row(
 
 
 @pytest.mark.parametrize("names", [["image", "label", "label"], ["image", "image", "label"]])
-def test_a_column_that_stands_twice_is_refused(tmp_path: Path, names: list[str]) -> None:
+def test_a_column_that_occurs_twice_is_refused(tmp_path: Path, names: list[str]) -> None:
     image, file = pa.array([encode_image(IMAGES[0])]), tmp_path / "a.parquet"
     columns = [image if name == "image" else pa.array([0]) for name in names]
     pq.write_table(pa.Table.from_arrays(columns, names=names), file)

@@ -89,7 +89,7 @@ def test_what_does_not_fit_is_refused(
         read_logits(written(tmp_path / "l.parquet", columns, classes), manifest)
 
 
-def test_a_file_that_is_none_is_the_users_error(manifest: Manifest, tmp_path: Path) -> None:
+def test_a_file_that_is_not_parquet_is_the_users_error(manifest: Manifest, tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_bytes(b"no")
     for name in ("x.parquet", "absent.parquet"):
         with pytest.raises(UserError, match="can't be read"):

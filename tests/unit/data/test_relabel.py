@@ -135,7 +135,7 @@ def test_a_forgotten_image_need_not_be_there(tmp_path, pair):
     assert read_relabel(tmp_path / "again.csv") == found
 
 
-def test_a_class_may_be_emptied_where_that_is_said(tmp_path, pair):
+def test_a_class_may_be_emptied_where_that_is_allowed(tmp_path, pair):
     made, _ = apply(tmp_path, pair, "key,class\nk4,cat\n", allow_empty_classes=True)
     assert made.classes == NAMES
     assert 2 not in made.label_N

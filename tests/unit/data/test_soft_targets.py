@@ -118,7 +118,7 @@ def test_memory_is_dense_and_small(tmp_path):
     assert targets.indices_VNK.shape == targets.log_probs_VNK.shape == (2, 25, 3)
 
 
-def test_whole_or_not(tmp_path):
+def test_a_file_is_complete_or_not(tmp_path):
     path = write_all(tmp_path, teacher(2, 6, 5), 2)[0]
     assert is_complete(path, META)
     assert is_complete(path, dict(reversed(META.items())))  # the order of keys doesn't matter

@@ -208,7 +208,7 @@ def test_names_in_urls_lead_nowhere(web, shards, tmp_path):
 # Failures of the cache
 
 
-def test_a_full_disk_means_ranges_and_is_said_once(web, shards, tmp_path, console, capfd):
+def test_a_full_disk_means_ranges_and_is_reported_once(web, shards, tmp_path, console, capfd):
     manifest = far_manifest(web, shards)
     files = ShardFiles(manifest, CacheSpec(str(tmp_path / "c"), 1 << 30))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -222,7 +222,7 @@ def test_a_full_disk_means_ranges_and_is_said_once(web, shards, tmp_path, consol
     assert [p.name for p in (tmp_path / "c").iterdir()] == [".room"]
 
 
-def test_a_folder_that_is_none_means_ranges(web, shards, tmp_path, console, capfd):
+def test_an_unusable_cache_folder_means_ranges(web, shards, tmp_path, console, capfd):
     (tmp_path / "c").write_text("a file")
     manifest = far_manifest(web, shards)
     files = ShardFiles(manifest, CacheSpec(str(tmp_path / "c"), 1 << 30))

@@ -161,7 +161,7 @@ def test_a_cursor_outside_is_refused(shards, batch):
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_judging_shows_all_once_and_masks_the_padding(shards, world_size):
+def test_evaluation_shows_all_once_and_masks_the_padding(shards, world_size):
     seen = []
     for rank in range(world_size):
         with a_stream(shards, rank, world_size, train=False) as stream:
@@ -276,7 +276,7 @@ def test_the_decoded_cache_is_shared_and_bounded_and_not_for_the_corrupt(tmp_pat
             assert sum(len(b.problems) for b in batches) == 1
 
 
-def test_a_cache_that_cannot_be_made_is_the_users_to_mend(shards):
+def test_a_cache_that_cannot_be_created_is_the_users_error(shards):
     with a_stream(shards) as stream:
         path, manifest = stream.manifest_path, stream.manifest
     from cnn2gnn_dist.data.reading.decoded_cache import cache_path
@@ -307,7 +307,7 @@ def test_a_shard_that_was_replaced_can_be_indexed_again(shards):
         assert len(again.manifest) == 70 - 9 + 1
 
 
-def test_readers_in_other_processes_tell_a_changed_shard_apart():
+def test_readers_in_other_processes_notice_a_changed_shard():
     made = pickle.loads(pickle.dumps(ShardChanged("it grew", where="a.tar")))
     assert type(made) is ShardChanged
     assert (made.what, made.where) == ("it grew", "a.tar")

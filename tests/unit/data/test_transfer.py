@@ -122,7 +122,7 @@ def test_any_file_system_that_fsspec_knows():
         store.rm("/d", recursive=True)
 
 
-def test_a_disk_that_takes_no_more_is_no_fault_of_the_network(web):
+def test_a_full_disk_does_not_count_as_a_network_fault(web):
     class Full(io.BytesIO):
         def write(self, data: object, /) -> int:
             raise OSError(28, "No space left on device")

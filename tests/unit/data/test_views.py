@@ -260,7 +260,7 @@ def test_boxes_of_the_clean_view(kind, view):
     ]
 
 
-def test_no_flip_when_told():
+def test_no_flip_when_it_is_off():
     side = np.full(100, 32)
     assert not boxes(
         ViewSpec("crop_flip", 32, flip=False), np.arange(100), side, side, 0

@@ -23,7 +23,7 @@ def clustered(seed: int = 0, stray: float = 0.05) -> tuple[np.ndarray, np.ndarra
     return named.astype(np.int32), order.astype(np.int32)
 
 
-def test_mends_an_order_that_says_nothing() -> None:
+def test_it_improves_on_an_uninformative_order() -> None:
     table, _ = clustered(stray=0.0)
     order = np.random.default_rng(3).permutation(N).astype(np.int32)
     start = np.empty(N, np.int32)
@@ -32,7 +32,7 @@ def test_mends_an_order_that_says_nothing() -> None:
     assert partition.edge_cut(table, part) < 0.5 * partition.edge_cut(table, start)
 
 
-def test_holes_are_nobody() -> None:
+def test_empty_cells_are_not_nodes() -> None:
     table, order = clustered()
     table[:, 5:] = -1
     part = fennel.assign_streaming(table, order, 4)

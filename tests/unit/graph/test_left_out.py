@@ -140,7 +140,7 @@ def test_groups_are_connected_components(rows: list[tuple[int, int, bool]]) -> N
     )
 
 
-def test_equal_rows_have_equal_keys_and_others_have_not() -> None:
+def test_equal_rows_have_equal_keys_and_others_do_not() -> None:
     rng = np.random.default_rng(4)
     x = rng.integers(-2, 3, (20_000, 3)).astype(np.float16)  # 125 distinct rows, over two chunks
     keys, kinds = duplicates.row_keys(x), {}

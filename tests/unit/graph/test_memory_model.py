@@ -108,7 +108,7 @@ def test_plan_prints_the_model(capsys: pytest.CaptureFixture[str]) -> None:
     "wrong",
     [["--images", "0"], ["--images", "4", "--parts", "8"], ["--images", "99", "--ranks", "9"]],
 )
-def test_plan_refuses_what_makes_no_graph(
+def test_plan_refuses_sizes_that_make_no_graph(
     wrong: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["plan", *wrong]) == 2

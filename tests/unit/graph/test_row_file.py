@@ -73,7 +73,7 @@ def test_sums_go_on_and_notice_every_byte(tmp_path: Path) -> None:
         assert check_sum(other) != check_sum(rows)
 
 
-def test_short_writes_are_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A write may accept less than it was given (2 GiB at most, or a signal)."""
     rows = np.arange(300, dtype=np.int32).reshape(100, 3)
     durable.reserve_array(tmp_path / "a.npy", rows.shape, np.int32)
@@ -241,7 +241,7 @@ def test_embedded_rows_after_an_interruption(tmp_path: Path, count: int) -> None
 
 
 @pytest.mark.parametrize(("rank", "name"), [(0, "x"), (0, "z"), (1, "z"), (1, "query")])
-def test_embedded_rows_that_others_read_otherwise(
+def test_embedded_rows_that_others_read_differently(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int, name: str
 ) -> None:
     folder, real = folder_for(tmp_path / "v"), Embedded.array
@@ -258,7 +258,7 @@ def test_embedded_rows_that_others_read_otherwise(
         )
 
 
-def test_marks_of_another_form_don_t_count(tmp_path: Path) -> None:
+def test_marks_of_another_form_do_not_count(tmp_path: Path) -> None:
     for unit, text in enumerate(["", "{", "3", json.dumps(["a"])]):
         (tmp_path / f"made-{unit:05d}.done").write_text(text)
     assert right(filled(tmp_path, RankGroup()))

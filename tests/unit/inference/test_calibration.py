@@ -145,7 +145,7 @@ def test_coverage_that_is_out_of_reach():
 
 
 @pytest.mark.parametrize("coverage", [0.0, 1.0, -1.0, 2.0, float("nan")])
-def test_coverage_that_is_none(coverage):
+def test_invalid_coverages(coverage):
     with pytest.raises(UserError, match="coverage"):
         ConformalSets(np.zeros(9)).threshold(coverage)
 

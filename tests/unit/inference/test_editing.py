@@ -24,7 +24,7 @@ def of_new_class(count, seed=200):
     return images
 
 
-def test_a_class_is_added_answered_and_gone_again_to_the_bit(calibrated):
+def test_a_class_is_added_and_removed_again_bit_identically(calibrated):
     model, asked = calibrated, pictures(20, seed=8)
     before = model.predict_proba(asked)
     done = editing.add(model, list(of_new_class(6)), "framed", old_loss=30.0)
@@ -72,7 +72,7 @@ def test_what_new_classes_are_scored_by_does_not_depend_on_the_order_of_edits(ca
     )
 
 
-def test_what_old_classes_may_lose_holds_until_another_number_is_said(calibrated):
+def test_what_old_classes_may_lose_holds_until_another_number_is_given(calibrated):
     model = calibrated
     assert editing.add(model, list(of_new_class(5)), "framed", old_loss=20.0).old_loss == 20.0
     assert editing.add(model, list(pictures(3, seed=60)), "class 0").old_loss == 20.0

@@ -107,7 +107,7 @@ def test_edges_are_scikit_learns_logistic_regression(world):
     assert rule.offset == pytest.approx(model.intercept_[0], rel=2e-3, abs=2e-3)
 
 
-def test_permuted(rule):
+def test_the_order_of_images_does_not_matter(rule):
     logits, z, _ = images(np.random.default_rng(8), np.arange(24) % 3)
     order = np.random.default_rng(0).permutation(24)
     found, permuted = rule(logits, z), rule(logits[order], z[order])

@@ -214,7 +214,7 @@ def test_gradients_of_scaled_and_shifted_rows() -> None:
     torch.testing.assert_close(moved.grad, plain.grad / 4)
 
 
-def test_it_minimises_what_it_is_said_to() -> None:
+def test_it_minimises_the_stated_objective() -> None:
     """Σ d p + γ Σ p² on the simplex, with γ = S / 2: no feasible step decreases it."""
     d_BM = distances(1, 10)
     found = adaptive_neighbours(d_BM, 4)

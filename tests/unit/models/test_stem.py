@@ -38,7 +38,7 @@ def test_transformers_are_built_for_the_image_size() -> None:
 
 
 @pytest.mark.parametrize("name", ["conv3", "resnet_tiny"])
-def test_large_images_are_reduced_at_the_door(name: str) -> None:
+def test_large_images_are_reduced_by_the_first_layers(name: str) -> None:
     small = count_flops(build_stem(name, 16, 64), torch.zeros(1, 3, 64, 64))
     assert count_flops(build_stem(name, 16, 128), torch.zeros(1, 3, 128, 128)) < 2 * small
     assert count_flops(build_stem(name, 16, 224), torch.zeros(1, 3, 224, 224)) < 2 * small

@@ -107,7 +107,7 @@ def test_a_stem_takes_the_features_of_a_classifiers_file(suffix: str, tmp_path: 
     ("asked", "near"),
     [("resnet81", "resnet18"), ("conv_next_tiny", "convnext_tiny"), ("con3", "conv3")],
 )
-def test_near_names_are_told(asked: str, near: str) -> None:
+def test_similar_names_are_suggested(asked: str, near: str) -> None:
     with pytest.raises(UserError, match=asked) as raised:
         build_stem(asked, 8, 32)
     assert near in raised.value.remedy
@@ -118,7 +118,7 @@ def test_near_names_are_told(asked: str, near: str) -> None:
 
 
 @pytest.mark.parametrize("asked", ["", "???", "a/b", "hf_hub:someone/something"])
-def test_names_like_nothing_are_the_users_error(asked: str) -> None:
+def test_names_without_a_similar_one_are_the_users_error(asked: str) -> None:
     with pytest.raises(UserError, match="no network named"):
         build_teacher(asked, 8, 32)
 

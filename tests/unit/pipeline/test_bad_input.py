@@ -117,7 +117,7 @@ def prepared(run: Path, *overrides: str) -> tuple[int, Manifest | None, Manifest
     return code, *(Manifest.load(run / "manifest" / f"{p}.arrow") for p in ("train", "test"))
 
 
-def test_a_held_out_folder_that_lacks_a_class_is_matched_by_name(tmp_path, capsys):
+def test_a_held_out_folder_without_one_class_is_matched_by_name(tmp_path, capsys):
     train = image_tree(tmp_path / "train", {"blue": 3, "green": 3, "red": 3})
     held = image_tree(tmp_path / "val", {"green": 2, "red": 2})
     data = ("data.source=imagefolder", f"data.train={train}", f"data.test={held}")
@@ -179,7 +179,7 @@ def test_degenerate_sets_are_refused_before_any_training(tmp_path, capsys, count
     assert not (tmp_path / "run" / "manifest" / "train.arrow").exists()
 
 
-def test_too_few_images_are_said_at_index(tmp_path, capsys):
+def test_too_few_images_are_reported_at_index(tmp_path, capsys):
     """Including what only a later stage would run into, with the requirement of each stage."""
     tree = image_tree(tmp_path / "in", {"a": 6, "b": 6})
     run = ["--config", "demo", f"run.dir={tmp_path}/run", "data.source=imagefolder"]
@@ -206,7 +206,7 @@ def test_too_few_images_are_said_at_index(tmp_path, capsys):
     assert preflight.misfits(batch, stages, 8) == []
 
 
-def test_small_classes_are_no_fault_and_single_images_are_said():
+def test_small_classes_are_accepted_and_single_images_are_reported():
     assert preflight.check_classes(np.array([0] * 90 + [1] * 2), 20, 0.2) == []
     assert (
         "1 of 2 classes have a single"
@@ -230,7 +230,7 @@ def test_a_source_that_reads_one_folder_refuses_two(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("source", ["shards", "imagefolder"])
-def test_held_out_images_that_are_training_images_are_said(tmp_path, capsys, source):
+def test_held_out_images_that_are_training_images_are_reported(tmp_path, capsys, source):
     if source == "shards":
         first, second = make_shards(
             tmp_path / "a", random_images(8, 8, 8), [0, 1] * 4, shard_size=4

@@ -135,7 +135,7 @@ def test_fields_are_left_out_by_their_whole_path():
         assert path in field_names.fields(), path
 
 
-def test_files_that_lack_are_an_error_of_the_plan(tmp_path):
+def test_missing_files_are_an_error_of_the_plan(tmp_path):
     run = Run(tmp_path / "run", "shards", train=f"{tmp_path}/none-*.tar")
     with pytest.raises(UserError, match="no such shard"):
         Survey(run.config).inputs(stages_of(run.config)[0])
@@ -205,6 +205,6 @@ def test_with_ready_logits_there_is_no_teacher():
         (["targets.logits=/x", "targets.views=2"], "one row per image"),
     ],
 )
-def test_a_teacher_that_is_none_is_refused(overrides, says):
+def test_an_invalid_teacher_is_refused(overrides, says):
     with pytest.raises(UserError, match=says):
         settings.load("demo", overrides)

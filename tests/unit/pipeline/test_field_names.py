@@ -100,7 +100,7 @@ def test_what_is_taken_for_the_name_of_a_field(text, found):
     assert unknown(text) == found
 
 
-def test_there_are_names_to_check_and_exceptions_are_met():
+def test_there_are_names_to_check_and_exceptions_occur():
     whole = [text for path in SOURCES for text in texts(path)]
     found = {name for text in whole for name in NAME.findall(text)}
     assert len(found & KNOWN) > 60

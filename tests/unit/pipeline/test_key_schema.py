@@ -294,7 +294,7 @@ def test_how_a_result_is_reached_changes_nothing_of_such_a_run(tmp_path):
     ("field", "value"),
     [("key", "0" * 20), ("parts", {"graph": {"neighbours": 8}}), ("parts", {}), ("schema", 7)],
 )
-def test_a_record_that_does_not_bear_out_its_key_is_not_believed(tmp_path, field, value):
+def test_a_record_that_does_not_match_its_key_is_not_trusted(tmp_path, field, value):
     config = made(tmp_path, "demo")
     done = tmp_path / "run" / "student" / "done.json"
     done.write_text(json.dumps(json.loads(done.read_text()) | {field: value}))

@@ -51,12 +51,12 @@ def test_another_key_is_stale_once_there_is_something_to_lose(tmp_path):
     assert ledger.status(tmp_path, "other") == (Status.STALE, entry)
 
 
-def test_files_without_any_note_are_nobodys_to_write_over(tmp_path):
+def test_files_without_a_record_are_not_overwritten(tmp_path):
     (tmp_path / "thesis.tex").touch()
     assert ledger.status(tmp_path, "k") == (Status.STALE, None)
 
 
-def test_beginning_again_takes_the_word_back(tmp_path):
+def test_beginning_again_makes_a_finished_stage_unfinished(tmp_path):
     made(tmp_path)
     ledger.begin(tmp_path, Entry("k2", PARTS))
     assert ledger.finished(tmp_path) is None

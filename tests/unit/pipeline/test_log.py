@@ -34,7 +34,7 @@ def say_all() -> None:
         (log.VERBOSE, ["debug: a detail", "a step", "note: a doubt", "error: a failure"]),
     ],
 )
-def test_how_much_is_said_and_that_stdout_is_left_alone(verbosity, lines, capsys):
+def test_how_much_is_logged_and_that_stdout_is_left_alone(verbosity, lines, capsys):
     with log.console(verbosity):
         say_all()
     said = capsys.readouterr()

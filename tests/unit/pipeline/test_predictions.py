@@ -61,7 +61,7 @@ def context(root: Path, *overrides: str) -> Context:
     return Context(config, ranks, RunPaths(root), folder, "", "cpu", False)
 
 
-def test_the_accuracy_is_of_what_was_judged(tmp_path):
+def test_the_accuracy_is_of_what_was_evaluated(tmp_path):
     held_out(tmp_path)
 
     def classify(images: Tensor) -> Tensor:

@@ -127,7 +127,7 @@ def test_the_verdict_is_plain(made, student, control, said, undrawn):
     assert sentence in page_of(made)[1]
 
 
-def test_the_error_is_of_the_images_that_were_judged():
+def test_the_error_is_of_the_images_that_were_evaluated():
     table = {"student": scores(0.9, 1), "control_mlp": scores(0.8, 1), "run": {"test_images": 400}}
     assert "standard error 2.50" in verdict(table)
     table["student"]["evaluated"] = 100
@@ -158,7 +158,7 @@ def test_with_the_answers_at_hand_errors_are_those_of_paired_differences(made, u
     assert "-8.00 points, standard error 2.38 (paired, 200 images, one seed)" in text
 
 
-def test_images_that_are_left_out_are_said(made, undrawn):
+def test_images_that_are_left_out_are_reported(made, undrawn):
     assert "count as neither right nor wrong" not in page_of(made)[1]
     change(
         made, student={"evaluated": 190, "left_out": 10}, run={"left_out": ["a.tar: k7: <html>"]}
@@ -206,7 +206,7 @@ def test_values_that_were_not_finite_are_passed_over(made, undrawn):
     assert page_of(made)[0].table("images / s (median)")[1][:2] == ["teacher", "100"]
 
 
-def test_no_results_is_for_the_user_to_mend(tmp_path):
+def test_missing_results_are_the_users_error(tmp_path):
     with pytest.raises(UserError, match="no results") as caught:
         write_report(tmp_path)
     assert "evaluate" in caught.value.remedy
@@ -294,7 +294,7 @@ def test_an_audit_put_into_a_report_makes_the_page_that_is_written_with_it(made,
     assert path.read_text() == wanted
 
 
-def test_without_a_memory_the_reason_is_said(tmp_path):
+def test_without_a_memory_the_reason_is_given(tmp_path):
     folder = write_model(tmp_path / "model", "none")
     config = settings.load("demo", [f"run.dir={tmp_path}"])
     context = Context(config, Ranks(), RunPaths(tmp_path), folder, "", "cpu", False)

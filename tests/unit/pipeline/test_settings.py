@@ -287,7 +287,7 @@ def test_scopes_and_hops_that_need_no_fanouts_do_not_ask_for_them():
         ([], []),
     ],
 )
-def test_what_hardly_is_meant_is_noted_and_runs(overrides, said, capsys):
+def test_what_is_hardly_meant_is_noted_and_runs(overrides, said, capsys):
     config = settings.load("demo", overrides)
     notes = consistency.notes(config)
     assert len(notes) == len(said)

@@ -26,7 +26,7 @@ def test_a_single_rank_waits_for_nobody():
     assert Stragglers().note([1.0], pytest.fail) == {}
 
 
-def test_a_slow_rank_is_named_in_every_line_and_said_once(three):
+def test_a_slow_rank_is_named_in_every_line_and_reported_once(three):
     said: list[str] = []
     found = Stragglers()
     for _ in range(3 * stragglers.IN_SUCCESSION):
@@ -36,7 +36,7 @@ def test_a_slow_rank_is_named_in_every_line_and_said_once(three):
     assert text.startswith("rank 2 on node-c needs 2.5 times as long for its own work")
 
 
-def test_what_passes_is_not_said(three):
+def test_a_passing_delay_is_not_reported(three):
     found = Stragglers()
     for _ in range(3):
         for _ in range(stragglers.IN_SUCCESSION - 1):

@@ -256,7 +256,7 @@ def test_a_truncated_file_of_a_finished_stage_is_fetched_again(tmp_path):
     assert (here / "targets" / "a.parquet").read_bytes() == b"soft"
 
 
-def test_the_run_that_was_overtaken_hears_it_at_its_next_checkpoint(tmp_path):
+def test_the_run_that_was_overtaken_ends_at_its_next_checkpoint(tmp_path):
     first = opened(tmp_path / "here")
     stage = tmp_path / "here" / "teacher"
     ledger.begin(stage, Entry("k", {}))

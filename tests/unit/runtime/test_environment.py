@@ -65,7 +65,7 @@ def test_first_of_a_slurm_host_list(listed, first):
     assert first_host(listed) == first
 
 
-def test_a_port_that_is_none_is_refused():
+def test_an_invalid_port_is_refused():
     env = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_PORT": "70000"}
     with pytest.raises(UserError, match="no port 70000"):
         Ranks.from_environment(env)
@@ -185,7 +185,7 @@ def web() -> Iterator[str]:
 
 
 @pytest.mark.parametrize("named", ["cluster.address", "RAY_ADDRESS"])
-def test_a_dead_address_is_refused_by_the_name_of_what_held_it(named):
+def test_a_dead_address_is_refused_by_the_name_of_its_setting(named):
     address = f"127.0.0.1:{runs.free_port()}"
     with pytest.raises(UserError, match="no Ray cluster answers") as caught:
         ray_probe.cluster_mode(address, f"{named}={address}")
@@ -193,7 +193,7 @@ def test_a_dead_address_is_refused_by_the_name_of_what_held_it(named):
     assert ("unset RAY_ADDRESS" in caught.value.remedy) == (named == "RAY_ADDRESS")
 
 
-def test_what_is_no_cluster_is_said_to_be_none(web):
+def test_what_is_not_a_cluster_is_reported_as_such(web):
     with pytest.raises(UserError, match="is not the head of a Ray cluster"):
         ray_probe.cluster_mode(web, "cluster.address")
     with pytest.raises(UserError, match=r"no job server answers .* 404"):
@@ -214,7 +214,7 @@ def test_host_and_port(address, parts):
 
 
 @pytest.mark.parametrize("address", ["h:port", "ray://h:1", "h:99999", ":1"])
-def test_addresses_that_are_none(address):
+def test_invalid_addresses(address):
     with pytest.raises(UserError, match="has the form HOST:6379"):
         ray_probe.host_and_port(address, "")
 
@@ -311,7 +311,7 @@ def test_what_is_sent_is_what_ray_sends(tmp_path, monkeypatch):
     }
 
 
-def test_a_name_of_its_own_that_leads_to_itself_is_no_meeting_place(monkeypatch):
+def test_ranks_do_not_meet_at_a_host_name_that_resolves_to_loopback(monkeypatch):
     """As Debian's 127.0.1.1: other hosts reach rank 0 at the address of an interface."""
     monkeypatch.setattr(ranks.socket, "gethostbyname", lambda name: "127.0.1.1")
     monkeypatch.setattr(ranks, "first_address", lambda: "192.0.2.5")

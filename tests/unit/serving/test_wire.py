@@ -75,6 +75,6 @@ def test_any_bytes_for_json(body: bytes):
         wire.parsed(wire.KeysIn, body)
 
 
-def test_numbers_that_json_lacks():
+def test_numbers_that_json_does_not_have():
     made = wire.finite({"a": float("nan"), "b": [1.5, float("inf")], "c": ("x", None, 3)})
     assert json.dumps(made, allow_nan=False) == '{"a": null, "b": [1.5, null], "c": ["x", null, 3]}'

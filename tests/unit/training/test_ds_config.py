@@ -119,7 +119,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ds_config.load(tmp_path / "nowhere.json")
 
 
-def test_the_default_is_here_then_what_comes_with_us(
+def test_the_default_is_the_file_here_then_the_packaged_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
