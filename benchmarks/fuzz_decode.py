@@ -149,7 +149,7 @@ def seeds() -> list[bytes]:
     return [data for data in found if 0 < len(data) <= MAX_BYTES]
 
 
-def mended(data: bytes) -> bytes:
+def with_checksums(data: bytes) -> bytes:
     """A PNG with its chunk checksums corrected, so that damage gets past them; other formats unchanged."""
     if data[:4] != b"\x89PNG":
         return data
@@ -232,7 +232,7 @@ def guided(seconds: int, folder: Path) -> None:
 
     def one(data: bytes) -> None:
         nonlocal last
-        check(mended(data))
+        check(with_checksums(data))
         now = time.monotonic()
         if now - last > 60 or now - start > seconds - 2 > last - start:
             last = now
@@ -261,7 +261,7 @@ def unguided(seconds: int) -> None:
     current = Path(f"finding-{os.getpid()}")
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # a hang ends the process, in C code too
     while time.monotonic() - start < seconds:
-        data = mended(mutated(rng, pool))
+        data = with_checksums(mutated(rng, pool))
         current.write_bytes(data)
         signal.alarm(LONGEST)
         check(data)

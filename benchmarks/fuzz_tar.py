@@ -65,7 +65,7 @@ KEYS = [
 ]
 
 
-def mended(data: bytes) -> bytes:
+def with_checksums(data: bytes) -> bytes:
     """The archive with the checksums corrected along its chain of headers, so that damage gets past them."""
     out, position = bytearray(data), 0
     while position + 512 <= len(out):
@@ -228,7 +228,7 @@ def guided(seconds: int) -> None:
         nonlocal last
         kind, body = data[:1], data[1:]
         if kind and kind[0] % 4 == 0:
-            body = mended(body)
+            body = with_checksums(body)
         elif kind and kind[0] % 4 != 1:
             body = generated(atheris.FuzzedDataProvider(body))
         check(body)
@@ -269,7 +269,7 @@ def unguided(seconds: int) -> None:
         for place, value in changes:
             changed[place % len(changed)] = value
         signal.alarm(10)
-        check(mended(bytes(changed)) if sums else bytes(changed))
+        check(with_checksums(bytes(changed)) if sums else bytes(changed))
         signal.alarm(0)
 
     limit()

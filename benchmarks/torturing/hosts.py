@@ -191,7 +191,7 @@ def _struck(
         host.cut()
         if fault == "short cut":
             time.sleep(rng.uniform(0.2, 0.4) * TIMEOUT_S)  # the length of the fault
-            host.mend()
+            host.restore()
         elif fault == "host":
             _kill(ranks[victim])
             host.run(["sh", "-c", "kill -KILL -1"], capture_output=True)
@@ -199,7 +199,7 @@ def _struck(
         yield
     finally:
         filler.unlink(missing_ok=True)
-        host.mend()
+        host.restore()
 
 
 def _kill(rank: Fork) -> None:

@@ -65,7 +65,7 @@ def test_a_link_that_is_cut_for_a_while_and_one_that_stays_cut(
         assert hosts.listening(host) - {"127.0.0.1"} == {host.address}
     pair[1].cut()
     time.sleep(8)  # the length of the fault
-    pair[1].mend()
+    pair[1].restore()
     for code, output in host_runs.finish(ranks):
         assert code == 0, output[-4000:]
     assert runs.trail(run, ("teacher",)) == runs.trail(micro_run, ("teacher",))
@@ -76,7 +76,7 @@ def test_a_link_that_is_cut_for_a_while_and_one_that_stays_cut(
     reach(ranks[0], run, "teacher", 6)
     pair[1].cut()
     ended = host_runs.finish(ranks)
-    pair[1].mend()
+    pair[1].restore()
     for (code, output), other in zip(ended, ("rank 1 on node-b", "rank 0 on node-a"), strict=True):
         assert code == PeerLost.exit_code, output[-4000:]
         assert f"another rank died, or did not answer within 6 s: {other}" in output
@@ -115,7 +115,7 @@ def test_a_link_that_stays_cut_anywhere_ends_both_ranks(
             reach(ranks[0], run, place, 13)  # after the refresh
         pair[1].cut()
         ended = host_runs.finish(ranks)
-        pair[1].mend()
+        pair[1].restore()
         assert [code for code, _ in ended] == [PeerLost.exit_code] * 2, (place, ended)
         for (_, output), other in zip(ended, ("rank 1 on node-b", "rank 0 on node-a"), strict=True):
             assert f"did not answer within {LOST_S} s: {other}" in output, (place, output[-3000:])

@@ -67,7 +67,7 @@ def test_a_cut_where_ranks_meet(pair: tuple[Host, ...], folder: Path, where: str
         )
     finally:
         cutting.join()
-        pair[1].mend()
+        pair[1].restore()
     assert [one.value for one in found] == [
         ("rank 1 on node-b", True),
         ("rank 0 on node-a", True),

@@ -80,7 +80,7 @@ def test_a_link_is_cut_and_restored(pair: tuple[Host, ...]) -> None:
         assert answers()
         b.cut()
         assert not answers()
-        b.mend()
+        b.restore()
         assert answers()
         b.down()
         assert not answers()

@@ -160,15 +160,15 @@ def test_wrong_bytes_are_fetched_again_then_refused(web, shards, tmp_path, limit
     whole, manifest = shards[0].read_bytes(), Manifest.load(spec.manifest)
     at = int(manifest.offset_N[3]) + int(manifest.size_N[3]) // 2
     shards[0].write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-    mended = []
+    answered = []
 
-    def mend(number: int, path: str) -> None:
+    def repair(number: int, path: str) -> None:
         # The first answer is corrupt; later ones are valid, unless the fault stays.
-        if mended and not stays:
+        if answered and not stays:
             shards[0].write_bytes(whole)
-        mended.append(path)
+        answered.append(path)
 
-    web.fault = mend
+    web.fault = repair
     reader = Reader(spec)
     if stays:
         with pytest.raises(UserError, match="differ from those indexed") as error:

@@ -8,7 +8,7 @@ ends every process of the host, unmounts its file systems and removes its networ
         share(tmp_path / "server", tmp_path / "shared", (a, b))
         process = a.start([sys.executable, ...], runs.environment(MASTER_ADDR=a.address))
         b.cut()
-        b.mend()
+        b.restore()
 
 Each host has its own /tmp and /dev/shm. Of the machine's /tmp it sees the checkout, the interpreter's
 environment and the folders in ``keep``. Send signals for what a host has started to its whole session:
@@ -146,7 +146,7 @@ class Host:
         """Let the network drop everything from and to this host, which sees no change itself."""
         self._connect("nomaster")
 
-    def mend(self) -> None:
+    def restore(self) -> None:
         """End a ``cut``."""
         self._connect("master br0")
 

@@ -76,7 +76,7 @@ def flipped(path: Path) -> bytes:
     return bytes(data)
 
 
-def mend(folder: Path) -> None:
+def correct(folder: Path) -> None:
     path = folder / "a" / "sub" / "5.png"
     path.write_bytes(flipped(path))  # of equal length
 
@@ -98,7 +98,7 @@ def swap(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (mend, "data.train: 1 with different contents (a/sub/5.png)"),
+        (correct, "data.train: 1 with different contents (a/sub/5.png)"),
         (add, "data.train: 1 added (a/sub/new.png)"),
         (drop, "data.train: 1 removed (b/sub/7.png)"),
         (swap, "data.train: 2 with different contents (a/1.png, …)"),
@@ -188,7 +188,7 @@ def test_an_equal_length_and_time_hides_a_change_until_update_reads_again(folder
 
 def test_which_files_train_and_which_test_is_in_the_key(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "e")
-    mend(tmp_path / "e")
+    correct(tmp_path / "e")
     run = Run(tmp_path / "run", "imagefolder", train=folder, test=tmp_path / "e")
     assert run() == 0
     before = run.digest
