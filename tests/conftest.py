@@ -84,7 +84,7 @@ def ray_cluster() -> Iterator[None]:
     try:
         try:
             ray.init(
-                address="local",  # never one that another test, or somebody else, has started here
+                address="local",  # never one that another test, or another user, has started here
                 num_cpus=4,
                 object_store_memory=200 << 20,
                 include_dashboard=False,
