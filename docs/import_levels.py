@@ -1,12 +1,12 @@
-"""Import levels: what imports nothing of ours is on level 1, everything else one above the highest that it imports.
+"""Import levels: what imports nothing of ours is on level 1, everything else one level above the highest it imports.
 
     python docs/import_levels.py                              the packages and modules of cnn2gnn_dist
     python docs/import_levels.py cnn2gnn_dist.data            those of a package in it
-    python docs/import_levels.py cnn2gnn_dist.data --modules  its modules one by one, packages taken apart
+    python docs/import_levels.py cnn2gnn_dist.data --modules  its modules one by one, whatever their package
     python docs/import_levels.py --svg docs/images/import-levels.svg    the same as a picture
 
-A package counts as one: its level is that of all its modules together. Imports for type checkers only don't count,
-those inside of functions do. Of another commit: PYTHONPATH=CHECKOUT.
+A package counts as one module: its level is that of all its modules together. Imports only for type checkers don't
+count; imports inside functions do. For another commit: PYTHONPATH=CHECKOUT.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def levels(package: str, modules: bool = False) -> list[list[str]]:
     """Names below a package by level, the lowest first.
 
     Raises:
-        ValueError: some import each other in a circle, so that they have no level.
+        ValueError: some import each other in a cycle, so that they have no level.
     """
     graph = grimp.build_graph(package.partition(".")[0], exclude_type_checking_imports=True)
     found = graph.find_descendants(package) if modules else graph.find_children(package)
@@ -68,7 +68,7 @@ def draw(placed: list[list[str]], title: str, path: Path) -> None:
 
 
 def main() -> None:
-    """Print, and draw where that is asked for."""
+    """Print the levels, and draw them if asked to."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
