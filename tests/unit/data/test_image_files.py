@@ -151,5 +151,12 @@ def test_a_pipe_that_nobody_writes_to_is_not_waited_for_without_end(tmp_path, mo
     held = os.open(pipe, os.O_RDWR)  # a writer that writes nothing
     with pytest.raises(TimeoutError, match=r"waited 0.5 seconds"):
         read_file(pipe)
-    threading.Timer(0.2, os.close, [held]).start()
+    monkeypatch.setattr(image_files, "BYTES_S", 60.0)
+    read_all = image_files._all_of_pipe
+
+    def opened(handle: int) -> bytes:
+        threading.Thread(target=os.close, args=(held,)).start()
+        return read_all(handle)
+
+    monkeypatch.setattr(image_files, "_all_of_pipe", opened)
     assert read_file(pipe) == b""  # the writer has closed it
