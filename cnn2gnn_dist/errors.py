@@ -59,7 +59,7 @@ class PeerLost(UserError):
 
 
 class ShardChanged(UserError):
-    """A shard is not as it was when it was indexed."""
+    """A shard has changed since it was indexed."""
 
     def __init__(self, what: str, *, where: str = "", remedy: str = "") -> None:
         remedy = remedy or (

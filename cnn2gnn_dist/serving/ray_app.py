@@ -118,7 +118,7 @@ class Replica:
     async def answer(self, jobs: list[Job]) -> list[Answered | BaseException]:
         """Answer requests together; what arrives meanwhile forms the next batch.
 
-        A request that can't be answered has its error here: raised, Serve would give it to the whole batch.
+        If a request can't be answered, its error is returned in its place: if raised, it would fail the whole batch.
         """
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._network, self._answered, jobs)

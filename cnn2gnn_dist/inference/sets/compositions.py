@@ -29,8 +29,8 @@ def draw(
 ) -> tuple[np.ndarray, Kind]:
     """Draw a set of different images: indices [m], and the kind that it is.
 
-    Classes with too few images are replaced by more classes than asked for; where even these have too few for
-    the proportions that were drawn, the set is one of strangers, and said to be.
+    If classes have too few images, more classes than asked for are used; where even these have too few for the
+    proportions that were drawn, the set is one of strangers and counts as such.
 
     Args:
         of_class: the images of each class; ``count`` images or more in all.

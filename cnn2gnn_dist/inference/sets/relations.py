@@ -15,8 +15,8 @@ class Relations:
 
     Attributes:
         posterior_mC: float64, rows sum to 1.
-        related: the set's images were found to be related (or said to be: ``same``), so that the
-            posterior depends on company.
+        related: the set's images were found to be related (or declared to be, by ``same``), so that the
+            posterior depends on the other images.
         classes: number of different classes that the set was found to show (of the answers).
         score: of being related; ``threshold``: what it had to exceed.
     """
