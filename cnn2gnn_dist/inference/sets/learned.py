@@ -1,10 +1,10 @@
 """Images that belong together (a burst, frames, parts off one line), answered together by a learned graph.
 
-The answer is ``set_network.py``'s where it takes the set to be related, otherwise that of every image alone, bit-identically.
-Everything is learned from the calibration images, which were set
-apart from training: the edges' log-odds by logistic regression, the network on random sets of them
-(``compositions.py``), and the score from which a set is related: where it is likelier than not among these sets,
-or higher, so that sets of strangers lose at most 0.12 points (``related.py``).
+The answer is ``set_network.py``'s where it takes the set to be related, otherwise that of every image alone,
+bit-identically. Everything is learned from the calibration images, which were set apart from training: the
+edges' log-odds by logistic regression, the network on random sets of them (``compositions.py``), and the score
+from which a set is related: where it is likelier than not among these sets, or higher, so that sets of
+strangers lose at most 0.12 points (``related.py``).
 
 Shapes: n calibration images, m images of a set, C classes, d dimensions of z (of unit length).
 """
