@@ -15,7 +15,7 @@ import numpy as np
 import yaml
 
 from cnn2gnn_dist import consistency, settings
-from cnn2gnn_dist.commands.init import recipe, speed, text, weights
+from cnn2gnn_dist.commands.init import fitting, recipe, speed, text, weights
 from cnn2gnn_dist.commands.init.sources import find_source
 from cnn2gnn_dist.commands.init.survey import Survey, look, measure_views
 from cnn2gnn_dist.config import Config, ViewsConfig
@@ -83,7 +83,7 @@ def command(
 @dataclass(frozen=True)
 class _Choice:
     tree: dict[str, Any]
-    estimate: recipe.Estimate
+    estimate: fitting.Estimate
     machine: speed.Machine
 
 
@@ -121,7 +121,7 @@ def _choose(
             own = replace(facts, decode_s=decode_s + render_s)
             config = settings.check(_with_data(recipe.tree(own, machine, net, 8), survey))
             seen = stopwatch.time(config, num_classes, images)
-            tree, estimate, fits = recipe.fit(own, machine, net, seen, minutes)
+            tree, estimate, fits = fitting.fit(own, machine, net, seen, minutes)
             wanted = recipe.wanted_epochs(images, "weights" in net.teacher)
             _log.debug(
                 f"{net.size} pixels, {net.teacher['arch']} {net.teacher['args']}: {fits} epochs fit, "
@@ -154,8 +154,9 @@ def _by_cost(
 
 
 def _spec(views: dict[str, Any]) -> ViewSpec:
-    own = {name: value for name, value in views.items() if name != "padding"}
-    return ViewSpec(**own, reflect=views.get("padding") == "reflect")
+    own = {name: value for name, value in views.items() if name not in ("padding", "flip")}
+    alternating = views.get("flip") == "alternating"
+    return ViewSpec(**own, reflect=views.get("padding") == "reflect", alternating=alternating)
 
 
 def _with_data(tree: dict[str, Any], survey: Survey) -> dict[str, Any]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import bisect
 import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from cnn2gnn_dist.commands.init.speed import Machine, Speed
+from cnn2gnn_dist.commands.init import small_images
+from cnn2gnn_dist.commands.init.speed import Machine
 from cnn2gnn_dist.config import DataConfig
 from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.models import whitened_cnn
 
 SIZES = (32, 48, 64, 96, 128, 160, 192, 224)
 FEWEST = 8
@@ -35,16 +36,8 @@ _STUDENT_EPOCHS = 2.0
 """Epochs of student and control for each of the teacher: they are cheaper, and a short training ends below a
 linear probe of its own features."""
 _DISTILL = 0.5  # after few epochs a teacher adds little to the labels
-_START_S = {"cpu": 75.0, "cuda": 90.0}
-"""Seconds that all stages of a run take besides the passes over the images: Ray, process groups, saves, report."""
-_REFRESH_S = 4.0  # METIS and the files of a graph version
-_STEP_S = 0.015  # DeepSpeed's own share of a step, and the gradient exchange
-_MODEL_S = 0.002  # an image's thumbnail, place in the memory and audit, by the first rank alone
-_FEWEST_STEPS = 200  # after fewer, a network predicts the most frequent class
 _CACHE = 2 << 30  # bytes of decoded images that are kept
-_MOST_EPOCHS = 10_000
 _OFTEN = 80  # epochs from which crops of one decoded image are too alike
-_MARGIN = 0.92  # of the minutes asked for
 
 
 @dataclass(frozen=True)
@@ -78,17 +71,10 @@ class Net:
     teacher: dict[str, Any]
     stem: dict[str, Any]
 
-
-@dataclass(frozen=True)
-class Estimate:
-    """Seconds of each stage; ``start`` is the overhead of all of them."""
-
-    seconds: dict[str, float]
-
     @property
-    def minutes(self) -> float:
-        """Minutes of all stages."""
-        return sum(self.seconds.values()) / 60
+    def whitened(self) -> bool:
+        """Whether it is trained by the recipe for small images."""
+        return bool(self.teacher.get("arch") == whitened_cnn.NAME)
 
 
 def sizes(short_side: int, alike: bool = False) -> list[int]:
@@ -161,6 +147,9 @@ def nets(facts: Facts, machine: Machine, weights: dict[str, Any] | None) -> list
                 teacher = {"arch": weights["arch"], "args": {}, "weights": weights["weights"]}
                 found += [Net(size, teacher, stem) for stem in (_STEMS[2], _STEMS[most - 1])]
             continue
+        if small_images.suit(size, training_images(facts), facts.grey):
+            found += [Net(size, *pair) for pair in small_images.networks(machine.device)]
+            continue
         for level in range(most):
             # Above 64 pixels a ResNet's first layers keep a quarter of the resolution: narrow ones are too weak,
             # and a wide one on a small version of a photograph costs as much as on a large one.
@@ -208,6 +197,8 @@ def views(facts: Facts, net: Net, step_s: float = math.inf, epochs: int = 0) -> 
     made = {"size": net.size, "pad": max(2, net.size // 8)}
     if facts.grey and facts.short_side <= 48:
         return {"kind": "shift", **made}
+    if net.whitened:
+        return {**made, "kind": "crop_flip", "pad": 2, "padding": "reflect", "flip": "alternating"}
     often = {"randaugment": 1} if epochs >= _OFTEN else {}
     return {"kind": "crop_flip", **made, "padding": "reflect", **often}
 
@@ -220,6 +211,11 @@ def stream(images: int, machine: Machine, views: dict[str, Any]) -> dict[str, An
         **({"workers": machine.workers} if machine.workers > 1 else {}),
         **({"decoded_bytes": int(1.1 * images * row) + 1} if kept else {}),
     }
+
+
+def batch_of(net: Net, images: int) -> int:
+    """Images per step of these networks, before it is divided among ranks."""
+    return small_images.BATCH if net.whitened else batch(images)
 
 
 def tree(
@@ -238,129 +234,77 @@ def tree(
     """
     images = training_images(facts)
     machine = ranks_for(images, machine)
+    student_epochs = max(2, round(_STUDENT_EPOCHS * teacher_epochs))
+    view = views(facts, net, step_s, student_epochs)
+    make = _sections_of_whitened if net.whitened else _sections
+    teacher, student = make(net, images, machine, teacher_epochs, student_epochs)
+    return {
+        "run": {"ranks": machine.ranks},
+        "views": view,
+        "stream": stream(round(images / max(0.05, 1 - CALIBRATION)), machine, view),
+        "teacher": teacher,
+        "targets": {"views": 0},
+        "graph": graph(images, machine.ranks, student_epochs, 5 if control else 1),
+        "student": student | ({} if control else {"control": False}),
+    }
+
+
+Sections = tuple[dict[str, Any], dict[str, Any]]
+"""``teacher`` and ``student``."""
+
+
+def _sections(
+    net: Net, images: int, machine: Machine, teacher_epochs: int, student_epochs: int
+) -> Sections:
+    """For AdamW with a warm-up and a cosine."""
     usual = batch(images)
-    size, student_epochs = (
-        usual // machine.ranks * machine.ranks,
-        max(2, round(_STUDENT_EPOCHS * teacher_epochs)),
-    )
+    size = usual // machine.ranks * machine.ranks
     pretrained = "weights" in net.teacher
     deep = pretrained or not net.teacher["args"]
     lr = {4: 0.001, 8: 0.001, 16: 0.002, 32: 0.002, 64: 0.003, 128: 0.003, 256: 0.004}[usual]
     micro = {} if machine.device == "cpu" or net.size <= 128 else {"max_micro_batch": 64}
     width = 64 if images < 2000 else 128
     warm = min(2.0, max(0.5, teacher_epochs / 10))
-    view = views(facts, net, step_s, student_epochs)
-    return {
-        "run": {"ranks": machine.ranks},
-        "views": view,
-        "stream": stream(round(images / max(0.05, 1 - CALIBRATION)), machine, view),
-        "teacher": {
-            **net.teacher,
-            "epochs": teacher_epochs,
-            "global_batch": size,
-            **micro,
-            "lr": 0.0005 if pretrained else lr / 2 if deep else lr,
-            "warmup_epochs": min(warm, teacher_epochs / 2),
-        },
-        "targets": {"views": 0},
-        "graph": graph(images, machine.ranks, student_epochs, 5 if control else 1),
-        "student": {
-            **net.stem,
-            "dim": 256 if net.stem["stem"] == "resnet18" else width,
-            "hidden": 256 if net.stem["stem"] == "resnet18" else width,
-            "label_dim": 16 if images < 2000 else 32,
-            "epochs": student_epochs,
-            "global_batch": size,
-            **micro,
-            "lr": lr / 2 if net.stem["stem"] == "resnet18" else lr,
-            "warmup_epochs": min(warm, student_epochs / 2),
-            "distill_weight": _DISTILL,
-            **({} if control else {"control": False}),
-        },
+    teacher = {
+        **net.teacher,
+        "epochs": teacher_epochs,
+        "global_batch": size,
+        **micro,
+        "lr": 0.0005 if pretrained else lr / 2 if deep else lr,
+        "warmup_epochs": min(warm, teacher_epochs / 2),
     }
+    student = {
+        **net.stem,
+        "dim": 256 if net.stem["stem"] == "resnet18" else width,
+        "hidden": 256 if net.stem["stem"] == "resnet18" else width,
+        "label_dim": 16 if images < 2000 else 32,
+        "epochs": student_epochs,
+        "global_batch": size,
+        **micro,
+        "lr": lr / 2 if net.stem["stem"] == "resnet18" else lr,
+        "warmup_epochs": min(warm, student_epochs / 2),
+        "distill_weight": _DISTILL,
+    }
+    return teacher, student
 
 
-def estimate(facts: Facts, machine: Machine, config: dict[str, Any], speed: Speed) -> Estimate:
-    """Seconds of each stage of a config (a :func:`tree`) at a measured speed."""
-    images, held = training_images(facts), held_images(facts)
-    machine = ranks_for(images, machine)
-    size = config["teacher"]["global_batch"]
-    cached = "decoded_bytes" in config["stream"]
-
-    def passes(step_s: float, count: float, of: int = images, decoded: bool = cached) -> float:
-        """Seconds of ``count`` passes over ``of`` images."""
-        decode = size * (0.15 * facts.decode_s if decoded else facts.decode_s)
-        readers = min(machine.cores, machine.ranks * machine.workers)
-        model = step_s if machine.device == "cuda" else step_s * machine.ranks / machine.cores
-        together = model + decode / machine.cores
-        busiest = max(step_s, decode / readers, together if machine.device == "cpu" else 0.0)
-        return count * of / size * busiest
-
-    student = config["student"]
-    epochs, rounds = config["teacher"]["epochs"], student["epochs"]
-    warm = config["graph"]["start_epoch"]
-    own_s = speed.busy * _STEP_S
-    builds = 1 + math.ceil((rounds - warm) / config["graph"]["refresh_epochs"])
-    one_pass = 0.0 if not cached else passes(0.0, 1, decoded=False)
-    embed = (
-        passes(speed.student_forward, 1)
-        + speed.busy * _REFRESH_S
-        + _search_s(config["graph"], images, machine)
-    )
-    return Estimate(
-        {
-            "start": speed.busy * _START_S[machine.device] + one_pass,
-            "pack, index": 2.0 + (images + held) * 2e-4,
-            "teacher": passes(speed.teacher + own_s, epochs),
-            "targets": passes(speed.teacher_forward, 1),
-            "student": passes(speed.control + own_s, min(warm, rounds))
-            + passes(speed.student + own_s, max(0, rounds - warm)),
-            "graph": builds * embed,
-            "control": passes(speed.control + own_s, rounds)
-            if student.get("control", True)
-            else 0.0,
-            "evaluate": passes(speed.teacher_forward + 3 * speed.student_forward, 1, held, False),
-            "model": speed.busy * _MODEL_S * images,
-        }
-    )
-
-
-def _search_s(graph: dict[str, Any], images: int, machine: Machine) -> float:
-    """Seconds of an exact search of all candidates, at 10 GFLOP/s per core."""
-    if graph.get("search") or machine.device == "cuda":
-        return images * 2e-4 / machine.ranks
-    return 2.0 * images * images * graph["dim"] / 1e10 / machine.ranks
-
-
-def fit(
-    facts: Facts, machine: Machine, net: Net, speed: Speed, minutes: float
-) -> tuple[dict[str, Any], Estimate, int]:
-    """The config with as many epochs as the minutes allow, its estimate, and the epochs that would fit.
-
-    There are at least enough to learn something, even if that takes longer than requested, and at most
-    twice those wanted. If the minimum doesn't fit, the control is left out: it is only there for comparison.
-    """
-    images = training_images(facts)
-    wanted = wanted_epochs(images, "weights" in net.teacher)
-    own = ranks_for(images, machine)
-    lanes = own.ranks if own.device == "cpu" else min(own.cores, own.ranks * own.workers)
-    step_s = speed.teacher * lanes / batch(images)
-    fewest = max(2, min(math.ceil(_FEWEST_STEPS * batch(images) / images), math.ceil(0.3 * wanted)))
-
-    def made(count: int, control: bool) -> dict[str, Any]:
-        return tree(facts, machine, net, count, step_s, control)
-
-    def fitting(control: bool) -> int:
-        def spent(count: int) -> float:
-            return estimate(facts, machine, made(count, control), speed).minutes
-
-        return bisect.bisect_right(range(1, _MOST_EPOCHS), minutes * _MARGIN, key=spent)
-
-    fits = fitting(True)
-    control = fits >= fewest
-    fits = fits if control else fitting(False)
-    config = made(int(max(fewest, min(fits, 2 * wanted))), control)
-    return config, estimate(facts, machine, config, speed), fits
+def _sections_of_whitened(
+    net: Net, images: int, machine: Machine, teacher_epochs: int, student_epochs: int
+) -> Sections:
+    """For SGD, from the preset ``cifar10``."""
+    training = small_images.training(net.size, machine.ranks)
+    width = net.stem["stem_args"]["widths"][-1]
+    teacher = {**net.teacher, "epochs": teacher_epochs, "label_smoothing": 0.2, **training}
+    student = {
+        **net.stem,
+        "dim": width,
+        "hidden": 128,
+        "label_dim": 32,
+        "epochs": student_epochs,
+        "temperature": 1,
+        **training,
+    }
+    return teacher, student
 
 
 def check_enough(facts: Facts) -> None:

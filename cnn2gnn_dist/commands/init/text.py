@@ -34,7 +34,13 @@ def as_text(head: list[str], tree: dict[str, Any]) -> str:
     lines.append(
         "teacher:  # the large CNN; to improve it, try more epochs first, then a larger network"
     )
-    lines += _block(teacher, {"lr": "peak; halve it if the loss jumps"})
+    lines += _block(
+        teacher,
+        {
+            "lr": "peak; halve it if the loss jumps",
+            "early_size": "pixels of the first epochs, early_share of them",
+        },
+    )
     lines.append(f"targets: {_inline(tree['targets'])}")
     lines.append(f"graph: {_inline(graph)}")
     lines.append(
@@ -43,7 +49,7 @@ def as_text(head: list[str], tree: dict[str, Any]) -> str:
     lines += _block(
         student,
         {
-            "stem": "conv3, resnet_tiny, or a timm network",
+            "stem": "conv3, resnet_tiny, whitened_cnn, or a timm network",
             "distill_weight": "share of the teacher in the loss",
             "control": "left out, as the minutes are few: the same network without a graph, to compare with",
         },

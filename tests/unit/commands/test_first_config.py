@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 
 from cnn2gnn_dist import consistency, settings
 from cnn2gnn_dist.commands.init import command as init
-from cnn2gnn_dist.commands.init import recipe, speed, text, weights
+from cnn2gnn_dist.commands.init import fitting, recipe, speed, text, weights
 from cnn2gnn_dist.commands.init.recipe import Facts
 from cnn2gnn_dist.commands.init.sources import find_source
 from cnn2gnn_dist.commands.init.speed import Machine, Speed
@@ -59,7 +60,7 @@ def test_any_images_and_minutes_give_a_config_that_fits_them(facts, machine, spe
             recipe.check_enough(facts)
         return
     for net in recipe.nets(facts, machine, None):
-        tree, estimate, _ = recipe.fit(facts, machine, net, speed, minutes)
+        tree, estimate, _ = fitting.fit(facts, machine, net, speed, minutes)
         config = settings.check({**tree, "name": "x", "data": {"source": "shards", "train": "/x"}})
         ranks = config.run.ranks
         preflight.check_images(config, STAGES, images)
@@ -81,7 +82,7 @@ def test_the_estimate_keeps_to_the_minutes_wherever_they_are_enough(facts, machi
     if recipe.training_images(facts) < recipe.FEWEST:
         return
     net = recipe.nets(facts, machine, None)[0]
-    tree, estimate, fits = recipe.fit(facts, machine, net, speed, minutes)
+    tree, estimate, fits = fitting.fit(facts, machine, net, speed, minutes)
     if fits >= tree["teacher"]["epochs"] > 8:
         assert estimate.minutes <= 1.1 * minutes
 
@@ -130,12 +131,54 @@ def test_small_views_are_padded_with_the_image_and_varied_more_where_they_are_se
     assert (spec.reflect, spec.randaugment, spec.pad) == (True, 1, 4)
 
 
+CIFAR = Facts(np.full(10, 5000), 10_000, 32, alike=True)
+
+
+@pytest.mark.parametrize(
+    ("facts", "whitened"),
+    [
+        (CIFAR, True),
+        (Facts(np.full(10, 500), 10_000, 32), False),  # few images
+        (Facts(np.full(10, 5000), 10_000, 28, grey=True), False),
+    ],
+)
+def test_many_small_color_images_get_the_networks_and_the_recipe_of_the_preset(facts, whitened):
+    machine = Machine(2, 2, "cpu")
+    nets = recipe.nets(facts, machine, None)
+    assert {net.whitened for net in nets} == {whitened}
+    if whitened:
+        made = recipe.tree(facts, machine, nets[-1], 16)
+        preset = settings.as_tree(settings.load("cifar10"))
+        for section in ("teacher", "student"):
+            of_time = {"epochs", "control"}
+            own = {key: value for key, value in made[section].items() if key not in of_time}
+            assert own == {key: preset[section][key] for key in own}
+        assert {k: preset["views"][k] for k in made["views"]} == made["views"]
+
+
+def test_large_images_beside_the_small_size_keep_their_networks():
+    nets = recipe.nets(replace(CIFAR, short_side=200, alike=False), Machine(2, 2, "cpu"), None)
+    assert all(net.whitened == (net.size <= 48) for net in nets)
+    assert {net.size for net in nets if not net.whitened} >= {64, 96, 192}
+
+
+def test_half_of_the_epochs_on_smaller_images_are_in_the_estimate():
+    """At three quarters of the side a step costs 9/16: of half the epochs, 25/32 of the whole."""
+    machine, net = Machine(1, 1, "cpu"), recipe.nets(CIFAR, Machine(1, 1, "cpu"), None)[0]
+    made = recipe.tree(CIFAR, machine, net, 10)
+    images = recipe.training_images(CIFAR)
+    found = fitting.estimate(CIFAR, machine, made, Speed(10.0, 0.0, 0.0, 0.0, 0.0))
+    steps = 10 * images / 512
+    assert found.seconds["teacher"] == pytest.approx(steps * (10 * 25 / 32 + fitting._STEP_S))
+
+
 def test_more_minutes_mean_more_epochs_up_to_twice_those_wanted():
     facts = Facts(np.full(10, 1000), None, 32)
     machine, net = Machine(2, 2, "cpu"), recipe.Net(32, recipe._TEACHERS[1], recipe._STEMS[1])
     speed = Speed(0.3, 0.15, 0.1, 0.1, 0.03)
     epochs = [
-        recipe.fit(facts, machine, net, speed, m)[0]["teacher"]["epochs"] for m in (2, 10, 40, 4000)
+        fitting.fit(facts, machine, net, speed, m)[0]["teacher"]["epochs"]
+        for m in (2, 10, 40, 4000)
     ]
     assert epochs == sorted(epochs)
     assert epochs[0] >= 2
@@ -149,11 +192,11 @@ def test_too_few_minutes_leave_the_control_out_before_they_are_exceeded():
     speed = Speed(0.24, 0.14, 0.12, 0.08, 0.03)
     spent = {}
     for minutes in (3, 60):
-        tree, estimate, _ = recipe.fit(facts, machine, net, speed, minutes)
+        tree, estimate, _ = fitting.fit(facts, machine, net, speed, minutes)
         with_control = recipe.tree(facts, machine, net, tree["teacher"]["epochs"])
         spent[minutes] = estimate.minutes
         assert tree["student"].get("control", True) == (minutes == 60)
-        whole = recipe.estimate(facts, machine, with_control, speed).minutes
+        whole = fitting.estimate(facts, machine, with_control, speed).minutes
         assert (whole > 1.25 * estimate.minutes) == (minutes == 3)
         assert settings.check({**tree, "name": "x", "data": {"source": "shards", "train": "/x"}})
     assert spent[60] <= 60
