@@ -9,10 +9,10 @@ BIN    := $(VENV)/bin
 # With a GPU, or to choose a build: make demo TORCH="torch==2.13.0 --index-url <the index of your CUDA>"
 TORCH  ?= torch==2.13.0
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-# Files side by side: unit tests compute all the time; the others start ranks and wait for them, so that one more of
-# them at a time keeps the cores busy.
+# Files side by side: unit tests compute all the time; the others start ranks and wait for them, so that two more of
+# them at a time keep the cores busy. The longest files are end to end, and go first.
 CORES  ?= 2
-BESIDE ?= $(shell expr $(CORES) + 1)
+BESIDE ?= $(shell expr $(CORES) + 2)
 PYTEST := $(BIN)/python -m pytest -p tests.support.processor_time
 export OMP_NUM_THREADS ?= 1
 export PYTHONWARNINGS  ?= ignore::FutureWarning
@@ -36,12 +36,15 @@ demo: install
 demo-memory: install
 	$(BIN)/python examples/memory_demo.py
 
-quick: lint
-	CNN2GNN_QUICK=1 $(PYTEST) tests/unit --numprocesses $(CORES) --dist loadfile -m "not thorough"
+# The linters use one core at a time, so they run beside the tests; what they say comes after.
+quick: install
+	@$(MAKE) --no-print-directory lint > $(VENV)/lint.log 2>&1 & linters=$$!; \
+	CNN2GNN_QUICK=1 $(PYTEST) tests/unit --numprocesses $(CORES) --dist worksteal -m "not thorough"; tests=$$?; \
+	wait $$linters; linted=$$?; cat $(VENV)/lint.log; exit $$((tests | linted))
 
 test: install
-	$(PYTEST) tests/unit --numprocesses $(CORES) --dist loadfile
-	$(PYTEST) tests/multiprocess tests/end_to_end --numprocesses $(BESIDE) --dist loadfile --no-loadscope-reorder
+	$(PYTEST) tests/unit --numprocesses $(CORES) --dist worksteal
+	$(PYTEST) tests/end_to_end tests/multiprocess --numprocesses $(BESIDE) --dist loadfile --no-loadscope-reorder
 
 lint: install
 	$(BIN)/ruff check .
