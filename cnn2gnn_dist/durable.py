@@ -56,13 +56,17 @@ def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
         path: the file.
         shared: several processes may do this at the same time, and one of them wins. Otherwise the
             caller ensures that there is only one.
+
+    Raises:
+        UserError: the disk is full.
     """
     name = f".{path.name}.{os.getpid()}.tmp" if shared else f"{path.name}.tmp"
     temporary = path.with_name(name)
     try:
-        yield temporary
-        sync(temporary)
-        os.replace(temporary, path)
+        with disk_full_reported(path):
+            yield temporary
+            sync(temporary)
+            os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -84,9 +88,14 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file and wait until it is on disk."""
-    path.write_text(json.dumps(value, indent=1), encoding="utf-8")
-    sync(path)
+    """Write a JSON file and wait until it is on disk.
+
+    Raises:
+        UserError: the disk is full.
+    """
+    with disk_full_reported(path):
+        path.write_text(json.dumps(value, indent=1), encoding="utf-8")
+        sync(path)
 
 
 @contextmanager
@@ -100,13 +109,25 @@ def disk_full_reported(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if (full := disk_full(error, path)) is None:
             raise
-        raise UserError(
-            f"disk full: {error.strerror}",
-            where=str(path),
-            remedy="free some space and run the same command again: it resumes where it stopped",
-        ) from None
+        raise full from None
+
+
+def disk_full(error: BaseException, path: Path | str | None = None) -> UserError | None:
+    """What to report if an error means that no space (or no quota) is left; None: it means something else.
+
+    Args:
+        error: any.
+        path: what was written; default: the error's own.
+    """
+    if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return None
+    return UserError(
+        f"disk full: {error.strerror}",
+        where=str(path or error.filename or "the run's folder"),
+        remedy="free some space and run the same command again: it resumes where it stopped",
+    )
 
 
 def check_writable(path: Path) -> None:

@@ -197,6 +197,28 @@ def test_what_one_rank_raises_is_raised_on_all() -> None:
     assert second == [*both, told[0], own[1]]
 
 
+def full_at(who: int) -> tuple[str, str]:
+    """The error on this rank when the disk is full for one of them."""
+    try:
+        with collectives.uneven():
+            if collectives.rank() == who:
+                open("/dev/full", "w").write("x" * 100_000)  # noqa: SIM115
+    except (UserError, OSError) as error:
+        collectives.barrier()
+        return type(error).__name__, str(error)
+    return "nothing", ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("who", [0, 1])
+def test_a_full_disk_of_one_rank_is_an_error_with_a_remedy_on_the_others(who: int) -> None:
+    found = rank_group.run(full_at, 2, who)
+    assert found[who][0] == "OSError"  # its stage reports it
+    name, said = found[1 - who]
+    assert name == "UserError"
+    assert "disk full: No space left on device" in said
+
+
 def test_a_single_process_works_without_a_group() -> None:
     assert collectives.alone(lambda: 5) == 5
     with collectives.uneven():

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from cnn2gnn_dist import durable
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.runtime.bounded_wait import BoundedStore
 
@@ -51,7 +52,7 @@ class Meeting:
         """Work that may take one rank much longer than another; all leave together (collective).
 
         Raises:
-            UserError: a rank raised it (raised here on every rank).
+            UserError: a rank raised it (raised here on every rank), or had no space left on its disk.
             RuntimeError: a rank raised something else.
             DistStoreError, DistNetworkError: a rank is gone, stopped, or never arrived.
         """
@@ -103,6 +104,8 @@ class Meeting:
         """The error that the other ranks raise when this rank has raised ``error``."""
         if isinstance(error, UserError):
             return error
+        if (full := durable.disk_full(error)) is not None:
+            return full  # its own rank reports it likewise, when its stage ends
         if isinstance(error, Exception):
             return RuntimeError(f"rank {self.rank}: {error!r}")
         return dist.DistStoreError(f"rank {self.rank} was asked to stop ({error!r})")

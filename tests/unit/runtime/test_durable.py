@@ -1,0 +1,50 @@
+"""Files that are replaced as a whole: what is left, and what is said, when the disk is full."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+
+import pytest
+
+from cnn2gnn_dist import durable
+from cnn2gnn_dist.errors import UserError
+
+FULL = Path("/dev/full")
+needs_full = pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full")
+
+
+@needs_full
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, shared):
+    path = tmp_path / "state.json"
+    path.write_text("old")
+
+    def replace() -> None:
+        with durable.replacing(path, shared=shared) as temporary:
+            temporary.symlink_to(FULL)
+            temporary.write_text("x" * 100_000)
+
+    with pytest.raises(UserError, match="disk full") as caught:
+        replace()
+    assert caught.value.where == str(path)
+    assert "free some space" in caught.value.remedy
+    assert [found.name for found in tmp_path.iterdir()] == ["state.json"]
+    assert path.read_text() == "old"
+
+
+@needs_full
+def test_a_json_file_on_a_full_disk():
+    with pytest.raises(UserError, match="disk full"):
+        durable.write_json(FULL, ["x" * 100_000])
+
+
+def test_other_errors_are_passed_on(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        durable.write_text(tmp_path / "none" / "state.json", json.dumps({}))
+    for error in (OSError(errno.EIO, "broken"), ValueError("full")):
+        assert durable.disk_full(error) is None
+    quota = durable.disk_full(OSError(errno.EDQUOT, "quota exceeded", "here"))
+    assert quota is not None
+    assert (quota.where, quota.exit_code) == ("here", 2)
