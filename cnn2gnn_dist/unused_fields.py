@@ -162,6 +162,11 @@ _RULES = (
         lambda c, a: not c.stream.cache_bytes,
     ),
     # Training.
+    _Rule(
+        ("teacher", "targets.batch"),
+        "targets.logits stands in for a teacher",
+        lambda c, a: c.targets.logits is not None,
+    ),
     *_training_rules("teacher"),
     *_training_rules("student"),
     _Rule(
@@ -184,9 +189,14 @@ _RULES = (
         (
             *("graph.candidates", "graph.start_epoch", "graph.warmup_epochs"),
             *("graph.refresh_epochs", "graph.keep_versions"),
-            *("graph.search", "graph.partition", "graph.sampling"),
+            *("graph.search", "graph.partition", "graph.sampling", "student.label_dim"),
         ),
         "with graph.scope=batch the images of a batch are each other's candidates",
+        lambda c, a: c.graph.scope == "batch",
+    ),
+    _Rule(
+        ("evaluate.gallery", "model.thumbnails"),
+        "with graph.scope=batch no training image is a neighbor",
         lambda c, a: c.graph.scope == "batch",
     ),
     _Rule(
@@ -232,6 +242,11 @@ _RULES = (
         ),
         "they apply only to ranks under Ray, and a launcher started these",
         lambda c, a: a.inside_ray is False,
+    ),
+    _Rule(
+        ("cluster.reader_resources",),
+        "only stream.backend=ray reads in actors",
+        lambda c, a: c.stream.backend in ("local", "processes"),
     ),
     _Rule(
         ("cluster.strategy",),

@@ -17,6 +17,9 @@ LABELS = {
 }
 """In the order of the table."""
 
+MODELS = ("teacher", "student", CONTROL)
+"""The rows that each have a training of their own."""
+
 _SHORT = {"self_path": "self path", CONTROL: "control"}
 
 

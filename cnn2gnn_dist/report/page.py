@@ -15,7 +15,7 @@ import numpy as np
 from cnn2gnn_dist import durable
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.report import figures
-from cnn2gnn_dist.report.labels import CONTROL, LABELS, evaluated
+from cnn2gnn_dist.report.labels import CONTROL, LABELS, MODELS, evaluated, stage_of
 
 TEMPLATE, AUDIT = "report.html.j2", "report_audit.html.j2"
 BEGINS, ENDS = "<!-- audit begins -->", "<!-- audit ends -->"
@@ -50,8 +50,9 @@ def write_report(
         UserError: the run has no ``results.json`` yet.
     """
     results = _results(root / "results.json")
-    metrics = {name: _metrics(root / name) for name in ("teacher", "student", "control")}
-    metrics = {name: lines for name, lines in metrics.items() if lines}
+    # Of the models in the table only: a training that the config no longer has may have left its log.
+    metrics = {stage_of(name): _metrics(root / stage_of(name)) for name in MODELS if name in results}
+    metrics = {stage: lines for stage, lines in metrics.items() if lines}
     saved = {
         name: dict(np.load(root / "evaluation" / f"{name}.npz"))
         for name in LABELS

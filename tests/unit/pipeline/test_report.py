@@ -198,6 +198,15 @@ def test_a_run_without_graph_control_and_metrics(made, undrawn):
         assert gone not in text
 
 
+def test_a_training_that_is_not_in_the_results_is_not_shown(made, undrawn):
+    """With student.control=false, say, an earlier config's control is still in the folder."""
+    table = json.loads((made / "results.json").read_text())
+    del table["control_mlp"], table["teacher"]
+    (made / "results.json").write_text(json.dumps(table))
+    speeds = page_of(made)[0].table("images / s (median)")
+    assert [row[0] for row in speeds[1:]] == ["student"]
+
+
 def test_values_that_were_not_finite_are_passed_over(made, undrawn):
     path = made / "teacher" / "metrics.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]

@@ -96,13 +96,28 @@ IDLE = [  # overrides of the preset demo, the environment, and the beginnings of
         GPU,
         [
             "graph.candidates=16, graph.refresh_epochs=2, graph.search.probes=3, "
-            "graph.partition.parts=4, graph.sampling.fanouts=[10, 6] have no effect: with graph.scope"
+            "graph.partition.parts=4, graph.sampling.fanouts=[10, 6], student.label_dim=16 have no "
+            "effect: with graph.scope"
         ],
     ),
     (
         ["graph.scope=batch", "student.neighbour_loss=0.1"],
         CPU,
         ["student.neighbour_loss=0.1 has no effect", "graph.candidates=16"],
+    ),
+    (
+        ["graph.scope=batch", "evaluate.gallery=8", "model.thumbnails=32"],
+        CPU,
+        [
+            "graph.candidates=16",
+            "evaluate.gallery=8, model.thumbnails=32 have no effect: with graph.scope=batch no",
+        ],
+    ),
+    (["student.label_dim=9", "evaluate.gallery=8", "model.thumbnails=32"], CPU, []),
+    (
+        ["targets.logits=/d/l.parquet", "targets.views=0", "targets.batch=9", "teacher.clip=2"],
+        CLIPS,
+        ["teacher.global_batch=64, teacher.lr=0.003, teacher.clip=2.0, teacher.args="],
     ),
     (["graph.search.exact=false"], GPU, ["graph.search.exact=false has no effect: on a GPU"]),
     (["graph.search.exact=false", "graph.search.recall=0.9", "graph.search.probes=3"], CPU, []),
@@ -150,6 +165,12 @@ IDLE = [  # overrides of the preset demo, the environment, and the beginnings of
     (["cluster.grace_s=9", "checkpoint.grace_s=9"], CPU, []),  # the plan can't know the launcher
     (["cluster.address=h:1", "cluster.max_failures=1"], LAUNCHER, ["cluster.address=h:1, cluster.max"]),
     (["cluster.ranks_per_node=1", "cluster.strategy=SPREAD"], CPU, ["cluster.strategy=SPREAD has no"]),
+    (
+        ["cluster.reader_resources={cpu_host: 1}", "stream.backend=local"],
+        RAY,
+        ["cluster.reader_resources={'cpu_host': 1.0} has no effect: only stream.backend=ray"],
+    ),
+    (["cluster.reader_resources={cpu_host: 1}"], RAY, []),
     (["cluster.min_ranks=2"], CPU, ["cluster.min_ranks=2 has no effect: run.ranks is no larger"]),
     (["cluster.min_ranks=1", "run.ranks=2"], CPU, []),
     (["run.ranks=4"], LAUNCHER, ["run.ranks=4 has no effect: the launcher"]),
