@@ -240,11 +240,15 @@ class Classifier:
         memory = self.memory
         check_counts(top=(top, 1), neighbours=(neighbours, 0))
         self.scoring.rule_together(memory)  # raises before images are read
-        decoded = [one for many in self.batches(images, BATCH) for one in many]
+        decoded, parts = list[Pixels](), list[Outputs]()
+        for many in self.batches(images, BATCH):
+            decoded += many
+            # The batches of ``predict``: in ``batch`` scope an answer depends on them.
+            if readable := [one for one in many if one.pixels is not None]:
+                parts.append(self.outputs(readable, memory))
         good = [one for one in decoded if one.pixels is not None]
         if not good:
             return [Answer(one.name, error=one.error) for one in decoded]
-        parts = [self.outputs(good[at : at + BATCH], memory) for at in range(0, len(good), BATCH)]
         made = joined(parts)
         found = self.scoring.answer_together(made, memory, same=same)
         company = {"related": found.related, "classes": found.classes, "images": len(good)}

@@ -208,23 +208,35 @@ def votes(made: Outputs, memory: Memory, classes: int) -> np.ndarray:
 
 
 def write(folder: Path) -> None:
-    """Fit what a model's ``calibration.npz`` allows, and write ``calibration.json``."""
+    """Fit what a model's ``calibration.npz`` allows, and write ``calibration.json``.
+
+    Raises:
+        UserError: the network's outputs for these images are not finite.
+    """
     path = folder / artefact.CALIBRATION
     if not path.is_file():
         return
     held_out = HeldOut.of(path)  # the checksums, which would list it, are written last
+    logits_nC, x_nD = held_out.images.logits_nC, held_out.images.x_nD
+    strange = int((~(np.isfinite(logits_nC).all(1) & np.isfinite(x_nD).all(1))).sum())
+    if strange:
+        raise UserError(
+            f"the student's outputs for {strange} of {len(logits_nC)} calibration images are not finite",
+            where="the stage student",
+            remedy="check its loss in student/metrics.jsonl; retrain it with a smaller student.lr",
+        )
     with np.load(path) as kept:
         distances = kept["near_distance"]
     fitted = Calibration.fit(
-        held_out.images.logits_nC,
+        logits_nC,
         held_out.labels_n,
         distances[:, -1] if distances.shape[1] else None,
     )
-    x_nD = np.asarray(held_out.images.x_nD, np.float64)
+    x_nD = np.asarray(x_nD, np.float64)
     zero_D = x_nD.mean(0)
     try:
         together: dict[str, Any] | None = LearnedSets.fit(
-            held_out.images.logits_nC,
+            logits_nC,
             unit(x_nD - zero_D),
             held_out.labels_n,
             temperature=fitted.temperature,

@@ -16,8 +16,12 @@ import select
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
+
+from cnn2gnn_dist.errors import first_line
+from cnn2gnn_dist.runtime import bounded_wait
 
 _log = logging.getLogger(__name__)
 
@@ -25,6 +29,8 @@ PR_SET_PDEATHSIG = 1
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 STOPPED = 128 + signal.SIGTERM
 """Exit code of a process that stopped on request."""
+DESCRIBE_S = 2.0
+"""Seconds for the last message: it names a file, and a lost file server may be why the step is late."""
 
 _stop_requested = threading.Event()
 
@@ -94,13 +100,22 @@ def _watch(reading: int, grace_s: float, describe: Callable[[], tuple[str, str]]
     """Wait for a signal's byte, then for the end of the block; exit if it doesn't come."""
     deadline: float | None = None
     while True:
-        ready, _, _ = select.select([reading], [], [], deadline)
+        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        ready, _, _ = select.select([reading], [], [], left)
         if not ready:
-            late, kept = describe()
+            late, kept = _described(describe)
             _log.error(f"{late} within {grace_s:g} s of the request to stop, {kept}")
             os._exit(STOPPED)
         data = os.read(reading, 64)
         if not data:
             return
-        if any(number in SIGNALS for number in data):
-            deadline = grace_s
+        if deadline is None and any(number in SIGNALS for number in data):
+            deadline = time.monotonic() + grace_s  # of the first: asking again gives no more time
+
+
+def _described(describe: Callable[[], tuple[str, str]]) -> tuple[str, str]:
+    """What ``describe`` says, if it does: the process has to exit in any case."""
+    try:
+        return bounded_wait.result(describe, DESCRIBE_S)
+    except Exception as error:
+        return "no step finished", f"and what is saved can't be read: {first_line(error)}"

@@ -89,7 +89,7 @@ def build(
     ranks, settings = context.ranks, context.config.graph
     manifest = load_manifest(context.paths.train_manifest)
 
-    attempt = f"{context.key} {moment} {ranks.world_size} ranks {ROWS_FORMAT}" if moment else ""
+    attempt = _attempt(context, moment) if moment else ""
     collectives.alone(lambda: _create(context, root, number, manifest, attempt))
     writer = GraphWriter.open(root, number)
     handover.hand_over(
@@ -118,6 +118,17 @@ def build(
 
     collectives.alone(close)
     return opened(version.version_path(root, number))
+
+
+def _attempt(context: Context, moment: str) -> str:
+    """Describe all that the rows of an unfinished version depend on, and how they are divided among ranks.
+
+    Neither the batch nor what ``precision=auto`` means here is in the stage's key.
+    """
+    return (
+        f"{context.key} {moment} {context.ranks.world_size} ranks {ROWS_FORMAT}, batches of "
+        f"{context.config.evaluate.batch} in {context.compute_dtype('student')}"
+    )
 
 
 def _create(context: Context, root: Path, number: int, manifest: Manifest, attempt: str) -> None:

@@ -12,8 +12,11 @@ from tests.support import REPOSITORY, graph_builds, rank_group, runs
 from tests.support.forks import Fork
 
 
-def build(run: Path, folder: Path, die_after: int = 0) -> tuple[int, dict[str, Any]]:
-    fork = Fork(graph_builds.main, (run, folder, die_after), runs.environment(), REPOSITORY)
+def build(
+    run: Path, folder: Path, die_after: int = 0, batch: int = 16
+) -> tuple[int, dict[str, Any]]:
+    arguments = (run, folder, die_after, batch)
+    fork = Fork(graph_builds.main, arguments, runs.environment(), REPOSITORY)
     code, output = runs.finish(fork)
     assert code in (0, -9), output[-3000:]
     return code, {} if code else json.loads(output.splitlines()[-1])
@@ -44,6 +47,19 @@ def test_a_killed_build_goes_on_at_its_unit(
     assert again["files"] == whole["files"]
     names = [path.name for path in (tmp_path / "cut").iterdir()]
     assert names == ["v0007"]
+
+
+def test_other_batches_begin_again(
+    micro_run: Path, whole: dict[str, Any], tmp_path: Path
+) -> None:
+    """Finished batches are counted: of another size they would be other images."""
+    code, _ = build(micro_run, tmp_path / "cut", 1)
+    assert code == -9
+    code, again = build(micro_run, tmp_path / "cut", batch=24)
+    assert code == 0
+    assert again["embedded"] > 0
+    assert again["files"].keys() == whole["files"].keys()
+    assert again["files"]["labels.npy"] == whole["files"]["labels.npy"]
 
 
 def test_a_build_rests_on_no_barrier(

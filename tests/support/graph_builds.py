@@ -24,7 +24,7 @@ from cnn2gnn_dist.stages.neighbours import candidates
 from cnn2gnn_dist.stages.shared.context import Context, RunPaths
 
 
-def contexts(run: Path, folder: Path, ranks: Ranks) -> Context:
+def contexts(run: Path, folder: Path, ranks: Ranks, batch: int = 16) -> Context:
     """The context of a build in many small work units."""
     for name in ("SCAN_ROWS", "JOIN_ROWS", "PROBE_ROWS"):
         setattr(approximate, name, 40)
@@ -34,7 +34,7 @@ def contexts(run: Path, folder: Path, ranks: Ranks) -> Context:
             "graph.search.exact=false",
             "graph.sampling.query=table",
             "graph.search.recall=0.9",
-            "evaluate.batch=16",
+            f"evaluate.batch={batch}",
         ],
     )
     return Context(config, ranks, RunPaths(run), folder, "key", "cpu", False)
@@ -81,9 +81,9 @@ def slow_second_rank(run: Path, folder: Path) -> dict[str, Any]:
     return {"files": files, "cut": cut}
 
 
-def main(run: Path, folder: Path, die_after: int) -> None:
+def main(run: Path, folder: Path, die_after: int, batch: int = 16) -> None:
     """Build in a process that sends itself SIGKILL after ``die_after`` work units (0: never); print JSON."""
-    context = contexts(run, folder, Ranks())
+    context = contexts(run, folder, Ranks(), batch)
     embedded = units = 0
     project = projection(context)
 

@@ -10,10 +10,10 @@ from cnn2gnn_dist import cli
 from cnn2gnn_dist.commands.answers.answer_files import writer_of
 from cnn2gnn_dist.commands.model.memory import keys_from
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.inference import editing
+from cnn2gnn_dist.inference import editing, scoring
 from cnn2gnn_dist.inference.classifier import Classifier, load
 from cnn2gnn_dist.inference.folder import artefact
-from tests.support.models import pictures, write_model
+from tests.support.models import calibrate, pictures, write_model
 from tests.support.shards import encode_image
 
 
@@ -143,6 +143,27 @@ def test_a_set_answers_together_only_when_asked(calibrated):
     assert found[-1].error
     assert found[0].scores["together"]["images"] == 6
     assert [a.classes for a in model.predict(images)] == [a.classes for a in alone]
+
+
+def test_a_set_in_batch_scope_is_classified_in_the_batches_of_predict(tmp_path):
+    """65 images are 33 and 32, each other's neighbors: not 64 and one that has none."""
+    model = calibrate(write_model(tmp_path / "m", "batch"))
+    images = pictures(65, seed=4)
+    logits = [model.network(part, None).logits for part in (images[:33], images[33:])]
+    mean = np.concatenate(logits).mean(0) / model.scoring.calibration.temperature
+    found = model.predict_together(list(images), same=True)
+    assert found[0].probability == pytest.approx((np.exp(mean) / np.exp(mean).sum()).max(), abs=1e-6)
+
+
+def test_outputs_that_are_not_finite_calibrate_nothing(calibrated):
+    path = calibrated.folder / artefact.CALIBRATION
+    with np.load(path) as kept:
+        columns = dict(kept)
+    columns["logits"][5, 1] = np.nan
+    np.savez(path, **columns)
+    with pytest.raises(UserError, match="outputs for 1 of 60 calibration images are not") as raised:
+        scoring.write(calibrated.folder)
+    assert raised.value.where == "the stage student"
 
 
 def test_the_commands_edit_and_tell(calibrated, tmp_path, capsys):
