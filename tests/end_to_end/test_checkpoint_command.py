@@ -88,6 +88,9 @@ def test_an_exported_teacher_is_a_plain_timm_network(micro_run, tmp_path, capsys
         torch.testing.assert_close(model.eval()(pixels), own.eval()(images), atol=1e-4, rtol=1e-4)
     assert cli.main(["checkpoint", "export", str(micro_run / "teacher"), "--out", str(out)]) == 2
     assert "already exists" in capsys.readouterr().err
+    lost = str(tmp_path / "none" / "x")
+    assert cli.main(["checkpoint", "export", str(micro_run / "teacher"), "--out", lost]) == 2
+    assert lost in capsys.readouterr().err
 
 
 def test_an_exported_student_loads_by_the_runs_config(micro_run, tmp_path):

@@ -71,6 +71,10 @@ def test_readers_on_nodes_of_their_own(found):
     assert "no node of the cluster has {'readers': 1}" in found["no reader"]
 
 
+def test_work_whose_last_node_is_lost_ends(found):
+    assert "no room for an actor of 1 CPUs and 1 GPUs" in found["lost room"]
+
+
 def test_every_node_answers_the_doctor(found):
     nodes, failed = found["survey"]
     assert failed == {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,3 +25,14 @@ def squaring(notes: Path, refuse: int | None = None) -> Callable[[int], int]:
         return number**2
 
     return square
+
+
+def endless(notes: Path) -> Callable[[int], None]:
+    """Notes that an item was begun, and never ends."""
+
+    def wait(number: int) -> None:
+        (notes / str(number)).touch()
+        while True:
+            time.sleep(1)
+
+    return wait

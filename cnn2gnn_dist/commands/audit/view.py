@@ -44,9 +44,10 @@ class View:
         self.near = {row: audit_files.evidence(found, row) for row in self.doubtful}
         self.pairs = _pairs(found, exact_P, top)
         readable = np.isfinite(found.labels.score_N)
-        order = np.argsort(-found.reach_N, kind="stable")[: 2 * top]
-        self.far = [int(row) for row in order if readable[row]][:top]
-        self.hubs = np.argsort(-found.degree_N, kind="stable")[:top].tolist()
+        order = np.argsort(-found.reach_N, kind="stable")
+        self.far = order[(readable & np.isfinite(found.reach_N))[order]][:top].tolist()
+        order = np.argsort(-found.degree_N, kind="stable")
+        self.hubs = order[readable[order]][:top].tolist()
         shown = {*self.doubtful, *self.far, *self.hubs}
         shown |= {other for one in self.near.values() for other, _ in one}
         ends = [end for pair in self.pairs for end in pair["ends"]]
@@ -147,8 +148,7 @@ class View:
 
     def _outliers(self) -> list[dict[str, Any]]:
         reach_N = self.found.reach_N
-        rows = [row for row in self.far if np.isfinite(reach_N[row])]
-        return [self._card(row) | {"distance": float(reach_N[row])} for row in rows]
+        return [self._card(row) | {"distance": float(reach_N[row])} for row in self.far]
 
     def _hubs(self) -> list[dict[str, Any]]:
         degree_N, same_N = self.found.degree_N, np.nan_to_num(self.found.same_N)

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,7 +17,9 @@ from cnn2gnn_dist.commands.plan.activations import Trace, trace
 from cnn2gnn_dist.commands.plan.states import States, ring_seconds, sent_in_a_step, states
 from cnn2gnn_dist.config import Config, TrainConfig
 from cnn2gnn_dist.graph import memory_model
+from cnn2gnn_dist.pipeline.registry import stages_of
 from cnn2gnn_dist.stages.shared.networks import Teacher, build_student
+from cnn2gnn_dist.stages.shared.preflight import resolve_deepspeed
 from cnn2gnn_dist.training.accumulation import accumulation_for
 from cnn2gnn_dist.training.schedule import size_at
 
@@ -94,11 +97,15 @@ class ModelPlan:
     network_s: float | None
 
 
+def trainings(config: Config) -> list[str]:
+    """The stages of a run with this config that train a model: teacher, student, control."""
+    return [stage.name for stage in stages_of(config) if stage.trains]
+
+
 def trace_models(config: Config, classes: int, images: int) -> dict[str, Trace]:
-    """Trace a training step of the teacher, and of the student with its graph."""
+    """Trace a training step of the teacher, if there is one, and of the student with its graph."""
     size = config.views.size
     torch.manual_seed(0)
-    teacher = Teacher(config, classes, initial=False).train()
     scope = config.graph.scope
     student = build_student(config, classes, scope).train()
     query = RandomQuery(config, classes, images, "cpu") if scope == "dataset" else None
@@ -107,17 +114,22 @@ def trace_models(config: Config, classes: int, images: int) -> dict[str, Trace]:
         pixels = torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8)
         return pixels, torch.randint(0, classes, (count,))
 
-    def of_teacher(count: int) -> Tensor:
-        pixels, labels = batch(count)
-        return F.cross_entropy(teacher(pixels), labels)
-
     def of_student(count: int) -> Tensor:
         pixels, labels = batch(count)
         answer = student(pixels, query) if query is not None else student(pixels)
         loss = F.cross_entropy(answer.logits_BC, labels)
         return loss + F.cross_entropy(answer.self_logits_BC, labels)
 
-    return {"teacher": trace(teacher, of_teacher), "student": trace(student, of_student)}
+    found = {"student": trace(student, of_student)}
+    if "teacher" not in trainings(config):
+        return found
+    teacher = Teacher(config, classes, initial=False).train()
+
+    def of_teacher(count: int) -> Tensor:
+        pixels, labels = batch(count)
+        return F.cross_entropy(teacher(pixels), labels)
+
+    return {"teacher": trace(teacher, of_teacher), **found}
 
 
 def plan_model(
@@ -131,14 +143,16 @@ def plan_model(
     """Plan the training of one model.
 
     Raises:
-        UserError: the global batch can't be shared by the ranks.
+        UserError: the global batch can't be shared by the ranks, or a run would refuse the DeepSpeed config.
     """
     settings: TrainConfig = config.teacher if kind == "teacher" else config.student
-    zero = deepspeed.get("zero_optimization", {})
-    stage = _stage(getattr(settings, "zero_stage", None), zero)
     accumulation = accumulation_for(
         settings.global_batch, cluster.ranks, settings.max_micro_batch, f"{kind}.global_batch"
     )
+    resolved = resolve_deepspeed(
+        config, kind, deepspeed, cluster.ranks, accumulation, "cuda" if cluster.on_gpu else "cpu"
+    )
+    stage, zero = int(resolved["zero_optimization"]["stage"]), deepspeed.get("zero_optimization", {})
     micro = settings.global_batch // cluster.ranks // accumulation
     kept = found.fixed + micro * (found.kept + found.largest)
     half = constants.HALF if cluster.on_gpu and config.precision != "float32" else 1.0
@@ -199,13 +213,6 @@ def efficiency(plan: ModelPlan, cluster: Cluster, nodes: int, gbit: float) -> fl
     return plan.compute_s / (plan.compute_s + network)
 
 
-def _stage(own: int | None, zero: dict[str, Any]) -> int:
-    if own is not None:
-        return own
-    given = zero.get("stage", "auto")
-    return 2 if given == "auto" else int(given)
-
-
 def _bucket(zero: dict[str, Any], parameters: int, on_gpu: bool) -> int:
     """Values of a bucket; on a CPU its untouched pages take no memory."""
     given = zero.get("reduce_bucket_size", "auto")
@@ -235,28 +242,37 @@ def disk(
     config: Config, images: int, classes: int, traces: dict[str, Trace], image_bytes: float
 ) -> dict[str, float]:
     """Bytes on shared storage, by kind."""
-    sizes = graph_sizes(config, images, Cluster(1, 1, False, None, None, 1))
-    version = memory_model.total(memory_model.structures(sizes), "disk")
-    per_row = (config.targets.top_k or classes) * 6 + 12  # float16, int32; id and view
+    top, whole = min(config.targets.top_k or classes, classes), images * max(1, config.targets.views)
+    per_class = 2 + (np.min_scalar_type(classes - 1).itemsize if top < classes else 0)
     kept = config.checkpoint.keep_last + config.checkpoint.keep_best
     rows = {
         "training images (shards)": image_bytes * images,
-        "soft targets, before compression": images * max(1, config.targets.views) * per_row,
-        f"graph versions ({config.graph.keep_versions})": config.graph.keep_versions * version,
+        "soft targets, before compression": whole * (6 * top + 12),  # float16, int32; id and view
+        "soft targets as arrays": float(whole * top * per_class),
     }
-    for kind, runs in (("teacher", 1), ("student", 2)):
+    if config.graph.scope == "dataset":
+        parts = Cluster(1, config.graph.partition.parts, False, None, None, 1)
+        found = memory_model.structures(graph_sizes(config, images, parts))
+        versions = config.graph.keep_versions + 1  # those of the stage student, and that of graph
+        rows[f"graph versions ({versions})"] = versions * memory_model.total(found, "disk")
+        rows["the model, with its memory"] = memory_model.total(found, "model")
+    runs_of = {kind: 1 for kind in traces}
+    runs_of["student"] += "control" in trainings(config)
+    for kind, runs in runs_of.items():
         settings: TrainConfig = config.teacher if kind == "teacher" else config.student
         needs = states(
             traces[kind].parameters, stage=1, ranks=1,
             optimizer=settings.optimizer, average=settings.average != "none",
         )  # fmt: skip
-        who = "teacher" if runs == 1 else "student and control"
+        who = "student and control" if runs == 2 else kind
         rows[f"checkpoints of the {who} ({kept})"] = runs * kept * needs.optimizer
     return {name: size for name, size in rows.items() if size}
 
 
 def refresh_bytes(config: Config, images: int, cluster: Cluster) -> dict[str, float]:
-    """Bytes that a refresh of the graph moves, summed over hosts."""
+    """Bytes that a refresh of the graph moves, summed over hosts; empty for a run without one."""
+    if config.graph.scope != "dataset":
+        return {}
     sizes = graph_sizes(config, images, cluster)
     row = 2 * sizes.dim + 4 * sizes.graph_dim
     table = 4 * images * sizes.candidates
@@ -274,8 +290,8 @@ def hours(
     config: Config, images: int, plans: dict[str, ModelPlan], cluster: Cluster, decode_s: float
 ) -> dict[str, float] | None:
     """Hours of each stage; None if the speed of the ranks or of the network is unknown."""
-    teacher, student = plans["teacher"], plans["student"]
-    times = [p for plan in (teacher, student) for p in (plan.compute_s, plan.network_s)]
+    student = plans["student"]
+    times = [p for plan in plans.values() for p in (plan.compute_s, plan.network_s)]
     if cluster.flops is None or None in times:
         return None
 
@@ -297,16 +313,18 @@ def hours(
         assert rate is not None
         return passes(count * images * plan.trace.flops / (rate * cluster.ranks), count)
 
-    graph = config.graph
-    later = max(0, config.student.epochs - graph.start_epoch)
-    builds = 1 + math.ceil(later / graph.refresh_epochs)
-    return {
-        "teacher": training(teacher, config.teacher),
-        "targets": forward(teacher, max(1, config.targets.views)),
-        "student": training(student, config.student),
-        "graph: embedding, without the search": forward(student, builds),
-        "control": training(student, config.student),
-    }
+    graph, found = config.graph, dict[str, float]()
+    if (teacher := plans.get("teacher")) is not None:
+        found["teacher"] = training(teacher, config.teacher)
+        found["targets"] = forward(teacher, max(1, config.targets.views))
+    found["student"] = training(student, config.student)
+    if graph.scope == "dataset":
+        later = max(0, config.student.epochs - graph.start_epoch)
+        builds = 1 + math.ceil(later / graph.refresh_epochs)
+        found["graph: embedding, without the search"] = forward(student, builds)
+    if "control" in trainings(config):
+        found["control"] = training(student, config.student)
+    return found
 
 
 def _size_share(config: Config, settings: TrainConfig) -> float:

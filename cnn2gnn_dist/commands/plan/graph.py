@@ -58,7 +58,9 @@ def _sizes(given: dict[str, Any]) -> memory_model.Sizes:
     for name in ("images", "dim", "graph_dim", "candidates", "parts", "ranks"):
         if getattr(sizes, name) < 1:
             raise UserError(
-                f"{name} = {getattr(sizes, name)}", where=f"--{name}", remedy="at least 1"
+                f"{name} = {getattr(sizes, name)}",
+                where=f"--{name.replace('_', '-')}",
+                remedy="at least 1",
             )
     if sizes.parts > sizes.images or sizes.ranks > sizes.parts:
         raise UserError(

@@ -111,15 +111,14 @@ def _host(
     config: Config, images: int, plans: dict[str, ModelPlan], cluster: Cluster
 ) -> dict[str, float]:
     """Bytes of a host's memory while the more demanding of the models trains."""
-    sizes = estimate.graph_sizes(config, images, cluster)
-    bank = memory_model.total(memory_model.structures(sizes), "rank")
     waiting = config.stream.prefetch * plans["student"].micro_batch * 3 * config.views.size**2
     most = max(plan.memory[plan.stage].total for plan in plans.values())
-    rows = {
-        "processes": float(constants.PROCESS),
-        "graph (halos included)": bank,
-        "prefetched batches": waiting,
-    }
+    rows = {"processes": float(constants.PROCESS)}
+    if config.graph.scope == "dataset":
+        sizes = estimate.graph_sizes(config, images, cluster)
+        bank = memory_model.total(memory_model.structures(sizes), "rank")
+        rows["graph (halos included)"] = bank
+    rows["prefetched batches"] = waiting
     if not cluster.on_gpu:
         rows["the larger model, in training"] = most
     return {name: size * cluster.ranks_per_node for name, size in rows.items()}
@@ -132,7 +131,8 @@ def _print_plan(plan: _RunPlan, cluster: Cluster, scaling: bool) -> None:
         _print_scaling(model, cluster)
     _print_sizes("memory of a host, in training", plan.host)
     _print_sizes("shared storage", plan.disk)
-    _print_sizes("network: a refresh of the graph", plan.refresh)
+    if plan.refresh:
+        _print_sizes("network: a refresh of the graph", plan.refresh)
     _print_hours(plan.hours, cluster)
 
 
@@ -197,11 +197,17 @@ def cluster_of(given: dict[str, Any]) -> Cluster:
     """The cluster of the command's options.
 
     Raises:
-        UserError: a number below its minimum.
+        UserError: a number below its minimum; a number of ranks for hosts whose GPUs are the ranks.
     """
-    for name in ("nodes", "gpus", "cores", "ranks"):
-        if given[name] is not None and given[name] < 1:
-            raise UserError(f"{name} = {given[name]}", where=f"--{name}", remedy="at least 1")
+    for name, least in (("nodes", 1), ("gpus", 0), ("cores", 1), ("ranks", 1)):
+        if given[name] is not None and given[name] < least:
+            raise UserError(f"{name} = {given[name]}", where=f"--{name}", remedy=f"at least {least}")
+    if given["gpus"] and given["ranks"]:
+        raise UserError(
+            f"each of a host's {given['gpus']} GPUs is a rank, so --ranks would have no effect",
+            where="--ranks",
+            remedy=f"leave it out, or --gpus {given['ranks']}",
+        )
     for name in ("gflops", "gbit"):
         if given[name] is not None and not given[name] > 0:
             raise UserError(f"{name} = {given[name]}", where=f"--{name}", remedy="more than 0")

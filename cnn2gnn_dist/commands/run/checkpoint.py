@@ -84,7 +84,7 @@ def export(place: Path, out: Path) -> int:
     deviation of the images, class names, architecture) is in the file's metadata.
 
     Raises:
-        UserError: no complete checkpoint; the file already exists.
+        UserError: no complete checkpoint; the file already exists, or can't be created.
     """
     folder = one_of(place)
     problem = disk.damage(folder)
@@ -96,6 +96,7 @@ def export(place: Path, out: Path) -> int:
         )
     if out.exists():
         raise UserError("the file already exists", where=str(out), remedy="another --out")
+    durable.check_writable(out)
     weights, about = disk.load_weights(folder), _about(folder)
     if _stage(folder) == "teacher":
         weights = {n.removeprefix("cnn."): t for n, t in weights.items() if n.startswith("cnn.")}

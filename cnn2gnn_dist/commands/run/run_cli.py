@@ -186,6 +186,12 @@ def _print_summary(config: Config) -> None:
     if stored is not None and not (root / "results.json").is_file():  # rank 0 ran on another host
         log.output(f"results  {stored}")
         return
+    if not (root / "results.json").is_file():
+        raise UserError(
+            "the results are complete, but this file of them is gone",
+            where=str(root / "results.json"),
+            remedy=f"remove {root / 'evaluation'} and repeat the command, which evaluates again",
+        )
     log.output("\n" + table(json.loads((root / "results.json").read_text(encoding="utf-8"))))
     log.output(f"\nresults  {root / 'results.json'}")
     if report.exists():

@@ -68,7 +68,7 @@ class Findings:
         twins_P2: int64 [P, 2], pairs of exact twins: the first of a group, and each of the others.
         within: near-duplicates among the training images, exact twins left out.
         across: between held-out (a) and training images (b), exact ones included; None: not searched.
-        reach_N, rank_N: distance to the farthest neighbor; share of images nearer to theirs.
+        reach_N, rank_N: distance to the farthest neighbor (inf: none); share of images nearer to theirs.
         degree_N, same_N: in-degree; share of it from the same class.
         bleeding: pairs of classes.
     """

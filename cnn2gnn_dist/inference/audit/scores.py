@@ -349,11 +349,12 @@ def _threshold(first_N: np.ndarray, k: int, m: float) -> float:
 
 
 def outliers(far_Nk: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Distance to the farthest of the k neighbors, and the share of images nearer than that, [N] float32.
+    """Distance to the farthest of up to k neighbors, and the share of images nearer than that, [N] float32.
 
-    inf and 1 for images with fewer than k neighbors.
+    Images with twins have fewer neighbors. inf and 1 for those without any.
     """
-    reach_N = np.sqrt(far_Nk[:, -1]).astype(np.float32)
+    border_N = _border(np.sqrt(far_Nk)).astype(np.float32)
+    reach_N = np.where(np.isfinite(far_Nk).any(1), border_N, np.float32(np.inf))
     rank_N = np.searchsorted(np.sort(reach_N), reach_N, side="left")
     return reach_N, (rank_N / max(len(reach_N) - 1, 1)).astype(np.float32)
 

@@ -21,7 +21,7 @@ from cnn2gnn_dist.runtime.ray import session as ray_session
 ATTEMPTS = 3
 """How often actors may die of one item."""
 START_SECONDS = 60.0
-"""Seconds to wait for room for the first actor."""
+"""Seconds to wait for room for the first actor, and once no node is left on which one could be."""
 
 Work = Callable[[Any], Any]
 
@@ -83,8 +83,8 @@ def work_off(
         gpus: per actor.
 
     Raises:
-        UserError: raised by ``prepare`` or for an item; no room for a single actor; an item whose actors
-            keep dying.
+        UserError: raised by ``prepare`` or for an item; no room for a single actor, or none any more; an item
+            whose actors keep dying.
     """  # noqa: DOC501
     remote = _Worker.options(num_cpus=cpus, num_gpus=gpus)  # type: ignore[attr-defined]
     count = max(1, min(actors, len(items)))
@@ -93,13 +93,16 @@ def work_off(
     starting = {worker.ready.remote(): worker for worker in workers}
     running: dict[Any, tuple[Any, Any]] = {}
     deadline = time.monotonic() + START_SECONDS
-    placed = False
+    placed = lost = False
     try:
         while starting or running:
-            left = None if placed else max(0.0, deadline - time.monotonic())
+            left = START_SECONDS if placed else max(0.0, deadline - time.monotonic())
             done, _ = ray.wait([*running, *starting], num_returns=1, timeout=left)
-            if not done:
+            if not done and (not placed or lost):
                 raise _no_room(cpus, gpus)
+            lost = not done and not _has_a_node(cpus, gpus)
+            if not done:
+                continue
             placed = True
             if (worker := starting.pop(done[0], None)) is None:
                 worker, item = running.pop(done[0])
@@ -129,6 +132,16 @@ def _result(ref: Any, item: Any) -> Any:
     if isinstance(found, UserError):
         raise found
     return found
+
+
+def _has_a_node(cpus: float, gpus: float) -> bool:
+    """Whether an actor could be on a node that is alive, if it had nothing else to do."""
+    return any(
+        node["Alive"]
+        and node["Resources"].get("CPU", 0) >= cpus
+        and node["Resources"].get("GPU", 0) >= gpus
+        for node in ray.nodes()
+    )
 
 
 def _no_room(cpus: float, gpus: float) -> UserError:

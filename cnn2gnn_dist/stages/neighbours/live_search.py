@@ -41,8 +41,8 @@ class LiveSearch:
 
     @property
     def flops_per_query(self) -> float:
-        """Multiply-adds x 2 of one search."""
-        return self._opened()[0].index.flops_per_query
+        """Multiply-adds x 2 of one search; 0 where no node can be found."""
+        return next((search.index.flops_per_query for search in self._opened()), 0.0)
 
     def nearest(self, z_Bd: np.ndarray, wanted: int, seeds_B: np.ndarray) -> np.ndarray:
         """[B, wanted] local ids of the nearest nodes; a seed's are in its own partition and its halo.
@@ -66,16 +66,18 @@ class LiveSearch:
             # Corrupt images (z = 0) are no node's neighbors.
             everything = np.flatnonzero(self.bank.z_Ld[: self.nodes].numpy().any(1))
             if len(self._parts) < 2:
-                self._searches = [self._search(everything, None)]
+                searches = [self._search(everything, None)]
             else:
                 inner_part = np.asarray(self._part_N)[self.bank.nodes_L[: self.bank.num_inner]]
-                self._searches = [
+                searches = [
                     self._search(
                         np.intersect1d(self._around_part(inner_part == part), everything),
                         inner_part == part,
                     )
                     for part in self._parts
                 ]
+            # A partition may have images without a label only (data.unlabelled): nothing to find there.
+            self._searches = [search for search in searches if len(search.rows_S)]
         return self._searches
 
     def _around_part(self, inner: np.ndarray) -> np.ndarray:

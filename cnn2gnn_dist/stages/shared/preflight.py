@@ -47,7 +47,10 @@ def check(
             f"{section}.global_batch",
         )
         if deepspeed is not None and section in deepspeed:
-            _check_deepspeed(config, section, deepspeed[section], world_size, accumulation)
+            device = "cuda" if config.device == "cuda" else "cpu"
+            resolve_deepspeed(
+                config, section, deepspeed[section], world_size, accumulation, device
+            )
         if name == "student" and config.graph.scope == "dataset":
             check_parts(config.graph.partition.parts, world_size, settings.global_batch)
             if (
@@ -62,13 +65,22 @@ def check(
                 )
 
 
-def _check_deepspeed(
-    config: Config, section: str, read: dict[str, Any], world_size: int, accumulation: int
-) -> None:
+def resolve_deepspeed(
+    config: Config,
+    section: str,
+    read: dict[str, Any],
+    world_size: int,
+    accumulation: int,
+    device: str,
+) -> dict[str, Any]:
+    """``ds_config.resolve_for`` for the training of a section, whose errors name the file.
+
+    Raises:
+        UserError: the file would be refused when training begins.
+    """
     settings = getattr(config, section)
-    device = "cuda" if config.device == "cuda" else "cpu"
     try:
-        ds_config.resolve_for(
+        return ds_config.resolve_for(
             read, settings, world_size, accumulation, device, precision=config.precision
         )
     except UserError as error:

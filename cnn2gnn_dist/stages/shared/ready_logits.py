@@ -64,7 +64,7 @@ def _rows(path: Path, table: pa.Table, manifest: Manifest) -> np.ndarray:
         rows = names_of(manifest)
         return np.array([rows.get(str(key), -1) for key in table["key"].to_pylist()], np.int64)
     try:
-        ids = table["id"].cast(pa.int64()).to_numpy()
+        ids = table["id"].cast(pa.int64()).fill_null(-1).to_numpy()
     except (pa.ArrowException, ValueError) as error:
         raise _wrong(path, f"the column id holds no integers: {error}", "ids or keys") from None
     return np.where((ids >= 0) & (ids < len(manifest)), ids, -1)

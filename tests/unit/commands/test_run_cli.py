@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from cnn2gnn_dist import settings
-from cnn2gnn_dist.commands.run.run_cli import _fewer
+from cnn2gnn_dist.commands.run.run_cli import _fewer, _print_summary
+from cnn2gnn_dist.errors import UserError
 
 FOUR = [
     "run.ranks=4",
@@ -40,3 +41,10 @@ def test_a_stage_alone_is_bound_by_its_own_batches_only():
     config = settings.load("demo", [*FOUR, "cluster.min_ranks=1", "teacher.global_batch=36"])
     assert _fewer(config, ["teacher"]) == [3, 2, 1]
     assert _fewer(config, None) == [2, 1]
+
+
+def test_results_that_were_deleted_are_asked_back(tmp_path):
+    config = settings.load("demo", [f"run.dir={tmp_path}"])
+    with pytest.raises(UserError, match="results.json") as raised:
+        _print_summary(config)
+    assert str(tmp_path / "evaluation") in raised.value.remedy

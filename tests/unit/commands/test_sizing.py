@@ -90,6 +90,7 @@ def test_the_plan_of_a_run(capsys):
 
 
 def test_hours_are_not_guessed(capsys):
+    assert planned(capsys, "--gpus", "0", "--ranks", "1")["hours"] is not None
     assert planned(capsys, "--gpus", "2")["hours"] is None
     assert planned(capsys, "--nodes", "2", "--ranks", "1")["hours"] is None
     assert planned(capsys, "--gpus", "2", "--gflops", "5000")["hours"]["teacher"] > 0
@@ -119,6 +120,9 @@ def test_hours_follow_precision_and_the_size_of_early_epochs(capsys):
         (["--classes", "10", "--dim", "64"], "--dim is only for the graph alone"),
         (["--classes", "1"], "classes = 1"),
         (["--classes", "10", "--nodes", "0"], "nodes = 0"),
+        (["--classes", "10", "--gpus", "-1"], "gpus = -1"),
+        (["--classes", "10", "--gpus", "2", "--ranks", "2"], "each of a host's 2 GPUs is a rank"),
+        (["--graph-dim", "0"], "--graph-dim"),
         (["--classes", "10", "--gbit", "0"], "gbit = 0"),
         (["--classes", "10", "--ranks", "7"], "does not divide evenly over 7 ranks"),
         (["--classes", "10", "teacher.arch=resnet19"], "resnet19"),
@@ -127,6 +131,41 @@ def test_hours_follow_precision_and_the_size_of_early_epochs(capsys):
 def test_what_does_not_fit_is_named(capsys, options, told):
     assert cli.main(["plan", "--images", "1000", *options]) == 2
     assert told in capsys.readouterr().err
+
+
+def test_a_plan_has_what_the_run_has_and_no_more(capsys):
+    whole = planned(capsys, "--ranks", "1", "student.control=true")
+    assert "graph versions (3)" in whole["disk"]  # with that of the stage graph
+    assert "the model, with its memory" in whole["disk"]
+    assert whole["disk"]["soft targets as arrays"] > 0
+    alone = planned(capsys, "--ranks", "1", "student.control=false")
+    assert set(whole["hours"]) - set(alone["hours"]) == {"control"}
+    assert alone["models"] == whole["models"]
+    (of_both,) = (size for name, size in whole["disk"].items() if "student and control" in name)
+    (of_one,) = (size for name, size in alone["disk"].items() if "the student (" in name)
+    assert of_both == 2 * of_one
+
+
+def test_a_plan_without_a_teacher_or_without_a_graph(capsys):
+    ready = planned(capsys, "--ranks", "1", "targets.logits=l.parquet", "targets.views=0")
+    assert set(ready["models"]) == {"student"}
+    assert not {"teacher", "targets"} & set(ready["hours"])
+    assert not any("teacher" in name for name in ready["disk"])
+    plain = planned(capsys, "--ranks", "1", "graph.scope=batch")
+    assert plain["refresh"] == {}
+    for place in ("disk", "host", "hours"):
+        assert not any("graph" in name or "memory" in name for name in plain[place]), place
+
+
+def test_what_a_run_refuses_a_plan_refuses(capsys, tmp_path):
+    for stage in (5, "two"):
+        file = tmp_path / "ds.json"
+        file.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+        command = ["plan", "--images", "1440", "--classes", "10", "--ranks", "1", *SMALL]
+        assert cli.main([*command, f"student.ds_config={file}"]) == 2
+        told = capsys.readouterr().err
+        assert f"ZeRO has no stage {stage!r}" in told
+        assert str(file) in told
 
 
 def test_efficiencies_fall_with_nodes_and_rise_with_the_network(capsys):

@@ -59,6 +59,13 @@ def test_rows_are_found_by_id(manifest: Manifest, tmp_path: Path) -> None:
     np.testing.assert_allclose(found, log_softmax(values)[::-1], atol=1e-5)
 
 
+def test_rows_without_an_id_are_other_images(manifest: Manifest, tmp_path: Path) -> None:
+    values = logits(N + 1)
+    columns = {"id": [*range(N), None], "logits": values.tolist()}
+    found = read_logits(written(tmp_path / "l.parquet", columns), manifest)
+    np.testing.assert_allclose(found, log_softmax(values)[:N], atol=1e-5)
+
+
 def test_classes_are_matched_by_name(manifest: Manifest, tmp_path: Path) -> None:
     values = logits()
     columns = {"id": list(range(N)), "logits": values.tolist()}

@@ -120,6 +120,19 @@ def test_images_without_features_are_found_by_nobody_and_may_ask(parts):
     assert 5 not in found[2]
 
 
+@pytest.mark.parametrize("parts", [None, [2], [1, 2]])
+def test_a_partition_in_which_nothing_can_be_found_finds_nothing(parts):
+    bank, (z, _, part) = bank_of(parts), graph()
+    inner = part[bank.nodes_L[: bank.num_inner]]
+    own = np.flatnonzero(inner == 2)  # images without a label, and nobody else around them
+    around = bank.table_KM[own] if parts == [1, 2] else np.arange(len(bank.nodes_L))
+    bank.z_Ld[np.union1d(own, around[around >= 0])] = 0.0
+    search = LiveSearch(bank, part, parts, GraphConfig(dim=D), "cpu")
+    found = search.nearest(z[bank.nodes_L[own]], 4, own)
+    assert (found == -1).all()
+    assert (search.flops_per_query > 0) == (parts == [1, 2])
+
+
 def test_a_batch_of_one_partition_only():
     z, _, part = graph()
     seeds = np.flatnonzero(part == 1)[:4]

@@ -185,6 +185,22 @@ def test_outliers_are_far_from_their_last_neighbour():
     assert rank[7] == pytest.approx((reach < reach[7]).sum() / 399)
 
 
+def test_an_image_with_a_twin_is_no_outlier_for_having_one_neighbour_fewer():
+    z = unit_rows(60, 6)
+    z[30:] = z[:30]
+    twin = np.arange(60) % 30
+    near = np.argsort(-(z @ z.T), axis=1, kind="stable")[:, :8]
+    ids, far = audit_scores.table_neighbours(z, near, 8, twin)
+    assert (ids[:, -1] < 0).all()
+    far[7] = np.inf  # no neighbor at all
+    reach, rank = audit_scores.outliers(far)
+    for row in set(range(60)) - {7}:
+        others = [i for i in near[row] if twin[i] != twin[row]]
+        assert reach[row] == pytest.approx(np.linalg.norm(z[others] - z[row], axis=1).max(), abs=1e-3)
+    assert np.isinf(reach[7])
+    assert rank[7] == 1
+
+
 def test_hubs_and_bleeding_equal_loops():
     rng = np.random.default_rng(5)
     ids, far = audit_scores.neighbours(unit_rows(90, 5), 6)
