@@ -51,7 +51,9 @@ def write_report(
     """
     results = _results(root / "results.json")
     # Of the models in the table only: a training that the config no longer has may have left its log.
-    metrics = {stage_of(name): _metrics(root / stage_of(name)) for name in MODELS if name in results}
+    metrics = {
+        stage_of(name): _metrics(root / stage_of(name)) for name in MODELS if name in results
+    }
     metrics = {stage: lines for stage, lines in metrics.items() if lines}
     saved = {
         name: dict(np.load(root / "evaluation" / f"{name}.npz"))

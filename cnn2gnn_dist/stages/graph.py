@@ -86,7 +86,7 @@ def build(
     Raises:
         UserError: the disk is full; the complete versions stay as they are.
     """
-    ranks, settings = context.ranks, context.config.graph
+    settings = context.config.graph
     manifest = load_manifest(context.paths.train_manifest)
 
     attempt = _attempt(context, moment) if moment else ""

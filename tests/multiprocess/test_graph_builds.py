@@ -49,9 +49,7 @@ def test_a_killed_build_goes_on_at_its_unit(
     assert names == ["v0007"]
 
 
-def test_other_batches_begin_again(
-    micro_run: Path, whole: dict[str, Any], tmp_path: Path
-) -> None:
+def test_other_batches_begin_again(micro_run: Path, whole: dict[str, Any], tmp_path: Path) -> None:
     """Finished batches are counted: of another size they would be other images."""
     code, _ = build(micro_run, tmp_path / "cut", 1)
     assert code == -9

@@ -152,7 +152,8 @@ def plan_model(
     resolved = resolve_deepspeed(
         config, kind, deepspeed, cluster.ranks, accumulation, "cuda" if cluster.on_gpu else "cpu"
     )
-    stage, zero = int(resolved["zero_optimization"]["stage"]), deepspeed.get("zero_optimization", {})
+    stage = int(resolved["zero_optimization"]["stage"])
+    zero = deepspeed.get("zero_optimization", {})
     micro = settings.global_batch // cluster.ranks // accumulation
     kept = found.fixed + micro * (found.kept + found.largest)
     half = constants.HALF if cluster.on_gpu and config.precision != "float32" else 1.0
@@ -242,7 +243,10 @@ def disk(
     config: Config, images: int, classes: int, traces: dict[str, Trace], image_bytes: float
 ) -> dict[str, float]:
     """Bytes on shared storage, by kind."""
-    top, whole = min(config.targets.top_k or classes, classes), images * max(1, config.targets.views)
+    top, whole = (
+        min(config.targets.top_k or classes, classes),
+        images * max(1, config.targets.views),
+    )
     per_class = 2 + (np.min_scalar_type(classes - 1).itemsize if top < classes else 0)
     kept = config.checkpoint.keep_last + config.checkpoint.keep_best
     rows = {

@@ -201,7 +201,9 @@ def cluster_of(given: dict[str, Any]) -> Cluster:
     """
     for name, least in (("nodes", 1), ("gpus", 0), ("cores", 1), ("ranks", 1)):
         if given[name] is not None and given[name] < least:
-            raise UserError(f"{name} = {given[name]}", where=f"--{name}", remedy=f"at least {least}")
+            raise UserError(
+                f"{name} = {given[name]}", where=f"--{name}", remedy=f"at least {least}"
+            )
     if given["gpus"] and given["ranks"]:
         raise UserError(
             f"each of a host's {given['gpus']} GPUs is a rank, so --ranks would have no effect",

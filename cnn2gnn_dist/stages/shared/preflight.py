@@ -48,9 +48,7 @@ def check(
         )
         if deepspeed is not None and section in deepspeed:
             device = "cuda" if config.device == "cuda" else "cpu"
-            resolve_deepspeed(
-                config, section, deepspeed[section], world_size, accumulation, device
-            )
+            resolve_deepspeed(config, section, deepspeed[section], world_size, accumulation, device)
         if name == "student" and config.graph.scope == "dataset":
             check_parts(config.graph.partition.parts, world_size, settings.global_batch)
             if (

@@ -45,6 +45,6 @@ def test_a_stage_alone_is_bound_by_its_own_batches_only():
 
 def test_results_that_were_deleted_are_asked_back(tmp_path):
     config = settings.load("demo", [f"run.dir={tmp_path}"])
-    with pytest.raises(UserError, match="results.json") as raised:
+    with pytest.raises(UserError, match=r"results\.json") as raised:
         _print_summary(config)
     assert str(tmp_path / "evaluation") in raised.value.remedy

@@ -196,7 +196,9 @@ def test_an_image_with_a_twin_is_no_outlier_for_having_one_neighbour_fewer():
     reach, rank = audit_scores.outliers(far)
     for row in set(range(60)) - {7}:
         others = [i for i in near[row] if twin[i] != twin[row]]
-        assert reach[row] == pytest.approx(np.linalg.norm(z[others] - z[row], axis=1).max(), abs=1e-3)
+        assert reach[row] == pytest.approx(
+            np.linalg.norm(z[others] - z[row], axis=1).max(), abs=1e-3
+        )
     assert np.isinf(reach[7])
     assert rank[7] == 1
 

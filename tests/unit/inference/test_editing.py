@@ -152,7 +152,9 @@ def test_a_set_in_batch_scope_is_classified_in_the_batches_of_predict(tmp_path):
     logits = [model.network(part, None).logits for part in (images[:33], images[33:])]
     mean = np.concatenate(logits).mean(0) / model.scoring.calibration.temperature
     found = model.predict_together(list(images), same=True)
-    assert found[0].probability == pytest.approx((np.exp(mean) / np.exp(mean).sum()).max(), abs=1e-6)
+    assert found[0].probability == pytest.approx(
+        (np.exp(mean) / np.exp(mean).sum()).max(), abs=1e-6
+    )
 
 
 def test_outputs_that_are_not_finite_calibrate_nothing(calibrated):
