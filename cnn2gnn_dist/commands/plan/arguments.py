@@ -32,7 +32,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--images", type=int, required=True, metavar="N", help="training images")
     parser.add_argument("--ranks", type=int, metavar="R",
-                        help="default: one per partition; for a run: per host without GPUs, default one per core")  # fmt: skip
+                        help="default: one per partition; of a run: per host without GPUs, one per core")  # fmt: skip
     _complete_run(parser.add_argument_group("the complete run"))
     _graph_alone(parser.add_argument_group("the graph alone"))
     parser.add_argument("--json", action="store_true", help="print one JSON object")
