@@ -36,7 +36,7 @@ demo: install
 demo-memory: install
 	$(BIN)/python examples/memory_demo.py
 
-# The linters use one core at a time, so they run beside the tests; what they say comes after.
+# The linters use one core at a time, so they run next to the tests; their output comes after.
 quick: install
 	@$(MAKE) --no-print-directory lint > $(VENV)/lint.log 2>&1 & linters=$$!; \
 	CNN2GNN_QUICK=1 $(PYTEST) tests/unit --numprocesses $(CORES) --dist worksteal -m "not thorough"; tests=$$?; \

@@ -11,7 +11,7 @@ from cnn2gnn_dist.commands.init import recipe
 from cnn2gnn_dist.commands.init.speed import Machine, Speed
 
 _START_S = {"cpu": 75.0, "cuda": 90.0}
-"""Seconds that all stages of a run take besides the passes over the images: Ray, process groups, saves, report."""
+"""Seconds that all stages of a run take apart from the passes over the images: Ray, process groups, saves, report."""
 _REFRESH_S = 4.0  # METIS and the files of a graph version
 _STEP_S = 0.015  # DeepSpeed's own share of a step, and the gradient exchange
 _MODEL_S = 0.0015  # an image's thumbnail, place in the memory and audit, by the first rank alone

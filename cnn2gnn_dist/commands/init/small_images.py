@@ -33,7 +33,7 @@ _RECIPE: dict[str, Any] = {
 
 
 def suit(size: int, images: int, grey: bool) -> bool:
-    """Whether these networks are chosen from for this image size and number of training images."""
+    """Whether these networks are the ones to choose from for this image size and number of training images."""
     return size <= LARGEST and images >= FEWEST and not grey
 
 

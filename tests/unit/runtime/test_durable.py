@@ -1,4 +1,4 @@
-"""Files that are replaced as a whole: what is left, and what is said, when the disk is full."""
+"""Files that are replaced as a whole: what is left, and what is reported, when the disk is full."""
 
 from __future__ import annotations
 
