@@ -13,6 +13,9 @@ from cnn2gnn_dist.inference.folder.artefact import ModelConfig
 from cnn2gnn_dist.inference.memory.view import Memory
 from cnn2gnn_dist.inference.network import Outputs
 
+MOST_TOGETHER = 4096
+"""Images of a set: several arrays have a number for each pair of them, here 134 MB each."""
+
 
 def answers_of(
     images: Sequence[str],
@@ -89,3 +92,18 @@ def check_counts(**given: tuple[int, int]) -> None:
     for name, (number, least) in given.items():
         if not isinstance(number, (int, np.integer)) or number < least:
             raise UserError(f"{name}={number!r}", remedy=f"a whole number, {least} or more")
+
+
+def check_together(images: int) -> None:
+    """Check the size of a set whose images are compared with each other.
+
+    Raises:
+        UserError: there are more than ``MOST_TOGETHER``.
+    """
+    if images > MOST_TOGETHER:
+        raise UserError(
+            f"more than {MOST_TOGETHER:,} images to answer together",
+            where="the images",
+            remedy="answer one burst, object or place at a time (every pair of images is compared), or "
+            "all of them without --together",
+        )

@@ -13,7 +13,7 @@ import numpy as np
 
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference import inputs
-from cnn2gnn_dist.inference.answering import answers_of, check_counts
+from cnn2gnn_dist.inference.answering import answers_of, check_counts, check_together
 from cnn2gnn_dist.inference.answers import Answer
 from cnn2gnn_dist.inference.folder import artefact
 from cnn2gnn_dist.inference.folder.artefact import ModelConfig
@@ -235,7 +235,7 @@ class Classifier:
             neighbours: as in ``predict``.
 
         Raises:
-            UserError: the model is not calibrated; its memory has new classes.
+            UserError: the model is not calibrated; its memory has new classes; there are too many images.
         """
         memory = self.memory
         check_counts(top=(top, 1), neighbours=(neighbours, 0))
@@ -243,6 +243,7 @@ class Classifier:
         decoded, parts = list[Pixels](), list[Outputs]()
         for many in self.batches(images, BATCH):
             decoded += many
+            check_together(0 if same else len(decoded))
             # The batches of ``predict``: in ``batch`` scope an answer depends on them.
             if readable := [one for one in many if one.pixels is not None]:
                 parts.append(self.outputs(readable, memory))
@@ -252,10 +253,9 @@ class Classifier:
         made = joined(parts)
         found = self.scoring.answer_together(made, memory, same=same)
         company = {"related": found.related, "classes": found.classes, "images": len(good)}
+        shown = {"together": company}
         answers = iter(
-            self._answers(
-                good, made, found.posterior_mC, memory, top, neighbours, {"together": company}
-            )
+            self._answers(good, made, found.posterior_mC, memory, top, neighbours, shown)
         )
         return [
             Answer(one.name, error=one.error) if one.pixels is None else next(answers)
@@ -339,9 +339,8 @@ class Classifier:
         """
         if self.memory is not None:
             memory = Memory.open(self.memory.root, number)
-            artefact.check_unchanged(
-                self.folder, self.identity
-            )  # afterwards: another model's rows are never taken
+            # Afterwards, so that another model's rows are never taken.
+            artefact.check_unchanged(self.folder, self.identity)
             self.memory = memory
 
     def required_memory(self) -> Memory:

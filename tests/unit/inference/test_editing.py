@@ -10,7 +10,7 @@ from cnn2gnn_dist import cli
 from cnn2gnn_dist.commands.answers.answer_files import writer_of
 from cnn2gnn_dist.commands.model.memory import keys_from
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.inference import editing, scoring
+from cnn2gnn_dist.inference import answering, editing, scoring
 from cnn2gnn_dist.inference.classifier import Classifier, load
 from cnn2gnn_dist.inference.folder import artefact
 from tests.support.models import calibrate, pictures, write_model
@@ -166,6 +166,16 @@ def test_outputs_that_are_not_finite_calibrate_nothing(calibrated):
     with pytest.raises(UserError, match="outputs for 1 of 60 calibration images are not") as raised:
         scoring.write(calibrated.folder)
     assert raised.value.where == "the stage student"
+
+
+def test_too_many_images_for_one_set_are_refused(calibrated, monkeypatch):
+    monkeypatch.setattr(answering, "MOST_TOGETHER", 5)
+    images = pictures(6, seed=4)
+    assert len(calibrated.predict_together(images[:5])) == 5
+    assert len(calibrated.predict_together(images, same=True)) == 6
+    with pytest.raises(UserError, match="more than 5 images to answer together") as caught:
+        calibrated.predict_together(images)
+    assert "one burst" in caught.value.remedy
 
 
 def test_the_commands_edit_and_tell(calibrated, tmp_path, capsys):
