@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,11 @@ from cnn2gnn_dist.inference.folder import artefact
 from cnn2gnn_dist.inference.folder.artefact import ModelConfig
 from cnn2gnn_dist.inference.inputs import Pixels
 from cnn2gnn_dist.inference.memory import store
-from cnn2gnn_dist.inference.memory.store import Version
 from cnn2gnn_dist.inference.memory.view import Memory
 from cnn2gnn_dist.inference.network import Network, Outputs, device_of, joined
 from cnn2gnn_dist.inference.scoring import Scoring
 
 BATCH = 64
-VERIFIED_BYTES = 256 << 20
-"""Up to this size a memory's checksums are compared whenever a model is opened."""
 DECODERS = 4
 """Threads that decode images."""
 
@@ -68,7 +66,7 @@ class Classifier:
             folder: one that ``export`` wrote.
             device: "auto" (CUDA where there is one), "cpu", "cuda", …
             verify: also read the memory and compare its checksums, which takes about a second per
-                gigabyte; None: unless it has more than ``VERIFIED_BYTES``.
+                gigabyte; None: unless it has more than ``store.VERIFIED_BYTES``.
 
         Raises:
             UserError: not a model, damaged, or of a newer version; no such device.
@@ -84,8 +82,7 @@ class Classifier:
             pass  # a memory that is there all the same is another model's (``artefact.part``)
         elif (folder / artefact.MEMORY).is_dir():
             memory = Memory.open(
-                folder / artefact.MEMORY,
-                check=lambda root, version: _verify(root, version, verify),
+                folder / artefact.MEMORY, check=partial(store.check, wanted=verify)
             )
         else:
             raise artefact.damaged(folder / artefact.MEMORY, "it is missing")
@@ -384,11 +381,6 @@ class Classifier:
         from cnn2gnn_dist.inference.folder.hub import HubFolder
 
         return HubFolder(self.folder).push_to_hub(name, **hub)
-
-
-def _verify(root: Path, version: Version, wanted: bool | None) -> None:
-    if wanted or (wanted is None and store.size(root, version) <= VERIFIED_BYTES):
-        store.verify(root, version)
 
 
 def load(folder: str | Path, *, device: str = "auto") -> Classifier:

@@ -34,6 +34,8 @@ from cnn2gnn_dist.errors import UserError
 FORMAT = 1
 HEAD, LOCK, FORGOTTEN = "HEAD", ".lock", "forgotten.csv"
 ROWS = "rows.parquet"
+VERIFIED_BYTES = 256 << 20
+"""Up to this size a memory's checksums are compared whenever a model is opened."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,12 @@ def verify(root: Path, version: Version) -> None:
     _check(version_folder(root, version.number), version.files, read=True)
     for name, _ in version.segments:
         _check(segment_folder(root, name), segment_files(root, name), read=True)
+
+
+def check(root: Path, version: Version, wanted: bool | None) -> None:
+    """``verify`` if it is wanted; None: if the version is small."""
+    if wanted or (wanted is None and size(root, version) <= VERIFIED_BYTES):
+        verify(root, version)
 
 
 def digest(root: Path, version: Version) -> str:

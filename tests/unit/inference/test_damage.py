@@ -57,7 +57,7 @@ def test_a_models_checksums_may_list_the_runs_records_as_they_once_did(edited):
 
 
 def test_a_large_memory_is_verified_when_asked(edited, monkeypatch):
-    monkeypatch.setattr("cnn2gnn_dist.inference.classifier.VERIFIED_BYTES", 10)
+    monkeypatch.setattr("cnn2gnn_dist.inference.memory.store.VERIFIED_BYTES", 10)
     path = edited.memory.root / "segments" / "000000" / "z.npy"
     path.write_bytes(path.read_bytes()[:-4] + b"abcd")
     load(edited.folder, device="cpu")
