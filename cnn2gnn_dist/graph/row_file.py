@@ -60,6 +60,10 @@ class RowFile:
                 left, place = left[done:], place + done
         return check_sum(data, sum_before)
 
+    def span(self, rows: slice) -> tuple[int, int]:
+        """Where these rows are in the file: offset, bytes."""
+        return self._first + rows.start * self._row, (rows.stop - rows.start) * self._row
+
     def sync(self) -> None:
         """Wait until everything written is on disk, or on the file server."""
         with durable.disk_full_reported(self.path):

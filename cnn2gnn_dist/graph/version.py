@@ -88,11 +88,7 @@ class GraphWriter:
 
     def finalise(self, meta: dict[str, Any]) -> Path:
         """Write checksums of everything and the manifest, then rename (rank 0)."""
-        self.sync()
-        for file in self._files.values():
-            file.close()
-        shutil.rmtree(self.path / WORK_FOLDER, ignore_errors=True)
-        (self.path / ATTEMPT).unlink(missing_ok=True)
+        self._close()
         files = {}
         for path in sorted(self.path.rglob("*")):
             durable.sync(path)
@@ -107,6 +103,21 @@ class GraphWriter:
                 json.dumps({"files": files, "meta": meta}, indent=1), encoding="utf-8"
             )
         durable.sync(manifest)
+        return self._rename()
+
+    def place(self) -> Path:
+        """Rename the folder as it is, without a manifest: another host finalises the version and hands it over."""
+        self._close()
+        return self._rename()
+
+    def _close(self) -> None:
+        self.sync()
+        for file in self._files.values():
+            file.close()
+        shutil.rmtree(self.path / WORK_FOLDER, ignore_errors=True)
+        (self.path / ATTEMPT).unlink(missing_ok=True)
+
+    def _rename(self) -> Path:
         durable.sync(self.path)
         final = self.path.with_suffix("")
         shutil.rmtree(final, ignore_errors=True)

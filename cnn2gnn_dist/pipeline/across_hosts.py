@@ -14,7 +14,7 @@ from cnn2gnn_dist.pipeline.planning import Step
 from cnn2gnn_dist.pipeline.registry import Stage
 from cnn2gnn_dist.runtime.group import collectives, exchange, members
 from cnn2gnn_dist.runtime.hosts import host_checks
-from cnn2gnn_dist.runtime.shared_files import handover, shared_folder
+from cnn2gnn_dist.runtime.shared_files import handover, host_folders, shared_folder
 from cnn2gnn_dist.stages.shared.context import RunPaths, load_manifest
 from cnn2gnn_dist.training.precision import has_bfloat16
 
@@ -27,8 +27,11 @@ COMPARED = {".json", ".arrow"}
 def check_hosts(config: Config, device: str) -> None:
     """Check every host of a group before anything is locked or trained (collective).
 
+    Finds out whether hosts share the run's folder (``host_folders``).
+
     Raises:
-        UserError: one has too little room, or sees another folder than the others; on every rank.
+        UserError: one has too little room, or sees another folder than the others, without a storage through
+            which they could exchange files; on every rank.
     """
     if collectives.world_size() == 1:
         return
@@ -47,13 +50,25 @@ def check_hosts(config: Config, device: str) -> None:
         host_checks.check_rank(own[0] if own else None, shares)
 
     exchange.every_rank(look)
+    storage = config.run.storage
     try:
-        shared_folder.check(root)
+        separate = shared_folder.check(root, may_be_separate=storage is not None)
     except UserError as error:
-        if config.run.storage is None:
+        if storage is not None:
             raise
-        also = "run.storage keeps a copy of a run, but its hosts exchange files through this folder"
-        raise UserError(error.what, where=error.where, remedy=f"{error.remedy}: {also}") from None
+        also = "or, on disks of the hosts' own, run.storage=s3://BUCKET/FOLDER"
+        raise UserError(error.what, where=error.where, remedy=f"{error.remedy}; {also}") from None
+    host_folders.begin(separate)
+    if separate and config.graph.sampling.sampler == "distdgl":
+        raise UserError(
+            "DGL's servers need a folder that all hosts share, and each host has one of its own",
+            where="graph.sampling.sampler=distdgl",
+            remedy="graph.sampling.sampler=table, or a run.dir that all hosts share",
+        )
+    if separate and collectives.rank() == 0:
+        _log.info(
+            f"each host has a run.dir of its own: what one writes reaches the others through {storage}"
+        )
 
 
 def _local(given: str | list[str] | None) -> list[Path]:
@@ -98,8 +113,44 @@ def hand_over(folder: Path, step: Step) -> None:
     handover.hand_over(folder, files)
 
 
+def bring_inputs(root: Path, folders: list[str], brought: set[str]) -> None:
+    """Give hosts with folders of their own what a stage builds on, as far as rank 0 has it (collective).
+
+    Args:
+        root: the run's folder.
+        folders: of the complete stages that it builds on.
+        brought: digests of what this process has brought before; added to.
+
+    Raises:
+        UserError: the storage fails, or a disk is full.
+    """
+    if not host_folders.are_separate():
+        return
+    for name in folders:
+        folder = root / name
+
+        def here(folder: Path = folder) -> tuple[str, list[str]]:
+            entry = ledger.finished(folder)
+            names = [*(name for name, _ in entry.outputs), ledger.DONE] if entry else []
+            there = [name for name in names if (folder / name).is_file()]
+            about = {"key": entry.key, "digest": entry.digest} if entry else {}
+            return ledger.digest_of(folder.name, {**about, "files": there}), there
+
+        digest, names = collectives.alone(here)
+        if digest not in brought:
+            handover.hand_over(
+                folder,
+                lambda folder=folder, names=names: handover.described(
+                    folder, dict.fromkeys(names, True)
+                ),
+            )
+            brought.add(digest)
+
+
 def check_shards(paths: RunPaths) -> None:
     """Check that every host sees all shards, before any of them is needed (collective).
+
+    Packed ones that hosts have to exchange are left out: they are compared when a stage needs them.
 
     Raises:
         UserError: a host misses one, even after waiting a while for newly packed ones.
@@ -114,6 +165,8 @@ def check_shards(paths: RunPaths) -> None:
             near = (Path(s.path).parent for s in manifest.shards if not is_remote(s.path))
             host_checks.check_answers(dict.fromkeys(near))
             packed = any(Path(shard.path).is_relative_to(paths.root) for shard in manifest.shards)
+            if packed and host_folders.are_separate():
+                continue
             handover.patiently(manifest.check_shards, handover.WAIT_S if packed else 0.0)
 
     exchange.every_rank(lambda: look() if members.speaks_for_host(rank) else None)

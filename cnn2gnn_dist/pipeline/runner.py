@@ -23,7 +23,7 @@ from cnn2gnn_dist.pipeline.stored import Stored
 from cnn2gnn_dist.runtime import preemption
 from cnn2gnn_dist.runtime.group import exchange
 from cnn2gnn_dist.runtime.ranks import Ranks
-from cnn2gnn_dist.runtime.shared_files import folder_lock
+from cnn2gnn_dist.runtime.shared_files import folder_lock, host_folders
 from cnn2gnn_dist.stages.shared import preflight
 from cnn2gnn_dist.stages.shared.context import RunPaths, load_manifest
 from cnn2gnn_dist.unused_fields import Surroundings
@@ -75,13 +75,16 @@ def run_rank(
             raise problem
         across_hosts.check_hosts(config, device)
         bfloat16 = across_hosts.bfloat16_everywhere(config, device)
-        with _locked(Path(str(config.run.dir)), ranks, config.cluster.timeout_s):
+        with _locked(Path(str(config.run.dir)), config.cluster.timeout_s):
             read = on_rank_0(ranks, lambda: deepspeed or keys.read_deepspeed(config))
             surroundings = Surroundings(device == "cuda", inside_ray, ranks.world_size, read)
             survey = Survey(config, read, reads=True, recheck=update)
             stored = Stored(config)
             stored.open()
             on_rank_0(ranks, lambda: _begin(survey, names, surroundings, stored))
+            if host_folders.are_separate():
+                root, text = Path(str(config.run.dir)), settings.as_yaml(config)
+                host_folders.in_each(lambda: ledger.claim(root, text))
             run = Run(survey, stored, ranks, device, inside_ray, update, force, bfloat16)
             return _run_all(run, names)
     except UserError as error:
@@ -94,6 +97,7 @@ def run_rank(
     finally:
         errors.close()
         engine.shutdown()
+        host_folders.end()
 
 
 def _tell_others(error: UserError, errors: exchange.ErrorExchange, stays: bool) -> None:
@@ -152,7 +156,7 @@ def _run_all(run: Run, names: list[str] | None) -> dict[str, Any]:
             step = complete(run, step, stages, made)
             done[stage.name] = step.why
         if step.status is Status.COMPLETE:
-            if not across_hosts.ends_here(stage, stages):
+            if not host_folders.are_separate() and not across_hosts.ends_here(stage, stages):
                 across_hosts.hand_over(run.root / stage.folder, step)
             run.stored.after(step, made=step.why == MADE)
         if step.status is Status.COMPLETE and step.entry:
@@ -160,6 +164,7 @@ def _run_all(run: Run, names: list[str] | None) -> dict[str, Any]:
         else:
             blocked = blocked or f"{stage.name}: {step.why}"
         if stage.name == "index" and step.status is Status.COMPLETE:
+            across_hosts.bring_inputs(run.root, [stage.folder], run.brought)
             across_hosts.check_shards(RunPaths(run.root))
             on_rank_0(run.ranks, lambda: _check_image_count(survey, names))
     if names is None:  # nothing was refused: readers of the folder find the current config
@@ -232,8 +237,8 @@ def _begin(
 
 
 @contextmanager
-def _locked(root: Path, ranks: Ranks, timeout_s: float = 600.0) -> Iterator[None]:
-    """Keep a second run out of the folder; rank 0 holds the lock, which ends with it.
+def _locked(root: Path, timeout_s: float = 600.0) -> Iterator[None]:
+    """Keep a second run out of each folder; the rank that acts for it holds the lock, which ends with it.
 
     Raises:
         UserError: on every rank: another process holds it.
@@ -242,7 +247,7 @@ def _locked(root: Path, ranks: Ranks, timeout_s: float = 600.0) -> Iterator[None
     # The others wait in a collective, whose timeout must exceed ours.
     seconds = min(LOCK_SECONDS, timeout_s / 2)
     try:
-        on_rank_0(ranks, lambda: held.append(folder_lock.take(root, seconds)))
+        host_folders.in_each(lambda: held.append(folder_lock.take(root, seconds)))
         yield
     finally:
         for release in held:

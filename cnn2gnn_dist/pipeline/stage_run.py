@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,13 @@ from typing import Any
 from cnn2gnn_dist import durable, ledger, log, settings
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.ledger import Status
-from cnn2gnn_dist.pipeline import keys, moved_data
+from cnn2gnn_dist.pipeline import across_hosts, keys, moved_data
 from cnn2gnn_dist.pipeline.keys import Survey
 from cnn2gnn_dist.pipeline.planning import Step, flat, inspect_stage
 from cnn2gnn_dist.pipeline.registry import Stage
 from cnn2gnn_dist.pipeline.stored import Stored
 from cnn2gnn_dist.runtime.ranks import Ranks
+from cnn2gnn_dist.runtime.shared_files import host_folders
 from cnn2gnn_dist.stages.shared.context import Context, RunPaths
 from cnn2gnn_dist.training.checkpoint import folder as checkpoint_folder
 
@@ -32,7 +33,8 @@ MADE = "made"
 class Run:
     """How stages are run, the same for all of them; ``runner.run_rank`` says what its arguments mean.
 
-    ``bfloat16``: whether all ranks' devices have it.
+    ``bfloat16``: whether all ranks' devices have it. ``brought``: what hosts with folders of their own have
+    got from each other as a stage's inputs.
     """
 
     survey: Survey
@@ -43,6 +45,7 @@ class Run:
     update: bool
     force: bool
     bfloat16: bool = True
+    brought: set[str] = field(default_factory=set)
 
     @property
     def root(self) -> Path:
@@ -67,9 +70,9 @@ class Run:
         )
 
     def record_config(self) -> None:
-        """Write the config to the run's folder (rank 0)."""
+        """Write the config to the run's folder, on each host that has its own."""
         text = settings.as_yaml(self.survey.config)
-        on_rank_0(self.ranks, partial(ledger.record_config, self.root, text))
+        host_folders.in_each(partial(ledger.record_config, self.root, text))
 
 
 def inspect(
@@ -105,6 +108,10 @@ def complete(run: Run, step: Step, stages: list[Stage], made: dict[str, str]) ->
     prepare = partial(prepare_folder, run.survey, step, run.update, run.force, run.stored)
     step = on_rank_0(run.ranks, prepare)
     run.record_config()
+    if host_folders.are_separate() and not step.stage.alone:
+        folders = [s.folder for s in stages if run.stored.is_input(s, step.stage)]
+        across_hosts.bring_inputs(run.root, folders, run.brought)
+        host_folders.in_each(lambda: (run.root / step.stage.folder).mkdir(exist_ok=True))
     return _execute(run.context(step), run.survey, step, dict(made))
 
 

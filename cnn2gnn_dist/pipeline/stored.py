@@ -1,6 +1,7 @@
 """A run that is also kept in a store (``run.storage``): what is fetched before a stage and stored after it.
 
-Only rank 0 talks to the store. Every rank calls these functions, which do nothing without one.
+Only rank 0 talks to the store, unless hosts have folders of their own. Every rank calls these functions, which
+do nothing without one.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.ledger import Status
 from cnn2gnn_dist.pipeline.planning import Step
 from cnn2gnn_dist.pipeline.registry import STAGES, Stage, stages_of
-from cnn2gnn_dist.run_storage import session
+from cnn2gnn_dist.run_storage import host_copies, session
+from cnn2gnn_dist.run_storage.depot import StoreDepot
 from cnn2gnn_dist.run_storage.session import RunStorage
 from cnn2gnn_dist.runtime.group import collectives
+from cnn2gnn_dist.runtime.shared_files import host_folders
 
 Look = tuple[Config, list[str]]
 PACKED = STAGES["pack"].folder
@@ -42,6 +45,26 @@ class Stored:
             UserError: it can't be used, or the config doesn't name it and the folder is incomplete without it.
         """
         collectives.alone(self._open)
+        if host_folders.are_separate():
+            self._open_elsewhere()
+
+    def _open_elsewhere(self) -> None:
+        """Prepare the folders of other hosts, and what their ranks exchange files through."""
+        root, url = Path(str(self._config.run.dir)), str(self._config.run.storage)
+        owner: str = collectives.broadcast_object(self.storage.store.owner if self.storage else "")
+        if self.storage is not None:
+            depot = StoreDepot(url, owner, self.storage.objects)
+        else:
+            depot = StoreDepot(url, owner)
+        rank = collectives.rank()
+
+        def begin() -> None:
+            if rank:
+                host_copies.begin(root, url)
+                depot.check(rank)
+
+        host_folders.in_each(begin)
+        host_folders.use(depot)
 
     def _open(self) -> None:
         root, url = Path(str(self._config.run.dir)), self._config.run.storage
@@ -64,10 +87,15 @@ class Stored:
         if self.storage is None or step.key is None:
             return
         for stage in stages:
-            if stage.name in step.stage.needs or stage.folder == PACKED != step.stage.folder:
+            if self.is_input(stage, step.stage):
                 self.storage.fetch(stage.folder)
         if step.status is Status.RESUME or (step.status is Status.STALE and force):
             self.storage.fetch(step.stage.folder, resumes=True)
+
+    @staticmethod
+    def is_input(stage: Stage, of: Stage) -> bool:
+        """Whether a stage reads files of another one: of those that it needs, or the packed shards."""
+        return stage.name in of.needs or stage.folder == PACKED != of.folder
 
     def set_aside(self, stage: Stage) -> None:
         """Keep a stage's files in the storage under another name (rank 0)."""
@@ -128,6 +156,7 @@ def looked_at(config: Config) -> Iterator[Look]:
 
 
 def _check_whole(config: Config, root: Path) -> None:
+    host_copies.check_whole(root)
     folders = [stage.folder for stage in stages_of(config)]
     if (found := session.held_back(root, folders)) is not None:
         raise UserError(

@@ -15,6 +15,8 @@ from cnn2gnn_dist.training.checkpoint import folder as checkpoint_folder
 
 Known = Mapping[str, tuple[int, str]]
 """Bytes and SHA-256 by path relative to the stage's folder."""
+Source = tuple[int, str, bytes | Path | None]
+"""Bytes, SHA-256 and contents (or their path) of a file; None: another host has stored them."""
 _LEFT_OUT = {"tensorboard", "dense", "work"}
 """Folders that the run recreates from what is stored, or does without."""
 _SMALL = ("begin.json", "metrics.jsonl", "checkpoints/latest", "checkpoints/best")
@@ -27,9 +29,10 @@ class Contents:
     files are held open. A graph version has many files and stays for an epoch: its files are only named.
     """
 
-    def __init__(self, known: Known | None = None) -> None:
+    def __init__(self, known: Known | None = None, elsewhere: Known | None = None) -> None:
         self._known: Known = known or {}
-        self.sources: dict[str, tuple[int, str, bytes | Path]] = {}
+        self._elsewhere: Known = elsewhere or {}
+        self.sources: dict[str, Source] = {}
         self._open: list[BinaryIO] = []
 
     def add_text(self, name: str, path: Path) -> None:
@@ -40,6 +43,9 @@ class Contents:
 
     def add_open(self, name: str, path: Path, size: int, sha256: str) -> None:
         """Add a file whose checksum is known; one that is already stored is not opened."""
+        if (size, sha256) == self._elsewhere.get(name) and not path.is_file():
+            self.sources[name] = (size, sha256, None)
+            return
         if (size, sha256) == self._known.get(name) or not name.startswith("checkpoints/"):
             self.sources[name] = (size, sha256, path)
             return
@@ -54,21 +60,23 @@ class Contents:
         self._open = []
 
 
-def of_training(folder: Path, known: Known) -> Contents:
+def of_training(folder: Path, known: Known, elsewhere: Known | None = None) -> Contents:
     """What a training in progress needs to be resumed: its complete checkpoints, graphs and metrics.
 
     Args:
         folder: of the stage.
         known: files that are already stored.
+        elsewhere: files that other hosts, with folders of their own, have stored since.
 
     Raises:
         OSError: something can't be read.
     """
-    found = Contents(known)
+    found = Contents(known, elsewhere)
+    stored = {**known, **(elsewhere or {})}
     try:
         for name in _SMALL:
             found.add_text(name, folder / name)
-        for relative, files in _with_sums(folder):
+        for relative, files in _with_sums(folder, stored):
             manifest = f"{relative}/{version.MANIFEST}"
             found.add_text(manifest, folder / manifest)
             for name, (size, sha) in files.items():
@@ -79,14 +87,24 @@ def of_training(folder: Path, known: Known) -> Contents:
     return found
 
 
-def of_stage(folder: Path) -> dict[str, tuple[int, str, bytes | Path]]:
+def of_stage(folder: Path, known: Known | None = None) -> dict[str, Source]:
     """All files of a complete stage that others read, or from which training resumes.
+
+    Args:
+        folder: of the stage.
+        known: files that are already stored, some of them by other hosts with folders of their own.
 
     Raises:
         OSError: something can't be read.
     """
-    sums = {f"{r}/{name}": one for r, files in _with_sums(folder) for name, one in files.items()}
-    found: dict[str, tuple[int, str, bytes | Path]] = {}
+    sums = {
+        f"{relative}/{name}": one
+        for relative, files in _with_sums(folder, known or {})
+        for name, one in files.items()
+    }
+    found: dict[str, Source] = {
+        name: (*one, None) for name, one in sums.items() if not (folder / name).is_file()
+    }
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         if not path.is_file() or not all(map(_counts, name.parts)):
@@ -102,12 +120,21 @@ def _counts(part: str) -> bool:
     )
 
 
-def _with_sums(folder: Path) -> Iterator[tuple[str, Known]]:
-    """The complete checkpoints and graph versions of a stage, relative to it, with their files' checksums."""
+def _with_sums(folder: Path, stored: Known) -> Iterator[tuple[str, Known]]:
+    """The complete checkpoints and graph versions of a stage, relative to it, with their files' checksums.
+
+    Their files are in the folder, or ``stored``.
+    """
     checkpoints = checkpoint_folder.all_of(checkpoint_folder.root_of(folder))
     for path in [*checkpoints, *sorted(folder.glob("graph/v????"))]:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             listed = json.loads((path / version.MANIFEST).read_text(encoding="utf-8"))["files"]
             files = {str(name): (int(size), str(sha)) for name, (size, sha) in listed.items()}
-            if all((path / name).stat().st_size == size for name, (size, _) in files.items()):
-                yield str(path.relative_to(folder)), files
+            relative = str(path.relative_to(folder))
+            if all(
+                (path / name).stat().st_size == one[0]
+                if (path / name).is_file()
+                else stored.get(f"{relative}/{name}") == one
+                for name, one in files.items()
+            ):
+                yield relative, files

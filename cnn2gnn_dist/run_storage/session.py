@@ -12,10 +12,10 @@ from typing import Any
 
 from cnn2gnn_dist import durable, ledger
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.run_storage import contents
+from cnn2gnn_dist.run_storage import contents, host_copies
 from cnn2gnn_dist.run_storage.background import Uploads
 from cnn2gnn_dist.run_storage.contents import Contents
-from cnn2gnn_dist.run_storage.store import Record, Store, TakenOver
+from cnn2gnn_dist.run_storage.store import Record, Store, file_name
 
 _log = logging.getLogger(__name__)
 
@@ -36,6 +36,8 @@ class RunStorage:
         store: where the run is kept.
         scratch: identifies the folder.
         based: for each unit, the digest of the record that the folder's files come from.
+        sent: for each unit, bytes and SHA-256 of files that other hosts, with folders of their own, have
+            written to the store.
     """
 
     root: Path
@@ -43,6 +45,8 @@ class RunStorage:
     scratch: str
     based: dict[str, str] = field(default_factory=dict)
     uploads: dict[str, Uploads] = field(default_factory=dict)
+    sent: dict[str, dict[str, tuple[int, str]]] = field(default_factory=dict)
+    _gone: dict[str, set[str]] = field(default_factory=dict)
 
     @classmethod
     def open(cls, root: Path, url: str) -> RunStorage:
@@ -56,6 +60,8 @@ class RunStorage:
         ledger.check_claim(root)
         made.store.claim()
         durable.create_folder(root)
+        if host_copies.is_copy(root):
+            host_copies.keep_stored(root, made.store, RUN)
         made._write_note()
         for aside in made._restore():
             _log.warning(
@@ -79,13 +85,14 @@ class RunStorage:
             UserError: as ``open``, but the storage need not be writable.
         """
         made = cls._of(root, url)
-        _link(root, view)
+        if not host_copies.is_copy(root):
+            _link(root, view)
         made.root = view
         return made, [aside.name.partition(".old-")[0] for aside in made._restore()]
 
     @classmethod
     def _of(cls, root: Path, url: str) -> RunStorage:
-        store, note = Store.open(url), _read_note(root)
+        store, note = Store.open(url), host_copies.read_note(root)
         if store.records and (root / ledger.CONFIG).is_file() and note.get("url") != store.url:
             raise UserError(
                 f"this folder holds another run than {store.url}",
@@ -101,7 +108,7 @@ class RunStorage:
                 where=f"run.storage={url}",
                 remedy=f"run.storage={before}; or copy all of it to {store.url} and name an empty run.dir",
             )
-        known = note if note.get("url") == store.url else {}
+        known = note if note.get("url") == store.url and not note.get(host_copies.COPY) else {}
         scratch = known.get("scratch") or secrets.token_hex(8)
         return cls(root, store, scratch, known.get("based", {}))
 
@@ -144,7 +151,7 @@ class RunStorage:
         record, done = self.store.records.get(unit), folder / ledger.DONE
         kept = record.files.get(ledger.DONE) if record else None
         if made or kept is None or kept.sha256 != durable.sha256(done):
-            self._put(unit, contents.of_stage(folder))
+            self._put(unit, contents.of_stage(folder, self._stored(unit) | self.sent.get(unit, {})))
             _log.debug("stored: %s", unit)
         self.keep_run()
 
@@ -184,9 +191,22 @@ class RunStorage:
         """Start to store the complete files of a training, in a thread."""
         if unit not in self.uploads:
             self.uploads[unit] = Uploads(lambda found: self._upload(unit, found))
+        sent = dict(self.sent.get(unit, {}))
+        folder = self.root / unit
+        self.uploads[unit].start(contents.of_training(folder, self._stored(unit), sent))
+
+    def objects(self) -> dict[tuple[int, str], str]:
+        """URLs of what the storage keeps, or is about to, by bytes and SHA-256."""
+        about_to = {
+            one: f"{self.store.url}/{file_name(unit, name, one[1])}"
+            for unit, files in list(self.sent.items())
+            for name, one in list(files.items())
+        }
+        return about_to | self.store.objects()
+
+    def _stored(self, unit: str) -> dict[str, tuple[int, str]]:
         record = self.store.records.get(unit, Record({}))
-        known = {name: (kept.size, kept.sha256) for name, kept in record.files.items()}
-        self.uploads[unit].start(contents.of_training(self.root / unit, known))
+        return {name: (kept.size, kept.sha256) for name, kept in record.files.items()}
 
     def _upload(self, unit: str, found: Contents) -> None:
         self.keep_run()
@@ -195,6 +215,22 @@ class RunStorage:
     def _put(self, unit: str, sources: dict[str, Any]) -> None:
         self.store.put(unit, sources, self.scratch)
         self._note_held(unit)
+        self._forget_pruned(unit)
+
+    def _forget_pruned(self, unit: str) -> None:
+        """Remove from the store what other hosts have sent of checkpoints that are gone; no record names it."""
+        sent, stored = self.sent.get(unit, {}), self._stored(unit)
+        gone = {
+            name: one
+            for name, one in list(sent.items())
+            if stored.get(name) != one and not (self.root / unit / name).parent.is_dir()
+        }
+        # An upload that waits may still name what has just gone; after that one it is in a record, or not needed.
+        twice = {name: one for name, one in gone.items() if name in self._gone.get(unit, set())}
+        self._gone[unit] = set(gone)
+        self.store.forget(unit, twice)
+        for name in [n for n, one in list(sent.items()) if n in twice or stored.get(n) == one]:
+            sent.pop(name, None)
 
     def _absent(self, unit: str) -> list[str]:
         record = self.store.records.get(unit)
@@ -258,48 +294,6 @@ class RunStorage:
         durable.write_text(self.root / ledger.NOTE, json.dumps(note, indent=1))
 
 
-class TrainingCopies:
-    """The copies of one training's checkpoints, as every rank's ``Checkpoints`` sees them.
-
-    Args:
-        storage: on rank 0; None on others, whose methods are not called.
-        folder: the stage's.
-    """
-
-    def __init__(self, storage: RunStorage | None, folder: Path) -> None:
-        self._storage, self._unit = storage, folder.name
-
-    def start(self) -> str | None:
-        """Start to copy what is complete; return why that is impossible, if it is."""
-        assert self._storage is not None
-        try:
-            self._storage.upload(self._unit)
-        except OSError as error:
-            return str(error)
-        return None
-
-    def outcomes(self) -> list[str | None]:
-        """For each copy that has ended since the last call, in order: why it failed, or None.
-
-        Raises:
-            TakenOver: another run writes into the storage now.
-        """
-        found = self._uploads.outcomes() if self._uploads else []
-        for one in found:
-            if isinstance(one, TakenOver):
-                raise one
-        return [_text(one) for one in found]
-
-    def wait(self) -> str | None:
-        """Wait for all copies; return why the last one failed, if it did."""
-        return _text(self._uploads.wait()) if self._uploads else None
-
-    @property
-    def _uploads(self) -> Uploads | None:
-        assert self._storage is not None
-        return self._storage.uploads.get(self._unit)
-
-
 def held_back(root: Path, units: Collection[str]) -> str | None:
     """The storage without which a run's folder is incomplete; None if nothing is missing."""
     for unit in units:
@@ -307,7 +301,7 @@ def held_back(root: Path, units: Collection[str]) -> str | None:
         entry = ledger.finished(folder)
         names = [name for name, _ in entry.outputs] if entry and ledger.held(folder) else []
         if not all((folder / name).is_file() for name in names):
-            return str(_read_note(root).get("url"))
+            return str(host_copies.read_note(root).get("url"))
     return None
 
 
@@ -357,15 +351,3 @@ def _is_there(path: Path, size: int | None) -> bool:
 
 def _only_to_resume(name: str) -> bool:
     return name.startswith(("checkpoints/step-", "graph/v"))
-
-
-def _text(error: UserError | None) -> str | None:
-    return None if error is None else f"{error.what} ({error.where})"
-
-
-def _read_note(root: Path) -> dict[str, Any]:
-    try:
-        note = json.loads((root / ledger.NOTE).read_text(encoding="utf-8"))
-        return note if isinstance(note, dict) else {}
-    except (OSError, ValueError):
-        return {}

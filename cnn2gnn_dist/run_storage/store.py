@@ -3,6 +3,7 @@
     owner.json                                   the writer: the run that was started last
     records/teacher.json                         the files of a stage, with their sizes and SHA-256
     files/teacher/checkpoints/…/state.3f…e1.json  a file; its name has the first digits of its SHA-256
+    exchange/RUN/3f…e1                           what one host leaves for another (``depot.py``), for moments
 
 Files are written first and never replaced; then the record, in one request, which a store completes or
 rejects as a unit. So a writer that is killed at any moment leaves the state of the previous record. Files
@@ -11,15 +12,12 @@ that no record names are then removed.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import socket
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -28,11 +26,10 @@ from cnn2gnn_dist import durable
 from cnn2gnn_dist.data.storage import transfer, urls
 from cnn2gnn_dist.data.storage.transfer import RemoteFiles, RetryPolicy
 from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.runtime import in_threads
 
 FORMAT = 1
-RECORDS, FILES, OWNER = "records", "files", "owner.json"
-AT_ONCE = 8
-"""Number of files transferred at the same time."""
+RECORDS, FILES, EXCHANGE, OWNER = "records", "files", "exchange", "owner.json"
 BRIEF = RetryPolicy(2, 0.2, 1.0, 5.0, 10.0)
 """For the first access to a store: it answers within seconds, or the run does not begin."""
 
@@ -154,7 +151,7 @@ class Store:
         if (
             there
             and not records
-            and any(n != OWNER and not n.startswith(f"{FILES}/") for n in there)
+            and any(n != OWNER and not n.startswith((f"{FILES}/", f"{EXCHANGE}/")) for n in there)
         ):
             raise UserError(
                 "this storage holds something other than a run",
@@ -168,7 +165,8 @@ class Store:
         """Become the writer; the run that was the writer before stops at its next upload.
 
         Records are read once more, since that run may have written one after ``open``. Files that no
-        record names, left by a run that was killed during an upload, are removed.
+        record names, left by a run that was killed during an upload, are removed, and so is what hosts have
+        left for each other.
 
         Raises:
             UserError: nothing can be written.
@@ -180,16 +178,22 @@ class Store:
         self._read_records(self._below(RECORDS))
         named = self._named()
         self._remove(n for n in self._below(FILES) if n not in named)
+        self._remove(self._below(EXCHANGE))
+
+    @property
+    def owner(self) -> str:
+        """Identifies this writer, after ``claim``."""
+        return self._owner
 
     def put(
-        self, unit: str, sources: Mapping[str, tuple[int, str, bytes | Path]], writer: str
+        self, unit: str, sources: Mapping[str, tuple[int, str, bytes | Path | None]], writer: str
     ) -> None:
         """Write the files of a unit that are not there yet, then its record.
 
         Args:
             unit: a stage's folder, or the run's.
-            sources: bytes, SHA-256 and contents (or their path) of every current file. Files that only the
-                unit's previous record names are removed.
+            sources: bytes, SHA-256 and contents (or their path) of every current file; None: another host
+                has written it here. Files that only the unit's previous record names are removed.
             writer: the scratch folder that they come from.
 
         Raises:
@@ -205,10 +209,13 @@ class Store:
 
         def send(name: str) -> None:
             kept = files[name]
-            path = file_name(unit, name, kept.sha256)
-            self._files.send(f"{self.url}/{path}", sources[name][2])
+            url, source = f"{self.url}/{file_name(unit, name, kept.sha256)}", sources[name][2]
+            if source is not None:
+                self._files.send(url, source)
+            elif self._files.file_info(url).bytes != kept.size:
+                raise _damaged("is not as another host has written it", url)
 
-        _each(send, fresh)
+        in_threads.each(send, fresh)
         self.replace({unit: Record(files, writer)})
 
     def replace(self, records: Mapping[str, Record | None]) -> None:
@@ -231,6 +238,25 @@ class Store:
         self._check_owner()
         self._remove(gone - self._named())
 
+    def forget(self, unit: str, files: Mapping[str, tuple[int, str]]) -> None:
+        """Remove files that no record names: bytes and SHA-256 by name.
+
+        Raises:
+            UserError: one can't be removed.
+        """
+        found = {file_name(unit, name, sha) for name, (_, sha) in files.items()}
+        self._remove(found - self._named())
+
+    def objects(self) -> dict[tuple[int, str], str]:
+        """URLs of all files that records name, by bytes and SHA-256."""
+        return {
+            (kept.size, kept.sha256): (
+                f"{self.url}/{file_name(unit.partition('.old-')[0], name, kept.sha256)}"
+            )
+            for unit, record in list(self.records.items())
+            for name, kept in record.files.items()
+        }
+
     def get(self, unit: str, names: Iterable[str], folder: Path) -> dict[str, Damaged]:
         """Fetch files of a unit into a folder, each complete or not at all; return what is wrong with the others.
 
@@ -245,7 +271,7 @@ class Store:
             except Damaged as error:
                 damaged[name] = error
 
-        _each(fetch, sorted(names))
+        in_threads.each(fetch, sorted(names))
         return damaged
 
     def _fetch(self, unit: str, name: str, kept: Kept, target: Path) -> None:
@@ -314,41 +340,11 @@ class Store:
         return [f"{folder}/{name}" for name in self._files.below(f"{self.url}/{folder}")]
 
     def _remove(self, names: Iterable[str]) -> None:
-        _each(lambda name: self._files.remove(f"{self.url}/{name}"), sorted(names))
+        in_threads.each(lambda name: self._files.remove(f"{self.url}/{name}"), sorted(names))
 
 
 class TakenOver(UserError):
     """Another run writes into this storage now."""
-
-
-def _each(work: Callable[[str], None], names: Sequence[str]) -> None:
-    """Do the work for all names, several at a time; raises the first name's error when all have ended.
-
-    Threads are daemons, unlike those of an executor: a process that has failed does not stay alive until
-    everything is uploaded, or until the last retry on a silent store has failed.
-    """
-    left, errors = deque(names), dict[str, BaseException]()
-
-    def run() -> None:
-        with contextlib.suppress(IndexError):
-            while True:
-                name = left.popleft()
-                try:
-                    work(name)
-                except BaseException as error:
-                    errors[name] = error
-
-    threads = [
-        threading.Thread(target=run, name=f"storage {number}", daemon=True)
-        for number in range(min(AT_ONCE, len(names)))
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for name in names:
-        if name in errors:
-            raise errors[name]
 
 
 def _sum(body: Any) -> str:

@@ -27,7 +27,7 @@ from cnn2gnn_dist.graph.partition import parts as partition
 from cnn2gnn_dist.graph.search.valid_nodes import valid_nodes_of
 from cnn2gnn_dist.graph.version import GraphVersion, GraphWriter
 from cnn2gnn_dist.runtime.group import collectives, exchange, members
-from cnn2gnn_dist.runtime.shared_files import handover
+from cnn2gnn_dist.runtime.shared_files import handover, host_folders
 from cnn2gnn_dist.stages.neighbours import candidates
 from cnn2gnn_dist.stages.neighbours.embeddings import NOTE, Embedded
 from cnn2gnn_dist.stages.neighbours.neighbourhood import opened
@@ -90,12 +90,15 @@ def build(
     manifest = load_manifest(context.paths.train_manifest)
 
     attempt = _attempt(context, moment) if moment else ""
-    collectives.alone(lambda: _create(context, root, number, manifest, attempt))
+    host_folders.in_each(lambda: _create(context, root, number, manifest, attempt))
     writer = GraphWriter.open(root, number)
-    handover.hand_over(
-        writer.path,
-        lambda: handover.described(writer.path, {p.name: False for p in writer.path.glob("*.npy")}),
-    )
+    if not host_folders.are_separate():
+        handover.hand_over(
+            writer.path,
+            lambda: handover.described(
+                writer.path, {path.name: False for path in writer.path.glob("*.npy")}
+            ),
+        )
     query_Nd = _embed_all(context, embed, writer, len(manifest), number)
     searched = candidates.find(context, writer, query_Nd, previous)
 
@@ -113,11 +116,15 @@ def build(
     sizes = _cut_parts(context, writer)
 
     def close() -> None:
-        made = _finalise(context, writer, sizes, cut, searched, previous)
-        version.prune(root, made, settings.keep_versions)
+        if context.ranks.is_first:
+            _finalise(context, writer, sizes, cut, searched, previous)
+        else:  # of a folder of another host, to which the rest is handed over
+            writer.place()
 
-    collectives.alone(close)
-    return opened(version.version_path(root, number))
+    host_folders.in_each(close)
+    made = opened(version.version_path(root, number))
+    host_folders.in_each(lambda: version.prune(root, made.path, settings.keep_versions))
+    return made
 
 
 def _attempt(context: Context, moment: str) -> str:
@@ -257,8 +264,10 @@ def _cut_parts(context: Context, writer: GraphWriter) -> list[partition.PartSize
         return sizes, files
 
     told = exchange.every_rank(cut)
-    if members.on_several_hosts():
-        written = {name: one for _, files in told for name, one in files.items()}
+    written = {name: one for _, files in told for name, one in files.items()}
+    if host_folders.are_separate():
+        handover.hand_over(writer.path, lambda: written)
+    elif members.on_several_hosts():
         collectives.alone(lambda: handover.wait_for(writer.path, written))
     sizes = {number: size for own, _ in told for number, size in own.items()}
     return [sizes[number] for number in range(parts)]

@@ -17,8 +17,8 @@ from cnn2gnn_dist.data.images.views import CLEAN
 from cnn2gnn_dist.data.index.manifest import Manifest
 from cnn2gnn_dist.data.reading.pool import ReaderPool
 from cnn2gnn_dist.data.reading.reader import Request
-from cnn2gnn_dist.runtime.group import collectives, members
-from cnn2gnn_dist.runtime.shared_files import handover
+from cnn2gnn_dist.runtime.group import collectives, exchange, members
+from cnn2gnn_dist.runtime.shared_files import handover, host_folders
 from cnn2gnn_dist.stages.shared.context import Context, CorruptCount, chunks, load_manifest
 from cnn2gnn_dist.stages.shared.networks import Teacher, final_checkpoint, load_model
 from cnn2gnn_dist.stages.shared.predictions import check_held_out
@@ -52,18 +52,24 @@ def run(context: Context, teacher_key: str) -> list[Path]:
     meta = {"key": context.key}
     shards = [s for s, size in enumerate(manifest.shard_sizes) if size]
     files = {s: shard_file(context.folder, manifest, s) for s in shards}
-    missing = collectives.broadcast_object(
-        [s for s in shards if not soft.is_complete(files[s], meta)]
-        if context.ranks.is_first
-        else None
+    here = exchange.every_rank(
+        lambda: (
+            [s for s in shards if soft.is_complete(files[s], meta)]
+            if host_folders.acts(context.ranks.rank)
+            else []
+        )
     )
+    known = {s for one in here for s in one}
+    missing = [s for s in shards if s not in known]
+    complete = [files[s] for s in here[context.ranks.rank]]
     if len(missing) < len(shards):
         context.say(f"{len(shards) - len(missing)} of {len(shards)} shards are complete")
     if config.targets.logits is not None:
         check_held_out(context)  # otherwise the teacher's stage has
         collectives.alone(lambda: _write_ready(context, manifest, missing, files, meta))
+        written = [files[s] for s in missing] if context.ranks.is_first else []
+        _hand_over(context, written, complete)
         return list(files.values())
-    complete = [files[s] for s in shards if s not in set(missing)]
     if not missing:
         _hand_over(context, [], complete)
         _count_corrupt(context, manifest, files)
@@ -93,11 +99,14 @@ def run(context: Context, teacher_key: str) -> list[Path]:
 
 
 def _hand_over(context: Context, mine: list[Path], complete: list[Path]) -> None:
-    """Wait until all hosts see the files that each rank has written, and earlier ones (collective)."""
+    """Wait until all hosts see the files that each rank has written, and earlier ones (collective).
+
+    ``complete``: the earlier ones in this rank's folder, if it acts for that.
+    """
     if not members.on_several_hosts():
         return
-    known = [*mine, *(complete if context.ranks.is_first else [])]
-    own = handover.described(context.folder, {path.name: False for path in known})
+    sums = host_folders.are_separate()
+    own = handover.described(context.folder, {path.name: sums for path in [*mine, *complete]})
     everyone = collectives.all_gather_object(own)
     together = {name: what for part in everyone for name, what in part.items()}
     handover.hand_over(context.folder, lambda: together)

@@ -14,7 +14,6 @@ import pytest
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.pipeline import runner
 from cnn2gnn_dist.runtime.group import collectives
-from cnn2gnn_dist.runtime.ranks import Ranks
 from cnn2gnn_dist.runtime.shared_files import folder_lock
 from tests.support import rank_group
 
@@ -43,10 +42,9 @@ def holder(root: Path, how: str = "") -> subprocess.Popen[str]:
 
 def refused_on(root: Path) -> tuple[str, int]:
     """The error on a rank, and whether it can still take part in a collective."""
-    ranks = Ranks(collectives.rank(), collectives.rank(), collectives.world_size())
     runner.LOCK_SECONDS = 0.2
     try:
-        with runner._locked(root, ranks):
+        with runner._locked(root):
             return "let in", 0
     except UserError as error:
         return error.what, sum(collectives.all_gather_object(1))

@@ -23,6 +23,7 @@ import numpy as np
 from cnn2gnn_dist import durable
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.graph.row_file import RowFile, check_sum, read_rows
+from cnn2gnn_dist.runtime.shared_files.pieces import Piece
 
 Shape = tuple[tuple[int, ...], type]
 
@@ -35,6 +36,9 @@ class RankGroup:
     ``gather``: every rank's object, in rank order, on every rank (collective).
     ``progress``: called with (phase, units done here, units here) after each unit.
     ``forget``: called with the paths of arrays that all ranks have written, before they are read.
+    ``creates``: whether this rank creates what all ranks fill: one does for each folder, if hosts don't share one.
+    ``share``: called with what each rank has written, before it is read: hosts without a shared folder
+    exchange it (collective).
     """
 
     rank: int = 0
@@ -44,6 +48,13 @@ class RankGroup:
     gather: Callable[[Any], list[Any]] = lambda own: [own]
     progress: Callable[[str, int, int], None] = lambda phase, done, total: None
     forget: Callable[[Iterable[Path]], None] = lambda paths: None
+    creates: bool | None = None
+    share: Callable[[Sequence[Piece]], None] = lambda pieces: None
+
+    @property
+    def is_creator(self) -> bool:
+        """``creates``; rank 0 if that is not given."""
+        return self.rank == 0 if self.creates is None else self.creates
 
 
 class WorkFolder:
@@ -66,7 +77,7 @@ class WorkFolder:
         """
         path = self.path(name)
         with self.group.together():
-            if self.group.rank == 0 and not path.exists():
+            if self.group.is_creator and not path.exists():
                 unfinished = path.with_suffix(".tmp")
                 durable.reserve_array(unfinished, shape, kind)
                 unfinished.replace(path)
@@ -120,6 +131,11 @@ class WorkFolder:
         for file in files:
             file.close()
         group.forget(self.path(name) for name in arrays)
+        group.share([
+            Piece(file.path, unit % group.world_size, (file.span(rows),))
+            for file in files
+            for unit, rows in enumerate(units)
+        ])  # fmt: skip
         made = tuple(read_rows(self.path(name)) for name in arrays)
         everyone = {unit: s for part in group.gather(sums) for unit, s in part.items()}
         others = set(range(len(units))) - set(left)

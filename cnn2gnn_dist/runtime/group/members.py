@@ -96,6 +96,13 @@ def speaks_for_host(rank: int) -> bool:
     return rank >= len(places) or places.index(places[rank]) == rank
 
 
+def on_host_of(rank: int) -> list[int]:
+    """The ranks that see files as a rank does, itself among them, in ascending order."""
+    if rank >= len(_present):
+        return [rank]
+    return [other for other, one in enumerate(_present) if one.place == _present[rank].place]
+
+
 def name_of(rank: int) -> str:
     """``rank 1 on node-b``, or ``rank 1`` if the host is unknown."""
     if rank < len(_present):

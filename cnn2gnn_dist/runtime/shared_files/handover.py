@@ -4,7 +4,8 @@ A client of a file server caches names (absent ones too), sizes and pages of fil
 that reads a file during that time may read zeros, an earlier version or nothing, and continue with it.
 So files that cross from host to host are handed over: one rank lists them with their sizes and
 checksums; one rank on each host polls until it sees them like that, or time is up. Where all ranks
-share a page cache, nothing is done.
+share a page cache, nothing is done. Where each host has a folder of its own, hosts fetch what they lack from
+the run's storage (``exchange_by_store``).
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ import contextlib
 import errno
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from cnn2gnn_dist import durable
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.runtime.group import collectives, exchange, members
+from cnn2gnn_dist.runtime.shared_files import exchange_by_store, host_folders
+from cnn2gnn_dist.runtime.shared_files.exchange_by_store import Content
+from cnn2gnn_dist.runtime.shared_files.pieces import Piece
 
 WAIT_S = 75.0
 """Clients of NFS cache names for up to 60 s (acdirmax)."""
@@ -55,15 +59,23 @@ def recorded(folder: Path, sums: Mapping[str, str]) -> dict[str, Written]:
 def hand_over(folder: Path, files: Callable[[], Files], own_sums: bool = True) -> None:
     """Wait until every host sees these files of a folder as rank 0 describes them (collective).
 
+    Hosts with folders of their own fetch those that they lack, or have otherwise.
+
     Args:
         folder: the same path on all hosts.
         files: called on rank 0 only, and only if there are several hosts.
         own_sums: the checksums were computed on rank 0's host, which needs no second look.
 
     Raises:
-        UserError: on every rank: a host sees something else, even after ``WAIT_S``.
+        NowhereFound: on every rank: no host has one of them, nor has the run's storage.
+        UserError: on every rank: a host sees something else, even after ``WAIT_S``; the storage fails.
     """
     if not members.on_several_hosts():
+        return
+    if host_folders.are_separate():
+        contents = collectives.alone(lambda: _with_sums(folder, files()))
+        side = exchange_by_store.Files(folder)
+        exchange_by_store.distribute(contents, side, host_folders.depot(), str(folder))
         return
     wanted: Files = collectives.alone(files)
     rank = collectives.rank()
@@ -73,6 +85,13 @@ def hand_over(folder: Path, files: Callable[[], Files], own_sums: bool = True) -
             wait_for(folder, wanted, sums=not (own_sums and rank == 0))
 
     exchange.every_rank(look)
+
+
+def _with_sums(folder: Path, files: Files) -> dict[str, Content]:
+    return {
+        name: Content(size, durable.sha256(folder / name) if sha is None else sha)
+        for name, (size, sha) in files.items()
+    }
 
 
 def wait_for(folder: Path, files: Files, sums: bool = True, seconds: float | None = None) -> None:
@@ -102,15 +121,29 @@ def forget(paths: Iterable[Path]) -> None:
             durable.forget_pages(path)
 
 
+def share(pieces: Sequence[Piece]) -> None:
+    """After ranks have filled parts of the same files: give them to hosts with folders of their own (collective).
+
+    Args:
+        pieces: the same on all ranks.
+
+    Raises:
+        UserError: on every rank: the storage fails, or a disk is full.
+    """
+    if members.on_several_hosts() and host_folders.are_separate():
+        exchange_by_store.share_pieces(pieces, host_folders.depot())
+
+
 def wait_for_folder(folder: Path) -> None:
     """Wait until this rank can write into a folder that rank 0 has created (not collective).
 
-    A folder of the same name that rank 0 has removed before may still be cached.
+    A folder of the same name that rank 0 has removed before may still be cached. A host with a folder of its
+    own has created it itself.
 
     Raises:
         OSError: it can't, even after ``WAIT_S``.
     """
-    if not members.on_several_hosts() or collectives.rank() == 0:
+    if not members.on_several_hosts() or host_folders.are_separate() or collectives.rank() == 0:
         return
     probe, deadline = folder / f".{collectives.rank()}.probe", time.monotonic() + WAIT_S
     while True:

@@ -10,44 +10,80 @@ import contextlib
 import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.runtime.group import collectives, exchange, members
 from cnn2gnn_dist.runtime.hosts import host_checks
 
+T = TypeVar("T")
 SECONDS = 10.0
 """Seconds for a new name to appear on another host: clients ask the server at once for names never seen before."""
 PREFIX = ".lock-probe-"
 """Files with such names don't count as contents of a run's folder (``ledger.check_claim``)."""
 
 
-def check(root: Path) -> None:
+def check(root: Path, may_be_separate: bool = False) -> bool:
     """Check that all hosts write into the same folder, and see what the others write (collective).
 
     Rank 0 creates a file of a random name; one rank of every other host waits for it and answers with
     another file, for which rank 0 waits. Takes 10 ms; nothing is done where all ranks are on one host.
 
+    Args:
+        root: the same path on all hosts.
+        may_be_separate: whether each host may instead have a folder of its own, which is then created.
+
+    Returns:
+        whether each host has one of its own: none of them sees what any other one writes.
+
     Raises:
         UserError: on every rank, naming the hosts where that fails, or where the folder doesn't answer.
     """
     if not members.on_several_hosts():
-        return
+        return False
     rank, world_size = collectives.rank(), collectives.world_size()
     name: str = collectives.broadcast_object(PREFIX + secrets.token_hex(8))
     answering = [r for r in range(1, world_size) if members.speaks_for_host(r)]
-    where = f"run.dir={root}"
+    where, clearing = f"run.dir={root}", [0]
 
-    def step(who: list[int], look: Callable[[], None]) -> None:
-        exchange.every_rank(lambda: host_checks.in_time(look, where) if rank in who else None)
+    def step(who: list[int], look: Callable[[], T]) -> dict[int, T]:
+        def one() -> T | None:
+            return host_checks.in_time(look, where) if rank in who else None
+
+        found = exchange.every_rank(one)
+        return {r: value for r in who if (value := found[r]) is not None}
 
     try:
         step([0], lambda: _write(root / name))
+        sees = step(answering, lambda: _sees(root / name))
+        if may_be_separate and not any(sees.values()):
+            clearing += answering
+            step(answering, lambda: _write(root / f"{name}-{rank}"))
+            step([0, *answering], lambda: _check_separate(root, name, rank, answering))
+            return True
         step(answering, lambda: _answer(root, name, rank))
         step([0], lambda: _read(root, name, answering))
+        return False
     finally:
-        if rank == 0:
+        if rank in clearing:
             with contextlib.suppress(UserError):  # that the folder doesn't answer has been reported
                 host_checks.in_time(lambda: _clear(root, name, answering), where)
+
+
+def _sees(path: Path) -> bool:
+    return members.wait_until(path.exists, SECONDS)
+
+
+def _check_separate(root: Path, name: str, rank: int, answering: list[int]) -> None:
+    """Check that this host sees no other host's name: the names are new, so nobody has cached their absence."""
+    others = {0: name} | {r: f"{name}-{r}" for r in answering}
+    seen = [members.name_of(r) for r, one in others.items() if r != rank and (root / one).exists()]
+    if seen:
+        raise UserError(
+            f"this folder is shared with {', '.join(seen)}, but not with all hosts",
+            where=f"run.dir={root}",
+            remedy="a folder that all hosts share, or one on a disk of each host's own",
+        )
 
 
 def _clear(root: Path, name: str, answering: list[int]) -> None:
@@ -65,7 +101,7 @@ def _write(path: Path) -> None:
 
 
 def _answer(root: Path, name: str, rank: int) -> None:
-    if not members.wait_until((root / name).exists, SECONDS):
+    if not (root / name).exists():
         raise UserError(
             "this folder is not the one that rank 0 sees"
             if root.is_dir()

@@ -15,7 +15,7 @@ from cnn2gnn_dist.graph.search.valid_nodes import ValidNodes, valid_nodes_of
 from cnn2gnn_dist.graph.search.work_units import RankGroup, WorkFolder
 from cnn2gnn_dist.graph.version import WORK_FOLDER, GraphVersion, GraphWriter
 from cnn2gnn_dist.runtime.group import collectives
-from cnn2gnn_dist.runtime.shared_files import handover
+from cnn2gnn_dist.runtime.shared_files import handover, host_folders
 from cnn2gnn_dist.stages.shared.context import Context
 
 LONG = 4
@@ -34,6 +34,8 @@ def open_work_folder(context: Context, writer: GraphWriter) -> WorkFolder:
         collectives.all_gather_object,
         _Bar(context),
         handover.forget,
+        host_folders.acts(ranks.rank),
+        handover.share,
     )
     return WorkFolder(writer.path / WORK_FOLDER, group)
 
@@ -65,7 +67,7 @@ def find(
             note["changed_edges"] = quality.changed_edges(previous.candidates, found.table_NM)
         return note
 
-    return collectives.alone(keep)
+    return host_folders.in_each(keep)  # each folder has the whole table
 
 
 def describe(note: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ from cnn2gnn_dist.data.order import sequential
 from cnn2gnn_dist.graph.row_file import RowFile, check_sum, read_rows
 from cnn2gnn_dist.graph.search.work_units import WorkFolder, check_agreement
 from cnn2gnn_dist.graph.version import GraphWriter
+from cnn2gnn_dist.runtime.shared_files.pieces import Piece
 
 NOTE = 16
 """Batches per chunk: after each chunk a rank records its progress."""
@@ -86,6 +87,7 @@ class Embedded:
         group.forget([self._array_path(name) for name in ("x", "z")])
         if self.query is not None:
             group.forget([self._array_path("query")])
+        group.share(self._pieces(everyone))
         mismatches = []
         for rank, notes in enumerate(everyone):
             mine, plan = rank == group.rank, self._plan(rank)
@@ -97,6 +99,23 @@ class Embedded:
         if mismatches:
             self._path.unlink(missing_ok=True)
         check_agreement(group, mismatches, self.writer.path)
+
+    def _pieces(self, everyone: list[list[dict[str, int]]]) -> list[Piece]:
+        """What each rank has written: of each array its rows in each chunk."""
+        found = []
+        for name in ("x", "z", "query") if self.query is not None else ("x", "z"):
+            with RowFile(self._array_path(name)) as file:
+                for rank, notes in enumerate(everyone):
+                    plan = self._plan(rank)
+                    for number in range(len(notes)):
+                        batches = plan[number * NOTE : (number + 1) * NOTE]
+                        spans = tuple(
+                            file.span(slice(int(ids[0]), int(ids[0]) + int(mask.sum())))
+                            for ids, mask in batches
+                            if mask.any()
+                        )
+                        found.append(Piece(file.path, rank, spans))
+        return found
 
     def _read_back(
         self, batches: list[tuple[np.ndarray, np.ndarray]], sums: dict[str, int]

@@ -19,7 +19,8 @@ from cnn2gnn_dist.data.reading.pool import ReaderPool
 from cnn2gnn_dist.data.reading.reader import Batch, ReaderSpec
 from cnn2gnn_dist.data.reading.shard_files import CacheSpec
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.run_storage.session import RunStorage, TrainingCopies
+from cnn2gnn_dist.run_storage.session import RunStorage
+from cnn2gnn_dist.run_storage.training_copies import TrainingCopies
 from cnn2gnn_dist.runtime.group import collectives
 from cnn2gnn_dist.runtime.ranks import Ranks
 from cnn2gnn_dist.training import ds_config, precision
@@ -107,7 +108,7 @@ class Context:
         """Where this stage's checkpoints are also kept; None without ``run.storage``."""
         if self.config.run.storage is None:
             return None
-        return TrainingCopies(self.storage, self.folder)
+        return TrainingCopies(self.storage, self.folder, self.config.run.storage)
 
     def deepspeed_of(self, model: str) -> dict[str, Any]:
         """The DeepSpeed config of "teacher" or "student", read by one process for all ranks."""

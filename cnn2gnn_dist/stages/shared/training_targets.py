@@ -12,14 +12,15 @@ from cnn2gnn_dist.data import target_arrays
 from cnn2gnn_dist.data.index.manifest import Manifest
 from cnn2gnn_dist.data.soft_targets import Targets
 from cnn2gnn_dist.runtime.group import collectives
-from cnn2gnn_dist.runtime.shared_files import handover
+from cnn2gnn_dist.runtime.shared_files import handover, host_folders
 from cnn2gnn_dist.stages.shared.context import Context
 
 
 def open_targets(context: Context, manifest: Manifest, targets_key: str) -> Targets:
     """Load all soft targets of the run (collective).
 
-    If nothing can be written next to them, every rank reads them into its memory.
+    The arrays are filled by all ranks that share a folder. If nothing can be written next to them, every rank
+    reads them into its memory.
 
     Raises:
         UserError: on every rank: as ``Targets.load``; the disk is full.
@@ -39,23 +40,32 @@ def open_targets(context: Context, manifest: Manifest, targets_key: str) -> Targ
             return wanted, f"not writable: {error.strerror}"
         return wanted, "begun"
 
-    (wanted, state), *_ = _on_all(begin if context.ranks.is_first else None)
-    if state.startswith("not writable"):
-        context.warn(f"{state} ({root}): every rank reads them into its memory", stage="targets")
+    sharing = host_folders.sharing(context.ranks.rank)
+    first = sharing[0] == context.ranks.rank
+    begun = _on_all(begin if first else None)
+    wanted, _ = begun[sharing[0]]
+    states = {state for _, state in filter(None, begun)}
+    if refused := sorted(states - {"whole", "begun"}):
+        context.warn(
+            f"{refused[0]} ({root}): every rank reads them into its memory", stage="targets"
+        )
         return Targets.load(files, samples, classes, meta)
-    if state == "begun":
-        ranks = context.ranks
-        mine = wanted.files[ranks.rank :: ranks.world_size]
-        covered = _on_all(lambda: np.packbits(target_arrays.fill(root, wanted, mine)))
-        cells = wanted.layout.views * samples
-        whole_VN = np.unpackbits(np.bitwise_or.reduce(covered), count=cells).astype(bool)
-        whole_VN = whole_VN.reshape(wanted.layout.shape[:2])
+    if "begun" in states:
+        fills = begun[sharing[0]][1] == "begun"
+        mine = wanted.files[sharing.index(context.ranks.rank) :: len(sharing)]
+
+        def fill() -> np.ndarray | None:
+            return np.packbits(target_arrays.fill(root, wanted, mine)) if fills else None
+
+        covered = [part for rank, part in enumerate(_on_all(fill)) if rank in sharing]
 
         def finish() -> None:
+            cells = wanted.layout.views * samples
+            whole_VN = np.unpackbits(np.bitwise_or.reduce(covered), count=cells).astype(bool)
             handover.forget(target_arrays.unfinished_arrays(root, wanted))
-            target_arrays.finish(root, wanted, whole_VN)
+            target_arrays.finish(root, wanted, whole_VN.reshape(wanted.layout.shape[:2]))
 
-        _on_all(finish if ranks.is_first else None)
+        _on_all(finish if first and fills else None)
     folder = root / target_arrays.FOLDER
     handover.hand_over(folder, lambda: handover.recorded(folder, target_arrays.checksums(root)))
     return target_arrays.opened(root, wanted.layout)

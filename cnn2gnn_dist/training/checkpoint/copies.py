@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.runtime.group import collectives
+from cnn2gnn_dist.training.checkpoint.folder import File
 
 _log = logging.getLogger(__name__)
 
@@ -23,6 +26,12 @@ class Copies(Protocol):
 
     def wait(self) -> str | None:
         """Wait for all copies; return why the last one failed, if it did."""
+
+    def send(self, checkpoint: str, path: Path, file: File) -> None:
+        """Copy a file of a checkpoint from a host that has a folder of its own; called in a thread."""
+
+    def note_sent(self, checkpoint: str, files: Sequence[File]) -> None:
+        """Record files of a complete checkpoint that other hosts have copied."""
 
 
 @dataclass
@@ -68,6 +77,16 @@ class CopyCount:
                     remedy="check the store and the network; the same command resumes from the last "
                     "checkpoint (checkpoint.max_failures)",
                 )
+
+    def send(self, checkpoint: str, path: Path, file: File) -> None:
+        """As ``Copies.send`` (any rank)."""
+        assert self.copies is not None, "hosts without a shared folder have run.storage"
+        self.copies.send(checkpoint, path, file)
+
+    def note_sent(self, checkpoint: str, files: Sequence[File]) -> None:
+        """As ``Copies.note_sent``, on rank 0."""
+        if self.copies is not None and collectives.rank() == 0 and files:
+            self.copies.note_sent(checkpoint, files)
 
     def wait(self) -> str:
         """Wait for all copies; return an addition to the final message, empty if all succeeded (collective)."""

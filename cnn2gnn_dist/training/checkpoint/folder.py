@@ -103,6 +103,15 @@ def damage(folder: Path) -> str | None:
     return None
 
 
+def manifest_damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's manifest, or None: its files are not looked at."""
+    try:
+        checksums(folder)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"no valid manifest ({error})"
+    return None
+
+
 def checksums(folder: Path) -> dict[str, tuple[int, str]]:
     """Bytes and SHA-256 of the files of a complete checkpoint."""
     files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]

@@ -4,6 +4,10 @@ Saving copies the state to host memory (collective) and writes it in a thread of
 all shares are on disk, rank 0 makes them visible (``checkpoint/folder.py``). It doesn't change the
 state, so a run that is saved at other steps is the same run. A save that fails (disk full,
 read-only folder) is reported and costs only that save; the previous checkpoint stays.
+
+Where each host has a folder of its own, it has the shares of its own ranks there, and the same manifest as the
+others. Ranks on other hosts than rank 0's copy their shares to the run's storage. Before a checkpoint is read,
+the hosts exchange what they lack.
 """
 
 from __future__ import annotations
@@ -11,7 +15,9 @@ from __future__ import annotations
 import logging
 import shutil
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +27,8 @@ from torch import Tensor
 from cnn2gnn_dist import durable, field_names
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.runtime.group import collectives
-from cnn2gnn_dist.runtime.shared_files import handover
+from cnn2gnn_dist.runtime.shared_files import handover, host_folders
+from cnn2gnn_dist.runtime.shared_files.exchange_by_store import NowhereFound
 from cnn2gnn_dist.training.checkpoint import folder as disk
 from cnn2gnn_dist.training.checkpoint import named_state
 from cnn2gnn_dist.training.checkpoint.copies import Copies, CopyCount
@@ -111,7 +118,8 @@ class Checkpoints:
             "about": self.about,
         }
         name = f"rank-{rank:05d}-of-{world_size:05d}"
-        self._writing = _Writing(work, name, tensors, own or {}, state, best)
+        send = None if 0 in host_folders.sharing(rank) else partial(self.copies.send, final.name)
+        self._writing = _Writing(work, name, tensors, own or {}, state, best, send)
 
     @property
     def written(self) -> bool:
@@ -130,12 +138,14 @@ class Checkpoints:
             return
         outcomes = collectives.all_gather_object(writing.finish())
         problem = next((error for error, _ in outcomes if error), None)
-        if problem is None and collectives.rank() == 0:
-            problem = _error_of(
-                lambda: self._publish(writing, [f for _, fs in outcomes for f in fs])
-            )
-        problem = collectives.broadcast_object(problem)
+        if problem is None:
+            files = [file for _, own in outcomes for file in own]
+            problem = _error_in_a_folder(lambda: self._publish(writing, files))
         self._report(problem, writing.work)
+        if problem is None:
+            near = host_folders.sharing(0)
+            sent = [f for rank, (_, own) in enumerate(outcomes) if rank not in near for f in own]
+            self.copies.note_sent(writing.work.stem, sent)
         self.copies.settle(complete=problem is None)
 
     def finish(self) -> Path:
@@ -151,11 +161,29 @@ class Checkpoints:
                 where=str(self.folder),
                 remedy="free some space or fix the folder; the same command resumes from the previous one",
             )
-        path: Path | None = collectives.broadcast_object(
-            self.latest() if collectives.rank() == 0 else None
-        )
+        path = self._newest()
         assert path is not None
         return path
+
+    def _newest(self) -> Path | None:
+        """The newest complete checkpoint, once it is complete in each folder (collective)."""
+        if not host_folders.are_separate():
+            first = collectives.rank() == 0
+            path: Path | None = collectives.broadcast_object(self.latest() if first else None)
+            return path
+        host_folders.in_each(lambda: disk.recover(self.folder))
+        folders: list[Path] = collectives.alone(lambda: disk.all_of(self.folder))
+        for folder in reversed(folders):
+            problem: str | None = collectives.alone(partial(disk.manifest_damage, folder))
+            if problem is None:
+                try:
+                    handover.hand_over(folder, partial(_written, folder))
+                    return folder
+                except NowhereFound as error:
+                    problem = error.what
+            if collectives.rank() == 0:
+                _log.warning(f"checkpoint {folder.name} is skipped: {problem}")
+        return None
 
     def latest(self) -> Path | None:
         """Return the newest complete checkpoint; a corrupt one is logged and skipped."""
@@ -186,11 +214,11 @@ class Checkpoints:
         Raises:
             UserError: the checkpoint belongs to another run, or to another architecture.
         """
-        found = self.latest() if collectives.rank() == 0 and only is None else only
-        path: Path | None = collectives.broadcast_object(found)
+        path = self._newest() if only is None else only
         if path is None:
             return None
-        handover.hand_over(path, lambda: _written(path))
+        if only is not None or not host_folders.are_separate():
+            handover.hand_over(path, partial(_written, path))
         state = disk.read_state(path)
         if state["run_id"] != self.run_id and not force:
             raise self._other_run_error(path, state)
@@ -221,14 +249,13 @@ class Checkpoints:
         )
 
     def _create_folder(self, work: Path) -> bool:
-        """Create the folder to write into, on rank 0."""
+        """Create the folder to write into: on rank 0, or on each host that has its own."""
 
         def make() -> None:
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir(parents=True)
 
-        problem = _error_of(make) if collectives.rank() == 0 else None
-        problem = collectives.broadcast_object(problem)
+        problem = _error_in_a_folder(make)
         if problem is not None:
             self._report(problem, work)
         return problem is None
@@ -252,8 +279,9 @@ class Checkpoints:
         self._failures = 0 if problem is None else self._failures + 1
         if problem is None:
             return
-        if collectives.rank() == 0:
+        if host_folders.acts(collectives.rank()):
             shutil.rmtree(work, ignore_errors=True)
+        if collectives.rank() == 0:
             _log.error(
                 f"checkpoint {work.stem} was not written: {problem}; training continues, and the "
                 "previous checkpoint is kept"
@@ -278,8 +306,9 @@ class _Writing:
         own: dict[str, Any],
         state: dict[str, Any],
         best: bool,
+        send: Callable[[Path, disk.File], None] | None = None,
     ) -> None:
-        self.work, self.state, self.best = work, state, best
+        self.work, self.state, self.best, self._send = work, state, best, send
         self._name, self._tensors, self._own = name, tensors, own
         self._files: list[disk.File] = []
         self._error: str | None = None
@@ -308,6 +337,9 @@ class _Writing:
         own = path.with_suffix(".json")
         durable.write_json(own, self._own)
         self._files = [disk.describe(path), disk.describe(own)]
+        if self._send is not None:
+            for file in self._files:
+                self._send(self.work / file[0], file)
 
 
 def _written(path: Path) -> dict[str, handover.Written]:
@@ -322,6 +354,15 @@ def _error_of(work: Any) -> str | None:
     except Exception as error:  # safetensors reports ENOSPC with its own exception
         return str(error) or type(error).__name__
     return None
+
+
+def _error_in_a_folder(work: Callable[[], object]) -> str | None:
+    """The ranks that act for a folder do the work; return the first one's error, if any (collective)."""
+    own = _error_of(work) if host_folders.acts(collectives.rank()) else None
+    if not host_folders.are_separate():
+        shared: str | None = collectives.broadcast_object(own)
+        return shared
+    return next(filter(None, collectives.all_gather_object(own)), None)
 
 
 def _shares(engine: Engine, world_size: int) -> dict[str, int]:

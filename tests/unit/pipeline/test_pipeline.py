@@ -11,7 +11,6 @@ from cnn2gnn_dist.ledger import Entry, Status
 from cnn2gnn_dist.pipeline import runner, stage_run
 from cnn2gnn_dist.pipeline.keys import Survey, as_made
 from cnn2gnn_dist.pipeline.registry import stages_of
-from cnn2gnn_dist.runtime.ranks import Ranks
 from cnn2gnn_dist.stages.shared.context import RunPaths
 from tests.support.shards import write_tar
 
@@ -132,9 +131,9 @@ def test_done_json_cut_off_by_a_kill_counts_as_not_done(tmp_path):
 
 def test_two_runs_in_one_folder_are_refused(tmp_path):
     with (
-        runner._locked(tmp_path / "run", Ranks()),
+        runner._locked(tmp_path / "run"),
         pytest.raises(UserError, match="another process"),
-        runner._locked(tmp_path / "run", Ranks()),
+        runner._locked(tmp_path / "run"),
     ):
         pass
 

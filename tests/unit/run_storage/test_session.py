@@ -11,8 +11,9 @@ import pytest
 from cnn2gnn_dist import durable, ledger
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.ledger import Entry, Status
-from cnn2gnn_dist.run_storage.session import RunStorage, TrainingCopies, held_back
+from cnn2gnn_dist.run_storage.session import RunStorage, held_back
 from cnn2gnn_dist.run_storage.store import Damaged, Store, TakenOver
+from cnn2gnn_dist.run_storage.training_copies import TrainingCopies
 from cnn2gnn_dist.training.checkpoint import folder as disk
 
 URL = "memory://runs/one"
