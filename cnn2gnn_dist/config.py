@@ -25,7 +25,8 @@ class RunConfig(Section):
     storage: str | None = Field(
         None,
         description="URL (s3://bucket/folder, or any other that fsspec can write to) where the run is also stored: if "
-        "run.dir is lost, the same command continues with an empty one (docs/cluster.md); null: only run.dir",
+        "run.dir is lost, the same command continues with an empty one, and hosts may have a run.dir each "
+        "(docs/cluster.md); null: only run.dir",
     )
     log_steps: int = Field(10, ge=1, description="optimizer steps between lines of metrics")
     ranks: int = Field(2, ge=1, description="training processes (world size) that `cnn2gnn run` starts; "

@@ -57,18 +57,33 @@ def check_hosts(config: Config, device: str) -> None:
         if storage is not None:
             raise
         also = "or, on disks of the hosts' own, run.storage=s3://BUCKET/FOLDER"
-        raise UserError(error.what, where=error.where, remedy=f"{error.remedy}; {also}") from None
+        raise _shared(error.what, error.where, f"{error.remedy}; {also}") from None
     host_folders.begin(separate)
-    if separate and config.graph.sampling.sampler == "distdgl":
-        raise UserError(
-            "DGL's servers need a folder that all hosts share, and each host has one of its own",
-            where="graph.sampling.sampler=distdgl",
-            remedy="graph.sampling.sampler=table, or a run.dir that all hosts share",
-        )
+    if separate:
+        _check_separate(config)
     if separate and collectives.rank() == 0:
         _log.info(
             f"each host has a run.dir of its own: what one writes reaches the others through {storage}"
         )
+
+
+def _check_separate(config: Config) -> None:
+    """Check that nothing needs a folder that all hosts share."""
+    remedy = "or a run.dir that all hosts share: each host has one of its own"
+    if config.graph.sampling.sampler == "distdgl":
+        what = "DGL's servers read what other hosts have written"
+        where = "graph.sampling.sampler=distdgl"
+        raise _shared(what, where, f"graph.sampling.sampler=table, {remedy}")
+    if config.cluster.reader_resources:
+        what = "readers on hosts without a rank have nothing to read"
+        raise _shared(what, "cluster.reader_resources", f"leave it out, {remedy}")
+
+
+def _shared(what: str, where: str, remedy: str) -> UserError:
+    """An error that every rank raises, and rank 0 reports."""
+    error = UserError(what, where=where, remedy=remedy)
+    error.shared = True
+    return error
 
 
 def _local(given: str | list[str] | None) -> list[Path]:

@@ -151,4 +151,5 @@ def test_distdgl_is_refused(bucket: Any, tmp_path: Path) -> None:
     paths = [tmp_path / "a", tmp_path / "b"]
     found = finish(own_folders.start(paths, "run.storage=s3://runs/served", *served))
     assert [code for code, _ in found] == [2, 2]
-    assert "DGL's servers need a folder that all hosts share" in found[0][1]
+    assert "DGL's servers read what other hosts have written" in found[0][1]
+    assert "each host has one of its own" in found[0][1]
