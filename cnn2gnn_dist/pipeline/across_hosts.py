@@ -32,7 +32,7 @@ def check_hosts(config: Config, device: str) -> None:
     Raises:
         UserError: one has too little room, or sees another folder than the others, without a storage through
             which they could exchange files; on every rank.
-    """
+    """  # noqa: DOC501
     if collectives.world_size() == 1:
         return
     cache = config.stream.cache_dir
