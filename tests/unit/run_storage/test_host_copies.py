@@ -1,0 +1,178 @@
+"""Folders of hosts that share none with rank 0's: what stays in them, and what counts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cnn2gnn_dist import durable, ledger
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.ledger import Entry, Status
+from cnn2gnn_dist.run_storage import host_copies
+from cnn2gnn_dist.run_storage.session import RunStorage
+from cnn2gnn_dist.run_storage.store import Store
+from cnn2gnn_dist.run_storage.training_copies import TrainingCopies
+from cnn2gnn_dist.training.checkpoint import folder as disk
+
+URL = "memory://runs/copies"
+
+
+@pytest.fixture(autouse=True)
+def empty() -> Iterator[None]:
+    import fsspec
+
+    store = fsspec.filesystem("memory")
+    store.store.clear()
+    store.pseudo_dirs[:] = [""]
+    yield
+    store.store.clear()
+
+
+def opened(root: Path) -> RunStorage:
+    storage = RunStorage.open(root, URL)
+    ledger.claim(root, "name: one\n")
+    return storage
+
+
+def checkpoint(stage: Path, step: int, near: bool = True) -> disk.File:
+    """A checkpoint of two ranks; without the second one's share, which is described, unless it is ``near``."""
+    final = disk.path_of(disk.root_of(stage), step)
+    work = final.with_name(final.name + ".tmp")
+    work.mkdir(parents=True)
+    shares = []
+    for rank in (0, 1):
+        (work / f"rank-{rank}").write_bytes(b"%d of %d" % (rank, step) * 50)
+        shares.append(disk.describe(work / f"rank-{rank}"))
+    disk.publish(work, final, {"format": disk.FORMAT, "step": step}, shares)
+    if not near:
+        (final / "rank-1").rename(stage.parent / f"share-{step}")
+    return shares[1]
+
+
+def files_below(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_another_hosts_shares_are_in_the_record_without_being_on_this_disk(tmp_path):
+    """The other host uploads its own; a record names them once rank 0 knows of a complete checkpoint."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    storage, stage = opened(here), here / "teacher"
+    ledger.begin(stage, Entry("k", {}))
+    copies, elsewhere = TrainingCopies(storage, stage, URL), TrainingCopies(None, stage, URL)
+    for step in (1, 2, 3):
+        share = checkpoint(stage, step, near=False)
+        if step != 2:  # an upload that failed: this checkpoint is not complete anywhere
+            elsewhere.send(f"step-{step:08d}", here / f"share-{step}", share)
+            copies.note_sent(f"step-{step:08d}", [share])
+        assert copies.start() is None
+        assert copies.wait() is None
+    names = {n.split("/")[1] for n in Store.open(URL).records["teacher"].files if "step-" in n}
+    assert names == {"step-00000001", "step-00000003"}
+    assert storage.sent["teacher"] == {}  # recorded
+
+    other = opened(there)
+    other.fetch("teacher", resumes=True)
+    for step in (1, 3):
+        folder = disk.path_of(disk.root_of(there / "teacher"), step)
+        assert disk.damage(folder) is None
+        assert (folder / "rank-1").read_bytes() == b"1 of %d" % step * 50
+
+
+def test_shares_of_checkpoints_that_were_pruned_before_a_record_named_them_go(tmp_path):
+    storage, stage = opened(tmp_path), tmp_path / "teacher"
+    ledger.begin(stage, Entry("k", {}))
+    copies = TrainingCopies(storage, stage, URL)
+    for step in (1, 2):
+        share = checkpoint(stage, step, near=False)
+        copies.send(f"step-{step:08d}", tmp_path / f"share-{step}", share)
+        copies.note_sent(f"step-{step:08d}", [share])
+        disk.prune(disk.root_of(stage), disk.path_of(disk.root_of(stage), step), 1)
+
+    def objects() -> list[str]:
+        return [name for name in storage.store._below("files") if "rank-1" in name]
+
+    assert len(objects()) == 2
+    for _ in (1, 2):  # an upload that was waiting could still have named it
+        assert copies.start() is None
+        assert copies.wait() is None
+    [left] = objects()
+    assert "step-00000002" in left
+
+
+def test_a_copy_whose_host_becomes_rank_0s_keeps_what_the_storage_has(tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    first = opened(here)
+    for name in ("teacher", "targets"):
+        ledger.begin(here / name, Entry("k", {}))
+        (here / name / "a").write_bytes(b"the same")
+        (here / name / "b").write_bytes(b"of rank 0")
+        files = [here / name / "a", here / name / "b"]
+        done = Entry("k", {}, "digest", ledger.outputs(here / name, files))
+        ledger.finish(here / name, done)
+        first.keep_stage(name, made=True)
+
+    host_copies.begin(there, URL + "/")
+    ledger.claim(there, "name: another\n")
+    (there / "teacher" / "deep").mkdir(parents=True)
+    (there / "teacher" / "a").write_bytes(b"the same")
+    (there / "teacher" / "b").write_bytes(b"of no run")  # as long as the right one
+    (there / "teacher" / "deep" / "er").write_bytes(b"more")
+    ledger.finish(there / "teacher", Entry("another", {}))
+    (there / "student.old-1").mkdir()
+    (there / "student.old-1" / "kept").write_bytes(b"as it was")
+    (there / "results.json").write_text("{}")
+    inode = (there / "teacher" / "a").stat().st_ino
+    with pytest.raises(UserError, match="one host's copy of the run in memory://runs/copies"):
+        host_copies.check_whole(there)
+
+    second = opened(there)
+    second.fetch("teacher")
+    assert (there / "teacher" / "a").stat().st_ino == inode
+    assert (there / "teacher" / "b").read_bytes() == b"of rank 0"
+    assert not (there / "teacher" / "deep").exists()
+    assert not (there / "results.json").exists()
+    assert (there / "student.old-1" / "kept").read_bytes() == b"as it was"
+    assert ledger.status(there / "targets", "k")[0] is Status.COMPLETE
+    assert not (there / "targets" / "a").exists()  # not needed
+    assert (there / ledger.CONFIG).read_text() == "name: one\n"
+    host_copies.check_whole(there)
+
+
+def test_a_plan_with_a_copy_is_that_of_the_storage(tmp_path):
+    here, there, view = tmp_path / "here", tmp_path / "there", tmp_path / "view"
+    first = opened(here)
+    ledger.begin(here / "teacher", Entry("k", {}))
+    first.upload("teacher")
+    first.uploads["teacher"].wait()
+    host_copies.begin(there, URL)
+    ledger.claim(there, "name: one\n")
+    ledger.finish(there / "teacher", Entry("stale", {}))
+    before = files_below(there)
+    view.mkdir()
+    _, moved = RunStorage.look(there, URL, view)
+    assert moved == []
+    assert ledger.status(view / "teacher", "k")[0] is Status.RESUME
+    assert files_below(there) == before
+
+
+def test_a_folder_of_something_else_does_not_become_a_copy(tmp_path):
+    (tmp_path / "photo.jpg").touch()
+    with pytest.raises(UserError, match="not a run folder"):
+        host_copies.begin(tmp_path, URL)
+    run = tmp_path / "run"
+    ledger.claim(run, "name: one\n")
+    with pytest.raises(UserError, match="this folder holds another run than memory://runs/copies"):
+        host_copies.begin(run, URL)
+    assert not (run / ledger.NOTE).exists()
+    opened(tmp_path / "mine")
+    host_copies.begin(tmp_path / "mine", URL)  # rank 0 is on another host this time
+    assert host_copies.is_copy(tmp_path / "mine")
+    assert json.loads((tmp_path / "mine" / ledger.NOTE).read_text()) == {"url": URL, "copy": True}
+    assert durable.sha256(tmp_path / "mine" / ledger.CONFIG)
