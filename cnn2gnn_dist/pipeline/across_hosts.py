@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from functools import partial
 from pathlib import Path
 
 from cnn2gnn_dist import ledger
@@ -154,10 +155,7 @@ def bring_inputs(root: Path, folders: list[str], brought: set[str]) -> None:
         digest, names = collectives.alone(here)
         if digest not in brought:
             handover.hand_over(
-                folder,
-                lambda folder=folder, names=names: handover.described(
-                    folder, dict.fromkeys(names, True)
-                ),
+                folder, partial(handover.described, folder, dict.fromkeys(names, True))
             )
             brought.add(digest)
 

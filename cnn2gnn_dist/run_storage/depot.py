@@ -54,7 +54,8 @@ class StoreDepot:
     def kept(self, wanted: Mapping[str, Content]) -> dict[str, str]:
         """By name, objects with these contents that stay in the store anyway; called on rank 0 only."""
         there = self._objects()
-        return {name: there[tuple(one)] for name, one in wanted.items() if tuple(one) in there}
+        found = ((name, there.get((one.size, one.sha256))) for name, one in wanted.items())
+        return {name: url for name, url in found if url is not None}
 
     def leave(self, content: Content, source: bytes | Path) -> str:
         """Write an object; return its URL.

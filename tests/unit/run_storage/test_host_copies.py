@@ -153,6 +153,7 @@ def test_a_plan_with_a_copy_is_that_of_the_storage(tmp_path):
     first.uploads["teacher"].wait()
     host_copies.begin(there, URL)
     ledger.claim(there, "name: one\n")
+    (there / "teacher").mkdir()
     ledger.finish(there / "teacher", Entry("stale", {}))
     before = files_below(there)
     view.mkdir()
