@@ -66,17 +66,16 @@ def of_training(folder: Path, known: Known, elsewhere: Known | None = None) -> C
     Args:
         folder: of the stage.
         known: files that are already stored.
-        elsewhere: files that other hosts, with folders of their own, have stored since.
+        elsewhere: files that other hosts, with folders of their own, have stored.
 
     Raises:
         OSError: something can't be read.
     """
     found = Contents(known, elsewhere)
-    stored = {**known, **(elsewhere or {})}
     try:
         for name in _SMALL:
             found.add_text(name, folder / name)
-        for relative, files in _with_sums(folder, stored):
+        for relative, files in _with_sums(folder, elsewhere or {}):
             manifest = f"{relative}/{version.MANIFEST}"
             found.add_text(manifest, folder / manifest)
             for name, (size, sha) in files.items():
@@ -87,19 +86,19 @@ def of_training(folder: Path, known: Known, elsewhere: Known | None = None) -> C
     return found
 
 
-def of_stage(folder: Path, known: Known | None = None) -> dict[str, Source]:
+def of_stage(folder: Path, elsewhere: Known | None = None) -> dict[str, Source]:
     """All files of a complete stage that others read, or from which training resumes.
 
     Args:
         folder: of the stage.
-        known: files that are already stored, some of them by other hosts with folders of their own.
+        elsewhere: files that other hosts, with folders of their own, have stored.
 
     Raises:
         OSError: something can't be read.
     """
     sums = {
         f"{relative}/{name}": one
-        for relative, files in _with_sums(folder, known or {})
+        for relative, files in _with_sums(folder, elsewhere or {})
         for name, one in files.items()
     }
     found: dict[str, Source] = {
@@ -120,10 +119,10 @@ def _counts(part: str) -> bool:
     )
 
 
-def _with_sums(folder: Path, stored: Known) -> Iterator[tuple[str, Known]]:
+def _with_sums(folder: Path, elsewhere: Known) -> Iterator[tuple[str, Known]]:
     """The complete checkpoints and graph versions of a stage, relative to it, with their files' checksums.
 
-    Their files are in the folder, or ``stored``.
+    Their files are in the folder, or known to be stored by other hosts.
     """
     checkpoints = checkpoint_folder.all_of(checkpoint_folder.root_of(folder))
     for path in [*checkpoints, *sorted(folder.glob("graph/v????"))]:
@@ -134,7 +133,7 @@ def _with_sums(folder: Path, stored: Known) -> Iterator[tuple[str, Known]]:
             if all(
                 (path / name).stat().st_size == one[0]
                 if (path / name).is_file()
-                else stored.get(f"{relative}/{name}") == one
+                else elsewhere.get(f"{relative}/{name}") == one
                 for name, one in files.items()
             ):
                 yield relative, files

@@ -37,7 +37,7 @@ class RunStorage:
         scratch: identifies the folder.
         based: for each unit, the digest of the record that the folder's files come from.
         sent: for each unit, bytes and SHA-256 of files that other hosts, with folders of their own, have
-            written to the store.
+            written to the store since the start.
     """
 
     root: Path
@@ -151,7 +151,7 @@ class RunStorage:
         record, done = self.store.records.get(unit), folder / ledger.DONE
         kept = record.files.get(ledger.DONE) if record else None
         if made or kept is None or kept.sha256 != durable.sha256(done):
-            self._put(unit, contents.of_stage(folder, self._stored(unit) | self.sent.get(unit, {})))
+            self._put(unit, contents.of_stage(folder, self.sent.get(unit)))
             _log.debug("stored: %s", unit)
         self.keep_run()
 
@@ -218,18 +218,18 @@ class RunStorage:
         self._forget_pruned(unit)
 
     def _forget_pruned(self, unit: str) -> None:
-        """Remove from the store what other hosts have sent of checkpoints that are gone; no record names it."""
-        sent, stored = self.sent.get(unit, {}), self._stored(unit)
+        """Remove from the store what other hosts have sent of checkpoints that are gone, if no record names it."""
+        sent = self.sent.get(unit, {})
         gone = {
             name: one
             for name, one in list(sent.items())
-            if stored.get(name) != one and not (self.root / unit / name).parent.is_dir()
+            if not (self.root / unit / name).parent.is_dir()
         }
         # An upload that waits may still name what has just gone; after that one it is in a record, or not needed.
         twice = {name: one for name, one in gone.items() if name in self._gone.get(unit, set())}
         self._gone[unit] = set(gone)
         self.store.forget(unit, twice)
-        for name in [n for n, one in list(sent.items()) if n in twice or stored.get(n) == one]:
+        for name in twice:
             sent.pop(name, None)
 
     def _absent(self, unit: str) -> list[str]:

@@ -125,6 +125,26 @@ def _check_store(bucket: Any, url: str, a: Path, tmp_path: Path) -> None:
     assert f"this folder is one host's copy of the run in {url}" in output
 
 
+def test_twice_the_ranks_on_another_set_of_hosts(bucket: Any, tmp_path: Path) -> None:
+    """Two ranks are killed in the teacher; four on three hosts, the first of which is new, end with the bits of
+    four on one host that continue from the same state.
+    """
+    a, b, c = (tmp_path / name for name in "abc")
+    url, chosen = "s3://runs/ranks", ["--stages", "pack,index,teacher,targets"]
+    teacher = lambda: stored_checkpoints(bucket, url, "teacher")  # noqa: E731
+    kill_when(own_folders.start([a, b], f"run.storage={url}", *chosen), teacher)
+    bucket.copy("runs/ranks/", "runs/reference/", recursive=True)
+    command = runs.launch(tmp_path / "one", "run.storage=s3://runs/reference", *chosen, ranks=4)
+    code, output = runs.finish(runs.start(command, runs.environment()))
+    assert code == 0, output[-4000:]
+    assert re.search(r"teacher +resumes at epoch", output)
+    for code, output in finish(own_folders.start([c, c, a, b], f"run.storage={url}", *chosen)):
+        assert code == 0, output[-6000:]
+    assert runs.trail(c / "run", ("teacher",)) == runs.trail(tmp_path / "one", ("teacher",))
+    assert arrays(c / "run") == arrays(tmp_path / "one")
+    assert [path.name for path in (c / "run").glob("targets/*.parquet")]
+
+
 @pytest.mark.parametrize(
     ("folders", "storage", "said"),
     [
