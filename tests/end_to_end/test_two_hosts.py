@@ -8,6 +8,7 @@ from pathlib import Path
 from cnn2gnn_dist.errors import PeerLost
 from cnn2gnn_dist.runtime.group import members
 from tests.support import host_runs, hosts, runs
+from tests.support.forks import Fork
 from tests.support.hosts import Host
 from tests.support.watching import reach
 
@@ -17,6 +18,15 @@ LOST_S = 20
 """Seconds without an answer after which a rank counts as lost: more than a rank takes on a loaded machine."""
 CACHED_S = 8.0
 """As long as a stage of this run: what a host has seen in one stage is still cached in the next."""
+
+
+PLACES = {
+    "teacher": 1,
+    "targets": "targets/begin.json",
+    "refresh": "student/graph/*.tmp",
+    "student": 13,  # after the refresh
+}
+"""Places in a run: the step of a training, or a file that shows that one has begun."""
 
 
 def with_a_file_server(pair: tuple[Host, ...], folder: Path) -> None:
@@ -100,19 +110,47 @@ def test_dgls_servers_listen_on_the_network_given(pair: tuple[Host, ...], folder
             hosts.end_family(rank)
 
 
+def reach_place(rank: Fork, run: Path, place: str) -> None:
+    """Wait until a run is at one of ``PLACES``."""
+    begun = PLACES[place]
+    if isinstance(begun, int):
+        reach(rank, run, place, begun)
+    else:
+        assert members.wait_until(lambda: any(run.glob(begun)), 400, 0.002), place
+
+
+def cut_at(pair: tuple[Host, ...], folder: Path, seconds: dict[str, float], port: int) -> Path:
+    """A run whose link is cut for that long in each of ``PLACES``; returns its folder."""
+    run = folder / f"cut-{port}"
+    ranks = host_runs.start(pair, host_runs.micro(run), port=port)
+    for place, length in seconds.items():
+        reach_place(ranks[0], run, place)
+        pair[1].cut()
+        time.sleep(length)  # of the fault
+        pair[1].restore()
+    for code, output in host_runs.finish(ranks, 600):
+        assert code == 0, output[-4000:]
+    return run
+
+
+def test_cuts_shorter_than_the_timeout_cost_nothing_anywhere(
+    pair: tuple[Host, ...], folder: Path, micro_run: Path
+) -> None:
+    """The default of ``cluster.timeout_s`` is 120; TCP asks again at ever longer intervals, after 51 and 102 s."""
+    run = cut_at(pair, folder, {"teacher": 40, "targets": 8, "refresh": 8, "student": 90}, 29_540)
+    assert runs.trail(run) == runs.trail(micro_run)
+    assert runs.scores(run) == runs.scores(micro_run)
+
+
 def test_a_link_that_stays_cut_anywhere_ends_both_ranks(
     pair: tuple[Host, ...], folder: Path, micro_run: Path
 ) -> None:
     """After cuts in targets, a refresh and the student's training, the same command gives bit-identical results."""
     run = folder / "anywhere"
     command = host_runs.micro(run, f"cluster.timeout_s={LOST_S}")
-    begun = {"targets": "targets/begin.json", "refresh": "student/graph/*.tmp", "student": ""}
-    for number, (place, pattern) in enumerate(begun.items()):
+    for number, place in enumerate(["targets", "refresh", "student"]):
         ranks = host_runs.start(pair, command, port=29_510 + number)
-        if pattern:
-            assert members.wait_until(lambda p=pattern: any(run.glob(p)), 400, 0.002)
-        else:
-            reach(ranks[0], run, place, 13)  # after the refresh
+        reach_place(ranks[0], run, place)
         pair[1].cut()
         ended = host_runs.finish(ranks)
         pair[1].restore()
