@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,19 +16,24 @@ from tests.support.runs import environment
 pytestmark = pytest.mark.ray
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("placed")
-    command = [sys.executable, "-m", "tests.support.placed", str(folder)]
+def said_by(program: str, folder: Path, timeout: float, **settings: str) -> str:
+    """What a program prints that starts a Ray of several nodes."""
+    command = [sys.executable, "-m", program, str(folder)]
     token = folder / "token"
     token.write_text("0" * 64)
     with short_folder() as own:
         env = environment(
-            RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token), RAY_TMPDIR=str(own)
+            RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token), RAY_TMPDIR=str(own), **settings
         )
-        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=600)
+        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=timeout)
     assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    said = said_by("tests.support.placed", tmp_path_factory.mktemp("placed"), 600)
+    return json.loads(said.splitlines()[-1])
 
 
 def nodes(group: list[Any]) -> list[str]:
@@ -71,8 +77,11 @@ def test_readers_on_nodes_of_their_own(found):
     assert "no node of the cluster has {'readers': 1}" in found["no reader"]
 
 
-def test_work_whose_last_node_is_lost_ends(found):
-    assert "no room for an actor of 1 CPUs and 1 GPUs" in found["lost room"]
+def test_work_whose_last_node_is_lost_ends(tmp_path):
+    sooner = {"period_ms": "1000", "timeout_ms": "5000", "failure_threshold": "3"}
+    how = {f"RAY_health_check_{name}": value for name, value in sooner.items()}
+    said = said_by("tests.support.lost_room", tmp_path, 240, **how)
+    assert "no room for an actor of 1 CPUs and 0 GPUs" in said
 
 
 def test_every_node_answers_the_doctor(found):

@@ -104,27 +104,6 @@ def no_room(spec: Any) -> None:
     ray_group.run_group(f"{HERE}where", {}, spec)
 
 
-def lost_room(folder: Path, cluster: Any) -> None:
-    """Share work out to the only node with a GPU, which ends while its actor works."""
-    from cnn2gnn_dist.runtime.ray import pool as ray_pool
-    from tests.support.pool_work import endless
-
-    node = cluster.add_node(num_cpus=1, num_gpus=1, node_ip_address="127.0.0.1")
-
-    def end_it() -> None:
-        while not (folder / "1").exists():
-            time.sleep(0.1)
-        cluster.remove_node(node, allow_graceful=False)
-
-    ending = threading.Thread(target=end_it, daemon=True)
-    ending.start()
-    waited, ray_pool.START_SECONDS = ray_pool.START_SECONDS, 5.0
-    try:
-        list(ray_pool.work_off([1], endless, {"notes": folder}, actors=1, gpus=1.0))
-    finally:
-        ray_pool.START_SECONDS = waited
-
-
 def _node_of(actor: Any) -> str:
     import ray
 
@@ -165,7 +144,6 @@ def main(folder: Path) -> None:
         found["fewer"] = with_fewer(folder, cluster, trainers)
         for name, wrong in {
             "no reader": lambda: readers(folder / "none", {"readers": 1}),
-            "lost room": lambda: lost_room(folder, cluster),
             "uneven": lambda: run_group(f"{HERE}where", {}, GroupSpec(3, ranks_per_node=2)),
             "no room": lambda: no_room(
                 GroupSpec(3, strategy="STRICT_SPREAD", resources={"trainer": 1}, fewer=[2])

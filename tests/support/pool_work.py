@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from cnn2gnn_dist import durable
 from cnn2gnn_dist.errors import UserError
 
 
@@ -28,10 +29,10 @@ def squaring(notes: Path, refuse: int | None = None) -> Callable[[int], int]:
 
 
 def endless(notes: Path) -> Callable[[int], None]:
-    """Notes that an item was begun, and never ends."""
+    """Notes its process for an item, and never ends."""
 
     def wait(number: int) -> None:
-        (notes / str(number)).touch()
+        durable.write_text(notes / str(number), str(os.getpid()))
         while True:
             time.sleep(1)
 
