@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import shutil
 import signal
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,6 +18,9 @@ from cnn2gnn_dist import durable
 from cnn2gnn_dist.data.storage import urls
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.graph.row_file import RowFile
+from cnn2gnn_dist.graph.search import approximate
+from cnn2gnn_dist.graph.search import valid_nodes as valid
+from cnn2gnn_dist.graph.search.work_units import RankGroup, WorkFolder
 from cnn2gnn_dist.run_storage.depot import StoreDepot
 from cnn2gnn_dist.run_storage.store import Store
 from cnn2gnn_dist.runtime.group import collectives
@@ -25,6 +29,7 @@ from cnn2gnn_dist.runtime.shared_files.exchange_by_store import Content, Nowhere
 from cnn2gnn_dist.runtime.shared_files.pieces import Piece
 from tests.support import own_folders, rank_group
 from tests.support.stored import s3_bucket, sources
+from tests.unit.graph.test_approximate import points
 
 HOSTS = ("a", "a", "b", "c")
 """The hosts of four ranks."""
@@ -128,6 +133,57 @@ def test_rows_that_ranks_of_three_hosts_have_written_are_everywhere(bucket, tmp_
         assert [read[0], *read[2:]] == [len(shares) - of_host[h] for h in "abc"]
         assert read[1] == 0
         assert again == (0, 0, 0, 0)
+    assert left(bucket, url) == []
+
+
+def searched(work: WorkFolder) -> tuple[bytes, bytes]:
+    """Table and order of points of which some are not valid, in small units."""
+    for module, names in (
+        (approximate, ("SCAN_ROWS", "JOIN_ROWS", "PROBE_ROWS")),
+        (valid, ("ROWS",)),
+    ):
+        for name in names:
+            setattr(module, name, 500)
+    z_Nd = points()
+    z_Nd[::97] = 0
+    some = valid.ValidNodes(work, valid.valid_nodes_of(z_Nd), len(z_Nd))
+    z_Ad = some.rows("z", z_Nd)
+    search = approximate.TableSearch(work, z_Ad, z_Ad, 12)
+    found = some.whole(search.build(approximate.RecallGoal(0.97)))
+    return np.asarray(found.table_NM).tobytes(), found.order_N.tobytes()
+
+
+def search_apart(root: str, url: str) -> list[tuple[tuple[bytes, bytes], int]]:
+    """The search twice, and how many objects this rank wrote; before the second, host b loses its folder."""
+    folder, rank, found = host_folder(root) / "work", collectives.rank(), []
+    for _ in (1, 2):
+        depot = Counted(url)
+        group = RankGroup(
+            rank,
+            len(HOSTS),
+            together=collectives.uneven,
+            gather=collectives.all_gather_object,
+            creates=exchange.members.speaks_for_host(rank),
+            share=lambda pieces, depot=depot: exchange.share_pieces(pieces, depot),
+        )
+        found.append((searched(WorkFolder(folder, group)), len(depot.written)))
+        if rank == HOSTS.index("b"):
+            shutil.rmtree(folder)
+        collectives.barrier()
+    return found
+
+
+def test_a_search_by_ranks_of_three_hosts_gives_the_table_of_one_process(bucket, tmp_path):
+    """Also after one host has lost its folder: it computes its own units again, and fetches the others'."""
+    url = "s3://runs/searched"
+    alone = searched(WorkFolder(tmp_path / "alone", RankGroup()))
+    everyone = rank_group.run(search_apart, 4, str(tmp_path), url)
+    assert all(table == alone for rank in everyone for table, _ in rank)
+    first, again = zip(*([written for _, written in rank] for rank in everyone), strict=True)
+    assert first[1] == again[1] == 0  # the other rank of host a does it
+    assert min(first[0], first[2], first[3]) > 5
+    assert again[2] == 0  # the others have what host b made, and made again
+    assert again[0] > 5
     assert left(bucket, url) == []
 
 

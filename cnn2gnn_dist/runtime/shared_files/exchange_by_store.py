@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -21,6 +22,8 @@ from cnn2gnn_dist.runtime import in_threads
 from cnn2gnn_dist.runtime.group import collectives, exchange, members
 from cnn2gnn_dist.runtime.shared_files import pieces
 from cnn2gnn_dist.runtime.shared_files.pieces import Piece
+
+_log = logging.getLogger(__name__)
 
 Write = Callable[[bytes], object]
 
@@ -178,6 +181,11 @@ def distribute(wanted: Mapping[str, Content], side: Side, depot: Depot, where: s
     if not missing:
         return
     needs = {name: wanted[name] for name in missing}
+    if rank == 0:
+        size = sum(content.size for content in needs.values())
+        _log.debug(
+            "hosts exchange %d files or pieces (%.1f MB) of %s", len(needs), size / 1e6, where
+        )
     kept: dict[str, str] = collectives.alone(lambda: depot.kept(needs))
     failed = exchange.every_rank(
         lambda: _fetch_kept(lacking[rank] & kept.keys(), kept, wanted, side, depot)
