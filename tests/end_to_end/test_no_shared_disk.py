@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,15 @@ from typing import Any
 import pytest
 
 from cnn2gnn_dist import cli, ledger
+from cnn2gnn_dist.errors import PeerLost
 from cnn2gnn_dist.runtime.group import members
 from cnn2gnn_dist.training.checkpoint import folder as disk
-from tests.support import own_folders, runs
+from tests.support import host_runs, hosts, own_folders, runs
 from tests.support.forks import Fork
-from tests.support.hosts import end_family
-from tests.support.stored import record_files, s3_bucket
+from tests.support.hosts import Host, end_family
+from tests.support.stored import record_files, s3_access, s3_bucket
+
+folder, pair = hosts.fixtures()
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +128,48 @@ def _check_store(bucket: Any, url: str, a: Path, tmp_path: Path) -> None:
     code, output = runs.alone(*runs.launch(copy)[2:])
     assert code == 2
     assert f"this folder is one host's copy of the run in {url}" in output
+
+
+@hosts.needed()
+def test_two_hosts_on_a_network_with_disks_of_their_own(
+    pair: tuple[Host, ...], folder: Path, micro_run: Path
+) -> None:
+    """The store is on host a. Host b loses its rank in the student, and its disk."""
+    own = folder / "own"
+    own.mkdir()
+    for host in pair:
+        host.tmpfs(own, "512m")
+    access = s3_access(f"http://{pair[0].address}:5000")
+    moto = [sys.executable, "-m", "moto.server", "-H", pair[0].address, "-p", "5000"]
+    server = pair[0].start(moto, runs.environment(), stdout=subprocess.DEVNULL)
+    bucket = "import fsspec; fsspec.filesystem('s3').mkdir('runs')"
+    command, env = [sys.executable, "-c", bucket], runs.environment(**access)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    try:
+        assert members.wait_until(
+            lambda: pair[1].run(command, env=env, **quiet).returncode == 0, 120
+        )
+        arguments = host_runs.micro(own / "run", "run.storage=s3://runs/pair")
+        ranks = host_runs.start(pair, [*arguments, "cluster.timeout_s=20"], **access)
+        saved = ["test", "-e", f"{own}/run/student/checkpoints/latest"]
+        assert members.wait_until(
+            lambda: pair[0].run(saved).returncode == 0 or ranks[0].poll() is not None, 400
+        )
+        end_family(ranks[1])
+        [(code, output), _] = host_runs.finish(ranks)
+        assert code == PeerLost.exit_code, output[-4000:]
+        pair[1].shell(f"umount {own}")
+        pair[1].tmpfs(own, "512m")
+        again = host_runs.start(pair, arguments, port=29_503, **access)
+        for code, output in host_runs.finish(again, 400):
+            assert code == 0, output[-4000:]
+        pair[0].shell(f"cp -r {own}/run {folder}/seen")
+    finally:
+        end_family(server)
+    made = folder / "seen"
+    assert runs.trail(made) == runs.trail(micro_run)
+    assert runs.scores(made) == runs.scores(micro_run)
+    assert arrays(made) == arrays(micro_run)
 
 
 def test_twice_the_ranks_on_another_set_of_hosts(bucket: Any, tmp_path: Path) -> None:
