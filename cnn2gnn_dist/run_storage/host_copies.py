@@ -70,6 +70,24 @@ def check_whole(root: Path) -> None:
         )
 
 
+def check_held(root: Path, store: Store) -> None:
+    """Check that a copy's run is in this storage, before what the storage does not hold is removed from it.
+
+    Raises:
+        UserError: the copy is of a run in another storage, or the storage holds nothing and the copy has results.
+    """
+    note = read_note(root)
+    if not note.get(COPY):
+        return
+    made = any(next(root.glob(f"*/{name}"), None) for name in (ledger.DONE, "checkpoints/*"))
+    if note.get("url") != store.url or (made and not store.records):
+        raise UserError(
+            f"this folder is one host's copy of the run in {note.get('url')}, which {store.url} does not hold",
+            where=f"run.dir={root}",
+            remedy=f"run.storage={note.get('url')}, if it still holds the run; or an empty run.dir",
+        )
+
+
 def keep_stored(root: Path, store: Store, run: str) -> None:
     """Remove from a copy what the storage's records don't name, or name with other contents.
 

@@ -93,6 +93,7 @@ class RunStorage:
     @classmethod
     def _of(cls, root: Path, url: str) -> RunStorage:
         store, note = Store.open(url), host_copies.read_note(root)
+        host_copies.check_held(root, store)
         if store.records and (root / ledger.CONFIG).is_file() and note.get("url") != store.url:
             raise UserError(
                 f"this folder holds another run than {store.url}",

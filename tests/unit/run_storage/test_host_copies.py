@@ -176,3 +176,27 @@ def test_a_folder_of_something_else_does_not_become_a_copy(tmp_path):
     assert host_copies.is_copy(tmp_path / "mine")
     assert json.loads((tmp_path / "mine" / ledger.NOTE).read_text()) == {"url": URL, "copy": True}
     assert durable.sha256(tmp_path / "mine" / ledger.CONFIG)
+
+
+@pytest.mark.parametrize("url", [URL + "-typo", URL])
+@pytest.mark.parametrize(
+    "made", ["teacher/done.json", "teacher/checkpoints/step-000003/x", "pack/x"]
+)
+def test_a_copy_of_a_run_that_the_storage_does_not_hold_loses_nothing(tmp_path, url, made):
+    """A wrong address, or a storage that has been emptied; the start of a run may be lost, as on any kill."""
+    root = tmp_path / "run"
+    host_copies.begin(root, URL)
+    ledger.claim(root, "name: one\n")
+    path = root / made
+    path.parent.mkdir(parents=True)
+    path.write_text("days of work")
+    if made == "pack/x" and url == URL:
+        RunStorage.open(root, url)
+        assert not path.exists()
+        return
+    for use in (lambda: RunStorage.open(root, url), lambda: RunStorage.look(root, url, tmp_path)):
+        with pytest.raises(UserError, match="does not hold") as caught:
+            use()
+        assert f"run.storage={URL}" in caught.value.remedy
+    assert path.read_text() == "days of work"
+    assert host_copies.read_note(root)["url"] == URL
