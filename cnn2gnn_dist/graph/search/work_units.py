@@ -87,6 +87,14 @@ class WorkFolder:
         """Path of an array."""
         return self.folder / f"{name}.npy"
 
+    def discard(self, keep: str) -> None:
+        """Remove the arrays and marks of an earlier attempt, except the array ``keep`` (collective)."""
+        with self.group.together():
+            if self.group.is_creator:
+                for path in [*self.folder.glob("*.done"), *self.folder.glob("*.npy")]:
+                    if path != self.path(keep):
+                        path.unlink()
+
     def fill(
         self,
         phase: str,

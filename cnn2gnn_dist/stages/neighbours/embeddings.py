@@ -50,6 +50,10 @@ class Embedded:
         self._former = min(work_folder.group.gather(len(self._notes)))
         self._notes = self._notes[: self._former]
         self._sums: dict[str, int] = {}
+        if self._former * NOTE < len(self._plan(work_folder.group.rank)):
+            # Where hosts don't share a folder, one may have lost its own during the search. Images that are
+            # embedded again may get other rows, with which no result of the others' search goes together.
+            work_folder.discard(keep="query")
 
     @property
     def batches_done(self) -> int:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +240,29 @@ def test_embedded_rows_after_an_interruption(tmp_path: Path, count: int) -> None
     for arrays in Ranks(count).run(lambda group: embed(folder, group)):
         for array, want in zip(arrays, (X, X[:, :2], -X[:, :2]), strict=True):
             np.testing.assert_array_equal(array, want)
+
+
+@pytest.mark.parametrize("lost", [None, 0, 1])
+def test_a_search_does_not_outlive_rows_that_are_embedded_again(
+    tmp_path: Path, lost: int | None
+) -> None:
+    """Each rank has a folder of its own, as on hosts that share none; one is lost after a search was begun."""
+    folders = [folder_for(tmp_path / f"v{rank}") for rank in range(2)]
+
+    def attempt(group: RankGroup) -> list[np.ndarray] | int:
+        return embed(folders[group.rank], replace(group, creates=True), 34)  # of 68 batches
+
+    Ranks(2).run(attempt)
+    begun = [folder / "work" / name for folder in folders for name in ("made-00000.done", "a.npy")]
+    for path in begun:
+        path.write_text("[1]")
+    if lost is not None:
+        shutil.rmtree(folders[lost])
+        folder_for(folders[lost])
+    firsts = Ranks(2).run(attempt)
+    assert [path.exists() for path in begun] == [lost is None] * 4
+    assert firsts == [34 if lost is None else 0] * 2
+    assert all((folder / "work" / "query.npy").exists() for folder in folders)
 
 
 @pytest.mark.parametrize(("rank", "name"), [(0, "x"), (0, "z"), (1, "z"), (1, "query")])
