@@ -230,10 +230,11 @@ class Service:
             try:
                 await asyncio.to_thread(self.live.follow)
                 said = ""
-            except UserError as error:
-                if error.what != said:  # once, not every second
-                    _log.warning("the memory on disk can't be loaded: %s", error.what)
-                said = error.what
+            except Exception as error:  # whatever it is, later versions are still followed
+                why = error.what if isinstance(error, UserError) else repr(error)
+                if why != said:  # once, not every second
+                    _log.warning("the memory on disk can't be loaded: %s", why)
+                said = why
 
 
 def is_small(data: bytes) -> bool:

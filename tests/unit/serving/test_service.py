@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from cnn2gnn_dist.inference import editing
 from cnn2gnn_dist.inference.classifier import load
 from cnn2gnn_dist.inference.inputs import Input
+from cnn2gnn_dist.inference.memory import store
 from cnn2gnn_dist.serving import service
 from cnn2gnn_dist.serving.service import Service, is_small
 from tests.support.bombs import saved
@@ -61,3 +65,34 @@ def test_answers_do_not_depend_on_where_images_are_decoded(
     for one in made.answers:
         assert one.classes == right.classes
         assert [near.key for near in one.neighbours] == [near.key for near in right.neighbours]
+
+
+def test_a_version_that_cannot_be_served_does_not_end_the_following(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """Another release may write what this one can't read; the versions after that one are served again."""
+    folder = write_model(tmp_path / "m")
+    served, other = Service.batching(load(folder, device="cpu")), load(folder, device="cpu")
+    root = served.live.current.memory.root
+    strange = replace(
+        store.read_version(root, 0), number=1, parent=0, heads={"old": {}, "new": {}}, files={}
+    )
+    monkeypatch.setattr(service, "FOLLOW_SECONDS", 0.01)
+
+    async def until(true):
+        async with asyncio.timeout(60):
+            while not true():
+                await asyncio.sleep(0.01)
+
+    async def follow():
+        async with served.running():
+            store.write_version(root, strange, {})
+            await until(lambda: "memory on disk can't be loaded" in caplog.text)
+            assert served.live.version == 0
+            store.set_head(root, 0)
+            editing.remove(other, ["img-1"])
+            await until(lambda: served.live.version == 2)
+
+    with caplog.at_level(logging.WARNING):
+        asyncio.run(follow())
+    assert caplog.text.count("memory on disk can't be loaded") == 1
