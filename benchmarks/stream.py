@@ -1,14 +1,18 @@
 """Images per second of the stream and of what users would use instead, side by side in one run.
 
-    pip install --no-deps -r benchmarks/requirements.txt     # the competitors that are not installed yet
-    python benchmarks/stream.py                              # everything, about 15 minutes on 2 cores
+    apt-get install ffmpeg                                   # SPDL's; FFCV: benchmarks/requirements-build.txt
+    pip install --no-deps --target rivals -r benchmarks/requirements.txt
+    export PYTHONPATH=rivals                                 # competitors, outside the project's environment
+    python benchmarks/stream.py                              # everything, about 25 minutes on 2 cores
     python benchmarks/stream.py --only photos --rounds 1     # part of it
     python benchmarks/stream.py --profile                    # where our own time goes
 
-Every contender runs in a separate process, in turn, for several rounds (A B C A B C …), on the same images from a
-warm page cache, with two workers of one thread each. Its speed is measured from its first batch on; the time to the
-first batch has its own column. Ratios are taken within a round, and their median counts: cores may be shared, and
-then seconds mean little.
+Every contender runs in a separate process, in turn, for several rounds (A B C A B C …), on the
+same images from a warm page cache, with two workers of one thread each. Its speed is measured from
+its first batch on; the time to the first batch has its own column. Ratios are taken within a
+round, and their median counts. Cores may be shared, and seconds then mean little: ratios of images per
+processor second have a column of their own, and so has what other processes used meanwhile.
+A competitor that is not installed has its error in the table.
 Progress goes to stderr, the tables (Markdown) to stdout.
 """
 
@@ -126,7 +130,7 @@ class Bench:
         figures: dict[str, list[Figures]] = {name: [] for name in rows}
         job.seconds = self.args.seconds
         for module in dict.fromkeys(c.module for c in rows.values()):
-            if module in ("mosaic", "lit"):
+            if module in contenders.OWN_FORMAT:
                 self._run(replace(job, module=module, options={"prepare": True}), f"write {module}")
         for number in range(self.args.rounds):
             for name, row in rows.items():
@@ -183,7 +187,9 @@ def environment(work: Path, partial: bool) -> dict[str, str]:
     """One thread per worker; Ray's files and token in the folder of this run."""
     return {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")]),
+        "PYTHONPATH": os.pathsep.join(
+            [str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
+        ).rstrip(os.pathsep),
         "PYTHONWARNINGS": "ignore",
         "OMP_NUM_THREADS": "1",
         "CNN2GNN_PARTIAL": "1" if partial else "0",

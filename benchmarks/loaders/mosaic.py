@@ -15,7 +15,7 @@ from cnn2gnn_dist.compat import import_torchvision
 
 def prepare(job: Job) -> None:
     import_torchvision()
-    from tests.support.stream_driver import MDSWriter
+    from streaming import MDSWriter
 
     columns = {"image": "bytes", "label": "int"}
     with MDSWriter(out=str(_folder(job)), columns=columns, size_limit=1 << 26) as writer:
@@ -25,9 +25,8 @@ def prepare(job: Job) -> None:
 
 def batches(job: Job) -> Iterator[Any]:
     import_torchvision()
+    from streaming import Stream, StreamingDataset
     from torch.utils.data import DataLoader
-
-    from tests.support.stream_driver import Stream, StreamingDataset
 
     class Images(StreamingDataset):
         def __init__(self) -> None:

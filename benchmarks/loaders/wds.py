@@ -1,8 +1,9 @@
-"""webdataset with torch's DataLoader: as users write it, or with our decoder in its map function."""
+"""webdataset with torch's DataLoader: as users write it, or with torchvision's decoder, or ours in its map function."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,12 @@ def batches(job: Job) -> Iterator[Any]:
     if job.options.get("decoder") == "ours":
         data = data.to_tuple("jpg", "cls").batched(job.batch, collation_fn=list)
         data = data.map(OurViews(job))
+    elif job.options.get("decoder") == "torchvision":
+        from loaders.torchvision_jpeg import decoder
+
+        decode, augment = decoder(Path(job.folder)), transform(job, tensors=True)
+        data = data.to_tuple("jpg", "cls").map_tuple(lambda jpg: augment(decode(jpg)), int)
+        data = data.batched(job.batch)
     else:
         data = data.decode("pil").to_tuple("jpg", "cls")
         data = data.map_tuple(transform(job), lambda label: label).batched(job.batch)

@@ -16,6 +16,7 @@ from cnn2gnn_dist.data.reading import ray_readers
 from cnn2gnn_dist.data.reading.pool import ReaderPool
 from cnn2gnn_dist.data.reading.reader import Reader, ReaderSpec, Request
 from cnn2gnn_dist.errors import UserError
+from tests.multiprocess.test_pool import elsewhere  # noqa: F401 (fixture)
 from tests.support.read_ahead import assert_read_ahead_is_the_prefetch
 from tests.support.shards import make_shards, random_images
 
@@ -47,9 +48,9 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 class NotingActor(ray_readers.ReaderActor):
-    def read(self, ids, view):
+    def read(self, ids, view, loan=None):
         note(self._spec.manifest, view)
-        return super().read(ids, view)
+        return super().read(ids, view, loan)
 
 
 def note(manifest: str, view: int) -> None:
@@ -118,7 +119,18 @@ def used_at_most(limit: float) -> float:
     return used
 
 
-def test_the_store_holds_the_prefetch_and_nothing_after(spec, ray_cluster):
+def test_pixels_of_actors_on_this_host_pass_beside_the_store(spec, ray_cluster):
+    before = used_at_most(0)
+    with ReaderPool(spec, backend="ray", workers=2, prefetch=5) as stream:
+        loop = stream.batches(requests(40))
+        for _ in range(10):
+            next(loop)
+        settle(stream)
+        assert used_at_most(before + SLACK) - before <= SLACK
+        loop.close()
+
+
+def test_the_store_holds_the_prefetch_and_nothing_after(spec, ray_cluster, elsewhere):
     before = used_at_most(0)
     with ReaderPool(spec, backend="ray", workers=2, prefetch=5) as stream:
         loop = stream.batches(requests(40))
@@ -131,7 +143,7 @@ def test_the_store_holds_the_prefetch_and_nothing_after(spec, ray_cluster):
         assert used_at_most(before) == before
 
 
-def test_nothing_is_spilled_whatever_the_prefetch(spec, ray_cluster, capsys, console):
+def test_nothing_is_spilled_whatever_the_prefetch(spec, ray_cluster, capsys, console, elsewhere):
     spilled, capacity = store().spilled_bytes_total, ray_readers._store_bytes()
     assert capacity == store().object_store_bytes_avail
     many = int(2 * capacity / BATCH_BYTES)  # in flight they would overfill the store
@@ -170,12 +182,12 @@ def test_a_batch_larger_than_the_store_is_refused(spec, ray_cluster, monkeypatch
 class Gated(NotingActor):
     """A reader whose second read waits until the test allows it to continue."""
 
-    def read(self, ids, view):
+    def read(self, ids, view, loan=None):
         folder = Path(self._spec.manifest).parent
         if view == 1:
             (folder / "begun").touch()
             wait_for(folder / "go")
-        return super().read(ids, view)
+        return super().read(ids, view, loan)
 
 
 def wait_for(path: Path) -> None:

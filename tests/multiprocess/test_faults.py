@@ -67,13 +67,13 @@ class Mortal(ray_readers.ReaderActor):
         (self.folder / "pids" / str(os.getpid())).touch()
         super().__init__(spec)
 
-    def read(self, ids, view):
+    def read(self, ids, view, loan=None):
         name = f"{view}-{ids[0]}"
         self.die(f"before-{name}")
         first = super().read(ids[: len(ids) // 2], view)
         self.die(f"within-{name}")
         assert len(batch_of(first).ids) == len(ids) // 2
-        answer = super().read(ids, view)
+        answer = super().read(ids, view, loan)
         self.die(f"after-{name}")
         return answer
 
@@ -147,10 +147,10 @@ def test_every_sample_exactly_once_under_fifty_kills(spec, ray_cluster, monkeypa
 class Poisoned(ray_readers.ReaderActor):
     """A reader that dies of one request, whichever reader it is."""
 
-    def read(self, ids, view):
+    def read(self, ids, view, loan=None):
         if 7 in ids:
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().read(ids, view)
+        return super().read(ids, view, loan)
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -22,6 +22,7 @@ from cnn2gnn_dist.data.reading import pool as pools
 from cnn2gnn_dist.data.reading import ray_readers
 from cnn2gnn_dist.data.reading.pool import ReaderPool
 from cnn2gnn_dist.data.reading.reader import Batch, Reader, ReaderSpec, Request
+from cnn2gnn_dist.data.reading.shared_batches import Lender
 from cnn2gnn_dist.errors import UserError
 from tests.support.shards import make_shards, random_images
 
@@ -35,6 +36,15 @@ def spec(tmp_path: Path) -> ReaderSpec:
     shards = make_shards(tmp_path / "s", random_images(COUNT), np.arange(COUNT) % 7, shard_size=16)
     index(shards, progress=False).save(tmp_path / "m.arrow")
     return ReaderSpec(str(tmp_path / "m.arrow"), ViewSpec("crop_flip", 32, seed=5))
+
+
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reader actors find lent memory as those of another host do: its number belongs to something else."""
+    loan = Lender.loan
+    monkeypatch.setattr(
+        Lender, "loan", lambda self, buffer: replace(loan(self, buffer), name="another")
+    )
 
 
 def some_requests(count: int = 12) -> list[Request]:
@@ -68,16 +78,21 @@ def test_local_gives_what_a_reader_gives(spec, workers, prefetch):
         assert stream.wait_seconds > 0
 
 
-@pytest.mark.parametrize(("workers", "prefetch"), [(1, 1), (2, 4)])
-def test_ray_gives_what_a_reader_gives(spec, ray_cluster, workers, prefetch):
+@pytest.mark.parametrize(
+    ("workers", "prefetch", "host"), [(1, 1, "this"), (2, 4, "this"), (2, 4, "another")]
+)
+def test_ray_gives_what_a_reader_gives(spec, ray_cluster, workers, prefetch, host, request):
+    if host == "another":
+        request.getfixturevalue("elsewhere")
     requests = some_requests()
     with ReaderPool(spec, backend="ray", workers=workers, prefetch=prefetch) as stream:
         found = list(stream.batches(requests))
         assert_same(found, expected(spec, requests))
         assert_same(list(stream.batches(requests[:2])), expected(spec, requests[:2]))
         assert stream.wait_seconds > 0
-        # The batch has its own memory, which can be written and pinned: it is no view of the object store.
-        assert all(b.images.flags.writeable and b.images.flags.owndata for b in found)
+        # Memory of this process, which can be written; not a view of the object store.
+        assert all(b.images.flags.writeable for b in found)
+        assert all(b.images.flags.owndata == (host == "another") for b in found)
 
 
 @pytest.mark.parametrize("backend", ["local", "ray"])
@@ -207,12 +222,12 @@ class DiesOnce(ray_readers.ReaderActor):
         super().__init__(spec)
         self.folder = Path(spec.manifest).parent
 
-    def read(self, ids, view):
+    def read(self, ids, view, loan=None):
         mark = self.folder / "died"
         if ids[0] == 1 and not mark.exists():
             mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().read(ids, view)
+        return super().read(ids, view, loan)
 
 
 def test_a_request_that_kills_every_reader_is_named(spec, ray_cluster, monkeypatch):
@@ -228,7 +243,7 @@ def test_a_request_that_kills_every_reader_is_named(spec, ray_cluster, monkeypat
 
 
 class Suicidal(ray_readers.ReaderActor):
-    def read(self, ids, view):
+    def read(self, ids, view, loan=None):
         os.kill(os.getpid(), signal.SIGKILL)
 
 

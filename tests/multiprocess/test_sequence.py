@@ -35,12 +35,18 @@ RAY = [  # only a few: each reader is a process that takes 3 s of processor time
     ("whole", Way(2, 3, 4, "ray")),
     ("whole", Way(1, 5, 12, "ray", prefetch=16)),
 ]
+PROCESSES = [  # few, too
+    ("parts", Way(2, 2, 2, "processes")),
+    ("whole", Way(4, 1, 3, "processes", prefetch=9)),
+    ("whole", Way(1, 5, 12, "processes", prefetch=16)),
+]
 
 
 @pytest.mark.parametrize(
     ("data", "way"),
     [
         *itertools.product(("whole", "parts"), LOCAL),
+        *PROCESSES,
         *(pytest.param(*case, marks=pytest.mark.ray) for case in RAY),
     ],
     indirect=["data"],

@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from cnn2gnn_dist.data.images.formats import IMAGE_SUFFIXES
 from cnn2gnn_dist.data.index.class_names import SMALL, NamedClass, ShardClassNames
+from cnn2gnn_dist.data.index.plain_rows import plain_rows
 from cnn2gnn_dist.data.tar.full_header import Member
 from cnn2gnn_dist.data.tar.samples import MACOS, TarSample, grouped, hidden
 from cnn2gnn_dist.data.tar.tar_file import Archive, SkippedMembers, shown
@@ -85,7 +86,42 @@ def read_shard(
             names.
     """
     with Archive(path, where) as archive:
-        return _read(archive, _Payloads(archive), options, ShardClassNames(archive, known))
+        return _read_plain(archive, options, known) or _read(
+            archive, _Payloads(archive), options, ShardClassNames(archive, known)
+        )
+
+
+def _read_plain(
+    archive: Archive, options: ReadOptions, known: Mapping[int, NamedClass]
+) -> ShardRows | None:
+    """Read a shard without anything unusual, many members at a time; None: see :func:`_read`."""
+
+    def class_of(text: bytes | None) -> int | None:
+        if text is None:
+            return None if options.require_labels else -1
+        match = _CLASS_NUMBER.fullmatch(text)
+        label = int(match.group(1)) if match else -1
+        bound = options.num_classes
+        return label if match and (bound is None or label < bound) else None
+
+    names = ShardClassNames(archive, known)
+    rows = plain_rows(archive, class_of, names if options.names else None)
+    if rows is None:
+        return None
+    crc_n = None
+    if options.checksums:
+        places = zip(rows.offset_n.tolist(), rows.size_n.tolist(), strict=True)
+        payloads = _Payloads(archive)
+        crc_n = np.asarray([payloads.crc(Member("", *place)) for place in places], np.uint32)
+    return ShardRows(
+        archive.bytes,
+        rows.offset_n.astype(COLUMNS["offset"]),
+        rows.size_n.astype(COLUMNS["size"]),
+        rows.label_n.astype(COLUMNS["label"]),
+        rows.keys_n,
+        crc_n,
+        names.found,
+    )
 
 
 def _read(

@@ -4,6 +4,10 @@ A reader actor has no state but caches. When it dies, Ray restarts it, and its u
 immediately reassigned to the living readers. Since reading is a pure function, each batch is delivered
 exactly once. This module also limits the data in flight to what fits into Ray's object store, which
 would otherwise spill to disk silently.
+
+Actors on this host write pixels into memory that this process lends them (:mod:`.shared_batches`), so that nothing
+is copied into the object store and out of it. Memory of a request that was lost or dropped is never lent again: an
+actor that Ray takes for dead may still be writing.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import ray
 from ray.exceptions import (
     ActorDiedError,
@@ -26,9 +31,10 @@ from ray.exceptions import (
 )
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cnn2gnn_dist.data.images.crops import pixel_bytes
+from cnn2gnn_dist.data.images.crops import crops_of, pixel_bytes
 from cnn2gnn_dist.data.reading.reader import Batch, Reader, ReaderSpec, Request
 from cnn2gnn_dist.data.reading.reader_actor import ReaderActor, batch_of
+from cnn2gnn_dist.data.reading.shared_batches import Buffer, Layout, Lease, Lender
 from cnn2gnn_dist.errors import UserError, last_line
 from cnn2gnn_dist.runtime.ray.session import exit_code_kept
 
@@ -74,6 +80,7 @@ class RayReaders:
             )
         Reader(spec).close()  # fail here, not in a dying actor
         _check_resources(resources or {})
+        self._groups = crops_of(spec.views)
         self._row_bytes = pixel_bytes(spec.views) + 17  # images, label, id, valid
         self._room = _store_bytes() * STORE_SHARE / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         self._warned = False
@@ -86,7 +93,8 @@ class RayReaders:
 
     def ask(self, request: Request) -> RayAnswer:
         """Send a request to the next living reader; park it while none is alive."""
-        answer = RayAnswer(self, request, next(self._numbers))
+        layout = Layout(self._groups, len(request.ids), request.view)
+        answer = RayAnswer(self, request, layout, next(self._numbers))
         self._assign([answer])
         return answer
 
@@ -134,7 +142,7 @@ class RayReaders:
                 while answer in self._parked:
                     self._assign([], wait=True)
                 try:
-                    return batch_of(ray.get(answer.reference))
+                    return answer.batch(ray.get(answer.reference))
                 except RayTaskError as error:
                     if isinstance(error.cause, UserError):
                         raise error.cause from None
@@ -153,9 +161,8 @@ class RayReaders:
     def _release(self, answer: RayAnswer) -> None:
         if answer.reader is not None and answer in answer.reader.asked:
             answer.reader.asked.remove(answer)
-        answer.reader = answer.reference = (
-            None  # Ray frees the result when the last reference is dropped
-        )
+        # Ray frees the result when the last reference is dropped.
+        answer.reader = answer.reference = answer.buffer = None
 
     def _lost(self, answer: RayAnswer, error: Exception) -> None:
         """Reassign a dead reader's unanswered requests and blame the one that it was reading."""
@@ -208,10 +215,12 @@ class RayReaders:
 class RayAnswer:
     """A request in flight, or parked."""
 
-    def __init__(self, readers: RayReaders, request: Request, number: int) -> None:
-        self.request, self.number = request, number
+    def __init__(self, readers: RayReaders, request: Request, layout: Layout, number: int) -> None:
+        self.request, self.layout, self.number = request, layout, number
         self.reader: _Reader | None = None
         self.reference: Any = None
+        self.buffer: Buffer | None = None
+        """Memory lent for its pixels."""
         self.deaths = 0
         self._readers = readers
 
@@ -220,6 +229,16 @@ class RayAnswer:
         batch = self._readers.fetch(self)
         self._readers._release(self)
         return batch
+
+    def batch(self, result: tuple[Any, ...]) -> Batch:
+        """Make a batch of the reader's result."""
+        reader, buffer = self.reader, self.buffer
+        assert reader is not None
+        if result[0] is not None or buffer is None:
+            reader.lends = False  # it is on another host: lent memory would only be wasted
+            return batch_of(result)
+        lease = Lease(buffer, reader.lender.free)
+        return batch_of(result, self.layout.images(np.asarray(lease)))
 
     def drop(self) -> None:
         """Discard the request."""
@@ -232,6 +251,7 @@ class _Reader:
     def __init__(self, spec: ReaderSpec, name: str, resources: Mapping[str, float]) -> None:
         self._spec, self._name, self._resources = spec, name, dict(resources)
         self.asked: list[RayAnswer] = []
+        self.lender, self.lends = Lender(), True
         self.greeting: Any = None
         """While the actor is down: a call that Ray retries until it has restarted."""
         self._stillborn = 0
@@ -253,7 +273,9 @@ class _Reader:
     def ask(self, answer: RayAnswer) -> None:
         request = answer.request
         answer.reader = self
-        answer.reference = self.actor.read.remote(request.ids, request.view)
+        answer.buffer = self.lender.take(answer.layout.size) if self.lends else None
+        loan = None if answer.buffer is None else self.lender.loan(answer.buffer)
+        answer.reference = self.actor.read.remote(request.ids, request.view, loan)
         self.asked.append(answer)
 
     def unanswered(self) -> list[RayAnswer]:
@@ -291,6 +313,7 @@ class _Reader:
         else:
             self._stillborn = 0
             self.greeting = None
+            self.lends = True  # perhaps it has restarted on this host
 
 
 def _check_resources(wanted: Mapping[str, float]) -> None:

@@ -8,8 +8,11 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
+import uuid
+import weakref
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -67,12 +70,14 @@ class Buffer:
 
     Attributes:
         handle: open file that another process can map.
+        name: its name in ``/proc``, which no other buffer has.
         memory: its bytes.
     """
 
     def __init__(self, number: int, size: int) -> None:
         self.number, self.size = number, size
-        self.handle = _unnamed_file(size)
+        self.name = f"cnn2gnn-batch-{uuid.uuid4().hex}"
+        self.handle = _unnamed_file(self.name, size)
         self.memory = mapped(self.handle, size)
 
     def __del__(self) -> None:
@@ -94,9 +99,68 @@ class Lease:
         self._free.append(self._buffer)
 
 
-def _unnamed_file(size: int) -> int:
+@dataclass(frozen=True)
+class Loan:
+    """Where another process of this host finds a buffer, and the names of all that may be lent to it again."""
+
+    process: int
+    handle: int
+    name: str
+    size: int
+    kept: tuple[str, ...]
+
+
+class Lender:
+    """Buffers for one other process, which need not be a child; those whose batches are gone are reused."""
+
+    def __init__(self) -> None:
+        self.free: deque[Buffer] = deque()
+        self._all: weakref.WeakValueDictionary[str, Buffer] = weakref.WeakValueDictionary()
+
+    def take(self, size: int) -> Buffer:
+        """Return a free buffer that is large enough, or a new one; smaller ones are discarded."""
+        while self.free:
+            buffer = self.free.pop()  # the most recently used one: it is in the processor's cache
+            if buffer.size >= size:
+                return buffer
+        buffer = Buffer(0, size)
+        self._all[buffer.name] = buffer
+        return buffer
+
+    def loan(self, buffer: Buffer) -> Loan:
+        """Return what the other process needs to map a buffer."""
+        return Loan(os.getpid(), buffer.handle, buffer.name, buffer.size, tuple(self._all))
+
+
+class Borrower:
+    """Buffers of another process, each mapped once."""
+
+    def __init__(self) -> None:
+        self._mapped: dict[str, np.ndarray] = {}
+
+    def memory(self, loan: Loan) -> np.ndarray | None:
+        """Return a buffer's bytes; None if it is not that of a process of this host, or may not be opened."""
+        for name in self._mapped.keys() - set(loan.kept):
+            del self._mapped[name]
+        if loan.name not in self._mapped:
+            try:
+                path = f"/proc/{loan.process}/fd/{loan.handle}"
+                handle = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+            except OSError:
+                return None
+            try:
+                # On another host the same numbers may belong to anything.
+                if os.readlink(f"/proc/self/fd/{handle}") != f"/memfd:{loan.name} (deleted)":
+                    return None
+                self._mapped[loan.name] = mapped(handle, loan.size)
+            finally:
+                os.close(handle)
+        return self._mapped[loan.name]
+
+
+def _unnamed_file(name: str, size: int) -> int:
     if hasattr(os, "memfd_create"):
-        handle = os.memfd_create("cnn2gnn-batch", os.MFD_CLOEXEC)
+        handle = os.memfd_create(name, os.MFD_CLOEXEC)
     else:
         with tempfile.TemporaryFile() as file:
             handle = os.dup(file.fileno())

@@ -6,7 +6,7 @@ to its end or refused with a :class:`UserError`: compressed, sparse, corrupt and
 are refused, where ``tarfile`` would silently stop at a corrupt header.
 
 Safe on hostile archives: nothing is written or unpickled; names are text, never paths; links,
-directories and devices are ignored. Memory is bounded by a window of ``_WIDEST`` bytes and one
+directories and devices are ignored. Memory is bounded by a window of ``WIDEST`` bytes and one
 extension header of ``MAX_EXTENSION`` bytes, however many the archive has.
 """
 
@@ -22,7 +22,8 @@ from cnn2gnn_dist.data.tar.full_header import HeaderParser, Member, header_sums,
 from cnn2gnn_dist.data.tar.tar_file import BLOCK, WRITE_AGAIN, Archive, shown
 from cnn2gnn_dist.errors import UserError
 
-_WINDOW, _WIDEST = 3072, 1 << 17  # one read covers a small member and the next header
+WINDOW, WIDEST = 3072, 1 << 17
+"""Bytes of one read: enough for a small member and the next header; at most, where headers are close together."""
 _ZERO = bytes(BLOCK)
 _COMPRESSED = {
     "a gzip file": "gzip",
@@ -60,14 +61,14 @@ def members(tar: Archive) -> Iterator[Member]:
     """
     _refuse_foreign(tar)
     parser, new, length = HeaderParser(tar), tuple.__new__, tar.bytes
-    window, start, have, position, ahead = b"", 0, 0, 0, _WINDOW
+    window, start, have, position, ahead = b"", 0, 0, 0, WINDOW
     owner, rest, prefix = b"", b"", ""
     sums, times = _Sums(b""), _Times()
     while True:
         begin = position - start
         if begin + BLOCK > have:
             # Widen only while headers are close together; otherwise most of a window goes unused.
-            ahead = min(2 * ahead, _WIDEST) if begin <= have + _WINDOW else _WINDOW
+            ahead = min(2 * ahead, WIDEST) if begin <= have + WINDOW else WINDOW
             window, start, begin = tar.window(position, ahead), position, 0
             have = len(window)
             if have < BLOCK:

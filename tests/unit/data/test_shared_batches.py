@@ -1,0 +1,61 @@
+"""Memory that one process lends to another: found by its name, never taken for another, reused when free."""
+
+from __future__ import annotations
+
+import gc
+import os
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from cnn2gnn_dist.data.reading.shared_batches import Borrower, Lease, Lender
+
+
+def test_what_a_borrower_writes_is_what_the_lender_reads():
+    lender, borrower = Lender(), Borrower()
+    buffer = lender.take(1000)
+    memory = borrower.memory(lender.loan(buffer))
+    memory[:] = np.arange(1000) % 251
+    np.testing.assert_array_equal(buffer.memory[:1000], np.arange(1000) % 251)
+    assert borrower.memory(lender.loan(buffer)) is memory
+
+
+def test_a_number_that_belongs_to_another_file_is_refused(tmp_path):
+    """As on another host, or when the file has been closed and its number taken."""
+    lender, borrower = Lender(), Borrower()
+    loan, other = lender.loan(lender.take(10)), lender.take(10)
+    (tmp_path / "f").write_bytes(b"0123456789")
+    with open(tmp_path / "f", "r+b") as file:
+        for handle in (file.fileno(), other.handle, 1 << 20):
+            assert borrower.memory(replace(loan, handle=handle)) is None
+        assert (tmp_path / "f").read_bytes() == b"0123456789"
+    assert borrower.memory(replace(loan, process=1 << 30)) is None
+
+
+def test_free_memory_is_reused_and_what_is_held_is_not():
+    lender = Lender()
+    first = lender.take(100)
+    images = np.asarray(Lease(first, lender.free))
+    second = lender.take(100)
+    assert second is not first
+    del images
+    gc.collect()
+    assert lender.take(60) is first
+    assert lender.take(60) is not second
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="no /proc")
+def test_memory_that_is_no_longer_kept_is_unmapped_at_the_next_loan():
+    lender, borrower = Lender(), Borrower()
+    small = lender.take(100)
+    name = small.name
+    borrower.memory(lender.loan(small))
+    lender.free.append(small)
+    del small
+    large = lender.take(5000)  # the small one is discarded
+    borrower.memory(lender.loan(large))
+    with open("/proc/self/maps") as maps:
+        found = maps.read()
+    assert name not in found
+    assert large.name in found
