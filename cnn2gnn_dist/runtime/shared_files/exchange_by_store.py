@@ -231,7 +231,8 @@ def _leave(
     objects: dict[str, str] = {}
 
     def one(name: str) -> None:
-        objects[name] = depot.leave(wanted[name], side.source(name))
+        with _reported(name):
+            objects[name] = depot.leave(wanted[name], side.source(name))
 
     in_threads.each(one, names)
     return objects
@@ -269,7 +270,7 @@ def _fetch_kept(
 
 def _fetch_one(name: str, found: str, wanted: Content, side: Side, depot: Depot) -> None:
     digest, size = hashlib.sha256(), 0
-    with side.receive(name) as write:
+    with _reported(name), side.receive(name) as write:
 
         def take(data: bytes) -> None:
             nonlocal size
@@ -285,6 +286,19 @@ def _fetch_one(name: str, found: str, wanted: Content, side: Side, depot: Depot)
                 where=found,
                 remedy="check the store; the same command continues from what is complete",
             )
+
+
+@contextlib.contextmanager
+def _reported(name: str) -> Iterator[None]:
+    """An error of this host's disk is one that all ranks can report, or the others would lose this rank."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"a file of the run can't be read or written: {error.strerror or error}",
+            where=str(error.filename or name),
+            remedy="fix the run's folder on that host; the same command continues from what is complete",
+        ) from None
 
 
 def _remove(objects: Sequence[str], depot: Depot) -> None:

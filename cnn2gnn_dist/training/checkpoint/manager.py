@@ -16,6 +16,7 @@ import logging
 import shutil
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cnn2gnn_dist import durable, field_names
+from cnn2gnn_dist import durable
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.runtime.group import collectives
 from cnn2gnn_dist.runtime.shared_files import handover, host_folders
@@ -32,6 +33,7 @@ from cnn2gnn_dist.runtime.shared_files.exchange_by_store import NowhereFound
 from cnn2gnn_dist.training.checkpoint import folder as disk
 from cnn2gnn_dist.training.checkpoint import named_state
 from cnn2gnn_dist.training.checkpoint.copies import Copies, CopyCount
+from cnn2gnn_dist.training.checkpoint.other_run import other_run
 from cnn2gnn_dist.training.engine import Engine
 
 _log = logging.getLogger(__name__)
@@ -136,11 +138,17 @@ class Checkpoints:
         writing, self._writing = self._writing, None
         if writing is None:
             return
-        outcomes = collectives.all_gather_object(writing.finish())
+        # A share that goes to the storage may take longer than cluster.timeout_s; a disk may not.
+        with collectives.uneven() if host_folders.are_separate() else nullcontext():
+            made = writing.finish()
+        outcomes = collectives.all_gather_object(made)
         problem = next((error for error, _ in outcomes if error), None)
         if problem is None:
             files = [file for _, own in outcomes for file in own]
             problem = _error_in_a_folder(lambda: self._publish(writing, files))
+        if problem is None:  # in every folder: only now may an earlier one go
+            final = writing.work.with_suffix("")
+            problem = _error_in_a_folder(lambda: disk.prune(self.folder, final, self.keep_last))
         self._report(problem, writing.work)
         if problem is None:
             near = host_folders.sharing(0)
@@ -221,7 +229,7 @@ class Checkpoints:
             handover.hand_over(path, partial(_written, path))
         state = disk.read_state(path)
         if state["run_id"] != self.run_id and not force:
-            raise self._other_run_error(path, state)
+            raise other_run(path, state, self.about)
         tensors = disk.read_tensors(path)
         if answering:
             tensors = disk.answering(tensors)
@@ -232,21 +240,6 @@ class Checkpoints:
         engine.steps = int(state["step"])
         engine.deepspeed.global_steps = engine.steps
         return Loaded(state["extra"], disk.read_owns(path))
-
-    def _other_run_error(self, path: Path, state: dict[str, Any]) -> UserError:
-        before, now = (
-            {field_names.current_name(name): value for name, value in about.items()}
-            for about in (state["about"], self.about)
-        )
-        there = [(f, before.get(f), now.get(f)) for f in sorted(before.keys() | now.keys())]
-        different = [f"{f}: {old!r} -> {new!r}" for f, old, new in there if old != new]
-        return UserError(
-            "this checkpoint belongs to another run or config: "
-            + ("; ".join(different) or "its inputs differ, not its config"),
-            where=str(path),
-            remedy="another run.dir=…, --update to restart this stage, "
-            "or --force to resume from it anyway",
-        )
 
     def _create_folder(self, work: Path) -> bool:
         """Create the folder to write into: on rank 0, or on each host that has its own."""
@@ -266,7 +259,6 @@ class Checkpoints:
         disk.publish(work, final, writing.state, files)
         if writing.best:
             durable.write_text(self.folder / disk.BEST, final.name)
-        disk.prune(self.folder, final, self.keep_last)
         _log.debug("checkpoint %s is complete", final.name)
 
     def _report(self, problem: str | None, work: Path) -> None:
