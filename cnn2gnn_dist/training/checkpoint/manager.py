@@ -33,7 +33,7 @@ from cnn2gnn_dist.runtime.shared_files.exchange_by_store import NowhereFound
 from cnn2gnn_dist.training.checkpoint import folder as disk
 from cnn2gnn_dist.training.checkpoint import named_state
 from cnn2gnn_dist.training.checkpoint.copies import Copies, CopyCount
-from cnn2gnn_dist.training.checkpoint.other_run import other_run
+from cnn2gnn_dist.training.checkpoint.other_run import check_run
 from cnn2gnn_dist.training.engine import Engine
 
 _log = logging.getLogger(__name__)
@@ -228,8 +228,8 @@ class Checkpoints:
         if only is not None or not host_folders.are_separate():
             handover.hand_over(path, partial(_written, path))
         state = disk.read_state(path)
-        if state["run_id"] != self.run_id and not force:
-            raise other_run(path, state, self.about)
+        if not force:
+            check_run(path, state, self.run_id, self.about)
         tensors = disk.read_tensors(path)
         if answering:
             tensors = disk.answering(tensors)
