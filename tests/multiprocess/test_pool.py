@@ -22,7 +22,7 @@ from cnn2gnn_dist.data.reading import pool as pools
 from cnn2gnn_dist.data.reading import ray_readers
 from cnn2gnn_dist.data.reading.pool import ReaderPool
 from cnn2gnn_dist.data.reading.reader import Batch, Reader, ReaderSpec, Request
-from cnn2gnn_dist.data.reading.shared_batches import Lender
+from cnn2gnn_dist.data.reading.shared_batches import MOST_LENT, Lender
 from cnn2gnn_dist.errors import UserError
 from tests.support.shards import make_shards, random_images
 
@@ -93,6 +93,18 @@ def test_ray_gives_what_a_reader_gives(spec, ray_cluster, workers, prefetch, hos
         # Memory of this process, which can be written; not a view of the object store.
         assert all(b.images.flags.writeable for b in found)
         assert all(b.images.flags.owndata == (host == "another") for b in found)
+
+
+def test_batches_that_are_kept_do_not_use_up_what_can_be_lent(spec, ray_cluster):
+    requests = some_requests(MOST_LENT + 8)
+    with ReaderPool(spec, backend="ray", workers=1, prefetch=2) as stream:
+        found = list(stream.batches(requests))
+        assert_same(found, expected(spec, requests))
+        assert [b.images.flags.owndata for b in found] == [False] * MOST_LENT + [True] * 8
+        del found
+        (again,) = stream.batches(requests[:1])
+        assert_same([again], expected(spec, requests[:1]))
+        assert not again.images.flags.owndata
 
 
 @pytest.mark.parametrize("backend", ["local", "ray"])

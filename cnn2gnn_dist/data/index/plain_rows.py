@@ -17,7 +17,7 @@ from cnn2gnn_dist.data.tar.tar_file import Archive
 from cnn2gnn_dist.errors import UserError
 
 _SUFFIX = 16  # bytes of the longest suffix
-_FIELDS = 60  # maximum number of different suffixes: each has a bit
+_FIELDS = 32  # maximum number of different suffixes: each has a bit of an int64, whose sums must not overflow
 _NO_IMAGE = len(IMAGE_SUFFIXES)
 
 
@@ -163,7 +163,8 @@ def _named(
 ) -> bool:
     """Record the class names; False unless every ``.json`` gives its class the one known name, as known.
 
-    Of samples that agree in label and name only the first is read.
+    Of samples that agree in label and name only the first is read, so a class has one name or none: what a later
+    sample is compared with would depend on the order of several.
     """
     json_n = group.member_of("json")
     rows = np.flatnonzero((json_n >= 0) & (label_n >= 0))
@@ -180,9 +181,10 @@ def _named(
     name_r = name_of_code[code]
     texts = list(written)
     _, first = np.unique(label_n[rows] * len(texts) + name_r, return_index=True)
+    first = first[name_r[first] > 0]
+    if np.unique(label_n[rows[first]]).size != first.size:
+        return False
     for at in np.sort(first).tolist():
-        if not name_r[at]:
-            continue
         label, member = int(label_n[rows[at]]), headers.member(int(json_n[rows[at]]))
         try:
             names.see(label, TarSample("", {"json": member}))

@@ -235,7 +235,8 @@ class RayAnswer:
         reader, buffer = self.reader, self.buffer
         assert reader is not None
         if result[0] is not None or buffer is None:
-            reader.lends = False  # it is on another host: lent memory would only be wasted
+            if buffer is not None:
+                reader.lends = False  # it is on another host: lent memory would only be wasted
             return batch_of(result)
         lease = Lease(buffer, reader.lender.free)
         return batch_of(result, self.layout.images(np.asarray(lease)))

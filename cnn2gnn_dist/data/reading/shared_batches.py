@@ -19,6 +19,9 @@ import numpy as np
 
 from cnn2gnn_dist.data.images.crops import Crops, view_numbers
 
+MOST_LENT = 32
+"""Maximum number of buffers lent to one process at a time: each takes two open files of this process."""
+
 
 class Layout:
     """Where the arrays of a batch are in a buffer; both processes compute the same layout.
@@ -117,13 +120,22 @@ class Lender:
         self.free: deque[Buffer] = deque()
         self._all: weakref.WeakValueDictionary[str, Buffer] = weakref.WeakValueDictionary()
 
-    def take(self, size: int) -> Buffer:
-        """Return a free buffer that is large enough, or a new one; smaller ones are discarded."""
+    def take(self, size: int) -> Buffer | None:
+        """Return a free buffer that is large enough, or a new one; smaller ones are discarded.
+
+        None: ``MOST_LENT`` are in use, because someone keeps their batches, or the system gives no more.
+        """
         while self.free:
             buffer = self.free.pop()  # the most recently used one: it is in the processor's cache
             if buffer.size >= size:
                 return buffer
-        buffer = Buffer(0, size)
+            del buffer
+        if len(self._all) >= MOST_LENT:
+            return None
+        try:
+            buffer = Buffer(0, size)
+        except OSError:  # no open file left, or memory without a name is not allowed here
+            return None
         self._all[buffer.name] = buffer
         return buffer
 
@@ -143,19 +155,28 @@ class Borrower:
         for name in self._mapped.keys() - set(loan.kept):
             del self._mapped[name]
         if loan.name not in self._mapped:
-            try:
-                path = f"/proc/{loan.process}/fd/{loan.handle}"
-                handle = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
-            except OSError:
+            memory = _opened(loan)
+            if memory is None:
                 return None
-            try:
-                # On another host the same numbers may belong to anything.
-                if os.readlink(f"/proc/self/fd/{handle}") != f"/memfd:{loan.name} (deleted)":
-                    return None
-                self._mapped[loan.name] = mapped(handle, loan.size)
-            finally:
-                os.close(handle)
+            self._mapped[loan.name] = memory
         return self._mapped[loan.name]
+
+
+def _opened(loan: Loan) -> np.ndarray | None:
+    path, wanted = f"/proc/{loan.process}/fd/{loan.handle}", f"/memfd:{loan.name} (deleted)"
+    try:
+        # On another host the same numbers may belong to anything: opening a pipe or a device has effects of its own.
+        if os.readlink(path) != wanted:
+            return None
+        handle = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            if os.readlink(f"/proc/self/fd/{handle}") != wanted:  # replaced in between
+                return None
+            return mapped(handle, loan.size)
+        finally:
+            os.close(handle)
+    except OSError:
+        return None
 
 
 def _unnamed_file(name: str, size: int) -> int:

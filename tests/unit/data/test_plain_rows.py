@@ -182,3 +182,25 @@ def test_every_damaged_byte_is_seen(tmp_path: Path, suffix: str) -> None:
         path.write_bytes(b"".join(good[:3]) + bytes(header) + END)
         wanted = outcome(lambda: one_by_one(path, OPTIONS[0]))
         assert outcome(lambda: read_shard(str(path), OPTIONS[0], KNOWN)) == wanted
+
+
+def test_more_copies_of_a_field_than_a_sum_of_bits_can_hold() -> None:
+    """With 60 suffixes the last one's bit is 1 << 59: of 33 copies the sum is again 1 << 59, modulo 1 << 64."""
+    others = [file(f"b.s{n:02}".encode(), b"1") for n in range(58)]
+    copies = [file(b"a.zz", b"1")] * 33
+    assert_same(b"".join([file(b"a.jpg", b"1"), *copies, file(b"b.jpg", b"1"), *others]) + END)
+
+
+def test_a_later_sample_is_compared_with_the_name_known_by_then() -> None:
+    """It looks like the first one, which has no name, but names its class differently from the second one."""
+    abouts = [
+        b'{"class_name": null}',
+        b'{"class_name": "cat"}',
+        b'{"other": {"class_name": null}, "class_name": "dog"}',
+    ]
+    blocks = [
+        file(f"{n}.{suffix}".encode(), data)
+        for n, about in enumerate(abouts)
+        for suffix, data in (("cls", b"0"), ("jpg", b"1"), ("json", about))
+    ]
+    assert_same(b"".join(blocks) + END)

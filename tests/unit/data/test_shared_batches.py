@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gc
 import os
+import select
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from cnn2gnn_dist.data.reading.shared_batches import Borrower, Lease, Lender
+from cnn2gnn_dist.data.reading.shared_batches import MOST_LENT, Borrower, Lease, Lender
 
 
 def test_what_a_borrower_writes_is_what_the_lender_reads():
@@ -59,3 +60,29 @@ def test_memory_that_is_no_longer_kept_is_unmapped_at_the_next_loan():
         found = maps.read()
     assert name not in found
     assert large.name in found
+
+
+def test_a_foreign_pipe_is_not_even_opened(tmp_path):
+    """Its reader would take the opening and closing for a writer that came and went."""
+    lender, borrower = Lender(), Borrower()
+    loan = lender.loan(lender.take(10))
+    os.mkfifo(tmp_path / "pipe")
+    pipe = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        assert borrower.memory(replace(loan, handle=pipe)) is None
+        poll = select.poll()
+        poll.register(pipe, select.POLLIN)
+        assert poll.poll(0) == []
+    finally:
+        os.close(pipe)
+
+
+def test_who_keeps_all_batches_does_not_use_up_the_open_files():
+    lender = Lender()
+    kept = [lender.take(10) for _ in range(MOST_LENT)]
+    assert None not in kept
+    assert lender.take(10) is None
+    images = np.asarray(Lease(kept.pop(), lender.free))
+    del images
+    gc.collect()
+    assert lender.take(10) is not None
