@@ -79,12 +79,7 @@ def run_rank(
             read = on_rank_0(ranks, lambda: deepspeed or keys.read_deepspeed(config))
             surroundings = Surroundings(device == "cuda", inside_ray, ranks.world_size, read)
             survey = Survey(config, read, reads=True, recheck=update)
-            stored = Stored(config)
-            stored.open()
-            on_rank_0(ranks, lambda: _begin(survey, names, surroundings, stored))
-            if host_folders.are_separate():
-                root, text = Path(str(config.run.dir)), settings.as_yaml(config)
-                host_folders.in_each(lambda: ledger.claim(root, text))
+            stored = _opened(survey, names, surroundings, ranks)
             run = Run(survey, stored, ranks, device, inside_ray, update, force, bfloat16)
             return _run_all(run, names)
     except UserError as error:
@@ -98,6 +93,20 @@ def run_rank(
         errors.close()
         engine.shutdown()
         host_folders.end()
+
+
+def _opened(
+    survey: Survey, names: list[str] | None, surroundings: Surroundings, ranks: Ranks
+) -> Stored:
+    """The run's storage, if it has one, once the run may begin in every folder (collective)."""
+    config = survey.config
+    stored = Stored(config)
+    stored.open()
+    on_rank_0(ranks, lambda: _begin(survey, names, surroundings, stored))
+    if host_folders.are_separate():
+        root, text = Path(str(config.run.dir)), settings.as_yaml(config)
+        host_folders.in_each(lambda: ledger.claim(root, text))
+    return stored
 
 
 def _tell_others(error: UserError, errors: exchange.ErrorExchange, stays: bool) -> None:

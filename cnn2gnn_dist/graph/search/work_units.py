@@ -130,12 +130,10 @@ class WorkFolder:
             durable.write_text(self._mark(phase, unit), json.dumps(found))
             return unit, found
 
-        done = len(sums)
         with group.together(), ThreadPoolExecutor(group.threads, initializer=_one_thread) as pool:
             for unit, found in pool.map(one, left):
                 sums[unit] = found
-                done += 1
-                group.progress(phase, done, len(mine))
+                group.progress(phase, len(sums), len(mine))
         for file in files:
             file.close()
         group.forget(self.path(name) for name in arrays)
