@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import re
 from functools import partial
@@ -11,6 +13,7 @@ from cnn2gnn_dist import ledger
 from cnn2gnn_dist.config import Config
 from cnn2gnn_dist.data.storage.urls import is_remote
 from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.graph import version
 from cnn2gnn_dist.pipeline.planning import Step
 from cnn2gnn_dist.pipeline.registry import Stage
 from cnn2gnn_dist.runtime.group import collectives, exchange, members
@@ -154,10 +157,26 @@ def bring_inputs(root: Path, folders: list[str], brought: set[str]) -> None:
 
         digest, names = collectives.alone(here)
         if digest not in brought:
-            handover.hand_over(
-                folder, partial(handover.described, folder, dict.fromkeys(names, True))
-            )
+            handover.hand_over(folder, partial(as_written, folder, names))
             brought.add(digest)
+
+
+def as_written(folder: Path, names: list[str]) -> dict[str, handover.Written]:
+    """Describe files of a complete stage.
+
+    A checkpoint's or a graph's as they were written, by its manifest: one that has been damaged on this disk since
+    must not replace another host's. The others as this rank reads them.
+    """
+    found: dict[str, handover.Written] = {}
+    for name in names:
+        if Path(name).name == version.MANIFEST:
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                listed = json.loads((folder / name).read_text(encoding="utf-8"))["files"]
+                for file, (size, sha) in listed.items():
+                    found[str(Path(name).parent / file)] = handover.Written(int(size), str(sha))
+    others = dict.fromkeys([name for name in names if name not in found], True)
+    written = handover.described(folder, others)
+    return {name: written[name] if name in written else found[name] for name in names}
 
 
 def check_shards(paths: RunPaths) -> None:
