@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from cnn2gnn_dist.run_storage.depot import StoreDepot
 from cnn2gnn_dist.runtime.group import collectives
 from cnn2gnn_dist.runtime.shared_files import host_folders
 from cnn2gnn_dist.training.checkpoint import folder as disk
+from cnn2gnn_dist.training.checkpoint import separate as separate_checkpoints
 from cnn2gnn_dist.training.checkpoint.manager import Checkpoints, _Writing
 from tests.support import own_folders, rank_group
+from tests.support.stored import s3_bucket
 
 TIMEOUT_S = 3.0
 
@@ -101,3 +105,37 @@ def test_an_earlier_checkpoint_stays_until_all_hosts_have_the_next(tmp_path: Pat
     assert second[1][1] == ["step-00000001"]
     assert first[2][1][-1] == second[2][1][-1] == "step-00000003"
     assert "step-00000001" not in first[2][1]
+
+
+def resumed(root: str, url: str) -> tuple[str, list[str], dict[str, int], bool]:
+    """Of three checkpoints, of which host b has lost its share of the first: what a resume leaves on this host."""
+    folder = separate(root)
+    folder.mkdir()
+    os.chdir(folder)  # as on real hosts, all have the same path
+    host_folders.use(StoreDepot(url, "run"))
+    checkpoints = Checkpoints(Path("run"), "run", keep_last=3, copies=Store(0))
+    for step in (1, 2, 3):
+        write(checkpoints, step)
+        checkpoints.settle()
+    first = disk.path_of(Path("run"), 1)
+    (Path("run") / disk.BEST).write_text(first.name)
+    if collectives.rank() == 1:
+        for path in first.glob("rank-00001*"):
+            path.unlink()
+    collectives.barrier()
+    newest = separate_checkpoints.newest(Path("run"))
+    assert newest is not None
+    before = [path.name for path in disk.all_of(Path("run")) if disk.damage(path) is None]
+    separate_checkpoints.complete_older(Path("run"), newest)
+    shares = {path.name: len(list(path.glob("rank-*"))) for path in disk.all_of(Path("run"))}
+    return newest.name, before, shares, (Path("run") / disk.BEST).exists()
+
+
+def test_a_resume_completes_older_checkpoints_or_removes_them(tmp_path: Path) -> None:
+    with s3_bucket():
+        found = rank_group.run(resumed, 2, str(tmp_path), "s3://runs/separate")
+    for newest, before, shares, best in found:
+        assert newest == "step-00000003"
+        assert before == [newest]
+        assert shares == {"step-00000002": 4, newest: 4}  # two files of each rank
+        assert not best

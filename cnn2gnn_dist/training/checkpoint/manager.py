@@ -29,9 +29,8 @@ from cnn2gnn_dist import durable
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.runtime.group import collectives
 from cnn2gnn_dist.runtime.shared_files import handover, host_folders
-from cnn2gnn_dist.runtime.shared_files.exchange_by_store import NowhereFound
 from cnn2gnn_dist.training.checkpoint import folder as disk
-from cnn2gnn_dist.training.checkpoint import named_state
+from cnn2gnn_dist.training.checkpoint import named_state, separate
 from cnn2gnn_dist.training.checkpoint.copies import Copies, CopyCount
 from cnn2gnn_dist.training.checkpoint.other_run import check_run
 from cnn2gnn_dist.training.engine import Engine
@@ -179,19 +178,7 @@ class Checkpoints:
             first = collectives.rank() == 0
             path: Path | None = collectives.broadcast_object(self.latest() if first else None)
             return path
-        host_folders.in_each(lambda: disk.recover(self.folder))
-        folders: list[Path] = collectives.alone(lambda: disk.all_of(self.folder))
-        for folder in reversed(folders):
-            problem: str | None = collectives.alone(partial(disk.manifest_damage, folder))
-            if problem is None:
-                try:
-                    handover.hand_over(folder, partial(_written, folder))
-                    return folder
-                except NowhereFound as error:
-                    problem = error.what
-            if collectives.rank() == 0:
-                _log.warning(f"checkpoint {folder.name} is skipped: {problem}")
-        return None
+        return separate.newest(self.folder)
 
     def latest(self) -> Path | None:
         """Return the newest complete checkpoint; a corrupt one is logged and skipped."""
@@ -226,7 +213,9 @@ class Checkpoints:
         if path is None:
             return None
         if only is not None or not host_folders.are_separate():
-            handover.hand_over(path, partial(_written, path))
+            handover.hand_over(path, partial(separate.written, path))
+        else:
+            separate.complete_older(self.folder, path)
         state = disk.read_state(path)
         if not force:
             check_run(path, state, self.run_id, self.about)
@@ -332,11 +321,6 @@ class _Writing:
         if self._send is not None:
             for file in self._files:
                 self._send(self.work / file[0], file)
-
-
-def _written(path: Path) -> dict[str, handover.Written]:
-    listed = {name: handover.Written(*one) for name, one in disk.checksums(path).items()}
-    return listed | handover.described(path, {disk.MANIFEST: True})
 
 
 def _error_of(work: Any) -> str | None:
