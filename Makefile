@@ -9,10 +9,10 @@ BIN    := $(VENV)/bin
 # With a GPU, or to choose a build: make demo TORCH="torch==2.13.0 --index-url <the index of your CUDA>"
 TORCH  ?= torch==2.13.0
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-# Files side by side: unit tests compute all the time; the others start ranks and wait for them, so that two more of
-# them at a time keep the cores busy. The longest files are end to end, and go first.
+# Files side by side: unit tests compute all the time; the others start ranks and wait for them, so that one more of
+# them at a time keeps the cores busy. The longest files are end to end, and go first.
 CORES  ?= 2
-BESIDE ?= $(shell expr $(CORES) + 2)
+BESIDE ?= $(shell expr $(CORES) + 1)
 PYTEST := $(BIN)/python -m pytest -p tests.support.processor_time
 export OMP_NUM_THREADS ?= 1
 export PYTHONWARNINGS  ?= ignore::FutureWarning
