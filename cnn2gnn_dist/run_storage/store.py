@@ -286,7 +286,7 @@ class Store:
             raise _damaged(f"has {size:,} bytes instead of {kept.size:,}", url)
         found = hashlib.sha256()
         target.parent.mkdir(parents=True, exist_ok=True)
-        with durable.disk_full_reported(target), durable.replacing(target) as partial:
+        with durable.replacing(target) as partial:
             with open(partial, "wb") as file:
 
                 def write(data: bytes) -> None:

@@ -84,7 +84,7 @@ def test_a_run_killed_on_both_hosts_and_continued_on_empty_folders(
     kill_when(own_folders.start([a, b], stored), lambda: any(b.glob("run/targets/*.parquet")))
     kill_when(
         own_folders.start([a, b], stored),
-        lambda: any(a.glob("run/student/graph/*.tmp/work/*.done")),
+        lambda: any(a.glob("run/student/graph/*.tmp/*/*.done")),
     )
     shutil.rmtree(a)
     kill_when(own_folders.start([b, a], stored), has("student", "step-00000012"))

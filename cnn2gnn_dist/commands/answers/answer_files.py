@@ -53,7 +53,7 @@ def writer_of(path: Path) -> AbstractContextManager[Writer]:
 
 @contextmanager
 def _opened(path: Path, kind: str) -> Iterator[Writer]:
-    with durable.disk_full_reported(path), durable.replacing(path) as temporary:
+    with durable.replacing(path) as temporary:
         if kind == ".parquet":
             with _parquet(temporary) as write:
                 yield write

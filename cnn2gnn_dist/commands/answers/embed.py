@@ -42,7 +42,6 @@ def command(model: Path, images: Sequence[str], out: Path) -> int:
     rows: list[dict[str, Any]] = []
     with (
         opened(model) as classifier,
-        durable.disk_full_reported(out),
         durable.replacing(out) as temporary,
         pq.ParquetWriter(temporary, schema) as file,
     ):

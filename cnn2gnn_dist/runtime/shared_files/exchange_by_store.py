@@ -95,11 +95,7 @@ class Files:
         """Context manager that accepts the contents; the file is replaced on exit without an error."""
         target = self.folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        with (
-            durable.disk_full_reported(target),
-            durable.replacing(target) as partial,
-            open(partial, "wb") as file,
-        ):
+        with durable.replacing(target) as partial, open(partial, "wb") as file:
             yield file.write
             file.flush()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,17 +17,6 @@ from cnn2gnn_dist.run_storage.training_copies import TrainingCopies
 from cnn2gnn_dist.training.checkpoint import folder as disk
 
 URL = "memory://runs/copies"
-
-
-@pytest.fixture(autouse=True)
-def empty() -> Iterator[None]:
-    import fsspec
-
-    store = fsspec.filesystem("memory")
-    store.store.clear()
-    store.pseudo_dirs[:] = [""]
-    yield
-    store.store.clear()
 
 
 def opened(root: Path) -> RunStorage:

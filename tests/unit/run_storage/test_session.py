@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,16 +16,6 @@ from cnn2gnn_dist.run_storage.training_copies import TrainingCopies
 from cnn2gnn_dist.training.checkpoint import folder as disk
 
 URL = "memory://runs/one"
-
-
-@pytest.fixture(autouse=True)
-def memory() -> Iterator[None]:
-    import fsspec
-
-    store = fsspec.filesystem("memory")
-    store.store.clear()
-    yield
-    store.store.clear()
 
 
 def opened(root: Path) -> RunStorage:
