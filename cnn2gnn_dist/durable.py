@@ -50,7 +50,8 @@ def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
     """Replace a file atomically: the caller writes to the yielded path, which is then synced and renamed.
 
     Readers see the old one or the new one. After an error the old one stays and nothing is left
-    behind; what a kill leaves behind is overwritten by the next attempt.
+    behind; what a kill leaves behind is overwritten by the next attempt, or with ``shared`` stays until
+    ``remove_unfinished``.
 
     Args:
         path: the file.
@@ -70,6 +71,15 @@ def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what killed processes have left of files that they replaced with ``shared``.
+
+    Only where no other process can be writing now.
+    """
+    for left in folder.glob(".*.tmp"):
+        left.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str, *, shared: bool = False) -> None:

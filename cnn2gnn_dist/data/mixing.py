@@ -17,6 +17,8 @@ from cnn2gnn_dist.data.images.views import uniform
 from cnn2gnn_dist.data.reading.reader import Batch, on_device
 from cnn2gnn_dist.errors import UserError
 
+MOST_ALPHA = 2.0
+"""Largest α: beyond it Jöhnk's method rejects nearly all draws."""
 _ATTEMPTS = 64
 _WHICH, _ROW, _COLUMN, _PARTNER, _BETA = 200, 201, 202, 203, 210  # draws
 
@@ -83,8 +85,14 @@ def mix_pairs(
         device: where the images are mixed.
 
     Raises:
-        UserError: the batch has no partners, or nothing is to be mixed.
+        UserError: the batch has no partners, nothing is to be mixed, or an α is out of range.
     """
+    if not (0 <= mixup <= MOST_ALPHA and 0 <= cutmix <= MOST_ALPHA):
+        raise UserError(
+            f"mixup {mixup:g}, cutmix {cutmix:g}: α is from 0 (off) to {MOST_ALPHA:g}",
+            where="mix_pairs",
+            remedy=f"use at most {MOST_ALPHA:g}, whose shares are around one half already",
+        )
     others = batch.partners
     if others is None or not (mixup or cutmix):
         raise UserError(

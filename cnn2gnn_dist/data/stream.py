@@ -65,7 +65,7 @@ class Stream:
         num_views: use view (epoch mod num_views); None: a new view each epoch.
         train: False: all samples in order, without augmentation and without skipping any; padding of
             the last batch has ``valid`` False.
-        max_corrupt: maximum fraction of corrupt images among this rank's before reading stops.
+        max_corrupt: maximum fraction of corrupt images among this rank's of an epoch before reading stops.
         decoded_bytes: maximum bytes of the host's cache of decoded images (small images; 0: none).
         cache_bytes: maximum bytes of complete remote shards in the user's cache folder (0: their samples
             are read in ranges).
@@ -110,7 +110,8 @@ class Stream:
             self.manifest.shard_sizes, seed=seed, global_batch=global_batch, window=window
         )
         self._order.check_ranks(self.world_size)
-        self._corrupt = CorruptSamples(max_corrupt, len(self.manifest) / self.world_size)
+        read = (2 if train and pairs else 1) * len(self.manifest) / self.world_size
+        self._corrupt = CorruptSamples(max_corrupt, read)  # of an epoch: the next reads others
         self._pool = ReaderPool(
             ReaderSpec(
                 str(self.manifest_path),
@@ -146,11 +147,12 @@ class Stream:
                 batch.partners = others
             self.batch = number + 1
             yield batch
-        self.epoch, self.batch = self.epoch + 1, 0
+        self.set_epoch(self.epoch + 1)
 
     def set_epoch(self, epoch: int) -> None:
         """Move to the start of an epoch (0 is the first)."""
         self.epoch, self.batch = epoch, 0
+        self._corrupt.seen.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the cursor after the last yielded batch, and the identity of the stream it belongs to."""
@@ -180,7 +182,8 @@ class Stream:
                 where="state",
                 remedy="load a state returned by state_dict()",
             )
-        self.epoch, self.batch = (epoch + 1, 0) if batch == len(self) else (epoch, batch)
+        self.set_epoch(epoch + (batch == len(self)))
+        self.batch = batch % len(self)
 
     def close(self) -> None:
         """Stop the readers."""

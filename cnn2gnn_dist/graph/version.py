@@ -217,9 +217,20 @@ def prune(root: Path, newest: Path, keep: int) -> None:
     kept = past[-max(keep, 1) :]
     for path in versions:
         if path not in kept:
-            shutil.rmtree(path)
+            (path / MANIFEST).unlink(
+                missing_ok=True
+            )  # first: what is left without it doesn't count
+            _remove(path)
     for unfinished in Path(root).glob("v????.tmp"):
-        shutil.rmtree(unfinished)
+        _remove(unfinished)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder that doesn't count, now or at the next attempt.
+
+    On NFS a file that a process of this host still maps stays in it, under a hidden name, until it is closed.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _read_manifest(path: Path) -> tuple[dict[str, tuple[int, str]], dict[str, Any]]:

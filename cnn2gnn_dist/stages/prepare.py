@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from cnn2gnn_dist import durable
 from cnn2gnn_dist.config import DataConfig
 from cnn2gnn_dist.data.images.file_kind import ENOUGH, kind_of, remedy_for
 from cnn2gnn_dist.data.index import class_names
@@ -30,6 +31,7 @@ _CALIBRATION = 0x5CA1AB1E
 def pack_run(context: Context) -> list[Path]:
     """Stage ``pack``: write the run's shards (rank 0; the others wait in the pipeline)."""
     data, out = context.config.data, context.folder
+    durable.remove_unfinished(out)  # as large as a shard; the run's lock is held
     done = pack_source(data, out, "train", data.train, context.config.seed)
     if data.test is not None:
         done += pack_source(data, out, "test", data.test, context.config.seed)
@@ -207,6 +209,7 @@ def index_run(context: Context) -> list[Path]:
         stages.insert(0, "teacher")
     found += [f"{e.what} ({e.where})" for e in preflight.misfits(config, stages, len(whole))]
     paths.train_manifest.parent.mkdir(parents=True, exist_ok=True)
+    durable.remove_unfinished(paths.train_manifest.parent)
     whole.save(paths.train_manifest)
     held.save(paths.test_manifest)
     paths.calibration_manifest.unlink(missing_ok=True)

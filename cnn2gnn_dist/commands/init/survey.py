@@ -71,6 +71,11 @@ class Survey:
         return int(self.count_C.sum())
 
     @property
+    def empty(self) -> list[str]:
+        """Names of the classes without a training image (of those that were read)."""
+        return [self.classes[number] for number in np.flatnonzero(self.count_C == 0)]
+
+    @property
     def short_side(self) -> int:
         """The median shorter side, in pixels."""
         return int(np.median(self.sides.min(axis=1)))
@@ -115,6 +120,12 @@ def _refuse_few(survey: Survey) -> None:
             "every class has a single image, so none can be held out to evaluate on",
             where=where,
             remedy="add images, at least ten of each class",
+        )
+    if survey.empty:
+        names = ", ".join(f"'{printable(name)}'" for name in survey.empty[:4])
+        survey.notes.append(
+            f"{len(survey.empty)} classes have no training images and can't be learned: {names}"
+            f"{', …' if len(survey.empty) > 4 else ''}"
         )
     least = int(survey.count_C[survey.count_C > 0].min())
     if least < 10:
@@ -198,7 +209,7 @@ def _columns(path: Path) -> tuple[str, str]:
 
 
 def _rows(paths: list[Path], column: str, rng: np.random.Generator) -> Iterator[bytes]:
-    """Images of some row groups, drawn with probabilities proportional to their numbers of rows."""
+    """The first images of some row groups, which are drawn with equal probabilities."""
     groups = []
     for path in paths:
         with open_parquet(path) as file:
@@ -240,7 +251,8 @@ def _shards(source: Source, rng: np.random.Generator) -> Survey:
     if found.left_out:
         survey.notes.append(found.left_out)
     if source.test is not None:
-        survey.held = len(index_data_set(files_of("shards", source.test)).manifest)
+        held = index_data_set(files_of("shards", source.test), allow_empty_classes=True)
+        survey.held = len(held.manifest)
     _decode(survey, _members(manifest, rng))
     survey.share = sum(survey.unreadable.values()) / survey.looked_at
     return survey

@@ -21,6 +21,7 @@ def as_text(head: list[str], tree: dict[str, Any]) -> str:
         "test": "held-out images: what the models are evaluated on",
         "holdout": "share of each class held out, to evaluate on; or name a second set: test: FOLDER",
         "calibration": "share of the others set apart to calibrate confidence",
+        "allow_empty_classes": "some have no training images",
         "max_corrupt": "largest accepted share of unreadable images",
     }
     lines += _block(data, said)

@@ -38,7 +38,7 @@ def from_file(path: str) -> dict[str, Any]:
                 raise
             failure = failure or error
         else:
-            return {"arch": arch, "weights": str(file), "size": _SMALLEST}
+            return {"arch": arch, "weights": _escaped(str(file)), "size": _SMALLEST}
     raise UserError(
         f"the weights fit none of {', '.join(dict.fromkeys([*named, *ARCHITECTURES]))}",
         where=str(file),
@@ -57,5 +57,10 @@ def cached() -> dict[str, Any] | None:
             continue
         found = try_to_load_from_cache(known.hf_hub_id, "model.safetensors")
         if isinstance(found, str):
-            return {"arch": arch, "weights": found, "size": _SMALLEST}
+            return {"arch": arch, "weights": _escaped(found), "size": _SMALLEST}
     return None
+
+
+def _escaped(path: str) -> str:
+    """A path as a config has it, where a dollar sign begins a variable."""
+    return path.replace("$", "$$")

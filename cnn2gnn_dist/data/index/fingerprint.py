@@ -12,6 +12,7 @@ import hashlib
 import os
 import posixpath
 import stat
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -55,7 +56,8 @@ class Fingerprint:
         by: "bytes": contents were read; "times": the set is too large, so times are compared.
         look: hash of names, lengths, times and tags, in file order.
         content: hash of names, lengths and contents; part of a stage's key.
-        files: name → (bytes, time, content or tag); None beyond `LISTED` files.
+        files: name → (bytes, time, content or tag); None beyond `LISTED` files. Files that share a name (of two
+            buckets) are listed by their URL.
     """
 
     origin: tuple[str, ...]
@@ -176,12 +178,25 @@ def fingerprint(
     by = before.by if before else ("bytes" if read_all or small else "times")
     known = (before.files or {}) if before and not recheck else {}
 
-    marks = {s.name: _unread(s, by, known) for s in seen}
-    unread = [s for s in seen if marks[s.name] is None]
-    marks.update(zip((s.name for s in unread), _in_lots(_contents, unread), strict=True))
-    content = _sum(f"{s.name}\0{s.bytes}\0{marks[s.name]}" for s in seen)
-    files = {s.name: (s.bytes, s.time, str(marks[s.name])) for s in seen}
+    names = _distinct_names(seen)
+    unread = [_unread(s, by, known.get(name)) for s, name in zip(seen, names, strict=True)]
+    read = iter(
+        _in_lots(_contents, [s for s, mark in zip(seen, unread, strict=True) if mark is None])
+    )
+    marks = [str(next(read) if mark is None else mark) for mark in unread]
+    pairs = list(zip(seen, marks, strict=True))
+    content = _sum(f"{s.name}\0{s.bytes}\0{mark}" for s, mark in pairs)
+    files = {name: (s.bytes, s.time, mark) for name, (s, mark) in zip(names, pairs, strict=True)}
     return Fingerprint(paths_of(origin), by, sums, content, files if len(files) <= LISTED else None)
+
+
+def _distinct_names(seen: Sequence[FileStat]) -> list[str]:
+    """The files' names; of remote ones that share theirs with another file, the URLs without queries."""
+    times = Counter(s.name for s in seen)
+    return [
+        s.name if times[s.name] == 1 or not urls.is_remote(s.place) else s.place.partition("?")[0]
+        for s in seen
+    ]
 
 
 def difference(old: Fingerprint, new: Fingerprint) -> str:
@@ -238,13 +253,12 @@ def _in_lots(work: Callable[[list[Any]], list[Any]], items: list[Any]) -> list[A
         return [result for lot in pool.map(work, lots) for result in lot]
 
 
-def _unread(file: FileStat, by: str, known: dict[str, tuple[int, int, str]]) -> str | None:
-    """Return the content's stand-in if it need not be read (tag, time or recorded hash), else None."""
+def _unread(file: FileStat, by: str, old: tuple[int, int, str] | None) -> str | None:
+    """Return the content's stand-in if it need not be read (tag, time or the recorded hash), else None."""
     if urls.is_remote(file.place):
         return file.tag
     if by == "times":
         return str(file.time)
-    old = known.get(file.name)
     return old[2] if old and old[:2] == (file.bytes, file.time) else None
 
 

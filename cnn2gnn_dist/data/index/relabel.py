@@ -114,7 +114,8 @@ def unique_keys(manifest: Manifest) -> list[str]:
 def names_of(manifest: Manifest) -> dict[str, int]:
     """The row of each name of an image: its key, if no other image has it, and ``shard/key``.
 
-    ``shard`` as in ``unique_keys``.
+    ``shard`` as in ``unique_keys``. Where one image's key is the other name of another (``a/b``), it means the
+    image to which ``unique_keys`` gives it.
     """
     shards = _shard_names([shard.path for shard in manifest.shards])
     keys: list[str] = manifest.keys.to_pylist()
@@ -123,7 +124,8 @@ def names_of(manifest: Manifest) -> dict[str, int]:
         for row, (s, k) in enumerate(zip(manifest.shard_N, keys, strict=True))
     }
     several = {key for key, count in Counter(keys).items() if count > 1}
-    return found | {key: row for row, key in enumerate(keys) if key not in several}
+    plain = {key: row for row, key in enumerate(keys) if key not in several}
+    return plain | found if several else found | plain
 
 
 def _shard_names(paths: Sequence[str]) -> list[str]:

@@ -3,7 +3,7 @@
 Decoding dominates the cost of a small image, and pad-crop-flip starts from the same clean view every
 epoch. So the first reader that decodes a sample stores it here, and readers in all processes reuse it.
 Writes are idempotent (a clean view is a pure function of the sample), so no locks are needed. The file
-name depends on the data, the decoder, the size and the boot of the host; deleting the file costs only time.
+name depends on the manifest's file, the decoder, the size and the boot of the host; deleting the file costs only time.
 The layout does not depend on the limit, so that processes with different limits may share the file: one byte
 for each of the N samples, which is 1 if its view is present, then the views of the first ones.
 """
@@ -81,15 +81,18 @@ class DecodedCache:
 
 
 def cache_path(manifest_path: str | os.PathLike[str], manifest: Manifest, spec: ViewSpec) -> Path:
-    """Return the path of the cache of a manifest's clean views: next to it, named after its contents.
+    """Return the path of the cache of a manifest's clean views: next to it, named after its file and contents.
 
-    The name includes the host's boot id: after a crash, pages may be missing although their flags
-    were written.
+    The name includes the manifest's own name and time: images that are not compressed have one length, so
+    another data set, or the same shards written again, may have the same digest. And the host's boot id: after
+    a crash, pages may be missing although their flags were written.
     """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:  # not Linux: one permanent cache, whose pages the system flushes in order
         boot = ""
-    what = f"{manifest.digest} {DECODING} {spec.size} {spec.resize} {boot} {_LAYOUT}"
-    name = hashlib.sha256(what.encode()).hexdigest()[:16]
-    return Path(manifest_path).absolute().with_name(f"decoded-{name}.u8")
+    path = Path(manifest_path).absolute()
+    made = f"{path.name} {path.stat().st_mtime_ns} {manifest.digest}"
+    what = f"{made} {DECODING} {spec.size} {spec.resize} {boot} {_LAYOUT}"
+    name = hashlib.sha256(os.fsencode(what)).hexdigest()[:16]
+    return path.with_name(f"decoded-{name}.u8")

@@ -13,10 +13,14 @@ from cnn2gnn_dist.errors import UserError
 _MAX_EXAMINED = 2000
 """Maximum entries of a folder tree to examine for a message."""
 _SPLIT = re.compile(
-    r"(?:^|[-_. ])(train|training|val|valid|validation|dev|test|testing|eval)(?=[-_. ]|\d|$)",
+    r"(?:^|[-_. ])(train|training|trainval|val|valid|validation|dev|test|testing|eval|heldout|holdout)"
+    r"(?=[-_. ]|\d|$)",
     re.IGNORECASE,
 )
-_PARTS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+_PARTS = {
+    **dict.fromkeys(("train", "training", "trainval"), "train"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
 KINDS = {".tar": "shards", ".parquet": "parquet"}
 """File suffix → the value of ``data.source`` that reads such files."""
 
@@ -39,8 +43,7 @@ def files_in(folder: str, suffix: str) -> list[str]:
     Hidden files (``._x.parquet`` of macOS) are left out.
 
     Raises:
-        UserError: there are none (the message says what is there instead), or they belong to several
-            splits of a data set, which would be mixed.
+        UserError: there are none (the message says what is there instead), or they are mixed (``refuse_mixed``).
     """
     for place in (folder, os.path.join(folder, "data")) if suffix == ".parquet" else (folder,):
         found = [
@@ -49,7 +52,7 @@ def files_in(folder: str, suffix: str) -> list[str]:
             if name.lower().endswith(suffix) and not name.startswith(".")
         ]
         if found:
-            _refuse_mixed(place, found, suffix)
+            refuse_mixed(place, found, suffix)
             return found
     raise UserError(
         f"the folder contains no {suffix} files{_instead(folder, suffix)}",
@@ -58,27 +61,36 @@ def files_in(folder: str, suffix: str) -> list[str]:
     )
 
 
-def _refuse_mixed(folder: str, files: Sequence[str], suffix: str) -> None:
-    parts: dict[str, str] = {}
+def refuse_mixed(folder: str, files: Sequence[str], suffix: str) -> None:
+    """Refuse the files of a folder, local or remote, that belong to several splits of a data set.
+
+    Files that are not named after a split may go with training ones, but not with held-out ones, which would be
+    trained on.
+
+    Raises:
+        UserError: they do.
+    """
+    parts: dict[str | None, str] = {}
     for file in files:
         name = os.path.basename(file)
-        part = part_of(name)
-        if part is not None:
-            parts.setdefault(part, name)
-    if len(parts) > 1:
-        some = ", ".join(f"'{name}'" for name in parts.values())
-        raise UserError(
-            f"the folder contains files of several splits of a data set: {some}",
-            where=folder,
-            remedy="select one split with a glob, such as data.train='"
-            f"{os.path.join(folder, _glob(parts, suffix))}'; "
-            f"'{os.path.join(folder, '*' + suffix)}' selects all of them",
-        )
+        parts.setdefault(part_of(name), name)
+    if len(parts) < 2 or parts.keys() == {None, "train"}:
+        return
+    some = ", ".join(f"'{name}'" for name in parts.values())
+    everything = f"'{os.path.join(folder, '*' + suffix)}' selects all of them"
+    raise UserError(
+        f"the folder contains files of several splits of a data set: {some}",
+        where=folder,
+        remedy=f"move the held-out ones to a folder of their own; {everything}"
+        if None in parts and "train" not in parts
+        else "select one split with a glob, such as data.train='"
+        f"{os.path.join(folder, _glob(parts, suffix))}'; {everything}",
+    )
 
 
-def _glob(parts: dict[str, str], suffix: str) -> str:
+def _glob(parts: dict[str | None, str], suffix: str) -> str:
     """Return a glob of the training files if there are any, else of the first split."""
-    name = parts.get("train") or next(iter(parts.values()))
+    name = parts.get("train") or next(name for part, name in parts.items() if part is not None)
     match = _SPLIT.search(name)
     assert match is not None
     return f"{name[: match.end()]}*{suffix}"

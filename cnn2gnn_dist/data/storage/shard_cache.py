@@ -144,10 +144,13 @@ class ShardCache:
         """Open the ``.part`` file and lock it; None if another process holds it."""
         path = self.folder / f"{name}.part"
         part = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        if _lock(part, fcntl.LOCK_EX) and _is(part, path):
-            return part
-        os.close(part)
-        return None
+        ours = False
+        try:
+            ours = _lock(part, fcntl.LOCK_EX) and _is(part, path)
+        finally:  # locking fails on file systems without locks
+            if not ours:
+                os.close(part)
+        return part if ours else None
 
     def _make_room(self, part: int, name: str, length: int) -> bool:
         """Evict the least recently used shards until ``length`` fits, and allocate the space."""
@@ -192,8 +195,12 @@ class ShardCache:
 
 def release(handle: int) -> None:
     """Unlock and close a descriptor returned by the cache."""
-    fcntl.flock(handle, fcntl.LOCK_UN)  # closing is not enough: a forked child may have it open too
-    os.close(handle)
+    try:
+        fcntl.flock(
+            handle, fcntl.LOCK_UN
+        )  # closing is not enough: a forked child may have it open too
+    finally:
+        os.close(handle)
 
 
 def _name(url: str, length: int) -> str:

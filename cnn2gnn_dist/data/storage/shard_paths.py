@@ -97,6 +97,8 @@ def _expand_remote(pattern: str) -> list[str]:
                 remedy="check the URL; many web servers can't list files: write {0000..1023} "
                 "instead",
             )
+        if path.endswith("/"):
+            folders.refuse_mixed(path, found, ".tar")
         shards += found
     return shards
 

@@ -98,6 +98,8 @@ class RemoteFiles:
             UserError: they can't be read.
             OSError: raised by ``write``.
         """
+        if end <= start:  # an empty image: no range of bytes can express it
+            return
         sink = _Sink(write)
 
         def ask(seconds: float) -> None:

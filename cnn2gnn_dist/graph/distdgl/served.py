@@ -184,6 +184,7 @@ class ServedGraph:
         except (EOFError, OSError):
             raise self._lost() from None
         if kind == "error":
+            self.close()  # otherwise the watcher takes its end for a lost peer
             raise RuntimeError(f"DistDGL's client of partition {self.part}: {value}")
         return value
 

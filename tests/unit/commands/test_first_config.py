@@ -257,6 +257,29 @@ def test_train_and_val_parts_are_found(tmp_path, kind):
         assert source.unused == ("test",)
 
 
+def test_classes_may_be_missing_from_a_part(tmp_path):
+    """From the held-out images, or from the training ones if the classes are named: a run accepts both."""
+    images = random_images(24, 32, 32)
+    make_shards(tmp_path, images, np.arange(24) % 3, prefix="train")
+    make_shards(tmp_path, images[:12], np.arange(12) % 2, prefix="val")
+    seen = look(find_source(str(tmp_path)))
+    assert (seen.images, seen.held, seen.empty) == (24, 12, [])
+    (tmp_path / "train-classes.json").write_text('["cat", "dog", "hen", "owl"]')
+    seen = look(find_source(str(tmp_path)))
+    assert (seen.classes, seen.empty) == (["cat", "dog", "hen", "owl"], ["owl"])
+    assert any("1 classes have no training images" in note for note in seen.notes)
+    facts, machine = init.facts_of(seen), Machine(1, 2, "cpu")
+    tree = recipe.tree(facts, machine, recipe.nets(facts, machine, None)[0], 8)
+    assert init._with_data(tree, seen)["data"]["allow_empty_classes"] is True
+
+
+def test_held_out_shards_are_not_taken_for_training_ones(tmp_path):
+    for prefix in ("images", "test"):
+        make_shards(tmp_path, random_images(8, 32, 32), np.arange(8) % 2, prefix=prefix)
+    with pytest.raises(UserError, match="several splits"):
+        find_source(str(tmp_path))
+
+
 def made(tmp_path, what):
     if what == "one class":
         return folder_of(tmp_path / "one", {"cat": 12})
@@ -327,6 +350,10 @@ def test_the_network_of_a_file_of_weights_is_found_by_its_name_or_shapes(tmp_pat
         save_file(state, tmp_path / name)
         found = weights.from_file(str(tmp_path / name))
         assert found["arch"] == "resnet18"
+    (tmp_path / "mine.safetensors").rename(tmp_path / "a$b.safetensors")
+    found = weights.from_file(str(tmp_path / "a$b.safetensors"))["weights"]
+    checked = settings.check({"name": "x", "teacher": {"weights": found}})
+    assert checked.teacher.weights == str(tmp_path / "a$b.safetensors")
     with pytest.raises(UserError, match="no such weights file"):
         weights.from_file(str(tmp_path / "none"))
     save_file({"a": state["fc.weight"]}, tmp_path / "odd.safetensors")

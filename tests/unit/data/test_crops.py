@@ -208,6 +208,15 @@ def test_mixed_pairs_are_the_same_in_any_batch(shards, how):
     assert all(torch.equal(a, b) for pair in twice for a, b in zip(*pair, strict=True))
 
 
+@pytest.mark.parametrize("how", [{"mixup": 8.0}, {"cutmix": 2.5}, {"mixup": -0.1, "cutmix": 1.0}])
+def test_shares_that_cannot_be_drawn_are_refused(shards, how):
+    with a_stream(shards, ViewSpec("crop_flip", 32), pairs=True) as stream:
+        batch = next(iter(stream))
+    with pytest.raises(UserError, match="α is from 0") as caught:
+        mix_pairs(batch, seed=9, **how)
+    assert caught.value.remedy
+
+
 def check_mixed(one: tuple[torch.Tensor, ...], own: torch.Tensor, other: torch.Tensor) -> None:
     """Either blended by the share, or with a rectangle of that area cut in."""
     image, share = one

@@ -121,6 +121,20 @@ def test_shards_of_one_name_in_two_folders_are_told_apart(tmp_path):
     assert made.label_N.tolist() == [2, 1, 2, 0, 2]
 
 
+def test_a_key_that_is_the_other_name_of_another_image_means_the_one_of_the_list(tmp_path):
+    def shard(name: str, *keys: str):
+        members = [(f"{key}.{kind}", b"0") for key in keys for kind in ("jpg", "cls")]
+        return write_tar(tmp_path / f"{name}.tar", members)
+
+    how = {"classes": NAMES, "progress": False, "allow_empty_classes": True}
+    shards = [shard("a", "b"), shard("c", "d", "a/b"), shard("e", "b", "f")]
+    for repeated in (False, True):  # "b", in a and e
+        train = index(shards[: 2 + repeated], **how)
+        names = unique_keys(train)
+        assert names[:3] == (["a/b", "c/d", "c/a/b"] if repeated else ["b", "d", "a/b"])
+        assert [names_of(train)[name] for name in names] == list(range(len(train)))
+
+
 def test_a_quote_that_is_not_closed_swallows_no_decisions(tmp_path):
     with pytest.raises(UserError, match="this relabel list can't be read"):
         read_relabel(written(tmp_path, 'key,class\nk0,cat\n"k1,cat\nk2,hen\n'))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from cnn2gnn_dist.data.index.manifest import expand
@@ -100,9 +101,37 @@ def test_a_folder_of_training_and_held_out_shards_is_not_mixed(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
+    ("names", "mixed"),
+    [
+        (["images-000.tar", "images-001.tar", "test-000.tar"], True),
+        (["holdout-000.tar", "x-000.tar"], True),
+        (["trainval-000.tar", "test-000.tar"], True),
+        (["trainval-000.tar", "trainval-001.tar"], False),
+        (["test-000.tar", "test-001.tar"], False),  # to evaluate on
+        (["extra-000.tar", "train-000.tar"], False),
+        (["contest-000.tar", "latest.tar", "devices.tar"], False),
+    ],
+)
+def test_held_out_shards_beside_others_are_not_trained_on(tmp_path, names, mixed) -> None:
+    for name in names:
+        (tmp_path / name).touch()
+    remote = f"memory://{tmp_path.name}/"
+    fsspec.filesystem("memory").pipe({f"/{tmp_path.name}/{name}": b"" for name in names})
+    for place in (str(tmp_path), remote):
+        if not mixed:
+            assert [Path(path).name for path in expand(place)] == sorted(names)
+            continue
+        with pytest.raises(UserError, match="several splits") as caught:
+            expand(place)
+        everything = re.findall(r"'([^']*)'", caught.value.remedy)[-1]
+        assert [Path(path).name for path in expand(everything)] == sorted(names)
+
+
+@pytest.mark.parametrize(
     ("names", "refused"),
     [
         (["train", "val"], True),
+        (["trainval", "test"], True),
         (["train"], True),
         (["Train", "Test2017", "annotations"], True),
         (["test", "train", "val"], True),

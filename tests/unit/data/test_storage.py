@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import resource
@@ -228,6 +229,30 @@ def test_an_unusable_cache_folder_means_ranges(web, shards, tmp_path, console, c
     files = ShardFiles(manifest, CacheSpec(str(tmp_path / "c"), 1 << 30))
     assert files.read_all([3, 30]) == [wanted_of(manifest, shards)[s] for s in (3, 30)]
     assert capfd.readouterr().err.count("reading ranges instead") == 1
+
+
+def test_a_file_system_without_locks_means_ranges_and_no_descriptor_leaks(
+    web, shards, tmp_path, monkeypatch
+):
+    manifest = far_manifest(web, shards)
+    cache = ShardCache(tmp_path / "c", 1 << 30)
+    release(open_one(cache, web, shards[0]))
+    monkeypatch.setattr(remote_shards, "RETRY_SECONDS", 0.0)  # every read tries to cache its shard
+
+    def no_locks(handle: int, kind: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")  # Lustre, without the option flock
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    files, wanted = (
+        ShardFiles(manifest, CacheSpec(str(tmp_path / "c"), 1 << 30)),
+        wanted_of(manifest, shards),
+    )
+    files.read(3)
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        for sample in (3, 30):
+            assert files.read(sample) == wanted[sample]
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_copy_that_somebody_cut_is_fetched_again(web, shards, tmp_path):

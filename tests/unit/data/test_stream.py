@@ -13,10 +13,12 @@ import torch
 
 from cnn2gnn_dist.data import Stream, ViewSpec
 from cnn2gnn_dist.data.images.views import render
+from cnn2gnn_dist.data.index.manifest import index
 from cnn2gnn_dist.data.order import Order
 from cnn2gnn_dist.data.reading import shard_files
 from cnn2gnn_dist.errors import ShardChanged, UserError
 from tests.support.shards import (
+    encode_image,
     make_shards,
     own_cache,  # noqa: F401 (fixture)
     random_images,
@@ -203,6 +205,49 @@ def test_corrupt_samples_are_masked_and_bounded(tmp_path):
     assert "a.tar" in str(error.value)
 
 
+def test_corrupt_samples_count_against_the_limit_by_epoch(tmp_path):
+    """A rank reads other samples in every epoch, in the end all of them: the limit is for one epoch's."""
+    bad, ranks, epochs = {3, 17, 21, 38}, 2, 4
+    rows = []
+    for i in range(40):
+        data = b"?" if i in bad else encode_image(IMAGES[i])
+        rows += [(f"{i:02d}.cls", b"0"), (f"{i:02d}.png", data)]
+    write_tar(tmp_path / "s" / "a.tar", rows)
+
+    def read(seed: int) -> list[set[int]]:
+        """The corrupt samples that rank 0 reads in each epoch."""
+        order = Order(np.array([40]), seed=seed, global_batch=8, window=2)
+        return [
+            {i for b in range(5) for i in order.rank_batch(e, b, 0, ranks).tolist()} & bad
+            for e in range(epochs)
+        ]
+
+    seed = next(
+        s
+        for s in range(1000)
+        if max(map(len, read(s))) == 2 and len(set.union(*read(s))) == len(bad)
+    )
+    with a_stream(str(tmp_path / "s"), 0, ranks, seed=seed, max_corrupt=0.12) as stream:
+        for _ in range(epochs):  # 2 of 20 in each, within 12 %; 4 in all
+            list(stream)
+    with (
+        a_stream(str(tmp_path / "s"), 0, ranks, seed=seed, max_corrupt=0.09) as stream,
+        pytest.raises(UserError, match="2 corrupt images among about 20"),
+    ):
+        [list(stream) for _ in range(epochs)]
+
+
+def test_partners_count_among_the_samples_that_are_read(tmp_path):
+    rows = [(f"{i:02d}.{kind}", b"0") for i in range(16) for kind in ("cls", "png")]
+    write_tar(tmp_path / "s" / "a.tar", rows)
+    for pairs, share in ((False, 4), (True, 8)):  # a rank's own, and as many partners
+        with (
+            a_stream(str(tmp_path / "s"), 0, 4, pairs=pairs, max_corrupt=0.0) as stream,
+            pytest.raises(UserError, match=f"among about {share} of this rank"),
+        ):
+            list(stream)
+
+
 def test_tensors_share_the_batchs_memory(shards):
     with a_stream(shards) as stream:
         batch = next(iter(stream))
@@ -274,6 +319,34 @@ def test_the_decoded_cache_is_shared_and_bounded_and_not_for_the_corrupt(tmp_pat
             bad = [i for b in batches for i in b.ids[~b.valid].tolist()]
             assert bad == [3]
             assert sum(len(b.problems) for b in batches) == 1
+
+
+@pytest.mark.parametrize("where", ["other", "same"])
+def test_images_of_another_set_of_one_length_are_not_taken_from_the_decoded_cache(tmp_path, where):
+    """Uncompressed images have one length: names, lengths, keys and labels of two sets may be the same."""
+    how = {"views": ViewSpec("none", 32), "train": False, "decoded_bytes": 1 << 20}
+    digests, times = set(), (0, 10**9)
+    for images, folder, at in zip(
+        (IMAGES[:16], 255 - IMAGES[:16]), ("first", where), times, strict=True
+    ):
+        place = tmp_path / ("first" if folder == "same" else folder)
+        for shard in make_shards(place, images, np.arange(16) % 2, suffix="bmp"):
+            os.utime(shard, ns=(at, at))
+        with a_stream(str(place), **how) as stream:
+            digests.add(stream.manifest.digest)
+            for _ in range(2):  # decoded, then from the cache
+                found = np.concatenate([batch.images for batch in stream])
+                np.testing.assert_array_equal(found, images)
+    assert len(digests) == 1
+
+
+def test_a_manifest_written_again_has_another_decoded_cache(tmp_path):
+    path, how = tmp_path / "m.arrow", {"views": ViewSpec("none", 32), "train": False}
+    for images, at in ((IMAGES[:8], 10**9), (255 - IMAGES[:8], 2 * 10**9)):
+        index(make_shards(tmp_path / "s", images, np.arange(8) % 2, suffix="bmp")).save(path)
+        os.utime(path, ns=(at, at))
+        with a_stream(str(path), decoded_bytes=1 << 20, **how) as stream:
+            np.testing.assert_array_equal(next(iter(stream)).images, images)
 
 
 def test_a_cache_that_cannot_be_created_is_the_users_error(shards):

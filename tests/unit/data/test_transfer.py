@@ -63,6 +63,14 @@ def test_a_server_without_ranges_sends_the_whole_once(web):
     assert urls.read_range(f"{web.url}/a.tar", 70_000, 500) == BYTES[70_000:70_500]
 
 
+def test_nothing_is_asked_for_where_there_are_no_bytes(web):
+    """Servers refuse a range that ends before it begins: an image in a shard may be empty, or a shard."""
+    file = io.BytesIO()
+    urls.download(f"{web.url}/a.tar", 0, file)
+    assert file.getvalue() == urls.read_range(f"{web.url}/a.tar", 70_000, 0) == b""
+    assert web.requests.total() == 0
+
+
 @pytest.mark.parametrize("fault", ["short", "drop", "500"])
 def test_what_has_come_is_not_asked_for_again(web, fault):
     web.fault = first_times(2, fault)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
 import numpy as np
 import pytest
 
@@ -102,6 +105,23 @@ def test_the_version_just_built_stays_and_a_lost_future_goes(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["v0001", "v0002"]
     prune(tmp_path, tmp_path / "v0002", 1)
     assert latest_version(tmp_path).name == "v0002"
+
+
+def test_a_version_that_cannot_be_removed_yet_does_not_count(tmp_path, monkeypatch):
+    """As on NFS, while a process of this host maps its arrays."""
+
+    def busy(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOTEMPTY, "Directory not empty")
+
+    for number in (1, 2, 3):
+        write(tmp_path, number)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rmdir", busy)
+        prune(tmp_path, tmp_path / "v0002", 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["v0001", "v0002", "v0003"]
+    assert latest_version(tmp_path).name == "v0002"
+    prune(tmp_path, tmp_path / "v0002", 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["v0002"]
 
 
 @pytest.mark.parametrize("start", [-1, N - 1, N, N + 5])

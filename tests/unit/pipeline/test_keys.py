@@ -161,6 +161,19 @@ def test_a_disk_that_is_not_mounted_costs_no_shards(folder, tmp_path, capsys):
     assert not list((tmp_path / "run").glob("*.old-*"))
 
 
+def test_what_a_killed_pack_left_is_removed(folder, tmp_path):
+    run = Run(tmp_path / "run", "imagefolder", train=folder)
+    assert run() == 0
+    before = {path.name for path in (tmp_path / "run" / "shards").iterdir()}
+    for name in ("shards/.train-000000.tar.7.tmp", "manifest/.train.arrow.7.tmp"):
+        (tmp_path / "run" / name).write_bytes(bytes(512))
+    (tmp_path / "run" / "shards" / "train-000000.tar").unlink()
+    (tmp_path / "run" / "manifest" / "train.arrow").unlink()
+    assert run() == 0
+    assert {path.name for path in (tmp_path / "run" / "shards").iterdir()} == before
+    assert not list((tmp_path / "run" / "manifest").glob(".*.tmp"))
+
+
 def test_contents_are_read_once(folder, tmp_path, monkeypatch):
     run = Run(tmp_path / "run", "imagefolder", train=folder)
     read = []

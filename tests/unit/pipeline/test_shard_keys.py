@@ -120,6 +120,27 @@ def test_names_count_from_what_files_have_in_common(tmp_path):
     ]
 
 
+def test_shards_of_one_name_in_two_stores_both_count(tmp_path):
+    near = tmp_path / "0.tar"
+    near.write_bytes(b"0" * 10)
+    places = ["s3://one/d/0.tar?signed=1", "s3://two/d/0.tar", str(near)]
+
+    def found(*tags: str, before: fingerprint.Fingerprint | None = None) -> fingerprint.Fingerprint:
+        seen = [
+            fingerprint.FileStat("0.tar", place, 10, 0, tag)
+            for place, tag in zip(places, [*tags, ""], strict=True)
+        ]
+        return fingerprint.fingerprint(places, seen, before)
+
+    first = found("a", "b")
+    assert found("a", "b", before=first) == first
+    for tags, changed in ((("c", "b"), "s3://one/d/0.tar"), (("a", "c"), "s3://two/d/0.tar")):
+        after = found(*tags, before=first)
+        assert fingerprint.difference(first, after) == f"1 with different contents ({changed})"
+    near.write_bytes(b"1" * 10)
+    assert fingerprint.difference(first, found("a", "b")) == "1 with different contents (0.tar)"
+
+
 @pytest.mark.parametrize(
     ("before", "after", "words"),
     [
