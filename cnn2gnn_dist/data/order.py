@@ -39,6 +39,8 @@ Value = TypeVar("Value")
 
 CACHED_WINDOWS = 4
 CACHED_EPOCHS = 2
+UNSHOWN = 0.1
+"""Share of the samples that an epoch may leave out without a note (``Order.short_epoch``)."""
 MOST_EPOCHS = 2**32
 """Number of epochs that the random key can distinguish."""
 
@@ -176,6 +178,25 @@ class Order:
                     remedy="use a larger global batch, larger (so fewer) micro-batches, or fewer "
                     "ranks and partitions",
                 )
+
+    def short_epoch(self) -> str | None:
+        """One sentence if an epoch leaves out many samples because the partitions' shares are uneven, else None.
+
+        The partition that ends first ends the epoch: one of 3 samples with a share of 1 after 3 batches.
+        """
+        shown = self.batches_per_epoch * self.global_batch
+        total = int(self.starts[-1])
+        if self.part_N is None or total - shown < max(UNSHOWN * total, self.global_batch):
+            return None
+        counts = self._counts_SP.sum(0)
+        first = min(
+            (int(n) // s, p) for p, (n, s) in enumerate(zip(counts, self.shares, strict=True)) if s
+        )[1]
+        return (
+            f"an epoch shows {shown / total:.0%} of the images (others each time): partition {first} of "
+            f"{counts[first]:,} images has {self.shares[first]} of {self.global_batch} places in a batch and is "
+            "through first; a global batch that is a multiple of equal partitions shows them all"
+        )
 
     def _own_parts(self, rank: int, world_size: int) -> range:
         return parts_of_rank(rank, world_size, len(self.shares))

@@ -23,6 +23,7 @@ from filelock import FileLock
 
 from cnn2gnn_dist.data.images.crops import Crops, Views, crops_of, identity, identity_today
 from cnn2gnn_dist.data.images.views import CLEAN, ViewSpec
+from cnn2gnn_dist.data.index.class_names import lists_of
 from cnn2gnn_dist.data.index.manifest import Manifest, index
 from cnn2gnn_dist.data.mixing import partners
 from cnn2gnn_dist.data.order import Order, sequential_batch
@@ -251,7 +252,8 @@ def _manifest_of(data: str | os.PathLike[str] | Sequence[str | Path]) -> Path:
     if isinstance(data, str | os.PathLike) and str(data).endswith(".arrow"):
         return Path(data)
     shards = expand(data)  # type: ignore[arg-type]
-    what = repr([_as_it_is_now(shard) for shard in shards])
+    near = [os.path.abspath(shard) for shard in shards if not is_remote(shard)]
+    what = repr([_as_it_is_now(path) for path in [*shards, *lists_of(near)]])
     path = _cache_folder() / f"{hashlib.sha256(what.encode()).hexdigest()[:24]}.arrow"
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):  # ranks of a host start together: only one indexes

@@ -129,6 +129,7 @@ class _GraphSchedule:
         self.context, self.training, self.manifest = context, training, manifest
         self.around: Neighbourhood | None = None
         self.served: ServedGraph | None = None
+        self.note: str | None = None
 
     def begin_epoch(self, epoch: int, scope: Scope) -> tuple[Order, Neighbourhood | None]:
         """Return order and neighborhood of an epoch; builds or reopens the graph when due."""
@@ -142,7 +143,14 @@ class _GraphSchedule:
         }
         if self.around is None:
             return Order(self.manifest.shard_sizes, **how), None
-        return self.around.order(self.manifest, **how), self.around
+        order = self.around.order(self.manifest, **how)
+        note = order.short_epoch()
+        if note and note != self.note:
+            self.context.warn(
+                f"{note} (student.global_batch, graph.partition.parts)", stage="graph"
+            )
+        self.note = note
+        return order, self.around
 
     def _refresh(self, epoch: int) -> None:
         context, engine = self.context, self.training.engine

@@ -38,11 +38,13 @@ class Decision:
         name: its new class; None: it is left out.
         line: of the file.
         required: whether it is an error if there is no such image.
+        word: the class as the file has it.
     """
 
     name: str | None
     line: int
     required: bool = True
+    word: str = dataclasses.field(default="", compare=False)
 
 
 def read_relabel(path: Path) -> dict[str, Decision]:
@@ -68,7 +70,7 @@ def read_relabel(path: Path) -> dict[str, Decision]:
                     continue
                 out = name.lower() in (*DROP, DROP_IF_THERE)
                 decision = Decision(
-                    None if out else name, lines.line_num, name.lower() != DROP_IF_THERE
+                    None if out else name, lines.line_num, name.lower() != DROP_IF_THERE, name
                 )
                 if key in found and found[key].name != decision.name:
                     raise UserError(
@@ -172,6 +174,15 @@ def check_decisions(
             where=f"{where}, line {decisions[(held or unknown)[0]].line}",
             remedy="remove these lines, or name the list that was made for these images",
         )
+    lower = {name.lower(): name for name in classes}
+    for one in decisions.values():
+        if one.name is None and one.word.lower() in lower:
+            raise UserError(
+                f"{one.word!r} leaves an image out, but {lower[one.word.lower()]!r} is a class as well",
+                where=f"{where}, line {one.line}",
+                remedy=f"write '{next((w for w in DROP[::-1] if w not in lower), DROP_IF_THERE)}' to leave images out; "
+                "rename the class to move images into it",
+            )
     names = set(classes)
     wrong = {str(one.name): one for one in decisions.values() if one.name and one.name not in names}
     if wrong:

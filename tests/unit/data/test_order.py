@@ -223,6 +223,29 @@ def test_eight_parts_in_micro_batches_of_eight():
         assert sorted(piece // 40) == list(range(8))
 
 
+@pytest.mark.parametrize(
+    ("sizes", "batch", "shown"),
+    [
+        ([8000] * 8, 12, "75%"),  # shares of 2 and 1: docs/order.md
+        ([8000] * 8, 65, None),  # 90.3 %
+        ([8000] * 8, 64, None),
+        ([20, 20, 20, 1], 4, "7%"),  # one batch
+        ([30, 10], 4, None),
+    ],
+)
+def test_an_epoch_that_leaves_out_many_samples_is_noted(sizes, batch, shown):
+    ends = np.cumsum([0, *sizes])
+    parts = [np.arange(first, last) for first, last in itertools.pairwise(ends.tolist())]
+    order = Order(np.array([ends[-1]]), seed=0, global_batch=batch, window=1, parts=parts)
+    note = order.short_epoch()
+    assert (note is None) == (shown is None)
+    if shown:
+        assert f"an epoch shows {shown} of the images" in note
+        seen = np.concatenate([order.batch(0, i) for i in range(order.batches_per_epoch)])
+        assert f"{len(np.unique(seen)) / ends[-1]:.0%}" == shown
+    assert Order(np.array([5, 5]), seed=0, global_batch=9, window=1).short_epoch() is None
+
+
 def test_without_parts_two_ranks_hold_what_one_holds_in_two_micro_batches():
     order = Order(np.array([40, 24]), seed=0, global_batch=16, window=2)
     for number in range(order.batches_per_epoch):

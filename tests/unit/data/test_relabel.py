@@ -89,6 +89,20 @@ def test_what_does_not_fit_is_named_with_its_remedy(tmp_path, pair, text, what, 
     assert remedy in caught.value.remedy
 
 
+def test_a_class_with_the_name_that_leaves_images_out_is_not_left_out(tmp_path):
+    members = [(f"k{i}.{kind}", str(i % 2).encode()) for i in range(4) for kind in ("jpg", "cls")]
+    path = write_tar(tmp_path / "t" / "a.tar", members)
+    train = index([path], classes=("Drop", "hen"), progress=False)
+    with pytest.raises(
+        UserError, match="'drop' leaves an image out, but 'Drop' is a class"
+    ) as caught:
+        apply(tmp_path, (train, train), "key,class\nk1,drop\n")
+    assert caught.value.where == "list.csv, line 2"
+    assert "'-'" in caught.value.remedy
+    made, _ = apply(tmp_path, (train, train), "key,class\nk1,-\nk3,-\n", allow_empty_classes=True)
+    assert [made.key(row) for row in range(len(made))] == ["k0", "k2"]
+
+
 def test_a_list_that_is_no_text_or_is_missing_is_named(tmp_path):
     (tmp_path / "list.csv").write_bytes(b"key,class\n\xff\xfe,cat\n")
     for path in (tmp_path / "list.csv", tmp_path / "none.csv", tmp_path):

@@ -189,6 +189,15 @@ def test_shards_are_indexed_once_and_again_when_they_change(shards, tmp_path):
         np.testing.assert_array_equal(stream.manifest.label_N, LABELS[::-1])
 
 
+def test_a_list_of_class_names_that_changes_is_read_again(shards, tmp_path):
+    names = tmp_path / "s" / "shard-classes.json"
+    for classes in ("abcdef", "fedcba"):
+        names.write_text(json.dumps(list(classes)))
+        os.utime(names, ns=(ord(classes[0]), ord(classes[0])))
+        with a_stream(shards) as stream:
+            assert stream.manifest.classes == tuple(classes)
+
+
 def test_corrupt_samples_are_masked_and_bounded(tmp_path):
     rows = [
         (f"{i}.{kind}", data) for i in range(16) for kind, data in (("cls", b"0"), ("jpg", b"?"))
