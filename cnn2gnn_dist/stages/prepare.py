@@ -152,10 +152,7 @@ def check_tree(root: Path) -> None:
         )
     if not root.is_dir():
         return  # the packer reports it
-    inside = sorted(
-        entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != "."
-    )
-    folders.refuse_parts_as_classes(str(root), inside)
+    folders.refuse_parts_as_classes(str(root), folders.folders_in(root))
     other = folders.other_source(str(root), "imagefolder")
     if other is not None:
         kinds = {"shards": "tar shards", "parquet": "Parquet files"}

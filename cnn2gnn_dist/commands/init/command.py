@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from cnn2gnn_dist import consistency, settings
+from cnn2gnn_dist import consistency, durable, settings
 from cnn2gnn_dist.commands.init import fitting, recipe, speed, text, weights
 from cnn2gnn_dist.commands.init.sources import find_source
 from cnn2gnn_dist.commands.init.survey import Survey, look, measure_views
@@ -47,8 +47,8 @@ def command(
     ``idle``: the other processes that slow this machine down now won't be running then.
 
     Raises:
-        UserError: the images can't be trained on; the file exists (and no ``force``); the minutes are
-            out of range.
+        UserError: the images can't be trained on; the file exists (and no ``force``) or can't be written; the
+            minutes are out of range.
     """
     if not _SHORTEST <= minutes <= _LONGEST:
         raise UserError(
@@ -65,6 +65,8 @@ def command(
         raise UserError(
             "there is no such folder", where=str(path.parent), remedy="create it, or another --out"
         )
+    if not dry_run:
+        durable.check_writable(path)
     say: Say = _log.info if dry_run else output  # a dry run's stdout is the config and nothing else
     known = weights.from_file(weights_file) if weights_file else weights.cached()
     survey = look(find_source(place))
@@ -75,7 +77,7 @@ def command(
     if dry_run:
         output(written, end="")
         return 0
-    path.write_text(written, encoding="utf-8")
+    durable.write_text(path, written)
     output(f"\nwritten  {out}\nnext     cnn2gnn run --config {out}")
     return 0
 

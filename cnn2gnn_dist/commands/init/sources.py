@@ -89,9 +89,7 @@ def _kind_of_file(place: str) -> Kind:
 
 
 def _folder(place: str) -> Source:
-    names = sorted(
-        entry.name for entry in os.scandir(place) if entry.is_dir() and entry.name[0] != "."
-    )
+    names = folders.folders_in(place)
     parts = _parts(place, names)
     if parts:
         kind, test = _kind_in(parts["train"]), None
@@ -186,7 +184,7 @@ def _of_files(folder: str, kind: Kind) -> Source:
     for place in (folder, os.path.join(folder, "data")) if kind == "parquet" else (folder,):
         files = [
             os.path.join(place, name)
-            for name in (sorted(os.listdir(place)) if os.path.isdir(place) else [])
+            for name in (folders.names_in(place) if os.path.isdir(place) else [])
             if name.lower().endswith(suffix) and not name.startswith(".")
         ]
         if files:

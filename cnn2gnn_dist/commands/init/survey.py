@@ -18,7 +18,7 @@ from cnn2gnn_dist.data.images.image_files import CORRUPT, find_images, printable
 from cnn2gnn_dist.data.images.views import CLEAN, ViewSpec, render
 from cnn2gnn_dist.data.index.manifest import Manifest
 from cnn2gnn_dist.data.index.manifest_pair import index_data_set
-from cnn2gnn_dist.data.packing.parquet import open_parquet, read_labels
+from cnn2gnn_dist.data.packing.parquet import open_parquet, read_column, read_labels
 from cnn2gnn_dist.data.packing.parquet_columns import is_image, is_label
 from cnn2gnn_dist.data.storage.shard_paths import files_of
 from cnn2gnn_dist.errors import UserError
@@ -217,21 +217,20 @@ def _rows(paths: list[Path], column: str, rng: np.random.Generator) -> Iterator[
     chosen = [groups[i] for i in sorted(rng.permutation(len(groups))[:8])]
     each = -(-SAMPLE // len(chosen))
     for path, group in chosen:
-        with open_parquet(path) as file:
-            left = each
-            for batch in file.iter_batches(batch_size=64, row_groups=[group], columns=[column]):
-                for image in batch.column(0).to_pylist()[:left]:
-                    data = image["bytes"] if isinstance(image, dict) else image
-                    if not data:
-                        raise UserError(
-                            "a row has no image bytes",
-                            where=str(path),
-                            remedy="save the data set with the images embedded, without empty rows",
-                        )
-                    yield data
-                left -= len(batch)
-                if left <= 0:
-                    break
+        left = each
+        for images in read_column(path, column, 64, [group]):
+            for image in images[:left]:
+                data = image["bytes"] if isinstance(image, dict) else image
+                if not data:
+                    raise UserError(
+                        "a row has no image bytes",
+                        where=str(path),
+                        remedy="save the data set with the images embedded, without empty rows",
+                    )
+                yield data
+            left -= len(images)
+            if left <= 0:
+                break
 
 
 def _shards(source: Source, rng: np.random.Generator) -> Survey:

@@ -25,7 +25,7 @@ from cnn2gnn_dist.data.images.image_files import (
     printable,
     unreadable,
 )
-from cnn2gnn_dist.data.packing.parquet import open_parquet, read_labels
+from cnn2gnn_dist.data.packing.parquet import read_column, read_labels
 from cnn2gnn_dist.data.packing.shard_writer import NewSample, encode_png, write_shards
 from cnn2gnn_dist.errors import UserError
 
@@ -124,26 +124,23 @@ def _parquet_sources(
     number = 0
     for path, label_N in zip(paths, labels, strict=True):
         row = 0
-        with open_parquet(path) as file:
-            for batch in file.iter_batches(batch_size=256, columns=[image_column]):
-                for image in batch.column(0).to_pylist():
-                    data, name = image, ""
-                    if isinstance(image, dict):
-                        data, name = image["bytes"], image.get("path") or ""
-                    if not data:
-                        raise UserError(
-                            f"row {row} has no image bytes"
-                            + (f", only the path '{name}'" if name else ""),
-                            where=str(path),
-                            remedy="save the data set with the images embedded",
-                        )
-                    about = {"filename": name} if name else {}
-                    suffix = _suffix(data, name, f"{path}, row {row}")
-                    yield NewSample(
-                        f"{prefix}-{number:08d}", data, suffix, int(label_N[row]), about
+        for images in read_column(path, image_column):
+            for image in images:
+                data, name = image, ""
+                if isinstance(image, dict):
+                    data, name = image["bytes"], image.get("path") or ""
+                if not data:
+                    raise UserError(
+                        f"row {row} has no image bytes"
+                        + (f", only the path '{name}'" if name else ""),
+                        where=str(path),
+                        remedy="save the data set with the images embedded",
                     )
-                    row += 1
-                    number += 1
+                about = {"filename": name} if name else {}
+                suffix = _suffix(data, name, f"{path}, row {row}")
+                yield NewSample(f"{prefix}-{number:08d}", data, suffix, int(label_N[row]), about)
+                row += 1
+                number += 1
 
 
 def _suffix(data: bytes, name: str, where: str) -> str:
@@ -201,7 +198,7 @@ def pack_imagefolder(
     def sources() -> Iterator[NewSample]:
         for i in order:
             image = found.images[i]
-            data = (base / image).read_bytes()
+            data = _bytes_of(base / image)
             about = {"filename": printable(Path(image).as_posix())}
             suffix = _suffix(data, image, printable(base / image))
             yield NewSample(keys[i], data, suffix, labels[i], about)
@@ -219,6 +216,17 @@ def pack_imagefolder(
     if found.left_out:
         _log.warning(f"{prefix}: {len(labels)} images; left out: {found.summary()}")
     return shards
+
+
+def _bytes_of(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:  # its first bytes could be read
+        raise UserError(
+            f"an image can't be read: {error.strerror}",
+            where=printable(path),
+            remedy="check the disk or the network file system that holds it, and run the same command again",
+        ) from None
 
 
 def _images_by_class(base: Path, max_corrupt: float) -> FolderScan:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,27 @@ def open_parquet(path: Path) -> Any:
         return pq.ParquetFile(path)
     except (OSError, pa.ArrowException) as failure:
         raise _unreadable(path, failure) from failure
+
+
+def read_column(
+    path: Path, column: str, batch: int = 256, row_groups: Sequence[int] | None = None
+) -> Iterator[list[Any]]:
+    """Yield the values of a column, ``batch`` rows at a time; of some row groups, or of all.
+
+    Raises:
+        UserError: the file is missing, corrupt or of another kind.
+    """  # noqa: DOC501
+    with open_parquet(path) as file:
+        batches = file.iter_batches(batch, row_groups=row_groups, columns=[column])
+        while True:
+            try:
+                found = next(batches, None)
+                values = None if found is None else found.column(0).to_pylist()
+            except (OSError, pa.ArrowException, UnicodeDecodeError) as failure:
+                raise _unreadable(path, failure) from failure
+            if values is None:
+                return
+            yield values
 
 
 def _unreadable(path: Path, failure: Exception) -> UserError:

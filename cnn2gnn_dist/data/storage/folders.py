@@ -37,6 +37,31 @@ def is_part(name: str) -> bool:
     return bool(match) and not name[match.end() :].strip("0123456789-_. ")  # type: ignore[union-attr]
 
 
+def names_in(folder: str | os.PathLike[str]) -> list[str]:
+    """Return the names in a folder, sorted.
+
+    Raises:
+        UserError: it can't be read.
+    """
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        raise UserError(
+            f"the folder can't be read: {error.strerror}",
+            where=os.fspath(folder),
+            remedy="make it readable for this user, or name another one",
+        ) from None
+
+
+def folders_in(folder: str | os.PathLike[str]) -> list[str]:
+    """Return the names of the folders in a folder that are not hidden, sorted; errors as ``names_in``."""
+    return [
+        name
+        for name in names_in(folder)
+        if name[0] != "." and os.path.isdir(os.path.join(folder, name))
+    ]
+
+
 def files_in(folder: str, suffix: str) -> list[str]:
     """Return the files of a suffix in a folder, sorted; for Parquet also in its ``data`` folder.
 
@@ -48,7 +73,7 @@ def files_in(folder: str, suffix: str) -> list[str]:
     for place in (folder, os.path.join(folder, "data")) if suffix == ".parquet" else (folder,):
         found = [
             os.path.join(place, name)
-            for name in (sorted(os.listdir(place)) if os.path.isdir(place) else [])
+            for name in (names_in(place) if os.path.isdir(place) else [])
             if name.lower().endswith(suffix) and not name.startswith(".")
         ]
         if found:

@@ -341,6 +341,13 @@ def test_an_existing_file_is_left_alone(tmp_path):
         assert caught.value.where == "--minutes"
 
 
+def test_a_file_that_cannot_be_written_is_named_before_anything_is_timed(tmp_path, monkeypatch):
+    (tmp_path / "my.yaml").mkdir()
+    monkeypatch.setattr(init, "look", lambda source: pytest.fail("the images were looked at"))
+    with pytest.raises(UserError, match="can't be written to: it is a folder"):
+        init.command(str(tmp_path), str(tmp_path / "my.yaml"), 30, force=True)
+
+
 @pytest.mark.thorough
 def test_the_network_of_a_file_of_weights_is_found_by_its_name_or_shapes(tmp_path):
     from safetensors.torch import save_file

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -159,3 +160,21 @@ def test_names_that_are_not_utf8(
     (root / "caf\\xe9" / "1.png").write_bytes(encode_image(IMAGES[2]))
     with pytest.raises(UserError, match="same name when encoded as UTF-8"):
         pack_imagefolder(root, tmp_path / "again")
+
+
+def test_an_image_that_cannot_be_read_to_its_end_is_named(tmp_path: Path, monkeypatch) -> None:
+    """As on a bad disk, or if somebody deletes it meanwhile."""
+    data = encode_image(IMAGES[0], "jpg")
+    root = tree(tmp_path / "in", {f"{c}/{i}.jpg": data for c in "ab" for i in range(3)})
+    real = Path.read_bytes
+
+    def broken(path: Path) -> bytes:
+        if path.name == "1.jpg":
+            raise OSError(errno.EIO, "Input/output error")
+        return real(path)
+
+    monkeypatch.setattr(Path, "read_bytes", broken)
+    with pytest.raises(UserError, match="can't be read: Input/output error") as caught:
+        pack_imagefolder(root, tmp_path / "out")
+    assert caught.value.where.endswith("/1.jpg")
+    assert not list((tmp_path / "out").glob("*.tar"))

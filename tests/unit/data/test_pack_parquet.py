@@ -363,3 +363,22 @@ def test_rows_without_a_label_are_packed_if_asked(tmp_path: Path, kind: pa.DataT
     found = index_data_set(paths, unlabelled=True).manifest
     assert found.label_N.tolist() == [1, -1, 0, -1]
     assert found.classes == (("ant", "owl") if text else ("0", "1"))
+
+
+def test_a_damaged_page_is_named(tmp_path: Path) -> None:
+    """The footer and the labels are intact."""
+    rows = [{"bytes": encode_image(image), "path": None} for image in random_images(6)]
+    path = write_parquet(tmp_path / "a.parquet", rows, [0, 1, 0, 1, 0, 1])
+    group = pq.read_metadata(path).row_group(1)
+    images = next(
+        group.column(i)
+        for i in range(group.num_columns)
+        if group.column(i).path_in_schema == "image.bytes"
+    )
+    with open(path, "r+b") as file:
+        file.seek(images.dictionary_page_offset or images.data_page_offset)
+        file.write(b"\xff" * 64)
+    with pytest.raises(UserError, match="truncated or corrupt") as caught:
+        pack_parquet(path, tmp_path / "out", prefix="train")
+    assert caught.value.where == str(path)
+    assert not list((tmp_path / "out").glob("*.tar"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from pathlib import Path
 
@@ -98,6 +100,16 @@ def test_a_folder_of_training_and_held_out_shards_is_not_mixed(tmp_path: Path) -
     assert [Path(path).name for path in expand(named)] == [
         *("x-train-000000.tar", "x-train-000001.tar")
     ]
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch) -> None:
+    def denied(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "listdir", denied)
+    with pytest.raises(UserError, match="can't be read: Permission denied") as caught:
+        expand(str(tmp_path))
+    assert caught.value.where == str(tmp_path)
 
 
 @pytest.mark.parametrize(
