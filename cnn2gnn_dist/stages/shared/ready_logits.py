@@ -21,9 +21,9 @@ def read_logits(path: Path, manifest: Manifest) -> np.ndarray:
     """Log-probabilities [N, C] float32 of the training images, from a file of logits.
 
     Columns: ``key`` (the sample's key, or shard/key where a key is used twice) or ``id`` (row of the training
-    manifest), and ``logits``, a list of C numbers. Other images' rows are ignored. The file's metadata may
-    hold ``classes``, a JSON list of the names behind the columns, which are then brought into the training
-    images' order; without it the order must be theirs.
+    manifest), and ``logits``, a list of C numbers. Rows with another key, or without an id, are ignored. The
+    file's metadata may hold ``classes``, a JSON list of the names behind the columns, which are then brought into
+    the training images' order; without it the order must be theirs.
 
     Raises:
         UserError: unreadable; columns, classes or numbers that don't fit; images without logits, or with two.
@@ -67,7 +67,15 @@ def _rows(path: Path, table: pa.Table, manifest: Manifest) -> np.ndarray:
         ids = table["id"].cast(pa.int64()).fill_null(-1).to_numpy()
     except (pa.ArrowException, ValueError) as error:
         raise _wrong(path, f"the column id holds no integers: {error}", "ids or keys") from None
-    return np.where((ids >= 0) & (ids < len(manifest)), ids, -1)
+    most = int(ids.max(initial=-1))
+    if most >= len(manifest):
+        # Rows of all images, from which held-out ones were taken later: the ids would name other images.
+        raise _wrong(
+            path,
+            f"there are ids up to {most}, but only {len(manifest)} training images",
+            "ids that are rows of manifest/train.arrow, without held-out images, or keys",
+        )
+    return np.maximum(ids, -1)
 
 
 def _numbers(path: Path, table: pa.Table) -> np.ndarray:

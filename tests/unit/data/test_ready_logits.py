@@ -85,6 +85,7 @@ def test_classes_are_matched_by_name(manifest: Manifest, tmp_path: Path) -> None
         ({"id": [*range(6)], "logits": (logits() * np.inf).tolist()}, None, "not finite"),
         ({"id": [*range(2)], "logits": [[1.0], [1.0, 2.0]]}, None, "different lengths"),
         ({"id": [*range(6)], "logits": [1.0] * 6}, None, "no lists of numbers"),
+        ({"id": [*range(8)], "logits": logits(8).tolist()}, None, "ids up to 7, but only 6 training images"),
         ({"id": ["x"] * 6, "logits": logits().tolist()}, None, "no integers"),
         ({"name": [*range(6)], "logits": logits().tolist()}, None, "the columns are logits, name"),
     ],
