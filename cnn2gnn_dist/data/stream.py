@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
+from cnn2gnn_dist import durable
 from cnn2gnn_dist.data.images.crops import Crops, Views, crops_of, identity, identity_today
 from cnn2gnn_dist.data.images.views import CLEAN, ViewSpec
 from cnn2gnn_dist.data.index.class_names import lists_of
@@ -73,8 +74,8 @@ class Stream:
         pairs: in training, read another sample to mix with each one (``batch.partners``, ``mix_pairs``).
 
     Raises:
-        UserError: the data is missing, the sizes can't be divided over the ranks, or the backend is
-            unknown.
+        UserError: the data is missing, the sizes can't be divided over the ranks, the backend is unknown, or the
+            cache folder can't be written to.
     """
 
     def __init__(
@@ -255,7 +256,16 @@ def _manifest_of(data: str | os.PathLike[str] | Sequence[str | Path]) -> Path:
     near = [os.path.abspath(shard) for shard in shards if not is_remote(shard)]
     what = repr([_as_it_is_now(path) for path in [*shards, *lists_of(near)]])
     path = _cache_folder() / f"{hashlib.sha256(what.encode()).hexdigest()[:24]}.arrow"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():  # complete, and the folder may be read-only
+        return path
+    try:
+        durable.create_folder(path.parent)
+    except UserError as error:
+        raise UserError(
+            error.what,
+            where=error.where,
+            remedy="set XDG_CACHE_HOME to a folder that you can write to, or give a saved manifest",
+        ) from None
     with FileLock(f"{path}.lock"):  # ranks of a host start together: only one indexes
         if not path.exists():
             index(shards, allow_empty_classes=True).save(path)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from cnn2gnn_dist import durable
 from cnn2gnn_dist.data import Stream, ViewSpec
 from cnn2gnn_dist.data.images.views import render
 from cnn2gnn_dist.data.index.manifest import index
@@ -187,6 +188,21 @@ def test_shards_are_indexed_once_and_again_when_they_change(shards, tmp_path):
     with a_stream(shards) as stream:
         assert stream.manifest_path != path
         np.testing.assert_array_equal(stream.manifest.label_N, LABELS[::-1])
+
+
+def test_a_cache_folder_that_cannot_be_made_is_named(shards, tmp_path, monkeypatch):
+    with a_stream(shards) as stream:
+        path = stream.manifest_path
+    (tmp_path / "file").touch()
+    with monkeypatch.context() as patched:
+        patched.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+        with pytest.raises(UserError, match="can't be written to") as caught:
+            a_stream(shards)
+        assert caught.value.where == str(tmp_path / "file" / "cnn2gnn")
+        assert "XDG_CACHE_HOME" in caught.value.remedy
+    monkeypatch.setattr(durable, "create_folder", lambda folder: pytest.fail("it is written to"))
+    with a_stream(shards) as stream:  # indexed before
+        assert stream.manifest_path == path
 
 
 def test_a_list_of_class_names_that_changes_is_read_again(shards, tmp_path):
