@@ -64,8 +64,16 @@ def describe(meta: dict[str, Any]) -> str:
         f"{meta['nodes']} nodes, M={meta['candidates']}, {candidates.describe(meta['search'])}, "
         f"homophily {meta['homophily']:.3f}, "
         f"cut {meta['cut']:.3f}, parts {meta['inner']}, halos {meta['halo']}, "
-        f"in-degree {meta['degree']['min']}..{meta['degree']['max']}"
+        f"in-degree {meta['degree']['min']}..{meta['degree']['max']}{_of_twins(meta)}"
     )
+
+
+def _of_twins(meta: dict[str, Any]) -> str:
+    """How many images have twins, which are not their neighbors in training; "" if none."""
+    twins = meta["search"].get("twins", {"nodes": 0})
+    if not twins["nodes"]:
+        return ""
+    return f", {twins['nodes']} images equal others (at most {twins['most']} one another)"
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from cnn2gnn_dist.graph.partition import parts as partition
 from cnn2gnn_dist.graph.search import approximate, nn_descent
 from cnn2gnn_dist.graph.version import GraphVersion, GraphWriter, open_version
 from cnn2gnn_dist.runtime.ranks import Ranks
+from cnn2gnn_dist.stages import graph
 from cnn2gnn_dist.stages.neighbours import candidates
 from cnn2gnn_dist.stages.neighbours.live_search import LiveSearch
 from cnn2gnn_dist.stages.neighbours.neighbourhood import Neighbourhood
@@ -223,3 +224,17 @@ def test_a_version_that_knows_of_no_twins_is_read(tmp_path: Path) -> None:
     asked = around.around(np.array([10]), 0, 0)
     asked.block(torch.from_numpy(z[[10]]))
     assert {11, 40} <= set(asked.first_BF[0].tolist())
+
+
+@pytest.mark.parametrize(
+    ("search", "said"),
+    [
+        ({}, ""),  # before twins were introduced
+        ({"twins": {"nodes": 0, "most": 1}}, ""),
+        ({"twins": {"nodes": 7, "most": 4}}, ", 7 images equal others (at most 4 one another)"),
+    ],
+)
+def test_a_version_says_how_many_images_have_twins(search: dict[str, Any], said: str) -> None:
+    counts = {"nodes": 9, "candidates": 3, "homophily": 1.0, "cut": 0.0, "inner": [9], "halo": [0]}
+    meta = {**counts, "degree": {"min": 1, "max": 5}, "search": {"exact": True, **search}}
+    assert graph.describe(meta).endswith(f"in-degree 1..5{said}")
