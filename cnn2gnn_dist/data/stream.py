@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -112,7 +113,9 @@ class Stream:
             self.manifest.shard_sizes, seed=seed, global_batch=global_batch, window=window
         )
         self._order.check_ranks(self.world_size)
-        read = (2 if train and pairs else 1) * len(self.manifest) / self.world_size
+        read = share = len(self.manifest) / self.world_size
+        if train and pairs:  # as many partners, drawn from all with replacement
+            read += (len(self.manifest) - share) * -math.expm1(-1 / self.world_size)
         self._corrupt = CorruptSamples(max_corrupt, read)  # of an epoch: the next reads others
         self._pool = ReaderPool(
             ReaderSpec(

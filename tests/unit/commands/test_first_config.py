@@ -359,8 +359,9 @@ def test_the_network_of_a_file_of_weights_is_found_by_its_name_or_shapes(tmp_pat
         assert found["arch"] == "resnet18"
     (tmp_path / "mine.safetensors").rename(tmp_path / "a$b.safetensors")
     found = weights.from_file(str(tmp_path / "a$b.safetensors"))["weights"]
-    checked = settings.check({"name": "x", "teacher": {"weights": found}})
-    assert checked.teacher.weights == str(tmp_path / "a$b.safetensors")
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump({"name": "x", "teacher": {"weights": found}}))
+    loaded = settings.load(str(tmp_path / "my.yaml"), [])
+    assert loaded.teacher.weights == str(tmp_path / "a$b.safetensors")
     with pytest.raises(UserError, match="no such weights file"):
         weights.from_file(str(tmp_path / "none"))
     save_file({"a": state["fc.weight"]}, tmp_path / "odd.safetensors")

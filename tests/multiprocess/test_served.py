@@ -1,4 +1,4 @@
-"""A rank's side of DGL's servers, without them."""
+"""A rank's side of DGL's servers, without DGL."""
 
 from __future__ import annotations
 
