@@ -34,7 +34,7 @@ with atheris.instrument_imports(["cnn2gnn_dist.data"]) if atheris else contextli
     from cnn2gnn_dist.errors import UserError
 
 from tests.support import archives
-from tests.support.archives import END, base256, file, gnu, header, mend, pax, record
+from tests.support.archives import END, base256, file, gnu, header, pax, record, repair
 
 SPARE = 512 << 20
 FOLDER = Path(sys.argv[2] if len(sys.argv) > 2 else os.devnull)  # created by the first process
@@ -72,7 +72,7 @@ def with_checksums(data: bytes) -> bytes:
         block = bytes(out[position : position + 512])
         if not any(block):
             break
-        out[position : position + 512] = mend(block)
+        out[position : position + 512] = repair(block)
         digits = block[124:135].strip(b" \0")
         size = int(digits, 8) if digits and not digits.strip(b"01234567") else 0
         step = 512 + -(-size // 512) * 512

@@ -184,13 +184,16 @@ def test_earlier_decisions_stay_in_the_list(micro_run, tmp_path):
         (["RUN", "--fix", "key,class\nHELD,1\n"], "held out"),
         (["RUN", "--fix", "key,class\nKEY,cat\n"], "'cat': not a class"),
         (["RUN", "--fix", "key,class\nKEY,\n"], "no decisions"),
+        (["RUN", "--fix", "key,class\nKEY,1\nSHARD/KEY,2\n"], "are one image"),
     ],
 )
 def test_what_is_wrong_is_named_and_nothing_is_written(
     micro_run, tmp_path, capsys, arguments, words
 ):
+    train = Manifest.load(micro_run / "manifest" / "train.arrow")
     names = {
         "RUN": str(micro_run),
+        "SHARD": Path(train.shards[int(train.shard_N[0])].path).stem,
         "NOWHERE": str(tmp_path / "nowhere"),
         "KEY": next(iter(keys_of(micro_run))),
         "HELD": next(iter(keys_of(micro_run, "test"))),

@@ -33,7 +33,7 @@ def base256(number: int, width: int) -> bytes:
     )
 
 
-def mend(block: bytes) -> bytes:
+def repair(block: bytes) -> bytes:
     """A header block with its checksum corrected."""
     total = sum(block[:148]) + sum(block[156:512]) + 8 * 32
     return block[:148] + b"%06o\0 " % total + block[156:512]
@@ -54,7 +54,7 @@ def header(
     size_field = octal(size, 12) if isinstance(size, int) else size.ljust(12, b"\0")
     block = name[:100].ljust(100, b"\0") + octal(0o644, 8) + owner + octal(0, 8) + size_field
     block += mtime + bytes(8) + kind + bytes(100) + magic.ljust(8, b"\0") + bytes(64) + device
-    return mend((block + prefix[:155]).ljust(512, b"\0"))
+    return repair((block + prefix[:155]).ljust(512, b"\0"))
 
 
 def padded(data: bytes) -> bytes:

@@ -18,6 +18,7 @@ from cnn2gnn_dist.commands.audit.view import View
 from cnn2gnn_dist.data.index.relabel import (
     Decision,
     check_decisions,
+    overridden,
     read_relabel,
     write_relabel,
 )
@@ -166,9 +167,9 @@ def _fix(source: Source, fix: Path, folder: Path, dry_run: bool) -> int:
         )
     everything: dict[str, Decision] = {}
     for earlier in source.earlier:  # ``data.relabel`` takes one list: this one has to hold them all
-        everything |= read_relabel(earlier)
+        everything = overridden(everything, read_relabel(earlier), source.known)
     before = len(everything)
-    everything |= decisions
+    everything = overridden(everything, decisions, source.known)
     path = folder / RELABEL
     if not dry_run:
         durable.create_folder(folder)

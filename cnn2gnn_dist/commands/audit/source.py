@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,7 +45,7 @@ class Source:
         name: of the run or model.
         training: its features and graph.
         keys: of the N images.
-        known: every name that a relabel list may use for an image.
+        known: every name that a relabel list may use for an image, with its row.
         elsewhere: names of held-out images.
         held_keys, held_labels_Q: of the held-out images; empty for a model.
         earlier: relabel lists that hold besides: the one that the run was trained with, and what its
@@ -55,7 +55,7 @@ class Source:
     name: str
     training: TrainingSet
     keys: Sequence[str]
-    known: set[str]
+    known: Mapping[str, int]
     elsewhere: set[str] = field(default_factory=set)
     held_keys: Sequence[str] = ()
     held_labels_Q: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
@@ -197,7 +197,7 @@ def _of_run(folder: Path) -> Source:
         context.config.name,
         training,
         unique_keys(train),
-        set(names_of(train)),
+        names_of(train),
         set(names_of(held)),
         unique_keys(held),
         held.label_N,
@@ -233,7 +233,7 @@ def _of_model(folder: Path) -> Source:
         )
     memory = Memory.open(folder / artefact.MEMORY)
     keys, name = memory.keys(memory.live_ids), str(config.source.get("name", folder.name))
-    known = set(keys)
+    known = {key: row for row, key in enumerate(keys)}
     source = _ModelSource(name, training_set(memory), keys, known, earlier=_forgotten(folder))
     source.thumbnails = Thumbnails(memory)
     return source

@@ -125,9 +125,14 @@ def names_of(manifest: Manifest) -> dict[str, int]:
         f"{shards[s]}/{k}": row
         for row, (s, k) in enumerate(zip(manifest.shard_N, keys, strict=True))
     }
-    several = {key for key, count in Counter(keys).items() if count > 1}
-    plain = {key: row for row, key in enumerate(keys) if key not in several}
-    return plain | found if several else found | plain
+    several = shared_keys(manifest)
+    own = {key: row for row, key in enumerate(keys) if key not in several}
+    return own | found if several else found | own
+
+
+def shared_keys(manifest: Manifest) -> set[str]:
+    """The keys that several images have, which therefore name none of them."""
+    return {key for key, count in Counter(manifest.keys.to_pylist()).items() if count > 1}
 
 
 def _shard_names(paths: Sequence[str]) -> list[str]:
@@ -147,22 +152,22 @@ def _shard_names(paths: Sequence[str]) -> list[str]:
 
 def check_decisions(
     decisions: Mapping[str, Decision],
-    known: Container[str],
+    known: Mapping[str, int],
     classes: Sequence[str],
     where: str,
     elsewhere: Container[str] = (),
 ) -> None:
-    """Check that all keys and classes exist.
+    """Check that all keys and classes exist, and that no image has two decisions under two names.
 
     Args:
         decisions: of the list.
-        known: names of the training images.
+        known: the row of each name of a training image.
         classes: names of the classes.
         where: the file, for errors.
         elsewhere: names of held-out images, for a more specific error.
 
     Raises:
-        UserError: some don't.
+        UserError: some don't, or one has.
     """
     unknown = [key for key, one in decisions.items() if one.required and key not in known]
     if unknown:
@@ -193,6 +198,46 @@ def check_decisions(
             where=f"{where}, line {first.line}",
             remedy=_CLASS_REMEDY + (f"; did you mean {near[0]!r}?" if near else ""),
         )
+    _check_words(decisions, classes, where)
+    _check_names(decisions, known, where)
+
+
+def _check_words(decisions: Mapping[str, Decision], classes: Sequence[str], where: str) -> None:
+    """Refuse to leave images out where a class has the name that says so: it may have been meant."""
+    words = {
+        word
+        for one in decisions.values()
+        if one.name is None
+        for word in (DROP if one.required else (DROP_IF_THERE,))
+    }
+    if meant := [name for name in classes if name.lower() in words]:
+        raise UserError(
+            f"{meant[0]!r} is a class of the training images, and leaves an image out in a relabel list",
+            where=where,
+            remedy="give the class another name in the data set",
+        )
+
+
+def _check_names(decisions: Mapping[str, Decision], known: Mapping[str, int], where: str) -> None:
+    first: dict[int, str] = {}
+    for key in filter(known.__contains__, decisions):
+        other = first.setdefault(known[key], key)
+        if decisions[other].name != decisions[key].name:
+            lines = f"lines {decisions[other].line} and {decisions[key].line}"
+            raise UserError(
+                f"{other!r} and {key!r} are one image, and there are two decisions on it, in {lines}",
+                where=where,
+                remedy="keep one of the two lines",
+            )
+
+
+def overridden(
+    earlier: Mapping[str, Decision], later: Mapping[str, Decision], known: Mapping[str, int]
+) -> dict[str, Decision]:
+    """Both lists as one; on an image that both name, under whichever name, the later one decides."""
+    decided = {known.get(key, key) for key in later}
+    kept = {key: one for key, one in earlier.items() if known.get(key, key) not in decided}
+    return kept | dict(later)
 
 
 def relabelled(
@@ -206,11 +251,21 @@ def relabelled(
     """Apply a list to the training images; return their manifest and a sentence about the changes.
 
     Raises:
-        UserError: unknown keys or classes; a class, or the whole set, is left without an image.
+        UserError: unknown keys or classes; a key that several images have; two decisions on an image; a
+            class, or the whole set, is left without an image.
     """
     row_of = names_of(train)
+    # Before ``drop?`` lines may count as missing: the image that was meant would be trained on.
+    shared = shared_keys(train)
+    unclear = [key for key in decisions if key in shared and key not in row_of]
+    if unclear:
+        raise UserError(
+            f"{_named(unclear)}: several training images have this key",
+            where=f"{where}, line {decisions[unclear[0]].line}",
+            remedy="name the image as SHARD/KEY, with the name of its shard without .tar",
+        )
     check_decisions(decisions, row_of, train.classes, where, names_of(held))
-    numbers = {name: number for number, name in reversed(list(enumerate(train.classes)))}
+    numbers = {name: number for number, name in enumerate(train.classes)}
     label_N = np.array(train.label_N)
     kept_N = np.ones(len(train), bool)
     missing = 0
@@ -223,6 +278,12 @@ def relabelled(
             kept_N[row] = False
         elif label_N[row] < 0 or train.classes[label_N[row]] != one.name:
             # If two classes share the name, an image that has one of them keeps it.
+            if train.classes.count(one.name) > 1:
+                raise UserError(
+                    f"{one.name!r} is the name of two classes, and {key!r} is of neither",
+                    where=f"{where}, line {one.line}",
+                    remedy="give the two classes different names, or drop the image",
+                )
             label_N[row] = numbers[one.name]
     changed = int((label_N != train.label_N)[kept_N].sum())
     made = dataclasses.replace(train, label_N=label_N).select(np.flatnonzero(kept_N))

@@ -22,3 +22,12 @@ def test_forgotten_images_stay_left_out_of_a_training_with_the_list(tmp_path, ca
     }  # fmt: skip
     assert not made["img-3"].required  # another training set may not have it
     assert made["img-2"].required
+
+
+def test_two_decisions_on_one_image_are_refused_and_nothing_is_written(tmp_path, capsys):
+    model = write_model(tmp_path / "m")
+    labels = tmp_path / "labels.csv"
+    labels.write_text("key,class\nimg-1,class 2\nimg-2,drop\nimg-1,class 0\n")
+    assert cli.main(["audit", str(model), "--fix", str(labels)]) == 2
+    assert "two decisions on 'img-1', in lines 2 and 4" in capsys.readouterr().err
+    assert not (model / "audit").exists()

@@ -58,10 +58,10 @@ def test_links_devices_and_folders_are_ignored(tmp_path: Path) -> None:
     links = [header(b"k.png", 6, bytes([kind])) for kind in b"123456"]
     link = bytearray(header(b"k.jpeg", 0, b"2"))
     link[157 : 157 + len(str(secret))] = str(secret).encode()
-    manifest = index([shard(tmp_path, *links, archives.mend(bytes(link)), SAMPLE)])
+    manifest = index([shard(tmp_path, *links, archives.repair(bytes(link)), SAMPLE)])
     assert (len(manifest), manifest.size_N.tolist()) == (1, [len(b"image")])
     with pytest.raises(UserError, match="no image"):
-        index([shard(tmp_path, file(b"k.cls", b"0"), archives.mend(bytes(link)))])
+        index([shard(tmp_path, file(b"k.cls", b"0"), archives.repair(bytes(link)))])
 
 
 class Mark:
@@ -262,7 +262,7 @@ def test_numbers_are_checked_after_many_sound_ones(tmp_path: Path, at: int) -> N
     """The same for corruption that the checksum does not detect."""
     whole = bytearray(b"".join(file(b"%02d.jpg" % n, b"x") for n in range(20)) + END)
     whole[18 * 1024 + at] = ord("z")
-    whole[18 * 1024 : 18 * 1024 + 512] = archives.mend(bytes(whole[18 * 1024 : 18 * 1024 + 512]))
+    whole[18 * 1024 : 18 * 1024 + 512] = archives.repair(bytes(whole[18 * 1024 : 18 * 1024 + 512]))
     path = tmp_path / "x.tar"
     path.write_bytes(whole)
     with pytest.raises(UserError, match="impossible number at byte 18,432"):

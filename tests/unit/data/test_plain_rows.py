@@ -70,7 +70,7 @@ def shards(draw: st.DrawFn) -> bytes:
         place, value = draw(st.integers(0, 511)), draw(st.integers(0, 255))
         blocks[at] = blocks[at][:place] + bytes([value]) + blocks[at][place + 1 :]
         if draw(st.booleans()):
-            blocks[at] = archives.mend(blocks[at][:512]) + blocks[at][512:]
+            blocks[at] = archives.repair(blocks[at][:512]) + blocks[at][512:]
     return b"".join(blocks) + (END if draw(st.integers(0, 9)) else b"")
 
 

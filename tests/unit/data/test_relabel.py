@@ -10,6 +10,7 @@ from cnn2gnn_dist.data.index.manifest import Manifest, index
 from cnn2gnn_dist.data.index.relabel import (
     Decision,
     names_of,
+    overridden,
     read_relabel,
     relabelled,
     unique_keys,
@@ -116,8 +117,67 @@ def test_keys_that_two_shards_have_are_told_apart(tmp_path):
     assert unique_keys(train) == ["a/k0", "a/k1", "b/k0", "b/k1", "b/k2"]
     made, _ = apply(tmp_path, (train, held), "key,class\nb/k0,cat\nk2,dog\n")
     np.testing.assert_array_equal(made.label_N, [0, 1, 0, 2, 1])
-    with pytest.raises(UserError, match="'k0': held out"):
-        apply(tmp_path, (train, held), "key,class\nk0,cat\n")
+    for decision in ("cat", "drop?"):  # counted as missing, a forgotten image would be trained on
+        with pytest.raises(UserError, match="'k0': several training images have this key"):
+            apply(tmp_path, (train, held), f"key,class\nk2,dog\nk0,{decision}\n")
+
+
+def test_two_decisions_on_one_image_under_its_two_names_are_refused(tmp_path, pair):
+    for first, second in (("k0", "a/k0"), ("a/k0", "k0")):
+        for decision in ("hen", "drop", "drop?"):
+            text = f"key,class\n{first},dog\nk1,hen\n{second},{decision}\n"
+            with pytest.raises(UserError, match="are one image") as caught:
+                apply(tmp_path, pair, text)
+            assert "lines 2 and 4" in caught.value.what
+    made, _ = apply(tmp_path, pair, "key,class\nk0,dog\na/k0,dog\n")
+    assert made.label_N.tolist() == [1, 0, 1, 1, 2]
+
+
+def test_a_later_list_decides_whichever_name_it_uses(pair):
+    known = names_of(pair[0])
+    earlier = {"a/k0": Decision("dog", 2), "k1": Decision(None, 3), "gone": Decision(None, 4)}
+    later = {"k0": Decision("hen", 2), "a/k1": Decision("dog", 3)}
+    assert overridden(earlier, later, known) == later | {"gone": Decision(None, 4)}
+    assert overridden(later, {"gone": Decision("hen", 9)}, known) == later | {
+        "gone": Decision("hen", 9)
+    }
+
+
+def test_a_key_that_reads_as_another_images_shard_and_key_names_what_is_written(tmp_path):
+    """Keys may contain folders: 'a/k0' is image 0 of shard a, or the image 'a/k0' of shard b."""
+
+    def images(*keys):
+        return [one for key in keys for one in ((f"{key}.jpg", b"xx"), (f"{key}.cls", b"0"))]
+
+    for inside, among in (("b", ["k0"]), ("c", ["k0", "k1"])):
+        write_tar(tmp_path / "a.tar", images("k0", "k1"))
+        write_tar(tmp_path / f"{inside}.tar", images("a/k0", *among[1:]))
+        shards = [tmp_path / "a.tar", tmp_path / f"{inside}.tar"]
+        both = index(shards, classes=NAMES, progress=False, allow_empty_classes=True)
+        found = names_of(both)
+        assert [found[name] for name in unique_keys(both)] == list(range(len(both)))
+
+
+def test_a_class_with_the_name_of_the_word_for_leaving_out_is_refused(tmp_path):
+    """It may have been meant: images would be left out without a word."""
+    for name, word, other in (("Drop", "drop", "drop?"), ("drop?", "drop?", "drop")):
+        shard = tmp_path / "a.tar"
+        write_tar(shard, [(f"k{i}.{end}", b"1") for i in range(3) for end in ("jpg", "cls")])
+        train = index([shard], classes=("cat", name), progress=False, allow_empty_classes=True)
+        with pytest.raises(UserError, match="is a class of the training images"):
+            apply(tmp_path, (train, train), f"key,class\nk0,{word}\n")
+        assert len(apply(tmp_path, (train, train), f"key,class\nk0,{other}\n")[0]) == 2
+
+
+def test_the_name_of_two_classes_is_no_decision_for_an_image_of_neither(tmp_path):
+    shard = tmp_path / "a.tar"
+    members = [(f"k{i}.{end}", b"012"[i : i + 1]) for i in range(3) for end in ("jpg", "cls")]
+    write_tar(shard, members)
+    train = index([shard], classes=("hen", "crane", "crane"), progress=False)
+    made, _ = apply(tmp_path, (train, train), "key,class\nk2,crane\nk1,crane\n")
+    assert made.label_N.tolist() == [0, 1, 2]
+    with pytest.raises(UserError, match="'crane' is the name of two classes"):
+        apply(tmp_path, (train, train), "key,class\nk0,crane\n")
 
 
 def test_shards_of_one_name_in_two_folders_are_told_apart(tmp_path):
