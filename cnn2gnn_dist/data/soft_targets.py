@@ -2,7 +2,8 @@
 
 Rows are ordered by view, then in shard order. Columns: ``id`` int64, ``view`` int32, ``indices``
 K x int32, ``log_probs`` K x float16. The file's metadata contain a SHA-256 of the columns, what the
-targets belong to, and which samples are corrupt: their rows are uniform.
+targets belong to, the precision in which they were computed, and which samples are corrupt: their rows
+are uniform.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from cnn2gnn_dist import durable
 from cnn2gnn_dist.errors import UserError
 
 META, CHECKSUM, CORRUPT = b"cnn2gnn.meta", b"cnn2gnn.sha256", b"cnn2gnn.corrupt"
+PRECISION = b"cnn2gnn.precision"
 DAMAGE = (OSError, pa.ArrowException, KeyError, ValueError, TypeError, AttributeError)
 """Exceptions that reading a corrupt or unrelated file may raise."""
 LEAST_REST = 1e-6
@@ -37,6 +39,7 @@ def write_shard(
     log_probs: np.ndarray,
     meta: dict[str, Any],
     corrupt: Mapping[int, str] | None = None,
+    precision: str | None = None,
 ) -> None:
     """Write one shard's targets: temporary file, fsync, atomic rename.
 
@@ -48,6 +51,7 @@ def write_shard(
         log_probs: [V, n, K] float16 of these classes.
         meta: what the targets belong to (JSON), compared by ``is_complete``.
         corrupt: corrupt samples and the reasons; see ``corrupt_samples``.
+        precision: in which the teacher computed ("float32", "bfloat16"); None: it is not recorded.
 
     Raises:
         ValueError: inconsistent shapes.
@@ -72,6 +76,8 @@ def write_shard(
     note = {META: as_note(meta), CHECKSUM: _checksum(columns)}
     if corrupt:
         note[CORRUPT] = json.dumps({str(sample): what for sample, what in corrupt.items()}).encode()
+    if precision is not None:
+        note[PRECISION] = precision.encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     table = table.replace_schema_metadata(note)
     with durable.replacing(path) as temporary:
@@ -92,6 +98,12 @@ def corrupt_samples(path: Path) -> dict[int, str]:
     """Return the samples of an intact file whose images could not be read, and why."""
     note = (pq.read_metadata(path).metadata or {}).get(CORRUPT, b"{}")
     return {int(sample): str(what) for sample, what in json.loads(note).items()}
+
+
+def precision_of(path: Path) -> str | None:
+    """Return the precision in which an intact file's targets were computed; None: an older version wrote it."""
+    note = pq.read_metadata(path).metadata or {}
+    return note[PRECISION].decode() if PRECISION in note else None
 
 
 class Targets:

@@ -52,16 +52,10 @@ def run(context: Context, teacher_key: str) -> list[Path]:
     meta = {"key": context.key}
     shards = [s for s, size in enumerate(manifest.shard_sizes) if size]
     files = {s: shard_file(context.folder, manifest, s) for s in shards}
-    here = exchange.every_rank(
-        lambda: (
-            [s for s in shards if soft.is_complete(files[s], meta)]
-            if host_folders.acts(context.ranks.rank)
-            else []
-        )
-    )
-    known = {s for one in here for s in one}
+    fit = _fitting(context, files, meta)
+    known = {s for one in fit for s in one}
     missing = [s for s in shards if s not in known]
-    complete = [files[s] for s in here[context.ranks.rank]]
+    complete = [files[s] for s in fit[context.ranks.rank]]
     if len(missing) < len(shards):
         context.say(f"{len(shards) - len(missing)} of {len(shards)} shards are complete")
     if config.targets.logits is not None:
@@ -96,6 +90,31 @@ def run(context: Context, teacher_key: str) -> list[Path]:
     _hand_over(context, [files[s] for s in mine], complete)
     _count_corrupt(context, manifest, files)
     return list(files.values())
+
+
+def _precision(context: Context) -> str:
+    """What the teacher computes in here; with ``precision=auto`` the stage's key does not tell."""
+    return str(context.compute_dtype("teacher")).removeprefix("torch.")
+
+
+def _fitting(context: Context, files: dict[int, Path], meta: dict[str, Any]) -> list[list[int]]:
+    """The shards that each rank has complete files of, in the precision of this device (collective)."""
+    precision = None if context.config.targets.logits is not None else _precision(context)
+
+    def look() -> dict[int, str | None]:
+        here = files.items() if host_folders.acts(context.ranks.rank) else ()
+        return {s: soft.precision_of(path) for s, path in here if soft.is_complete(path, meta)}
+
+    found = exchange.every_rank(look)
+    fit = [[s for s, made in one.items() if made in (None, precision)] for one in found]
+    known = {s for one in fit for s in one}
+    other = {s: str(made) for one in found for s, made in one.items() if s not in known}
+    if other:
+        context.warn(
+            f"the targets of {len(other)} shards were computed in {', '.join(sorted(set(other.values())))}, "
+            f"and this device computes in {precision}: they are computed again, so that all have one precision"
+        )
+    return fit
 
 
 def _hand_over(context: Context, mine: list[Path], complete: list[Path]) -> None:
@@ -248,5 +267,6 @@ def _write(
         log_probs=np.concatenate(log_probs).reshape(shape),
         meta=meta,
         corrupt=corrupt.seen,
+        precision=_precision(context),
     )
     return len(plan)

@@ -255,6 +255,41 @@ def test_targets_of_corrupt_images_are_uniform_and_counted(root, capsys, console
     assert "train03" in caught.value.what
 
 
+def test_targets_are_not_resumed_in_another_precision(root, capsys, console):
+    """``precision=auto`` means another one on another processor, and both have the same key."""
+    images = [
+        [(f"{part}{i}.{end}", data) for i, one in enumerate(random_images(6, 16, 16, seed=part))
+         for end, data in (("cls", str(i % C).encode()), ("png", encode_image(one)))]
+        for part in range(3)
+    ]  # fmt: skip
+    tars = [write_tar(root / f"t-{part}.tar", members) for part, members in enumerate(images)]
+    manifests.index(tars, progress=False).save(root / "manifest" / "train.arrow")
+    low, high = (context(root, "targets", f"precision={p}") for p in ("bfloat16", "float32"))
+    trained(high)
+
+    def made(here: Context) -> list[bytes]:
+        return [path.read_bytes() for path in targets.run(here, "teacher")]
+
+    def emptied() -> list[Path]:
+        files = sorted((root / "targets").glob("*.parquet"))
+        for path in files:
+            path.unlink()
+        return files
+
+    wanted = made(high)
+    assert made(high) == wanted
+    emptied()
+    other = made(low)
+    assert all(a != b for a, b in zip(other, wanted, strict=True))
+    assert "computed again" not in capsys.readouterr().err
+
+    files = emptied()
+    for path, data in zip(files[:2], other, strict=False):  # as a kill leaves them
+        path.write_bytes(data)
+    assert made(high) == wanted
+    assert "the targets of 2 shards were computed in bfloat16" in capsys.readouterr().err
+
+
 def test_a_class_without_a_readable_image_is_reported(root, capsys, console):
     shard(root, "train", TRAIN, range(1, TRAIN, C))
     here = context(root, "targets", "targets.views=0")

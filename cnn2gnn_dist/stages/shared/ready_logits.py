@@ -116,7 +116,13 @@ def _in_order(path: Path, table: pa.Table, logits_MC: np.ndarray, manifest: Mani
             f"its classes are not those of the training images: {', '.join(odd) or 'not a list of names'}",
             "metadata classes: a JSON list of the names of the training images' classes",
         )
-    return logits_MC[:, [named.index(name) for name in classes]]
+    if named != classes and len(set(named)) < len(named):
+        raise _wrong(
+            path,
+            "two classes have the same name, and its classes are in another order than the training images'",
+            f"columns in this order: {', '.join(classes[:_SHOWN])}, …",
+        )
+    return logits_MC if named == classes else logits_MC[:, [named.index(name) for name in classes]]
 
 
 def _wrong(path: Path, what: str, remedy: str) -> UserError:

@@ -75,6 +75,18 @@ def test_classes_are_matched_by_name(manifest: Manifest, tmp_path: Path) -> None
     )
 
 
+def test_two_classes_of_one_name_are_not_told_apart_by_it(tmp_path: Path) -> None:
+    """ImageNet has two cranes: taken by name, both would get the first one's column."""
+    classes = ("crane", "dog", "crane")
+    images = index(make_shards(tmp_path, random_images(N), [0, 1, 2] * 2), classes=classes)
+    values = logits()
+    columns = {"id": list(range(N)), "logits": values.tolist()}
+    found = read_logits(written(tmp_path / "l.parquet", columns, classes), images)
+    np.testing.assert_allclose(found, log_softmax(values), atol=1e-5)
+    with pytest.raises(UserError, match="two classes have the same name"):
+        read_logits(written(tmp_path / "l.parquet", columns, ("dog", "crane", "crane")), images)
+
+
 @pytest.mark.parametrize(
     ("columns", "classes", "says"),
     [
