@@ -27,6 +27,7 @@ from cnn2gnn_dist.runtime.ranks import Ranks
 from cnn2gnn_dist.stages import student
 from cnn2gnn_dist.stages.shared.context import Context, RunPaths
 from cnn2gnn_dist.stages.shared.training_loop import Training
+from cnn2gnn_dist.training.checkpoint import folder as disk
 from tests.support import rank_group
 
 G, WIDTH, CLASSES, VIEWS = 8, 6, 4, 3
@@ -81,6 +82,36 @@ def learn_case(folder: str, shares: list[list[list[int]]]) -> dict[str, Any]:
     training.step(batches_per_epoch=10)
     training.checkpoints.settle()
     return found
+
+
+def best_case(folder: str) -> list[tuple[float | None, str | None]]:
+    """The best accuracy, and which checkpoint has it, after each of three evaluations."""
+    config = settings.load(
+        "demo", [f"run.dir={folder}", f"teacher.global_batch={G}", "teacher.eval_epochs=1"]
+    )
+    context = context_of(config, Path(folder) / "teacher")
+    training = Training(context, "teacher", net(), config.teacher, G)
+    root = disk.root_of(context.folder)
+
+    def evaluated(accuracy: float) -> tuple[float | None, str | None]:
+        training.cursor.step += 1
+        training.end_epoch(lambda: {"test_accuracy": accuracy})
+        best = disk.best_of(root)
+        return training.best, best and best.name
+
+    found = [evaluated(0.5)]
+    aside = root.with_name("aside")
+    collectives.alone(lambda: (root.rename(aside), root.write_text("not a folder")))
+    found.append(evaluated(0.9))
+    collectives.alone(lambda: (root.unlink(), aside.rename(root)))
+    return [*found, evaluated(0.7)]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_best_checkpoint_that_is_not_saved_is_not_the_best(tmp_path, ranks):
+    """Otherwise none of the later ones, which are better than any on disk, would be kept."""
+    wanted = [(0.5, "step-00000001"), (0.5, None), (0.7, "step-00000003")]
+    assert rank_group.run(best_case, ranks, str(tmp_path)) == [wanted] * ranks
 
 
 @pytest.mark.parametrize(

@@ -334,8 +334,11 @@ class Training:
         self.cursor.epoch += 1
         self.cursor.batch = 0
         self.tally = Tally(self.engine.device)
+        best = self.best
         self.save(best=self._is_best(found))
         self.checkpoints.settle()  # what follows (a graph, a stage) may take long
+        if self.checkpoints.problem is not None:
+            self.best = best  # of the checkpoints that exist: the next best need not beat this one
         if collectives.any_rank(preemption.stop_requested()):
             self._stop()
 
