@@ -57,11 +57,7 @@ def checkpoints_at(place: str) -> Iterator[Path]:
         return
     from cnn2gnn_dist.run_storage import session
 
-    found = re.fullmatch(
-        rf"(.+?)/({'|'.join(TRAININGS)})(/checkpoints/step-\d+)?", place.rstrip("/")
-    )
-    url, below = (found[1], f"{found[2]}{found[3] or ''}") if found else (place, "")
-    store = _opened(url, place)
+    store, below = _run_of(place)
     stages = [below.partition("/")[0]] if below else [s for s in TRAININGS if s in store.records]
     wanted = {stage: "checkpoints/" for stage in stages if stage in store.records}
     with tempfile.TemporaryDirectory(prefix="cnn2gnn-stored-") as name:
@@ -69,6 +65,22 @@ def checkpoints_at(place: str) -> Iterator[Path]:
         others = {unit: "" for unit in (session.RUN, session.MANIFESTS) if unit in store.records}
         session.fetch_parts(store, folder, wanted | others)
         yield folder / below
+
+
+def _run_of(place: str) -> tuple[Store, str]:
+    """The run that a URL names, or in which it names a stage or a checkpoint: its path in the run, or ""."""
+    from cnn2gnn_dist.run_storage.store import Store
+
+    found = re.fullmatch(
+        rf"(.+?)/({'|'.join(TRAININGS)})(/checkpoints/step-\d+)?", place.rstrip("/")
+    )
+    if found is None:
+        return _opened(place, place), ""
+    if found[3] is None:  # the URL of a run may end with the name of a stage, too
+        store = Store.open(place, field="")
+        if store.records:
+            return store, ""
+    return _opened(found[1], place), f"{found[2]}{found[3] or ''}"
 
 
 def _opened(url: str, place: str) -> Store:

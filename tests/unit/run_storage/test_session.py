@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from cnn2gnn_dist import durable, ledger
+from cnn2gnn_dist.commands.run.stored_run import checkpoints_at
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.ledger import Entry, Status
 from cnn2gnn_dist.run_storage.session import RunStorage, held_back
@@ -257,3 +258,30 @@ def test_the_run_that_was_overtaken_ends_at_its_next_checkpoint(tmp_path):
     copies.wait()
     with pytest.raises(TakenOver):
         copies.outcomes()
+
+
+@pytest.mark.parametrize("name", ["teacher", "student", "one"])
+def test_a_run_whose_url_ends_with_the_name_of_a_stage_is_not_taken_for_that_stage(tmp_path, name):
+    url = f"memory://runs/{name}"
+    storage = RunStorage.open(tmp_path / "run", url)
+    ledger.claim(tmp_path / "run", "name: one\n")
+    for stage in ("teacher", "student"):
+        path = checkpoint(tmp_path / "run" / stage, 3)
+        files = {
+            str(p.relative_to(tmp_path / "run" / stage)): p.read_bytes() for p in path.iterdir()
+        }
+        finished(tmp_path / "run" / stage, files)
+        storage.keep_stage(stage, made=True)
+
+    def found(place: str) -> dict[str, list[str]]:
+        with checkpoints_at(place) as folder:
+            steps = folder.rglob("step-*") if not folder.name.startswith("step-") else [folder]
+            return {p.parents[1].name: sorted(f.name for f in p.iterdir()) for p in steps}
+
+    files = ["manifest.json", "rank-00000-of-00001.safetensors", "state.json"]
+    assert found(url) == found(f"{url}/") == {"teacher": files, "student": files}
+    for stage in ("teacher", "student"):
+        assert found(f"{url}/{stage}") == {stage: files}
+        assert found(f"{url}/{stage}/checkpoints/step-00000003") == {stage: files}
+    with pytest.raises(UserError, match="no run is stored here"):
+        found("memory://runs/none/teacher")
