@@ -368,6 +368,7 @@ class Classifier:
         """
         from cnn2gnn_dist.inference.folder.hub import HubFolder
 
+        artefact.check_not_set_aside(Path(model))
         return cls.open(HubFolder.from_pretrained(model, **hub).folder, device=device)
 
     def save_pretrained(self, folder: str | Path, **hub: Any) -> str | None:

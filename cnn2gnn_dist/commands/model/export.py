@@ -26,6 +26,7 @@ def command(run: Path, target: Path, *, force: bool = False) -> int:
         UserError: the run is not finished; the target exists; the disk is full.
     """
     try:
+        _put_back(target)  # an earlier attempt may have been killed between its two renames
         _check_target(run, target, force)
     except OSError as error:
         raise UserError(
@@ -36,7 +37,7 @@ def command(run: Path, target: Path, *, force: bool = False) -> int:
     if not (run / artefact.CONFIG).is_file():
         context_of(run)  # refused before anything is created
     durable.create_folder(target.parent)
-    temporary, aside = (target.with_name(f".{target.name}.{end}") for end in ("tmp", "old"))
+    temporary, aside = target.with_name(f".{target.name}.tmp"), artefact.aside_of(target)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         with durable.disk_full_reported(target):
@@ -49,11 +50,18 @@ def command(run: Path, target: Path, *, force: bool = False) -> int:
         shutil.rmtree(aside, ignore_errors=True)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        _put_back(target)
         raise
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     output(f"model    {target} ({size / 1e6:,.1f} MB)")
     output(f"predict  cnn2gnn predict --model {target} IMAGE…")
     return 0
+
+
+def _put_back(target: Path) -> None:
+    """Return a model that was set aside for a new one, if that one has not taken its place."""
+    if (aside := artefact.replaced_by_none(target)) is not None:
+        os.replace(aside, target)
 
 
 def onnx(model: Path, target: Path) -> int:

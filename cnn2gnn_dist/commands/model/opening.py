@@ -55,6 +55,7 @@ def context_of(run: Path) -> Context:
     from cnn2gnn_dist import settings
 
     file = run / "config.yaml"
+    artefact.check_not_set_aside(run)
     if not run.is_dir():
         raise UserError(
             "there is no such folder" if not run.exists() else "this is not a folder",

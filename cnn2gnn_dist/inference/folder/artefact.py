@@ -13,6 +13,7 @@ Nothing in it is unpickled, and no path in it leads outside it.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -95,6 +96,7 @@ def read_config(folder: Path) -> ModelConfig:
         UserError: not a model, damaged, or of a newer version.
     """  # noqa: DOC501
     file = folder / CONFIG
+    check_not_set_aside(folder)
     if not folder.is_dir():
         raise not_a_model(folder, "there is no such folder")
     if not (file.is_file() and (folder / CHECKSUMS).is_file()):
@@ -212,6 +214,32 @@ def _listed(folder: Path) -> dict[str, tuple[int, str]]:
     if unlisted := {CONFIG, WEIGHTS} - files.keys():
         raise damaged(folder / CHECKSUMS, f"it does not list {', '.join(sorted(unlisted))}")
     return files
+
+
+def aside_of(folder: Path) -> Path:
+    """Where ``export --force`` keeps the model in a folder until the new one is in its place."""
+    place = folder.absolute()
+    return place.parent / f".{place.name}.old"
+
+
+def replaced_by_none(folder: Path) -> Path | None:
+    """The model that was in a folder, if an ``export --force`` was interrupted before the new one was in its place."""
+    aside = aside_of(folder)
+    return aside if not os.path.lexists(folder) and (aside / CONFIG).is_file() else None
+
+
+def check_not_set_aside(folder: Path) -> None:
+    """Check that no interrupted export has set the model in a folder aside.
+
+    Raises:
+        UserError: one has.
+    """
+    if (aside := replaced_by_none(folder)) is not None:
+        raise UserError(
+            f"the export that was to replace this model was interrupted; the model is now in {aside}",
+            where=str(folder),
+            remedy=f"rename {aside} to {folder}, or run the same export again",
+        )
 
 
 def not_a_model(folder: Path, why: str) -> UserError:

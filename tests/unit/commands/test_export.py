@@ -1,0 +1,54 @@
+"""``cnn2gnn export --force``: what a kill between its two renames leaves behind is found again."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from cnn2gnn_dist import cli
+from cnn2gnn_dist.commands.model.opening import opened
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.inference import editing
+from cnn2gnn_dist.inference.classifier import Classifier, load
+from tests.support.models import write_model
+
+
+@pytest.fixture
+def killed(tmp_path: Path) -> Path:
+    """The place of a model that an export was about to replace: set aside, with none in its place."""
+    target = write_model(tmp_path / "served")
+    editing.remove(Classifier.open(target, device="cpu"), ["img-3"])
+    os.rename(target, tmp_path / ".served.old")
+    return target
+
+
+def without(folder: Path, key: str) -> bool:
+    memory = load(folder, device="cpu").required_memory()
+    return key not in memory.keys(memory.live_ids)
+
+
+def test_opening_it_says_where_the_model_is(killed):
+    aside = killed.with_name(".served.old")
+    for way in (load, Classifier.from_pretrained, lambda folder: opened(folder).__enter__()):
+        with pytest.raises(UserError, match="was interrupted") as caught:
+            way(killed)
+        assert str(aside) in caught.value.what
+        assert f"rename {aside} to {killed}" in caught.value.remedy
+    os.rename(aside, killed)
+    assert without(killed, "img-3")
+
+
+def test_the_next_export_replaces_it_or_puts_it_back(killed, tmp_path, capsys):
+    new = write_model(tmp_path / "new")
+    assert cli.main(["export", str(new), "--to", str(killed)]) == 2
+    assert "a model already exists here" in capsys.readouterr().err
+    assert without(killed, "img-3")
+    os.rename(killed, tmp_path / ".served.old")
+    assert cli.main(["export", str(tmp_path / "none"), "--to", str(killed), "--force"]) == 2
+    assert without(killed, "img-3")
+    os.rename(killed, tmp_path / ".served.old")
+    assert cli.main(["export", str(new), "--to", str(killed), "--force"]) == 0
+    assert not without(killed, "img-3")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "served"]
