@@ -140,7 +140,9 @@ def _served(arrays: Arrays, rank: int) -> Any:
         dist.all_gather_object(addresses, found.getsockname())
     task = Task(str(path), rank, f"{path.parent}/machine{rank}", addresses, 0)
     own = np.flatnonzero(np.asarray(arrays.part) == rank)
-    return ServedGraph(task, own, len(arrays.part), isolated=True, timeout_s=300)
+    made = ServedGraph(task, own, len(arrays.part), isolated=True, timeout_s=300)
+    made.connect()
+    return made
 
 
 def _write_version(arrays: Arrays, root: Path) -> None:

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import socket
+from pathlib import Path
+
 import numpy as np
+import psutil
 import pytest
 
 from cnn2gnn_dist import settings
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.graph.distdgl.server import new_of_old, node_ranges
 from cnn2gnn_dist.graph.partition.parts import new_ids
+from cnn2gnn_dist.graph.version import open_version
+from cnn2gnn_dist.runtime.group import collectives
 from cnn2gnn_dist.runtime.ranks import Ranks
-from cnn2gnn_dist.stages.neighbours.served_graph import hosts_in_conflict
+from cnn2gnn_dist.runtime.supervisor import SupervisedProcesses
+from cnn2gnn_dist.stages.neighbours.served_graph import hosts_in_conflict, serve
 from cnn2gnn_dist.stages.shared import preflight
+from cnn2gnn_dist.stages.shared.context import Context, RunPaths
+from tests.support import rank_group
+from tests.support.distdgl import make_version, needs_namespaces
 
 SERVED = ["graph.sampling.sampler=distdgl", "graph.sampling.query=table"]
 
@@ -47,3 +57,43 @@ def test_a_rank_listens_where_it_faces_rank_0():
     assert Ranks(master_addr="127.0.0.1").own_address() == "127.0.0.1"
     with pytest.raises(UserError, match="rank 0 can't be reached"):
         Ranks(master_addr="no.such.host.invalid").own_address()
+
+
+def serving_case(root: str, version: str, fault: str) -> str:
+    """What ``serve`` raises on this rank if rank 1 alone has a fault, and what it leaves running."""
+    rank = collectives.rank()
+    config = settings.load("demo", [f"run.dir={root}", *SERVED])
+    meeting = "no.such.host.invalid" if rank and fault == "address" else "127.0.0.1"
+    ranks = Ranks(rank, rank, collectives.world_size(), master_addr=meeting)
+    folder = Path(root) / "student"
+    here = Context(config, ranks, RunPaths(Path(root)), folder, "key", "cpu", False)
+    if rank and fault == "start":
+        started, calls = SupervisedProcesses.started, [0]
+
+        def refused(self: SupervisedProcesses) -> bool:
+            calls[0] += 1
+            return started(self) and calls[0] == 1  # the first one asks whether it may
+
+        SupervisedProcesses.started = refused  # type: ignore[method-assign]
+    try:
+        serve(here, open_version(Path(version)))
+    except UserError as error:
+        names = [p.name() for p in psutil.Process().children(recursive=True)] if not rank else []
+        return f"{error.what} {names}"
+    return "it serves"
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("address", "rank 1 on {}: rank 0 can't be reached"),
+        pytest.param("start", "rank 1 on {}: this kernel refuses", marks=needs_namespaces),
+    ],
+)
+def test_what_keeps_one_rank_from_serving_ends_all_at_once(tmp_path, fault, words):
+    """DGL's servers wait minutes for the missing one."""
+    version = make_version(tmp_path, 2)
+    told = rank_group.run(serving_case, 2, str(tmp_path), str(version.path), fault, timeout=120)
+    for text in told:
+        assert words.format(socket.gethostname()) in text
+        assert text.endswith(" []")

@@ -60,7 +60,9 @@ def serving(
     def start(part: int) -> ServedGraph:
         task = Task(str(version.path), part, str(folder / f"machine{part}"), addresses, 0)
         inner = np.flatnonzero(part_N == part)
-        return ServedGraph(task, inner, len(part_N), isolated=True, timeout_s=timeout_s)
+        made = ServedGraph(task, inner, len(part_N), isolated=True, timeout_s=timeout_s)
+        made.connect()
+        return made
 
     with ThreadPoolExecutor(parts) as crew:
         machines = list(crew.map(start, range(parts)))

@@ -94,7 +94,7 @@ class Task:
 
 
 class ServedGraph:
-    """Sampler and ``Rows`` in one: the servers' graph, through this rank's client.
+    """Sampler and ``Rows`` in one: the servers' graph, through this rank's client, after ``connect``.
 
     Args:
         task: the task of this rank's machine; the same addresses on every rank.
@@ -104,7 +104,6 @@ class ServedGraph:
         timeout_s: for one answer.
 
     Raises:
-        PeerLost: a server or client did not start in time.
         UserError: the kernel refuses a mount namespace.
     """
 
@@ -132,7 +131,14 @@ class ServedGraph:
         self._ended, self._noticed = threading.Event(), threading.Event()
         self._how = ""
         threading.Thread(target=self._watch, name="distdgl-watch", daemon=True).start()
-        self._answer(max(timeout_s, START_SECONDS))
+
+    def connect(self) -> None:
+        """Wait until all servers and clients have found each other: those of all ranks must have been started.
+
+        Raises:
+            PeerLost: one did not in time.
+        """
+        self._answer(max(self.timeout_s, START_SECONDS))
 
     @property
     def processes(self) -> dict[str, int]:

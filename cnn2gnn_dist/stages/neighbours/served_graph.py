@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import socket
+from contextlib import ExitStack
 
 import numpy as np
 
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.graph.distdgl.served import ServedGraph, Task
 from cnn2gnn_dist.graph.version import GraphVersion
-from cnn2gnn_dist.runtime.group import collectives
+from cnn2gnn_dist.runtime.group import exchange
 from cnn2gnn_dist.runtime.supervisor import can_isolate
 from cnn2gnn_dist.stages.shared.context import Context
 
@@ -27,13 +28,20 @@ def serve(context: Context, version: GraphVersion) -> ServedGraph:
 
     Raises:
         PeerLost: one did not start in time.
-        UserError: ranks share a host whose kernel refuses mount namespaces (on every rank).
+        UserError: ranks share a host whose kernel refuses mount namespaces; a rank can't reach rank 0, or
+            start its server (each on every rank).
     """
     ranks, config = context.ranks, context.config
-    address, isolated = ranks.own_address(), can_isolate()
-    with socket.create_server((address, 0)) as found:
-        mine = (socket.gethostname(), isolated, address, int(found.getsockname()[1]))
-        everyone = collectives.all_gather_object(mine)
+    with (
+        ExitStack() as ports
+    ):  # held until all are known: ranks of a host must not get the same one
+
+        def look() -> tuple[str, bool, str, int]:
+            address = ranks.own_address()
+            found = ports.enter_context(socket.create_server((address, 0)))
+            return socket.gethostname(), can_isolate(), address, int(found.getsockname()[1])
+
+        everyone = exchange.every_rank(look)
     hosts = hosts_in_conflict([(host, can) for host, can, *_ in everyone])
     if hosts:
         raise UserError(
@@ -49,10 +57,24 @@ def serve(context: Context, version: GraphVersion) -> ServedGraph:
         addresses=[(host, port) for *_, host, port in everyone],
         seed=config.seed,
     )
-    return ServedGraph(
-        task,
-        np.flatnonzero(np.asarray(version.part) == ranks.rank),
-        len(version.part),
-        isolated=isolated,
-        timeout_s=config.cluster.timeout_s,
-    )
+    started: list[ServedGraph] = []
+
+    def start() -> None:
+        started.append(
+            ServedGraph(
+                task,
+                np.flatnonzero(np.asarray(version.part) == ranks.rank),
+                len(version.part),
+                isolated=everyone[ranks.rank][1],
+                timeout_s=config.cluster.timeout_s,
+            )
+        )
+
+    try:  # DGL's servers wait for each other: none of them may be missing
+        exchange.every_rank(start)
+        started[0].connect()
+    except BaseException:
+        for one in started:
+            one.close()
+        raise
+    return started[0]
