@@ -6,6 +6,7 @@ import contextlib
 import gc
 import os
 import random
+import resource
 import select
 import signal
 import subprocess
@@ -28,6 +29,7 @@ from cnn2gnn_dist.data.reading import process_readers
 from cnn2gnn_dist.data.reading.pool import ReaderPool
 from cnn2gnn_dist.data.reading.process_readers import ProcessReaders
 from cnn2gnn_dist.data.reading.reader import Reader, ReaderSpec, Request
+from cnn2gnn_dist.data.reading.shared_batches import MOST_LENT
 from cnn2gnn_dist.errors import UserError
 from tests.multiprocess.test_pool import COUNT, assert_same, expected, some_requests
 from tests.support import REPOSITORY
@@ -116,7 +118,7 @@ def test_memory_is_reused_once_a_batch_is_gone_and_never_before(spec):
         kept = [batch.images[2:4, ::2] for batch in pool.batches(requests)]  # views of views
         for view, one in zip(kept, wanted, strict=True):
             np.testing.assert_array_equal(view, one.images[2:4, ::2])
-        assert processes(pool)[0]._buffers >= 40
+        assert processes(pool)[0]._buffers >= MOST_LENT
         del kept, view
         gc.collect()
         before = processes(pool)[0]._buffers
@@ -126,6 +128,38 @@ def test_memory_is_reused_once_a_batch_is_gone_and_never_before(spec):
             del batch
         assert processes(pool)[0]._buffers <= before + 3 + 2
         assert len(processes(pool)[0]._free) <= 3 + 2  # the smaller ones have been released
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="no /proc")
+def test_who_keeps_all_batches_does_not_use_up_the_open_files(spec):
+    def open_files() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    requests = numbered(4 * MOST_LENT)
+    with a_pool(spec, 2, 4) as pool:
+        before = open_files()
+        kept = list(pool.batches(requests))
+        assert open_files() <= before + 2 * (MOST_LENT + 4 + 2)
+        for batch in kept[::2]:
+            batch.images[:] = 201  # nobody else's memory
+        assert_same(kept[1::2], expected(spec, requests[1::2]))
+        del batch, kept
+        gc.collect()
+        assert_same(list(pool.batches(requests[:5])), expected(spec, requests[:5]))
+
+
+def test_memory_that_the_system_refuses_is_not_taken_for_a_dead_reader(spec):
+    with a_pool(spec, 1, 1) as pool:
+        assert_same(list(pool.batches(numbered(1))), expected(spec, numbered(1)))
+        reader, limits = processes(pool)[0].process.pid, resource.getrlimit(resource.RLIMIT_NOFILE)
+        processes(pool)[0]._free.clear()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+        try:
+            with pytest.raises(UserError, match="no shared memory for a batch"):
+                next(pool.batches(numbered(1)))
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert processes(pool)[0].process.pid == reader
 
 
 @pytest.mark.parametrize(("workers", "prefetch"), [(1, 1), (2, 3), (3, 7)])

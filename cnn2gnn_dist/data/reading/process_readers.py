@@ -23,7 +23,7 @@ import numpy as np
 from cnn2gnn_dist.data.images.crops import crops_of
 from cnn2gnn_dist.data.reading.reader import Batch, Reader, ReaderSpec, Request
 from cnn2gnn_dist.data.reading.reader_process import receive, send
-from cnn2gnn_dist.data.reading.shared_batches import Buffer, Layout, Lease
+from cnn2gnn_dist.data.reading.shared_batches import MOST_LENT, Buffer, Layout, Lease
 from cnn2gnn_dist.errors import UserError
 
 MOST_DEATHS = 10
@@ -50,6 +50,8 @@ class ProcessReaders:
         self._groups = crops_of(spec.views)
         self._several = isinstance(spec.views, tuple)
         self._numbers = 0
+        self._kept: weakref.WeakSet[Lease] = weakref.WeakSet()
+        """Buffers whose batches somebody still has."""
         self.readers = [_Process(spec) for _ in range(workers)]
 
     def ask(self, request: Request) -> ProcessAnswer:
@@ -90,7 +92,13 @@ class ProcessReaders:
         buffer, layout, request = answer.buffer, answer.layout, answer.request
         assert buffer is not None
         labels, valid = layout.labels(buffer.memory).copy(), layout.valid(buffer.memory).copy()
-        images = layout.images(np.asarray(answer.lease()))
+        if len(self._kept) < MOST_LENT:
+            lease = answer.lease()
+            self._kept.add(lease)
+            images = layout.images(np.asarray(lease))
+        else:  # a buffer takes two open files as long as its batch is kept: there are only so many
+            images = [image.copy() for image in layout.images(buffer.memory)]
+            answer.release()
         crops = tuple(images) if self._several else ()
         ids = np.array(request.ids, np.int64)
         return Batch(images[0][0], labels, ids, valid, answer.problems, crops, request.view)
@@ -230,6 +238,7 @@ class _Process:
 
         Raises:
             OSError: the process is gone.
+            UserError: there is no memory for the batch.
         """
         buffer = self._buffer(answer.layout.size)
         request = answer.request
@@ -250,8 +259,16 @@ class _Process:
                 return buffer
             self._known.discard(buffer.number)
             self._forgotten.append(buffer.number)
+        try:
+            buffer = Buffer(self._buffers + 1, size)
+        except OSError as error:  # not to be taken for the end of the process
+            raise UserError(
+                f"no shared memory for a batch of {size / 1e6:,.1f} MB: {error.strerror}",
+                where="stream.backend=processes",
+                remedy="raise the limit of open files (ulimit -n 65536), or set a smaller stream.prefetch",
+            ) from None
         self._buffers += 1
-        return Buffer(self._buffers, size)
+        return buffer
 
     def look(self) -> None:
         """Take a message if there is one.

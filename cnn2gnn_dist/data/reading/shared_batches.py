@@ -20,7 +20,7 @@ import numpy as np
 from cnn2gnn_dist.data.images.crops import Crops, view_numbers
 
 MOST_LENT = 32
-"""Maximum number of buffers lent to one process at a time: each takes two open files of this process."""
+"""Maximum number of buffers lent to one actor, or kept of one stream's processes: each takes two open files here."""
 
 
 class Layout:
