@@ -136,7 +136,7 @@ class Classifier:
             UserError: see ``predict``.
         """
         memory = self.memory  # one version for a whole call
-        check_counts(top=(top, 1), neighbours=(neighbours, 0))
+        check_counts(top=(top, 1), neighbours=(neighbours, 0), batch=(batch, 1))
         self.scoring.check_coverage(coverage, memory)
         for many in self.batches(images, batch):
             good = [one for one in many if one.pixels is not None]

@@ -93,7 +93,7 @@ class Network:
             ) from None
         self.student = student.to(device).eval()
         self._multiple = 1
-        if device == "cpu" and config.scope != "batch":
+        if torch.device(device).type == "cpu" and config.scope != "batch":
             make_batch_invariant(self.student)
             self._multiple = smallest_batch(self.student.stem, config.views.size)
 

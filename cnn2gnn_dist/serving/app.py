@@ -125,7 +125,8 @@ def _add_memory(app: FastAPI, service: Service) -> None:
     @app.get("/memory", summary="The version being served, and its classes")
     async def memory() -> dict[str, Any]:
         return service.memory() | {
-            "editable": None not in (service.token, service.live.version) and not service.pinned
+            "editable": None not in (service.token, service.live.version)
+            and not service.live.pinned
         }
 
     @app.get("/memory/keys", summary="Keys of the images of the memory, by row")
@@ -141,7 +142,7 @@ def _add_memory(app: FastAPI, service: Service) -> None:
         if class_name is not None:
             if class_name not in current.classes:
                 raise Refused(404, "the memory has no such class", "GET /memory lists the classes")
-            rows = rows[current.labels[rows] == current.classes.index(class_name)]
+            rows = rows[current.of_class(class_name)[rows]]
         rows = rows[np.searchsorted(rows, min(after, current.rows), side="right") :][:limit]
         return {
             "version": current.version.number,

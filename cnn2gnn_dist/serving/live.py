@@ -24,19 +24,25 @@ _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+PINNED, UNPIN = "this server answers from one version of the memory", "unpin memory_version"
+
 
 class LiveModel:
     """A model with a memory that may change; safe to use from several threads.
 
     Args:
         model: opened; only copies of it are changed.
-        swapped: called after every swap with the new model.
+        swapped: called with the model, and after every swap with the new one.
+
+    Attributes:
+        pinned: whether to answer from the version of ``use`` only: nothing is edited or followed.
     """
 
     def __init__(
         self, model: Classifier, swapped: Callable[[Classifier], None] = lambda _: None
     ) -> None:
         self._current, self._swapped = model, swapped
+        self.pinned = False
         self._lock = threading.Lock()  # held while the next one is made
         self._ask(model)
         swapped(model)
@@ -58,9 +64,11 @@ class LiveModel:
             change: given a copy of the model, whose memory it edits and reloads (as ``editing`` does).
 
         Raises:
-            UserError: as ``change`` raises it; the model has no memory.
+            UserError: as ``change`` raises it; the model has no memory, or is pinned.
         """
         with self._lock:
+            if self.pinned:
+                raise UserError(PINNED, remedy=UNPIN)
             beside = self._copy()
             made = change(beside)
             self._swap(beside)
@@ -79,6 +87,8 @@ class LiveModel:
         if memory is None or store.head(memory.root) == memory.version.number:
             return False
         with self._lock:
+            if self.pinned:  # since a moment ago: ``use`` has had the lock, or is about to
+                return False
             beside = self._copy()
             beside.reload()
             self._swap(beside)

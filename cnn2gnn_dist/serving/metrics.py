@@ -42,6 +42,7 @@ class Metrics:
         self.version = Gauge("cnn2gnn_memory_version", "version being served", registry=made)
         self.rows = Gauge("cnn2gnn_memory_images", "images in the memory", registry=made)
         self.swaps = Counter("cnn2gnn_memory_swaps", "changes of the version", registry=made)
+        self._served: int | None = None
 
     def batch(self, images: int, network_s: float, wait_s: float) -> None:
         """Count a batch of the network."""
@@ -52,9 +53,12 @@ class Metrics:
     def swapped(self, model: Classifier) -> None:
         """Record which version of the memory is served."""
         if model.memory is not None:
-            self.version.set(model.memory.version.number)
+            number = model.memory.version.number
+            self.version.set(number)
             self.rows.set(len(model.memory))
-            self.swaps.inc()
+            if self._served not in (None, number):  # the first one replaces none
+                self.swaps.inc()
+            self._served = number
 
     def text(self) -> bytes:
         """All metrics in Prometheus's text format."""

@@ -99,7 +99,7 @@ class Replica:
     async def reconfigure(self, config: dict[str, Any]) -> None:
         """Answer from ``memory_version``, or follow the memory if it is None (``user_config``)."""
         number = config.get("memory_version")
-        self.service.pinned = number is not None
+        self.live.pinned = number is not None
         try:
             await asyncio.to_thread(
                 self.live.follow if number is None else lambda: self.live.use(number)

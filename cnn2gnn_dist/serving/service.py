@@ -19,7 +19,7 @@ from cnn2gnn_dist.inference.inputs import Input, Pixels, to_pixels
 from cnn2gnn_dist.inference.memory import store
 from cnn2gnn_dist.serving.batching import Answered, Batcher
 from cnn2gnn_dist.serving.limits import Limits, Refused, pixels_error
-from cnn2gnn_dist.serving.live import LiveModel
+from cnn2gnn_dist.serving.live import PINNED, UNPIN, LiveModel
 from cnn2gnn_dist.serving.metrics import Metrics
 
 _log = logging.getLogger(__name__)
@@ -49,8 +49,6 @@ class Service:
         token: that edits need; None: nobody may edit.
         alive: whether requests are accepted.
         closing: run when the server stops, after the last answer.
-        pinned: answer from one version of the memory and refuse edits; otherwise check every second
-            whether another process has edited it.
     """
 
     live: LiveModel
@@ -60,7 +58,6 @@ class Service:
     token: str | None = None
     alive: Callable[[], bool] = lambda: True
     closing: Callable[[], None] = lambda: None
-    pinned: bool = False
 
     def __post_init__(self) -> None:
         self._decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="decode")
@@ -87,7 +84,7 @@ class Service:
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Follow the memory on disk; afterwards end the threads, once everything is answered."""
+        """Follow the memory on disk, looking every second; afterwards end the threads, once everything is answered."""
         following = asyncio.create_task(self._follow())
         try:
             yield
@@ -137,10 +134,8 @@ class Service:
             UserError: as the edit raises it; nothing is changed.
             Refused: it takes too long (and continues), or the version is pinned.
         """
-        if self.pinned:
-            raise Refused(
-                409, "this server answers from one version of the memory", "unpin memory_version"
-            )
+        if self.live.pinned:
+            raise Refused(409, PINNED, UNPIN)
         loop = asyncio.get_running_loop()
         task = loop.run_in_executor(self._edits, self.live.edit, change)
         try:
@@ -154,6 +149,9 @@ class Service:
             ) from None  # fmt: skip
         except UserError:
             self.metrics.edits.labels(action, "refused").inc()
+            raise
+        except Exception:
+            self.metrics.edits.labels(action, "failed").inc()
             raise
         self.metrics.edits.labels(action, "done").inc()
         return made
@@ -225,7 +223,7 @@ class Service:
         said = ""
         while True:
             await asyncio.sleep(FOLLOW_SECONDS)
-            if self.pinned:
+            if self.live.pinned:
                 continue
             try:
                 await asyncio.to_thread(self.live.follow)

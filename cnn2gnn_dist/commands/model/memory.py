@@ -136,7 +136,7 @@ def show(folder: Path, *, keys: bool, class_name: str | None) -> int:
         return 0
     ids = memory.live_ids
     if class_name is not None:
-        ids = ids[memory.labels[ids] == memory.classes.index(class_name)]
+        ids = ids[memory.of_class(class_name)[ids]]
     for key, label in zip(memory.keys(ids), memory.labels[ids].tolist(), strict=True):
         output(f"{key}\t{memory.classes[label]}")
     return 0

@@ -91,15 +91,21 @@ class Edit:
         Surrounding spaces and the encoding of accents don't make a different class.
 
         Raises:
-            UserError: unknown class; a new name that is empty, too long or can't be printed.
+            UserError: unknown class; two classes of this name; a new name that is empty, too long or can't
+                be printed.
         """
         names = [entry.name for entry in self.classes]
+        if name not in names:
+            name = unicodedata.normalize("NFC", name).strip()
+            names = [unicodedata.normalize("NFC", one).strip() for one in names]
+        if names.count(name) > 1:
+            raise UserError(
+                f"{names.count(name)} classes of the memory have the name '{name}'",
+                where=str(self.root),
+                remedy="train with different names for them: the name does not tell which one is meant",
+            )
         if name in names:
             return names.index(name)
-        name = unicodedata.normalize("NFC", name).strip()
-        alike = [unicodedata.normalize("NFC", one).strip() for one in names]
-        if name in alike:
-            return alike.index(name)
         if not new:
             raise UserError(
                 f"the memory has no class '{name}'",
@@ -257,8 +263,9 @@ def undo(root: Path) -> Version:
                 remedy="`cnn2gnn memory log MODEL` lists the versions; compacting and forgetting "
                 "drop the earlier ones",
             )
+        before = store.read_version(root, current.parent)  # raises before anything is changed
         store.set_head(root, current.parent)
-        return store.read_version(root, current.parent)
+        return before
 
 
 def history(root: Path) -> list[Version]:

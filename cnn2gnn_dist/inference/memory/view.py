@@ -164,6 +164,10 @@ class Memory:
         """Live rows of each class, int64 [classes]."""
         return np.bincount(self.labels[self.live], minlength=len(self.classes))
 
+    def of_class(self, name: str) -> np.ndarray:
+        """Bool [N]: rows of the class, or of all classes, with this name."""
+        return np.isin(self.labels, [at for at, one in enumerate(self.classes) if one == name])
+
     @cached_property
     def new_classes(self) -> tuple[OldClasses, NewClasses] | None:
         """How new classes are scored alongside the old ones; None if there are none."""

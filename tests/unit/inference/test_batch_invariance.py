@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from cnn2gnn_dist.inference.batch_invariance import make_batch_invariant, smallest_batch
+from cnn2gnn_dist.inference.classifier import Classifier
 from cnn2gnn_dist.models.stem import build_stem
 from tests.support.models import pictures
 
@@ -88,3 +89,11 @@ def test_answers_of_a_model_do_not_depend_on_company(model, threads):
         np.testing.assert_array_equal(model.predict_proba(others)[:3], whole[:3])
     finally:
         torch.set_num_threads(before)
+
+
+def test_every_name_of_the_cpu_is_the_cpu(model):
+    def layers(device: str) -> list[type]:
+        student = Classifier.open(model.folder, device=device).network.student
+        return [type(module) for module in student.modules()]
+
+    assert layers("cpu:0") == layers("cpu")

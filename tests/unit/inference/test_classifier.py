@@ -199,6 +199,11 @@ def test_a_memory_that_is_missing_is_damage(model):
         Classifier.open(model.folder)
 
 
+def test_batches_of_no_images_are_refused_and_not_taken_for_no_answers(model, asked):
+    with pytest.raises(UserError, match="batch=0"):
+        list(model.stream(asked, batch=0))
+
+
 def test_answers_while_the_memory_is_replaced_are_of_one_version(model, asked):
     """A call keeps the version with which it began."""
     before = model.predict_proba(asked)

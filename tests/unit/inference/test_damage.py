@@ -10,6 +10,7 @@ from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference import editing
 from cnn2gnn_dist.inference.classifier import Classifier, load
 from cnn2gnn_dist.inference.folder import artefact
+from cnn2gnn_dist.inference.memory import store
 from tests.support.models import pictures, write_model
 
 
@@ -162,3 +163,12 @@ def test_parts_of_another_model_in_the_same_folder_are_not_taken(written_calibra
     alone = Classifier.open(tmp_path / "plain", device="cpu")
     asked = pictures(5, seed=9)
     np.testing.assert_array_equal(over.predict_proba(asked), alone.predict_proba(asked))
+
+
+def test_undo_to_a_version_that_is_damaged_leaves_the_current_one(edited):
+    root, head = edited.memory.root, edited.memory.version.number
+    (store.version_folder(root, head - 1) / "version.json").write_text("{}")
+    with pytest.raises(UserError, match="damaged"):
+        editing.undo(edited)
+    assert store.head(root) == head
+    assert len(load(edited.folder, device="cpu").memory) == len(edited.memory)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference import answering, editing, scoring
 from cnn2gnn_dist.inference.classifier import Classifier, load
 from cnn2gnn_dist.inference.folder import artefact
+from cnn2gnn_dist.inference.memory import store
 from tests.support.models import calibrate, pictures, write_model
 from tests.support.shards import encode_image
 
@@ -276,3 +278,25 @@ def test_answers_are_written_as_files(model, tmp_path):
     assert page.count("data:image") == sum(len(a.neighbours) for a in answers)
     with pytest.raises(UserError, match=r"answers can.t be written in this format: \.xlsx"):
         writer_of(tmp_path / "a.xlsx")
+
+
+def test_the_name_of_two_classes_is_refused_and_not_taken_for_the_first(tmp_path, capsys):
+    """ImageNet has two cranes."""
+    folder = write_model(tmp_path / "m")
+    root = folder / artefact.MEMORY
+    version = store.read_version(root, 0)
+    names = [store.ClassEntry(name, True) for name in ("crane", "class 1", "crane")]
+    store.write_version(root, replace(version, number=1, classes=tuple(names)), {})
+    model = Classifier.open(folder, device="cpu")
+    for change in (
+        lambda: editing.relabel(model, ["img-1"], "crane"),
+        lambda: editing.relabel(model, ["img-1"], " crane"),
+        lambda: editing.add(model, list(of_new_class(2)), "crane"),
+    ):
+        with pytest.raises(UserError, match="2 classes of the memory have the name 'crane'"):
+            change()
+    assert store.head(root) == 1
+    editing.relabel(model, ["img-0"], "class 1")
+    assert cli.main(["memory", "ls", str(folder), "--keys", "--class", "crane"]) == 0
+    listed = [line.split("\t")[0] for line in capsys.readouterr().out.splitlines()]
+    assert listed == [f"img-{n}" for n in range(1, 40) if n % 3 != 1]

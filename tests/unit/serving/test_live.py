@@ -76,6 +76,36 @@ def test_any_version_can_be_used(model: Classifier):
     assert live.version == 2
 
 
+def test_a_pinned_version_is_neither_followed_nor_edited_by_what_had_begun_before(
+    model: Classifier,
+):
+    """Another thread may already wait for its turn when the version is pinned."""
+    live = LiveModel(model)
+    editing.remove(Classifier.open(model.folder, device="cpu"), ["img-1"])
+    found: list[object] = []
+
+    def edit() -> None:
+        with pytest.raises(UserError, match="answers from one version"):
+            live.edit(lambda beside: editing.remove(beside, ["img-2"]))
+        found.append("refused")
+
+    with live._lock:  # as ``use`` has it while it loads
+        late = [
+            threading.Thread(target=lambda: found.append(live.follow())),
+            threading.Thread(target=edit),
+        ]
+        for thread in late:
+            thread.start()
+        live.pinned = True
+    for thread in late:
+        thread.join()
+    assert sorted(map(str, found)) == ["False", "refused"]
+    assert (live.version, store.head(model.memory.root)) == (0, 1)
+    live.pinned = False
+    assert live.follow()
+    assert live.version == 1
+
+
 def test_answers_during_swaps_are_each_of_the_version_they_name(model: Classifier):
     seen: list[int | None] = []
     live = LiveModel(model, lambda new: seen.append(new.memory.version.number))

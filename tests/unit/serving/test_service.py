@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference import editing
 from cnn2gnn_dist.inference.classifier import load
 from cnn2gnn_dist.inference.inputs import Input
@@ -65,6 +67,33 @@ def test_answers_do_not_depend_on_where_images_are_decoded(
     for one in made.answers:
         assert one.classes == right.classes
         assert [near.key for near in one.neighbours] == [near.key for near in right.neighbours]
+
+
+def test_edits_are_counted_by_outcome_and_versions_by_change(tmp_path: Path):
+    served = Service.batching(load(write_model(tmp_path / "m"), device="cpu"))
+
+    def broken(_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    def counted(name: str) -> float:
+        return float(
+            re.search(rf"^{re.escape(name)} (.*)$", served.metrics.text().decode(), re.M)[1]
+        )
+
+    async def edits() -> None:
+        async with served.running():
+            assert counted("cnn2gnn_memory_swaps_total") == 0  # the first version replaces none
+            await served.edit("remove", lambda model: editing.remove(model, ["img-1"]))
+            with pytest.raises(UserError):
+                await served.edit("remove", lambda model: editing.remove(model, ["img-1"]))
+            with pytest.raises(OSError, match="Input/output"):
+                await served.edit("remove", broken)
+
+    asyncio.run(edits())
+    for outcome in ("done", "refused", "failed"):
+        assert counted(f'cnn2gnn_memory_edits_total{{action="remove",outcome="{outcome}"}}') == 1
+    assert counted("cnn2gnn_memory_swaps_total") == counted("cnn2gnn_memory_version") == 1
+    assert counted("cnn2gnn_memory_images") == 39
 
 
 def test_a_version_that_cannot_be_served_does_not_end_the_following(
