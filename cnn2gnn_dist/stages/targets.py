@@ -102,8 +102,9 @@ def _fitting(context: Context, files: dict[int, Path], meta: dict[str, Any]) -> 
     precision = None if context.config.targets.logits is not None else _precision(context)
 
     def look() -> dict[int, str | None]:
-        here = files.items() if host_folders.acts(context.ranks.rank) else ()
-        return {s: soft.precision_of(path) for s, path in here if soft.is_complete(path, meta)}
+        here = files if host_folders.acts(context.ranks.rank) else {}
+        whole = (s for s, path in here.items() if soft.is_complete(path, meta))
+        return {s: soft.precision_of(files[s]) for s in whole}
 
     found = exchange.every_rank(look)
     fit = [[s for s, made in one.items() if made in (None, precision)] for one in found]
