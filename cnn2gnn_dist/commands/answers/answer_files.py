@@ -76,12 +76,15 @@ def _line(file: TextIO, text: str) -> None:
 
 
 def _row(answer: Answer) -> dict[str, Any]:
+    classes: dict[str, float] = {}
+    for name, share in answer.classes:  # of two classes with the same name the more probable one
+        classes.setdefault(name, share)
     return {
         "image": answer.name,
         "class": answer.label,
         "probability": answer.probability,
         "path": answer.path,
-        "classes": json.dumps(dict(answer.classes)),
+        "classes": json.dumps(classes),
         "neighbours": json.dumps([[n.key, n.label, round(n.weight, 4)] for n in answer.neighbours]),
         "scores": json.dumps(answer.scores),
         "error": answer.error,

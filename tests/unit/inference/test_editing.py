@@ -1,5 +1,6 @@
 """Images added to the memory, of trained classes and of new ones, and removed again."""
 
+import csv
 import json
 import shutil
 from dataclasses import replace
@@ -12,6 +13,7 @@ from cnn2gnn_dist.commands.answers.answer_files import writer_of
 from cnn2gnn_dist.commands.model.memory import keys_from
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference import answering, editing, scoring
+from cnn2gnn_dist.inference.answers import Answer
 from cnn2gnn_dist.inference.classifier import Classifier, load
 from cnn2gnn_dist.inference.folder import artefact
 from cnn2gnn_dist.inference.memory import store
@@ -278,6 +280,15 @@ def test_answers_are_written_as_files(model, tmp_path):
     assert page.count("data:image") == sum(len(a.neighbours) for a in answers)
     with pytest.raises(UserError, match=r"answers can.t be written in this format: \.xlsx"):
         writer_of(tmp_path / "a.xlsx")
+
+
+def test_of_two_classes_with_one_name_a_table_has_the_probability_of_the_answer(tmp_path):
+    shares = (("crane", 0.6), ("dog", 0.3), ("crane", 0.1))
+    with writer_of(tmp_path / "a.csv") as write:
+        write(Answer("a.jpg", "crane", 0.6, shares))
+    with open(tmp_path / "a.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert list(json.loads(row["classes"]).items()) == [("crane", 0.6), ("dog", 0.3)]
 
 
 def test_the_name_of_two_classes_is_refused_and_not_taken_for_the_first(tmp_path, capsys):
