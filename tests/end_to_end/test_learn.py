@@ -86,9 +86,8 @@ def learn_case(folder: str, shares: list[list[list[int]]]) -> dict[str, Any]:
 
 def best_case(folder: str) -> list[tuple[float | None, str | None]]:
     """The best accuracy, and which checkpoint has it, after each of three evaluations."""
-    config = settings.load(
-        "demo", [f"run.dir={folder}", f"teacher.global_batch={G}", "teacher.eval_epochs=1"]
-    )
+    overrides = [f"teacher.global_batch={G}", "teacher.eval_epochs=1", "teacher.zero_stage=0"]
+    config = settings.load("demo", [f"run.dir={folder}", *overrides])
     context = context_of(config, Path(folder) / "teacher")
     training = Training(context, "teacher", net(), config.teacher, G)
     root = disk.root_of(context.folder)
