@@ -95,7 +95,7 @@ def write_relabel(path: Path, decisions: Mapping[str, Decision]) -> None:
     lines = csv.writer(text, lineterminator="\n")
     lines.writerow(["key", "class"])
     lines.writerows(
-        [key, one.name or (DROP[0] if one.required else DROP_IF_THERE)]
+        [key, one.name or one.word or (DROP[0] if one.required else DROP_IF_THERE)]
         for key, one in decisions.items()
     )
     durable.write_text(path, text.getvalue())
@@ -198,24 +198,7 @@ def check_decisions(
             where=f"{where}, line {first.line}",
             remedy=_CLASS_REMEDY + (f"; did you mean {near[0]!r}?" if near else ""),
         )
-    _check_words(decisions, classes, where)
     _check_names(decisions, known, where)
-
-
-def _check_words(decisions: Mapping[str, Decision], classes: Sequence[str], where: str) -> None:
-    """Refuse to leave images out where a class has the name that says so: it may have been meant."""
-    words = {
-        word
-        for one in decisions.values()
-        if one.name is None
-        for word in (DROP if one.required else (DROP_IF_THERE,))
-    }
-    if meant := [name for name in classes if name.lower() in words]:
-        raise UserError(
-            f"{meant[0]!r} is a class of the training images, and leaves an image out in a relabel list",
-            where=where,
-            remedy="give the class another name in the data set",
-        )
 
 
 def _check_names(decisions: Mapping[str, Decision], known: Mapping[str, int], where: str) -> None:
