@@ -123,6 +123,15 @@ def _choose(
             own = replace(facts, decode_s=decode_s + render_s)
             config = settings.check(_with_data(recipe.tree(own, machine, net, 8), survey))
             seen = stopwatch.time(config, num_classes, images)
+            if seen is None:
+                if number == 0:
+                    raise UserError(
+                        "not even the smallest network fits into the memory of the GPU",
+                        where=f"{net.size} pixels, {net.teacher['arch']}",
+                        remedy="end other processes that use it, or use the CPU: CUDA_VISIBLE_DEVICES= cnn2gnn init …",
+                    )
+                high = number
+                continue
             tree, estimate, fits = fitting.fit(own, machine, net, seen, minutes)
             wanted = recipe.wanted_epochs(images, "weights" in net.teacher)
             _log.debug(

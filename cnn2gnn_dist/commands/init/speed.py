@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing.synchronize import Barrier
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 
 from cnn2gnn_dist import settings
 from cnn2gnn_dist.config import Config
+from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.models.block import Block, averaged_block
 from cnn2gnn_dist.models.cost import count_flops
 from cnn2gnn_dist.models.precision import MixedPrecision
@@ -97,14 +99,27 @@ class Stopwatch:
     def __exit__(self, *error: object) -> None:
         self.pool.shutdown(cancel_futures=True)
 
-    def time(self, config: Config, num_classes: int, images: int) -> Speed:
-        """Time the models of a config; each process computes its share of the batch."""
+    def time(self, config: Config, num_classes: int, images: int) -> Speed | None:
+        """Time the models of a config, each process with its share of the batch; None: they don't fit into the GPU.
+
+        Raises:
+            UserError: a process was killed.
+        """
         tree = settings.as_tree(config)
-        jobs = [
-            self.pool.submit(_time, tree, num_classes, images, self.ranks)
-            for _ in range(self.processes)
-        ]
-        found = [job.result() for job in jobs]
+        try:
+            jobs = [
+                self.pool.submit(_time, tree, num_classes, images, self.ranks)
+                for _ in range(self.processes)
+            ]
+            found = [job.result() for job in jobs]
+        except torch.OutOfMemoryError:
+            return None
+        except BrokenProcessPool:
+            raise UserError(
+                "a process that times the networks was killed, probably because the memory is full",
+                where=f"{config.views.size} pixels, {config.teacher.arch}",
+                remedy="end other processes that use memory, and run the same command again",
+            ) from None
         return Speed(*(max(column) for column in zip(*found, strict=True)))
 
 

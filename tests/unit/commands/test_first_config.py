@@ -369,6 +369,36 @@ def test_the_network_of_a_file_of_weights_is_found_by_its_name_or_shapes(tmp_pat
         weights.from_file(str(tmp_path / "odd.safetensors"))
 
 
+def test_a_timing_process_that_is_killed_is_named():
+    config = settings.load("demo", [])
+    with speed.Stopwatch(speed.Machine(1, 1, "cpu")) as stopwatch:
+        stopwatch.pool.submit(os._exit, 9)
+        with pytest.raises(UserError, match="was killed, probably because the memory is full"):
+            stopwatch.time(config, 2, 100)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("fits", [2, 1, 0])
+def test_networks_that_do_not_fit_into_a_gpu_are_not_chosen(tmp_path, monkeypatch, fits):
+    seen = look(find_source(str(folder_of(tmp_path / "p", {"cat": 20, "dog": 20}, (64, 64)))))
+    known = {"arch": "resnet18", "weights": "/w", "size": 64}  # two networks
+    tried = []
+
+    def time_of(stopwatch: speed.Stopwatch, config, num_classes: int, images: int) -> Speed | None:
+        tried.append(config.student.stem)
+        big = config.student.stem == "resnet18"
+        return None if fits == 0 or (big and fits == 1) else Speed(0.01, 0.01, 0.01, 0.01, 0.01)
+
+    monkeypatch.setattr(speed.Stopwatch, "time", time_of)
+    if not fits:
+        with pytest.raises(UserError, match="not even the smallest network fits"):
+            init._choose(seen, Machine(1, 2, "cuda"), known, 600, False)
+        return
+    chosen = init._choose(seen, Machine(1, 2, "cuda"), known, 600, False).tree
+    assert chosen["student"]["stem"] == ("resnet18" if fits == 2 else "resnet_tiny")
+    assert len(tried) >= 1
+
+
 def _of_a_timing_process() -> tuple[int, bool]:
     return os.nice(0), speed.clock(speed._idle) is time.process_time
 
