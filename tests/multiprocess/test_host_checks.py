@@ -5,6 +5,7 @@ Each host resolves its own name to 127.0.1.1, as on Debian; the ranks meet never
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from cnn2gnn_dist.runtime.group import collectives
 from cnn2gnn_dist.runtime.group.exchange import ErrorExchange, every_rank
 from cnn2gnn_dist.runtime.hosts import host_checks
 from cnn2gnn_dist.runtime.shared_files import shared_folder
-from tests.support import REPOSITORY, host_runs, hosts, rank_group
+from tests.support import REPOSITORY, host_runs, hosts, own_folders, rank_group
 from tests.support.hosts import Host
 from tests.support.shards import make_shards, random_images
 
@@ -183,6 +184,59 @@ def test_the_error_of_a_rank_that_stops_alone_is_every_ranks(who: int) -> None:
     assert other[0].startswith(f"rank {who} on ")
     assert ": a shard is gone" in other[0]
     assert found[1][1]  # rank 0 reports it for both
+
+
+def folders_of_three_hosts(root: str, folders: str, late: bool) -> tuple[bool | str, list[str]]:
+    """Whether hosts a, b and c find their folders separate, or the error; and what is left there.
+
+    Args:
+        root: of the hosts' folders.
+        folders: the folder of each host.
+        late: the third host sees what the second writes only after all have waited for rank 0's file.
+    """
+    own_folders.believe("abc")
+    rank, sees = collectives.rank(), shared_folder._sees
+    folder = Path(root) / folders[rank]
+    folder.mkdir(exist_ok=True)
+    os.chdir(folder)  # as on real hosts, all have the same path
+    shared_folder.SECONDS = 0.5
+
+    def sees_late(path: Path) -> bool:
+        found = sees(path)
+        if rank == 2:
+            for name in os.listdir("../b/run"):
+                Path("run", name).touch()
+        return found
+
+    if late:
+        shared_folder._sees = sees_late
+    try:
+        separate: bool | str = shared_folder.check(Path("run"), may_be_separate=True)
+    except UserError as error:
+        separate = error.what
+    collectives.barrier()
+    return separate, [str(path) for path in Path(root).rglob("run*")]
+
+
+@pytest.mark.parametrize(
+    ("folders", "late", "found"),
+    [
+        ("abc", False, True),
+        ("aaa", False, False),
+        (
+            "abc",
+            True,
+            "rank 2 on c: this folder is shared with rank 1 on b, but not with all hosts",
+        ),
+    ],
+)
+def test_whether_each_host_has_a_folder_of_its_own(
+    tmp_path: Path, folders: str, late: bool, found: bool | str
+) -> None:
+    """A file that another host sees late has existed for as long as every host has waited."""
+    assert (
+        rank_group.run(folders_of_three_hosts, 3, str(tmp_path), folders, late) == [(found, [])] * 3
+    )
 
 
 def each_its_own() -> str:

@@ -29,6 +29,9 @@ def check(root: Path, may_be_separate: bool = False) -> bool:
     Rank 0 creates a file of a random name; one rank of every other host waits for it and answers with
     another file, for which rank 0 waits. Takes 10 ms; nothing is done where all ranks are on one host.
 
+    Where folders may be separate, all these files are created at once: when no host has seen rank 0's in time,
+    every other host's has existed for as long, and no host has asked for it before.
+
     Args:
         root: the same path on all hosts.
         may_be_separate: whether each host may instead have a folder of its own, which is then created.
@@ -44,7 +47,8 @@ def check(root: Path, may_be_separate: bool = False) -> bool:
     rank, world_size = collectives.rank(), collectives.world_size()
     name: str = collectives.broadcast_object(PREFIX + secrets.token_hex(8))
     answering = [r for r in range(1, world_size) if members.speaks_for_host(r)]
-    where, clearing = f"run.dir={root}", [0]
+    where, writing = f"run.dir={root}", [0, *answering] if may_be_separate else [0]
+    clearing = list(writing)
 
     def step(who: list[int], look: Callable[[], T]) -> dict[int, T]:
         def one() -> T | None:
@@ -54,15 +58,14 @@ def check(root: Path, may_be_separate: bool = False) -> bool:
         return {r: value for r in who if (value := found[r]) is not None}
 
     try:
-        step([0], lambda: _write(root / name))
+        step(writing, lambda: _write(root / _probe(name, rank)))
         sees = step(answering, lambda: _sees(root / name))
         if may_be_separate and not any(sees.values()):
-            clearing += answering
-            step(answering, lambda: _write(root / f"{name}-{rank}"))
-            step([0, *answering], lambda: _check_separate(root, name, rank, answering))
+            step(writing, lambda: _check_separate(root, name, rank, answering))
             return True
         step(answering, lambda: _answer(root, name, rank))
         step([0], lambda: _read(root, name, answering))
+        clearing = [0]  # in the one folder, which the run may use from now on
         return False
     finally:
         if rank in clearing:
@@ -76,8 +79,8 @@ def _sees(path: Path) -> bool:
 
 def _check_separate(root: Path, name: str, rank: int, answering: list[int]) -> None:
     """Check that this host sees no other host's name: the names are new, so nobody has cached their absence."""
-    others = {0: name} | {r: f"{name}-{r}" for r in answering}
-    seen = [members.name_of(r) for r, one in others.items() if r != rank and (root / one).exists()]
+    others = [r for r in (0, *answering) if r != rank]
+    seen = [members.name_of(r) for r in others if (root / _probe(name, r)).exists()]
     if seen:
         raise UserError(
             f"this folder is shared with {', '.join(seen)}, but not with all hosts",
@@ -86,10 +89,15 @@ def _check_separate(root: Path, name: str, rank: int, answering: list[int]) -> N
         )
 
 
+def _probe(name: str, rank: int) -> str:
+    """The name of the file that a rank creates."""
+    return f"{name}-{rank}" if rank else name
+
+
 def _clear(root: Path, name: str, answering: list[int]) -> None:
-    for path in [root / name, *(root / f"{name}-{rank}" for rank in answering)]:
+    for rank in (0, *answering):
         with contextlib.suppress(OSError):
-            path.unlink()
+            (root / _probe(name, rank)).unlink()
     with contextlib.suppress(OSError):
         root.rmdir()  # the folder of a run that has not begun
 
@@ -110,12 +118,12 @@ def _answer(root: Path, name: str, rank: int) -> None:
             remedy="a folder on storage that all hosts mount at this path",
         )
     with _reported(root):
-        (root / f"{name}-{rank}").touch()
+        (root / _probe(name, rank)).touch()
 
 
 def _read(root: Path, name: str, answering: list[int]) -> None:
     def unseen() -> list[int]:
-        return [rank for rank in answering if not (root / f"{name}-{rank}").exists()]
+        return [rank for rank in answering if not (root / _probe(name, rank)).exists()]
 
     if not members.wait_until(lambda: not unseen(), SECONDS):
         hosts = ", ".join(members.name_of(rank) for rank in unseen())
