@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from stat import S_ISREG
@@ -225,10 +225,10 @@ class Survey:
             durable.write_text(path, json.dumps({**self._notes, **found}))
             self.__dict__.pop("_notes", None)
 
-    def damage(self, checkpoint: Path) -> str | None:
-        """Read a checkpoint completely; return what is wrong with it."""
+    def damage(self, checkpoint: Path, elsewhere: Collection[str] = ()) -> str | None:
+        """Read a checkpoint completely; return what is wrong with it. Files ``elsewhere`` may be missing here."""
         if checkpoint not in self._damage:
-            self._damage[checkpoint] = checkpoint_folder.damage(checkpoint)
+            self._damage[checkpoint] = checkpoint_folder.damage(checkpoint, elsewhere)
         return self._damage[checkpoint]
 
     def noted(self, role: str) -> Fingerprint | None:

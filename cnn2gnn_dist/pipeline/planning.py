@@ -97,12 +97,16 @@ def inspect_stage(
 
 
 def _damage(survey: Survey, folder: Path) -> str:
-    """What is wrong with the final checkpoint of a training; empty if nothing is."""
+    """What is wrong with the final checkpoint of a training; empty if nothing is.
+
+    Files that are only in the run's storage are compared with their checksums when they are fetched.
+    """
     recorded = checkpoint_folder.recorded(folder)
-    if recorded and not recorded.is_dir() and ledger.held(folder):
-        return ""  # in the run's storage: compared with its checksums when it is fetched
-    problem = survey.damage(recorded) if recorded else None
-    return f"{recorded.name}: {problem}" if recorded and problem else ""
+    if recorded is None:
+        return ""
+    held = (folder / name for name in ledger.held(folder))
+    problem = survey.damage(recorded, {path.name for path in held if path.parent == recorded})
+    return f"{recorded.name}: {problem}" if problem else ""
 
 
 def _changed_inputs(survey: Survey, entry: Entry, inputs: dict[str, str]) -> list[str]:

@@ -152,7 +152,7 @@ class RunStorage:
         record, done = self.store.records.get(unit), folder / ledger.DONE
         kept = record.files.get(ledger.DONE) if record else None
         if made or kept is None or kept.sha256 != durable.sha256(done):
-            self._put(unit, contents.of_stage(folder, self.sent.get(unit)))
+            self._put(unit, contents.of_stage(folder, self.sent.get(unit)), last=True)
             _log.debug("stored: %s", unit)
         self.keep_run()
 
@@ -213,13 +213,16 @@ class RunStorage:
         self.keep_run()
         self._put(unit, found.sources)
 
-    def _put(self, unit: str, sources: dict[str, Any]) -> None:
+    def _put(self, unit: str, sources: dict[str, Any], last: bool = False) -> None:
         self.store.put(unit, sources, self.scratch)
         self._note_held(unit)
-        self._forget_pruned(unit)
+        self._forget_pruned(unit, last)
 
-    def _forget_pruned(self, unit: str) -> None:
-        """Remove from the store what other hosts have sent of checkpoints that are gone, if no record names it."""
+    def _forget_pruned(self, unit: str, last: bool) -> None:
+        """Remove from the store what other hosts have sent of checkpoints that are gone, if no record names it.
+
+        ``last``: no upload of this unit is waiting, and none will follow.
+        """
         sent = self.sent.get(unit, {})
         gone = {
             name: one
@@ -227,10 +230,11 @@ class RunStorage:
             if not (self.root / unit / name).parent.is_dir()
         }
         # An upload that waits may still name what has just gone; after that one it is in a record, or not needed.
-        twice = {name: one for name, one in gone.items() if name in self._gone.get(unit, set())}
+        before = set(gone) if last else self._gone.get(unit, set())
+        unneeded = {name: one for name, one in gone.items() if name in before}
         self._gone[unit] = set(gone)
-        self.store.forget(unit, twice)
-        for name in twice:
+        self.store.forget(unit, unneeded)
+        for name in unneeded:
             sent.pop(name, None)
 
     def _absent(self, unit: str) -> list[str]:

@@ -14,7 +14,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -88,13 +88,20 @@ def recover(root: Path) -> None:
             shutil.rmtree(aside, ignore_errors=True)
 
 
-def damage(folder: Path) -> str | None:
-    """Read a checkpoint completely; return what is wrong with it, or None if it is complete."""
+def damage(folder: Path, elsewhere: Collection[str] = ()) -> str | None:
+    """Read a checkpoint completely; return what is wrong with it, or None if it is complete.
+
+    ``elsewhere``: names of files that may be missing here, because they can be fetched.
+    """
     try:
+        if MANIFEST in elsewhere and not (folder / MANIFEST).is_file():
+            return None
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"].items()
         for name, (size, sha) in files:
             path = folder / name
             if not path.is_file():
+                if name in elsewhere:
+                    continue
                 return f"{name} is missing"
             if path.stat().st_size != size or durable.sha256(path) != sha:
                 return f"{name} is damaged"

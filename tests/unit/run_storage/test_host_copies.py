@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
-from cnn2gnn_dist import durable, ledger
+from cnn2gnn_dist import durable, ledger, settings
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.ledger import Entry, Status
+from cnn2gnn_dist.pipeline import planning
+from cnn2gnn_dist.pipeline.keys import Survey
 from cnn2gnn_dist.run_storage import host_copies
 from cnn2gnn_dist.run_storage.session import RunStorage
 from cnn2gnn_dist.run_storage.store import Store
@@ -91,6 +94,53 @@ def test_shares_of_checkpoints_that_were_pruned_before_a_record_named_them_go(tm
         assert copies.wait() is None
     [left] = objects()
     assert "step-00000002" in left
+
+
+def test_shares_of_the_last_pruned_checkpoint_go_with_the_finished_stage(tmp_path):
+    storage, stage = opened(tmp_path), tmp_path / "teacher"
+    ledger.begin(stage, Entry("k", {}))
+    copies = TrainingCopies(storage, stage, URL)
+    for step in (1, 2):
+        share = checkpoint(stage, step, near=False)
+        copies.send(f"step-{step:08d}", tmp_path / f"share-{step}", share)
+        copies.note_sent(f"step-{step:08d}", [share])
+        disk.prune(disk.root_of(stage), disk.path_of(disk.root_of(stage), step), 1)
+    files = [path for path in stage.rglob("*") if path.is_file() and path.name != "begin.json"]
+    ledger.finish(stage, Entry("k", {}, outputs=ledger.outputs(stage, files)))
+    storage.keep_stage("teacher", made=True)
+    named = {n.split("/")[1] for n in Store.open(URL).records["teacher"].files if "rank-1" in n}
+    assert named == {"step-00000002"}
+    [left] = [name for name in storage.store._below("files") if "rank-1" in name]
+    assert "step-00000002" in left
+
+
+def test_a_finished_training_stays_complete_where_a_part_of_its_checkpoint_is_only_stored(tmp_path):
+    """The folder of a host that becomes rank 0's may have its own rank's share of the last checkpoint alone."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    first, stage = opened(here), here / "teacher"
+    ledger.begin(stage, Entry("k", {}))
+    checkpoint(stage, 1)
+    files = [path for path in stage.rglob("*") if path.is_file() and path.name != "begin.json"]
+    ledger.finish(stage, Entry("k", {}, outputs=ledger.outputs(stage, files)))
+    first.keep_stage("teacher", made=True)
+
+    for lost in ({"rank-0"}, {"rank-0", disk.MANIFEST}, {"rank-0", "rank-1", disk.STATE}):
+        shutil.rmtree(there, ignore_errors=True)
+        host_copies.begin(there, URL)
+        ledger.claim(there, "name: one\n")
+        shutil.copytree(disk.root_of(stage), disk.root_of(there / "teacher"))
+        final = disk.path_of(disk.root_of(there / "teacher"), 1)
+        for name in lost:
+            (final / name).unlink()
+        storage = opened(there)
+        assert planning._damage(Survey(settings.load()), there / "teacher") == ""
+        storage.fetch("teacher")
+        assert disk.damage(final) is None
+    (final / "rank-0").write_bytes(b"?" * (final / "rank-0").stat().st_size)
+    assert "rank-0 is damaged" in planning._damage(Survey(settings.load()), there / "teacher")
+    (final / "rank-0").unlink()
+    (there / "teacher" / ledger.HELD).unlink()
+    assert "rank-0 is missing" in planning._damage(Survey(settings.load()), there / "teacher")
 
 
 def test_a_copy_whose_host_becomes_rank_0s_keeps_what_the_storage_has(tmp_path):
