@@ -77,10 +77,11 @@ def test_readers_on_nodes_of_their_own(found):
     assert "no node of the cluster has {'readers': 1}" in found["no reader"]
 
 
-def test_work_whose_last_node_is_lost_ends(tmp_path):
+def test_work_of_a_lost_node_is_done_by_the_next_and_ends_with_the_last(tmp_path):
     sooner = {"period_ms": "1000", "timeout_ms": "5000", "failure_threshold": "3"}
     how = {f"RAY_health_check_{name}": value for name, value in sooner.items()}
     said = said_by("tests.support.lost_room", tmp_path, 240, **how)
+    assert "[(1, 1)]" in said.splitlines()
     assert "no room for an actor of 1 CPUs and 0 GPUs" in said
 
 

@@ -1,6 +1,6 @@
-"""Work shared out on a Ray whose only node with room is lost; a program, because a process has one Ray.
+"""Work shared out on a Ray that loses its nodes with room one by one; a program, because a process has one Ray.
 
-python -m tests.support.lost_room FOLDER    prints the error with which the work ends
+python -m tests.support.lost_room FOLDER    prints the results, and the error with which the work ends
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import sys
 import threading
 import time
 from pathlib import Path
+
+import psutil
 
 from cnn2gnn_dist.errors import UserError
 
@@ -28,27 +30,40 @@ def main(folder: Path) -> None:
     here = {"node_ip_address": "127.0.0.1"}
     head = {"num_cpus": 0, "include_dashboard": False, **here}
     cluster = Cluster(initialize_head=True, head_node_args=head)
-    node = cluster.add_node(num_cpus=1, **here)
-    raylet = node.all_processes["raylet"][0].process.pid
+    nodes = [cluster.add_node(num_cpus=1, **here) for _ in range(2)]
+    raylets = [node.all_processes["raylet"][0].process.pid for node in nodes]
     ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
-
-    def lose_it() -> None:
-        while not (note := folder / "1").exists():
-            time.sleep(0.1)
-        # As if the host had no power: nobody there says any more, not even that it ends.
-        for process in (raylet, int(note.read_text())):
-            os.kill(process, signal.SIGSTOP)
-
-    threading.Thread(target=lose_it, daemon=True).start()
     ray_pool.START_SECONDS = 10.0
+
+    def work(item: int, how: int, **given: bool) -> None:
+        losing = threading.Thread(target=lose_the_node_of, args=(folder / str(item), how))
+        losing.start()
+        arguments = {"notes": folder, **given}
+        print(list(ray_pool.work_off([item], endless, arguments, actors=1)), flush=True)
+        losing.join()
+
     try:
-        list(ray_pool.work_off([1], endless, {"notes": folder}, actors=1))
+        # The node's processes end and its connections are refused, which the head learns later.
+        work(1, signal.SIGKILL, once=True)
+        # As if the host had no power: nobody there says any more, not even that it ends.
+        work(2, signal.SIGSTOP)
     except UserError as error:
         print(error)
     finally:
-        os.kill(raylet, signal.SIGKILL)  # its children end with it
+        for raylet in raylets:
+            if psutil.pid_exists(raylet):
+                os.kill(raylet, signal.SIGKILL)  # its children end with it
         ray.shutdown()
         cluster.shutdown()
+
+
+def lose_the_node_of(note: Path, how: int) -> None:
+    """Send a signal to the node's raylet and to the process that has left this note there."""
+    while not note.exists():
+        time.sleep(0.1)
+    process = psutil.Process(int(note.read_text()))
+    for one in (process.parent(), process):
+        one.send_signal(how)
 
 
 if __name__ == "__main__":

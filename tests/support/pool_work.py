@@ -28,11 +28,14 @@ def squaring(notes: Path, refuse: int | None = None) -> Callable[[int], int]:
     return square
 
 
-def endless(notes: Path) -> Callable[[int], None]:
-    """Notes its process for an item, and never ends."""
+def endless(notes: Path, once: bool = False) -> Callable[[int], int]:
+    """Notes its process for an item, and never ends; with ``once`` the next call for the same item does."""
 
-    def wait(number: int) -> None:
-        durable.write_text(notes / str(number), str(os.getpid()))
+    def wait(number: int) -> int:
+        note = notes / str(number)
+        if once and note.exists():
+            return number
+        durable.write_text(note, str(os.getpid()))
         while True:
             time.sleep(1)
 

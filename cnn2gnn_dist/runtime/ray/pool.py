@@ -1,14 +1,17 @@
 """Independent pieces of work on Ray actors: each is done once, even if actors die.
 
-Unlike the ranks of a group (``group.py``), the actors are independent: one that dies is restarted by Ray, which
-repeats the call in which it was lost.
+Unlike the ranks of a group (``group.py``), the actors are independent: Ray restarts one that dies, and the item in
+which it was lost goes to the next actor that is free. Ray itself would repeat the call at once, and as often again
+while the connections to a lost node are refused: until the cluster knows of the loss, some seconds later.
 """
 
 from __future__ import annotations
 
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -26,7 +29,7 @@ START_SECONDS = 60.0
 Work = Callable[[Any], Any]
 
 
-@ray.remote(max_restarts=-1, max_task_retries=ATTEMPTS - 1)
+@ray.remote(max_restarts=-1, max_task_retries=0)
 class _Worker:
     """Prepares once, then works through items."""
 
@@ -59,6 +62,14 @@ class _Worker:
             ) from None
 
 
+@dataclass
+class _Task:
+    """An item, and how many actors have died of it."""
+
+    item: Any
+    deaths: int = 0
+
+
 def work_off(
     items: Sequence[Any],
     prepare: Callable[..., Work],
@@ -89,13 +100,14 @@ def work_off(
     remote = _Worker.options(num_cpus=cpus, num_gpus=gpus)  # type: ignore[attr-defined]
     count = max(1, min(actors, len(items)))
     workers = [remote.remote(prepare, arguments, os.getcwd()) for _ in range(count)]
-    waiting = iter(items)
-    starting = {worker.ready.remote(): worker for worker in workers}
-    running: dict[Any, tuple[Any, Any]] = {}
+    waiting = deque(map(_Task, items))
+    starting = {_greet(worker): worker for worker in workers}
+    running: dict[Any, tuple[Any, _Task]] = {}
+    free: deque[Any] = deque()
     deadline = time.monotonic() + START_SECONDS
     placed = lost = False
     try:
-        while starting or running:
+        while waiting or running:
             left = START_SECONDS if placed else max(0.0, deadline - time.monotonic())
             done, _ = ray.wait([*running, *starting], num_returns=1, timeout=left)
             if not done and (not placed or lost):
@@ -105,33 +117,59 @@ def work_off(
                 continue
             placed = True
             if (worker := starting.pop(done[0], None)) is None:
-                worker, item = running.pop(done[0])
-                yield item, _result(done[0], item)
-            for item in waiting:
-                running[worker.do.remote(item)] = (worker, item)
-                break
+                worker, task = running.pop(done[0])
+                try:
+                    result = _result(done[0])
+                except _ActorLost as error:
+                    waiting.appendleft(_again(task, error))
+                    # With its node, free actors may be lost as well: the item is not charged with those.
+                    starting |= {_greet(one): one for one in (worker, *free)}
+                    free.clear()
+                else:
+                    free.append(worker)
+                    yield task.item, result
             else:
-                starting.clear()  # no items are left for actors that have not been placed yet
+                free.append(worker)
+            while waiting and free:
+                worker, task = free.popleft(), waiting.popleft()
+                running[worker.do.remote(task.item)] = (worker, task)
     finally:
         for worker in workers:
             ray.kill(worker)
 
 
-def _result(ref: Any, item: Any) -> Any:
+def _greet(worker: Any) -> Any:
+    """A call that Ray repeats until the actor, wherever it is restarted, has answered."""
+    return worker.ready.options(max_task_retries=-1).remote()
+
+
+class _ActorLost(Exception):
+    """An actor died of an item, or its answer was lost."""
+
+
+def _result(ref: Any) -> Any:
     try:
         with ray_session.exit_code_kept():
             found = ray.get(ref)
     except RayError as error:
         if cause := ray_errors.cause_of(error):
             raise cause from None
-        raise UserError(
-            f"actors died {ATTEMPTS} times of {item}; last: {last_line(error)}",
-            where="--actors",
-            remedy="see the log above; what was finished is kept, and the same command resumes",
-        ) from None
+        raise _ActorLost(last_line(error)) from None
     if isinstance(found, UserError):
         raise found
     return found
+
+
+def _again(task: _Task, error: _ActorLost) -> _Task:
+    """The task, unless too many actors have died of it."""
+    task.deaths += 1
+    if task.deaths < ATTEMPTS:
+        return task
+    raise UserError(
+        f"actors died {ATTEMPTS} times of {task.item}; last: {error}",
+        where="--actors",
+        remedy="see the log above; what was finished is kept, and the same command resumes",
+    ) from None
 
 
 def _has_a_node(cpus: float, gpus: float) -> bool:
