@@ -10,6 +10,7 @@ Further runs share its packed shards, its teacher and its soft targets:
     batch             the graph of the mini-batch (graph.scope=batch), evaluated in batches
     built_once        one graph, from the features after the warm-up, never refreshed
     labels            student and control without distillation, for the same epochs
+    logit_adjust      student and control with student.logit_adjust=1, for long tails (only if asked for)
     labels_at_cost    the control without distillation, for as many epochs as teacher, targets and control took
     shuffled          the student of the first run, each neighbor replaced by an arbitrary node at test time
 
@@ -35,7 +36,8 @@ from cnn2gnn_dist.report.labels import CONTROL
 
 SHARED = ("shards", "manifest", "teacher", "targets")
 """Folders of a run from which its variants start."""
-VARIANTS = ("batch", "built_once", "labels", "labels_at_cost", "shuffled")
+USUAL = ("batch", "built_once", "labels", "labels_at_cost", "shuffled")
+VARIANTS = (*USUAL, "logit_adjust")
 BASE_ROWS = ("teacher", "student", "self_path", "vote", CONTROL)
 
 
@@ -78,6 +80,8 @@ def overrides(variant: str, base: Path, options: list[str], preset: str) -> list
         return [f"graph.refresh_epochs={student.epochs}", "student.control=false"]
     if variant == "labels":
         return ["student.distill_weight=0"]
+    if variant == "logit_adjust":
+        return ["student.logit_adjust=1"]
     control = seconds(base, "control")
     total = control + seconds(base, "teacher") + seconds(base, "targets")
     return ["student.distill_weight=0", f"student.epochs={round(student.epochs * total / control)}"]
@@ -85,8 +89,8 @@ def overrides(variant: str, base: Path, options: list[str], preset: str) -> list
 
 def rows_of(variant: str) -> dict[str, str]:
     """Rows of a variant's results, and their names in the table."""
-    if variant == "labels":
-        return {"student": "labels: student", CONTROL: "labels: control"}
+    if variant in ("labels", "logit_adjust"):
+        return {"student": f"{variant}: student", CONTROL: f"{variant}: control"}
     if variant == "labels_at_cost":
         return {CONTROL: "labels_at_cost: control"}
     return {"student": variant}  # "shuffled" too
@@ -196,7 +200,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--preset", default="cifar10")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=list(USUAL))
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="overrides")
     given = parser.parse_args()
     file = given.folder / "cells.jsonl"

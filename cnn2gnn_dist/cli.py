@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from cnn2gnn_dist import __version__, log, presets, submit
-from cnn2gnn_dist.commands.answers import embed_cli, predict_cli
+from cnn2gnn_dist.commands.answers import embed_cli, evaluate_cli, predict_cli
 from cnn2gnn_dist.commands.audit import arguments as audit_cli
 from cnn2gnn_dist.commands.init import arguments as init_cli
 from cnn2gnn_dist.commands.model import export_cli, memory_cli, serve
@@ -27,7 +27,7 @@ STAGES = {
     "student": "distill into the GNN, refreshing the graph along the way",
     "graph": "build the final graph and its partitions: the bank that unseen images attach to",
     "control": "train the same stem with an MLP head and no graph",
-    "evaluate": "evaluate all models on held-out images; table, plots, report",
+    "evaluate": "evaluate all models of a run on its held-out images, or any model on labeled images",
     "model": "write the model: student, memory and card, in a self-contained folder",
 }
 _TRAIN = (
@@ -126,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     for name, text in STAGES.items():
         run_cli.arguments(commands.add_parser(name, help=text, description=text), [name])
+    evaluate_cli.arguments(commands.choices["evaluate"])
     for name, text, arguments in COMMANDS:
         arguments(commands.add_parser(name, help=text))
     _add_verbosity(commands)

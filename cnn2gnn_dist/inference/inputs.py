@@ -217,7 +217,7 @@ def _of_parquet(path: str) -> Iterator[Input]:
 
     try:
         file = pq.ParquetFile(path)
-        column = _image_column(file.schema_arrow, path)
+        column = image_column(file.schema_arrow, path)
         row = 0
         for batch in file.iter_batches(PARQUET_ROWS, columns=[column]):
             for value in batch.column(0).to_pylist():
@@ -232,7 +232,12 @@ def _of_parquet(path: str) -> Iterator[Input]:
         raise _no_image("Parquet file", path)
 
 
-def _image_column(schema: Any, path: str) -> str:
+def image_column(schema: Any, path: str) -> str:
+    """Name of the column of images in a Parquet file: the first of structs with bytes, else of bytes.
+
+    Raises:
+        UserError: there is none.
+    """
     import pyarrow as pa
 
     names = [field.name for field in schema]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import multiprocessing.process
 import sys
 from collections.abc import Iterator
 
@@ -21,6 +22,15 @@ def _refuse(event: str, _arguments: tuple[object, ...]) -> None:
 
 
 sys.addaudithook(_refuse)
+_start = multiprocessing.process.BaseProcess.start  # raises no audit event
+
+
+def _checked_start(process: multiprocessing.process.BaseProcess) -> None:
+    _refuse("os.fork", None)
+    _start(process)
+
+
+multiprocessing.process.BaseProcess.start = _checked_start  # type: ignore[method-assign]
 # On a loaded machine examples are drawn slowly, which is no reason for a test to fail.
 settings.register_profile("any machine", suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")

@@ -46,10 +46,11 @@ def arguments(parser: argparse.ArgumentParser, stages: list[str] | None) -> None
         help="see `cnn2gnn config`; text is taken as typed, null means none; the last override "
         "of a field wins",
     )
-    parser.set_defaults(command=_run, stages=stages)
+    parser.set_defaults(command=run, stages=stages)
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
+    """Run the stages of the parsed command; returns the exit code."""
     from cnn2gnn_dist import settings
     from cnn2gnn_dist.pipeline import runner
 

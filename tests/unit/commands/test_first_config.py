@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -369,14 +367,6 @@ def test_the_network_of_a_file_of_weights_is_found_by_its_name_or_shapes(tmp_pat
         weights.from_file(str(tmp_path / "odd.safetensors"))
 
 
-def test_a_timing_process_that_is_killed_is_named():
-    config = settings.load("demo", [])
-    with speed.Stopwatch(speed.Machine(1, 1, "cpu")) as stopwatch:
-        stopwatch.pool.submit(os._exit, 9)
-        with pytest.raises(UserError, match="was killed, probably because the memory is full"):
-            stopwatch.time(config, 2, 100)
-
-
 @pytest.mark.thorough
 @pytest.mark.parametrize("fits", [2, 1, 0])
 def test_networks_that_do_not_fit_into_a_gpu_are_not_chosen(tmp_path, monkeypatch, fits):
@@ -397,17 +387,3 @@ def test_networks_that_do_not_fit_into_a_gpu_are_not_chosen(tmp_path, monkeypatc
     chosen = init._choose(seen, Machine(1, 2, "cuda"), known, 600, False).tree
     assert chosen["student"]["stem"] == ("resnet18" if fits == 2 else "resnet_tiny")
     assert len(tried) >= 1
-
-
-def _of_a_timing_process() -> tuple[int, bool]:
-    return os.nice(0), speed.clock(speed._idle) is time.process_time
-
-
-def test_a_machine_that_will_be_idle_is_timed_by_processor_time():
-    """Otherwise by the clock, at the priority that Ray gives to ranks."""
-    found = {}
-    for idle in (False, True):
-        with speed.Stopwatch(speed.Machine(1, 1, "cpu"), idle=idle) as stopwatch:
-            found[idle] = stopwatch.pool.submit(_of_a_timing_process).result()
-    own = os.nice(0)
-    assert found == {False: (min(19, own + 15), False), True: (own, True)}

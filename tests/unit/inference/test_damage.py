@@ -22,6 +22,7 @@ def edited(calibrated):
     return model
 
 
+@pytest.mark.thorough
 def test_every_file_that_an_answer_rests_on_is_checked(edited):
     folder, head = edited.folder, edited.memory.version.number
     unused = {artefact.CARD, ".lock"}

@@ -156,6 +156,7 @@ def test_certain_images_give_finite_gradients():
     assert all(torch.isfinite(p.grad).all() for p in network.parameters() if p.grad is not None)
 
 
+@pytest.mark.thorough
 def test_strangers_are_answered_alone(rule):
     """Where the set isn't related, each answer is bit-identical to that of the image alone."""
     fired = 0
