@@ -9,7 +9,7 @@ processors (processor time of all processes divided by the number of cores: the 
 would take). Held-out accuracies: of teacher, student and control, of a linear probe, and of always answering the most
 frequent class; they are means over the seeds. Then the difference between student and probe with its standard error,
 paired over the same images. The probe is a logistic regression on the student's own features of the training images,
-with the strength of regularization (of ``STRENGTHS``) that five-fold cross-validation on them prefers. Another column has
+with the strength of regularization (of ``STRENGTHS``) that five-fold cross-validation prefers. Another column has
 the strength that is best on the held-out images themselves, which nobody could choose in practice.
 
 It exits with 1 if a student is below the probe by more than ``ERRORS`` of these standard errors, or below the most

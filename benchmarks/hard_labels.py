@@ -7,7 +7,7 @@ For every set, a Parquet file of training images is written from those of CIFAR-
 run on it:
 
     long_tail   class c keeps 5000 * 100^(-c/9) images; the variant logit_adjust with it
-    noise       40 % of the labels are replaced by another class, uniformly; the variant labels (no distillation) with it
+    noise       40 % of the labels are replaced by another class; the variant labels (no distillation) with it
     few         10 % of the images keep their label; from the others, the student learns the soft targets alone
 
 Test images and their labels stay as they are. The choice of images and labels depends on the set alone, not on the seed
@@ -87,7 +87,9 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--preset", default=str(Path(__file__).parent / "recipes/cifar10_short.yaml"))
+    parser.add_argument(
+        "--preset", default=str(Path(__file__).parent / "recipes/cifar10_short.yaml")
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--sets", nargs="+", choices=MAKERS, default=list(MAKERS))
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="overrides")

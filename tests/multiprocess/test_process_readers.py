@@ -33,6 +33,15 @@ from cnn2gnn_dist.data.reading.shared_batches import MOST_LENT
 from cnn2gnn_dist.errors import UserError
 from tests.multiprocess.test_pool import COUNT, assert_same, expected, some_requests
 from tests.support import REPOSITORY
+from tests.support.odd_readers import (
+    MOMENTS,
+    Mortal,
+    Noting,
+    Poisoned,
+    Stillborn,
+    Unreadable,
+    Waiting,
+)
 from tests.support.read_ahead import assert_read_ahead_is_the_prefetch
 from tests.support.shards import make_shards, random_images
 
@@ -170,18 +179,6 @@ def test_what_is_read_ahead_is_the_prefetch(spec, monkeypatch, workers, prefetch
         assert_read_ahead_is_the_prefetch(pool, numbered(20), prefetch, folder, settle)
 
 
-class Noting(Reader):
-    """A reader that records what it reads."""
-
-    def __init__(self, spec: ReaderSpec) -> None:
-        super().__init__(spec)
-        self.folder = Path(spec.manifest).parent
-
-    def read(self, request, into=None):
-        (self.folder / "read" / str(request.view)).touch()
-        return super().read(request, into)
-
-
 def test_what_an_abandoned_loop_had_asked_is_not_read(spec, monkeypatch):
     monkeypatch.setattr(process_readers, "READER", Waiting)
     folder = Path(spec.manifest).parent
@@ -198,41 +195,6 @@ def test_what_an_abandoned_loop_had_asked_is_not_read(spec, monkeypatch):
         assert_same([first], expected(spec, numbered(1)))
         assert not processes(pool)[0].asked
     assert sorted(int(path.name) for path in (folder / "read").iterdir()) == [0, 1, 100]
-
-
-class Waiting(Noting):
-    """A reader that waits in request 1 until it is told to continue."""
-
-    def read(self, request, into=None):
-        if request.view == 1:
-            (self.folder / "begun").write_text("begun")
-            (self.folder / "go").read_text()
-        return super().read(request, into)
-
-
-MOMENTS = ("start", "before", "within")
-
-
-class Mortal(Noting):
-    """A reader that kills itself according to a plan."""
-
-    def __init__(self, spec: ReaderSpec) -> None:
-        folder = Path(spec.manifest).parent
-        (folder / f"{os.getpid()}.pid").touch()
-        self.die(folder, f"start-{len(list(folder.glob('*.pid')))}")
-        super().__init__(spec)
-
-    def read(self, request, into=None):
-        self.die(self.folder, f"before-{request.view}")
-        batch = super().read(request, into)
-        self.die(self.folder, f"within-{request.view}")
-        return batch
-
-    @staticmethod
-    def die(folder: Path, moment: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            (folder / "plan" / moment).rename(folder / "killed" / moment)
-            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_every_batch_exactly_once_under_thirty_kills(spec, monkeypatch):
@@ -274,27 +236,11 @@ def test_a_request_that_kills_every_reader_is_named_and_not_its_neighbors(
         assert_same(list(pool.batches(numbered(3))), expected(spec, numbered(3)))
 
 
-class Poisoned(Reader):
-    """A reader that dies of one request."""
-
-    def read(self, request, into=None):
-        if request.view == 7:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().read(request, into)
-
-
 def test_readers_that_cannot_start_end_the_stream(spec, monkeypatch):
     monkeypatch.setattr(process_readers, "READER", Stillborn)
     monkeypatch.setattr(process_readers, "MOST_DEATHS", 3)
     with a_pool(spec) as pool, pytest.raises(UserError, match="exit code 7"):
         list(pool.batches(numbered(4)))
-
-
-class Stillborn(Reader):
-    """A reader whose process ends at once."""
-
-    def __init__(self, spec: ReaderSpec) -> None:
-        os._exit(7)
 
 
 def test_an_error_of_a_reader_is_raised_here_with_its_traceback(spec):
@@ -386,13 +332,6 @@ def test_a_hook_never_runs_in_the_process_that_trains(spec, backend, monkeypatch
             first = batch.images[0, 0, 0].astype(int)
             assert first @ [1, 256, 65536] == processes(pool)[0].process.pid
             assert (batch.images == batch.images[0, 0, 0]).all()
-
-
-class Unreadable(Reader):
-    """A reader of a disk with a bad block."""
-
-    def read(self, request, into=None):
-        raise OSError(5, "Input/output error", "shard-000000.tar")
 
 
 def test_an_error_of_the_disk_is_named_and_not_taken_for_a_death(spec, monkeypatch):

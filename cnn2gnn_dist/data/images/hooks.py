@@ -17,7 +17,6 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from cnn2gnn_dist.compat import import_timm
@@ -122,6 +121,8 @@ def apply(hook: Hook, image_HWC: np.ndarray, seed: int) -> np.ndarray:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
+    import torch
+
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)

@@ -8,17 +8,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
 from cnn2gnn_dist.data.images.decode import MAX_PIXELS, CorruptSample
 from cnn2gnn_dist.data.images.distort import LEVELS, Color, cutout, randaugment
 from cnn2gnn_dist.data.images.hooks import apply, hook_of
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.splitmix import GOLDEN, mixed
+
+if TYPE_CHECKING:  # takes two seconds to import, and readers of small images need none of it
+    import torch
 
 KINDS = ("none", "shift", "crop_flip", "random_resized_crop")
 
@@ -184,6 +185,8 @@ def clean_into(spec: ViewSpec, target_HWC: np.ndarray, image_HWC: np.ndarray) ->
 
 def resized_into(target_HWC: np.ndarray, image_HWC: np.ndarray, flip: bool = False) -> None:
     """Write an image resized to the target's size and optionally mirrored; both uint8."""
+    from torch.nn import functional as F  # two seconds, which readers of small images don't need
+
     made = _as_batch(image_HWC)
     if image_HWC.shape != target_HWC.shape:
         made = F.interpolate(made, target_HWC.shape[:2], mode="bilinear", antialias=True)
@@ -310,5 +313,7 @@ def _as_batch(image_HWC: np.ndarray) -> torch.Tensor:
     With this order of steps torch recognizes the memory as channels-last, and does not transpose it
     before or after interpolation.
     """
+    import torch
+
     tensor = torch.from_numpy(np.ascontiguousarray(image_HWC))
     return tensor.unsqueeze(0).permute(0, 3, 1, 2)

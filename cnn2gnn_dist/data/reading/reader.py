@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from cnn2gnn_dist.data.images.batch_views import Wanted, fill_several
 from cnn2gnn_dist.data.images.crops import Crops, Views, crops_of, view_numbers
@@ -17,6 +19,9 @@ from cnn2gnn_dist.data.index.manifest import Manifest
 from cnn2gnn_dist.data.reading import decoded_cache
 from cnn2gnn_dist.data.reading.decoded_cache import DecodedCache
 from cnn2gnn_dist.data.reading.shard_files import CacheSpec, ShardFiles
+
+if TYPE_CHECKING:  # takes two seconds to import, and readers of small images need none of it
+    import torch
 
 CHUNK = 32
 """Images decoded before they are augmented together: bounds memory and amortizes the random draws."""
@@ -82,8 +87,19 @@ class Batch:
         return Batch(*arrays, problems, crops, self.view)
 
 
+def use_one_thread() -> None:
+    """Let torch compute in one thread in this process, even if it is imported only later."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    if "torch" in sys.modules:
+        import torch
+
+        torch.set_num_threads(1)
+
+
 def on_device(array: np.ndarray, device: str | torch.device) -> torch.Tensor:
     """Copy an array to the device; to a GPU asynchronously, through pinned memory."""
+    import torch
+
     tensor = torch.from_numpy(array)
     if torch.device(device).type == "cuda":
         tensor = tensor.pin_memory()

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from cnn2gnn_dist.data.images.crops import crops_of
-from cnn2gnn_dist.data.reading.reader import Batch, Reader, ReaderSpec, Request
+from cnn2gnn_dist.data.reading.reader import Batch, Reader, ReaderSpec, Request, use_one_thread
 from cnn2gnn_dist.data.reading.shared_batches import Borrower, Layout, Loan
 from cnn2gnn_dist.errors import UserError
 
@@ -22,9 +22,7 @@ class ReaderActor:
     """A reader in a separate process."""
 
     def __init__(self, spec: ReaderSpec) -> None:
-        import torch
-
-        torch.set_num_threads(1)
+        use_one_thread()
         self._spec = spec
         self._borrowed = Borrower()
         self._reader: Reader | None = None

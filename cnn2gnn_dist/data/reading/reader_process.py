@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from cnn2gnn_dist.data.images.crops import crops_of
-from cnn2gnn_dist.data.reading.reader import Reader, Request
+from cnn2gnn_dist.data.reading.reader import Reader, Request, use_one_thread
 from cnn2gnn_dist.data.reading.shared_batches import Layout, mapped
 from cnn2gnn_dist.errors import UserError
 
@@ -140,9 +140,7 @@ def _portable(error: Exception) -> Exception:
 
 def main() -> None:
     """Entry of the process; its arguments are the socket's number and the parent's process id."""
-    import torch
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which then closes
-    torch.set_num_threads(1)
+    use_one_thread()
     with socket.socket(fileno=int(sys.argv[1])) as channel, contextlib.suppress(EOFError, OSError):
         serve(channel, int(sys.argv[2]))
