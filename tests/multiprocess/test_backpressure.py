@@ -17,6 +17,7 @@ from cnn2gnn_dist.data.reading.pool import ReaderPool
 from cnn2gnn_dist.data.reading.reader import Reader, ReaderSpec, Request
 from cnn2gnn_dist.errors import UserError
 from tests.multiprocess.test_pool import elsewhere  # noqa: F401 (fixture)
+from tests.support.odd_actors import GatedActor, NotingActor, note, wait_for
 from tests.support.read_ahead import assert_read_ahead_is_the_prefetch
 from tests.support.shards import make_shards, random_images
 
@@ -45,16 +46,6 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
         monkeypatch.setattr(Reader, "read", noting)
     return request.param
-
-
-class NotingActor(ray_readers.ReaderActor):
-    def read(self, ids, view, loan=None):
-        note(self._spec.manifest, view)
-        return super().read(ids, view, loan)
-
-
-def note(manifest: str, view: int) -> None:
-    (Path(manifest).parent / "read" / str(view)).touch()
 
 
 @pytest.fixture
@@ -179,31 +170,13 @@ def test_a_batch_larger_than_the_store_is_refused(spec, ray_cluster, monkeypatch
     assert "max_micro_batch" in caught.value.where
 
 
-class Gated(NotingActor):
-    """A reader whose second read waits until the test allows it to continue."""
-
-    def read(self, ids, view, loan=None):
-        folder = Path(self._spec.manifest).parent
-        if view == 1:
-            (folder / "begun").touch()
-            wait_for(folder / "go")
-        return super().read(ids, view, loan)
-
-
-def wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 60
-    while not path.exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert path.exists()
-
-
 def test_what_an_abandoned_loop_had_asked_of_actors_is_cancelled(spec, ray_cluster, monkeypatch):
     """Ray's cancellation is a message that may arrive late: only its sending can be observed."""
     import ray
 
     cancelled, plain = [], ray.cancel
     monkeypatch.setattr(ray, "cancel", lambda one: (cancelled.append(one), plain(one)))
-    monkeypatch.setattr(ray_readers, "ReaderActor", Gated)
+    monkeypatch.setattr(ray_readers, "ReaderActor", GatedActor)
     folder = Path(spec.manifest).parent
     with ReaderPool(spec, backend="ray", workers=1, prefetch=7) as stream:
         loop = stream.batches(requests(8))

@@ -8,9 +8,7 @@ chooses the points.
 from __future__ import annotations
 
 import contextlib
-import os
 import random
-import signal
 from collections import Counter
 from pathlib import Path
 
@@ -24,8 +22,8 @@ from cnn2gnn_dist.data.order import Order
 from cnn2gnn_dist.data.reading import ray_readers
 from cnn2gnn_dist.data.reading.pool import ReaderPool
 from cnn2gnn_dist.data.reading.reader import Batch, ReaderSpec, Request
-from cnn2gnn_dist.data.reading.reader_actor import batch_of
 from cnn2gnn_dist.errors import UserError
+from tests.support.odd_actors import MortalActor, PoisonedActor, StillbornActor, mark_dead
 from tests.support.shards import make_shards, random_images
 
 pytestmark = pytest.mark.ray
@@ -58,41 +56,6 @@ def bytes_of(batch: Batch) -> tuple:
     return *((a.dtype.str, a.shape, a.tobytes()) for a in arrays), tuple(batch.problems)
 
 
-class Mortal(ray_readers.ReaderActor):
-    """A reader that kills itself according to a plan, and whose pid is known without asking it."""
-
-    def __init__(self, spec):
-        self.folder = Path(spec.manifest).parent
-        self.die(f"start-{len(list((self.folder / 'pids').iterdir()))}")
-        (self.folder / "pids" / str(os.getpid())).touch()
-        super().__init__(spec)
-
-    def read(self, ids, view, loan=None):
-        name = f"{view}-{ids[0]}"
-        self.die(f"before-{name}")
-        first = super().read(ids[: len(ids) // 2], view)
-        self.die(f"within-{name}")
-        assert len(batch_of(first).ids) == len(ids) // 2
-        answer = super().read(ids, view, loan)
-        self.die(f"after-{name}")
-        return answer
-
-    def die(self, moment):
-        """SIGKILL this process if the plan says so, once."""
-        planned, done = self.folder / "plan" / moment, self.folder / "killed" / moment
-        if planned.exists():
-            with contextlib.suppress(FileNotFoundError):  # another reader has died at this point
-                planned.rename(done)
-                mark_dead(self.folder / "pids" / str(os.getpid()))
-                os.kill(os.getpid(), signal.SIGKILL)
-
-
-def mark_dead(path: Path) -> None:
-    """Record the kill: no process is killed twice, but its file still counts as a reader that has started."""
-    with contextlib.suppress(FileNotFoundError):
-        path.rename(path.with_suffix(".dead"))
-
-
 def kill_some(folder: Path, rng: random.Random, most: int) -> int:
     """Send SIGKILL to some of the running readers, including those that are starting; return how many."""
     alive: list[psutil.Process] = []
@@ -111,7 +74,7 @@ def kill_some(folder: Path, rng: random.Random, most: int) -> int:
 
 
 def test_every_sample_exactly_once_under_fifty_kills(spec, ray_cluster, monkeypatch):
-    monkeypatch.setattr(ray_readers, "ReaderActor", Mortal)
+    monkeypatch.setattr(ray_readers, "ReaderActor", MortalActor)
     folder, rng = Path(spec.manifest).parent, random.Random(20)
     requests = requests_of(spec)
     plan = folder / "plan"
@@ -144,20 +107,11 @@ def test_every_sample_exactly_once_under_fifty_kills(spec, ray_cluster, monkeypa
         assert sorted(ids.tolist()) == list(range(SAMPLES))
 
 
-class Poisoned(ray_readers.ReaderActor):
-    """A reader that dies of one request, whichever reader it is."""
-
-    def read(self, ids, view, loan=None):
-        if 7 in ids:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().read(ids, view, loan)
-
-
 @pytest.mark.parametrize("workers", [1, 2])
 def test_whoever_kills_readers_is_blamed_and_not_its_neighbours(
     spec, ray_cluster, monkeypatch, workers
 ):
-    monkeypatch.setattr(ray_readers, "ReaderActor", Poisoned)
+    monkeypatch.setattr(ray_readers, "ReaderActor", PoisonedActor)
     monkeypatch.setattr(ray_readers, "MOST_DEATHS", 3)
     requests = [Request(np.array([n, n + 100]), n) for n in range(16)]
     found = []
@@ -189,14 +143,9 @@ def test_a_reader_gone_for_good_is_replaced(spec, ray_cluster):
 
 
 def test_readers_that_cannot_start_say_why(spec, ray_cluster, monkeypatch):
-    monkeypatch.setattr(ray_readers, "ReaderActor", Stillborn)
+    monkeypatch.setattr(ray_readers, "ReaderActor", StillbornActor)
     with (
         ReaderPool(spec, backend="ray", workers=1, prefetch=2) as stream,
         pytest.raises(UserError, match="can't be started: ImportError: no such library"),
     ):
         list(stream.batches([Request(np.arange(4), 0)]))
-
-
-class Stillborn(ray_readers.ReaderActor):
-    def __init__(self, spec):
-        raise ImportError("no such library")

@@ -24,6 +24,7 @@ from cnn2gnn_dist.data.reading.pool import ReaderPool
 from cnn2gnn_dist.data.reading.reader import Batch, Reader, ReaderSpec, Request
 from cnn2gnn_dist.data.reading.shared_batches import MOST_LENT, Lender
 from cnn2gnn_dist.errors import UserError
+from tests.support.odd_actors import DiesOnce, Suicidal
 from tests.support.shards import make_shards, random_images
 
 pytestmark = pytest.mark.ray
@@ -229,19 +230,6 @@ def test_readers_that_die_while_they_read(spec, ray_cluster, monkeypatch):
     assert (Path(spec.manifest).parent / "died").exists()
 
 
-class DiesOnce(ray_readers.ReaderActor):
-    def __init__(self, spec):
-        super().__init__(spec)
-        self.folder = Path(spec.manifest).parent
-
-    def read(self, ids, view, loan=None):
-        mark = self.folder / "died"
-        if ids[0] == 1 and not mark.exists():
-            mark.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().read(ids, view, loan)
-
-
 def test_a_request_that_kills_every_reader_is_named(spec, ray_cluster, monkeypatch):
     monkeypatch.setattr(ray_readers, "MOST_DEATHS", 2)
     monkeypatch.setattr(ray_readers, "ReaderActor", Suicidal)
@@ -252,11 +240,6 @@ def test_a_request_that_kills_every_reader_is_named(spec, ray_cluster, monkeypat
         list(stream.batches([Request(np.array([7, 8]), 3)]))
     assert "[7, 8]" in caught.value.where
     assert "view 3" in caught.value.where
-
-
-class Suicidal(ray_readers.ReaderActor):
-    def read(self, ids, view, loan=None):
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_actors_end_with_the_stream_and_have_readable_names(spec, ray_cluster):
