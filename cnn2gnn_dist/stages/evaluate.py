@@ -20,7 +20,6 @@ from cnn2gnn_dist.data.reading.reader import Batch, Reader, ReaderSpec, Request
 from cnn2gnn_dist.durable import write_text
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.report.labels import LABELS, evaluated, stage_of
-from cnn2gnn_dist.report.page import write_report
 from cnn2gnn_dist.runtime.group import collectives
 from cnn2gnn_dist.stages.compared_models import Row, StudentWithBank, compared_models
 from cnn2gnn_dist.stages.shared.context import Context, load_manifest
@@ -82,6 +81,8 @@ def run(context: Context, keys: dict[str, str]) -> list[Path]:
                 _save(context.folder, name, found)
 
     def report() -> None:
+        from cnn2gnn_dist.report.page import write_report  # half a second: matplotlib, for rank 0
+
         if with_bank is not None:
             _gallery(context, with_bank)
         results["run"] = _run_facts(context, test, _left_out(context, left_out))

@@ -35,7 +35,6 @@ from cnn2gnn_dist.inference.memory.store import NewRows
 from cnn2gnn_dist.inference.memory.view import Memory
 from cnn2gnn_dist.inference.network import Network
 from cnn2gnn_dist.models.student import Student
-from cnn2gnn_dist.report.page import add_audit
 from cnn2gnn_dist.stages.audit_digest import digest
 from cnn2gnn_dist.stages.shared.context import Context, chunks, load_manifest
 from cnn2gnn_dist.stages.shared.networks import build_student, check_built_on, load_model
@@ -60,6 +59,10 @@ def run(context: Context) -> list[Path]:
             context.say(f"the report has no section on the training images: {found}")
         else:
             train = load_manifest(context.paths.train_manifest)
+            from cnn2gnn_dist.report.page import (
+                add_audit,
+            )  # imports matplotlib, which rank 0 alone needs
+
             add_audit(context.paths.root, train.classes, found)
     return [context.folder / name for name in FILES]
 
