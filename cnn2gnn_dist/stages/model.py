@@ -58,11 +58,10 @@ def run(context: Context) -> list[Path]:
         if isinstance(found, str):
             context.say(f"the report has no section on the training images: {found}")
         else:
-            train = load_manifest(context.paths.train_manifest)
-            from cnn2gnn_dist.report.page import (
-                add_audit,
-            )  # imports matplotlib, which rank 0 alone needs
+            # Imports matplotlib, which rank 0 alone needs.
+            from cnn2gnn_dist.report.page import add_audit
 
+            train = load_manifest(context.paths.train_manifest)
             add_audit(context.paths.root, train.classes, found)
     return [context.folder / name for name in FILES]
 
