@@ -88,7 +88,7 @@ def odd(of: additions.Setting, kept: dict[str, np.ndarray]) -> None:
     p = model.probabilities(of.logits["test"])
     before, after = softmax(of.logits["test"]), p
     truth = of.labels["test"]
-    errors = [100 * calibration_error(q, truth) for q in (before, after)]
+    errors = [100 * calibration_error(q.max(1), q.argmax(1) == truth) for q in (before, after)]
     print(
         f"\nT = {model.temperature:.3f}; calibration error {errors[0]:.2f} % → {errors[1]:.2f} %\n"
     )

@@ -72,13 +72,15 @@ def fit_temperature(logits_nC: np.ndarray, labels_n: np.ndarray) -> float:
     return 1 / math.sqrt(low * high)
 
 
-def calibration_error(p_nC: np.ndarray, labels_n: np.ndarray, bins: int = 15) -> float:
-    """Expected calibration error (Naeini et al., 2015): mean |accuracy − confidence| over equal bins."""
-    confidence_n = p_nC.max(1)
-    right_n = p_nC.argmax(1) == labels_n
-    bin_n = np.minimum((confidence_n * bins).astype(int), bins - 1)
-    gaps = np.bincount(bin_n, right_n - confidence_n, minlength=bins)
-    return float(np.abs(gaps).sum() / len(labels_n))
+def calibration_error(confidence_N: np.ndarray, right_N: np.ndarray, bins: int = 15) -> float:
+    """Expected calibration error: |accuracy - confidence| over equal-width bins, weighted.
+
+    Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, equation 3.
+    """
+    bin_N = np.minimum((confidence_N * bins).astype(int), bins - 1)
+    count = np.bincount(bin_N, minlength=bins)
+    gap = np.bincount(bin_N, right_N.astype(float), bins) - np.bincount(bin_N, confidence_N, bins)
+    return float(np.abs(gap).sum() / max(count.sum(), 1))
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,7 @@ Name suffixes: N images, C classes, including those added to the memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -17,6 +17,7 @@ from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference.calibration import calibration_error, softmax
 from cnn2gnn_dist.inference.classifier import BATCH, Classifier
 from cnn2gnn_dist.inference.labelled_inputs import Labelled
+from cnn2gnn_dist.inference.memory.view import Memory
 from cnn2gnn_dist.inference.network import Outputs
 from cnn2gnn_dist.inference.scoring import votes
 
@@ -84,15 +85,12 @@ class Evaluation:
         }
 
 
-def evaluate(
-    model: Classifier, images: Iterable[Labelled], step: Callable[[int], None] = lambda _: None
-) -> Evaluation:
+def evaluate(model: Classifier, images: Iterable[Labelled]) -> Evaluation:
     """Answer labeled images with one version of the memory, and compare.
 
     Args:
         model: an opened model.
         images: as ``labelled`` gives them.
-        step: called with the number of images of every batch, once it is answered.
 
     Raises:
         UserError: no image can be read.
@@ -103,8 +101,7 @@ def evaluate(
         everything = list(given)
         size = -(-len(everything) // max(1, -(-len(everything) // size)))
         given = iter(everything)
-    found: dict[str, list[np.ndarray]] = {ANSWERS: []}
-    labels: list[int] = []
+    found: dict[str, _Row] = {}
     unreadable: list[tuple[str, str]] = []
     in_memory = 0
     while many := list(islice(given, size)):
@@ -113,44 +110,66 @@ def evaluate(
         unreadable += [(one.name, one.error or "") for one in decoded if one.pixels is None]
         if good:
             made = model.outputs([decoded[place] for place in good], memory)
-            labels += [many[place].label for place in good]
-            found[ANSWERS].append(model.probabilities(made, memory))
+            label_B = np.array([many[place].label for place in good])
+            for name, p_BC in _answers(model, made, memory).items():
+                found.setdefault(name, _Row()).add(p_BC, label_B)
             if memory is not None:
-                _without_head(made, memory, found)
                 in_memory += int((made.distances[:, :1] < SAME).sum())
-        step(len(many))
-    if not labels:
+    if not found:
         raise UserError(
             f"none of the {len(unreadable):,} images can be read"
             + (f"; the first: {unreadable[0][1]}" if unreadable else ""),
             remedy="name a folder, shards or Parquet files that contain images",
         )
-    label_N = np.array(labels)
-    joined = {name: np.concatenate(parts) for name, parts in found.items()}
-    rows = {name: _figures(p_NC, label_N) for name, p_NC in joined.items()}
+    answers = found[ANSWERS]
     confusion_CC = np.zeros((len(classes), len(classes)), np.int64)
-    np.add.at(confusion_CC, (label_N, joined[ANSWERS].argmax(1)), 1)
+    np.add.at(confusion_CC, (answers.column("label"), answers.column("predicted")), 1)
+    rows = {name: row.figures() for name, row in found.items()}
     return Evaluation(classes, rows, confusion_CC, unreadable, in_memory)
 
 
-def _without_head(made: Outputs, memory: Any, found: dict[str, list[np.ndarray]]) -> None:
-    found.setdefault(SELF_PATH, []).append(softmax(made.self_logits).astype(np.float32))
-    found.setdefault(VOTE, []).append(votes(made, memory, len(memory.classes)))
+def _answers(model: Classifier, made: Outputs, memory: Memory | None) -> dict[str, np.ndarray]:
+    """Probabilities [B, C] of each row; the self path knows the trained classes only."""
+    found = {ANSWERS: model.probabilities(made, memory)}
+    if memory is not None:
+        found[SELF_PATH] = softmax(made.self_logits).astype(np.float32)
+        found[VOTE] = votes(made, memory, len(memory.classes))
+    return found
 
 
-def _figures(p_NC: np.ndarray, label_N: np.ndarray) -> dict[str, float]:
-    """Figures of probabilities [N, C or fewer]: an image of a class without a column is wrong."""
-    right_N = p_NC.argmax(1) == label_N
-    count = len(label_N)
-    accuracy = float(right_N.mean())
-    present = np.unique(label_N)
-    recalls = [right_N[label_N == label].mean() for label in present]
-    known = label_N < p_NC.shape[1]
-    own_N = np.where(known, p_NC[np.arange(count), np.where(known, label_N, 0)], -1.0)
-    return {
-        "accuracy": accuracy,
-        "standard_error": math.sqrt(accuracy * (1 - accuracy) / count),
-        "balanced_accuracy": float(np.mean(recalls)),
-        "ece": calibration_error(p_NC, label_N),
-        "top5": float((known & ((p_NC > own_N[:, None]).sum(1) < TOP)).mean()),
-    }
+class _Row:
+    """What is kept of the answers of one kind: a few numbers per image, not its probabilities."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, list[np.ndarray]] = {}
+
+    def add(self, p_BC: np.ndarray, label_B: np.ndarray) -> None:
+        """Keep what the figures need of a batch."""
+        known_B = label_B < p_BC.shape[1]  # an image of a class without a column is wrong
+        own_B = np.where(known_B, p_BC[np.arange(len(label_B)), np.where(known_B, label_B, 0)], 0)
+        kept = {
+            "label": label_B,
+            "predicted": p_BC.argmax(1),
+            "confidence": p_BC.max(1),
+            "top": (own_B > 0) & ((p_BC > own_B[:, None]).sum(1) < TOP),
+        }
+        for name, column_B in kept.items():
+            self._parts.setdefault(name, []).append(column_B)
+
+    def column(self, name: str) -> np.ndarray:
+        """One of the numbers kept, of all images."""
+        return np.concatenate(self._parts[name])
+
+    def figures(self) -> dict[str, float]:
+        """See ``Evaluation.rows``."""
+        label_N = self.column("label")
+        right_N = self.column("predicted") == label_N
+        accuracy = float(right_N.mean())
+        recalls = np.bincount(label_N, right_N) / np.maximum(np.bincount(label_N), 1)
+        return {
+            "accuracy": accuracy,
+            "standard_error": math.sqrt(accuracy * (1 - accuracy) / len(label_N)),
+            "balanced_accuracy": float(recalls[np.unique(label_N)].mean()),
+            "ece": calibration_error(self.column("confidence"), right_N),
+            "top5": float(self.column("top").mean()),
+        }

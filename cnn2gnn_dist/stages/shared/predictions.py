@@ -15,10 +15,10 @@ from cnn2gnn_dist import durable
 from cnn2gnn_dist.data.images.views import CLEAN
 from cnn2gnn_dist.data.reading.reader import Batch, Request
 from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.inference.calibration import calibration_error
 from cnn2gnn_dist.runtime.group import collectives
 from cnn2gnn_dist.stages.shared.context import Context, CorruptCount, load_manifest
 
-ECE_BINS = 15
 HELD_OUT_NOTE = "held-out.json"
 Answer = Callable[[Tensor], dict[str, Tensor]]
 """uint8 images [B, H, W, 3] → probabilities [B, C] under one or more names."""
@@ -49,17 +49,6 @@ class Predictions:
             "balanced_accuracy": float((right_C[present] / images_C[present]).mean()),
             "ece": calibration_error(self.confidence_N, right),
         }
-
-
-def calibration_error(confidence_N: np.ndarray, right_N: np.ndarray, bins: int = ECE_BINS) -> float:
-    """Expected calibration error: |accuracy - confidence| over equal-width bins, weighted.
-
-    Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, equation 3.
-    """
-    bin_N = np.minimum((confidence_N * bins).astype(int), bins - 1)
-    count = np.bincount(bin_N, minlength=bins)
-    gap = np.bincount(bin_N, right_N.astype(float), bins) - np.bincount(bin_N, confidence_N, bins)
-    return float(np.abs(gap).sum() / max(count.sum(), 1))
 
 
 @dataclass

@@ -15,12 +15,13 @@ from cnn2gnn_dist import settings
 from cnn2gnn_dist.data.batch_sizes import parts_of_rank
 from cnn2gnn_dist.data.index import manifest as manifests
 from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.inference.calibration import calibration_error
 from cnn2gnn_dist.runtime.ranks import Ranks
 from cnn2gnn_dist.stages.evaluate import as_json, table
 from cnn2gnn_dist.stages.neighbours.neighbourhood import last_refresh
 from cnn2gnn_dist.stages.shared import predictions
 from cnn2gnn_dist.stages.shared.context import Context, RunPaths
-from cnn2gnn_dist.stages.shared.predictions import Predictions, calibration_error
+from cnn2gnn_dist.stages.shared.predictions import Predictions
 from tests.support.shards import encode_image, random_images, write_tar
 
 IMAGES, BATCH, SEED = 23, 5, 4
