@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from tests.support.models import pictures, write_model
-from tests.support.shards import encode_image
+from tests.support.shards import encode_image, make_shards
 
 LIGHT = """
 import importlib.abc, sys
@@ -25,8 +25,10 @@ import numpy as np
 model = cnn2gnn_dist.load(sys.argv[1])
 assert model.predict(np.zeros((16, 16, 3), np.uint8)).label
 from cnn2gnn_dist.cli import main
-assert main(["predict", "--model", *sys.argv[1:]]) == 0
+assert main(["predict", "--model", *sys.argv[1:3]]) == 0
 assert main(["memory", "ls", sys.argv[1]]) == 0
+for labeled in sys.argv[3:]:
+    assert main(["evaluate", "--model", sys.argv[1], labeled]) == 0
 sys.exit(main(["run", "--config", "demo"]))
 """
 
@@ -35,8 +37,11 @@ def test_a_model_answers_without_the_packages_of_training(tmp_path):
     """The packages are hidden: a separate environment would have to download torch again."""
     written, image = write_model(tmp_path / "m"), tmp_path / "a.png"
     image.write_bytes(encode_image(pictures(1)[0]))
+    labeled = [tmp_path / "f", *make_shards(tmp_path / "s", pictures(3), range(3))]
+    (labeled[0] / "class 1").mkdir(parents=True)
+    (labeled[0] / "class 1" / "a.png").write_bytes(image.read_bytes())
     done = subprocess.run(
-        [sys.executable, "-c", LIGHT, str(written), str(image)],
+        [sys.executable, "-c", LIGHT, str(written), str(image), *map(str, labeled)],
         capture_output=True, text=True, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
