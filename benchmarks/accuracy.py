@@ -14,8 +14,8 @@ Further runs share its packed shards, its teacher and its soft targets:
     labels_at_cost    the control without distillation, for as many epochs as teacher, targets and control took
     shuffled          the student of the first run, each neighbor replaced by an arbitrary node at test time
 
-Everything goes through the product's own commands. When it is run again, it continues with what is missing. For every
-row it prints accuracy (mean ± deviation over seeds), the paired difference from the control, parameters, FLOPs and
+Everything is trained and evaluated by the product's own command, under torchrun. When it is run again, it continues
+with what is missing. For every row it prints accuracy (mean ± deviation over seeds), the paired difference from the control, parameters, FLOPs and
 milliseconds per image, seconds of training and images seen; ``cells.jsonl`` has the figures.
 """
 
@@ -27,6 +27,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -34,6 +35,7 @@ from typing import Any
 from cnn2gnn_dist import settings
 from cnn2gnn_dist.report.labels import CONTROL
 
+ROOT = Path(__file__).resolve().parent.parent
 SHARED = ("shards", "manifest", "teacher", "targets")
 """Folders of a run from which its variants start."""
 USUAL = ("batch", "built_once", "labels", "labels_at_cost", "shuffled")
@@ -41,16 +43,18 @@ VARIANTS = (*USUAL, "logit_adjust")
 BASE_ROWS = ("teacher", "student", "self_path", "vote", CONTROL)
 
 
-def cnn2gnn(preset: str, folder: Path, options: list[str]) -> None:
-    """Run the preset into a folder; its output goes to a log next to it.
+def train(preset: str, folder: Path, options: list[str]) -> None:
+    """Run the preset into a folder under torchrun; its output goes to a log next to it.
 
     Raises:
         CalledProcessError: it failed; the log says why.
     """
-    line = [sys.executable, "-m", "cnn2gnn_dist", "run", "--config", preset, f"run.dir={folder}"]
+    ranks = settings.load(preset, options).run.ranks
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    line = [sys.executable, *torchrun, "launch/train.py", "--config", preset, f"run.dir={folder}"]
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_suffix(".log"), "a", encoding="utf-8") as log:
-        subprocess.run([*line, *options], stdout=log, stderr=log, check=True)
+        subprocess.run([*line, *options], stdout=log, stderr=log, check=True, cwd=ROOT)
 
 
 def share(base: Path, folder: Path) -> None:
@@ -102,7 +106,7 @@ def cells(
     """All rows of one seed."""
     options = [*options, f"seed={seed}"]
     base = folder / f"seed{seed}" / "base"
-    cnn2gnn(preset, base, options)
+    train(preset, base, options)
     found = json.loads((base / "results.json").read_text())
     for row in BASE_ROWS:
         yield _cell(row, seed, found[row], base, "teacher" if row == "teacher" else None)
@@ -112,7 +116,7 @@ def cells(
             continue
         made = folder / f"seed{seed}" / variant
         share(base, made)
-        cnn2gnn(preset, made, [*options, *overrides(variant, base, options, preset)])
+        train(preset, made, [*options, *overrides(variant, base, options, preset)])
         found = json.loads((made / "results.json").read_text())
         for row, name in rows_of(variant).items():
             yield _cell(name, seed, found[row], made, None, row)
@@ -202,18 +206,27 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=list(USUAL))
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="overrides")
+    parser.add_argument("--jobs", type=int, default=1, help="seeds trained at a time")
     given = parser.parse_args()
-    file = given.folder / "cells.jsonl"
-    given.folder.mkdir(parents=True, exist_ok=True)
-    for seed in given.seeds:
-        known = (
-            [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-        )
-        if {c["row"] for c in known if c["seed"] == seed} >= wanted(given.variants):
-            continue
-        fresh = list(cells(given.folder, given.preset, seed, given.variants, given.set))
-        kept = [c for c in known if c["seed"] != seed]
-        file.write_text("".join(json.dumps(c) + "\n" for c in [*kept, *fresh]))
+    folder = given.folder.resolve()
+    preset = str(Path(given.preset).resolve()) if Path(given.preset).is_file() else given.preset
+    file = folder / "cells.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)
+    known = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    complete = {
+        seed
+        for seed in given.seeds
+        if {c["row"] for c in known if c["seed"] == seed} >= wanted(given.variants)
+    }
+
+    def fill(seed: int) -> list[dict[str, Any]]:
+        return list(cells(folder, preset, seed, given.variants, given.set))
+
+    with ThreadPoolExecutor(given.jobs) as pool:
+        jobs = {pool.submit(fill, seed): seed for seed in given.seeds if seed not in complete}
+        for job in as_completed(jobs):
+            known = [c for c in known if c["seed"] != jobs[job]] + job.result()
+            file.write_text("".join(json.dumps(c) + "\n" for c in known))
     print(table([json.loads(line) for line in file.read_text().splitlines()]))
     return 0
 

@@ -93,14 +93,16 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--sets", nargs="+", choices=MAKERS, default=list(MAKERS))
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="overrides")
+    parser.add_argument("--jobs", type=int, default=1, help="seeds trained at a time")
     given = parser.parse_args()
     source = Path(os.environ.get("CNN2GNN_DATA", "../shared/data")) / "cifar10"
     for name in given.sets:
-        file = given.folder / name / "train.parquet"
+        file = given.folder.resolve() / name / "train.parquet"
         if not file.exists():
             write(name, source, file)
         line = [sys.executable, str(Path(__file__).with_name("accuracy.py")), str(file.parent)]
-        line += ["--preset", given.preset, "--seeds", *map(str, given.seeds)]
+        line += ["--preset", given.preset, "--jobs", str(given.jobs)]
+        line += ["--seeds", *map(str, given.seeds)]
         line += ["--variants", *VARIANTS[name]]
         line += ["--set", f"data.train={file}", *OPTIONS[name], *given.set]
         print(f"\n{name}\n", flush=True)
