@@ -15,8 +15,9 @@ Further runs share its packed shards, its teacher and its soft targets:
     shuffled          the student of the first run, each neighbor replaced by an arbitrary node at test time
 
 Everything is trained and evaluated by the product's own command, under torchrun. When it is run again, it continues
-with what is missing. For every row it prints accuracy (mean ± deviation over seeds), the paired difference from the control, parameters, FLOPs and
-milliseconds per image, seconds of training and images seen; ``cells.jsonl`` has the figures.
+with what is missing. For every row it prints accuracy (mean ± deviation over seeds), the paired difference from the
+control, parameters, FLOPs and milliseconds per image, seconds of training and images seen; ``cells.jsonl`` has the
+figures.
 """
 
 from __future__ import annotations
