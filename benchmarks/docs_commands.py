@@ -214,7 +214,8 @@ def _cli_fault(rest: list[str]) -> str:
     try:
         with contextlib.redirect_stderr(said):
             arguments = cli._parse(rest)
-        if getattr(arguments, "overrides", None) is not None:
+        of_a_model = getattr(arguments, "model", None) is not None  # evaluate --model MODEL IMAGES
+        if getattr(arguments, "overrides", None) is not None and not of_a_model:
             own = None if arguments.config == OWN else arguments.config
             settings.load(own, arguments.overrides)
     except UserError as error:

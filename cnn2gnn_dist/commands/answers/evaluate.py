@@ -45,7 +45,7 @@ def command(
         report_error(f"{name}: not readable as an image: {why}")
     if found.in_memory:
         _log.warning(
-            f"{found.in_memory:,} of {found.images:,} images are the same as an image of the memory: if "
+            f"{found.in_memory:,} of {found.images:,} images are, or nearly are, images of the memory: if "
             "they were trained on, the figures are too high"
         )
     output(table(found))
