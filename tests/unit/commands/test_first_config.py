@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from cnn2gnn_dist import consistency, settings
 from cnn2gnn_dist.commands.init import command as init
-from cnn2gnn_dist.commands.init import fitting, recipe, text, weights
+from cnn2gnn_dist.commands.init import fitting, recipe, speed, text, weights
 from cnn2gnn_dist.commands.init.recipe import Facts
 from cnn2gnn_dist.commands.init.sources import find_source
 from cnn2gnn_dist.commands.init.speed import Machine, Speed
