@@ -78,18 +78,24 @@ def seconds(folder: Path, stage: str) -> float:
 
 def overrides(variant: str, base: Path, options: list[str], preset: str) -> list[str]:
     """The overrides that make a variant of the preset."""
-    student = settings.load(preset, options).student
+    config = settings.load(preset, options)
+    student = config.student
+    # Soft targets are smooth by themselves; hard labels get the teacher's smoothing, or a high rate diverges.
+    no_distillation = [
+        "student.distill_weight=0",
+        f"student.label_smoothing={config.teacher.label_smoothing:g}",
+    ]
     if variant == "batch":
         return ["graph.scope=batch", "student.control=false"]
     if variant == "built_once":
         return [f"graph.refresh_epochs={student.epochs}", "student.control=false"]
     if variant == "labels":
-        return ["student.distill_weight=0"]
+        return no_distillation
     if variant == "logit_adjust":
         return ["student.logit_adjust=1"]
     control = seconds(base, "control")
     total = control + seconds(base, "teacher") + seconds(base, "targets")
-    return ["student.distill_weight=0", f"student.epochs={round(student.epochs * total / control)}"]
+    return [*no_distillation, f"student.epochs={round(student.epochs * total / control)}"]
 
 
 def rows_of(variant: str) -> dict[str, str]:
