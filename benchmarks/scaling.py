@@ -8,7 +8,9 @@ machine (tests/support/hosts.py), so their network is the machine's own: it show
 but not bandwidth. Rates are images per second of all ranks: medians over log lines (teacher, student; without the first
 ones), or a stage's images divided by its seconds (targets; refresh: the stage ``graph``, which embeds, searches,
 partitions and writes a version). Efficiency is the rate of two ranks divided by twice that of one. Shares of the
-trainings' time below the table show where the rest may have gone.
+trainings' time below the table show where the rest may have gone. Last come images per second of processor time of
+all ranks, which other work on the machine hardly changes, and their ratio to one rank's: what two ranks do in addition
+(collectives, halos, work that each does for itself). It does not show how long they wait for each other.
 """
 
 from __future__ import annotations
@@ -18,18 +20,26 @@ import json
 import shutil
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
-from cnn2gnn_dist import durable, settings
+import psutil
+
+from cnn2gnn_dist import durable, ledger, settings
 from cnn2gnn_dist.data.index.manifest import Manifest
 from tests.support import host_runs, hosts
+from tests.support.forks import Fork
 from tests.support.hosts import Host
 
 STAGES = ("pack", "index", "teacher", "targets", "student", "graph")
+RATES = {"teacher": "teacher", "targets": "targets", "student": "student", "refresh": "graph"}
+"""The stage behind each rate."""
+POLL_S = 0.1
 SKIPPED = 2
 """Log lines at the beginning of a training that include the imports of the first step."""
 LONGEST_S = 24 * 3600.0
@@ -54,8 +64,8 @@ def main() -> int:
             for way, group in ways.items():
                 run = Path(name) / "run"
                 say(f"round {number + 1}: {way}")
-                _run(group, run, given.config, given.overrides, number)
-                found[way].append(_rates(run))
+                used = _run(group, run, given.config, given.overrides, number)
+                found[way].append(_rates(run, used))
                 shutil.rmtree(run)
     print(_table(found))
     return 0
@@ -71,22 +81,60 @@ def _hosts(folder: Path) -> Iterator[tuple[Host, ...]]:
 
 def _run(
     group: tuple[Host, ...], run: Path, config: str | None, more: list[str], number: int
-) -> None:
+) -> dict[str, float]:
+    """Run all stages; return the processor time that each has taken on all ranks, in seconds."""
     if config is None:
         arguments = host_runs.micro(run, *more)
     else:
         arguments = ["--config", config, f"run.dir={run}", *more]
     arguments += ["student.control=false", "--stages", ",".join(STAGES)]
     ranks = host_runs.start(group, arguments, port=host_runs.PORT + len(group) + 2 * number)
-    for code, output in host_runs.finish(ranks, LONGEST_S):
+    until: dict[str, float] = {}
+    ended = threading.Event()
+    watching = threading.Thread(target=_watch, args=(ranks, run, until, ended))
+    watching.start()
+    try:
+        outcomes = host_runs.finish(ranks, LONGEST_S)
+    finally:
+        ended.set()
+        watching.join()
+    for code, output in outcomes:
         if code:
             raise SystemExit(f"exit code {code}\n{output[-4000:]}")
+    return {stage: until[stage] - until[before] for before, stage in pairwise(STAGES)}
 
 
-def _rates(run: Path) -> dict[str, float]:
-    """Images per second by stage, and shares of the trainings' time."""
+def _watch(
+    ranks: Sequence[Fork], run: Path, until: dict[str, float], ended: threading.Event
+) -> None:
+    """Note the processor time that all ranks have used when each stage is done."""
+    folders = {"pack": "shards", "index": "manifest"}
+    used = 0.0
+    while not ended.wait(POLL_S):
+        used = max(used, sum(map(_used, ranks)))
+        for stage in STAGES:
+            if stage not in until and (run / folders.get(stage, stage) / ledger.DONE).exists():
+                until[stage] = used
+    for stage in STAGES:
+        until.setdefault(stage, used)  # ended within the last moment
+
+
+def _used(rank: Fork) -> float:
+    """Processor time of a rank and of the processes that it has started, in seconds."""
+    total = 0.0
+    with suppress(psutil.Error):
+        top = psutil.Process(rank.pid)
+        for process in (top, *top.children(recursive=True)):
+            with suppress(psutil.Error):
+                total += sum(process.cpu_times()[:4])
+    return total
+
+
+def _rates(run: Path, used: dict[str, float]) -> dict[str, float]:
+    """Images per second by stage, shares of the trainings' time, and images per second of processor time."""
     images = len(Manifest.load(run / "manifest" / "train.arrow"))
-    views = int(settings.load(str(run / "config.yaml"), [], say).targets.views)
+    config = settings.load(str(run / "config.yaml"), [], say)
+    views = int(config.targets.views)
     found: dict[str, float] = {}
     for stage in ("teacher", "student"):
         lines = durable.read_lines(run / stage / "metrics.jsonl")
@@ -101,6 +149,9 @@ def _rates(run: Path) -> dict[str, float]:
 
     found["targets"] = images * views / seconds("targets")
     found["refresh"] = images / seconds("graph")
+    seen = {"teacher": config.teacher.epochs, "student": config.student.epochs, "targets": views}
+    for rate, stage in RATES.items():
+        found[f"{rate}: per processor second"] = images * seen.get(rate, 1) / used[stage]
     return found
 
 
@@ -112,7 +163,7 @@ def _table(found: dict[str, list[dict[str, float]]]) -> str:
     }
     alone, *_ = middle.values()
     rows = [["", *middle], ["---", *("---:" for _ in middle)]]
-    for stage in ("teacher", "targets", "student", "refresh"):
+    for stage in RATES:
         cells = [f"{one[stage]:,.0f}" for one in middle.values()]
         shares = [f" ({one[stage] / 2 / alone[stage]:.2f})" for one in list(middle.values())[1:]]
         rows.append(
@@ -126,6 +177,10 @@ def _table(found: dict[str, list[dict[str, float]]]) -> str:
             name = f"{stage}: {what}"
             cells = [form.format(one[name]) if name in one else "" for one in middle.values()]
             rows.append([name, *cells])
+    for stage in RATES:
+        name = f"{stage}: per processor second"
+        cells = [f"{one[name]:,.1f} ({one[name] / alone[name]:.2f})" for one in middle.values()]
+        rows.append([f"{stage}, images per processor second (of one rank's)", *cells])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
