@@ -96,7 +96,7 @@ def work_off(
     Raises:
         UserError: raised by ``prepare`` or for an item; no room for a single actor, or none any more; an item
             whose actors keep dying.
-    """  # noqa: DOC501
+    """
     remote = _Worker.options(num_cpus=cpus, num_gpus=gpus)  # type: ignore[attr-defined]
     count = max(1, min(actors, len(items)))
     workers = [remote.remote(prepare, arguments, os.getcwd()) for _ in range(count)]
@@ -104,22 +104,16 @@ def work_off(
     starting = {_greet(worker): worker for worker in workers}
     running: dict[Any, tuple[Any, _Task]] = {}
     free: deque[Any] = deque()
-    deadline = time.monotonic() + START_SECONDS
-    placed = lost = False
+    calls = _Calls(cpus, gpus)
     try:
         while waiting or running:
-            left = START_SECONDS if placed else max(0.0, deadline - time.monotonic())
-            done, _ = ray.wait([*running, *starting], num_returns=1, timeout=left)
-            if not done and (not placed or lost):
-                raise _no_room(cpus, gpus)
-            lost = not done and not _has_a_node(cpus, gpus)
-            if not done:
+            done = calls.first_done([*running, *starting])
+            if done is None:
                 continue
-            placed = True
-            if (worker := starting.pop(done[0], None)) is None:
-                worker, task = running.pop(done[0])
+            if (worker := starting.pop(done, None)) is None:
+                worker, task = running.pop(done)
                 try:
-                    result = _result(done[0])
+                    result = _result(done)
                 except _ActorLost as error:
                     waiting.appendleft(_again(task, error))
                     # With its node, free actors may be lost as well: the item is not charged with those.
@@ -136,6 +130,29 @@ def work_off(
     finally:
         for worker in workers:
             ray.kill(worker)
+
+
+class _Calls:
+    """Waits for calls of actors that each need this much of a node."""
+
+    def __init__(self, cpus: float, gpus: float) -> None:
+        self._need = cpus, gpus
+        self._deadline = time.monotonic() + START_SECONDS
+        self._placed = self._lost = False
+
+    def first_done(self, calls: list[Any]) -> Any | None:
+        """The first call that is done; None if none was for a while, although there is a node for actors.
+
+        Raises:
+            UserError: no actor has found room, or no node is left that has any.
+        """  # noqa: DOC501
+        left = START_SECONDS if self._placed else max(0.0, self._deadline - time.monotonic())
+        done, _ = ray.wait(calls, num_returns=1, timeout=left)
+        if not done and (not self._placed or self._lost):
+            raise _no_room(*self._need)
+        self._lost = not done and not _has_a_node(*self._need)
+        self._placed = self._placed or bool(done)
+        return done[0] if done else None
 
 
 def _greet(worker: Any) -> Any:
