@@ -19,7 +19,7 @@ from cnn2gnn_dist.data.index.manifest import Manifest
 from cnn2gnn_dist.data.reading.reader import Batch, Reader, ReaderSpec, Request
 from cnn2gnn_dist.durable import write_text
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.report.labels import LABELS, evaluated, stage_of
+from cnn2gnn_dist.report.labels import LABELS, MODELS, evaluated, stage_of
 from cnn2gnn_dist.runtime.group import collectives
 from cnn2gnn_dist.stages.compared_models import Row, StudentWithBank, compared_models
 from cnn2gnn_dist.stages.shared.context import Context, load_manifest
@@ -79,6 +79,7 @@ def run(context: Context, keys: dict[str, str]) -> list[Path]:
                     "norms": norms_of(paths.root / stage_of(compared.name)),
                 }
                 _save(context.folder, name, found)
+                _warn_of_failure(context, name, found)
 
     def report() -> None:
         from cnn2gnn_dist.report.page import write_report  # half a second: matplotlib, for rank 0
@@ -95,6 +96,17 @@ def run(context: Context, keys: dict[str, str]) -> list[Path]:
 
     collectives.alone(report)
     return [path for path in sorted(context.folder.glob("*.np*"))]
+
+
+def _warn_of_failure(context: Context, row: str, found: Predictions) -> None:
+    failure = found.failure() if row in MODELS else None
+    if failure is not None:
+        stage = stage_of(row)
+        context.warn(
+            f"{LABELS[row]}: {failure}. Its training has diverged, or was far too short: see the loss in "
+            f"{stage}/metrics.jsonl; try a smaller {'teacher' if stage == 'teacher' else 'student'}.lr, "
+            "label_smoothing or more epochs"
+        )
 
 
 def _left_out(context: Context, later: dict[int, str]) -> _LeftOut:

@@ -50,6 +50,22 @@ class Predictions:
             "ece": calibration_error(self.confidence_N, right),
         }
 
+    def failure(self) -> str | None:
+        """Why this can't be the work of a model that has learned anything; None if it may be.
+
+        A training that diverges answers one class for all images, and goes on to its end without an error.
+        """
+        images_C = np.bincount(self.label_N)
+        most = float(images_C.max() / images_C.sum())
+        accuracy = float((self.predicted_N == self.label_N).mean())
+        if (images_C > 0).sum() < 2 or accuracy > most:
+            return None
+        said = len(np.unique(self.predicted_N))
+        return (
+            f"{accuracy:.1%} of the held-out images are right, no more than by always answering the most frequent "
+            f"class ({most:.1%})" + ("; it answers one class for all of them" if said == 1 else "")
+        )
+
 
 @dataclass
 class Evaluation:

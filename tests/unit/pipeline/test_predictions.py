@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -208,3 +209,26 @@ def test_table_shows_every_model():
     old = {**row, "judged": 1_200, "left_out": 3}  # the key of earlier versions
     assert table({"student": old}).splitlines()[-1] == last
     assert last == "evaluated on 1,200 held-out images; 3 that can't be read are left out"
+
+
+@pytest.mark.parametrize(
+    ("said", "labels", "failed"),
+    [
+        ([2] * 10, [2, 2, 2, 2, 1, 1, 1, 0, 0, 0], "40.0% of .* class for all of them"),
+        ([1] * 10, [2, 2, 2, 2, 1, 1, 1, 0, 0, 0], "30.0% .*most frequent class \\(40.0%\\)"),
+        ([2, 2, 2, 0, 1, 0, 0, 0, 1, 1], [2, 2, 2, 2, 1, 1, 1, 0, 0, 0], None),
+        ([0, 1, 0, 1], [1, 0, 1, 0], "0.0% of the held-out images are right"),
+        ([1] * 5, [1] * 5, None),  # a single class: always right, and nothing to learn
+    ],
+)
+def test_answers_that_nothing_was_learned_for_are_a_failure(said, labels, failed):
+    count = len(said)
+    found = Predictions(
+        np.arange(count), np.array(said), np.ones(count, np.float32), np.array(labels)
+    )
+    failure = found.failure()
+    if failed is None:
+        assert failure is None
+    else:
+        assert re.match(failed, failure)
+        assert ("one class" in failure) == (len(set(said)) == 1)
