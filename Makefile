@@ -9,8 +9,8 @@ BIN    := $(VENV)/bin
 # With a GPU, or to choose a build: make demo TORCH="torch==2.13.0 --index-url <the index of your CUDA>"
 TORCH  ?= torch==2.13.0
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-# Files side by side: unit tests compute all the time; the others start ranks and wait for them, so that one more of
-# them at a time keeps the cores busy. The longest files are end to end, and go first.
+# Processes side by side: one more than cores, since some of them wait (for ranks that start, to begin, at the end).
+# The longest files are end to end, and go first.
 CORES  ?= 2
 BESIDE ?= $(shell expr $(CORES) + 1)
 PYTEST := $(BIN)/python -m pytest -p tests.support.processor_time
@@ -39,11 +39,11 @@ demo-memory: install
 # The linters use one core at a time, so they run next to the tests; their output comes after.
 quick: install
 	@$(MAKE) --no-print-directory lint > $(VENV)/lint.log 2>&1 & linters=$$!; \
-	CNN2GNN_QUICK=1 $(PYTEST) tests/unit --numprocesses $(CORES) --dist worksteal -m "not thorough"; tests=$$?; \
+	CNN2GNN_QUICK=1 $(PYTEST) tests/unit --numprocesses $(BESIDE) --dist worksteal -m "not thorough"; tests=$$?; \
 	wait $$linters; linted=$$?; cat $(VENV)/lint.log; exit $$((tests | linted))
 
 test: install
-	$(PYTEST) tests/unit --numprocesses $(CORES) --dist worksteal
+	$(PYTEST) tests/unit --numprocesses $(BESIDE) --dist worksteal
 	$(PYTEST) tests/end_to_end tests/multiprocess --numprocesses $(BESIDE) --dist loadfile --no-loadscope-reorder
 
 lint: install
