@@ -29,6 +29,11 @@ DECODERS = 4
 """Threads that decode images."""
 
 
+def even_size(count: int, size: int) -> int:
+    """Images per batch, at most ``size``, if all batches of ``count`` images are about equally large."""
+    return -(-count // max(1, -(-count // size)))
+
+
 class Classifier:
     """A trained model with its memory; safe to use from several threads.
 
@@ -212,7 +217,7 @@ class Classifier:
         given = inputs.expand(images)
         if self.spec.scope == "batch":  # a last image alone would have no neighbors
             everything = list(given)
-            size = -(-len(everything) // max(1, -(-len(everything) // size)))
+            size = even_size(len(everything), size)
             given = iter(everything)
         while many := list(islice(given, size)):
             yield list(self._decoders.map(lambda one: inputs.to_pixels(one, self._views), many))

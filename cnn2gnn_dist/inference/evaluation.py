@@ -15,7 +15,7 @@ import numpy as np
 
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference.calibration import calibration_error, softmax
-from cnn2gnn_dist.inference.classifier import BATCH, Classifier
+from cnn2gnn_dist.inference.classifier import BATCH, Classifier, even_size
 from cnn2gnn_dist.inference.labelled_inputs import Labelled
 from cnn2gnn_dist.inference.memory.view import Memory
 from cnn2gnn_dist.inference.network import Outputs
@@ -100,7 +100,7 @@ def evaluate(model: Classifier, images: Iterable[Labelled]) -> Evaluation:
     size, given = BATCH, iter(images)
     if model.spec.scope == "batch":  # the batches of ``predict``: all about equally large
         everything = list(given)
-        size = -(-len(everything) // max(1, -(-len(everything) // size)))
+        size = even_size(len(everything), size)
         given = iter(everything)
     found: dict[str, _Row] = {}
     unreadable: list[tuple[str, str]] = []

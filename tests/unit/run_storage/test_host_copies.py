@@ -75,15 +75,21 @@ def test_another_hosts_shares_are_in_the_record_without_being_on_this_disk(tmp_p
         assert (folder / "rank-1").read_bytes() == b"1 of %d" % step * 50
 
 
-def test_shares_of_checkpoints_that_were_pruned_before_a_record_named_them_go(tmp_path):
-    storage, stage = opened(tmp_path), tmp_path / "teacher"
+def two_checkpoints_of_which_one_is_pruned(root):
+    """The storage, the stage's folder and its copies, after both checkpoints have been sent."""
+    storage, stage = opened(root), root / "teacher"
     ledger.begin(stage, Entry("k", {}))
     copies = TrainingCopies(storage, stage, URL)
     for step in (1, 2):
         share = checkpoint(stage, step, near=False)
-        copies.send(f"step-{step:08d}", tmp_path / f"share-{step}", share)
+        copies.send(f"step-{step:08d}", root / f"share-{step}", share)
         copies.note_sent(f"step-{step:08d}", [share])
         disk.prune(disk.root_of(stage), disk.path_of(disk.root_of(stage), step), 1)
+    return storage, stage, copies
+
+
+def test_shares_of_checkpoints_that_were_pruned_before_a_record_named_them_go(tmp_path):
+    storage, _, copies = two_checkpoints_of_which_one_is_pruned(tmp_path)
 
     def objects() -> list[str]:
         return [name for name in storage.store._below("files") if "rank-1" in name]
@@ -97,14 +103,7 @@ def test_shares_of_checkpoints_that_were_pruned_before_a_record_named_them_go(tm
 
 
 def test_shares_of_the_last_pruned_checkpoint_go_with_the_finished_stage(tmp_path):
-    storage, stage = opened(tmp_path), tmp_path / "teacher"
-    ledger.begin(stage, Entry("k", {}))
-    copies = TrainingCopies(storage, stage, URL)
-    for step in (1, 2):
-        share = checkpoint(stage, step, near=False)
-        copies.send(f"step-{step:08d}", tmp_path / f"share-{step}", share)
-        copies.note_sent(f"step-{step:08d}", [share])
-        disk.prune(disk.root_of(stage), disk.path_of(disk.root_of(stage), step), 1)
+    storage, stage, _ = two_checkpoints_of_which_one_is_pruned(tmp_path)
     files = [path for path in stage.rglob("*") if path.is_file() and path.name != "begin.json"]
     ledger.finish(stage, Entry("k", {}, outputs=ledger.outputs(stage, files)))
     storage.keep_stage("teacher", made=True)
