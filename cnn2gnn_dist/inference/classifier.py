@@ -29,11 +29,6 @@ DECODERS = 4
 """Threads that decode images."""
 
 
-def even_size(count: int, size: int) -> int:
-    """Images per batch, at most ``size``, if all batches of ``count`` images are about equally large."""
-    return -(-count // max(1, -(-count // size)))
-
-
 class Classifier:
     """A trained model with its memory; safe to use from several threads.
 
@@ -217,7 +212,7 @@ class Classifier:
         given = inputs.expand(images)
         if self.spec.scope == "batch":  # a last image alone would have no neighbors
             everything = list(given)
-            size = even_size(len(everything), size)
+            size = inputs.even_size(len(everything), size)
             given = iter(everything)
         while many := list(islice(given, size)):
             yield list(self._decoders.map(lambda one: inputs.to_pixels(one, self._views), many))

@@ -15,7 +15,8 @@ import numpy as np
 
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference.calibration import calibration_error, softmax
-from cnn2gnn_dist.inference.classifier import BATCH, Classifier, even_size
+from cnn2gnn_dist.inference.classifier import BATCH, Classifier
+from cnn2gnn_dist.inference.inputs import even_size
 from cnn2gnn_dist.inference.labelled_inputs import Labelled
 from cnn2gnn_dist.inference.memory.view import Memory
 from cnn2gnn_dist.inference.network import Outputs

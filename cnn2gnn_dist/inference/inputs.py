@@ -85,6 +85,11 @@ def expand(inputs: Any, left_out: Callable[[str], None] | None = None) -> Iterat
             yield Input(f"{UNNAMED}{place}", one)
 
 
+def even_size(count: int, size: int) -> int:
+    """Images per batch, at most ``size``, if all batches of ``count`` images are about equally large."""
+    return -(-count // max(1, -(-count // size)))
+
+
 def to_pixels(given: Input, views: ViewSpec) -> Pixels:
     """Decode and render one input; a corrupt one is returned with its error."""
     try:
