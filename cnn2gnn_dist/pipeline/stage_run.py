@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -142,10 +143,14 @@ def _executed(context: Context, survey: Survey, step: Step, made: dict[str, str]
             return recorded()
 
     def recorded() -> Step:
+        seconds = time.perf_counter() - began
+        for path in files if stage.trains else ():
+            if path.name == checkpoint_folder.MANIFEST:  # a training may have been resumed
+                seconds = max(seconds, checkpoint_folder.seconds_of(path.parent))
         entry = step.record(
             digest=keys.digest(survey, stage, context.key, files),
             outputs=ledger.outputs(context.folder, files),
-            seconds=round(time.perf_counter() - began, 1),
+            seconds=round(seconds, 1),
         )
         ledger.finish(context.folder, entry)
         _log.info(f"done in {entry.seconds:.0f} s")
@@ -202,8 +207,10 @@ def _of_another_config(step: Step, folder: Path) -> bool:
     """
     if step.status is not Status.RESUME or not step.stage.trains:
         return False
-    found = checkpoint_folder.all_of(checkpoint_folder.root_of(folder))
-    return bool(found) and checkpoint_folder.read_state(found[-1])["run_id"] != step.key
+    for path in reversed(checkpoint_folder.all_of(checkpoint_folder.root_of(folder))):
+        with suppress(UserError):  # damaged: training resumes from the one before
+            return bool(checkpoint_folder.read_state(path)["run_id"] != step.key)
+    return False
 
 
 def on_rank_0(ranks: Ranks, work: Callable[[], Any]) -> Any:

@@ -33,6 +33,7 @@ from cnn2gnn_dist.stages.shared.predictions import accuracy_of
 from cnn2gnn_dist.stages.shared.training_loop import Training
 from cnn2gnn_dist.stages.shared.training_targets import open_targets
 from cnn2gnn_dist.stages.shared.whitening import whiten_first_layers
+from cnn2gnn_dist.training.checkpoint.named_state import digest
 from cnn2gnn_dist.training.sync_norm import synchronise_norms
 
 
@@ -161,11 +162,20 @@ class _GraphSchedule:
         self.close()
         root = context.folder / "graph"
         version = reusable(root, number, context.key)
+        due = number == epoch and not self.training.cursor.batch  # else a step has used it already
+        if version is None or due:
+            moment = f"step {self.training.cursor.step}, weights {digest(engine)}"
+            if version is not None and version.meta.get("moment", moment) != moment:
+                context.warn(
+                    f"the graph of epoch {epoch} was built from other weights, before this training was "
+                    "repeated: it is built again",
+                    stage="graph",
+                )
+                version = None
         if version is None:
             previous = reusable(root, number - settings.refresh_epochs, context.key)
             engine.eval()
             with engine.averaged_buffers():
-                moment = f"step {self.training.cursor.step}"
                 version = build(context, self._embed, root, number, previous, moment)
             context.say(describe(version.meta), stage="graph")
         parts = settings.partition.parts
@@ -194,11 +204,8 @@ class _GraphSchedule:
         if output.first_labels_BF is not None:
             same = output.first_labels_BF == labels[:, None]
             homophily_B = (output.weights_BF * same).sum(1)
-            if self.context.config.data.unlabelled:  # of those that have a label
-                known_B = labels >= 0
-                tally.note("homophily", homophily_B[known_B].sum() / known_B.sum().clamp(min=1))
-            else:
-                tally.note("homophily", homophily_B.mean())
+            known_B = labels >= 0  # of those that have a label
+            tally.note("homophily", (homophily_B * known_B).sum(), known_B.sum())
         tally.note("median_scale", output.scale)
         tally.note("degenerate_rows", output.degenerate)
 

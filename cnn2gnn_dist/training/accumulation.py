@@ -27,3 +27,21 @@ def accumulation_for(
     share = global_batch // world_size
     fewest = math.ceil(share / max_micro_batch)
     return next(n for n in range(fewest, share + 1) if share % n == 0)
+
+
+def small_micro_batches(
+    global_batch: int, world_size: int, accumulation: int, max_micro_batch: int, field: str
+) -> str | None:
+    """One sentence if micro-batches are less than half as large as they may be, since nothing else divides evenly.
+
+    A rank's 127 images, for example, with at most 64 at a time, are 127 micro-batches of one.
+    """
+    share = global_batch // world_size
+    micro, unit = share // accumulation, world_size * math.ceil(share / max_micro_batch)
+    if 2 * micro >= min(share, max_micro_batch):
+        return None
+    return (
+        f"a rank's {share} images of a global batch divide only into {accumulation} micro-batches of {micro}, where "
+        f"up to {max_micro_batch} would fit: slow, and BatchNorm's statistics are of few images; for larger ones "
+        f"{field}={math.ceil(global_batch / unit) * unit}"
+    )

@@ -21,6 +21,8 @@ from cnn2gnn_dist.data.index.manifest import Manifest
 from cnn2gnn_dist.data.order import Order
 from cnn2gnn_dist.data.reading.reader import Reader, ReaderSpec, Request
 from cnn2gnn_dist.data.soft_targets import write_shard
+from cnn2gnn_dist.durable import read_lines
+from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.pipeline import runner
 from cnn2gnn_dist.runtime.group import collectives
 from cnn2gnn_dist.runtime.ranks import Ranks
@@ -104,6 +106,59 @@ def best_case(folder: str) -> list[tuple[float | None, str | None]]:
     found.append(evaluated(0.9))
     collectives.alone(lambda: (root.unlink(), aside.rename(root)))
     return [*found, evaluated(0.7)]
+
+
+def training_of(folder: str, *overrides: str) -> Training:
+    """A training of ``net``, with the batches of all tests."""
+    how = [f"teacher.global_batch={G}", "teacher.zero_stage=0", *overrides]
+    config = settings.load("demo", [f"run.dir={folder}", *how])
+    return Training(
+        context_of(config, Path(folder) / "teacher"), "teacher", net(), config.teacher, G
+    )
+
+
+def observed_case(folder: str) -> list[dict[str, Any]]:
+    """The log after a step: rank 0's images have no label, two of rank 1's three labelled ones are right."""
+    training, own = training_of(folder, "data.unlabelled=true", "run.log_steps=1"), G // 2
+    training.engine.train()
+    logits = training.engine(whole_batch()[0][collectives.rank() * own :][:own])
+    labels = torch.full((own,), -1)
+    if collectives.rank():
+        labels[:3] = (logits.argmax(1)[:3] + torch.tensor([0, 0, 1])) % CLASSES
+    loss_B = F.cross_entropy(logits, labels, reduction="none", ignore_index=-1)
+    training.learn(loss_B, torch.ones(own), logits, labels)
+    training.step(batches_per_epoch=10)
+    collectives.barrier()  # rank 0 has written the line
+    return read_lines(training.metrics.path)
+
+
+def test_the_accuracy_of_labelled_images_is_that_of_all_ranks(tmp_path):
+    for (line,) in rank_group.run(observed_case, 2, str(tmp_path)):
+        assert line["labelled_accuracy"] == pytest.approx(2 / 3)
+        assert line["accuracy"] == 2 / G
+
+
+def saved_case(folder: str) -> tuple[float, str]:
+    """Seconds of training over two attempts, the first of a thousand seconds; what ``finish`` says of lost bytes."""
+    for step in (1, 2):
+        training = training_of(folder)
+        assert training.cursor.step == step - 1
+        training._began -= 1000 * (step == 1)
+        training.cursor.step = step
+        training.save()
+        training.checkpoints.settle()
+    last = disk.path_of(training.checkpoints.folder, 2)
+    (last / "rank-00000-of-00001.safetensors").write_bytes(b"")
+    with pytest.raises(UserError) as raised:
+        training.finish()
+    return disk.seconds_of(last), f"{raised.value.what}; {raised.value.remedy}"
+
+
+def test_seconds_count_all_attempts_and_only_the_last_checkpoint_is_the_result(tmp_path):
+    ((seconds, said),) = rank_group.run(saved_case, 1, str(tmp_path))
+    assert 1000 <= seconds < 2000
+    assert "step-00000002, can't be read back" in said
+    assert "resumes from step-00000001" in said
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from cnn2gnn_dist.durable import read_lines
-from cnn2gnn_dist.stages.shared.tally import Tally
+from cnn2gnn_dist.stages.shared.tally import Tally, means_of
 from cnn2gnn_dist.training.checkpoint import folder as disk
 from tests.support import REPOSITORY, watched_training
 from tests.support.forks import Fork
@@ -56,7 +56,6 @@ def test_nothing_is_read_between_log_lines(tmp_path: Path) -> None:
         lines = {"stages/shared/training_loop._log": 2, "stages/shared/tally.state": 2}
         assert of_steps(found["teacher"]) == {"training/outcome.read": 2 * STEPS, **lines}
         lines = {name: 3 for name in lines}
-        lines["stages/shared/tally.observed"] = 2  # of the epochs with a graph
         assert of_steps(found["student"]) == {"training/outcome.read": 3 * STEPS, **lines}
 
 
@@ -82,20 +81,34 @@ def test_a_diverged_step_is_named_and_never_saved(
 def test_a_tally_adds_up_as_pythons_floats_do() -> None:
     torch.manual_seed(0)
     tally, expected = Tally(torch.device("cpu")), [0.0, 0.0, 0.0]
-    seen = []
+    scale, rows, images = 0.0, 0.0, 0.0
     for _ in range(50):
         values = torch.rand(3) * 7
         tally.add(*values)
-        tally.note("scale", values[0])
-        tally.note("rows", values[1].long())
-        seen.append([float(values[0]), float(values[1].long())])
+        tally.note("median_scale", values[0])
+        tally.note("labelled_accuracy", values[1].long(), values[2].long())
+        scale, rows = scale + float(values[0]), rows + int(values[1])
+        images += int(values[2])
         expected = [total + float(value) for total, value in zip(expected, values, strict=True)]
     state: dict[str, Any] = json.loads(json.dumps(tally.state()))
     assert [state[name] for name in ("loss", "right", "samples")] == expected
-    assert state["extra"] == {"scale": [s for s, _ in seen], "rows": [r for _, r in seen]}
-    again = Tally.of([state], torch.device("cpu"))
+    assert state["noted"]["median_scale"] == [scale, 50]
+    assert state["noted"]["labelled_accuracy"] == [rows, images]
+    assert means_of(tally.noted.view(-1).tolist()) == {
+        "labelled_accuracy": rows / images,
+        "median_scale": scale / 50,
+    }
+    again = json.loads(json.dumps(Tally.of([state], torch.device("cpu")).state()))
     clocks = {"began": 0, "worked": 0}
-    assert {**again.state(), **clocks} == {**state, **clocks}
+    assert {**again, **clocks} == {**state, **clocks}
     both = Tally.of([state, state], torch.device("cpu"))
     assert both.sums.tolist() == [2 * value for value in expected]
-    assert both.observed()["rows"] == state["extra"]["rows"] * 2
+    assert both.state()["noted"]["labelled_accuracy"] == (2 * rows, 2 * images)
+
+
+def test_micro_batches_without_a_labelled_image_do_not_lower_the_accuracy() -> None:
+    """Of four labelled images, in two of ten micro-batches, three are right."""
+    tally = Tally(torch.device("cpu"))
+    for right, labelled in [(1, 1), (2, 3), *[(0, 0)] * 8]:
+        tally.note("labelled_accuracy", torch.tensor(right), torch.tensor(labelled))
+    assert means_of(tally.noted.view(-1).tolist()) == {"labelled_accuracy": 0.75}

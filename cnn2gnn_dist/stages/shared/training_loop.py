@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,20 +16,21 @@ from cnn2gnn_dist.config import StudentConfig, TeacherConfig
 from cnn2gnn_dist.data.order import Order
 from cnn2gnn_dist.data.reading.pool import ReaderPool
 from cnn2gnn_dist.data.reading.reader import Batch, Request
-from cnn2gnn_dist.errors import Preempted
+from cnn2gnn_dist.errors import Preempted, UserError
 from cnn2gnn_dist.models.normalise import shrunk
 from cnn2gnn_dist.models.precision import MixedPrecision
 from cnn2gnn_dist.runtime import preemption
 from cnn2gnn_dist.runtime.group import collectives
+from cnn2gnn_dist.stages.shared.conditions import Conditions
 from cnn2gnn_dist.stages.shared.context import Context, CorruptCount
 from cnn2gnn_dist.stages.shared.learning_rates import Late, rates_of
 from cnn2gnn_dist.stages.shared.networks import share_buffers
 from cnn2gnn_dist.stages.shared.scheduled_values import rate_at, share_kept
 from cnn2gnn_dist.stages.shared.stragglers import Stragglers
-from cnn2gnn_dist.stages.shared.tally import Tally
+from cnn2gnn_dist.stages.shared.tally import Tally, means_of
 from cnn2gnn_dist.training import ds_config, random_state
-from cnn2gnn_dist.training.accumulation import accumulation_for
-from cnn2gnn_dist.training.checkpoint.folder import root_of
+from cnn2gnn_dist.training.accumulation import accumulation_for, small_micro_batches
+from cnn2gnn_dist.training.checkpoint.folder import path_of, root_of
 from cnn2gnn_dist.training.checkpoint.manager import Checkpoints
 from cnn2gnn_dist.training.engine import Engine
 from cnn2gnn_dist.training.metrics import MetricsLog, process_memory_mb
@@ -74,6 +74,9 @@ class Training:
             settings.global_batch, world_size, settings.max_micro_batch
         )
         kind = "teacher" if isinstance(settings, TeacherConfig) else "student"
+        sizes = settings.global_batch, world_size, self.accumulation, settings.max_micro_batch
+        if small := small_micro_batches(*sizes, f"{kind}.global_batch"):
+            context.warn(small, name)
         model.compute_dtype = context.compute_dtype(kind)
         resolved = ds_config.resolve_for(
             context.deepspeed_of(kind),
@@ -108,15 +111,12 @@ class Training:
         self.cursor = Cursor()
         self.tally, self.stragglers = Tally(self.engine.device), Stragglers()
         self._saved_at = -1
+        self._began = time.perf_counter()
         self.best: float | None = None
         self._order: str | None = None
-        self.precisions: list[list[Any]] = []
-        """[step, name]: from which step on the model computed in which precision."""
-        self.norms: list[list[int]] = []
-        """[step, images]: from which step on BatchNorm has seen how many images at a time."""
+        self.conditions = Conditions()
         self._resume()
-        self._note_precision(str(model.compute_dtype).removeprefix("torch."))
-        self._note_norms(batch_of_norms(model, self.micro, world_size))
+        self._note_conditions(model)
 
     def _resume(self) -> None:
         loaded = self.checkpoints.load(self.engine, force=self.context.force)
@@ -130,8 +130,8 @@ class Training:
         self.cursor = Cursor(**extra["cursor"])
         self.corrupt.seen = {int(i): text for i, text in extra["corrupt"].items()}
         self.best, self._order = extra["best"], extra["order"]
-        self.norms = list(extra.get("norms", []))
-        self.precisions = list(extra.get("precisions", []))
+        self.conditions = Conditions.of(extra)
+        self._began -= loaded.owns[0].get("seconds", 0.0)
         if len(loaded.owns) == ranks.world_size:
             own = loaded.owns[ranks.rank]
             self.tally = Tally.of([own["tally"]], self.engine.device)
@@ -148,32 +148,17 @@ class Training:
             self.name,
         )
 
-    def _note_precision(self, name: str) -> None:
-        """Warn if ``precision=auto`` means something else here than where training began."""
-        before = self.precisions[-1][1] if self.precisions else None
-        if name == before:
-            return
-        self.precisions.append([self.cursor.step, name])
-        if before is not None:
-            self.context.warn(
-                f"this device computes in {name}, the one before in {before} until step "
-                f"{self.cursor.step}: the result differs from that of a run with either "
-                f"(precision={before} continues as before)",
-                self.name,
-            )
-
-    def _note_norms(self, images: int | None) -> None:
-        """Warn if BatchNorm resumes with another batch size: an uninterrupted run has only one."""
-        before = self.norms[-1][1] if self.norms else None
-        if images is None or images == before:
-            return
-        self.norms.append([self.cursor.step, images])
-        if before is not None:
-            self.context.warn(
-                f"BatchNorm now sees {images} images at a time, {before} until step "
-                f"{self.cursor.step}: the result differs from that of a run with either",
-                self.name,
-            )
+    def _note_conditions(self, model: MixedPrecision) -> None:
+        """Record what the result depends on, and warn if that has changed since an earlier attempt."""
+        ranks = self.context.ranks.world_size
+        for kind, now in (
+            ("precisions", str(model.compute_dtype).removeprefix("torch.")),
+            ("norms", batch_of_norms(model, self.micro, ranks)),
+            ("pools", self.micro if getattr(model, "scope", None) == "batch" else None),
+        ):
+            changed = self.conditions.note(kind, self.cursor.step, now)
+            if changed is not None:
+                self.context.warn(changed, self.name)
 
     def deferred_stop(self) -> AbstractContextManager[None]:
         """Context in which a request to stop (SIGTERM …) leads to a save at the next step."""
@@ -203,10 +188,13 @@ class Training:
             "best": self.best,
             "order": self._order,
             "late_from": self.engine.late_from,
-            "norms": self.norms,
-            "precisions": self.precisions,
+            **self.conditions.seen,
         }
-        own = {"tally": self.tally.state(), "random": random_state.capture()}
+        own = {
+            "tally": self.tally.state(),
+            "random": random_state.capture(),
+            "seconds": time.perf_counter() - self._began,
+        }
         self.metrics.flush()
         self.checkpoints.save(self.cursor.step, self.engine, extra, own, best=best)
         self._saved_at = self.cursor.step
@@ -265,8 +253,7 @@ class Training:
             right = ((logits_BC.argmax(1) == labels_B) * valid_B).sum()
             self.tally.add(loss.detach(), right, valid_B.sum())
             if self.context.config.data.unlabelled:
-                labelled = (valid_B * (labels_B >= 0)).sum().clamp(min=1)
-                self.tally.note("labelled_accuracy", right / labelled)
+                self.tally.note("labelled_accuracy", right, (valid_B * (labels_B >= 0)).sum())
 
     def step(self, batches_per_epoch: int) -> None:
         """Update the weights, advance the cursor, log and save when due.
@@ -363,8 +350,10 @@ class Training:
     def _log(self, lr: float, late_lr: float | None, batches_per_epoch: int) -> None:
         t, now = self.tally, time.perf_counter()
         device = self.engine.device
-        sums = torch.cat([t.sums, t.sums.new_tensor([t.waited, *t.own_work()])])
-        loss, right, samples, waited, *work = collectives.all_reduce_sum(sums).tolist()
+        host = t.sums.new_tensor([t.waited, *t.own_work()])
+        sums = torch.cat([t.sums, t.noted.view(-1), host])
+        loss, right, samples, *others = collectives.all_reduce_sum(sums).tolist()
+        noted, (waited, *work) = others[: t.noted.numel()], others[t.noted.numel() :]
         seconds = max(now - t.began, 1e-9)
         slow = self.stragglers.note(work, lambda text: self.context.warn(text, self.name))
         values: dict[str, float | str] = {
@@ -381,15 +370,26 @@ class Training:
             values["graph_lr"] = late_lr
         if device.type == "cuda":
             values["gpu_memory_mb"] = torch.cuda.max_memory_allocated(device) / 2**20
-        values.update({name: float(np.mean(seen)) for name, seen in t.observed().items()})
+        values.update(means_of(noted))
         self.metrics.log(self.cursor.step, **values)
         self.tally = Tally(self.engine.device)
 
     def finish(self) -> list[Path]:
-        """Return the files of the last checkpoint, at the end of training (collective)."""
+        """Return the files of the last checkpoint, at the end of training (collective).
+
+        Raises:
+            UserError: it could not be written, or not be read back.
+        """
         corrupt = self.corrupt.check()
         if corrupt:
             some = "; ".join(sorted(corrupt.values())[:3])
             self.context.warn(f"{len(corrupt)} corrupt images were left out: {some}", self.name)
         last = self.checkpoints.finish()
+        wanted = path_of(self.checkpoints.folder, self.cursor.step)
+        if last.name != wanted.name:  # it would pass for the result of the whole training
+            raise UserError(
+                f"the last checkpoint, {wanted.name}, can't be read back from disk",
+                where=str(wanted),
+                remedy=f"check the disk; the same command resumes from {last.name}",
+            )
         return [path for path in last.iterdir() if path.is_file()]

@@ -192,6 +192,12 @@ def read_owns(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
+def seconds_of(folder: Path) -> float:
+    """Seconds of training behind a checkpoint, over all attempts; 0: it is not recorded."""
+    owns = read_owns(folder)
+    return float(owns[0].get("seconds", 0.0)) if owns else 0.0
+
+
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """Return all tensors, by prefixed name (see ``named_state``).
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cnn2gnn_dist import cli, consistency, ledger, presets, settings
+from cnn2gnn_dist import cli, consistency, durable, ledger, presets, settings
 from cnn2gnn_dist.data.index.manifest import index
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.ledger import Entry, Status
@@ -12,6 +12,7 @@ from cnn2gnn_dist.pipeline import runner, stage_run
 from cnn2gnn_dist.pipeline.keys import Survey, as_made
 from cnn2gnn_dist.pipeline.registry import stages_of
 from cnn2gnn_dist.stages.shared.context import RunPaths
+from cnn2gnn_dist.training.checkpoint import folder as disk
 from tests.support.shards import write_tar
 
 
@@ -113,6 +114,23 @@ def test_stale_results_are_refused_with_the_changed_fields_then_set_aside(tmp_pa
     stage_run.prepare_folder(Survey(changed), step, update=True, force=False)
     assert (root / "student.old-1" / "output").read_text() == "student"
     assert ledger.status(root / "student", step.key)[0] is Status.RESUME
+
+
+def test_a_damaged_checkpoint_does_not_keep_an_update_from_resuming(tmp_path):
+    """The one before it tells whose they are."""
+    made = config(tmp_path)
+    make_whole(made, 2)
+    step = next(s for s in runner.plan(made) if s.stage.name == "teacher")
+    folder = tmp_path / "run" / "teacher"
+    ledger.begin(folder, step.record())
+    for number, text in ((1, {"format": disk.FORMAT, "run_id": step.key}), (2, None)):
+        disk.path_of(disk.root_of(folder), number).mkdir(parents=True)
+        if text is not None:
+            durable.write_json(disk.path_of(disk.root_of(folder), number) / disk.STATE, text)
+    step = next(s for s in runner.plan(made) if s.stage.name == "teacher")
+    assert step.status is Status.RESUME
+    stage_run.prepare_folder(Survey(made), step, update=True, force=False)
+    assert disk.path_of(disk.root_of(folder), 1).is_dir()  # not set aside
 
 
 def test_a_begun_folder_without_results_may_change_its_config(tmp_path):

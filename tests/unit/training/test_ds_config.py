@@ -13,7 +13,7 @@ import pytest
 
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.training import ds_config
-from cnn2gnn_dist.training.accumulation import accumulation_for
+from cnn2gnn_dist.training.accumulation import accumulation_for, small_micro_batches
 
 SHIPPED = ds_config.PACKAGE.parent / "ds_config.json"
 
@@ -255,6 +255,26 @@ def test_accumulation_is_the_smallest_that_fits(world: int, share: int, most: in
     assert resolved["train_batch_size"] == (
         resolved["train_micro_batch_size_per_gpu"] * found * world
     )
+
+
+@pytest.mark.parametrize(("world", "share", "most"), [(2, 127, 64), (1, 130, 64), (3, 31, 8)])
+def test_tiny_micro_batches_are_named_with_a_batch_that_has_none(
+    world: int, share: int, most: int
+) -> None:
+    sizes = world * share, world
+    said = small_micro_batches(*sizes, accumulation_for(*sizes, most), most, "teacher.global_batch")
+    assert said is not None
+    better = int(said.rpartition("teacher.global_batch=")[2]), world
+    assert better[0] >= sizes[0]
+    found = accumulation_for(*better, most)
+    assert most / 2 <= better[0] / world / found <= most
+    assert small_micro_batches(*better, found, most, "") is None
+
+
+@pytest.mark.parametrize(("share", "most"), [(128, 64), (1, 256), (100, 64), (8, 256), (3, 2)])
+def test_micro_batches_as_large_as_they_can_be_are_not_named(share: int, most: int) -> None:
+    found = accumulation_for(share, 1, most)
+    assert small_micro_batches(share, 1, found, most, "") is None
 
 
 def test_accumulation_says_the_arithmetic() -> None:
