@@ -89,7 +89,7 @@ def build(
 
     The search starts from the candidates of ``previous``, whose node → partition map is kept while
     its edge cut stays low enough, so that features and order keep their places. ``moment`` identifies the
-    weights that embed: an attempt interrupted by a kill is resumed if it has the same ``moment``.
+    weights that embed, and is recorded: an attempt interrupted by a kill is resumed if it has the same ``moment``.
 
     Raises:
         UserError: the disk is full; the complete versions stay as they are.
@@ -125,7 +125,7 @@ def build(
 
     def close() -> None:
         if context.ranks.is_first:
-            _finalise(context, writer, sizes, cut, searched, previous)
+            _finalise(context, writer, sizes, cut, searched, previous, moment)
         else:  # of a folder of another host, to which the rest is handed over
             writer.place()
 
@@ -288,12 +288,14 @@ def _finalise(
     cut_when_assigned: float,
     searched: dict[str, Any],
     previous: GraphVersion | None,
+    moment: str,
 ) -> Path:
     names = ("candidates", "labels", "part")
     table_NM, labels_N, part_N = (np.asarray(writer.array(name)) for name in names)
     return writer.finalise(
         {
             "key": context.key,
+            "moment": moment,
             "nodes": len(part_N),
             "candidates": table_NM.shape[1],
             "homophily": quality.edge_homophily(table_NM, labels_N),

@@ -371,3 +371,20 @@ def test_a_refused_command_leaves_the_config_and_models_answer_as_they_were_made
     assert found.views.size == 16
     about = checkpoint._about(disk.recorded(run / "teacher"))
     assert about["image_size"] == "16"
+
+
+def test_a_training_that_is_repeated_builds_graphs_of_its_own(micro_run, tmp_path):
+    """Its checkpoints are gone, and its micro-batches are others: the graphs on disk are of other weights."""
+    run = tmp_path / "run"
+    runs.copy_before(micro_run, run, "graph")
+    shutil.rmtree(run / "student" / "checkpoints")
+    paths = sorted((run / "student" / "graph").glob("v*/x.npy"))
+    before = {path: np.load(path) for path in paths}
+    assert len(before) == 2
+    command = runs.launch(run, "student.max_micro_batch=8")
+    code, said = runs.finish(runs.start([*command, "--stages", "student"], runs.environment()))
+    assert code == 0, said
+    assert "the graph of epoch 1 was built from other weights" in said
+    assert sorted((run / "student" / "graph").glob("v*/x.npy")) == paths
+    for path, features in before.items():
+        assert (np.load(path) != features).any(), path

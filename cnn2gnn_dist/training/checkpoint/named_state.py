@@ -9,6 +9,7 @@ sizes); the three traps of ``safe_get_full_*`` are marked.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -69,6 +70,15 @@ def push(engine: Engine, tensors: dict[str, Tensor], optimizer_step: float) -> N
         optimizer.update_lp_params()
     if stage == 3:
         _set_gathered(named, tensors)
+
+
+def digest(engine: Engine) -> str:
+    """Checksum of rank 0's fp32 weights, in any ZeRO stage (collective)."""
+    found = hashlib.sha256()
+    for name, parameter in engine.module.named_parameters():
+        found.update(name.encode() + full_weight(engine, parameter).contiguous().numpy().tobytes())
+    checksum: str = collectives.broadcast_object(found.hexdigest()[:20])
+    return checksum
 
 
 def own_buffers(engine: Engine, rank: int) -> dict[str, Tensor]:
