@@ -187,7 +187,7 @@ def _check_image_count(survey: Survey, names: list[str] | None) -> None:
     config, steps = survey.config, plan(survey.config, names, survey)
     ahead = [step.stage.name for step in steps if step.status is not Status.COMPLETE]
     train = load_manifest(RunPaths(Path(str(config.run.dir))).train_manifest)
-    preflight.check_images(config, ahead, len(train))
+    preflight.check_images(config, ahead, len(train), int((train.label_N >= 0).sum()))
 
 
 def _peer_lost(error: RuntimeError, config: Config, who: str) -> PeerLost:

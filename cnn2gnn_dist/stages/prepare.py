@@ -204,7 +204,9 @@ def index_run(context: Context) -> list[Path]:
     stages = ["student", *(("control",) if config.student.control else ())]
     if config.targets.logits is None:
         stages.insert(0, "teacher")
-    found += [f"{e.what} ({e.where})" for e in preflight.misfits(config, stages, len(whole))]
+    labelled = int((whole.label_N >= 0).sum())
+    misfits = preflight.misfits(config, stages, len(whole), labelled)
+    found += [f"{e.what} ({e.where})" for e in misfits]
     paths.train_manifest.parent.mkdir(parents=True, exist_ok=True)
     durable.remove_unfinished(paths.train_manifest.parent)
     whole.save(paths.train_manifest)

@@ -86,18 +86,27 @@ def resolve_deepspeed(
         raise UserError(error.what, where=f"{file}: {error.where}", remedy=error.remedy) from None
 
 
-def check_images(config: Config, stages: Iterable[str], images: int) -> None:
+def check_images(
+    config: Config, stages: Iterable[str], images: int, labelled: int | None = None
+) -> None:
     """Check that there are enough training images for the stages still to run.
+
+    ``labelled``: how many of them have a label, and so are neighbors; None: all.
 
     Raises:
         UserError: fewer than a global batch, or than a node's candidates in the graph.
     """
-    for wrong in misfits(config, stages, images):
+    for wrong in misfits(config, stages, images, labelled):
         raise wrong
 
 
-def misfits(config: Config, stages: Iterable[str], images: int) -> list[UserError]:
-    """Errors for everything that needs more than ``images`` training images, in the order of the stages."""
+def misfits(
+    config: Config, stages: Iterable[str], images: int, labelled: int | None = None
+) -> list[UserError]:
+    """Errors for everything that needs more than ``images`` training images, in the order of the stages.
+
+    ``labelled``: how many of them have a label, and so are neighbors; None: all.
+    """
     ahead, found = set(stages), []
     for name in _TRAINS:
         section = "teacher" if name == "teacher" else "student"
@@ -110,16 +119,17 @@ def misfits(config: Config, stages: Iterable[str], images: int) -> list[UserErro
                     remedy=f"{section}.global_batch={images} or less, or more images",
                 )
             )
-    graph = config.graph
+    graph, nodes = config.graph, images if labelled is None else labelled
     built = graph.scope == "dataset" and ahead.intersection(("student", "graph"))
-    if built and graph.candidates >= images:
-        fewer = f"graph.candidates={images - 1} or less, with graph.neighbours below it"
+    if built and graph.candidates >= nodes:
+        fewer = f"graph.candidates={nodes - 1} or less, with graph.neighbours below it"
+        kind = "training" if nodes == images else "labelled training"
         found.append(
             UserError(
-                f"{graph.candidates} candidates for each of {images} training images: there are "
-                f"only {images - 1} others",
+                f"{graph.candidates} candidates for each of {nodes} {kind} images: there are "
+                f"only {max(nodes - 1, 0)} others",
                 where="graph.candidates",
-                remedy=fewer if images > 2 else "more images",
+                remedy=fewer if nodes > 2 else "more images",
             )
         )
     return found

@@ -201,6 +201,11 @@ def test_too_few_images_are_reported_at_index(tmp_path, capsys):
     assert [e.where for e in preflight.misfits(config, ("student",), 16)] == [
         *("student.global_batch", "graph.candidates")
     ]
+    # Only labelled images are neighbors.
+    (short,) = preflight.misfits(config, stages, 64, 10)
+    assert short.what.startswith("16 candidates for each of 10 labelled training images")
+    assert short.remedy.startswith("graph.candidates=9 or less")
+    assert preflight.misfits(config, stages, 64, 17) == []
     few = ["graph.scope=batch", "graph.neighbours=4", "student.global_batch=8"]
     batch = settings.load("demo", [*run[2:], *few])
     assert preflight.misfits(batch, stages, 8) == []
