@@ -15,9 +15,9 @@ Further runs share its packed shards, its teacher and its soft targets:
     shuffled          the student of the first run, each neighbor replaced by an arbitrary node at test time
 
 Everything is trained and evaluated by the product's own command, under torchrun. When it is run again, it continues
-with what is missing. For every row it prints accuracy (mean ± deviation over seeds), the paired difference from the
-control, parameters, FLOPs and milliseconds per image, seconds of training and images seen; ``cells.jsonl`` has the
-figures.
+with what is missing; another preset or other overrides need another folder. For every row it prints accuracy (mean ±
+deviation over seeds), the paired difference from the control, parameters, FLOPs and milliseconds per image, seconds of
+training and images seen; ``cells.jsonl`` has the figures.
 """
 
 from __future__ import annotations
@@ -203,6 +203,28 @@ def _spread(values: list[float], form: str = ".2f") -> str:
     return f"{mean(values):{form}}{deviation}"
 
 
+def claim(folder: Path, preset: str, options: list[str]) -> None:
+    """Record what the folder's cells are made with: cells of a trial must not pass for those of another config.
+
+    Raises:
+        SystemExit: it has cells of another config.
+    """
+    file = folder / "config.json"
+    now = json.loads(json.dumps(settings.as_tree(settings.load(preset, options))))
+    if file.exists():
+        changed = settings.differences(json.loads(file.read_text()), now)
+        if changed:
+            raise SystemExit(f"{folder} has cells of another config: {'; '.join(changed)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(now, indent=1))
+
+
+def merged(known: list[dict[str, Any]], made: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The cells, with those just made in place of earlier ones of the same row and seed."""
+    new = {(c["row"], c["seed"]) for c in made}
+    return [c for c in known if (c["row"], c["seed"]) not in new] + made
+
+
 def main() -> int:
     """Fill in the missing cells and print the table."""
     parser = argparse.ArgumentParser(
@@ -218,7 +240,7 @@ def main() -> int:
     folder = given.folder.resolve()
     preset = str(Path(given.preset).resolve()) if Path(given.preset).is_file() else given.preset
     file = folder / "cells.jsonl"
-    folder.mkdir(parents=True, exist_ok=True)
+    claim(folder, preset, given.set)
     known = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     complete = {
         seed
@@ -232,7 +254,7 @@ def main() -> int:
     with ThreadPoolExecutor(given.jobs) as pool:
         jobs = {pool.submit(fill, seed): seed for seed in given.seeds if seed not in complete}
         for job in as_completed(jobs):
-            known = [c for c in known if c["seed"] != jobs[job]] + job.result()
+            known = merged(known, job.result())
             file.write_text("".join(json.dumps(c) + "\n" for c in known))
     print(table([json.loads(line) for line in file.read_text().splitlines()]))
     return 0
