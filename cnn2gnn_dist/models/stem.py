@@ -126,7 +126,9 @@ def load_stem(stem: nn.Module, weights: str) -> None:
     """
     state = read_weights(Path(weights), "student.weights")
     inside = {n.removeprefix("stem."): t for n, t in state.items() if n.startswith("stem.")}
-    state = inside or state
+    # A student has a classifier next to its stem. Some of timm's networks call their first layers "stem", too.
+    if len(inside) == len(state) or any(n.startswith("gnn.") for n in state):
+        state = inside
     if isinstance(stem, TimmStem) and not any(name.startswith("network.") for name in state):
         stem = stem.network
     try:

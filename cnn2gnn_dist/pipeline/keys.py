@@ -77,6 +77,11 @@ def parts(
         if found.get(name):
             before = parts_of(entry).get(name) if entry else None
             found[name] = _content_of(name, Path(found[name]), before, remedy)
+    if stem := found.get("student.stem_args", {}).get("weights"):
+        known = parts_of(entry) if entry else {_STEM: None}
+        if _STEM in known:  # records from before it counted stay valid
+            remedy = _CONTENTS["student.weights"]
+            found[_STEM] = _content_of(_STEM, Path(str(stem)), known[_STEM], remedy)
     if found.get("data.relabel"):
         before = parts_of(entry).get("data.relabel") if entry else None
         found["data.relabel"] = _relabel_list(Path(found["data.relabel"]), before)
@@ -134,6 +139,8 @@ _CONTENTS = {
     "targets.logits": "name one Parquet file",
 }
 """Fields that name a file that counts by its content, and what to do if it isn't a file."""
+_STEM = "student.stem_args.weights"
+"""The same inside a field; added to the parts, next to the field itself."""
 
 
 def _content_of(field: str, path: Path, before: str | None, remedy: str) -> str:

@@ -68,7 +68,7 @@ def compared_models(
         _load(context, cnn, "teacher")
         found.insert(0, _standalone("teacher", cnn, cnn))
     if control:
-        mlp = build_student(context.config, num_classes, "none")
+        mlp = build_student(context.config, num_classes, "none", initial=False)
         _load(context, mlp, "control")
         found.append(_standalone(CONTROL, mlp, lambda images: mlp(images).logits_BC))
     return [mirrored(one) for one in found] if context.config.evaluate.flip else found
@@ -104,8 +104,10 @@ def _of_both(name: str, one_BC: Tensor, other_BC: Tensor) -> Tensor:
 
 def self_path(student: Student, images_BHWC: Tensor) -> Tensor:
     """Logits of the self path, without any other computation (not under ZeRO-3)."""
-    x_BD = student.stem(student.normalise(images_BHWC))
-    return student.gnn.self2(F.relu(student.gnn.self1(x_BD)))
+    with student.autocast(images_BHWC.device):
+        x_BD = student.stem(student.normalise(images_BHWC))
+        logits_BC: Tensor = student.gnn.self2(F.relu(student.gnn.self1(x_BD)))
+    return logits_BC
 
 
 def label_vote(weights_BF: Tensor, labels_BF: Tensor, num_classes: int) -> Tensor:
@@ -178,7 +180,7 @@ def open_bank(context: Context) -> Neighbourhood:
 
 def _student(context: Context, num_classes: int) -> ComparedModel:
     config = context.config
-    student = build_student(config, num_classes, config.graph.scope)
+    student = build_student(config, num_classes, config.graph.scope, initial=False)
     _load(context, student, "student")
     whole = count_parameters(student)
     graph_only = sum(p.numel() for p in student.graph_parameters().values())

@@ -49,7 +49,7 @@ def run(context: Context) -> list[Path]:
     """Build the final graph; return its files."""
     config = context.config
     manifest = load_manifest(context.paths.train_manifest)
-    model = build_student(config, manifest.num_classes, "dataset")
+    model = build_student(config, manifest.num_classes, "dataset", initial=False)
     load_model(model, context.paths.root, "student")
     model.compute_dtype = context.compute_dtype("student")
     model.to(context.device).eval()

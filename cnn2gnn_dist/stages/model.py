@@ -37,7 +37,12 @@ from cnn2gnn_dist.inference.network import Network
 from cnn2gnn_dist.models.student import Student
 from cnn2gnn_dist.stages.audit_digest import digest
 from cnn2gnn_dist.stages.shared.context import Context, chunks, load_manifest
-from cnn2gnn_dist.stages.shared.networks import build_student, check_built_on, load_model
+from cnn2gnn_dist.stages.shared.networks import (
+    build_student,
+    check_built_on,
+    load_model,
+    untrained_args,
+)
 
 READ = 256
 """Images read at a time."""
@@ -79,7 +84,7 @@ def write_model(context: Context, target: Path, *, thumbnails: int | None = None
     """
     config, paths = context.config, context.paths
     train = load_manifest(paths.train_manifest)
-    student = build_student(config, train.num_classes, config.graph.scope)
+    student = build_student(config, train.num_classes, config.graph.scope, initial=False)
     load_model(student, paths.root, "student")
     with durable.disk_full_reported(target):
         target.mkdir(parents=True, exist_ok=True)
@@ -110,13 +115,12 @@ def _clear(target: Path) -> None:
 
 def _config(config: Config, train: Manifest, results: dict[str, Any] | None) -> ModelConfig:
     s, g, v = config.student, config.graph, config.views
-    untrained = {k: x for k, x in s.stem_args.items() if k not in ("pretrained", "weights")}
     return ModelConfig(
         version=__version__,
         scope=g.scope,
         student=StudentSpec(
             stem=s.stem,
-            stem_args=untrained,
+            stem_args=untrained_args(config),
             dim=s.dim,
             hidden=s.hidden,
             label_dim=s.label_dim,

@@ -18,11 +18,13 @@ from cnn2gnn_dist.data.reading.reader import Reader, ReaderSpec, Request
 from cnn2gnn_dist.data.soft_targets import Targets
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.ledger import Entry
+from cnn2gnn_dist.models.stem import build_stem
 from cnn2gnn_dist.report import page as report
 from cnn2gnn_dist.runtime.ranks import Ranks
 from cnn2gnn_dist.stages import evaluate, graph, targets
 from cnn2gnn_dist.stages.shared.context import Context, RunPaths
 from cnn2gnn_dist.stages.shared.networks import Teacher, build_student
+from cnn2gnn_dist.stages.shared.whitening import whiten_first_layers
 from cnn2gnn_dist.training.checkpoint import folder as disk
 from tests.support import rank_group, runs
 from tests.support.shards import encode_image, random_images, write_tar
@@ -97,6 +99,24 @@ def trained(here: Context) -> None:
 
 def sound(root: Path) -> np.ndarray:
     return np.setdiff1d(np.arange(TEST), BAD_TEST)
+
+
+def test_a_whitened_stem_from_a_file_keeps_its_first_layer(root: Path) -> None:
+    """The later layers were trained on it."""
+    first = build_stem("whitened_cnn", 32, 16, widths=[8])
+    save_file(first.network.state_dict(), root / "w.safetensors")
+    for args, kept in (
+        ("widths: [8]", False),
+        (f"widths: [8], weights: {root}/w.safetensors", True),
+    ):
+        here = context(
+            root, "student", "student.stem=whitened_cnn", f"student.stem_args={{{args}}}"
+        )
+        model = build_student(here.config, C, "none")
+        before = model.stem.network.first.weight.clone()
+        whiten_first_layers(here, model)
+        assert torch.equal(model.stem.network.first.weight, before) == kept
+    assert torch.equal(before, first.network.first.weight)
 
 
 def test_what_cannot_be_read_is_left_out_and_reported(root, capsys, console):

@@ -126,7 +126,7 @@ class _RunSource(Source):
         if not len(self.held):
             return None
         config, context = self.context.config, self.context
-        student = build_student(config, self.train.num_classes, config.graph.scope)
+        student = build_student(config, self.train.num_classes, config.graph.scope, False)
         load_model(student, context.paths.root, "student")
         student.to(context.device).eval()
         x_QD = np.zeros((len(self.held), config.student.dim), np.float16)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -47,11 +48,16 @@ class Teacher(MixedPrecision):
         return logits_BC
 
 
-def build_student(config: Config, num_classes: int, scope: Scope) -> Student:
-    """Build the student of a config; ``scope="none"`` is the control: the same stem, an MLP head."""
+def build_student(config: Config, num_classes: int, scope: Scope, initial: bool = True) -> Student:
+    """Build the student of a config; ``scope="none"`` is the control: the same stem, an MLP head.
+
+    ``initial``: start from the stem's pretrained weights if the config names them.
+    """
     s = config.student
     return Student(
-        build_stem(s.stem, s.dim, config.views.size, **s.stem_args),
+        build_stem(
+            s.stem, s.dim, config.views.size, **(s.stem_args if initial else untrained_args(config))
+        ),
         dim=s.dim,
         graph_dim=config.graph.dim,
         hidden=s.hidden,
@@ -62,6 +68,12 @@ def build_student(config: Config, num_classes: int, scope: Scope) -> Student:
         mean=config.views.mean,
         std=config.views.std,
     )
+
+
+def untrained_args(config: Config) -> dict[str, Any]:
+    """``student.stem_args`` without what names initial weights, which may not be there after training."""
+    given = config.student.stem_args
+    return {name: value for name, value in given.items() if name not in ("pretrained", "weights")}
 
 
 @torch.no_grad()
@@ -95,8 +107,7 @@ def check_norms(config: Config) -> None:
         UserError: a layer of the stem is of another kind (``synchronise_norms``).
     """
     s = config.student
-    untrained = {k: v for k, v in s.stem_args.items() if k not in ("pretrained", "weights")}
-    synchronise_norms(build_stem(s.stem, s.dim, config.views.size, **untrained))
+    synchronise_norms(build_stem(s.stem, s.dim, config.views.size, **untrained_args(config)))
 
 
 def load_model(model: nn.Module, root: Path, stage: str) -> None:

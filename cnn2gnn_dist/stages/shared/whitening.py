@@ -21,11 +21,14 @@ IMAGES = 5000
 def whiten_first_layers(context: Context, model: Teacher | Student) -> None:
     """Set the first layers of ``WhitenedCNN``s in the model (collective); nothing happens if there are none.
 
+    Nor if ``student.stem_args`` has loaded them from a file: the first layer there belongs to the others.
+
     Uses clean views of up to ``IMAGES`` readable training images, spread evenly over the set; computed on
     rank 0, so that all ranks are bit-identical.
     """
     networks = [m for m in model.modules() if isinstance(m, WhitenedCNN)]
-    if not networks:
+    loaded = isinstance(model, Student) and context.config.student.stem_args.get("weights")
+    if loaded or not networks:
         return
 
     def weights() -> list[Tensor]:

@@ -135,6 +135,18 @@ def test_a_timm_stem_takes_its_networks_weights_without_classifier(tmp_path: Pat
     assert torch.equal(stem.network.conv1.weight, network.conv1.weight)
 
 
+def test_a_timm_network_may_have_a_stem_of_its_own(tmp_path: Path) -> None:
+    """ConvNeXt's first layers are named "stem", as a student's stem is."""
+    args = {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]}
+    network = build_teacher("convnext_atto", 7, 64, args=args)
+    assert "stem.0.weight" in network.state_dict()
+    save_file(network.state_dict(), tmp_path / "n.safetensors")
+    stem = build_stem("convnext_atto", 16, 64, **args)
+    load_stem(stem, str(tmp_path / "n.safetensors"))
+    for name, tensor in stem.network.state_dict().items():
+        assert torch.equal(tensor, network.state_dict()[name]), name
+
+
 def test_weights_of_another_stem_are_refused(tmp_path: Path) -> None:
     save_file(build_stem("conv3", 16, 32).state_dict(), tmp_path / "s.safetensors")
     with pytest.raises(UserError, match="don't fit") as raised:
@@ -142,6 +154,16 @@ def test_weights_of_another_stem_are_refused(tmp_path: Path) -> None:
     assert "student.dim" in raised.value.remedy
     with pytest.raises(UserError, match="does not exist") as raised:
         load_stem(build_stem("conv3", 20, 32), str(tmp_path / "t.safetensors"))
+
+
+def test_a_trained_stem_needs_no_initial_weights(tmp_path: Path) -> None:
+    """What it started from may be gone, or on another machine."""
+    args = f"{{layers: [1, 1, 1, 1], channels: [8, 8, 16, 16], weights: {tmp_path}/gone.pth}}"
+    config = settings.load("demo", ["student.stem=resnet18", f"student.stem_args={args}"])
+    with pytest.raises(UserError, match="does not exist"):
+        build_student(config, 10, "none")
+    made = build_student(config, 10, "none", initial=False)
+    assert made.stem.network.layer1[0].conv1.out_channels == 8
 
 
 def test_shrunk_images_are_torchvisions() -> None:

@@ -11,6 +11,7 @@ import torch
 
 from cnn2gnn_dist import field_names, settings
 from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.ledger import Entry
 from cnn2gnn_dist.pipeline import keys
 from cnn2gnn_dist.pipeline.keys import Survey
 from cnn2gnn_dist.pipeline.registry import stages_of
@@ -110,8 +111,6 @@ def test_weights_count_by_their_content(tmp_path):
 
 
 def test_weights_that_are_gone_are_those_recorded(tmp_path):
-    from cnn2gnn_dist.ledger import Entry
-
     path = tmp_path / "w.pth"
     path.write_bytes(b"one")
     config = settings.load("demo", [f"run.dir={tmp_path}/run", f"teacher.weights={path}"])
@@ -191,6 +190,22 @@ def test_other_files_that_a_field_names_count_by_their_content(tmp_path, field, 
     with pytest.raises(UserError, match="not a") as raised:
         key_of(stage, f"{field}={tmp_path}", *more)
     assert field in raised.value.where
+
+
+def test_a_stems_file_counts_by_its_content(tmp_path):
+    path, stage = tmp_path / "w.pth", "student"
+    path.write_bytes(b"one")
+    override = f"student.stem_args={{weights: {path}}}"
+    first = key_of(stage, override)
+    path.write_bytes(b"other")
+    assert key_of(stage, override) != first
+    # A record from before it counted has no such part, and stays valid.
+    config = settings.load("demo", [f"run.dir={tmp_path}/run", override])
+    student = next(s for s in stages_of(config) if s.name == stage)
+    whole = keys.parts(config, student, {})
+    earlier = {name: value for name, value in whole.items() if name != "student.stem_args.weights"}
+    assert keys.parts(config, student, {}, Entry("", earlier)) == earlier != whole
+    assert keys.parts(config, student, {}, Entry("", whole)) == whole
 
 
 def test_with_ready_logits_there_is_no_teacher():
