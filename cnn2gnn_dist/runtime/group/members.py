@@ -52,6 +52,7 @@ class Member:
         about: its config, by dotted field.
         clock: seconds since 1970, read when all had arrived.
         problem: why it can't join.
+        device: what it computes on, "cpu" or "cuda".
     """
 
     rank: int
@@ -61,14 +62,20 @@ class Member:
     about: Mapping[str, Any] = field(default_factory=dict)
     clock: float = 0.0
     problem: UserError | None = None
+    device: str = "cpu"
 
     @classmethod
     def here(
-        cls, rank: int, about: Mapping[str, Any] | None = None, problem: UserError | None = None
+        cls,
+        rank: int,
+        about: Mapping[str, Any] | None = None,
+        problem: UserError | None = None,
+        device: str = "cpu",
     ) -> Member:
         """This process."""
-        host = socket.gethostname()
-        return cls(rank, host, f"{host} {_mounts()}", versions(), about or {}, problem=problem)
+        host, own = socket.gethostname(), about or {}
+        place = f"{host} {_mounts()}"
+        return cls(rank, host, place, versions(), own, problem=problem, device=device)
 
 
 _present: tuple[Member, ...] = ()
@@ -170,8 +177,8 @@ def meet(store: Any, own: Member, world_size: int, timeout: timedelta) -> None:
     """Exchange cards over the store; the group is then ``present`` (every rank calls this).
 
     Raises:
-        UserError: a rank can't join, ranks differ in versions or configs, or their clocks do (on every
-            rank, with the same text); or ranks did not arrive in time.
+        UserError: a rank can't join, ranks differ in versions, configs or devices, or their clocks do (on
+            every rank, with the same text); or ranks did not arrive in time.
     """
     store.set(f"member/{own.rank}", pickle.dumps(own))
     members = [
@@ -209,8 +216,8 @@ def problem_of(members: Sequence[Member]) -> UserError | None:
     failed = [(m, m.problem) for m in members if m.problem is not None]
     if failed:
         return combined_error(failed, len(members))
-    for wrong in (_versions_differ(members), _configs_differ(members), _clocks_differ(members)):
-        if wrong is not None:
+    for differ in (_versions_differ, _configs_differ, _devices_differ, _clocks_differ):
+        if (wrong := differ(members)) is not None:
             return wrong
     return None
 
@@ -273,6 +280,19 @@ def _configs_differ(members: Sequence[Member]) -> UserError | None:
                 remedy="give every rank the same config file and overrides",
             )
     return None
+
+
+def _devices_differ(members: Sequence[Member]) -> UserError | None:
+    """With ``device=auto`` each host decides for itself; NCCL and gloo would wait for each other."""
+    without = [member for member in members if member.device == "cpu"]
+    if len(without) in (0, len(members)):
+        return None
+    other = next(member for member in members if member.device != "cpu")
+    return UserError(
+        f"{_names(without)}: torch finds no GPU there, but rank {other.rank} on {other.host} has one",
+        where="device",
+        remedy="`cnn2gnn doctor` on that host shows what torch sees; device=cpu uses no GPU on any host",
+    )
 
 
 def _clocks_differ(members: Sequence[Member]) -> UserError | None:

@@ -58,7 +58,7 @@ def join(
         BoundedStore(hosted, seconds), ranks.rank, ranks.world_size, timeout
     )
     store = dist.PrefixStore(f"default_pg/{attempt}", hosted)
-    own = members.Member.here(ranks.rank, about, problem)
+    own = members.Member.here(ranks.rank, about, problem, device.type)
     members.meet(BoundedStore(store, seconds), own, ranks.world_size, timeout)
     # With the device known up front, NCCL's communicator exists when later groups split it.
     eager = device if backend == "nccl" and ranks.world_size > 1 else None

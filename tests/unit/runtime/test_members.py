@@ -52,6 +52,19 @@ def test_configs_that_differ_are_named_by_field():
     assert wrong.where == "seed"
 
 
+def test_hosts_without_a_gpu_among_hosts_with_one():
+    """With device=auto: NCCL on the first and gloo on the others would wait for each other."""
+    ranks = [member(0, device="cuda"), member(1, device="cpu"), member(2, device="cpu")]
+    wrong = problem_of(ranks)
+    assert wrong is not None
+    assert wrong.what == (
+        "rank 1 on node-1, rank 2 on node-2: torch finds no GPU there, but rank 0 on node-0 has one"
+    )
+    assert wrong.where == "device"
+    assert problem_of(ranks[1:]) is None
+    assert problem_of([member(r, device="cuda") for r in range(2)]) is None
+
+
 def test_clocks_that_differ():
     wrong = problem_of([member(0, clock=100.0), member(1, clock=100.5 + members.CLOCKS_S)])
     assert wrong is not None
