@@ -24,7 +24,8 @@ if [ "$2" != --loop ]; then
 fi
 
 echo $$ > "$note"
-trap 'rm -f "$note"; exit 0' TERM
+forget() { if [ "$(cat "$note" 2> /dev/null)" = $$ ]; then rm -f "$note"; fi; } # it may be that of the next one
+trap 'forget; exit 0' TERM
 tries=0
 while [ $tries -lt 60 ]; do
   tries=$((tries + 1))
@@ -37,4 +38,4 @@ while [ $tries -lt 60 ]; do
   sleep 10 &
   wait $!
 done
-rm -f "$note"
+forget
