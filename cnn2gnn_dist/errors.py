@@ -58,6 +58,12 @@ class PeerLost(UserError):
     exit_code = 75
 
 
+class PeerFailed(UserError):
+    """Another rank ended with an error that its user can't fix: a bug, or no memory on its GPU."""
+
+    exit_code = 1
+
+
 class ShardChanged(UserError):
     """A shard has changed since it was indexed."""
 

@@ -57,6 +57,7 @@ def run_rank(
     Raises:
         UserError: on every rank, even if rank 0 raised it in a stage that it runs alone.
         PeerLost: another rank died, or did not answer within ``cluster.timeout_s``.
+        PeerFailed: another rank raised something else than these.
         Preempted: training was asked to stop, and has saved.
         RuntimeError: torch's or ours: a bug.
     """
@@ -71,6 +72,7 @@ def run_rank(
             about = flat(tree) | {"stages": names, "update": update, "force": force}
             engine.init(ranks, device, config.cluster.timeout_s, about, problem)
             errors = exchange.ErrorExchange()
+            engine.explain_lost_peers(errors.received)
         elif problem is not None:
             raise problem
         across_hosts.check_hosts(config, device)
@@ -85,9 +87,11 @@ def run_rank(
     except UserError as error:
         _tell_others(error, errors, stays=ranks.world_size > 1 and not inside_ray)
         raise
-    except RuntimeError as error:
-        if ranks.world_size > 1 and collectives.lost_peer(error):
+    except Exception as error:
+        lost = isinstance(error, RuntimeError) and collectives.lost_peer(error)
+        if ranks.world_size > 1 and lost:
             raise errors.received() or _peer_lost(error, config, errors.silent()) from error
+        errors.publish_bug(error)
         raise
     finally:
         errors.close()

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -80,6 +80,12 @@ def init(
 
 
 _watches: list[peer_watch.PeerWatch] = []
+
+
+def explain_lost_peers(reason: Callable[[], UserError | None]) -> None:
+    """Let the watch of the peers, if there is one, end this process with the error that a peer has ended with."""
+    for watch in _watches:
+        watch.reason = reason
 
 
 def _own_gpu(ranks: Ranks) -> torch.device:

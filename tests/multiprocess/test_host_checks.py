@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from cnn2gnn_dist.runtime.group import collectives
 from cnn2gnn_dist.runtime.group.exchange import ErrorExchange, every_rank
 from cnn2gnn_dist.runtime.hosts import host_checks
 from cnn2gnn_dist.runtime.shared_files import shared_folder
+from cnn2gnn_dist.training.engine import Engine
 from tests.support import REPOSITORY, host_runs, hosts, own_folders, rank_group
 from tests.support.hosts import Host
 from tests.support.shards import make_shards, random_images
@@ -133,6 +135,29 @@ def test_a_clock_that_is_ahead(pair: tuple[Host, ...], folder: Path) -> None:
     )
 
 
+def with_a_bug(rank: int) -> None:
+    """Rank 1 raises in its third step; it says what a lost connection says."""
+    if rank == 1:
+        real = Engine.step_ahead
+
+        def step_ahead(self: Engine, *arguments: Any, **named: Any) -> Any:
+            if self.steps == 2:
+                raise ValueError("a bug: Connection refused")
+            return real(self, *arguments, **named)
+
+        Engine.step_ahead = step_ahead  # type: ignore[method-assign]
+
+
+@needs_hosts
+def test_a_bug_on_one_rank_is_not_a_lost_rank(pair: tuple[Host, ...], folder: Path) -> None:
+    """75 would have a job requeued until it has been in vain 50 times."""
+    run = folder / "runs" / "bug"
+    found = host_runs.finish(host_runs.start(pair, host_runs.micro(run), before=with_a_bug))
+    assert [code for code, _ in found] == [1, 1], found
+    assert "train.py: rank 1 on node-b: ValueError: a bug" in found[0][1]
+    assert "Traceback" in found[1][1]
+
+
 def briefly(rank: int) -> None:
     """Wait less than the 12 s that a file system normally has to answer."""
     host_checks.ANSWER_S = 1.0
@@ -237,6 +262,26 @@ def test_whether_each_host_has_a_folder_of_its_own(
     assert (
         rank_group.run(folders_of_three_hosts, 3, str(tmp_path), folders, late) == [(found, [])] * 3
     )
+
+
+def a_store_refuses(who: int) -> tuple[bool, str]:
+    """One rank's work fails with an error of the network: whether the others think that it is lost."""
+    try:
+        with collectives.uneven():
+            if collectives.rank() == who:
+                raise ConnectionRefusedError(111, "Connection refused")
+    except RuntimeError as error:
+        return collectives.lost_peer(error), str(error)
+    except ConnectionRefusedError as error:
+        return False, str(error)
+    return False, "nothing"
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_another_ranks_network_error_is_not_its_loss(who: int) -> None:
+    found = rank_group.run(a_store_refuses, 2, who)
+    assert [lost for lost, _ in found] == [False, False]
+    assert all("Connection refused" in said for _, said in found)
 
 
 def each_its_own() -> str:

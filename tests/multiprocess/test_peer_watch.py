@@ -9,8 +9,9 @@ import threading
 import pytest
 import torch.distributed as dist
 
-from cnn2gnn_dist.errors import PeerLost
+from cnn2gnn_dist.errors import PeerLost, UserError
 from cnn2gnn_dist.runtime.group import collectives
+from cnn2gnn_dist.runtime.group.exchange import ErrorExchange
 from cnn2gnn_dist.runtime.group.peer_watch import PeerWatch, SilenceTracker
 from tests.support import rank_group
 
@@ -58,9 +59,31 @@ def test_a_killed_rank_is_named(victim: int) -> None:
     assert ("rendezvous store does not answer" in survivor.output) == (victim == 0)
 
 
+def wait_for_one_with_an_error(who: int) -> str:
+    """One rank ends with an error; the other waits in a call that this does not end, as for a GPU."""
+    watch, errors = PeerWatch(store(), collectives.rank(), 2, silence_s=3.0, beat_s=0.1), ErrorExchange()
+    watch.reason = errors.received
+    collectives.barrier()
+    if collectives.rank() == who:
+        errors.publish(UserError("the disk is full", where="/scratch"))
+        os._exit(2)
+    threading.Event().wait(rank_group.GROUP_TIMEOUT_S)
+    return "never"
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_a_rank_that_ended_with_an_error_is_not_lost(who: int) -> None:
+    outcomes = rank_group.launch(
+        wait_for_one_with_an_error, 2, who, timeout=2 * rank_group.GROUP_TIMEOUT_S
+    )
+    assert [one.returncode for one in outcomes] == [2, 2], outcomes
+    said = "the disk is full" in outcomes[1 - who].output
+    assert said == (who == 1)  # one report for all, which is rank 0's
+
+
 def both_alive() -> bool:
     """Both ranks run until each has seen many heartbeats of the other; long silences would be reported."""
-    told: list[PeerLost] = []
+    told: list[UserError] = []
     watch = PeerWatch(store(), collectives.rank(), 2, silence_s=30.0, beat_s=0.01, lost=told.append)
     other = f"alive/{1 - collectives.rank()}"
     store().wait([other])

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cnn2gnn_dist.runtime.group.heartbeats import Meeting
+from cnn2gnn_dist.runtime.group.heartbeats import Meeting, PeerRaised
 
 T = TypeVar("T")
 
@@ -111,6 +111,8 @@ def lost_peer(error: RuntimeError) -> bool:
     """Whether an error means that another rank is gone or silent, not that this rank failed."""
     if isinstance(error, dist.DistBackendError | dist.DistNetworkError | dist.DistStoreError):
         return True
+    if isinstance(error, PeerRaised):  # whatever it says: a store may have refused that rank's connection
+        return False
     text = str(error)
     return any(word in text for word in ("Connection closed by peer", "Connection reset by peer",
         "Timed out waiting", "Broken pipe", "Connection refused", "gloo::"))  # fmt: skip

@@ -15,9 +15,10 @@ from typing import Any, TypeVar
 
 from torch import distributed as dist
 
-from cnn2gnn_dist.errors import PeerLost, Preempted, UserError
+from cnn2gnn_dist.errors import PeerFailed, PeerLost, Preempted, UserError, first_line
 from cnn2gnn_dist.runtime import bounded_wait
 from cnn2gnn_dist.runtime.group import collectives, members
+from cnn2gnn_dist.runtime.group.heartbeats import PeerRaised
 
 T = TypeVar("T")
 
@@ -87,6 +88,13 @@ class ErrorExchange:
         # A rank 0 without an error of its own is killed by torchrun as soon as this one has ended.
         own = _within(WAIT_S, lambda: self._store.check(["0"]))
         return bool(own) or "TORCHELASTIC_RUN_ID" not in os.environ
+
+    def publish_bug(self, error: Exception) -> None:
+        """Pass on an error of this rank that is not the user's, or the others would report a lost rank."""
+        if not isinstance(error, PeerRaised):  # that one has reached all ranks
+            name = type(error).__name__
+            what = name if first_line(error) == name else f"{name}: {first_line(error)}"
+            self.publish(PeerFailed(what, remedy="see the traceback in that rank's output"))
 
     def received(self) -> UserError | None:
         """The errors of other ranks, combined into one, when a peer is gone; None: there are none."""

@@ -29,6 +29,10 @@ LINGER_S = 10.0
 """Seconds that rank 0, with an error, waits for ranks that still work to read it."""
 
 
+class PeerRaised(RuntimeError):
+    """What another rank raised in work that all wait for, where it is not an error for the user."""
+
+
 @dataclass
 class Meeting:
     """The point where the ranks of a group meet.
@@ -53,7 +57,7 @@ class Meeting:
 
         Raises:
             UserError: a rank raised it (raised here on every rank), or had no space left on its disk.
-            RuntimeError: a rank raised something else.
+            PeerRaised: another rank raised something else.
             DistStoreError, DistNetworkError: a rank is gone, stopped, or never arrived.
         """
         call = self.store.add(f"calls/{self.rank}", 1)
@@ -107,7 +111,7 @@ class Meeting:
         if (full := durable.disk_full(error)) is not None:
             return full  # its own rank reports it likewise, when its stage ends
         if isinstance(error, Exception):
-            return RuntimeError(f"rank {self.rank}: {error!r}")
+            return PeerRaised(f"rank {self.rank}: {error!r}")
         return dist.DistStoreError(f"rank {self.rank} was asked to stop ({error!r})")
 
     def _wait(self, call: int) -> Exception | None:

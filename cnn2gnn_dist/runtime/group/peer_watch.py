@@ -3,7 +3,7 @@
 Under gloo a dead peer fails the others' next collective. Under NCCL the GPU waits for the peer and
 the host for the GPU, and torch's watchdog ends the process after the timeout without naming a rank;
 what waits in between can't be woken. So each rank writes heartbeats to the group's store, and
-exits, naming the rank, when another has been silent for a while.
+exits, naming the rank, when another has been silent for a while; or with the error that this one has ended with.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from datetime import timedelta
 from torch import distributed as dist
 
 from cnn2gnn_dist import log
-from cnn2gnn_dist.errors import PeerLost
+from cnn2gnn_dist.errors import PeerLost, UserError
 
 BEAT_S = 2.0
 SILENCE_S = 60.0
@@ -48,7 +48,10 @@ class PeerWatch:
     Args:
         store: the group's; it is cloned, so that nobody waits for the thread's requests.
         silence_s: seconds of silence after which a peer counts as lost.
-        lost: what to do then; by default the process reports it and exits with ``PeerLost``'s code.
+        lost: what to do then; by default the process reports it and exits with the error's code.
+
+    Attributes:
+        reason: returns the error with which the peer has ended, if it has passed one on; None: there is none.
     """
 
     def __init__(
@@ -59,13 +62,14 @@ class PeerWatch:
         *,
         silence_s: float = SILENCE_S,
         beat_s: float = BEAT_S,
-        lost: Callable[[PeerLost], None] | None = None,
+        lost: Callable[[UserError], None] | None = None,
     ) -> None:
+        self.reason: Callable[[], UserError | None] = lambda: None
         self._store: dist.Store = store.clone()  # type: ignore[attr-defined]  # in no stub
         self._rank = rank
         self._store.set_timeout(timedelta(seconds=silence_s))
         self._peers = [peer for peer in range(world_size) if peer != rank]
-        self._silence_s, self._beat_s, self._lost = silence_s, beat_s, lost or _exit
+        self._silence_s, self._beat_s, self._lost = silence_s, beat_s, lost or self._exit
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="peers", daemon=True)
         self._thread.start()
@@ -86,8 +90,14 @@ class PeerWatch:
             except RuntimeError:  # the host of the store is gone, or is exiting as this rank will
                 gone = "; the rendezvous store does not answer"
             if silent := silence.since(time.monotonic(), self._silence_s):
-                self._lost(_error(silent, gone))
+                self._lost(self.reason() or _error(silent, gone))
                 return
+
+    def _exit(self, error: UserError) -> None:
+        """Exit: only the end of the process wakes a thread that waits for a GPU."""
+        if self._rank == 0 or not error.shared:
+            log.report_error(error)
+        os._exit(error.exit_code)
 
 
 def _key(rank: int) -> str:
@@ -101,9 +111,3 @@ def _error(silent: Mapping[int, float], gone: str) -> PeerLost:
         where="process group",
         remedy="check that rank's last output; the same command resumes the run",
     )
-
-
-def _exit(error: PeerLost) -> None:
-    """Exit: only the end of the process wakes a thread that waits for a GPU."""
-    log.report_error(error)
-    os._exit(PeerLost.exit_code)

@@ -26,7 +26,7 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cnn2gnn_dist import log
-from cnn2gnn_dist.errors import PeerLost, Preempted, UserError, last_line
+from cnn2gnn_dist.errors import PeerFailed, PeerLost, Preempted, UserError, last_line
 from cnn2gnn_dist.runtime import preemption
 from cnn2gnn_dist.runtime.group import rendezvous
 from cnn2gnn_dist.runtime.ranks import Ranks
@@ -295,12 +295,17 @@ def verdict(failures: list[RayError], unanswered: bool) -> Exception:
         for one, cause in zip(failures, causes, strict=True)
         if cause is None
     ]
-    lost += [cause.what for cause in causes if isinstance(cause, PeerLost)]
     for cause in causes:
-        if isinstance(cause, UserError) and not isinstance(cause, PeerLost):
+        if isinstance(cause, UserError) and not isinstance(cause, PeerLost | PeerFailed):
             return cause
     if lost:
         return LostRank(lost[0])
+    if told := [cause for cause in causes if isinstance(cause, PeerFailed)]:
+        pairs = zip(failures, causes, strict=True)
+        bugs = [one for one, cause in pairs if not isinstance(cause, UserError | None)]
+        return min(bugs, key=_is_consequence) if bugs else told[0]
+    if silent := [cause.what for cause in causes if isinstance(cause, PeerLost)]:
+        return LostRank(silent[0])
     if unanswered:
         return LostRank(f"no answer; another rank failed with {last_line(failures[0])}")
     return min(failures, key=_is_consequence)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ray.exceptions import ActorDiedError, OutOfMemoryError, RayTaskError
 
-from cnn2gnn_dist.errors import PeerLost, UserError
+from cnn2gnn_dist.errors import PeerFailed, PeerLost, UserError
 from cnn2gnn_dist.runtime.ray.group import LostRank, verdict
 
 
@@ -31,3 +31,10 @@ def test_a_lost_peer_is_a_lost_rank_and_a_bug_is_none() -> None:
     assert isinstance(verdict([raised(ValueError("bug"))], unanswered=True), LostRank)
     bug, consequence = raised(ValueError("bug")), raised(RuntimeError("Connection closed by peer"))
     assert verdict([consequence, bug], False) is bug
+
+
+def test_a_bug_that_the_others_know_of_is_not_retried() -> None:
+    bug, told = raised(ValueError("bug")), PeerFailed("rank 1 on node-b: ValueError: bug")
+    assert verdict([raised(told), raised(PeerLost("rank 1 is gone")), bug], False) is bug
+    assert verdict([raised(told)], unanswered=True) is told
+    assert isinstance(verdict([raised(told), bug, ActorDiedError()], False), LostRank)
