@@ -18,6 +18,7 @@ from pathlib import Path
 
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.log import output
+from cnn2gnn_dist.runtime.hosts import allotted
 from cnn2gnn_dist.runtime.ranks import DEFAULT_PORT
 from cnn2gnn_dist.runtime.ray import probe as ray_probe
 
@@ -201,10 +202,7 @@ def _disk() -> Finding:
 
 
 def _memory() -> Finding:
-    import psutil
-
-    free = psutil.virtual_memory().available / GIB
-    cores = len(os.sched_getaffinity(0))
+    free, cores = allotted.available_memory() / GIB, allotted.cores()
     return Finding(
         "memory",
         OK if free >= 3 else WARN,
@@ -269,7 +267,7 @@ def _port() -> Finding:
 
 
 def _threads() -> Finding:
-    value, cores = os.environ.get("OMP_NUM_THREADS"), len(os.sched_getaffinity(0))
+    value, cores = os.environ.get("OMP_NUM_THREADS"), allotted.cores()
     if value is None:
         seen = "not set (ranks under Ray and torchrun use 1)"
         return Finding("OMP_NUM_THREADS", OK, seen)

@@ -21,6 +21,7 @@ from cnn2gnn_dist.models.block import Block, averaged_block
 from cnn2gnn_dist.models.cost import count_flops
 from cnn2gnn_dist.models.precision import MixedPrecision
 from cnn2gnn_dist.models.student import Student
+from cnn2gnn_dist.runtime.hosts import allotted
 from cnn2gnn_dist.stages.shared.networks import Teacher, build_student
 from cnn2gnn_dist.training.precision import choose
 
@@ -69,7 +70,7 @@ class Speed:
 
 def this_machine() -> Machine:
     """Every GPU is a rank; on CPUs each rank has one thread, so a rank for every core up to 8."""
-    cores = len(os.sched_getaffinity(0))
+    cores = allotted.cores()
     if torch.cuda.is_available():
         gpus = torch.cuda.device_count()
         return Machine(gpus, cores, "cuda", max(1, min(6, cores // gpus - 1)))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
 from typing import Any
 
 from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.runtime.hosts import allotted
 
 GRAPH = ("dim", "graph_dim", "candidates", "parts", "halo1", "halo2", "searched", "averaged")
 RUN = (
@@ -50,7 +50,7 @@ def _complete_run(run: argparse._ArgumentGroup) -> None:
     run.add_argument(
         "--gpus", type=int, metavar="G", help="GPUs per host; default 0: each rank is a core"
     )
-    run.add_argument("--cores", type=int, default=os.cpu_count() or 1, metavar="N",
+    run.add_argument("--cores", type=int, default=allotted.cores(), metavar="N",
                      help="cores per host; default: as many as here")  # fmt: skip
     run.add_argument("--gflops", type=float, metavar="F",
                      help="GFLOP/s that a rank sustains in training; default for a core: docs/sizing.md")  # fmt: skip

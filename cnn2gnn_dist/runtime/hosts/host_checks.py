@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
-import psutil
-
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.runtime import bounded_wait
+from cnn2gnn_dist.runtime.hosts import allotted
 
 T = TypeVar("T")
 
@@ -45,8 +44,8 @@ def check(ranks: int) -> None:
     check_loopback()
     check_files()
     check_shared_memory()
-    check_cores(ranks, len(os.sched_getaffinity(0)))
-    check_memory(ranks, available_memory())
+    check_cores(ranks, allotted.cores())
+    check_memory(ranks, allotted.available_memory())
 
 
 def check_rank(cache: Path | None, shares_memory: bool) -> None:
@@ -96,10 +95,15 @@ def check_room(folder: Path, least: int, remedy: str) -> None:
     """Check that a folder, or the nearest one above it that exists, has ``least`` bytes free.
 
     Raises:
-        UserError: it has less, or can't be written.
+        UserError: it has less, or can't be written or accessed.
     """
-    there = next((path for path in (folder, *folder.parents) if path.is_dir()), Path("/"))
-    room = os.statvfs(there)
+    try:
+        there = next((path for path in (folder, *folder.parents) if path.is_dir()), Path("/"))
+        room = os.statvfs(there)
+    except OSError as error:  # no permission on the way to it, or a mount that has gone stale
+        raise UserError(
+            f"this folder can't be accessed: {error.strerror}", where=str(folder), remedy=remedy
+        ) from None
     free = room.f_bavail * room.f_frsize
     if free < least or not os.access(there, os.W_OK):
         what = f"has {free / 2**20:.0f} MiB free, {least / 2**20:.0f} are needed"
@@ -193,26 +197,3 @@ def check_memory(ranks: int, available: int) -> None:
             where="run.ranks",
             remedy=f"run.ranks={max(fit, 1)}, or a machine with more memory",
         )
-
-
-def available_memory() -> int:
-    """Bytes that this process's container, or the machine, has available."""
-    found = int(psutil.virtual_memory().available)
-    for folder, most, used, cache in (
-        ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
-        (
-            "/sys/fs/cgroup/memory",
-            "memory.limit_in_bytes",
-            "memory.usage_in_bytes",
-            "total_inactive_file",
-        ),
-    ):
-        try:
-            limit = int(Path(folder, most).read_text())
-            held = int(Path(folder, used).read_text())
-            lines = Path(folder, "memory.stat").read_text().splitlines()
-            idle = next(int(line.split()[1]) for line in lines if line.split()[0] == cache)
-        except (OSError, ValueError, StopIteration):  # another version of cgroups, or "max"
-            continue
-        found = min(found, limit - held + idle)  # cached files are reclaimable
-    return found

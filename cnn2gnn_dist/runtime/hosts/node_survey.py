@@ -17,11 +17,14 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+
+from cnn2gnn_dist.runtime import bounded_wait
+from cnn2gnn_dist.runtime.hosts import allotted, host_checks
 
 PACKAGES = ("torch", "deepspeed", "ray", "dgl", "numpy", "pyarrow", "timm")
 GIB, MIB = 2**30, 2**20
@@ -72,7 +75,7 @@ def look(address: str, folder: str | None) -> Node:
     interfaces = psutil.net_if_addrs()
     named = (n for n, found in interfaces.items() if any(one.address == address for one in found))
     shared_memory = Path("/dev/shm")
-    return Node(
+    node = Node(
         host=socket.gethostname(),
         address=address,
         interface=next(named, ""),
@@ -82,11 +85,28 @@ def look(address: str, folder: str | None) -> Node:
         }
         | {name: _version(name) for name in PACKAGES},
         gpus=_gpus(),
-        cores=len(os.sched_getaffinity(0)),
-        memory=int(psutil.virtual_memory().available),
+        cores=allotted.cores(),
+        memory=allotted.available_memory(),
         shared_memory=shutil.disk_usage(shared_memory).free if shared_memory.is_dir() else 0,
-        disk=_free(folder),
     )
+
+    def free() -> str:
+        node.disk = _free(folder)
+        return ""
+
+    node.shared = _said(free)
+    return node
+
+
+def _said(look: Callable[[], str], seconds: float = 0.0) -> str:
+    """What a look at the shared folder says, which may take ``seconds``; or why there is none: the server is gone."""
+    limit = seconds + host_checks.ANSWER_S
+    try:
+        return bounded_wait.result(look, limit, "a look at the shared folder")
+    except TimeoutError:
+        return f"has not answered for {limit:g} s"
+    except OSError as error:
+        return f"can't be accessed: {error.strerror}"
 
 
 def _version(package: str) -> str:
@@ -116,12 +136,17 @@ def _free(folder: str | None) -> int:
 def write_probe(folder: str) -> tuple[str, str]:
     """On the first node, write a file with a new name for the others to find; its path, or what is wrong."""
     path = Path(folder, f".doctor-{uuid.uuid4().hex}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("here", encoding="ascii")
-    except OSError as error:
-        return "", f"can't be written: {error.strerror}"
-    return str(path), ""
+
+    def write() -> str:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("here", encoding="ascii")
+        except OSError as error:
+            return f"can't be written: {error.strerror}"
+        return ""
+
+    wrong = _said(write)
+    return "" if wrong else str(path), wrong
 
 
 def find_probe(path: str, seconds: float = PEER_SECONDS) -> str:
@@ -129,6 +154,10 @@ def find_probe(path: str, seconds: float = PEER_SECONDS) -> str:
 
     A file server's client may cache for a few seconds that a name is absent.
     """
+    return _said(lambda: _find(path, seconds), seconds)
+
+
+def _find(path: str, seconds: float) -> str:
     deadline = time.monotonic() + seconds
     while not Path(path).exists():
         if time.monotonic() > deadline:
@@ -224,6 +253,8 @@ def _receive(peer: socket.socket, count: int) -> bytes:
 
 def problems(nodes: Sequence[Node], folder: str | None) -> list[tuple[str, str]]:
     """What keeps these nodes from working together, each with its remedy; the first node is the reference."""
+    if not nodes:
+        return []
     found = [
         *_version_problems(nodes),
         *_address_problems(nodes),
@@ -232,7 +263,7 @@ def problems(nodes: Sequence[Node], folder: str | None) -> list[tuple[str, str]]
         if node.shared:
             found.append(
                 (
-                    f"{node.host}: {folder} {node.shared}",
+                    f"{node.host}: {folder or 'the current folder'} {node.shared}",
                     "storage that all nodes mount at this path",
                 )
             )

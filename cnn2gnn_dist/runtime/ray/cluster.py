@@ -13,7 +13,7 @@ import ray
 from ray.exceptions import RayError
 
 from cnn2gnn_dist.errors import UserError, first_line
-from cnn2gnn_dist.runtime.hosts import host_checks
+from cnn2gnn_dist.runtime.hosts import allotted, host_checks
 from cnn2gnn_dist.runtime.ray import probe as ray_probe
 from cnn2gnn_dist.runtime.ray import session as ray_session
 
@@ -144,7 +144,7 @@ def _start_here(cpus: int, logs: Path | None) -> None:
         with _session.environment():
             ray.init(
                 address="local",  # else Ray joins the cluster that was last started here
-                num_cpus=max(cpus, os.cpu_count() or 1),
+                num_cpus=max(cpus, allotted.cores()),
                 include_dashboard=False,
                 _node_ip_address="127.0.0.1",
                 _temp_dir=str(_session.traces.folder),

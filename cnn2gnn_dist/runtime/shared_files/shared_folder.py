@@ -74,13 +74,15 @@ def check(root: Path, may_be_separate: bool = False) -> bool:
 
 
 def _sees(path: Path) -> bool:
-    return members.wait_until(path.exists, SECONDS)
+    with _reported(path.parent, "accessed"):
+        return members.wait_until(path.exists, SECONDS)
 
 
 def _check_separate(root: Path, name: str, rank: int, answering: list[int]) -> None:
     """Check that this host sees no other host's name: the names are new, so nobody has cached their absence."""
     others = [r for r in (0, *answering) if r != rank]
-    seen = [members.name_of(r) for r in others if (root / _probe(name, r)).exists()]
+    with _reported(root, "accessed"):
+        seen = [members.name_of(r) for r in others if (root / _probe(name, r)).exists()]
     if seen:
         raise UserError(
             f"this folder is shared with {', '.join(seen)}, but not with all hosts",
@@ -109,7 +111,9 @@ def _write(path: Path) -> None:
 
 
 def _answer(root: Path, name: str, rank: int) -> None:
-    if not (root / name).exists():
+    with _reported(root, "accessed"):
+        there = (root / name).exists()
+    if not there:
         raise UserError(
             "this folder is not the one that rank 0 sees"
             if root.is_dir()
@@ -125,7 +129,9 @@ def _read(root: Path, name: str, answering: list[int]) -> None:
     def unseen() -> list[int]:
         return [rank for rank in answering if not (root / _probe(name, rank)).exists()]
 
-    if not members.wait_until(lambda: not unseen(), SECONDS):
+    with _reported(root, "accessed"):
+        all_seen = members.wait_until(lambda: not unseen(), SECONDS)
+    if not all_seen:
         hosts = ", ".join(members.name_of(rank) for rank in unseen())
         raise UserError(
             f"what {hosts} writes into this folder is not seen",
@@ -135,12 +141,12 @@ def _read(root: Path, name: str, answering: list[int]) -> None:
 
 
 @contextlib.contextmanager
-def _reported(root: Path) -> Iterator[None]:
+def _reported(root: Path, how: str = "written to") -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise UserError(
-            f"this folder can't be written to: {error.strerror}",
+            f"this folder can't be {how}: {error.strerror}",
             where=f"run.dir={root}",
             remedy="a folder on storage that all hosts mount at this path and that you can write to",
         ) from None

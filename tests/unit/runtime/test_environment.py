@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import http.server
 import resource
 import socket
@@ -164,6 +165,18 @@ def test_shared_memory_that_cannot_be_written(monkeypatch):
     monkeypatch.setattr(host_checks, "SHARED_MEMORY", Path("/proc"))
     with pytest.raises(UserError, match="nothing can be written to /proc"):
         host_checks.check_shared_memory()
+
+
+def test_a_folder_that_has_gone_stale(monkeypatch, tmp_path):
+    """As a mount whose server was set up anew: not even whether it is a folder can be asked."""
+
+    def stale(self):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(Path, "is_dir", stale)
+    with pytest.raises(UserError, match="can't be accessed: Stale file handle") as caught:
+        host_checks.check_room(tmp_path, 1, "another folder")
+    assert caught.value.where == str(tmp_path)
 
 
 # --- a cluster's address -----------------------------------------------------------------------

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import shutil
+import threading
+from pathlib import Path
 
 import pytest
 
 from cnn2gnn_dist.commands.doctor import cluster as cluster_doctor
-from cnn2gnn_dist.runtime.hosts import node_survey
+from cnn2gnn_dist.runtime.hosts import host_checks, node_survey
 from cnn2gnn_dist.runtime.hosts.node_survey import GIB, MIB, Node, Peer
 
 VERSIONS = {"python": "3.11.7", "cnn2gnn": "0.1.0", "torch": "2.13.0", "ray": "2.60.0"}
@@ -70,6 +74,36 @@ def test_a_node_without_an_answer_is_a_problem(capsys):
     assert "10.0.0.3 did not answer: No module named 'cnn2gnn_dist'" in output
     assert "--send-package" in output
     assert "2 nodes, 1 problems found" in output
+
+
+def test_no_node_answers(capsys):
+    failed = {"10.0.0.3": "No module named 'cnn2gnn_dist'"}
+    assert cluster_doctor.report([], failed, "/shared") == 1
+    assert "1 nodes, 1 problems found" in capsys.readouterr().out
+
+
+def test_a_shared_folder_whose_server_does_not_answer(tmp_path, monkeypatch):
+    """Calls into it never return; the doctor says so."""
+    back, real = threading.Event(), shutil.disk_usage
+    monkeypatch.setattr(host_checks, "ANSWER_S", 0.1)
+
+    def usage(path):
+        if path == tmp_path:
+            back.wait()
+        return real(path)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    found = node_survey.look("127.0.0.1", str(tmp_path))
+    back.set()
+    assert found.shared == "has not answered for 0.1 s"
+
+
+def test_a_shared_folder_that_has_gone_stale(tmp_path, monkeypatch):
+    def stale(self):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(Path, "exists", stale)
+    assert node_survey.find_probe(str(tmp_path / "x")) == "can't be accessed: Stale file handle"
 
 
 def test_nodes_measure_each_other():
