@@ -6,14 +6,15 @@ import argparse
 from typing import Any
 
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.runtime.hosts import allotted
 
 GRAPH = ("dim", "graph_dim", "candidates", "parts", "halo1", "halo2", "searched", "averaged")
 RUN = (
     "config",
     "teacher",
     "student",
+    "nodes",
     "gpus",
+    "cores",
     "gflops",
     "gbit",
     "image_bytes",
@@ -46,12 +47,13 @@ def _complete_run(run: argparse._ArgumentGroup) -> None:
     )
     run.add_argument("--teacher", metavar="ARCH", help="teacher.arch")
     run.add_argument("--student", metavar="STEM", help="student.stem")
-    run.add_argument("--nodes", type=int, default=1, metavar="N", help="hosts; default 1")
+    run.add_argument("--nodes", type=int, metavar="N", help="hosts; default 1")
     run.add_argument(
         "--gpus", type=int, metavar="G", help="GPUs per host; default 0: each rank is a core"
     )
-    run.add_argument("--cores", type=int, default=allotted.cores(), metavar="N",
-                     help="cores per host; default: as many as here")  # fmt: skip
+    run.add_argument(
+        "--cores", type=int, metavar="N", help="cores per host; default: as many as here"
+    )
     run.add_argument("--gflops", type=float, metavar="F",
                      help="GFLOP/s that a rank sustains in training; default for a core: docs/sizing.md")  # fmt: skip
     run.add_argument(

@@ -15,6 +15,8 @@ from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.graph import memory_model
 from cnn2gnn_dist.log import output
 from cnn2gnn_dist.pipeline import keys
+from cnn2gnn_dist.runtime.hosts import allotted
+from cnn2gnn_dist.stages.shared import preflight
 from cnn2gnn_dist.training.precision import choose
 
 NODES, GBITS = (1, 2, 4, 8, 16, 32, 64), (10, 25, 100, 400)
@@ -49,12 +51,14 @@ def command(
         as_json: print one JSON object.
 
     Raises:
-        UserError: a mistake in the config; a batch that the ranks can't share.
+        UserError: a mistake in the config; a batch that the ranks can't share, or that has more images than
+            there are.
     """
     config = settings.load(source, overrides)
     for name, given in (("images", images), ("classes", classes)):
         if given < 2:
             raise UserError(f"{name} = {given}", where=f"--{name}", remedy="at least 2")
+    preflight.check_images(config, [*estimate.trainings(config), "graph"], images)
     if cluster.flops is None and not cluster.on_gpu:
         precision = str(choose(config.precision, "cpu", {})).removeprefix("torch.")
         cluster = replace(cluster, flops=1e9 * constants.CPU_GFLOPS[precision])
@@ -214,11 +218,12 @@ def cluster_of(given: dict[str, Any]) -> Cluster:
         if given[name] is not None and not given[name] > 0:
             raise UserError(f"{name} = {given[name]}", where=f"--{name}", remedy="more than 0")
     on_gpu, gflops = bool(given["gpus"]), given["gflops"]
+    cores = given["cores"] or allotted.cores()
     return Cluster(
-        nodes=given["nodes"],
-        ranks_per_node=given["gpus"] or given["ranks"] or given["cores"],
+        nodes=given["nodes"] or 1,
+        ranks_per_node=given["gpus"] or given["ranks"] or cores,
         on_gpu=on_gpu,
         flops=None if gflops is None else 1e9 * gflops,
         bytes_per_s=None if given["gbit"] is None else given["gbit"] * 1e9 / 8,
-        cores=given["cores"],
+        cores=cores,
     )

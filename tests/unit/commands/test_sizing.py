@@ -116,6 +116,13 @@ def test_hours_follow_precision_and_the_size_of_early_epochs(capsys):
     ("options", "told"),
     [
         (["--gpus", "2"], "--gpus is only for a complete run"),
+        (["--nodes", "4"], "--nodes is only for a complete run"),
+        (["--cores", "4"], "--cores is only for a complete run"),
+        (
+            ["--classes", "10", "teacher.global_batch=1024"],
+            "1000 training images are fewer than one global batch of 1024",
+        ),
+        (["--classes", "10", "graph.candidates=1000"], "1000 candidates for each of 1000"),
         (["teacher.epochs=3"], "overrides is only for a complete run"),
         (["--classes", "10", "--dim", "64"], "--dim is only for the graph alone"),
         (["--classes", "1"], "classes = 1"),
