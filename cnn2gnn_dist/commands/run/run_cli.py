@@ -105,13 +105,7 @@ def _on_ray(config: Config, stages: list[str] | None, update: bool, force: bool)
         on_gpu = runner.choose_device(config.device) == "cuda"
         rendezvous.check_interfaces("nccl" if on_gpu else "gloo")
     with ray_cluster.running(cluster.address, ranks, logs=Path(str(config.run.dir)) / "ray-logs"):
-        on_gpu = config.device != "cpu" and ray_cluster.gpus() >= ranks
-        if config.device == "cuda" and not on_gpu:
-            raise UserError(
-                f"the config asks for {ranks} GPUs, but Ray has {ray_cluster.gpus()}",
-                where="device",
-                remedy="device=cpu, device=auto, or fewer ranks: run.ranks=…",
-            )
+        on_gpu = _on_gpu(config, ray_cluster.gpus())
         spec = ray_group.GroupSpec(
             ranks,
             cluster.cpus_per_rank,
@@ -139,6 +133,27 @@ def _on_ray(config: Config, stages: list[str] | None, update: bool, force: bool)
     for name, why in outcome[0].items():
         if why == "complete, skipped":
             stage_run.log_skipped(name)
+
+
+def _on_gpu(config: Config, gpus: int) -> bool:
+    """Whether ranks get GPUs, of which the cluster has this many.
+
+    Raises:
+        UserError: they must, and there are too few.
+    """
+    ranks = config.run.ranks
+    if config.device == "cuda" and gpus < ranks:
+        raise UserError(
+            f"the config asks for {ranks} GPUs, but Ray has {gpus}",
+            where="device",
+            remedy="device=cpu, device=auto, or fewer ranks: run.ranks=…",
+        )
+    if config.device == "auto" and 0 < gpus < ranks:
+        _log.warning(
+            f"device=auto: {ranks} ranks train on CPUs, because the cluster has only {gpus} GPUs "
+            f"(run.ranks={gpus} uses them)"
+        )
+    return config.device != "cpu" and gpus >= ranks
 
 
 def _fewer(config: Config, stages: list[str] | None) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cnn2gnn_dist import settings
-from cnn2gnn_dist.commands.run.run_cli import _fewer, _print_summary
+from cnn2gnn_dist.commands.run.run_cli import _fewer, _on_gpu, _print_summary
 from cnn2gnn_dist.errors import UserError
 
 FOUR = [
@@ -41,6 +41,17 @@ def test_a_stage_alone_is_bound_by_its_own_batches_only():
     config = settings.load("demo", [*FOUR, "cluster.min_ranks=1", "teacher.global_batch=36"])
     assert _fewer(config, ["teacher"]) == [3, 2, 1]
     assert _fewer(config, None) == [2, 1]
+
+
+def test_gpus_that_are_too_few_are_not_passed_over_in_silence(capsys, console):
+    auto, cpu, cuda = (settings.load("demo", [*FOUR, f"device={d}"]) for d in ("auto", "cpu", "cuda"))  # fmt: skip
+    assert [_on_gpu(auto, gpus) for gpus in (0, 4, 5)] == [False, True, True]
+    assert not _on_gpu(cpu, 3)
+    assert capsys.readouterr().err == ""
+    assert not _on_gpu(auto, 3)
+    assert "4 ranks train on CPUs, because the cluster has only 3 GPUs" in capsys.readouterr().err
+    with pytest.raises(UserError, match="asks for 4 GPUs, but Ray has 3"):
+        _on_gpu(cuda, 3)
 
 
 def test_results_that_were_deleted_are_asked_back(tmp_path):
