@@ -101,7 +101,13 @@ def _try_lock(path: Path, handle: int) -> Release | None:
 def _try_lock_file(path: Path, why: str) -> Release | None:
     """Create the file that serves as the lock; one whose holder is gone is removed."""
     mine = json.dumps(
-        {"host": socket.gethostname(), "pid": os.getpid(), "token": secrets.token_hex(8)}
+        {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "place": _place(),
+            "start": _start(os.getpid()),
+            "token": secrets.token_hex(8),
+        }
     )
     try:
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -142,19 +148,37 @@ def _kept_alive(path: Path, mine: str) -> Release:
 
 
 def _abandoned(path: Path) -> bool:
-    """Whether the holder of a file is gone: by its pid on this host, by its silence elsewhere."""
+    """Whether the holder of a file is gone: by its process if it would be seen here, by its silence elsewhere."""
     try:
         holder, touched = json.loads(path.read_text()), path.stat().st_mtime
-        host, pid = str(holder["host"]), int(holder["pid"])
+        place, pid, start = str(holder["place"]), int(holder["pid"]), str(holder["start"])
     except FileNotFoundError:
         return False  # released just now: the next try gets it
     except (OSError, ValueError, KeyError, TypeError):
-        host, pid, touched = "", 0, path.stat().st_mtime if path.exists() else time.time()
-    if host == socket.gethostname():
-        return not Path(f"/proc/{pid}").exists()
+        place, pid, start = "", 0, ""
+        touched = path.stat().st_mtime if path.exists() else time.time()
+    if place == _place():
+        return _start(pid) != start
     probe = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
     try:
         probe.touch()  # the file system's clock may differ from ours
         return probe.stat().st_mtime - touched > SILENT_SECONDS
     finally:
         probe.unlink(missing_ok=True)
+
+
+def _place() -> str:
+    """Where process ids mean the same as here: containers of one name may count their own, each from 1."""
+    boot = ""
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{socket.gethostname()} {boot} {os.stat('/proc/self/ns/pid').st_ino}"
+
+
+def _start(pid: int) -> str:
+    """When a process was started, which tells it from a later one with its id; "" if it has ended."""
+    try:
+        state, *more = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if state in "ZX" else more[18]  # nobody may wait for it to be gone

@@ -36,7 +36,7 @@ def test_where_there_are_no_locks_a_file_stands_for_one(tmp_path, no_locks, caps
 @pytest.mark.parametrize(("silent", "free"), [(0, False), (3600, True)])
 def test_a_holder_on_another_host_is_gone_when_it_is_silent(tmp_path, no_locks, silent, free):
     held = tmp_path / ".run.lock.held"
-    held.write_text(json.dumps({"host": "elsewhere", "pid": os.getpid()}))
+    held.write_text(json.dumps({"host": "elsewhere", "pid": os.getpid(), "place": "elsewhere"}))
     now = held.stat().st_mtime
     os.utime(held, (now - silent, now - silent))
     if free:
@@ -44,6 +44,25 @@ def test_a_holder_on_another_host_is_gone_when_it_is_silent(tmp_path, no_locks, 
     else:
         with pytest.raises(UserError, match="another process"):
             folder_lock.take(tmp_path / "run", 0)
+
+
+def test_a_holder_whose_process_id_another_process_has_now(tmp_path, no_locks):
+    """A container that is started anew gives its processes the same ids: it would wait for itself forever."""
+    folder_lock.take(tmp_path / "run", 0)
+    held = tmp_path / ".run.lock.held"
+    holder = json.loads(held.read_text())
+    assert holder["pid"] == os.getpid()
+    held.write_text(json.dumps(holder | {"start": "1"}))
+    folder_lock.take(tmp_path / "run", 1)()
+
+
+def test_a_holder_in_another_container_of_the_same_name(tmp_path, no_locks):
+    """Its process is not seen here, but it is alive."""
+    folder_lock.take(tmp_path / "run", 0)
+    held = tmp_path / ".run.lock.held"
+    held.write_text(json.dumps(json.loads(held.read_text()) | {"place": "other", "pid": 2**22}))
+    with pytest.raises(UserError, match="another process"):
+        folder_lock.take(tmp_path / "run", 0)
 
 
 def test_a_holder_says_that_it_is_alive(tmp_path, no_locks, monkeypatch):
