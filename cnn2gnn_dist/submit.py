@@ -101,7 +101,7 @@ def _submit(options: argparse.Namespace) -> int:
     from aiohttp import ClientError
 
     # Imported only now, because Ray reads how to authenticate when it is imported.
-    from ray.job_submission import JobStatus, JobSubmissionClient
+    from ray.job_submission import JobSubmissionClient
 
     from cnn2gnn_dist import (
         upload_checks,  # pydantic's models, which no other command should wait for
@@ -128,6 +128,7 @@ def _submit(options: argparse.Namespace) -> int:
     log.output(f"submitted {job}")
     if options.stop_on_interrupt:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+    later = f"if the cluster still runs: `ray job logs {job} --follow`, `ray job status {job}`"
     try:
         asyncio.run(_follow(client, job))
         found = client.get_job_info(job)
@@ -141,14 +142,26 @@ def _submit(options: argparse.Namespace) -> int:
         raise UserError(
             f"the job server stopped answering: {first_line(error)}",
             where=where,
-            remedy=f"if the cluster still runs: `ray job logs {job} --follow`, `ray job status {job}`",
+            remedy=later,
         ) from None
-    log.output(f"{job}: {found.status.value}")
-    if found.driver_exit_code is None and found.status == JobStatus.FAILED and found.message:
+    return exit_code(job, found, where, later)
+
+
+def exit_code(job: str, found: Any, where: str, later: str) -> int:
+    """Report how a job has ended (Ray's JobDetails), and return its exit code.
+
+    Raises:
+        UserError: it has not: the server has closed the log, as when it is restarted.
+    """
+    state = found.status.value
+    if not found.status.is_terminal():
+        raise UserError(f"the log of {job} ended, but it is {state}", where=where, remedy=later)
+    log.output(f"{job}: {state}")
+    if found.driver_exit_code is None and state == "FAILED" and found.message:
         _log.warning(
             found.message.strip()
         )  # it never started: its environment could not be created
-    return 0 if found.status == JobStatus.SUCCEEDED else found.driver_exit_code or 1
+    return 0 if state == "SUCCEEDED" else found.driver_exit_code or 1
 
 
 def _runtime_env(folder: Path, options: argparse.Namespace, scratch: str) -> dict[str, Any]:

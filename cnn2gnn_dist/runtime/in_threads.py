@@ -12,8 +12,9 @@ AT_ONCE = 8
 
 
 def each(work: Callable[[str], None], names: Sequence[str]) -> None:
-    """Do the work for all names, several at a time; raises the first name's error when all have ended.
+    """Do the work for all names, several at a time; after an error for no others: raises it when all have ended.
 
+    A store that is lost would otherwise be asked for every name in turn, each time until the last retry.
     Threads are daemons, unlike those of an executor: a process that has failed does not stay alive until
     everything is uploaded, or until the last retry on a silent store has failed.
     """
@@ -21,7 +22,7 @@ def each(work: Callable[[str], None], names: Sequence[str]) -> None:
 
     def run() -> None:
         with contextlib.suppress(IndexError):
-            while True:
+            while not errors:
                 name = left.popleft()
                 try:
                     work(name)

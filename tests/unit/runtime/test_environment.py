@@ -248,6 +248,22 @@ def test_a_token_is_looked_for_where_ray_does(tmp_path):
     ]
 
 
+def test_a_job_whose_log_ends_before_it_has_not_failed(capsys):
+    """The exit code of a run that goes on would be read as that of one that failed."""
+    from ray.job_submission import JobDetails, JobStatus, JobType
+
+    def code(status, exit_code=None):
+        job = JobDetails(type=JobType.SUBMISSION, status=status, entrypoint="x", driver_exit_code=exit_code)  # fmt: skip
+        return submit.exit_code("job-1", job, "--address x", "`ray job logs job-1 --follow`")
+
+    found = [code(JobStatus.SUCCEEDED, 0), code(JobStatus.FAILED, 75), code(JobStatus.STOPPED)]
+    assert found == [0, 75, 1]
+    assert capsys.readouterr().out == "job-1: SUCCEEDED\njob-1: FAILED\njob-1: STOPPED\n"
+    with pytest.raises(UserError, match="the log of job-1 ended, but it is RUNNING") as caught:
+        code(JobStatus.RUNNING)
+    assert "--follow" in caught.value.remedy
+
+
 # --- files sent with a job ---------------------------------------------------------------------
 
 
