@@ -39,7 +39,7 @@ def check_hosts(config: Config, device: str) -> None:
     """  # noqa: DOC501
     if collectives.world_size() == 1:
         return
-    cache = config.stream.cache_dir
+    cache = _cache(config)
     shares = device == "cuda" or config.graph.sampling.sampler == "distdgl"
     root = Path(str(config.run.dir))
 
@@ -49,9 +49,9 @@ def check_hosts(config: Config, device: str) -> None:
     )  # other sources are read from packed shards
 
     def look() -> None:
-        own = [Path(cache)] if cache else []
+        own = [cache] if cache else []
         host_checks.check_answers([root, *own, *(data if reads else [])])
-        host_checks.check_rank(own[0] if own else None, shares)
+        host_checks.check_rank(cache, shares)
 
     exchange.every_rank(look)
     storage = config.run.storage
@@ -90,10 +90,21 @@ def _shared(what: str, where: str, remedy: str) -> UserError:
     return error
 
 
+def _names(given: str | list[str] | None) -> list[str]:
+    return [given] if isinstance(given, str) else given or []
+
+
 def _local(given: str | list[str] | None) -> list[Path]:
     """The local images or shards that a field names; of each name the part before any wildcard."""
-    names = [given] if isinstance(given, str) else given or []
-    return [Path(re.split(r"[*?\[{]", n)[0] or ".") for n in names if not is_remote(n)]
+    return [Path(re.split(r"[*?\[{]", n)[0] or ".") for n in _names(given) if not is_remote(n)]
+
+
+def _cache(config: Config) -> Path | None:
+    """This host's folder for copies of remote shards; None if the run keeps none."""
+    data, stream = config.data, config.stream
+    remote = any(map(is_remote, [*_names(data.train), *_names(data.test)]))
+    kept = data.source == "shards" and remote and stream.cache_bytes
+    return Path(stream.cache_dir).expanduser() if kept else None
 
 
 def bfloat16_everywhere(config: Config, device: str) -> bool:

@@ -24,6 +24,8 @@ from tests.support.hosts import Host
 from tests.support.shards import make_shards, random_images
 
 needs_hosts = hosts.needed()
+REMOTE = ["data.source=shards", "data.train=s3://images/shard-{0..9}.tar"]
+"""Shards of which each host would keep copies."""
 
 
 def as_debian_resolves(pair: tuple[Host, ...], folder: Path) -> None:
@@ -112,7 +114,7 @@ def test_interfaces_and_room(pair: tuple[Host, ...], folder: Path) -> None:
         host.tmpfs(Path(place), "1m")
     try:
         served = ["graph.sampling.sampler=distdgl", "graph.sampling.query=table"]
-        said = refused(pair, folder, *served, "stream.cache_dir=/tmp/home")
+        said = refused(pair, folder, *served, *REMOTE, "stream.cache_dir=~")
     finally:
         for host, place in zip(pair, ("/dev/shm", "/tmp/home"), strict=True):
             host.shell(f"umount {place}")
@@ -175,7 +177,7 @@ def test_a_file_server_that_is_gone(pair: tuple[Host, ...], folder: Path, what: 
     given = {
         "run.dir": [f"run.dir={place}/run"],
         "shards": ["data.source=shards", f"data.train={place}/*.tar"],
-        "cache": [f"stream.cache_dir={place}"],
+        "cache": [*REMOTE, f"stream.cache_dir={place}"],
     }
     try:
         said = refused(pair, folder, *given[what], before=briefly)

@@ -52,7 +52,7 @@ def check_rank(cache: Path | None, shares_memory: bool) -> None:
     """Check that this host has room for a rank, before it trains.
 
     Args:
-        cache: folder of cached shards, if there is one.
+        cache: folder of cached shards, if the run caches any.
         shares_memory: processes of the rank use /dev/shm: NCCL's, or DGL's.
 
     Raises:
