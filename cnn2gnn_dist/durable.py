@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -61,7 +62,8 @@ def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
     Raises:
         UserError: the disk is full.
     """
-    name = f".{path.name}.{os.getpid()}.tmp" if shared else f"{path.name}.tmp"
+    # Not the process's id: in containers, processes of several hosts have the same.
+    name = f".{path.name}.{secrets.token_hex(4)}.tmp" if shared else f"{path.name}.tmp"
     temporary = path.with_name(name)
     try:
         with disk_full_reported(path):

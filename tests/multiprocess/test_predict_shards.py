@@ -44,6 +44,7 @@ def test_ranks_share_the_inputs_and_a_second_call_makes_what_is_missing(asked, t
     assert [rank.returncode for rank in ranks] == [0, 0]
     shares = [re.search(r": (\d+ images) of ", text) for text in told]
     assert sorted(share[1] for share in shares) == ["6 images", "9 images"]
+    assert "(the share of rank 1 of 2)" in told[1]
     expected = Classifier.open(model, device="cpu").predict(inputs, top=3)
     found = [row for n in range(5) for row in pq.read_table(out / f"part-{n}.parquet").to_pylist()]
     assert [row["image"] for row in found] == [a.name for a in expected]
@@ -52,9 +53,12 @@ def test_ranks_share_the_inputs_and_a_second_call_makes_what_is_missing(asked, t
     )
 
     (out / "part-3.parquet").unlink()
+    left = out / ".part-3.parquet.0123abcd.tmp"  # of a process that was killed
+    left.touch()
     call = ["predict", "--model", str(model), *inputs, "--out", f"{out}/"]
     assert cli.main(call) == 0
     assert "3 images of 1 inputs, 4 inputs were already answered" in capsys.readouterr().out
+    assert not left.exists()
     os.utime(tmp_path / "part-1" / "2.png", (1, 1))  # changed since it was answered
     assert cli.main(call) == 0
     assert "3 images of 1 inputs, 4 inputs were already answered" in capsys.readouterr().out

@@ -31,8 +31,12 @@ class Writer(Protocol):
         """Write one answer."""
 
 
-def writer_of(path: Path) -> AbstractContextManager[Writer]:
+def writer_of(path: Path, *, shared: bool = False) -> AbstractContextManager[Writer]:
     """Open a file of answers, whose suffix gives its format; it appears once it is complete.
+
+    Args:
+        path: the file.
+        shared: another process may be writing the same answers (``durable.replacing``).
 
     Raises:
         UserError: unknown suffix; the folder is missing or can't be written to.
@@ -48,12 +52,12 @@ def writer_of(path: Path) -> AbstractContextManager[Writer]:
             "the folder does not exist", where=str(path.parent), remedy="create it first"
         )
     durable.check_writable(path)
-    return _opened(path, path.suffix.lower())
+    return _opened(path, path.suffix.lower(), shared)
 
 
 @contextmanager
-def _opened(path: Path, kind: str) -> Iterator[Writer]:
-    with durable.replacing(path) as temporary:
+def _opened(path: Path, kind: str, shared: bool) -> Iterator[Writer]:
+    with durable.replacing(path, shared=shared) as temporary:
         if kind == ".parquet":
             with _parquet(temporary) as write:
                 yield write

@@ -9,6 +9,7 @@ after an interruption.
 
 from __future__ import annotations
 
+import glob
 import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -97,7 +98,8 @@ def command(
                 done, failed = done + images_done, failed + len(failures)
     before = len(mine) - len(left)
     already = f", {before} inputs were already answered" if before else ""
-    output(f"answers  {folder}: {done:,} images of {len(left)} inputs{already}")
+    share = f" (the share of rank {ranks.rank} of {ranks.world_size})" * (ranks.world_size > 1)
+    output(f"answers  {folder}: {done:,} images of {len(left)} inputs{already}{share}")
     return 1 if failed else 0
 
 
@@ -108,7 +110,10 @@ def _answer(classifier: Classifier, asked: Asked, task: Task) -> Counted:
     answers = classifier.stream(
         [given], top=asked.top, neighbours=NEIGHBOURS, coverage=asked.coverage
     )
-    with writer_of(target) as write:
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
+        left.unlink(missing_ok=True)  # of one that was killed; one that is not gone must not replace ours
+    # An actor that is cut off is given up, but may still be writing.
+    with writer_of(target, shared=True) as write:
         for answer in answers:
             if answer.error is not None:
                 failures.append(f"{answer.name}: not readable as an image: {answer.error}")

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import json
 import os
 import tarfile
 
@@ -176,3 +177,25 @@ def test_exports_that_are_refused_create_nothing(model, tmp_path, capsys):
     assert export(model.folder, tmp_path / "e") == 0
     assert export(model.folder, tmp_path / "e", "--force") == 0
     assert not (tmp_path / ".e.old").exists()
+
+
+def test_two_processes_that_write_the_same_answers_do_not_mix_them(tmp_path):
+    """Such as an actor that Ray has given up because its node is cut off, and the one that took its input."""
+    from cnn2gnn_dist.commands.answers.answer_files import writer_of
+    from cnn2gnn_dist.inference.answers import Answer
+
+    path, answers = tmp_path / "a.jsonl", [Answer(f"{number}.png") for number in range(3)]
+
+    def names():
+        return [json.loads(line)["image"] for line in path.read_text().splitlines()]
+
+    with writer_of(path, shared=True) as given_up:
+        given_up(answers[0])
+        with writer_of(path, shared=True) as write:
+            for answer in answers:
+                write(answer)
+        assert names() == ["0.png", "1.png", "2.png"]
+        given_up(answers[1])
+        given_up(answers[2])
+    assert names() == ["0.png", "1.png", "2.png"]
+    assert [found.name for found in tmp_path.iterdir()] == [path.name]
