@@ -61,7 +61,10 @@ def test_a_killed_rank_is_named(victim: int) -> None:
 
 def wait_for_one_with_an_error(who: int) -> str:
     """One rank ends with an error; the other waits in a call that this does not end, as for a GPU."""
-    watch, errors = PeerWatch(store(), collectives.rank(), 2, silence_s=3.0, beat_s=0.1), ErrorExchange()
+    watch, errors = (
+        PeerWatch(store(), collectives.rank(), 2, silence_s=3.0, beat_s=0.1),
+        ErrorExchange(),
+    )
     watch.reason = errors.received
     collectives.barrier()
     if collectives.rank() == who:

@@ -111,7 +111,9 @@ def _answer(classifier: Classifier, asked: Asked, task: Task) -> Counted:
         [given], top=asked.top, neighbours=NEIGHBOURS, coverage=asked.coverage
     )
     for left in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
-        left.unlink(missing_ok=True)  # of one that was killed; one that is not gone must not replace ours
+        left.unlink(
+            missing_ok=True
+        )  # of one that was killed; one that is not gone must not replace ours
     # An actor that is cut off is given up, but may still be writing.
     with writer_of(target, shared=True) as write:
         for answer in answers:

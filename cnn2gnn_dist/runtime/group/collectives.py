@@ -111,7 +111,9 @@ def lost_peer(error: RuntimeError) -> bool:
     """Whether an error means that another rank is gone or silent, not that this rank failed."""
     if isinstance(error, dist.DistBackendError | dist.DistNetworkError | dist.DistStoreError):
         return True
-    if isinstance(error, PeerRaised):  # whatever it says: a store may have refused that rank's connection
+    if isinstance(
+        error, PeerRaised
+    ):  # whatever it says: a store may have refused that rank's connection
         return False
     text = str(error)
     return any(word in text for word in ("Connection closed by peer", "Connection reset by peer",

@@ -253,7 +253,9 @@ def test_a_job_whose_log_ends_before_it_has_not_failed(capsys):
     from ray.job_submission import JobDetails, JobStatus, JobType
 
     def code(status, exit_code=None):
-        job = JobDetails(type=JobType.SUBMISSION, status=status, entrypoint="x", driver_exit_code=exit_code)  # fmt: skip
+        job = JobDetails(
+            type=JobType.SUBMISSION, status=status, entrypoint="x", driver_exit_code=exit_code
+        )
         return submit.exit_code("job-1", job, "--address x", "`ray job logs job-1 --follow`")
 
     found = [code(JobStatus.SUCCEEDED, 0), code(JobStatus.FAILED, 75), code(JobStatus.STOPPED)]

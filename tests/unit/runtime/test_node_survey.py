@@ -93,6 +93,7 @@ def test_a_shared_folder_whose_server_does_not_answer(tmp_path, monkeypatch):
         return real(path)
 
     monkeypatch.setattr(shutil, "disk_usage", usage)
+    monkeypatch.setattr(node_survey, "_gpus", list)
     found = node_survey.look("127.0.0.1", str(tmp_path))
     back.set()
     assert found.shared == "has not answered for 0.1 s"
