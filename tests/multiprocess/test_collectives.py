@@ -191,7 +191,7 @@ def raising() -> list[tuple[str, str]]:
 def test_what_one_rank_raises_is_raised_on_all() -> None:
     first, second = rank_group.run(raising, 2)
     own = [("KeyError", f"rank {r} has no room") for r in (0, 1)]
-    told = [("RuntimeError", f"rank {r}: KeyError('rank {r} has no room')") for r in (0, 1)]
+    told = [("PeerRaised", f"rank {r}: KeyError('rank {r} has no room')") for r in (0, 1)]
     both = [("UserError", f"rank {r} has no room") for r in (0, 1)]
     assert first == [*both, own[0], told[1]]
     assert second == [*both, told[0], own[1]]

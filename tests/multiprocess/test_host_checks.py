@@ -114,7 +114,8 @@ def test_interfaces_and_room(pair: tuple[Host, ...], folder: Path) -> None:
         host.tmpfs(Path(place), "1m")
     try:
         served = ["graph.sampling.sampler=distdgl", "graph.sampling.query=table"]
-        said = refused(pair, folder, *served, *REMOTE, "stream.cache_dir=~")
+        home = {"HOME": "/tmp/home"}
+        said = refused(pair, folder, *served, *REMOTE, "stream.cache_dir=~", **home)
     finally:
         for host, place in zip(pair, ("/dev/shm", "/tmp/home"), strict=True):
             host.shell(f"umount {place}")
