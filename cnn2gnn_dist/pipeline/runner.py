@@ -194,7 +194,7 @@ def _check_image_count(survey: Survey, names: list[str] | None) -> None:
     preflight.check_images(config, ahead, len(train), int((train.label_N >= 0).sum()))
 
 
-def _peer_lost(error: RuntimeError, config: Config, who: str) -> PeerLost:
+def _peer_lost(error: Exception, config: Config, who: str) -> PeerLost:
     return PeerLost(
         f"another rank died, or did not answer within {config.cluster.timeout_s:g} s: {who} "
         f"({first_line(error)})",
