@@ -46,6 +46,14 @@ def check(
             settings.max_micro_batch,
             f"{section}.global_batch",
         )
+        if section == "student" and settings.global_batch == accumulation:  # so there is one rank
+            raise UserError(
+                f"a global batch of {settings.global_batch} on one rank gives micro-batches of one image, of which "
+                "BatchNorm has no statistics",
+                where="student.global_batch, student.max_micro_batch",
+                remedy=f"student.global_batch={_even(settings.global_batch)}, student.max_micro_batch="
+                f"{max(settings.max_micro_batch, 2)}",
+            )
         if deepspeed is not None and section in deepspeed:
             device = "cuda" if config.device == "cuda" else "cpu"
             resolve_deepspeed(config, section, deepspeed[section], world_size, accumulation, device)
@@ -61,6 +69,10 @@ def check(
                     where="graph.partition.parts",
                     remedy=f"graph.partition.parts={world_size}, or graph.sampling.sampler=table",
                 )
+
+
+def _even(batch: int) -> int:
+    return batch + batch % 2
 
 
 def resolve_deepspeed(

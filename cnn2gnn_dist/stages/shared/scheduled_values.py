@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 from cnn2gnn_dist.config_training import TrainConfig
 from cnn2gnn_dist.training.schedule import kept_at, lr_at, peaked_lr_at
+
+SLOW_AVERAGE = 0.05
+"""Share of the initial weights in the final average from which on it is worth a warning."""
 
 
 def rate_at(settings: TrainConfig, progress: float, warmup: float) -> float:
@@ -24,3 +29,25 @@ def share_kept(settings: TrainConfig, progress: float, step: int) -> float | Non
     if s.average == "none" or step % s.average_every:
         return None
     return kept_at(progress / s.epochs, s.average_decay, s.average_every, s.average_ramp)
+
+
+def slow_average(settings: TrainConfig, steps: int) -> str | None:
+    """One sentence if the average of a training of so many steps still holds much of the weights it began with.
+
+    An average of ``average=ema`` starts as a copy of the initial weights, of which each update keeps a share.
+    """
+    s, updates = settings, steps // settings.average_every
+    if s.average != "ema":
+        return None
+    kept = 1.0
+    if updates and not s.average_decay:
+        kept = 0.0
+    elif updates:  # the product of kept_at over positions 1/n, 2/n … 1
+        ramp = s.average_ramp * (math.lgamma(updates + 1) - updates * math.log(updates))
+        kept = math.exp(updates * s.average_every * math.log(s.average_decay) + ramp)
+    if kept < SLOW_AVERAGE:
+        return None
+    return (
+        f"after {steps} steps {kept:.0%} of the average of the weights, which answers, will be the initial weights: a "
+        "smaller average_decay or average_every, more epochs, or average_ramp above 0"
+    )

@@ -25,7 +25,7 @@ from cnn2gnn_dist.stages.shared.conditions import Conditions
 from cnn2gnn_dist.stages.shared.context import Context, CorruptCount
 from cnn2gnn_dist.stages.shared.learning_rates import Late, rates_of
 from cnn2gnn_dist.stages.shared.networks import share_buffers
-from cnn2gnn_dist.stages.shared.scheduled_values import rate_at, share_kept
+from cnn2gnn_dist.stages.shared.scheduled_values import rate_at, share_kept, slow_average
 from cnn2gnn_dist.stages.shared.stragglers import Stragglers
 from cnn2gnn_dist.stages.shared.tally import Tally, means_of
 from cnn2gnn_dist.training import ds_config, random_state
@@ -205,6 +205,9 @@ class Training:
         """This rank's batches of the rest of an epoch, one list of micro-batches per step."""
         ranks = self.context.ranks
         order.check_ranks(ranks.world_size, self.accumulation)
+        whole = self.settings.epochs * order.batches_per_epoch
+        if not self.cursor.step and (slow := slow_average(self.settings, whole)):
+            self.context.warn(slow, self.name)
         self._check_order(order)
         first, last = self.cursor.batch, order.batches_per_epoch
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -188,3 +190,18 @@ def test_a_batch_that_does_not_divide_gets_the_nearest_that_does(batch, nearest)
     with pytest.raises(UserError) as caught:
         check_arithmetic(batch, 2, 2)
     assert caught.value.remedy == f"use a multiple of 4: {nearest}"
+
+
+@pytest.mark.parametrize(("batch", "most"), [(127, 64), (8, 1), (1, 256)])
+def test_a_student_is_not_trained_on_one_image_at_a_time(batch, most):
+    """Its readout has a BatchNorm, which torch refuses then; two ranks see two images."""
+
+    def of(batch, most):
+        how = [f"student.global_batch={batch}", f"student.max_micro_batch={most}"]
+        return configs.load("demo", [*how, "graph.partition.parts=1"])
+
+    with pytest.raises(UserError, match="micro-batches of one image") as raised:
+        preflight.check(of(batch, most), ["student"], 1)
+    numbers = re.findall(r"batch=(\d+)", raised.value.remedy)
+    preflight.check(of(*map(int, numbers)), ["student"], 1)
+    preflight.check(of(2 * batch, most), ["control"], 2)

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from cnn2gnn_dist.config import TeacherConfig
+from cnn2gnn_dist.stages.shared.scheduled_values import share_kept, slow_average
 from cnn2gnn_dist.training.schedule import (
     fresh_adam,
     kept_at,
@@ -146,3 +148,32 @@ def test_images_are_small_in_the_first_epochs() -> None:
     assert [size_at(e, 10, 32, 24, 0.6) for e in (0, 5, 6, 9)] == [24, 24, 32, 32]
     assert [size_at(e, 3, 32, 24, 0.5) for e in range(3)] == [24, 24, 32]
     assert {size_at(e, 10, 32, None, 0.6) for e in range(10)} == {32}
+
+
+@pytest.mark.parametrize("ramp", [0.0, 0.5])
+@pytest.mark.parametrize(
+    ("decay", "every", "steps"), [(0.99, 5, 18), (0.9, 1, 25), (0.999, 7, 700)]
+)
+def test_the_share_of_the_initial_weights_in_an_average(
+    decay: float, every: int, steps: int, ramp: float
+) -> None:
+    """Against an average of 1 at the start, and 0 in every step, as it is updated."""
+    average = 1.0
+    settings = TeacherConfig(
+        epochs=1, average="ema", average_decay=decay, average_every=every, average_ramp=ramp
+    )
+    for step in range(1, steps + 1):
+        kept = share_kept(settings, step / steps, step)
+        average *= 1.0 if kept is None else kept
+    said = slow_average(settings, steps)
+    assert (said is None) == (average < 0.05)
+    if not ramp and said is not None:  # else the last update may be before the end
+        assert f"{average:.0%} of the average" in said
+
+
+def test_other_averages_are_not_slow() -> None:
+    assert slow_average(TeacherConfig(average="lookahead"), 10) is None
+    assert slow_average(TeacherConfig(average="ema", average_decay=0), 10) is None
+    said = slow_average(TeacherConfig(average="ema"), 4)  # never updated
+    assert said is not None
+    assert "100% of the average" in said
