@@ -3,42 +3,20 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 
-from tests.support import hosts
+from tests.support import hosts, logins
 from tests.support.hosts import Host
 from tests.support.runs import BIN, MICRO, environment, finish, free_port
 
-pytestmark = hosts.needed("pdsh", "ssh", "sshd", "ssh-keygen")
+pytestmark = hosts.needed("pdsh", *logins.PROGRAMS)
 
 ARGUMENTS = ["launch/train.py", "--config", "demo", *MICRO, "teacher.epochs=1", "device=cpu"]
-SERVER = """\
-HostKey {folder}/key
-AuthorizedKeysFile {folder}/key.pub
-PidFile none
-PermitRootLogin yes
-StrictModes no
-UsePAM no
-"""
-CLIENT = """\
-Host *
-  IdentityFile {folder}/key
-  UserKnownHostsFile {folder}/known
-  StrictHostKeyChecking accept-new
-  BatchMode yes
-"""
 
 
 def with_a_login(pair: tuple[Host, ...], folder: Path) -> None:
-    """Let the hosts log in by a key of this test, of which the user's own files know nothing."""
-    subprocess.run(["ssh-keygen", "-q", "-N", "", "-f", str(folder / "key")], check=True)
-    for name, text in (("server", SERVER), ("client", CLIENT)):
-        (folder / name).write_text(text.format(folder=folder))
     (folder / "hostfile").write_text("".join(f"{host.name} slots=1\n" for host in pair))
-    for host in pair:
-        host.mount(folder / "client", Path("/etc/ssh/ssh_config"))
-        host.shell(f"mkdir -p /run/sshd; $(which sshd) -f {folder}/server")
+    logins.allow(pair, folder)
 
 
 folder, pair = hosts.fixtures(with_a_login)
