@@ -21,13 +21,14 @@ import contextlib
 import ctypes
 import functools
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -162,6 +163,11 @@ class Host:
         """End ``down``."""
         self.shell("ip link set eth0 up")
 
+    def lose_power(self) -> None:
+        """End every process of this host but its first, while nothing reaches the network; it may be used again."""
+        self.cut()
+        self.shell("kill -KILL -1")
+
     def mount(self, source: Path, at: Path) -> None:
         """Show the folder or file ``source`` of this machine at ``at`` in this host."""
         self.shell(f"mount --bind {source} {at}")
@@ -258,6 +264,25 @@ def listening(host: Host) -> set[str]:
             mapped = len(words[1].partition(":")[0]) == 8 or "FFFF0000" in words[1]
             address = ".".join(str(int(digits[at : at + 2], 16)) for at in (6, 4, 2, 0))
             found.add(address if mapped else words[1])
+    return found
+
+
+class Listener(NamedTuple):
+    """A socket that listens: on which address (``*``, ``0.0.0.0``: all) and port, and the process's name."""
+
+    address: str
+    port: int
+    process: str
+
+
+def listeners(host: Host) -> list[Listener]:
+    """All TCP sockets of a host that listen."""
+    found = []
+    for line in host.shell("ss --no-header --listening --tcp --numeric --processes").splitlines():
+        address, _, port = line.split()[3].rpartition(":")
+        address = address.strip("[]").removeprefix("::ffff:")
+        names = re.findall(r'\("([^"]*)",pid=', line) or ["?"]
+        found += [Listener(address, int(port), name) for name in names]
     return found
 
 

@@ -14,14 +14,16 @@ from tests.support.runs import BIN
 from tests.support.watching import read_until
 
 PORT = 6379
+WORKER_PORTS = range(10002, 20000)
+"""On which Ray's own servers in workers listen, by default."""
 
 
 class RayHosts:
-    """A cluster as if a user had started it.
+    """A cluster as if a user had started it, whose head declares a silent node dead within about 40 s.
 
     Attributes:
         environment: for its processes and a driver, with the cluster's token.
-        nodes: the process of the node on each host.
+        nodes: the process of each node, in the order in which they were started.
     """
 
     def __init__(self, members: Sequence[Host], folder: Path) -> None:
@@ -32,6 +34,10 @@ class RayHosts:
             RAY_AUTH_MODE="token",
             RAY_AUTH_TOKEN_PATH=str(token),
             RAY_memory_monitor_refresh_ms="0",
+            RAY_raylet_start_wait_time_s="240",  # its 30 are too few where many tests share two cores
+            RAY_health_check_period_ms="1000",
+            RAY_health_check_timeout_ms="5000",
+            RAY_health_check_failure_threshold="6",
             HOME="/tmp/home",
         )
         self.address = f"{members[0].address}:{PORT}"
@@ -40,13 +46,17 @@ class RayHosts:
     def start(self, cpus: Sequence[int]) -> None:
         """Start the nodes, with this many CPUs on each host."""
         for host, count in zip(self.members, cpus, strict=True):
-            head = ["--head", "--port", str(PORT), "--include-dashboard=false"]
-            role = head if host is self.members[0] else ["--address", self.address]
-            command = [str(BIN / "ray"), "start", "--block", *role, "--num-cpus", str(count)]
-            command += ["--node-ip-address", host.address, "--object-store-memory", "100000000"]
-            node = host.start(command, self.environment)
-            self.nodes.append(node)
-            read_until(node, "Ray runtime started")
+            self.start_node(host, count)
+
+    def start_node(self, host: Host, cpus: int) -> None:
+        """Start the node on a host; on one that had a node before, another one."""
+        head = ["--head", "--port", str(PORT), "--include-dashboard=false"]
+        role = head if host is self.members[0] else ["--address", self.address]
+        command = [str(BIN / "ray"), "start", "--block", *role, "--num-cpus", str(cpus)]
+        command += ["--node-ip-address", host.address, "--object-store-memory", "100000000"]
+        node = host.start(command, self.environment)
+        self.nodes.append(node)
+        read_until(node, "Ray runtime started")
 
     def run(self, *arguments: str) -> subprocess.Popen[str]:
         """Start ``cnn2gnn run`` on this cluster, from the first host."""
