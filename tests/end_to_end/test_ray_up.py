@@ -74,7 +74,9 @@ def ray(host: Host, *command: str) -> str:
 def running(host: Host) -> list[str]:
     """Command lines of all processes of a host, without those that each has: its first one, and the ssh server."""
     lines = host.shell("ps -ww -eo args --no-headers").splitlines()
-    return [line for line in lines if not re.search(r"os\.read\(0, 4096\)|sshd|ps -ww -eo args", line)]
+    return [
+        line for line in lines if not re.search(r"os\.read\(0, 4096\)|sshd|ps -ww -eo args", line)
+    ]
 
 
 def test_up_and_down(three: tuple[Host, ...], folder: Path) -> None:
