@@ -170,6 +170,7 @@ def _probably_unintended(config: Config) -> list[str]:
             "student never trains with the graph, which then adds nothing; to start earlier: "
             f"graph.start_epoch={student.epochs // 2}"
         )
+    found += _small_neighbours(config)
     first, k = graph.sampling.fanouts[0], graph.neighbours
     if first <= k:
         found.append(
@@ -178,3 +179,20 @@ def _probably_unintended(config: Config) -> list[str]:
             f"graph.sampling.fanouts='[{k + 1}, {graph.sampling.fanouts[1]}]'"
         )
     return found
+
+
+def _small_neighbours(config: Config) -> list[str]:
+    """A note if a graph of small images (``early_size``) is used on in epochs of large ones."""
+    student, graph = config.student, config.graph
+    if student.early_size is None:
+        return []
+    large = round(student.early_share * student.epochs)  # the first epoch of large images
+    since, every = large - graph.start_epoch, graph.refresh_epochs
+    refresh = large + -since % every
+    if since <= 0 or refresh == large or large >= student.epochs:
+        return []
+    until = f"until epoch {refresh}" if refresh < student.epochs else "to the end"
+    return [
+        f"student.early_size={student.early_size} ends after {large} epochs, between two builds of the graph: from "
+        f"there {until} images find neighbors by features of smaller ones; to build one there: graph.refresh_epochs=1"
+    ]

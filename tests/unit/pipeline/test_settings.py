@@ -281,6 +281,12 @@ def test_scopes_and_hops_that_need_no_fanouts_do_not_ask_for_them():
     [
         (["graph.sampling.fanouts=[8,6]"], ["only 7 neighbors"]),
         (["graph.start_epoch=12"], ["never trains with the graph"]),
+        (
+            ["student.early_size=12", "graph.refresh_epochs=4", "graph.start_epoch=1"],
+            ["ends after 7 epochs, between two builds of the graph: from there until epoch 9"],
+        ),
+        (["student.early_size=12", "graph.refresh_epochs=3", "graph.start_epoch=1"], []),
+        (["student.early_size=12", "graph.refresh_epochs=20"], ["from there to the end"]),
         (["student.epochs=2", "student.warmup_epochs=2"], ["capped at half", "never trains with"]),
         (["teacher.epochs=1"], ["teacher.warmup_epochs=1 is capped"]),
         (["graph.scope=batch", "graph.start_epoch=12"], ["graph.start_epoch=12"]),
