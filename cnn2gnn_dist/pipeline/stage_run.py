@@ -173,7 +173,9 @@ def prepare_folder(
             + " --update" * update
             + "`",
         )
-    if step.status is Status.STALE and force and stage.trains:
+    # A teacher that is not trained has nothing to resume: its checkpoint would pass for the weights given now.
+    resumes = stage.trains and (stage.name != "teacher" or survey.config.teacher.epochs > 0)
+    if step.status is Status.STALE and force and resumes:
         _log.warning(f"resuming anyway: {step.why}", extra={"stage": stage.name})
         if step.entry and step.entry.inputs.get("index") != step.inputs.get("index"):
             _log.warning(
@@ -187,7 +189,7 @@ def prepare_folder(
                 f"the stage {stage.name} in this folder was {step.why}",
                 where=str(folder),
                 remedy="another run.dir=…, or --update: the old results are kept next to the new"
-                + ("; or --force: training resumes from its checkpoint" * stage.trains),
+                + ("; or --force: training resumes from its checkpoint" * resumes),
             )
         if stored is not None:
             stored.set_aside(stage)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cnn2gnn_dist.config import Config, TeacherConfig
+from cnn2gnn_dist.data.index.manifest import Manifest
 from cnn2gnn_dist.data.order import Order
 from cnn2gnn_dist.models.losses import distillation_loss
 from cnn2gnn_dist.models.teacher import check_classifier
@@ -32,16 +33,24 @@ def run(context: Context) -> list[Path]:
     elif not settings.epochs:
         check_classifier(model.cnn, settings.weights)
     check_early_size(model, model.cnn, settings, "teacher")
+    training = Training(context, "teacher", model, settings, len(manifest))
+    if settings.epochs:
+        _train(context, training, manifest)
+    else:
+        training.save()  # the weights as they were given
+    return training.finish()
+
+
+def _train(context: Context, training: Training, manifest: Manifest) -> None:
+    config, settings, engine = context.config, context.config.teacher, training.engine
+    if settings.mixup or settings.cutmix:
+        check_even(training.micro)
     order = Order(
         manifest.shard_sizes,
         seed=config.seed,
         global_batch=settings.global_batch,
         window=config.stream.window,
     )
-    training = Training(context, "teacher", model, settings, len(manifest))
-    engine = training.engine
-    if settings.mixup or settings.cutmix:
-        check_even(training.micro)
     reading = context.stream(context.paths.train_manifest, "teacher")
     with training.deferred_stop(), reading as stream:
         while training.cursor.epoch < settings.epochs:
@@ -60,9 +69,6 @@ def run(context: Context) -> list[Path]:
                     training.learn(loss_B, valid, logits, labels)
                 training.step(order.batches_per_epoch)
             training.end_epoch(lambda: {"test_accuracy": accuracy_of(context, engine)})
-    if not settings.epochs:
-        training.save()  # the weights as they were given
-    return training.finish()
 
 
 def _mixed(

@@ -122,8 +122,9 @@ def misfits(
     ahead, found = set(stages), []
     for name in _TRAINS:
         section = "teacher" if name == "teacher" else "student"
-        batch = getattr(config, section).global_batch
-        if name in ahead and batch > images:
+        settings = getattr(config, section)
+        batch = settings.global_batch
+        if name in ahead and settings.epochs and batch > images:
             found.append(
                 UserError(
                     f"{images} training images are fewer than one global batch of {batch}",

@@ -201,6 +201,11 @@ def test_too_few_images_are_reported_at_index(tmp_path, capsys):
     assert [e.where for e in preflight.misfits(config, ("student",), 16)] == [
         *("student.global_batch", "graph.candidates")
     ]
+    large = [*run[2:], "teacher.global_batch=64"]
+    (short,) = preflight.misfits(settings.load("demo", large), ("teacher",), 8)
+    assert short.where == "teacher.global_batch"
+    given = settings.load("demo", [*large, "teacher.epochs=0", "teacher.weights=w.pth"])
+    assert preflight.misfits(given, ("teacher",), 8) == []  # it is not trained
     # Only labelled images are neighbors.
     (short,) = preflight.misfits(config, stages, 64, 10)
     assert short.what.startswith("16 candidates for each of 10 labelled training images")

@@ -116,6 +116,22 @@ def test_stale_results_are_refused_with_the_changed_fields_then_set_aside(tmp_pa
     assert ledger.status(root / "student", step.key)[0] is Status.RESUME
 
 
+def test_force_takes_the_weights_that_are_given_now(tmp_path):
+    """A teacher of 0 epochs is a file's network: an earlier file's checkpoint is no training to resume."""
+    for name in ("one.pth", "two.pth"):
+        (tmp_path / name).write_bytes(name.encode())
+    how = ["teacher.epochs=0", f"teacher.weights={tmp_path}"]
+    make_whole(config(tmp_path, *how[:1], f"{how[1]}/one.pth"), 3)
+    changed = config(tmp_path, *how[:1], f"{how[1]}/two.pth")
+    step = next(s for s in runner.plan(changed) if s.stage.name == "teacher")
+    assert step.status is Status.STALE
+    with pytest.raises(UserError) as caught:
+        stage_run.prepare_folder(Survey(changed), step, update=False, force=False)
+    assert "--force" not in caught.value.remedy
+    stage_run.prepare_folder(Survey(changed), step, update=False, force=True)
+    assert (tmp_path / "run" / "teacher.old-1" / "output").exists()
+
+
 def test_a_damaged_checkpoint_does_not_keep_an_update_from_resuming(tmp_path):
     """The one before it tells whose they are."""
     made = config(tmp_path)
