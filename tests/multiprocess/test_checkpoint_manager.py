@@ -336,6 +336,23 @@ def test_another_runs_is_refused_with_what_differs_unless_forced(root, engine):
     assert state(forced) == state(engine)
 
 
+@pytest.mark.parametrize("stage", [0, 2])
+def test_moments_of_another_optimizer_are_left_out(tmp_path, caplog, stage):
+    """Adam's first step is at most the learning rate: with SGD's momentum as its mean it would be many times that."""
+    trained = tiny.build(stage, optimizer="sgd")
+    tiny.train(trained, range(2))
+    save(Checkpoints(tmp_path, RUN), 2, trained)
+    other = tiny.build(stage, seed=9)
+    Checkpoints(tmp_path, "another").load(other, force=True)
+    assert "is of another optimizer, whose moments are left out" in caplog.text
+    before = other.weights()
+    assert torch.equal(before["head.bias"], trained.weights()["head.bias"])
+    tiny.train(other, range(2, 3))
+    for name in ("head.bias", "norm.weight", "norm2.bias"):  # without decay
+        moved = (other.weights()[name] - before[name]).abs().max()
+        assert 0 < moved <= 1.001 * tiny.lr(2), name
+
+
 def test_another_architecture_is_named_with_its_shapes(root):
     wider = tiny.TinyNet()
     wider.register_buffer("zeal", torch.zeros(2))

@@ -223,6 +223,14 @@ class Checkpoints:
         if answering:
             tensors = disk.answering(tensors)
         _check_shapes(engine, tensors, path)
+        if (
+            not answering
+            and collectives.rank() == 0
+            and named_state.has_other_moments(engine, tensors)
+        ):
+            _log.warning(
+                f"checkpoint {path.name} is of another optimizer, whose moments are left out"
+            )
         same_world_size = state["world_size"] == collectives.world_size()
         named_state.push(engine, tensors, state["optimizer_step"])
         named_state.push_buffers(engine, tensors, collectives.rank() if same_world_size else None)

@@ -53,8 +53,19 @@ def pull(engine: Engine, mine: Callable[[str], bool]) -> tuple[dict[str, Tensor]
     return found, float(state.get("step", engine.deepspeed.global_steps))  # SGD counts none
 
 
+def has_other_moments(engine: Engine, tensors: dict[str, Tensor]) -> bool:
+    """Whether another optimizer wrote them: SGD's momentum, as Adam's mean, would be divided by a variance of 0."""
+    return ("exp_avg_sq" in engine.moments) != any(name.startswith("v/") for name in tensors)
+
+
 def push(engine: Engine, tensors: dict[str, Tensor], optimizer_step: float) -> None:
-    """Set weights and moments of an engine that has not stepped yet (collective)."""
+    """Set weights and moments of an engine that has not stepped yet (collective).
+
+    Moments of another optimizer are left out: its own begin at 0.
+    """
+    if has_other_moments(engine, tensors):
+        tensors = {n: tensor for n, tensor in tensors.items() if n[:2] not in ("m/", "v/")}
+        optimizer_step = 0.0
     stage, optimizer = engine.zero_stage, engine.deepspeed.optimizer
     engine.create_state(optimizer_step)
     if stage in (1, 2):
