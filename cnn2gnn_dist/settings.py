@@ -45,7 +45,7 @@ def load(
 
     Raises:
         UserError: a missing file, an unknown key or a wrong type, with the field's path;
-            an environment variable that is not set; a field given by both of its names.
+            an environment variable that is not set; a field given by both of its names; a password in a URL.
     """
     old: dict[str, None] = {}
     tree = _read(source, old) if source else {}
@@ -54,7 +54,7 @@ def load(
     _refuse_brace_expansion(overrides)
     if old and note:
         note(field_names.renamed_note(list(old)))
-    return _checked(tree, _expanded)
+    return _without_passwords(_checked(tree, _expanded))
 
 
 def check(tree: Mapping[str, Any]) -> Config:
@@ -369,6 +369,22 @@ def _refuse_url(url: str, where: str) -> None:
         where=f"{where}={url}",
         remedy=stored if where == "run.dir" else f"download it: {where}=PATH",
     )
+
+
+def _without_passwords(config: Config) -> Config:
+    """The config, whose URLs the run's config, its manifests and errors show as they are."""
+    named = {"data.train": config.data.train, "data.test": config.data.test}
+    for where, value in {**named, "run.storage": config.run.storage}.items():
+        for url in [value] if isinstance(value, str) else value or []:
+            user, at, _ = url.partition("://")[2].partition("/")[0].rpartition("@")
+            if at and ":" in user:
+                raise UserError(
+                    "a password in a URL would be written to the run's config, manifests and logs",
+                    where=f"{where}={url.replace(user, '…')}",
+                    remedy="leave it out: ~/.netrc, the cloud's own settings (AWS_*, ~/.aws) or fsspec's "
+                    "configuration",
+                )
+    return config
 
 
 def _absolute(path: str, where: str) -> str:

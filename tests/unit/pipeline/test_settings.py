@@ -124,6 +124,13 @@ def test_an_override_is_read_by_the_type_of_its_field(path, typed, meant, here):
     round_trip(config, here)
 
 
+def test_a_password_in_a_url_is_not_repeated():
+    with pytest.raises(UserError) as caught:
+        settings.load("demo", ["data.train=[https://h/a.tar, https://me:p@w@h/b.tar]"])
+    assert caught.value.where == "data.train=https://…@h/b.tar"
+    settings.load("demo", ["data.train=https://me@h:8443/a@b:c.tar"])
+
+
 def round_trip(config: Config, here: str) -> None:
     text = settings.as_yaml(config)
     with open(f"{here}/again.yaml", "w", encoding="utf-8") as file:
@@ -169,6 +176,9 @@ REFUSED = [  # override, message, where, a part of the remedy
     ("run.dir=s3://b/x", "not a URL", "run.dir", "this URL as run.storage"),
     ("teacher.weights=https://a/x.pth", "not a URL", "teacher.weights", "download it"),
     ("stream.cache_dir=s3://b/x", "not a URL", "stream.cache_dir", "stream.cache_dir=PATH"),
+    ("data.train=https://me:pw@h/{0..9}.tar", "password", "data.train", ".netrc"),
+    ("data.test=[/a.tar, https://me:p@w@h/a.tar]", "password", "data.test", ".netrc"),
+    ("run.storage=s3://key:secret@b/x", "password", "run.storage", ".aws"),
     ("run.dir=/x/\udcff", "not UTF-8", "run.dir", "UTF-8"),
     ("name=12:30:45", "letters, digits", "name", "config"),
     ("name=..", "letters, digits", "name", "config"),
