@@ -58,6 +58,10 @@ class PeerLost(UserError):
     exit_code = 75
 
 
+class FolderInUse(UserError):
+    """Another process holds the lock of the run's folder."""
+
+
 class PeerFailed(UserError):
     """Another rank ended with an error that its user can't fix: a bug, or no memory on its GPU."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,7 +27,7 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cnn2gnn_dist import log
-from cnn2gnn_dist.errors import PeerFailed, PeerLost, Preempted, UserError, last_line
+from cnn2gnn_dist.errors import FolderInUse, PeerFailed, PeerLost, Preempted, UserError, last_line
 from cnn2gnn_dist.runtime import preemption
 from cnn2gnn_dist.runtime.group import rendezvous
 from cnn2gnn_dist.runtime.ranks import Ranks
@@ -83,27 +84,34 @@ def run_group(
     """Call ``target`` ("module:function") as ``target(ranks=Ranks, **kwargs)`` on every rank.
 
     Returns the results in rank order. A group that loses a rank is replaced as a whole,
-    at most ``spec.max_failures`` times, by a smaller one if there is no longer room (``spec.fewer``).
+    at most ``spec.max_failures`` times, by a smaller one if there is no longer room (``spec.fewer``). It is also
+    started again while, for ``spec.wait_s`` after that, a lost rank still holds the run's folder.
 
     Raises:
         UserError: a rank raised one (not retried); the cluster has no room; the
             group failed too often.
     """  # noqa: DOC501
     nodes: list[rank_order.Node] = []
-    for attempt in range(spec.max_failures + 1):
+    losses, deadline = 0, 0.0
+    while True:
         try:
             with ray_session.exit_code_kept():
-                wait_s = spec.wait_s if attempt else READY_SECONDS
+                wait_s = spec.wait_s if losses else READY_SECONDS
                 return _attempt(target, kwargs, spec, nodes, wait_s)
         except LostRank as lost:
-            if attempt == spec.max_failures:
+            losses, deadline = losses + 1, time.monotonic() + spec.wait_s
+            if losses > spec.max_failures:
                 raise UserError(
-                    f"the group of {spec.world_size} ranks lost a rank {attempt + 1} times; last: {lost}",
+                    f"the group of {spec.world_size} ranks lost a rank {losses} times; last: {lost}",
                     where="cluster.max_failures",
                     remedy="see the log above; the same command resumes from the last checkpoint",
                 ) from None
             _log.warning(f"a rank was lost ({lost}); restarting the group from the last checkpoint")
-    raise AssertionError("unreachable")
+        except FolderInUse as error:
+            # A rank whose host is cut off is replaced, but holds the folder until its collectives fail.
+            if time.monotonic() > deadline:
+                raise
+            _log.warning(f"{error.what}, perhaps a lost rank; starting the group again")
 
 
 class LostRank(Exception):

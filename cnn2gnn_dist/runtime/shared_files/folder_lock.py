@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.errors import FolderInUse, UserError
 
 _log = logging.getLogger(__name__)
 
@@ -41,7 +41,8 @@ def take(root: Path, seconds: float) -> Release:
         seconds: how long to wait for a holder that is exiting.
 
     Raises:
-        UserError: another process holds it; or the lock's file can't be written.
+        FolderInUse: another process holds it.
+        UserError: the lock's file can't be written.
     """
     path = _lock_path(root)
     deadline = time.monotonic() + seconds
@@ -49,7 +50,7 @@ def take(root: Path, seconds: float) -> Release:
     try:
         while (release_lock := _try_lock(path, handle)) is None:
             if time.monotonic() > deadline:
-                raise UserError(
+                raise FolderInUse(
                     "another process is using this folder",
                     where=str(root),
                     remedy="wait for it, or choose another run.dir=…",
