@@ -1,4 +1,4 @@
-"""What the scripts of cluster/ ask of Slurm, with stand-ins for its commands (tests/end_to_end/test_slurm.py has the real ones)."""
+"""What the scripts of cluster/ ask of Slurm, with stand-ins for its commands (a real one: test_slurm.py)."""
 
 from __future__ import annotations
 
