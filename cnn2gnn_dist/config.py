@@ -258,4 +258,5 @@ class Config(Section):
         consistency.check_batch_scope(self)
         consistency.check_teacher(self)
         consistency.check_sizes(self)
+        consistency.check_resources(self)
         return self

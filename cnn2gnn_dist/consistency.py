@@ -131,6 +131,24 @@ def check_sizes(config: Config) -> None:
             )
 
 
+RAYS_OWN = ("CPU", "GPU", "memory", "object_store_memory")
+"""Resources that Ray counts by itself, and refuses to be asked for by these names."""
+
+
+def check_resources(config: Config) -> None:
+    """Check that custom resources are custom ones, and amounts of them."""
+    for name in ("rank_resources", "reader_resources"):
+        for resource, amount in getattr(config.cluster, name).items():
+            if resource in RAYS_OWN or amount <= 0:
+                own = "is Ray's own" if resource in RAYS_OWN else "an amount is above 0"
+                raise refuse(
+                    f"{resource}: {amount:g} can't be asked for: {own}",
+                    f"cluster.{name}",
+                    "a resource that some nodes were started with (ray start --resources), such as {trainer: 1}; "
+                    "cores of a rank: cluster.cpus_per_rank",
+                )
+
+
 def notes(config: Config, surroundings: Surroundings | None = None) -> list[str]:
     """Settings that run, but probably not as intended; in trials with few epochs they may be deliberate.
 

@@ -115,17 +115,18 @@ def _host(
     config: Config, images: int, plans: dict[str, ModelPlan], cluster: Cluster
 ) -> dict[str, float]:
     """Bytes of a host's memory while the more demanding of the models trains."""
-    waiting = config.stream.prefetch * plans["student"].micro_batch * 3 * config.views.size**2
+    rows = max(plan.micro_batch for plan in plans.values())
+    waiting = config.stream.prefetch * rows * 3 * config.views.size**2
     most = max(plan.memory[plan.stage].total for plan in plans.values())
-    rows = {"processes": float(constants.PROCESS)}
+    of_rank = {"processes": float(constants.PROCESS)}
     if config.graph.scope == "dataset":
         sizes = estimate.graph_sizes(config, images, cluster)
         bank = memory_model.total(memory_model.structures(sizes), "rank")
-        rows["graph (halos included)"] = bank
-    rows["prefetched batches"] = waiting
+        of_rank["graph (halos included)"] = bank
+    of_rank["prefetched batches"] = waiting
     if not cluster.on_gpu:
-        rows["the larger model, in training"] = most
-    return {name: size * cluster.ranks_per_node for name, size in rows.items()}
+        of_rank["the larger model, in training"] = most
+    return {name: size * cluster.ranks_per_node for name, size in of_rank.items()}
 
 
 def _print_plan(plan: _RunPlan, cluster: Cluster, scaling: bool) -> None:

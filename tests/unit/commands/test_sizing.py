@@ -87,6 +87,10 @@ def test_the_plan_of_a_run(capsys):
     wide = planned(capsys, "--ranks", "1", "student.dim=256")
     assert wide["models"]["student"]["trace"]["kept"] > one["models"]["student"]["trace"]["kept"]
     assert wide["models"]["teacher"] == one["models"]["teacher"]
+    quick = planned(
+        capsys, "--ranks", "1", "teacher.global_batch=512", "teacher.max_micro_batch=512"
+    )
+    assert quick["host"]["prefetched batches"] == 4 * 512 * 3 * 32**2
 
 
 def test_hours_are_not_guessed(capsys):
