@@ -14,6 +14,7 @@ import logging
 import os
 import socket
 import sys
+import traceback
 from typing import Any, NoReturn
 
 from cnn2gnn_dist import log, settings
@@ -30,7 +31,7 @@ def main() -> int:
     """Run the pipeline on this rank; returns the exit code.
 
     2 for an error that the user can fix, 75 for a lost peer, 143 after a request to stop
-    (docs/resume.md).
+    (docs/resume.md), 1 for a bug, whose traceback is shown.
     """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -52,8 +53,13 @@ def main() -> int:
     arguments, unknown = parser.parse_known_intermixed_args()
     if "LOCAL_RANK" in os.environ:  # a launcher's child; a shell's child must survive under nohup
         preemption.end_with_parent()
-    with log.console(getattr(arguments, "verbosity", log.NORMAL)):
-        return _run(arguments, unknown, parser.prog)
+    try:
+        with log.console(getattr(arguments, "verbosity", log.NORMAL)):
+            return _run(arguments, unknown, parser.prog)
+    except Exception:
+        # An exception would end the interpreter, which waits for readers: perhaps of a file server that is gone.
+        traceback.print_exc()
+        return 1
 
 
 def _run(arguments: argparse.Namespace, unknown: list[str], program: str) -> int:

@@ -110,6 +110,26 @@ def test_a_run_that_can_go_nowhere_ends_before_anything_is_started(tmp_path, hel
     assert not (tmp_path / ".ray").exists()
 
 
+def test_a_bug_ends_a_rank_although_a_thread_waits_forever():
+    """Such as a reader whose file server is gone; the launcher would wait for the rank until its time limit."""
+    code = """
+import sys, threading
+from concurrent.futures import ThreadPoolExecutor
+from cnn2gnn_dist import launcher
+from cnn2gnn_dist.pipeline import runner
+def run_rank(**_):
+    ThreadPoolExecutor(1).submit(threading.Event().wait)
+    raise ValueError("a bug")
+runner.run_rank = run_rank
+sys.argv = ["launch/train.py", "--config", "demo"]
+launcher.exit_now(launcher.main())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Traceback")
+    assert "ValueError: a bug" in done.stderr
+
+
 def test_a_single_process_needs_no_port(tmp_path):
     """Another process listens on the launchers' default port."""
     with socket.socket() as taken:
