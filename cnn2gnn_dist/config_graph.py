@@ -111,6 +111,12 @@ class GraphConfig(Section):
         ge=0,
         description="epochs of linear warm-up of the graph's own parameters, from start_epoch on (scope dataset)",
     )
+    gate_lr: float = Field(
+        1.0,
+        ge=0,
+        description="factor of the learning rate for the gates of the neighbors' path, which start at 0: with "
+        "student.optimizer=sgd they hardly open at 1",
+    )
     refresh_epochs: int = Field(1, ge=1, description="epochs between builds of the graph")
     keep_versions: int = Field(2, ge=1, description="graph versions kept on disk")
 

@@ -137,5 +137,6 @@ DEFAULTS: dict[str, Any] = {
     "teacher.early_share": 0.6,
     "student.early_size": None,
     "student.early_share": 0.6,
+    "graph.gate_lr": 1.0,
     "version.decoding": 1,
 }

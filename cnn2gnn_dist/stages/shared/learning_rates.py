@@ -23,10 +23,13 @@ class Late:
     warmup: float
 
 
-def rates_of(model: nn.Module, settings: TeacherConfig | StudentConfig) -> dict[str, float]:
+def rates_of(
+    model: nn.Module, settings: TeacherConfig | StudentConfig, gate_lr: float = 1.0
+) -> dict[str, float]:
     """Factors of the learning rate by the names of parameters; those without one are left out.
 
-    A norm's bias in the stem or classifier has the product of both factors.
+    A norm's bias in the stem or classifier has the product of both factors. ``gate_lr`` is that of a student's
+    gates, which have no weight decay, unlike the matrices that they open.
     """
     if isinstance(settings, TeacherConfig):
         part, factor = [f"cnn.{name}" for name in _classifier(model)], settings.head_lr
@@ -40,6 +43,7 @@ def rates_of(model: nn.Module, settings: TeacherConfig | StudentConfig) -> dict[
     found = {}
     for name, _ in model.named_parameters():
         own = factor if any(name.startswith(f"{one}.") for one in part) else 1.0
+        own *= gate_lr if name.startswith("gnn.gate") else 1.0
         rate = own * (settings.bias_lr if name in biases else 1.0)
         if rate != 1.0:
             found[name] = rate

@@ -92,7 +92,7 @@ class Training:
             resolved,
             device=context.device,
             late=late.names if late else (),
-            rates=rates_of(model, settings),
+            rates=rates_of(model, settings, context.config.graph.gate_lr),
             average=settings.average,
         )
         # Rank losses are averaged over ranks and micro-batches: divided by this they are sum / G,

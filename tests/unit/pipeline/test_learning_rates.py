@@ -38,3 +38,11 @@ def test_the_stem_of_student_and_control(scope: str) -> None:
     stem = {f"stem.{name}" for name, _ in student.stem.named_parameters()}
     assert {name for name, rate in found.items() if rate in (0.25, 16)} == stem
     assert {rate for name, rate in found.items() if name in stem} == {0.25, 16.0}
+
+
+@pytest.mark.parametrize(("scope", "gates"), [("none", 0), ("batch", 2), ("dataset", 2)])
+def test_the_gates_of_the_neighbours(scope: str, gates: int) -> None:
+    own = config("graph.gate_lr=8")
+    student = build_student(own, 10, scope)  # type: ignore[arg-type]
+    found = rates_of(student, own.student, own.graph.gate_lr)
+    assert found == dict.fromkeys(["gnn.gate1", "gnn.gate2"][:gates], 8.0)
