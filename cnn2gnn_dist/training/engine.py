@@ -38,7 +38,8 @@ def init(
     """Join the process group: NCCL on GPUs, gloo on CPUs; one OMP thread per CPU rank.
 
     A dead peer fails the others' next collective at once, a silent one after ``timeout_s``;
-    NCCL reports neither, so under it a separate watch ends the process, naming the peer.
+    NCCL reports neither, so under it a separate watch ends the process, naming the peer. On CPUs that
+    watch ends a rank that waits for something else, such as a lost file server, when its peers are gone.
 
     Args:
         ranks: this process.
@@ -71,9 +72,12 @@ def init(
     process_group.join(ranks, own, timeout, about, problem)
     _log.debug("joined a group of %d ranks, on %s", ranks.world_size, own)
     _start_deepspeed(device, timeout)
-    if device == "cuda" and ranks.world_size > 1:
+    if ranks.world_size > 1:
+        # Gloo's collectives notice a lost peer, but not a rank that never gets to its next one.
+        noticed_s = timeout_s / 2 if device == "cuda" else 2 * timeout_s
+        limit = min if device == "cuda" else max
+        silence_s = limit(peer_watch.SILENCE_S, noticed_s)
         store = c10d._get_default_store()
-        silence_s = min(peer_watch.SILENCE_S, timeout_s / 2)
         _watches.append(
             peer_watch.PeerWatch(store, ranks.rank, ranks.world_size, silence_s=silence_s)
         )

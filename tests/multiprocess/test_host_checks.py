@@ -6,6 +6,7 @@ Each host resolves its own name to 127.0.1.1, as on Debian; the ranks meet never
 from __future__ import annotations
 
 import os
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cnn2gnn_dist.data.reading.reader import Reader, Request
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.runtime.group import collectives
 from cnn2gnn_dist.runtime.group.exchange import ErrorExchange, every_rank
@@ -159,6 +161,29 @@ def test_a_bug_on_one_rank_is_not_a_lost_rank(pair: tuple[Host, ...], folder: Pa
     assert [code for code, _ in found] == [1, 1], found
     assert "train.py: rank 1 on node-b: ValueError: a bug" in found[0][1]
     assert "Traceback" in found[1][1]
+
+
+def with_a_lost_reader(rank: int) -> None:
+    """Rank 1's fourth request is never answered, as when its file server is gone."""
+    real, asked = Reader.read, []
+
+    def read(self: Reader, request: Request) -> Any:
+        asked.append(request)
+        if rank == 1 and len(asked) > 3:
+            threading.Event().wait()
+        return real(self, request)
+
+    Reader.read = read  # type: ignore[method-assign]
+
+
+@needs_hosts
+def test_files_that_never_come_during_the_run(pair: tuple[Host, ...], folder: Path) -> None:
+    """The other ranks end after the timeout, and so does the one that waits; a job would have waited for it."""
+    arguments = host_runs.micro(folder / "runs" / "never", "cluster.timeout_s=10")
+    found = host_runs.finish(host_runs.start(pair, arguments, before=with_a_lost_reader))
+    assert [code for code, _ in found] == [75, 75], found
+    assert "did not answer within 10 s: rank 1 on node-b" in found[0][1]
+    assert "rank 0 has not been heard from" in found[1][1]
 
 
 def briefly(rank: int) -> None:

@@ -13,6 +13,7 @@ from cnn2gnn_dist.errors import PeerLost, UserError
 from cnn2gnn_dist.runtime.group import collectives
 from cnn2gnn_dist.runtime.group.exchange import ErrorExchange
 from cnn2gnn_dist.runtime.group.peer_watch import PeerWatch, SilenceTracker
+from cnn2gnn_dist.training import engine
 from tests.support import rank_group
 
 
@@ -82,6 +83,15 @@ def test_a_rank_that_ended_with_an_error_is_not_lost(who: int) -> None:
     assert [one.returncode for one in outcomes] == [2, 2], outcomes
     said = "the disk is full" in outcomes[1 - who].output
     assert said == (who == 1)  # one report for all, which is rank 0's
+
+
+def silence_allowed() -> list[float]:
+    return [watch._silence_s for watch in engine._watches]
+
+
+def test_on_cpus_peers_are_given_up_only_after_their_collectives() -> None:
+    """A rank that waits for a file learns of it in no other way."""
+    assert rank_group.run(silence_allowed, 2) == [[2 * rank_group.GROUP_TIMEOUT_S]] * 2
 
 
 def both_alive() -> bool:

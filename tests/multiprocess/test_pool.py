@@ -356,3 +356,16 @@ def test_a_missing_manifest_is_reported_at_once(tmp_path, ray_cluster):
     spec = ReaderSpec(str(tmp_path / "none.arrow"), ViewSpec("none", 32))
     with pytest.raises(UserError, match="no manifest"):
         ReaderPool(spec, backend="ray", workers=1, prefetch=1)
+
+
+def test_a_thread_that_waits_forever_does_not_keep_the_stream_open(
+    spec: ReaderSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its file server is gone; the process has to report why it ends."""
+    back = threading.Event()
+    monkeypatch.setattr(pools, "CLOSING_SECONDS", 0.1)
+    monkeypatch.setattr(Reader, "read", lambda self, request: back.wait())
+    pool = ReaderPool(spec, backend="local", workers=1, prefetch=1)
+    pool._readers.ask(some_requests(1)[0])
+    pool.close()
+    back.set()

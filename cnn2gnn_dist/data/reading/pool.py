@@ -11,12 +11,16 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
 from cnn2gnn_dist.data.images.crops import crops_of
 from cnn2gnn_dist.data.reading.reader import Batch, Reader, ReaderSpec, Request
 from cnn2gnn_dist.errors import UserError
+
+CLOSING_SECONDS = 10.0
+"""Time that a reading thread has to finish its request when the stream closes."""
 
 
 class ReaderPool:
@@ -163,9 +167,13 @@ class _LocalReaders:
         # One reader per thread: they would race on a shared table of open shards.
         self._free = deque(Reader(spec) for _ in range(workers))
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="reader")
+        self._asked: set[Future[Batch]] = set()
 
     def ask(self, request: Request) -> _Answer:
-        return _LocalAnswer(self._pool.submit(self._read, request))
+        future = self._pool.submit(self._read, request)
+        self._asked.add(future)
+        future.add_done_callback(self._asked.discard)
+        return _LocalAnswer(future)
 
     def depth(self, request: Request, prefetch: int) -> int:
         return prefetch
@@ -178,9 +186,11 @@ class _LocalReaders:
             self._free.append(reader)
 
     def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
-        for reader in self._free:
-            reader.close()
+        """Stop the readers; one that waits for a lost file server is left behind, or it would keep the process."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        futures.wait(list(self._asked), CLOSING_SECONDS)
+        while self._free:
+            self._free.popleft().close()
 
 
 class _LocalAnswer:

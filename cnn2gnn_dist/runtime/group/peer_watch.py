@@ -4,6 +4,7 @@ Under gloo a dead peer fails the others' next collective. Under NCCL the GPU wai
 the host for the GPU, and torch's watchdog ends the process after the timeout without naming a rank;
 what waits in between can't be woken. So each rank writes heartbeats to the group's store, and
 exits, naming the rank, when another has been silent for a while; or with the error that this one has ended with.
+So does, under either, a rank that waits for a file that never comes when the others have given it up.
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
+from typing import Any
 
 from torch import distributed as dist
 
 from cnn2gnn_dist import log
 from cnn2gnn_dist.errors import PeerLost, UserError
+from cnn2gnn_dist.runtime import bounded_wait
 
 BEAT_S = 2.0
+CONNECT_S = 10.0
 SILENCE_S = 60.0
 """A rank may hold the GIL for long, but not for this long."""
 
@@ -65,9 +69,8 @@ class PeerWatch:
         lost: Callable[[UserError], None] | None = None,
     ) -> None:
         self.reason: Callable[[], UserError | None] = lambda: None
-        self._store: dist.Store = store.clone()  # type: ignore[attr-defined]  # in no stub
         self._rank = rank
-        self._store.set_timeout(timedelta(seconds=silence_s))
+        self._store = _connected(store, silence_s)
         self._peers = [peer for peer in range(world_size) if peer != rank]
         self._silence_s, self._beat_s, self._lost = silence_s, beat_s, lost or self._exit
         self._stop = threading.Event()
@@ -82,14 +85,18 @@ class PeerWatch:
         silence, count = SilenceTracker(self._peers, time.monotonic()), 0
         while not self._stop.wait(self._beat_s):
             count += 1
-            try:
-                self._store.set(_key(self._rank), str(count))
-                present = [peer for peer in self._peers if self._store.check([_key(peer)])]
-                silence.note({p: self._store.get(_key(p)) for p in present}, time.monotonic())
-                gone = ""
-            except RuntimeError:  # the host of the store is gone, or is exiting as this rank will
-                gone = "; the rendezvous store does not answer"
+            if self._store is not None:
+                try:
+                    self._store.set(_key(self._rank), str(count))
+                    present = [peer for peer in self._peers if self._store.check([_key(peer)])]
+                    found = {peer: self._store.get(_key(peer)) for peer in present}
+                    silence.note(found, time.monotonic())
+                except RuntimeError:  # its host is gone, or is exiting as this rank will
+                    self._store = (
+                        None  # the connection won't come back, and each request would log that
+                    )
             if silent := silence.since(time.monotonic(), self._silence_s):
+                gone = "" if self._store else "; the rendezvous store does not answer"
                 self._lost(self.reason() or _error(silent, gone))
                 return
 
@@ -98,6 +105,16 @@ class PeerWatch:
         if self._rank == 0 or not error.shared:
             log.report_error(error)
         os._exit(error.exit_code)
+
+
+def _connected(store: Any, silence_s: float) -> dist.Store | None:
+    """A connection of the watch's own; None: the host of the store is gone already."""
+    try:
+        found: dist.Store = bounded_wait.result(store.clone, CONNECT_S, "connect to the store")
+    except (RuntimeError, TimeoutError):
+        return None
+    found.set_timeout(timedelta(seconds=silence_s))
+    return found
 
 
 def _key(rank: int) -> str:
