@@ -98,6 +98,7 @@ def best_case(folder: str) -> list[tuple[float | None, str | None]]:
         training.cursor.step += 1
         training.end_epoch(lambda: {"test_accuracy": accuracy})
         best = disk.best_of(root)
+        collectives.barrier()  # both ranks have looked, before rank 0 moves the folder
         return training.best, best and best.name
 
     found = [evaluated(0.5)]
