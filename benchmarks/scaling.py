@@ -66,6 +66,7 @@ def main() -> int:
                 say(f"round {number + 1}: {way}")
                 used = _run(group, run, given.config, given.overrides, number)
                 found[way].append(_rates(run, used))
+                say(json.dumps(found[way][-1]))
                 shutil.rmtree(run)
     print(_table(found))
     return 0
@@ -134,7 +135,7 @@ def _rates(run: Path, used: dict[str, float]) -> dict[str, float]:
     """Images per second by stage, shares of the trainings' time, and images per second of processor time."""
     images = len(Manifest.load(run / "manifest" / "train.arrow"))
     config = settings.load(str(run / "config.yaml"), [], say)
-    views = int(config.targets.views)
+    views = max(1, int(config.targets.views))  # 0: the clean view alone
     found: dict[str, float] = {}
     for stage in ("teacher", "student"):
         lines = durable.read_lines(run / stage / "metrics.jsonl")

@@ -147,9 +147,11 @@ def nets(facts: Facts, machine: Machine, weights: dict[str, Any] | None) -> list
                 teacher = {"arch": weights["arch"], "args": {}, "weights": weights["weights"]}
                 found += [Net(size, teacher, stem) for stem in (_STEMS[2], _STEMS[most - 1])]
             continue
-        if small_images.suit(size, training_images(facts), facts.grey):
-            found += [Net(size, *pair) for pair in small_images.networks(machine.device)]
+        if small_images.suit(size, facts.grey):
+            found += [Net(size, *pair) for pair in small_images.networks(size, machine.device)]
             continue
+        if found and found[-1].whitened and training_images(facts) < small_images.MANY:
+            break  # a ResNet that starts from nothing ends far below on so few, however large it is
         for level in range(most):
             # Above 64 pixels a ResNet's first layers keep a quarter of the resolution: narrow ones are too weak,
             # and a wide one on a small version of a photograph costs as much as on a large one.
@@ -197,10 +199,9 @@ def views(facts: Facts, net: Net, step_s: float = math.inf, epochs: int = 0) -> 
     made = {"size": net.size, "pad": max(2, net.size // 8)}
     if facts.grey and facts.short_side <= 48:
         return {"kind": "shift", **made}
-    if net.whitened:
-        return {**made, "kind": "crop_flip", "pad": 2, "padding": "reflect", "flip": "alternating"}
-    often = {"randaugment": 1} if epochs >= _OFTEN else {}
-    return {"kind": "crop_flip", **made, "padding": "reflect", **often}
+    flip = {"flip": "alternating"} if net.whitened else {}
+    varied = {"randaugment": 1} if epochs >= _OFTEN else {"pad": 2} if net.whitened else {}
+    return {"kind": "crop_flip", **made, "padding": "reflect", **flip, **varied}
 
 
 def stream(images: int, machine: Machine, views: dict[str, Any]) -> dict[str, Any]:
@@ -215,7 +216,7 @@ def stream(images: int, machine: Machine, views: dict[str, Any]) -> dict[str, An
 
 def batch_of(net: Net, images: int) -> int:
     """Images per step of these networks, before it is divided among ranks."""
-    return small_images.BATCH if net.whitened else batch(images)
+    return small_images.batch(images) if net.whitened else batch(images)
 
 
 def tree(
@@ -292,14 +293,15 @@ def _sections_of_whitened(
     net: Net, images: int, machine: Machine, teacher_epochs: int, student_epochs: int
 ) -> Sections:
     """For SGD, from the preset ``cifar10``."""
-    training = small_images.training(net.size, machine.ranks)
+    training = small_images.training(net.size, images, machine.ranks)
     width = net.stem["stem_args"]["widths"][-1]
+    few = images < 2000
     teacher = {**net.teacher, "epochs": teacher_epochs, "label_smoothing": 0.2, **training}
     student = {
         **net.stem,
         "dim": width,
-        "hidden": 128,
-        "label_dim": 32,
+        "hidden": 64 if few else 128,
+        "label_dim": 16 if few else 32,
         "epochs": student_epochs,
         "temperature": 1,
         **training,

@@ -1,10 +1,13 @@
-"""The config as YAML for people: about twenty lines, each with its meaning."""
+"""The config as YAML for people: some thirty lines, most with their meaning."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import yaml
+
+_MANY = 5
+"""Fields with the same value for teacher and student from which they are written once."""
 
 
 def as_text(head: list[str], tree: dict[str, Any]) -> str:
@@ -35,20 +38,24 @@ def as_text(head: list[str], tree: dict[str, Any]) -> str:
     lines.append(
         "teacher:  # the large CNN; to improve it, try more epochs first, then a larger network"
     )
-    lines += _block(
-        teacher,
-        {
-            "lr": "peak; halve it if the loss jumps",
-            "early_size": "pixels of the first epochs, early_share of them",
-        },
-    )
+    same = {name: value for name, value in teacher.items() if student.get(name) == value}
+    if len(same) < _MANY:
+        same = {}
+    if same:
+        lines += [
+            f"  <<: &training {_inline(same)}",
+            "  # how both networks are trained; lr is the peak: halve it if the loss jumps",
+        ]
+    lines += _block(_without(teacher, same), {"lr": "peak; halve it if the loss jumps"})
     lines.append(f"targets: {_inline(tree['targets'])}")
     lines.append(f"graph: {_inline(graph)}")
     lines.append(
         "student:  # the small network for later use; `control` is the same without a graph"
     )
+    if same:
+        lines.append("  <<: *training")
     lines += _block(
-        student,
+        _without(student, same),
         {
             "stem": "conv3, resnet_tiny, whitened_cnn, or a timm network",
             "distill_weight": "share of the teacher in the loss",
@@ -56,6 +63,10 @@ def as_text(head: list[str], tree: dict[str, Any]) -> str:
         },
     )
     return "\n".join(lines) + "\n"
+
+
+def _without(section: dict[str, Any], same: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in section.items() if name not in same}
 
 
 def _block(section: dict[str, Any], said: dict[str, str]) -> list[str]:

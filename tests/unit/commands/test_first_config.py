@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from cnn2gnn_dist import consistency, settings
 from cnn2gnn_dist.commands.init import command as init
-from cnn2gnn_dist.commands.init import fitting, recipe, speed, text, weights
+from cnn2gnn_dist.commands.init import fitting, recipe, small_images, speed, text, weights
 from cnn2gnn_dist.commands.init.recipe import Facts
 from cnn2gnn_dist.commands.init.sources import find_source
 from cnn2gnn_dist.commands.init.speed import Machine, Speed
@@ -100,10 +100,13 @@ def test_sizes_ascend_and_none_is_larger_than_the_images(side, alike):
     assert max(found) <= max(32, side)
 
 
-def test_photographs_get_wide_networks_at_large_sizes_only():
-    nets = recipe.nets(Facts(np.full(6, 60), None, 375), Machine(2, 2, "cpu"), None)
+def test_many_photographs_get_wide_networks_at_large_sizes_and_few_only_small_ones():
+    machine = Machine(2, 2, "cpu")
+    nets = recipe.nets(Facts(np.full(6, 6000), None, 375), machine, None)
     assert {net.size for net in nets} == set(recipe.SIZES)
-    assert all((net.size > 64) == (net.teacher not in recipe._TEACHERS[:2]) for net in nets)
+    assert all((net.size > 64) == (net.teacher in recipe._TEACHERS[2:]) for net in nets)
+    few = recipe.nets(Facts(np.full(6, 60), None, 375), machine, None)
+    assert few == [net for net in nets if net.size <= 64]
 
 
 def test_small_grey_images_are_not_mirrored_and_photographs_are_cropped_at_random():
@@ -133,31 +136,45 @@ CIFAR = Facts(np.full(10, 5000), 10_000, 32, alike=True)
 
 
 @pytest.mark.parametrize(
-    ("facts", "whitened"),
+    ("facts", "same"),
     [
-        (CIFAR, True),
-        (Facts(np.full(10, 500), 10_000, 32), False),  # few images
-        (Facts(np.full(10, 5000), 10_000, 28, grey=True), False),
+        (CIFAR, {"epochs", "control"}),
+        (
+            Facts(np.full(10, 50), None, 32),  # few images
+            {"epochs", "control", "lr", "global_batch", "hidden", "label_dim"},
+        ),
     ],
 )
-def test_many_small_color_images_get_the_networks_and_the_recipe_of_the_preset(facts, whitened):
+def test_small_color_images_get_the_networks_and_the_recipe_of_the_preset(facts, same):
     machine = Machine(2, 2, "cpu")
     nets = recipe.nets(facts, machine, None)
-    assert {net.whitened for net in nets} == {whitened}
-    if whitened:
-        made = recipe.tree(facts, machine, nets[-1], 16)
-        preset = settings.as_tree(settings.load("cifar10"))
-        for section in ("teacher", "student"):
-            of_time = {"epochs", "control"}
-            own = {key: value for key, value in made[section].items() if key not in of_time}
-            assert own == {key: preset[section][key] for key in own}
-        assert {k: preset["views"][k] for k in made["views"]} == made["views"]
+    made = recipe.tree(facts, machine, nets[-1], 16)
+    preset = settings.as_tree(settings.load("cifar10"))
+    for section in ("teacher", "student"):
+        own = {key: value for key, value in made[section].items() if key not in same}
+        assert own == {key: preset[section][key] for key in own}
+        step = made[section]
+        # The step of a batch that is 1/n as large is 1/sqrt(n) as long.
+        assert step["lr"] ** 2 / step["global_batch"] == pytest.approx(0.75**2 / 512, rel=0.01)
+    assert {k: preset["views"][k] for k in made["views"]} == made["views"]
+
+
+@given(st.integers(8, 1_000_000))
+def test_an_epoch_of_few_small_images_has_several_steps(images):
+    batch = small_images.batch(images)
+    assert batch <= max(4, images / 4)
+    assert batch == 512 or batch > images / 8 or batch == 4
+
+
+def test_small_gray_images_keep_their_networks():
+    nets = recipe.nets(Facts(np.full(10, 5000), 10_000, 28, grey=True), Machine(2, 2, "cpu"), None)
+    assert not any(net.whitened for net in nets)
 
 
 def test_large_images_beside_the_small_size_keep_their_networks():
     nets = recipe.nets(replace(CIFAR, short_side=200, alike=False), Machine(2, 2, "cpu"), None)
-    assert all(net.whitened == (net.size <= 48) for net in nets)
-    assert {net.size for net in nets if not net.whitened} >= {64, 96, 192}
+    assert all(net.whitened == (net.size <= 64) for net in nets)
+    assert {net.size for net in nets if not net.whitened} >= {96, 192}
 
 
 def test_half_of_the_epochs_on_smaller_images_are_in_the_estimate():
@@ -200,13 +217,17 @@ def test_too_few_minutes_leave_the_control_out_before_they_are_exceeded():
     assert spent[60] <= 60
 
 
-def test_the_text_reads_back_as_the_tree_whatever_the_paths():
-    facts, machine = Facts(np.full(6, 60), None, 84, alike=True), Machine(2, 2, "cpu")
+@pytest.mark.parametrize("grey", [False, True])
+def test_the_text_reads_back_as_the_tree_whatever_the_paths(tmp_path, grey):
+    facts = Facts(np.full(6, 60), None, 84, alike=True, grey=grey)
+    machine = Machine(2, 2, "cpu")
     tree = recipe.tree(facts, machine, recipe.nets(facts, machine, None)[0], 20)
     tree = {"name": "x", "data": {"source": "imagefolder", "train": "/a: b/#c 'd'/é"}, **tree}
     written = text.as_text(["first", "second"], tree)
     assert yaml.safe_load(written) == {k: v for k, v in tree.items() if v}
     assert len(written.splitlines()) < 40
+    (tmp_path / "my.yaml").write_text(written)
+    assert settings.load(str(tmp_path / "my.yaml")) == settings.check(tree)
 
 
 def folder_of(root, counts, side=(40, 48)):
