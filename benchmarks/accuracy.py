@@ -8,7 +8,7 @@ neighbors' vote, and the control (the same stem with an MLP head: same initial w
 Further runs share its packed shards, its teacher and its soft targets:
 
     batch             the graph of the mini-batch (graph.scope=batch), evaluated in batches
-    built_once        one graph, from the features after the warm-up, for all of the training; evaluated with a new one, as all are
+    built_once        one graph, from the features after the warm-up, for all of the training; evaluated with a new one
     labels            student and control without distillation, for the same epochs
     logit_adjust      student and control with student.logit_adjust=1, for long tails (only if asked for)
     labels_at_cost    the control without distillation, for as many epochs as teacher, targets and control took
