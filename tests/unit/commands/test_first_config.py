@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import yaml
 from hypothesis import given
@@ -16,16 +13,13 @@ from hypothesis import strategies as st
 
 from cnn2gnn_dist import consistency, settings
 from cnn2gnn_dist.commands.init import command as init
-from cnn2gnn_dist.commands.init import fitting, recipe, small_images, speed, text, weights
+from cnn2gnn_dist.commands.init import fitting, recipe, small_images, text, weights
 from cnn2gnn_dist.commands.init.recipe import Facts
-from cnn2gnn_dist.commands.init.sources import find_source
 from cnn2gnn_dist.commands.init.speed import Machine, Speed
-from cnn2gnn_dist.commands.init.survey import look
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.models.teacher import build_teacher
 from cnn2gnn_dist.stages.shared import preflight
 from cnn2gnn_dist.unused_fields import Surroundings
-from tests.support.shards import encode_image, make_shards, random_images
 
 STAGES = ("teacher", "student", "graph", "control")
 FACTS = st.builds(
@@ -230,143 +224,6 @@ def test_the_text_reads_back_as_the_tree_whatever_the_paths(tmp_path, grey):
     assert settings.load(str(tmp_path / "my.yaml")) == settings.check(tree)
 
 
-def folder_of(root, counts, side=(40, 48)):
-    for name, count in counts.items():
-        (root / name).mkdir(parents=True)
-        for number, image in enumerate(random_images(count, *side, seed=len(name))):
-            (root / name / f"{number}.jpg").write_bytes(encode_image(image, "jpg"))
-    return root
-
-
-def test_a_folder_is_counted_and_what_cannot_be_read_is_named(tmp_path):
-    root = folder_of(tmp_path / "photos", {"cat": 20, "dog": 12, "owl": 11})
-    (root / "cat" / "bad.jpg").write_bytes(b"not an image")
-    whole = (root / "dog" / "0.jpg").read_bytes()
-    (root / "dog" / "0.jpg").write_bytes(whole[: len(whole) // 2])
-    seen = look(find_source(str(root)))
-    assert seen.classes == ["cat", "dog", "owl"]
-    assert seen.count_C.tolist() == [21, 12, 11]
-    assert seen.short_side == 40
-    assert sum(seen.unreadable.values()) == 2
-    assert seen.share == pytest.approx(2 / 44, rel=0.3)
-    assert seen.formats == {"jpg": 42}
-
-
-@pytest.mark.parametrize("kind", ["imagefolder", "parquet", "shards"])
-def test_train_and_val_parts_are_found(tmp_path, kind):
-    images, labels = random_images(24, 32, 32), np.arange(24) % 2
-    if kind == "imagefolder":
-        for part in ("train", "val", "test"):
-            folder_of(tmp_path / part, {"a": 12, "b": 12})
-    elif kind == "parquet":
-        rows = [{"bytes": encode_image(image), "path": None} for image in images]
-        for part in ("train-0", "train-1", "test-0"):
-            pq.write_table(pa.table({"img": rows, "label": labels}), tmp_path / f"{part}.parquet")
-    else:
-        for part in ("train", "val"):
-            make_shards(tmp_path, images, labels, shard_size=12, prefix=part)
-    source = find_source(str(tmp_path))
-    assert source.kind == kind
-    seen = look(source)
-    assert seen.images == (48 if kind == "parquet" else 24)
-    assert seen.held == 24
-    assert seen.columns[0] == ("img" if kind == "parquet" else "image")
-    if kind == "imagefolder":
-        assert source.test == str(tmp_path / "val")
-        assert source.unused == ("test",)
-
-
-def test_classes_may_be_missing_from_a_part(tmp_path):
-    """From the held-out images, or from the training ones if the classes are named: a run accepts both."""
-    images = random_images(24, 32, 32)
-    make_shards(tmp_path, images, np.arange(24) % 3, prefix="train")
-    make_shards(tmp_path, images[:12], np.arange(12) % 2, prefix="val")
-    seen = look(find_source(str(tmp_path)))
-    assert (seen.images, seen.held, seen.empty) == (24, 12, [])
-    (tmp_path / "train-classes.json").write_text('["cat", "dog", "hen", "owl"]')
-    seen = look(find_source(str(tmp_path)))
-    assert (seen.classes, seen.empty) == (["cat", "dog", "hen", "owl"], ["owl"])
-    assert any("1 classes have no training images" in note for note in seen.notes)
-    facts, machine = init.facts_of(seen), Machine(1, 2, "cpu")
-    tree = recipe.tree(facts, machine, recipe.nets(facts, machine, None)[0], 8)
-    assert init._with_data(tree, seen)["data"]["allow_empty_classes"] is True
-
-
-def test_held_out_shards_are_not_taken_for_training_ones(tmp_path):
-    for prefix in ("images", "test"):
-        make_shards(tmp_path, random_images(8, 32, 32), np.arange(8) % 2, prefix=prefix)
-    with pytest.raises(UserError, match="several splits"):
-        find_source(str(tmp_path))
-
-
-def made(tmp_path, what):
-    if what == "one class":
-        return folder_of(tmp_path / "one", {"cat": 12})
-    if what == "single images":
-        return folder_of(tmp_path / "single", {"cat": 1, "dog": 1})
-    if what == "loose":
-        folder_of(tmp_path, {"loose": 3})
-        return tmp_path / "loose"
-    if what == "no training part":
-        folder_of(tmp_path / "parts" / "val", {"a": 2, "b": 2})
-        folder_of(tmp_path / "parts" / "test", {"a": 2, "b": 2})
-        return tmp_path / "parts"
-    if what == "mixed":
-        folder_of(tmp_path / "mixed", {"a": 2, "b": 2})
-        make_shards(tmp_path / "mixed", random_images(4), [0, 1, 0, 1])
-        return tmp_path / "mixed"
-    if what == "empty class":
-        (folder_of(tmp_path / "gap", {"a": 12, "b": 12}) / "c").mkdir()
-        return tmp_path / "gap"
-    if what == "text":
-        (tmp_path / "notes" / "a").mkdir(parents=True)
-        (tmp_path / "notes" / "a" / "x.txt").write_text("x")
-        return tmp_path / "notes"
-    (tmp_path / "empty").mkdir()
-    return tmp_path / what
-
-
-@pytest.mark.parametrize(
-    ("what", "said", "remedy"),
-    [
-        ("empty", "the folder is empty", "folder of images for each class"),
-        ("missing", "no such folder", "name a folder"),
-        ("one class", "all 12 images are of one class ('cat')", "another class"),
-        ("single images", "single image", "add images"),
-        ("loose", "3 images but no class folders", "FOLDER/CLASS/IMAGE"),
-        ("no training part", "none of them is for training", "'train'"),
-        ("mixed", "folders of images and tar shards", "name one kind"),
-        ("empty class", "'c'", "remove the folder"),
-        ("text", "no images", "FOLDER/CLASS/IMAGE"),
-    ],
-)
-def test_what_cannot_be_trained_on_is_named_with_its_remedy(tmp_path, what, said, remedy):
-    with pytest.raises(UserError) as caught:
-        look(find_source(str(made(tmp_path, what))))
-    assert said in caught.value.what
-    assert remedy in caught.value.remedy
-
-
-def test_an_existing_file_is_left_alone(tmp_path):
-    out = tmp_path / "my.yaml"
-    out.write_text("mine")
-    with pytest.raises(UserError, match="exists") as caught:
-        init.command(str(tmp_path), str(out), 30)
-    assert "--force" in caught.value.remedy
-    assert out.read_text() == "mine"
-    for minutes in (0, -3, math.inf, math.nan):
-        with pytest.raises(UserError) as caught:
-            init.command(str(tmp_path), str(tmp_path / "other.yaml"), minutes)
-        assert caught.value.where == "--minutes"
-
-
-def test_a_file_that_cannot_be_written_is_named_before_anything_is_timed(tmp_path, monkeypatch):
-    (tmp_path / "my.yaml").mkdir()
-    monkeypatch.setattr(init, "look", lambda source: pytest.fail("the images were looked at"))
-    with pytest.raises(UserError, match="can't be written to: it is a folder"):
-        init.command(str(tmp_path), str(tmp_path / "my.yaml"), 30, force=True)
-
-
 @pytest.mark.thorough
 def test_the_network_of_a_file_of_weights_is_found_by_its_name_or_shapes(tmp_path):
     from safetensors.torch import save_file
@@ -386,25 +243,3 @@ def test_the_network_of_a_file_of_weights_is_found_by_its_name_or_shapes(tmp_pat
     save_file({"a": state["fc.weight"]}, tmp_path / "odd.safetensors")
     with pytest.raises(UserError, match="fit none"):
         weights.from_file(str(tmp_path / "odd.safetensors"))
-
-
-@pytest.mark.thorough
-@pytest.mark.parametrize("fits", [2, 1, 0])
-def test_networks_that_do_not_fit_into_a_gpu_are_not_chosen(tmp_path, monkeypatch, fits):
-    seen = look(find_source(str(folder_of(tmp_path / "p", {"cat": 20, "dog": 20}, (64, 64)))))
-    known = {"arch": "resnet18", "weights": "/w", "size": 64}  # two networks
-    tried = []
-
-    def time_of(stopwatch: speed.Stopwatch, config, num_classes: int, images: int) -> Speed | None:
-        tried.append(config.student.stem)
-        big = config.student.stem == "resnet18"
-        return None if fits == 0 or (big and fits == 1) else Speed(0.01, 0.01, 0.01, 0.01, 0.01)
-
-    monkeypatch.setattr(speed.Stopwatch, "time", time_of)
-    if not fits:
-        with pytest.raises(UserError, match="not even the smallest network fits"):
-            init._choose(seen, Machine(1, 2, "cuda"), known, 600, False)
-        return
-    chosen = init._choose(seen, Machine(1, 2, "cuda"), known, 600, False).tree
-    assert chosen["student"]["stem"] == ("resnet18" if fits == 2 else "resnet_tiny")
-    assert len(tried) >= 1
