@@ -305,6 +305,7 @@ def _sections_of_whitened(
         "epochs": student_epochs,
         "temperature": 1,
         **training,
+        **small_images.slower_head(training["lr"]),
     }
     return teacher, student
 

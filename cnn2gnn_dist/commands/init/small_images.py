@@ -38,6 +38,7 @@ _RECIPE: dict[str, Any] = {
     "average_ramp": 3,
 }
 _LR = 0.75  # at BATCH
+_SLOWER = 5
 
 
 def suit(size: int, grey: bool) -> bool:
@@ -75,3 +76,12 @@ def training(size: int, images: int, ranks: int) -> dict[str, Any]:
         "lr": round(_LR * math.sqrt(whole / BATCH), 3),
         **_RECIPE,
     }
+
+
+def slower_head(lr: float) -> dict[str, float]:
+    """Fields of the student's rates: that of the teacher for its stem, a fifth of it for the layers after it.
+
+    At the teacher's rate a student of unbalanced classes ended with one answer for all images; balanced ones are
+    classified as well with either (docs/first_config.md).
+    """
+    return {"lr": round(lr / _SLOWER, 4), "stem_lr": _SLOWER}
