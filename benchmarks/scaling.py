@@ -7,10 +7,11 @@ Complete runs through the same entry point, in turns over the rounds, one thread
 machine (tests/support/hosts.py), so their network is the machine's own: it shows latency and the cost of collectives,
 but not bandwidth. Rates are images per second of all ranks: medians over log lines (teacher, student; without the first
 ones), or a stage's images divided by its seconds (targets; refresh: the stage ``graph``, which embeds, searches,
-partitions and writes a version). Efficiency is the rate of two ranks divided by twice that of one. Shares of the
-trainings' time below the table show where the rest may have gone. Last come images per second of processor time of
-all ranks, which other work on the machine hardly changes, and their ratio to one rank's: what two ranks do in addition
-(collectives, halos, work that each does for itself). It does not show how long they wait for each other.
+partitions and writes a version), or views that nobody uses (stream: five epochs, after one that isn't counted).
+Efficiency is the rate of two ranks divided by twice that of one. Shares of the trainings' time below the table show
+where the rest may have gone. Last come images per second of processor time of all ranks, which other work on the
+machine hardly changes, and their ratio to one rank's: what two ranks do in addition (collectives, halos, work that
+each does for itself). It does not show how long they wait for each other.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ import psutil
 
 from cnn2gnn_dist import durable, ledger, settings
 from cnn2gnn_dist.data.index.manifest import Manifest
-from tests.support import host_runs, hosts
+from cnn2gnn_dist.data.stream import Stream
+from cnn2gnn_dist.runtime.ranks import Ranks
+from cnn2gnn_dist.stages.shared.context import Context, RunPaths
+from tests.support import host_runs, hosts, runs
 from tests.support.forks import Fork
 from tests.support.hosts import Host
 
@@ -42,6 +46,8 @@ RATES = {"teacher": "teacher", "targets": "targets", "student": "student", "refr
 POLL_S = 0.1
 SKIPPED = 2
 """Log lines at the beginning of a training that include the imports of the first step."""
+STREAMED = 5
+"""Epochs of the stream by itself that are counted, after a first one."""
 LONGEST_S = 24 * 3600.0
 
 
@@ -65,7 +71,7 @@ def main() -> int:
                 run = Path(name) / "run"
                 say(f"round {number + 1}: {way}")
                 used = _run(group, run, given.config, given.overrides, number)
-                found[way].append(_rates(run, used))
+                found[way].append(_rates(run, used) | _stream(group, run))
                 say(json.dumps(found[way][-1]))
                 shutil.rmtree(run)
     print(_table(found))
@@ -103,6 +109,52 @@ def _run(
         if code:
             raise SystemExit(f"exit code {code}\n{output[-4000:]}")
     return {stage: until[stage] - until[before] for before, stage in pairwise(STAGES)}
+
+
+def _stream(group: tuple[Host, ...], run: Path) -> dict[str, float]:
+    """Images per second, and per second of processor time, that readers hand to ranks which do nothing with them."""
+    folder = run / "stream"
+    folder.mkdir()
+    places = range(len(group))
+    ranks = [
+        group[rank].fork(_read, (run, rank, len(group)), runs.environment()) for rank in places
+    ]
+    for code, output in host_runs.finish(ranks, LONGEST_S):
+        if code:
+            raise SystemExit(f"exit code {code}\n{output[-4000:]}")
+    read = [json.loads((folder / f"{rank}.json").read_text()) for rank in places]
+    images = sum(one["images"] for one in read)
+    return {
+        "stream": images / max(one["seconds"] for one in read),
+        "stream: per processor second": images / sum(one["processor"] for one in read),
+    }
+
+
+def _read(run: Path, rank: int, ranks: int) -> int:
+    """Read two epochs of the run's stream as this rank, in training's views; the first one is not counted."""
+    config = settings.of_run(run)
+    stream = Stream(
+        run / "manifest" / "train.arrow",
+        global_batch=config.teacher.global_batch,
+        views=Context(config, Ranks(), RunPaths(run), run, "", "cpu", False).views(),
+        window=config.stream.window,
+        backend="local",
+        decoded_bytes=config.stream.decoded_bytes,
+        rank=rank,
+        world_size=ranks,
+    )
+    for _ in stream:
+        pass
+    began, spent = time.perf_counter(), time.process_time()
+    images = sum(len(batch.images) for _ in range(STREAMED) for batch in stream)
+    found = {
+        "images": images,
+        "seconds": time.perf_counter() - began,
+        "processor": time.process_time() - spent,
+    }
+    stream.close()
+    (run / "stream" / f"{rank}.json").write_text(json.dumps(found))
+    return 0
 
 
 def _watch(
@@ -164,7 +216,7 @@ def _table(found: dict[str, list[dict[str, float]]]) -> str:
     }
     alone, *_ = middle.values()
     rows = [["", *middle], ["---", *("---:" for _ in middle)]]
-    for stage in RATES:
+    for stage in (*RATES, "stream"):
         cells = [f"{one[stage]:,.0f}" for one in middle.values()]
         shares = [f" ({one[stage] / 2 / alone[stage]:.2f})" for one in list(middle.values())[1:]]
         rows.append(
@@ -178,7 +230,7 @@ def _table(found: dict[str, list[dict[str, float]]]) -> str:
             name = f"{stage}: {what}"
             cells = [form.format(one[name]) if name in one else "" for one in middle.values()]
             rows.append([name, *cells])
-    for stage in RATES:
+    for stage in (*RATES, "stream"):
         name = f"{stage}: per processor second"
         cells = [f"{one[name]:,.1f} ({one[name] / alone[name]:.2f})" for one in middle.values()]
         rows.append([f"{stage}, images per processor second (of one rank's)", *cells])
