@@ -98,6 +98,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse options, with overrides before, after and between them (argparse allows one place only)."""
     parser = _parser()
+    if not (sys.argv[1:] if argv is None else argv):
+        parser.print_help(sys.stderr)
+        parser.exit(2)
     arguments, rest = parser.parse_known_args(argv)
     unknown = [text for text in rest if text.startswith("-") or not hasattr(arguments, "overrides")]
     if unknown:
@@ -128,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
         run_cli.arguments(commands.add_parser(name, help=text, description=text), [name])
     evaluate_cli.arguments(commands.choices["evaluate"])
     for name, text, arguments in COMMANDS:
-        arguments(commands.add_parser(name, help=text))
+        arguments(commands.add_parser(name, help=text, description=text))
     _add_verbosity(commands)
     return parser
 
@@ -185,7 +188,11 @@ def _fields(arguments: argparse.Namespace) -> int:
 
 
 COMMANDS: tuple[tuple[str, str, Callable[[argparse.ArgumentParser], None]], ...] = (
-    ("predict", "classify image files with a trained run", predict_cli.arguments),
+    (
+        "predict",
+        "classify images, and show the training images the answers rest on",
+        predict_cli.arguments,
+    ),
     ("embed", "write features and projections of images as Parquet", embed_cli.arguments),
     ("export", "write a finished run's model to a separate folder", export_cli.arguments),
     ("init", "write a config for your own images", init_cli.arguments),

@@ -19,7 +19,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="folder of a model (`cnn2gnn export`) or of a finished run, or URL of a run.storage",
     )
-    parser.add_argument("--top", type=int, default=3, help="classes shown for each image")
+    parser.add_argument(
+        "--top", type=int, default=3, help="classes shown for each image; default 3"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object per line")
     parser.add_argument(
         "--out",

@@ -17,7 +17,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "place", metavar="RUN|MODEL", help="folder of a finished run, or of a model"
     )
     parser.add_argument("--out", metavar="FOLDER", help="folder to write; default RUN/audit")
-    parser.add_argument("--top", type=int, default=60, help="entries in each section of the page")
+    parser.add_argument(
+        "--top", type=int, default=60, help="entries in each section of the page; default 60"
+    )
     parser.add_argument("--csv", action="store_true", help="also write the tables as CSV")
     parser.add_argument("--no-map", action="store_true", help="leave out map.parquet")
     parser.add_argument(

@@ -28,7 +28,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         one.add_argument("model", metavar="MODEL", type=Path, help="folder of a model")
         one.set_defaults(command=_run, action=name)
         if name in ("add", "relabel"):
-            one.add_argument("--class", dest="class_name", required=True, metavar="NAME")
+            one.add_argument(
+                "--class",
+                dest="class_name",
+                required=True,
+                metavar="NAME",
+                help="a class of the model (`cnn2gnn memory ls`)"
+                + (", or a new one" if name == "add" else ""),
+            )
         if name == "add":
             one.add_argument("images", nargs="+", metavar="IMAGE", help="files or folders")
             one.add_argument(

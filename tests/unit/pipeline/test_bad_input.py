@@ -255,3 +255,21 @@ def test_held_out_images_that_are_training_images_are_reported(tmp_path, capsys,
     assert (
         "note: 1 of 1 held-out files or folders are also training ones" in capsys.readouterr().err
     )
+
+
+def test_without_a_command_they_are_all_listed(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([])
+    assert ended.value.code == 2
+    listed = capsys.readouterr().err
+    assert "cnn2gnn run --config demo" in listed
+    for name in ["run", *cli.STAGES, *(name for name, _, _ in cli.COMMANDS)]:
+        assert re.search(rf"^    {name}\b", listed, re.MULTILINE), name
+
+
+@pytest.mark.parametrize(("name", "text"), [(name, text) for name, text, _ in cli.COMMANDS])
+def test_help_says_what_a_command_does(name, text, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([name, "--help"])
+    said = capsys.readouterr().out.split("\n\n")[1]
+    assert said[0].isupper() or " ".join(said.split()) == text
