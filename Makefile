@@ -2,7 +2,7 @@
 # make demo-memory: nine digits trained, the tenth added from 20 images without training.
 # make quick: lint and the unit tests, while you work; costly properties on a fifth of their examples, or not at all.
 # make docs: the site, in site/index.html.
-PYTHON ?= python3.11
+PYTHON ?= $(or $(shell command -v python3.11),$(shell command -v python3.12),python3.11)
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 # torch goes first, by its pin, so that nothing later drags in another build of it.
