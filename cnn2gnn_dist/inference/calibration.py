@@ -222,7 +222,8 @@ class Calibration:
             distance_B = below_B / (len(self.distances_n) + 1)
         if vote_BC is not None:
             predicted_B = p_BC.argmax(1)
-            vote_B = 1.0 - np.asarray(vote_BC, np.float64)[np.arange(len(p_BC)), predicted_B]
+            on_it_B = np.asarray(vote_BC, np.float64)[np.arange(len(p_BC)), predicted_B]
+            vote_B = np.maximum(1.0 - on_it_B, 0.0)  # float32 weights may sum to 1 and a rounding
         return Unusual(1.0 - p_BC.max(1), distance_B, vote_B)
 
     def to_json(self) -> dict[str, Any]:

@@ -31,6 +31,7 @@ def test_weights_of_sorted_distances_are_those_of_adaptive_neighbours(columns, k
     torch.testing.assert_close(graphs.weights_of_sorted(d, k), expected)
 
 
+@pytest.mark.filterwarnings("error:# The axis name")
 @pytest.mark.parametrize("resize", [1.0, 1.25])
 def test_the_example_answers_as_the_model(tmp_path, resize):
     folder = write_model(tmp_path / "m")

@@ -14,7 +14,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="folder of a finished run or of a model, or URL of a run.storage",
     )
     parser.add_argument("--to", required=True, metavar="MODEL", help="folder to write")
-    parser.add_argument("--force", action="store_true", help="replace an existing model")
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="replace an existing model (not ONNX graphs or programs)",
+    )
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument(
         "--onnx", action="store_true", help="as ONNX graphs and arrays, to answer without torch"
@@ -30,7 +34,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     from cnn2gnn_dist.commands.model import export
     from cnn2gnn_dist.commands.run.stored_run import model_at
+    from cnn2gnn_dist.errors import UserError
 
+    if arguments.force and (arguments.onnx or arguments.torch_export):
+        raise UserError(
+            "only the folder of a model is replaced, not that of exported graphs",
+            where="--force",
+            remedy="leave out --force, and name a folder that does not exist",
+        )
     with model_at(arguments.run) as run:
         if arguments.onnx:
             return export.onnx(run, Path(arguments.to))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -33,10 +34,13 @@ class _Onnx:
         inputs: graphs.Names,
         outputs: graphs.Names,
     ) -> None:
-        torch.onnx.export(
-            module, example, str(path), dynamo=True, dynamic_shapes=graphs.dynamic_batch(len(example)),
-            verbose=False, input_names=inputs, output_names=outputs, external_data=False,
-        )  # fmt: skip
+        with warnings.catch_warnings():
+            # Each input of the head names its batch axis; that they are one and the same is intended.
+            warnings.filterwarnings("ignore", r"# The axis name: \w+ will not be used", UserWarning)
+            torch.onnx.export(
+                module, example, str(path), dynamo=True, dynamic_shapes=graphs.dynamic_batch(len(example)),
+                verbose=False, input_names=inputs, output_names=outputs, external_data=False,
+            )  # fmt: skip
 
     def run(self, path: Path, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         import onnxruntime

@@ -1,4 +1,4 @@
-"""``cnn2gnn export --force``: what a kill between its two renames leaves behind is found again."""
+"""``cnn2gnn export --force``: what a kill between its two renames leaves behind; where it is refused."""
 
 from __future__ import annotations
 
@@ -52,3 +52,10 @@ def test_the_next_export_replaces_it_or_puts_it_back(killed, tmp_path, capsys):
     assert cli.main(["export", str(new), "--to", str(killed), "--force"]) == 0
     assert not without(killed, "img-3")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "served"]
+
+
+@pytest.mark.parametrize("kind", ["--onnx", "--torch-export"])
+def test_force_is_refused_where_it_would_do_nothing(kind, tmp_path, capsys):
+    asked = ["export", str(tmp_path / "m"), "--to", str(tmp_path / "graphs"), kind, "--force"]
+    assert cli.main(asked) == 2
+    assert "name a folder that does not exist" in capsys.readouterr().err
