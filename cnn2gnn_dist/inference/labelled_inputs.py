@@ -118,7 +118,7 @@ def _in_model(
         images = int(np.isin(label_N, [n for n, name in enumerate(names) if name in unknown]).sum())
         some = ", ".join(f"'{name}'" for name in unknown[:_SHOWN])
         raise UserError(
-            f"{images:,} images are of {len(unknown)} classes that the model doesn't have: {some}"
+            f"{len(unknown)} of the {len(used)} classes here, with {images:,} images, are not the model's: {some}"
             f"{', …' if len(unknown) > _SHOWN else ''}; it has "
             + ", ".join(f"'{name}'" for name in classes[:_SHOWN])
             + (", …" if len(classes) > _SHOWN else ""),

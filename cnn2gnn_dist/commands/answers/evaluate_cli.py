@@ -40,6 +40,13 @@ def _run(arguments: argparse.Namespace) -> int:
                 where="evaluate",
                 remedy="--model FOLDER; a run writes its figures to results.json",
             )
+        images = [text for text in arguments.overrides if "=" not in text and Path(text).exists()]
+        if images:
+            raise UserError(
+                "the model that is to answer these images isn't named",
+                where=images[0],
+                remedy=f"cnn2gnn evaluate --model FOLDER {images[0]}",
+            )
         return run_cli.run(arguments)
     if arguments.dry_run or arguments.update or arguments.force:
         raise UserError(

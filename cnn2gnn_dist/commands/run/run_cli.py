@@ -220,4 +220,7 @@ def _print_summary(config: Config) -> None:
     log.output(f"predict  cnn2gnn predict --model {root} IMAGE…")
     log.output(f"serve    cnn2gnn serve {root}")
     log.output(f"audit    cnn2gnn audit {root}")
-    log.output("next     cnn2gnn run --config cifar10, or your own images: cnn2gnn init FOLDER")
+    if config.data.source == "digits":
+        log.output("next     cnn2gnn run --config cifar10, or your own images: cnn2gnn init FOLDER")
+    else:
+        log.output(f"next     cnn2gnn evaluate --model {root} IMAGES…, on other labeled images")

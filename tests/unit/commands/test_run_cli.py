@@ -54,6 +54,19 @@ def test_gpus_that_are_too_few_are_not_passed_over_in_silence(capsys, console):
         _on_gpu(cuda, 3)
 
 
+@pytest.mark.parametrize(
+    ("source", "suggested"),
+    [("digits", "cnn2gnn init"), ("imagefolder", "cnn2gnn evaluate --model")],
+)
+def test_what_comes_next_suits_the_images(source, suggested, tmp_path, capsys):
+    (tmp_path / "results.json").write_text("{}")
+    options = [f"run.dir={tmp_path}", f"data.source={source}"]
+    _print_summary(
+        settings.load("demo", [*options, *([] if source == "digits" else ["data.train=x"])])
+    )
+    assert suggested in capsys.readouterr().out.splitlines()[-1]
+
+
 def test_results_that_were_deleted_are_asked_back(tmp_path):
     config = settings.load("demo", [f"run.dir={tmp_path}"])
     with pytest.raises(UserError, match=r"results\.json") as raised:

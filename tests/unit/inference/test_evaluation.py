@@ -142,7 +142,7 @@ def test_unreadable_images_are_left_out_and_named(model, images, labels):
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda root, i, n: in_folder(root / "f", i, n, ["dog", "class 1", "cat"]), "2 classes"),
+        (lambda root, i, n: in_folder(root / "f", i, n, ["dog", "class 1", "cat"]), "2 of the 3 classes"),
         (lambda root, i, n: in_parquet(root / "p.parquet", i, n + 1), "a label 3, but the model"),
         (lambda root, i, n: in_parquet(root / "p.parquet", i, n, "y"), "no column"),
         (lambda root, i, n: str(root / "none"), "no such file"),
@@ -184,6 +184,7 @@ def test_the_command(written, images, labels, tmp_path, capsys):
         (["--model", "M", "x", "--force"], "not for a model"),
         (["--model", "M", "x", "--out", "f.csv"], "as JSON"),
         (["--out", "f.json"], "are for a model"),
+        (["M"], "cnn2gnn evaluate --model FOLDER"),
     ],
 )
 def test_wrong_options(written, arguments, said, capsys):
