@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cnn2gnn_dist import cli, settings
-from tests.unit.commands.test_first_config import folder_of
+from tests.unit.commands.test_first_images import folder_of
 
 
 def test_init_writes_a_config_that_run_accepts(tmp_path, capsys, monkeypatch):

@@ -8,11 +8,12 @@ Readers work only on the requests in flight: when the consumer stops asking, the
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Protocol
 
 from cnn2gnn_dist.data.images.crops import crops_of
@@ -167,13 +168,9 @@ class _LocalReaders:
         # One reader per thread: they would race on a shared table of open shards.
         self._free = deque(Reader(spec) for _ in range(workers))
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="reader")
-        self._asked: set[Future[Batch]] = set()
 
     def ask(self, request: Request) -> _Answer:
-        future = self._pool.submit(self._read, request)
-        self._asked.add(future)
-        future.add_done_callback(self._asked.discard)
-        return _LocalAnswer(future)
+        return _LocalAnswer(self._pool.submit(self._read, request))
 
     def depth(self, request: Request, prefetch: int) -> int:
         return prefetch
@@ -187,8 +184,11 @@ class _LocalReaders:
 
     def close(self) -> None:
         """Stop the readers; one that waits for a lost file server is left behind, or it would keep the process."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        futures.wait(list(self._asked), CLOSING_SECONDS)
+        # An executor's own wait has no limit.
+        end = partial(self._pool.shutdown, wait=True, cancel_futures=True)
+        closing = threading.Thread(target=end, daemon=True)
+        closing.start()
+        closing.join(CLOSING_SECONDS)
         while self._free:
             self._free.popleft().close()
 
