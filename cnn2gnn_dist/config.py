@@ -116,8 +116,8 @@ class StudentConfig(TrainConfig):
     logit_adjust: float = Field(
         0.0,
         ge=0,
-        description="tau of logit adjustment for long tails: in training tau * log(share of the class) is added to "
-        "the logits, so that answers favor rare classes; 0: off",
+        description="tau of logit adjustment for long tails: in training tau * log(the class's share of the targets) "
+        "is added to the logits, so that answers favor rare classes; 0: off",
     )
     control: bool = Field(
         True, description="also train the same stem with an MLP head and no graph"

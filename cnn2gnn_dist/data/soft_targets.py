@@ -26,6 +26,8 @@ META, CHECKSUM, CORRUPT = b"cnn2gnn.meta", b"cnn2gnn.sha256", b"cnn2gnn.corrupt"
 PRECISION = b"cnn2gnn.precision"
 DAMAGE = (OSError, pa.ArrowException, KeyError, ValueError, TypeError, AttributeError)
 """Exceptions that reading a corrupt or unrelated file may raise."""
+MEAN_ROWS = 4096
+"""Samples at a time: 16 MB of a thousand classes."""
 LEAST_REST = 1e-6
 """Minimum probability mass of the classes outside the top k, since float16 may round it away."""
 
@@ -180,6 +182,15 @@ class Targets:
         np.put_along_axis(full, self.indices_VNK[view, ids].astype(np.int64), kept, axis=1)
         full = np.maximum(full, 1e-12)
         return np.log(full / full.sum(1, keepdims=True))
+
+    def mean(self) -> np.ndarray:
+        """Mean probabilities [C] float64 over all samples, of the first view."""
+        samples = self.log_probs_VNK.shape[1]
+        total_C = np.zeros(self.num_classes)
+        for first in range(0, samples, MEAN_ROWS):
+            rows = np.arange(first, min(first + MEAN_ROWS, samples))
+            total_C += np.exp(self.lookup(rows, 0)).sum(0, dtype=np.float64)
+        return total_C / samples
 
 
 @dataclass(frozen=True)

@@ -65,14 +65,41 @@ def neighbour_loss(
     return torch.where(known_B, -mass_B.clamp(min=floor, max=1.0).log(), 0.0)
 
 
-def logit_adjustment(labels_N: Tensor, num_classes: int, tau: float) -> Tensor:
-    """τ·log π of each class [C] float32, π its share of the images; added to logits in training only.
+def logit_adjustment(shares_C: Tensor, tau: float) -> Tensor:
+    """τ·log π of each class [C] float32, π its share of the targets; added to logits in training only.
 
     Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, equation 10. What is learned is then
     y = log p(class | image) - τ log π: answers from y weigh all classes equally (τ = 1). A teacher trained
-    without it has learned y + τ log π, so its soft targets match the adjusted logits too. Unlabelled
-    images (-1) don't count; a class without images counts as having one.
+    without it has learned y + τ log π, so its soft targets match the adjusted logits too.
+    """
+    return (tau * shares_C.double().log()).float()
+
+
+def target_shares(
+    labels_N: Tensor,
+    mean_soft_C: Tensor | None,
+    num_classes: int,
+    *,
+    weight: float,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Each class's share [C] float64 of the targets that ``distillation_loss`` teaches; they sum to 1.
+
+    Smoothed targets give every class at least a share of ε/C, and so does the teacher that was trained with
+    them. Were rare classes adjusted by their share of the labels, every image that such targets
+    say nothing about would be answered with the rarest class.
+
+    Args:
+        labels_N: -1 = none. A class without images counts as having one.
+        mean_soft_C: the mean of the N images' soft targets; None: they are not used.
+        num_classes: C.
+        weight: λ, of the soft targets.
+        label_smoothing: ε, of the labels.
     """
     known_N = labels_N[labels_N >= 0].long()
     images_C = torch.bincount(known_N, minlength=num_classes).clamp(min=1).double()
-    return (tau * (images_C / images_C.sum()).log()).float()
+    labels_C = (1.0 - label_smoothing) * images_C / images_C.sum() + label_smoothing / num_classes
+    if mean_soft_C is None:
+        return labels_C
+    total_C = (1.0 - weight) * len(known_N) * labels_C + weight * len(labels_N) * mean_soft_C
+    return total_C / total_C.sum()

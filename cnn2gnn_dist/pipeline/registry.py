@@ -28,7 +28,7 @@ EXECUTION = frozenset(
 )
 
 
-VERSIONS = {"version.decoding": DECODING}
+VERSIONS = {"version.decoding": DECODING, "version.logit_adjust": 2}
 """Versions of code that keys include like fields. Each is absent from keys while it is the first
 (``key_defaults.py``)."""
 
@@ -163,6 +163,7 @@ _LEARN = (
     "targets.views",
     "student",
     "version.decoding",  # with targets.logits there is no teacher that would be stale
+    "version.logit_adjust",
 )
 _STUDENT = Stage(
     "student", "student", (*_LEARN, "graph"), ("index", "targets"), _student, trains=True

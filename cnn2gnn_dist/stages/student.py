@@ -15,8 +15,14 @@ from cnn2gnn_dist.data.batch_sizes import check_parts, parts_of_rank
 from cnn2gnn_dist.data.index.manifest import Manifest
 from cnn2gnn_dist.data.order import Order
 from cnn2gnn_dist.data.reading.reader import on_device
+from cnn2gnn_dist.data.soft_targets import Targets
 from cnn2gnn_dist.graph.distdgl.served import ServedGraph
-from cnn2gnn_dist.models.losses import distillation_loss, logit_adjustment, neighbour_loss
+from cnn2gnn_dist.models.losses import (
+    distillation_loss,
+    logit_adjustment,
+    neighbour_loss,
+    target_shares,
+)
 from cnn2gnn_dist.models.stem import load_stem
 from cnn2gnn_dist.models.student import Scope, StudentOutput
 from cnn2gnn_dist.stages.graph import build, describe
@@ -58,11 +64,7 @@ def run(context: Context, scope: Scope, targets_key: str) -> list[Path]:
         graph = config.graph
         late = Late(model.graph_parameters().keys(), graph.start_epoch, graph.warmup_epochs)
     training = Training(context, name, model, settings, len(manifest), late)
-    adjustment = None
-    if settings.logit_adjust:
-        known_N = torch.from_numpy(np.asarray(manifest.label_N, np.int64))
-        adjustment = logit_adjustment(known_N, manifest.num_classes, settings.logit_adjust)
-        adjustment = adjustment.to(training.engine.device)
+    adjustment = _adjustment(settings, manifest, targets, training.engine.device)
     engine, schedule = training.engine, _GraphSchedule(context, training, manifest)
     reading = context.stream(context.paths.train_manifest, name)
     with training.deferred_stop(), closing(schedule), reading as stream:
@@ -83,6 +85,22 @@ def run(context: Context, scope: Scope, targets_key: str) -> list[Path]:
                 training.step(order.batches_per_epoch)
             training.end_epoch(lambda: {"self_path_test_accuracy": schedule.self_path_accuracy()})
     return training.finish()
+
+
+def _adjustment(
+    settings: StudentConfig, manifest: Manifest, targets: Targets, device: torch.device
+) -> Tensor | None:
+    """What logit adjustment adds to the logits [C]; None: it is off."""
+    if not settings.logit_adjust:
+        return None
+    shares_C = target_shares(
+        torch.from_numpy(np.asarray(manifest.label_N, np.int64)),
+        torch.from_numpy(targets.mean()) if settings.distill_weight else None,
+        manifest.num_classes,
+        weight=settings.distill_weight,
+        label_smoothing=settings.label_smoothing,
+    )
+    return logit_adjustment(shares_C, settings.logit_adjust).to(device)
 
 
 def loss_of(

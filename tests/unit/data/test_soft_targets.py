@@ -78,6 +78,19 @@ def test_round_trip(tmp_path, views, classes, k):
             np.testing.assert_allclose(np.exp(found).sum(1), 1, atol=2e-6)
 
 
+def test_the_mean_is_that_of_all_looked_up(tmp_path, monkeypatch):
+    """Over more rows than are read at a time."""
+    monkeypatch.setattr(targets_module, "MEAN_ROWS", 4)
+    log_VNC = teacher(2, 11, 6)
+    for k in (6, 3):
+        folder = tmp_path / str(k)
+        folder.mkdir()
+        write_all(folder, log_VNC, k)
+        targets = Targets.load(folder, 11, 6)
+        wanted = np.exp(targets.lookup(np.arange(11), 0).astype(np.float64)).mean(0)
+        np.testing.assert_allclose(targets.mean(), wanted, rtol=1e-6)
+
+
 def test_the_rest_is_spread_evenly(tmp_path):
     log_VNC = np.log(np.array([[[0.5, 0.02, 0.3, 0.1, 0.08]]]))
     write_all(tmp_path, log_VNC, 2)

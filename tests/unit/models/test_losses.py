@@ -6,7 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cnn2gnn_dist.models.losses import distillation_loss, logit_adjustment, neighbour_loss
+from cnn2gnn_dist.models.losses import (
+    distillation_loss,
+    logit_adjustment,
+    neighbour_loss,
+    target_shares,
+)
 
 
 def case() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -165,7 +170,7 @@ def test_logit_adjustment_is_menons_formula() -> None:
     prior = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64)
     logits, labels = torch.randn(6, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 2, 1, 0])
     for tau in (0.5, 1.0, 2.0):
-        adjusted = logits + logit_adjustment(labels_N, 3, tau)
+        adjusted = logits + logit_adjustment(target_shares(labels_N, None, 3, weight=0.0), tau)
         found = distillation_loss(adjusted, labels, None, weight=0.0, temperature=1.0)
         powers = prior**tau * logits.exp()
         wanted = -(powers[range(6), labels] / powers.sum(1)).log()
@@ -173,13 +178,34 @@ def test_logit_adjustment_is_menons_formula() -> None:
 
 
 def test_a_class_without_images_is_given_one() -> None:
-    found = logit_adjustment(torch.tensor([0, 0, 0, 2]), 3, 1.0)
+    shares_C = target_shares(torch.tensor([0, 0, 0, 2]), None, 3, weight=0.0)
+    found = logit_adjustment(shares_C, 1.0)
     torch.testing.assert_close(found, torch.tensor([0.6, 0.2, 0.2]).log())
+
+
+def test_shares_are_those_of_the_targets_that_the_loss_teaches() -> None:
+    """Against one-hot, smoothed and soft targets, written out and weighed as the loss weighs them."""
+    labels_N = torch.tensor([0] * 6 + [1] * 3 + [2] + [-1] * 5)
+    soft_NC = torch.randn(15, 3, generator=torch.Generator().manual_seed(3)).softmax(1).double()
+    smoothed_NC = 0.8 * F.one_hot(labels_N[:10], 3).double() + 0.2 / 3
+    for weight in (0.0, 0.3, 1.0):
+        total_C = (1 - weight) * smoothed_NC.sum(0) + weight * soft_NC.sum(0)
+        found = target_shares(labels_N, soft_NC.mean(0), 3, weight=weight, label_smoothing=0.2)
+        torch.testing.assert_close(found, total_C / total_C.sum())
+
+
+def test_images_of_which_smoothed_targets_say_nothing_are_not_given_to_the_rarest_class() -> None:
+    """What a smoothed teacher says of an image that is surely of class 0: with the labels' shares, class 2 won."""
+    labels_N = torch.tensor([0] * 900 + [1] * 99 + [2])
+    learned = (0.8 * torch.tensor([1.0, 0.0, 0.0]) + 0.2 / 3).log()
+    for smoothing, wanted in ((0.2, 0), (0.0, 2)):
+        shares_C = target_shares(labels_N, None, 3, weight=0.0, label_smoothing=smoothing)
+        assert int((learned - logit_adjustment(shares_C, 1.0)).argmax()) == wanted
 
 
 def test_an_adjusted_student_of_a_plain_teacher_learns_the_balanced_logits() -> None:
     """The soft-target loss is minimal where y + log prior are the teacher's logits, at any temperature."""
-    adjustment = logit_adjustment(torch.tensor([0] * 9 + [1]), 2, 1.0)
+    adjustment = logit_adjustment(torch.tensor([0.9, 0.1]), 1.0)
     teacher = torch.tensor([[2.0, -1.0]])
     y = teacher - adjustment
     for temperature in (1.0, 4.0):

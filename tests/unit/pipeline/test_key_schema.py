@@ -203,6 +203,15 @@ def test_another_decoding_makes_stale_what_read_images(tmp_path, monkeypatch):
         assert key_of(config, stage) != PINNED[stage]
 
 
+def test_runs_of_the_first_logit_adjustment_have_another_key_and_others_the_same(monkeypatch):
+    for options in ([], ["student.logit_adjust=1"]):
+        config = settings.load("demo", options)
+        now = key_of(config, "student")
+        with monkeypatch.context() as earlier:
+            earlier.setitem(registry.VERSIONS, "version.logit_adjust", 1)
+            assert (key_of(config, "student") == now) == (not options)
+
+
 # --- records of schema 1, written by the code of commit 6fa5feb -----------------------------------
 
 RECORDS = json.loads((Path(__file__).parent / "records_of_schema_1.json").read_text())
