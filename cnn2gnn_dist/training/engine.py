@@ -73,10 +73,11 @@ def init(
     _log.debug("joined a group of %d ranks, on %s", ranks.world_size, own)
     _start_deepspeed(device, timeout)
     if ranks.world_size > 1:
-        # Gloo's collectives notice a lost peer, but not a rank that never gets to its next one.
-        noticed_s = timeout_s / 2 if device == "cuda" else 2 * timeout_s
-        limit = min if device == "cuda" else max
-        silence_s = limit(peer_watch.SILENCE_S, noticed_s)
+        # Gloo's collectives notice a lost peer, but not a rank that never gets to its next one. They
+        # report it with more detail, and waits that lie within each other add up: they go first.
+        silence_s = 2 * timeout_s + peer_watch.SILENCE_S
+        if device == "cuda":
+            silence_s = min(peer_watch.SILENCE_S, timeout_s / 2)
         store = c10d._get_default_store()
         _watches.append(
             peer_watch.PeerWatch(store, ranks.rank, ranks.world_size, silence_s=silence_s)

@@ -183,7 +183,7 @@ def test_files_that_never_come_during_the_run(pair: tuple[Host, ...], folder: Pa
     found = host_runs.finish(host_runs.start(pair, arguments, before=with_a_lost_reader))
     assert [code for code, _ in found] == [75, 75], found
     assert "did not answer within 10 s: rank 1 on node-b" in found[0][1]
-    assert "rank 0 has not been heard from" in found[1][1]
+    assert "rank 0 on node-a has not been heard from" in found[1][1]
 
 
 def briefly(rank: int) -> None:

@@ -21,6 +21,7 @@ from torch import distributed as dist
 from cnn2gnn_dist import log
 from cnn2gnn_dist.errors import PeerLost, UserError
 from cnn2gnn_dist.runtime import bounded_wait
+from cnn2gnn_dist.runtime.group import members
 
 BEAT_S = 2.0
 CONNECT_S = 10.0
@@ -122,9 +123,9 @@ def _key(rank: int) -> str:
 
 
 def _error(silent: Mapping[int, float], gone: str) -> PeerLost:
-    names = ", ".join(str(peer) for peer in sorted(silent))
+    names = ", ".join(members.name_of(peer) for peer in sorted(silent))
     return PeerLost(
-        f"rank {names} has not been heard from for {max(silent.values()):.0f} s{gone}",
+        f"{names} has not been heard from for {max(silent.values()):.0f} s{gone}",
         where="process group",
         remedy="check that rank's last output; the same command resumes the run",
     )
