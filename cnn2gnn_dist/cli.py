@@ -125,13 +125,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     run_cli.arguments(
-        commands.add_parser("run", help="run every stage, skipping complete ones"), None
+        commands.add_parser(
+            "run", help="run every stage, skipping complete ones", allow_abbrev=False
+        ),
+        None,
     )
     for name, text in STAGES.items():
-        run_cli.arguments(commands.add_parser(name, help=text, description=text), [name])
+        run_cli.arguments(
+            commands.add_parser(name, help=text, description=text, allow_abbrev=False), [name]
+        )
     evaluate_cli.arguments(commands.choices["evaluate"])
     for name, text, arguments in COMMANDS:
-        arguments(commands.add_parser(name, help=text, description=text))
+        arguments(commands.add_parser(name, help=text, description=text, allow_abbrev=False))
     _add_verbosity(commands)
     return parser
 

@@ -34,7 +34,9 @@ def main() -> int:
     (docs/resume.md), 1 for a bug, whose traceback is shown.
     """
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", default="demo", metavar="FILE_OR_PRESET")
     parser.add_argument("--stages", metavar="A,B", help="only these stages")

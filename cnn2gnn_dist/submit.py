@@ -56,7 +56,9 @@ STOP_SECONDS = 60.0
 def main() -> int:
     """Submit, follow, report; the job's own exit code, or 2 if it can't be sent."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     arguments(parser)
     log.add_options(parser)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import lzma
 import os
 import tarfile
@@ -46,6 +47,13 @@ class Pixels:
     name: str
     pixels: np.ndarray | None
     error: str | None = None
+
+
+def complaint(name: str, why: str) -> str:
+    """One line about an input that can't be answered, from its name and its error."""
+    if why == os.strerror(errno.ENOENT):
+        return f"{name}: there is no such file; check the path"
+    return f"{name}: not readable as an image: {why}"
 
 
 def is_single(inputs: Any) -> bool:

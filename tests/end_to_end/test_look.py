@@ -125,13 +125,12 @@ def test_a_moved_run_predicts_and_unreadable_images_are_named(micro_run, images,
     shutil.copytree(micro_run, moved)
     folder, _, _ = images
     (folder / "99.jpg").write_text("no image")
-    assert (
-        cli.main(["predict", "--run", str(moved), str(folder / "00.png"), str(folder / "99.jpg")])
-        == 1
-    )
+    names = [str(folder / name) for name in ("00.png", "99.jpg", "none.png")]
+    assert cli.main(["predict", "--run", str(moved), *names]) == 1
     said = capsys.readouterr()
     assert "00.png" in said.out
     assert "99.jpg: not readable as an image: text" in said.err
+    assert "none.png: there is no such file; check the path" in said.err
     assert "Traceback" not in said.err
 
 

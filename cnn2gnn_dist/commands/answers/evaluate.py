@@ -10,6 +10,7 @@ from cnn2gnn_dist import durable
 from cnn2gnn_dist.commands.model.opening import opened
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference.evaluation import Evaluation, evaluate
+from cnn2gnn_dist.inference.inputs import complaint
 from cnn2gnn_dist.inference.labelled_inputs import labelled
 from cnn2gnn_dist.log import output, progress, report_error
 
@@ -42,7 +43,7 @@ def command(
         given = labelled(list(images), classifier.classes_, label_column)
         found = evaluate(classifier, progress(given, "evaluate", unit="image", delay=2))
     for name, why in found.unreadable:
-        report_error(f"{name}: not readable as an image: {why}")
+        report_error(complaint(name, why))
     if found.in_memory:
         _log.warning(
             f"{found.in_memory:,} of {found.images:,} images are, or nearly are, images of the memory: if "

@@ -13,7 +13,7 @@ from cnn2gnn_dist.commands.model.opening import opened
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference.answers import Answer
 from cnn2gnn_dist.inference.classifier import BATCH
-from cnn2gnn_dist.inference.inputs import expand
+from cnn2gnn_dist.inference.inputs import complaint, expand
 from cnn2gnn_dist.log import output, progress, report_error
 
 _log = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ def command(
         with writer_of(out) if out is not None else nullcontext(_printer(as_json)) as write:
             for answer in progress(answers, "predict", unit="image", delay=2):
                 if answer.error is not None:
-                    report_error(f"{answer.name}: not readable as an image: {answer.error}")
+                    report_error(complaint(answer.name, answer.error))
                     failed += 1
                 if answer.error is None or out is not None:
                     write(answer)

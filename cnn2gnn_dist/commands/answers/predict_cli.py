@@ -51,7 +51,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--coverage",
         type=float,
         metavar="SHARE",
-        help="also give sets of classes that contain the true one with this probability, such as 0.95",
+        help="also give sets of classes that contain the true one with this probability, such as 0.95, for images "
+        "like those that calibrated the model",
     )
     parser.add_argument(
         "--together",

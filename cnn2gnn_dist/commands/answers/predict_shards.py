@@ -23,6 +23,7 @@ from cnn2gnn_dist.commands.model.opening import opened
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference.classifier import Classifier
 from cnn2gnn_dist.inference.folder import artefact
+from cnn2gnn_dist.inference.inputs import complaint
 from cnn2gnn_dist.inference.memory import store
 from cnn2gnn_dist.log import output, progress, report_error, set_rank
 from cnn2gnn_dist.runtime.ranks import Ranks
@@ -118,7 +119,7 @@ def _answer(classifier: Classifier, asked: Asked, task: Task) -> Counted:
     with writer_of(target, shared=True) as write:
         for answer in answers:
             if answer.error is not None:
-                failures.append(f"{answer.name}: not readable as an image: {answer.error}")
+                failures.append(complaint(answer.name, answer.error))
             done += 1
             write(answer)
     answered.record(target, look)

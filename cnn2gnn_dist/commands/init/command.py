@@ -117,6 +117,7 @@ def _choose(
         while best is None or low < high:
             number = (low + high) // 2
             net = nets[number]
+            _log.info(f"timing   {net.teacher['arch']} on images of {net.size} pixels")
             *_, decode_s, render_s = measure_views(
                 survey, _spec(recipe.views(facts, net)), speed.clock(idle)
             )

@@ -11,6 +11,7 @@ from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference import editing
 from cnn2gnn_dist.inference.classifier import Classifier, load
 from cnn2gnn_dist.inference.editing import Added
+from cnn2gnn_dist.inference.inputs import complaint
 from cnn2gnn_dist.inference.memory import edits
 from cnn2gnn_dist.inference.memory.store import Version
 from cnn2gnn_dist.inference.memory.view import forgotten
@@ -28,7 +29,7 @@ def add(
     model = load(folder)
     done = editing.add(model, list(images), class_name, old_loss=old_loss, dry_run=dry_run)
     for name, why in done.errors:
-        report_error(f"{name}: not readable as an image: {why}")
+        report_error(complaint(name, why))
     verb = "would add" if dry_run else "added"
     kind = "a new class" if done.new_class else "a trained class"
     output(f"{verb} {len(done.keys)} images of '{done.class_name}', {kind}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cnn2gnn_dist import settings
+from cnn2gnn_dist import cli, settings
 from cnn2gnn_dist.commands.run.run_cli import _fewer, _on_gpu, _print_summary
 from cnn2gnn_dist.errors import UserError
 
@@ -72,3 +72,19 @@ def test_results_that_were_deleted_are_asked_back(tmp_path):
     with pytest.raises(UserError, match=r"results\.json") as raised:
         _print_summary(config)
     assert str(tmp_path / "evaluation") in raised.value.remedy
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["audit", "runs/demo", "--to", "elsewhere"],  # not --top
+        ["memory", "add", "MODEL", "images", "--class", "owl", "--old", "1"],
+        ["run", "--conf", "demo"],
+    ],
+)
+def test_options_are_not_abbreviated(line, capsys):
+    """The name of another command's option must not be taken for the beginning of one of this command's."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main(line)
+    assert ended.value.code == 2
+    assert "unrecognized arguments: --" in capsys.readouterr().err
