@@ -33,7 +33,10 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import numpy as np
+
 from cnn2gnn_dist import settings
+from cnn2gnn_dist.data.index.manifest import Manifest
 from cnn2gnn_dist.report.labels import CONTROL
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -135,7 +138,8 @@ def _cell(
     stage = stage or ("control" if (row or name) == CONTROL else "student")
     config = settings.load(str(run / "config.yaml"), [])
     trained = config.teacher if stage == "teacher" else config.student
-    images = json.loads((run / "results.json").read_text())["run"]["train_images"]
+    label_N = np.asarray(Manifest.load(run / "manifest" / "train.arrow").label_N)
+    images = int((label_N >= 0).sum()) if stage == "teacher" else len(label_N)
     kept = ("accuracy", "balanced_accuracy", "ece", "parameters", "flops", "ms_per_image")
     return {
         "row": name,

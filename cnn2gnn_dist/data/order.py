@@ -56,6 +56,7 @@ class Order:
         parts: partitions, as disjoint ascending id arrays that cover all samples; each partition then
             has its own sequence (the windows' order restricted to its ids) and a fixed share of every
             global batch, so that all end together.
+        only: [N] bool: the samples that occur, in the order of all; None: all. Not with ``parts``.
 
     Attributes:
         digest: hex digest of everything that the sequence depends on.
@@ -75,6 +76,7 @@ class Order:
         global_batch: int,
         window: int,
         parts: Sequence[np.ndarray] | None = None,
+        only: np.ndarray | None = None,
     ) -> None:
         self.sizes = np.asarray(shard_sizes, dtype=np.int64)
         if (self.sizes < 0).any():
@@ -83,9 +85,16 @@ class Order:
         # Python integers: a numpy int32 would overflow silently further down.
         self.seed, self.global_batch, self.window = int(seed), int(global_batch), int(window)
         total = int(self.starts[-1])
-        check_sizes(total, len(self.sizes), global_batch, window)
+        if only is not None and (parts is not None or only.shape != (total,)):
+            raise ValueError(f"only: one value for each of {total} samples, and no partitions")
+        self.only_N = None if only is None else np.asarray(only, bool)
+        occur = total if only is None else int(np.count_nonzero(only))
+        check_sizes(occur, len(self.sizes), global_batch, window)
         self.part_N = None if parts is None else _part_of(parts, total)
         self._counts_SP = _counts(self.sizes, self.part_N, 1 if parts is None else len(parts))
+        if self.only_N is not None:
+            sums_N = np.concatenate([[0], np.cumsum(self.only_N)])
+            self._counts_SP = np.diff(sums_N[self.starts])[:, None]
         counts = self._counts_SP.sum(0).tolist()
         self.shares = shares_of(counts, global_batch)
         self.batches_per_epoch: int = min(
@@ -102,6 +111,8 @@ class Order:
         found = hashlib.sha256(np.array(numbers, np.uint64).tobytes() + self.sizes.tobytes())
         if self.part_N is not None:
             found.update(np.asarray(self.part_N, np.int64).tobytes())
+        if self.only_N is not None:
+            found.update(np.packbits(self.only_N).tobytes())
         return found.hexdigest()[:20]
 
     def batch(self, epoch: int, index: int) -> np.ndarray:
@@ -244,6 +255,8 @@ class Order:
         return _kept(self._windows, key, CACHED_WINDOWS + len(self.shares))
 
     def _divided(self, ids: np.ndarray) -> list[np.ndarray]:
+        if self.only_N is not None:
+            return [ids[self.only_N[ids]]]
         if self.part_N is None:
             return [ids]
         part = self.part_N[ids]

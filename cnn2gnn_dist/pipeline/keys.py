@@ -69,8 +69,9 @@ def parts(
     values = settings.as_flat(config) | VERSIONS
     left_out = EXECUTION - ({"evaluate.batch"} if config.graph.scope == "batch" else set())
     found = {name: values[name] for name in _of_stage(stage, values) if name not in left_out}
-    if not values["student.logit_adjust"]:  # without, all its versions are alike
-        found.pop("version.logit_adjust", None)
+    for name in ("student.logit_adjust", "data.unlabelled"):
+        if not values[name]:  # without, all its versions are alike
+            found.pop(f"version.{name.rpartition('.')[2]}", None)
     for model, read in deepspeed.items():
         others = ds_config.outcome(read) if model in stage.fields else {}
         if others:  # the packaged file's contents are not in the key

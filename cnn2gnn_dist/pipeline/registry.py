@@ -28,7 +28,7 @@ EXECUTION = frozenset(
 )
 
 
-VERSIONS = {"version.decoding": DECODING, "version.logit_adjust": 2}
+VERSIONS = {"version.decoding": DECODING, "version.logit_adjust": 2, "version.unlabelled": 2}
 """Versions of code that keys include like fields. Each is absent from keys while it is the first
 (``key_defaults.py``)."""
 
@@ -143,7 +143,15 @@ _INDEX = Stage(
 _TEACHER = Stage(
     "teacher",
     "teacher",
-    ("seed", "precision", "views", "stream.window", "teacher", "version.decoding"),
+    (
+        "seed",
+        "precision",
+        "views",
+        "stream.window",
+        "teacher",
+        "version.decoding",
+        "version.unlabelled",
+    ),
     ("index",),
     _teacher,
     trains=True,

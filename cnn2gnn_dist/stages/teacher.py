@@ -45,11 +45,13 @@ def _train(context: Context, training: Training, manifest: Manifest) -> None:
     config, settings, engine = context.config, context.config.teacher, training.engine
     if settings.mixup or settings.cutmix:
         check_even(training.micro)
+    labelled_N = np.asarray(manifest.label_N) >= 0  # it learns nothing from the others
     order = Order(
         manifest.shard_sizes,
         seed=config.seed,
         global_batch=settings.global_batch,
         window=config.stream.window,
+        only=None if labelled_N.all() else labelled_N,
     )
     reading = context.stream(context.paths.train_manifest, "teacher")
     with training.deferred_stop(), reading as stream:

@@ -124,12 +124,15 @@ def misfits(
         section = "teacher" if name == "teacher" else "student"
         settings = getattr(config, section)
         batch = settings.global_batch
-        if name in ahead and settings.epochs and batch > images:
+        seen, kind = images, "training"
+        if name == "teacher" and labelled is not None and labelled < images:
+            seen, kind = labelled, "labelled training"
+        if name in ahead and settings.epochs and batch > seen:
             found.append(
                 UserError(
-                    f"{images} training images are fewer than one global batch of {batch}",
+                    f"{seen} {kind} images are fewer than one global batch of {batch}",
                     where=f"{section}.global_batch",
-                    remedy=f"{section}.global_batch={images} or less, or more images",
+                    remedy=f"{section}.global_batch={seen} or less, or more images",
                 )
             )
     graph, nodes = config.graph, images if labelled is None else labelled

@@ -203,13 +203,18 @@ def test_another_decoding_makes_stale_what_read_images(tmp_path, monkeypatch):
         assert key_of(config, stage) != PINNED[stage]
 
 
-def test_runs_of_the_first_logit_adjustment_have_another_key_and_others_the_same(monkeypatch):
-    for options in ([], ["student.logit_adjust=1"]):
+@pytest.mark.parametrize(
+    ("stage", "option"),
+    [("student", "student.logit_adjust=1"), ("teacher", "data.unlabelled=true")],
+)
+def test_only_runs_with_the_option_have_its_version_in_their_keys(monkeypatch, stage, option):
+    version = f"version.{option.partition('=')[0].partition('.')[2]}"
+    for options in ([], [option]):
         config = settings.load("demo", options)
-        now = key_of(config, "student")
+        now = key_of(config, stage)
         with monkeypatch.context() as earlier:
-            earlier.setitem(registry.VERSIONS, "version.logit_adjust", 1)
-            assert (key_of(config, "student") == now) == (not options)
+            earlier.setitem(registry.VERSIONS, version, 1)
+            assert (key_of(config, stage) == now) == (not options)
 
 
 # --- records of schema 1, written by the code of commit 6fa5feb -----------------------------------
