@@ -11,7 +11,7 @@ Further runs share its packed shards, its teacher and its soft targets:
     built_once        one graph, from the features after the warm-up, for all of the training; evaluated with a new one
     labels            student and control without distillation, for the same epochs
     logit_adjust      student and control with student.logit_adjust=1, for long tails (only if asked for)
-    labels_at_cost    the control without distillation, for as many epochs as teacher, targets and control took
+    labels_at_cost    the control without distillation, for as many operations as teacher, targets and control took
     shuffled          the student of the first run, each neighbor replaced by an arbitrary node at test time
 
 Everything is trained and evaluated by the product's own command, under torchrun. When it is run again, it continues
@@ -36,6 +36,7 @@ from typing import Any
 import numpy as np
 
 from cnn2gnn_dist import settings
+from cnn2gnn_dist.config import Config
 from cnn2gnn_dist.data.index.manifest import Manifest
 from cnn2gnn_dist.report.labels import CONTROL
 
@@ -96,9 +97,18 @@ def overrides(variant: str, base: Path, options: list[str], preset: str) -> list
         return no_distillation
     if variant == "logit_adjust":
         return ["student.logit_adjust=1"]
-    control = seconds(base, "control")
-    total = control + seconds(base, "teacher") + seconds(base, "targets")
-    return [*no_distillation, f"student.epochs={round(student.epochs * total / control)}"]
+    return [*no_distillation, f"student.epochs={epochs_at_cost(config, base)}"]
+
+
+def epochs_at_cost(config: Config, base: Path) -> int:
+    """Epochs of the control whose operations equal those of teacher, targets and control together.
+
+    A backward pass counts as two forward passes. Images of both trainings count as equally large.
+    """
+    found = json.loads((base / "results.json").read_text())
+    control = 3 * config.student.epochs * found[CONTROL]["flops"]
+    teacher = (3 * config.teacher.epochs + max(config.targets.views, 1)) * found["teacher"]["flops"]
+    return round(config.student.epochs * (control + teacher) / control)
 
 
 def rows_of(variant: str) -> dict[str, str]:
