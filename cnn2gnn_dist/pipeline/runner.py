@@ -70,9 +70,7 @@ def run_rank(
     try:
         if ranks.world_size > 1 or not needs_no_group(config, names):
             about = flat(tree) | {"stages": names, "update": update, "force": force}
-            engine.init(ranks, device, config.cluster.timeout_s, about, problem)
-            errors = exchange.ErrorExchange()
-            engine.explain_lost_peers(errors.received)
+            errors = _joined(ranks, device, config, about, problem)
         elif problem is not None:
             raise problem
         across_hosts.check_hosts(config, device)
@@ -97,6 +95,18 @@ def run_rank(
         errors.close()
         engine.shutdown()
         host_folders.end()
+
+
+def _joined(
+    ranks: Ranks, device: str, config: Config, about: dict[str, Any], problem: UserError | None
+) -> exchange.ErrorExchange:
+    """Join the group; return what passes this rank's errors on to it (collective)."""
+    from cnn2gnn_dist.training import engine
+
+    engine.init(ranks, device, config.cluster.timeout_s, about, problem)
+    errors = exchange.ErrorExchange()
+    engine.explain_lost_peers(errors.received)
+    return errors
 
 
 def _opened(

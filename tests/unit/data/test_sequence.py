@@ -19,7 +19,6 @@ from cnn2gnn_dist.data.index.manifest import Manifest, index
 from cnn2gnn_dist.data.order import CACHED_EPOCHS, CACHED_WINDOWS, Order
 from cnn2gnn_dist.data.reading.pool import ReaderPool
 from cnn2gnn_dist.data.reading.reader import Reader, ReaderSpec, Request
-from cnn2gnn_dist.errors import UserError
 from tests.support.examples import examples
 from tests.support.reference_order import plain_batches, plain_order, plain_windows
 from tests.support.shards import make_shards, random_images
@@ -262,41 +261,6 @@ def test_epochs_of_any_size():
     for epoch in (2**32, -1):  # would alias another epoch
         with pytest.raises(IndexError, match=f"epoch {epoch} is not in"):
             order.batch(epoch, 0)
-
-
-@settings(max_examples=examples(30), deadline=None)
-@given(cases(), st.data())
-def test_some_samples_only_are_those_of_the_whole_order(case, data):
-    """The epoch's permutation without the others, cut into batches anew; a rank's rows are contiguous in them."""
-    total = sum(case.sizes)
-    picked = data.draw(st.integers(case.global_batch, total))
-    only_N = np.random.default_rng(picked).permutation(total) < picked
-    how = {"seed": case.seed, "window": case.window}
-    whole = Order(np.array(case.sizes), global_batch=1, **how)
-    some = Order(np.array(case.sizes), global_batch=case.global_batch, only=only_N, **how)
-    assert some.batches_per_epoch == picked // case.global_batch
-    for epoch in (0, 5):
-        ids = np.concatenate([whole.batch(epoch, number) for number in range(total)])
-        wanted = ids[only_N[ids]]
-        for number in range(some.batches_per_epoch):
-            rows = wanted[number * case.global_batch :][: case.global_batch]
-            np.testing.assert_array_equal(some.batch(epoch, number), rows)
-            ranks = [some.rank_batch(epoch, number, rank, 8) for rank in range(8)]
-            np.testing.assert_array_equal(np.concatenate(ranks), rows)
-    every = Order(np.array(case.sizes), global_batch=case.global_batch, **how)
-    assert some.digest != every.digest
-
-
-def test_some_samples_must_fill_a_batch_and_fit_the_shards():
-    sizes = np.array([6, 4])
-    with pytest.raises(UserError, match="3 samples are fewer than one global batch of 4"):
-        Order(sizes, seed=0, global_batch=4, window=1, only=np.arange(10) < 3)
-    for wrong in (
-        {"only": np.ones(9, bool)},
-        {"only": np.ones(10, bool), "parts": [np.arange(10)]},
-    ):
-        with pytest.raises(ValueError, match="only"):
-            Order(sizes, seed=0, global_batch=2, window=1, **wrong)
 
 
 def test_numpys_narrow_integers_do_not_overflow():
