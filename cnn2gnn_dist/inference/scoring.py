@@ -7,6 +7,7 @@ was exported; a version of the memory contains how its new classes are scored.
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,13 @@ from cnn2gnn_dist.inference.folder import artefact
 from cnn2gnn_dist.inference.memory.old_classes import Images, unit
 from cnn2gnn_dist.inference.memory.view import Memory
 from cnn2gnn_dist.inference.network import Outputs
+from cnn2gnn_dist.inference.sets.class_shares import are_uneven
 from cnn2gnn_dist.inference.sets.learned import LearnedSets
 from cnn2gnn_dist.inference.sets.relations import Relations
 from cnn2gnn_dist.inference.sets.together import Together
 
 FITTED = "calibration.json"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,11 +64,13 @@ class Scoring:
             softmax's.
         together: None: these images don't tell how similar images of one class are.
         zero_D: mean of x over these images: similarities are measured from there.
+        shares_repeat: the rule for sets is from before uneven classes were considered.
     """
 
     calibration: Calibration | None = None
     together: LearnedSets | Together | None = None
     zero_D: np.ndarray | None = None
+    shares_repeat: bool = False
 
     @classmethod
     def read(cls, folder: Path) -> Scoring:
@@ -84,6 +89,7 @@ class Scoring:
                 Calibration.from_json(tree["calibration"]),
                 None if together is None else _rule(together),
                 np.array(tree["zero"], np.float64),
+                together is not None and "shift" not in together and _uneven(folder),
             )
         except (ValueError, KeyError, TypeError) as error:
             raise artefact.damaged(path, str(error)) from None
@@ -152,6 +158,12 @@ class Scoring:
                 where="data.calibration",
                 remedy="train with a larger data.calibration, and export again",
             )
+        if self.shares_repeat:
+            _log.warning(
+                "the model's classes are uneven, and its rule for sets, from before 28 Nov 2026, counts their shares "
+                "once per image: it favors frequent classes; remove model/ of its run, and the same `cnn2gnn run` "
+                "writes it anew"
+            )
         return self.together
 
     def answer_together(
@@ -190,6 +202,14 @@ def _refuse_new_classes(memory: Memory | None, what: str) -> None:
             where="memory",
             remedy="leave the option out, or train again with the new classes",
         )
+
+
+def _uneven(folder: Path) -> bool:
+    """Whether the images set apart show classes that are uneven; a model without them can't tell."""
+    held_out = HeldOut.read(folder)
+    if held_out is None:
+        return False
+    return are_uneven(held_out.labels_n, held_out.images.logits_nC.shape[1])
 
 
 def _rule(kept: dict[str, Any]) -> LearnedSets | Together:

@@ -5,6 +5,7 @@ bit-identically. Everything is learned from the calibration images, which were s
 edges' log-odds by logistic regression, the network on random sets of them (``compositions.py``), and the score
 from which a set is related: where it is likelier than not among these sets, or higher, so that sets of
 strangers lose at most 0.12 points (``related.py``).
+Where training had uneven classes, their shares count once per set, not once per image (``class_shares.py``).
 
 Shapes: n calibration images, m images of a set, C classes, d dimensions of z (of unit length).
 """
@@ -21,6 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from cnn2gnn_dist.inference.calibration import fit_temperature, log_softmax, softmax
+from cnn2gnn_dist.inference.sets.class_shares import shift_of
 from cnn2gnn_dist.inference.sets.compositions import SHARES, Kind, draw
 from cnn2gnn_dist.inference.sets.pairs import PairOdds
 from cnn2gnn_dist.inference.sets.related import LOSS, random_sets, rows_by_class
@@ -45,6 +47,7 @@ class LearnedSets:
         odds: of the edges.
         network: in float64.
         sizes, thresholds: the score that a related set of so many images exceeds; linear in log m in between.
+        shift_C: takes the classes' shares of training out of l/T (``class_shares.py``); None: they were even.
     """
 
     temperature: float
@@ -52,6 +55,7 @@ class LearnedSets:
     network: SetNetwork
     sizes: tuple[int, ...]
     thresholds: tuple[float, ...]
+    shift_C: np.ndarray | None = None
 
     def __call__(self, logits_mC: np.ndarray, z_md: np.ndarray) -> Relations:
         """Answer a set of images.
@@ -64,7 +68,7 @@ class LearnedSets:
         count = len(alone_mC)
         if count < 2:
             return Relations(alone_mC, False, count, 0.0, 1.0)
-        log_p_mC = log_softmax(logits_mC, self.temperature)
+        log_p_mC = _once(log_softmax(logits_mC, self.temperature), self.shift_C, count)
         log_q_SmC, score_S = _answered(self.network, log_p_mC[None], self.odds(z_md)[None])
         threshold = float(np.interp(np.log(count), np.log(self.sizes), self.thresholds))
         score, related = float(score_S[0]), bool(score_S[0] > threshold)
@@ -74,7 +78,8 @@ class LearnedSets:
 
     def same(self, logits_mC: np.ndarray) -> Relations:
         """Answer a set that is known to be of one class."""
-        return same_class(logits_mC, self.temperature)
+        shift_C = None if self.shift_C is None else self.temperature * self.shift_C
+        return same_class(_once(logits_mC, shift_C, len(logits_mC)), self.temperature)
 
     @classmethod
     def fit(
@@ -104,7 +109,9 @@ class LearnedSets:
         z_nd, labels_n = np.asarray(z_nd, np.float64), np.asarray(labels_n)
         odds = PairOdds.fit(z_nd, labels_n, np.random.default_rng([seed, 0]))
         temperature = temperature or fit_temperature(logits_nC, labels_n)
-        images = _Images(log_softmax(logits_nC, temperature), z_nd, labels_n, odds)
+        shift_C = shift_of(logits_nC, labels_n, temperature)
+        log_p_nC = log_softmax(logits_nC, temperature)
+        images = _Images(log_p_nC, z_nd, labels_n, odds, shift_C)
         sizes = tuple(m for m in SIZES if m <= max(2, len(labels_n) // 4))
         steps = steps or int(np.clip(2 * len(labels_n), *STEPS))
         with _reproducible(seed):
@@ -113,12 +120,13 @@ class LearnedSets:
             thresholds = tuple(
                 _threshold(network, images, m, np.random.default_rng([seed, 2, m])) for m in gated
             )
-        return cls(float(temperature), odds, network.double(), gated, thresholds)
+        return cls(float(temperature), odds, network.double(), gated, thresholds, shift_C)
 
     def to_json(self) -> dict[str, Any]:
         """As what JSON holds; float32 weights as decimal numbers."""
         weights = {name: value.tolist() for name, value in self.network.state_dict().items()}
-        return {
+        shift = {} if self.shift_C is None else {"shift": self.shift_C.tolist()}
+        return shift | {
             "temperature": self.temperature,
             "slope": self.odds.slope,
             "offset": self.odds.offset,
@@ -142,7 +150,8 @@ class LearnedSets:
             raise ValueError(f"weights of the set network: {error}") from None
         odds = PairOdds(kept["slope"], kept["offset"])
         sizes, thresholds = tuple(kept["sizes"]), tuple(kept["thresholds"])
-        return cls(kept["temperature"], odds, network.eval(), sizes, thresholds)
+        shift_C = np.array(kept["shift"], np.float64) if "shift" in kept else None
+        return cls(kept["temperature"], odds, network.eval(), sizes, thresholds, shift_C)
 
 
 class _Images(NamedTuple):
@@ -152,6 +161,11 @@ class _Images(NamedTuple):
     z_nd: np.ndarray
     labels_n: np.ndarray
     odds: PairOdds
+    shift_C: np.ndarray | None
+
+    def log_p(self, members_Sm: np.ndarray) -> np.ndarray:
+        """Of sets to be answered together, float64 [S, m, C]."""
+        return _once(self.log_p_nC[members_Sm], self.shift_C, members_Sm.shape[1])
 
     def log_odds(self, members_Sm: np.ndarray) -> np.ndarray:
         return self.odds(self.z_nd[members_Sm])
@@ -163,7 +177,6 @@ def _learn(images: _Images, sizes: tuple[int, ...], seed: int, steps: int) -> Se
     optimizer = torch.optim.Adam(network.parameters(), lr=RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=max(steps, 2))
     rng, of_class = np.random.default_rng([seed, 1]), rows_by_class(images.labels_n)
-    log_p = torch.from_numpy(images.log_p_nC.astype(np.float32))
     labels = torch.from_numpy(images.labels_n)
     for _ in range(steps):
         count = int(rng.choice(sizes))
@@ -172,7 +185,8 @@ def _learn(images: _Images, sizes: tuple[int, ...], seed: int, steps: int) -> Se
         drawn = [draw(of_class, count, kind, rng) for kind in kinds]
         members = np.stack([of_set for of_set, _ in drawn])
         log_odds = torch.from_numpy(images.log_odds(members).astype(np.float32))
-        log_q, score = network(log_p[members], log_odds)
+        log_p = torch.from_numpy(images.log_p(members).astype(np.float32))
+        log_q, score = network(log_p, log_odds)
         related = torch.tensor([float(kind is not Kind.STRANGERS) for _, kind in drawn])
         loss = F.nll_loss(log_q.flatten(0, 1), labels[members].flatten().long())
         loss = loss + RELATED_WEIGHT * F.binary_cross_entropy_with_logits(score, related)
@@ -193,9 +207,9 @@ def _threshold(network: SetNetwork, images: _Images, count: int, rng: np.random.
     score_S, lost_S = np.empty(sets), np.empty(sets)
     for at in np.array_split(np.arange(sets), -(-sets * count // 4000)):
         members = members_Sm[at]
-        log_p_SmC, right_Sm = images.log_p_nC[members], images.labels_n[members]
-        log_q_SmC, score_S[at] = _answered(network, log_p_SmC, images.log_odds(members))
-        alone_S = (log_p_SmC.argmax(2) == right_Sm).mean(1)
+        right_Sm = images.labels_n[members]
+        log_q_SmC, score_S[at] = _answered(network, images.log_p(members), images.log_odds(members))
+        alone_S = (images.log_p_nC[members].argmax(2) == right_Sm).mean(1)
         lost_S[at] = alone_S - (log_q_SmC.argmax(2) == right_Sm).mean(1)
     return affordable(score_S, lost_S)
 
@@ -213,6 +227,11 @@ def affordable(score_S: np.ndarray, lost_S: np.ndarray) -> float:
     if passing == len(order_S):
         return 0.0
     return max(0.0, float(score_S[order_S[passing]]))
+
+
+def _once(scores_XmC: np.ndarray, shift_C: np.ndarray | None, count: int) -> np.ndarray:
+    """Scores of m = ``count`` images, whose sum over the set contains the classes' shares once."""
+    return scores_XmC if shift_C is None else scores_XmC + (1 - 1 / max(count, 1)) * shift_C
 
 
 @torch.no_grad()
