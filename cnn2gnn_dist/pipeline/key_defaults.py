@@ -139,6 +139,7 @@ DEFAULTS: dict[str, Any] = {
     "student.early_share": 0.6,
     "graph.gate_lr": 1.0,
     "version.decoding": 1,
+    "version.frozen": 1,  # 2: parameters of rate 0 don't count in the norm that is clipped
     "version.unlabelled": 1,  # 2: the teacher's batches have labelled images only
     "version.logit_adjust": 1,  # the classes' shares of the labels; 2: of the targets
 }

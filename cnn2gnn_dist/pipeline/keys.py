@@ -52,6 +52,13 @@ def read_deepspeed(config: Config) -> DeepSpeed:
     }
 
 
+_RATES = {
+    "teacher": ("teacher.bias_lr", "teacher.head_lr"),
+    "student": ("student.bias_lr", "student.stem_lr", "graph.gate_lr"),
+}
+"""Factors of the learning rate, by the model that they are of."""
+
+
 def parts(
     config: Config, stage: Stage, deepspeed: DeepSpeed, entry: Entry | None = None
 ) -> dict[str, Any]:
@@ -76,6 +83,12 @@ def parts(
         others = ds_config.outcome(read) if model in stage.fields else {}
         if others:  # the packaged file's contents are not in the key
             found[f"{model}.ds_config"] = others
+    if not any(
+        found.get(rate) == 0 and (values[f"{model}.clip"] or f"{model}.ds_config" in found)
+        for model, rates in _RATES.items()
+        for rate in rates
+    ):  # nothing is frozen, or no gradient is clipped (a DeepSpeed config may do that as well)
+        found.pop("version.frozen", None)
     for name, remedy in _CONTENTS.items():
         if found.get(name):
             before = parts_of(entry).get(name) if entry else None

@@ -28,7 +28,12 @@ EXECUTION = frozenset(
 )
 
 
-VERSIONS = {"version.decoding": DECODING, "version.logit_adjust": 2, "version.unlabelled": 2}
+VERSIONS = {
+    "version.decoding": DECODING,
+    "version.frozen": 2,
+    "version.logit_adjust": 2,
+    "version.unlabelled": 2,
+}
 """Versions of code that keys include like fields. Each is absent from keys while it is the first
 (``key_defaults.py``)."""
 
@@ -150,6 +155,7 @@ _TEACHER = Stage(
         "stream.window",
         "teacher",
         "version.decoding",
+        "version.frozen",
         "version.unlabelled",
     ),
     ("index",),
@@ -171,6 +177,7 @@ _LEARN = (
     "targets.views",
     "student",
     "version.decoding",  # with targets.logits there is no teacher that would be stale
+    "version.frozen",
     "version.logit_adjust",
 )
 _STUDENT = Stage(

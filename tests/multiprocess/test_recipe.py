@@ -18,6 +18,8 @@ from tests.support import rank_group, tiny
 from tests.support.saves import END, HALF, RUN, extra, newest, state
 
 RATES = {"norm.bias": 64.0, "norm2.bias": 64.0, "head.weight": 0.5}
+FROZEN = ("first.weight", "norm.weight", "norm.bias", "second.weight")
+CLIP = 0.05
 LATE = ("gate", "second.weight")
 STAGES = (0, 2, 3)
 KINDS = ("ema", "lookahead")
@@ -56,6 +58,37 @@ def engine_sgd(stage: int) -> tuple[list[float], dict[str, Tensor]]:
     engine = sgd(stage)
     assert isinstance(inner_optimizer(engine), torch.optim.SGD)
     return tiny.train(engine, range(END)), tiny.weights_only(engine.weights())
+
+
+def plain_frozen() -> dict[str, Tensor]:
+    """SGD of what is not frozen, clipped by the norm of these gradients alone."""
+    model = tiny.TinyNet()
+    learns = [p for n, p in model.named_parameters() if n not in FROZEN]
+    optimizer = torch.optim.SGD(learns, lr=tiny.LR, momentum=tiny.MOMENTUM, nesterov=True)
+    ddp = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    for group in optimizer.param_groups:
+        group["weight_decay"] = 0.0
+    for step in range(END):
+        images, labels = tiny.share(step)
+        optimizer.param_groups[0]["lr"] = tiny.lr(step)
+        ddp.zero_grad()
+        F.cross_entropy(ddp(images), labels).backward()
+        with torch.no_grad():
+            head = (
+                model.head.weight
+            )  # the only matrix: it decays after the clipping, as torch's SGD does it
+            assert nn.utils.clip_grad_norm_(learns, CLIP) > CLIP, "the clip must bite"
+            assert head.grad is not None
+            head.grad += tiny.WEIGHT_DECAY * head
+        optimizer.step()
+    return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+def engine_frozen(stage: int) -> dict[str, Tensor]:
+    rates = {"rates": dict.fromkeys(FROZEN, 0.0)}
+    engine = tiny.build(stage, optimizer="sgd", clip=CLIP, engine=rates)
+    tiny.train(engine, range(END))
+    return tiny.weights_only(engine.weights())
 
 
 def late_sgd(stage: int) -> tuple[bool, bool]:
@@ -177,8 +210,9 @@ def resumed_averages(root: Path) -> dict[Any, Any]:
 
 def first_run(root: Path) -> dict[Any, Any]:
     """Two ranks: compared with torch; then three steps, a save, and on to the end."""
-    found: dict[Any, Any] = {"torch": plain_sgd()}
+    found: dict[Any, Any] = {"torch": plain_sgd(), "torch frozen": plain_frozen()}
     for stage in STAGES:
+        found["frozen", stage] = engine_frozen(stage)
         found["sgd", stage] = engine_sgd(stage)
         found["late", stage] = late_sgd(stage) if stage < 3 else (True, True)
         engine = sgd(stage)
@@ -230,6 +264,18 @@ def test_sgd_is_bit_identical_to_torchs(first: list[dict], stage: int) -> None:
         assert losses == rank["torch"][0]
         for name, tensor in rank["torch"][1].items():
             assert torch.equal(weights[name], tensor), name
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_frozen_parameters_do_not_count_in_the_norm_that_is_clipped(
+    first: list[dict], stage: int
+) -> None:
+    """With student.stem_lr=0 the stem's gradients, several times as large, shortened the steps of the rest."""
+    start = dict(tiny.TinyNet().named_parameters())
+    for rank in first:
+        for name, tensor in rank["torch frozen"].items():
+            torch.testing.assert_close(rank["frozen", stage][name], tensor, rtol=1e-5, atol=1e-7)
+            assert torch.equal(tensor, start[name]) == (name in FROZEN)
 
 
 @pytest.mark.parametrize("stage", STAGES)
