@@ -366,20 +366,20 @@ class Classifier:
         Raises:
             UserError: see ``open``.
         """
-        from cnn2gnn_dist.inference.folder.hub import HubFolder
+        from cnn2gnn_dist.inference.hub import HubFolder
 
         artefact.check_not_set_aside(Path(model))
         return cls.open(HubFolder.from_pretrained(model, **hub).folder, device=device)
 
     def save_pretrained(self, folder: str | Path, **hub: Any) -> str | None:
         """Copy the model to a folder; see ``huggingface_hub.ModelHubMixin.save_pretrained``."""
-        from cnn2gnn_dist.inference.folder.hub import HubFolder
+        from cnn2gnn_dist.inference.hub import HubFolder
 
         return HubFolder(self.folder).save_pretrained(folder, **hub)
 
     def push_to_hub(self, name: str, **hub: Any) -> str:
         """Upload the model; see ``huggingface_hub.ModelHubMixin.push_to_hub``."""
-        from cnn2gnn_dist.inference.folder.hub import HubFolder
+        from cnn2gnn_dist.inference.hub import HubFolder
 
         return HubFolder(self.folder).push_to_hub(name, **hub)
 

@@ -233,7 +233,7 @@ def _of_parquet(path: str) -> Iterator[Input]:
         column = image_column(file.schema_arrow, path)
         row = 0
         for batch in file.iter_batches(PARQUET_ROWS, columns=[column]):
-            for value in batch.column(0).to_pylist():
+            for value in batch.column(column).to_pylist():
                 data = value.get("bytes") if isinstance(value, dict) else value
                 if data is None:
                     data = CorruptSample("this row contains no bytes")
@@ -246,31 +246,32 @@ def _of_parquet(path: str) -> Iterator[Input]:
 
 
 def image_column(schema: Any, path: str) -> str:
-    """Name of the column of images in a Parquet file: the first of structs with bytes, else of bytes.
+    """Name of the column of images in a Parquet file: by its usual names, else the only one.
+
+    One of structs with bytes takes precedence over columns of plain bytes, which may hold hashes.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none; there are several, and none has a usual name.
     """
-    import pyarrow as pa
+    from cnn2gnn_dist.data.packing.parquet_columns import IMAGE_COLUMNS, is_image
 
-    names = [field.name for field in schema]
-    for field in schema:
-        inner = field.type
-        # Bytes only: text would be taken for the path of a file.
-        if pa.types.is_struct(inner) and inner.get_field_index("bytes") >= 0:  # noqa: SIM102
-            if _is_binary(inner.field("bytes").type):
-                return str(field.name)
-    for field in schema:
-        if _is_binary(field.type):
-            return str(field.name)
+    # Bytes only: text would be taken for the path of a file.
+    fitting = [field for field in schema if is_image(field.type)]
+    names = [str(field.name) for field in fitting]
+    if usual := [name for name in IMAGE_COLUMNS if names.count(name) == 1]:
+        return usual[0]
+    structs = [str(field.name) for field in fitting if field.type.num_fields]
+    likely = structs or names
+    if len(likely) == 1:
+        return likely[0]
+    if likely:
+        raise UserError(
+            f"{len(likely)} of these columns may hold the images: {', '.join(likely)}",
+            where=printable(path),
+            remedy=f"name the right one '{IMAGE_COLUMNS[0]}', and no other",
+        )
     raise UserError(
-        f"none of these columns holds images: {', '.join(names)}",
+        f"none of these columns holds images: {', '.join(schema.names)}",
         where=printable(path),
         remedy="a column of bytes, or of structs with a field `bytes` (as datasets writes them)",
     )
-
-
-def _is_binary(kind: Any) -> bool:
-    import pyarrow as pa
-
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import glob
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -176,15 +177,20 @@ def _targets(images: Sequence[str], folder: Path, kind: str) -> dict[str, Path]:
         )
     found: dict[str, Path] = {}
     for given in images:
-        target = folder / f"{Path(given).name}{kind}"
+        target = folder / f"{_name(given)}{kind}"
         if target in found.values():
             raise UserError(
-                f"two inputs are named {Path(given).name}",
+                f"two inputs are named {_name(given)}",
                 where=given,
                 remedy="answer them in two commands with different folders",
             )
         found[given] = target
     return found
+
+
+def _name(given: str) -> str:
+    """Name of an input, also of ``.`` and ``..``."""
+    return Path(os.path.abspath(given)).name
 
 
 def _note(model: Classifier, top: int, coverage: float | None) -> dict[str, Any]:

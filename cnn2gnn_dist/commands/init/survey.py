@@ -19,7 +19,7 @@ from cnn2gnn_dist.data.images.views import CLEAN, ViewSpec, render
 from cnn2gnn_dist.data.index.manifest import Manifest
 from cnn2gnn_dist.data.index.manifest_pair import index_data_set
 from cnn2gnn_dist.data.packing.parquet import open_parquet, read_column, read_labels
-from cnn2gnn_dist.data.packing.parquet_columns import is_image, is_label
+from cnn2gnn_dist.data.packing.parquet_columns import IMAGE_COLUMNS, is_image, is_label
 from cnn2gnn_dist.data.storage.shard_paths import files_of
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.stages.prepare import check_tree
@@ -205,7 +205,7 @@ def _columns(path: Path) -> tuple[str, str]:
         named = [name for name in usual if name in there]
         return named[0] if named else there[0] if len(there) == 1 else usual[0]
 
-    return pick(("image", "img"), images), pick(("label", "labels", "class", "fine_label"), labels)
+    return pick(IMAGE_COLUMNS, images), pick(("label", "labels", "class", "fine_label"), labels)
 
 
 def _rows(paths: list[Path], column: str, rng: np.random.Generator) -> Iterator[bytes]:

@@ -10,6 +10,7 @@ from cnn2gnn_dist import durable, ledger
 from cnn2gnn_dist.commands.model.opening import context_of, model_of_run, opened
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference.classifier import Classifier
+from cnn2gnn_dist.inference.copying import LEFT_OUT, copy_model
 from cnn2gnn_dist.inference.folder import artefact
 from cnn2gnn_dist.log import output
 
@@ -104,11 +105,7 @@ def _write(run: Path, temporary: Path) -> None:
         return
     artefact.read_config(source)
     artefact.check_files(source)
-    shutil.copytree(
-        source,
-        temporary,
-        ignore=shutil.ignore_patterns(*artefact.RECORDS, ledger.HELD, ".lock", "*.tmp"),
-    )
+    copy_model(source, temporary, (*LEFT_OUT, ledger.HELD))
 
 
 def _check_target(run: Path, target: Path, force: bool) -> None:

@@ -14,6 +14,8 @@ from cnn2gnn_dist.data.images.file_kind import ENOUGH, kind_of
 from cnn2gnn_dist.data.tar.tar_file import shown
 from cnn2gnn_dist.errors import UserError
 
+IMAGE_COLUMNS = ("image", "img")
+"""Usual names of the column of images."""
 _LAYOUT = "the layout is struct<bytes: binary, path: string>, or binary, of encoded images"
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from cnn2gnn_dist.commands.model.opening import opened
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference import editing
 from cnn2gnn_dist.inference.classifier import Classifier, load
+from cnn2gnn_dist.inference.memory import store
 from tests.support.models import write_model
 
 
@@ -59,3 +62,52 @@ def test_force_is_refused_where_it_would_do_nothing(kind, tmp_path, capsys):
     asked = ["export", str(tmp_path / "m"), "--to", str(tmp_path / "graphs"), kind, "--force"]
     assert cli.main(asked) == 2
     assert "name a folder that does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("way", ["export", "save_pretrained"])
+def test_a_copy_made_during_an_edit_is_of_one_version(way, tmp_path, monkeypatch):
+    source, target = write_model(tmp_path / "model"), tmp_path / "copy"
+    model, copy = Classifier.open(source, device="cpu"), shutil.copy2
+    keys = model.memory.keys(model.memory.live_ids)
+    kept = len(keys) - 2
+    seen = []
+
+    def edited_after_the_head_was_copied(given, to):
+        copy(given, to)
+        if given.name == store.HEAD and not seen:
+            seen.append(given)
+            editing.forget(model, keys[:2])
+
+    monkeypatch.setattr(shutil, "copy2", edited_after_the_head_was_copied)
+    if way == "export":
+        assert cli.main(["export", str(source), "--to", str(target)]) == 0
+    else:
+        Classifier.open(source, device="cpu").save_pretrained(target)
+    found = Classifier.open(target, device="cpu", verify=True)
+    assert seen
+    assert len(found.memory) == kept
+    assert store.keys_on_disk(found.memory.root) == set(keys[2:])
+
+
+def test_a_copy_over_an_earlier_one_keeps_nothing_that_was_forgotten(tmp_path):
+    model = Classifier.open(write_model(tmp_path / "model"), device="cpu")
+    model.save_pretrained(tmp_path / "copy")
+    editing.forget(model, ["img-3"])
+    model.save_pretrained(tmp_path / "copy")
+    copied = Classifier.open(tmp_path / "copy", device="cpu")
+    assert "img-3" not in store.keys_on_disk(copied.memory.root)
+    with pytest.raises(UserError, match="over itself"):
+        model.save_pretrained(model.folder)
+
+
+def test_an_export_on_a_full_disk_is_an_error_with_a_remedy(tmp_path, monkeypatch, capsys):
+    source = write_model(tmp_path / "model")
+
+    def full(given, to):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(to))
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    monkeypatch.setattr(shutil, "copy2", full)
+    assert cli.main(["export", str(source), "--to", str(tmp_path / "copy")]) == 2
+    assert "disk full" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]

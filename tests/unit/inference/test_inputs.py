@@ -47,6 +47,28 @@ def test_rows_without_bytes_are_errors_and_the_others_answered(model, tmp_path):
     assert [a.error for a in answers] == [None, *["this row contains no bytes"] * 2]
 
 
+@pytest.mark.parametrize("kind", [pa.binary(), pa.binary_view(), None], ids=str)
+def test_the_image_column_of_a_parquet_file_is_found_by_its_name_as_in_training(
+    model, tmp_path, kind
+):
+    mask, image = (encode_image(one) for one in pictures(2))
+    given = image if kind else {"bytes": image, "path": "a"}
+    first = {"mask": pa.array([mask]), "mask_too": pa.array([{"bytes": mask, "path": "a"}])}
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({**first, "image.x": [mask], "image": pa.array([given], kind)}), path)
+    assert model.predict(path)[0].classes == model.predict(image).classes
+
+
+def test_of_several_image_columns_none_is_guessed(model, tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"mask": [PNG], "photo": [PNG]}), path)
+    with pytest.raises(UserError, match="2 of these columns may hold the images: mask, photo"):
+        model.predict(path)
+    one = pa.array([{"bytes": PNG, "path": "a"}])
+    pq.write_table(pa.table({"hash": [b"0123"], "photo": one}), path)
+    assert model.predict(path)[0].error is None
+
+
 def test_collections_without_images_are_refused(model, tmp_path):
     for path in (
         tar_of(tmp_path / "a.tar", ["a.txt"]),
@@ -152,6 +174,16 @@ def test_where_answers_cannot_go(model, tmp_path, monkeypatch, capsys, arguments
     told = capsys.readouterr()
     assert message in told.out + told.err
     assert code == (0 if message.startswith("answers") else 2)
+
+
+def test_the_folder_one_is_in_is_answered_under_its_name(model, tmp_path, monkeypatch):
+    (tmp_path / "photos" / "sub").mkdir(parents=True)
+    (tmp_path / "photos" / "a.png").write_bytes(PNG)
+    for inside, given in (("photos", "."), ("photos/sub", "..")):
+        monkeypatch.chdir(tmp_path / inside)
+        out = tmp_path / inside.replace("/", "-")
+        assert cli.main(["predict", "--model", str(model.folder), given, "--out", f"{out}/"]) == 0
+        assert pq.read_table(out / "photos.parquet").num_rows == 1
 
 
 def test_embeddings_that_cannot_be_written_and_models_that_are_not_there(model, tmp_path, capsys):

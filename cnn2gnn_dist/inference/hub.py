@@ -5,11 +5,12 @@ Separate from the classifier, so that opening a model imports neither the Hub's 
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelHubMixin, snapshot_download
+
+from cnn2gnn_dist.inference.copying import copy_model
 
 
 class HubFolder(ModelHubMixin):
@@ -50,11 +51,3 @@ class HubFolder(ModelHubMixin):
                 )
             )
         return cls(folder)
-
-
-def copy_model(source: Path, target: Path) -> None:
-    """Copy a model's folder without its locks, which only concern this copy."""
-    target.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(
-        source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".lock", "*.tmp")
-    )

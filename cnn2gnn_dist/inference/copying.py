@@ -1,0 +1,88 @@
+"""Copy a model's folder, also while its memory is edited."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Collection
+from fnmatch import fnmatch
+from pathlib import Path
+
+from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.inference.folder import artefact
+from cnn2gnn_dist.inference.memory import store
+
+LEFT_OUT = (store.LOCK, "*.tmp", *artefact.RECORDS)
+"""Patterns of names that concern only the folder that is copied."""
+ATTEMPTS = 20
+"""Each but the first follows an edit during the one before."""
+
+
+def copy_model(source: Path, target: Path, left_out: Collection[str] = LEFT_OUT) -> None:
+    """Copy a model; its memory is one that was current meanwhile, and replaces one that is there.
+
+    Args:
+        source: folder of a model.
+        target: another folder, created if it is missing; other files in it are kept.
+        left_out: patterns of names of files and folders that are not copied.
+
+    Raises:
+        UserError: the memory is damaged, or edited all the time; the target is the source.
+        FileNotFoundError: a file is missing.
+        OSError: a file can't be read or written.
+    """
+    if target.exists() and target.samefile(source):
+        raise UserError(
+            "a model can't be copied over itself", where=str(target), remedy="name another folder"
+        )
+    for _ in range(ATTEMPTS):
+        before = _look(source, left_out)
+        try:
+            _remove_memory(target / artefact.MEMORY)
+            _copy(source, target, left_out)
+            _check(target / artefact.MEMORY)
+            return
+        except (FileNotFoundError, UserError):
+            if _look(source, left_out) == before:
+                raise
+    raise UserError(
+        f"the memory was edited during each of {ATTEMPTS} attempts to copy it",
+        where=str(source),
+        remedy="copy it when fewer edits are made",
+    )
+
+
+def _files(folder: Path, left_out: Collection[str]) -> list[Path]:
+    """Paths of all files, relative to the folder: HEAD before what it names, which is kept longest."""
+    found = []
+    for at, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not _fits(name, left_out))
+        found += [Path(at, name) for name in sorted(files) if not _fits(name, left_out)]
+    return [path.relative_to(folder) for path in found]
+
+
+def _fits(name: str, patterns: Collection[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
+
+
+def _look(source: Path, left_out: Collection[str]) -> tuple[str, list[Path]]:
+    """What an edit of the memory changes: its HEAD, and which files there are."""
+    head = source / artefact.MEMORY / store.HEAD
+    return head.read_text(encoding="utf-8") if head.is_file() else "", _files(source, left_out)
+
+
+def _copy(source: Path, target: Path, left_out: Collection[str]) -> None:
+    for path in _files(source, left_out):
+        (target / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(source / path, target / path)
+
+
+def _check(memory: Path) -> None:
+    if memory.is_dir():
+        store.verify(memory, store.read_version(memory, store.head(memory)))
+
+
+def _remove_memory(memory: Path) -> None:
+    """Remove a memory that is there: mixed with another one, it would keep what that one forgot."""
+    if (memory / store.HEAD).is_file():
+        shutil.rmtree(memory)
