@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,11 +55,20 @@ class Predictions:
         """Why this can't be the work of a model that has learned anything; None if it may be.
 
         A training that diverges answers one class for all images, and goes on to its end without an error.
+        Where most images are of one class, a model may have fewer answers right than that one, and know the others:
+        its mean recall is then above that of guesses, by more than three standard errors of these.
         """
         images_C = np.bincount(self.label_N)
         most = float(images_C.max() / images_C.sum())
-        accuracy = float((self.predicted_N == self.label_N).mean())
+        right_N = self.predicted_N == self.label_N
+        accuracy = float(right_N.mean())
         if (images_C > 0).sum() < 2 or accuracy > most:
+            return None
+        recall_C = np.bincount(self.label_N[right_N], minlength=len(images_C))[images_C > 0]
+        images_C = images_C[images_C > 0]
+        guess = 1 / len(images_C)
+        spread = math.sqrt(guess * (1 - guess) * (1 / images_C).sum()) / len(images_C)
+        if (recall_C / images_C).mean() > guess + 3 * spread:
             return None
         said = len(np.unique(self.predicted_N))
         return (

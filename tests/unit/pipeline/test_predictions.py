@@ -218,6 +218,9 @@ def test_table_shows_every_model():
         ([1] * 10, [2, 2, 2, 2, 1, 1, 1, 0, 0, 0], "30.0% .*most frequent class \\(40.0%\\)"),
         ([2, 2, 2, 0, 1, 0, 0, 0, 1, 1], [2, 2, 2, 2, 1, 1, 1, 0, 0, 0], None),
         ([0, 1, 0, 1], [1, 0, 1, 0], "0.0% of the held-out images are right"),
+        # 80 % of each class, as after student.logit_adjust, where 90 % of the images are of one class
+        ([0] * 72 + [1] * 18 + [1] * 8 + [0] * 2, [0] * 90 + [1] * 10, None),
+        ([0] * 45 + [1] * 45 + [1] * 6 + [0] * 4, [0] * 90 + [1] * 10, "51.0% of"),  # guesses
         ([1] * 5, [1] * 5, None),  # a single class: always right, and nothing to learn
     ],
 )

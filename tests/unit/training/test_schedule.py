@@ -172,8 +172,35 @@ def test_the_share_of_the_initial_weights_in_an_average(
 
 
 def test_other_averages_are_not_slow() -> None:
-    assert slow_average(TeacherConfig(average="lookahead"), 10) is None
+    assert slow_average(TeacherConfig(average="none"), 10) is None
     assert slow_average(TeacherConfig(average="ema", average_decay=0), 10) is None
     said = slow_average(TeacherConfig(average="ema"), 4)  # never updated
     assert said is not None
     assert "100% of the average" in said
+
+
+@pytest.mark.parametrize(
+    ("settings", "moved"),
+    [
+        (
+            {},
+            "4.9%",
+        ),  # the defaults, which suit ema: the demo's teacher stays at 10 % instead of 88
+        ({"average_decay": 0.95, "average_ramp": 3}, None),  # airbench's
+        ({"average_decay": 0.87}, None),  # as its inventors have it: half of it
+        ({"average_decay": 0.99, "average_ramp": 1}, None),
+        ({"average_decay": 0.98, "average_every": 1}, "2.0%"),
+    ],
+)
+def test_a_lookahead_that_hardly_moves_is_named(settings: dict, moved: str | None) -> None:
+    """Its share is the mean over the steps, weighed by nothing: by hand."""
+    config = TeacherConfig(average="lookahead", epochs=1, **settings)
+    steps = 1000 * config.average_every
+    kept = [share_kept(config, step / steps, step) for step in range(1, steps + 1)]
+    mean = 1 - np.mean([one for one in kept if one is not None])
+    said = slow_average(config, steps)
+    assert (said is None) == (mean >= 0.1) == (moved is None)
+    if said is not None:
+        assert f"keeps {mean:.1%}" in said
+        assert moved is not None
+        assert moved in said
