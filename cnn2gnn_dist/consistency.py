@@ -180,6 +180,18 @@ def _probably_unintended(config: Config) -> list[str]:
                 f"{part}.warmup_epochs={train.warmup_epochs:g} is capped at half of the "
                 f"{train.epochs} epochs of training"
             )
+        if train.early_size is not None and round(train.early_share * train.epochs) == train.epochs:
+            found.append(
+                f"{part}.early_size={train.early_size} with {part}.early_share={train.early_share:g} of "
+                f"{train.epochs} epochs leaves none at views.size={config.views.size}, which answers are of, and sizes "
+                f"that a network has not seen suit it badly; to train at that size alone: {part}.early_size=null"
+            )
+    if config.data.unlabelled and not student.distill_weight:
+        found.append(
+            "student.distill_weight=0 with data.unlabelled=true: the student learns from labels alone, and images "
+            "without one fill its batches with gradients of 0; to learn from the teacher's answers for them: "
+            "student.distill_weight=0.9"
+        )
     if graph.scope != "dataset":
         return found
     if graph.start_epoch >= student.epochs:

@@ -38,6 +38,15 @@ def test_scopes_and_hops_that_need_no_fanouts_do_not_ask_for_them():
         (["student.early_size=12", "graph.refresh_epochs=3", "graph.start_epoch=1"], []),
         (["student.early_size=12", "graph.refresh_epochs=20"], ["from there to the end"]),
         (["student.epochs=2", "student.warmup_epochs=2"], ["capped at half", "never trains with"]),
+        (
+            ["student.early_size=12", "student.early_share=1"],
+            ["of 12 epochs leaves none at views.size=32"],
+        ),
+        (
+            ["teacher.early_size=16", "teacher.early_share=0.96"],
+            ["teacher.early_share=0.96 of 10 epochs"],
+        ),
+        (["teacher.early_size=16", "teacher.early_share=0.94"], []),
         (["teacher.epochs=1"], ["teacher.warmup_epochs=1 is capped"]),
         (["graph.scope=batch", "graph.start_epoch=12"], ["graph.start_epoch=12"]),
         ([], []),
@@ -55,3 +64,11 @@ def test_what_is_hardly_meant_is_noted_and_runs(overrides, said, capsys):
             assert note not in consistency.notes(settings.load("demo", [*overrides, cured]))
     assert cli.main(["run", "--config", "demo", "--dry-run", *overrides]) == 0
     assert capsys.readouterr().out.count("note: ") == len(said)
+
+
+def test_a_student_that_ignores_images_without_a_label_is_noted():
+    shards = ["data.source=shards", "data.train=a.tar", "data.test=b.tar", "data.unlabelled=true"]
+    for weight, noted in ((0, True), (0.1, False)):
+        config = settings.load("demo", [*shards, f"student.distill_weight={weight}"])
+        said = [note for note in consistency.notes(config) if "gradients of 0" in note]
+        assert bool(said) == noted
