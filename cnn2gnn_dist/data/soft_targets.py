@@ -184,13 +184,27 @@ class Targets:
         return np.log(full / full.sum(1, keepdims=True))
 
     def mean(self) -> np.ndarray:
-        """Mean probabilities [C] float64 over all samples, of the first view."""
-        samples = self.log_probs_VNK.shape[1]
-        total_C = np.zeros(self.num_classes)
-        for first in range(0, samples, MEAN_ROWS):
-            rows = np.arange(first, min(first + MEAN_ROWS, samples))
+        """Mean probabilities [C] float64 of the first view, over all samples but those of ``uniform``."""
+        total_C, counted = np.zeros(self.num_classes), 0
+        uniform_N = self.uniform()
+        for first in range(0, len(uniform_N), MEAN_ROWS):
+            rows = first + np.flatnonzero(~uniform_N[first : first + MEAN_ROWS])
             total_C += np.exp(self.lookup(rows, 0)).sum(0, dtype=np.float64)
-        return total_C / samples
+            counted += len(rows)
+        return total_C / max(counted, 1)
+
+    def uniform(self) -> np.ndarray:
+        """Bool [N]: the samples whose first view has the same probability in all classes: corrupt images.
+
+        None if all are, which is not due to corrupt images.
+        """
+        even = np.float16(-np.log(np.float32(self.num_classes)))
+        samples = self.log_probs_VNK.shape[1]
+        found_N = np.zeros(samples, bool)
+        for first in range(0, samples, MEAN_ROWS):
+            rows = slice(first, first + MEAN_ROWS)
+            found_N[rows] = (self.log_probs_VNK[0, rows] == even).all(1)
+        return found_N & ~found_N.all()
 
 
 @dataclass(frozen=True)

@@ -141,5 +141,5 @@ DEFAULTS: dict[str, Any] = {
     "version.decoding": 1,
     "version.frozen": 1,  # 2: parameters of rate 0 don't count in the norm that is clipped
     "version.unlabelled": 1,  # 2: the teacher's batches have labelled images only
-    "version.logit_adjust": 1,  # the classes' shares of the labels; 2: of the targets
+    "version.logit_adjust": 1,  # the classes' shares of the labels; 2: of the targets; 3: of readable images
 }

@@ -31,7 +31,7 @@ EXECUTION = frozenset(
 VERSIONS = {
     "version.decoding": DECODING,
     "version.frozen": 2,
-    "version.logit_adjust": 2,
+    "version.logit_adjust": 3,
     "version.unlabelled": 2,
 }
 """Versions of code that keys include like fields. Each is absent from keys while it is the first

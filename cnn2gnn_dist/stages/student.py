@@ -93,8 +93,9 @@ def _adjustment(
     """What logit adjustment adds to the logits [C]; None: it is off."""
     if not settings.logit_adjust:
         return None
+    readable_N = ~targets.uniform()  # training leaves the others out
     shares_C = target_shares(
-        torch.from_numpy(np.asarray(manifest.label_N, np.int64)),
+        torch.from_numpy(np.asarray(manifest.label_N, np.int64)[readable_N]),
         torch.from_numpy(targets.mean()) if settings.distill_weight else None,
         manifest.num_classes,
         weight=settings.distill_weight,

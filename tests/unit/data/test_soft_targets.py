@@ -91,6 +91,24 @@ def test_the_mean_is_that_of_all_looked_up(tmp_path, monkeypatch):
         np.testing.assert_allclose(targets.mean(), wanted, rtol=1e-6)
 
 
+@pytest.mark.parametrize("k", [7, 3, 1])
+def test_the_mean_is_without_corrupt_images(tmp_path, monkeypatch, k):
+    """Their targets are uniform, as the stage writes them: with a twentieth of them the rarest class of a long tail
+    had twice its share."""
+    monkeypatch.setattr(targets_module, "MEAN_ROWS", 4)
+    log_VNC = teacher(2, 11, 7)
+    log_VNC[:, [2, 9]] = -np.log(7)
+    write_all(tmp_path, log_VNC, k)
+    targets = Targets.load(tmp_path, 11, 7)
+    np.testing.assert_array_equal(np.flatnonzero(targets.uniform()), [2, 9])
+    kept = np.setdiff1d(np.arange(11), [2, 9])
+    wanted = np.exp(targets.lookup(kept, 0).astype(np.float64)).mean(0)
+    np.testing.assert_allclose(targets.mean(), wanted, rtol=1e-6)
+    nothing = Targets(None, np.full((1, 9, 7), -np.log(7), np.float16), 7)
+    assert not nothing.uniform().any()
+    np.testing.assert_allclose(nothing.mean(), 1 / 7, rtol=1e-3)
+
+
 def test_the_rest_is_spread_evenly(tmp_path):
     log_VNC = np.log(np.array([[[0.5, 0.02, 0.3, 0.1, 0.08]]]))
     write_all(tmp_path, log_VNC, 2)
