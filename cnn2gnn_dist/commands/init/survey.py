@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from cnn2gnn_dist.data.images.decode import CorruptSample, decode
 from cnn2gnn_dist.data.images.formats import image_suffix
 from cnn2gnn_dist.data.images.image_files import CORRUPT, find_images, printable, unreadable
 from cnn2gnn_dist.data.images.views import CLEAN, ViewSpec, render
+from cnn2gnn_dist.data.index.class_matching import ClassInfo, match, refuse_spellings
 from cnn2gnn_dist.data.index.manifest import Manifest
 from cnn2gnn_dist.data.index.manifest_pair import index_data_set
 from cnn2gnn_dist.data.packing.parquet import open_parquet, read_column, read_labels
@@ -137,7 +138,9 @@ def _refuse_few(survey: Survey) -> None:
 def _folder(source: Source, rng: np.random.Generator) -> Survey:
     survey = _tree(str(source.train))
     if source.test is not None:
-        survey.held = int(_tree(str(source.test)).count_C.sum())
+        held = _tree(str(source.test))
+        survey.held = int(held.count_C.sum())
+        _check_held(_named(survey.classes), _named(held.classes), range(len(held.classes)))
     survey.source = source
     root = Path(str(source.train))
     names = find_images(root, classes=True).images
@@ -188,10 +191,27 @@ def _parquet(source: Source, rng: np.random.Generator) -> Survey:
     survey = Survey(source, names, np.bincount(label_N, minlength=len(names)), columns=columns)
     if source.test is not None:
         test = [Path(path) for path in files_of("parquet", source.test)]
-        survey.held = sum(map(len, read_labels(test, *columns).files))
+        held = read_labels(test, *columns)
+        survey.held = sum(map(len, held.files))
+        _check_held(_named(labels.classes), _named(held.classes), np.concatenate(held.files))
     _decode(survey, _rows(paths, columns[0], rng))
     survey.share = sum(survey.unreadable.values()) / survey.looked_at
     return survey
+
+
+def _named(names: Sequence[str | None]) -> ClassInfo:
+    return ClassInfo({n: name for n, name in enumerate(names) if name is not None}, len(names))
+
+
+def _check_held(train: ClassInfo, held: ClassInfo, labels: Iterable[int]) -> None:
+    """Refuse what the stage ``index`` would refuse: held-out classes that can't be matched.
+
+    Raises:
+        UserError: a class has no counterpart among the training classes.
+    """
+    refuse_spellings(train, "data.train")
+    refuse_spellings(held, "data.test")
+    match(train, held, {int(label) for label in labels if label >= 0})
 
 
 def _columns(path: Path) -> tuple[str, str]:
@@ -252,6 +272,8 @@ def _shards(source: Source, rng: np.random.Generator) -> Survey:
     if source.test is not None:
         held = index_data_set(files_of("shards", source.test), allow_empty_classes=True)
         survey.held = len(held.manifest)
+        if len(some) == len(paths):  # else a class may be in the others
+            _check_held(found.class_info, held.class_info, held.manifest.label_N)
     _decode(survey, _members(manifest, rng))
     survey.share = sum(survey.unreadable.values()) / survey.looked_at
     return survey

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
@@ -72,12 +73,30 @@ def test_classes_may_be_missing_from_a_part(tmp_path):
     seen = look(find_source(str(tmp_path)))
     assert (seen.images, seen.held, seen.empty) == (24, 12, [])
     (tmp_path / "train-classes.json").write_text('["cat", "dog", "hen", "owl"]')
+    (tmp_path / "val-classes.json").write_text('["cat", "dog"]')
     seen = look(find_source(str(tmp_path)))
     assert (seen.classes, seen.empty) == (["cat", "dog", "hen", "owl"], ["owl"])
     assert any("1 classes have no training images" in note for note in seen.notes)
     facts, machine = init.facts_of(seen), Machine(1, 2, "cpu")
     tree = recipe.tree(facts, machine, recipe.nets(facts, machine, None)[0], 8)
     assert init._with_data(tree, seen)["data"]["allow_empty_classes"] is True
+
+
+@pytest.mark.parametrize("kind", ["folder", "parquet", "shards"])
+def test_held_out_classes_that_the_run_would_refuse_are_refused(tmp_path, kind):
+    for part, names in (("train", ["a", "b"]), ("val", ["a", "c"])):
+        if kind == "folder":
+            folder_of(tmp_path / part, dict.fromkeys(names, 12))
+        elif kind == "parquet":
+            images = [encode_image(one) for one in random_images(24, 20, 20)]
+            table = pa.table({"image": images, "label": names * 12})
+            pq.write_table(table, tmp_path / f"{part}-0.parquet")
+        else:
+            images, labels = random_images(24, 20, 20), np.arange(24) % 2
+            make_shards(tmp_path, images, labels, prefix=part)
+            (tmp_path / f"{part}-classes.json").write_text(json.dumps(names))
+    with pytest.raises(UserError, match="1 held-out classes are not among the training classes"):
+        look(find_source(str(tmp_path)))
 
 
 def test_held_out_shards_are_not_taken_for_training_ones(tmp_path):
