@@ -34,29 +34,40 @@ def share_kept(settings: TrainConfig, progress: float, step: int) -> float | Non
     return kept_at(progress / s.epochs, s.average_decay, s.average_every, s.average_ramp)
 
 
-def slow_average(settings: TrainConfig, steps: int) -> str | None:
+def slow_average(settings: TrainConfig, steps: int, late: int = 0) -> str | None:
     """One sentence if the average of a training of so many steps still holds much of the weights it began with.
+
+    ``late``: steps before the graph's parameters start, of whose average that is said if it isn't of the others'.
 
     An average of ``average=ema`` starts as a copy of the initial weights, of which each update keeps a share. With
     ``average=lookahead`` training itself is slowed: each update sets the weights back by the share that it keeps.
     """
-    s, updates = settings, steps // settings.average_every
+    s = settings
     if s.average == "lookahead":
         return _slow_lookahead(s)
     if s.average != "ema":
         return None
-    kept = 1.0
-    if updates and not s.average_decay:
-        kept = 0.0
-    elif updates:  # the product of kept_at over positions 1/n, 2/n … 1
-        ramp = s.average_ramp * (math.lgamma(updates + 1) - updates * math.log(updates))
-        kept = math.exp(updates * s.average_every * math.log(s.average_decay) + ramp)
+    what, kept = "the average of the weights", _initial_share(s, steps, 0)
+    if kept < SLOW_AVERAGE and 0 < late < steps:
+        what, kept = "the average of the graph's parameters", _initial_share(s, steps, late)
     if kept < SLOW_AVERAGE:
         return None
     return (
-        f"after {steps} steps {kept:.0%} of the average of the weights, which answers, will be the initial weights: a "
+        f"after {steps} steps {kept:.0%} of {what}, which answers, will be the initial weights: a "
         "smaller average_decay or average_every, more epochs, or average_ramp above 0"
     )
+
+
+def _initial_share(s: TrainConfig, steps: int, late: int) -> float:
+    """The product of ``kept_at`` over the updates after ``late`` of so many steps."""
+    last, before = steps // s.average_every, min(late, steps) // s.average_every
+    if last == before:
+        return 1.0
+    if not s.average_decay:
+        return 0.0
+    updates = last - before  # at positions (before + 1)/last … 1
+    ramp = math.lgamma(last + 1) - math.lgamma(before + 1) - updates * math.log(last)
+    return math.exp(updates * s.average_every * math.log(s.average_decay) + s.average_ramp * ramp)
 
 
 def _slow_lookahead(s: TrainConfig) -> str | None:

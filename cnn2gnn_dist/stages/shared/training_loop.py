@@ -206,7 +206,8 @@ class Training:
         ranks = self.context.ranks
         order.check_ranks(ranks.world_size, self.accumulation)
         whole = self.settings.epochs * order.batches_per_epoch
-        if not self.cursor.step and (slow := slow_average(self.settings, whole)):
+        late = self.late.epoch * order.batches_per_epoch if self.late else 0
+        if not self.cursor.step and (slow := slow_average(self.settings, whole, late)):
             self.context.warn(slow, self.name)
         self._check_order(order)
         first, last = self.cursor.batch, order.batches_per_epoch

@@ -171,6 +171,22 @@ def test_the_share_of_the_initial_weights_in_an_average(
         assert f"{average:.0%} of the average" in said
 
 
+@pytest.mark.parametrize("ramp", [0.0, 2.0])
+def test_an_average_of_late_parameters_has_fewer_updates(ramp: float) -> None:
+    """Gates start at 0: an average with a third of their initial values has them a third too small."""
+    settings = TeacherConfig(average="ema", epochs=1, average_ramp=ramp)
+    late, steps = 400, 500
+    kept = [share_kept(settings, step / steps, step) or 1.0 for step in range(late + 1, steps + 1)]
+    assert slow_average(settings, steps) is None
+    assert slow_average(settings, steps, 100) is None
+    said = slow_average(settings, steps, late)
+    wanted = float(np.prod(kept))
+    assert (said is not None) == (wanted > 0.05) == (not ramp)
+    if said is not None:
+        assert f"{wanted:.0%} of the average of the graph's parameters" in said
+    assert slow_average(settings, steps, steps) is None  # never starts, which a note says
+
+
 def test_other_averages_are_not_slow() -> None:
     assert slow_average(TeacherConfig(average="none"), 10) is None
     assert slow_average(TeacherConfig(average="ema", average_decay=0), 10) is None
