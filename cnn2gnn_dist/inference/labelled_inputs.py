@@ -16,6 +16,7 @@ import numpy as np
 
 from cnn2gnn_dist.data.images.image_files import find_images, printable
 from cnn2gnn_dist.data.index import manifest
+from cnn2gnn_dist.data.index.class_matching import plain
 from cnn2gnn_dist.data.packing.parquet import open_parquet, read_labels
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference.inputs import Input, expand, image_column
@@ -112,8 +113,10 @@ def _in_model(
         names = [str(label) for label in range(max(used) + 1)]
         if not {names[label] for label in used} <= set(classes):
             return _by_number(label_N, classes, path)
-    place = {name: number for number, name in enumerate(classes)}
-    unknown = [names[label] for label in used if names[label] not in place]
+    place = {plain(name): number for number, name in enumerate(classes)}
+    place |= {name: number for number, name in enumerate(classes)}
+    known = [place.get(name, place.get(plain(name), -1)) for name in names]
+    unknown = [names[label] for label in used if known[label] < 0]
     if unknown:
         images = int(np.isin(label_N, [n for n, name in enumerate(names) if name in unknown]).sum())
         some = ", ".join(f"'{name}'" for name in unknown[:_SHOWN])
@@ -126,8 +129,7 @@ def _in_model(
             remedy="leave these images out, or rename their classes as the model names them; "
             "`cnn2gnn memory add` gives a model new classes",
         )
-    to = np.array([place.get(name, -1) for name in names], np.int64)
-    return to[label_N]
+    return np.array(known, np.int64)[label_N]
 
 
 def _by_number(label_N: np.ndarray, classes: Sequence[str], path: str) -> np.ndarray:

@@ -140,9 +140,10 @@ def _add_memory(app: FastAPI, service: Service) -> None:
             return {"version": None, "keys": []}
         rows = current.live_ids
         if class_name is not None:
-            if class_name not in current.classes:
+            stored = current.class_named(class_name)
+            if stored is None:
                 raise Refused(404, "the memory has no such class", "GET /memory lists the classes")
-            rows = rows[current.of_class(class_name)[rows]]
+            rows = rows[current.of_class(stored)[rows]]
         rows = rows[np.searchsorted(rows, min(after, current.rows), side="right") :][:limit]
         return {
             "version": current.version.number,
@@ -187,7 +188,7 @@ def _add_edits(app: FastAPI, service: Service) -> None:
             lambda model: editing.add(model, images, name, old_loss=old_loss, dry_run=dry_run),
         )
         return {
-            "class": name,
+            "class": made.class_name,
             "keys": made.keys,
             "errors": [
                 {"image": image, "error": wire.plain_text(why, wire.LONGEST_ERROR)}

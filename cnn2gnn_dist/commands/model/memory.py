@@ -123,12 +123,14 @@ def show(folder: Path, *, keys: bool, class_name: str | None) -> int:
         UserError: no memory; an unknown class.
     """
     memory = load(folder).required_memory()
-    if class_name is not None and class_name not in memory.classes:
-        raise UserError(
-            f"the memory has no class '{class_name}'",
-            where=str(folder),
-            remedy=f"one of {', '.join(memory.classes[:10])}",
-        )
+    if class_name is not None:
+        given, class_name = class_name, memory.class_named(class_name)
+        if class_name is None:
+            raise UserError(
+                f"the memory has no class '{given}'",
+                where=str(folder),
+                remedy=f"one of {', '.join(memory.classes[:10])}",
+            )
     if not keys:
         output(f"{len(memory):,} images, version {memory.version.number}")
         for label, (name, count) in enumerate(zip(memory.classes, memory.counts(), strict=True)):

@@ -72,7 +72,7 @@ def refuse_spellings(class_info: ClassInfo, where: str) -> None:
     """
     spelled: dict[str, dict[str, int]] = defaultdict(dict)
     for label, name in class_info.names.items():
-        spelled[_plain(name)].setdefault(name, label)
+        spelled[plain(name)].setdefault(name, label)
     torn = [found for found in spelled.values() if len(found) > 1]
     if torn:
         one = ", ".join(f"{n} ({shown(ascii(name), 60)})" for name, n in torn[0].items())
@@ -89,7 +89,7 @@ def case_note(class_info: ClassInfo) -> str | None:
     """Return one sentence if names differ only by case, else None."""
     folded: dict[str, dict[str, None]] = defaultdict(dict)
     for name in class_info.names.values():
-        folded[_plain(name).casefold()][name] = None
+        folded[plain(name).casefold()][name] = None
     alike = [list(found) for found in folded.values() if len(found) > 1]
     if not alike:
         return None
@@ -162,22 +162,22 @@ def _matched(train: ClassInfo, held: ClassInfo, labels: list[int], by: str) -> d
         return {}
     one = train.names or {label: held.names[label] for label in named}
     # A side without names, or whose names are its class numbers, is matched by number.
-    plain = not (train.names and named) and all(name == str(n) for n, name in one.items())
-    if by == "number" or plain:
+    numbered = not (train.names and named) and all(name == str(n) for n, name in one.items())
+    if by == "number" or numbered:
         _refuse_beyond(labels, train)
         return {label: label for label in labels}
     if not (train.names and named):
         raise _one_sided(train, held, labels)
     places: dict[str, list[int]] = defaultdict(list)
     for number, name in train.names.items():
-        places[_plain(name)].append(number)
-    times = Counter(_plain(held.names[label]) for label in named)
+        places[plain(name)].append(number)
+    times = Counter(plain(held.names[label]) for label in named)
     sure: dict[int, int] = {}
     twins: list[int] = []
     unknown: list[int] = []
     for label in named:
-        found = places.get(_plain(held.names[label]), [])
-        if len(found) == 1 and times[_plain(held.names[label])] == 1:
+        found = places.get(plain(held.names[label]), [])
+        if len(found) == 1 and times[plain(held.names[label])] == 1:
             sure[label] = found[0]
         else:
             (twins if found else unknown).append(label)
@@ -191,7 +191,7 @@ def _matched(train: ClassInfo, held: ClassInfo, labels: list[int], by: str) -> d
         raise _unknown([held.names[label] for label in unknown], train)
     # A name shared by several classes is ambiguous: only the numbers can tell the classes apart, and
     # they do if all other names show that both sides use the same numbers.
-    torn = [label for label in twins if not alike or label not in places[_plain(held.names[label])]]
+    torn = [label for label in twins if not alike or label not in places[plain(held.names[label])]]
     if torn:
         raise _torn([held.names[label] for label in torn])
     rest = [label for label in labels if label not in held.names]
@@ -266,7 +266,7 @@ def notes(train: ClassInfo, train_N: np.ndarray, held_N: np.ndarray, moved: bool
     return said
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
     """Normalize the spelling of a name: macOS writes é in file names as two code points, others as one."""
     return unicodedata.normalize("NFC", name).strip()
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from cnn2gnn_dist import durable
+from cnn2gnn_dist.data.index.class_matching import plain
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference.memory import store
 from cnn2gnn_dist.inference.memory.rewiring import rewired
@@ -96,8 +97,8 @@ class Edit:
         """
         names = [entry.name for entry in self.classes]
         if name not in names:
-            name = unicodedata.normalize("NFC", name).strip()
-            names = [unicodedata.normalize("NFC", one).strip() for one in names]
+            name = plain(name)
+            names = [plain(one) for one in names]
         if names.count(name) > 1:
             raise UserError(
                 f"{names.count(name)} classes of the memory have the name '{name}'",

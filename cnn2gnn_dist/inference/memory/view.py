@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cnn2gnn_dist.data.index.class_matching import plain
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.graph.search.knn import Index
 from cnn2gnn_dist.inference.memory import store
@@ -163,6 +164,11 @@ class Memory:
     def counts(self) -> np.ndarray:
         """Live rows of each class, int64 [classes]."""
         return np.bincount(self.labels[self.live], minlength=len(self.classes))
+
+    def class_named(self, name: str) -> str | None:
+        """The name of a class as it is stored; None: there is none of this name in any spelling (``plain``)."""
+        alike = [one for one in self.classes if plain(one) == plain(name)]
+        return name if name in alike else alike[0] if alike else None
 
     def of_class(self, name: str) -> np.ndarray:
         """Bool [N]: rows of the class, or of all classes, with this name."""

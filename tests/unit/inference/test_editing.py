@@ -201,6 +201,8 @@ def test_the_commands_edit_and_tell(calibrated, tmp_path, capsys):
     assert code == 2
     assert "already in the memory: f0.png" in told.err
     assert "       4  framed  (new)" in call("memory", "ls", folder)[1].out
+    told = call("memory", "ls", folder, "--class", "framed ")
+    assert told[1].out.endswith("4  framed  (new)\n")
     assert call("memory", "ls", folder, "--keys", "--class", "framed")[1].out.splitlines() == [
         f"f{n}.png\tframed" for n in range(4)
     ]

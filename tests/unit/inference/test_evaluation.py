@@ -58,6 +58,16 @@ def given(images, labels):
     ]
 
 
+def test_spellings_of_a_name_are_one_class_as_in_training(images, labels, tmp_path):
+    composed = ["\u00e9t\u00e9", "b", "c"]
+    written = ["e\u0301te\u0301", " b", "c"]  # a folder copied from macOS; a blank at one end
+    path = in_folder(tmp_path / "test", images, labels, written)
+    found = {one.image.name: one.label for one in labelled([path], composed)}
+    assert found == {
+        f"{path}/{written[label]}/{number:04d}.png": label for number, label in enumerate(labels)
+    }
+
+
 def test_figures_are_those_of_scikit_learn(model, images, labels):
     found = evaluation.evaluate(model, given(images, labels))
     made = model.outputs([Pixels("", image) for image in images])

@@ -208,6 +208,7 @@ def test_memory_and_thumbnails(client: TestClient):
     assert [c["images"] for c in memory["classes"]] == [14, 13, 13]
     keys = client.get("/memory/keys?class=class 1&limit=2").json()["keys"]
     assert [one["key"] for one in keys] == ["img-1", "img-4"]
+    assert client.get("/memory/keys?class=+class 1+&limit=2").json()["keys"] == keys
     more = client.get(f"/memory/keys?class=class 1&limit=2&after={keys[-1]['row']}").json()["keys"]
     assert [one["key"] for one in more] == ["img-7", "img-10"]
     picture = client.get("/memory/3/thumbnail")
