@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,8 @@ from cnn2gnn_dist.inference.memory.store import NewRows, Version
 from cnn2gnn_dist.inference.memory.view import Memory
 from cnn2gnn_dist.inference.network import Outputs, joined
 from cnn2gnn_dist.inference.scoring import HeldOut
+
+_log = logging.getLogger(__name__)
 
 QUALITY = 85
 SAMPLED = 16
@@ -307,6 +310,12 @@ def _score_new_classes(
         old_loss=loss,
         replay=Images(_self_logits(model, known_x), known_x),
     )
+    for label, lost, right in fitted.lost(old, held_out.images, held_out.labels_n):
+        _log.warning(
+            f"{model.spec.label_names[label]}: new classes take {lost} of the {right} calibration images that were "
+            f"answered right, although all old classes together lose at most {loss:g} points: it is rare; a smaller "
+            "--old-loss keeps more of it"
+        )
     edit.score_new_classes(
         {"old": old.to_json(), "new": fitted.to_json()}, {"rows": new_ids, "logits": new_logits}
     )

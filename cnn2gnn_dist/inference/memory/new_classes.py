@@ -169,6 +169,22 @@ class NewClasses:
         """softmax(S), float64 [B, C + K]: Bayes' rule with the prior odds that τ stands for."""
         return np.exp(log_softmax(self.scores(old, logits_BC, x_BD)))
 
+    def lost(
+        self, old: OldClasses, calibration: Images, labels_n: np.ndarray
+    ) -> list[tuple[int, int, int]]:
+        """Old classes that lose half or more of their right answers to new ones: (class, lost, right before).
+
+        ``old_loss`` is a mean over images, of which a rare class has few. Those that lose a single one don't count.
+        """
+        scores_nK = self.scores(old, calibration.logits_nC, calibration.x_nD)
+        classes = len(old.count_C)
+        right_n = scores_nK[:, :classes].argmax(1) == labels_n
+        turned_n = right_n & (scores_nK.argmax(1) >= classes)
+        right_C = np.bincount(labels_n[right_n], minlength=classes)
+        turned_C = np.bincount(labels_n[turned_n], minlength=classes)
+        found = np.flatnonzero((turned_C > 1) & (2 * turned_C >= right_C))
+        return [(int(c), int(turned_C[c]), int(right_C[c])) for c in found]
+
     def to_json(self) -> dict[str, Any]:
         """As JSON-compatible data."""
         trades = [[t.old_loss, t.offset, t.old, t.new] for t in self.trades]

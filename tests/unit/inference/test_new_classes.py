@@ -303,3 +303,32 @@ def test_bad_input(world):
     with pytest.raises(UserError, match="no calibration"):
         OldClasses.fit(memory.x_nD, np.zeros(len(memory), int), calibration[:0], labels[:0])
     assert old.sharpness > 0
+
+
+def test_a_rare_old_class_that_is_lost_is_found():
+    """One point of all images may be all of a class that has a 200th of them."""
+    rng, share = np.random.default_rng(0), 0.6 ** np.arange(10)
+    share /= share.sum()
+    means = rng.normal(size=(10, 16))
+
+    def images(labels, centers=means):
+        x = centers[labels] + rng.normal(size=(len(labels), 16))
+        return Images(-0.5 * np.square(x[:, None] - means).sum(2) + np.log(share), x)
+
+    memory, labels = images(rows := rng.choice(10, 1000, p=share)), rng.choice(10, 2000, p=share)
+    calibration = images(labels)
+    old = OldClasses.fit(memory.x_nD, rows, calibration, labels)
+    alike = means[[9]] + 0.3 * rng.normal(size=16)
+    for loss in (0.0, 1.0):
+        new = NewClasses.fit(
+            old, {"n": images(np.zeros(20, int), alike)}, calibration, labels, old_loss=loss
+        )
+        scores = new.scores(old, calibration.logits_nC, calibration.x_nD)
+        wanted = []
+        for c in range(10):
+            before = (labels == c) & (scores[:, :10].argmax(1) == c)
+            turned = int((before & (scores.argmax(1) == 10)).sum())
+            if turned > 1 and turned >= before.sum() / 2:
+                wanted.append((c, turned, int(before.sum())))
+        assert new.lost(old, calibration, labels) == wanted
+        assert bool(wanted) == (loss > 0)
