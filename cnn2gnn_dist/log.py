@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,6 +63,11 @@ def console(verbosity: int = NORMAL, rank: int = 0) -> Iterator[None]:
         logger.removeHandler(handler)
         level, logger.propagate, _State.verbosity, _State.rank = before
         logger.setLevel(level)
+
+
+def quoted(path: str | os.PathLike[str]) -> str:
+    """A path as a shell reads it, for commands that are printed to be copied."""
+    return shlex.quote(os.fspath(path))
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -25,7 +25,7 @@ from cnn2gnn_dist.data.index.relabel import (
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference.audit import files as audit_files
 from cnn2gnn_dist.inference.audit.findings import Findings, audit
-from cnn2gnn_dist.log import output, progress
+from cnn2gnn_dist.log import output, progress, quoted
 from cnn2gnn_dist.report.audit_page import write_page
 
 PAGE, RELABEL, MAP = "index.html", "relabel.csv", "map.parquet"
@@ -101,7 +101,9 @@ def _audit(
     for line in _summary(source, tables):
         output(line)
     output(f"look        {folder / PAGE}  ({time.monotonic() - started:.0f} s)")
-    output(f"decide      save labels.csv on the page, then cnn2gnn audit {place} --fix labels.csv")
+    output(
+        f"decide      save labels.csv on the page, then cnn2gnn audit {quoted(place)} --fix labels.csv"
+    )
     return 0
 
 
@@ -183,7 +185,7 @@ def _fix(source: Source, fix: Path, folder: Path, dry_run: bool) -> int:
         with durable.disk_full_reported(path):
             write_relabel(path, everything)
         output(f"list     {path}")
-    output(f"train    cnn2gnn run --config … run.dir=NEW data.relabel={path}")
+    output(f"train    cnn2gnn run --config … run.dir=NEW data.relabel={quoted(path)}")
     return 0
 
 

@@ -21,7 +21,7 @@ from cnn2gnn_dist.commands.init.survey import Survey, look, measure_views
 from cnn2gnn_dist.config import Config, ViewsConfig
 from cnn2gnn_dist.data.images.views import ViewSpec
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.log import output
+from cnn2gnn_dist.log import output, quoted
 from cnn2gnn_dist.stages.shared import preflight
 
 _log = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def command(
         output(written, end="")
         return 0
     durable.write_text(path, written)
-    output(f"\nwritten  {out}\nnext     cnn2gnn run --config {out}")
+    output(f"\nwritten  {out}\nnext     cnn2gnn run --config {quoted(out)}")
     return 0
 
 

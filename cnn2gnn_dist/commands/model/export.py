@@ -12,7 +12,7 @@ from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference.classifier import Classifier
 from cnn2gnn_dist.inference.copying import LEFT_OUT, copy_model
 from cnn2gnn_dist.inference.folder import artefact
-from cnn2gnn_dist.log import output
+from cnn2gnn_dist.log import output, quoted
 
 
 def command(run: Path, target: Path, *, force: bool = False) -> int:
@@ -55,7 +55,7 @@ def command(run: Path, target: Path, *, force: bool = False) -> int:
         raise
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     output(f"model    {target} ({size / 1e6:,.1f} MB)")
-    output(f"predict  cnn2gnn predict --model {target} IMAGE…")
+    output(f"predict  cnn2gnn predict --model {quoted(target)} IMAGE…")
     return 0
 
 

@@ -213,14 +213,16 @@ def _print_summary(config: Config) -> None:
     if report.exists():
         log.output(f"look     {report}")
     if stored is not None and not (root / "model" / "config.json").is_file():
-        log.output(f"predict  cnn2gnn predict --model {stored} IMAGE…")
-        log.output(f"model    cnn2gnn export {stored} --to MODEL")
+        log.output(f"predict  cnn2gnn predict --model {log.quoted(stored)} IMAGE…")
+        log.output(f"model    cnn2gnn export {log.quoted(stored)} --to MODEL")
         return
     log.output(f"model    {root / 'model'}")
-    log.output(f"predict  cnn2gnn predict --model {root} IMAGE…")
-    log.output(f"serve    cnn2gnn serve {root}")
-    log.output(f"audit    cnn2gnn audit {root}")
+    log.output(f"predict  cnn2gnn predict --model {log.quoted(root)} IMAGE…")
+    log.output(f"serve    cnn2gnn serve {log.quoted(root)}")
+    log.output(f"audit    cnn2gnn audit {log.quoted(root)}")
     if config.data.source == "digits":
         log.output("next     cnn2gnn run --config cifar10, or your own images: cnn2gnn init FOLDER")
     else:
-        log.output(f"next     cnn2gnn evaluate --model {root} IMAGES…, on other labeled images")
+        log.output(
+            f"next     cnn2gnn evaluate --model {log.quoted(root)} IMAGES…, on other labeled images"
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import shutil
 from pathlib import Path
 
@@ -111,3 +112,10 @@ def test_an_export_on_a_full_disk_is_an_error_with_a_remedy(tmp_path, monkeypatc
     assert cli.main(["export", str(source), "--to", str(tmp_path / "copy")]) == 2
     assert "disk full" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_commands_to_be_copied_are_quoted(tmp_path, capsys):
+    source, target = write_model(tmp_path / "model"), tmp_path / "my models" / "it's one"
+    assert cli.main(["export", str(source), "--to", str(target)]) == 0
+    said = capsys.readouterr().out.splitlines()[-1].removeprefix("predict  ")
+    assert shlex.split(said) == ["cnn2gnn", "predict", "--model", str(target), "IMAGE…"]
