@@ -37,7 +37,8 @@ class Evaluation:
         classes: names of the C classes.
         rows: ``answers`` (what ``predict`` says) and, where there is a memory, ``self path`` (without the
             neighbors) and ``vote`` (of the neighbors alone); each has ``accuracy``, its ``standard_error``,
-            ``balanced_accuracy`` (mean recall of the classes that occur), ``ece`` and ``top5``.
+            ``balanced_accuracy`` (mean recall of the classes that occur), ``ece`` (only the answers are calibrated, so
+            theirs doesn't compare with the others') and ``top5``.
         confusion_CC: int64, images by true class (row) and class in the answer (column).
         unreadable: (name, reason) of images without an answer, which no figure counts.
         in_memory: images that are likely in the memory: their nearest neighbor is hardly any distance away.

@@ -228,7 +228,8 @@ class Edit:
             )
         if len(set(rows.keys)) < len(rows.keys):
             raise UserError(
-                "two of these images have the same name", remedy="rename one; nothing was changed"
+                "two of these images have the same name",
+                remedy="name each image once, or rename one; nothing was changed",
             )
         x_nD = np.ascontiguousarray(rows.x, np.float16)
         first: dict[bytes, str] = {}
