@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -310,16 +310,21 @@ def _score_new_classes(
         old_loss=loss,
         replay=Images(_self_logits(model, known_x), known_x),
     )
-    for label, lost, right in fitted.lost(old, held_out.images, held_out.labels_n):
-        _log.warning(
-            f"{model.spec.label_names[label]}: new classes take {lost} of the {right} calibration images that were "
-            f"answered right, although all old classes together lose at most {loss:g} points: it is rare; a smaller "
-            "--old-loss keeps more of it"
-        )
+    _warn_of_losses(model, fitted.lost(old, held_out.images, held_out.labels_n), loss)
     edit.score_new_classes(
         {"old": old.to_json(), "new": fitted.to_json()}, {"rows": new_ids, "logits": new_logits}
     )
     return fitted
+
+
+def _warn_of_losses(model: Classifier, lost: Iterable[tuple[int, int, int]], most: float) -> None:
+    """Name old classes that new ones take over, from ``NewClasses.lost``; ``most``: points that all may lose."""
+    for label, gone, right in lost:
+        _log.warning(
+            f"{model.spec.label_names[label]}: new classes take {gone} of the {right} calibration images that were "
+            f"answered right, although all old classes together lose at most {most:g} points: it is rare; a smaller "
+            "--old-loss keeps more of it"
+        )
 
 
 @torch.inference_mode()

@@ -203,42 +203,6 @@ def test_another_decoding_makes_stale_what_read_images(tmp_path, monkeypatch):
         assert key_of(config, stage) != PINNED[stage]
 
 
-@pytest.mark.parametrize(
-    ("stage", "option"),
-    [("student", "student.logit_adjust=1"), ("teacher", "data.unlabelled=true")],
-)
-def test_only_runs_with_the_option_have_its_version_in_their_keys(monkeypatch, stage, option):
-    version = f"version.{option.partition('=')[0].partition('.')[2]}"
-    for options in ([], [option]):
-        config = settings.load("demo", options)
-        now = key_of(config, stage)
-        with monkeypatch.context() as earlier:
-            earlier.setitem(registry.VERSIONS, version, 1)
-            assert (key_of(config, stage) == now) == (not options)
-
-
-@pytest.mark.parametrize(
-    ("stage", "options", "counts"),
-    [
-        ("teacher", ["teacher.head_lr=0"], True),
-        ("teacher", ["student.stem_lr=0"], False),
-        ("student", ["student.stem_lr=0"], True),
-        ("student", ["student.stem_lr=0", "student.clip=0"], False),
-        ("student", ["student.stem_lr=0.1"], False),
-        ("student", ["graph.gate_lr=0"], True),
-        ("control", ["graph.gate_lr=0"], False),
-        ("control", ["student.bias_lr=0"], True),
-    ],
-)
-def test_the_version_of_frozen_parameters_counts_where_gradients_are_clipped(
-    monkeypatch, stage, options, counts
-):
-    config = settings.load("demo", options)
-    now = key_of(config, stage)
-    monkeypatch.setitem(registry.VERSIONS, "version.frozen", 1)
-    assert (key_of(config, stage) != now) == counts
-
-
 # --- records of schema 1, written by the code of commit 6fa5feb -----------------------------------
 
 RECORDS = json.loads((Path(__file__).parent / "records_of_schema_1.json").read_text())
