@@ -7,6 +7,7 @@ import io
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from cnn2gnn_dist import __version__, log, presets, submit
 from cnn2gnn_dist.commands.answers import embed_cli, evaluate_cli, predict_cli
@@ -115,8 +116,15 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
+class _Parser(argparse.ArgumentParser):
+    """Options are not abbreviated, nor are those of commands at any depth, whose parsers have this class, too."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser: argparse.ArgumentParser = _Parser(
         prog="cnn2gnn",
         description="Distill a deep CNN into a two-layer GNN over a sparse graph learned from images.",
         epilog=EPILOG,
@@ -125,18 +133,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     run_cli.arguments(
-        commands.add_parser(
-            "run", help="run every stage, skipping complete ones", allow_abbrev=False
-        ),
+        commands.add_parser("run", help="run every stage, skipping complete ones"),
         None,
     )
     for name, text in STAGES.items():
-        run_cli.arguments(
-            commands.add_parser(name, help=text, description=text, allow_abbrev=False), [name]
-        )
+        run_cli.arguments(commands.add_parser(name, help=text, description=text), [name])
     evaluate_cli.arguments(commands.choices["evaluate"])
     for name, text, arguments in COMMANDS:
-        arguments(commands.add_parser(name, help=text, description=text, allow_abbrev=False))
+        arguments(commands.add_parser(name, help=text, description=text))
     _add_verbosity(commands)
     return parser
 

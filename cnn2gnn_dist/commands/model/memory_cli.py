@@ -24,7 +24,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, text in _TEXTS.items():
-        one = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        one = commands.add_parser(name, help=text, description=text)
         one.add_argument("model", metavar="MODEL", type=Path, help="folder of a model")
         one.set_defaults(command=_run, action=name)
         if name in ("add", "relabel"):

@@ -16,7 +16,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         ("verify", "read everything and compare checksums; exit code 1 if a checkpoint is damaged"),
         ("export", "weights and buffers as one safetensors file with plain names"),
     ):
-        one = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        one = commands.add_parser(name, help=text, description=text)
         one.add_argument("place", metavar="PLACE", help=place)
         one.set_defaults(command=_run, action=name)
         if name == "export":
