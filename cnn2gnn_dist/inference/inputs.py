@@ -22,6 +22,8 @@ from cnn2gnn_dist.errors import UserError
 
 UNNAMED = "input "
 """Prefix of the names of unnamed inputs; their position follows."""
+SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+"""Suffixes of shards; a compressed one is read from its beginning to its end."""
 PARQUET_ROWS = 256
 """Rows of a Parquet file read at a time."""
 
@@ -93,6 +95,11 @@ def expand(inputs: Any, left_out: Callable[[str], None] | None = None) -> Iterat
             yield Input(f"{UNNAMED}{place}", one)
 
 
+def is_shard(path: str) -> bool:
+    """Whether this is the name of a tar shard, compressed or not."""
+    return path.lower().endswith(SHARD_SUFFIXES)
+
+
 def even_size(count: int, size: int) -> int:
     """Images per batch, at most ``size``, if all batches of ``count`` images are about equally large."""
     return -(-count // max(1, -(-count // size)))
@@ -140,7 +147,7 @@ def _array(value: np.ndarray) -> np.ndarray:
 
 
 def _is_collection(path: str) -> bool:
-    return path.lower().endswith((".tar", ".parquet"))
+    return is_shard(path) or path.lower().endswith(".parquet")
 
 
 def _of_path(path: str, left_out: Callable[[str], None] | None) -> Iterator[Input]:
@@ -157,7 +164,7 @@ def _of_path(path: str, left_out: Callable[[str], None] | None) -> Iterator[Inpu
         for image in found.images:
             full = Path(path) / image
             yield Input(printable(full), full)
-    elif path.lower().endswith(".tar"):
+    elif is_shard(path):
         yield from _of_shard(path)
     elif path.lower().endswith(".parquet"):
         yield from _of_parquet(path)

@@ -19,7 +19,7 @@ from cnn2gnn_dist.data.index import manifest
 from cnn2gnn_dist.data.index.class_matching import plain
 from cnn2gnn_dist.data.packing.parquet import open_parquet, read_labels
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.inference.inputs import Input, expand, image_column
+from cnn2gnn_dist.inference.inputs import Input, expand, image_column, is_shard
 
 _log = logging.getLogger(__name__)
 _SHOWN = 3  # classes named in a message
@@ -50,7 +50,7 @@ def labelled(
     for path in paths:
         if os.path.isdir(path):
             yield from _of_folder(path, classes)
-        elif path.lower().endswith(".tar"):
+        elif is_shard(path):
             yield from _of_shard(path, classes)
         elif path.lower().endswith(".parquet"):
             yield from _of_parquet(path, classes, label_column)

@@ -87,6 +87,24 @@ def test_an_image_deep_in_a_folder_is_noticed(asked, tmp_path, capsys):
     assert "1 inputs were already answered" in capsys.readouterr().out
 
 
+def test_images_that_could_not_be_read_are_still_reported_when_resumed(asked, tmp_path, capsys):
+    model, inputs = asked
+    (tmp_path / "part-0" / "1.png").write_bytes(b"no image")
+    absent = tmp_path / "absent.png"
+    call = ["predict", "--model", str(model), *inputs[:2], str(absent)]
+    call += ["--out", f"{tmp_path / 'out'}/"]
+    for _ in range(2):
+        assert cli.main(call) == 1
+    told = capsys.readouterr()
+    assert "0 images of 0 inputs, 3 inputs were already answered" in told.out
+    assert f"{inputs[0]}: already answered, but 1 images could not be read" in told.err
+    (tmp_path / "part-0" / "1.png").write_bytes(encode_image(pictures(1, seed=9)[0]))
+    absent.write_bytes(encode_image(pictures(1, seed=8)[0]))
+    os.utime(absent, (1, 1))  # as if copied together with its time
+    assert cli.main(call) == 0
+    assert "4 images of 2 inputs, 1 inputs were already answered" in capsys.readouterr().out
+
+
 def test_answers_of_another_input_of_the_same_name_are_not_taken_for_its_own(
     asked, tmp_path, capsys
 ):

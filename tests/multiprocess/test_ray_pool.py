@@ -82,7 +82,7 @@ def test_predict_shares_its_inputs_out_to_actors(
     assert [row["image"] for row in rows] == [answer.name for answer in expected]
     assert [row["class"] for row in rows] == [answer.label for answer in expected]
 
-    assert cli.main(call) == 0  # nothing is left to do, so Ray is not started
+    assert cli.main(call) == 1  # nothing is left to do, so Ray is not started
     assert "0 images of 0 inputs, 4 inputs were already answered" in capsys.readouterr().out
     assert cli.main(["predict", "--model", "m", *inputs, "--actors", "2"]) == 2
     assert "--out FOLDER/" in capsys.readouterr().err

@@ -1,8 +1,9 @@
 """Which input a file of answers is of, and whether that has changed since: a record beside each file.
 
-``.part-0.tar.parquet.json`` beside ``part-0.tar.parquet``: the input's path, and a hash of its names,
-lengths and times as they were before it was read. So an image deep in a folder counts, a copy that kept
-an old time too, and another input of the same name is not taken for this one.
+``.part-0.tar.parquet.json`` beside ``part-0.tar.parquet``: the input's path, a hash of its names, lengths
+and times as they were before it was read, and the number of images that could not be read. So an image
+deep in a folder counts, a copy that kept an old time too, another input of the same name is not taken for
+this one, and what could not be read is not forgotten.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from cnn2gnn_dist import durable
 from cnn2gnn_dist.data.images.image_files import find_images, printable
@@ -34,10 +36,16 @@ def look_at(given: str) -> Look | None:
     return {"input": printable(os.path.abspath(given)), "look": found.hexdigest()}
 
 
-def record(target: Path, look: Look | None) -> None:
-    """Note of which input a complete file of answers is."""
-    if look is not None:
-        durable.write_text(_path(target), json.dumps(look, indent=1), shared=True)
+def record(target: Path, look: Look | None, unreadable: int) -> None:
+    """Note of which input a complete file of answers is, and how many of its images could not be read."""
+    note = (look or {}) | {"unreadable": unreadable}
+    durable.write_text(_path(target), json.dumps(note, indent=1), shared=True)
+
+
+def unreadable(target: Path) -> int:
+    """Number of images of an answered input that could not be read; 0 where it was not recorded."""
+    found = _note(target).get("unreadable", 0)
+    return found if isinstance(found, int) else 0
 
 
 def is_answered(given: str, target: Path) -> bool:
@@ -49,6 +57,8 @@ def is_answered(given: str, target: Path) -> bool:
     if not target.is_file():
         return False
     now, then = look_at(given), _recorded(target)
+    if then is None and "unreadable" in _note(target):  # there was no such input
+        return now is None
     if then is None:  # of a version that kept no record
         return now is None or _newest(given) <= target.stat().st_mtime
     if now is None:
@@ -69,11 +79,16 @@ def _path(target: Path) -> Path:
 
 
 def _recorded(target: Path) -> Look | None:
+    found = _note(target)
+    return {name: str(found[name]) for name in ("input", "look")} if "look" in found else None
+
+
+def _note(target: Path) -> dict[str, Any]:
     try:
         found = json.loads(_path(target).read_text(encoding="utf-8"))
-        return {name: str(found[name]) for name in ("input", "look")}
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _newest(given: str) -> float:

@@ -56,7 +56,7 @@ def command(
     actors: int = 0,
     address: str | None = None,
 ) -> int:
-    """Answer each input into a file of its own; returns 1 if some images could not be read.
+    """Answer each input into a file of its own; returns 1 if some images could not be read, now or before.
 
     Args:
         model: folder of a model or of a finished run.
@@ -98,11 +98,22 @@ def command(
                 for failure in failures:
                     report_error(failure)
                 done, failed = done + images_done, failed + len(failures)
-    before = len(mine) - len(left)
-    already = f", {before} inputs were already answered" if before else ""
+    before = [task for task in mine if task not in left]
+    already = f", {len(before)} inputs were already answered" if before else ""
+    failed += _report_unreadable(before)
     share = f" (the share of rank {ranks.rank} of {ranks.world_size})" * (ranks.world_size > 1)
     output(f"answers  {folder}: {done:,} images of {len(left)} inputs{already}{share}")
     return 1 if failed else 0
+
+
+def _report_unreadable(tasks: list[Task]) -> int:
+    """Say how many images of answered inputs could not be read; returns their number."""
+    count = 0
+    for given, target in tasks:
+        if unreadable := answered.unreadable(target):
+            report_error(f"{given}: already answered, but {unreadable:,} images could not be read")
+            count += unreadable
+    return count
 
 
 def _answer(classifier: Classifier, asked: Asked, task: Task) -> Counted:
@@ -123,7 +134,7 @@ def _answer(classifier: Classifier, asked: Asked, task: Task) -> Counted:
                 failures.append(complaint(answer.name, answer.error))
             done += 1
             write(answer)
-    answered.record(target, look)
+    answered.record(target, look, len(failures))
     return done, failures
 
 

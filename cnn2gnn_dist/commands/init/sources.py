@@ -19,6 +19,14 @@ from cnn2gnn_dist.errors import UserError
 Kind = Literal["imagefolder", "parquet", "shards"]
 Paths = str | list[str]
 _SUFFIX = {"shards": ".tar", "parquet": ".parquet"}
+_PACKED = {
+    "a zip archive",
+    "a 7z archive",
+    "a gzip file",
+    "a bzip2 file",
+    "an xz file",
+    "a zstd file",
+}
 _WORDS = {"imagefolder": "folders of images", "parquet": "Parquet files", "shards": "tar shards"}
 _HELD_OUT = ("val", "test")
 """Parts that may be held out, the preferred one first: a test set is for when all choices are made."""
@@ -80,12 +88,17 @@ def _kind_of_file(place: str) -> Kind:
     if kind == "a tar archive":
         return "shards"
     raise UserError(
-        f"this is {kind or 'a file of another kind'}",
-        where=place,
-        remedy=remedy_for(kind, "name the folder that holds a folder of images for each class")
-        if kind
-        else "name the folder that holds a folder of images for each class",
+        f"this is {kind or 'a file of another kind'}", where=place, remedy=_remedy(kind or "")
     )
+
+
+def _remedy(kind: str) -> str:
+    name = "name the folder that holds a folder of images for each class"
+    if kind.endswith("image"):
+        return name
+    if kind in _PACKED:
+        return f"unpack it, and {name}"
+    return remedy_for(kind, name)
 
 
 def _folder(place: str) -> Source:

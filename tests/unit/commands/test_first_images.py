@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 
@@ -129,6 +130,10 @@ def made(tmp_path, what):
         (tmp_path / "notes" / "a").mkdir(parents=True)
         (tmp_path / "notes" / "a" / "x.txt").write_text("x")
         return tmp_path / "notes"
+    if what in ("image", "packed"):
+        data = encode_image(random_images(1)[0])
+        (tmp_path / what).write_bytes(data if what == "image" else gzip.compress(data))
+        return tmp_path / what
     (tmp_path / "empty").mkdir()
     return tmp_path / what
 
@@ -145,6 +150,8 @@ def made(tmp_path, what):
         ("mixed", "folders of images and tar shards", "name one kind"),
         ("empty class", "'c'", "remove the folder"),
         ("text", "no images", "FOLDER/CLASS/IMAGE"),
+        ("image", "PNG image", "name the folder"),
+        ("packed", "gzip file", "unpack it, and name the folder"),
     ],
 )
 def test_what_cannot_be_trained_on_is_named_with_its_remedy(tmp_path, what, said, remedy):

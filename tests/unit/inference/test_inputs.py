@@ -1,8 +1,10 @@
 """Inputs of a model: damaged collections, other kinds of files, and nothing at all."""
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import os
 import tarfile
 
@@ -76,6 +78,17 @@ def test_collections_without_images_are_refused(model, tmp_path):
     ):
         with pytest.raises(UserError, match="no image in this"):
             model.predict(path)
+
+
+@pytest.mark.parametrize("suffix", ["tar.gz", "tgz", "tar.bz2", "tar.xz"])
+def test_compressed_shards_are_shards(model, tmp_path, suffix):
+    plain = tar_of(tmp_path / "a.tar", ["0.png", "sub/1.png"])
+    pack = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
+    path = tmp_path / f"a.{suffix}"
+    path.write_bytes(pack[suffix.removeprefix("tar.").replace("tgz", "gz")](plain.read_bytes()))
+    expected, found = model.predict(plain), model.predict(path)
+    assert [a.name for a in found] == [f"{path}/0.png", f"{path}/sub/1.png"]
+    assert [a.probability for a in found] == [a.probability for a in expected]
 
 
 @pytest.mark.parametrize(
