@@ -141,7 +141,9 @@ class EvaluateConfig(Section):
         24, ge=0, description="test images shown in the report with their neighbors"
     )
     timing_images: int = Field(
-        256, ge=64, description="images timed for ms_per_image (batches of 64)"
+        256,
+        ge=64,
+        description="images timed for ms_per_image (batches of 64); a quarter of them for ms_alone (one by one)",
     )
 
 

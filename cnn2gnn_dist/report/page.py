@@ -27,6 +27,7 @@ COLUMNS = (
     ("parameters", "parameters", "{:,}", min),
     ("flops", "MFLOP / image", "{:.2f}", min),
     ("ms_per_image", "ms / image", "{:.3f}", min),
+    ("ms_alone", "ms alone", "{:.3f}", min),
 )
 CURVES = (
     ("loss", "training loss", False),
@@ -127,8 +128,11 @@ def table_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
     for name in there:
         cells = []
         for key, _, form, better in COLUMNS:
-            value = results[name][key]
-            best = better(results[other][key] for other in there)
+            value = results[name].get(key)
+            if value is None:  # of a version that did not measure it
+                cells.append(("", False))
+                continue
+            best = better(results[other][key] for other in there if key in results[other])
             shown = value / 1e6 if key == "flops" else value
             cells.append((form.format(shown), value == best))
         rows.append({"label": LABELS[name], "cells": cells})

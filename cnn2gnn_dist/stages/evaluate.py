@@ -25,7 +25,7 @@ from cnn2gnn_dist.stages.compared_models import Row, StudentWithBank, compared_m
 from cnn2gnn_dist.stages.shared.context import Context, load_manifest
 from cnn2gnn_dist.stages.shared.networks import norms_of
 from cnn2gnn_dist.stages.shared.predictions import Predictions, describe_left_out, evaluate
-from cnn2gnn_dist.stages.shared.timing import milliseconds_an_image
+from cnn2gnn_dist.stages.shared.timing import milliseconds_per_image
 
 COST_BATCH = 64
 EXAMPLES = 5
@@ -62,6 +62,8 @@ def run(context: Context, keys: dict[str, str]) -> list[Path]:
     results: dict[str, Any] = {}
     with_bank: StudentWithBank | None = None
     left_out: dict[int, str] = {}
+    rows: dict[str, Row] = {}
+    first_N = np.empty(0, np.int64)
     there = ("control" in keys, "teacher" in keys)
     for compared in compared_models(context, test.num_classes, *there):
         seed = config.seed if compared.shuffled else None
@@ -69,13 +71,12 @@ def run(context: Context, keys: dict[str, str]) -> list[Path]:
         with_bank, left_out = with_bank or compared.with_bank, evaluation.left_out
         with collectives.uneven():  # rank 0's work alone may take long
             for name, found in evaluation.found.items() if context.ranks.is_first else ():
-                row = compared.rows[name]
+                rows[name], first_N = compared.rows[name], found.id_N[:COST_BATCH]
                 results[name] = {
                     **found.scores(test.num_classes),
                     "evaluated": len(found.id_N),
                     "left_out": _left_out(context, left_out).total,
-                    **_costs(context, row, _read(context, found.id_N[:COST_BATCH])),
-                    **row.notes,
+                    **rows[name].notes,
                     "norms": norms_of(paths.root / stage_of(compared.name)),
                 }
                 _save(context.folder, name, found)
@@ -84,6 +85,8 @@ def run(context: Context, keys: dict[str, str]) -> list[Path]:
     def report() -> None:
         from cnn2gnn_dist.report.page import write_report  # half a second: matplotlib, for rank 0
 
+        for name, costs in _costs(context, rows, _read(context, first_N)).items():
+            results[name].update(costs)
         if with_bank is not None:
             _gallery(context, with_bank)
         results["run"] = _run_facts(context, test, _left_out(context, left_out))
@@ -153,15 +156,20 @@ def _read(context: Context, ids: np.ndarray) -> Batch:
 
 
 @torch.no_grad()
-def _costs(context: Context, row: Row, batch: Batch) -> dict[str, float]:
-    """Parameters, FLOPs per image (2 per multiply-add, search included), milliseconds per image."""
+def _costs(context: Context, rows: dict[str, Row], batch: Batch) -> dict[str, dict[str, float]]:
+    """Of each row: parameters, FLOPs per image (2 per multiply-add, search included), milliseconds per image."""
     images: Tensor = context.to_device(batch)[0]
+    times = milliseconds_per_image(
+        {name: row.run for name, row in rows.items()}, images, context.config.evaluate.timing_images
+    )
     return {
-        "parameters": row.parameters,
-        "flops": row.flops(images) / len(images),
-        "ms_per_image": milliseconds_an_image(
-            row.run, images, context.config.evaluate.timing_images
-        ),
+        name: {
+            "parameters": row.parameters,
+            "flops": row.flops(images) / len(images),
+            "ms_per_image": times[name].in_batch,
+            "ms_alone": times[name].alone,
+        }
+        for name, row in rows.items()
     }
 
 
@@ -238,14 +246,15 @@ def _run_facts(context: Context, test: Manifest, left_out: _LeftOut) -> dict[str
 
 def table(results: dict[str, Any]) -> str:
     """Format the results as text."""
-    head = ("", "accuracy", "balanced", "ECE", "parameters", "MFLOP/image", "ms/image")
-    lines = ["{:<20}{:>10}{:>10}{:>8}{:>12}{:>13}{:>10}".format(*head)]
+    head = ("", "accuracy", "balanced", "ECE", "parameters", "MFLOP/image", "ms/image", "alone")
+    lines = ["{:<20}{:>10}{:>10}{:>8}{:>12}{:>13}{:>10}{:>8}".format(*head)]
     for key, label in LABELS.items():
         if key in results:
             r = results[key]
             lines.append(
                 f"{label:<20}{r['accuracy']:>9.2%} {r['balanced_accuracy']:>9.2%}{r['ece']:>8.3f}"
                 f"{r['parameters']:>12,}{r['flops'] / 1e6:>13.2f}{r['ms_per_image']:>10.3f}"
+                + (f"{r['ms_alone']:>8.3f}" if "ms_alone" in r else "")  # older results have none
             )
     student = results.get("student", {})
     if student.get("left_out"):

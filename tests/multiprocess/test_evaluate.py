@@ -136,6 +136,7 @@ def test_what_cannot_be_read_is_left_out_and_reported(root, capsys, console):
         assert row["parameters"] > 0
         assert row["flops"] > 0
         assert row["ms_per_image"] > 0
+        assert row["ms_alone"] > 0
     assert table["run"]["test_images"] == TEST
     assert ["test00" in table["run"]["left_out"][0], len(table["run"]["left_out"])] == [True, 3]
     assert table["vote"]["parameters"] < table["student"]["parameters"]

@@ -60,6 +60,7 @@ def scores(accuracy: float, parameters: int) -> dict:
         "parameters": parameters,
         "flops": 1e6 * parameters / 1000,
         "ms_per_image": parameters / 1e5,
+        "ms_alone": parameters / 25e3,
     }
 
 
@@ -68,6 +69,7 @@ def make_run(root: Path, classes: int = 4, images: int = 200) -> Path:
     rng = np.random.default_rng(0)
     (root / "evaluation").mkdir(parents=True)
     table = {name: scores(0.9 - i / 50, 9000 - 1000 * i) for i, name in enumerate(MODELS)}
+    del table["vote"]["ms_alone"]  # as an earlier version left it
     table["student"]["graph"] = {
         "nodes": 1234,
         "candidates": 16,

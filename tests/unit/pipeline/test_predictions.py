@@ -200,6 +200,8 @@ def test_table_shows_every_model():
         "ms_per_image": 0.25,
     }
     models = ("teacher", "student", "self_path", "vote", "control_mlp")
+    text = table(dict.fromkeys(models, row | {"ms_alone": 1.125}))
+    assert text.count("0.250   1.125") == 5
     text = table(dict.fromkeys(models, row))
     assert text.count("50.00%") == 5
     assert "12,345" in text
