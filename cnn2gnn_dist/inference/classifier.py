@@ -18,6 +18,7 @@ from cnn2gnn_dist.inference.answering import answers_of, check_counts, check_tog
 from cnn2gnn_dist.inference.answers import Answer
 from cnn2gnn_dist.inference.folder import artefact
 from cnn2gnn_dist.inference.folder.artefact import ModelConfig
+from cnn2gnn_dist.inference.folder.run_model import located
 from cnn2gnn_dist.inference.inputs import Pixels
 from cnn2gnn_dist.inference.memory import store
 from cnn2gnn_dist.inference.memory.view import Memory
@@ -388,9 +389,6 @@ def load(folder: str | Path, *, device: str = "auto") -> Classifier:
     """Open a model: a folder that ``export`` wrote, or a run that contains one.
 
     Raises:
-        UserError: neither, damaged, or of a newer version.
+        UserError: neither, damaged, or of a newer version; the run's student was trained again since.
     """
-    path = Path(folder).expanduser()
-    if (path / "model" / artefact.CONFIG).is_file() and not (path / artefact.CONFIG).is_file():
-        path = path / "model"
-    return Classifier.open(path, device=device)
+    return Classifier.open(located(Path(folder).expanduser()), device=device)

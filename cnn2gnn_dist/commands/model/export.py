@@ -7,11 +7,12 @@ import shutil
 from pathlib import Path
 
 from cnn2gnn_dist import durable, ledger
-from cnn2gnn_dist.commands.model.opening import context_of, model_of_run, opened
+from cnn2gnn_dist.commands.model.opening import context_of, opened
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference.classifier import Classifier
 from cnn2gnn_dist.inference.copying import LEFT_OUT, copy_model
 from cnn2gnn_dist.inference.folder import artefact
+from cnn2gnn_dist.inference.folder.run_model import model_of_run
 from cnn2gnn_dist.log import output, quoted
 
 

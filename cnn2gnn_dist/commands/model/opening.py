@@ -2,48 +2,57 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cnn2gnn_dist import ledger
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference.classifier import Classifier
 from cnn2gnn_dist.inference.folder import artefact
+from cnn2gnn_dist.inference.folder.run_model import is_run, located, model_of_run
+from cnn2gnn_dist.log import quoted
 
 if TYPE_CHECKING:  # needs training's packages, which a machine that only answers may not have
     from cnn2gnn_dist.stages.shared.context import Context
 
+_log = logging.getLogger(__name__)
+
 
 @contextmanager
-def opened(folder: Path, device: str = "auto") -> Iterator[Classifier]:
-    """Open a model or a run's model; if the run has none yet, a temporary one is made from it.
+def opened(folder: Path, device: str = "auto", *, edited: bool = False) -> Iterator[Classifier]:
+    """Open a model or a run's model; if the run has no current one, a temporary one is made from it.
+
+    Args:
+        folder: of the model or run.
+        device: see ``Classifier.open``.
+        edited: the memory may be edited: a temporary model, with which edits would vanish, is refused.
 
     Raises:
         UserError: neither a model nor a finished run.
     """
-    if (folder / artefact.CONFIG).is_file():
-        yield Classifier.open(folder, device=device)
-        return
-    if (made := model_of_run(folder)) is not None:
-        yield Classifier.open(made, device=device)
+    named = located(folder) if not is_run(folder) else model_of_run(folder)
+    if named is not None and (named != folder or (folder / artefact.CONFIG).is_file()):
+        yield Classifier.open(named, device=device)
         return
     context = context_of(folder)
+    if edited:
+        raise UserError(
+            "this run has no model of its current student, so edits of the memory could not be kept",
+            where=str(folder),
+            remedy=f"`cnn2gnn export {quoted(folder)} --to MODEL`, and name MODEL; or leave out the token",
+        )
     from cnn2gnn_dist.stages.model import write_model
 
+    _log.info(
+        f"{folder} has no model of its current student: a temporary one is made from the run "
+        "(`cnn2gnn run` with its config makes one that stays)"
+    )
     with tempfile.TemporaryDirectory(prefix="cnn2gnn-model-") as name:
         write_model(context, Path(name), thumbnails=0)
         yield Classifier.open(Path(name), device=device)
-
-
-def model_of_run(run: Path) -> Path | None:
-    """The model in a run, if it is complete and made from the run's current student."""
-    entry, student = ledger.finished(run / "model"), ledger.finished(run / "student")
-    if entry is None or student is None or entry.inputs.get("student") != student.digest:
-        return None
-    return run / "model"
 
 
 def context_of(run: Path) -> Context:

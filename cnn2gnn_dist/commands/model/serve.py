@@ -94,7 +94,8 @@ def command(given: argparse.Namespace) -> int:
         seconds=given.timeout,
     )
     listening = _bound(given.host, given.port)
-    with listening, opened(Path(given.model), given.device) as model:
+    edited = secret is not None
+    with listening, opened(Path(given.model), given.device, edited=edited) as model:
         # It warns about every malformed form; the client gets that error as its answer.
         logging.getLogger("python_multipart").setLevel(logging.ERROR)
         service = Service.batching(model, limits=limits, token=secret)
