@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from cnn2gnn_dist.inference.inputs import UNNAMED, Pixels
 from cnn2gnn_dist.inference.memory import edits, store
 from cnn2gnn_dist.inference.memory.new_classes import NewClasses, Trade
 from cnn2gnn_dist.inference.memory.old_classes import Images, OldClasses
+from cnn2gnn_dist.inference.memory.set_apart import SetApart
 from cnn2gnn_dist.inference.memory.store import NewRows, Version
 from cnn2gnn_dist.inference.memory.view import Memory
 from cnn2gnn_dist.inference.network import Outputs, joined
@@ -153,7 +154,8 @@ def relabel(
 def forget(model: Classifier, keys: Sequence[str], *, wait_s: float = 10.0) -> Version:
     """Remove images and everything stored about them, in earlier versions too.
 
-    It can't undo that the network's weights and the teacher's soft targets were learned from them.
+    They may be in the memory, or set apart for calibration. It can't undo that the network's weights, the teacher's
+    soft targets and the constants of the calibration were learned from them.
 
     Raises:
         UserError: no memory; an unknown key; nothing was changed.
@@ -161,7 +163,8 @@ def forget(model: Classifier, keys: Sequence[str], *, wait_s: float = 10.0) -> V
     version = edits.forget(
         _root(model),
         keys,
-        score=lambda edit: _score_new_classes(model, edit, None, None, None),
+        score=lambda edit: _score_new_classes(model, edit, None, None, None, without=keys),
+        apart=SetApart(model.folder),
         wait_s=wait_s,
     )
     model.reload()
@@ -263,6 +266,7 @@ def _score_new_classes(
     old_loss: float | None,
     added: NewRows | None,
     added_logits: np.ndarray | None,
+    without: Collection[str] = (),
 ) -> NewClasses | None:
     """Fit rule R to the new classes after an edit; without any the head is as trained.
 
@@ -286,7 +290,7 @@ def _score_new_classes(
         edit.score_new_classes({}, {})
         return None
     temperature = model.scoring.calibrated().temperature
-    held_out = HeldOut.read(model.folder)
+    held_out = HeldOut.read(model.folder, without)
     assert held_out is not None
     x = edit.x(new_ids).astype(np.float32)
     entries = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference.calibration import Calibration, softmax
 from cnn2gnn_dist.inference.folder import artefact
 from cnn2gnn_dist.inference.memory.old_classes import Images, unit
+from cnn2gnn_dist.inference.memory.set_apart import KEY
 from cnn2gnn_dist.inference.memory.view import Memory
 from cnn2gnn_dist.inference.network import Outputs
 from cnn2gnn_dist.inference.sets.class_shares import are_uneven
@@ -43,16 +45,19 @@ class HeldOut:
     labels_n: np.ndarray
 
     @classmethod
-    def read(cls, folder: Path) -> HeldOut | None:
-        """Read ``calibration.npz`` of a model; None if it has none."""
+    def read(cls, folder: Path, without: Collection[str] = ()) -> HeldOut | None:
+        """Read ``calibration.npz`` of a model, without images of these keys; None if it has none."""
         path = artefact.part(folder, artefact.CALIBRATION)
-        return None if path is None else cls.of(path)
+        return None if path is None else cls.of(path, without)
 
     @classmethod
-    def of(cls, path: Path) -> HeldOut:
+    def of(cls, path: Path, without: Collection[str] = ()) -> HeldOut:
         """Read a ``calibration.npz``."""
         with np.load(path) as kept:
-            return cls(Images(kept["logits"], kept["x"]), kept["label"])
+            stay = np.ones(len(kept["label"]), bool)
+            if without and KEY in kept:
+                stay = ~np.isin(kept[KEY], list(without))
+            return cls(Images(kept["logits"][stay], kept["x"][stay]), kept["label"][stay])
 
 
 @dataclass(frozen=True, eq=False)

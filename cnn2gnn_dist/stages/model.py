@@ -242,11 +242,13 @@ def _calibration(context: Context, student: Student, made: ModelConfig, target: 
     network = Network(made, student.state_dict(), context.device)
     memory = Memory.open(target / artefact.MEMORY) if made.scope == "dataset" else None
     columns = _Columns({})
-    for images, label in _batches(context, path, len(apart)):
+    train = load_manifest(context.paths.train_manifest)
+    keys = np.array(unique_keys(apart, beside=train.keys.to_pylist()))
+    for images, label, rows in _batches(context, path, len(apart)):
         out = network(images, memory)
         columns.add(
             logits=out.logits, self_logits=out.self_logits, x=out.x, z=out.z, label=label,
-            near_distance=out.distances, near_weight=out.weights,
+            near_distance=out.distances, near_weight=out.weights, key=keys[rows],
         )  # fmt: skip
         if memory is not None:
             near = np.where(out.rows >= 0, memory.labels[out.rows.clip(min=0)], -1)
@@ -258,8 +260,8 @@ def _calibration(context: Context, student: Student, made: ModelConfig, target: 
 
 def _batches(
     context: Context, manifest: Path, count: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Images uint8 [b, S, S, 3] and labels int64 [b], without corrupt ones; a seeded random order.
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Images uint8 [b, S, S, 3], labels and rows int64 [b], without corrupt ones; a seeded random order.
 
     In ``batch`` scope the images of a batch influence each other: batches of one class would score too well.
     """
@@ -268,8 +270,9 @@ def _batches(
     order = np.random.default_rng(context.config.seed).permutation(count)
     try:
         for rows in chunks(count, 64):
-            batch = reader.read(Request(order[rows.start : rows.stop], CLEAN))
+            ids = order[rows.start : rows.stop]
+            batch = reader.read(Request(ids, CLEAN))
             if batch.valid.any():
-                yield batch.images[batch.valid], batch.labels[batch.valid]
+                yield batch.images[batch.valid], batch.labels[batch.valid], ids[batch.valid]
     finally:
         reader.close()

@@ -142,3 +142,7 @@ def test_unlabelled_images_learn_from_soft_targets_and_are_nobodys_neighbours(mi
     assert answer.neighbours
     assert model.memory is not None
     assert (np.asarray(model.memory.labels)[model.memory.live] >= 0).all()
+    apart = Manifest.load(folder / "manifest" / "calibration.arrow")
+    with np.load(model.folder / "calibration.npz") as kept:
+        named = dict(zip(kept["key"].tolist(), kept["label"].tolist(), strict=True))
+    assert named == dict(zip(apart.keys.to_pylist(), apart.label_N.tolist(), strict=True))

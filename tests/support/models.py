@@ -112,7 +112,7 @@ def calibrate(folder, count=60):
     np.savez(
         folder / artefact.CALIBRATION, logits=out.logits, self_logits=out.self_logits, x=out.x,
         z=out.z, label=label, near_distance=out.distances, near_weight=out.weights,
-        near_label=np.zeros_like(out.rows),
+        near_label=np.zeros_like(out.rows), key=np.array([f"apart-{i}" for i in range(count)]),
     )  # fmt: skip
     scoring.write(folder)
     artefact.write_checksums(folder)

@@ -13,6 +13,7 @@ from cnn2gnn_dist.inference.classifier import Classifier, load
 from cnn2gnn_dist.inference.editing import Added
 from cnn2gnn_dist.inference.inputs import complaint
 from cnn2gnn_dist.inference.memory import edits
+from cnn2gnn_dist.inference.memory.set_apart import SetApart
 from cnn2gnn_dist.inference.memory.store import Version
 from cnn2gnn_dist.inference.memory.view import forgotten
 from cnn2gnn_dist.log import output, report_error
@@ -83,8 +84,14 @@ def forget(folder: Path, keys: Sequence[str]) -> int:
         UserError: an unknown key; nothing was changed.
     """
     model = load(folder)
+    apart = SetApart(model.folder).keys().intersection(keys)
     _print_version(editing.forget(model, list(keys)), model)
     root = model.required_memory().root
+    if apart:
+        output(
+            f"{len(apart)} of them were set apart for calibration: their outputs are deleted; what was fitted on them "
+            "(calibration.json) stays as it is, until the model is exported anew from a training without them"
+        )
     output(
         f"{len(forgotten(root))} keys are in {root / 'forgotten.csv'}: train with "
         "data.relabel=THAT_FILE to leave these images out\n"

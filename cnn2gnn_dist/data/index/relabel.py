@@ -13,7 +13,7 @@ import difflib
 import io
 import os
 from collections import Counter
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,13 +101,14 @@ def write_relabel(path: Path, decisions: Mapping[str, Decision]) -> None:
     durable.write_text(path, text.getvalue())
 
 
-def unique_keys(manifest: Manifest) -> list[str]:
+def unique_keys(manifest: Manifest, beside: Iterable[str] = ()) -> list[str]:
     """The keys of all images; where two shards use the same key, ``shard/key`` for every image.
 
-    Shards of one name are told apart by their folders (``FOLDER/shard/key``).
+    Shards of one name are told apart by their folders (``FOLDER/shard/key``). ``beside``: keys that other images of
+    these shards have.
     """
     keys: list[str] = manifest.keys.to_pylist()
-    if len(set(keys)) == len(keys):
+    if len(set(keys)) == len(keys) and not set(keys).intersection(beside):
         return keys
     names = _shard_names([shard.path for shard in manifest.shards])
     return [f"{names[s]}/{key}" for s, key in zip(manifest.shard_N.tolist(), keys, strict=True)]

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +27,8 @@ from cnn2gnn_dist.errors import UserError
 
 FORMAT = 1
 CONFIG, WEIGHTS, CARD, CHECKSUMS = "config.json", "model.safetensors", "README.md", "checksums.json"
+COMING = ".coming.json"
+"""Size and SHA-256 of a file that is being replaced by ``replacing_part``."""
 RECORDS = ("begin.json", "done.json")
 """The run's records of the stage that wrote the model: in its folder, but not part of the model."""
 CALIBRATION, MEMORY = "calibration.npz", "memory"
@@ -159,6 +163,8 @@ def check_files(folder: Path, *, read: bool = True) -> None:
         path = folder / name
         if not path.is_file():
             raise damaged(path, "it is missing")
+        if _is_coming(path):
+            continue
         if path.stat().st_size != size:
             raise damaged(path, f"it has {path.stat().st_size} bytes, {size} when it was written")
         try:
@@ -167,6 +173,45 @@ def check_files(folder: Path, *, read: bool = True) -> None:
             raise _unreadable(path, error) from None
         if not right:
             raise damaged(path, "its checksum does not match")
+
+
+@contextmanager
+def replacing_part(folder: Path, name: str) -> Iterator[Path]:
+    """Replace a listed file of a model by a smaller one: the caller writes to the yielded path.
+
+    The model is valid if this is killed at any moment: until the checksums list the new file, ``COMING`` does.
+
+    Raises:
+        UserError: the disk is full; the old file stays.
+    """
+    with durable.replacing(folder / name) as temporary:
+        yield temporary
+        entry = [temporary.stat().st_size, durable.sha256(temporary)]
+        durable.write_text(folder / COMING, json.dumps({name: entry}))
+    finish_replacing(folder)
+
+
+def finish_replacing(folder: Path) -> None:
+    """Let the checksums list what ``replacing_part`` has replaced, if it was killed before that."""
+    try:
+        coming = json.loads((folder / COMING).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return
+    if all(_is_coming(folder / name) for name in coming):
+        before = (folder / CHECKSUMS).read_text(encoding="utf-8")
+        text = json.dumps({"files": {**_listed(folder), **coming}}, indent=1)
+        # As long as before: a run's record of the stage compares sizes, and would have the model written anew.
+        durable.write_text(folder / CHECKSUMS, text.ljust(len(before)))
+    (folder / COMING).unlink()
+
+
+def _is_coming(path: Path) -> bool:
+    """Whether this is the new file of a ``replacing_part`` that was killed before the checksums listed it."""
+    try:
+        size, sha = json.loads((path.parent / COMING).read_text(encoding="utf-8"))[path.name]
+        return bool(path.stat().st_size == size and durable.sha256(path) == sha)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def identity(folder: Path) -> tuple[str, str]:

@@ -17,6 +17,7 @@ from cnn2gnn_dist.data.index.class_matching import plain
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference.memory import store
 from cnn2gnn_dist.inference.memory.rewiring import rewired
+from cnn2gnn_dist.inference.memory.set_apart import SetApart
 from cnn2gnn_dist.inference.memory.store import ClassEntry, NewRows, Version
 from cnn2gnn_dist.inference.memory.view import Memory, forgotten
 
@@ -290,6 +291,7 @@ def forget(
     keys: Sequence[str],
     *,
     score: Callable[[Edit], object] = lambda _: None,
+    apart: SetApart | None = None,
     wait_s: float = 10.0,
 ) -> Version:
     """Remove rows and delete everything stored about them, in earlier versions too.
@@ -299,8 +301,10 @@ def forget(
 
     Args:
         root: of the memory.
-        keys: of images of the current version, or removed ones that are still in an earlier version.
+        keys: of images of the current version, removed ones that are still in an earlier version, or those
+            set apart.
         score: sets how new classes are scored without these rows.
+        apart: the images that the model was calibrated on.
         wait_s: seconds to wait for another edit to finish.
 
     Raises:
@@ -312,15 +316,33 @@ def forget(
         if len(there) < len(set(keys)):
             # Removed ones are purged from disk, as are those that a killed attempt had started with.
             removed = store.keys_on_disk(root).union(forgotten(root)) - set(there)
-            edit.rows_of([key for key in keys if key not in removed])
+            known = removed if apart is None else removed | apart.keys()
+            _refuse_unknown(edit, [key for key in keys if key not in known], apart)
         action = f"forget {len(set(keys))} images"
         edit.remove(edit.rows_of(there))
         if there:
             score(edit)
         # Recorded first: after a kill they may or may not be removed, but never without a record.
         record_forgotten(root, keys)
+        if apart is not None:
+            apart.forget(keys)
         edit.commit(action, undoable=False)
         return _compact(root, Memory.open(root), action)
+
+
+def _refuse_unknown(edit: Edit, keys: Sequence[str], apart: SetApart | None) -> None:
+    try:
+        edit.rows_of(keys)
+    except UserError as error:
+        if apart is None or not apart.unnamed:
+            raise
+        raise UserError(
+            f"{error.what}; an image may be one of the {apart.unnamed} set apart for calibration, whose keys this "
+            "model, exported before 29 Nov 2026, does not have",
+            where=error.where,
+            remedy="`cnn2gnn memory ls MODEL --keys` lists those in the memory; to forget one set apart, remove model/ "
+            "of the run, run the same `cnn2gnn run`, and forget it there; nothing was changed",
+        ) from None
 
 
 def _compact(root: Path, memory: Memory, action: str) -> Version:

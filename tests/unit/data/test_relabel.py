@@ -118,6 +118,9 @@ def test_keys_that_two_shards_have_are_told_apart(tmp_path):
     train = manifest(tmp_path, "train", {"a": [0, 1], "b": [1, 2, 2]})
     held = manifest(tmp_path, "held", {"c": [0]})
     assert unique_keys(train) == ["a/k0", "a/k1", "b/k0", "b/k1", "b/k2"]
+    apart, rest = train.select(np.arange(2)), train.select(np.arange(2, 5))
+    assert unique_keys(apart) == unique_keys(apart, beside=["k2"]) == ["k0", "k1"]
+    assert unique_keys(apart, beside=rest.keys.to_pylist()) == ["a/k0", "a/k1"]
     made, _ = apply(tmp_path, (train, held), "key,class\nb/k0,cat\nk2,dog\n")
     np.testing.assert_array_equal(made.label_N, [0, 1, 0, 2, 1])
     for decision in ("cat", "drop?"):  # counted as missing, a forgotten image would be trained on
