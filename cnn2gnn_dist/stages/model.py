@@ -1,4 +1,4 @@
-"""Stage ``model``: the student, its memory and its card, as a self-contained folder."""
+"""Stage ``model``: the student, its memory and its card, as a self-contained folder; on demand the control."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from cnn2gnn_dist import __version__, durable, log
+from cnn2gnn_dist import __version__, durable, ledger, log
 from cnn2gnn_dist.config import Config
 from cnn2gnn_dist.data.images.views import CLEAN, ViewSpec
 from cnn2gnn_dist.data.index.manifest import Manifest
@@ -34,9 +34,10 @@ from cnn2gnn_dist.inference.memory import edits
 from cnn2gnn_dist.inference.memory.store import NewRows
 from cnn2gnn_dist.inference.memory.view import Memory
 from cnn2gnn_dist.inference.network import Network
-from cnn2gnn_dist.models.student import Student
+from cnn2gnn_dist.models.student import Scope, Student
+from cnn2gnn_dist.report.labels import CONTROL
 from cnn2gnn_dist.stages.audit_digest import digest
-from cnn2gnn_dist.stages.shared.context import Context, chunks, load_manifest
+from cnn2gnn_dist.stages.shared.context import Context, RunPaths, chunks, load_manifest
 from cnn2gnn_dist.stages.shared.networks import (
     build_student,
     check_built_on,
@@ -71,21 +72,25 @@ def run(context: Context) -> list[Path]:
     return [context.folder / name for name in FILES]
 
 
-def write_model(context: Context, target: Path, *, thumbnails: int | None = None) -> None:
-    """Write the model of a run whose student (and graph) is finished.
+def write_model(
+    context: Context, target: Path, *, thumbnails: int | None = None, control: bool = False
+) -> None:
+    """Write the model of a run whose student (and graph) is finished, or its control.
 
     Args:
         context: of the run.
         target: folder; files of the pipeline in it stay, anything else is replaced.
         thumbnails: side in pixels, 0: none; None: as the config says.
+        control: write the control instead: no graph and no memory.
 
     Raises:
-        UserError: the student or the graph is not finished; the disk is full.
+        UserError: what is to be written is not finished; the disk is full.
     """
     config, paths = context.config, context.paths
     train = load_manifest(paths.train_manifest)
-    student = build_student(config, train.num_classes, config.graph.scope, initial=False)
-    load_model(student, paths.root, "student")
+    scope: Scope = "none" if control else config.graph.scope
+    student = build_student(config, train.num_classes, scope, initial=False)
+    load_model(student, paths.root, "control" if control else "student")
     with durable.disk_full_reported(target):
         target.mkdir(parents=True, exist_ok=True)
         _clear(target)
@@ -93,13 +98,13 @@ def write_model(context: Context, target: Path, *, thumbnails: int | None = None
             {name: value.contiguous() for name, value in student.state_dict().items()},
             target / artefact.WEIGHTS,
         )
-        results = _results(paths.results)
-        made = _config(config, train, results)
+        results = _results_of_control(paths) if control else _results(paths.results)
+        made = _config(config, scope, train, results)
         durable.write_text(target / artefact.CONFIG, made.model_dump_json(indent=1))
         # safetensors lets only the owner read its files; whoever may read the folder should be able to read all of it.
         shutil.copymode(target / artefact.CONFIG, target / artefact.WEIGHTS)
         rows = 0
-        if config.graph.scope == "dataset":
+        if scope == "dataset":
             rows = _memory(context, train, target / artefact.MEMORY, thumbnails)
         durable.write_text(target / artefact.CARD, card(made, results, rows))
         _calibration(context, student, made, target)
@@ -113,11 +118,13 @@ def _clear(target: Path) -> None:
     shutil.rmtree(target / artefact.MEMORY, ignore_errors=True)
 
 
-def _config(config: Config, train: Manifest, results: dict[str, Any] | None) -> ModelConfig:
+def _config(
+    config: Config, scope: Scope, train: Manifest, results: dict[str, Any] | None
+) -> ModelConfig:
     s, g, v = config.student, config.graph, config.views
     return ModelConfig(
         version=__version__,
-        scope=g.scope,
+        scope=scope,
         student=StudentSpec(
             stem=s.stem,
             stem_args=untrained_args(config),
@@ -132,12 +139,16 @@ def _config(config: Config, train: Manifest, results: dict[str, Any] | None) -> 
         views=ViewsSpec(size=v.size, resize=v.resize, mean=v.mean, std=v.std),
         label_names=list(train.classes),
         source={
-            "name": config.name,
+            "name": f"{config.name} (control)" if scope == "none" else config.name,
             "seed": config.seed,
             "train_images": len(train),
             "teacher": config.teacher.arch if config.targets.logits is None else "ready logits",
             "torch": torch.__version__,
-            "accuracy": None if results is None else results["student"]["accuracy"],
+            "accuracy": (
+                None
+                if results is None
+                else results[CONTROL if scope == "none" else "student"]["accuracy"]
+            ),
         },
     )
 
@@ -147,6 +158,15 @@ def _results(path: Path) -> dict[str, Any] | None:
         return None
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found
+
+
+def _results_of_control(paths: RunPaths) -> dict[str, Any] | None:
+    """The results, if they are those of the control that is there now: it may have been trained after them."""
+    evaluated = ledger.finished(paths.root / "evaluation")
+    trained = ledger.finished(paths.root / "control")
+    if evaluated is None or trained is None or evaluated.inputs.get("control") != trained.digest:
+        return None
+    return _results(paths.results)
 
 
 def _memory(context: Context, train: Manifest, target: Path, thumbnails: int | None) -> int:

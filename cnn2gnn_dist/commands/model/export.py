@@ -16,16 +16,17 @@ from cnn2gnn_dist.inference.folder.run_model import model_of_run
 from cnn2gnn_dist.log import output, quoted
 
 
-def command(run: Path, target: Path, *, force: bool = False) -> int:
+def command(run: Path, target: Path, *, force: bool = False, control: bool = False) -> int:
     """Write a run's model to a separate folder, and print how to use it.
 
     Args:
         run: folder of a finished run, or a model's folder (to copy it).
         target: folder to write; it appears once it is complete.
         force: replace an existing model.
+        control: the run's control instead of its student.
 
     Raises:
-        UserError: the run is not finished; the target exists; the disk is full.
+        UserError: the run is not finished, or has no control; the target exists; the disk is full.
     """
     try:
         _put_back(target)  # an earlier attempt may have been killed between its two renames
@@ -36,14 +37,21 @@ def command(run: Path, target: Path, *, force: bool = False) -> int:
             where=str(target),
             remedy="name a folder inside one that you can write to",
         ) from None
-    if not (run / artefact.CONFIG).is_file():
-        context_of(run)  # refused before anything is created
+    is_model = (run / artefact.CONFIG).is_file()
+    if control and is_model:
+        raise UserError(
+            "this is one model, without its run's control",
+            where=str(run),
+            remedy="name the folder of the run, or leave out --control",
+        )
+    if not is_model:  # refused before anything is created
+        context_of(run, "control" if control else "student")
     durable.create_folder(target.parent)
     temporary, aside = target.with_name(f".{target.name}.tmp"), artefact.aside_of(target)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         with durable.disk_full_reported(target):
-            _write(run, temporary)
+            _write(run, temporary, control)
         Classifier.open(temporary, device="cpu", verify=True)
         if target.exists():
             shutil.rmtree(aside, ignore_errors=True)  # left behind by a killed attempt
@@ -94,15 +102,15 @@ def programs(model: Path, target: Path) -> int:
     return 0
 
 
-def _write(run: Path, temporary: Path) -> None:
+def _write(run: Path, temporary: Path, control: bool) -> None:
     source = run if (run / artefact.CONFIG).is_file() else None
     if source is None:
-        context = context_of(run)
-        source = model_of_run(run)
+        context = context_of(run, "control" if control else "student")
+        source = None if control else model_of_run(run)
     if source is None:
         from cnn2gnn_dist.stages.model import write_model
 
-        write_model(context, temporary)
+        write_model(context, temporary, control=control)
         return
     artefact.read_config(source)
     artefact.check_files(source)

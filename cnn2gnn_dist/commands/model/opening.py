@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference.classifier import Classifier
@@ -55,11 +55,11 @@ def opened(folder: Path, device: str = "auto", *, edited: bool = False) -> Itera
         yield Classifier.open(Path(name), device=device)
 
 
-def context_of(run: Path) -> Context:
-    """The context of a finished run, with the fields that its student was trained with.
+def context_of(run: Path, trained: Literal["student", "control"] = "student") -> Context:
+    """The context of a finished run, with the fields that its student (or control) was trained with.
 
     Raises:
-        UserError: the folder is not a run, or its student is not trained.
+        UserError: the folder is not a run, or its student (control) is not trained.
     """  # noqa: DOC501
     from cnn2gnn_dist import settings
 
@@ -84,16 +84,27 @@ def context_of(run: Path) -> Context:
             remedy="use the version of cnn2gnn-dist that made the run, or repeat the run",
         ) from None
     root = Path(str(config.run.dir))
-    if not (root / "student" / "done.json").is_file():
+    if trained == "control" and not (root / "control" / "done.json").is_file():
+        raise UserError(
+            "this run has trained no control",
+            where=str(run),
+            remedy="run `cnn2gnn control` with the run's config and student.control=true, or export the "
+            "student: leave out --control",
+        )
+    if trained == "student" and not (root / "student" / "done.json").is_file():
         raise unfinished(run, "its student is not trained", "run")
-    if config.graph.scope == "dataset" and not list((root / "graph").glob("v????")):
+    if (
+        trained == "student"
+        and config.graph.scope == "dataset"
+        and not list((root / "graph").glob("v????"))
+    ):
         raise unfinished(run, "it has no graph", "graph")
     from cnn2gnn_dist.pipeline.keys import as_made
     from cnn2gnn_dist.pipeline.runner import choose_device
     from cnn2gnn_dist.runtime.ranks import Ranks
     from cnn2gnn_dist.stages.shared.context import Context, RunPaths
 
-    config = as_made(config, root, "student")
+    config = as_made(config, root, trained)
     device = "cpu" if config.device == "cpu" else choose_device("auto")
     return Context(config, Ranks(), RunPaths(root), root, "", device, False)
 

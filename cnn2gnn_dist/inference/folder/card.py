@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from cnn2gnn_dist.inference.folder.artefact import ModelConfig
+from cnn2gnn_dist.report.labels import CONTROL
 
 _SHOWN_CLASSES = 20
 _ROWS = {
@@ -12,7 +13,12 @@ _ROWS = {
     "student": "this model",
     "self_path": "this model without its neighbors",
     "vote": "the neighbors' vote alone",
-    "control": "control: same stem, MLP head, no graph",
+    CONTROL: "control: same stem, MLP head, no graph",
+}
+_ROWS_OF_CONTROL = {
+    "teacher": "teacher (CNN)",
+    CONTROL: "this model: the control of its run",
+    "student": "student: same stem, with the graph",
 }
 
 
@@ -28,10 +34,10 @@ def card(config: ModelConfig, results: dict[str, Any] | None, rows: int) -> str:
 
     Args:
         config: of the model.
-        results: of the run's evaluation; None: not evaluated.
+        results: of the run's evaluation; None: this model was not evaluated.
         rows: number of images in its memory; 0: it has none.
     """
-    lines = [*_front_matter(), *_about(config, rows), *_figures(results), *_use(config)]
+    lines = [*_front_matter(), *_about(config, rows), *_figures(config, results), *_use(config)]
     return "\n".join(lines) + "\n"
 
 
@@ -69,19 +75,21 @@ def _about(config: ModelConfig, rows: int) -> list[str]:
     ]
 
 
-def _figures(results: dict[str, Any] | None) -> list[str]:
+def _figures(config: ModelConfig, results: dict[str, Any] | None) -> list[str]:
     title = ["## Figures", ""]
     if not results:
         return [*title, "The run was not evaluated when this model was exported."]
-    images = results.get("student", {}).get("evaluated", results.get("run", {}).get("test_images"))
+    rows = _ROWS_OF_CONTROL if config.scope == "none" else _ROWS
+    own = results.get(CONTROL if config.scope == "none" else "student", {})
+    images = own.get("evaluated", results.get("run", {}).get("test_images"))
     return [
         *title,
         f"Accuracy on {images} held-out images, which were not used in training:",
         "",
         "| model | accuracy | balanced | parameters | MFLOP per image |",
         "| --- | --- | --- | --- | --- |",
-        *(_row(label, results[key]) for key, label in _ROWS.items() if key in results),
-        *(_FLIPPED if results.get("student", {}).get("flip") else []),
+        *(_row(label, results[key]) for key, label in rows.items() if key in results),
+        *(_FLIPPED if own.get("flip") else []),
     ]
 
 
