@@ -8,9 +8,11 @@
 Each session on the machine copies what is in PIECES (one piece or more; checked by SHA-256) into STORE, restores what
 the last session brought back (its OUT, given as BACK), and, once the data set is complete, trains ResNet-50 and
 ResNet-152, each with the student and its control: 200 epochs in bfloat16, by the product's own launcher. Before the
-time is up it stops as on a preemption, at a step that is saved, and fills OUT: the table, what each run has measured
-and logged, then the models, then checkpoints, in files of at most --file-mb each and --all-mb together. What did not
-fit is named; runs whose checkpoints were left behind start again on an empty machine.
+time is up it stops as on a preemption, at a step that is saved, and fills OUT: the table and what each run has
+measured; then, of a run that is not finished, its finished stages (networks as weights only) and the last checkpoint
+of the one in progress; then the models: in files of at most --file-mb each and --all-mb together. What did not fit is
+named: on an empty machine those stages are trained again, but no run that has its results. docs/gpu.md says how large
+they are.
 
 Exit codes: 0: the table is complete; 75: call again; 2: an error, with its remedy.
 """
@@ -25,16 +27,20 @@ import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import carried_runs  # noqa: E402
+
 LIST, AGAIN = "pieces.json", 75
 SPARE_S = 45.0
 """Seconds reserved for the last checkpoint and for filling OUT."""
+LIST_BYTES = 10_000
+"""Reserved for the list of what was brought."""
 ROWS = ("teacher", "student", "self_path", "vote", "control_mlp")
 RUNS = {"resnet50": {"arch": "resnet50"}, "resnet152": {"arch": "resnet152"}}
 FULL = (
@@ -98,27 +104,6 @@ def take(pieces: Path, store: Path) -> list[str]:
     return [name for name in listed if not (data / name).is_file()]
 
 
-def put_back(back: Path, store: Path) -> None:
-    """Restore the runs that the last session brought back, unless the store is further."""
-    for first in sorted(back.glob("*.tar.000")) if back.is_dir() else []:
-        name = first.name.removesuffix(".tar.000")
-        run = store / "runs" / name.partition("--")[0]
-        marker = store / f".{name}.sha256"
-        parts = sorted(back.glob(f"{name}.tar.*"))
-        seal = hashlib.sha256(b"".join(digest(part).encode() for part in parts)).hexdigest()
-        if run.exists() or (marker.exists() and marker.read_text() == seal):
-            continue  # this machine still has it
-        joined = store / f".{name}.tar"
-        with joined.open("wb") as file:
-            for part in parts:
-                file.write(part.read_bytes())
-        with tarfile.open(joined) as tar:
-            tar.extractall(store / "runs" / ".new", filter="data")
-        joined.unlink()
-        (store / "runs" / ".new" / run.name).rename(run)
-        marker.write_text(seal)
-
-
 def train(store: Path, name: str, seconds: float, toy: bool) -> int:
     """Continue one run; return its exit code, 75 if time ran out."""
     options = [*(TOY if toy else FULL), f"run.dir={store / 'runs' / name}"]
@@ -160,41 +145,23 @@ def table(store: Path) -> tuple[str, bool]:
 
 
 def bring(store: Path, out: Path, file_mb: int, all_mb: int) -> list[str]:
-    """Fill OUT: the table, logs and metrics, then models, then complete runs; return what did not fit."""
+    """Fill OUT: the table, the ends of the logs, and what fits of the runs; return what did not fit."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / "table.md").write_text(table(store)[0] + "\n")
+    told = {"table.md": table(store)[0] + "\n"}
     for name in RUNS:
         log = store / f"{name}.log"
         if log.is_file():
-            (out / log.name).write_text("\n".join(log.read_text().splitlines()[-200:]))
-    left = []
-    budget = all_mb * 10**6 - sum(file.stat().st_size for file in out.iterdir())
-    for name, members in _bundles(store):
-        packed = store / f".out-{name}.tar"
-        with tarfile.open(packed, "w") as tar:
-            for member in members:
-                tar.add(member, member.relative_to(store / "runs"))
-        if packed.stat().st_size > budget:
-            left.append(f"{name} ({packed.stat().st_size / 1e6:.0f} MB)")
-        else:
-            budget -= packed.stat().st_size
-            with packed.open("rb") as file:
-                for number, part in enumerate(iter(lambda: file.read(file_mb * 10**6), b"")):
-                    (out / f"{name}.tar.{number:03d}").write_bytes(part)
-        packed.unlink()
-    (out / "left.txt").write_text("\n".join(left))
-    return left
-
-
-def _bundles(store: Path) -> Iterator[tuple[str, list[Path]]]:
-    """First measurements and models, then the runs with their checkpoints, without the shards."""
-    runs = [store / "runs" / name for name in RUNS if (store / "runs" / name).is_dir()]
-    for run in runs:
-        if (run / "model").is_dir():
-            yield f"model-{run.name}", [run / "model"]
-    for run in runs:
-        small = ("shards", "manifest", "model")  # recomputed within seconds, or bundled above
-        yield run.name, [path for path in sorted(run.iterdir()) if path.name not in small]
+            told[log.name] = "\n".join(log.read_text().splitlines()[-200:])
+    for name, text in told.items():
+        (out / name).write_text(text)
+    room = all_mb * 10**6 - LIST_BYTES - sum((out / name).stat().st_size for name in told)
+    return carried_runs.write(
+        [store / "runs" / name for name in RUNS],
+        out,
+        store / ".carried",
+        limit=room,
+        part=file_mb * 10**6,
+    )
 
 
 def visit(given: argparse.Namespace) -> int:
@@ -206,9 +173,12 @@ def visit(given: argparse.Namespace) -> int:
         print(f"{len(missing)} files of the data set are missing: {', '.join(missing)}")
         return AGAIN
     (given.store / "runs").mkdir(exist_ok=True)
-    put_back(given.back, given.store)
+    for name in carried_runs.read(given.back, given.store / "runs"):
+        print(f"{name}: restored from {given.back}")
     code = 0
     for name in RUNS:
+        if carried_runs.is_finished(given.store / "runs" / name):
+            continue
         code = (
             AGAIN
             if time.monotonic() >= end
