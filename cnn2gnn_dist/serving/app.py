@@ -20,7 +20,7 @@ from cnn2gnn_dist import __version__
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference import editing
 from cnn2gnn_dist.serving import wire
-from cnn2gnn_dist.serving.guard import Guard, error_response
+from cnn2gnn_dist.serving.guard import UNTIL, Guard, error_response
 from cnn2gnn_dist.serving.limits import Refused, check_token
 from cnn2gnn_dist.serving.service import Service
 
@@ -94,7 +94,9 @@ def _add_answers(app: FastAPI, service: Service) -> None:
     @app.post("/predict", openapi_extra=_IMAGES, summary="Classify images")
     async def predict(request: Request, top: Top = 5, neighbours: Neighbours = 5) -> Response:
         upload = await wire.read_upload(request, service.limits)
-        made = await service.predict(upload.images, top=top, neighbours=neighbours)
+        made = await service.predict(
+            upload.images, top=top, neighbours=neighbours, until=getattr(request.state, UNTIL)
+        )
         answers = [wire.as_json(one) for one in made.answers]
         unreadable = all(one.error is not None for one in made.answers)
         return JSONResponse(
@@ -175,7 +177,7 @@ def _add_edits(app: FastAPI, service: Service) -> None:
         class_name: Annotated[str | None, Query(alias="class")] = None,
         old_loss: Annotated[
             float | None,
-            Query(ge=0, le=100, description="points that the trained classes may lose"),
+            Query(ge=0, lt=100, description="points that the trained classes may lose"),
         ] = None,
         dry_run: Annotated[bool, Query(description="predict the accuracies, add nothing")] = False,
     ) -> dict[str, Any]:
@@ -185,7 +187,9 @@ def _add_edits(app: FastAPI, service: Service) -> None:
         images = wire.keyed(upload.images, name)
         made = await service.edit(
             "add",
-            lambda model: editing.add(model, images, name, old_loss=old_loss, dry_run=dry_run),
+            lambda model: editing.add(
+                model, service.within_limits(images), name, old_loss=old_loss, dry_run=dry_run
+            ),
         )
         return {
             "class": made.class_name,

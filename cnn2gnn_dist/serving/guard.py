@@ -24,6 +24,8 @@ _HEADERS = [
         b"img-src 'self' blob: data:; form-action 'none'; base-uri 'none'; frame-ancestors 'none'",
     ),
 ]
+UNTIL = "until"
+"""Name in a request's state: the end of its time (``limits.Body``), which began with its headers."""
 _UNLIMITED = ("/healthz", "/metrics", "/static", "/memory/")
 """Paths (or prefixes of them) that a page or a probe requests often; GET only."""
 
@@ -94,6 +96,7 @@ class Guard:
             response = error_response(refused.status, refused.what, refused.remedy, refused.headers)
             await response(scope, receive, answer)
         else:
+            scope.setdefault("state", {})[UNTIL] = body.until
             await self.app(scope, body, answer)
 
     def _check_load(self, scope: Scope) -> None:

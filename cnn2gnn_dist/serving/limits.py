@@ -23,11 +23,11 @@ class Limits:
     Attributes:
         body_bytes: per request.
         images: per request.
-        pixels: height x width of an image.
+        pixels: height x width of an image, to be classified or to be added to the memory.
         rate: requests per second from one client address, on average; 0 = unlimited.
         burst: requests from one address that may arrive at once.
-        seconds: from the first byte of a request to its answer.
-        edit_seconds: the same for an edit of the memory.
+        seconds: from the headers of a request to its answer; of an edit: to the end of its body.
+        edit_seconds: from the end of its body to the answer to an edit of the memory.
         requests: number being read or answered at a time; memory is bounded by this times ``body_bytes``.
         waiting: images waiting for the network.
     """
@@ -94,12 +94,15 @@ class Body:
         receive: of the server.
         headers: of the request, lower-case names.
         limits: see ``Limits``.
+
+    Attributes:
+        until: end of the request's time, for ``seconds_until``.
     """
 
     def __init__(self, receive: Any, headers: Mapping[bytes, bytes], limits: Limits) -> None:
         self._receive, self._limits = receive, limits
         self._left = limits.body_bytes
-        self._until = time.monotonic() + limits.seconds
+        self.until = time.monotonic() + limits.seconds
         self._ended = False
         declared = headers.get(b"content-length", b"0")
         if declared.isdigit() and int(declared[:20]) > limits.body_bytes:
@@ -114,7 +117,7 @@ class Body:
         if self._ended:  # the next message is the disconnect, which may come much later
             return await self._receive()
         try:
-            async with asyncio.timeout(max(0.0, self._until - time.monotonic())):
+            async with asyncio.timeout(seconds_until(self.until)):
                 message = await self._receive()
         except TimeoutError:
             raise Refused(
@@ -136,6 +139,11 @@ class Body:
             "send fewer or smaller images",
             {"Connection": "close"},
         )
+
+
+def seconds_until(until: float) -> float:
+    """Seconds that are left of a request's time, at least 0."""
+    return max(0.0, until - time.monotonic())
 
 
 def pixels_error(data: bytes, limits: Limits) -> str | None:

@@ -18,7 +18,7 @@ from cnn2gnn_dist.inference.classifier import DECODERS, Classifier
 from cnn2gnn_dist.inference.inputs import Input, Pixels, to_pixels
 from cnn2gnn_dist.inference.memory import store
 from cnn2gnn_dist.serving.batching import Answered, Batcher
-from cnn2gnn_dist.serving.limits import Limits, Refused, pixels_error
+from cnn2gnn_dist.serving.limits import Limits, Refused, pixels_error, seconds_until
 from cnn2gnn_dist.serving.live import PINNED, UNPIN, LiveModel
 from cnn2gnn_dist.serving.metrics import Metrics
 
@@ -97,14 +97,23 @@ class Service:
         self._edits.shutdown()
         self._decoders.shutdown()
 
-    async def predict(self, images: list[Input], *, top: int, neighbours: int) -> Answered:
+    async def predict(
+        self, images: list[Input], *, top: int, neighbours: int, until: float | None = None
+    ) -> Answered:
         """Answer encoded images, in their order; one that can't be read has an error.
+
+        Args:
+            images: as they were sent.
+            top: classes in an answer.
+            neighbours: neighbors in an answer.
+            until: end of the request's time (``limits.Body``); None: it begins now.
 
         Raises:
             Refused: not answered in time, the queue is full, or the server stops.
         """
+        seconds = self.limits.seconds if until is None else seconds_until(until)
         try:
-            async with asyncio.timeout(self.limits.seconds):
+            async with asyncio.timeout(seconds):
                 decoded = await self._decode(images)
                 good = [one for one in decoded if one.pixels is not None]
                 if good:
@@ -213,10 +222,14 @@ class Service:
 
     def _decoded(self, images: list[Input]) -> list[Pixels]:
         views = self.live.current.spec.views.spec()
+        return [to_pixels(one, views) for one in self.within_limits(images)]
+
+    def within_limits(self, images: list[Input]) -> list[Input]:
+        """The same images; one with too many pixels, by its header, is replaced by the reason why it isn't decoded."""
         found = []
         for one in images:
             error = pixels_error(one.value, self.limits)
-            found.append(Pixels(one.name, None, error) if error else to_pixels(one, views))
+            found.append(Input(one.name, CorruptSample(error)) if error else one)
         return found
 
     async def _follow(self) -> None:

@@ -5,16 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from fastapi.testclient import TestClient
 
 from cnn2gnn_dist.inference import scoring
 from cnn2gnn_dist.inference.classifier import Classifier
 from cnn2gnn_dist.inference.folder import artefact
 from cnn2gnn_dist.inference.inputs import Pixels
+from cnn2gnn_dist.serving.app import create_app
+from cnn2gnn_dist.serving.limits import Limits
+from cnn2gnn_dist.serving.service import Service
 from tests.support.models import pictures, write_model
 from tests.support.shards import encode_image
 
 TOKEN = "a-token-of-the-tests"
 ALLOWED = {"Authorization": f"Bearer {TOKEN}"}
+LIMITS = Limits(body_bytes=200_000, images=8, pixels=10_000, rate=0, seconds=60)
 
 
 def served_model(folder: Path, scope: str = "dataset") -> Path:
@@ -49,3 +54,18 @@ def encoded(count: int, seed: int = 0, suffix: str = "png") -> list[bytes]:
 def parts(images: list[bytes]) -> list[tuple[str, tuple[str, bytes, str]]]:
     """Images as the fields of a form."""
     return [("images", (f"{n}.png", data, "image/png")) for n, data in enumerate(images)]
+
+
+def client_of(folder: Path, allowed: Limits = LIMITS, token: str | None = TOKEN) -> TestClient:
+    """A client of an app that serves this model."""
+    service = Service.batching(Classifier.open(folder, device="cpu"), limits=allowed, token=token)
+    return TestClient(create_app(service, hosts=frozenset({"testserver"})))
+
+
+def refused(response: object, status: int) -> str:
+    """The error in a response, which also has a remedy."""
+    assert response.status_code == status, response.text  # type: ignore[attr-defined]
+    body = response.json()  # type: ignore[attr-defined]
+    assert body["error"]
+    assert body["remedy"]
+    return str(body["error"])

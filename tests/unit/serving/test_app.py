@@ -6,7 +6,6 @@ import base64
 import json
 import random
 import shutil
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,19 +13,9 @@ import pytest
 from fastapi.testclient import TestClient
 
 from cnn2gnn_dist.inference.classifier import Classifier
-from cnn2gnn_dist.serving.app import create_app
-from cnn2gnn_dist.serving.limits import Limits
-from cnn2gnn_dist.serving.service import Service
 from tests.support.bombs import all_bombs
 from tests.support.models import write_model
-from tests.support.serving import ALLOWED, TOKEN, encoded, parts, served_model
-
-LIMITS = Limits(body_bytes=200_000, images=8, pixels=10_000, rate=0, seconds=60)
-
-
-def client_of(folder: Path, limits: Limits = LIMITS, token: str | None = TOKEN) -> TestClient:
-    service = Service.batching(Classifier.open(folder, device="cpu"), limits=limits, token=token)
-    return TestClient(create_app(service, hosts=frozenset({"testserver"})))
+from tests.support.serving import ALLOWED, LIMITS, client_of, encoded, parts, refused, served_model
 
 
 @pytest.fixture(scope="module")
@@ -53,15 +42,6 @@ def folder(served: Path, tmp_path: Path) -> Path:
 def edited(folder: Path) -> Iterator[TestClient]:
     with client_of(folder) as found:
         yield found
-
-
-def refused(response: object, status: int) -> str:
-    """The error in a response, which also has a remedy."""
-    assert response.status_code == status, response.text  # type: ignore[attr-defined]
-    body = response.json()  # type: ignore[attr-defined]
-    assert body["error"]
-    assert body["remedy"]
-    return str(body["error"])
 
 
 def test_three_ways_to_send_an_image(client: TestClient):
@@ -138,40 +118,6 @@ def test_paths_and_methods_that_do_not_exist(client: TestClient):
 
 def test_other_hosts_are_refused(client: TestClient):
     refused(client.get("/healthz", headers={"Host": "evil.example"}), 421)
-
-
-def test_rate(folder: Path):
-    slow = Limits(rate=0.001, burst=2)
-    with client_of(folder, slow) as client:
-        image = parts(encoded(1))
-        assert [client.post("/predict", files=image).status_code for _ in range(3)] == [
-            200,
-            200,
-            429,
-        ]
-        response = client.post("/predict", files=image)
-        refused(response, 429)
-        assert int(response.headers["retry-after"]) > 1
-        assert client.get("/healthz").status_code == 200, "probes go on"
-
-
-def test_no_answer_in_time(folder: Path):
-    service = Service.batching(Classifier.open(folder, device="cpu"), limits=Limits(seconds=0.05))
-    release = _hold(service)
-    with TestClient(create_app(service)) as client:
-        refused(client.post("/predict", files=parts(encoded(1))), 504)
-        release.set()
-
-
-def _hold(service: Service) -> threading.Event:
-    release, inner = threading.Event(), service.live.current.network
-
-    def wait(*arguments: object) -> object:
-        release.wait()
-        return inner(*arguments)  # type: ignore[arg-type]
-
-    service.live.current.network = wait  # type: ignore[assignment]
-    return release
 
 
 def test_health_metrics_and_openapi(client: TestClient):
@@ -252,6 +198,13 @@ def test_a_dry_run_changes_nothing(edited: TestClient):
     ).json()  # fmt: skip
     assert made["trades"]
     assert made["memory"]["version"] == edited.get("/healthz").json()["memory_version"] == 0
+
+
+@pytest.mark.parametrize("points", ["100", "-1", "nan", "inf", "x"])
+def test_a_loss_that_is_no_share_is_a_bad_value(client: TestClient, points: str):
+    path = f"/memory?class=new&old_loss={points}"
+    made = client.post(path, files=parts(encoded(2, seed=11)), headers=ALLOWED)
+    assert refused(made, 422).startswith("query.old_loss: ")
 
 
 def test_remove_and_forget(edited: TestClient):
