@@ -70,9 +70,23 @@ def _opened(path: Path, kind: str, shared: bool) -> Iterator[Writer]:
                 rows.writeheader()
                 yield lambda answer: rows.writerow(_row(answer))
             else:
-                file.write(_HEAD)
-                yield lambda answer: _line(file, _figure(answer))
-                file.write("</main>\n")
+                with _page(file) as write:
+                    yield write
+
+
+@contextmanager
+def _page(file: TextIO) -> Iterator[Writer]:
+    file.write(_HEAD)
+    above: str | None = None
+
+    def write(answer: Answer) -> None:
+        nonlocal above
+        if above is None and (above := company(answer)) is not None:
+            _line(file, f"<p>{html.escape(above)}</p>")
+        _line(file, _figure(answer))
+
+    yield write
+    file.write("</main>\n")
 
 
 def _line(file: TextIO, text: str) -> None:
@@ -116,6 +130,24 @@ def _parquet(path: Path) -> Iterator[Writer]:
         file.write_table(pa.Table.from_pylist(rows, schema))
 
 
+def company(answer: Answer) -> str | None:
+    """Whether the images that it was answered with are related, and what follows; None: it was answered alone."""
+    found = answer.scores.get("together")
+    if found is None:
+        return None
+    depends = "; each answer depends on the other images" if found["related"] else ""
+    return (
+        f"related: {'yes' if found['related'] else 'no'}; {found['classes']} classes among "
+        f"{found['images']} images{depends}"
+    )
+
+
+def set_of(answer: Answer) -> str | None:
+    """Its set of classes with the requested coverage; None: none was requested."""
+    found = answer.scores.get("set")
+    return None if found is None else f"set: {', '.join(found) or 'none'}"
+
+
 def _figure(answer: Answer) -> str:
     name = html.escape(answer.name)
     if answer.error is not None:
@@ -124,6 +156,8 @@ def _figure(answer: Answer) -> str:
         f"<li><meter value={p:.4f}></meter> {html.escape(label)} {p:.1%}</li>"
         for label, p in answer.classes
     )
+    facts = [f"path: {answer.path}"] + [fact for fact in [set_of(answer)] if fact is not None]
+    said = "".join(f"<p>{html.escape(fact)}</p>" for fact in facts)
     near = "".join(
         f"<figure>{_picture(n.thumbnail(), n.key)}<figcaption>{html.escape(n.label)}"
         f" {n.weight:.2f}</figcaption></figure>"
@@ -131,7 +165,7 @@ def _figure(answer: Answer) -> str:
     )
     return (
         f"<article>{_picture(_file(answer.name), answer.name)}<div><h2>{name}</h2>"
-        f"<ol>{classes}</ol></div><div class=near>{near}</div></article>"
+        f"<ol>{classes}</ol>{said}</div><div class=near>{near}</div></article>"
     )
 
 
@@ -167,6 +201,7 @@ main { max-width: 70rem; margin: auto; padding: 1rem }
 article { display: flex; flex-wrap: wrap; gap: 1rem; padding: .8rem 0; border-bottom: 1px solid #8884 }
 article > img, .none { width: 96px; height: 96px; object-fit: contain; background: #8882 }
 h2 { font-size: 1rem; margin: 0; overflow-wrap: anywhere } ol { margin: .3rem 0; padding: 0; list-style: none }
+article p { font-size: .85rem; margin: 0; overflow-wrap: anywhere }
 article > div:first-of-type { flex: 1 1 16rem } .near { display: flex; flex-wrap: wrap; gap: .5rem }
 figure { margin: 0; width: 72px } figure img { width: 72px; height: 72px; object-fit: contain }
 figcaption { font-size: .75rem; overflow-wrap: anywhere } .bad p { color: #b00020 }

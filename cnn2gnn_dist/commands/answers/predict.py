@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from cnn2gnn_dist.commands.answers.answer_files import writer_of
+from cnn2gnn_dist.commands.answers.answer_files import company, set_of, writer_of
 from cnn2gnn_dist.commands.model.opening import opened
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference.answers import Answer
@@ -57,16 +57,17 @@ def command(
                 f"graph.scope=batch: up to {BATCH} images are classified together and are "
                 "each other's neighbors, so an answer depends on the other images"
             )
+        write_text = _printer(as_json, "network" if classifier.spec.scope == "none" else "graph")
         given = expand(list(images), left_out=report_error)
         answers: Iterable[Answer]
         if together or same:
             answers = classifier.predict_together(
                 list(given), same=same, top=top, neighbours=NEIGHBOURS
             )
-            _say_related(answers)
+            _say_related(answers, _log.info if as_json and out is None else output)
         else:
             answers = classifier.stream(given, top=top, neighbours=NEIGHBOURS, coverage=coverage)
-        with writer_of(out) if out is not None else nullcontext(_printer(as_json)) as write:
+        with writer_of(out) if out is not None else nullcontext(write_text) as write:
             for answer in progress(answers, "predict", unit="image", delay=2):
                 if answer.error is not None:
                     report_error(complaint(answer.name, answer.error))
@@ -89,27 +90,24 @@ def _check_options(top: int, coverage: float | None, together: bool) -> None:
         )
 
 
-def _printer(as_json: bool) -> Callable[[Answer], None]:
-    return lambda answer: output(json.dumps(answer.as_dict()) if as_json else as_text(answer))
-
-
-def _say_related(answers: list[Answer]) -> None:
-    """Log whether the images were found to be related."""
-    found = next((a.scores["together"] for a in answers if a.error is None), None)
-    if found is None:
-        return
-    _log.info(
-        f"related: {'yes' if found['related'] else 'no'}; {found['classes']} classes among "
-        f"{found['images']} images"
-        + ("; each answer depends on the other images" if found["related"] else "")
+def _printer(as_json: bool, usual: str) -> Callable[[Answer], None]:
+    return lambda answer: output(
+        json.dumps(answer.as_dict()) if as_json else as_text(answer, usual)
     )
 
 
-def as_text(answer: Answer) -> str:
-    """An answer as lines of text."""
-    classes = "  ".join(f"{name} {share:.1%}" for name, share in answer.classes)
-    if "set" in answer.scores:
-        classes += f"  set: {', '.join(answer.scores['set']) or 'none'}"
-    lines = [f"{answer.name}  {classes}"]
+def _say_related(answers: list[Answer], say: Callable[[str], None]) -> None:
+    """Say once whether the images were found to be related."""
+    if (line := next(filter(None, map(company, answers)), None)) is not None:
+        say(line)
+
+
+def as_text(answer: Answer, usual: str = "graph") -> str:
+    """An answer as lines of text; its path only if that is not the ``usual`` one of the model."""
+    facts = [f"{name} {share:.1%}" for name, share in answer.classes]
+    facts += [fact for fact in [set_of(answer)] if fact is not None]
+    lines = [f"{answer.name}  {'  '.join(facts)}"]
+    if answer.path != usual:
+        lines.append(f"    path: {answer.path}")
     lines += [f"    {n.weight:.2f}  {n.label}  {n.key}" for n in answer.neighbours]
     return "\n".join(lines)
