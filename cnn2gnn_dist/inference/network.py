@@ -154,6 +154,18 @@ def device_of(wanted: str) -> str:
     return wanted
 
 
+def device_of_rank(local_rank: int, ranks: int, gpus: int) -> str:
+    """Device of one of several processes that answer side by side, for ``device_of``.
+
+    Args:
+        local_rank: of the process, on its host.
+        ranks: number of processes on all hosts.
+        gpus: that this process sees. With fewer than ranks on the host they are shared in turn; a launcher that
+            shows each task one GPU numbers it 0 in each.
+    """
+    return f"cuda:{local_rank % gpus}" if ranks > 1 and gpus else "auto"
+
+
 class _Query:
     """The ``models.block.BlockQuery`` of a batch over the live rows of a memory.
 

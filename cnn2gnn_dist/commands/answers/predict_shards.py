@@ -17,6 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from cnn2gnn_dist import durable
 from cnn2gnn_dist.commands.answers import answered
 from cnn2gnn_dist.commands.answers.answer_files import KINDS, writer_of
@@ -26,6 +28,7 @@ from cnn2gnn_dist.inference.classifier import Classifier
 from cnn2gnn_dist.inference.folder import artefact
 from cnn2gnn_dist.inference.inputs import complaint
 from cnn2gnn_dist.inference.memory import store
+from cnn2gnn_dist.inference.network import device_of_rank
 from cnn2gnn_dist.log import output, progress, report_error, set_rank
 from cnn2gnn_dist.runtime.ranks import Ranks
 
@@ -76,7 +79,8 @@ def command(
     if ranks.world_size > 1:
         set_rank(ranks.rank)
     targets = _targets(images, folder, kind)
-    with opened(model) as classifier:
+    device = device_of_rank(ranks.local_rank, ranks.world_size, torch.cuda.device_count())
+    with opened(model, device) as classifier:
         classifier.scoring.check_coverage(coverage, classifier.memory)
         durable.create_folder(folder)
         _check_note(folder, _note(classifier, top, coverage))
