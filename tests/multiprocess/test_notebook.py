@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
+from cnn2gnn_dist import cli
 from tests.support.models import calibrate, write_model
 
 NOTEBOOK = Path(__file__).parents[2] / "examples" / "quickstart.ipynb"
@@ -14,6 +16,10 @@ def test_the_notebook_runs(tmp_path, monkeypatch):
     nbclient = pytest.importorskip("nbclient")
     calibrate(write_model(tmp_path / "m"))
     monkeypatch.setenv("CNN2GNN_MODEL", str(tmp_path / "m"))
+    (tmp_path / "copies").mkdir()
+    monkeypatch.setenv(
+        "TMPDIR", str(tmp_path / "copies")
+    )  # where the notebook puts the model that it edits
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3").execute(cwd=tmp_path)
     texts = [
@@ -27,3 +33,12 @@ def test_the_notebook_runs(tmp_path, monkeypatch):
     assert "may lose  1.00" in texts[3]
     assert texts[3].count("('stripes', 'new class')") >= 2
     assert "stripes" not in texts[4]
+    (edited,) = (tmp_path / "copies").glob("*/model")
+    out = tmp_path / "audit"
+    assert cli.main(["audit", str(edited), "--out", str(out), "--no-map"]) == 0
+    labels = pq.read_table(out / "labels.parquet").to_pylist()
+    pairs = pq.read_table(out / "duplicates.parquet").num_rows
+    assert len(labels) >= 5
+    first = [f"{row['key']}: {row['class']}, rather {row['suggested']}" for row in labels[:5]]
+    said = f"another class fits {len(labels)} images better; {pairs} pairs of copies"
+    assert texts[5].splitlines() == [said, *first]
