@@ -12,7 +12,8 @@ Further runs share its packed shards, its teacher and its soft targets:
     labels            student and control without distillation, for the same epochs
     logit_adjust      student and control with student.logit_adjust=1, for long tails (only if asked for)
     labels_at_cost    the control without distillation, for as many operations as teacher, targets and control took
-    shuffled          the student of the first run, each neighbor replaced by an arbitrary node at test time
+    shuffled          the student of the first run; at test time features and label of each of its neighbors, found and
+                      weighted as before, are those of an arbitrary node
 
 Everything is trained and evaluated by the product's own command, under torchrun. When it is run again, it continues
 with what is missing; another preset or other overrides need another folder. For every row it prints accuracy (mean ±
@@ -97,18 +98,30 @@ def overrides(variant: str, base: Path, options: list[str], preset: str) -> list
         return no_distillation
     if variant == "logit_adjust":
         return ["student.logit_adjust=1"]
-    return [*no_distillation, f"student.epochs={epochs_at_cost(config, base)}"]
+    found = json.loads((base / "results.json").read_text())
+    epochs = epochs_at_cost(config, found, labelled_share(base))
+    return [*no_distillation, f"student.epochs={epochs}"]
 
 
-def epochs_at_cost(config: Config, base: Path) -> int:
+def epochs_at_cost(config: Config, found: dict[str, Any], labelled: float = 1.0) -> int:
     """Epochs of the control whose operations equal those of teacher, targets and control together.
 
     A backward pass counts as two forward passes. Images of both trainings count as equally large.
+
+    Args:
+        config: of the base run.
+        found: its results, with the FLOPs per image of teacher and control.
+        labelled: share of the training images that have a label; the teacher trains on no others, but answers for all.
     """
-    found = json.loads((base / "results.json").read_text())
     control = 3 * config.student.epochs * found[CONTROL]["flops"]
-    teacher = (3 * config.teacher.epochs + max(config.targets.views, 1)) * found["teacher"]["flops"]
-    return round(config.student.epochs * (control + teacher) / control)
+    passes = 3 * config.teacher.epochs * labelled + max(config.targets.views, 1)
+    return round(config.student.epochs * (control + passes * found["teacher"]["flops"]) / control)
+
+
+def labelled_share(run: Path) -> float:
+    """Share of a run's training images that have a label."""
+    label_N = np.asarray(Manifest.load(run / "manifest" / "train.arrow").label_N)
+    return float((label_N >= 0).mean())
 
 
 def rows_of(variant: str) -> dict[str, str]:
@@ -161,8 +174,10 @@ def _cell(
 
 
 def shuffled_accuracy(base: Path) -> float:
-    """Accuracy of the student when every neighbor's features and label are those of an arbitrary node."""
-    import numpy as np
+    """Accuracy of the student when every neighbor's features and label are those of an arbitrary node.
+
+    Neighbors are found and weighted as they were.
+    """
     import torch
 
     from cnn2gnn_dist.runtime.ranks import Ranks
@@ -180,7 +195,14 @@ def shuffled_accuracy(base: Path) -> float:
     holder = around.holder
     place = np.random.default_rng(config.seed).permutation(len(train))
     rows = holder.rows
-    holder.rows = lambda ids: rows(place[ids])  # type: ignore[method-assign]
+
+    def arbitrary(ids: np.ndarray) -> tuple[Any, Any, Any]:
+        # Not their projections: of several arbitrary nodes the head would choose the nearest, which are often
+        # of the image's class.
+        (x_VD, _, label_V), (_, z_Vd, _) = rows(place[ids]), rows(ids)
+        return x_VD, z_Vd, label_V
+
+    holder.rows = arbitrary  # type: ignore[method-assign]
     if around.second is not None:  # the second hop's averages are the arbitrary node's, too
         around.second.mean_KD = around.second.mean_KD[torch.from_numpy(place)]
     found = evaluate(context, model.answer, context.paths.test_manifest).found["student"]

@@ -9,7 +9,8 @@ learn from and 15 to answer. Inductive: each query by the score of new classes w
 restricted to the episode's classes. Transductive: the 75 queries of an episode together, over the same scores, by rule
 T's EM and by the learned network of ``predict --together``. For comparison: the nearest class mean, soft k-means (Ren
 et al., ICLR 2018), LaplacianShot (Ziko et al., ICML 2020). Constants are chosen on episodes of the 16 validation
-classes. FOLDER keeps the data, the run and the model; when it is run again, it continues. Prints Markdown, mean ± 95 %
+classes. FOLDER keeps the data, the run, the model and the features; when it is run again, it continues, and what was
+made from another run is made again. Prints Markdown, mean ± 95 %
 over episodes. Needs $CNN2GNN_DATA.
 """
 
@@ -20,6 +21,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +32,9 @@ from remembering import episodes
 from remembering.features import NOVEL
 from tqdm import tqdm
 
+from cnn2gnn_dist import durable, ledger
 from cnn2gnn_dist.inference.classifier import Classifier, load
+from cnn2gnn_dist.inference.folder import artefact
 from cnn2gnn_dist.inference.memory.old_classes import Images, OldClasses
 from cnn2gnn_dist.inference.network import joined
 from cnn2gnn_dist.inference.scoring import HeldOut
@@ -96,30 +101,52 @@ def train(folder: Path, preset: str, overrides: list[str]) -> Path:
     program = [sys.executable, "-m", "cnn2gnn_dist"]
     run = [*program, "run", "--config", preset, f"run.dir={folder}/run", *data, *overrides]
     subprocess.run(run, check=True)
+    record = ledger.finished(folder / "run" / "model")
+    assert record is not None, "the run is finished"
     model = folder / "model"
-    if not model.exists():
-        subprocess.run([*program, "export", str(folder / "run"), "--to", str(model)], check=True)
+    with made_from(record.digest, model) as missing:
+        if missing:
+            export = [*program, "export", str(folder / "run"), "--to", str(model), "--force"]
+            subprocess.run(export, check=True)
     return model
 
 
-def features(folder: Path, model: Classifier, old: OldClasses, part: str) -> episodes.Features:
-    """Features of a part's images, kept in FOLDER."""
+@contextmanager
+def made_from(source: str, target: Path) -> Iterator[bool]:
+    """Context in which a file or folder is made unless it is there; gives whether it has to be.
+
+    One that is not of this source, by the note next to it, has to be made again: what another preset or other overrides
+    have left must not pass for it. The note is written at the end.
+    """
+    note = target.with_name(f"{target.name}.made-from")
+    known = note.read_text() if note.is_file() and target.exists() else None
+    if known != source and target.exists():
+        print(f"{target} was made from another run or model: made again", file=sys.stderr)
+    note.unlink(missing_ok=True)
+    yield known != source
+    note.write_text(source)
+
+
+def features(folder: Path, model: Classifier, part: str) -> tuple[Images, np.ndarray]:
+    """Features and labels of a part's images, kept in FOLDER."""
     kept, file = folder / f"{part}.npz", folder / f"{part}.parquet"
-    if not kept.exists():
-        rows = pq.ParquetFile(file).metadata.num_rows
-        made = []
-        with tqdm(
-            total=rows, desc=f"features of {part} classes", unit="image", disable=None
-        ) as bar:
-            for many in model.batches(str(file), 64):
-                made.append(model.outputs(many))
-                bar.update(len(many))
-        both = joined(made)
-        np.savez(kept.with_suffix(".tmp.npz"), x=both.x, logits=both.logits)
-        kept.with_suffix(".tmp.npz").rename(kept)
+    with made_from(durable.sha256(Path(model.folder) / artefact.CHECKSUMS), kept) as missing:
+        if missing:
+            _compute(model, file, kept)
     with np.load(kept) as arrays:
         images = Images(arrays["logits"], arrays["x"])
-    return episodes.Features(old, images, pq.read_table(file)["label"].to_numpy())
+    return images, pq.read_table(file)["label"].to_numpy()
+
+
+def _compute(model: Classifier, file: Path, kept: Path) -> None:
+    rows, made = pq.ParquetFile(file).metadata.num_rows, []
+    with tqdm(total=rows, desc=f"features of {file.stem}", unit="image", disable=None) as bar:
+        for many in model.batches(str(file), 64):
+            made.append(model.outputs(many))
+            bar.update(len(many))
+    both = joined(made)
+    np.savez(kept.with_suffix(".tmp.npz"), x=both.x, logits=both.logits)
+    kept.with_suffix(".tmp.npz").rename(kept)
 
 
 def print_table(
@@ -134,7 +161,10 @@ def print_table(
     old = OldClasses.fit(memory.x(rows), memory.labels[rows], calibration, labels_n)
     fitted_on = calibration.logits_nC, old.features(calibration.x_nD).f_BD, labels_n
     rules = LearnedSets.fit(*fitted_on), Together.fit(*fitted_on)
-    parts = {part: features(folder, model, old, part) for part in ("validation", "novel")}
+    parts = {
+        part: episodes.Features(old, *features(folder, model, part))
+        for part in ("validation", "novel")
+    }
     print(f"| {ways} classes, {count} episodes | 1 image | 5 images |")
     print("| --- | --- | --- |")
     cells_of: dict[str, list[str]] = {}

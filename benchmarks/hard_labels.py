@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 CLASSES, IMBALANCE, FLIPPED, LABELLED = 10, 100, 0.4, 0.1
-VARIANTS = {"long_tail": ["logit_adjust"], "noise": ["labels"], "few": []}
+VARIANTS = {"long_tail": ["logit_adjust"], "noise": ["labels", "labels_at_cost"], "few": []}
 OPTIONS = {
     "long_tail": ["teacher.epochs=10", "student.epochs=16", "graph.start_epoch=8"],
     "noise": [],

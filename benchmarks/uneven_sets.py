@@ -5,7 +5,7 @@
 MODEL: models of CIFAR-10's classes, such as FOLDER/long_tail/seed0/base/model of ``benchmarks/hard_labels.py``. Sets
 are drawn from the first CIFAR-10 test images. The rule for sets is fitted on the model's calibration images,
 as at export, and once more as if their classes were even (``inference/sets/class_shares.py``). It prints accuracies in
-percent, means over the models.
+percent, mean ± deviation over the models.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import os
 from collections import defaultdict
 from pathlib import Path
+from statistics import mean, stdev
 from unittest import mock
 
 import numpy as np
@@ -66,11 +67,34 @@ def answered(folder: Path, count: int) -> dict[str, list[np.ndarray]]:
 
 
 def drawn(label_N: np.ndarray, classes: int, rng: np.random.Generator) -> np.ndarray:
-    """Rows of one set; 0 classes: any images."""
+    """Different rows of one set, of at most so many classes; 0 classes: any images."""
     if not classes:
         return rng.choice(len(label_N), SIZE, replace=False)
-    of_row = rng.choice(rng.choice(np.unique(label_N), classes, replace=False), SIZE)
-    return np.array([rng.choice(np.flatnonzero(label_N == label)) for label in of_row])
+    chosen = rng.choice(np.unique(label_N), classes, replace=False)
+    of_row = rng.choice(chosen, SIZE)
+    rows = [
+        rng.choice(np.flatnonzero(label_N == c), (of_row == c).sum(), replace=False) for c in chosen
+    ]
+    return np.concatenate(rows)
+
+
+def table(found: list[dict[str, list[np.ndarray]]]) -> str:
+    """What ``answered`` gives for each model, as Markdown: means over the sets, mean ± deviation over the models."""
+    lines = [
+        f"| {SIZE} images of | alone | per image | per set | `--same`: per image | per set |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for kind, classes in KINDS.items():
+        of_model = np.array([100 * np.mean(one[kind], axis=0) for one in found])
+        columns = of_model.T if classes == 1 else of_model.T[:3]  # --same is for one class
+        shown = [_spread(list(map(float, column))) for column in columns]
+        lines.append(f"| {kind} | " + " | ".join([*shown, "", ""][:5]) + " |")
+    return "\n".join(lines)
+
+
+def _spread(values: list[float]) -> str:
+    deviation = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{mean(values):.1f}{deviation}"
 
 
 def main() -> int:
@@ -82,12 +106,7 @@ def main() -> int:
     parser.add_argument("--images", type=int, default=2000)
     given = parser.parse_args()
     found = [answered(folder, given.images) for folder in given.models]
-    print(f"| {SIZE} images of | alone | per image | per set | `--same`: per image | per set |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    for kind, classes in KINDS.items():
-        means = 100 * np.mean([np.mean(one[kind], axis=0) for one in found], axis=0)
-        shown = [f"{mean:.1f}" for mean in (means if classes == 1 else means[:3])]
-        print(f"| {kind} | " + " | ".join([*shown, "", ""][:5]) + " |")
+    print(table(found))
     return 0
 
 

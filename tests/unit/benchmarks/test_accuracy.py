@@ -1,0 +1,168 @@
+"""The harness of the accuracy table: its arithmetic, cells of one config only, none lost."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cnn2gnn_dist import settings
+from cnn2gnn_dist.data.index.manifest import index
+from tests.support.benchmarks import benchmark
+from tests.support.shards import make_shards
+
+accuracy = benchmark("accuracy")
+
+
+def test_cells_of_a_trial_do_not_pass_for_those_of_the_preset(tmp_path: Path) -> None:
+    trial = ["teacher.epochs=2", "data.limit=100"]
+    accuracy.claim(tmp_path / "cells", "demo", trial)
+    accuracy.claim(tmp_path / "cells", "demo", trial)
+    with pytest.raises(SystemExit, match=r"another config: .*teacher\.epochs: 2 -> "):
+        accuracy.claim(tmp_path / "cells", "demo", [])
+
+
+def test_further_variants_leave_the_known_cells() -> None:
+    known = [
+        {"row": "teacher", "seed": 0, "accuracy": 0.1},
+        {"row": "batch", "seed": 0, "accuracy": 0.2},
+        {"row": "teacher", "seed": 1, "accuracy": 0.3},
+    ]
+    made = [{"row": "teacher", "seed": 0, "accuracy": 0.4}]
+    assert accuracy.merged(known, made) == [*known[1:], *made]
+
+
+def priced(control: float, teacher: float) -> dict[str, Any]:
+    return {"control_mlp": {"flops": control}, "teacher": {"flops": teacher}}
+
+
+@pytest.mark.parametrize(
+    ("teacher_epochs", "views", "student_epochs", "flops", "labelled", "epochs"),
+    [
+        # An epoch of the control costs 3 of its 10: 30. Teacher: 4 x 3 x 10 = 120, targets 0 passes
+        # but the one over clean images: 10. (8 x 30 + 130) / 30 = 12.3.
+        (4, 0, 8, (10.0, 10.0), 1.0, 12),
+        # Teacher 4 x 3 x 50 = 600, targets 2 x 50 = 100: (8 x 30 + 700) / 30 = 31.3.
+        (4, 2, 8, (10.0, 50.0), 1.0, 31),
+        # A tenth of the images has a label: the teacher's 600 become 60, the targets are for all.
+        # (8 x 30 + 160) / 30 = 13.3.
+        (4, 2, 8, (10.0, 50.0), 0.1, 13),
+        # A teacher that costs nothing: the same epochs.
+        (4, 2, 8, (10.0, 0.0), 1.0, 8),
+        # Given weights, no training: (5 x 6 + 3 x 4) / 6 = 7.
+        (0, 3, 5, (2.0, 4.0), 1.0, 7),
+    ],
+)
+def test_epochs_at_the_cost_of_teacher_targets_and_control(
+    teacher_epochs: int,
+    views: int,
+    student_epochs: int,
+    flops: tuple[float, float],
+    labelled: float,
+    epochs: int,
+) -> None:
+    config = settings.load(
+        "demo",
+        [
+            *(f"teacher.epochs={teacher_epochs}", f"targets.views={views}"),
+            *(f"student.epochs={student_epochs}", "graph.start_epoch=1"),
+            *([] if teacher_epochs else ["teacher.weights=given.safetensors"]),
+        ],
+    )
+    assert accuracy.epochs_at_cost(config, priced(*flops), labelled) == epochs
+
+
+def run_of(folder: Path, labels: list[int]) -> Path:
+    """A run as far as the harness reads it: labels (-1: none), results, a stage that variants share."""
+    images = np.zeros((len(labels), 8, 8, 3), np.uint8)
+    found = index(make_shards(folder / "shards", images, [max(one, 0) for one in labels]))
+    found = dataclasses.replace(found, label_N=np.array(labels, np.int32))
+    found.save(folder / "manifest" / "train.arrow")
+    (folder / "results.json").write_text(json.dumps(priced(10.0, 50.0)))
+    (folder / "config.yaml").write_text("name: base")
+    (folder / "teacher").mkdir()
+    (folder / "teacher" / "done.json").write_text('{"seconds": 3}')
+    return folder
+
+
+def test_the_cost_of_a_run_counts_the_teachers_images_only_once(tmp_path: Path) -> None:
+    """By hand: teacher 4 x 3 x 50 of two in eight images, targets 2 x 50 of all: (8 x 30 + 250) / 30 = 16.3."""
+    options = ["teacher.epochs=4", "targets.views=2", "student.epochs=8"]
+    base = run_of(tmp_path / "base", [0, 1] + 6 * [-1])
+    assert accuracy.labelled_share(base) == 0.25
+    found = accuracy.overrides("labels_at_cost", base, options, "demo")
+    assert found == [*accuracy.overrides("labels", base, options, "demo"), "student.epochs=16"]
+    assert accuracy.overrides(
+        "labels_at_cost", run_of(tmp_path / "all", 4 * [0, 1]), options, "demo"
+    )[-1] == ("student.epochs=31")
+
+
+def test_each_variant_is_the_preset_but_for_what_its_name_says(tmp_path: Path) -> None:
+    base, options = run_of(tmp_path / "base", [0, 1]), ["teacher.label_smoothing=0.2"]
+
+    def changed(variant: str) -> set[str]:
+        made = accuracy.overrides(variant, base, options, "demo")
+        trees = (settings.as_tree(settings.load("demo", options + more)) for more in ([], made))
+        return set(settings.differences(*trees))
+
+    smoothing = "student.label_smoothing: 0.0 -> 0.2"
+    assert changed("labels") == {"student.distill_weight: 0.9 -> 0.0", smoothing}
+    assert changed("logit_adjust") == {"student.logit_adjust: 0.0 -> 1.0"}
+    assert changed("batch") == {
+        "graph.scope: 'dataset' -> 'batch'",
+        "student.control: True -> False",
+    }
+    epochs = settings.load("demo", []).student.epochs
+    assert f"graph.refresh_epochs: 2 -> {epochs}" in changed("built_once")
+
+
+def test_a_variant_shares_the_finished_stages_and_no_others(tmp_path: Path) -> None:
+    base, made = run_of(tmp_path / "base", [0, 1]), tmp_path / "made"
+    (base / "student").mkdir()
+    accuracy.share(base, made)
+    accuracy.share(base, made)  # again: nothing is lost
+    assert {path.name for path in made.iterdir()} == {
+        *("shards", "manifest", "teacher", "config.yaml"),
+    }
+    for name in ("teacher/done.json", "manifest/train.arrow"):
+        assert (made / name).samefile(base / name)
+    assert not (made / "config.yaml").samefile(base / "config.yaml")  # which its run rewrites
+    (made / "config.yaml").write_text("name: made")
+    accuracy.share(base, made)
+    assert (made / "config.yaml").read_text() == "name: made"
+
+
+def test_all_rows_are_wanted_that_are_made() -> None:
+    base = {"teacher", "student", "self_path", "vote", "control_mlp"}
+    assert accuracy.wanted([]) == base
+    assert accuracy.wanted(["batch", "shuffled"]) == base | {"batch", "shuffled"}
+    assert accuracy.wanted(["labels", "labels_at_cost"]) == base | {
+        *("labels: student", "labels: control", "labels_at_cost: control"),
+    }
+
+
+def cell(row: str, seed: int, accuracy: float, **more: Any) -> dict[str, Any]:
+    return {"row": row, "seed": seed, "accuracy": accuracy, **more}
+
+
+def test_differences_are_paired_by_seed() -> None:
+    """By hand: student minus control is 0.5 and 1.5 points; unpaired it would be anything from -1 to 3."""
+    costs = {"parameters": 1234, "flops": 2.5e6, "images_seen": 5000}
+    found = [
+        cell("control_mlp", 1, 0.820, ms_per_image=0.5, train_seconds=10, **costs),
+        cell("student", 0, 0.805, ms_per_image=0.25, train_seconds=20, **costs),
+        cell("student", 1, 0.835, ms_per_image=0.75, train_seconds=41, **costs),
+        cell("control_mlp", 0, 0.800, ms_per_image=0.5, train_seconds=10, **costs),
+        cell("shuffled", 1, 0.5),
+    ]
+    lines = accuracy.table(found).splitlines()[2:]
+    # Deviations with n - 1: of 80.5 and 83.5 it is 3 / sqrt(2), of 0.5 and 1.5 it is 1 / sqrt(2).
+    assert lines == [
+        "| control_mlp | 81.00 ± 1.41 | +0.00 ± 0.00 | 1,234 | 2.5 | 0.500 | 10 | 5,000 |",
+        "| student | 82.00 ± 2.12 | +1.00 ± 0.71 | 1,234 | 2.5 | 0.500 | 30 | 5,000 |",
+        "| shuffled | 50.00 | -32.00 |  |  |  |  |  |",
+    ]
