@@ -6,10 +6,9 @@ Every function edits the current version on disk, and switches the model to the 
 from __future__ import annotations
 
 import hashlib
-import io
 import logging
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference.classifier import BATCH, Classifier
 from cnn2gnn_dist.inference.folder import artefact
 from cnn2gnn_dist.inference.inputs import UNNAMED, Pixels
-from cnn2gnn_dist.inference.memory import edits, store
+from cnn2gnn_dist.inference.memory import edits, store, thumbnails
 from cnn2gnn_dist.inference.memory.new_classes import NewClasses, Trade
 from cnn2gnn_dist.inference.memory.old_classes import Images, OldClasses
 from cnn2gnn_dist.inference.memory.set_apart import SetApart
@@ -31,17 +30,13 @@ from cnn2gnn_dist.inference.scoring import HeldOut
 
 _log = logging.getLogger(__name__)
 
-QUALITY = 85
-SAMPLED = 16
-"""Rows checked to find out whether a memory has thumbnails: a corrupt image never has one."""
-
 
 @dataclass(frozen=True)
 class Added:
     """What adding images did.
 
     Attributes:
-        version: the new version; None after a dry run.
+        version: the new version; None after a dry run, or before it is committed.
         class_name: as stored in the memory, without surrounding spaces.
         keys: of the images added.
         errors: (name, why) of images that could not be read.
@@ -72,6 +67,7 @@ def add(
     old_loss: float | None = None,
     dry_run: bool = False,
     wait_s: float = 10.0,
+    tell: Callable[[Added], object] = lambda _: None,
 ) -> Added:
     """Add images of one class to the memory; the class may be new.
 
@@ -83,6 +79,8 @@ def add(
             when it was last said, else 1.
         dry_run: predict what it would do, and change nothing.
         wait_s: seconds to wait for another edit to finish.
+        tell: given what will be done (``version`` is None) before it is committed, while no other edit is possible;
+            if it raises an exception, nothing is changed.
 
     Raises:
         UserError: no memory; no image can be read; an image or its key already exists; a new class, but
@@ -106,20 +104,23 @@ def add(
         rows = _rows(good, made, label, edit.before)
         edit.add(rows)
         fitted = _score_new_classes(model, edit, old_loss, rows, made.logits)
-        name = edit.classes[label].name
-        version = None if dry_run else edit.commit(f"add {len(good)} images of '{name}'")
+        entry = edit.classes[label]
+        planned = Added(
+            version=None,
+            class_name=entry.name,
+            keys=list(rows.keys),
+            errors=errors,
+            new_class=not entry.trained,
+            learned=fitted is not None and not entry.trained and fitted.is_learned(entry.name),
+            old_before=fitted.old_before if fitted else None,
+            trades=fitted.trades if fitted and not entry.trained else (),
+            old_loss=fitted.old_loss if fitted else None,
+        )
+        tell(planned)
+        action = f"add {len(good)} images of '{entry.name}'"
+        done = planned if dry_run else replace(planned, version=edit.commit(action))
     model.reload()
-    return Added(
-        version=version,
-        class_name=name,
-        keys=list(rows.keys),
-        errors=errors,
-        new_class=not edit.classes[label].trained,
-        learned=fitted.learned if fitted else False,
-        old_before=fitted.old_before if fitted else None,
-        trades=fitted.trades if fitted and not edit.classes[label].trained else (),
-        old_loss=fitted.old_loss if fitted else None,
-    )
+    return done
 
 
 def remove(model: Classifier, keys: Sequence[str], *, wait_s: float = 10.0) -> Version:
@@ -221,7 +222,11 @@ def _outputs(model: Classifier, images: list[Pixels], memory: Memory) -> Outputs
 
 
 def _rows(images: list[Pixels], made: Outputs, label: int, memory: Memory) -> NewRows:
-    pictures = _has_thumbnails(memory)
+    side = thumbnails.side_of(memory)
+    pictures = [
+        thumbnails.thumbnail(one.pixels, side) if side and one.pixels is not None else None
+        for one in images
+    ]
     return NewRows(
         x=made.x.astype(np.float16),
         z=made.z,
@@ -229,7 +234,7 @@ def _rows(images: list[Pixels], made: Outputs, label: int, memory: Memory) -> Ne
         candidates=None,
         keys=_keys(images),
         sources=[one.name for one in images],
-        thumbnails=[_thumbnail(one.pixels) if pictures else None for one in images],
+        thumbnails=pictures,
     )
 
 
@@ -243,21 +248,6 @@ def _keys(images: list[Pixels]) -> list[str]:
 def _digest(one: Pixels) -> str:
     assert one.pixels is not None
     return f"image-{hashlib.sha256(one.pixels.tobytes()).hexdigest()[:16]}"
-
-
-def _has_thumbnails(memory: Memory) -> bool:
-    """Whether images of a memory are kept as thumbnails; one exported without any gets none later."""
-    rows = memory.live_ids[:SAMPLED].tolist()
-    return not rows or any(memory.thumbnail(row) is not None for row in rows)
-
-
-def _thumbnail(pixels: np.ndarray | None) -> bytes:
-    from PIL import Image
-
-    assert pixels is not None
-    data = io.BytesIO()
-    Image.fromarray(pixels).save(data, "JPEG", quality=QUALITY)
-    return data.getvalue()
 
 
 def _score_new_classes(

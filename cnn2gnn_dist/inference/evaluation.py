@@ -24,9 +24,6 @@ from cnn2gnn_dist.inference.scoring import votes
 
 ANSWERS, SELF_PATH, VOTE = "answers", "self path", "vote"
 TOP = 5
-SAME = 2e-4
-"""Squared distance below which an image and its nearest neighbor are taken for the same image. With CIFAR-10 and
-bfloat16 in training, the median of training images is 6e-5, the least of 512 test images 1.5e-3."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,7 @@ class Evaluation:
             theirs doesn't compare with the others') and ``top5``.
         confusion_CC: int64, images by true class (row) and class in the answer (column).
         unreadable: (name, reason) of images without an answer, which no figure counts.
-        in_memory: images that are likely in the memory: their nearest neighbor is hardly any distance away.
+        in_memory: images that are in the memory (``Memory.same``).
     """
 
     classes: list[str]
@@ -117,7 +114,7 @@ def evaluate(model: Classifier, images: Iterable[Labelled]) -> Evaluation:
             for name, p_BC in _answers(model, made, memory).items():
                 found.setdefault(name, _Row()).add(p_BC, label_B)
             if memory is not None:
-                in_memory += int((made.distances[:, :1] < SAME).sum())
+                in_memory += int((memory.same(made.x, made.rows) >= 0).sum())
     if not found:
         raise UserError(
             f"none of the {len(unreadable):,} images can be read"

@@ -22,20 +22,25 @@ from cnn2gnn_dist.log import output, report_error
 def add(
     folder: Path, images: Sequence[str], class_name: str, *, old_loss: float | None, dry_run: bool
 ) -> int:
-    """Add images of one class; print what it costs and brings. Returns 1 if some can't be read.
+    """Add images of one class; first print what it costs and brings. Returns 1 if some can't be read.
 
     Raises:
         UserError: see ``editing.add``.
     """
     model = load(folder)
-    done = editing.add(model, list(images), class_name, old_loss=old_loss, dry_run=dry_run)
-    for name, why in done.errors:
-        report_error(complaint(name, why))
-    verb = "would add" if dry_run else "added"
-    kind = "a new class" if done.new_class else "a trained class"
-    output(f"{verb} {len(done.keys)} images of '{done.class_name}', {kind}")
-    if done.new_class:
-        output(trade_table(done))
+
+    def tell(planned: Added) -> None:
+        for name, why in planned.errors:
+            report_error(complaint(name, why))
+        kind = "a new class" if planned.new_class else "a trained class"
+        verb = "would add" if dry_run else "adding"
+        output(f"{verb} {len(planned.keys)} images of '{planned.class_name}', {kind}")
+        if planned.new_class:
+            output(trade_table(planned))
+
+    done = editing.add(
+        model, list(images), class_name, old_loss=old_loss, dry_run=dry_run, tell=tell
+    )
     if done.version is not None:
         _print_version(done.version, model)
     return 1 if done.errors else 0

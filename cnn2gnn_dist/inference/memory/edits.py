@@ -19,7 +19,7 @@ from cnn2gnn_dist.inference.memory import store
 from cnn2gnn_dist.inference.memory.rewiring import rewired
 from cnn2gnn_dist.inference.memory.set_apart import SetApart
 from cnn2gnn_dist.inference.memory.store import ClassEntry, NewRows, Version
-from cnn2gnn_dist.inference.memory.view import Memory, forgotten
+from cnn2gnn_dist.inference.memory.view import LIKELY, Memory, forgotten
 
 NAMED = 5
 """Most keys named in an error."""
@@ -240,15 +240,18 @@ class Edit:
                     f"{other} and {key} are the same image",
                     remedy="leave one of them out; nothing was changed",
                 )
-        nearest = self.before.nearest(rows.z.astype(np.float32), 1)[:, 0]
-        for row, near in enumerate(nearest.tolist()):
-            if near >= 0 and np.array_equal(self.before.x(np.array([near]))[0], x_nD[row]):
-                raise UserError(
-                    f"the image {rows.keys[row]} is already in the memory, as "
-                    f"{self.before.keys(np.array([near]))[0]}",
-                    where=str(self.root),
-                    remedy="leave it out; nothing was changed",
-                )
+        near_nF = self.before.nearest(rows.z.astype(np.float32), LIKELY)
+        same_n = self.before.same(rows.x, near_nF)
+        known_n = np.flatnonzero(same_n >= 0)
+        if len(known_n):
+            there = same_n[known_n[:1]]
+            name = self.before.classes[int(self.before.labels[there[0]])]
+            raise UserError(
+                f"the image {rows.keys[known_n[0]]} is already in the memory, as {self.before.keys(there)[0]} of the "
+                f"class '{name}'",
+                where=str(self.root),
+                remedy="leave it out, or `cnn2gnn memory relabel` it; nothing was changed",
+            )
 
 
 def undo(root: Path) -> Version:

@@ -1,12 +1,14 @@
 """Images added to the memory, of trained classes and of new ones, and removed again."""
 
 import csv
+import io
 import json
 import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from cnn2gnn_dist import cli
 from cnn2gnn_dist.commands.answers.answer_files import writer_of
@@ -16,7 +18,7 @@ from cnn2gnn_dist.inference import answering, editing, scoring
 from cnn2gnn_dist.inference.answers import Answer
 from cnn2gnn_dist.inference.classifier import Classifier, load
 from cnn2gnn_dist.inference.folder import artefact
-from cnn2gnn_dist.inference.memory import store
+from cnn2gnn_dist.inference.memory import edits, store
 from tests.support.models import calibrate, pictures, write_model
 from tests.support.shards import encode_image
 
@@ -234,6 +236,64 @@ def test_a_memory_without_thumbnails_gets_none(tmp_path, monkeypatch):
     done = editing.add(model, list(of_new_class(3)), " class 1 ")
     assert (done.class_name, done.version.action) == ("class 1", "add 3 images of 'class 1'")
     assert model.memory.thumbnails(model.memory.live_ids) == [None] * 43
+
+
+@pytest.mark.parametrize("side", [16, 24, 64])
+def test_thumbnails_of_added_images_are_resized_as_the_others_are(tmp_path, monkeypatch, side):
+    """Views have 16 pixels here; ImageNet's have 224, and memories of thumbnails of 64."""
+
+    def resized(image):
+        return encode_image(np.asarray(Image.fromarray(image).resize((side, side))))
+
+    monkeypatch.setattr("tests.support.models.encode_image", resized)
+    model = load(write_model(tmp_path / "m"), device="cpu")
+    images = of_new_class(2)
+    done = editing.add(model, list(images), "class 1")
+    rows = model.memory.ids_of(done.keys)
+    for key, image in zip(done.keys, images, strict=True):
+        found = Image.open(io.BytesIO(model.memory.thumbnail(rows[key])))
+        assert found.size == (side, side)
+        wanted = np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR))
+        assert np.abs(np.asarray(found, float) - wanted).mean() < 20
+
+
+def test_what_is_told_before_the_commit_is_what_is_committed(calibrated):
+    seen = []
+
+    def tell(planned):
+        assert store.head(calibrated.memory.root) == 0
+        with pytest.raises(UserError, match="another process has been editing"):
+            editing.remove(Classifier.open(calibrated.folder, device="cpu"), ["img-1"], wait_s=0.01)
+        seen.append(planned)
+
+    done = editing.add(calibrated, list(of_new_class(5)), "framed", old_loss=3.0, tell=tell)
+    assert [replace(done, version=None)] == seen
+    kept = calibrated.memory.new_classes[1]
+    assert (kept.trades, kept.old_loss) == (seen[0].trades, 3.0)
+    with pytest.raises(BrokenPipeError):  # the reader of the table has gone away
+        editing.add(
+            calibrated, list(of_new_class(2, seed=5)), "framed",
+            tell=lambda _: (_ for _ in ()).throw(BrokenPipeError),
+        )  # fmt: skip
+    assert store.head(calibrated.memory.root) == 1
+
+
+def test_the_command_prints_the_predictions_before_it_commits(calibrated, tmp_path, monkeypatch):
+    (tmp_path / "f.png").write_bytes(encode_image(of_new_class(1)[0]))
+    printed = []
+
+    def commit(self, action, real=edits.Edit.commit, **options):
+        printed.append("commit")
+        return real(self, action, **options)
+
+    monkeypatch.setattr(edits.Edit, "commit", commit)
+    monkeypatch.setattr("cnn2gnn_dist.commands.model.memory.output", printed.append)
+    folder = str(calibrated.folder)
+    assert cli.main(["memory", "add", folder, str(tmp_path / "f.png"), "--class", "framed"]) == 0
+    assert printed[0] == "adding 1 images of 'framed', a new class"
+    assert "<- this one (--old-loss)" in printed[1]
+    assert printed[2] == "commit"
+    assert printed[3].startswith("version 1: add 1 images of 'framed'")
 
 
 def test_keys_from_files(tmp_path):
