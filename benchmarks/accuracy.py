@@ -8,6 +8,7 @@ neighbors' vote, and the control (the same stem with an MLP head: same initial w
 Further runs share its packed shards, its teacher and its soft targets:
 
     batch             the graph of the mini-batch (graph.scope=batch), evaluated in batches
+    fixed_knn         the nearest neighbors by the features after the warm-up, in training; only their weights follow z
     built_once        one graph, from the features after the warm-up, for all of the training; evaluated with a new one
     labels            student and control without distillation, for the same epochs
     logit_adjust      student and control with student.logit_adjust=1, for long tails (only if asked for)
@@ -44,7 +45,7 @@ from cnn2gnn_dist.report.labels import CONTROL
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ("shards", "manifest", "teacher", "targets")
 """Folders of a run from which its variants start."""
-USUAL = ("batch", "built_once", "labels", "labels_at_cost", "shuffled")
+USUAL = ("batch", "fixed_knn", "built_once", "labels", "labels_at_cost", "shuffled")
 VARIANTS = (*USUAL, "logit_adjust")
 BASE_ROWS = ("teacher", "student", "self_path", "vote", CONTROL)
 
@@ -92,8 +93,14 @@ def overrides(variant: str, base: Path, options: list[str], preset: str) -> list
     ]
     if variant == "batch":
         return ["graph.scope=batch", "student.control=false"]
+    once = [f"graph.refresh_epochs={student.epochs}", "student.control=false"]
     if variant == "built_once":
-        return [f"graph.refresh_epochs={student.epochs}", "student.control=false"]
+        return once
+    if (
+        variant == "fixed_knn"
+    ):  # the table has just the candidates of a step, so that none is left out
+        count = config.graph.sampling.fanouts[0]
+        return [*once, "graph.sampling.query=table", f"graph.candidates={count}"]
     if variant == "labels":
         return no_distillation
     if variant == "logit_adjust":

@@ -118,6 +118,11 @@ def test_each_variant_is_the_preset_but_for_what_its_name_says(tmp_path: Path) -
     }
     epochs = settings.load("demo", []).student.epochs
     assert f"graph.refresh_epochs: 2 -> {epochs}" in changed("built_once")
+    first = settings.load("demo", []).graph.sampling.fanouts[0]
+    assert changed("fixed_knn") - changed("built_once") == {
+        "graph.sampling.query: 'live' -> 'table'",
+        f"graph.candidates: 16 -> {first}",
+    }
 
 
 def test_a_variant_shares_the_finished_stages_and_no_others(tmp_path: Path) -> None:
