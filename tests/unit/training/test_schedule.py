@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cnn2gnn_dist.config import TeacherConfig
-from cnn2gnn_dist.stages.shared.scheduled_values import share_kept, slow_average
+from cnn2gnn_dist.stages.shared.scheduled_values import rate_at, share_kept, slow_average
 from cnn2gnn_dist.training.schedule import (
     fresh_adam,
     kept_at,
@@ -220,3 +220,28 @@ def test_a_lookahead_that_hardly_moves_is_named(settings: dict, moved: str | Non
         assert f"keeps {mean:.1%}" in said
         assert moved is not None
         assert moved in said
+
+
+SHAPE = {"lr_start": 0.1, "lr_peak_at": 0.4, "lr_final": 0.02}
+
+
+@pytest.mark.parametrize("position", [0.0, 0.1, 0.25, 0.4, 0.55, 0.8, 1.0])
+@pytest.mark.parametrize("schedule", ["triangular", "one_cycle"])
+def test_the_configured_shape_is_that_of_the_rate(schedule: str, position: float) -> None:
+    """Between a tenth of 2 at the start, 2 after four of ten epochs, and a fiftieth of it at the end."""
+    rising = position < 0.4
+    share = position / 0.4 if rising else (position - 0.4) / 0.6
+    if schedule == "one_cycle":
+        share = (1 - math.cos(math.pi * share)) / 2
+    wanted = 0.2 + share * 1.8 if rising else 2.0 - share * 1.96
+    settings = TeacherConfig(epochs=10, lr=2.0, schedule=schedule, **SHAPE)
+    assert rate_at(settings, 10 * position, 1.0) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "wanted"), [(0.5, 0.5), (1, 1.0), (2, 2.0), (6, 1.0), (4, 1.7071), (10, 0.0)]
+)
+def test_a_cosine_falls_from_the_end_of_its_warm_up(epochs: float, wanted: float) -> None:
+    """By hand: a warm-up of two of ten epochs to 2, then half a cosine over eight."""
+    settings = TeacherConfig(epochs=10, lr=2.0, schedule="cosine")
+    assert rate_at(settings, epochs, 2.0) == pytest.approx(wanted, abs=1e-4)
