@@ -1,8 +1,9 @@
-"""``cnn2gnn export --control``: the control as a model of its own; the figures on the cards of both."""
+"""``cnn2gnn export --control``: the control as a model of its own; the cards of both, and of an edited copy."""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -15,9 +16,11 @@ from cnn2gnn_dist import cli, settings
 from cnn2gnn_dist.data.images.views import CLEAN, ViewSpec
 from cnn2gnn_dist.data.index.manifest import Manifest
 from cnn2gnn_dist.data.reading.reader import Reader, ReaderSpec, Request
+from cnn2gnn_dist.inference import editing
 from cnn2gnn_dist.stages.shared.networks import build_student
 from cnn2gnn_dist.training.checkpoint import folder as disk
 from tests.end_to_end.test_variants import run
+from tests.support import REPOSITORY
 from tests.support.runs import results
 
 
@@ -108,6 +111,29 @@ def test_the_cards_show_all_models_that_were_evaluated(finished: Path) -> None:
     assert row("teacher (CNN)", "teacher") in controls
     assert "an MLP head without a graph" in controls
     assert "memory" not in controls
+
+
+def test_an_edited_copy_says_that_its_card_is_of_the_export(finished: Path, tmp_path: Path) -> None:
+    """And the docs name every file of it."""
+    model = cnn2gnn_dist.load(finished / "model", device="cpu")
+    model.save_pretrained(tmp_path / "m")
+    copy = cnn2gnn_dist.load(tmp_path / "m", device="cpu")
+    rng = np.random.default_rng(0)
+    noise = list(rng.integers(0, 256, (4, 16, 16, 3), np.uint8))
+    editing.add(copy, noise, "noise")
+    keys = copy.memory.keys(copy.memory.live_ids)
+    editing.relabel(copy, keys[:1], copy.classes_[3])
+    editing.remove(copy, keys[1:3])
+    assert export(tmp_path / "m", tmp_path / "again") == 0
+    card = (tmp_path / "again" / "README.md").read_text()
+    assert "those of the export, before any edit of the memory" in card
+    docs = (REPOSITORY / "docs" / "model.md").read_text()
+    _, _, table = docs.partition("\n## The folder\n")
+    named = set(re.findall(r"`([^`]+)`", table.partition("\n## ")[0]))
+    named |= {Path(name).name for name in named}
+    there = [p for p in (tmp_path / "again").rglob("*") if p.is_file() and p.name[0] != "."]
+    assert {"rows.parquet", "relabelled.npy", "heads_rows.npy"} < {path.name for path in there}
+    assert not {path.name for path in there} - named
 
 
 def test_figures_of_another_control_are_not_shown(finished: Path, tmp_path: Path) -> None:

@@ -22,6 +22,10 @@ _ROWS_OF_CONTROL = {
 }
 
 
+_EDITS = [
+    "- Classes, numbers of images and figures are those of the export, before any edit of the memory; "
+    "`cnn2gnn memory ls MODEL/` shows the current ones"
+]
 _FLIPPED = [
     "",
     "Measured on the mean of each image and its mirror image (`evaluate.flip`); this model answers from the "
@@ -70,6 +74,7 @@ def _about(config: ModelConfig, rows: int) -> list[str]:
         f"- Classes ({len(names)}): {classes}",
         f"- Trained on {source.get('train_images', '?')} images, seed {source.get('seed', '?')}; "
         f"images are seen at {config.views.size} x {config.views.size} pixels",
+        *(_EDITS if config.scope == "dataset" else []),
         "- Licence: that of the training images and of the pretrained weights, if any; fill it in",
         "",
     ]
