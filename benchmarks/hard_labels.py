@@ -7,8 +7,11 @@ For every set, a Parquet file of training images is written from those of CIFAR-
 run on it:
 
     long_tail   class c keeps 5000 * 100^(-c/9) images; the variant logit_adjust with it
-    noise       40 % of the labels are replaced by another class; the variant labels (no distillation) with it
+    noise       40 % of the labels are replaced by another class; the variants labels and labels_at_cost (no
+                distillation) with it
     few         10 % of the images keep their label; from the others, the student learns the soft targets alone
+    few_alone   the labelled images of few and no others, as many times as few shows images; the variants labels and
+                labels_at_cost with it (in few, nine tenths of their batches would have nothing to learn from)
 
 Test images and their labels stay as they are. The choice of images and labels depends on the set alone, not on the seed
 of the training. Run again, it continues with what is missing.
@@ -28,11 +31,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 CLASSES, IMBALANCE, FLIPPED, LABELLED = 10, 100, 0.4, 0.1
-VARIANTS = {"long_tail": ["logit_adjust"], "noise": ["labels", "labels_at_cost"], "few": []}
+VARIANTS = {
+    "long_tail": ["logit_adjust"],
+    "noise": ["labels", "labels_at_cost"],
+    "few": [],
+    "few_alone": ["labels", "labels_at_cost"],
+}
 OPTIONS = {
     "long_tail": ["teacher.epochs=10", "student.epochs=16", "graph.start_epoch=8"],
     "noise": [],
     "few": ["data.unlabelled=true", "teacher.epochs=50"],  # over the labelled images
+    # The recipe's 8, 4 and 2 epochs, times ten.
+    "few_alone": [
+        *("teacher.epochs=50", "student.epochs=80", "graph.start_epoch=40"),
+        "graph.refresh_epochs=20",
+    ],
 }
 STABLE = ["student.lr=0.15", "student.stem_lr=5"]
 """The recipe's rate for the stem alone: on the long tail the head died at it, and the student answered one class."""
@@ -66,10 +79,17 @@ def few(label_N: np.ndarray, rng: np.random.Generator) -> Labels:
     return np.arange(len(label_N)), np.where(known_N, label_N, -1)
 
 
+def few_alone(label_N: np.ndarray, rng: np.random.Generator) -> Labels:
+    """The rows that ``few`` leaves their label."""
+    rows_N, known_N = few(label_N, rng)
+    return rows_N[known_N >= 0], known_N[known_N >= 0]
+
+
 MAKERS: dict[str, Callable[[np.ndarray, np.random.Generator], Labels]] = {
     "long_tail": long_tail,
     "noise": noise,
     "few": few,
+    "few_alone": few_alone,
 }
 
 

@@ -7,6 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from cnn2gnn_dist import settings
+from tests.support import REPOSITORY
 from tests.support.benchmarks import benchmark
 
 accuracy = benchmark("accuracy")
@@ -47,6 +49,19 @@ def test_a_tenth_of_every_class_keeps_its_label() -> None:
     assert (labels[known] == LABELS[known]).all()
     assert np.bincount(labels[known]).tolist() == [100] * 10
     assert (labels[~known] == -1).all()
+
+
+def test_the_few_labels_alone_are_those_of_few_and_seen_as_often() -> None:
+    rows, labels = made("few_alone")
+    assert rows.tolist() == np.flatnonzero(made("few")[1] >= 0).tolist()
+    assert (labels == LABELS[rows]).all()
+    preset = str(REPOSITORY / "benchmarks" / "recipes" / "cifar10_short.yaml")
+    few, alone = (settings.load(preset, hard_labels.OPTIONS[name]) for name in ("few", "few_alone"))
+    assert few.teacher == alone.teacher
+    for field in ("student.epochs", "graph.start_epoch", "graph.refresh_epochs"):
+        section, name = field.split(".")
+        once, often = (getattr(getattr(one, section), name) for one in (few, alone))
+        assert often * hard_labels.LABELLED == once
 
 
 def test_the_file_has_the_images_of_its_labels(tmp_path) -> None:
