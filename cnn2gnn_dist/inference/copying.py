@@ -10,7 +10,10 @@ from pathlib import Path
 
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference.folder import artefact
-from cnn2gnn_dist.inference.memory import store
+from cnn2gnn_dist.inference.memory import edits, store
+from cnn2gnn_dist.inference.memory.set_apart import SetApart
+from cnn2gnn_dist.inference.memory.view import forgotten
+from cnn2gnn_dist.log import quoted
 
 LEFT_OUT = (store.LOCK, "*.tmp", *artefact.RECORDS)
 """Patterns of names that concern only the folder that is copied."""
@@ -21,26 +24,33 @@ ATTEMPTS = 20
 def copy_model(source: Path, target: Path, left_out: Collection[str] = LEFT_OUT) -> None:
     """Copy a model; its memory is one that was current meanwhile, and replaces one that is there.
 
+    What that one had forgotten stays listed.
+
     Args:
         source: folder of a model.
         target: another folder, created if it is missing; other files in it are kept.
         left_out: patterns of names of files and folders that are not copied.
 
     Raises:
-        UserError: the memory is damaged, or edited all the time; the target is the source.
+        UserError: the memory is damaged, or edited all the time; the target is the source, or has forgotten
+            images that the source still has.
         FileNotFoundError: a file is missing.
         OSError: a file can't be read or written.
     """
-    if target.exists() and target.samefile(source):
-        raise UserError(
-            "a model can't be copied over itself", where=str(target), remedy="name another folder"
-        )
+    kept = forgotten(target / artefact.MEMORY)
+    if kept:
+        left_out = (*left_out, store.FORGOTTEN)
     for _ in range(ATTEMPTS):
         before = _look(source, left_out)
         try:
+            check_target(source, target)
             _remove_memory(target / artefact.MEMORY)
             _copy(source, target, left_out)
             _check(target / artefact.MEMORY)
+            if kept:
+                edits.record_forgotten(
+                    target / artefact.MEMORY, forgotten(source / artefact.MEMORY)
+                )
             return
         except (FileNotFoundError, UserError):
             if _look(source, left_out) == before:
@@ -78,11 +88,41 @@ def _copy(source: Path, target: Path, left_out: Collection[str]) -> None:
 
 
 def _check(memory: Path) -> None:
-    if memory.is_dir():
+    if (memory / store.HEAD).is_file():
         store.verify(memory, store.read_version(memory, store.head(memory)))
+
+
+def check_target(source: Path, target: Path) -> None:
+    """Check that a model may be copied to a folder; nothing is changed.
+
+    Raises:
+        UserError: it is the model's own, or images would come back that the model in it has forgotten.
+    """
+    if target.exists() and target.samefile(source):
+        raise UserError(
+            "a model can't be copied over itself", where=str(target), remedy="name another folder"
+        )
+    keys = forgotten(target / artefact.MEMORY)
+    if not keys:
+        return
+    there = store.keys_on_disk(source / artefact.MEMORY) | SetApart(source).keys()
+    back = there.intersection(keys)
+    if back:
+        some = ", ".join(sorted(back)[:3]) + (", …" if len(back) > 3 else "")
+        raise UserError(
+            f"the model here has forgotten {len(back)} images that the new one still has: {some}",
+            where=str(target),
+            remedy=f"`cnn2gnn export {quoted(source)} --to {quoted(target)} --force` leaves them out; "
+            "or name another folder",
+        )
 
 
 def _remove_memory(memory: Path) -> None:
     """Remove a memory that is there: mixed with another one, it would keep what that one forgot."""
-    if (memory / store.HEAD).is_file():
-        shutil.rmtree(memory)
+    if not (memory / store.HEAD).is_file():
+        return
+    for path in memory.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != store.FORGOTTEN:
+            path.unlink()

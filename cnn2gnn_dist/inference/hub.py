@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import ModelHubMixin, snapshot_download
 
-from cnn2gnn_dist.inference.copying import copy_model
+from cnn2gnn_dist.inference.copying import check_target, copy_model
 
 
 class HubFolder(ModelHubMixin):
@@ -22,6 +22,22 @@ class HubFolder(ModelHubMixin):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
+        """Copy the model to a folder; a copy that is refused leaves the folder as it is.
+
+        Args:
+            save_directory: the folder.
+            **options: see ``huggingface_hub.ModelHubMixin.save_pretrained``.
+
+        Raises:
+            UserError: see ``copy_model``.
+        """
+        check_target(
+            self.folder, Path(save_directory)
+        )  # the Hub's client removes config.json first
+        found: str | None = super().save_pretrained(save_directory, **options)
+        return found
 
     def _save_pretrained(self, save_directory: Path) -> None:
         copy_model(self.folder, save_directory)

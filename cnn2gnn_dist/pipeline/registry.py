@@ -44,7 +44,8 @@ class Stage:
 
     ``fields``: config sections, fields and versions that determine its outputs; ``needs``: stages it
     builds on; ``alone``: rank 0 works, the others wait; ``trains``: it has checkpoints
-    to resume from.
+    to resume from; ``edits``: what users have changed in its outputs, given the run's folder, which would be lost
+    if they were written anew (empty: nothing); ``keeps``: files of a stale result that the next one reads.
     """
 
     name: str
@@ -54,6 +55,8 @@ class Stage:
     work: Callable[[Context, dict[str, str]], list[Path]]
     alone: bool = False
     trains: bool = False
+    edits: Callable[[Path], str] | None = None
+    keeps: tuple[str, ...] = ()
 
 
 def _pack(context: Context, keys: dict[str, str]) -> list[Path]:
@@ -108,6 +111,12 @@ def _model(context: Context, keys: dict[str, str]) -> list[Path]:
     from cnn2gnn_dist.stages import model
 
     return model.run(context)
+
+
+def _edits_of_model(root: Path) -> str:
+    from cnn2gnn_dist.stages import earlier_models
+
+    return earlier_models.edits_of_run(root)
 
 
 _PACK = Stage(
@@ -199,6 +208,8 @@ _MODEL = Stage(
     ("index", "student", "graph", "evaluate"),
     _model,
     alone=True,
+    edits=_edits_of_model,
+    keeps=("memory/forgotten.csv",),
 )
 
 

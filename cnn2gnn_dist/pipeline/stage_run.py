@@ -164,7 +164,7 @@ def prepare_folder(
 ) -> Step:
     """Mark the stage's folder as begun; refuse a stale one, set it aside, or resume it."""
     root, stage, key = Path(str(survey.config.run.dir)), step.stage, step.key
-    folder = root / stage.folder
+    folder, edits = root / stage.folder, ""
     if key is None:
         raise UserError(
             f"the stage {stage.name} {step.why}",
@@ -183,10 +183,16 @@ def prepare_folder(
                 "--update retrains it",
                 extra={"stage": stage.name},
             )
-    elif step.status is Status.STALE or (update and _of_another_config(step, folder)):
+    elif (
+        step.status is Status.STALE
+        or (update and _of_another_config(step, folder))
+        or (edits := _edits(step, root))
+    ):
         if not (update or force):
             raise UserError(
-                f"the stage {stage.name} in this folder was {step.why}",
+                f"the stage {stage.name} in this folder was {step.why}"
+                if not edits
+                else f"the stage {stage.name} is {step.why}; written anew, it would lose its edits: {edits}",
                 where=str(folder),
                 remedy="another run.dir=…, or --update: the old results are kept next to the new"
                 + ("; or --force: training resumes from its checkpoint" * resumes),
@@ -200,6 +206,12 @@ def prepare_folder(
     if survey.inputs(stage):
         survey.keep()
     return step
+
+
+def _edits(step: Step, root: Path) -> str:
+    """What users have changed in an unfinished stage's folder; a stage that runs again would overwrite it."""
+    edits = step.stage.edits
+    return edits(root) if edits is not None and step.status is Status.RESUME else ""
 
 
 def _of_another_config(step: Step, folder: Path) -> bool:

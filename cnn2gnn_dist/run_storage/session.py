@@ -140,6 +140,16 @@ class RunStorage:
                 raise error
             _log.warning(f"checkpoint {Path(name).parent.name}: {error.what} ({error.where})")
 
+    def fetch_file(self, unit: str, name: str) -> None:
+        """Fetch one file of a stage if the storage has it and this disk has not.
+
+        Raises:
+            Damaged: it is damaged in the storage.
+            UserError: the storage can't be read, or the disk is full.
+        """
+        if name in self._absent(unit):
+            self._get(unit, [name])
+
     def keep_stage(self, unit: str, *, made: bool) -> None:
         """Store a complete stage; one that was not ``made`` just now only if the storage has a different one.
 

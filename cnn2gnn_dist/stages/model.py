@@ -6,7 +6,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,13 +30,16 @@ from cnn2gnn_dist.inference import scoring
 from cnn2gnn_dist.inference.folder import artefact
 from cnn2gnn_dist.inference.folder.artefact import GraphSpec, ModelConfig, StudentSpec, ViewsSpec
 from cnn2gnn_dist.inference.folder.card import card
-from cnn2gnn_dist.inference.memory import edits
+from cnn2gnn_dist.inference.memory import edits, store
+from cnn2gnn_dist.inference.memory.rewiring import without
+from cnn2gnn_dist.inference.memory.rewriting import classes_by_key
 from cnn2gnn_dist.inference.memory.store import NewRows
 from cnn2gnn_dist.inference.memory.view import Memory
 from cnn2gnn_dist.inference.network import Network
 from cnn2gnn_dist.models.student import Scope, Student
 from cnn2gnn_dist.report.labels import CONTROL
 from cnn2gnn_dist.stages.audit_digest import digest
+from cnn2gnn_dist.stages.earlier_models import edits_set_aside, forgotten_of_run, rows_named
 from cnn2gnn_dist.stages.shared.context import Context, RunPaths, chunks, load_manifest
 from cnn2gnn_dist.stages.shared.networks import (
     build_student,
@@ -49,16 +52,18 @@ READ = 256
 """Images read at a time."""
 THUMBNAIL, QUALITY = 64, 85
 FILES = (artefact.CONFIG, artefact.WEIGHTS, artefact.CARD, artefact.CHECKSUMS)
-"""What the stage's record names. Not the memory: editing it does not make the stage stale."""
+RECORDED = (artefact.CONFIG, artefact.WEIGHTS, artefact.CHECKSUMS)
+"""What the stage's record names. Not memory and card: whoever edits them does not make the stage incomplete."""
 
 
 def run(context: Context) -> list[Path]:
     """Write ``RUN/model``, and the first page of its audit into the report.
 
-    An existing model whose training has changed has been set aside before.
+    An existing model whose training has changed, or whose memory has been edited, has been set aside before.
     """
     write_model(context, context.folder)
     context.say(f"the model is in {context.folder}")
+    _warn_of_edits(context)
     if context.paths.results.is_file():
         found = digest(context)
         if isinstance(found, str):
@@ -69,19 +74,39 @@ def run(context: Context) -> list[Path]:
 
             train = load_manifest(context.paths.train_manifest)
             add_audit(context.paths.root, train.classes, found)
-    return [context.folder / name for name in FILES]
+    return [context.folder / name for name in RECORDED]
+
+
+def _warn_of_edits(context: Context) -> None:
+    memory = context.folder / artefact.MEMORY
+    if not (memory / store.HEAD).is_file():
+        return
+    folder, changes = edits_set_aside(context.paths.root, classes_by_key(Memory.open(memory)))
+    if changes:
+        context.warn(
+            f"the memory of {folder} was edited; in comparison with the new one it has {changes}: "
+            "repeat the edits that are still wanted"
+        )
 
 
 def write_model(
-    context: Context, target: Path, *, thumbnails: int | None = None, control: bool = False
+    context: Context,
+    target: Path,
+    *,
+    thumbnails: int | None = None,
+    control: bool = False,
+    forgotten: Sequence[str] = (),
 ) -> None:
     """Write the model of a run whose student (and graph) is finished, or its control.
+
+    Images that the memory of one of the run's models has forgotten are left out.
 
     Args:
         context: of the run.
         target: folder; files of the pipeline in it stay, anything else is replaced.
         thumbnails: side in pixels, 0: none; None: as the config says.
         control: write the control instead: no graph and no memory.
+        forgotten: keys of further images to leave out.
 
     Raises:
         UserError: what is to be written is not finished; the disk is full.
@@ -91,9 +116,10 @@ def write_model(
     scope: Scope = "none" if control else config.graph.scope
     student = build_student(config, train.num_classes, scope, initial=False)
     load_model(student, paths.root, "control" if control else "student")
+    left_out = list(dict.fromkeys([*forgotten, *forgotten_of_run(paths.root)]))
     with durable.disk_full_reported(target):
         target.mkdir(parents=True, exist_ok=True)
-        _clear(target)
+        _clear(target, left_out)
         save_file(
             {name: value.contiguous() for name, value in student.state_dict().items()},
             target / artefact.WEIGHTS,
@@ -105,17 +131,27 @@ def write_model(
         shutil.copymode(target / artefact.CONFIG, target / artefact.WEIGHTS)
         rows = 0
         if scope == "dataset":
-            rows = _memory(context, train, target / artefact.MEMORY, thumbnails)
+            rows = _memory(context, train, target / artefact.MEMORY, thumbnails, left_out)
         durable.write_text(target / artefact.CARD, card(made, results, rows))
-        _calibration(context, student, made, target)
+        _calibration(context, student, made, target, left_out)
         artefact.write_checksums(target)
 
 
-def _clear(target: Path) -> None:
-    """Remove an unfinished model; records of the pipeline stay."""
+def _clear(target: Path, forgotten: Sequence[str]) -> None:
+    """Remove an unfinished model; records of the pipeline stay, and so does the list of forgotten images."""
+    memory = target / artefact.MEMORY
+    if forgotten:  # before anything is removed: a kill must not lose it
+        memory.mkdir(exist_ok=True)
+        edits.record_forgotten(memory, forgotten)
     for name in (*FILES, artefact.CALIBRATION, scoring.FITTED):
         (target / name).unlink(missing_ok=True)
-    shutil.rmtree(target / artefact.MEMORY, ignore_errors=True)
+    for path in memory.iterdir() if memory.is_dir() else ():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != store.FORGOTTEN:
+            path.unlink()
+    if not forgotten:
+        shutil.rmtree(memory, ignore_errors=True)
 
 
 def _config(
@@ -169,8 +205,14 @@ def _results_of_control(paths: RunPaths) -> dict[str, Any] | None:
     return _results(paths.results)
 
 
-def _memory(context: Context, train: Manifest, target: Path, thumbnails: int | None) -> int:
-    """Write the memory from the last graph; return the number of its rows."""
+def _memory(
+    context: Context,
+    train: Manifest,
+    target: Path,
+    thumbnails: int | None,
+    forgotten: Sequence[str],
+) -> int:
+    """Write the memory from the last graph, without forgotten images; return the number of its rows."""
     root = context.paths.root
     check_built_on(root, "graph", "student")
     found = latest_version(root / "graph")
@@ -182,24 +224,44 @@ def _memory(context: Context, train: Manifest, target: Path, thumbnails: int | N
     corrupt = np.ones(len(train), bool)
     corrupt[valid_nodes_of(version.z)] = False
     side = _thumbnail_side(context.config, len(train)) if thumbnails is None else thumbnails
+    gone = rows_named(train, forgotten)
+    rows = NewRows(
+        x=version.x,
+        z=version.z,
+        labels=version.labels,
+        candidates=version.candidates,
+        keys=unique_keys(train),
+        sources=[os.path.basename(train.shards[shard].path) for shard in train.shard_N.tolist()],
+        thumbnails=_thumbnails(context, train, corrupt | gone, side),
+    )
+    if gone.any():
+        context.say(
+            f"{gone.sum():,} images that the memory of this model has forgotten are left out"
+        )
+        rows = _without(rows, ~corrupt, gone)
     edits.create(
         target,
-        NewRows(
-            x=version.x,
-            z=version.z,
-            labels=version.labels,
-            candidates=version.candidates,
-            keys=unique_keys(train),
-            sources=[
-                os.path.basename(train.shards[shard].path) for shard in train.shard_N.tolist()
-            ],
-            thumbnails=_thumbnails(context, train, corrupt, side),
-        ),
+        rows,
         train.classes,
         f"export of the run {context.config.name}",
-        np.flatnonzero(corrupt),
+        np.flatnonzero(corrupt[~gone]),
     )
-    return len(train) - int(corrupt.sum())
+    return len(train) - int((corrupt | gone).sum())
+
+
+def _without(rows: NewRows, live: np.ndarray, gone: np.ndarray) -> NewRows:
+    """Rows with candidates among those that stay; see ``rewiring.without``."""
+    assert rows.candidates is not None
+    kept = np.flatnonzero(~gone)
+    return NewRows(
+        x=rows.x[kept],
+        z=rows.z[kept],
+        labels=rows.labels[kept],
+        candidates=without(rows.candidates, rows.z, live, gone),
+        keys=[rows.keys[row] for row in kept.tolist()],
+        sources=[rows.sources[row] for row in kept.tolist()],
+        thumbnails=[rows.thumbnails[row] for row in kept.tolist()],
+    )
 
 
 def _thumbnail_side(config: Config, images: int) -> int:
@@ -254,8 +316,14 @@ class _Columns:
         return {name: np.concatenate(parts) for name, parts in self.parts.items()}
 
 
-def _calibration(context: Context, student: Student, made: ModelConfig, target: Path) -> None:
-    """Run the model over the images set apart (``data.calibration``), as it will run in use."""
+def _calibration(
+    context: Context,
+    student: Student,
+    made: ModelConfig,
+    target: Path,
+    forgotten: Sequence[str],
+) -> None:
+    """Run the model over the images set apart (``data.calibration``) and not forgotten, as it will run in use."""
     path = context.paths.calibration_manifest
     if not path.is_file() or not len(apart := Manifest.load(path)):
         return
@@ -263,8 +331,10 @@ def _calibration(context: Context, student: Student, made: ModelConfig, target: 
     memory = Memory.open(target / artefact.MEMORY) if made.scope == "dataset" else None
     columns = _Columns({})
     train = load_manifest(context.paths.train_manifest)
-    keys = np.array(unique_keys(apart, beside=train.keys.to_pylist()))
-    for images, label, rows in _batches(context, path, len(apart)):
+    in_use = train.keys.to_pylist()
+    keys = np.array(unique_keys(apart, beside=in_use))
+    kept = ~rows_named(apart, forgotten, beside=in_use)
+    for images, label, rows in _batches(context, path, kept):
         out = network(images, memory)
         columns.add(
             logits=out.logits, self_logits=out.self_logits, x=out.x, z=out.z, label=label,
@@ -279,17 +349,19 @@ def _calibration(context: Context, student: Student, made: ModelConfig, target: 
 
 
 def _batches(
-    context: Context, manifest: Path, count: int
+    context: Context, manifest: Path, kept: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Images uint8 [b, S, S, 3], labels and rows int64 [b], without corrupt ones; a seeded random order.
+    """Images uint8 [b, S, S, 3], labels and rows int64 [b], of the rows in ``kept`` (bool); a seeded random order.
 
-    In ``batch`` scope the images of a batch influence each other: batches of one class would score too well.
+    Corrupt images are left out. In ``batch`` scope the images of a batch influence each other: batches of one class
+    would score too well.
     """
     views = context.views()
     reader = _reader(context, manifest, views)
-    order = np.random.default_rng(context.config.seed).permutation(count)
+    order = np.random.default_rng(context.config.seed).permutation(len(kept))
+    order = order[kept[order]]
     try:
-        for rows in chunks(count, 64):
+        for rows in chunks(len(order), 64):
             ids = order[rows.start : rows.stop]
             batch = reader.read(Request(ids, CLEAN))
             if batch.valid.any():

@@ -225,7 +225,7 @@ class _ModelSource(Source):
 def _of_model(folder: Path) -> Source:
     config = artefact.read_config(folder)
     artefact.check_files(folder, read=False)
-    if not (folder / artefact.MEMORY).is_dir():
+    if not (folder / artefact.MEMORY / store.HEAD).is_file():
         raise UserError(
             "this model has no memory of its training images",
             where=str(folder),

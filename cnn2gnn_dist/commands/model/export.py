@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from cnn2gnn_dist import durable, ledger
 from cnn2gnn_dist.commands.model.opening import context_of, opened
 from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.inference import editing
 from cnn2gnn_dist.inference.classifier import Classifier
 from cnn2gnn_dist.inference.copying import LEFT_OUT, copy_model
 from cnn2gnn_dist.inference.folder import artefact
 from cnn2gnn_dist.inference.folder.run_model import model_of_run
+from cnn2gnn_dist.inference.memory import store
+from cnn2gnn_dist.inference.memory.edits import record_forgotten
+from cnn2gnn_dist.inference.memory.rewriting import classes_by_key, edits_of
+from cnn2gnn_dist.inference.memory.set_apart import SetApart
+from cnn2gnn_dist.inference.memory.view import forgotten
 from cnn2gnn_dist.log import output, quoted
+
+_log = logging.getLogger(__name__)
 
 
 def command(run: Path, target: Path, *, force: bool = False, control: bool = False) -> int:
     """Write a run's model to a separate folder, and print how to use it.
+
+    Images that a replaced model has forgotten are left out; its other edits are named.
 
     Args:
         run: folder of a finished run, or a model's folder (to copy it).
@@ -51,9 +63,10 @@ def command(run: Path, target: Path, *, force: bool = False, control: bool = Fal
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         with durable.disk_full_reported(target):
-            _write(run, temporary, control)
-        Classifier.open(temporary, device="cpu", verify=True)
+            _write(run, temporary, control, forgotten(target / artefact.MEMORY))
+        made = Classifier.open(temporary, device="cpu", verify=True)
         if target.exists():
+            _warn_of_edits(target, made)
             shutil.rmtree(aside, ignore_errors=True)  # left behind by a killed attempt
             os.replace(target, aside)
         os.replace(temporary, target)
@@ -102,7 +115,17 @@ def programs(model: Path, target: Path) -> int:
     return 0
 
 
-def _write(run: Path, temporary: Path, control: bool) -> None:
+def _warn_of_edits(target: Path, made: Classifier) -> None:
+    """Say what edits of the memory that is replaced are not in the new one."""
+    new = {} if made.memory is None else classes_by_key(made.memory)
+    if edits := edits_of(target / artefact.MEMORY, new):
+        _log.warning(
+            f"the memory in {target} was edited; in comparison with the new one it had {edits}"
+        )
+
+
+def _write(run: Path, temporary: Path, control: bool, left_out: Sequence[str]) -> None:
+    """Write the model without the images that the one in its place had forgotten."""
     source = run if (run / artefact.CONFIG).is_file() else None
     if source is None:
         context = context_of(run, "control" if control else "student")
@@ -110,11 +133,27 @@ def _write(run: Path, temporary: Path, control: bool) -> None:
     if source is None:
         from cnn2gnn_dist.stages.model import write_model
 
-        write_model(context, temporary, control=control)
+        write_model(context, temporary, control=control, forgotten=left_out)
         return
     artefact.read_config(source)
     artefact.check_files(source)
     copy_model(source, temporary, (*LEFT_OUT, ledger.HELD))
+    if left_out:
+        _forget(temporary, left_out)
+
+
+def _forget(folder: Path, keys: Sequence[str]) -> None:
+    memory, apart = folder / artefact.MEMORY, SetApart(folder)
+    if (memory / store.HEAD).is_file():
+        there = store.keys_on_disk(memory) | apart.keys()
+        known = [key for key in keys if key in there]
+        if known:
+            _log.info(f"{len(known):,} images that the replaced model has forgotten are left out")
+            editing.forget(Classifier.open(folder, device="cpu"), known)
+    else:
+        apart.forget(keys)
+    memory.mkdir(exist_ok=True)
+    record_forgotten(memory, keys)
 
 
 def _check_target(run: Path, target: Path, force: bool) -> None:

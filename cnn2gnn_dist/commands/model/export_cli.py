@@ -17,7 +17,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--force",
         action="store_true",
-        help="replace an existing model (not ONNX graphs or programs)",
+        help="replace an existing model (not ONNX graphs or programs); what its memory has forgotten stays "
+        "left out, other edits are lost",
     )
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument(

@@ -37,13 +37,13 @@ def create(
     """Create a memory from rows and their candidate table.
 
     Args:
-        root: folder; it must not exist.
+        root: folder; it must not exist, or hold only the list of forgotten images, which stays.
         rows: all rows, with candidates.
         classes: names of the trained classes.
         action: what was done, for people.
         left_out: int64, rows that are never candidates (corrupt images).
     """
-    root.mkdir(parents=True)
+    root.mkdir(parents=True, exist_ok=(root / store.FORGOTTEN).is_file())
     with store.editing(root):
         name = store.write_segment(root, rows)
         arrays = {"removed": np.asarray(left_out, np.int64)} if len(left_out) else {}
@@ -343,8 +343,8 @@ def _refuse_unknown(edit: Edit, keys: Sequence[str], apart: SetApart | None) -> 
             f"{error.what}; an image may be one of the {apart.unnamed} set apart for calibration, whose keys this "
             "model, exported before 29 Nov 2026, does not have",
             where=error.where,
-            remedy="`cnn2gnn memory ls MODEL --keys` lists those in the memory; to forget one set apart, remove model/ "
-            "of the run, run the same `cnn2gnn run`, and forget it there; nothing was changed",
+            remedy="`cnn2gnn memory ls MODEL --keys` lists those in the memory; to forget one set apart, make "
+            "RUN/model anew with `cnn2gnn run --update` and the run's config, and forget it there; nothing was changed",
         ) from None
 
 

@@ -49,6 +49,25 @@ def rewired(base_NM: np.ndarray, z_Nd: np.ndarray, live_N: np.ndarray) -> Rewire
     return Rewired(ids, nearest_rows(z_Nd, np.flatnonzero(live_N), ids, width))
 
 
+def without(
+    base_NM: np.ndarray, z_Nd: np.ndarray, live_N: np.ndarray, gone_N: np.ndarray
+) -> np.ndarray:
+    """int32 [rows that stay, M]: the table without some rows, numbered anew.
+
+    Args:
+        base_NM: int32, candidates of all rows; -1 = none.
+        z_Nd: float32 of unit length.
+        live_N: bool, False for rows that are nobody's candidates.
+        gone_N: bool, the rows to leave out.
+    """
+    changed = rewired(base_NM, z_Nd, live_N & ~gone_N)
+    table_NM = np.array(base_NM)
+    table_NM[changed.ids_K] = changed.rows_KM
+    new_N = np.cumsum(~gone_N, dtype=np.int32) - 1
+    kept_nM = table_NM[~gone_N]
+    return np.where(kept_nM >= 0, new_N[kept_nM.clip(min=0)], -1).astype(np.int32)
+
+
 def _reached(table: np.ndarray, rows: slice, z_Nd: np.ndarray, added: np.ndarray) -> np.ndarray:
     """Whether an added row is nearer than the last candidate, or a slot is free."""
     if not len(added):

@@ -1,4 +1,4 @@
-"""``cnn2gnn export --force``: what a kill between its two renames leaves behind; where it is refused."""
+"""``cnn2gnn export``: what a kill between two renames leaves behind, where it is refused, what stays forgotten."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shlex
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cnn2gnn_dist import cli
@@ -15,8 +16,9 @@ from cnn2gnn_dist.commands.model.opening import opened
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference import editing
 from cnn2gnn_dist.inference.classifier import Classifier, load
+from cnn2gnn_dist.inference.folder import artefact
 from cnn2gnn_dist.inference.memory import store
-from tests.support.models import write_model
+from tests.support.models import calibrate, write_model
 
 
 @pytest.fixture
@@ -99,6 +101,78 @@ def test_a_copy_over_an_earlier_one_keeps_nothing_that_was_forgotten(tmp_path):
     assert "img-3" not in store.keys_on_disk(copied.memory.root)
     with pytest.raises(UserError, match="over itself"):
         model.save_pretrained(model.folder)
+    assert len(load(model.folder, device="cpu").memory) == 39  # nothing of it was removed
+
+
+@pytest.fixture
+def forgetful(tmp_path: Path) -> tuple[Path, Path]:
+    """A model, and a copy of it which has forgotten two images since; the model has removed one of them."""
+    model = Classifier.open(write_model(tmp_path / "model"), device="cpu")
+    model.save_pretrained(tmp_path / "copy")
+    editing.remove(model, ["img-3"])  # and its features are kept for ``undo``
+    editing.forget(model, ["img-9"])
+    editing.remove(model, ["img-5"])
+    editing.forget(Classifier.open(tmp_path / "copy", device="cpu"), ["img-3", "img-5"])
+    return tmp_path / "model", tmp_path / "copy"
+
+
+def listed(folder: Path) -> set[str]:
+    lines = (folder / "memory" / store.FORGOTTEN).read_text().splitlines()[1:]
+    return {line.partition(",")[0] for line in lines}
+
+
+def test_what_the_replaced_model_has_forgotten_does_not_come_back(forgetful, capsys):
+    model, copy = forgetful
+    assert cli.main(["export", str(model), "--to", str(copy), "--force"]) == 0
+    found = Classifier.open(copy, device="cpu", verify=True)
+    kept = {f"img-{i}" for i in range(40)} - {"img-3", "img-5", "img-9"}
+    assert store.keys_on_disk(found.memory.root) == kept
+    assert listed(copy) == {"img-3", "img-5", "img-9"}
+    assert not any(path.name.startswith(".copy") for path in copy.parent.iterdir())
+
+
+def test_a_model_without_a_memory_keeps_the_list_for_the_next_one(forgetful, tmp_path):
+    model, copy = forgetful
+    plain = write_model(tmp_path / "plain", "none", seed=5)
+    for source in (plain, model):
+        assert cli.main(["export", str(source), "--to", str(copy), "--force"]) == 0
+        found = Classifier.open(copy, device="cpu", verify=True)
+        assert (found.memory is None) == (source == plain)
+        assert {"img-3", "img-5"} <= listed(copy)
+    assert "img-5" not in store.keys_on_disk(copy / "memory")
+
+
+@pytest.mark.parametrize("scope", ["dataset", "none"])
+def test_an_image_set_apart_does_not_come_back_either(scope, tmp_path):
+    source = calibrate(write_model(tmp_path / "model", scope)).folder
+    calibrate(write_model(tmp_path / "copy"))
+    with np.load(source / artefact.CALIBRATION) as kept:
+        keys = kept["key"].tolist()
+    editing.forget(Classifier.open(tmp_path / "copy", device="cpu"), keys[4:6])
+    assert cli.main(["export", str(source), "--to", str(tmp_path / "copy"), "--force"]) == 0
+    Classifier.open(tmp_path / "copy", device="cpu", verify=True)
+    with np.load(tmp_path / "copy" / artefact.CALIBRATION) as kept:
+        assert kept["key"].tolist() == keys[:4] + keys[6:]
+        assert len(kept["logits"]) == len(keys) - 2
+    assert listed(tmp_path / "copy") == set(keys[4:6])
+
+
+def test_saved_over_a_model_that_has_forgotten_more_is_refused(forgetful, tmp_path, capsys):
+    model, copy = forgetful
+    before = store.keys_on_disk(copy / "memory")
+    with pytest.raises(
+        UserError, match="has forgotten 1 images that the new one still has: img-5"
+    ) as caught:
+        Classifier.open(model, device="cpu").save_pretrained(copy)
+    assert store.keys_on_disk(copy / "memory") == before
+    remedy = caught.value.remedy.split("`")[1]
+    assert cli.main(shlex.split(remedy)[1:]) == 0
+    assert "img-5" not in store.keys_on_disk(copy / "memory")
+    # Nothing would come back from a model that has none of them; what both have forgotten stays listed.
+    editing.forget(Classifier.open(model, device="cpu"), ["img-5"])
+    Classifier.open(model, device="cpu").save_pretrained(copy)
+    assert listed(copy) == {"img-3", "img-5", "img-9"}
+    assert Classifier.open(copy, device="cpu", verify=True).memory.rows == 37
 
 
 def test_an_export_on_a_full_disk_is_an_error_with_a_remedy(tmp_path, monkeypatch, capsys):

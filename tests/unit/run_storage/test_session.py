@@ -163,6 +163,22 @@ def test_a_damaged_file_of_a_finished_stage_is_an_error(tmp_path):
     assert caught.value.where.startswith(f"{URL}/files/shards/train-000000.")
 
 
+def test_one_file_of_a_stage_is_fetched_without_the_others(tmp_path):
+    storage = opened(tmp_path / "here")
+    finished(tmp_path / "here" / "model", {"w": b"weights"})
+    (tmp_path / "here" / "model" / "memory").mkdir()
+    (tmp_path / "here" / "model" / "memory" / "forgotten.csv").write_bytes(b"key,class")
+    storage.keep_stage("model", made=True)
+    other, stage = opened(tmp_path / "there"), tmp_path / "there" / "model"
+    for name in ("memory/forgotten.csv", "memory/none.csv"):
+        other.fetch_file("model", name)
+    assert (stage / "memory" / "forgotten.csv").read_bytes() == b"key,class"
+    assert not (stage / "w").exists()
+    (stage / "memory" / "forgotten.csv").write_bytes(b"more, by now")
+    other.fetch_file("model", "memory/forgotten.csv")
+    assert (stage / "memory" / "forgotten.csv").read_bytes() == b"more, by now"
+
+
 def test_scratch_that_survived_is_used_unless_the_run_went_on_elsewhere(tmp_path, caplog):
     here, there = tmp_path / "here", tmp_path / "there"
     storage = opened(here)

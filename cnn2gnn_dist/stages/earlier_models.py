@@ -1,0 +1,76 @@
+"""The models that a run had before: what their memories have forgotten holds for the next one, too.
+
+``RUN/model`` is moved to ``model.old-1``, ``-2``, … before another takes its place. Its edits stay there, except for
+the list of forgotten images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+import numpy as np
+
+from cnn2gnn_dist.data.index.manifest import Manifest
+from cnn2gnn_dist.data.index.relabel import unique_keys
+from cnn2gnn_dist.graph.search.valid_nodes import valid_nodes_of
+from cnn2gnn_dist.graph.version import latest_version, open_version
+from cnn2gnn_dist.inference.folder import artefact
+from cnn2gnn_dist.inference.folder.run_model import MODEL
+from cnn2gnn_dist.inference.memory.rewriting import edits_of, is_edited
+from cnn2gnn_dist.inference.memory.view import forgotten
+from cnn2gnn_dist.stages.shared.context import RunPaths, load_manifest
+
+
+def memories_of(root: Path) -> list[Path]:
+    """The memories of a run's models: that of ``RUN/model``, then of those that were set aside, the last one first."""
+    numbered = [
+        path for path in root.glob(f"{MODEL}.old-*") if path.name.rpartition("-")[2].isdigit()
+    ]
+    aside = sorted(numbered, key=lambda path: -int(path.name.rpartition("-")[2]))
+    return [folder / artefact.MEMORY for folder in (root / MODEL, *aside)]
+
+
+def forgotten_of_run(root: Path) -> list[str]:
+    """The keys that the memories of a run's models have forgotten."""
+    return list(dict.fromkeys(key for memory in memories_of(root) for key in forgotten(memory)))
+
+
+def rows_named(manifest: Manifest, keys: Iterable[str], beside: Collection[str] = ()) -> np.ndarray:
+    """Bool [N]: images with one of these keys, alone or as ``shard/key``.
+
+    A key that several images have names all of them: which one was forgotten is not known. ``beside``: keys that
+    name other images.
+    """
+    wanted = set(keys)
+    if not wanted:
+        return np.zeros(len(manifest), bool)
+    alone = wanted.difference(beside)
+    pairs = zip(manifest.keys.to_pylist(), unique_keys(manifest, beside=beside), strict=True)
+    return np.array([key in alone or name in wanted for key, name in pairs], bool)
+
+
+def edits_of_run(root: Path) -> str:
+    """The edits of ``RUN/model`` that would be lost if it were written anew: all but what its memory has forgotten."""
+    memory = root / MODEL / artefact.MEMORY
+    return edits_of(memory, _as_written(root)) if is_edited(memory) else ""
+
+
+def edits_set_aside(root: Path, new: dict[str, str]) -> tuple[str, str]:
+    """The folder of the model that was set aside last, and what its memory has that the new one has not."""
+    for memory in memories_of(root)[1:]:
+        return memory.parent.name, edits_of(memory, new)
+    return "", ""
+
+
+def _as_written(root: Path) -> dict[str, str]:
+    """The class of each image, by key, of the memory that would be written now."""
+    found = latest_version(root / "graph")
+    if found is None:
+        return {}
+    version, train = open_version(found), load_manifest(RunPaths(root).train_manifest)
+    kept = ~rows_named(train, forgotten_of_run(root))
+    kept[np.setdiff1d(np.arange(len(train)), valid_nodes_of(version.z))] = False
+    keys, names = unique_keys(train), [*train.classes, ""]
+    labels = version.labels.tolist()
+    return {keys[row]: names[labels[row]] for row in np.flatnonzero(kept).tolist()}

@@ -1,0 +1,33 @@
+"""A stored run whose model is stale: what it has forgotten is there before it is set aside."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cnn2gnn_dist import ledger, settings
+from cnn2gnn_dist.inference.folder.artefact import MEMORY
+from cnn2gnn_dist.inference.memory import store
+from cnn2gnn_dist.ledger import Status
+from cnn2gnn_dist.pipeline.planning import Step
+from cnn2gnn_dist.pipeline.registry import STAGES
+from cnn2gnn_dist.pipeline.stored import Stored
+from cnn2gnn_dist.stages.earlier_models import forgotten_of_run
+from tests.unit.run_storage.test_session import finished, opened
+
+
+def test_the_list_of_forgotten_images_is_fetched(tmp_path: Path):
+    """On fresh scratch only the records of the stage are there."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    storage = opened(here)
+    finished(here / "model", {"w": b"weights"})
+    (here / "model" / MEMORY).mkdir()
+    (here / "model" / MEMORY / store.FORGOTTEN).write_text("key,class\na-1,drop?\n")
+    storage.keep_stage("model", made=True)
+
+    stored = Stored(settings.load("demo", [f"run.dir={there}", "run.storage=memory://runs/one"]))
+    stored.storage = opened(there)
+    assert forgotten_of_run(there) == []
+    stored.before(Step(STAGES["model"], "another key", Status.STALE, ""), [], False)
+    ledger.set_aside(there / "model")
+    assert forgotten_of_run(there) == ["a-1"]
+    assert not (there / "model.old-1" / "w").exists()
