@@ -29,6 +29,11 @@ from cnn2gnn_dist.inference.sets.relations import Relations
 from cnn2gnn_dist.inference.sets.together import Together
 
 FITTED = "calibration.json"
+REMEDY = (
+    "`cnn2gnn run --update` with the config of its run writes RUN/model anew, without what it has forgotten, and keeps "
+    "the old one next to it"
+)
+"""What to do about a model with an earlier rule for sets."""
 _log = logging.getLogger(__name__)
 
 
@@ -99,6 +104,11 @@ class Scoring:
         except (ValueError, KeyError, TypeError) as error:
             raise artefact.damaged(path, str(error)) from None
 
+    @property
+    def is_earlier(self) -> bool:
+        """Whether sets are answered by a rule that this version no longer fits."""
+        return self.shares_repeat or isinstance(self.together, Together)
+
     def probabilities(self, made: Outputs, memory: Memory | None, trained: int) -> np.ndarray:
         """Probabilities float32 [B, classes of the memory]; 0 for new classes without images."""
         classes = trained if memory is None else len(memory.classes)
@@ -166,8 +176,7 @@ class Scoring:
         if self.shares_repeat:
             _log.warning(
                 "the model's classes are uneven, and its rule for sets, from before 28 Nov 2026, counts their shares "
-                "once per image: it favors frequent classes; remove model/ of its run, and the same `cnn2gnn run` "
-                "writes it anew"
+                f"once per image: it favors frequent classes; {REMEDY}"
             )
         return self.together
 
@@ -234,6 +243,8 @@ def votes(made: Outputs, memory: Memory, classes: int) -> np.ndarray:
 
 def write(folder: Path) -> None:
     """Fit what a model's ``calibration.npz`` allows, and write ``calibration.json``.
+
+    A change of what it fits raises ``version.calibration`` (``pipeline/registry.py``): keys of runs include it.
 
     Raises:
         UserError: the network's outputs for these images are not finite.

@@ -138,6 +138,7 @@ DEFAULTS: dict[str, Any] = {
     "student.early_size": None,
     "student.early_share": 0.6,
     "graph.gate_lr": 1.0,
+    "version.calibration": 1,  # 2: the rule for sets of 28 Nov 2026 (``inference/sets``); keys of the images
     "version.decoding": 1,
     "version.frozen": 1,  # 2: parameters of rate 0 don't count in the norm that is clipped
     "version.unlabelled": 1,  # 2: the teacher's batches have labelled images only

@@ -76,7 +76,7 @@ def parts(
     values = settings.as_flat(config) | VERSIONS
     left_out = EXECUTION - ({"evaluate.batch"} if config.graph.scope == "batch" else set())
     found = {name: values[name] for name in _of_stage(stage, values) if name not in left_out}
-    for name in ("student.logit_adjust", "data.unlabelled"):
+    for name in ("student.logit_adjust", "data.unlabelled", "data.calibration"):
         if not values[name]:  # without, all its versions are alike
             found.pop(f"version.{name.rpartition('.')[2]}", None)
     for model, read in deepspeed.items():

@@ -29,6 +29,7 @@ EXECUTION = frozenset(
 
 
 VERSIONS = {
+    "version.calibration": 2,
     "version.decoding": DECODING,
     "version.frozen": 2,
     "version.logit_adjust": 3,
@@ -204,7 +205,7 @@ _EVALUATE = Stage(
 _MODEL = Stage(
     "model",
     "model",
-    ("seed", "views", "model"),
+    ("seed", "views", "model", "version.calibration"),
     ("index", "student", "graph", "evaluate"),
     _model,
     alone=True,

@@ -21,6 +21,7 @@ from cnn2gnn_dist.inference.memory.edits import record_forgotten
 from cnn2gnn_dist.inference.memory.rewriting import classes_by_key, edits_of
 from cnn2gnn_dist.inference.memory.set_apart import SetApart
 from cnn2gnn_dist.inference.memory.view import forgotten
+from cnn2gnn_dist.inference.scoring import REMEDY
 from cnn2gnn_dist.log import output, quoted
 
 _log = logging.getLogger(__name__)
@@ -65,6 +66,10 @@ def command(run: Path, target: Path, *, force: bool = False, control: bool = Fal
         with durable.disk_full_reported(target):
             _write(run, temporary, control, forgotten(target / artefact.MEMORY))
         made = Classifier.open(temporary, device="cpu", verify=True)
+        if made.scoring.is_earlier:
+            _log.warning(
+                f"images answered together: this model has an earlier rule; {REMEDY}; then export it again"
+            )
         if target.exists():
             _warn_of_edits(target, made)
             shutil.rmtree(aside, ignore_errors=True)  # left behind by a killed attempt

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shlex
 import shutil
@@ -18,6 +19,7 @@ from cnn2gnn_dist.inference import editing
 from cnn2gnn_dist.inference.classifier import Classifier, load
 from cnn2gnn_dist.inference.folder import artefact
 from cnn2gnn_dist.inference.memory import store
+from cnn2gnn_dist.inference.scoring import FITTED
 from tests.support.models import calibrate, write_model
 
 
@@ -173,6 +175,19 @@ def test_saved_over_a_model_that_has_forgotten_more_is_refused(forgetful, tmp_pa
     Classifier.open(model, device="cpu").save_pretrained(copy)
     assert listed(copy) == {"img-3", "img-5", "img-9"}
     assert Classifier.open(copy, device="cpu", verify=True).memory.rows == 37
+
+
+@pytest.mark.parametrize("earlier", [True, False])
+def test_an_export_says_if_sets_are_answered_by_an_earlier_rule(earlier, tmp_path, console, capsys):
+    folder = calibrate(write_model(tmp_path / "model")).folder
+    if earlier:
+        kept = json.loads((folder / FITTED).read_text())
+        assert kept["together"].pop("shift")
+        (folder / FITTED).write_text(json.dumps(kept))
+        artefact.write_checksums(folder)
+    assert cli.main(["export", str(folder), "--to", str(tmp_path / "copy")]) == 0
+    said = capsys.readouterr().err
+    assert ("this model has an earlier rule; `cnn2gnn run --update`" in said) == earlier
 
 
 def test_an_export_on_a_full_disk_is_an_error_with_a_remedy(tmp_path, monkeypatch, capsys):

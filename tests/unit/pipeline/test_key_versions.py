@@ -16,12 +16,16 @@ def key_of(config: Config, stage: str) -> str:
 
 @pytest.mark.parametrize(
     ("stage", "option"),
-    [("student", "student.logit_adjust=1"), ("teacher", "data.unlabelled=true")],
+    [
+        ("student", "student.logit_adjust=1"),
+        ("teacher", "data.unlabelled=true"),
+        ("model", "data.calibration=0.1"),
+    ],
 )
 def test_only_runs_with_the_option_have_its_version_in_their_keys(monkeypatch, stage, option):
     version = f"version.{option.partition('=')[0].partition('.')[2]}"
     for options in ([], [option]):
-        config = settings.load("demo", options)
+        config = settings.load("demo", ["data.calibration=0", *options])
         now = key_of(config, stage)
         with monkeypatch.context() as earlier:
             earlier.setitem(registry.VERSIONS, version, 1)
