@@ -149,7 +149,8 @@ def test_what_is_refused_at_the_start(folder: Path, tmp_path: Path):
     assert "at least 16" in fails(folder, CNN2GNN_TOKEN="abc")
     assert "can't be read" in fails(folder, "--token-file", str(tmp_path / "none"))
     assert "not a valid limit" in fails(folder, "--max-images", "0")
-    assert "not a model" in fails(tmp_path)
+    (tmp_path / "other").mkdir()  # tmp_path itself contains a model
+    assert "not a model" in fails(tmp_path / "other")
 
 
 def test_a_public_address_is_reported_clearly(folder: Path):
