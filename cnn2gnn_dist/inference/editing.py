@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.graph.duplicates import row_keys
 from cnn2gnn_dist.inference.classifier import BATCH, Classifier
 from cnn2gnn_dist.inference.folder import artefact
 from cnn2gnn_dist.inference.inputs import UNNAMED, Pixels
@@ -103,7 +104,7 @@ def add(
         label = edit.class_index(class_name, new=True)
         rows = _rows(good, made, label, edit.before)
         edit.add(rows)
-        fitted = _score_new_classes(model, edit, old_loss, rows, made.logits)
+        fitted = _score_new_classes(model, edit, old_loss)
         entry = edit.classes[label]
         planned = Added(
             version=None,
@@ -164,7 +165,7 @@ def forget(model: Classifier, keys: Sequence[str], *, wait_s: float = 10.0) -> V
     version = edits.forget(
         _root(model),
         keys,
-        score=lambda edit: _score_new_classes(model, edit, None, None, None, without=keys),
+        score=lambda edit: _score_new_classes(model, edit, without=keys),
         apart=SetApart(model.folder),
         wait_s=wait_s,
     )
@@ -199,7 +200,7 @@ def _edited(model: Classifier, change: Any, action: str, wait_s: float) -> Versi
     with store.editing(root, wait_s):
         edit = edits.Edit(root)
         change(edit)
-        _score_new_classes(model, edit, None, None, None)
+        _score_new_classes(model, edit)
         version = edit.commit(action)
     model.reload()
     return version
@@ -253,43 +254,28 @@ def _digest(one: Pixels) -> str:
 def _score_new_classes(
     model: Classifier,
     edit: edits.Edit,
-    old_loss: float | None,
-    added: NewRows | None,
-    added_logits: np.ndarray | None,
+    old_loss: float | None = None,
     without: Collection[str] = (),
 ) -> NewClasses | None:
     """Fit rule R to the new classes after an edit; without any the head is as trained.
 
-    The logits of new images are those from when they were added: they depend on the memory at that time.
+    It depends on the set of images alone, not on how it was reached: logits are computed anew, and rows come in the
+    order of their contents, so that even sums have the same bits.
     """
-    trained = edit.before.trained
-    ids, logits = edit.array("heads_rows"), edit.array("heads_logits")
-    if ids is None or logits is None:
-        ids, logits = np.empty(0, np.int64), np.empty((0, trained), np.float32)
-    if added is not None and added_logits is not None:
-        first = len(edit.live) - len(added.labels)
-        ids = np.concatenate([ids, np.arange(first, len(edit.live))])
-        logits = np.concatenate([logits, added_logits])
-    wanted = edit.live[ids] & (edit.labels[ids] >= trained)
-    new_ids, new_logits = ids[wanted], logits[wanted]
-    relabelled = np.setdiff1d(np.flatnonzero(edit.live & (edit.labels >= trained)), new_ids)
-    if len(relabelled):  # trained on, and now of a new class
-        new_ids = np.concatenate([new_ids, relabelled])
-        new_logits = np.concatenate([new_logits, _self_logits(model, edit.x(relabelled))])
+    new_ids = np.flatnonzero(edit.live & (edit.labels >= edit.trained))
     if not len(new_ids):
-        edit.score_new_classes({}, {})
+        edit.heads = {}
         return None
     temperature = model.scoring.calibrated().temperature
     held_out = HeldOut.read(model.folder, without)
     assert held_out is not None
-    x = edit.x(new_ids).astype(np.float32)
-    entries = {
-        edit.classes[label].name: Images(
-            new_logits[edit.labels[new_ids] == label], x[edit.labels[new_ids] == label]
-        )
-        for label in np.unique(edit.labels[new_ids]).tolist()
-    }
-    known = np.flatnonzero(edit.live & (edit.labels < trained))  # those being added, too
+    new_ids = _by_content(edit, new_ids)
+    logits, x = _logits(model, edit, new_ids), edit.x(new_ids).astype(np.float32)
+    labels = edit.labels[new_ids]
+    named = sorted((edit.classes[label].name, label) for label in np.unique(labels).tolist())
+    entries = {name: Images(logits[labels == label], x[labels == label]) for name, label in named}
+    known = np.flatnonzero(edit.live & (edit.labels < edit.trained))  # those being added, too
+    known = _by_content(edit, known)
     known_x = edit.x(known).astype(np.float32)
     old = OldClasses.fit(
         known_x, edit.labels[known], held_out.images, held_out.labels_n,
@@ -305,9 +291,7 @@ def _score_new_classes(
         replay=Images(_self_logits(model, known_x), known_x),
     )
     _warn_of_losses(model, fitted.lost(old, held_out.images, held_out.labels_n), loss)
-    edit.score_new_classes(
-        {"old": old.to_json(), "new": fitted.to_json()}, {"rows": new_ids, "logits": new_logits}
-    )
+    edit.heads = {"old": old.to_json(), "new": fitted.to_json()}
     return fitted
 
 
@@ -319,6 +303,23 @@ def _warn_of_losses(model: Classifier, lost: Iterable[tuple[int, int, int]], mos
             f"answered right, although all old classes together lose at most {most:g} points: it is rare; a smaller "
             "--old-loss keeps more of it"
         )
+
+
+def _by_content(edit: edits.Edit, ids: np.ndarray) -> np.ndarray:
+    """Rows in the order of a hash of their x."""
+    return ids[np.argsort(row_keys(edit.x(ids)), kind="stable")]
+
+
+def _logits(model: Classifier, edit: edits.Edit, ids: np.ndarray) -> np.ndarray:
+    """Logits of rows after an edit, each as if it were not in the memory."""
+    near = edit.nearest_others(ids, model.spec.graph.fanout).astype(np.int64)
+    starts = range(0, len(ids), BATCH)
+    return np.concatenate(
+        [
+            model.network.row_logits(edit, ids[at : at + BATCH], near[at : at + BATCH])
+            for at in starts
+        ]
+    )
 
 
 @torch.inference_mode()

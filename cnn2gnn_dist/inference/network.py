@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -12,9 +13,29 @@ from cnn2gnn_dist.errors import UserError, first_line
 from cnn2gnn_dist.inference.batch_invariance import make_batch_invariant, smallest_batch
 from cnn2gnn_dist.inference.folder.artefact import ModelConfig
 from cnn2gnn_dist.inference.memory.view import Memory
-from cnn2gnn_dist.models.block import Block, averaged_block
+from cnn2gnn_dist.models.block import Block, averaged_block, nearest
+from cnn2gnn_dist.models.graph_head import squared_distances
 from cnn2gnn_dist.models.stem import build_stem
 from cnn2gnn_dist.models.student import Student
+
+
+class Rows(Protocol):
+    """What a block needs of a memory, or of an edit of one."""
+
+    labels: np.ndarray
+
+    @property
+    def trained(self) -> int:
+        """The number of classes that have a logit; labels from there on are of new ones."""
+
+    def x(self, ids: np.ndarray) -> np.ndarray:
+        """Features of rows."""
+
+    def z(self, ids: np.ndarray) -> np.ndarray:
+        """Projections of rows."""
+
+    def candidates(self, ids: np.ndarray) -> np.ndarray:
+        """The candidates of live rows, nearest first; -1 = none."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +143,24 @@ class Network:
         )
 
     @torch.inference_mode()
+    def row_logits(self, rows: Rows, ids_B: np.ndarray, first_BF: np.ndarray) -> np.ndarray:
+        """Logits float32 [B, C] of rows of a memory, as of images that are not in it.
+
+        Args:
+            rows: of the memory.
+            ids_B: which of them; at most a batch.
+            first_BF: the nearest other rows of each; -1 = none.
+        """
+        x_BD, z_Bd = (torch.from_numpy(part(ids_B)).float() for part in (rows.x, rows.z))
+        x_BD, z_Bd = x_BD.to(self.device), z_Bd.to(self.device)
+        if not (first_BF >= 0).any():
+            return _numpy(self.student.gnn(x_BD)[0])
+        block = _block(rows, first_BF, self.config.graph.neighbours, ids_B).to(self.device)
+        apart_BF = squared_distances(z_Bd, block.in_slots(block.z_Ud))
+        found = nearest(apart_BF, self.student.k, block.present_BF)
+        return _numpy(self.student.gnn(x_BD, found.p_BM, block)[0])
+
+    @torch.inference_mode()
     def embed(self, images_BHWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """x float32 [B, D] and z float32 [B, d] of uint8 images."""
         x_BD, z_Bd = self.student.embed(self._filled_up(images_BHWC))
@@ -183,25 +222,37 @@ class _Query:
         wanted = min(self.graph.fanout, len(memory))
         first_BF = memory.nearest(z_Bd.float().cpu().numpy(), wanted)
         self.rows_BF = first_BF
-        first_U, row_of = np.unique(first_BF, return_inverse=True)
-        row_of_BF = row_of.reshape(first_BF.shape)
-        if len(first_U) and first_U[0] < 0:  # there are fewer rows than wanted
-            first_U, row_of_BF = first_U[1:], row_of_BF - 1
-        second_UM = memory.candidates(first_U).astype(np.int64)
-        nodes_V = np.unique(np.concatenate([first_U, second_UM[second_UM >= 0]]))
-        place_UM = np.where(second_UM >= 0, np.searchsorted(nodes_V, second_UM), -1)
-        labels = memory.labels[nodes_V].astype(np.int64)
-        labels[labels >= memory.trained] = -1  # the network has no embedding of a new class
-        return averaged_block(
-            torch.from_numpy(memory.x(nodes_V)),
-            torch.from_numpy(memory.z(nodes_V)),
-            torch.from_numpy(labels),
-            first_U=torch.from_numpy(np.searchsorted(nodes_V, first_U)),
-            row_of_BF=torch.from_numpy(row_of_BF.astype(np.int64)),
-            second_UG=torch.from_numpy(place_UM),
-            seed_B=torch.full((len(first_BF),), -1),
-            k=self.graph.neighbours,
-        )
+        return _block(memory, first_BF, self.graph.neighbours)
+
+
+def _block(rows: Rows, first_BF: np.ndarray, k: int, own_B: np.ndarray | None = None) -> Block:
+    """Build the block around images from the rows they attach to; ``own_B``: the rows that they are themselves."""
+    first_U, row_of = np.unique(first_BF, return_inverse=True)
+    row_of_BF = row_of.reshape(first_BF.shape)
+    if len(first_U) and first_U[0] < 0:  # there are fewer rows than wanted
+        first_U, row_of_BF = first_U[1:], row_of_BF - 1
+    second_UM = rows.candidates(first_U).astype(np.int64)
+    own = np.empty(0, np.int64) if own_B is None else own_B
+    nodes_V = np.unique(np.concatenate([first_U, second_UM[second_UM >= 0], own]))
+    place_UM = np.where(second_UM >= 0, np.searchsorted(nodes_V, second_UM), -1)
+    labels = rows.labels[nodes_V].astype(np.int64)
+    labels[labels >= rows.trained] = -1  # the network has no embedding of a new class
+    seed_B = np.full(len(first_BF), -1) if own_B is None else np.searchsorted(nodes_V, own_B)
+    return averaged_block(
+        torch.from_numpy(rows.x(nodes_V)),
+        torch.from_numpy(rows.z(nodes_V)),
+        torch.from_numpy(labels),
+        first_U=torch.from_numpy(np.searchsorted(nodes_V, first_U)),
+        row_of_BF=torch.from_numpy(row_of_BF.astype(np.int64)),
+        second_UG=torch.from_numpy(place_UM),
+        seed_B=torch.from_numpy(seed_B),
+        k=k,
+    )
+
+
+def _numpy(tensor: Tensor) -> np.ndarray:
+    found: np.ndarray = tensor.float().cpu().numpy()
+    return found
 
 
 def _distances(z_Bd: np.ndarray, rows_BF: np.ndarray, memory: Memory | None) -> np.ndarray:

@@ -132,7 +132,7 @@ def test_an_edited_copy_says_that_its_card_is_of_the_export(finished: Path, tmp_
     named = set(re.findall(r"`([^`]+)`", table.partition("\n## ")[0]))
     named |= {Path(name).name for name in named}
     there = [p for p in (tmp_path / "again").rglob("*") if p.is_file() and p.name[0] != "."]
-    assert {"rows.parquet", "relabelled.npy", "heads_rows.npy"} < {path.name for path in there}
+    assert {"rows.parquet", "relabelled.npy", "removed.npy"} < {path.name for path in there}
     assert not {path.name for path in there} - named
 
 

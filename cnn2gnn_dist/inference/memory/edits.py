@@ -15,8 +15,8 @@ import numpy as np
 from cnn2gnn_dist import durable
 from cnn2gnn_dist.data.index.class_matching import plain
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.inference.memory import store
-from cnn2gnn_dist.inference.memory.rewiring import rewired
+from cnn2gnn_dist.inference.memory import rewiring, store
+from cnn2gnn_dist.inference.memory.rewiring import Rewired
 from cnn2gnn_dist.inference.memory.set_apart import SetApart
 from cnn2gnn_dist.inference.memory.store import ClassEntry, NewRows, Version
 from cnn2gnn_dist.inference.memory.view import LIKELY, Memory, forgotten
@@ -59,6 +59,10 @@ class Edit:
     """Changes to the current version, written as one new version by ``commit``.
 
     Use within ``store.editing``. Nothing is changed before ``commit``.
+
+    Attributes:
+        live, labels, classes, trained: after the edit; see ``Memory`` and ``Version``.
+        heads: how new classes are scored.
     """
 
     def __init__(self, root: Path) -> None:
@@ -67,17 +71,9 @@ class Edit:
         self.labels = self.before.labels.copy()
         self.classes = list(self.before.version.classes)
         self.heads: Mapping[str, Any] = self.before.version.heads
-        self._arrays: dict[str, np.ndarray] = {}
-        for name in self.before.version.files:
-            if name.startswith("heads"):
-                self._arrays[name.removesuffix(".npy")] = np.load(
-                    store.version_folder(root, self.before.version.number) / name
-                )
+        self.trained = self.before.trained
         self._added: NewRows | None = None
-
-    def array(self, name: str) -> np.ndarray | None:
-        """An array of the version that is edited: ``heads_NAME``; None if it has none."""
-        return self._arrays.get(name)
+        self._rewired: tuple[np.ndarray, Rewired] | None = None
 
     def x(self, ids: np.ndarray) -> np.ndarray:
         """Features of rows, including those just added."""
@@ -86,6 +82,24 @@ class Edit:
     def z(self, ids: np.ndarray) -> np.ndarray:
         """Projections of rows, including those just added."""
         return self._with_added(ids, self.before.z, None if self._added is None else self._added.z)
+
+    def candidates(self, ids: np.ndarray) -> np.ndarray:
+        """int32 [n, M]: the candidates of live rows after the edit; -1 = none."""
+        return rewiring.candidates(self.before.base_table, self._changed(), ids)
+
+    def nearest_others(self, ids: np.ndarray, count: int) -> np.ndarray:
+        """int32 [n, count]: the live rows after the edit that are nearest to live rows; -1 where there are fewer."""
+        return rewiring.nearest_rows(self._all_z(), np.flatnonzero(self.live), ids, count)
+
+    def _all_z(self) -> np.ndarray:
+        z_Nd = self.before.all_z()
+        return z_Nd if self._added is None else np.concatenate([z_Nd, self._added.z])
+
+    def _changed(self) -> Rewired:
+        if self._rewired is None or not np.array_equal(self._rewired[0], self.live):
+            found = rewiring.rewired(self.before.base_table, self._all_z(), self.live)
+            self._rewired = self.live.copy(), found
+        return self._rewired[1]
 
     def class_index(self, name: str, *, new: bool) -> int:
         """Index of a class; ``new``: it is added if it is missing.
@@ -162,11 +176,6 @@ class Edit:
         """Give rows another class."""
         self.labels[rows] = label
 
-    def score_new_classes(self, heads: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
-        """Set how new classes are scored; arrays are stored as ``heads_NAME.npy``."""
-        self._arrays = {f"heads_{name}": value for name, value in arrays.items()}
-        self.heads = dict(heads)
-
     def commit(self, action: str, *, undoable: bool = True) -> Version:
         """Write the new version and make it current; ``undoable``: it can be undone.
 
@@ -175,11 +184,9 @@ class Edit:
         """
         before = self.before.version
         segments = list(before.segments)
-        z_Nd = self.before.all_z()
         if self._added is not None:
             segments.append((store.write_segment(self.root, self._added), len(self._added.labels)))
-            z_Nd = np.concatenate([z_Nd, self._added.z.astype(np.float32)])
-        arrays = dict(self._arrays)
+        arrays = _of_added(self.before.added[: before.segments[0][1]])
         stored = np.concatenate(
             [np.load(store.segment_folder(self.root, name) / "labels.npy") for name, _ in segments]
         )
@@ -188,7 +195,7 @@ class Edit:
             arrays["relabelled"] = np.stack([other, self.labels[other].astype(np.int64)], 1)
         if not self.live.all():
             arrays["removed"] = np.flatnonzero(~self.live)
-        changed = rewired(self.before.base_table, z_Nd, self.live)
+        changed = self._changed()
         if len(changed.ids_K):
             arrays["changed"], arrays["changed_rows"] = changed
         version = Version(
@@ -363,14 +370,6 @@ def _compact(root: Path, memory: Memory, action: str) -> Version:
         thumbnails=memory.thumbnails(ids),
     )
     segment = store.write_segment(root, rows)
-    folder = store.version_folder(root, memory.version.number)
-    arrays = {
-        name.removesuffix(".npy"): np.load(folder / name)
-        for name in memory.version.files
-        if name.startswith("heads")
-    }
-    if "heads_rows" in arrays:
-        arrays["heads_rows"] = new_N[arrays["heads_rows"]].astype(np.int64)
     version = replace(
         memory.version,
         number=store.numbers(root)[-1] + 1,
@@ -380,9 +379,14 @@ def _compact(root: Path, memory: Memory, action: str) -> Version:
         segments=((segment, len(ids)),),
         files={},
     )
-    store.write_version(root, version, arrays)
+    store.write_version(root, version, _of_added(memory.added[ids]))
     store.drop_all_but(root, version)
     return store.read_version(root, version.number)
+
+
+def _of_added(added_N: np.ndarray) -> dict[str, np.ndarray]:
+    """What a version records of the rows of its first segment that were added, not there when it was created."""
+    return {"added": np.flatnonzero(added_N)} if added_N.any() else {}
 
 
 def record_forgotten(root: Path, keys: Sequence[str]) -> None:

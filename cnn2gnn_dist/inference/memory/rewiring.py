@@ -27,6 +27,21 @@ class Rewired(NamedTuple):
     rows_KM: np.ndarray
 
 
+def candidates(base_NM: np.ndarray, changed: Rewired, ids: np.ndarray) -> np.ndarray:
+    """int32 [n, M]: the candidates of live rows, nearest first; -1 = none."""
+    ids = np.asarray(ids)
+    count = len(base_NM)
+    if count:
+        found = np.array(base_NM[ids.clip(max=count - 1)])
+    else:  # all images were removed, and the memory compacted, before others were added
+        found = np.full((len(ids), base_NM.shape[1]), -1, np.int32)
+    place = np.searchsorted(changed.ids_K, ids).clip(max=max(len(changed.ids_K) - 1, 0))
+    if len(changed.ids_K):
+        hit = changed.ids_K[place] == ids
+        found[hit] = changed.rows_KM[place[hit]]
+    return found
+
+
 def rewired(base_NM: np.ndarray, z_Nd: np.ndarray, live_N: np.ndarray) -> Rewired:
     """Find the rows that differ from the base table, and search them exactly.
 

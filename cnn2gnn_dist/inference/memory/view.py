@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 from cnn2gnn_dist.data.index.class_matching import plain
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.graph.search.knn import Index
-from cnn2gnn_dist.inference.memory import store
+from cnn2gnn_dist.inference.memory import rewiring, store
 from cnn2gnn_dist.inference.memory.new_classes import NewClasses
 from cnn2gnn_dist.inference.memory.old_classes import OldClasses
-from cnn2gnn_dist.inference.memory.rewiring import by_distance
+from cnn2gnn_dist.inference.memory.rewiring import Rewired, by_distance
 from cnn2gnn_dist.inference.memory.store import Version
 
 SAME = 2e-3
@@ -27,6 +27,9 @@ x is computed in the precision of training where the graph is built, often bfloa
 training images asked again in float32, this distance is at most 1.0e-3 (1,211 digits) and 2.2e-4 (4,000 of CIFAR-10);
 from another image it is at least 8.8e-3 and 2.3e-2. (Distances of z overlap: up to 1.8e-3, and from 1.8e-3 on.)
 """
+SAME_ADDED = 1e-6
+"""The same for rows that were added later, in float32: what rounding to float16 may differ by. Images of a class that
+the network has not learned may be alike to it."""
 LIKELY = 16
 """Nearest rows among which an image is looked for."""
 _SLACK = 8
@@ -41,6 +44,7 @@ class Memory:
         classes: all class names; the first ``trained`` have a logit.
         labels: int32 [N], index into ``classes``.
         live: bool [N], False where a row was removed.
+        added: bool [N], True where a row was added after the memory was created.
     """
 
     def __init__(self, root: Path, version: Version) -> None:
@@ -59,9 +63,11 @@ class Memory:
         self.labels[relabelled[:, 0]] = relabelled[:, 1]
         self.live = np.ones(len(self.labels), bool)
         self.live[self._array("removed", np.empty(0, np.int64))] = False
-        self._changed = self._array("changed", np.empty(0, np.int64))
-        self._changed_rows = self._array(
-            "changed_rows", np.empty((0, self.base_table.shape[1]), np.int32)
+        self.added = np.arange(len(self.labels)) >= self._starts[1]
+        self.added[self._array("added", np.empty(0, np.int64))] = True
+        self._changed = Rewired(
+            self._array("changed", np.empty(0, np.int64)),
+            self._array("changed_rows", np.empty((0, self.base_table.shape[1]), np.int32)),
         )
 
     @classmethod
@@ -119,17 +125,7 @@ class Memory:
 
     def candidates(self, ids: np.ndarray) -> np.ndarray:
         """int32 [n, M]: the candidates of live rows, nearest first; -1 = none."""
-        ids = np.asarray(ids)
-        count = len(self.base_table)
-        if count:
-            found = np.array(self.base_table[ids.clip(max=count - 1)])
-        else:  # all images were removed, and the memory compacted, before others were added
-            found = np.full((len(ids), self.base_table.shape[1]), -1, np.int32)
-        place = np.searchsorted(self._changed, ids).clip(max=max(len(self._changed) - 1, 0))
-        if len(self._changed):
-            hit = self._changed[place] == ids
-            found[hit] = self._changed_rows[place[hit]]
-        return found
+        return rewiring.candidates(self.base_table, self._changed, ids)
 
     def nearest(self, z_Bd: np.ndarray, count: int) -> np.ndarray:
         """int64 [B, count]: the nearest live rows; -1 where there are fewer. Ties by row."""
@@ -156,9 +152,9 @@ class Memory:
         apart_BF = np.square(x_BFD.astype(np.float64) - x_B1D).sum(-1)
         apart_BF[rows_BF < 0] = np.inf
         place_B1 = apart_BF.argmin(1)[:, None]
-        there_B = np.take_along_axis(apart_BF, place_B1, 1)[:, 0] <= SAME * self._spread
         found_B: np.ndarray = np.take_along_axis(rows_BF, place_B1, 1)[:, 0]
-        return np.where(there_B, found_B, -1)
+        most_B = self._spread * np.where(self.added[found_B], SAME_ADDED, SAME)
+        return np.where(np.take_along_axis(apart_BF, place_B1, 1)[:, 0] <= most_B, found_B, -1)
 
     def keys(self, ids: np.ndarray) -> list[str]:
         """The keys of rows."""
