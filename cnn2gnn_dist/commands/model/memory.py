@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from cnn2gnn_dist import ledger
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference import editing
 from cnn2gnn_dist.inference.classifier import Classifier, load
@@ -16,7 +18,9 @@ from cnn2gnn_dist.inference.memory import edits
 from cnn2gnn_dist.inference.memory.set_apart import SetApart
 from cnn2gnn_dist.inference.memory.store import Version
 from cnn2gnn_dist.inference.memory.view import forgotten
-from cnn2gnn_dist.log import output, report_error
+from cnn2gnn_dist.log import output, quoted, report_error
+
+_log = logging.getLogger(__name__)
 
 
 def add(
@@ -200,3 +204,8 @@ def _print_version(version: Version, model: Classifier) -> None:
     for name, count in zip(memory.classes, counts, strict=True):
         if not count:
             output(f"note: the class '{name}' has no images left in the memory")
+    if ledger.held(model.folder):
+        _log.warning(
+            "the storage of this run (run.storage) keeps the model without this edit, and gets none: if this folder is "
+            f"lost, so is the edit. To keep edits, `cnn2gnn export {quoted(model.folder)} --to MODEL`, and edit MODEL"
+        )

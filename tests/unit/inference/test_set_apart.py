@@ -22,6 +22,17 @@ def columns(folder):
         return dict(kept)
 
 
+def test_edits_that_the_storage_of_the_run_does_not_get_are_warned_of(calibrated, capsys):
+    call = ["memory", "remove", str(calibrated.folder)]
+    assert cli.main([*call, "img-1"]) == 0
+    assert "storage" not in capsys.readouterr().err
+    (calibrated.folder / ledger.HELD).write_text(
+        '{"config.json": 1}'
+    )  # as a run with run.storage leaves it
+    assert cli.main([*call, "img-2"]) == 0
+    assert "keeps the model without this edit" in capsys.readouterr().err
+
+
 def test_an_image_set_apart_is_forgotten_at_once(calibrated, capsys):
     folder, before = calibrated.folder, columns(calibrated.folder)
     fitted = (folder / "calibration.json").read_bytes()
