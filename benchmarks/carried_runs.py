@@ -122,7 +122,8 @@ def read(back: Path, to: Path) -> list[str]:
                 raise SystemExit(f"{back / name} is not the file that was brought: bring it again")
             file.write(content)
     with tarfile.open(new / "runs.tar") as tar:
-        tar.extractall(new / "runs", filter="data")
+        safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # from 3.11.4 on
+        tar.extractall(new / "runs", **safely)
     restored = []
     for run in sorted((new / "runs").iterdir()):
         if not (to / run.name).exists():  # otherwise this machine still has it

@@ -47,6 +47,7 @@ def copy_model(source: Path, target: Path, left_out: Collection[str] = LEFT_OUT)
             _remove_memory(target / artefact.MEMORY)
             _copy(source, target, left_out)
             _check(target / artefact.MEMORY)
+            artefact.check_files(target)
             if kept:
                 edits.record_forgotten(
                     target / artefact.MEMORY, forgotten(source / artefact.MEMORY)
@@ -75,10 +76,11 @@ def _fits(name: str, patterns: Collection[str]) -> bool:
     return any(fnmatch(name, pattern) for pattern in patterns)
 
 
-def _look(source: Path, left_out: Collection[str]) -> tuple[str, list[Path]]:
-    """What an edit of the memory changes: its HEAD, and which files there are."""
-    head = source / artefact.MEMORY / store.HEAD
-    return head.read_text(encoding="utf-8") if head.is_file() else "", _files(source, left_out)
+def _look(source: Path, left_out: Collection[str]) -> tuple[list[str], list[Path]]:
+    """What an edit of the memory changes: its HEAD, the checksums, and which files there are."""
+    paths = (source / artefact.MEMORY / store.HEAD, source / artefact.CHECKSUMS)
+    texts = [path.read_text(encoding="utf-8") if path.is_file() else "" for path in paths]
+    return texts, _files(source, left_out)
 
 
 def _copy(source: Path, target: Path, left_out: Collection[str]) -> None:

@@ -269,6 +269,7 @@ def _score_new_classes(
     temperature = model.scoring.calibrated().temperature
     held_out = HeldOut.read(model.folder, without)
     assert held_out is not None
+    _refuse_without(held_out, edit, new_ids)
     new_ids = _by_content(edit, new_ids)
     logits, x = _logits(model, edit, new_ids), edit.x(new_ids).astype(np.float32)
     labels = edit.labels[new_ids]
@@ -293,6 +294,18 @@ def _score_new_classes(
     _warn_of_losses(model, fitted.lost(old, held_out.images, held_out.labels_n), loss)
     edit.heads = {"old": old.to_json(), "new": fitted.to_json()}
     return fitted
+
+
+def _refuse_without(held_out: HeldOut, edit: edits.Edit, new_ids: np.ndarray) -> None:
+    if len(held_out.labels_n):
+        return
+    names = [edit.classes[label].name for label in np.unique(edit.labels[new_ids]).tolist()]
+    raise UserError(
+        f"without any image set apart for calibration the new classes can't be scored: {', '.join(names)}",
+        where=str(edit.root),
+        remedy="first remove all images of these classes, in one command; or keep some images set apart; nothing was "
+        "changed",
+    )
 
 
 def _warn_of_losses(model: Classifier, lost: Iterable[tuple[int, int, int]], most: float) -> None:

@@ -1,7 +1,7 @@
 """The models that a run had before: what their memories have forgotten holds for the next one, too.
 
-``RUN/model`` is moved to ``model.old-1``, ``-2``, … before another takes its place. Its edits stay there, except for
-the list of forgotten images.
+``RUN/model`` is renamed, with ``.old-1``, ``.old-2``, … added, before another takes its place. Its edits stay there,
+except for the list of forgotten images.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from cnn2gnn_dist.data.index.manifest import Manifest
-from cnn2gnn_dist.data.index.relabel import unique_keys
+from cnn2gnn_dist.data.index.relabel import shard_names, unique_keys
 from cnn2gnn_dist.graph.search.valid_nodes import valid_nodes_of
 from cnn2gnn_dist.graph.version import latest_version, open_version
 from cnn2gnn_dist.inference.folder import artefact
@@ -46,8 +46,9 @@ def rows_named(manifest: Manifest, keys: Iterable[str], beside: Collection[str] 
     if not wanted:
         return np.zeros(len(manifest), bool)
     alone = wanted.difference(beside)
-    pairs = zip(manifest.keys.to_pylist(), unique_keys(manifest, beside=beside), strict=True)
-    return np.array([key in alone or name in wanted for key, name in pairs], bool)
+    shards = shard_names([shard.path for shard in manifest.shards])
+    pairs = zip(manifest.keys.to_pylist(), manifest.shard_N.tolist(), strict=True)
+    return np.array([key in alone or f"{shards[s]}/{key}" in wanted for key, s in pairs], bool)
 
 
 def edits_of_run(root: Path) -> str:

@@ -102,7 +102,8 @@ def command(
                 for failure in failures:
                     report_error(failure)
                 done, failed = done + images_done, failed + len(failures)
-    before = [task for task in mine if task not in left]
+    unanswered = set(left)
+    before = [task for task in mine if task not in unanswered]
     already = f", {len(before)} inputs were already answered" if before else ""
     failed += _report_unreadable(before)
     share = f" (the share of rank {ranks.rank} of {ranks.world_size})" * (ranks.world_size > 1)

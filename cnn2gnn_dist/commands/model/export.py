@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from cnn2gnn_dist import durable, ledger
@@ -64,17 +65,21 @@ def command(run: Path, target: Path, *, force: bool = False, control: bool = Fal
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         with durable.disk_full_reported(target):
-            _write(run, temporary, control, forgotten(target / artefact.MEMORY))
+            left_out = forgotten(target / artefact.MEMORY)
+            _write(run, temporary, control, left_out)
         made = Classifier.open(temporary, device="cpu", verify=True)
         if made.scoring.is_earlier:
             _log.warning(
                 f"images answered together: this model has an earlier rule; {REMEDY}; then export it again"
             )
-        if target.exists():
-            _warn_of_edits(target, made)
-            shutil.rmtree(aside, ignore_errors=True)  # left behind by a killed attempt
-            os.replace(target, aside)
-        os.replace(temporary, target)
+        with _held(target):
+            if late := set(forgotten(target / artefact.MEMORY)).difference(left_out):
+                _forget(temporary, sorted(late))  # while the new model was being written
+            if target.exists():
+                _warn_of_edits(target, made)
+                shutil.rmtree(aside, ignore_errors=True)  # left behind by a killed attempt
+                os.replace(target, aside)
+            os.replace(temporary, target)
         shutil.rmtree(aside, ignore_errors=True)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -84,6 +89,12 @@ def command(run: Path, target: Path, *, force: bool = False, control: bool = Fal
     output(f"model    {target} ({size / 1e6:,.1f} MB)")
     output(f"predict  cnn2gnn predict --model {quoted(target)} IMAGE…")
     return 0
+
+
+def _held(target: Path) -> AbstractContextManager[None]:
+    """The right to edit the memory that is replaced, if there is one."""
+    memory = target / artefact.MEMORY
+    return store.editing(memory) if (memory / store.HEAD).is_file() else nullcontext()
 
 
 def _put_back(target: Path) -> None:

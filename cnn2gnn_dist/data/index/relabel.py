@@ -110,7 +110,7 @@ def unique_keys(manifest: Manifest, beside: Iterable[str] = ()) -> list[str]:
     keys: list[str] = manifest.keys.to_pylist()
     if len(set(keys)) == len(keys) and not set(keys).intersection(beside):
         return keys
-    names = _shard_names([shard.path for shard in manifest.shards])
+    names = shard_names([shard.path for shard in manifest.shards])
     return [f"{names[s]}/{key}" for s, key in zip(manifest.shard_N.tolist(), keys, strict=True)]
 
 
@@ -120,7 +120,7 @@ def names_of(manifest: Manifest) -> dict[str, int]:
     ``shard`` as in ``unique_keys``. Where one image's key is the other name of another (``a/b``), it means the
     image to which ``unique_keys`` gives it.
     """
-    shards = _shard_names([shard.path for shard in manifest.shards])
+    shards = shard_names([shard.path for shard in manifest.shards])
     keys: list[str] = manifest.keys.to_pylist()
     found = {
         f"{shards[s]}/{k}": row
@@ -136,8 +136,8 @@ def shared_keys(manifest: Manifest) -> set[str]:
     return {key for key, count in Counter(manifest.keys.to_pylist()).items() if count > 1}
 
 
-def _shard_names(paths: Sequence[str]) -> list[str]:
-    """File names without their suffix, with as many folders before them as tell them apart."""
+def shard_names(paths: Sequence[str]) -> list[str]:
+    """The shards' names: file names without their suffix, with as many folders before them as tell them apart."""
     parts = [os.path.splitext(path)[0].split("/") for path in paths]
     found = [one[-1] for one in parts]
     for depth in range(2, max(map(len, parts), default=0) + 1):

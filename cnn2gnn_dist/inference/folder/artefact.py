@@ -154,7 +154,22 @@ def check_files(folder: Path, *, read: bool = True) -> None:
 
     Raises:
         UserError: a file is missing or damaged.
-    """  # noqa: DOC501
+    """
+    before = _checksums(folder)
+    try:
+        _check_files(folder, read)
+    except UserError:
+        if _checksums(folder) == before:
+            raise
+        _check_files(folder, read)  # a file was replaced meanwhile (``replacing_part``)
+
+
+def _checksums(folder: Path) -> bytes:
+    path = folder / CHECKSUMS
+    return path.read_bytes() if path.is_file() else b""
+
+
+def _check_files(folder: Path, read: bool) -> None:
     for name, (size, sha) in _listed(folder).items():
         if name == CARD or name in RECORDS:  # people edit the card; records were once listed
             continue

@@ -330,7 +330,7 @@ def forget(
             _refuse_unknown(edit, [key for key in keys if key not in known], apart)
         action = f"forget {len(set(keys))} images"
         edit.remove(edit.rows_of(there))
-        if there:
+        if there or (apart is not None and not apart.keys().isdisjoint(keys)):
             score(edit)
         # Recorded first: after a kill they may or may not be removed, but never without a record.
         record_forgotten(root, keys)

@@ -30,10 +30,14 @@ from another image it is at least 8.8e-3 and 2.3e-2. (Distances of z overlap: up
 SAME_ADDED = 1e-6
 """The same for rows that were added later, in float32: what rounding to float16 may differ by. Images of a class that
 the network has not learned may be alike to it."""
+NEARER = 0.1
+"""Part of the median distance to the other near rows up to which a row is the same image: where the network hardly
+tells images of a class apart, ``SAME`` alone would take one for another."""
 LIKELY = 16
 """Nearest rows among which an image is looked for."""
 _SLACK = 8
 _SPREAD_ROWS = 10_000
+_SAME_ROWS = 1024
 
 
 class Memory:
@@ -65,6 +69,7 @@ class Memory:
         self.live[self._array("removed", np.empty(0, np.int64))] = False
         self.added = np.arange(len(self.labels)) >= self._starts[1]
         self.added[self._array("added", np.empty(0, np.int64))] = True
+        self.added |= self.labels >= self.trained  # an earlier version's compaction listed none
         self._changed = Rewired(
             self._array("changed", np.empty(0, np.int64)),
             self._array("changed_rows", np.empty((0, self.base_table.shape[1]), np.int32)),
@@ -144,8 +149,15 @@ class Memory:
             x_BD: features of images.
             rows_BF: rows near each of them; -1 = none.
         """
+        found_B = np.full(len(x_BD), -1, np.int64)
         if not (rows_BF >= 0).any():
-            return np.full(len(x_BD), -1, np.int64)
+            return found_B
+        for start in range(0, len(x_BD), _SAME_ROWS):
+            some = slice(start, start + _SAME_ROWS)
+            found_B[some] = self._same(x_BD[some], rows_BF[some])
+        return found_B
+
+    def _same(self, x_BD: np.ndarray, rows_BF: np.ndarray) -> np.ndarray:
         x_BFD = self.x(rows_BF.clip(min=0).reshape(-1)).reshape(*rows_BF.shape, -1)
         # Rounded as rows are: an image that was added in this precision is at distance 0.
         x_B1D = np.asarray(x_BD, np.float16).astype(np.float64)[:, None]
@@ -153,7 +165,10 @@ class Memory:
         apart_BF[rows_BF < 0] = np.inf
         place_B1 = apart_BF.argmin(1)[:, None]
         found_B: np.ndarray = np.take_along_axis(rows_BF, place_B1, 1)[:, 0]
-        most_B = self._spread * np.where(self.added[found_B], SAME_ADDED, SAME)
+        usual_B = _median_of_others(apart_BF)
+        added = self._spread * SAME_ADDED
+        most_B = np.maximum(np.minimum(self._spread * SAME, NEARER * usual_B), added)
+        most_B = np.where(self.added[found_B], added, most_B)
         return np.where(np.take_along_axis(apart_BF, place_B1, 1)[:, 0] <= most_B, found_B, -1)
 
     def keys(self, ids: np.ndarray) -> list[str]:
@@ -267,6 +282,18 @@ class Memory:
 
 def _read(path: Path) -> np.ndarray:
     return np.array(_mapped(path))
+
+
+def _median_of_others(apart_BF: np.ndarray) -> np.ndarray:
+    """Median of each row's finite values without the least one, [B]; infinite where there is no other."""
+    others_BF = np.sort(apart_BF, axis=1)[:, 1:]
+    count_B = np.isfinite(others_BF).sum(1)
+    if not others_BF.shape[1]:
+        return np.full(len(apart_BF), np.inf)
+    middle_B = np.take_along_axis(
+        others_BF, (count_B // 2).clip(max=others_BF.shape[1] - 1)[:, None], 1
+    )
+    return np.where(count_B > 0, middle_B[:, 0], np.inf)
 
 
 def _mapped(path: Path) -> np.ndarray:

@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 
 from cnn2gnn_dist import cli
+from cnn2gnn_dist.commands.model import export
 from cnn2gnn_dist.commands.model.opening import opened
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference import editing
 from cnn2gnn_dist.inference.classifier import Classifier, load
 from cnn2gnn_dist.inference.folder import artefact
 from cnn2gnn_dist.inference.memory import store
+from cnn2gnn_dist.inference.memory.view import forgotten
 from cnn2gnn_dist.inference.scoring import FITTED
 from tests.support.models import calibrate, write_model
 
@@ -208,3 +210,16 @@ def test_commands_to_be_copied_are_quoted(tmp_path, capsys):
     assert cli.main(["export", str(source), "--to", str(target)]) == 0
     said = capsys.readouterr().out.splitlines()[-1].removeprefix("predict  ")
     assert shlex.split(said) == ["cnn2gnn", "predict", "--model", str(target), "IMAGE…"]
+
+
+def test_what_is_forgotten_while_the_new_model_is_written_stays_forgotten(tmp_path, monkeypatch):
+    target, new = write_model(tmp_path / "served"), write_model(tmp_path / "new")
+
+    def late(*given, real=export._write):
+        real(*given)
+        editing.forget(Classifier.open(target, device="cpu"), ["img-7"])
+
+    monkeypatch.setattr(export, "_write", late)
+    assert cli.main(["export", str(new), "--to", str(target), "--force"]) == 0
+    assert without(target, "img-7")
+    assert forgotten(target / artefact.MEMORY) == ["img-7"]

@@ -1,5 +1,7 @@
 """An image that is in the memory is recognized, whatever precision its features were computed in; others are not."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from cnn2gnn_dist.inference.inputs import Input
 from cnn2gnn_dist.inference.labelled_inputs import Labelled
 from cnn2gnn_dist.inference.memory import edits, store
 from cnn2gnn_dist.inference.memory.store import NewRows
+from cnn2gnn_dist.inference.memory.view import SAME, Memory
 from tests.support.models import SIZE, config, table_of
 
 ROWS = 600
@@ -103,3 +106,53 @@ def test_other_images_are_not_refused(of_digits, images):
 def test_evaluation_counts_the_same_images(of_digits, images):
     some = [Labelled(Input(f"{n}", one), 0) for n, one in enumerate(images[ROWS - 50 : ROWS + 50])]
     assert evaluation.evaluate(of_digits, some).in_memory == 50
+
+
+def memory_of(root, x, labels, classes=("a", "b")):
+    """A memory of these features, the same as projections; the network has learned the classes a and b."""
+    z = x / np.linalg.norm(x, axis=1, keepdims=True)
+    rows = NewRows(
+        x=x.astype(np.float16), z=z.astype(np.float32), labels=np.asarray(labels, np.int32),
+        candidates=table_of(z.astype(np.float32), 6), keys=[f"row-{n}" for n in range(len(x))],
+        sources=[""] * len(x), thumbnails=[None] * len(x),
+    )  # fmt: skip
+    edits.create(root, rows, list(classes), "test", np.empty(0, np.int64))
+    return Memory.open(root)
+
+
+def test_where_classes_have_collapsed_other_images_of_a_class_are_not_the_same(tmp_path):
+    random = np.random.default_rng(0)
+    labels = np.arange(200) % 2
+    centers = np.array([[6.0] + [0.0] * 15, [-6.0] + [0.0] * 15])
+    x = centers[labels] + 0.05 * random.standard_normal((200, 16))
+    memory = memory_of(tmp_path / "m", x, labels)
+    other = centers[labels] + 0.05 * random.standard_normal((200, 16))
+    rows = np.argsort(np.square(other[:, None] - x[None]).sum(-1), 1)[:, :16]
+    within = (
+        np.square(other - x[rows[:, 0]]).sum(1) <= SAME * np.square(x - x.mean(0)).sum(1).mean()
+    )
+    assert within.mean() > 0.3  # the threshold alone would take them for images of the memory
+    assert (memory.same(other, rows) == -1).all()
+    again = x + 0.005 * random.standard_normal(x.shape)  # as rounding in training may differ
+    rows = np.argsort(np.square(again[:, None] - x[None]).sum(-1), 1)[:, :16]
+    np.testing.assert_array_equal(memory.same(again, rows), np.arange(200))
+    alone = np.full((200, 16), -1)
+    alone[:, 0] = np.arange(200)  # no other row to compare with
+    np.testing.assert_array_equal(memory.same(again, alone), np.arange(200))
+
+
+def test_many_images_are_compared_in_parts(tmp_path):
+    x = np.random.default_rng(1).standard_normal((40, 8))
+    memory = memory_of(tmp_path / "m", x, np.zeros(40))
+    rows = np.tile(np.arange(16), (2500, 1))
+    asked = x[np.arange(2500) % 40]
+    expected = np.where(np.arange(2500) % 40 < 16, np.arange(2500) % 40, -1)
+    np.testing.assert_array_equal(memory.same(asked, rows), expected)
+
+
+def test_rows_of_new_classes_count_as_added_whatever_compacted_them(tmp_path):
+    x = np.random.default_rng(2).standard_normal((30, 8))
+    version = memory_of(tmp_path / "m", x, np.arange(30) % 3, ("a", "b", "c")).version
+    classes = [replace(entry, trained=entry.name != "c") for entry in version.classes]
+    memory = Memory(tmp_path / "m", replace(version, classes=classes))
+    np.testing.assert_array_equal(memory.added, np.arange(30) % 3 == 2)

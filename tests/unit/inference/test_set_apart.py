@@ -124,3 +124,45 @@ def test_a_run_does_not_write_a_model_anew_whose_images_were_forgotten(calibrate
     editing.forget(calibrated, [f"apart-{n}" for n in range(55)])
     assert ledger.missing(folder, entry) == ""
     assert len(HeldOut.read(folder).labels_n) == 5
+
+
+def test_new_classes_are_scored_without_what_alone_was_forgotten_of_those_set_apart(calibrated):
+    editing.add(calibrated, list(255 - pictures(5, seed=70) // 8), "pale")
+    before = calibrated.memory.new_classes[1].to_json()
+    editing.forget(calibrated, [f"apart-{n}" for n in range(40)])
+    after = calibrated.memory.new_classes[1].to_json()
+    assert after != before
+    editing.relabel(calibrated, ["img-3"], calibrated.classes_[calibrated.memory.labels[3]])
+    assert calibrated.memory.new_classes[1].to_json() == after
+
+
+def test_without_any_image_set_apart_no_new_class_can_be_scored(calibrated):
+    done = editing.add(calibrated, list(255 - pictures(5, seed=70) // 8), "pale")
+    everyone = [f"apart-{n}" for n in range(60)]
+    with pytest.raises(UserError, match="can't be scored: pale") as caught:
+        editing.forget(calibrated, everyone)
+    assert "remove all images of these classes" in caught.value.remedy
+    assert len(columns(calibrated.folder)["key"]) == 60
+    editing.remove(calibrated, done.keys)
+    editing.forget(calibrated, everyone)
+    editing.forget(calibrated, ["img-3"])
+    assert not len(columns(calibrated.folder)["key"])
+
+
+def test_a_model_is_opened_while_images_set_apart_are_forgotten(calibrated, monkeypatch):
+    folder, listed = calibrated.folder, artefact._listed
+
+    def late(path, real=listed):
+        found = real(path)
+        if path == folder and waiting:
+            waiting.pop()()  # after the listing has been read
+        return found
+
+    apart = SetApart(folder)
+    waiting = [lambda: apart.forget(["apart-3"])]
+    monkeypatch.setattr(artefact, "_listed", late)
+    artefact.check_files(folder)
+    monkeypatch.undo()
+    (folder / artefact.CALIBRATION).write_bytes(b"")
+    with pytest.raises(UserError, match="0 bytes"):
+        artefact.check_files(folder)
