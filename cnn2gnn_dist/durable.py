@@ -168,9 +168,10 @@ def create_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with disk_full_reported(folder):
-            probe = folder / f".{os.getpid()}.tmp"
+            # As in ``replacing``; and another process may be in ``remove_unfinished``.
+            probe = folder / f".{secrets.token_hex(4)}.tmp"
             probe.touch()
-            probe.unlink()
+            probe.unlink(missing_ok=True)
     except OSError as error:
         raise _not_writable(folder, "folder", error) from None
 

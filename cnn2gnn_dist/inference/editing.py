@@ -313,7 +313,7 @@ def _warn_of_losses(model: Classifier, lost: Iterable[tuple[int, int, int]], mos
     for label, gone, right in lost:
         _log.warning(
             f"{model.spec.label_names[label]}: new classes take {gone} of the {right} calibration images that were "
-            f"answered right, although all old classes together lose at most {most:g} points: it is rare; a smaller "
+            f"answered right, although all old classes together lose at most {most:g} points; a smaller "
             "--old-loss keeps more of it"
         )
 

@@ -59,3 +59,20 @@ def test_other_errors_are_passed_on(tmp_path):
     quota = durable.disk_full(OSError(errno.EDQUOT, "quota exceeded", "here"))
     assert quota is not None
     assert (quota.where, quota.exit_code) == ("here", 2)
+
+
+def test_a_folder_is_created_by_several_at_once(tmp_path, monkeypatch):
+    """Another one with the same process id, as on another host, and one that removes what killed ones left."""
+    real, probes = Path.touch, []
+
+    def touch(path, *given, **named):
+        real(path, *given, **named)
+        probes.append(path.name)
+        if len(probes) == 1:
+            durable.create_folder(tmp_path / "a")
+            durable.remove_unfinished(tmp_path / "a")
+
+    monkeypatch.setattr(Path, "touch", touch)
+    durable.create_folder(tmp_path / "a")
+    assert len(set(probes)) == 2
+    assert not list((tmp_path / "a").iterdir())
