@@ -88,16 +88,7 @@ def add(
             the model has no calibration images. Nothing was changed.
     """
     root = _root(model)
-    decoded = [one for many in model.batches(images, BATCH) for one in many]
-    errors = [(one.name, one.error) for one in decoded if one.error is not None]
-    good = [one for one in decoded if one.pixels is not None]
-    if not good:
-        raise UserError(
-            f"none of these {len(decoded)} images can be read"
-            + (f": {errors[0][1]}" if errors else ""),
-            where=decoded[0].name if decoded else "",
-            remedy="name image files, or folders that contain images; nothing was changed",
-        )
+    good, errors = _decoded(model, images)
     with store.editing(root, wait_s):
         edit = edits.Edit(root)
         made = _outputs(model, good, edit.before)
@@ -220,6 +211,25 @@ def _root(model: Classifier) -> Path:
 def _outputs(model: Classifier, images: list[Pixels], memory: Memory) -> Outputs:
     starts = range(0, len(images), BATCH)
     return joined([model.outputs(images[at : at + BATCH], memory) for at in starts])
+
+
+def _decoded(model: Classifier, images: Any) -> tuple[list[Pixels], list[tuple[str, str]]]:
+    """The images that can be read, and name and error of the others.
+
+    Raises:
+        UserError: none can be read.
+    """
+    decoded = [one for many in model.batches(images, BATCH) for one in many]
+    errors = [(one.name, one.error) for one in decoded if one.error is not None]
+    good = [one for one in decoded if one.pixels is not None]
+    if not good:
+        raise UserError(
+            f"none of these {len(decoded)} images can be read"
+            + (f": {errors[0][1]}" if errors else ""),
+            where=decoded[0].name if decoded else "",
+            remedy="name image files, or folders that contain images; nothing was changed",
+        )
+    return good, errors
 
 
 def _rows(images: list[Pixels], made: Outputs, label: int, memory: Memory) -> NewRows:
