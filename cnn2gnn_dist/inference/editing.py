@@ -19,7 +19,7 @@ from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.graph.duplicates import row_keys
 from cnn2gnn_dist.inference.classifier import BATCH, Classifier
 from cnn2gnn_dist.inference.folder import artefact
-from cnn2gnn_dist.inference.inputs import UNNAMED, Pixels
+from cnn2gnn_dist.inference.inputs import Pixels
 from cnn2gnn_dist.inference.memory import edits, store, thumbnails
 from cnn2gnn_dist.inference.memory.new_classes import NewClasses, Trade
 from cnn2gnn_dist.inference.memory.old_classes import Images, OldClasses
@@ -251,7 +251,7 @@ def _rows(images: list[Pixels], made: Outputs, label: int, memory: Memory) -> Ne
 
 def _keys(images: list[Pixels]) -> list[str]:
     """File names, or full paths if two files have the same name; a digest if there is no name."""
-    names = [_digest(one) if one.name.startswith(UNNAMED) else one.name for one in images]
+    names = [one.name if one.named else _digest(one) for one in images]
     short = [Path(name).name for name in names]
     return short if len(set(short)) == len(short) else names
 

@@ -36,10 +36,12 @@ class Input:
         name: its path, ``shard.tar/key.jpg``, ``file.parquet#row``, or ``input N``.
         value: bytes, a path, a PIL image, an array uint8 [H, W, 3] or [H, W]; or a
             ``CorruptSample``: why there is no image.
+        named: False: its name is only its position among the inputs. (A file's name may read the same.)
     """
 
     name: str
     value: Any
+    named: bool = True
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Pixels:
     name: str
     pixels: np.ndarray | None
     error: str | None = None
+    named: bool = True
 
 
 def complaint(name: str, why: str) -> str:
@@ -92,7 +95,7 @@ def expand(inputs: Any, left_out: Callable[[str], None] | None = None) -> Iterat
         elif isinstance(one, Input):
             yield one
         else:
-            yield Input(f"{UNNAMED}{place}", one)
+            yield Input(f"{UNNAMED}{place}", one, named=False)
 
 
 def is_shard(path: str) -> bool:
@@ -109,7 +112,7 @@ def to_pixels(given: Input, views: ViewSpec) -> Pixels:
     """Decode and render one input; a corrupt one is returned with its error."""
     try:
         image = _decoded(given.value)
-        return Pixels(given.name, render(views, image, 0, CLEAN))
+        return Pixels(given.name, render(views, image, 0, CLEAN), named=given.named)
     except OSError as error:
         return Pixels(given.name, None, error.strerror or str(error))
     except (CorruptSample, ValueError, TypeError) as error:

@@ -267,6 +267,16 @@ def test_the_command_prints_the_predictions_before_it_commits(calibrated, tmp_pa
     assert printed[3].startswith("version 1: add 1 images of 'framed'")
 
 
+def test_a_folder_may_have_the_name_of_an_unnamed_input(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "input photos").mkdir()
+    images = of_new_class(2)
+    for name, image in zip("ab", images, strict=True):
+        (tmp_path / "input photos" / f"{name}.png").write_bytes(encode_image(image))
+    assert editing.add(model, "input photos", "class 0").keys == ["a.png", "b.png"]
+    assert editing.add(model, of_new_class(1, seed=9)[0], "class 0").keys[0].startswith("image-")
+
+
 def test_keys_from_files(tmp_path):
     def read(text):
         (tmp_path / "keys").write_bytes(text.encode())
