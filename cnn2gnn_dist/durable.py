@@ -13,7 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.lib.format import open_memmap
+from numpy.lib.format import (
+    header_data_from_array_1_0,
+    open_memmap,
+    write_array_header_1_0,
+)
 
 from cnn2gnn_dist.errors import UserError
 
@@ -97,6 +101,24 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         with suppress(ValueError):
             found.append(json.loads(text))
     return found
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    """Write an array as ``np.save`` does, in C order; the caller syncs the file.
+
+    On a full disk ``np.save`` raises an error without a number, or none at all: it leaves the writing of the data to
+    C's ``fwrite``, and does not look at what closing that file returns.
+
+    Raises:
+        UserError: the disk is full.
+        ValueError: an array of Python objects.
+    """
+    if array.dtype.hasobject:
+        raise ValueError(f"an array of {array.dtype}")
+    array = np.asarray(array, order="C")
+    with disk_full_reported(path), open(path, "wb") as file:
+        write_array_header_1_0(file, header_data_from_array_1_0(array))
+        file.write(array.reshape(-1).view(np.uint8).data)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -38,13 +38,15 @@ def main(table_path: Path, out_path: Path, parts: int) -> None:
     import numpy as np
     import torch
 
+    from cnn2gnn_dist import durable
     from cnn2gnn_dist.compat import import_dgl
 
     dgl = import_dgl()
     low, high = (torch.from_numpy(ends) for ends in _pairs(np.load(table_path, mmap_mode="r")))
     graph = dgl.graph((low, high), num_nodes=len(np.load(table_path, mmap_mode="r")))
     del low, high
-    np.save(out_path, dgl.metis_partition_assignment(graph, parts).numpy().astype(np.int32))
+    part_N = dgl.metis_partition_assignment(graph, parts).numpy().astype(np.int32)
+    durable.write_array(out_path, part_N)
 
 
 def _pairs(table_NM: Any) -> tuple[Any, Any]:

@@ -47,7 +47,7 @@ def assign(table_NM: np.ndarray, parts: int) -> np.ndarray:
     if parts == 1:
         return np.zeros(nodes, np.int32)
     with tempfile.TemporaryDirectory(prefix="metis-") as folder:
-        np.save(Path(folder) / "table.npy", table_NM[:, :METIS_CANDIDATES])
+        durable.write_array(Path(folder) / "table.npy", table_NM[:, :METIS_CANDIDATES])
         command = [sys.executable, "-m", "cnn2gnn_dist.graph.metis", "table.npy", "part.npy"]
         done = subprocess.run(
             [*command, str(parts)],
@@ -139,8 +139,7 @@ class PartGraph:
         folder.mkdir(parents=True, exist_ok=True)
         arrays = dict(zip(ARRAYS, (self.nodes_L, self.table_KM), strict=True))
         for name, array in arrays.items():
-            with durable.disk_full_reported(folder):
-                np.save(folder / f"{name}.npy", array)
+            durable.write_array(folder / f"{name}.npy", array)
         note = {
             "part": self.part,
             "num_inner": self.num_inner,

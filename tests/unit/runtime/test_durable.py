@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
+import resource
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cnn2gnn_dist import durable
@@ -38,6 +40,49 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, shared):
 def test_a_json_file_on_a_full_disk():
     with pytest.raises(UserError, match="disk full"):
         durable.write_json(FULL, ["x" * 100_000])
+
+
+@needs_full
+@pytest.mark.parametrize("count", [3, 900, 2_000_000])
+def test_an_array_on_a_full_disk(tmp_path, count):
+    (tmp_path / "a.npy").symlink_to(FULL)
+    with pytest.raises(UserError, match="disk full"):
+        durable.write_array(tmp_path / "a.npy", np.zeros(count, np.float32))
+
+
+@pytest.mark.parametrize("count", [900, 2_000_000])
+def test_an_array_that_fits_in_part_is_an_error_with_its_number(tmp_path, count):
+    """``np.save`` cuts the small one off without an error, and the other's error has no number."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, hard))
+    try:
+        with pytest.raises(OSError, match="too large") as caught:
+            durable.write_array(tmp_path / "a.npy", np.zeros(count, np.float32))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.errno == errno.EFBIG
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.arange(12, dtype=np.float16).reshape(3, 4),
+        np.empty((0, 5), np.int32),
+        np.array(7, np.int64),
+        np.array([True, False]),
+        np.array(["é", "ab"]),
+        np.arange(10)[::2],
+    ],
+)
+def test_an_array_is_written_as_numpy_writes_it(tmp_path, array):
+    durable.write_array(tmp_path / "a.npy", array)
+    np.save(tmp_path / "b.npy", array)
+    assert (tmp_path / "a.npy").read_bytes() == (tmp_path / "b.npy").read_bytes()
+    turned = np.asfortranarray(np.arange(6).reshape(2, 3))
+    durable.write_array(tmp_path / "a.npy", turned)
+    np.testing.assert_array_equal(np.load(tmp_path / "a.npy"), turned)
+    with pytest.raises(ValueError, match="object"):
+        durable.write_array(tmp_path / "a.npy", np.array([None]))
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path):
