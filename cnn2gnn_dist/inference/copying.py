@@ -121,8 +121,9 @@ def check_target(source: Path, target: Path) -> None:
 
 def _remove_memory(memory: Path) -> None:
     """Remove a memory that is there: mixed with another one, it would keep what that one forgot."""
-    if not (memory / store.HEAD).is_file():
+    if not memory.is_dir():
         return
+    # Whatever it holds: an attempt that was killed in here may have removed HEAD, and not yet the rows.
     for path in memory.iterdir():
         if path.is_dir():
             shutil.rmtree(path)

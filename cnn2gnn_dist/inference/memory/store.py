@@ -13,9 +13,11 @@ Rows are numbered through the segments of a version; ``classes`` only grow until
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -205,10 +207,15 @@ def segment_files(root: Path, name: str) -> dict[str, tuple[int, str]]:
 
 def keys_on_disk(root: Path) -> set[str]:
     """The keys of all segments, including those of removed images and earlier versions."""
-    files = (root / "segments").glob(f"[0-9]*/{ROWS}")
+    files = [segment_folder(root, name) / ROWS for name in segments(root)]
     return {
         key for file in files for key in pq.read_table(file, columns=["key"])["key"].to_pylist()
     }
+
+
+def segments(root: Path) -> list[str]:
+    """The names of all segments that were completed, ascending; what a killed edit left is not one."""
+    return sorted(path.name for path in (root / "segments").glob("[0-9]*") if path.name.isdigit())
 
 
 def numbers(root: Path) -> list[int]:
@@ -218,7 +225,7 @@ def numbers(root: Path) -> list[int]:
 
 @contextmanager
 def editing(root: Path, wait_s: float = 10.0) -> Iterator[None]:
-    """Hold the right to edit, and remove what a killed edit left behind.
+    """Hold the right to edit, and remove what an edit left behind that was killed, or could not remove it.
 
     Raises:
         UserError: another process holds it longer than ``wait_s``; the folder can't be written.
@@ -238,8 +245,7 @@ def editing(root: Path, wait_s: float = 10.0) -> Iterator[None]:
             remedy="copy the model to a folder that you can write to",
         ) from None  # fmt: skip
     try:
-        for unfinished in root.glob("*/*.tmp"):
-            shutil.rmtree(unfinished)
+        _finish(root)
         yield
     finally:
         lock.release()
@@ -251,14 +257,14 @@ def write_segment(root: Path, rows: NewRows) -> str:
     Raises:
         UserError: the disk is full; nothing is left behind.
     """
-    name = f"{1 + max((int(p.name) for p in (root / 'segments').glob('[0-9]*')), default=-1):06d}"
+    name = f"{1 + max(map(int, segments(root)), default=-1):06d}"
     with _new_folder(segment_folder(root, name)) as folder:
         arrays = {"x": rows.x, "z": rows.z, "labels": rows.labels}
         if rows.candidates is not None:
             arrays["candidates"] = rows.candidates
         kinds = {"x": np.float16, "z": np.float32, "labels": np.int32, "candidates": np.int32}
         for key, array in arrays.items():
-            np.save(folder / f"{key}.npy", np.ascontiguousarray(array, kinds[key]))
+            durable.write_array(folder / f"{key}.npy", np.asarray(array, kinds[key]))
         pq.write_table(_table(rows), folder / ROWS, row_group_size=256)
         durable.write_json(folder / "segment.json", {"files": _digests(folder)})
     return name
@@ -272,7 +278,7 @@ def write_version(root: Path, version: Version, arrays: Mapping[str, np.ndarray]
     """
     with _new_folder(version_folder(root, version.number)) as folder:
         for name, array in arrays.items():
-            np.save(folder / f"{name}.npy", array)
+            durable.write_array(folder / f"{name}.npy", array)
         tree = {
             "format": FORMAT,
             "number": version.number,
@@ -296,13 +302,60 @@ def set_head(root: Path, number: int) -> None:
 
 def drop_all_but(root: Path, version: Version) -> None:
     """Delete all other versions, and the segments that only they use."""
-    for number in numbers(root):
-        if number != version.number:
-            shutil.rmtree(version_folder(root, number))
     kept = {name for name, _ in version.segments}
-    for path in (root / "segments").iterdir():
-        if path.name not in kept:
-            shutil.rmtree(path)
+    _drop(
+        [version_folder(root, number) for number in numbers(root) if number != version.number]
+        + [segment_folder(root, name) for name in segments(root) if name not in kept]
+    )
+
+
+def _finish(root: Path) -> None:
+    """Remove unfinished folders; after a compaction that was killed also what only earlier versions used."""
+    for unfinished in root.glob("*/*.tmp"):
+        _delete(unfinished)
+    try:
+        current = read_version(root, head(root))
+        if current.parent is not None:
+            return  # ``undo`` may need the others
+        old = [number for number in numbers(root) if number < current.number]
+        undone = [read_version(root, number) for number in numbers(root)[len(old) :]]
+    except UserError:
+        return  # a new memory, or a damaged one: whoever opens it says so
+    used = {name for version in undone for name, _ in version.segments}
+    _drop(
+        [version_folder(root, number) for number in old]
+        + [segment_folder(root, name) for name in segments(root) if name not in used]
+    )
+
+
+def _drop(folders: Sequence[Path]) -> None:
+    """Take folders out of the memory, all of them first, and delete their files."""
+    gone = [path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp") for path in folders]
+    for path, unfinished in zip(folders, gone, strict=True):
+        os.replace(path, unfinished)
+    for unfinished in gone:
+        _delete(unfinished)
+
+
+def _delete(path: Path) -> None:
+    """Delete a file, or a folder with everything in it, except for what is in use.
+
+    On NFS a file that a process has mapped stays, as ``.nfs…``, until that process closes it, and its folder until the
+    next edit.
+
+    Raises:
+        OSError: it may not be deleted.
+    """
+    try:
+        if path.is_dir() and not path.is_symlink():
+            for one in path.iterdir():
+                _delete(one)
+            path.rmdir()
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY):
+            raise
 
 
 def now() -> str:

@@ -108,6 +108,31 @@ def test_a_copy_over_an_earlier_one_keeps_nothing_that_was_forgotten(tmp_path):
     assert len(load(model.folder, device="cpu").memory) == 39  # nothing of it was removed
 
 
+def test_a_copy_over_one_whose_removal_was_killed_keeps_nothing_of_it(tmp_path):
+    model = Classifier.open(write_model(tmp_path / "model"), device="cpu")
+    model.save_pretrained(tmp_path / "copy")
+    (tmp_path / "copy" / "memory" / store.HEAD).unlink()  # the first file that went
+    editing.forget(model, ["img-3"])
+    model.save_pretrained(tmp_path / "copy")
+    copied = Classifier.open(tmp_path / "copy", device="cpu")
+    assert "img-3" not in store.keys_on_disk(copied.memory.root)
+
+
+def test_what_a_killed_edit_left_is_no_content_of_a_model(tmp_path):
+    model = Classifier.open(write_model(tmp_path / "model"), device="cpu")
+    model.save_pretrained(tmp_path / "copy")
+    editing.forget(Classifier.open(tmp_path / "copy", device="cpu"), ["img-3"])
+    editing.forget(model, ["img-3"])
+    root, rows = model.memory.root, next(model.memory.root.rglob(store.ROWS)).read_bytes()
+    for name, data in {"000008.tmp": rows[: len(rows) // 2], "000009.tmp": rows}.items():
+        (root / "segments" / name).mkdir()
+        (root / "segments" / name / store.ROWS).write_bytes(data)
+    keys = {f"img-{n}" for n in range(40) if n != 3}
+    assert store.keys_on_disk(root) == keys
+    model.save_pretrained(tmp_path / "copy")
+    assert store.keys_on_disk(tmp_path / "copy" / "memory") == keys
+
+
 @pytest.fixture
 def forgetful(tmp_path: Path) -> tuple[Path, Path]:
     """A model, and a copy of it which has forgotten two images since; the model has removed one of them."""

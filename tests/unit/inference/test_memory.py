@@ -1,6 +1,7 @@
 """Edits of a memory: the result equals a memory built from the rows that are left."""
 
 import errno
+import os
 import shutil
 import threading
 
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cnn2gnn_dist import durable
 from cnn2gnn_dist.data.index.relabel import read_relabel
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference import editing
@@ -202,6 +204,81 @@ def test_a_forgotten_image_does_not_come_back_by_undo_after_a_kill(model, monkey
     assert "img-7" not in store.keys_on_disk(root)
 
 
+def test_nothing_of_a_forgotten_image_stays_after_a_kill_and_another_edit(model, monkeypatch):
+    """Stop at every name that is replaced or deleted: once the image is in no version, the next edit finishes."""
+    compacted, stop_at, trace = 0, 0, model.memory.x(np.array([7])).tobytes()
+    while True:
+        folder = model.folder.with_name(f"m{stop_at}")
+        shutil.copytree(model.folder, folder)
+        root, calls = folder / "memory", iter(range(1000))
+        with monkeypatch.context() as patch:
+            for name in ("replace", "unlink", "rmdir"):
+                patch.setattr(os, name, _stopping(getattr(os, name), calls, stop_at))
+            try:
+                edits.forget(root, ["img-7"])
+            except KeyboardInterrupt:
+                pass
+            else:
+                break
+        if store.read_version(root, store.head(root)).segments[0][1] == 39:
+            compacted += 1
+            editing.remove(Classifier.open(folder, device="cpu"), ["img-9"])
+            assert "img-7" not in store.keys_on_disk(root)
+            assert not any(trace in path.read_bytes() for path in root.rglob("*.npy"))
+            assert not list(root.glob("*/*.tmp"))
+        stop_at += 1
+    assert compacted > 10
+
+
+def _stopping(real, calls, stop_at):
+    def stop(*arguments, **options):
+        if next(calls) == stop_at:
+            raise KeyboardInterrupt
+        return real(*arguments, **options)
+
+    return stop
+
+
+def test_an_undone_edit_after_a_compaction_stays(model):
+    edits.compact(model.memory.root)
+    edit(model, lambda one: one.add(added_rows(model)))
+    undone = store.head(model.memory.root)
+    edits.undo(model.memory.root)
+    editing.remove(model, ["img-1"])
+    assert "new-1" in store.keys_on_disk(model.memory.root)
+    assert len(Memory.open(model.memory.root, undone)) == 44
+
+
+def test_forgetting_where_files_in_use_can_not_be_deleted(model, tmp_path, monkeypatch):
+    """As on NFS: an unlinked file that is mapped gets another name, and its folder can't be removed."""
+
+    def unlink(path, *, dir_fd=None, real=os.unlink):
+        name = os.path.basename(path)
+        if name.startswith(".nfs"):
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        if not name.endswith(".npy"):
+            return real(path, dir_fd=dir_fd)
+        other = os.path.join(os.path.dirname(path), f".nfs{name}")
+        return os.rename(path, other, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "unlink", unlink)
+    root, trace = model.memory.root, model.memory.x(np.array([7])).tobytes()
+    editing.remove(model, ["img-9"])
+    editing.forget(model, ["img-7"])
+    assert len(model.memory) == 38
+    assert len(list(root.glob("*/*.tmp"))) >= 2
+    assert store.numbers(root) == [store.head(root)]
+    editing.remove(model, ["img-1"])  # still in use, and no obstacle
+    model.save_pretrained(tmp_path / "copy")
+    assert not any(
+        trace in path.read_bytes() for path in (tmp_path / "copy").rglob("*") if path.is_file()
+    )
+    monkeypatch.undo()
+    editing.remove(model, ["img-2"])
+    assert not any(trace in path.read_bytes() for path in root.rglob("*") if path.is_file())
+    assert not list(root.glob("*/*.tmp"))
+
+
 def test_what_was_forgotten_is_a_relabel_list_that_other_images_pass(model):
     editing.forget(model, ["img-7"])
     found = read_relabel(model.memory.root / store.FORGOTTEN)
@@ -286,17 +363,19 @@ def test_a_killed_edit_leaves_the_version_before(model, asked, stop_at, monkeypa
 
 
 def test_a_full_disk_changes_nothing(model, asked, monkeypatch):
-    before = model.predict_proba(asked)
+    before, names = model.predict_proba(asked), sorted(model.memory.root.rglob("*"))
 
-    def full(*_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def full(path, array, real=durable.write_array):
+        path.symlink_to("/dev/full")
+        real(path, array)
 
-    monkeypatch.setattr(store.np, "save", full)
-    with pytest.raises(UserError, match=r"disk full|no room"):
+    monkeypatch.setattr(durable, "write_array", full)
+    with pytest.raises(UserError, match="disk full"):
         edit(model, lambda one: one.add(added_rows(model)))
     monkeypatch.undo()
     model.reload()
     np.testing.assert_array_equal(model.predict_proba(asked), before)
+    assert sorted(model.memory.root.rglob("*")) == names
 
 
 def test_a_second_writer_is_refused_and_a_reader_keeps_its_version(model, asked):
