@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from cnn2gnn_dist import cli
 from cnn2gnn_dist.inference import editing
@@ -122,6 +123,35 @@ def test_answers_of_another_input_of_the_same_name_are_not_taken_for_its_own(
     shutil.move(inputs[0], other)  # the same images, moved
     assert cli.main([*call, str(other)]) == 0
     assert "1 inputs were already answered" in capsys.readouterr().out
+
+
+def test_an_input_that_looks_like_another_one_is_another_one(asked, tmp_path, capsys):
+    """Of images without any detail, packed with fixed times, names, lengths and times agree."""
+    model, _ = asked
+    given = []
+    for name, shade in (("a", 0), ("b", 255)):
+        (tmp_path / name).mkdir()
+        given.append(tmp_path / name / "x.bmp")
+        Image.fromarray(np.full((16, 16, 3), shade, np.uint8)).save(given[-1])
+        os.utime(given[-1], (0, 0))
+    assert given[0].stat().st_size == given[1].stat().st_size
+    call = ["predict", "--model", str(model), "--out", f"{tmp_path / 'out'}/"]
+    assert cli.main([*call, str(given[0])]) == 0
+    assert cli.main([*call, str(given[1])]) == 2
+    assert f"another input of this name, {given[0]}" in capsys.readouterr().err
+    assert answers(tmp_path / "out" / "x.bmp.parquet") == [str(given[0])]
+    (tmp_path / "link").symlink_to(tmp_path / "a")  # the same one by another path
+    assert cli.main([*call, str(tmp_path / "link" / "x.bmp")]) == 0
+    assert "1 inputs were already answered" in capsys.readouterr().out
+
+
+def test_a_path_through_a_file_costs_the_other_inputs_nothing(asked, tmp_path, capsys):
+    model, inputs = asked
+    call = ["predict", "--model", str(model), f"{inputs[0]}/0.png/b.png", inputs[1]]
+    assert cli.main([*call, "--out", f"{tmp_path / 'out'}/"]) == 1
+    told = capsys.readouterr()
+    assert "0.png/b.png: not readable as an image: Not a directory" in told.err
+    assert "4 images of 2 inputs" in told.out
 
 
 def test_a_memory_made_again_from_the_same_run_is_the_same(tmp_path):

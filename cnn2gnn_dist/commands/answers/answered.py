@@ -23,7 +23,7 @@ Look = dict[str, str]
 
 
 def look_at(given: str) -> Look | None:
-    """Describe an input as it is now; None: there is no such file or folder."""
+    """Describe an input as it is now; None: there is no such file or folder, or it can't be looked at."""
     found = hashlib.sha256()
     try:
         names = find_images(given).images if os.path.isdir(given) else [""]
@@ -31,7 +31,7 @@ def look_at(given: str) -> Look | None:
             about = os.stat(os.path.join(given, name) if name else given)
             line = json.dumps([printable(name), about.st_size, about.st_mtime_ns])
             found.update(f"{line}\n".encode())
-    except FileNotFoundError:
+    except OSError:  # also a path through a file, a folder that may not be listed
         return None
     return {"input": printable(os.path.abspath(given)), "look": found.hexdigest()}
 
@@ -63,7 +63,7 @@ def is_answered(given: str, target: Path) -> bool:
         return now is None or _newest(given) <= target.stat().st_mtime
     if now is None:
         return then["input"] == printable(os.path.abspath(given))
-    if now["look"] == then["look"]:
+    if now["look"] == then["look"] and _is_same(given, then["input"]):
         return True
     if now["input"] != then["input"]:
         raise UserError(
@@ -72,6 +72,16 @@ def is_answered(given: str, target: Path) -> bool:
             remedy="name another folder, or remove this file if that input was moved and changed",
         )
     return False
+
+
+def _is_same(given: str, recorded: str) -> bool:
+    """Whether an input that looks like a recorded one is that one: names, sizes and times of two may agree."""
+    if printable(os.path.abspath(given)) == recorded:
+        return True
+    try:
+        return os.path.samefile(given, recorded)  # by another name
+    except OSError:
+        return not os.path.lexists(recorded)  # it was moved
 
 
 def _path(target: Path) -> Path:
