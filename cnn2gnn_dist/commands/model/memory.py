@@ -13,7 +13,7 @@ from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference import editing
 from cnn2gnn_dist.inference.classifier import Classifier, load
 from cnn2gnn_dist.inference.editing import Added
-from cnn2gnn_dist.inference.inputs import complaint
+from cnn2gnn_dist.inference.inputs import complaint, expand
 from cnn2gnn_dist.inference.memory import edits
 from cnn2gnn_dist.inference.memory.set_apart import SetApart
 from cnn2gnn_dist.inference.memory.store import Version
@@ -42,9 +42,8 @@ def add(
         if planned.new_class:
             output(trade_table(planned))
 
-    done = editing.add(
-        model, list(images), class_name, old_loss=old_loss, dry_run=dry_run, tell=tell
-    )
+    given = expand(list(images), left_out=report_error)
+    done = editing.add(model, given, class_name, old_loss=old_loss, dry_run=dry_run, tell=tell)
     if done.version is not None:
         _print_version(done.version, model)
     return 1 if done.errors else 0

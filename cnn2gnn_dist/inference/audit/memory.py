@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from cnn2gnn_dist.data.images.decode import decode
 from cnn2gnn_dist.data.images.views import CLEAN, ViewSpec, render
 from cnn2gnn_dist.graph import duplicates
 from cnn2gnn_dist.inference.audit import look_alike
 from cnn2gnn_dist.inference.audit.findings import TrainingSet
-from cnn2gnn_dist.inference.memory import store
 from cnn2gnn_dist.inference.memory.view import Memory
 
 READ = 256
@@ -69,17 +67,12 @@ class Thumbnails:
         """All of them, in blocks. Each row group is read once, in order, not once per row."""
         held: list[bytes | None] = []
         start = 0
-        for name, _ in self.memory.version.segments:
-            file = pq.ParquetFile(store.segment_folder(self.memory.root, name) / store.ROWS)
-            for batch in file.iter_batches(size, columns=["thumbnail"]):
-                live = self.memory.live[start : start + len(batch)]
-                cells = batch.column(0).to_pylist()
-                held += [
-                    cell and cell["bytes"] for cell, good in zip(cells, live, strict=True) if good
-                ]
-                start += len(batch)
-                while len(held) >= size:
-                    yield held[:size]
-                    held = held[size:]
+        for cells in self.memory.thumbnail_blocks(size):
+            live = self.memory.live[start : start + len(cells)]
+            held += [cell for cell, good in zip(cells, live, strict=True) if good]
+            start += len(cells)
+            while len(held) >= size:
+                yield held[:size]
+                held = held[size:]
         if held:
             yield held

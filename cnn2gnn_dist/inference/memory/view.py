@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -200,6 +200,14 @@ class Memory:
         """The JPEG of a row; None if the memory has none of it."""
         found = self._cell(row, "thumbnail").as_py()
         return None if found is None else found["bytes"]
+
+    def thumbnail_blocks(self, size: int) -> Iterator[list[bytes | None]]:
+        """The JPEGs of all N rows, at most ``size`` at a time; each row group is read once."""
+        for rows in self._rows:
+            for batch in pq.ParquetFile(pa.BufferReader(rows)).iter_batches(
+                size, columns=["thumbnail"]
+            ):
+                yield [cell and cell["bytes"] for cell in batch.column(0).to_pylist()]
 
     def counts(self) -> np.ndarray:
         """Live rows of each class, int64 [classes]."""
