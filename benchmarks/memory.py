@@ -30,8 +30,10 @@ K = 10
 
 def new_classes(of: additions.Setting, draws: int, shots: list[int]) -> None:
     """Old and new accuracy of every rule, for 1 to 100 images per class."""
-    print("| images | rule | old | new | harmonic mean | AUROC | predicted new |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    print(
+        "| images | rule | old | new | harmonic mean | AUROC | rule R finds of its new | predicted new |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for each in shots:
         rows: dict[str, list[list[float]]] = {}
         predicted = []
@@ -42,18 +44,28 @@ def new_classes(of: additions.Setting, draws: int, shots: list[int]) -> None:
             predicted.append(np.nan if chosen.new is None else chosen.new)
             rows.setdefault("rule R", []).append(additions.judged(of, scores, 1.0, own=False))
             for name, rival in additions.RIVALS.items():
-                scores = rival(of, drawn)
-                if name in additions.UNCALIBRATED:
-                    judged = additions.judged(of, scores, None, own=False)
-                    rows.setdefault(f"{name}, no offset", []).append(judged)
-                own = name not in ("rule R, cosines", "its new columns", "k-NN-LM")
-                rows.setdefault(name, []).append(additions.judged(of, scores, 1.0, own=own))
+                _judge(of, name, rival(of, drawn), rows)
         for name, values in rows.items():
             mean = np.mean(values, 0)
             error = 1.96 * np.std(values, 0) / max(len(values) - 1, 1) ** 0.5
             cells = [f"{m:.1f} ± {e:.1f}" for m, e in zip(mean, error, strict=True)]
+            found = additions.share([v[1] for v in rows["rule R"]], [v[1] for v in values])
+            cells.append(f"{found[0]:.0f} % ± {found[1]:.0f}" if name != "rule R" else "")
             said = f"{np.mean(predicted):.1f}" if name == "rule R" else ""
             print(f"| {each} | {name} | " + " | ".join([*cells, said]) + " |", flush=True)
+
+
+def _judge(
+    of: additions.Setting, name: str, scores: additions.Scores, rows: dict[str, list[list[float]]]
+) -> None:
+    """Add to the rows of a rival: as it is, with one point lost, and one point lost from the head's accuracy."""
+    if name in additions.UNCALIBRATED:
+        judged = additions.judged(of, scores, None, own=False)
+        rows.setdefault(f"{name}, no offset", []).append(judged)
+    if name not in additions.KEEPS_HEAD:
+        judged = additions.judged(of, scores, 1.0, own=True)
+        rows.setdefault(f"{name}, from its own accuracy", []).append(judged)
+    rows.setdefault(name, []).append(additions.judged(of, scores, 1.0, own=False))
 
 
 def together(of: additions.Setting, count: int) -> None:

@@ -1,4 +1,8 @@
-"""New classes: rule R compared with other ways to use the same images."""
+"""New classes: rule R compared with other ways to use the same images.
+
+Every rule sees the same images of the old classes: all on which the student was trained. (The product thins them itself
+where it learns columns.)
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,6 @@ from cnn2gnn_dist.inference.memory.new_classes import NewClasses, Trade
 from cnn2gnn_dist.inference.memory.old_classes import Images, OldClasses
 
 PARTS = ("calibration", "test", "new_test")
-REPLAY = 8000
 Scores = dict[str, tuple[np.ndarray, np.ndarray]]
 """Scores by part: of the old classes [n, C] and of the new ones [n, K]."""
 
@@ -33,8 +36,6 @@ class Setting:
         self.labels = {p: kept[f"{p}/labels"] for p in parts}
         self.temperature = fit_temperature(self.logits["calibration"], self.labels["calibration"])
         self.log_p = {p: log_softmax(self.logits[p], self.temperature) for p in parts}
-        rows = np.random.default_rng(0).permutation(len(self.labels["train"]))
-        self.replay = np.sort(rows[:REPLAY])
         self.model = OldClasses.fit(
             self.raw["train"],
             self.labels["train"],
@@ -65,7 +66,7 @@ def ours(of: Setting, rows: np.ndarray) -> tuple[Scores, tuple[Trade, ...]]:
     entries = {str(c): of.images("pool", rows[classes == c]) for c in np.unique(classes)}
     found = NewClasses.fit(
         of.model, entries, of.images("calibration"), of.labels["calibration"],
-        replay=of.images("train", of.replay),
+        replay=of.images("train"),
     )  # fmt: skip
     scores = {p: found.scores(of.model, of.logits[p], of.raw[p]) for p in PARTS}
     return {
@@ -116,18 +117,21 @@ def knn_lm(of: Setting, rows: np.ndarray, k: int = 10, share: float = 0.25) -> S
 
 
 def retrained(of: Setting, rows: np.ndarray) -> Scores:
-    """A linear head over all classes: class-balanced cross-entropy on x."""
-    x, labels = _replayed(of, rows)
-    weights, bias = _fit(x, labels, None, of.old + of.new)
+    """A linear head over all classes: class-balanced cross-entropy on x.
+
+    The loss is convex, so that starting from the old classes' own head changes only how soon it is fitted.
+    """
+    weights, bias = _old_head(of)
+    start = np.pad(weights, ((0, 0), (0, of.new))), np.pad(bias, (0, of.new))
+    weights, bias = fit_head(*_with_old(of, rows), None, of.old + of.new, start)
     scores = {p: of.x[p] @ weights + bias for p in PARTS}
     return {p: (s[:, : of.old], s[:, of.old :]) for p, s in scores.items()}
 
 
 def columns(of: Setting, rows: np.ndarray) -> Scores:
     """The new columns alone, next to the head's logits."""
-    x, labels = _replayed(of, rows)
-    logits = np.concatenate([of.logits["train"][of.replay], of.logits["pool"][rows]])
-    weights, bias = _fit(x, labels, logits, of.new)
+    logits = np.concatenate([of.logits["train"], of.logits["pool"][rows]])
+    weights, bias = fit_head(*_with_old(of, rows), logits, of.new)
     return {p: (of.logits[p], of.x[p] @ weights + bias) for p in PARTS}
 
 
@@ -140,6 +144,8 @@ RIVALS: dict[str, Callable[[Setting, np.ndarray], Scores]] = {
     "k-NN-LM": knn_lm,
 }
 UNCALIBRATED = ("prototypes", "imprinting", "k-NN-LM")
+KEEPS_HEAD = ("rule R, cosines", "its new columns", "k-NN-LM")
+"""Rules that answer old classes as the head does: what they may lose counts from its accuracy."""
 
 
 def judged(of: Setting, scores: Scores, old_loss: float | None, *, own: bool) -> list[float]:
@@ -189,27 +195,35 @@ def _new_means(of: Setting, features: dict[str, np.ndarray], rows: np.ndarray) -
     return np.stack([features["pool"][rows[classes == c]].mean(0) for c in np.unique(classes)])
 
 
-def _replayed(of: Setting, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    x = np.concatenate([of.x["train"][of.replay], of.x["pool"][rows]])
-    return x, np.concatenate([of.labels["train"][of.replay], of.labels["pool"][rows]])
+def _with_old(of: Setting, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs and labels: those of all old training images, and of the new ones."""
+    x = np.concatenate([of.x["train"], of.x["pool"][rows]])
+    return x, np.concatenate([of.labels["train"], of.labels["pool"][rows]])
 
 
 def _old_head(of: Setting) -> tuple[np.ndarray, np.ndarray]:
     if not hasattr(of, "head"):
-        labels = of.labels["train"][of.replay]
-        of.head = _fit(of.x["train"][of.replay], labels, None, of.old)
+        of.head = fit_head(of.x["train"], of.labels["train"], None, of.old)
     return of.head
 
 
-def _fit(
-    x: np.ndarray, labels: np.ndarray, logits: np.ndarray | None, width: int, penalty: float = 1e-3
+def fit_head(
+    x: np.ndarray,
+    labels: np.ndarray,
+    logits: np.ndarray | None,
+    width: int,
+    start: tuple[np.ndarray, np.ndarray] | None = None,
+    penalty: float = 1e-3,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Fit weights [D, width] and bias by class-balanced cross-entropy, next to fixed logits if given."""
+    """Fit weights [D, width] and bias by class-balanced cross-entropy, next to fixed logits if given.
+
+    ``start``: the weights and the bias to start from; None: zeros.
+    """
     inputs, target = torch.from_numpy(x.astype(np.float32)), torch.from_numpy(labels)
     count = torch.bincount(target)
     weight = (1.0 / count.clamp(min=1) / (count > 0).sum())[target]
-    weights = torch.zeros(x.shape[1], width, requires_grad=True)
-    bias = torch.zeros(width, requires_grad=True)
+    first = start or (np.zeros((x.shape[1], width)), np.zeros(width))
+    weights, bias = (torch.tensor(one, dtype=torch.float32).requires_grad_() for one in first)
     fixed = None if logits is None else torch.from_numpy(logits)
     optimizer = torch.optim.LBFGS([weights, bias], max_iter=100, line_search_fn="strong_wolfe")
 
@@ -224,3 +238,13 @@ def _fit(
 
     optimizer.step(loss)
     return weights.detach().numpy(), bias.detach().numpy()
+
+
+def share(ours: list[float], theirs: list[float]) -> tuple[float, float]:
+    """The ratio of two means in %, and 1.96 of its standard errors, from pairs (the same draw)."""
+    mine, other = np.array(ours), np.array(theirs)
+    ratio = mine.mean() / max(other.mean(), 1e-12)
+    # To first order: the spread of what is left of each pair, on the scale of the ratio.
+    left = (mine - ratio * other) / max(other.mean(), 1e-12)
+    error = 1.96 * left.std(ddof=1) / len(left) ** 0.5 if len(left) > 1 else np.nan
+    return 100 * float(ratio), 100 * float(error)
