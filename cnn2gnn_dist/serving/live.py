@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import threading
 from collections.abc import Callable
-from typing import TypeVar
+from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -25,6 +27,18 @@ _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 PINNED, UNPIN = "this server answers from one version of the memory", "unpin memory_version"
+
+
+class _Mark(NamedTuple):
+    """What tells a version from another one with its number.
+
+    Attributes:
+        file: number of its description on disk, time and length: while they stay, it is the same. None: unknown.
+        digest: of its content (``store.digest``).
+    """
+
+    file: tuple[int, int, int] | None
+    digest: str
 
 
 class LiveModel:
@@ -45,6 +59,7 @@ class LiveModel:
         self.pinned = False
         self._lock = threading.Lock()  # held while the next one is made
         self._ask(model)
+        self._mark = _mark_of(model)
         swapped(model)
 
     @property
@@ -64,12 +79,14 @@ class LiveModel:
             change: given a copy of the model, whose memory it edits and reloads (as ``editing`` does).
 
         Raises:
-            UserError: as ``change`` raises it; the model has no memory, or is pinned.
+            UserError: as ``change`` raises it; the model has no memory, or is pinned; the folder holds
+                another memory by now.
         """
         with self._lock:
             if self.pinned:
                 raise UserError(PINNED, remedy=UNPIN)
             beside = self._copy()
+            self._check_version()
             made = change(beside)
             self._swap(beside)
             return made
@@ -78,12 +95,13 @@ class LiveModel:
         """Load the current version from disk if another process has made one; True if it did.
 
         Raises:
-            UserError: the memory is damaged, or the folder holds another model by now; the version
-                before continues to answer.
+            UserError: the memory is damaged, or the folder holds another model or memory by now; the
+                version before continues to answer.
         """
         current, memory = self._current, self._current.memory
         if memory is not None:
             artefact.check_unchanged(current.folder, current.identity)
+            self._check_version()
         if memory is None or store.head(memory.root) == memory.version.number:
             return False
         with self._lock:
@@ -98,10 +116,11 @@ class LiveModel:
         """Load one version of the memory, current or not, and answer from it.
 
         Raises:
-            UserError: there is no such version, or it is damaged.
+            UserError: there is no such version, or it is damaged; the folder holds another memory by now.
         """
         with self._lock:
             beside = self._copy()
+            self._check_version()
             assert beside.memory is not None
             if beside.memory.version.number != number:
                 beside.use_version(number)
@@ -119,9 +138,39 @@ class LiveModel:
         if _number(beside) == _number(self._current):
             return
         self._ask(beside)
-        self._current = beside
+        self._current, self._mark = beside, _mark_of(beside)
         _log.info("answering from version %s of the memory", self.version)
         self._swapped(beside)
+
+    def _check_version(self) -> None:
+        """Check that the version being served is the one that has its number on disk.
+
+        One that is no longer there was compacted: the current one is followed.
+
+        Raises:
+            UserError: the memory is another one, such as that of a copy of this model; or damaged.
+        """
+        memory, mark = self._current.memory, self._mark
+        if memory is None or mark is None:
+            return
+        number = memory.version.number
+        try:
+            file = _file_of(memory.root, number)
+            if file is not None and file == mark.file:
+                return
+            digest = store.digest(memory.root, store.read_version(memory.root, number))
+        except UserError:
+            if store.version_folder(memory.root, number).is_dir():
+                raise
+            return
+        if digest != mark.digest:
+            raise UserError(
+                "another model has taken the place of this one since it was opened: the version "
+                f"{number} of its memory is another one",
+                where=str(self._current.folder),
+                remedy="restart the server; give a new model a folder of its own",
+            )
+        self._mark = _Mark(file, digest)  # a copy with the same content
 
     def _ask(self, model: Classifier) -> None:
         """Run a model once, so that what it builds on first use exists."""
@@ -134,3 +183,23 @@ class LiveModel:
 
 def _number(model: Classifier) -> int | None:
     return None if model.memory is None else model.memory.version.number
+
+
+def _mark_of(model: Classifier) -> _Mark | None:
+    """None: there is no memory, or the version was compacted a moment ago."""
+    memory = model.memory
+    if memory is None:
+        return None
+    file = _file_of(memory.root, memory.version.number)
+    try:
+        return _Mark(file, store.digest(memory.root, memory.version))
+    except UserError:
+        return None
+
+
+def _file_of(root: Path, number: int) -> tuple[int, int, int] | None:
+    try:
+        about = os.stat(store.version_folder(root, number) / "version.json")
+    except FileNotFoundError:
+        return None
+    return about.st_ino, about.st_mtime_ns, about.st_size

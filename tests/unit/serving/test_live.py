@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cnn2gnn_dist.commands.model import export
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference import editing
 from cnn2gnn_dist.inference.classifier import Classifier
@@ -138,6 +139,54 @@ def test_answers_during_swaps_are_each_of_the_version_they_name(model: Classifie
         made = future.result(0)
         assert made.answers == expected[made.version]
     assert expected[0] != expected[1]
+
+
+def test_another_memory_with_the_same_numbers_is_neither_followed_nor_edited(
+    model: Classifier, tmp_path: Path
+):
+    """As an exported copy of this model that was edited otherwise: config and weights are the same."""
+    other = Classifier.open(shutil.copytree(model.folder, tmp_path / "other"), device="cpu")
+    live, asked = LiveModel(model), pictures(5, seed=9)
+    live.edit(lambda beside: editing.remove(beside, ["img-1"]))
+    editing.remove(other, ["img-2"])
+    answers = live.current.predict_proba(asked)
+    assert export.command(other.folder, model.folder, force=True) == 0
+    assert store.head(model.memory.root) == live.version == 1
+    for change in (
+        live.follow,
+        lambda: live.use(1),
+        lambda: live.use(0),
+        lambda: live.edit(lambda beside: editing.remove(beside, ["img-3"])),
+    ):
+        with pytest.raises(UserError, match="another model"):
+            change()
+    np.testing.assert_array_equal(live.current.predict_proba(asked), answers)
+    assert len(Classifier.open(model.folder, device="cpu").memory) == 39
+    assert LiveModel(Classifier.open(model.folder, device="cpu")).version == 1
+
+
+def test_a_copy_of_the_memory_in_its_place_is_the_same_one(model: Classifier, tmp_path: Path):
+    live = LiveModel(model)
+    live.edit(lambda beside: editing.remove(beside, ["img-1"]))
+    copied = shutil.copytree(model.folder, tmp_path / "copy")
+    shutil.rmtree(model.folder)
+    copied.rename(model.folder)
+    assert not live.follow()
+    live.edit(lambda beside: editing.remove(beside, ["img-2"]))
+    assert (live.version, len(live.current.memory)) == (2, 38)
+
+
+def test_a_compacted_memory_is_still_followed_and_edited(model: Classifier):
+    """The version being served is no longer on disk then."""
+    live, other = LiveModel(model), Classifier.open(model.folder, device="cpu")
+    for change in (lambda: editing.remove(other, ["img-1"]), lambda: editing.compact(other)):
+        change()
+    assert store.numbers(model.memory.root) == [2]
+    live.edit(lambda beside: editing.remove(beside, ["img-2"]))
+    assert (live.version, len(live.current.memory)) == (3, 38)
+    editing.compact(Classifier.open(model.folder, device="cpu"))
+    assert live.follow()
+    assert live.version == 4
 
 
 def test_another_model_in_the_same_folder_is_neither_followed_nor_edited(
