@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 import os
 import re
 import shlex
@@ -172,8 +173,10 @@ def fault(command: Command, root: Path = REPOSITORY) -> str:
             return f"no file {script}"
         after = rest[rest.index(script) + 1 :]
         if script.startswith("launch/"):
-            return _config_fault(after)
+            return _config_fault(after, _ranks(rest))
         return _option_fault(after, root / script)
+    if "cnn2gnn_dist.launcher" in rest:
+        return _config_fault(rest[rest.index("cnn2gnn_dist.launcher") + 1 :], _ranks(rest))
     if "cnn2gnn_dist" in rest:
         return _cli_fault(rest[rest.index("cnn2gnn_dist") + 1 :])
     return ""
@@ -209,6 +212,7 @@ def _pip_fault(rest: list[str], root: Path) -> str:
 def _cli_fault(rest: list[str]) -> str:
     from cnn2gnn_dist import cli, settings
     from cnn2gnn_dist.errors import UserError
+    from cnn2gnn_dist.stages.shared import preflight
 
     said = io.StringIO()
     try:
@@ -217,7 +221,11 @@ def _cli_fault(rest: list[str]) -> str:
         of_a_model = getattr(arguments, "model", None) is not None  # evaluate --model MODEL IMAGES
         if getattr(arguments, "overrides", None) is not None and not of_a_model:
             own = None if arguments.config == OWN else arguments.config
-            settings.load(own, arguments.overrides)
+            config = settings.load(own, arguments.overrides)
+            if rest[0] in ("run", *cli.STAGES):
+                preflight.check(
+                    config, [rest[0]] if rest[0] in cli.STAGES else cli.STAGES, config.run.ranks
+                )
     except UserError as error:
         return " ".join(str(error).split())
     except SystemExit:
@@ -225,14 +233,25 @@ def _cli_fault(rest: list[str]) -> str:
     return ""
 
 
-def _config_fault(rest: list[str]) -> str:
-    from cnn2gnn_dist import settings
+def _ranks(rest: list[str]) -> int:
+    """Ranks that torchrun or deepspeed starts; a hostfile's are the user's: as many as in docs/cluster.md."""
+    options = dict(itertools.pairwise(rest))
+    if "--hostfile" in options:
+        page = (REPOSITORY / "docs" / "cluster.md").read_text(encoding="utf-8")
+        return sum(int(slots) for slots in re.findall(r"(?m)^HOST_\d slots=(\d+)", page))
+    hosts = int(options.get("--nnodes", 1))
+    return hosts * int(options.get("--nproc_per_node") or options.get("--num_gpus") or 1)
+
+
+def _config_fault(rest: list[str], ranks: int) -> str:
+    from cnn2gnn_dist import cli, settings
     from cnn2gnn_dist.errors import UserError
+    from cnn2gnn_dist.stages.shared import preflight
 
     overrides = [word for word in rest if re.match(r"[a-z_.]+=", word)]
     source = rest[rest.index("--config") + 1] if "--config" in rest else "demo"
     try:
-        settings.load(source, overrides)
+        preflight.check(settings.load(source, overrides), cli.STAGES, ranks)
     except UserError as error:
         return " ".join(str(error).split())
     return ""

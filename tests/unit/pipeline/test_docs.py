@@ -39,6 +39,24 @@ def test_the_docs_have_commands_of_every_program_and_no_pattern_is_stale():
             "torchrun --nproc_per_node 2 launch/train.py --config demo graph.sampling.fanouts=[1,1]",
             "2 candidates",
         ),
+        (
+            "torchrun --nproc_per_node 4 launch/train.py --config demo",
+            "2 partitions can't be shared by 4",
+        ),
+        (
+            "torchrun --nnodes 2 --nproc_per_node 2 -m cnn2gnn_dist.launcher --config demo",
+            "by 4 ranks",
+        ),
+        (
+            "deepspeed --num_gpus 3 launch/train.py --config demo teacher.global_batch=96",
+            "over 3 ranks",
+        ),
+        (
+            "deepspeed --hostfile cluster/hostfile launch/train.py --config imagenet",
+            "8 partitions can't",
+        ),
+        ("cnn2gnn run --config imagenet run.ranks=16", "8 partitions can't be shared by 16"),
+        ("cnn2gnn student --config demo run.ranks=4", "2 partitions can't be shared by 4"),
         ("python benchmarks/scale.py FOLDER --noodles 3", "no --noodles"),
         ("pip install -r benchmarks/none.txt", "no file"),
         ("pip install 'cnn2gnn-dist[remote]'", "on no index"),
