@@ -9,13 +9,15 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from cnn2gnn_dist import presets, settings
+from cnn2gnn_dist import path_fields, presets, settings
 from cnn2gnn_dist.config import Config
 from cnn2gnn_dist.errors import UserError
 
 MOST_BYTES = 500 << 20
 """Size limit of a working directory that Ray accepts."""
 MIB = 2**20
+WRITTEN = ("run.dir", "stream.cache_dir")
+"""Paths that a run writes to; it makes them where they are missing."""
 
 
 def check_size(files: Mapping[str, int], folder: Path) -> None:
@@ -72,17 +74,16 @@ def _relative_paths(source: str, overrides: Sequence[str]) -> Iterator[tuple[str
 
 
 def _paths(config: Config) -> Iterator[tuple[str, str]]:
-    found = {
-        "data.train": config.data.train,
-        "data.test": config.data.test,
-        "teacher.weights": config.teacher.weights,
-        "teacher.ds_config": config.teacher.ds_config,
-        "student.ds_config": config.student.ds_config,
-    }
-    for field, value in found.items():
-        for path in [value] if isinstance(value, str) else value or []:
-            if os.path.isabs(path):  # not a URL
-                yield field, path
+    """Paths on disk that a run reads, each with its field."""
+    found: list[tuple[str, str]] = []
+
+    def note(path: str, field: str) -> str:
+        if field not in WRITTEN and os.path.isabs(path):  # not a URL
+            found.append((field, path))
+        return path
+
+    path_fields.changed(config, note)
+    yield from found
 
 
 def _check_path(field: str, path: str, files: Mapping[str, int], folder: Path) -> None:

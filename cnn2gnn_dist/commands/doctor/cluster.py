@@ -45,7 +45,7 @@ def command(address: str | None, folder: str | None) -> int:
 
 def report(nodes: list[Node], failed: dict[str, str], folder: str | None) -> int:
     """Print the nodes' answers; ``failed``: by address, why others gave none."""
-    output(node_survey.table(nodes))
+    output(node_survey.table(nodes, folder))
     found = [(f"{address} did not answer: {why}", _remedy(why)) for address, why in failed.items()]
     found += node_survey.problems(nodes, folder)
     for what, remedy in found:

@@ -42,9 +42,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def _complete_run(run: argparse._ArgumentGroup) -> None:
     run.add_argument("--classes", type=int, metavar="C", help="number of classes")
-    run.add_argument(
-        "--config", metavar="FILE_OR_PRESET", help="the run's models, batches, epochs and views"
-    )
+    run.add_argument("--config", metavar="FILE_OR_PRESET",
+                     help="the run's models, batches, epochs and views; default: every field's default")  # fmt: skip
     run.add_argument("--teacher", metavar="ARCH", help="teacher.arch")
     run.add_argument("--student", metavar="STEM", help="student.stem")
     run.add_argument("--nodes", type=int, metavar="N", help="hosts; default 1")

@@ -40,7 +40,7 @@ def command(
     """Print the plan of a run; returns 0.
 
     Args:
-        source: the config: a preset or a file.
+        source: the config: a preset or a file; None: every field's default.
         overrides: of the config.
         images: number of training images.
         classes: number of classes.
@@ -67,7 +67,8 @@ def command(
         output(json.dumps({"cluster": asdict(cluster), **asdict(plan)}, indent=1))
         return 0
     output(
-        f"{images:,} images of {classes:,} classes, config {source or 'demo'}: {cluster.nodes} nodes x "
+        f"{images:,} images of {classes:,} classes, {f'config {source}' if source else 'default config'}: "
+        f"{cluster.nodes} nodes x "
         f"{cluster.ranks_per_node} {'GPUs' if cluster.on_gpu else 'cores'}, {cluster.ranks} ranks"
     )
     _print_plan(plan, cluster, scaling)

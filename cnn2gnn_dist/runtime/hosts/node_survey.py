@@ -337,8 +337,8 @@ def _address_problems(nodes: Sequence[Node]) -> list[tuple[str, str]]:
     ]
 
 
-def table(nodes: Sequence[Node]) -> str:
-    """A line for each node, under a header line."""
+def table(nodes: Sequence[Node], folder: str | None) -> str:
+    """A line for each node, under a header line; ``folder``: that all should share; None: not looked at."""
     first = ("host", "address", "interface", "cnn2gnn", "torch", "GPUs", "cores")
     rows = [[*first, "memory", "/dev/shm", "disk", "shared", "clock", "from next"]]
     for node in nodes:
@@ -346,7 +346,8 @@ def table(nodes: Sequence[Node]) -> str:
         sizes = [f"{n / GIB:.1f} GiB" for n in (node.memory, node.shared_memory, node.disk)]
         kinds = ", ".join(f"{node.gpus.count(one)} {one}" for one in sorted(set(node.gpus)))
         row = [node.host, node.address, node.interface or "-", *versions, kinds or "0"]
-        row += [str(node.cores), *sizes, "no" if node.shared else "yes"]
+        shared = "no" if node.shared else "yes" if folder else "-"
+        row += [str(node.cores), *sizes, shared]
         row += [f"{1000 * node.offset_s:+.1f} ms", f"{node.rate / MIB:,.0f} MiB/s"]
         rows.append(row)
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

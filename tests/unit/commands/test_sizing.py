@@ -14,6 +14,7 @@ from cnn2gnn_dist import cli
 from cnn2gnn_dist.commands.plan import constants
 from cnn2gnn_dist.commands.plan.activations import trace
 from cnn2gnn_dist.commands.plan.states import ring_seconds, sent_in_a_step, states
+from cnn2gnn_dist.config import Config
 
 
 def test_a_trace_counts_what_the_backward_pass_needs():
@@ -196,7 +197,18 @@ def test_a_plan_is_readable(capsys):
     command = ["plan", "--images", "1440", "--classes", "10", "--nodes", "2", "--gpus", "4"]
     assert cli.main([*command, *SMALL]) == 0
     told = capsys.readouterr().out
-    assert "config demo: 2 nodes x 4 GPUs, 8 ranks" in told
+    assert "default config: 2 nodes x 4 GPUs, 8 ranks" in told
     assert told.count("<- this config") == 2
     assert "with --gbit, also how long that takes" in told
     assert "hours: unknown without --gflops" in told
+
+
+def test_without_a_config_a_plan_is_of_the_defaults_and_says_so(capsys):
+    command = ["plan", "--images", "1440", "--classes", "10", "--ranks", "1", *SMALL]
+    assert cli.main(command) == 0
+    told = capsys.readouterr().out
+    steps = 1440 // Config().teacher.global_batch * Config().teacher.epochs
+    assert f" {steps:,} steps of " in told.split("teacher: ")[1].splitlines()[0]
+    assert "1,440 images of 10 classes, default config: " in told
+    assert cli.main([*command, "--config", "demo"]) == 0
+    assert "1,440 images of 10 classes, config demo: " in capsys.readouterr().out

@@ -305,6 +305,12 @@ def checkout(tmp_path) -> tuple[Path, dict[str, int]]:
         (["data.source=shards", "data.train=../elsewhere/*.tar"], "data.train"),
         (["data.test=no-such-folder"], "data.test"),
         (["teacher.weights=w.safetensors"], "teacher.weights"),
+        (["student.weights=w.safetensors"], "student.weights"),
+        (["data.relabel=relabel.csv"], "data.relabel"),
+        (["targets.logits=logits.parquet", "targets.views=0"], "targets.logits"),
+        (["teacher.ds_config=ds.json"], "teacher.ds_config"),
+        (["student.ds_config=ds.json"], "student.ds_config"),
+        (["run.dir=runs/new", "stream.cache_dir=cache"], None),
     ],
 )
 def test_relative_paths_of_a_job(checkout, arguments, field):

@@ -67,6 +67,16 @@ def test_a_problem_is_a_line_with_its_host_and_a_remedy(wrong, said, capsys):
     assert f"FAIL  {said}" in output
 
 
+@pytest.mark.parametrize(
+    ("folder", "wrong", "said"),
+    [("/shared", "", "yes"), ("/shared", "is another folder", "no"), (None, "", "-")],
+)
+def test_a_folder_is_called_shared_only_where_one_was_looked_for(folder, wrong, said):
+    title, *rows = node_survey.table([node("a"), node("b", shared=wrong)], folder).splitlines()
+    at = title.index("shared")
+    assert rows[1][at:].split()[0] == said
+
+
 def test_a_node_without_an_answer_is_a_problem(capsys):
     failed = {"10.0.0.3": "No module named 'cnn2gnn_dist'"}
     assert cluster_doctor.report([node("a")], failed, None) == 1
