@@ -3,8 +3,8 @@
     python benchmarks/minutes.py FOLDER --reference RUN --minutes 5 15
 
 RUN is a finished run of the preset on an otherwise idle machine, with a control. From its stages' times follow the
-epochs that fit in each number of minutes: for the whole method (teacher, soft targets, student, graph, export; without
-the control), both trainings are shortened alike; for the teacher's network alone, all of the time is its training.
+whole epochs that fit in each number of minutes: for the whole method (teacher, soft targets, student, graph; without
+control and export), both trainings are shortened alike; for the teacher's network alone, all of the time is its training.
 Nothing else about the recipe changes. So the machine need not be idle while this runs, and the minutes of each run are
 printed beside the budget. When it is run again, it continues with what is missing.
 """
@@ -20,8 +20,8 @@ from accuracy import claim, seconds, train
 from cnn2gnn_dist import settings
 from cnn2gnn_dist.config import Config
 
-METHOD = ("teacher", "targets", "student", "graph", "model")
-"""Stages whose times count; packing, indexing and evaluating take a few seconds."""
+METHOD = ("teacher", "targets", "student", "graph")
+"""Stages whose times count: what it takes to have accuracies."""
 TRAININGS = ("teacher", "student")
 
 
@@ -41,10 +41,10 @@ def shortened(config: Config, times: dict[str, float], minutes: float) -> list[s
     if left <= 0:
         raise ValueError(f"the stages without a training already take {fixed / 60:.1f} minutes")
     share = left / sum(times[stage] for stage in TRAININGS)
-    student = max(2, round(config.student.epochs * share))
+    student = max(2, int(config.student.epochs * share))
     start = round(student * config.graph.start_epoch / config.student.epochs)
     return [
-        f"teacher.epochs={max(1, round(config.teacher.epochs * share))}",
+        f"teacher.epochs={max(1, int(config.teacher.epochs * share))}",
         f"student.epochs={student}",
         f"graph.start_epoch={min(start, student - 1)}",
         f"graph.refresh_epochs={min(config.graph.refresh_epochs, student)}",
@@ -54,7 +54,7 @@ def shortened(config: Config, times: dict[str, float], minutes: float) -> list[s
 
 def teacher_alone(config: Config, times: dict[str, float], minutes: float) -> list[str]:
     """Overrides that spend the budget on the teacher; one epoch of a student, since a run has one."""
-    epochs = max(1, round(config.teacher.epochs * 60 * minutes / times["teacher"]))
+    epochs = max(1, int(config.teacher.epochs * 60 * minutes / times["teacher"]))
     student = ["student.epochs=1", "graph.scope=batch", "student.control=false"]
     return [f"teacher.epochs={epochs}", *student]
 

@@ -26,6 +26,9 @@ LONGEST = (
 )
 """Files that take minutes: started first, so that none of them is still running when all others are done."""
 
+UNIT_TIMEOUT = 300
+"""Seconds for one unit test, which takes seconds: what hangs says where."""
+
 
 def pytest_configure() -> None:
     """Set how Ray authenticates before any test imports it: it reads that on import."""
@@ -53,6 +56,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if unit not in item.path.parents:
             item.add_marker("slow")
+        elif item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(UNIT_TIMEOUT))
     places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 

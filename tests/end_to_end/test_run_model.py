@@ -71,6 +71,22 @@ def test_predict_notices_and_says_what_it_answers_from(retrained, tmp_path, cons
         cnn2gnn_dist.load(retrained)
 
 
+@pytest.mark.parametrize(
+    "command", ["predict --model {} x.png", "memory ls {}", "export {} --to new"]
+)
+def test_a_model_whose_files_are_elsewhere_is_named(command, micro_run, tmp_path, capsys):
+    """As on a host that read only the record of a stored run's model."""
+    run = tmp_path / "run"
+    shutil.copytree(micro_run, run)
+    for file in (run / "model").iterdir():
+        if file.name != ledger.DONE:
+            shutil.rmtree(file) if file.is_dir() else file.unlink()
+    assert cli.main([str(run) if part == "{}" else part for part in command.split()]) == 2
+    said = capsys.readouterr().err
+    assert "its files are not in this folder" in said
+    assert "name its URL instead of the folder" in said
+
+
 def test_a_server_that_edits_refuses_a_model_that_would_vanish(
     retrained, tmp_path, monkeypatch, capsys
 ):

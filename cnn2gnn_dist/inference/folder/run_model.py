@@ -13,10 +13,21 @@ MODEL = "model"
 
 
 def model_of_run(run: Path) -> Path | None:
-    """The model in a run, if it is complete and made from the run's current student."""
+    """The model in a run, if it is complete and made from the run's current student.
+
+    Raises:
+        UserError: its record is there, but its files are not (a host of a run with ``run.storage`` has few of them).
+    """
     entry, student = ledger.finished(run / MODEL), ledger.finished(run / "student")
     if entry is None or student is None or entry.inputs.get("student") != student.digest:
         return None
+    if not (run / MODEL / artefact.CONFIG).is_file():
+        raise UserError(
+            "this run's model is finished, but its files are not in this folder",
+            where=str(run / MODEL),
+            remedy="if the run has run.storage, they are there: name its URL instead of the folder; "
+            "otherwise `cnn2gnn run --update` with the run's config writes them again",
+        )
     return run / MODEL
 
 
@@ -24,7 +35,7 @@ def located(folder: Path) -> Path:
     """The folder of the model that a folder is, or contains; a folder that does neither is returned as it is.
 
     Raises:
-        UserError: a run without a model of its current student.
+        UserError: a run without a model of its current student, or without that model's files.
     """
     inside = folder / MODEL
     if not is_run(folder):

@@ -161,13 +161,18 @@ class Ranks:
         return RankGroup(rank, self.count, 1, Together, gather)
 
     def run(self, work: Callable[[RankGroup], Any]) -> list[Any]:
+        """What each rank's work returned, or the user error it ended with; another exception ends all ranks."""
         found: list[Any] = [None] * self.count
+        failed: list[BaseException] = []
 
         def one(rank: int) -> None:
             try:
                 found[rank] = work(self.group(rank))
             except UserError as error:
                 found[rank] = error
+            except BaseException as error:
+                failed.append(error)
+                self.meeting.abort()  # or the others would wait for this rank
 
         threads = [
             threading.Thread(target=one, args=(r,), name=f"rank {r}") for r in range(self.count)
@@ -176,6 +181,8 @@ class Ranks:
             thread.start()
         for thread in threads:
             thread.join()
+        if failed:
+            raise failed[0]
         return found
 
     def read(self, path: Path) -> np.ndarray:
