@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cnn2gnn_dist.models.block import Block
 
-_ALONE = 1e-5  # if j's neighbors other than the seed weigh less than this, j has no others
+ALONE = 1e-5  # if j's neighbors other than the seed weigh less than this, j has no others
 
 
 class TwoLayerGNN(nn.Module):
@@ -89,8 +89,12 @@ class TwoLayerGNN(nn.Module):
         return self.self2(h_BH) + self.gate2 * self.neighbour2(message_BH)
 
     def _around(self, block: Block) -> Tensor:
-        """B₁ m_{j|i} [B, F, H]; B₁ is linear, so the seed is subtracted wherever that is cheaper."""
-        if block.row_of_BF is None:  # one row per slot: subtract from the constants
+        """B₁ m_{j|i} [B, F, H]; B₁ is linear, so the seed is subtracted wherever that is cheaper.
+
+        Under autocast it is subtracted from the constants: of two products of 8 bits the difference may have none.
+        """
+        low = torch.is_autocast_enabled(block.mean_UD.device.type)
+        if block.row_of_BF is None or low:
             mean_BFD = block.in_slots(block.mean_UD)
             rest_BFD = _without_seed(mean_BFD, block.back_BF, block.seed_x_BD)
             return self.neighbour1(rest_BFD)
@@ -99,9 +103,8 @@ class TwoLayerGNN(nn.Module):
 
     def _over_batch(self, x_BD: Tensor, a_BH: Tensor, p_BB: Tensor) -> Tensor:
         """P(P·) over the mini-batch, zero diagonal, no labels."""
-        p_BB = p_BB.to(x_BD.dtype)
-        h_BH = F.relu(a_BH + self.gate1 * self.neighbour1(p_BB @ x_BD))
-        message_BH = p_BB.to(h_BH.dtype) @ h_BH
+        h_BH = F.relu(a_BH + self.gate1 * self.neighbour1(_weighted(p_BB, x_BD)))
+        message_BH = _weighted(p_BB, h_BH)
         if self.label_dim:
             # No labels here, but the embedding table must not count as unused.
             none_B = torch.full((len(x_BD),), -1, device=x_BD.device)
@@ -126,9 +129,15 @@ def _average(p_BF: Tensor, values_BFX: Tensor) -> Tensor:
     return (p_BF.unsqueeze(-1) * values_BFX).sum(1)
 
 
+def _weighted(p_BB: Tensor, values_BX: Tensor) -> Tensor:
+    # In the precision of the weights: autocast would round them, and their gradients, to 8 bits.
+    with torch.autocast(p_BB.device.type, enabled=False):
+        return (p_BB @ values_BX.to(p_BB.dtype)).to(values_BX.dtype)
+
+
 def _without_seed(b_BFH: Tensor, back_BF: Tensor, c_BH: Tensor) -> Tensor:
     """B₁ m_{j|i} = (B₁ m_j − p_ji B₁ u_i) / (1 − p_ji); 0 where j has no neighbor except i."""
     back_BF1 = back_BF.unsqueeze(-1)
-    alone_BF1 = back_BF1 > 1.0 - _ALONE
+    alone_BF1 = back_BF1 > 1.0 - ALONE
     rest_BF1 = torch.where(alone_BF1, 1.0, 1.0 - back_BF1)
     return torch.where(alone_BF1, 0.0, (b_BFH - back_BF1 * c_BH.unsqueeze(1)) / rest_BF1)

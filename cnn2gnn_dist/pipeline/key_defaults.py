@@ -141,6 +141,7 @@ DEFAULTS: dict[str, Any] = {
     "version.calibration": 1,  # 2: the rule for sets of 28 Nov 2026 (``inference/sets``); keys of the images
     "version.decoding": 1,
     "version.frozen": 1,  # 2: parameters of rate 0 don't count in the norm that is clipped
+    "version.neighbours": 1,  # 2: weights and second hops of the graph are not rounded to 8 or 11 bits
     "version.unlabelled": 1,  # 2: the teacher's batches have labelled images only
     "version.logit_adjust": 1,  # the classes' shares of the labels; 2: of the targets; 3: of readable images
 }

@@ -89,6 +89,14 @@ def parts(
         for rate in rates
     ):  # nothing is frozen, or no gradient is clipped (a DeepSpeed config may do that as well)
         found.pop("version.frozen", None)
+    if (
+        config.precision != "bfloat16"
+        and not (
+            config.graph.scope == "batch"
+            or (config.graph.scope == "dataset" and config.graph.sampling.second_hop == "cached")
+        )
+    ):  # a sampled second hop differs by rounding, and only where "auto" is bfloat16: such runs stay complete
+        found.pop("version.neighbours", None)
     for name, remedy in _CONTENTS.items():
         if found.get(name):
             before = parts_of(entry).get(name) if entry else None

@@ -33,6 +33,7 @@ VERSIONS = {
     "version.decoding": DECODING,
     "version.frozen": 2,
     "version.logit_adjust": 3,
+    "version.neighbours": 2,
     "version.unlabelled": 2,
 }
 """Versions of code that keys include like fields. Each is absent from keys while it is the first
@@ -191,7 +192,12 @@ _LEARN = (
     "version.logit_adjust",
 )
 _STUDENT = Stage(
-    "student", "student", (*_LEARN, "graph"), ("index", "targets"), _student, trains=True
+    "student",
+    "student",
+    (*_LEARN, "graph", "version.neighbours"),
+    ("index", "targets"),
+    _student,
+    trains=True,
 )
 _GRAPH = Stage("graph", "graph", ("precision", "graph"), ("index", "student"), _graph)
 _CONTROL = Stage("control", "control", _LEARN, ("index", "targets"), _control, trains=True)

@@ -3,6 +3,9 @@
 Bank features and bank-to-bank weights are constants until the next refresh, so
 m_j = Σ_l p_jl x_l over all candidates l of j can be computed once. A step then gathers two
 vectors per neighbor, whatever the fan-out.
+
+A seed i is taken out of the average of its neighbor j: (m_j − p_ji x_i) / (1 − p_ji). Where p_ji is near 1 (copies,
+frames of a burst), a rounded m_j would leave nothing but rounding errors, so that average is kept without i as well.
 """
 
 from __future__ import annotations
@@ -14,9 +17,12 @@ from torch import Tensor
 from cnn2gnn_dist.graph.bank import Bank
 from cnn2gnn_dist.graph.block import without_seed
 from cnn2gnn_dist.models.block import Block
+from cnn2gnn_dist.models.gnn import ALONE
 from cnn2gnn_dist.models.graph_head import adaptive_neighbours, squared_distances
 
 ROWS = 4096
+HEAVY = 0.75
+"""Weight of a neighbor from which the average without it is kept: of half precision's 11 bits it would take 2."""
 
 
 class CachedSecondHop:
@@ -40,6 +46,7 @@ class CachedSecondHop:
         self.bank, self.table_KM = bank, bank.table_KM
         self.mean_KD = torch.zeros(rows, bank.x_LD.shape[1], dtype=kind)
         self.p_KM = torch.zeros(rows, width, dtype=bank.z_Ld.dtype)
+        heavy, without = [], []
         k = max(1, min(k, width - 1))
         source = bank if everyone is None else everyone
         for start in range(0, rows, ROWS):
@@ -54,6 +61,12 @@ class CachedSecondHop:
             x = source.x_LD.index_select(0, near).view(*table.shape, -1).to(p.dtype)
             self.p_KM[own] = p
             self.mean_KD[own] = torch.bmm(p.unsqueeze(1), x).squeeze(1).to(kind)
+            most, column = p.max(1)
+            at = (most > HEAVY).nonzero()[:, 0]
+            heavy.append(own[at])
+            without.append(_without(p[at], column[at], x[at]).to(kind))
+        self.heavy_H = torch.cat(heavy).numpy() if heavy else np.empty(0, np.int64)
+        self.without_HD = torch.cat(without) if without else self.mean_KD[:0]
 
     def block(self, first_BF: np.ndarray, seeds_B: np.ndarray) -> Block:
         """The block of seeds (local ids, -1 = unseen) with these candidates (-1 = none).
@@ -66,14 +79,22 @@ class CachedSecondHop:
         nodes_U = first_BF.clip(min=0).reshape(-1)
         x, z, labels = self.bank.rows(np.concatenate([nodes_U, np.maximum(seeds_B, 0)]))
         slots = len(nodes_U)
+        mean = self.mean_KD.index_select(0, torch.from_numpy(nodes_U))
+        back_BF = self._back(first_BF, seeds_B)
+        taken = (back_BF.view(-1) > HEAVY).nonzero()[
+            :, 0
+        ]  # at most one neighbor of a row weighs as much
+        place = np.searchsorted(self.heavy_H, nodes_U[taken.numpy()])
+        mean[taken] = self.without_HD[torch.from_numpy(place)]
+        back_BF.view(-1)[taken] = 0.0
         return Block(
             present_BF=torch.from_numpy(first_BF >= 0),
             row_of_BF=None,
             x_UD=x[:slots],
             z_Ud=z[:slots],
             labels_U=labels[:slots].long(),
-            mean_UD=self.mean_KD.index_select(0, torch.from_numpy(nodes_U)),
-            back_BF=self._back(first_BF, seeds_B),
+            mean_UD=mean,
+            back_BF=back_BF,
             seed_x_BD=x[slots:],
         )
 
@@ -86,3 +107,11 @@ class CachedSecondHop:
         b, f, m = np.nonzero(hit)  # few: a neighbor rarely has the seed among its own
         back[b, f] = self.p_KM.numpy()[rows[b, f], m]
         return torch.from_numpy(back)
+
+
+def _without(p_HM: Tensor, column_H: Tensor, x_HMD: Tensor) -> Tensor:
+    """The averages without the candidates in these columns; 0 where there is no other."""
+    rest_HM = p_HM.scatter(1, column_H[:, None], 0.0)
+    weight_H1 = rest_HM.sum(1, keepdim=True)
+    rest_HM = torch.where(weight_H1 > ALONE, rest_HM / weight_H1.clamp(min=ALONE), 0.0)
+    return torch.bmm(rest_HM.unsqueeze(1), x_HMD).squeeze(1)

@@ -52,3 +52,23 @@ def test_the_version_of_frozen_parameters_counts_where_gradients_are_clipped(
     now = key_of(config, stage)
     monkeypatch.setitem(registry.VERSIONS, "version.frozen", 1)
     assert (key_of(config, stage) != now) == counts
+
+
+@pytest.mark.parametrize(
+    ("stage", "options", "counts"),
+    [
+        ("student", [], False),
+        ("student", ["precision=bfloat16"], True),
+        ("student", ["graph.sampling.second_hop=cached"], True),
+        ("student", ["graph.scope=batch"], True),
+        ("control", ["graph.scope=batch"], False),
+        ("graph", ["graph.sampling.second_hop=cached"], False),
+    ],
+)
+def test_the_version_of_neighbours_counts_where_they_were_rounded(
+    monkeypatch, stage, options, counts
+):
+    config = settings.load("demo", options)
+    now = key_of(config, stage)
+    monkeypatch.setitem(registry.VERSIONS, "version.neighbours", 1)
+    assert (key_of(config, stage) != now) == counts
