@@ -20,7 +20,7 @@ from cnn2gnn_dist.graph.duplicates import row_keys
 from cnn2gnn_dist.inference.classifier import BATCH, Classifier
 from cnn2gnn_dist.inference.folder import artefact
 from cnn2gnn_dist.inference.inputs import Pixels
-from cnn2gnn_dist.inference.memory import edits, store, thumbnails
+from cnn2gnn_dist.inference.memory import edits, thumbnails, turns
 from cnn2gnn_dist.inference.memory.new_classes import NewClasses, Trade
 from cnn2gnn_dist.inference.memory.old_classes import Images, OldClasses
 from cnn2gnn_dist.inference.memory.set_apart import SetApart
@@ -87,9 +87,11 @@ def add(
         UserError: no memory; no image can be read; an image or its key already exists; a new class, but
             the model has no calibration images. Nothing was changed.
     """
-    root = _root(model)
+    root = model.required_memory().root
+    _check(model)  # before images are decoded, and once more before anything is changed
     good, errors = _decoded(model, images)
-    with store.editing(root, wait_s):
+    with turns.editing(root, wait_s):
+        _check(model)
         edit = edits.Edit(root)
         made = _outputs(model, good, edit.before)
         label = edit.class_index(class_name, new=True)
@@ -154,11 +156,12 @@ def forget(model: Classifier, keys: Sequence[str], *, wait_s: float = 10.0) -> V
         UserError: no memory; an unknown key; nothing was changed.
     """
     version = edits.forget(
-        _root(model),
+        model.required_memory().root,
         keys,
         score=lambda edit: _score_new_classes(model, edit, without=keys),
         apart=SetApart(model.folder),
         wait_s=wait_s,
+        check=lambda: _check(model),
     )
     model.reload()
     return version
@@ -170,7 +173,7 @@ def undo(model: Classifier) -> Version:
     Raises:
         UserError: no memory; no earlier version.
     """
-    version = edits.undo(_root(model))
+    version = edits.undo(model.required_memory().root, lambda: _check(model))
     model.reload()
     return version
 
@@ -181,14 +184,15 @@ def compact(model: Classifier) -> Version:
     Raises:
         UserError: no memory; the disk is full; nothing was changed.
     """
-    version = edits.compact(_root(model))
+    version = edits.compact(model.required_memory().root, lambda: _check(model))
     model.reload()
     return version
 
 
 def _edited(model: Classifier, change: Any, action: str, wait_s: float) -> Version:
-    root = _root(model)
-    with store.editing(root, wait_s):
+    root = model.required_memory().root
+    with turns.editing(root, wait_s):
+        _check(model)
         edit = edits.Edit(root)
         change(edit)
         _score_new_classes(model, edit)
@@ -197,15 +201,15 @@ def _edited(model: Classifier, change: Any, action: str, wait_s: float) -> Versi
     return version
 
 
-def _root(model: Classifier) -> Path:
-    """Folder of the memory to edit, which is still that of this model.
+def _check(model: Classifier) -> None:
+    """Check that the folder still holds this model: features of another network must not get into its memory.
+
+    While an edit waits for its turn, ``export --force`` or ``run --update`` may put a new model there.
 
     Raises:
-        UserError: no memory; the folder holds another model by now.
+        UserError: the folder holds another model by now.
     """
-    root = model.required_memory().root
     artefact.check_unchanged(model.folder, model.identity)
-    return root
 
 
 def _outputs(model: Classifier, images: list[Pixels], memory: Memory) -> Outputs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,7 +48,8 @@ class Stage:
     ``fields``: config sections, fields and versions that determine its outputs; ``needs``: stages it
     builds on; ``alone``: rank 0 works, the others wait; ``trains``: it has checkpoints
     to resume from; ``edits``: what users have changed in its outputs, given the run's folder, which would be lost
-    if they were written anew (empty: nothing); ``keeps``: files of a stale result that the next one reads.
+    if they were written anew (empty: nothing); ``held``: keeps users from changing them, given the run's folder, while
+    they are set aside; ``keeps``: files of a stale result that the next one reads.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Stage:
     alone: bool = False
     trains: bool = False
     edits: Callable[[Path], str] | None = None
+    held: Callable[[Path], AbstractContextManager[None]] | None = None
     keeps: tuple[str, ...] = ()
 
 
@@ -119,6 +122,13 @@ def _edits_of_model(root: Path) -> str:
     from cnn2gnn_dist.stages import earlier_models
 
     return earlier_models.edits_of_run(root)
+
+
+def _held_model(root: Path) -> AbstractContextManager[None]:
+    from cnn2gnn_dist.inference.folder import artefact
+    from cnn2gnn_dist.inference.memory import turns
+
+    return turns.editing_if_there(root / _MODEL.folder / artefact.MEMORY)
 
 
 _PACK = Stage(
@@ -216,6 +226,7 @@ _MODEL = Stage(
     _model,
     alone=True,
     edits=_edits_of_model,
+    held=_held_model,
     keeps=("memory/forgotten.csv",),
 )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -197,9 +197,10 @@ def prepare_folder(
                 remedy="another run.dir=…, or --update: the old results are kept next to the new"
                 + ("; or --force: training resumes from its checkpoint" * resumes),
             )
-        if stored is not None:
-            stored.set_aside(stage)
-        aside = ledger.set_aside(folder)
+        with nullcontext() if stage.held is None else stage.held(root):
+            if stored is not None:
+                stored.set_aside(stage)
+            aside = ledger.set_aside(folder)
         _log.info(f"old results moved to {aside.name}", extra={"stage": stage.name})
         step = replace(step, status=Status.FRESH)
     ledger.begin(folder, step.record())

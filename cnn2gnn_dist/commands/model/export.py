@@ -6,7 +6,6 @@ import logging
 import os
 import shutil
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from cnn2gnn_dist import durable, ledger
@@ -17,7 +16,7 @@ from cnn2gnn_dist.inference.classifier import Classifier
 from cnn2gnn_dist.inference.copying import LEFT_OUT, copy_model
 from cnn2gnn_dist.inference.folder import artefact
 from cnn2gnn_dist.inference.folder.run_model import model_of_run
-from cnn2gnn_dist.inference.memory import store
+from cnn2gnn_dist.inference.memory import store, turns
 from cnn2gnn_dist.inference.memory.edits import record_forgotten
 from cnn2gnn_dist.inference.memory.rewriting import classes_by_key, edits_of
 from cnn2gnn_dist.inference.memory.set_apart import SetApart
@@ -72,7 +71,7 @@ def command(run: Path, target: Path, *, force: bool = False, control: bool = Fal
             _log.warning(
                 f"images answered together: this model has an earlier rule; {REMEDY}; then export it again"
             )
-        with _held(target):
+        with turns.editing_if_there(target / artefact.MEMORY):
             if late := set(forgotten(target / artefact.MEMORY)).difference(left_out):
                 _forget(temporary, sorted(late))  # while the new model was being written
             if target.exists():
@@ -89,12 +88,6 @@ def command(run: Path, target: Path, *, force: bool = False, control: bool = Fal
     output(f"model    {target} ({size / 1e6:,.1f} MB)")
     output(f"predict  cnn2gnn predict --model {quoted(target)} IMAGE…")
     return 0
-
-
-def _held(target: Path) -> AbstractContextManager[None]:
-    """The right to edit the memory that is replaced, if there is one."""
-    memory = target / artefact.MEMORY
-    return store.editing(memory) if (memory / store.HEAD).is_file() else nullcontext()
 
 
 def _put_back(target: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -12,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from cnn2gnn_dist import durable
 from cnn2gnn_dist.data.index.class_matching import plain
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.inference.memory import rewiring, store
+from cnn2gnn_dist.inference.memory import rewiring, store, turns
+from cnn2gnn_dist.inference.memory.forgetting import record_forgotten
 from cnn2gnn_dist.inference.memory.rewiring import Rewired
 from cnn2gnn_dist.inference.memory.set_apart import SetApart
 from cnn2gnn_dist.inference.memory.store import ClassEntry, NewRows, Version
@@ -27,8 +25,6 @@ LONGEST_NAME = 200
 """Most letters of the name of a new class."""
 UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")
 """Unicode's categories of control characters, half characters and line ends."""
-DROP_IF_THERE = "drop?"
-"""What ``data.relabel`` reads as: leave this image out if it is among the training images."""
 
 
 def create(
@@ -44,7 +40,7 @@ def create(
         left_out: int64, rows that are never candidates (corrupt images).
     """
     root.mkdir(parents=True, exist_ok=(root / store.FORGOTTEN).is_file())
-    with store.editing(root):
+    with turns.editing(root):
         name = store.write_segment(root, rows)
         arrays = {"removed": np.asarray(left_out, np.int64)} if len(left_out) else {}
         entries = tuple(ClassEntry(name, True) for name in classes)
@@ -58,7 +54,7 @@ def create(
 class Edit:
     """Changes to the current version, written as one new version by ``commit``.
 
-    Use within ``store.editing``. Nothing is changed before ``commit``.
+    Use within ``turns.editing``. Nothing is changed before ``commit``.
 
     Attributes:
         live, labels, classes, trained: after the edit; see ``Memory`` and ``Version``.
@@ -261,13 +257,18 @@ class Edit:
             )
 
 
-def undo(root: Path) -> Version:
-    """Return to the version before the current one.
+def _no_check() -> None:
+    """The memory is the one that is meant."""
+
+
+def undo(root: Path, check: Callable[[], object] = _no_check) -> Version:
+    """Return to the version before the current one; ``check`` as in ``forget``.
 
     Raises:
         UserError: there is none: it is the first, or the memory was compacted.
     """
-    with store.editing(root):
+    with turns.editing(root):
+        check()
         current = store.read_version(root, store.head(root))
         if current.parent is None or current.parent not in store.numbers(root):
             raise UserError(
@@ -290,10 +291,14 @@ def history(root: Path) -> list[Version]:
     return found
 
 
-def compact(root: Path, action: str = "compact") -> Version:
-    """Write the live rows as one segment, and delete everything else; answers stay the same."""
-    with store.editing(root):
-        return _compact(root, Memory.open(root), action)
+def compact(root: Path, check: Callable[[], object] = _no_check) -> Version:
+    """Write the live rows as one segment, and delete everything else; answers stay the same.
+
+    ``check`` as in ``forget``.
+    """
+    with turns.editing(root):
+        check()
+        return _compact(root, Memory.open(root), "compact")
 
 
 def forget(
@@ -303,6 +308,7 @@ def forget(
     score: Callable[[Edit], object] = lambda _: None,
     apart: SetApart | None = None,
     wait_s: float = 10.0,
+    check: Callable[[], object] = _no_check,
 ) -> Version:
     """Remove rows and delete everything stored about them, in earlier versions too.
 
@@ -316,11 +322,13 @@ def forget(
         score: sets how new classes are scored without these rows.
         apart: the images that the model was calibrated on.
         wait_s: seconds to wait for another edit to finish.
+        check: raises an exception if this is not the memory that is meant; called when no other edit is possible.
 
     Raises:
         UserError: a key is unknown; nothing was changed.
     """
-    with store.editing(root, wait_s):
+    with turns.editing(root, wait_s):
+        check()
         edit = Edit(root)
         there = list(edit.before.ids_of(list(keys)))
         if len(there) < len(set(keys)):
@@ -380,20 +388,10 @@ def _compact(root: Path, memory: Memory, action: str) -> Version:
         files={},
     )
     store.write_version(root, version, _of_added(memory.added[ids]))
-    store.drop_all_but(root, version)
+    turns.drop_all_but(root, version)
     return store.read_version(root, version.number)
 
 
 def _of_added(added_N: np.ndarray) -> dict[str, np.ndarray]:
     """What a version records of the rows of its first segment that were added, not there when it was created."""
     return {"added": np.flatnonzero(added_N)} if added_N.any() else {}
-
-
-def record_forgotten(root: Path, keys: Sequence[str]) -> None:
-    """Add keys to those that later trainings leave out."""
-    everything = dict.fromkeys([*forgotten(root), *keys])
-    text = io.StringIO()
-    out = csv.writer(text, lineterminator="\n")
-    out.writerow(["key", "class"])
-    out.writerows([key, DROP_IF_THERE] for key in everything)
-    durable.write_text(root / store.FORGOTTEN, text.getvalue())

@@ -13,11 +13,9 @@ Rows are numbered through the segments of a version; ``classes`` only grow until
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,7 +27,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from filelock import FileLock, Timeout
 
 from cnn2gnn_dist import durable
 from cnn2gnn_dist.errors import UserError
@@ -223,34 +220,6 @@ def numbers(root: Path) -> list[int]:
     return sorted(int(path.name) for path in (root / "versions").glob("[0-9]" * 6))
 
 
-@contextmanager
-def editing(root: Path, wait_s: float = 10.0) -> Iterator[None]:
-    """Hold the right to edit, and remove what an edit left behind that was killed, or could not remove it.
-
-    Raises:
-        UserError: another process holds it longer than ``wait_s``; the folder can't be written.
-    """
-    lock = FileLock(str(root / LOCK))
-    try:
-        lock.acquire(timeout=wait_s)
-    except Timeout:
-        raise UserError(
-            f"another process has been editing this memory for more than {wait_s:g} s",
-            where=str(root),
-            remedy="run the command again when the other edit has finished",
-        ) from None
-    except OSError as error:
-        raise UserError(
-            f"this memory can't be written: {error.strerror}", where=str(root),
-            remedy="copy the model to a folder that you can write to",
-        ) from None  # fmt: skip
-    try:
-        _finish(root)
-        yield
-    finally:
-        lock.release()
-
-
 def write_segment(root: Path, rows: NewRows) -> str:
     """Write a segment; return its name. The caller holds ``editing``.
 
@@ -298,64 +267,6 @@ def set_head(root: Path, number: int) -> None:
     """Make a version the current one (atomically)."""
     with durable.disk_full_reported(root / HEAD):
         durable.write_text(root / HEAD, f"{number}\n")
-
-
-def drop_all_but(root: Path, version: Version) -> None:
-    """Delete all other versions, and the segments that only they use."""
-    kept = {name for name, _ in version.segments}
-    _drop(
-        [version_folder(root, number) for number in numbers(root) if number != version.number]
-        + [segment_folder(root, name) for name in segments(root) if name not in kept]
-    )
-
-
-def _finish(root: Path) -> None:
-    """Remove unfinished folders; after a compaction that was killed also what only earlier versions used."""
-    for unfinished in root.glob("*/*.tmp"):
-        _delete(unfinished)
-    try:
-        current = read_version(root, head(root))
-        if current.parent is not None:
-            return  # ``undo`` may need the others
-        old = [number for number in numbers(root) if number < current.number]
-        undone = [read_version(root, number) for number in numbers(root)[len(old) :]]
-    except UserError:
-        return  # a new memory, or a damaged one: whoever opens it says so
-    used = {name for version in undone for name, _ in version.segments}
-    _drop(
-        [version_folder(root, number) for number in old]
-        + [segment_folder(root, name) for name in segments(root) if name not in used]
-    )
-
-
-def _drop(folders: Sequence[Path]) -> None:
-    """Take folders out of the memory, all of them first, and delete their files."""
-    gone = [path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp") for path in folders]
-    for path, unfinished in zip(folders, gone, strict=True):
-        os.replace(path, unfinished)
-    for unfinished in gone:
-        _delete(unfinished)
-
-
-def _delete(path: Path) -> None:
-    """Delete a file, or a folder with everything in it, except for what is in use.
-
-    On NFS a file that a process has mapped stays, as ``.nfs…``, until that process closes it, and its folder until the
-    next edit.
-
-    Raises:
-        OSError: it may not be deleted.
-    """
-    try:
-        if path.is_dir() and not path.is_symlink():
-            for one in path.iterdir():
-                _delete(one)
-            path.rmdir()
-        else:
-            path.unlink(missing_ok=True)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY):
-            raise
 
 
 def now() -> str:

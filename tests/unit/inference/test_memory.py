@@ -16,7 +16,7 @@ from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference import editing
 from cnn2gnn_dist.inference.classifier import Classifier
 from cnn2gnn_dist.inference.inputs import Input
-from cnn2gnn_dist.inference.memory import edits, rewiring, store
+from cnn2gnn_dist.inference.memory import edits, rewiring, store, turns
 from cnn2gnn_dist.inference.memory.rewiring import rewired
 from cnn2gnn_dist.inference.memory.view import Memory, forgotten
 from tests.support.models import config, pictures, rows_of, table_of
@@ -73,7 +73,7 @@ def added_rows(model, count=4, label=0, seed=50):
 
 
 def edit(model, change, action="edit"):
-    with store.editing(model.memory.root):
+    with turns.editing(model.memory.root):
         one = edits.Edit(model.memory.root)
         change(one)
         version = one.commit(action)
@@ -381,12 +381,12 @@ def test_a_full_disk_changes_nothing(model, asked, monkeypatch):
 def test_a_second_writer_is_refused_and_a_reader_keeps_its_version(model, asked):
     root = model.memory.root
     reader, before = Memory.open(root), model.network(asked, model.memory).logits
-    with store.editing(root):
+    with turns.editing(root):
         refused = []
 
         def second():
             try:
-                with store.editing(root, wait_s=0.05):
+                with turns.editing(root, wait_s=0.05):
                     pass
             except UserError as error:
                 refused.append(error.what)

@@ -8,7 +8,7 @@ import pytest
 from cnn2gnn_dist.inference import editing
 from cnn2gnn_dist.inference.classifier import Classifier
 from cnn2gnn_dist.inference.inputs import Input
-from cnn2gnn_dist.inference.memory import edits, store
+from cnn2gnn_dist.inference.memory import edits, store, turns
 from cnn2gnn_dist.inference.memory.view import Memory
 from tests.support.models import NEAR, pictures
 from tests.unit.inference.test_editing import of_new_class
@@ -98,7 +98,7 @@ def test_logits_of_rows_are_those_of_images_asked_without_them(calibrated):
 
 def _view(edit):
     """The memory after an edit that is not committed, for the network."""
-    with store.editing(edit.root):
+    with turns.editing(edit.root):
         version = edit.commit("test")
         memory = Memory.open(edit.root)
         store.set_head(edit.root, version.parent)

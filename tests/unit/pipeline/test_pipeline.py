@@ -7,6 +7,7 @@ import pytest
 from cnn2gnn_dist import cli, consistency, durable, ledger, presets, settings
 from cnn2gnn_dist.data.index.manifest import index
 from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.inference.memory import turns
 from cnn2gnn_dist.ledger import Entry, Status
 from cnn2gnn_dist.pipeline import runner, stage_run
 from cnn2gnn_dist.pipeline.keys import Survey, as_made
@@ -114,6 +115,30 @@ def test_stale_results_are_refused_with_the_changed_fields_then_set_aside(tmp_pa
     stage_run.prepare_folder(Survey(changed), step, update=True, force=False)
     assert (root / "student.old-1" / "output").read_text() == "student"
     assert ledger.status(root / "student", step.key)[0] is Status.RESUME
+
+
+def test_no_edit_of_the_memory_is_under_way_when_a_model_is_set_aside(tmp_path, monkeypatch):
+    """It would end in the folder that was renamed, or in the one that takes its place."""
+    base, memory = config(tmp_path), tmp_path / "run" / "model" / "memory"
+    make_whole(base, 9)
+    memory.mkdir()
+    (memory / "HEAD").write_text("0\n")
+    changed = config(tmp_path, "model.thumbnails=0")
+    step = next(s for s in runner.plan(changed) if s.stage.name == "model")
+    refused = []
+
+    def set_aside(folder, real=ledger.set_aside):
+        with pytest.raises(UserError, match="another process") as caught, turns.editing(memory, 0):
+            pass
+        refused.append(caught.value)
+        return real(folder)
+
+    monkeypatch.setattr(ledger, "set_aside", set_aside)
+    stage_run.prepare_folder(Survey(changed), step, update=True, force=False)
+    assert refused
+    aside = tmp_path / "run" / "model.old-1" / "memory"
+    with turns.editing(aside, 0):  # and nothing is held any longer
+        assert (aside / "HEAD").exists()
 
 
 def test_force_takes_the_weights_that_are_given_now(tmp_path):
