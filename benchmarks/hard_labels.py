@@ -48,7 +48,10 @@ OPTIONS = {
     ],
 }
 STABLE = ["student.lr=0.15", "student.stem_lr=5"]
-"""The recipe's rate for the stem alone: on the long tail the head died at it, and the student answered one class."""
+"""The recipe's rate for the stem alone: on the long tail the head died at it, and the student answered one class.
+
+The gates of the neighbors' path learn at the head's rate, so that they stay even closer to 0 than in the recipe.
+"""
 Labels = tuple[np.ndarray, np.ndarray]
 
 
