@@ -78,7 +78,8 @@ def together(of: additions.Setting, count: int) -> None:
     print(f"\nT = {rule.temperature:.3f}, edges σ({rule.slope:.2f} cos + {rule.offset:.2f})\n")
     means = additions.unit(of.means)
     test = of.logits["test"], of.f["test"], of.labels["test"]
-    for number, row in enumerate(sets.gains((learned, rule), *test, means, count)):
+    ways = sets.answers(rule, means)
+    for number, row in enumerate(sets.gains(learned, ways, *test, count)):
         if not number:
             print("| " + " | ".join(row) + " |\n|" + " --- |" * len(row))
         cells = [v if isinstance(v, str) else f"{v:.2f}" for v in row.values()]

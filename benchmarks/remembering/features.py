@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from cnn2gnn_dist.models.stem import build_stem
-from cnn2gnn_dist.models.student import Student
+from cnn2gnn_dist.models.student import Student, StudentOutput
 
 NOVEL = [
     "n01930112",
@@ -49,7 +49,7 @@ NOVEL = [
 ]
 """Mini-ImageNet's test classes (Ravi and Larochelle, 2017)."""
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)
-DIM, GRAPH_DIM, HIDDEN, BATCH = 160, 64, 160, 256
+DIM, GRAPH_DIM, HIDDEN, BATCH, RATE = 160, 64, 160, 256, 4e-3
 WIDTHS = (16, 64, 128)
 
 
@@ -164,31 +164,47 @@ def mini_imagenet(data: Path) -> Images:
     return split(train[:2], test[:2], train[2], NOVEL, calibration=40, test=40)
 
 
-def train(images: Images, epochs: int, seed: int = 0) -> Student:
-    """Train a student on the old classes: cross-entropy of both paths, crops and flips."""
+def network(images: Images, seed: int = 0) -> Student:
+    """The student with its initial weights."""
     torch.manual_seed(seed)
     size = images.pixels["train"].shape[1]
     stem = build_stem("conv3", DIM, size, widths=WIDTHS)
     student = Student(stem, DIM, GRAPH_DIM, HIDDEN, images.old, 0, 10, "batch", MEAN, STD)
-    student = student.to(memory_format=torch.channels_last)
+    return student.to(memory_format=torch.channels_last)
+
+
+def optimization(
+    student: Student, steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """AdamW, and one cycle of learning rates over so many steps."""
+    optimizer = torch.optim.AdamW(student.parameters(), lr=RATE, weight_decay=0.02)
+    return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
+
+
+def answered(
+    student: Student, batch: torch.Tensor, target: torch.Tensor
+) -> tuple[StudentOutput, torch.Tensor]:
+    """What the student says about uint8 [B, 3, S, S], crops and flips of them; cross-entropy of both paths."""
+    batch = augmented(batch)
+    bf16 = torch.cpu._is_avx512_bf16_supported()
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        out = student(batch.permute(0, 2, 3, 1))
+    loss = F.cross_entropy(out.logits_BC.float(), target)
+    return out, loss + F.cross_entropy(out.self_logits_BC.float(), target)
+
+
+def train(images: Images, epochs: int, seed: int = 0) -> Student:
+    """Train a student on the old classes: cross-entropy of both paths, crops and flips."""
+    student = network(images, seed)
     pixels = torch.from_numpy(images.pixels["train"]).permute(0, 3, 1, 2)
     labels = torch.from_numpy(images.labels["train"])
-    steps = epochs * (len(labels) // BATCH)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=4e-3, weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
-    bf16 = torch.cpu._is_avx512_bf16_supported()
+    optimizer, schedule = optimization(student, epochs * (len(labels) // BATCH))
     started = time.process_time()
     for epoch in range(epochs):
         order = torch.randperm(len(labels))
         total = 0.0
         for rows in order[: len(order) // BATCH * BATCH].split(BATCH):
-            batch = augmented(pixels[rows])
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                out = student(batch.permute(0, 2, 3, 1))
-            target = labels[rows]
-            loss = F.cross_entropy(out.logits_BC.float(), target) + F.cross_entropy(
-                out.self_logits_BC.float(), target
-            )
+            loss = answered(student, pixels[rows], labels[rows])[1]
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()

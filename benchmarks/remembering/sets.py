@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -33,6 +33,7 @@ NEW = (
     ("a class in three, ten others", 36),
 )
 """Kinds of sets from which the network doesn't learn, and their sizes."""
+KINDS = (*SETS, *((size, kind) for kind, size in NEW))
 Answer = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """Logits [m, C] and z [m, d] to predicted classes [m]."""
 
@@ -61,12 +62,11 @@ def drawn_new(kind: str, labels_N: np.ndarray, size: int, rng: np.random.Generat
     return np.concatenate([burst, rng.choice(others, size - many, replace=False)])
 
 
-def answers(learned: LearnedSets, rule: Together, mean_Cd: np.ndarray) -> dict[str, Answer]:
-    """All ways to answer a set."""
+def answers(rule: Together, mean_Cd: np.ndarray) -> dict[str, Answer]:
+    """All ways to answer a set beside the learned one."""
     open_gate = replace(rule, gate=None)
     prior_only = replace(open_gate, strength=0.0, one_class=None)
     return {
-        "learned": lambda logits, z: learned(logits, z).posterior_mC.argmax(1),
         "mean of logits": lambda logits, z: rule.same(logits).posterior_mC.argmax(1),
         "EM prior": lambda logits, z: prior_only(logits, z).posterior_mC.argmax(1),
         "soft k-means": lambda logits, z: soft_k_means(logits, z, rule.temperature, mean_Cd),
@@ -104,30 +104,34 @@ def clustered(logits_mC: np.ndarray, z_md: np.ndarray, rule: Together) -> np.nda
 
 
 def gains(
-    rules: tuple[LearnedSets, Together],
+    learned: LearnedSets,
+    ways: dict[str, Answer],
     logits: np.ndarray,
     z: np.ndarray,
     labels: np.ndarray,
-    means: np.ndarray,
     sets: int,
+    kinds: Sequence[tuple[int, int | str]] = KINDS,
 ) -> list[dict[str, float | str]]:
     """Points gained over answering images alone, and how often the gate fired: a row for each kind of set."""
-    ways, rows = answers(*rules, means), []
-    kinds = [(f"{m}, {k or 'strangers'}", m, k) for m, k in SETS if k <= labels.max() + 1]
-    for name, size, kind in kinds + [(f"{m}, {k}", m, k) for k, m in NEW]:
-        total = dict.fromkeys(["alone", *ways, "fired"], 0.0)
+    rows = []
+    for size, kind in kinds:
+        if isinstance(kind, int) and kind > labels.max() + 1:
+            continue
+        total = dict.fromkeys(["alone", "learned", *ways, "fired"], 0.0)
         for number in range(sets):
             if isinstance(kind, int):
                 at = drawn(labels, size, kind, np.random.default_rng([size, kind, number]))
             else:
                 at = drawn_new(kind, labels, size, np.random.default_rng([size, 99, number]))
             total["alone"] += (logits[at].argmax(1) == labels[at]).mean()
-            total["fired"] += rules[0](logits[at], z[at]).related
+            told = learned(logits[at], z[at])
+            total["fired"] += told.related
+            total["learned"] += (told.posterior_mC.argmax(1) == labels[at]).mean()
             for way, answer in ways.items():
                 total[way] += (answer(logits[at], z[at]) == labels[at]).mean()
         alone = total["alone"]
-        row: dict[str, float | str] = {"set": name}
+        row: dict[str, float | str] = {"set": f"{size}, {kind or 'strangers'}"}
         row |= {"alone": 100 * alone / sets, "fired": total["fired"] / sets}
-        row |= {way: 100 * (total[way] - alone) / sets for way in ways}
+        row |= {way: 100 * (total[way] - alone) / sets for way in ("learned", *ways)}
         rows.append(row)
     return rows
