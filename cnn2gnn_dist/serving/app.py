@@ -132,7 +132,7 @@ def _add_memory(app: FastAPI, service: Service) -> None:
         }
 
     @app.get("/memory/keys", summary="Keys of the images of the memory, by row")
-    async def keys(
+    def keys(  # in a thread: thousands of them take a while
         class_name: Annotated[str | None, Query(alias="class")] = None,
         after: Annotated[int, Query(ge=-1, description="rows above this one")] = -1,
         limit: Annotated[int, Query(ge=1, le=10_000)] = 100,

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 
 from cnn2gnn_dist.inference.answers import Answer
 from cnn2gnn_dist.inference.classifier import BATCH, Classifier
-from cnn2gnn_dist.inference.inputs import Pixels
+from cnn2gnn_dist.inference.inputs import Pixels, even_size
 from cnn2gnn_dist.serving.limits import Refused
 
 _log = logging.getLogger(__name__)
@@ -150,19 +150,22 @@ def answer(
 ) -> None:
     """Answer requests together, all from the model's current memory.
 
-    With ``graph.scope=batch`` images are each other's neighbors, so requests are kept apart.
+    With ``graph.scope=batch`` images are each other's neighbors, so requests are kept apart, each in the batches of
+    ``Classifier.predict``.
     """
     memory = model.memory
     version = None if memory is None else memory.version.number
     start = time.monotonic()
     longest = max(start - job.since for job in jobs)
-    for group in [[job] for job in jobs] if model.spec.scope == "batch" else [jobs]:
+    apart = model.spec.scope == "batch"
+    for group in [[job] for job in jobs] if apart else [jobs]:
         images = [one for job in group for one in job.images]
         top = max(job.top for job in group)
         neighbours = max(job.neighbours for job in group)
         found: list[Answer] = []
-        for at in range(0, len(images), BATCH):
-            part = images[at : at + BATCH]
+        size = even_size(len(images), BATCH) if apart else BATCH
+        for at in range(0, len(images), size):
+            part = images[at : at + size]
             found += model.answers(part, memory, top=top, neighbours=neighbours)
         for job in group:
             mine, found = found[: len(job.images)], found[len(job.images) :]

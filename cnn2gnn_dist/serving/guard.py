@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from typing import Any
 
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -26,8 +28,10 @@ _HEADERS = [
 ]
 UNTIL = "until"
 """Name in a request's state: the end of its time (``limits.Body``), which began with its headers."""
-_UNLIMITED = ("/healthz", "/metrics", "/static", "/memory/")
-"""Paths (or prefixes of them) that a page or a probe requests often; GET only."""
+_UNLIMITED = re.compile(r"/healthz|/metrics|/static/.*|/memory/[^/]*/thumbnail")
+"""Paths that a page or a probe requests often, and that cost little; GET only."""
+CLOSED = 499
+"""Status in the metrics of a request whose client went away before the end of its body: it gets no answer."""
 
 
 def error_response(status: int, what: str, remedy: str, headers: Any = None) -> JSONResponse:
@@ -73,6 +77,8 @@ class Guard:
         self.metrics.in_flight.set(self._in_flight)
         try:
             await self._guarded(scope, receive, answer)
+        except ClientDisconnect:
+            status = status or CLOSED
         except Exception:
             if status:
                 raise  # too late for another response; the server closes the connection
@@ -100,7 +106,7 @@ class Guard:
             await self.app(scope, body, answer)
 
     def _check_load(self, scope: Scope) -> None:
-        if scope["method"] == "GET" and scope["path"].startswith(_UNLIMITED):
+        if scope["method"] == "GET" and _UNLIMITED.fullmatch(scope["path"]):
             return
         if self._in_flight > self.limits.requests:
             raise Refused(

@@ -29,7 +29,7 @@ class Limits:
         seconds: from the headers of a request to its answer; of an edit: to the end of its body.
         edit_seconds: from the end of its body to the answer to an edit of the memory.
         requests: number being read or answered at a time; memory is bounded by this times ``body_bytes``.
-        waiting: images waiting for the network.
+        waiting: images waiting for the network; at least ``images``, or the largest request would never be answered.
     """
 
     body_bytes: int = 16 << 20
@@ -41,6 +41,9 @@ class Limits:
     edit_seconds: float = 300.0
     requests: int = 128
     waiting: int = 2048
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "waiting", max(self.waiting, self.images))
 
 
 class Refused(Exception):

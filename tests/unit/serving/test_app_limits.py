@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,59 @@ def test_rate(folder: Path):
         refused(response, 429)
         assert int(response.headers["retry-after"]) > 1
         assert client.get("/healthz").status_code == 200, "probes go on"
+
+
+def test_only_cheap_requests_are_not_counted(folder: Path):
+    with client_of(folder, Limits(rate=0.001, burst=2)) as client:
+        for path in ("/healthz", "/metrics", "/static/page.js", "/memory/3/thumbnail"):
+            assert [client.get(path).status_code for _ in range(3)] == [200] * 3
+        asked = [client.get("/memory/keys?limit=10000").status_code for _ in range(3)]
+        assert asked == [200, 200, 429]
+        refused(client.get("/memory/keys/thumbnails"), 429)
+
+
+def test_the_largest_request_that_is_allowed_is_answered(folder: Path):
+    """However few images may wait."""
+    with client_of(folder, replace(LIMITS, images=9, waiting=5)) as client:
+        assert len(client.post("/predict", files=parts(encoded(9))).json()["answers"]) == 9
+
+
+def test_a_client_that_goes_away_during_its_upload_is_no_failure_of_the_server(
+    folder: Path, caplog: pytest.LogCaptureFixture
+):
+    service = Service.batching(Classifier.open(folder, device="cpu"))
+    app = create_app(service)
+
+    async def ask(kind: bytes) -> list[dict]:
+        messages = iter([
+            {"type": "http.request", "body": b"--x\r\n", "more_body": True},
+            {"type": "http.disconnect"},
+        ])  # fmt: skip
+        sent: list[dict] = []
+
+        async def receive() -> dict:
+            return next(messages)
+
+        async def send(message: dict) -> None:
+            sent.append(message)
+
+        headers = [(b"host", b"testserver"), (b"content-type", kind)]
+        scope = {"type": "http", "method": "POST", "path": "/predict", "query_string": b"",
+                 "headers": headers, "client": None}  # fmt: skip
+        await app(scope, receive, send)
+        return sent
+
+    async def both() -> list[list[dict]]:
+        async with service.running():
+            return [
+                await ask(b"image/png"),
+                await ask(b"multipart/form-data; boundary=x"),
+            ]
+
+    assert asyncio.run(both()) == [[], []]
+    counted = 'cnn2gnn_requests_total{method="POST",path="/predict",status="499"} 2.0'
+    assert counted in service.metrics.text().decode()
+    assert "failed" not in caplog.text
 
 
 def test_no_answer_in_time(folder: Path):

@@ -144,6 +144,17 @@ def test_a_request_that_breaks_its_batch_fails_alone(model: Classifier):
     held.batcher.close()
 
 
+def test_a_large_request_to_a_batch_scope_model_is_divided_as_by_predict(tmp_path: Path):
+    """A last image alone would have no neighbors."""
+    model = Classifier.open(write_model(tmp_path / "m", scope="batch"), device="cpu")
+    batcher = Batcher(lambda: model, 1000)
+    made = batcher.submit(images(65), top=3, neighbours=0).result(60)
+    batcher.close()
+    assert [one.classes for one in made.answers] == [
+        one.classes for one in model.predict(pictures(65, 3), top=3, neighbours=0)
+    ]
+
+
 def test_requests_to_a_batch_scope_model_do_not_meet(tmp_path: Path):
     model = Classifier.open(write_model(tmp_path / "m", scope="batch"), device="cpu")
     held = Held(model)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cnn2gnn_dist.inference.inputs import Input
 from cnn2gnn_dist.serving import wire
-from cnn2gnn_dist.serving.limits import Refused
+from cnn2gnn_dist.serving.limits import Limits, Refused
 
 ANY = st.text(st.characters(exclude_categories=()), max_size=300)  # including lone surrogates
 
@@ -64,9 +64,33 @@ def test_keys_are_readable():
 )
 def test_json_that_is_not_a_request(body: bytes):
     with pytest.raises(Refused) as refused:
-        wire._of_json(body)
+        wire._of_json(body, Limits())
     assert refused.value.status == 400
     assert refused.value.what.isprintable()
+
+
+@pytest.mark.parametrize("one", ['""', "{}", "[]", "1", '{"data": ""}'])
+def test_too_many_images_are_refused_before_anything_is_made_of_them(
+    one: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Within the bytes of one request there may be millions of empty ones."""
+    monkeypatch.setattr(wire, "parsed", lambda *_: pytest.fail("they were parsed"))
+    body = f'{{"images": [{", ".join([one] * 200_000)}]}}'.encode()
+    with pytest.raises(Refused, match="more than 64 images in one request") as refused:
+        wire._of_json(body, Limits())
+    assert (refused.value.status, refused.value.remedy) == (413, "send them in several")
+
+
+def test_a_few_too_many_images_are_refused_before_they_are_decoded(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(wire, "Input", lambda *_: pytest.fail("one was decoded"))
+    with pytest.raises(Refused, match="65 images in one request, more than 64") as refused:
+        wire._of_json(json.dumps({"images": [""] * 65}).encode(), Limits())
+    assert refused.value.status == 413
+
+
+def test_names_of_the_longest_kind_are_no_images():
+    images = [{"name": "," * wire.LONGEST_NAME, "data": ""}] * 64
+    assert len(wire._of_json(json.dumps({"images": images}).encode(), Limits()).images) == 64
 
 
 @given(st.binary(max_size=60))
