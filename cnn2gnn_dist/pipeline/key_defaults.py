@@ -35,6 +35,7 @@ DEFAULTS: dict[str, Any] = {
     "data.num_classes": None,
     "data.match_classes": "name",
     "data.allow_empty_classes": False,
+    "data.checksums": False,
     "views.kind": "crop_flip",
     "views.size": 32,
     "views.pad": 4,
@@ -138,10 +139,13 @@ DEFAULTS: dict[str, Any] = {
     "student.early_size": None,
     "student.early_share": 0.6,
     "graph.gate_lr": 1.0,
+    "student.max_micro_batch": 256,
     "version.calibration": 1,  # 2: the rule for sets of 28 Nov 2026 (``inference/sets``); keys of the images
     "version.decoding": 1,
     "version.frozen": 1,  # 2: parameters of rate 0 don't count in the norm that is clipped
     "version.neighbours": 1,  # 2: weights and second hops of the graph are not rounded to 8 or 11 bits
+    "version.late_decay": 1,  # 2: plain Adam gathers no moments of the decay before the graph's parameters start
+    "version.rank_norms": 1,  # 2: under ZeRO-3, too, targets come from the mean of the ranks' statistics
     "version.unlabelled": 1,  # 2: the teacher's batches have labelled images only
     "version.logit_adjust": 1,  # the classes' shares of the labels; 2: of the targets; 3: of readable images
 }

@@ -20,7 +20,7 @@ from cnn2gnn_dist.data.index.fingerprint import Fingerprint
 from cnn2gnn_dist.data.storage.urls import is_remote
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.ledger import Entry
-from cnn2gnn_dist.pipeline import keys_v1
+from cnn2gnn_dist.pipeline import key_relevance, keys_v1
 from cnn2gnn_dist.pipeline.key_defaults import DEFAULTS
 from cnn2gnn_dist.pipeline.registry import EXECUTION, STAGES, VERSIONS, Stage
 from cnn2gnn_dist.stages.shared.context import RunPaths, load_manifest
@@ -52,13 +52,6 @@ def read_deepspeed(config: Config) -> DeepSpeed:
     }
 
 
-_RATES = {
-    "teacher": ("teacher.bias_lr", "teacher.head_lr"),
-    "student": ("student.bias_lr", "student.stem_lr", "graph.gate_lr"),
-}
-"""Factors of the learning rate, by the model that they are of."""
-
-
 def parts(
     config: Config, stage: Stage, deepspeed: DeepSpeed, entry: Entry | None = None
 ) -> dict[str, Any]:
@@ -74,29 +67,14 @@ def parts(
         entry: the stage's record; used for files that no longer exist.
     """
     values = settings.as_flat(config) | VERSIONS
-    left_out = EXECUTION - ({"evaluate.batch"} if config.graph.scope == "batch" else set())
+    pools = key_relevance.POOLS if config.graph.scope == "batch" else {}
+    left_out = EXECUTION - pools.get(stage.name, frozenset())
     found = {name: values[name] for name in _of_stage(stage, values) if name not in left_out}
-    for name in ("student.logit_adjust", "data.unlabelled", "data.calibration"):
-        if not values[name]:  # without, all its versions are alike
-            found.pop(f"version.{name.rpartition('.')[2]}", None)
     for model, read in deepspeed.items():
         others = ds_config.outcome(read) if model in stage.fields else {}
         if others:  # the packaged file's contents are not in the key
             found[f"{model}.ds_config"] = others
-    if not any(
-        found.get(rate) == 0 and (values[f"{model}.clip"] or f"{model}.ds_config" in found)
-        for model, rates in _RATES.items()
-        for rate in rates
-    ):  # nothing is frozen, or no gradient is clipped (a DeepSpeed config may do that as well)
-        found.pop("version.frozen", None)
-    if (
-        config.precision != "bfloat16"
-        and not (
-            config.graph.scope == "batch"
-            or (config.graph.scope == "dataset" and config.graph.sampling.second_hop == "cached")
-        )
-    ):  # a sampled second hop differs by rounding, and only where "auto" is bfloat16: such runs stay complete
-        found.pop("version.neighbours", None)
+    key_relevance.drop_idle(found, stage, config, parts_of(entry) if entry else None)
     for name, remedy in _CONTENTS.items():
         if found.get(name):
             before = parts_of(entry).get(name) if entry else None

@@ -11,8 +11,8 @@ from cnn2gnn_dist.config import Config
 from cnn2gnn_dist.data.images.decode import DECODING
 from cnn2gnn_dist.stages.shared.context import Context
 
-# Fields that change how a result is computed, but not which: a run may be resumed with others. Where
-# the images of a batch influence each other (graph.scope=batch) evaluate.batch is not among them.
+# Fields that change how a result is computed, but not which: a run may be resumed with others. Where the images
+# of a batch are the graph (graph.scope=batch) the sizes of batches are not among them (key_relevance.POOLS).
 EXECUTION = frozenset(
     [
         *(
@@ -33,8 +33,10 @@ VERSIONS = {
     "version.calibration": 2,
     "version.decoding": DECODING,
     "version.frozen": 2,
+    "version.late_decay": 2,
     "version.logit_adjust": 3,
     "version.neighbours": 2,
+    "version.rank_norms": 2,
     "version.unlabelled": 2,
 }
 """Versions of code that keys include like fields. Each is absent from keys while it is the first
@@ -160,6 +162,7 @@ _INDEX = Stage(
         "data.match_classes",
         "data.allow_empty_classes",
         "data.unlabelled",
+        "data.checksums",
         "version.decoding",
     ),
     ("pack",),
@@ -186,7 +189,7 @@ _TEACHER = Stage(
 _TARGETS = Stage(
     "targets",
     "targets",
-    ("seed", "precision", "views", "targets"),
+    ("seed", "precision", "views", "targets", "version.rank_norms"),
     ("index", "teacher"),
     _targets,
 )
@@ -204,12 +207,18 @@ _LEARN = (
 _STUDENT = Stage(
     "student",
     "student",
-    (*_LEARN, "graph", "version.neighbours"),
+    (
+        *(*_LEARN, "graph"),
+        "data.checksums",  # they tell twins
+        *("version.late_decay", "version.neighbours"),
+    ),
     ("index", "targets"),
     _student,
     trains=True,
 )
-_GRAPH = Stage("graph", "graph", ("precision", "graph"), ("index", "student"), _graph)
+_GRAPH = Stage(
+    "graph", "graph", ("precision", "graph", "data.checksums"), ("index", "student"), _graph
+)
 _CONTROL = Stage("control", "control", _LEARN, ("index", "targets"), _control, trains=True)
 _EVALUATE = Stage(
     "evaluate",

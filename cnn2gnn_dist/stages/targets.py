@@ -196,7 +196,8 @@ def _classifier(
     config, settings = context.config, context.config.teacher
     model = Teacher(config, num_classes, initial=False)
     model.compute_dtype = context.compute_dtype("teacher")
-    source = context.deepspeed_of("teacher")
+    # Batch sizes that the file fixes are those of training.
+    source = context.deepspeed_of("teacher") | dict.fromkeys(ds_config.BATCHES, "auto")
     world_size = context.ranks.world_size
     resolved = ds_config.resolve(
         source,

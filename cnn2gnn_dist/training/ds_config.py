@@ -51,6 +51,8 @@ _DEFAULTS = {
 _SAME_NUMBERS = {"optimizer.params.torch_adam"}
 
 
+BATCHES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+"""Keys of the batch sizes: of a step, of a rank's micro-batch, and their number."""
 BFLOAT16 = ("bfloat16", "bf16", "torch.bfloat16")
 """DeepSpeed's names for bfloat16."""
 
@@ -207,12 +209,7 @@ def _resolve_batches(
             where="global_batch",
             remedy="a multiple of ranks x accumulation",
         )
-    wanted = {
-        "train_batch_size": global_batch,
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": accumulation,
-    }
-    for key, value in wanted.items():
+    for key, value in zip(BATCHES, (global_batch, micro, accumulation), strict=True):
         if config.get(key, "auto") not in ("auto", value):
             raise UserError(
                 f"{key} is {config[key]} in the file, but {global_batch} = {world_size} ranks x "

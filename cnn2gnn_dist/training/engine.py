@@ -311,8 +311,8 @@ class Engine:
 
     def _late(self, lr: float | None, group: dict[str, Any]) -> float:
         started = self.late_from is not None and lr is not None
-        if "betas" not in group:  # SGD adds the decay to the gradient: it would gather momentum
-            group["weight_decay"] = group["decay"] if started else 0.0
+        # SGD and plain Adam add the decay to the gradient, and would gather moments of it at a rate of 0.
+        group["weight_decay"] = group["decay"] if started else 0.0
         if self.late_from is None or lr is None:
             return 0.0
         done = self.steps + 1

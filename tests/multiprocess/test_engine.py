@@ -181,6 +181,7 @@ def everything() -> dict[Any, Any]:
             late_parameters.not_yet(stage),
         )
         found["late resumed", stage] = late_parameters.late_resumed(stage)
+        found["plain adam", stage] = late_parameters.under_plain_adam(stage)
     return found
 
 
@@ -274,6 +275,15 @@ def test_late_parameters_step_as_under_an_adam_of_their_own(ranks: list[dict], s
 @pytest.mark.parametrize("stage", tiny.STAGES)
 def test_late_parameters_resume_bit_identically(ranks: list[dict], stage: int) -> None:
     assert all(rank["late resumed", stage] for rank in ranks)
+
+
+@pytest.mark.parametrize("stage", tiny.STAGES)
+def test_late_parameters_gather_no_moments_of_their_decay(ranks: list[dict], stage: int) -> None:
+    """Plain Adam adds the decay to the gradient, also of parameters that are not to move yet."""
+    expected = late_parameters.plain_adam_in_torch()
+    for rank in ranks:
+        for found, wanted in zip(rank["plain adam", stage], expected, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
 
 
 def test_buffers_become_the_mean_over_ranks(ranks: list[dict]) -> None:

@@ -107,3 +107,46 @@ def not_yet(stage: int) -> bool:
     before, after = dict(tiny.TinyNet().named_parameters()), engine.weights()
     moved = {name for name, p in before.items() if not torch.equal(after[name], p)}
     return moved == set(before) - set(LATE)
+
+
+def with_idle() -> nn.Module:
+    """A network with a matrix that its output does not depend on."""
+    model = tiny.TinyNet()
+    model.register_parameter("idle", nn.Parameter(torch.linspace(-1, 1, 9).reshape(3, 3)))
+    return model
+
+
+def under_plain_adam(stage: int) -> list[Tensor]:
+    """A late matrix whose only gradient is its weight decay, in the three steps after its start at step 3."""
+    config = tiny.config(stage)
+    params = {**config["optimizer"]["params"], "adam_w_mode": False}
+    config["optimizer"] = {"type": "Adam", "params": params}
+    engine = Engine(with_idle(), config, device="cpu", late=("idle",))
+    engine.train()
+    seen = []
+    for step in range(tiny.STEPS):
+        images, labels = tiny.share(step)
+        loss = F.cross_entropy(engine(images), labels)
+        started = step >= tiny.STEPS // 2
+        if step == tiny.STEPS // 2:
+            engine.late_from = engine.steps
+        engine.backward(loss)
+        engine.step(tiny.LR, late_lr=tiny.LR if started else None)
+        weight = engine.weights()["idle"]
+        if started:
+            seen.append(weight)
+        else:
+            assert torch.equal(weight, with_idle().get_parameter("idle"))
+    return seen
+
+
+def plain_adam_in_torch() -> list[Tensor]:
+    """The same under an Adam of its own, which starts with it."""
+    weight = nn.Parameter(with_idle().get_parameter("idle").detach().clone())
+    adam = torch.optim.Adam([weight], lr=tiny.LR, weight_decay=tiny.WEIGHT_DECAY)
+    seen = []
+    for _ in range(tiny.STEPS - tiny.STEPS // 2):
+        weight.grad = torch.zeros_like(weight)
+        adam.step()
+        seen.append(weight.detach().clone())
+    return seen

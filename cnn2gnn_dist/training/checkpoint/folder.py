@@ -230,15 +230,13 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
 def answering(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The named tensors with averages over the steps, if any, in place of weights and buffers.
 
-    Each rank's own buffers are then left out: inference uses the mean.
+    Each rank's own buffers are left out, averages or not: inference uses the mean over the ranks.
     """
     averages = {
         {"a/": "w/", "c/": "b/"}[name[:2]] + name[2:]: tensor
         for name, tensor in tensors.items()
         if name[:2] in ("a/", "c/")
     }
-    if not averages:
-        return tensors
     kept = {name: tensor for name, tensor in tensors.items() if not name.startswith("own-")}
     return {**kept, **averages}
 

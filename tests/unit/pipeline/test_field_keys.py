@@ -127,6 +127,81 @@ def test_the_batch_of_evaluate_counts_where_its_images_see_each_other():
     assert key_of("evaluate", batch, scope) != key_of("evaluate", scope)
 
 
+def test_the_micro_batch_counts_where_it_is_the_graph():
+    micro, scope = "student.max_micro_batch=64", "graph.scope=batch"
+    assert key_of("student", micro) == key_of("student")
+    assert key_of("student", micro, scope) != key_of("student", scope)
+    assert key_of("control", micro, scope) == key_of("control", scope)
+    assert keys.DEFAULTS["student.max_micro_batch"] == 256  # such runs stay complete
+
+
+def key_with(name: str, recorded: dict | None, *overrides: str) -> str:
+    """The key of a stage that has a record with these fields (None: no record)."""
+    config = settings.load("demo", ["run.dir=/nowhere/run", *overrides])
+    stage = next(s for s in stages_of(config) if s.name == name)
+    entry = None if recorded is None else Entry("", recorded)
+    return keys.key_of(stage, keys.parts(config, stage, keys.read_deepspeed(config), entry), {})
+
+
+def parts_with(name: str, *overrides: str) -> dict:
+    config = settings.load("demo", ["run.dir=/nowhere/run", *overrides])
+    stage = next(s for s in stages_of(config) if s.name == name)
+    return keys.parts(config, stage, keys.read_deepspeed(config))
+
+
+@pytest.mark.parametrize(
+    ("stage", "options", "counts"),
+    [
+        ("index", [], True),
+        ("student", [], True),
+        ("graph", [], True),
+        ("teacher", [], False),
+        ("targets", [], False),
+        ("control", [], False),
+        ("student", ["graph.scope=batch"], False),
+        ("student", ["data.source=shards", "data.train=a.tar"], True),
+        ("student", ["data.source=shards", "data.train=[a.tar, s3://b/c.tar]"], False),
+    ],
+)
+def test_recorded_checksums_count_where_twins_are_told_by_them(stage, options, counts):
+    """Shards behind a URL always have them."""
+    known = "data.checksums=true"
+    assert (key_with(stage, None, known, *options) != key_with(stage, None, *options)) == counts
+    # A record from before they counted stays valid.
+    earlier = parts_with(stage, *options)
+    earlier.pop("data.checksums", None)
+    assert key_with(stage, earlier, known, *options) == key_with(stage, earlier, *options)
+
+
+def test_a_teacher_that_is_used_as_given_is_not_stale_when_its_training_would_be(tmp_path, ds):
+    (tmp_path / "w.pth").write_bytes(b"one")
+    given = ["teacher.epochs=0", f"teacher.weights={tmp_path}/w.pth"]
+    now = key_with("teacher", None, *given)
+    for other in (
+        *("teacher.lr=0.5", "teacher.global_batch=6", "teacher.optimizer=sgd", "stream.window=3"),
+        *("teacher.head_lr=0", "teacher.early_size=16", ds("teacher", gradient_clipping=5.0)),
+    ):
+        assert key_with("teacher", None, *given, other) == now, other
+        assert key_with("teacher", None, other) != key_with("teacher", None), other
+    for other in ("teacher.arch=resnet34", "teacher.args={a: 1}", "views.size=16", "seed=4"):
+        assert key_with("teacher", None, *given, other) != now, other
+
+
+def test_records_of_given_teachers_that_name_their_training_stay_valid(tmp_path, ds):
+    (tmp_path / "w.pth").write_bytes(b"one")
+    given = ["teacher.epochs=0", f"teacher.weights={tmp_path}/w.pth"]
+    more = {"teacher.lr": 0.003, "teacher.momentum": 0.7, "stream.window": 5}
+    recorded = {**parts_with("teacher", *given), **more, "teacher.ds_config": {"fp16": 1}}
+    made = key_with("teacher", recorded, *given)
+    stage = next(s for s in stages_of(settings.load("demo", [])) if s.name == "teacher")
+    assert made == keys.key_of(stage, recorded, {})
+    assert made == key_with("teacher", recorded, *given, "teacher.lr=0.5")
+    assert made != key_with("teacher", recorded, *given, "seed=4")
+    # One that was trained is another teacher.
+    trained = parts_with("teacher")
+    assert key_with("teacher", trained, *given) == key_with("teacher", None, *given)
+
+
 def test_fields_are_left_out_by_their_whole_path():
     """`batch` or `control` of another section, or an argument of timm's, is a separate field."""
     assert key_of("teacher", "teacher.args={batch: 3, control: 1}") != key_of("teacher")

@@ -14,6 +14,7 @@ from cnn2gnn_dist.data.index import fingerprint
 from cnn2gnn_dist.ledger import Status
 from cnn2gnn_dist.pipeline import runner
 from cnn2gnn_dist.pipeline.registry import stages_of
+from cnn2gnn_dist.stages.shared.context import load_manifest
 from tests.support.shards import encode_image, random_images
 
 
@@ -122,6 +123,21 @@ def test_a_changed_file_of_a_folder_is_named_and_update_reaches_the_teacher(
     assert run("--update") == 0
     assert run.digest != before
     assert run() == 0
+
+
+def test_checksums_that_are_recorded_later_index_again_and_keep_the_teacher(folder, tmp_path):
+    """Student and graph depend on the field, the teacher on the digest."""
+    run = Run(tmp_path / "run", "imagefolder", train=folder)
+    assert run() == 0
+    before = run.digest
+    run.set(checksums="true")
+    assert run.status("pack")[0] is Status.COMPLETE
+    status, why = run.status("index")
+    assert status is Status.STALE
+    assert why.endswith("data.checksums: False -> True")
+    assert run("--update") == 0
+    assert run.digest == before
+    assert load_manifest(tmp_path / "run" / "manifest" / "train.arrow").crc_N is not None
 
 
 def test_touched_and_copied_files_are_the_same_files(folder, tmp_path, capsys):

@@ -77,7 +77,7 @@ def test_answers_come_from_the_averages_where_there_are_any():
     weights = {
         name: torch.tensor([float(i)]) for i, name in enumerate(("w/one", "w/two", "b/mean"))
     }
-    assert disk.answering(weights) == weights
+    assert disk.answering({**weights, "own-0/mean": torch.tensor([6.0])}) == weights
     averages = {"a/one": torch.tensor([7.0]), "c/mean": torch.tensor([9.0])}
     others = {"m/one": torch.tensor([5.0]), "own-0/b/mean": torch.tensor([6.0])}
     found = disk.answering({**weights, **averages, **others})
