@@ -57,6 +57,8 @@ def check(
         if deepspeed is not None and section in deepspeed:
             device = "cuda" if config.device == "cuda" else "cpu"
             resolve_deepspeed(config, section, deepspeed[section], world_size, accumulation, device)
+        if name == "student" and config.graph.scope == "batch":
+            _check_pool(config, world_size, accumulation)
         if name == "student" and config.graph.scope == "dataset":
             check_parts(config.graph.partition.parts, world_size, settings.global_batch)
             if (
@@ -69,6 +71,32 @@ def check(
                     where="graph.partition.parts",
                     remedy=f"graph.partition.parts={world_size}, or graph.sampling.sampler=table",
                 )
+
+
+def _check_pool(config: Config, world_size: int, accumulation: int) -> None:
+    """Check that a micro-batch holds enough candidates, where it is the graph (``graph.scope=batch``).
+
+    ``consistency.check_batch_scope`` knows neither the ranks nor what divides evenly.
+
+    Raises:
+        UserError: it doesn't.
+    """
+    student, least = config.student, config.graph.neighbours + 2
+    share = student.global_batch // world_size
+    rows = share // accumulation
+    if rows >= least:
+        return
+    enough = next((n for n in range(least, share + 1) if share % n == 0), None)
+    fix = f"student.max_micro_batch={enough}"
+    if enough is None:
+        fix = f"student.global_batch={least * world_size}"
+    raise UserError(
+        "with graph.scope=batch the images of a micro-batch are each other's candidates: a global batch of "
+        f"{student.global_batch} over {world_size} ranks is {accumulation} of {rows} per rank, too few for "
+        f"k={config.graph.neighbours} neighbors",
+        where="student.global_batch, student.max_micro_batch",
+        remedy=fix + (f", or graph.neighbours={rows - 2}" if rows > 2 else ""),
+    )
 
 
 def _even(batch: int) -> int:
@@ -106,7 +134,8 @@ def check_images(
     ``labelled``: how many of them have a label, and so are neighbors; None: all.
 
     Raises:
-        UserError: fewer than a global batch, or than a node's candidates in the graph.
+        UserError: fewer than a global batch, or than a node's candidates in the graph; a training of one step, whose
+            learning rate is 0.
     """
     for wrong in misfits(config, stages, images, labelled):
         raise wrong
@@ -135,6 +164,9 @@ def misfits(
                     remedy=f"{section}.global_batch={seen} or less, or more images",
                 )
             )
+        elif name in ahead and settings.schedule == "cosine":
+            if settings.epochs * (seen // batch) == 1:
+                found.append(_one_step(section, name, seen, batch))
     graph, nodes = config.graph, images if labelled is None else labelled
     built = graph.scope == "dataset" and ahead.intersection(("student", "graph"))
     if built and graph.candidates >= nodes:
@@ -149,6 +181,17 @@ def misfits(
             )
         )
     return found
+
+
+def _one_step(section: str, name: str, images: int, batch: int) -> UserError:
+    """The error for a training whose only step is its schedule's last."""
+    fewer = f"{section}.global_batch={images // 2} or less, " if images > 3 else ""
+    return UserError(
+        f"{images} images in one epoch are one step of {batch}: {section}.schedule=cosine ends at a learning rate of "
+        f"0, which is that of its last step, so the {name} would learn nothing",
+        where=f"{section}.epochs",
+        remedy=f"{section}.epochs=2 or more, {fewer}or {section}.schedule=triangular",
+    )
 
 
 def check_classes(train_N: np.ndarray, held_out: int, holdout: float | None) -> list[str]:

@@ -16,6 +16,7 @@ from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.pipeline import runner
 from cnn2gnn_dist.stages.shared import preflight
 from cnn2gnn_dist.stages.shared.context import CorruptCount
+from cnn2gnn_dist.stages.shared.scheduled_values import rate_at
 from tests.support.shards import encode_image, make_shards, random_images
 
 
@@ -216,6 +217,55 @@ def test_too_few_images_are_reported_at_index(tmp_path, capsys):
     few = ["graph.scope=batch", "graph.neighbours=4", "student.global_batch=8"]
     batch = settings.load("demo", [*run[2:], *few])
     assert preflight.misfits(batch, stages, 8) == []
+
+
+@pytest.mark.parametrize(
+    ("ranks", "batch", "most", "rows", "remedies"),
+    [
+        (4, 32, 256, 8, ["student.global_batch=48", "graph.neighbours=6"]),
+        (1, 100, 12, 10, ["student.max_micro_batch=20", "graph.neighbours=8"]),
+        (2, 254, 64, 1, ["student.max_micro_batch=127"]),
+        (2, 24, 256, 12, None),
+        (1, 96, 12, 12, None),
+    ],
+)
+def test_a_micro_batch_that_is_the_graph_holds_enough_candidates(
+    ranks, batch, most, rows, remedies
+):
+    """On all ranks together, or in all micro-batches, there would be enough for k = 10."""
+    given = ["graph.scope=batch", f"student.global_batch={batch}", "graph.neighbours=10"]
+    given += [f"student.max_micro_batch={most}", "teacher.global_batch=64"]
+    if remedies is None:
+        preflight.check(settings.load("demo", given), ["student"], ranks)
+        return
+    with pytest.raises(UserError) as caught:
+        preflight.check(settings.load("demo", given), ["student"], ranks)
+    assert f"of {rows} per rank, too few for k=10" in caught.value.what
+    assert caught.value.remedy == ", or ".join(remedies)
+    for remedy in remedies:
+        preflight.check(settings.load("demo", [*given, remedy]), ["student"], ranks)
+    preflight.check(settings.load("demo", given), ["teacher"], ranks)
+    preflight.check(settings.load("demo", [*given, "graph.scope=dataset"]), ["teacher"], ranks)
+
+
+@pytest.mark.parametrize("section", ["teacher", "student"])
+def test_a_training_whose_only_step_has_no_learning_rate_is_refused(section):
+    config = settings.load("demo", [f"{section}.epochs=1", f"{section}.global_batch=64"])
+    assert rate_at(getattr(config, section), 1.0, 0.5) == 0  # the step's own, counted from its end
+    (wrong,) = preflight.misfits(config, (section,), 127)
+    assert wrong.where == f"{section}.epochs"
+    assert wrong.what.startswith("127 images in one epoch are one step of 64")
+    assert f"{section}.global_batch=63 or less" in wrong.remedy
+    assert preflight.misfits(config, (section,), 128) == []
+    for other in (
+        f"{section}.epochs=2",
+        f"{section}.global_batch=63",
+        f"{section}.schedule=triangular",
+    ):
+        least = settings.load("demo", [f"{section}.epochs=1", f"{section}.global_batch=64", other])
+        assert preflight.misfits(least, (section,), 127) == []
+    given = ["teacher.epochs=0", "teacher.weights=w.pth", "teacher.global_batch=64"]
+    assert preflight.misfits(settings.load("demo", given), ("teacher",), 64) == []
 
 
 def test_small_classes_are_accepted_and_single_images_are_reported():
