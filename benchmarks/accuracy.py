@@ -4,7 +4,8 @@
     python benchmarks/accuracy.py FOLDER --preset demo --seeds 0 --set teacher.epochs=2       (a trial)
 
 For each seed, one run of the preset gives the teacher, the student with the learned graph, its self path, its
-neighbors' vote, and the control (the same stem with an MLP head: same initial weights, norms, order, loss).
+neighbors' vote, and the control (the same stem with an MLP head: same initial weights, norms, loss; the same batches
+until the graph begins, from when on the student's have a fixed share of every partition: docs/architecture.md).
 Further runs share its packed shards, its teacher and its soft targets:
 
     batch             the graph of the mini-batch (graph.scope=batch), evaluated in batches
@@ -41,6 +42,7 @@ from cnn2gnn_dist import settings
 from cnn2gnn_dist.config import Config
 from cnn2gnn_dist.data.index.manifest import Manifest
 from cnn2gnn_dist.report.labels import CONTROL
+from cnn2gnn_dist.training.checkpoint.folder import read_state, recorded
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ("shards", "manifest", "teacher", "targets")
@@ -80,6 +82,16 @@ def _link(source: str, target: str) -> None:
 def seconds(folder: Path, stage: str) -> float:
     """Wall seconds of a finished stage."""
     return float(json.loads((folder / stage / "done.json").read_text())["seconds"])
+
+
+def steps(folder: Path, stage: str) -> int:
+    """Optimizer steps of a finished training.
+
+    An epoch of the student may have fewer than one of the control, where partitions have uneven shares.
+    """
+    last = recorded(folder / stage)
+    assert last is not None, f"{stage} is complete"
+    return int(read_state(last)["step"])
 
 
 def overrides(variant: str, base: Path, options: list[str], preset: str) -> list[str]:
@@ -168,15 +180,13 @@ def _cell(
     stage = stage or ("control" if (row or name) == CONTROL else "student")
     config = settings.load(str(run / "config.yaml"), [])
     trained = config.teacher if stage == "teacher" else config.student
-    label_N = np.asarray(Manifest.load(run / "manifest" / "train.arrow").label_N)
-    images = int((label_N >= 0).sum()) if stage == "teacher" else len(label_N)
     kept = ("accuracy", "balanced_accuracy", "ece", "parameters", "flops", "ms_per_image")
     return {
         "row": name,
         "seed": seed,
         **{key: found[key] for key in kept},
         "train_seconds": seconds(run, stage),
-        "images_seen": images * trained.epochs,
+        "images_seen": steps(run, stage) * trained.global_batch,
     }
 
 

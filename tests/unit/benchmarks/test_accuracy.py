@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cnn2gnn_dist import settings
+from cnn2gnn_dist import ledger, settings
 from cnn2gnn_dist.data.index.manifest import index
+from cnn2gnn_dist.training.checkpoint import folder as disk
 from tests.support.benchmarks import benchmark
 from tests.support.shards import make_shards
 
@@ -171,3 +172,37 @@ def test_differences_are_paired_by_seed() -> None:
         "| student | 82.00 ± 2.12 | +1.00 ± 0.71 | 1,234 | 2.5 | 0.500 | 30 | 5,000 |",
         "| shuffled | 50.00 | -32.00 |  |  |  |  |  |",
     ]
+
+
+def trained(folder: Path, stage: str, step: int) -> None:
+    """A finished training whose last checkpoint is of that step."""
+    final = disk.path_of(folder / stage / "checkpoints", step)
+    work = final.with_suffix(".tmp")
+    work.mkdir(parents=True)
+    disk.publish(work, final, {"format": disk.FORMAT, "step": step}, [])
+    outputs = ledger.outputs(folder / stage, list(final.iterdir()))
+    ledger.finish(folder / stage, ledger.Entry("key", {}, outputs=outputs, seconds=7.0))
+
+
+def test_images_seen_are_those_of_the_steps_that_were_made(tmp_path: Path) -> None:
+    """Of uneven partitions an epoch of the student has fewer than the control's 93 (48,000 // 512)."""
+    found = settings.load("demo", ["teacher.global_batch=256", "student.global_batch=512"])
+    (tmp_path / "config.yaml").write_text(settings.as_yaml(found))
+    made = {"teacher": 50, "student": 8 * 92, "control": 8 * 93}
+    for stage, step in made.items():
+        trained(tmp_path, stage, step)
+    figures = dict.fromkeys(
+        ("accuracy", "balanced_accuracy", "ece", "parameters", "flops", "ms_per_image"), 0.5
+    )
+    rows = {
+        row: accuracy._cell(row, 0, figures, tmp_path, "teacher" if row == "teacher" else None)
+        for row in ("teacher", "student", "self_path", "control_mlp")
+    }
+    seen = {row: cell["images_seen"] for row, cell in rows.items()}
+    assert seen == {
+        "teacher": 50 * 256,
+        "student": 8 * 92 * 512,
+        "self_path": 8 * 92 * 512,
+        "control_mlp": 8 * 93 * 512,
+    }
+    assert {cell["train_seconds"] for cell in rows.values()} == {7.0}
