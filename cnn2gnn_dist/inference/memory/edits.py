@@ -356,7 +356,7 @@ def _refuse_unknown(edit: Edit, keys: Sequence[str], apart: SetApart | None) -> 
             raise
         raise UserError(
             f"{error.what}; an image may be one of the {apart.unnamed} set apart for calibration, whose keys this "
-            "model, exported before 29 Nov 2026, does not have",
+            "model, exported before 28 Nov 2026, does not have",
             where=error.where,
             remedy="`cnn2gnn memory ls MODEL --keys` lists those in the memory; to forget one set apart, make "
             "RUN/model anew with `cnn2gnn run --update` and the run's config, and forget it there; nothing was changed",

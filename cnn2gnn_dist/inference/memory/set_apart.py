@@ -13,7 +13,7 @@ import numpy as np
 from cnn2gnn_dist.inference.folder import artefact
 
 KEY = "key"
-"""Column with the images' keys; models exported before 29 Nov 2026 lack it."""
+"""Column with the images' keys; models exported before 28 Nov 2026 lack it."""
 
 
 class SetApart:

@@ -3,7 +3,7 @@
     memory/HEAD                      number of the current version
     memory/segments/000001/          x.npy z.npy labels.npy (candidates.npy) rows.parquet segment.json
     memory/versions/000003/          version.json and what it changes: removed.npy relabelled.npy
-                                     changed.npy changed_rows.npy added.npy (before 29 Nov 2026:
+                                     changed.npy changed_rows.npy added.npy (before 28 Nov 2026:
                                      heads_rows.npy heads_logits.npy)
     memory/forgotten.csv             keys that later trainings leave out (``data.relabel`` reads it)
 
