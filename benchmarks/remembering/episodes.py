@@ -107,12 +107,22 @@ def laplacian_shot(
     rounds: int = 20,
 ) -> np.ndarray:
     """Probabilities [Q, K]: queries agree with their nearest queries (Ziko et al., ICML 2020)."""
-    queries = of.f[episode.queries.reshape(-1)]
-    cos = queries @ queries.T
+    own = -sharpness * distances(of, episode, of.means(episode))
+    return agreed(own, of.f[episode.queries.reshape(-1)], strength, near, rounds)
+
+
+def agreed(
+    own: np.ndarray, f: np.ndarray, strength: float, near: int = 3, rounds: int = 20
+) -> np.ndarray:
+    """Probabilities [Q, K] from the scores of each row by itself [Q, K], and features f [Q, D] of unit length.
+
+    Each of LaplacianShot's rounds adds the probabilities of the nearest other rows (as many as there are, if fewer).
+    """
+    near = min(near, len(f) - 1)
+    cos = f @ f.T
     np.fill_diagonal(cos, -np.inf)
     joined = np.zeros_like(cos)
     np.put_along_axis(joined, np.argpartition(-cos, near, axis=1)[:, :near], 1.0, axis=1)
-    own = -sharpness * distances(of, episode, of.means(episode))
     share = softmax(own)
     for _ in range(rounds):
         share = softmax(own + strength * (joined @ share))
