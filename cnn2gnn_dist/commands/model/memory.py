@@ -5,8 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import logging
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from cnn2gnn_dist import ledger
 from cnn2gnn_dist.errors import UserError
@@ -21,6 +24,10 @@ from cnn2gnn_dist.inference.memory.view import forgotten
 from cnn2gnn_dist.log import output, quoted, report_error
 
 _log = logging.getLogger(__name__)
+NAMED = 5
+"""Most keys named in a line."""
+_ROW = re.compile(r"(.*/)?train-\d{8}")
+"""Keys that the packers of Parquet files and of CIFAR make."""
 
 
 def add(
@@ -93,20 +100,41 @@ def forget(folder: Path, keys: Sequence[str]) -> int:
     """
     model = load(folder)
     apart = SetApart(model.folder).keys().intersection(keys)
+    memory = model.required_memory()
+    added = set(memory.keys(np.flatnonzero(memory.added))).intersection(keys)
     _print_version(editing.forget(model, list(keys)), model)
-    root = model.required_memory().root
     if apart:
         output(
             f"{len(apart)} of them were set apart for calibration: their outputs are deleted; what was fitted on them "
             "(calibration.json) stays as it is, until the model is exported anew from a training without them"
         )
     output(
-        f"{len(forgotten(root))} keys are in {root / 'forgotten.csv'}: train with "
-        "data.relabel=THAT_FILE to leave these images out\n"
+        f"{len(forgotten(memory.root))} keys are in {memory.root / 'forgotten.csv'}: train with "
+        "data.relabel=THAT_FILE to leave these images out"
+    )
+    for line in _not_left_out(keys, added):
+        output(line)
+    output(
         "not undone: the network's weights and the teacher's soft targets were learned from them too; "
         "only training again without them removes that"
     )
     return 0
+
+
+def _not_left_out(keys: Sequence[str], added: Collection[str]) -> Iterator[str]:
+    """Which images a later training with the list has all the same, and why; ``added``: keys of added images."""
+    if added:
+        some = ", ".join(sorted(added)[:NAMED]) + (", …" if len(added) > NAMED else "")
+        yield (
+            f"except {len(added)} that were added to the memory: their keys are names of files, not keys of training "
+            f"images, so keep these files out of the training images yourself: {some}"
+        )
+    numbered = sorted(key for key in set(keys).difference(added) if _ROW.fullmatch(key))
+    if numbered:
+        yield (
+            f"keys like {numbered[0]} are row numbers, if the training images came from Parquet files or CIFAR: the "
+            "list fits these files as they are; once rows are removed from them, it would leave out other images"
+        )
 
 
 def undo(folder: Path) -> int:
