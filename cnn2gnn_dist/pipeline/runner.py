@@ -244,14 +244,25 @@ def checksums_note(config: Config, steps: list[Step]) -> str | None:
     )
 
 
+def forgotten_note(config: Config, steps: list[Step]) -> str | None:
+    """A note if a training is to go on, or begin, with images that the memory of the run's model has forgotten."""
+    trains = any(s.stage.trains and s.status is not Status.COMPLETE for s in steps)
+    if not trains or not any("index" in step.inputs for step in steps):
+        return None  # an index that is yet to be made leaves them out
+    from cnn2gnn_dist.stages import earlier_models
+
+    return earlier_models.forgotten_note(Path(str(config.run.dir)), config.data.relabel)
+
+
 def _begin(
     survey: Survey, names: list[str] | None, surroundings: Surroundings, stored: Stored
 ) -> None:
     config = survey.config
     steps = plan(config, names, survey)
     ahead = check_remaining(config, steps, surroundings.ranks or config.run.ranks, survey.deepspeed)
-    if note := checksums_note(config, steps):
-        _log.warning(note)
+    for late in (checksums_note(config, steps), forgotten_note(config, steps)):
+        if late:
+            _log.warning(late)
     if any(stage.trains for stage in ahead):
         for note in consistency.notes(config, surroundings):
             _log.warning(note)

@@ -6,19 +6,19 @@ except for the list of forgotten images.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import numpy as np
 
-from cnn2gnn_dist.data.index.manifest import Manifest
-from cnn2gnn_dist.data.index.relabel import shard_names, unique_keys
+from cnn2gnn_dist.data.index.relabel import rows_named, unique_keys
 from cnn2gnn_dist.graph.search.valid_nodes import valid_nodes_of
 from cnn2gnn_dist.graph.version import latest_version, open_version
 from cnn2gnn_dist.inference.folder import artefact
 from cnn2gnn_dist.inference.folder.run_model import MODEL
+from cnn2gnn_dist.inference.memory import store
 from cnn2gnn_dist.inference.memory.rewriting import edits_of, is_edited
 from cnn2gnn_dist.inference.memory.view import forgotten
+from cnn2gnn_dist.log import quoted
 from cnn2gnn_dist.stages.shared.context import RunPaths, load_manifest
 
 
@@ -36,19 +36,33 @@ def forgotten_of_run(root: Path) -> list[str]:
     return list(dict.fromkeys(key for memory in memories_of(root) for key in forgotten(memory)))
 
 
-def rows_named(manifest: Manifest, keys: Iterable[str], beside: Collection[str] = ()) -> np.ndarray:
-    """Bool [N]: images with one of these keys, alone or as ``shard/key``.
+def forgotten_note(root: Path, relabel: str | None) -> str | None:
+    """One sentence if a run's training images, as indexed, contain forgotten ones, else None.
 
-    A key that several images have names all of them: which one was forgotten is not known. ``beside``: keys that
-    name other images.
+    Args:
+        root: folder of the run.
+        relabel: its relabel list (``data.relabel``).
     """
-    wanted = set(keys)
-    if not wanted:
-        return np.zeros(len(manifest), bool)
-    alone = wanted.difference(beside)
-    shards = shard_names([shard.path for shard in manifest.shards])
-    pairs = zip(manifest.keys.to_pylist(), manifest.shard_N.tolist(), strict=True)
-    return np.array([key in alone or f"{shards[s]}/{key}" in wanted for key, s in pairs], bool)
+    keys, manifest = forgotten_of_run(root), RunPaths(root).train_manifest
+    if not keys or not manifest.is_file():
+        return None
+    count = int(rows_named(load_manifest(manifest), keys).sum())
+    if not count:
+        return None
+    listed = next(path for path in map(_list_in, memories_of(root)) if path.is_file())
+    how = (
+        f"data.relabel={quoted(listed)}"
+        if relabel is None
+        else f"add the lines of {listed} to {relabel}"
+    )
+    return (
+        f"{count:,} images that the memory of this run's model has forgotten are still trained on, since they were "
+        f"indexed before: to leave them out, {how}, with --update: everything from the index on is made anew"
+    )
+
+
+def _list_in(memory: Path) -> Path:
+    return memory / store.FORGOTTEN
 
 
 def edits_of_run(root: Path) -> str:

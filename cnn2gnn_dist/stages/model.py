@@ -6,7 +6,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from cnn2gnn_dist import __version__, durable, ledger, log
 from cnn2gnn_dist.config import Config
 from cnn2gnn_dist.data.images.views import CLEAN, ViewSpec
 from cnn2gnn_dist.data.index.manifest import Manifest
-from cnn2gnn_dist.data.index.relabel import unique_keys
+from cnn2gnn_dist.data.index.relabel import rows_named, unique_keys
 from cnn2gnn_dist.data.reading.reader import Reader, ReaderSpec, Request
 from cnn2gnn_dist.data.reading.shard_files import CacheSpec
 from cnn2gnn_dist.errors import UserError
@@ -31,6 +31,7 @@ from cnn2gnn_dist.inference.folder import artefact
 from cnn2gnn_dist.inference.folder.artefact import GraphSpec, ModelConfig, StudentSpec, ViewsSpec
 from cnn2gnn_dist.inference.folder.card import card
 from cnn2gnn_dist.inference.memory import edits, store
+from cnn2gnn_dist.inference.memory.decisions import record as record_decisions
 from cnn2gnn_dist.inference.memory.rewiring import without
 from cnn2gnn_dist.inference.memory.rewriting import classes_by_key
 from cnn2gnn_dist.inference.memory.store import NewRows
@@ -38,8 +39,9 @@ from cnn2gnn_dist.inference.memory.view import Memory
 from cnn2gnn_dist.inference.network import Network
 from cnn2gnn_dist.models.student import Scope, Student
 from cnn2gnn_dist.report.labels import CONTROL
+from cnn2gnn_dist.stages import decisions
 from cnn2gnn_dist.stages.audit_digest import digest
-from cnn2gnn_dist.stages.earlier_models import edits_set_aside, forgotten_of_run, rows_named
+from cnn2gnn_dist.stages.earlier_models import edits_set_aside, forgotten_of_run
 from cnn2gnn_dist.stages.shared.context import Context, RunPaths, chunks, load_manifest
 from cnn2gnn_dist.stages.shared.networks import (
     build_student,
@@ -117,6 +119,11 @@ def write_model(
     student = build_student(config, train.num_classes, scope, initial=False)
     load_model(student, paths.root, "control" if control else "student")
     left_out = list(dict.fromkeys([*forgotten, *forgotten_of_run(paths.root)]))
+    decided = decisions.of_run(context)
+    if decided is None:
+        context.warn(
+            "the relabel list that this run was trained with is gone: an audit of its model will not include it"
+        )
     with durable.disk_full_reported(target):
         target.mkdir(parents=True, exist_ok=True)
         _clear(target, left_out)
@@ -125,13 +132,15 @@ def write_model(
             target / artefact.WEIGHTS,
         )
         results = _results_of_control(paths) if control else _results(paths.results)
-        made = _config(config, scope, train, results)
+        made = _config(config, scope, train, results, decided)
         durable.write_text(target / artefact.CONFIG, made.model_dump_json(indent=1))
         # safetensors lets only the owner read its files; whoever may read the folder should be able to read all of it.
         shutil.copymode(target / artefact.CONFIG, target / artefact.WEIGHTS)
         rows = 0
         if scope == "dataset":
             rows = _memory(context, train, target / artefact.MEMORY, thumbnails, left_out)
+            if lines := decisions.lines(context, decided or {}, left_out):
+                record_decisions(target / artefact.MEMORY, lines)
         durable.write_text(target / artefact.CARD, card(made, results, rows))
         _calibration(context, student, made, target, left_out)
         artefact.write_checksums(target)
@@ -155,9 +164,14 @@ def _clear(target: Path, forgotten: Sequence[str]) -> None:
 
 
 def _config(
-    config: Config, scope: Scope, train: Manifest, results: dict[str, Any] | None
+    config: Config,
+    scope: Scope,
+    train: Manifest,
+    results: dict[str, Any] | None,
+    decided: Sized | None,
 ) -> ModelConfig:
     s, g, v = config.student, config.graph, config.views
+    known = {} if decided is None else {artefact.RELABELLED: len(decided)}
     return ModelConfig(
         version=__version__,
         scope=scope,
@@ -178,6 +192,7 @@ def _config(
             "name": f"{config.name} (control)" if scope == "none" else config.name,
             "seed": config.seed,
             "train_images": len(train),
+            **known,
             "teacher": config.teacher.arch if config.targets.logits is None else "ready logits",
             "torch": torch.__version__,
             "accuracy": (

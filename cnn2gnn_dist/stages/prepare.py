@@ -13,7 +13,7 @@ from cnn2gnn_dist.data.index.class_matching import notes
 from cnn2gnn_dist.data.index.held_out_overlap import overlap_note
 from cnn2gnn_dist.data.index.manifest import Manifest
 from cnn2gnn_dist.data.index.manifest_pair import index_data_set, index_pair
-from cnn2gnn_dist.data.index.relabel import read_relabel, relabelled
+from cnn2gnn_dist.data.index.relabel import read_relabel, relabelled, without, write_relabel
 from cnn2gnn_dist.data.index.repeated_images import copies_note
 from cnn2gnn_dist.data.index.split import split_labelled
 from cnn2gnn_dist.data.packing import packers
@@ -21,6 +21,7 @@ from cnn2gnn_dist.data.storage import folders
 from cnn2gnn_dist.data.storage.shard_paths import files_of
 from cnn2gnn_dist.data.storage.urls import is_remote
 from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.stages.earlier_models import forgotten_of_run
 from cnn2gnn_dist.stages.shared import preflight
 from cnn2gnn_dist.stages.shared.context import Context
 
@@ -185,16 +186,8 @@ def index_run(context: Context) -> list[Path]:
         whole, held, found = pair.train, pair.held, [*pair.notes, *_overlap_notes(train, test)]
     else:
         whole, held, found = _held_out(data, train, config.seed)
-    if data.relabel is not None:
-        path = Path(data.relabel)
-        whole, said = relabelled(
-            whole,
-            held,
-            read_relabel(path),
-            f"data.relabel={path}",
-            allow_empty_classes=data.allow_empty_classes,
-        )
-        context.say(said)
+    paths.train_manifest.parent.mkdir(parents=True, exist_ok=True)
+    whole = _decided(context, whole, held)
     found += preflight.check_classes(whole.label_N, len(held), None if test else data.holdout)
     unused = class_names.unused_lists([*train, *(test or [])]) if data.source == "shards" else None
     found += [note for note in (unused, copies_note(whole), overlap_note(whole, held)) if note]
@@ -207,7 +200,6 @@ def index_run(context: Context) -> list[Path]:
     labelled = int((whole.label_N >= 0).sum())
     misfits = preflight.misfits(config, stages, len(whole), labelled)
     found += [f"{e.what} ({e.where})" for e in misfits]
-    paths.train_manifest.parent.mkdir(parents=True, exist_ok=True)
     durable.remove_unfinished(paths.train_manifest.parent)
     whole.save(paths.train_manifest)
     held.save(paths.test_manifest)
@@ -222,6 +214,34 @@ def index_run(context: Context) -> list[Path]:
     for note in dict.fromkeys(found):
         context.warn(note)
     return [path for path in paths.manifests if path.is_file()]
+
+
+def _decided(context: Context, whole: Manifest, held: Manifest) -> Manifest:
+    """Apply the relabel list, and leave out what the memories of the run's models have forgotten."""
+    data, root = context.config.data, context.paths.root
+    if data.relabel is None:
+        context.paths.relabel_list.unlink(missing_ok=True)
+    else:
+        path = Path(data.relabel)
+        decisions = read_relabel(path)
+        whole, said = relabelled(
+            whole,
+            held,
+            decisions,
+            f"data.relabel={path}",
+            allow_empty_classes=data.allow_empty_classes,
+        )
+        context.say(said)
+        # The file may be changed or deleted later, but an audit has to add to what was used here.
+        write_relabel(context.paths.relabel_list, decisions)
+    whole, forgotten = without(
+        whole, forgotten_of_run(root), str(root), allow_empty_classes=data.allow_empty_classes
+    )
+    if forgotten:
+        context.say(
+            f"{forgotten} training images that the memory of the run's model has forgotten are left out"
+        )
+    return whole
 
 
 def _set_apart(whole: Manifest, share: float, seed: int) -> tuple[Manifest, Manifest]:

@@ -17,6 +17,7 @@ from cnn2gnn_dist import cli, settings
 from cnn2gnn_dist.data.index.manifest import Manifest
 from cnn2gnn_dist.data.index.relabel import read_relabel
 from cnn2gnn_dist.graph.version import latest_version, open_version
+from cnn2gnn_dist.inference.folder import artefact
 from cnn2gnn_dist.pipeline import runner
 from cnn2gnn_dist.pipeline.runner import Status
 
@@ -171,6 +172,68 @@ def test_earlier_decisions_stay_in_the_list(micro_run, tmp_path):
     listed = read_relabel(run / "audit" / "relabel.csv")
     assert {key: one.name for key, one in listed.items()} == {
         "gone": None, some[0]: "1", some[1]: None, some[2]: "3",
+    }  # fmt: skip
+
+
+def test_decisions_of_the_training_are_in_the_list_of_its_model(micro_run, tmp_path, capsys):
+    run, apart = tmp_path / "run", tmp_path / "apart"
+    shutil.copytree(micro_run, run)
+    shutil.rmtree(run / "model")  # the export makes one of the run's graph
+    first, second, third, fourth = list(keys_of(micro_run))[:4]
+    train = Manifest.load(run / "manifest" / "train.arrow")
+    shard = Path(train.shards[int(train.shard_N[0])].path).stem
+    # As the stage index leaves it; it has applied the list before.
+    (run / "manifest" / "relabel.csv").write_text(
+        f"key,class\n{shard}/{first},1\n{second},2\n{third},3\ngone,drop\n"
+    )
+    assert cli.main(["export", str(run), "--to", str(apart)]) == 0
+    assert cli.main(["memory", "forget", str(apart), third]) == 0
+    (tmp_path / "labels.csv").write_text(f"key,class\n{first},5\n{fourth},drop\n")
+    capsys.readouterr()
+    assert cli.main(["audit", str(apart), "--fix", str(tmp_path / "labels.csv")]) == 0
+    told = capsys.readouterr()
+    assert "with 2 earlier decisions" in told.out
+    assert "does not say" not in told.err
+    listed = read_relabel(apart / "audit" / "relabel.csv")
+    assert {key: (one.name, one.required) for key, one in listed.items()} == {
+        second: ("2", True), "gone": (None, True), first: ("5", True), fourth: (None, True),
+        third: (None, False),
+    }  # fmt: skip
+    # The same from the run, whose config names no list any more.
+    assert cli.main(["audit", str(run), "--fix", str(tmp_path / "labels.csv")]) == 0
+    listed = read_relabel(run / "audit" / "relabel.csv")
+    assert {key: one.name for key, one in listed.items()} == {
+        second: "2", third: "3", "gone": None, first: "5", fourth: None,
+    }  # fmt: skip
+    config = json.loads((apart / "config.json").read_text())  # of an earlier version
+    del config["source"]["relabelled"]
+    (apart / "config.json").write_text(json.dumps(config))
+    artefact.write_checksums(apart)
+    capsys.readouterr()
+    assert cli.main(["audit", str(apart), "--fix", str(tmp_path / "labels.csv")]) == 0
+    assert "does not say whether its run was trained with a relabel list" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_what_was_forgotten_stays_left_out_whatever_is_decided(micro_run, tmp_path, capsys, killed):
+    """Also where ``run --update`` was killed after it had set the model aside."""
+    run, (first, second, third) = tmp_path / "run", list(keys_of(micro_run))[:3]
+    shutil.copytree(micro_run, run)
+    assert cli.main(["memory", "forget", str(run / "model"), first, second]) == 0
+    if killed:
+        (run / "model").rename(run / "model.old-1")
+    train = Manifest.load(run / "manifest" / "train.arrow")
+    shard = Path(train.shards[int(train.shard_N[0])].path).stem
+    (tmp_path / "labels.csv").write_text(f"key,class\n{shard}/{first},1\n{third},2\n")
+    capsys.readouterr()
+    assert cli.main(["audit", str(run), "--fix", str(tmp_path / "labels.csv")]) == 0
+    assert (
+        f"1 decisions do not count: these images were forgotten, and stay left out: {shard}/{first}"
+        in (capsys.readouterr().err)
+    )
+    listed = read_relabel(run / "audit" / "relabel.csv")
+    assert {key: one.name for key, one in listed.items()} == {
+        third: "2", first: None, second: None,
     }  # fmt: skip
 
 

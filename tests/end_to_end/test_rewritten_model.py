@@ -219,3 +219,25 @@ def test_a_list_of_what_was_forgotten_stays_valid_for_the_training(made: Made):
     assert not (run / "model.old-2").exists()
     parts = json.loads((run / "manifest" / ledger.DONE).read_text())["parts"]
     assert parts["data.relabel"] is not None
+
+
+def test_a_training_again_on_what_was_forgotten_says_so_and_a_finished_run_stays_finished(
+    made: Made,
+):
+    run, command = made
+    everything = ["run", *command[1:]]
+    editing.forget(model_of(run), _some(run, 3))
+    said = "3 images that the memory of this run's model has forgotten are still trained on"
+    code, told = cnn2gnn(everything)
+    assert code == 0, told
+    assert told.count("complete, skipped") == 9
+    assert said not in told
+    code, told = cnn2gnn([*everything, "model.thumbnails=16", "--update"])  # trains nothing
+    assert code == 0, told
+    assert said not in told
+    code, told = cnn2gnn(
+        ["student", *command[1:], "student.epochs=1", "graph.start_epoch=0", "--update"]
+    )
+    assert code == 0, told
+    assert said in told
+    assert f"data.relabel={run}/model/memory/forgotten.csv" in told

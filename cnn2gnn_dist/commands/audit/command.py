@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable
 from contextlib import closing
@@ -28,7 +29,11 @@ from cnn2gnn_dist.inference.audit.findings import Findings, audit
 from cnn2gnn_dist.log import output, progress, quoted
 from cnn2gnn_dist.report.audit_page import write_page
 
+_log = logging.getLogger(__name__)
+
 PAGE, RELABEL, MAP = "index.html", "relabel.csv", "map.parquet"
+NAMED = 5
+"""Most images named in a warning."""
 SEEN_PAIRS = 5_000
 """Number of (training, held-out) pairs whose bytes are compared, closest first."""
 
@@ -158,35 +163,52 @@ def _dry_run(source: Source, folder: Path, as_csv: bool, with_map: bool) -> int:
 
 
 def _fix(source: Source, fix: Path, folder: Path, dry_run: bool) -> int:
-    """Write the relabel list: the decisions, which override those that the run was trained with."""
+    """Write the relabel list: the decisions, which override those of the training, and what was forgotten."""
     decisions = read_relabel(fix)
-    check_decisions(decisions, source.known, source.training.classes, str(fix), source.elsewhere)
     if not decisions:
         raise UserError(
             "this file contains no decisions",
             where=str(fix),
             remedy="give images a class, or drop, on audit/index.html, and save labels.csv there",
         )
+    decisions = _without_forgotten(decisions, source)
+    check_decisions(decisions, source.known, source.training.classes, str(fix), source.elsewhere)
+    if source.warning:
+        _log.warning(source.warning)
     everything: dict[str, Decision] = {}
     for earlier in source.earlier:  # ``data.relabel`` takes one list: this one has to hold them all
         everything = overridden(everything, read_relabel(earlier), source.known)
-    before = len(everything)
     everything = overridden(everything, decisions, source.known)
+    gone = {key: Decision(None, 0, required=False) for key in source.forgotten}
+    everything = overridden(everything, gone, source.known)
     path = folder / RELABEL
-    if not dry_run:
-        durable.create_folder(folder)
     dropped = sum(one.name is None for one in decisions.values())
     output(f"{len(decisions) - dropped} images get a class, {dropped} are left out")
-    if before:
-        output(
-            f"with {len(everything) - len(decisions)} earlier decisions ({', '.join(map(str, source.earlier))})"
-        )
+    if source.earlier:
+        count = len(everything) - len(decisions) - len(gone)
+        output(f"with {count} earlier decisions ({', '.join(map(str, source.earlier))})")
+    if gone:
+        output(f"{len(gone)} images that were forgotten stay left out")
     if not dry_run:
+        durable.create_folder(folder)
         with durable.disk_full_reported(path):
             write_relabel(path, everything)
         output(f"list     {path}")
     output(f"train    cnn2gnn run --config … run.dir=NEW data.relabel={quoted(path)}")
     return 0
+
+
+def _without_forgotten(decisions: dict[str, Decision], source: Source) -> dict[str, Decision]:
+    """The decisions on other images than forgotten ones, with a warning about the others."""
+    gone = {source.known.get(key, key) for key in source.forgotten}
+    kept = {key: d for key, d in decisions.items() if source.known.get(key, key) not in gone}
+    lost = [key for key, one in decisions.items() if key not in kept and one.name is not None]
+    if lost:
+        some = ", ".join(lost[:NAMED]) + (", …" if len(lost) > NAMED else "")
+        _log.warning(
+            f"{len(lost)} decisions do not count: these images were forgotten, and stay left out: {some}"
+        )
+    return kept
 
 
 def _bar(rows: Iterable[Any], name: str) -> Iterable[Any]:

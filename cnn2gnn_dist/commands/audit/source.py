@@ -16,7 +16,7 @@ import torch
 from cnn2gnn_dist.commands.model.opening import context_of, unfinished
 from cnn2gnn_dist.data.images.views import CLEAN, ViewSpec
 from cnn2gnn_dist.data.index.manifest import Manifest
-from cnn2gnn_dist.data.index.relabel import names_of, unique_keys
+from cnn2gnn_dist.data.index.relabel import names_of, rows_named, shared_keys, unique_keys
 from cnn2gnn_dist.data.reading.reader import Reader, ReaderSpec, Request
 from cnn2gnn_dist.data.reading.shard_files import CacheSpec
 from cnn2gnn_dist.data.storage import urls
@@ -26,14 +26,19 @@ from cnn2gnn_dist.inference.audit import look_alike
 from cnn2gnn_dist.inference.audit.findings import HeldOut, TrainingSet
 from cnn2gnn_dist.inference.audit.memory import Thumbnails, training_set
 from cnn2gnn_dist.inference.folder import artefact
-from cnn2gnn_dist.inference.memory import store
-from cnn2gnn_dist.inference.memory.view import Memory
+from cnn2gnn_dist.inference.memory import decisions, store
+from cnn2gnn_dist.inference.memory.view import Memory, forgotten
 from cnn2gnn_dist.log import progress
+from cnn2gnn_dist.stages.earlier_models import forgotten_of_run
 from cnn2gnn_dist.stages.shared.context import Context, chunks, load_manifest
 from cnn2gnn_dist.stages.shared.networks import build_student, check_built_on, load_model
 
 SIDE, QUALITY, READ = 96, 85, 256
 """Side of the pictures of a run, in pixels; their JPEG quality; images read at a time."""
+_NOT_KEPT = (
+    "this model, exported before 29 Nov 2026, does not say whether its run was trained with a relabel list "
+    "(data.relabel): if so, the decisions in that one are not in the list made here; an audit of the run includes them"
+)
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 
 
@@ -48,8 +53,9 @@ class Source:
         known: every name that a relabel list may use for an image, with its row.
         elsewhere: names of held-out images.
         held_keys, held_labels_Q: of the held-out images; empty for a model.
-        earlier: relabel lists that hold besides: the one that the run was trained with, and what its
-            model's memory has forgotten.
+        earlier: the relabel list that the run was trained with, if there is one.
+        forgotten: names of images that the memories of the run's models have forgotten.
+        warning: what is not known about earlier decisions.
     """
 
     name: str
@@ -60,6 +66,8 @@ class Source:
     held_keys: Sequence[str] = ()
     held_labels_Q: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
     earlier: Sequence[Path] = ()
+    forgotten: Sequence[str] = ()
+    warning: str = ""
 
     def held_out(self, bar: Progress) -> HeldOut | None:
         """Embed the held-out images; None where there are none."""
@@ -188,7 +196,7 @@ def _of_run(folder: Path) -> Source:
             remedy="`cnn2gnn run --update` with the run's config, then audit it",
         )
     twin_N = np.asarray(version.twin) if (found / "twin.npy").is_file() else None
-    earlier = [] if context.config.data.relabel is None else [Path(context.config.data.relabel)]
+    used = context.relabel_list()
     training = TrainingSet(
         version.x, np.asarray(version.z), np.asarray(version.labels), version.candidates, twin_N,
         train.classes,
@@ -201,7 +209,8 @@ def _of_run(folder: Path) -> Source:
         set(names_of(held)),
         unique_keys(held),
         held.label_N,
-        [*earlier, *_forgotten(root / "model")],
+        [] if used is None else [used],
+        _forgotten_names(train, forgotten_of_run(root)),
     ).open(context, train, held)
 
 
@@ -234,15 +243,29 @@ def _of_model(folder: Path) -> Source:
     memory = Memory.open(folder / artefact.MEMORY)
     keys, name = memory.keys(memory.live_ids), str(config.source.get("name", folder.name))
     known = {key: row for row, key in enumerate(keys)}
-    source = _ModelSource(name, training_set(memory), keys, known, earlier=_forgotten(folder))
+    listed = decisions.listed(memory.root)  # may name images in another way (SHARD/KEY)
+    known = {name: known[key] for name, _, key in listed if key in known} | known
+    source = _ModelSource(
+        name,
+        training_set(memory),
+        keys,
+        known,
+        earlier=[memory.root / decisions.FILE] if listed else [],
+        forgotten=forgotten(memory.root),
+        warning="" if artefact.RELABELLED in config.source else _NOT_KEPT,
+    )
     source.thumbnails = Thumbnails(memory)
     return source
 
 
-def _forgotten(model: Path) -> list[Path]:
-    """The list of what a model's memory has forgotten, if there is one."""
-    path = model / artefact.MEMORY / store.FORGOTTEN
-    return [path] if path.is_file() else []
+def _forgotten_names(train: Manifest, keys: Sequence[str]) -> list[str]:
+    """Forgotten keys as names of training images, as far as they are any."""
+    names, known = unique_keys(train), names_of(train)
+    # Where several images have a key, it names no image in a relabel list, but all of them are left out.
+    rows = np.flatnonzero(rows_named(train, keys)).tolist()
+    shared = shared_keys(train)
+    others = [key for key in keys if key not in known and key not in shared]
+    return [*(names[row] for row in rows), *others]
 
 
 def _reader(context: Context, manifest: Path, views: ViewSpec) -> Reader:

@@ -79,14 +79,14 @@ def _print_plan(config: Config, stages: list[str] | None) -> None:
     log.output(settings.as_yaml(config))
     with stored.looked_at(config) as (seen, lines):
         steps = runner.plan(seen, stages)
-        late = runner.checksums_note(seen, steps)
+        late = [runner.checksums_note(seen, steps), runner.forgotten_note(config, steps)]
     for line in lines:
         log.output(line)
     for step in steps:
         log.output(f"{step.stage.name:10} {step.status.value:12} {step.why}")
     deepspeed = keys.read_deepspeed(config)
     surroundings = Surroundings(config.device == "cuda", deepspeed=deepspeed)
-    for note in [*consistency.notes(config, surroundings), *([late] if late else [])]:
+    for note in [*consistency.notes(config, surroundings), *filter(None, late)]:
         log.output(f"note: {note}")
     runner.check_remaining(config, steps, config.run.ranks, deepspeed)
 

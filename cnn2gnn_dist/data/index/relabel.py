@@ -13,7 +13,7 @@ import difflib
 import io
 import os
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +45,11 @@ class Decision:
     line: int
     required: bool = True
     word: str = dataclasses.field(default="", compare=False)
+
+    @property
+    def text(self) -> str:
+        """The class as a list is to have it."""
+        return self.name or self.word or (DROP[0] if self.required else DROP_IF_THERE)
 
 
 def read_relabel(path: Path) -> dict[str, Decision]:
@@ -94,10 +99,7 @@ def write_relabel(path: Path, decisions: Mapping[str, Decision]) -> None:
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
     lines.writerow(["key", "class"])
-    lines.writerows(
-        [key, one.name or one.word or (DROP[0] if one.required else DROP_IF_THERE)]
-        for key, one in decisions.items()
-    )
+    lines.writerows([key, one.text] for key, one in decisions.items())
     durable.write_text(path, text.getvalue())
 
 
@@ -110,25 +112,43 @@ def unique_keys(manifest: Manifest, beside: Iterable[str] = ()) -> list[str]:
     keys: list[str] = manifest.keys.to_pylist()
     if len(set(keys)) == len(keys) and not set(keys).intersection(beside):
         return keys
-    names = shard_names([shard.path for shard in manifest.shards])
-    return [f"{names[s]}/{key}" for s, key in zip(manifest.shard_N.tolist(), keys, strict=True)]
+    return _full_names(manifest, keys)
 
 
-def names_of(manifest: Manifest) -> dict[str, int]:
+def names_of(manifest: Manifest, beside: Iterable[str] = ()) -> dict[str, int]:
     """The row of each name of an image: its key, if no other image has it, and ``shard/key``.
 
-    ``shard`` as in ``unique_keys``. Where one image's key is the other name of another (``a/b``), it means the
-    image to which ``unique_keys`` gives it.
+    ``shard`` and ``beside`` as in ``unique_keys``. Where one image's key is the other name of another (``a/b``), it
+    means the image to which ``unique_keys`` gives it.
     """
-    shards = shard_names([shard.path for shard in manifest.shards])
     keys: list[str] = manifest.keys.to_pylist()
-    found = {
-        f"{shards[s]}/{k}": row
-        for row, (s, k) in enumerate(zip(manifest.shard_N, keys, strict=True))
-    }
-    several = shared_keys(manifest)
+    several = shared_keys(manifest).union(set(keys).intersection(beside))
     own = {key: row for row, key in enumerate(keys) if key not in several}
+    found = {name: row for row, name in enumerate(_full_names(manifest, keys))}
     return own | found if several else found | own
+
+
+def rows_named(
+    manifest: Manifest, names: Iterable[str], beside: Collection[str] = ()
+) -> np.ndarray:
+    """Bool [N]: images with one of these names (``names_of``).
+
+    A key that several images have names all of them here: which one was meant is not known. ``beside``: keys that
+    other images of these shards have, and which name none of this manifest's.
+    """
+    wanted = set(names)
+    if not wanted:
+        return np.zeros(len(manifest), bool)
+    rows = names_of(manifest, beside)
+    several = wanted.difference(rows, beside)
+    named_N = np.array([key in several for key in manifest.keys.to_pylist()], bool)
+    named_N[[rows[name] for name in wanted.intersection(rows)]] = True
+    return named_N
+
+
+def _full_names(manifest: Manifest, keys: Sequence[str]) -> list[str]:
+    shards = shard_names([shard.path for shard in manifest.shards])
+    return [f"{shards[s]}/{key}" for s, key in zip(manifest.shard_N.tolist(), keys, strict=True)]
 
 
 def shared_keys(manifest: Manifest) -> set[str]:
@@ -270,21 +290,50 @@ def relabelled(
                 )
             label_N[row] = numbers[one.name]
     changed = int((label_N != train.label_N)[kept_N].sum())
-    made = dataclasses.replace(train, label_N=label_N).select(np.flatnonzero(kept_N))
-    emptied = np.setdiff1d(train.label_N, made.label_N)
-    if not len(made) or (len(emptied) and not allow_empty_classes):
-        names = [train.classes[c] for c in emptied if c >= 0]
-        raise UserError(
-            f"this relabel list leaves no training image of {_named(names)}",
-            where=where,
-            remedy="leave one of the class in, or data.allow_empty_classes=true",
-        )
+    what = "this relabel list leaves"
+    made = _kept(train, label_N, kept_N, what, where, allow_empty_classes)
     dropped = int((~kept_N).sum())
     return (
         made,
         f"relabel list: {changed} training images get another class, {dropped} are left out"
         + (f", {missing} are missing" if missing else ""),
     )
+
+
+def without(
+    train: Manifest, names: Iterable[str], where: str, *, allow_empty_classes: bool = False
+) -> tuple[Manifest, int]:
+    """Leave out the training images with one of these names (``rows_named``); return how many that were, too.
+
+    Raises:
+        UserError: a class, or the whole set, is left without an image.
+    """
+    kept_N = ~rows_named(train, names)
+    if kept_N.all():
+        return train, 0
+    what = "without the forgotten images there is"
+    made = _kept(train, train.label_N, kept_N, what, where, allow_empty_classes)
+    return made, len(train) - len(made)
+
+
+def _kept(
+    train: Manifest,
+    label_N: np.ndarray,
+    kept_N: np.ndarray,
+    what: str,
+    where: str,
+    allow_empty_classes: bool,
+) -> Manifest:
+    made = dataclasses.replace(train, label_N=label_N).select(np.flatnonzero(kept_N))
+    emptied = np.setdiff1d(train.label_N, made.label_N)
+    if not len(made) or (len(emptied) and not allow_empty_classes):
+        names = [train.classes[c] for c in emptied if c >= 0]
+        raise UserError(
+            f"{what} no training image of {_named(names)}",
+            where=where,
+            remedy="leave one of the class in, or data.allow_empty_classes=true",
+        )
+    return made
 
 
 def _named(names: Sequence[str]) -> str:

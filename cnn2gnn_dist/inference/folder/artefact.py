@@ -32,6 +32,10 @@ COMING = ".coming.json"
 RECORDS = ("begin.json", "done.json")
 """The run's records of the stage that wrote the model: in its folder, but not part of the model."""
 CALIBRATION, MEMORY = "calibration.npz", "memory"
+AUDIT = "audit"
+"""Folder that `cnn2gnn audit MODEL` writes into that of the model: in it, but not part of it."""
+RELABELLED = "relabelled"
+"""Number of decisions of the run's relabel list, in ``source``; absent where they were not kept."""
 _LOADING = {
     "pretrained", "weights", "checkpoint_path", "cache_dir", "pretrained_cfg", "pretrained_cfg_overlay",
 }  # fmt: skip

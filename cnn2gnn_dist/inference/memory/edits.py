@@ -12,7 +12,7 @@ import numpy as np
 
 from cnn2gnn_dist.data.index.class_matching import plain
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.inference.memory import rewiring, store, turns
+from cnn2gnn_dist.inference.memory import decisions, rewiring, store, turns
 from cnn2gnn_dist.inference.memory.forgetting import record_forgotten
 from cnn2gnn_dist.inference.memory.rewiring import Rewired
 from cnn2gnn_dist.inference.memory.set_apart import SetApart
@@ -344,6 +344,7 @@ def forget(
         record_forgotten(root, keys)
         if apart is not None:
             apart.forget(keys)
+        decisions.forget(root, keys)
         edit.commit(action, undoable=False)
         return _compact(root, Memory.open(root), action)
 

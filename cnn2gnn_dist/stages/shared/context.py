@@ -55,6 +55,11 @@ class RunPaths:
         return self.root / "manifest" / "calibration.arrow"
 
     @property
+    def relabel_list(self) -> Path:
+        """The relabel list that the manifests were made with; absent without ``data.relabel``."""
+        return self.root / "manifest" / "relabel.csv"
+
+    @property
     def manifests(self) -> tuple[Path, ...]:
         """Training, held-out and calibration manifest; the last one may be absent."""
         return self.train_manifest, self.test_manifest, self.calibration_manifest
@@ -103,6 +108,16 @@ class Context:
     deepspeed: dict[str, dict[str, Any]] = field(default_factory=dict)
     storage: RunStorage | None = None
     bfloat16: bool = True
+
+    def relabel_list(self) -> Path | None:
+        """The relabel list that the training images were made with; None without one.
+
+        For a run from before the stage ``index`` kept it, the file that the config names.
+        """
+        kept, named = self.paths.relabel_list, self.config.data.relabel
+        if kept.is_file():
+            return kept
+        return None if named is None else Path(named)
 
     def copies(self) -> TrainingCopies | None:
         """Where this stage's checkpoints are also kept; None without ``run.storage``."""

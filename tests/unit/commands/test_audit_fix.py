@@ -14,14 +14,28 @@ def test_forgotten_images_stay_left_out_of_a_training_with_the_list(tmp_path, ca
     (tmp_path / "labels.csv").write_text("key,class\nimg-1,class 2\nimg-2,drop\n")
     assert cli.main(["audit", str(model), "--fix", str(tmp_path / "labels.csv")]) == 0
     told = capsys.readouterr().out
-    assert "2 earlier decisions" in told
-    assert "forgotten.csv" in told
+    assert "2 images that were forgotten stay left out" in told
     made = read_relabel(model / "audit" / "relabel.csv")
     assert {key: one.name for key, one in made.items()} == {
         "img-1": "class 2", "img-2": None, "img-3": None, "img-4": None,
     }  # fmt: skip
     assert not made["img-3"].required  # another training set may not have it
     assert made["img-2"].required
+
+
+def test_a_decision_saved_before_an_image_was_forgotten_does_not_count(tmp_path, capsys):
+    model = write_model(tmp_path / "m")
+    editing.forget(Classifier.open(model, device="cpu"), ["img-3", "img-4"])
+    (tmp_path / "labels.csv").write_text("key,class\nimg-1,class 2\nimg-3,class 2\nimg-4,drop\n")
+    assert cli.main(["audit", str(model), "--fix", str(tmp_path / "labels.csv")]) == 0
+    told = capsys.readouterr()
+    assert "1 decisions do not count" in told.err
+    assert "stay left out: img-3\n" in told.err
+    assert "1 images get a class, 0 are left out" in told.out
+    made = read_relabel(model / "audit" / "relabel.csv")
+    assert {key: (one.name, one.required) for key, one in made.items()} == {
+        "img-1": ("class 2", True), "img-3": (None, False), "img-4": (None, False),
+    }  # fmt: skip
 
 
 def test_two_decisions_on_one_image_are_refused_and_nothing_is_written(tmp_path, capsys):

@@ -13,6 +13,7 @@ from cnn2gnn_dist.data.index.relabel import (
     overridden,
     read_relabel,
     relabelled,
+    rows_named,
     unique_keys,
     write_relabel,
 )
@@ -126,6 +127,25 @@ def test_keys_that_two_shards_have_are_told_apart(tmp_path):
     for decision in ("cat", "drop?"):  # counted as missing, a forgotten image would be trained on
         with pytest.raises(UserError, match="'k0': several training images have this key"):
             apply(tmp_path, (train, held), f"key,class\nk2,dog\nk0,{decision}\n")
+
+
+def test_a_forgotten_key_names_its_image_in_both_spellings_and_all_that_share_it(tmp_path):
+    train = manifest(tmp_path, "train", {"a": [0, 1], "b": [1, 2, 2]})  # k0 and k1 twice
+    for names, rows in (
+        (["k2"], [4]),
+        (["b/k2", "a/k1", "nobody"], [1, 4]),
+        (["k1"], [1, 3]),  # which one was forgotten is not known
+        ([], []),
+    ):
+        assert np.flatnonzero(rows_named(train, names)).tolist() == rows
+    assert not rows_named(train, ["k1", "k2"], beside=["k1", "k2"]).any()
+    assert np.flatnonzero(rows_named(train, ["b/k2"], beside=["k2"])).tolist() == [4]
+    members = [(f"{key}.{kind}", b"0") for key in ("d", "a/k0") for kind in ("jpg", "cls")]
+    other = write_tar(tmp_path / "c.tar", members)  # its key is the other name of an image of a
+    how = {"classes": NAMES, "progress": False, "allow_empty_classes": True}
+    both = index([tmp_path / "train" / "a.tar", other], **how)
+    assert unique_keys(both) == ["k0", "k1", "d", "a/k0"]
+    assert np.flatnonzero(rows_named(both, ["a/k0"])).tolist() == [3]
 
 
 def test_two_decisions_on_one_image_under_its_two_names_are_refused(tmp_path, pair):
