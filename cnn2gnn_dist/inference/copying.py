@@ -15,7 +15,7 @@ from cnn2gnn_dist.inference.memory.set_apart import SetApart
 from cnn2gnn_dist.inference.memory.view import forgotten
 from cnn2gnn_dist.log import quoted
 
-LEFT_OUT = (store.LOCK, "*.tmp", *artefact.RECORDS)
+LEFT_OUT = (store.LOCK, "*.tmp", artefact.AUDIT, *artefact.RECORDS)
 """Patterns of names that concern only the folder that is copied."""
 ATTEMPTS = 20
 """Each but the first follows an edit during the one before."""

@@ -17,10 +17,11 @@ import torch
 
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.graph.duplicates import row_keys
+from cnn2gnn_dist.inference.audit import folder as audit_folder
 from cnn2gnn_dist.inference.classifier import BATCH, Classifier
 from cnn2gnn_dist.inference.folder import artefact
 from cnn2gnn_dist.inference.inputs import Pixels
-from cnn2gnn_dist.inference.memory import edits, thumbnails, turns
+from cnn2gnn_dist.inference.memory import decisions, edits, thumbnails, turns
 from cnn2gnn_dist.inference.memory.new_classes import NewClasses, Trade
 from cnn2gnn_dist.inference.memory.old_classes import Images, OldClasses
 from cnn2gnn_dist.inference.memory.set_apart import SetApart
@@ -153,10 +154,12 @@ def forget(model: Classifier, keys: Sequence[str], *, wait_s: float = 10.0) -> V
     soft targets and the constants of the calibration were learned from them.
 
     Raises:
-        UserError: no memory; an unknown key; nothing was changed.
+        UserError: no memory; an unknown key; nothing was changed. Or an audit of the model can't be deleted.
     """
+    root = model.required_memory().root
+    names = {*keys, *(name for name, _, key in decisions.listed(root) if key in set(keys))}
     version = edits.forget(
-        model.required_memory().root,
+        root,
         keys,
         score=lambda edit: _score_new_classes(model, edit, without=keys),
         apart=SetApart(model.folder),
@@ -164,7 +167,20 @@ def forget(model: Classifier, keys: Sequence[str], *, wait_s: float = 10.0) -> V
         check=lambda: _check(model),
     )
     model.reload()
+    _forget_in_audit(model.folder / artefact.AUDIT, names)
     return version
+
+
+def _forget_in_audit(folder: Path, names: Collection[str]) -> None:
+    try:
+        if audit_folder.forget(folder, names):
+            _log.info(f"the audit in {folder} showed these images, and is deleted")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"the images are forgotten, but the audit of the model, which shows them, can't be deleted: {error}",
+            where=str(folder),
+            remedy="delete this folder",
+        ) from None
 
 
 def undo(model: Classifier) -> Version:

@@ -26,12 +26,13 @@ from cnn2gnn_dist.data.index.relabel import (
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference.audit import files as audit_files
 from cnn2gnn_dist.inference.audit.findings import Findings, audit
+from cnn2gnn_dist.inference.audit.folder import MAP, PAGE, RELABEL, TABLES
+from cnn2gnn_dist.inference.folder import artefact
 from cnn2gnn_dist.log import output, progress, quoted
 from cnn2gnn_dist.report.audit_page import write_page
 
 _log = logging.getLogger(__name__)
 
-PAGE, RELABEL, MAP = "index.html", "relabel.csv", "map.parquet"
 NAMED = 5
 """Most images named in a warning."""
 SEEN_PAIRS = 5_000
@@ -67,7 +68,7 @@ def command(
         raise UserError(
             f"a section can't have {top} entries", where="--top", remedy="use --top 0 or more"
         )
-    folder = place / "audit" if out is None else out
+    folder = place / artefact.AUDIT if out is None else out
     with closing(open_source(place)) as source:
         if fix is not None:
             return _fix(source, fix, folder, dry_run)
@@ -152,8 +153,8 @@ def _dry_run(source: Source, folder: Path, as_csv: bool, with_map: bool) -> int:
     output(f"read   {count:,} training images of {len(source.training.classes)} classes")
     if len(source.held_keys):
         output(f"embed  {len(source.held_keys):,} held-out images")
-    names = [f"{name}.parquet" for name in audit_files.TABLES]
-    names += [f"{name}.csv" for name in audit_files.TABLES] if as_csv else []
+    names = [f"{name}.parquet" for name in TABLES]
+    names += [f"{name}.csv" for name in TABLES] if as_csv else []
     names += [MAP] if with_map else []
     output(f"write  {folder}: {', '.join([*names, PAGE])}")
     if with_map:

@@ -27,7 +27,6 @@ NEIGHBOURS = 6
 MAP_ROWS = 1024
 Pictures = Callable[[Sequence[int]], list[bytes | None]]
 """Rows → encoded images."""
-TABLES = ("labels", "duplicates", "outliers", "hubs", "bleeding")
 
 
 def tables(

@@ -7,7 +7,7 @@ from cnn2gnn_dist import cli, settings
 from cnn2gnn_dist.data.index.manifest import Manifest
 from cnn2gnn_dist.data.index.relabel import read_relabel
 from cnn2gnn_dist.inference.folder.artefact import MEMORY
-from cnn2gnn_dist.inference.memory.edits import record_forgotten
+from cnn2gnn_dist.inference.memory.forgetting import record_forgotten
 from cnn2gnn_dist.ledger import Status
 from cnn2gnn_dist.pipeline import runner
 from tests.support.shards import make_shards, random_images

@@ -1,0 +1,68 @@
+"""The folder that an audit writes, and what a model's own one (``MODEL/audit``) must not keep of forgotten images."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Collection
+from pathlib import Path
+
+from cnn2gnn_dist import durable
+from cnn2gnn_dist.data.index.relabel import DROP_IF_THERE
+
+PAGE, RELABEL, MAP = "index.html", "relabel.csv", "map.parquet"
+TABLES = ("labels", "duplicates", "outliers", "hubs", "bleeding")
+_SAVED = "labels.csv"
+"""What the page saves, if a person has put it here; the table of this name has more columns."""
+_DECISIONS = ["key", "class"]
+
+
+def forget(folder: Path, keys: Collection[str]) -> bool:
+    """Delete what an audit has written of all images; in lists of decisions, forgotten images are then left out.
+
+    Pictures of forgotten images are also shown as the neighbors of others.
+
+    Args:
+        folder: of the audit; it may be missing.
+        keys: of the forgotten images.
+
+    Returns:
+        Whether anything was deleted.
+
+    Raises:
+        OSError: a file can't be read or deleted.
+        ValueError: a list of decisions is not a CSV file in UTF-8.
+    """
+    tables = [f"{name}.{kind}" for name in TABLES for kind in ("parquet", "csv")]
+    found = [folder / name for name in (PAGE, MAP, *tables)]
+    found += folder.glob("*.tmp")  # of an audit that was killed
+    found = [path for path in found if path.is_file() and not _is_decisions(path)]
+    for path in found:
+        path.unlink()
+    for path in (folder / RELABEL, folder / _SAVED):
+        if path.is_file():
+            _leave_out(path, set(keys))
+    if found and not any(folder.iterdir()):
+        folder.rmdir()
+    return bool(found)
+
+
+def _is_decisions(path: Path) -> bool:
+    return path.name == _SAVED and _lines(path)[:1] == [_DECISIONS]
+
+
+def _lines(path: Path) -> list[list[str]]:
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        try:
+            return list(csv.reader(file))
+        except csv.Error as error:
+            raise ValueError(f"{path.name}: {error}") from None
+
+
+def _leave_out(path: Path, keys: set[str]) -> None:
+    lines = [line for line in _lines(path) if line and line[0] not in keys]
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(
+        [*lines, *([key, DROP_IF_THERE] for key in sorted(keys))]
+    )
+    durable.write_text(path, text.getvalue())
