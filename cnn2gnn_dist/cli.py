@@ -214,7 +214,11 @@ COMMANDS: tuple[tuple[str, str, Callable[[argparse.ArgumentParser], None]], ...]
         submit.arguments,
     ),
     ("checkpoint", "list, inspect, verify or export checkpoints", checkpoint_cli.arguments),
-    ("plan", "estimate memory and disk for a number of images", plan_cli.arguments),
+    (
+        "plan",
+        "estimate memory, storage, network and hours of a run, before you rent a machine",
+        plan_cli.arguments,
+    ),
     ("doctor", "check this machine, or a cluster, and suggest fixes", _doctor_arguments),
     ("config", "list every field with its default and meaning, and the presets", _field_arguments),
 )

@@ -9,9 +9,9 @@ from pathlib import Path
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``cnn2gnn audit``."""
     parser.description = (
-        "Likely label errors, near-duplicates (also with held-out images), outliers, hubs and classes that bleed "
-        "into each other, as tables and as a page with pictures. A person decides; --fix turns the decisions "
-        "into the list that training reads (data.relabel)."
+        "Likely label errors, near-duplicates (also with held-out images), outliers, hubs and classes that are "
+        "confused with each other (bleeding), as tables and as a page with pictures. A person decides; --fix turns "
+        "the decisions into the list that training reads (data.relabel)."
     )
     parser.add_argument(
         "place", metavar="RUN|MODEL", help="folder of a finished run, or of a model"

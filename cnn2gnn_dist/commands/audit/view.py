@@ -87,7 +87,7 @@ class View:
             ("duplicates", "duplicates", sets.count("train")),
             ("outliers", "outliers", len(self.far)),
             ("hubs", "hubs", len(self.hubs)),
-            ("bleeding", "bleeding classes", len(self.found.bleeding.a_P)),
+            ("bleeding", "confused classes", len(self.found.bleeding.a_P)),
         ]
 
     def _card(self, row: int) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def _about(config: ModelConfig, rows: int) -> list[str]:
         f"- Trained on {source.get('train_images', '?')} images, seed {source.get('seed', '?')}; "
         f"images are seen at {config.views.size} x {config.views.size} pixels",
         *(_EDITS if config.scope == "dataset" else []),
-        "- Licence: that of the training images and of the pretrained weights, if any; fill it in",
+        "- License: that of the training images and of the pretrained weights, if any; fill it in",
         "",
     ]
 

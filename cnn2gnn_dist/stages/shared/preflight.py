@@ -155,7 +155,7 @@ def misfits(
         batch = settings.global_batch
         seen, kind = images, "training"
         if name == "teacher" and labelled is not None and labelled < images:
-            seen, kind = labelled, "labelled training"
+            seen, kind = labelled, "labeled training"
         if name in ahead and settings.epochs and batch > seen:
             found.append(
                 UserError(
@@ -171,7 +171,7 @@ def misfits(
     built = graph.scope == "dataset" and ahead.intersection(("student", "graph"))
     if built and graph.candidates >= nodes:
         fewer = f"graph.candidates={nodes - 1} or less, with graph.neighbours below it"
-        kind = "training" if nodes == images else "labelled training"
+        kind = "training" if nodes == images else "labeled training"
         found.append(
             UserError(
                 f"{graph.candidates} candidates for each of {nodes} {kind} images: there are "

@@ -209,11 +209,11 @@ def test_too_few_images_are_reported_at_index(tmp_path, capsys):
     assert preflight.misfits(given, ("teacher",), 8) == []  # it is not trained
     # Only labelled images are neighbors.
     (short,) = preflight.misfits(config, stages, 64, 10)
-    assert short.what.startswith("16 candidates for each of 10 labelled training images")
+    assert short.what.startswith("16 candidates for each of 10 labeled training images")
     assert short.remedy.startswith("graph.candidates=9 or less")
     assert preflight.misfits(config, stages, 64, 17) == []
     (short,) = preflight.misfits(config, ("teacher",), 64, 1)
-    assert short.what.startswith("1 labelled training images are fewer than one global batch of")
+    assert short.what.startswith("1 labeled training images are fewer than one global batch of")
     few = ["graph.scope=batch", "graph.neighbours=4", "student.global_batch=8"]
     batch = settings.load("demo", [*run[2:], *few])
     assert preflight.misfits(batch, stages, 8) == []
