@@ -4,6 +4,8 @@ import json
 import os
 import re
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -11,11 +13,13 @@ import pytest
 from PIL import Image
 
 from cnn2gnn_dist import cli
+from cnn2gnn_dist.commands.answers import predict_shards
+from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference import editing
 from cnn2gnn_dist.inference.classifier import Classifier
 from cnn2gnn_dist.inference.memory import store
 from cnn2gnn_dist.inference.memory.view import Memory
-from tests.support.models import pictures, write_model
+from tests.support.models import calibrate, pictures, write_model
 from tests.support.runs import cnn2gnn
 from tests.support.shards import encode_image
 
@@ -56,10 +60,13 @@ def test_ranks_share_the_inputs_and_a_second_call_makes_what_is_missing(asked, t
     (out / "part-3.parquet").unlink()
     left = out / ".part-3.parquet.0123abcd.tmp"  # of a process that was killed
     left.touch()
+    others = out / ".part-3.parquet.parquet.0123abcd.tmp"  # which a rank may be writing
+    others.touch()
     call = ["predict", "--model", str(model), *inputs, "--out", f"{out}/"]
     assert cli.main(call) == 0
     assert "3 images of 1 inputs, 4 inputs were already answered" in capsys.readouterr().out
     assert not left.exists()
+    assert others.exists()
     os.utime(tmp_path / "part-1" / "2.png", (1, 1))  # changed since it was answered
     assert cli.main(call) == 0
     assert "3 images of 1 inputs, 4 inputs were already answered" in capsys.readouterr().out
@@ -152,6 +159,46 @@ def test_a_path_through_a_file_costs_the_other_inputs_nothing(asked, tmp_path, c
     told = capsys.readouterr()
     assert "0.png/b.png: not readable as an image: Not a directory" in told.err
     assert "4 images of 2 inputs" in told.out
+
+
+@pytest.mark.parametrize("scope", ["none", "batch", "dataset"])
+def test_an_actor_does_not_answer_from_a_model_that_took_the_first_ones_place(scope, tmp_path):
+    """As one that starts late, after an ``export --force``: a calibration changes answers, too."""
+    folder = write_model(tmp_path / "m", scope)
+    calibrate(folder)
+    wanted = predict_shards.Asked(3, None)
+    note = predict_shards._note(Classifier.open(folder, device="cpu"), wanted)
+    assert callable(predict_shards.answering(folder, note, wanted))
+    if scope == "dataset":
+        calibrate(folder, count=50)
+    else:
+        shutil.rmtree(folder)
+        write_model(folder, scope, seed=5)
+    with pytest.raises(UserError, match="the model was replaced"):
+        predict_shards.answering(folder, note, wanted)
+
+
+def test_of_ranks_with_different_versions_one_goes_on(tmp_path):
+    """However they meet: the first to write says which version the folder's answers are of."""
+    count = 8
+    for attempt in range(40):
+        folder, meeting = tmp_path / str(attempt), threading.Barrier(count)
+        folder.mkdir()
+
+        def enter(version, folder=folder, meeting=meeting):
+            meeting.wait()
+            try:
+                predict_shards._check_note(folder, {"memory": version})
+            except UserError:
+                return False
+            return True
+
+        with ThreadPoolExecutor(count) as pool:
+            went_on = list(pool.map(enter, range(count)))
+        assert sum(went_on) == 1
+        note = json.loads((folder / predict_shards.NOTE).read_text())
+        assert note == {"memory": went_on.index(True)}
+        assert [path.name for path in folder.iterdir()] == [predict_shards.NOTE]
 
 
 def test_a_memory_made_again_from_the_same_run_is_the_same(tmp_path):

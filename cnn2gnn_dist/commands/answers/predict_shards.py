@@ -12,6 +12,7 @@ from __future__ import annotations
 import glob
 import json
 import os
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -37,8 +38,12 @@ NOTE = "answers.json"
 NEIGHBOURS = 5
 Task = tuple[str, Path]
 """An input and its file of answers."""
+Note = dict[str, Any]
+"""Content of ``NOTE``."""
 Counted = tuple[int, list[str]]
 """Number of images in an input, and a message for each that could not be read."""
+_TOKEN = "[0-9a-f]" * 8
+"""What tells files of one name apart that are being written (``durable.replacing``)."""
 
 
 class Asked(NamedTuple):
@@ -79,19 +84,25 @@ def command(
     if ranks.world_size > 1:
         set_rank(ranks.rank)
     targets = _targets(images, folder, kind)
-    device = device_of_rank(ranks.local_rank, ranks.world_size, torch.cuda.device_count())
+    # The actors answer, on GPUs of their own: here, the model is only looked at.
+    device = (
+        "cpu"
+        if actors
+        else device_of_rank(ranks.local_rank, ranks.world_size, torch.cuda.device_count())
+    )
     with opened(model, device) as classifier:
         classifier.scoring.check_coverage(coverage, classifier.memory)
         durable.create_folder(folder)
-        _check_note(folder, _note(classifier, top, coverage))
+        asked = Asked(top, coverage)
+        note = _note(classifier, asked)
+        _check_note(folder, note)
         mine = list(targets.items())[ranks.rank :: ranks.world_size]
         left = [
             (given, target) for given, target in mine if not answered.is_answered(given, target)
         ]
-        asked = Asked(top, coverage)
         made: Iterator[Counted]
         if actors:
-            made = _by_actors(classifier, left, asked, actors, address)
+            made = _by_actors(classifier, left, note, asked, actors, address)
         else:
             made = map(partial(_answer, classifier, asked), left)
         done = failed = 0
@@ -128,10 +139,9 @@ def _answer(classifier: Classifier, asked: Asked, task: Task) -> Counted:
     answers = classifier.stream(
         [given], top=asked.top, neighbours=NEIGHBOURS, coverage=asked.coverage
     )
-    for left in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
-        left.unlink(
-            missing_ok=True
-        )  # of one that was killed; one that is not gone must not replace ours
+    # Of one that was killed; one that is not gone must not replace ours.
+    for left in target.parent.glob(f".{glob.escape(target.name)}.{_TOKEN}.tmp"):
+        left.unlink(missing_ok=True)
     # An actor that is cut off is given up, but may still be writing.
     with writer_of(target, shared=True) as write:
         for answer in answers:
@@ -146,6 +156,7 @@ def _answer(classifier: Classifier, asked: Asked, task: Task) -> Counted:
 def _by_actors(
     classifier: Classifier,
     tasks: list[Task],
+    note: Note,
     asked: Asked,
     actors: int,
     address: str | None,
@@ -156,29 +167,25 @@ def _by_actors(
 
     if not tasks:
         return
-    given = {
-        "model": classifier.folder.absolute(),
-        "memory": _memory_digest(classifier),
-        "asked": asked,
-    }
+    given = {"model": classifier.folder.absolute(), "note": note, "asked": asked}
     with ray_cluster.running(address, actors):
         gpus = 1.0 if ray_cluster.gpus() else 0.0
         for _, counted in ray_pool.work_off(tasks, answering, given, actors=actors, gpus=gpus):
             yield counted
 
 
-def answering(model: Path, memory: str | None, asked: Asked) -> Callable[[Task], Counted]:
+def answering(model: Path, note: Note, asked: Asked) -> Callable[[Task], Counted]:
     """Open the model in an actor; returns the function that answers an input there.
 
     Raises:
-        UserError: the model cannot be read there, or its memory no longer has the digest ``memory``.
+        UserError: the model cannot be read there, or is no longer the one that ``note`` is of.
     """
     classifier = Classifier.open(model)
-    if _memory_digest(classifier) != memory:
+    if _note(classifier, asked) != note:
         raise UserError(
-            "the memory was edited while images were being answered",
+            "the model was replaced, or its memory edited, while images were being answered",
             where=str(model),
-            remedy="name another folder for answers from the current memory",
+            remedy="name another folder for answers from the current one",
         )
     return partial(_answer, classifier, asked)
 
@@ -209,14 +216,19 @@ def _name(given: str) -> str:
     return Path(os.path.abspath(given)).name
 
 
-def _note(model: Classifier, top: int, coverage: float | None) -> dict[str, Any]:
-    """What the answers depend on: everything in the model, its memory's version, the options."""
+def _note(model: Classifier, asked: Asked) -> Note:
+    """What the answers depend on: everything in the model, its memory's version, the options.
+
+    Raises:
+        UserError: the folder holds another model by now.
+    """
     files = json.loads((model.folder / artefact.CHECKSUMS).read_text(encoding="utf-8"))["files"]
+    artefact.check_unchanged(model.folder, model.identity)  # afterwards: these are its files
     return {
         "model": {name: sha for name, (_, sha) in files.items() if name != artefact.CARD},
         "memory": _memory_digest(model),
-        "top": top,
-        "coverage": coverage,
+        "top": asked.top,
+        "coverage": asked.coverage,
     }
 
 
@@ -225,13 +237,17 @@ def _memory_digest(model: Classifier) -> str | None:
     return None if memory is None else store.digest(memory.root, memory.version)
 
 
-def _check_note(folder: Path, note: dict[str, Any]) -> None:
+def _check_note(folder: Path, note: Note) -> None:
+    """Write the note, or compare it with the one that is there.
+
+    Raises:
+        UserError: they differ: of two ranks that opened different versions at the same time, one gets this.
+    """
     path = folder / NOTE
+    if not path.exists():
+        _write_if_absent(path, json.dumps(note, indent=1))
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        durable.write_text(path, json.dumps(note, indent=1), shared=True)
-        return
     except ValueError:
         before = None
     if before != note:
@@ -241,3 +257,20 @@ def _check_note(folder: Path, note: dict[str, Any]) -> None:
             where=str(folder),
             remedy="name another folder",
         )
+
+
+def _write_if_absent(path: Path, text: str) -> None:
+    """Create a file with its whole content at once, unless another process has done so."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with durable.disk_full_reported(path):
+            temporary.write_text(text, encoding="utf-8")
+            durable.sync(temporary)
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                pass
+            except OSError:  # a file system without hard links
+                os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
