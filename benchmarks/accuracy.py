@@ -18,9 +18,10 @@ Further runs share its packed shards, its teacher and its soft targets:
                       weighted as before, are those of an arbitrary node
 
 Everything is trained and evaluated by the product's own command, under torchrun. When it is run again, it continues
-with what is missing; another preset or other overrides need another folder. For every row it prints accuracy (mean ±
-deviation over seeds), the paired difference from the control, parameters, FLOPs and milliseconds per image, seconds of
-training and images seen; ``cells.jsonl`` has the figures.
+with what is missing, and with what today's code and data would no longer make; another preset or other overrides need
+another folder. For every row it prints accuracy (mean ± deviation over seeds), the paired difference from the control,
+parameters, FLOPs, milliseconds per image in batches and of an image alone, seconds of training and images seen;
+``cells.jsonl`` has the figures.
 """
 
 from __future__ import annotations
@@ -38,9 +39,11 @@ from typing import Any
 
 import numpy as np
 
-from cnn2gnn_dist import settings
+from cnn2gnn_dist import ledger, settings
 from cnn2gnn_dist.config import Config
 from cnn2gnn_dist.data.index.manifest import Manifest
+from cnn2gnn_dist.ledger import Status
+from cnn2gnn_dist.pipeline import planning
 from cnn2gnn_dist.report.labels import CONTROL
 from cnn2gnn_dist.training.checkpoint.folder import read_state, recorded
 
@@ -50,6 +53,8 @@ SHARED = ("shards", "manifest", "teacher", "targets")
 USUAL = ("batch", "fixed_knn", "built_once", "labels", "labels_at_cost", "shuffled")
 VARIANTS = (*USUAL, "logit_adjust")
 BASE_ROWS = ("teacher", "student", "self_path", "vote", CONTROL)
+SHUFFLED = 2
+"""Version of ``shuffled_accuracy``, to be raised with it. 1: the neighbors' projections were replaced, too."""
 
 
 def train(preset: str, folder: Path, options: list[str]) -> None:
@@ -145,11 +150,14 @@ def labelled_share(run: Path) -> float:
 
 def rows_of(variant: str) -> dict[str, str]:
     """Rows of a variant's results, and their names in the table."""
-    if variant in ("labels", "logit_adjust"):
-        return {"student": f"{variant}: student", CONTROL: f"{variant}: control"}
+    if variant == "shuffled":
+        return {"student": variant}
     if variant == "labels_at_cost":
         return {CONTROL: "labels_at_cost: control"}
-    return {"student": variant}  # "shuffled" too
+    self_path = {"self_path": f"{variant}: self path"}
+    if variant in ("labels", "logit_adjust"):
+        return {"student": f"{variant}: student", **self_path, CONTROL: f"{variant}: control"}
+    return {"student": variant, **self_path}
 
 
 def cells(
@@ -164,7 +172,8 @@ def cells(
         yield _cell(row, seed, found[row], base, "teacher" if row == "teacher" else None)
     for variant in variants:
         if variant == "shuffled":
-            yield {"row": "shuffled", "seed": seed, "accuracy": shuffled_accuracy(base)}
+            cell = {"row": "shuffled", "seed": seed, "accuracy": shuffled_accuracy(base)}
+            yield {**cell, "made_by": made_by(base, variant)}
             continue
         made = folder / f"seed{seed}" / variant
         share(base, made)
@@ -185,9 +194,49 @@ def _cell(
         "row": name,
         "seed": seed,
         **{key: found[key] for key in kept},
+        "ms_alone": found.get("ms_alone"),  # runs of earlier versions have none
+        "made_by": made_by(run),
         "train_seconds": seconds(run, stage),
         "images_seen": steps(run, stage) * trained.global_batch,
     }
+
+
+def made_by(run: Path, variant: str = "") -> str | None:
+    """What a run's cells are made by: its evaluation, whose digest contains all stages before it; None: it has none."""
+    found = ledger.finished(run / "evaluation")
+    return found and found.digest + (f" shuffled {SHUFFLED}" if variant == "shuffled" else "")
+
+
+def is_complete(
+    known: list[dict[str, Any]],
+    folder: Path,
+    preset: str,
+    seed: int,
+    variants: list[str],
+    options: list[str],
+) -> bool:
+    """Whether a seed has all cells, and its runs are those that made them and that would be made today.
+
+    Cells of runs that have been removed can't be checked: they are kept, with a note on stderr.
+    """
+    cell_of = {c["row"]: c for c in known if c["seed"] == seed}
+    if not cell_of.keys() >= wanted(variants):
+        return False
+    base, options = folder / f"seed{seed}" / "base", [*options, f"seed={seed}"]
+    for variant in ("base", *variants):
+        own = variant not in ("base", "shuffled")
+        run = base.with_name(variant) if own else base
+        if not (base / ledger.CONFIG).is_file() or not (run / ledger.CONFIG).is_file():
+            print(f"{run} is gone: its cells are kept unchecked", file=sys.stderr)
+            continue
+        names = BASE_ROWS if variant == "base" else rows_of(variant).values()
+        if any(cell_of[name].get("made_by") != made_by(run, variant) for name in names):
+            return False
+        more = overrides(variant, base, options, preset) if own else []
+        config = settings.load(preset, [*options, *more, f"run.dir={run}"])
+        if any(step.status is not Status.COMPLETE for step in planning.plan(config)):
+            return False
+    return True
 
 
 def shuffled_accuracy(base: Path) -> float:
@@ -230,25 +279,32 @@ def table(found: list[dict[str, Any]]) -> str:
     """The rows as Markdown: means and deviations over seeds; differences from the control, paired by seed."""
     control = {c["seed"]: c["accuracy"] for c in found if c["row"] == CONTROL}
     lines = [
-        "| | accuracy | minus control | parameters | MFLOP / image | ms / image | seconds | images seen |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| | accuracy | minus control | parameters | MFLOP / image | ms / image | ms alone | seconds | images seen |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in dict.fromkeys(c["row"] for c in found):
         of_row = [c for c in found if c["row"] == row]
         apart = [100 * (c["accuracy"] - control[c["seed"]]) for c in of_row]
         first = of_row[0]
-        costs = ["", "", "", "", ""]
+        costs = [""] * 6
         if "flops" in first:
             costs = [
                 f"{first['parameters']:,}",
                 f"{first['flops'] / 1e6:.1f}",
                 f"{mean(c['ms_per_image'] for c in of_row):.3f}",
+                _alone(of_row),
                 f"{mean(c['train_seconds'] for c in of_row):.0f}",
                 f"{first['images_seen']:,}",
             ]
         figures = [_spread([100 * c["accuracy"] for c in of_row]), _spread(apart, "+.2f")]
         lines.append(f"| {row} | {' | '.join([*figures, *costs])} |")
     return "\n".join(lines)
+
+
+def _alone(of_row: list[dict[str, Any]]) -> str:
+    """Milliseconds of an image by itself; empty if a cell has none."""
+    found = [c.get("ms_alone") for c in of_row]
+    return "" if None in found else f"{mean(found):.3f}"
 
 
 def _spread(values: list[float], form: str = ".2f") -> str:
@@ -295,14 +351,11 @@ def main() -> int:
     file = folder / "cells.jsonl"
     claim(folder, preset, given.set)
     known = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    complete = {
-        seed
-        for seed in given.seeds
-        if {c["row"] for c in known if c["seed"] == seed} >= wanted(given.variants)
-    }
+    what = given.variants, given.set
+    complete = {seed for seed in given.seeds if is_complete(known, folder, preset, seed, *what)}
 
     def fill(seed: int) -> list[dict[str, Any]]:
-        return list(cells(folder, preset, seed, given.variants, given.set))
+        return list(cells(folder, preset, seed, *what))
 
     with ThreadPoolExecutor(given.jobs) as pool:
         jobs = {pool.submit(fill, seed): seed for seed in given.seeds if seed not in complete}

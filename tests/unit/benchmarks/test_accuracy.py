@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from cnn2gnn_dist import ledger, settings
 from cnn2gnn_dist.data.index.manifest import index
+from cnn2gnn_dist.pipeline import planning, registry
 from cnn2gnn_dist.training.checkpoint import folder as disk
 from tests.support.benchmarks import benchmark
 from tests.support.shards import make_shards
@@ -145,9 +147,12 @@ def test_a_variant_shares_the_finished_stages_and_no_others(tmp_path: Path) -> N
 def test_all_rows_are_wanted_that_are_made() -> None:
     base = {"teacher", "student", "self_path", "vote", "control_mlp"}
     assert accuracy.wanted([]) == base
-    assert accuracy.wanted(["batch", "shuffled"]) == base | {"batch", "shuffled"}
-    assert accuracy.wanted(["labels", "labels_at_cost"]) == base | {
-        *("labels: student", "labels: control", "labels_at_cost: control"),
+    assert accuracy.wanted(["batch", "shuffled"]) == base | {
+        *("batch", "batch: self path", "shuffled"),
+    }
+    assert accuracy.wanted(["logit_adjust", "labels_at_cost"]) == base | {
+        *("logit_adjust: student", "logit_adjust: self path", "logit_adjust: control"),
+        "labels_at_cost: control",
     }
 
 
@@ -160,17 +165,19 @@ def test_differences_are_paired_by_seed() -> None:
     costs = {"parameters": 1234, "flops": 2.5e6, "images_seen": 5000}
     found = [
         cell("control_mlp", 1, 0.820, ms_per_image=0.5, train_seconds=10, **costs),
-        cell("student", 0, 0.805, ms_per_image=0.25, train_seconds=20, **costs),
-        cell("student", 1, 0.835, ms_per_image=0.75, train_seconds=41, **costs),
-        cell("control_mlp", 0, 0.800, ms_per_image=0.5, train_seconds=10, **costs),
+        cell("student", 0, 0.805, ms_per_image=0.25, ms_alone=2, train_seconds=20, **costs),
+        cell("student", 1, 0.835, ms_per_image=0.75, ms_alone=3, train_seconds=41, **costs),
+        cell("control_mlp", 0, 0.800, ms_per_image=0.5, ms_alone=1, train_seconds=10, **costs),
         cell("shuffled", 1, 0.5),
     ]
-    lines = accuracy.table(found).splitlines()[2:]
-    # Deviations with n - 1: of 80.5 and 83.5 it is 3 / sqrt(2), of 0.5 and 1.5 it is 1 / sqrt(2).
-    assert lines == [
-        "| control_mlp | 81.00 ± 1.41 | +0.00 ± 0.00 | 1,234 | 2.5 | 0.500 | 10 | 5,000 |",
-        "| student | 82.00 ± 2.12 | +1.00 ± 0.71 | 1,234 | 2.5 | 0.500 | 30 | 5,000 |",
-        "| shuffled | 50.00 | -32.00 |  |  |  |  |  |",
+    lines = accuracy.table(found).splitlines()
+    assert lines[0].count("|") == lines[1].count("|")
+    # Deviations with n - 1: of 80.5 and 83.5 it is 3 / sqrt(2), of 0.5 and 1.5 it is 1 / sqrt(2). A control without
+    # time alone, as earlier versions left it, leaves the mean out.
+    assert lines[2:] == [
+        "| control_mlp | 81.00 ± 1.41 | +0.00 ± 0.00 | 1,234 | 2.5 | 0.500 |  | 10 | 5,000 |",
+        "| student | 82.00 ± 2.12 | +1.00 ± 0.71 | 1,234 | 2.5 | 0.500 | 2.500 | 30 | 5,000 |",
+        "| shuffled | 50.00 | -32.00 |  |  |  |  |  |  |",
     ]
 
 
@@ -206,3 +213,57 @@ def test_images_seen_are_those_of_the_steps_that_were_made(tmp_path: Path) -> No
         "control_mlp": 8 * 93 * 512,
     }
     assert {cell["train_seconds"] for cell in rows.values()} == {7.0}
+
+
+def evaluated(folder: Path, options: list[str]) -> Path:
+    """A run of the demo whose stages have all been recorded as complete, without their files."""
+    config = settings.load("demo", [*options, f"run.dir={folder}"])
+    ledger.claim(folder, settings.as_yaml(config))
+    for _ in planning.plan(config):
+        step = next(s for s in planning.plan(config) if s.status is not ledger.Status.COMPLETE)
+        ledger.begin(folder / step.stage.folder, step.record())
+        ledger.finish(folder / step.stage.folder, step.record(digest=step.key))
+    return folder
+
+
+def known_cells(folder: Path, variants: list[str]) -> list[dict[str, Any]]:
+    base = folder / "seed0" / "base"
+    found = [cell(row, 0, 0.5, made_by=accuracy.made_by(base)) for row in accuracy.BASE_ROWS]
+    for variant in variants:
+        run = base if variant == "shuffled" else base.with_name(variant)
+        made_by = accuracy.made_by(run, variant)
+        found += [
+            cell(name, 0, 0.5, made_by=made_by) for name in accuracy.rows_of(variant).values()
+        ]
+    return found
+
+
+def test_cells_are_those_of_runs_that_would_be_made_today(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    variants = ["shuffled", "logit_adjust"]
+    base = evaluated(tmp_path / "seed0" / "base", ["seed=0"])
+    more = accuracy.overrides("logit_adjust", base, ["seed=0"], "demo")
+    evaluated(base.with_name("logit_adjust"), ["seed=0", *more])
+    known = known_cells(tmp_path, variants)
+
+    def complete(cells: list[dict[str, Any]] = known, seed: int = 0) -> bool:
+        found: bool = accuracy.is_complete(cells, tmp_path, "demo", seed, variants, [])
+        return found
+
+    assert complete()
+    assert not complete(seed=1)
+    for left_out in range(len(known)):
+        assert not complete(known[:left_out] + known[left_out + 1 :])
+        of_others = {**known[left_out], "made_by": "another evaluation"}
+        assert not complete([*known[:left_out], of_others, *known[left_out + 1 :]])
+    with monkeypatch.context() as changed:
+        changed.setattr(accuracy, "SHUFFLED", accuracy.SHUFFLED + 1)
+        assert not complete()
+    with monkeypatch.context() as changed:
+        changed.setitem(registry.VERSIONS, "version.logit_adjust", 99)
+        assert not complete()
+    assert complete()
+    shutil.rmtree(base.with_name("logit_adjust"))
+    assert complete()
+    assert "logit_adjust is gone" in capsys.readouterr().err
