@@ -22,8 +22,10 @@ head = onnxruntime.InferenceSession(folder / "head.onnx")
 
 
 def view(path: Path) -> np.ndarray:
-    """The image as in the model's evaluation: its shorter side resized to size x resize, then cropped to its center."""
-    image, side = Image.open(path).convert("RGB"), meta["size"]
+    """The image as in the model's evaluation: on white, its shorter side resized to size x resize, its center."""
+    given, side = Image.open(path).convert("RGBA"), meta["size"]
+    image = Image.new("RGB", given.size, "white")
+    image.paste(given, mask=given)
     short, least = round(side * meta["resize"]), min(image.size)
     image = image.resize([short * n // least for n in image.size], Image.Resampling.BILINEAR)
     left, top = (round((n - side) / 2) for n in image.size)

@@ -100,13 +100,16 @@ def onnx(model: Path, target: Path) -> int:
     """Write a model as ONNX graphs and arrays (``inference/export/onnx_export.py``).
 
     Raises:
-        UserError: not a model; the scope is batch; the target exists.
+        UserError: not a model; the scope is batch; the target exists or can't be written; the disk is full.
     """
     from cnn2gnn_dist.inference.export.onnx_export import export
 
     with opened(model, "cpu") as classifier:
         export(classifier, target)
-    output(f"onnx     {target}; an example that answers from it: examples/onnx_predict.py")
+    how = "an example that answers from it: examples/onnx_predict.py"
+    if not (target / "head.onnx").exists():
+        how = "the model has no memory: self_logits of encoder.onnx are its logits"
+    output(f"onnx     {target}; {how}")
     return 0
 
 
@@ -114,7 +117,7 @@ def programs(model: Path, target: Path) -> int:
     """Write a model as programs of ``torch.export`` and arrays (``inference/export/torch_export.py``).
 
     Raises:
-        UserError: not a model; the scope is batch; the target exists.
+        UserError: not a model; the scope is batch; the target exists or can't be written; the disk is full.
     """
     from cnn2gnn_dist.inference.export.torch_export import export
 

@@ -134,45 +134,46 @@ def export(model: Classifier, folder: Path, kind: Format) -> None:
         kind: format of the graphs.
 
     Raises:
-        UserError: the scope is batch; the folder exists; a package of the format is not installed;
-            the graphs' answers differ from the model's.
+        UserError: the scope is batch; the folder exists, or can't be written; the disk is full; a package of
+            the format is not installed; the graphs' answers differ from the model's.
     """
     _check(model, folder)
-    student = build(model.spec).eval()
-    student.load_state_dict(model.network.student.state_dict())
+    durable.create_folder(folder.parent)
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     try:
-        encoder, head = (temporary / f"{name}{kind.suffix}" for name in ("encoder", "head"))
-        with torch.no_grad():
-            kind.write(Encoder(student).eval(), (_images(model, 2),), encoder, ["images"], ENCODED)
-        memory = model.memory
-        if memory is not None and model.spec.scope == "dataset":
-            arrays = memory_arrays(memory, student.k)
-            np.savez(temporary / "memory.npz", **arrays)  # type: ignore[arg-type]
-            with torch.no_grad():
-                kind.write(
-                    Head(student).eval(),
-                    _example(model, arrays),
-                    head,
-                    GATHERED,
-                    ["logits", "weights"],
-                )
-        calibration = model.scoring.calibration
-        meta = {
-            "label_names": model.spec.label_names,
-            "size": model.spec.views.size,
-            "resize": model.spec.views.resize,
-            "fanout": model.spec.graph.fanout,
-            "temperature": 1.0 if calibration is None else calibration.temperature,
-        }
-        durable.write_text(temporary / "meta.json", json.dumps(meta, indent=1))
-        _compare(model, temporary, encoder, head, kind)
-        temporary.rename(folder)
+        with durable.disk_full_reported(folder):
+            temporary.mkdir()
+            _write(model, temporary, kind)
+            temporary.rename(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _write(model: Classifier, folder: Path, kind: Format) -> None:
+    student = build(model.spec).eval()
+    student.load_state_dict(model.network.student.state_dict())
+    encoder, head = (folder / f"{name}{kind.suffix}" for name in ("encoder", "head"))
+    with torch.no_grad():
+        kind.write(Encoder(student).eval(), (_images(model, 2),), encoder, ["images"], ENCODED)
+    memory = model.memory
+    if memory is not None and model.spec.scope == "dataset":
+        arrays = memory_arrays(memory, student.k)
+        np.savez(folder / "memory.npz", **arrays)  # type: ignore[arg-type]
+        example = _example(model, arrays)
+        with torch.no_grad():
+            kind.write(Head(student).eval(), example, head, GATHERED, ["logits", "weights"])
+    calibration = model.scoring.calibration
+    meta = {
+        "label_names": model.spec.label_names,
+        "size": model.spec.views.size,
+        "resize": model.spec.views.resize,
+        "fanout": model.spec.graph.fanout,
+        "temperature": 1.0 if calibration is None else calibration.temperature,
+    }
+    durable.write_text(folder / "meta.json", json.dumps(meta, indent=1))
+    _compare(model, folder, encoder, head, kind)
 
 
 def dynamic_batch(inputs: int) -> Any:
