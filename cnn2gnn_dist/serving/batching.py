@@ -81,18 +81,26 @@ class Batcher:
             Refused: the queue is full, or the server stops.
         """
         job = Job(images, top, neighbours)
+        self.put(job)
+        return job.future
+
+    def put(self, job: Job) -> None:
+        """As ``submit``, of images that are a job already.
+
+        Raises:
+            Refused: the queue is full, or the server stops.
+        """
         with self._changed:
             if self._closed:
                 raise Refused(503, "the server is stopping", "ask again", {"Retry-After": "5"})
-            if self._images + len(images) > self._limit:
+            if self._images + len(job.images) > self._limit:
                 raise Refused(
                     503, f"{self._images} images are already waiting", "ask again in a moment",
                     {"Retry-After": "1"},
                 )  # fmt: skip
             self._jobs.append(job)
-            self._images += len(images)
+            self._images += len(job.images)
             self._changed.notify()
-        return job.future
 
     def close(self) -> None:
         """Answer what is queued, then stop."""

@@ -6,13 +6,14 @@ Each replica runs the same app as ``cnn2gnn serve`` and batches what reaches it.
 on storage that all replicas see. Without ``memory_version`` in ``user_config`` every replica follows
 the memory: an edit through one replica is answered by the others a second later. With a number,
 all answer from that version, without edits, and another number is rolled out by ``reconfigure``: loaded
-alongside, then swapped in, without losing a request.
+alongside, then swapped in, without losing a request. One that can't be loaded is logged as an error by the replicas
+that answer already, which continue as before; a replica that starts with it fails.
 """
 
 from __future__ import annotations
 
 import asyncio
-from concurrent.futures import ThreadPoolExecutor
+import logging
 from typing import Any
 
 from fastapi import FastAPI
@@ -23,12 +24,14 @@ from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference.classifier import BATCH, load
 from cnn2gnn_dist.inference.inputs import Pixels
 from cnn2gnn_dist.serving.app import create_app
-from cnn2gnn_dist.serving.batching import Answered, Job, answer_each
+from cnn2gnn_dist.serving.batching import Answered, Batcher, Job
 from cnn2gnn_dist.serving.limits import Limits
 from cnn2gnn_dist.serving.live import LiveModel
 from cnn2gnn_dist.serving.metrics import Metrics
 from cnn2gnn_dist.serving.service import Service
 from cnn2gnn_dist.serving.token import read_token
+
+_log = logging.getLogger(__name__)
 
 _apps: list[FastAPI] = []
 """The app of this process's replica. Ray pickles the class below with copies of the globals that it
@@ -87,45 +90,70 @@ class Replica:
 
         given = Options.model_validate(options)
         limits, metrics = Limits(rate=given.rate, burst=max(1, round(2 * given.rate))), Metrics()
-        self._network = ThreadPoolExecutor(1, thread_name_prefix="network")
-        self._metrics = metrics
+        self._configured = False
         self.live = LiveModel(load(given.model, device=given.device), metrics.swapped)
+        self.batcher = Batcher(lambda: self.live.current, limits.waiting, metrics.batch)
+        metrics.waiting.set_function(lambda: self.batcher.waiting)
         self.service = Service(
             self.live, self._ask, limits, metrics, read_token(given.token_file),
-            closing=self._network.shutdown,
+            lambda: self.batcher.alive, self.batcher.close,
         )  # fmt: skip
         ray_app._apps.append(create_app(self.service))
 
     async def reconfigure(self, config: dict[str, Any]) -> None:
-        """Answer from ``memory_version``, or follow the memory if it is None (``user_config``)."""
-        number = config.get("memory_version")
+        """Answer from ``memory_version``, or follow the memory if it is None (``user_config``).
+
+        Raises:
+            UserError: the replica starts, and there is no such version.
+        """
+        number, before = config.get("memory_version"), self.live.pinned
         self.live.pinned = number is not None
         try:
             await asyncio.to_thread(
                 self.live.follow if number is None else lambda: self.live.use(number)
             )
-        except UserError:
-            if number is not None:
-                raise  # Ray reports it; the previous version stays in use
+        except Exception as error:
+            why = error.what if isinstance(error, UserError) else repr(error)
+            if number is None:  # ``Service`` tries again every second
+                _log.warning("the memory on disk can't be loaded: %s", why)
+            elif self._configured:  # if raised, Serve would stop a replica that answers
+                self.live.pinned = before
+                _log.error(
+                    "version %s of the memory can't be loaded, still answering from version %s: %s",
+                    number, self.live.version, why,
+                )  # fmt: skip
+            else:
+                raise
+        self._configured = True
 
     async def _ask(self, images: list[Pixels], top: int, neighbours: int) -> Answered:
-        made: Answered | BaseException = await self.answer(Job(images, top, neighbours))
+        job = Job(images, top, neighbours)
+        try:
+            made: Answered | BaseException = await self.answer(job)
+        except asyncio.CancelledError:
+            job.future.cancel()  # nobody waits any more
+            raise
         if isinstance(made, BaseException):
             raise made
         return made
 
-    @serve.batch(max_batch_size=BATCH, batch_wait_timeout_s=0.0, batch_size_fn=_images)
+    @serve.batch(
+        max_batch_size=BATCH, batch_wait_timeout_s=0.0, batch_size_fn=_images,
+        max_concurrent_batches=Limits.requests,
+    )  # fmt: skip
     async def answer(self, jobs: list[Job]) -> list[Answered | BaseException]:
-        """Answer requests together; what arrives meanwhile forms the next batch.
+        """Answer requests that Serve has put together.
+
+        Serve closes a batch when it is taken, not when the network is free: under load each request would be one of its
+        own. So all of them go on to the replica's ``Batcher``, which takes whatever waits.
 
         If a request can't be answered, its error is returned in its place: if raised, it would fail the whole batch.
         """
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._network, self._answered, jobs)
+        return await asyncio.gather(*map(self._queued, jobs), return_exceptions=True)
 
-    def _answered(self, jobs: list[Job]) -> list[Answered | BaseException]:
-        answer_each(lambda: self.live.current, jobs, self._metrics.batch)
-        return [job.future.exception() or job.future.result() for job in jobs]
+    async def _queued(self, job: Job) -> Answered:
+        self.batcher.put(job)
+        return await asyncio.wrap_future(job.future)
 
 
 def build(options: Options | dict[str, Any]) -> serve.Application:

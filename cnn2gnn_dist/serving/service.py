@@ -36,6 +36,8 @@ header does not bound what is decoded."""
 THUMBNAILS = 2048
 """Number of cached thumbnails."""
 FOLLOW_SECONDS = 1.0
+EDITS = 8
+"""Edits that may run and wait at a time: each keeps its upload in memory."""
 
 
 @dataclass
@@ -62,6 +64,7 @@ class Service:
     def __post_init__(self) -> None:
         self._decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="decode")
         self._edits = ThreadPoolExecutor(1, thread_name_prefix="edit")
+        self._editing = 0
         self._thumbnails: OrderedDict[tuple[int, int], bytes | None] = OrderedDict()
 
     @classmethod
@@ -84,7 +87,10 @@ class Service:
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Follow the memory on disk, looking every second; afterwards end the threads, once everything is answered."""
+        """Follow the memory on disk, looking every second; afterwards end the threads, once everything is answered.
+
+        An edit that still waits then is not made: nobody would learn of it.
+        """
         following = asyncio.create_task(self._follow())
         try:
             yield
@@ -94,7 +100,7 @@ class Service:
 
     def _close(self) -> None:
         self.closing()
-        self._edits.shutdown()
+        self._edits.shutdown(cancel_futures=True)
         self._decoders.shutdown()
 
     async def predict(
@@ -141,12 +147,20 @@ class Service:
 
         Raises:
             UserError: as the edit raises it; nothing is changed.
-            Refused: it takes too long (and continues), or the version is pinned.
+            Refused: it takes too long (and continues), others are waiting, or the version is pinned.
         """
         if self.live.pinned:
             raise Refused(409, PINNED, UNPIN)
+        if self._editing >= EDITS:
+            self.metrics.edits.labels(action, "refused").inc()
+            raise Refused(
+                503, f"{self._editing} edits of the memory are already waiting", "ask again later",
+                {"Retry-After": "10"},
+            )  # fmt: skip
         loop = asyncio.get_running_loop()
         task = loop.run_in_executor(self._edits, self.live.edit, change)
+        self._editing += 1
+        task.add_done_callback(self._edited)
         try:
             async with asyncio.timeout(self.limits.edit_seconds):
                 made = await asyncio.shield(task)
@@ -164,6 +178,9 @@ class Service:
             raise
         self.metrics.edits.labels(action, "done").inc()
         return made
+
+    def _edited(self, _: object) -> None:
+        self._editing -= 1
 
     def memory(self) -> dict[str, Any]:
         """The version being served, and its classes with their numbers of images."""

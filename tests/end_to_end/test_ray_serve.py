@@ -17,11 +17,13 @@ from tests.support.serving import TOKEN, served_model
 pytestmark = pytest.mark.ray
 
 DRIVER = '''
-import contextlib, json, os, signal, subprocess, sys, threading, time
+import contextlib, json, os, pathlib, re, signal, subprocess, sys, threading, time
+from concurrent.futures import ThreadPoolExecutor
 import httpx2 as httpx
 import psutil
 import ray
 from ray import serve
+from tests.support import held_replica
 from tests.support.runs import BIN, free_port
 from tests.support.serving import ALLOWED, encoded, parts
 
@@ -65,6 +67,23 @@ def replicas():
             if "".join(process.cmdline()).startswith("ray::ServeReplica:m"):
                 found.add(process.pid)
     return found
+
+
+def deployed():
+    """Its status, and how many of its replicas answer."""
+    found = serve.status().applications["m"].deployments["Replica"]
+    return found.status, found.replica_states.get("RUNNING", 0)
+
+
+def logs():
+    """What the replicas have logged."""
+    files = pathlib.Path(folder).glob("session_2*/logs/worker-*.err")
+    return "".join(file.read_text() for file in files)
+
+
+def metric(name):
+    text = client.get("/metrics").text
+    return float(re.search(rf"^cnn2gnn_{name} (.*)$", text, re.M)[1])
 
 
 def say(**what):
@@ -112,11 +131,39 @@ try:
         thread.start()
     while len(answered) < 60:
         pass
-    os.kill(min(replicas()), signal.SIGKILL)
+    killed = min(replicas())
+    os.kill(killed, signal.SIGKILL)
     go_on.set()
     for thread in threads:
         thread.join()
     say(answered=len(answered), different=len({json.dumps(json.loads(a)["answers"]) for a in answered}))
+
+    while killed in replicas() or len(replicas()) < 2 or deployed() != ("HEALTHY", 2):
+        pass  # it is replaced
+    before = replicas()
+    deploy(99)
+    while "version 99 of the memory can't be loaded" not in logs():
+        pass
+    while deployed()[0] == "UPDATING":
+        pass
+    say(kept=replicas() == before, still=sorted(versions()))
+    serve.delete("m")
+
+    gate = os.path.join(folder, "gate")
+    serve.run(held_replica.build(model, gate), name="m", route_prefix="/")
+    images = parts(encoded(1, seed=5))
+    with ThreadPoolExecutor(41) as pool:
+        first = pool.submit(client.post, "/predict", files=images)
+        while metric("requests_in_flight") < 2 or metric("images_waiting") > 0:
+            pass  # the network has the first image, and is held; the other request is this one
+        others = [pool.submit(client.post, "/predict", files=images) for _ in range(40)]
+        while metric("images_waiting") < 40:
+            pass
+        open(gate, "w").close()
+        codes = [one.result().status_code for one in (first, *others)]
+    while metric("batch_images_sum") < 41:
+        pass  # counted once the answers are out
+    say(codes=sorted(set(codes)), batches=metric("batch_images_count"))
 finally:
     serve.shutdown()
     ray.shutdown()
@@ -141,3 +188,7 @@ def test_replicas(tmp_path: Path):
     assert said["edit"] == 409
     assert int(str(said["answered"])) >= 200
     assert said["different"] == 1, "every answer that came is whole and right"
+    assert (said["kept"], said["still"]) == (True, [0]), (
+        "a version that is not there stops no replica"
+    )
+    assert (said["codes"], said["batches"]) == ([200], 2), "40 requests that waited, in one batch"

@@ -18,6 +18,7 @@ from cnn2gnn_dist.inference.classifier import load
 from cnn2gnn_dist.inference.inputs import Input
 from cnn2gnn_dist.inference.memory import store
 from cnn2gnn_dist.serving import service
+from cnn2gnn_dist.serving.limits import Refused
 from cnn2gnn_dist.serving.service import Service, is_small
 from tests.support.bombs import saved
 from tests.support.models import write_model
@@ -94,6 +95,53 @@ def test_edits_are_counted_by_outcome_and_versions_by_change(tmp_path: Path):
         assert counted(f'cnn2gnn_memory_edits_total{{action="remove",outcome="{outcome}"}}') == 1
     assert counted("cnn2gnn_memory_swaps_total") == counted("cnn2gnn_memory_version") == 1
     assert counted("cnn2gnn_memory_images") == 39
+
+
+def test_edits_that_wait_are_few_and_end_with_the_server(tmp_path: Path):
+    """Each keeps its upload; one that is made after the end is one whose client believes it was not."""
+    served = Service.batching(load(write_model(tmp_path / "m"), device="cpu"))
+    began, go = threading.Event(), threading.Event()
+    made: list[int] = []
+
+    def edit(number: int) -> None:
+        made.append(number)
+        began.set()
+        assert go.wait(60)
+
+    async def edits() -> None:
+        running = served.running()
+        await running.__aenter__()
+        tasks = [
+            asyncio.create_task(served.edit("add", lambda _, n=number: edit(n)))
+            for number in range(service.EDITS)
+        ]
+        await asyncio.to_thread(began.wait, 60)
+        with pytest.raises(Refused, match="edits of the memory are already waiting") as refused:
+            await served.edit("add", lambda _: edit(99))
+        assert refused.value.status == 503
+        closing = asyncio.create_task(running.__aexit__(None, None, None))
+        ended, _ = await asyncio.wait(tasks[1:], timeout=20)  # those that wait, before the first
+        go.set()
+        await closing
+        assert len(ended) == service.EDITS - 1
+        await tasks[0]
+
+    asyncio.run(edits())
+    assert made == [0]
+
+
+def test_edits_are_possible_again_once_others_are_done(tmp_path: Path):
+    served = Service.batching(load(write_model(tmp_path / "m"), device="cpu"))
+
+    async def edits() -> None:
+        async with served.running():
+            for number in range(service.EDITS + 2):
+                await served.edit(
+                    "remove", lambda model, n=number: editing.remove(model, [f"img-{n}"])
+                )
+
+    asyncio.run(edits())
+    assert served.live.version == service.EDITS + 2
 
 
 def test_a_version_that_cannot_be_served_does_not_end_the_following(
