@@ -133,7 +133,7 @@ def odd(of: additions.Setting, kept: dict[str, np.ndarray]) -> None:
         reached = inside[np.arange(len(truth)), truth].mean()
         figures = [reached, inside.sum(1).mean(), answered.mean(), right]
         print(f"| {coverage} | " + " | ".join(f"{v:.3f}" for v in figures) + " |")
-    known = model.unusual(of.logits["test"], *looked(of.f["test"]))
+    known = model.unusual(p, *looked(of.f["test"]))
     print("\n| images | softmax | distance | vote | accuracy |\n| --- | --- | --- | --- | --- |")
     shifted = [
         name
@@ -143,7 +143,7 @@ def odd(of: additions.Setting, kept: dict[str, np.ndarray]) -> None:
     mean_D = kept["train/x"].mean(0)
     for name in ["new_test", *shifted]:
         f = additions.unit(kept[f"{name}/x"] - mean_D)
-        found = model.unusual(kept[f"{name}/logits"], *looked(f))
+        found = model.unusual(model.probabilities(kept[f"{name}/logits"]), *looked(f))
         areas = []
         for kind in ("softmax_B", "distance_B", "vote_B"):
             both = np.concatenate([getattr(known, kind), getattr(found, kind)])

@@ -3,7 +3,7 @@
 Everything is fitted on calibration images: not used in training, but like those that will be asked about.
 
 - **Temperature** (Guo, Pleiss, Sun, Weinberger, ICML 2017): T minimizes the mean of −log softmax(l/T)_y.
-- **Unusual images**: 1 − max softmax(l/T); the quantile, among calibration images, of the distance to the
+- **Unusual images**: 1 − the largest probability; the quantile, among calibration images, of the distance to the
   k-th neighbor; the weight of the neighbors' vote that is not on the predicted class. All in 0..1, large =
   unusual. They find different images: softmax those between known classes, the distance those that
   look like nothing known.
@@ -150,7 +150,7 @@ class Unusual:
     """Scores of how unlike the known images an image is: float64 [B] each, 0..1, large = unusual.
 
     Attributes:
-        softmax_B: 1 − max softmax(l/T).
+        softmax_B: 1 − the largest probability.
         distance_B: fraction of the calibration images whose k-th neighbor is at most as far.
             None for a model without a memory.
         vote_B: weight of the neighbors' vote that is not on the predicted class; None likewise.
@@ -204,18 +204,17 @@ class Calibration:
 
     def unusual(
         self,
-        logits_BC: np.ndarray,
+        p_BC: np.ndarray,
         distances_B: np.ndarray | None = None,
         vote_BC: np.ndarray | None = None,
     ) -> Unusual:
         """Score how unlike the known images are.
 
         Args:
-            logits_BC: as in ``fit``.
-            distances_B: squared distances to the k-th neighbor.
-            vote_BC: weights of the neighbors, summed by class; rows sum to at most 1.
+            p_BC: probabilities of the answers, of all classes that can be one.
+            distances_B: squared distances to the k-th neighbor, k as in ``fit``.
+            vote_BC: weights of the neighbors, summed by the same classes; rows sum to at most 1.
         """
-        p_BC = self.probabilities(logits_BC)
         distance_B = vote_B = None
         if distances_B is not None and len(self.distances_n):
             below_B = np.searchsorted(self.distances_n, np.asarray(distances_B), side="right")

@@ -16,6 +16,7 @@ from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference import inputs
 from cnn2gnn_dist.inference.answering import answers_of, check_counts, check_together
 from cnn2gnn_dist.inference.answers import Answer
+from cnn2gnn_dist.inference.coverage import Coverage
 from cnn2gnn_dist.inference.folder import artefact
 from cnn2gnn_dist.inference.folder.artefact import ModelConfig
 from cnn2gnn_dist.inference.folder.run_model import located
@@ -43,6 +44,7 @@ class Classifier:
     Attributes:
         classes_: names of all classes; those added to the memory follow the trained ones.
         identity: of the model that was opened (``artefact.identity``).
+        coverage: gives sets of classes.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Classifier:
         self.scoring = scoring
         self._views = config.views.spec()
         self.identity = artefact.identity(folder)
+        self.coverage = Coverage(folder, network, scoring, self.identity)
         self._decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="decode")
 
     @classmethod
@@ -138,7 +141,7 @@ class Classifier:
         """
         memory = self.memory  # one version for a whole call
         check_counts(top=(top, 1), neighbours=(neighbours, 0), batch=(batch, 1))
-        self.scoring.check_coverage(coverage, memory)
+        self.coverage.check(coverage, memory)
         for many in self.batches(images, batch):
             good = [one for one in many if one.pixels is not None]
             made = iter(
@@ -280,7 +283,7 @@ class Classifier:
         )
         if coverage is None:
             return found
-        sets_BC = self.scoring.sets(made, coverage)
+        sets_BC = self.coverage.sets(made, coverage, memory)
         names = self.spec.label_names
         return [
             replace(

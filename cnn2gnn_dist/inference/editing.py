@@ -26,6 +26,7 @@ from cnn2gnn_dist.inference.memory.new_classes import NewClasses, Trade
 from cnn2gnn_dist.inference.memory.old_classes import Images, OldClasses
 from cnn2gnn_dist.inference.memory.set_apart import SetApart
 from cnn2gnn_dist.inference.memory.store import NewRows, Version
+from cnn2gnn_dist.inference.memory.subset import Subset
 from cnn2gnn_dist.inference.memory.view import Memory
 from cnn2gnn_dist.inference.network import Outputs, joined
 from cnn2gnn_dist.inference.scoring import HeldOut
@@ -44,7 +45,7 @@ class Added:
         errors: (name, why) of images that could not be read.
         new_class: whether the class was not trained.
         learned: whether its column was learned, rather than taken from the mean of its images.
-        old_before: accuracy on calibration images of the old classes before any new class, in %.
+        old_before: accuracy on calibration images of the old classes without any new class, in %.
         trades: predicted accuracies of old and new classes for a range of losses; the one whose
             ``old_loss`` is below applies. Empty for a trained class.
         old_loss: points that the old classes may lose to new ones; None: there are no new ones.
@@ -289,6 +290,8 @@ def _score_new_classes(
 ) -> NewClasses | None:
     """Fit rule R to the new classes after an edit; without any the head is as trained.
 
+    Images set apart are answered anew too, among the rows after the edit: with other images of their classes, or fewer,
+    the head is right more or less often than at the export.
     It depends on the set of images alone, not on how it was reached: logits are computed anew, and rows come in the
     order of their contents, so that even sums have the same bits.
     """
@@ -300,6 +303,9 @@ def _score_new_classes(
     held_out = HeldOut.read(model.folder, without)
     assert held_out is not None
     _refuse_without(held_out, edit, new_ids)
+    before, after = (Subset(edit, trained_only=only) for only in (True, False))
+    alone_nC = held_out.logits_with(model.network, before, before.nearest)
+    images = Images(held_out.logits_with(model.network, after, after.nearest), held_out.images.x_nD)
     new_ids = _by_content(edit, new_ids)
     logits, x = _logits(model, edit, new_ids), edit.x(new_ids).astype(np.float32)
     labels = edit.labels[new_ids]
@@ -309,19 +315,20 @@ def _score_new_classes(
     known = _by_content(edit, known)
     known_x = edit.x(known).astype(np.float32)
     old = OldClasses.fit(
-        known_x, edit.labels[known], held_out.images, held_out.labels_n,
-        temperature=temperature,
+        known_x, edit.labels[known], images, held_out.labels_n, temperature=temperature,
     )  # fmt: skip
     loss = old_loss if old_loss is not None else edit.heads.get("new", {}).get("old_loss", 1.0)
     fitted = NewClasses.fit(
         old,
         entries,
-        held_out.images,
+        images,
         held_out.labels_n,
+        alone_nC=alone_nC,
         old_loss=loss,
         replay=Images(_self_logits(model, known_x), known_x),
     )
-    _warn_of_losses(model, fitted.lost(old, held_out.images, held_out.labels_n), loss)
+    _warn_of_losses(model, fitted.lost(old, images, held_out.labels_n), loss)
+    _warn_of_neighbours(fitted)
     edit.heads = {"old": old.to_json(), "new": fitted.to_json()}
     return fitted
 
@@ -345,6 +352,17 @@ def _warn_of_losses(model: Classifier, lost: Iterable[tuple[int, int, int]], mos
             f"{model.spec.label_names[label]}: new classes take {gone} of the {right} calibration images that were "
             f"answered right, although all old classes together lose at most {most:g} points; a smaller "
             "--old-loss keeps more of it"
+        )
+
+
+def _warn_of_neighbours(fitted: NewClasses) -> None:
+    """Say if no offset keeps the loss within its limit: new images, as neighbors, change the head's answers too."""
+    kept = next(one.old for one in fitted.trades if one.old_loss == fitted.old_loss)
+    if (lost := fitted.old_before - kept) > fitted.old_loss + 1e-6:
+        _log.warning(
+            f"old classes lose {lost:.1f} points on the calibration images, more than the {fitted.old_loss:g} allowed: "
+            "images of new classes are near theirs, and change what the network answers; add fewer of them, or none "
+            "that look like an old class"
         )
 
 

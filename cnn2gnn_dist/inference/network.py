@@ -142,7 +142,6 @@ class Network:
             distances=_distances(z, rows, memory),
         )
 
-    @torch.inference_mode()
     def row_logits(self, rows: Rows, ids_B: np.ndarray, first_BF: np.ndarray) -> np.ndarray:
         """Logits float32 [B, C] of rows of a memory, as of images that are not in it.
 
@@ -151,14 +150,33 @@ class Network:
             ids_B: which of them; at most a batch.
             first_BF: the nearest other rows of each; -1 = none.
         """
-        x_BD, z_Bd = (torch.from_numpy(part(ids_B)).float() for part in (rows.x, rows.z))
-        x_BD, z_Bd = x_BD.to(self.device), z_Bd.to(self.device)
+        return self.logits_among(rows, rows.x(ids_B), rows.z(ids_B), first_BF, ids_B)
+
+    @torch.inference_mode()
+    def logits_among(
+        self,
+        rows: Rows,
+        x_BD: np.ndarray,
+        z_Bd: np.ndarray,
+        first_BF: np.ndarray,
+        own_B: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Logits float32 [B, C] of images among the rows of a memory, from features.
+
+        Args:
+            rows: of the memory.
+            x_BD: of at most a batch of images.
+            z_Bd: of the same images.
+            first_BF: the nearest rows of each, other than itself; -1 = none.
+            own_B: the rows that the images are themselves; None: they are not in the memory.
+        """
+        x, z = (torch.from_numpy(np.asarray(part)).float().to(self.device) for part in (x_BD, z_Bd))
         if not (first_BF >= 0).any():
-            return _numpy(self.student.gnn(x_BD)[0])
-        block = _block(rows, first_BF, self.config.graph.neighbours, ids_B).to(self.device)
-        apart_BF = squared_distances(z_Bd, block.in_slots(block.z_Ud))
+            return _numpy(self.student.gnn(x)[0])
+        block = _block(rows, first_BF, self.config.graph.neighbours, own_B).to(self.device)
+        apart_BF = squared_distances(z, block.in_slots(block.z_Ud))
         found = nearest(apart_BF, self.student.k, block.present_BF)
-        return _numpy(self.student.gnn(x_BD, found.p_BM, block)[0])
+        return _numpy(self.student.gnn(x, found.p_BM, block)[0])
 
     @torch.inference_mode()
     def embed(self, images_BHWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,16 @@ from cnn2gnn_dist.inference.folder import artefact
 from cnn2gnn_dist.inference.memory.old_classes import Images, unit
 from cnn2gnn_dist.inference.memory.set_apart import KEY
 from cnn2gnn_dist.inference.memory.view import Memory
-from cnn2gnn_dist.inference.network import Outputs
+from cnn2gnn_dist.inference.network import Network, Outputs, Rows
 from cnn2gnn_dist.inference.sets.class_shares import are_uneven
 from cnn2gnn_dist.inference.sets.learned import LearnedSets
 from cnn2gnn_dist.inference.sets.relations import Relations
 from cnn2gnn_dist.inference.sets.together import Together
 
 FITTED = "calibration.json"
+DISTANCES = "near_distance"
+"""Column of ``calibration.npz``: squared distances to the neighbors, nearest first."""
+_BATCH = 64
 REMEDY = (
     "`cnn2gnn run --update` with the config of its run writes RUN/model anew, without what it has forgotten, and keeps "
     "the old one next to it"
@@ -44,10 +47,12 @@ class HeldOut:
     Attributes:
         images: logits with the neighbors, and x.
         labels_n: their classes.
+        z_nd: their projections.
     """
 
     images: Images
     labels_n: np.ndarray
+    z_nd: np.ndarray
 
     @classmethod
     def read(cls, folder: Path, without: Collection[str] = ()) -> HeldOut | None:
@@ -62,7 +67,27 @@ class HeldOut:
             stay = np.ones(len(kept["label"]), bool)
             if without and KEY in kept:
                 stay = ~np.isin(kept[KEY], list(without))
-            return cls(Images(kept["logits"][stay], kept["x"][stay]), kept["label"][stay])
+            images = Images(kept["logits"][stay], kept["x"][stay])
+            return cls(images, kept["label"][stay], kept["z"][stay])
+
+    def logits_with(
+        self, network: Network, rows: Rows, nearest: Callable[[np.ndarray, int], np.ndarray]
+    ) -> np.ndarray:
+        """Logits float32 [n, C] of these images, whose neighbors are now among other rows.
+
+        Args:
+            network: of the model.
+            rows: of the memory as it is, or will be after an edit.
+            nearest: gives the nearest of them to projections [B, d]: [B, count]; -1 where there are fewer.
+        """
+        near_nF = nearest(self.z_nd, network.config.graph.fanout)
+        starts = range(0, len(near_nF), _BATCH)
+        parts = [slice(at, at + _BATCH) for at in starts]
+        found = [
+            network.logits_among(rows, self.images.x_nD[some], self.z_nd[some], near_nF[some])
+            for some in parts
+        ]
+        return np.concatenate([self.images.logits_nC[:0], *found])
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,12 +100,14 @@ class Scoring:
         together: None: these images don't tell how similar images of one class are.
         zero_D: mean of x over these images: similarities are measured from there.
         shares_repeat: the rule for sets is from before uneven classes were considered.
+        near: k, of the k-th neighbors whose distances are in the calibration; None: the last ones'.
     """
 
     calibration: Calibration | None = None
     together: LearnedSets | Together | None = None
     zero_D: np.ndarray | None = None
     shares_repeat: bool = False
+    near: int | None = None
 
     @classmethod
     def read(cls, folder: Path) -> Scoring:
@@ -100,6 +127,7 @@ class Scoring:
                 None if together is None else _rule(together),
                 np.array(tree["zero"], np.float64),
                 together is not None and "shift" not in together and _uneven(folder),
+                _near(folder),
             )
         except (ValueError, KeyError, TypeError) as error:
             raise artefact.damaged(path, str(error)) from None
@@ -128,36 +156,22 @@ class Scoring:
         """Scores 0..1 of how unlike the training images each image is; empty if not calibrated."""
         if self.calibration is None:
             return [{} for _ in made.logits]
+        p_BC = self.calibration.probabilities(made.logits)
+        if memory is not None and memory.new_classes is not None:
+            p_BC = self.probabilities(made, memory, made.logits.shape[1])
         distance = vote = None
         if memory is not None and made.rows.size:
-            distance = made.distances[:, -1]
-            vote = votes(made, memory, made.logits.shape[1])
-        found = self.calibration.unusual(made.logits, distance, vote)
+            found_now = made.distances.shape[1]
+            near = found_now if self.near is None else self.near
+            # With fewer rows than at the export there is no k-th neighbor, and a nearer one would seem usual.
+            distance = made.distances[:, near - 1] if 0 < near <= found_now else None
+            vote = votes(made, memory, p_BC.shape[1])
+        found = self.calibration.unusual(p_BC, distance, vote)
         columns = {"softmax": found.softmax_B, "distance": found.distance_B, "vote": found.vote_B}
         return [
             {name: round(float(c[row]), 4) for name, c in columns.items() if c is not None}
             for row in range(len(made.logits))
         ]
-
-    def sets(self, made: Outputs, coverage: float) -> np.ndarray:
-        """Bool [B, C]: sets of trained classes that hold the true one with this coverage.
-
-        Raises:
-            UserError: the model is not calibrated, or on too few images for this coverage.
-        """
-        calibration = self.calibrated()
-        return calibration.sets.sets(calibration.probabilities(made.logits), coverage)
-
-    def check_coverage(self, coverage: float | None, memory: Memory | None) -> None:
-        """Check that sets with this coverage can be given; None: none are requested.
-
-        Raises:
-            UserError: not calibrated, on too few images, or the memory has new classes.
-        """
-        if coverage is None:
-            return
-        self.calibrated().sets.threshold(coverage)
-        _refuse_new_classes(memory, "sets with a coverage")
 
     def rule_together(self, memory: Memory | None) -> LearnedSets | Together:
         """Return the rule for images answered together.
@@ -166,7 +180,7 @@ class Scoring:
             UserError: not calibrated, on too few images, or the memory has new classes.
         """
         self.calibrated()
-        _refuse_new_classes(memory, "images answered together")
+        refuse_new_classes(memory, "images answered together")
         if self.together is None:
             raise UserError(
                 "too few images were set apart to tell how similar images of one class are",
@@ -209,7 +223,12 @@ class Scoring:
         return self.calibration
 
 
-def _refuse_new_classes(memory: Memory | None, what: str) -> None:
+def refuse_new_classes(memory: Memory | None, what: str) -> None:
+    """Refuse what was fitted for the trained classes alone.
+
+    Raises:
+        UserError: the memory has new classes.
+    """
     if memory is not None and memory.new_classes is not None:
         raise UserError(
             f"{what} know only the trained classes, and the memory has new ones",
@@ -226,13 +245,22 @@ def _uneven(folder: Path) -> bool:
     return are_uneven(held_out.labels_n, held_out.images.logits_nC.shape[1])
 
 
+def _near(folder: Path) -> int | None:
+    """How many neighbors the images set apart had; None: it is not known."""
+    path = artefact.part(folder, artefact.CALIBRATION)
+    if path is None:
+        return None
+    with np.load(path) as kept:
+        return int(kept[DISTANCES].shape[1]) if DISTANCES in kept else None
+
+
 def _rule(kept: dict[str, Any]) -> LearnedSets | Together:
     """Models from before the rule was learned hold rule T."""
     return LearnedSets.from_json(kept) if "network" in kept else Together.from_json(kept)
 
 
 def votes(made: Outputs, memory: Memory, classes: int) -> np.ndarray:
-    """Weights of the neighbors, summed by trained class: float32 [B, classes]."""
+    """Weights of the neighbors, summed by class: float32 [B, classes]; those of later classes don't count."""
     labels = memory.labels[made.rows.clip(min=0)]
     found = np.zeros((len(made.rows), classes), np.float32)
     keep = (made.rows >= 0) & (labels < classes)
@@ -262,7 +290,7 @@ def write(folder: Path) -> None:
             remedy="check its loss in student/metrics.jsonl; retrain it with a smaller student.lr",
         )
     with np.load(path) as kept:
-        distances = kept["near_distance"]
+        distances = kept[DISTANCES]
     fitted = Calibration.fit(
         logits_nC,
         held_out.labels_n,

@@ -91,7 +91,7 @@ def command(
         else device_of_rank(ranks.local_rank, ranks.world_size, torch.cuda.device_count())
     )
     with opened(model, device) as classifier:
-        classifier.scoring.check_coverage(coverage, classifier.memory)
+        classifier.coverage.check(coverage, classifier.memory)
         durable.create_folder(folder)
         asked = Asked(top, coverage)
         note = _note(classifier, asked)

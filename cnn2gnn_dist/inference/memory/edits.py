@@ -81,20 +81,22 @@ class Edit:
 
     def candidates(self, ids: np.ndarray) -> np.ndarray:
         """int32 [n, M]: the candidates of live rows after the edit; -1 = none."""
-        return rewiring.candidates(self.before.base_table, self._changed(), ids)
+        return rewiring.candidates(self.before.base_table, self.rewired(self.live), ids)
 
     def nearest_others(self, ids: np.ndarray, count: int) -> np.ndarray:
         """int32 [n, count]: the live rows after the edit that are nearest to live rows; -1 where there are fewer."""
-        return rewiring.nearest_rows(self._all_z(), np.flatnonzero(self.live), ids, count)
+        return rewiring.nearest_rows(self.all_z(), np.flatnonzero(self.live), ids, count)
 
-    def _all_z(self) -> np.ndarray:
+    def all_z(self) -> np.ndarray:
+        """Projections of all rows, including those just added."""
         z_Nd = self.before.all_z()
         return z_Nd if self._added is None else np.concatenate([z_Nd, self._added.z])
 
-    def _changed(self) -> Rewired:
-        if self._rewired is None or not np.array_equal(self._rewired[0], self.live):
-            found = rewiring.rewired(self.before.base_table, self._all_z(), self.live)
-            self._rewired = self.live.copy(), found
+    def rewired(self, live_N: np.ndarray) -> Rewired:
+        """Rows whose candidates differ from the base table if these rows are live; the last ones are kept."""
+        if self._rewired is None or not np.array_equal(self._rewired[0], live_N):
+            found = rewiring.rewired(self.before.base_table, self.all_z(), live_N)
+            self._rewired = live_N.copy(), found
         return self._rewired[1]
 
     def class_index(self, name: str, *, new: bool) -> int:
@@ -191,7 +193,7 @@ class Edit:
             arrays["relabelled"] = np.stack([other, self.labels[other].astype(np.int64)], 1)
         if not self.live.all():
             arrays["removed"] = np.flatnonzero(~self.live)
-        changed = self._changed()
+        changed = self.rewired(self.live)
         if len(changed.ids_K):
             arrays["changed"], arrays["changed_rows"] = changed
         version = Version(

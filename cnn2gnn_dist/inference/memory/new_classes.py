@@ -79,7 +79,7 @@ class NewClasses:
         offset: τ.
         old_loss: points that τ was chosen for.
         trades: predicted accuracies over a range of τ, the chosen one among them.
-        old_before: accuracy of the head alone on the calibration images, in %.
+        old_before: accuracy of the head on the calibration images without any new class, in %.
     """
 
     names: tuple[str, ...]
@@ -108,6 +108,7 @@ class NewClasses:
         calibration: Images,
         labels_n: np.ndarray,
         *,
+        alone_nC: np.ndarray | None = None,
         old_loss: float = 1.0,
         replay: Images | None = None,
         learned_from: int = LEARNED_FROM,
@@ -119,6 +120,8 @@ class NewClasses:
             entries: images of each new class, by its name.
             calibration: held-out images of the old classes.
             labels_n: their classes.
+            alone_nC: logits of the calibration images if no image of a new class were in the memory, where some may
+                be among their neighbors; None: the same.
             old_loss: points of accuracy that the old classes may lose on the calibration images.
             replay: rows of the memory of the old classes, to learn columns against; None: means are
                 used regardless of the number of images.
@@ -138,10 +141,12 @@ class NewClasses:
         margin_n, right_n = _margins(old, model, calibration, labels_n)
         held_out_nK = held_out(old, images, class_n, model, replay)
         head_n = log_softmax(images.logits_nC, old.temperature).max(1, initial=-np.inf)
-        before = 100 * float(right_n.mean())
+        alone_nC = calibration.logits_nC if alone_nC is None else alone_nC
+        right_before = int((alone_nC.argmax(1) == labels_n).sum())
+        before = 100 * right_before / len(labels_n)
 
         def trade(points: float) -> Trade:
-            offset = _offset(margin_n, right_n, points)
+            offset = _offset(margin_n, right_n, points, right_before)
             after = 100 * float((right_n & (offset <= margin_n)).mean())
             new = _accuracy(held_out_nK + offset, head_n, class_n)
             return Trade(points, offset, after, new)
@@ -216,10 +221,11 @@ def _margins(
     return head_nC.max(1) - model.scores(old, calibration).max(1), right_n
 
 
-def _offset(margin_n: np.ndarray, right_n: np.ndarray, old_loss: float) -> float:
-    """The largest τ with which at most ``old_loss`` points of the images turn from right to wrong."""
+def _offset(margin_n: np.ndarray, right_n: np.ndarray, old_loss: float, right_before: int) -> float:
+    """The largest τ with which at most ``old_loss`` points of the images fewer are right than before."""
     margins = np.sort(margin_n[right_n])
     may_turn = int(old_loss * len(margin_n) / 100 + 1e-9)
+    may_turn = max(may_turn - (right_before - len(margins)), 0)
     if may_turn < len(margins):
         return float(margins[may_turn])
     return float(margin_n.max()) + 1.0  # all images may be lost

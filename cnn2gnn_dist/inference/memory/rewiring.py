@@ -110,6 +110,28 @@ def nearest_rows(z_Nd: np.ndarray, live: np.ndarray, ids_K: np.ndarray, width: i
     return found_KM
 
 
+def nearest(z_Nd: np.ndarray, live: np.ndarray, query_Qd: np.ndarray, width: int) -> np.ndarray:
+    """int64 [Q, width]: the live rows nearest to projections, without those of images that could not be read (z = 0).
+
+    Ordered by squared distance, ties by id; -1 where there are fewer.
+    """
+    live = live[z_Nd[live].any(1)]
+    base = z_Nd if len(live) == len(z_Nd) else np.ascontiguousarray(z_Nd[live])
+    return nearest_of(Index(base), base, live, query_Qd, width)
+
+
+def nearest_of(
+    index: Index, base_nd: np.ndarray, ids_n: np.ndarray, query_Qd: np.ndarray, width: int
+) -> np.ndarray:
+    """``nearest``, with an index of the projections of these rows."""
+    found = np.full((len(query_Qd), width), -1, np.int64)
+    some = min(width, len(ids_n))
+    if some:
+        fetched, _ = index.search(query_Qd, min(some + _SLACK, len(ids_n)))
+        found[:, :some] = ids_n[by_distance(query_Qd, base_nd, fetched)[:, :some]]
+    return found
+
+
 def by_distance(query_Qd: np.ndarray, base_Nd: np.ndarray, ids_Qm: np.ndarray) -> np.ndarray:
     """The ids of each row by ascending squared distance, ties by id; computed row by row.
 

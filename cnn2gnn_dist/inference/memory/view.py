@@ -17,7 +17,7 @@ from cnn2gnn_dist.graph.search.knn import Index
 from cnn2gnn_dist.inference.memory import rewiring, store
 from cnn2gnn_dist.inference.memory.new_classes import NewClasses
 from cnn2gnn_dist.inference.memory.old_classes import OldClasses
-from cnn2gnn_dist.inference.memory.rewiring import Rewired, by_distance
+from cnn2gnn_dist.inference.memory.rewiring import Rewired
 from cnn2gnn_dist.inference.memory.store import Version
 
 SAME = 2e-3
@@ -35,7 +35,6 @@ NEARER = 0.1
 tells images of a class apart, ``SAME`` alone would take one for another."""
 LIKELY = 16
 """Nearest rows among which an image is looked for."""
-_SLACK = 8
 _SPREAD_ROWS = 10_000
 _SAME_ROWS = 1024
 
@@ -134,13 +133,8 @@ class Memory:
 
     def nearest(self, z_Bd: np.ndarray, count: int) -> np.ndarray:
         """int64 [B, count]: the nearest live rows; -1 where there are fewer. Ties by row."""
-        found = np.full((len(z_Bd), count), -1, np.int64)
         index, ids, z_live = self._index
-        some = min(count, len(ids))
-        if some:
-            fetched, _ = index.search(z_Bd, min(some + _SLACK, len(ids)))
-            found[:, :some] = ids[by_distance(z_Bd, z_live, fetched)[:, :some]]
-        return found
+        return rewiring.nearest_of(index, z_live, ids, z_Bd, count)
 
     def same(self, x_BD: np.ndarray, rows_BF: np.ndarray) -> np.ndarray:
         """int64 [B]: which of these rows is the same image (``SAME``); -1 if none is.

@@ -163,14 +163,14 @@ def test_scores_of_the_unusual(rng):
     model = Calibration.fit(logits, labels, distances)
     vote = np.array([[0.7, 0.2, 0.1], [0.0, 1.0, 0.0]])
     asked = np.array([[9.0, 0, 0], [0, 0, 9.0]])
-    found = model.unusual(asked, np.array([0.5, 7.0]), vote)
     p = special.softmax(asked / model.temperature, axis=1)
+    found = model.unusual(p, np.array([0.5, 7.0]), vote)
     np.testing.assert_allclose(found.softmax_B, 1 - p.max(1))
     np.testing.assert_allclose(found.distance_B, [(distances <= 0.5).sum() / 201, 200 / 201])
     np.testing.assert_allclose(found.vote_B, [0.3, 1.0])
     above_one = np.array([[1 + 1e-7, 0, 0], [0, 0, 1.0]])  # a sum of float32 weights
-    assert str(model.unusual(asked, None, above_one).vote_B.tolist()) == "[0.0, 0.0]"
-    nothing = model.unusual(asked)
+    assert str(model.unusual(p, None, above_one).vote_B.tolist()) == "[0.0, 0.0]"
+    nothing = model.unusual(p)
     assert nothing.distance_B is None
     assert nothing.vote_B is None
 

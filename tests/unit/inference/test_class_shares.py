@@ -123,7 +123,7 @@ def test_the_shift_is_kept_and_its_lack_in_an_earlier_model_is_named(rule, world
     calibration = Calibration.fit(logits, labels).to_json()
     for name in (artefact.CONFIG, artefact.WEIGHTS):  # not read here
         (tmp_path / name).touch()
-    np.savez(tmp_path / artefact.CALIBRATION, logits=logits, x=z, label=labels)
+    np.savez(tmp_path / artefact.CALIBRATION, logits=logits, x=z, z=z, label=labels)
     for together, named in ((kept, False), (earlier, True)):
         tree = {"calibration": calibration, "together": together, "zero": [0.0] * DIM}
         (tmp_path / scoring.FITTED).write_text(json.dumps(tree))

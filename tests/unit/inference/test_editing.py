@@ -49,6 +49,19 @@ def test_a_class_is_added_and_removed_again_bit_identically(calibrated):
     assert all(len(answer.classes) == 3 for answer in model.predict(asked))
 
 
+def test_how_unusual_an_image_of_a_new_class_is_comes_from_its_answer(calibrated):
+    """Not from the head, which knows neither the class nor the labels of its images."""
+    editing.add(calibrated, list(of_new_class(12)), "framed", old_loss=30.0)
+    found = calibrated.predict(of_new_class(8, seed=300), neighbours=10)
+    assert sum(answer.label == "framed" for answer in found) >= 6
+    for answer in found:
+        unusual = answer.scores["unusual"]
+        beside = sum(near.weight for near in answer.neighbours if near.label != answer.label)
+        assert unusual["vote"] == pytest.approx(beside, abs=1e-4)
+        assert unusual["softmax"] == pytest.approx(1 - answer.probability, abs=1e-4)
+    assert any(one.label == "framed" and one.scores["unusual"]["vote"] < 0.1 for one in found)
+
+
 def test_what_old_classes_may_lose_holds_until_another_number_is_given(calibrated):
     model = calibrated
     assert editing.add(model, list(of_new_class(5)), "framed", old_loss=20.0).old_loss == 20.0

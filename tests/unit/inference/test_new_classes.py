@@ -157,9 +157,27 @@ def test_offset_by_brute_force():
             (t for t in margin if 100 * (right & (margin < t)).sum() / count <= points),
             default=-np.inf,
         )
-        found = _offset(margin, right, points)
+        found = _offset(margin, right, points, int(right.sum()))
         assert 100 * (right & (margin < found)).sum() / count <= points
         assert found >= min(best, margin[right].max(initial=best))
+
+
+def test_what_new_images_change_as_neighbors_is_part_of_the_loss(world):
+    memory, old, calibration, labels = world
+    alone = calibration.logits_nC
+    right = np.flatnonzero(alone.argmax(1) == labels)
+    turned = alone.copy()
+    turned[right[:10]] = np.roll(alone[right[:10]], 1, axis=1)  # now wrong
+    found = NewClasses.fit(
+        old, entries(5), Images(turned, calibration.x_nD), labels, alone_nC=alone, replay=memory
+    )
+    assert found.old_before == pytest.approx(100 * len(right) / len(labels))
+    now = int((turned.argmax(1) == labels).sum())
+    assert now < len(right)
+    for trade in found.trades:
+        least = found.old_before - trade.old_loss
+        assert trade.old >= min(least, 100 * now / len(labels)) - 1e-9
+    assert found.trades[-1].old < found.old_before - found.trades[-1].old_loss + 0.2
 
 
 @pytest.mark.parametrize("each", [1, 5, 20, 120])
