@@ -10,7 +10,7 @@ run on it:
     noise       40 % of the labels are replaced by another class; the variants labels and labels_at_cost (no
                 distillation) with it
     few         10 % of the images keep their label; from the others, the student learns the soft targets alone
-    few_alone   the labelled images of few and no others, as many times as few shows images; the variants labels and
+    few_alone   the labeled images of few and no others, as many times as few shows images; the variants labels and
                 labels_at_cost with it (in few, nine tenths of their batches would have nothing to learn from)
 
 Test images and their labels stay as they are. The choice of images and labels depends on the set alone, not on the seed
@@ -40,7 +40,7 @@ VARIANTS = {
 OPTIONS = {
     "long_tail": ["teacher.epochs=10", "student.epochs=16", "graph.start_epoch=8"],
     "noise": [],
-    "few": ["data.unlabelled=true", "teacher.epochs=50"],  # over the labelled images
+    "few": ["data.unlabelled=true", "teacher.epochs=50"],  # over the labeled images
     # The recipe's 8, 4 and 2 epochs, times ten.
     "few_alone": [
         *("teacher.epochs=50", "student.epochs=80", "graph.start_epoch=40"),

@@ -36,7 +36,7 @@ from cnn2gnn_dist.stages.shared.networks import build_student, check_built_on, l
 SIDE, QUALITY, READ = 96, 85, 256
 """Side of the pictures of a run, in pixels; their JPEG quality; images read at a time."""
 _NOT_KEPT = (
-    "this model, exported before 29 Nov 2026, does not say whether its run was trained with a relabel list "
+    "this model, exported on 28 Nov 2026 or before, does not say whether its run was trained with a relabel list "
     "(data.relabel): if so, the decisions in that one are not in the list made here; an audit of the run includes them"
 )
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
