@@ -4,7 +4,7 @@
 
 RUN is a finished run of the preset on an otherwise idle machine, with a control. From its stages' times follow the
 whole epochs that fit in each number of minutes: for the whole method (teacher, soft targets, student, graph; without
-control and export), both trainings are shortened alike; for the teacher's network alone, all of the time is its training.
+control and export), both trainings are shortened alike; for the teacher's network alone, all of the time is training.
 Nothing else about the recipe changes. So the machine need not be idle while this runs, and the minutes of each run are
 printed beside the budget. When it is run again, it continues with what is missing.
 """

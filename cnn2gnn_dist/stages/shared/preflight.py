@@ -164,9 +164,12 @@ def misfits(
                     remedy=f"{section}.global_batch={seen} or less, or more images",
                 )
             )
-        elif name in ahead and settings.schedule == "cosine":
-            if settings.epochs * (seen // batch) == 1:
-                found.append(_one_step(section, name, seen, batch))
+        elif (
+            name in ahead
+            and settings.schedule == "cosine"
+            and settings.epochs * (seen // batch) == 1
+        ):
+            found.append(_one_step(section, name, seen, batch))
     graph, nodes = config.graph, images if labelled is None else labelled
     built = graph.scope == "dataset" and ahead.intersection(("student", "graph"))
     if built and graph.candidates >= nodes:
