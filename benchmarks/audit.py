@@ -30,6 +30,7 @@ import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 from cleanlab.rank import get_label_quality_scores
+from kept_files import digest, made_from
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
@@ -41,7 +42,7 @@ from cnn2gnn_dist.data.images.decode import decode
 from cnn2gnn_dist.inference.audit import scores as audit_scores
 from cnn2gnn_dist.inference.audit.findings import HeldOut, TrainingSet, audit
 from cnn2gnn_dist.inference.audit.linear_head import head_probabilities
-from cnn2gnn_dist.models.stem import build_stem
+from cnn2gnn_dist.models import stem
 
 TRAINED, EPOCHS, JUDGED, CLASSES, BATCH = 12_500, 5, 20_000, 10, 256
 NEIGHBOURS = 20
@@ -63,7 +64,9 @@ def normal(pixels: np.ndarray) -> torch.Tensor:
 def train(pixels: np.ndarray, labels: np.ndarray, epochs: int, seed: int = 0) -> torch.nn.Module:
     """Train a stem with a linear head, crops and flips."""
     torch.manual_seed(seed)
-    model = torch.nn.Sequential(build_stem("resnet_tiny", 128, 32), torch.nn.Linear(128, CLASSES))
+    model = torch.nn.Sequential(
+        stem.build_stem("resnet_tiny", 128, 32), torch.nn.Linear(128, CLASSES)
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.05)
     steps = epochs * (len(labels) // BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 8e-3, total_steps=steps)
@@ -93,15 +96,18 @@ def embed(model: torch.nn.Module, pixels: np.ndarray) -> np.ndarray:
 def features(folder: Path) -> dict[str, np.ndarray]:
     """x of all training and test images, labels, and the stem's mean probabilities by true class."""
     path = folder / "features.npz"
-    if not path.exists():
-        (train_px, y, _), (test_px, test_y, _) = images("train"), images("test")
-        model = train(train_px[:TRAINED], y[:TRAINED], EPOCHS)
-        x, test_x = embed(model, train_px), embed(model, test_px)
-        with torch.no_grad():
-            p = model[1](torch.from_numpy(test_x)).softmax(1).numpy()
-        print(f"stem: {(p.argmax(1) == test_y).mean():.1%} of the test images", flush=True)
-        confusion = np.stack([p[test_y == c].mean(0) for c in range(CLASSES)])
-        np.savez(path, x=x, y=y, test_x=test_x, test_y=test_y, confusion=confusion)
+    data = (Path(os.environ["CNN2GNN_DATA"]) / "cifar10").glob("*.parquet")
+    code = [Path(__file__), Path(stem.__file__)]
+    with made_from(digest(files=[*data, *code]), path) as missing:
+        if missing:
+            (train_px, y, _), (test_px, test_y, _) = images("train"), images("test")
+            model = train(train_px[:TRAINED], y[:TRAINED], EPOCHS)
+            x, test_x = embed(model, train_px), embed(model, test_px)
+            with torch.no_grad():
+                p = model[1](torch.from_numpy(test_x)).softmax(1).numpy()
+            print(f"stem: {(p.argmax(1) == test_y).mean():.1%} of the test images", flush=True)
+            confusion = np.stack([p[test_y == c].mean(0) for c in range(CLASSES)])
+            np.savez(path, x=x, y=y, test_x=test_x, test_y=test_y, confusion=confusion)
     return dict(np.load(path))
 
 

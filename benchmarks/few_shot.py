@@ -21,13 +21,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from kept_files import made_from
 from remembering import episodes
 from remembering.features import NOVEL
 from tqdm import tqdm
@@ -109,22 +108,6 @@ def train(folder: Path, preset: str, overrides: list[str]) -> Path:
             export = [*program, "export", str(folder / "run"), "--to", str(model), "--force"]
             subprocess.run(export, check=True)
     return model
-
-
-@contextmanager
-def made_from(source: str, target: Path) -> Iterator[bool]:
-    """Context in which a file or folder is made unless it is there; gives whether it has to be.
-
-    One that is not of this source, by the note next to it, has to be made again: what another preset or other overrides
-    have left must not pass for it. The note is written at the end.
-    """
-    note = target.with_name(f"{target.name}.made-from")
-    known = note.read_text() if note.is_file() and target.exists() else None
-    if known != source and target.exists():
-        print(f"{target} was made from another run or model: made again", file=sys.stderr)
-    note.unlink(missing_ok=True)
-    yield known != source
-    note.write_text(source)
 
 
 def features(folder: Path, model: Classifier, part: str) -> tuple[Images, np.ndarray]:

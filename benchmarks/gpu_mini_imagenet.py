@@ -36,11 +36,15 @@ sys.path.insert(0, str(ROOT))
 
 import carried_runs  # noqa: E402
 
+from cnn2gnn_dist import ledger, settings  # noqa: E402
+
 LIST, AGAIN = "pieces.json", 75
 SPARE_S = 45.0
 """Seconds reserved for the last checkpoint and for filling OUT."""
 LIST_BYTES = 10_000
 """Reserved for the list of what was brought."""
+PLACES = ("run.dir", "data.train", "data.test")
+"""Fields that differ from machine to machine; the data are compared by their checksums."""
 ROWS = ("teacher", "student", "self_path", "vote", "control_mlp")
 RUNS = {"resnet50": {"arch": "resnet50"}, "resnet152": {"arch": "resnet152"}}
 FULL = (
@@ -104,10 +108,34 @@ def take(pieces: Path, store: Path) -> list[str]:
     return [name for name in listed if not (data / name).is_file()]
 
 
+def options_of(name: str, toy: bool) -> list[str]:
+    """The overrides of a run."""
+    return [*(TOY if toy else FULL), f"teacher.arch={'resnet18' if toy else RUNS[name]['arch']}"]
+
+
+def check(run: Path, toy: bool) -> None:
+    """Check that what is there of a run has the config of this session.
+
+    The product refuses a stage of another config, but a run that is finished is not started again.
+
+    Raises:
+        SystemExit: it has another one.
+    """
+    if not (run / ledger.CONFIG).is_file():
+        return
+    places = [f"{field}=there" for field in PLACES]
+    wanted = settings.load("mini_imagenet", [*options_of(run.name, toy), *places])
+    found = settings.load(str(run / ledger.CONFIG), places)
+    changed = settings.differences(*(settings.as_tree(one) for one in (found, wanted)))
+    if changed:
+        raise SystemExit(
+            f"{run} was made with another config ({'; '.join(changed)}): give another STORE, and no BACK of it"
+        )
+
+
 def train(store: Path, name: str, seconds: float, toy: bool) -> int:
     """Continue one run; return its exit code, 75 if time ran out."""
-    options = [*(TOY if toy else FULL), f"run.dir={store / 'runs' / name}"]
-    options.append(f"teacher.arch={'resnet18' if toy else RUNS[name]['arch']}")
+    options = [*options_of(name, toy), f"run.dir={store / 'runs' / name}"]
     line = [sys.executable, "-m", "cnn2gnn_dist.launcher", "--config", "mini_imagenet", *options]
     environment = os.environ | {"CNN2GNN_DATA": str(store / "data"), "PYTHONPATH": str(ROOT)}
     with (store / f"{name}.log").open("a") as log:
@@ -175,6 +203,8 @@ def visit(given: argparse.Namespace) -> int:
     (given.store / "runs").mkdir(exist_ok=True)
     for name in carried_runs.read(given.back, given.store / "runs"):
         print(f"{name}: restored from {given.back}")
+    for name in RUNS:
+        check(given.store / "runs" / name, given.toy)
     code = 0
     for name in RUNS:
         if carried_runs.is_finished(given.store / "runs" / name):
@@ -197,8 +227,8 @@ def visit(given: argparse.Namespace) -> int:
     return 0 if whole else AGAIN
 
 
-def main() -> int:
-    """Cut, or run one session."""
+def main(line: list[str] | None = None) -> int:
+    """Cut, or run one session; ``line``: the command's, by default."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -218,7 +248,7 @@ def main() -> int:
     visiting.add_argument("--all-mb", type=int, default=60)
     visiting.add_argument("--toy", action="store_true")
     visiting.set_defaults(run=visit)
-    given = parser.parse_args()
+    given = parser.parse_args(line)
     return int(given.run(given))
 
 

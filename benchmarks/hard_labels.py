@@ -29,6 +29,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from kept_files import digest, made_from
 
 CLASSES, IMBALANCE, FLIPPED, LABELLED = 10, 100, 0.4, 0.1
 VARIANTS = {
@@ -97,14 +98,25 @@ MAKERS: dict[str, Callable[[np.ndarray, np.random.Generator], Labels]] = {
 
 
 def write(name: str, source: Path, file: Path) -> None:
-    """Write a set's training images, with the column types and the metadata of CIFAR-10's."""
-    table = pa.concat_tables(pq.read_table(one) for one in sorted(source.glob("train*.parquet")))
-    label_N = table.column("label").to_numpy()
+    """Write a set's training images, with the column types and the metadata of CIFAR-10's, unless they are there."""
+    files = sorted(source.glob("train*.parquet"))
+    label_N = np.concatenate(
+        [pq.read_table(one, columns=["label"])["label"].to_numpy() for one in files]
+    )
     rows_M, label_M = MAKERS[name](label_N, np.random.default_rng(0))
+    # What a maker chooses, not how it is written, so that no change of either is missed.
+    chosen = [rows_M.tolist(), label_M.tolist()]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with made_from(digest(chosen, files=files), file) as missing:
+        if missing:
+            _write(files, rows_M, label_M, file)
+
+
+def _write(files: list[Path], rows_M: np.ndarray, label_M: np.ndarray, file: Path) -> None:
+    table = pa.concat_tables(pq.read_table(one) for one in files)
     made = table.take(pa.array(rows_M))
     column = made.schema.get_field_index("label")
     made = made.set_column(column, made.schema.field(column), pa.array(label_M, pa.int64()))
-    file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(".part")
     pq.write_table(made, part, row_group_size=1000)
     part.rename(file)
@@ -127,8 +139,7 @@ def main() -> int:
     source = Path(os.environ.get("CNN2GNN_DATA", "../shared/data")) / "cifar10"
     for name in given.sets:
         file = given.folder.resolve() / name / "train.parquet"
-        if not file.exists():
-            write(name, source, file)
+        write(name, source, file)
         line = [sys.executable, str(Path(__file__).with_name("accuracy.py")), str(file.parent)]
         line += ["--preset", given.preset, "--jobs", str(given.jobs)]
         line += ["--seeds", *map(str, given.seeds)]

@@ -54,7 +54,8 @@ def new_classes(of: additions.Setting, draws: int, shots: list[int]) -> None:
             error = 1.96 * np.std(values, 0) / max(len(values) - 1, 1) ** 0.5
             cells = [f"{m:.1f} ± {e:.1f}" for m, e in zip(mean, error, strict=True)]
             found = additions.share([v[1] for v in rows["rule R"]], [v[1] for v in values])
-            cells.append(f"{found[0]:.0f} % ± {found[1]:.0f}" if name != "rule R" else "")
+            shown = name != "rule R" and np.isfinite(found[0])
+            cells.append(f"{found[0]:.0f} % ± {found[1]:.0f}" if shown else "")
             said = f"{np.mean(predicted):.1f}" if name == "rule R" else ""
             print(f"| {each} | {name} | " + " | ".join([*cells, said]) + " |", flush=True)
 

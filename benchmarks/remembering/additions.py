@@ -247,10 +247,12 @@ def fit_head(
 
 
 def share(ours: list[float], theirs: list[float]) -> tuple[float, float]:
-    """The ratio of two means in %, and 1.96 of its standard errors, from pairs (the same draw)."""
+    """The ratio of two means in %, and 1.96 of its standard errors, from pairs (the same draw); NaN of nothing."""
     mine, other = np.array(ours), np.array(theirs)
-    ratio = mine.mean() / max(other.mean(), 1e-12)
+    if not other.any():
+        return np.nan, np.nan
+    ratio = mine.mean() / other.mean()
     # To first order: the spread of what is left of each pair, on the scale of the ratio.
-    left = (mine - ratio * other) / max(other.mean(), 1e-12)
+    left = (mine - ratio * other) / other.mean()
     error = 1.96 * left.std(ddof=1) / len(left) ** 0.5 if len(left) > 1 else np.nan
     return 100 * float(ratio), 100 * float(error)

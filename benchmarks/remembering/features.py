@@ -21,7 +21,9 @@ import pyarrow.parquet as pq
 import simplejpeg
 import torch
 import torch.nn.functional as F
+from kept_files import digest, made_from
 
+from cnn2gnn_dist import models
 from cnn2gnn_dist.models.stem import build_stem
 from cnn2gnn_dist.models.student import Student, StudentOutput
 
@@ -50,7 +52,7 @@ NOVEL = [
 """Mini-ImageNet's test classes (Ravi and Larochelle, 2017)."""
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)
 DIM, GRAPH_DIM, HIDDEN, BATCH, RATE = 160, 64, 160, 256, 4e-3
-WIDTHS = (16, 64, 128)
+WIDTHS, EPOCHS = (16, 64, 128), 8
 
 
 @dataclass
@@ -245,23 +247,33 @@ def features(student: Student, images: Images) -> dict[str, np.ndarray]:
     return kept
 
 
+def made_by(data: Path, which: str) -> str:
+    """What the features of a data set are made from: the data, this module, and the student's."""
+    of_data = {
+        which.partition(":")[0],
+        "mini-imagenet",
+    }  # whose images are the odd ones of CIFAR-10
+    files = [one for name in of_data for one in (data / name).glob("*.parquet")]
+    code = [Path(__file__), *Path(models.__file__).parent.glob("*.py")]
+    return digest(which, files=[*files, *code])
+
+
 def load(file: Path, data: Path, which: str) -> dict[str, np.ndarray]:
-    """Features of a data set, read from the file, or computed and written there.
+    """Features of a data set, read from the file, or computed and written there: also if code or data are others now.
 
     Args:
         file: ``.npz``.
         data: folder of the data sets.
         which: ``mini-imagenet``, or ``cifar10:NEW,NEW`` with the classes left out.
     """
-    if not file.exists():
-        if which == "mini-imagenet":
-            images = mini_imagenet(data)
-            student = train(images, epochs=8)
-        else:
-            images = cifar10(data, which.partition(":")[2].split(","))
-            student = train(images, epochs=8)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(file.with_suffix(".part.npz"), **features(student, images))
-        file.with_suffix(".part.npz").rename(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with made_from(made_by(data, which), file) as missing:
+        if missing:
+            if which == "mini-imagenet":
+                images = mini_imagenet(data)
+            else:
+                images = cifar10(data, which.partition(":")[2].split(","))
+            np.savez(file.with_suffix(".part.npz"), **features(train(images, EPOCHS), images))
+            file.with_suffix(".part.npz").rename(file)
     with np.load(file) as kept:
         return dict(kept)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cnn2gnn_dist import ledger
+from cnn2gnn_dist import ledger, settings
 from cnn2gnn_dist.training.checkpoint import folder as disk
 from tests.support.benchmarks import benchmark
 
@@ -261,3 +261,39 @@ def test_the_first_session_has_nothing_to_restore(tmp_path: Path) -> None:
     assert carried_runs.read(tmp_path / "no-such-folder", tmp_path / "runs") == []
     (tmp_path / "back").mkdir()
     assert carried_runs.read(tmp_path / "back", tmp_path / "runs") == []
+
+
+def recorded(run: Path, *, toy: bool, more: tuple[str, ...] = ()) -> Path:
+    """A finished run's config, as another machine would have recorded it."""
+    options = [*gpu_mini_imagenet.options_of(run.name, toy), f"run.dir={run}", *more]
+    data = [f"data.{part}=/elsewhere/{part}.parquet" for part in ("train", "test")]
+    config = settings.load("mini_imagenet", [*options, *data])
+    write(run / "config.yaml", settings.as_yaml(config))
+    write(run / "results.json", "{}")
+    assert carried_runs.is_finished(run)
+    return run
+
+
+def test_a_finished_run_of_another_config_is_refused(tmp_path: Path) -> None:
+    for name in gpu_mini_imagenet.RUNS:
+        gpu_mini_imagenet.check(tmp_path / name, toy=False)  # nothing there yet
+        gpu_mini_imagenet.check(recorded(tmp_path / name, toy=False), toy=False)
+    toy = recorded(tmp_path / "toy" / "resnet50", toy=True)
+    gpu_mini_imagenet.check(toy, toy=True)
+    with pytest.raises(SystemExit, match=r"resnet50 was made with .*teacher\.epochs: 2 -> 200"):
+        gpu_mini_imagenet.check(toy, toy=False)
+    edited = recorded(tmp_path / "edited" / "resnet152", toy=False, more=("teacher.lr=0.2",))
+    with pytest.raises(SystemExit, match=r"\(teacher\.lr: 0\.2 -> 0\.1\): give another STORE"):
+        gpu_mini_imagenet.check(edited, toy=False)
+
+
+@pytest.mark.parametrize("toy", [False, True])
+def test_a_session_does_not_show_the_figures_of_another_config(tmp_path: Path, toy: bool) -> None:
+    store = tmp_path / "store"
+    for name in gpu_mini_imagenet.RUNS:
+        recorded(store / "runs" / name, toy=not toy)
+    write(tmp_path / "pieces" / gpu_mini_imagenet.LIST, "{}")
+    line = ["run", str(store), "--pieces", str(tmp_path / "pieces"), "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match="another config"):
+        gpu_mini_imagenet.main([*line, *(["--toy"] if toy else [])])
+    assert not (tmp_path / "out").exists()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -64,7 +66,9 @@ def test_the_few_labels_alone_are_those_of_few_and_seen_as_often() -> None:
         assert often * hard_labels.LABELLED == once
 
 
-def test_the_file_has_the_images_of_its_labels(tmp_path) -> None:
+def test_the_file_has_the_images_of_its_labels_and_is_made_again_for_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = tmp_path / "cifar10"
     source.mkdir()
     for number, labels in enumerate(np.array_split(LABELS[:200], 2)):
@@ -73,11 +77,20 @@ def test_the_file_has_the_images_of_its_labels(tmp_path) -> None:
             pa.table({"image": images, "label": labels}), source / f"train-{number}.parquet"
         )
     hard_labels.write("long_tail", source, tmp_path / "made" / "train.parquet")
-    found = pq.read_table(tmp_path / "made" / "train.parquet")
+    file = tmp_path / "made" / "train.parquet"
+    found = pq.read_table(file)
     rows, labels = hard_labels.long_tail(LABELS[:200], np.random.default_rng(0))
     assert found["label"].to_pylist() == labels.tolist()
     wanted = [f"{row // 100}-{row % 100}".encode() for row in rows]
     assert [one["bytes"] for one in found["image"].to_pylist()] == wanted
+
+    before = file.stat().st_ino  # every writing is a new file
+    hard_labels.write("long_tail", source, file)
+    assert file.stat().st_ino == before
+    monkeypatch.setattr(hard_labels, "IMBALANCE", 10)
+    hard_labels.write("long_tail", source, file)
+    assert file.stat().st_ino != before
+    assert len(pq.read_table(file)) > len(rows)
 
 
 def test_the_variants_are_ones_that_the_table_has() -> None:

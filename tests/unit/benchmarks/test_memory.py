@@ -102,6 +102,7 @@ def test_the_share_of_a_rivals_new_accuracy_is_paired_by_draw() -> None:
     ratio, error = additions.share([10.0, 20.0], [10.0, 30.0])
     assert ratio == pytest.approx(75)
     assert error == pytest.approx(1.96 * 100 * 2.5 / 20)
+    assert np.isnan(additions.share([1.0, 2.0], [0.0, 0.0])).all()
     assert additions.share([9.0, 18.0, 27.0], [10.0, 20.0, 30.0]) == (
         pytest.approx(90),
         pytest.approx(0, abs=1e-9),
