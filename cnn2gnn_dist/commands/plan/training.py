@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from cnn2gnn_dist.commands.plan import constants, estimate
 from cnn2gnn_dist.commands.plan.estimate import Cluster, ModelPlan
 from cnn2gnn_dist.commands.plan.graph import size_of
 from cnn2gnn_dist.config import Config
+from cnn2gnn_dist.data.batch_sizes import check_parts
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.graph import memory_model
 from cnn2gnn_dist.log import output
@@ -18,6 +20,8 @@ from cnn2gnn_dist.pipeline import keys
 from cnn2gnn_dist.runtime.hosts import allotted
 from cnn2gnn_dist.stages.shared import preflight
 from cnn2gnn_dist.training.precision import choose
+
+_log = logging.getLogger(__name__)
 
 NODES, GBITS = (1, 2, 4, 8, 16, 32, 64), (10, 25, 100, 400)
 """Rows and columns of the table of efficiencies."""
@@ -62,6 +66,8 @@ def command(
     if cluster.flops is None and not cluster.on_gpu:
         precision = str(choose(config.precision, "cpu", {})).removeprefix("torch.")
         cluster = replace(cluster, flops=1e9 * constants.CPU_GFLOPS[precision])
+    if config.graph.scope == "dataset":
+        _say_parts(config, cluster)
     plan = _planned(config, images, classes, cluster, image_bytes, decode_s)
     if as_json:
         output(json.dumps({"cluster": asdict(cluster), **asdict(plan)}, indent=1))
@@ -73,6 +79,14 @@ def command(
     )
     _print_plan(plan, cluster, scaling)
     return 0
+
+
+def _say_parts(config: Config, cluster: Cluster) -> None:
+    """Warn of partitions that a run on these ranks would refuse; the plan has as many as it needs."""
+    try:
+        check_parts(config.graph.partition.parts, cluster.ranks, config.student.global_batch)
+    except UserError as error:
+        _log.warning(f"a run on these ranks is refused: {error.what}; {error.remedy}")
 
 
 @dataclass(frozen=True)

@@ -212,3 +212,13 @@ def test_without_a_config_a_plan_is_of_the_defaults_and_says_so(capsys):
     assert "1,440 images of 10 classes, default config: " in told
     assert cli.main([*command, "--config", "demo"]) == 0
     assert "1,440 images of 10 classes, config demo: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("parts", "refused"), [(2, True), (4, False), (8, False)])
+def test_a_plan_says_that_its_ranks_have_too_few_partitions(console, capsys, parts, refused):
+    command = ["plan", "--config", "demo", "--images", "1000", "--classes", "10", "--ranks", "4"]
+    assert cli.main([*command, f"graph.partition.parts={parts}", *SMALL]) == 0
+    said = (
+        "2 partitions can't be shared by 4 ranks: every rank needs one; set graph.partition.parts=4"
+    )
+    assert (said in capsys.readouterr().err) == refused
