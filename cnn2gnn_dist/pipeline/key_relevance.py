@@ -49,6 +49,8 @@ def drop_idle(
         found.pop("version.frozen", None)
     if not _decays_late(found, values):
         found.pop("version.late_decay", None)
+    if not values["data.unlabelled"] or not _has_partitions(config):
+        found.pop("version.unlabelled_parts", None)
     if not _rounded_neighbours(config):
         found.pop("version.neighbours", None)
     if "version.rank_norms" not in (recorded or {}) and not _has_rank_norms(config):
@@ -78,6 +80,10 @@ def _decays_late(found: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
         and file.get("optimizer.params.weight_decay", values["student.weight_decay"])
     )
     return bool(adds and values["graph.scope"] == "dataset" and values["graph.start_epoch"])
+
+
+def _has_partitions(config: Config) -> bool:
+    return config.graph.scope == "dataset" and config.graph.partition.parts > 1
 
 
 def _rounded_neighbours(config: Config) -> bool:

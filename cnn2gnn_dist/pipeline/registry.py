@@ -38,6 +38,7 @@ VERSIONS = {
     "version.neighbours": 2,
     "version.rank_norms": 2,
     "version.unlabelled": 2,
+    "version.unlabelled_parts": 2,
 }
 """Versions of code that keys include like fields. Each is absent from keys while it is the first
 (``key_defaults.py``)."""
@@ -210,7 +211,7 @@ _STUDENT = Stage(
     (
         *(*_LEARN, "graph"),
         "data.checksums",  # they tell twins
-        *("version.late_decay", "version.neighbours"),
+        *("version.late_decay", "version.neighbours", "version.unlabelled_parts"),
     ),
     ("index", "targets"),
     _student,

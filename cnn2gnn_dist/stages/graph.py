@@ -107,12 +107,16 @@ def build(
                 writer.path, {path.name: False for path in writer.path.glob("*.npy")}
             ),
         )
-    query_Nd = _embed_all(context, embed, writer, len(manifest), number)
-    searched = candidates.find(context, writer, query_Nd, previous)
+    query_Nd = _embed_all(context, embed, writer, manifest, number)
+    by_table = settings.sampling.query == "table"
+    searched = candidates.find(context, writer, query_Nd if by_table else None, previous)
+    nearest_N = None
+    if query_Nd is not None and not by_table:
+        nearest_N = candidates.nearest_nodes(context, writer, query_Nd)
 
     def assign() -> float:
         table_NM, order_N = (np.asarray(writer.array(name)) for name in ("candidates", "order"))
-        part_N, cut = _parts(table_NM, order_N, settings, previous)
+        part_N, cut = _parts(table_NM, order_N, nearest_N, settings, previous)
         writer.rows("part", 0, part_N)
         twin_N = _twins(writer, manifest)
         writer.rows("twin", 0, twin_N)
@@ -164,19 +168,21 @@ def _create(context: Context, root: Path, number: int, manifest: Manifest, attem
 
 
 def _embed_all(
-    context: Context, embed: Embed, writer: GraphWriter, samples: int, number: int
+    context: Context, embed: Embed, writer: GraphWriter, manifest: Manifest, number: int
 ) -> np.ndarray | None:
-    """Write x and z of this rank's share; return the query side of the search [N, d], if any.
+    """Write x and z of this rank's share; return the query side of a search [N, d], if any.
 
-    With ``graph.sampling.query=table`` candidates are looked up for an augmented view: if found for
-    the clean view, whose features are in the bank, they leak.
+    With ``graph.sampling.query=table`` candidates are looked up for an augmented view: if found for the clean view,
+    whose features are in the bank, they leak. Otherwise it is there if images without a label, whose z is not in the
+    bank, must find a partition.
     """
-    ranks, settings = context.ranks, context.config.graph
+    ranks, settings, samples = context.ranks, context.config.graph, len(manifest)
     work_folder = candidates.open_work_folder(context, writer)
     batch = context.config.evaluate.batch
     plan = list(sequential(samples, batch, ranks.rank, ranks.world_size))
     both = settings.sampling.query == "table"
-    made = Embedded(writer, work_folder, samples, batch, settings.dim if both else 0)
+    asks = both or (settings.partition.parts > 1 and bool((np.asarray(manifest.label_N) < 0).any()))
+    made = Embedded(writer, work_folder, samples, batch, settings.dim if asks else 0)
     done = made.batches_done
     corrupt = CorruptCount(context.config.data.max_corrupt, samples, what="training images")
     with context.stream(context.paths.train_manifest, "embed") as stream:
@@ -195,23 +201,23 @@ def _embed_all(
                 x_BD, z_Bd = embed(images)
                 # Neither a corrupt image nor one without a label (data.unlabelled) is a node's
                 # neighbor: its z is far from every unit vector.
-                known = valid * (labels >= 0)
-                z = (z_Bd.float() * known[:, None]).cpu().numpy()[mask]
+                asked_Bd = z_Bd.float() * valid[:, None]
+                z_Bd = asked_Bd * (labels >= 0)[:, None]
                 if view == CLEAN and mask.any():
                     made.write("x", int(ids[0]), x_BD.half().cpu().numpy()[mask])
-                    made.write("z", int(ids[0]), z)
-            if both and mask.any():
-                made.write("query", int(ids[0]), z)
+                    made.write("z", int(ids[0]), z_Bd.cpu().numpy()[mask])
+            if asks and mask.any():
+                query_Bd = z_Bd if both else asked_Bd
+                made.write("query", int(ids[0]), query_Bd.cpu().numpy()[mask])
             if (step + 1) % NOTE == 0 or step + 1 == len(plan):
                 made.note()
     made.close()
     if ranks.is_first and done:  # including those found by an earlier attempt
-        manifest, z_Nd = load_manifest(context.paths.train_manifest), writer.array("z")
         labelled = np.flatnonzero(np.asarray(manifest.label_N) >= 0)
-        for sample in np.setdiff1d(labelled, valid_nodes_of(z_Nd)).tolist():
+        for sample in np.setdiff1d(labelled, valid_nodes_of(writer.array("z"))).tolist():
             corrupt.seen.setdefault(sample, f"{manifest.key(sample)}: could not be read")
     corrupt.check()
-    return made.array("query") if both else None
+    return made.array("query") if asks else None
 
 
 def _twins(writer: GraphWriter, manifest: Manifest) -> np.ndarray:
@@ -225,16 +231,47 @@ def _twins(writer: GraphWriter, manifest: Manifest) -> np.ndarray:
 
 
 def _parts(
-    table_NM: np.ndarray, order_N: np.ndarray, settings: GraphConfig, previous: GraphVersion | None
+    table_NM: np.ndarray,
+    order_N: np.ndarray,
+    nearest_N: np.ndarray | None,
+    settings: GraphConfig,
+    previous: GraphVersion | None,
 ) -> tuple[np.ndarray, float]:
-    """Partition of each node, and the edge cut when partitions were last computed from scratch."""
+    """Partition of each node, and the edge cut when partitions were last computed from scratch.
+
+    ``nearest_N``: the nearest node that has candidates, of those the node itself; None: all have some. The others are
+    no node's candidates either, so that no edge decides where they belong: they go where the nearest is, in whose
+    partition they search, and the partitioner sees and balances only the nodes with edges.
+    """
+    before = None
     if previous is not None:
-        part_N = np.asarray(previous.part)
+        before = np.asarray(previous.part), float(previous.meta["cut_when_assigned"])
+    if nearest_N is None:
+        return _assigned(table_NM, order_N, settings, before)
+    nodes_A = np.flatnonzero(nearest_N == np.arange(len(nearest_N)))
+    place_N = np.full(len(nearest_N) + 1, -1, np.int32)  # the last entry stands for the id -1
+    place_N[nodes_A] = np.arange(len(nodes_A), dtype=np.int32)
+    order_A = place_N[order_N]
+    if before is not None:
+        before = before[0][nodes_A], before[1]
+    table_AM = place_N[table_NM[nodes_A]]
+    part_A, cut = _assigned(table_AM, order_A[order_A >= 0], settings, before)
+    return part_A[place_N[nearest_N]], cut
+
+
+def _assigned(
+    table_NM: np.ndarray,
+    order_N: np.ndarray,
+    settings: GraphConfig,
+    before: tuple[np.ndarray, float] | None,
+) -> tuple[np.ndarray, float]:
+    """As ``_parts``, of nodes with candidates; ``before``: what it returned for the previous graph."""
+    if before is not None:
+        part_N, first_cut = before
         if settings.partition.partitioner != "ranges":
             part_N = fennel.refine_partition(
                 table_NM, part_N, settings.partition.parts, settings.partition.move_gain
             )
-        first_cut = float(previous.meta["cut_when_assigned"])
         if partition.edge_cut(table_NM, part_N) <= settings.partition.repartition_cut * max(
             first_cut, 0.01
         ):

@@ -10,9 +10,10 @@ import torch
 from cnn2gnn_dist import log
 from cnn2gnn_dist.graph import quality
 from cnn2gnn_dist.graph.search.approximate import RecallGoal, TableResult, TableSearch
-from cnn2gnn_dist.graph.search.exact import exact_table
+from cnn2gnn_dist.graph.search.exact import ROWS, exact_table
+from cnn2gnn_dist.graph.search.knn import Index
 from cnn2gnn_dist.graph.search.valid_nodes import ValidNodes, valid_nodes_of
-from cnn2gnn_dist.graph.search.work_units import RankGroup, WorkFolder
+from cnn2gnn_dist.graph.search.work_units import RankGroup, WorkFolder, row_ranges
 from cnn2gnn_dist.graph.version import WORK_FOLDER, GraphVersion, GraphWriter
 from cnn2gnn_dist.runtime.group import collectives
 from cnn2gnn_dist.runtime.shared_files import handover, host_folders
@@ -68,6 +69,31 @@ def find(
         return note
 
     return host_folders.in_each(keep)  # each folder has the whole table
+
+
+def nearest_nodes(context: Context, writer: GraphWriter, query_Nd: np.ndarray) -> np.ndarray:
+    """[N] int32: of each node the nearest that others may find, itself if it is such a node (collective).
+
+    ``query_Nd`` holds z also of images without a label. One that could not be read (z = 0) gets the first node.
+    """
+    work_folder, settings = open_work_folder(context, writer), context.config.graph.search
+    z_Nd = writer.array("z")
+    nodes_A = valid_nodes_of(z_Nd)
+    some = ValidNodes(work_folder, nodes_A, len(z_Nd))
+    index = Index(
+        some.rows("z", z_Nd), exact=settings.exact, probes=settings.probes, device=context.device
+    )
+
+    def work(unit: slice) -> tuple[np.ndarray]:
+        nearest = np.arange(unit.start, unit.stop, dtype=np.int32)
+        rows = np.flatnonzero(some.place_N[unit] < 0)
+        found, _ = index.search(query_Nd[unit][rows], 1)
+        nearest[rows] = some.nodes_A[np.maximum(found[:, 0], 0)]
+        return (nearest,)
+
+    shape = {"nearest": ((len(z_Nd),), np.int32)}
+    (nearest_N,) = work_folder.fill("nearest", row_ranges(len(z_Nd), ROWS), shape, work)
+    return np.asarray(nearest_N)
 
 
 def describe(note: dict[str, Any]) -> str:

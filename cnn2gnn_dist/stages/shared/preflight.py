@@ -183,6 +183,16 @@ def misfits(
                 remedy=fewer if nodes > 2 else "more images",
             )
         )
+    by_table = graph.scope == "dataset" and graph.sampling.query == "table"
+    if by_table and "student" in ahead and nodes < images:
+        found.append(
+            UserError(
+                f"{images - nodes} training images have no label, and so no row in the table of candidates: "
+                "they would never have neighbors in training, but have them in tests",
+                where="graph.sampling.query",
+                remedy="graph.sampling.query=live, with graph.sampling.sampler=table or dgl",
+            )
+        )
     return found
 
 

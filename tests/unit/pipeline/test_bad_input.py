@@ -248,6 +248,20 @@ def test_a_micro_batch_that_is_the_graph_holds_enough_candidates(
     preflight.check(settings.load("demo", [*given, "graph.scope=dataset"]), ["teacher"], ranks)
 
 
+def test_a_table_of_candidates_has_no_rows_for_images_without_a_label():
+    table, remedy = "graph.sampling.query=table", "graph.sampling.query=live"
+    config = settings.load("demo", [table])
+    (wrong,) = preflight.misfits(config, ("student",), 1000, 900)
+    assert wrong.where == "graph.sampling.query"
+    assert wrong.what.startswith("100 training images have no label")
+    assert wrong.remedy.startswith(remedy)
+    assert preflight.misfits(config, ("teacher", "graph", "control"), 1000, 900) == []
+    assert preflight.misfits(config, ("student",), 1000, 1000) == []
+    for other in (remedy, "graph.scope=batch"):
+        cured = settings.load("demo", [table, other])
+        assert preflight.misfits(cured, ("student",), 1000, 900) == []
+
+
 @pytest.mark.parametrize("section", ["teacher", "student"])
 def test_a_training_whose_only_step_has_no_learning_rate_is_refused(section):
     config = settings.load("demo", [f"{section}.epochs=1", f"{section}.global_batch=64"])

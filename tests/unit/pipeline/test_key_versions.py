@@ -85,6 +85,26 @@ def test_the_version_of_neighbours_counts_where_they_were_rounded(
     assert (key_of(config, stage) != now) == counts
 
 
+@pytest.mark.parametrize(
+    ("stage", "options", "counts"),
+    [
+        ("student", [], False),
+        ("student", ["data.unlabelled=true"], True),
+        ("student", ["data.unlabelled=true", "graph.partition.parts=1"], False),
+        ("student", ["data.unlabelled=true", "graph.scope=batch"], False),
+        ("teacher", ["data.unlabelled=true"], False),
+        ("control", ["data.unlabelled=true"], False),
+    ],
+)
+def test_the_version_of_unlabelled_images_counts_where_they_have_partitions(
+    monkeypatch, stage, options, counts
+):
+    config = settings.load("demo", options)
+    now = key_of(config, stage)
+    monkeypatch.setitem(registry.VERSIONS, "version.unlabelled_parts", 1)
+    assert (key_of(config, stage) != now) == counts
+
+
 ADAM = {"type": "Adam", "params": {"adam_w_mode": False}}
 
 
