@@ -124,11 +124,12 @@ def _add_answers(app: FastAPI, service: Service) -> None:
 
 
 def _add_memory(app: FastAPI, service: Service) -> None:
-    @app.get("/memory", summary="The version being served, and its classes")
+    @app.get("/memory", summary="The version being served, its classes, and the limits of a request")
     async def memory() -> dict[str, Any]:
         return service.memory() | {
             "editable": None not in (service.token, service.live.version)
-            and not service.live.pinned
+            and not service.live.pinned,
+            "limits": {"images": service.limits.images, "bytes": service.limits.body_bytes},
         }
 
     @app.get("/memory/keys", summary="Keys of the images of the memory, by row")

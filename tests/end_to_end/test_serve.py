@@ -199,7 +199,7 @@ def page_of(browser: Any, address: str, **options: Any) -> Iterator[Any]:
     away = [url for url in asked if not url.startswith((address, "blob:", "data:"))]
     context.close()
     assert not away
-    assert not [text for text in wrong if "the server responded with a status of 4" not in text]
+    assert not [text for text in wrong if not re.search("responded with a status of (4|503)", text)]
 
 
 def files(images: list[bytes]) -> list[dict[str, Any]]:
@@ -255,6 +255,58 @@ def test_the_page(browser: Any, folder: Path, scheme: str, width: int, height: i
         assert not page.evaluate("document.documentElement.scrollWidth > innerWidth")
         colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert (max(map(int, re.findall(r"\d+", colour))) < 80) == (scheme == "dark")
+
+
+def padded(images: list[bytes], size: int) -> list[bytes]:
+    """The same images, as files of this size: what follows a PNG's end is ignored."""
+    return [one + bytes(size - len(one)) for one in images]
+
+
+def test_the_page_keeps_to_the_limits_of_the_server(browser: Any, folder: Path):
+    """Parts have as many images and bytes as the server takes; one that fails costs the others nothing."""
+    options = ("--max-images", "3", "--max-upload-mb", "0.1")
+    process = cnn2gnn(*serve(folder, *options), CNN2GNN_TOKEN=TOKEN)
+    with served(folder, process) as (_, address), page_of(browser, address) as page:
+        sent: list[int] = []
+        page.on("request", lambda one: "/predict" in one.url and sent.append(one.url))
+        page.set_input_files("#ask-files", files(encoded(7, seed=5)))
+        shows(page, "#ask-state", "^7 images answered")
+        assert len(sent) == 3
+        page.click("#clear")
+        page.set_input_files("#ask-files", files(padded(encoded(5, seed=5), 40_000)))
+        shows(page, "#ask-state", "^5 images answered")
+        assert len(sent) == 6, "two of 40 kB in each"
+        page.click("#clear")
+        small, large = encoded(2, seed=5), padded(encoded(1, seed=6), 100_000)
+        page.set_input_files("#ask-files", files([small[0], *large, small[1]]))
+        shows(
+            page,
+            "#ask-state",
+            "^2 of 3 images answered: an image of 0.1 MB is too large: .* 0.1 MB",
+        )
+        said = verdicts(page)
+        assert [one.startswith("class") for one in said] == [True, False, True]
+        assert said[1].startswith("not answered: an image of 0.1 MB is too large")
+        assert len(sent) == 8
+
+        page.fill("#add-name", "new")
+        page.fill("#token", TOKEN)
+        page.set_input_files("#add-files", files(encoded(4, seed=11)))
+        page.click("#add-button")
+        shows(page, "#edit-state", "^4 images of .* are too many at once: .* 3 images and 0.1 MB")
+        page.set_input_files("#add-files", files(encoded(3, seed=11)))
+        page.click("#add-button")
+        shows(page, "#edit-state", "^3 added to new")
+
+
+def test_the_page_goes_on_after_a_request_that_failed(browser: Any, folder: Path):
+    with served(folder) as (_, address), page_of(browser, address) as page:
+        broken = {"status": 503, "json": {"error": "images are waiting", "remedy": "ask again"}}
+        page.route("**/predict*", lambda route: route.fulfill(**broken), times=1)
+        page.set_input_files("#ask-files", files(encoded(20, seed=5)))
+        shows(page, "#ask-state", "^4 of 20 images answered: images are waiting – ask again")
+        page.click("#again")
+        shows(page, "#ask-state", "^20 images answered")
 
 
 def test_the_page_by_keyboard(browser: Any, folder: Path):

@@ -3,10 +3,11 @@
 
 const $ = (id) => document.getElementById(id);
 const asked = []; // {file, url, item}
-const AT_ONCE = 16; // images per request
+const AT_ONCE = 16; // images per request, if the server takes as many
 const SHOWN = 500; // classes in the list
 const UNUSUAL = 0.98; // share of images set apart from training that were nearer to it
 let memory = null;
+let limits = null; // of a request: {images, bytes}
 
 // --- the server -------------------------------------------------------------------------------
 
@@ -40,6 +41,27 @@ function form(files) {
   return data;
 }
 
+// What a file takes in a form: its bytes, and about four lines around them. A letter of its name may take nine.
+const weight = (file) => file.size + 500 + 9 * file.name.length;
+const FORM = 100; // the end of a form
+
+function fits(files, most) {
+  return files.length <= most && FORM + files.reduce((sum, file) => sum + weight(file), 0) <= limits.bytes;
+}
+
+function parts(images) {
+  const most = Math.min(AT_ONCE, limits.images);
+  const found = [];
+  for (const one of images) {
+    const last = found.at(-1);
+    if (last && fits([...last, one].map((each) => each.file), most)) last.push(one);
+    else found.push([one]);
+  }
+  return found;
+}
+
+const megabytes = (bytes) => `${(bytes / 1e6).toFixed(bytes < 1e5 ? 3 : 1)} MB`;
+
 // --- asking -----------------------------------------------------------------------------------
 
 function take(files) {
@@ -60,23 +82,28 @@ function take(files) {
 
 async function ask(images) {
   if (!images.length) return;
-  const done = () => ($("again").hidden = $("clear").hidden = !asked.length);
-  for (let at = 0; at < images.length; at += AT_ONCE) {
-    const part = images.slice(at, at + AT_ONCE);
+  let [at, answered, wrong] = [0, 0, ""];
+  for (const part of parts(images)) {
     say("ask-state", `Asking… ${at} of ${images.length}`);
+    at += part.length;
     try {
+      if (!fits(part.map((one) => one.file), limits.images)) {
+        throw new Error(`an image of ${megabytes(part[0].file.size)} is too large: a request may have ${megabytes(limits.bytes)}`);
+      }
       const made = await call("/predict?top=3&neighbours=6", {
         method: "POST",
         body: form(part.map((one) => one.file)),
       });
       part.forEach((one, place) => show(one.item, made.answers[place], made.memory_version));
+      answered += part.length;
     } catch (error) {
-      say("ask-state", error.message, true);
-      return done();
+      wrong = error.message;
+      for (const one of part) show(one.item, { error: `not answered: ${wrong}` });
     }
   }
-  say("ask-state", `${images.length} ${images.length === 1 ? "image" : "images"} answered`);
-  done();
+  const count = `${images.length} ${images.length === 1 ? "image" : "images"}`;
+  say("ask-state", wrong ? `${answered} of ${count} answered: ${wrong}` : `${count} answered`, Boolean(wrong));
+  $("again").hidden = $("clear").hidden = !asked.length;
 }
 
 function show(item, answer, version) {
@@ -149,6 +176,11 @@ async function add(event) {
   const files = [...$("add-files").files];
   const name = $("add-name").value.trim();
   await busy(async () => {
+    if (!fits(files, limits.images)) {
+      const size = files.reduce((sum, file) => sum + file.size, 0);
+      throw new Error(`${files.length} images of ${megabytes(size)} are too many at once: a request may have ` +
+        `${limits.images} images and ${megabytes(limits.bytes)} – add them in several steps`);
+    }
     say("edit-state", `Adding ${files.length}…`);
     const path = `/memory?class=${encodeURIComponent(name)}`;
     const made = await edit(path, { method: "POST", body: form(files) });
@@ -248,6 +280,7 @@ $("token").value = sessionStorage.getItem("token") ?? "";
 try {
   const [health, made] = await Promise.all([call("/healthz"), call("/memory")]);
   $("model").textContent = health.model;
+  limits = made.limits;
   remember(made);
 } catch (error) {
   say("state", error.message, true);

@@ -151,6 +151,7 @@ def test_memory_and_thumbnails(client: TestClient):
     assert memory["images"] == 40
     assert memory["editable"] is True
     assert memory["undo"] is False
+    assert memory["limits"] == {"images": LIMITS.images, "bytes": LIMITS.body_bytes}
     assert [c["images"] for c in memory["classes"]] == [14, 13, 13]
     keys = client.get("/memory/keys?class=class 1&limit=2").json()["keys"]
     assert [one["key"] for one in keys] == ["img-1", "img-4"]
