@@ -114,6 +114,23 @@ def test_requests_in_flight_are_answered_before_the_end(folder: Path, number: si
     assert process.returncode == 0, output
 
 
+def test_a_client_that_goes_away_during_its_upload_is_counted_as_such(folder: Path):
+    head = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\nContent-Length: 99\r\n\r\n"
+    with served(folder) as (process, address), httpx.Client(base_url=address) as client:
+        port = int(address.rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", port), 60) as leaving:
+            leaving.sendall(head + b"part")
+            while "cnn2gnn_requests_in_flight 2.0" not in client.get("/metrics").text:
+                pass
+        counted = r'requests_total{method="POST",path="/predict",status="(.*)"} 1.0'
+        while not (found := re.findall(counted, client.get("/metrics").text)):
+            pass
+        assert found == ["499"]
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+    assert "failed" not in output
+
+
 def listens(port: int) -> bool:
     try:
         socket.create_connection(("127.0.0.1", port), 60).close()
