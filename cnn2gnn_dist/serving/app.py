@@ -124,7 +124,9 @@ def _add_answers(app: FastAPI, service: Service) -> None:
 
 
 def _add_memory(app: FastAPI, service: Service) -> None:
-    @app.get("/memory", summary="The version being served, its classes, and the limits of a request")
+    @app.get(
+        "/memory", summary="The version being served, its classes, and the limits of a request"
+    )
     async def memory() -> dict[str, Any]:
         return service.memory() | {
             "editable": None not in (service.token, service.live.version)

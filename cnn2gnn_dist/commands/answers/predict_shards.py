@@ -105,14 +105,7 @@ def command(
             made = _by_actors(classifier, left, note, asked, actors, address)
         else:
             made = map(partial(_answer, classifier, asked), left)
-        done = failed = 0
-        with progress(
-            made, "predict", total=len(left), unit="shard", disable=not ranks.is_first
-        ) as bar:
-            for images_done, failures in bar:
-                for failure in failures:
-                    report_error(failure)
-                done, failed = done + images_done, failed + len(failures)
+        done, failed = _total(made, len(left), ranks.is_first)
     unanswered = set(left)
     before = [task for task in mine if task not in unanswered]
     already = f", {len(before)} inputs were already answered" if before else ""
@@ -120,6 +113,17 @@ def command(
     share = f" (the share of rank {ranks.rank} of {ranks.world_size})" * (ranks.world_size > 1)
     output(f"answers  {folder}: {done:,} images of {len(left)} inputs{already}{share}")
     return 1 if failed else 0
+
+
+def _total(made: Iterator[Counted], inputs: int, shown: bool) -> tuple[int, int]:
+    """Have the inputs answered; returns the numbers of their images and of those that could not be read."""
+    done = failed = 0
+    with progress(made, "predict", total=inputs, unit="shard", disable=not shown) as bar:
+        for images_done, failures in bar:
+            for failure in failures:
+                report_error(failure)
+            done, failed = done + images_done, failed + len(failures)
+    return done, failed
 
 
 def _report_unreadable(tasks: list[Task]) -> int:
