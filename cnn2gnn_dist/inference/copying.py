@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference.folder import artefact
-from cnn2gnn_dist.inference.memory import edits, store
+from cnn2gnn_dist.inference.memory import decisions, edits, store
 from cnn2gnn_dist.inference.memory.set_apart import SetApart
 from cnn2gnn_dist.inference.memory.view import forgotten
 from cnn2gnn_dist.log import quoted
@@ -121,11 +121,10 @@ def check_target(source: Path, target: Path) -> None:
 
 def _remove_memory(memory: Path) -> None:
     """Remove a memory that is there: mixed with another one, it would keep what that one forgot."""
-    if not memory.is_dir():
-        return
-    # Whatever it holds: an attempt that was killed in here may have removed HEAD, and not yet the rows.
-    for path in memory.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != store.FORGOTTEN:
-            path.unlink()
+    # Also without HEAD: an attempt that was killed in here may have removed it, and not yet the rows. But a folder of
+    # this name need not be a memory: only what is one's is removed.
+    for name in ("segments", "versions"):
+        if (memory / name).is_dir():
+            shutil.rmtree(memory / name)
+    for path in (memory / store.HEAD, memory / store.LOCK, memory / decisions.FILE):
+        path.unlink(missing_ok=True)

@@ -37,7 +37,7 @@ def drop_idle(
         found: by dotted names, with the effects of the DeepSpeed configs (``ds_config``); changed in place.
         stage: theirs.
         config: of the run.
-        recorded: the fields of the stage's record; None: it has none.
+        recorded: the fields of the stage's record, finished or begun; None: it has none.
     """
     values = settings.as_flat(config)
     if stage.name == "teacher" and not values["teacher.epochs"]:
@@ -55,10 +55,13 @@ def drop_idle(
         found.pop("version.neighbours", None)
     if "version.rank_norms" not in (recorded or {}) and not _has_rank_norms(config):
         found.pop("version.rank_norms", None)
-    if not _finds_twins(stage, config) or (
-        recorded is not None and "data.checksums" not in recorded
-    ):  # records from before it counted stay valid
+    if not _finds_twins(stage, config):
         found.pop("data.checksums", None)
+    for name in ("data.checksums", *POOLS["student"]):
+        if (
+            recorded is not None and name not in recorded
+        ):  # records from before it counted stay valid
+            found.pop(name, None)
 
 
 def _freezes(found: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
@@ -91,9 +94,9 @@ def _rounded_neighbours(config: Config) -> bool:
 
     A sampled second hop differs by rounding, and only where "auto" is bfloat16: such runs stay complete.
     """
-    graph = config.graph
+    graph, exact = config.graph, config.precision == "float32"
     cached = graph.scope == "dataset" and graph.sampling.second_hop == "cached"
-    return config.precision == "bfloat16" or graph.scope == "batch" or cached
+    return config.precision == "bfloat16" or (graph.scope == "batch" and not exact) or cached
 
 
 def _finds_twins(stage: Stage, config: Config) -> bool:

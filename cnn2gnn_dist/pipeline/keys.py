@@ -53,7 +53,11 @@ def read_deepspeed(config: Config) -> DeepSpeed:
 
 
 def parts(
-    config: Config, stage: Stage, deepspeed: DeepSpeed, entry: Entry | None = None
+    config: Config,
+    stage: Stage,
+    deepspeed: DeepSpeed,
+    entry: Entry | None = None,
+    recorded: Entry | None = None,
 ) -> dict[str, Any]:
     """The fields behind a stage's key by their dotted names, including those at their defaults.
 
@@ -65,6 +69,7 @@ def parts(
         stage: the stage.
         deepspeed: the DeepSpeed configs.
         entry: the stage's record; used for files that no longer exist.
+        recorded: the record of a stage that was begun; None: ``entry``.
     """
     values = settings.as_flat(config) | VERSIONS
     pools = key_relevance.POOLS if config.graph.scope == "batch" else {}
@@ -74,7 +79,8 @@ def parts(
         others = ds_config.outcome(read) if model in stage.fields else {}
         if others:  # the packaged file's contents are not in the key
             found[f"{model}.ds_config"] = others
-    key_relevance.drop_idle(found, stage, config, parts_of(entry) if entry else None)
+    begun = recorded or entry
+    key_relevance.drop_idle(found, stage, config, parts_of(begun) if begun else None)
     for name, remedy in _CONTENTS.items():
         if found.get(name):
             before = parts_of(entry).get(name) if entry else None

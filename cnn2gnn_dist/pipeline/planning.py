@@ -71,7 +71,7 @@ def inspect_stage(
         return Step(stage, None, Status.FRESH, f"waits for {', '.join(missing)}")
     inputs = {need: digests[need] for need in needs} | survey.inputs(stage)
     before, recorded = ledger.finished(folder), ledger.recorded(folder)
-    parts = keys.parts(survey.config, stage, survey.deepspeed, before)
+    parts = keys.parts(survey.config, stage, survey.deepspeed, before, recorded)
     key, schema = keys.key_of(stage, parts, inputs), ledger.SCHEMA
     if recorded and recorded.schema < schema and keys.matches(recorded, stage, parts, inputs):
         key, parts, schema = recorded.key, recorded.parts, recorded.schema

@@ -70,6 +70,7 @@ class Stored:
         root, url = Path(str(self._config.run.dir)), self._config.run.storage
         if url is not None:
             self.storage = RunStorage.open(root, url)
+            _fetch_kept(self._config, self.storage)
         else:
             _check_whole(self._config, root)
 
@@ -150,12 +151,20 @@ def looked_at(config: Config) -> Iterator[Look]:
     ledger.check_claim(root)
     with tempfile.TemporaryDirectory(prefix="cnn2gnn-plan-") as name:
         storage, moved = RunStorage.look(root, url, Path(name))
+        _fetch_kept(config, storage)
         run = config.run.model_copy(update={"dir": name})
         lines = [f"storage: {_holdings(config, storage)}"]
         lines += [
             f"the run has continued elsewhere: {one} would be moved aside here" for one in moved
         ]
         yield config.model_copy(update={"run": run}), lines
+
+
+def _fetch_kept(config: Config, storage: RunStorage) -> None:
+    """Fetch what earlier results decide about later ones, such as the list of forgotten images."""
+    for stage in stages_of(config):
+        for name in stage.keeps:
+            storage.fetch_file(stage.folder, name)
 
 
 def _check_whole(config: Config, root: Path) -> None:

@@ -13,7 +13,14 @@ from cnn2gnn_dist.data.index.class_matching import notes
 from cnn2gnn_dist.data.index.held_out_overlap import overlap_note
 from cnn2gnn_dist.data.index.manifest import Manifest
 from cnn2gnn_dist.data.index.manifest_pair import index_data_set, index_pair
-from cnn2gnn_dist.data.index.relabel import read_relabel, relabelled, without, write_relabel
+from cnn2gnn_dist.data.index.relabel import (
+    names_of,
+    read_relabel,
+    relabelled,
+    rows_named,
+    without,
+    write_relabel,
+)
 from cnn2gnn_dist.data.index.repeated_images import copies_note
 from cnn2gnn_dist.data.index.split import split_labelled
 from cnn2gnn_dist.data.packing import packers
@@ -219,6 +226,7 @@ def index_run(context: Context) -> list[Path]:
 def _decided(context: Context, whole: Manifest, held: Manifest) -> Manifest:
     """Apply the relabel list, and leave out what the memories of the run's models have forgotten."""
     data, root = context.config.data, context.paths.root
+    gone = forgotten_of_run(root)
     if data.relabel is None:
         context.paths.relabel_list.unlink(missing_ok=True)
     else:
@@ -233,10 +241,10 @@ def _decided(context: Context, whole: Manifest, held: Manifest) -> Manifest:
         )
         context.say(said)
         # The file may be changed or deleted later, but an audit has to add to what was used here.
-        write_relabel(context.paths.relabel_list, decisions)
-    whole, forgotten = without(
-        whole, forgotten_of_run(root), str(root), allow_empty_classes=data.allow_empty_classes
-    )
+        row_of, gone_N = names_of(whole), rows_named(whole, gone)
+        kept = {k: one for k, one in decisions.items() if not (k in row_of and gone_N[row_of[k]])}
+        write_relabel(context.paths.relabel_list, kept)
+    whole, forgotten = without(whole, gone, str(root), allow_empty_classes=data.allow_empty_classes)
     if forgotten:
         context.say(
             f"{forgotten} training images that the memory of the run's model has forgotten are left out"

@@ -7,7 +7,7 @@ const AT_ONCE = 16; // images per request, if the server takes as many
 const SHOWN = 500; // classes in the list
 const UNUSUAL = 0.98; // share of images set apart from training that were nearer to it
 let memory = null;
-let limits = null; // of a request: {images, bytes}
+let limits = { images: AT_ONCE, bytes: Infinity }; // of a request; the server says how many, and refuses by itself
 
 // --- the server -------------------------------------------------------------------------------
 

@@ -118,6 +118,18 @@ def test_a_copy_over_one_whose_removal_was_killed_keeps_nothing_of_it(tmp_path):
     assert "img-3" not in store.keys_on_disk(copied.memory.root)
 
 
+def test_a_copy_into_a_folder_with_a_memory_of_another_kind_keeps_its_files(tmp_path):
+    model = Classifier.open(write_model(tmp_path / "model"), device="cpu")
+    notes = tmp_path / "project" / "memory" / "notes"
+    notes.mkdir(parents=True)
+    (notes / "a.txt").write_text("mine")
+    (notes.parent / "todo.md").write_text("mine, too")
+    model.save_pretrained(tmp_path / "project")
+    assert (notes / "a.txt").read_text() == "mine"
+    assert (notes.parent / "todo.md").read_text() == "mine, too"
+    assert len(load(tmp_path / "project", device="cpu").memory) == 40
+
+
 def test_what_a_killed_edit_left_is_no_content_of_a_model(tmp_path):
     model = Classifier.open(write_model(tmp_path / "model"), device="cpu")
     model.save_pretrained(tmp_path / "copy")

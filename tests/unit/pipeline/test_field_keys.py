@@ -135,6 +135,15 @@ def test_the_micro_batch_counts_where_it_is_the_graph():
     assert keys.DEFAULTS["student.max_micro_batch"] == 256  # such runs stay complete
 
 
+def test_records_from_before_the_micro_batch_counted_stay_valid():
+    options = ["graph.scope=batch", "student.max_micro_batch=128"]
+    earlier = parts_with("student", *options)
+    del earlier["student.max_micro_batch"]
+    stage = next(s for s in stages_of(settings.load("demo", [])) if s.name == "student")
+    assert key_with("student", earlier, *options) == keys.key_of(stage, earlier, {})
+    assert key_with("student", None, *options) != keys.key_of(stage, earlier, {})
+
+
 def key_with(name: str, recorded: dict | None, *overrides: str) -> str:
     """The key of a stage that has a record with these fields (None: no record)."""
     config = settings.load("demo", ["run.dir=/nowhere/run", *overrides])

@@ -5,7 +5,7 @@ import pytest
 
 from cnn2gnn_dist import cli, settings
 from cnn2gnn_dist.data.index.manifest import Manifest
-from cnn2gnn_dist.data.index.relabel import read_relabel
+from cnn2gnn_dist.data.index.relabel import names_of, read_relabel
 from cnn2gnn_dist.inference.folder.artefact import MEMORY
 from cnn2gnn_dist.inference.memory.forgetting import record_forgotten
 from cnn2gnn_dist.ledger import Status
@@ -109,3 +109,18 @@ def test_the_list_stays_as_it_was_applied(given, tmp_path):
     assert len(applied) == 3
     assert cli.main(["index", *given, "--update"]) == 0
     assert not kept.exists()
+
+
+def test_a_list_loses_its_lines_on_forgotten_images(given, tmp_path):
+    """Whatever they are called there: beside ``forgotten.csv``, they would be second decisions on these images."""
+    run, path = tmp_path / "run", tmp_path / "list.csv"
+    assert cli.main(["index", *given]) == 0
+    first, second = keys_of(run)[:2]
+    named = names_of(Manifest.load(run / "manifest" / "train.arrow"))
+    long_name = next(name for name, row in named.items() if row == 0 and name != first)
+    path.write_text(f"key,class\n{long_name},2\n{second},2\n")
+    (run / "model" / MEMORY).mkdir(parents=True)
+    record_forgotten(run / "model" / MEMORY, [first])
+    assert cli.main(["index", *given, f"data.relabel={path}", "--update"]) == 0
+    assert first not in keys_of(run)
+    assert list(read_relabel(run / "manifest" / "relabel.csv")) == [second]

@@ -72,6 +72,7 @@ def test_the_version_of_frozen_parameters_counts_where_gradients_are_clipped(
         ("student", ["precision=bfloat16"], True),
         ("student", ["graph.sampling.second_hop=cached"], True),
         ("student", ["graph.scope=batch"], True),
+        ("student", ["graph.scope=batch", "precision=float32"], False),
         ("control", ["graph.scope=batch"], False),
         ("graph", ["graph.sampling.second_hop=cached"], False),
     ],
