@@ -110,9 +110,9 @@ def _in_model(
     """Positions of the labels among the model's classes, int64 [N]; ``names`` None: only numbered."""
     used = np.unique(label_N).tolist()
     if names is None:
-        names = [str(label) for label in range(max(used) + 1)]
-        if not {names[label] for label in used} <= set(classes):
+        if list(classes) != [str(number) for number in range(len(classes))]:
             return _by_number(label_N, classes, path)
+        names = [str(label) for label in range(max(used) + 1)]
     place = {plain(name): number for number, name in enumerate(classes)}
     place |= {name: number for number, name in enumerate(classes)}
     known = [place.get(name, place.get(plain(name), -1)) for name in names]
@@ -133,6 +133,17 @@ def _in_model(
 
 
 def _by_number(label_N: np.ndarray, classes: Sequence[str], path: str) -> np.ndarray:
+    numbers = [name for name in classes if name.strip().isdecimal()]
+    if (
+        numbers
+    ):  # each file's labels alone would say one or the other, and two files of a set might differ
+        at = classes.index(numbers[-1])
+        raise UserError(
+            "the classes here are only numbered, and names of the model's classes are other numbers: whether a label "
+            f"is one of these names or a place among them ('{numbers[-1]}' has place {at}) is not known",
+            where=printable(path),
+            remedy="name the classes, for example by a folder of images for each: FOLDER/CLASS/IMAGE",
+        )
     highest = int(label_N.max())
     if highest >= len(classes):
         raise UserError(

@@ -183,7 +183,7 @@ def _with_data(tree: dict[str, Any], survey: Survey) -> dict[str, Any]:
         data["calibration"] = recipe.CALIBRATION
     if survey.columns != ("image", "label"):
         data["image_column"], data["label_column"] = survey.columns
-    if survey.empty:
+    if survey.empty and not survey.sampled:
         data["allow_empty_classes"] = True  # otherwise the run refuses them
     if source.kind != "shards" and survey.images < 5 * 2048:  # several shards, to shuffle over
         data["shard_size"] = max(32, -(-survey.images // 8))

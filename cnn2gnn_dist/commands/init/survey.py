@@ -41,6 +41,7 @@ class Survey:
         source: where it is.
         classes: names of the classes.
         count_C: training images of each class, before any are split off.
+        sampled: whether only some shards were read: counts are estimates, and a class may be in the others.
         held: images of the held-out part; None: there is none.
         sides: (height, width) of the decoded images, int [n, 2].
         grey: share of them whose channels are equal.
@@ -55,6 +56,7 @@ class Survey:
     source: Source
     classes: list[str]
     count_C: np.ndarray
+    sampled: bool = False
     held: int | None = None
     sides: np.ndarray = field(default_factory=lambda: np.empty((0, 2), np.int64))
     grey: float = 0.0
@@ -122,7 +124,7 @@ def _refuse_few(survey: Survey) -> None:
             where=where,
             remedy="add images, at least ten of each class",
         )
-    if survey.empty:
+    if survey.empty and not survey.sampled:  # else their images may be in the other shards
         names = ", ".join(f"'{printable(name)}'" for name in survey.empty[:4])
         survey.notes.append(
             f"{len(survey.empty)} classes have no training images and can't be learned: {names}"
@@ -131,7 +133,8 @@ def _refuse_few(survey: Survey) -> None:
     least = int(survey.count_C[survey.count_C > 0].min())
     if least < 10:
         survey.notes.append(
-            f"the smallest class has {least} image{'s' * (least > 1)}: little can be learned from so few"
+            f"the smallest class has {'about ' * survey.sampled}{least} image{'s' * (least > 1)}: little can be "
+            "learned from so few"
         )
 
 
@@ -264,6 +267,7 @@ def _shards(source: Source, rng: np.random.Generator) -> Survey:
     survey = Survey(source, list(manifest.classes), count_C)
     if len(some) < len(paths):
         survey.count_C = np.ceil(count_C * (len(paths) / len(some))).astype(np.int64)
+        survey.sampled = True
         survey.notes.append(
             f"{len(some)} of {len(paths)} shards were read: the counts are estimates"
         )

@@ -100,6 +100,19 @@ def test_held_out_classes_that_the_run_would_refuse_are_refused(tmp_path, kind):
         look(find_source(str(tmp_path)))
 
 
+def test_a_class_that_was_not_among_the_shards_that_were_read_may_be_in_others(tmp_path):
+    """Forty shards sorted by class, of which some are read."""
+    labels = np.repeat(np.arange(40), 4)
+    make_shards(tmp_path, random_images(160, 32, 32), labels, shard_size=4)
+    seen = look(find_source(str(tmp_path)))
+    assert seen.empty
+    assert not [note for note in seen.notes if "no training images" in note]
+    assert [note for note in seen.notes if note.startswith("the smallest class has about ")]
+    facts, machine = init.facts_of(seen), Machine(1, 2, "cpu")
+    tree = recipe.tree(facts, machine, recipe.nets(facts, machine, None)[0], 8)
+    assert "allow_empty_classes" not in init._with_data(tree, seen)["data"]
+
+
 def test_held_out_shards_are_not_taken_for_training_ones(tmp_path):
     for prefix in ("images", "test"):
         make_shards(tmp_path, random_images(8, 32, 32), np.arange(8) % 2, prefix=prefix)

@@ -168,6 +168,24 @@ def test_what_cannot_be_compared_is_refused(model, images, labels, tmp_path, mak
     assert caught.value.remedy
 
 
+@pytest.mark.parametrize("names", [["1", "2", "3"], [*map(str, sorted(range(12), key=str))]])
+def test_numbers_that_may_be_names_or_places_are_refused(images, labels, tmp_path, names):
+    """Each file alone would seem to say one or the other, and files of one set not the same."""
+    shards = make_shards(tmp_path / "s", images, labels, shard_size=1)
+    for shard in shards[:3]:
+        with pytest.raises(UserError, match=f"'{names[-1]}' has place {len(names) - 1}") as caught:
+            list(labelled([str(shard)], names))
+        assert "FOLDER/CLASS/IMAGE" in caught.value.remedy
+
+
+def test_numbers_are_those_of_numbered_classes(images, labels, tmp_path):
+    shards = make_shards(tmp_path / "s", images, labels, shard_size=40)
+    found = [one.label for shard in shards for one in labelled([str(shard)], [*map(str, range(3))])]
+    assert found == labels.tolist()
+    with pytest.raises(UserError, match="'2'"):
+        list(labelled([str(one) for one in shards], ["0", "1"]))
+
+
 def write(path, data):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
