@@ -172,7 +172,9 @@ def test_a_run_under_ray_outlives_a_notice_rays_head_the_driver_a_reader_and_a_r
     assert (run / stage / "checkpoints" / "latest").read_text() == f"step-{int(step):08d}"
 
     process = start(command, ray_environment())
-    reach(process, run, "teacher", int(step) + 2)
+    # On a busy machine the notice may arrive at the teacher's end.
+    late = stage != "teacher" or int(step) + 2 > lines(micro_run / "teacher")[-1]["step"]
+    reach(process, run, *(("student", None) if late else ("teacher", int(step) + 2)))
     family = family_of(process)
     kill_one(family, "gcs_server")
     code, output = finish(process)
