@@ -92,9 +92,6 @@ class Stored:
                 self.storage.fetch(stage.folder)
         if step.status is Status.RESUME or (step.status is Status.STALE and force):
             self.storage.fetch(step.stage.folder, resumes=True)
-        elif step.status is Status.STALE:
-            for name in step.stage.keeps:
-                self.storage.fetch_file(step.stage.folder, name)
 
     @staticmethod
     def is_input(stage: Stage, of: Stage) -> bool:

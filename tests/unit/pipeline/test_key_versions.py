@@ -25,6 +25,14 @@ def key_of(
     return keys.key_of(STAGES[stage], parts, {"index": "x"})
 
 
+def is_in_the_key(version: str, stage: str, options: list[str], patch: pytest.MonkeyPatch) -> bool:
+    """Whether a key would be another one at the first version."""
+    config = settings.load("demo", options)
+    now = key_of(config, stage)
+    patch.setitem(registry.VERSIONS, f"version.{version}", 1)
+    return key_of(config, stage) != now
+
+
 @pytest.mark.parametrize(
     ("stage", "option"),
     [
@@ -59,10 +67,7 @@ def test_only_runs_with_the_option_have_its_version_in_their_keys(monkeypatch, s
 def test_the_version_of_frozen_parameters_counts_where_gradients_are_clipped(
     monkeypatch, stage, options, counts
 ):
-    config = settings.load("demo", options)
-    now = key_of(config, stage)
-    monkeypatch.setitem(registry.VERSIONS, "version.frozen", 1)
-    assert (key_of(config, stage) != now) == counts
+    assert is_in_the_key("frozen", stage, options, monkeypatch) == counts
 
 
 @pytest.mark.parametrize(
@@ -80,10 +85,7 @@ def test_the_version_of_frozen_parameters_counts_where_gradients_are_clipped(
 def test_the_version_of_neighbours_counts_where_they_were_rounded(
     monkeypatch, stage, options, counts
 ):
-    config = settings.load("demo", options)
-    now = key_of(config, stage)
-    monkeypatch.setitem(registry.VERSIONS, "version.neighbours", 1)
-    assert (key_of(config, stage) != now) == counts
+    assert is_in_the_key("neighbours", stage, options, monkeypatch) == counts
 
 
 @pytest.mark.parametrize(
@@ -100,10 +102,7 @@ def test_the_version_of_neighbours_counts_where_they_were_rounded(
 def test_the_version_of_unlabelled_images_counts_where_they_have_partitions(
     monkeypatch, stage, options, counts
 ):
-    config = settings.load("demo", options)
-    now = key_of(config, stage)
-    monkeypatch.setitem(registry.VERSIONS, "version.unlabelled_parts", 1)
-    assert (key_of(config, stage) != now) == counts
+    assert is_in_the_key("unlabelled_parts", stage, options, monkeypatch) == counts
 
 
 ADAM = {"type": "Adam", "params": {"adam_w_mode": False}}

@@ -15,26 +15,8 @@ from cnn2gnn_dist.stages.earlier_models import forgotten_of_run
 from tests.unit.run_storage.test_session import finished, opened
 
 
-def test_the_list_of_forgotten_images_is_fetched(tmp_path: Path):
-    """On fresh scratch only the records of the stage are there."""
-    here, there = tmp_path / "here", tmp_path / "there"
-    storage = opened(here)
-    finished(here / "model", {"w": b"weights"})
-    (here / "model" / MEMORY).mkdir()
-    (here / "model" / MEMORY / store.FORGOTTEN).write_text("key,class\na-1,drop?\n")
-    storage.keep_stage("model", made=True)
-
-    stored = Stored(settings.load("demo", [f"run.dir={there}", "run.storage=memory://runs/one"]))
-    stored.storage = opened(there)
-    assert forgotten_of_run(there) == []
-    stored.before(Step(STAGES["model"], "another key", Status.STALE, ""), [], False)
-    ledger.set_aside(there / "model")
-    assert forgotten_of_run(there) == ["a-1"]
-    assert not (there / "model.old-1" / "w").exists()
-
-
-def test_the_list_is_there_as_soon_as_the_storage_is_open(tmp_path: Path):
-    """The index leaves these images out, and a plan says so."""
+def test_the_list_of_forgotten_images_is_there_as_soon_as_the_storage_is_open(tmp_path: Path):
+    """On fresh scratch, without the model: the index leaves these images out, and a plan says so."""
     here, there = tmp_path / "here", tmp_path / "there"
     storage = opened(here)
     finished(here / "model", {"w": b"weights"})
@@ -46,6 +28,10 @@ def test_the_list_is_there_as_soon_as_the_storage_is_open(tmp_path: Path):
     with looked_at(config) as (seen, _):
         assert forgotten_of_run(Path(seen.run.dir)) == ["a-1"]
     assert not there.exists()
-    Stored(config)._open()
+    stored = Stored(config)
+    stored._open()
     assert forgotten_of_run(there) == ["a-1"]
-    assert not (there / "model" / "w").exists()
+    stored.before(Step(STAGES["model"], "another key", Status.STALE, ""), [], False)
+    ledger.set_aside(there / "model")
+    assert forgotten_of_run(there) == ["a-1"]
+    assert not (there / "model.old-1" / "w").exists()
