@@ -82,7 +82,8 @@ def test_the_head_dies_and_then_a_host_that_returns(
     assert members.wait_until(lambda: all(map(gone, pair)), 120)
     with ray_hosts.started(pair, folder, (1, 1)) as cluster:
         driver = cluster.run(*arguments)
-        read_until(driver, "resumes at epoch")
+        # The ranks notice the head's loss within a second; a fast machine has then finished the teacher.
+        read_until(driver, "resumes at epoch|teacher +complete, skipped")
         lose_in_a_refresh(driver, run, pair[1])
         pair[1].restore()
         cluster.start_node(pair[1], 1)

@@ -24,7 +24,7 @@ from tests.support.runs import (
     torchrun,
     trail,
 )
-from tests.support.watching import kill_all, ranks_of, reach, read_until
+from tests.support.watching import frozen, kill_all, ranks_of, reach, read_until
 
 TO_STUDENT = "pack,index,teacher,targets,student"
 
@@ -164,8 +164,13 @@ def test_a_run_under_ray_outlives_a_notice_rays_head_the_driver_a_reader_and_a_r
     command += [f"run.dir={run}"]
     how = ["checkpoint.every_steps=1000", "cluster.grace_s=20"]
     process = start([*command, *how], ray_environment())
+    # Ray looks at signals once a second: a fast machine would train to the end in that time.
     reach(process, run, "teacher", 2)
+    ranks = frozen(process, "ray::_Rank")
     process.terminate()
+    read_until(process, "asked to stop: the ranks save their step")
+    for rank in ranks:
+        rank.resume()
     code, output = finish(process)
     assert code == 143, output
     stage, step = re.search(r"(\w+) was asked to stop: step (\d+) is saved", output).groups()
@@ -173,9 +178,10 @@ def test_a_run_under_ray_outlives_a_notice_rays_head_the_driver_a_reader_and_a_r
 
     process = start(command, ray_environment())
     # On a busy machine the notice may arrive at the teacher's end.
-    late = stage != "teacher" or int(step) + 2 > lines(micro_run / "teacher")[-1]["step"]
-    reach(process, run, *(("student", None) if late else ("teacher", int(step) + 2)))
+    ended = stage == "teacher" and int(step) + 2 > lines(micro_run / "teacher")[-1]["step"]
+    reach(process, run, *(("student", None) if ended else (stage, int(step) + 2)))
     family = family_of(process)
+    frozen(process, "ray::_Rank")
     kill_one(family, "gcs_server")
     code, output = finish(process)
     assert_all_ended(code, output, family)
@@ -183,6 +189,7 @@ def test_a_run_under_ray_outlives_a_notice_rays_head_the_driver_a_reader_and_a_r
     process = start(command, ray_environment())
     reach(process, run, "student")
     family = family_of(process)
+    frozen(process, "ray::_Rank")
     process.kill()  # the driver
     code, output = finish(process)
     assert_all_ended(code, output, family)

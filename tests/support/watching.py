@@ -53,6 +53,15 @@ def ranks_of(process: subprocess.Popen[str] | Fork) -> list[psutil.Process]:
     return sorted(ranks, key=lambda child: child.pid)
 
 
+def frozen(process: subprocess.Popen[str] | Fork, name: str) -> list[psutil.Process]:
+    """Stop (SIGSTOP) the descendants of this name where they are; returns them, for ``resume``."""
+    family = psutil.Process(process.pid).children(recursive=True)
+    found = [child for child in family if child.name().startswith(name)]
+    for child in found:
+        child.suspend()
+    return found
+
+
 def kill_all(process: subprocess.Popen[str] | Fork) -> str:
     """Send SIGKILL to a process and all its descendants; return the rest of the output."""
     family = [process, *psutil.Process(process.pid).children(recursive=True)]

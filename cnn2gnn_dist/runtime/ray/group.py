@@ -216,6 +216,9 @@ def _wait_for_saves(actors: list[Any], refs: list[Any], grace_s: float) -> None:
     """This process was asked to stop: give the ranks ``grace_s`` seconds for a last checkpoint."""
     for actor in actors:
         actor.request_stop.remote()
+    _log.warning(
+        f"asked to stop: the ranks save their step, for up to {grace_s:g} s (cluster.grace_s)"
+    )
     done, unanswered = ray.wait(refs, num_returns=len(refs), timeout=grace_s)
     failures = [failure for failure in map(_failure, done) if failure is not None]
     causes = map(ray_errors.cause_of, failures)
