@@ -176,7 +176,7 @@ def _run_all(run: Run, names: list[str] | None) -> dict[str, Any]:
         if step.key is None and blocked:
             step = replace(step, why=f"{step.why} ({blocked})")
         if wanted:
-            step = complete(run, step, stages, made)
+            step = complete(run, step, stages, made, look)
             done[stage.name] = step.why
         if step.status is Status.COMPLETE:
             if not host_folders.are_separate() and not across_hosts.ends_here(stage, stages):

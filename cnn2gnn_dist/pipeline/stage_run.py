@@ -99,13 +99,23 @@ def inspect(
     return step
 
 
-def complete(run: Run, step: Step, stages: list[Stage], made: dict[str, str]) -> Step:
-    """Run the stage of a step unless it is complete; return the step as it is afterwards."""
+def complete(
+    run: Run, step: Step, stages: list[Stage], made: dict[str, str], look: Callable[[], Step]
+) -> Step:
+    """Run the stage of a step unless it is complete; return the step as it is afterwards.
+
+    Args:
+        run: how.
+        step: as ``look`` has found it.
+        stages: of the run.
+        made: keys of the complete stages before it.
+        look: determines the state of the stage (rank 0).
+    """
     if step.status is Status.COMPLETE:
         if run.ranks.is_first and not run.inside_ray:
             log_skipped(step.stage.name)
         return step
-    on_rank_0(run.ranks, partial(run.stored.before, step, stages, run.force))
+    step = on_rank_0(run.ranks, partial(_fetched, run, step, stages, look))
     prepare = partial(prepare_folder, run.survey, step, run.update, run.force, run.stored)
     step = on_rank_0(run.ranks, prepare)
     run.record_config()
@@ -114,6 +124,15 @@ def complete(run: Run, step: Step, stages: list[Stage], made: dict[str, str]) ->
         across_hosts.bring_inputs(run.root, folders, run.brought)
         host_folders.in_each(lambda: (run.root / step.stage.folder).mkdir(exist_ok=True))
     return _execute(run.context(step), run.survey, step, dict(made))
+
+
+def _fetched(run: Run, step: Step, stages: list[Stage], look: Callable[[], Step]) -> Step:
+    """The step once the storage's files that the stage builds on are here: some keys depend on what is in them."""
+    run.stored.before(step, stages, run.force)
+    if run.stored.storage is None:
+        return step
+    again = look()
+    return step if again.key == step.key else again
 
 
 def log_skipped(name: str) -> None:
