@@ -226,6 +226,8 @@ def _text(place: str, survey: Survey, found: _Choice, minutes: float) -> str:
         f"pixels; predicted: {found.estimate.minutes:.0f} minutes.",
         "cnn2gnn run --config THIS_FILE; every field and its meaning: cnn2gnn config",
     ]
+    if survey.source.note:
+        head.append(f"Note: {survey.source.note}.")
     written = text.as_text(head, tree)
     config = _checked(written)
     preflight.check(config, _STAGES, config.run.ranks)

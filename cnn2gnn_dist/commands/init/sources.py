@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from cnn2gnn_dist.data.images.file_kind import ENOUGH, kind_of, remedy_for
 from cnn2gnn_dist.data.images.formats import IMAGE_SUFFIXES
-from cnn2gnn_dist.data.images.image_files import find_images
+from cnn2gnn_dist.data.images.image_files import find_images, printable
 from cnn2gnn_dist.data.storage import folders
 from cnn2gnn_dist.data.storage.shard_paths import expand
 from cnn2gnn_dist.data.storage.urls import is_remote
@@ -41,12 +41,14 @@ class Source:
         train: a folder, a file, a glob, or a list of files; absolute.
         test: the same for the held-out images; None: they have to be split off.
         unused: names of parts that neither of them uses.
+        note: why validation images are not held out; empty: they are, or there are none.
     """
 
     kind: Kind
     train: Paths
     test: Paths | None = None
     unused: tuple[str, ...] = ()
+    note: str = ""
 
 
 def find_source(place: str) -> Source:
@@ -106,7 +108,8 @@ def _folder(place: str) -> Source:
     parts = _parts(place, names)
     if parts:
         kind, test = _kind_in(parts["train"]), None
-        held = next((parts[part] for part in _HELD_OUT if part in parts), None)
+        part, note = _held_out({part: [os.path.basename(path)] for part, path in parts.items()})
+        held = parts.get(part)
         if held is not None:
             other = _kind_in(held)
             if other != kind:
@@ -117,9 +120,28 @@ def _folder(place: str) -> Source:
                 )
             test = held
         used = {os.path.basename(parts["train"]), os.path.basename(test or "")}
-        return Source(kind, parts["train"], test, tuple(sorted(n for n in names if n not in used)))
+        unused = tuple(sorted(name for name in names if name not in used))
+        return Source(kind, parts["train"], test, unused, note)
     kind = _kind_in(place)
     return Source(kind, place) if kind == "imagefolder" else _of_files(place, kind)
+
+
+def _held_out(names: Mapping[str, list[str]]) -> tuple[str, str]:
+    """Which part is held out (empty: none), and a note if it is not the validation part because of its name.
+
+    Args:
+        names: by part, of its folder or of its files.
+    """
+    part = next((part for part in _HELD_OUT if part in names), "")
+    both = next(filter(folders.contains_val, names["train"]), None)
+    if part != "val" or both is None:
+        return part, ""
+    part = "test" if "test" in names else ""
+    instead = f"'{printable(names['test'][0])}' is" if part else "a share of the training images is"
+    return part, (
+        f"by its name, '{printable(both)}' contains the images of '{printable(names['val'][0])}', so {instead} "
+        "held out; if it does not, set data.test"
+    )
 
 
 def _parts(place: str, names: Sequence[str]) -> dict[str, str]:
@@ -215,14 +237,17 @@ def _of_files(folder: str, kind: Kind) -> Source:
             where=folder,
             remedy=f"name the files to train on by a pattern: '{place}/NAME*{suffix}'",
         )
-    held = next(part for part in _HELD_OUT if part in by_part)
+    held, note = _held_out(
+        {part: list(map(os.path.basename, found)) for part, found in by_part.items() if part}
+    )
     unused = [
         os.path.basename(file)
         for part, found in by_part.items()
         if part not in ("train", held)
         for file in found
     ]
-    return Source(kind, _short(by_part["train"]), _short(by_part[held]), tuple(sorted(unused)))
+    test = _short(by_part[held]) if held else None
+    return Source(kind, _short(by_part["train"]), test, tuple(sorted(unused)), note)
 
 
 def _short(files: list[str]) -> Paths:

@@ -93,6 +93,8 @@ def look(source: Source, seed: int = 0) -> Survey:
     looks = {"imagefolder": _folder, "parquet": _parquet, "shards": _shards}
     survey = looks[source.kind](source, np.random.default_rng(seed))
     _refuse_few(survey)
+    if source.note:
+        survey.notes.append(source.note)
     if source.unused:
         names = ", ".join(f"'{printable(name)}'" for name in source.unused[:4])
         survey.notes.append(f"not used: {names}{', …' if len(source.unused) > 4 else ''}")

@@ -31,6 +31,12 @@ def part_of(name: str) -> str | None:
     return _PARTS.get(match.group(1).lower(), "val") if match else None
 
 
+def contains_val(name: str) -> bool:
+    """Return whether a name says that the validation images are among the training ones: ``trainval``."""
+    match = _SPLIT.search(name)
+    return bool(match) and match.group(1).lower() == "trainval"  # type: ignore[union-attr]
+
+
 def is_part(name: str) -> bool:
     """Return whether a name is a split name and nothing else: ``train``, ``Val``, ``test2017``."""
     match = _SPLIT.match(name)

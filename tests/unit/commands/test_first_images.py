@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +14,7 @@ import pytest
 
 from cnn2gnn_dist.commands.init import command as init
 from cnn2gnn_dist.commands.init import recipe, speed
+from cnn2gnn_dist.commands.init.fitting import Estimate
 from cnn2gnn_dist.commands.init.sources import find_source
 from cnn2gnn_dist.commands.init.speed import Machine, Speed
 from cnn2gnn_dist.commands.init.survey import look
@@ -64,6 +66,41 @@ def test_train_and_val_parts_are_found(tmp_path, kind):
     if kind == "imagefolder":
         assert source.test == str(tmp_path / "val")
         assert source.unused == ("test",)
+
+
+@pytest.mark.parametrize("kind", ["imagefolder", "shards"])
+@pytest.mark.parametrize(
+    ("others", "held", "unused", "words"),
+    [
+        (["val", "test"], "test", {"val"}, "' is held out"),
+        (["val"], None, {"val"}, "so a share of the training images is held out"),
+        (["test"], "test", set(), None),
+    ],
+)
+def test_validation_images_of_trainval_are_not_held_out(
+    tmp_path, kind, others, held, unused, words
+):
+    """They are trained on: ``trainval`` is both."""
+    for part in ("trainval", *others):
+        if kind == "imagefolder":
+            folder_of(tmp_path / part, {"a": 12, "b": 12})
+        else:
+            make_shards(tmp_path, random_images(24, 32, 32), np.arange(24) % 2, prefix=part)
+    source = find_source(str(tmp_path))
+    seen = look(source)
+    assert (seen.images, seen.held) == (24, 24 if held else None)
+    assert (source.test is not None and Path(str(source.test)).name.startswith("test")) == bool(
+        held
+    )
+    assert {name.partition("-")[0] for name in source.unused} == unused
+    notes = [note for note in seen.notes if "by its name, 'trainval" in note]
+    assert len(notes) == (words is not None)
+    assert all(words in note for note in notes)
+    facts, machine = init.facts_of(seen), Machine(1, 2, "cpu")
+    tree = recipe.tree(facts, machine, recipe.nets(facts, machine, None)[0], 8)
+    estimate = Estimate({"teacher": 60.0})
+    written = init._text(str(tmp_path), seen, init._Choice(tree, estimate, machine), 1)
+    assert all(f"# Note: {note}" in written for note in notes)
 
 
 def test_classes_may_be_missing_from_a_part(tmp_path):
