@@ -97,6 +97,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _submit(options: argparse.Namespace) -> int:
+    from cnn2gnn_dist import (
+        upload_checks,  # pydantic's models, which no other command should wait for
+    )
+
+    folder = Path(options.working_dir).resolve()
+    upload_checks.check_paths(None, folder, options.arguments)  # as far as it goes without Ray
     ray_probe.bypass_proxies(options.address)
     where = f"--address {options.address}"
     os.environ[ray_probe.MODE] = ray_probe.job_server_mode(options.address, where)
@@ -105,11 +111,6 @@ def _submit(options: argparse.Namespace) -> int:
     # Imported only now, because Ray reads how to authenticate when it is imported.
     from ray.job_submission import JobSubmissionClient
 
-    from cnn2gnn_dist import (
-        upload_checks,  # pydantic's models, which no other command should wait for
-    )
-
-    folder = Path(options.working_dir).resolve()
     files = _files_to_send(folder)
     upload_checks.check_size(files, folder)
     upload_checks.check_paths(files, folder, options.arguments)

@@ -40,8 +40,13 @@ def check_size(files: Mapping[str, int], folder: Path) -> None:
     )
 
 
-def check_paths(files: Mapping[str, int], folder: Path, arguments: Sequence[str]) -> None:
+def check_paths(files: Mapping[str, int] | None, folder: Path, arguments: Sequence[str]) -> None:
     """Check that relative paths in the arguments of `cnn2gnn run` lead to files that are sent.
+
+    Args:
+        files: those that are sent (relative path → bytes); None: not known yet, so all in the folder count.
+        folder: that they are in.
+        arguments: of `cnn2gnn run`.
 
     Raises:
         UserError: one doesn't, or the config itself is invalid.
@@ -51,7 +56,10 @@ def check_paths(files: Mapping[str, int], folder: Path, arguments: Sequence[str]
     options, rest = parser.parse_known_args(arguments)
     source = options.config
     if source not in presets.names() and not os.path.isabs(source):
-        if os.path.normpath(source) not in files:
+        inside = os.path.normpath(source)
+        if inside.startswith("..") or not (folder / inside).is_file():
+            raise _not_sent("--config", source, folder, "")
+        if files is not None and inside not in files:
             raise _not_sent("--config", source, folder, _excluded(folder / source))
         source = str(folder / source)
     overrides = [text for text in rest if not text.startswith("-")]
@@ -86,7 +94,7 @@ def _paths(config: Config) -> Iterator[tuple[str, str]]:
     yield from found
 
 
-def _check_path(field: str, path: str, files: Mapping[str, int], folder: Path) -> None:
+def _check_path(field: str, path: str, files: Mapping[str, int] | None, folder: Path) -> None:
     from cnn2gnn_dist.data.storage.shard_paths import expand
 
     whole = os.path.join(folder, path)
@@ -99,7 +107,7 @@ def _check_path(field: str, path: str, files: Mapping[str, int], folder: Path) -
         except UserError:
             raise _not_sent(field, path, folder, "") from None
     names = {os.path.relpath(one, folder) for one in there}
-    missing = sorted(names - files.keys())
+    missing = set() if files is None else names - files.keys()
     if missing or not names or inside.startswith(".."):
         raise _not_sent(field, path, folder, _excluded(Path(whole)) if there else "")
 

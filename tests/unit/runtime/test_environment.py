@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cnn2gnn_dist import submit, upload_checks
+from cnn2gnn_dist import cli, submit, upload_checks
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.runtime import ranks
 from cnn2gnn_dist.runtime.group import rendezvous
@@ -322,6 +322,28 @@ def test_relative_paths_of_a_job(checkout, arguments, field):
         upload_checks.check_paths(files, folder, arguments)
     assert caught.value.where == field
     assert "absolute path" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--config", "other.yaml"], "other.yaml is not among the files that are sent"),
+        (["data.train=no-such-folder"], "no-such-folder is not among the files that are sent"),
+        (["data.train=../elsewhere"], "../elsewhere is not among the files that are sent"),
+        (["no.field=1"], "no field with this name"),
+        (["--config", "my.yaml"], "no job server answers"),  # what is excluded is known only to Ray
+    ],
+)
+def test_a_wrong_path_is_named_before_the_job_server_is_asked(
+    checkout, capsys, monkeypatch, arguments, words
+):
+    """Nothing answers at that address."""
+    for name in ("no_proxy", "NO_PROXY"):  # submit changes them
+        monkeypatch.setenv(name, "")
+    folder, _ = checkout
+    how = ["--address", "http://127.0.0.1:9", "--working-dir", str(folder)]
+    assert cli.main(["submit", *how, "--", *arguments]) == 2
+    assert words in capsys.readouterr().err
 
 
 def test_what_is_sent_is_what_ray_sends(tmp_path, monkeypatch):
