@@ -110,11 +110,13 @@ def _in_model(
     """Positions of the labels among the model's classes, int64 [N]; ``names`` None: only numbered."""
     used = np.unique(label_N).tolist()
     if names is None:
-        if list(classes) != [str(number) for number in range(len(classes))]:
+        place = _numbered(classes, path)
+        if not place:
             return _by_number(label_N, classes, path)
         names = [str(label) for label in range(max(used) + 1)]
-    place = {plain(name): number for number, name in enumerate(classes)}
-    place |= {name: number for number, name in enumerate(classes)}
+    else:
+        place = {plain(name): number for number, name in enumerate(classes)}
+        place |= {name: number for number, name in enumerate(classes)}
     known = [place.get(name, place.get(plain(name), -1)) for name in names]
     unknown = [names[label] for label in used if known[label] < 0]
     if unknown:
@@ -132,18 +134,28 @@ def _in_model(
     return np.array(known, np.int64)[label_N]
 
 
-def _by_number(label_N: np.ndarray, classes: Sequence[str], path: str) -> np.ndarray:
-    numbers = [name for name in classes if name.strip().isdecimal()]
-    if (
-        numbers
-    ):  # each file's labels alone would say one or the other, and two files of a set might differ
-        at = classes.index(numbers[-1])
+def _numbered(classes: Sequence[str], path: str) -> dict[str, int]:
+    """Places of the classes that have their place for a name, also if it is padded, by that number.
+
+    Classes that were added may be named by words.
+
+    Raises:
+        UserError: one is named by another number.
+    """
+    numbers = [place for place, name in enumerate(classes) if name.strip().isdecimal()]
+    other = [place for place in numbers if int(classes[place]) != place]
+    # Each file's labels alone would say one or the other, and two files of a set might differ.
+    if other:
         raise UserError(
             "the classes here are only numbered, and names of the model's classes are other numbers: whether a label "
-            f"is one of these names or a place among them ('{numbers[-1]}' has place {at}) is not known",
+            f"is one of these names or a place among them ('{classes[other[-1]]}' has place {other[-1]}) is not known",
             where=printable(path),
             remedy="name the classes, for example by a folder of images for each: FOLDER/CLASS/IMAGE",
         )
+    return {str(place): place for place in numbers}
+
+
+def _by_number(label_N: np.ndarray, classes: Sequence[str], path: str) -> np.ndarray:
     highest = int(label_N.max())
     if highest >= len(classes):
         raise UserError(

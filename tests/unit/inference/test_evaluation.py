@@ -186,6 +186,17 @@ def test_numbers_are_those_of_numbered_classes(images, labels, tmp_path):
         list(labelled([str(one) for one in shards], ["0", "1"]))
 
 
+@pytest.mark.parametrize("names", [["0", "1", "2", "lynx"], ["00", "01", "02"]])
+def test_numbers_are_those_of_numbered_classes_with_others_added_or_padded(
+    images, labels, tmp_path, names
+):
+    path = str(make_shards(tmp_path / "s", images, labels, shard_size=COUNT)[0])
+    assert [one.label for one in labelled([path], names)] == labels.tolist()
+    beyond = in_parquet(tmp_path / "p.parquet", images, labels + 1)
+    with pytest.raises(UserError, match=f"with {(labels == 2).sum()} images, .*: '3'; it has"):
+        list(labelled([beyond], names))
+
+
 def write(path, data):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
