@@ -58,6 +58,8 @@ def parts(
     deepspeed: DeepSpeed,
     entry: Entry | None = None,
     recorded: Entry | None = None,
+    *,
+    anew: bool = False,
 ) -> dict[str, Any]:
     """The fields behind a stage's key by their dotted names, including those at their defaults.
 
@@ -69,7 +71,9 @@ def parts(
         stage: the stage.
         deepspeed: the DeepSpeed configs.
         entry: the stage's record; used for files that no longer exist.
-        recorded: the record of a stage that was begun; None: ``entry``.
+        recorded: the record of a stage that was begun; None: ``entry``. A field that did not count when it
+            was written leaves its key as it is.
+        anew: of a result that takes the place of the recorded one, so that all fields count.
     """
     values = settings.as_flat(config) | VERSIONS
     pools = key_relevance.POOLS if config.graph.scope == "batch" else {}
@@ -79,7 +83,7 @@ def parts(
         others = ds_config.outcome(read) if model in stage.fields else {}
         if others:  # the packaged file's contents are not in the key
             found[f"{model}.ds_config"] = others
-    begun = recorded or entry
+    begun = None if anew else recorded or entry
     key_relevance.drop_idle(found, stage, config, parts_of(begun) if begun else None)
     for name, remedy in _CONTENTS.items():
         if found.get(name):
@@ -87,9 +91,9 @@ def parts(
             found[name] = _content_of(name, Path(found[name]), before, remedy)
     if stem := found.get("student.stem_args", {}).get("weights"):
         known = parts_of(entry) if entry else {_STEM: None}
-        if _STEM in known:  # records from before it counted stay valid
+        if anew or _STEM in known:  # records from before it counted stay valid
             remedy = _CONTENTS["student.weights"]
-            found[_STEM] = _content_of(_STEM, Path(str(stem)), known[_STEM], remedy)
+            found[_STEM] = _content_of(_STEM, Path(str(stem)), known.get(_STEM), remedy)
     if found.get("data.relabel"):
         before = parts_of(entry).get("data.relabel") if entry else None
         found["data.relabel"] = _relabel_list(Path(found["data.relabel"]), before)

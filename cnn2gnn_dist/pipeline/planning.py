@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,17 @@ def inspect_stage(
         if problem:
             status, why = Status.RESUME, f"no longer complete: {problem}"
     return Step(stage, key, status, why, entry, parts, inputs, schema)
+
+
+def made_anew(survey: Survey, step: Step) -> Step:
+    """The step with the key of a result that takes the place of what its folder has.
+
+    What that record leaves out because it did not count then does count for the new result.
+    """
+    before = ledger.finished(Path(str(survey.config.run.dir)) / step.stage.folder)
+    parts = keys.parts(survey.config, step.stage, survey.deepspeed, before, anew=True)
+    key = keys.key_of(step.stage, parts, step.inputs)
+    return replace(step, key=key, parts=parts, schema=ledger.SCHEMA)
 
 
 def _damage(survey: Survey, folder: Path) -> str:

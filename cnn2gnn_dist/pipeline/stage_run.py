@@ -16,7 +16,7 @@ from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.ledger import Status
 from cnn2gnn_dist.pipeline import across_hosts, keys, moved_data
 from cnn2gnn_dist.pipeline.keys import Survey
-from cnn2gnn_dist.pipeline.planning import Step, flat, inspect_stage
+from cnn2gnn_dist.pipeline.planning import Step, flat, inspect_stage, made_anew
 from cnn2gnn_dist.pipeline.registry import Stage
 from cnn2gnn_dist.pipeline.stored import Stored
 from cnn2gnn_dist.runtime.ranks import Ranks
@@ -182,9 +182,9 @@ def prepare_folder(
     survey: Survey, step: Step, update: bool, force: bool, stored: Stored | None = None
 ) -> Step:
     """Mark the stage's folder as begun; refuse a stale one, set it aside, or resume it."""
-    root, stage, key = Path(str(survey.config.run.dir)), step.stage, step.key
+    root, stage = Path(str(survey.config.run.dir)), step.stage
     folder, edits = root / stage.folder, ""
-    if key is None:
+    if step.key is None:
         raise UserError(
             f"the stage {stage.name} {step.why}",
             where=str(root),
@@ -192,6 +192,7 @@ def prepare_folder(
             + " --update" * update
             + "`",
         )
+    anew = made_anew(survey, step)  # while the record is in the folder
     # A teacher that is not trained has nothing to resume: its checkpoint would pass for the weights given now.
     resumes = stage.trains and (stage.name != "teacher" or survey.config.teacher.epochs > 0)
     if step.status is Status.STALE and force and resumes:
@@ -222,6 +223,8 @@ def prepare_folder(
             aside = ledger.set_aside(folder)
         _log.info(f"old results moved to {aside.name}", extra={"stage": stage.name})
         step = replace(step, status=Status.FRESH)
+    if step.status is not Status.RESUME:
+        step = replace(anew, status=step.status)
     ledger.begin(folder, step.record())
     if survey.inputs(stage):
         survey.keep()
