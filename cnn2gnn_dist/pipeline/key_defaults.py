@@ -147,6 +147,6 @@ DEFAULTS: dict[str, Any] = {
     "version.late_decay": 1,  # 2: plain Adam gathers no moments of the decay before the graph's parameters start
     "version.rank_norms": 1,  # 2: under ZeRO-3, too, targets come from the mean of the ranks' statistics
     "version.unlabelled": 1,  # 2: the teacher's batches have labelled images only
-    "version.unlabelled_parts": 1,  # 2: images without a label are in the partition of their nearest neighbor
+    "version.unlabelled_parts": 1,  # 2: images without a label follow their nearest; 3: partitions stay balanced
     "version.logit_adjust": 1,  # the classes' shares of the labels; 2: of the targets; 3: of readable images
 }

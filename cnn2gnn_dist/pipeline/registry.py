@@ -38,7 +38,7 @@ VERSIONS = {
     "version.neighbours": 2,
     "version.rank_norms": 2,
     "version.unlabelled": 2,
-    "version.unlabelled_parts": 2,
+    "version.unlabelled_parts": 3,
 }
 """Versions of code that keys include like fields. Each is absent from keys while it is the first
 (``key_defaults.py``)."""

@@ -22,8 +22,9 @@ from cnn2gnn_dist.data.index.manifest import Manifest
 from cnn2gnn_dist.data.order import sequential
 from cnn2gnn_dist.data.reading.reader import Request
 from cnn2gnn_dist.graph import duplicates, quality, version
-from cnn2gnn_dist.graph.partition import fennel
+from cnn2gnn_dist.graph.partition import fennel, followers
 from cnn2gnn_dist.graph.partition import parts as partition
+from cnn2gnn_dist.graph.partition.followers import Nearest
 from cnn2gnn_dist.graph.search.valid_nodes import valid_nodes_of
 from cnn2gnn_dist.graph.version import GraphVersion, GraphWriter
 from cnn2gnn_dist.runtime.group import collectives, exchange, members
@@ -110,13 +111,13 @@ def build(
     query_Nd = _embed_all(context, embed, writer, manifest, number)
     by_table = settings.sampling.query == "table"
     searched = candidates.find(context, writer, query_Nd if by_table else None, previous)
-    nearest_N = None
+    nearest = None
     if query_Nd is not None and not by_table:
-        nearest_N = candidates.nearest_nodes(context, writer, query_Nd)
+        nearest = candidates.nearest_nodes(context, writer, query_Nd)
 
     def assign() -> float:
         table_NM, order_N = (np.asarray(writer.array(name)) for name in ("candidates", "order"))
-        part_N, cut = _parts(table_NM, order_N, nearest_N, settings, previous)
+        part_N, cut = _parts(table_NM, order_N, nearest, settings, previous)
         writer.rows("part", 0, part_N)
         twin_N = _twins(writer, manifest)
         writer.rows("twin", 0, twin_N)
@@ -233,30 +234,33 @@ def _twins(writer: GraphWriter, manifest: Manifest) -> np.ndarray:
 def _parts(
     table_NM: np.ndarray,
     order_N: np.ndarray,
-    nearest_N: np.ndarray | None,
+    nearest: Nearest | None,
     settings: GraphConfig,
     previous: GraphVersion | None,
 ) -> tuple[np.ndarray, float]:
     """Partition of each node, and the edge cut when partitions were last computed from scratch.
 
-    ``nearest_N``: the nearest node that has candidates, of those the node itself; None: all have some. The others are
-    no node's candidates either, so that no edge decides where they belong: they go where the nearest is, in whose
-    partition they search, and the partitioner sees and balances only the nodes with edges.
+    ``nearest``: the nearest nodes that have candidates, of those first the node itself; None: all have some. The
+    others are no node's candidates either, so that no edge decides where they belong: they go where the nearest is, in
+    whose partition they search, while there is room; the partitioner sees and balances only the nodes with edges.
     """
     before = None
     if previous is not None:
         before = np.asarray(previous.part), float(previous.meta["cut_when_assigned"])
-    if nearest_N is None:
+    if nearest is None:
         return _assigned(table_NM, order_N, settings, before)
-    nodes_A = np.flatnonzero(nearest_N == np.arange(len(nearest_N)))
-    place_N = np.full(len(nearest_N) + 1, -1, np.int32)  # the last entry stands for the id -1
+    nodes = len(table_NM)
+    nodes_A = np.flatnonzero(nearest.ids_NK[:, 0] == np.arange(nodes))
+    place_N = np.full(nodes + 1, -1, np.int32)  # the last entry stands for the id -1
     place_N[nodes_A] = np.arange(len(nodes_A), dtype=np.int32)
     order_A = place_N[order_N]
     if before is not None:
         before = before[0][nodes_A], before[1]
     table_AM = place_N[table_NM[nodes_A]]
     part_A, cut = _assigned(table_AM, order_A[order_A >= 0], settings, before)
-    return part_A[place_N[nearest_N]], cut
+    part_N = np.full(nodes, -1, np.int32)
+    part_N[nodes_A] = part_A
+    return followers.follow(part_N, nearest, settings.partition.parts), cut
 
 
 def _assigned(

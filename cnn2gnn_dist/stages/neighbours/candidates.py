@@ -9,6 +9,7 @@ import torch
 
 from cnn2gnn_dist import log
 from cnn2gnn_dist.graph import quality
+from cnn2gnn_dist.graph.partition.followers import Nearest
 from cnn2gnn_dist.graph.search.approximate import RecallGoal, TableResult, TableSearch
 from cnn2gnn_dist.graph.search.exact import ROWS, exact_table
 from cnn2gnn_dist.graph.search.knn import Index
@@ -21,6 +22,8 @@ from cnn2gnn_dist.stages.shared.context import Context
 
 LONG = 4
 """Minimum number of units of a phase for a progress bar."""
+NEAREST = 8
+"""Nodes among whose partitions an image without a label has the choice, if they aren't full."""
 
 
 def open_work_folder(context: Context, writer: GraphWriter) -> WorkFolder:
@@ -71,10 +74,10 @@ def find(
     return host_folders.in_each(keep)  # each folder has the whole table
 
 
-def nearest_nodes(context: Context, writer: GraphWriter, query_Nd: np.ndarray) -> np.ndarray:
-    """[N] int32: of each node the nearest that others may find, itself if it is such a node (collective).
+def nearest_nodes(context: Context, writer: GraphWriter, query_Nd: np.ndarray) -> Nearest:
+    """Of each node the nearest ones that others may find, itself if it is such a node (collective).
 
-    ``query_Nd`` holds z also of images without a label. One that could not be read (z = 0) gets the first node.
+    ``query_Nd`` holds z also of images without a label. One that could not be read (z = 0) gets the first nodes.
     """
     work_folder, settings = open_work_folder(context, writer), context.config.graph.search
     z_Nd = writer.array("z")
@@ -83,17 +86,24 @@ def nearest_nodes(context: Context, writer: GraphWriter, query_Nd: np.ndarray) -
     index = Index(
         some.rows("z", z_Nd), exact=settings.exact, probes=settings.probes, device=context.device
     )
+    nodes_A1 = np.append(some.nodes_A, np.int32(-1))  # the last entry stands for the number -1
+    width = min(NEAREST, len(nodes_A))
 
-    def work(unit: slice) -> tuple[np.ndarray]:
-        nearest = np.arange(unit.start, unit.stop, dtype=np.int32)
+    def work(unit: slice) -> tuple[np.ndarray, np.ndarray]:
+        nodes = np.arange(unit.start, unit.stop, dtype=np.int32)
+        ids, similarity = (
+            np.full((len(nodes), width), -1, np.int32),
+            np.ones(len(nodes), np.float32),
+        )
+        ids[:, 0] = nodes
         rows = np.flatnonzero(some.place_N[unit] < 0)
-        found, _ = index.search(query_Nd[unit][rows], 1)
-        nearest[rows] = some.nodes_A[np.maximum(found[:, 0], 0)]
-        return (nearest,)
+        found, near = index.search(query_Nd[unit][rows], width)
+        ids[rows], similarity[rows] = nodes_A1[found], near[:, 0]
+        return ids, similarity
 
-    shape = {"nearest": ((len(z_Nd),), np.int32)}
-    (nearest_N,) = work_folder.fill("nearest", row_ranges(len(z_Nd), ROWS), shape, work)
-    return np.asarray(nearest_N)
+    count = len(z_Nd)
+    shape = {"nearest": ((count, width), np.int32), "similarity": ((count,), np.float32)}
+    return Nearest(*work_folder.fill("nearest", row_ranges(count, ROWS), shape, work))
 
 
 def describe(note: dict[str, Any]) -> str:
