@@ -98,13 +98,14 @@ class LiveModel:
             UserError: the memory is damaged, or the folder holds another model or memory by now; the
                 version before continues to answer.
         """
-        current, memory = self._current, self._current.memory
-        if memory is not None:
-            artefact.check_unchanged(current.folder, current.identity)
-            self._check_version()
-        if memory is None or store.head(memory.root) == memory.version.number:
+        if self._current.memory is None:
             return False
         with self._lock:
+            current, memory = self._current, self._current.memory
+            artefact.check_unchanged(current.folder, current.identity)
+            self._check_version()
+            if store.head(memory.root) == memory.version.number:
+                return False
             if self.pinned:  # since a moment ago: ``use`` has had the lock, or is about to
                 return False
             beside = self._copy()
@@ -145,7 +146,7 @@ class LiveModel:
     def _check_version(self) -> None:
         """Check that the version being served is the one that has its number on disk.
 
-        One that is no longer there was compacted: the current one is followed.
+        One that is no longer there was compacted, if the current one has a higher number: that one is followed.
 
         Raises:
             UserError: the memory is another one, such as that of a copy of this model; or damaged.
@@ -162,15 +163,19 @@ class LiveModel:
         except UserError:
             if store.version_folder(memory.root, number).is_dir():
                 raise
+            if store.head(memory.root) < number:  # compacting and forgetting count on
+                raise self._another(f"its memory has no version {number} yet") from None
             return
         if digest != mark.digest:
-            raise UserError(
-                "another model has taken the place of this one since it was opened: the version "
-                f"{number} of its memory is another one",
-                where=str(self._current.folder),
-                remedy="restart the server; give a new model a folder of its own",
-            )
+            raise self._another(f"the version {number} of its memory is another one")
         self._mark = _Mark(file, digest)  # a copy with the same content
+
+    def _another(self, why: str) -> UserError:
+        return UserError(
+            f"another model has taken the place of this one since it was opened: {why}",
+            where=str(self._current.folder),
+            remedy="restart the server; give a new model a folder of its own",
+        )
 
     def _ask(self, model: Classifier) -> None:
         """Run a model once, so that what it builds on first use exists."""

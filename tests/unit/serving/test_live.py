@@ -107,6 +107,24 @@ def test_a_pinned_version_is_neither_followed_nor_edited_by_what_had_begun_befor
     assert live.version == 1
 
 
+def test_no_version_is_swapped_in_while_the_one_being_served_is_compared_with_the_disk(
+    model: Classifier, monkeypatch: pytest.MonkeyPatch
+):
+    """Its model and its mark are two variables: of two versions they would seem to be another memory."""
+    live, held = LiveModel(model), []
+    compare = LiveModel._check_version
+
+    def compared(self: LiveModel) -> None:
+        held.append(self._lock.locked())
+        compare(self)
+
+    monkeypatch.setattr(LiveModel, "_check_version", compared)
+    live.edit(lambda beside: editing.remove(beside, ["img-1"]))
+    live.use(0)
+    live.follow()
+    assert held == [True, True, True]
+
+
 def test_answers_during_swaps_are_each_of_the_version_they_name(model: Classifier):
     seen: list[int | None] = []
     live = LiveModel(model, lambda new: seen.append(new.memory.version.number))
@@ -163,6 +181,29 @@ def test_another_memory_with_the_same_numbers_is_neither_followed_nor_edited(
     np.testing.assert_array_equal(live.current.predict_proba(asked), answers)
     assert len(Classifier.open(model.folder, device="cpu").memory) == 39
     assert LiveModel(Classifier.open(model.folder, device="cpu")).version == 1
+
+
+def test_another_memory_that_has_not_come_to_the_version_being_served_is_not_followed(
+    model: Classifier, tmp_path: Path
+):
+    """As a copy from before the edits: the images that were removed since would answer again."""
+    other = shutil.copytree(model.folder, tmp_path / "other")
+    live, asked = LiveModel(model), pictures(5, seed=9)
+    for key in ("img-1", "img-2"):
+        live.edit(lambda beside, key=key: editing.remove(beside, [key]))
+    answers = live.current.predict_proba(asked)
+    assert export.command(other, model.folder, force=True) == 0
+    assert store.numbers(model.memory.root) == [0]
+    for change in (
+        live.follow,
+        lambda: live.use(0),
+        lambda: live.edit(lambda beside: editing.remove(beside, ["img-3"])),
+    ):
+        with pytest.raises(UserError, match=r"another model .* no version 2 yet"):
+            change()
+    assert (live.version, len(live.current.memory)) == (2, 38)
+    np.testing.assert_array_equal(live.current.predict_proba(asked), answers)
+    assert store.numbers(model.memory.root) == [0]
 
 
 def test_a_copy_of_the_memory_in_its_place_is_the_same_one(model: Classifier, tmp_path: Path):
