@@ -124,10 +124,11 @@ def _has_rank_norms(config: Config) -> bool:
 
 
 def _drop_training(found: dict[str, Any], recorded: Mapping[str, Any] | None) -> None:
-    """Leave how a teacher is trained out of the key of one that is used as given.
+    """Leave how a teacher is trained out of the key of one that is used as given, but not how it computes targets.
 
     Records from before this have those fields in their keys: they stay valid.
     """
+    exact = _exact(found)
 
     def trains(name: str) -> bool:
         return name == "stream.window" or (name.startswith("teacher.") and name not in GIVEN)
@@ -135,5 +136,13 @@ def _drop_training(found: dict[str, Any], recorded: Mapping[str, Any] | None) ->
     for name in filter(trains, list(found)):
         del found[name]
     before = recorded or {}
-    if before.get("teacher.epochs") == 0:
+    if before.get("teacher.epochs") == 0 and _exact(before) == exact:
         found |= {name: before[name] for name in filter(trains, before)}
+    elif exact:
+        found["teacher.ds_config"] = exact
+
+
+def _exact(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What in the teacher's DeepSpeed config makes it compute in float32 everywhere; empty: nothing does."""
+    off = found.get("teacher.ds_config", {}).get("torch_autocast.enabled") is False
+    return {"torch_autocast.enabled": False} if off and found["precision"] == "auto" else {}

@@ -211,6 +211,37 @@ def test_records_of_given_teachers_that_name_their_training_stay_valid(tmp_path,
     assert key_with("teacher", trained, *given) == key_with("teacher", None, *given)
 
 
+AUTOCAST_OFF = {"torch_autocast": {"enabled": False, "dtype": "bfloat16"}}
+
+
+def test_the_precision_of_a_given_teacher_counts_since_it_computes_the_targets(tmp_path, ds):
+    (tmp_path / "w.pth").write_bytes(b"one")
+    given = ["teacher.epochs=0", f"teacher.weights={tmp_path}/w.pth"]
+    off, clips = ds("teacher", **AUTOCAST_OFF), ds("teacher", **AUTOCAST_OFF, gradient_clipping=5.0)
+    auto, exact = key_with("teacher", None, *given), key_with("teacher", None, *given, off)
+    assert exact != auto
+    assert key_with("teacher", None, *given, clips) == exact  # its training still does not count
+    fixed = [*given, "precision=float32"]  # which decides, whatever the file says
+    assert key_with("teacher", None, *fixed, off) == key_with("teacher", None, *fixed)
+    on = ds("teacher", torch_autocast={"enabled": True, "dtype": "bfloat16"})
+    assert key_with("teacher", None, *given, on) == auto  # as "auto" is
+
+
+def test_a_record_of_a_given_teacher_in_another_precision_is_stale(tmp_path, ds):
+    """Whether the record names how it would be trained, as earlier ones do, or does not."""
+    (tmp_path / "w.pth").write_bytes(b"one")
+    given = ["teacher.epochs=0", f"teacher.weights={tmp_path}/w.pth"]
+    off = ds("teacher", **AUTOCAST_OFF)
+    stage = next(s for s in stages_of(settings.load("demo", [])) if s.name == "teacher")
+    for more in ({}, {"teacher.lr": 0.003, "teacher.ds_config": {"gradient_clipping": 5.0}}):
+        rounded = {**parts_with("teacher", *given), **more}
+        exact = {**rounded, "teacher.ds_config": {"torch_autocast.enabled": False}}
+        for recorded, same, other in ((rounded, [], [off]), (exact, [off], [])):
+            made = keys.key_of(stage, recorded, {})
+            assert key_with("teacher", recorded, *given, *same) == made
+            assert key_with("teacher", recorded, *given, *other) != made
+
+
 def test_fields_are_left_out_by_their_whole_path():
     """`batch` or `control` of another section, or an argument of timm's, is a separate field."""
     assert key_of("teacher", "teacher.args={batch: 3, control: 1}") != key_of("teacher")
