@@ -11,6 +11,7 @@ from pathlib import Path
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference.folder import artefact
 from cnn2gnn_dist.inference.memory import decisions, edits, store
+from cnn2gnn_dist.inference.memory.forgetting import keys_there
 from cnn2gnn_dist.inference.memory.set_apart import SetApart
 from cnn2gnn_dist.inference.memory.view import forgotten
 from cnn2gnn_dist.log import quoted
@@ -107,9 +108,7 @@ def check_target(source: Path, target: Path) -> None:
     keys = forgotten(target / artefact.MEMORY)
     if not keys:
         return
-    there = store.keys_on_disk(source / artefact.MEMORY) | SetApart(source).keys()
-    back = there.intersection(keys)
-    if back:
+    if back := keys_there(source / artefact.MEMORY, SetApart(source), keys):
         some = ", ".join(sorted(back)[:3]) + (", …" if len(back) > 3 else "")
         raise UserError(
             f"the model here has forgotten {len(back)} images that the new one still has: {some}",

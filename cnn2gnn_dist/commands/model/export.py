@@ -17,7 +17,7 @@ from cnn2gnn_dist.inference.copying import LEFT_OUT, copy_model
 from cnn2gnn_dist.inference.folder import artefact
 from cnn2gnn_dist.inference.folder.run_model import model_of_run
 from cnn2gnn_dist.inference.memory import store, turns
-from cnn2gnn_dist.inference.memory.edits import record_forgotten
+from cnn2gnn_dist.inference.memory.forgetting import keys_there, record_forgotten
 from cnn2gnn_dist.inference.memory.rewriting import classes_by_key, edits_of
 from cnn2gnn_dist.inference.memory.set_apart import SetApart
 from cnn2gnn_dist.inference.memory.view import forgotten
@@ -156,14 +156,12 @@ def _write(run: Path, temporary: Path, control: bool, left_out: Sequence[str]) -
 
 def _forget(folder: Path, keys: Sequence[str]) -> None:
     memory, apart = folder / artefact.MEMORY, SetApart(folder)
-    if (memory / store.HEAD).is_file():
-        there = store.keys_on_disk(memory) | apart.keys()
-        known = [key for key in keys if key in there]
-        if known:
-            _log.info(f"{len(known):,} images that the replaced model has forgotten are left out")
-            editing.forget(Classifier.open(folder, device="cpu"), known)
-    else:
-        apart.forget(keys)
+    known = sorted(keys_there(memory, apart, keys))
+    if known and (memory / store.HEAD).is_file():
+        _log.info(f"{len(known):,} images that the replaced model has forgotten are left out")
+        editing.forget(Classifier.open(folder, device="cpu"), known)
+    elif known:
+        apart.forget(known)
     memory.mkdir(exist_ok=True)
     record_forgotten(memory, keys)
 

@@ -13,7 +13,7 @@ import difflib
 import io
 import os
 from collections import Counter
-from collections.abc import Collection, Container, Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -144,6 +144,40 @@ def rows_named(
     named_N = np.array([key in several for key in manifest.keys.to_pylist()], bool)
     named_N[[rows[name] for name in wanted.intersection(rows)]] = True
     return named_N
+
+
+def keys_named(images: Iterable[tuple[str, str]], names: Iterable[str]) -> set[str]:
+    """The keys of images that one of these names may mean, without a manifest: as ``rows_named``.
+
+    A name that is a key means that image. Otherwise names are compared without what comes before them: the name of the
+    shard, with or without its folder.
+
+    Args:
+        images: key, with or without its shard's name, and the shard's file name; empty: any shard.
+        names: keys, or ``shard/key``.
+    """
+    listed = list(images)
+    found = {key for key, _ in listed}.intersection(names)
+    others = set(names).difference(found)
+    by_shard: dict[str, set[str]] = {}
+    for name in others:
+        for shard, rest in _rests(name):
+            by_shard.setdefault(shard, set()).add(rest)
+    anywhere = set().union(*by_shard.values())
+    for key, file in listed if others else ():
+        shard = os.path.splitext(file)[0]
+        rests = {rest for before, rest in _rests(key) if shard in ("", before)}
+        named = by_shard.get(shard, set()) if shard else anywhere
+        if not others.isdisjoint(rests) or not named.isdisjoint({key, *rests}):
+            found.add(key)
+    return found
+
+
+def _rests(name: str) -> Iterator[tuple[str, str]]:
+    """What may be a shard's name in the name of an image, and what follows it."""
+    parts = name.split("/")
+    for number, part in enumerate(parts[:-1]):
+        yield part, "/".join(parts[number + 1 :])
 
 
 def _full_names(manifest: Manifest, keys: Sequence[str]) -> list[str]:

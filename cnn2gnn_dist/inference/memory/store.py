@@ -204,10 +204,17 @@ def segment_files(root: Path, name: str) -> dict[str, tuple[int, str]]:
 
 def keys_on_disk(root: Path) -> set[str]:
     """The keys of all segments, including those of removed images and earlier versions."""
-    files = [segment_folder(root, name) / ROWS for name in segments(root)]
-    return {
-        key for file in files for key in pq.read_table(file, columns=["key"])["key"].to_pylist()
-    }
+    return {key for key, _ in images_on_disk(root)}
+
+
+def images_on_disk(root: Path) -> set[tuple[str, str]]:
+    """The same with the name of the file (a shard, for training images) that each image came from; may be empty."""
+    found: set[tuple[str, str]] = set()
+    for name in segments(root):
+        table = pq.read_table(segment_folder(root, name) / ROWS, columns=["key", "source"])
+        keys, sources = (table[column].to_pylist() for column in ("key", "source"))
+        found.update((key, source or "") for key, source in zip(keys, sources, strict=True))
+    return found
 
 
 def segments(root: Path) -> list[str]:

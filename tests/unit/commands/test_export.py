@@ -20,6 +20,7 @@ from cnn2gnn_dist.inference import editing
 from cnn2gnn_dist.inference.classifier import Classifier, load
 from cnn2gnn_dist.inference.folder import artefact
 from cnn2gnn_dist.inference.memory import store
+from cnn2gnn_dist.inference.memory.forgetting import record_forgotten
 from cnn2gnn_dist.inference.memory.view import forgotten
 from cnn2gnn_dist.inference.scoring import FITTED
 from tests.support.models import calibrate, write_model
@@ -181,6 +182,26 @@ def test_a_model_without_a_memory_keeps_the_list_for_the_next_one(forgetful, tmp
         assert (found.memory is None) == (source == plain)
         assert {"img-3", "img-5"} <= listed(copy)
     assert "img-5" not in store.keys_on_disk(copy / "memory")
+
+
+@pytest.mark.parametrize("scope", ["dataset", "none"])
+def test_images_that_were_forgotten_under_another_name_do_not_come_back(scope, tmp_path, capsys):
+    """Where two shards have the same key, images are named SHARD/KEY: in one of the two models."""
+    source = calibrate(write_model(tmp_path / "model", scope)).folder
+    with np.load(source / artefact.CALIBRATION) as kept:
+        apart = kept["key"].tolist()
+    copy = write_model(tmp_path / "copy")
+    names = ["train-000/img-5", "train-001/img-6", "train-000/" + apart[4]]
+    record_forgotten(copy / "memory", names)
+    with pytest.raises(UserError, match="images that the new one still has"):
+        Classifier.open(source, device="cpu").save_pretrained(copy)
+    assert cli.main(["export", str(source), "--to", str(copy), "--force"]) == 0
+    with np.load(copy / artefact.CALIBRATION) as kept:
+        assert kept["key"].tolist() == apart[:4] + apart[5:]
+    assert set(names) <= listed(copy)
+    if scope == "dataset":
+        there = {f"img-{i}" for i in range(40) if i != 5}  # img-6 is in another shard here
+        assert store.keys_on_disk(copy / "memory") == there
 
 
 @pytest.mark.parametrize("scope", ["dataset", "none"])

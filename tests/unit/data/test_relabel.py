@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -9,6 +12,7 @@ from cnn2gnn_dist import settings
 from cnn2gnn_dist.data.index.manifest import Manifest, index
 from cnn2gnn_dist.data.index.relabel import (
     Decision,
+    keys_named,
     names_of,
     overridden,
     read_relabel,
@@ -146,6 +150,27 @@ def test_a_forgotten_key_names_its_image_in_both_spellings_and_all_that_share_it
     both = index([tmp_path / "train" / "a.tar", other], **how)
     assert unique_keys(both) == ["k0", "k1", "d", "a/k0"]
     assert np.flatnonzero(rows_named(both, ["a/k0"])).tolist() == [3]
+
+
+def images_of(train: Manifest) -> list[tuple[str, str]]:
+    files = [Path(train.shards[shard].path).name for shard in train.shard_N.tolist()]
+    return list(zip(unique_keys(train), files, strict=True))
+
+
+def test_names_mean_the_same_images_without_a_manifest(tmp_path):
+    """``rows_named`` is the reference; ``train`` has keys that two shards share, ``rest`` has not."""
+    train = manifest(tmp_path, "train", {"a": [0, 1], "b": [1, 2, 2]})
+    rest = train.select(np.arange(2, 5))
+    names = ("k0", "k1", "k2", "a/k0", "a/k1", "b/k0", "b/k1", "b/k2", "c/k0", "nobody", "a/b")
+    for manifest_here in (train, rest):
+        keys_here = unique_keys(manifest_here)
+        for pair in itertools.combinations(names, 2):
+            rows = np.flatnonzero(rows_named(manifest_here, pair)).tolist()
+            assert keys_named(images_of(manifest_here), pair) == {keys_here[row] for row in rows}
+    # Where shards of one name are in several folders, their folder comes first; the other model's folders aren't known.
+    assert keys_named(images_of(rest), ["x/b/k1", "x/a/k2"]) == {"k1"}
+    assert keys_named([("x/b/k1", "b.tar"), ("y/b/k1", "b.tar")], ["b/k1"]) == {"x/b/k1", "y/b/k1"}
+    assert keys_named([("k1", ""), ("k2", "")], ["b/k1", "k3"]) == {"k1"}  # from any shard
 
 
 def test_two_decisions_on_one_image_under_its_two_names_are_refused(tmp_path, pair):
