@@ -10,12 +10,14 @@ from cnn2gnn_dist import settings
 from cnn2gnn_dist.config import Config
 from cnn2gnn_dist.data.storage.urls import is_remote
 from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.pipeline.key_defaults import DEFAULTS
 from cnn2gnn_dist.pipeline.registry import Stage
 from cnn2gnn_dist.stages.shared.context import RunPaths
 from cnn2gnn_dist.training.checkpoint import folder as checkpoint_folder
 
+_MICRO = "student.max_micro_batch"
 POOLS = {
-    "student": frozenset({"student.max_micro_batch"}),
+    "student": frozenset({_MICRO}),
     "evaluate": frozenset({"evaluate.batch"}),
 }
 """By stage, the fields that count with ``graph.scope=batch``, where the images of a batch are the graph."""
@@ -57,11 +59,23 @@ def drop_idle(
         found.pop("version.rank_norms", None)
     if not _finds_twins(stage, config):
         found.pop("data.checksums", None)
+    if _MICRO in found:
+        found[_MICRO] = _micro_batch(found, recorded or {})
     for name in ("data.checksums", *POOLS["student"]):
         if (
             recorded is not None and name not in recorded
         ):  # records from before it counted stay valid
             found.pop(name, None)
+
+
+def _micro_batch(found: Mapping[str, Any], recorded: Mapping[str, Any]) -> Any:
+    """The micro-batch that stands in the key for this one: all that hold the whole batch are alike.
+
+    It is not left out: in a record without it, it does not count.
+    """
+    alike = (recorded.get(_MICRO, 0), DEFAULTS[_MICRO], found[_MICRO])
+    whole = [size for size in alike if size >= found["student.global_batch"]]
+    return whole[0] if found[_MICRO] in whole else found[_MICRO]
 
 
 def _freezes(found: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
@@ -90,9 +104,11 @@ def _has_partitions(config: Config) -> bool:
 
 
 def _rounded_neighbours(config: Config) -> bool:
-    """Whether the neighbors' weights were rounded for certain.
+    """Whether the neighbors' weights were rounded so much that it counts.
 
-    A sampled second hop differs by rounding, and only where "auto" is bfloat16: such runs stay complete.
+    A sampled second hop differs by rounding, and only where "auto" is bfloat16: such runs stay complete. With a
+    batch's graph "auto" counts on any device, which the config does not tell: a student that a CPU without
+    bfloat16 has trained in float32 is stale although nothing was rounded.
     """
     graph, exact = config.graph, config.precision == "float32"
     cached = graph.scope == "dataset" and graph.sampling.second_hop == "cached"

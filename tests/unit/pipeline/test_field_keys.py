@@ -14,7 +14,7 @@ from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.ledger import Entry
 from cnn2gnn_dist.pipeline import keys
 from cnn2gnn_dist.pipeline.keys import Survey
-from cnn2gnn_dist.pipeline.registry import stages_of
+from cnn2gnn_dist.pipeline.registry import STAGES, stages_of
 from cnn2gnn_dist.stages.shared.networks import build_student
 from cnn2gnn_dist.training import ds_config
 from tests.unit.pipeline.test_keys import Run, folder  # noqa: F401
@@ -128,15 +128,47 @@ def test_the_batch_of_evaluate_counts_where_its_images_see_each_other():
 
 
 def test_the_micro_batch_counts_where_it_is_the_graph():
-    micro, scope = "student.max_micro_batch=64", "graph.scope=batch"
+    micro, scope = "student.max_micro_batch=32", "graph.scope=batch"
     assert key_of("student", micro) == key_of("student")
     assert key_of("student", micro, scope) != key_of("student", scope)
     assert key_of("control", micro, scope) == key_of("control", scope)
     assert keys.DEFAULTS["student.max_micro_batch"] == 256  # such runs stay complete
 
 
+@pytest.mark.parametrize(
+    ("global_batch", "micro", "recorded", "alike"),
+    [
+        (64, 64, None, True),  # the whole batch, as 256 allows too
+        (64, 300, None, True),
+        (64, 63, None, False),
+        (512, 512, None, False),  # 256 is half of it
+        (64, 100, 300, True),  # a record of an earlier version
+        (64, 63, 300, False),
+        (512, 512, 600, True),
+        (512, 256, 600, False),
+    ],
+)
+def test_micro_batches_of_the_whole_batch_are_alike(global_batch, micro, recorded, alike):
+    """``recorded``: None: the record has the default."""
+    options = ["graph.scope=batch", f"student.global_batch={global_batch}"]
+    name, stage = "student.max_micro_batch", STAGES["student"]
+    made = parts_with("student", *options) | {name: recorded or 256}
+    now = key_with("student", made, *options, f"{name}={micro}")
+    assert (now == keys.key_of(stage, made, {})) == alike
+    if recorded is None:
+        assert key_with("student", None, *options, f"{name}={micro}") == now
+
+
+def test_a_record_with_a_micro_batch_of_the_whole_batch_shows_a_smaller_one():
+    options = ["graph.scope=batch", "student.global_batch=64"]
+    made = parts_with("student", *options, "student.max_micro_batch=300")
+    before = keys.key_of(STAGES["student"], made, {})
+    assert key_with("student", made, *options, "student.max_micro_batch=300") == before
+    assert key_with("student", made, *options, "student.max_micro_batch=32") != before
+
+
 def test_records_from_before_the_micro_batch_counted_stay_valid():
-    options = ["graph.scope=batch", "student.max_micro_batch=128"]
+    options = ["graph.scope=batch", "student.max_micro_batch=32"]
     earlier = parts_with("student", *options)
     del earlier["student.max_micro_batch"]
     stage = next(s for s in stages_of(settings.load("demo", [])) if s.name == "student")
