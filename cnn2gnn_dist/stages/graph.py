@@ -89,8 +89,9 @@ def build(
     """Embed, search, partition, write (collective).
 
     The search starts from the candidates of ``previous``, whose node → partition map is kept while
-    its edge cut stays low enough, so that features and order keep their places. ``moment`` identifies the
-    weights that embed, and is recorded: an attempt interrupted by a kill is resumed if it has the same ``moment``.
+    its edge cut stays low enough, so that features and order keep their places; images without a label, which have no
+    edges, are assigned anew if seeds search live. ``moment`` identifies the weights that embed, and is recorded: an
+    attempt interrupted by a kill is resumed if it has the same ``moment``.
 
     Raises:
         UserError: the disk is full; the complete versions stay as they are.
