@@ -244,14 +244,17 @@ def checksums_note(config: Config, steps: list[Step]) -> str | None:
     )
 
 
-def forgotten_note(config: Config, steps: list[Step]) -> str | None:
-    """A note if a training is to go on, or begin, with images that the memory of the run's model has forgotten."""
+def forgotten_note(config: Config, steps: list[Step], named: Path | None = None) -> str | None:
+    """A note if a training is to go on, or begin, with images that the memory of the run's model has forgotten.
+
+    ``named``: the run's folder as the user knows it, if the config is of a view of it (``stored.looked_at``).
+    """
     trains = any(s.stage.trains and s.status is not Status.COMPLETE for s in steps)
     if not trains or not any("index" in step.inputs for step in steps):
         return None  # an index that is yet to be made leaves them out
     from cnn2gnn_dist.stages import earlier_models
 
-    return earlier_models.forgotten_note(Path(str(config.run.dir)), config.data.relabel)
+    return earlier_models.forgotten_note(Path(str(config.run.dir)), config.data.relabel, named)
 
 
 def _begin(

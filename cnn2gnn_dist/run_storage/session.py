@@ -143,12 +143,19 @@ class RunStorage:
     def fetch_file(self, unit: str, name: str) -> None:
         """Fetch one file of a stage if the storage has it and this disk has not.
 
+        Of a stage that was set aside and not stored again, because of a kill: that of the last one set aside.
+
         Raises:
             Damaged: it is damaged in the storage.
             UserError: the storage can't be read, or the disk is full.
         """
-        if name in self._absent(unit):
-            self._get(unit, [name])
+        if unit in self.store.records:
+            if name in self._absent(unit):
+                self._get(unit, [name])
+        elif number := self._times_aside(unit):
+            last = f"{unit}.old-{number}"
+            if name in self.store.records[last].files and not (self.root / last / name).is_file():
+                self._get(last, [name])
 
     def keep_stage(self, unit: str, *, made: bool) -> None:
         """Store a complete stage; one that was not ``made`` just now only if the storage has a different one.
@@ -191,12 +198,17 @@ class RunStorage:
         record = self.store.records.get(unit)
         if record is None:
             return
-        number = 1
-        while f"{unit}.old-{number}" in self.store.records:
-            number += 1
+        number = self._times_aside(unit) + 1
         self.store.replace({f"{unit}.old-{number}": record, unit: None})
         self.based.pop(unit, None)
         self._write_note()
+
+    def _times_aside(self, unit: str) -> int:
+        """How many records of a stage were set aside, which is the number of the last one."""
+        number = 0
+        while f"{unit}.old-{number + 1}" in self.store.records:
+            number += 1
+        return number
 
     def upload(self, unit: str) -> None:
         """Start to store the complete files of a training, in a thread."""
@@ -342,15 +354,17 @@ def _complete(store: Store, unit: str, names: Collection[str], folder: Path) -> 
         raise error
 
 
-def _link(root: Path, view: Path) -> None:
-    """Link ``view`` to the contents of a run's folder; replacing a file in the view leaves the folder unchanged."""
+def _link(root: Path, view: Path, depth: int = 2) -> None:
+    """Link ``view`` to the contents of a run's folder; replacing a file in the view leaves the folder unchanged.
+
+    So many levels of folders are the view's own: what a plan fetches is no deeper (``model/memory/forgotten.csv``).
+    """
     for path in sorted(root.iterdir()) if root.is_dir() else []:
-        if not path.is_dir():
+        if depth and path.is_dir():
+            (view / path.name).mkdir()
+            _link(path, view / path.name, depth - 1)
+        else:
             (view / path.name).symlink_to(path)
-            continue
-        (view / path.name).mkdir()
-        for below in path.iterdir():
-            (view / path.name / below.name).symlink_to(below)
 
 
 def _with_notes(root: Path) -> list[str]:

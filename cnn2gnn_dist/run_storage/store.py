@@ -275,7 +275,7 @@ class Store:
         return damaged
 
     def _fetch(self, unit: str, name: str, kept: Kept, target: Path) -> None:
-        url = f"{self.url}/{file_name(unit, name, kept.sha256)}"
+        url = f"{self.url}/{file_name(unit.partition('.old-')[0], name, kept.sha256)}"
         try:
             size = self._files.file_info(url).bytes
         except UserError as error:

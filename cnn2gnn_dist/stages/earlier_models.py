@@ -36,12 +36,13 @@ def forgotten_of_run(root: Path) -> list[str]:
     return list(dict.fromkeys(key for memory in memories_of(root) for key in forgotten(memory)))
 
 
-def forgotten_note(root: Path, relabel: str | None) -> str | None:
+def forgotten_note(root: Path, relabel: str | None, named: Path | None = None) -> str | None:
     """One sentence if a run's training images, as indexed, contain forgotten ones, else None.
 
     Args:
         root: folder of the run.
         relabel: its relabel list (``data.relabel``).
+        named: the folder's name in the sentence, if ``root`` is only a view of it; None: ``root``.
     """
     keys, manifest = forgotten_of_run(root), RunPaths(root).train_manifest
     if not keys or not manifest.is_file():
@@ -50,6 +51,7 @@ def forgotten_note(root: Path, relabel: str | None) -> str | None:
     if not count:
         return None
     listed = next(path for path in map(_list_in, memories_of(root)) if path.is_file())
+    listed = (named or root) / listed.relative_to(root)
     how = (
         f"data.relabel={quoted(listed)}"
         if relabel is None

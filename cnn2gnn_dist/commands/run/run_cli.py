@@ -79,7 +79,8 @@ def _print_plan(config: Config, stages: list[str] | None) -> None:
     log.output(settings.as_yaml(config))
     with stored.looked_at(config) as (seen, lines):
         steps = runner.plan(seen, stages)
-        late = [runner.checksums_note(seen, steps), runner.forgotten_note(config, steps)]
+        root = Path(str(config.run.dir))
+        late = [runner.checksums_note(seen, steps), runner.forgotten_note(seen, steps, root)]
     for line in lines:
         log.output(line)
     for step in steps:

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cnn2gnn_dist import ledger, settings
+import numpy as np
+import pytest
+
+from cnn2gnn_dist import cli, ledger, settings
+from cnn2gnn_dist.data.index.manifest import Manifest
 from cnn2gnn_dist.inference.folder.artefact import MEMORY
 from cnn2gnn_dist.inference.memory import store
+from cnn2gnn_dist.inference.memory.forgetting import record_forgotten
 from cnn2gnn_dist.ledger import Status
 from cnn2gnn_dist.pipeline.planning import Step
 from cnn2gnn_dist.pipeline.registry import STAGES
 from cnn2gnn_dist.pipeline.stored import Stored, looked_at
+from cnn2gnn_dist.run_storage.session import RunStorage
 from cnn2gnn_dist.stages.earlier_models import forgotten_of_run
-from tests.unit.run_storage.test_session import finished, opened
+from tests.support.shards import make_shards, random_images
+from tests.unit.run_storage.test_session import URL, finished, opened
 
 
 def test_the_list_of_forgotten_images_is_there_as_soon_as_the_storage_is_open(tmp_path: Path):
-    """On fresh scratch, without the model: the index leaves these images out, and a plan says so."""
+    """On fresh scratch, without the model: the index leaves these images out."""
     here, there = tmp_path / "here", tmp_path / "there"
     storage = opened(here)
     finished(here / "model", {"w": b"weights"})
@@ -35,3 +42,62 @@ def test_the_list_of_forgotten_images_is_there_as_soon_as_the_storage_is_open(tm
     ledger.set_aside(there / "model")
     assert forgotten_of_run(there) == ["a-1"]
     assert not (there / "model.old-1" / "w").exists()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> tuple[Path, list[str]]:
+    """A stored run that is indexed, and whose model has forgotten two training images; its folder, and its config."""
+    make_shards(tmp_path / "data", random_images(24, 8, 8), np.arange(24) % 3)
+    root, data = tmp_path / "run", [f"data.train={tmp_path}/data/*.tar", "data.source=shards"]
+    given = ["--config", "demo", *data, "data.calibration=0", f"run.storage={URL}"]
+    assert cli.main(["index", *given, f"run.dir={root}"]) == 0
+    storage = RunStorage.open(root, URL)
+    finished(root / "model", {"memory/part": b"of the memory"})
+    train = Manifest.load(root / "manifest" / "train.arrow")
+    record_forgotten(root / "model" / MEMORY, train.keys.to_pylist()[:2])
+    storage.keep_stage("model", made=True)
+    return root, given
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_a_plan_says_that_forgotten_images_are_still_trained_on(run, tmp_path, capsys, fresh):
+    """On fresh scratch, and where only the list is missing; it's named by where it will be, and isn't put there."""
+    root, given = run
+    if fresh:
+        root = tmp_path / "elsewhere"
+    else:
+        (root / "model" / MEMORY / store.FORGOTTEN).unlink()
+    capsys.readouterr()
+    assert cli.main(["run", *given, f"run.dir={root}", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "note: 2 images that the memory of this run's model has forgotten are still" in said
+    assert f"data.relabel={root}/model/memory/forgotten.csv, with --update" in said
+    assert not (root / "model" / MEMORY / store.FORGOTTEN).exists()
+    assert root.exists() != fresh
+
+
+def test_the_list_outlives_a_kill_before_the_new_model_is_stored(run, tmp_path):
+    """Of the models that were set aside the last one's counts."""
+    root, given = run
+    storage = RunStorage.open(root, URL)
+    for key in ("of another run", "of a third one"):
+        storage.set_aside("model")
+        ledger.set_aside(root / "model")
+        finished(root / "model", {"memory/part": b"of the memory"})
+        record_forgotten(root / "model" / MEMORY, [*forgotten_of_run(root), key])
+        storage.keep_stage("model", made=True)
+    expected = forgotten_of_run(root)
+    assert len(expected) == 4
+    storage.set_aside("model")  # and here the host is lost
+
+    there = tmp_path / "there"
+    config = settings.load("demo", [f"run.dir={there}", f"run.storage={URL}"])
+    with looked_at(config) as (seen, _):
+        assert sorted(forgotten_of_run(Path(seen.run.dir))) == sorted(expected)
+    Stored(config)._open()
+    assert sorted(forgotten_of_run(there)) == sorted(expected)
+    assert not (there / "model.old-3" / MEMORY / "part").exists()
+    assert cli.main(["index", *given, f"run.dir={there}", "data.holdout=0.2", "--update"]) == 0
+    assert not set(Manifest.load(there / "manifest" / "train.arrow").keys.to_pylist()) & set(
+        expected
+    )
