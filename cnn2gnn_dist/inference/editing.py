@@ -155,32 +155,34 @@ def forget(model: Classifier, keys: Sequence[str], *, wait_s: float = 10.0) -> V
     soft targets and the constants of the calibration were learned from them.
 
     Raises:
-        UserError: no memory; an unknown key; nothing was changed. Or an audit of the model can't be deleted.
+        UserError: no memory; an unknown key; nothing was changed. Or an audit of the model can't be deleted: the images
+            are listed as forgotten, but remain in the memory.
     """
-    root = model.required_memory().root
-    names = {*keys, *(name for name, _, key in decisions.listed(root) if key in set(keys))}
     version = edits.forget(
-        root,
+        model.required_memory().root,
         keys,
         score=lambda edit: _score_new_classes(model, edit, without=keys),
         apart=SetApart(model.folder),
+        elsewhere=lambda: _forget_in_audit(model, set(keys)),
         wait_s=wait_s,
         check=lambda: _check(model),
     )
     model.reload()
-    _forget_in_audit(model.folder / artefact.AUDIT, names)
     return version
 
 
-def _forget_in_audit(folder: Path, names: Collection[str]) -> None:
+def _forget_in_audit(model: Classifier, keys: Collection[str]) -> None:
+    folder, listed = model.folder / artefact.AUDIT, decisions.listed(model.required_memory().root)
+    names = {*keys, *(name for name, _, key in listed if key in keys)}
     try:
         if audit_folder.forget(folder, names):
             _log.info(f"the audit in {folder} showed these images, and is deleted")
     except (OSError, ValueError) as error:
         raise UserError(
-            f"the images are forgotten, but the audit of the model, which shows them, can't be deleted: {error}",
+            f"the audit of the model, which shows these images, can't be deleted: {error}; they are listed as "
+            "forgotten, but still in the memory",
             where=str(folder),
-            remedy="delete this folder",
+            remedy="delete this folder, and run the command again",
         ) from None
 
 

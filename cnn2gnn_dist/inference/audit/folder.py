@@ -13,8 +13,7 @@ from cnn2gnn_dist.data.index.relabel import DROP_IF_THERE
 PAGE, RELABEL, MAP = "index.html", "relabel.csv", "map.parquet"
 TABLES = ("labels", "duplicates", "outliers", "hubs", "bleeding")
 _SAVED = "labels.csv"
-"""What the page saves, if a person has put it here; the table of this name has more columns."""
-_DECISIONS = ["key", "class"]
+"""What the page saves, if a person has put it here; the table of this name has a column ``suggested``."""
 
 
 def forget(folder: Path, keys: Collection[str]) -> bool:
@@ -30,7 +29,7 @@ def forget(folder: Path, keys: Collection[str]) -> bool:
         Whether anything was deleted.
 
     Raises:
-        OSError: a file can't be read or deleted.
+        OSError: a file can't be read, written or deleted.
         ValueError: a list of decisions is not a CSV file in UTF-8.
     """
     tables = [f"{name}.{kind}" for name in TABLES for kind in ("parquet", "csv")]
@@ -48,21 +47,26 @@ def forget(folder: Path, keys: Collection[str]) -> bool:
 
 
 def _is_decisions(path: Path) -> bool:
-    return path.name == _SAVED and _lines(path)[:1] == [_DECISIONS]
+    return path.name == _SAVED and "suggested" not in _lines(path)[0]
 
 
 def _lines(path: Path) -> list[list[str]]:
+    """The fields of all lines, with the names of the columns first."""
     with open(path, encoding="utf-8-sig", newline="") as file:
         try:
-            return list(csv.reader(file))
+            return list(csv.reader(file)) or [[]]
         except csv.Error as error:
             raise ValueError(f"{path.name}: {error}") from None
 
 
 def _leave_out(path: Path, keys: set[str]) -> None:
-    lines = [line for line in _lines(path) if line and line[0] not in keys]
+    columns, *lines = _lines(path)
+    if not {"key", "class"} <= set(columns):
+        return  # no list of decisions
+    at = columns.index("key")
+    kept = [line for line in lines if line and not keys.intersection(line[at : at + 1])]
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(
-        [*lines, *([key, DROP_IF_THERE] for key in sorted(keys))]
-    )
+    csv.writer(text, lineterminator="\n").writerows([columns, *kept])
+    forgotten = csv.DictWriter(text, columns, lineterminator="\n")
+    forgotten.writerows({"key": key, "class": DROP_IF_THERE} for key in sorted(keys))
     durable.write_text(path, text.getvalue())

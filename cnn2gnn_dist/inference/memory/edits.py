@@ -229,8 +229,7 @@ class Edit:
                 f"{len(known)} of these keys are already in the memory: "
                 + ", ".join(list(known)[:NAMED]),
                 where=str(self.root),
-                remedy="leave them out, rename the files, or remove the old ones first; "
-                "nothing was changed",
+                remedy="leave them out, rename the files, or remove the old ones first; nothing was changed",
             )
         if len(set(rows.keys)) < len(rows.keys):
             raise UserError(
@@ -276,8 +275,7 @@ def undo(root: Path, check: Callable[[], object] = _no_check) -> Version:
             raise UserError(
                 "there is no earlier version: nothing to undo",
                 where=str(root),
-                remedy="`cnn2gnn memory log MODEL` lists the versions; compacting and forgetting "
-                "drop the earlier ones",
+                remedy="`cnn2gnn memory log MODEL` lists the versions; compacting and forgetting drop the earlier ones",
             )
         before = store.read_version(root, current.parent)  # raises before anything is changed
         store.set_head(root, current.parent)
@@ -309,6 +307,7 @@ def forget(
     *,
     score: Callable[[Edit], object] = lambda _: None,
     apart: SetApart | None = None,
+    elsewhere: Callable[[], object] = _no_check,
     wait_s: float = 10.0,
     check: Callable[[], object] = _no_check,
 ) -> Version:
@@ -323,6 +322,7 @@ def forget(
             set apart.
         score: sets how new classes are scored without these rows.
         apart: the images that the model was calibrated on.
+        elsewhere: deletes what else shows the images; called once they are recorded as forgotten.
         wait_s: seconds to wait for another edit to finish.
         check: raises an exception if this is not the memory that is meant; called when no other edit is possible.
 
@@ -346,6 +346,7 @@ def forget(
         record_forgotten(root, keys)
         if apart is not None:
             apart.forget(keys)
+        elsewhere()
         decisions.forget(root, keys)
         edit.commit(action, undoable=False)
         return _compact(root, Memory.open(root), action)

@@ -1,11 +1,16 @@
 """An audit in a model's folder shows its images: a forgotten one leaves it, and no copy has one."""
 
 import pyarrow.parquet as pq
+import pytest
 
 from cnn2gnn_dist import cli
+from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference import editing
 from cnn2gnn_dist.inference.classifier import Classifier
 from cnn2gnn_dist.inference.folder import artefact
+from cnn2gnn_dist.inference.memory import decisions, edits, store
+from cnn2gnn_dist.inference.memory.view import forgotten
+from cnn2gnn_dist.serving.live import LiveModel
 
 MADE = (
     "index.html",
@@ -40,6 +45,56 @@ def test_decisions_that_a_person_has_put_there_stay(model):
     editing.forget(model, ["img-7"])
     assert [path.name for path in audit.iterdir()] == ["labels.csv"]
     assert (audit / "labels.csv").read_text() == "key,class\nimg-8,drop\nimg-7,drop?\n"
+
+
+def test_decisions_with_other_columns_stay_in_their_order(model):
+    """As a spreadsheet saves them; only the audit's own table has a suggested class."""
+    audit = model.folder / artefact.AUDIT
+    audit.mkdir()
+    (audit / "labels.csv").write_text(
+        "class,note,key\nclass 2,a cat,img-7\ndrop,img-7 again,img-8\n\nshort\n"
+    )
+    editing.forget(model, ["img-7", "img-9"])
+    assert (audit / "labels.csv").read_text() == (
+        "class,note,key\ndrop,img-7 again,img-8\nshort\ndrop?,,img-7\ndrop?,,img-9\n"
+    )
+    for text in ("", "image,class\nimg-7,class 1\n"):  # no list of decisions
+        (audit / "labels.csv").write_text(text)
+        editing.forget(model, ["img-8"] if not text else ["img-10"])
+        assert (audit / "labels.csv").read_text() == text
+    (audit / "labels.csv").write_text("key,class,suggested,score\nimg-3,class 1,class 2,0.5\n")
+    editing.forget(model, ["img-11"])
+    assert not audit.exists()
+
+
+def test_a_kill_leaves_no_line_under_the_name_that_the_list_of_the_training_has(model, monkeypatch):
+    decisions.record(model.memory.root, [("a/img-3", "class 1", "img-3")])
+    audit = model.folder / artefact.AUDIT
+    audit.mkdir()
+    (audit / "labels.csv").write_text("key,class\na/img-3,class 2\nimg-8,drop\n")
+    monkeypatch.setattr(edits, "_compact", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        editing.forget(model, ["img-3"])
+    monkeypatch.undo()
+    editing.forget(model, ["img-3"])
+    kept = (audit / "labels.csv").read_text().splitlines()
+    assert kept == ["key,class", "img-8,drop", "a/img-3,drop?", "img-3,drop?"]
+
+
+def test_an_audit_that_can_not_be_deleted_is_named_before_the_image_is_gone(model):
+    """What is refused isn't done, so that a server answers from the version on disk."""
+    audit = model.folder / artefact.AUDIT
+    audit.mkdir()
+    (audit / "labels.csv").write_bytes(b"key,class\n\xff,drop\n")
+    live, root = LiveModel(model), model.memory.root
+    with pytest.raises(UserError, match=r"can't be deleted.*still in the memory"):
+        live.edit(lambda beside: editing.forget(beside, ["img-7"]))
+    assert live.version == store.head(root) == 0
+    assert forgotten(root) == ["img-7"]
+    (audit / "labels.csv").unlink()
+    live.edit(lambda beside: editing.forget(beside, ["img-7"]))
+    assert live.version == store.head(root) == 2
+    assert "img-7" not in store.keys_on_disk(root)
 
 
 def test_a_model_without_audit_forgets_without_making_one(model):
