@@ -1,7 +1,9 @@
 """The memory model: bytes of every structure of a graph, from a few numbers.
 
 Counts are exact for arrays; the overhead of libraries (METIS) is fitted to measurements
-(docs/scale.md).
+(docs/scale.md). One is left out, since its size depends on the weights: the averages without a neighbor that
+weighs more than 0.75 (``CachedSecondHop.without_HD``). With ``graph.neighbours=1``, where the only neighbor has all
+the weight, they are as large as the averages themselves, plus 8 bytes per row; with more neighbors few rows have one.
 """
 
 from __future__ import annotations

@@ -80,6 +80,20 @@ def test_averages_replace_the_second_halo(tmp_path: Path) -> None:
     assert found == pytest.approx(np.mean(used), rel=0.02)
 
 
+def test_what_the_model_leaves_out_is_at_most_as_large_as_the_averages(tmp_path: Path) -> None:
+    """With one neighbor, whose weight is 1, every average is kept without it as well."""
+    whole, _ = version(tmp_path)
+    z_Nd = np.random.default_rng(1).standard_normal((N, DIM)).astype(np.float32)
+    np.asarray(np.load(whole.path / "z.npy", mmap_mode="r+"))[:] = z_Nd
+    held = bank.load_bank(whole, [0], second_halo=False)
+    everyone = bank.load_bank(whole)
+    one, several = (CachedSecondHop(held, k, everyone=everyone) for k in (1, 5))
+    assert one.without_HD.shape == one.mean_KD.shape
+    assert one.without_HD.dtype == one.mean_KD.dtype
+    assert one.heavy_H.nbytes == 8 * len(one.mean_KD)
+    assert len(several.heavy_H) < 0.1 * len(several.mean_KD)
+
+
 def test_halos_grow_with_the_parts_and_stay_within_the_graph() -> None:
     assert memory_model.halos(1) == (0.0, 0.0)
     for parts, known in memory_model.HALOS.items():
