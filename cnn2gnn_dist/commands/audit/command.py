@@ -28,6 +28,7 @@ from cnn2gnn_dist.inference.audit import files as audit_files
 from cnn2gnn_dist.inference.audit.findings import Findings, audit
 from cnn2gnn_dist.inference.audit.folder import MAP, PAGE, RELABEL, TABLES
 from cnn2gnn_dist.inference.folder import artefact
+from cnn2gnn_dist.inference.memory.changes import changes
 from cnn2gnn_dist.log import output, progress, quoted
 from cnn2gnn_dist.report.audit_page import write_page
 
@@ -164,7 +165,7 @@ def _dry_run(source: Source, folder: Path, as_csv: bool, with_map: bool) -> int:
 
 
 def _fix(source: Source, fix: Path, folder: Path, dry_run: bool) -> int:
-    """Write the relabel list: the decisions, which override those of the training, and what was forgotten."""
+    """Write the relabel list: the decisions, which override those of the training and of edits; what was forgotten."""
     decisions = read_relabel(fix)
     if not decisions:
         raise UserError(
@@ -176,18 +177,26 @@ def _fix(source: Source, fix: Path, folder: Path, dry_run: bool) -> int:
     check_decisions(decisions, source.known, source.training.classes, str(fix), source.elsewhere)
     if source.warning:
         _log.warning(source.warning)
-    everything: dict[str, Decision] = {}
-    for earlier in source.earlier:  # ``data.relabel`` takes one list: this one has to hold them all
-        everything = overridden(everything, read_relabel(earlier), source.known)
-    everything = overridden(everything, decisions, source.known)
+    earlier: dict[str, Decision] = {}
+    for listed in source.earlier:  # ``data.relabel`` takes one list: this one has to hold them all
+        earlier = overridden(earlier, read_relabel(listed), source.known)
+    edited = _edited(source)
     gone = {key: Decision(None, 0, required=False) for key in source.forgotten}
-    everything = overridden(everything, gone, source.known)
+    everything = earlier
+    for later in (edited, decisions, gone):
+        everything = overridden(everything, later, source.known)
     path = folder / RELABEL
     dropped = sum(one.name is None for one in decisions.values())
     output(f"{len(decisions) - dropped} images get a class, {dropped} are left out")
     if source.earlier:
-        count = len(everything) - len(decisions) - len(gone)
+        count = sum(everything.get(key) is one for key, one in earlier.items())
         output(f"with {count} earlier decisions ({', '.join(map(str, source.earlier))})")
+    if kept := [one for key, one in edited.items() if everything.get(key) is one]:
+        moved = sum(one.name is not None for one in kept)
+        output(
+            f"with {len(kept)} edits of the memory: {moved} images have another class there, {len(kept) - moved} were "
+            "removed and are left out"
+        )
     if gone:
         output(f"{len(gone)} images that were forgotten stay left out")
     if not dry_run:
@@ -197,6 +206,32 @@ def _fix(source: Source, fix: Path, folder: Path, dry_run: bool) -> int:
         output(f"list     {path}")
     output(f"train    cnn2gnn run --config … run.dir=NEW data.relabel={quoted(path)}")
     return 0
+
+
+def _edited(source: Source) -> dict[str, Decision]:
+    """The edits of the memory (``memory relabel``, ``memory remove``) as decisions, with warnings about others."""
+    if source.memory is None:
+        return {}
+    try:
+        found = changes(source.memory)
+    except (UserError, OSError) as error:
+        _log.warning(f"images relabeled or removed in {source.memory} are not in the list: {error}")
+        return {}
+    if found.moved:
+        _log.warning(
+            f"{found.moved} images are of a class that was added to the memory: they are not in the list, since the "
+            "training images have no such class"
+        )
+    if found.since:
+        _log.warning(
+            "the memory was compacted (by `memory compact` or `memory forget`): images relabeled or removed in it "
+            "before that are not in the list; add them to the decisions"
+        )
+    return {
+        key: Decision(name, 0, required=name is not None)
+        for key, name in found.classes.items()
+        if key in source.known
+    }
 
 
 def _without_forgotten(decisions: dict[str, Decision], source: Source) -> dict[str, Decision]:

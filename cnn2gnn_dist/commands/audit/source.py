@@ -26,6 +26,7 @@ from cnn2gnn_dist.inference.audit import look_alike
 from cnn2gnn_dist.inference.audit.findings import HeldOut, TrainingSet
 from cnn2gnn_dist.inference.audit.memory import Thumbnails, training_set
 from cnn2gnn_dist.inference.folder import artefact
+from cnn2gnn_dist.inference.folder.run_model import MODEL
 from cnn2gnn_dist.inference.memory import decisions, store
 from cnn2gnn_dist.inference.memory.view import Memory, forgotten
 from cnn2gnn_dist.log import progress
@@ -56,6 +57,7 @@ class Source:
         earlier: the relabel list that the run was trained with, if there is one.
         forgotten: names of images that the memories of the run's models have forgotten.
         warning: what is not known about earlier decisions.
+        memory: folder of the memory, whose edits are decisions, too; None: there is none.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Source:
     earlier: Sequence[Path] = ()
     forgotten: Sequence[str] = ()
     warning: str = ""
+    memory: Path | None = None
 
     def held_out(self, bar: Progress) -> HeldOut | None:
         """Embed the held-out images; None where there are none."""
@@ -196,7 +199,7 @@ def _of_run(folder: Path) -> Source:
             remedy="`cnn2gnn run --update` with the run's config, then audit it",
         )
     twin_N = np.asarray(version.twin) if (found / "twin.npy").is_file() else None
-    used = context.relabel_list()
+    used, memory = context.relabel_list(), root / MODEL / artefact.MEMORY
     training = TrainingSet(
         version.x, np.asarray(version.z), np.asarray(version.labels), version.candidates, twin_N,
         train.classes,
@@ -211,6 +214,7 @@ def _of_run(folder: Path) -> Source:
         held.label_N,
         [] if used is None else [used],
         _forgotten_names(train, forgotten_of_run(root)),
+        memory=memory if (memory / store.HEAD).is_file() else None,
     ).open(context, train, held)
 
 
@@ -242,7 +246,8 @@ def _of_model(folder: Path) -> Source:
         )
     memory = Memory.open(folder / artefact.MEMORY)
     keys, name = memory.keys(memory.live_ids), str(config.source.get("name", folder.name))
-    known = {key: row for row, key in enumerate(keys)}
+    removed = memory.keys(np.flatnonzero(~memory.live))
+    known = {key: row for row, key in enumerate([*keys, *removed])}
     listed = decisions.listed(memory.root)  # may name images in another way (SHARD/KEY)
     known = {name: known[key] for name, _, key in listed if key in known} | known
     source = _ModelSource(
@@ -253,6 +258,7 @@ def _of_model(folder: Path) -> Source:
         earlier=[memory.root / decisions.FILE] if listed else [],
         forgotten=forgotten(memory.root),
         warning="" if artefact.RELABELLED in config.source else _NOT_KEPT,
+        memory=memory.root,
     )
     source.thumbnails = Thumbnails(memory)
     return source

@@ -38,6 +38,37 @@ def test_a_decision_saved_before_an_image_was_forgotten_does_not_count(tmp_path,
     }  # fmt: skip
 
 
+def test_edits_of_the_memory_are_in_the_list_unless_decided_otherwise(tmp_path, capsys):
+    """A training with the list would otherwise have the labels from before ``memory relabel``."""
+    folder = write_model(tmp_path / "m")  # img-N is of class N % 3
+    model = Classifier.open(folder, device="cpu")
+    for key, number in (("img-5", 0), ("img-6", 1), ("img-7", 0), ("img-7", 2), ("img-10", 0)):
+        editing.relabel(model, [key], f"class {number}")
+    editing.relabel(model, ["img-10"], "class 1")  # as it was
+    editing.remove(model, ["img-8", "img-9"])
+    (tmp_path / "labels.csv").write_text("key,class\nimg-1,drop\nimg-6,class 2\nimg-9,class 1\n")
+    how = ["audit", str(folder), "--fix", str(tmp_path / "labels.csv")]
+    assert cli.main(how) == 0
+    told = capsys.readouterr()
+    assert "with 3 edits of the memory: 2 images have another class there, 1 were" in told.out
+    made = read_relabel(folder / "audit" / "relabel.csv")
+    assert {key: (one.name, one.required) for key, one in made.items()} == {
+        "img-1": (None, True), "img-5": ("class 0", True), "img-6": ("class 2", True),
+        "img-7": ("class 2", True), "img-8": (None, False), "img-9": ("class 1", True),
+    }  # fmt: skip
+    assert "compacted" not in told.err
+
+    editing.compact(model)  # nothing tells any longer what the labels were
+    editing.relabel(model, ["img-11"], "class 1")
+    assert cli.main(how) == 2
+    assert "img-9" in capsys.readouterr().err
+    (tmp_path / "labels.csv").write_text("key,class\nimg-1,drop\n")
+    assert cli.main(how) == 0
+    assert "relabeled or removed in it before that are not in the list" in capsys.readouterr().err
+    made = read_relabel(folder / "audit" / "relabel.csv")
+    assert {key: one.name for key, one in made.items()} == {"img-1": None, "img-11": "class 1"}
+
+
 def test_two_decisions_on_one_image_are_refused_and_nothing_is_written(tmp_path, capsys):
     model = write_model(tmp_path / "m")
     labels = tmp_path / "labels.csv"
