@@ -49,6 +49,7 @@ class Added:
         trades: predicted accuracies of old and new classes for a range of losses; the one whose
             ``old_loss`` is below applies. Empty for a trained class.
         old_loss: points that the old classes may lose to new ones; None: there are no new ones.
+        judged_on: number of images of one class that would tell as much about the new classes' accuracy as theirs do.
     """
 
     version: Version | None
@@ -60,6 +61,7 @@ class Added:
     old_before: float | None = None
     trades: tuple[Trade, ...] = ()
     old_loss: float | None = None
+    judged_on: float = 0.0
 
 
 def add(
@@ -111,6 +113,7 @@ def add(
             old_before=fitted.old_before if fitted else None,
             trades=fitted.trades if fitted and not entry.trained else (),
             old_loss=fitted.old_loss if fitted else None,
+            judged_on=fitted.judged_on if fitted else 0.0,
         )
         tell(planned)
         action = f"add {len(good)} images of '{entry.name}'"

@@ -26,6 +26,8 @@ from cnn2gnn_dist.log import output, quoted, report_error
 _log = logging.getLogger(__name__)
 NAMED = 5
 """Most keys named in a line."""
+_NORMAL_95 = 1.959964
+"""Standard deviations around its mean that hold 95 % of a normal distribution."""
 _ROW = re.compile(r"(.*/)?train-\d{8}")
 """Keys that the packers of Parquet files and of CIFAR make."""
 
@@ -57,17 +59,31 @@ def add(
 
 
 def trade_table(done: Added) -> str:
-    """The predicted accuracies for a range of losses, the chosen row marked."""
+    """The predicted accuracies for a range of losses, the chosen row marked.
+
+    Those of new classes with a 95 % interval: a few images say little about others.
+    """
     how = "its column is learned" if done.learned else "it is scored by the mean of its images"
     lines = [
         f"{how}; predicted accuracy, old classes {done.old_before:.1f} % before:",
-        "  may lose   old classes   new classes",
+        "  may lose   old classes   new classes (95 % interval)",
     ]
     for trade in done.trades:
-        new = "   ?" if trade.new is None else f"{trade.new:.1f} %"
+        new = "   ?"
+        if trade.new is not None:
+            low, high = wilson(trade.new / 100, done.judged_on)
+            new = f"{trade.new:.1f} % ({100 * low:.0f} to {100 * high:.0f})"
         mark = "  <- this one (--old-loss)" if trade.old_loss == done.old_loss else ""
-        lines.append(f"  {trade.old_loss:8g}   {trade.old:9.1f} %   {new:>11}{mark}")
+        lines.append(f"  {trade.old_loss:8g}   {trade.old:9.1f} %   {new:>20}{mark}")
     return "\n".join(lines)
+
+
+def wilson(share: float, images: float) -> tuple[float, float]:
+    """Wilson's interval of 95 % for a share of so many (> 0) images; it is right for few, too."""
+    width = _NORMAL_95**2 / images
+    middle = (share + width / 2) / (1 + width)
+    half = (share * (1 - share) * width + width**2 / 4) ** 0.5 / (1 + width)
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def remove(folder: Path, keys: Sequence[str]) -> int:

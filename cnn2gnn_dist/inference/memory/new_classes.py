@@ -190,6 +190,15 @@ class NewClasses:
         found = np.flatnonzero((turned_C > 1) & (2 * turned_C >= right_C))
         return [(int(c), int(turned_C[c]), int(right_C[c])) for c in found]
 
+    @property
+    def judged_on(self) -> float:
+        """Number of images of one class whose accuracy is as certain as the mean over classes of ``Trade.new``.
+
+        Classes of one image don't count. 0: there are no others.
+        """
+        count_K = self.count_K[self.count_K > 1]
+        return len(count_K) ** 2 / float((1 / count_K).sum()) if len(count_K) else 0.0
+
     def to_json(self) -> dict[str, Any]:
         """As JSON-compatible data."""
         trades = [[t.old_loss, t.offset, t.old, t.new] for t in self.trades]

@@ -5,12 +5,17 @@ import shutil
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
+from scipy.stats import binomtest
 
 from cnn2gnn_dist import cli
+from cnn2gnn_dist.commands.model import memory
 from cnn2gnn_dist.data.index.manifest import index
 from cnn2gnn_dist.data.packing.packers import pack_parquet
 from cnn2gnn_dist.inference.classifier import Classifier
+from cnn2gnn_dist.inference.editing import Added
 from cnn2gnn_dist.inference.memory import edits
+from cnn2gnn_dist.inference.memory.new_classes import Trade
 from tests.support.models import pictures, rows_of, write_model
 from tests.support.shards import encode_image
 
@@ -59,3 +64,31 @@ def test_forget_says_that_keys_of_parquet_and_cifar_are_row_numbers(tmp_path, ca
     shutil.rmtree(folder / "memory")
     edits.create(folder / "memory", rows, ["a", "b", "c"], "of Parquet", np.empty(0, np.int64))
     assert f"keys like {keys[2]} are row numbers" in forgotten(folder, capsys, keys[2])
+
+
+@pytest.mark.parametrize(("right", "images"), [(0, 5), (1, 5), (5, 5), (3, 40), (70, 100)])
+def test_the_interval_of_a_share_is_wilsons(right, images):
+    expected = binomtest(right, images).proportion_ci(method="wilson")
+    assert memory.wilson(right / images, images) == pytest.approx(tuple(expected), abs=1e-6)
+
+
+def test_the_predicted_accuracy_of_few_images_is_an_interval():
+    """Of 5 images of a class of CIFAR-10, 6 % were predicted and 14.5 % of others found."""
+    trades = (Trade(1.0, 0.1, 70.0, 20.0), Trade(2.0, 0.2, 69.0, None))
+    done = Added(None, "x", ["a"] * 5, old_before=71.0, trades=trades, old_loss=1.0, judged_on=5.0)
+    lines = memory.trade_table(done).splitlines()
+    assert lines[2].split() == [
+        "1",
+        "70.0",
+        "%",
+        "20.0",
+        "%",
+        "(4",
+        "to",
+        "62)",
+        "<-",
+        "this",
+        "one",
+        "(--old-loss)",
+    ]
+    assert lines[3].split() == ["2", "69.0", "%", "?"]

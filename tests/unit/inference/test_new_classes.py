@@ -207,6 +207,7 @@ def test_trades_predict(world, each):
     old_true, new_true = accuracies(world, new_classes)
     assert chosen.old == pytest.approx(100 * old_true, abs=3)
     assert chosen.new == pytest.approx(100 * new_true, abs=8 if each > 20 else 25)
+    assert new_classes.judged_on == pytest.approx(each * len(of))  # classes of one size count alike
     if each < 100:
         right = []
         for k, (name, images) in enumerate(of.items()):
