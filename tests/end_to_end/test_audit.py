@@ -175,6 +175,23 @@ def test_earlier_decisions_stay_in_the_list(micro_run, tmp_path):
     }  # fmt: skip
 
 
+def test_edits_of_the_runs_model_are_in_the_list(micro_run, tmp_path):
+    keys = keys_of(micro_run)
+    run, (first, second, third) = tmp_path / "run", list(keys)[:3]
+    shutil.copytree(micro_run, run)
+    other = str((keys[first] + 1) % 10)
+    model = str(run / "model")
+    assert cli.main(["memory", "relabel", model, first, "--class", other]) == 0
+    assert cli.main(["memory", "remove", model, second]) == 0
+    (tmp_path / "labels.csv").write_text(f"key,class\n{third},drop\n")
+    for place in (run, run / "model"):
+        assert cli.main(["audit", str(place), "--fix", str(tmp_path / "labels.csv")]) == 0
+        listed = read_relabel(place / "audit" / "relabel.csv")
+        assert {key: one.text for key, one in listed.items()} == {
+            first: other, second: "drop?", third: "drop",
+        }  # fmt: skip
+
+
 def test_decisions_of_the_training_are_in_the_list_of_its_model(micro_run, tmp_path, capsys):
     run, apart = tmp_path / "run", tmp_path / "apart"
     shutil.copytree(micro_run, run)
