@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,11 @@ from cnn2gnn_dist.data.index.relabel import (
 )
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference.audit import files as audit_files
+from cnn2gnn_dist.inference.audit import folder as audit_folder
 from cnn2gnn_dist.inference.audit.findings import Findings, audit
 from cnn2gnn_dist.inference.audit.folder import MAP, PAGE, RELABEL, TABLES
 from cnn2gnn_dist.inference.folder import artefact
+from cnn2gnn_dist.inference.memory import turns
 from cnn2gnn_dist.inference.memory.changes import changes
 from cnn2gnn_dist.log import output, progress, quoted
 from cnn2gnn_dist.report.audit_page import write_page
@@ -38,6 +40,8 @@ NAMED = 5
 """Most images named in a warning."""
 SEEN_PAIRS = 5_000
 """Number of (training, held-out) pairs whose bytes are compared, closest first."""
+EDIT_S = 600
+"""Seconds to wait for an edit of the memory, which may just be forgetting images, to finish."""
 
 
 def command(
@@ -63,7 +67,7 @@ def command(
 
     Raises:
         UserError: neither a run with a graph nor a model with a memory; unknown keys or classes
-            in the decisions; the folder can't be written to; the disk is full.
+            in the decisions; the folder can't be written to; the disk is full; the model forgot images meanwhile.
     """
     if top < 0:
         raise UserError(
@@ -95,16 +99,15 @@ def _audit(
     tables = audit_files.tables(
         source.training, found, source.keys, source.held_keys, source.held_labels_Q, exact_P
     )
-    with durable.disk_full_reported(folder):
-        for name, table in tables.items():
-            audit_files.write(folder, name, table, as_csv=as_csv)
-        write_page(folder / PAGE, View(source, found, held, exact_P, top).data(place, tables))
-        if with_map:
-            blocks = -(-len(source.keys) // audit_files.MAP_ROWS)
-            pictures = progress(
-                source.all_pictures(audit_files.MAP_ROWS), "map", total=blocks, leave=False
-            )
-            audit_files.write_map(folder / MAP, source.training, found, source.keys, pictures)
+    try:
+        with durable.disk_full_reported(folder):
+            for name, table in tables.items():
+                audit_files.write(folder, name, table, as_csv=as_csv)
+            write_page(folder / PAGE, View(source, found, held, exact_P, top).data(place, tables))
+            if with_map:
+                _write_map(source, found, folder)
+    finally:  # also where a file could not be written, because ``memory forget`` had deleted it
+        _refuse_forgotten(source, folder)
     for line in _summary(source, tables):
         output(line)
     output(f"look        {folder / PAGE}  ({time.monotonic() - started:.0f} s)")
@@ -112,6 +115,39 @@ def _audit(
         f"decide      save labels.csv on the page, then cnn2gnn audit {quoted(place)} --fix labels.csv"
     )
     return 0
+
+
+def _write_map(source: Source, found: Findings, folder: Path) -> None:
+    blocks = -(-len(source.keys) // audit_files.MAP_ROWS)
+    pictures = progress(source.all_pictures(audit_files.MAP_ROWS), "map", total=blocks, leave=False)
+    audit_files.write_map(folder / MAP, source.training, found, source.keys, pictures)
+
+
+def _refuse_forgotten(source: Source, folder: Path) -> None:
+    """Delete what was written if it shows images that the model has forgotten since it was opened.
+
+    Raises:
+        UserError: it did.
+    """
+    # ``memory forget`` deletes the model's own audit in its turn: what is written until then, not afterwards.
+    root = source.memory
+    own = root is not None and folder.resolve() == root.with_name(artefact.AUDIT).resolve()
+    with turns.editing(root, EDIT_S) if root is not None and own else nullcontext():
+        gone = source.forgotten_meanwhile()
+        if not gone:
+            return
+        what = f"{len(gone)} of these images were forgotten while the audit was made"
+        try:
+            audit_folder.forget(folder, gone)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{what}, and it can't be deleted: {error}",
+                where=str(folder),
+                remedy="delete this folder, and run the command again",
+            ) from None
+    raise UserError(
+        f"{what}, which is therefore deleted", where=str(folder), remedy="run the command again"
+    )
 
 
 def _exact(source: Source, found: Findings) -> np.ndarray:

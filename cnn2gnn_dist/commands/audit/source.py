@@ -106,6 +106,14 @@ class Source:
         """Whether a held-out image and a training image are the same file."""
         return False
 
+    def forgotten_meanwhile(self) -> list[str]:
+        """Keys of images that a model's memory had when it was opened, and has forgotten by now; a run keeps its own.
+
+        Raises:
+            UserError: the memory is damaged, or gone.
+        """
+        return []
+
     def close(self) -> None:
         """Close the files."""
 
@@ -233,6 +241,12 @@ class _ModelSource(Source):
 
     def all_pictures(self, size: int) -> Iterator[list[bytes | None]]:
         return self.thumbnails.blocks(size)
+
+    def forgotten_meanwhile(self) -> list[str]:
+        assert self.memory is not None
+        listed = sorted(set(forgotten(self.memory)).intersection(self.keys))
+        again = Memory.open(self.memory).ids_of(listed) if listed else {}  # added after that
+        return [key for key in listed if key not in again]
 
 
 def _of_model(folder: Path) -> Source:

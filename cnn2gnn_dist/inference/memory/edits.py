@@ -292,10 +292,7 @@ def history(root: Path) -> list[Version]:
 
 
 def compact(root: Path, check: Callable[[], object] = _no_check) -> Version:
-    """Write the live rows as one segment, and delete everything else; answers stay the same.
-
-    ``check`` as in ``forget``.
-    """
+    """Write the live rows as one segment, delete everything else; no answer changes. ``check`` as in ``forget``."""
     with turns.editing(root):
         check()
         return _compact(root, Memory.open(root), "compact")

@@ -4,6 +4,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cnn2gnn_dist import cli
+from cnn2gnn_dist.commands.audit import command
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference import editing
 from cnn2gnn_dist.inference.classifier import Classifier
@@ -11,6 +12,7 @@ from cnn2gnn_dist.inference.folder import artefact
 from cnn2gnn_dist.inference.memory import decisions, edits, store
 from cnn2gnn_dist.inference.memory.view import forgotten
 from cnn2gnn_dist.serving.live import LiveModel
+from tests.support.models import pictures
 
 MADE = (
     "index.html",
@@ -95,6 +97,38 @@ def test_an_audit_that_can_not_be_deleted_is_named_before_the_image_is_gone(mode
     live.edit(lambda beside: editing.forget(beside, ["img-7"]))
     assert live.version == store.head(root) == 2
     assert "img-7" not in store.keys_on_disk(root)
+
+
+@pytest.mark.parametrize("out", ["m/audit", "out"])
+@pytest.mark.parametrize("late", ["write_page", "_write_map"])
+def test_an_image_that_is_forgotten_during_an_audit_is_not_shown_by_it(
+    model, tmp_path, monkeypatch, capsys, late, out
+):
+    """The audit opened the memory before. What it writes then comes after ``forget`` has deleted the rest."""
+    editing.forget(model, ["img-2", "img-3"])
+    editing.add(model, list(pictures(1, seed=50)), "class 0")
+    added = next(key for key in model.memory.keys(model.memory.live_ids) if key[:4] != "img-")
+    write = getattr(command, late)
+
+    def forget_first(*arguments):
+        editing.forget(Classifier.open(model.folder, device="cpu"), ["img-7", added])
+        write(*arguments)
+
+    audit = tmp_path / out
+    monkeypatch.setattr(command, late, forget_first)
+    assert cli.main(["audit", str(model.folder), "--out", str(audit)]) == 2
+    said = capsys.readouterr().err
+    assert "2 of these images were forgotten while the audit was made" in said
+    assert "run the command again" in said
+    assert not audit.exists()
+    monkeypatch.undo()
+    again = Classifier.open(model.folder, device="cpu")
+    editing.add(again, list(pictures(1, seed=50)), "class 0")  # under a key that is on the list
+    assert added in forgotten(model.memory.root)
+    assert cli.main(["audit", str(model.folder), "--out", str(audit)]) == 0
+    shown = pq.read_table(audit / "map.parquet", columns=["key"])["key"].to_pylist()
+    assert added in shown
+    assert not {"img-2", "img-3", "img-7"}.intersection(shown)
 
 
 def test_a_model_without_audit_forgets_without_making_one(model):
