@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from cnn2gnn_dist import durable
 
@@ -35,3 +36,19 @@ def digest(*settings: object, files: Iterable[Path] = ()) -> str:
     """
     told = [[file.name, durable.sha256(file)] for file in sorted(files)]
     return hashlib.sha256(json.dumps([settings, told]).encode()).hexdigest()[:20]
+
+
+def lines_made_from(source: str, file: Path) -> list[dict[str, Any]]:
+    """Lines of JSON that ``add_line`` has kept for this source. Others stay in the file, but don't count."""
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    lines = [json.loads(line) for line in text.splitlines()]
+    own = [line for line in lines if line.get("made_from") == source]
+    if others := len(lines) - len(own):
+        print(f"{file}: {others} lines were made from something else", file=sys.stderr)
+    return own
+
+
+def add_line(source: str, file: Path, line: dict[str, Any]) -> None:
+    """Keep a line of JSON that is made from this source."""
+    with open(file, "a", encoding="utf-8") as lines:
+        lines.write(json.dumps(line | {"made_from": source}) + "\n")

@@ -14,25 +14,27 @@ update of the convolutions' filters differs:
             rate; then each of VARIANTS is tried at the best one
 
 Rates and variants are chosen with seed 0 by the accuracy on 2,000 training images that are set apart, none by the test
-images. Every training is a line of ``trials.jsonl``; run again, the script continues with what is missing. It prints a
-table of all trials, and one of the two that were chosen: accuracy over the seeds, processor seconds per epoch, and the
-optimizer's share of them (its steps alone, not the lookahead).
+images. Every training is a line of ``trials.jsonl``; run again, the script continues with what is missing, or was made
+with another recipe, other images or other code. It prints a table of all trials, and one of the two that were chosen:
+accuracy over the seeds, processor seconds per epoch, and the optimizer's share of them (its steps alone, not the
+lookahead).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from inspect import getfile
 from pathlib import Path
 from statistics import mean, stdev
 
 import numpy as np
 import torch
+from kept_files import add_line, digest, lines_made_from
 from remembering.features import read
 from torch import Tensor, nn
 
@@ -278,28 +280,38 @@ def accuracy(model: Teacher, images: Images, part: str) -> float:
     return 100 * right / len(images.labels[part])
 
 
+def made_by(recipe: str, data: Path) -> str:
+    """Digest of what a trial doesn't say: the recipe, the images in a folder, and the code that trains."""
+    tree = settings.as_tree(settings.load(recipe))
+    own = [tree[name] for name in ("teacher", "views", "stream", "precision")]
+    folders = [Path(getfile(one)).parent for one in (Teacher, WhitenedCNN, Average)]
+    code = [Path(__file__), *(Path(getfile(one)) for one in (read, shifted, Order))]
+    code += [one for folder in folders for one in folder.glob("*.py")]
+    return digest(own, tree["data"]["shard_size"], files=[*data.glob("*.parquet"), *code])
+
+
 class Trials:
     """Trainings, each made once.
 
     Args:
-        file: a line of JSON for each that is done.
+        file: a line of JSON for each that is done. Those made from something else don't count, but stay.
+        source: what they are made from (``made_by``).
         recipe: preset or file.
         images: of the data set.
     """
 
-    def __init__(self, file: Path, recipe: str, images: Images) -> None:
-        self.file, self.recipe, self.images = file, recipe, images
+    def __init__(self, file: Path, source: str, recipe: str, images: Images) -> None:
+        self.file, self.source, self.recipe, self.images = file, source, recipe, images
         file.parent.mkdir(parents=True, exist_ok=True)
-        lines = file.read_text().splitlines() if file.exists() else []
-        self.done = {Trial(**line["trial"]): line["found"] for line in map(json.loads, lines)}
+        lines = lines_made_from(source, file)
+        self.done = {Trial(**line["trial"]): line["found"] for line in lines}
 
     def __call__(self, trial: Trial) -> dict[str, float]:
         """What a training gives, as ``train`` returns it."""
         if trial not in self.done:
             options = [f"seed={trial.seed}", f"teacher.epochs={trial.epochs}"]
             found = train(settings.load(self.recipe, options), trial, self.images)
-            with open(self.file, "a", encoding="utf-8") as lines:
-                lines.write(json.dumps({"trial": asdict(trial), "found": found}) + "\n")
+            add_line(self.source, self.file, {"trial": asdict(trial), "found": found})
             self.done[trial] = found
             print(row(trial, found), flush=True)
         return self.done[trial]
@@ -362,8 +374,9 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     size = settings.load(given.recipe).views.size
-    images = read_images(Path(os.environ["CNN2GNN_DATA"]) / "cifar10", size)
-    run = Trials(given.folder / "trials.jsonl", given.recipe, images)
+    data = Path(os.environ["CNN2GNN_DATA"]) / "cifar10"
+    source = made_by(given.recipe, data)
+    run = Trials(given.folder / "trials.jsonl", source, given.recipe, read_images(data, size))
     print("| trial | epochs | seed | set apart % | test % | loss | s / epoch | optimizer |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for trial, found in run.done.items():

@@ -15,27 +15,31 @@ The other half of a batch stays random, since sets of one class would otherwise 
 are computed anew from random training images at the end, for all ways. The set network starts as the product would
 fit it on training images of the sixth epoch. λ is chosen on calibration images of the first seed (fitted on one half,
 judged on the other), never on test images. Then, for each way, ``LearnedSets.fit`` on the calibration images, and
-points gained on sets of test images. Prints Markdown. Everything is kept in FOLDER, and a second call continues.
-Needs $CNN2GNN_DATA.
+points gained on sets of test images. Prints Markdown. Everything is kept in FOLDER, and a second call continues;
+what was made from other data, epochs or code is made again. Needs $CNN2GNN_DATA.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import time
 from dataclasses import dataclass
+from inspect import getfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from kept_files import digest, made_from
 from remembering import features, sets
 from remembering.additions import unit
 from torch import nn
 
+from cnn2gnn_dist.inference.calibration import fit_temperature
 from cnn2gnn_dist.inference.sets.compositions import SHARES, Kind, draw
 from cnn2gnn_dist.inference.sets.learned import RELATED_WEIGHT, LearnedSets
 from cnn2gnn_dist.inference.sets.related import rows_by_class
@@ -241,33 +245,56 @@ def centered(kept: dict[str, np.ndarray], part: str) -> np.ndarray:
     return unit(kept[f"{part}/x"] - kept["train/x"].mean(0))
 
 
+@functools.cache
+def code_and_data(which: str) -> str:
+    """Digest of the images of a data set, and of the modules that make features from them."""
+    code = [Path(__file__), *(Path(getfile(one)) for one in (unit, fit_temperature))]
+    code += Path(getfile(LearnedSets)).parent.glob("*.py")
+    return digest(features.made_by(Path(os.environ["CNN2GNN_DATA"]), which), files=code)
+
+
 def trained(
     images: features.Images, given: argparse.Namespace, seed: int, way: Way
 ) -> dict[str, np.ndarray]:
-    """Features of a student trained so, and ``seconds`` of processor time of the last epochs."""
-    name = given.data.replace(":", "-").replace(",", "-")
-    file = given.folder / f"{name}-{seed}-{str(way).replace(' ', '-')}.npz"
-    if not file.exists():
-        print(f"seed {seed}, {way}", flush=True)
-        training = Training(images, given.epochs, seed)
-        shared = given.folder / f"{name}-{seed}.pt"
-        if not shared.exists():
+    """Features of a student trained so, kept in the folder, and ``seconds`` of processor time of the last epochs."""
+    shared = given.folder / f"{given.data.replace(':', '-').replace(',', '-')}-{seed}.pt"
+    file = shared.with_name(f"{shared.stem}-{str(way).replace(' ', '-')}.npz")
+    source = digest(code_and_data(given.data), given.epochs, given.last, seed)
+    with made_from(source, file) as missing:
+        if missing:
+            print(f"seed {seed}, {way}", flush=True)
+            kept = trained_on(shared, images, given, seed, way, source)
+            np.savez(file.with_suffix(".part.npz"), **kept)
+            file.with_suffix(".part.npz").rename(file)
+    with np.load(file) as kept_there:
+        return dict(kept_there)
+
+
+def trained_on(
+    shared: Path,
+    images: features.Images,
+    given: argparse.Namespace,
+    seed: int,
+    way: Way,
+    source: str,
+) -> dict[str, np.ndarray]:
+    """As ``trained``, from the state in ``shared``, with which all ways start: also made from ``source``."""
+    training, start = Training(images, given.epochs, seed), shared.with_suffix(".json")
+    with made_from(source, shared) as missing:
+        if missing:
+            start.unlink(missing_ok=True)  # it is fitted on this state
             training.run(given.epochs - given.last)
             torch.save(training.state(), shared.with_suffix(".part"))
             shared.with_suffix(".part").rename(shared)
-        # Resumed even when just written, so that all ways start from the same bits.
-        training.resume(torch.load(shared))
-        in_sets, start = None, shared.with_suffix(".json")
-        if way.objective != "plain":
-            in_sets = InSets(training, images, way, given.last * training.steps, start)
-        seconds = training.run(given.last, in_sets)
-        kept = computed(training.finish(), images, CENTERED, ("calibration", "test"))
-        for column in ("train/logits", "calibration/z", "test/z", "train/z"):
-            kept.pop(column)
-        np.savez(file.with_suffix(".part.npz"), seconds=np.array(seconds), **kept)
-        file.with_suffix(".part.npz").rename(file)
-    with np.load(file) as kept_there:
-        return dict(kept_there)
+    # Resumed even when just written, so that all ways start from the same bits.
+    training.resume(torch.load(shared))
+    steps = given.last * training.steps
+    in_sets = None if way.objective == "plain" else InSets(training, images, way, steps, start)
+    seconds = training.run(given.last, in_sets)
+    kept = computed(training.finish(), images, CENTERED, ("calibration", "test"))
+    for column in ("train/logits", "calibration/z", "test/z", "train/z"):
+        kept.pop(column)
+    return kept | {"seconds": np.array(seconds)}
 
 
 def on_calibration(kept: dict[str, np.ndarray], count: int) -> float:

@@ -105,7 +105,38 @@ def test_rates_are_chosen_by_the_images_set_apart() -> None:
     assert np.bincount(labels[apart]).tolist() == [200] * 10
 
 
-def test_what_is_done_is_not_trained_again(tmp_path: Path) -> None:
-    file = tmp_path / "trials.jsonl"
-    file.write_text(json.dumps({"trial": asdict(MUON), "found": {"test": 12.5}}) + "\n")
-    assert optimizers.Trials(file, optimizers.RECIPE, None)(MUON) == {"test": 12.5}
+def test_what_is_done_is_not_trained_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Unless with another recipe, of other images, or by other code."""
+    recipe, images, code = (tmp_path / name for name in ("short.yaml", "train.parquet", "code.py"))
+    recipe.write_text("teacher: {epochs: 5}\ndata: {train: /x, test: /x}")
+    images.write_text("images")
+    trained: list[float] = []
+
+    def train(config: Config, *given: object) -> dict[str, float]:
+        trained.append(config.teacher.epochs)
+        return dict.fromkeys(("apart", "test", "loss", "all_s", "optimizer_s"), float(len(trained)))
+
+    monkeypatch.setattr(optimizers, "train", train)
+
+    def found() -> float:
+        source = optimizers.made_by(str(recipe), tmp_path)
+        run = optimizers.Trials(tmp_path / "trials.jsonl", source, str(recipe), None)
+        return run(MUON)["test"]
+
+    assert [found(), found()] == [1, 1]
+    recipe.write_text("teacher: {epochs: 5, label_smoothing: 0.5}\ndata: {train: /x, test: /x}")
+    assert [found(), found()] == [2, 2]
+    assert "1 lines were made from something else" in capsys.readouterr().err
+    images.write_text("other images")
+    assert [found(), found()] == [3, 3]
+    code.write_text("an edit of the module")
+    monkeypatch.setattr(optimizers, "__file__", str(code))
+    assert [found(), found()] == [4, 4]
+    assert trained == [MUON.epochs] * 4
+    with open(
+        tmp_path / "trials.jsonl", "a"
+    ) as lines:  # as before lines said what they were made from
+        lines.write(json.dumps({"trial": asdict(SGD), "found": {}}) + "\n")
+    assert found() == 4

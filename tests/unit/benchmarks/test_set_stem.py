@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from itertools import combinations
+from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -77,3 +80,62 @@ def test_figures_of_seeds_are_averaged_kind_by_kind() -> None:
     assert found["seconds"] == 150
     assert [row["set"] for row in found["rows"]] == ["a", "b"]
     assert [row["learned"] for row in found["rows"]] == [1.5, 2.5]
+
+
+class Counted:
+    """A training that only counts its epochs."""
+
+    runs: ClassVar[list[int]] = []
+    steps = 1
+
+    def __init__(self, images: object, epochs: int, seed: int) -> None:
+        pass
+
+    def run(self, epochs: int, in_sets: object = None) -> float:
+        self.runs.append(epochs)
+        return 0.0
+
+    def state(self) -> dict[str, int]:
+        return {}
+
+    def resume(self, state: dict[str, int]) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+
+def test_students_of_other_data_epochs_or_code_are_trained_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mini-imagenet").mkdir()
+    images = tmp_path / "mini-imagenet" / "train-0.parquet"
+    images.write_text("images")
+    columns = ("train/logits", "calibration/z", "test/z", "train/z")
+    monkeypatch.setenv("CNN2GNN_DATA", str(tmp_path))
+    monkeypatch.setattr(set_stem, "Training", Counted)
+    monkeypatch.setattr(set_stem, "InSets", lambda *given: None)
+    monkeypatch.setattr(set_stem, "computed", lambda *given: dict.fromkeys(columns, np.zeros(1)))
+
+    def runs(objective: str, epochs: int = 8, last: int = 3) -> list[int]:
+        """Epochs of the trainings that a call with these options makes."""
+        Counted.runs.clear()
+        set_stem.code_and_data.cache_clear()  # another call, another process
+        given = Namespace(folder=tmp_path, data="mini-imagenet", epochs=epochs, last=last)
+        set_stem.trained(None, given, 0, set_stem.Way(objective))
+        return list(Counted.runs)
+
+    assert runs("plain") == [5, 3]
+    start = tmp_path / "mini-imagenet-0.json"
+    start.write_text("fitted on the state after 5 epochs")
+    assert runs("pairs") == [3]
+    assert runs("pairs") == runs("plain") == []
+    assert start.exists()
+    assert runs("plain", last=2) == [6, 2]
+    assert not start.exists()
+    assert runs("pairs", last=2) == [2]
+    assert runs("plain", epochs=9, last=2) == [7, 2]
+    images.write_text("other images")
+    assert runs("plain", epochs=9, last=2) == [7, 2]
+    monkeypatch.setattr(set_stem, "__file__", str(images))  # as after an edit of the module
+    assert runs("plain", epochs=9, last=2) == [7, 2]
