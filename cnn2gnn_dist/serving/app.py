@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from fastapi import FastAPI, Query, Request
+from fastapi import Depends, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
@@ -30,8 +30,12 @@ STATIC = Path(__file__).parent / "static"
 MOST = 1000
 """Most classes, or neighbors, in an answer."""
 
+_NAMED = 5
+"""Most parameters named in a refusal."""
+
 Top = Annotated[int, Query(ge=1, le=MOST, description="classes in an answer")]
 Neighbours = Annotated[int, Query(ge=0, le=MOST, description="neighbors in an answer")]
+Name = Annotated[str, Query(description="of the image, where it is the body")]
 
 _IMAGES = {
     "requestBody": {
@@ -77,6 +81,7 @@ def create_app(service: Service, *, hosts: frozenset[str] | None = None) -> Fast
         version=__version__,
         description="Classify images, see what the answers are based on, and edit the memory.",
         lifespan=lifespan,
+        dependencies=[Depends(_check_parameters)],
         docs_url=None,  # these pages load scripts from other servers
         redoc_url=None,
     )
@@ -90,10 +95,31 @@ def create_app(service: Service, *, hosts: frozenset[str] | None = None) -> Fast
     return app
 
 
+async def _check_parameters(request: Request) -> None:
+    """Refuse a query with parameters that its endpoint doesn't have: they would be ignored without a word.
+
+    GET requests of endpoints without any, the page and those of probes, may have what they like.
+
+    Raises:
+        Refused: unknown parameters.
+    """
+    known = [one.alias for one in request.scope["route"].dependant.query_params]
+    unknown = sorted(set(request.query_params) - set(known))
+    if unknown and (known or request.method != "GET"):
+        names = ", ".join(wire.plain_text(name) for name in unknown[:_NAMED])
+        raise Refused(
+            422,
+            f"unknown query parameters: {names}",
+            f"use {', '.join(known)}" if known else "this endpoint has none: see /openapi.json",
+        )
+
+
 def _add_answers(app: FastAPI, service: Service) -> None:
     @app.post("/predict", openapi_extra=_IMAGES, summary="Classify images")
-    async def predict(request: Request, top: Top = 5, neighbours: Neighbours = 5) -> Response:
-        upload = await wire.read_upload(request, service.limits)
+    async def predict(
+        request: Request, top: Top = 5, neighbours: Neighbours = 5, name: Name = "image"
+    ) -> Response:
+        upload = await wire.read_upload(request, service.limits, name)
         made = await service.predict(
             upload.images, top=top, neighbours=neighbours, until=getattr(request.state, UNTIL)
         )
@@ -101,7 +127,7 @@ def _add_answers(app: FastAPI, service: Service) -> None:
         unreadable = all(one.error is not None for one in made.answers)
         return JSONResponse(
             {"memory_version": made.version, "answers": answers}
-            | ({"error": "no image could be read", "remedy": wire.ACCEPTED} if unreadable else {}),
+            | ({"error": "no image could be read", "remedy": wire.READABLE} if unreadable else {}),
             422 if unreadable else 200,
         )
 
@@ -183,15 +209,16 @@ def _add_edits(app: FastAPI, service: Service) -> None:
             Query(ge=0, lt=100, description="points that the trained classes may lose"),
         ] = None,
         dry_run: Annotated[bool, Query(description="predict the accuracies, add nothing")] = False,
+        name: Name = "image",
     ) -> dict[str, Any]:
         check(request)
-        upload = await wire.read_upload(request, service.limits)
-        name = wire.class_name_of(class_name or upload.class_name)
-        images = wire.keyed(upload.images, name)
+        upload = await wire.read_upload(request, service.limits, name)
+        into = wire.class_name_of(class_name or upload.class_name)
+        images = wire.keyed(upload.images, into)
         made = await service.edit(
             "add",
             lambda model: editing.add(
-                model, service.within_limits(images), name, old_loss=old_loss, dry_run=dry_run
+                model, service.within_limits(images), into, old_loss=old_loss, dry_run=dry_run
             ),
         )
         return {

@@ -30,6 +30,8 @@ ACCEPTED = (
     "with its Content-Type (image/jpeg, …)"
 )
 
+READABLE = "send a JPEG, PNG, WebP, GIF, BMP or TIFF file; answers[].error says what is wrong"
+
 
 class ImageIn(BaseModel):
     """An image in JSON."""
@@ -66,8 +68,8 @@ class Upload:
     class_name: str | None = None
 
 
-async def read_upload(request: Request, limits: Limits) -> Upload:
-    """Read the images of a request: multipart, JSON, or one image as the body.
+async def read_upload(request: Request, limits: Limits, name: str = "image") -> Upload:
+    """Read the images of a request: multipart, JSON, or one image, called ``name``, as the body.
 
     Raises:
         Refused: unsupported content type, malformed, no images or too many.
@@ -78,9 +80,7 @@ async def read_upload(request: Request, limits: Limits) -> Upload:
     elif kind == "application/json":
         upload = _of_json(await request.body(), limits)
     elif kind.startswith("image/") or kind == "application/octet-stream":
-        upload = Upload(
-            [Input(plain_text(request.query_params.get("name", "image")), await request.body())]
-        )
+        upload = Upload([Input(plain_text(name), await request.body())])
     else:
         raise Refused(415, f"images can't be sent as {plain_text(kind) or 'nothing'}", ACCEPTED)
     if not upload.images:

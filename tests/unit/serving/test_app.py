@@ -77,6 +77,7 @@ def test_what_can_not_be_read_does_not_cost_the_others_their_answers(client: Tes
     assert empty["error"] == "not readable as an image: an empty file"
     made = client.post("/predict", files=parts([b"nothing"]))
     assert refused(made, 422) == "no image could be read"
+    assert made.json()["remedy"].startswith("send a JPEG, PNG, ")  # the form was a good one
     assert made.json()["answers"][0]["error"]
 
 
@@ -107,6 +108,39 @@ def test_bombs(client: TestClient):
 )
 def test_refusals(client: TestClient, query: str, body: dict, status: int, error: str):
     assert error in refused(client.post(f"/predict{query}", **body), status)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "unknown", "known"),
+    [
+        ("POST", "/predict?tops=3&top=2&neighbors=1", "neighbors, tops", "top, neighbours, name"),
+        ("GET", "/memory/keys?klass=a", "klass", "class, after, limit"),
+        ("GET", "/memory/3/thumbnail?v=0", "v", "version"),
+        ("POST", "/memory?class=a&dryrun=true", "dryrun", "class, old_loss, dry_run, name"),
+        ("DELETE", "/memory?forget=true", "forget", None),
+        ("POST", "/memory/undo?version=3", "version", None),
+    ],
+)
+def test_unknown_query_parameters_are_named(
+    client: TestClient, method: str, path: str, unknown: str, known: str | None
+):
+    made = client.request(method, path, headers=ALLOWED)
+    assert refused(made, 422) == f"unknown query parameters: {unknown}"
+    assert made.json()["remedy"] == (
+        f"use {known}" if known else "this endpoint has none: see /openapi.json"
+    )
+
+
+def test_the_page_and_probes_may_have_any_query(client: TestClient):
+    for path in ("/", "/healthz", "/metrics", "/static/page.js"):
+        assert client.get(f"{path}?a=b").status_code == 200
+
+
+def test_the_name_of_an_image_that_is_the_body(client: TestClient):
+    made = client.post(
+        "/predict?name=a.png", content=encoded(1)[0], headers={"Content-Type": "image/png"}
+    )
+    assert made.json()["answers"][0]["image"] == "a.png"
 
 
 def test_paths_and_methods_that_do_not_exist(client: TestClient):
