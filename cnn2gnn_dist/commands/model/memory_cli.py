@@ -53,7 +53,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
                 "keys", nargs="*", metavar="KEY", help="see `cnn2gnn memory ls --keys`"
             )
             one.add_argument(
-                "--from", dest="file", type=Path, metavar="FILE", help="file of keys, one per line"
+                "--from",
+                dest="file",
+                type=Path,
+                metavar="FILE",
+                help="file of keys, one per line, also as `cnn2gnn memory ls --keys` prints them, or in a CSV's "
+                "column `key`",
             )
         if name == "ls":
             one.add_argument("--keys", action="store_true", help="list the images")
