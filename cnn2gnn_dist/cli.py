@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -53,7 +54,7 @@ EPILOG = """examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code: 0 success, 1 failure, 2 an error that the user can fix.
 
-    130 and 143 after SIGINT and SIGTERM, with everything cleaned up.
+    130 and 143 after SIGINT and SIGTERM, with everything cleaned up; 141 if the reader of the output is gone.
 
     Raises:
         ModuleNotFoundError: a package is missing that no extra installs.
@@ -83,7 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             log.report_error("stopped by SIGTERM; the same command resumes the run")
         raise
     except BrokenPipeError:
-        return 1
+        _let_go_of_closed_pipes()
+        return 141  # as a shell says it of a program that SIGPIPE ended
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in _EXTRAS:
             raise
@@ -94,6 +96,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         )
         return 2
+
+
+def _let_go_of_closed_pipes() -> None:
+    """Write to a closed pipe no more: the interpreter would flush it once more at its end, and complain."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
