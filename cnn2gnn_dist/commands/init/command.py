@@ -288,8 +288,5 @@ def _print_plan(found: _Choice, minutes: float, say: Say) -> None:
     )
     parts = ", ".join(f"{name} {spent / 60:.1f}" for name, spent in estimate.seconds.items())
     say(f"minutes  {estimate.minutes:.1f} predicted ({minutes:g} requested): {parts}")
-    if estimate.minutes > 1.25 * minutes:
-        say(
-            f"note     even a short run takes longer than {minutes:g} minutes here: more --minutes, "
-            "a GPU, or fewer images (data.limit=…)"
-        )
+    if note := fitting.too_long(estimate, minutes, found.machine.device):
+        say(f"note     {note}")

@@ -18,13 +18,19 @@ _MODEL_S = 0.0015  # an image's thumbnail, place in the memory and audit, by the
 _FEWEST_STEPS = 200  # after fewer, a network predicts the most frequent class
 _MOST_EPOCHS = 10_000
 _MARGIN = 0.92  # of the minutes asked for
+_TOO_LONG = 1.25  # times the minutes asked for
+_BUSY = 1.3  # times slower by other processes
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds of each stage; ``start`` is the overhead of all of them."""
+    """Seconds of each stage, other processes included, which slow the machine down by the factor ``busy``.
+
+    ``start`` is the overhead of all stages, ``decode`` the first pass where decoded images are kept.
+    """
 
     seconds: dict[str, float]
+    busy: float = 1.0
 
     @property
     def minutes(self) -> float:
@@ -55,7 +61,6 @@ def estimate(
     warm = config["graph"]["start_epoch"]
     own_s, early = speed.busy * _STEP_S, _early_cost(config)
     builds = 1 + math.ceil((rounds - warm) / config["graph"]["refresh_epochs"])
-    one_pass = 0.0 if not cached else passes(0.0, 1, decoded=False)
     embed = (
         passes(speed.student_forward, 1)
         + speed.busy * _REFRESH_S
@@ -63,7 +68,8 @@ def estimate(
     )
     return Estimate(
         {
-            "start": speed.busy * _START_S[machine.device] + one_pass,
+            "start": speed.busy * _START_S[machine.device],
+            "decode": passes(0.0, 1, decoded=False) if cached else 0.0,
             "pack, index": 2.0 + (images + held) * 2e-4,
             "teacher": passes(early * speed.teacher + own_s, epochs),
             "targets": passes(speed.teacher_forward, 1),
@@ -75,8 +81,30 @@ def estimate(
             else 0.0,
             "evaluate": passes(speed.teacher_forward + 3 * speed.student_forward, 1, held, False),
             "model": speed.busy * _MODEL_S * images,
-        }
+        },
+        speed.busy,
     )
+
+
+def too_long(found: Estimate, minutes: float, device: str) -> str | None:
+    """What takes longer than the minutes asked for, and what helps against it; None: it takes about as long."""
+    if found.minutes <= _TOO_LONG * minutes:
+        return None
+    largest = max(found.seconds, key=lambda name: found.seconds[name])
+    what = (
+        "start (of processes, imports and saves of all stages)" if largest == "start" else largest
+    )
+    share = 100 * found.seconds[largest] / sum(found.seconds.values())
+    remedies = ["more --minutes"]
+    if largest != "start":  # which takes as long for a few images, and on a GPU
+        remedies += ["a GPU"] if device == "cpu" else []
+        remedies += ["fewer images (data.limit=…)"]
+    busy = ""
+    if found.busy > _BUSY:
+        busy = f"; other processes make this machine {found.busy:.1f} times slower"
+        remedies.insert(0, "--idle, if they will be gone by the time of the run")
+    text = f"even a short run takes longer than {minutes:g} minutes here, {share:.0f} % of it for {what}{busy}"
+    return f"{text}. What helps: {', or '.join(remedies)}"
 
 
 def _early_cost(config: dict[str, Any]) -> float:

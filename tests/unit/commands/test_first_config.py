@@ -211,6 +211,34 @@ def test_too_few_minutes_leave_the_control_out_before_they_are_exceeded():
     assert spent[60] <= 60
 
 
+def test_what_takes_too_long_is_named_with_what_helps_against_it():
+    """60 images, for which a machine ten times slower needs 12.5 minutes (10 x 75 s) to start."""
+    facts = Facts(np.full(6, 10), None, 32)
+    machine = Machine(2, 2, "cpu")
+    net = recipe.nets(facts, machine, None)[0]
+
+    def said(step_s: float, busy: float, minutes: float, device: str = "cpu") -> str | None:
+        speed = Speed(step_s, step_s, step_s, step_s, step_s, busy)
+        found = fitting.fit(facts, machine, net, speed, minutes)[1]
+        if busy == 10.0:
+            assert found.seconds["start"] == 750.0
+        return fitting.too_long(found, minutes, device)
+
+    assert said(1e-3, 1.0, 60) is None
+    busy = said(1e-3, 10.0, 3)
+    assert busy is not None
+    assert "% of it for start (of processes, imports and saves of all stages)" in busy
+    assert "; other processes make this machine 10.0 times slower. What helps: --idle, if" in busy
+    assert busy.endswith("run, or more --minutes")  # a GPU or fewer images would start no faster
+    slow = said(10.0, 1.0, 3)
+    assert slow is not None
+    assert "start" not in slow
+    assert slow.endswith("What helps: more --minutes, or a GPU, or fewer images (data.limit=…)")
+    on_gpu = said(10.0, 1.0, 3, "cuda")
+    assert on_gpu is not None
+    assert on_gpu.endswith("What helps: more --minutes, or fewer images (data.limit=…)")
+
+
 @pytest.mark.parametrize("grey", [False, True])
 def test_the_text_reads_back_as_the_tree_whatever_the_paths(tmp_path, grey):
     facts = Facts(np.full(6, 60), None, 84, alike=True, grey=grey)
