@@ -52,8 +52,11 @@ def forgotten_note(root: Path, relabel: str | None, named: Path | None = None) -
         return None
     listed = next(path for path in map(_list_in, memories_of(root)) if path.is_file())
     listed = (named or root) / listed.relative_to(root)
+    # A copy, since this list is moved away with its model, and the next model's may have more lines: the index would
+    # be stale each time.
+    copy = (named or root).with_name(f"{(named or root).name}-forgotten.csv")
     how = (
-        f"data.relabel={quoted(listed)}"
+        f"`cp {quoted(listed)} {quoted(copy)}`, then data.relabel={quoted(copy)}"
         if relabel is None
         else f"add the lines of {listed} to {relabel}"
     )

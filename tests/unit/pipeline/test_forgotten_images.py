@@ -1,5 +1,8 @@
 """The stage ``index`` of a run whose model has forgotten images, and its relabel list."""
 
+import re
+import shutil
+
 import numpy as np
 import pytest
 
@@ -81,8 +84,9 @@ def test_a_training_on_forgotten_images_is_warned_of(given, tmp_path, capsys, co
         "note: 3 images that the memory of this run's model has forgotten are still trained on"
         in said
     )
-    listed = f"data.relabel={memory}/forgotten.csv"
-    assert f"to leave them out, {listed}, with --update" in said
+    listed = f"data.relabel={run}-forgotten.csv"
+    copied = re.search(rf"to leave them out, `cp (\S+) (\S+)`, then {listed}, with --update", said)
+    assert copied is not None
     config, steps = plan(given)
     assert runner.forgotten_note(config, steps) in said
     assert runner.forgotten_note(config, steps[:1]) is None  # nothing is to be trained
@@ -90,8 +94,11 @@ def test_a_training_on_forgotten_images_is_warned_of(given, tmp_path, capsys, co
     assert stale[0].status is Status.STALE
     assert runner.forgotten_note(config, stale) is None  # the index leaves them out
     # The remedy.
+    shutil.copy(*copied.groups())
     assert cli.main(["index", *given, listed, "--update"]) == 0
     assert runner.forgotten_note(*plan([*given, listed])) is None
+    record_forgotten(memory, ["another"])  # the index stays as it is
+    assert plan([*given, listed])[1][0].status is Status.COMPLETE
 
 
 def test_the_list_stays_as_it_was_applied(given, tmp_path):
