@@ -120,10 +120,13 @@ def check_target(source: Path, target: Path) -> None:
 
 def _remove_memory(memory: Path) -> None:
     """Remove a memory that is there: mixed with another one, it would keep what that one forgot."""
-    # Also without HEAD: an attempt that was killed in here may have removed it, and not yet the rows. But a folder of
-    # this name need not be a memory: only what is one's is removed.
+    # A folder of this name need not be a memory, and in one that is, only what is a memory's is removed.
+    signs = (memory / store.HEAD, memory / store.LOCK, memory / store.FORGOTTEN)
+    if not any(path.is_file() for path in (*signs, memory.with_name(artefact.CHECKSUMS))):
+        return
     for name in ("segments", "versions"):
         if (memory / name).is_dir():
             shutil.rmtree(memory / name)
-    for path in (memory / store.HEAD, memory / store.LOCK, memory / decisions.FILE):
-        path.unlink(missing_ok=True)
+    # HEAD last: after a kill it still says what this is.
+    for name in (store.LOCK, decisions.FILE, store.HEAD):
+        (memory / name).unlink(missing_ok=True)

@@ -19,7 +19,7 @@ from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference import editing
 from cnn2gnn_dist.inference.classifier import Classifier, load
 from cnn2gnn_dist.inference.folder import artefact
-from cnn2gnn_dist.inference.memory import store
+from cnn2gnn_dist.inference.memory import decisions, store
 from cnn2gnn_dist.inference.memory.forgetting import record_forgotten
 from cnn2gnn_dist.inference.memory.view import forgotten
 from cnn2gnn_dist.inference.scoring import FITTED
@@ -112,11 +112,36 @@ def test_a_copy_over_an_earlier_one_keeps_nothing_that_was_forgotten(tmp_path):
 def test_a_copy_over_one_whose_removal_was_killed_keeps_nothing_of_it(tmp_path):
     model = Classifier.open(write_model(tmp_path / "model"), device="cpu")
     model.save_pretrained(tmp_path / "copy")
-    (tmp_path / "copy" / "memory" / store.HEAD).unlink()  # the first file that went
+    (
+        tmp_path / "copy" / "memory" / store.HEAD
+    ).unlink()  # in earlier versions the first file that went
     editing.forget(model, ["img-3"])
     model.save_pretrained(tmp_path / "copy")
     copied = Classifier.open(tmp_path / "copy", device="cpu")
     assert "img-3" not in store.keys_on_disk(copied.memory.root)
+
+
+@pytest.mark.parametrize("stop_at", range(3))
+def test_what_a_killed_removal_left_is_still_known_to_be_a_memory(tmp_path, stop_at, monkeypatch):
+    """Also where nothing else of the model is there."""
+    model = Classifier.open(write_model(tmp_path / "model"), device="cpu")
+    memory = shutil.copytree(model.memory.root, tmp_path / "copy" / "memory")
+    decisions.record(memory, [("img-3", "class 1", "img-3")])
+    (memory / store.LOCK).unlink()
+    calls = iter(range(100))
+
+    def unlink(path, missing_ok=False, real=Path.unlink):
+        if next(calls) == stop_at:
+            raise KeyboardInterrupt
+        real(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    with pytest.raises(KeyboardInterrupt):
+        model.save_pretrained(tmp_path / "copy")
+    monkeypatch.undo()
+    model.save_pretrained(tmp_path / "copy")
+    assert not (memory / decisions.FILE).exists()
+    assert len(load(tmp_path / "copy", device="cpu").memory) == 40
 
 
 def test_a_copy_into_a_folder_with_a_memory_of_another_kind_keeps_its_files(tmp_path):
@@ -125,7 +150,12 @@ def test_a_copy_into_a_folder_with_a_memory_of_another_kind_keeps_its_files(tmp_
     notes.mkdir(parents=True)
     (notes / "a.txt").write_text("mine")
     (notes.parent / "todo.md").write_text("mine, too")
+    parts = [tmp_path / "project" / "memory" / name for name in ("segments", "versions")]
+    for folder in parts:
+        folder.mkdir()
+        (folder / "b.txt").write_text("mine")
     model.save_pretrained(tmp_path / "project")
+    assert [(folder / "b.txt").read_text() for folder in parts] == ["mine", "mine"]
     assert (notes / "a.txt").read_text() == "mine"
     assert (notes.parent / "todo.md").read_text() == "mine, too"
     assert len(load(tmp_path / "project", device="cpu").memory) == 40
