@@ -25,6 +25,7 @@ from cnn2gnn_dist.errors import UserError
 
 DROP = ("drop", "-")
 DROP_IF_THERE = "drop?"
+"""Leave this image out if it is among the training images."""
 NAMED = 3
 """Most keys or classes named in an error."""
 _CLASS_REMEDY = "name one of the classes, or drop to leave the image out"

@@ -8,13 +8,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from cnn2gnn_dist import durable
-from cnn2gnn_dist.data.index.relabel import keys_named
+from cnn2gnn_dist.data.index.relabel import DROP_IF_THERE, keys_named
 from cnn2gnn_dist.inference.memory import store
 from cnn2gnn_dist.inference.memory.set_apart import SetApart
 from cnn2gnn_dist.inference.memory.view import forgotten
-
-DROP_IF_THERE = "drop?"
-"""What ``data.relabel`` reads as: leave this image out if it is among the training images."""
 
 
 def record_forgotten(root: Path, keys: Sequence[str]) -> None:

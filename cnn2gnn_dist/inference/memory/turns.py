@@ -25,7 +25,7 @@ def editing(root: Path, wait_s: float = 10.0) -> Iterator[None]:
 
     Raises:
         UserError: another process holds it longer than ``wait_s``; the folder can't be written, or is gone.
-    """
+    """  # noqa: DOC501
     lock = FileLock(str(root / store.LOCK))
     try:
         _wait(root, lock, wait_s)
@@ -36,6 +36,8 @@ def editing(root: Path, wait_s: float = 10.0) -> Iterator[None]:
             remedy="run the command again when the other edit has finished",
         ) from None
     except OSError as error:
+        if not root.is_dir():
+            raise _gone(root) from None
         raise UserError(
             f"this memory can't be written: {error.strerror}", where=str(root),
             remedy="copy the model to a folder that you can write to",
@@ -67,7 +69,7 @@ def _wait(root: Path, lock: FileLock, wait_s: float) -> None:
     Raises:
         UserError: the folder is gone.
         Timeout: another process holds it longer than ``wait_s``.
-    """
+    """  # noqa: DOC501
     until = time.monotonic() + wait_s
     while root.is_dir():
         left = until - time.monotonic()
@@ -77,7 +79,11 @@ def _wait(root: Path, lock: FileLock, wait_s: float) -> None:
         except Timeout:
             if left <= 0:
                 raise
-    raise UserError(
+    raise _gone(root)
+
+
+def _gone(root: Path) -> UserError:
+    return UserError(
         "this memory is gone: another command has replaced the model, or is about to",
         where=str(root),
         remedy="run the command again when that one has finished; nothing was changed",

@@ -71,14 +71,15 @@ def test_a_model_that_is_replaced_while_an_edit_waits(model, other, monkeypatch,
     editing.remove(turns_again, ["img-1"])  # nothing is held
 
 
-def test_a_model_that_is_taken_away_while_an_edit_waits(model):
+@pytest.mark.parametrize("error", [turns.Timeout, FileNotFoundError])
+def test_a_model_that_is_taken_away_while_an_edit_waits(model, error):
     root, away = model.memory.root, model.folder.with_name("away")
 
     class Late(turns.FileLock):
         def acquire(self, *arguments, **options):
             if model.folder.exists():
                 os.rename(model.folder, away)
-            raise turns.Timeout(str(root))
+            raise error(str(root))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(turns, "FileLock", Late)
