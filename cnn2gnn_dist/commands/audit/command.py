@@ -38,6 +38,8 @@ _log = logging.getLogger(__name__)
 
 NAMED = 5
 """Most images named in a warning."""
+TINY = 16
+"""Shorter side in pixels below which near-duplicates are doubtful: at 8 they were by chance, at 32 real ones."""
 SEEN_PAIRS = 5_000
 """Number of (training, held-out) pairs whose bytes are compared, closest first."""
 EDIT_S = 600
@@ -176,6 +178,12 @@ def _summary(source: Source, tables: dict[str, pa.Table]) -> list[str]:
             lines.append(
                 f"{title:11} {kinds.count('exact'):,} exact and {kinds.count('near'):,} near pairs {between}"
             )
+    size = source.middle_size() if "near" in pairs["kind"].to_pylist() else None
+    if size is not None and min(size) < TINY:
+        lines.append(
+            f"note        at {size[1]} x {size[0]} pixels different images may look like copies: look at the "
+            "pairs before you remove images or call it leakage"
+        )
     if len(tables["bleeding"]):
         first = tables["bleeding"].slice(0, 1).to_pylist()[0]
         lines.append(

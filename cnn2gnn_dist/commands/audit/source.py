@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from cnn2gnn_dist.commands.model.opening import context_of, unfinished
+from cnn2gnn_dist.data.images.decode import CorruptSample, image_size
 from cnn2gnn_dist.data.images.views import CLEAN, ViewSpec
 from cnn2gnn_dist.data.index.manifest import Manifest
 from cnn2gnn_dist.data.index.relabel import names_of, rows_named, shared_keys, unique_keys
@@ -36,6 +37,8 @@ from cnn2gnn_dist.stages.shared.networks import build_student, check_built_on, l
 
 SIDE, QUALITY, READ = 96, 85, 256
 """Side of the pictures of a run, in pixels; their JPEG quality; images read at a time."""
+SEEN_SIZES = 15
+"""Number of images whose sizes are read."""
 _NOT_KEPT = (
     "this model, exported on 28 Nov 2026 or before, does not say whether its run was trained with a relabel list "
     "(data.relabel): if so, the decisions in that one are not in the list made here; an audit of the run includes them"
@@ -114,6 +117,13 @@ class Source:
         """
         return []
 
+    def middle_size(self) -> tuple[int, int] | None:
+        """Height and width in pixels of the training image of median shorter side, of some; None: not known.
+
+        A model keeps only thumbnails, all of one size.
+        """
+        return None
+
     def close(self) -> None:
         """Close the files."""
 
@@ -178,6 +188,9 @@ class _RunSource(Source):
         if self.held.size_N[a] != self.train.size_N[b]:
             return False
         return _crc(self.held, a) == _crc(self.train, b)
+
+    def middle_size(self) -> tuple[int, int] | None:
+        return middle_size(self.train)
 
     def close(self) -> None:
         for reader in self._readers:
@@ -320,5 +333,19 @@ def _jpegs(reader: Reader, rows: Sequence[int]) -> list[bytes | None]:
 def _crc(manifest: Manifest, row: int) -> int:
     if manifest.crc_N is not None:
         return int(manifest.crc_N[row])
+    return zlib.crc32(_encoded(manifest, row))
+
+
+def _encoded(manifest: Manifest, row: int) -> bytes:
     path = manifest.shards[int(manifest.shard_N[row])].path
-    return zlib.crc32(urls.read_range(path, int(manifest.offset_N[row]), int(manifest.size_N[row])))
+    return urls.read_range(path, int(manifest.offset_N[row]), int(manifest.size_N[row]))
+
+
+def middle_size(manifest: Manifest) -> tuple[int, int] | None:
+    """Height and width of the image of median shorter side among ``SEEN_SIZES``; None: none can be read."""
+    sizes = []
+    rows = np.linspace(0, len(manifest) - 1, min(len(manifest), SEEN_SIZES)).astype(int)
+    for row in rows.tolist():
+        with suppress(CorruptSample):
+            sizes.append(image_size(_encoded(manifest, row)))
+    return sorted(sizes, key=min)[len(sizes) // 2] if sizes else None
