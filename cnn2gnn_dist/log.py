@@ -70,6 +70,11 @@ def quoted(path: str | os.PathLike[str]) -> str:
     return shlex.quote(os.fspath(path))
 
 
+def counted(number: int, one: str, many: str | None = None) -> str:
+    """A number with its noun: 1 image, 1,200 images; ``many``: a plural that is not ``one`` and an s."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add ``-v`` and ``-q``: they set ``verbosity`` in the namespace, if given."""
     group = parser.add_mutually_exclusive_group()

@@ -30,6 +30,7 @@ from cnn2gnn_dist.inference.memory.subset import Subset
 from cnn2gnn_dist.inference.memory.view import Memory
 from cnn2gnn_dist.inference.network import Outputs, joined
 from cnn2gnn_dist.inference.scoring import HeldOut
+from cnn2gnn_dist.log import counted
 
 _log = logging.getLogger(__name__)
 
@@ -116,7 +117,7 @@ def add(
             judged_on=fitted.judged_on if fitted else 0.0,
         )
         tell(planned)
-        action = f"add {len(good)} images of '{entry.name}'"
+        action = f"add {counted(len(good), 'image')} of '{entry.name}'"
         done = planned if dry_run else replace(planned, version=edit.commit(action))
     model.reload()
     return done
@@ -131,7 +132,7 @@ def remove(model: Classifier, keys: Sequence[str], *, wait_s: float = 10.0) -> V
     return _edited(
         model,
         lambda edit: edit.remove(edit.rows_of(keys)),
-        f"remove {len(set(keys))} images",
+        f"remove {counted(len(set(keys)), 'image')}",
         wait_s,
     )
 
@@ -148,7 +149,8 @@ def relabel(
     def change(edit: edits.Edit) -> None:
         edit.relabel(edit.rows_of(keys), edit.class_index(class_name, new=False))
 
-    return _edited(model, change, f"relabel {len(set(keys))} images to '{class_name}'", wait_s)
+    action = f"relabel {counted(len(set(keys)), 'image')} to '{class_name}'"
+    return _edited(model, change, action, wait_s)
 
 
 def forget(model: Classifier, keys: Sequence[str], *, wait_s: float = 10.0) -> Version:

@@ -19,6 +19,7 @@ from cnn2gnn_dist.data.images.formats import IMAGE_SUFFIXES
 from cnn2gnn_dist.data.images.image_files import MAX_BYTES, find_images, printable, read_file
 from cnn2gnn_dist.data.images.views import CLEAN, ViewSpec, render
 from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.log import counted
 
 UNNAMED = "input "
 """Prefix of the names of unnamed inputs; their position follows."""
@@ -186,7 +187,7 @@ def _of_shard(path: str) -> Iterator[Input]:
                     yield Input(f"{printable(path)}/{printable(member.name)}", _member(tar, member))
             _check_end(tar)
     except (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError) as error:
-        behind = f" after its first {count} images" if count else ""
+        behind = f" after its first {counted(count, 'image')}" if count else ""
         raise _unreadable(f"shard can't be read{behind}", path, error) from None
     if not count:
         raise _no_image("shard", path)

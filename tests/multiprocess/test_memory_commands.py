@@ -24,4 +24,4 @@ def in_a_process(*arguments):
 def test_keys_are_found_in_a_fresh_process(written):
     done = in_a_process("memory", "remove", written, "img-1")
     assert done.returncode == 0, done.stderr
-    assert "remove 1 images; 39 images" in done.stdout
+    assert "remove 1 image; 39 images" in done.stdout

@@ -31,7 +31,7 @@ from cnn2gnn_dist.inference.audit.folder import MAP, PAGE, RELABEL, TABLES
 from cnn2gnn_dist.inference.folder import artefact
 from cnn2gnn_dist.inference.memory import turns
 from cnn2gnn_dist.inference.memory.changes import changes
-from cnn2gnn_dist.log import output, progress, quoted
+from cnn2gnn_dist.log import counted, output, progress, quoted
 from cnn2gnn_dist.report.audit_page import write_page
 
 _log = logging.getLogger(__name__)
@@ -231,7 +231,9 @@ def _fix(source: Source, fix: Path, folder: Path, dry_run: bool) -> int:
         everything = overridden(everything, later, source.known)
     path = folder / RELABEL
     dropped = sum(one.name is None for one in decisions.values())
-    output(f"{len(decisions) - dropped} images get a class, {dropped} are left out")
+    given = len(decisions) - dropped
+    get, are = "gets" if given == 1 else "get", "is" if dropped == 1 else "are"
+    output(f"{counted(given, 'image')} {get} a class, {dropped:,} {are} left out")
     if source.earlier:
         count = sum(everything.get(key) is one for key, one in earlier.items())
         output(f"with {count} earlier decisions ({', '.join(map(str, source.earlier))})")

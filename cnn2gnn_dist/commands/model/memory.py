@@ -21,7 +21,7 @@ from cnn2gnn_dist.inference.memory import edits
 from cnn2gnn_dist.inference.memory.set_apart import SetApart
 from cnn2gnn_dist.inference.memory.store import Version
 from cnn2gnn_dist.inference.memory.view import forgotten
-from cnn2gnn_dist.log import output, quoted, report_error
+from cnn2gnn_dist.log import counted, output, quoted, report_error
 
 _log = logging.getLogger(__name__)
 NAMED = 5
@@ -47,7 +47,7 @@ def add(
             report_error(complaint(name, why))
         kind = "a new class" if planned.new_class else "a trained class"
         verb = "would add" if dry_run else "adding"
-        output(f"{verb} {len(planned.keys)} images of '{planned.class_name}', {kind}")
+        output(f"{verb} {counted(len(planned.keys), 'image')} of '{planned.class_name}', {kind}")
         if planned.new_class:
             output(trade_table(planned))
 
@@ -124,9 +124,10 @@ def forget(folder: Path, keys: Sequence[str]) -> int:
             f"{len(apart)} of them were set apart for calibration: their outputs are deleted; what was fitted on them "
             "(calibration.json) stays as it is, until the model is exported anew from a training without them"
         )
+    listed = forgotten(memory.root)
     output(
-        f"{len(forgotten(memory.root))} keys are in {memory.root / 'forgotten.csv'}: train with "
-        "data.relabel=THAT_FILE to leave these images out"
+        f"{counted(len(listed), 'key')} {'is' if len(listed) == 1 else 'are'} in {memory.root / 'forgotten.csv'}: "
+        "train with data.relabel=THAT_FILE to leave these images out"
     )
     for line in _not_left_out(keys, added):
         output(line)
@@ -191,7 +192,7 @@ def show(folder: Path, *, keys: bool, class_name: str | None) -> int:
                 remedy=f"one of {', '.join(memory.classes[:10])}",
             )
     if not keys:
-        output(f"{len(memory):,} images, version {memory.version.number}")
+        output(f"{counted(len(memory), 'image')}, version {memory.version.number}")
         for label, (name, count) in enumerate(zip(memory.classes, memory.counts(), strict=True)):
             if class_name in (None, name):
                 output(f"{count:8,}  {name}{'' if label < memory.trained else '  (new)'}")
@@ -242,7 +243,7 @@ def keys_from(file: Path) -> list[str]:
 
 def _print_version(version: Version, model: Classifier) -> None:
     memory = model.required_memory()
-    output(f"version {version.number}: {version.action}; {len(memory):,} images")
+    output(f"version {version.number}: {version.action}; {counted(len(memory), 'image')}")
     counts = memory.counts()
     for name, count in zip(memory.classes, counts, strict=True):
         if not count:

@@ -18,6 +18,7 @@ from cnn2gnn_dist.inference.memory.rewiring import Rewired
 from cnn2gnn_dist.inference.memory.set_apart import SetApart
 from cnn2gnn_dist.inference.memory.store import ClassEntry, NewRows, Version
 from cnn2gnn_dist.inference.memory.view import LIKELY, Memory, forgotten
+from cnn2gnn_dist.log import counted
 
 NAMED = 5
 """Most keys named in an error."""
@@ -148,8 +149,9 @@ class Edit:
         missing = [key for key in keys if key not in found]
         if missing:
             some = ", ".join(missing[:NAMED]) + (", …" if len(missing) > NAMED else "")
+            are = "is" if len(missing) == 1 else "are"
             raise UserError(
-                f"{len(missing)} of {len(keys)} keys are not in the memory: {some}",
+                f"{len(missing)} of {counted(len(keys), 'key')} {are} not in the memory: {some}",
                 where=str(self.root),
                 remedy="`cnn2gnn memory ls MODEL --keys` lists them; nothing was changed",
             )
@@ -335,7 +337,7 @@ def forget(
             removed = store.keys_on_disk(root).union(forgotten(root)) - set(there)
             known = removed if apart is None else removed | apart.keys()
             _refuse_unknown(edit, [key for key in keys if key not in known], apart)
-        action = f"forget {len(set(keys))} images"
+        action = f"forget {counted(len(set(keys)), 'image')}"
         edit.remove(edit.rows_of(there))
         if there or (apart is not None and not apart.keys().isdisjoint(keys)):
             score(edit)

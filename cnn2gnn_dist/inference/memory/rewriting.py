@@ -9,6 +9,7 @@ from pathlib import Path
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference.memory import store
 from cnn2gnn_dist.inference.memory.view import Memory
+from cnn2gnn_dist.log import counted
 
 NAMED = 5
 """Most classes named in a line."""
@@ -50,13 +51,9 @@ def edits_of(root: Path, new: Mapping[str, str]) -> str:
     if only_old:
         some = [f"{name} {count}" for name, count in only_old.most_common(NAMED)]
         more = ", …" if len(only_old) > NAMED else ""
-        said.append(f"{_images(only_old.total())} more ({', '.join(some)}{more})")
+        said.append(f"{counted(only_old.total(), 'image')} more ({', '.join(some)}{more})")
     if only_new:
-        said.append(f"{_images(only_new)} fewer")
+        said.append(f"{counted(only_new, 'image')} fewer")
     if moved:
-        said.append(f"{_images(moved)} in another class")
+        said.append(f"{counted(moved, 'image')} in another class")
     return ", ".join(said)
-
-
-def _images(count: int) -> str:
-    return f"{count:,} image{'s' * (count != 1)}"

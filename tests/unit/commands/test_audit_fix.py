@@ -31,7 +31,7 @@ def test_a_decision_saved_before_an_image_was_forgotten_does_not_count(tmp_path,
     told = capsys.readouterr()
     assert "1 decisions do not count" in told.err
     assert "stay left out: img-3\n" in told.err
-    assert "1 images get a class, 0 are left out" in told.out
+    assert "1 image gets a class, 0 are left out" in told.out
     made = read_relabel(model / "audit" / "relabel.csv")
     assert {key: (one.name, one.required) for key, one in made.items()} == {
         "img-1": ("class 2", True), "img-3": (None, False), "img-4": (None, False),

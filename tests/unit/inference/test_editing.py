@@ -201,7 +201,7 @@ def test_the_commands_edit_and_tell(calibrated, tmp_path, capsys):
     assert call("memory", "undo", folder)[0] == 0
     log = call("memory", "log", folder)[1].out.splitlines()
     assert [line.split("  ")[-1] for line in log] == [
-        "relabel 1 images to 'class 2'",
+        "relabel 1 image to 'class 2'",
         "add 4 images of 'framed'",
         "test",
     ]
@@ -274,10 +274,10 @@ def test_the_command_prints_the_predictions_before_it_commits(calibrated, tmp_pa
     monkeypatch.setattr("cnn2gnn_dist.commands.model.memory.output", printed.append)
     folder = str(calibrated.folder)
     assert cli.main(["memory", "add", folder, str(tmp_path / "f.png"), "--class", "framed"]) == 0
-    assert printed[0] == "adding 1 images of 'framed', a new class"
+    assert printed[0] == "adding 1 image of 'framed', a new class"
     assert "<- this one (--old-loss)" in printed[1]
     assert printed[2] == "commit"
-    assert printed[3].startswith("version 1: add 1 images of 'framed'")
+    assert printed[3].startswith("version 1: add 1 image of 'framed'")
 
 
 def test_a_folder_may_have_the_name_of_an_unnamed_input(model, tmp_path, monkeypatch):

@@ -42,7 +42,7 @@ def test_forgetting_leaves_nothing_of_an_image_on_disk(model):
 
 def test_forgetting_an_unknown_key_beside_a_known_one_changes_nothing(model):
     root = model.memory.root
-    with pytest.raises(UserError, match="1 of 2 keys are not in the memory: img-2x"):
+    with pytest.raises(UserError, match="1 of 2 keys is not in the memory: img-2x"):
         editing.forget(model, ["img-1", "img-2x"])
     assert not forgotten(root)
     assert store.head(root) == 0

@@ -120,6 +120,14 @@ def test_shards_that_cannot_be_read(model, tmp_path, kind):
     assert caught.value.remedy
 
 
+@pytest.mark.parametrize(("count", "behind"), [(1, "1 image"), (2, "2 images")])
+def test_a_cut_shard_says_how_many_images_came_before(model, tmp_path, count, behind):
+    path = tar_of(tmp_path / "a.tar", [f"{n}.png" for n in range(30)])
+    path.write_bytes(path.read_bytes()[: count * 1024 + 100])
+    with pytest.raises(UserError, match=f"can't be read after its first {behind}: "):
+        model.predict(path)
+
+
 def test_a_damaged_parquet_file(model, tmp_path):
     path = parquet_of(tmp_path / "a.parquet", [{"bytes": PNG, "path": "a"}] * 3)
     data = path.read_bytes()

@@ -192,7 +192,7 @@ def test_class_names_that_cannot_be_printed_are_refused(model, name):
 
 
 def test_log_counts_an_image_once(model):
-    assert editing.remove(model, ["img-1", "img-1"]).action == "remove 1 images"
+    assert editing.remove(model, ["img-1", "img-1"]).action == "remove 1 image"
 
 
 @pytest.mark.parametrize("stop_at", range(12))
@@ -287,7 +287,7 @@ def test_what_is_there_already_and_unknown_keys_are_refused(model):
     again = store.NewRows(**{**vars(rows), "keys": ["a", "b", "c", "d"]})
     with pytest.raises(UserError, match="image a is already in the memory, as new-0"):
         edit(model, lambda one: one.add(again))
-    with pytest.raises(UserError, match="1 of 2 keys are not in the memory: nobody"):
+    with pytest.raises(UserError, match="1 of 2 keys is not in the memory: nobody"):
         edit(model, lambda one: one.remove(one.rows_of(["img-1", "nobody"])))
     assert len(model.memory) == 44
 

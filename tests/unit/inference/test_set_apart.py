@@ -77,7 +77,7 @@ def test_a_model_without_these_keys_says_so(calibrated):
     np.savez(folder / artefact.CALIBRATION, **kept)
     artefact.write_checksums(folder)
     with pytest.raises(
-        UserError, match=r"1 of 1 keys are not in the memory: apart-7; .* 60 set apart"
+        UserError, match=r"1 of 1 key is not in the memory: apart-7; .* 60 set apart"
     ):
         editing.forget(calibrated, ["apart-7"])
     assert not forgotten(folder / "memory")
@@ -85,7 +85,7 @@ def test_a_model_without_these_keys_says_so(calibrated):
 
 def test_a_key_that_nothing_has_is_refused(calibrated):
     before = columns(calibrated.folder)
-    with pytest.raises(UserError, match="1 of 1 keys are not in the memory: nobody\n"):
+    with pytest.raises(UserError, match="1 of 1 key is not in the memory: nobody\n"):
         editing.forget(calibrated, ["apart-7", "nobody"])
     assert columns(calibrated.folder).keys() == before.keys()
     assert len(columns(calibrated.folder)["key"]) == 60

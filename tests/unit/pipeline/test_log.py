@@ -19,6 +19,20 @@ PACKAGE = Path(cnn2gnn_dist.__file__).parent
 HERE = logging.getLogger("cnn2gnn_dist.tests")
 
 
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ((0, "image"), "0 images"),
+        ((1, "image"), "1 image"),
+        ((1200, "image"), "1,200 images"),
+        ((1, "class", "classes"), "1 class"),
+        ((2, "class", "classes"), "2 classes"),
+    ],
+)
+def test_a_number_with_its_noun(given, text):
+    assert log.counted(*given) == text
+
+
 def say_all() -> None:
     HERE.debug("a detail")
     HERE.info("a step")
