@@ -41,6 +41,8 @@ CACHED_WINDOWS = 4
 CACHED_EPOCHS = 2
 UNSHOWN = 0.1
 """Share of the samples that an epoch may leave out without a note (``Order.short_epoch``)."""
+TOLERATED = 1.1
+"""How much larger than allowed a micro-batch may be without a note, and by one: partitioners balance within 3 %."""
 MOST_EPOCHS = 2**32
 """Number of epochs that the random key can distinguish."""
 
@@ -207,6 +209,23 @@ class Order:
             f"an epoch shows {shown / total:.0%} of the images (others each time): partition {first} of "
             f"{counts[first]:,} images has {self.shares[first]} of {self.global_batch} places in a batch and is "
             "through first; a global batch that is a multiple of equal partitions shows them all"
+        )
+
+    def uneven_ranks(self, world_size: int, accumulation: int, max_micro_batch: int) -> str | None:
+        """One sentence if a rank's partitions give it clearly larger micro-batches than it may hold, else None."""
+        if self.part_N is None:
+            return None
+        shares = [
+            sum(self.shares[part] for part in self._own_parts(rank, world_size))
+            for rank in range(world_size)
+        ]
+        most = -(-max(shares) // accumulation)
+        if most <= TOLERATED * max_micro_batch + 1:
+            return None
+        return (
+            f"rank {shares.index(max(shares))} holds {most} images at once, more than {max_micro_batch}: its "
+            f"partitions have {max(shares)} of {self.global_batch} places in a batch; with a multiple of {world_size} "
+            "partitions ranks have about as many"
         )
 
     def _own_parts(self, rank: int, world_size: int) -> range:

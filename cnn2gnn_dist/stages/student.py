@@ -149,7 +149,7 @@ class _GraphSchedule:
         self.context, self.training, self.manifest = context, training, manifest
         self.around: Neighbourhood | None = None
         self.served: ServedGraph | None = None
-        self.note: str | None = None
+        self.noted: set[str] = set()
 
     def begin_epoch(self, epoch: int, scope: Scope) -> tuple[Order, Neighbourhood | None]:
         """Return order and neighborhood of an epoch; builds or reopens the graph when due."""
@@ -164,12 +164,19 @@ class _GraphSchedule:
         if self.around is None:
             return Order(self.manifest.shard_sizes, **how), None
         order = self.around.order(self.manifest, **how)
-        note = order.short_epoch()
-        if note and note != self.note:
-            self.context.warn(
-                f"{note} (student.global_batch, graph.partition.parts)", stage="graph"
-            )
-        self.note = note
+        uneven = order.uneven_ranks(
+            self.context.ranks.world_size,
+            self.training.accumulation,
+            config.student.max_micro_batch,
+        )
+        notes = {
+            "student.global_batch, graph.partition.parts": order.short_epoch(),
+            "student.max_micro_batch, graph.partition.parts": uneven,
+        }
+        for fields, note in notes.items():
+            if note and note not in self.noted:
+                self.context.warn(f"{note} ({fields})", stage="graph")
+        self.noted = set(filter(None, notes.values()))
         return order, self.around
 
     def _refresh(self, epoch: int) -> None:

@@ -246,6 +246,30 @@ def test_an_epoch_that_leaves_out_many_samples_is_noted(sizes, batch, shown):
     assert Order(np.array([5, 5]), seed=0, global_batch=9, window=1).short_epoch() is None
 
 
+@pytest.mark.parametrize(
+    ("sizes", "accumulation", "most", "told"),
+    [
+        ([9000, 1000], 1, 256, "rank 0 holds 461 images at once, more than 256"),
+        ([1000, 9000], 2, 128, "rank 1 holds 231 images at once, more than 128"),
+        ([3000] * 3, 1, 256, "rank 0 holds 342 images at once"),  # two partitions of three
+        ([5100, 4900], 1, 256, None),
+        ([9000, 1000], 1, 512, None),
+        ([2500] * 4, 2, 128, None),
+    ],
+)
+def test_a_rank_that_holds_more_images_than_it_may_is_noted(sizes, accumulation, most, told):
+    ends = np.cumsum([0, *sizes])
+    parts = [np.arange(first, last) for first, last in itertools.pairwise(ends.tolist())]
+    order = Order(np.array([ends[-1]]), seed=0, global_batch=512, window=1, parts=parts)
+    note = order.uneven_ranks(2, accumulation, most)
+    assert (note is None) == (told is None)
+    if told:
+        assert note.startswith(told)
+        pieces = [p for r in (0, 1) for p in order.micro_batches(0, 0, r, 2, accumulation)]
+        assert f"holds {max(map(len, pieces))} images" in note
+    assert Order(np.array([512]), seed=0, global_batch=512, window=1).uneven_ranks(2, 1, 9) is None
+
+
 def test_without_parts_two_ranks_hold_what_one_holds_in_two_micro_batches():
     order = Order(np.array([40, 24]), seed=0, global_batch=16, window=2)
     for number in range(order.batches_per_epoch):
