@@ -24,6 +24,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--idle", action="store_true",
         help="this machine is busy now but won't be during the run: measure processor time, not wall-clock time",
     )  # fmt: skip
+    parser.add_argument(
+        "--label-column", metavar="NAME",
+        help="column of the classes in Parquet files; default: label, labels, class, fine_label, or the only one",
+    )  # fmt: skip
     parser.add_argument("--weights", metavar="FILE", help="pretrained weights for the teacher")
     parser.add_argument("--dry-run", action="store_true", help="print the config, write nothing")
     parser.add_argument("--force", action="store_true", help="replace the file if it exists")
@@ -33,7 +37,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     from cnn2gnn_dist.commands.init import command as init
 
-    given = {name: getattr(arguments, name) for name in ("dry_run", "force", "idle")}
+    given = {
+        name: getattr(arguments, name) for name in ("dry_run", "force", "idle", "label_column")
+    }
     return init.command(
         arguments.place, arguments.out, arguments.minutes, weights_file=arguments.weights, **given
     )

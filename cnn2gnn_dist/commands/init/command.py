@@ -41,10 +41,12 @@ def command(
     dry_run: bool = False,
     force: bool = False,
     idle: bool = False,
+    label_column: str | None = None,
 ) -> int:
     """Write the config, or print it in a dry run; returns 0.
 
-    ``idle``: the other processes that slow this machine down now won't be running then.
+    ``idle``: the other processes that slow this machine down now won't be running then. ``label_column``: of Parquet
+    files; None: found by its name or type.
 
     Raises:
         UserError: the images can't be trained on; the file exists (and no ``force``) or can't be written; the
@@ -69,7 +71,7 @@ def command(
         durable.check_writable(path)
     say: Say = _log.info if dry_run else output  # a dry run's stdout is the config and nothing else
     known = weights.from_file(weights_file) if weights_file else weights.cached()
-    survey = look(find_source(place))
+    survey = look(find_source(place), label_column=label_column)
     _print_survey(survey, say)
     found = _choose(survey, speed.this_machine(), known, minutes, idle)
     written = _text(place, survey, found, minutes)
@@ -228,6 +230,8 @@ def _text(place: str, survey: Survey, found: _Choice, minutes: float) -> str:
     ]
     if survey.source.note:
         head.append(f"Note: {survey.source.note}.")
+    if survey.guess:
+        head.append(f"Note: {survey.guess}.")
     written = text.as_text(head, tree)
     config = _checked(written)
     preflight.check(config, _STAGES, config.run.ranks)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cnn2gnn_dist.commands.init.columns import find_columns, guessed_labels
 from cnn2gnn_dist.commands.init.sources import Source
 from cnn2gnn_dist.data.images.decode import CorruptSample, decode
 from cnn2gnn_dist.data.images.formats import image_suffix
@@ -20,7 +21,6 @@ from cnn2gnn_dist.data.index.class_matching import ClassInfo, match, refuse_spel
 from cnn2gnn_dist.data.index.manifest import Manifest
 from cnn2gnn_dist.data.index.manifest_pair import index_data_set
 from cnn2gnn_dist.data.packing.parquet import open_parquet, read_column, read_labels
-from cnn2gnn_dist.data.packing.parquet_columns import IMAGE_COLUMNS, is_image, is_label
 from cnn2gnn_dist.data.storage.shard_paths import files_of
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.stages.prepare import check_tree
@@ -49,6 +49,7 @@ class Survey:
         looked_at: images whose bytes were read.
         unreadable: reason → images; ``share`` of all of them.
         columns: names of a Parquet file's columns of images and labels.
+        guess: why that column of labels was taken, if neither its name nor the file says that it holds the classes.
         notes: what the user should know.
         sample: encoded images.
     """
@@ -65,6 +66,7 @@ class Survey:
     unreadable: Counter[str] = field(default_factory=Counter)
     share: float = 0.0
     columns: tuple[str, str] = ("image", "label")
+    guess: str = ""
     notes: list[str] = field(default_factory=list)
     sample: list[bytes] = field(default_factory=list)
 
@@ -84,15 +86,31 @@ class Survey:
         return int(np.median(self.sides.min(axis=1)))
 
 
-def look(source: Source, seed: int = 0) -> Survey:
+def look(source: Source, seed: int = 0, label_column: str | None = None) -> Survey:
     """Read names and labels of all images, and decode a sample of them.
+
+    Args:
+        source: where they are.
+        seed: of the sample.
+        label_column: of Parquet files; None: found by its name or type.
 
     Raises:
         UserError: the images can't be trained on: one class only, none that can be read, labels missing.
     """
-    looks = {"imagefolder": _folder, "parquet": _parquet, "shards": _shards}
-    survey = looks[source.kind](source, np.random.default_rng(seed))
+    rng = np.random.default_rng(seed)
+    if source.kind == "parquet":
+        survey = _parquet(source, rng, label_column)
+    elif label_column is not None:
+        raise UserError(
+            "only Parquet files have columns",
+            where=f"--label-column {label_column}",
+            remedy="leave it out",
+        )
+    else:
+        survey = (_folder if source.kind == "imagefolder" else _shards)(source, rng)
     _refuse_few(survey)
+    if survey.guess:
+        survey.notes.append(survey.guess)
     if source.note:
         survey.notes.append(source.note)
     if source.unused:
@@ -187,13 +205,18 @@ def _tree(folder: str) -> Survey:
     return survey
 
 
-def _parquet(source: Source, rng: np.random.Generator) -> Survey:
+def _parquet(source: Source, rng: np.random.Generator, label_column: str | None) -> Survey:
     paths = [Path(path) for path in files_of("parquet", source.train)]
-    columns = _columns(paths[0])
-    labels = read_labels(paths, *columns)
+    columns, guessed = find_columns(paths[0], label_column)
+    labels = guessed_labels(paths, columns) if guessed else read_labels(paths, *columns)
     label_N = np.concatenate(labels.files)
     names = [str(name or number) for number, name in enumerate(labels.classes)]
     survey = Survey(source, names, np.bincount(label_N, minlength=len(names)), columns=columns)
+    if guessed:
+        survey.guess = (
+            f"the classes are read from column '{printable(columns[1])}', the only one of a type that labels have; "
+            "if they are in another, name it: --label-column NAME"
+        )
     if source.test is not None:
         test = [Path(path) for path in files_of("parquet", source.test)]
         held = read_labels(test, *columns)
@@ -217,20 +240,6 @@ def _check_held(train: ClassInfo, held: ClassInfo, labels: Iterable[int]) -> Non
     refuse_spellings(train, "data.train")
     refuse_spellings(held, "data.test")
     match(train, held, {int(label) for label in labels if label >= 0})
-
-
-def _columns(path: Path) -> tuple[str, str]:
-    """The columns of images and labels: by their usual names, else the only ones of the type."""
-    with open_parquet(path) as file:
-        schema = file.schema_arrow
-    images = [each.name for each in schema if is_image(each.type)]
-    labels = [each.name for each in schema if is_label(each.type)]
-
-    def pick(usual: tuple[str, ...], there: list[str]) -> str:
-        named = [name for name in usual if name in there]
-        return named[0] if named else there[0] if len(there) == 1 else usual[0]
-
-    return pick(IMAGE_COLUMNS, images), pick(("label", "labels", "class", "fine_label"), labels)
 
 
 def _rows(paths: list[Path], column: str, rng: np.random.Generator) -> Iterator[bytes]:

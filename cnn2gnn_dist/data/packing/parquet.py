@@ -161,7 +161,7 @@ def _read(path: Path, image_column: str, label_column: str) -> _Column:
                 what = f"the Parquet file has {schema.names.count(column)} columns named '{column}'"
                 raise UserError(what, where=str(path), remedy="rename or drop all but one of them")
         check_images(path, file, image_column)
-        names = _huggingface_names(path, schema.metadata, label_column)
+        names = huggingface_names(path, schema.metadata, label_column)
         try:
             column = file.read([label_column]).column(label_column).combine_chunks()
         except (OSError, pa.ArrowException) as failure:
@@ -298,7 +298,7 @@ def _refuse_missing(columns: list[_Column], unlabelled: bool) -> None:
         )
 
 
-def _huggingface_names(
+def huggingface_names(
     path: Path, metadata: dict[bytes, bytes] | None, label_column: str
 ) -> list[str] | None:
     """Return ClassLabel's names by number; None if the metadata have none: the classes are only numbered."""

@@ -16,6 +16,8 @@ from cnn2gnn_dist.errors import UserError
 
 IMAGE_COLUMNS = ("image", "img")
 """Usual names of the column of images."""
+LABEL_COLUMNS = ("label", "labels", "class", "fine_label")
+"""Usual names of the column of labels."""
 _LAYOUT = "the layout is struct<bytes: binary, path: string>, or binary, of encoded images"
 
 

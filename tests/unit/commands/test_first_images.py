@@ -211,6 +211,60 @@ def test_what_cannot_be_trained_on_is_named_with_its_remedy(tmp_path, what, said
     assert remedy in caught.value.remedy
 
 
+def parquet_of(path, columns, counts=60):
+    rows = [{"bytes": encode_image(one), "path": None} for one in random_images(counts, 32, 32)]
+    pq.write_table(pa.table({"image": rows, **columns}), path)
+    return find_source(str(path))
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"width": [24, 32, 40] * 20}, "its values are 24, 32, 40"),
+        ({"id": list(range(60))}, "no two of its 60 values are equal"),
+        ({"file": [f"{n}.jpg" for n in range(60)]}, "no two of its 60 values are equal"),
+        ({"number": [10**9 + n % 2 for n in range(60)]}, "does not look like the classes"),
+        ({"width": [24, 32, 40] * 20, "height": [1, 2, 3] * 20}, "width, height"),
+    ],
+)
+def test_a_column_that_cannot_be_the_classes_is_named_and_refused(tmp_path, columns, said):
+    source = parquet_of(tmp_path / "a.parquet", columns)
+    with pytest.raises(UserError) as caught:
+        look(source)
+    assert said in caught.value.what
+    assert next(iter(columns)) in caught.value.what
+    assert "--label-column NAME" in caught.value.remedy
+
+
+def test_a_guessed_column_of_labels_is_named(tmp_path):
+    source = parquet_of(tmp_path / "a.parquet", {"species": [0, 1, 1] * 20})
+    seen = look(source)
+    assert seen.columns == ("image", "species")
+    assert any("column 'species'" in note for note in seen.notes)
+    facts, machine = init.facts_of(seen), Machine(1, 2, "cpu")
+    tree = recipe.tree(facts, machine, recipe.nets(facts, machine, None)[0], 8)
+    choice = init._Choice(tree, Estimate({"teacher": 60.0}), machine)
+    assert "# Note: the classes are read from column 'species'" in init._text("a", seen, choice, 1)
+    # A name that was given, a usual one, or ClassLabel's names: nothing is guessed.
+    assert not look(source, label_column="species").guess
+    usual = {"label": [0, 1, 1] * 20, "width": [24, 32, 40] * 20}
+    assert not look(parquet_of(tmp_path / "b.parquet", usual)).guess
+    feature = {"_type": "ClassLabel", "names": ["cat", "dog", "owl"]}
+    known = {b"huggingface": json.dumps({"info": {"features": {"kind": feature}}}).encode()}
+    table = pq.read_table(tmp_path / "a.parquet").rename_columns({"species": "kind"})
+    pq.write_table(table.replace_schema_metadata(known), tmp_path / "c.parquet")
+    seen = look(find_source(str(tmp_path / "c.parquet")))
+    assert (seen.classes, seen.empty, seen.guess) == (["cat", "dog", "owl"], ["owl"], "")
+
+
+def test_a_column_named_by_the_user_may_leave_gaps(tmp_path):
+    source = parquet_of(tmp_path / "a.parquet", {"width": [1, 3] * 30})
+    assert look(source, label_column="width").count_C.tolist() == [0, 30, 0, 30]
+    folder = folder_of(tmp_path / "photos", {"cat": 12, "dog": 12})
+    with pytest.raises(UserError, match="only Parquet files have columns"):
+        look(find_source(str(folder)), label_column="width")
+
+
 def test_an_existing_file_is_left_alone(tmp_path):
     out = tmp_path / "my.yaml"
     out.write_text("mine")
@@ -226,7 +280,7 @@ def test_an_existing_file_is_left_alone(tmp_path):
 
 def test_a_file_that_cannot_be_written_is_named_before_anything_is_timed(tmp_path, monkeypatch):
     (tmp_path / "my.yaml").mkdir()
-    monkeypatch.setattr(init, "look", lambda source: pytest.fail("the images were looked at"))
+    monkeypatch.setattr(init, "look", lambda source, **_: pytest.fail("the images were looked at"))
     with pytest.raises(UserError, match="can't be written to: it is a folder"):
         init.command(str(tmp_path), str(tmp_path / "my.yaml"), 30, force=True)
 
