@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from cnn2gnn_dist.data.images.decode import CorruptSample, decode
+from cnn2gnn_dist.data.images.decode import NO_IMAGE, CorruptSample, decode
 from cnn2gnn_dist.data.images.formats import IMAGE_SUFFIXES
 from cnn2gnn_dist.data.images.image_files import MAX_BYTES, find_images, printable, read_file
 from cnn2gnn_dist.data.images.views import CLEAN, ViewSpec, render
@@ -59,7 +59,7 @@ def complaint(name: str, why: str) -> str:
     """One line about an input that can't be answered, from its name and its error."""
     if why == os.strerror(errno.ENOENT):
         return f"{name}: there is no such file; check the path"
-    return f"{name}: not readable as an image: {why}"
+    return f"{name}: not readable as an image: {why.removesuffix(NO_IMAGE)}"
 
 
 def is_single(inputs: Any) -> bool:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from cnn2gnn_dist.data.images.file_kind import ENOUGH, kind_of
 from cnn2gnn_dist.data.images.formats import KINDS, image_suffix, what_it_is
 from cnn2gnn_dist.data.images.pixels import CorruptSample, rgb
 
@@ -31,6 +32,9 @@ above which it warns, and above twice of which it raises."""
 
 MAX_WORK = 32 * MAX_PIXELS
 """Maximum pixels times scans of a JPEG: a file of a megabyte can demand hours of passes."""
+
+NO_IMAGE = ", not an image"
+"""End of the reason where the bytes are those of another kind of file."""
 
 TILE_WIDTH, TILE_HEIGHT = 322, 323
 
@@ -159,7 +163,10 @@ def _by_pillow(data: bytes, read: Callable[[Any], T]) -> T:
 def _not_opened(data: bytes) -> str:
     kind = image_suffix(data)
     if kind is None:
-        return what_it_is(data)
+        what = what_it_is(data)
+        return (
+            f"{what}{NO_IMAGE}" if what == kind_of(data[:ENOUGH]) and "image" not in what else what
+        )
     return f"{kind.upper()} of an unsupported variety, or with a corrupt header"
 
 

@@ -332,13 +332,18 @@ REFUSED = {
         plain_tiff(np.repeat(FLOATS, 3), 32, 2, 3, samples=3),
         "TIF of an unsupported variety",
     ),
-    "nothing": (b"", "an empty file"),
-    "a page": (b"<!DOCTYPE html><title>404</title>", "an HTML page"),
-    "words": (b"404: Not Found", "text"),
+    "nothing": (b"", "^an empty file$"),
+    "a page": (b"<!DOCTYPE html><title>404</title>", "^an HTML page, not an image$"),
+    "words": (b"404: Not Found", "^text, not an image$"),
+    "a PNG's first bytes": (b"\x89PNG", "^a PNG image$"),
+    "a video": (b"\0\0\0\x18ftypmp42" + bytes(99), r"^a video \(MP4 or similar\)$"),
     "avif": (saved(RGB, "AVIF"), "AVIF, which is not supported"),
     "jpeg 2000": (saved(RGB, "JPEG2000"), "JPEG 2000, which is not supported"),
     "heic": (b"\0\0\0\x18ftypheic" + bytes(99), "HEIC, which is not supported"),
-    "a pointer": (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
+    "a pointer": (
+        b"version https://git-lfs.github.com/spec/v1\n",
+        "^a Git LFS pointer, not an image$",
+    ),
     "numbers": (bytes(range(128, 228)), "none of JPEG, PNG"),
 }
 
