@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from cnn2gnn_dist.inference.answers import Answer, Neighbour
 from cnn2gnn_dist.inference.folder.artefact import ModelConfig
 from cnn2gnn_dist.inference.memory.view import Memory
 from cnn2gnn_dist.inference.network import Outputs
+from cnn2gnn_dist.log import counted
 
 MOST_TOGETHER = 4096
 """Images of a set: several arrays have a number for each pair of them, here 134 MB each."""
@@ -81,6 +83,16 @@ def _neighbours(
         )
         for key, slot in zip(keys, slots, strict=True)
     )
+
+
+def described(kind: str, folder: Path, classes: Sequence[str], memory: Memory | None) -> str:
+    """One line about a model, as Python shows it."""
+    facts = [counted(len(classes), "class", "classes")]
+    if memory is not None:
+        facts.append(
+            f"{counted(len(memory), 'image')} in version {memory.version.number} of the memory"
+        )
+    return f"<{kind} {str(folder)!r}: {', '.join(facts)}>"
 
 
 def check_counts(**given: tuple[int, int]) -> None:

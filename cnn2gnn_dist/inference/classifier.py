@@ -14,7 +14,7 @@ import numpy as np
 
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference import inputs
-from cnn2gnn_dist.inference.answering import answers_of, check_counts, check_together
+from cnn2gnn_dist.inference.answering import answers_of, check_counts, check_together, described
 from cnn2gnn_dist.inference.answers import Answer
 from cnn2gnn_dist.inference.coverage import Coverage
 from cnn2gnn_dist.inference.folder import artefact
@@ -61,6 +61,9 @@ class Classifier:
         self.identity = artefact.identity(folder)
         self.coverage = Coverage(folder, network, scoring, self.identity)
         self._decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="decode")
+
+    def __repr__(self) -> str:
+        return described(type(self).__name__, self.folder, self.classes_, self.memory)
 
     @classmethod
     def open(cls, folder: Path, *, device: str = "auto", verify: bool | None = None) -> Classifier:
@@ -196,20 +199,19 @@ class Classifier:
 
     def embed(self, images: Any) -> Iterator[tuple[str, np.ndarray | None, np.ndarray | None]]:
         """Yield (name, x float32 [D], z float32 [d]) of each image; None if it can't be read."""
+        for one, x, z in self.embedded(images):
+            yield one.name, x, z
+
+    def embedded(
+        self, images: Any
+    ) -> Iterator[tuple[Pixels, np.ndarray | None, np.ndarray | None]]:
+        """As ``embed``, with the decoded image, which has the reason why one can't be read."""
         for many in self.batches(images, BATCH):
-            good = [one for one in many if one.pixels is not None]
-            x_BD, z_Bd = (
-                self.network.embed(np.stack([one.pixels for one in good]))  # type: ignore[misc]
-                if good
-                else (np.empty((0, 0)), np.empty((0, 0)))
-            )
-            row = 0
+            good = [one.pixels for one in many if one.pixels is not None]
+            made = iter(zip(*self.network.embed(np.stack(good)), strict=True) if good else ())
             for one in many:
-                if one.pixels is None:
-                    yield one.name, None, None
-                else:
-                    yield one.name, x_BD[row], z_Bd[row]
-                    row += 1
+                x, z = (None, None) if one.pixels is None else next(made)
+                yield one, x, z
 
     def batches(self, images: Any, size: int) -> Iterator[list[Pixels]]:
         """Decode the inputs in batches; this also shows which of them can't be read."""

@@ -220,6 +220,25 @@ def test_a_memory_made_again_from_the_same_run_is_the_same(tmp_path):
     assert store.digest(memories[0].root, removed.memory.version) != first
 
 
+def test_embeddings_say_which_images_could_not_be_read_and_why(asked, tmp_path, capsys):
+    model, inputs = asked
+    cut, text = tmp_path / "part-0" / "1.png", tmp_path / "part-0" / "2.png"
+    cut.write_bytes(cut.read_bytes()[:-40])
+    text.write_text("no image")
+    out = tmp_path / "z.parquet"
+    assert cli.main(["embed", "--model", str(model), inputs[0], "--out", str(out)]) == 1
+    told = capsys.readouterr()
+    assert f"embeddings  {out}: 1 image, 2 could not be read\n" in told.out
+    why = [a.error for a in Classifier.open(model, device="cpu").predict(inputs[0])]
+    assert "truncated" in why[1]
+    assert f"{cut}: not readable as an image: {why[1]}\n" in told.err
+    assert why[2] == "text, not an image"
+    assert f"{text}: not readable as an image: text\n" in told.err
+    rows = pq.read_table(out).to_pylist()
+    assert [row["error"] for row in rows] == why
+    assert [row["x"] is None for row in rows] == [False, True, True]
+
+
 def test_embeddings_are_written(asked, tmp_path):
     model, inputs = asked
     out = tmp_path / "z.parquet"

@@ -9,8 +9,8 @@ from typing import Any
 from cnn2gnn_dist import durable
 from cnn2gnn_dist.commands.model.opening import opened
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.inference.inputs import expand
-from cnn2gnn_dist.log import output, progress, report_error
+from cnn2gnn_dist.inference.inputs import complaint, expand
+from cnn2gnn_dist.log import counted, output, progress, report_error
 
 GROUP = 4096
 
@@ -45,16 +45,16 @@ def command(model: Path, images: Sequence[str], out: Path) -> int:
         durable.replacing(out) as temporary,
         pq.ParquetWriter(temporary, schema) as file,
     ):
-        found = classifier.embed(expand(list(images), left_out=report_error))
-        for name, x, z in progress(found, "embed", unit="image", delay=2):
-            error = None if x is not None else "not readable as an image"
-            if error:
-                report_error(f"{name}: {error}")
-            failed, count = failed + bool(error), count + 1
-            rows.append({"image": name, "x": x, "z": z, "error": error})
+        found = classifier.embedded(expand(list(images), left_out=report_error))
+        for one, x, z in progress(found, "embed", unit="image", delay=2):
+            if one.error is not None:
+                report_error(complaint(one.name, one.error))
+            failed, count = failed + (one.error is not None), count + (one.error is None)
+            rows.append({"image": one.name, "x": x, "z": z, "error": one.error})
             if len(rows) == GROUP:
                 file.write_table(pa.Table.from_pylist(rows, schema))
                 rows.clear()
         file.write_table(pa.Table.from_pylist(rows, schema))
-    output(f"embeddings  {out}: {count:,} images")
+    missing = f", {failed:,} could not be read" if failed else ""
+    output(f"embeddings  {out}: {counted(count, 'image')}{missing}")
     return 1 if failed else 0

@@ -15,6 +15,7 @@ from PIL import Image
 
 import cnn2gnn_dist
 from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.inference import editing
 from cnn2gnn_dist.inference.classifier import Classifier
 from cnn2gnn_dist.inference.folder import artefact
 from cnn2gnn_dist.inference.memory.view import Memory
@@ -26,6 +27,17 @@ from tests.support.shards import encode_image
 @pytest.fixture
 def asked():
     return pictures(9, seed=7)
+
+
+def test_a_model_is_shown_by_what_it_holds(model, tmp_path):
+    folder = str(tmp_path / "m")
+    assert (
+        repr(model) == f"<Classifier '{folder}': 3 classes, 40 images in version 0 of the memory>"
+    )
+    editing.remove(model, ["img-1"])
+    assert "39 images in version 1 of the memory" in repr(model)
+    alone = Classifier.open(write_model(tmp_path / "control", "none"), device="cpu")
+    assert repr(alone) == f"<Classifier '{tmp_path / 'control'}': 3 classes>"
 
 
 def test_every_kind_of_input_gives_the_same_answer(model, asked, tmp_path):
