@@ -240,4 +240,7 @@ def test_a_training_again_on_what_was_forgotten_says_so_and_a_finished_run_stays
     )
     assert code == 0, told
     assert said in told
-    assert f"data.relabel={run}/model/memory/forgotten.csv" in told
+    assert (
+        f"`cp {run}/model/memory/forgotten.csv {run}-forgotten.csv`, then data.relabel={run}-forgotten.csv"
+        in told
+    )
