@@ -19,7 +19,7 @@ from cnn2gnn_dist.data.index.manifest import Manifest
 from cnn2gnn_dist.data.reading.reader import Batch, Reader, ReaderSpec, Request
 from cnn2gnn_dist.durable import write_text
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.report.labels import LABELS, MODELS, evaluated, stage_of
+from cnn2gnn_dist.report.labels import CONTROL, LABELS, MODELS, evaluated, stage_of
 from cnn2gnn_dist.runtime.group import collectives
 from cnn2gnn_dist.stages.compared_models import Row, StudentWithBank, compared_models
 from cnn2gnn_dist.stages.shared.context import Context, load_manifest
@@ -257,6 +257,8 @@ def table(results: dict[str, Any]) -> str:
                 + (f"{r['ms_alone']:>8.3f}" if "ms_alone" in r else "")  # older results have none
             )
     student = results.get("student", {})
+    if student and CONTROL not in results:
+        lines.append("no control (student.control=false): nothing here shows what the graph adds")
     if student.get("left_out"):
         at_pack = results.get("run", {}).get("left_out_at_pack", 0)
         lines.append(

@@ -181,6 +181,7 @@ def test_a_student_of_the_batch_has_a_self_path_and_no_vote(root, capsys, consol
         here, {name: key for name, key in KEYS.items() if name not in ("graph", "control")}
     )
     table = json.loads((root / "results.json").read_text())
+    assert "\nno control (student.control=false): " in "".join(capsys.readouterr())
     assert list(table) == ["teacher", "student", "self_path", "run"]
     assert {table[name]["evaluated"] for name in ("student", "self_path")} == {TEST - 3}
 
@@ -237,6 +238,8 @@ def test_the_page_counts_what_pack_left_out():
     assert evaluate.table(results).endswith(
         "; 15 that can't be read are left out (15 of them by pack)"
     )
+    assert "no control" in evaluate.table(results)
+    assert "no control" not in evaluate.table(results | {"control_mlp": row})
 
 
 def test_more_than_the_limit_is_no_result(root):
