@@ -35,6 +35,7 @@ def test_weights_of_sorted_distances_are_those_of_adaptive_neighbours(columns, k
 
 
 @pytest.mark.filterwarnings("error:# The axis name")
+@pytest.mark.filterwarnings("error:`isinstance.treespec, LeafSpec")  # by torch, about itself
 @pytest.mark.parametrize("resize", [1.0, 1.25])
 def test_the_example_answers_as_the_model(tmp_path, resize):
     folder = write_model(tmp_path / "m")

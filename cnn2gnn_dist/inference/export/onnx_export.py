@@ -37,6 +37,10 @@ class _Onnx:
         with warnings.catch_warnings():
             # Each input of the head names its batch axis; that they are one and the same is intended.
             warnings.filterwarnings("ignore", r"# The axis name: \w+ will not be used", UserWarning)
+            # torch's own copy of a program does that, nothing of ours.
+            warnings.filterwarnings(
+                "ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning
+            )
             torch.onnx.export(
                 module, example, str(path), dynamo=True, dynamic_shapes=graphs.dynamic_batch(len(example)),
                 verbose=False, input_names=inputs, output_names=outputs, external_data=False,
