@@ -139,6 +139,7 @@ class Engine:
             separate learning rate, 0 until then, and Adam's bias correction counts from there.
         rates: factors of the learning rate by the names of parameters; 1 for the others.
         average: of the weights over the steps: none, ema or lookahead (``average.Average``).
+        name: the stage that trains, for errors: teacher, student or control.
 
     Vectors and scalars (norms, biases, gates) get no weight decay.
     """
@@ -152,6 +153,7 @@ class Engine:
         late: Collection[str] = (),
         rates: Mapping[str, float] | None = None,
         average: Kind = "none",
+        name: str = "student",
     ) -> None:
         import deepspeed
 
@@ -160,10 +162,9 @@ class Engine:
             self.device = torch.device("cuda", torch.cuda.current_device())
         self.zero_stage = int(config["zero_optimization"]["stage"])
         self.accumulation = int(config["gradient_accumulation_steps"])
-        self.steps = 0
+        self.name, self.steps, self._micro = name, 0, 0
         self.late_from: int | None = None
         """Optimizer steps done when the late parameters start; None: they have not started."""
-        self._micro = 0
         self._finite = torch.ones((), device=self.device)
         self._pending: Outcome | None = None
         model.to(self.device)
@@ -231,7 +232,6 @@ class Engine:
         """Update the weights at the learning rate ``lr``, late ones at ``late_lr`` (collective).
 
         ``kept``: then update their average, which keeps this share of itself; None: not at this step.
-
         ``votes`` are summed over ranks in a collective that runs anyway. Waits for the device;
         ``step_ahead`` does not.
 
@@ -293,7 +293,7 @@ class Engine:
         own_votes = torch.tensor(votes, dtype=self._finite.dtype, pin_memory=on_gpu)
         own_votes = own_votes.to(self.device, non_blocking=True)
         ballot = collectives.all_reduce_sum(torch.cat([self._finite.reshape(1), own_votes]))
-        return Outcome(self.steps, lr, ballot, collectives.world_size())
+        return Outcome(self.steps, lr, ballot, collectives.world_size(), self.name)
 
     def _update(self, outcome: Outcome, late_lr: float | None, kept: float | None) -> None:
         """Run the optimizer's step and restart the count of micro-batches."""

@@ -36,10 +36,11 @@ class Outcome:
         lr: learning rate of the step.
         ballot: sums over ranks, [1 + votes]: ranks whose losses were all finite, then the votes.
         world_size: number of ranks.
+        name: the stage that trains: teacher, student or control.
     """
 
-    def __init__(self, step: int, lr: float, ballot: Tensor, world_size: int) -> None:
-        self.step, self.lr, self.world_size = step, lr, world_size
+    def __init__(self, step: int, lr: float, ballot: Tensor, world_size: int, name: str) -> None:
+        self.step, self.lr, self.world_size, self.name = step, lr, world_size, name
         self.norm: Tensor | float | None = None
         self._ballot = ballot
         self._copied: tuple[Tensor, torch.cuda.Event] | None = None
@@ -107,8 +108,12 @@ class Outcome:
             raise self._diverged("gradient")
 
     def _diverged(self, what: str) -> UserError:
+        section = (
+            "teacher" if self.name == "teacher" else "student"
+        )  # the control has the student's fields
         return UserError(
             f"the {what} is not finite at step {self.step}",
-            where=what,
-            remedy="a lower lr, a longer warm-up, or clip=1.0; then resume from the checkpoint",
+            where=self.name,
+            remedy=f"{section}.lr=… (lower), {section}.warmup_epochs=… (more) or {section}.clip=… (smaller, but not 0, "
+            "which is none), with --force: training resumes from its checkpoint",
         )

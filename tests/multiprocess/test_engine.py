@@ -93,7 +93,7 @@ def refusal(engine: Engine, loss: Tensor) -> str | None:
 
 def not_finite(stage: int) -> dict[str, Any]:
     """First rank 1 alone has a NaN loss; then a finite loss has a gradient that is not finite."""
-    engine = tiny.build(stage)
+    engine = tiny.build(stage, engine={"name": "teacher"})
     tiny.train(engine, range(1))
     before = tiny.digest(tiny.weights_only(engine.weights()))
     images, labels = tiny.share(1)
@@ -101,7 +101,7 @@ def not_finite(stage: int) -> dict[str, Any]:
     said = refusal(engine, loss * float("nan") if collectives.rank() == 1 else loss)
     after = tiny.digest(tiny.weights_only(engine.weights()))
 
-    engine = tiny.build(stage)
+    engine = tiny.build(stage, engine={"name": "control"})
     gate = engine(images).square().sum()
     # sqrt has an infinite slope at 0: value finite, gradient not.
     said_gradient = refusal(engine, torch.sqrt(gate * 0.0))
@@ -234,14 +234,21 @@ def test_nan_on_one_rank_stops_all_before_the_weights_change(ranks: list[dict], 
     for rank in ranks:
         found = rank["finite", stage]
         assert "not finite at step 1" in found["said"]
-        assert "lower lr" in found["said"]
+        assert (
+            "teacher.lr=… (lower), teacher.warmup_epochs=… (more) or teacher.clip=…"
+            in found["said"]
+        )
+        assert "with --force: training resumes" in found["said"]
         assert found["untouched"]
 
 
 @pytest.mark.parametrize("stage", tiny.STAGES)
 def test_infinite_gradient_of_a_finite_loss_is_refused(ranks: list[dict], stage: int) -> None:
     for rank in ranks:
-        assert "gradient" in (rank["finite", stage]["said_gradient"] or "")
+        said = rank["finite", stage]["said_gradient"] or ""
+        assert "gradient" in said
+        assert "where:  control" in said
+        assert "student.lr=…" in said  # the control has the student's fields
 
 
 def test_what_deepspeed_itself_refuses_is_no_traceback(ranks: list[dict]) -> None:

@@ -94,6 +94,7 @@ class Training:
             late=late.names if late else (),
             rates=rates_of(model, settings, context.config.graph.gate_lr),
             average=settings.average,
+            name=name,
         )
         # Rank losses are averaged over ranks and micro-batches: divided by this they are sum / G,
         # whatever the ranks' shares of the global batch.
@@ -110,8 +111,7 @@ class Training:
         self.corrupt = CorruptCount(context.config.data.max_corrupt, samples)
         self.cursor = Cursor()
         self.tally, self.stragglers = Tally(self.engine.device), Stragglers()
-        self._saved_at = -1
-        self._began = time.perf_counter()
+        self._saved_at, self._began = -1, time.perf_counter()
         self.best: float | None = None
         self._order: str | None = None
         self.conditions = Conditions()
