@@ -30,8 +30,8 @@ def from_text(kind: Any, text: str, where: str) -> Any:
     """Convert an override's text to the value of a field of a type.
 
     Strings are taken verbatim, except that quotes around all of the text are removed.
-    ``null`` and ``none`` mean no value where the field allows that. Lists and mappings are
-    written as in YAML or JSON.
+    ``null`` and ``none`` mean no value where the field allows that; other text fields refuse ``null``
+    without quotes. Lists and mappings are written as in YAML or JSON.
 
     Args:
         kind: the annotation of the field.
@@ -59,6 +59,12 @@ def from_text(kind: Any, text: str, where: str) -> Any:
         if items is not None:
             return [_unquoted(item) for item in items]
         _refuse_multiple_paths(text, where)
+    if holds_text and str in _options(kind) and text in NULLS[:3]:
+        raise UserError(
+            "this field always has a value",
+            where=where,
+            remedy=f"leave {where} out for its default, or quote the text: {where}='\"{text}\"'",
+        )
     if holds_text:
         return _unquoted(text)
     if kind is Any or _accepts(kind, dict) or _is_section(kind):

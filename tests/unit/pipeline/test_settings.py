@@ -79,8 +79,9 @@ TEXT = [  # as typed, and its meaning; HERE is the working directory
     ("run.dir", "/x/it's", "/x/it's"),
     ("stream.cache_dir", "~/c", "~/c"),
     ("stream.cache_dir", "c", "HERE/c"),
-    *[("name", text, text) for text in ("2024-05-01", "1e3", "0012", "no", "nan", "null", "1_0")],
-    *[("data.label_column", text, text) for text in ("y", "no", "on", "0", "1.0", "null", "a: b")],
+    *[("name", text, text) for text in ("2024-05-01", "1e3", "0012", "no", "nan", "none", "1_0")],
+    *[("data.label_column", text, text) for text in ("y", "no", "on", "0", "1.0", "none", "a: b")],
+    *[("data.image_column", text, "null") for text in ('"null"', "'null'")],
     ("teacher.arch", "resnet18.a1_in1k", "resnet18.a1_in1k"),
     ("cluster.address", "10.0.0.1:6379", "10.0.0.1:6379"),
     ("seed", "1e3", 1000),
@@ -164,6 +165,8 @@ def test_any_name_of_a_folder_survives_being_written_and_read(names):
 
 
 REFUSED = [  # override, message, where, a part of the remedy
+    ("data.image_column=null", "always has a value", "data.image_column", "='\"null\"'"),
+    ("name=NULL", "always has a value", "name", "leave name out for its default"),
     ("data.train=", "without a value", "data.train", "data.train=null"),
     ("student.epochs=", "without a value", "student.epochs", "student.epochs="),
     ("data.train=/a/x,/b/y", "several paths", "data.train", "data.train='[/a/x, /b/y]'"),
