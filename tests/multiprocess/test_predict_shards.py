@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import tarfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -64,12 +65,12 @@ def test_ranks_share_the_inputs_and_a_second_call_makes_what_is_missing(asked, t
     others.touch()
     call = ["predict", "--model", str(model), *inputs, "--out", f"{out}/"]
     assert cli.main(call) == 0
-    assert "3 images of 1 inputs, 4 inputs were already answered" in capsys.readouterr().out
+    assert "3 images of 1 input, 4 inputs were already answered" in capsys.readouterr().out
     assert not left.exists()
     assert others.exists()
     os.utime(tmp_path / "part-1" / "2.png", (1, 1))  # changed since it was answered
     assert cli.main(call) == 0
-    assert "3 images of 1 inputs, 4 inputs were already answered" in capsys.readouterr().out
+    assert "3 images of 1 input, 4 inputs were already answered" in capsys.readouterr().out
     assert cli.main([*call, "--top", "1"]) == 2
     assert "answers from another model" in capsys.readouterr().err
     assert cli.main(["memory", "remove", str(model), "img-1"]) == 0
@@ -92,7 +93,7 @@ def test_an_image_deep_in_a_folder_is_noticed(asked, tmp_path, capsys):
     assert cli.main(call) == 0
     assert len(answers(tmp_path / "out" / "part-0.parquet")) == 4
     assert cli.main(call) == 0
-    assert "1 inputs were already answered" in capsys.readouterr().out
+    assert "1 input was already answered" in capsys.readouterr().out
 
 
 def test_images_that_could_not_be_read_are_still_reported_when_resumed(asked, tmp_path, capsys):
@@ -105,12 +106,12 @@ def test_images_that_could_not_be_read_are_still_reported_when_resumed(asked, tm
         assert cli.main(call) == 1
     told = capsys.readouterr()
     assert "0 images of 0 inputs, 3 inputs were already answered" in told.out
-    assert f"{inputs[0]}: already answered, but 1 images could not be read" in told.err
+    assert f"{inputs[0]}: already answered, but 1 image could not be read" in told.err
     (tmp_path / "part-0" / "1.png").write_bytes(encode_image(pictures(1, seed=9)[0]))
     absent.write_bytes(encode_image(pictures(1, seed=8)[0]))
     os.utime(absent, (1, 1))  # as if copied together with its time
     assert cli.main(call) == 0
-    assert "4 images of 2 inputs, 1 inputs were already answered" in capsys.readouterr().out
+    assert "4 images of 2 inputs, 1 input was already answered" in capsys.readouterr().out
 
 
 def test_answers_of_another_input_of_the_same_name_are_not_taken_for_its_own(
@@ -129,7 +130,7 @@ def test_answers_of_another_input_of_the_same_name_are_not_taken_for_its_own(
     shutil.rmtree(other)
     shutil.move(inputs[0], other)  # the same images, moved
     assert cli.main([*call, str(other)]) == 0
-    assert "1 inputs were already answered" in capsys.readouterr().out
+    assert "1 input was already answered" in capsys.readouterr().out
 
 
 def test_an_input_that_looks_like_another_one_is_another_one(asked, tmp_path, capsys):
@@ -149,7 +150,7 @@ def test_an_input_that_looks_like_another_one_is_another_one(asked, tmp_path, ca
     assert answers(tmp_path / "out" / "x.bmp.parquet") == [str(given[0])]
     (tmp_path / "link").symlink_to(tmp_path / "a")  # the same one by another path
     assert cli.main([*call, str(tmp_path / "link" / "x.bmp")]) == 0
-    assert "1 inputs were already answered" in capsys.readouterr().out
+    assert "1 input was already answered" in capsys.readouterr().out
 
 
 def test_a_path_through_a_file_costs_the_other_inputs_nothing(asked, tmp_path, capsys):
@@ -159,6 +160,48 @@ def test_a_path_through_a_file_costs_the_other_inputs_nothing(asked, tmp_path, c
     told = capsys.readouterr()
     assert "0.png/b.png: not readable as an image: Not a directory" in told.err
     assert "4 images of 2 inputs" in told.out
+
+
+def test_a_damaged_input_costs_the_others_nothing_and_is_named_at_the_end(asked, tmp_path, capsys):
+    """Also if it comes first, or is damaged behind readable images."""
+    model, inputs = asked
+    cut, text = tmp_path / "cut.tar", tmp_path / "text.tar"
+    with tarfile.open(cut, "w") as tar:
+        for name in sorted(os.listdir(inputs[4])):
+            tar.add(f"{inputs[4]}/{name}", name)
+    whole = cut.read_bytes()
+    cut.write_bytes(whole[: 1024 * 2 + 100])
+    text.write_text("no shard" * 1000)
+    out = tmp_path / "out"
+    call = ["predict", "--model", str(model), str(cut), inputs[0], str(text), inputs[1]]
+    call += ["--out", f"{out}/"]
+    assert cli.main(call) == 1
+    told = capsys.readouterr()
+    assert f"answers  {out}: 6 images of 2 inputs\n" in told.out
+    last = told.err[told.err.index("cnn2gnn: 2 inputs were not answered") :]
+    for path in (cut, text):
+        assert f"where:  {path}\n  remedy: copy or download it again" in last
+    assert {path.name for path in out.glob("*.parquet")} == {"part-0.parquet", "part-1.parquet"}
+    assert not list(out.glob(".*.tmp"))
+    cut.write_bytes(whole)
+    assert cli.main(call) == 1
+    told = capsys.readouterr()
+    assert f"answers  {out}: 3 images of 1 input, 2 inputs were already answered\n" in told.out
+    assert "cnn2gnn: 1 input was not answered" in told.err
+    assert answers(out / "cut.tar.parquet") == [f"{cut}/{n}.png" for n in range(3)]
+
+
+def test_what_is_no_fault_of_an_input_ends_the_job(asked, tmp_path, capsys, monkeypatch):
+    model, inputs = asked
+
+    def on_a_full_disk(*_: object, **__: object) -> None:
+        raise UserError("the disk is full")
+
+    monkeypatch.setattr(predict_shards.answered, "record", on_a_full_disk)
+    call = ["predict", "--model", str(model), *inputs[:2], "--out", f"{tmp_path / 'out'}/"]
+    assert cli.main(call) == 2
+    assert "cnn2gnn: the disk is full" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "part-1.parquet").exists()
 
 
 @pytest.mark.parametrize("scope", ["none", "batch", "dataset"])

@@ -65,8 +65,9 @@ def test_predict_shares_its_inputs_out_to_actors(
         for row, image in enumerate(pictures(3, seed=number)):
             (folder / f"{row}.png").write_bytes(encode_image(image))
     (tmp_path / "part-2" / "1.png").write_bytes(b"no image")
+    (tmp_path / "bad.tar").write_bytes(b"no shard")
     model, inputs = write_model(tmp_path / "m"), [f"part-{n}" for n in range(4)]
-    call = ["predict", "--model", "m", *inputs, "--out", "answers/", "--actors", "2"]
+    call = ["predict", "--model", "m", "bad.tar", *inputs, "--out", "answers/", "--actors", "2"]
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     ended = subprocess.run(
         [sys.executable, "-m", "cnn2gnn_dist", *call],
@@ -75,6 +76,8 @@ def test_predict_shares_its_inputs_out_to_actors(
     assert ended.returncode == 1, ended.stderr
     assert "12 images of 4 inputs" in ended.stdout
     assert "part-2/1.png: not readable as an image" in ended.stderr
+    assert "1 input was not answered" in ended.stderr
+    assert "where:  bad.tar" in ended.stderr
 
     monkeypatch.chdir(tmp_path)
     expected = Classifier.open(model, device="cpu").predict(inputs, top=3)
@@ -82,6 +85,7 @@ def test_predict_shares_its_inputs_out_to_actors(
     assert [row["image"] for row in rows] == [answer.name for answer in expected]
     assert [row["class"] for row in rows] == [answer.label for answer in expected]
 
+    call.remove("bad.tar")
     assert cli.main(call) == 1  # nothing is left to do, so Ray is not started
     assert "0 images of 0 inputs, 4 inputs were already answered" in capsys.readouterr().out
     assert cli.main(["predict", "--model", "m", *inputs, "--actors", "2"]) == 2

@@ -4,7 +4,8 @@ Under torchrun, DeepSpeed's launcher or srun the inputs are dealt to the ranks i
 takes them all. The ranks form no process group: none waits for another. With ``--actors`` the actors of a
 Ray cluster take the inputs instead, each the next one when it is done. A file of answers is complete or
 absent; an existing one of the input as it is now (``answered.py``) is skipped, so the same command resumes
-after an interruption.
+after an interruption. An input that can't be read, such as a shard that was cut off, has none, and costs the
+others nothing: it is named at the end.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ from cnn2gnn_dist.commands.model.opening import opened
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference.classifier import Classifier
 from cnn2gnn_dist.inference.folder import artefact
-from cnn2gnn_dist.inference.inputs import complaint
+from cnn2gnn_dist.inference.inputs import Input, complaint, expand
 from cnn2gnn_dist.inference.memory import store
 from cnn2gnn_dist.inference.network import device_of_rank
-from cnn2gnn_dist.log import output, progress, report_error, set_rank
+from cnn2gnn_dist.log import counted, output, progress, report_error, set_rank
 from cnn2gnn_dist.runtime.ranks import Ranks
 
 NOTE = "answers.json"
@@ -40,10 +41,24 @@ Task = tuple[str, Path]
 """An input and its file of answers."""
 Note = dict[str, Any]
 """Content of ``NOTE``."""
-Counted = tuple[int, list[str]]
-"""Number of images in an input, and a message for each that could not be read."""
 _TOKEN = "[0-9a-f]" * 8
 """What tells files of one name apart that are being written (``durable.replacing``)."""
+
+
+class Counted(NamedTuple):
+    """Number of images in an input, and a message for each that could not be read; or why the input has no answers."""
+
+    images: int
+    failures: list[str]
+    damage: UserError | None = None
+
+
+class _Damaged(Exception):
+    """An input can't be read, or not to its end."""
+
+    def __init__(self, error: UserError) -> None:
+        super().__init__(error)
+        self.error = error
 
 
 class Asked(NamedTuple):
@@ -64,7 +79,7 @@ def command(
     actors: int = 0,
     address: str | None = None,
 ) -> int:
-    """Answer each input into a file of its own; returns 1 if some images could not be read, now or before.
+    """Answer each input into a file of its own; returns 1 if some images or inputs could not be read, now or before.
 
     Args:
         model: folder of a model or of a finished run.
@@ -105,25 +120,41 @@ def command(
             made = _by_actors(classifier, left, note, asked, actors, address)
         else:
             made = map(partial(_answer, classifier, asked), left)
-        done, failed = _total(made, len(left), ranks.is_first)
+        done, failed, damage = _total(made, len(left), ranks.is_first)
     unanswered = set(left)
     before = [task for task in mine if task not in unanswered]
-    already = f", {len(before)} inputs were already answered" if before else ""
+    already = f", {_inputs(len(before))} already answered" if before else ""
     failed += _report_unreadable(before)
+    answers = f"{counted(done, 'image')} of {counted(len(left) - len(damage), 'input')}"
     share = f" (the share of rank {ranks.rank} of {ranks.world_size})" * (ranks.world_size > 1)
-    output(f"answers  {folder}: {done:,} images of {len(left)} inputs{already}{share}")
-    return 1 if failed else 0
+    output(f"answers  {folder}: {answers}{already}{share}")
+    if damage:
+        report_error(
+            f"{_inputs(len(damage))} not answered; the same command answers what was repaired:"
+        )
+        for error in damage:
+            report_error(error)
+    return 1 if failed or damage else 0
 
 
-def _total(made: Iterator[Counted], inputs: int, shown: bool) -> tuple[int, int]:
-    """Have the inputs answered; returns the numbers of their images and of those that could not be read."""
-    done = failed = 0
+def _inputs(count: int) -> str:
+    return f"{counted(count, 'input')} {'was' if count == 1 else 'were'}"
+
+
+def _total(made: Iterator[Counted], inputs: int, shown: bool) -> tuple[int, int, list[UserError]]:
+    """Have the inputs answered.
+
+    Returns:
+        The numbers of their images and of those that could not be read; why inputs could not be read.
+    """
+    done, failed, damage = 0, 0, list[UserError]()
     with progress(made, "predict", total=inputs, unit="shard", disable=not shown) as bar:
-        for images_done, failures in bar:
-            for failure in failures:
+        for one in bar:
+            for failure in one.failures:
                 report_error(failure)
-            done, failed = done + images_done, failed + len(failures)
-    return done, failed
+            done, failed = done + one.images, failed + len(one.failures)
+            damage += [one.damage] if one.damage is not None else []
+    return done, failed, damage
 
 
 def _report_unreadable(tasks: list[Task]) -> int:
@@ -131,17 +162,34 @@ def _report_unreadable(tasks: list[Task]) -> int:
     count = 0
     for given, target in tasks:
         if unreadable := answered.unreadable(target):
-            report_error(f"{given}: already answered, but {unreadable:,} images could not be read")
+            report_error(
+                f"{given}: already answered, but {counted(unreadable, 'image')} could not be read"
+            )
             count += unreadable
     return count
 
 
 def _answer(classifier: Classifier, asked: Asked, task: Task) -> Counted:
-    """Answer an input into its file."""
+    """Answer an input into its file; one that can't be read to its end gets none."""
+    try:
+        return _answered(classifier, asked, task)
+    except _Damaged as damaged:
+        return Counted(0, [], damaged.error)
+
+
+def _images(given: str) -> Iterator[Input]:
+    """The images of an input; that it can't be read is told apart from all other errors, which end the job."""
+    try:
+        yield from expand(given)
+    except UserError as error:
+        raise _Damaged(error) from None
+
+
+def _answered(classifier: Classifier, asked: Asked, task: Task) -> Counted:
     given, target = task
     done, failures, look = 0, [], answered.look_at(given)
     answers = classifier.stream(
-        [given], top=asked.top, neighbours=NEIGHBOURS, coverage=asked.coverage
+        _images(given), top=asked.top, neighbours=NEIGHBOURS, coverage=asked.coverage
     )
     # Of one that was killed; one that is not gone must not replace ours.
     for left in target.parent.glob(f".{glob.escape(target.name)}.{_TOKEN}.tmp"):
@@ -154,7 +202,7 @@ def _answer(classifier: Classifier, asked: Asked, task: Task) -> Counted:
             done += 1
             write(answer)
     answered.record(target, look, len(failures))
-    return done, failures
+    return Counted(done, failures)
 
 
 def _by_actors(
@@ -174,8 +222,8 @@ def _by_actors(
     given = {"model": classifier.folder.absolute(), "note": note, "asked": asked}
     with ray_cluster.running(address, actors):
         gpus = 1.0 if ray_cluster.gpus() else 0.0
-        for _, counted in ray_pool.work_off(tasks, answering, given, actors=actors, gpus=gpus):
-            yield counted
+        for _, done in ray_pool.work_off(tasks, answering, given, actors=actors, gpus=gpus):
+            yield done
 
 
 def answering(model: Path, note: Note, asked: Asked) -> Callable[[Task], Counted]:

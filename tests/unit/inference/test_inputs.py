@@ -184,7 +184,7 @@ def test_a_page_does_not_wait_for_a_pipe_that_was_read(model, tmp_path):
         (["--out", "none/a.csv"], "the folder does not exist"),
         (["--out", "/proc/a.csv"], "this file can't be written to"),
         (["--out", "a.png/"], "this folder can't be written to"),
-        (["--out", "sub.csv/"], "answers  sub.csv: 1 images"),
+        (["--out", "sub.csv/"], "answers  sub.csv: 1 image of 1 input"),
         (["--coverage", "0.9", "--together"], "answered one by one"),
     ],
 )
