@@ -133,8 +133,8 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextmanager
-def disk_full_reported(path: Path) -> Iterator[None]:
-    """Report a full disk while something is written to ``path``.
+def disk_full_reported(path: Path, *, resumes: bool = False) -> Iterator[None]:
+    """Report a full disk while something is written to ``path``; ``resumes``: as in ``disk_full``.
 
     Raises:
         UserError: no space (or no quota) is left.
@@ -143,24 +143,28 @@ def disk_full_reported(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if (full := disk_full(error, path)) is None:
+        if (full := disk_full(error, path, resumes=resumes)) is None:
             raise
         raise full from None
 
 
-def disk_full(error: BaseException, path: Path | str | None = None) -> UserError | None:
+def disk_full(
+    error: BaseException, path: Path | str | None = None, *, resumes: bool = False
+) -> UserError | None:
     """What to report if an error means that no space (or no quota) is left; None: it means something else.
 
     Args:
         error: any.
         path: what was written; default: the error's own.
+        resumes: the same command goes on where it stopped, as that of a run does.
     """
     if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return None
     return UserError(
         f"disk full: {error.strerror}",
         where=str(path or error.filename or "the run's folder"),
-        remedy="free some space and run the same command again: it resumes where it stopped",
+        remedy="free some space and run the same command again"
+        + (": it resumes where it stopped" if resumes else ""),
     )
 
 

@@ -191,7 +191,7 @@ class _Array:
 
     def put(self, places_n: np.ndarray, values_nK: np.ndarray) -> None:
         """Write rows to their places, contiguous ones in one call."""
-        with durable.disk_full_reported(self.path):
+        with durable.disk_full_reported(self.path, resumes=True):
             for first, last in _runs(places_n):
                 rows = np.ascontiguousarray(values_nK[first:last], self.kind)
                 data = rows.reshape(-1).view(np.uint8).data

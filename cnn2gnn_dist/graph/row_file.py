@@ -54,7 +54,7 @@ class RowFile:
             )
         place = self._first + start * self._row
         left = data.reshape(-1).view(np.uint8).data
-        with durable.disk_full_reported(self.path):
+        with durable.disk_full_reported(self.path, resumes=True):
             while left:
                 done = os.pwrite(self._handle, left, place)
                 left, place = left[done:], place + done
@@ -66,7 +66,7 @@ class RowFile:
 
     def sync(self) -> None:
         """Wait until everything written is on disk, or on the file server."""
-        with durable.disk_full_reported(self.path):
+        with durable.disk_full_reported(self.path, resumes=True):
             os.fsync(self._handle)
 
     def close(self) -> None:

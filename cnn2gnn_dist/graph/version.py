@@ -98,7 +98,7 @@ class GraphWriter:
                     durable.sha256(path),
                 ]
         manifest = self.path / MANIFEST
-        with durable.disk_full_reported(manifest):
+        with durable.disk_full_reported(manifest, resumes=True):
             manifest.write_text(
                 json.dumps({"files": files, "meta": meta}, indent=1), encoding="utf-8"
             )

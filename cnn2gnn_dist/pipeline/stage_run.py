@@ -152,13 +152,13 @@ def _executed(context: Context, survey: Survey, step: Step, made: dict[str, str]
     _log.debug("key %s, folder %s", context.key, context.folder)
 
     def work() -> list[Path]:
-        with durable.disk_full_reported(context.folder):
+        with durable.disk_full_reported(context.folder, resumes=True):
             return stage.work(context, made)
 
     files = on_rank_0(ranks, work) if stage.alone else work()
 
     def close() -> Step:
-        with durable.disk_full_reported(context.folder):
+        with durable.disk_full_reported(context.folder, resumes=True):
             return recorded()
 
     def recorded() -> Step:

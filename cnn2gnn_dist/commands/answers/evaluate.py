@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,7 +52,7 @@ def command(
         )
     output(table(found))
     if out is not None:
-        durable.write_json(out, found.as_dict())
+        durable.write_text(out, json.dumps(found.as_dict(), indent=1))
         output(f"figures  {out}")
     return 1 if found.unreadable else 0
 

@@ -315,7 +315,7 @@ def _write_if_absent(path: Path, text: str) -> None:
     """Create a file with its whole content at once, unless another process has done so."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with durable.disk_full_reported(path):
+        with durable.disk_full_reported(path, resumes=True):
             temporary.write_text(text, encoding="utf-8")
             durable.sync(temporary)
             try:

@@ -108,7 +108,7 @@ class Meeting:
         """The error that the other ranks raise when this rank has raised ``error``."""
         if isinstance(error, UserError):
             return error
-        if (full := durable.disk_full(error)) is not None:
+        if (full := durable.disk_full(error, resumes=True)) is not None:
             return full  # its own rank reports it likewise, when its stage ends
         if isinstance(error, Exception):
             return PeerRaised(f"rank {self.rank}: {error!r}")

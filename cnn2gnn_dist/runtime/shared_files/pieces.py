@@ -42,7 +42,7 @@ def write(piece: Piece, data: bytes | bytearray) -> None:
     left = memoryview(data)
     handle = os.open(piece.path, os.O_WRONLY | os.O_CLOEXEC)
     try:
-        with durable.disk_full_reported(piece.path):
+        with durable.disk_full_reported(piece.path, resumes=True):
             for offset, size in piece.spans:
                 part, left = left[:size], left[size:]
                 while part:

@@ -1,6 +1,7 @@
 """`evaluate --model`: the figures of scikit-learn, from any kind of labeled images."""
 
 import json
+import resource
 import shutil
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from sklearn import metrics
 
 from cnn2gnn_dist import cli
+from cnn2gnn_dist.commands.answers import evaluate
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference import evaluation, scoring
 from cnn2gnn_dist.inference.classifier import Classifier
@@ -214,6 +216,25 @@ def test_the_command(written, images, labels, tmp_path, capsys):
     assert np.trace(found["confusion"]) == round(COUNT * found["rows"]["answers"]["accuracy"])
     (tmp_path / "f" / "class 1" / "bad.png").write_bytes(b"nothing")
     assert cli.main(asked) == 1
+
+
+def test_figures_that_do_not_fit_leave_the_old_file(written, images, labels, tmp_path, monkeypatch):
+    folder, out = in_folder(tmp_path / "f", images, labels), tmp_path / "figures.json"
+    out.write_text("old")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def no_more(found):  # from here on: what was written before has had room
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+        return "table"
+
+    monkeypatch.setattr(evaluate, "table", no_more)
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            evaluate.command(written, [folder], out=out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert out.read_text() == "old"
+    assert {path.name for path in tmp_path.iterdir()} == {"f", "figures.json"}
 
 
 @pytest.mark.parametrize(

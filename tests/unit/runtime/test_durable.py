@@ -104,6 +104,10 @@ def test_other_errors_are_passed_on(tmp_path):
     quota = durable.disk_full(OSError(errno.EDQUOT, "quota exceeded", "here"))
     assert quota is not None
     assert (quota.where, quota.exit_code) == ("here", 2)
+    assert quota.remedy == "free some space and run the same command again"
+    resumed = durable.disk_full(OSError(errno.ENOSPC, "full", "here"), resumes=True)
+    assert resumed is not None
+    assert resumed.remedy.endswith(": it resumes where it stopped")
 
 
 def test_a_folder_is_created_by_several_at_once(tmp_path, monkeypatch):
