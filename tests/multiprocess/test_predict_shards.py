@@ -72,10 +72,42 @@ def test_ranks_share_the_inputs_and_a_second_call_makes_what_is_missing(asked, t
     assert cli.main(call) == 0
     assert "3 images of 1 input, 4 inputs were already answered" in capsys.readouterr().out
     assert cli.main([*call, "--top", "1"]) == 2
-    assert "answers from another model" in capsys.readouterr().err
+    assert "answers with other options: --top 3 there, 1 now\n" in capsys.readouterr().err
     assert cli.main(["memory", "remove", str(model), "img-1"]) == 0
     assert cli.main(call) == 2
-    assert "another version of its memory" in capsys.readouterr().err
+    assert "answers from another version of its memory\n" in capsys.readouterr().err
+    assert cli.main([*call, "--top", "5"]) == 2
+    told = capsys.readouterr().err
+    assert (
+        "from another version of its memory and with other options: --top 3 there, 5 now\n" in told
+    )
+
+
+@pytest.mark.parametrize(
+    ("note", "said"),
+    [
+        ({"top": 3, "coverage": 0.9}, "with other options: no --coverage there, 0.9 now"),
+        ({"top": 5, "coverage": None}, "with other options: --top 3 there, 5 now"),
+        ({"model": {"a": "2"}, "memory": "y"}, "from another model"),
+        ({"memory": "y"}, "from another version of its memory"),
+        (
+            {"model": {}, "top": 1, "coverage": 0.5},
+            "from another model and with other options: --top 3 there, 1 now; no --coverage there, 0.5 now",
+        ),
+    ],
+)
+def test_a_folder_with_other_answers_says_what_is_different(tmp_path, note, said):
+    before = {"model": {"a": "1"}, "memory": "x", "top": 3, "coverage": None}
+    predict_shards._check_note(tmp_path, before)
+    with pytest.raises(UserError) as refused:
+        predict_shards._check_note(tmp_path, before | note)
+    assert refused.value.what == f"this folder has answers {said}"
+    (tmp_path / predict_shards.NOTE).write_text(json.dumps(before | {"coverage": 0.5}))
+    with pytest.raises(UserError, match=r"options: --coverage 0\.5 there, none now"):
+        predict_shards._check_note(tmp_path, before)
+    (tmp_path / predict_shards.NOTE).write_text("{")
+    with pytest.raises(UserError, match=f"its {predict_shards.NOTE} can't be read"):
+        predict_shards._check_note(tmp_path, before)
 
 
 def answers(path):

@@ -41,6 +41,8 @@ Task = tuple[str, Path]
 """An input and its file of answers."""
 Note = dict[str, Any]
 """Content of ``NOTE``."""
+_SOURCES = {"model": "from another model", "memory": "from another version of its memory"}
+"""Of the note's fields, what else than options answers depend on; a new model also has another memory."""
 _TOKEN = "[0-9a-f]" * 8
 """What tells files of one name apart that are being written (``durable.replacing``)."""
 
@@ -304,11 +306,26 @@ def _check_note(folder: Path, note: Note) -> None:
         before = None
     if before != note:
         raise UserError(
-            "this folder has answers from another model, another version of its memory, or with "
-            "other options",
+            f"this folder has answers {_differences(before, note)}",
             where=str(folder),
             remedy="name another folder",
         )
+
+
+def _differences(before: Any, note: Note) -> str:
+    """How answers that are there were made otherwise than those asked for now."""
+    if not isinstance(before, dict):
+        return f"of which it is not known how they were made: its {NOTE} can't be read"
+    other = [name for name in note if before.get(name) != note[name]]
+    said = [_option(name, before.get(name), note[name]) for name in Asked._fields if name in other]
+    sources = [_SOURCES[name] for name in _SOURCES if name in other][:1]
+    sources += [f"with other options: {'; '.join(said)}"] if said else []
+    return " and ".join(sources) or "from another version of this package"
+
+
+def _option(name: str, there: Any, now: Any) -> str:
+    was = f"no --{name}" if there is None else f"--{name} {there:g}"
+    return f"{was} there, {'none' if now is None else format(now, 'g')} now"
 
 
 def _write_if_absent(path: Path, text: str) -> None:
