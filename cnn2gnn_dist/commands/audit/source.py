@@ -39,6 +39,8 @@ SIDE, QUALITY, READ = 96, 85, 256
 """Side of the pictures of a run, in pixels; their JPEG quality; images read at a time."""
 SEEN_SIZES = 15
 """Number of images whose sizes are read."""
+DIGITS = (8, 8)
+"""Size of scikit-learn's digits, in whose shards they are enlarged to 32 by 32, without more details."""
 _NOT_KEPT = (
     "this model, exported on 28 Nov 2026 or before, does not say whether its run was trained with a relabel list "
     "(data.relabel): if so, the decisions in that one are not in the list made here; an audit of the run includes them"
@@ -190,7 +192,7 @@ class _RunSource(Source):
         return _crc(self.held, a) == _crc(self.train, b)
 
     def middle_size(self) -> tuple[int, int] | None:
-        return middle_size(self.train)
+        return middle_size(self.train, self.context.config.data.source)
 
     def close(self) -> None:
         for reader in self._readers:
@@ -341,8 +343,10 @@ def _encoded(manifest: Manifest, row: int) -> bytes:
     return urls.read_range(path, int(manifest.offset_N[row]), int(manifest.size_N[row]))
 
 
-def middle_size(manifest: Manifest) -> tuple[int, int] | None:
+def middle_size(manifest: Manifest, packed_from: str) -> tuple[int, int] | None:
     """Height and width of the image of median shorter side among ``SEEN_SIZES``; None: none can be read."""
+    if packed_from == "digits":
+        return DIGITS
     sizes = []
     rows = np.linspace(0, len(manifest) - 1, min(len(manifest), SEEN_SIZES)).astype(int)
     for row in rows.tolist():

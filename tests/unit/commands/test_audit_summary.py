@@ -11,6 +11,7 @@ import pytest
 from cnn2gnn_dist.commands.audit.command import _summary
 from cnn2gnn_dist.commands.audit.source import Source, middle_size
 from cnn2gnn_dist.data.index.manifest import Manifest, index
+from cnn2gnn_dist.data.packing.packers import pack_digits
 from cnn2gnn_dist.inference.audit.findings import TrainingSet
 from tests.support.shards import make_shards, write_tar
 
@@ -22,7 +23,7 @@ class Images(Source):
     manifest: Manifest | None = None
 
     def middle_size(self) -> tuple[int, int] | None:
-        return None if self.manifest is None else middle_size(self.manifest)
+        return None if self.manifest is None else middle_size(self.manifest, "shards")
 
 
 def said(manifest: Manifest | None, kinds: list[str]) -> list[str]:
@@ -68,4 +69,12 @@ def test_near_pairs_of_tiny_images_are_doubted(tmp_path, sizes, named):
 
 def test_what_can_not_be_read_has_no_size(tmp_path):
     members = [("a.cls", b"0"), ("a.jpg", b"nothing"), ("b.cls", b"0"), ("b.jpg", b"")]
-    assert middle_size(index([write_tar(tmp_path / "a.tar", members)])) is None
+    found = index([write_tar(tmp_path / "a.tar", members)])
+    assert middle_size(found, "shards") is None
+
+
+def test_the_digits_are_tiny_though_they_are_packed_enlarged(tmp_path):
+    """The demo is where hundreds of such pairs are found."""
+    packed = index(pack_digits(tmp_path, limit=20))
+    assert middle_size(packed, "shards") == (32, 32)
+    assert middle_size(packed, "digits") == (8, 8)
