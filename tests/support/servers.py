@@ -21,7 +21,7 @@ from tests.support.rank_group import free_port
 Fault = str | None
 """None, "500", "403", "404", "short" (truncated body), "stall" (stops without closing),
 "drop" (closes the connection without a response), "whole" (ignores the range),
-"flip" (a wrong byte), "drip" (a byte now and then)."""
+"flip" (a wrong byte), "drip" (a byte now and then), "loop" (redirects to itself)."""
 
 
 class Served:
@@ -65,6 +65,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         path = self.folder / self.path.partition("?")[0].lstrip("/")
         if fault == "drop":
             self.close_connection = True
+        elif fault == "loop":
+            self.send_response(302)
+            self.send_header("Location", self.path)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
         elif fault in ("500", "403", "404") or not path.is_file():
             self.send_error(int(fault) if fault in ("500", "403") else 404)
         else:

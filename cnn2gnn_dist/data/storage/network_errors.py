@@ -64,6 +64,12 @@ def refused(url: str, error: BaseException, done: str = "read") -> UserError:
     status = status_of(error)
     names = {kind.__name__ for cause in _causes(error) for kind in type(cause).__mro__}
     number = "" if status is None else f" ({status})"
+    if "TooManyRedirects" in names:  # aiohttp; fsspec reports it as a file that is not found
+        return UserError(
+            f"the file can't be {done}: the server redirects in a loop, or too often",
+            where=url,
+            remedy="check the URL (http or https, where it leads in a browser), or ask whoever runs the server",
+        )
     if status in (404, 410) or (status is None and "FileNotFoundError" in names):
         return UserError(
             f"the file can't be {done}: it does not exist{number}",

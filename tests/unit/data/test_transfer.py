@@ -55,6 +55,15 @@ def test_a_refusal_counts_at_once(web, status):
     assert web.requests.total() == 1
 
 
+@pytest.mark.parametrize("ask", [urls.size, lambda url: urls.read_range(url, 0, 9)])
+def test_a_redirect_loop_is_named(web, ask):
+    web.head_fault = lambda path: "loop"
+    web.fault = lambda number, path: "loop"
+    with pytest.raises(UserError, match="redirects in a loop") as caught:
+        ask(f"{web.url}/a.tar")
+    assert caught.value.where == f"{web.url}/a.tar"
+
+
 def test_a_server_without_ranges_sends_the_whole_once(web):
     web.fault = lambda number, path: "whole"
     assert downloaded(f"{web.url}/a.tar") == BYTES
