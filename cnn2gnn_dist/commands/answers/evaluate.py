@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,13 +28,13 @@ def command(
 
     Args:
         model: folder of a model or of a finished run; it may have been moved.
-        images: folders with a folder of images for each class, tar shards, Parquet files.
+        images: folders with a folder of images for each class, tar shards, Parquet files, or patterns of these.
         label_column: of Parquet files.
         out: JSON file of all figures, with each class's recall and the confusion matrix.
 
     Raises:
-        UserError: not a model; images without a label, or of a class that the model doesn't have; the
-            file is not JSON or can't be written.
+        UserError: not a model; a pattern without a match; images without a label, or of a class that the model
+            doesn't have; the file is not JSON or can't be written.
     """
     if out is not None:
         if out.suffix.lower() != ".json":
@@ -41,7 +43,7 @@ def command(
             )
         durable.check_writable(out)
     with opened(model) as classifier:
-        given = labelled(list(images), classifier.classes_, label_column)
+        given = labelled(matching(images), classifier.classes_, label_column)
         found = evaluate(classifier, progress(given, "evaluate", unit="image", delay=2))
     for name, why in found.unreadable:
         report_error(complaint(name, why))
@@ -55,6 +57,27 @@ def command(
         durable.write_text(out, json.dumps(found.as_dict(), indent=1))
         output(f"figures  {out}")
     return 1 if found.unreadable else 0
+
+
+def matching(images: Sequence[str]) -> list[str]:
+    """The files that are named, or match a pattern: quoted ones, and those without a match, a shell leaves as they are.
+
+    Raises:
+        UserError: nothing matches a pattern.
+    """
+    found: list[str] = []
+    for given in images:
+        if os.path.lexists(given) or not glob.has_magic(given):  # a name may hold brackets
+            found.append(given)
+        elif matches := sorted(glob.glob(given)):
+            found += matches
+        else:
+            raise UserError(
+                "nothing matches this pattern",
+                where=given,
+                remedy=f"check it (relative paths start at the current folder, {os.getcwd()})",
+            )
+    return found
 
 
 def table(found: Evaluation) -> str:

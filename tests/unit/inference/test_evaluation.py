@@ -218,6 +218,19 @@ def test_the_command(written, images, labels, tmp_path, capsys):
     assert cli.main(asked) == 1
 
 
+def test_patterns_that_a_shell_leaves_as_they_are(written, images, labels, tmp_path, capsys):
+    for name, part in (("a[1]", slice(0, 30)), ("b2", slice(30, 50)), ("c3", slice(50, 70))):
+        in_parquet(tmp_path / f"{name}.parquet", images[part], labels[part], **named(NAMES))
+    asked = ["evaluate", "--model", str(written)]
+    for pattern, count in (("[ab]*.parquet", 50), ("*", 70), ("a[1].parquet", 30)):
+        assert cli.main([*asked, str(tmp_path / pattern)]) == 0
+        assert f"{count} images of 3 classes" in capsys.readouterr().out
+    for pattern in ("test-*.tar", "test-?.parquet"):
+        assert cli.main([*asked, str(tmp_path / pattern)]) == 2
+        told = capsys.readouterr().err
+        assert f"nothing matches this pattern\n  where:  {tmp_path / pattern}\n" in told
+
+
 def test_figures_that_do_not_fit_leave_the_old_file(written, images, labels, tmp_path, monkeypatch):
     folder, out = in_folder(tmp_path / "f", images, labels), tmp_path / "figures.json"
     out.write_text("old")
