@@ -17,7 +17,7 @@ README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
 def test_the_commands_find_a_held_out_digit_in_the_demos_shards(tmp_path):
     config = settings.load("demo", [])
-    folder = tmp_path / str(config.run.dir) / "shards"
+    folder = tmp_path / "runs" / config.name / "shards"
     packed = index(
         pack_digits(folder, shard_size=config.data.shard_size, prefix="train", progress=False)
     )
