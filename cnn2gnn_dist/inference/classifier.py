@@ -25,6 +25,7 @@ from cnn2gnn_dist.inference.memory import store
 from cnn2gnn_dist.inference.memory.view import Memory
 from cnn2gnn_dist.inference.network import Network, Outputs, device_of, joined
 from cnn2gnn_dist.inference.scoring import Scoring
+from cnn2gnn_dist.inference.sets.relations import company
 
 BATCH = 64
 DECODERS = 4
@@ -255,13 +256,11 @@ class Classifier:
             return [Answer(one.name, error=one.error) for one in decoded]
         made = joined(parts)
         found = self.scoring.answer_together(made, memory, same=same)
-        company = {"related": found.related, "classes": found.classes, "images": len(good)}
-        shown = {"together": company}
-        answers = iter(
-            self._answers(good, made, found.posterior_mC, memory, top, neighbours, shown)
-        )
+        alone_mC = self.probabilities(made, memory) if same else None
+        shown = {"together": company(found, alone_mC)}
+        told = iter(self._answers(good, made, found.posterior_mC, memory, top, neighbours, shown))
         return [
-            Answer(one.name, error=one.error) if one.pixels is None else next(answers)
+            Answer(one.name, error=one.error) if one.pixels is None else next(told)
             for one in decoded
         ]
 

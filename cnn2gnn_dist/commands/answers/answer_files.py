@@ -18,6 +18,7 @@ from cnn2gnn_dist.data.images.decode import decode
 from cnn2gnn_dist.data.images.image_files import read_file
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference.answers import Answer
+from cnn2gnn_dist.log import counted
 
 KINDS = (".jsonl", ".csv", ".parquet", ".html")
 _GROUP = 4096
@@ -83,6 +84,8 @@ def _page(file: TextIO) -> Iterator[Writer]:
         nonlocal above
         if above is None and (above := company(answer)) is not None:
             _line(file, f"<p>{html.escape(above)}</p>")
+            if (why := doubt(answer)) is not None:
+                _line(file, f"<p>{html.escape(why)}</p>")
         _line(file, _figure(answer))
 
     yield write
@@ -131,14 +134,27 @@ def _parquet(path: Path) -> Iterator[Writer]:
 
 
 def company(answer: Answer) -> str | None:
-    """Whether the images that it was answered with are related, and what follows; None: it was answered alone."""
+    """Whether the images that it was answered with are related, or were said to be; None: it was answered alone."""
     found = answer.scores.get("together")
     if found is None:
         return None
     depends = "; each answer depends on the other images" if found["related"] else ""
+    images = counted(found["images"], "image")
+    if found.get("same"):
+        return f"{images} taken as one class, as asked for by --same{depends}"
+    classes = counted(found["classes"], "class", "classes")
+    return f"related: {'yes' if found['related'] else 'no'}; {classes} among {images}{depends}"
+
+
+def doubt(answer: Answer) -> str | None:
+    """That the images alone are not of the one class that they were said to show; None: they may be."""
+    found = answer.scores.get("together", {})
+    if not found.get("contradicted"):
+        return None
     return (
-        f"related: {'yes' if found['related'] else 'no'}; {found['classes']} classes among "
-        f"{found['images']} images{depends}"
+        f"alone, {found['elsewhere']:,} of {counted(found['images'], 'image')} "
+        f"{'is' if found['elsewhere'] == 1 else 'are'} of another class "
+        f"({100 * found['elsewhere_probability']:.1f} % sure on average); without --same each is answered alone"
     )
 
 

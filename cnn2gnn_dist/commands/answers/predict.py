@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from cnn2gnn_dist.commands.answers.answer_files import company, set_of, writer_of
+from cnn2gnn_dist.commands.answers.answer_files import company, doubt, set_of, writer_of
 from cnn2gnn_dist.commands.model.opening import opened
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference.answers import Answer
@@ -97,9 +97,11 @@ def _printer(as_json: bool, usual: str) -> Callable[[Answer], None]:
 
 
 def _say_related(answers: list[Answer], say: Callable[[str], None]) -> None:
-    """Say once whether the images were found to be related."""
+    """Say once whether the images were found, or said, to be related; warn where they alone contradict that."""
     if (line := next(filter(None, map(company, answers)), None)) is not None:
         say(line)
+    if (why := next(filter(None, map(doubt, answers)), None)) is not None:
+        _log.warning(why)
 
 
 def as_text(answer: Answer, usual: str = "graph") -> str:

@@ -6,10 +6,14 @@ import json
 import re
 from html import unescape
 
+import numpy as np
 import pytest
 
 from cnn2gnn_dist import cli
 from cnn2gnn_dist.inference import editing
+from cnn2gnn_dist.inference.classifier import Classifier
+from cnn2gnn_dist.inference.folder import artefact
+from cnn2gnn_dist.inference.sets import relations
 from tests.support.models import pictures, write_model
 from tests.support.shards import encode_image
 from tests.unit.inference.test_editing import of_new_class
@@ -83,14 +87,16 @@ def test_images_answered_together_say_whether_they_are_related(
     calibrated, images, tmp_path, capsys, option
 ):
     found = calibrated.predict_together(images, same=option == "--same")[0].scores["together"]
-    line = (
-        f"related: {'yes' if found['related'] else 'no'}; {found['classes']} classes among 6 images"
-    )
+    classes = f"{found['classes']} class{'es' * (found['classes'] > 1)}"
+    line = f"related: {'yes' if found['related'] else 'no'}; {classes} among 6 images"
+    if option == "--same":  # what was said, not what was found
+        line = "6 images taken as one class, as asked for by --same"
     line += "; each answer depends on the other images" * found["related"]
     assert found["related"] or option == "--together"
     text = predicted(calibrated.folder, images, capsys, option)
     assert text.splitlines()[0] == line
-    assert text.count("related: ") == 1
+    assert text.count(line) == 1
+    assert text.count("related: ") == (option == "--together")
     path = tmp_path / "a.html"
     assert line in predicted(calibrated.folder, images, capsys, option, "--out", str(path))
     assert path.read_text().count(f"<p>{line}</p>\n<article>") == 1
@@ -98,3 +104,73 @@ def test_images_answered_together_say_whether_they_are_related(
     assert [json.loads(row)["together"] for row in printed.splitlines()] == [found] * 6
     predicted(calibrated.folder, images, capsys, "--out", str(path))
     assert "related: " not in path.read_text()
+
+
+def surer(model):
+    """The model with a temperature that is ten times lower."""
+    path = model.folder / "calibration.json"
+    tree = json.loads(path.read_text())
+    for part in ("calibration", "together"):
+        tree[part]["temperature"] /= 10
+    path.write_text(json.dumps(tree))
+    artefact.write_checksums(model.folder)
+    return Classifier.open(model.folder, device="cpu")
+
+
+def test_images_alone_that_contradict_that_they_show_one_class_are_said_to(
+    calibrated, tmp_path, capsys
+):
+    """The surest images of two classes are no set of one; those of one class are."""
+    shown, calibrated = pictures(200, seed=4), surer(calibrated)
+    alone = calibrated.predict(list(shown))
+    surest = sorted(range(200), key=lambda place: -alone[place].probability)
+    by_class = {c: [n for n in surest if alone[n].label == f"class {c}"][:5] for c in (0, 1)}
+    assert len(by_class[0]) == len(by_class[1]) == 5
+    mixed = files(tmp_path / "mixed", shown[by_class[0] + by_class[1]])
+    (found,) = {a.label for a in calibrated.predict_together(mixed, same=True)}
+    other = [
+        alone[n].probability
+        for c, places in by_class.items()
+        for n in places
+        if f"class {c}" != found
+    ]
+    doubt = (
+        f"alone, 5 of 10 images are of another class ({100 * np.mean(other):.1f} % sure on "
+        "average); without --same each is answered alone"
+    )
+    path = tmp_path / "a.html"
+    for option in ((), ("--json",), ("--out", str(path))):
+        asked = ["predict", "--model", str(calibrated.folder), "--same", *option]
+        assert cli.main([*asked, *map(str, mixed)]) == 0
+        assert capsys.readouterr().err.count(f"note: {doubt}\n") == 1
+    assert path.read_text().count(f"<p>{doubt}</p>\n<article>") == 1
+    one = files(tmp_path / "one", shown[by_class[0]])
+    for given, option in ((one, "--same"), (mixed, "--together")):
+        asked = ["predict", "--model", str(calibrated.folder), option]
+        assert cli.main([*asked, *map(str, given)]) == 0
+        assert "alone, " not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("alone", "elsewhere", "contradicted"),
+    [
+        ([0.99, 0.99, -0.99], 1, True),  # 0.03 wrong answers are expected
+        ([0.99] * 29 + [-0.6], 1, False),  # 0.69 are
+        ([0.6] * 5 + [-0.6] * 4, 4, False),  # 3.6 are: a difficult class
+        ([0.95] * 21 + [-0.95] * 9, 9, True),  # 1.5 are
+        ([0.95] * 9, 0, False),
+        ([1.0], 0, False),
+    ],
+)
+def test_when_images_alone_contradict_that_they_show_one_class(alone, elsewhere, contradicted):
+    """``alone``: probabilities of the set's class, or negative of another."""
+    rows = [[p, 1 - p] if p > 0 else [1 + p, -p] for p in alone]
+    set_of_one = relations.Relations(
+        np.tile([0.9, 0.1], (len(rows), 1)), len(rows) > 1, 1, 1.0, 0.0
+    )
+    said = relations.company(set_of_one, np.array(rows))
+    assert (said["elsewhere"], said["contradicted"]) == (elsewhere, contradicted)
+    assert said["same"]
+    sure = [-p for p in alone if p < 0]
+    assert said.get("elsewhere_probability") == (round(np.mean(sure), 4) if sure else None)
+    assert "contradicted" not in relations.company(set_of_one, None)
