@@ -128,7 +128,9 @@ def test_a_set_answers_together_only_when_asked(calibrated):
     alone = model.predict(images)
     same = model.predict_together(list(images), same=True)
     assert {a.label for a in same} == {alone[0].label}
-    assert same[0].scores["together"] == {"related": True, "classes": 1, "images": 6}
+    assert same[0].scores["together"] == {
+        "related": True, "classes": 1, "images": 6, "same": True, "elsewhere": 0, "contradicted": False,
+    }  # fmt: skip
     found = model.predict_together([*images, b"no image"])
     assert found[-1].error
     assert found[0].scores["together"]["images"] == 6
