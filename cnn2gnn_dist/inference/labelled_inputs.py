@@ -19,7 +19,8 @@ from cnn2gnn_dist.data.index import manifest
 from cnn2gnn_dist.data.index.class_matching import plain
 from cnn2gnn_dist.data.packing.parquet import open_parquet, read_labels
 from cnn2gnn_dist.errors import UserError
-from cnn2gnn_dist.inference.inputs import Input, expand, image_column, is_shard
+from cnn2gnn_dist.inference.inputs import SHARD_SUFFIXES, Input, expand, image_column, is_shard
+from cnn2gnn_dist.log import quoted
 
 _log = logging.getLogger(__name__)
 _SHOWN = 3  # classes named in a message
@@ -71,7 +72,7 @@ def _of_folder(path: str, classes: Sequence[str]) -> Iterator[Labelled]:
         raise UserError(
             "this folder has no class folders with images",
             where=printable(path),
-            remedy="use the layout FOLDER/CLASS/IMAGE",
+            remedy=_files_in(path) or "use the layout FOLDER/CLASS/IMAGE",
         )
     folder_of = [image.split(os.sep)[0] for image in found.images]
     names = sorted(set(folder_of))
@@ -81,6 +82,14 @@ def _of_folder(path: str, classes: Sequence[str]) -> Iterator[Labelled]:
     for image, label in zip(found.images, positions_N.tolist(), strict=True):
         full = Path(path) / image
         yield Labelled(Input(printable(full), full), label)
+
+
+def _files_in(folder: str) -> str:
+    """The remedy for a folder of shards or Parquet files, which are named themselves; "" for any other."""
+    for suffix in (*SHARD_SUFFIXES, ".parquet"):
+        if any(name.endswith(suffix) for name in os.listdir(folder)):
+            return f"name the files in it: {quoted(os.path.join(folder, ''))}*{suffix}"
+    return ""
 
 
 def _of_shard(path: str, classes: Sequence[str]) -> Iterator[Labelled]:

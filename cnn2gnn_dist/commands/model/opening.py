@@ -72,6 +72,7 @@ def context_of(run: Path, trained: Literal["student", "control"] = "student") ->
             remedy="name the folder of a model, or of a finished run",
         )
     if not file.is_file():
+        artefact.check_whole(run)
         raise unfinished(run, "it has no config.yaml", "run")
     try:
         config = settings.of_run(run)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import io
+import re
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -142,6 +145,7 @@ def _jpeg(data: bytes, into_HWC: np.ndarray | None = None) -> np.ndarray:
 def _by_pillow(data: bytes, read: Callable[[Any], T]) -> T:
     from PIL import Image, UnidentifiedImageError
 
+    _silence_pillow()
     try:
         _check_size(*_webp_canvas(data))
         with Image.open(io.BytesIO(data), formats=KINDS) as image:
@@ -156,8 +160,21 @@ def _by_pillow(data: bytes, read: Callable[[Any], T]) -> T:
         raise
     except UnidentifiedImageError:
         raise CorruptSample(_not_opened(data)) from None
+    except Image.DecompressionBombError as error:  # of more than twice as many, while it is opened
+        pixels = re.search(r"\d+ pixels", str(error))
+        raise CorruptSample(
+            f"{pixels.group() if pixels else 'pixels'}, more than {MAX_PIXELS}"
+        ) from None
     except Exception as error:
         raise CorruptSample(f"{type(error).__name__}: {error}") from None
+
+
+@functools.cache  # a change of the filters makes all warnings appear once more
+def _silence_pillow() -> None:
+    """Let no warning of large images appear: ``_check_size`` refuses them."""
+    from PIL import Image
+
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def _not_opened(data: bytes) -> str:

@@ -107,6 +107,7 @@ def read_config(folder: Path) -> ModelConfig:
     check_not_set_aside(folder)
     if not folder.is_dir():
         raise not_a_model(folder, "there is no such folder")
+    check_whole(folder)
     if not (file.is_file() and (folder / CHECKSUMS).is_file()):
         raise not_a_model(folder, f"it has no {CONFIG if not file.is_file() else CHECKSUMS}")
     try:
@@ -304,6 +305,17 @@ def check_not_set_aside(folder: Path) -> None:
             where=str(folder),
             remedy=f"rename {aside} to {folder}, or run the same export again",
         )
+
+
+def check_whole(folder: Path) -> None:
+    """Check that a folder with the weights or checksums of a model also has its config.
+
+    Raises:
+        UserError: it has not: it was copied in part, or is damaged.
+    """  # noqa: DOC501
+    there = [name for name in (WEIGHTS, CHECKSUMS) if (folder / name).is_file()]
+    if there and not (folder / CONFIG).is_file():
+        raise damaged(folder, f"it has {' and '.join(there)}, but no {CONFIG}")
 
 
 def not_a_model(folder: Path, why: str) -> UserError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import struct
 import warnings
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 from cnn2gnn_dist.data.images import decode as decoding
 from cnn2gnn_dist.data.images.decode import CorruptSample, decode, image_size
 from cnn2gnn_dist.data.tar.samples import samples
+from tests.support.bombs import png
 from tests.support.shards import data_dir, encode_image, random_images
 
 IMAGE = random_images(1, 40, 56, seed=3)[0]
@@ -157,6 +159,25 @@ def test_too_large_is_refused_by_the_header_alone(suffix, monkeypatch):
         decode(encode_image(IMAGE, suffix))
     monkeypatch.setattr(decoding, "MAX_PIXELS", 40 * 56)
     assert decode(encode_image(IMAGE, suffix)).shape == IMAGE.shape
+
+
+@pytest.mark.parametrize(
+    ("side", "said"), [(10_000, "10000 x 10000 pixels"), (30_000, "900000000 pixels")]
+)
+@pytest.mark.parametrize("kind", ["png", "bmp"])
+def test_pillows_own_limits_do_not_show(kind, side, said):
+    """It warns of more pixels than ours, and has an error of its own for more than twice as many."""
+    data = png(side, side, b"")
+    if kind == "bmp":
+        head = (99, 0, 54, 40, side, side, 1, 24, 0, 0, 0, 0, 0, 0)
+        data = b"BM" + struct.pack("<IIIIiiHHIIiiII", *head) + bytes(99)
+    decoding._silence_pillow.cache_clear()
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        with pytest.raises(CorruptSample, match=f"^{said}, more than 89478485$"):
+            decode(data)
+    decoding._silence_pillow.cache_clear()  # its filter is gone
+    assert not shown
 
 
 @pytest.mark.parametrize("how", ["lossy", "lossless", "extended"])

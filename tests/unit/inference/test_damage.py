@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
+from cnn2gnn_dist.commands.model.opening import opened
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference import editing
 from cnn2gnn_dist.inference.classifier import Classifier, load
@@ -44,6 +45,18 @@ def test_every_file_that_an_answer_rests_on_is_checked(edited):
             load(folder, device="cpu")
         path.write_bytes(data)
     load(folder, device="cpu")
+
+
+@pytest.mark.parametrize("left", [artefact.WEIGHTS, artefact.CHECKSUMS])
+def test_a_model_copied_without_its_config_is_a_damaged_model(tmp_path, left):
+    (tmp_path / left).write_bytes(b"{}")
+    for ask in (lambda: load(tmp_path, device="cpu"), lambda: opened(tmp_path).__enter__()):
+        with pytest.raises(
+            UserError, match=f"damaged: it has {left}, but no config.json"
+        ) as caught:
+            ask()
+        assert caught.value.where == str(tmp_path)
+        assert "copy it again" in caught.value.remedy
 
 
 def test_a_models_checksums_may_list_the_runs_records_as_they_once_did(edited):

@@ -126,6 +126,19 @@ def test_folders_shards_and_parquet_give_the_same(model, images, labels, tmp_pat
         assert found.confusion_CC.tolist() == expected.tolist(), kind
 
 
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_files_in_a_folder_are_to_be_named(images, labels, tmp_path, kind):
+    folder = tmp_path / "my shards"
+    folder.mkdir()
+    if kind == "tar":
+        make_shards(folder, images, labels)
+    else:
+        in_parquet(folder / "a.parquet", images, labels)
+    with pytest.raises(UserError, match="no class folders with images") as caught:
+        next(labelled([str(folder)], NAMES))
+    assert caught.value.remedy == f"name the files in it: '{folder}/'*.{kind}"
+
+
 @pytest.mark.parametrize("scope", ["batch", "none"])
 def test_other_scopes(tmp_path, images, labels, scope):
     """Batches are those of ``predict``; there is no vote without a memory."""
