@@ -106,7 +106,7 @@ def _warn_of_failure(context: Context, row: str, found: Predictions) -> None:
     if failure is not None:
         stage = stage_of(row)
         context.warn(
-            f"{LABELS[row]}: {failure}. Its training has diverged, or was far too short: see the loss in "
+            f"{LABELS[row]}: {failure}. {found.cause()}: see the loss in "
             f"{stage}/metrics.jsonl; try a smaller {'teacher' if stage == 'teacher' else 'student'}.lr, "
             "label_smoothing or more epochs"
         )

@@ -20,6 +20,10 @@ from cnn2gnn_dist.inference.calibration import calibration_error
 from cnn2gnn_dist.runtime.group import collectives
 from cnn2gnn_dist.stages.shared.context import Context, CorruptCount, load_manifest
 
+_UNEVEN = 1.5
+"""Share of the most frequent class over that of equal classes from which the classes count as uneven."""
+_ABOUT = 0.05
+"""Distance up to which an accuracy is about that share."""
 HELD_OUT_NOTE = "held-out.json"
 Answer = Callable[[Tensor], dict[str, Tensor]]
 """uint8 images [B, H, W, 3] → probabilities [B, C] under one or more names."""
@@ -74,6 +78,19 @@ class Predictions:
         return (
             f"{accuracy:.1%} of the held-out images are right, no more than by always answering the most frequent "
             f"class ({most:.1%})" + ("; it answers one class for all of them" if said == 1 else "")
+        )
+
+    def cause(self) -> str:
+        """What probably explains a ``failure``, as a sentence: classes of very different sizes come first."""
+        images_C = np.bincount(self.label_N)
+        images_C = images_C[images_C > 0]
+        count, most = int(images_C.sum()), int(images_C.max())
+        about_most = (self.predicted_N == self.label_N).mean() > most / count - _ABOUT
+        if most * len(images_C) < _UNEVEN * count or not about_most:
+            return "Its training has diverged, or was far too short"
+        return (
+            f"The classes are uneven, with {count - most:,} of {count:,} held-out images not of the most frequent one: "
+            "the others may have too few images to learn from. Else its training has diverged, or was far too short"
         )
 
 

@@ -237,3 +237,31 @@ def test_answers_that_nothing_was_learned_for_are_a_failure(said, labels, failed
     else:
         assert re.match(failed, failure)
         assert ("one class" in failure) == (len(set(said)) == 1)
+
+
+@pytest.mark.parametrize(
+    ("said", "labels", "uneven"),
+    [
+        ([0] * 62, [0] * 60 + [1] * 2, "2 of 62 held-out images not of the most frequent one"),
+        ([0] * 10, [0] * 5 + [1] * 5, None),
+        (
+            [1] * 62,
+            [0] * 60 + [1] * 2,
+            None,
+        ),  # wrong where most images are: the classes don't explain it
+        ([0] * 60, [0] * 30 + [1, 2, 3] * 10, "30 of 60"),
+        ([0] * 60, [0] * 14 + [1] * 12 + [2] * 12 + [3] * 11 + [4] * 11, None),
+    ],
+)
+def test_uneven_classes_are_named_before_a_diverged_training(said, labels, uneven):
+    count = len(said)
+    found = Predictions(
+        np.arange(count), np.array(said), np.ones(count, np.float32), np.array(labels)
+    )
+    cause = found.cause()
+    assert "raining has diverged, or was far too short" in cause
+    if uneven is None:
+        assert cause.startswith("Its training")
+    else:
+        assert cause.startswith("The classes are uneven")
+        assert uneven in cause
