@@ -2,6 +2,7 @@
 
     python benchmarks/memory.py FOLDER --data cifar10:cat,ship --new --sets --odd --draws 20
     python benchmarks/memory.py FOLDER --data mini-imagenet --new --sets --draws 5
+    python benchmarks/memory.py FOLDER --data mini-imagenet --gated        (rivals behind the learned gate)
 
 Features come from a small student that sees the old classes alone (about six minutes on one core, the first
 time; kept in FOLDER). Rules are fitted on calibration images of the old classes, never on test images.
@@ -13,10 +14,11 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from remembering import additions, features, sets
+from remembering import additions, features, gated, sets
 from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
@@ -106,6 +108,22 @@ def together(of: additions.Setting, count: int) -> None:
         print("| " + " | ".join(cells) + " |", flush=True)
 
 
+def behind_gate(of: additions.Setting, count: int) -> None:
+    """Points gained by rivals behind the learned gate, on small bursts and on strangers."""
+    labels = of.labels["calibration"]
+    fitted = gated.Images(of.logits["calibration"], of.f["calibration"], labels)
+    test = gated.Images(of.logits["test"], of.f["test"], of.labels["test"])
+    learned, rule = LearnedSets.fit(*fitted), Together.fit(*fitted)
+    means = additions.unit(of.means)
+    ways = sets.answers(rule, means, sets.fit(rule, means, *fitted, sets=FITTED_ON))
+    chosen = {name: ways[name] for name in ("mean of logits", "EM prior", "LaplacianShot")}
+    always = replace(learned, thresholds=(-1e9,) * len(learned.sizes))
+    ours = {"learned": lambda logits, z: always(logits, z).posterior_mC.argmax(1)}
+    print(f"Points ± standard error; {count} bursts, {STRANGERS * count} sets of strangers.\n")
+    for row in gated.rows(learned, ours | chosen, fitted, test, count, STRANGERS * count):
+        print(row, flush=True)
+
+
 def odd(of: additions.Setting, kept: dict[str, np.ndarray]) -> None:
     """AUROC of shifted and unknown images against the test images; calibration and coverage."""
     labels = of.labels["calibration"]
@@ -168,6 +186,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=400, help="sets of each kind")
     parser.add_argument("--new", action="store_true", help="new classes without training")
     parser.add_argument("--sets", action="store_true", help="sets answered together")
+    parser.add_argument("--gated", action="store_true", help="rivals behind the learned gate")
     parser.add_argument("--odd", action="store_true", help="confidence and unusual images")
     given = parser.parse_args()
     file = given.folder / f"{given.data.replace(':', '-').replace(',', '-')}.npz"
@@ -179,6 +198,8 @@ def main() -> int:
         new_classes(of, given.draws, given.shots)
     if given.sets:
         together(of, given.count)
+    if given.gated:
+        behind_gate(of, given.count)
     if given.odd:
         odd(of, kept)
     return 0

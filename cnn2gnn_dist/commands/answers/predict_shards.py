@@ -41,6 +41,8 @@ Task = tuple[str, Path]
 """An input and its file of answers."""
 Note = dict[str, Any]
 """Content of ``NOTE``."""
+Total = tuple[int, int, list[UserError]]
+"""Numbers of images and of those that could not be read; why inputs could not be read."""
 _SOURCES = {"model": "from another model", "memory": "from another version of its memory"}
 """Of the note's fields, what else than options answers depend on; a new model also has another memory."""
 _TOKEN = "[0-9a-f]" * 8
@@ -122,9 +124,14 @@ def command(
             made = _by_actors(classifier, left, note, asked, actors, address)
         else:
             made = map(partial(_answer, classifier, asked), left)
-        done, failed, damage = _total(made, len(left), ranks.is_first)
+        total = _total(made, len(left), ranks.is_first)
     unanswered = set(left)
-    before = [task for task in mine if task not in unanswered]
+    return _report(folder, [task for task in mine if task not in unanswered], left, total, ranks)
+
+
+def _report(folder: Path, before: list[Task], left: list[Task], total: Total, ranks: Ranks) -> int:
+    """Print what was answered, before and now, and what could not be read; returns the exit code."""
+    done, failed, damage = total
     already = f", {_inputs(len(before))} already answered" if before else ""
     failed += _report_unreadable(before)
     answers = f"{counted(done, 'image')} of {counted(len(left) - len(damage), 'input')}"
@@ -143,12 +150,8 @@ def _inputs(count: int) -> str:
     return f"{counted(count, 'input')} {'was' if count == 1 else 'were'}"
 
 
-def _total(made: Iterator[Counted], inputs: int, shown: bool) -> tuple[int, int, list[UserError]]:
-    """Have the inputs answered.
-
-    Returns:
-        The numbers of their images and of those that could not be read; why inputs could not be read.
-    """
+def _total(made: Iterator[Counted], inputs: int, shown: bool) -> Total:
+    """Have the inputs answered."""
     done, failed, damage = 0, 0, list[UserError]()
     with progress(made, "predict", total=inputs, unit="shard", disable=not shown) as bar:
         for one in bar:
