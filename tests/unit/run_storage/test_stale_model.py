@@ -71,7 +71,8 @@ def test_a_plan_says_that_forgotten_images_are_still_trained_on(run, tmp_path, c
     assert cli.main(["run", *given, f"run.dir={root}", "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "note: 2 images that the memory of this run's model has forgotten are still" in said
-    assert f"data.relabel={root}/model/memory/forgotten.csv, with --update" in said
+    assert f"`cp {root}/model/memory/forgotten.csv {root}-forgotten.csv`" in said
+    assert f"data.relabel={root}-forgotten.csv, with --update" in said
     assert not (root / "model" / MEMORY / store.FORGOTTEN).exists()
     assert root.exists() != fresh
 
