@@ -157,13 +157,13 @@ def _write(run: Path, temporary: Path, control: bool, left_out: Sequence[str]) -
 def _forget(folder: Path, keys: Sequence[str]) -> None:
     memory, apart = folder / artefact.MEMORY, SetApart(folder)
     known = sorted(keys_there(memory, apart, keys))
+    memory.mkdir(exist_ok=True)
+    record_forgotten(memory, keys)  # first, so that the list is in the order of the replaced model's
     if known and (memory / store.HEAD).is_file():
         _log.info(f"{len(known):,} images that the replaced model has forgotten are left out")
         editing.forget(Classifier.open(folder, device="cpu"), known)
     elif known:
         apart.forget(known)
-    memory.mkdir(exist_ok=True)
-    record_forgotten(memory, keys)
 
 
 def _check_target(run: Path, target: Path, force: bool) -> None:
