@@ -158,7 +158,8 @@ def _forget(folder: Path, keys: Sequence[str]) -> None:
     memory, apart = folder / artefact.MEMORY, SetApart(folder)
     known = sorted(keys_there(memory, apart, keys))
     memory.mkdir(exist_ok=True)
-    record_forgotten(memory, keys)  # first, so that the list is in the order of the replaced model's
+    # First, so that the list is in the order of the replaced model's.
+    record_forgotten(memory, keys)
     if known and (memory / store.HEAD).is_file():
         _log.info(f"{len(known):,} images that the replaced model has forgotten are left out")
         editing.forget(Classifier.open(folder, device="cpu"), known)
