@@ -240,8 +240,8 @@ def _fix(source: Source, fix: Path, folder: Path, dry_run: bool) -> int:
     if kept := [one for key, one in edited.items() if everything.get(key) is one]:
         moved = sum(one.name is not None for one in kept)
         output(
-            f"with {len(kept)} edits of the memory: {moved} images have another class there, {len(kept) - moved} were "
-            "removed and are left out"
+            f"with {counted(len(kept), 'edit')} of the memory: relabeled {counted(moved, 'image')}, removed "
+            f"{counted(len(kept) - moved, 'image')}, left out here"
         )
     if gone:
         output(f"{len(gone)} images that were forgotten stay left out")

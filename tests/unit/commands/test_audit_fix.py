@@ -50,7 +50,9 @@ def test_edits_of_the_memory_are_in_the_list_unless_decided_otherwise(tmp_path, 
     how = ["audit", str(folder), "--fix", str(tmp_path / "labels.csv")]
     assert cli.main(how) == 0
     told = capsys.readouterr()
-    assert "with 3 edits of the memory: 2 images have another class there, 1 were" in told.out
+    assert (
+        "with 3 edits of the memory: relabeled 2 images, removed 1 image, left out here" in told.out
+    )
     made = read_relabel(folder / "audit" / "relabel.csv")
     assert {key: (one.name, one.required) for key, one in made.items()} == {
         "img-1": (None, True), "img-5": ("class 0", True), "img-6": ("class 2", True),
