@@ -75,13 +75,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.report_error(error)
         return error.exit_code
     except KeyboardInterrupt:
-        log.report_error("interrupted; the same command resumes the run")
+        log.report_error(f"interrupted{_resuming(arguments)}")
         return 130
     except SystemExit as end:
         from cnn2gnn_dist.runtime.ray.session import ENDED_BY_SIGTERM
 
         if end.code == ENDED_BY_SIGTERM:
-            log.report_error("stopped by SIGTERM; the same command resumes the run")
+            log.report_error(f"stopped by SIGTERM{_resuming(arguments)}")
         raise
     except BrokenPipeError:
         _let_go_of_closed_pipes()
@@ -96,6 +96,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         )
         return 2
+
+
+def _resuming(arguments: argparse.Namespace) -> str:
+    """What to say of a command that continues where it was interrupted; others start over."""
+    return "; the same command resumes" if getattr(arguments, "resumes", False) else ""
 
 
 def _let_go_of_closed_pipes() -> None:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from cnn2gnn_dist.errors import UserError
 
+AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"
+"""Set by torchrun for its children: its agent hosts the store and decides where it listens."""
 DEFAULT_PORT = 29500
 INSIDE = ("docker", "br-", "virbr", "cni", "flannel", "veth")
 """Prefixes of the names of interfaces that lead to containers on this host."""

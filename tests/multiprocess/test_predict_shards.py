@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import tarfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from cnn2gnn_dist.inference import editing
 from cnn2gnn_dist.inference.classifier import Classifier
 from cnn2gnn_dist.inference.memory import store
 from cnn2gnn_dist.inference.memory.view import Memory
+from tests.support import runs
 from tests.support.models import calibrate, pictures, write_model
 from tests.support.runs import cnn2gnn
 from tests.support.shards import encode_image
@@ -221,6 +223,27 @@ def test_a_damaged_input_costs_the_others_nothing_and_is_named_at_the_end(asked,
     assert f"answers  {out}: 3 images of 1 input, 2 inputs were already answered\n" in told.out
     assert "cnn2gnn: 1 input was not answered" in told.err
     assert answers(out / "cut.tar.parquet") == [f"{cut}/{n}.png" for n in range(3)]
+
+
+def test_a_damaged_input_costs_the_other_ranks_nothing_under_torchrun(asked, tmp_path):
+    """torchrun stops all ranks as soon as one exits with an error; here, long before the other is done."""
+    model, inputs = asked
+    (tmp_path / "cut.tar").write_text("no shard" * 1000)
+    for number in range(3, 1500):
+        os.link(f"{inputs[0]}/0.png", f"{inputs[0]}/{number}.png")
+    command = [str(runs.BIN / "torchrun"), "--standalone", "--nproc_per_node=2", "-m", "cnn2gnn_dist", "predict"]
+    command += ["--model", str(model), str(tmp_path / "cut.tar"), inputs[0]]
+    ended = subprocess.run(
+        [*command, "--out", f"{tmp_path / 'out'}/"],
+        env=runs.environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 1
+    assert "cut.tar" in ended.stderr
+    assert "1500 images of 1 input (the share of rank 1 of 2)" in ended.stdout
+    assert len(answers(tmp_path / "out" / "part-0.parquet")) == 1500
 
 
 def test_what_is_no_fault_of_an_input_ends_the_job(asked, tmp_path, capsys, monkeypatch):

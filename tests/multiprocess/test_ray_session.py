@@ -151,5 +151,5 @@ def test_nothing_is_left_of_a_run_but_its_folder(place, tmp_path, number, code):
     assert (run / "ray-logs" / "raylet.out").is_file()
     if number == signal.SIGTERM:
         assert f"Ray's logs were kept in {run}/ray-logs" in result["output"]
-        assert "stopped by SIGTERM; the same command resumes the run" in result["output"]
+        assert "stopped by SIGTERM; the same command resumes" in result["output"]
         assert "Traceback" not in result["output"]

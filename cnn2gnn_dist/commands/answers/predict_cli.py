@@ -101,6 +101,7 @@ def _predict(arguments: argparse.Namespace, model: Path) -> int:
                 where=f"--out {out}",
                 remedy="--out FILE",
             )
+        arguments.resumes = True
         kind = f".{arguments.format.lstrip('.')}"
         over = {"actors": arguments.actors, "address": arguments.address}
         return predict_shards.command(

@@ -1,7 +1,8 @@
 """``cnn2gnn predict --out FOLDER/``: a file of answers per shard, over ranks or Ray actors, resumable.
 
 Under torchrun, DeepSpeed's launcher or srun the inputs are dealt to the ranks in turn; a single process
-takes them all. The ranks form no process group: none waits for another. With ``--actors`` the actors of a
+takes them all. The ranks form no process group: none waits for another, except that under torchrun, which stops
+all ranks when one exits with 1, such a rank waits for the others first. With ``--actors`` the actors of a
 Ray cluster take the inputs instead, each the next one when it is done. A file of answers is complete or
 absent; an existing one of the input as it is now (``answered.py``) is skipped, so the same command resumes
 after an interruption. An input that can't be read, such as a shard that was cut off, has none, and costs the
@@ -32,6 +33,7 @@ from cnn2gnn_dist.inference.inputs import Input, complaint, expand
 from cnn2gnn_dist.inference.memory import store
 from cnn2gnn_dist.inference.network import device_of_rank
 from cnn2gnn_dist.log import counted, output, progress, report_error, set_rank
+from cnn2gnn_dist.runtime.failed_rank import wait_for_others
 from cnn2gnn_dist.runtime.ranks import Ranks
 
 NOTE = "answers.json"
@@ -126,7 +128,9 @@ def command(
             made = map(partial(_answer, classifier, asked), left)
         total = _total(made, len(left), ranks.is_first)
     unanswered = set(left)
-    return _report(folder, [task for task in mine if task not in unanswered], left, total, ranks)
+    code = _report(folder, [task for task in mine if task not in unanswered], left, total, ranks)
+    wait_for_others(ranks, failed=code != 0)
+    return code
 
 
 def _report(folder: Path, before: list[Task], left: list[Task], total: Total, ranks: Ranks) -> int:

@@ -46,7 +46,7 @@ def arguments(parser: argparse.ArgumentParser, stages: list[str] | None) -> None
         help="see `cnn2gnn config`; text is taken as typed, null means none; the last override "
         "of a field wins",
     )
-    parser.set_defaults(command=run, stages=stages)
+    parser.set_defaults(command=run, stages=stages, resumes=True)
 
 
 def run(arguments: argparse.Namespace) -> int:

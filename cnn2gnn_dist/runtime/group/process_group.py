@@ -13,10 +13,8 @@ from torch import distributed as dist
 from cnn2gnn_dist.errors import UserError, first_line
 from cnn2gnn_dist.runtime.bounded_wait import BoundedStore
 from cnn2gnn_dist.runtime.group import members, rendezvous
-from cnn2gnn_dist.runtime.ranks import Ranks, is_loopback
+from cnn2gnn_dist.runtime.ranks import AGENT_STORE, Ranks, is_loopback
 
-AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"
-"""Set by torchrun for its children: its agent hosts the store and decides where it listens."""
 LOOPBACK = (
     "on several hosts MASTER_ADDR must be the address of rank 0's host, not a loopback address"
 )

@@ -1,4 +1,4 @@
-"""Which GPU each rank of ``cnn2gnn predict --out FOLDER/`` answers on."""
+"""Which GPU each rank of ``cnn2gnn predict --out FOLDER/`` answers on, and what is said of an interruption."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from cnn2gnn_dist import cli
-from cnn2gnn_dist.commands.answers import predict_shards
+from cnn2gnn_dist.commands.answers import predict, predict_shards
 from cnn2gnn_dist.errors import UserError
 from cnn2gnn_dist.inference.network import device_of_rank
+from tests.support.models import write_model
 
 
 @pytest.mark.parametrize(
@@ -42,3 +43,24 @@ def test_the_model_is_opened_on_it(
     asked = ["predict", "--model", str(tmp_path / "m"), "a.tar", "--out", f"{tmp_path}/answers/"]
     assert cli.main(asked) == 2
     assert "m on cuda:3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("out", "said"),
+    [("answers/", "interrupted; the same command resumes\n"), ("answers.csv", "interrupted\n")],
+)
+def test_it_is_said_to_resume_only_where_it_does(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    out: str,
+    said: str,
+):
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    for module in (predict_shards, predict):
+        monkeypatch.setattr(module, "command", interrupted)
+    asked = ["predict", "--model", str(write_model(tmp_path / "m")), "a.tar"]
+    assert cli.main([*asked, "--out", f"{tmp_path}/{out}"]) == 130
+    assert capsys.readouterr().err == f"cnn2gnn: {said}"
