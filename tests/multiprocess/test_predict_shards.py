@@ -231,7 +231,14 @@ def test_a_damaged_input_costs_the_other_ranks_nothing_under_torchrun(asked, tmp
     (tmp_path / "cut.tar").write_text("no shard" * 1000)
     for number in range(3, 1500):
         os.link(f"{inputs[0]}/0.png", f"{inputs[0]}/{number}.png")
-    command = [str(runs.BIN / "torchrun"), "--standalone", "--nproc_per_node=2", "-m", "cnn2gnn_dist", "predict"]
+    command = [
+        str(runs.BIN / "torchrun"),
+        "--standalone",
+        "--nproc_per_node=2",
+        "-m",
+        "cnn2gnn_dist",
+        "predict",
+    ]
     command += ["--model", str(model), str(tmp_path / "cut.tar"), inputs[0]]
     ended = subprocess.run(
         [*command, "--out", f"{tmp_path / 'out'}/"],
@@ -242,7 +249,7 @@ def test_a_damaged_input_costs_the_other_ranks_nothing_under_torchrun(asked, tmp
     )
     assert ended.returncode == 1
     assert "cut.tar" in ended.stderr
-    assert "1500 images of 1 input (the share of rank 1 of 2)" in ended.stdout
+    assert "1,500 images of 1 input (the share of rank 1 of 2)" in ended.stdout
     assert len(answers(tmp_path / "out" / "part-0.parquet")) == 1500
 
 
