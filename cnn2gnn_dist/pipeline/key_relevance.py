@@ -51,7 +51,7 @@ def drop_idle(
         found.pop("version.frozen", None)
     if not _decays_late(found, values):
         found.pop("version.late_decay", None)
-    if not values["data.unlabelled"] or not _has_partitions(config):
+    if not values["data.unlabelled"] or not _has_followers(config):
         found.pop("version.unlabelled_parts", None)
     if not _rounded_neighbours(config):
         found.pop("version.neighbours", None)
@@ -99,8 +99,11 @@ def _decays_late(found: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
     return bool(adds and values["graph.scope"] == "dataset" and values["graph.start_epoch"])
 
 
-def _has_partitions(config: Config) -> bool:
-    return config.graph.scope == "dataset" and config.graph.partition.parts > 1
+def _has_followers(config: Config) -> bool:
+    """Whether images without a label are assigned to the partitions of others: with a table they never were."""
+    graph = config.graph
+    live = graph.scope == "dataset" and graph.sampling.query == "live"
+    return live and graph.partition.parts > 1
 
 
 def _rounded_neighbours(config: Config) -> bool:
@@ -161,4 +164,5 @@ def _drop_training(found: dict[str, Any], recorded: Mapping[str, Any] | None) ->
 def _exact(found: Mapping[str, Any]) -> dict[str, Any]:
     """What in the teacher's DeepSpeed config makes it compute in float32 everywhere; empty: nothing does."""
     off = found.get("teacher.ds_config", {}).get("torch_autocast.enabled") is False
-    return {"torch_autocast.enabled": False} if off and found["precision"] == "auto" else {}
+    auto = found.get("precision", "auto") == "auto"  # some records are older than the field
+    return {"torch_autocast.enabled": False} if off and auto else {}

@@ -274,6 +274,19 @@ def test_a_record_of_a_given_teacher_in_another_precision_is_stale(tmp_path, ds)
             assert key_with("teacher", recorded, *given, *other) != made
 
 
+def test_a_record_of_a_given_teacher_that_is_older_than_precision_is_read(tmp_path, ds):
+    """Such as those of schema 1."""
+    (tmp_path / "w.pth").write_bytes(b"one")
+    given = ["teacher.epochs=0", f"teacher.weights={tmp_path}/w.pth"]
+    off = ds("teacher", **AUTOCAST_OFF)
+    recorded = parts_with("teacher", *given)
+    del recorded["precision"]
+    recorded["teacher.ds_config"] = {"torch_autocast.enabled": False}
+    made = keys.key_of(STAGES["teacher"], recorded, {})
+    assert key_with("teacher", recorded, *given, off) == made
+    assert key_with("teacher", recorded, *given) != made
+
+
 def test_fields_are_left_out_by_their_whole_path():
     """`batch` or `control` of another section, or an argument of timm's, is a separate field."""
     assert key_of("teacher", "teacher.args={batch: 3, control: 1}") != key_of("teacher")

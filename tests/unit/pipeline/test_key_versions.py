@@ -95,6 +95,7 @@ def test_the_version_of_neighbours_counts_where_they_were_rounded(
         ("student", ["data.unlabelled=true"], True),
         ("student", ["data.unlabelled=true", "graph.partition.parts=1"], False),
         ("student", ["data.unlabelled=true", "graph.scope=batch"], False),
+        ("student", ["data.unlabelled=true", "graph.sampling.query=table"], False),
         ("teacher", ["data.unlabelled=true"], False),
         ("control", ["data.unlabelled=true"], False),
     ],
