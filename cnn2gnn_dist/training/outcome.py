@@ -108,12 +108,14 @@ class Outcome:
             raise self._diverged("gradient")
 
     def _diverged(self, what: str) -> UserError:
-        section = (
-            "teacher" if self.name == "teacher" else "student"
-        )  # the control has the student's fields
+        section = "teacher" if self.name == "teacher" else "student"
+        # The control has the student's fields. With --force the finished student would stay as it was trained.
+        how = "--update: the student, which must be trained alike, is trained anew as well"
+        if self.name != "control":
+            how = "--force: training resumes from its checkpoint"
         return UserError(
             f"the {what} is not finite at step {self.step}",
             where=self.name,
             remedy=f"{section}.lr=… (lower), {section}.warmup_epochs=… (more) or {section}.clip=… (smaller, but not 0, "
-            "which is none), with --force: training resumes from its checkpoint",
+            f"which is none), with {how}",
         )

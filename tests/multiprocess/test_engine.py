@@ -249,6 +249,8 @@ def test_infinite_gradient_of_a_finite_loss_is_refused(ranks: list[dict], stage:
         assert "gradient" in said
         assert "where:  control" in said
         assert "student.lr=…" in said  # the control has the student's fields
+        assert "with --update: the student" in said
+        assert "--force" not in said
 
 
 def test_what_deepspeed_itself_refuses_is_no_traceback(ranks: list[dict]) -> None:
