@@ -116,10 +116,16 @@ def outputs(folder: Path, names: list[Path]) -> tuple[tuple[str, int], ...]:
 
 def set_aside(folder: Path) -> Path:
     """Rename a stale folder out of the way, deleting nothing; return its new name."""
+    target = name_aside(folder)
+    folder.rename(target)
+    return target
+
+
+def name_aside(folder: Path) -> Path:
+    """The name that a folder gets if it is set aside now."""
     number = 1
     while (target := folder.with_name(f"{folder.name}.old-{number}")).exists():
         number += 1
-    folder.rename(target)
     return target
 
 

@@ -143,7 +143,8 @@ class RunStorage:
     def fetch_file(self, unit: str, name: str) -> None:
         """Fetch one file of a stage if the storage has it and this disk has not.
 
-        Of a stage that was set aside and not stored again, because of a kill: that of the last one set aside.
+        Of a stage that was set aside and not stored again, because of a kill: that of the last one set aside. It gets a
+        folder of its own, since other results may have been set aside here.
 
         Raises:
             Damaged: it is damaged in the storage.
@@ -154,8 +155,10 @@ class RunStorage:
                 self._get(unit, [name])
         elif number := self._times_aside(unit):
             last = f"{unit}.old-{number}"
-            if name in self.store.records[last].files and not (self.root / last / name).is_file():
-                self._get(last, [name])
+            kept = self.store.records[last].files.get(name)
+            here = [path for path in self.root.glob(f"{unit}.old-*/{name}") if path.is_file()]
+            if kept and kept.sha256 not in map(durable.sha256, here):
+                _complete(self.store, last, [name], ledger.name_aside(self.root / unit))
 
     def keep_stage(self, unit: str, *, made: bool) -> None:
         """Store a complete stage; one that was not ``made`` just now only if the storage has a different one.

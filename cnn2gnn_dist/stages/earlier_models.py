@@ -60,6 +60,8 @@ def forgotten_note(root: Path, relabel: str | None, named: Path | None = None) -
         if relabel is None
         else f"add the lines of {listed} to {relabel}"
     )
+    if not listed.is_file():  # a plan puts nothing into the folder
+        how = f"`cnn2gnn index` with this config (it fetches their list), {how}"
     return (
         f"{count:,} images that the memory of this run's model has forgotten are still trained on, since they were "
         f"indexed before: to leave them out, {how}, with --update: everything from the index on is made anew"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -71,10 +73,20 @@ def test_a_plan_says_that_forgotten_images_are_still_trained_on(run, tmp_path, c
     assert cli.main(["run", *given, f"run.dir={root}", "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "note: 2 images that the memory of this run's model has forgotten are still" in said
-    assert f"`cp {root}/model/memory/forgotten.csv {root}-forgotten.csv`" in said
-    assert f"data.relabel={root}-forgotten.csv, with --update" in said
-    assert not (root / "model" / MEMORY / store.FORGOTTEN).exists()
+    steps = re.search(
+        r"leave them out, `cnn2gnn (\S+)` with .*?, `cp (\S+) (\S+)`, then (\S+), with --update",
+        said,
+    )
+    assert steps is not None
+    assert steps[2] == f"{root}/model/memory/forgotten.csv"
+    assert not Path(steps[2]).exists()
     assert root.exists() != fresh
+    # The remedy.
+    assert cli.main([steps[1], *given, f"run.dir={root}"]) == 0
+    shutil.copy(steps[2], steps[3])
+    assert cli.main([steps[1], *given, f"run.dir={root}", steps[4], "--update"]) == 0
+    train = Manifest.load(root / "manifest" / "train.arrow").keys.to_pylist()
+    assert not set(train).intersection(forgotten_of_run(root))
 
 
 def test_the_list_outlives_a_kill_before_the_new_model_is_stored(run, tmp_path):
@@ -102,3 +114,22 @@ def test_the_list_outlives_a_kill_before_the_new_model_is_stored(run, tmp_path):
     assert not set(Manifest.load(there / "manifest" / "train.arrow").keys.to_pylist()) & set(
         expected
     )
+
+
+def test_the_list_of_the_last_model_comes_though_another_one_was_set_aside_here(run, tmp_path):
+    """Folders are numbered where models are set aside: this host's first one is not the storage's."""
+    root, given = run
+    expected = forgotten_of_run(root)
+    (root / "model.old-1" / MEMORY).mkdir(parents=True)
+    record_forgotten(root / "model.old-1" / MEMORY, ["of an earlier model"])
+    RunStorage.open(root, URL).set_aside("model")  # on a host that is lost afterwards
+    shutil.rmtree(root / "model")
+
+    config = settings.load("demo", [f"run.dir={root}", f"run.storage={URL}"])
+    for _ in range(2):  # once is enough
+        Stored(config)._open()
+        assert set(forgotten_of_run(root)) == {"of an earlier model", *expected}
+    assert sorted(path.name for path in root.glob("model*")) == ["model.old-1", "model.old-2"]
+    assert cli.main(["index", *given, f"run.dir={root}", "data.holdout=0.3", "--update"]) == 0
+    train = Manifest.load(root / "manifest" / "train.arrow").keys.to_pylist()
+    assert not set(train).intersection(expected)
