@@ -224,8 +224,9 @@ class Order:
             return None
         return (
             f"rank {shares.index(max(shares))} holds {most} images at once, more than {max_micro_batch}: its "
-            f"partitions have {max(shares)} of {self.global_batch} places in a batch; with a multiple of {world_size} "
-            "partitions ranks have about as many"
+            f"partitions have {max(shares)} of {self.global_batch} places in a batch"
+            + f"; with a multiple of {world_size} partitions ranks have about as many"
+            * (len(self.shares) % world_size > 0)
         )
 
     def _own_parts(self, rank: int, world_size: int) -> range:

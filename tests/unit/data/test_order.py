@@ -265,6 +265,7 @@ def test_a_rank_that_holds_more_images_than_it_may_is_noted(sizes, accumulation,
     assert (note is None) == (told is None)
     if told:
         assert note.startswith(told)
+        assert ("with a multiple of 2 partitions" in note) == (len(sizes) == 3)
         pieces = [p for r in (0, 1) for p in order.micro_batches(0, 0, r, 2, accumulation)]
         assert f"holds {max(map(len, pieces))} images" in note
     assert Order(np.array([512]), seed=0, global_batch=512, window=1).uneven_ranks(2, 1, 9) is None
