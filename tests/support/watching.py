@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -56,9 +57,13 @@ def ranks_of(process: subprocess.Popen[str] | Fork) -> list[psutil.Process]:
 def frozen(process: subprocess.Popen[str] | Fork, name: str) -> list[psutil.Process]:
     """Stop (SIGSTOP) the descendants of this name where they are; returns them, for ``resume``."""
     family = psutil.Process(process.pid).children(recursive=True)
-    found = [child for child in family if child.name().startswith(name)]
-    for child in found:
-        child.suspend()
+    found = []
+    for child in family:
+        with contextlib.suppress(psutil.NoSuchProcess):  # one that ends just now
+            if child.name().startswith(name):
+                child.suspend()
+                found.append(child)
+    assert found, [child.pid for child in family]
     return found
 
 
