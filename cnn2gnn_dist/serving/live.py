@@ -146,7 +146,7 @@ class LiveModel:
     def _check_version(self) -> None:
         """Check that the version being served is the one that has its number on disk.
 
-        One that is no longer there was compacted, if the current one has a higher number: that one is followed.
+        One that is no longer there was compacted, if the current one has its mark: that one is followed.
 
         Raises:
             UserError: the memory is another one, such as that of a copy of this model; or damaged.
@@ -163,12 +163,24 @@ class LiveModel:
         except UserError:
             if store.version_folder(memory.root, number).is_dir():
                 raise
-            if store.head(memory.root) < number:  # compacting and forgetting count on
-                raise self._another(f"its memory has no version {number} yet") from None
+            self._check_compacted(memory.root, number, mark)
             return
         if digest != mark.digest:
             raise self._another(f"the version {number} of its memory is another one")
         self._mark = _Mark(file, digest)  # a copy with the same content
+
+    def _check_compacted(self, root: Path, number: int, mark: _Mark) -> None:
+        """Check that the memory on disk, which no longer has the version being served, was made from it.
+
+        Raises:
+            UserError: it is another one; or damaged.
+        """
+        current = store.current_version(root)
+        if current.number < number:  # compacting and forgetting count on
+            raise self._another(f"its memory has no version {number} yet")
+        # None: an earlier version of this package compacted it, and left no marks.
+        if current.dropped is not None and store.mark(mark.digest) not in current.dropped:
+            raise self._another(f"its memory never was the version {number} being served")
 
     def _another(self, why: str) -> UserError:
         return UserError(

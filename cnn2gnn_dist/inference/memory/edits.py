@@ -125,8 +125,7 @@ class Edit:
             raise UserError(
                 f"the memory has no class '{name}'",
                 where=str(self.root),
-                remedy="`cnn2gnn memory ls MODEL` lists the classes; "
-                "`cnn2gnn memory add MODEL IMAGES --class NAME` adds one",
+                remedy="`cnn2gnn memory ls MODEL` lists them; `cnn2gnn memory add MODEL IMAGES --class NAME` adds one",
             )
         if not name:
             raise UserError("a class needs a name", where="--class", remedy="--class NAME")
@@ -206,6 +205,7 @@ class Edit:
             segments=tuple(segments),
             classes=tuple(self.classes),
             heads=self.heads,
+            dropped=before.dropped,
         )
         store.write_version(self.root, version, arrays)
         return store.read_version(self.root, version.number)
@@ -228,8 +228,7 @@ class Edit:
         known = self.before.ids_of(list(rows.keys))
         if known:
             raise UserError(
-                f"{len(known)} of these keys are already in the memory: "
-                + ", ".join(list(known)[:NAMED]),
+                f"{len(known)} of these keys are already in the memory: {', '.join(list(known)[:NAMED])}",
                 where=str(self.root),
                 remedy="leave them out, rename the files, or remove the old ones first; nothing was changed",
             )
@@ -380,15 +379,15 @@ def _compact(root: Path, memory: Memory, action: str) -> Version:
         sources=memory.sources(ids),
         thumbnails=memory.thumbnails(ids),
     )
-    segment = store.write_segment(root, rows)
     version = replace(
         memory.version,
         number=store.numbers(root)[-1] + 1,
         parent=None,
         made=store.now(),
         action=action,
-        segments=((segment, len(ids)),),
+        segments=((store.write_segment(root, rows), len(ids)),),
         files={},
+        dropped=store.marks(root, memory.version),
     )
     store.write_version(root, version, _of_added(memory.added[ids]))
     turns.drop_all_but(root, version)

@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,6 +36,8 @@ HEAD, LOCK, FORGOTTEN = "HEAD", ".lock", "forgotten.csv"
 ROWS = "rows.parquet"
 VERIFIED_BYTES = 256 << 20
 """Up to this size a memory's checksums are compared whenever a model is opened."""
+DROPPED = 1000
+"""Most versions that a compaction leaves a mark of."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class Version:
         classes: the labels index into them.
         files: name → [bytes, SHA-256] of the arrays next to it.
         heads: how new classes are scored (``inference/memory/new_classes.py``); empty without any.
+        dropped: marks (``mark``) of versions that compactions have deleted, oldest first; None: there are none, or an
+            earlier version of this package compacted.
     """
 
     number: int
@@ -68,6 +72,7 @@ class Version:
     classes: tuple[ClassEntry, ...]
     files: Mapping[str, tuple[int, str]] = field(default_factory=dict)
     heads: Mapping[str, Any] = field(default_factory=dict)
+    dropped: tuple[str, ...] | None = None
 
     @property
     def rows(self) -> int:
@@ -133,6 +138,7 @@ def read_version(root: Path, number: int) -> Version:
             classes=tuple(ClassEntry(str(c["name"]), bool(c["trained"])) for c in tree["classes"]),
             files={str(k): (int(size), str(sha)) for k, (size, sha) in tree["files"].items()},
             heads=dict(tree["heads"]),
+            dropped=None if tree.get("dropped") is None else tuple(map(str, tree["dropped"])),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise damaged(file, str(error)) from None
@@ -142,6 +148,21 @@ def read_version(root: Path, number: int) -> Version:
     for name, _ in version.segments:
         _check(segment_folder(root, name), segment_files(root, name), read=False)
     return version
+
+
+def current_version(root: Path) -> Version:
+    """Read the current version, also if a compaction replaces it meanwhile.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    while True:
+        number = head(root)
+        try:
+            return read_version(root, number)
+        except UserError:
+            if head(root) == number:
+                raise
 
 
 def verify(root: Path, version: Version) -> None:
@@ -170,6 +191,23 @@ def digest(root: Path, version: Version) -> str:
         [segment_files(root, name) for name, _ in version.segments],
     ]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def mark(digest_of_version: str) -> str:
+    """What is kept of a version's digest when it is deleted: enough to tell whether a memory was once that version."""
+    return digest_of_version[:16]
+
+
+def marks(root: Path, version: Version) -> tuple[str, ...]:
+    """``Version.dropped`` of the one that is to replace all versions on disk; ``version``: the current one.
+
+    Undone ones count as well, since a server may still answer from them.
+    """
+    found = list(version.dropped or ())
+    for number in numbers(root)[-DROPPED:]:
+        with suppress(UserError):  # damaged: no server has it, or it will be restarted
+            found.append(mark(digest(root, read_version(root, number))))
+    return tuple(dict.fromkeys(found))[-DROPPED:]
 
 
 def size(root: Path, version: Version) -> int:
@@ -255,7 +293,7 @@ def write_version(root: Path, version: Version, arrays: Mapping[str, np.ndarray]
     with _new_folder(version_folder(root, version.number)) as folder:
         for name, array in arrays.items():
             durable.write_array(folder / f"{name}.npy", array)
-        tree = {
+        tree: dict[str, Any] = {
             "format": FORMAT,
             "number": version.number,
             "parent": version.parent,
@@ -266,6 +304,8 @@ def write_version(root: Path, version: Version, arrays: Mapping[str, np.ndarray]
             "files": _digests(folder),
             "heads": dict(version.heads),
         }
+        if version.dropped is not None:
+            tree["dropped"] = version.dropped
         durable.write_json(folder / "version.json", tree | {"digest": _digest(tree)})
     set_head(root, version.number)
 

@@ -206,6 +206,32 @@ def test_another_memory_that_has_not_come_to_the_version_being_served_is_not_fol
     assert store.numbers(model.memory.root) == [0]
 
 
+def test_another_memory_that_was_compacted_is_not_taken_for_this_one(
+    model: Classifier, tmp_path: Path
+):
+    """It has no version with the number of the one being served, and a higher one."""
+    other = Classifier.open(shutil.copytree(model.folder, tmp_path / "other"), device="cpu")
+    live, asked = LiveModel(model), pictures(5, seed=9)
+    live.edit(lambda beside: editing.remove(beside, ["img-1"]))
+    answers = live.current.predict_proba(asked)
+    editing.forget(other, ["img-2"])
+    editing.remove(other, ["img-4"])
+    assert export.command(other.folder, model.folder, force=True) == 0
+    assert store.numbers(model.memory.root) == [2, 3]
+    for change in (
+        live.follow,
+        lambda: live.use(3),
+        lambda: live.edit(lambda beside: editing.remove(beside, ["img-3"])),
+    ):
+        with pytest.raises(
+            UserError, match=r"another model .* never was the version 1 being served"
+        ):
+            change()
+    assert (live.version, len(live.current.memory)) == (1, 39)
+    np.testing.assert_array_equal(live.current.predict_proba(asked), answers)
+    assert store.head(model.memory.root) == 3
+
+
 def test_a_copy_of_the_memory_in_its_place_is_the_same_one(model: Classifier, tmp_path: Path):
     live = LiveModel(model)
     live.edit(lambda beside: editing.remove(beside, ["img-1"]))
@@ -228,6 +254,26 @@ def test_a_compacted_memory_is_still_followed_and_edited(model: Classifier):
     editing.compact(Classifier.open(model.folder, device="cpu"))
     assert live.follow()
     assert live.version == 4
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_a_memory_that_was_compacted_more_than_once_is_still_followed(
+    model: Classifier, monkeypatch: pytest.MonkeyPatch, marked: bool
+):
+    """Also from a version that was undone; ``marked``: an earlier package left no marks of what it deleted."""
+    if not marked:
+        monkeypatch.setattr(store, "marks", lambda *_: None)
+    live, other = LiveModel(model), Classifier.open(model.folder, device="cpu")
+    editing.remove(other, ["img-1"])
+    assert live.follow()
+    editing.undo(other)
+    editing.remove(other, ["img-2"])
+    editing.compact(other)
+    editing.forget(other, ["img-3"])
+    editing.remove(other, ["img-4"])
+    assert store.numbers(model.memory.root) == [5, 6]
+    assert live.follow()
+    assert (live.version, len(live.current.memory)) == (6, 37)
 
 
 def test_another_model_in_the_same_folder_is_neither_followed_nor_edited(
