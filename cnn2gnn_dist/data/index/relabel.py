@@ -13,7 +13,7 @@ import difflib
 import io
 import os
 from collections import Counter
-from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -150,8 +150,8 @@ def rows_named(
 def keys_named(images: Iterable[tuple[str, str]], names: Iterable[str]) -> set[str]:
     """The keys of images that one of these names may mean, without a manifest: as ``rows_named``.
 
-    A name that is a key means that image. Otherwise names are compared without what comes before them: the name of the
-    shard, with or without its folder.
+    A name that is a key means that image. Otherwise name and key may differ by what comes before the image's own key:
+    the name of its shard, with or without its folder. One is then the other's end.
 
     Args:
         images: key, with or without its shard's name, and the shard's file name; empty: any shard.
@@ -160,25 +160,22 @@ def keys_named(images: Iterable[tuple[str, str]], names: Iterable[str]) -> set[s
     listed = list(images)
     found = {key for key, _ in listed}.intersection(names)
     others = set(names).difference(found)
-    by_shard: dict[str, set[str]] = {}
-    for name in others:
-        for shard, rest in _rests(name):
-            by_shard.setdefault(shard, set()).add(rest)
-    anywhere = set().union(*by_shard.values())
+    ends = others.union(*map(_ends, others))
     for key, file in listed if others else ():
-        shard = os.path.splitext(file)[0]
-        rests = {rest for before, rest in _rests(key) if shard in ("", before)}
-        named = by_shard.get(shard, set()) if shard else anywhere
-        if not others.isdisjoint(rests) or not named.isdisjoint({key, *rests}):
+        shard, parts = os.path.splitext(file)[0], key.split("/")
+        # Number of parts before the image's own key: in a key that may have slashes itself, up to the shard's name.
+        places = (place for place, part in enumerate(parts[:-1], 1) if part == shard)
+        before = max(places, default=0) if shard else len(parts) - 1
+        longer = {f"{shard}/{key}"} | ({key} if before or not shard else set())
+        if not others.isdisjoint(_ends(key)[:before]) or not ends.isdisjoint(longer):
             found.add(key)
     return found
 
 
-def _rests(name: str) -> Iterator[tuple[str, str]]:
-    """What may be a shard's name in the name of an image, and what follows it."""
+def _ends(name: str) -> list[str]:
+    """What follows each slash of a name, the longest first."""
     parts = name.split("/")
-    for number, part in enumerate(parts[:-1]):
-        yield part, "/".join(parts[number + 1 :])
+    return ["/".join(parts[place:]) for place in range(1, len(parts))]
 
 
 def _full_names(manifest: Manifest, keys: Sequence[str]) -> list[str]:

@@ -173,6 +173,20 @@ def test_names_mean_the_same_images_without_a_manifest(tmp_path):
     assert keys_named([("k1", ""), ("k2", "")], ["b/k1", "k3"]) == {"k1"}  # from any shard
 
 
+def test_a_name_does_not_mean_an_image_of_another_folder_or_shard():
+    """Keys may have slashes: WebDataset's are paths. An image forgotten in another model would take others with it."""
+    apart = [("cat/1", ""), ("dog/1", ""), ("b/3", ""), ("3", ""), ("b/train/4", "")]
+    assert keys_named(apart, ["cow/1", "a/2"]) == set()
+    assert keys_named(apart, ["a/3"]) == {"3"}
+    assert keys_named(apart, ["x/dog/1", "train/4", "b/train/5"]) == {"dog/1", "b/train/4"}
+    # Two folders have a shard of this name, so keys have the folder before it.
+    shards = [("a/train/1", "train.tar"), ("b/train/1", "train.tar"), ("b/train/x/2", "train.tar")]
+    assert keys_named(shards, ["c/train/1", "2", "y/2", "1/train"]) == set()
+    assert keys_named(shards, ["x/b/train/1", "x/2"]) == {"b/train/1", "b/train/x/2"}
+    assert keys_named([("cat/1", "s.tar"), ("dog/1", "s.tar")], ["1", "cow/1", "t/cat/1"]) == set()
+    assert keys_named([("cat/1", "s.tar"), ("dog/1", "s.tar")], ["f/s/cat/1"]) == {"cat/1"}
+
+
 def test_two_decisions_on_one_image_under_its_two_names_are_refused(tmp_path, pair):
     for first, second in (("k0", "a/k0"), ("a/k0", "k0")):
         for decision in ("hen", "drop", "drop?"):
