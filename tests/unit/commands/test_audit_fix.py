@@ -1,9 +1,13 @@
 """Decisions of an audit become a relabel list, which also holds what was forgotten."""
 
+import pytest
+
 from cnn2gnn_dist import cli
 from cnn2gnn_dist.data.index.relabel import read_relabel
 from cnn2gnn_dist.inference import editing
 from cnn2gnn_dist.inference.classifier import Classifier
+from cnn2gnn_dist.inference.memory import edits, store
+from cnn2gnn_dist.inference.memory.changes import changes
 from tests.support.models import write_model
 
 
@@ -69,6 +73,37 @@ def test_edits_of_the_memory_are_in_the_list_unless_decided_otherwise(tmp_path, 
     assert "relabeled or removed in it before that are not in the list" in capsys.readouterr().err
     made = read_relabel(folder / "audit" / "relabel.csv")
     assert {key: one.name for key, one in made.items()} == {"img-1": None, "img-11": "class 1"}
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_edits_are_not_read_across_a_compaction_that_numbers_the_rows_anew(
+    tmp_path, monkeypatch, killed
+):
+    """Of one that was killed the versions before it are left; one may also come while they are read."""
+    model = Classifier.open(write_model(tmp_path / "m"), device="cpu")
+    root = model.memory.root
+    editing.remove(model, ["img-0", "img-3"])
+    editing.relabel(model, ["img-5"], "class 0")
+    if killed:
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                edits.turns, "drop_all_but", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+            )
+            with pytest.raises(KeyboardInterrupt):
+                editing.compact(model)
+        assert store.numbers(root) == [0, 1, 2, 3]
+    else:
+        reads = store.numbers
+
+        def compacted_first(folder):
+            monkeypatch.undo()
+            editing.compact(Classifier.open(model.folder, device="cpu"))
+            return reads(folder)
+
+        monkeypatch.setattr(store, "numbers", compacted_first)
+    assert changes(root) == ({}, 0, 3)
+    editing.relabel(Classifier.open(model.folder, device="cpu"), ["img-7"], "class 2")
+    assert changes(root) == ({"img-7": "class 2"}, 0, 3)
 
 
 def test_two_decisions_on_one_image_are_refused_and_nothing_is_written(tmp_path, capsys):
