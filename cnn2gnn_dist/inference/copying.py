@@ -9,6 +9,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from cnn2gnn_dist.errors import UserError
+from cnn2gnn_dist.inference.audit import folder as audit_folder
 from cnn2gnn_dist.inference.folder import artefact
 from cnn2gnn_dist.inference.memory import decisions, edits, store
 from cnn2gnn_dist.inference.memory.forgetting import keys_there
@@ -25,7 +26,7 @@ ATTEMPTS = 20
 def copy_model(source: Path, target: Path, left_out: Collection[str] = LEFT_OUT) -> None:
     """Copy a model; its memory is one that was current meanwhile, and replaces one that is there.
 
-    What that one had forgotten stays listed.
+    What that one had forgotten stays listed. An audit of it is deleted if the model has forgotten further images.
 
     Args:
         source: folder of a model.
@@ -34,7 +35,7 @@ def copy_model(source: Path, target: Path, left_out: Collection[str] = LEFT_OUT)
 
     Raises:
         UserError: the memory is damaged, or edited all the time; the target is the source, or has forgotten
-            images that the source still has.
+            images that the source still has; its audit can't be deleted.
         FileNotFoundError: a file is missing.
         OSError: a file can't be read or written.
     """
@@ -45,14 +46,16 @@ def copy_model(source: Path, target: Path, left_out: Collection[str] = LEFT_OUT)
         before = _look(source, left_out)
         try:
             check_target(source, target)
-            _remove_memory(target / artefact.MEMORY)
-            _copy(source, target, left_out)
-            _check(target / artefact.MEMORY)
-            artefact.check_files(target)
+            # Both before the rest: what a kill leaves shows no forgotten image, and knows all of them.
+            _forget_in_audit(source, target, kept)
             if kept:
                 edits.record_forgotten(
                     target / artefact.MEMORY, forgotten(source / artefact.MEMORY)
                 )
+            _remove_memory(target / artefact.MEMORY)
+            _copy(source, target, left_out)
+            _check(target / artefact.MEMORY)
+            artefact.check_files(target)
             return
         except (FileNotFoundError, UserError):
             if _look(source, left_out) == before:
@@ -116,6 +119,32 @@ def check_target(source: Path, target: Path) -> None:
             remedy=f"`cnn2gnn export {quoted(source)} --to {quoted(target)} --force` leaves them out; "
             "or name another folder",
         )
+
+
+def _forget_in_audit(source: Path, target: Path, known: Collection[str]) -> None:
+    """Delete an audit of the model that is there, if it may show images that the new one has forgotten since.
+
+    Args:
+        source: folder of the new model.
+        target: the folder.
+        known: what the model that is there has forgotten.
+
+    Raises:
+        UserError: it can't be deleted.
+    """
+    if not (target / artefact.MEMORY / store.HEAD).is_file():
+        return  # no model is there: a folder of this name is none of ours
+    folder = target / artefact.AUDIT
+    gone = set(forgotten(source / artefact.MEMORY)).difference(known)
+    try:
+        if gone:
+            audit_folder.forget(folder, gone)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"the audit here, which may show images that the model has forgotten, can't be deleted: {error}",
+            where=str(folder),
+            remedy="delete this folder, and copy the model again",
+        ) from None
 
 
 def _remove_memory(memory: Path) -> None:

@@ -136,9 +136,10 @@ def _refuse_forgotten(source: Source, folder: Path) -> None:
     own = root is not None and folder.resolve() == root.with_name(artefact.AUDIT).resolve()
     with turns.editing(root, EDIT_S) if root is not None and own else nullcontext():
         gone = source.forgotten_meanwhile()
-        if not gone:
+        if not gone and not (own and source.has_forgotten()):
             return
-        what = f"{len(gone)} of these images were forgotten while the audit was made"
+        which = f"{len(gone)} of these images" if gone else "other images of the model"
+        what = f"{which} were forgotten while the audit was made"
         try:
             audit_folder.forget(folder, gone)
         except (OSError, ValueError) as error:

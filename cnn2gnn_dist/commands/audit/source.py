@@ -119,6 +119,10 @@ class Source:
         """
         return []
 
+    def has_forgotten(self) -> bool:
+        """Whether a model has forgotten any image since it was opened, shown or not: its own audit is deleted then."""
+        return False
+
     def middle_size(self) -> tuple[int, int] | None:
         """Height and width in pixels of the training image of median shorter side, of some; None: not known.
 
@@ -262,6 +266,10 @@ class _ModelSource(Source):
         listed = sorted(set(forgotten(self.memory)).intersection(self.keys))
         again = Memory.open(self.memory).ids_of(listed) if listed else {}  # added after that
         return [key for key in listed if key not in again]
+
+    def has_forgotten(self) -> bool:
+        assert self.memory is not None
+        return not set(self.forgotten).issuperset(forgotten(self.memory))
 
 
 def _of_model(folder: Path) -> Source:

@@ -32,9 +32,9 @@ def forget(folder: Path, keys: Collection[str]) -> bool:
         OSError: a file can't be read, written or deleted.
         ValueError: a list of decisions is not a CSV file in UTF-8.
     """
-    tables = [f"{name}.{kind}" for name in TABLES for kind in ("parquet", "csv")]
-    found = [folder / name for name in (PAGE, MAP, *tables)]
-    found += folder.glob("*.tmp")  # of an audit that was killed
+    made = [PAGE, MAP, *(f"{name}.{kind}" for name in TABLES for kind in ("parquet", "csv"))]
+    made += [f"{name}.tmp" for name in (*made, RELABEL)]  # of an audit that was killed
+    found = [folder / name for name in made]
     found = [path for path in found if path.is_file() and not _is_decisions(path)]
     for path in found:
         path.unlink()

@@ -149,6 +149,10 @@ def test_a_copy_into_a_folder_with_a_memory_of_another_kind_keeps_its_files(tmp_
     notes = tmp_path / "project" / "memory" / "notes"
     notes.mkdir(parents=True)
     (notes / "a.txt").write_text("mine")
+    audit = tmp_path / "project" / "audit" / "index.html"
+    audit.parent.mkdir()
+    audit.write_text("mine")
+    editing.forget(model, ["img-3"])
     (notes.parent / "todo.md").write_text("mine, too")
     parts = [tmp_path / "project" / "memory" / name for name in ("segments", "versions")]
     for folder in parts:
@@ -156,9 +160,10 @@ def test_a_copy_into_a_folder_with_a_memory_of_another_kind_keeps_its_files(tmp_
         (folder / "b.txt").write_text("mine")
     model.save_pretrained(tmp_path / "project")
     assert [(folder / "b.txt").read_text() for folder in parts] == ["mine", "mine"]
+    assert audit.read_text() == "mine"
     assert (notes / "a.txt").read_text() == "mine"
     assert (notes.parent / "todo.md").read_text() == "mine, too"
-    assert len(load(tmp_path / "project", device="cpu").memory) == 40
+    assert len(load(tmp_path / "project", device="cpu").memory) == 39
 
 
 def test_what_a_killed_edit_left_is_no_content_of_a_model(tmp_path):

@@ -131,6 +131,57 @@ def test_an_image_that_is_forgotten_during_an_audit_is_not_shown_by_it(
     assert not {"img-2", "img-3", "img-7"}.intersection(shown)
 
 
+def test_an_audit_that_is_deleted_under_way_is_not_said_to_be_there(
+    calibrated, monkeypatch, capsys
+):
+    """Forgetting an image that it does not show deletes it all the same."""
+    folder, write = calibrated.folder, command._write_map
+
+    def forget_first(*arguments):
+        editing.forget(Classifier.open(folder, device="cpu"), ["apart-7"])
+        write(*arguments)
+
+    monkeypatch.setattr(command, "_write_map", forget_first)
+    assert cli.main(["audit", str(folder)]) == 2
+    told = capsys.readouterr()
+    assert "other images of the model were forgotten while the audit was made" in told.err
+    assert "look  " not in told.out
+    assert not (folder / artefact.AUDIT).exists()
+    monkeypatch.undo()
+    assert cli.main(["audit", str(folder)]) == 0
+
+
+def test_files_that_no_audit_has_written_stay(model):
+    audit = model.folder / artefact.AUDIT
+    audit.mkdir()
+    for name in ("labels.parquet.tmp", "map.parquet.tmp", "relabel.csv.tmp", "mine.tmp"):
+        (audit / name).write_text("img-7")
+    editing.forget(model, ["img-7"])
+    assert [path.name for path in audit.iterdir()] == ["mine.tmp"]
+
+
+def test_a_copy_over_a_model_deletes_its_audit_if_that_may_show_what_was_forgotten_since(
+    model, tmp_path
+):
+    copy, audit = tmp_path / "copy", tmp_path / "copy" / artefact.AUDIT
+    model.save_pretrained(copy)
+    assert cli.main(["audit", str(copy)]) == 0
+    (audit / "labels.csv").write_text("key,class\nimg-7,class 2\nimg-8,drop\n")
+    model.save_pretrained(copy)
+    assert (audit / "index.html").is_file()  # nothing was forgotten
+    editing.forget(model, ["img-7"])
+    model.save_pretrained(copy)
+    assert [path.name for path in audit.iterdir()] == ["labels.csv"]
+    assert (audit / "labels.csv").read_text() == "key,class\nimg-8,drop\nimg-7,drop?\n"
+    assert cli.main(["audit", str(copy)]) == 0
+    model.save_pretrained(copy)
+    assert (audit / "index.html").is_file()
+    editing.forget(model, ["img-9"])
+    (audit / "labels.csv").write_bytes(b"key,class\n\xff,drop\n")
+    with pytest.raises(UserError, match=r"the audit here.*can't be deleted"):
+        model.save_pretrained(copy)
+
+
 def test_a_model_without_audit_forgets_without_making_one(model):
     editing.forget(model, ["img-7"])
     assert not (model.folder / artefact.AUDIT).exists()
