@@ -11,6 +11,14 @@ from typing import Any
 from huggingface_hub import ModelHubMixin, snapshot_download
 
 from cnn2gnn_dist.inference.copying import check_target, copy_model
+from cnn2gnn_dist.inference.folder import artefact
+from cnn2gnn_dist.inference.memory import decisions
+
+REPLACED = (
+    *(f"{artefact.MEMORY}/{name}" for name in ("segments/*", "versions/*", decisions.FILE)),
+    artefact.CALIBRATION,
+)
+"""Patterns of files of which an upload leaves only those that it contains."""
 
 
 class HubFolder(ModelHubMixin):
@@ -37,6 +45,20 @@ class HubFolder(ModelHubMixin):
             self.folder, Path(save_directory)
         )  # the Hub's client removes config.json first
         found: str | None = super().save_pretrained(save_directory, **options)
+        return found
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload the model, and delete what the repository has of an earlier memory: it may show forgotten images.
+
+        The history of the repository keeps it nevertheless.
+
+        Args:
+            repo_id: name of the repository.
+            **options: see ``huggingface_hub.ModelHubMixin.push_to_hub``.
+        """
+        given = options.pop("delete_patterns", None) or []
+        patterns = [given] if isinstance(given, str) else list(given)
+        found: str = super().push_to_hub(repo_id, delete_patterns=[*patterns, *REPLACED], **options)
         return found
 
     def _save_pretrained(self, save_directory: Path) -> None:

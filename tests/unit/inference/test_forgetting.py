@@ -3,9 +3,13 @@
 import errno
 import os
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from huggingface_hub import HfApi
+from huggingface_hub.utils import filter_repo_objects
 
 from cnn2gnn_dist.data.index.relabel import read_relabel
 from cnn2gnn_dist.errors import UserError
@@ -150,3 +154,33 @@ def test_what_was_forgotten_is_a_relabel_list_that_other_images_pass(model):
     found = read_relabel(model.memory.root / store.FORGOTTEN)
     assert found["img-7"].name is None
     assert not found["img-7"].required
+
+
+def test_an_upload_leaves_nothing_of_an_earlier_memory_in_the_repository(model, monkeypatch):
+    """The Hub's client alone would only add files. Its network is left out: what is here is how it deletes."""
+    there = {".gitattributes", "memory/notes.txt", "calibration.npz", "extra/a.bin"}
+
+    def upload(api, *, folder_path, delete_patterns, **_):
+        there.difference_update(filter_repo_objects(list(there), allow_patterns=delete_patterns))
+        there.update(
+            path.relative_to(folder_path).as_posix()
+            for path in Path(folder_path).rglob("*")
+            if path.is_file()
+        )
+        return "commit"
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: SimpleNamespace(repo_id="me/m"))
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    assert model.push_to_hub("me/m") == "commit"
+    first = {path for path in there if path.startswith("memory/segments")}
+    assert first
+    editing.forget(model, ["img-7"])
+    model.push_to_hub("me/m", delete_patterns="extra/*")
+    assert there.isdisjoint(first)
+    kept = (".gitattributes", "memory/notes.txt")
+    own = {
+        path.relative_to(model.folder).as_posix()
+        for path in model.folder.rglob("*")
+        if path.is_file() and path.name != store.LOCK
+    }
+    assert there == own.union(kept)
